@@ -1,0 +1,1 @@
+//! Samples, statistics, transforms and solvers. No file IO, no model families, no device code.

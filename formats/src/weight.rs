@@ -1,0 +1,58 @@
+//! One quantized linear, independent of any file format.
+
+use crate::grid::Scheme;
+
+/// A weight matrix `[rows, cols]` (`[out, in]`) on uniform grids: `w = scale · (code − zero)`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct QuantizedWeight {
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// Width and grouping of the codes.
+    pub scheme: Scheme,
+    /// `[rows, cols]`, each in `0..=scheme.max_code()`.
+    pub codes: Vec<u8>,
+    /// `[rows, groups]`, already rounded to the precision they are stored in; may be negative or 0.
+    pub scales: Vec<f32>,
+    /// `[rows, groups]`; all `scheme.midpoint()` when symmetric.
+    pub zeros: Vec<u8>,
+    /// `[cols]`: the group of each column, when groups are not runs of consecutive columns (`desc_act`).
+    pub group_of: Option<Vec<u32>>,
+}
+
+impl QuantizedWeight {
+    /// Groups in a row.
+    pub fn groups(&self) -> usize {
+        self.scheme.groups(self.cols)
+    }
+
+    /// The group of column `col`.
+    pub fn group_of(&self, col: usize) -> usize {
+        match &self.group_of {
+            Some(map) => map[col] as usize,
+            None => col / self.scheme.group_width(self.cols),
+        }
+    }
+
+    /// Writes the reals that row `row` stands for into `out` (`[cols]`).
+    pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+        let groups = self.groups();
+        let scales = &self.scales[row * groups..][..groups];
+        let zeros = &self.zeros[row * groups..][..groups];
+        let codes = &self.codes[row * self.cols..][..self.cols];
+        for (col, (o, &code)) in out.iter_mut().zip(codes).enumerate() {
+            let group = self.group_of(col);
+            *o = scales[group] * (i32::from(code) - i32::from(zeros[group])) as f32;
+        }
+    }
+
+    /// The reals `[rows, cols]` that the codes stand for.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.rows * self.cols];
+        for (row, out) in out.chunks_exact_mut(self.cols).enumerate() {
+            self.dequantize_row(row, out);
+        }
+        out
+    }
+}

@@ -1,0 +1,1 @@
+//! quantc: a post-training quantization compiler for large language models.
