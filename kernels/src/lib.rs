@@ -1,1 +1,17 @@
 //! Number crunching on a device, behind one small trait; every operation beside its scalar reference.
+//!
+//! An operation is one file under [`ops`]: it states the shapes, holds the plain-loop reference and the fast CPU form.
+//! [`Backend`] is what the rest of the program sees. No file, no model name and no policy belongs here.
+
+pub mod backend;
+pub mod cpu;
+mod error;
+pub mod ops;
+pub mod simd;
+
+pub use backend::{AttentionShape, Backend, Factor, FitKind, Grid, GridSpec, Swept, TokenComparison, TokenLoss};
+pub use cpu::Cpu;
+pub use error::Error;
+
+/// What a device operation returns.
+pub type Result<T> = std::result::Result<T, Error>;

@@ -1,0 +1,185 @@
+//! What quantc asks of a device: few, whole operations.
+
+use formats::{ScalePrecision, Scheme};
+use ndarray::{Array2, ArrayView2};
+
+use crate::Result;
+
+/// Shape and masking of one attention layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Values per head.
+    pub head_dim: usize,
+    /// Factor on the scores, usually `head_dim^-1/2`.
+    pub scale: f32,
+    /// A token sees itself and `window − 1` tokens before it; `None` sees all before it.
+    pub window: Option<usize>,
+}
+
+/// A grid to be fitted: what the file format allows.
+#[derive(Clone, Debug)]
+pub struct GridSpec {
+    /// Width, grouping and symmetry.
+    pub scheme: Scheme,
+    /// Precision the scales are stored in.
+    pub precision: ScalePrecision,
+    /// Smallest zero the file can hold (GPTQ's v1 files cannot hold 0).
+    pub min_zero: u8,
+    /// `[cols]`: the group of each column.
+    pub group_of: Vec<u32>,
+}
+
+impl GridSpec {
+    /// Groups of consecutive columns, in a row of `cols`.
+    pub fn contiguous(scheme: Scheme, precision: ScalePrecision, min_zero: u8, cols: usize) -> GridSpec {
+        let width = scheme.group_width(cols);
+        GridSpec { scheme, precision, min_zero, group_of: (0..cols).map(|col| (col / width) as u32).collect() }
+    }
+
+    /// Number of groups in a row.
+    pub fn groups(&self) -> usize {
+        self.scheme.groups(self.group_of.len())
+    }
+}
+
+/// Scales and zeros of every group of a weight matrix, fixed before the codes are chosen.
+#[derive(Clone, Debug)]
+pub struct Grid {
+    /// What it was fitted to.
+    pub spec: GridSpec,
+    /// Rows of the weight matrix.
+    pub rows: usize,
+    /// `[rows, groups]`, exactly representable in the stored precision.
+    pub scales: Vec<f32>,
+    /// `[rows, groups]`.
+    pub zeros: Vec<u8>,
+}
+
+/// How the scale of a group is chosen.
+#[derive(Clone, Copy, Debug)]
+pub enum FitKind<'a> {
+    /// From the smallest and the largest weight.
+    MinMax,
+    /// The scale (and zero) of least `Σ h_j (w_j − ŵ_j)²`; `h` is `[cols]`, all ones for plain squared error.
+    Weighted(&'a [f32]),
+    /// Range shrunk in steps to the least `eᵀ H_gg e`; `H` is `[cols, cols]`, its lower triangle is read.
+    BlockHessian(ArrayView2<'a, f32>),
+}
+
+/// A damped, ordered, factored Hessian: `P H Pᵀ + damping = R D Rᵀ` with `R` unit upper triangular.
+#[derive(Debug)]
+pub struct Factor<M> {
+    /// Column processed at each position.
+    pub order: Vec<u32>,
+    /// `R`, `[n, n]`, in processing order; entries on and below the diagonal are not read.
+    pub unit: M,
+    /// The diagonal of `D`: what one squared unit of error in that column costs once later columns have absorbed it.
+    pub pivots: Vec<f64>,
+    /// The relative damping that was used.
+    pub damp: f64,
+    /// Columns that no input ever reached.
+    pub dead: usize,
+}
+
+/// What the sweep returns.
+#[derive(Clone, Debug)]
+pub struct Swept {
+    /// `[rows, cols]` in the original column order.
+    pub codes: Vec<u8>,
+    /// `tr((T − Ŵ) H (T − Ŵ)ᵀ)` under the factor's damped Hessian.
+    pub loss: f64,
+}
+
+/// Negative log-likelihood of each scored token, and what the model would have said.
+#[derive(Clone, Debug, Default)]
+pub struct TokenLoss {
+    /// `−ln p(target)` in nats.
+    pub nll: Vec<f64>,
+    /// Index of the largest logit; the first one on a tie.
+    pub argmax: Vec<u32>,
+}
+
+/// A model beside its reference, token by token.
+#[derive(Clone, Debug, Default)]
+pub struct TokenComparison {
+    /// The reference's loss.
+    pub reference: TokenLoss,
+    /// The model's loss.
+    pub model: TokenLoss,
+    /// `KL(reference ‖ model)` in nats over the whole vocabulary.
+    pub kld: Vec<f64>,
+}
+
+/// One device. Matrices are `f32`, row-major, resident on the device; activations are `[tokens, features]`, weights `[out, in]`.
+///
+/// Results do not depend on the number of threads.
+pub trait Backend: Sync {
+    /// A matrix on the device.
+    type Matrix: Send + Sync;
+
+    /// What the user should see: device and instruction set.
+    fn name(&self) -> String;
+    /// Copies a host matrix to the device.
+    fn upload(&self, host: Array2<f32>) -> Result<Self::Matrix>;
+    /// Copies a device matrix to the host.
+    fn download(&self, matrix: &Self::Matrix) -> Result<Array2<f32>>;
+    /// A matrix of zeros.
+    fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Matrix>;
+    /// `[rows, cols]`.
+    fn shape(&self, matrix: &Self::Matrix) -> [usize; 2];
+    /// Rows `from..to`.
+    fn rows(&self, matrix: &Self::Matrix, from: usize, to: usize) -> Result<Self::Matrix>;
+    /// Whether every value is finite.
+    fn is_finite(&self, matrix: &Self::Matrix) -> Result<bool>;
+
+    /// `y = x wᵀ + bias`.
+    fn linear(&self, x: &Self::Matrix, weight: &Self::Matrix, bias: Option<&[f32]>) -> Result<Self::Matrix>;
+    /// `x / rms(x) · weight` per row, `rms² = mean(x²) + eps`.
+    fn rms_norm(&self, x: &Self::Matrix, weight: &[f32], eps: f32) -> Result<Self::Matrix>;
+    /// Rotates the halves of each head by the angles of its token's position.
+    ///
+    /// `cos` and `sin` are `[positions, head_dim / 2]`; `lengths` are the sequences that `x`'s rows consist of.
+    fn rope(&self, x: &mut Self::Matrix, cos: &Array2<f32>, sin: &Array2<f32>, lengths: &[usize]) -> Result<()>;
+    /// Causal softmax attention of each sequence; `q` is `[tokens, heads·head_dim]`, the result has its shape.
+    fn attention(
+        &self,
+        q: &Self::Matrix,
+        k: &Self::Matrix,
+        v: &Self::Matrix,
+        shape: &AttentionShape,
+        lengths: &[usize],
+    ) -> Result<Self::Matrix>;
+    /// `gate ← silu(gate) · up`.
+    fn silu_mul(&self, gate: &mut Self::Matrix, up: &Self::Matrix) -> Result<()>;
+    /// `a ← a + b`.
+    fn add(&self, a: &mut Self::Matrix, b: &Self::Matrix) -> Result<()>;
+
+    /// `gram ← gram + xᵀ x`, lower triangle only.
+    fn add_gram(&self, x: &Self::Matrix, gram: &mut Self::Matrix) -> Result<()>;
+    /// `sums[j] ← sums[j] + Σ_t |x_tj|`.
+    fn add_magnitude(&self, x: &Self::Matrix, sums: &mut [f64]) -> Result<()>;
+    /// The diagonal of a square matrix.
+    fn diagonal(&self, matrix: &Self::Matrix) -> Result<Vec<f32>>;
+    /// `tr(e H eᵀ)` for `e` `[rows, n]` and a gram matrix of which the lower triangle is read.
+    fn quadratic(&self, e: &Self::Matrix, gram: &Self::Matrix) -> Result<f64>;
+    /// Factors `gram` with its columns in `order` and each diagonal entry multiplied by `1 + damp`.
+    ///
+    /// Columns of zero energy get a unit pivot and no feedback. Fails when the matrix is not positive definite.
+    fn factor(&self, gram: &Self::Matrix, order: Vec<u32>, damp: f64) -> Result<Factor<Self::Matrix>>;
+
+    /// Chooses scales and zeros for every group of `weight`.
+    fn fit(&self, weight: &Self::Matrix, spec: &GridSpec, kind: FitKind<'_>) -> Result<Grid>;
+    /// Rounds every weight to the nearest code of its group's grid; `[rows, cols]`.
+    fn round(&self, weight: &Self::Matrix, grid: &Grid) -> Result<Vec<u8>>;
+    /// Rounds column by column, each column's error spread over the columns not yet done.
+    fn sweep(&self, target: &Self::Matrix, factor: &Factor<Self::Matrix>, grid: &Grid) -> Result<Swept>;
+
+    /// Loss of `logits` `[tokens, vocabulary]` against the next tokens.
+    fn token_loss(&self, logits: &Self::Matrix, targets: &[u32]) -> Result<TokenLoss>;
+    /// The same for two models, with the divergence between them.
+    fn compare(&self, reference: &Self::Matrix, model: &Self::Matrix, targets: &[u32]) -> Result<TokenComparison>;
+}

@@ -1,0 +1,152 @@
+//! Second moments of a layer's input: `H ← H + xᵀ x`, of which only the lower triangle is kept.
+
+use ndarray::{Array2, ArrayView2};
+use rayon::prelude::*;
+
+use super::{Shared, gemm};
+
+/// The plain loop, sums in `f64`; both triangles.
+pub fn reference(x: ArrayView2<f32>) -> Array2<f32> {
+    Array2::from_shape_fn((x.ncols(), x.ncols()), |(i, j)| {
+        x.column(i).iter().zip(x.column(j)).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() as f32
+    })
+}
+
+/// Side of the square blocks that tasks work on: depends on the width alone, so that sums do not depend on threads.
+fn block_side(cols: usize) -> usize {
+    cols.div_ceil(2).next_multiple_of(32).clamp(64, 768)
+}
+
+/// Adds `xᵀ x` to the lower triangle of `gram` `[cols, cols]`; what lies above the diagonal is scratch.
+///
+/// Partial sums run over the tokens of one call in single precision: feed a few thousand tokens at a time.
+pub fn run(x: ArrayView2<f32>, gram: &mut Array2<f32>) {
+    let (tokens, cols) = (x.nrows(), x.ncols());
+    let side = block_side(cols);
+    let x = x.to_slice().expect("a contiguous matrix");
+    let mut tasks: Vec<(usize, usize)> =
+        (0..cols).step_by(side).flat_map(|row| (0..=row).step_by(side).map(move |col| (row, col))).collect();
+    // Off-diagonal blocks are twice the work: first.
+    tasks.sort_by_key(|(row, col)| row == col);
+    let target = Shared::new(gram.as_slice_mut().expect("a contiguous matrix"));
+    tasks.into_par_iter().for_each(|(row, col)| {
+        let (m, n) = (side.min(cols - row), side.min(cols - col));
+        // SAFETY: `x` holds `tokens` rows of `cols`; each task writes its own block of the lower triangle.
+        unsafe {
+            let block = target.at(row * cols + col);
+            let (left, right) = (x.as_ptr().add(row), x.as_ptr().add(col));
+            if row == col {
+                triangle(left, tokens, cols, m, block);
+            } else {
+                gemm([m, n, tokens], block, [cols, 1], true, left, [1, cols], right, [cols, 1], [1.0, 1.0]);
+            }
+        }
+    });
+}
+
+/// Adds the lower triangle of a diagonal block of side `side`, halving it until full squares waste little.
+///
+/// # Safety
+/// `x` points to `tokens` rows of at least `side` values, `cols` apart; `block` to `side` such rows that no other task uses.
+unsafe fn triangle(x: *const f32, tokens: usize, cols: usize, side: usize, block: *mut f32) {
+    // SAFETY: the parts lie inside the block.
+    unsafe {
+        if side <= 96 {
+            gemm([side, side, tokens], block, [cols, 1], true, x, [1, cols], x, [cols, 1], [1.0, 1.0]);
+            return;
+        }
+        let half = (side / 2).next_multiple_of(16);
+        let rest = side - half;
+        triangle(x, tokens, cols, half, block);
+        gemm(
+            [rest, half, tokens],
+            block.add(half * cols),
+            [cols, 1],
+            true,
+            x.add(half),
+            [1, cols],
+            x,
+            [cols, 1],
+            [1.0, 1.0],
+        );
+        triangle(x.add(half), tokens, cols, rest, block.add(half * cols + half));
+    }
+}
+
+/// `Σ_t |x_tj|` per column, added to `sums`.
+pub fn magnitude(x: ArrayView2<f32>, sums: &mut [f64]) {
+    let x_slice = x.to_slice().expect("a contiguous matrix");
+    let cols = x.ncols();
+    let partial: Vec<Vec<f32>> = x_slice
+        .par_chunks(cols * 512)
+        .map(|rows| {
+            let mut sums = vec![0.0f32; cols];
+            for row in rows.chunks_exact(cols) {
+                sums.iter_mut().zip(row).for_each(|(s, x)| *s += x.abs());
+            }
+            sums
+        })
+        .collect();
+    for part in partial {
+        sums.iter_mut().zip(part).for_each(|(s, p)| *s += f64::from(p));
+    }
+}
+
+/// `tr(e H eᵀ)`: `e` is `[rows, n]`, the lower triangle of `gram` is read.
+pub fn quadratic(e: ArrayView2<f32>, gram: ArrayView2<f32>) -> f64 {
+    let n = gram.nrows();
+    // H = L + Lᵀ − D, so that tr(e H eᵀ) = 2 tr(e L eᵀ) − tr(e D eᵀ), with the triangle cleared above.
+    let mut lower = gram.to_owned();
+    for i in 0..n {
+        for j in i + 1..n {
+            lower[[i, j]] = 0.0;
+        }
+    }
+    let image = super::linear::run(e, lower.view(), None);
+    let e_slice = e.to_slice().expect("a contiguous matrix");
+    let rows: Vec<f64> = e_slice
+        .par_chunks_exact(n)
+        .zip(image.as_slice().expect("a contiguous matrix").par_chunks_exact(n))
+        .map(|(e, image)| {
+            let full: f64 = e.iter().zip(image).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            let diagonal: f64 =
+                e.iter().enumerate().map(|(j, a)| f64::from(*a) * f64::from(*a) * f64::from(gram[[j, j]])).sum();
+            2.0 * full - diagonal
+        })
+        .collect();
+    rows.iter().sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::Noise;
+    use super::*;
+
+    #[test]
+    fn lower_triangle_agrees_with_the_plain_loop() {
+        let mut noise = Noise(6);
+        for (tokens, cols) in [(1, 1), (5, 3), (100, 65), (257, 130), (64, 300)] {
+            let (a, b) = (noise.matrix(tokens, cols), noise.matrix(3, cols));
+            let mut gram = Array2::zeros((cols, cols));
+            run(a.view(), &mut gram);
+            run(b.view(), &mut gram);
+            let expected = reference(a.view()) + reference(b.view());
+            for i in 0..cols {
+                for j in 0..=i {
+                    let (f, e) = (gram[[i, j]], expected[[i, j]]);
+                    assert!((f - e).abs() <= 1e-5 * (tokens as f32).sqrt(), "[{i}, {j}] of {cols}: {f}, not {e}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn quadratic_is_the_trace() {
+        let mut noise = Noise(7);
+        let (x, e) = (noise.matrix(40, 9), noise.matrix(4, 9));
+        let mut gram = Array2::zeros((9, 9));
+        run(x.view(), &mut gram);
+        let direct: f64 = x.dot(&e.t()).iter().map(|v| f64::from(*v).powi(2)).sum();
+        assert!((quadratic(e.view(), gram.view()) - direct).abs() <= 1e-5 * direct);
+    }
+}
