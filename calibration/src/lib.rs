@@ -1,1 +1,5 @@
 //! Samples, statistics, transforms and solvers. No file IO, no model families, no device code.
+
+pub mod solvers;
+pub mod statistics;
+pub mod transforms;

@@ -1,7 +1,7 @@
 //! What quantc asks of a device: few, whole operations.
 
 use formats::{ScalePrecision, Scheme};
-use ndarray::{Array2, ArrayView2};
+use ndarray::Array2;
 
 use crate::Result;
 
@@ -60,14 +60,14 @@ pub struct Grid {
 }
 
 /// How the scale of a group is chosen.
-#[derive(Clone, Copy, Debug)]
-pub enum FitKind<'a> {
+#[derive(Debug)]
+pub enum FitKind<'a, M> {
     /// From the smallest and the largest weight.
     MinMax,
     /// The scale (and zero) of least `Σ h_j (w_j − ŵ_j)²`; `h` is `[cols]`, all ones for plain squared error.
     Weighted(&'a [f32]),
     /// Range shrunk in steps to the least `eᵀ H_gg e`; `H` is `[cols, cols]`, its lower triangle is read.
-    BlockHessian(ArrayView2<'a, f32>),
+    BlockHessian(&'a M),
 }
 
 /// A damped, ordered, factored Hessian: `P H Pᵀ + damping = R D Rᵀ` with `R` unit upper triangular.
@@ -131,8 +131,10 @@ pub trait Backend: Sync {
     fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Matrix>;
     /// `[rows, cols]`.
     fn shape(&self, matrix: &Self::Matrix) -> [usize; 2];
-    /// Rows `from..to`.
-    fn rows(&self, matrix: &Self::Matrix, from: usize, to: usize) -> Result<Self::Matrix>;
+    /// A copy of the named rows.
+    fn select_rows(&self, matrix: &Self::Matrix, rows: &[usize]) -> Result<Self::Matrix>;
+    /// `matrix[i, j] ← matrix[i, j] · rows[i] · cols[j]`; an empty slice leaves that side alone.
+    fn scale(&self, matrix: &mut Self::Matrix, rows: &[f32], cols: &[f32]) -> Result<()>;
     /// Whether every value is finite.
     fn is_finite(&self, matrix: &Self::Matrix) -> Result<bool>;
 
@@ -160,19 +162,27 @@ pub trait Backend: Sync {
 
     /// `gram ← gram + xᵀ x`, lower triangle only.
     fn add_gram(&self, x: &Self::Matrix, gram: &mut Self::Matrix) -> Result<()>;
-    /// `sums[j] ← sums[j] + Σ_t |x_tj|`.
-    fn add_magnitude(&self, x: &Self::Matrix, sums: &mut [f64]) -> Result<()>;
+    /// `magnitude[j] ← magnitude[j] + Σ_t |x_tj|` and `energy[j] ← energy[j] + Σ_t x_tj²`.
+    fn add_moments(&self, x: &Self::Matrix, magnitude: &mut [f64], energy: &mut [f64]) -> Result<()>;
     /// The diagonal of a square matrix.
     fn diagonal(&self, matrix: &Self::Matrix) -> Result<Vec<f32>>;
     /// `tr(e H eᵀ)` for `e` `[rows, n]` and a gram matrix of which the lower triangle is read.
     fn quadratic(&self, e: &Self::Matrix, gram: &Self::Matrix) -> Result<f64>;
+    /// What plain min-max rounding of `weight · diag(t)` costs: `tr(e H eᵀ)` with `e` the error divided by `t` again.
+    fn scaled_rounding_loss(
+        &self,
+        weight: &Self::Matrix,
+        t: &[f32],
+        spec: &GridSpec,
+        gram: &Self::Matrix,
+    ) -> Result<f64>;
     /// Factors `gram` with its columns in `order` and each diagonal entry multiplied by `1 + damp`.
     ///
     /// Columns of zero energy get a unit pivot and no feedback. Fails when the matrix is not positive definite.
     fn factor(&self, gram: &Self::Matrix, order: Vec<u32>, damp: f64) -> Result<Factor<Self::Matrix>>;
 
     /// Chooses scales and zeros for every group of `weight`.
-    fn fit(&self, weight: &Self::Matrix, spec: &GridSpec, kind: FitKind<'_>) -> Result<Grid>;
+    fn fit(&self, weight: &Self::Matrix, spec: &GridSpec, kind: FitKind<'_, Self::Matrix>) -> Result<Grid>;
     /// Rounds every weight to the nearest code of its group's grid; `[rows, cols]`.
     fn round(&self, weight: &Self::Matrix, grid: &Grid) -> Result<Vec<u8>>;
     /// Rounds column by column, each column's error spread over the columns not yet done.

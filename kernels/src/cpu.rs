@@ -51,8 +51,28 @@ impl Backend for Cpu {
         [matrix.nrows(), matrix.ncols()]
     }
 
-    fn rows(&self, matrix: &Array2<f32>, from: usize, to: usize) -> Result<Array2<f32>> {
-        Ok(matrix.slice_axis(Axis(0), ndarray::Slice::from(from..to)).to_owned())
+    fn select_rows(&self, matrix: &Array2<f32>, rows: &[usize]) -> Result<Array2<f32>> {
+        if let Some(row) = rows.iter().find(|row| **row >= matrix.nrows()) {
+            let expected = format!("rows below {}", matrix.nrows());
+            return Err(Error::Shape { op: "select_rows", expected, found: row.to_string() });
+        }
+        Ok(matrix.select(Axis(0), rows))
+    }
+
+    fn scale(&self, matrix: &mut Array2<f32>, rows: &[f32], cols: &[f32]) -> Result<()> {
+        for (side, factors, length) in [("rows", rows, matrix.nrows()), ("columns", cols, matrix.ncols())] {
+            if !factors.is_empty() {
+                expect("scale", side, length, factors.len())?;
+            }
+        }
+        let width = matrix.ncols();
+        flat(matrix).par_chunks_exact_mut(width).enumerate().for_each(|(row, values)| {
+            if let Some(factor) = rows.get(row) {
+                values.iter_mut().for_each(|v| *v *= factor);
+            }
+            values.iter_mut().zip(cols).for_each(|(v, factor)| *v *= factor);
+        });
+        Ok(())
     }
 
     fn is_finite(&self, matrix: &Array2<f32>) -> Result<bool> {
@@ -131,9 +151,10 @@ impl Backend for Cpu {
         Ok(())
     }
 
-    fn add_magnitude(&self, x: &Array2<f32>, sums: &mut [f64]) -> Result<()> {
-        expect("add_magnitude", "features", sums.len(), x.ncols())?;
-        gram::magnitude(x.view(), sums);
+    fn add_moments(&self, x: &Array2<f32>, magnitude: &mut [f64], energy: &mut [f64]) -> Result<()> {
+        expect("add_moments", "features", magnitude.len(), x.ncols())?;
+        expect("add_moments", "features", energy.len(), x.ncols())?;
+        gram::moments(x.view(), magnitude, energy);
         Ok(())
     }
 
@@ -146,13 +167,39 @@ impl Backend for Cpu {
         Ok(gram::quadratic(e.view(), gram.view()))
     }
 
+    fn scaled_rounding_loss(
+        &self,
+        weight: &Array2<f32>,
+        t: &[f32],
+        spec: &GridSpec,
+        gram: &Array2<f32>,
+    ) -> Result<f64> {
+        expect("scaled_rounding_loss", "factors", weight.ncols(), t.len())?;
+        let mut scaled = weight.clone();
+        self.scale(&mut scaled, &[], t)?;
+        let grid = fit::run(scaled.view(), spec, FitKind::MinMax);
+        let codes = round::run(scaled.view(), &grid);
+        let (cols, groups) = (weight.ncols(), spec.groups());
+        // What is left of `scaled` is the error, in the original scale.
+        flat(&mut scaled).par_chunks_exact_mut(cols).zip(codes.par_chunks_exact(cols)).enumerate().for_each(
+            |(row, (values, codes))| {
+                for (col, (value, code)) in values.iter_mut().zip(codes).enumerate() {
+                    let at = row * groups + spec.group_of[col] as usize;
+                    let step = f32::from(*code) - f32::from(grid.zeros[at]);
+                    *value = (*value - grid.scales[at] * step) / t[col];
+                }
+            },
+        );
+        self.quadratic(&scaled, gram)
+    }
+
     fn factor(&self, gram: &Array2<f32>, order: Vec<u32>, damp: f64) -> Result<Factor<Array2<f32>>> {
         factor::run(gram.view(), order, damp)
     }
 
-    fn fit(&self, weight: &Array2<f32>, spec: &GridSpec, kind: FitKind<'_>) -> Result<Grid> {
+    fn fit(&self, weight: &Array2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f32>>) -> Result<Grid> {
         expect("fit", "columns", spec.group_of.len(), weight.ncols())?;
-        match kind {
+        match &kind {
             FitKind::Weighted(h) => expect("fit", "importances", weight.ncols(), h.len())?,
             FitKind::BlockHessian(h) => expect("fit", "features", weight.ncols(), h.ncols())?,
             FitKind::MinMax => {}

@@ -5,7 +5,7 @@
 //! the clipped range; the best candidate's scale is then solved by least squares, rounded, and kept if it is better.
 
 use formats::ScalePrecision;
-use ndarray::ArrayView2;
+use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
 use super::round::{code, inverse};
@@ -17,13 +17,13 @@ use crate::simd_fn;
 const WIDEST_BLOCK: usize = 256;
 
 /// Fits every group of `weight` `[rows, cols]`.
-pub fn run(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_>) -> Grid {
+pub fn run(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f32>>) -> Grid {
     let (rows, cols, groups) = (weight.nrows(), weight.ncols(), spec.groups());
     let mut columns: Vec<Vec<usize>> = vec![Vec::new(); groups];
     for (col, group) in spec.group_of.iter().enumerate() {
         columns[*group as usize].push(col);
     }
-    let weights_of = |kind: &FitKind<'_>, columns: &[usize]| -> Vec<f32> {
+    let weights_of = |kind: &FitKind<'_, Array2<f32>>, columns: &[usize]| -> Vec<f32> {
         columns
             .iter()
             .map(|&c| match kind {
@@ -34,11 +34,13 @@ pub fn run(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_>) -> Grid 
             .collect()
     };
     let importance: Vec<Vec<f32>> = columns.iter().map(|c| floor(weights_of(&kind, c))).collect();
-    let blocks: Vec<Vec<f32>> = match kind {
+    let blocks: Vec<Vec<f32>> = match &kind {
         FitKind::BlockHessian(h) => columns
             .iter()
-            .filter(|c| c.len() <= WIDEST_BLOCK)
-            .map(|c| c.iter().flat_map(|&i| c.iter().map(move |&j| h[[i.max(j), i.min(j)]])).collect())
+            .map(|c| match c.len() {
+                0..=WIDEST_BLOCK => c.iter().flat_map(|&i| c.iter().map(move |&j| h[[i.max(j), i.min(j)]])).collect(),
+                _ => Vec::new(),
+            })
             .collect(),
         _ => Vec::new(),
     };
@@ -274,11 +276,9 @@ simd_fn! {
 
 #[cfg(test)]
 mod tests {
-    use formats::Scheme;
-    use ndarray::Array2;
-
     use super::super::testing::Noise;
     use super::*;
+    use formats::Scheme;
 
     fn loss(weight: &Array2<f32>, grid: &Grid, h: &[f32]) -> f64 {
         let codes = super::super::round::run(weight.view(), grid);
@@ -351,7 +351,7 @@ mod tests {
         let gram = super::super::gram::reference(x.view());
         let scheme = Scheme { bits: 3, group: Some(16), symmetric: false };
         let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, 32);
-        let error = |kind| {
+        let error = |kind: FitKind<'_, Array2<f32>>| {
             let grid = run(weight.view(), &spec, kind);
             let codes = super::super::round::run(weight.view(), &grid);
             let e = Array2::from_shape_fn((8, 32), |(r, c)| {
@@ -360,7 +360,7 @@ mod tests {
             });
             super::super::gram::quadratic(e.view(), gram.view())
         };
-        assert!(error(FitKind::BlockHessian(gram.view())) < 0.8 * error(FitKind::MinMax));
+        assert!(error(FitKind::BlockHessian(&gram)) < 0.8 * error(FitKind::MinMax));
     }
 
     #[test]

@@ -73,22 +73,27 @@ unsafe fn triangle(x: *const f32, tokens: usize, cols: usize, side: usize, block
     }
 }
 
-/// `Σ_t |x_tj|` per column, added to `sums`.
-pub fn magnitude(x: ArrayView2<f32>, sums: &mut [f64]) {
-    let x_slice = x.to_slice().expect("a contiguous matrix");
+/// Per column `Σ_t |x_tj|` and `Σ_t x_tj²`, added to `magnitude` and `energy`.
+pub fn moments(x: ArrayView2<f32>, magnitude: &mut [f64], energy: &mut [f64]) {
     let cols = x.ncols();
-    let partial: Vec<Vec<f32>> = x_slice
+    let partial: Vec<[Vec<f32>; 2]> = x
+        .to_slice()
+        .expect("a contiguous matrix")
         .par_chunks(cols * 512)
         .map(|rows| {
-            let mut sums = vec![0.0f32; cols];
+            let [mut first, mut second] = [vec![0.0f32; cols], vec![0.0f32; cols]];
             for row in rows.chunks_exact(cols) {
-                sums.iter_mut().zip(row).for_each(|(s, x)| *s += x.abs());
+                for ((first, second), x) in first.iter_mut().zip(&mut second).zip(row) {
+                    *first += x.abs();
+                    *second += x * x;
+                }
             }
-            sums
+            [first, second]
         })
         .collect();
-    for part in partial {
-        sums.iter_mut().zip(part).for_each(|(s, p)| *s += f64::from(p));
+    for [first, second] in partial {
+        magnitude.iter_mut().zip(first).for_each(|(sum, x)| *sum += f64::from(x));
+        energy.iter_mut().zip(second).for_each(|(sum, x)| *sum += f64::from(x));
     }
 }
 
@@ -137,6 +142,18 @@ mod tests {
                     assert!((f - e).abs() <= 1e-5 * (tokens as f32).sqrt(), "[{i}, {j}] of {cols}: {f}, not {e}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn moments_are_the_sums() {
+        let x = Noise(14).matrix(1100, 3);
+        let (mut magnitude, mut energy) = ([1.0; 3], [2.0; 3]);
+        moments(x.view(), &mut magnitude, &mut energy);
+        for col in 0..3 {
+            let first: f64 = x.column(col).iter().map(|v| f64::from(v.abs())).sum();
+            let second: f64 = x.column(col).iter().map(|v| f64::from(*v).powi(2)).sum();
+            assert!((magnitude[col] - 1.0 - first).abs() < 1e-3 && (energy[col] - 2.0 - second).abs() < 1e-3);
         }
     }
 

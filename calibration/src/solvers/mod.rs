@@ -1,0 +1,140 @@
+//! Solvers: one float weight matrix and what is known of its input → codes on a grid.
+//!
+//! A solver is one file. All of them choose a [`Grid`] first, in the precision the file stores, and codes second.
+
+mod gptq;
+mod rtn;
+#[cfg(test)]
+mod tests;
+
+use formats::QuantizedWeight;
+use kernels::{Backend, Factor, FitKind, Grid, GridSpec, Result};
+
+pub use gptq::Gptq;
+pub use rtn::Rtn;
+
+use crate::statistics::{Needs, Statistics};
+
+/// How the scale of a group is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Observer {
+    /// From the smallest and the largest weight.
+    MinMax,
+    /// Least squared error of the weights.
+    Mse,
+    /// Least squared error, each channel weighted by the mean square of its input.
+    Imatrix,
+    /// Range clipped to the least error of the group's output (AWQ's clip search).
+    Clip,
+}
+
+impl Observer {
+    /// Every observer, with the name users type.
+    pub const ALL: &[(&str, Observer)] = &[
+        ("minmax", Observer::MinMax),
+        ("mse", Observer::Mse),
+        ("imatrix", Observer::Imatrix),
+        ("clip", Observer::Clip),
+    ];
+
+    /// What it must know of the input.
+    pub fn needs(self) -> Needs {
+        match self {
+            Observer::MinMax | Observer::Mse => Needs::Nothing,
+            Observer::Imatrix => Needs::Moments,
+            Observer::Clip => Needs::Hessian,
+        }
+    }
+
+    /// Fits the grid of `weight`.
+    ///
+    /// # Panics
+    /// If the statistics it [`needs`](Self::needs) were not gathered: a mistake of the caller.
+    pub fn fit<B: Backend>(
+        self,
+        backend: &B,
+        weight: &B::Matrix,
+        spec: &GridSpec,
+        statistics: Option<&Statistics<B>>,
+    ) -> Result<Grid> {
+        let known = || statistics.expect("statistics for an observer that needs them");
+        match self {
+            Observer::MinMax => backend.fit(weight, spec, FitKind::MinMax),
+            Observer::Mse => backend.fit(weight, spec, FitKind::Weighted(&vec![1.0; spec.group_of.len()])),
+            Observer::Imatrix => backend.fit(weight, spec, FitKind::Weighted(&known().importance())),
+            Observer::Clip => {
+                backend.fit(weight, spec, FitKind::BlockHessian(known().gram.as_ref().expect("a Hessian")))
+            }
+        }
+    }
+}
+
+/// What linears that read one input share: its statistics, and whatever a solver derives from them.
+pub struct Shared<'a, B: Backend> {
+    /// Absent for solvers that need nothing.
+    pub statistics: Option<&'a Statistics<B>>,
+    /// The factored Hessian, for the solvers that sweep.
+    pub factor: Option<Factor<B::Matrix>>,
+    /// Why the solver will not do what it was asked to, for the report.
+    pub fallback: Option<String>,
+}
+
+/// The codes of one linear, and how good they are.
+#[derive(Clone, Debug)]
+pub struct Solution {
+    /// Codes, scales and zeros.
+    pub weight: QuantizedWeight,
+    /// `tr((W − Ŵ) H (W − Ŵ)ᵀ)` under the undamped Hessian, when that is known.
+    pub proxy_loss: Option<f64>,
+    /// The proxy loss as a share of `tr(W H Wᵀ)`: the relative squared error of the layer's output.
+    pub relative_error: Option<f64>,
+    /// Relative damping that the factorization needed.
+    pub damp: Option<f64>,
+    /// What was done in place of what was asked for, and why.
+    pub fallback: Option<String>,
+}
+
+/// Chooses codes and scales for linears.
+pub trait Solver<B: Backend>: Sync {
+    /// The name users type.
+    fn id(&self) -> &'static str;
+    /// What must be known of a linear's input.
+    fn needs(&self) -> Needs;
+    /// Derives, once, what all linears that read one input share.
+    fn share<'a>(&self, backend: &B, statistics: Option<&'a Statistics<B>>) -> Result<Shared<'a, B>>;
+    /// Quantizes one weight matrix `[out, in]`.
+    fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution>;
+}
+
+/// Puts codes and grid together, and measures them when the Hessian is known.
+fn finish<B: Backend>(
+    backend: &B,
+    shared: &Shared<'_, B>,
+    weight: &B::Matrix,
+    grid: Grid,
+    codes: Vec<u8>,
+) -> Result<Solution> {
+    let [rows, cols] = backend.shape(weight);
+    let width = grid.spec.scheme.group_width(cols);
+    let contiguous = grid.spec.group_of.iter().enumerate().all(|(col, group)| col / width == *group as usize);
+    let quantized = QuantizedWeight {
+        rows,
+        cols,
+        scheme: grid.spec.scheme,
+        codes,
+        scales: grid.scales,
+        zeros: grid.zeros,
+        group_of: if contiguous { None } else { Some(grid.spec.group_of) },
+    };
+    let (mut proxy_loss, mut relative_error) = (None, None);
+    if let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) {
+        let restored = ndarray::Array2::from_shape_vec([rows, cols], quantized.dequantize()).expect("the same shape");
+        let mut error = backend.upload(restored.mapv_into(|x| -x))?;
+        backend.add(&mut error, weight)?;
+        let (lost, whole) = (backend.quadratic(&error, gram)?.max(0.0), backend.quadratic(weight, gram)?);
+        proxy_loss = Some(lost);
+        relative_error = (whole > 0.0).then(|| lost / whole);
+    }
+    let damp = shared.factor.as_ref().map(|f| f.damp);
+    Ok(Solution { weight: quantized, proxy_loss, relative_error, damp, fallback: shared.fallback.clone() })
+}

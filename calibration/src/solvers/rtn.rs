@@ -1,0 +1,33 @@
+//! Round to nearest: every weight on its own.
+
+use kernels::{Backend, GridSpec, Result};
+
+use super::{Observer, Shared, Solution, Solver, finish};
+use crate::statistics::{Needs, Statistics};
+
+/// Rounds to the nearest code of a grid that `observer` chooses.
+#[derive(Clone, Copy, Debug)]
+pub struct Rtn {
+    /// How scales are chosen.
+    pub observer: Observer,
+}
+
+impl<B: Backend> Solver<B> for Rtn {
+    fn id(&self) -> &'static str {
+        "rtn"
+    }
+
+    fn needs(&self) -> Needs {
+        self.observer.needs()
+    }
+
+    fn share<'a>(&self, _: &B, statistics: Option<&'a Statistics<B>>) -> Result<Shared<'a, B>> {
+        Ok(Shared { statistics, factor: None, fallback: None })
+    }
+
+    fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution> {
+        let grid = self.observer.fit(backend, weight, spec, shared.statistics)?;
+        let codes = backend.round(weight, &grid)?;
+        finish(backend, shared, weight, grid, codes)
+    }
+}

@@ -1,0 +1,122 @@
+//! The solvers on a fixture whose input channels are correlated and of very different energy.
+
+use formats::{ScalePrecision, Scheme};
+use kernels::{Backend, Cpu, GridSpec};
+use ndarray::Array2;
+
+use super::*;
+use crate::statistics::{Needs, Statistics};
+use crate::transforms::{Awq, Slot, Tie};
+
+/// A repeatable stream of numbers, roughly normal.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> f32 {
+        (0..4)
+            .map(|_| {
+                self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                ((self.0 >> 40) as f32) / (1u64 << 24) as f32 - 0.5
+            })
+            .sum::<f32>()
+            * 1.7
+    }
+
+    fn matrix(&mut self, rows: usize, cols: usize) -> Array2<f32> {
+        Array2::from_shape_simple_fn((rows, cols), || self.next())
+    }
+}
+
+fn fixture() -> (Array2<f32>, Array2<f32>) {
+    let mut noise = Noise(1);
+    let mixing = noise.matrix(24, 64);
+    let mut x = noise.matrix(600, 24).dot(&mixing) + noise.matrix(600, 64);
+    for (col, mut values) in x.columns_mut().into_iter().enumerate() {
+        let energy = if col % 13 == 5 { 12.0 } else { 0.3 + 0.02 * col as f32 };
+        values.mapv_inplace(|v| v * energy);
+    }
+    (noise.matrix(96, 64), x)
+}
+
+fn statistics(x: &Array2<f32>) -> Statistics<Cpu> {
+    let mut statistics = Statistics::new(&Cpu, x.ncols(), Needs::Hessian).unwrap();
+    statistics.add(&Cpu, &x.slice(ndarray::s![..200, ..]).to_owned()).unwrap();
+    statistics.add(&Cpu, &x.slice(ndarray::s![200.., ..]).to_owned()).unwrap();
+    statistics
+}
+
+fn solve(solver: &dyn Solver<Cpu>, scheme: Scheme) -> Solution {
+    let (w, x) = fixture();
+    let statistics = statistics(&x);
+    let shared = solver.share(&Cpu, Some(&statistics)).unwrap();
+    let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, w.ncols());
+    solver.solve(&Cpu, &shared, &w, &spec).unwrap()
+}
+
+const GPTQ: Gptq = Gptq { observer: Observer::Imatrix, damp: 0.05, act_order: true, desc_act: false };
+
+#[test]
+fn each_refinement_lowers_the_loss() {
+    for bits in [2, 3, 4, 8] {
+        for symmetric in [true, false] {
+            let scheme = Scheme { bits, group: Some(32), symmetric };
+            let loss = |solver: &dyn Solver<Cpu>| solve(solver, scheme).relative_error.unwrap();
+            let plain = loss(&Rtn { observer: Observer::MinMax });
+            let weighted = loss(&Rtn { observer: Observer::Imatrix });
+            let swept = loss(&GPTQ);
+            assert!(swept < 0.8 * weighted && weighted < plain, "{scheme:?}: {plain} {weighted} {swept}");
+            let clipped = loss(&Rtn { observer: Observer::Clip });
+            assert!(clipped <= plain, "{scheme:?}: {plain} clipped {clipped}");
+        }
+    }
+}
+
+#[test]
+fn the_reported_loss_is_the_output_error() {
+    let (w, x) = fixture();
+    let solution = solve(&GPTQ, Scheme { bits: 4, group: Some(16), symmetric: false });
+    let restored = Array2::from_shape_vec(w.raw_dim(), solution.weight.dequantize()).unwrap();
+    let energy = |m: &Array2<f32>| m.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
+    let (lost, whole) = (energy(&x.dot(&(&w - &restored).t())), energy(&x.dot(&w.t())));
+    assert!((solution.proxy_loss.unwrap() - lost).abs() < 1e-3 * lost);
+    assert!((solution.relative_error.unwrap() - lost / whole).abs() < 1e-3 * lost / whole);
+}
+
+#[test]
+fn descending_activation_order_leaves_its_groups_in_the_weight() {
+    let scheme = Scheme { bits: 4, group: Some(16), symmetric: false };
+    let solution = solve(&Gptq { desc_act: true, ..GPTQ }, scheme);
+    let groups = solution.weight.group_of.as_ref().expect("scattered groups");
+    assert_eq!((0..4).map(|g| groups.iter().filter(|x| **x == g).count()).collect::<Vec<_>>(), [16; 4]);
+    assert!(solution.relative_error.unwrap() < 0.05);
+    assert!(solve(&GPTQ, scheme).weight.group_of.is_none());
+}
+
+#[test]
+fn a_hopeless_hessian_is_reported_not_hidden() {
+    let mut statistics = statistics(&fixture().1);
+    let mut gram = Array2::<f32>::eye(64);
+    gram[[40, 3]] = 1e9;
+    statistics.gram = Some(gram);
+    let shared = Solver::<Cpu>::share(&GPTQ, &Cpu, Some(&statistics)).unwrap();
+    assert!(shared.factor.is_none());
+    assert!(shared.fallback.unwrap().contains("rounded to nearest"));
+}
+
+#[test]
+fn awq_scales_help_rounding_and_keep_the_function() {
+    let (w, x) = fixture();
+    let statistics = statistics(&x);
+    let spec = GridSpec::contiguous(Scheme { bits: 3, group: Some(32), symmetric: false }, ScalePrecision::F16, 0, 64);
+    let slot = Slot { readers: vec![(&w, &spec)], statistics: &statistics, tie: Tie::Free };
+    let found = Awq { rows: 96, ..Awq::default() }.scales(&Cpu, &slot).unwrap();
+    assert!(found.alpha > 0.0 && found.loss[1] < 0.9 * found.loss[0], "{found:?}");
+    let mut scaled = w.clone();
+    Cpu.scale(&mut scaled, &[], &found.reader).unwrap();
+    let inverse: Vec<f32> = found.producer.iter().map(|t| 1.0 / t).collect();
+    let mut x_scaled = x.clone();
+    Cpu.scale(&mut x_scaled, &[], &inverse).unwrap();
+    let (before, after) = (x.dot(&w.t()), x_scaled.dot(&scaled.t()));
+    let largest = before.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    assert!(before.iter().zip(&after).all(|(a, b)| (a - b).abs() < 1e-4 * largest));
+}
