@@ -2,8 +2,17 @@
 //!
 //! Nothing here chooses scales, knows a model family or starts a thread.
 
+pub mod bits;
+pub mod codec;
+pub mod container;
+pub mod error;
 pub mod grid;
+pub mod tensor;
 pub mod weight;
 
+pub use codec::{CODECS, Codec, read_quantization};
+pub use container::safetensors::{SafetensorsFile, SafetensorsSet, ShardedWriter};
+pub use error::{Error, Result};
 pub use grid::{ScalePrecision, Scheme};
+pub use tensor::{Dtype, Tensor, TensorSpec, TensorView};
 pub use weight::QuantizedWeight;

@@ -1,0 +1,240 @@
+//! AWQ, version `gemm`: 4-bit codes packed along the outputs, eight to a word in the order 0 2 4 6 1 3 5 7.
+//!
+//! ```text
+//! qweight  I32 [cols, rows/8]    nibble k of word c is output 8c + ORDER[k]
+//! qzeros   I32 [groups, rows/8]  in the same order, as they are
+//! scales   F16 [groups, rows]
+//! ```
+
+use serde_json::json;
+
+use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
+use super::{
+    check_group, check_weight, exact_scales, expect_shape, from_words, part, to_words, transpose, words_shape,
+};
+use crate::error::{Error, Result};
+use crate::grid::Scheme;
+use crate::tensor::{Dtype, Tensor};
+use crate::weight::QuantizedWeight;
+
+/// Nibble `k` of a word holds the output `ORDER[k]` of the eight.
+const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+
+/// The AWQ layout of AutoAWQ, version `gemm`.
+#[derive(Clone, Copy, Debug)]
+pub struct Awq;
+
+impl Codec for Awq {
+    fn id(&self) -> &'static str {
+        "awq"
+    }
+
+    fn supports(&self, rows: usize, cols: usize, scheme: &Scheme, desc_act: bool) -> Result<(), String> {
+        if scheme.bits != 4 {
+            return Err(format!("AWQ stores 4 bits only, not {}; write compressed-tensors or GPTQ", scheme.bits));
+        }
+        if desc_act {
+            return Err("AWQ cannot store reordered groups (desc_act); write GPTQ, or leave it out".into());
+        }
+        if !rows.is_multiple_of(8) {
+            return Err(format!(
+                "AWQ stores multiples of 8 rows only, not {rows}; leave the linear out or write compressed-tensors"
+            ));
+        }
+        check_group(cols, scheme)
+    }
+
+    fn layout(
+        &self,
+        rows: usize,
+        cols: usize,
+        scheme: &Scheme,
+        scale_dtype: Dtype,
+    ) -> Vec<(&'static str, Dtype, Vec<usize>)> {
+        let groups = scheme.groups(cols);
+        vec![
+            ("qweight", Dtype::I32, vec![cols, rows / 8]),
+            ("qzeros", Dtype::I32, vec![groups, rows / 8]),
+            ("scales", scale_dtype, vec![groups, rows]),
+        ]
+    }
+
+    fn min_zero(&self) -> u8 {
+        0
+    }
+
+    fn scale_dtype(&self, _model: Dtype) -> Dtype {
+        Dtype::F16
+    }
+
+    fn encode(&self, weight: &QuantizedWeight, scale_dtype: Dtype) -> Result<Parts> {
+        check_weight(weight)?;
+        let &QuantizedWeight { rows, cols, scheme, .. } = weight;
+        self.supports(rows, cols, &scheme, weight.group_of.is_some()).map_err(Error::invalid)?;
+        let groups = weight.groups();
+        let data = [
+            from_words(&pack_outputs(&weight.codes, rows, cols)),
+            from_words(&pack_outputs(&weight.zeros, rows, groups)),
+            exact_scales(scale_dtype, &transpose(&weight.scales, rows, groups))?,
+        ];
+        let parts = self.layout(rows, cols, &scheme, scale_dtype).into_iter().zip(data);
+        Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
+    }
+
+    fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
+        let scheme = declared.scheme;
+        let packed = part(parts, "qweight")?;
+        let [cols, words] = words_shape(&packed, "qweight")?;
+        let rows = words * 8;
+        let codes = unpack_outputs(&to_words(packed.data), rows, cols);
+
+        let groups = scheme.groups(cols);
+        let scale = part(parts, "scales")?;
+        expect_shape(&scale, "scales", &[groups, rows])?;
+        let scales = transpose(&scale.to_f32()?, groups, rows);
+        let zeros = match parts("qzeros") {
+            Some(zeros) => {
+                words_shape(&zeros, "qzeros")?;
+                expect_shape(&zeros, "qzeros", &[groups, words])?;
+                unpack_outputs(&to_words(zeros.data), rows, groups)
+            }
+            None if scheme.symmetric => vec![scheme.midpoint(); rows * groups],
+            None => return Err(Error::missing("its part qzeros")),
+        };
+        let symmetric = scheme.symmetric && zeros.iter().all(|&zero| zero == scheme.midpoint());
+        let scheme = Scheme { symmetric, ..scheme };
+        Ok(QuantizedWeight { rows, cols, scheme, codes, scales, zeros, group_of: None })
+    }
+
+    fn part_names(&self) -> &'static [&'static str] {
+        &["qweight", "qzeros", "scales"]
+    }
+
+    /// `zero_point` is always true and zeros are always stored, symmetric (all 8) or not: every reader takes that.
+    fn config(&self, modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Result<ConfigFiles> {
+        let Some(first) = modules.first() else {
+            return Err(Error::invalid("an AWQ checkpoint needs at least one quantized linear"));
+        };
+        let key = |m: &QuantizedModule<'_>| (m.scheme.bits, m.scheme.group);
+        if let Some(other) = modules.iter().find(|module| key(module) != key(first)) {
+            return Err(Error::unsupported(format!(
+                "AWQ stores one scheme for the whole model, but {} has {} with group {} and {} has {} with group {}; \
+                 write compressed-tensors, or give every linear the same scheme",
+                first.name,
+                first.scheme.name(),
+                super::gptq::group_size(&first.scheme),
+                other.name,
+                other.scheme.name(),
+                super::gptq::group_size(&other.scheme)
+            )));
+        }
+        let lm_head = modules.iter().any(|module| module.name == "lm_head");
+        let mut skip: Vec<&str> = unquantized_linears.iter().map(String::as_str).collect();
+        if skip.iter().all(|name| *name == "lm_head") {
+            skip.clear();
+        } else if !lm_head && !skip.contains(&"lm_head") {
+            skip.push("lm_head");
+        }
+        let quantization_config = json!({
+            "quant_method": "awq",
+            "bits": first.scheme.bits,
+            "group_size": super::gptq::group_size(&first.scheme),
+            "zero_point": true,
+            "version": "gemm",
+            "lm_head": lm_head,
+            "modules_to_not_convert": if skip.is_empty() { None } else { Some(skip) },
+        });
+        Ok(ConfigFiles { quantization_config, files: Vec::new(), notes: Vec::new() })
+    }
+}
+
+/// Packs `[rows, cols]` into `[cols, rows/8]` words.
+fn pack_outputs(codes: &[u8], rows: usize, cols: usize) -> Vec<u32> {
+    let mut words = vec![0; rows / 8 * cols];
+    if cols > 0 {
+        for (words, codes) in words.chunks_exact_mut(cols).zip(codes.chunks_exact(8 * cols)) {
+            for (k, row) in ORDER.into_iter().enumerate() {
+                for (word, &code) in words.iter_mut().zip(&codes[row * cols..][..cols]) {
+                    *word |= u32::from(code) << (4 * k);
+                }
+            }
+        }
+    }
+    transpose(&words, rows / 8, cols)
+}
+
+/// The inverse of [`pack_outputs`].
+fn unpack_outputs(words: &[u32], rows: usize, cols: usize) -> Vec<u8> {
+    let words = transpose(words, cols, rows / 8);
+    let mut codes = vec![0; rows * cols];
+    if cols > 0 {
+        for (codes, words) in codes.chunks_exact_mut(8 * cols).zip(words.chunks_exact(cols)) {
+            for (k, row) in ORDER.into_iter().enumerate() {
+                for (code, word) in codes[row * cols..][..cols].iter_mut().zip(words) {
+                    *code = (word >> (4 * k) & 15) as u8;
+                }
+            }
+        }
+    }
+    codes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::testing::{Vector, any_weight, check_round_trip};
+    use proptest::prelude::*;
+
+    #[test]
+    fn equals_autoawq_byte_for_byte() {
+        let v = Vector::load("awq_gemm_w4");
+        let scheme = Scheme { bits: 4, group: Some(v.usize("group_size")), symmetric: false };
+        let [rows, cols]: [usize; 2] = v.shape("codes_out_in").try_into().unwrap();
+        let groups = scheme.groups(cols);
+        let zeros: Vec<u8> = v.ints("zeros_groups_out").iter().map(|z| *z as u8).collect();
+        let weight = QuantizedWeight {
+            rows,
+            cols,
+            scheme,
+            codes: v.ints("codes_out_in").iter().map(|c| *c as u8).collect(),
+            scales: transpose(&v.floats("scales"), groups, rows),
+            zeros: transpose(&zeros, groups, rows),
+            group_of: None,
+        };
+        let parts = Awq.encode(&weight, Dtype::F16).unwrap();
+        for (name, found) in &parts.0 {
+            assert!(*found == v.tensor(name), "{name}");
+        }
+        let back = Awq.decode(&|name| parts.get(name), &Declared { scheme, zeros_minus_one: false }).unwrap();
+        assert_eq!(back, weight);
+        let mut row = vec![0.0; cols];
+        back.dequantize_row(0, &mut row);
+        for (ours, theirs) in row.iter().zip(v.floats("dequant_out_in_first_row")) {
+            assert_eq!(*ours, theirs);
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn round_trip(weight in any_weight(Just(4u8), (1usize..9).prop_map(|n| 8 * n), 1usize..140, 0)) {
+            check_round_trip(&Awq, &weight);
+        }
+    }
+
+    #[test]
+    fn one_scheme_only() {
+        let scheme = Scheme { bits: 4, group: Some(64), symmetric: false };
+        let module = |name, scheme| QuantizedModule { name, scheme, desc_act: false };
+        let same = [module("a.0.x", scheme), module("a.1.x", scheme)];
+        let config = |others: &[&str]| {
+            let others: Vec<String> = others.iter().map(|s| s.to_string()).collect();
+            Awq.config(&same, &others).unwrap().quantization_config["modules_to_not_convert"].clone()
+        };
+        assert_eq!(config(&["lm_head"]), json!(null));
+        assert_eq!(config(&["a.0.y"]), json!(["a.0.y", "lm_head"]));
+        let mixed = [module("a.0.x", scheme), module("a.1.x", Scheme { group: Some(32), ..scheme })];
+        let message = Awq.config(&mixed, &[]).unwrap_err().to_string();
+        assert!(message.starts_with("AWQ stores one scheme for the whole model, but a.0.x has"), "{message}");
+    }
+}

@@ -1,0 +1,393 @@
+//! compressed-tensors `pack-quantized`: vLLM's own weight-only integer layout.
+//!
+//! ```text
+//! weight_packed      I32 [rows, ⌈cols·b/32⌉]    each row a bit stream of codes
+//! weight_scale       F16|BF16|F32 [rows, groups]
+//! weight_shape       I64 [2] = rows, cols
+//! weight_zero_point  I32 [⌈rows·b/32⌉, groups]  only when asymmetric; each column a bit stream of zeros
+//! ```
+//!
+//! The library thinks in signed codes `−2^(b−1)..` and stores them plus `2^(b−1)`, which is our unsigned code.
+
+use serde_json::{Map, Value, json};
+
+use super::names::Selection;
+use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
+use super::{check_group, check_weight, exact_scales, expect_shape, from_words, group_map, pack_rows, part, to_words};
+use super::{transpose, unpack_rows, words_shape};
+use crate::bits::{packed_words, unpack};
+use crate::error::{Error, Result};
+use crate::grid::Scheme;
+use crate::tensor::{Dtype, Tensor};
+use crate::weight::QuantizedWeight;
+
+/// The version of the compressed-tensors library whose layout is written.
+const VERSION: &str = "0.20.0";
+
+/// The `pack-quantized` format of compressed-tensors.
+#[derive(Clone, Copy, Debug)]
+pub struct CompressedTensors;
+
+impl Codec for CompressedTensors {
+    fn id(&self) -> &'static str {
+        "compressed-tensors"
+    }
+
+    fn supports(&self, _rows: usize, cols: usize, scheme: &Scheme, desc_act: bool) -> Result<(), String> {
+        if !(2..=8).contains(&scheme.bits) {
+            return Err(format!("compressed-tensors packs 2 to 8 bits, not {}", scheme.bits));
+        }
+        if desc_act {
+            return Err(
+                "compressed-tensors no longer stores reordered groups (desc_act); write GPTQ, or leave it out".into()
+            );
+        }
+        check_group(cols, scheme)
+    }
+
+    fn layout(
+        &self,
+        rows: usize,
+        cols: usize,
+        scheme: &Scheme,
+        scale_dtype: Dtype,
+    ) -> Vec<(&'static str, Dtype, Vec<usize>)> {
+        let groups = scheme.groups(cols);
+        let mut layout = vec![
+            ("weight_packed", Dtype::I32, vec![rows, packed_words(cols, scheme.bits)]),
+            ("weight_scale", scale_dtype, vec![rows, groups]),
+            ("weight_shape", Dtype::I64, vec![2]),
+        ];
+        if !scheme.symmetric {
+            layout.push(("weight_zero_point", Dtype::I32, vec![packed_words(rows, scheme.bits), groups]));
+        }
+        layout
+    }
+
+    fn min_zero(&self) -> u8 {
+        0
+    }
+
+    fn scale_dtype(&self, model: Dtype) -> Dtype {
+        if model == Dtype::BF16 { Dtype::BF16 } else { Dtype::F16 }
+    }
+
+    fn encode(&self, weight: &QuantizedWeight, scale_dtype: Dtype) -> Result<Parts> {
+        check_weight(weight)?;
+        let &QuantizedWeight { rows, cols, scheme, .. } = weight;
+        if weight.group_of.is_some() {
+            return Err(Error::invalid("compressed-tensors cannot store reordered groups"));
+        }
+        let groups = weight.groups();
+        let mut data = vec![
+            pack_rows(&weight.codes, cols, scheme.bits),
+            exact_scales(scale_dtype, &weight.scales)?,
+            [rows as i64, cols as i64].iter().flat_map(|extent| extent.to_le_bytes()).collect(),
+        ];
+        if !scheme.symmetric {
+            let packed = pack_rows(&transpose(&weight.zeros, rows, groups), rows, scheme.bits);
+            let words = packed_words(rows, scheme.bits);
+            data.push(from_words(&transpose(&to_words(&packed), groups, words)));
+        }
+        let layout = self.layout(rows, cols, &scheme, scale_dtype);
+        let parts = layout.into_iter().zip(data);
+        Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
+    }
+
+    fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
+        let scheme = declared.scheme;
+        let bits = scheme.bits;
+        let [rows, cols] = stored_shape(parts)?;
+        let groups = scheme.groups(cols);
+
+        let packed = part(parts, "weight_packed")?;
+        let [packed_rows, words] = words_shape(&packed, "weight_packed")?;
+        if packed_rows != rows {
+            return Err(Error::mismatch("the number of rows in weight_packed", rows, packed_rows));
+        }
+        // Versions before 0.18 kept ⌊32/b⌋ codes in a word; with 2, 4 and 8 bits that is the same.
+        let per_word = 32 / usize::from(bits);
+        let codes = if words == packed_words(cols, bits) {
+            unpack_rows(packed.data, rows, cols, bits)
+        } else if words == cols.div_ceil(per_word) {
+            unpack_padded(packed.data, rows, cols, bits)
+        } else {
+            let expected = format!("{} (or, padded, {})", packed_words(cols, bits), cols.div_ceil(per_word));
+            return Err(Error::mismatch("the number of words in a row of weight_packed", expected, words));
+        };
+
+        let scale = part(parts, "weight_scale")?;
+        let mut scales = scale.to_f32()?;
+        if scales.len() == 1 && groups == 1 {
+            scales = vec![scales[0]; rows];
+        } else if scales.len() != rows * groups {
+            expect_shape(&scale, "weight_scale", &[rows, groups])?;
+        }
+
+        let zeros = match parts("weight_zero_point") {
+            // Older versions stored zeros beside symmetric codes too, all of them 0.
+            _ if scheme.symmetric => vec![scheme.midpoint(); rows * groups],
+            None => return Err(Error::missing("its part weight_zero_point, which an asymmetric scheme needs,")),
+            Some(zero) if zero.dtype == Dtype::I8 => {
+                expect_shape(&zero, "weight_zero_point", &[rows, groups])?;
+                zero.data.iter().map(|&z| z.wrapping_add(scheme.midpoint()) & scheme.max_code()).collect()
+            }
+            Some(zero) => {
+                words_shape(&zero, "weight_zero_point")?;
+                let words = packed_words(rows, bits);
+                let (words, padded) = if zero.shape == [rows.div_ceil(per_word), groups] && zero.shape[0] != words {
+                    (rows.div_ceil(per_word), true)
+                } else {
+                    expect_shape(&zero, "weight_zero_point", &[words, groups])?;
+                    (words, false)
+                };
+                let by_group = from_words(&transpose(&to_words(zero.data), words, groups));
+                let by_group = if padded {
+                    unpack_padded(&by_group, groups, rows, bits)
+                } else {
+                    unpack_rows(&by_group, groups, rows, bits)
+                };
+                transpose(&by_group, groups, rows)
+            }
+        };
+
+        // Written by versions up to 0.18 for `actorder: group`.
+        let group_of = match parts("weight_g_idx") {
+            Some(map) if map.data.iter().any(|&b| b != 0xff) => {
+                map.expect("weight_g_idx", Dtype::I32, &[cols])?;
+                group_map(to_words(map.data), &scheme, groups)?
+            }
+            _ => None,
+        };
+        Ok(QuantizedWeight { rows, cols, scheme, codes, scales, zeros, group_of })
+    }
+
+    fn part_names(&self) -> &'static [&'static str] {
+        &["weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"]
+    }
+
+    fn config(&self, modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Result<ConfigFiles> {
+        let selections = super::names::by_scheme(modules, unquantized_linears);
+        let mut groups = Map::new();
+        for (index, Selection { scheme, names, .. }) in selections.iter().enumerate() {
+            let targets = match selections.len() {
+                1 => vec!["Linear".to_string()],
+                _ => names.targets(),
+            };
+            let strategy = if scheme.group.is_some() { "group" } else { "channel" };
+            let group = json!({
+                "targets": targets,
+                // Without its own format a loader guesses one from the widths.
+                "format": "pack-quantized",
+                "weights": {
+                    "num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "strategy": strategy,
+                    "group_size": scheme.group, "dynamic": false,
+                },
+                "input_activations": null,
+                "output_activations": null,
+            });
+            groups.insert(format!("group_{index}"), group);
+        }
+        // A tied head is a Linear too, though it has no tensor of its own.
+        let mut ignore: Vec<String> = unquantized_linears.to_vec();
+        if !modules.iter().any(|module| module.name == "lm_head") && !ignore.iter().any(|name| name == "lm_head") {
+            ignore.push("lm_head".into());
+        }
+        let mut notes = Vec::new();
+        if modules.iter().any(|module| !module.scheme.symmetric) {
+            notes.push(
+                "transformers loads asymmetric compressed-tensors only with CompressedTensorsConfig(dequantize=True); vLLM loads them as they are"
+                    .into(),
+            );
+        }
+        let quantization_config = json!({
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            // Without this transformers leaves the linears at random values, silently.
+            "quantization_status": "compressed",
+            "version": VERSION,
+            "global_compression_ratio": null,
+            "kv_cache_scheme": null,
+            "ignore": ignore,
+            "sparsity_config": {},
+            "transform_config": {},
+            "config_groups": Value::Object(groups),
+        });
+        Ok(ConfigFiles { quantization_config, files: Vec::new(), notes })
+    }
+}
+
+fn stored_shape(parts: &PartLookup<'_, '_>) -> Result<[usize; 2]> {
+    let shape = part(parts, "weight_shape")?;
+    let extents: Vec<u64> = match shape.dtype {
+        Dtype::I64 => {
+            shape.data.chunks_exact(8).map(|b| u64::from_le_bytes(b.try_into().expect("eight bytes"))).collect()
+        }
+        Dtype::I32 => to_words(shape.data).into_iter().map(u64::from).collect(),
+        other => return Err(Error::mismatch("the type of weight_shape", Dtype::I64, other)),
+    };
+    // Neither extent can exceed what the packed codes could hold, so products below cannot overflow.
+    let limit = part(parts, "weight_packed")?.data.len() as u64 * 8;
+    match extents[..] {
+        [rows, cols] if rows <= limit && cols <= limit && rows.checked_mul(cols).is_some_and(|n| n <= limit) => {
+            Ok([rows as usize, cols as usize])
+        }
+        _ => Err(Error::mismatch("weight_shape", "the rows and columns of weight_packed", format_args!("{extents:?}"))),
+    }
+}
+
+/// Rows of words that each hold ⌊32/b⌋ codes and leave their top bits unused.
+fn unpack_padded(packed: &[u8], rows: usize, cols: usize, bits: u8) -> Vec<u8> {
+    let per_word = 32 / usize::from(bits);
+    let row_bytes = 4 * cols.div_ceil(per_word);
+    let mut codes = vec![0; rows * cols];
+    if cols > 0 {
+        for (codes, packed) in codes.chunks_exact_mut(cols).zip(packed.chunks_exact(row_bytes)) {
+            for (codes, word) in codes.chunks_mut(per_word).zip(packed.chunks_exact(4)) {
+                unpack(word, bits, codes);
+            }
+        }
+    }
+    codes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::testing::{Vector, any_weight, check_round_trip};
+    use proptest::prelude::*;
+
+    /// Encodes the library's codes and compares with the library's bytes, then decodes those.
+    fn check(vector: &str) {
+        let v = Vector::load(vector);
+        let args = v.value("weights_args");
+        let bits = args["num_bits"].as_u64().unwrap() as u8;
+        let symmetric = args["symmetric"].as_bool().unwrap();
+        let group = args["group_size"].as_u64().map(|g| g as usize);
+        let scheme = Scheme { bits, group, symmetric };
+        let half = i64::from(scheme.midpoint());
+        let [rows, cols]: [usize; 2] = v.shape("codes").try_into().unwrap();
+        let zeros = if symmetric {
+            vec![scheme.midpoint(); rows * scheme.groups(cols)]
+        } else {
+            // The vector holds zeros only as the library packed them; read them one field at a time.
+            let words: Vec<u32> = v.ints("weight_zero_point").iter().map(|w| *w as u32).collect();
+            let groups = scheme.groups(cols);
+            let field = |row: usize, group: usize| words[row * 4 / 32 * groups + group] >> (row * 4 % 32) & 15;
+            assert_eq!(bits, 4);
+            (0..rows * groups).map(|i| field(i / groups, i % groups) as u8).collect()
+        };
+        let weight = QuantizedWeight {
+            rows,
+            cols,
+            scheme,
+            codes: v.ints("codes").iter().map(|c| (c + half) as u8).collect(),
+            scales: v.floats("weight_scale"),
+            zeros,
+            group_of: None,
+        };
+        let parts = CompressedTensors.encode(&weight, Dtype::BF16).unwrap();
+        let names = CompressedTensors.layout(rows, cols, &scheme, Dtype::BF16);
+        for ((name, dtype, shape), (found_name, found)) in names.iter().zip(&parts.0) {
+            assert_eq!((name, dtype, shape), (found_name, &found.dtype, &found.shape), "{vector}");
+            let expected = v.tensor(name);
+            assert_eq!(found.shape, expected.shape, "{vector} {name}");
+            assert_eq!(found.data, expected.data, "{vector} {name}");
+        }
+        let declared = Declared { scheme, zeros_minus_one: false };
+        let back = CompressedTensors.decode(&|name| parts.get(name), &declared).unwrap();
+        assert_eq!(back, weight, "{vector}");
+        // The library multiplied in bfloat16.
+        let mut row = vec![0.0; cols];
+        back.dequantize_row(0, &mut row);
+        for (ours, theirs) in row.iter().zip(v.floats("dequant_first_row")) {
+            assert_eq!(half::bf16::from_f32(*ours).to_f32(), theirs, "{vector}");
+        }
+    }
+
+    #[test]
+    fn equals_the_library_byte_for_byte() {
+        check("ct_pack_w3_sym_group");
+        check("ct_pack_w4_sym_group");
+        check("ct_pack_w4_asym_group");
+        check("ct_pack_w8_sym_channel");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn round_trip(weight in any_weight(2u8..=8, 1usize..40, 1usize..140, 0)) {
+            check_round_trip(&CompressedTensors, &weight);
+        }
+
+        #[test]
+        fn the_padded_layout_of_older_versions_is_read(weight in any_weight(prop::sample::select(vec![3u8, 5, 6, 7]), 1usize..40, 32usize..140, 0)) {
+            let &QuantizedWeight { rows, cols, scheme, .. } = &weight;
+            let per_word = 32 / usize::from(scheme.bits);
+            let words = cols.div_ceil(per_word);
+            prop_assume!(words != packed_words(cols, scheme.bits));
+            prop_assume!(scheme.symmetric || rows.div_ceil(per_word) != packed_words(rows, scheme.bits));
+            let pad = |codes: &[u8], cols: usize| -> Vec<u32> {
+                codes.chunks(cols).flat_map(|row| row.chunks(per_word)).map(|codes| {
+                    codes.iter().enumerate().map(|(i, &c)| u32::from(c) << (i * usize::from(scheme.bits))).sum()
+                }).collect()
+            };
+            let mut parts = CompressedTensors.encode(&weight, Dtype::F16).unwrap();
+            parts.0[0].1 = Tensor { dtype: Dtype::I32, shape: vec![rows, words], data: from_words(&pad(&weight.codes, cols)) };
+            if !scheme.symmetric {
+                let groups = weight.groups();
+                let zero_words = rows.div_ceil(per_word);
+                let zeros = transpose(&pad(&transpose(&weight.zeros, rows, groups), rows), groups, zero_words);
+                parts.0[3].1 = Tensor { dtype: Dtype::I32, shape: vec![zero_words, groups], data: from_words(&zeros) };
+            }
+            let declared = Declared { scheme, zeros_minus_one: false };
+            prop_assert_eq!(CompressedTensors.decode(&|name| parts.get(name), &declared).unwrap(), weight);
+        }
+    }
+
+    #[test]
+    fn parts_that_disagree_are_refused() {
+        let scheme = Scheme { bits: 4, group: Some(32), symmetric: false };
+        let weight = QuantizedWeight {
+            rows: 8,
+            cols: 64,
+            scheme,
+            codes: vec![3; 512],
+            scales: vec![0.5; 16],
+            zeros: vec![9; 16],
+            group_of: None,
+        };
+        let good = CompressedTensors.encode(&weight, Dtype::F16).unwrap();
+        let check = |spoil: &dyn Fn(&mut Parts), message: &str| {
+            let mut parts = good.clone();
+            spoil(&mut parts);
+            let declared = Declared { scheme, zeros_minus_one: false };
+            let error = CompressedTensors.decode(&|name| parts.get(name), &declared).unwrap_err();
+            assert_eq!(error.to_string(), message);
+        };
+        check(&|p| drop(p.0.remove(0)), "its part weight_packed is missing");
+        check(&|p| drop(p.0.remove(3)), "its part weight_zero_point, which an asymmetric scheme needs, is missing");
+        check(&|p| p.0[1].1.shape = vec![8, 3], "the data of 24 F16 values is 32 bytes, expected 48 bytes");
+        check(
+            &|p| p.0[2].1.data = [8i64, 4000].iter().flat_map(|v| v.to_le_bytes()).collect(),
+            "weight_shape is [8, 4000], expected the rows and columns of weight_packed",
+        );
+        check(
+            &|p| p.0[2].1.data = [8i64, 48].iter().flat_map(|v| v.to_le_bytes()).collect(),
+            "the number of words in a row of weight_packed is 8, expected 6 (or, padded, 6)",
+        );
+    }
+
+    #[test]
+    fn config_of_one_scheme_targets_linear_and_always_ignores_the_head() {
+        let scheme = Scheme { bits: 4, group: None, symmetric: true };
+        let modules = [QuantizedModule { name: "model.layers.0.mlp.up_proj", scheme, desc_act: false }];
+        let files = CompressedTensors.config(&modules, &["model.layers.0.mlp.down_proj".into()]).unwrap();
+        let config = files.quantization_config;
+        assert_eq!(config["config_groups"]["group_0"]["targets"], json!(["Linear"]));
+        assert_eq!(config["config_groups"]["group_0"]["weights"]["strategy"], "channel");
+        assert_eq!(config["config_groups"]["group_0"]["format"], "pack-quantized");
+        assert_eq!(config["ignore"], json!(["model.layers.0.mlp.down_proj", "lm_head"]));
+        assert_eq!(config["quantization_status"], "compressed");
+    }
+}

@@ -1,0 +1,351 @@
+//! GPTQ: codes packed along the inputs, zeros along the outputs; version 1 on disk, version 2 read too.
+//!
+//! ```text
+//! qweight  I32 [cols·b/32, rows]    column o is the bit stream of output o's codes
+//! qzeros   I32 [groups, rows·b/32]  each row a bit stream of zeros, in version 1 minus one (mod 2^b, field by field)
+//! scales   F16 [groups, rows]
+//! g_idx    I32 [cols]               the group of each input
+//! ```
+
+use serde_json::{Map, Value, json};
+
+use super::names::{self, NameSet};
+use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
+use super::{check_group, check_weight, exact_scales, expect_shape, from_words, group_map, pack_rows, part, to_words};
+use super::{transpose, unpack_rows, words_shape};
+use crate::bits::packed_words;
+use crate::error::{Error, Result};
+use crate::grid::Scheme;
+use crate::tensor::{Dtype, Tensor};
+use crate::weight::QuantizedWeight;
+
+/// The GPTQ layout of AutoGPTQ and GPTQModel.
+#[derive(Clone, Copy, Debug)]
+pub struct Gptq;
+
+impl Codec for Gptq {
+    fn id(&self) -> &'static str {
+        "gptq"
+    }
+
+    fn supports(&self, rows: usize, cols: usize, scheme: &Scheme, _desc_act: bool) -> Result<(), String> {
+        if !matches!(scheme.bits, 2 | 3 | 4 | 8) {
+            return Err(format!("GPTQ stores 2, 3, 4 or 8 bits, not {}", scheme.bits));
+        }
+        for (what, extent) in [("rows", rows), ("columns", cols)] {
+            if !extent.is_multiple_of(32) {
+                return Err(format!(
+                    "GPTQ stores multiples of 32 {what} only, not {extent}; leave the linear out or write compressed-tensors"
+                ));
+            }
+        }
+        check_group(cols, scheme)
+    }
+
+    fn layout(
+        &self,
+        rows: usize,
+        cols: usize,
+        scheme: &Scheme,
+        scale_dtype: Dtype,
+    ) -> Vec<(&'static str, Dtype, Vec<usize>)> {
+        let groups = scheme.groups(cols);
+        vec![
+            ("qweight", Dtype::I32, vec![packed_words(cols, scheme.bits), rows]),
+            ("qzeros", Dtype::I32, vec![groups, packed_words(rows, scheme.bits)]),
+            ("scales", scale_dtype, vec![groups, rows]),
+            ("g_idx", Dtype::I32, vec![cols]),
+        ]
+    }
+
+    /// Version 1 subtracts one, and readers differ on what becomes of 0.
+    fn min_zero(&self) -> u8 {
+        1
+    }
+
+    fn scale_dtype(&self, _model: Dtype) -> Dtype {
+        Dtype::F16
+    }
+
+    fn encode(&self, weight: &QuantizedWeight, scale_dtype: Dtype) -> Result<Parts> {
+        check_weight(weight)?;
+        let &QuantizedWeight { rows, cols, scheme, .. } = weight;
+        self.supports(rows, cols, &scheme, weight.group_of.is_some()).map_err(Error::invalid)?;
+        let groups = weight.groups();
+        if weight.zeros.contains(&0) {
+            return Err(Error::invalid("GPTQ version 1 cannot store a zero of 0; zeros must be at least 1"));
+        }
+
+        // A row's bit stream fills whole words, so packing rows and transposing words packs along the inputs.
+        let packed = to_words(&pack_rows(&weight.codes, cols, scheme.bits));
+        let qweight = from_words(&transpose(&packed, rows, packed_words(cols, scheme.bits)));
+        let mut zeros = transpose(&weight.zeros, rows, groups);
+        zeros.iter_mut().for_each(|zero| *zero -= 1);
+        let map: Vec<u32> = (0..cols).map(|col| weight.group_of(col) as u32).collect();
+        let data = [
+            qweight,
+            pack_rows(&zeros, rows, scheme.bits),
+            exact_scales(scale_dtype, &transpose(&weight.scales, rows, groups))?,
+            from_words(&map),
+        ];
+        let parts = self.layout(rows, cols, &scheme, scale_dtype).into_iter().zip(data);
+        Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
+    }
+
+    fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
+        let mut scheme = declared.scheme;
+        let bits = scheme.bits;
+        let packed = part(parts, "qweight")?;
+        let [words, rows] = words_shape(&packed, "qweight")?;
+        if !(words * 32).is_multiple_of(usize::from(bits)) {
+            return Err(Error::mismatch(format!("the height of qweight at {bits} bits"), "whole codes", words));
+        }
+        let cols = words * 32 / usize::from(bits);
+        let codes = unpack_rows(&from_words(&transpose(&to_words(packed.data), words, rows)), rows, cols, bits);
+
+        let groups = scheme.groups(cols);
+        let scale = part(parts, "scales")?;
+        expect_shape(&scale, "scales", &[groups, rows])?;
+        let scales = transpose(&scale.to_f32()?, groups, rows);
+
+        let qzeros = part(parts, "qzeros")?;
+        words_shape(&qzeros, "qzeros")?;
+        expect_shape(&qzeros, "qzeros", &[groups, packed_words(rows, bits)])?;
+        let mut zeros = transpose(&unpack_rows(qzeros.data, groups, rows, bits), groups, rows);
+        if declared.zeros_minus_one {
+            zeros.iter_mut().for_each(|zero| *zero = zero.wrapping_add(1) & scheme.max_code());
+        }
+        // Kernels for symmetric checkpoints ignore the zeros, the others use them; believe what is stored.
+        scheme.symmetric &= zeros.iter().all(|&zero| zero == scheme.midpoint());
+
+        let group_of = match parts("g_idx") {
+            Some(map) => {
+                map.expect("g_idx", Dtype::I32, &[cols])?;
+                group_map(to_words(map.data), &scheme, groups)?
+            }
+            None => None,
+        };
+        Ok(QuantizedWeight { rows, cols, scheme, codes, scales, zeros, group_of })
+    }
+
+    fn part_names(&self) -> &'static [&'static str] {
+        &["qweight", "qzeros", "scales", "g_idx"]
+    }
+
+    fn config(&self, modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Result<ConfigFiles> {
+        let selections = names::by_scheme(modules, unquantized_linears);
+        let Some(base) = selections.first() else {
+            return Err(Error::invalid("a GPTQ checkpoint needs at least one quantized linear"));
+        };
+        let mut notes = Vec::new();
+
+        // `dynamic`: other schemes, and linears left as they are. The first match wins, and the sets are disjoint.
+        let mut dynamic = Map::new();
+        for other in &selections[1..] {
+            for pattern in other.names.patterns() {
+                let settings = json!({
+                    "bits": other.scheme.bits, "group_size": group_size(&other.scheme),
+                    "sym": other.scheme.symmetric, "desc_act": other.desc_act,
+                });
+                dynamic.insert(format!("+:{pattern}"), settings);
+            }
+        }
+        if !dynamic.is_empty() {
+            notes.push(
+                "the linears have several schemes, which GPTQ states under `dynamic`: GPTQModel and vLLM read it, \
+                 transformers with optimum ignores it and would load wrong weights"
+                    .into(),
+            );
+        }
+        let left: Vec<&str> =
+            unquantized_linears.iter().map(String::as_str).filter(|name| names::tail(name).is_some()).collect();
+        let all: Vec<&str> = modules.iter().map(|module| module.name).chain(left.iter().copied()).collect();
+        for pattern in NameSet::new(&left, &all).patterns() {
+            dynamic.insert(format!("-:{pattern}"), json!({}));
+        }
+
+        // transformers with optimum replaces every linear of a block unless told which, block after block alike.
+        let mut in_block: Vec<&str> = Vec::new();
+        for tail in modules.iter().filter_map(|module| names::tail(module.name)) {
+            if !in_block.contains(&tail) {
+                in_block.push(tail);
+            }
+        }
+        if left.iter().filter_map(|name| names::tail(name)).any(|tail| in_block.contains(&tail)) {
+            notes.push(
+                "some linears are quantized in one decoder block and not in another, which GPTQ states under `dynamic`: \
+                 GPTQModel and vLLM read it, transformers with optimum ignores it and would load wrong weights"
+                    .into(),
+            );
+        }
+        if selections.iter().any(|s| !matches!(s.scheme.bits, 4 | 8) || !s.scheme.symmetric) {
+            notes.push("vLLM and SGLang load GPTQ only when symmetric with 4 or 8 bits; transformers and GPTQModel load the rest".into());
+        }
+        if selections.iter().any(|s| s.desc_act && s.scheme.group.is_some()) {
+            notes.push("vLLM and SGLang refuse desc_act with groups; transformers and GPTQModel load it".into());
+        }
+
+        let lm_head = modules.iter().any(|module| module.name == "lm_head");
+        let mut config = json!({
+            "quant_method": "gptq",
+            "bits": base.scheme.bits,
+            "group_size": group_size(&base.scheme),
+            "desc_act": base.desc_act,
+            "sym": base.scheme.symmetric,
+            "lm_head": lm_head,
+            "checkpoint_format": "gptq",
+            "pack_dtype": "int32",
+            "true_sequential": true,
+            "static_groups": !base.desc_act,
+            "meta": {"quantizer": [concat!("quantc:", env!("CARGO_PKG_VERSION"))]},
+        });
+        if !dynamic.is_empty() {
+            config["dynamic"] = Value::Object(dynamic);
+        }
+        if !left.is_empty() {
+            config["modules_in_block_to_quantize"] = json!([in_block]);
+        }
+        let text = serde_json::to_vec_pretty(&config).expect("a JSON value");
+        Ok(ConfigFiles { quantization_config: config, files: vec![("quantize_config.json".into(), text)], notes })
+    }
+}
+
+/// The group in a file's terms, where −1 is one scale per row.
+pub(super) fn group_size(scheme: &Scheme) -> i64 {
+    scheme.group.map_or(-1, |group| group as i64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::testing::{Vector, any_weight, check_round_trip};
+    use proptest::prelude::*;
+
+    /// Encodes GPTQModel's codes and compares with its bytes, then decodes those in both versions.
+    fn check(vector: &str) {
+        let v = Vector::load(vector);
+        let scheme = Scheme {
+            bits: v.usize("bits") as u8,
+            group: Some(v.usize("group_size")),
+            symmetric: v.value("sym").as_bool().unwrap(),
+        };
+        let [rows, cols]: [usize; 2] = v.shape("codes_out_in").try_into().unwrap();
+        let groups = scheme.groups(cols);
+        let map: Vec<u32> = v.ints("g_idx").iter().map(|g| *g as u32).collect();
+        let zeros: Vec<u8> = v.ints("zeros_groups_out").iter().map(|z| *z as u8).collect();
+        let weight = QuantizedWeight {
+            rows,
+            cols,
+            scheme,
+            codes: v.ints("codes_out_in").iter().map(|c| *c as u8).collect(),
+            scales: transpose(&v.floats("scales"), groups, rows),
+            zeros: transpose(&zeros, groups, rows),
+            group_of: v.value("desc_act").as_bool().unwrap().then(|| map.clone()),
+        };
+        let parts = Gptq.encode(&weight, Dtype::F16).unwrap();
+        for (name, found) in &parts.0 {
+            let expected = match *name {
+                "qzeros" => v.tensor("qzeros_v1"),
+                "g_idx" => Tensor { dtype: Dtype::I32, shape: vec![cols], data: from_words(&map) },
+                name => v.tensor(name),
+            };
+            assert!(*found == expected, "{vector} {name}");
+        }
+        let v2 = v.tensor("qzeros_v2");
+        let read_v1 = Gptq.decode(&|name| parts.get(name), &Declared { scheme, zeros_minus_one: true }).unwrap();
+        let read_v2 = Gptq
+            .decode(
+                &|name| if name == "qzeros" { Some(v2.view()) } else { parts.get(name) },
+                &Declared { scheme, zeros_minus_one: false },
+            )
+            .unwrap();
+        assert_eq!(read_v1, weight, "{vector}");
+        assert_eq!(read_v2, weight, "{vector}");
+        let mut row = vec![0.0; cols];
+        read_v1.dequantize_row(0, &mut row);
+        for (ours, theirs) in row.iter().zip(v.floats("dequant_out_in_first_row")) {
+            assert_eq!(*ours, theirs, "{vector}");
+        }
+    }
+
+    #[test]
+    fn equals_gptqmodel_byte_for_byte() {
+        check("gptq_w2_asym");
+        check("gptq_w3_asym");
+        check("gptq_w4_asym");
+        check("gptq_w4_asym_actorder");
+        check("gptq_w4_sym");
+        check("gptq_w8_sym");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn round_trip(mut weight in any_weight(
+            prop::sample::select(vec![2u8, 3, 4, 8]), (1usize..4).prop_map(|n| 32 * n), (1usize..5).prop_map(|n| 32 * n), 1,
+        ), shuffle in any::<bool>()) {
+            let groups = weight.groups() as u32;
+            if shuffle && groups > 1 {
+                weight.group_of = Some((0..weight.cols as u32).map(|col| col % groups).collect());
+            }
+            check_round_trip(&Gptq, &weight);
+        }
+    }
+
+    #[test]
+    fn zero_of_zero_odd_sizes_and_wild_groups_are_refused() {
+        let scheme = Scheme { bits: 4, group: Some(32), symmetric: false };
+        let mut weight = QuantizedWeight {
+            rows: 32,
+            cols: 64,
+            scheme,
+            codes: vec![3; 2048],
+            scales: vec![0.5; 64],
+            zeros: vec![9; 64],
+            group_of: None,
+        };
+        let parts = Gptq.encode(&weight, Dtype::F16).unwrap();
+        weight.zeros[5] = 0;
+        let message = Gptq.encode(&weight, Dtype::F16).unwrap_err().to_string();
+        assert_eq!(message, "GPTQ version 1 cannot store a zero of 0; zeros must be at least 1");
+        assert_eq!(
+            Gptq.supports(48, 64, &scheme, false).unwrap_err(),
+            "GPTQ stores multiples of 32 rows only, not 48; leave the linear out or write compressed-tensors"
+        );
+        let mut spoiled = parts.clone();
+        spoiled.0[3].1.data[..4].copy_from_slice(&7u32.to_le_bytes());
+        let declared = Declared { scheme, zeros_minus_one: true };
+        let message = Gptq.decode(&|name| spoiled.get(name), &declared).unwrap_err().to_string();
+        assert_eq!(message, "g_idx puts a column in group 7, but there are 2");
+        // Without g_idx the groups are runs of columns.
+        let plain = Gptq.decode(&|name| if name == "g_idx" { None } else { parts.get(name) }, &declared).unwrap();
+        assert_eq!(plain.group_of, None);
+    }
+
+    #[test]
+    fn config_states_what_is_mixed_and_who_cannot_read_it() {
+        let four = Scheme { bits: 4, group: Some(64), symmetric: true };
+        let eight = Scheme { bits: 8, ..four };
+        let module = |name, scheme| QuantizedModule { name, scheme, desc_act: false };
+        let modules = [
+            module("model.layers.0.mlp.up_proj", four),
+            module("model.layers.0.mlp.down_proj", eight),
+            module("model.layers.1.mlp.up_proj", four),
+            module("model.layers.1.mlp.down_proj", eight),
+            module("model.layers.1.mlp.gate_proj", four),
+        ];
+        let simple = Gptq.config(&modules[..1], &["lm_head".into()]).unwrap();
+        assert_eq!(simple.notes, Vec::<String>::new());
+        assert_eq!(simple.quantization_config.get("dynamic"), None);
+        assert_eq!(simple.quantization_config.get("modules_in_block_to_quantize"), None);
+        assert_eq!(simple.files[0].0, "quantize_config.json");
+
+        let files = Gptq.config(&modules, &["model.layers.0.mlp.gate_proj".into(), "lm_head".into()]).unwrap();
+        let config = files.quantization_config;
+        assert_eq!(config["bits"], 4);
+        assert_eq!(config["dynamic"][r"+:.*\.\d+\.mlp\.down_proj$"]["bits"], 8);
+        assert_eq!(config["dynamic"][r"-:^model\.layers\.0\.mlp\.gate_proj$"], json!({}));
+        assert_eq!(config["modules_in_block_to_quantize"], json!([["mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"]]));
+        assert_eq!(files.notes.len(), 2, "{:?}", files.notes);
+    }
+}

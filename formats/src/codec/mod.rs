@@ -1,0 +1,424 @@
+//! Lays one quantized weight out as the tensors a runtime loads, reads it back, and describes it in `config.json`.
+//!
+//! Codecs are pure functions on one weight with local tensor names; module prefixes and files come from the caller.
+
+mod awq;
+mod compressed_tensors;
+mod gptq;
+mod names;
+mod reader;
+
+use serde_json::Value;
+
+use crate::bits;
+use crate::error::{Error, Result};
+use crate::grid::Scheme;
+use crate::tensor::{Dtype, Tensor, TensorView, narrow};
+use crate::weight::QuantizedWeight;
+
+pub use awq::Awq;
+pub use compressed_tensors::CompressedTensors;
+pub use gptq::Gptq;
+pub use reader::{QuantizationReader, read_quantization};
+
+/// Every codec, by preference.
+pub const CODECS: &[&dyn Codec] = &[&CompressedTensors, &Gptq, &Awq];
+
+/// The codec with this [`Codec::id`].
+pub fn codec(id: &str) -> Option<&'static dyn Codec> {
+    CODECS.iter().copied().find(|codec| codec.id() == id)
+}
+
+/// The tensors of one quantized linear, by local name (`weight_packed`, `qweight`, …).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Parts(pub Vec<(&'static str, Tensor)>);
+
+impl Parts {
+    /// The part of this local name.
+    pub fn get(&self, suffix: &str) -> Option<TensorView<'_>> {
+        self.0.iter().find(|(name, _)| *name == suffix).map(|(_, tensor)| tensor.view())
+    }
+}
+
+/// Looks up the part of a module by its local name.
+pub type PartLookup<'a, 'd> = dyn Fn(&str) -> Option<TensorView<'d>> + 'a;
+
+/// A module that has been or will be quantized, as the configuration describes it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QuantizedModule<'a> {
+    /// The module's name, without `.weight`.
+    pub name: &'a str,
+    /// Width and grouping.
+    pub scheme: Scheme,
+    /// Groups follow the order of importance instead of the columns (GPTQ's `desc_act`).
+    pub desc_act: bool,
+}
+
+/// What a checkpoint's configuration says about one module.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Declared {
+    /// Width and grouping.
+    pub scheme: Scheme,
+    /// Zeros are stored minus one (GPTQ v1).
+    pub zeros_minus_one: bool,
+}
+
+/// What a codec adds to an output directory besides tensors.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ConfigFiles {
+    /// The `quantization_config` object of config.json.
+    pub quantization_config: Value,
+    /// Further files, name and content.
+    pub files: Vec<(String, Vec<u8>)>,
+    /// Limits on who can load it, each one sentence for the user.
+    pub notes: Vec<String>,
+}
+
+/// A file layout for quantized linears.
+pub trait Codec: Sync {
+    /// `compressed-tensors`, `gptq` or `awq`; also the `quant_method` in config.json.
+    fn id(&self) -> &'static str;
+
+    /// Why a `[rows, cols]` linear cannot be written with this scheme, and what would fit, before any work is done.
+    fn supports(&self, rows: usize, cols: usize, scheme: &Scheme, desc_act: bool) -> Result<(), String>;
+
+    /// Name, type and shape of each part, for a linear that [`Codec::supports`] accepts.
+    fn layout(
+        &self,
+        rows: usize,
+        cols: usize,
+        scheme: &Scheme,
+        scale_dtype: Dtype,
+    ) -> Vec<(&'static str, Dtype, Vec<usize>)>;
+
+    /// The smallest zero that can be stored on an asymmetric grid.
+    fn min_zero(&self) -> u8;
+
+    /// The type scales are stored in, given the type of the model's own weights.
+    fn scale_dtype(&self, model: Dtype) -> Dtype;
+
+    /// Packs a weight. Fails when a code, zero or scale cannot be stored exactly.
+    fn encode(&self, weight: &QuantizedWeight, scale_dtype: Dtype) -> Result<Parts>;
+
+    /// Reads a weight back; `parts` looks a local name up. Parts that do not fit each other are an error.
+    fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight>;
+
+    /// Every local name this codec may write or read.
+    fn part_names(&self) -> &'static [&'static str];
+
+    /// The configuration of a model whose linears are `modules` and, left as they were, `unquantized_linears`.
+    ///
+    /// Pure, so a plan can be checked with it before any work: it fails when the layout cannot express the mix.
+    fn config(&self, modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Result<ConfigFiles>;
+}
+
+/// Fails unless the group divides the row; names the sizes that would.
+fn check_group(cols: usize, scheme: &Scheme) -> Result<(), String> {
+    let Some(group) = scheme.group else { return Ok(()) };
+    if group > 0 && cols.is_multiple_of(group) {
+        return Ok(());
+    }
+    let fitting: Vec<String> =
+        [256, 128, 64, 32].into_iter().filter(|g| cols.is_multiple_of(*g)).map(|g| g.to_string()).collect();
+    let advice = match fitting.len() {
+        0 => "no group size of 32 or more fits; one scale per row (group size -1) would".to_string(),
+        _ => format!("group size {} or -1 (one scale per row) would fit", fitting.join(", ")),
+    };
+    Err(format!("a row of {cols} values does not split into groups of {group}; {advice}"))
+}
+
+/// Fails unless the lengths agree and every code and zero is within the scheme's width.
+fn check_weight(weight: &QuantizedWeight) -> Result<()> {
+    let QuantizedWeight { rows, cols, scheme, codes, scales, zeros, group_of } = weight;
+    let grids = rows * weight.groups();
+    for (what, found, expected) in
+        [("codes", codes.len(), rows * cols), ("scales", scales.len(), grids), ("zeros", zeros.len(), grids)]
+    {
+        if found != expected {
+            return Err(Error::mismatch(format!("the number of {what}"), expected, found));
+        }
+    }
+    let max = scheme.max_code();
+    if let Some(code) = codes.iter().chain(zeros).copied().max().filter(|&code| code > max) {
+        return Err(Error::invalid(format!("code or zero {code} does not fit in {} bits", scheme.bits)));
+    }
+    if scheme.symmetric && zeros.iter().any(|&zero| zero != scheme.midpoint()) {
+        return Err(Error::invalid(format!("a symmetric grid has a zero other than {}", scheme.midpoint())));
+    }
+    if let Some(map) = group_of {
+        if map.len() != *cols {
+            return Err(Error::mismatch("the number of columns with a group", cols, map.len()));
+        }
+        if let Some(group) = map.iter().find(|&&group| group as usize >= weight.groups()) {
+            return Err(Error::invalid(format!("a column is in group {group} of {}", weight.groups())));
+        }
+    }
+    Ok(())
+}
+
+/// Scales as bytes; fails unless every one survives unchanged.
+fn exact_scales(dtype: Dtype, scales: &[f32]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(scales.len() * dtype.bitsize() / 8);
+    narrow(dtype, scales, &mut bytes)?;
+    let mut back = vec![0.0; scales.len()];
+    crate::tensor::widen(dtype, &bytes, &mut back)?;
+    if let Some(at) = (0..scales.len()).find(|&i| scales[i] != back[i]) {
+        return Err(Error::invalid(format!(
+            "scale {} at index {at} is not a {dtype} number (the nearest is {}); round scales before fitting codes to them",
+            scales[at], back[at]
+        )));
+    }
+    Ok(bytes)
+}
+
+/// Packs each of the rows of `codes` (`[rows, cols]`) into whole 32-bit words.
+fn pack_rows(codes: &[u8], cols: usize, bits: u8) -> Vec<u8> {
+    let row_bytes = 4 * bits::packed_words(cols, bits);
+    let mut packed = vec![0; codes.len().checked_div(cols).unwrap_or(0) * row_bytes];
+    if row_bytes > 0 {
+        for (codes, out) in codes.chunks_exact(cols).zip(packed.chunks_exact_mut(row_bytes)) {
+            bits::pack(codes, bits, out);
+        }
+    }
+    packed
+}
+
+/// The inverse of [`pack_rows`], for `rows` rows.
+fn unpack_rows(packed: &[u8], rows: usize, cols: usize, bits: u8) -> Vec<u8> {
+    let row_bytes = 4 * bits::packed_words(cols, bits);
+    let mut codes = vec![0; rows * cols];
+    if row_bytes > 0 {
+        for (codes, packed) in codes.chunks_exact_mut(cols).zip(packed.chunks_exact(row_bytes)) {
+            bits::unpack(packed, bits, codes);
+        }
+    }
+    codes
+}
+
+/// Transposes a `[rows, cols]` matrix, in tiles that stay in cache.
+fn transpose<T: Copy + Default>(matrix: &[T], rows: usize, cols: usize) -> Vec<T> {
+    const TILE: usize = 32;
+    let mut out = vec![T::default(); rows * cols];
+    for row in (0..rows).step_by(TILE) {
+        for col in (0..cols).step_by(TILE) {
+            for c in col..cols.min(col + TILE) {
+                for r in row..rows.min(row + TILE) {
+                    out[c * rows + r] = matrix[r * cols + c];
+                }
+            }
+        }
+    }
+    out
+}
+
+/// Little-endian bytes of 32-bit words as words.
+fn to_words(bytes: &[u8]) -> Vec<u32> {
+    bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+/// The inverse of [`to_words`].
+fn from_words(words: &[u32]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+}
+
+/// The part of this name, or an error that names it.
+fn part<'d>(parts: &PartLookup<'_, 'd>, name: &str) -> Result<TensorView<'d>> {
+    parts(name).ok_or_else(|| Error::missing(format!("its part {name}")))
+}
+
+/// The part's two extents; fails unless it is a matrix of 32-bit words.
+fn words_shape(part: &TensorView<'_>, name: &str) -> Result<[usize; 2]> {
+    if !matches!(part.dtype, Dtype::I32 | Dtype::U32) {
+        return Err(Error::mismatch(format!("the type of {name}"), Dtype::I32, part.dtype));
+    }
+    part.shape
+        .try_into()
+        .map_err(|_| Error::mismatch(format!("the shape of {name}"), "a matrix", format_args!("{:?}", part.shape)))
+}
+
+/// Fails unless the part has this shape.
+fn expect_shape(part: &TensorView<'_>, name: &str, shape: &[usize]) -> Result<()> {
+    part.expect(name, part.dtype, shape)
+}
+
+/// The columns' groups in the form [`QuantizedWeight`] keeps them: `None` when they are runs of `group` columns.
+fn group_map(map: Vec<u32>, scheme: &Scheme, groups: usize) -> Result<Option<Vec<u32>>> {
+    if let Some(found) = map.iter().find(|&&group| group as usize >= groups) {
+        return Err(Error::malformed(format!(
+            "g_idx puts a column in group {}, but there are {groups}",
+            *found as i32
+        )));
+    }
+    let width = scheme.group_width(map.len()).max(1);
+    let in_order = map.iter().enumerate().all(|(col, &group)| group as usize == col / width);
+    Ok(if in_order { None } else { Some(map) })
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! Reading the golden vectors, and random weights.
+
+    use super::*;
+    use half::f16;
+    use proptest::prelude::*;
+
+    /// One JSON file of `tests/vectors`.
+    pub struct Vector(Value);
+
+    impl Vector {
+        pub fn load(name: &str) -> Vector {
+            let path = format!("{}/tests/vectors/{name}.json", env!("CARGO_MANIFEST_DIR"));
+            Vector(serde_json::from_slice(&std::fs::read(&path).expect(&path)).expect(&path))
+        }
+
+        pub fn value(&self, key: &str) -> &Value {
+            &self.0[key]
+        }
+
+        pub fn usize(&self, key: &str) -> usize {
+            self.0[key].as_u64().expect(key) as usize
+        }
+
+        pub fn ints(&self, key: &str) -> Vec<i64> {
+            let data = self.0[key]["data"].as_array().expect(key);
+            data.iter().map(|v| v.as_i64().expect(key)).collect()
+        }
+
+        pub fn floats(&self, key: &str) -> Vec<f32> {
+            let data = self.0[key]["data"].as_array().expect(key);
+            data.iter().map(|v| v.as_f64().expect(key) as f32).collect()
+        }
+
+        pub fn shape(&self, key: &str) -> Vec<usize> {
+            let shape = self.0[key]["shape"].as_array().expect(key);
+            shape.iter().map(|v| v.as_u64().expect(key) as usize).collect()
+        }
+
+        /// The tensor under `key` with the bytes a file would hold.
+        pub fn tensor(&self, key: &str) -> Tensor {
+            let shape = self.shape(key);
+            match self.0[key]["dtype"].as_str().expect(key) {
+                "int32" => {
+                    let data = self.ints(key).iter().flat_map(|v| (*v as i32).to_le_bytes()).collect();
+                    Tensor { dtype: Dtype::I32, shape, data }
+                }
+                "int64" => {
+                    let data = self.ints(key).iter().flat_map(|v| v.to_le_bytes()).collect();
+                    Tensor { dtype: Dtype::I64, shape, data }
+                }
+                name @ ("float16" | "bfloat16") => {
+                    let dtype = if name == "float16" { Dtype::F16 } else { Dtype::BF16 };
+                    let mut data = Vec::new();
+                    narrow(dtype, &self.floats(key), &mut data).unwrap();
+                    Tensor { dtype, shape, data }
+                }
+                other => panic!("{key} has type {other}"),
+            }
+        }
+    }
+
+    /// Weights whose scales fit half precision.
+    pub fn any_weight(
+        bits: impl Strategy<Value = u8>,
+        rows: impl Strategy<Value = usize>,
+        cols: impl Strategy<Value = usize>,
+        min_zero: u8,
+    ) -> impl Strategy<Value = QuantizedWeight> {
+        (bits, rows, cols, any::<bool>(), 0usize..4, any::<u64>()).prop_map(
+            move |(bits, rows, cols, symmetric, group, seed)| {
+                let group = [Some(32), Some(64), Some(cols), None][group].filter(|g| cols.is_multiple_of(*g));
+                let scheme = Scheme { bits, group, symmetric };
+                let groups = scheme.groups(cols);
+                let mut state = seed | 1;
+                let mut next = move || {
+                    state ^= state << 13;
+                    state ^= state >> 7;
+                    state ^= state << 17;
+                    (state >> 32) as u32
+                };
+                let max = u32::from(scheme.max_code());
+                QuantizedWeight {
+                    rows,
+                    cols,
+                    scheme,
+                    codes: (0..rows * cols).map(|_| (next() % (max + 1)) as u8).collect(),
+                    scales: (0..rows * groups)
+                        .map(|_| f16::from_bits((next() % 0xf000) as u16))
+                        .map(|h| if h.is_finite() { h.to_f32() } else { 0.0 })
+                        .collect(),
+                    zeros: (0..rows * groups)
+                        .map(|_| {
+                            if symmetric {
+                                scheme.midpoint()
+                            } else {
+                                min_zero + (next() % (max + 1 - u32::from(min_zero))) as u8
+                            }
+                        })
+                        .collect(),
+                    group_of: None,
+                }
+            },
+        )
+    }
+
+    /// Encodes, checks the announced layout, decodes, and compares.
+    pub fn check_round_trip(codec: &dyn Codec, weight: &QuantizedWeight) {
+        let desc_act = weight.group_of.is_some();
+        codec.supports(weight.rows, weight.cols, &weight.scheme, desc_act).unwrap();
+        let parts = codec.encode(weight, Dtype::F16).unwrap();
+        let layout = codec.layout(weight.rows, weight.cols, &weight.scheme, Dtype::F16);
+        let found: Vec<_> = parts.0.iter().map(|(name, t)| (*name, t.dtype, t.shape.clone())).collect();
+        assert_eq!(found, layout);
+        for (name, tensor) in &parts.0 {
+            assert_eq!(Some(tensor.data.len()), crate::tensor::byte_len(tensor.dtype, &tensor.shape), "{name}");
+            assert!(codec.part_names().contains(name));
+        }
+        let declared = Declared { scheme: weight.scheme, zeros_minus_one: codec.id() == "gptq" };
+        let back = codec.decode(&|name| parts.get(name), &declared).unwrap();
+        assert!(
+            &back == weight,
+            "decode(encode(w)) differs for {:?} [{}, {}]",
+            weight.scheme,
+            weight.rows,
+            weight.cols
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn group_advice_names_what_fits() {
+        let scheme = Scheme { bits: 4, group: Some(128), symmetric: true };
+        assert_eq!(check_group(256, &scheme), Ok(()));
+        assert_eq!(
+            check_group(576, &scheme).unwrap_err(),
+            "a row of 576 values does not split into groups of 128; group size 64, 32 or -1 (one scale per row) would fit"
+        );
+        assert_eq!(
+            check_group(172, &scheme).unwrap_err(),
+            "a row of 172 values does not split into groups of 128; \
+             no group size of 32 or more fits; one scale per row (group size -1) would"
+        );
+        assert!(check_group(128, &Scheme { group: Some(0), ..scheme }).is_err());
+    }
+
+    #[test]
+    fn scales_must_be_exact() {
+        let message = exact_scales(Dtype::BF16, &[0.5, 0.1]).unwrap_err().to_string();
+        assert!(message.starts_with("scale 0.1 at index 1 is not a BF16 number"), "{message}");
+        assert_eq!(exact_scales(Dtype::F16, &[-0.5, 0.0]).unwrap(), [0, 0xb8, 0, 0]);
+    }
+
+    #[test]
+    fn transposing_twice_is_the_identity() {
+        for (rows, cols) in [(0, 3), (1, 1), (33, 70), (64, 32)] {
+            let m: Vec<u32> = (0..rows * cols).map(|i| i as u32).collect();
+            let t = transpose(&m, rows, cols);
+            assert!((0..rows * cols).all(|i| t[(i % cols) * rows + i / cols] == m[i]));
+            assert_eq!(transpose(&t, cols, rows), m);
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Naming many modules in few words: by what they are called inside every decoder block, else one by one.
+
+use std::collections::BTreeMap;
+
+use super::QuantizedModule;
+use crate::grid::Scheme;
+
+/// Linears that vLLM merges into one, and what it calls the result.
+const FUSED: &[(&str, &[&str])] =
+    &[("qkv_proj", &["q_proj", "k_proj", "v_proj"]), ("gate_up_proj", &["gate_proj", "up_proj"])];
+
+/// All modules of one scheme.
+pub(super) struct Selection {
+    pub scheme: Scheme,
+    pub desc_act: bool,
+    pub names: NameSet,
+}
+
+/// A set of modules.
+pub(super) struct NameSet {
+    /// `mlp.down_proj`: all linears so called, in whatever block, are in the set.
+    tails: Vec<String>,
+    /// Full names of the rest.
+    exact: Vec<String>,
+}
+
+/// The modules grouped by scheme, the scheme with the most modules first.
+pub(super) fn by_scheme(modules: &[QuantizedModule<'_>], others: &[String]) -> Vec<Selection> {
+    let all: Vec<&str> = modules.iter().map(|m| m.name).chain(others.iter().map(String::as_str)).collect();
+    let mut keys: Vec<((Scheme, bool), Vec<&str>)> = Vec::new();
+    for module in modules {
+        let key = (module.scheme, module.desc_act);
+        match keys.iter_mut().find(|(k, _)| *k == key) {
+            Some((_, names)) => names.push(module.name),
+            None => keys.push((key, vec![module.name])),
+        }
+    }
+    keys.sort_by_key(|(_, names)| std::cmp::Reverse(names.len()));
+    keys.into_iter()
+        .map(|((scheme, desc_act), names)| Selection { scheme, desc_act, names: NameSet::new(&names, &all) })
+        .collect()
+}
+
+/// The part of a module's name after the block's number, or `None` outside the blocks.
+pub(super) fn tail(name: &str) -> Option<&str> {
+    let mut rest = name;
+    while let Some((head, after)) = rest.split_once('.') {
+        if !head.is_empty() && head.bytes().all(|b| b.is_ascii_digit()) {
+            return Some(after);
+        }
+        rest = after;
+    }
+    None
+}
+
+impl NameSet {
+    /// `names` among `all` modules there are.
+    pub fn new(names: &[&str], all: &[&str]) -> NameSet {
+        let mut counts: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
+        for t in names.iter().filter_map(|name| tail(name)) {
+            counts.entry(t).or_default().0 += 1;
+        }
+        for t in all.iter().filter_map(|name| tail(name)) {
+            counts.entry(t).or_default().1 += 1;
+        }
+        let whole = |t: &str| counts.get(t).is_some_and(|(here, everywhere)| here == everywhere && *here > 0);
+        let mut set = NameSet { tails: Vec::new(), exact: Vec::new() };
+        for name in names {
+            match tail(name).filter(|t| whole(t)) {
+                Some(t) if set.tails.iter().any(|known| known == t) => {}
+                Some(t) => set.tails.push(t.into()),
+                None => set.exact.push((*name).into()),
+            }
+        }
+        set
+    }
+
+    /// Targets of compressed-tensors: module names, and `re:` with a regular expression.
+    pub fn targets(&self) -> Vec<String> {
+        let tails = self.tails.iter().map(|t| format!("re:{}", tail_pattern(t)));
+        tails.chain(self.exact.iter().cloned()).collect()
+    }
+
+    /// Regular expressions for the modules, and for what vLLM calls those it merges.
+    pub fn patterns(&self) -> Vec<String> {
+        let tails = with_fused(&self.tails).into_iter().map(|t| tail_pattern(&t));
+        let exact = with_fused(&self.exact).into_iter().map(|name| format!("^{}$", escape(&name)));
+        tails.chain(exact).collect()
+    }
+}
+
+fn tail_pattern(tail: &str) -> String {
+    format!(r".*\.\d+\.{}$", escape(tail))
+}
+
+fn with_fused(names: &[String]) -> Vec<String> {
+    let mut out = names.to_vec();
+    for name in names {
+        for (fused, members) in FUSED {
+            let Some(prefix) = name.strip_suffix(members[0]) else { continue };
+            if members.iter().all(|member| names.contains(&format!("{prefix}{member}"))) {
+                out.push(format!("{prefix}{fused}"));
+            }
+        }
+    }
+    out
+}
+
+fn escape(name: &str) -> String {
+    name.replace('.', r"\.")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tails_start_after_the_block_number() {
+        assert_eq!(tail("model.layers.11.mlp.down_proj"), Some("mlp.down_proj"));
+        assert_eq!(tail("model.layers.0.mlp.experts.3.w1"), Some("mlp.experts.3.w1"));
+        assert_eq!(tail("lm_head"), None);
+    }
+
+    #[test]
+    fn a_set_is_named_by_tails_where_it_has_all_of_them() {
+        let all = [
+            "m.0.q_proj",
+            "m.0.k_proj",
+            "m.0.v_proj",
+            "m.0.o",
+            "m.1.q_proj",
+            "m.1.k_proj",
+            "m.1.v_proj",
+            "m.1.o",
+            "lm_head",
+        ];
+        let set = NameSet::new(&["m.0.q_proj", "m.1.q_proj", "m.0.o", "lm_head"], &all);
+        assert_eq!(set.targets(), [r"re:.*\.\d+\.q_proj$", "m.0.o", "lm_head"]);
+        let set = NameSet::new(&["m.1.q_proj", "m.1.k_proj", "m.1.v_proj"], &all);
+        assert_eq!(set.patterns(), [r"^m\.1\.q_proj$", r"^m\.1\.k_proj$", r"^m\.1\.v_proj$", r"^m\.1\.qkv_proj$"]);
+    }
+}
