@@ -41,9 +41,20 @@ impl QuantizedWeight {
         let scales = &self.scales[row * groups..][..groups];
         let zeros = &self.zeros[row * groups..][..groups];
         let codes = &self.codes[row * self.cols..][..self.cols];
-        for (col, (o, &code)) in out.iter_mut().zip(codes).enumerate() {
-            let group = self.group_of(col);
-            *o = scales[group] * (i32::from(code) - i32::from(zeros[group])) as f32;
+        match &self.group_of {
+            None => {
+                let width = self.scheme.group_width(self.cols);
+                for (group, (out, codes)) in out.chunks_mut(width).zip(codes.chunks(width)).enumerate() {
+                    let (scale, zero) = (scales[group], i32::from(zeros[group]));
+                    out.iter_mut().zip(codes).for_each(|(o, code)| *o = scale * (i32::from(*code) - zero) as f32);
+                }
+            }
+            Some(map) => {
+                for ((o, code), group) in out.iter_mut().zip(codes).zip(map) {
+                    let group = *group as usize;
+                    *o = scales[group] * (i32::from(*code) - i32::from(zeros[group])) as f32;
+                }
+            }
         }
     }
 

@@ -131,6 +131,8 @@ pub trait Backend: Sync {
     fn zeros(&self, rows: usize, cols: usize) -> Result<Self::Matrix>;
     /// `[rows, cols]`.
     fn shape(&self, matrix: &Self::Matrix) -> [usize; 2];
+    /// A copy of the whole.
+    fn copy(&self, matrix: &Self::Matrix) -> Result<Self::Matrix>;
     /// A copy of the named rows.
     fn select_rows(&self, matrix: &Self::Matrix, rows: &[usize]) -> Result<Self::Matrix>;
     /// `matrix[i, j] ← matrix[i, j] · rows[i] · cols[j]`; an empty slice leaves that side alone.
@@ -157,6 +159,8 @@ pub trait Backend: Sync {
     ) -> Result<Self::Matrix>;
     /// `gate ← silu(gate) · up`.
     fn silu_mul(&self, gate: &mut Self::Matrix, up: &Self::Matrix) -> Result<()>;
+    /// `a − b`.
+    fn difference(&self, a: &Self::Matrix, b: &Self::Matrix) -> Result<Self::Matrix>;
     /// `a ← a + b`.
     fn add(&self, a: &mut Self::Matrix, b: &Self::Matrix) -> Result<()>;
 

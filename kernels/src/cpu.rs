@@ -51,6 +51,10 @@ impl Backend for Cpu {
         [matrix.nrows(), matrix.ncols()]
     }
 
+    fn copy(&self, matrix: &Array2<f32>) -> Result<Array2<f32>> {
+        Ok(matrix.clone())
+    }
+
     fn select_rows(&self, matrix: &Array2<f32>, rows: &[usize]) -> Result<Array2<f32>> {
         if let Some(row) = rows.iter().find(|row| **row >= matrix.nrows()) {
             let expected = format!("rows below {}", matrix.nrows());
@@ -137,6 +141,11 @@ impl Backend for Cpu {
         expect("silu_mul", "values", gate.len(), up.len())?;
         activation::silu_mul(flat(gate), up.as_slice().expect("contiguous"));
         Ok(())
+    }
+
+    fn difference(&self, a: &Array2<f32>, b: &Array2<f32>) -> Result<Array2<f32>> {
+        expect("difference", "values", a.len(), b.len())?;
+        Ok(a - b)
     }
 
     fn add(&self, a: &mut Array2<f32>, b: &Array2<f32>) -> Result<()> {

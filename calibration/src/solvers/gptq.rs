@@ -56,7 +56,7 @@ impl<B: Backend> Solver<B> for Gptq {
         Ok(Shared { statistics, factor: None, fallback })
     }
 
-    fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution> {
+    fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution<B>> {
         let mut spec = spec.clone();
         if let (true, Some(factor)) = (self.desc_act, &shared.factor) {
             let width = spec.scheme.group_width(factor.order.len());

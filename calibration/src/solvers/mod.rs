@@ -9,6 +9,8 @@ mod tests;
 
 use formats::QuantizedWeight;
 use kernels::{Backend, Factor, FitKind, Grid, GridSpec, Result};
+use ndarray::Array2;
+use rayon::prelude::*;
 
 pub use gptq::Gptq;
 pub use rtn::Rtn;
@@ -80,10 +82,11 @@ pub struct Shared<'a, B: Backend> {
 }
 
 /// The codes of one linear, and how good they are.
-#[derive(Clone, Debug)]
-pub struct Solution {
+pub struct Solution<B: Backend> {
     /// Codes, scales and zeros.
     pub weight: QuantizedWeight,
+    /// What they stand for, on the device.
+    pub restored: B::Matrix,
     /// `tr((W − Ŵ) H (W − Ŵ)ᵀ)` under the undamped Hessian, when that is known.
     pub proxy_loss: Option<f64>,
     /// The proxy loss as a share of `tr(W H Wᵀ)`: the relative squared error of the layer's output.
@@ -103,7 +106,7 @@ pub trait Solver<B: Backend>: Sync {
     /// Derives, once, what all linears that read one input share.
     fn share<'a>(&self, backend: &B, statistics: Option<&'a Statistics<B>>) -> Result<Shared<'a, B>>;
     /// Quantizes one weight matrix `[out, in]`.
-    fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution>;
+    fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution<B>>;
 }
 
 /// Puts codes and grid together, and measures them when the Hessian is known.
@@ -113,7 +116,7 @@ fn finish<B: Backend>(
     weight: &B::Matrix,
     grid: Grid,
     codes: Vec<u8>,
-) -> Result<Solution> {
+) -> Result<Solution<B>> {
     let [rows, cols] = backend.shape(weight);
     let width = grid.spec.scheme.group_width(cols);
     let contiguous = grid.spec.group_of.iter().enumerate().all(|(col, group)| col / width == *group as usize);
@@ -126,15 +129,22 @@ fn finish<B: Backend>(
         zeros: grid.zeros,
         group_of: if contiguous { None } else { Some(grid.spec.group_of) },
     };
+    let restored = backend.upload(restore(&quantized))?;
     let (mut proxy_loss, mut relative_error) = (None, None);
     if let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) {
-        let restored = ndarray::Array2::from_shape_vec([rows, cols], quantized.dequantize()).expect("the same shape");
-        let mut error = backend.upload(restored.mapv_into(|x| -x))?;
-        backend.add(&mut error, weight)?;
+        let error = backend.difference(weight, &restored)?;
         let (lost, whole) = (backend.quadratic(&error, gram)?.max(0.0), backend.quadratic(weight, gram)?);
         proxy_loss = Some(lost);
         relative_error = (whole > 0.0).then(|| lost / whole);
     }
     let damp = shared.factor.as_ref().map(|f| f.damp);
-    Ok(Solution { weight: quantized, proxy_loss, relative_error, damp, fallback: shared.fallback.clone() })
+    let fallback = shared.fallback.clone();
+    Ok(Solution { weight: quantized, restored, proxy_loss, relative_error, damp, fallback })
+}
+
+/// The reals that a quantized weight stands for, rows across threads.
+pub fn restore(weight: &QuantizedWeight) -> Array2<f32> {
+    let mut values = vec![0.0; weight.rows * weight.cols];
+    values.par_chunks_exact_mut(weight.cols).enumerate().for_each(|(row, out)| weight.dequantize_row(row, out));
+    Array2::from_shape_vec((weight.rows, weight.cols), values).expect("one value a code")
 }

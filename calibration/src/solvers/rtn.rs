@@ -25,7 +25,7 @@ impl<B: Backend> Solver<B> for Rtn {
         Ok(Shared { statistics, factor: None, fallback: None })
     }
 
-    fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution> {
+    fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution<B>> {
         let grid = self.observer.fit(backend, weight, spec, shared.statistics)?;
         let codes = backend.round(weight, &grid)?;
         finish(backend, shared, weight, grid, codes)

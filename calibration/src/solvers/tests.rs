@@ -45,7 +45,7 @@ fn statistics(x: &Array2<f32>) -> Statistics<Cpu> {
     statistics
 }
 
-fn solve(solver: &dyn Solver<Cpu>, scheme: Scheme) -> Solution {
+fn solve(solver: &dyn Solver<Cpu>, scheme: Scheme) -> Solution<Cpu> {
     let (w, x) = fixture();
     let statistics = statistics(&x);
     let shared = solver.share(&Cpu, Some(&statistics)).unwrap();

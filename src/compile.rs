@@ -1,0 +1,505 @@
+//! The pipeline: stream the samples through the model block by block, quantize each linear when its input is known, and
+//! write it before the next one.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::time::Instant;
+
+use calibration::samples::Samples;
+use calibration::solvers::{Gptq, Observer, Rtn, Shared, Solver};
+use calibration::statistics::{Needs, Statistics};
+use calibration::transforms::{Awq, Slot, Tie};
+use formats::tensor::narrow;
+use formats::{Dtype, Scheme, ShardedWriter};
+use kernels::{Backend, GridSpec};
+use serde::Serialize;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::forward::{Chunk, Inputs, Plain, Supply, Weight, embed, run_block};
+use crate::graph::{Attention, Block, Graph, Linear, Mlp, Norm, Step};
+use crate::plan::{Fate, Plan};
+use crate::progress::Progress;
+use crate::recipe::Recipe;
+
+/// Bytes of one file of weights.
+const SHARD_BYTES: u64 = 5_000_000_000;
+
+/// What became of one linear.
+#[derive(Clone, Debug, Serialize)]
+pub struct LinearReport {
+    /// The module.
+    pub name: String,
+    /// The method that chose its codes.
+    pub method: String,
+    /// Width of a code.
+    pub bits: u8,
+    /// Columns per scale; −1 for a whole row.
+    pub group_size: i64,
+    /// Symmetric grid.
+    pub symmetric: bool,
+    /// Calibration tokens that its input was seen on.
+    pub tokens: usize,
+    /// Relative damping that was used.
+    pub damp: Option<f64>,
+    /// What was done in place of what was asked for.
+    pub fallback: Option<String>,
+    /// `tr((W − Ŵ) H (W − Ŵ)ᵀ)` per token.
+    pub proxy_loss: Option<f64>,
+    /// Share of the output's energy that is lost.
+    pub relative_error: Option<f64>,
+    /// Time to choose its codes.
+    pub seconds: f64,
+}
+
+/// Channel scales that were folded into the model before it was quantized.
+#[derive(Clone, Debug, Serialize)]
+pub struct SmoothingReport {
+    /// What the scales were divided out of.
+    pub producer: String,
+    /// The linears that read them.
+    pub readers: Vec<String>,
+    /// The exponent of the activations' magnitude.
+    pub alpha: f32,
+    /// Rounding loss with the scales as a share of the loss without.
+    pub loss_ratio: f64,
+}
+
+/// Seconds by stage.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Stages {
+    /// Reading and widening weights.
+    pub load: f64,
+    /// Running the model.
+    pub forward: f64,
+    /// Gathering statistics of inputs.
+    pub observe: f64,
+    /// Searching channel scales.
+    pub smooth: f64,
+    /// Ordering and factoring Hessians.
+    pub factor: f64,
+    /// Searching scales, choosing codes, measuring the loss.
+    pub solve: f64,
+    /// Packing and writing.
+    pub write: f64,
+}
+
+/// What a compilation did.
+#[derive(Debug, Default)]
+pub struct Compiled {
+    /// Every quantized linear, in the order of the work.
+    pub linears: Vec<LinearReport>,
+    /// Every folded scale.
+    pub smoothings: Vec<SmoothingReport>,
+    /// Where the time went.
+    pub seconds: Stages,
+}
+
+/// What a recipe needs to know of the inputs.
+pub fn needs(recipe: &Recipe) -> Needs {
+    if recipe.method.smooths() || recipe.method.sweeps() { Needs::Hessian } else { recipe.observer().needs() }
+}
+
+fn solver<B: Backend>(recipe: &Recipe) -> Box<dyn Solver<B>> {
+    let observer: Observer = recipe.observer();
+    if recipe.method.sweeps() {
+        let (damp, act_order, desc_act) = (recipe.damp, recipe.act_order, recipe.desc_act);
+        Box::new(Gptq { observer, damp, act_order, desc_act })
+    } else {
+        Box::new(Rtn { observer })
+    }
+}
+
+/// Quantizes `source` into safetensors files in `folder`.
+///
+/// `samples` may be absent only if the recipe [`needs`] nothing. Fails on non-finite weights or activations.
+pub fn compile<B: Backend>(
+    backend: &B,
+    graph: &Graph,
+    source: &Checkpoint,
+    recipe: &Recipe,
+    plan: &Plan,
+    samples: Option<&Samples>,
+    folder: &Path,
+    progress: &mut Progress,
+) -> Result<Compiled> {
+    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+    let writer = ShardedWriter::create(folder, plan.outputs.clone(), SHARD_BYTES, metadata)?;
+    let solver = solver::<B>(recipe);
+    progress.start("quantizing", plan.schemes.len());
+    let mut work = Work {
+        backend,
+        source,
+        plan,
+        method: recipe.method.name(),
+        solver: &*solver,
+        writer: &writer,
+        progress,
+        prepared: HashMap::new(),
+        changed: HashMap::new(),
+        final_block: false,
+        done: Compiled::default(),
+    };
+    match samples {
+        None => {
+            for linear in graph.linears() {
+                work.quantize(&[linear], None)?;
+            }
+        }
+        Some(samples) => {
+            let started = Instant::now();
+            let mut chunks = embed(backend, graph, source, &samples.sequences)?;
+            for (index, block) in graph.blocks.iter().enumerate() {
+                if recipe.method.smooths() {
+                    work.smooth(block, &chunks)?;
+                }
+                work.final_block = index + 1 == graph.blocks.len();
+                run_block(backend, block, &mut work, &mut chunks)?;
+                work.prepared.clear();
+            }
+            let s = &mut work.done.seconds;
+            s.forward = started.elapsed().as_secs_f64() - s.load - s.observe - s.smooth - s.factor - s.solve - s.write;
+        }
+    }
+    work.copy_rest()?;
+    let done = work.done;
+    writer.finish()?;
+    Ok(done)
+}
+
+/// The state of a compilation. As a [`Supply`] it quantizes linears as their inputs become known.
+struct Work<'a, B: Backend> {
+    backend: &'a B,
+    source: &'a Checkpoint,
+    plan: &'a Plan,
+    method: &'static str,
+    solver: &'a dyn Solver<B>,
+    writer: &'a ShardedWriter,
+    progress: &'a Progress,
+    /// Weights of the current block that a transform has changed, by module.
+    prepared: HashMap<String, Weight<B::Matrix>>,
+    /// Other tensors that a transform has changed, as they will be written.
+    changed: HashMap<String, Vec<f32>>,
+    final_block: bool,
+    done: Compiled,
+}
+
+/// Runs `f` and adds its time to `stage`.
+fn timed<T>(stage: &mut f64, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    let started = Instant::now();
+    let result = f();
+    *stage += started.elapsed().as_secs_f64();
+    result
+}
+
+impl<B: Backend> Work<'_, B> {
+    fn load(&mut self, linear: &Linear) -> Result<Weight<B::Matrix>> {
+        match self.prepared.remove(&linear.module) {
+            Some(weight) => Ok(weight),
+            None => {
+                let plain = Plain { backend: self.backend, source: self.source };
+                timed(&mut self.done.seconds.load, || plain.load(linear))
+            }
+        }
+    }
+
+    fn spec(&self, scheme: Scheme, cols: usize) -> GridSpec {
+        let min_zero = if scheme.symmetric { 0 } else { self.plan.codec.min_zero() };
+        GridSpec::contiguous(scheme, self.plan.precision, min_zero, cols)
+    }
+
+    /// Gathers statistics of what a group of linears reads.
+    fn observe(
+        &mut self,
+        group: &[&Linear],
+        needs: Needs,
+        inputs: &Inputs<'_, B::Matrix>,
+    ) -> Result<Option<Statistics<B>>> {
+        if needs == Needs::Nothing || group.iter().all(|l| !self.plan.schemes.contains_key(&l.module)) {
+            return Ok(None);
+        }
+        let (backend, first) = (self.backend, group[0]);
+        let mut statistics = Statistics::new(backend, first.cols, needs)?;
+        let mut spent = 0.0;
+        inputs(&mut |x| timed(&mut spent, || Ok(statistics.add(backend, x)?)))?;
+        self.done.seconds.observe += spent;
+        if !statistics.is_finite() {
+            return Err(Error::failed(format!(
+                "{}: the input of `{}` holds a NaN or an infinity on the calibration text; the checkpoint is damaged, or overflows",
+                self.source.path().display(),
+                first.module
+            )));
+        }
+        Ok(Some(statistics))
+    }
+
+    /// Quantizes and writes the planned linears of a group; returns what each will be in the file.
+    fn quantize(
+        &mut self,
+        group: &[&Linear],
+        statistics: Option<&Statistics<B>>,
+    ) -> Result<Vec<Weight<B::Matrix>>> {
+        let (backend, solver) = (self.backend, self.solver);
+        let planned = group.iter().any(|l| self.plan.schemes.contains_key(&l.module));
+        let shared: Option<Shared<'_, B>> = match planned {
+            true => Some(timed(&mut self.done.seconds.factor, || Ok(solver.share(backend, statistics)?))?),
+            false => None,
+        };
+        let mut weights = Vec::new();
+        for linear in group {
+            let weight = self.load(linear)?;
+            let Some((scheme, shared)) = self.plan.schemes.get(&linear.module).copied().zip(shared.as_ref()) else {
+                weights.push(weight);
+                continue;
+            };
+            let started = Instant::now();
+            let solution = solver.solve(backend, shared, &weight.matrix, &self.spec(scheme, linear.cols))?;
+            let seconds = started.elapsed().as_secs_f64();
+            self.done.seconds.solve += seconds;
+            timed(&mut self.done.seconds.write, || {
+                let located = |e: formats::Error| Error::from(e.in_tensor(linear.weight()));
+                let parts = self.plan.codec.encode(&solution.weight, self.plan.scale_dtype).map_err(located)?;
+                for (part, tensor) in &parts.0 {
+                    self.writer.write(&format!("{}.{part}", linear.module), &tensor.data)?;
+                }
+                Ok(())
+            })?;
+            let tokens = statistics.map_or(0, |s| s.tokens);
+            let report = LinearReport {
+                name: linear.module.clone(),
+                method: if shared.factor.is_none() && solver.id() == "gptq" { "rtn" } else { self.method }.to_owned(),
+                bits: scheme.bits,
+                group_size: scheme.group.map_or(-1, |g| g as i64),
+                symmetric: scheme.symmetric,
+                tokens,
+                damp: solution.damp,
+                fallback: solution.fallback,
+                proxy_loss: solution.proxy_loss.map(|loss| loss / tokens.max(1) as f64),
+                relative_error: solution.relative_error,
+                seconds,
+            };
+            self.progress.line(|| describe(&report));
+            self.progress.step();
+            self.done.linears.push(report);
+            weights.push(Weight { matrix: solution.restored, bias: weight.bias });
+        }
+        Ok(weights)
+    }
+
+    /// Writes every tensor that goes over as it is.
+    fn copy_rest(&mut self) -> Result<()> {
+        let started = Instant::now();
+        for (name, fate) in &self.plan.fates {
+            if *fate != Fate::Copied {
+                continue;
+            }
+            let spec = self.plan.outputs.iter().find(|spec| spec.name == *name).expect("planned");
+            if let Some(values) = self.changed.get(name) {
+                let mut bytes = Vec::new();
+                narrow(spec.dtype, values, &mut bytes).map_err(|e| e.in_tensor(name))?;
+                self.writer.write(name, &bytes)?;
+            } else {
+                copy_tensor(self.source, name, spec.dtype, self.writer)?;
+            }
+        }
+        self.done.seconds.write += started.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Rescales the channels of a block so that it is easier to quantize, and leaves its function as it is.
+    fn smooth(&mut self, block: &Block, chunks: &[Chunk<B::Matrix>]) -> Result<()> {
+        let backend = self.backend;
+        let mut copies = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            copies.push(Chunk { hidden: backend.copy(&chunk.hidden)?, lengths: chunk.lengths.clone() });
+        }
+        let mut seen = FloatPass { work: self, statistics: HashMap::new() };
+        run_block(backend, block, &mut seen, &mut copies)?;
+        let statistics = seen.statistics;
+        let started = Instant::now();
+        for linear in block.linears() {
+            let weight = self.load(linear)?;
+            self.prepared.insert(linear.module.clone(), weight);
+        }
+        for step in &block.steps {
+            match step {
+                Step::Attention(Attention { norm, q, k, v, o, shape, .. }) => {
+                    self.smooth_norm(norm, &[q, k, v], &statistics)?;
+                    let repeat = shape.heads / shape.kv_heads;
+                    let tie = match repeat {
+                        1 => Tie::Free,
+                        _ => Tie::Heads { head_dim: shape.head_dim, repeat },
+                    };
+                    self.smooth_linear(v, o, tie, &statistics)?;
+                }
+                Step::Mlp(Mlp { norm, gate, up, down }) => {
+                    self.smooth_norm(norm, &[gate, up], &statistics)?;
+                    self.smooth_linear(up, down, Tie::Free, &statistics)?;
+                }
+            }
+        }
+        self.done.seconds.smooth += started.elapsed().as_secs_f64();
+        Ok(())
+    }
+
+    /// Folds scales of the inputs of `readers` into the normalisation before them.
+    fn smooth_norm(&mut self, norm: &Norm, readers: &[&Linear], seen: &HashMap<String, Statistics<B>>) -> Result<()> {
+        let Some(producer) = self.smooth_readers(readers, Tie::Free, &norm.weight, seen)? else { return Ok(()) };
+        let mut weight = self.source.load(&norm.weight)?;
+        weight.iter_mut().zip(&producer).for_each(|(w, t)| *w /= t);
+        self.store(&norm.weight, weight)
+    }
+
+    /// Folds scales of the input of `reader` into the output rows of `producer`.
+    fn smooth_linear(
+        &mut self,
+        producer: &Linear,
+        reader: &Linear,
+        tie: Tie,
+        seen: &HashMap<String, Statistics<B>>,
+    ) -> Result<()> {
+        // A producer that is written in the model's own type would be rounded once more.
+        if !self.plan.schemes.contains_key(&producer.module) {
+            return Ok(());
+        }
+        let Some(scales) = self.smooth_readers(&[reader], tie, &producer.module, seen)? else { return Ok(()) };
+        let inverse: Vec<f32> = scales.iter().map(|t| 1.0 / t).collect();
+        let weight = self.prepared.get_mut(&producer.module).expect("prepared");
+        self.backend.scale(&mut weight.matrix, &inverse, &[])?;
+        if let (Some(bias), Some(name)) = (&mut weight.bias, producer.bias()) {
+            bias.iter_mut().zip(&inverse).for_each(|(b, t)| *b *= t);
+            let mut bias = bias.clone();
+            self.round_to_file(&mut bias)?;
+            self.prepared.get_mut(&producer.module).expect("prepared").bias = Some(bias.clone());
+            self.changed.insert(name, bias);
+        }
+        Ok(())
+    }
+
+    /// Searches the scales of one slot and multiplies the readers' columns; `None` when there is nothing to fold.
+    fn smooth_readers(
+        &mut self,
+        readers: &[&Linear],
+        tie: Tie,
+        producer: &str,
+        seen: &HashMap<String, Statistics<B>>,
+    ) -> Result<Option<Vec<f32>>> {
+        let Some(statistics) = seen.get(&readers[0].module) else { return Ok(None) };
+        let mut specs = Vec::new();
+        for reader in readers {
+            match self.plan.schemes.get(&reader.module) {
+                Some(scheme) => specs.push(self.spec(*scheme, reader.cols)),
+                // A reader that stays as it is would be rounded in the model's own type after the scaling.
+                None => return Ok(None),
+            }
+        }
+        let weights = readers.iter().map(|l| &self.prepared[&l.module].matrix);
+        let slot = Slot { readers: weights.zip(&specs).collect(), statistics, tie };
+        let found = Awq::default().scales(self.backend, &slot)?;
+        self.done.smoothings.push(SmoothingReport {
+            producer: producer.to_owned(),
+            readers: readers.iter().map(|l| l.module.clone()).collect(),
+            alpha: found.alpha,
+            loss_ratio: if found.loss[0] > 0.0 { found.loss[1] / found.loss[0] } else { 1.0 },
+        });
+        if found.alpha == 0.0 {
+            return Ok(None);
+        }
+        for reader in readers {
+            let weight = self.prepared.get_mut(&reader.module).expect("prepared");
+            self.backend.scale(&mut weight.matrix, &[], &found.reader)?;
+        }
+        Ok(Some(found.producer))
+    }
+
+    /// Remembers a changed tensor as the file will hold it, so that the stream sees exactly that.
+    fn store(&mut self, name: &str, mut values: Vec<f32>) -> Result<()> {
+        self.round_to_file(&mut values)?;
+        self.changed.insert(name.to_owned(), values);
+        Ok(())
+    }
+
+    fn round_to_file(&self, values: &mut [f32]) -> Result<()> {
+        let mut bytes = Vec::new();
+        narrow(self.plan.float_dtype, values, &mut bytes)?;
+        Ok(formats::tensor::widen(self.plan.float_dtype, &bytes, values)?)
+    }
+}
+
+impl<B: Backend> Supply<B> for Work<'_, B> {
+    fn norm(&mut self, norm: &Norm) -> Result<Vec<f32>> {
+        match self.changed.get(&norm.weight) {
+            Some(changed) => Ok(changed.clone()),
+            None => self.source.load(&norm.weight),
+        }
+    }
+
+    fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Matrix>) -> Result<Vec<Weight<B::Matrix>>> {
+        let statistics = self.observe(group, self.solver.needs(), inputs)?;
+        self.quantize(group, statistics.as_ref())
+    }
+
+    fn needs_output(&self, last_step: bool) -> bool {
+        !(self.final_block && last_step)
+    }
+}
+
+/// Runs a float block and keeps the statistics of every input.
+struct FloatPass<'w, 'a, B: Backend> {
+    work: &'w mut Work<'a, B>,
+    statistics: HashMap<String, Statistics<B>>,
+}
+
+impl<B: Backend> Supply<B> for FloatPass<'_, '_, B> {
+    fn norm(&mut self, norm: &Norm) -> Result<Vec<f32>> {
+        self.work.norm(norm)
+    }
+
+    fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Matrix>) -> Result<Vec<Weight<B::Matrix>>> {
+        if let Some(statistics) = self.work.observe(group, Needs::Hessian, inputs)? {
+            self.statistics.insert(group[0].module.clone(), statistics);
+        }
+        group.iter().map(|linear| self.work.load(linear)).collect()
+    }
+
+    fn needs_output(&self, last_step: bool) -> bool {
+        !last_step
+    }
+}
+
+/// One line for a linear.
+fn describe(report: &LinearReport) -> String {
+    let error = report.relative_error.map_or(String::new(), |e| format!("  error {:.4} %", 100.0 * e));
+    let fallback = report.fallback.as_ref().map_or(String::new(), |f| format!("  {f}"));
+    let LinearReport { name, bits, group_size, method, seconds, .. } = report;
+    format!("{name:44} {method} w{bits} g{group_size}{error}  {seconds:.2} s{fallback}")
+}
+
+/// Copies one tensor, in pieces where it has to be converted.
+pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &ShardedWriter) -> Result<()> {
+    if let Some(raw) = source.raw(name).filter(|raw| raw.dtype == dtype) {
+        writer.write(name, raw.data)?;
+        source.release(name);
+        return Ok(());
+    }
+    let entry = source.entry(name).expect("planned");
+    let mut bytes = Vec::new();
+    let in_pieces = matches!(entry.dtype, crate::checkpoint::StoredType::Quantized { .. });
+    if let (&[rows, width], false) = (&entry.shape[..], in_pieces) {
+        let piece = (1 << 22) / width.max(1) + 1;
+        let mut values = vec![0.0; piece.min(rows) * width];
+        for row in (0..rows).step_by(piece) {
+            let ids: Vec<u32> = (row..rows.min(row + piece)).map(|r| r as u32).collect();
+            let values = &mut values[..ids.len() * width];
+            source.load_rows(name, &ids, values)?;
+            bytes.clear();
+            narrow(dtype, values, &mut bytes).map_err(|e| e.in_tensor(name))?;
+            writer.write_part(name, (row * width * dtype.bitsize() / 8) as u64, &bytes)?;
+        }
+    } else {
+        narrow(dtype, &source.load(name)?, &mut bytes).map_err(|e| e.in_tensor(name))?;
+        writer.write(name, &bytes)?;
+    }
+    source.release(name);
+    Ok(())
+}

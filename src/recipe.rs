@@ -1,0 +1,433 @@
+//! What to do with which tensor: flags and `recipe.toml`, resolved into one value that the report repeats.
+
+use std::path::Path;
+
+use calibration::solvers::Observer;
+use formats::Scheme;
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// A quantization method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Method {
+    /// Round to nearest.
+    #[serde(rename = "rtn")]
+    Rtn,
+    /// Activation-aware scales and clipping, then rounding.
+    #[serde(rename = "awq")]
+    Awq,
+    /// Error feedback across columns.
+    #[serde(rename = "gptq")]
+    Gptq,
+    /// AWQ's scales, then GPTQ.
+    #[serde(rename = "awq+gptq")]
+    AwqGptq,
+}
+
+impl Method {
+    /// Every method, with the name users type.
+    pub const ALL: &[(&str, Method)] =
+        &[("rtn", Method::Rtn), ("awq", Method::Awq), ("gptq", Method::Gptq), ("awq+gptq", Method::AwqGptq)];
+
+    /// The name users type.
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(_, method)| *method == self).expect("in the list").0
+    }
+
+    /// Whether channels are rescaled first.
+    pub fn smooths(self) -> bool {
+        matches!(self, Method::Awq | Method::AwqGptq)
+    }
+
+    /// Whether columns are swept with feedback.
+    pub fn sweeps(self) -> bool {
+        matches!(self, Method::Gptq | Method::AwqGptq)
+    }
+
+    /// How scales are chosen unless the user says otherwise.
+    pub fn observer(self) -> Observer {
+        match self {
+            Method::Rtn => Observer::MinMax,
+            Method::Awq => Observer::Clip,
+            Method::Gptq | Method::AwqGptq => Observer::Imatrix,
+        }
+    }
+}
+
+/// Finds a name in one of the `ALL` tables; the error lists what there is.
+pub fn named<T: Copy>(what: &str, table: &[(&str, T)], name: &str) -> Result<T> {
+    match table.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)) {
+        Some((_, value)) => Ok(*value),
+        None => {
+            let known: Vec<&str> = table.iter().map(|(name, _)| *name).collect();
+            Err(Error::usage(format!("{what} `{name}` is not known; there are {}", known.join(", "))))
+        }
+    }
+}
+
+/// What a user asks for; every field may come from `recipe.toml`, and a flag goes before the file.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Request {
+    /// Output layout: `compressed-tensors`, `gptq` or `awq`.
+    pub format: Option<String>,
+    /// Preset name such as `W4A16`.
+    pub scheme: Option<String>,
+    /// Width of a code, instead of the scheme's.
+    pub bits: Option<u8>,
+    /// Columns per scale, −1 for whole rows, instead of the scheme's.
+    pub group_size: Option<i64>,
+    /// Symmetric grids, instead of the scheme's.
+    pub symmetric: Option<bool>,
+    /// `rtn`, `awq`, `gptq` or `awq+gptq`.
+    pub method: Option<String>,
+    /// How scales are chosen.
+    pub observer: Option<String>,
+    /// Relative damping of the Hessian.
+    pub damp: Option<f64>,
+    /// Columns by falling energy.
+    pub act_order: Option<bool>,
+    /// Groups in processing order, stored as `g_idx`.
+    pub desc_act: Option<bool>,
+    /// Linears that stay as they are.
+    pub ignore: Option<Vec<String>>,
+    /// Calibration text: a file or a preset.
+    pub calibration: Option<String>,
+    /// Calibration sequences.
+    pub samples: Option<usize>,
+    /// Tokens of each.
+    pub seq_len: Option<usize>,
+    /// Seed of the selection.
+    pub seed: Option<u64>,
+    /// Settings for some linears; the first match wins.
+    #[serde(default, rename = "override")]
+    pub overrides: Vec<Override>,
+}
+
+/// Other settings for linears that match a pattern.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Override {
+    /// Which linears: a module name, the end of one, or `re:` and a regular expression.
+    #[serde(rename = "match")]
+    pub pattern: String,
+    /// Leave them as they are.
+    #[serde(default)]
+    pub ignore: bool,
+    /// Preset name.
+    pub scheme: Option<String>,
+    /// Width of a code.
+    pub bits: Option<u8>,
+    /// Columns per scale, −1 for whole rows.
+    pub group_size: Option<i64>,
+    /// Symmetric grids.
+    pub symmetric: Option<bool>,
+}
+
+impl Request {
+    /// Reads `recipe.toml`. Unknown keys are errors.
+    pub fn read(path: &Path) -> Result<Request> {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+        toml::from_str(&text).map_err(|e| Error::usage(format!("{}: {}", path.display(), e.to_string().trim_end())))
+    }
+
+    /// This request, completed by `base` where it says nothing.
+    pub fn or(self, base: Request) -> Request {
+        Request {
+            format: self.format.or(base.format),
+            scheme: self.scheme.or(base.scheme),
+            bits: self.bits.or(base.bits),
+            group_size: self.group_size.or(base.group_size),
+            symmetric: self.symmetric.or(base.symmetric),
+            method: self.method.or(base.method),
+            observer: self.observer.or(base.observer),
+            damp: self.damp.or(base.damp),
+            act_order: self.act_order.or(base.act_order),
+            desc_act: self.desc_act.or(base.desc_act),
+            ignore: match (self.ignore, base.ignore) {
+                (Some(mut own), Some(more)) => {
+                    own.extend(more);
+                    Some(own)
+                }
+                (own, more) => own.or(more),
+            },
+            calibration: self.calibration.or(base.calibration),
+            samples: self.samples.or(base.samples),
+            seq_len: self.seq_len.or(base.seq_len),
+            seed: self.seed.or(base.seed),
+            overrides: if self.overrides.is_empty() { base.overrides } else { self.overrides },
+        }
+    }
+}
+
+/// A request with every default filled in.
+#[derive(Clone, Debug, Serialize)]
+pub struct Recipe {
+    /// Output layout.
+    pub format: String,
+    /// Width and grouping.
+    pub scheme: Scheme,
+    /// Method.
+    pub method: Method,
+    /// How scales are chosen, by the name users type.
+    pub observer: &'static str,
+    /// Relative damping.
+    pub damp: f64,
+    /// Columns by falling energy.
+    pub act_order: bool,
+    /// Groups in processing order.
+    pub desc_act: bool,
+    /// Patterns of linears that stay as they are.
+    pub ignore: Vec<String>,
+    /// Calibration text.
+    pub calibration: String,
+    /// Calibration sequences.
+    pub samples: usize,
+    /// Tokens of each.
+    pub seq_len: usize,
+    /// Seed.
+    pub seed: u64,
+    /// Exceptions.
+    pub overrides: Vec<Override>,
+}
+
+impl Recipe {
+    /// Fills the defaults in. Fails on names, widths or groups that do not exist.
+    pub fn resolve(request: Request) -> Result<Recipe> {
+        let format = request.format.unwrap_or_else(|| "compressed-tensors".to_owned()).to_ascii_lowercase();
+        if formats::codec::codec(&format).is_none() {
+            let known: Vec<&str> = formats::CODECS.iter().map(|codec| codec.id()).collect();
+            return Err(Error::usage(format!("format `{format}` is not known; there are {}", known.join(", "))));
+        }
+        let default = if format == "awq" { "W4A16_ASYM" } else { "W4A16" };
+        let base = Scheme::preset(default).expect("a preset");
+        let scheme =
+            change(base, request.scheme.as_deref(), request.bits, request.group_size, request.symmetric, "the request")?;
+        let method = named("method", Method::ALL, request.method.as_deref().unwrap_or("gptq"))?;
+        let observer = match &request.observer {
+            Some(name) => named("observer", Observer::ALL, name)?,
+            None => method.observer(),
+        };
+        let damp = request.damp.unwrap_or(0.05);
+        if !(damp.is_finite() && (0.0..=10.0).contains(&damp)) {
+            return Err(Error::usage(format!("damping {damp} is not between 0 and 10")));
+        }
+        let desc_act = request.desc_act.unwrap_or(false);
+        if desc_act && !method.sweeps() {
+            return Err(Error::usage("--desc-act needs a method with a sweep: gptq or awq+gptq"));
+        }
+        for (what, value) in [("samples", request.samples), ("seq-len", request.seq_len)] {
+            if value == Some(0) {
+                return Err(Error::usage(format!("--{what} must be at least 1")));
+            }
+        }
+        Ok(Recipe {
+            format,
+            scheme,
+            method,
+            observer: Observer::ALL.iter().find(|(_, o)| *o == observer).expect("in the list").0,
+            damp,
+            act_order: request.act_order.unwrap_or(true),
+            desc_act,
+            ignore: request.ignore.unwrap_or_default(),
+            calibration: request.calibration.unwrap_or_else(|| "mixed".to_owned()),
+            samples: request.samples.unwrap_or(128),
+            seq_len: request.seq_len.unwrap_or(2048),
+            seed: request.seed.unwrap_or(0),
+            overrides: request.overrides,
+        })
+    }
+
+    /// How scales are chosen.
+    pub fn observer(&self) -> Observer {
+        named("observer", Observer::ALL, self.observer).expect("resolved")
+    }
+
+    /// The scheme of a linear, or `None` when it stays as it is; `hits` counts the matches of each pattern.
+    pub fn scheme_of(&self, module: &str, patterns: &mut Patterns) -> Result<Option<Scheme>> {
+        let mut ignored = false;
+        for (pattern, hits) in &mut patterns.ignore {
+            if pattern.matches(module) {
+                *hits += 1;
+                ignored = true;
+            }
+        }
+        let mut scheme = Some(self.scheme);
+        let mut decided = false;
+        for ((pattern, hits), change_to) in patterns.overrides.iter_mut().zip(&self.overrides) {
+            if pattern.matches(module) {
+                *hits += 1;
+                if !decided {
+                    decided = true;
+                    let Override { scheme: name, bits, group_size, symmetric, .. } = change_to;
+                    scheme = match change_to.ignore {
+                        true => None,
+                        false => {
+                            Some(change(self.scheme, name.as_deref(), *bits, *group_size, *symmetric, &change_to.pattern)?)
+                        }
+                    };
+                }
+            }
+        }
+        Ok(if ignored { None } else { scheme })
+    }
+
+    /// The recipe's patterns, ready to match. Fails on a bad regular expression.
+    pub fn patterns(&self) -> Result<Patterns> {
+        let ready = |text: &String| Ok((Pattern::new(text)?, 0));
+        Ok(Patterns {
+            ignore: self.ignore.iter().map(ready).collect::<Result<_>>()?,
+            overrides: self.overrides.iter().map(|o| ready(&o.pattern)).collect::<Result<_>>()?,
+        })
+    }
+}
+
+/// The patterns of a recipe, each with the number of linears it matched.
+pub struct Patterns {
+    /// Of `ignore`.
+    pub ignore: Vec<(Pattern, usize)>,
+    /// Of `override`.
+    pub overrides: Vec<(Pattern, usize)>,
+}
+
+impl Patterns {
+    /// Fails when a pattern matched nothing: it is a typing error, and silence would quantize what was to be spared.
+    pub fn check_hits(&self) -> Result<()> {
+        match self.ignore.iter().chain(&self.overrides).find(|(_, hits)| *hits == 0) {
+            Some((pattern, _)) => Err(Error::usage(format!(
+                "pattern `{}` matches no linear of the model; `quantc inspect MODEL` lists them",
+                pattern.text
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Selects linears by name.
+#[derive(Clone, Debug)]
+pub struct Pattern {
+    text: String,
+    regex: Option<Regex>,
+}
+
+impl Pattern {
+    /// `re:` and a regular expression that must match from the start of the name; else the name or the end of it.
+    pub fn new(text: &str) -> Result<Pattern> {
+        let regex = match text.strip_prefix("re:") {
+            None => None,
+            Some(pattern) => Some(
+                Regex::new(&format!("^(?:{pattern})"))
+                    .map_err(|e| Error::usage(format!("pattern `{text}` is not a regular expression: {e}")))?,
+            ),
+        };
+        Ok(Pattern { text: text.to_owned(), regex })
+    }
+
+    /// Whether it selects this module.
+    pub fn matches(&self, module: &str) -> bool {
+        match &self.regex {
+            Some(regex) => regex.is_match(module),
+            None => {
+                module == self.text
+                    || module.strip_suffix(self.text.as_str()).is_some_and(|rest| rest.ends_with('.'))
+            }
+        }
+    }
+}
+
+fn change(
+    base: Scheme,
+    name: Option<&str>,
+    bits: Option<u8>,
+    group_size: Option<i64>,
+    symmetric: Option<bool>,
+    place: &str,
+) -> Result<Scheme> {
+    let mut scheme = base;
+    if let Some(name) = name {
+        let preset = Scheme::preset(name).ok_or_else(|| {
+            Error::usage(format!(
+                "scheme `{name}` is not known; there are W4A16, W4A16_ASYM, W8A16, W3A16 and W2A16 (each also with _ASYM)"
+            ))
+        })?;
+        scheme = Scheme { group: if place == "the request" { preset.group } else { base.group }, ..preset };
+    }
+    if let Some(bits) = bits {
+        if ![2, 3, 4, 8].contains(&bits) {
+            return Err(Error::usage(format!("{bits} bits in {place}: codes have 2, 3, 4 or 8")));
+        }
+        scheme.bits = bits;
+    }
+    if let Some(group) = group_size {
+        scheme.group = match group {
+            -1 => None,
+            16..=4096 if group % 16 == 0 => Some(group as usize),
+            _ => {
+                return Err(Error::usage(format!(
+                    "group size {group} in {place}: 32, 64, 128 or -1 (one scale per row) is what runtimes take"
+                )));
+            }
+        };
+    }
+    if let Some(symmetric) = symmetric {
+        scheme.symmetric = symmetric;
+    }
+    Ok(scheme)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(toml: &str) -> Result<Recipe> {
+        Recipe::resolve(toml::from_str(toml).unwrap())
+    }
+
+    #[test]
+    fn patterns_match_whole_parts_of_a_name() {
+        let matches = |pattern: &str, module: &str| Pattern::new(pattern).unwrap().matches(module);
+        assert!(matches("lm_head", "lm_head"));
+        assert!(matches("mlp.down_proj", "model.layers.0.mlp.down_proj"));
+        assert!(!matches("proj", "model.layers.0.mlp.down_proj"));
+        assert!(matches(r"re:.*layers\.[01]\..*", "model.layers.1.mlp.up_proj"));
+        assert!(!matches("re:layers", "model.layers.1.mlp.up_proj"), "from the start, as Python's re.match");
+        assert!(Pattern::new("re:(").unwrap_err().to_string().contains("not a regular expression"));
+    }
+
+    #[test]
+    fn overrides_and_ignores() {
+        let recipe = resolve(
+            "scheme = 'W4A16_ASYM'\ngroup_size = 64\nignore = ['o_proj']\n[[override]]\nmatch = 'down_proj'\nbits = 8\n[[override]]\nmatch = 're:.*layers.1'\nignore = true",
+        )
+        .unwrap();
+        let mut patterns = recipe.patterns().unwrap();
+        let mut of = |module: &str| recipe.scheme_of(module, &mut patterns).unwrap();
+        assert_eq!(of("layers.0.up_proj"), Some(Scheme { bits: 4, group: Some(64), symmetric: false }));
+        assert_eq!(of("layers.1.down_proj"), Some(Scheme { bits: 8, group: Some(64), symmetric: false }));
+        assert_eq!(of("x.layers.1.up_proj"), None);
+        assert_eq!(of("layers.0.o_proj"), None);
+        patterns.check_hits().unwrap();
+        let unmatched = recipe.patterns().unwrap().check_hits().unwrap_err().to_string();
+        assert!(unmatched.contains("`o_proj` matches no linear"), "{unmatched}");
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        for (toml, expected) in [
+            ("format = 'exl2'", "format `exl2` is not known"),
+            ("scheme = 'W5A16'", "scheme `W5A16` is not known"),
+            ("bits = 5", "5 bits"),
+            ("group_size = 0", "group size 0"),
+            ("method = 'magic'", "method `magic` is not known; there are rtn, awq, gptq, awq+gptq"),
+            ("damp = -1.0", "damping -1"),
+            ("method = 'rtn'\ndesc_act = true", "--desc-act needs"),
+            ("samples = 0", "--samples must be at least 1"),
+        ] {
+            let found = resolve(toml).unwrap_err();
+            assert!(found.to_string().contains(expected), "{found}");
+            assert_eq!(found.exit_code(), 2);
+        }
+    }
+}

@@ -1,0 +1,357 @@
+//! Measures a checkpoint on held-out text: perplexity, and divergence from the model it was made of.
+
+use formats::Dtype;
+use kernels::{Backend, TokenComparison};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::families;
+use crate::forward::{Plain, embed, load_head, run_block};
+use crate::graph::Graph;
+use crate::plan::check_tensors;
+use crate::progress::Progress;
+
+/// Tokens that go through the model before the next ones are taken up.
+const BATCH_TOKENS: usize = 16_384;
+
+/// Logits that are built at a time.
+const LOGITS: usize = 1 << 23;
+
+/// Which tokens of a window are scored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Protocol {
+    /// All but the first, as in the papers on GPTQ and its successors.
+    #[serde(rename = "papers")]
+    Papers,
+    /// The second half, as in llama.cpp's perplexity tool.
+    #[serde(rename = "llama.cpp")]
+    LlamaCpp,
+}
+
+impl Protocol {
+    /// Every protocol, with the name users type.
+    pub const ALL: &[(&str, Protocol)] = &[("papers", Protocol::Papers), ("llama.cpp", Protocol::LlamaCpp)];
+
+    /// Positions of a window of `context` tokens whose next token is scored.
+    fn scored(self, context: usize) -> std::ops::Range<usize> {
+        match self {
+            Protocol::Papers => 0..context - 1,
+            Protocol::LlamaCpp => context / 2..context - 1,
+        }
+    }
+}
+
+/// How good a model is, alone or beside its reference.
+#[derive(Clone, Debug, Serialize)]
+pub struct Quality {
+    /// The checkpoint.
+    pub model: String,
+    /// `exp` of the mean negative log-likelihood.
+    pub perplexity: f64,
+    /// Its standard error, tokens taken as independent.
+    pub perplexity_stderr: f64,
+    /// Tokens scored.
+    pub tokens: usize,
+    /// Tokens of a window.
+    pub context: usize,
+    /// Windows.
+    pub windows: usize,
+    /// Which tokens were scored.
+    pub protocol: Protocol,
+    /// Beside the reference.
+    #[serde(flatten)]
+    pub beside: Option<Beside>,
+}
+
+/// A model beside its reference, on the same tokens.
+#[derive(Clone, Debug, Serialize)]
+pub struct Beside {
+    /// The reference checkpoint.
+    pub reference: String,
+    /// Its perplexity.
+    pub reference_perplexity: f64,
+    /// Perplexity over the reference's.
+    pub perplexity_ratio: f64,
+    /// Its standard error, from the difference token by token.
+    pub perplexity_ratio_stderr: f64,
+    /// Mean `KL(reference ‖ model)` in nats.
+    pub kld_mean: f64,
+    /// Its standard error.
+    pub kld_stderr: f64,
+    /// Median.
+    pub kld_median: f64,
+    /// 99th percentile.
+    pub kld_p99: f64,
+    /// Largest.
+    pub kld_max: f64,
+    /// Share of tokens on which both would say the same.
+    pub top1_agreement: f64,
+}
+
+/// One model that is being evaluated.
+struct Side<'a, B: Backend> {
+    graph: Graph,
+    source: &'a Checkpoint,
+    head: Option<B::Matrix>,
+}
+
+/// Evaluates `model`, beside `reference` if there is one, on `windows` of equal length.
+pub fn evaluate<B: Backend>(
+    backend: &B,
+    model: &Checkpoint,
+    reference: Option<&Checkpoint>,
+    windows: &[Vec<u32>],
+    protocol: Protocol,
+    progress: &mut Progress,
+) -> Result<Quality> {
+    let context = windows.first().map_or(0, Vec::len);
+    let scored = protocol.scored(context.max(1));
+    if scored.is_empty() {
+        return Err(Error::usage(format!("a context of {context} tokens leaves none to score")));
+    }
+    let mut sides = Vec::new();
+    for source in reference.into_iter().chain([model]) {
+        let graph = families::build(source.config())?;
+        check_tensors(&graph, source)?;
+        let largest = windows.iter().flatten().max().copied().unwrap_or(0) as usize;
+        if largest >= graph.vocabulary {
+            return Err(Error::failed(format!(
+                "{}: the tokenizer gives token {largest}, and the model has {}",
+                source.path().display(),
+                graph.vocabulary
+            )));
+        }
+        sides.push(Side::<B> { graph, source, head: None });
+    }
+    if let [a, b] = &sides[..]
+        && a.graph.vocabulary != b.graph.vocabulary
+    {
+        return Err(Error::failed(format!(
+            "{} has a vocabulary of {} and {} one of {}: they cannot be compared",
+            a.source.path().display(),
+            a.graph.vocabulary,
+            b.source.path().display(),
+            b.graph.vocabulary
+        )));
+    }
+    // A head that both share is kept once.
+    let shared = matches!(&sides[..], [a, b] if same_head(a, b));
+    let last = sides.len() - 1;
+    for (index, side) in sides.iter_mut().enumerate() {
+        if !shared || index == last {
+            side.head = Some(load_head(backend, &side.graph, side.source)?);
+        }
+    }
+    let batch = (BATCH_TOKENS / context).max(1);
+    let blocks: usize = sides.iter().map(|side| side.graph.blocks.len()).sum();
+    progress.start("evaluating", windows.len().div_ceil(batch) * blocks);
+    let mut all = TokenComparison::default();
+    for windows in windows.chunks(batch) {
+        let mut normed = Vec::new();
+        for side in &sides {
+            normed.push(final_hidden(backend, side, windows, progress)?);
+        }
+        let per_pass = (LOGITS / sides[0].graph.vocabulary).max(16);
+        for (index, window) in windows.iter().enumerate() {
+            for start in scored.clone().step_by(per_pass) {
+                let end = scored.end.min(start + per_pass);
+                let rows: Vec<usize> = (start..end).collect();
+                let targets = &window[start + 1..=end];
+                let logits = |side: usize| -> Result<B::Matrix> {
+                    let (chunk, offset) = locate(&normed[side], index, context);
+                    let rows: Vec<usize> = rows.iter().map(|row| row + offset).collect();
+                    let head = sides[side].head.as_ref().or(sides[last].head.as_ref()).expect("loaded");
+                    Ok(backend.linear(&backend.select_rows(chunk, &rows)?, head, None)?)
+                };
+                let found = match last {
+                    0 => TokenComparison { model: backend.token_loss(&logits(0)?, targets)?, ..Default::default() },
+                    _ => backend.compare(&logits(0)?, &logits(1)?, targets)?,
+                };
+                for (all, found) in [(&mut all.model, found.model), (&mut all.reference, found.reference)] {
+                    all.nll.extend(found.nll);
+                    all.argmax.extend(found.argmax);
+                }
+                all.kld.extend(found.kld);
+            }
+        }
+    }
+    if let Some(at) = all.model.nll.iter().position(|nll| !nll.is_finite()) {
+        return Err(Error::failed(format!(
+            "{}: the logits of scored token {at} are not finite numbers; the model is broken",
+            model.path().display()
+        )));
+    }
+    Ok(summarize(model, reference, &all, [context, windows.len()], protocol))
+}
+
+/// Normed last hidden states, in chunks of whole windows.
+fn final_hidden<B: Backend>(
+    backend: &B,
+    side: &Side<'_, B>,
+    windows: &[Vec<u32>],
+    progress: &Progress,
+) -> Result<Vec<B::Matrix>> {
+    let Side { graph, source, .. } = side;
+    let mut chunks = embed(backend, graph, source, windows)?;
+    let mut plain = Plain { backend, source };
+    for block in &graph.blocks {
+        run_block(backend, block, &mut plain, &mut chunks)?;
+        progress.step();
+    }
+    let norm = source.load(&graph.final_norm.weight)?;
+    chunks.iter().map(|chunk| Ok(backend.rms_norm(&chunk.hidden, &norm, graph.final_norm.eps)?)).collect()
+}
+
+/// The chunk that holds a window, and the row it starts at.
+fn locate<M>(chunks: &[M], window: usize, context: usize) -> (&M, usize) {
+    // All windows are equally long, so that every chunk but the last holds the same number of them.
+    let per_chunk = (crate::forward::CHUNK_TOKENS / context).max(1);
+    (&chunks[window / per_chunk], window % per_chunk * context)
+}
+
+fn same_head<B: Backend>(a: &Side<'_, B>, b: &Side<'_, B>) -> bool {
+    let name = |side: &Side<'_, B>| match side.graph.head.tied {
+        true => side.graph.embedding.clone(),
+        false => side.graph.head.linear.weight(),
+    };
+    match (a.source.raw(&name(a)), b.source.raw(&name(b))) {
+        (Some(x), Some(y)) => x.dtype == y.dtype && x.dtype != Dtype::F64 && x.data == y.data,
+        _ => false,
+    }
+}
+
+fn summarize(
+    model: &Checkpoint,
+    reference: Option<&Checkpoint>,
+    all: &TokenComparison,
+    [context, windows]: [usize; 2],
+    protocol: Protocol,
+) -> Quality {
+    let (nll, nll_error) = mean(&all.model.nll);
+    let beside = reference.map(|reference| {
+        let (base, _) = mean(&all.reference.nll);
+        let differences: Vec<f64> = all.model.nll.iter().zip(&all.reference.nll).map(|(a, b)| a - b).collect();
+        let (difference, difference_error) = mean(&differences);
+        let (kld_mean, kld_stderr) = mean(&all.kld);
+        let mut sorted = all.kld.clone();
+        sorted.sort_by(f64::total_cmp);
+        let same = all.model.argmax.iter().zip(&all.reference.argmax).filter(|(a, b)| a == b).count();
+        Beside {
+            reference: reference.path().display().to_string(),
+            reference_perplexity: base.exp(),
+            perplexity_ratio: difference.exp(),
+            perplexity_ratio_stderr: difference.exp() * difference_error,
+            kld_mean,
+            kld_stderr,
+            kld_median: quantile(&sorted, 0.5),
+            kld_p99: quantile(&sorted, 0.99),
+            kld_max: sorted.last().copied().unwrap_or(0.0),
+            top1_agreement: same as f64 / all.kld.len().max(1) as f64,
+        }
+    });
+    Quality {
+        model: model.path().display().to_string(),
+        perplexity: nll.exp(),
+        perplexity_stderr: nll.exp() * nll_error,
+        tokens: all.model.nll.len(),
+        context,
+        windows,
+        protocol,
+        beside,
+    }
+}
+
+/// Mean and its standard error.
+fn mean(values: &[f64]) -> (f64, f64) {
+    let count = values.len().max(1) as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (count - 1.0).max(1.0);
+    (mean, (variance / count).sqrt())
+}
+
+/// Linear interpolation between the order statistics.
+fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let place = share * (sorted.len().max(1) - 1) as f64;
+    let (low, high) = (place.floor() as usize, place.ceil() as usize);
+    match sorted.get(high) {
+        Some(top) => sorted[low] + (top - sorted[low]) * (place - low as f64),
+        None => 0.0,
+    }
+}
+
+/// Limits that a quantized model must keep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Limits {
+    /// Largest perplexity over the reference's.
+    pub max_ppl_ratio: Option<f64>,
+    /// Largest mean divergence.
+    pub max_kld: Option<f64>,
+    /// Least share of tokens on which both would say the same.
+    pub min_top1: Option<f64>,
+}
+
+impl Limits {
+    /// Whether there is any.
+    pub fn any(&self) -> bool {
+        *self != Limits::default()
+    }
+
+    /// What was missed, one sentence each.
+    pub fn missed(&self, quality: &Beside) -> Vec<String> {
+        let mut missed = Vec::new();
+        let mut check = |what: &str, found: f64, limit: Option<f64>, most: bool| {
+            if let Some(limit) = limit
+                // Written so that a NaN misses every limit.
+                && !(if most { found <= limit } else { found >= limit })
+            {
+                let side = if most { "above" } else { "below" };
+                missed.push(format!("{what} is {found:.5}, {side} the limit of {limit}"));
+            }
+        };
+        check("the perplexity ratio", quality.perplexity_ratio, self.max_ppl_ratio, true);
+        check("the mean KL divergence", quality.kld_mean, self.max_kld, true);
+        check("the top-1 agreement", quality.top1_agreement, self.min_top1, false);
+        missed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_are_those_of_the_textbook() {
+        let (m, e) = mean(&[1.0, 2.0, 3.0, 6.0]);
+        assert_eq!((m, e), (3.0, (14.0f64 / 3.0 / 4.0).sqrt()));
+        assert_eq!(quantile(&[1.0, 2.0, 4.0], 0.75), 3.0);
+        assert_eq!(quantile(&[7.0], 0.99), 7.0);
+    }
+
+    #[test]
+    fn protocols_score_what_they_say() {
+        assert_eq!(Protocol::Papers.scored(8), 0..7);
+        assert_eq!(Protocol::LlamaCpp.scored(8), 4..7);
+        assert!(Protocol::LlamaCpp.scored(1).is_empty());
+    }
+
+    #[test]
+    fn limits_name_what_was_missed() {
+        let quality = Beside {
+            reference: String::new(),
+            reference_perplexity: 10.0,
+            perplexity_ratio: 1.1,
+            perplexity_ratio_stderr: 0.0,
+            kld_mean: f64::NAN,
+            kld_stderr: 0.0,
+            kld_median: 0.0,
+            kld_p99: 0.0,
+            kld_max: 0.0,
+            top1_agreement: 0.9,
+        };
+        let limits = Limits { max_ppl_ratio: Some(1.2), max_kld: Some(0.1), min_top1: Some(0.95) };
+        let missed = limits.missed(&quality);
+        assert_eq!(missed.len(), 2, "{missed:?}");
+        assert!(missed[1].contains("top-1 agreement is 0.90000, below the limit of 0.95"));
+    }
+}
