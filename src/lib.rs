@@ -1,1 +1,7 @@
 //! quantc: a post-training quantization compiler for large language models.
+
+pub mod checkpoint;
+pub mod error;
+
+pub use checkpoint::Checkpoint;
+pub use error::{Error, Result};

@@ -6,13 +6,16 @@ pub mod bits;
 pub mod codec;
 pub mod container;
 pub mod error;
+pub mod ggml;
 pub mod grid;
 pub mod tensor;
 pub mod weight;
 
 pub use codec::{CODECS, Codec, read_quantization};
+pub use container::gguf::GgufFile;
 pub use container::safetensors::{SafetensorsFile, SafetensorsSet, ShardedWriter};
 pub use error::{Error, Result};
+pub use ggml::GgmlType;
 pub use grid::{ScalePrecision, Scheme};
 pub use tensor::{Dtype, Tensor, TensorSpec, TensorView};
 pub use weight::QuantizedWeight;

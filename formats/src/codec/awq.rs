@@ -81,11 +81,16 @@ impl Codec for Awq {
         Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
     }
 
+    fn shape(&self, parts: &PartLookup<'_, '_>, _declared: &Declared) -> Result<[usize; 2]> {
+        let [cols, words] = words_shape(&part(parts, "qweight")?, "qweight")?;
+        Ok([words * 8, cols])
+    }
+
     fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
         let scheme = declared.scheme;
+        let [rows, cols] = self.shape(parts, declared)?;
         let packed = part(parts, "qweight")?;
-        let [cols, words] = words_shape(&packed, "qweight")?;
-        let rows = words * 8;
+        let words = rows / 8;
         let codes = unpack_outputs(&to_words(packed.data), rows, cols);
 
         let groups = scheme.groups(cols);

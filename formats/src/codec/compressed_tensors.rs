@@ -94,6 +94,10 @@ impl Codec for CompressedTensors {
         Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
     }
 
+    fn shape(&self, parts: &PartLookup<'_, '_>, _declared: &Declared) -> Result<[usize; 2]> {
+        stored_shape(parts)
+    }
+
     fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
         let scheme = declared.scheme;
         let bits = scheme.bits;

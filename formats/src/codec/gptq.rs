@@ -92,15 +92,21 @@ impl Codec for Gptq {
         Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
     }
 
+    fn shape(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<[usize; 2]> {
+        let bits = usize::from(declared.scheme.bits);
+        let [words, rows] = words_shape(&part(parts, "qweight")?, "qweight")?;
+        if !(words * 32).is_multiple_of(bits) {
+            return Err(Error::mismatch(format!("the height of qweight at {bits} bits"), "whole codes", words));
+        }
+        Ok([rows, words * 32 / bits])
+    }
+
     fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
         let mut scheme = declared.scheme;
         let bits = scheme.bits;
+        let [rows, cols] = self.shape(parts, declared)?;
         let packed = part(parts, "qweight")?;
-        let [words, rows] = words_shape(&packed, "qweight")?;
-        if !(words * 32).is_multiple_of(usize::from(bits)) {
-            return Err(Error::mismatch(format!("the height of qweight at {bits} bits"), "whole codes", words));
-        }
-        let cols = words * 32 / usize::from(bits);
+        let words = packed_words(cols, bits);
         let codes = unpack_rows(&from_words(&transpose(&to_words(packed.data), words, rows)), rows, cols, bits);
 
         let groups = scheme.groups(cols);

@@ -100,6 +100,9 @@ pub trait Codec: Sync {
     /// Packs a weight. Fails when a code, zero or scale cannot be stored exactly.
     fn encode(&self, weight: &QuantizedWeight, scale_dtype: Dtype) -> Result<Parts>;
 
+    /// Rows and columns of a stored weight, without reading its codes.
+    fn shape(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<[usize; 2]>;
+
     /// Reads a weight back; `parts` looks a local name up. Parts that do not fit each other are an error.
     fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight>;
 
@@ -374,6 +377,7 @@ pub(crate) mod testing {
             assert!(codec.part_names().contains(name));
         }
         let declared = Declared { scheme: weight.scheme, zeros_minus_one: codec.id() == "gptq" };
+        assert_eq!(codec.shape(&|name| parts.get(name), &declared).unwrap(), [weight.rows, weight.cols]);
         let back = codec.decode(&|name| parts.get(name), &declared).unwrap();
         assert!(
             &back == weight,

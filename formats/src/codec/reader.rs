@@ -127,19 +127,30 @@ impl QuantizationReader {
         }
     }
 
+    /// How a module that has codes is declared, and its rows and columns, without reading the codes.
+    pub fn describe(&self, module: &str, parts: &PartLookup<'_, '_>) -> Result<(Declared, [usize; 2])> {
+        let declared = self.declared_with_codes(module)?;
+        let shape = self.codec().shape(parts, &declared).map_err(|error| error.in_tensor(module))?;
+        Ok((declared, shape))
+    }
+
+    fn declared_with_codes(&self, module: &str) -> Result<Declared> {
+        self.declared(module)?.ok_or_else(|| {
+            Error::malformed(format!(
+                "the checkpoint has {} for it, but its quantization_config leaves it unquantized",
+                self.main_part()
+            ))
+            .in_tensor(module)
+        })
+    }
+
     /// Reads a module; `None` when `parts` has no codes for it. Codes for a module that the configuration leaves out
     /// are an error.
     pub fn read(&self, module: &str, parts: &PartLookup<'_, '_>) -> Result<Option<QuantizedWeight>> {
         if parts(self.main_part()).is_none() {
             return Ok(None);
         }
-        let declared = self.declared(module)?.ok_or_else(|| {
-            Error::malformed(format!(
-                "the checkpoint has {} for it, but its quantization_config leaves it unquantized",
-                self.main_part()
-            ))
-            .in_tensor(module)
-        })?;
+        let declared = self.declared_with_codes(module)?;
         self.codec().decode(parts, &declared).map(Some).map_err(|error| error.in_tensor(module))
     }
 }

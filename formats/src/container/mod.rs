@@ -1,5 +1,6 @@
 //! File types that hold tensors: checked wholly when opened, then handed out as plain views.
 
+pub mod gguf;
 pub mod safetensors;
 
 use std::fs::File;

@@ -1,0 +1,56 @@
+//! What can go wrong, and the exit code each failure ends with.
+
+use std::path::{Path, PathBuf};
+
+/// The result of everything in this crate that can fail.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// A failure, told in one sentence.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The request cannot be met as it was made: exit code 2.
+    #[error("{0}")]
+    Usage(String),
+    /// The work could not be done: exit code 1.
+    #[error("{0}")]
+    Failed(String),
+    /// A file or tensor is not what it should be: exit code 1.
+    #[error(transparent)]
+    Format(#[from] formats::Error),
+    /// The operating system refused: exit code 1.
+    #[error("{}: cannot {doing}: {source}", path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What was attempted, as in "open".
+        doing: &'static str,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+}
+
+impl Error {
+    /// A request that cannot be met as it was made.
+    pub fn usage(why: impl Into<String>) -> Error {
+        Error::Usage(why.into())
+    }
+
+    /// Work that could not be done.
+    pub fn failed(why: impl Into<String>) -> Error {
+        Error::Failed(why.into())
+    }
+
+    /// Names the path and the attempt that `source` belongs to; for `map_err`.
+    pub fn io(path: impl AsRef<Path>, doing: &'static str) -> impl FnOnce(std::io::Error) -> Error {
+        let path = path.as_ref().to_path_buf();
+        move |source| Error::Io { path, doing, source }
+    }
+
+    /// 2 for a request that cannot be met, 1 for everything else.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Usage(_) => 2,
+            _ => 1,
+        }
+    }
+}
