@@ -1,7 +1,26 @@
 //! quantc: a post-training quantization compiler for large language models.
+//!
+//! The pipeline is [`job`]: open a [`Checkpoint`], build its [`graph`], [`plan`] every tensor, [`compile`] block by
+//! block, reopen what was written and [`verify`] it against the original.
 
 pub mod checkpoint;
+pub mod cli;
+pub mod compile;
+pub mod convert;
+pub mod demo;
 pub mod error;
+pub mod families;
+pub mod forward;
+pub mod graph;
+pub mod inspect;
+pub mod job;
+pub mod output;
+pub mod plan;
+pub mod progress;
+pub mod recipe;
+pub mod report;
+pub mod text;
+pub mod verify;
 
 pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};

@@ -1,3 +1,187 @@
-//! The command line.
+//! The command line: reads the words, picks the device, turns outcomes into exit codes.
 
-fn main() {}
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+use formats::Dtype;
+use kernels::Cpu;
+use quantc::cli::{Cli, Command, Compute, Eval, Quantize};
+use quantc::job::{Job, Verification};
+use quantc::progress::Progress;
+use quantc::recipe::{Recipe, Request, named};
+use quantc::text::{HELD_OUT, ModelText, load_text};
+use quantc::verify::{Limits, Protocol, evaluate};
+use quantc::{Checkpoint, Error, convert, demo, families, inspect, report};
+
+/// The output is there, and its quality is below the limits.
+const BELOW_THE_BAR: u8 = 3;
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(error.downcast_ref::<Error>().map_or(1, Error::exit_code))
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<u8> {
+    match cli.command {
+        Command::Demo(args) => {
+            if let Some(folder) = args.export {
+                demo::export(&folder)?;
+                return Ok(0);
+            }
+            let mut progress = start(&args.compute)?;
+            demo::run(&Cpu, &mut progress, args.compute.quiet)?;
+            Ok(0)
+        }
+        Command::Quantize(args) => quantize(*args),
+        Command::Eval(args) => eval(args),
+        Command::Inspect(args) => {
+            let inspection = inspect::inspect(&Checkpoint::open(&args.path)?);
+            match args.json {
+                true => say(&format!("{}\n", serde_json::to_string_pretty(&inspection)?)),
+                false => say(&inspection.text()),
+            }
+            Ok(0)
+        }
+        Command::Convert(args) => {
+            let dtype = args.dtype.map(|name| match name.as_str() {
+                "f16" => Dtype::F16,
+                "bf16" => Dtype::BF16,
+                _ => Dtype::F32,
+            });
+            convert::convert(&args.input, &args.output, dtype, args.force)?;
+            Ok(0)
+        }
+    }
+}
+
+/// Prints; a reader that has closed the pipe has seen enough.
+fn say(text: &str) {
+    use std::io::Write;
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Sets the threads up, and the display.
+fn start(compute: &Compute) -> anyhow::Result<Progress> {
+    if compute.threads == Some(0) {
+        return Err(Error::usage("--threads must be at least 1").into());
+    }
+    if let Some(threads) = compute.threads {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("cannot start the threads")?;
+    }
+    Ok(Progress::new(compute.quiet))
+}
+
+fn quantize(args: Quantize) -> anyhow::Result<u8> {
+    let mut progress = start(&args.compute)?;
+    let flags = Request {
+        format: args.format,
+        scheme: args.scheme,
+        bits: args.bits,
+        group_size: args.group_size,
+        symmetric: args.symmetric,
+        method: args.method,
+        observer: args.observer,
+        damp: args.damp,
+        act_order: args.act_order,
+        desc_act: args.desc_act.then_some(true),
+        ignore: (!args.ignore.is_empty()).then_some(args.ignore),
+        calibration: args.calibration,
+        samples: args.samples,
+        seq_len: args.seq_len,
+        seed: args.seed,
+        overrides: Vec::new(),
+    };
+    let file = args.recipe.map(|path| Request::read(&path)).transpose()?.unwrap_or_default();
+    let limits = Limits { max_ppl_ratio: args.max_ppl_ratio, max_kld: args.max_kld, min_top1: args.min_top1 };
+    let verification = match args.verify_text.as_deref() {
+        Some("none") if limits.any() => {
+            return Err(Error::usage("limits on the quality need a text to measure it on: drop --verify-text none").into());
+        }
+        Some("none") => None,
+        text => Some(Verification {
+            text: text.unwrap_or(HELD_OUT).to_owned(),
+            context: 2048,
+            windows: Some(args.verify_windows),
+            limits,
+        }),
+    };
+    let job = Job {
+        model: &args.model,
+        output: &args.output,
+        recipe: Recipe::resolve(flags.or(file))?,
+        verification,
+        force: args.force,
+        report: args.report,
+    };
+    let report = job.run(&Cpu, &mut progress)?;
+    drop(progress);
+    if !args.compute.quiet {
+        let fallbacks = report.linears.iter().filter(|l| l.fallback.is_some()).count();
+        say(&format!(
+            "{}: {} linears, {:.2} bits per weight ({:.2} of the file), {:.1} s, peak {:.0} MB{}\n",
+            args.output.display(),
+            report.linears.len(),
+            report.bpw.quantized,
+            report.bpw.file,
+            report.seconds.total,
+            report.peak_memory_bytes.unwrap_or(0) as f64 / 1e6,
+            if fallbacks > 0 { format!(", {fallbacks} with a fallback (see report.json)") } else { String::new() }
+        ));
+        if let Some(quality) = &report.quality {
+            say(&report::quality_table(quality));
+        }
+        for note in &report.notes {
+            eprintln!("note: {note}");
+        }
+    }
+    match &report.verdict {
+        Some(verdict) if !verdict.passed => {
+            for missed in &verdict.missed {
+                eprintln!("error: {missed}; the output was kept in {}", args.output.display());
+            }
+            Ok(BELOW_THE_BAR)
+        }
+        _ => Ok(0),
+    }
+}
+
+fn eval(args: Eval) -> anyhow::Result<u8> {
+    let mut progress = start(&args.compute)?;
+    let protocol = named("protocol", Protocol::ALL, &args.protocol)?;
+    let model = Checkpoint::open(&args.model)?;
+    let reference = args.reference.as_deref().map(Checkpoint::open).transpose()?;
+    let text = load_text(args.text.as_deref().unwrap_or(HELD_OUT)).map_err(Error::from)?;
+    let tokenizer = ModelText::open(&model)?;
+    let ids = tokenizer.evaluation_ids(&text).map_err(Error::from)?;
+    if let Some(reference) = &reference {
+        let own = ModelText::open(reference)?.evaluation_ids(&text).map_err(Error::from)?;
+        if own != ids {
+            return Err(Error::failed(format!(
+                "{} and {} turn the text into different tokens: they cannot be compared",
+                args.model.display(),
+                reference.path().display()
+            ))
+            .into());
+        }
+    }
+    let longest = families::longest_context(model.config()).unwrap_or(usize::MAX);
+    let bos = match protocol {
+        Protocol::Papers => None,
+        Protocol::LlamaCpp => tokenizer.tokenizer.added_bos(),
+    };
+    let windows = calibration::samples::windows(&ids, args.context.min(longest), args.windows, bos)
+        .map_err(|e| Error::from(quantc::text::TextError::from(e)))?;
+    let quality = evaluate(&Cpu, &model, reference.as_ref(), &windows, protocol, &mut progress)?;
+    drop(progress);
+    match args.json {
+        true => say(&format!("{}\n", serde_json::to_string_pretty(&quality)?)),
+        false => say(&report::quality_table(&quality)),
+    }
+    Ok(0)
+}

@@ -90,3 +90,8 @@ impl<'a> Config<'a> {
         }
     }
 }
+
+/// The positions that a model was made for, if config.json says.
+pub fn longest_context(config: &Value) -> Option<usize> {
+    config.get("max_position_embeddings")?.as_u64().map(|n| n as usize).filter(|n| *n > 1)
+}

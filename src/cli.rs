@@ -1,0 +1,190 @@
+//! The command line's words.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Quantizes language models for the runtimes that serve them, and proves that they are still themselves.
+#[derive(Debug, Parser)]
+#[command(name = "quantc", version, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Quantize the built-in model with every method, verify each, and print a table.
+    Demo(Demo),
+    /// Quantize a checkpoint, reopen the result, and measure it against the original.
+    Quantize(Box<Quantize>),
+    /// Measure perplexity, and divergence from a reference.
+    Eval(Eval),
+    /// Show what is in a checkpoint.
+    Inspect(Inspect),
+    /// Rewrite any readable checkpoint as plain safetensors.
+    Convert(Convert),
+}
+
+/// Flags that every command that computes has.
+#[derive(Clone, Debug, Args)]
+pub struct Compute {
+    /// Threads; all cores by default. Results do not depend on it.
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Where to compute.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = ["auto", "cpu"])]
+    pub device: String,
+    /// No progress, no summary; errors only.
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// `quantc demo`.
+#[derive(Debug, Args)]
+pub struct Demo {
+    /// Write the built-in model to this directory as a Hugging Face checkpoint, and do nothing else.
+    #[arg(long, value_name = "DIR")]
+    pub export: Option<PathBuf>,
+    /// Flags for the computation.
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+/// `quantc quantize`.
+#[derive(Debug, Args)]
+pub struct Quantize {
+    /// A Hugging Face directory or a .gguf file.
+    pub model: PathBuf,
+    /// The directory to write.
+    #[arg(long, short, value_name = "OUT")]
+    pub output: PathBuf,
+    /// Layout of the output: compressed-tensors, gptq or awq. [default: compressed-tensors]
+    #[arg(long, value_name = "FORMAT")]
+    pub format: Option<String>,
+    /// W4A16, W8A16, W3A16 or W2A16, each also with _ASYM; groups of 128. [default: W4A16]
+    #[arg(long, value_name = "SCHEME")]
+    pub scheme: Option<String>,
+    /// Width of a code, instead of the scheme's: 2, 3, 4 or 8.
+    #[arg(long, value_name = "N")]
+    pub bits: Option<u8>,
+    /// Columns per scale, instead of the scheme's: 32, 64, 128, or -1 for one scale per row.
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub group_size: Option<i64>,
+    /// Symmetric grids (true) or grids with a zero point (false), instead of the scheme's.
+    #[arg(long, value_name = "BOOL")]
+    pub symmetric: Option<bool>,
+    /// rtn, awq, gptq or awq+gptq. [default: gptq]
+    #[arg(long, value_name = "METHOD")]
+    pub method: Option<String>,
+    /// How scales are chosen: minmax, mse, imatrix or clip. [default: minmax for rtn, clip for awq, imatrix for gptq]
+    #[arg(long, value_name = "OBSERVER")]
+    pub observer: Option<String>,
+    /// Relative damping of the Hessian. [default: 0.05]
+    #[arg(long, value_name = "SHARE")]
+    pub damp: Option<f64>,
+    /// Sweep columns by falling energy (true) or from left to right (false). [default: true]
+    #[arg(long, value_name = "BOOL")]
+    pub act_order: Option<bool>,
+    /// Put groups in processing order and store g_idx (GPTQ only; vLLM and SGLang refuse such files).
+    #[arg(long)]
+    pub desc_act: bool,
+    /// Linears to leave as they are: a module, the end of its name, or re: and a regular expression. Repeatable.
+    #[arg(long, value_name = "PATTERN")]
+    pub ignore: Vec<String>,
+    /// Calibration text: .txt, .jsonl, .json, or a bundled preset. [default: mixed]
+    #[arg(long, value_name = "FILE|PRESET")]
+    pub calibration: Option<String>,
+    /// Calibration sequences. [default: 128]
+    #[arg(long, value_name = "N")]
+    pub samples: Option<usize>,
+    /// Tokens of each. [default: 2048]
+    #[arg(long, value_name = "N")]
+    pub seq_len: Option<usize>,
+    /// Seed of their selection. [default: 0]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// A recipe.toml with any of these settings, and exceptions for some linears; flags go before it.
+    #[arg(long, value_name = "FILE")]
+    pub recipe: Option<PathBuf>,
+    /// Held-out text to measure the output on; `none` to skip. [default: a bundled text]
+    #[arg(long, value_name = "FILE|none")]
+    pub verify_text: Option<String>,
+    /// Windows of up to 2048 tokens to measure.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub verify_windows: usize,
+    /// Fail (exit code 3) above this perplexity ratio.
+    #[arg(long, value_name = "R")]
+    pub max_ppl_ratio: Option<f64>,
+    /// Fail (exit code 3) above this mean KL divergence, in nats.
+    #[arg(long, value_name = "K")]
+    pub max_kld: Option<f64>,
+    /// Fail (exit code 3) below this share of equal top tokens, from 0 to 1.
+    #[arg(long, value_name = "P")]
+    pub min_top1: Option<f64>,
+    /// Write the report here as well.
+    #[arg(long, value_name = "FILE")]
+    pub report: Option<PathBuf>,
+    /// Replace an existing output.
+    #[arg(long)]
+    pub force: bool,
+    /// Flags for the computation.
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+/// `quantc eval`.
+#[derive(Debug, Args)]
+pub struct Eval {
+    /// A Hugging Face directory, quantized or not, or a .gguf file.
+    pub model: PathBuf,
+    /// The model it was made of.
+    #[arg(long, value_name = "MODEL")]
+    pub reference: Option<PathBuf>,
+    /// Text; a bundled one by default.
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<String>,
+    /// Tokens of a window; cut down to the model's positions.
+    #[arg(long, value_name = "N", default_value_t = 2048)]
+    pub context: usize,
+    /// Windows at most; all by default.
+    #[arg(long, value_name = "N")]
+    pub windows: Option<usize>,
+    /// papers (all tokens but the first of each window) or llama.cpp (the second half of each window).
+    #[arg(long, value_name = "PROTOCOL", default_value = "papers")]
+    pub protocol: String,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+    /// Flags for the computation.
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+/// `quantc inspect`.
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// A Hugging Face directory or a .gguf file.
+    pub path: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `quantc convert`.
+#[derive(Debug, Args)]
+pub struct Convert {
+    /// A Hugging Face directory, quantized or not, or a .gguf file.
+    pub input: PathBuf,
+    /// The directory to write.
+    #[arg(long, short, value_name = "OUT")]
+    pub output: PathBuf,
+    /// Type of the tensors: f16, bf16 or f32. [default: that of the input]
+    #[arg(long, value_name = "TYPE", value_parser = ["f16", "bf16", "f32"])]
+    pub dtype: Option<String>,
+    /// Replace an existing output.
+    #[arg(long)]
+    pub force: bool,
+}

@@ -1,0 +1,128 @@
+//! Shows what is in a checkpoint.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use crate::checkpoint::{Checkpoint, Entry};
+
+/// A checkpoint's content.
+#[derive(Debug, Serialize)]
+pub struct Inspection {
+    /// Where it is.
+    pub path: String,
+    /// `model_type` of its configuration.
+    pub model_type: Option<String>,
+    /// Values in all tensors.
+    pub parameters: u64,
+    /// Bytes of all tensors.
+    pub bytes: u64,
+    /// Bits per value over everything.
+    pub bpw: f64,
+    /// Share of each way of storing.
+    pub types: Vec<TypeShare>,
+    /// Every tensor.
+    pub tensors: Vec<TensorInfo>,
+}
+
+/// All tensors stored in one way.
+#[derive(Debug, Serialize)]
+pub struct TypeShare {
+    /// The way.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// How many.
+    pub tensors: usize,
+    /// Values in them.
+    pub parameters: u64,
+    /// Bytes of them.
+    pub bytes: u64,
+    /// Bits per value.
+    pub bpw: f64,
+}
+
+/// One tensor.
+#[derive(Debug, Serialize)]
+pub struct TensorInfo {
+    /// Its name.
+    pub name: String,
+    /// Its extents.
+    pub shape: Vec<usize>,
+    /// How it is stored.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// Bytes, all parts together.
+    pub bytes: u64,
+    /// Bits per value.
+    pub bpw: f64,
+}
+
+fn bits(bytes: u64, values: u64) -> f64 {
+    bytes as f64 * 8.0 / values.max(1) as f64
+}
+
+fn values(entry: &Entry) -> u64 {
+    entry.shape.iter().product::<usize>() as u64
+}
+
+/// Looks through a checkpoint's headers; no weights are read.
+pub fn inspect(checkpoint: &Checkpoint) -> Inspection {
+    let mut types: BTreeMap<String, (usize, u64, u64)> = BTreeMap::new();
+    let mut tensors = Vec::new();
+    for entry in checkpoint.entries() {
+        let (kind, count) = (entry.dtype.to_string(), values(entry));
+        let share = types.entry(kind.clone()).or_default();
+        *share = (share.0 + 1, share.1 + count, share.2 + entry.stored_bytes);
+        tensors.push(TensorInfo {
+            name: entry.name.clone(),
+            shape: entry.shape.clone(),
+            kind,
+            bytes: entry.stored_bytes,
+            bpw: bits(entry.stored_bytes, count),
+        });
+    }
+    let (parameters, bytes) = types.values().fold((0, 0), |(p, b), share| (p + share.1, b + share.2));
+    Inspection {
+        path: checkpoint.path().display().to_string(),
+        model_type: checkpoint.config().get("model_type").and_then(|v| v.as_str()).map(str::to_owned),
+        parameters,
+        bytes,
+        bpw: bits(bytes, parameters),
+        types: types
+            .into_iter()
+            .map(|(kind, (tensors, parameters, bytes))| TypeShare {
+                kind,
+                tensors,
+                parameters,
+                bytes,
+                bpw: bits(bytes, parameters),
+            })
+            .collect(),
+        tensors,
+    }
+}
+
+impl Inspection {
+    /// For people.
+    pub fn text(&self) -> String {
+        let mut text = format!(
+            "{}: {}, {:.2} million parameters, {:.2} MB, {:.2} bits per weight\n\n",
+            self.path,
+            self.model_type.as_deref().unwrap_or("unknown family"),
+            self.parameters as f64 / 1e6,
+            self.bytes as f64 / 1e6,
+            self.bpw
+        );
+        for share in &self.types {
+            text += &format!(
+                "{:<44} {:>5} tensors {:>12} values {:>12} bytes {:>7.3} bpw\n",
+                share.kind, share.tensors, share.parameters, share.bytes, share.bpw
+            );
+        }
+        text += "\n";
+        for tensor in &self.tensors {
+            text += &format!("{:<56} {:<16} {:<44} {:>7.3} bpw\n", tensor.name, format!("{:?}", tensor.shape), tensor.kind, tensor.bpw);
+        }
+        text
+    }
+}

@@ -1,0 +1,202 @@
+//! What was done, to what, how well: `report.json` for machines, the model card for people.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use calibration::samples::SampleSource;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+use crate::compile::{LinearReport, SmoothingReport, Stages};
+use crate::error::{Error, Result};
+use crate::plan::Fate;
+use crate::recipe::Recipe;
+use crate::verify::{Limits, Quality};
+
+/// A file and what is in it.
+#[derive(Clone, Debug, Serialize)]
+pub struct FileReport {
+    /// Its name.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+    /// SHA-256 of its content, lower-case hex.
+    pub sha256: String,
+}
+
+/// What becomes of a tensor of the input.
+#[derive(Clone, Debug, Serialize)]
+pub struct TensorReport {
+    /// Its name.
+    pub name: String,
+    /// Quantized, copied, tied, or dropped and why.
+    pub fate: Fate,
+}
+
+/// Bits per weight.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct BitsPerWeight {
+    /// Of the quantized linears alone, scales and zeros included.
+    pub quantized: f64,
+    /// Of the whole file, embeddings and norms included.
+    pub file: f64,
+    /// Of the whole file of the original.
+    pub original_file: f64,
+}
+
+/// Whether the limits were kept.
+#[derive(Clone, Debug, Serialize)]
+pub struct Verdict {
+    /// What was asked for.
+    pub limits: Limits,
+    /// Whether all were kept.
+    pub passed: bool,
+    /// What was missed.
+    pub missed: Vec<String>,
+}
+
+/// Everything about one run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// Name and version of the program.
+    pub tool: String,
+    /// The device it ran on.
+    pub device: String,
+    /// The input.
+    pub model: String,
+    /// Its family.
+    pub family: &'static str,
+    /// Parameters in its tensors.
+    pub parameters: u64,
+    /// Its weight files.
+    pub inputs: Vec<FileReport>,
+    /// What was asked for, defaults filled in.
+    pub recipe: Recipe,
+    /// The calibration text, if one was used.
+    pub calibration: Option<SampleSource>,
+    /// The weight files that were written.
+    pub outputs: Vec<FileReport>,
+    /// Size.
+    pub bpw: BitsPerWeight,
+    /// Against the original, on held-out text.
+    pub quality: Option<Quality>,
+    /// Limits on the quality.
+    pub verdict: Option<Verdict>,
+    /// Limits on who can load the output, and other things worth knowing.
+    pub notes: Vec<String>,
+    /// Every quantized linear.
+    pub linears: Vec<LinearReport>,
+    /// Every folded channel scale.
+    pub smoothings: Vec<SmoothingReport>,
+    /// Every input tensor.
+    pub tensors: Vec<TensorReport>,
+    /// Where the time went.
+    pub seconds: Seconds,
+    /// Largest resident set of the process, mapped files included.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// Where the time went.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Seconds {
+    /// By stage of the compilation.
+    #[serde(flatten)]
+    pub stages: Stages,
+    /// Tokenizing and hashing.
+    pub prepare: f64,
+    /// Reopening and evaluating.
+    pub verify: f64,
+    /// From start to end.
+    pub total: f64,
+}
+
+/// Hashes a file without keeping it in memory.
+pub fn hash_file(path: &Path) -> Result<FileReport> {
+    let mut file = File::open(path).map_err(Error::io(path, "open"))?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    let mut bytes = 0;
+    loop {
+        let read = file.read(&mut buffer).map_err(Error::io(path, "read"))?;
+        if read == 0 {
+            break;
+        }
+        hash.update(&buffer[..read]);
+        bytes += read as u64;
+    }
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    Ok(FileReport { name, bytes, sha256: hash.finalize().iter().map(|b| format!("{b:02x}")).collect() })
+}
+
+/// Hashes files, in order.
+pub fn hash_files(paths: &[PathBuf]) -> Result<Vec<FileReport>> {
+    paths.iter().map(|path| hash_file(path)).collect()
+}
+
+/// The largest resident set of this process so far, where the system tells.
+pub fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
+}
+
+impl Report {
+    /// The model card. Depends on nothing that changes between equal runs.
+    pub fn card(&self) -> String {
+        let Recipe { format, scheme, method, .. } = &self.recipe;
+        let group = scheme.group.map_or("one scale per row".to_owned(), |g| format!("groups of {g}"));
+        let name = Path::new(&self.model).file_name().map_or(self.model.clone(), |n| n.to_string_lossy().into_owned());
+        let mut card = format!(
+            "# {name}, {} ({})\n\nQuantized with {} to the {format} layout: {}, {group}, method {}.\n\n",
+            scheme.name(),
+            method.name(),
+            self.tool,
+            scheme.name(),
+            method.name()
+        );
+        card += &format!(
+            "- size: {:.2} bits per weight of the file ({:.2} of the quantized linears), original {:.2}\n",
+            self.bpw.file, self.bpw.quantized, self.bpw.original_file
+        );
+        match &self.calibration {
+            Some(c) => {
+                card += &format!(
+                    "- calibrated on {} sequences of {} tokens of `{}` (seed {}; token ids sha256 {})\n",
+                    c.sequences, c.seq_len, c.name, c.seed, c.tokens_sha256
+                );
+            }
+            None => card += "- no calibration data was used\n",
+        }
+        let fallbacks = self.linears.iter().filter(|l| l.fallback.is_some()).count();
+        card += &format!("- {} linears quantized, {fallbacks} with a fallback\n", self.linears.len());
+        if let Some(quality) = &self.quality {
+            card += "\n## Quality, measured on the files in this directory\n\n";
+            card += &quality_table(quality);
+        }
+        for note in &self.notes {
+            card += &format!("\n> {note}\n");
+        }
+        card += "\nDetails of every tensor: report.json.\n";
+        card
+    }
+}
+
+/// A markdown table of one evaluation.
+pub fn quality_table(quality: &Quality) -> String {
+    let protocol = match quality.protocol {
+        crate::verify::Protocol::Papers => "papers",
+        crate::verify::Protocol::LlamaCpp => "llama.cpp",
+    };
+    let mut table = format!("| {} tokens, context {}, protocol {protocol} | |\n|---|---|\n", quality.tokens, quality.context);
+    let mut row = |what: &str, value: String| table += &format!("| {what} | {value} |\n");
+    row("perplexity", format!("{:.4} ± {:.4}", quality.perplexity, quality.perplexity_stderr));
+    if let Some(b) = &quality.beside {
+        row("perplexity of the original", format!("{:.4}", b.reference_perplexity));
+        row("ratio", format!("{:.5} ± {:.5}", b.perplexity_ratio, b.perplexity_ratio_stderr));
+        row("KL divergence, mean", format!("{:.5} ± {:.5}", b.kld_mean, b.kld_stderr));
+        row("KL divergence, median / 99 % / largest", format!("{:.5} / {:.4} / {:.3}", b.kld_median, b.kld_p99, b.kld_max));
+        row("same top token", format!("{:.2} %", 100.0 * b.top1_agreement));
+    }
+    table
+}
