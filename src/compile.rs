@@ -123,8 +123,8 @@ pub fn compile<B: Backend>(
     folder: &Path,
     progress: &mut Progress,
 ) -> Result<Compiled> {
-    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-    let writer = ShardedWriter::create(folder, plan.outputs.clone(), SHARD_BYTES, metadata)?;
+    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect::<std::collections::BTreeMap<_, _>>();
+    let writer = ShardedWriter::create(folder, plan.outputs.clone(), SHARD_BYTES, &metadata)?;
     let solver = solver::<B>(recipe);
     progress.start("quantizing", plan.schemes.len());
     let mut work = Work {

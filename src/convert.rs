@@ -29,8 +29,8 @@ pub fn convert(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -
             shape: entry.shape.clone(),
         })
         .collect();
-    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-    let writer = ShardedWriter::create(staging.folder(), specs.clone(), 5_000_000_000, metadata)?;
+    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect::<std::collections::BTreeMap<_, _>>();
+    let writer = ShardedWriter::create(staging.folder(), specs.clone(), 5_000_000_000, &metadata)?;
     for spec in &specs {
         copy_tensor(&source, &spec.name, spec.dtype, &writer)?;
     }

@@ -17,6 +17,12 @@ pub enum Error {
     /// A file or tensor is not what it should be: exit code 1.
     #[error(transparent)]
     Format(#[from] formats::Error),
+    /// A text or tokenizer cannot be used: exit code 1.
+    #[error(transparent)]
+    Text(#[from] crate::text::TextError),
+    /// The device failed: exit code 1.
+    #[error(transparent)]
+    Device(#[from] kernels::Error),
     /// The operating system refused: exit code 1.
     #[error("{}: cannot {doing}: {source}", path.display())]
     Io {

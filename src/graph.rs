@@ -178,7 +178,7 @@ impl Graph {
     /// Every tensor that the model needs, with its shape.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let mut tensors = vec![(self.embedding.clone(), vec![self.vocabulary, self.hidden])];
-        let mut linear = |l: &Linear, tensors: &mut Vec<(String, Vec<usize>)>| {
+        let linear = |l: &Linear, tensors: &mut Vec<(String, Vec<usize>)>| {
             tensors.push((l.weight(), vec![l.rows, l.cols]));
             tensors.extend(l.bias().map(|bias| (bias, vec![l.rows])));
         };

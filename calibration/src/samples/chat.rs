@@ -1,0 +1,360 @@
+//! The model's own chat template, rendered as transformers renders it.
+//!
+//! Templates are Jinja with Python habits: string and dict methods, `tojson` as `json.dumps`, `raise_exception`,
+//! loop controls, blocks trimmed on both sides. minijinja does the work; what it lacks is filled in here.
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde, Value, from_args};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
+use minijinja_contrib::pycompat;
+use serde::Serialize;
+
+use super::{Message, SampleError};
+
+const NAME: &str = "chat_template";
+
+/// A parsed chat template and the special tokens that it may print.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+}
+
+#[derive(Serialize)]
+struct Context {
+    messages: Vec<serde_json::Value>,
+    tools: Option<()>,
+    documents: Option<()>,
+    add_generation_prompt: bool,
+}
+
+impl ChatTemplate {
+    /// Parses a template; `bos` and `eos` become its `bos_token` and `eos_token`.
+    ///
+    /// Fails on a syntax error, with its line. A template that asks for today's date gets 26 July 2024, the date that
+    /// Llama's template falls back to: the same input must give the same output on every day.
+    pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, SampleError> {
+        let mut environment = Environment::new();
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?;
+        environment.set_syntax(syntax);
+        environment.set_auto_escape_callback(|_| AutoEscape::None);
+        environment.set_unknown_method_callback(python_method);
+        environment.add_filter("tojson", tojson);
+        environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+            Err(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment.add_function("strftime_now", |format: &str| strftime(format));
+        // A token that the model lacks stays undefined and prints as nothing.
+        for (name, token) in [("bos_token", bos), ("eos_token", eos)] {
+            if let Some(token) = token {
+                environment.add_global(name, token);
+            }
+        }
+        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(template_error)?;
+        Ok(Self { environment })
+    }
+
+    /// Defines one more variable, such as `pad_token` or `unk_token`.
+    pub fn with_variable(mut self, name: &str, value: &str) -> Self {
+        self.environment.add_global(name.to_owned(), value);
+        self
+    }
+
+    /// The conversation as the model was trained to see it, without a prompt for a further answer.
+    ///
+    /// Fails where the template itself refuses (`raise_exception`) or trips over a message.
+    pub fn render(&self, messages: &[Message]) -> Result<String, SampleError> {
+        let messages = messages.iter().map(plain_message).collect();
+        let context = Context { messages, tools: None, documents: None, add_generation_prompt: false };
+        let template = self.environment.get_template(NAME).map_err(template_error)?;
+        template.render(Value::from(Serde(context))).map_err(template_error)
+    }
+}
+
+/// A message as the template sees it: the reasoning, where there is some, under each name that templates know it by.
+fn plain_message(message: &Message) -> serde_json::Value {
+    let reasoning = ["reasoning_content", "thinking", "reasoning"]
+        .iter()
+        .find_map(|&name| message.extra.get(name).filter(|value| !value.is_null()));
+    let mut fields = serde_json::Map::new();
+    if let Some(reasoning) = reasoning {
+        fields.insert("thinking".to_owned(), reasoning.clone());
+    }
+    fields.insert("role".to_owned(), message.role.as_str().into());
+    fields.insert("content".to_owned(), message.content.as_str().into());
+    fields.extend(message.extra.clone());
+    if let Some(reasoning) = reasoning {
+        fields.insert("reasoning_content".to_owned(), reasoning.clone());
+    }
+    fields.into()
+}
+
+fn template_error(error: Error) -> SampleError {
+    let what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    let what = what.split_whitespace().collect::<Vec<_>>().join(" ");
+    SampleError::Template(match error.line() {
+        Some(line) => format!("{what} (line {line})"),
+        None => what,
+    })
+}
+
+/// Replaces transformers' `{% generation %}` … `{% endgeneration %}`, which only mark the assistant's tokens, by a plain scope.
+fn without_generation_tags(source: &str) -> String {
+    let mut out = String::with_capacity(source.len());
+    let mut rest = source;
+    while let Some(open) = rest.find("{%") {
+        let Some(close) = rest[open..].find("%}").map(|at| open + at) else { break };
+        let tag = &rest[open + 2..close];
+        let word = tag.trim_start_matches(['-', '+']).trim_end_matches(['-', '+']).trim();
+        out.push_str(&rest[..open + 2]);
+        match word {
+            "generation" => out.push_str(&tag.replace("generation", "with")),
+            "endgeneration" => out.push_str(&tag.replace("endgeneration", "endwith")),
+            _ => out.push_str(tag),
+        }
+        out.push_str("%}");
+        rest = &rest[close + 2..];
+    }
+    out.push_str(rest);
+    out
+}
+
+/// Python's methods: those of minijinja-contrib and the few that it lacks.
+fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
+    if let Some(text) = value.as_str() {
+        match method {
+            "removeprefix" => {
+                let (prefix,): (&str,) = from_args(args)?;
+                return Ok(Value::from(text.strip_prefix(prefix).unwrap_or(text)));
+            }
+            "removesuffix" => {
+                let (suffix,): (&str,) = from_args(args)?;
+                return Ok(Value::from(text.strip_suffix(suffix).unwrap_or(text)));
+            }
+            "partition" => {
+                let (separator,): (&str,) = from_args(args)?;
+                let (before, found, after) = match text.split_once(separator) {
+                    Some((before, after)) => (before, separator, after),
+                    None => (text, "", ""),
+                };
+                return Ok(Value::from([before, found, after].map(Value::from)));
+            }
+            "rpartition" => {
+                let (separator,): (&str,) = from_args(args)?;
+                let (before, found, after) = match text.rsplit_once(separator) {
+                    Some((before, after)) => (before, separator, after),
+                    None => ("", "", text),
+                };
+                return Ok(Value::from([before, found, after].map(Value::from)));
+            }
+            _ => {}
+        }
+    }
+    pycompat::unknown_method_callback(state, value, method, args)
+}
+
+/// `json.dumps` with the arguments that transformers passes on: `ensure_ascii`, `indent`, `separators`, `sort_keys`.
+fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
+    let ascii: Option<bool> = options.get("ensure_ascii")?;
+    let indent: Option<Value> = options.get("indent")?;
+    let separators: Option<Vec<String>> = options.get("separators")?;
+    let sort: Option<bool> = options.get("sort_keys")?;
+    options.assert_all_used()?;
+    let indent = match indent {
+        Some(value) if value.is_none() => None,
+        Some(value) => Some(match value.as_str() {
+            Some(text) => text.to_owned(),
+            None => " ".repeat(value.as_usize().unwrap_or(0).min(64)),
+        }),
+        None => None,
+    };
+    let (item, key) = match separators.as_deref() {
+        Some([item, key]) => (item.clone(), key.clone()),
+        _ => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
+    };
+    let json = serde_json::to_value(&value)
+        .map_err(|e| Error::new(ErrorKind::InvalidOperation, format!("tojson cannot write this value: {e}")))?;
+    let style = Dumps { ascii: ascii.unwrap_or(false), indent, item, key, sort: sort.unwrap_or(false) };
+    let mut out = String::new();
+    style.write(&json, 0, &mut out);
+    Ok(Value::from(out))
+}
+
+/// The settings of one `json.dumps`.
+struct Dumps {
+    ascii: bool,
+    indent: Option<String>,
+    item: String,
+    key: String,
+    sort: bool,
+}
+
+impl Dumps {
+    fn write(&self, json: &serde_json::Value, depth: usize, out: &mut String) {
+        use serde_json::Value as Json;
+        match json {
+            Json::Array(items) if items.is_empty() => out.push_str("[]"),
+            Json::Object(fields) if fields.is_empty() => out.push_str("{}"),
+            Json::Array(items) => {
+                out.push('[');
+                for (index, item) in items.iter().enumerate() {
+                    self.between(index, depth + 1, out);
+                    self.write(item, depth + 1, out);
+                }
+                self.line(depth, out);
+                out.push(']');
+            }
+            Json::Object(fields) => {
+                let mut fields: Vec<_> = fields.iter().collect();
+                if self.sort {
+                    fields.sort_by_key(|(key, _)| *key);
+                }
+                out.push('{');
+                for (index, (key, value)) in fields.into_iter().enumerate() {
+                    self.between(index, depth + 1, out);
+                    self.string(key, out);
+                    out.push_str(&self.key);
+                    self.write(value, depth + 1, out);
+                }
+                self.line(depth, out);
+                out.push('}');
+            }
+            Json::String(text) => self.string(text, out),
+            Json::Number(number) => out.push_str(&python_number(number)),
+            Json::Null | Json::Bool(_) => out.push_str(&json.to_string()),
+        }
+    }
+
+    fn between(&self, index: usize, depth: usize, out: &mut String) {
+        if index > 0 {
+            out.push_str(&self.item);
+        }
+        self.line(depth, out);
+    }
+
+    fn line(&self, depth: usize, out: &mut String) {
+        if let Some(indent) = &self.indent {
+            out.push('\n');
+            out.extend(std::iter::repeat_n(indent.as_str(), depth));
+        }
+    }
+
+    fn string(&self, text: &str, out: &mut String) {
+        // The escapes of serde_json and of Python are the same where non-ASCII is left alone.
+        let quoted = serde_json::Value::from(text).to_string();
+        if !self.ascii {
+            out.push_str(&quoted);
+            return;
+        }
+        for c in quoted.chars() {
+            if c.is_ascii() {
+                out.push(c);
+            } else {
+                let mut units = [0u16; 2];
+                out.extend(c.encode_utf16(&mut units).iter().map(|unit| format!("\\u{unit:04x}")));
+            }
+        }
+    }
+}
+
+/// `repr` of a number: plain digits from 1e-4 to 1e16, else an exponent with its sign and two digits.
+fn python_number(number: &serde_json::Number) -> String {
+    let Some(value) = number.as_f64().filter(|_| number.is_f64()) else { return number.to_string() };
+    let scientific = format!("{value:e}");
+    let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
+    match exponent.parse::<i32>() {
+        Ok(exponent) if !(-4..16).contains(&exponent) => {
+            format!("{mantissa}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
+        }
+        _ => format!("{value:?}"),
+    }
+}
+
+/// Python's `strftime` at noon of Friday, 26 July 2024 (see [`ChatTemplate::new`]).
+fn strftime(format: &str) -> Result<String, Error> {
+    let mut out = String::new();
+    let mut chars = format.chars();
+    while let Some(c) = chars.next() {
+        if c != '%' {
+            out.push(c);
+            continue;
+        }
+        let code = match chars.next() {
+            // glibc's "no padding".
+            Some('-') => chars.next(),
+            code => code,
+        };
+        out.push_str(match code {
+            Some('d') => "26",
+            Some('b' | 'h') => "Jul",
+            Some('B') => "July",
+            Some('m') => {
+                if format.contains("%-m") {
+                    "7"
+                } else {
+                    "07"
+                }
+            }
+            Some('Y') => "2024",
+            Some('y') => "24",
+            Some('a') => "Fri",
+            Some('A') => "Friday",
+            Some('j') => "208",
+            Some('u' | 'w') => "5",
+            Some('H' | 'I') => "12",
+            Some('M' | 'S') => "00",
+            Some('p') => "PM",
+            Some('F') => "2024-07-26",
+            Some('T') => "12:00:00",
+            Some('D') => "07/26/24",
+            Some('Z') => "UTC",
+            Some('z') => "+0000",
+            Some('%') => "%",
+            other => {
+                let code = other.map_or_else(|| "%".to_owned(), |c| format!("%{c}"));
+                return Err(Error::new(ErrorKind::InvalidOperation, format!("strftime_now does not know `{code}`")));
+            }
+        });
+    }
+    Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn render(source: &str, messages: &[Message]) -> Result<String, String> {
+        ChatTemplate::new(source, Some("<s>"), None).and_then(|t| t.render(messages)).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn refusals_and_syntax_errors_are_one_sentence() {
+        let refused = render("{% if true %}\n{{ raise_exception('roles must\nalternate') }}{% endif %}", &[]);
+        assert_eq!(refused.unwrap_err(), "chat template: roles must alternate (line 2)");
+        let broken = render("line\n{% if %}", &[]).unwrap_err();
+        assert!(broken.starts_with("chat template: ") && broken.ends_with("(line 2)"), "{broken}");
+        let missing = render("{{ messages[0].content.nope.nope }}", &[Message::new("user", "a")]).unwrap_err();
+        assert!(missing.starts_with("chat template: "), "{missing}");
+    }
+
+    #[test]
+    fn a_missing_token_prints_nothing() {
+        assert_eq!(render("{{ bos_token }}|{{ eos_token }}|{{ tools }}", &[]).unwrap(), "<s>||None");
+        let pad = ChatTemplate::new("{{ pad_token }}", None, None).unwrap().with_variable("pad_token", "<pad>");
+        assert_eq!(pad.render(&[]).unwrap(), "<pad>");
+    }
+
+    #[test]
+    fn the_date_stands_still() {
+        assert_eq!(render("{{ strftime_now('%d %b %Y') }}", &[]).unwrap(), "26 Jul 2024");
+        assert_eq!(render("{{ strftime_now('%A, %B %-d, %-m 100%%') }}", &[]).unwrap(), "Friday, July 26, 7 100%");
+        assert!(render("{{ strftime_now('%Q') }}", &[]).unwrap_err().contains("does not know `%Q`"));
+    }
+
+    #[test]
+    fn generation_tags_are_scopes() {
+        let source =
+            "{%- generation -%} a {%- endgeneration %}|{% generation%}\nb{% endgeneration %}{% if true %}c{% endif %}";
+        assert_eq!(render(source, &[]).unwrap(), "a|bc");
+        assert_eq!(without_generation_tags("{% unclosed"), "{% unclosed");
+    }
+}

@@ -1,0 +1,237 @@
+//! From text to token ids: what calibration observes and what evaluation scores.
+//!
+//! Nothing here opens a file; callers pass the bytes and a name for messages. The parts:
+//! `parse` turns text and JSON into documents, `chat` renders conversations through the model's own template,
+//! `tokenizer` wraps tokenizer.json, `select` draws calibration sequences and cuts evaluation windows.
+
+mod chat;
+#[cfg(test)]
+mod golden;
+mod parse;
+mod select;
+mod tokenizer;
+
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+
+pub use chat::ChatTemplate;
+pub use parse::{parse_json, parse_jsonl, parse_txt};
+pub use select::{select, windows};
+pub use tokenizer::{Tokenizer, TokenizerConfig};
+
+/// Names of the bundled calibration texts, the default first.
+pub const PRESETS: &[&str] = &["mixed"];
+
+/// What went wrong between a text and its token ids: one sentence for the user.
+#[derive(Debug, thiserror::Error)]
+pub enum SampleError {
+    /// A record of a `.jsonl` or `.json` file that is not one of the known forms.
+    #[error("{name}, {place}: {problem}")]
+    Record {
+        /// The file.
+        name: String,
+        /// Where in it, as `line 3` or `record 3`.
+        place: String,
+        /// What was found and what was expected.
+        problem: String,
+    },
+    /// A text in which there is nothing to read.
+    #[error("{name}: the text is empty")]
+    Empty {
+        /// The file or preset.
+        name: String,
+    },
+    /// A text with fewer tokens than one sequence.
+    #[error(
+        "{name}: {found} tokens do not fill one sequence of {needed}; give more text, or --seq-len {found} or less"
+    )]
+    TooShort {
+        /// The file or preset.
+        name: String,
+        /// Tokens in the whole text.
+        found: usize,
+        /// Tokens of one sequence.
+        needed: usize,
+    },
+    /// An evaluation text with fewer tokens than one window.
+    #[error(
+        "the text has {found} tokens, fewer than one window of {context}; give more text, or --context {found} or less"
+    )]
+    NoWindow {
+        /// Tokens in the whole text.
+        found: usize,
+        /// Tokens of one window.
+        context: usize,
+    },
+    /// A sequence length, window or count that cannot be served.
+    #[error("{0}")]
+    Length(String),
+    /// tokenizer.json or tokenizer_config.json cannot be read, or a text cannot be encoded.
+    #[error("{file}: {problem}")]
+    Tokenizer {
+        /// The file, by its usual name.
+        file: String,
+        /// The tokenizer library's own words.
+        problem: String,
+    },
+    /// The chat template has a syntax error or refused a conversation.
+    #[error("chat template: {0}")]
+    Template(String),
+}
+
+/// One turn of a conversation, as chat templates see it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Message {
+    /// `system`, `user`, `assistant` or whatever the template knows.
+    pub role: String,
+    /// The text of the turn; the text parts joined when the record lists parts.
+    pub content: String,
+    /// Every other field of the record, handed to the template as it is (`tool_calls`, `name`, …).
+    pub extra: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Message {
+    /// A turn with nothing but its role and text.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into(), extra: serde_json::Map::new() }
+    }
+}
+
+/// One piece of text that stands by itself.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Document {
+    /// Running text.
+    Plain(String),
+    /// A conversation, for the model's chat template.
+    Chat(Vec<Message>),
+    /// An instruction and its answer: a two-turn conversation where there is a chat template, else the two joined.
+    Pair {
+        /// What is asked.
+        prompt: String,
+        /// What is answered.
+        completion: String,
+    },
+}
+
+/// A text: documents under one name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Text {
+    /// File name or preset, for messages and the report.
+    pub name: String,
+    /// SHA-256 of the source text, lower-case hex.
+    pub sha256: String,
+    /// In the order of the file.
+    pub documents: Vec<Document>,
+}
+
+impl Text {
+    /// The text as one string, as evaluation reads it: `None` when any document is a conversation or a pair.
+    ///
+    /// Documents are joined by a blank line; a text with a single document comes back byte for byte.
+    pub fn plain(&self) -> Option<String> {
+        let parts: Option<Vec<&str>> = self
+            .documents
+            .iter()
+            .map(|document| match document {
+                Document::Plain(text) => Some(text.as_str()),
+                Document::Chat(_) | Document::Pair { .. } => None,
+            })
+            .collect();
+        parts.map(|parts| parts.join("\n\n"))
+    }
+}
+
+/// Token windows for calibration: each inner `Vec` is one sequence of `source.seq_len` ids.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Samples {
+    /// The sequences, in the order in which they are to be run.
+    pub sequences: Vec<Vec<u32>>,
+    /// Where they come from, for the report.
+    pub source: SampleSource,
+}
+
+/// Where calibration sequences come from; equal sources mean equal sequences.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct SampleSource {
+    /// File name or preset.
+    pub name: String,
+    /// SHA-256 of the source text, lower-case hex.
+    pub text_sha256: String,
+    /// SHA-256 of all ids, sequence after sequence, each as a little-endian u32; lower-case hex.
+    pub tokens_sha256: String,
+    /// Documents in the text.
+    pub documents: usize,
+    /// Conversations that the model's chat template refused and that were left out.
+    pub refused: usize,
+    /// The template's words on the first of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub refusal: Option<String>,
+    /// Conversations and pairs rendered through the chat template.
+    pub templated: usize,
+    /// Tokens in all sequences.
+    pub tokens: usize,
+    /// Sequences there are.
+    pub sequences: usize,
+    /// Sequences asked for; more than `sequences` where the text ran out.
+    pub requested: usize,
+    /// Tokens of each sequence.
+    pub seq_len: usize,
+    /// Seed of the selection.
+    pub seed: u64,
+}
+
+/// The bundled calibration text of this name, or `None`; see [`PRESETS`].
+pub fn preset(name: &str) -> Option<Text> {
+    match name {
+        "mixed" => Some(parse_txt("mixed", include_str!("../../presets/mixed.txt"))),
+        _ => None,
+    }
+}
+
+/// SHA-256 of `bytes` as lower-case hex.
+fn sha256_hex(bytes: impl AsRef<[u8]>) -> String {
+    hex(Sha256::digest(bytes.as_ref()).as_slice())
+}
+
+/// SHA-256 of the ids of all sequences, one after the other, each as a little-endian u32.
+fn sha256_ids(sequences: &[Vec<u32>]) -> String {
+    let mut hash = Sha256::new();
+    for sequence in sequences {
+        for id in sequence {
+            hash.update(id.to_le_bytes());
+        }
+    }
+    hex(hash.finalize().as_slice())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut out, byte| {
+        let _ = write!(out, "{byte:02x}");
+        out
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hashes_are_the_published_ones() {
+        assert_eq!(sha256_hex("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        // sha256 of the bytes 01 00 00 00 00 01 00 00, however the ids are divided.
+        let whole = sha256_ids(&[vec![1, 256]]);
+        assert_eq!(whole, sha256_hex([1u8, 0, 0, 0, 0, 1, 0, 0]));
+        assert_eq!(whole, sha256_ids(&[vec![1], vec![256]]));
+    }
+
+    #[test]
+    fn every_preset_has_many_documents() {
+        for name in PRESETS {
+            let text = preset(name).unwrap();
+            assert!(text.documents.len() > 100, "{name}: {} documents", text.documents.len());
+            assert!(text.plain().is_some());
+        }
+        assert!(preset("no-such-preset").is_none());
+    }
+}

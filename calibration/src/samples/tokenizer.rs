@@ -1,0 +1,180 @@
+//! tokenizer.json and tokenizer_config.json.
+
+use serde_json::Value;
+
+use super::{ChatTemplate, SampleError};
+
+/// A model's tokenizer: text in, ids out, the ids that transformers gives for the same tokenizer.json.
+#[derive(Clone)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// Ids put before and after every text when special tokens are added.
+    prefix: Vec<u32>,
+    suffix: Vec<u32>,
+    /// Ends a document; known from tokenizer_config.json.
+    eos: Option<u32>,
+    bos: Option<u32>,
+    max_id: u32,
+}
+
+impl Tokenizer {
+    /// Reads the bytes of a tokenizer.json.
+    ///
+    /// Truncation and padding stored in the file are switched off, as transformers does when neither is asked for.
+    pub fn from_json(bytes: &[u8]) -> Result<Self, SampleError> {
+        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| tokenizer_error("tokenizer.json", e))?;
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|e| tokenizer_error("tokenizer.json", e))?;
+        let max_id = inner.get_vocab(true).into_values().max().ok_or_else(|| SampleError::Tokenizer {
+            file: "tokenizer.json".to_owned(),
+            problem: "the vocabulary is empty".to_owned(),
+        })?;
+        let mut tokenizer = Self { inner, prefix: Vec::new(), suffix: Vec::new(), eos: None, bos: None, max_id };
+        tokenizer.find_affixes()?;
+        Ok(tokenizer)
+    }
+
+    /// Takes the BOS and EOS that tokenizer_config.json names.
+    ///
+    /// The EOS is put between calibration documents. Whether a BOS is added before a text stays with tokenizer.json: its
+    /// post-processor goes before `add_bos_token`, as in transformers 5.
+    pub fn with_config(mut self, config: &TokenizerConfig) -> Self {
+        let id = |token: &Option<String>| token.as_deref().and_then(|token| self.inner.token_to_id(token));
+        (self.bos, self.eos) = (id(&config.bos_token), id(&config.eos_token));
+        self
+    }
+
+    /// Ids of a text; `add_special` puts the tokenizer's own marks (BOS for many models) around it.
+    ///
+    /// The text is tokenized whole, whatever its length: cutting it is safe for no tokenizer in general. Text that looks
+    /// like a special token becomes that token, as in transformers.
+    pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, SampleError> {
+        let body = self.inner.encode_fast(text, false).map_err(|e| tokenizer_error("tokenizer.json", e))?;
+        if !add_special {
+            return Ok(body.get_ids().to_vec());
+        }
+        Ok([&self.prefix, body.get_ids(), &self.suffix].concat())
+    }
+
+    /// Number of tokens, added ones included; ids may lie above it, see [`Tokenizer::max_id`].
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The highest id that a text can give; an embedding needs more rows than this.
+    pub fn max_id(&self) -> u32 {
+        self.max_id
+    }
+
+    /// The id of a token by its exact spelling.
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The spelling of a token.
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// Ids that inference puts before a text; empty for models without a BOS.
+    pub fn prefix(&self) -> &[u32] {
+        &self.prefix
+    }
+
+    /// Ids that inference puts after a text; empty for nearly every decoder.
+    pub fn suffix(&self) -> &[u32] {
+        &self.suffix
+    }
+
+    /// The BOS, where the tokenizer puts one before every text; what llama.cpp's protocol writes over each window's start.
+    pub fn added_bos(&self) -> Option<u32> {
+        let first = self.prefix.first().copied();
+        if self.bos.is_some() && self.bos != first { None } else { first }
+    }
+
+    /// The token that ends a document, where the configuration names one.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Sets the token that ends a document, for callers without a tokenizer_config.json.
+    pub fn set_eos(&mut self, eos: Option<u32>) {
+        self.eos = eos;
+    }
+
+    /// Finds what the post-processor puts around a text by comparing the same text with and without.
+    fn find_affixes(&mut self) -> Result<(), SampleError> {
+        let encode = |add: bool| {
+            let encoding = self.inner.encode_fast("a", add).map_err(|e| tokenizer_error("tokenizer.json", e))?;
+            Ok::<_, SampleError>(encoding.get_ids().to_vec())
+        };
+        let (bare, full) = (encode(false)?, encode(true)?);
+        let extra = full.len().saturating_sub(bare.len());
+        let at = (0..=extra).find(|&at| full.get(at..at + bare.len()) == Some(&bare[..])).ok_or_else(|| {
+            SampleError::Tokenizer {
+                file: "tokenizer.json".to_owned(),
+                problem: "the post-processor changes the text's own tokens".to_owned(),
+            }
+        })?;
+        self.prefix = full[..at].to_vec();
+        self.suffix = full[at + bare.len()..].to_vec();
+        Ok(())
+    }
+}
+
+/// What quantc reads from tokenizer_config.json; all of it optional.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenizerConfig {
+    /// Spelling of the token that starts a text.
+    pub bos_token: Option<String>,
+    /// Spelling of the token that ends one.
+    pub eos_token: Option<String>,
+    /// Source of the chat template; of several the one named `default`. A chat_template.jinja beside the file goes first.
+    pub chat_template: Option<String>,
+    /// Spellings of the remaining special tokens, by name (`unk_token`, `pad_token`, …).
+    pub others: Vec<(String, String)>,
+}
+
+impl TokenizerConfig {
+    /// Reads the bytes of a tokenizer_config.json or special_tokens_map.json, called `file` in messages; a token is a
+    /// string or an object with `content`.
+    pub fn from_json(file: &str, bytes: &[u8]) -> Result<Self, SampleError> {
+        let json: Value = serde_json::from_slice(bytes).map_err(|e| tokenizer_error(file, e))?;
+        let token = |value: &Value| {
+            let text = if value.is_object() { value.get("content") } else { Some(value) };
+            text.and_then(Value::as_str).map(str::to_owned)
+        };
+        let named = |name: &str| json.get(name).and_then(token);
+        let chat_template = match json.get("chat_template") {
+            Some(Value::String(source)) => Some(source.clone()),
+            Some(Value::Array(list)) => list
+                .iter()
+                .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
+                .and_then(|entry| entry.get("template").and_then(Value::as_str))
+                .map(str::to_owned),
+            _ => None,
+        };
+        let others = ["unk_token", "pad_token", "sep_token", "cls_token", "mask_token"]
+            .iter()
+            .filter_map(|name| named(name).map(|token| ((*name).to_owned(), token)))
+            .collect();
+        Ok(Self { bos_token: named("bos_token"), eos_token: named("eos_token"), chat_template, others })
+    }
+
+    /// The chat template with these special tokens; `jinja` is the text of chat_template.jinja, where there is one.
+    ///
+    /// `None` when the model has no template.
+    pub fn chat(&self, jinja: Option<&str>) -> Result<Option<ChatTemplate>, SampleError> {
+        let Some(source) = jinja.or(self.chat_template.as_deref()) else { return Ok(None) };
+        let mut template = ChatTemplate::new(source, self.bos_token.as_deref(), self.eos_token.as_deref())?;
+        for (name, token) in &self.others {
+            template = template.with_variable(name, token);
+        }
+        Ok(Some(template))
+    }
+}
+
+fn tokenizer_error(file: &str, error: impl std::fmt::Display) -> SampleError {
+    let problem = error.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+    SampleError::Tokenizer { file: file.to_owned(), problem }
+}

@@ -1,0 +1,279 @@
+//! Reads what calibration and evaluation need from disk: texts, and a model's tokenizer and chat template.
+//!
+//! The work on bytes is `calibration::samples`; this file only opens files and puts their names into the messages.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use calibration::samples::{
+    ChatTemplate, Document, PRESETS, SampleError, Samples, Text, Tokenizer, TokenizerConfig, parse_json, parse_jsonl,
+    parse_txt, preset, select,
+};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::Error;
+
+/// The name of the bundled text for evaluation: neither the built-in model nor any preset has seen it.
+pub const HELD_OUT: &str = "held-out";
+
+/// Why a text or a tokenizer could not be read: one sentence with the file.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    /// There is neither a file nor a preset of this name.
+    #[error("{name}: no such file; give a text (.txt, .jsonl, .json) or a bundled preset: {presets}", presets = PRESETS.join(", "))]
+    Missing {
+        /// What the user gave.
+        name: String,
+    },
+    /// The file is there, and reading it failed.
+    #[error("{path}: cannot be read: {error}", path = path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        error: std::io::Error,
+    },
+    /// The file is not text.
+    #[error("{path}: not UTF-8 text: byte {offset} cannot be read; texts are .txt, .jsonl or .json in UTF-8", path = path.display())]
+    Encoding {
+        /// The file.
+        path: PathBuf,
+        /// Bytes before the first bad one.
+        offset: usize,
+    },
+    /// The model folder has no tokenizer.json.
+    #[error("{folder}: no tokenizer.json; the text cannot be turned into tokens without it{hint}", folder = folder.display())]
+    NoTokenizer {
+        /// The model folder.
+        folder: PathBuf,
+        /// What to do about it, where that is known; begins with a separator.
+        hint: &'static str,
+    },
+    /// Evaluation scores running text only.
+    #[error("{name}: evaluation needs running text, but this file holds conversations; give a .txt file")]
+    NotPlain {
+        /// The file.
+        name: String,
+    },
+    /// A tokenizer file of a model is unusable.
+    #[error("{folder}/{error}", folder = folder.display())]
+    Model {
+        /// The model folder.
+        folder: PathBuf,
+        /// What is wrong, beginning with the file's name.
+        error: SampleError,
+    },
+    /// The text itself is unusable.
+    #[error(transparent)]
+    Sample(#[from] SampleError),
+}
+
+/// Reads a text: a bundled preset by its name, else a file by its path.
+///
+/// `.jsonl`/`.ndjson` and `.json` hold records (see `calibration::samples::parse_jsonl`); every other file is running
+/// text, taken byte for byte – perplexities of WikiText compare only when the same file is read raw everywhere. A file
+/// named like a preset is reached as `./NAME`. Fails for a missing, empty or non-UTF-8 file.
+pub fn load_text(path_or_preset: &str) -> Result<Text, TextError> {
+    if let Some(text) = preset(path_or_preset) {
+        return Ok(text);
+    }
+    if path_or_preset == HELD_OUT {
+        return Ok(parse_txt(HELD_OUT, crate::demo::HELD_OUT));
+    }
+    let path = Path::new(path_or_preset);
+    let bytes = std::fs::read(path).map_err(|error| match error.kind() {
+        ErrorKind::NotFound => TextError::Missing { name: path_or_preset.to_owned() },
+        _ => TextError::Io { path: path.to_owned(), error },
+    })?;
+    let content = utf8(path, bytes)?;
+    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default().to_lowercase();
+    let text = match extension.as_str() {
+        "jsonl" | "ndjson" => parse_jsonl(path_or_preset, &content)?,
+        "json" => parse_json(path_or_preset, &content)?,
+        _ => parse_txt(path_or_preset, &content),
+    };
+    if text.documents.is_empty() {
+        return Err(SampleError::Empty { name: path_or_preset.to_owned() }.into());
+    }
+    Ok(text)
+}
+
+/// A model's way from text to ids.
+pub struct ModelText {
+    /// The tokenizer, with the BOS and EOS that the configuration names.
+    pub tokenizer: Tokenizer,
+    config: TokenizerConfig,
+    jinja: Option<String>,
+    folder: PathBuf,
+}
+
+impl ModelText {
+    /// Reads what a checkpoint says of its tokenizer: tokenizer.json, tokenizer_config.json, special_tokens_map.json and
+    /// chat_template.jinja where they exist, or what takes their place in the metadata of a GGUF file.
+    pub fn open(source: &Checkpoint) -> Result<Self, Error> {
+        let folder = source.path();
+        let located = |error| TextError::Model { folder: folder.to_owned(), error };
+        let json = match source.tokenizer_json() {
+            Err(Error::Io { source: error, .. }) if error.kind() == ErrorKind::NotFound => {
+                let hint = if folder.join("tokenizer.model").exists() {
+                    "; tokenizer.model alone is not read: save the model's fast tokenizer with transformers first"
+                } else {
+                    ""
+                };
+                return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
+            }
+            other => other?,
+        };
+        let parse = |name: &'static str, bytes: &[u8]| TokenizerConfig::from_json(name, bytes).map_err(located);
+        let mut config = match (read_optional(&folder.join("tokenizer_config.json"))?, source.tokenizer_config()) {
+            (Some(bytes), _) => parse("tokenizer_config.json", &bytes)?,
+            (None, Some(value)) => parse("tokenizer_config.json", value.to_string().as_bytes())?,
+            (None, None) => TokenizerConfig::default(),
+        };
+        if (config.bos_token.is_none() || config.eos_token.is_none())
+            && let Some(bytes) = read_optional(&folder.join("special_tokens_map.json"))?
+        {
+            let map = parse("special_tokens_map.json", &bytes)?;
+            config.bos_token = config.bos_token.or(map.bos_token);
+            config.eos_token = config.eos_token.or(map.eos_token);
+        }
+        let jinja = match read_optional(&folder.join("chat_template.jinja"))? {
+            Some(bytes) => Some(utf8(&folder.join("chat_template.jinja"), bytes)?),
+            None => None,
+        };
+        let tokenizer = Tokenizer::from_json(&json).map_err(located)?.with_config(&config);
+        Ok(Self { tokenizer, config, jinja, folder: folder.to_owned() })
+    }
+
+    /// The model's chat template, if it has one. Fails on a syntax error in it.
+    pub fn chat(&self) -> Result<Option<ChatTemplate>, TextError> {
+        self.config.chat(self.jinja.as_deref()).map_err(|error| TextError::Model { folder: self.folder.clone(), error })
+    }
+
+    /// Calibration sequences: `calibration::samples::select` with this model's tokenizer and chat template.
+    ///
+    /// The template is only looked at when the text has conversations.
+    pub fn select(&self, text: &Text, count: usize, seq_len: usize, seed: u64) -> Result<Samples, TextError> {
+        let plain = text.documents.iter().all(|document| matches!(document, Document::Plain(_)));
+        let chat = if plain { None } else { self.chat()? };
+        Ok(select(text, &self.tokenizer, chat.as_ref(), count, seq_len, seed)?)
+    }
+
+    /// The ids of an evaluation text: tokenized once and whole, with the tokenizer's own marks at its ends.
+    pub fn evaluation_ids(&self, text: &Text) -> Result<Vec<u32>, TextError> {
+        let plain = text.plain().ok_or_else(|| TextError::NotPlain { name: text.name.clone() })?;
+        Ok(self.tokenizer.encode(&plain, true)?)
+    }
+}
+
+/// A file's content, or `None` where there is no such file (or the folder is a file itself).
+fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, TextError> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
+        Err(error) => Err(TextError::Io { path: path.to_owned(), error }),
+    }
+}
+
+fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, TextError> {
+    String::from_utf8(bytes)
+        .map_err(|e| TextError::Encoding { path: path.to_owned(), offset: e.utf8_error().valid_up_to() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fixture(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/text").join(name)
+    }
+
+    fn file(folder: &tempfile::TempDir, name: &str, bytes: &[u8]) -> String {
+        let path = folder.path().join(name);
+        std::fs::write(&path, bytes).unwrap();
+        path.to_str().unwrap().to_owned()
+    }
+
+    fn message<T>(result: Result<T, TextError>) -> String {
+        result.err().unwrap().to_string()
+    }
+
+    #[test]
+    fn files_are_read_by_their_ending() {
+        let folder = tempfile::tempdir().unwrap();
+        let plain = |name: &str, bytes: &[u8]| load_text(&file(&folder, name, bytes)).unwrap();
+        assert_eq!(plain("a.raw", b" = A = \n \n").plain().unwrap(), " = A = \n \n");
+        assert_eq!(plain("a.md", "é\r\n".as_bytes()).plain().unwrap(), "é\r\n");
+        assert_eq!(plain("a.jsonl", b"{\"text\": \"x\"}\n{\"text\": \"y\"}").documents.len(), 2);
+        assert_eq!(plain("A.JSON", b"[{\"text\": \"x\"}]").documents.len(), 1);
+        assert_eq!(load_text("mixed").unwrap().name, "mixed");
+    }
+
+    #[test]
+    fn unusable_files_are_one_sentence() {
+        let folder = tempfile::tempdir().unwrap();
+        let missing = message(load_text("no/such/file.txt"));
+        assert!(missing.starts_with("no/such/file.txt: no such file") && missing.contains("mixed"), "{missing}");
+        let latin = message(load_text(&file(&folder, "latin.txt", b"caf\xe9")));
+        assert!(latin.contains("latin.txt") && latin.contains("byte 3 "), "{latin}");
+        for name in ["e.txt", "e.jsonl"] {
+            let empty = message(load_text(&file(&folder, name, b" \n")));
+            assert!(empty.ends_with(&format!("{name}: the text is empty")), "{empty}");
+        }
+        let line = message(load_text(&file(&folder, "bad.jsonl", b"{\"text\": \"a\"}\n{\"txt\": \"b\"}")));
+        assert!(line.contains("bad.jsonl, line 2: expected `text`"), "{line}");
+        let directory = message(load_text(folder.path().to_str().unwrap()));
+        assert!(directory.contains("cannot be read"), "{directory}");
+    }
+
+    #[test]
+    fn a_model_folder_gives_tokens_marks_and_template() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = message(ModelText::open(folder.path()));
+        assert!(error.contains("no tokenizer.json"), "{error}");
+        file(&folder, "tokenizer.model", b"x");
+        assert!(message(ModelText::open(folder.path())).contains("tokenizer.model alone"));
+
+        std::fs::copy(fixture("byte_level.json"), folder.path().join("tokenizer.json")).unwrap();
+        let bare = ModelText::open(folder.path()).unwrap();
+        assert_eq!((bare.tokenizer.eos(), bare.tokenizer.added_bos()), (None, Some(0)));
+        assert!(bare.chat().unwrap().is_none());
+
+        let config = r#"{"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|im_end|>",
+            "chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"}]}"#;
+        file(&folder, "tokenizer_config.json", config.as_bytes());
+        let model = ModelText::open(folder.path()).unwrap();
+        assert_eq!(model.tokenizer.eos(), model.tokenizer.token_to_id("<|im_end|>"));
+        assert!(model.tokenizer.eos().is_some());
+        let chats =
+            load_text(&file(&folder, "c.jsonl", b"{\"prompt\": \"hello\", \"completion\": \"world\"}")).unwrap();
+        let samples = model.select(&chats, 1, 4, 0).unwrap();
+        let expected = model.tokenizer.encode("<|begin_of_text|>hello<|im_end|>world<|im_end|>", false).unwrap();
+        assert_eq!(samples.sequences[0], expected[..4]);
+        assert_eq!(samples.source.templated, 1);
+        assert!(message(model.evaluation_ids(&chats)).contains("running text"));
+
+        // The file beside goes before the configuration, and only conversations look at it.
+        file(&folder, "chat_template.jinja", b"{% if %}");
+        let broken = ModelText::open(folder.path()).unwrap();
+        assert!(message(broken.select(&chats, 1, 4, 0)).contains("chat template: "));
+        let plain = load_text(&file(&folder, "p.txt", b"one two three four five")).unwrap();
+        assert_eq!(broken.select(&plain, 1, 4, 0).unwrap().sequences.len(), 1);
+        assert_eq!(broken.evaluation_ids(&plain).unwrap()[0], 0);
+
+        file(&folder, "tokenizer.json", b"{\"version\": ");
+        let error = message(ModelText::open(folder.path()));
+        assert!(error.contains("/tokenizer.json: EOF"), "{error}");
+        file(&folder, "tokenizer_config.json", b"[");
+        assert!(message(ModelText::open(folder.path())).contains("/tokenizer_config.json: EOF"));
+    }
+
+    #[test]
+    fn special_tokens_may_stand_in_their_own_file() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::copy(fixture("sentencepiece_like.json"), folder.path().join("tokenizer.json")).unwrap();
+        file(&folder, "special_tokens_map.json", br#"{"bos_token": "<s>", "eos_token": {"content": "</s>"}}"#);
+        let model = ModelText::open(folder.path()).unwrap();
+        assert_eq!((model.tokenizer.added_bos(), model.tokenizer.eos()), (Some(1), Some(2)));
+    }
+}
