@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod error;
+mod import;
 
 pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};
