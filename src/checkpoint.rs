@@ -7,10 +7,11 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use formats::codec::{QuantizationReader, read_quantization};
-use formats::{Dtype, QuantizedWeight, SafetensorsSet, Scheme, TensorView};
+use formats::{Dtype, GgmlType, QuantizedWeight, SafetensorsSet, Scheme, TensorView};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::import::gguf::GgufModel;
 
 /// An opened checkpoint.
 #[derive(Debug)]
@@ -26,6 +27,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 enum Source {
     Directory { tensors: SafetensorsSet, quantization: Option<QuantizationReader> },
+    Gguf(GgufModel),
 }
 
 /// One tensor of a checkpoint.
@@ -53,6 +55,8 @@ pub enum StoredType {
         /// Width and grouping.
         scheme: Scheme,
     },
+    /// As blocks of a ggml type.
+    Ggml(GgmlType),
 }
 
 /// A tensor stored plainly, as it lies in the file.
@@ -73,6 +77,9 @@ impl Checkpoint {
         let metadata = std::fs::metadata(path).map_err(Error::io(path, "open"))?;
         if metadata.is_dir() {
             Self::open_directory(path)
+        } else if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+            let model = GgufModel::open(path)?;
+            Ok(Self::new(path, model.config().clone(), model.dtype(), model.entries(), Source::Gguf(model)))
         } else {
             Err(Error::failed(format!(
                 "{}: not a checkpoint: expected a directory with config.json and model.safetensors, or a .gguf file",
@@ -122,7 +129,7 @@ impl Checkpoint {
         &self.path
     }
 
-    /// config.json, without `quantization_config`.
+    /// config.json, without `quantization_config`; rebuilt from the metadata of a GGUF.
     pub fn config(&self) -> &Value {
         &self.config
     }
@@ -153,6 +160,13 @@ impl Checkpoint {
             (Source::Directory { .. }, StoredType::Quantized { .. }) => {
                 self.quantized(name)?.expect("a quantized entry").dequantize()
             }
+            (Source::Gguf(model), _) => {
+                let mut values = vec![0.0; entry.shape.iter().product()];
+                let width = entry.shape.last().copied().unwrap_or(1).max(1);
+                model.read_rows(name, values.chunks_exact_mut(width).enumerate()).map_err(|e| self.locate(e, name))?;
+                values
+            }
+            (Source::Directory { .. }, StoredType::Ggml(_)) => unreachable!("only a GGUF has ggml blocks"),
         };
         self.check_finite(name, &values, 0)?;
         Ok(values)
@@ -185,6 +199,8 @@ impl Checkpoint {
                 let weight = self.quantized(name)?.expect("a quantized entry");
                 targets.for_each(|(row, out)| weight.dequantize_row(row, out));
             }
+            (Source::Gguf(model), _) => model.read_rows(name, targets).map_err(|e| self.locate(e, name))?,
+            (Source::Directory { .. }, StoredType::Ggml(_)) => unreachable!("only a GGUF has ggml blocks"),
         }
         for (&row, out) in rows.iter().zip(out.chunks_exact(width)) {
             self.check_finite(name, out, row as usize * width)?;
@@ -197,6 +213,7 @@ impl Checkpoint {
         let entry = self.entry(name)?;
         match (&self.source, entry.dtype) {
             (Source::Directory { tensors, .. }, StoredType::Plain(_)) => tensors.get(name),
+            (Source::Gguf(model), StoredType::Plain(_)) => model.raw(name),
             _ => None,
         }
     }
@@ -224,6 +241,7 @@ impl Checkpoint {
                 }
             }
             (Source::Directory { tensors, .. }, _) => tensors.release(name),
+            (Source::Gguf(model), _) => model.release(name),
         }
     }
 
@@ -234,6 +252,7 @@ impl Checkpoint {
                 let path = self.path.join("tokenizer.json");
                 std::fs::read(&path).map_err(Error::io(path, "read"))
             }
+            Source::Gguf(model) => Ok(to_json_bytes(&model.tokenizer_json()?)),
         }
     }
 
@@ -241,6 +260,7 @@ impl Checkpoint {
     pub fn tokenizer_config(&self) -> Option<Value> {
         match &self.source {
             Source::Directory { .. } => read_json(&self.path.join("tokenizer_config.json")).ok()?,
+            Source::Gguf(model) => model.tokenizer_config().ok(),
         }
     }
 
@@ -279,6 +299,14 @@ impl Checkpoint {
                 files.sort_by(|a, b| a.0.cmp(&b.0));
                 Ok(files)
             }
+            Source::Gguf(model) => Ok([
+                ("generation_config.json", model.generation_config()),
+                ("tokenizer.json", model.tokenizer_json()?),
+                ("tokenizer_config.json", model.tokenizer_config()?),
+            ]
+            .into_iter()
+            .map(|(name, value)| (name.to_string(), SideFile::Bytes(to_json_bytes(&value))))
+            .collect()),
         }
     }
 
@@ -286,6 +314,7 @@ impl Checkpoint {
     pub fn files(&self) -> Vec<PathBuf> {
         match &self.source {
             Source::Directory { tensors, .. } => tensors.files().iter().map(|file| file.path().to_path_buf()).collect(),
+            Source::Gguf(model) => vec![model.file().path().to_path_buf()],
         }
     }
 
@@ -318,9 +347,14 @@ impl Checkpoint {
                 let part = quantization.as_ref().map(|q| format!("{}.{}", module_of(name), q.main_part()));
                 tensors.file_of(name).or_else(|| tensors.file_of(&part?)).unwrap_or(&self.path)
             }
+            Source::Gguf(model) => model.file().path(),
         };
         error.in_tensor(name).in_file(file).into()
     }
+}
+
+fn to_json_bytes(value: &Value) -> Vec<u8> {
+    serde_json::to_vec_pretty(value).expect("a JSON value")
 }
 
 fn module_of(name: &str) -> &str {

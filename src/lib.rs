@@ -12,6 +12,7 @@ pub mod error;
 pub mod families;
 pub mod forward;
 pub mod graph;
+mod import;
 pub mod inspect;
 pub mod job;
 pub mod output;

@@ -1,0 +1,302 @@
+//! tokenizer.json and tokenizer_config.json rebuilt from a GGUF's metadata.
+//!
+//! Byte-level BPE (`gpt2`) keeps its merges and names its pre-tokenizer; of SentencePiece (`llama`) only pieces and scores
+//! remain, from which the merges follow: the pair whose piece scores highest is joined first.
+
+use std::collections::HashMap;
+
+use formats::GgufFile;
+use serde_json::{Map, Value, json};
+
+use crate::error::Result;
+
+/// Kinds of token, as the file numbers them.
+mod kind {
+    pub const NORMAL: i64 = 1;
+    pub const UNKNOWN: i64 = 2;
+    pub const CONTROL: i64 = 3;
+    pub const USER_DEFINED: i64 = 4;
+    pub const UNUSED: i64 = 5;
+}
+
+/// Llama 3's way of splitting text into words.
+const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Qwen 2's: each digit stands alone.
+const QWEN2_WORDS: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// What llama.cpp does, one after the other, when a file says `default`.
+const DEFAULT_WORDS: &[&str] = &[
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+];
+
+/// How byte-level BPE is set up under one `tokenizer.ggml.pre`.
+struct ByteLevel {
+    pre_tokenizer: Value,
+    normalizer: Value,
+    ignore_merges: bool,
+    /// Whether texts start with the BOS token when the file does not say.
+    add_bos: bool,
+}
+
+impl ByteLevel {
+    fn named(pre: &str) -> Option<ByteLevel> {
+        let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+        let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
+        let sequence = |steps: Vec<Value>| json!({"type": "Sequence", "pretokenizers": steps});
+        let plain =
+            |pre_tokenizer| ByteLevel { pre_tokenizer, normalizer: Value::Null, ignore_merges: false, add_bos: false };
+        Some(match pre {
+            "gpt-2" => plain(bytes(true)),
+            "smollm" => plain(sequence(vec![json!({"type": "Digits", "individual_digits": true}), bytes(true)])),
+            "llama-bpe" | "llama3" | "llama-v3" => ByteLevel {
+                ignore_merges: true,
+                add_bos: true,
+                ..plain(sequence(vec![split(LLAMA3_WORDS), bytes(false)]))
+            },
+            "qwen2" => ByteLevel {
+                normalizer: json!({"type": "NFC"}),
+                ..plain(sequence(vec![split(QWEN2_WORDS), bytes(false)]))
+            },
+            "default" => {
+                let splits = DEFAULT_WORDS.iter().map(|pattern| split(pattern));
+                plain(sequence(splits.chain([bytes(false)]).collect()))
+            }
+            _ => return None,
+        })
+    }
+}
+
+/// The vocabulary and what is special in it.
+struct Vocabulary<'f> {
+    tokens: Vec<&'f str>,
+    kinds: Vec<i64>,
+    ids: HashMap<&'f str, usize>,
+}
+
+impl<'f> Vocabulary<'f> {
+    fn read(file: &'f GgufFile) -> Result<Vocabulary<'f>> {
+        let key = "tokenizer.ggml.tokens";
+        let tokens = file.require(key, file.strings(key)?)?;
+        let kinds = file.integers("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![kind::NORMAL; tokens.len()]);
+        if kinds.len() < tokens.len() {
+            let what = "the length of metadata key `tokenizer.ggml.token_type`";
+            return Err(formats::Error::mismatch(what, tokens.len(), kinds.len()).in_file(file.path()).into());
+        }
+        let mut ids = HashMap::with_capacity(tokens.len());
+        for (id, token) in tokens.iter().enumerate() {
+            if let Some(earlier) = ids.insert(*token, id) {
+                let why = format!("tokens {earlier} and {id} are both `{token}`");
+                return Err(formats::Error::malformed(why).in_file(file.path()).into());
+            }
+        }
+        Ok(Vocabulary { tokens, kinds, ids })
+    }
+
+    /// The token under `tokenizer.ggml.{name}_token_id`.
+    fn special(&self, file: &GgufFile, name: &str) -> Result<Option<(usize, &'f str)>> {
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        let id = match file.count(&key)? {
+            Some(id) => id,
+            // SentencePiece files may rely on its own numbering.
+            None if file.string("tokenizer.ggml.model")? == Some("llama") => match name {
+                "unknown" => 0,
+                "bos" => 1,
+                "eos" => 2,
+                _ => return Ok(None),
+            },
+            None => return Ok(None),
+        };
+        match self.tokens.get(id) {
+            Some(token) => Ok(Some((id, token))),
+            None => {
+                let expected = format!("below {}", self.tokens.len());
+                Err(formats::Error::mismatch(format!("metadata key `{key}`"), expected, id).in_file(file.path()).into())
+            }
+        }
+    }
+
+    /// The vocabulary object: all but unused entries, which only fill the embedding's rows.
+    fn to_json(&self) -> Value {
+        let used = self.tokens.iter().enumerate().filter(|(id, _)| self.kinds[*id] != kind::UNUSED);
+        Value::Object(used.map(|(id, token)| (token.to_string(), Value::from(id))).collect::<Map<_, _>>())
+    }
+
+    fn added_tokens(&self) -> Value {
+        let added = self.tokens.iter().enumerate().filter_map(|(id, token)| {
+            let special = match self.kinds[id] {
+                kind::CONTROL | kind::UNKNOWN => true,
+                kind::USER_DEFINED => false,
+                _ => return None,
+            };
+            Some(json!({
+                "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": special,
+            }))
+        });
+        added.collect()
+    }
+}
+
+/// tokenizer.json, as the tokenizers library reads it.
+pub(super) fn tokenizer_json(file: &GgufFile) -> Result<Value> {
+    let vocabulary = Vocabulary::read(file)?;
+    let model = file.require("tokenizer.ggml.model", file.string("tokenizer.ggml.model")?)?;
+    match model {
+        "gpt2" => byte_level(file, &vocabulary),
+        "llama" => sentence_piece(file, &vocabulary),
+        other => {
+            Err(formats::Error::unsupported(format!("a tokenizer of model `{other}` cannot be read (gpt2, llama)"))
+                .in_file(file.path())
+                .into())
+        }
+    }
+}
+
+fn byte_level(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Value> {
+    let pre = file.string("tokenizer.ggml.pre")?.unwrap_or("default");
+    let setup = ByteLevel::named(pre).ok_or_else(|| {
+        formats::Error::unsupported(format!(
+            "pre-tokenizer `{pre}` is not one that can be rebuilt (gpt-2, smollm, llama-bpe, qwen2, default)"
+        ))
+        .in_file(file.path())
+    })?;
+    let key = "tokenizer.ggml.merges";
+    let mut merges = Vec::new();
+    for merge in file.require(key, file.strings(key)?)? {
+        let parts = merge.split_once(' ').filter(|(left, right)| {
+            [*left, *right, &format!("{left}{right}")].iter().all(|token| vocabulary.ids.contains_key(token))
+        });
+        let (left, right) = parts.ok_or_else(|| {
+            formats::Error::malformed(format!("merge `{merge}` does not join two tokens to a third"))
+                .in_file(file.path())
+        })?;
+        merges.push(json!([left, right]));
+    }
+    Ok(json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": vocabulary.added_tokens(),
+        "normalizer": setup.normalizer,
+        "pre_tokenizer": setup.pre_tokenizer,
+        "post_processor": post_processor(file, vocabulary, setup.add_bos)?,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": setup.ignore_merges,
+            "vocab": vocabulary.to_json(), "merges": merges,
+        },
+    }))
+}
+
+fn sentence_piece(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Value> {
+    let key = "tokenizer.ggml.scores";
+    let scores = file.require(key, file.floats(key)?)?;
+    if scores.len() < vocabulary.tokens.len() {
+        let what = format!("the length of metadata key `{key}`");
+        return Err(formats::Error::mismatch(what, vocabulary.tokens.len(), scores.len()).in_file(file.path()).into());
+    }
+    let unknown = vocabulary.special(file, "unknown")?.map(|(_, token)| token);
+    let space = file.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let mut decoders = vec![
+        json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "}),
+        json!({"type": "ByteFallback"}),
+        json!({"type": "Fuse"}),
+    ];
+    let normalizer = if space {
+        decoders.push(json!({"type": "Strip", "content": " ", "start": 1, "stop": 0}));
+        json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]})
+    } else {
+        replace
+    };
+    Ok(json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": vocabulary.added_tokens(),
+        "normalizer": normalizer,
+        "pre_tokenizer": null,
+        "post_processor": post_processor(file, vocabulary, true)?,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": vocabulary.to_json(), "merges": merges_of(vocabulary, &scores),
+        },
+    }))
+}
+
+/// Every way to join two pieces to a third, the best-scored result first.
+///
+/// Files whose pieces all have one score say nothing of the order; there a piece's number stands in for it, as pieces
+/// are numbered in the order they were learned.
+fn merges_of(vocabulary: &Vocabulary<'_>, scores: &[f32]) -> Value {
+    let mut merges: Vec<(usize, &str, &str)> = Vec::new();
+    for (id, token) in vocabulary.tokens.iter().enumerate() {
+        if vocabulary.kinds[id] != kind::NORMAL {
+            continue;
+        }
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            let is_piece =
+                |part: &str| vocabulary.ids.get(part).is_some_and(|&id| vocabulary.kinds[id] == kind::NORMAL);
+            if is_piece(left) && is_piece(right) {
+                merges.push((id, left, right));
+            }
+        }
+    }
+    merges.sort_by(|a, b| {
+        let by_score = scores[b.0].total_cmp(&scores[a.0]);
+        by_score.then(a.0.cmp(&b.0)).then(vocabulary.ids[a.1].cmp(&vocabulary.ids[b.1]))
+    });
+    merges.into_iter().map(|(_, left, right)| json!([left, right])).collect()
+}
+
+/// Puts BOS before and EOS after a text, as the file says.
+fn post_processor(file: &GgufFile, vocabulary: &Vocabulary<'_>, default_bos: bool) -> Result<Value> {
+    let add_bos = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(default_bos);
+    let add_eos = file.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
+    let bos = if add_bos { vocabulary.special(file, "bos")? } else { None };
+    let eos = if add_eos { vocabulary.special(file, "eos")? } else { None };
+    let special = |token: &str, type_id: u8| json!({"SpecialToken": {"id": token, "type_id": type_id}});
+    let text = |id: &str, type_id: u8| {
+        let before = bos.map(|(_, token)| special(token, type_id));
+        let after = eos.map(|(_, token)| special(token, type_id));
+        [before, Some(json!({"Sequence": {"id": id, "type_id": type_id}})), after].into_iter().flatten()
+    };
+    let tokens = bos.into_iter().chain(eos);
+    let tokens: Map<String, Value> =
+        tokens.map(|(id, token)| (token.into(), json!({"id": token, "ids": [id], "tokens": [token]}))).collect();
+    Ok(json!({
+        "type": "TemplateProcessing",
+        "single": text("A", 0).collect::<Vec<_>>(),
+        "pair": text("A", 0).chain(text("B", 1)).collect::<Vec<_>>(),
+        "special_tokens": tokens,
+    }))
+}
+
+/// tokenizer_config.json, as transformers reads it.
+pub(super) fn tokenizer_config(file: &GgufFile, context: Option<u64>) -> Result<Value> {
+    let vocabulary = Vocabulary::read(file)?;
+    let mut config = json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false});
+    let object = config.as_object_mut().expect("an object");
+    for (name, key) in [("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding")]
+    {
+        if let Some((_, token)) = vocabulary.special(file, key)? {
+            object.insert(name.into(), token.into());
+        }
+    }
+    if let Some(context) = context {
+        object.insert("model_max_length".into(), context.into());
+    }
+    if let Some(template) = file.string("tokenizer.chat_template")? {
+        object.insert("chat_template".into(), template.into());
+    }
+    Ok(config)
+}
