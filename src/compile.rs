@@ -234,11 +234,7 @@ impl<B: Backend> Work<'_, B> {
     }
 
     /// Quantizes and writes the planned linears of a group; returns what each will be in the file.
-    fn quantize(
-        &mut self,
-        group: &[&Linear],
-        statistics: Option<&Statistics<B>>,
-    ) -> Result<Vec<Weight<B::Matrix>>> {
+    fn quantize(&mut self, group: &[&Linear], statistics: Option<&Statistics<B>>) -> Result<Vec<Weight<B::Matrix>>> {
         let (backend, solver) = (self.backend, self.solver);
         let planned = group.iter().any(|l| self.plan.schemes.contains_key(&l.module));
         let shared: Option<Shared<'_, B>> = match planned {

@@ -31,7 +31,10 @@ pub fn export(folder: &Path) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
     for (name, _) in FILES {
         if folder.join(name).exists() {
-            return Err(Error::usage(format!("{}: holds a {name} already; choose another directory", folder.display())));
+            return Err(Error::usage(format!(
+                "{}: holds a {name} already; choose another directory",
+                folder.display()
+            )));
         }
     }
     for (name, content) in FILES {
@@ -66,12 +69,8 @@ pub fn run<B: Backend>(backend: &B, progress: &mut Progress, quiet: bool) -> Res
                 ..Request::default()
             };
             let output = room.path().join(format!("{method}-{bits}"));
-            let verification = Verification {
-                text: evaluation.clone(),
-                context: 512,
-                windows: Some(24),
-                limits: Limits::default(),
-            };
+            let verification =
+                Verification { text: evaluation.clone(), context: 512, windows: Some(24), limits: Limits::default() };
             let job = Job {
                 model: &model,
                 output: &output,
@@ -115,7 +114,9 @@ fn table(rows: &[(String, Report)], device: &str, seconds: f64) -> String {
         );
     }
     for (name, report) in rows {
-        let Some((quality, beside)) = report.quality.as_ref().and_then(|q| Some((q, q.beside.as_ref()?))) else { continue };
+        let Some((quality, beside)) = report.quality.as_ref().and_then(|q| Some((q, q.beside.as_ref()?))) else {
+            continue;
+        };
         text += &format!(
             "{name:<12} {:>5.2} {:>10.2} {:>17} {:>18} {:>8} {:>8.1}\n",
             report.bpw.quantized,

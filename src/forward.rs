@@ -60,7 +60,14 @@ pub fn embed<B: Backend>(
     let mut rest = sequences;
     while !rest.is_empty() {
         let mut tokens = 0;
-        let count = rest.iter().take_while(|s| { tokens += s.len(); tokens <= CHUNK_TOKENS }).count().max(1);
+        let count = rest
+            .iter()
+            .take_while(|s| {
+                tokens += s.len();
+                tokens <= CHUNK_TOKENS
+            })
+            .count()
+            .max(1);
         let (now, later) = rest.split_at(count);
         rest = later;
         let ids: Vec<u32> = now.iter().flatten().copied().collect();
@@ -132,9 +139,8 @@ fn run_mlp<B: Backend>(
 ) -> Result<()> {
     let scale = supply.norm(&mlp.norm)?;
     let normed = |chunk: &Chunk<B::Matrix>| backend.rms_norm(&chunk.hidden, &scale, mlp.norm.eps);
-    let weights = supply.linears(&[&mlp.gate, &mlp.up], &|see| {
-        chunks.iter().try_for_each(|chunk| see(&normed(chunk)?))
-    })?;
+    let weights =
+        supply.linears(&[&mlp.gate, &mlp.up], &|see| chunks.iter().try_for_each(|chunk| see(&normed(chunk)?)))?;
     let gated = |chunk: &Chunk<B::Matrix>| -> Result<B::Matrix> {
         let x = normed(chunk)?;
         let mut gate = backend.linear(&x, &weights[0].matrix, weights[0].bias.as_deref())?;
@@ -178,7 +184,8 @@ impl<B: Backend> Plain<'_, B> {
     pub fn load(&self, linear: &Linear) -> Result<Weight<B::Matrix>> {
         let values = self.source.load(&linear.weight())?;
         self.source.release(&linear.weight());
-        let matrix = Array2::from_shape_vec((linear.rows, linear.cols), values).expect("checked when the graph was built");
+        let matrix =
+            Array2::from_shape_vec((linear.rows, linear.cols), values).expect("checked when the graph was built");
         let bias = linear.bias().map(|bias| self.source.load(&bias)).transpose()?;
         Ok(Weight { matrix: self.backend.upload(matrix)?, bias })
     }

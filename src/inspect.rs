@@ -133,7 +133,13 @@ impl Inspection {
         }
         text += "\n";
         for tensor in &self.tensors {
-            text += &format!("{:<56} {:<16} {:<44} {:>7.3} bpw\n", tensor.name, format!("{:?}", tensor.shape), tensor.kind, tensor.bpw);
+            text += &format!(
+                "{:<56} {:<16} {:<44} {:>7.3} bpw\n",
+                tensor.name,
+                format!("{:?}", tensor.shape),
+                tensor.kind,
+                tensor.bpw
+            );
         }
         text
     }

@@ -62,12 +62,12 @@ impl Job<'_> {
                 model.display()
             )));
         }
-        let graph = families::build(source.config())?;
+        let graph = families::graph_of(&source)?;
         let plan = Plan::new(&graph, &source, &recipe)?;
         let staging = Staging::new(output, Some(model), force)?;
 
         let mut notes = plan.config.notes.clone();
-        if source.entries().iter().any(|e| matches!(e.dtype, StoredType::Ggml(t) if t.is_quantized())) {
+        if source.entries().iter().any(|e| matches!(e.dtype, StoredType::Ggml(t) if t.block_len > 1)) {
             notes.push(format!(
                 "{} is itself quantized: its dequantized weights were taken as the original, and quality is measured against them",
                 model.display()
@@ -116,9 +116,7 @@ impl Job<'_> {
         let verifying = Instant::now();
         let reopened = Checkpoint::open(staging.folder())?;
         let mut quality = match &held_out {
-            Some(windows) => {
-                Some(evaluate(backend, &reopened, Some(&source), windows, Protocol::Papers, progress)?)
-            }
+            Some(windows) => Some(evaluate(backend, &reopened, Some(&source), windows, Protocol::Papers, progress)?),
             None => None,
         };
         if let Some(quality) = &mut quality {
@@ -133,11 +131,8 @@ impl Job<'_> {
             _ => None,
         };
         let parameters: u64 = graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
-        let quantized: u64 = graph
-            .linears()
-            .filter(|l| plan.schemes.contains_key(&l.module))
-            .map(|l| (l.rows * l.cols) as u64)
-            .sum();
+        let quantized: u64 =
+            graph.linears().filter(|l| plan.schemes.contains_key(&l.module)).map(|l| (l.rows * l.cols) as u64).sum();
         let quantized_bytes: u64 = reopened
             .entries()
             .iter()
@@ -168,7 +163,11 @@ impl Job<'_> {
             notes,
             linears: compiled.linears,
             smoothings: compiled.smoothings,
-            tensors: plan.fates.iter().map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone() }).collect(),
+            tensors: plan
+                .fates
+                .iter()
+                .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone() })
+                .collect(),
             seconds: Seconds { stages: compiled.seconds, prepare, verify, total: started.elapsed().as_secs_f64() },
             peak_memory_bytes: peak_memory(),
         };

@@ -101,7 +101,9 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let limits = Limits { max_ppl_ratio: args.max_ppl_ratio, max_kld: args.max_kld, min_top1: args.min_top1 };
     let verification = match args.verify_text.as_deref() {
         Some("none") if limits.any() => {
-            return Err(Error::usage("limits on the quality need a text to measure it on: drop --verify-text none").into());
+            return Err(
+                Error::usage("limits on the quality need a text to measure it on: drop --verify-text none").into()
+            );
         }
         Some("none") => None,
         text => Some(Verification {

@@ -143,7 +143,9 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
     for (name, shape) in graph.tensors() {
         let place = source.path().display();
         match source.entry(&name) {
-            None => return Err(Error::failed(format!("{place}: tensor `{name}` is missing; its shape would be {shape:?}"))),
+            None => {
+                return Err(Error::failed(format!("{place}: tensor `{name}` is missing; its shape would be {shape:?}")));
+            }
             Some(entry) if entry.shape != shape => {
                 return Err(Error::failed(format!(
                     "{place}: tensor `{name}` has shape {:?}, and config.json says {shape:?}",

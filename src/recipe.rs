@@ -203,8 +203,14 @@ impl Recipe {
         }
         let default = if format == "awq" { "W4A16_ASYM" } else { "W4A16" };
         let base = Scheme::preset(default).expect("a preset");
-        let scheme =
-            change(base, request.scheme.as_deref(), request.bits, request.group_size, request.symmetric, "the request")?;
+        let scheme = change(
+            base,
+            request.scheme.as_deref(),
+            request.bits,
+            request.group_size,
+            request.symmetric,
+            "the request",
+        )?;
         let method = named("method", Method::ALL, request.method.as_deref().unwrap_or("gptq"))?;
         let observer = match &request.observer {
             Some(name) => named("observer", Observer::ALL, name)?,
@@ -264,9 +270,14 @@ impl Recipe {
                     let Override { scheme: name, bits, group_size, symmetric, .. } = change_to;
                     scheme = match change_to.ignore {
                         true => None,
-                        false => {
-                            Some(change(self.scheme, name.as_deref(), *bits, *group_size, *symmetric, &change_to.pattern)?)
-                        }
+                        false => Some(change(
+                            self.scheme,
+                            name.as_deref(),
+                            *bits,
+                            *group_size,
+                            *symmetric,
+                            &change_to.pattern,
+                        )?),
                     };
                 }
             }
@@ -330,8 +341,7 @@ impl Pattern {
         match &self.regex {
             Some(regex) => regex.is_match(module),
             None => {
-                module == self.text
-                    || module.strip_suffix(self.text.as_str()).is_some_and(|rest| rest.ends_with('.'))
+                module == self.text || module.strip_suffix(self.text.as_str()).is_some_and(|rest| rest.ends_with('.'))
             }
         }
     }

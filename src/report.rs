@@ -188,14 +188,18 @@ pub fn quality_table(quality: &Quality) -> String {
         crate::verify::Protocol::Papers => "papers",
         crate::verify::Protocol::LlamaCpp => "llama.cpp",
     };
-    let mut table = format!("| {} tokens, context {}, protocol {protocol} | |\n|---|---|\n", quality.tokens, quality.context);
+    let mut table =
+        format!("| {} tokens, context {}, protocol {protocol} | |\n|---|---|\n", quality.tokens, quality.context);
     let mut row = |what: &str, value: String| table += &format!("| {what} | {value} |\n");
     row("perplexity", format!("{:.4} ± {:.4}", quality.perplexity, quality.perplexity_stderr));
     if let Some(b) = &quality.beside {
         row("perplexity of the original", format!("{:.4}", b.reference_perplexity));
         row("ratio", format!("{:.5} ± {:.5}", b.perplexity_ratio, b.perplexity_ratio_stderr));
         row("KL divergence, mean", format!("{:.5} ± {:.5}", b.kld_mean, b.kld_stderr));
-        row("KL divergence, median / 99 % / largest", format!("{:.5} / {:.4} / {:.3}", b.kld_median, b.kld_p99, b.kld_max));
+        row(
+            "KL divergence, median / 99 % / largest",
+            format!("{:.5} / {:.4} / {:.3}", b.kld_median, b.kld_p99, b.kld_max),
+        );
         row("same top token", format!("{:.2} %", 100.0 * b.top1_agreement));
     }
     table

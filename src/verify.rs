@@ -112,7 +112,7 @@ pub fn evaluate<B: Backend>(
     }
     let mut sides = Vec::new();
     for source in reference.into_iter().chain([model]) {
-        let graph = families::build(source.config())?;
+        let graph = families::graph_of(source)?;
         check_tensors(&graph, source)?;
         let largest = windows.iter().flatten().max().copied().unwrap_or(0) as usize;
         if largest >= graph.vocabulary {

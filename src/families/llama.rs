@@ -9,7 +9,8 @@ use crate::error::{Error, Result};
 use crate::graph::{Attention, Block, DropRule, Graph, Head, Linear, Mlp, Norm, Rope, Step};
 
 /// Llama.
-pub const LLAMA: Family = Family { id: "llama", model_types: &["llama"], build: |config| build(config, "llama", false) };
+pub const LLAMA: Family =
+    Family { id: "llama", model_types: &["llama"], build: |config| build(config, "llama", false) };
 
 /// Mistral: Llama with a sliding window.
 pub const MISTRAL: Family =

@@ -4,6 +4,7 @@ mod llama;
 
 use serde_json::Value;
 
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 
@@ -34,6 +35,21 @@ pub fn build(config: &Value) -> Result<Graph> {
             )))
         }
     }
+}
+
+/// Builds the graph of a checkpoint.
+///
+/// A stored head that differs from the embedding counts, whatever config.json says of tying: so do runtimes.
+pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
+    let mut graph = build(source.config())?;
+    if graph.head.tied
+        && let Some(head) = source.raw(&graph.head.linear.weight())
+        && let Some(embedding) = source.raw(&graph.embedding)
+        && (head.dtype, head.data) != (embedding.dtype, embedding.data)
+    {
+        graph.head.tied = false;
+    }
+    Ok(graph)
 }
 
 /// Typed reads of config.json, with errors that name the key.
