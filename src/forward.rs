@@ -201,6 +201,24 @@ impl<B: Backend> Supply<B> for Plain<'_, B> {
     }
 }
 
+/// The last hidden states of sequences, normed, in chunks of whole sequences; `step` is told of every block done.
+pub fn final_hidden<B: Backend>(
+    backend: &B,
+    graph: &Graph,
+    source: &Checkpoint,
+    sequences: &[Vec<u32>],
+    step: &dyn Fn(),
+) -> Result<Vec<B::Matrix>> {
+    let mut chunks = embed(backend, graph, source, sequences)?;
+    let mut plain = Plain { backend, source };
+    for block in &graph.blocks {
+        run_block(backend, block, &mut plain, &mut chunks)?;
+        step();
+    }
+    let norm = source.load(&graph.final_norm.weight)?;
+    chunks.iter().map(|chunk| Ok(backend.rms_norm(&chunk.hidden, &norm, graph.final_norm.eps)?)).collect()
+}
+
 /// The output projection's weight, on the device.
 pub fn load_head<B: Backend>(backend: &B, graph: &Graph, source: &Checkpoint) -> Result<B::Matrix> {
     let name = if graph.head.tied { graph.embedding.clone() } else { graph.head.linear.weight() };

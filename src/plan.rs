@@ -144,7 +144,9 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
         let place = source.path().display();
         match source.entry(&name) {
             None => {
-                return Err(Error::failed(format!("{place}: tensor `{name}` is missing; its shape would be {shape:?}")));
+                return Err(Error::failed(format!(
+                    "{place}: tensor `{name}` is missing; its shape would be {shape:?}"
+                )));
             }
             Some(entry) if entry.shape != shape => {
                 return Err(Error::failed(format!(

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families;
-use crate::forward::{Plain, embed, load_head, run_block};
+use crate::forward::{final_hidden, load_head};
 use crate::graph::Graph;
 use crate::plan::check_tensors;
 use crate::progress::Progress;
@@ -150,7 +150,7 @@ pub fn evaluate<B: Backend>(
     for windows in windows.chunks(batch) {
         let mut normed = Vec::new();
         for side in &sides {
-            normed.push(final_hidden(backend, side, windows, progress)?);
+            normed.push(final_hidden(backend, &side.graph, side.source, windows, &|| progress.step())?);
         }
         let per_pass = (LOGITS / sides[0].graph.vocabulary).max(16);
         for (index, window) in windows.iter().enumerate() {
@@ -183,24 +183,6 @@ pub fn evaluate<B: Backend>(
         )));
     }
     Ok(summarize(model, reference, &all, [context, windows.len()], protocol))
-}
-
-/// Normed last hidden states, in chunks of whole windows.
-fn final_hidden<B: Backend>(
-    backend: &B,
-    side: &Side<'_, B>,
-    windows: &[Vec<u32>],
-    progress: &Progress,
-) -> Result<Vec<B::Matrix>> {
-    let Side { graph, source, .. } = side;
-    let mut chunks = embed(backend, graph, source, windows)?;
-    let mut plain = Plain { backend, source };
-    for block in &graph.blocks {
-        run_block(backend, block, &mut plain, &mut chunks)?;
-        progress.step();
-    }
-    let norm = source.load(&graph.final_norm.weight)?;
-    chunks.iter().map(|chunk| Ok(backend.rms_norm(&chunk.hidden, &norm, graph.final_norm.eps)?)).collect()
 }
 
 /// The chunk that holds a window, and the row it starts at.

@@ -1,0 +1,129 @@
+//! From a checkpoint to files and back, through the library.
+
+use std::path::{Path, PathBuf};
+
+use formats::Dtype;
+use kernels::Cpu;
+use quantc::convert::convert;
+use quantc::job::{Job, Verification};
+use quantc::progress::Progress;
+use quantc::recipe::{Recipe, Request};
+use quantc::report::Report;
+use quantc::verify::Limits;
+use quantc::{Checkpoint, demo};
+
+/// The built-in model, written once a test.
+pub fn model(room: &Path) -> PathBuf {
+    let folder = room.join("model");
+    demo::export(&folder).unwrap();
+    folder
+}
+
+fn request(toml: &str) -> Recipe {
+    let request: Request = toml::from_str(toml).unwrap();
+    let defaults: Request = toml::from_str("samples = 4\nseq_len = 256").unwrap();
+    Recipe::resolve(request.or(defaults)).unwrap()
+}
+
+fn run(model: &Path, output: &Path, recipe: Recipe, measure: bool) -> quantc::Result<Report> {
+    let verification = measure.then(|| Verification {
+        text: "held-out".to_owned(),
+        context: 128,
+        windows: Some(4),
+        limits: Limits { max_kld: Some(1e-9), ..Limits::default() },
+    });
+    let job = Job { model, output, recipe, verification, force: false, report: None };
+    job.run(&Cpu, &mut Progress::new(true))
+}
+
+fn weights(folder: &Path) -> Vec<u8> {
+    std::fs::read(folder.join("model.safetensors")).unwrap()
+}
+
+#[test]
+fn every_layout_holds_what_was_solved_and_reads_back_as_it() {
+    let room = tempfile::tempdir().unwrap();
+    let model = model(room.path());
+    for (index, toml) in [
+        "format = 'compressed-tensors'\ngroup_size = 64",
+        "format = 'compressed-tensors'\nscheme = 'W3A16_ASYM'\ngroup_size = 32",
+        "format = 'compressed-tensors'\nscheme = 'W2A16'\ngroup_size = -1\nmethod = 'rtn'",
+        "format = 'compressed-tensors'\nscheme = 'W8A16'\nmethod = 'awq'",
+        "format = 'gptq'\ngroup_size = 128",
+        "format = 'gptq'\nscheme = 'W4A16_ASYM'\ngroup_size = 64\nmethod = 'awq+gptq'",
+        "format = 'gptq'\nscheme = 'W3A16'\ngroup_size = 32\ndesc_act = true",
+        "format = 'awq'\ngroup_size = 64\nmethod = 'awq'",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let output = room.path().join(format!("out-{index}"));
+        let recipe = request(toml);
+        let bits = recipe.scheme.bits;
+        let report = run(&model, &output, recipe, true).unwrap();
+        let quality = report.quality.as_ref().unwrap().beside.as_ref().unwrap();
+        let bar = [0.0, 0.0, 4.0, 0.3, 0.05, 0.0, 0.0, 0.0, 0.001][bits as usize];
+        assert!(quality.kld_mean > 0.0 && quality.kld_mean < bar, "{toml}: KL {}", quality.kld_mean);
+        assert!(!report.verdict.as_ref().unwrap().passed, "no quantized model keeps KL 1e-9");
+        assert_eq!(report.linears.len(), 28);
+        assert!(report.linears.iter().all(|l| l.fallback.is_none()), "{toml}");
+        assert!(output.join("tokenizer.json").exists() && output.join("README.md").exists());
+
+        // The plain form of the output is the same model.
+        let plain = room.path().join(format!("plain-{index}"));
+        convert(&output, &plain, Some(Dtype::F32), false).unwrap();
+        let (packed, plain) = (Checkpoint::open(&output).unwrap(), Checkpoint::open(&plain).unwrap());
+        for entry in packed.entries() {
+            assert_eq!(packed.load(&entry.name).unwrap(), plain.load(&entry.name).unwrap(), "{}", entry.name);
+        }
+        let again = run(plain.path(), &room.path().join("again"), request("method = 'rtn'\ngroup_size = 64"), false);
+        again.unwrap();
+        std::fs::remove_dir_all(room.path().join("again")).unwrap();
+    }
+}
+
+#[test]
+fn equal_runs_give_equal_bytes_on_any_number_of_threads() {
+    let room = tempfile::tempdir().unwrap();
+    let model = model(room.path());
+    for toml in ["group_size = 64", "method = 'awq'\nbits = 3\ngroup_size = 32", "format = 'gptq'\ndesc_act = true"] {
+        let mut seen: Option<(Vec<u8>, String)> = None;
+        for (attempt, threads) in [1, 1, 2, 3, 7].into_iter().enumerate() {
+            let output = room.path().join(format!("t{attempt}"));
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| run(&model, &output, request(toml), false)).unwrap();
+            let card = std::fs::read_to_string(output.join("README.md")).unwrap();
+            let found = (weights(&output), card);
+            assert!(seen.get_or_insert_with(|| found.clone()) == &found, "{toml}: {threads} threads");
+            std::fs::remove_dir_all(output).unwrap();
+        }
+    }
+}
+
+#[test]
+fn better_methods_are_better() {
+    let room = tempfile::tempdir().unwrap();
+    let model = model(room.path());
+    let mut last = f64::INFINITY;
+    for method in ["rtn", "awq", "gptq"] {
+        let recipe = request(&format!("bits = 3\ngroup_size = 64\nmethod = '{method}'\nsamples = 16"));
+        let report = run(&model, &room.path().join(method), recipe, true).unwrap();
+        let kld = report.quality.unwrap().beside.unwrap().kld_mean;
+        assert!(kld < 0.9 * last, "{method}: {kld} after {last}");
+        last = kld;
+    }
+}
+
+#[test]
+fn exceptions_are_obeyed_and_told() {
+    let room = tempfile::tempdir().unwrap();
+    let model = model(room.path());
+    let toml = "group_size = 64\nignore = ['o_proj']\n[[override]]\nmatch = 'down_proj'\nbits = 8\n";
+    let report = run(&model, &room.path().join("out"), request(toml), false).unwrap();
+    assert_eq!(report.linears.len(), 24);
+    assert!(report.linears.iter().all(|l| (l.bits == 8) == l.name.ends_with("down_proj")));
+    let source = Checkpoint::open(&model).unwrap();
+    let output = Checkpoint::open(&room.path().join("out")).unwrap();
+    let name = "model.layers.1.self_attn.o_proj.weight";
+    assert_eq!(source.raw(name).unwrap().data, output.raw(name).unwrap().data);
+}
