@@ -370,7 +370,16 @@ fn llama3_scaling(factors: &[f32], theta: f64) -> formats::Result<Option<Value>>
             let span = 1.0 / low_over_span;
             (slope * span, 1.0 + span)
         }
-        // Too few points to tell; what Llama 3.1 to 3.3 use.
+        // Few rotary pairs leave the bounds open; any between the last unscaled and the first scaled wavelength will do.
+        (None, None) => {
+            let wavelength = |i: usize| 1.0 / inverse_wavelength(i);
+            let first_scaled = (0..factors.len()).find(|&i| factors[i] > 1.0).map_or(1.0, wavelength);
+            let last_whole =
+                (0..factors.len()).rev().find(|&i| factors[i] == 1.0).map_or(first_scaled / 4.0, wavelength);
+            let original = first_scaled.floor();
+            (original, (original / last_whole).min(4.0))
+        }
+        // What Llama 3.1 to 3.3 use.
         _ => (8192.0, 4.0),
     };
     let (original, high) = (original.round(), (high * 1000.0).round() / 1000.0);

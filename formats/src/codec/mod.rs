@@ -142,7 +142,8 @@ fn check_weight(weight: &QuantizedWeight) -> Result<()> {
         }
     }
     let max = scheme.max_code();
-    if let Some(code) = codes.iter().chain(zeros).copied().max().filter(|&code| code > max) {
+    let code = [codes, zeros].into_iter().map(|list| list.iter().copied().fold(0, u8::max)).fold(0, u8::max);
+    if code > max {
         return Err(Error::invalid(format!("code or zero {code} does not fit in {} bits", scheme.bits)));
     }
     if scheme.symmetric && zeros.iter().any(|&zero| zero != scheme.midpoint()) {
@@ -221,7 +222,11 @@ fn to_words(bytes: &[u8]) -> Vec<u32> {
 
 /// The inverse of [`to_words`].
 fn from_words(words: &[u32]) -> Vec<u8> {
-    words.iter().flat_map(|word| word.to_le_bytes()).collect()
+    let mut bytes = vec![0; 4 * words.len()];
+    for (out, word) in bytes.chunks_exact_mut(4).zip(words) {
+        out.copy_from_slice(&word.to_le_bytes());
+    }
+    bytes
 }
 
 /// The part of this name, or an error that names it.
