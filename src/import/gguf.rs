@@ -80,10 +80,11 @@ impl GgufModel {
                 Some("k_proj") => Some(settings.kv_heads),
                 _ => None,
             };
+            let rows = spec.shape.first().copied().unwrap_or(1);
             if let Some(heads) = interleaved
-                && !spec.shape[0].is_multiple_of(2 * heads)
+                && !rows.is_multiple_of(2 * heads)
             {
-                let why = format!("its {} rows do not split into pairs for {heads} heads", spec.shape[0]);
+                let why = format!("its {rows} rows do not split into pairs for {heads} heads");
                 return Err(formats::Error::malformed(why).in_tensor(&spec.name).in_file(path).into());
             }
             order.push(name.clone());
@@ -301,7 +302,7 @@ impl Settings {
             "rope_theta": self.theta,
             "tie_word_embeddings": file.get("output.weight").is_none(),
             "torch_dtype": dtype,
-            "vocab_size": embedding.shape[0],
+            "vocab_size": embedding.shape.first(),
         });
         let object = config.as_object_mut().expect("an object");
         if let Some(scaling) = &self.scaling {
