@@ -101,10 +101,11 @@ impl Checkpoint {
         let mut quantization = read_quantization(&config).map_err(|e| e.in_file(&config_path))?;
         let separate = path.join("quantize_config.json");
         let has_codes = |name: &str| name.ends_with(".qweight") || name.ends_with(".weight_packed");
-        if quantization.is_none() && tensors.tensors().any(|spec| has_codes(&spec.name)) {
-            if let Some(separate_config) = read_json(&separate)? {
-                quantization = read_quantization(&separate_config).map_err(|e| e.in_file(&separate))?;
-            }
+        if quantization.is_none()
+            && tensors.tensors().any(|spec| has_codes(&spec.name))
+            && let Some(separate_config) = read_json(&separate)?
+        {
+            quantization = read_quantization(&separate_config).map_err(|e| e.in_file(&separate))?;
         }
         for key in ["quantization_config", "compression_config"] {
             config.as_object_mut().expect("checked above").shift_remove(key);
