@@ -194,8 +194,22 @@ mod tests {
         path.to_str().unwrap().to_owned()
     }
 
-    fn message<T>(result: Result<T, TextError>) -> String {
+    fn message<T, E: std::fmt::Display>(result: Result<T, E>) -> String {
         result.err().unwrap().to_string()
+    }
+
+    /// A folder with a tiny model in it, and no tokenizer yet.
+    fn model_folder() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/llama_tied");
+        for name in ["config.json", "model.safetensors"] {
+            std::fs::copy(tiny.join(name), folder.path().join(name)).unwrap();
+        }
+        folder
+    }
+
+    fn open(folder: &tempfile::TempDir) -> Result<ModelText, Error> {
+        ModelText::open(&Checkpoint::open(folder.path()).unwrap())
     }
 
     #[test]
@@ -228,21 +242,21 @@ mod tests {
 
     #[test]
     fn a_model_folder_gives_tokens_marks_and_template() {
-        let folder = tempfile::tempdir().unwrap();
-        let error = message(ModelText::open(folder.path()));
+        let folder = model_folder();
+        let error = message(open(&folder));
         assert!(error.contains("no tokenizer.json"), "{error}");
         file(&folder, "tokenizer.model", b"x");
-        assert!(message(ModelText::open(folder.path())).contains("tokenizer.model alone"));
+        assert!(message(open(&folder)).contains("tokenizer.model alone"));
 
         std::fs::copy(fixture("byte_level.json"), folder.path().join("tokenizer.json")).unwrap();
-        let bare = ModelText::open(folder.path()).unwrap();
+        let bare = open(&folder).unwrap();
         assert_eq!((bare.tokenizer.eos(), bare.tokenizer.added_bos()), (None, Some(0)));
         assert!(bare.chat().unwrap().is_none());
 
         let config = r#"{"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|im_end|>",
             "chat_template": [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ bos_token }}{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"}]}"#;
         file(&folder, "tokenizer_config.json", config.as_bytes());
-        let model = ModelText::open(folder.path()).unwrap();
+        let model = open(&folder).unwrap();
         assert_eq!(model.tokenizer.eos(), model.tokenizer.token_to_id("<|im_end|>"));
         assert!(model.tokenizer.eos().is_some());
         let chats =
@@ -255,25 +269,25 @@ mod tests {
 
         // The file beside goes before the configuration, and only conversations look at it.
         file(&folder, "chat_template.jinja", b"{% if %}");
-        let broken = ModelText::open(folder.path()).unwrap();
+        let broken = open(&folder).unwrap();
         assert!(message(broken.select(&chats, 1, 4, 0)).contains("chat template: "));
         let plain = load_text(&file(&folder, "p.txt", b"one two three four five")).unwrap();
         assert_eq!(broken.select(&plain, 1, 4, 0).unwrap().sequences.len(), 1);
         assert_eq!(broken.evaluation_ids(&plain).unwrap()[0], 0);
 
         file(&folder, "tokenizer.json", b"{\"version\": ");
-        let error = message(ModelText::open(folder.path()));
+        let error = message(open(&folder));
         assert!(error.contains("/tokenizer.json: EOF"), "{error}");
         file(&folder, "tokenizer_config.json", b"[");
-        assert!(message(ModelText::open(folder.path())).contains("/tokenizer_config.json: EOF"));
+        assert!(message(open(&folder)).contains("/tokenizer_config.json: EOF"));
     }
 
     #[test]
     fn special_tokens_may_stand_in_their_own_file() {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = model_folder();
         std::fs::copy(fixture("sentencepiece_like.json"), folder.path().join("tokenizer.json")).unwrap();
         file(&folder, "special_tokens_map.json", br#"{"bos_token": "<s>", "eos_token": {"content": "</s>"}}"#);
-        let model = ModelText::open(folder.path()).unwrap();
+        let model = open(&folder).unwrap();
         assert_eq!((model.tokenizer.added_bos(), model.tokenizer.eos()), (Some(1), Some(2)));
     }
 }
