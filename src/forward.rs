@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::graph::{Attention, Block, Graph, Linear, Mlp, Norm, Step};
 
 /// Tokens that go through an operator together, unless one sequence is longer.
-pub const CHUNK_TOKENS: usize = 4096;
+pub const CHUNK_TOKENS: usize = 1024;
 
 /// Values of the gated activation that are kept between the two uses of it; more are computed twice.
 const KEPT_VALUES: usize = 1 << 29;
@@ -120,7 +120,7 @@ fn run_attention<B: Backend>(
         mixed.push(backend.attention(&q, &k, &v, &attention.shape, &chunk.lengths)?);
     }
     drop(qkv);
-    let o = supply.linears(&[&attention.o], &|see| mixed.iter().try_for_each(|x| see(x)))?;
+    let o = supply.linears(&[&attention.o], &|see| mixed.iter().try_for_each(&mut *see))?;
     if !supply.needs_output(last) {
         return Ok(());
     }
@@ -154,7 +154,7 @@ fn run_mlp<B: Backend>(
         false => None,
     };
     let down = supply.linears(&[&mlp.down], &|see| match &kept {
-        Some(kept) => kept.iter().try_for_each(|x| see(x)),
+        Some(kept) => kept.iter().try_for_each(&mut *see),
         None => chunks.iter().try_for_each(|chunk| see(&gated(chunk)?)),
     })?;
     if !supply.needs_output(last) {

@@ -109,7 +109,7 @@ impl Backend for Cpu {
     fn rope(&self, x: &mut Array2<f32>, cos: &Array2<f32>, sin: &Array2<f32>, lengths: &[usize]) -> Result<()> {
         expect("rope", "tokens", x.nrows(), lengths.iter().sum())?;
         let longest = lengths.iter().copied().max().unwrap_or(0);
-        if longest > cos.nrows() || x.ncols() % (2 * cos.ncols()) != 0 {
+        if longest > cos.nrows() || !x.ncols().is_multiple_of(2 * cos.ncols()) {
             return Err(Error::Shape {
                 op: "rope",
                 expected: format!("angles for {longest} positions in heads that divide {} features", x.ncols()),

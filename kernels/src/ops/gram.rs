@@ -102,11 +102,8 @@ pub fn quadratic(e: ArrayView2<f32>, gram: ArrayView2<f32>) -> f64 {
     let n = gram.nrows();
     // H = L + Lᵀ − D, so that tr(e H eᵀ) = 2 tr(e L eᵀ) − tr(e D eᵀ), with the triangle cleared above.
     let mut lower = gram.to_owned();
-    for i in 0..n {
-        for j in i + 1..n {
-            lower[[i, j]] = 0.0;
-        }
-    }
+    let rows = lower.as_slice_mut().expect("a contiguous matrix").par_chunks_exact_mut(n).enumerate();
+    rows.for_each(|(i, row)| row[i + 1..].fill(0.0));
     let image = super::linear::run(e, lower.view(), None);
     let e_slice = e.to_slice().expect("a contiguous matrix");
     let rows: Vec<f64> = e_slice
