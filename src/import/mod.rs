@@ -137,9 +137,9 @@ mod tests {
                 () => 0,
             };
             let mut stored = values.clone();
-            if heads > 0 {
-                let rows = entry.shape[0];
-                let (row_len, d) = (values.len() / rows, rows / heads);
+            let rows = entry.shape[0];
+            if let Some(d) = rows.checked_div(heads) {
+                let row_len = values.len() / rows;
                 for h in 0..heads {
                     for p in 0..2 {
                         for j in 0..d / 2 {
