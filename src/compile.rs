@@ -474,6 +474,10 @@ fn describe(report: &LinearReport) -> String {
 /// Copies one tensor, in pieces where it has to be converted.
 pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &ShardedWriter) -> Result<()> {
     if let Some(raw) = source.raw(name).filter(|raw| raw.dtype == dtype) {
+        if !raw.is_finite() {
+            // Loading it says where.
+            source.load(name)?;
+        }
         writer.write(name, raw.data)?;
         source.release(name);
         return Ok(());

@@ -174,10 +174,11 @@ impl Job<'_> {
         let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
         staging.write("report.json", &json)?;
         staging.write("README.md", report.card().as_bytes())?;
+        staging.commit()?;
+        // After the output is safe: a bad path here must not cost it.
         if let Some(path) = report_path {
             std::fs::write(&path, &json).map_err(Error::io(&path, "write"))?;
         }
-        staging.commit()?;
         Ok(report)
     }
 }

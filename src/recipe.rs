@@ -130,7 +130,10 @@ impl Request {
     /// Reads `recipe.toml`. Unknown keys are errors.
     pub fn read(path: &Path) -> Result<Request> {
         let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
-        toml::from_str(&text).map_err(|e| Error::usage(format!("{}: {}", path.display(), e.to_string().trim_end())))
+        toml::from_str(&text).map_err(|e| {
+            let line = e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+            Error::usage(format!("{}, line {line}: {}", path.display(), e.message().replace('\n', ", ")))
+        })
     }
 
     /// This request, completed by `base` where it says nothing.
@@ -328,10 +331,12 @@ impl Pattern {
     pub fn new(text: &str) -> Result<Pattern> {
         let regex = match text.strip_prefix("re:") {
             None => None,
-            Some(pattern) => Some(
-                Regex::new(&format!("^(?:{pattern})"))
-                    .map_err(|e| Error::usage(format!("pattern `{text}` is not a regular expression: {e}")))?,
-            ),
+            Some(pattern) => Some(Regex::new(&format!("^(?:{pattern})")).map_err(|e| {
+                // The library draws a picture first; its last line says what is wrong.
+                let e = e.to_string();
+                let why = e.lines().last().unwrap_or_default().trim().trim_start_matches("error: ");
+                Error::usage(format!("pattern `{text}` is not a regular expression: {why}"))
+            })?),
         };
         Ok(Pattern { text: text.to_owned(), regex })
     }

@@ -55,6 +55,16 @@ pub enum TextError {
         /// The file.
         name: String,
     },
+    /// The tokenizer gives an id that the model has no embedding for.
+    #[error("{folder}: the tokenizer gives token {id}, and the model has {rows} embeddings; is tokenizer.json another model's?", folder = folder.display())]
+    Foreign {
+        /// The model folder.
+        folder: PathBuf,
+        /// The token.
+        id: u32,
+        /// Rows of the embedding, by config.json.
+        rows: u64,
+    },
     /// A tokenizer file of a model is unusable.
     #[error("{folder}/{error}", folder = folder.display())]
     Model {
@@ -105,6 +115,8 @@ pub struct ModelText {
     config: TokenizerConfig,
     jinja: Option<String>,
     folder: PathBuf,
+    /// Rows of the embedding, by config.json.
+    rows: Option<u64>,
 }
 
 impl ModelText {
@@ -142,7 +154,8 @@ impl ModelText {
             None => None,
         };
         let tokenizer = Tokenizer::from_json(&json).map_err(located)?.with_config(&config);
-        Ok(Self { tokenizer, config, jinja, folder: folder.to_owned() })
+        let rows = source.config().get("vocab_size").and_then(serde_json::Value::as_u64);
+        Ok(Self { tokenizer, config, jinja, folder: folder.to_owned(), rows })
     }
 
     /// The model's chat template, if it has one. Fails on a syntax error in it.
@@ -156,13 +169,25 @@ impl ModelText {
     pub fn select(&self, text: &Text, count: usize, seq_len: usize, seed: u64) -> Result<Samples, TextError> {
         let plain = text.documents.iter().all(|document| matches!(document, Document::Plain(_)));
         let chat = if plain { None } else { self.chat()? };
-        Ok(select(text, &self.tokenizer, chat.as_ref(), count, seq_len, seed)?)
+        let samples = select(text, &self.tokenizer, chat.as_ref(), count, seq_len, seed)?;
+        samples.sequences.iter().try_for_each(|sequence| self.check_ids(sequence))?;
+        Ok(samples)
     }
 
     /// The ids of an evaluation text: tokenized once and whole, with the tokenizer's own marks at its ends.
     pub fn evaluation_ids(&self, text: &Text) -> Result<Vec<u32>, TextError> {
         let plain = text.plain().ok_or_else(|| TextError::NotPlain { name: text.name.clone() })?;
-        Ok(self.tokenizer.encode(&plain, true)?)
+        let ids = self.tokenizer.encode(&plain, true)?;
+        self.check_ids(&ids)?;
+        Ok(ids)
+    }
+
+    fn check_ids(&self, ids: &[u32]) -> Result<(), TextError> {
+        let Some(rows) = self.rows else { return Ok(()) };
+        match ids.iter().find(|&&id| u64::from(id) >= rows) {
+            Some(&id) => Err(TextError::Foreign { folder: self.folder.clone(), id, rows }),
+            None => Ok(()),
+        }
     }
 }
 

@@ -43,6 +43,17 @@ impl TensorView<'_> {
         Ok(out)
     }
 
+    /// Whether no element is NaN or infinite; true for types that have neither.
+    pub fn is_finite(&self) -> bool {
+        let below = |mask: u16| self.data.chunks_exact(2).all(|b| u16::from_le_bytes([b[0], b[1]]) & mask != mask);
+        match self.dtype {
+            Dtype::BF16 => below(0x7f80),
+            Dtype::F16 => below(0x7c00),
+            Dtype::F32 => self.data.chunks_exact(4).all(|b| b[3] & 0x7f != 0x7f || b[2] & 0x80 == 0),
+            _ => true,
+        }
+    }
+
     /// Fails unless the type and the shape are these.
     pub fn expect(&self, what: &str, dtype: Dtype, shape: &[usize]) -> Result<()> {
         if self.dtype != dtype {

@@ -41,7 +41,12 @@ pub fn build(config: &Value) -> Result<Graph> {
 ///
 /// A stored head that differs from the embedding counts, whatever config.json says of tying: so do runtimes.
 pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
-    let mut graph = build(source.config())?;
+    let mut graph = build(source.config()).map_err(|error| match error {
+        Error::Failed(why) if why.starts_with("config.json: ") => {
+            Error::Failed(format!("{}/{why}", source.path().display()))
+        }
+        other => other,
+    })?;
     if graph.head.tied
         && let Some(head) = source.raw(&graph.head.linear.weight())
         && let Some(embedding) = source.raw(&graph.embedding)

@@ -1,4 +1,6 @@
 //! What a user sees, and parity with other programs.
 
+mod bad_input;
 mod golden;
+mod harness;
 mod pipeline;

@@ -123,9 +123,9 @@ impl Tokenizer {
         };
         let (bare, full) = (encode(false)?, encode(true)?);
         let extra = full.len().saturating_sub(bare.len());
-        let at = (0..=extra).find(|&at| full.get(at..at + bare.len()) == Some(&bare[..])).ok_or_else(|| {
-            tokenizer_error("tokenizer.json", "the post-processor changes the text's own tokens")
-        })?;
+        let at = (0..=extra)
+            .find(|&at| full.get(at..at + bare.len()) == Some(&bare[..]))
+            .ok_or_else(|| tokenizer_error("tokenizer.json", "the post-processor changes the text's own tokens"))?;
         self.prefix = full[..at].to_vec();
         self.suffix = full[at + bare.len()..].to_vec();
         Ok(())

@@ -1,0 +1,137 @@
+//! Runs quantc, and makes the models and texts it is run on.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A folder of its own for one test; gone afterwards.
+pub struct Room(TempDir);
+
+impl Room {
+    pub fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// The path of a new file with this content.
+    pub fn file(&self, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.path(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, content).unwrap();
+        path
+    }
+
+    /// A copy of the built-in model, to be damaged.
+    pub fn model(&self) -> Model {
+        let folder = self.path("model");
+        std::fs::create_dir_all(&folder).unwrap();
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/demo/model");
+        for entry in std::fs::read_dir(source).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+        }
+        Model(folder)
+    }
+
+    /// Runs `quantc` in this folder.
+    pub fn run<A: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Run {
+        let output = Command::new(env!("CARGO_BIN_EXE_quantc")).args(args).current_dir(self.0.path()).output().unwrap();
+        Run(output)
+    }
+
+    /// Runs a line of sh in this folder.
+    #[cfg(unix)]
+    pub fn shell(&self, line: &str) -> Run {
+        Run(Command::new("sh").args(["-c", line]).current_dir(self.0.path()).output().unwrap())
+    }
+
+    /// Everything in the folder, by name, hidden files too.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = std::fs::read_dir(self.0.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    }
+}
+
+/// A model folder.
+pub struct Model(PathBuf);
+
+impl Model {
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// Changes config.json.
+    pub fn config(&self, change: impl FnOnce(&mut Value)) {
+        let path = self.path("config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        change(&mut config);
+        std::fs::write(path, config.to_string()).unwrap();
+    }
+
+    /// Changes the header and the data of model.safetensors.
+    pub fn weights(&self, change: impl FnOnce(&mut serde_json::Map<String, Value>, &mut Vec<u8>)) {
+        let path = self.path("model.safetensors");
+        let bytes = std::fs::read(&path).unwrap();
+        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let mut header: Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        let mut data = bytes[8 + length..].to_vec();
+        change(header.as_object_mut().unwrap(), &mut data);
+        let header = header.to_string().into_bytes();
+        let whole = [&(header.len() as u64).to_le_bytes()[..], &header, &data].concat();
+        std::fs::write(path, whole).unwrap();
+    }
+
+    /// Overwrites the first value of a bf16 tensor.
+    pub fn poison(&self, tensor: &str, bits: u16) {
+        self.weights(|header, data| {
+            let at = header[tensor]["data_offsets"][0].as_u64().unwrap() as usize;
+            data[at..at + 2].copy_from_slice(&bits.to_le_bytes());
+        });
+    }
+}
+
+/// How a run ended.
+pub struct Run(Output);
+
+impl Run {
+    pub fn code(&self) -> Option<i32> {
+        self.0.status.code()
+    }
+
+    pub fn stdout(&self) -> String {
+        String::from_utf8(self.0.stdout.clone()).unwrap()
+    }
+
+    pub fn stderr(&self) -> String {
+        String::from_utf8(self.0.stderr.clone()).unwrap()
+    }
+
+    /// Demands a refusal: this exit code, nothing on stdout, and one line on stderr that holds all of `words`.
+    #[track_caller]
+    pub fn refuses(&self, code: i32, words: &[&str]) {
+        let (found, told) = (self.code(), self.stderr());
+        assert_eq!(found, Some(code), "exit code; stderr: {told}");
+        assert!(!told.contains("panicked"), "{told}");
+        assert_eq!(self.stdout(), "", "a refusal prints nothing on stdout");
+        let lines: Vec<&str> = told.lines().filter(|line| !line.trim().is_empty()).collect();
+        assert_eq!(lines.len(), 1, "one sentence: {told}");
+        assert!(lines[0].starts_with("error: "), "{told}");
+        for word in words {
+            assert!(told.contains(word), "`{word}` is missing in: {told}");
+        }
+    }
+
+    #[track_caller]
+    pub fn succeeds(&self) {
+        assert_eq!(self.code(), Some(0), "{}", self.stderr());
+    }
+}
