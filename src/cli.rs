@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use kernels::Cpu;
 
 /// Quantizes language models for the runtimes that serve them, and proves that they are still themselves.
 #[derive(Debug, Parser)]
@@ -37,9 +38,20 @@ pub struct Compute {
     /// Where to compute.
     #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = ["auto", "cpu"])]
     pub device: String,
+    /// Matrix products of the calibration: f32, or auto for bfloat16 inputs on CPUs where that is faster. Measuring is
+    /// always f32.
+    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = ["auto", "f32"])]
+    pub math: String,
     /// No progress, no summary; errors only.
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+impl Compute {
+    /// The backend that was asked for.
+    pub fn backend(&self) -> Cpu {
+        if self.math == "f32" { Cpu::exact() } else { Cpu::default() }
+    }
 }
 
 /// `quantc demo`.

@@ -125,6 +125,7 @@ pub fn compile<B: Backend>(
 ) -> Result<Compiled> {
     let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect::<std::collections::BTreeMap<_, _>>();
     let writer = ShardedWriter::create(folder, plan.outputs.clone(), SHARD_BYTES, &metadata)?;
+    let backend = &backend.relaxed();
     let solver = solver::<B>(recipe);
     progress.start("quantizing", plan.schemes.len());
     let mut work = Work {

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::graph::{Attention, Block, Graph, Linear, Mlp, Norm, Step};
 
 /// Tokens that go through an operator together, unless one sequence is longer.
-pub const CHUNK_TOKENS: usize = 1024;
+pub const CHUNK_TOKENS: usize = 4096;
 
 /// Values of the gated activation that are kept between the two uses of it; more are computed twice.
 const KEPT_VALUES: usize = 1 << 29;

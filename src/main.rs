@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use formats::Dtype;
-use kernels::Cpu;
 use quantc::cli::{Cli, Command, Compute, Eval, Quantize};
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
@@ -39,7 +38,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 return Ok(0);
             }
             let mut progress = start(&args.compute)?;
-            demo::run(&Cpu, &mut progress, args.compute.quiet)?;
+            demo::run(&args.compute.backend(), &mut progress, args.compute.quiet)?;
             Ok(0)
         }
         Command::Quantize(args) => quantize(*args),
@@ -125,7 +124,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         force: args.force,
         report: args.report,
     };
-    let report = job.run(&Cpu, &mut progress)?;
+    let report = job.run(&args.compute.backend(), &mut progress)?;
     drop(progress);
     if !args.compute.quiet {
         let fallbacks = report.linears.iter().filter(|l| l.fallback.is_some()).count();
@@ -183,7 +182,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     };
     let windows = calibration::samples::windows(&ids, args.context.min(longest), args.windows, bos)
         .map_err(|e| Error::from(quantc::text::TextError::from(e)))?;
-    let quality = evaluate(&Cpu, &model, reference.as_ref(), &windows, protocol, &mut progress)?;
+    let quality = evaluate(&args.compute.backend(), &model, reference.as_ref(), &windows, protocol, &mut progress)?;
     drop(progress);
     match args.json {
         true => say(&format!("{}\n", serde_json::to_string_pretty(&quality)?)),

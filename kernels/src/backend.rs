@@ -123,6 +123,11 @@ pub trait Backend: Sync {
 
     /// What the user should see: device and instruction set.
     fn name(&self) -> String;
+    /// The same device where [`linear`](Self::linear) and [`add_gram`](Self::add_gram) may round their inputs to
+    /// bfloat16 if that is faster: good for calibration, not for measuring.
+    fn relaxed(&self) -> Self
+    where
+        Self: Sized;
     /// Copies a host matrix to the device.
     fn upload(&self, host: Array2<f32>) -> Result<Self::Matrix>;
     /// Copies a device matrix to the host.

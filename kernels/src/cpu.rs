@@ -4,13 +4,28 @@ use ndarray::{Array2, Axis, s};
 use rayon::prelude::*;
 
 use crate::backend::{AttentionShape, Backend, Factor, FitKind, Grid, GridSpec, Swept, TokenComparison, TokenLoss};
-use crate::ops::{activation, attention, factor, fit, gram, linear, loss, norm, rope, round, sweep};
+use crate::ops::{activation, attention, bf16, factor, fit, gram, linear, loss, norm, rope, round, sweep};
 use crate::simd::{Level, level};
 use crate::{Error, Result};
 
 /// The CPU backend. Uses the current rayon thread pool.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Cpu;
+pub struct Cpu {
+    /// Never round inputs of matrix products to bfloat16, not even [relaxed](Backend::relaxed).
+    pub exact: bool,
+    relaxed: bool,
+}
+
+impl Cpu {
+    /// A backend that computes in single precision throughout.
+    pub fn exact() -> Cpu {
+        Cpu { exact: true, relaxed: false }
+    }
+
+    fn rounds(&self) -> bool {
+        self.relaxed && bf16::available()
+    }
+}
 
 fn expect(op: &'static str, what: &str, expected: usize, found: usize) -> Result<()> {
     if expected == found {
@@ -32,7 +47,12 @@ impl Backend for Cpu {
             Level::Avx2 => "AVX2",
             Level::Baseline => "baseline instructions",
         };
-        format!("CPU, {} threads, {set}", rayon::current_num_threads())
+        let products = if !self.exact && bf16::available() { ", calibration in bfloat16" } else { "" };
+        format!("CPU, {} threads, {set}{products}", rayon::current_num_threads())
+    }
+
+    fn relaxed(&self) -> Cpu {
+        Cpu { relaxed: !self.exact, ..*self }
     }
 
     fn upload(&self, host: Array2<f32>) -> Result<Array2<f32>> {
@@ -98,7 +118,8 @@ impl Backend for Cpu {
         if let Some(bias) = bias {
             expect("linear", "bias values", weight.nrows(), bias.len())?;
         }
-        Ok(linear::run(x.view(), weight.view(), bias))
+        let fast = if self.rounds() { bf16::linear(x.view(), weight.view(), bias) } else { None };
+        Ok(fast.unwrap_or_else(|| linear::run(x.view(), weight.view(), bias)))
     }
 
     fn rms_norm(&self, x: &Array2<f32>, weight: &[f32], eps: f32) -> Result<Array2<f32>> {
@@ -156,7 +177,9 @@ impl Backend for Cpu {
 
     fn add_gram(&self, x: &Array2<f32>, gram: &mut Array2<f32>) -> Result<()> {
         expect("add_gram", "features", gram.ncols(), x.ncols())?;
-        gram::run(x.view(), gram);
+        if !(self.rounds() && bf16::gram(x.view(), gram)) {
+            gram::run(x.view(), gram);
+        }
         Ok(())
     }
 

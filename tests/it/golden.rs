@@ -31,11 +31,11 @@ fn logits_are_those_of_transformers() {
         let (sequences, expected) = golden(&folder);
         let source = Checkpoint::open(&folder).unwrap();
         let graph = families::graph_of(&source).unwrap();
-        let hidden = forward::final_hidden(&Cpu, &graph, &source, &sequences, &|| ()).unwrap();
-        let head = forward::load_head(&Cpu, &graph, &source).unwrap();
+        let hidden = forward::final_hidden(&Cpu::default(), &graph, &source, &sequences, &|| ()).unwrap();
+        let head = forward::load_head(&Cpu::default(), &graph, &source).unwrap();
         let mut found = Vec::new();
         for chunk in &hidden {
-            found.extend(Cpu.linear(chunk, &head, None).unwrap());
+            found.extend(Cpu::default().linear(chunk, &head, None).unwrap());
         }
         assert_eq!(found.len(), expected.len(), "{name}");
         let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));

@@ -33,7 +33,7 @@ fn run(model: &Path, output: &Path, recipe: Recipe, measure: bool) -> quantc::Re
         limits: Limits { max_kld: Some(1e-9), ..Limits::default() },
     });
     let job = Job { model, output, recipe, verification, force: false, report: None };
-    job.run(&Cpu, &mut Progress::new(true))
+    job.run(&Cpu::default(), &mut Progress::new(true))
 }
 
 fn weights(folder: &Path) -> Vec<u8> {

@@ -39,18 +39,18 @@ fn fixture() -> (Array2<f32>, Array2<f32>) {
 }
 
 fn statistics(x: &Array2<f32>) -> Statistics<Cpu> {
-    let mut statistics = Statistics::new(&Cpu, x.ncols(), Needs::Hessian).unwrap();
-    statistics.add(&Cpu, &x.slice(ndarray::s![..200, ..]).to_owned()).unwrap();
-    statistics.add(&Cpu, &x.slice(ndarray::s![200.., ..]).to_owned()).unwrap();
+    let mut statistics = Statistics::new(&Cpu::default(), x.ncols(), Needs::Hessian).unwrap();
+    statistics.add(&Cpu::default(), &x.slice(ndarray::s![..200, ..]).to_owned()).unwrap();
+    statistics.add(&Cpu::default(), &x.slice(ndarray::s![200.., ..]).to_owned()).unwrap();
     statistics
 }
 
 fn solve(solver: &dyn Solver<Cpu>, scheme: Scheme) -> Solution<Cpu> {
     let (w, x) = fixture();
     let statistics = statistics(&x);
-    let shared = solver.share(&Cpu, Some(&statistics)).unwrap();
+    let shared = solver.share(&Cpu::default(), Some(&statistics)).unwrap();
     let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, w.ncols());
-    solver.solve(&Cpu, &shared, &w, &spec).unwrap()
+    solver.solve(&Cpu::default(), &shared, &w, &spec).unwrap()
 }
 
 const GPTQ: Gptq = Gptq { observer: Observer::Imatrix, damp: 0.05, act_order: true, desc_act: false };
@@ -98,7 +98,7 @@ fn a_hopeless_hessian_is_reported_not_hidden() {
     let mut gram = Array2::<f32>::eye(64);
     gram[[40, 3]] = 1e9;
     statistics.gram = Some(gram);
-    let shared = Solver::<Cpu>::share(&GPTQ, &Cpu, Some(&statistics)).unwrap();
+    let shared = Solver::<Cpu>::share(&GPTQ, &Cpu::default(), Some(&statistics)).unwrap();
     assert!(shared.factor.is_none());
     assert!(shared.fallback.unwrap().contains("rounded to nearest"));
 }
@@ -109,13 +109,13 @@ fn awq_scales_help_rounding_and_keep_the_function() {
     let statistics = statistics(&x);
     let spec = GridSpec::contiguous(Scheme { bits: 3, group: Some(32), symmetric: false }, ScalePrecision::F16, 0, 64);
     let slot = Slot { readers: vec![(&w, &spec)], statistics: &statistics, tie: Tie::Free };
-    let found = Awq { rows: 96, ..Awq::default() }.scales(&Cpu, &slot).unwrap();
+    let found = Awq { rows: 96, ..Awq::default() }.scales(&Cpu::default(), &slot).unwrap();
     assert!(found.alpha > 0.0 && found.loss[1] < 0.9 * found.loss[0], "{found:?}");
     let mut scaled = w.clone();
-    Cpu.scale(&mut scaled, &[], &found.reader).unwrap();
+    Cpu::default().scale(&mut scaled, &[], &found.reader).unwrap();
     let inverse: Vec<f32> = found.producer.iter().map(|t| 1.0 / t).collect();
     let mut x_scaled = x.clone();
-    Cpu.scale(&mut x_scaled, &[], &inverse).unwrap();
+    Cpu::default().scale(&mut x_scaled, &[], &inverse).unwrap();
     let (before, after) = (x.dot(&w.t()), x_scaled.dot(&scaled.t()));
     let largest = before.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     assert!(before.iter().zip(&after).all(|(a, b)| (a - b).abs() < 1e-4 * largest));

@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod attention;
+pub mod bf16;
 pub mod factor;
 pub mod fit;
 pub mod gram;
