@@ -176,11 +176,11 @@ def main():
     peak = json.loads((folder / "peak.json").read_text())["gflops"]
 
     results = {}
-    if "quantc" in who:
-        results["quantc"] = quantc_job(options, folder, environ)
-    for name in needed:
+    for name in ["quantc", *needed]:
         if name in who:
-            results[name] = peer_job(name, options, folder, environ, pythons[name])
+            job = quantc_job(options, folder, environ) if name == "quantc" else peer_job(name, options, folder, environ, pythons[name])
+            results[name] = job
+            (folder / "results.json").write_text(json.dumps(results, indent=1))  # now: a peer may take an hour
     if options.quality:
         for name, run in results.items():
             run["quality"] = quality(options, folder / name.replace("-", "").lower())
