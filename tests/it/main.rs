@@ -4,3 +4,5 @@ mod bad_input;
 mod golden;
 mod harness;
 mod pipeline;
+mod readme;
+mod tidy;

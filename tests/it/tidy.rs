@@ -1,0 +1,162 @@
+//! The project's own rules, kept by a test: which room may use what, how long a file is, where printing belongs.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+/// Lines that no file may reach.
+const LONGEST: usize = 800;
+
+/// Each room, the rooms to its left, and what its code may not name.
+const ROOMS: &[(&str, &[&str], &[&str])] = &[
+    ("formats", &[], &["rayon", "std::thread", "tokenizers::", "anyhow"]),
+    ("kernels", &["formats"], &["std::fs", "std::net", "memmap2", "tokenizers::", "serde_json", "anyhow"]),
+    (
+        "calibration",
+        &["formats", "kernels"],
+        &["std::fs", "std::net", "memmap2", "kernels::Cpu", "kernels::ops", "anyhow"],
+    ),
+];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Every file below `folder` whose name ends in one of `endings`.
+fn files(folder: &str, endings: &[&str]) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut open = vec![root().join(folder)];
+    while let Some(folder) = open.pop() {
+        for entry in std::fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if path.is_dir() {
+                open.extend((name != "target" && !name.starts_with('.')).then_some(path));
+            } else if endings.iter().any(|ending| name.ends_with(ending)) {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+fn read(path: &Path) -> String {
+    std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// Lines of a Rust file before its tests, without comments; nothing of a file that is a test altogether.
+fn code(path: &Path) -> Vec<(usize, String)> {
+    let is_test = ["tests.rs", "golden.rs"].iter().any(|name| path.ends_with(name));
+    let text = if is_test { String::new() } else { read(path) };
+    let before_tests = text.lines().enumerate().take_while(|(_, line)| !line.starts_with("mod tests"));
+    let without_helpers = before_tests.take_while(|(_, line)| !line.starts_with("pub(crate) mod testing"));
+    without_helpers
+        .filter(|(_, line)| !line.trim_start().starts_with("//"))
+        .map(|(index, line)| (index + 1, line.to_owned()))
+        .collect()
+}
+
+fn sources() -> Vec<PathBuf> {
+    ["src", "formats/src", "kernels/src", "calibration/src"].iter().flat_map(|folder| files(folder, &[".rs"])).collect()
+}
+
+#[test]
+fn rooms_depend_on_the_rooms_to_their_left_only() {
+    for (room, left, _) in ROOMS {
+        let manifest: toml::Table = read(&root().join(room).join("Cargo.toml")).parse().unwrap();
+        let allowed: BTreeSet<String> = left.iter().map(|name| format!("quantc-{name}")).collect();
+        for table in ["dependencies", "dev-dependencies", "build-dependencies"] {
+            let Some(table) = manifest.get(table).and_then(|t| t.as_table()) else { continue };
+            for name in table.keys().filter(|name| name.starts_with("quantc")) {
+                assert!(allowed.contains(name), "{room} may not depend on {name}: arrows point to the left only");
+            }
+        }
+    }
+}
+
+#[test]
+fn rooms_do_not_touch_what_belongs_to_others() {
+    for (room, _, forbidden) in ROOMS {
+        for path in files(&format!("{room}/src"), &[".rs"]) {
+            for (number, line) in code(&path) {
+                for word in *forbidden {
+                    assert!(!line.contains(word), "{}:{number}: `{word}` does not belong in {room}", path.display());
+                }
+            }
+        }
+        let manifest = read(&root().join(room).join("Cargo.toml"));
+        for word in forbidden.iter().filter(|word| ["rayon", "anyhow", "memmap2"].contains(word)) {
+            assert!(!manifest.contains(&format!("{word}.workspace")), "{room} may not depend on {word}");
+        }
+    }
+}
+
+#[test]
+fn one_place_picks_the_device_and_one_the_family() {
+    for path in sources() {
+        let is = |name: &str| path.ends_with(name);
+        for (number, line) in code(&path) {
+            let place = format!("{}:{number}", path.display());
+            assert!(!line.contains("anyhow") || is("src/main.rs"), "{place}: anyhow belongs to main.rs");
+            let cpu = line.contains("&Cpu") || line.contains("kernels::Cpu");
+            assert!(!cpu || is("src/main.rs"), "{place}: the device is picked in main.rs");
+            let family =
+                line.contains("\"model_type\"") && !line.contains("json!") && path.starts_with(root().join("src"));
+            let may = is("src/families/mod.rs") || is("src/inspect.rs") || is("src/import/gguf.rs");
+            assert!(!family || may, "{place}: the family is looked up in families/mod.rs");
+        }
+    }
+}
+
+#[test]
+fn printing_belongs_to_the_command_line() {
+    // Said in pieces, so that this file does not find itself.
+    let [out, err, part] = ["println", "eprintln", "print"].map(|name| format!("{name}!("));
+    for path in sources() {
+        let may = path.ends_with("src/main.rs") || path.ends_with("src/demo.rs");
+        for (number, line) in code(&path) {
+            for word in [&err, &out, &part, &"dbg!(".to_owned(), &"todo!(".to_owned(), &"unimplemented!(".to_owned()] {
+                assert!(may || !line.contains(word.as_str()), "{}:{number}: `{word}` here", path.display());
+            }
+        }
+    }
+}
+
+#[test]
+fn files_are_short_enough_to_be_read() {
+    let mut longest = (0, PathBuf::new());
+    for path in files(".", &[".rs", ".py"]) {
+        let lines = read(&path).lines().count();
+        assert!(lines < LONGEST, "{}: {lines} lines; divide it, {LONGEST} is the limit", path.display());
+        longest = longest.max((lines, path));
+    }
+    assert!(longest.0 > 100, "no sources were found");
+    eprintln!("the longest file is {}, {} lines", longest.1.display(), longest.0);
+}
+
+#[test]
+fn nothing_names_a_place_on_one_machine() {
+    let places: Vec<String> = ["work", "root", "home/", "Users", "mnt"].map(|name| format!("/{name}")).to_vec();
+    let temporary = format!("/{}/", "tmp");
+    for path in files(".", &[".rs", ".py", ".toml", ".md", ".txt"]) {
+        // Texts to read, not files of the project.
+        if path.parent().is_some_and(|p| p.ends_with("demo") || p.ends_with("presets")) && path.ends_with("mixed.txt")
+            || path.ends_with("calibration.txt")
+            || path.ends_with("evaluation.txt")
+        {
+            continue;
+        }
+        for (index, line) in read(&path).lines().enumerate() {
+            let starts = |place: &String| {
+                line.match_indices(place.as_str()).any(|(at, _)| {
+                    let before = line[..at].chars().next_back();
+                    let after = line[at + place.len()..].chars().next();
+                    before.is_none_or(|c| " \"'`(=".contains(c))
+                        && after.is_none_or(|c| place.ends_with('/') || c == '/')
+                })
+            };
+            let found = places.iter().chain([&temporary]).find(|place| starts(place));
+            assert!(found.is_none(), "{}:{}: {line}", path.display(), index + 1);
+        }
+    }
+}
