@@ -99,7 +99,7 @@ fn one_place_picks_the_device_and_one_the_family() {
             let place = format!("{}:{number}", path.display());
             assert!(!line.contains("anyhow") || is("src/main.rs"), "{place}: anyhow belongs to main.rs");
             let cpu = line.contains("&Cpu") || line.contains("kernels::Cpu");
-            assert!(!cpu || is("src/main.rs"), "{place}: the device is picked in main.rs");
+            assert!(!cpu || is("src/cli.rs"), "{place}: the device is picked in cli.rs");
             let family =
                 line.contains("\"model_type\"") && !line.contains("json!") && path.starts_with(root().join("src"));
             let may = is("src/families/mod.rs") || is("src/inspect.rs") || is("src/import/gguf.rs");
