@@ -227,9 +227,12 @@ mod tests {
     fn model_folder() -> tempfile::TempDir {
         let folder = tempfile::tempdir().unwrap();
         let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/llama_tied");
-        for name in ["config.json", "model.safetensors"] {
-            std::fs::copy(tiny.join(name), folder.path().join(name)).unwrap();
-        }
+        std::fs::copy(tiny.join("model.safetensors"), folder.path().join("model.safetensors")).unwrap();
+        // Its vocabulary is smaller than that of the fixture tokenizers.
+        let config = std::fs::read_to_string(tiny.join("config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        config["vocab_size"] = 1000.into();
+        std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
         folder
     }
 

@@ -199,6 +199,22 @@ mod tests {
     }
 
     #[test]
+    fn every_value_that_is_not_finite_is_seen() {
+        let is_finite = |dtype, data: &[u8]| TensorView { dtype, shape: &[1], data }.is_finite();
+        for bits in 0..=u16::MAX {
+            let bytes = bits.to_le_bytes();
+            assert_eq!(is_finite(Dtype::BF16, &bytes), bf16::from_bits(bits).is_finite(), "bf16 {bits:#x}");
+            assert_eq!(is_finite(Dtype::F16, &bytes), f16::from_bits(bits).is_finite(), "f16 {bits:#x}");
+            for low in [0u32, 0xffff] {
+                let bits = u32::from(bits) << 16 | low;
+                let expected = f32::from_bits(bits).is_finite();
+                assert_eq!(is_finite(Dtype::F32, &bits.to_le_bytes()), expected, "f32 {bits:#x}");
+            }
+        }
+        assert!(is_finite(Dtype::I32, &[0xff; 4]));
+    }
+
+    #[test]
     fn widening_inverts_narrowing_of_values_that_fit() {
         let values: Vec<f32> = (0..4001).map(|i| (i - 2000) as f32 / 4.0).collect();
         assert!(round_trip(Dtype::F32, &values) == values);
