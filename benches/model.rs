@@ -1,0 +1,195 @@
+//! Whole passes: a decoder block, GPTQ of a model of one block, and evaluation of the built-in model.
+//!
+//! Block and GPTQ are of SmolLM2-135M's shape with random weights; elements are the floating-point operations that
+//! cannot be avoided, as in README.md. Elements of the evaluation are tokens.
+
+mod common;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use calibration::samples::{SampleSource, Samples, windows};
+use criterion::{BatchSize, SamplingMode, Throughput, criterion_group, criterion_main};
+use formats::tensor::narrow;
+use formats::{Dtype, ShardedWriter, TensorSpec};
+use kernels::{Backend, Cpu};
+use ndarray::Array2;
+use quantc::compile::compile;
+use quantc::forward::{Inputs, Plain, Supply, Weight, embed, run_block};
+use quantc::graph::{Graph, Linear, Norm, Step};
+use quantc::plan::Plan;
+use quantc::progress::Progress;
+use quantc::recipe::{Recipe, Request};
+use quantc::text::{HELD_OUT, ModelText, load_text};
+use quantc::verify::{Protocol, evaluate};
+use quantc::{Checkpoint, demo, families};
+use serde_json::json;
+use tempfile::TempDir;
+
+use common::{Criterion, measure, noise};
+
+const SEQ_LEN: usize = 512;
+
+/// A checkpoint of one random block. Its vocabulary is small, since an embedding is only copied.
+struct Model {
+    folder: TempDir,
+    graph: Graph,
+    source: Checkpoint,
+}
+
+impl Model {
+    fn new() -> Model {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let config = json!({
+            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9,
+            "num_key_value_heads": 3, "num_hidden_layers": 1, "vocab_size": 1024, "tie_word_embeddings": true,
+            "rope_theta": 100_000.0, "rms_norm_eps": 1e-5, "torch_dtype": "bfloat16"
+        });
+        std::fs::write(folder.path().join("config.json"), config.to_string()).expect("written");
+        let graph = families::build(&config).expect("a Llama");
+        write_random(&graph, folder.path()).expect("written");
+        let source = Checkpoint::open(folder.path()).expect("a checkpoint");
+        Model { folder, graph, source }
+    }
+
+    fn sequences(&self, count: usize) -> Vec<Vec<u32>> {
+        let size = self.graph.vocabulary as f32;
+        let ids: Vec<u32> =
+            noise(count * SEQ_LEN, 7).iter().map(|x| (x.abs() * 200.0).min(size - 1.0) as u32).collect();
+        ids.chunks_exact(SEQ_LEN).map(<[u32]>::to_vec).collect()
+    }
+
+    /// Multiplications and additions of the block's linears for each token, without those that `counts` leaves out, and
+    /// of the causal half of attention.
+    fn forward_flops(&self, sequences: usize, counts: impl Fn(&Linear) -> bool) -> usize {
+        let weights: usize = self.graph.linears().filter(|l| counts(l)).map(|l| l.rows * l.cols).sum();
+        let Step::Attention(attention) = &self.graph.blocks[0].steps[0] else {
+            panic!("a Llama begins with attention")
+        };
+        let wide = attention.shape.heads * attention.shape.head_dim;
+        sequences * (2 * weights * SEQ_LEN + 2 * wide * SEQ_LEN * (SEQ_LEN + 1))
+    }
+}
+
+fn write_random(graph: &Graph, folder: &Path) -> formats::Result<()> {
+    let tensors = graph.tensors();
+    let specs =
+        tensors.iter().map(|(name, shape)| TensorSpec { name: name.clone(), dtype: Dtype::BF16, shape: shape.clone() });
+    let writer = ShardedWriter::create(folder, specs.collect(), u64::MAX, &BTreeMap::new())?;
+    for (seed, (name, shape)) in tensors.iter().enumerate() {
+        let mut values = noise(shape.iter().product(), seed as u64);
+        match shape.len() {
+            1 => values.fill(1.0),
+            _ => values.iter_mut().for_each(|x| *x *= 0.04),
+        }
+        let mut bytes = Vec::new();
+        narrow(Dtype::BF16, &values, &mut bytes)?;
+        writer.write(name, &bytes)?;
+    }
+    writer.finish()
+}
+
+/// Weights that lie ready, so that only the forward pass is measured (and a copy of them, a hundredth of it).
+struct Ready(HashMap<String, Array2<f32>>);
+
+impl Ready {
+    fn new(model: &Model) -> Ready {
+        let plain = Plain { backend: &Cpu, source: &model.source };
+        let load = |linear: &Linear| (linear.module.clone(), plain.load(linear).expect("in the checkpoint").matrix);
+        Ready(model.graph.linears().map(load).collect())
+    }
+}
+
+impl Supply<Cpu> for Ready {
+    fn norm(&mut self, _: &Norm) -> quantc::Result<Vec<f32>> {
+        Ok(vec![1.0; 576])
+    }
+
+    fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, Array2<f32>>) -> quantc::Result<Vec<Weight<Array2<f32>>>> {
+        group.iter().map(|l| Ok(Weight { matrix: Cpu.copy(&self.0[&l.module])?, bias: None })).collect()
+    }
+}
+
+fn block(c: &mut Criterion) {
+    let model = Model::new();
+    let mut ready = Ready::new(&model);
+    let sequences = model.sequences(8);
+    let mut group = c.benchmark_group("block forward");
+    group.sample_size(10).throughput(Throughput::Elements(model.forward_flops(8, |_| true) as u64));
+    group.bench_function("8 x 512 tokens", |bencher| {
+        let start = || embed(&Cpu, &model.graph, &model.source, &sequences).expect("known tokens");
+        bencher.iter_batched_ref(
+            start,
+            |chunks| run_block(&Cpu, &model.graph.blocks[0], &mut ready, chunks).expect("shapes fit"),
+            BatchSize::LargeInput,
+        );
+    });
+}
+
+/// From the open checkpoint to the finished safetensors file: forward, Hessians, factors, scales, sweep, packing.
+///
+/// Counted is the forward pass, of which the last linear's output is not needed, and half of each Hessian.
+fn gptq(c: &mut Criterion) {
+    const SEQUENCES: usize = 16;
+    let model = Model::new();
+    let request = Request { bits: Some(4), group_size: Some(64), ..Request::default() };
+    let recipe = Recipe::resolve(request).expect("valid");
+    let plan = Plan::new(&model.graph, &model.source, &recipe).expect("fits");
+    let samples = Samples {
+        sequences: model.sequences(SEQUENCES),
+        source: SampleSource {
+            name: "noise".to_owned(),
+            text_sha256: String::new(),
+            tokens_sha256: String::new(),
+            documents: 1,
+            refused: 0,
+            refusal: None,
+            templated: 0,
+            tokens: SEQUENCES * SEQ_LEN,
+            sequences: SEQUENCES,
+            requested: SEQUENCES,
+            seq_len: SEQ_LEN,
+            seed: 7,
+        },
+    };
+    let forward = model.forward_flops(SEQUENCES, |linear| !linear.module.ends_with("down_proj"));
+    let hessians = SEQUENCES * SEQ_LEN * (3 * 576 * 577 + 1536 * 1537);
+    let output = model.folder.path().join("output");
+    std::fs::create_dir(&output).expect("a folder");
+    let mut group = c.benchmark_group("GPTQ of one block");
+    group.sample_size(10).sampling_mode(SamplingMode::Flat);
+    measure(
+        &mut group,
+        "16 x 512 tokens",
+        Throughput::Elements((forward + hessians) as u64),
+        || (),
+        |()| {
+            let mut progress = Progress::new(true);
+            compile(&Cpu, &model.graph, &model.source, &recipe, &plan, Some(&samples), &output, &mut progress)
+        },
+    );
+}
+
+fn evaluation(c: &mut Criterion) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    demo::export(folder.path()).expect("written");
+    let model = Checkpoint::open(folder.path()).expect("a checkpoint");
+    let text = ModelText::open(&model).expect("a tokenizer");
+    let ids = text.evaluation_ids(&load_text(HELD_OUT).expect("bundled")).expect("running text");
+    let windows = windows(&ids, SEQ_LEN, Some(24), None).expect("long enough");
+    let tokens = Throughput::Elements((windows.len() * SEQ_LEN) as u64);
+    let mut group = c.benchmark_group("evaluate the built-in model");
+    group.sample_size(10).sampling_mode(SamplingMode::Flat);
+    for (name, reference) in [("alone", None), ("beside its reference", Some(&model))] {
+        measure(
+            &mut group,
+            name,
+            tokens.clone(),
+            || (),
+            |()| evaluate(&Cpu, &model, reference, &windows, Protocol::Papers, &mut Progress::new(true)),
+        );
+    }
+}
+
+criterion_group!(name = benches; config = common::criterion(); targets = block, gptq, evaluation);
+criterion_main!(benches);
