@@ -5,8 +5,10 @@ use rayon::prelude::*;
 
 use super::{Shared, gemm};
 
-/// Tokens and outputs of one task. Fixed, so that sums do not depend on the number of threads.
-const TILE: [usize; 2] = [512, 1024];
+/// Tokens and outputs of one task. Depends on the shape alone, so that sums do not depend on the number of threads.
+fn tile(tokens: usize) -> [usize; 2] {
+    if tokens <= 256 { [256, 256] } else { [512, 1024] }
+}
 
 /// The plain loop, sums in `f64`.
 pub fn reference(x: ArrayView2<f32>, w: ArrayView2<f32>, bias: Option<&[f32]>) -> Array2<f32> {
@@ -19,16 +21,17 @@ pub fn reference(x: ArrayView2<f32>, w: ArrayView2<f32>, bias: Option<&[f32]>) -
 /// Blocked, one task a tile.
 pub fn run(x: ArrayView2<f32>, w: ArrayView2<f32>, bias: Option<&[f32]>) -> Array2<f32> {
     let ([tokens, cols], outs) = ([x.nrows(), x.ncols()], w.nrows());
+    let tile = tile(tokens);
     let mut y = vec![0.0f32; tokens * outs];
     let (x_strides, w_strides) = (strides(&x), strides(&w));
     let tasks: Vec<(usize, usize)> = (0..tokens)
-        .step_by(TILE[0])
-        .flat_map(|token| (0..outs).step_by(TILE[1]).map(move |out| (token, out)))
+        .step_by(tile[0])
+        .flat_map(|token| (0..outs).step_by(tile[1]).map(move |out| (token, out)))
         .collect();
     let target = Shared::new(&mut y);
     let (x_ptr, w_ptr) = (Shared(x.as_ptr().cast_mut()), Shared(w.as_ptr().cast_mut()));
     tasks.into_par_iter().for_each(|(token, out)| {
-        let (m, n) = (TILE[0].min(tokens - token), TILE[1].min(outs - out));
+        let (m, n) = (tile[0].min(tokens - token), tile[1].min(outs - out));
         // SAFETY: the views cover these tiles, and every task writes its own tile of `y`.
         unsafe {
             gemm(
