@@ -27,15 +27,27 @@ fn traffic(values: usize) -> Throughput {
     Throughput::BytesDecimal(4 * values as u64)
 }
 
-/// The most that `f32` arithmetic gives here: a product large enough to hide everything else.
+/// The backend in single precision and, where this CPU has the instruction, with inputs rounded to bfloat16.
+fn precisions() -> Vec<(&'static str, Cpu)> {
+    let mut list = vec![("f32", Cpu::exact())];
+    if kernels::ops::bf16::available() {
+        list.push(("bf16", Cpu::default().relaxed()));
+    }
+    list
+}
+
+/// The most that arithmetic gives here: a product large enough to hide everything else.
 fn peak(c: &mut Criterion) {
     const SIDE: usize = 2048;
     let mut group = c.benchmark_group("peak");
     group.sample_size(10).sampling_mode(SamplingMode::Flat);
-    for (name, threads) in [("f32 product, 1 thread", 1), ("f32 product, all threads", 0)] {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-        let make = || [matrix(SIDE, SIDE, 1), matrix(SIDE, SIDE, 2)];
-        measure(&mut group, name, flops(2 * SIDE.pow(3)), make, |[x, w]| pool.install(|| Cpu.linear(x, w, None)));
+    for (precision, cpu) in precisions() {
+        for (name, threads) in [("1 thread", 1), ("all threads", 0)] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
+            let make = || [matrix(SIDE, SIDE, 1), matrix(SIDE, SIDE, 2)];
+            let name = format!("{precision}, {name}");
+            measure(&mut group, &name, flops(2 * SIDE.pow(3)), make, |[x, w]| pool.install(|| cpu.linear(x, w, None)));
+        }
     }
 }
 
@@ -43,9 +55,11 @@ fn linear(c: &mut Criterion) {
     let mut group = c.benchmark_group("linear");
     group.sample_size(10);
     for [tokens, cols, rows] in [[TOKENS, 576, 576], [TOKENS, 576, 1536], [TOKENS, 1536, 576], [512, 4096, 4096]] {
-        let make = || [matrix(tokens, cols, 1), matrix(rows, cols, 2)];
-        let name = format!("{tokens} x {cols} -> {rows}");
-        measure(&mut group, &name, flops(2 * tokens * cols * rows), make, |[x, w]| Cpu.linear(x, w, None));
+        for (precision, cpu) in precisions() {
+            let make = || [matrix(tokens, cols, 1), matrix(rows, cols, 2)];
+            let name = format!("{tokens} x {cols} -> {rows}, {precision}");
+            measure(&mut group, &name, flops(2 * tokens * cols * rows), make, |[x, w]| cpu.linear(x, w, None));
+        }
     }
 }
 
@@ -54,9 +68,11 @@ fn gram(c: &mut Criterion) {
     let mut group = c.benchmark_group("add_gram");
     group.sample_size(10);
     for cols in [576, 1536] {
-        let make = || (matrix(TOKENS, cols, 1), Array2::zeros((cols, cols)));
-        let name = format!("{TOKENS} x {cols}");
-        measure(&mut group, &name, flops(TOKENS * cols * (cols + 1)), make, |(x, gram)| Cpu.add_gram(x, gram));
+        for (precision, cpu) in precisions() {
+            let make = || (matrix(TOKENS, cols, 1), Array2::zeros((cols, cols)));
+            let name = format!("{TOKENS} x {cols}, {precision}");
+            measure(&mut group, &name, flops(TOKENS * cols * (cols + 1)), make, |(x, gram)| cpu.add_gram(x, gram));
+        }
     }
 }
 
@@ -70,22 +86,22 @@ fn attention(c: &mut Criterion) {
     group.sample_size(10);
     let work = flops(4 * pairs * shape.heads * shape.head_dim);
     measure(&mut group, "8 x 512, 9 heads on 3 of 64", work, make, |[q, k, v]| {
-        Cpu.attention(q, k, v, &shape, &lengths)
+        Cpu::exact().attention(q, k, v, &shape, &lengths)
     });
 }
 
 /// A Hessian of fewer tokens than a real one has, which the damping makes definite.
 fn hessian(n: usize) -> Array2<f32> {
     let mut gram = Array2::zeros((n, n));
-    Cpu.add_gram(&matrix(n.min(1024), n, 3), &mut gram).expect("shapes fit");
+    Cpu::exact().add_gram(&matrix(n.min(1024), n, 3), &mut gram).expect("shapes fit");
     gram
 }
 
 fn factored(gram: &Array2<f32>) -> Result<Factor<Array2<f32>>> {
-    Cpu.factor(gram, (0..gram.nrows() as u32).collect(), 0.05)
+    Cpu::exact().factor(gram, (0..gram.nrows() as u32).collect(), 0.05)
 }
 
-/// In double precision: half of the peak is all there is.
+/// In double precision: half of the `f32` peak is all there is.
 fn factor(c: &mut Criterion) {
     let mut group = c.benchmark_group("factor");
     group.sample_size(10).sampling_mode(SamplingMode::Flat);
@@ -100,7 +116,7 @@ fn spec(symmetric: bool, cols: usize) -> GridSpec {
 }
 
 fn grid(weight: &Array2<f32>) -> Grid {
-    Cpu.fit(weight, &spec(true, weight.ncols()), FitKind::MinMax).expect("shapes fit")
+    Cpu::exact().fit(weight, &spec(true, weight.ncols()), FitKind::MinMax).expect("shapes fit")
 }
 
 fn sweep(c: &mut Criterion) {
@@ -113,7 +129,7 @@ fn sweep(c: &mut Criterion) {
         };
         let name = format!("{rows} x {cols}");
         measure(&mut group, &name, flops(rows * cols * cols), make, |(factor, grid, weight)| {
-            Cpu.sweep(weight, factor, grid)
+            Cpu::exact().sweep(weight, factor, grid)
         });
     }
 }
@@ -129,13 +145,13 @@ fn fit(c: &mut Criterion) {
     for (name, symmetric) in [("sym", true), ("asym", false)] {
         let spec = spec(symmetric, cols);
         measure(&mut group, &format!("min-max, {name}"), weights.clone(), make, |(weight, _)| {
-            Cpu.fit(weight, &spec, FitKind::MinMax)
+            Cpu::exact().fit(weight, &spec, FitKind::MinMax)
         });
         measure(&mut group, &format!("weighted, {name}"), weights.clone(), make, |(weight, _)| {
-            Cpu.fit(weight, &spec, FitKind::Weighted(&energy))
+            Cpu::exact().fit(weight, &spec, FitKind::Weighted(&energy))
         });
         measure(&mut group, &format!("block Hessian, {name}"), weights.clone(), make, |(weight, hessian)| {
-            Cpu.fit(weight, &spec, FitKind::BlockHessian(hessian))
+            Cpu::exact().fit(weight, &spec, FitKind::BlockHessian(hessian))
         });
     }
     group.finish();
@@ -144,7 +160,7 @@ fn fit(c: &mut Criterion) {
         (grid(&weight), weight)
     };
     let mut group = c.benchmark_group("round");
-    measure(&mut group, &format!("{rows} x {cols}"), weights, make, |(grid, weight)| Cpu.round(weight, grid));
+    measure(&mut group, &format!("{rows} x {cols}"), weights, make, |(grid, weight)| Cpu::exact().round(weight, grid));
 }
 
 fn elementwise(c: &mut Criterion) {
@@ -152,7 +168,7 @@ fn elementwise(c: &mut Criterion) {
     group.sample_size(20);
     let make = || (matrix(TOKENS, 576, 6), noise(576, 7));
     measure(&mut group, "rms_norm 4096 x 576", traffic(2 * TOKENS * 576), make, |(x, weight)| {
-        Cpu.rms_norm(x, weight, 1e-5)
+        Cpu::exact().rms_norm(x, weight, 1e-5)
     });
     // Each time from a fresh gate: what it does to its own result over and over would end in zeros.
     let mut inputs = None;
@@ -161,7 +177,7 @@ fn elementwise(c: &mut Criterion) {
         let [gate, up] = inputs.get_or_insert_with(|| [matrix(TOKENS, 1536, 8), matrix(TOKENS, 1536, 9)]);
         bencher.iter_batched_ref(
             || gate.clone(),
-            |gate| Cpu.silu_mul(gate, up).expect("equal shapes"),
+            |gate| Cpu::exact().silu_mul(gate, up).expect("equal shapes"),
             BatchSize::LargeInput,
         );
     });
@@ -172,7 +188,7 @@ fn elementwise(c: &mut Criterion) {
     let targets: Vec<u32> = (0..256).map(|token| token * 191).collect();
     let make = || [matrix(256, 49_152, 10), matrix(256, 49_152, 11)];
     measure(&mut group, "256 x 49152 logits", traffic(2 * 256 * 49_152), make, |[reference, model]| {
-        Cpu.compare(reference, model, &targets)
+        Cpu::exact().compare(reference, model, &targets)
     });
 }
 

@@ -94,7 +94,7 @@ struct Ready(HashMap<String, Array2<f32>>);
 
 impl Ready {
     fn new(model: &Model) -> Ready {
-        let plain = Plain { backend: &Cpu, source: &model.source };
+        let plain = Plain { backend: &Cpu::default(), source: &model.source };
         let load = |linear: &Linear| (linear.module.clone(), plain.load(linear).expect("in the checkpoint").matrix);
         Ready(model.graph.linears().map(load).collect())
     }
@@ -106,7 +106,7 @@ impl Supply<Cpu> for Ready {
     }
 
     fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, Array2<f32>>) -> quantc::Result<Vec<Weight<Array2<f32>>>> {
-        group.iter().map(|l| Ok(Weight { matrix: Cpu.copy(&self.0[&l.module])?, bias: None })).collect()
+        group.iter().map(|l| Ok(Weight { matrix: Cpu::default().copy(&self.0[&l.module])?, bias: None })).collect()
     }
 }
 
@@ -116,14 +116,16 @@ fn block(c: &mut Criterion) {
     let sequences = model.sequences(8);
     let mut group = c.benchmark_group("block forward");
     group.sample_size(10).throughput(Throughput::Elements(model.forward_flops(8, |_| true) as u64));
-    group.bench_function("8 x 512 tokens", |bencher| {
-        let start = || embed(&Cpu, &model.graph, &model.source, &sequences).expect("known tokens");
-        bencher.iter_batched_ref(
-            start,
-            |chunks| run_block(&Cpu, &model.graph.blocks[0], &mut ready, chunks).expect("shapes fit"),
-            BatchSize::LargeInput,
-        );
-    });
+    for (name, cpu) in [("8 x 512 tokens, f32", Cpu::exact()), ("8 x 512 tokens, relaxed", Cpu::default().relaxed())] {
+        group.bench_function(name, |bencher| {
+            let start = || embed(&cpu, &model.graph, &model.source, &sequences).expect("known tokens");
+            bencher.iter_batched_ref(
+                start,
+                |chunks| run_block(&cpu, &model.graph.blocks[0], &mut ready, chunks).expect("shapes fit"),
+                BatchSize::LargeInput,
+            );
+        });
+    }
 }
 
 /// From the open checkpoint to the finished safetensors file: forward, Hessians, factors, scales, sweep, packing.
@@ -165,7 +167,16 @@ fn gptq(c: &mut Criterion) {
         || (),
         |()| {
             let mut progress = Progress::new(true);
-            compile(&Cpu, &model.graph, &model.source, &recipe, &plan, Some(&samples), &output, &mut progress)
+            compile(
+                &Cpu::default(),
+                &model.graph,
+                &model.source,
+                &recipe,
+                &plan,
+                Some(&samples),
+                &output,
+                &mut progress,
+            )
         },
     );
 }
@@ -186,7 +197,7 @@ fn evaluation(c: &mut Criterion) {
             name,
             tokens.clone(),
             || (),
-            |()| evaluate(&Cpu, &model, reference, &windows, Protocol::Papers, &mut Progress::new(true)),
+            |()| evaluate(&Cpu::default(), &model, reference, &windows, Protocol::Papers, &mut Progress::new(true)),
         );
     }
 }
