@@ -150,6 +150,7 @@ pub fn compile<B: Backend>(
         Some(samples) => {
             let started = Instant::now();
             let mut chunks = embed(backend, graph, source, &samples.sequences)?;
+            source.release(&graph.embedding);
             for (index, block) in graph.blocks.iter().enumerate() {
                 if recipe.method.smooths() {
                     work.smooth(block, &chunks)?;

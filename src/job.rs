@@ -106,6 +106,8 @@ impl Job<'_> {
             (Some(verification), Some(text)) => Some(verification.windows(&source, text)?),
             _ => None,
         };
+        // A tokenizer of a large vocabulary is tens of megabytes.
+        drop(text);
         let inputs = source.files();
         let hashing = std::thread::spawn(move || hash_files(&inputs));
         let prepare = started.elapsed().as_secs_f64();
