@@ -64,13 +64,13 @@ pub fn run<B: Backend>(backend: &B, progress: &mut Progress, quiet: bool) -> Res
                 group_size: Some(64),
                 method: Some(method.to_owned()),
                 calibration: Some(calibration.clone()),
-                samples: Some(48),
+                samples: Some(24),
                 seq_len: Some(512),
                 ..Request::default()
             };
             let output = room.path().join(format!("{method}-{bits}"));
             let verification =
-                Verification { text: evaluation.clone(), context: 512, windows: Some(24), limits: Limits::default() };
+                Verification { text: evaluation.clone(), context: 512, windows: Some(16), limits: Limits::default() };
             let job = Job {
                 model: &model,
                 output: &output,
