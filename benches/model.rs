@@ -156,8 +156,6 @@ fn gptq(c: &mut Criterion) {
     };
     let forward = model.forward_flops(SEQUENCES, |linear| !linear.module.ends_with("down_proj"));
     let hessians = SEQUENCES * SEQ_LEN * (3 * 576 * 577 + 1536 * 1537);
-    let output = model.folder.path().join("output");
-    std::fs::create_dir(&output).expect("a folder");
     let mut group = c.benchmark_group("GPTQ of one block");
     group.sample_size(10).sampling_mode(SamplingMode::Flat);
     measure(
@@ -166,6 +164,7 @@ fn gptq(c: &mut Criterion) {
         Throughput::Elements((forward + hessians) as u64),
         || (),
         |()| {
+            let output = tempfile::tempdir_in(model.folder.path()).expect("a folder");
             let mut progress = Progress::new(true);
             compile(
                 &Cpu::default(),
@@ -174,7 +173,7 @@ fn gptq(c: &mut Criterion) {
                 &recipe,
                 &plan,
                 Some(&samples),
-                &output,
+                output.path(),
                 &mut progress,
             )
         },
