@@ -18,12 +18,10 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::forward::{Chunk, Inputs, Plain, Supply, Weight, embed, run_block};
 use crate::graph::{Attention, Block, Graph, Linear, Mlp, Norm, Step};
+use crate::output::weight_writer;
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-
-/// Bytes of one file of weights.
-const SHARD_BYTES: u64 = 5_000_000_000;
 
 /// What became of one linear.
 #[derive(Clone, Debug, Serialize)]
@@ -123,8 +121,7 @@ pub fn compile<B: Backend>(
     folder: &Path,
     progress: &mut Progress,
 ) -> Result<Compiled> {
-    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect::<std::collections::BTreeMap<_, _>>();
-    let writer = ShardedWriter::create(folder, plan.outputs.clone(), SHARD_BYTES, &metadata)?;
+    let writer = weight_writer(folder, plan.outputs.clone())?;
     let backend = &backend.relaxed();
     let solver = solver::<B>(recipe);
     progress.start("quantizing", plan.schemes.len());

@@ -2,14 +2,14 @@
 
 use std::path::Path;
 
-use formats::{Dtype, ShardedWriter, TensorSpec};
+use formats::{Dtype, TensorSpec};
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::compile::copy_tensor;
 use crate::error::Result;
 use crate::job::{copy_side_files, write_config};
-use crate::output::Staging;
+use crate::output::{Staging, weight_writer};
 
 /// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default).
 pub fn convert(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
@@ -29,8 +29,7 @@ pub fn convert(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -
             shape: entry.shape.clone(),
         })
         .collect();
-    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect::<std::collections::BTreeMap<_, _>>();
-    let writer = ShardedWriter::create(staging.folder(), specs.clone(), 5_000_000_000, &metadata)?;
+    let writer = weight_writer(staging.folder(), specs.clone())?;
     for spec in &specs {
         copy_tensor(&source, &spec.name, spec.dtype, &writer)?;
     }

@@ -3,7 +3,18 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use formats::{ShardedWriter, TensorSpec};
+
 use crate::error::{Error, Result};
+
+/// Bytes of one file of weights.
+const SHARD_BYTES: u64 = 5_000_000_000;
+
+/// Lays out the weight files of a Hugging Face directory in `folder`.
+pub fn weight_writer(folder: &Path, specs: Vec<TensorSpec>) -> Result<ShardedWriter> {
+    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+    Ok(ShardedWriter::create(folder, specs, SHARD_BYTES, &metadata)?)
+}
 
 /// A directory being written beside its final place; removed unless it is [committed](Staging::commit).
 pub struct Staging {
