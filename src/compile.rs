@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::forward::{Chunk, Inputs, Plain, Supply, Weight, embed, run_block};
+use crate::forward::{Chunk, Inputs, Plain, Supply, Weight, embed, ready, run_block};
 use crate::graph::{Attention, Block, Graph, Linear, Mlp, Norm, Step};
 use crate::output::weight_writer;
 use crate::plan::{Fate, Plan};
@@ -212,15 +212,15 @@ impl<B: Backend> Work<'_, B> {
         &mut self,
         group: &[&Linear],
         needs: Needs,
-        inputs: &Inputs<'_, B::Matrix>,
+        inputs: &Inputs<'_, B::Input>,
     ) -> Result<Option<Statistics<B>>> {
         if needs == Needs::Nothing || group.iter().all(|l| !self.plan.schemes.contains_key(&l.module)) {
             return Ok(None);
         }
         let (backend, first) = (self.backend, group[0]);
-        let mut statistics = Statistics::new(backend, first.cols, needs)?;
         let mut spent = 0.0;
-        inputs(&mut |x| timed(&mut spent, || Ok(statistics.add(backend, x)?)))?;
+        let statistics =
+            Statistics::gather(backend, first.cols, needs, |see| inputs(&mut |x| timed(&mut spent, || see(x))))?;
         self.done.seconds.observe += spent;
         if !statistics.is_finite() {
             return Err(Error::failed(format!(
@@ -233,7 +233,7 @@ impl<B: Backend> Work<'_, B> {
     }
 
     /// Quantizes and writes the planned linears of a group; returns what each will be in the file.
-    fn quantize(&mut self, group: &[&Linear], statistics: Option<&Statistics<B>>) -> Result<Vec<Weight<B::Matrix>>> {
+    fn quantize(&mut self, group: &[&Linear], statistics: Option<&Statistics<B>>) -> Result<Vec<Weight<B::Weight>>> {
         let (backend, solver) = (self.backend, self.solver);
         let planned = group.iter().any(|l| self.plan.schemes.contains_key(&l.module));
         let shared: Option<Shared<'_, B>> = match planned {
@@ -244,7 +244,7 @@ impl<B: Backend> Work<'_, B> {
         for linear in group {
             let weight = self.load(linear)?;
             let Some((scheme, shared)) = self.plan.schemes.get(&linear.module).copied().zip(shared.as_ref()) else {
-                weights.push(weight);
+                weights.push(ready(backend, weight)?);
                 continue;
             };
             let started = Instant::now();
@@ -276,7 +276,7 @@ impl<B: Backend> Work<'_, B> {
             self.progress.line(|| describe(&report));
             self.progress.step();
             self.done.linears.push(report);
-            weights.push(Weight { matrix: solution.restored, bias: weight.bias });
+            weights.push(ready(backend, Weight { matrix: solution.restored, bias: weight.bias })?);
         }
         Ok(weights)
     }
@@ -429,7 +429,7 @@ impl<B: Backend> Supply<B> for Work<'_, B> {
         }
     }
 
-    fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Matrix>) -> Result<Vec<Weight<B::Matrix>>> {
+    fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
         let statistics = self.observe(group, self.solver.needs(), inputs)?;
         self.quantize(group, statistics.as_ref())
     }
@@ -450,11 +450,11 @@ impl<B: Backend> Supply<B> for FloatPass<'_, '_, B> {
         self.work.norm(norm)
     }
 
-    fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Matrix>) -> Result<Vec<Weight<B::Matrix>>> {
+    fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
         if let Some(statistics) = self.work.observe(group, Needs::Hessian, inputs)? {
             self.statistics.insert(group[0].module.clone(), statistics);
         }
-        group.iter().map(|linear| self.work.load(linear)).collect()
+        group.iter().map(|linear| ready(self.work.backend, self.work.load(linear)?)).collect()
     }
 
     fn needs_output(&self, last_step: bool) -> bool {

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::graph::{Attention, Block, Graph, Linear, Mlp, Norm, Step};
 
 /// Tokens that go through an operator together, unless one sequence is longer.
-pub const CHUNK_TOKENS: usize = 4096;
+pub const CHUNK_TOKENS: usize = 2048;
 
 /// Values of the gated activation that are kept between the two uses of it; more are computed twice.
 const KEPT_VALUES: usize = 1 << 29;
@@ -25,7 +25,7 @@ pub struct Chunk<M> {
     pub lengths: Vec<usize>,
 }
 
-/// A linear's weight on the device.
+/// A linear's weight on the device, as a matrix or in the form that products read it in.
 pub struct Weight<M> {
     /// `[out, in]`.
     pub matrix: M,
@@ -33,15 +33,21 @@ pub struct Weight<M> {
     pub bias: Option<Vec<f32>>,
 }
 
+impl<M> Weight<M> {
+    fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref()
+    }
+}
+
 /// Hands the inputs of a group of linears over, chunk by chunk, to whoever wants to see them.
-pub type Inputs<'a, M> = dyn Fn(&mut dyn FnMut(&M) -> Result<()>) -> Result<()> + 'a;
+pub type Inputs<'a, I> = dyn Fn(&mut dyn FnMut(&I) -> Result<()>) -> Result<()> + 'a;
 
 /// Where weights come from.
 pub trait Supply<B: Backend> {
     /// The weight of a normalisation.
     fn norm(&mut self, norm: &Norm) -> Result<Vec<f32>>;
     /// The weights of linears that read one input.
-    fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Matrix>) -> Result<Vec<Weight<B::Matrix>>>;
+    fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>>;
     /// Whether the output of this step is still needed; the last step of a calibration is not.
     fn needs_output(&self, last_step: bool) -> bool {
         let _ = last_step;
@@ -104,7 +110,8 @@ fn run_attention<B: Backend>(
     last: bool,
 ) -> Result<()> {
     let scale = supply.norm(&attention.norm)?;
-    let normed = |chunk: &Chunk<B::Matrix>| backend.rms_norm(&chunk.hidden, &scale, attention.norm.eps);
+    let normed =
+        |chunk: &Chunk<B::Matrix>| backend.input(backend.rms_norm(&chunk.hidden, &scale, attention.norm.eps)?);
     let qkv = supply.linears(&[&attention.q, &attention.k, &attention.v], &|see| {
         chunks.iter().try_for_each(|chunk| see(&normed(chunk)?))
     })?;
@@ -113,7 +120,7 @@ fn run_attention<B: Backend>(
     let mut mixed = Vec::with_capacity(chunks.len());
     for chunk in chunks.iter() {
         let x = normed(chunk)?;
-        let project = |weight: &Weight<B::Matrix>| backend.linear(&x, &weight.matrix, weight.bias.as_deref());
+        let project = |weight: &Weight<B::Weight>| backend.linear(&x, &weight.matrix, weight.bias());
         let (mut q, mut k, v) = (project(&qkv[0])?, project(&qkv[1])?, project(&qkv[2])?);
         backend.rope(&mut q, &cos, &sin, &chunk.lengths)?;
         backend.rope(&mut k, &cos, &sin, &chunk.lengths)?;
@@ -125,7 +132,7 @@ fn run_attention<B: Backend>(
         return Ok(());
     }
     for (chunk, x) in chunks.iter_mut().zip(mixed) {
-        backend.add(&mut chunk.hidden, &backend.linear(&x, &o[0].matrix, o[0].bias.as_deref())?)?;
+        backend.add_linear(&x, &o[0].matrix, o[0].bias(), &mut chunk.hidden)?;
     }
     Ok(())
 }
@@ -138,15 +145,12 @@ fn run_mlp<B: Backend>(
     last: bool,
 ) -> Result<()> {
     let scale = supply.norm(&mlp.norm)?;
-    let normed = |chunk: &Chunk<B::Matrix>| backend.rms_norm(&chunk.hidden, &scale, mlp.norm.eps);
+    let normed = |chunk: &Chunk<B::Matrix>| backend.input(backend.rms_norm(&chunk.hidden, &scale, mlp.norm.eps)?);
     let weights =
         supply.linears(&[&mlp.gate, &mlp.up], &|see| chunks.iter().try_for_each(|chunk| see(&normed(chunk)?)))?;
-    let gated = |chunk: &Chunk<B::Matrix>| -> Result<B::Matrix> {
-        let x = normed(chunk)?;
-        let mut gate = backend.linear(&x, &weights[0].matrix, weights[0].bias.as_deref())?;
-        let up = backend.linear(&x, &weights[1].matrix, weights[1].bias.as_deref())?;
-        backend.silu_mul(&mut gate, &up)?;
-        Ok(gate)
+    let gated = |chunk: &Chunk<B::Matrix>| -> Result<B::Input> {
+        let [gate, up] = [&weights[0], &weights[1]];
+        Ok(backend.gated(&normed(chunk)?, [&gate.matrix, &up.matrix], [gate.bias(), up.bias()])?)
     };
     let tokens: usize = chunks.iter().flat_map(|chunk| &chunk.lengths).sum();
     let kept = match tokens * mlp.down.cols <= KEPT_VALUES {
@@ -166,9 +170,14 @@ fn run_mlp<B: Backend>(
             Some(x) => x,
             None => gated(chunk)?,
         };
-        backend.add(&mut chunk.hidden, &backend.linear(&x, &down[0].matrix, down[0].bias.as_deref())?)?;
+        backend.add_linear(&x, &down[0].matrix, down[0].bias(), &mut chunk.hidden)?;
     }
     Ok(())
+}
+
+/// Brings a weight into the form that products read.
+pub fn ready<B: Backend>(backend: &B, weight: Weight<B::Matrix>) -> Result<Weight<B::Weight>> {
+    Ok(Weight { matrix: backend.weight(weight.matrix)?, bias: weight.bias })
 }
 
 /// Loads weights from a checkpoint as they are.
@@ -196,8 +205,8 @@ impl<B: Backend> Supply<B> for Plain<'_, B> {
         self.source.load(&norm.weight)
     }
 
-    fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, B::Matrix>) -> Result<Vec<Weight<B::Matrix>>> {
-        group.iter().map(|linear| self.load(linear)).collect()
+    fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
+        group.iter().map(|linear| ready(self.backend, self.load(linear)?)).collect()
     }
 }
 
@@ -220,9 +229,10 @@ pub fn final_hidden<B: Backend>(
 }
 
 /// The output projection's weight, on the device.
-pub fn load_head<B: Backend>(backend: &B, graph: &Graph, source: &Checkpoint) -> Result<B::Matrix> {
+pub fn load_head<B: Backend>(backend: &B, graph: &Graph, source: &Checkpoint) -> Result<B::Weight> {
     let name = if graph.head.tied { graph.embedding.clone() } else { graph.head.linear.weight() };
     let values = source.load(&name)?;
     source.release(&name);
-    Ok(backend.upload(Array2::from_shape_vec((graph.vocabulary, graph.hidden), values).expect("checked"))?)
+    let matrix = Array2::from_shape_vec((graph.vocabulary, graph.hidden), values).expect("checked");
+    Ok(backend.weight(backend.upload(matrix)?)?)
 }

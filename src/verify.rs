@@ -93,7 +93,7 @@ pub struct Beside {
 struct Side<'a, B: Backend> {
     graph: Graph,
     source: &'a Checkpoint,
-    head: Option<B::Matrix>,
+    head: Option<B::Weight>,
 }
 
 /// Evaluates `model`, beside `reference` if there is one, on `windows` of equal length.
@@ -162,7 +162,7 @@ pub fn evaluate<B: Backend>(
                     let (chunk, offset) = locate(&normed[side], index, context);
                     let rows: Vec<usize> = rows.iter().map(|row| row + offset).collect();
                     let head = sides[side].head.as_ref().or(sides[last].head.as_ref()).expect("loaded");
-                    Ok(backend.linear(&backend.select_rows(chunk, &rows)?, head, None)?)
+                    Ok(backend.linear(&backend.input(backend.select_rows(chunk, &rows)?)?, head, None)?)
                 };
                 let found = match last {
                     0 => TokenComparison { model: backend.token_loss(&logits(0)?, targets)?, ..Default::default() },

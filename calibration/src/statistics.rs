@@ -1,6 +1,6 @@
 //! What the input of a linear looked like over the calibration tokens.
 
-use kernels::{Backend, Result};
+use kernels::Backend;
 
 /// How much of the input a method wants to see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -11,6 +11,8 @@ pub enum Needs {
     Moments,
     /// All second moments.
     Hessian,
+    /// All second moments, and the mean magnitude of each channel.
+    HessianAndMagnitude,
 }
 
 /// Moments of the input of one or more linears that read the same activation.
@@ -19,24 +21,39 @@ pub struct Statistics<B: Backend> {
     pub tokens: usize,
     /// `Σ xᵀx`, lower triangle, when it was asked for.
     pub gram: Option<B::Matrix>,
+    needs: Needs,
     magnitude: Vec<f64>,
     energy: Vec<f64>,
 }
 
 impl<B: Backend> Statistics<B> {
-    /// Empty statistics of `cols` channels.
-    pub fn new(backend: &B, cols: usize, needs: Needs) -> Result<Self> {
-        let gram = if needs == Needs::Hessian { Some(backend.zeros(cols, cols)?) } else { None };
-        Ok(Statistics { tokens: 0, gram, magnitude: vec![0.0; cols], energy: vec![0.0; cols] })
+    /// Gathers what is needed of an input of `cols` channels; `inputs` hands it over piece by piece, `[tokens, cols]`.
+    ///
+    /// Fails as the inputs do, or the backend.
+    pub fn gather<E: From<kernels::Error>>(
+        backend: &B,
+        cols: usize,
+        needs: Needs,
+        inputs: impl FnOnce(&mut dyn FnMut(&B::Input) -> Result<(), E>) -> Result<(), E>,
+    ) -> Result<Self, E> {
+        let gram = if needs >= Needs::Hessian { Some(backend.zeros(cols, cols)?) } else { None };
+        let mut seen = Statistics { tokens: 0, gram, needs, magnitude: vec![0.0; cols], energy: vec![0.0; cols] };
+        inputs(&mut |x| Ok(seen.add(backend, x)?))?;
+        // The Hessian's diagonal holds the energies already.
+        if let (Needs::Hessian, Some(gram)) = (needs, &seen.gram) {
+            seen.energy = backend.diagonal(gram)?.into_iter().map(f64::from).collect();
+        }
+        Ok(seen)
     }
 
-    /// Adds the rows of `x` `[tokens, cols]`.
-    pub fn add(&mut self, backend: &B, x: &B::Matrix) -> Result<()> {
-        backend.add_moments(x, &mut self.magnitude, &mut self.energy)?;
+    fn add(&mut self, backend: &B, x: &B::Input) -> kernels::Result<()> {
+        if self.needs != Needs::Hessian {
+            backend.add_moments(x, &mut self.magnitude, &mut self.energy)?;
+        }
         if let Some(gram) = &mut self.gram {
             backend.add_gram(x, gram)?;
         }
-        self.tokens += backend.shape(x)[0];
+        self.tokens += backend.input_shape(x)[0];
         Ok(())
     }
 
@@ -50,7 +67,7 @@ impl<B: Backend> Statistics<B> {
         self.energy.iter().map(|x| (x / self.tokens.max(1) as f64) as f32).collect()
     }
 
-    /// `E|x_j|` per channel.
+    /// `E|x_j|` per channel; zeros unless it was asked for.
     pub fn magnitude(&self) -> Vec<f32> {
         self.magnitude.iter().map(|x| (x / self.tokens.max(1) as f64) as f32).collect()
     }

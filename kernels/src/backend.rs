@@ -120,11 +120,15 @@ pub struct TokenComparison {
 pub trait Backend: Sync {
     /// A matrix on the device.
     type Matrix: Send + Sync;
+    /// An activation in the form that products read it in.
+    type Input: Send + Sync;
+    /// A linear layer's weight in the form that products read it in.
+    type Weight: Send + Sync;
 
     /// What the user should see: device and instruction set.
     fn name(&self) -> String;
-    /// The same device where [`linear`](Self::linear) and [`add_gram`](Self::add_gram) may round their inputs to
-    /// bfloat16 if that is faster: good for calibration, not for measuring.
+    /// The same device where the operands of products may be kept in bfloat16 if that is faster: good for calibration,
+    /// not for measuring.
     fn relaxed(&self) -> Self
     where
         Self: Sized;
@@ -145,8 +149,24 @@ pub trait Backend: Sync {
     /// Whether every value is finite.
     fn is_finite(&self, matrix: &Self::Matrix) -> Result<bool>;
 
+    /// An activation `[tokens, features]`, ready to be multiplied.
+    fn input(&self, x: Self::Matrix) -> Result<Self::Input>;
+    /// `[tokens, features]`.
+    fn input_shape(&self, x: &Self::Input) -> [usize; 2];
+    /// A weight `[out, in]`, ready to be multiplied.
+    fn weight(&self, matrix: Self::Matrix) -> Result<Self::Weight>;
     /// `y = x wᵀ + bias`.
-    fn linear(&self, x: &Self::Matrix, weight: &Self::Matrix, bias: Option<&[f32]>) -> Result<Self::Matrix>;
+    fn linear(&self, x: &Self::Input, weight: &Self::Weight, bias: Option<&[f32]>) -> Result<Self::Matrix>;
+    /// `y ← y + x wᵀ + bias`.
+    fn add_linear(
+        &self,
+        x: &Self::Input,
+        weight: &Self::Weight,
+        bias: Option<&[f32]>,
+        y: &mut Self::Matrix,
+    ) -> Result<()>;
+    /// `silu(x gᵀ + bias) · (x uᵀ + bias)` for `[gate, up]`.
+    fn gated(&self, x: &Self::Input, weights: [&Self::Weight; 2], biases: [Option<&[f32]>; 2]) -> Result<Self::Input>;
     /// `x / rms(x) · weight` per row, `rms² = mean(x²) + eps`.
     fn rms_norm(&self, x: &Self::Matrix, weight: &[f32], eps: f32) -> Result<Self::Matrix>;
     /// Rotates the halves of each head by the angles of its token's position.
@@ -161,22 +181,20 @@ pub trait Backend: Sync {
         v: &Self::Matrix,
         shape: &AttentionShape,
         lengths: &[usize],
-    ) -> Result<Self::Matrix>;
-    /// `gate ← silu(gate) · up`.
-    fn silu_mul(&self, gate: &mut Self::Matrix, up: &Self::Matrix) -> Result<()>;
+    ) -> Result<Self::Input>;
     /// `a − b`.
     fn difference(&self, a: &Self::Matrix, b: &Self::Matrix) -> Result<Self::Matrix>;
-    /// `a ← a + b`.
-    fn add(&self, a: &mut Self::Matrix, b: &Self::Matrix) -> Result<()>;
 
     /// `gram ← gram + xᵀ x`, lower triangle only.
-    fn add_gram(&self, x: &Self::Matrix, gram: &mut Self::Matrix) -> Result<()>;
+    fn add_gram(&self, x: &Self::Input, gram: &mut Self::Matrix) -> Result<()>;
     /// `magnitude[j] ← magnitude[j] + Σ_t |x_tj|` and `energy[j] ← energy[j] + Σ_t x_tj²`.
-    fn add_moments(&self, x: &Self::Matrix, magnitude: &mut [f64], energy: &mut [f64]) -> Result<()>;
+    fn add_moments(&self, x: &Self::Input, magnitude: &mut [f64], energy: &mut [f64]) -> Result<()>;
     /// The diagonal of a square matrix.
     fn diagonal(&self, matrix: &Self::Matrix) -> Result<Vec<f32>>;
     /// `tr(e H eᵀ)` for `e` `[rows, n]` and a gram matrix of which the lower triangle is read.
     fn quadratic(&self, e: &Self::Matrix, gram: &Self::Matrix) -> Result<f64>;
+    /// `Σ e_ij² · weights_j`.
+    fn weighted_square(&self, e: &Self::Matrix, weights: &[f64]) -> Result<f64>;
     /// What plain min-max rounding of `weight · diag(t)` costs: `tr(e H eᵀ)` with `e` the error divided by `t` again.
     fn scaled_rounding_loss(
         &self,

@@ -34,12 +34,71 @@ fn expect(op: &'static str, what: &str, expected: usize, found: usize) -> Result
     Err(Error::Shape { op, expected: format!("{expected} {what}"), found: found.to_string() })
 }
 
+/// An activation: as it is, or rounded to bfloat16.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// Single precision.
+    Whole(Array2<f32>),
+    /// bfloat16.
+    Rounded(bf16::Rows),
+}
+
+impl Input {
+    /// `[tokens, features]`.
+    pub fn shape(&self) -> [usize; 2] {
+        match self {
+            Input::Whole(x) => [x.nrows(), x.ncols()],
+            Input::Rounded(x) => x.shape(),
+        }
+    }
+
+    /// The values.
+    pub fn values(&self) -> Array2<f32> {
+        match self {
+            Input::Whole(x) => x.clone(),
+            Input::Rounded(x) => x.widen(),
+        }
+    }
+}
+
+/// A weight: as it is, or rounded to bfloat16 and packed.
+#[derive(Clone, Debug)]
+pub enum Weight {
+    /// Single precision.
+    Whole(Array2<f32>),
+    /// bfloat16.
+    Rounded(bf16::Panels),
+}
+
+impl Weight {
+    /// `[out, in]`.
+    pub fn shape(&self) -> [usize; 2] {
+        match self {
+            Weight::Whole(w) => [w.nrows(), w.ncols()],
+            Weight::Rounded(w) => w.shape(),
+        }
+    }
+}
+
+fn check_product(op: &'static str, x: &Input, weight: &Weight, bias: Option<&[f32]>) -> Result<()> {
+    let [outs, cols] = weight.shape();
+    expect(op, "input features", cols, x.shape()[1])?;
+    bias.map_or(Ok(()), |bias| expect(op, "bias values", outs, bias.len()))
+}
+
+/// Operands of one product that were made by the exact and by the relaxed backend.
+fn mixed(op: &'static str) -> Error {
+    Error::Shape { op, expected: "operands of one precision".to_owned(), found: "two".to_owned() }
+}
+
 fn flat(matrix: &mut Array2<f32>) -> &mut [f32] {
     matrix.as_slice_mut().expect("matrices of this backend are contiguous")
 }
 
 impl Backend for Cpu {
     type Matrix = Array2<f32>;
+    type Input = Input;
+    type Weight = Weight;
 
     fn name(&self) -> String {
         let set = match level() {
@@ -113,13 +172,58 @@ impl Backend for Cpu {
         }))
     }
 
-    fn linear(&self, x: &Array2<f32>, weight: &Array2<f32>, bias: Option<&[f32]>) -> Result<Array2<f32>> {
-        expect("linear", "input features", weight.ncols(), x.ncols())?;
-        if let Some(bias) = bias {
-            expect("linear", "bias values", weight.nrows(), bias.len())?;
+    fn input(&self, x: Array2<f32>) -> Result<Input> {
+        Ok(if self.rounds() { Input::Rounded(bf16::Rows::of(x.view())) } else { Input::Whole(x) })
+    }
+
+    fn input_shape(&self, x: &Input) -> [usize; 2] {
+        x.shape()
+    }
+
+    fn weight(&self, matrix: Array2<f32>) -> Result<Weight> {
+        Ok(if self.rounds() { Weight::Rounded(bf16::Panels::of(matrix.view())) } else { Weight::Whole(matrix) })
+    }
+
+    fn linear(&self, x: &Input, weight: &Weight, bias: Option<&[f32]>) -> Result<Array2<f32>> {
+        check_product("linear", x, weight, bias)?;
+        match (x, weight) {
+            (Input::Rounded(x), Weight::Rounded(w)) => Ok(bf16::linear(x, w, bias)),
+            (Input::Whole(x), Weight::Whole(w)) => Ok(linear::run(x.view(), w.view(), bias)),
+            _ => Err(mixed("linear")),
         }
-        let fast = if self.rounds() { bf16::linear(x.view(), weight.view(), bias) } else { None };
-        Ok(fast.unwrap_or_else(|| linear::run(x.view(), weight.view(), bias)))
+    }
+
+    fn add_linear(&self, x: &Input, weight: &Weight, bias: Option<&[f32]>, y: &mut Array2<f32>) -> Result<()> {
+        check_product("add_linear", x, weight, bias)?;
+        expect("add_linear", "tokens", x.shape()[0], y.nrows())?;
+        expect("add_linear", "output features", weight.shape()[0], y.ncols())?;
+        match (x, weight) {
+            (Input::Rounded(x), Weight::Rounded(w)) => bf16::add_linear(x, w, bias, y),
+            (Input::Whole(x), Weight::Whole(w)) => {
+                let product = linear::run(x.view(), w.view(), bias);
+                activation::add(flat(y), product.as_slice().expect("contiguous"));
+            }
+            _ => return Err(mixed("add_linear")),
+        }
+        Ok(())
+    }
+
+    fn gated(&self, x: &Input, [gate, up]: [&Weight; 2], biases: [Option<&[f32]>; 2]) -> Result<Input> {
+        check_product("gated", x, gate, biases[0])?;
+        check_product("gated", x, up, biases[1])?;
+        expect("gated", "output features", gate.shape()[0], up.shape()[0])?;
+        match (x, gate, up) {
+            (Input::Rounded(x), Weight::Rounded(gate), Weight::Rounded(up)) => {
+                Ok(Input::Rounded(bf16::gated(x, gate, up, biases)))
+            }
+            (Input::Whole(x), Weight::Whole(gate), Weight::Whole(up)) => {
+                let mut gate = linear::run(x.view(), gate.view(), biases[0]);
+                let up = linear::run(x.view(), up.view(), biases[1]);
+                activation::silu_mul(flat(&mut gate), up.as_slice().expect("contiguous"));
+                Ok(Input::Whole(gate))
+            }
+            _ => Err(mixed("gated")),
+        }
     }
 
     fn rms_norm(&self, x: &Array2<f32>, weight: &[f32], eps: f32) -> Result<Array2<f32>> {
@@ -148,20 +252,17 @@ impl Backend for Cpu {
         v: &Array2<f32>,
         shape: &AttentionShape,
         lengths: &[usize],
-    ) -> Result<Array2<f32>> {
+    ) -> Result<Input> {
         expect("attention", "query features", shape.heads * shape.head_dim, q.ncols())?;
         expect("attention", "key features", shape.kv_heads * shape.head_dim, k.ncols())?;
         expect("attention", "value features", shape.kv_heads * shape.head_dim, v.ncols())?;
         for matrix in [q, k, v] {
             expect("attention", "tokens", lengths.iter().sum(), matrix.nrows())?;
         }
-        Ok(attention::run(q.view(), k.view(), v.view(), shape, lengths))
-    }
-
-    fn silu_mul(&self, gate: &mut Array2<f32>, up: &Array2<f32>) -> Result<()> {
-        expect("silu_mul", "values", gate.len(), up.len())?;
-        activation::silu_mul(flat(gate), up.as_slice().expect("contiguous"));
-        Ok(())
+        if self.rounds() && attention::can_round(shape) {
+            return Ok(Input::Rounded(attention::rounded(q.view(), k.view(), v.view(), shape, lengths)));
+        }
+        self.input(attention::run(q.view(), k.view(), v.view(), shape, lengths))
     }
 
     fn difference(&self, a: &Array2<f32>, b: &Array2<f32>) -> Result<Array2<f32>> {
@@ -169,24 +270,23 @@ impl Backend for Cpu {
         Ok(a - b)
     }
 
-    fn add(&self, a: &mut Array2<f32>, b: &Array2<f32>) -> Result<()> {
-        expect("add", "values", a.len(), b.len())?;
-        activation::add(flat(a), b.as_slice().expect("contiguous"));
-        Ok(())
-    }
-
-    fn add_gram(&self, x: &Array2<f32>, gram: &mut Array2<f32>) -> Result<()> {
-        expect("add_gram", "features", gram.ncols(), x.ncols())?;
-        if !(self.rounds() && bf16::gram(x.view(), gram)) {
-            gram::run(x.view(), gram);
+    fn add_gram(&self, x: &Input, gram: &mut Array2<f32>) -> Result<()> {
+        expect("add_gram", "features", gram.ncols(), x.shape()[1])?;
+        expect("add_gram", "rows of the Hessian", gram.ncols(), gram.nrows())?;
+        match x {
+            Input::Rounded(x) => bf16::gram(x, gram),
+            Input::Whole(x) => gram::run(x.view(), gram),
         }
         Ok(())
     }
 
-    fn add_moments(&self, x: &Array2<f32>, magnitude: &mut [f64], energy: &mut [f64]) -> Result<()> {
-        expect("add_moments", "features", magnitude.len(), x.ncols())?;
-        expect("add_moments", "features", energy.len(), x.ncols())?;
-        gram::moments(x.view(), magnitude, energy);
+    fn add_moments(&self, x: &Input, magnitude: &mut [f64], energy: &mut [f64]) -> Result<()> {
+        expect("add_moments", "features", magnitude.len(), x.shape()[1])?;
+        expect("add_moments", "features", energy.len(), x.shape()[1])?;
+        match x {
+            Input::Rounded(x) => x.moments(magnitude, energy),
+            Input::Whole(x) => gram::moments(x.view(), magnitude, energy),
+        }
         Ok(())
     }
 
@@ -197,6 +297,11 @@ impl Backend for Cpu {
     fn quadratic(&self, e: &Array2<f32>, gram: &Array2<f32>) -> Result<f64> {
         expect("quadratic", "features", gram.ncols(), e.ncols())?;
         Ok(gram::quadratic(e.view(), gram.view()))
+    }
+
+    fn weighted_square(&self, e: &Array2<f32>, weights: &[f64]) -> Result<f64> {
+        expect("weighted_square", "weights", e.ncols(), weights.len())?;
+        Ok(gram::weighted_square(e.view(), weights))
     }
 
     fn scaled_rounding_loss(

@@ -65,10 +65,15 @@ impl<B: Backend> Solver<B> for Gptq {
             }
         }
         let grid = self.observer.fit(backend, weight, &spec, shared.statistics)?;
-        let codes = match &shared.factor {
-            Some(factor) => backend.sweep(weight, factor, &grid)?.codes,
-            None => backend.round(weight, &grid)?,
-        };
-        finish(backend, shared, weight, grid, codes)
+        match &shared.factor {
+            Some(factor) => {
+                let swept = backend.sweep(weight, factor, &grid)?;
+                finish(backend, shared, weight, grid, swept.codes, Some(swept.loss))
+            }
+            None => {
+                let codes = backend.round(weight, &grid)?;
+                finish(backend, shared, weight, grid, codes, None)
+            }
+        }
     }
 }

@@ -110,12 +110,15 @@ pub trait Solver<B: Backend>: Sync {
 }
 
 /// Puts codes and grid together, and measures them when the Hessian is known.
+///
+/// A sweep has measured them already: `swept` is its loss, under the damped Hessian.
 fn finish<B: Backend>(
     backend: &B,
     shared: &Shared<'_, B>,
     weight: &B::Matrix,
     grid: Grid,
     codes: Vec<u8>,
+    swept: Option<f64>,
 ) -> Result<Solution<B>> {
     let [rows, cols] = backend.shape(weight);
     let width = grid.spec.scheme.group_width(cols);
@@ -133,7 +136,16 @@ fn finish<B: Backend>(
     let (mut proxy_loss, mut relative_error) = (None, None);
     if let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) {
         let error = backend.difference(weight, &restored)?;
-        let (lost, whole) = (backend.quadratic(&error, gram)?.max(0.0), backend.quadratic(weight, gram)?);
+        let lost = match swept.zip(shared.factor.as_ref()) {
+            Some((loss, factor)) => {
+                // What damping added to the diagonal comes off again; a column without energy had a pivot of 1.
+                let added = backend.diagonal(gram)?.into_iter();
+                let added: Vec<f64> = added.map(|d| if d > 0.0 { f64::from(d) * factor.damp } else { 1.0 }).collect();
+                loss - backend.weighted_square(&error, &added)?
+            }
+            None => backend.quadratic(&error, gram)?,
+        };
+        let (lost, whole) = (lost.max(0.0), backend.quadratic(weight, gram)?);
         proxy_loss = Some(lost);
         relative_error = (whole > 0.0).then(|| lost / whole);
     }

@@ -28,6 +28,6 @@ impl<B: Backend> Solver<B> for Rtn {
     fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution<B>> {
         let grid = self.observer.fit(backend, weight, spec, shared.statistics)?;
         let codes = backend.round(weight, &grid)?;
-        finish(backend, shared, weight, grid, codes)
+        finish(backend, shared, weight, grid, codes, None)
     }
 }

@@ -39,10 +39,12 @@ fn fixture() -> (Array2<f32>, Array2<f32>) {
 }
 
 fn statistics(x: &Array2<f32>) -> Statistics<Cpu> {
-    let mut statistics = Statistics::new(&Cpu::default(), x.ncols(), Needs::Hessian).unwrap();
-    statistics.add(&Cpu::default(), &x.slice(ndarray::s![..200, ..]).to_owned()).unwrap();
-    statistics.add(&Cpu::default(), &x.slice(ndarray::s![200.., ..]).to_owned()).unwrap();
-    statistics
+    let cpu = Cpu::default();
+    let gathered: Result<_, kernels::Error> = Statistics::gather(&cpu, x.ncols(), Needs::Hessian, |see| {
+        see(&cpu.input(x.slice(ndarray::s![..200, ..]).to_owned())?)?;
+        see(&cpu.input(x.slice(ndarray::s![200.., ..]).to_owned())?)
+    });
+    gathered.unwrap()
 }
 
 fn solve(solver: &dyn Solver<Cpu>, scheme: Scheme) -> Solution<Cpu> {

@@ -18,7 +18,8 @@ pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
 }
 
 simd_fn! {
-    fn silu_mul_chunk(gate: &mut [f32], up: &[f32]) {
+    /// One thread's share.
+    pub(super) fn silu_mul_chunk(gate: &mut [f32], up: &[f32]) {
         for (g, u) in gate.iter_mut().zip(up) {
             *g = *g / (1.0 + exp(-*g)) * u;
         }

@@ -6,9 +6,10 @@
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
+use super::bf16::{self, Rows, pack_row, round_pairs};
 use super::{Shared, gemm};
 use crate::backend::AttentionShape;
-use crate::simd::exp;
+use crate::simd::{LANES, exp, sum_lanes};
 use crate::simd_fn;
 
 /// Queries of one task.
@@ -119,24 +120,188 @@ pub fn run(
     Array2::from_shape_vec((q.len() / q_cols, q_cols), out).expect("the shape of q")
 }
 
+/// Keys of a panel of the rounded form.
+const PANEL: usize = 32;
+
+/// Whether [`rounded`] can do it: the instruction is there, and heads start at whole pairs.
+pub fn can_round(shape: &AttentionShape) -> bool {
+    bf16::available() && shape.head_dim.is_multiple_of(2)
+}
+
+/// As [`run`], with queries, keys, values and probabilities rounded to bfloat16, and so is the result.
+///
+/// # Panics
+/// Unless [`can_round`].
+pub fn rounded(
+    q: ArrayView2<f32>,
+    k: ArrayView2<f32>,
+    v: ArrayView2<f32>,
+    shape: &AttentionShape,
+    lengths: &[usize],
+) -> Rows {
+    assert!(can_round(shape), "checked by the caller");
+    let AttentionShape { heads, kv_heads, head_dim, scale, window } = *shape;
+    let (q_cols, kv_cols) = (heads * head_dim, kv_heads * head_dim);
+    let (depth, wide) = (head_dim / 2, head_dim.next_multiple_of(PANEL));
+    let mut out = Rows::zeros(q.nrows(), q_cols);
+    let [q, k, v] = [q, k, v].map(|m| m.to_slice().expect("a contiguous matrix"));
+    let mut sequences = Vec::new();
+    let mut tasks = Vec::new();
+    let mut start = 0;
+    for &length in lengths {
+        for head in 0..heads {
+            let sequence = sequences.len() + head / (heads / kv_heads);
+            tasks.extend((0..length).step_by(QUERIES).rev().map(|query| (start, length, sequence, head, query)));
+        }
+        sequences.extend((0..kv_heads).map(|head| (start, length, head)));
+        start += length;
+    }
+    // Keys as `[panel][pair of the head][32 keys]`, values as `[32 of the head][pair of keys][32]`.
+    let packed: Vec<[Vec<u32>; 2]> = sequences
+        .into_par_iter()
+        .map(|(start, length, head)| {
+            let padded = length.next_multiple_of(PANEL);
+            let (mut keys, mut values) = (vec![0u32; padded * depth], vec![0u32; padded / 2 * wide]);
+            let mut lanes = [vec![0.0f32; wide], vec![0.0f32; wide]];
+            for token in 0..length {
+                let at = (start + token) * kv_cols + head * head_dim;
+                let panel = &mut keys[token / PANEL * PANEL * depth..][..PANEL * depth];
+                pack_row::<PANEL>(&k[at..][..head_dim], token % PANEL, panel);
+                lanes[token % 2][..head_dim].copy_from_slice(&v[at..][..head_dim]);
+                if token % 2 == 1 || token + 1 == length {
+                    if token % 2 == 0 {
+                        lanes[1].fill(0.0);
+                    }
+                    for (panel, (first, second)) in
+                        lanes[0].chunks_exact(PANEL).zip(lanes[1].chunks_exact(PANEL)).enumerate()
+                    {
+                        let at = (panel * padded / 2 + token / 2) * PANEL;
+                        join(first, second, &mut values[at..][..PANEL]);
+                    }
+                }
+            }
+            [keys, values]
+        })
+        .collect();
+    let (target, stride) = out.parts_mut();
+    let target = Shared::new(target);
+    #[derive(Default)]
+    struct Scratch {
+        queries: Vec<u32>,
+        scores: Vec<f32>,
+        weights: Vec<u32>,
+        mixed: Vec<f32>,
+    }
+    tasks.into_par_iter().with_max_len(4).for_each_init(
+        Scratch::default,
+        |scratch, (start, length, sequence, head, query)| {
+            let [keys, values] = &packed[sequence];
+            let padded = length.next_multiple_of(PANEL);
+            let count = QUERIES.min(length - query);
+            let first = window.map_or(0, |w| (query + 1).saturating_sub(w)) / PANEL * PANEL;
+            let seen = (query + count).next_multiple_of(PANEL) - first;
+            let Scratch { queries, scores, weights, mixed } = scratch;
+            queries.clear();
+            queries.resize(QUERIES * depth, 0);
+            scores.resize(QUERIES * seen, 0.0);
+            weights.resize(QUERIES * seen / 2, 0);
+            mixed.resize(QUERIES * wide, 0.0);
+            for (row, out) in queries.chunks_exact_mut(depth).enumerate().take(count) {
+                round_pairs(&q[(start + query + row) * q_cols + head * head_dim..][..head_dim], out);
+            }
+            let mut sums = [0.0f32; QUERIES];
+            // SAFETY: the scratch holds whole tiles, and each task writes its own queries of its own head.
+            unsafe {
+                for col in (0..seen).step_by(PANEL) {
+                    let keys = &keys[(first + col) * depth..][..PANEL * depth];
+                    for row in (0..count).step_by(8) {
+                        let c = scores.as_mut_ptr().add(row * seen + col);
+                        bf16::tile::<2>(
+                            queries.as_ptr().add(row * depth),
+                            [depth, 1],
+                            keys,
+                            c,
+                            seen,
+                            [8, PANEL],
+                            false,
+                        );
+                    }
+                }
+                for (row, (scores, weights)) in
+                    scores.chunks_exact_mut(seen).zip(weights.chunks_exact_mut(seen / 2)).enumerate().take(count)
+                {
+                    let end = query + row + 1 - first;
+                    let begin = window.map_or(0, |w| (query + row + 1).saturating_sub(w).saturating_sub(first));
+                    scores[..begin].fill(0.0);
+                    scores[end..].fill(0.0);
+                    sums[row] = exponents(&mut scores[begin..end], scale);
+                    round_pairs(scores, weights);
+                }
+                for col in (0..wide).step_by(PANEL) {
+                    let values = &values[(col / PANEL * padded / 2 + first / 2) * PANEL..][..seen / 2 * PANEL];
+                    for row in (0..count).step_by(8) {
+                        let a = weights.as_ptr().add(row * (seen / 2));
+                        let c = mixed.as_mut_ptr().add(row * wide + col);
+                        bf16::tile::<2>(a, [seen / 2, 1], values, c, wide, [8, PANEL], false);
+                    }
+                }
+                for (row, mixed) in mixed.chunks_exact_mut(wide).enumerate().take(count) {
+                    let at = (start + query + row) * stride + head * depth;
+                    let out = std::slice::from_raw_parts_mut(target.at(at), depth);
+                    let whole = 1.0 / sums[row];
+                    mixed.iter_mut().for_each(|x| *x *= whole);
+                    round_pairs(&mixed[..head_dim], out);
+                }
+            }
+        },
+    );
+    out
+}
+
+simd_fn! {
+    fn join(first: &[f32], second: &[f32], out: &mut [u32]) {
+        for ((out, a), b) in out.iter_mut().zip(first).zip(second) {
+            *out = bf16::round(*a) | bf16::round(*b) << 16;
+        }
+    }
+}
+
 simd_fn! {
     fn softmax(row: &mut [f32]) {
-        let top = row.iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
+        let whole = 1.0 / exponents(row, 1.0);
         for x in row.iter_mut() {
-            *x = exp(*x - top);
+            *x *= whole;
         }
-        let mut lanes = [0.0f32; crate::simd::LANES];
-        let chunks = row.chunks_exact(crate::simd::LANES);
-        let rest: f32 = chunks.remainder().iter().sum();
+    }
+}
+
+simd_fn! {
+    /// `x ← exp(scale · (x − top))` for the largest `x`; returns the sum.
+    fn exponents(row: &mut [f32], scale: f32) -> f32 {
+        let larger = |a: f32, b: f32| if b > a { b } else { a };
+        let mut lanes = [f32::NEG_INFINITY; LANES];
+        let chunks = row.chunks_exact(LANES);
+        let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, larger);
         for chunk in chunks {
-            for (lane, x) in lanes.iter_mut().zip(chunk) {
-                *lane += x;
+            for lane in 0..LANES {
+                lanes[lane] = larger(lanes[lane], chunk[lane]);
             }
         }
-        let scale = 1.0 / (crate::simd::sum_lanes(lanes) + rest);
-        for x in row.iter_mut() {
-            *x *= scale;
+        let top = lanes.into_iter().fold(rest, larger);
+        let mut lanes = [0.0f32; LANES];
+        let mut chunks = row.chunks_exact_mut(LANES);
+        for chunk in chunks.by_ref() {
+            for lane in 0..LANES {
+                chunk[lane] = exp(scale * (chunk[lane] - top));
+                lanes[lane] += chunk[lane];
+            }
         }
+        let mut sum = 0.0;
+        for x in chunks.into_remainder() {
+            *x = exp(scale * (*x - top));
+            sum += *x;
+        }
+        sum + sum_lanes(lanes)
     }
 }
 
@@ -153,6 +318,7 @@ mod tests {
             (4, 2, 8, None, vec![130, 1, 67]),
             (6, 2, 5, Some(7), vec![90, 3]),
             (2, 2, 16, Some(1), vec![65]),
+            (2, 1, 70, Some(100), vec![333]),
             (3, 1, 4, Some(500), vec![70]),
         ] {
             let tokens = lengths.iter().sum();
@@ -163,6 +329,10 @@ mod tests {
             let fast = run(q.view(), k.view(), v.view(), &shape, &lengths);
             let slow = reference(q.view(), k.view(), v.view(), &shape, &lengths);
             close(fast.as_slice().unwrap(), slow.as_slice().unwrap(), 2e-6);
+            if can_round(&shape) {
+                let rounded = rounded(q.view(), k.view(), v.view(), &shape, &lengths).widen();
+                close(rounded.as_slice().unwrap(), slow.as_slice().unwrap(), 1e-2);
+            }
         }
     }
 }

@@ -119,6 +119,16 @@ pub fn quadratic(e: ArrayView2<f32>, gram: ArrayView2<f32>) -> f64 {
     rows.iter().sum()
 }
 
+/// `Σ e_ij² · weights_j`.
+pub fn weighted_square(e: ArrayView2<f32>, weights: &[f64]) -> f64 {
+    let e = e.to_slice().expect("a contiguous matrix");
+    let rows: Vec<f64> = e
+        .par_chunks_exact(weights.len().max(1))
+        .map(|row| row.iter().zip(weights).map(|(e, w)| f64::from(*e) * f64::from(*e) * w).sum())
+        .collect();
+    rows.iter().sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::testing::Noise;
