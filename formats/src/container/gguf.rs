@@ -417,7 +417,8 @@ mod tests {
         check(
             Raw::default().tensor("w", &[256], 16, 0).data(&[0; 66]),
             "tensor `w`: it is stored as IQ2_XXS, which cannot be read \
-             (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q6_K)",
+             (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0, \
+             MXFP4)",
         );
         for (raw, why) in [
             (Raw::default().tensor("w", &[48], 2, 0).data(&[0; 54]), "48"),
