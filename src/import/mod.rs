@@ -1,7 +1,8 @@
 //! Turning other kinds of checkpoint into what a Hugging Face directory would hold.
 
 pub(crate) mod gguf;
-mod gguf_tokenizer;
+pub(crate) mod gguf_tokenizer;
+pub(crate) mod names;
 
 #[cfg(test)]
 mod tests {
