@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use formats::codec::{QuantizationReader, read_quantization};
-use formats::{Dtype, GgmlType, QuantizedWeight, SafetensorsSet, Scheme, TensorView};
+use formats::{Dtype, GgmlType, GgufFile, QuantizedWeight, SafetensorsSet, Scheme, TensorView};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -308,6 +308,14 @@ impl Checkpoint {
             .into_iter()
             .map(|(name, value)| (name.to_string(), SideFile::Bytes(to_json_bytes(&value))))
             .collect()),
+        }
+    }
+
+    /// The file itself where the checkpoint is a GGUF file, for what has no Hugging Face form.
+    pub fn gguf(&self) -> Option<&GgufFile> {
+        match &self.source {
+            Source::Directory { .. } => None,
+            Source::Gguf(model) => Some(model.file()),
         }
     }
 

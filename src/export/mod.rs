@@ -2,5 +2,6 @@
 //!
 //! Nothing here reads a weight or writes a file.
 
+pub mod metadata;
 pub mod mixes;
 pub mod names;

@@ -43,12 +43,6 @@ impl GgufModel {
                 known.join(", ")
             )));
         };
-        if file.count("split.count")?.is_some_and(|count| count > 1) {
-            return Err(Error::failed(format!(
-                "{}: one of several files of a split GGUF; merge them first with llama-gguf-split --merge",
-                path.display()
-            )));
-        }
         let settings = Settings::read(&file, architecture.id)?;
         let dtype = stored_dtype(file.tensors());
         let config = settings.config(&file, dtype)?;

@@ -181,7 +181,26 @@ unsafe trait Block: Copy {
     const LAYOUT: &'static Layout;
 
     /// Writes the block's reals into `out`, which holds `LEN`.
-    fn decode(&self, out: &mut [f32]);
+    ///
+    /// Through all codes of the block, which then lie in order in the nearest cache: faster than a loop over its fields.
+    #[inline(always)]
+    fn decode(&self, out: &mut [f32]) {
+        let mut codes = [0; 256];
+        let codes = &mut codes[..Self::LEN];
+        let block = self.unpack(codes);
+        let Layout { group, levels, has_min, sub, .. } = *Self::LAYOUT;
+        let Levels::Uniform { offset, .. } = levels else { unreachable!("types with a table have their own") };
+        for (index, (out, codes)) in out.chunks_exact_mut(group).zip(codes.chunks_exact(group)).enumerate() {
+            let (scale, min) = match sub {
+                None => (block.d, block.m),
+                Some(_) => (block.d * f32::from(block.scales[index]), block.m * f32::from(block.mins[index])),
+            };
+            for (out, &code) in out.iter_mut().zip(codes) {
+                let product = scale * (i32::from(code) - i32::from(offset)) as f32;
+                *out = if has_min { product - min } else { product };
+            }
+        }
+    }
 
     /// The block of these scales and `LEN` codes.
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self;

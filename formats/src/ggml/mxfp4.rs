@@ -51,11 +51,12 @@ impl Encode for BlockMXFP4 {
         let mut codes = [0u8; 32];
         for (code, x) in codes.iter_mut().zip(values) {
             // Halfway between levels the lower one wins. Every product is exact.
-            let mut magnitude = 0;
+            let mut magnitude = 0u32;
             for halfway in [0.5, 1.5, 2.5, 3.5, 5.0, 7.0, 10.0] {
-                magnitude += u8::from(x.abs() > halfway * d);
+                magnitude += u32::from(x.abs() > halfway * d);
             }
-            *code = magnitude | u8::from(*x < 0.0 && magnitude > 0) << 3;
+            let sign = if magnitude > 0 { x.to_bits() >> 28 & 8 } else { 0 };
+            *code = (magnitude | sign) as u8;
         }
         BlockMXFP4 { e, qs: join_nibbles(&codes) }
     }

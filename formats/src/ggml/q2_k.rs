@@ -30,19 +30,6 @@ unsafe impl Block for BlockQ2K {
     };
 
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let (d, dmin) = (half(self.d), half(self.dmin));
-        for (group, out) in out.chunks_exact_mut(16).enumerate() {
-            let scale = d * f32::from(self.scales[group] & 15);
-            let min = dmin * f32::from(self.scales[group] >> 4);
-            let (h, j, l) = (group / 8, group / 2 % 4, group % 2 * 16);
-            for (out, q) in out.iter_mut().zip(&self.qs[32 * h + l..][..16]) {
-                *out = scale * f32::from(q >> (2 * j) & 3) - min;
-            }
-        }
-    }
-
-    #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
         let mut block =
             BlockQ2K { scales: [0; 16], qs: join_pairs(codes), d: to_half(scales.d), dmin: to_half(scales.m) };

@@ -32,21 +32,6 @@ unsafe impl Block for BlockQ3K {
     };
 
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let d = half(self.d);
-        let scales = split_scales(&self.scales);
-        for (group, out) in out.chunks_exact_mut(16).enumerate() {
-            let scale = d * f32::from(scales[group]);
-            let (h, j, l) = (group / 8, group / 2 % 4, group % 2 * 16);
-            let (low, high) = (&self.qs[32 * h + l..][..16], &self.hmask[l..][..16]);
-            for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
-                let q = low >> (2 * j) & 3 | (high >> (4 * h + j) & 1) << 2;
-                *out = scale * (i32::from(q) - 4) as f32;
-            }
-        }
-    }
-
-    #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
         let mut hmask = [0; 32];
         for (part, codes) in codes[..256].chunks_exact(32).enumerate() {

@@ -26,16 +26,6 @@ unsafe impl Block for BlockQ4_0 {
     };
 
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let d = half(self.d);
-        let (low, high) = out.split_at_mut(16);
-        for ((q, low), high) in self.qs.iter().zip(low).zip(high) {
-            *low = d * (i32::from(q & 15) - 8) as f32;
-            *high = d * (i32::from(q >> 4) - 8) as f32;
-        }
-    }
-
-    #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
         BlockQ4_0 { d: to_half(scales.d), qs: join_nibbles(codes) }
     }

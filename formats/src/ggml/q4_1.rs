@@ -27,16 +27,6 @@ unsafe impl Block for BlockQ4_1 {
     };
 
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let (d, m) = (half(self.d), half(self.m));
-        let (low, high) = out.split_at_mut(16);
-        for ((q, low), high) in self.qs.iter().zip(low).zip(high) {
-            *low = d * f32::from(q & 15) + m;
-            *high = d * f32::from(q >> 4) + m;
-        }
-    }
-
-    #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
         BlockQ4_1 { d: to_half(scales.d), m: to_half(-scales.m), qs: join_nibbles(codes) }
     }

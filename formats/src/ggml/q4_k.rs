@@ -34,19 +34,6 @@ unsafe impl Block for BlockQ4K {
     };
 
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let (d, dmin) = (half(self.d), half(self.dmin));
-        for (group, out) in out.chunks_exact_mut(32).enumerate() {
-            let (sc, mn) = scale_and_min(&self.scales, group);
-            let (scale, min) = (d * f32::from(sc), dmin * f32::from(mn));
-            let shift = 4 * (group % 2);
-            for (out, q) in out.iter_mut().zip(&self.qs[32 * (group / 2)..][..32]) {
-                *out = scale * f32::from(q >> shift & 15) - min;
-            }
-        }
-    }
-
-    #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
         BlockQ4K { d: to_half(scales.d), dmin: to_half(scales.m), scales: join_scales(scales), qs: join_halves(codes) }
     }
@@ -58,24 +45,16 @@ unsafe impl Block for BlockQ4K {
     }
 }
 
-/// The 6-bit scale and min of a group.
-#[inline(always)]
-pub(super) fn scale_and_min(s: &[u8; 12], group: usize) -> (u8, u8) {
-    if group < 4 {
-        (s[group] & 63, s[group + 4] & 63)
-    } else {
-        (s[group + 4] & 15 | s[group - 4] >> 6 << 4, s[group + 4] >> 4 | s[group] >> 6 << 4)
-    }
-}
-
 /// The scales of a block of Q4_K or Q5_K.
 #[inline(always)]
 pub(super) fn split_scales(d: f32, m: f32, s: &[u8; 12]) -> BlockScales {
     let mut scales = BlockScales { d, m, ..BlockScales::default() };
-    for group in 0..8 {
-        let (sc, mn) = scale_and_min(s, group);
-        scales.scales[group] = sc as i8;
-        scales.mins[group] = mn;
+    for group in 0..4 {
+        let (sc, mn, high) = (s[group], s[group + 4], s[group + 8]);
+        scales.scales[group] = (sc & 63) as i8;
+        scales.mins[group] = mn & 63;
+        scales.scales[group + 4] = (high & 15 | sc >> 6 << 4) as i8;
+        scales.mins[group + 4] = high >> 4 | mn >> 6 << 4;
     }
     scales
 }

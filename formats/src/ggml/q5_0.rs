@@ -27,16 +27,6 @@ unsafe impl Block for BlockQ5_0 {
     };
 
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let d = half(self.d);
-        let mut codes = [0; 32];
-        split_fives(&self.qs, self.qh, &mut codes);
-        for (out, q) in out.iter_mut().zip(codes) {
-            *out = d * (i32::from(q) - 16) as f32;
-        }
-    }
-
-    #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
         let (qh, qs) = join_fives(codes);
         BlockQ5_0 { d: to_half(scales.d), qh, qs }

@@ -28,16 +28,6 @@ unsafe impl Block for BlockQ5_1 {
     };
 
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let (d, m) = (half(self.d), half(self.m));
-        let mut codes = [0; 32];
-        split_fives(&self.qs, self.qh, &mut codes);
-        for (out, q) in out.iter_mut().zip(codes) {
-            *out = d * f32::from(q) + m;
-        }
-    }
-
-    #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
         let (qh, qs) = join_fives(codes);
         BlockQ5_1 { d: to_half(scales.d), m: to_half(-scales.m), qh, qs }

@@ -2,7 +2,7 @@
 //!
 //! Scales, mins and the low four bits of the codes lie as in Q4_K; bit `g` of `qh[l]` is bit 4 of weight `l` of group `g`.
 
-use super::q4_k::{join_halves, join_scales, scale_and_min, split_halves, split_scales};
+use super::q4_k::{join_halves, join_scales, split_halves, split_scales};
 use super::{Block, BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::of::<BlockQ5K>(13, "Q5_K");
@@ -29,20 +29,6 @@ unsafe impl Block for BlockQ5K {
         sub: Some(SubScales { low: 0, high: 63, max_min: 63 }),
         scale: ScaleKind::F16,
     };
-
-    #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let (d, dmin) = (half(self.d), half(self.dmin));
-        for (group, out) in out.chunks_exact_mut(32).enumerate() {
-            let (sc, mn) = scale_and_min(&self.scales, group);
-            let (scale, min) = (d * f32::from(sc), dmin * f32::from(mn));
-            let low = &self.qs[32 * (group / 2)..][..32];
-            for ((out, low), high) in out.iter_mut().zip(low).zip(&self.qh) {
-                let q = low >> (4 * (group % 2)) & 15 | (high >> group & 1) << 4;
-                *out = scale * f32::from(q) - min;
-            }
-        }
-    }
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

@@ -30,21 +30,6 @@ unsafe impl Block for BlockQ6K {
     };
 
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let d = half(self.d);
-        for (group, out) in out.chunks_exact_mut(16).enumerate() {
-            let scale = d * f32::from(self.scales[group] as i8);
-            let (h, j, l) = (group / 8, group / 2 % 4, group % 2 * 16);
-            let low = &self.ql[64 * h + 32 * (j % 2) + l..][..16];
-            let high = &self.qh[32 * h + l..][..16];
-            for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
-                let q = low >> (4 * (j / 2)) & 15 | (high >> (2 * j) & 3) << 4;
-                *out = scale * (i32::from(q) - 32) as f32;
-            }
-        }
-    }
-
-    #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
         let (mut ql, mut qh) = ([0; 128], [0; 64]);
         for (part, codes) in codes[..256].chunks_exact(32).enumerate() {

@@ -26,14 +26,6 @@ unsafe impl Block for BlockQ8_0 {
     };
 
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let d = half(self.d);
-        for (out, &q) in out.iter_mut().zip(&self.qs) {
-            *out = d * f32::from(q as i8);
-        }
-    }
-
-    #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
         let mut qs = [0; 32];
         for (q, code) in qs.iter_mut().zip(codes) {

@@ -38,17 +38,19 @@ pub(super) fn split_fives(qs: &[u8; 16], qh: [u8; 4], codes: &mut [u8]) {
 /// The reverse of [`split_fives`].
 #[inline(always)]
 pub(super) fn join_fives(codes: &[u8]) -> ([u8; 4], [u8; 16]) {
-    let mut qh = 0;
-    for (j, &code) in codes[..32].iter().enumerate() {
-        qh |= u32::from(code >> 4 & 1) << j;
+    let mut qh = [0; 4];
+    for (bits, codes) in qh.iter_mut().zip(codes[..32].chunks_exact(8)) {
+        let codes = u64::from_le_bytes(codes.try_into().expect("eight codes"));
+        // Moves bit 0 of byte i to bit 56 + i.
+        *bits = ((codes >> 4 & 0x0101_0101_0101_0101).wrapping_mul(0x0102_0408_1020_4080) >> 56) as u8;
     }
-    (qh.to_le_bytes(), join_nibbles(codes))
+    (qh, join_nibbles(codes))
 }
 
-/// Smallest and largest of 32 values. Of `−0` and `0`, the first stands for both.
+/// Smallest and largest of 32 values. Of `−0` and `0`, the first counts as the smaller, as it does for ggml.
 #[inline(always)]
 pub(super) fn extremes(values: &[f32]) -> (f32, f32) {
-    let (low, high) = fold(values);
+    let (low, high) = smallest_and_largest(values);
     let first_zero = || values.iter().copied().find(|&x| x == 0.0).unwrap_or(0.0);
     (if low == 0.0 { first_zero() } else { low }, high)
 }
@@ -56,7 +58,7 @@ pub(super) fn extremes(values: &[f32]) -> (f32, f32) {
 /// The value of the largest magnitude, with its sign; the first of several.
 #[inline(always)]
 pub(super) fn signed_peak(values: &[f32]) -> f32 {
-    let (low, high) = fold(values);
+    let (low, high) = smallest_and_largest(values);
     if high > -low {
         high
     } else if high < -low {
@@ -69,27 +71,21 @@ pub(super) fn signed_peak(values: &[f32]) -> f32 {
 /// The largest magnitude.
 #[inline(always)]
 pub(super) fn peak(values: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; 16];
-    for part in values.chunks_exact(16) {
-        for (lane, x) in lanes.iter_mut().zip(part) {
-            *lane = if x.abs() > *lane { x.abs() } else { *lane };
-        }
-    }
-    lanes.into_iter().fold(0.0, f32::max)
+    // Magnitudes order as their bits do, and the largest of integers is found side by side.
+    f32::from_bits(values.iter().fold(0, |peak, x| peak.max(x.to_bits() & 0x7fff_ffff)))
 }
 
-/// Smallest and largest, over 16 lanes side by side.
+/// `−0` counts as below `0`.
 #[inline(always)]
-fn fold(values: &[f32]) -> (f32, f32) {
-    let mut low: [f32; 16] = values[..16].try_into().expect("16 values");
-    let mut high = low;
-    for part in values[16..].chunks_exact(16) {
-        for j in 0..16 {
-            low[j] = if part[j] < low[j] { part[j] } else { low[j] };
-            high[j] = if part[j] > high[j] { part[j] } else { high[j] };
-        }
+fn smallest_and_largest(values: &[f32]) -> (f32, f32) {
+    // As for `peak`; negative floats order in reverse. The mapping is its own inverse.
+    let ordered = |bits: i32| bits ^ (bits >> 31) & 0x7fff_ffff;
+    let (mut low, mut high) = (i32::MAX, i32::MIN);
+    for x in values {
+        let x = ordered(x.to_bits() as i32);
+        (low, high) = (low.min(x), high.max(x));
     }
-    (low.into_iter().fold(low[0], f32::min), high.into_iter().fold(high[0], f32::max))
+    (f32::from_bits(ordered(low) as u32), f32::from_bits(ordered(high) as u32))
 }
 
 /// `1 / d`, or `None` where there is no such number.
@@ -104,15 +100,23 @@ pub(super) fn inverse(d: f32) -> Option<f32> {
 pub(super) fn cut(values: &[f32], shift: f32, inverse: f32, bias: f32, top: i32) -> [u8; 32] {
     let mut codes = [0; 32];
     for (code, x) in codes.iter_mut().zip(values) {
-        *code = (((x - shift) * inverse + bias) as i32).clamp(0, top) as u8;
+        *code = whole((x - shift) * inverse + bias).clamp(0, top) as u8;
     }
     codes
 }
 
-/// `y` rounded to the nearest integer, ties away from zero.
+/// `y` rounded to the nearest integer, ties away from zero; 0 for what is no number or beyond ±2²⁴.
 #[inline(always)]
 pub(super) fn round(y: f32) -> i32 {
-    let whole = y as i32;
-    let rest = y - whole as f32;
-    whole + i32::from(rest >= 0.5) - i32::from(rest <= -0.5)
+    let cut = whole(y);
+    let rest = y - cut as f32;
+    cut + i32::from(rest >= 0.5) - i32::from(rest <= -0.5)
+}
+
+/// `y` without its fraction; 0 for what is no number or beyond ±2²⁴. `y as i32` would keep loops from being vectorized.
+#[inline(always)]
+fn whole(y: f32) -> i32 {
+    let y = if y.abs() < 16_777_216.0 { y } else { 0.0 };
+    // SAFETY: neither NaN nor beyond an i32.
+    unsafe { y.to_int_unchecked() }
 }

@@ -186,3 +186,80 @@ fn ids_and_names_are_distinct() {
     }
     assert_eq!(GgmlType::from_name("Q9_K"), None);
 }
+
+fn fnv(bytes: impl IntoIterator<Item = u8>) -> String {
+    let hash = bytes
+        .into_iter()
+        .fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    format!("{hash:016x}")
+}
+
+fn floats_of(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+#[test]
+fn random_bytes_are_read_as_gguf_py_reads_them() {
+    let vectors = json("parity");
+    let cases = vectors["decoded"].as_object().unwrap();
+    assert_eq!(cases.len(), TYPES.len());
+    for (name, case) in cases {
+        let ty = ty(name);
+        assert_eq!(Some(u64::from(ty.id)), case["id"].as_u64());
+        let decode = |bytes: &[u8]| {
+            let mut values = vec![0.0f32; bytes.len() / ty.block_bytes * ty.block_len];
+            ty.dequantize(bytes, &mut values).unwrap();
+            values.into_iter().flat_map(|x| if x.is_nan() { 0x7fc0_0000 } else { x.to_bits() }.to_le_bytes())
+        };
+        let values: Vec<u8> = decode(&bytes_of(&case["row"])).collect();
+        let expected = bytes_of(&case["values"]);
+        if let Some(at) = (0..256).find(|at| values[4 * at..4 * at + 4] != expected[4 * at..4 * at + 4]) {
+            panic!("{name}, weight {at}: {:?}, expected {:?}", floats_of(&values)[at], floats_of(&expected)[at]);
+        }
+        let rows = case["rows"].as_u64().unwrap() as usize;
+        let bytes = Random(vectors["seed"].as_u64().unwrap()).bytes(rows * ty.row_bytes(256).unwrap());
+        assert_eq!(fnv(decode(&bytes)), case["fnv"].as_str().unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn rows_are_encoded_as_gguf_py_encodes_them() {
+    let vectors = json("parity");
+    let mut wrong = Vec::new();
+    for (name, case) in vectors["encoded"].as_object().unwrap() {
+        let ty = ty(name);
+        let encode = |values: &[f32]| {
+            let mut out = vec![0xa5; ty.row_bytes(values.len()).unwrap()];
+            ty.encode(values, &mut out).expect(name);
+            out
+        };
+        for (row, expected) in case["rows"].as_object().unwrap() {
+            let values = floats_of(&bytes_of(&vectors["rows"][row]));
+            let (bytes, mut expected) = (encode(&values), bytes_of(expected));
+            if row == "zeros of both signs" && name.ends_with("_1") {
+                // NumPy's smallest of 0 and −0 is either; ggml keeps the first it meets.
+                for (block, values) in expected.chunks_mut(ty.block_bytes).zip(values.chunks(32)) {
+                    block[3] = u8::from(values[0].is_sign_negative()) << 7;
+                }
+            }
+            let blocks = bytes.chunks(ty.block_bytes).zip(expected.chunks(ty.block_bytes));
+            if let Some((ours, theirs)) = blocks.into_iter().find(|(ours, theirs)| ours != theirs) {
+                wrong.push(format!("{name}, row of {row}:\n{ours:02x?}, expected\n{theirs:02x?}"));
+            }
+        }
+        // Floats of very different sizes, as in the script.
+        let bytes = Random(vectors["seed"].as_u64().unwrap() + 1).bytes(32 * 256 * 4);
+        let widely = |x: f32| f32::from_bits(x.to_bits() & 0x807f_ffff | ((x.to_bits() >> 23 & 31) + 100) << 23);
+        let values: Vec<f32> = floats_of(&bytes).into_iter().map(widely).collect();
+        if fnv(encode(&values)) != case["many"].as_str().unwrap() {
+            wrong.push(format!("{name}, random rows"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let mut bytes = [0; 8];
+    ty("F32").encode(&[1.0, -0.0], &mut bytes).unwrap();
+    assert_eq!(bytes, [0, 0, 128, 63, 0, 0, 0, 128]);
+    let searched = |ty: &&GgmlType| ty.encode(&vec![0.5; ty.block_len], &mut vec![0; ty.block_bytes]).is_none();
+    let searched: Vec<&str> = TYPES.iter().filter(searched).map(|ty| ty.name).collect();
+    assert_eq!(searched, ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]);
+}

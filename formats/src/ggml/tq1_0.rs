@@ -41,16 +41,6 @@ unsafe impl Block for BlockTQ1 {
     const LAYOUT: &'static Layout = &TERNARY;
 
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let d = half(self.d);
-        let mut codes = [0; 256];
-        self.unpack(&mut codes);
-        for (out, code) in out.iter_mut().zip(codes) {
-            *out = d * (i32::from(code) - 1) as f32;
-        }
-    }
-
-    #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
         let (mut qs, mut qh) = ([0; 48], [0; 4]);
         let (first, rest) = qs.split_at_mut(32);

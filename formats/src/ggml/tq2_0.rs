@@ -21,16 +21,6 @@ unsafe impl Block for BlockTQ2 {
     const LAYOUT: &'static Layout = &TERNARY;
 
     #[inline(always)]
-    fn decode(&self, out: &mut [f32]) {
-        let d = half(self.d);
-        for (part, out) in out.chunks_exact_mut(32).enumerate() {
-            for (out, q) in out.iter_mut().zip(&self.qs[32 * (part / 4)..][..32]) {
-                *out = d * (i32::from(q >> (2 * (part % 4)) & 3) - 1) as f32;
-            }
-        }
-    }
-
-    #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
         BlockTQ2 { qs: join_pairs(codes), d: to_half(scales.d) }
     }
