@@ -371,7 +371,7 @@ fn module_of(name: &str) -> &str {
 }
 
 /// A JSON file, or `None` when there is no such file.
-fn read_json(path: &Path) -> Result<Option<Value>> {
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
     match std::fs::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes)
             .map(Some)

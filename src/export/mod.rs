@@ -5,3 +5,6 @@
 pub mod metadata;
 pub mod mixes;
 pub mod names;
+mod pretokenizer;
+mod sentencepiece;
+pub mod tokenizer;
