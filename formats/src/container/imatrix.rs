@@ -141,7 +141,9 @@ impl Imatrix {
             let matrices = entry.counts.len();
             let columns = entry.sums.len() / matrices;
             for (suffix, shape) in [(SUMS, [matrices, columns]), (COUNTS, [matrices, 1])] {
-                tensors.push(GgufTensor { name: format!("{name}{suffix}"), ty: f32s, shape: shape.to_vec() });
+                // ggml has no leading extent of 1.
+                let shape = shape[usize::from(matrices == 1)..].to_vec();
+                tensors.push(GgufTensor { name: format!("{name}{suffix}"), ty: f32s, shape });
             }
         }
         let writer = GgufWriter::create(path, metadata, tensors)?;
@@ -345,8 +347,8 @@ mod tests {
         assert_eq!(
             shapes,
             [
-                ("blk.0.attn_q.weight.in_sum2", &[1, 3][..]),
-                ("blk.0.attn_q.weight.counts", &[1, 1]),
+                ("blk.0.attn_q.weight.in_sum2", &[3][..]),
+                ("blk.0.attn_q.weight.counts", &[1]),
                 ("blk.0.ffn_up_exps.weight.in_sum2", &[2, 2]),
                 ("blk.0.ffn_up_exps.weight.counts", &[2, 1]),
             ]
