@@ -13,6 +13,7 @@ pub mod weight;
 
 pub use codec::{CODECS, Codec, read_quantization};
 pub use container::gguf::{GgufFile, GgufTensor, GgufWriter};
+pub use container::imatrix::{Imatrix, ImatrixEntry};
 pub use container::safetensors::{SafetensorsFile, SafetensorsSet, ShardedWriter};
 pub use error::{Error, Result};
 pub use ggml::GgmlType;

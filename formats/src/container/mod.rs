@@ -1,6 +1,7 @@
 //! File types that hold tensors: checked wholly when opened, then handed out as plain views.
 
 pub mod gguf;
+pub mod imatrix;
 mod placed;
 pub mod safetensors;
 

@@ -267,16 +267,16 @@ impl<'a> Cursor<'a> {
         for &extent in extents.iter().rev() {
             shape.push(usize::try_from(extent).map_err(|_| overflow())?);
         }
+        // Extents of 0 count as 1 here, so that the product of some of them does not overflow either.
+        shape.iter().try_fold(1usize, |n, &e| n.checked_mul(e.max(1))).ok_or_else(overflow)?;
         let (width, rows) = shape.split_last().expect("a dimension");
-        let rows = rows.iter().try_fold(1usize, |n, &e| n.checked_mul(e)).ok_or_else(overflow)?;
+        let rows = rows.iter().product::<usize>();
         if !width.is_multiple_of(ty.block_len) {
             let why = format!("a row of {width} values does not split into {ty} blocks of {}", ty.block_len);
             return Err(Error::malformed(why));
         }
         let row_bytes = ty.row_bytes(*width).ok_or_else(overflow)?;
         let bytes = rows.checked_mul(row_bytes).ok_or_else(overflow)?;
-        // Values are counted too: a row of width 0 makes no bytes of any number of rows.
-        rows.checked_mul(*width).ok_or_else(overflow)?;
         let start = usize::try_from(offset).map_err(|_| Error::malformed(format!("its offset {offset} overflows")))?;
         Ok(Entry { name: name.to_string(), ty, shape, start, bytes })
     }

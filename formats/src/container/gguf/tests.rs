@@ -159,6 +159,11 @@ fn lying_tables_are_refused_by_name() {
         Raw::default().tensor("w", &[0, u64::MAX, 2], 0, 0),
         "tensor `w`: its shape [0, 18446744073709551615, 2] overflows",
     );
+    // Empty, but some of the extents overflow.
+    check(
+        Raw::default().tensor("w", &[1, 1 << 40, 1 << 40, 0], 0, 0),
+        "tensor `w`: its shape [1, 1099511627776, 1099511627776, 0] overflows",
+    );
     check(
         Raw::default().tensor("w", &[1, 1, 1, 1, 1], 0, 0).data(&[0; 4]),
         "tensor `w`: its number of dimensions is 5, expected 1 to 4",
@@ -500,6 +505,10 @@ fn what_cannot_be_written_is_refused() {
     assert_eq!(
         refused(vec![], vec![w(&[1 << 60, 32])]),
         "FILE: tensor `w`: its shape [1152921504606846976, 32] overflows"
+    );
+    assert_eq!(
+        refused(vec![], vec![w(&[0, 1 << 40, 1 << 40, 32])]),
+        "FILE: tensor `w`: its shape [0, 1099511627776, 1099511627776, 32] overflows"
     );
     let long = "n".repeat(64);
     assert_eq!(

@@ -34,9 +34,13 @@ impl GgufTensor {
                     "a row of {width} values does not split into {ty} blocks of {len}"
                 )));
             }
-            let bytes = rows.iter().try_fold(self.ty.row_bytes(*width), |n, &e| Some(n?.checked_mul(e)));
-            let bytes = bytes.flatten().filter(|&n| n as u64 <= i64::MAX as u64);
-            bytes.ok_or_else(|| Error::invalid(format!("its shape {:?} overflows", self.shape)))
+            // Extents of 0 count as 1, so that no reader's product of some of them overflows.
+            let blocks = (width / self.ty.block_len).max(1);
+            let most =
+                rows.iter().try_fold(blocks.checked_mul(self.ty.block_bytes), |n, &e| Some(n?.checked_mul(e.max(1))));
+            let most = most.flatten().filter(|&n| n as u64 <= i64::MAX as u64);
+            let most = most.ok_or_else(|| Error::invalid(format!("its shape {:?} overflows", self.shape)))?;
+            Ok(if self.shape.contains(&0) { 0 } else { most })
         };
         check().map(|bytes| bytes as u64).map_err(|error| error.in_tensor(&self.name))
     }
