@@ -1,4 +1,5 @@
-//! Packing and unpacking of one 4096 x 4096 weight, and dequantizing as many values of each ggml type; one thread.
+//! Packing and unpacking of one 4096 x 4096 weight, and decoding and encoding as many values of each ggml type; one
+//! thread.
 //!
 //! In all of them bytes are those of the same weights in f16, two a weight, whatever the packed form takes.
 
@@ -70,5 +71,15 @@ fn dequantize(c: &mut Criterion) {
     }
 }
 
-criterion_group!(name = benches; config = common::criterion(); targets = pack, dequantize);
+/// The types whose reference encoder needs no search.
+fn encode(c: &mut Criterion) {
+    let mut group = c.benchmark_group("encode");
+    group.sample_size(10);
+    for ggml in TYPES.iter().filter(|ty| ty.encode(&vec![0.0; ty.block_len], &mut vec![0; ty.block_bytes]).is_some()) {
+        let make = || (noise(SIDE * SIDE, 4), vec![0u8; ggml.row_bytes(SIDE * SIDE).expect("whole blocks")]);
+        measure(&mut group, ggml.name, WORK, make, |(values, out)| ggml.encode(values, out).ok_or(()));
+    }
+}
+
+criterion_group!(name = benches; config = common::criterion(); targets = pack, dequantize, encode);
 criterion_main!(benches);

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use formats::codec::{QuantizationReader, read_quantization};
-use formats::{Dtype, GgmlType, QuantizedWeight, SafetensorsSet, Scheme, TensorView};
+use formats::{Dtype, GgmlType, GgufFile, QuantizedWeight, SafetensorsSet, Scheme, TensorView};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -311,6 +311,14 @@ impl Checkpoint {
         }
     }
 
+    /// The file itself where the checkpoint is a GGUF file, for what has no Hugging Face form.
+    pub fn gguf(&self) -> Option<&GgufFile> {
+        match &self.source {
+            Source::Directory { .. } => None,
+            Source::Gguf(model) => Some(model.file()),
+        }
+    }
+
     /// The weight files.
     pub fn files(&self) -> Vec<PathBuf> {
         match &self.source {
@@ -363,7 +371,7 @@ fn module_of(name: &str) -> &str {
 }
 
 /// A JSON file, or `None` when there is no such file.
-fn read_json(path: &Path) -> Result<Option<Value>> {
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
     match std::fs::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes)
             .map(Some)

@@ -133,6 +133,33 @@ pub struct Head {
 pub struct Rope {
     /// Radians per position, one for each pair of values.
     pub inverse_frequencies: Vec<f32>,
+    /// The base that they are powers of.
+    pub theta: f32,
+    /// How they were stretched beyond the first context; already in `inverse_frequencies`.
+    pub scaling: RopeScaling,
+}
+
+/// How rotary frequencies are stretched.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// All divided by the factor.
+    Linear {
+        /// By how much.
+        factor: f32,
+    },
+    /// Llama 3's: long wavelengths divided by the factor, short ones kept, those between in between.
+    Llama3 {
+        /// By how much.
+        factor: f32,
+        /// Wavelengths above `original / low` are divided.
+        low: f32,
+        /// Wavelengths below `original / high` are kept.
+        high: f32,
+        /// The context of the first training.
+        original: f32,
+    },
 }
 
 impl Rope {

@@ -9,6 +9,7 @@ pub mod compile;
 pub mod convert;
 pub mod demo;
 pub mod error;
+pub mod export;
 pub mod families;
 pub mod forward;
 pub mod graph;

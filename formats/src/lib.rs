@@ -12,7 +12,8 @@ pub mod tensor;
 pub mod weight;
 
 pub use codec::{CODECS, Codec, read_quantization};
-pub use container::gguf::GgufFile;
+pub use container::gguf::{GgufFile, GgufTensor, GgufWriter};
+pub use container::imatrix::{Imatrix, ImatrixEntry};
 pub use container::safetensors::{SafetensorsFile, SafetensorsSet, ShardedWriter};
 pub use error::{Error, Result};
 pub use ggml::GgmlType;

@@ -6,7 +6,7 @@ use kernels::AttentionShape;
 
 use super::{Config, Family};
 use crate::error::{Error, Result};
-use crate::graph::{Attention, Block, DropRule, Graph, Head, Linear, Mlp, Norm, Rope, Step};
+use crate::graph::{Attention, Block, DropRule, Graph, Head, Linear, Mlp, Norm, Rope, RopeScaling, Step};
 
 /// Llama.
 pub const LLAMA: Family =
@@ -87,7 +87,8 @@ fn rope(config: &Config<'_>, head_dim: usize) -> Result<Rope> {
     };
     let mut frequencies: Vec<f32> =
         (0..head_dim / 2).map(|i| 1.0 / (theta as f32).powf((2 * i) as f32 / head_dim as f32)).collect();
-    let Some(scaling) = new.or(old) else { return Ok(Rope { inverse_frequencies: frequencies }) };
+    let rope = |inverse_frequencies, scaling| Rope { inverse_frequencies, theta: theta as f32, scaling };
+    let Some(scaling) = new.or(old) else { return Ok(rope(frequencies, RopeScaling::None)) };
     let kind = ["rope_type", "type"].iter().find_map(|key| scaling.get(key)).and_then(|v| v.as_str());
     let needed = |key: &str| -> Result<f64> {
         let value = scaling.number(key, f64::NAN)?;
@@ -96,11 +97,12 @@ fn rope(config: &Config<'_>, head_dim: usize) -> Result<Rope> {
         }
         Err(Error::failed(format!("config.json: rope scaling `{}` lacks a positive {key}", kind.unwrap_or_default())))
     };
-    match kind.unwrap_or("default") {
-        "default" => {}
+    let scaling = match kind.unwrap_or("default") {
+        "default" => RopeScaling::None,
         "linear" => {
             let factor = needed("factor")? as f32;
             frequencies.iter_mut().for_each(|f| *f /= factor);
+            RopeScaling::Linear { factor }
         }
         "llama3" => {
             let factor = needed("factor")? as f32;
@@ -118,14 +120,15 @@ fn rope(config: &Config<'_>, head_dim: usize) -> Result<Rope> {
                     (1.0 - smooth) * (*f / factor) + smooth * *f
                 };
             }
+            RopeScaling::Llama3 { factor, low, high, original }
         }
         other => {
             return Err(Error::failed(format!(
                 "config.json: rope scaling `{other}` is not supported, only default, linear and llama3"
             )));
         }
-    }
-    Ok(Rope { inverse_frequencies: frequencies })
+    };
+    Ok(rope(frequencies, scaling))
 }
 
 #[cfg(test)]

@@ -11,25 +11,7 @@ use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{Entry, StoredType};
 use crate::error::{Error, Result};
-
-/// The architectures whose tensors and settings can be translated.
-const ARCHITECTURES: &[&str] = &["llama"];
-
-/// Frequency factors, one per rotary pair; part of config.json in Hugging Face's terms.
-const ROPE_FREQS: &str = "rope_freqs.weight";
-
-/// Tensors of a decoder block and their modules in Hugging Face's terms.
-const BLOCK_MODULES: &[(&str, &str)] = &[
-    ("attn_norm", "input_layernorm"),
-    ("attn_q", "self_attn.q_proj"),
-    ("attn_k", "self_attn.k_proj"),
-    ("attn_v", "self_attn.v_proj"),
-    ("attn_output", "self_attn.o_proj"),
-    ("ffn_norm", "post_attention_layernorm"),
-    ("ffn_gate", "mlp.gate_proj"),
-    ("ffn_up", "mlp.up_proj"),
-    ("ffn_down", "mlp.down_proj"),
-];
+use crate::import::names::{self, ARCHITECTURES, Architecture, Heads, ROPE_FREQS};
 
 /// An opened GGUF model.
 #[derive(Debug)]
@@ -52,21 +34,16 @@ struct Mapped {
 impl GgufModel {
     pub fn open(path: &Path) -> Result<GgufModel> {
         let file = GgufFile::open(path)?;
-        let architecture = file.require("general.architecture", file.string("general.architecture")?)?.to_string();
-        if !ARCHITECTURES.contains(&architecture.as_str()) {
+        let id = file.require("general.architecture", file.string("general.architecture")?)?;
+        let Some(architecture) = Architecture::named(id) else {
+            let known: Vec<&str> = ARCHITECTURES.iter().map(|architecture| architecture.id).collect();
             return Err(Error::failed(format!(
-                "{}: GGUF architecture `{architecture}` is not one that can be read ({})",
+                "{}: GGUF architecture `{id}` is not one that can be read ({})",
                 path.display(),
-                ARCHITECTURES.join(", ")
+                known.join(", ")
             )));
-        }
-        if file.count("split.count")?.is_some_and(|count| count > 1) {
-            return Err(Error::failed(format!(
-                "{}: one of several files of a split GGUF; merge them first with llama-gguf-split --merge",
-                path.display()
-            )));
-        }
-        let settings = Settings::read(&file, &architecture)?;
+        };
+        let settings = Settings::read(&file, architecture.id)?;
         let dtype = stored_dtype(file.tensors());
         let config = settings.config(&file, dtype)?;
 
@@ -74,12 +51,11 @@ impl GgufModel {
         let mut order = Vec::new();
         for spec in file.tensors().iter().filter(|spec| spec.name != ROPE_FREQS) {
             // An unknown tensor keeps its name, for whoever accounts for tensors to refuse.
-            let name = hugging_face_name(&spec.name).unwrap_or_else(|| spec.name.clone());
-            let interleaved = match name.split('.').rev().nth(1) {
-                Some("q_proj") => Some(settings.heads),
-                Some("k_proj") => Some(settings.kv_heads),
-                _ => None,
-            };
+            let name = architecture.hugging_face_name(&spec.name).unwrap_or_else(|| spec.name.clone());
+            let interleaved = architecture.interleaved(&spec.name).map(|heads| match heads {
+                Heads::Query => settings.heads,
+                Heads::Key => settings.kv_heads,
+            });
             let rows = spec.shape.first().copied().unwrap_or(1);
             if let Some(heads) = interleaved
                 && !rows.is_multiple_of(2 * heads)
@@ -183,29 +159,9 @@ impl GgufModel {
 
 impl Mapped {
     /// The row of the file that holds row `row` of `rows`.
-    ///
-    /// Hugging Face rotates the halves of a head, ggml neighbours: row `p·d/2 + j` of a head is stored as `2·j + p`.
     fn stored_row(&self, row: usize, rows: usize) -> usize {
-        let Some(heads) = self.interleaved else { return row };
-        let width = rows / heads;
-        let (head, within) = (row / width, row % width);
-        let (part, pair) = (within / (width / 2), within % (width / 2));
-        head * width + 2 * pair + part
+        self.interleaved.map_or(row, |heads| names::stored_row(row, rows, heads))
     }
-}
-
-fn hugging_face_name(name: &str) -> Option<String> {
-    match name {
-        "token_embd.weight" => return Some("model.embed_tokens.weight".into()),
-        "output_norm.weight" => return Some("model.norm.weight".into()),
-        "output.weight" => return Some("lm_head.weight".into()),
-        _ => {}
-    }
-    let (block, tensor) = name.strip_prefix("blk.")?.split_once('.')?;
-    let block: usize = block.parse().ok()?;
-    let (module, suffix) = tensor.rsplit_once('.')?;
-    let (_, module) = BLOCK_MODULES.iter().find(|(ggml, _)| *ggml == module)?;
-    matches!(suffix, "weight" | "bias").then(|| format!("model.layers.{block}.{module}.{suffix}"))
 }
 
 /// What converted weights should be stored as: the file's own float type, and half precision for ggml's blocks.

@@ -11,12 +11,13 @@ use serde_json::{Map, Value, json};
 use crate::error::Result;
 
 /// Kinds of token, as the file numbers them.
-mod kind {
+pub(crate) mod kind {
     pub const NORMAL: i64 = 1;
     pub const UNKNOWN: i64 = 2;
     pub const CONTROL: i64 = 3;
     pub const USER_DEFINED: i64 = 4;
     pub const UNUSED: i64 = 5;
+    pub const BYTE: i64 = 6;
 }
 
 /// Llama 3's way of splitting text into words.
@@ -25,6 +26,19 @@ const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L
 /// Qwen 2's: each digit stands alone.
 const QWEN2_WORDS: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Mistral's since Nemo: case ends a word.
+const TEKKEN_WORDS: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// GPT-4o's: the same with English endings, and numbers by three.
+const GPT_4O_WORDS: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// DeepSeek V3's, one after the other.
+const DEEPSEEK_V3_WORDS: &[&str] = &[
+    r"\p{N}{1,3}",
+    "[一-龥\u{3040}-ゟ゠-ヿ]+",
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
+];
 
 /// What llama.cpp does, one after the other, when a file says `default`.
 const DEFAULT_WORDS: &[&str] = &[
@@ -35,16 +49,20 @@ const DEFAULT_WORDS: &[&str] = &[
 ];
 
 /// How byte-level BPE is set up under one `tokenizer.ggml.pre`.
-struct ByteLevel {
-    pre_tokenizer: Value,
+pub(crate) struct ByteLevel {
+    pub pre_tokenizer: Value,
     normalizer: Value,
-    ignore_merges: bool,
+    pub ignore_merges: bool,
     /// Whether texts start with the BOS token when the file does not say.
     add_bos: bool,
 }
 
+/// The names that [`ByteLevel::named`] knows, without second names.
+pub(crate) const BYTE_LEVEL: &[&str] =
+    &["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "gpt-4o", "deepseek-v3", "default"];
+
 impl ByteLevel {
-    fn named(pre: &str) -> Option<ByteLevel> {
+    pub fn named(pre: &str) -> Option<ByteLevel> {
         let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
         let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
         let sequence = |steps: Vec<Value>| json!({"type": "Sequence", "pretokenizers": steps});
@@ -58,7 +76,18 @@ impl ByteLevel {
                 add_bos: true,
                 ..plain(sequence(vec![split(LLAMA3_WORDS), bytes(false)]))
             },
-            "qwen2" => ByteLevel {
+            "smaug-bpe" | "dbrx" => plain(sequence(vec![split(LLAMA3_WORDS), bytes(false)])),
+            "tekken" => ByteLevel {
+                ignore_merges: true,
+                add_bos: true,
+                ..plain(sequence(vec![split(TEKKEN_WORDS), bytes(false)]))
+            },
+            "gpt-4o" | "llama4" => plain(sequence(vec![split(GPT_4O_WORDS), bytes(false)])),
+            "deepseek-v3" => {
+                let splits = DEEPSEEK_V3_WORDS.iter().map(|pattern| split(pattern));
+                plain(sequence(splits.chain([bytes(false)]).collect()))
+            }
+            "qwen2" | "deepseek-r1-qwen" => ByteLevel {
                 normalizer: json!({"type": "NFC"}),
                 ..plain(sequence(vec![split(QWEN2_WORDS), bytes(false)]))
             },
@@ -161,7 +190,8 @@ fn byte_level(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Value> {
     let pre = file.string("tokenizer.ggml.pre")?.unwrap_or("default");
     let setup = ByteLevel::named(pre).ok_or_else(|| {
         formats::Error::unsupported(format!(
-            "pre-tokenizer `{pre}` is not one that can be rebuilt (gpt-2, smollm, llama-bpe, qwen2, default)"
+            "pre-tokenizer `{pre}` is not one that can be rebuilt ({})",
+            BYTE_LEVEL.join(", ")
         ))
         .in_file(file.path())
     })?;

@@ -1,7 +1,8 @@
 //! Turning other kinds of checkpoint into what a Hugging Face directory would hold.
 
 pub(crate) mod gguf;
-mod gguf_tokenizer;
+pub(crate) mod gguf_tokenizer;
+pub(crate) mod names;
 
 #[cfg(test)]
 mod tests {
@@ -397,7 +398,7 @@ mod tests {
         };
         assert_eq!(
             tokenizer(&|w| tokens(w, "falcon", "a b")),
-            "pre-tokenizer `falcon` is not one that can be rebuilt (gpt-2, smollm, llama-bpe, qwen2, default)"
+            "pre-tokenizer `falcon` is not one that can be rebuilt (gpt-2, smollm, llama-bpe, smaug-bpe, qwen2, tekken, gpt-4o, deepseek-v3, default)"
         );
         assert_eq!(tokenizer(&|w| tokens(w, "gpt-2", "a b")), "merge `a b` does not join two tokens to a third");
         assert_eq!(

@@ -358,7 +358,7 @@ fn what_is_no_checkpoint_is_refused_by_every_command() {
         ("nowhere", "nowhere: cannot open: No such file"),
         ("text.txt", "not a checkpoint"),
         ("void", "config.json is missing"),
-        ("bad.gguf", "not a valid GGUF"),
+        ("bad.gguf", "its GGUF version is 4294967295"),
         ("empty.gguf", "empty"),
     ] {
         for args in [

@@ -5,15 +5,14 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
-use memmap2::Mmap;
 use safetensors::tensor::{SafeTensorError, SafeTensors, TensorInfo};
 use serde_json::{Map, Value};
 
+use super::Bytes;
+use super::placed::PlacedFiles;
 use crate::error::{Error, Result};
 use crate::tensor::{TensorSpec, TensorView, byte_len};
 
@@ -33,7 +32,7 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 #[derive(Debug)]
 pub struct SafetensorsFile {
     path: PathBuf,
-    map: Mmap,
+    bytes: Bytes,
     metadata: BTreeMap<String, String>,
     tensors: Vec<Item>,
     by_name: HashMap<String, usize>,
@@ -50,9 +49,17 @@ impl SafetensorsFile {
     /// overlaps, up to the last byte.
     pub fn open(path: impl AsRef<Path>) -> Result<SafetensorsFile> {
         let path = path.as_ref();
-        let map = super::map(path)?;
+        Self::parse(path, Bytes::map(path)?)
+    }
+
+    /// [`SafetensorsFile::open`] of bytes in memory; `name` stands for the file in messages.
+    pub fn from_bytes(name: impl AsRef<Path>, bytes: Vec<u8>) -> Result<SafetensorsFile> {
+        Self::parse(name.as_ref(), Bytes::Owned(bytes))
+    }
+
+    fn parse(path: &Path, bytes: Bytes) -> Result<SafetensorsFile> {
         let (header_len, header) =
-            SafeTensors::read_metadata(&map).map_err(|error| diagnose(&map, error).in_file(path))?;
+            SafeTensors::read_metadata(&bytes).map_err(|error| diagnose(&bytes, error).in_file(path))?;
         let data_start = 8 + header_len;
         let mut tensors: Vec<Item> = header
             .tensors()
@@ -67,7 +74,7 @@ impl SafetensorsFile {
         });
         let by_name = tensors.iter().enumerate().map(|(i, item)| (item.spec.name.clone(), i)).collect();
         let metadata = header.metadata().clone().unwrap_or_default().into_iter().collect();
-        Ok(SafetensorsFile { path: path.to_path_buf(), map, metadata, tensors, by_name })
+        Ok(SafetensorsFile { path: path.to_path_buf(), bytes, metadata, tensors, by_name })
     }
 
     /// The path it was opened from.
@@ -88,19 +95,19 @@ impl SafetensorsFile {
     /// The tensor of this name.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let item = &self.tensors[*self.by_name.get(name)?];
-        Some(TensorView { dtype: item.spec.dtype, shape: &item.spec.shape, data: &self.map[item.range.clone()] })
+        Some(TensorView { dtype: item.spec.dtype, shape: &item.spec.shape, data: &self.bytes[item.range.clone()] })
     }
 
     /// Gives the memory behind a tensor back to the system; reading it again is slower but still right.
     pub fn release(&self, name: &str) {
         if let Some(&index) = self.by_name.get(name) {
-            super::release(&self.map, self.tensors[index].range.clone());
+            self.bytes.release(self.tensors[index].range.clone());
         }
     }
 
     /// [`SafetensorsFile::release`] for the whole file.
     pub fn release_all(&self) {
-        super::release(&self.map, 0..self.map.len());
+        self.bytes.release(0..self.bytes.len());
     }
 }
 
@@ -315,16 +322,8 @@ fn only_safetensors(dir: &Path) -> Result<PathBuf> {
 /// to its element; the order given decides among equals. All headers are written by [`ShardedWriter::create`].
 #[derive(Debug)]
 pub struct ShardedWriter {
-    files: Vec<(PathBuf, File)>,
-    slots: HashMap<String, Slot>,
+    files: PlacedFiles,
     total: u64,
-}
-
-#[derive(Debug)]
-struct Slot {
-    file: usize,
-    range: Range<u64>,
-    written: AtomicUsize,
 }
 
 impl ShardedWriter {
@@ -360,8 +359,7 @@ impl ShardedWriter {
             total = total.checked_add(bytes).ok_or_else(|| Error::invalid("the tensors overflow a file"))?;
         }
 
-        let mut files = Vec::new();
-        let mut slots = HashMap::new();
+        let mut files = PlacedFiles::default();
         let mut weight_map = Map::new();
         let count = shards.len();
         for (index, mut shard) in shards.into_iter().enumerate() {
@@ -387,22 +385,14 @@ impl ShardedWriter {
             if header.len() > MAX_HEADER_BYTES {
                 return Err(Error::invalid(format!("its header would exceed {MAX_HEADER_BYTES} bytes")).in_file(path));
             }
-            let data_start = 8 + header.len() as u64;
-            let mut at = data_start;
+            let mut prefix = (header.len() as u64).to_le_bytes().to_vec();
+            prefix.extend(header);
+            let mut at = prefix.len() as u64;
+            files.create(&path, &prefix, at + offset)?;
             for (spec, bytes) in shard {
-                let slot = Slot { file: index, range: at..at + bytes, written: AtomicUsize::new(0) };
-                slots.insert(spec.name.clone(), slot);
+                files.place(&spec.name, at..at + bytes);
                 at += bytes;
             }
-            let create = || -> std::io::Result<File> {
-                let file = File::create_new(&path)?;
-                file.set_len(at)?;
-                write_all_at(&file, &(header.len() as u64).to_le_bytes(), 0)?;
-                write_all_at(&file, &header, 8)?;
-                Ok(file)
-            };
-            let file = create().map_err(|e| Error::io("create", e).in_file(&path))?;
-            files.push((path, file));
         }
         if count > 1 {
             let path = dir.join(INDEX_FILE);
@@ -414,12 +404,12 @@ impl ShardedWriter {
             let text = serde_json::to_vec_pretty(&index).expect("a JSON value");
             std::fs::write(&path, text).map_err(|e| Error::io("write", e).in_file(&path))?;
         }
-        Ok(ShardedWriter { files, slots, total })
+        Ok(ShardedWriter { files, total })
     }
 
     /// The weight files being written.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
-        self.files.iter().map(|(path, _)| path.as_path())
+        self.files.paths()
     }
 
     /// Bytes of all tensors together, headers not counted.
@@ -429,77 +419,18 @@ impl ShardedWriter {
 
     /// Writes one tensor, whole.
     pub fn write(&self, name: &str, data: &[u8]) -> Result<()> {
-        let slot = self.slot(name)?;
-        let size = (slot.range.end - slot.range.start) as usize;
-        if data.len() != size {
-            return Err(Error::mismatch("the data", format!("{size} bytes"), format!("{} bytes", data.len()))
-                .in_tensor(name)
-                .in_file(&self.files[slot.file].0));
-        }
-        self.write_part(name, 0, data)
+        self.files.write(name, data)
     }
 
     /// Writes part of a tensor, `offset` bytes from its start; the parts must cover it once.
     pub fn write_part(&self, name: &str, offset: u64, data: &[u8]) -> Result<()> {
-        let slot = self.slot(name)?;
-        let (path, file) = &self.files[slot.file];
-        let size = slot.range.end - slot.range.start;
-        if offset.checked_add(data.len() as u64).is_none_or(|end| end > size) {
-            return Err(Error::invalid(format!(
-                "{} bytes at {offset} do not fit in the {size} bytes of the tensor",
-                data.len()
-            ))
-            .in_tensor(name)
-            .in_file(path));
-        }
-        let before = slot.written.fetch_add(data.len(), Ordering::Relaxed);
-        if before as u64 + data.len() as u64 > size {
-            return Err(Error::invalid("the tensor is written twice").in_tensor(name).in_file(path));
-        }
-        write_all_at(file, data, slot.range.start + offset)
-            .map_err(|e| Error::io(format!("write {} bytes", data.len()), e).in_tensor(name).in_file(path))
-    }
-
-    fn slot(&self, name: &str) -> Result<&Slot> {
-        self.slots.get(name).ok_or_else(|| Error::invalid("the tensor was not announced").in_tensor(name))
+        self.files.write_part(name, offset, data)
     }
 
     /// Checks that every tensor was written and waits until the files are on disk.
     pub fn finish(self) -> Result<()> {
-        let mut missing: Vec<_> = self
-            .slots
-            .iter()
-            .filter(|(_, slot)| (slot.written.load(Ordering::Relaxed) as u64) < slot.range.end - slot.range.start)
-            .collect();
-        missing.sort_by_key(|(_, slot)| (slot.file, slot.range.start));
-        if let Some((name, slot)) = missing.first() {
-            return Err(Error::invalid(format!("{} tensors were never written, this one first", missing.len()))
-                .in_tensor(*name)
-                .in_file(&self.files[slot.file].0));
-        }
-        for (path, file) in &self.files {
-            file.sync_all().map_err(|e| Error::io("flush", e).in_file(path))?;
-        }
-        Ok(())
+        self.files.finish()
     }
-}
-
-#[cfg(unix)]
-fn write_all_at(file: &File, data: &[u8], offset: u64) -> std::io::Result<()> {
-    std::os::unix::fs::FileExt::write_all_at(file, data, offset)
-}
-
-#[cfg(windows)]
-fn write_all_at(file: &File, mut data: &[u8], mut offset: u64) -> std::io::Result<()> {
-    while !data.is_empty() {
-        let n = std::os::windows::fs::FileExt::seek_write(file, data, offset)?;
-        if n == 0 {
-            return Err(std::io::ErrorKind::WriteZero.into());
-        }
-        data = &data[n..];
-        offset += n as u64;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -681,7 +612,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let specs = vec![spec("a", Dtype::U8, &[4])];
         let mut writer = ShardedWriter::create(dir.path(), specs, SHARD_BYTES, &BTreeMap::new()).unwrap();
-        writer.files[0].1 = File::options().write(true).open("/dev/full").unwrap();
+        writer.files.redirect(std::fs::File::options().write(true).open("/dev/full").unwrap());
         let message = writer.write("a", &[1; 4]).unwrap_err().to_string();
         assert!(message.contains("model.safetensors: tensor `a`: cannot write 4 bytes: No space left"), "{message}");
     }

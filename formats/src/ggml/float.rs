@@ -1,22 +1,54 @@
 //! The types that are not quantized.
 
-use super::GgmlType;
+use super::{EncodeFn, GgmlType};
 use crate::tensor::{Dtype, widen};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 
-pub(super) const F32: GgmlType =
-    GgmlType { id: 0, name: "F32", block_len: 1, block_bytes: 4, decode: |bytes, out| plain(Dtype::F32, bytes, out) };
-pub(super) const F16: GgmlType =
-    GgmlType { id: 1, name: "F16", block_len: 1, block_bytes: 2, decode: |bytes, out| plain(Dtype::F16, bytes, out) };
-pub(super) const BF16: GgmlType = GgmlType {
-    id: 30,
-    name: "BF16",
-    block_len: 1,
-    block_bytes: 2,
-    decode: |bytes, out| plain(Dtype::BF16, bytes, out),
-};
+pub(super) const F32: GgmlType = plain_type(0, "F32", 4, |bytes, out| plain(Dtype::F32, bytes, out), to_f32);
+pub(super) const F16: GgmlType = plain_type(1, "F16", 2, |bytes, out| plain(Dtype::F16, bytes, out), to_f16);
+pub(super) const BF16: GgmlType = plain_type(30, "BF16", 2, |bytes, out| plain(Dtype::BF16, bytes, out), to_bf16);
+
+const fn plain_type(
+    id: u32,
+    name: &'static str,
+    block_bytes: usize,
+    decode: fn(&[u8], &mut [f32]),
+    encode: EncodeFn,
+) -> GgmlType {
+    GgmlType { id, name, block_len: 1, block_bytes, decode, encode: Some(encode), blocks: None }
+}
 
 fn plain(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     widen(dtype, bytes, out).expect("a float type and lengths that were checked");
+}
+
+fn to_f32(values: &[f32], out: &mut [u8]) {
+    for (out, value) in out.chunks_exact_mut(4).zip(values) {
+        out.copy_from_slice(&value.to_le_bytes());
+    }
+}
+
+/// Nearest, ties to even; beyond the largest half, infinite.
+fn to_f16(values: &[f32], out: &mut [u8]) {
+    let mut halves = [f16::ZERO; 1024];
+    for (out, values) in out.chunks_mut(2 * halves.len()).zip(values.chunks(halves.len())) {
+        let halves = &mut halves[..values.len()];
+        halves.convert_from_f32_slice(values);
+        for (out, half) in out.chunks_exact_mut(2).zip(halves) {
+            out.copy_from_slice(&half.to_le_bytes());
+        }
+    }
+}
+
+/// Nearest, ties to even; NaNs are made quiet.
+fn to_bf16(values: &[f32], out: &mut [u8]) {
+    for (out, value) in out.chunks_exact_mut(2).zip(values) {
+        let bits = value.to_bits();
+        let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
+        let quiet = (bits >> 16) as u16 | 64;
+        out.copy_from_slice(&(if value.is_nan() { quiet } else { rounded }).to_le_bytes());
+    }
 }
 
 impl GgmlType {

@@ -1,8 +1,9 @@
 //! Q4_1: 32 weights, `y = d · q + m`; nibbles in the order of Q4_0.
 
-use super::{Block, GgmlType, half};
+use super::simple::{cut, extremes, inverse, join_nibbles, split_nibbles};
+use super::{Block, BlockScales, Encode, GgmlType, Layout, Levels, ScaleKind, half, to_half};
 
-pub(super) const TYPE: GgmlType = GgmlType::of::<BlockQ4_1>(3, "Q4_1");
+pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockQ4_1>(3, "Q4_1");
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -17,13 +18,32 @@ const _: () = assert!(size_of::<BlockQ4_1>() == 20);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ4_1 {
     const LEN: usize = 32;
+    const LAYOUT: &'static Layout = &Layout {
+        group: 32,
+        levels: Levels::Uniform { codes: 16, offset: 0 },
+        has_min: true,
+        sub: None,
+        scale: ScaleKind::F16,
+    };
 
-    fn decode(&self, out: &mut [f32]) {
-        let (d, m) = (half(self.d), half(self.m));
-        let (low, high) = out.split_at_mut(16);
-        for ((q, low), high) in self.qs.iter().zip(low).zip(high) {
-            *low = d * f32::from(q & 15) + m;
-            *high = d * f32::from(q >> 4) + m;
-        }
+    #[inline(always)]
+    fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
+        BlockQ4_1 { d: to_half(scales.d), m: to_half(-scales.m), qs: join_nibbles(codes) }
+    }
+
+    #[inline(always)]
+    fn unpack(&self, codes: &mut [u8]) -> BlockScales {
+        split_nibbles(&self.qs, codes);
+        BlockScales { d: half(self.d), m: -half(self.m), ..BlockScales::default() }
+    }
+}
+
+impl Encode for BlockQ4_1 {
+    #[inline(always)]
+    fn encode(values: &[f32]) -> Self {
+        let (low, high) = extremes(values);
+        let d = (high - low) / 15.0;
+        let codes = inverse(d).map_or([0; 32], |inverse| cut(values, low, inverse, 0.5, 15));
+        BlockQ4_1 { d: to_half(d), m: to_half(low), qs: join_nibbles(&codes) }
     }
 }

@@ -1,8 +1,9 @@
 //! Q5_0: 32 weights, `y = d · (q − 16)`; low four bits as in Q4_0, bit `j` of `qh` is bit 4 of weight `j`.
 
-use super::{Block, GgmlType, half};
+use super::simple::{cut, inverse, join_fives, signed_peak, split_fives};
+use super::{Block, BlockScales, Encode, GgmlType, Layout, Levels, ScaleKind, half, to_half};
 
-pub(super) const TYPE: GgmlType = GgmlType::of::<BlockQ5_0>(6, "Q5_0");
+pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockQ5_0>(6, "Q5_0");
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -17,21 +18,36 @@ const _: () = assert!(size_of::<BlockQ5_0>() == 22);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ5_0 {
     const LEN: usize = 32;
+    const LAYOUT: &'static Layout = &Layout {
+        group: 32,
+        levels: Levels::Uniform { codes: 32, offset: 16 },
+        has_min: false,
+        sub: None,
+        scale: ScaleKind::F16,
+    };
 
-    fn decode(&self, out: &mut [f32]) {
-        let d = half(self.d);
-        let codes = codes(&self.qs, self.qh);
-        for (out, q) in out.iter_mut().zip(codes) {
-            *out = d * (i32::from(q) - 16) as f32;
-        }
+    #[inline(always)]
+    fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
+        let (qh, qs) = join_fives(codes);
+        BlockQ5_0 { d: to_half(scales.d), qh, qs }
+    }
+
+    #[inline(always)]
+    fn unpack(&self, codes: &mut [u8]) -> BlockScales {
+        split_fives(&self.qs, self.qh, codes);
+        BlockScales { d: half(self.d), ..BlockScales::default() }
     }
 }
 
-/// The 5-bit codes of Q5_0 and Q5_1.
-pub(super) fn codes(qs: &[u8; 16], qh: [u8; 4]) -> [u8; 32] {
-    let qh = u32::from_le_bytes(qh);
-    std::array::from_fn(|i| {
-        let low = if i < 16 { qs[i] & 15 } else { qs[i - 16] >> 4 };
-        low | ((qh >> i & 1) as u8) << 4
-    })
+impl Encode for BlockQ5_0 {
+    #[inline(always)]
+    fn encode(values: &[f32]) -> Self {
+        let d = signed_peak(values) / -16.0;
+        let codes = match inverse(d) {
+            Some(inverse) => cut(values, 0.0, inverse, 16.5, 31),
+            None => [if d == 0.0 { 16 } else { 0 }; 32],
+        };
+        let (qh, qs) = join_fives(&codes);
+        BlockQ5_0 { d: to_half(d), qh, qs }
+    }
 }

@@ -1,8 +1,9 @@
 //! Q5_1: 32 weights, `y = d · q + m`; codes as in Q5_0.
 
-use super::{Block, GgmlType, half, q5_0};
+use super::simple::{cut, extremes, inverse, join_fives, split_fives};
+use super::{Block, BlockScales, Encode, GgmlType, Layout, Levels, ScaleKind, half, to_half};
 
-pub(super) const TYPE: GgmlType = GgmlType::of::<BlockQ5_1>(7, "Q5_1");
+pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockQ5_1>(7, "Q5_1");
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -18,12 +19,34 @@ const _: () = assert!(size_of::<BlockQ5_1>() == 24);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ5_1 {
     const LEN: usize = 32;
+    const LAYOUT: &'static Layout = &Layout {
+        group: 32,
+        levels: Levels::Uniform { codes: 32, offset: 0 },
+        has_min: true,
+        sub: None,
+        scale: ScaleKind::F16,
+    };
 
-    fn decode(&self, out: &mut [f32]) {
-        let (d, m) = (half(self.d), half(self.m));
-        let codes = q5_0::codes(&self.qs, self.qh);
-        for (out, q) in out.iter_mut().zip(codes) {
-            *out = d * f32::from(q) + m;
-        }
+    #[inline(always)]
+    fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
+        let (qh, qs) = join_fives(codes);
+        BlockQ5_1 { d: to_half(scales.d), m: to_half(-scales.m), qh, qs }
+    }
+
+    #[inline(always)]
+    fn unpack(&self, codes: &mut [u8]) -> BlockScales {
+        split_fives(&self.qs, self.qh, codes);
+        BlockScales { d: half(self.d), m: -half(self.m), ..BlockScales::default() }
+    }
+}
+
+impl Encode for BlockQ5_1 {
+    #[inline(always)]
+    fn encode(values: &[f32]) -> Self {
+        let (low, high) = extremes(values);
+        let d = (high - low) / 31.0;
+        let codes = inverse(d).map_or([0; 32], |inverse| cut(values, low, inverse, 0.5, 31));
+        let (qh, qs) = join_fives(&codes);
+        BlockQ5_1 { d: to_half(d), m: to_half(low), qh, qs }
     }
 }

@@ -3,7 +3,7 @@
 //! Weight `i = 128·h + 32·j + l` has its low four bits in `ql[64·h + 32·(j % 2) + l]`, the low nibble for `j < 2`, and its
 //! high two in bits `2j, 2j + 1` of `qh[32·h + l]`.
 
-use super::{Block, GgmlType, half};
+use super::{Block, BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::of::<BlockQ6K>(14, "Q6_K");
 
@@ -21,18 +21,39 @@ const _: () = assert!(size_of::<BlockQ6K>() == 210);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ6K {
     const LEN: usize = 256;
+    const LAYOUT: &'static Layout = &Layout {
+        group: 16,
+        levels: Levels::Uniform { codes: 64, offset: 32 },
+        has_min: false,
+        sub: Some(SubScales { low: -128, high: 127, max_min: 0 }),
+        scale: ScaleKind::F16,
+    };
 
-    fn decode(&self, out: &mut [f32]) {
-        let d = half(self.d);
-        for (part, out) in out.chunks_exact_mut(32).enumerate() {
+    #[inline(always)]
+    fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
+        let (mut ql, mut qh) = ([0; 128], [0; 64]);
+        for (part, codes) in codes[..256].chunks_exact(32).enumerate() {
+            let (h, j) = (part / 4, part % 4);
+            for (q, code) in ql[64 * h + 32 * (j % 2)..][..32].iter_mut().zip(codes) {
+                *q |= (code & 15) << (4 * (j / 2));
+            }
+            for (q, code) in qh[32 * h..][..32].iter_mut().zip(codes) {
+                *q |= (code >> 4 & 3) << (2 * j);
+            }
+        }
+        BlockQ6K { ql, qh, scales: scales.scales.map(|scale| scale as u8), d: to_half(scales.d) }
+    }
+
+    #[inline(always)]
+    fn unpack(&self, codes: &mut [u8]) -> BlockScales {
+        for (part, codes) in codes.chunks_exact_mut(32).enumerate() {
             let (h, j) = (part / 4, part % 4);
             let low = &self.ql[64 * h + 32 * (j % 2)..][..32];
             let high = &self.qh[32 * h..][..32];
-            for l in 0..32 {
-                let q = low[l] >> (4 * (j / 2)) & 15 | (high[l] >> (2 * j) & 3) << 4;
-                let scale = d * f32::from(self.scales[2 * part + l / 16] as i8);
-                out[l] = scale * (i32::from(q) - 32) as f32;
+            for ((code, low), high) in codes.iter_mut().zip(low).zip(high) {
+                *code = low >> (4 * (j / 2)) & 15 | (high >> (2 * j) & 3) << 4;
             }
         }
+        BlockScales { d: half(self.d), scales: self.scales.map(|scale| scale as i8), ..BlockScales::default() }
     }
 }

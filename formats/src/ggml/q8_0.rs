@@ -1,8 +1,9 @@
 //! Q8_0: 32 weights, `y = d · q` with signed bytes `q`.
 
-use super::{Block, GgmlType, half};
+use super::simple::{inverse, peak, round};
+use super::{Block, BlockScales, Encode, GgmlType, Layout, Levels, ScaleKind, half, to_half};
 
-pub(super) const TYPE: GgmlType = GgmlType::of::<BlockQ8_0>(8, "Q8_0");
+pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockQ8_0>(8, "Q8_0");
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -16,11 +17,41 @@ const _: () = assert!(size_of::<BlockQ8_0>() == 34);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ8_0 {
     const LEN: usize = 32;
+    const LAYOUT: &'static Layout = &Layout {
+        group: 32,
+        levels: Levels::Uniform { codes: 256, offset: 128 },
+        has_min: false,
+        sub: None,
+        scale: ScaleKind::F16,
+    };
 
-    fn decode(&self, out: &mut [f32]) {
-        let d = half(self.d);
-        for (out, &q) in out.iter_mut().zip(&self.qs) {
-            *out = d * f32::from(q as i8);
+    #[inline(always)]
+    fn pack(scales: &BlockScales, codes: &[u8]) -> Self {
+        let mut qs = [0; 32];
+        for (q, code) in qs.iter_mut().zip(codes) {
+            *q = code ^ 0x80;
         }
+        BlockQ8_0 { d: to_half(scales.d), qs }
+    }
+
+    #[inline(always)]
+    fn unpack(&self, codes: &mut [u8]) -> BlockScales {
+        for (code, q) in codes.iter_mut().zip(&self.qs) {
+            *code = q ^ 0x80;
+        }
+        BlockScales { d: half(self.d), ..BlockScales::default() }
+    }
+}
+
+impl Encode for BlockQ8_0 {
+    #[inline(always)]
+    fn encode(values: &[f32]) -> Self {
+        let d = peak(values) / 127.0;
+        let inverse = inverse(d).unwrap_or(0.0);
+        let mut qs = [0; 32];
+        for (q, x) in qs.iter_mut().zip(values) {
+            *q = round(x * inverse) as u8;
+        }
+        BlockQ8_0 { d: to_half(d), qs }
     }
 }

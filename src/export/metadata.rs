@@ -1,0 +1,387 @@
+//! The metadata of a GGUF file but for the tokenizer: `general.*`, the architecture's settings, `quantize.imatrix.*`.
+//!
+//! Loaders ask for exact types: counts are u32, reals f32.
+
+use std::path::Path;
+
+use formats::container::gguf::MetadataValue;
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::export::names::{ExportPlan, Source};
+use crate::families::longest_context;
+use crate::graph::{Attention, Graph, RopeScaling, Step};
+
+/// Keys and values in the order in which they are written.
+pub type Metadata = Vec<(String, MetadataValue)>;
+
+/// The version of ggml's block types; it has not changed since 2023.
+const QUANTIZATION_VERSION: u32 = 2;
+
+/// The context that is written where config.json does not say.
+const UNKNOWN_CONTEXT: usize = 2048;
+
+/// What is said about a model beside its shape.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct About {
+    /// `general.name`.
+    pub name: Option<String>,
+    /// `general.license`: an SPDX id, as on model cards.
+    pub license: Option<String>,
+}
+
+impl About {
+    /// Reads a checkpoint's name and licence: those of a GGUF file, else the folder's name and the licence of the model
+    /// card (README.md).
+    pub fn of(source: &Checkpoint) -> About {
+        if let Some(file) = source.gguf() {
+            let text = |key: &str| file.string(key).ok().flatten().map(str::to_owned);
+            return About { name: text("general.name"), license: text("general.license") };
+        }
+        let folder = source.path().canonicalize().unwrap_or_else(|_| source.path().to_owned());
+        let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
+        About { name, license: card_license(&folder.join("README.md")) }
+    }
+}
+
+/// The licence that the front matter of a model card names.
+fn card_license(path: &Path) -> Option<String> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let front = text.strip_prefix("---\n")?.split("\n---").next()?;
+    let line = front.lines().find_map(|line| line.strip_prefix("license:"))?;
+    let name = line.trim().trim_matches(['"', '\'']);
+    (!name.is_empty() && !name.starts_with(['[', '|', '>'])).then(|| name.to_owned())
+}
+
+/// Where an importance matrix came from, for `quantize.imatrix.*`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ImportanceSource {
+    /// Its file, or what takes its place.
+    pub file: String,
+    /// The text that it was collected on.
+    pub dataset: Option<String>,
+    /// Tensors in it.
+    pub entries: u32,
+    /// Chunks of text that were run.
+    pub chunks: Option<u32>,
+}
+
+/// What [`metadata`] gives.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Written {
+    /// Keys and values.
+    pub metadata: Metadata,
+    /// What the file cannot say, one sentence each, for the user to read.
+    pub notices: Vec<String>,
+}
+
+impl Written {
+    pub(super) fn string(&mut self, key: impl Into<String>, value: impl Into<String>) {
+        self.metadata.push((key.into(), MetadataValue::String(value.into())));
+    }
+
+    pub(super) fn count(&mut self, key: impl Into<String>, value: usize) -> Result<()> {
+        let key = key.into();
+        let small =
+            u32::try_from(value).map_err(|_| Error::usage(format!("{key} would be {value}, beyond 32 bits")))?;
+        self.metadata.push((key, MetadataValue::U32(small)));
+        Ok(())
+    }
+
+    pub(super) fn float(&mut self, key: impl Into<String>, value: f32) {
+        self.metadata.push((key.into(), MetadataValue::F32(value)));
+    }
+
+    pub(super) fn flag(&mut self, key: impl Into<String>, value: bool) {
+        self.metadata.push((key.into(), MetadataValue::Bool(value)));
+    }
+
+    pub(super) fn notice(&mut self, text: impl Into<String>) {
+        self.notices.push(text.into());
+    }
+}
+
+/// Describes a model: everything that a loader asks for, but the tokenizer.
+///
+/// `config` is config.json, `file_type` the mix's number. Fails for what the architecture has no setting for; what only
+/// changes little, as a sliding window that llama.cpp ignores, is a notice.
+pub fn metadata(
+    graph: &Graph,
+    config: &Value,
+    plan: &ExportPlan,
+    about: &About,
+    file_type: u32,
+    importance: Option<&ImportanceSource>,
+) -> Result<Written> {
+    let mut out = Written::default();
+    out.string("general.architecture", plan.architecture);
+    out.string("general.type", "model");
+    if let Some(name) = &about.name {
+        out.string("general.name", name);
+    }
+    out.string("general.size_label", size_label(parameters(plan)));
+    if let Some(license) = &about.license {
+        out.string("general.license", license);
+    }
+    out.count("general.file_type", file_type as usize)?;
+    out.count("general.quantization_version", QUANTIZATION_VERSION as usize)?;
+    settings(&mut out, graph, config, plan.architecture)?;
+    if let Some(importance) = importance {
+        out.string("quantize.imatrix.file", &importance.file);
+        if let Some(dataset) = &importance.dataset {
+            out.string("quantize.imatrix.dataset", dataset);
+        }
+        out.count("quantize.imatrix.entries_count", importance.entries as usize)?;
+        if let Some(chunks) = importance.chunks {
+            out.count("quantize.imatrix.chunks_count", chunks as usize)?;
+        }
+    }
+    Ok(out)
+}
+
+/// The keys under the architecture's name.
+fn settings(out: &mut Written, graph: &Graph, config: &Value, architecture: &str) -> Result<()> {
+    let cannot =
+        |what: String| Error::usage(format!("{what} cannot be written as GGUF's architecture `{architecture}`"));
+    let steps = || graph.blocks.iter().flat_map(|block| &block.steps);
+    let attention: Vec<&Attention> = steps()
+        .filter_map(|step| match step {
+            Step::Attention(attention) => Some(attention),
+            Step::Mlp(_) => None,
+        })
+        .collect();
+    let inner: Vec<usize> = steps()
+        .filter_map(|step| match step {
+            Step::Mlp(mlp) => Some(mlp.up.rows),
+            Step::Attention(_) => None,
+        })
+        .collect();
+    let (Some(first), Some(inner_width)) = (attention.first(), inner.first()) else {
+        return Err(cannot("a model without attention or feed-forward layers".to_owned()));
+    };
+    if attention.len() != graph.blocks.len() || inner.len() != graph.blocks.len() {
+        return Err(cannot("blocks without one attention and one feed-forward layer each".to_owned()));
+    }
+    if inner.iter().any(|width| width != inner_width) {
+        return Err(cannot("feed-forward layers of different widths".to_owned()));
+    }
+    let eps = graph.final_norm.eps;
+    if steps().any(|step| step.norm().eps != eps) {
+        return Err(cannot("norms with different epsilons".to_owned()));
+    }
+    if graph.head.linear.bias {
+        return Err(cannot("an output projection with a bias".to_owned()));
+    }
+    let shape = first.shape;
+    if shape.scale != (shape.head_dim as f32).powf(-0.5) {
+        return Err(cannot(format!("an attention scale of {} with heads of {} values", shape.scale, shape.head_dim)));
+    }
+    let context = longest_context(config).unwrap_or_else(|| {
+        out.notice(format!(
+            "config.json has no max_position_embeddings: the file says a context of {UNKNOWN_CONTEXT} tokens"
+        ));
+        UNKNOWN_CONTEXT
+    });
+    if let Some(window) = attention.iter().filter_map(|a| a.shape.window).min().filter(|window| *window < context) {
+        out.notice(format!(
+            "llama.cpp ignores the sliding window of {window} tokens for this architecture: beyond {window} tokens the model attends to more than it was trained with"
+        ));
+    }
+
+    let key = |name: &str| format!("{architecture}.{name}");
+    out.count(key("vocab_size"), graph.vocabulary)?;
+    out.count(key("context_length"), context)?;
+    out.count(key("embedding_length"), graph.hidden)?;
+    out.count(key("block_count"), graph.blocks.len())?;
+    out.count(key("feed_forward_length"), *inner_width)?;
+    out.count(key("attention.head_count"), shape.heads)?;
+    out.count(key("attention.head_count_kv"), shape.kv_heads)?;
+    out.count(key("attention.key_length"), shape.head_dim)?;
+    out.count(key("attention.value_length"), shape.head_dim)?;
+    out.float(key("attention.layer_norm_rms_epsilon"), eps);
+    out.count(key("rope.dimension_count"), shape.head_dim)?;
+    out.float(key("rope.freq_base"), first.rope.theta);
+    match first.rope.scaling {
+        // Llama 3's is the tensor of factors.
+        RopeScaling::None | RopeScaling::Llama3 { .. } => {}
+        RopeScaling::Linear { factor } => {
+            out.string(key("rope.scaling.type"), "linear");
+            out.float(key("rope.scaling.factor"), factor);
+        }
+    }
+    Ok(())
+}
+
+/// Weights of the model, without what is computed.
+fn parameters(plan: &ExportPlan) -> u64 {
+    let stored = plan.tensors.iter().filter(|tensor| matches!(tensor.source, Source::Tensor(_)));
+    stored.map(|tensor| tensor.shape.iter().product::<usize>() as u64).sum()
+}
+
+/// A count of parameters as model names have it: `135M`, `1.2B`, with at least two digits.
+fn size_label(parameters: u64) -> String {
+    let units = [(1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")];
+    let n = parameters as f64;
+    let (unit, suffix) = units.into_iter().find(|(unit, _)| n > *unit).unwrap_or(units[3]);
+    let scaled = n / unit;
+    let decimals = match scaled.round() as u64 {
+        0 => 2,
+        1..10 => 1,
+        _ => 0,
+    };
+    format!("{scaled:.decimals$}{suffix}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::export::names::plan;
+    use crate::families::build;
+    use serde_json::json;
+
+    fn config(change: impl FnOnce(&mut Value)) -> Value {
+        let mut config = json!({
+            "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 100, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512, "head_dim": 32, "rope_theta": 500000.0, "tie_word_embeddings": true,
+        });
+        change(&mut config);
+        config
+    }
+
+    fn written(config: &Value) -> Written {
+        let graph = build(config).unwrap();
+        let about = About { name: Some("tiny".to_owned()), license: Some("mit".to_owned()) };
+        metadata(&graph, config, &plan(&graph).unwrap(), &about, 15, None).unwrap()
+    }
+
+    #[test]
+    fn a_llama_has_every_key_with_its_type() {
+        let (u32, f32, string) =
+            (MetadataValue::U32, MetadataValue::F32, |s: &str| MetadataValue::String(s.to_owned()));
+        let expected = [
+            ("general.architecture", string("llama")),
+            ("general.type", string("model")),
+            ("general.name", string("tiny")),
+            ("general.size_label", string("136K")),
+            ("general.license", string("mit")),
+            ("general.file_type", u32(15)),
+            ("general.quantization_version", u32(2)),
+            ("llama.vocab_size", u32(100)),
+            ("llama.context_length", u32(512)),
+            ("llama.embedding_length", u32(64)),
+            ("llama.block_count", u32(3)),
+            ("llama.feed_forward_length", u32(96)),
+            ("llama.attention.head_count", u32(4)),
+            ("llama.attention.head_count_kv", u32(2)),
+            ("llama.attention.key_length", u32(32)),
+            ("llama.attention.value_length", u32(32)),
+            ("llama.attention.layer_norm_rms_epsilon", f32(1e-5)),
+            ("llama.rope.dimension_count", u32(32)),
+            ("llama.rope.freq_base", f32(500000.0)),
+        ];
+        let written = written(&config(|_| ()));
+        assert_eq!(written.metadata, expected.map(|(key, value)| (key.to_owned(), value)));
+        assert_eq!(written.notices, Vec::<String>::new());
+    }
+
+    #[test]
+    fn rope_scaling_is_written_where_it_is_a_setting() {
+        let linear = written(&config(|c| c["rope_scaling"] = json!({"type": "linear", "factor": 4.0})));
+        let find = |key: &str| linear.metadata.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone());
+        assert_eq!(find("llama.rope.scaling.type"), Some(MetadataValue::String("linear".to_owned())));
+        assert_eq!(find("llama.rope.scaling.factor"), Some(MetadataValue::F32(4.0)));
+        let llama3 = written(&config(|c| {
+            c["rope_scaling"] = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64});
+        }));
+        assert!(llama3.metadata.iter().all(|(key, _)| !key.contains("scaling")));
+    }
+
+    #[test]
+    fn what_is_lost_is_told() {
+        let window = written(&config(|c| {
+            c["model_type"] = "mistral".into();
+            c["sliding_window"] = 128.into();
+        }));
+        assert!(window.notices[0].contains("sliding window of 128 tokens"), "{:?}", window.notices);
+        let wide = written(&config(|c| {
+            c["model_type"] = "mistral".into();
+            c["sliding_window"] = 512.into();
+        }));
+        assert!(wide.notices.is_empty());
+        let unknown = written(&config(|c| c["max_position_embeddings"] = Value::Null));
+        assert!(unknown.notices[0].contains("no max_position_embeddings"));
+        assert!(unknown.metadata.contains(&("llama.context_length".to_owned(), MetadataValue::U32(2048))));
+    }
+
+    #[test]
+    fn what_cannot_be_said_is_refused() {
+        let config = config(|_| ());
+        let refused = |change: &dyn Fn(&mut Graph)| {
+            let mut graph = build(&config).unwrap();
+            let plan = plan(&graph).unwrap();
+            change(&mut graph);
+            metadata(&graph, &config, &plan, &About::default(), 0, None).unwrap_err().to_string()
+        };
+        let eps = refused(&|graph| graph.final_norm.eps = 1e-3);
+        assert_eq!(eps, "norms with different epsilons cannot be written as GGUF's architecture `llama`");
+        assert!(refused(&|graph| graph.head.linear.bias = true).contains("with a bias"));
+        let shape = |graph: &mut Graph, change: &dyn Fn(&mut Attention)| match &mut graph.blocks[0].steps[0] {
+            Step::Attention(attention) => change(attention),
+            Step::Mlp(_) => unreachable!(),
+        };
+        assert!(refused(&|graph| shape(graph, &|a| a.shape.scale = 1.0)).contains("attention scale of 1"));
+        assert!(refused(&|graph| drop(graph.blocks[1].steps.pop())).contains("one feed-forward layer each"));
+    }
+
+    #[test]
+    fn the_importance_matrix_is_recorded() {
+        let config = config(|_| ());
+        let graph = build(&config).unwrap();
+        let plan = plan(&graph).unwrap();
+        let importance = ImportanceSource {
+            file: "m.gguf".to_owned(),
+            dataset: Some("mixed".to_owned()),
+            entries: 21,
+            chunks: Some(128),
+        };
+        let written = metadata(&graph, &config, &plan, &About::default(), 15, Some(&importance)).unwrap();
+        let last = &written.metadata[written.metadata.len() - 4..];
+        let expected = [
+            ("quantize.imatrix.file", MetadataValue::String("m.gguf".to_owned())),
+            ("quantize.imatrix.dataset", MetadataValue::String("mixed".to_owned())),
+            ("quantize.imatrix.entries_count", MetadataValue::U32(21)),
+            ("quantize.imatrix.chunks_count", MetadataValue::U32(128)),
+        ];
+        assert_eq!(last, expected.map(|(key, value)| (key.to_owned(), value)));
+    }
+
+    #[test]
+    fn sizes_are_labelled_as_models_are() {
+        for (n, label) in [
+            (134_515_008, "135M"),
+            (1_235_814_400, "1.2B"),
+            (8_030_261_248, "8.0B"),
+            (70_553_706_496, "71B"),
+            (400, "0.40K"),
+        ] {
+            assert_eq!(size_label(n), label);
+        }
+    }
+
+    #[test]
+    fn a_model_card_names_the_licence() {
+        let folder = tempfile::tempdir().unwrap();
+        let card = |text: &str| {
+            let path = folder.path().join("README.md");
+            std::fs::write(&path, text).unwrap();
+            card_license(&path)
+        };
+        assert_eq!(card("---\ntags: [a]\nlicense: \"apache-2.0\"\n---\n# x").as_deref(), Some("apache-2.0"));
+        assert_eq!(card("# x\nlicense: mit\n"), None);
+        assert_eq!(card("---\nlicense:\n- a\n---\n"), None);
+        assert_eq!(card_license(&folder.path().join("none.md")), None);
+    }
+}
