@@ -70,13 +70,15 @@ pub struct Demo {
 pub struct Quantize {
     /// A Hugging Face directory or a .gguf file.
     pub model: PathBuf,
-    /// The directory to write.
+    /// The directory to write; for GGUF the file.
     #[arg(long, short, value_name = "OUT")]
     pub output: PathBuf,
-    /// Layout of the output: compressed-tensors, gptq or awq. [default: compressed-tensors]
+    /// Layout of the output: compressed-tensors, gptq, awq or gguf. [default: gguf if OUT ends in .gguf, else
+    /// compressed-tensors]
     #[arg(long, value_name = "FORMAT")]
     pub format: Option<String>,
-    /// W4A16, W8A16, W3A16 or W2A16, each also with _ASYM; groups of 128. [default: W4A16]
+    /// W4A16, W8A16, W3A16 or W2A16, each also with _ASYM; groups of 128. For GGUF a mix as llama-quantize names it:
+    /// Q4_K_M, Q5_K_S, Q6_K, Q8_0, IQ4_XS, F16 … [default: W4A16, Q4_K_M]
     #[arg(long, value_name = "SCHEME")]
     pub scheme: Option<String>,
     /// Width of a code, instead of the scheme's: 2, 3, 4 or 8.
@@ -118,6 +120,30 @@ pub struct Quantize {
     /// Seed of their selection. [default: 0]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
+    /// GGUF: PATTERN=TYPE, a type for tensors whose name in the file matches. Repeatable.
+    #[arg(long, value_name = "PATTERN=TYPE")]
+    pub tensor_type: Vec<String>,
+    /// GGUF: the type of the output projection.
+    #[arg(long, value_name = "TYPE")]
+    pub output_tensor_type: Option<String>,
+    /// GGUF: the type of the token embedding.
+    #[arg(long, value_name = "TYPE")]
+    pub token_embedding_type: Option<String>,
+    /// GGUF: one type for everything, no mix.
+    #[arg(long)]
+    pub pure: bool,
+    /// GGUF: the pre-tokenizer's name, when it is not recognised.
+    #[arg(long, value_name = "NAME")]
+    pub pre: Option<String>,
+    /// GGUF: take the importance of inputs from llama.cpp's .gguf or .dat instead of from calibration.
+    #[arg(long, value_name = "FILE")]
+    pub imatrix: Option<PathBuf>,
+    /// GGUF: write the importance of inputs as llama-quantize reads it.
+    #[arg(long, value_name = "FILE")]
+    pub save_imatrix: Option<PathBuf>,
+    /// GGUF: bytes of tensors in one file at most, as 500M or 5G.
+    #[arg(long, value_name = "SIZE")]
+    pub split_max_size: Option<String>,
     /// A recipe.toml with any of these settings, and exceptions for some linears; flags go before it.
     #[arg(long, value_name = "FILE")]
     pub recipe: Option<PathBuf>,

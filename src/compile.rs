@@ -30,6 +30,9 @@ pub struct LinearReport {
     pub name: String,
     /// The method that chose its codes.
     pub method: String,
+    /// The type of its blocks, in a GGUF file.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub ty: Option<&'static str>,
     /// Width of a code.
     pub bits: u8,
     /// Columns per scale; −1 for a whole row.
@@ -263,6 +266,7 @@ impl<B: Backend> Work<'_, B> {
             let report = LinearReport {
                 name: linear.module.clone(),
                 method: if shared.factor.is_none() && solver.id() == "gptq" { "rtn" } else { self.method }.to_owned(),
+                ty: None,
                 bits: scheme.bits,
                 group_size: scheme.group.map_or(-1, |g| g as i64),
                 symmetric: scheme.symmetric,
@@ -463,11 +467,12 @@ impl<B: Backend> Supply<B> for FloatPass<'_, '_, B> {
 }
 
 /// One line for a linear.
-fn describe(report: &LinearReport) -> String {
+pub fn describe(report: &LinearReport) -> String {
     let error = report.relative_error.map_or(String::new(), |e| format!("  error {:.4} %", 100.0 * e));
     let fallback = report.fallback.as_ref().map_or(String::new(), |f| format!("  {f}"));
     let LinearReport { name, bits, group_size, method, seconds, .. } = report;
-    format!("{name:44} {method} w{bits} g{group_size}{error}  {seconds:.2} s{fallback}")
+    let kind = report.ty.map_or_else(|| format!("w{bits} g{group_size}"), str::to_owned);
+    format!("{name:44} {method} {kind}{error}  {seconds:.2} s{fallback}")
 }
 
 /// Copies one tensor, in pieces where it has to be converted.

@@ -1,22 +1,25 @@
 //! One whole run: open, plan, compile, reopen, verify, report, move into place.
 
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
-use calibration::samples::windows;
+use calibration::samples::{Samples, windows};
 use calibration::statistics::Needs;
 use kernels::Backend;
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, SideFile, StoredType};
-use crate::compile::{compile, needs};
+use crate::compile::{LinearReport, SmoothingReport, Stages, compile, needs};
 use crate::error::{Error, Result};
 use crate::families;
-use crate::output::Staging;
+use crate::gguf::{self, GgufPlan};
+use crate::graph::Graph;
+use crate::output::{FileStaging, Staging};
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::report::{BitsPerWeight, Report, Seconds, TensorReport, Verdict, hash_files, peak_memory};
+use crate::report::{BitsPerWeight, FileReport, Report, Seconds, TensorReport, Verdict, hash_files, peak_memory};
 use crate::text::{ModelText, load_text};
 use crate::verify::{Limits, Protocol, Quality, evaluate};
 
@@ -49,35 +52,175 @@ pub struct Job<'a> {
     pub report: Option<PathBuf>,
 }
 
+/// What every run has before its work begins.
+struct Run {
+    started: Instant,
+    source: Checkpoint,
+    graph: Graph,
+    notes: Vec<String>,
+    samples: Option<Samples>,
+    /// Windows of the held-out text.
+    held_out: Option<Vec<Vec<u32>>>,
+    hashing: JoinHandle<Result<Vec<FileReport>>>,
+    prepare: f64,
+}
+
+/// What every run has when its work is done.
+struct Outcome {
+    quality: Option<Quality>,
+    outputs: Vec<FileReport>,
+    linears: Vec<LinearReport>,
+    smoothings: Vec<SmoothingReport>,
+    tensors: Vec<TensorReport>,
+    /// Weights in quantized linears, and the bytes they take.
+    quantized: [u64; 2],
+    stages: Stages,
+    verify: f64,
+}
+
 impl Job<'_> {
-    /// Runs it. The output directory appears only if everything up to and including the measurement worked; limits that
-    /// are missed are told in the report's verdict, and the output stays.
+    /// Runs it. The output appears only if everything up to and including the measurement worked; limits that are missed
+    /// are told in the report's verdict, and the output stays.
     pub fn run<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Report> {
         let started = Instant::now();
-        let Job { model, output, recipe, verification, force, report: report_path } = self;
-        let source = Checkpoint::open(model)?;
+        let source = Checkpoint::open(self.model)?;
         if source.entries().iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. })) {
             return Err(Error::usage(format!(
                 "{}: is quantized already; quantizing it again would add one error to another (quantc convert makes plain weights of it)",
-                model.display()
+                self.model.display()
             )));
         }
         let graph = families::graph_of(&source)?;
-        let plan = Plan::new(&graph, &source, &recipe)?;
-        let staging = Staging::new(output, Some(model), force)?;
+        match self.recipe.gguf {
+            Some(_) => self.to_gguf(backend, progress, started, source, graph),
+            None => self.to_directory(backend, progress, started, source, graph),
+        }
+    }
 
-        let mut notes = plan.config.notes.clone();
+    fn to_directory<B: Backend>(
+        self,
+        backend: &B,
+        progress: &mut Progress,
+        started: Instant,
+        source: Checkpoint,
+        graph: Graph,
+    ) -> Result<Report> {
+        let plan = Plan::new(&graph, &source, &self.recipe)?;
+        let staging = Staging::new(self.output, Some(self.model), self.force)?;
+        let mut run = self.prepare(started, source, graph, needs(&self.recipe))?;
+        run.notes.splice(0..0, plan.config.notes.iter().cloned());
+        let Run { source, graph, samples, .. } = &run;
+        let compiled =
+            compile(backend, graph, source, &self.recipe, &plan, samples.as_ref(), staging.folder(), progress)?;
+        write_side_files(source, &plan, &staging)?;
+
+        let verifying = Instant::now();
+        let reopened = Checkpoint::open(staging.folder())?;
+        let quality = self.measure(backend, &run, &reopened, progress)?;
+        let quantized_bytes = reopened.entries().iter().filter(|e| matches!(e.dtype, StoredType::Quantized { .. }));
+        let outcome = Outcome {
+            quality,
+            verify: verifying.elapsed().as_secs_f64(),
+            quantized: [
+                graph
+                    .linears()
+                    .filter(|l| plan.schemes.contains_key(&l.module))
+                    .map(|l| (l.rows * l.cols) as u64)
+                    .sum(),
+                quantized_bytes.map(|e| e.stored_bytes).sum(),
+            ],
+            outputs: hash_files(&reopened.files())?,
+            linears: compiled.linears,
+            smoothings: compiled.smoothings,
+            tensors: plan
+                .fates
+                .iter()
+                .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone() })
+                .collect(),
+            stages: compiled.seconds,
+        };
+        drop(reopened);
+        let report_path = self.report.clone();
+        let report = self.report(backend, run, outcome)?;
+        let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
+        staging.write("report.json", &json)?;
+        staging.write("README.md", report.card().as_bytes())?;
+        staging.commit()?;
+        write_copy(report_path, &json)?;
+        Ok(report)
+    }
+
+    fn to_gguf<B: Backend>(
+        self,
+        backend: &B,
+        progress: &mut Progress,
+        started: Instant,
+        source: Checkpoint,
+        graph: Graph,
+    ) -> Result<Report> {
+        let plan = GgufPlan::new(&graph, &source, &self.recipe)?;
+        let staging = FileStaging::new(self.output, Some(self.model), self.force)?;
+        let mut run = self.prepare(started, source, graph, plan.needs(&self.recipe))?;
+        run.notes.extend(plan.notices.iter().cloned());
+        let Run { source, graph, samples, .. } = &run;
+        let compiled = gguf::compile(
+            backend,
+            graph,
+            source,
+            &self.recipe,
+            &plan,
+            samples.as_ref(),
+            &staging.folder().join(staging.name()),
+            progress,
+        )?;
+
+        let verifying = Instant::now();
+        let reopened = Checkpoint::open(&compiled.files[0])?;
+        let quality = self.measure(backend, &run, &reopened, progress)?;
+        if let (Some(verification), Ok(own)) = (&self.verification, ModelText::open(&reopened)) {
+            let text = load_text(&verification.text)?;
+            if own.evaluation_ids(&text)? != ModelText::open(source)?.evaluation_ids(&text)? {
+                return Err(Error::failed(format!(
+                    "{}: the tokenizer that was written turns the held-out text into other tokens than the original's; choose another --pre",
+                    self.output.display()
+                )));
+            }
+        }
+        let outcome = Outcome {
+            quality,
+            verify: verifying.elapsed().as_secs_f64(),
+            quantized: compiled.quantized,
+            outputs: hash_files(&compiled.files)?,
+            linears: compiled.linears,
+            smoothings: Vec::new(),
+            tensors: compiled.tensors,
+            stages: compiled.seconds,
+        };
+        drop(reopened);
+        let report_path = self.report.clone();
+        let report = self.report(backend, run, outcome)?;
+        let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
+        staging.write(&format!("{}.report.json", staging.name()), &json)?;
+        staging.commit()?;
+        write_copy(report_path, &json)?;
+        Ok(report)
+    }
+
+    /// Reads the texts, and starts to hash the input.
+    fn prepare(&self, started: Instant, source: Checkpoint, graph: Graph, needs: Needs) -> Result<Run> {
+        let mut notes = Vec::new();
         if source.entries().iter().any(|e| matches!(e.dtype, StoredType::Ggml(t) if t.block_len > 1)) {
             notes.push(format!(
                 "{} is itself quantized: its dequantized weights were taken as the original, and quality is measured against them",
-                model.display()
+                self.model.display()
             ));
         }
-        let text = match (needs(&recipe) > Needs::Nothing) || verification.is_some() {
+        let recipe = &self.recipe;
+        let text = match needs > Needs::Nothing || self.verification.is_some() {
             true => Some(ModelText::open(&source)?),
             false => None,
         };
-        let samples = match (needs(&recipe) > Needs::Nothing, &text) {
+        let samples = match (needs > Needs::Nothing, &text) {
             (true, Some(text)) => {
                 let longest = families::longest_context(source.config()).unwrap_or(usize::MAX);
                 let seq_len = recipe.seq_len.min(longest);
@@ -102,7 +245,7 @@ impl Job<'_> {
             }
             _ => None,
         };
-        let held_out = match (&verification, &text) {
+        let held_out = match (&self.verification, &text) {
             (Some(verification), Some(text)) => Some(verification.windows(&source, text)?),
             _ => None,
         };
@@ -111,78 +254,70 @@ impl Job<'_> {
         let inputs = source.files();
         let hashing = std::thread::spawn(move || hash_files(&inputs));
         let prepare = started.elapsed().as_secs_f64();
+        Ok(Run { started, source, graph, notes, samples, held_out, hashing, prepare })
+    }
 
-        let compiled = compile(backend, &graph, &source, &recipe, &plan, samples.as_ref(), staging.folder(), progress)?;
-        write_side_files(&source, &plan, &staging)?;
+    /// Measures what was written beside the original.
+    fn measure<B: Backend>(
+        &self,
+        backend: &B,
+        run: &Run,
+        reopened: &Checkpoint,
+        progress: &mut Progress,
+    ) -> Result<Option<Quality>> {
+        let Some(windows) = &run.held_out else { return Ok(None) };
+        let mut quality = evaluate(backend, reopened, Some(&run.source), windows, Protocol::Papers, progress)?;
+        quality.model = self.output.display().to_string();
+        Ok(Some(quality))
+    }
 
-        let verifying = Instant::now();
-        let reopened = Checkpoint::open(staging.folder())?;
-        let mut quality = match &held_out {
-            Some(windows) => Some(evaluate(backend, &reopened, Some(&source), windows, Protocol::Papers, progress)?),
-            None => None,
-        };
-        if let Some(quality) = &mut quality {
-            quality.model = output.display().to_string();
-        }
-        let verify = verifying.elapsed().as_secs_f64();
-        let verdict = match (&quality, &verification) {
+    fn report<B: Backend>(self, backend: &B, run: Run, outcome: Outcome) -> Result<Report> {
+        let verdict = match (&outcome.quality, &self.verification) {
             (Some(Quality { beside: Some(beside), .. }), Some(v)) if v.limits.any() => {
                 let missed = v.limits.missed(beside);
                 Some(Verdict { limits: v.limits, passed: missed.is_empty(), missed })
             }
             _ => None,
         };
-        let parameters: u64 = graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
-        let quantized: u64 =
-            graph.linears().filter(|l| plan.schemes.contains_key(&l.module)).map(|l| (l.rows * l.cols) as u64).sum();
-        let quantized_bytes: u64 = reopened
-            .entries()
-            .iter()
-            .filter(|e| matches!(e.dtype, StoredType::Quantized { .. }))
-            .map(|e| e.stored_bytes)
-            .sum();
-        let outputs = hash_files(&reopened.files())?;
-        let inputs = hashing.join().map_err(|_| Error::failed("hashing the input failed"))??;
-        let total_bytes = |files: &[crate::report::FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
-        drop(reopened);
-        let report = Report {
+        let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
+        let inputs = run.hashing.join().map_err(|_| Error::failed("hashing the input failed"))??;
+        let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
+        let [weights, bytes] = outcome.quantized;
+        Ok(Report {
             tool: concat!("quantc ", env!("CARGO_PKG_VERSION")).to_owned(),
             device: backend.name(),
-            model: model.display().to_string(),
-            family: graph.family,
+            model: self.model.display().to_string(),
+            family: run.graph.family,
             parameters,
-            recipe,
-            calibration: samples.map(|s| s.source),
+            recipe: self.recipe,
+            calibration: run.samples.map(|s| s.source),
             bpw: BitsPerWeight {
-                quantized: quantized_bytes as f64 * 8.0 / quantized as f64,
-                file: total_bytes(&outputs) * 8.0 / parameters as f64,
+                quantized: bytes as f64 * 8.0 / weights.max(1) as f64,
+                file: total_bytes(&outcome.outputs) * 8.0 / parameters as f64,
                 original_file: total_bytes(&inputs) * 8.0 / parameters as f64,
             },
             inputs,
-            outputs,
-            quality,
+            outputs: outcome.outputs,
+            quality: outcome.quality,
             verdict,
-            notes,
-            linears: compiled.linears,
-            smoothings: compiled.smoothings,
-            tensors: plan
-                .fates
-                .iter()
-                .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone() })
-                .collect(),
-            seconds: Seconds { stages: compiled.seconds, prepare, verify, total: started.elapsed().as_secs_f64() },
+            notes: run.notes,
+            linears: outcome.linears,
+            smoothings: outcome.smoothings,
+            tensors: outcome.tensors,
+            seconds: Seconds {
+                stages: outcome.stages,
+                prepare: run.prepare,
+                verify: outcome.verify,
+                total: run.started.elapsed().as_secs_f64(),
+            },
             peak_memory_bytes: peak_memory(),
-        };
-        let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
-        staging.write("report.json", &json)?;
-        staging.write("README.md", report.card().as_bytes())?;
-        staging.commit()?;
-        // After the output is safe: a bad path here must not cost it.
-        if let Some(path) = report_path {
-            std::fs::write(&path, &json).map_err(Error::io(&path, "write"))?;
-        }
-        Ok(report)
+        })
     }
+}
+
+/// A second copy of the report; written when the output is safe, so that a bad path here does not cost it.
+fn write_copy(path: Option<PathBuf>, json: &[u8]) -> Result<()> {
+    path.map_or(Ok(()), |path| std::fs::write(&path, json).map_err(Error::io(&path, "write")))
 }
 
 impl Verification {

@@ -12,6 +12,7 @@ pub mod error;
 pub mod export;
 pub mod families;
 pub mod forward;
+pub mod gguf;
 pub mod graph;
 mod import;
 pub mod inspect;

@@ -82,6 +82,7 @@ fn start(compute: &Compute) -> anyhow::Result<Progress> {
 
 fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let mut progress = start(&args.compute)?;
+    let to_file = args.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
     let flags = Request {
         format: args.format,
         scheme: args.scheme,
@@ -98,9 +99,19 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         samples: args.samples,
         seq_len: args.seq_len,
         seed: args.seed,
+        tensor_type: (!args.tensor_type.is_empty()).then_some(args.tensor_type),
+        output_tensor_type: args.output_tensor_type,
+        token_embedding_type: args.token_embedding_type,
+        pure: args.pure.then_some(true),
+        pre: args.pre,
+        imatrix: args.imatrix,
+        save_imatrix: args.save_imatrix,
+        split_max_size: args.split_max_size,
         overrides: Vec::new(),
     };
     let file = args.recipe.map(|path| Request::read(&path)).transpose()?.unwrap_or_default();
+    let mut request = flags.or(file);
+    request.format = request.format.or(to_file.then(|| "gguf".to_owned()));
     let limits = Limits { max_ppl_ratio: args.max_ppl_ratio, max_kld: args.max_kld, min_top1: args.min_top1 };
     let verification = match args.verify_text.as_deref() {
         Some("none") if limits.any() => {
@@ -119,7 +130,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let job = Job {
         model: &args.model,
         output: &args.output,
-        recipe: Recipe::resolve(flags.or(file))?,
+        recipe: Recipe::resolve(request)?,
         verification,
         force: args.force,
         report: args.report,

@@ -30,38 +30,7 @@ impl Staging {
     /// is something else than an earlier output.
     pub fn new(target: &Path, input: Option<&Path>, force: bool) -> Result<Staging> {
         let shown = target.display();
-        let name = target
-            .file_name()
-            .ok_or_else(|| Error::usage(format!("{shown}: not a name for an output directory")))?
-            .to_string_lossy()
-            .into_owned();
-        let parent = match target.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
-            _ => PathBuf::from("."),
-        };
-        // Nearest folder that exists, so that a link or `..` hides nothing.
-        let mut existing = parent.as_path();
-        while !existing.exists() {
-            existing = existing.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        }
-        let real_parent = existing
-            .canonicalize()
-            .map_err(Error::io(existing, "resolve"))?
-            .join(parent.strip_prefix(existing).unwrap_or(Path::new("")));
-        let real = if target.exists() {
-            target.canonicalize().map_err(Error::io(target, "resolve"))?
-        } else {
-            real_parent.join(&name)
-        };
-        if let Some(input) = input {
-            let real_input = input.canonicalize().map_err(Error::io(input, "resolve"))?;
-            if real.starts_with(&real_input) || real_input.starts_with(&real) {
-                return Err(Error::usage(format!(
-                    "{shown}: the output may not be the input {} nor lie inside it or hold it; choose another place",
-                    input.display()
-                )));
-            }
-        }
+        check_place(target, input)?;
         if target.exists() {
             if !force {
                 return Err(Error::usage(format!("{shown}: exists already; --force replaces it")));
@@ -73,13 +42,7 @@ impl Staging {
                 )));
             }
         }
-        fs::create_dir_all(&parent).map_err(Error::io(&parent, "create"))?;
-        let folder = parent.join(format!(".{name}.partial-{}", std::process::id()));
-        if folder.exists() {
-            fs::remove_dir_all(&folder).map_err(Error::io(&folder, "clear"))?;
-        }
-        fs::create_dir(&folder).map_err(Error::io(&folder, "create"))?;
-        Ok(Staging { target: target.to_path_buf(), folder, committed: false })
+        Ok(Staging { target: target.to_path_buf(), folder: make_hidden(target)?, committed: false })
     }
 
     /// Where to write.
@@ -123,9 +86,199 @@ impl Drop for Staging {
     }
 }
 
+/// The name of an output, and the folder that will hold it.
+fn place(target: &Path) -> Result<(String, PathBuf)> {
+    let name =
+        target.file_name().ok_or_else(|| Error::usage(format!("{}: not a name for an output", target.display())))?;
+    let parent = match target.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::from("."),
+    };
+    Ok((name.to_string_lossy().into_owned(), parent))
+}
+
+/// Fails when `target` is the input, or one lies inside the other.
+fn check_place(target: &Path, input: Option<&Path>) -> Result<()> {
+    let (name, parent) = place(target)?;
+    // Nearest folder that exists, so that a link or `..` hides nothing.
+    let mut existing = parent.as_path();
+    while !existing.exists() {
+        existing = existing.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    }
+    let real_parent = existing
+        .canonicalize()
+        .map_err(Error::io(existing, "resolve"))?
+        .join(parent.strip_prefix(existing).unwrap_or(Path::new("")));
+    let real = if target.exists() {
+        target.canonicalize().map_err(Error::io(target, "resolve"))?
+    } else {
+        real_parent.join(&name)
+    };
+    if let Some(input) = input {
+        let real_input = input.canonicalize().map_err(Error::io(input, "resolve"))?;
+        if real.starts_with(&real_input) || real_input.starts_with(&real) {
+            return Err(Error::usage(format!(
+                "{}: the output may not be the input {} nor lie inside it or hold it; choose another place",
+                target.display(),
+                input.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Makes an empty hidden directory beside `target`.
+fn make_hidden(target: &Path) -> Result<PathBuf> {
+    let (name, parent) = place(target)?;
+    fs::create_dir_all(&parent).map_err(Error::io(&parent, "create"))?;
+    let folder = parent.join(format!(".{name}.partial-{}", std::process::id()));
+    if folder.exists() {
+        fs::remove_dir_all(&folder).map_err(Error::io(&folder, "clear"))?;
+    }
+    fs::create_dir(&folder).map_err(Error::io(&folder, "create"))?;
+    Ok(folder)
+}
+
+/// One file, or the parts of a split one, being written in a hidden directory beside its final place.
+pub struct FileStaging {
+    target: PathBuf,
+    name: String,
+    folder: PathBuf,
+    replaced: Vec<PathBuf>,
+}
+
+impl FileStaging {
+    /// Makes the staging directory for the GGUF file `target`.
+    ///
+    /// Fails when it (or a part of it) exists and `force` is not given, is the input, or, with `force`, is no GGUF file.
+    pub fn new(target: &Path, input: Option<&Path>, force: bool) -> Result<FileStaging> {
+        let (name, parent) = place(target)?;
+        check_place(target, input)?;
+        if target.is_dir() {
+            return Err(Error::usage(format!(
+                "{}: is a directory, and a GGUF file is to be written",
+                target.display()
+            )));
+        }
+        let mut replaced = Vec::new();
+        let stem = name.strip_suffix(".gguf").unwrap_or(&name);
+        if parent.is_dir() {
+            for entry in fs::read_dir(&parent).map_err(Error::io(&parent, "list"))? {
+                let path = entry.map_err(Error::io(&parent, "list"))?.path();
+                let other = path.file_name().unwrap_or_default().to_string_lossy();
+                if other == name || is_part(&other, stem) {
+                    replaced.push(path);
+                }
+            }
+        }
+        replaced.sort();
+        if let Some(first) = replaced.first() {
+            if !force {
+                return Err(Error::usage(format!("{}: exists already; --force replaces it", first.display())));
+            }
+            for path in &replaced {
+                let mut magic = [0; 4];
+                let read = fs::File::open(path).and_then(|mut file| std::io::Read::read(&mut file, &mut magic));
+                let read = read.map_err(Error::io(path, "read"))?;
+                if read > 0 && magic != *b"GGUF" {
+                    return Err(Error::usage(format!(
+                        "{}: --force replaces a GGUF file, and this is none",
+                        path.display()
+                    )));
+                }
+                if let Some(input) = input
+                    && path.canonicalize().ok() == input.canonicalize().ok()
+                {
+                    return Err(Error::usage(format!(
+                        "{}: the output may not be the input; choose another place",
+                        path.display()
+                    )));
+                }
+            }
+        }
+        let folder = make_hidden(target)?;
+        Ok(FileStaging { target: target.to_path_buf(), name, folder, replaced })
+    }
+
+    /// Where to write.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The file's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Writes one file beside it.
+    pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+        let path = self.folder.join(name);
+        fs::write(&path, content).map_err(Error::io(&path, "write"))
+    }
+
+    /// Moves every file to its final place, in place of what is there.
+    pub fn commit(self) -> Result<()> {
+        let (_, parent) = place(&self.target)?;
+        let mut moved = Vec::new();
+        for entry in fs::read_dir(&self.folder).map_err(Error::io(&self.folder, "list"))? {
+            let from = entry.map_err(Error::io(&self.folder, "list"))?.path();
+            let to = parent.join(from.file_name().unwrap_or_default());
+            fs::rename(&from, &to).map_err(Error::io(&to, "move into place"))?;
+            moved.push(to);
+        }
+        // Parts of an earlier output that this one does not have.
+        for old in self.replaced.iter().filter(|old| !moved.contains(old)) {
+            fs::remove_file(old).map_err(Error::io(old, "remove"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for FileStaging {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
+/// Whether `name` is `stem-00001-of-00003.gguf` for some numbers.
+fn is_part(name: &str, stem: &str) -> bool {
+    let numbers = name.strip_prefix(stem).and_then(|rest| rest.strip_prefix('-')?.strip_suffix(".gguf"));
+    numbers.and_then(|n| n.split_once("-of-")).is_some_and(|(number, count)| {
+        [number, count].iter().all(|n| n.len() == 5 && n.bytes().all(|b| b.is_ascii_digit()))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_replaces_itself_and_its_parts_only() {
+        let room = tempfile::tempdir().unwrap();
+        let at = |name: &str| room.path().join(name);
+        let write = |names: &[&str], force| -> Result<()> {
+            let staging = FileStaging::new(&at("m.gguf"), None, force)?;
+            names.iter().try_for_each(|name| staging.write(name, b"GGUF"))?;
+            staging.commit()
+        };
+        let listed = || {
+            let mut names: Vec<String> =
+                fs::read_dir(room.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+            names.sort();
+            names
+        };
+        drop(FileStaging::new(&at("m.gguf"), None, false).unwrap());
+        assert!(listed().is_empty());
+        fs::write(at("m-other.gguf"), b"GGUF").unwrap();
+        write(&["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"], false).unwrap();
+        assert!(write(&["m.gguf"], false).unwrap_err().to_string().contains("m-00001-of-00002.gguf: exists already"));
+        write(&["m.gguf", "m.gguf.report.json"], true).unwrap();
+        assert_eq!(listed(), ["m-other.gguf", "m.gguf", "m.gguf.report.json"]);
+        fs::write(at("m.gguf"), b"letter").unwrap();
+        assert!(write(&["m.gguf"], true).unwrap_err().to_string().contains("this is none"));
+        let own = FileStaging::new(&at("m-other.gguf"), Some(&at("m-other.gguf")), true).err().unwrap();
+        assert!(own.to_string().contains("may not be the input"));
+    }
 
     #[test]
     fn nothing_appears_until_it_is_committed_and_nothing_else_is_replaced() {

@@ -1,6 +1,6 @@
 //! What to do with which tensor: flags and `recipe.toml`, resolved into one value that the report repeats.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use calibration::solvers::Observer;
 use formats::Scheme;
@@ -8,6 +8,7 @@ use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::export::mixes::{MIXES, Mix};
 
 /// A quantization method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +102,22 @@ pub struct Request {
     pub seq_len: Option<usize>,
     /// Seed of the selection.
     pub seed: Option<u64>,
+    /// GGUF: `PATTERN=TYPE` for tensors whose name in the file matches.
+    pub tensor_type: Option<Vec<String>>,
+    /// GGUF: the type of the output projection.
+    pub output_tensor_type: Option<String>,
+    /// GGUF: the type of the token embedding.
+    pub token_embedding_type: Option<String>,
+    /// GGUF: one type for everything, no mix.
+    pub pure: Option<bool>,
+    /// GGUF: the name of the pre-tokenizer, when it is not recognised.
+    pub pre: Option<String>,
+    /// GGUF: take the importance of inputs from this file.
+    pub imatrix: Option<PathBuf>,
+    /// GGUF: write the importance of inputs to this file.
+    pub save_imatrix: Option<PathBuf>,
+    /// GGUF: bytes of tensors in one file at most, as `5G`.
+    pub split_max_size: Option<String>,
     /// Settings for some linears; the first match wins.
     #[serde(default, rename = "override")]
     pub overrides: Vec<Override>,
@@ -160,6 +177,20 @@ impl Request {
             samples: self.samples.or(base.samples),
             seq_len: self.seq_len.or(base.seq_len),
             seed: self.seed.or(base.seed),
+            tensor_type: match (self.tensor_type, base.tensor_type) {
+                (Some(mut own), Some(more)) => {
+                    own.extend(more);
+                    Some(own)
+                }
+                (own, more) => own.or(more),
+            },
+            output_tensor_type: self.output_tensor_type.or(base.output_tensor_type),
+            token_embedding_type: self.token_embedding_type.or(base.token_embedding_type),
+            pure: self.pure.or(base.pure),
+            pre: self.pre.or(base.pre),
+            imatrix: self.imatrix.or(base.imatrix),
+            save_imatrix: self.save_imatrix.or(base.save_imatrix),
+            split_max_size: self.split_max_size.or(base.split_max_size),
             overrides: if self.overrides.is_empty() { base.overrides } else { self.overrides },
         }
     }
@@ -194,15 +225,57 @@ pub struct Recipe {
     pub seed: u64,
     /// Exceptions.
     pub overrides: Vec<Override>,
+    /// What only a GGUF file has; its presence says that one is to be written.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gguf: Option<GgufRecipe>,
+}
+
+/// What only a GGUF file has.
+#[derive(Clone, Debug, Serialize)]
+pub struct GgufRecipe {
+    /// The mix of types.
+    pub mix: &'static str,
+    /// `PATTERN=TYPE`.
+    pub tensor_type: Vec<String>,
+    /// The type of the output projection.
+    pub output_tensor_type: Option<String>,
+    /// The type of the token embedding.
+    pub token_embedding_type: Option<String>,
+    /// One type for everything.
+    pub pure: bool,
+    /// The pre-tokenizer's name.
+    pub pre: Option<String>,
+    /// Where importance is read from.
+    pub imatrix: Option<PathBuf>,
+    /// Where importance is written to.
+    pub save_imatrix: Option<PathBuf>,
+    /// Bytes of tensors in one file.
+    pub split_max_size: Option<u64>,
 }
 
 impl Recipe {
-    /// Fills the defaults in. Fails on names, widths or groups that do not exist.
+    /// Fills the defaults in. Fails on names, widths or groups that do not exist, and on settings that the format lacks.
     pub fn resolve(request: Request) -> Result<Recipe> {
-        let format = request.format.unwrap_or_else(|| "compressed-tensors".to_owned()).to_ascii_lowercase();
+        let format = request.format.clone().unwrap_or_else(|| "compressed-tensors".to_owned()).to_ascii_lowercase();
+        if format == "gguf" {
+            return Recipe::resolve_gguf(request);
+        }
         if formats::codec::codec(&format).is_none() {
             let known: Vec<&str> = formats::CODECS.iter().map(|codec| codec.id()).collect();
-            return Err(Error::usage(format!("format `{format}` is not known; there are {}", known.join(", "))));
+            return Err(Error::usage(format!("format `{format}` is not known; there are {}, gguf", known.join(", "))));
+        }
+        let only_gguf = [
+            ("tensor-type", request.tensor_type.is_some()),
+            ("output-tensor-type", request.output_tensor_type.is_some()),
+            ("token-embedding-type", request.token_embedding_type.is_some()),
+            ("pure", request.pure == Some(true)),
+            ("pre", request.pre.is_some()),
+            ("imatrix", request.imatrix.is_some()),
+            ("save-imatrix", request.save_imatrix.is_some()),
+            ("split-max-size", request.split_max_size.is_some()),
+        ];
+        if let Some((flag, _)) = only_gguf.iter().find(|(_, given)| *given) {
+            return Err(Error::usage(format!("--{flag} is for GGUF files, and the format is {format}")));
         }
         let default = if format == "awq" { "W4A16_ASYM" } else { "W4A16" };
         let base = Scheme::preset(default).expect("a preset");
@@ -246,7 +319,91 @@ impl Recipe {
             seq_len: request.seq_len.unwrap_or(2048),
             seed: request.seed.unwrap_or(0),
             overrides: request.overrides,
+            gguf: None,
         })
+    }
+
+    /// The same for a GGUF file.
+    fn resolve_gguf(request: Request) -> Result<Recipe> {
+        let name = request.scheme.as_deref().unwrap_or("Q4_K_M");
+        let mix = Mix::parse(name).ok_or_else(|| {
+            let known: Vec<&str> = MIXES.iter().map(|mix| mix.name).collect();
+            Error::usage(format!("scheme `{name}` is not one of GGUF's; there are {}", known.join(", ")))
+        })?;
+        let not_gguf = [
+            ("bits", request.bits.is_some()),
+            ("group-size", request.group_size.is_some()),
+            ("symmetric", request.symmetric.is_some()),
+            ("desc-act", request.desc_act == Some(true)),
+        ];
+        if let Some((flag, _)) = not_gguf.iter().find(|(_, given)| *given) {
+            return Err(Error::usage(format!(
+                "--{flag} is not for GGUF files: the scheme's types decide; see --tensor-type"
+            )));
+        }
+        if let Some(change) = request.overrides.iter().find(|o| !o.ignore) {
+            return Err(Error::usage(format!(
+                "override `{}`: GGUF's types are set with tensor_type = [\"PATTERN=TYPE\"]",
+                change.pattern
+            )));
+        }
+        // Where a code has eight bits or a value none, there is nothing left to gain from data.
+        let coarse = !matches!(mix.name, "Q8_0" | "F16" | "BF16" | "F32");
+        let method = match request.method.as_deref() {
+            Some(name) => match named("method", Method::ALL, name)? {
+                method @ (Method::Rtn | Method::Gptq) => method,
+                other => {
+                    return Err(Error::usage(format!(
+                        "method {} is not for GGUF files; there are rtn, gptq",
+                        other.name()
+                    )));
+                }
+            },
+            None if request.imatrix.is_some() || !coarse => Method::Rtn,
+            None => Method::Gptq,
+        };
+        let observer = match request.observer.as_deref() {
+            Some(name) => match named("observer", Observer::ALL, name)? {
+                Observer::Imatrix => "imatrix",
+                Observer::Mse if method == Method::Rtn => "mse",
+                _ => {
+                    return Err(Error::usage(format!(
+                        "observer {name} is not for GGUF files with method {}: there are mse (for rtn) and imatrix",
+                        method.name()
+                    )));
+                }
+            },
+            None if method == Method::Rtn && request.save_imatrix.is_none() && request.imatrix.is_none() => "mse",
+            None => "imatrix",
+        };
+        let split_max_size = request.split_max_size.as_deref().map(parse_size).transpose()?;
+        let gguf = GgufRecipe {
+            mix: mix.name,
+            tensor_type: request.tensor_type.clone().unwrap_or_default(),
+            output_tensor_type: request.output_tensor_type.clone(),
+            token_embedding_type: request.token_embedding_type.clone(),
+            pure: request.pure.unwrap_or(false),
+            pre: request.pre.clone(),
+            imatrix: request.imatrix.clone(),
+            save_imatrix: request.save_imatrix.clone(),
+            split_max_size,
+        };
+        let common = Request {
+            format: None,
+            scheme: None,
+            observer: None,
+            method: Some(method.name().to_owned()),
+            tensor_type: None,
+            output_tensor_type: None,
+            token_embedding_type: None,
+            pure: None,
+            pre: None,
+            imatrix: None,
+            save_imatrix: None,
+            split_max_size: None,
+            ..request
+        };
+        Ok(Recipe { format: "gguf".to_owned(), observer, gguf: Some(gguf), ..Recipe::resolve(common)? })
     }
 
     /// How scales are chosen.
@@ -352,6 +509,19 @@ impl Pattern {
     }
 }
 
+/// Bytes, as llama.cpp's tools write them: a number and `M` or `G`.
+fn parse_size(text: &str) -> Result<u64> {
+    let (number, unit) = match text.char_indices().last() {
+        Some((at, 'M' | 'm')) => (&text[..at], 1_000_000),
+        Some((at, 'G' | 'g')) => (&text[..at], 1_000_000_000),
+        _ => ("", 0),
+    };
+    match number.parse::<u64>().ok().and_then(|n| n.checked_mul(unit)) {
+        Some(bytes) if bytes > 0 => Ok(bytes),
+        _ => Err(Error::usage(format!("--split-max-size `{text}` is not a size; say 500M or 5G"))),
+    }
+}
+
 fn change(
     base: Scheme,
     name: Option<&str>,
@@ -439,6 +609,12 @@ mod tests {
             ("damp = -1.0", "damping -1"),
             ("method = 'rtn'\ndesc_act = true", "--desc-act needs"),
             ("samples = 0", "--samples must be at least 1"),
+            ("pure = true", "--pure is for GGUF files"),
+            ("format = 'gguf'\nscheme = 'W4A16'", "scheme `W4A16` is not one of GGUF's"),
+            ("format = 'gguf'\nmethod = 'awq'", "method awq is not for GGUF files"),
+            ("format = 'gguf'\ngroup_size = 64", "--group-size is not for GGUF files"),
+            ("format = 'gguf'\nsplit_max_size = '5'", "is not a size"),
+            ("format = 'gguf'\nobserver = 'clip'", "observer clip is not for GGUF files"),
         ] {
             let found = resolve(toml).unwrap_err();
             assert!(found.to_string().contains(expected), "{found}");

@@ -67,6 +67,11 @@ impl<B: Backend> Statistics<B> {
         self.energy.iter().map(|x| (x / self.tokens.max(1) as f64) as f32).collect()
     }
 
+    /// `Σ x_j²` per channel.
+    pub fn energy(&self) -> Vec<f32> {
+        self.energy.iter().map(|x| *x as f32).collect()
+    }
+
     /// `E|x_j|` per channel; zeros unless it was asked for.
     pub fn magnitude(&self) -> Vec<f32> {
         self.magnitude.iter().map(|x| (x / self.tokens.max(1) as f64) as f32).collect()

@@ -1,5 +1,6 @@
 //! What quantc asks of a device: few, whole operations.
 
+use formats::ggml::{BlockScales, GgmlType};
 use formats::{ScalePrecision, Scheme};
 use ndarray::Array2;
 
@@ -57,6 +58,40 @@ pub struct Grid {
     pub scales: Vec<f32>,
     /// `[rows, groups]`.
     pub zeros: Vec<u8>,
+}
+
+/// The scales of every block of a weight matrix in one of ggml's types, fixed before the codes are chosen.
+#[derive(Clone, Debug)]
+pub struct BlockGrid {
+    /// The type; it has a layout.
+    pub ty: GgmlType,
+    /// Rows of the weight matrix.
+    pub rows: usize,
+    /// Its columns, whole blocks.
+    pub cols: usize,
+    /// `[rows, blocks]`, as the file stores them.
+    pub blocks: Vec<BlockScales>,
+    /// `[rows, groups]`: what they give each group.
+    pub scales: Vec<f32>,
+    /// `[rows, groups]`; a weight is `scale · level − min`.
+    pub mins: Vec<f32>,
+}
+
+impl BlockGrid {
+    /// Expands the blocks' scales.
+    ///
+    /// # Panics
+    /// If the type has no layout: a mistake of the caller.
+    pub fn new(ty: GgmlType, rows: usize, cols: usize, blocks: Vec<BlockScales>) -> BlockGrid {
+        let per_block = ty.groups_per_block();
+        let (mut scales, mut mins) = (vec![0.0; blocks.len() * per_block], vec![0.0; blocks.len() * per_block]);
+        for ((block, scales), mins) in
+            blocks.iter().zip(scales.chunks_exact_mut(per_block)).zip(mins.chunks_exact_mut(per_block))
+        {
+            ty.expand(block, scales, mins);
+        }
+        BlockGrid { ty, rows, cols, blocks, scales, mins }
+    }
 }
 
 /// How the scale of a group is chosen.
@@ -214,6 +249,13 @@ pub trait Backend: Sync {
     fn round(&self, weight: &Self::Matrix, grid: &Grid) -> Result<Vec<u8>>;
     /// Rounds column by column, each column's error spread over the columns not yet done.
     fn sweep(&self, target: &Self::Matrix, factor: &Factor<Self::Matrix>, grid: &Grid) -> Result<Swept>;
+
+    /// Chooses the scales of every block of `weight` for the least `Σ h_j (w_j − ŵ_j)²`; `importance` is `[cols]`.
+    fn fit_blocks(&self, weight: &Self::Matrix, ty: GgmlType, importance: Option<&[f32]>) -> Result<BlockGrid>;
+    /// As [`round`](Self::round).
+    fn round_blocks(&self, weight: &Self::Matrix, grid: &BlockGrid) -> Result<Vec<u8>>;
+    /// As [`sweep`](Self::sweep).
+    fn sweep_blocks(&self, target: &Self::Matrix, factor: &Factor<Self::Matrix>, grid: &BlockGrid) -> Result<Swept>;
 
     /// Loss of `logits` `[tokens, vocabulary]` against the next tokens.
     fn token_loss(&self, logits: &Self::Matrix, targets: &[u32]) -> Result<TokenLoss>;

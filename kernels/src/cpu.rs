@@ -1,10 +1,13 @@
 //! The CPU: host matrices, rayon's threads, SIMD chosen at run time.
 
+use formats::ggml::GgmlType;
 use ndarray::{Array2, Axis, s};
 use rayon::prelude::*;
 
-use crate::backend::{AttentionShape, Backend, Factor, FitKind, Grid, GridSpec, Swept, TokenComparison, TokenLoss};
-use crate::ops::{activation, attention, bf16, factor, fit, gram, linear, loss, norm, rope, round, sweep};
+use crate::backend::{
+    AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, Swept, TokenComparison, TokenLoss,
+};
+use crate::ops::{activation, attention, bf16, blocks, factor, fit, gram, linear, loss, norm, rope, round, sweep};
 use crate::simd::{Level, level};
 use crate::{Error, Result};
 
@@ -353,6 +356,30 @@ impl Backend for Cpu {
         expect("sweep", "rows", grid.rows, target.nrows())?;
         expect("sweep", "columns", factor.order.len(), target.ncols())?;
         Ok(sweep::run(target.view(), factor, grid))
+    }
+
+    fn fit_blocks(&self, weight: &Array2<f32>, ty: GgmlType, importance: Option<&[f32]>) -> Result<BlockGrid> {
+        if ty.layout().is_none() || ty.row_bytes(weight.ncols()).is_none() {
+            let expected = format!("rows of whole blocks of {ty}, {} weights each", ty.block_len);
+            return Err(Error::Shape { op: "fit_blocks", expected, found: weight.ncols().to_string() });
+        }
+        if let Some(importance) = importance {
+            expect("fit_blocks", "importances", weight.ncols(), importance.len())?;
+        }
+        Ok(blocks::fit(weight.view(), ty, importance))
+    }
+
+    fn round_blocks(&self, weight: &Array2<f32>, grid: &BlockGrid) -> Result<Vec<u8>> {
+        expect("round_blocks", "rows", grid.rows, weight.nrows())?;
+        expect("round_blocks", "columns", grid.cols, weight.ncols())?;
+        Ok(blocks::round(weight.view(), grid))
+    }
+
+    fn sweep_blocks(&self, target: &Array2<f32>, factor: &Factor<Array2<f32>>, grid: &BlockGrid) -> Result<Swept> {
+        expect("sweep_blocks", "rows", grid.rows, target.nrows())?;
+        expect("sweep_blocks", "columns", grid.cols, target.ncols())?;
+        expect("sweep_blocks", "columns", factor.order.len(), target.ncols())?;
+        Ok(sweep::run_blocks(target.view(), factor, grid))
     }
 
     fn token_loss(&self, logits: &Array2<f32>, targets: &[u32]) -> Result<TokenLoss> {

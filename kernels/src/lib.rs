@@ -9,7 +9,9 @@ mod error;
 pub mod ops;
 pub mod simd;
 
-pub use backend::{AttentionShape, Backend, Factor, FitKind, Grid, GridSpec, Swept, TokenComparison, TokenLoss};
+pub use backend::{
+    AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, Swept, TokenComparison, TokenLoss,
+};
 pub use cpu::Cpu;
 pub use error::Error;
 

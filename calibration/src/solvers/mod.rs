@@ -2,6 +2,7 @@
 //!
 //! A solver is one file. All of them choose a [`Grid`] first, in the precision the file stores, and codes second.
 
+mod blocks;
 mod gptq;
 mod rtn;
 #[cfg(test)]
@@ -12,6 +13,7 @@ use kernels::{Backend, Factor, FitKind, Grid, GridSpec, Result};
 use ndarray::Array2;
 use rayon::prelude::*;
 
+pub use blocks::{BlockSolution, solve_blocks};
 pub use gptq::Gptq;
 pub use rtn::Rtn;
 
@@ -133,25 +135,33 @@ fn finish<B: Backend>(
         group_of: if contiguous { None } else { Some(grid.spec.group_of) },
     };
     let restored = backend.upload(restore(&quantized))?;
-    let (mut proxy_loss, mut relative_error) = (None, None);
-    if let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) {
-        let error = backend.difference(weight, &restored)?;
-        let lost = match swept.zip(shared.factor.as_ref()) {
-            Some((loss, factor)) => {
-                // What damping added to the diagonal comes off again; a column without energy had a pivot of 1.
-                let added = backend.diagonal(gram)?.into_iter();
-                let added: Vec<f64> = added.map(|d| if d > 0.0 { f64::from(d) * factor.damp } else { 1.0 }).collect();
-                loss - backend.weighted_square(&error, &added)?
-            }
-            None => backend.quadratic(&error, gram)?,
-        };
-        let (lost, whole) = (lost.max(0.0), backend.quadratic(weight, gram)?);
-        proxy_loss = Some(lost);
-        relative_error = (whole > 0.0).then(|| lost / whole);
-    }
+    let [proxy_loss, relative_error] = measure(backend, shared, weight, &restored, swept)?;
     let damp = shared.factor.as_ref().map(|f| f.damp);
     let fallback = shared.fallback.clone();
     Ok(Solution { weight: quantized, restored, proxy_loss, relative_error, damp, fallback })
+}
+
+/// The proxy loss and the relative error, where the Hessian is known.
+fn measure<B: Backend>(
+    backend: &B,
+    shared: &Shared<'_, B>,
+    weight: &B::Matrix,
+    restored: &B::Matrix,
+    swept: Option<f64>,
+) -> Result<[Option<f64>; 2]> {
+    let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) else { return Ok([None, None]) };
+    let error = backend.difference(weight, restored)?;
+    let lost = match swept.zip(shared.factor.as_ref()) {
+        Some((loss, factor)) => {
+            // What damping added to the diagonal comes off again; a column without energy had a pivot of 1.
+            let added = backend.diagonal(gram)?.into_iter();
+            let added: Vec<f64> = added.map(|d| if d > 0.0 { f64::from(d) * factor.damp } else { 1.0 }).collect();
+            loss - backend.weighted_square(&error, &added)?
+        }
+        None => backend.quadratic(&error, gram)?,
+    };
+    let (lost, whole) = (lost.max(0.0), backend.quadratic(weight, gram)?);
+    Ok([Some(lost), (whole > 0.0).then(|| lost / whole)])
 }
 
 /// The reals that a quantized weight stands for, rows across threads.

@@ -3,6 +3,7 @@
 pub mod activation;
 pub mod attention;
 pub mod bf16;
+pub mod blocks;
 pub mod factor;
 pub mod fit;
 pub mod gram;

@@ -15,10 +15,11 @@
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
+use super::blocks::{Ladder, Rungs, codes_of};
 use super::gemm;
 use super::round::{code, inverse};
 use crate::backend::Swept;
-use crate::{Factor, Grid, simd_fn};
+use crate::{BlockGrid, Factor, Grid, simd_fn};
 
 /// Rows that one task carries, and columns of a panel.
 const ROWS: usize = 64;
@@ -53,6 +54,66 @@ pub fn reference(target: ArrayView2<f32>, order: &[u32], inverse_upper: &[Vec<f6
 
 /// Codes `[rows, cols]` in the original column order, and the loss.
 pub fn run(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, grid: &Grid) -> Swept {
+    let max = f32::from(grid.spec.scheme.max_code());
+    let zero = |at: usize| f32::from(grid.zeros[at]);
+    sweep(
+        target,
+        factor,
+        &Points {
+            groups: grid.spec.groups(),
+            group_of: &grid.spec.group_of,
+            scales: &grid.scales,
+            zero: &zero,
+            mins: &[],
+            rungs: Chosen::Codes(max),
+        },
+    )
+}
+
+/// The same on the blocks of one of ggml's types.
+pub fn run_blocks(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, grid: &BlockGrid) -> Swept {
+    let layout = grid.ty.layout().expect("a type with codes");
+    let group_of: Vec<u32> = (0..grid.cols).map(|col| (col / layout.group) as u32).collect();
+    let mut swept = sweep(
+        target,
+        factor,
+        &Points {
+            groups: grid.cols / layout.group,
+            group_of: &group_of,
+            scales: &grid.scales,
+            zero: &|_| 0.0,
+            mins: &grid.mins,
+            rungs: Chosen::Levels(Rungs::of(layout)),
+        },
+    );
+    let codes = codes_of(layout);
+    swept.codes.par_chunks_mut(1 << 14).for_each(|part| part.iter_mut().for_each(|c| *c = codes[usize::from(*c)]));
+    swept
+}
+
+/// The values that each group may take.
+struct Points<'a> {
+    groups: usize,
+    /// `[cols]`.
+    group_of: &'a [u32],
+    /// `[rows, groups]`.
+    scales: &'a [f32],
+    /// The code of 0 in a group.
+    zero: &'a (dyn Fn(usize) -> f32 + Sync),
+    /// `[rows, groups]`, or empty.
+    mins: &'a [f32],
+    rungs: Chosen,
+}
+
+/// What is kept of a chosen value.
+enum Chosen {
+    /// Its code, up to this one.
+    Codes(f32),
+    /// Its level, 128 added.
+    Levels(Rungs),
+}
+
+fn sweep(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, points: &Points<'_>) -> Swept {
     let cols = target.ncols();
     let data = target.to_slice().expect("a contiguous matrix");
     let mut codes = vec![0u8; data.len()];
@@ -61,7 +122,7 @@ pub fn run(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, grid:
         .zip(data.par_chunks(ROWS * cols))
         .enumerate()
         .map_init(Scratch::default, |scratch, (task, (codes, target))| {
-            scratch.sweep(task * ROWS, target, factor, grid, codes)
+            scratch.sweep(task * ROWS, target, factor, points, codes)
         })
         .collect();
     Swept { codes, loss: losses.iter().sum() }
@@ -76,6 +137,7 @@ struct Scratch {
     scales: Vec<Lane>,
     inverses: Vec<Lane>,
     zeros: Vec<Lane>,
+    mins: Vec<Lane>,
     feedback: Vec<Lane>,
 }
 
@@ -85,16 +147,16 @@ impl Scratch {
         first_row: usize,
         target: &[f32],
         factor: &Factor<ndarray::Array2<f32>>,
-        grid: &Grid,
+        points: &Points<'_>,
         codes: &mut [u8],
     ) -> f64 {
-        let (n, groups) = (factor.order.len(), grid.spec.groups());
+        let (n, groups) = (factor.order.len(), points.groups);
         let rows = target.len() / n;
         self.target.clear();
         self.target.resize(n, [0.0; ROWS]);
         self.errors.resize(n, [0.0; ROWS]);
         self.codes.resize(n, [0; ROWS]);
-        for lanes in [&mut self.scales, &mut self.inverses, &mut self.zeros] {
+        for lanes in [&mut self.scales, &mut self.inverses, &mut self.zeros, &mut self.mins] {
             lanes.clear();
             lanes.resize(groups, [0.0; ROWS]);
         }
@@ -105,13 +167,13 @@ impl Scratch {
             }
             for group in 0..groups {
                 let at = (first_row + row) * groups + group;
-                self.scales[group][row] = grid.scales[at];
-                self.inverses[group][row] = inverse(grid.scales[at]);
-                self.zeros[group][row] = f32::from(grid.zeros[at]);
+                self.scales[group][row] = points.scales[at];
+                self.inverses[group][row] = inverse(points.scales[at]);
+                self.zeros[group][row] = (points.zero)(at);
+                self.mins[group][row] = points.mins.get(at).copied().unwrap_or(0.0);
             }
         }
         let unit = factor.unit.as_slice().expect("a contiguous matrix");
-        let max = f32::from(grid.spec.scheme.max_code());
         let mut loss = [0.0f64; ROWS];
         for start in (0..n).step_by(PANEL) {
             let width = PANEL.min(n - start);
@@ -134,14 +196,14 @@ impl Scratch {
                 }
             }
             for p in start..start + width {
-                let group = grid.spec.group_of[factor.order[p] as usize] as usize;
+                let group = points.group_of[factor.order[p] as usize] as usize;
                 let ahead = &unit[p * n + p + 1..p * n + start + width];
                 let (now, later) = self.feedback.split_at_mut(p - start + 1);
                 column(
                     &self.target[p],
                     &now[p - start],
-                    [&self.scales[group], &self.inverses[group], &self.zeros[group]],
-                    max,
+                    [&self.scales[group], &self.inverses[group], &self.zeros[group], &self.mins[group]],
+                    &points.rungs,
                     factor.pivots[p],
                     &mut self.errors[p],
                     &mut self.codes[p],
@@ -165,8 +227,8 @@ simd_fn! {
     fn column(
         target: &Lane,
         feedback: &Lane,
-        grid: [&Lane; 3],
-        max: f32,
+        grid: [&Lane; 4],
+        rungs: &Chosen,
         pivot: f64,
         errors: &mut Lane,
         codes: &mut [u8; ROWS],
@@ -174,15 +236,25 @@ simd_fn! {
         ahead: &[f32],
         later: &mut [Lane],
     ) {
-        let [scales, inverses, zeros] = grid;
-        for row in 0..ROWS {
-            let wanted = target[row] + feedback[row];
-            let code = code(wanted, inverses[row], zeros[row], max);
-            let value = scales[row] * (code - zeros[row]);
-            errors[row] = target[row] - value;
-            codes[row] = code as i32 as u8;
-            let missed = f64::from(wanted - value);
-            loss[row] += missed * missed * pivot;
+        let [scales, inverses, zeros, mins] = grid;
+        match *rungs {
+            Chosen::Codes(max) => {
+                for row in 0..ROWS {
+                    let wanted = target[row] + feedback[row];
+                    let code = code(wanted, inverses[row], zeros[row], max);
+                    let value = scales[row] * (code - zeros[row]);
+                    errors[row] = target[row] - value;
+                    codes[row] = code as i32 as u8;
+                    let missed = f64::from(wanted - value);
+                    loss[row] += missed * missed * pivot;
+                }
+            }
+            Chosen::Levels(Rungs::Even(ladder)) => {
+                nearest(ladder, target, feedback, [scales, inverses, mins], pivot, errors, codes, loss);
+            }
+            Chosen::Levels(Rungs::Uneven(ladder)) => {
+                nearest(ladder, target, feedback, [scales, inverses, mins], pivot, errors, codes, loss);
+            }
         }
         let errors = *errors;
         for (u, lane) in ahead.iter().zip(later) {
@@ -193,6 +265,28 @@ simd_fn! {
     }
 }
 
+#[inline(always)]
+fn nearest<L: Ladder>(
+    ladder: L,
+    target: &Lane,
+    feedback: &Lane,
+    [scales, inverses, mins]: [&Lane; 3],
+    pivot: f64,
+    errors: &mut Lane,
+    codes: &mut [u8; ROWS],
+    loss: &mut [f64; ROWS],
+) {
+    for row in 0..ROWS {
+        let wanted = target[row] + feedback[row];
+        let level = ladder.nearest((wanted + mins[row]) * inverses[row]);
+        let value = scales[row] * level - mins[row];
+        errors[row] = target[row] - value;
+        codes[row] = (level + 128.0) as i32 as u8;
+        let missed = f64::from(wanted - value);
+        loss[row] += missed * missed * pivot;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use formats::{ScalePrecision, Scheme};
@@ -200,7 +294,7 @@ mod tests {
 
     use super::super::testing::Noise;
     use super::*;
-    use crate::ops::{factor, fit, gram, round};
+    use crate::ops::{blocks, factor, fit, gram, round};
     use crate::{FitKind, GridSpec};
 
     /// Upper factor `U` with `H⁻¹ = UᵀU`, the textbook way.
@@ -278,6 +372,45 @@ mod tests {
             assert!((trace(&fast.codes) - fast.loss).abs() <= 1e-3 * fast.loss);
             assert!(fast.loss < trace(&round::run(weight.view(), &grid)));
         }
+    }
+
+    #[test]
+    fn blocks_are_swept_as_groups_are() {
+        let mut noise = Noise(15);
+        let mixing = noise.matrix(256, 256);
+        let x = noise.matrix(600, 256).dot(&mixing);
+        let hessian = gram::reference(x.view());
+        let weight = noise.matrix(70, 256);
+        let factor = factor::run(hessian.view(), (0..256).rev().collect(), 0.05).unwrap();
+        let trace = |ty: formats::ggml::GgmlType, grid: &BlockGrid, codes: &[u8]| {
+            let mut bytes = vec![0; ty.row_bytes(codes.len()).unwrap()];
+            ty.pack(&grid.blocks, codes, &mut bytes);
+            let mut values = vec![0.0; codes.len()];
+            ty.dequantize(&bytes, &mut values).unwrap();
+            let e = &weight - &Array2::from_shape_vec((70, 256), values).unwrap();
+            let mut damped = hessian.clone();
+            damped.diag_mut().iter_mut().for_each(|d| *d *= 1.05);
+            gram::quadratic(e.view(), damped.view())
+        };
+        for ty in formats::ggml::TYPES.iter().filter(|t| t.layout().is_some()) {
+            let grid = blocks::fit(weight.view(), *ty, None);
+            let swept = run_blocks(weight.view(), &factor, &grid);
+            let (found, plain) =
+                (trace(*ty, &grid, &swept.codes), trace(*ty, &grid, &blocks::round(weight.view(), &grid)));
+            assert!((found - swept.loss).abs() <= 2e-3 * found, "{ty}: {found}, and the sweep says {}", swept.loss);
+            assert!(found < plain, "{ty}: {found}, rounding {plain}");
+        }
+        // On a grid that both can say, both say the same.
+        let ty = formats::ggml::GgmlType::from_name("Q4_0").unwrap();
+        let grid = blocks::fit(weight.view(), ty, None);
+        let scheme = Scheme { bits: 4, group: Some(32), symmetric: true };
+        let same = Grid {
+            spec: GridSpec::contiguous(scheme, ScalePrecision::F16, 0, 256),
+            rows: 70,
+            scales: grid.scales.clone(),
+            zeros: vec![8; grid.scales.len()],
+        };
+        assert_eq!(run_blocks(weight.view(), &factor, &grid).codes, run(weight.view(), &factor, &same).codes);
     }
 
     #[test]
