@@ -455,7 +455,7 @@ impl<B: Backend> Supply<B> for FloatPass<'_, '_, B> {
     }
 
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
-        if let Some(statistics) = self.work.observe(group, Needs::Hessian, inputs)? {
+        if let Some(statistics) = self.work.observe(group, Needs::HessianAndMagnitude, inputs)? {
             self.statistics.insert(group[0].module.clone(), statistics);
         }
         group.iter().map(|linear| ready(self.work.backend, self.work.load(linear)?)).collect()

@@ -35,7 +35,8 @@ fn logits_are_those_of_transformers() {
         let head = forward::load_head(&Cpu::default(), &graph, &source).unwrap();
         let mut found = Vec::new();
         for chunk in &hidden {
-            found.extend(Cpu::default().linear(chunk, &head, None).unwrap());
+            let input = Cpu::default().input(chunk.clone()).unwrap();
+            found.extend(Cpu::default().linear(&input, &head, None).unwrap());
         }
         assert_eq!(found.len(), expected.len(), "{name}");
         let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));

@@ -1,6 +1,7 @@
 //! What a user sees, and parity with other programs.
 
 mod bad_input;
+mod gguf;
 mod golden;
 mod harness;
 mod pipeline;

@@ -40,10 +40,11 @@ fn fixture() -> (Array2<f32>, Array2<f32>) {
 
 fn statistics(x: &Array2<f32>) -> Statistics<Cpu> {
     let cpu = Cpu::default();
-    let gathered: Result<_, kernels::Error> = Statistics::gather(&cpu, x.ncols(), Needs::Hessian, |see| {
-        see(&cpu.input(x.slice(ndarray::s![..200, ..]).to_owned())?)?;
-        see(&cpu.input(x.slice(ndarray::s![200.., ..]).to_owned())?)
-    });
+    let gathered: std::result::Result<_, kernels::Error> =
+        Statistics::gather(&cpu, x.ncols(), Needs::HessianAndMagnitude, |see| {
+            see(&cpu.input(x.slice(ndarray::s![..200, ..]).to_owned())?)?;
+            see(&cpu.input(x.slice(ndarray::s![200.., ..]).to_owned())?)
+        });
     gathered.unwrap()
 }
 

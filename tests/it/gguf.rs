@@ -1,0 +1,171 @@
+//! GGUF files: written from a checkpoint, read back as the same model.
+
+use std::path::{Path, PathBuf};
+
+use formats::{GgmlType, GgufFile, Imatrix};
+use kernels::Cpu;
+use quantc::Checkpoint;
+use quantc::job::{Job, Verification};
+use quantc::progress::Progress;
+use quantc::recipe::{Recipe, Request};
+use quantc::report::Report;
+use quantc::verify::Limits;
+
+use crate::pipeline::model;
+
+fn run(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
+    let defaults: Request = toml::from_str("format = 'gguf'\nsamples = 4\nseq_len = 256").unwrap();
+    let request: Request = toml::from_str(toml).unwrap();
+    let verification =
+        Verification { text: "held-out".to_owned(), context: 128, windows: Some(4), limits: Limits::default() };
+    let job = Job {
+        model,
+        output,
+        recipe: Recipe::resolve(request.or(defaults))?,
+        verification: Some(verification),
+        force: false,
+        report: None,
+    };
+    job.run(&Cpu::default(), &mut Progress::new(true))
+}
+
+fn types(path: &Path) -> Vec<(String, GgmlType)> {
+    GgufFile::open(path).unwrap().tensors().iter().map(|t| (t.name.clone(), t.ty)).collect()
+}
+
+#[test]
+fn every_mix_keeps_the_model_and_gptq_keeps_more_of_it() {
+    let room = tempfile::tempdir().unwrap();
+    let model = model(room.path());
+    // Each mix with the most that it may lose; a wrong row order, a wrong scale or a swapped nibble costs nats.
+    for (mix, bar) in [
+        ("F32", 1e-9),
+        ("F16", 1e-6),
+        ("BF16", 1e-6),
+        ("Q8_0", 5e-4),
+        ("Q6_K", 2e-3),
+        ("Q5_K_M", 0.01),
+        ("Q5_1", 0.01),
+        ("Q4_K_M", 0.03),
+        ("Q4_0", 0.05),
+        ("IQ4_XS", 0.04),
+        ("Q3_K_M", 0.06),
+        ("Q2_K", 0.25),
+        ("TQ2_0", 6.0),
+    ] {
+        let at = |method: &str| room.path().join(format!("{mix}-{method}.gguf"));
+        let loss = |method: &str| {
+            let report = run(&model, &at(method), &format!("scheme = '{mix}'\nmethod = '{method}'")).unwrap();
+            assert!(report.linears.iter().all(|l| l.fallback.is_none()), "{mix}");
+            assert_eq!(report.linears.len(), 28);
+            report.quality.unwrap().beside.unwrap().kld_mean
+        };
+        let rounded = loss("rtn");
+        assert!(rounded < bar, "{mix}: KL {rounded}");
+        if !matches!(mix, "F32" | "F16" | "BF16") {
+            let swept = loss("gptq");
+            assert!(swept < 0.85 * rounded, "{mix}: KL {swept} after {rounded}");
+            assert_eq!(types(&at("rtn")).len(), types(&at("gptq")).len());
+        }
+    }
+    // What is not quantized is the model itself, to the bit, under the same names and in the same order of rows.
+    let (plain, original) =
+        (Checkpoint::open(&room.path().join("F32-rtn.gguf")).unwrap(), Checkpoint::open(&model).unwrap());
+    for entry in original.entries() {
+        assert_eq!(plain.load(&entry.name).unwrap(), original.load(&entry.name).unwrap(), "{}", entry.name);
+    }
+    assert_eq!(plain.entries().len(), original.entries().len());
+}
+
+#[test]
+fn the_same_bytes_for_any_number_of_threads() {
+    let room = tempfile::tempdir().unwrap();
+    let model = model(room.path());
+    let bytes = |threads: usize, name: &str| {
+        let path = room.path().join(name);
+        let pool = rayon_pool(threads);
+        pool.install(|| run(&model, &path, "scheme = 'Q4_K_M'")).unwrap();
+        std::fs::read(path).unwrap()
+    };
+    let first = bytes(1, "a.gguf");
+    assert!(first == bytes(3, "b.gguf") && first == bytes(2, "c.gguf"));
+}
+
+fn rayon_pool(threads: usize) -> rayon::ThreadPool {
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
+}
+
+#[test]
+fn types_are_chosen_by_name_and_by_hand() {
+    let room = tempfile::tempdir().unwrap();
+    let model = model(room.path());
+    let path = room.path().join("m.gguf");
+    run(
+        &model,
+        &path,
+        "scheme = 'Q4_K_M'\nmethod = 'rtn'\ntensor_type = ['blk\\.0\\.attn_q=Q6_K']\ntoken_embedding_type = 'Q8_0'\nignore = ['re:.*layers.1.mlp.up_proj']",
+    )
+    .unwrap();
+    let types = types(&path);
+    let of = |name: &str| types.iter().find(|(n, _)| n == name).unwrap().1.name;
+    assert_eq!(of("blk.0.attn_q.weight"), "Q6_K");
+    assert_eq!(of("blk.1.attn_q.weight"), "Q4_K");
+    assert_eq!(of("token_embd.weight"), "Q8_0");
+    assert_eq!(of("blk.1.ffn_up.weight"), "BF16");
+    assert_eq!(of("blk.0.attn_norm.weight"), "F32");
+    for (toml, expected) in [
+        ("tensor_type = ['no_such_tensor=Q6_K']", "no_such_tensor"),
+        ("tensor_type = ['attn_q=Q9_X']", "Q9_X"),
+        ("ignore = ['no_such_linear']", "matches no linear"),
+        ("pre = 'no-such-pre'", "no-such-pre"),
+    ] {
+        let error = run(&model, &room.path().join("n.gguf"), toml).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+        assert_eq!(error.exit_code(), 2, "{error}");
+    }
+    assert!(!room.path().join("n.gguf").exists());
+}
+
+#[test]
+fn importance_goes_to_a_file_and_comes_from_one() {
+    let room = tempfile::tempdir().unwrap();
+    let model = model(room.path());
+    let at = |name: &str| room.path().join(name);
+    let imatrix = at("imatrix.gguf");
+    let collect = format!("scheme = 'Q3_K_M'\nmethod = 'rtn'\nsave_imatrix = '{}'", imatrix.display());
+    run(&model, &at("a.gguf"), &collect).unwrap();
+    let read = Imatrix::read(&imatrix).unwrap();
+    assert_eq!(read.entries.len(), 28);
+    let importance = read.importance("blk.0.attn_q.weight", 256).unwrap().unwrap();
+    assert!(importance.iter().all(|x| x.is_finite() && *x >= 0.0) && importance.iter().any(|x| *x > 0.0));
+
+    // The float model's own inputs: rounding does not change what was collected before it, so block 0 is the same.
+    let read_back = format!("scheme = 'Q3_K_M'\nimatrix = '{}'", imatrix.display());
+    let report = run(&model, &at("b.gguf"), &read_back).unwrap();
+    assert!(report.linears.iter().all(|l| l.method == "rtn" && l.tokens == 0));
+    let first = |path: PathBuf| GgufFile::open(path).unwrap().get("blk.0.attn_q.weight").unwrap().data.to_vec();
+    assert_eq!(first(at("a.gguf")), first(at("b.gguf")));
+    let file = GgufFile::open(at("b.gguf")).unwrap();
+    assert_eq!(file.count("quantize.imatrix.entries_count").unwrap(), Some(28));
+    let plain = run(&model, &at("c.gguf"), "scheme = 'Q3_K_M'\nmethod = 'rtn'").unwrap();
+    let loss = |report: &Report| report.quality.as_ref().unwrap().beside.as_ref().unwrap().kld_mean;
+    assert!(loss(&report) < loss(&plain), "{} with importance, {} without", loss(&report), loss(&plain));
+}
+
+#[test]
+fn a_file_in_parts_is_the_same_model() {
+    let room = tempfile::tempdir().unwrap();
+    let model = model(room.path());
+    let whole = room.path().join("w.gguf");
+    run(&model, &whole, "scheme = 'Q4_0'\nmethod = 'rtn'").unwrap();
+    let report =
+        run(&model, &room.path().join("s.gguf"), "scheme = 'Q4_0'\nmethod = 'rtn'\nsplit_max_size = '1M'").unwrap();
+    assert!(report.outputs.len() > 2, "{:?}", report.outputs);
+    assert!(report.outputs[0].name.starts_with("s-00001-of-0000"), "{}", report.outputs[0].name);
+    let parts = Checkpoint::open(&room.path().join(&report.outputs[0].name)).unwrap();
+    let whole = Checkpoint::open(&whole).unwrap();
+    for entry in whole.entries() {
+        assert_eq!(parts.load(&entry.name).unwrap(), whole.load(&entry.name).unwrap());
+    }
+    assert!(room.path().join("s.gguf.report.json").exists());
+}
