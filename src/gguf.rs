@@ -53,7 +53,7 @@ impl GgufPlan {
     /// the model.
     pub fn new(graph: &Graph, source: &Checkpoint, recipe: &Recipe) -> Result<GgufPlan> {
         let settings = recipe.gguf.as_ref().expect("a recipe for a GGUF file");
-        let mix = Mix::parse(&settings.mix).expect("resolved");
+        let mix = Mix::parse(settings.mix).expect("resolved");
         check_tensors(graph, source)?;
         let plan = names::plan(graph)?;
         let imatrix = settings.imatrix.as_ref().map(Imatrix::read).transpose()?;

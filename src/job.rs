@@ -92,12 +92,12 @@ impl Job<'_> {
         }
         let graph = families::graph_of(&source)?;
         match self.recipe.gguf {
-            Some(_) => self.to_gguf(backend, progress, started, source, graph),
-            None => self.to_directory(backend, progress, started, source, graph),
+            Some(_) => self.gguf_file(backend, progress, started, source, graph),
+            None => self.directory(backend, progress, started, source, graph),
         }
     }
 
-    fn to_directory<B: Backend>(
+    fn directory<B: Backend>(
         self,
         backend: &B,
         progress: &mut Progress,
@@ -150,7 +150,7 @@ impl Job<'_> {
         Ok(report)
     }
 
-    fn to_gguf<B: Backend>(
+    fn gguf_file<B: Backend>(
         self,
         backend: &B,
         progress: &mut Progress,

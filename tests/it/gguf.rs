@@ -117,13 +117,14 @@ fn types_are_chosen_by_name_and_by_hand() {
         ("tensor_type = ['no_such_tensor=Q6_K']", "no_such_tensor"),
         ("tensor_type = ['attn_q=Q9_X']", "Q9_X"),
         ("ignore = ['no_such_linear']", "matches no linear"),
-        ("pre = 'no-such-pre'", "no-such-pre"),
     ] {
         let error = run(&model, &room.path().join("n.gguf"), toml).unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
         assert_eq!(error.exit_code(), 2, "{error}");
     }
     assert!(!room.path().join("n.gguf").exists());
+    let report = run(&model, &room.path().join("p.gguf"), "scheme = 'Q8_0'\npre = 'no-such-pre'").unwrap();
+    assert!(report.notes.iter().any(|note| note.contains("`no-such-pre` is no pre-tokenizer")), "{:?}", report.notes);
 }
 
 #[test]
