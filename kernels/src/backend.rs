@@ -256,6 +256,15 @@ pub trait Backend: Sync {
     fn round_blocks(&self, weight: &Self::Matrix, grid: &BlockGrid) -> Result<Vec<u8>>;
     /// As [`sweep`](Self::sweep).
     fn sweep_blocks(&self, target: &Self::Matrix, factor: &Factor<Self::Matrix>, grid: &BlockGrid) -> Result<Swept>;
+    /// Moves scales and codes of a swept matrix wherever its loss falls; returns the loss, as [`Swept::loss`].
+    fn refine_blocks(
+        &self,
+        target: &Self::Matrix,
+        gram: &Self::Matrix,
+        damp: f64,
+        grid: &mut BlockGrid,
+        codes: &mut [u8],
+    ) -> Result<f64>;
 
     /// Loss of `logits` `[tokens, vocabulary]` against the next tokens.
     fn token_loss(&self, logits: &Self::Matrix, targets: &[u32]) -> Result<TokenLoss>;

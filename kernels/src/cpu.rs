@@ -7,7 +7,9 @@ use rayon::prelude::*;
 use crate::backend::{
     AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, Swept, TokenComparison, TokenLoss,
 };
-use crate::ops::{activation, attention, bf16, blocks, factor, fit, gram, linear, loss, norm, rope, round, sweep};
+use crate::ops::{
+    activation, attention, bf16, blocks, factor, fit, gram, linear, loss, norm, refine, rope, round, sweep,
+};
 use crate::simd::{Level, level};
 use crate::{Error, Result};
 
@@ -380,6 +382,21 @@ impl Backend for Cpu {
         expect("sweep_blocks", "columns", grid.cols, target.ncols())?;
         expect("sweep_blocks", "columns", factor.order.len(), target.ncols())?;
         Ok(sweep::run_blocks(target.view(), factor, grid))
+    }
+
+    fn refine_blocks(
+        &self,
+        target: &Array2<f32>,
+        gram: &Array2<f32>,
+        damp: f64,
+        grid: &mut BlockGrid,
+        codes: &mut [u8],
+    ) -> Result<f64> {
+        expect("refine_blocks", "rows", grid.rows, target.nrows())?;
+        expect("refine_blocks", "columns", grid.cols, target.ncols())?;
+        expect("refine_blocks", "features", gram.ncols(), target.ncols())?;
+        expect("refine_blocks", "codes", target.len(), codes.len())?;
+        Ok(refine::run(target.view(), gram.view(), damp, grid, codes))
     }
 
     fn token_loss(&self, logits: &Array2<f32>, targets: &[u32]) -> Result<TokenLoss> {

@@ -1,7 +1,8 @@
 //! ggml's block types: the same rounding and the same sweep as for files of codes and scales, on the blocks' own grids.
 //!
-//! Scales and mins are found first, as the blocks will store them (see `kernels::ops::blocks`), and stay; codes come
-//! second. So GPTQ needs nothing new: a static grid, any order of columns.
+//! Scales and mins are found first, as the blocks will store them (see `kernels::ops::blocks`); codes come second. So the
+//! sweep needs nothing new: a static grid, any order of columns. At the end both are moved once more wherever the loss
+//! falls (see `kernels::ops::refine`).
 
 use formats::GgmlType;
 use kernels::{Backend, Result};
@@ -53,12 +54,16 @@ pub fn solve_blocks<B: Backend>(
             .with_min_len(8)
             .for_each(|(packed, values)| ty.encode(values, packed).expect("a type with an encoder"));
     } else {
-        let grid = backend.fit_blocks(weight, ty, importance)?;
+        let mut grid = backend.fit_blocks(weight, ty, importance)?;
         let codes = match sweeps {
             Some(factor) => {
                 let found = backend.sweep_blocks(weight, factor, &grid)?;
-                swept = Some(found.loss);
-                found.codes
+                let (mut codes, mut loss) = (found.codes, found.loss);
+                if let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) {
+                    loss = backend.refine_blocks(weight, gram, factor.damp, &mut grid, &mut codes)?;
+                }
+                swept = Some(loss);
+                codes
             }
             None => backend.round_blocks(weight, &grid)?,
         };

@@ -10,6 +10,7 @@ pub mod gram;
 pub mod linear;
 pub mod loss;
 pub mod norm;
+pub mod refine;
 pub mod rope;
 pub mod round;
 pub mod sweep;
