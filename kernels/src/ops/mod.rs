@@ -12,6 +12,7 @@ pub mod loss;
 pub mod norm;
 pub mod rope;
 pub mod round;
+pub mod scaled;
 pub mod sweep;
 
 /// A pointer that tasks writing to disjoint parts of one buffer may share.
