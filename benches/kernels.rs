@@ -2,12 +2,16 @@
 //!
 //! Elements are floating-point operations where arithmetic is the limit (`peak` is what to divide by), weights in `fit`
 //! and `round`; where memory is the limit, bytes are those that must be read and written. See README.md.
+//!
+//! Operands of products lie ready: in bf16, weights were packed and activations rounded before the clock started
+//! (`operands` measures that). What products of bf16 hand on rounded, as `gated` and `attention` do, is rounded inside.
 
 mod common;
 
 use criterion::{BatchSize, SamplingMode, Throughput, criterion_group, criterion_main};
 use formats::{ScalePrecision, Scheme};
-use kernels::{AttentionShape, Backend, Cpu, Factor, FitKind, Grid, GridSpec, Result};
+use kernels::ops::{activation, bf16};
+use kernels::{AttentionShape, Backend, Cpu, Factor, FitKind, Grid, GridSpec, Result, cpu};
 use ndarray::Array2;
 
 use common::{Criterion, measure, noise};
@@ -27,13 +31,23 @@ fn traffic(values: usize) -> Throughput {
     Throughput::BytesDecimal(4 * values as u64)
 }
 
-/// The backend in single precision and, where this CPU has the instruction, with inputs rounded to bfloat16.
+/// The backend in single precision and, where this CPU has the instruction, with operands in bfloat16.
 fn precisions() -> Vec<(&'static str, Cpu)> {
     let mut list = vec![("f32", Cpu::exact())];
-    if kernels::ops::bf16::available() {
+    if bf16::available() {
         list.push(("bf16", Cpu::default().relaxed()));
     }
     list
+}
+
+/// An activation in the form that this backend multiplies.
+fn input(cpu: &Cpu, rows: usize, cols: usize, seed: u64) -> cpu::Input {
+    cpu.input(matrix(rows, cols, seed)).expect("any matrix is an input")
+}
+
+/// A weight in the form that this backend multiplies.
+fn weight(cpu: &Cpu, rows: usize, cols: usize, seed: u64) -> cpu::Weight {
+    cpu.weight(matrix(rows, cols, seed)).expect("any matrix is a weight")
 }
 
 /// The most that arithmetic gives here: a product large enough to hide its edges.
@@ -45,9 +59,9 @@ fn peak(c: &mut Criterion) {
     for (precision, cpu) in precisions() {
         for (name, threads) in [("1 thread", 1), ("all threads", 0)] {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("threads");
-            let make = || [matrix(TOKENS, SIDE, 1), matrix(SIDE, SIDE, 2)];
+            let make = || (input(&cpu, TOKENS, SIDE, 1), weight(&cpu, SIDE, SIDE, 2));
             let name = format!("{precision}, {name}");
-            measure(&mut group, &name, flops(2 * TOKENS * SIDE * SIDE), make, |[x, w]| {
+            measure(&mut group, &name, flops(2 * TOKENS * SIDE * SIDE), make, |(x, w)| {
                 pool.install(|| cpu.linear(x, w, None))
             });
         }
@@ -59,11 +73,41 @@ fn linear(c: &mut Criterion) {
     group.sample_size(10);
     for [tokens, cols, rows] in [[TOKENS, 576, 576], [TOKENS, 576, 1536], [TOKENS, 1536, 576], [512, 4096, 4096]] {
         for (precision, cpu) in precisions() {
-            let make = || [matrix(tokens, cols, 1), matrix(rows, cols, 2)];
+            let make = || (input(&cpu, tokens, cols, 1), weight(&cpu, rows, cols, 2));
             let name = format!("{tokens} x {cols} -> {rows}, {precision}");
-            measure(&mut group, &name, flops(2 * tokens * cols * rows), make, |[x, w]| cpu.linear(x, w, None));
+            measure(&mut group, &name, flops(2 * tokens * cols * rows), make, |(x, w)| cpu.linear(x, w, None));
         }
     }
+}
+
+/// The two products of a gated MLP, its activation function not counted; in bf16 the result is rounded too.
+fn gated(c: &mut Criterion) {
+    let [cols, rows] = [576, 1536];
+    let mut group = c.benchmark_group("gated");
+    group.sample_size(10);
+    for (precision, cpu) in precisions() {
+        let make = || (input(&cpu, TOKENS, cols, 1), [2, 3].map(|seed| weight(&cpu, rows, cols, seed)));
+        let name = format!("{TOKENS} x {cols} -> 2 x {rows}, {precision}");
+        measure(&mut group, &name, flops(4 * TOKENS * cols * rows), make, |(x, [gate, up])| {
+            cpu.gated(x, [gate, up], [None, None])
+        });
+    }
+}
+
+/// What products in bf16 want done first: bytes of the f32 read and of the bf16 written.
+fn operands(c: &mut Criterion) {
+    if !bf16::available() {
+        return;
+    }
+    let mut group = c.benchmark_group("operands");
+    group.sample_size(20);
+    let bytes = |values: usize| Throughput::BytesDecimal(6 * values as u64);
+    let make = || matrix(TOKENS, 1536, 1);
+    measure(&mut group, &format!("round {TOKENS} x 1536"), bytes(TOKENS * 1536), make, |x| {
+        Result::Ok(bf16::Rows::of(x.view()))
+    });
+    let make = || matrix(1536, 576, 2);
+    measure(&mut group, "pack 1536 x 576", bytes(1536 * 576), make, |w| Result::Ok(bf16::Panels::of(w.view())));
 }
 
 /// The lower triangle with its diagonal: half of a full product.
@@ -72,31 +116,36 @@ fn gram(c: &mut Criterion) {
     group.sample_size(10);
     for cols in [576, 1536] {
         for (precision, cpu) in precisions() {
-            let make = || (matrix(TOKENS, cols, 1), Array2::zeros((cols, cols)));
+            let make = || (input(&cpu, TOKENS, cols, 1), Array2::zeros((cols, cols)));
             let name = format!("{TOKENS} x {cols}, {precision}");
             measure(&mut group, &name, flops(TOKENS * cols * (cols + 1)), make, |(x, gram)| cpu.add_gram(x, gram));
         }
     }
 }
 
-/// Scores and mixture of the keys that a token may see; the softmax is not counted.
+/// Scores and mixture of the keys that a token may see; the softmax is not counted. In bf16 queries, keys and values are
+/// f32 when the clock starts, and are rounded inside, as is the result.
 fn attention(c: &mut Criterion) {
     let shape = AttentionShape { heads: 9, kv_heads: 3, head_dim: 64, scale: 0.125, window: None };
-    let lengths = [512; 8];
-    let make = || [9, 3, 3].map(|heads| matrix(TOKENS, 64 * heads, heads as u64));
-    let pairs: usize = lengths.iter().map(|length| length * (length + 1) / 2).sum();
     let mut group = c.benchmark_group("attention");
     group.sample_size(10);
-    let work = flops(4 * pairs * shape.heads * shape.head_dim);
-    measure(&mut group, "8 x 512, 9 heads on 3 of 64", work, make, |[q, k, v]| {
-        Cpu::exact().attention(q, k, v, &shape, &lengths)
-    });
+    for length in [512, 2048] {
+        let lengths = vec![length; TOKENS / length];
+        let pairs: usize = lengths.iter().map(|length| length * (length + 1) / 2).sum();
+        let work = flops(4 * pairs * shape.heads * shape.head_dim);
+        for (precision, cpu) in precisions() {
+            let make = || [9, 3, 3].map(|heads| matrix(TOKENS, 64 * heads, heads as u64));
+            let name = format!("{} x {length}, 9 heads on 3 of 64, {precision}", lengths.len());
+            measure(&mut group, &name, work.clone(), make, |[q, k, v]| cpu.attention(q, k, v, &shape, &lengths));
+        }
+    }
 }
 
 /// A Hessian of fewer tokens than a real one has, which the damping makes definite.
 fn hessian(n: usize) -> Array2<f32> {
     let mut gram = Array2::zeros((n, n));
-    Cpu::exact().add_gram(&matrix(n.min(1024), n, 3), &mut gram).expect("shapes fit");
+    let cpu = Cpu::exact();
+    cpu.add_gram(&input(&cpu, n.min(1024), n, 3), &mut gram).expect("shapes fit");
     gram
 }
 
@@ -180,7 +229,10 @@ fn elementwise(c: &mut Criterion) {
         let [gate, up] = inputs.get_or_insert_with(|| [matrix(TOKENS, 1536, 8), matrix(TOKENS, 1536, 9)]);
         bencher.iter_batched_ref(
             || gate.clone(),
-            |gate| Cpu::exact().silu_mul(gate, up).expect("equal shapes"),
+            |gate| {
+                let [gate, up] = [gate.as_slice_mut(), up.as_slice_mut()].map(|slice| slice.expect("contiguous"));
+                activation::silu_mul(gate, up);
+            },
             BatchSize::LargeInput,
         );
     });
@@ -195,5 +247,5 @@ fn elementwise(c: &mut Criterion) {
     });
 }
 
-criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gram, attention, factor, sweep, fit, elementwise);
+criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gated, operands, gram, attention, factor, sweep, fit, elementwise);
 criterion_main!(benches);

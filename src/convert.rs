@@ -13,6 +13,10 @@ use crate::output::{Staging, weight_writer};
 
 /// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default).
 pub fn convert(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
+    rewrite(input, output, dtype, force).map_err(|error| error.of_output(output, false))
+}
+
+fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
     let source = Checkpoint::open(input)?;
     let staging = Staging::new(output, Some(input), force)?;
     let target = dtype.unwrap_or(source.dtype());

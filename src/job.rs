@@ -82,6 +82,11 @@ impl Job<'_> {
     /// Runs it. The output appears only if everything up to and including the measurement worked; limits that are missed
     /// are told in the report's verdict, and the output stays.
     pub fn run<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Report> {
+        let (output, single) = (self.output, self.recipe.gguf.is_some());
+        self.work(backend, progress).map_err(|error| error.of_output(output, single))
+    }
+
+    fn work<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Report> {
         let started = Instant::now();
         let source = Checkpoint::open(self.model)?;
         if source.entries().iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. })) {

@@ -113,6 +113,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let mut request = flags.or(file);
     request.format = request.format.or(to_file.then(|| "gguf".to_owned()));
     let limits = Limits { max_ppl_ratio: args.max_ppl_ratio, max_kld: args.max_kld, min_top1: args.min_top1 };
+    limits.check()?;
     let verification = match args.verify_text.as_deref() {
         Some("none") if limits.any() => {
             return Err(

@@ -127,11 +127,16 @@ fn check_place(target: &Path, input: Option<&Path>) -> Result<()> {
     Ok(())
 }
 
+/// What the folder is called in which an output of this name is written.
+pub fn hidden_name(name: &str) -> String {
+    format!(".{name}.partial-{}", std::process::id())
+}
+
 /// Makes an empty hidden directory beside `target`.
 fn make_hidden(target: &Path) -> Result<PathBuf> {
     let (name, parent) = place(target)?;
     fs::create_dir_all(&parent).map_err(Error::io(&parent, "create"))?;
-    let folder = parent.join(format!(".{name}.partial-{}", std::process::id()));
+    let folder = parent.join(hidden_name(&name));
     if folder.exists() {
         fs::remove_dir_all(&folder).map_err(Error::io(&folder, "clear"))?;
     }

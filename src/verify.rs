@@ -279,6 +279,18 @@ impl Limits {
         *self != Limits::default()
     }
 
+    /// Fails on limits that nothing could keep, or nothing could miss: a usage error.
+    pub fn check(&self) -> Result<()> {
+        let check = |flag: &str, limit: Option<f64>, range: &str, allowed: fn(f64) -> bool| match limit {
+            // Written so that a NaN is outside of every range.
+            Some(limit) if !allowed(limit) => Err(Error::usage(format!("{flag} {limit}: must be {range}"))),
+            _ => Ok(()),
+        };
+        check("--max-ppl-ratio", self.max_ppl_ratio, "a number above 0", |x| x > 0.0 && x.is_finite())?;
+        check("--max-kld", self.max_kld, "a number of nats, 0 or more", |x| x >= 0.0 && x.is_finite())?;
+        check("--min-top1", self.min_top1, "a share from 0 to 1", |x| (0.0..=1.0).contains(&x))
+    }
+
     /// What was missed, one sentence each.
     pub fn missed(&self, quality: &Beside) -> Vec<String> {
         let mut missed = Vec::new();
@@ -315,6 +327,37 @@ mod tests {
         assert_eq!(Protocol::Papers.scored(8), 0..7);
         assert_eq!(Protocol::LlamaCpp.scored(8), 4..7);
         assert!(Protocol::LlamaCpp.scored(1).is_empty());
+    }
+
+    #[test]
+    fn limits_that_mean_nothing_are_refused() {
+        let limits = |[max_ppl_ratio, max_kld, min_top1]: [f64; 3]| {
+            let [max_ppl_ratio, max_kld, min_top1] = [max_ppl_ratio, max_kld, min_top1].map(Some);
+            Limits { max_ppl_ratio, max_kld, min_top1 }.check()
+        };
+        for good in [[1.01, 0.0, 0.0], [0.5, 7.0, 1.0]] {
+            limits(good).unwrap();
+        }
+        Limits::default().check().unwrap();
+        for (index, wrong) in [
+            (0, 0.0),
+            (0, -1.0),
+            (0, f64::NAN),
+            (0, f64::INFINITY),
+            (1, -1e-9),
+            (1, f64::NAN),
+            (1, f64::INFINITY),
+            (2, -0.1),
+            (2, 1.1),
+            (2, 95.0),
+            (2, f64::NAN),
+        ] {
+            let mut all = [1.0; 3];
+            all[index] = wrong;
+            let error = limits(all).unwrap_err();
+            let flag = ["--max-ppl-ratio", "--max-kld", "--min-top1"][index];
+            assert!(error.exit_code() == 2 && error.to_string().starts_with(flag), "{error}");
+        }
     }
 
     #[test]

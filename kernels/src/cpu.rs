@@ -8,7 +8,7 @@ use crate::backend::{
     AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, Swept, TokenComparison, TokenLoss,
 };
 use crate::ops::{
-    activation, attention, bf16, blocks, factor, fit, gram, linear, loss, norm, refine, rope, round, sweep,
+    activation, attention, bf16, blocks, factor, fit, gram, linear, loss, norm, refine, rope, round, scaled, sweep,
 };
 use crate::simd::{Level, level};
 use crate::{Error, Result};
@@ -317,22 +317,8 @@ impl Backend for Cpu {
         gram: &Array2<f32>,
     ) -> Result<f64> {
         expect("scaled_rounding_loss", "factors", weight.ncols(), t.len())?;
-        let mut scaled = weight.clone();
-        self.scale(&mut scaled, &[], t)?;
-        let grid = fit::run(scaled.view(), spec, FitKind::MinMax);
-        let codes = round::run(scaled.view(), &grid);
-        let (cols, groups) = (weight.ncols(), spec.groups());
-        // What is left of `scaled` is the error, in the original scale.
-        flat(&mut scaled).par_chunks_exact_mut(cols).zip(codes.par_chunks_exact(cols)).enumerate().for_each(
-            |(row, (values, codes))| {
-                for (col, (value, code)) in values.iter_mut().zip(codes).enumerate() {
-                    let at = row * groups + spec.group_of[col] as usize;
-                    let step = f32::from(*code) - f32::from(grid.zeros[at]);
-                    *value = (*value - grid.scales[at] * step) / t[col];
-                }
-            },
-        );
-        self.quadratic(&scaled, gram)
+        expect("scaled_rounding_loss", "columns", spec.group_of.len(), weight.ncols())?;
+        self.quadratic(&scaled::run(weight.view(), t, spec), gram)
     }
 
     fn factor(&self, gram: &Array2<f32>, order: Vec<u32>, damp: f64) -> Result<Factor<Array2<f32>>> {

@@ -275,6 +275,9 @@ fn requests_that_cannot_be_met_are_usage_errors() {
         (&["--damp", "nan"], &["damping"]),
         (&["--method", "rtn", "--desc-act"], &["--desc-act"]),
         (&["--verify-text", "none", "--max-kld", "1"], &["--verify-text none"]),
+        (&["--max-kld=-0.1"], &["--max-kld -0.1", "0 or more"]),
+        (&["--max-ppl-ratio", "nan"], &["--max-ppl-ratio NaN", "above 0"]),
+        (&["--min-top1", "95"], &["--min-top1 95", "from 0 to 1"]),
     ];
     for (args, words) in cases {
         // QUICK has --samples too, and clap takes each flag once.
@@ -388,10 +391,14 @@ fn what_is_no_checkpoint_is_refused_by_every_command() {
 fn a_full_disk_leaves_nothing_behind() {
     let room = Room::new();
     room.model();
+    let gguf = "quantize model -o m.gguf --scheme Q8_0 --method rtn --verify-text none";
+    let run = room.shell(&format!("trap '' XFSZ; ulimit -f 200; exec {} {gguf}", env!("CARGO_BIN_EXE_quantc")));
+    run.refuses(1, &["error: m.gguf", "File too large"]);
+    assert_eq!(room.names(), ["model"]);
     for words in ["quantize model -o out --method rtn --verify-text none", "convert model -o out --dtype f32"] {
         let limited = format!("trap '' XFSZ; ulimit -f 2000; exec {} {words}", env!("CARGO_BIN_EXE_quantc"));
         let run = room.shell(&limited);
-        run.refuses(1, &["model.safetensors", "File too large"]);
+        run.refuses(1, &["error: out/model.safetensors", "File too large"]);
         assert_eq!(room.names(), ["model"]);
     }
 }

@@ -88,10 +88,11 @@ fn floor(mut importance: Vec<f32>) -> Vec<f32> {
     importance
 }
 
+/// Smallest and largest weight of a group, or 0.
 #[derive(Clone, Copy)]
-struct Range {
-    low: f32,
-    high: f32,
+pub(super) struct Range {
+    pub(super) low: f32,
+    pub(super) high: f32,
 }
 
 impl Range {
@@ -101,19 +102,20 @@ impl Range {
     }
 }
 
-struct Problem<'a> {
-    spec: &'a GridSpec,
-    range: Range,
+/// One group to be fitted.
+pub(super) struct Problem<'a> {
+    pub(super) spec: &'a GridSpec,
+    pub(super) range: Range,
 }
 
 impl Problem<'_> {
-    fn max_code(&self) -> f32 {
+    pub(super) fn max_code(&self) -> f32 {
         f32::from(self.spec.scheme.max_code())
     }
 
     /// The grid that spans the range shrunk by `shrink`.
     #[inline(always)]
-    fn min_max(&self, shrink: f32) -> (f32, u8) {
+    pub(super) fn min_max(&self, shrink: f32) -> (f32, u8) {
         let Range { low, high } = self.range;
         let max = self.max_code();
         if self.spec.scheme.symmetric {

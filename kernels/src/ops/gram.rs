@@ -97,26 +97,58 @@ pub fn moments(x: ArrayView2<f32>, magnitude: &mut [f64], energy: &mut [f64]) {
     }
 }
 
+/// Rows of `e` and features that one task of [`quadratic`] works on.
+const QUADRATIC: [usize; 2] = [512, 128];
+
 /// `tr(e H eᵀ)`: `e` is `[rows, n]`, the lower triangle of `gram` is read.
 pub fn quadratic(e: ArrayView2<f32>, gram: ArrayView2<f32>) -> f64 {
-    let n = gram.nrows();
-    // H = L + Lᵀ − D, so that tr(e H eᵀ) = 2 tr(e L eᵀ) − tr(e D eᵀ), with the triangle cleared above.
-    let mut lower = gram.to_owned();
-    let rows = lower.as_slice_mut().expect("a contiguous matrix").par_chunks_exact_mut(n).enumerate();
-    rows.for_each(|(i, row)| row[i + 1..].fill(0.0));
-    let image = super::linear::run(e, lower.view(), None);
-    let e_slice = e.to_slice().expect("a contiguous matrix");
-    let rows: Vec<f64> = e_slice
-        .par_chunks_exact(n)
-        .zip(image.as_slice().expect("a contiguous matrix").par_chunks_exact(n))
-        .map(|(e, image)| {
-            let full: f64 = e.iter().zip(image).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
-            let diagonal: f64 =
-                e.iter().enumerate().map(|(j, a)| f64::from(*a) * f64::from(*a) * f64::from(gram[[j, j]])).sum();
-            2.0 * full - diagonal
+    let (rows, n) = (e.nrows(), gram.nrows());
+    let [e, gram] = [e, gram].map(|m| m.to_slice().expect("a contiguous matrix"));
+    // Of what is left of the diagonal blocks each product counts for its mirror image too; late blocks have most of it.
+    let starts: Vec<(usize, usize)> = (0..n)
+        .step_by(QUADRATIC[1])
+        .rev()
+        .flat_map(|col| (0..rows).step_by(QUADRATIC[0]).map(move |row| (row, col)))
+        .collect();
+    let sums: Vec<f64> = starts
+        .into_par_iter()
+        .map_init(Vec::new, |scratch: &mut Vec<f32>, (row, col)| {
+            let (m, side) = (QUADRATIC[0].min(rows - row), QUADRATIC[1].min(n - col));
+            scratch.resize(QUADRATIC[1] * (QUADRATIC[0] + QUADRATIC[1]), 0.0);
+            let (diagonal, image) = scratch.split_at_mut(QUADRATIC[1] * QUADRATIC[1]);
+            for i in 0..side {
+                for j in 0..=i {
+                    let value = gram[(col + i) * n + col + j];
+                    (diagonal[i * side + j], diagonal[j * side + i]) = (value, value);
+                }
+            }
+            let part = &e[row * n..][..m * n];
+            // SAFETY: `part` has `m` rows of `n`, the block's rows of `gram` begin at `col`, and the scratch is this task's.
+            unsafe {
+                let (left, c) = (part.as_ptr(), image.as_mut_ptr());
+                gemm(
+                    [m, side, side],
+                    c,
+                    [side, 1],
+                    false,
+                    left.add(col),
+                    [n, 1],
+                    diagonal.as_ptr(),
+                    [side, 1],
+                    [0.0, 1.0],
+                );
+                if col > 0 {
+                    let right = gram.as_ptr().add(col * n);
+                    gemm([m, side, col], c, [side, 1], true, left, [n, 1], right, [1, n], [1.0, 2.0]);
+                }
+            }
+            let product = |(e, image): (&[f32], &[f32])| -> f64 {
+                e[col..][..side].iter().zip(image).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+            };
+            part.chunks_exact(n).zip(image.chunks_exact(side)).map(product).sum()
         })
         .collect();
-    rows.iter().sum()
+    sums.iter().sum()
 }
 
 /// `Σ e_ij² · weights_j`.
@@ -167,10 +199,15 @@ mod tests {
     #[test]
     fn quadratic_is_the_trace() {
         let mut noise = Noise(7);
-        let (x, e) = (noise.matrix(40, 9), noise.matrix(4, 9));
-        let mut gram = Array2::zeros((9, 9));
-        run(x.view(), &mut gram);
-        let direct: f64 = x.dot(&e.t()).iter().map(|v| f64::from(*v).powi(2)).sum();
-        assert!((quadratic(e.view(), gram.view()) - direct).abs() <= 1e-5 * direct);
+        for (rows, n) in [(4, 9), (1, 1), (3, QUADRATIC[1]), (QUADRATIC[0] + 3, 2 * QUADRATIC[1] + 5)] {
+            let (x, e) = (noise.matrix(40, n), noise.matrix(rows, n));
+            let mut gram = Array2::zeros((n, n));
+            run(x.view(), &mut gram);
+            // Above the diagonal is scratch.
+            (0..n).for_each(|i| (i + 1..n).for_each(|j| gram[[i, j]] = f32::NAN));
+            let direct: f64 = x.dot(&e.t()).iter().map(|v| f64::from(*v).powi(2)).sum();
+            let found = quadratic(e.view(), gram.view());
+            assert!((found - direct).abs() <= 1e-5 * direct, "{rows} x {n}: {found}, not {direct}");
+        }
     }
 }

@@ -13,6 +13,7 @@ pub mod norm;
 pub mod refine;
 pub mod rope;
 pub mod round;
+pub mod scaled;
 pub mod sweep;
 
 /// A pointer that tasks writing to disjoint parts of one buffer may share.
