@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use calibration::samples::Samples;
-use calibration::solvers::{Gptq, Observer, Shared, Solver, solve_blocks};
+use calibration::solvers::{Gptq, Observer, Shared, Solver, pack_rows, solve_blocks};
 use calibration::statistics::{Needs, Statistics};
 use formats::ggml::Levels;
 use formats::{GgmlType, GgufTensor, GgufWriter, Imatrix, ImatrixEntry};
 use kernels::Backend;
 use ndarray::Array2;
+use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
 use crate::compile::{LinearReport, Stages, describe};
@@ -28,7 +29,7 @@ use crate::recipe::{Method, Recipe};
 use crate::report::TensorReport;
 
 /// Weights of a tensor that are encoded at a time when nothing else needs the whole of it.
-const PIECE: usize = 1 << 22;
+const PIECE: usize = 1 << 18;
 
 /// What the file will hold, decided and checked before any work is done.
 pub struct GgufPlan {
@@ -274,7 +275,7 @@ pub fn compile<B: Backend>(
     match samples {
         None => {
             for linear in graph.linears() {
-                work.quantize(&[linear], None, false)?;
+                work.round(linear)?;
             }
         }
         Some(samples) => {
@@ -327,19 +328,14 @@ fn lap(stage: &mut f64, started: Instant) {
 }
 
 impl<B: Backend> Work<'_, B> {
-    /// Quantizes and writes linears that read one input; returns what the file holds of each, where the stream needs it.
-    fn quantize(
-        &mut self,
-        group: &[&Linear],
-        statistics: Option<&Statistics<B>>,
-        streams: bool,
-    ) -> Result<Vec<Weight<B::Weight>>> {
+    /// Quantizes and writes linears that read one input; returns what the file holds of each.
+    fn quantize(&mut self, group: &[&Linear], statistics: &Statistics<B>) -> Result<Vec<Weight<B::Weight>>> {
         let backend = self.backend;
         let started = Instant::now();
         let blocks = group.iter().any(|l| self.plan.tensors[self.plan.by_module[&l.module]].1.layout().is_some());
         let shared = match &self.solver {
-            Some(solver) if blocks => solver.share(backend, statistics)?,
-            _ => Shared { statistics, factor: None, fallback: None },
+            Some(solver) if blocks => solver.share(backend, Some(statistics))?,
+            _ => Shared { statistics: Some(statistics), factor: None, fallback: None },
         };
         lap(&mut self.seconds.factor, started);
         let mut weights = Vec::new();
@@ -352,7 +348,7 @@ impl<B: Backend> Work<'_, B> {
 
             let importance = match &self.plan.imatrix {
                 Some(imatrix) => imatrix.importance(&tensor.gguf, linear.cols)?,
-                None => statistics.map(Statistics::importance),
+                None => Some(statistics.importance()),
             };
             let started = Instant::now();
             let solution = solve_blocks(backend, &shared, &weight.matrix, *ty, importance.as_deref())?;
@@ -373,42 +369,52 @@ impl<B: Backend> Work<'_, B> {
             }
             lap(&mut self.seconds.write, started);
 
-            let tokens = statistics.map_or(0, |s| s.tokens);
-            if let (Some(statistics), true) = (statistics, self.needs > Needs::Nothing) {
-                let entry = ImatrixEntry { sums: statistics.energy(), counts: vec![tokens as f32] };
-                self.collected.insert(tensor.gguf.clone(), entry);
-            }
-            self.quantized[0] += (linear.rows * linear.cols) as u64;
-            self.quantized[1] += solution.packed.len() as u64;
-            let layout = ty.layout();
-            let swept = shared.factor.is_some() && layout.is_some();
+            let tokens = statistics.tokens;
+            let entry = ImatrixEntry { sums: statistics.energy(), counts: vec![tokens as f32] };
+            self.collected.insert(tensor.gguf.clone(), entry);
+            let swept = shared.factor.is_some() && ty.layout().is_some();
             let fallbacks = [self.plan.fallbacks.get(&linear.module).cloned(), shared.fallback.clone()];
             let fallbacks: Vec<String> = fallbacks.into_iter().flatten().collect();
-            let report = LinearReport {
-                name: linear.module.clone(),
+            self.record(LinearReport {
                 method: if swept { "gptq" } else { "rtn" }.to_owned(),
-                ty: Some(ty.name),
-                bits: layout.map_or((ty.block_bytes * 8) as u8, |l| match l.levels {
-                    Levels::Uniform { codes, .. } => u16::BITS as u8 - (codes - 1).leading_zeros() as u8,
-                    Levels::Table(_) => 4,
-                }),
-                group_size: layout.map_or(1, |l| l.group as i64),
-                symmetric: layout.is_none_or(|l| !l.has_min),
                 tokens,
                 damp: if swept { solution.damp } else { None },
                 fallback: (!fallbacks.is_empty()).then(|| fallbacks.join("; ")),
                 proxy_loss: solution.proxy_loss.map(|loss| loss / tokens.max(1) as f64),
                 relative_error: solution.relative_error,
                 seconds,
-            };
-            self.progress.line(|| describe(&report));
-            self.progress.step();
-            self.linears.push(report);
-            if streams {
-                weights.push(ready(backend, Weight { matrix: solution.restored, bias: weight.bias })?);
-            }
+                ..plain_report(linear, *ty)
+            });
+            self.quantized[0] += (linear.rows * linear.cols) as u64;
+            self.quantized[1] += solution.packed.len() as u64;
+            weights.push(ready(backend, Weight { matrix: solution.restored, bias: weight.bias })?);
         }
         Ok(weights)
+    }
+
+    /// Rounds and writes a linear whose input nobody has to see.
+    fn round(&mut self, linear: &Linear) -> Result<()> {
+        let started = Instant::now();
+        let (tensor, ty) = &self.plan.tensors[self.plan.by_module[&linear.module]];
+        let importance = match &self.plan.imatrix {
+            Some(imatrix) => imatrix.importance(&tensor.gguf, linear.cols)?,
+            None => None,
+        };
+        let name = linear.weight();
+        write_tensor(self.backend, self.source, self.writer, (tensor, &name), *ty, importance.as_deref())?;
+        let seconds = started.elapsed().as_secs_f64();
+        self.seconds.solve += seconds;
+        self.quantized[0] += (linear.rows * linear.cols) as u64;
+        self.quantized[1] += (linear.rows * ty.row_bytes(linear.cols).expect("by the mix")) as u64;
+        let fallback = self.plan.fallbacks.get(&linear.module).cloned();
+        self.record(LinearReport { fallback, seconds, ..plain_report(linear, *ty) });
+        Ok(())
+    }
+
+    fn record(&mut self, report: LinearReport) {
+        self.progress.line(|| describe(&report));
+        self.progress.step();
+        self.linears.push(report);
     }
 
     /// Writes every tensor that is not a linear of a block.
@@ -425,42 +431,73 @@ impl<B: Backend> Work<'_, B> {
                     ty.encode(values, &mut bytes).expect("F32");
                     self.writer.write(&tensor.gguf, &bytes)?;
                 }
-                Source::Tensor(name) => self.write_tensor(tensor, name, *ty)?,
+                Source::Tensor(name) => {
+                    write_tensor(self.backend, self.source, self.writer, (tensor, name), *ty, None)?;
+                }
             }
         }
         lap(&mut self.seconds.write, started);
         Ok(())
     }
+}
 
-    /// Writes one tensor in pieces of whole rows.
-    fn write_tensor(&self, tensor: &ExportTensor, name: &str, ty: GgmlType) -> Result<()> {
-        let (rows, cols) = match tensor.shape[..] {
-            [rows, cols] => (rows, cols),
-            _ => (1, tensor.shape.iter().product()),
-        };
-        let none = Shared { statistics: None, factor: None, fallback: None };
-        let piece = (PIECE / cols.max(1)).max(1);
-        let mut offset = 0;
-        for first in (0..rows).step_by(piece) {
-            let count = piece.min(rows - first);
-            let mut values = vec![0.0; count * cols];
-            if rows == 1 {
-                let loaded = self.source.load(name)?;
-                match tensor.heads {
-                    None => values.copy_from_slice(&loaded),
-                    Some(_) => values.iter_mut().enumerate().for_each(|(i, v)| *v = loaded[tensor.source_row(i)]),
-                }
-            } else {
-                let ids: Vec<u32> = (first..first + count).map(|row| tensor.source_row(row) as u32).collect();
-                self.source.load_rows(name, &ids, &mut values)?;
+/// Writes one tensor in pieces of whole rows, each read, rounded and written by one thread.
+fn write_tensor<B: Backend>(
+    backend: &B,
+    source: &Checkpoint,
+    writer: &GgufWriter,
+    (tensor, name): (&ExportTensor, &str),
+    ty: GgmlType,
+    importance: Option<&[f32]>,
+) -> Result<()> {
+    let (rows, cols) = match tensor.shape[..] {
+        [rows, cols] => (rows, cols),
+        _ => (1, tensor.shape.iter().product()),
+    };
+    let row_bytes = ty.row_bytes(cols).expect("a type that fits, by the mix");
+    let piece = (PIECE / cols.max(1)).max(1);
+    (0..rows.div_ceil(piece)).into_par_iter().try_for_each(|index| {
+        let first = index * piece;
+        let count = piece.min(rows - first);
+        let mut values = vec![0.0; count * cols];
+        if let [_, _] = tensor.shape[..] {
+            let ids: Vec<u32> = (first..first + count).map(|row| tensor.source_row(row) as u32).collect();
+            source.load_rows(name, &ids, &mut values)?;
+        } else {
+            let loaded = source.load(name)?;
+            match tensor.heads {
+                None => values.copy_from_slice(&loaded),
+                Some(_) => values.iter_mut().enumerate().for_each(|(i, v)| *v = loaded[tensor.source_row(i)]),
             }
-            let matrix = Array2::from_shape_vec((count, cols), values).expect("whole rows");
-            let packed = solve_blocks(self.backend, &none, &self.backend.upload(matrix)?, ty, None)?.packed;
-            self.writer.write_at(&tensor.gguf, offset, &packed)?;
-            offset += packed.len() as u64;
         }
-        self.source.release(name);
-        Ok(())
+        let matrix = Array2::from_shape_vec((count, cols), values).expect("whole rows");
+        let packed = pack_rows(backend, &backend.upload(matrix)?, ty, importance)?;
+        writer.write_at(&tensor.gguf, (first * row_bytes) as u64, &packed)?;
+        Ok::<(), Error>(())
+    })?;
+    source.release(name);
+    Ok(())
+}
+
+/// What a report says of a linear that was only rounded.
+fn plain_report(linear: &Linear, ty: GgmlType) -> LinearReport {
+    let layout = ty.layout();
+    LinearReport {
+        name: linear.module.clone(),
+        method: "rtn".to_owned(),
+        ty: Some(ty.name),
+        bits: layout.map_or((ty.block_bytes * 8) as u8, |layout| match layout.levels {
+            Levels::Uniform { codes, .. } => (16 - (codes - 1).leading_zeros()) as u8,
+            Levels::Table(_) => 4,
+        }),
+        group_size: layout.map_or(1, |layout| layout.group as i64),
+        symmetric: layout.is_none_or(|layout| !layout.has_min),
+        tokens: 0,
+        damp: None,
+        fallback: None,
+        proxy_loss: None,
+        relative_error: None,
+        seconds: 0.0,
     }
 }
 
@@ -488,7 +525,7 @@ impl<B: Backend> Supply<B> for Work<'_, B> {
                 first.module
             )));
         }
-        self.quantize(group, Some(&statistics), true)
+        self.quantize(group, &statistics)
     }
 
     fn needs_output(&self, last_step: bool) -> bool {

@@ -5,7 +5,7 @@
 //! falls (see `kernels::ops::refine`).
 
 use formats::GgmlType;
-use kernels::{Backend, Result};
+use kernels::{Backend, BlockGrid, Error, Result, Swept};
 use ndarray::Array2;
 use rayon::prelude::*;
 
@@ -25,9 +25,36 @@ pub struct BlockSolution<B: Backend> {
     pub damp: Option<f64>,
 }
 
-/// Quantizes one weight matrix `[out, in]` to `ty`; by a sweep where `shared` holds a factored Hessian.
+/// Rounds rows `[rows, in]` to blocks of `ty`, as the file holds them.
 ///
-/// Without `importance` `[in]` and without a sweep, types that ggml encodes without a search are encoded as ggml does.
+/// Without `importance` `[in]`, types that ggml encodes without a search are encoded as ggml does. Fails when blocks do not divide the
+/// rows.
+pub fn pack_rows<B: Backend>(
+    backend: &B,
+    weight: &B::Matrix,
+    ty: GgmlType,
+    importance: Option<&[f32]>,
+) -> Result<Vec<u8>> {
+    let [rows, cols] = backend.shape(weight);
+    let row_bytes = row_bytes(ty, cols)?;
+    if (importance.is_none() || ty.layout().is_none()) && encodes(ty) {
+        let host = backend.download(weight)?;
+        let values = host.as_slice().expect("a contiguous matrix");
+        let mut packed = vec![0u8; rows * row_bytes];
+        packed
+            .par_chunks_exact_mut(row_bytes)
+            .zip(values.par_chunks_exact(cols))
+            .with_min_len(8)
+            .for_each(|(packed, values)| ty.encode(values, packed).expect("a type with an encoder"));
+        return Ok(packed);
+    }
+    let grid = backend.fit_blocks(weight, ty, importance)?;
+    Ok(pack(&grid, &backend.round_blocks(weight, &grid)?, row_bytes))
+}
+
+/// Quantizes one weight matrix `[out, in]` to `ty`; by a sweep where `shared` holds a factored Hessian, else as
+/// [`pack_rows`].
+///
 /// Fails when blocks do not divide the rows.
 pub fn solve_blocks<B: Backend>(
     backend: &B,
@@ -37,44 +64,18 @@ pub fn solve_blocks<B: Backend>(
     importance: Option<&[f32]>,
 ) -> Result<BlockSolution<B>> {
     let [rows, cols] = backend.shape(weight);
-    let row_bytes = ty.row_bytes(cols).ok_or_else(|| kernels::Error::Shape {
-        op: "solve_blocks",
-        expected: format!("rows of whole blocks of {ty}, {} weights each", ty.block_len),
-        found: cols.to_string(),
-    })?;
-    let mut packed = vec![0u8; rows * row_bytes];
-    let sweeps = shared.factor.as_ref().filter(|_| ty.layout().is_some());
-    let mut swept = None;
-    if sweeps.is_none() && (importance.is_none() || ty.layout().is_none()) && encodes(ty) {
-        let host = backend.download(weight)?;
-        let values = host.as_slice().expect("a contiguous matrix");
-        packed
-            .par_chunks_exact_mut(row_bytes)
-            .zip(values.par_chunks_exact(cols))
-            .with_min_len(8)
-            .for_each(|(packed, values)| ty.encode(values, packed).expect("a type with an encoder"));
-    } else {
-        let mut grid = backend.fit_blocks(weight, ty, importance)?;
-        let codes = match sweeps {
-            Some(factor) => {
-                let found = backend.sweep_blocks(weight, factor, &grid)?;
-                let (mut codes, mut loss) = (found.codes, found.loss);
-                if let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) {
-                    loss = backend.refine_blocks(weight, gram, factor.damp, &mut grid, &mut codes)?;
-                }
-                swept = Some(loss);
-                codes
+    let row_bytes = row_bytes(ty, cols)?;
+    let (packed, swept) = match shared.factor.as_ref().filter(|_| ty.layout().is_some()) {
+        Some(factor) => {
+            let mut grid = backend.fit_blocks(weight, ty, importance)?;
+            let Swept { mut codes, mut loss } = backend.sweep_blocks(weight, factor, &grid)?;
+            if let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) {
+                loss = backend.refine_blocks(weight, gram, factor.damp, &mut grid, &mut codes)?;
             }
-            None => backend.round_blocks(weight, &grid)?,
-        };
-        let per_row = cols / ty.block_len;
-        packed
-            .par_chunks_exact_mut(row_bytes)
-            .zip(grid.blocks.par_chunks_exact(per_row))
-            .zip(codes.par_chunks_exact(cols))
-            .with_min_len(8)
-            .for_each(|((packed, blocks), codes)| ty.pack(blocks, codes, packed));
-    }
+            (pack(&grid, &codes, row_bytes), Some(loss))
+        }
+        None => (pack_rows(backend, weight, ty, importance)?, None),
+    };
     let mut values = vec![0.0f32; rows * cols];
     values
         .par_chunks_exact_mut(cols)
@@ -84,6 +85,26 @@ pub fn solve_blocks<B: Backend>(
     let restored = backend.upload(Array2::from_shape_vec((rows, cols), values).expect("one value a weight"))?;
     let [proxy_loss, relative_error] = measure(backend, shared, weight, &restored, swept)?;
     Ok(BlockSolution { packed, restored, proxy_loss, relative_error, damp: shared.factor.as_ref().map(|f| f.damp) })
+}
+
+fn row_bytes(ty: GgmlType, cols: usize) -> Result<usize> {
+    ty.row_bytes(cols).ok_or_else(|| Error::Shape {
+        op: "pack_rows",
+        expected: format!("rows of whole blocks of {ty}, {} weights each", ty.block_len),
+        found: cols.to_string(),
+    })
+}
+
+/// Blocks of codes on their grid.
+fn pack(grid: &BlockGrid, codes: &[u8], row_bytes: usize) -> Vec<u8> {
+    let mut packed = vec![0u8; grid.rows * row_bytes];
+    packed
+        .par_chunks_exact_mut(row_bytes)
+        .zip(grid.blocks.par_chunks_exact(grid.cols / grid.ty.block_len))
+        .zip(codes.par_chunks_exact(grid.cols))
+        .with_min_len(8)
+        .for_each(|((packed, blocks), codes)| grid.ty.pack(blocks, codes, packed));
+    packed
 }
 
 /// Whether ggml has an encoder without a search for the type.
