@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use formats::Dtype;
 use kernels::Cpu;
+use quantc::compile::SmoothingReport;
 use quantc::convert::convert;
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
@@ -59,8 +60,10 @@ fn every_layout_holds_what_was_solved_and_reads_back_as_it() {
     {
         let output = room.path().join(format!("out-{index}"));
         let recipe = request(toml);
-        let bits = recipe.scheme.bits;
+        let (bits, smooths) = (recipe.scheme.bits, recipe.method.smooths());
         let report = run(&model, &output, recipe, true).unwrap();
+        let helped = |s: &SmoothingReport| s.alpha > 0.0 && s.loss_ratio < 1.0;
+        assert_eq!(report.smoothings.iter().any(helped), smooths, "{toml}: {:?}", report.smoothings);
         let quality = report.quality.as_ref().unwrap().beside.as_ref().unwrap();
         let bar = [0.0, 0.0, 4.0, 0.3, 0.05, 0.0, 0.0, 0.0, 0.001][bits as usize];
         assert!(quality.kld_mean > 0.0 && quality.kld_mean < bar, "{toml}: KL {}", quality.kld_mean);
