@@ -318,9 +318,9 @@ def main():
             run(options.quantc, "demo", "--export", demo)
         models.append(("the built-in model", demo, DEMO / "evaluation.txt", DEMO / "calibration.txt"))
     version, _ = run(options.quantc, "--version")
-    built, _ = run(options.llama / "llama-quantize", "--version")
+    built, _ = run(options.llama / "llama-perplexity", "--version")
     found = re.search(r"version: *(.+)", built)
-    print(f"{version.strip()} beside llama.cpp {found[1] if found else '(' + SDIST + ')'}; {cpu_name()}, {options.threads} threads.\n")
+    print(f"{version.strip()} beside llama.cpp {found[1] if found else ''}; {cpu_name()}, {options.threads} threads.\n")
     results = {}
     for name, model, held_out, observed in models:
         place = folder / name.replace(" ", "-")

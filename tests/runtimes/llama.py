@@ -18,8 +18,10 @@ import venv
 PACKAGE, VERSION = "@node-llama-cpp/linux-x64", "3.22.1"  # llama.cpp v0.5.0
 PYTHON = ["numpy==2.4.6", "tokenizers==0.23.3"]
 # Offsets in llama_context_params, and the defaults that must be found there.
-CONTEXT, BATCH, MICROBATCH, THREADS, BATCH_THREADS, KEY_TYPE = 0, 4, 8, 28, 32, 104
-DEFAULTS = {CONTEXT: 512, BATCH: 2048, MICROBATCH: 512, KEY_TYPE: 1}
+CONTEXT, BATCH, MICROBATCH, THREADS, BATCH_THREADS, FLASH, KEY_TYPE, VALUE_TYPE = 0, 4, 8, 28, 32, 52, 104, 108
+DEFAULTS = {CONTEXT: 512, BATCH: 2048, MICROBATCH: 512, FLASH: -1, KEY_TYPE: 1, VALUE_TYPE: 1}
+# And in llama_model_quantize_params.
+FILE_TYPE, ALLOW_REQUANTIZE = 4, 16
 
 
 def say(text):
@@ -80,40 +82,55 @@ class Batch(ctypes.Structure):
     ]
 
 
-class Runtime:
-    """One model in llama.cpp, on the CPU, with its defaults (a KV cache of f16 among them)."""
+def load(folder):
+    """libllama with the backend for this CPU, and its functions' types."""
+    for name in ("libggml-base.so", "libggml.v*.so", "libllama.v*.so"):
+        [file] = pathlib.Path(folder).glob(name)
+        library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
+        if "ggml.v" in name:
+            library.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
+            library.ggml_backend_load_all_from_path(str(folder).encode())
+    pointer, integer, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
+    integers = ctypes.POINTER(ctypes.c_int32)
+    for name, result, arguments in [
+        ("llama_model_default_params", Parameters, []),
+        ("llama_context_default_params", Parameters, []),
+        ("llama_model_quantize_default_params", Parameters, []),
+        ("llama_model_quantize", ctypes.c_uint32, [text, text, ctypes.POINTER(Parameters)]),
+        ("llama_model_load_from_file", pointer, [text, Parameters]),
+        ("llama_init_from_model", pointer, [pointer, Parameters]),
+        ("llama_model_get_vocab", pointer, [pointer]),
+        ("llama_vocab_n_tokens", integer, [pointer]),
+        ("llama_vocab_get_add_bos", ctypes.c_bool, [pointer]),
+        ("llama_vocab_bos", integer, [pointer]),
+        ("llama_vocab_is_eog", ctypes.c_bool, [pointer, integer]),
+        ("llama_tokenize", integer, [pointer, text, integer, integers, integer, ctypes.c_bool, ctypes.c_bool]),
+        ("llama_detokenize", integer, [pointer, integers, integer, text, integer, ctypes.c_bool, ctypes.c_bool]),
+        ("llama_get_memory", pointer, [pointer]),
+        ("llama_memory_clear", None, [pointer, ctypes.c_bool]),
+        ("llama_decode", integer, [pointer, Batch]),
+        ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [pointer]),
+    ]:
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    library.llama_backend_init()
+    return library
 
-    def __init__(self, libraries, path, context, threads):
-        folder = pathlib.Path(libraries)
-        for name in ("libggml-base.so", "libggml.v*.so", "libllama.v*.so"):
-            [file] = folder.glob(name)
-            library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
-            if "ggml.v" in name:
-                library.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
-                library.ggml_backend_load_all_from_path(str(folder).encode())
+
+def dequantize(library, source, target):
+    """Writes what llama.cpp itself holds `source` to mean, in f32."""
+    parameters = library.llama_model_quantize_default_params()
+    parameters.set(FILE_TYPE, 0)  # all F32
+    parameters.bytes[ALLOW_REQUANTIZE] = 1
+    if code := library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)):
+        raise RuntimeError(f"llama_model_quantize of {source} to F32 returned {code}")
+
+
+class Runtime:
+    """One model in llama.cpp, on the CPU, with its defaults: a KV cache of f16 among them, unless `exact`."""
+
+    def __init__(self, library, path, context, threads, exact=False):
         self.lib = library
-        pointer, integer, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p
-        integers = ctypes.POINTER(ctypes.c_int32)
-        for name, result, arguments in [
-            ("llama_model_default_params", Parameters, []),
-            ("llama_context_default_params", Parameters, []),
-            ("llama_model_load_from_file", pointer, [text, Parameters]),
-            ("llama_init_from_model", pointer, [pointer, Parameters]),
-            ("llama_model_get_vocab", pointer, [pointer]),
-            ("llama_vocab_n_tokens", integer, [pointer]),
-            ("llama_vocab_get_add_bos", ctypes.c_bool, [pointer]),
-            ("llama_vocab_bos", integer, [pointer]),
-            ("llama_vocab_is_eog", ctypes.c_bool, [pointer, integer]),
-            ("llama_tokenize", integer, [pointer, text, integer, integers, integer, ctypes.c_bool, ctypes.c_bool]),
-            ("llama_detokenize", integer, [pointer, integers, integer, text, integer, ctypes.c_bool, ctypes.c_bool]),
-            ("llama_get_memory", pointer, [pointer]),
-            ("llama_memory_clear", None, [pointer, ctypes.c_bool]),
-            ("llama_decode", integer, [pointer, Batch]),
-            ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [pointer]),
-        ]:
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-        library.llama_backend_init()
         self.model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
         if not self.model:
             raise RuntimeError(f"llama.cpp does not load {path}")
@@ -123,6 +140,9 @@ class Runtime:
                 raise RuntimeError(f"llama_context_params: {parameters.get(at)} at offset {at}, not {default}: another version of llama.cpp")
         for at, value in {CONTEXT: context, BATCH: context, THREADS: threads, BATCH_THREADS: threads}.items():
             parameters.set(at, value)
+        if exact:
+            for at in (FLASH, KEY_TYPE, VALUE_TYPE):  # flash attention adds up in f16
+                parameters.set(at, 0)
         self.context = library.llama_init_from_model(self.model, parameters)
         if not self.context:
             raise RuntimeError(f"llama.cpp makes no context for {path}")
