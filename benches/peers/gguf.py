@@ -74,7 +74,7 @@ def build_llama(cache):
     if not (archives := list(folder.glob("*.tar.gz"))):
         # Fetched as it is: pip would first ask its build system for its metadata.
         fetch = [bin_ / "python", "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
-        run(bin_ / "python", "-m", "pip", "install", "--quiet", "scikit-build-core[pyproject]")
+        run(bin_ / "python", "-m", "pip", "install", "--quiet", "scikit-build-core")
         run(*fetch, "-d", folder, SDIST)
         archives = list(folder.glob("*.tar.gz"))
     with tarfile.open(archives[0]) as archive:
