@@ -12,8 +12,8 @@ For each mix `quantc quantize` writes a file; then
 - its perplexity by llama.cpp's protocol (windows of --context tokens, the second half of each scored) is within 0.5 % of
   what `quantc eval --protocol llama.cpp` prints for the file, over as many tokens;
 - so it is, within 0.01 %, when llama.cpp first unpacks the file to F32 and runs in F32 throughout;
-- the text it writes greedily is at least as likely to the unquantized model (a file of F32, in the same runtime) as the
-  held-out text is. Ternary mixes are excused: they are for models that were trained for them.
+- the text it writes greedily costs the unquantized model (a file of F32, in the same runtime) at most one nat a token more
+  than the held-out text does. Ternary mixes are excused: they are for models that were trained for them.
 
 llama.cpp rounds the inputs of quantized linears to 8 bits and its KV cache to f16, which quantc does not: hence 0.5 %,
 which only a toy exceeds (rows of 64 lose 0.9 % by it: --tolerance). Unpacked, nothing of that is left but the order of
@@ -164,7 +164,7 @@ def verdict(options, mix, found, likely, text_loss):
     if mix not in TERNARY:
         checks.append((bool(found["generated"]), "nothing was generated"))
         if likely is not None and text_loss is not None:
-            checks.append((likely <= text_loss, f"its text costs the original {likely:.2f} nats a token, held-out text {text_loss:.2f}"))
+            checks.append((likely <= text_loss + 1, f"its text costs the original {likely:.2f} nats a token, held-out text {text_loss:.2f}"))
         else:
             checks.append((False, "the unquantized model could not judge its text"))
     # A NaN fails every comparison above, so it cannot pass here.
