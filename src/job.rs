@@ -180,6 +180,8 @@ impl Job<'_> {
         )?;
 
         let verifying = Instant::now();
+        let files = compiled.files.clone();
+        let hashing = std::thread::spawn(move || hash_files(&files));
         let reopened = Checkpoint::open(&compiled.files[0])?;
         let quality = self.measure(backend, &run, &reopened, progress)?;
         if let (Some(verification), Ok(own)) = (&self.verification, ModelText::open(&reopened)) {
@@ -195,7 +197,7 @@ impl Job<'_> {
             quality,
             verify: verifying.elapsed().as_secs_f64(),
             quantized: compiled.quantized,
-            outputs: hash_files(&compiled.files)?,
+            outputs: hashing.join().map_err(|_| Error::failed("hashing the output failed"))??,
             linears: compiled.linears,
             smoothings: Vec::new(),
             tensors: compiled.tensors,

@@ -27,8 +27,8 @@ pub struct BlockSolution<B: Backend> {
 
 /// Rounds rows `[rows, in]` to blocks of `ty`, as the file holds them.
 ///
-/// Without `importance` `[in]`, types that ggml encodes without a search are encoded as ggml does. Fails when blocks do not divide the
-/// rows.
+/// Without `importance` `[in]`, types that ggml encodes without a search are encoded as ggml does, and Q8_0 always. Fails when blocks do
+/// not divide the rows.
 pub fn pack_rows<B: Backend>(
     backend: &B,
     weight: &B::Matrix,
@@ -37,7 +37,9 @@ pub fn pack_rows<B: Backend>(
 ) -> Result<Vec<u8>> {
     let [rows, cols] = backend.shape(weight);
     let row_bytes = row_bytes(ty, cols)?;
-    if (importance.is_none() || ty.layout().is_none()) && encodes(ty) {
+    // With 256 levels the search gains nothing that can be measured, and llama.cpp does not search either.
+    let fine = ty.layout().is_none_or(|layout| layout.levels.count() == 256);
+    if (importance.is_none() || fine) && encodes(ty) {
         let host = backend.download(weight)?;
         let values = host.as_slice().expect("a contiguous matrix");
         let mut packed = vec![0u8; rows * row_bytes];
