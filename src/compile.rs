@@ -194,6 +194,26 @@ fn timed<T>(stage: &mut f64, f: impl FnOnce() -> Result<T>) -> Result<T> {
     result
 }
 
+/// Gathers statistics of what `first`, and whatever else reads its input, sees; fails on a NaN or an infinity in it.
+pub fn observe<B: Backend>(
+    backend: &B,
+    source: &Checkpoint,
+    first: &Linear,
+    needs: Needs,
+    inputs: &Inputs<'_, B::Input>,
+    stage: &mut f64,
+) -> Result<Statistics<B>> {
+    let statistics = Statistics::gather(backend, first.cols, needs, |see| inputs(&mut |x| timed(stage, || see(x))))?;
+    if !statistics.is_finite() {
+        return Err(Error::failed(format!(
+            "{}: the input of `{}` holds a NaN or an infinity on the calibration text; the checkpoint is damaged, or overflows",
+            source.path().display(),
+            first.module
+        )));
+    }
+    Ok(statistics)
+}
+
 impl<B: Backend> Work<'_, B> {
     fn load(&mut self, linear: &Linear) -> Result<Weight<B::Matrix>> {
         match self.prepared.remove(&linear.module) {
@@ -220,19 +240,7 @@ impl<B: Backend> Work<'_, B> {
         if needs == Needs::Nothing || group.iter().all(|l| !self.plan.schemes.contains_key(&l.module)) {
             return Ok(None);
         }
-        let (backend, first) = (self.backend, group[0]);
-        let mut spent = 0.0;
-        let statistics =
-            Statistics::gather(backend, first.cols, needs, |see| inputs(&mut |x| timed(&mut spent, || see(x))))?;
-        self.done.seconds.observe += spent;
-        if !statistics.is_finite() {
-            return Err(Error::failed(format!(
-                "{}: the input of `{}` holds a NaN or an infinity on the calibration text; the checkpoint is damaged, or overflows",
-                self.source.path().display(),
-                first.module
-            )));
-        }
-        Ok(Some(statistics))
+        observe(self.backend, self.source, group[0], needs, inputs, &mut self.done.seconds.observe).map(Some)
     }
 
     /// Quantizes and writes the planned linears of a group; returns what each will be in the file.

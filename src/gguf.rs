@@ -15,7 +15,7 @@ use ndarray::Array2;
 use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
-use crate::compile::{LinearReport, Stages, describe};
+use crate::compile::{LinearReport, Stages, describe, observe};
 use crate::error::{Error, Result};
 use crate::export::metadata::{About, ImportanceSource, Metadata, metadata};
 use crate::export::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
@@ -23,7 +23,7 @@ use crate::export::names::{self, ExportPlan, ExportTensor, Source};
 use crate::export::tokenizer::tokenizer;
 use crate::forward::{Inputs, Plain, Supply, Weight, embed, ready, run_block};
 use crate::graph::{Graph, Linear, Norm, Step};
-use crate::plan::{Fate, check_tensors};
+use crate::plan::{Fate, check_tensors, left_out};
 use crate::progress::Progress;
 use crate::recipe::{Method, Recipe};
 use crate::report::TensorReport;
@@ -201,18 +201,7 @@ fn fates(graph: &Graph, source: &Checkpoint, plan: &ExportPlan, types: &[GgmlTyp
         let fate = match exported.get(entry.name.as_str()) {
             Some(ty) if ty.layout().is_some() => Fate::Quantized,
             Some(_) => Fate::Copied,
-            None if graph.head.tied && entry.name == graph.head.linear.weight() => Fate::Tied,
-            None => match graph.dropped.iter().find(|rule| entry.name.ends_with(rule.suffix)) {
-                Some(rule) => Fate::Dropped(rule.reason),
-                None => {
-                    return Err(Error::failed(format!(
-                        "{}: tensor `{}` is not part of a {} model and no rule says what to do with it",
-                        source.path().display(),
-                        entry.name,
-                        graph.family
-                    )));
-                }
-            },
+            None => left_out(graph, source, &entry.name)?,
         };
         fates.push(TensorReport { name: entry.name.clone(), fate });
     }
@@ -507,24 +496,7 @@ impl<B: Backend> Supply<B> for Work<'_, B> {
     }
 
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
-        let (needs, first) = (self.needs, group[0]);
-        let mut spent = 0.0;
-        let statistics = Statistics::gather(self.backend, first.cols, needs, |see| {
-            inputs(&mut |x| {
-                let started = Instant::now();
-                see(x)?;
-                lap(&mut spent, started);
-                Ok(())
-            })
-        })?;
-        self.seconds.observe += spent;
-        if !statistics.is_finite() {
-            return Err(Error::failed(format!(
-                "{}: the input of `{}` holds a NaN or an infinity on the calibration text; the checkpoint is damaged, or overflows",
-                self.source.path().display(),
-                first.module
-            )));
-        }
+        let statistics = observe(self.backend, self.source, group[0], self.needs, inputs, &mut self.seconds.observe)?;
         self.quantize(group, &statistics)
     }
 

@@ -120,21 +120,27 @@ impl Plan {
                 };
                 outputs.push(TensorSpec { name: entry.name.clone(), dtype, shape: entry.shape.clone() });
                 Fate::Copied
-            } else if graph.head.tied && entry.name == graph.head.linear.weight() {
-                Fate::Tied
-            } else if let Some(rule) = graph.dropped.iter().find(|rule| entry.name.ends_with(rule.suffix)) {
-                Fate::Dropped(rule.reason)
             } else {
-                return Err(Error::failed(format!(
-                    "{}: tensor `{}` is not part of a {} model and no rule says what to do with it",
-                    source.path().display(),
-                    entry.name,
-                    graph.family
-                )));
+                left_out(graph, source, &entry.name)?
             };
             fates.push((entry.name.clone(), fate));
         }
         Ok(Plan { codec, schemes, unquantized, fates, outputs, scale_dtype, precision, float_dtype, config })
+    }
+}
+
+/// Why a tensor of the input is not in the output; fails when nothing says so.
+pub fn left_out(graph: &Graph, source: &Checkpoint, name: &str) -> Result<Fate> {
+    if graph.head.tied && name == graph.head.linear.weight() {
+        return Ok(Fate::Tied);
+    }
+    match graph.dropped.iter().find(|rule| name.ends_with(rule.suffix)) {
+        Some(rule) => Ok(Fate::Dropped(rule.reason)),
+        None => Err(Error::failed(format!(
+            "{}: tensor `{name}` is not part of a {} model and no rule says what to do with it",
+            source.path().display(),
+            graph.family
+        ))),
     }
 }
 

@@ -7,11 +7,12 @@
 //!
 //! Types are told apart by their [`Layout`] alone.
 
+use formats::ScalePrecision;
 use formats::ggml::{BlockScales, GgmlType, Layout, Levels, ScaleKind};
-use half::f16;
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
+use super::round::inverse;
 use crate::backend::BlockGrid;
 use crate::simd::{LANES, sum_lanes};
 use crate::simd_fn;
@@ -112,12 +113,6 @@ pub fn codes_of(layout: &Layout) -> [u8; 256] {
         codes[(layout.levels.level(code as u8) + 128.0) as usize] = code as u8;
     }
     codes
-}
-
-/// `1 / scale`, or 0 for a group of zeros.
-#[inline(always)]
-fn inverse(scale: f32) -> f32 {
-    super::round::inverse(scale)
 }
 
 /// Fits every block of `weight` `[rows, cols]`; `importance` is `[cols]`.
@@ -358,12 +353,6 @@ fn with_min<L: Ladder>(ladder: L, x: &[f32], h: &[f32], any: bool) -> (f32, f32)
     found
 }
 
-/// What a half can hold.
-#[inline(always)]
-fn to_half(x: f32) -> f32 {
-    f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32()
-}
-
 /// A block of one group, its scale (and min) in half precision.
 #[inline(always)]
 fn one_stage<L: Ladder>(ladder: L, x: &[f32], h: &[f32], layout: &Layout) -> BlockScales {
@@ -371,7 +360,7 @@ fn one_stage<L: Ladder>(ladder: L, x: &[f32], h: &[f32], layout: &Layout) -> Blo
         true => with_min(ladder, x, h, true),
         false => (signed(ladder, layout.levels.count(), x, h), 0.0),
     };
-    BlockScales { d: to_half(d), m: to_half(m), ..BlockScales::default() }
+    BlockScales { d: ScalePrecision::F16.round(d), m: ScalePrecision::F16.round(m), ..BlockScales::default() }
 }
 
 /// A block whose scale is a power of two.
@@ -418,7 +407,7 @@ fn two_stages<L: Ladder>(ladder: L, x: &[f32], h: &[f32], layout: &Layout) -> Bl
     let fine = sub.high > 31;
     let mut best = (f32::INFINITY, BlockScales::default());
     let consider = |d: f32, m: f32, best: &mut (f32, BlockScales)| {
-        let (d, m) = (to_half(d), to_half(m));
+        let (d, m) = (ScalePrecision::F16.round(d), ScalePrecision::F16.round(m));
         let mut block = BlockScales { d, m, ..BlockScales::default() };
         let mut total = 0.0;
         for index in 0..groups {
@@ -502,7 +491,7 @@ fn two_stages<L: Ladder>(ladder: L, x: &[f32], h: &[f32], layout: &Layout) -> Bl
             break;
         }
         let before = best.0;
-        let (d, m) = (to_half(d as f32), to_half(m as f32));
+        let (d, m) = (ScalePrecision::F16.round(d as f32), ScalePrecision::F16.round(m as f32));
         let moved = BlockScales { d, m, ..block };
         let mut total = 0.0;
         for index in 0..groups {
@@ -525,16 +514,8 @@ mod tests {
     use formats::ggml::TYPES;
     use ndarray::Array2;
 
-    use super::super::testing::Noise;
+    use super::super::testing::{Noise, restored};
     use super::*;
-
-    fn restored(grid: &BlockGrid, codes: &[u8]) -> Vec<f32> {
-        let mut bytes = vec![0; grid.ty.row_bytes(codes.len()).unwrap()];
-        grid.ty.pack(&grid.blocks, codes, &mut bytes);
-        let mut out = vec![0.0; codes.len()];
-        grid.ty.dequantize(&bytes, &mut out).unwrap();
-        out
-    }
 
     fn loss(weight: &Array2<f32>, restored: &[f32], h: &[f32]) -> f64 {
         let errors = weight.iter().zip(restored).zip(h.iter().cycle());
@@ -605,7 +586,7 @@ mod tests {
                 let x = weight.slice(ndarray::s![row..row + 1, ..]).to_owned();
                 let reach = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
                 let steps = (-2000..2000).filter(|s| *s != 0).map(|step| {
-                    let d = to_half(reach / grid_top(ty) * 2.0 * step as f32 / 2000.0);
+                    let d = ScalePrecision::F16.round(reach / grid_top(ty) * 2.0 * step as f32 / 2000.0);
                     let block = BlockScales { d, ..BlockScales::default() };
                     let grid = BlockGrid::new(ty, 1, 32, vec![block]);
                     loss(&x, &restored(&grid, &round(x.view(), &grid)), &h)

@@ -103,6 +103,15 @@ pub(crate) mod testing {
         }
     }
 
+    /// What packed blocks stand for, read back as a file's would be.
+    pub fn restored(grid: &crate::BlockGrid, codes: &[u8]) -> Vec<f32> {
+        let mut bytes = vec![0; grid.ty.row_bytes(codes.len()).unwrap()];
+        grid.ty.pack(&grid.blocks, codes, &mut bytes);
+        let mut out = vec![0.0; codes.len()];
+        grid.ty.dequantize(&bytes, &mut out).unwrap();
+        out
+    }
+
     pub fn close(found: &[f32], expected: &[f32], tolerance: f32) {
         assert_eq!(found.len(), expected.len());
         let scale = expected.iter().fold(1.0f32, |m, x| m.max(x.abs()));

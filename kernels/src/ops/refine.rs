@@ -6,8 +6,8 @@
 //!
 //! Cyclic coordinate descent over codes is QuantEase's (Behdin et al. 2023, arXiv:2309.01885).
 
+use formats::ScalePrecision;
 use formats::ggml::{Layout, ScaleKind};
-use half::f16;
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
@@ -228,7 +228,8 @@ impl<'a> Rows<'a> {
                 let (d, m) = (at.d, at.m);
                 let mut best = (0.0f64, d, m);
                 let mut consider = |new_d: f64, new_m: f64| {
-                    let (new_d, new_m) = (to_half(new_d as f32), to_half(new_m as f32));
+                    let (new_d, new_m) =
+                        (ScalePrecision::F16.round(new_d as f32), ScalePrecision::F16.round(new_m as f32));
                     // Far moves say that the quadratic is flat there, not that the scale was wrong.
                     let near = new_d / d;
                     if !((0.25..=2.0).contains(&near) && new_m.is_finite())
@@ -345,15 +346,11 @@ fn nearest<L: Ladder>(
     }
 }
 
-fn to_half(x: f32) -> f32 {
-    f16::from_f32(x.clamp(-65504.0, 65504.0)).to_f32()
-}
-
 #[cfg(test)]
 mod tests {
     use formats::ggml::TYPES;
 
-    use super::super::testing::Noise;
+    use super::super::testing::{Noise, restored};
     use super::super::{blocks, factor, gram, sweep};
     use super::*;
 
@@ -368,11 +365,7 @@ mod tests {
         let factor = factor::run(hessian.view(), (0..256).rev().collect(), 0.05).unwrap();
         for ty in TYPES.iter().filter(|t| t.layout().is_some()) {
             let trace = |grid: &BlockGrid, codes: &[u8]| {
-                let mut bytes = vec![0; ty.row_bytes(codes.len()).unwrap()];
-                ty.pack(&grid.blocks, codes, &mut bytes);
-                let mut values = vec![0.0; codes.len()];
-                ty.dequantize(&bytes, &mut values).unwrap();
-                let e = &weight - &Array2::from_shape_vec((70, 256), values).unwrap();
+                let e = &weight - &Array2::from_shape_vec((70, 256), restored(grid, codes)).unwrap();
                 let mut damped = hessian.clone();
                 damped.diag_mut().iter_mut().for_each(|d| *d *= 1.05);
                 damped[[7, 7]] = 1.0;

@@ -292,7 +292,7 @@ mod tests {
     use formats::{ScalePrecision, Scheme};
     use ndarray::Array2;
 
-    use super::super::testing::Noise;
+    use super::super::testing::{Noise, restored};
     use super::*;
     use crate::ops::{blocks, factor, fit, gram, round};
     use crate::{FitKind, GridSpec};
@@ -382,12 +382,8 @@ mod tests {
         let hessian = gram::reference(x.view());
         let weight = noise.matrix(70, 256);
         let factor = factor::run(hessian.view(), (0..256).rev().collect(), 0.05).unwrap();
-        let trace = |ty: formats::ggml::GgmlType, grid: &BlockGrid, codes: &[u8]| {
-            let mut bytes = vec![0; ty.row_bytes(codes.len()).unwrap()];
-            ty.pack(&grid.blocks, codes, &mut bytes);
-            let mut values = vec![0.0; codes.len()];
-            ty.dequantize(&bytes, &mut values).unwrap();
-            let e = &weight - &Array2::from_shape_vec((70, 256), values).unwrap();
+        let trace = |grid: &BlockGrid, codes: &[u8]| {
+            let e = &weight - &Array2::from_shape_vec((70, 256), restored(grid, codes)).unwrap();
             let mut damped = hessian.clone();
             damped.diag_mut().iter_mut().for_each(|d| *d *= 1.05);
             gram::quadratic(e.view(), damped.view())
@@ -395,8 +391,7 @@ mod tests {
         for ty in formats::ggml::TYPES.iter().filter(|t| t.layout().is_some()) {
             let grid = blocks::fit(weight.view(), *ty, None);
             let swept = run_blocks(weight.view(), &factor, &grid);
-            let (found, plain) =
-                (trace(*ty, &grid, &swept.codes), trace(*ty, &grid, &blocks::round(weight.view(), &grid)));
+            let (found, plain) = (trace(&grid, &swept.codes), trace(&grid, &blocks::round(weight.view(), &grid)));
             assert!((found - swept.loss).abs() <= 2e-3 * found, "{ty}: {found}, and the sweep says {}", swept.loss);
             assert!(found < plain, "{ty}: {found}, rounding {plain}");
         }
