@@ -15,7 +15,7 @@ use formats::{Dtype, ShardedWriter, TensorSpec};
 use kernels::{Backend, Cpu, cpu};
 use quantc::compile::compile;
 use quantc::forward::{Inputs, Plain, Supply, Weight, embed, ready, run_block};
-use quantc::graph::{Graph, Linear, Norm, Step};
+use quantc::graph::{Graph, Linear};
 use quantc::plan::Plan;
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
@@ -62,9 +62,7 @@ impl Model {
     /// of the causal half of attention.
     fn forward_flops(&self, sequences: usize, counts: impl Fn(&Linear) -> bool) -> usize {
         let weights: usize = self.graph.linears().filter(|l| counts(l)).map(|l| l.rows * l.cols).sum();
-        let Step::Attention(attention) = &self.graph.blocks[0].steps[0] else {
-            panic!("a Llama begins with attention")
-        };
+        let attention = self.graph.blocks[0].attention().expect("a Llama has attention");
         let wide = attention.shape.heads * attention.shape.head_dim;
         sequences * (2 * weights * SEQ_LEN + 2 * wide * SEQ_LEN * (SEQ_LEN + 1))
     }
@@ -96,16 +94,20 @@ impl Ready {
     fn new(model: &Model, cpu: &Cpu) -> Ready {
         let plain = Plain { backend: cpu, source: &model.source };
         let load = |linear: &Linear| {
-            let weight = plain.load(linear).and_then(|weight| ready(cpu, weight)).expect("in the checkpoint");
-            (linear.module.clone(), weight.matrix)
+            let weight = plain.load(linear).and_then(|weight| ready(cpu, linear, weight)).expect("in the checkpoint");
+            (linear.module.clone(), weight.into_iter().next().expect("one part").matrix)
         };
         Ready(model.graph.linears().map(load).collect())
     }
 }
 
 impl Supply<Cpu> for Ready {
-    fn norm(&mut self, _: &Norm) -> quantc::Result<Vec<f32>> {
+    fn vector(&mut self, _: &str) -> quantc::Result<Vec<f32>> {
         Ok(vec![1.0; 576])
+    }
+
+    fn router(&mut self, _: &Linear) -> quantc::Result<Weight<cpu::Weight>> {
+        unreachable!("a Llama has no router")
     }
 
     fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, cpu::Input>) -> quantc::Result<Vec<Weight<cpu::Weight>>> {

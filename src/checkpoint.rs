@@ -173,6 +173,28 @@ impl Checkpoint {
         Ok(values)
     }
 
+    /// The values of `tensor[index]`, dequantized or widened to `f32`. Fails on NaN and infinity.
+    pub fn load_slice(&self, name: &str, index: usize) -> Result<Vec<f32>> {
+        let entry = self.expect(name)?;
+        let (Some(count), length) = (entry.shape.first(), entry.shape.iter().skip(1).product::<usize>()) else {
+            return Err(Error::failed(format!("tensor `{name}`: a slice of a single number")));
+        };
+        if index >= *count {
+            return Err(Error::failed(format!("tensor `{name}`: slice {index} is beyond its {count}")));
+        }
+        let (Source::Directory { tensors, .. }, StoredType::Plain(dtype)) = (&self.source, entry.dtype) else {
+            let values = self.load(name)?;
+            return Ok(values[index * length..][..length].to_vec());
+        };
+        let view = tensors.get(name).expect("an entry");
+        let bytes = view.data.len() / count;
+        let mut values = vec![0.0; length];
+        formats::tensor::widen(dtype, &view.data[index * bytes..][..bytes], &mut values)
+            .map_err(|e| self.locate(e, name))?;
+        self.check_finite(name, &values, index * length)?;
+        Ok(values)
+    }
+
     /// Rows `rows` of a matrix `[n, width]` into `out` (`[rows.len(), width]`), without loading the others.
     pub fn load_rows(&self, name: &str, rows: &[u32], out: &mut [f32]) -> Result<()> {
         let entry = self.expect(name)?;

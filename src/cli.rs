@@ -105,6 +105,9 @@ pub struct Quantize {
     /// Put groups in processing order and store g_idx (GPTQ only; vLLM and SGLang refuse such files).
     #[arg(long)]
     pub desc_act: bool,
+    /// Calibrate every expert of a mixture on all tokens, as llm-compressor does, instead of on those sent to it.
+    #[arg(long)]
+    pub moe_all_experts: bool,
     /// Linears to leave as they are: a module, the end of its name, or re: and a regular expression. Repeatable.
     #[arg(long, value_name = "PATTERN")]
     pub ignore: Vec<String>,

@@ -16,8 +16,8 @@ use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::forward::{Chunk, Inputs, Plain, Supply, Weight, embed, ready, run_block};
-use crate::graph::{Attention, Block, Graph, Linear, Mlp, Norm, Step};
+use crate::forward::{Chunk, Inputs, Others, Plain, Supply, Weight, embed, ready, run_block};
+use crate::graph::{Attention, Block, Graph, Layer, Linear, Mlp, Norm, Projections, Stored};
 use crate::output::weight_writer;
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
@@ -41,6 +41,9 @@ pub struct LinearReport {
     pub symmetric: bool,
     /// Calibration tokens that its input was seen on.
     pub tokens: usize,
+    /// Share of what is known of an expert's input that came from tokens of the other experts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prior: Option<f64>,
     /// Relative damping that was used.
     pub damp: Option<f64>,
     /// What was done in place of what was asked for.
@@ -138,6 +141,8 @@ pub fn compile<B: Backend>(
         progress,
         prepared: HashMap::new(),
         changed: HashMap::new(),
+        layer: None,
+        all_experts: recipe.moe_all_experts,
         final_block: false,
         done: Compiled::default(),
     };
@@ -150,7 +155,7 @@ pub fn compile<B: Backend>(
         Some(samples) => {
             let started = Instant::now();
             let mut chunks = embed(backend, graph, source, &samples.sequences)?;
-            source.release(&graph.embedding);
+            source.release(&graph.embedding.tensor);
             for (index, block) in graph.blocks.iter().enumerate() {
                 if recipe.method.smooths() {
                     work.smooth(block, &chunks)?;
@@ -158,6 +163,7 @@ pub fn compile<B: Backend>(
                 work.final_block = index + 1 == graph.blocks.len();
                 run_block(backend, block, &mut work, &mut chunks)?;
                 work.prepared.clear();
+                work.layer = None;
             }
             let s = &mut work.done.seconds;
             s.forward = started.elapsed().as_secs_f64() - s.load - s.observe - s.smooth - s.factor - s.solve - s.write;
@@ -182,6 +188,9 @@ struct Work<'a, B: Backend> {
     prepared: HashMap<String, Weight<B::Matrix>>,
     /// Other tensors that a transform has changed, as they will be written.
     changed: HashMap<String, Vec<f32>>,
+    /// Statistics of a layer's input over all tokens, and the layer's name.
+    layer: Option<(String, Statistics<B>)>,
+    all_experts: bool,
     final_block: bool,
     done: Compiled,
 }
@@ -255,7 +264,10 @@ impl<B: Backend> Work<'_, B> {
         for linear in group {
             let weight = self.load(linear)?;
             let Some((scheme, shared)) = self.plan.schemes.get(&linear.module).copied().zip(shared.as_ref()) else {
-                weights.push(ready(backend, weight)?);
+                if self.plan.unstacked(linear) {
+                    self.write_plain(linear, &weight)?;
+                }
+                weights.extend(ready(backend, linear, weight)?);
                 continue;
             };
             let started = Instant::now();
@@ -268,9 +280,14 @@ impl<B: Backend> Work<'_, B> {
                 for (part, tensor) in &parts.0 {
                     self.writer.write(&format!("{}.{part}", linear.module), &tensor.data)?;
                 }
+                if let (Some(bias), Stored::Slice { .. }) = (&weight.bias, &linear.stored) {
+                    let name = format!("{}.bias", linear.module);
+                    write_floats(self.writer, &name, self.plan.float_dtype, bias)?;
+                }
                 Ok(())
             })?;
             let tokens = statistics.map_or(0, |s| s.tokens);
+            let count = statistics.map_or(1.0, |s| s.count.max(1.0));
             let report = LinearReport {
                 name: linear.module.clone(),
                 method: if shared.factor.is_none() && solver.id() == "gptq" { "rtn" } else { self.method }.to_owned(),
@@ -279,32 +296,42 @@ impl<B: Backend> Work<'_, B> {
                 group_size: scheme.group.map_or(-1, |g| g as i64),
                 symmetric: scheme.symmetric,
                 tokens,
+                prior: statistics.filter(|s| s.count > s.tokens as f64).map(|s| 1.0 - s.tokens as f64 / s.count),
                 damp: solution.damp,
                 fallback: solution.fallback,
-                proxy_loss: solution.proxy_loss.map(|loss| loss / tokens.max(1) as f64),
+                proxy_loss: solution.proxy_loss.map(|loss| loss / count),
                 relative_error: solution.relative_error,
                 seconds,
             };
             self.progress.line(|| describe(&report));
             self.progress.step();
             self.done.linears.push(report);
-            weights.push(ready(backend, Weight { matrix: solution.restored, bias: weight.bias })?);
+            weights.extend(ready(backend, linear, Weight { matrix: solution.restored, bias: weight.bias })?);
         }
         Ok(weights)
+    }
+
+    /// Writes an expert that stays as it is, out of a stack of which others are quantized.
+    fn write_plain(&mut self, linear: &Linear, weight: &Weight<B::Matrix>) -> Result<()> {
+        let values = self.backend.download(&weight.matrix)?;
+        let dtype = self.plan.float_dtype;
+        write_floats(self.writer, &format!("{}.weight", linear.module), dtype, values.as_slice().expect("contiguous"))?;
+        match &weight.bias {
+            Some(bias) => write_floats(self.writer, &format!("{}.bias", linear.module), dtype, bias),
+            None => Ok(()),
+        }
     }
 
     /// Writes every tensor that goes over as it is.
     fn copy_rest(&mut self) -> Result<()> {
         let started = Instant::now();
         for (name, fate) in &self.plan.fates {
-            if *fate != Fate::Copied {
+            if !matches!(fate, Fate::Copied | Fate::Aside(_)) {
                 continue;
             }
             let spec = self.plan.outputs.iter().find(|spec| spec.name == *name).expect("planned");
             if let Some(values) = self.changed.get(name) {
-                let mut bytes = Vec::new();
-                narrow(spec.dtype, values, &mut bytes).map_err(|e| e.in_tensor(name))?;
-                self.writer.write(name, &bytes)?;
+                write_floats(self.writer, name, spec.dtype, values)?;
             } else {
                 copy_tensor(self.source, name, spec.dtype, self.writer)?;
             }
@@ -328,36 +355,78 @@ impl<B: Backend> Work<'_, B> {
             let weight = self.load(linear)?;
             self.prepared.insert(linear.module.clone(), weight);
         }
+        self.smooth_norms(block, &statistics)?;
         for step in &block.steps {
-            match step {
-                Step::Attention(Attention { norm, q, k, v, o, shape, .. }) => {
-                    self.smooth_norm(norm, &[q, k, v], &statistics)?;
-                    let repeat = shape.heads / shape.kv_heads;
-                    let tie = match repeat {
-                        1 => Tie::Free,
-                        _ => Tie::Heads { head_dim: shape.head_dim, repeat },
-                    };
-                    self.smooth_linear(v, o, tie, &statistics)?;
+            match &step.layer {
+                Layer::Attention(attention) => self.smooth_attention(attention, &statistics)?,
+                Layer::Mlp(mlp) => self.smooth_mlp(mlp, &statistics)?,
+                Layer::Moe(moe) => {
+                    for mlp in moe.experts.iter().chain(moe.shared.as_ref().map(|(shared, _)| shared)) {
+                        self.smooth_mlp(mlp, &statistics)?;
+                    }
                 }
-                Step::Mlp(Mlp { norm, gate, up, down }) => {
-                    self.smooth_norm(norm, &[gate, up], &statistics)?;
-                    self.smooth_linear(up, down, Tie::Free, &statistics)?;
-                }
+                Layer::Opaque(_) => {}
             }
         }
         self.done.seconds.smooth += started.elapsed().as_secs_f64();
         Ok(())
     }
 
-    /// Folds scales of the inputs of `readers` into the normalisation before them.
-    fn smooth_norm(&mut self, norm: &Norm, readers: &[&Linear], seen: &HashMap<String, Statistics<B>>) -> Result<()> {
-        let Some(producer) = self.smooth_readers(readers, Tie::Free, &norm.weight, seen)? else { return Ok(()) };
-        let mut weight = self.source.load(&norm.weight)?;
-        weight.iter_mut().zip(&producer).for_each(|(w, t)| *w /= t);
-        self.store(&norm.weight, weight)
+    /// Folds scales into the norms of a block, each with all the linears that read it.
+    ///
+    /// A mixture's input is left alone: its router, which is never quantized, would be rounded once more.
+    fn smooth_norms(&mut self, block: &Block, seen: &HashMap<String, Statistics<B>>) -> Result<()> {
+        let mut slots: Vec<(&Norm, Vec<&Linear>)> = Vec::new();
+        for step in &block.steps {
+            let Some(norm) = step.pre.as_ref().filter(|norm| norm.weights.len() == 1) else { continue };
+            let readers = match &step.layer {
+                Layer::Moe(_) | Layer::Opaque(_) => continue,
+                layer => layer.linears().swap_remove(0),
+            };
+            match slots.iter_mut().find(|(other, _)| other.weights == norm.weights) {
+                Some((_, all)) => all.extend(readers),
+                None => slots.push((norm, readers)),
+            }
+        }
+        slots.into_iter().try_for_each(|(norm, readers)| self.smooth_norm(norm, &readers, seen))
     }
 
-    /// Folds scales of the input of `reader` into the output rows of `producer`.
+    fn smooth_attention(&mut self, attention: &Attention, seen: &HashMap<String, Statistics<B>>) -> Result<()> {
+        let Attention { projections: Projections::Direct(linears), o, shape, clip: None, .. } = attention else {
+            return Ok(());
+        };
+        let v = linears.last().expect("values come last");
+        let repeat = shape.heads / shape.kv_heads;
+        let tie = match repeat {
+            1 => Tie::Free,
+            _ => Tie::Heads { head_dim: shape.value_dim, repeat },
+        };
+        self.smooth_linear(v, o, tie, seen)
+    }
+
+    fn smooth_mlp(&mut self, mlp: &Mlp, seen: &HashMap<String, Statistics<B>>) -> Result<()> {
+        // What is gated may be scaled, what is activated may not.
+        if !mlp.gated() || matches!(mlp.activation, kernels::Activation::SwigluOai { .. }) {
+            return Ok(());
+        }
+        self.smooth_linear(mlp.inputs.last().expect("gated"), &mlp.down, Tie::Free, seen)
+    }
+
+    /// Folds scales of the inputs of `readers` into the normalisation before them.
+    fn smooth_norm(&mut self, norm: &Norm, readers: &[&Linear], seen: &HashMap<String, Statistics<B>>) -> Result<()> {
+        let Some(producer) = self.smooth_readers(readers, Tie::Free, &norm.weights[0], seen)? else { return Ok(()) };
+        let mut weight = self.source.load(&norm.weights[0])?;
+        weight.iter_mut().zip(&producer).for_each(|(w, t)| *w = (*w + norm.offset) / t - norm.offset);
+        self.store(&norm.weights[0], weight)?;
+        if let Some(bias) = &norm.bias {
+            let mut values = self.source.load(bias)?;
+            values.iter_mut().zip(&producer).for_each(|(b, t)| *b /= t);
+            self.store(bias, values)?;
+        }
+        Ok(())
+    }
+
+    /// Folds scales of the input of `reader` into the output rows of the last part of `producer`.
     fn smooth_linear(
         &mut self,
         producer: &Linear,
@@ -370,7 +439,11 @@ impl<B: Backend> Work<'_, B> {
             return Ok(());
         }
         let Some(scales) = self.smooth_readers(&[reader], tie, &producer.module, seen)? else { return Ok(()) };
-        let inverse: Vec<f32> = scales.iter().map(|t| 1.0 / t).collect();
+        let mut inverse = vec![1.0; producer.rows];
+        match producer.split.rows(producer.split.parts() - 1) {
+            Some(rows) => rows.into_iter().zip(&scales).for_each(|(row, t)| inverse[row] = 1.0 / t),
+            None => inverse.iter_mut().zip(&scales).for_each(|(row, t)| *row = 1.0 / t),
+        }
         let weight = self.prepared.get_mut(&producer.module).expect("prepared");
         self.backend.scale(&mut weight.matrix, &inverse, &[])?;
         if let (Some(bias), Some(name)) = (&mut weight.bias, producer.bias()) {
@@ -391,7 +464,7 @@ impl<B: Backend> Work<'_, B> {
         producer: &str,
         seen: &HashMap<String, Statistics<B>>,
     ) -> Result<Option<Vec<f32>>> {
-        let Some(statistics) = seen.get(&readers[0].module) else { return Ok(None) };
+        let Some(statistics) = seen.get(&readers[0].module).filter(|s| s.tokens > 0) else { return Ok(None) };
         let mut specs = Vec::new();
         for reader in readers {
             match self.plan.schemes.get(&reader.module) {
@@ -434,10 +507,10 @@ impl<B: Backend> Work<'_, B> {
 }
 
 impl<B: Backend> Supply<B> for Work<'_, B> {
-    fn norm(&mut self, norm: &Norm) -> Result<Vec<f32>> {
-        match self.changed.get(&norm.weight) {
+    fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
+        match self.changed.get(name) {
             Some(changed) => Ok(changed.clone()),
-            None => self.source.load(&norm.weight),
+            None => self.source.load(name),
         }
     }
 
@@ -446,9 +519,74 @@ impl<B: Backend> Supply<B> for Work<'_, B> {
         self.quantize(group, statistics.as_ref())
     }
 
+    fn expert(
+        &mut self,
+        group: &[&Linear],
+        inputs: &Inputs<'_, B::Input>,
+        others: &Others<'_, B::Input>,
+    ) -> Result<Vec<Weight<B::Weight>>> {
+        let needs = self.solver.needs();
+        if needs == Needs::Nothing || group.iter().all(|l| !self.plan.schemes.contains_key(&l.module)) {
+            return self.quantize(group, None);
+        }
+        let (backend, source, stage) = (self.backend, self.source, &mut self.done.seconds.observe);
+        let statistics =
+            observe_expert(backend, source, group[0], needs, inputs, others, self.all_experts, &mut self.layer, stage)?;
+        self.quantize(group, Some(&statistics))
+    }
+
+    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
+        Supply::<B>::router(&mut Plain { backend: self.backend, source: self.source }, linear)
+    }
+
     fn needs_output(&self, last_step: bool) -> bool {
         !(self.final_block && last_step)
     }
+}
+
+/// Tokens that an expert is run over when too few were sent to it, unless it has more than half as many channels.
+const ENOUGH_TOKENS: usize = 4096;
+
+/// Gathers statistics of what an expert sees, with as many tokens of its layer as it has channels as a prior.
+///
+/// Of its first linears the layer's statistics are those of all tokens, and gathered once; of its last they are those of
+/// some tokens that were not sent to it, if too few were. With `all` every token counts as sent to every expert.
+#[allow(clippy::too_many_arguments)]
+pub fn observe_expert<B: Backend>(
+    backend: &B,
+    source: &Checkpoint,
+    first: &Linear,
+    needs: Needs,
+    inputs: &Inputs<'_, B::Input>,
+    others: &Others<'_, B::Input>,
+    all: bool,
+    layer: &mut Option<(String, Statistics<B>)>,
+    stage: &mut f64,
+) -> Result<Statistics<B>> {
+    let gather = |count: usize, stage: &mut f64| {
+        observe(backend, source, first, needs, &|see| (others.inputs)(count, see), stage)
+    };
+    if let Some(name) = others.shared
+        && layer.as_ref().is_none_or(|(known, _)| known != name)
+    {
+        *layer = Some((name.to_owned(), gather(usize::MAX, stage)?));
+    }
+    let mut statistics = match all {
+        false => observe(backend, source, first, needs, inputs, stage)?,
+        true => Statistics::gather(backend, first.cols, needs, |_| Ok::<(), Error>(()))?,
+    };
+    let channels = first.cols as f64;
+    match (others.shared, &layer) {
+        (Some(_), Some((_, prior))) => {
+            statistics.blend(backend, prior, if all { prior.count } else { channels })?;
+        }
+        _ if all => statistics = gather(usize::MAX, stage)?,
+        _ if statistics.tokens < 2 * first.cols => {
+            statistics.blend(backend, &gather(ENOUGH_TOKENS.max(2 * first.cols), stage)?, channels)?;
+        }
+        _ => {}
+    }
+    Ok(statistics)
 }
 
 /// Runs a float block and keeps the statistics of every input.
@@ -458,15 +596,23 @@ struct FloatPass<'w, 'a, B: Backend> {
 }
 
 impl<B: Backend> Supply<B> for FloatPass<'_, '_, B> {
-    fn norm(&mut self, norm: &Norm) -> Result<Vec<f32>> {
-        self.work.norm(norm)
+    fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
+        self.work.vector(name)
     }
 
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
         if let Some(statistics) = self.work.observe(group, Needs::HessianAndMagnitude, inputs)? {
             self.statistics.insert(group[0].module.clone(), statistics);
         }
-        group.iter().map(|linear| ready(self.work.backend, self.work.load(linear)?)).collect()
+        let mut weights = Vec::new();
+        for linear in group {
+            weights.extend(ready(self.work.backend, linear, self.work.load(linear)?)?);
+        }
+        Ok(weights)
+    }
+
+    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
+        self.work.router(linear)
     }
 
     fn needs_output(&self, last_step: bool) -> bool {
@@ -481,6 +627,13 @@ pub fn describe(report: &LinearReport) -> String {
     let LinearReport { name, bits, group_size, method, seconds, .. } = report;
     let kind = report.ty.map_or_else(|| format!("w{bits} g{group_size}"), str::to_owned);
     format!("{name:44} {method} {kind}{error}  {seconds:.2} s{fallback}")
+}
+
+/// Writes values as numbers of a type.
+fn write_floats(writer: &ShardedWriter, name: &str, dtype: Dtype, values: &[f32]) -> Result<()> {
+    let mut bytes = Vec::new();
+    narrow(dtype, values, &mut bytes).map_err(|e| e.in_tensor(name))?;
+    Ok(writer.write(name, &bytes)?)
 }
 
 /// Copies one tensor, in pieces where it has to be converted.

@@ -22,7 +22,7 @@ use crate::export::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverrid
 use crate::export::names::{self, ExportPlan, ExportTensor, Source};
 use crate::export::tokenizer::tokenizer;
 use crate::forward::{Inputs, Plain, Supply, Weight, embed, ready, run_block};
-use crate::graph::{Graph, Linear, Norm, Step};
+use crate::graph::{Graph, Linear};
 use crate::plan::{Fate, check_tensors, left_out};
 use crate::progress::Progress;
 use crate::recipe::{Method, Recipe};
@@ -78,10 +78,7 @@ impl GgufPlan {
             }
         }
         patterns.check_hits()?;
-        let shape = graph.blocks.iter().flat_map(|b| &b.steps).find_map(|step| match step {
-            Step::Attention(attention) => Some(attention.shape),
-            Step::Mlp(_) => None,
-        });
+        let shape = graph.blocks.iter().find_map(|block| block.attention()).map(|attention| attention.shape);
         let shape = shape.expect("names::plan has seen attention");
         let model = ModelShape {
             architecture: plan.architecture,
@@ -270,7 +267,7 @@ pub fn compile<B: Backend>(
         Some(samples) => {
             let started = Instant::now();
             let mut chunks = embed(backend, graph, source, &samples.sequences)?;
-            source.release(&graph.embedding);
+            source.release(&graph.embedding.tensor);
             for (index, block) in graph.blocks.iter().enumerate() {
                 work.final_block = index + 1 == graph.blocks.len();
                 run_block(backend, block, &mut work, &mut chunks)?;
@@ -376,7 +373,7 @@ impl<B: Backend> Work<'_, B> {
             });
             self.quantized[0] += (linear.rows * linear.cols) as u64;
             self.quantized[1] += solution.packed.len() as u64;
-            weights.push(ready(backend, Weight { matrix: solution.restored, bias: weight.bias })?);
+            weights.extend(ready(backend, linear, Weight { matrix: solution.restored, bias: weight.bias })?);
         }
         Ok(weights)
     }
@@ -482,6 +479,7 @@ fn plain_report(linear: &Linear, ty: GgmlType) -> LinearReport {
         group_size: layout.map_or(1, |layout| layout.group as i64),
         symmetric: layout.is_none_or(|layout| !layout.has_min),
         tokens: 0,
+        prior: None,
         damp: None,
         fallback: None,
         proxy_loss: None,
@@ -491,8 +489,12 @@ fn plain_report(linear: &Linear, ty: GgmlType) -> LinearReport {
 }
 
 impl<B: Backend> Supply<B> for Work<'_, B> {
-    fn norm(&mut self, norm: &Norm) -> Result<Vec<f32>> {
-        self.source.load(&norm.weight)
+    fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
+        self.source.load(name)
+    }
+
+    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
+        Supply::<B>::router(&mut Plain { backend: self.backend, source: self.source }, linear)
     }
 
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {

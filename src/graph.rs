@@ -1,8 +1,9 @@
 //! A model as data: which tensors it has, and what is done with them, block by block.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
-use kernels::AttentionShape;
+use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 use ndarray::Array2;
 
 /// A decoder-only language model.
@@ -14,16 +15,20 @@ pub struct Graph {
     pub hidden: usize,
     /// Rows of the embedding.
     pub vocabulary: usize,
-    /// Tensor of the token embedding, `[vocabulary, hidden]`.
-    pub embedding: String,
+    /// What tokens become.
+    pub embedding: Embedding,
     /// Decoder blocks, in order.
     pub blocks: Vec<Block>,
     /// The last normalisation.
     pub final_norm: Norm,
     /// The output projection.
     pub head: Head,
-    /// Tensors that a checkpoint may hold and that the model does not use.
-    pub dropped: &'static [DropRule],
+    /// Tensors that a checkpoint may hold and that are left out of the output.
+    pub dropped: Vec<DropRule>,
+    /// Prefixes of tensors that are no part of the language model and go over untouched, with what they are.
+    pub aside: Vec<(String, &'static str)>,
+    /// Whether the family is unknown: its linears were found by name and shape, and it cannot be run.
+    pub opaque: bool,
 }
 
 /// Tensors that are left out of the output, and why.
@@ -35,6 +40,17 @@ pub struct DropRule {
     pub reason: &'static str,
 }
 
+/// What tokens become before the first block.
+#[derive(Clone, Debug)]
+pub struct Embedding {
+    /// Tensor, `[vocabulary, hidden]`.
+    pub tensor: String,
+    /// What every value is multiplied by.
+    pub scale: f32,
+    /// Learned positions: a tensor `[positions, hidden]` that is added, and its rows.
+    pub positions: Option<(String, usize)>,
+}
+
 /// One decoder block: steps that each add to the residual stream.
 #[derive(Clone, Debug)]
 pub struct Block {
@@ -42,27 +58,54 @@ pub struct Block {
     pub name: String,
     /// What is done, in order.
     pub steps: Vec<Step>,
+    /// All steps read what the block was given, instead of what the step before left.
+    pub parallel: bool,
 }
 
-/// One residual step.
+/// One residual step: `h ← h + scale · post(layer(pre(h)))`.
 #[derive(Clone, Debug)]
-pub enum Step {
-    /// `h ← h + o(attention(q(n), k(n), v(n)))`, `n = norm(h)`.
+pub struct Step {
+    /// Before the layer.
+    pub pre: Option<Norm>,
+    /// What is computed.
+    pub layer: Layer,
+    /// After the layer.
+    pub post: Option<Norm>,
+    /// Factor on what is added.
+    pub scale: f32,
+}
+
+/// What a step computes.
+#[derive(Clone, Debug)]
+pub enum Layer {
+    /// Causal self-attention.
     Attention(Attention),
-    /// `h ← h + down(silu(gate(n)) · up(n))`, `n = norm(h)`.
+    /// A feed-forward layer.
     Mlp(Mlp),
+    /// A mixture of feed-forward layers.
+    Moe(Moe),
+    /// Linears of a model that cannot be run.
+    Opaque(Vec<Linear>),
 }
 
-/// Root-mean-square normalisation.
-#[derive(Clone, Debug)]
+/// A normalisation.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Norm {
-    /// Its weight tensor, `[hidden]`.
-    pub weight: String,
+    /// By the root mean square, or by mean and variance.
+    pub kind: NormKind,
+    /// Its weight tensors, one after the other; all ones without.
+    pub weights: Vec<String>,
+    /// Added to the stored weight: 1 where the file holds the difference from 1.
+    pub offset: f32,
+    /// Its bias tensor.
+    pub bias: Option<String>,
+    /// Extents of each of these tensors.
+    pub shape: Vec<usize>,
     /// Added to the mean square.
     pub eps: f32,
 }
 
-/// One linear layer.
+/// One linear layer, or several that are stored as one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Linear {
     /// The module's name, without `.weight`.
@@ -73,74 +116,276 @@ pub struct Linear {
     pub cols: usize,
     /// Whether it has a bias.
     pub bias: bool,
+    /// Which of its rows are which linear.
+    pub split: Split,
+    /// How its weight lies in the checkpoint.
+    pub stored: Stored,
+}
+
+/// How the rows of a stored weight divide into linears: `times` over, so many rows of the first, of the second …
+#[derive(Clone, Debug, PartialEq)]
+pub struct Split {
+    /// Repetitions, as one for each head.
+    pub times: usize,
+    /// Rows of each linear in one repetition; empty when all rows are one linear.
+    pub lengths: Vec<usize>,
+}
+
+/// How a weight lies in the checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Stored {
+    /// `module.weight`, `[rows, cols]`.
+    Plain,
+    /// `module.weight`, `[cols, rows]` (GPT-2's `Conv1D`).
+    Transposed,
+    /// One of the experts that lie in one tensor.
+    Slice {
+        /// `[experts, rows, cols]`, or `[experts, cols, rows]`.
+        tensor: String,
+        /// Which expert.
+        index: usize,
+        /// How many there are.
+        of: usize,
+        /// Whether columns come before rows.
+        transposed: bool,
+        /// `[experts, rows]`, if there are biases.
+        bias: Option<String>,
+        /// How an expert's rows in the tensor divide, and which of the parts this linear is.
+        part: (Split, usize),
+    },
+}
+
+impl Split {
+    /// One linear.
+    pub const WHOLE: Split = Split { times: 1, lengths: Vec::new() };
+
+    /// Linears one after the other.
+    pub fn of(lengths: &[usize]) -> Split {
+        Split { times: 1, lengths: lengths.to_vec() }
+    }
+
+    /// Number of linears.
+    pub fn parts(&self) -> usize {
+        self.lengths.len().max(1)
+    }
+
+    /// The rows of one of the linears, in its own order; `None` when it is the only one.
+    pub fn rows(&self, part: usize) -> Option<Vec<usize>> {
+        let length = *self.lengths.get(part)?;
+        let (first, all) = (self.lengths[..part].iter().sum::<usize>(), self.lengths.iter().sum::<usize>());
+        Some((0..self.times).flat_map(|time| (0..length).map(move |row| time * all + first + row)).collect())
+    }
 }
 
 impl Linear {
-    /// The weight tensor's name.
-    pub fn weight(&self) -> String {
-        format!("{}.weight", self.module)
+    /// A linear that is stored as such.
+    pub fn plain(module: impl Into<String>, rows: usize, cols: usize, bias: bool) -> Linear {
+        Linear { module: module.into(), rows, cols, bias, split: Split::WHOLE, stored: Stored::Plain }
     }
 
-    /// The bias tensor's name, if it has one.
+    /// The weight tensor's name; of the stack's for an expert of a stack.
+    pub fn weight(&self) -> String {
+        match &self.stored {
+            Stored::Slice { tensor, .. } => tensor.clone(),
+            _ => format!("{}.weight", self.module),
+        }
+    }
+
+    /// The bias tensor's name, if it has one; of the stack's for an expert of a stack.
     pub fn bias(&self) -> Option<String> {
-        self.bias.then(|| format!("{}.bias", self.module))
+        match &self.stored {
+            Stored::Slice { bias, .. } => bias.clone(),
+            _ => self.bias.then(|| format!("{}.bias", self.module)),
+        }
+    }
+
+    /// Rows of the stored matrix: more than its own where another linear is stored with it.
+    pub fn stored_rows(&self) -> usize {
+        match &self.stored {
+            Stored::Slice { part: (split, _), .. } if !split.lengths.is_empty() => {
+                split.times * split.lengths.iter().sum::<usize>()
+            }
+            _ => self.rows,
+        }
+    }
+
+    /// The tensors that hold it, with their shapes.
+    pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
+        let (rows, cols) = (self.stored_rows(), self.cols);
+        let (weight, bias) = match &self.stored {
+            Stored::Plain => (vec![rows, cols], vec![rows]),
+            Stored::Transposed => (vec![cols, rows], vec![rows]),
+            Stored::Slice { of, transposed: false, .. } => (vec![*of, rows, cols], vec![*of, rows]),
+            Stored::Slice { of, transposed: true, .. } => (vec![*of, cols, rows], vec![*of, rows]),
+        };
+        [(self.weight(), weight)].into_iter().chain(self.bias().map(|name| (name, bias))).collect()
     }
 }
 
-/// Causal self-attention with rotary positions.
+/// Causal self-attention.
 #[derive(Clone, Debug)]
 pub struct Attention {
-    /// Before the projections.
-    pub norm: Norm,
-    /// Query projection.
-    pub q: Linear,
-    /// Key projection.
-    pub k: Linear,
-    /// Value projection.
-    pub v: Linear,
+    /// How queries, keys and values are made.
+    pub projections: Projections,
     /// Output projection.
     pub o: Linear,
-    /// Heads, scale and window.
+    /// Heads, scale and mask.
     pub shape: AttentionShape,
     /// Rotation of queries and keys.
-    pub rope: Arc<Rope>,
+    pub rope: Option<Arc<Rope>>,
+    /// What part of a head is rotated, and how.
+    pub layout: RopeLayout,
+    /// Normalisation of queries and keys.
+    pub norms: Option<HeadNorms>,
+    /// Queries, keys and values are clamped to this size.
+    pub clip: Option<f32>,
+    /// Tensor of one logit a head that takes part in the softmax and has no value.
+    pub sinks: Option<String>,
+    /// Queries are multiplied by `1 + scale · ln(⌊(position + 1) / floor⌋ + 1)`: `[floor, scale]`.
+    pub temperature: Option<[f32; 2]>,
 }
 
-/// A gated feed-forward layer.
+/// How queries, keys and values are made of the normed input.
+#[derive(Clone, Debug)]
+pub enum Projections {
+    /// By linears whose parts are q, k and v, in this order.
+    Direct(Vec<Linear>),
+    /// Through latent vectors (DeepSeek's multi-head latent attention).
+    Latent {
+        /// From the input to the queries, or first to a latent that is normed and then to the queries.
+        q: Vec<Linear>,
+        /// Of the queries' latent.
+        q_norm: Option<Norm>,
+        /// To the latent of keys and values, and to the rotated key that all heads share.
+        kv_a: Linear,
+        /// Of the latent.
+        kv_norm: Norm,
+        /// From the latent to the parts of keys that are not rotated, and to values.
+        kv_b: Linear,
+    },
+}
+
+/// Normalisation of queries and keys.
+#[derive(Clone, Debug)]
+pub struct HeadNorms {
+    /// Of queries.
+    pub q: Norm,
+    /// Of keys.
+    pub k: Norm,
+    /// Each head by itself; otherwise all of a token's values together.
+    pub per_head: bool,
+    /// After the rotation instead of before it.
+    pub after_rope: bool,
+}
+
+/// A feed-forward layer.
 #[derive(Clone, Debug)]
 pub struct Mlp {
-    /// Before the projections.
-    pub norm: Norm,
-    /// The gate.
-    pub gate: Linear,
-    /// What is gated.
-    pub up: Linear,
+    /// Linears whose parts are the gate and what is gated, or only what is activated.
+    pub inputs: Vec<Linear>,
     /// Back to the residual stream.
     pub down: Linear,
+    /// Of the gate, or of all.
+    pub activation: Activation,
+}
+
+impl Mlp {
+    /// Whether it has a gate.
+    pub fn gated(&self) -> bool {
+        self.inputs.iter().map(|l| l.split.parts()).sum::<usize>() == 2
+    }
+
+    /// Its linears, those that read one input together.
+    fn linears(&self) -> Vec<Vec<&Linear>> {
+        vec![self.inputs.iter().collect(), vec![&self.down]]
+    }
+
+    /// Width between its linears.
+    pub fn inner(&self) -> usize {
+        self.down.cols
+    }
+}
+
+/// A mixture of feed-forward layers, of which each token takes a few.
+#[derive(Clone, Debug)]
+pub struct Moe {
+    /// Chooses.
+    pub router: Router,
+    /// Chosen from.
+    pub experts: Vec<Mlp>,
+    /// What every token takes besides, with the linear `[1, hidden]` whose sigmoid weighs it.
+    pub shared: Option<(Mlp, Option<Linear>)>,
+    /// Experts are given the input times their weight, instead of their output being weighed.
+    pub weigh_input: bool,
+}
+
+/// How experts are chosen.
+#[derive(Clone, Debug)]
+pub struct Router {
+    /// `[experts, hidden]`; never quantized.
+    pub linear: Linear,
+    /// What scores are made of logits.
+    pub scoring: Scoring,
+    /// Experts of a token.
+    pub top_k: usize,
+    /// Tensor that is added to the scores for choosing only.
+    pub correction: Option<String>,
+    /// Only experts of the best groups.
+    pub groups: Option<Groups>,
+    /// Weights are divided by their sum.
+    pub renormalize: bool,
+    /// Factor on the weights.
+    pub scale: f32,
+}
+
+/// Scores of experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scoring {
+    /// Over all experts.
+    Softmax,
+    /// Each by itself.
+    Sigmoid,
+}
+
+/// Limits the choice to the best groups of consecutive experts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Groups {
+    /// Number of groups.
+    pub count: usize,
+    /// How many are left.
+    pub kept: usize,
+    /// Groups are ranked by the sum of so many of their best scores.
+    pub ranked_by: usize,
 }
 
 /// The output projection.
 #[derive(Clone, Debug)]
 pub struct Head {
-    /// Its module; the tensor does not exist when tied.
+    /// Its module; the weight tensor does not exist when tied.
     pub linear: Linear,
     /// Uses the embedding's weight.
     pub tied: bool,
+    /// Factor on the logits.
+    pub scale: f32,
+    /// Logits become `cap · tanh(logits / cap)`.
+    pub softcap: Option<f32>,
 }
 
 /// Rotary frequencies.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
-    /// Radians per position, one for each pair of values.
+    /// Radians per position, one for each pair of values, in contexts of the first training's length.
     pub inverse_frequencies: Vec<f32>,
     /// The base that they are powers of.
     pub theta: f32,
+    /// Factor on cosines and sines.
+    pub magnitude: f32,
     /// How they were stretched beyond the first context; already in `inverse_frequencies`.
     pub scaling: RopeScaling,
 }
 
 /// How rotary frequencies are stretched.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
     /// Not at all.
     None,
@@ -148,6 +393,13 @@ pub enum RopeScaling {
     Linear {
         /// By how much.
         factor: f32,
+    },
+    /// The base grows with contexts beyond the first.
+    Dynamic {
+        /// By how much.
+        factor: f32,
+        /// The context of the first training.
+        original: usize,
     },
     /// Llama 3's: long wavelengths divided by the factor, short ones kept, those between in between.
     Llama3 {
@@ -160,65 +412,229 @@ pub enum RopeScaling {
         /// The context of the first training.
         original: f32,
     },
+    /// YaRN's: as Llama 3's with a ramp over the pairs, and warmer attention.
+    Yarn {
+        /// By how much.
+        factor: f32,
+        /// The context of the first training.
+        original: usize,
+        /// Turns over the first context above which a pair is kept.
+        beta_fast: f32,
+        /// Turns below which it is divided.
+        beta_slow: f32,
+        /// Multiplies the logarithm in the factor on the scores; 0 if there is none.
+        mscale_all_dim: f32,
+    },
+    /// LongRoPE's: every pair divided by a factor of its own, others in contexts beyond the first.
+    Long {
+        /// Factors of the first context.
+        short: Vec<f32>,
+        /// Factors beyond it.
+        long: Vec<f32>,
+        /// The context of the first training.
+        original: usize,
+    },
 }
 
 impl Rope {
-    /// Cosines and sines `[positions, head_dim / 2]`.
-    pub fn table(&self, positions: usize) -> (Array2<f32>, Array2<f32>) {
-        let angle = |(position, i): (usize, usize)| position as f32 * self.inverse_frequencies[i];
-        let shape = (positions, self.inverse_frequencies.len());
-        (Array2::from_shape_fn(shape, |at| angle(at).cos()), Array2::from_shape_fn(shape, |at| angle(at).sin()))
-    }
-}
-
-impl Step {
-    /// Its linears, those that read one input together.
-    pub fn linears(&self) -> Vec<Vec<&Linear>> {
-        match self {
-            Step::Attention(a) => vec![vec![&a.q, &a.k, &a.v], vec![&a.o]],
-            Step::Mlp(m) => vec![vec![&m.gate, &m.up], vec![&m.down]],
+    /// Radians per position in a context of `positions`.
+    pub fn frequencies(&self, positions: usize) -> Vec<f32> {
+        let dim = 2 * self.inverse_frequencies.len();
+        let powers = |base: f32| (0..dim / 2).map(move |i| base.powf((2 * i) as f32 / dim as f32));
+        match &self.scaling {
+            RopeScaling::Dynamic { factor, original } if positions > *original => {
+                let grown = f64::from(*factor) * positions as f64 / *original as f64 - (f64::from(*factor) - 1.0);
+                let base = f64::from(self.theta) * grown.powf(dim as f64 / (dim as f64 - 2.0));
+                powers(base as f32).map(|power| 1.0 / power).collect()
+            }
+            RopeScaling::Long { long, original, .. } if positions > *original => {
+                powers(self.theta).zip(long).map(|(power, factor)| 1.0 / (factor * power)).collect()
+            }
+            _ => self.inverse_frequencies.clone(),
         }
     }
 
-    /// Its normalisation.
-    pub fn norm(&self) -> &Norm {
+    /// Cosines and sines `[positions, rotated / 2]`.
+    pub fn table(&self, positions: usize) -> (Array2<f32>, Array2<f32>) {
+        let frequencies = self.frequencies(positions);
+        let angle = |(position, i): (usize, usize)| position as f32 * frequencies[i];
+        let shape = (positions, frequencies.len());
+        let of = |f: fn(f32) -> f32| Array2::from_shape_fn(shape, |at| f(angle(at)) * self.magnitude);
+        (of(f32::cos), of(f32::sin))
+    }
+}
+
+impl Attention {
+    /// Its linears, those that read one input together.
+    fn linears(&self) -> Vec<Vec<&Linear>> {
+        let mut groups = match &self.projections {
+            Projections::Direct(linears) => vec![linears.iter().collect()],
+            Projections::Latent { q, kv_a, kv_b, .. } => {
+                let mut groups = vec![vec![&q[0], kv_a]];
+                groups.extend(q[1..].iter().map(|l| vec![l]));
+                groups.push(vec![kv_b]);
+                groups
+            }
+        };
+        groups.push(vec![&self.o]);
+        groups
+    }
+
+    fn norms(&self) -> Vec<&Norm> {
+        let mut norms: Vec<&Norm> = self.norms.iter().flat_map(|norms| [&norms.q, &norms.k]).collect();
+        if let Projections::Latent { q_norm, kv_norm, .. } = &self.projections {
+            norms.extend(q_norm);
+            norms.push(kv_norm);
+        }
+        norms
+    }
+}
+
+impl Layer {
+    /// Its linears that may be quantized, those that read one input together.
+    pub fn linears(&self) -> Vec<Vec<&Linear>> {
         match self {
-            Step::Attention(a) => &a.norm,
-            Step::Mlp(m) => &m.norm,
+            Layer::Attention(attention) => attention.linears(),
+            Layer::Mlp(mlp) => mlp.linears(),
+            Layer::Moe(moe) => {
+                let all = moe.experts.iter().chain(moe.shared.as_ref().map(|(shared, _)| shared));
+                all.flat_map(Mlp::linears).collect()
+            }
+            Layer::Opaque(linears) => linears.iter().map(|l| vec![l]).collect(),
+        }
+    }
+
+    /// Its linears that never are.
+    pub fn routers(&self) -> Vec<&Linear> {
+        match self {
+            Layer::Moe(moe) => {
+                [&moe.router.linear].into_iter().chain(moe.shared.as_ref().and_then(|(_, gate)| gate.as_ref())).collect()
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// Its normalisations.
+    fn norms(&self) -> Vec<&Norm> {
+        match self {
+            Layer::Attention(attention) => attention.norms(),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Other tensors of it.
+    fn vectors(&self) -> Vec<(String, Vec<usize>)> {
+        match self {
+            Layer::Attention(a) => a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads])).collect(),
+            Layer::Moe(moe) => {
+                moe.router.correction.iter().map(|name| (name.clone(), vec![moe.experts.len()])).collect()
+            }
+            _ => Vec::new(),
         }
     }
 }
 
 impl Block {
-    /// All its linears, in the order in which they are run.
+    /// All its linears that may be quantized, in the order in which they are run.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
-        self.steps.iter().flat_map(|step| step.linears().into_iter().flatten())
+        self.steps.iter().flat_map(|step| step.layer.linears().into_iter().flatten())
+    }
+
+    /// Its attention.
+    pub fn attention(&self) -> Option<&Attention> {
+        self.steps.iter().find_map(|step| match &step.layer {
+            Layer::Attention(attention) => Some(attention),
+            _ => None,
+        })
     }
 }
 
 impl Graph {
-    /// All linears of the blocks, in the order in which they are run.
+    /// All linears of the blocks that may be quantized, in the order in which they are run.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.blocks.iter().flat_map(Block::linears)
     }
 
-    /// Every tensor that the model needs, with its shape.
+    /// Every tensor that the model needs, with its shape, each once.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let mut tensors = vec![(self.embedding.clone(), vec![self.vocabulary, self.hidden])];
-        let linear = |l: &Linear, tensors: &mut Vec<(String, Vec<usize>)>| {
-            tensors.push((l.weight(), vec![l.rows, l.cols]));
-            tensors.extend(l.bias().map(|bias| (bias, vec![l.rows])));
+        let mut tensors = Vec::new();
+        let norm = |norm: &Norm, tensors: &mut Vec<(String, Vec<usize>)>| {
+            tensors.extend(norm.weights.iter().chain(&norm.bias).map(|name| (name.clone(), norm.shape.clone())));
         };
-        for block in &self.blocks {
-            for step in &block.steps {
-                tensors.push((step.norm().weight.clone(), vec![self.hidden]));
-                step.linears().into_iter().flatten().for_each(|l| linear(l, &mut tensors));
+        if !self.opaque {
+            tensors.push((self.embedding.tensor.clone(), vec![self.vocabulary, self.hidden]));
+            tensors.extend(self.embedding.positions.iter().map(|(name, rows)| (name.clone(), vec![*rows, self.hidden])));
+        }
+        for step in self.blocks.iter().flat_map(|block| &block.steps) {
+            step.pre.iter().for_each(|n| norm(n, &mut tensors));
+            step.layer.norms().into_iter().for_each(|n| norm(n, &mut tensors));
+            for linear in step.layer.linears().into_iter().flatten().chain(step.layer.routers()) {
+                tensors.extend(linear.tensors());
+            }
+            tensors.extend(step.layer.vectors());
+            step.post.iter().for_each(|n| norm(n, &mut tensors));
+        }
+        if !self.opaque {
+            norm(&self.final_norm, &mut tensors);
+            match self.head.tied {
+                false => tensors.extend(self.head.linear.tensors()),
+                true => tensors.extend(self.head.linear.bias().map(|name| (name, vec![self.vocabulary]))),
             }
         }
-        tensors.push((self.final_norm.weight.clone(), vec![self.hidden]));
-        if !self.head.tied {
-            linear(&self.head.linear, &mut tensors);
-        }
+        let mut seen = HashSet::new();
+        tensors.retain(|(name, _)| seen.insert(name.clone()));
         tensors
+    }
+
+    /// Gives every tensor and module another name.
+    pub fn rename(&mut self, name: &dyn Fn(&str) -> String) {
+        let linear = |l: &mut Linear| {
+            l.module = name(&l.module);
+            if let Stored::Slice { tensor, bias, .. } = &mut l.stored {
+                *tensor = name(tensor);
+                bias.iter_mut().for_each(|bias| *bias = name(bias));
+            }
+        };
+        let text = |text: &mut Option<String>| text.iter_mut().for_each(|text| *text = name(text));
+        let norm = |norm: &mut Norm| {
+            norm.weights.iter_mut().for_each(|weight| *weight = name(weight));
+            text(&mut norm.bias);
+        };
+        let mlp = |mlp: &mut Mlp| mlp.inputs.iter_mut().chain([&mut mlp.down]).for_each(linear);
+        self.embedding.tensor = name(&self.embedding.tensor);
+        self.embedding.positions.iter_mut().for_each(|(tensor, _)| *tensor = name(tensor));
+        for block in &mut self.blocks {
+            block.name = name(&block.name);
+            for step in &mut block.steps {
+                step.pre.iter_mut().chain(&mut step.post).for_each(norm);
+                match &mut step.layer {
+                    Layer::Attention(a) => {
+                        linear(&mut a.o);
+                        text(&mut a.sinks);
+                        a.norms.iter_mut().flat_map(|n| [&mut n.q, &mut n.k]).for_each(norm);
+                        match &mut a.projections {
+                            Projections::Direct(linears) => linears.iter_mut().for_each(linear),
+                            Projections::Latent { q, q_norm, kv_a, kv_norm, kv_b } => {
+                                q.iter_mut().chain([kv_a, kv_b]).for_each(linear);
+                                q_norm.iter_mut().chain([kv_norm]).for_each(norm);
+                            }
+                        }
+                    }
+                    Layer::Mlp(m) => mlp(m),
+                    Layer::Moe(moe) => {
+                        linear(&mut moe.router.linear);
+                        text(&mut moe.router.correction);
+                        moe.experts.iter_mut().for_each(mlp);
+                        if let Some((shared, gate)) = &mut moe.shared {
+                            mlp(shared);
+                            gate.iter_mut().for_each(linear);
+                        }
+                    }
+                    Layer::Opaque(linears) => linears.iter_mut().for_each(linear),
+                }
+            }
+        }
+        norm(&mut self.final_norm);
+        linear(&mut self.head.linear);
     }
 }

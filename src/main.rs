@@ -94,6 +94,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         damp: args.damp,
         act_order: args.act_order,
         desc_act: args.desc_act.then_some(true),
+        moe_all_experts: args.moe_all_experts.then_some(true),
         ignore: (!args.ignore.is_empty()).then_some(args.ignore),
         calibration: args.calibration,
         samples: args.samples,

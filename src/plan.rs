@@ -1,13 +1,13 @@
 //! What will become of every tensor, decided and checked before any work is done.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 
 use formats::codec::{ConfigFiles, QuantizedModule};
 use formats::{Codec, Dtype, ScalePrecision, Scheme, TensorSpec};
 
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
-use crate::graph::Graph;
+use crate::graph::{Graph, Linear, Stored};
 use crate::recipe::Recipe;
 
 /// What happens to one input tensor.
@@ -18,6 +18,8 @@ pub enum Fate {
     Quantized,
     /// Goes over as it is.
     Copied,
+    /// Goes over as it is, for it is no part of what is quantized.
+    Aside(&'static str),
     /// Is another tensor's twin and not stored.
     Tied,
     /// Is left out, for this reason.
@@ -34,6 +36,8 @@ pub struct Plan {
     pub unquantized: Vec<String>,
     /// Every input tensor, in file order.
     pub fates: Vec<(String, Fate)>,
+    /// Stacks of experts of which some are quantized, so that the file holds them one by one.
+    unstacked: HashSet<String>,
     /// Every output tensor, in file order.
     pub outputs: Vec<TensorSpec>,
     /// Type of scales in the file.
@@ -63,7 +67,9 @@ impl Plan {
             match recipe.scheme_of(&linear.module, &mut patterns)? {
                 None => unquantized.push(linear.module.clone()),
                 Some(scheme) => {
-                    if let Err(why) = codec.supports(linear.rows, linear.cols, &scheme, recipe.desc_act) {
+                    if linear.stored == Stored::Transposed && codec.id() != "gptq" {
+                        refusals.push((linear.weight(), "runtimes look for linears, and this is a `Conv1D`".to_owned()));
+                    } else if let Err(why) = codec.supports(linear.rows, linear.cols, &scheme, recipe.desc_act) {
                         refusals.push((linear.weight(), why));
                     }
                     modules.push((linear.module.clone(), scheme));
@@ -101,38 +107,86 @@ impl Plan {
             (_, Dtype::F32) => ScalePrecision::F32,
             _ => ScalePrecision::F16,
         };
-        let shapes: BTreeMap<String, (usize, usize)> =
-            graph.linears().map(|l| (l.weight(), (l.rows, l.cols))).collect();
+        // The linears of every tensor: one, or the experts that are stacked in it.
+        let mut stored: HashMap<String, Vec<&Linear>> = HashMap::new();
+        for linear in graph.linears() {
+            for (name, _) in linear.tensors() {
+                stored.entry(name).or_default().push(linear);
+            }
+        }
         let known: HashSet<String> = graph.tensors().into_iter().map(|(name, _)| name).collect();
-        let (mut fates, mut outputs) = (Vec::new(), Vec::new());
+        let (mut fates, mut outputs, mut unstacked) = (Vec::new(), Vec::new(), HashSet::new());
         for entry in source.entries() {
-            let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
-            let fate = if let Some(scheme) = schemes.get(module).filter(|_| shapes.contains_key(&entry.name)) {
-                let (rows, cols) = shapes[&entry.name];
-                for (part, dtype, shape) in codec.layout(rows, cols, scheme, scale_dtype) {
-                    outputs.push(TensorSpec { name: format!("{module}.{part}"), dtype, shape });
+            let readers = stored.get(&entry.name).map_or(&[][..], |readers| readers);
+            let is_weight = readers.first().is_some_and(|linear| linear.weight() == entry.name);
+            let stacked = matches!(readers.first(), Some(Linear { stored: Stored::Slice { .. }, .. }));
+            let planned = |linear: &&Linear| schemes.contains_key(&linear.module);
+            let fate = if readers.iter().any(planned) && (is_weight || stacked) {
+                for linear in readers {
+                    let Linear { module, rows, cols, .. } = linear;
+                    match schemes.get(module) {
+                        Some(scheme) if is_weight => {
+                            for (part, dtype, shape) in codec.layout(*rows, *cols, scheme, scale_dtype) {
+                                outputs.push(TensorSpec { name: format!("{module}.{part}"), dtype, shape });
+                            }
+                        }
+                        None if is_weight => {
+                            let (name, shape) = (format!("{module}.weight"), vec![*rows, *cols]);
+                            outputs.push(TensorSpec { name, dtype: float_dtype, shape });
+                        }
+                        _ => {
+                            let (name, shape) = (format!("{module}.bias"), vec![*rows]);
+                            outputs.push(TensorSpec { name, dtype: float_dtype, shape });
+                        }
+                    }
+                }
+                if stacked {
+                    unstacked.insert(entry.name.clone());
                 }
                 Fate::Quantized
             } else if known.contains(&entry.name) {
-                let dtype = match entry.dtype {
-                    StoredType::Plain(dtype) => dtype,
-                    _ => float_dtype,
-                };
-                outputs.push(TensorSpec { name: entry.name.clone(), dtype, shape: entry.shape.clone() });
+                outputs.push(TensorSpec {
+                    name: entry.name.clone(),
+                    dtype: copied_dtype(entry.dtype, float_dtype),
+                    shape: entry.shape.clone(),
+                });
                 Fate::Copied
             } else {
-                left_out(graph, source, &entry.name)?
+                let fate = left_out(graph, source, &entry.name)?;
+                if let Fate::Aside(_) = fate {
+                    let dtype = copied_dtype(entry.dtype, float_dtype);
+                    outputs.push(TensorSpec { name: entry.name.clone(), dtype, shape: entry.shape.clone() });
+                }
+                fate
             };
             fates.push((entry.name.clone(), fate));
         }
-        Ok(Plan { codec, schemes, unquantized, fates, outputs, scale_dtype, precision, float_dtype, config })
+        Ok(Plan { codec, schemes, unquantized, fates, unstacked, outputs, scale_dtype, precision, float_dtype, config })
     }
 }
 
-/// Why a tensor of the input is not in the output; fails when nothing says so.
+impl Plan {
+    /// Whether a linear that stays as it is leaves its stack, because others of the stack are quantized.
+    pub fn unstacked(&self, linear: &Linear) -> bool {
+        matches!(linear.stored, Stored::Slice { .. }) && self.unstacked.contains(&linear.weight())
+    }
+}
+
+/// The type that a tensor which is not quantized is written in.
+fn copied_dtype(stored: StoredType, float_dtype: Dtype) -> Dtype {
+    match stored {
+        StoredType::Plain(dtype) => dtype,
+        _ => float_dtype,
+    }
+}
+
+/// What becomes of a tensor of the input that is no part of the model; fails when nothing says so.
 pub fn left_out(graph: &Graph, source: &Checkpoint, name: &str) -> Result<Fate> {
     if graph.head.tied && name == graph.head.linear.weight() {
         return Ok(Fate::Tied);
+    }
+    if let Some((_, what)) = graph.aside.iter().find(|(prefix, _)| name.starts_with(prefix)) {
+        return Ok(Fate::Aside(what));
     }
     match graph.dropped.iter().find(|rule| name.ends_with(rule.suffix)) {
         Some(rule) => Ok(Fate::Dropped(rule.reason)),

@@ -92,6 +92,8 @@ pub struct Request {
     pub act_order: Option<bool>,
     /// Groups in processing order, stored as `g_idx`.
     pub desc_act: Option<bool>,
+    /// Every token counts as sent to every expert of a mixture.
+    pub moe_all_experts: Option<bool>,
     /// Linears that stay as they are.
     pub ignore: Option<Vec<String>>,
     /// Calibration text: a file or a preset.
@@ -166,6 +168,7 @@ impl Request {
             damp: self.damp.or(base.damp),
             act_order: self.act_order.or(base.act_order),
             desc_act: self.desc_act.or(base.desc_act),
+            moe_all_experts: self.moe_all_experts.or(base.moe_all_experts),
             ignore: match (self.ignore, base.ignore) {
                 (Some(mut own), Some(more)) => {
                     own.extend(more);
@@ -213,6 +216,8 @@ pub struct Recipe {
     pub act_order: bool,
     /// Groups in processing order.
     pub desc_act: bool,
+    /// Every token counts as sent to every expert of a mixture.
+    pub moe_all_experts: bool,
     /// Patterns of linears that stay as they are.
     pub ignore: Vec<String>,
     /// Calibration text.
@@ -313,6 +318,7 @@ impl Recipe {
             damp,
             act_order: request.act_order.unwrap_or(true),
             desc_act,
+            moe_all_experts: request.moe_all_experts.unwrap_or(false),
             ignore: request.ignore.unwrap_or_default(),
             calibration: request.calibration.unwrap_or_else(|| "mixed".to_owned()),
             samples: request.samples.unwrap_or(128),

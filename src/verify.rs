@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families;
-use crate::forward::{final_hidden, load_head};
+use crate::forward::{LoadedHead, check_runnable, final_hidden};
 use crate::graph::Graph;
 use crate::plan::check_tensors;
 use crate::progress::Progress;
@@ -93,7 +93,7 @@ pub struct Beside {
 struct Side<'a, B: Backend> {
     graph: Graph,
     source: &'a Checkpoint,
-    head: Option<B::Weight>,
+    head: Option<LoadedHead<B>>,
 }
 
 /// Evaluates `model`, beside `reference` if there is one, on `windows` of equal length.
@@ -113,6 +113,7 @@ pub fn evaluate<B: Backend>(
     let mut sides = Vec::new();
     for source in reference.into_iter().chain([model]) {
         let graph = families::graph_of(source)?;
+        check_runnable(&graph)?;
         check_tensors(&graph, source)?;
         let largest = windows.iter().flatten().max().copied().unwrap_or(0) as usize;
         if largest >= graph.vocabulary {
@@ -140,7 +141,7 @@ pub fn evaluate<B: Backend>(
     let last = sides.len() - 1;
     for (index, side) in sides.iter_mut().enumerate() {
         if !shared || index == last {
-            side.head = Some(load_head(backend, &side.graph, side.source)?);
+            side.head = Some(LoadedHead::of(backend, &side.graph, side.source)?);
         }
     }
     let batch = (BATCH_TOKENS / context).max(1);
@@ -162,7 +163,7 @@ pub fn evaluate<B: Backend>(
                     let (chunk, offset) = locate(&normed[side], index, context);
                     let rows: Vec<usize> = rows.iter().map(|row| row + offset).collect();
                     let head = sides[side].head.as_ref().or(sides[last].head.as_ref()).expect("loaded");
-                    Ok(backend.linear(&backend.input(backend.select_rows(chunk, &rows)?)?, head, None)?)
+                    head.logits(backend, backend.select_rows(chunk, &rows)?)
                 };
                 let found = match last {
                     0 => TokenComparison { model: backend.token_loss(&logits(0)?, targets)?, ..Default::default() },
@@ -194,7 +195,7 @@ fn locate<M>(chunks: &[M], window: usize, context: usize) -> (&M, usize) {
 
 fn same_head<B: Backend>(a: &Side<'_, B>, b: &Side<'_, B>) -> bool {
     let name = |side: &Side<'_, B>| match side.graph.head.tied {
-        true => side.graph.embedding.clone(),
+        true => side.graph.embedding.tensor.clone(),
         false => side.graph.head.linear.weight(),
     };
     match (a.source.raw(&name(a)), b.source.raw(&name(b))) {

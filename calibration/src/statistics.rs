@@ -19,6 +19,8 @@ pub enum Needs {
 pub struct Statistics<B: Backend> {
     /// Tokens seen.
     pub tokens: usize,
+    /// Tokens seen, and those that [`blend`](Self::blend) counted as seen.
+    pub count: f64,
     /// `Σ xᵀx`, lower triangle, when it was asked for.
     pub gram: Option<B::Matrix>,
     needs: Needs,
@@ -37,7 +39,7 @@ impl<B: Backend> Statistics<B> {
         inputs: impl FnOnce(&mut dyn FnMut(&B::Input) -> Result<(), E>) -> Result<(), E>,
     ) -> Result<Self, E> {
         let gram = if needs >= Needs::Hessian { Some(backend.zeros(cols, cols)?) } else { None };
-        let mut seen = Statistics { tokens: 0, gram, needs, magnitude: vec![0.0; cols], energy: vec![0.0; cols] };
+        let mut seen = Statistics { tokens: 0, count: 0.0, gram, needs, magnitude: vec![0.0; cols], energy: vec![0.0; cols] };
         inputs(&mut |x| Ok(seen.add(backend, x)?))?;
         // The Hessian's diagonal holds the energies already.
         if let (Needs::Hessian, Some(gram)) = (needs, &seen.gram) {
@@ -54,6 +56,26 @@ impl<B: Backend> Statistics<B> {
             backend.add_gram(x, gram)?;
         }
         self.tokens += backend.input_shape(x)[0];
+        self.count = self.tokens as f64;
+        Ok(())
+    }
+
+    /// Counts `tokens` more that look as `prior`'s do on average.
+    ///
+    /// The statistics of an expert that sees few tokens shrink towards those of its layer, and a prior of as many tokens
+    /// as there are channels makes their Hessian well conditioned. Both must have gathered the same.
+    pub fn blend(&mut self, backend: &B, prior: &Statistics<B>, tokens: f64) -> kernels::Result<()> {
+        if prior.count == 0.0 {
+            return Ok(());
+        }
+        let factor = tokens / prior.count;
+        if let (Some(gram), Some(other)) = (&mut self.gram, &prior.gram) {
+            backend.add_scaled(other, factor as f32, gram)?;
+        }
+        for (sums, others) in [(&mut self.magnitude, &prior.magnitude), (&mut self.energy, &prior.energy)] {
+            sums.iter_mut().zip(others).for_each(|(sum, other)| *sum += factor * other);
+        }
+        self.count += tokens;
         Ok(())
     }
 
@@ -64,7 +86,7 @@ impl<B: Backend> Statistics<B> {
 
     /// `E[x_j²]` per channel.
     pub fn importance(&self) -> Vec<f32> {
-        self.energy.iter().map(|x| (x / self.tokens.max(1) as f64) as f32).collect()
+        self.energy.iter().map(|x| (x / self.count.max(1.0)) as f32).collect()
     }
 
     /// `Σ x_j²` per channel.
@@ -74,6 +96,6 @@ impl<B: Backend> Statistics<B> {
 
     /// `E|x_j|` per channel; zeros unless it was asked for.
     pub fn magnitude(&self) -> Vec<f32> {
-        self.magnitude.iter().map(|x| (x / self.tokens.max(1) as f64) as f32).collect()
+        self.magnitude.iter().map(|x| (x / self.count.max(1.0)) as f32).collect()
     }
 }

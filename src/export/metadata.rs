@@ -11,7 +11,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::export::names::{ExportPlan, Source};
 use crate::families::longest_context;
-use crate::graph::{Attention, Graph, RopeScaling, Step};
+use crate::graph::{Attention, Graph, Layer, RopeScaling};
 
 /// Keys and values in the order in which they are written.
 pub type Metadata = Vec<(String, MetadataValue)>;
@@ -145,16 +145,11 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, architecture: &str
     let cannot =
         |what: String| Error::usage(format!("{what} cannot be written as GGUF's architecture `{architecture}`"));
     let steps = || graph.blocks.iter().flat_map(|block| &block.steps);
-    let attention: Vec<&Attention> = steps()
-        .filter_map(|step| match step {
-            Step::Attention(attention) => Some(attention),
-            Step::Mlp(_) => None,
-        })
-        .collect();
+    let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
     let inner: Vec<usize> = steps()
-        .filter_map(|step| match step {
-            Step::Mlp(mlp) => Some(mlp.up.rows),
-            Step::Attention(_) => None,
+        .filter_map(|step| match &step.layer {
+            Layer::Mlp(mlp) => Some(mlp.inner()),
+            _ => None,
         })
         .collect();
     let (Some(first), Some(inner_width)) = (attention.first(), inner.first()) else {
@@ -167,7 +162,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, architecture: &str
         return Err(cannot("feed-forward layers of different widths".to_owned()));
     }
     let eps = graph.final_norm.eps;
-    if steps().any(|step| step.norm().eps != eps) {
+    if steps().flat_map(|step| &step.pre).any(|norm| norm.eps != eps) {
         return Err(cannot("norms with different epsilons".to_owned()));
     }
     if graph.head.linear.bias {
@@ -201,14 +196,16 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, architecture: &str
     out.count(key("attention.value_length"), shape.head_dim)?;
     out.float(key("attention.layer_norm_rms_epsilon"), eps);
     out.count(key("rope.dimension_count"), shape.head_dim)?;
-    out.float(key("rope.freq_base"), first.rope.theta);
-    match first.rope.scaling {
+    let Some(rope) = &first.rope else { return Err(cannot("layers without positions".to_owned())) };
+    out.float(key("rope.freq_base"), rope.theta);
+    match rope.scaling {
         // Llama 3's is the tensor of factors.
         RopeScaling::None | RopeScaling::Llama3 { .. } => {}
         RopeScaling::Linear { factor } => {
             out.string(key("rope.scaling.type"), "linear");
             out.float(key("rope.scaling.factor"), factor);
         }
+        _ => return Err(cannot("this kind of rope scaling".to_owned())),
     }
     Ok(())
 }
@@ -328,9 +325,9 @@ mod tests {
         let eps = refused(&|graph| graph.final_norm.eps = 1e-3);
         assert_eq!(eps, "norms with different epsilons cannot be written as GGUF's architecture `llama`");
         assert!(refused(&|graph| graph.head.linear.bias = true).contains("with a bias"));
-        let shape = |graph: &mut Graph, change: &dyn Fn(&mut Attention)| match &mut graph.blocks[0].steps[0] {
-            Step::Attention(attention) => change(attention),
-            Step::Mlp(_) => unreachable!(),
+        let shape = |graph: &mut Graph, change: &dyn Fn(&mut Attention)| match &mut graph.blocks[0].steps[0].layer {
+            Layer::Attention(attention) => change(attention),
+            _ => unreachable!(),
         };
         assert!(refused(&|graph| shape(graph, &|a| a.shape.scale = 1.0)).contains("attention scale of 1"));
         assert!(refused(&|graph| drop(graph.blocks[1].steps.pop())).contains("one feed-forward layer each"));

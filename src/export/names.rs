@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::export::mixes;
-use crate::graph::{Graph, Rope, RopeScaling, Step};
+use crate::graph::{Graph, Rope, RopeScaling};
 use crate::import::names::{self, Architecture, Heads, ROPE_FREQS};
 
 /// The tensors of a GGUF file, in the order in which llama-quantize writes them.
@@ -52,10 +52,7 @@ impl ExportTensor {
 pub fn plan(graph: &Graph) -> Result<ExportPlan> {
     let architecture = Architecture::of_family(graph.family)
         .ok_or_else(|| Error::usage(format!("models of the family `{}` cannot be written as GGUF", graph.family)))?;
-    let shapes = graph.blocks.iter().flat_map(|block| &block.steps).filter_map(|step| match step {
-        Step::Attention(attention) => Some((attention.shape, &attention.rope)),
-        Step::Mlp(_) => None,
-    });
+    let shapes = graph.blocks.iter().filter_map(|block| block.attention()).map(|a| (a.shape, a.rope.as_deref()));
     let mut attention = None;
     for (shape, rope) in shapes {
         let (first, first_rope) = *attention.get_or_insert((shape, rope));
@@ -79,7 +76,7 @@ pub fn plan(graph: &Graph) -> Result<ExportPlan> {
         let quantizable = mixes::quantizable(&gguf, &extents);
         tensors.push(ExportTensor { gguf, source: Source::Tensor(source), heads, shape: extents, quantizable });
     }
-    if let Some(factors) = frequency_factors(rope) {
+    if let Some(factors) = rope.and_then(frequency_factors) {
         tensors.push(ExportTensor {
             gguf: ROPE_FREQS.to_owned(),
             shape: vec![factors.len()],
@@ -185,12 +182,12 @@ mod tests {
         let Source::Values(factors) = &freqs.source else { panic!("computed") };
         assert_eq!((freqs.shape.as_slice(), factors[0], factors[63]), (&[64][..], 1.0, 8.0));
         // Dividing the plain frequencies by the factors gives the frequencies that the model is run with.
-        let Step::Attention(attention) = &scaled.blocks[0].steps[0] else { panic!("attention first") };
+        let rope = scaled.blocks[0].attention().unwrap().rope.clone().unwrap();
         let between = (0..64).filter(|i| factors[*i] > 1.0 && factors[*i] < 8.0).count();
         assert!(between > 3);
         for (i, factor) in factors.iter().enumerate() {
             let plain = 1.0 / 500000f32.powf((2 * i) as f32 / 128.0);
-            let ratio = attention.rope.inverse_frequencies[i] / (plain / factor);
+            let ratio = rope.inverse_frequencies[i] / (plain / factor);
             assert!((ratio - 1.0).abs() < 1e-6, "{i}: {ratio}");
         }
     }

@@ -1,12 +1,31 @@
 //! Model families: `config.json` → [`Graph`]. A family is one file and one line here.
 
+mod build;
+mod cohere;
+mod deepseek;
+mod exaone;
+mod gemma;
+mod glm;
+mod gpt;
+mod gpt_oss;
+mod granite;
 mod llama;
+mod llama4;
+mod moe;
+mod nemotron;
+mod olmo;
+mod phi;
+mod qwen;
+pub mod rope;
+mod smollm3;
+mod stablelm;
+mod unknown;
 
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::graph::Graph;
+use crate::graph::{DropRule, Graph};
 
 /// A model family.
 pub struct Family {
@@ -19,15 +38,78 @@ pub struct Family {
 }
 
 /// Every family.
-pub const FAMILIES: &[Family] = &[llama::LLAMA, llama::MISTRAL];
+pub const FAMILIES: &[Family] = &[
+    llama::LLAMA,
+    llama::MISTRAL,
+    llama4::LLAMA4,
+    qwen::QWEN2,
+    qwen::QWEN3,
+    gemma::GEMMA,
+    gemma::GEMMA2,
+    gemma::GEMMA3,
+    phi::PHI,
+    phi::PHI3,
+    olmo::OLMO,
+    olmo::OLMO2,
+    olmo::OLMO3,
+    granite::GRANITE,
+    granite::GRANITE_MOE,
+    gpt::GPT2,
+    gpt::GPT_NEOX,
+    gpt::STARCODER2,
+    smollm3::SMOLLM3,
+    cohere::COHERE,
+    cohere::COHERE2,
+    glm::GLM,
+    glm::GLM4,
+    stablelm::STABLELM,
+    nemotron::NEMOTRON,
+    exaone::EXAONE4,
+    moe::MIXTRAL,
+    moe::QWEN2_MOE,
+    moe::QWEN3_MOE,
+    moe::OLMOE,
+    deepseek::DEEPSEEK_V2,
+    deepseek::DEEPSEEK_V3,
+    gpt_oss::GPT_OSS,
+];
+
+/// Tensors of checkpoints of any family that can be computed.
+const DROPPED: &[DropRule] = &[DropRule { suffix: ".rotary_emb.inv_freq", reason: "computed from config.json" }];
+
+fn family_of(config: &Value) -> Option<&'static Family> {
+    let model_type = config.get("model_type")?.as_str()?;
+    FAMILIES.iter().find(|family| family.model_types.contains(&model_type))
+}
+
+/// The settings of the language model: those of `text_config` in a model that also sees or hears.
+///
+/// What the wrapper says of tied embeddings holds unless the language model's settings say otherwise.
+pub fn text_config(config: &Value) -> Value {
+    let Some(text) = config.get("text_config").and_then(Value::as_object) else { return config.clone() };
+    let mut text = text.clone();
+    // Wrappers leave out what is the default of their text model.
+    let default = match config.get("model_type").and_then(Value::as_str) {
+        Some("llava" | "llava_next" | "idefics3" | "smolvlm") => Some("llama"),
+        Some("mistral3") => Some("mistral"),
+        _ => None,
+    };
+    if let (None, Some(default)) = (text.get("model_type"), default) {
+        text.insert("model_type".to_owned(), default.into());
+    }
+    if let (None, Some(tied)) = (text.get("tie_word_embeddings"), config.get("tie_word_embeddings")) {
+        text.insert("tie_word_embeddings".to_owned(), tied.clone());
+    }
+    Value::Object(text)
+}
 
 /// Builds the graph of the model that `config` (config.json) describes. Fails for a family that is not in the list.
 pub fn build(config: &Value) -> Result<Graph> {
-    let config = Config(config);
-    let model_type = config.text("model_type")?;
-    match FAMILIES.iter().find(|family| family.model_types.contains(&model_type)) {
-        Some(family) => (family.build)(&config),
+    let text = text_config(config);
+    match family_of(&text) {
+        Some(family) => (family.build)(&Config(&text)),
         None => {
+            let model_type = Config(&text).text("model_type")?;
             let known: Vec<&str> = FAMILIES.iter().flat_map(|f| f.model_types.iter().copied()).collect();
             Err(Error::failed(format!(
                 "config.json: model_type is `{model_type}`, and only {} are supported",
@@ -37,24 +119,79 @@ pub fn build(config: &Value) -> Result<Graph> {
     }
 }
 
-/// Builds the graph of a checkpoint.
+/// Builds the graph of a checkpoint, with the names that its tensors have.
 ///
-/// A stored head that differs from the embedding counts, whatever config.json says of tying: so do runtimes.
+/// A model of an unknown family has a graph of linears that cannot be run. A stored head that differs from the embedding
+/// counts, whatever config.json says of tying: so do runtimes.
 pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
+    if family_of(&text_config(source.config())).is_none() {
+        return unknown::graph(source);
+    }
     let mut graph = build(source.config()).map_err(|error| match error {
         Error::Failed(why) if why.starts_with("config.json: ") => {
             Error::Failed(format!("{}/{why}", source.path().display()))
         }
         other => other,
     })?;
+    adopt_names(&mut graph, source);
     if graph.head.tied
         && let Some(head) = source.raw(&graph.head.linear.weight())
-        && let Some(embedding) = source.raw(&graph.embedding)
+        && let Some(embedding) = source.raw(&graph.embedding.tensor)
         && (head.dtype, head.data) != (embedding.dtype, embedding.data)
     {
         graph.head.tied = false;
     }
     Ok(graph)
+}
+
+/// Finds the language model in a checkpoint: under a wrapper's prefix, or without the prefix of its own class.
+fn adopt_names(graph: &mut Graph, source: &Checkpoint) {
+    let embedding = graph.embedding.tensor.clone();
+    let (prefix, leaf) = embedding.split_once('.').map_or(("", &embedding[..]), |(prefix, leaf)| (prefix, leaf));
+    if source.entry(&embedding).is_none() {
+        let ends = |name: &str| name == leaf || name.strip_suffix(leaf).is_some_and(|rest| rest.ends_with('.'));
+        let found = source.entries().iter().map(|entry| &entry.name[..]).filter(|name| ends(name));
+        // A vision tower may have embeddings as well; the language model says what it is.
+        let Some(found) = found.max_by_key(|name| (name.contains("language_model"), name.contains("text"))) else {
+            return;
+        };
+        let own = &found[..found.len() - leaf.len()];
+        let head = graph.head.linear.module.clone();
+        let head = match source.entry(&graph.head.linear.weight()).is_some() {
+            true => head,
+            false => {
+                let heads = source.entries().iter().filter_map(|entry| entry.name.strip_suffix(".weight"));
+                let found = heads.filter(|name| name.ends_with(&format!(".{head}"))).max_by_key(|name| name.len());
+                found.map_or(head.clone(), str::to_owned)
+            }
+        };
+        let old_head = graph.head.linear.module.clone();
+        graph.rename(&|name| match name.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('.')) {
+            Some(rest) => format!("{own}{rest}"),
+            None if name == old_head => head.clone(),
+            None => name.to_owned(),
+        });
+    }
+    if source.config().get("text_config").is_some() || source.config().get("vision_config").is_some() {
+        let own = &graph.embedding.tensor[..graph.embedding.tensor.len() - leaf.len()];
+        let head = graph.head.linear.module.clone();
+        let others = source.entries().iter().filter(|entry| !entry.name.starts_with(own) && !entry.name.starts_with(&head));
+        let mut aside: Vec<String> = others.map(|entry| first_parts(&entry.name)).collect();
+        aside.sort();
+        aside.dedup();
+        graph.aside = aside.into_iter().map(|prefix| (prefix, "not part of the language model")).collect();
+    }
+}
+
+/// The part of a name that says which component a tensor belongs to: `vision_tower.`, or `model.visual.`.
+fn first_parts(name: &str) -> String {
+    let mut parts = name.splitn(3, '.');
+    let first = parts.next().unwrap_or_default();
+    match (first, parts.next(), parts.next()) {
+        ("model", Some(second), Some(_)) => format!("model.{second}."),
+        (_, Some(_), _) => format!("{first}."),
+        _ => name.to_owned(),
+    }
 }
 
 /// Typed reads of config.json, with errors that name the key.
@@ -64,6 +201,11 @@ impl<'a> Config<'a> {
     /// The value of `key`, unless it is missing or null.
     pub fn get(&self, key: &str) -> Option<&'a Value> {
         self.0.get(key).filter(|v| !v.is_null())
+    }
+
+    /// Whether `key` is there, though it may be null.
+    pub fn has(&self, key: &str) -> bool {
+        self.0.get(key).is_some()
     }
 
     fn wrong(key: &str, expected: &str, found: Option<&Value>) -> Error {
@@ -112,7 +254,36 @@ impl<'a> Config<'a> {
     }
 }
 
+impl Config<'_> {
+    /// A list of layers, if it is there.
+    pub fn layer_list(&self, key: &str) -> Result<Option<Vec<usize>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let list = value.as_array().map(|list| list.iter().map(Value::as_u64).collect::<Option<Vec<_>>>());
+        match list.flatten() {
+            Some(list) => Ok(Some(list.into_iter().map(|layer| layer as usize).collect())),
+            None => Err(Self::wrong(key, "a list of layers", Some(value))),
+        }
+    }
+
+    /// Which layers have rotary positions: `no_rope_layers` (1 for those that do), or all but every fourth.
+    pub fn rotated_layers(&self, layers: usize) -> Result<Vec<bool>> {
+        match self.layer_list("no_rope_layers")?.filter(|list| !list.is_empty()) {
+            Some(list) if list.len() == layers => Ok(list.into_iter().map(|rotated| rotated != 0).collect()),
+            Some(list) => Err(Error::failed(format!(
+                "config.json: no_rope_layers has {} entries, and there are {layers} layers",
+                list.len()
+            ))),
+            None => {
+                let every = self.optional_count("no_rope_layer_interval")?.unwrap_or(4);
+                Ok((0..layers).map(|layer| (layer + 1) % every != 0).collect())
+            }
+        }
+    }
+}
+
 /// The positions that a model was made for, if config.json says.
 pub fn longest_context(config: &Value) -> Option<usize> {
-    config.get("max_position_embeddings")?.as_u64().map(|n| n as usize).filter(|n| *n > 1)
+    let config = text_config(config);
+    let said = config.get("max_position_embeddings").or(config.get("n_positions"))?;
+    said.as_u64().map(|n| n as usize).filter(|n| *n > 1)
 }

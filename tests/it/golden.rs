@@ -1,9 +1,10 @@
-//! Logits of every tiny checkpoint against those of transformers (`tests/fixtures/make_checkpoints.py`).
+//! Logits of every tiny checkpoint against those of transformers (`tests/fixtures/make_checkpoints.py`,
+//! `tests/fixtures/make_families.py`).
 
 use std::path::{Path, PathBuf};
 
 use formats::SafetensorsFile;
-use kernels::{Backend, Cpu};
+use kernels::Cpu;
 use quantc::{Checkpoint, families, forward};
 
 /// The committed checkpoints.
@@ -22,25 +23,60 @@ fn golden(folder: &Path) -> (Vec<Vec<u32>>, Vec<f32>) {
     (ids.chunks(tokens).map(<[u32]>::to_vec).collect(), file.get("logits").unwrap().to_f32().unwrap())
 }
 
+fn logits(folder: &Path, sequences: &[Vec<u32>]) -> quantc::Result<Vec<f32>> {
+    let cpu = Cpu::default();
+    let source = Checkpoint::open(folder)?;
+    let graph = families::graph_of(&source)?;
+    quantc::plan::check_tensors(&graph, &source)?;
+    for entry in source.entries() {
+        if !graph.tensors().iter().any(|(name, _)| *name == entry.name) {
+            quantc::plan::left_out(&graph, &source, &entry.name)?;
+        }
+    }
+    let hidden = forward::final_hidden(&cpu, &graph, &source, sequences, &|| ())?;
+    let head = forward::LoadedHead::of(&cpu, &graph, &source)?;
+    let mut found = Vec::new();
+    for chunk in hidden {
+        found.extend(head.logits(&cpu, chunk)?);
+    }
+    Ok(found)
+}
+
+/// What is wrong with the logits of the checkpoint in `folder`, if anything.
+fn difference(folder: &Path, golden_folder: &Path) -> Option<String> {
+    let (sequences, expected) = golden(golden_folder);
+    let found = match logits(folder, &sequences) {
+        Ok(found) => found,
+        Err(error) => return Some(error.to_string()),
+    };
+    if found.len() != expected.len() {
+        return Some(format!("{} logits, not {}", found.len(), expected.len()));
+    }
+    let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+    let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    // Written so that a NaN is a difference.
+    let close = worst <= 1e-4 * largest;
+    (!close).then(|| format!("logits are off by {worst}, the largest is {largest}"))
+}
+
 #[test]
 fn logits_are_those_of_transformers() {
     let folders = checkpoints();
     assert!(folders.len() >= 15, "the fixtures are there");
     for folder in folders {
-        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
-        let (sequences, expected) = golden(&folder);
-        let source = Checkpoint::open(&folder).unwrap();
-        let graph = families::graph_of(&source).unwrap();
-        let hidden = forward::final_hidden(&Cpu::default(), &graph, &source, &sequences, &|| ()).unwrap();
-        let head = forward::load_head(&Cpu::default(), &graph, &source).unwrap();
-        let mut found = Vec::new();
-        for chunk in &hidden {
-            let input = Cpu::default().input(chunk.clone()).unwrap();
-            found.extend(Cpu::default().linear(&input, &head, None).unwrap());
-        }
-        assert_eq!(found.len(), expected.len(), "{name}");
-        let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-        let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(worst <= 1e-4 * largest, "{name}: logits are off by {worst}, the largest is {largest}");
+        assert_eq!(difference(&folder, &folder), None, "{}", folder.display());
     }
+}
+
+#[test]
+fn every_family_has_the_logits_of_transformers() {
+    let names = crate::families::names();
+    let wrong: Vec<String> = names
+        .iter()
+        .filter_map(|name| {
+            let room = crate::families::checkpoint(name);
+            difference(room.path(), &crate::families::folder().join(name)).map(|why| format!("{name}: {why}"))
+        })
+        .collect();
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), names.len(), wrong.join("\n"));
 }

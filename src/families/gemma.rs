@@ -1,0 +1,112 @@
+//! Gemma 1, 2 and 3 (text): norms that hold the difference from 1, scaled embeddings; from 2 on norms on both sides,
+//! capped scores and logits, and layers that see a window only.
+
+use kernels::Activation;
+
+use super::build::{Base, activation, block, pre, sandwich, sliding};
+use super::rope::{Defaults, of_kind, rope, unscaled};
+use super::{Config, Family};
+use crate::error::Result;
+use crate::graph::{Graph, Layer};
+
+/// Gemma 1.
+pub const GEMMA: Family = Family { id: "gemma", model_types: &["gemma"], build: gemma };
+
+/// Gemma 2.
+pub const GEMMA2: Family =
+    Family { id: "gemma2", model_types: &["gemma2"], build: |config| later(config, "gemma2") };
+
+/// Gemma 3, the text model.
+pub const GEMMA3: Family =
+    Family { id: "gemma3", model_types: &["gemma3_text"], build: |config| later(config, "gemma3") };
+
+fn base(config: &Config<'_>) -> Result<Base> {
+    let mut base = Base::read(config)?;
+    base.head_dim = config.optional_count("head_dim")?.unwrap_or(256);
+    base.norm_offset = 1.0;
+    base.tied = true;
+    Ok(base)
+}
+
+fn gemma(config: &Config<'_>) -> Result<Graph> {
+    let base = base(config)?;
+    let inner = config.count("intermediate_size")?;
+    let act = activation(config, Activation::GeluTanh)?;
+    let bias = config.flag("attention_bias", false)?;
+    let rope = rope(config, base.head_dim, Default::default())?;
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let attention = base.attention(&format!("{at}.self_attn"), [bias, bias], Some(rope.clone()));
+        let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
+        let steps = vec![
+            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
+            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Mlp(mlp)),
+        ];
+        Ok(block(at, steps))
+    })?;
+    scaled(base.graph(config, "gemma", blocks)?)
+}
+
+/// Embeddings are multiplied by the root of their width.
+fn scaled(mut graph: Graph) -> Result<Graph> {
+    graph.embedding.scale = (graph.hidden as f32).sqrt();
+    Ok(graph)
+}
+
+fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
+    let base = base(config)?;
+    let third = family == "gemma3";
+    let inner = config.count("intermediate_size")?;
+    let act = activation(config, Activation::GeluTanh)?;
+    let bias = config.flag("attention_bias", false)?;
+    let scale = (config.number("query_pre_attn_scalar", 256.0)? as f32).powf(-0.5);
+    let cap = |key: &str, default: f64| -> Result<Option<f32>> {
+        // A null switches the cap off; Gemma 2 has both if config.json does not say.
+        match (config.has(key), third) {
+            (false, true) => Ok(None),
+            (false, false) => Ok(Some(default as f32)),
+            (true, _) => Ok(config.get(key).map(|_| config.number(key, default)).transpose()?.map(|cap| cap as f32)),
+        }
+    };
+    let softcap = cap("attn_logit_softcapping", 50.0)?;
+    let window = config.optional_count("sliding_window")?.unwrap_or(4096);
+    let pattern = if third { config.optional_count("sliding_window_pattern")?.unwrap_or(6) } else { 2 };
+    let local = sliding(config, base.layers, |layer| (layer + 1) % pattern != 0)?;
+    let (wide, near) = match third {
+        false => {
+            let rope = rope(config, base.head_dim, Default::default())?;
+            (rope.clone(), rope)
+        }
+        true => {
+            let of = |kind, theta| {
+                of_kind(config, Some(kind), base.head_dim, Defaults { theta, ..Default::default() })
+            };
+            let near = match config.get("rope_parameters") {
+                Some(_) => of("sliding_attention", 10_000.0)?,
+                // Before transformers 5 the scaling was that of the layers that see all.
+                None => unscaled(config.number("rope_local_base_freq", 10_000.0)?, base.head_dim).into(),
+            };
+            (of("full_attention", 1_000_000.0)?, near)
+        }
+    };
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let module = format!("{at}.self_attn");
+        let rope = if local[layer] { &near } else { &wide };
+        let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
+        attention.shape.scale = scale;
+        attention.shape.softcap = softcap;
+        attention.shape.window = local[layer].then_some(window);
+        attention.norms = third.then(|| base.head_norms(&module));
+        let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
+        let norm = |name: &str| base.norm(&format!("{at}.{name}"));
+        let steps = vec![
+            sandwich(norm("input_layernorm"), Layer::Attention(attention), norm("post_attention_layernorm")),
+            sandwich(norm("pre_feedforward_layernorm"), Layer::Mlp(mlp), norm("post_feedforward_layernorm")),
+        ];
+        Ok(block(at.clone(), steps))
+    })?;
+    let mut graph = base.graph(config, family, blocks)?;
+    graph.head.softcap = cap("final_logit_softcapping", 30.0)?;
+    scaled(graph)
+}

@@ -1,0 +1,56 @@
+//! gpt-oss: sinks in the softmax, layers that see a window alternate, stacked experts with biases.
+
+use kernels::Activation;
+
+use super::build::{Base, block, pre, sliding};
+use super::moe::{router, stacked};
+use super::rope::{Defaults, rope};
+use super::{Config, Family};
+use crate::error::Result;
+use crate::graph::{Graph, Layer, Moe, Split};
+
+/// gpt-oss.
+pub const GPT_OSS: Family = Family { id: "gpt_oss", model_types: &["gpt_oss"], build };
+
+fn build(config: &Config<'_>) -> Result<Graph> {
+    let mut base = Base::read(config)?;
+    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    let inner = config.count("intermediate_size")?;
+    let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
+    let bias = config.flag("attention_bias", true)?;
+    let activation = Activation::SwigluOai {
+        alpha: config.number("swiglu_alpha", 1.702)? as f32,
+        limit: config.number("swiglu_limit", 7.0)? as f32,
+    };
+    let window = config.optional_count("sliding_window")?.unwrap_or(128);
+    let local = sliding(config, base.layers, |layer| layer % 2 == 0)?;
+    let rope = rope(config, base.head_dim, Defaults { theta: 150_000.0, ..Default::default() })?;
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let module = format!("{at}.self_attn");
+        let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
+        attention.shape.window = local[layer].then_some(window);
+        attention.sinks = Some(format!("{module}.sinks"));
+        let mut router = router(&base, format!("{at}.mlp.router"), experts, top_k, true);
+        router.linear.bias = true;
+        let module = format!("{at}.mlp.experts");
+        let names = ["gate_up_proj", "down_proj"];
+        let experts = stacked(
+            &module,
+            names.map(|name| format!("{module}.{name}")),
+            names.map(|name| Some(format!("{module}.{name}_bias"))),
+            [experts, base.hidden, inner],
+            true,
+            // Gate and up alternate.
+            Split { times: inner, lengths: vec![1, 1] },
+            activation,
+        );
+        let moe = Moe { router, experts, shared: None, weigh_input: false };
+        let steps = vec![
+            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
+            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Moe(moe)),
+        ];
+        Ok(block(at, steps))
+    })?;
+    base.graph(config, "gpt_oss", blocks)
+}

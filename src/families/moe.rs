@@ -1,0 +1,206 @@
+//! Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE: many feed-forward layers, of which each token takes a few.
+
+use kernels::Activation;
+
+use super::build::{Base, activation, block, pre, sliding};
+use super::olmo::whole_norms;
+use super::rope::rope;
+use super::{Config, Family};
+use crate::error::Result;
+use crate::graph::{Graph, Layer, Linear, Mlp, Moe, Router, Scoring, Split, Stored};
+
+/// Mixtral.
+pub const MIXTRAL: Family = Family { id: "mixtral", model_types: &["mixtral"], build: mixtral };
+
+/// Qwen1.5-MoE and Qwen2-MoE.
+pub const QWEN2_MOE: Family =
+    Family { id: "qwen2_moe", model_types: &["qwen2_moe"], build: |config| qwen(config, false) };
+
+/// Qwen3-MoE.
+pub const QWEN3_MOE: Family =
+    Family { id: "qwen3_moe", model_types: &["qwen3_moe"], build: |config| qwen(config, true) };
+
+/// OLMoE.
+pub const OLMOE: Family = Family { id: "olmoe", model_types: &["olmoe"], build: olmoe };
+
+/// A router that takes the `top_k` of the softmax.
+pub fn router(base: &Base, module: String, experts: usize, top_k: usize, renormalize: bool) -> Router {
+    Router {
+        linear: Linear::plain(module, experts, base.hidden, false),
+        scoring: Scoring::Softmax,
+        top_k,
+        correction: None,
+        groups: None,
+        renormalize,
+        scale: 1.0,
+    }
+}
+
+/// Experts that lie in two tensors, `[experts, 2·inner, hidden]` and `[experts, hidden, inner]`, or the last two
+/// extents the other way round.
+///
+/// `halves` says how rows of the first divide into gate and up. Modules are named as if they were stored one by one:
+/// `module.N.gate_proj`, `module.N.up_proj` and `module.N.down_proj`.
+pub fn stacked(
+    module: &str,
+    tensors: [String; 2],
+    biases: [Option<String>; 2],
+    [experts, hidden, inner]: [usize; 3],
+    transposed: bool,
+    halves: Split,
+    activation: Activation,
+) -> Vec<Mlp> {
+    let expert = |index: usize| {
+        let linear = |stack: usize, name: &str, rows, cols, part| Linear {
+            stored: Stored::Slice {
+                tensor: tensors[stack].clone(),
+                index,
+                of: experts,
+                transposed,
+                bias: biases[stack].clone(),
+                part,
+            },
+            ..Linear::plain(format!("{module}.{index}.{name}"), rows, cols, biases[stack].is_some())
+        };
+        Mlp {
+            inputs: vec![
+                linear(0, "gate_proj", inner, hidden, (halves.clone(), 0)),
+                linear(0, "up_proj", inner, hidden, (halves.clone(), 1)),
+            ],
+            down: linear(1, "down_proj", hidden, inner, (Split::WHOLE, 0)),
+            activation,
+        }
+    };
+    (0..experts).map(expert).collect()
+}
+
+/// Granite's experts, stacked as linears are.
+pub fn granite(base: &Base, config: &Config<'_>, at: &str, inner: usize, act: Activation) -> Result<Moe> {
+    let experts = config.count("num_local_experts")?;
+    let router = router(base, format!("{at}.router.layer"), experts, config.count("num_experts_per_tok")?, true);
+    let tensors = ["input_linear", "output_linear"].map(|name| format!("{at}.{name}.weight"));
+    let sizes = [experts, base.hidden, inner];
+    let halves = Split::of(&[inner, inner]);
+    let experts = stacked(&format!("{at}.experts"), tensors, [None, None], sizes, false, halves, act);
+    Ok(Moe { router, experts, shared: None, weigh_input: false })
+}
+
+fn mixtral(config: &Config<'_>) -> Result<Graph> {
+    let mut base = Base::read(config)?;
+    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    let inner = config.count("intermediate_size")?;
+    let act = activation(config, Activation::Silu)?;
+    let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
+    let window = config.optional_count("sliding_window")?;
+    let rope = rope(config, base.head_dim, super::rope::Defaults { theta: 1_000_000.0, ..Default::default() })?;
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let mut attention = base.attention(&format!("{at}.self_attn"), [false, false], Some(rope.clone()));
+        attention.shape.window = window;
+        let module = format!("{at}.block_sparse_moe");
+        let expert = |e| base.gated_of(&format!("{module}.experts.{e}"), ["w1", "w3", "w2"], inner, act, false);
+        let moe = Moe {
+            router: router(&base, format!("{module}.gate"), experts, top_k, true),
+            experts: (0..experts).map(expert).collect(),
+            shared: None,
+            weigh_input: false,
+        };
+        let steps = vec![
+            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
+            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Moe(moe)),
+        ];
+        Ok(block(at, steps))
+    })?;
+    base.graph(config, "mixtral", blocks)
+}
+
+fn qwen(config: &Config<'_>, third: bool) -> Result<Graph> {
+    let base = Base::read(config)?;
+    let act = activation(config, Activation::Silu)?;
+    let inner = config.count("intermediate_size")?;
+    let expert_inner = config.count("moe_intermediate_size")?;
+    let experts = match config.optional_count("num_experts")? {
+        Some(experts) => experts,
+        None => config.count("num_local_experts")?,
+    };
+    let top_k = config.count("num_experts_per_tok")?;
+    let renormalize = config.flag("norm_topk_prob", false)?;
+    let step = config.optional_count("decoder_sparse_step")?.unwrap_or(1);
+    let dense = config.layer_list("mlp_only_layers")?.unwrap_or_default();
+    let shared_inner = config.optional_count("shared_expert_intermediate_size")?.filter(|_| !third);
+    let biases = match third {
+        false => [config.flag("qkv_bias", true)?, false],
+        true => [config.flag("attention_bias", false)?; 2],
+    };
+    let window = match config.flag("use_sliding_window", false)? {
+        true => config.optional_count("sliding_window")?,
+        false => None,
+    };
+    let first_full = config.number("max_window_layers", 28.0)? as usize;
+    let local = match third {
+        true => vec![true; base.layers],
+        false => sliding(config, base.layers, |layer| layer % 2 == 0 && layer < first_full)?,
+    };
+    let rope = rope(config, base.head_dim, Default::default())?;
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let module = format!("{at}.self_attn");
+        let mut attention = base.attention(&module, biases, Some(rope.clone()));
+        attention.shape.window = window.filter(|_| local[layer]);
+        attention.norms = third.then(|| base.head_norms(&module));
+        let module = format!("{at}.mlp");
+        let feed_forward = if dense.contains(&layer) || (layer + 1) % step != 0 {
+            Layer::Mlp(base.gated(&module, inner, act, false))
+        } else {
+            let expert = |e| base.gated(&format!("{module}.experts.{e}"), expert_inner, act, false);
+            let shared = shared_inner.map(|inner| {
+                let gate = Linear::plain(format!("{module}.shared_expert_gate"), 1, base.hidden, false);
+                (base.gated(&format!("{module}.shared_expert"), inner, act, false), Some(gate))
+            });
+            Layer::Moe(Moe {
+                router: router(&base, format!("{module}.gate"), experts, top_k, renormalize),
+                experts: (0..experts).map(expert).collect(),
+                shared,
+                weigh_input: false,
+            })
+        };
+        let steps = vec![
+            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
+            pre(base.norm(&format!("{at}.post_attention_layernorm")), feed_forward),
+        ];
+        Ok(block(at, steps))
+    })?;
+    base.graph(config, if third { "qwen3_moe" } else { "qwen2_moe" }, blocks)
+}
+
+fn olmoe(config: &Config<'_>) -> Result<Graph> {
+    let mut base = Base::read(config)?;
+    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    let inner = config.count("intermediate_size")?;
+    let act = activation(config, Activation::Silu)?;
+    let (experts, top_k) = (config.count("num_experts")?, config.count("num_experts_per_tok")?);
+    let renormalize = config.flag("norm_topk_prob", false)?;
+    let bias = config.flag("attention_bias", false)?;
+    let clip = config.get("clip_qkv").map(|_| config.number("clip_qkv", 0.0)).transpose()?.map(|x| x as f32);
+    let rope = rope(config, base.head_dim, Default::default())?;
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let module = format!("{at}.self_attn");
+        let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
+        attention.norms = Some(whole_norms(&base, &module));
+        attention.clip = clip;
+        let module = format!("{at}.mlp");
+        let moe = Moe {
+            router: router(&base, format!("{module}.gate"), experts, top_k, renormalize),
+            experts: (0..experts).map(|e| base.gated(&format!("{module}.experts.{e}"), inner, act, false)).collect(),
+            shared: None,
+            weigh_input: false,
+        };
+        let steps = vec![
+            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
+            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Moe(moe)),
+        ];
+        Ok(block(at, steps))
+    })?;
+    base.graph(config, "olmoe", blocks)
+}

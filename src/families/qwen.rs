@@ -1,0 +1,61 @@
+//! Qwen2, Qwen2.5 and Qwen3: biases on q, k and v, or norms of them.
+
+use kernels::Activation;
+
+use super::build::{Base, activation, block, pre, sliding};
+use super::rope::rope;
+use super::{Config, Family};
+use crate::error::Result;
+use crate::graph::{Graph, Layer};
+
+/// Qwen2 and 2.5, and the language models of Qwen2-VL and 2.5-VL.
+pub const QWEN2: Family = Family {
+    id: "qwen2",
+    model_types: &["qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"],
+    build: |config| build(config, "qwen2"),
+};
+
+/// Qwen3, and the language model of Qwen3-VL.
+pub const QWEN3: Family = Family {
+    id: "qwen3",
+    model_types: &["qwen3", "qwen3_vl_text"],
+    build: |config| build(config, "qwen3"),
+};
+
+fn build(config: &Config<'_>, family: &'static str) -> Result<Graph> {
+    let base = Base::read(config)?;
+    let inner = config.count("intermediate_size")?;
+    let act = activation(config, Activation::Silu)?;
+    let normed = family == "qwen3";
+    let biases = match normed {
+        false => [true, false],
+        true => [config.flag("attention_bias", false)?; 2],
+    };
+    let windows = windows(config, base.layers)?;
+    let rope = rope(config, base.head_dim, Default::default())?;
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let module = format!("{at}.self_attn");
+        let mut attention = base.attention(&module, biases, Some(rope.clone()));
+        attention.shape.window = windows[layer];
+        attention.norms = normed.then(|| base.head_norms(&module));
+        let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
+        let steps = vec![
+            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
+            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Mlp(mlp)),
+        ];
+        Ok(block(at, steps))
+    })?;
+    base.graph(config, family, blocks)
+}
+
+/// The window of each layer: from layer `max_window_layers` on, if windows are used at all.
+fn windows(config: &Config<'_>, layers: usize) -> Result<Vec<Option<usize>>> {
+    if !config.flag("use_sliding_window", false)? {
+        return Ok(vec![None; layers]);
+    }
+    let Some(window) = config.optional_count("sliding_window")? else { return Ok(vec![None; layers]) };
+    let first = config.number("max_window_layers", 28.0)? as usize;
+    let sliding = sliding(config, layers, |layer| layer >= first)?;
+    Ok(sliding.into_iter().map(|sliding| sliding.then_some(window)).collect())
+}

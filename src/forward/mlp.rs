@@ -1,0 +1,86 @@
+//! Feed-forward layers.
+
+use kernels::Backend;
+
+use super::{Chunk, Run, Supply, Weight};
+use crate::error::Result;
+use crate::graph::Mlp;
+
+/// Values of the activation that are kept between the two uses of it; more are computed twice.
+const KEPT_VALUES: usize = 1 << 29;
+
+pub(super) fn run<B: Backend>(
+    run: &Run<'_, B>,
+    mlp: &Mlp,
+    supply: &mut dyn Supply<B>,
+    chunks: &mut [Chunk<B::Matrix>],
+) -> Result<()> {
+    let loaded = layer(run, mlp, supply, chunks)?;
+    if !supply.needs_output(run.last) {
+        return Ok(());
+    }
+    for index in 0..chunks.len() {
+        let x = loaded.inner(run, mlp, chunks, index)?;
+        run.add(&x, &loaded.down, &mut chunks[index].hidden)?;
+    }
+    Ok(())
+}
+
+/// A feed-forward layer whose weights are there.
+pub(super) struct Loaded<B: Backend> {
+    inputs: Vec<Weight<B::Weight>>,
+    kept: std::cell::RefCell<Vec<Option<B::Input>>>,
+    pub down: Weight<B::Weight>,
+}
+
+impl<B: Backend> Loaded<B> {
+    /// The input of the last linear, for one chunk; handed out once.
+    pub fn inner(&self, run: &Run<'_, B>, mlp: &Mlp, chunks: &[Chunk<B::Matrix>], index: usize) -> Result<B::Input> {
+        match self.kept.borrow_mut().get_mut(index).and_then(Option::take) {
+            Some(x) => Ok(x),
+            None => activate(run.backend, mlp, &self.inputs, &run.input(chunks, index)?),
+        }
+    }
+}
+
+/// What the last linear reads.
+pub(super) fn activate<B: Backend>(
+    backend: &B,
+    mlp: &Mlp,
+    inputs: &[Weight<B::Weight>],
+    x: &B::Input,
+) -> Result<B::Input> {
+    Ok(match inputs {
+        [gate, up] => {
+            backend.gated(x, [&gate.matrix, &up.matrix], [gate.bias(), up.bias()], mlp.activation)?
+        }
+        [up, ..] => backend.activated(x, &up.matrix, up.bias(), mlp.activation)?,
+        [] => unreachable!("a feed-forward layer has an input"),
+    })
+}
+
+/// Asks for the weights of a layer that all tokens go through.
+pub(super) fn layer<B: Backend>(
+    run: &Run<'_, B>,
+    mlp: &Mlp,
+    supply: &mut dyn Supply<B>,
+    chunks: &[Chunk<B::Matrix>],
+) -> Result<Loaded<B>> {
+    let all = 0..chunks.len();
+    let group: Vec<_> = mlp.inputs.iter().collect();
+    let inputs = supply.linears(&group, &|see| all.clone().try_for_each(|index| see(&run.input(chunks, index)?)))?;
+    let inner = |index: usize| activate(run.backend, mlp, &inputs, &run.input(chunks, index)?);
+    let tokens: usize = chunks.iter().flat_map(|chunk| &chunk.lengths).sum();
+    let kept = match tokens * mlp.inner() <= KEPT_VALUES {
+        true => all.clone().map(|index| Ok(Some(inner(index)?))).collect::<Result<Vec<_>>>()?,
+        false => Vec::new(),
+    };
+    let down = supply.linears(&[&mlp.down], &|see| {
+        all.clone().try_for_each(|index| match kept.get(index) {
+            Some(Some(x)) => see(x),
+            _ => see(&inner(index)?),
+        })
+    })?;
+    let down = down.into_iter().next().expect("one weight");
+    Ok(Loaded { inputs, kept: kept.into(), down })
+}

@@ -1,0 +1,366 @@
+//! Runs a model block by block over many sequences at once, operator by operator.
+//!
+//! Whoever supplies the weights is told the input of each group of linears before it hands them out. Evaluation just
+//! loads them; calibration looks at the input, quantizes, and hands out what the file will hold, so that every operator
+//! sees what all operators before it will really produce, and the model is run once.
+
+mod attention;
+mod mlp;
+mod moe;
+
+use kernels::{Backend, NormKind};
+use ndarray::{Array2, Axis};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::graph::{Block, Graph, Layer, Linear, Norm, Step, Stored};
+
+/// Tokens that go through an operator together, unless one sequence is longer.
+pub const CHUNK_TOKENS: usize = 2048;
+
+/// The residual stream of some sequences.
+pub struct Chunk<M> {
+    /// `[tokens, hidden]`.
+    pub hidden: M,
+    /// Tokens of each sequence.
+    pub lengths: Vec<usize>,
+}
+
+/// A linear's weight on the device, as a matrix or in the form that products read it in.
+pub struct Weight<M> {
+    /// `[out, in]`.
+    pub matrix: M,
+    /// `[out]`.
+    pub bias: Option<Vec<f32>>,
+}
+
+impl<M> Weight<M> {
+    fn bias(&self) -> Option<&[f32]> {
+        self.bias.as_deref()
+    }
+}
+
+/// Hands the inputs of a group of linears over, chunk by chunk, to whoever wants to see them.
+pub type Inputs<'a, I> = dyn Fn(&mut dyn FnMut(&I) -> Result<()>) -> Result<()> + 'a;
+
+/// What an expert would see of tokens that were not sent to it, for those who find its own too few.
+pub struct Others<'a, I> {
+    /// The inputs of about so many tokens of all, evenly spread.
+    pub inputs: &'a dyn Fn(usize, &mut dyn FnMut(&I) -> Result<()>) -> Result<()>,
+    /// The same for all experts that name the same thing here.
+    pub shared: Option<&'a str>,
+}
+
+/// Where weights come from.
+pub trait Supply<B: Backend> {
+    /// A small tensor: of a normalisation, say.
+    fn vector(&mut self, name: &str) -> Result<Vec<f32>>;
+    /// The weights of linears that read one input, a weight for each part of them.
+    fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>>;
+    /// As [`linears`](Self::linears), for an expert of a mixture.
+    fn expert(
+        &mut self,
+        group: &[&Linear],
+        inputs: &Inputs<'_, B::Input>,
+        others: &Others<'_, B::Input>,
+    ) -> Result<Vec<Weight<B::Weight>>> {
+        let _ = others;
+        self.linears(group, inputs)
+    }
+    /// The weight of a linear that is never quantized.
+    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>>;
+    /// Whether the output of this step is still needed; the last step of a calibration is not.
+    fn needs_output(&self, last_step: bool) -> bool {
+        let _ = last_step;
+        true
+    }
+}
+
+/// Embeds sequences, grouped into chunks.
+///
+/// Fails on a sequence longer than the model has learned positions for.
+pub fn embed<B: Backend>(
+    backend: &B,
+    graph: &Graph,
+    source: &Checkpoint,
+    sequences: &[Vec<u32>],
+) -> Result<Vec<Chunk<B::Matrix>>> {
+    check_runnable(graph)?;
+    let longest = sequences.iter().map(Vec::len).max().unwrap_or(0);
+    if let Some((tensor, rows)) = graph.embedding.positions.as_ref().filter(|(_, rows)| *rows < longest) {
+        return Err(Error::usage(format!(
+            "sequences of {longest} tokens, and `{tensor}` of {} has {rows} positions: give a smaller --seq-len or --context",
+            source.path().display()
+        )));
+    }
+    let mut chunks = Vec::new();
+    let mut rest = sequences;
+    while !rest.is_empty() {
+        let mut tokens = 0;
+        let count = rest
+            .iter()
+            .take_while(|s| {
+                tokens += s.len();
+                tokens <= CHUNK_TOKENS
+            })
+            .count()
+            .max(1);
+        let (now, later) = rest.split_at(count);
+        rest = later;
+        let ids: Vec<u32> = now.iter().flatten().copied().collect();
+        let mut hidden = vec![0.0; ids.len() * graph.hidden];
+        source.load_rows(&graph.embedding.tensor, &ids, &mut hidden)?;
+        if graph.embedding.scale != 1.0 {
+            hidden.iter_mut().for_each(|x| *x *= graph.embedding.scale);
+        }
+        if let Some((tensor, _)) = &graph.embedding.positions {
+            let places: Vec<u32> = now.iter().flat_map(|s| 0..s.len() as u32).collect();
+            let mut positions = vec![0.0; hidden.len()];
+            source.load_rows(tensor, &places, &mut positions)?;
+            hidden.iter_mut().zip(&positions).for_each(|(x, p)| *x += p);
+        }
+        let hidden = Array2::from_shape_vec((ids.len(), graph.hidden), hidden).expect("one row a token");
+        chunks.push(Chunk { hidden: backend.upload(hidden)?, lengths: now.iter().map(Vec::len).collect() });
+    }
+    Ok(chunks)
+}
+
+/// Fails for a model whose family is unknown.
+pub fn check_runnable(graph: &Graph) -> Result<()> {
+    match graph.opaque {
+        false => Ok(()),
+        true => Err(Error::usage(format!(
+            "models of the family `{}` cannot be run, only quantized without data: --method rtn --verify-text none",
+            graph.family
+        ))),
+    }
+}
+
+/// Runs one block over all chunks.
+pub fn run_block<B: Backend>(
+    backend: &B,
+    block: &Block,
+    supply: &mut dyn Supply<B>,
+    chunks: &mut [Chunk<B::Matrix>],
+) -> Result<()> {
+    let before = match block.parallel {
+        true => Some(chunks.iter().map(|chunk| backend.copy(&chunk.hidden)).collect::<kernels::Result<Vec<_>>>()?),
+        false => None,
+    };
+    for (index, step) in block.steps.iter().enumerate() {
+        let last = index + 1 == block.steps.len();
+        let pre = step.pre.as_ref().map(|norm| LoadedNorm::of(norm, supply)).transpose()?;
+        let post = step.post.as_ref().map(|norm| LoadedNorm::of(norm, supply)).transpose()?;
+        let run = Run { backend, block, step, pre, post, before: before.as_deref(), last };
+        match &step.layer {
+            Layer::Attention(attention) => attention::run(&run, attention, supply, chunks)?,
+            Layer::Mlp(mlp) => mlp::run(&run, mlp, supply, chunks)?,
+            Layer::Moe(moe) => moe::run(&run, moe, supply, chunks)?,
+            Layer::Opaque(_) => unreachable!("refused when the sequences were embedded"),
+        }
+    }
+    Ok(())
+}
+
+/// One step that is being run.
+struct Run<'r, B: Backend> {
+    backend: &'r B,
+    block: &'r Block,
+    step: &'r Step,
+    pre: Option<LoadedNorm<'r>>,
+    post: Option<LoadedNorm<'r>>,
+    /// What a parallel block was given.
+    before: Option<&'r [B::Matrix]>,
+    last: bool,
+}
+
+impl<B: Backend> Run<'_, B> {
+    /// What the step reads of a chunk.
+    fn source<'a>(&'a self, chunks: &'a [Chunk<B::Matrix>], index: usize) -> &'a B::Matrix {
+        self.before.map_or(&chunks[index].hidden, |before| &before[index])
+    }
+
+    /// Normed.
+    fn norm(&self, x: &B::Matrix) -> Result<B::Matrix> {
+        match &self.pre {
+            Some(norm) => norm.apply(self.backend, x),
+            None => Ok(self.backend.copy(x)?),
+        }
+    }
+
+    /// Normed, ready to be multiplied.
+    fn input(&self, chunks: &[Chunk<B::Matrix>], index: usize) -> Result<B::Input> {
+        Ok(self.backend.input(self.norm(self.source(chunks, index))?)?)
+    }
+
+    /// Ends the step for one chunk.
+    fn add(&self, x: &B::Input, weight: &Weight<B::Weight>, hidden: &mut B::Matrix) -> Result<()> {
+        if self.post.is_none() && self.step.scale == 1.0 {
+            return Ok(self.backend.add_linear(x, &weight.matrix, weight.bias(), hidden)?);
+        }
+        self.add_output(self.backend.linear(x, &weight.matrix, weight.bias())?, hidden)
+    }
+
+    /// Ends the step for one chunk, of which the layer's output is given.
+    fn add_output(&self, output: B::Matrix, hidden: &mut B::Matrix) -> Result<()> {
+        let output = match &self.post {
+            Some(norm) => norm.apply(self.backend, &output)?,
+            None => output,
+        };
+        Ok(self.backend.add_scaled(&output, self.step.scale, hidden)?)
+    }
+}
+
+/// A normalisation with its weight.
+struct LoadedNorm<'n> {
+    norm: &'n Norm,
+    weight: Vec<f32>,
+    bias: Option<Vec<f32>>,
+}
+
+impl<'n> LoadedNorm<'n> {
+    fn of<B: Backend>(norm: &'n Norm, supply: &mut dyn Supply<B>) -> Result<LoadedNorm<'n>> {
+        let mut weight = Vec::new();
+        for name in &norm.weights {
+            weight.extend(supply.vector(name)?);
+        }
+        if norm.weights.is_empty() {
+            weight = vec![1.0; norm.shape.iter().product()];
+        }
+        if norm.offset != 0.0 {
+            weight.iter_mut().for_each(|w| *w += norm.offset);
+        }
+        let bias = norm.bias.as_ref().map(|name| supply.vector(name)).transpose()?;
+        Ok(LoadedNorm { norm, weight, bias })
+    }
+
+    fn apply<B: Backend>(&self, backend: &B, x: &B::Matrix) -> Result<B::Matrix> {
+        Ok(match self.norm.kind {
+            NormKind::Rms => backend.rms_norm(x, &self.weight, self.norm.eps)?,
+            NormKind::Layer => backend.layer_norm(x, &self.weight, self.bias.as_deref(), self.norm.eps)?,
+        })
+    }
+}
+
+/// Brings a weight into the form that products read, one for each part of its linear.
+pub fn ready<B: Backend>(backend: &B, linear: &Linear, weight: Weight<B::Matrix>) -> Result<Vec<Weight<B::Weight>>> {
+    if linear.split.rows(0).is_none() {
+        return Ok(vec![Weight { matrix: backend.weight(weight.matrix)?, bias: weight.bias }]);
+    }
+    let part = |part: usize| {
+        let rows = linear.split.rows(part).expect("a part");
+        let bias = weight.bias.as_ref().map(|bias| rows.iter().map(|row| bias[*row]).collect());
+        Ok(Weight { matrix: backend.weight(backend.select_rows(&weight.matrix, &rows)?)?, bias })
+    };
+    (0..linear.split.parts()).map(part).collect()
+}
+
+/// Loads weights from a checkpoint as they are.
+pub struct Plain<'a, B> {
+    /// Where to upload to.
+    pub backend: &'a B,
+    /// Where from.
+    pub source: &'a Checkpoint,
+}
+
+impl<B: Backend> Plain<'_, B> {
+    /// One linear, with its bias, all parts together.
+    pub fn load(&self, linear: &Linear) -> Result<Weight<B::Matrix>> {
+        let (rows, cols) = (linear.stored_rows(), linear.cols);
+        let name = linear.weight();
+        let (values, bias, transposed) = match &linear.stored {
+            Stored::Slice { index, transposed, bias, .. } => {
+                let bias = bias.as_ref().map(|bias| self.source.load_slice(bias, *index)).transpose()?;
+                (self.source.load_slice(&name, *index)?, bias, *transposed)
+            }
+            stored => {
+                let bias = linear.bias().map(|bias| self.source.load(&bias)).transpose()?;
+                (self.source.load(&name)?, bias, *stored == Stored::Transposed)
+            }
+        };
+        self.source.release(&name);
+        let matrix = match transposed {
+            false => Array2::from_shape_vec((rows, cols), values),
+            true => Array2::from_shape_vec((cols, rows), values).map(Array2::reversed_axes),
+        };
+        let matrix = matrix.expect("checked when the graph was built");
+        let (matrix, bias) = match &linear.stored {
+            Stored::Slice { part: (split, part), .. } => match split.rows(*part) {
+                Some(rows) => (matrix.select(Axis(0), &rows), bias.map(|b| rows.iter().map(|row| b[*row]).collect())),
+                None => (matrix, bias),
+            },
+            _ => (matrix, bias),
+        };
+        Ok(Weight { matrix: self.backend.upload(matrix)?, bias })
+    }
+}
+
+impl<B: Backend> Supply<B> for Plain<'_, B> {
+    fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
+        self.source.load(name)
+    }
+
+    fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
+        let mut weights = Vec::new();
+        for linear in group {
+            weights.extend(ready(self.backend, linear, self.load(linear)?)?);
+        }
+        Ok(weights)
+    }
+
+    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
+        Ok(ready(self.backend, linear, self.load(linear)?)?.remove(0))
+    }
+}
+
+/// The last hidden states of sequences, normed, in chunks of whole sequences; `step` is told of every block done.
+pub fn final_hidden<B: Backend>(
+    backend: &B,
+    graph: &Graph,
+    source: &Checkpoint,
+    sequences: &[Vec<u32>],
+    step: &dyn Fn(),
+) -> Result<Vec<B::Matrix>> {
+    let mut chunks = embed(backend, graph, source, sequences)?;
+    let mut plain = Plain { backend, source };
+    for block in &graph.blocks {
+        run_block(backend, block, &mut plain, &mut chunks)?;
+        step();
+    }
+    let norm = LoadedNorm::of::<B>(&graph.final_norm, &mut plain)?;
+    chunks.iter().map(|chunk| norm.apply(backend, &chunk.hidden)).collect()
+}
+
+/// The output projection, on the device.
+pub struct LoadedHead<B: Backend> {
+    weight: Weight<B::Weight>,
+    scale: f32,
+    softcap: Option<f32>,
+}
+
+impl<B: Backend> LoadedHead<B> {
+    /// Loads it.
+    pub fn of(backend: &B, graph: &Graph, source: &Checkpoint) -> Result<LoadedHead<B>> {
+        let head = &graph.head;
+        let name = if head.tied { graph.embedding.tensor.clone() } else { head.linear.weight() };
+        let values = source.load(&name)?;
+        source.release(&name);
+        let matrix = Array2::from_shape_vec((graph.vocabulary, graph.hidden), values).expect("checked");
+        let bias = head.linear.bias().map(|bias| source.load(&bias)).transpose()?;
+        let weight = Weight { matrix: backend.weight(backend.upload(matrix)?)?, bias };
+        Ok(LoadedHead { weight, scale: head.scale, softcap: head.softcap })
+    }
+
+    /// Logits `[tokens, vocabulary]` of normed hidden states.
+    pub fn logits(&self, backend: &B, hidden: B::Matrix) -> Result<B::Matrix> {
+        let tokens = backend.shape(&hidden)[0];
+        let mut logits = backend.linear(&backend.input(hidden)?, &self.weight.matrix, self.weight.bias())?;
+        if self.scale != 1.0 {
+            backend.scale(&mut logits, &vec![self.scale; tokens], &[])?;
+        }
+        if let Some(cap) = self.softcap {
+            backend.softcap(&mut logits, cap)?;
+        }
+        Ok(logits)
+    }
+}
