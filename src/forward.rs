@@ -4,7 +4,7 @@
 //! loads them; calibration looks at the input, quantizes, and hands out what the file will hold, so that every operator
 //! sees what all operators before it will really produce, and the model is run once.
 
-use kernels::Backend;
+use kernels::{Activation, Backend, RopeLayout};
 use ndarray::Array2;
 
 use crate::checkpoint::Checkpoint;
@@ -122,9 +122,10 @@ fn run_attention<B: Backend>(
         let x = normed(chunk)?;
         let project = |weight: &Weight<B::Weight>| backend.linear(&x, &weight.matrix, weight.bias());
         let (mut q, mut k, v) = (project(&qkv[0])?, project(&qkv[1])?, project(&qkv[2])?);
-        backend.rope(&mut q, &cos, &sin, &chunk.lengths)?;
-        backend.rope(&mut k, &cos, &sin, &chunk.lengths)?;
-        mixed.push(backend.attention(&q, &k, &v, &attention.shape, &chunk.lengths)?);
+        let layout = RopeLayout { head_dim: attention.shape.head_dim, first: 0, interleaved: false };
+        backend.rope(&mut q, &cos, &sin, &layout, &chunk.lengths)?;
+        backend.rope(&mut k, &cos, &sin, &layout, &chunk.lengths)?;
+        mixed.push(backend.attention(&q, &k, &v, None, &attention.shape, &chunk.lengths)?);
     }
     drop(qkv);
     let o = supply.linears(&[&attention.o], &|see| mixed.iter().try_for_each(&mut *see))?;
@@ -150,7 +151,8 @@ fn run_mlp<B: Backend>(
         supply.linears(&[&mlp.gate, &mlp.up], &|see| chunks.iter().try_for_each(|chunk| see(&normed(chunk)?)))?;
     let gated = |chunk: &Chunk<B::Matrix>| -> Result<B::Input> {
         let [gate, up] = [&weights[0], &weights[1]];
-        Ok(backend.gated(&normed(chunk)?, [&gate.matrix, &up.matrix], [gate.bias(), up.bias()])?)
+        let weights = [&gate.matrix, &up.matrix];
+        Ok(backend.gated(&normed(chunk)?, weights, [gate.bias(), up.bias()], Activation::Silu)?)
     };
     let tokens: usize = chunks.iter().flat_map(|chunk| &chunk.lengths).sum();
     let kept = match tokens * mlp.down.cols <= KEPT_VALUES {

@@ -38,7 +38,16 @@ fn build(config: &Config<'_>, family: &'static str, windowed: bool) -> Result<Gr
     let window = if windowed { config.optional_count("sliding_window")? } else { None };
     let (attention_bias, mlp_bias) = (config.flag("attention_bias", false)?, config.flag("mlp_bias", false)?);
     let rope = Arc::new(rope(config, head_dim)?);
-    let shape = AttentionShape { heads, kv_heads, head_dim, scale: (head_dim as f32).powf(-0.5), window };
+    let shape = AttentionShape {
+        heads,
+        kv_heads,
+        head_dim,
+        value_dim: head_dim,
+        scale: (head_dim as f32).powf(-0.5),
+        window,
+        chunk: None,
+        softcap: None,
+    };
     let norm = |weight: String| Norm { weight, eps };
     let blocks = (0..config.count("num_hidden_layers")?)
         .map(|layer| {
