@@ -11,7 +11,7 @@ mod common;
 use criterion::{BatchSize, SamplingMode, Throughput, criterion_group, criterion_main};
 use formats::{ScalePrecision, Scheme};
 use kernels::ops::{activation, bf16};
-use kernels::{AttentionShape, Backend, Cpu, Factor, FitKind, Grid, GridSpec, Result, cpu};
+use kernels::{Activation, AttentionShape, Backend, Cpu, Factor, FitKind, Grid, GridSpec, Result, cpu};
 use ndarray::Array2;
 
 use common::{Criterion, measure, noise};
@@ -89,7 +89,7 @@ fn gated(c: &mut Criterion) {
         let make = || (input(&cpu, TOKENS, cols, 1), [2, 3].map(|seed| weight(&cpu, rows, cols, seed)));
         let name = format!("{TOKENS} x {cols} -> 2 x {rows}, {precision}");
         measure(&mut group, &name, flops(4 * TOKENS * cols * rows), make, |(x, [gate, up])| {
-            cpu.gated(x, [gate, up], [None, None])
+            cpu.gated(x, [gate, up], [None, None], Activation::Silu)
         });
     }
 }
@@ -126,7 +126,16 @@ fn gram(c: &mut Criterion) {
 /// Scores and mixture of the keys that a token may see; the softmax is not counted. In bf16 queries, keys and values are
 /// f32 when the clock starts, and are rounded inside, as is the result.
 fn attention(c: &mut Criterion) {
-    let shape = AttentionShape { heads: 9, kv_heads: 3, head_dim: 64, scale: 0.125, window: None };
+    let shape = AttentionShape {
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        value_dim: 64,
+        scale: 0.125,
+        window: None,
+        chunk: None,
+        softcap: None,
+    };
     let mut group = c.benchmark_group("attention");
     group.sample_size(10);
     for length in [512, 2048] {
@@ -136,7 +145,7 @@ fn attention(c: &mut Criterion) {
         for (precision, cpu) in precisions() {
             let make = || [9, 3, 3].map(|heads| matrix(TOKENS, 64 * heads, heads as u64));
             let name = format!("{} x {length}, 9 heads on 3 of 64, {precision}", lengths.len());
-            measure(&mut group, &name, work.clone(), make, |[q, k, v]| cpu.attention(q, k, v, &shape, &lengths));
+            measure(&mut group, &name, work.clone(), make, |[q, k, v]| cpu.attention(q, k, v, None, &shape, &lengths));
         }
     }
 }

@@ -13,12 +13,68 @@ pub struct AttentionShape {
     pub heads: usize,
     /// Key and value heads; divides `heads`.
     pub kv_heads: usize,
+    /// Values per head of the queries and the keys.
+    pub head_dim: usize,
+    /// Values per head of the values and of the result; differs from `head_dim` in multi-head latent attention.
+    pub value_dim: usize,
+    /// Factor on the scores, usually `head_dim^-1/2`; positive.
+    pub scale: f32,
+    /// A token sees itself and `window − 1` tokens before it; `None` sees all before it. Not 0.
+    pub window: Option<usize>,
+    /// A sequence falls into blocks of so many positions, and a token sees none before its block's (Llama 4). Not 0.
+    pub chunk: Option<usize>,
+    /// Scores become `cap · tanh(score / cap)` before the softmax (Gemma 2); positive.
+    pub softcap: Option<f32>,
+}
+
+impl AttentionShape {
+    /// The first position that the token at `position` sees; the last is its own.
+    pub fn first_seen(&self, position: usize) -> usize {
+        let window = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        window.max(self.chunk.map_or(0, |chunk| position / chunk * chunk))
+    }
+}
+
+/// How a slice of values is normalised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// By its root mean square.
+    Rms,
+    /// By its mean and standard deviation.
+    Layer,
+}
+
+/// Which values of each head rotary position embedding turns, and which two turn together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RopeLayout {
     /// Values per head.
     pub head_dim: usize,
-    /// Factor on the scores, usually `head_dim^-1/2`.
-    pub scale: f32,
-    /// A token sees itself and `window − 1` tokens before it; `None` sees all before it.
-    pub window: Option<usize>,
+    /// Where the part that turns begins in a head; it is twice as wide as the tables of angles.
+    pub first: usize,
+    /// Neighbours turn together (GPT-J, Cohere, DeepSeek), else the halves of the part (most Hugging Face checkpoints).
+    pub interleaved: bool,
+}
+
+/// The function between the linears of a feed-forward layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// `x · σ(x)`.
+    Silu,
+    /// `x · Φ(x)`, `Φ` the normal distribution.
+    Gelu,
+    /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`.
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+    /// `max(x, 0)²`.
+    Relu2,
+    /// `g · σ(alpha · g) · (u + 1)` with `g = min(gate, limit)` and `u` in `±limit` (gpt-oss); only as a gate.
+    SwigluOai {
+        /// Slope of the sigmoid.
+        alpha: f32,
+        /// Largest gate, and largest size of the other.
+        limit: f32,
+    },
 }
 
 /// A grid to be fitted: what the file format allows.
@@ -200,23 +256,67 @@ pub trait Backend: Sync {
         bias: Option<&[f32]>,
         y: &mut Self::Matrix,
     ) -> Result<()>;
-    /// `silu(x gᵀ + bias) · (x uᵀ + bias)` for `[gate, up]`.
-    fn gated(&self, x: &Self::Input, weights: [&Self::Weight; 2], biases: [Option<&[f32]>; 2]) -> Result<Self::Input>;
+    /// `act(x gᵀ + bias) · (x uᵀ + bias)` for `[gate, up]`.
+    fn gated(
+        &self,
+        x: &Self::Input,
+        weights: [&Self::Weight; 2],
+        biases: [Option<&[f32]>; 2],
+        activation: Activation,
+    ) -> Result<Self::Input>;
+    /// `act(x wᵀ + bias)`: a feed-forward layer without a gate.
+    ///
+    /// Fails for [`Activation::SwigluOai`], which is only a gate.
+    fn activated(
+        &self,
+        x: &Self::Input,
+        weight: &Self::Weight,
+        bias: Option<&[f32]>,
+        activation: Activation,
+    ) -> Result<Self::Input>;
     /// `x / rms(x) · weight` per row, `rms² = mean(x²) + eps`.
     fn rms_norm(&self, x: &Self::Matrix, weight: &[f32], eps: f32) -> Result<Self::Matrix>;
-    /// Rotates the halves of each head by the angles of its token's position.
+    /// `(x − mean) / √(variance + eps) · weight + bias` per row.
+    fn layer_norm(&self, x: &Self::Matrix, weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Result<Self::Matrix>;
+    /// Normalises every `head_dim` values of each row in place, without a bias.
     ///
-    /// `cos` and `sin` are `[positions, head_dim / 2]`; `lengths` are the sequences that `x`'s rows consist of.
-    fn rope(&self, x: &mut Self::Matrix, cos: &Array2<f32>, sin: &Array2<f32>, lengths: &[usize]) -> Result<()>;
-    /// Causal softmax attention of each sequence; `q` is `[tokens, heads·head_dim]`, the result has its shape.
+    /// `weight` is `[head_dim]`, shared by the heads, or as wide as `x`, one for each head.
+    fn norm_heads(&self, x: &mut Self::Matrix, head_dim: usize, kind: NormKind, weight: &[f32], eps: f32)
+    -> Result<()>;
+    /// Rotates pairs of values of each head by the angles of its token's position.
+    ///
+    /// `cos` and `sin` are `[positions, pairs]`; `lengths` are the sequences that `x`'s rows consist of.
+    fn rope(
+        &self,
+        x: &mut Self::Matrix,
+        cos: &Array2<f32>,
+        sin: &Array2<f32>,
+        layout: &RopeLayout,
+        lengths: &[usize],
+    ) -> Result<()>;
+    /// Causal softmax attention of each sequence.
+    ///
+    /// `q` is `[tokens, heads·head_dim]`, `k` `[tokens, kv_heads·head_dim]`, `v` `[tokens, kv_heads·value_dim]`, the
+    /// result `[tokens, heads·value_dim]`. `sinks` `[heads]` are logits that take part in each query's softmax and have
+    /// no value (gpt-oss).
     fn attention(
         &self,
         q: &Self::Matrix,
         k: &Self::Matrix,
         v: &Self::Matrix,
+        sinks: Option<&[f32]>,
         shape: &AttentionShape,
         lengths: &[usize],
     ) -> Result<Self::Input>;
+    /// `[tokens, heads·(a + b)]`: each head's own `a` values of `own` `[tokens, heads·a]`, then those of `shared`
+    /// `[tokens, b]`, which all heads have in common (the keys of multi-head latent attention).
+    fn join_heads(&self, own: &Self::Matrix, shared: &Self::Matrix, heads: usize) -> Result<Self::Matrix>;
+    /// `x ← cap · tanh(x / cap)`.
+    fn softcap(&self, x: &mut Self::Matrix, cap: f32) -> Result<()>;
+    /// `y ← y + factor · x`.
+    fn add_scaled(&self, x: &Self::Matrix, factor: f32, y: &mut Self::Matrix) -> Result<()>;
+    /// `y[rows[i]] ← y[rows[i]] + weights[i] · x[i]` for every row of `x`; `rows` are distinct.
+    fn add_rows(&self, x: &Self::Matrix, rows: &[usize], weights: &[f32], y: &mut Self::Matrix) -> Result<()>;
     /// `a − b`.
     fn difference(&self, a: &Self::Matrix, b: &Self::Matrix) -> Result<Self::Matrix>;
 

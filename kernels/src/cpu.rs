@@ -5,10 +5,12 @@ use ndarray::{Array2, Axis, s};
 use rayon::prelude::*;
 
 use crate::backend::{
-    AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, Swept, TokenComparison, TokenLoss,
+    Activation, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind, RopeLayout, Swept,
+    TokenComparison, TokenLoss,
 };
 use crate::ops::{
-    activation, attention, bf16, blocks, factor, fit, gram, linear, loss, norm, refine, rope, round, scaled, sweep,
+    activation, add, attention, bf16, blocks, factor, fit, gram, heads, linear, loss, norm, refine, rope, round,
+    scaled, softcap, sweep,
 };
 use crate::simd::{Level, level};
 use crate::{Error, Result};
@@ -83,6 +85,14 @@ impl Weight {
             Weight::Rounded(w) => w.shape(),
         }
     }
+}
+
+/// `parts` parts of one size, or parts of that size.
+fn expect_heads(op: &'static str, parts: usize, whole: usize) -> Result<()> {
+    if parts > 0 && whole.is_multiple_of(parts) {
+        return Ok(());
+    }
+    Err(Error::Shape { op, expected: format!("a multiple of {parts}"), found: whole.to_string() })
 }
 
 fn check_product(op: &'static str, x: &Input, weight: &Weight, bias: Option<&[f32]>) -> Result<()> {
@@ -206,47 +216,94 @@ impl Backend for Cpu {
             (Input::Rounded(x), Weight::Rounded(w)) => bf16::add_linear(x, w, bias, y),
             (Input::Whole(x), Weight::Whole(w)) => {
                 let product = linear::run(x.view(), w.view(), bias);
-                activation::add(flat(y), product.as_slice().expect("contiguous"));
+                add::run(flat(y), product.as_slice().expect("contiguous"));
             }
             _ => return Err(mixed("add_linear")),
         }
         Ok(())
     }
 
-    fn gated(&self, x: &Input, [gate, up]: [&Weight; 2], biases: [Option<&[f32]>; 2]) -> Result<Input> {
+    fn gated(
+        &self,
+        x: &Input,
+        [gate, up]: [&Weight; 2],
+        biases: [Option<&[f32]>; 2],
+        activation: Activation,
+    ) -> Result<Input> {
         check_product("gated", x, gate, biases[0])?;
         check_product("gated", x, up, biases[1])?;
         expect("gated", "output features", gate.shape()[0], up.shape()[0])?;
         match (x, gate, up) {
             (Input::Rounded(x), Weight::Rounded(gate), Weight::Rounded(up)) => {
-                Ok(Input::Rounded(bf16::gated(x, gate, up, biases)))
+                Ok(Input::Rounded(bf16::gated(x, [gate, up], biases, activation)))
             }
             (Input::Whole(x), Weight::Whole(gate), Weight::Whole(up)) => {
                 let mut gate = linear::run(x.view(), gate.view(), biases[0]);
                 let up = linear::run(x.view(), up.view(), biases[1]);
-                activation::silu_mul(flat(&mut gate), up.as_slice().expect("contiguous"));
+                activation::gate(activation, flat(&mut gate), up.as_slice().expect("contiguous"));
                 Ok(Input::Whole(gate))
             }
             _ => Err(mixed("gated")),
         }
     }
 
-    fn rms_norm(&self, x: &Array2<f32>, weight: &[f32], eps: f32) -> Result<Array2<f32>> {
-        expect("rms_norm", "features", weight.len(), x.ncols())?;
-        Ok(norm::run(x.view(), weight, eps))
+    fn activated(&self, x: &Input, weight: &Weight, bias: Option<&[f32]>, activation: Activation) -> Result<Input> {
+        check_product("activated", x, weight, bias)?;
+        if let Activation::SwigluOai { .. } = activation {
+            let (expected, found) = ("a function of one value".to_owned(), format!("{activation:?}"));
+            return Err(Error::Shape { op: "activated", expected, found });
+        }
+        match (x, weight) {
+            (Input::Rounded(x), Weight::Rounded(w)) => Ok(Input::Rounded(bf16::activated(x, w, bias, activation))),
+            (Input::Whole(x), Weight::Whole(w)) => {
+                let mut y = linear::run(x.view(), w.view(), bias);
+                activation::run(activation, flat(&mut y));
+                Ok(Input::Whole(y))
+            }
+            _ => Err(mixed("activated")),
+        }
     }
 
-    fn rope(&self, x: &mut Array2<f32>, cos: &Array2<f32>, sin: &Array2<f32>, lengths: &[usize]) -> Result<()> {
+    fn rms_norm(&self, x: &Array2<f32>, weight: &[f32], eps: f32) -> Result<Array2<f32>> {
+        expect("rms_norm", "features", weight.len(), x.ncols())?;
+        Ok(norm::run(x.view(), NormKind::Rms, weight, None, eps))
+    }
+
+    fn layer_norm(&self, x: &Array2<f32>, weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Result<Array2<f32>> {
+        expect("layer_norm", "features", weight.len(), x.ncols())?;
+        bias.map_or(Ok(()), |bias| expect("layer_norm", "bias values", x.ncols(), bias.len()))?;
+        Ok(norm::run(x.view(), NormKind::Layer, weight, bias, eps))
+    }
+
+    fn norm_heads(&self, x: &mut Array2<f32>, head_dim: usize, kind: NormKind, weight: &[f32], eps: f32) -> Result<()> {
+        expect_heads("norm_heads", head_dim, x.ncols())?;
+        if weight.len() != head_dim {
+            expect("norm_heads", "weights", x.ncols(), weight.len())?;
+        }
+        norm::heads(x, head_dim, kind, weight, eps);
+        Ok(())
+    }
+
+    fn rope(
+        &self,
+        x: &mut Array2<f32>,
+        cos: &Array2<f32>,
+        sin: &Array2<f32>,
+        layout: &RopeLayout,
+        lengths: &[usize],
+    ) -> Result<()> {
         expect("rope", "tokens", x.nrows(), lengths.iter().sum())?;
+        expect_heads("rope", layout.head_dim, x.ncols())?;
+        expect("rope", "sines", cos.len(), sin.len())?;
         let longest = lengths.iter().copied().max().unwrap_or(0);
-        if longest > cos.nrows() || !x.ncols().is_multiple_of(2 * cos.ncols()) {
+        if longest > cos.nrows() || layout.first + 2 * cos.ncols() > layout.head_dim {
             return Err(Error::Shape {
                 op: "rope",
-                expected: format!("angles for {longest} positions in heads that divide {} features", x.ncols()),
-                found: format!("{} positions of {}", cos.nrows(), 2 * cos.ncols()),
+                expected: format!("angles for {longest} positions and for heads of {} values", layout.head_dim),
+                found: format!("{} positions, {} values from {}", cos.nrows(), 2 * cos.ncols(), layout.first),
             });
         }
-        rope::run(x, cos, sin, lengths);
+        rope::run(x, cos, sin, layout, lengths);
         Ok(())
     }
 
@@ -255,19 +312,57 @@ impl Backend for Cpu {
         q: &Array2<f32>,
         k: &Array2<f32>,
         v: &Array2<f32>,
+        sinks: Option<&[f32]>,
         shape: &AttentionShape,
         lengths: &[usize],
     ) -> Result<Input> {
+        expect_heads("attention", shape.kv_heads, shape.heads)?;
+        if shape.window == Some(0) || shape.chunk == Some(0) {
+            let expected = "a window and a chunk of some positions".to_owned();
+            return Err(Error::Shape { op: "attention", expected, found: "0".to_owned() });
+        }
         expect("attention", "query features", shape.heads * shape.head_dim, q.ncols())?;
         expect("attention", "key features", shape.kv_heads * shape.head_dim, k.ncols())?;
-        expect("attention", "value features", shape.kv_heads * shape.head_dim, v.ncols())?;
+        expect("attention", "value features", shape.kv_heads * shape.value_dim, v.ncols())?;
         for matrix in [q, k, v] {
             expect("attention", "tokens", lengths.iter().sum(), matrix.nrows())?;
         }
+        sinks.map_or(Ok(()), |sinks| expect("attention", "sinks", shape.heads, sinks.len()))?;
         if self.rounds() && attention::can_round(shape) {
-            return Ok(Input::Rounded(attention::rounded(q.view(), k.view(), v.view(), shape, lengths)));
+            return Ok(Input::Rounded(attention::rounded(q.view(), k.view(), v.view(), sinks, shape, lengths)));
         }
-        self.input(attention::run(q.view(), k.view(), v.view(), shape, lengths))
+        self.input(attention::run(q.view(), k.view(), v.view(), sinks, shape, lengths))
+    }
+
+    fn join_heads(&self, own: &Array2<f32>, shared: &Array2<f32>, heads: usize) -> Result<Array2<f32>> {
+        expect_heads("join_heads", heads, own.ncols())?;
+        expect("join_heads", "tokens", own.nrows(), shared.nrows())?;
+        Ok(heads::run(own.view(), shared.view(), heads))
+    }
+
+    fn softcap(&self, x: &mut Array2<f32>, cap: f32) -> Result<()> {
+        softcap::run(flat(x), cap);
+        Ok(())
+    }
+
+    fn add_scaled(&self, x: &Array2<f32>, factor: f32, y: &mut Array2<f32>) -> Result<()> {
+        expect("add_scaled", "tokens", y.nrows(), x.nrows())?;
+        expect("add_scaled", "features", y.ncols(), x.ncols())?;
+        add::scaled(flat(y), factor, x.as_slice().expect("contiguous"));
+        Ok(())
+    }
+
+    fn add_rows(&self, x: &Array2<f32>, rows: &[usize], weights: &[f32], y: &mut Array2<f32>) -> Result<()> {
+        expect("add_rows", "rows", x.nrows(), rows.len())?;
+        expect("add_rows", "weights", x.nrows(), weights.len())?;
+        expect("add_rows", "features", y.ncols(), x.ncols())?;
+        let sources = add::sources(rows, y.nrows()).map_err(|row| Error::Shape {
+            op: "add_rows",
+            expected: format!("distinct rows below {}", y.nrows()),
+            found: row.to_string(),
+        })?;
+        add::rows(x.view(), &sources, weights, y);
+        Ok(())
     }
 
     fn difference(&self, a: &Array2<f32>, b: &Array2<f32>) -> Result<Array2<f32>> {

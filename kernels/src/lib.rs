@@ -10,7 +10,8 @@ pub mod ops;
 pub mod simd;
 
 pub use backend::{
-    AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, Swept, TokenComparison, TokenLoss,
+    Activation, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind, RopeLayout, Swept,
+    TokenComparison, TokenLoss,
 };
 pub use cpu::Cpu;
 pub use error::Error;

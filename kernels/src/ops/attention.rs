@@ -1,4 +1,5 @@
-//! Causal softmax attention with grouped heads and an optional sliding window.
+//! Causal softmax attention with grouped heads; optionally with a sliding window, blocks of positions, capped scores and
+//! sinks.
 //!
 //! A task takes a few queries of one head of one sequence: it builds their scores only, never the whole
 //! `heads × tokens × tokens` tensor.
@@ -7,7 +8,7 @@ use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
 use super::bf16::{self, Rows, pack_row, round_pairs};
-use super::{Shared, gemm};
+use super::{Shared, gemm, softcap};
 use crate::backend::AttentionShape;
 use crate::simd::{LANES, exp, sum_lanes};
 use crate::simd_fn;
@@ -20,32 +21,34 @@ pub fn reference(
     q: ArrayView2<f32>,
     k: ArrayView2<f32>,
     v: ArrayView2<f32>,
+    sinks: Option<&[f32]>,
     shape: &AttentionShape,
     lengths: &[usize],
 ) -> Array2<f32> {
-    let AttentionShape { heads, kv_heads, head_dim, scale, window } = *shape;
-    let mut out = Array2::zeros(q.raw_dim());
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap } = *shape;
+    let mut out = Array2::zeros((q.nrows(), heads * value_dim));
     let mut start = 0;
     for &length in lengths {
         for head in 0..heads {
-            let (qh, kh) = (head * head_dim, head / (heads / kv_heads) * head_dim);
+            let kv_head = head / (heads / kv_heads);
+            let sink = sinks.map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[head]));
             for i in 0..length {
-                let first = window.map_or(0, |w| (i + 1).saturating_sub(w));
-                let scores: Vec<f64> = (first..=i)
-                    .map(|j| {
-                        (0..head_dim)
-                            .map(|d| f64::from(q[[start + i, qh + d]]) * f64::from(k[[start + j, kh + d]]))
-                            .sum::<f64>()
-                            * f64::from(scale)
-                    })
-                    .collect();
-                let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let seen = |j: &usize| window.is_none_or(|w| i < j + w) && chunk.is_none_or(|c| i / c == j / c);
+                let keys: Vec<usize> = (0..=i).filter(seen).collect();
+                let score = |j: &usize| {
+                    let (a, b) = (q.row(start + i), k.row(start + j));
+                    let pairs = (0..head_dim).map(|d| (a[head * head_dim + d], b[kv_head * head_dim + d]));
+                    let score = pairs.map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() * f64::from(scale);
+                    softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+                };
+                let scores: Vec<f64> = keys.iter().map(score).collect();
+                let top = scores.iter().copied().fold(sink, f64::max);
                 let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
-                let total: f64 = weights.iter().sum();
-                for d in 0..head_dim {
-                    let sum: f64 =
-                        weights.iter().zip(first..).map(|(w, j)| w * f64::from(v[[start + j, kh + d]])).sum();
-                    out[[start + i, qh + d]] = (sum / total) as f32;
+                let total = weights.iter().sum::<f64>() + (sink - top).exp();
+                for d in 0..value_dim {
+                    let value = |j: &usize| f64::from(v[[start + j, kv_head * value_dim + d]]);
+                    let sum: f64 = weights.iter().zip(&keys).map(|(w, j)| w * value(j)).sum();
+                    out[[start + i, head * value_dim + d]] = (sum / total) as f32;
                 }
             }
         }
@@ -59,12 +62,15 @@ pub fn run(
     q: ArrayView2<f32>,
     k: ArrayView2<f32>,
     v: ArrayView2<f32>,
+    sinks: Option<&[f32]>,
     shape: &AttentionShape,
     lengths: &[usize],
 ) -> Array2<f32> {
-    let AttentionShape { heads, kv_heads, head_dim, scale, window } = *shape;
-    let (q_cols, kv_cols) = (heads * head_dim, kv_heads * head_dim);
-    let mut out = vec![0.0f32; q.nrows() * q_cols];
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, softcap, .. } = *shape;
+    let [q_cols, out_cols] = [head_dim, value_dim].map(|width| heads * width);
+    let [k_cols, v_cols] = [head_dim, value_dim].map(|width| kv_heads * width);
+    let tokens = q.nrows();
+    let mut out = vec![0.0f32; tokens * out_cols];
     let mut tasks = Vec::new();
     let mut start = 0;
     for &length in lengths {
@@ -79,11 +85,11 @@ pub fn run(
     tasks.into_par_iter().for_each_init(Vec::new, |scores: &mut Vec<f32>, (start, length, head, query)| {
         let kv_head = head / (heads / kv_heads);
         let count = QUERIES.min(length - query);
-        let first = window.map_or(0, |w| (query + 1).saturating_sub(w));
+        let first = shape.first_seen(query);
         let keys = query + count - first;
         scores.clear();
         scores.resize(count * keys, 0.0);
-        let kv = (start + first) * kv_cols + kv_head * head_dim;
+        let sink = sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head]);
         // SAFETY: the slices hold `start + length` tokens, and each task writes its own queries of its own head.
         unsafe {
             gemm(
@@ -93,31 +99,34 @@ pub fn run(
                 false,
                 q.as_ptr().add((start + query) * q_cols + head * head_dim),
                 [q_cols, 1],
-                k.as_ptr().add(kv),
-                [1, kv_cols],
+                k.as_ptr().add((start + first) * k_cols + kv_head * head_dim),
+                [1, k_cols],
                 [0.0, scale],
             );
             for (i, row) in scores.chunks_exact_mut(keys).enumerate() {
-                let end = query + i + 1 - first;
-                let begin = window.map_or(0, |w| end.saturating_sub(w));
+                let [begin, end] = [shape.first_seen(query + i), query + i + 1].map(|position| position - first);
                 row[..begin].fill(0.0);
                 row[end..].fill(0.0);
-                softmax(&mut row[begin..end]);
+                let seen = &mut row[begin..end];
+                if let Some(cap) = softcap {
+                    softcap::scaled(seen, 1.0, cap);
+                }
+                softmax(seen, sink);
             }
             gemm(
-                [count, head_dim, keys],
-                target.at((start + query) * q_cols + head * head_dim),
-                [q_cols, 1],
+                [count, value_dim, keys],
+                target.at((start + query) * out_cols + head * value_dim),
+                [out_cols, 1],
                 false,
                 scores.as_ptr(),
                 [keys, 1],
-                v.as_ptr().add(kv),
-                [kv_cols, 1],
+                v.as_ptr().add((start + first) * v_cols + kv_head * value_dim),
+                [v_cols, 1],
                 [0.0, 1.0],
             );
         }
     });
-    Array2::from_shape_vec((q.len() / q_cols, q_cols), out).expect("the shape of q")
+    Array2::from_shape_vec((tokens, out_cols), out).expect("as long as its shape says")
 }
 
 /// Keys of a panel of the rounded form.
@@ -125,7 +134,7 @@ const PANEL: usize = 32;
 
 /// Whether [`rounded`] can do it: the instruction is there, and heads start at whole pairs.
 pub fn can_round(shape: &AttentionShape) -> bool {
-    bf16::available() && shape.head_dim.is_multiple_of(2)
+    bf16::available() && shape.head_dim.is_multiple_of(2) && shape.value_dim.is_multiple_of(2)
 }
 
 /// As [`run`], with queries, keys, values and probabilities rounded to bfloat16, and so is the result.
@@ -136,14 +145,15 @@ pub fn rounded(
     q: ArrayView2<f32>,
     k: ArrayView2<f32>,
     v: ArrayView2<f32>,
+    sinks: Option<&[f32]>,
     shape: &AttentionShape,
     lengths: &[usize],
 ) -> Rows {
     assert!(can_round(shape), "checked by the caller");
-    let AttentionShape { heads, kv_heads, head_dim, scale, window } = *shape;
-    let (q_cols, kv_cols) = (heads * head_dim, kv_heads * head_dim);
-    let (depth, wide) = (head_dim / 2, head_dim.next_multiple_of(PANEL));
-    let mut out = Rows::zeros(q.nrows(), q_cols);
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, softcap, .. } = *shape;
+    let (q_cols, k_cols, v_cols) = (heads * head_dim, kv_heads * head_dim, kv_heads * value_dim);
+    let (depth, wide) = (head_dim / 2, value_dim.next_multiple_of(PANEL));
+    let mut out = Rows::zeros(q.nrows(), heads * value_dim);
     let [q, k, v] = [q, k, v].map(|m| m.to_slice().expect("a contiguous matrix"));
     let mut sequences = Vec::new();
     let mut tasks = Vec::new();
@@ -164,10 +174,10 @@ pub fn rounded(
             let (mut keys, mut values) = (vec![0u32; padded * depth], vec![0u32; padded / 2 * wide]);
             let mut lanes = [vec![0.0f32; wide], vec![0.0f32; wide]];
             for token in 0..length {
-                let at = (start + token) * kv_cols + head * head_dim;
                 let panel = &mut keys[token / PANEL * PANEL * depth..][..PANEL * depth];
-                pack_row::<PANEL>(&k[at..][..head_dim], token % PANEL, panel);
-                lanes[token % 2][..head_dim].copy_from_slice(&v[at..][..head_dim]);
+                pack_row::<PANEL>(&k[(start + token) * k_cols + head * head_dim..][..head_dim], token % PANEL, panel);
+                let value = &v[(start + token) * v_cols + head * value_dim..][..value_dim];
+                lanes[token % 2][..value_dim].copy_from_slice(value);
                 if token % 2 == 1 || token + 1 == length {
                     if token % 2 == 0 {
                         lanes[1].fill(0.0);
@@ -198,7 +208,10 @@ pub fn rounded(
             let [keys, values] = &packed[sequence];
             let padded = length.next_multiple_of(PANEL);
             let count = QUERIES.min(length - query);
-            let first = window.map_or(0, |w| (query + 1).saturating_sub(w)) / PANEL * PANEL;
+            let first = shape.first_seen(query) / PANEL * PANEL;
+            // Capped scores are scaled before, others in the softmax.
+            let (before, within) = if softcap.is_some() { (scale, 1.0) } else { (1.0, scale) };
+            let sink = sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head] / within);
             let seen = (query + count).next_multiple_of(PANEL) - first;
             let Scratch { queries, scores, weights, mixed } = scratch;
             queries.clear();
@@ -230,11 +243,14 @@ pub fn rounded(
                 for (row, (scores, weights)) in
                     scores.chunks_exact_mut(seen).zip(weights.chunks_exact_mut(seen / 2)).enumerate().take(count)
                 {
-                    let end = query + row + 1 - first;
-                    let begin = window.map_or(0, |w| (query + row + 1).saturating_sub(w).saturating_sub(first));
+                    let [begin, end] =
+                        [shape.first_seen(query + row), query + row + 1].map(|position| position - first);
                     scores[..begin].fill(0.0);
                     scores[end..].fill(0.0);
-                    sums[row] = exponents(&mut scores[begin..end], scale);
+                    if let Some(cap) = softcap {
+                        softcap::scaled(&mut scores[begin..end], before, cap);
+                    }
+                    sums[row] = exponents(&mut scores[begin..end], within, sink);
                     round_pairs(scores, weights);
                 }
                 for col in (0..wide).step_by(PANEL) {
@@ -246,11 +262,11 @@ pub fn rounded(
                     }
                 }
                 for (row, mixed) in mixed.chunks_exact_mut(wide).enumerate().take(count) {
-                    let at = (start + query + row) * stride + head * depth;
-                    let out = std::slice::from_raw_parts_mut(target.at(at), depth);
+                    let at = (start + query + row) * stride + head * value_dim / 2;
+                    let out = std::slice::from_raw_parts_mut(target.at(at), value_dim / 2);
                     let whole = 1.0 / sums[row];
                     mixed.iter_mut().for_each(|x| *x *= whole);
-                    round_pairs(&mixed[..head_dim], out);
+                    round_pairs(&mixed[..value_dim], out);
                 }
             }
         },
@@ -267,8 +283,8 @@ simd_fn! {
 }
 
 simd_fn! {
-    fn softmax(row: &mut [f32]) {
-        let whole = 1.0 / exponents(row, 1.0);
+    fn softmax(row: &mut [f32], sink: f32) {
+        let whole = 1.0 / exponents(row, 1.0, sink);
         for x in row.iter_mut() {
             *x *= whole;
         }
@@ -276,12 +292,12 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// `x ← exp(scale · (x − top))` for the largest `x`; returns the sum.
-    fn exponents(row: &mut [f32], scale: f32) -> f32 {
+    /// `x ← exp(scale · (x − top))` for the largest `x`, `sink` included; returns the sum, that of the sink included.
+    fn exponents(row: &mut [f32], scale: f32, sink: f32) -> f32 {
         let larger = |a: f32, b: f32| if b > a { b } else { a };
         let mut lanes = [f32::NEG_INFINITY; LANES];
         let chunks = row.chunks_exact(LANES);
-        let rest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, larger);
+        let rest = chunks.remainder().iter().copied().fold(sink, larger);
         for chunk in chunks {
             for lane in 0..LANES {
                 lanes[lane] = larger(lanes[lane], chunk[lane]);
@@ -296,7 +312,7 @@ simd_fn! {
                 lanes[lane] += chunk[lane];
             }
         }
-        let mut sum = 0.0;
+        let mut sum = exp(scale * (sink - top));
         for x in chunks.into_remainder() {
             *x = exp(scale * (*x - top));
             sum += *x;
@@ -307,12 +323,41 @@ simd_fn! {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::super::testing::{Noise, close};
     use super::*;
 
+    const PLAIN: AttentionShape = AttentionShape {
+        heads: 1,
+        kv_heads: 1,
+        head_dim: 1,
+        value_dim: 1,
+        scale: 0.3,
+        window: None,
+        chunk: None,
+        softcap: None,
+    };
+
+    fn check(shape: AttentionShape, sunk: bool, lengths: &[usize], seed: u64) {
+        let mut noise = Noise(seed);
+        let tokens = lengths.iter().sum();
+        let q = noise.matrix(tokens, shape.heads * shape.head_dim);
+        let k = noise.matrix(tokens, shape.kv_heads * shape.head_dim);
+        let v = noise.matrix(tokens, shape.kv_heads * shape.value_dim);
+        let sinks: Vec<f32> = (0..shape.heads).map(|_| 3.0 * noise.next()).collect();
+        let sinks = sunk.then_some(&sinks[..]);
+        let fast = run(q.view(), k.view(), v.view(), sinks, &shape, lengths);
+        let slow = reference(q.view(), k.view(), v.view(), sinks, &shape, lengths);
+        close(fast.as_slice().unwrap(), slow.as_slice().unwrap(), 2e-6);
+        if can_round(&shape) {
+            let rounded = rounded(q.view(), k.view(), v.view(), sinks, &shape, lengths).widen();
+            close(rounded.as_slice().unwrap(), slow.as_slice().unwrap(), 1e-2);
+        }
+    }
+
     #[test]
     fn agrees_with_the_plain_loop() {
-        let mut noise = Noise(5);
         for (heads, kv_heads, head_dim, window, lengths) in [
             (1, 1, 1, None, vec![1]),
             (4, 2, 8, None, vec![130, 1, 67]),
@@ -321,18 +366,35 @@ mod tests {
             (2, 1, 70, Some(100), vec![333]),
             (3, 1, 4, Some(500), vec![70]),
         ] {
-            let tokens = lengths.iter().sum();
-            let shape = AttentionShape { heads, kv_heads, head_dim, scale: 0.3, window };
-            let q = noise.matrix(tokens, heads * head_dim);
-            let k = noise.matrix(tokens, kv_heads * head_dim);
-            let v = noise.matrix(tokens, kv_heads * head_dim);
-            let fast = run(q.view(), k.view(), v.view(), &shape, &lengths);
-            let slow = reference(q.view(), k.view(), v.view(), &shape, &lengths);
-            close(fast.as_slice().unwrap(), slow.as_slice().unwrap(), 2e-6);
-            if can_round(&shape) {
-                let rounded = rounded(q.view(), k.view(), v.view(), &shape, &lengths).widen();
-                close(rounded.as_slice().unwrap(), slow.as_slice().unwrap(), 1e-2);
-            }
+            let shape = AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, window, ..PLAIN };
+            check(shape, false, &lengths, 5);
+        }
+    }
+
+    fn some<T: Clone + std::fmt::Debug + 'static>(of: impl Strategy<Value = T> + 'static) -> BoxedStrategy<Option<T>> {
+        prop_oneof![Just(None), of.prop_map(Some)].boxed()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(64))]
+        #[test]
+        fn agrees_with_the_plain_loop_in_every_form(
+            (kv_heads, of_each) in (1usize..3, 1usize..4),
+            head_dim in 1usize..40,
+            value_dim in 1usize..70,
+            even: bool,
+            window in some(1usize..120),
+            chunk in some(1usize..120),
+            softcap in some(0.5f32..10.0),
+            sunk: bool,
+            lengths in prop::collection::vec(prop_oneof![0usize..5, 60usize..70, 120usize..200], 1..4),
+            seed: u64,
+        ) {
+            let [head_dim, value_dim] = [head_dim, value_dim].map(|dim| if even { 2 * dim } else { dim });
+            let heads = kv_heads * of_each;
+            let scale = (head_dim as f32).powf(-0.5);
+            let shape = AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap };
+            check(shape, sunk, &lengths, seed);
         }
     }
 }

@@ -10,6 +10,7 @@ use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
 use super::{Shared, activation};
+use crate::backend::Activation;
 use crate::simd_fn;
 
 /// Rows of the tile that stays in registers, and vectors in a row of it.
@@ -250,24 +251,43 @@ pub fn add_linear(x: &Rows, w: &Panels, bias: Option<&[f32]>, y: &mut Array2<f32
     product(x, w, bias, Shared::new(y.as_slice_mut().expect("a contiguous matrix")), true);
 }
 
-/// `silu(x gᵀ + b) · (x uᵀ + b)`, a panel of both at a time, so that neither ever leaves the cache.
+/// `act(x gᵀ + b) · (x uᵀ + b)` for `[gate, up]`, a panel of both at a time, so that neither ever leaves the cache.
 ///
 /// # Panics
 /// As [`linear`], or if the two weights differ in shape.
-pub fn gated(x: &Rows, gate: &Panels, up: &Panels, biases: [Option<&[f32]>; 2]) -> Rows {
-    assert!(available() && x.cols == gate.cols && gate.shape() == up.shape(), "checked by the caller");
-    let outs = gate.outs;
+pub fn gated(x: &Rows, weights: [&Panels; 2], biases: [Option<&[f32]>; 2], activation: Activation) -> Rows {
+    fused(x, weights, biases, |[gate, up]| activation::gate_chunk(activation, gate, up))
+}
+
+/// `act(x wᵀ + b)`, likewise.
+///
+/// # Panics
+/// As [`linear`].
+pub fn activated(x: &Rows, w: &Panels, bias: Option<&[f32]>, activation: Activation) -> Rows {
+    fused(x, [w], [bias], |[y]| activation::run_chunk(activation, y))
+}
+
+/// What `finish` makes, in the first of its slices, of a few rows of a panel of every product.
+fn fused<const N: usize>(
+    x: &Rows,
+    weights: [&Panels; N],
+    biases: [Option<&[f32]>; N],
+    finish: impl Fn([&mut [f32]; N]) + Sync,
+) -> Rows {
+    let shape = [weights[0].outs, x.cols];
+    assert!(available() && weights.iter().all(|w| w.shape() == shape), "checked by the caller");
+    let outs = shape[0];
     let mut out = Rows::zeros(x.rows, outs);
     let stride = out.stride;
     let tasks = out.data.par_chunks_mut(TASK_ROWS * stride).take(x.rows.div_ceil(TASK_ROWS)).enumerate();
     tasks.with_max_len(1).for_each_init(
-        || [vec![0.0f32; TASK_ROWS * NR], vec![0.0f32; TASK_ROWS * NR]],
+        || [(); N].map(|()| vec![0.0f32; TASK_ROWS * NR]),
         |scratch, (task, out)| {
             let first = task * TASK_ROWS;
             let rows = TASK_ROWS.min(x.rows - first);
             for col in (0..outs).step_by(NR) {
                 let width = NR.min(outs - col);
-                for ((weight, bias), c) in [gate, up].into_iter().zip(biases).zip(&mut *scratch) {
+                for ((weight, bias), c) in weights.into_iter().zip(biases).zip(&mut *scratch) {
                     // SAFETY: the scratch is this task's, and holds the strip.
                     unsafe { strip(x, first, rows, weight.panel(col / NR), c.as_mut_ptr(), NR, NR, false) };
                     if let Some(bias) = bias {
@@ -276,10 +296,9 @@ pub fn gated(x: &Rows, gate: &Panels, up: &Panels, biases: [Option<&[f32]>; 2]) 
                         }
                     }
                 }
-                let [gate, up] = &mut *scratch;
-                activation::silu_mul_chunk(&mut gate[..rows * NR], &up[..rows * NR]);
-                for (gate, out) in gate.chunks_exact(NR).zip(out.chunks_exact_mut(stride)).take(rows) {
-                    round_pairs(&gate[..width], &mut out[col / 2..]);
+                finish(scratch.each_mut().map(|c| &mut c[..rows * NR]));
+                for (y, out) in scratch[0].chunks_exact(NR).zip(out.chunks_exact_mut(stride)).take(rows) {
+                    round_pairs(&y[..width], &mut out[col / 2..]);
                 }
             }
         },
@@ -493,10 +512,17 @@ mod tests {
             super::super::testing::close(fast.as_slice().unwrap(), twice.as_slice().unwrap(), 4e-6);
 
             let up = noise.matrix(outs, cols);
-            let found = gated(&rows, &panels, &Panels::of(up.view()), [Some(&bias), None]).widen();
+            let panels = [panels, Panels::of(up.view())];
             let up = super::super::linear::reference(rounded(&x).view(), rounded(&up).view(), None);
-            let expected = ndarray::Zip::from(&slow).and(&up).map_collect(|g, u| activation::silu_reference(*g) * u);
-            super::super::testing::close(found.as_slice().unwrap(), expected.as_slice().unwrap(), 5e-3);
+            for activation in activation::ALL {
+                let found = gated(&rows, panels.each_ref(), [Some(&bias), None], activation).widen();
+                let expected = |g: &f32, u: &f32| activation::gate_reference(activation, *g, *u);
+                let expected = ndarray::Zip::from(&slow).and(&up).map_collect(expected);
+                super::super::testing::close(found.as_slice().unwrap(), expected.as_slice().unwrap(), 5e-3);
+                let found = activated(&rows, &panels[0], Some(&bias), activation).widen();
+                let expected = slow.mapv(|x| activation::reference(activation, x));
+                super::super::testing::close(found.as_slice().unwrap(), expected.as_slice().unwrap(), 5e-3);
+            }
 
             let mut found = Array2::zeros((cols, cols));
             gram(&rows, &mut found);

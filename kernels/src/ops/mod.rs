@@ -1,12 +1,14 @@
 //! One file an operation: shapes, the plain-loop reference, the fast CPU form.
 
 pub mod activation;
+pub mod add;
 pub mod attention;
 pub mod bf16;
 pub mod blocks;
 pub mod factor;
 pub mod fit;
 pub mod gram;
+pub mod heads;
 pub mod linear;
 pub mod loss;
 pub mod norm;
@@ -14,6 +16,7 @@ pub mod refine;
 pub mod rope;
 pub mod round;
 pub mod scaled;
+pub mod softcap;
 pub mod sweep;
 
 /// A pointer that tasks writing to disjoint parts of one buffer may share.
