@@ -278,11 +278,18 @@ pub trait Backend: Sync {
     fn rms_norm(&self, x: &Self::Matrix, weight: &[f32], eps: f32) -> Result<Self::Matrix>;
     /// `(x − mean) / √(variance + eps) · weight + bias` per row.
     fn layer_norm(&self, x: &Self::Matrix, weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Result<Self::Matrix>;
-    /// Normalises every `head_dim` values of each row in place, without a bias.
+    /// Normalises every `head_dim` values of each row in place.
     ///
-    /// `weight` is `[head_dim]`, shared by the heads, or as wide as `x`, one for each head.
-    fn norm_heads(&self, x: &mut Self::Matrix, head_dim: usize, kind: NormKind, weight: &[f32], eps: f32)
-    -> Result<()>;
+    /// `weight` and `bias` are `[head_dim]`, shared by the heads, or as wide as `x`, one for each head.
+    fn norm_heads(
+        &self,
+        x: &mut Self::Matrix,
+        head_dim: usize,
+        kind: NormKind,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+    ) -> Result<()>;
     /// Rotates pairs of values of each head by the angles of its token's position.
     ///
     /// `cos` and `sin` are `[positions, pairs]`; `lengths` are the sequences that `x`'s rows consist of.
@@ -313,6 +320,8 @@ pub trait Backend: Sync {
     fn join_heads(&self, own: &Self::Matrix, shared: &Self::Matrix, heads: usize) -> Result<Self::Matrix>;
     /// `x ← cap · tanh(x / cap)`.
     fn softcap(&self, x: &mut Self::Matrix, cap: f32) -> Result<()>;
+    /// Limits every value to `−limit ..= limit`.
+    fn clamp(&self, x: &mut Self::Matrix, limit: f32) -> Result<()>;
     /// `y ← y + factor · x`.
     fn add_scaled(&self, x: &Self::Matrix, factor: f32, y: &mut Self::Matrix) -> Result<()>;
     /// `y[rows[i]] ← y[rows[i]] + weights[i] · x[i]` for every row of `x`; `rows` are distinct.

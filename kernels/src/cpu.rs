@@ -275,12 +275,20 @@ impl Backend for Cpu {
         Ok(norm::run(x.view(), NormKind::Layer, weight, bias, eps))
     }
 
-    fn norm_heads(&self, x: &mut Array2<f32>, head_dim: usize, kind: NormKind, weight: &[f32], eps: f32) -> Result<()> {
+    fn norm_heads(
+        &self,
+        x: &mut Array2<f32>,
+        head_dim: usize,
+        kind: NormKind,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+    ) -> Result<()> {
         expect_heads("norm_heads", head_dim, x.ncols())?;
-        if weight.len() != head_dim {
-            expect("norm_heads", "weights", x.ncols(), weight.len())?;
+        for values in [Some(weight), bias].into_iter().flatten().filter(|values| values.len() != head_dim) {
+            expect("norm_heads", "weights", x.ncols(), values.len())?;
         }
-        norm::heads(x, head_dim, kind, weight, eps);
+        norm::heads(x, head_dim, kind, weight, bias, eps);
         Ok(())
     }
 
@@ -342,6 +350,11 @@ impl Backend for Cpu {
 
     fn softcap(&self, x: &mut Array2<f32>, cap: f32) -> Result<()> {
         softcap::run(flat(x), cap);
+        Ok(())
+    }
+
+    fn clamp(&self, x: &mut Array2<f32>, limit: f32) -> Result<()> {
+        flat(x).par_chunks_mut(1 << 14).for_each(|part| part.iter_mut().for_each(|x| *x = x.clamp(-limit, limit)));
         Ok(())
     }
 

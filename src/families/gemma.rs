@@ -31,7 +31,11 @@ fn base(config: &Config<'_>) -> Result<Base> {
 fn gemma(config: &Config<'_>) -> Result<Graph> {
     let base = base(config)?;
     let inner = config.count("intermediate_size")?;
-    let act = activation(config, Activation::GeluTanh)?;
+    // Checkpoints of the first days say gelu and mean its approximation.
+    let act = match activation(config, Activation::GeluTanh)? {
+        Activation::Gelu => Activation::GeluTanh,
+        other => other,
+    };
     let bias = config.flag("attention_bias", false)?;
     let rope = rope(config, base.head_dim, Default::default())?;
     let blocks = base.each(|layer| {

@@ -85,6 +85,7 @@ fn gpt_neox(config: &Config<'_>) -> Result<Graph> {
     base.norm = NormKind::Layer;
     base.norm_bias = true;
     base.eps = config.number("layer_norm_eps", 1e-5)? as f32;
+    base.kv_heads = base.heads;
     base.blocks = "gpt_neox.layers";
     base.embedding = "gpt_neox.embed_in";
     base.final_norm = "gpt_neox.final_layer_norm";

@@ -49,10 +49,17 @@ pub fn run(x: ArrayView2<f32>, kind: NormKind, weight: &[f32], bias: Option<&[f3
 }
 
 /// Every `width` values of each row in place, rows across threads; `weight` is for them all or as wide as a row.
-pub fn heads(x: &mut Array2<f32>, width: usize, kind: NormKind, weight: &[f32], eps: f32) {
+pub fn heads(
+    x: &mut Array2<f32>,
+    width: usize,
+    kind: NormKind,
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    eps: f32,
+) {
     let part = (ROWS * x.ncols()).max(1);
     let data = x.as_slice_mut().expect("a contiguous matrix");
-    data.par_chunks_mut(part).for_each(|x| slices(x, width, kind, weight, eps));
+    data.par_chunks_mut(part).for_each(|x| slices(x, width, kind, weight, bias, eps));
 }
 
 simd_fn! {
@@ -71,12 +78,16 @@ simd_fn! {
 }
 
 simd_fn! {
-    fn slices(x: &mut [f32], width: usize, kind: NormKind, weight: &[f32], eps: f32) {
+    fn slices(x: &mut [f32], width: usize, kind: NormKind, weight: &[f32], bias: Option<&[f32]>, eps: f32) {
         for (index, x) in x.chunks_exact_mut(width).enumerate() {
             let (mean, scale) = moments(x, kind, eps);
             let weight = &weight[index * width % weight.len()..][..width];
             for (x, w) in x.iter_mut().zip(weight) {
                 *x = (*x - mean) * scale * w;
+            }
+            if let Some(bias) = bias {
+                let bias = &bias[index * width % bias.len()..][..width];
+                x.iter_mut().zip(bias).for_each(|(x, b)| *x += b);
             }
         }
     }
@@ -130,15 +141,18 @@ mod tests {
 
         #[test]
         fn heads_agree_with_the_plain_loop(
-            tokens in 0usize..140, width in 1usize..40, count in 1usize..6, layer: bool, shared: bool, seed: u64,
+            tokens in 0usize..140, width in 1usize..40, count in 1usize..6, layer: bool, shared: bool, biased: bool,
+            seed: u64,
         ) {
             let mut noise = Noise(seed);
             let kind = if layer { NormKind::Layer } else { NormKind::Rms };
             let x = noise.matrix(tokens, count * width);
-            let weight: Vec<f32> = (0..if shared { width } else { count * width }).map(|_| noise.next()).collect();
+            let length = if shared { width } else { count * width };
+            let [weight, bias]: [Vec<f32>; 2] = std::array::from_fn(|_| (0..length).map(|_| noise.next()).collect());
+            let bias = biased.then_some(&bias[..]);
             let mut fast = x.clone();
-            heads(&mut fast, width, kind, &weight, 1e-2);
-            let slow = reference(x.view(), width, kind, &weight, None, 1e-2);
+            heads(&mut fast, width, kind, &weight, bias, 1e-2);
+            let slow = reference(x.view(), width, kind, &weight, bias, 1e-2);
             close(fast.as_slice().unwrap(), slow.as_slice().unwrap(), 3e-6);
         }
     }
