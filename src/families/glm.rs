@@ -16,7 +16,8 @@ pub const GLM: Family = Family { id: "glm", model_types: &["glm"], build: |confi
 pub const GLM4: Family = Family { id: "glm4", model_types: &["glm4"], build: |config| build(config, true) };
 
 fn build(config: &Config<'_>, fourth: bool) -> Result<Graph> {
-    let base = Base::read(config)?;
+    let mut base = Base::read(config)?;
+    base.eps = config.number("rms_norm_eps", 1.5625e-7)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("attention_bias", false)?;

@@ -49,7 +49,8 @@ fn phi(config: &Config<'_>) -> Result<Graph> {
 }
 
 fn phi3(config: &Config<'_>) -> Result<Graph> {
-    let base = Base::read(config)?;
+    let mut base = Base::read(config)?;
+    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let window = config.optional_count("sliding_window")?;
