@@ -237,7 +237,7 @@ pub struct Attention {
     pub layout: RopeLayout,
     /// Normalisation of queries and keys.
     pub norms: Option<HeadNorms>,
-    /// Queries, keys and values are clamped to this size.
+    /// Queries, keys and values are clamped to this size, after their norms.
     pub clip: Option<f32>,
     /// Tensor of one logit a head that takes part in the softmax and has no value.
     pub sinks: Option<String>,
@@ -586,6 +586,32 @@ impl Graph {
         tensors
     }
 
+    /// Does something to every linear of the blocks.
+    pub fn linears_mut(&mut self, change: &mut dyn FnMut(&mut Linear)) {
+        for step in self.blocks.iter_mut().flat_map(|block| &mut block.steps) {
+            let mut mlp = |mlp: &mut Mlp| mlp.inputs.iter_mut().chain([&mut mlp.down]).for_each(&mut *change);
+            match &mut step.layer {
+                Layer::Mlp(m) => mlp(m),
+                Layer::Moe(moe) => {
+                    moe.experts.iter_mut().for_each(&mut mlp);
+                    moe.shared.iter_mut().for_each(|(shared, _)| mlp(shared));
+                    change(&mut moe.router.linear);
+                    moe.shared.iter_mut().filter_map(|(_, gate)| gate.as_mut()).for_each(&mut *change);
+                }
+                Layer::Attention(a) => {
+                    match &mut a.projections {
+                        Projections::Direct(linears) => linears.iter_mut().for_each(&mut *change),
+                        Projections::Latent { q, kv_a, kv_b, .. } => {
+                            q.iter_mut().chain([kv_a, kv_b]).for_each(&mut *change);
+                        }
+                    }
+                    change(&mut a.o);
+                }
+                Layer::Opaque(linears) => linears.iter_mut().for_each(&mut *change),
+            }
+        }
+    }
+
     /// Gives every tensor and module another name.
     pub fn rename(&mut self, name: &dyn Fn(&str) -> String) {
         let linear = |l: &mut Linear| {
@@ -600,41 +626,27 @@ impl Graph {
             norm.weights.iter_mut().for_each(|weight| *weight = name(weight));
             text(&mut norm.bias);
         };
-        let mlp = |mlp: &mut Mlp| mlp.inputs.iter_mut().chain([&mut mlp.down]).for_each(linear);
+        self.linears_mut(&mut |l| linear(l));
+        linear(&mut self.head.linear);
         self.embedding.tensor = name(&self.embedding.tensor);
         self.embedding.positions.iter_mut().for_each(|(tensor, _)| *tensor = name(tensor));
+        norm(&mut self.final_norm);
         for block in &mut self.blocks {
             block.name = name(&block.name);
             for step in &mut block.steps {
                 step.pre.iter_mut().chain(&mut step.post).for_each(norm);
                 match &mut step.layer {
                     Layer::Attention(a) => {
-                        linear(&mut a.o);
                         text(&mut a.sinks);
                         a.norms.iter_mut().flat_map(|n| [&mut n.q, &mut n.k]).for_each(norm);
-                        match &mut a.projections {
-                            Projections::Direct(linears) => linears.iter_mut().for_each(linear),
-                            Projections::Latent { q, q_norm, kv_a, kv_norm, kv_b } => {
-                                q.iter_mut().chain([kv_a, kv_b]).for_each(linear);
-                                q_norm.iter_mut().chain([kv_norm]).for_each(norm);
-                            }
+                        if let Projections::Latent { q_norm, kv_norm, .. } = &mut a.projections {
+                            q_norm.iter_mut().chain([kv_norm]).for_each(norm);
                         }
                     }
-                    Layer::Mlp(m) => mlp(m),
-                    Layer::Moe(moe) => {
-                        linear(&mut moe.router.linear);
-                        text(&mut moe.router.correction);
-                        moe.experts.iter_mut().for_each(mlp);
-                        if let Some((shared, gate)) = &mut moe.shared {
-                            mlp(shared);
-                            gate.iter_mut().for_each(linear);
-                        }
-                    }
-                    Layer::Opaque(linears) => linears.iter_mut().for_each(linear),
+                    Layer::Moe(moe) => text(&mut moe.router.correction),
+                    Layer::Mlp(_) | Layer::Opaque(_) => {}
                 }
             }
         }
-        norm(&mut self.final_norm);
-        linear(&mut self.head.linear);
     }
 }

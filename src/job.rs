@@ -223,6 +223,23 @@ impl Job<'_> {
             ));
         }
         let recipe = &self.recipe;
+        if needs > Needs::Nothing || self.verification.is_some() {
+            families::check_runnable(&graph, &source)?;
+        }
+        if graph.opaque {
+            let bytes = |module: &str| source.entry(&format!("{module}.weight")).map_or(0, |entry| entry.stored_bytes);
+            let found: u64 = graph.linears().map(|linear| bytes(&linear.module)).sum();
+            let all: u64 = source.entries().iter().map(|entry| entry.stored_bytes).sum();
+            notes.push(format!(
+                "the model's type is not known: {} linears were found by name and shape, {:.0} % of its bytes, and nothing could be measured",
+                graph.linears().count(),
+                100.0 * found as f64 / all.max(1) as f64
+            ));
+        }
+        if !graph.aside.is_empty() && !graph.opaque {
+            let names: Vec<&str> = graph.aside.iter().map(|(prefix, _)| prefix.trim_end_matches('.')).collect();
+            notes.push(format!("not part of the language model, and copied as they are: {}", names.join(", ")));
+        }
         let text = match needs > Needs::Nothing || self.verification.is_some() {
             true => Some(ModelText::open(&source)?),
             false => None,
@@ -278,7 +295,7 @@ impl Job<'_> {
         Ok(Some(quality))
     }
 
-    fn report<B: Backend>(self, backend: &B, run: Run, outcome: Outcome) -> Result<Report> {
+    fn report<B: Backend>(self, backend: &B, mut run: Run, outcome: Outcome) -> Result<Report> {
         let verdict = match (&outcome.quality, &self.verification) {
             (Some(Quality { beside: Some(beside), .. }), Some(v)) if v.limits.any() => {
                 let missed = v.limits.missed(beside);
@@ -286,6 +303,7 @@ impl Job<'_> {
             }
             _ => None,
         };
+        run.notes.extend(starved_experts(&outcome.linears));
         let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         let inputs = run.hashing.join().map_err(|_| Error::failed("hashing the input failed"))??;
         let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
@@ -320,6 +338,19 @@ impl Job<'_> {
             peak_memory_bytes: peak_memory(),
         })
     }
+}
+
+/// What there is to say of experts that few tokens were sent to.
+fn starved_experts(linears: &[LinearReport]) -> Option<String> {
+    let experts = || linears.iter().filter(|linear| linear.prior.is_some());
+    let starved = experts().filter(|linear| linear.prior.is_some_and(|prior| prior > 0.5)).count();
+    let unseen = experts().filter(|linear| linear.tokens == 0).count();
+    (starved > 0).then(|| {
+        format!(
+            "{starved} of {} linears of experts saw fewer tokens than they have inputs, {unseen} of them none: what all tokens of their layer look like made up for it",
+            experts().count()
+        )
+    })
 }
 
 /// A second copy of the report; written when the output is safe, so that a bad path here does not cost it.

@@ -57,8 +57,11 @@ impl Plan {
         let codec = formats::codec::codec(&recipe.format).expect("resolved");
         check_tensors(graph, source)?;
         let mut patterns = recipe.patterns()?;
-        // The head is a linear like any other to patterns, though it is never quantized here.
-        recipe.scheme_of(&graph.head.linear.module, &mut patterns)?;
+        // To patterns the head, routers and other components' linears are linears, though they are not quantized here.
+        let others = other_linears(graph, source);
+        for module in others.iter().chain([&graph.head.linear.module]) {
+            recipe.scheme_of(module, &mut patterns)?;
+        }
         let mut schemes = HashMap::new();
         let mut modules = Vec::new();
         let mut unquantized = Vec::new();
@@ -88,7 +91,7 @@ impl Plan {
             };
             return Err(Error::usage(format!("tensor `{tensor}`{others}: {} cannot hold it: {why}", codec.id())));
         }
-        let mut left = unquantized.clone();
+        let mut left: Vec<String> = unquantized.iter().chain(&others).cloned().collect();
         if !graph.head.tied {
             left.push(graph.head.linear.module.clone());
         }
@@ -163,6 +166,16 @@ impl Plan {
         }
         Ok(Plan { codec, schemes, unquantized, fates, unstacked, outputs, scale_dtype, precision, float_dtype, config })
     }
+}
+
+/// Linears that are never quantized: routers, and what looks like one in other components of the model.
+pub fn other_linears(graph: &Graph, source: &Checkpoint) -> Vec<String> {
+    let routers = graph.blocks.iter().flat_map(|block| &block.steps).flat_map(|step| step.layer.routers());
+    let aside = source.entries().iter().filter(|entry| {
+        !graph.opaque && entry.shape.len() == 2 && graph.aside.iter().any(|(prefix, _)| entry.name.starts_with(prefix))
+    });
+    let aside = aside.filter_map(|entry| entry.name.strip_suffix(".weight").map(str::to_owned));
+    routers.map(|linear| linear.module.clone()).chain(aside).collect()
 }
 
 impl Plan {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families;
-use crate::forward::{LoadedHead, check_runnable, final_hidden};
+use crate::forward::{LoadedHead, final_hidden};
 use crate::graph::Graph;
 use crate::plan::check_tensors;
 use crate::progress::Progress;
@@ -113,7 +113,7 @@ pub fn evaluate<B: Backend>(
     let mut sides = Vec::new();
     for source in reference.into_iter().chain([model]) {
         let graph = families::graph_of(source)?;
-        check_runnable(&graph)?;
+        families::check_runnable(&graph, source)?;
         check_tensors(&graph, source)?;
         let largest = windows.iter().flatten().max().copied().unwrap_or(0) as usize;
         if largest >= graph.vocabulary {

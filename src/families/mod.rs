@@ -25,7 +25,7 @@ use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::graph::{DropRule, Graph};
+use crate::graph::{DropRule, Graph, Stored};
 
 /// A model family.
 pub struct Family {
@@ -110,13 +110,30 @@ pub fn build(config: &Value) -> Result<Graph> {
         Some(family) => (family.build)(&Config(&text)),
         None => {
             let model_type = Config(&text).text("model_type")?;
-            let known: Vec<&str> = FAMILIES.iter().flat_map(|f| f.model_types.iter().copied()).collect();
-            Err(Error::failed(format!(
-                "config.json: model_type is `{model_type}`, and only {} are supported",
-                known.join(", ")
-            )))
+            Err(Error::failed(format!("config.json: model_type is `{model_type}`, and only {} are supported", known())))
         }
     }
+}
+
+/// Every `model_type` that there is a family for.
+fn known() -> String {
+    let known: Vec<&str> = FAMILIES.iter().flat_map(|f| f.model_types.iter().copied()).collect();
+    known.join(", ")
+}
+
+/// Fails for a model whose family is unknown, so that it cannot be run.
+pub fn check_runnable(graph: &Graph, source: &Checkpoint) -> Result<()> {
+    if !graph.opaque {
+        return Ok(());
+    }
+    let text = text_config(source.config());
+    let model_type = text.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    Err(Error::failed(format!(
+        "{}: models of the type `{model_type}` are not known and cannot be run; they can only be quantized without data \
+         and without measuring: --method rtn --verify-text none (known are {})",
+        source.path().display(),
+        known()
+    )))
 }
 
 /// Builds the graph of a checkpoint, with the names that its tensors have.
@@ -124,7 +141,8 @@ pub fn build(config: &Value) -> Result<Graph> {
 /// A model of an unknown family has a graph of linears that cannot be run. A stored head that differs from the embedding
 /// counts, whatever config.json says of tying: so do runtimes.
 pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
-    if family_of(&text_config(source.config())).is_none() {
+    let text = text_config(source.config());
+    if family_of(&text).is_none() && Config(&text).text("model_type").is_ok() {
         return unknown::graph(source);
     }
     let mut graph = build(source.config()).map_err(|error| match error {
@@ -134,6 +152,13 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
         other => other,
     })?;
     adopt_names(&mut graph, source);
+    // Quantized experts are stored one by one, whatever their original was.
+    graph.linears_mut(&mut |linear| {
+        let stacked = matches!(&linear.stored, Stored::Slice { tensor, .. } if source.entry(tensor).is_none());
+        if stacked && source.entry(&format!("{}.weight", linear.module)).is_some() {
+            linear.stored = Stored::Plain;
+        }
+    });
     if graph.head.tied
         && let Some(head) = source.raw(&graph.head.linear.weight())
         && let Some(embedding) = source.raw(&graph.embedding.tensor)

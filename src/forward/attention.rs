@@ -45,12 +45,12 @@ pub(super) fn run<B: Backend>(
     let mut mixed = Vec::with_capacity(chunks.len());
     for (index, chunk) in chunks.iter().enumerate() {
         let [mut q, mut k, mut v] = make(chunks, index)?;
+        normed(&mut q, &mut k, false)?;
         if let Some(limit) = attention.clip {
             for x in [&mut q, &mut k, &mut v] {
                 backend.clamp(x, limit)?;
             }
         }
-        normed(&mut q, &mut k, false)?;
         if let Some((cos, sin)) = &table {
             for x in [&mut q, &mut k] {
                 backend.rope(x, cos, sin, &attention.layout, &chunk.lengths)?;

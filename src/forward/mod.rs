@@ -13,6 +13,7 @@ use ndarray::{Array2, Axis};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::families::check_runnable;
 use crate::graph::{Block, Graph, Layer, Linear, Norm, Step, Stored};
 
 /// Tokens that go through an operator together, unless one sequence is longer.
@@ -85,7 +86,7 @@ pub fn embed<B: Backend>(
     source: &Checkpoint,
     sequences: &[Vec<u32>],
 ) -> Result<Vec<Chunk<B::Matrix>>> {
-    check_runnable(graph)?;
+    check_runnable(graph, source)?;
     let longest = sequences.iter().map(Vec::len).max().unwrap_or(0);
     if let Some((tensor, rows)) = graph.embedding.positions.as_ref().filter(|(_, rows)| *rows < longest) {
         return Err(Error::usage(format!(
@@ -123,17 +124,6 @@ pub fn embed<B: Backend>(
         chunks.push(Chunk { hidden: backend.upload(hidden)?, lengths: now.iter().map(Vec::len).collect() });
     }
     Ok(chunks)
-}
-
-/// Fails for a model whose family is unknown.
-pub fn check_runnable(graph: &Graph) -> Result<()> {
-    match graph.opaque {
-        false => Ok(()),
-        true => Err(Error::usage(format!(
-            "models of the family `{}` cannot be run, only quantized without data: --method rtn --verify-text none",
-            graph.family
-        ))),
-    }
 }
 
 /// Runs one block over all chunks.

@@ -168,7 +168,7 @@ fn a_configuration_that_cannot_be_is_named_by_its_key() {
         ("num_hidden_layers", json!(99), "model.layers.4."),
         ("num_hidden_layers", json!(2), "model.layers.2."),
         ("num_hidden_layers", json!(1u64 << 40), "num_hidden_layers"),
-        ("hidden_act", json!("gelu"), "silu"),
+        ("hidden_act", json!("mish"), "silu"),
         ("rms_norm_eps", json!("x"), "rms_norm_eps"),
         ("vocab_size", json!(100), "[100, 256]"),
         ("head_dim", json!(63), "63"),
