@@ -507,9 +507,10 @@ impl Layer {
     /// Its linears that never are.
     pub fn routers(&self) -> Vec<&Linear> {
         match self {
-            Layer::Moe(moe) => {
-                [&moe.router.linear].into_iter().chain(moe.shared.as_ref().and_then(|(_, gate)| gate.as_ref())).collect()
-            }
+            Layer::Moe(moe) => [&moe.router.linear]
+                .into_iter()
+                .chain(moe.shared.as_ref().and_then(|(_, gate)| gate.as_ref()))
+                .collect(),
             _ => Vec::new(),
         }
     }
@@ -563,7 +564,8 @@ impl Graph {
         };
         if !self.opaque {
             tensors.push((self.embedding.tensor.clone(), vec![self.vocabulary, self.hidden]));
-            tensors.extend(self.embedding.positions.iter().map(|(name, rows)| (name.clone(), vec![*rows, self.hidden])));
+            tensors
+                .extend(self.embedding.positions.iter().map(|(name, rows)| (name.clone(), vec![*rows, self.hidden])));
         }
         for step in self.blocks.iter().flat_map(|block| &block.steps) {
             step.pre.iter().for_each(|n| norm(n, &mut tensors));
@@ -631,6 +633,7 @@ impl Graph {
         self.embedding.tensor = name(&self.embedding.tensor);
         self.embedding.positions.iter_mut().for_each(|(tensor, _)| *tensor = name(tensor));
         norm(&mut self.final_norm);
+        self.aside.iter_mut().for_each(|(prefix, _)| *prefix = name(prefix));
         for block in &mut self.blocks {
             block.name = name(&block.name);
             for step in &mut block.steps {

@@ -39,7 +39,8 @@ impl<B: Backend> Statistics<B> {
         inputs: impl FnOnce(&mut dyn FnMut(&B::Input) -> Result<(), E>) -> Result<(), E>,
     ) -> Result<Self, E> {
         let gram = if needs >= Needs::Hessian { Some(backend.zeros(cols, cols)?) } else { None };
-        let mut seen = Statistics { tokens: 0, count: 0.0, gram, needs, magnitude: vec![0.0; cols], energy: vec![0.0; cols] };
+        let mut seen =
+            Statistics { tokens: 0, count: 0.0, gram, needs, magnitude: vec![0.0; cols], energy: vec![0.0; cols] };
         inputs(&mut |x| Ok(seen.add(backend, x)?))?;
         // The Hessian's diagonal holds the energies already.
         if let (Needs::Hessian, Some(gram)) = (needs, &seen.gram) {

@@ -97,7 +97,16 @@ impl Base {
     pub fn shape(&self) -> AttentionShape {
         let Base { heads, kv_heads, head_dim, .. } = *self;
         let scale = (head_dim as f32).powf(-0.5);
-        AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, scale, window: None, chunk: None, softcap: None }
+        AttentionShape {
+            heads,
+            kv_heads,
+            head_dim,
+            value_dim: head_dim,
+            scale,
+            window: None,
+            chunk: None,
+            softcap: None,
+        }
     }
 
     /// `q_proj`, `k_proj`, `v_proj`, `o_proj` under `module`; biases of the first three, and of the last.

@@ -86,17 +86,14 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
         ];
         Ok(block(at, steps))
     })?;
-    base.graph(config, if third { "deepseek_v3" } else { "deepseek_v2" }, blocks)
+    let mut graph = base.graph(config, if third { "deepseek_v3" } else { "deepseek_v2" }, blocks)?;
+    for layer in 0..config.number("num_nextn_predict_layers", 0.0)? as usize {
+        graph.aside.push((format!("{}.", base.at(base.layers + layer)), "predicts further tokens"));
+    }
+    Ok(graph)
 }
 
-fn moe(
-    base: &Base,
-    config: &Config<'_>,
-    module: &str,
-    experts: usize,
-    act: Activation,
-    third: bool,
-) -> Result<Moe> {
+fn moe(base: &Base, config: &Config<'_>, module: &str, experts: usize, act: Activation, third: bool) -> Result<Moe> {
     let inner = config.count("moe_intermediate_size")?;
     let renormalize = config.flag("norm_topk_prob", third)?;
     let mut router = router(base, format!("{module}.gate"), experts, config.count("num_experts_per_tok")?, renormalize);

@@ -13,8 +13,7 @@ use crate::graph::{Graph, Layer};
 pub const GEMMA: Family = Family { id: "gemma", model_types: &["gemma"], build: gemma };
 
 /// Gemma 2.
-pub const GEMMA2: Family =
-    Family { id: "gemma2", model_types: &["gemma2"], build: |config| later(config, "gemma2") };
+pub const GEMMA2: Family = Family { id: "gemma2", model_types: &["gemma2"], build: |config| later(config, "gemma2") };
 
 /// Gemma 3, the text model.
 pub const GEMMA3: Family =
@@ -82,9 +81,7 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
             (rope.clone(), rope)
         }
         true => {
-            let of = |kind, theta| {
-                of_kind(config, Some(kind), base.head_dim, Defaults { theta, ..Default::default() })
-            };
+            let of = |kind, theta| of_kind(config, Some(kind), base.head_dim, Defaults { theta, ..Default::default() });
             let near = match config.get("rope_parameters") {
                 Some(_) => of("sliding_attention", 10_000.0)?,
                 // Before transformers 5 the scaling was that of the layers that see all.

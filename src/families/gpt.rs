@@ -49,16 +49,11 @@ fn gpt2(config: &Config<'_>) -> Result<Graph> {
     let positions = config.count("n_positions")?;
     let scaled = config.flag("scale_attn_weights", true)?;
     let by_layer = config.flag("scale_attn_by_inverse_layer_idx", false)?;
-    let linear = |module: String, rows, cols| Linear {
-        stored: Stored::Transposed,
-        ..Linear::plain(module, rows, cols, true)
-    };
+    let linear =
+        |module: String, rows, cols| Linear { stored: Stored::Transposed, ..Linear::plain(module, rows, cols, true) };
     let blocks = base.each(|layer| {
         let at = base.at(layer);
-        let qkv = Linear {
-            split: Split::of(&[hidden; 3]),
-            ..linear(format!("{at}.attn.c_attn"), 3 * hidden, hidden)
-        };
+        let qkv = Linear { split: Split::of(&[hidden; 3]), ..linear(format!("{at}.attn.c_attn"), 3 * hidden, hidden) };
         let mut attention = base.attention_of(vec![qkv], linear(format!("{at}.attn.c_proj"), hidden, hidden), None);
         attention.shape.scale = if scaled { attention.shape.scale } else { 1.0 };
         if by_layer {

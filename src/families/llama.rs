@@ -67,7 +67,11 @@ mod tests {
         check("hidden_act", json!("mish"), "hidden_act is `mish`");
         check("rope_scaling", json!({"type": "ntk", "factor": 2.0}), "rope scaling `ntk` is not supported");
         check("rope_scaling", json!({"rope_type": "linear"}), "lacks a positive factor");
-        check("rope_scaling", json!({"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 4}), "2 positive numbers in short_factor");
+        check(
+            "rope_scaling",
+            json!({"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 4}),
+            "2 positive numbers in short_factor",
+        );
         check("rope_parameters", json!(3), "rope_parameters must be an object");
     }
 }

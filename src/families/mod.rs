@@ -23,7 +23,7 @@ mod unknown;
 
 use serde_json::Value;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
 use crate::graph::{DropRule, Graph, Stored};
 
@@ -152,8 +152,13 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
         other => other,
     })?;
     adopt_names(&mut graph, source);
-    // Quantized experts are stored one by one, whatever their original was.
+    // Quantized experts are stored one by one, and quantized linears as such, whatever their original was.
     graph.linears_mut(&mut |linear| {
+        let quantized =
+            |name: &str| source.entry(name).is_some_and(|e| matches!(e.dtype, StoredType::Quantized { .. }));
+        if linear.stored == Stored::Transposed && quantized(&linear.weight()) {
+            linear.stored = Stored::Plain;
+        }
         let stacked = matches!(&linear.stored, Stored::Slice { tensor, .. } if source.entry(tensor).is_none());
         if stacked && source.entry(&format!("{}.weight", linear.module)).is_some() {
             linear.stored = Stored::Plain;
@@ -200,11 +205,12 @@ fn adopt_names(graph: &mut Graph, source: &Checkpoint) {
     if source.config().get("text_config").is_some() || source.config().get("vision_config").is_some() {
         let own = &graph.embedding.tensor[..graph.embedding.tensor.len() - leaf.len()];
         let head = graph.head.linear.module.clone();
-        let others = source.entries().iter().filter(|entry| !entry.name.starts_with(own) && !entry.name.starts_with(&head));
+        let others =
+            source.entries().iter().filter(|entry| !entry.name.starts_with(own) && !entry.name.starts_with(&head));
         let mut aside: Vec<String> = others.map(|entry| first_parts(&entry.name)).collect();
         aside.sort();
         aside.dedup();
-        graph.aside = aside.into_iter().map(|prefix| (prefix, "not part of the language model")).collect();
+        graph.aside.extend(aside.into_iter().map(|prefix| (prefix, "not part of the language model")));
     }
 }
 

@@ -16,14 +16,14 @@ pub const QWEN2: Family = Family {
 };
 
 /// Qwen3, and the language model of Qwen3-VL.
-pub const QWEN3: Family = Family {
-    id: "qwen3",
-    model_types: &["qwen3", "qwen3_vl_text"],
-    build: |config| build(config, "qwen3"),
-};
+pub const QWEN3: Family =
+    Family { id: "qwen3", model_types: &["qwen3", "qwen3_vl_text"], build: |config| build(config, "qwen3") };
 
 fn build(config: &Config<'_>, family: &'static str) -> Result<Graph> {
-    let base = Base::read(config)?;
+    let mut base = Base::read(config)?;
+    if config.get("model_type").and_then(|v| v.as_str()).is_some_and(|kind| kind.contains("_vl")) {
+        base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    }
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let normed = family == "qwen3";

@@ -27,12 +27,7 @@ pub fn rope(config: &Config<'_>, head_dim: usize, defaults: Defaults) -> Result<
 }
 
 /// The rotation in layers of one kind (`full_attention`, `sliding_attention`), where config.json tells them apart.
-pub fn of_kind(
-    config: &Config<'_>,
-    kind: Option<&str>,
-    head_dim: usize,
-    defaults: Defaults,
-) -> Result<Arc<Rope>> {
+pub fn of_kind(config: &Config<'_>, kind: Option<&str>, head_dim: usize, defaults: Defaults) -> Result<Arc<Rope>> {
     let mut new = config.object("rope_parameters")?;
     if let (Some(all), Some(kind)) = (&new, kind)
         && let Some(own) = all.object(kind)?
@@ -85,9 +80,10 @@ fn scaled(config: &Config<'_>, scaling: Option<Config<'_>>, theta: f64, rotated:
     let positive = |config: &Config<'_>, key: &str| -> Result<Option<f64>> {
         match config.get(key) {
             None => Ok(None),
-            Some(_) => Some(config.number(key, f64::NAN)?).filter(|x| x.is_finite() && *x > 0.0).map(Some).ok_or_else(
-                || Error::failed(format!("config.json: rope scaling `{kind}` lacks a positive {key}")),
-            ),
+            Some(_) => Some(config.number(key, f64::NAN)?)
+                .filter(|x| x.is_finite() && *x > 0.0)
+                .map(Some)
+                .ok_or_else(|| Error::failed(format!("config.json: rope scaling `{kind}` lacks a positive {key}"))),
         }
     };
     let needed = |key: &str| -> Result<f64> {
@@ -181,9 +177,14 @@ fn scaled(config: &Config<'_>, scaling: Option<Config<'_>>, theta: f64, rotated:
             let list = |key: &str| -> Result<Vec<f32>> {
                 let list = scaling.get(key).and_then(|v| v.as_array());
                 let numbers = list.map(|list| list.iter().filter_map(|v| v.as_f64()).map(|x| x as f32).collect());
-                numbers.filter(|found: &Vec<f32>| found.len() == rotated / 2 && found.iter().all(|x| *x > 0.0)).ok_or_else(
-                    || Error::failed(format!("config.json: rope scaling `{kind}` needs {} positive numbers in {key}", rotated / 2)),
-                )
+                numbers
+                    .filter(|found: &Vec<f32>| found.len() == rotated / 2 && found.iter().all(|x| *x > 0.0))
+                    .ok_or_else(|| {
+                        Error::failed(format!(
+                            "config.json: rope scaling `{kind}` needs {} positive numbers in {key}",
+                            rotated / 2
+                        ))
+                    })
             };
             let (short, long) = (list("short_factor")?, list("long_factor")?);
             let magnitude = match positive(&scaling, "attention_factor")? {

@@ -8,7 +8,18 @@ use crate::graph::{Block, Embedding, Graph, Head, Layer, Linear, Norm, Step};
 
 /// Parts of names of modules in layers that are matrices and no linears to quantize.
 const KEPT: &[&str] = &[
-    "embed", "norm", "gate", "router", "conv", "rotary", "position", "vision", "visual", "audio", "projector", "patch",
+    "embed",
+    "norm",
+    "gate",
+    "router",
+    "conv",
+    "rotary",
+    "position",
+    "vision",
+    "visual",
+    "audio",
+    "projector",
+    "patch",
     "lora",
 ];
 

@@ -35,7 +35,14 @@ pub(super) fn run<B: Backend>(
             match norms.per_head {
                 true => {
                     let kind = norm.norm.kind;
-                    backend.norm_heads(x, attention.shape.head_dim, kind, &norm.weight, norm.bias.as_deref(), norm.norm.eps)?;
+                    backend.norm_heads(
+                        x,
+                        attention.shape.head_dim,
+                        kind,
+                        &norm.weight,
+                        norm.bias.as_deref(),
+                        norm.norm.eps,
+                    )?;
                 }
                 false => *x = norm.apply(backend, x)?,
             }
@@ -134,4 +141,3 @@ fn latent<'r, B: Backend>(
         Ok([q, backend.join_heads(&own, &rotated[index], heads)?, v])
     }))
 }
-

@@ -51,9 +51,7 @@ pub(super) fn activate<B: Backend>(
     x: &B::Input,
 ) -> Result<B::Input> {
     Ok(match inputs {
-        [gate, up] => {
-            backend.gated(x, [&gate.matrix, &up.matrix], [gate.bias(), up.bias()], mlp.activation)?
-        }
+        [gate, up] => backend.gated(x, [&gate.matrix, &up.matrix], [gate.bias(), up.bias()], mlp.activation)?,
         [up, ..] => backend.activated(x, &up.matrix, up.bias(), mlp.activation)?,
         [] => unreachable!("a feed-forward layer has an input"),
     })

@@ -60,9 +60,8 @@ pub(super) fn run<B: Backend>(
             shared: Some(&run.block.name),
         };
         let inputs = supply.expert(&group, &|see| some().try_for_each(|index| see(&own(index)?)), &others)?;
-        let inner: Vec<B::Input> = some()
-            .map(|index| mlp::activate(backend, expert, &inputs, &own(index)?))
-            .collect::<Result<_>>()?;
+        let inner: Vec<B::Input> =
+            some().map(|index| mlp::activate(backend, expert, &inputs, &own(index)?)).collect::<Result<_>>()?;
         let others = Others {
             inputs: &|count, see| {
                 all.clone().try_for_each(|index| match spread(count, index) {

@@ -49,14 +49,7 @@ pub fn run(x: ArrayView2<f32>, kind: NormKind, weight: &[f32], bias: Option<&[f3
 }
 
 /// Every `width` values of each row in place, rows across threads; `weight` is for them all or as wide as a row.
-pub fn heads(
-    x: &mut Array2<f32>,
-    width: usize,
-    kind: NormKind,
-    weight: &[f32],
-    bias: Option<&[f32]>,
-    eps: f32,
-) {
+pub fn heads(x: &mut Array2<f32>, width: usize, kind: NormKind, weight: &[f32], bias: Option<&[f32]>, eps: f32) {
     let part = (ROWS * x.ncols()).max(1);
     let data = x.as_slice_mut().expect("a contiguous matrix");
     data.par_chunks_mut(part).for_each(|x| slices(x, width, kind, weight, bias, eps));

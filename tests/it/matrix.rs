@@ -1,0 +1,126 @@
+//! Every family in every layout: written, read back, and still the model. The table in docs/models.md is what came out.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::path::Path;
+
+use kernels::Cpu;
+use quantc::Checkpoint;
+use quantc::job::{Job, Verification};
+use quantc::progress::Progress;
+use quantc::recipe::{Recipe, Request};
+use quantc::verify::Limits;
+use serde_json::{Value, json};
+
+use crate::families::checkpoint;
+
+/// Gives a checkpoint a tokenizer of words, and writes a text of them.
+pub fn speak(folder: &Path) {
+    let config: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+    let size = config.get("text_config").unwrap_or(&config)["vocab_size"].as_u64().unwrap();
+    let words: serde_json::Map<String, Value> = (0..size).map(|id| (format!("w{id}"), json!(id))).collect();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+    });
+    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let mut state = 1u64;
+    let mut word = || {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        format!("w{}", (state >> 33) % size)
+    };
+    let text: Vec<String> = (0..4096).map(|_| word()).collect();
+    std::fs::write(folder.join("text.txt"), text.join(" ")).unwrap();
+}
+
+/// Divergence in nats of what was written, or why nothing was.
+fn outcome(model: &Path, output: &Path, toml: &str) -> Result<f64, String> {
+    let text = model.join("text.txt").display().to_string();
+    let request: Request = toml::from_str(toml).unwrap();
+    let common = format!("calibration = '{text}'\nsamples = 32\nseq_len = 24");
+    let recipe = Recipe::resolve(request.or(toml::from_str(&common).unwrap())).unwrap();
+    let limits = Limits::default();
+    let verification = Some(Verification { text, context: 24, windows: Some(16), limits });
+    let job = Job { model, output, recipe, verification, force: false, report: None };
+    match job.run(&Cpu::exact(), &mut Progress::new(true)) {
+        Ok(report) => {
+            assert!(report.linears.iter().all(|l| l.fallback.is_none()), "{:?}", report.linears);
+            Ok(report.quality.unwrap().beside.unwrap().kld_mean)
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// A row of the table.
+#[derive(Default)]
+struct Family {
+    checkpoints: Vec<String>,
+    /// By column: `yes`, or why not.
+    layouts: [Option<String>; 4],
+}
+
+#[test]
+fn every_family_is_written_in_every_layout_and_read_back() {
+    let outputs = tempfile::tempdir().unwrap();
+    let mut wrong = Vec::new();
+    let mut families: BTreeMap<&str, Family> = BTreeMap::new();
+    for name in crate::families::names().into_iter().filter(|name| name != "gpt_oss_mxfp4") {
+        let room = checkpoint(&name);
+        speak(room.path());
+        let graph = quantc::families::graph_of(&Checkpoint::open(room.path()).unwrap()).unwrap();
+        let family = families.entry(graph.family).or_default();
+        for (column, (format, settings, most)) in [
+            ("compressed-tensors", "scheme = 'W8A16'\nmethod = 'gptq'", 0.005),
+            ("gptq", "scheme = 'W8A16'\nmethod = 'awq+gptq'", 0.005),
+            ("awq", "scheme = 'W4A16_ASYM'\nmethod = 'awq'", 0.5),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let settings = format!("format = '{format}'\n{settings}\ngroup_size = 32");
+            let cell = &mut family.layouts[column];
+            match outcome(room.path(), &outputs.path().join(format!("{name}-{format}")), &settings) {
+                Ok(kld) if kld <= most => *cell = Some("yes".to_owned()),
+                // Sizes that no real model has are refused; another checkpoint of the family has others.
+                Err(why) if why.contains("cannot hold it: ") => {
+                    let why = why.split_once("cannot hold it: ").unwrap().1;
+                    cell.get_or_insert_with(|| why.split(';').next().unwrap().to_owned());
+                }
+                other => wrong.push(format!("{name} {format}: {other:?}")),
+            }
+        }
+        let cell = &mut family.layouts[3];
+        match quantc::export::names::plan(&graph) {
+            Ok(plan) => *cell = Some(format!("`{}`", plan.architecture)),
+            Err(why) => drop(cell.get_or_insert_with(|| why.to_string())),
+        }
+        family.checkpoints.push(name);
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    compare(&families);
+}
+
+/// Compares the table with the one in docs/models.md, or writes it there.
+fn compare(families: &BTreeMap<&str, Family>) {
+    const MARKS: [&str; 2] = ["<!-- families -->\n", "<!-- end of families -->"];
+    let mut table = "| family | `model_type` | compressed-tensors | GPTQ | AWQ | GGUF | tiny checkpoints |\n|---|---|---|---|---|---|---|\n".to_owned();
+    for family in quantc::families::FAMILIES {
+        let found = families.get(family.id).unwrap_or_else(|| panic!("{} has no tiny checkpoint", family.id));
+        let kinds: Vec<String> = family.model_types.iter().map(|kind| format!("`{kind}`")).collect();
+        let [a, b, c, d] = found.layouts.each_ref().map(|cell| cell.as_deref().unwrap_or_default());
+        let own = |name: &String| name.strip_prefix(&format!("{}_", family.id)).unwrap_or(name).replace('_', " ");
+        let checkpoints: Vec<String> = found.checkpoints.iter().map(own).collect();
+        let (kinds, checkpoints) = (kinds.join(", "), checkpoints.join(", "));
+        writeln!(table, "| {} | {kinds} | {a} | {b} | {c} | {d} | {checkpoints} |", family.id).unwrap();
+    }
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/models.md");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (before, rest) = text.split_once(MARKS[0]).expect("the table's mark");
+    let (found, after) = rest.split_once(MARKS[1]).expect("the table's end");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(&path, [before, MARKS[0], &table, MARKS[1], after].concat()).unwrap();
+        return;
+    }
+    assert_eq!(found, table, "docs/models.md is out of date: UPDATE_DOCS=1 cargo test --test it matrix");
+}
