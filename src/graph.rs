@@ -251,18 +251,22 @@ pub enum Projections {
     /// By linears whose parts are q, k and v, in this order.
     Direct(Vec<Linear>),
     /// Through latent vectors (DeepSeek's multi-head latent attention).
-    Latent {
-        /// From the input to the queries, or first to a latent that is normed and then to the queries.
-        q: Vec<Linear>,
-        /// Of the queries' latent.
-        q_norm: Option<Norm>,
-        /// To the latent of keys and values, and to the rotated key that all heads share.
-        kv_a: Linear,
-        /// Of the latent.
-        kv_norm: Norm,
-        /// From the latent to the parts of keys that are not rotated, and to values.
-        kv_b: Linear,
-    },
+    Latent(Box<Latent>),
+}
+
+/// Queries, keys and values through latent vectors.
+#[derive(Clone, Debug)]
+pub struct Latent {
+    /// From the input to the queries, or first to a latent that is normed and then to the queries.
+    pub q: Vec<Linear>,
+    /// Of the queries' latent.
+    pub q_norm: Option<Norm>,
+    /// To the latent of keys and values, and to the rotated key that all heads share.
+    pub kv_a: Linear,
+    /// Of the latent.
+    pub kv_norm: Norm,
+    /// From the latent to the parts of keys that are not rotated, and to values.
+    pub kv_b: Linear,
 }
 
 /// Normalisation of queries and keys.
@@ -469,10 +473,10 @@ impl Attention {
     fn linears(&self) -> Vec<Vec<&Linear>> {
         let mut groups = match &self.projections {
             Projections::Direct(linears) => vec![linears.iter().collect()],
-            Projections::Latent { q, kv_a, kv_b, .. } => {
-                let mut groups = vec![vec![&q[0], kv_a]];
-                groups.extend(q[1..].iter().map(|l| vec![l]));
-                groups.push(vec![kv_b]);
+            Projections::Latent(latent) => {
+                let mut groups = vec![vec![&latent.q[0], &latent.kv_a]];
+                groups.extend(latent.q[1..].iter().map(|l| vec![l]));
+                groups.push(vec![&latent.kv_b]);
                 groups
             }
         };
@@ -482,9 +486,9 @@ impl Attention {
 
     fn norms(&self) -> Vec<&Norm> {
         let mut norms: Vec<&Norm> = self.norms.iter().flat_map(|norms| [&norms.q, &norms.k]).collect();
-        if let Projections::Latent { q_norm, kv_norm, .. } = &self.projections {
-            norms.extend(q_norm);
-            norms.push(kv_norm);
+        if let Projections::Latent(latent) = &self.projections {
+            norms.extend(&latent.q_norm);
+            norms.push(&latent.kv_norm);
         }
         norms
     }
@@ -603,7 +607,8 @@ impl Graph {
                 Layer::Attention(a) => {
                     match &mut a.projections {
                         Projections::Direct(linears) => linears.iter_mut().for_each(&mut *change),
-                        Projections::Latent { q, kv_a, kv_b, .. } => {
+                        Projections::Latent(latent) => {
+                            let Latent { q, kv_a, kv_b, .. } = &mut **latent;
                             q.iter_mut().chain([kv_a, kv_b]).for_each(&mut *change);
                         }
                     }
@@ -642,8 +647,8 @@ impl Graph {
                     Layer::Attention(a) => {
                         text(&mut a.sinks);
                         a.norms.iter_mut().flat_map(|n| [&mut n.q, &mut n.k]).for_each(norm);
-                        if let Projections::Latent { q_norm, kv_norm, .. } = &mut a.projections {
-                            q_norm.iter_mut().chain([kv_norm]).for_each(norm);
+                        if let Projections::Latent(latent) = &mut a.projections {
+                            latent.q_norm.iter_mut().chain([&mut latent.kv_norm]).for_each(norm);
                         }
                     }
                     Layer::Moe(moe) => text(&mut moe.router.correction),

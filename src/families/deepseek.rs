@@ -7,7 +7,9 @@ use super::moe::router;
 use super::rope::{rope, warmth};
 use super::{Config, Family};
 use crate::error::{Error, Result};
-use crate::graph::{Attention, Graph, Groups, Layer, Linear, Moe, Norm, Projections, RopeScaling, Scoring, Split};
+use crate::graph::{
+    Attention, Graph, Groups, Latent, Layer, Linear, Moe, Norm, Projections, RopeScaling, Scoring, Split,
+};
 
 /// DeepSeek V2 and V2-Lite.
 pub const DEEPSEEK_V2: Family =
@@ -63,13 +65,13 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
         };
         let o = linear("o_proj", hidden, heads * value, bias);
         let mut attention = Attention {
-            projections: Projections::Latent {
+            projections: Projections::Latent(Box::new(Latent {
                 q,
                 q_norm: q_latent.map(|width| norm("q_a_layernorm", width)),
                 kv_a,
                 kv_norm: norm("kv_a_layernorm", latent),
                 kv_b,
-            },
+            })),
             layout: RopeLayout { head_dim: nope + rotated, first: nope, interleaved },
             ..base.attention_of(Vec::new(), o, Some(rope.clone()))
         };
@@ -114,7 +116,7 @@ fn moe(base: &Base, config: &Config<'_>, module: &str, experts: usize, act: Acti
         None => None,
         Some(ranked_by) => {
             let count = config.optional_count("n_group")?.unwrap_or(1);
-            if experts % count != 0 {
+            if !experts.is_multiple_of(count) {
                 return Err(Error::failed(format!("config.json: {experts} experts do not divide into {count} groups")));
             }
             Some(Groups { count, kept: config.optional_count("topk_group")?.unwrap_or(1), ranked_by })

@@ -45,7 +45,7 @@ pub fn of_kind(config: &Config<'_>, kind: Option<&str>, head_dim: usize, default
         None => said("partial_rotary_factor").number("partial_rotary_factor", defaults.partial)?,
     };
     let rotated = (head_dim as f64 * partial) as usize;
-    if rotated < 2 || rotated % 2 != 0 || rotated > head_dim {
+    if rotated < 2 || !rotated.is_multiple_of(2) || rotated > head_dim {
         return Err(Error::failed(format!(
             "config.json: {rotated} of {head_dim} values of a head are rotated, and it must be an even number of them"
         )));

@@ -4,7 +4,7 @@ use kernels::Backend;
 
 use super::{Chunk, LoadedNorm, Run, Supply, Weight};
 use crate::error::Result;
-use crate::graph::{Attention, Projections};
+use crate::graph::{Attention, Latent, Linear, Projections};
 
 /// Queries, keys and values of a chunk.
 type Qkv<'a, M> = Box<dyn Fn(&[Chunk<M>], usize) -> Result<[M; 3]> + 'a>;
@@ -17,8 +17,8 @@ pub(super) fn run<B: Backend>(
 ) -> Result<()> {
     let backend = run.backend;
     let make = match &attention.projections {
-        Projections::Direct(_) => direct(run, attention, supply, chunks)?,
-        Projections::Latent { .. } => latent(run, attention, supply, chunks)?,
+        Projections::Direct(linears) => direct(run, linears, supply, chunks)?,
+        Projections::Latent(parts) => latent(run, parts, attention.shape.heads, supply, chunks)?,
     };
     let norms = match &attention.norms {
         Some(norms) => Some((LoadedNorm::of(&norms.q, supply)?, LoadedNorm::of(&norms.k, supply)?, norms)),
@@ -85,11 +85,10 @@ fn project<B: Backend>(backend: &B, x: &B::Input, weight: &Weight<B::Weight>) ->
 
 fn direct<'r, B: Backend>(
     run: &'r Run<'_, B>,
-    attention: &Attention,
+    linears: &[Linear],
     supply: &mut dyn Supply<B>,
     chunks: &[Chunk<B::Matrix>],
 ) -> Result<Qkv<'r, B::Matrix>> {
-    let Projections::Direct(linears) = &attention.projections else { unreachable!("asked for these") };
     let group: Vec<_> = linears.iter().collect();
     let weights =
         supply.linears(&group, &|see| (0..chunks.len()).try_for_each(|index| see(&run.input(chunks, index)?)))?;
@@ -102,13 +101,11 @@ fn direct<'r, B: Backend>(
 
 fn latent<'r, B: Backend>(
     run: &'r Run<'_, B>,
-    attention: &Attention,
+    Latent { q, q_norm, kv_a, kv_norm, kv_b }: &Latent,
+    heads: usize,
     supply: &mut dyn Supply<B>,
     chunks: &[Chunk<B::Matrix>],
 ) -> Result<Qkv<'r, B::Matrix>> {
-    let Projections::Latent { q, q_norm, kv_a, kv_norm, kv_b } = &attention.projections else {
-        unreachable!("asked for these")
-    };
     let backend = run.backend;
     let first =
         supply.linears(&[&q[0], kv_a], &|see| (0..chunks.len()).try_for_each(|i| see(&run.input(chunks, i)?)))?;
@@ -129,7 +126,6 @@ fn latent<'r, B: Backend>(
         None => None,
     };
     let kv_b = supply.linears(&[kv_b], &|see| latents.iter().try_for_each(&mut *see))?;
-    let heads = attention.shape.heads;
     Ok(Box::new(move |chunks, index| {
         let q = match &q_b {
             Some(q_b) => project(backend, &queries[index], &q_b[0])?,

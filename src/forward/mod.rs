@@ -44,10 +44,13 @@ impl<M> Weight<M> {
 /// Hands the inputs of a group of linears over, chunk by chunk, to whoever wants to see them.
 pub type Inputs<'a, I> = dyn Fn(&mut dyn FnMut(&I) -> Result<()>) -> Result<()> + 'a;
 
+/// Hands over the inputs of about so many tokens, evenly spread.
+pub type Sample<'a, I> = dyn Fn(usize, &mut dyn FnMut(&I) -> Result<()>) -> Result<()> + 'a;
+
 /// What an expert would see of tokens that were not sent to it, for those who find its own too few.
 pub struct Others<'a, I> {
-    /// The inputs of about so many tokens of all, evenly spread.
-    pub inputs: &'a dyn Fn(usize, &mut dyn FnMut(&I) -> Result<()>) -> Result<()>,
+    /// The inputs of some tokens of all.
+    pub inputs: &'a Sample<'a, I>,
     /// The same for all experts that name the same thing here.
     pub shared: Option<&'a str>,
 }

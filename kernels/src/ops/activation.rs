@@ -123,7 +123,7 @@ fn gelu(x: f32) -> f32 {
 /// `(1 + tanh(u)) / 2 = σ(2u)`.
 #[inline(always)]
 fn gelu_tanh(x: f32) -> f32 {
-    const TWICE: f32 = 1.595_769_1;
+    const TWICE: f32 = 1.595_769;
     x / (1.0 + exp(-(TWICE * (x + 0.044715 * x * x * x))))
 }
 
