@@ -535,9 +535,9 @@ mod tests {
         let m = |rows, cols| Array2::<f32>::zeros((rows, cols));
         refused("layer_norm", cpu.layer_norm(&m(3, 4), &[1.0; 5], None, 1e-5));
         refused("layer_norm", cpu.layer_norm(&m(3, 4), &[1.0; 4], Some(&[1.0; 3]), 1e-5));
-        refused("norm_heads", cpu.norm_heads(&mut m(3, 8), 3, NormKind::Rms, &[1.0; 3], 1e-5));
-        refused("norm_heads", cpu.norm_heads(&mut m(3, 8), 0, NormKind::Rms, &[], 1e-5));
-        refused("norm_heads", cpu.norm_heads(&mut m(3, 8), 4, NormKind::Layer, &[1.0; 2], 1e-5));
+        refused("norm_heads", cpu.norm_heads(&mut m(3, 8), 3, NormKind::Rms, &[1.0; 3], None, 1e-5));
+        refused("norm_heads", cpu.norm_heads(&mut m(3, 8), 0, NormKind::Rms, &[], None, 1e-5));
+        refused("norm_heads", cpu.norm_heads(&mut m(3, 8), 4, NormKind::Layer, &[1.0; 2], None, 1e-5));
 
         let layout = RopeLayout { head_dim: 8, first: 2, interleaved: true };
         let rope = |cols, angles: [usize; 2], sines, lengths: &[usize]| {
@@ -588,7 +588,7 @@ mod tests {
         let mut k = cpu.join_heads(&own, &shared, 2).unwrap();
         let angle = Array2::from_shape_fn((210, 3), |(position, pair)| (position * (pair + 1)) as f32 * 0.01);
         for heads in [&mut q, &mut k] {
-            cpu.norm_heads(heads, 8, NormKind::Rms, &[1.0; 8], 1e-6).unwrap();
+            cpu.norm_heads(heads, 8, NormKind::Rms, &[1.0; 8], None, 1e-6).unwrap();
             let layout = RopeLayout { head_dim: 8, first: 1, interleaved: true };
             cpu.rope(heads, &angle.mapv(f32::cos), &angle.mapv(f32::sin), &layout, &lengths).unwrap();
         }

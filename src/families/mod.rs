@@ -43,6 +43,7 @@ pub const FAMILIES: &[Family] = &[
     llama::MISTRAL,
     llama4::LLAMA4,
     qwen::QWEN2,
+    qwen::QWEN2_VL,
     qwen::QWEN3,
     gemma::GEMMA,
     gemma::GEMMA2,

@@ -8,22 +8,23 @@ use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, Layer};
 
-/// Qwen2 and 2.5, and the language models of Qwen2-VL and 2.5-VL.
-pub const QWEN2: Family = Family {
-    id: "qwen2",
-    model_types: &["qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"],
-    build: |config| build(config, "qwen2"),
+/// Qwen2 and 2.5.
+pub const QWEN2: Family = Family { id: "qwen2", model_types: &["qwen2"], build: |config| build(config, "qwen2", 1e-6) };
+
+/// The language models of Qwen2-VL and 2.5-VL.
+pub const QWEN2_VL: Family = Family {
+    id: "qwen2_vl",
+    model_types: &["qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"],
+    build: |config| build(config, "qwen2_vl", 1e-5),
 };
 
 /// Qwen3, and the language model of Qwen3-VL.
 pub const QWEN3: Family =
-    Family { id: "qwen3", model_types: &["qwen3", "qwen3_vl_text"], build: |config| build(config, "qwen3") };
+    Family { id: "qwen3", model_types: &["qwen3", "qwen3_vl_text"], build: |config| build(config, "qwen3", 1e-6) };
 
-fn build(config: &Config<'_>, family: &'static str) -> Result<Graph> {
+fn build(config: &Config<'_>, family: &'static str, eps: f64) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    if config.get("model_type").and_then(|v| v.as_str()).is_some_and(|kind| kind.contains("_vl")) {
-        base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
-    }
+    base.eps = config.number("rms_norm_eps", eps)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let normed = family == "qwen3";
