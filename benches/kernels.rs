@@ -240,7 +240,7 @@ fn elementwise(c: &mut Criterion) {
             || gate.clone(),
             |gate| {
                 let [gate, up] = [gate.as_slice_mut(), up.as_slice_mut()].map(|slice| slice.expect("contiguous"));
-                activation::silu_mul(gate, up);
+                activation::gate(Activation::Silu, gate, up);
             },
             BatchSize::LargeInput,
         );
