@@ -577,9 +577,11 @@ pub fn observe_expert<B: Backend>(
     };
     let channels = first.cols as f64;
     match (others.shared, &layer) {
-        (Some(_), Some((_, prior))) => {
-            statistics.blend(backend, prior, if all { prior.count } else { channels })?;
+        (Some(_), Some((_, seen))) if all => {
+            statistics.blend(backend, seen, seen.count)?;
+            statistics.tokens = seen.tokens;
         }
+        (Some(_), Some((_, prior))) => statistics.blend(backend, prior, channels)?,
         _ if all => statistics = gather(usize::MAX, stage)?,
         _ if statistics.tokens < 2 * first.cols => {
             statistics.blend(backend, &gather(ENOUGH_TOKENS.max(2 * first.cols), stage)?, channels)?;

@@ -6,9 +6,11 @@ use std::path::Path;
 
 use kernels::Cpu;
 use quantc::Checkpoint;
+use quantc::compile::LinearReport;
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
+use quantc::report::Report;
 use quantc::verify::Limits;
 use serde_json::{Value, json};
 
@@ -34,22 +36,20 @@ pub fn speak(folder: &Path) {
     std::fs::write(folder.join("text.txt"), text.join(" ")).unwrap();
 }
 
-/// Divergence in nats of what was written, or why nothing was.
-fn outcome(model: &Path, output: &Path, toml: &str) -> Result<f64, String> {
+/// What became of a model, on words of its own; a recipe's `samples` are 32 unless it says otherwise.
+fn quantize(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
     let text = model.join("text.txt").display().to_string();
     let request: Request = toml::from_str(toml).unwrap();
-    let common = format!("calibration = '{text}'\nsamples = 32\nseq_len = 24");
+    let common = format!("calibration = '{text}'\nsamples = 32\nseq_len = 24\ngroup_size = 32");
     let recipe = Recipe::resolve(request.or(toml::from_str(&common).unwrap())).unwrap();
     let limits = Limits::default();
     let verification = Some(Verification { text, context: 24, windows: Some(16), limits });
     let job = Job { model, output, recipe, verification, force: false, report: None };
-    match job.run(&Cpu::exact(), &mut Progress::new(true)) {
-        Ok(report) => {
-            assert!(report.linears.iter().all(|l| l.fallback.is_none()), "{:?}", report.linears);
-            Ok(report.quality.unwrap().beside.unwrap().kld_mean)
-        }
-        Err(error) => Err(error.to_string()),
-    }
+    job.run(&Cpu::exact(), &mut Progress::new(true))
+}
+
+fn divergence(report: &Report) -> f64 {
+    report.quality.as_ref().unwrap().beside.as_ref().unwrap().kld_mean
 }
 
 /// A row of the table.
@@ -78,9 +78,10 @@ fn every_family_is_written_in_every_layout_and_read_back() {
         .into_iter()
         .enumerate()
         {
-            let settings = format!("format = '{format}'\n{settings}\ngroup_size = 32");
+            let settings = format!("format = '{format}'\n{settings}");
             let cell = &mut family.layouts[column];
-            match outcome(room.path(), &outputs.path().join(format!("{name}-{format}")), &settings) {
+            let result = quantize(room.path(), &outputs.path().join(format!("{name}-{format}")), &settings);
+            match result.map(|report| divergence(&report)).map_err(|error| error.to_string()) {
                 Ok(kld) if kld <= most => *cell = Some("yes".to_owned()),
                 // Sizes that no real model has are refused; another checkpoint of the family has others.
                 Err(why) if why.contains("cannot hold it: ") => {
@@ -123,4 +124,39 @@ fn compare(families: &BTreeMap<&str, Family>) {
         return;
     }
     assert_eq!(found, table, "docs/models.md is out of date: UPDATE_DOCS=1 cargo test --test it matrix");
+}
+
+#[test]
+fn experts_are_calibrated_on_their_tokens_and_starved_ones_on_their_layer() {
+    for name in ["mixtral_plain", "deepseek_v3_plain", "gpt_oss_plain", "llama4_text_plain", "qwen2_moe_plain"] {
+        let room = checkpoint(name);
+        speak(room.path());
+        let outputs = tempfile::tempdir().unwrap();
+        let run = |output: &str, toml: &str| quantize(room.path(), &outputs.path().join(output), toml).unwrap();
+        let [rtn, gptq] = ["method = 'rtn'\nobserver = 'mse'", "method = 'gptq'"].map(|toml| run(&toml[10..13], toml));
+        assert!(divergence(&gptq) < 0.95 * divergence(&rtn), "{name}: {} {}", divergence(&gptq), divergence(&rtn));
+
+        let starved = run("starved", "samples = 1\nseq_len = 3");
+        let expert = |l: &&LinearReport| l.name.contains(".experts.");
+        let unseen = starved.linears.iter().filter(expert).filter(|l| l.tokens == 0).count();
+        assert!(unseen > 0, "{name}: three tokens cannot reach every expert");
+        for linear in starved.linears.iter().filter(expert) {
+            assert!(linear.prior.is_some_and(|prior| prior > 0.9), "{name}: {linear:?}");
+            assert!(linear.fallback.is_none() && linear.proxy_loss.unwrap().is_finite(), "{name}: {linear:?}");
+        }
+        assert!(
+            starved.notes.iter().any(|note| note.contains(&format!("{unseen} of them none"))),
+            "{:?}",
+            starved.notes
+        );
+
+        let all = run("all", "moe_all_experts = true");
+        assert!(all.linears.iter().filter(expert).all(|l| l.tokens == 32 * 24 && l.prior.is_none()), "{name}");
+        assert!(divergence(&all) < divergence(&rtn), "{name}");
+        let routers = |report: &Report| {
+            let written = report.linears.iter().filter(|l| l.name.ends_with("gate") || l.name.ends_with("router"));
+            written.count()
+        };
+        assert_eq!(routers(&all), 0, "{name}: routers are never quantized");
+    }
 }
