@@ -10,6 +10,8 @@ pub mod gram;
 pub mod linear;
 pub mod loss;
 pub mod norm;
+#[cfg(test)]
+mod plain;
 pub mod refine;
 pub mod rope;
 pub mod round;
