@@ -1,14 +1,18 @@
 //! The operations of the CPU backend, on the shapes of SmolLM2-135M and of an 8B.
 //!
 //! Elements are floating-point operations where arithmetic is the limit (`peak` is what to divide by), weights in `fit`
-//! and `round`; where memory is the limit, bytes are those that must be read and written. See README.md.
+//! and `round`; where memory is the limit, bytes are those that must be read and written. Of ggml's block types bytes are
+//! those of the same weights in f16, as in codecs.rs. See README.md.
 //!
 //! Operands of products lie ready: in bf16, weights were packed and activations rounded before the clock started
 //! (`operands` measures that). What products of bf16 hand on rounded, as `gated` and `attention` do, is rounded inside.
 
 mod common;
 
+use std::cell::LazyCell;
+
 use criterion::{BatchSize, SamplingMode, Throughput, criterion_group, criterion_main};
+use formats::ggml::{GgmlType, TYPES};
 use formats::{ScalePrecision, Scheme};
 use kernels::ops::{activation, bf16};
 use kernels::{Activation, AttentionShape, Backend, Cpu, Factor, FitKind, Grid, GridSpec, Result, cpu};
@@ -224,6 +228,49 @@ fn fit(c: &mut Criterion) {
     measure(&mut group, &format!("{rows} x {cols}"), weights, make, |(grid, weight)| Cpu::exact().round(weight, grid));
 }
 
+/// What each of ggml's types takes of a [512, 1024] weight: the search for its blocks' scales without and with importance,
+/// rounding onto them, and the refinement after a sweep, from one start each time.
+fn blocks(c: &mut Criterion) {
+    const SHAPE: [usize; 2] = [512, 1024];
+    let [rows, cols] = SHAPE;
+    let work = Throughput::BytesDecimal((2 * rows * cols) as u64);
+    let importance: Vec<f32> = noise(cols, 5).iter().map(|x| x * x + 0.1).collect();
+    let cpu = Cpu::exact();
+    let types = || TYPES.iter().filter(|ty| ty.layout().is_some());
+    let weight = || matrix(rows, cols, 4);
+    let fitted = |ty: &GgmlType| cpu.fit_blocks(&weight(), *ty, Some(&importance)).expect("shapes fit");
+    let mut group = c.benchmark_group("fit blocks");
+    group.sample_size(10);
+    for ty in types() {
+        for (name, importance) in [("", None), (", importance", Some(&*importance))] {
+            let name = format!("{}{name}", ty.name);
+            measure(&mut group, &name, work.clone(), weight, |weight| cpu.fit_blocks(weight, *ty, importance));
+        }
+    }
+    group.finish();
+    let mut group = c.benchmark_group("round blocks");
+    group.sample_size(10);
+    for ty in types() {
+        let make = || (weight(), fitted(ty));
+        measure(&mut group, ty.name, work.clone(), make, |(weight, grid)| cpu.round_blocks(weight, grid));
+    }
+    group.finish();
+    let mut group = c.benchmark_group("refine blocks");
+    group.sample_size(10);
+    let gram = LazyCell::new(|| hessian(cols));
+    for ty in types() {
+        let make = || {
+            let (weight, grid) = (weight(), fitted(ty));
+            let swept = cpu.sweep_blocks(&weight, &factored(&gram).expect("definite"), &grid).expect("shapes fit");
+            (weight, grid, swept.codes)
+        };
+        measure(&mut group, ty.name, work.clone(), make, |(weight, grid, codes)| {
+            let (mut grid, mut codes) = (grid.clone(), codes.clone());
+            cpu.refine_blocks(weight, &gram, 0.05, &mut grid, &mut codes)
+        });
+    }
+}
+
 fn elementwise(c: &mut Criterion) {
     let mut group = c.benchmark_group("elementwise");
     group.sample_size(20);
@@ -256,5 +303,5 @@ fn elementwise(c: &mut Criterion) {
     });
 }
 
-criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gated, operands, gram, attention, factor, sweep, fit, elementwise);
+criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gated, operands, gram, attention, factor, sweep, fit, blocks, elementwise);
 criterion_main!(benches);

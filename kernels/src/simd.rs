@@ -18,6 +18,10 @@ pub enum Level {
 
 /// Detects the instruction set once.
 pub fn level() -> Level {
+    #[cfg(test)]
+    if let Some(level) = testing::forced() {
+        return level;
+    }
     static LEVEL: OnceLock<Level> = OnceLock::new();
     *LEVEL.get_or_init(|| {
         #[cfg(target_arch = "x86_64")]
@@ -114,6 +118,39 @@ pub fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
         width /= 2;
     }
     lanes[0]
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    //! Loops as narrower CPUs run them.
+
+    use std::cell::Cell;
+
+    use super::{Level, level};
+
+    thread_local! {
+        static FORCED: Cell<Option<Level>> = const { Cell::new(None) };
+    }
+
+    /// What this thread is to use in place of the widest.
+    pub fn forced() -> Option<Level> {
+        FORCED.get()
+    }
+
+    /// What `work` gives on each instruction set that this CPU has, on threads of its own; all have to give the same.
+    pub fn same_at_every_level<R: PartialEq + Send>(what: &str, work: impl Fn() -> R + Sync) -> R {
+        let all = [Level::Avx512, Level::Avx2, Level::Baseline];
+        let mut results = all.into_iter().skip_while(|l| *l != level()).map(|wanted| {
+            let force = move |_| FORCED.set(Some(wanted));
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(2).start_handler(force).build().expect("threads");
+            let (used, result) = pool.install(|| (level(), work()));
+            assert_eq!(used, wanted);
+            (wanted, result)
+        });
+        let (widest, first) = results.next().expect("the baseline at least");
+        results.for_each(|(level, other)| assert!(other == first, "{what}: {level:?} differs from {widest:?}"));
+        first
+    }
 }
 
 #[cfg(test)]

@@ -250,7 +250,7 @@ fn cost<L: Ladder>(ladder: L, x: &[f32], h: &[f32], scale: f32, min: f32) -> f32
 
 /// Candidates of a search: the finer the grid, the nearer the best one is to the plain one.
 #[inline(always)]
-fn candidates(levels: f32) -> (f32, f32, usize) {
+pub(super) fn candidates(levels: f32) -> (f32, f32, usize) {
     match levels as usize {
         0..=4 => (0.40, 1.60, 24),
         5..=8 => (0.50, 1.30, 20),
@@ -569,37 +569,6 @@ mod tests {
                 assert!(with <= plain, "{ty}: {with}, plain {plain}");
             }
         }
-    }
-
-    /// Against every scale (and min) on a fine lattice, for the types whose groups stand alone.
-    #[test]
-    fn groups_that_stand_alone_come_near_an_exhaustive_search() {
-        let mut noise = Noise(42);
-        let weight = noise.matrix(6, 32);
-        let h: Vec<f32> = (0..32).map(|_| noise.next().powi(2) + 0.01).collect();
-        for name in ["Q4_0", "Q5_0", "IQ4_NL"] {
-            let ty = GgmlType::from_name(name).unwrap();
-            let grid = fit(weight.view(), ty, Some(&h));
-            let found = loss(&weight, &restored(&grid, &round(weight.view(), &grid)), &h);
-            let mut least = 0.0;
-            for row in 0..6 {
-                let x = weight.slice(ndarray::s![row..row + 1, ..]).to_owned();
-                let reach = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-                let steps = (-2000..2000).filter(|s| *s != 0).map(|step| {
-                    let d = ScalePrecision::F16.round(reach / grid_top(ty) * 2.0 * step as f32 / 2000.0);
-                    let block = BlockScales { d, ..BlockScales::default() };
-                    let grid = BlockGrid::new(ty, 1, 32, vec![block]);
-                    loss(&x, &restored(&grid, &round(x.view(), &grid)), &h)
-                });
-                least += steps.fold(f64::INFINITY, f64::min);
-            }
-            assert!(found <= 1.12 * least, "{name}: {found}, exhaustive {least}");
-        }
-    }
-
-    fn grid_top(ty: GgmlType) -> f32 {
-        let layout = ty.layout().unwrap();
-        (0..layout.levels.count()).map(|c| layout.levels.level(c as u8).abs()).fold(0.0, f32::max)
     }
 
     #[test]

@@ -12,6 +12,8 @@ pub mod heads;
 pub mod linear;
 pub mod loss;
 pub mod norm;
+#[cfg(test)]
+mod plain;
 pub mod refine;
 pub mod rope;
 pub mod round;

@@ -292,45 +292,11 @@ mod tests {
     use formats::{ScalePrecision, Scheme};
     use ndarray::Array2;
 
+    use super::super::plain::inverse_upper;
     use super::super::testing::{Noise, restored};
     use super::*;
     use crate::ops::{blocks, factor, fit, gram, round};
     use crate::{FitKind, GridSpec};
-
-    /// Upper factor `U` with `H⁻¹ = UᵀU`, the textbook way.
-    fn inverse_upper(gram: &Array2<f32>, order: &[u32], damp: f64) -> Vec<Vec<f64>> {
-        let n = order.len();
-        let mut a: Vec<Vec<f64>> = (0..n)
-            .map(|i| {
-                let mut row: Vec<f64> =
-                    (0..n).map(|j| f64::from(gram[[order[i] as usize, order[j] as usize]])).collect();
-                row[i] *= 1.0 + damp;
-                row.extend((0..n).map(|j| f64::from(u8::from(i == j))));
-                row
-            })
-            .collect();
-        for p in 0..n {
-            let pivot = a[p][p];
-            a[p].iter_mut().for_each(|x| *x /= pivot);
-            let row = a[p].clone();
-            for (i, other) in a.iter_mut().enumerate() {
-                if i != p {
-                    let factor = other[p];
-                    other.iter_mut().zip(&row).for_each(|(x, y)| *x -= factor * y);
-                }
-            }
-        }
-        let inverse: Vec<Vec<f64>> = a.into_iter().map(|row| row[n..].to_vec()).collect();
-        let mut upper = vec![vec![0.0; n]; n];
-        for i in 0..n {
-            for j in i..n {
-                let sum: f64 = (0..i).map(|k| upper[k][i] * upper[k][j]).sum();
-                let value = inverse[i][j] - sum;
-                upper[i][j] = if i == j { value.sqrt() } else { value / upper[i][i] };
-            }
-        }
-        upper
-    }
 
     #[test]
     fn codes_are_those_of_the_textbook_algorithm() {
