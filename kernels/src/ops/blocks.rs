@@ -490,7 +490,10 @@ fn fit_tiles<L: Ladder, const G: usize>(
             false => [tile.signed(ladder, layout.levels.count()), [0.0; LANES]],
         };
         match layout.sub {
-            Some(sub) => two_stages(ladder, &tile, (&scales, &mins), sub, layout.has_min, blocks),
+            Some(sub) => {
+                let all = Blocks { tile: &tile, scales, mins, sub, has_min: layout.has_min, count: blocks.len() };
+                two_stages(ladder, &all, blocks);
+            }
             None => {
                 for (block, (d, m)) in blocks.iter_mut().zip(scales.iter().zip(&mins)) {
                     let (d, m) = (ScalePrecision::F16.round(*d), ScalePrecision::F16.round(*m));
@@ -583,97 +586,120 @@ fn power_of_two<L: Ladder>(ladder: L, x: &[f32], h: &[f32]) -> BlockScales {
     BlockScales { d: found.1, ..BlockScales::default() }
 }
 
-/// Blocks whose groups' scales (and mins) are small integers times the block's; the groups alone would take
-/// `scales` and `mins`.
-#[inline(always)]
-fn two_stages<L: Ladder, const G: usize>(
-    ladder: L,
-    tile: &Tile<G>,
-    (scales, mins): (&[f32; LANES], &[f32; LANES]),
+/// Up to sixteen blocks whose groups fill a tile, and what the groups alone would take.
+struct Blocks<'a, const G: usize> {
+    tile: &'a Tile<G>,
+    scales: [f32; LANES],
+    mins: [f32; LANES],
     sub: SubScales,
     has_min: bool,
-    blocks: &mut [BlockScales],
-) {
-    let per_block = 256 / G;
-    let lanes = |block: usize| block * per_block..(block + 1) * per_block;
-    let (low, high) = (f32::from(sub.low), f32::from(sub.high));
-    let fine = sub.high > 31;
-    let tries = if fine { 1 } else { 2 };
-    let mut best = [(f32::INFINITY, BlockScales::default()); LANES];
-    // Tries a scale and a min of each block; what is no number leaves it as it is.
-    let consider = |d: &[f32; LANES], m: &[f32; LANES], best: &mut [(f32, BlockScales); LANES]| {
-        let [d, m] = [d, m].map(|values| values.map(|value| ScalePrecision::F16.round(value)));
-        let [mut of_scale, mut of_min] = [[0.0; LANES]; 2];
-        let [mut wanted, mut deep] = [[0.0f32; LANES]; 2];
+    count: usize,
+}
+
+/// What blocks cost and hold.
+type Held = [(f32, BlockScales); LANES];
+
+impl<const G: usize> Blocks<'_, G> {
+    const GROUPS: usize = 256 / G;
+
+    fn lanes(index: usize) -> std::ops::Range<usize> {
+        index * Self::GROUPS..(index + 1) * Self::GROUPS
+    }
+
+    /// Whether of a group's scale only the nearest integer is tried.
+    fn fine(&self) -> bool {
+        self.sub.high > 31
+    }
+
+    /// Tries a scale and a min of each block, which keeps what it has if they cost more or are no numbers.
+    #[inline(always)]
+    fn consider<L: Ladder>(&self, ladder: L, d: &[f32; LANES], m: &[f32; LANES], best: &mut Held) {
+        let (low, high) = (f32::from(self.sub.low), f32::from(self.sub.high));
+        let [mut of_scale, mut of_min, mut wanted, mut deep] = [[0.0f32; LANES]; 4];
         for lane in 0..LANES {
-            (of_scale[lane], of_min[lane]) = (d[lane / per_block], m[lane / per_block]);
-            wanted[lane] = (scales[lane] * inverse(of_scale[lane])).clamp(low, high);
-            deep[lane] = (mins[lane] * inverse(of_min[lane])).clamp(0.0, f32::from(sub.max_min));
+            (of_scale[lane], of_min[lane]) = (d[lane / Self::GROUPS], m[lane / Self::GROUPS]);
+            wanted[lane] = (self.scales[lane] * inverse(of_scale[lane])).clamp(low, high);
+            deep[lane] = (self.mins[lane] * inverse(of_min[lane])).clamp(0.0, f32::from(self.sub.max_min));
         }
-        let [mut least, mut taken_scale, mut taken_min] = [[f32::INFINITY; LANES], [0.0; LANES], [0.0; LANES]];
+        let [mut least, mut scale, mut min] = [[f32::INFINITY; LANES], [0.0; LANES], [0.0; LANES]];
         // Of a fine scale the nearest integer is as good as any; a coarse one is worth both.
-        for i in 0..tries {
-            for j in 0..if has_min { tries } else { 1 } {
-                let [mut scale, mut min] = [[0.0; LANES]; 2];
-                let near = |x: f32, up: bool| match (fine, up) {
-                    (true, _) => x.round_ties_even(),
-                    (false, false) => x.floor(),
-                    (false, true) => x.ceil(),
-                };
-                let [mut whole_scale, mut whole_min] = [[0.0; LANES]; 2];
-                for lane in 0..LANES {
-                    (whole_scale[lane], whole_min[lane]) = (near(wanted[lane], i == 1), near(deep[lane], j == 1));
-                    scale[lane] = of_scale[lane] * whole_scale[lane];
-                    min[lane] = of_min[lane] * whole_min[lane];
-                }
-                let cost = tile.cost(ladder, &scale, &min);
-                for lane in 0..LANES {
-                    let better = cost[lane] < least[lane];
-                    least[lane] = if better { cost[lane] } else { least[lane] };
-                    taken_scale[lane] = if better { whole_scale[lane] } else { taken_scale[lane] };
-                    taken_min[lane] = if better { whole_min[lane] } else { taken_min[lane] };
-                }
+        let sides = if self.fine() { 1 } else { 2 };
+        let tries = if self.has_min { sides * sides } else { sides };
+        for number in 0..tries {
+            let near = |x: f32, up: bool| match (self.fine(), up) {
+                (true, _) => x.round_ties_even(),
+                (false, false) => x.floor(),
+                (false, true) => x.ceil(),
+            };
+            let (scale_up, min_up) = if self.has_min { (number > 1, number % 2 == 1) } else { (number == 1, false) };
+            let [mut whole_scale, mut whole_min, mut a, mut b] = [[0.0f32; LANES]; 4];
+            for lane in 0..LANES {
+                (whole_scale[lane], whole_min[lane]) = (near(wanted[lane], scale_up), near(deep[lane], min_up));
+                (a[lane], b[lane]) = (of_scale[lane] * whole_scale[lane], of_min[lane] * whole_min[lane]);
+            }
+            let cost = self.tile.cost(ladder, &a, &b);
+            for lane in 0..LANES {
+                let better = cost[lane] < least[lane];
+                least[lane] = if better { cost[lane] } else { least[lane] };
+                scale[lane] = if better { whole_scale[lane] } else { scale[lane] };
+                min[lane] = if better { whole_min[lane] } else { min[lane] };
             }
         }
-        for (index, best) in best.iter_mut().enumerate().take(blocks.len()) {
-            let total = least[lanes(index)].iter().fold(0.0, |total, cost| total + cost);
-            if total < best.0 {
+        for index in 0..self.count {
+            let total = least[Self::lanes(index)].iter().fold(0.0, |total, cost| total + cost);
+            if total < best[index].0 {
                 let mut block = BlockScales { d: d[index], m: m[index], ..BlockScales::default() };
-                for (group, lane) in lanes(index).enumerate() {
-                    block.scales[group] = taken_scale[lane] as i8;
-                    block.mins[group] = taken_min[lane] as u8;
+                for (group, lane) in Self::lanes(index).enumerate() {
+                    (block.scales[group], block.mins[group]) = (scale[lane] as i8, min[lane] as u8);
                 }
-                *best = (total, block);
+                best[index] = (total, block);
             }
         }
-    };
+    }
+}
+
+/// Halves nearest to values.
+#[inline(always)]
+fn halves(values: [f32; LANES]) -> [f32; LANES] {
+    values.map(|value| ScalePrecision::F16.round(value))
+}
+
+/// Blocks whose groups' scales (and mins) are small integers times the block's.
+#[inline(always)]
+fn two_stages<L: Ladder, const G: usize>(ladder: L, all: &Blocks<'_, G>, blocks: &mut [BlockScales]) {
+    let Blocks { tile, scales, mins, sub, has_min, count } = all;
+    let mut best = [(f32::INFINITY, BlockScales::default()); LANES];
     let [mut widest, mut deepest] = [[0.0f32; LANES]; 2];
-    for index in 0..blocks.len() {
-        widest[index] = scales[lanes(index)].iter().fold(0.0f32, |w, s| if s.abs() > w.abs() { *s } else { w });
-        let deep = mins[lanes(index)].iter().fold(0.0f32, |w, m| w.max(*m));
+    for index in 0..*count {
+        let lanes = Blocks::<G>::lanes(index);
+        widest[index] = scales[lanes.clone()].iter().fold(0.0f32, |w, s| if s.abs() > w.abs() { *s } else { w });
+        let deep = mins[lanes].iter().fold(0.0f32, |w, m| w.max(*m));
         deepest[index] = if sub.max_min > 0 { deep / f32::from(sub.max_min) } else { 0.0 };
         if widest[index] == 0.0 && deep == 0.0 {
+            // Zeros stay zeros.
             widest[index] = f32::NAN;
         }
     }
-    let stretches: &[f32] = if fine { &[1.0, 1.03] } else { &[1.0, 1.04, 1.08, 0.96] };
-    for stretch in stretches {
-        consider(&widest.map(|w| w / high * stretch), &deepest.map(|m| m * stretch), &mut best);
-        if low < 0.0 {
-            consider(&widest.map(|w| w / low * stretch), &deepest.map(|m| m * stretch), &mut best);
+    let ends = [sub.high, sub.low].map(f32::from);
+    let ends = if sub.low < 0 { &ends[..] } else { &ends[..1] };
+    let stretches: &[[f32; 2]] = match (all.fine(), *has_min) {
+        (true, _) => &[[1.0, 1.0], [1.03, 1.03]],
+        (false, false) => &[[1.0, 1.0], [1.04, 1.04], [1.08, 1.08], [0.96, 0.96]],
+        (false, true) => &[[1.0, 1.0], [1.04, 1.04], [1.08, 1.08], [0.96, 0.96], [1.04, 1.0], [1.0, 1.04]],
+    };
+    for [of_d, of_m] in stretches {
+        for end in ends {
+            let (d, m) = (halves(widest.map(|w| w / end * of_d)), halves(deepest.map(|m| m * of_m)));
+            all.consider(ladder, &d, &m, &mut best);
         }
     }
-    if !fine && has_min {
-        consider(&widest.map(|w| w / high * 1.04), &deepest, &mut best);
-        consider(&widest.map(|w| w / high), &deepest.map(|m| m * 1.04), &mut best);
-    }
     // Least squares of the block's scale and min under the codes they gave.
-    let mut done: [bool; LANES] = std::array::from_fn(|index| index >= blocks.len() || best[index].0 == f32::INFINITY);
+    let mut done: [bool; LANES] = std::array::from_fn(|index| index >= *count || best[index].0 == f32::INFINITY);
     for _ in 0..2 {
         let held = best;
         let [mut s, mut m, mut scale, mut min] = [[0.0f32; LANES]; 4];
         for lane in 0..LANES {
-            let (block, group) = (&held[lane / per_block].1, lane % per_block);
+            let (block, group) = (&held[lane / Blocks::<G>::GROUPS].1, lane % Blocks::<G>::GROUPS);
             (s[lane], m[lane]) = (f32::from(block.scales[group]), f32::from(block.mins[group]));
             (scale[lane], min[lane]) = (block.d * s[lane], block.m * m[lane]);
         }
@@ -684,9 +710,9 @@ fn two_stages<L: Ladder, const G: usize>(
             [hs[lane], hx[lane]] = tile.sums(ladder, lane, Whole);
         }
         let [mut moved_d, mut moved_m] = [[f32::NAN; LANES]; 2];
-        for index in 0..blocks.len() {
+        for index in 0..*count {
             let [mut aa, mut ab, mut bb, mut ax, mut bx] = [0.0f64; 5];
-            for lane in lanes(index) {
+            for lane in Blocks::<G>::lanes(index) {
                 let [s, m, hl, hll] = [s[lane], m[lane], hl[lane], hll[lane]].map(f64::from);
                 let [hlx, hs, hx] = [hlx[lane], hs[lane], hx[lane]].map(f64::from);
                 aa += s * s * hll;
@@ -697,29 +723,30 @@ fn two_stages<L: Ladder, const G: usize>(
             }
             // x ≈ d·a − m·b
             let determinant = aa * bb - ab * ab;
-            let (d, m) = match has_min && determinant > 1e-9 * aa * bb {
+            let (d, m) = match *has_min && determinant > 1e-9 * aa * bb {
                 true => ((ax * bb - bx * ab) / determinant, (ax * ab - bx * aa) / determinant),
                 false if aa > 0.0 && bb == 0.0 => (ax / aa, 0.0),
                 false => (f64::NAN, 0.0),
             };
             done[index] |= !(d.is_finite() && m.is_finite() && m >= 0.0);
             if !done[index] {
-                moved_d[index] = ScalePrecision::F16.round(d as f32);
-                moved_m[index] = ScalePrecision::F16.round(m as f32);
+                (moved_d[index], moved_m[index]) = (d as f32, m as f32);
             }
         }
+        let (moved_d, moved_m) = (halves(moved_d), halves(moved_m));
         for lane in 0..LANES {
-            (scale[lane], min[lane]) = (moved_d[lane / per_block] * s[lane], moved_m[lane / per_block] * m[lane]);
+            let block = lane / Blocks::<G>::GROUPS;
+            (scale[lane], min[lane]) = (moved_d[block] * s[lane], moved_m[block] * m[lane]);
         }
         let cost = tile.cost(ladder, &scale, &min);
-        for index in (0..blocks.len()).filter(|index| !done[*index]) {
-            let total = cost[lanes(index)].iter().fold(0.0, |total, cost| total + cost);
+        for index in (0..*count).filter(|index| !done[*index]) {
+            let total = cost[Blocks::<G>::lanes(index)].iter().fold(0.0, |total, cost| total + cost);
             if total < best[index].0 {
                 best[index] = (total, BlockScales { d: moved_d[index], m: moved_m[index], ..held[index].1 });
             }
         }
-        consider(&moved_d, &moved_m, &mut best);
-        for index in 0..blocks.len() {
+        all.consider(ladder, &moved_d, &moved_m, &mut best);
+        for index in 0..*count {
             done[index] |= best[index].0 >= held[index].0;
         }
         if done.iter().all(|done| *done) {
