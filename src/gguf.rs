@@ -457,7 +457,7 @@ fn write_tensor<B: Backend>(
     let piece = (PIECE / cols.max(1)).max(1);
     let same = source.raw(name).filter(|raw| ty.plain() == Some(raw.dtype) && tensor.heads.is_none());
     let searched = searched(ty, importance.is_some());
-    (0..rows.div_ceil(piece)).into_par_iter().try_for_each(|index| {
+    (0..rows.div_ceil(piece)).into_par_iter().try_for_each_init(Vec::new, |values, index| {
         let first = index * piece;
         let count = piece.min(rows - first);
         let offset = (first * row_bytes) as u64;
@@ -468,10 +468,10 @@ fn write_tensor<B: Backend>(
                 return Ok(writer.write_at(&tensor.gguf, offset, data)?);
             }
         }
-        let mut values = vec![0.0; count * cols];
+        values.resize(count * cols, 0.0);
         if let [_, _] = tensor.shape[..] {
             let ids: Vec<u32> = (first..first + count).map(|row| tensor.source_row(row) as u32).collect();
-            source.load_rows(name, &ids, &mut values)?;
+            source.load_rows(name, &ids, values)?;
         } else {
             let loaded = source.load(name)?;
             match tensor.heads {
@@ -480,11 +480,11 @@ fn write_tensor<B: Backend>(
             }
         }
         let packed = if searched {
-            let matrix = Array2::from_shape_vec((count, cols), values).expect("whole rows");
+            let matrix = Array2::from_shape_vec((count, cols), std::mem::take(values)).expect("whole rows");
             pack_rows(backend, &backend.upload(matrix)?, ty, importance)?
         } else {
             let mut packed = vec![0; count * row_bytes];
-            ty.encode(&values, &mut packed).expect("a type with an encoder");
+            ty.encode(values, &mut packed).expect("a type with an encoder");
             packed
         };
         writer.write_at(&tensor.gguf, offset, &packed)?;

@@ -121,6 +121,12 @@ pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Result<()> {
             }
         }
         Dtype::F16 => {
+            // SAFETY: any bits are a half.
+            let (unaligned, halves, _) = unsafe { bytes.align_to::<f16>() };
+            if cfg!(target_endian = "little") && unaligned.is_empty() {
+                halves.convert_to_f32_slice(out);
+                return Ok(());
+            }
             // Through an aligned buffer, so that the CPU's own conversion can be used on whole slices.
             let mut halves = [f16::ZERO; 1024];
             for (out, bytes) in out.chunks_mut(halves.len()).zip(bytes.chunks(2 * halves.len())) {
