@@ -3,13 +3,14 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use calibration::samples::Samples;
-use calibration::solvers::{Gptq, Observer, Shared, Solver, pack_rows, solve_blocks};
+use calibration::solvers::{Gptq, Observer, Shared, Solver, pack_rows, searched, solve_blocks};
 use calibration::statistics::{Needs, Statistics};
 use formats::ggml::Levels;
-use formats::{GgmlType, GgufTensor, GgufWriter, Imatrix, ImatrixEntry};
+use formats::{GgmlType, GgufTensor, GgufWriter, Imatrix, ImatrixEntry, TensorView};
 use kernels::Backend;
 use ndarray::Array2;
 use rayon::prelude::*;
@@ -26,10 +27,10 @@ use crate::graph::{Graph, Linear};
 use crate::plan::{Fate, check_tensors, left_out};
 use crate::progress::Progress;
 use crate::recipe::{Method, Recipe};
-use crate::report::TensorReport;
+use crate::report::{FileReport, TensorReport, hash_files};
 
 /// Weights of a tensor that are encoded at a time when nothing else needs the whole of it.
-const PIECE: usize = 1 << 18;
+const PIECE: usize = 1 << 16;
 
 /// What the file will hold, decided and checked before any work is done.
 pub struct GgufPlan {
@@ -209,6 +210,8 @@ fn fates(graph: &Graph, source: &Checkpoint, plan: &ExportPlan, types: &[GgmlTyp
 pub struct Compiled {
     /// The files, the one to open first.
     pub files: Vec<PathBuf>,
+    /// Waits until they are on disk, and hashes them.
+    pub flushing: JoinHandle<Result<Vec<FileReport>>>,
     /// Every linear, in the order of the work.
     pub linears: Vec<LinearReport>,
     /// Every input tensor.
@@ -240,7 +243,7 @@ pub fn compile<B: Backend>(
         None => GgufWriter::create(path, plan.metadata.clone(), tensors)?,
         Some(limit) => GgufWriter::create_split(path.with_extension(""), limit, plan.metadata.clone(), tensors)?,
     };
-    let files = writer.files().map(Path::to_path_buf).collect();
+    let files: Vec<PathBuf> = writer.files().map(Path::to_path_buf).collect();
     let backend = &backend.relaxed();
     progress.start("quantizing", plan.by_module.len());
     let sweep = Gptq { observer: Observer::Imatrix, damp: recipe.damp, act_order: recipe.act_order, desc_act: false };
@@ -278,7 +281,13 @@ pub fn compile<B: Backend>(
     }
     work.write_rest()?;
     let Work { collected, linears, quantized, seconds, .. } = work;
-    writer.finish()?;
+    // While the disk is at work, what was written is read back.
+    let written = files.clone();
+    let flushing = std::thread::spawn(move || {
+        let hashing = std::thread::spawn(move || hash_files(&written));
+        writer.finish()?;
+        hashing.join().map_err(|_| Error::failed("hashing the output failed"))?
+    });
     if let (Some(path), Some(samples)) = (&settings.save_imatrix, samples) {
         let imatrix = Imatrix {
             entries: collected,
@@ -289,7 +298,7 @@ pub fn compile<B: Backend>(
         };
         imatrix.write(path)?;
     }
-    Ok(Compiled { files, linears, tensors: plan.fates.clone(), quantized, seconds })
+    Ok(Compiled { files, flushing, linears, tensors: plan.fates.clone(), quantized, seconds })
 }
 
 /// The state of a compilation. As a [`Supply`] it quantizes linears as their inputs become known.
@@ -427,7 +436,8 @@ impl<B: Backend> Work<'_, B> {
     }
 }
 
-/// Writes one tensor in pieces of whole rows, each read, rounded and written by one thread.
+/// Writes one tensor in pieces of whole rows, each read, rounded and written by one thread; copied where it lies in the
+/// input as it will in the output.
 fn write_tensor<B: Backend>(
     backend: &B,
     source: &Checkpoint,
@@ -442,13 +452,23 @@ fn write_tensor<B: Backend>(
     };
     let row_bytes = ty.row_bytes(cols).expect("a type that fits, by the mix");
     let piece = (PIECE / cols.max(1)).max(1);
-    (0..rows.div_ceil(piece)).into_par_iter().try_for_each(|index| {
+    let same = source.raw(name).filter(|raw| ty.plain() == Some(raw.dtype) && tensor.heads.is_none());
+    let searched = searched(ty, importance.is_some());
+    (0..rows.div_ceil(piece)).into_par_iter().try_for_each_init(Vec::new, |values, index| {
         let first = index * piece;
         let count = piece.min(rows - first);
-        let mut values = vec![0.0; count * cols];
+        let offset = (first * row_bytes) as u64;
+        if let Some(raw) = same {
+            let data = &raw.data[first * row_bytes..][..count * row_bytes];
+            // What is no number is named where values are read.
+            if (TensorView { data, ..raw }).is_finite() {
+                return Ok(writer.write_at(&tensor.gguf, offset, data)?);
+            }
+        }
+        values.resize(count * cols, 0.0);
         if let [_, _] = tensor.shape[..] {
             let ids: Vec<u32> = (first..first + count).map(|row| tensor.source_row(row) as u32).collect();
-            source.load_rows(name, &ids, &mut values)?;
+            source.load_rows(name, &ids, values)?;
         } else {
             let loaded = source.load(name)?;
             match tensor.heads {
@@ -456,9 +476,15 @@ fn write_tensor<B: Backend>(
                 Some(_) => values.iter_mut().enumerate().for_each(|(i, v)| *v = loaded[tensor.source_row(i)]),
             }
         }
-        let matrix = Array2::from_shape_vec((count, cols), values).expect("whole rows");
-        let packed = pack_rows(backend, &backend.upload(matrix)?, ty, importance)?;
-        writer.write_at(&tensor.gguf, (first * row_bytes) as u64, &packed)?;
+        let packed = if searched {
+            let matrix = Array2::from_shape_vec((count, cols), std::mem::take(values)).expect("whole rows");
+            pack_rows(backend, &backend.upload(matrix)?, ty, importance)?
+        } else {
+            let mut packed = vec![0; count * row_bytes];
+            ty.encode(values, &mut packed).expect("a type with an encoder");
+            packed
+        };
+        writer.write_at(&tensor.gguf, offset, &packed)?;
         Ok::<(), Error>(())
     })?;
     source.release(name);

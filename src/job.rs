@@ -52,6 +52,9 @@ pub struct Job<'a> {
     pub report: Option<PathBuf>,
 }
 
+/// The input files, hashed beside all else.
+type Hashing = JoinHandle<Result<Vec<FileReport>>>;
+
 /// What every run has before its work begins.
 struct Run {
     started: Instant,
@@ -61,7 +64,7 @@ struct Run {
     samples: Option<Samples>,
     /// Windows of the held-out text.
     held_out: Option<Vec<Vec<u32>>>,
-    hashing: JoinHandle<Result<Vec<FileReport>>>,
+    hashing: Hashing,
     prepare: f64,
 }
 
@@ -96,9 +99,11 @@ impl Job<'_> {
             )));
         }
         let graph = families::graph_of(&source)?;
+        let inputs = source.files();
+        let hashing = std::thread::spawn(move || hash_files(&inputs));
         match self.recipe.gguf {
-            Some(_) => self.gguf_file(backend, progress, started, source, graph),
-            None => self.directory(backend, progress, started, source, graph),
+            Some(_) => self.gguf_file(backend, progress, started, source, graph, hashing),
+            None => self.directory(backend, progress, started, source, graph, hashing),
         }
     }
 
@@ -109,10 +114,11 @@ impl Job<'_> {
         started: Instant,
         source: Checkpoint,
         graph: Graph,
+        hashing: Hashing,
     ) -> Result<Report> {
         let plan = Plan::new(&graph, &source, &self.recipe)?;
         let staging = Staging::new(self.output, Some(self.model), self.force)?;
-        let mut run = self.prepare(started, source, graph, needs(&self.recipe))?;
+        let mut run = self.prepare(started, source, graph, needs(&self.recipe), hashing)?;
         run.notes.splice(0..0, plan.config.notes.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
         let compiled =
@@ -162,10 +168,11 @@ impl Job<'_> {
         started: Instant,
         source: Checkpoint,
         graph: Graph,
+        hashing: Hashing,
     ) -> Result<Report> {
         let plan = GgufPlan::new(&graph, &source, &self.recipe)?;
         let staging = FileStaging::new(self.output, Some(self.model), self.force)?;
-        let mut run = self.prepare(started, source, graph, plan.needs(&self.recipe))?;
+        let mut run = self.prepare(started, source, graph, plan.needs(&self.recipe), hashing)?;
         run.notes.extend(plan.notices.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
         let compiled = gguf::compile(
@@ -180,11 +187,11 @@ impl Job<'_> {
         )?;
 
         let verifying = Instant::now();
-        let files = compiled.files.clone();
-        let hashing = std::thread::spawn(move || hash_files(&files));
         let reopened = Checkpoint::open(&compiled.files[0])?;
         let quality = self.measure(backend, &run, &reopened, progress)?;
-        if let (Some(verification), Ok(own)) = (&self.verification, ModelText::open(&reopened)) {
+        if let Some(verification) = &self.verification
+            && let Ok(own) = ModelText::open(&reopened)
+        {
             let text = load_text(&verification.text)?;
             if own.evaluation_ids(&text)? != ModelText::open(source)?.evaluation_ids(&text)? {
                 return Err(Error::failed(format!(
@@ -197,7 +204,7 @@ impl Job<'_> {
             quality,
             verify: verifying.elapsed().as_secs_f64(),
             quantized: compiled.quantized,
-            outputs: hashing.join().map_err(|_| Error::failed("hashing the output failed"))??,
+            outputs: compiled.flushing.join().map_err(|_| Error::failed("writing the output failed"))??,
             linears: compiled.linears,
             smoothings: Vec::new(),
             tensors: compiled.tensors,
@@ -213,8 +220,15 @@ impl Job<'_> {
         Ok(report)
     }
 
-    /// Reads the texts, and starts to hash the input.
-    fn prepare(&self, started: Instant, source: Checkpoint, graph: Graph, needs: Needs) -> Result<Run> {
+    /// Reads the texts.
+    fn prepare(
+        &self,
+        started: Instant,
+        source: Checkpoint,
+        graph: Graph,
+        needs: Needs,
+        hashing: Hashing,
+    ) -> Result<Run> {
         let mut notes = Vec::new();
         if source.entries().iter().any(|e| matches!(e.dtype, StoredType::Ggml(t) if t.block_len > 1)) {
             notes.push(format!(
@@ -275,8 +289,6 @@ impl Job<'_> {
         };
         // A tokenizer of a large vocabulary is tens of megabytes.
         drop(text);
-        let inputs = source.files();
-        let hashing = std::thread::spawn(move || hash_files(&inputs));
         let prepare = started.elapsed().as_secs_f64();
         Ok(Run { started, source, graph, notes, samples, held_out, hashing, prepare })
     }

@@ -126,19 +126,19 @@ fn of_folder(folder: &Path, model_config: &Value, rows: usize, pre: Option<&str>
 impl Files {
     fn read(folder: &Path, model_config: &Value) -> Result<Files> {
         let json_of = |name: &str| Ok::<_, Error>(read_json(&folder.join(name))?.unwrap_or(Value::Null));
-        let json = read_json(&folder.join("tokenizer.json"))?;
-        let tokenizer = match &json {
-            Some(json) => {
-                let read = Tokenizer::from_json(json.to_string().as_bytes());
-                Some(read.map_err(|error| TextError::Model { folder: folder.to_owned(), error })?)
-            }
-            None => None,
-        };
         let read = |name: &str| match std::fs::read(folder.join(name)) {
             Ok(bytes) => Ok(Some(bytes)),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(Error::io(folder.join(name), "read")(error)),
         };
+        let bytes = read("tokenizer.json")?;
+        // Megabytes, parsed twice: for what they say, and for what they do.
+        let (json, tokenizer) = rayon::join(
+            || read_json(&folder.join("tokenizer.json")),
+            || bytes.as_deref().map(Tokenizer::from_json).transpose(),
+        );
+        let json = json?;
+        let tokenizer = tokenizer.map_err(|error| TextError::Model { folder: folder.to_owned(), error })?;
         let (model, not_a_model) = match read("tokenizer.model")?.map(|bytes| SentencePiece::parse(&bytes)) {
             Some(Ok(model)) => (Some(model), None),
             Some(Err(why)) => (None, Some(why)),

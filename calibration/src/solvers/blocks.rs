@@ -37,9 +37,7 @@ pub fn pack_rows<B: Backend>(
 ) -> Result<Vec<u8>> {
     let [rows, cols] = backend.shape(weight);
     let row_bytes = row_bytes(ty, cols)?;
-    // With 256 levels the search gains nothing that can be measured, and llama.cpp does not search either.
-    let fine = ty.layout().is_none_or(|layout| layout.levels.count() == 256);
-    if (importance.is_none() || fine) && encodes(ty) {
+    if !searched(ty, importance.is_some()) {
         let host = backend.download(weight)?;
         let values = host.as_slice().expect("a contiguous matrix");
         let mut packed = vec![0u8; rows * row_bytes];
@@ -109,7 +107,9 @@ fn pack(grid: &BlockGrid, codes: &[u8], row_bytes: usize) -> Vec<u8> {
     packed
 }
 
-/// Whether ggml has an encoder without a search for the type.
-fn encodes(ty: GgmlType) -> bool {
-    ty.encode(&vec![0.0; ty.block_len], &mut vec![0; ty.block_bytes]).is_some()
+/// Whether [`pack_rows`] looks for scales, with importance or without, rather than encode rows as ggml does.
+pub fn searched(ty: GgmlType, importance: bool) -> bool {
+    // With 256 levels the search gains nothing that can be measured, and llama.cpp does not search either.
+    let fine = ty.layout().is_none_or(|layout| layout.levels.count() == 256);
+    importance && !fine || ty.encode(&vec![0.0; ty.block_len], &mut vec![0; ty.block_bytes]).is_none()
 }

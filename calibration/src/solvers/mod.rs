@@ -13,7 +13,7 @@ use kernels::{Backend, Factor, FitKind, Grid, GridSpec, Result};
 use ndarray::Array2;
 use rayon::prelude::*;
 
-pub use blocks::{BlockSolution, pack_rows, solve_blocks};
+pub use blocks::{BlockSolution, pack_rows, searched, solve_blocks};
 pub use gptq::Gptq;
 pub use rtn::Rtn;
 

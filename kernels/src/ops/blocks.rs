@@ -8,7 +8,7 @@
 //! Types are told apart by their [`Layout`] alone.
 
 use formats::ScalePrecision;
-use formats::ggml::{BlockScales, GgmlType, Layout, Levels, ScaleKind};
+use formats::ggml::{BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales};
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
@@ -23,6 +23,8 @@ pub trait Ladder: Copy {
     fn nearest(self, x: f32) -> f32;
     /// The smallest and the largest level.
     fn range(self) -> [f32; 2];
+    /// The code of a level; `codes` is [`codes_of`] the layout.
+    fn code(self, level: f32, codes: &[u8; 256]) -> u8;
 }
 
 /// Evenly spaced levels.
@@ -30,6 +32,8 @@ pub trait Ladder: Copy {
 pub struct Even {
     low: f32,
     high: f32,
+    /// The code of the level 0.
+    offset: f32,
 }
 
 impl Ladder for Even {
@@ -41,6 +45,11 @@ impl Ladder for Even {
     #[inline(always)]
     fn range(self) -> [f32; 2] {
         [self.low, self.high]
+    }
+
+    #[inline(always)]
+    fn code(self, level: f32, _: &[u8; 256]) -> u8 {
+        (level + self.offset) as i32 as u8
     }
 }
 
@@ -67,6 +76,11 @@ impl Ladder for Uneven {
     fn range(self) -> [f32; 2] {
         [self.first, self.last]
     }
+
+    #[inline(always)]
+    fn code(self, level: f32, codes: &[u8; 256]) -> u8 {
+        codes[usize::from((level + 128.0) as i32 as u8)]
+    }
 }
 
 /// A type's levels in the form that rounding wants.
@@ -83,11 +97,10 @@ impl Rungs {
     pub fn of(layout: &Layout) -> Rungs {
         match layout.levels {
             // The lowest of 256 levels has no counterpart above, and no encoder uses it.
-            Levels::Uniform { codes: 256, offset } => {
-                Rungs::Even(Even { low: f32::from(1 - offset), high: f32::from(255 - offset) })
-            }
             Levels::Uniform { codes, offset } => {
-                Rungs::Even(Even { low: f32::from(-offset), high: f32::from(codes as i16 - 1 - offset) })
+                let lowest = if codes == 256 { 1 } else { 0 };
+                let [low, high, offset] = [lowest - offset, codes as i16 - 1 - offset, offset].map(f32::from);
+                Rungs::Even(Even { low, high, offset })
             }
             Levels::Table(table) => {
                 let mut sorted = *table;
@@ -115,6 +128,9 @@ pub fn codes_of(layout: &Layout) -> [u8; 256] {
     codes
 }
 
+/// Groups whose blocks are one task.
+const TASK: usize = 16 * LANES;
+
 /// Fits every block of `weight` `[rows, cols]`; `importance` is `[cols]`.
 ///
 /// # Panics
@@ -125,12 +141,12 @@ pub fn fit(weight: ArrayView2<f32>, ty: GgmlType, importance: Option<&[f32]>) ->
     let per_row = cols / ty.block_len;
     assert_eq!(per_row * ty.block_len, cols, "whole blocks in a row");
     let importance = importance.map(floor);
-    let rungs = Rungs::of(layout);
+    let task = Task { layout, rungs: Rungs::of(layout), block_len: ty.block_len, importance: importance.as_deref() };
     let data = weight.to_slice().expect("a contiguous matrix");
     let mut blocks = vec![BlockScales::default(); rows * per_row];
-    blocks.par_chunks_exact_mut(per_row).zip(data.par_chunks_exact(cols)).with_min_len(4).for_each(|(blocks, row)| {
-        fit_row(row, importance.as_deref(), &Task { layout, rungs, block_len: ty.block_len }, blocks);
-    });
+    let at_once = TASK / ty.groups_per_block();
+    let pieces = blocks.par_chunks_mut(at_once).zip(data.par_chunks(at_once * ty.block_len));
+    pieces.enumerate().for_each(|(index, (blocks, x))| fit_blocks(x, index * at_once % per_row.max(1), &task, blocks));
     BlockGrid::new(ty, rows, cols, blocks)
 }
 
@@ -181,12 +197,12 @@ fn round_groups<L: Ladder>(
     for (((x, out), scale), min) in x.chunks_exact(group).zip(out.chunks_exact_mut(group)).zip(scales).zip(mins) {
         let inverse = inverse(*scale);
         for (x, out) in x.chunks_exact(LANES).zip(out.chunks_exact_mut(LANES)) {
-            let mut places = [0u8; LANES];
+            let mut levels = [0.0; LANES];
             for lane in 0..LANES {
-                places[lane] = (ladder.nearest((x[lane] + min) * inverse) + 128.0) as i32 as u8;
+                levels[lane] = ladder.nearest((x[lane] + min) * inverse);
             }
             for lane in 0..LANES {
-                out[lane] = codes[usize::from(places[lane])];
+                out[lane] = ladder.code(levels[lane], codes);
             }
         }
     }
@@ -196,41 +212,295 @@ struct Task<'a> {
     layout: &'a Layout,
     rungs: Rungs,
     block_len: usize,
+    /// Of every column.
+    importance: Option<&'a [f32]>,
 }
 
 simd_fn! {
-    fn fit_row(row: &[f32], importance: Option<&[f32]>, task: &Task<'_>, blocks: &mut [BlockScales]) {
-        match task.rungs {
-            Rungs::Even(ladder) => fit_blocks(ladder, row, importance, task, blocks),
-            Rungs::Uneven(ladder) => fit_blocks(ladder, row, importance, task, blocks),
+    fn fit_blocks(x: &[f32], first: usize, task: &Task<'_>, blocks: &mut [BlockScales]) {
+        match (task.rungs, task.layout.scale, task.layout.group) {
+            (Rungs::Even(ladder), ScaleKind::F16, 16) => fit_tiles::<_, 16>(ladder, x, first, task, blocks),
+            (Rungs::Even(ladder), ScaleKind::F16, 32) => fit_tiles::<_, 32>(ladder, x, first, task, blocks),
+            (Rungs::Uneven(ladder), ScaleKind::F16, 32) => fit_tiles::<_, 32>(ladder, x, first, task, blocks),
+            (Rungs::Even(ladder), _, _) => fit_singly(ladder, x, first, task, blocks),
+            (Rungs::Uneven(ladder), _, _) => fit_singly(ladder, x, first, task, blocks),
         }
     }
 }
 
-#[inline(always)]
-fn fit_blocks<L: Ladder>(
-    ladder: L,
-    row: &[f32],
-    importance: Option<&[f32]>,
-    task: &Task<'_>,
-    blocks: &mut [BlockScales],
-) {
-    let mut own = [0.0f32; 256];
-    for (index, (x, block)) in row.chunks_exact(task.block_len).zip(blocks).enumerate() {
-        let h = match importance {
-            Some(importance) => &importance[index * task.block_len..][..task.block_len],
+impl Task<'_> {
+    /// The importance of block `index` of those after `first` in a row, in a buffer or where it lies.
+    #[inline(always)]
+    fn weigh<'h>(&'h self, x: &[f32], index: usize, own: &'h mut [f32; 256]) -> &'h [f32] {
+        match self.importance {
+            Some(importance) => &importance[index * self.block_len % importance.len()..][..self.block_len],
             None => {
                 // Without data, larger weights count for more: the output's error is in proportion to what they carry.
                 let spread = (x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32).sqrt();
                 own.iter_mut().zip(x).for_each(|(h, x)| *h = spread + x.abs());
-                &own[..task.block_len]
+                &own[..self.block_len]
             }
+        }
+    }
+}
+
+/// Blocks one after the other: those of long groups and of powers of two.
+#[inline(always)]
+fn fit_singly<L: Ladder>(ladder: L, x: &[f32], first: usize, task: &Task<'_>, blocks: &mut [BlockScales]) {
+    let mut own = [0.0f32; 256];
+    for (index, (x, block)) in x.chunks_exact(task.block_len).zip(blocks).enumerate() {
+        let h = task.weigh(x, first + index, &mut own);
+        *block = match (task.layout.scale, task.layout.sub, task.layout.has_min) {
+            (ScaleKind::E8M0, ..) => power_of_two(ladder, x, h),
+            (ScaleKind::F16, None, false) => {
+                let d = ScalePrecision::F16.round(signed(ladder, task.layout.levels.count(), x, h));
+                BlockScales { d, ..BlockScales::default() }
+            }
+            _ => unreachable!("groups with scales of their own have 16 or 32 weights"),
         };
-        *block = match (task.layout.sub, task.layout.scale) {
-            (Some(_), _) => two_stages(ladder, x, h, task.layout),
-            (None, ScaleKind::E8M0) => power_of_two(ladder, x, h),
-            (None, ScaleKind::F16) => one_stage(ladder, x, h, task.layout),
+    }
+}
+
+/// Groups of `G` weights side by side, one a lane: weight `j` of a group is `x[j][lane]`, of importance `h[j][lane]`.
+///
+/// No sum goes across lanes, and what is chosen is chosen in all lanes at once.
+struct Tile<const G: usize> {
+    x: [[f32; LANES]; G],
+    h: [[f32; LANES]; G],
+}
+
+/// What is summed over the weights of a group.
+trait Sums<const K: usize> {
+    fn term<L: Ladder>(&self, ladder: L, x: f32, h: f32) -> [f32; K];
+}
+
+/// Under the levels that a scale gives: `h x level` and `h level²`.
+struct Moments {
+    inverse: f32,
+}
+
+/// The same where a min is taken off: `h level`, `h level²` and `h x level`.
+struct Plane {
+    min: f32,
+    inverse: f32,
+}
+
+/// `h` and `h x`.
+struct Whole;
+
+/// `h (x − scale · level + min)²`.
+struct Loss {
+    scale: f32,
+    min: f32,
+    inverse: f32,
+}
+
+impl Sums<2> for Moments {
+    #[inline(always)]
+    fn term<L: Ladder>(&self, ladder: L, x: f32, h: f32) -> [f32; 2] {
+        let level = ladder.nearest(x * self.inverse);
+        [h * x * level, h * level * level]
+    }
+}
+
+impl Sums<3> for Plane {
+    #[inline(always)]
+    fn term<L: Ladder>(&self, ladder: L, x: f32, h: f32) -> [f32; 3] {
+        let level = ladder.nearest((x + self.min) * self.inverse);
+        let hl = h * level;
+        [hl, hl * level, hl * x]
+    }
+}
+
+impl Sums<2> for Whole {
+    #[inline(always)]
+    fn term<L: Ladder>(&self, _: L, x: f32, h: f32) -> [f32; 2] {
+        [h, h * x]
+    }
+}
+
+impl Sums<1> for Loss {
+    #[inline(always)]
+    fn term<L: Ladder>(&self, ladder: L, x: f32, h: f32) -> [f32; 1] {
+        let e = x - (self.scale * ladder.nearest((x + self.min) * self.inverse) - self.min);
+        [h * e * e]
+    }
+}
+
+#[inline(always)]
+fn add<const K: usize>(mut a: [f32; K], b: [f32; K]) -> [f32; K] {
+    (0..K).for_each(|k| a[k] += b[k]);
+    a
+}
+
+impl<const G: usize> Tile<G> {
+    /// The sums of one lane, added in the order of [`sum_lanes`].
+    #[inline(always)]
+    fn sums<L: Ladder, S: Sums<K>, const K: usize>(&self, ladder: L, lane: usize, of: S) -> [f32; K] {
+        let quarter = |tile, i| Self::quarter(tile, ladder, lane, &of, i);
+        add(add(quarter(self, 0), quarter(self, 2)), add(quarter(self, 1), quarter(self, 3)))
+    }
+
+    #[inline(always)]
+    fn quarter<L: Ladder, S: Sums<K>, const K: usize>(&self, ladder: L, lane: usize, of: &S, i: usize) -> [f32; K] {
+        let (a, b) = (self.column(ladder, lane, of, i), self.column(ladder, lane, of, i + 8));
+        let (c, d) = (self.column(ladder, lane, of, i + 4), self.column(ladder, lane, of, i + 12));
+        add(add(a, b), add(c, d))
+    }
+
+    #[inline(always)]
+    fn column<L: Ladder, S: Sums<K>, const K: usize>(&self, ladder: L, lane: usize, of: &S, i: usize) -> [f32; K] {
+        let first = of.term(ladder, self.x[i][lane], self.h[i][lane]);
+        match G {
+            16 => first,
+            _ => add(first, of.term(ladder, self.x[i + 16][lane], self.h[i + 16][lane])),
+        }
+    }
+
+    /// The smallest and the largest weight of each lane.
+    #[inline(always)]
+    fn extremes(&self) -> [[f32; LANES]; 2] {
+        let [mut low, mut high] = [[f32::INFINITY; LANES], [f32::NEG_INFINITY; LANES]];
+        for x in &self.x {
+            for lane in 0..LANES {
+                (low[lane], high[lane]) = (low[lane].min(x[lane]), high[lane].max(x[lane]));
+            }
+        }
+        [low, high]
+    }
+
+    /// What scales and mins cost.
+    #[inline(always)]
+    fn cost<L: Ladder>(&self, ladder: L, scale: &[f32; LANES], min: &[f32; LANES]) -> [f32; LANES] {
+        let mut costs = [0.0; LANES];
+        for lane in 0..LANES {
+            let of = Loss { scale: scale[lane], min: min[lane], inverse: inverse(scale[lane]) };
+            [costs[lane]] = self.sums(ladder, lane, of);
+        }
+        costs
+    }
+
+    /// [`signed`] of each lane.
+    #[inline(always)]
+    fn signed<L: Ladder>(&self, ladder: L, count: usize) -> [f32; LANES] {
+        let [low, high] = ladder.range();
+        let (from, to, steps) = candidates(count as f32);
+        let ends = self.extremes();
+        let mut size = [0.0; LANES];
+        for lane in 0..LANES {
+            size[lane] = ends[0][lane].abs().max(ends[1][lane].abs()) / low.abs().max(high);
+        }
+        let (mut best, mut found) = ([f32::NEG_INFINITY; LANES], [0.0; LANES]);
+        let both = if -low == high { 1 } else { 2 };
+        for step in 0..=steps {
+            let share = from + (to - from) * step as f32 / steps as f32;
+            for sign in [1.0, -1.0].into_iter().take(both) {
+                for lane in 0..LANES {
+                    let of = Moments { inverse: sign / (size[lane] * share) };
+                    let [cross, square] = self.sums(ladder, lane, of);
+                    let better = size[lane] > 0.0 && square > 0.0 && cross * cross > best[lane] * square;
+                    best[lane] = if better { cross * cross / square } else { best[lane] };
+                    found[lane] = if better { cross / square } else { found[lane] };
+                }
+            }
+        }
+        found
+    }
+
+    /// Scale and min of the best grid of each lane; mins below 0 only where the type has them (`any`).
+    #[inline(always)]
+    fn with_min<L: Ladder>(&self, ladder: L, any: bool) -> [[f32; LANES]; 2] {
+        let [mut low, mut high] = self.extremes();
+        let [_, top] = ladder.range();
+        let [mut weight, mut first] = [[0.0f32; LANES]; 2];
+        let (mut span, mut found) = ([0.0; LANES], [[0.0; LANES]; 2]);
+        for lane in 0..LANES {
+            if !any {
+                (low[lane], high[lane]) = (low[lane].min(0.0), high[lane].max(0.0));
+            }
+            [weight[lane], first[lane]] = self.sums(ladder, lane, Whole);
+            span[lane] = (high[lane] - low[lane]) / top;
+            (found[0][lane], found[1][lane]) = (span[lane], -low[lane]);
+        }
+        let mut best = self.cost(ladder, &found[0], &found[1]);
+        let (from, to, steps) = candidates(top + 1.0);
+        for step in 0..=steps {
+            let share = from + (to.min(1.05) - from) * step as f32 / steps as f32;
+            let [mut a, mut b, mut c] = [[0.0f32; LANES]; 3];
+            for lane in 0..LANES {
+                let of = Plane { min: -low[lane], inverse: 1.0 / (span[lane] * share) };
+                [a[lane], b[lane], c[lane]] = self.sums(ladder, lane, of);
+            }
+            let [mut scale, mut min] = [[0.0; LANES]; 2];
+            for lane in 0..LANES {
+                let [a, b, c] = [a[lane], b[lane], c[lane]].map(f64::from);
+                let [weight, first] = [weight[lane], first[lane]].map(f64::from);
+                let determinant = weight * b - a * a;
+                let (s, m) = ((weight * c - first * a) / determinant, (a * c - b * first) / determinant);
+                let alone = if b > 0.0 { c / b } else { 0.0 };
+                let (s, m) = if m < 0.0 && !any { (alone, 0.0) } else { (s, m) };
+                // Of what is no number the cost is none either, and never the least.
+                scale[lane] = if determinant > 0.0 && s > 0.0 { s as f32 } else { f32::NAN };
+                min[lane] = m as f32;
+            }
+            let cost = self.cost(ladder, &scale, &min);
+            for lane in 0..LANES {
+                let better = cost[lane] < best[lane];
+                best[lane] = if better { cost[lane] } else { best[lane] };
+                found[0][lane] = if better { scale[lane] } else { found[0][lane] };
+                found[1][lane] = if better { min[lane] } else { found[1][lane] };
+            }
+        }
+        for lane in 0..LANES {
+            // All equal: the min alone says it, or nothing is left of a group of zeros.
+            if high[lane] <= low[lane] {
+                (found[0][lane], found[1][lane]) = if any { (0.0, -low[lane]) } else { (0.0, 0.0) };
+            }
+        }
+        found
+    }
+}
+
+/// Blocks whose groups have `G` weights, as many at once as there are lanes for their groups.
+#[inline(always)]
+fn fit_tiles<L: Ladder, const G: usize>(
+    ladder: L,
+    x: &[f32],
+    first: usize,
+    task: &Task<'_>,
+    blocks: &mut [BlockScales],
+) {
+    let Task { layout, block_len, .. } = *task;
+    let per_block = block_len / G;
+    let mut own = [0.0f32; 256];
+    let mut tile = Tile::<G> { x: [[0.0; LANES]; G], h: [[1.0; LANES]; G] };
+    for (index, blocks) in blocks.chunks_mut(LANES / per_block).enumerate() {
+        let before = index * (LANES / per_block);
+        for (block, x) in x[before * block_len..][..blocks.len() * block_len].chunks_exact(block_len).enumerate() {
+            let h = task.weigh(x, first + before + block, &mut own);
+            for (group, (x, h)) in x.chunks_exact(G).zip(h.chunks_exact(G)).enumerate() {
+                for j in 0..G {
+                    tile.x[j][block * per_block + group] = x[j];
+                    tile.h[j][block * per_block + group] = h[j];
+                }
+            }
+        }
+        let [scales, mins] = match layout.has_min {
+            true => tile.with_min(ladder, layout.sub.is_none()),
+            false => [tile.signed(ladder, layout.levels.count()), [0.0; LANES]],
         };
+        match layout.sub {
+            Some(sub) => {
+                let all = Blocks { tile: &tile, scales, mins, sub, has_min: layout.has_min, count: blocks.len() };
+                two_stages(ladder, &all, blocks);
+            }
+            None => {
+                for (block, (d, m)) in blocks.iter_mut().zip(scales.iter().zip(&mins)) {
+                    let (d, m) = (ScalePrecision::F16.round(*d), ScalePrecision::F16.round(*m));
+                    *block = BlockScales { d, m, ..BlockScales::default() };
+                }
+            }
+        }
     }
 }
 
@@ -295,74 +565,6 @@ fn signed<L: Ladder>(ladder: L, count: usize, x: &[f32], h: &[f32]) -> f32 {
     found
 }
 
-/// The scale and min of the best grid; mins below 0 only where the type has them (`any`).
-#[inline(always)]
-fn with_min<L: Ladder>(ladder: L, x: &[f32], h: &[f32], any: bool) -> (f32, f32) {
-    let (mut low, mut high) = x.iter().fold((f32::INFINITY, f32::NEG_INFINITY), |(l, g), x| (l.min(*x), g.max(*x)));
-    if !any {
-        (low, high) = (low.min(0.0), high.max(0.0));
-    }
-    let [_, top] = ladder.range();
-    if high <= low {
-        // All equal: the min alone says it, or nothing is left of a group of zeros.
-        return if any { (0.0, -low) } else { (0.0, 0.0) };
-    }
-    let (mut weight, mut first) = ([0.0f32; LANES], [0.0f32; LANES]);
-    for (x, h) in x.chunks_exact(LANES).zip(h.chunks_exact(LANES)) {
-        for lane in 0..LANES {
-            weight[lane] += h[lane];
-            first[lane] += h[lane] * x[lane];
-        }
-    }
-    let (weight, first) = (f64::from(sum_lanes(weight)), f64::from(sum_lanes(first)));
-    let plain = ((high - low) / top, -low);
-    let (mut best, mut found) = (cost(ladder, x, h, plain.0, plain.1), plain);
-    let (from, to, steps) = candidates(top + 1.0);
-    for step in 0..=steps {
-        let size = (high - low) / top * (from + (to.min(1.05) - from) * step as f32 / steps as f32);
-        let inverse = 1.0 / size;
-        let [mut a, mut b, mut c] = [[0.0f32; LANES]; 3];
-        for (x, h) in x.chunks_exact(LANES).zip(h.chunks_exact(LANES)) {
-            for lane in 0..LANES {
-                let level = ladder.nearest((x[lane] - low) * inverse);
-                let hl = h[lane] * level;
-                a[lane] += hl;
-                b[lane] += hl * level;
-                c[lane] += hl * x[lane];
-            }
-        }
-        let [a, b, c] = [a, b, c].map(|lanes| f64::from(sum_lanes(lanes)));
-        let determinant = weight * b - a * a;
-        if determinant <= 0.0 {
-            continue;
-        }
-        let mut scale = (weight * c - first * a) / determinant;
-        let mut min = (a * c - b * first) / determinant;
-        if min < 0.0 && !any {
-            (scale, min) = (if b > 0.0 { c / b } else { 0.0 }, 0.0);
-        }
-        if scale.is_nan() || scale <= 0.0 {
-            continue;
-        }
-        let (scale, min) = (scale as f32, min as f32);
-        let cost = cost(ladder, x, h, scale, min);
-        if cost < best {
-            (best, found) = (cost, (scale, min));
-        }
-    }
-    found
-}
-
-/// A block of one group, its scale (and min) in half precision.
-#[inline(always)]
-fn one_stage<L: Ladder>(ladder: L, x: &[f32], h: &[f32], layout: &Layout) -> BlockScales {
-    let (d, m) = match layout.has_min {
-        true => with_min(ladder, x, h, true),
-        false => (signed(ladder, layout.levels.count(), x, h), 0.0),
-    };
-    BlockScales { d: ScalePrecision::F16.round(d), m: ScalePrecision::F16.round(m), ..BlockScales::default() }
-}
-
 /// A block whose scale is a power of two.
 #[inline(always)]
 fn power_of_two<L: Ladder>(ladder: L, x: &[f32], h: &[f32]) -> BlockScales {
@@ -384,129 +586,176 @@ fn power_of_two<L: Ladder>(ladder: L, x: &[f32], h: &[f32]) -> BlockScales {
     BlockScales { d: found.1, ..BlockScales::default() }
 }
 
-/// A block whose groups' scales (and mins) are small integers times the block's.
-#[inline(always)]
-fn two_stages<L: Ladder>(ladder: L, x: &[f32], h: &[f32], layout: &Layout) -> BlockScales {
-    let sub = layout.sub.expect("a type with integer scales");
-    let group = layout.group;
-    let groups = x.len() / group;
-    let (mut scales, mut mins) = ([0.0f32; 16], [0.0f32; 16]);
-    for index in 0..groups {
-        let (x, h) = (&x[index * group..][..group], &h[index * group..][..group]);
-        (scales[index], mins[index]) = match layout.has_min {
-            true => with_min(ladder, x, h, false),
-            false => (signed(ladder, layout.levels.count(), x, h), 0.0),
-        };
+/// Up to sixteen blocks whose groups fill a tile, and what the groups alone would take.
+struct Blocks<'a, const G: usize> {
+    tile: &'a Tile<G>,
+    scales: [f32; LANES],
+    mins: [f32; LANES],
+    sub: SubScales,
+    has_min: bool,
+    count: usize,
+}
+
+/// What blocks cost and hold.
+type Held = [(f32, BlockScales); LANES];
+
+impl<const G: usize> Blocks<'_, G> {
+    const GROUPS: usize = 256 / G;
+
+    fn lanes(index: usize) -> std::ops::Range<usize> {
+        index * Self::GROUPS..(index + 1) * Self::GROUPS
     }
-    let widest = scales[..groups].iter().fold(0.0f32, |w, s| if s.abs() > w.abs() { *s } else { w });
-    let deepest = mins[..groups].iter().fold(0.0f32, |w, m| w.max(*m));
-    if widest == 0.0 && deepest == 0.0 {
-        return BlockScales::default();
+
+    /// Whether of a group's scale only the nearest integer is tried.
+    fn fine(&self) -> bool {
+        self.sub.high > 31
     }
-    let (low, high) = (f32::from(sub.low), f32::from(sub.high));
-    let fine = sub.high > 31;
-    let mut best = (f32::INFINITY, BlockScales::default());
-    let consider = |d: f32, m: f32, best: &mut (f32, BlockScales)| {
-        let (d, m) = (ScalePrecision::F16.round(d), ScalePrecision::F16.round(m));
-        let mut block = BlockScales { d, m, ..BlockScales::default() };
-        let mut total = 0.0;
-        for index in 0..groups {
-            let (x, h) = (&x[index * group..][..group], &h[index * group..][..group]);
-            let wanted = (scales[index] * inverse(d)).clamp(low, high);
-            let deep = (mins[index] * inverse(m)).clamp(0.0, f32::from(sub.max_min));
-            // Of a fine scale the nearest integer is as good as any; a coarse one is worth both.
-            let scale_options = if fine { [wanted.round_ties_even(); 2] } else { [wanted.floor(), wanted.ceil()] };
-            let min_options = if fine { [deep.round_ties_even(); 2] } else { [deep.floor(), deep.ceil()] };
-            let mut least = f32::INFINITY;
-            for (i, scale) in scale_options.into_iter().enumerate() {
-                if i == 1 && scale == scale_options[0] {
-                    continue;
-                }
-                for (j, min) in min_options.into_iter().enumerate() {
-                    if j == 1 && min == min_options[0] {
-                        continue;
-                    }
-                    let cost = cost(ladder, x, h, d * scale, m * min);
-                    if cost < least {
-                        least = cost;
-                        block.scales[index] = scale as i8;
-                        block.mins[index] = min as u8;
-                    }
-                }
+
+    /// Tries a scale and a min of each block, which keeps what it has if they cost more or are no numbers.
+    #[inline(always)]
+    fn consider<L: Ladder>(&self, ladder: L, d: &[f32; LANES], m: &[f32; LANES], best: &mut Held) {
+        let (low, high) = (f32::from(self.sub.low), f32::from(self.sub.high));
+        let [mut of_scale, mut of_min, mut wanted, mut deep] = [[0.0f32; LANES]; 4];
+        for lane in 0..LANES {
+            (of_scale[lane], of_min[lane]) = (d[lane / Self::GROUPS], m[lane / Self::GROUPS]);
+            wanted[lane] = (self.scales[lane] * inverse(of_scale[lane])).clamp(low, high);
+            deep[lane] = (self.mins[lane] * inverse(of_min[lane])).clamp(0.0, f32::from(self.sub.max_min));
+        }
+        let [mut least, mut scale, mut min] = [[f32::INFINITY; LANES], [0.0; LANES], [0.0; LANES]];
+        // Of a fine scale the nearest integer is as good as any; a coarse one is worth both.
+        let sides = if self.fine() { 1 } else { 2 };
+        let tries = if self.has_min { sides * sides } else { sides };
+        for number in 0..tries {
+            let near = |x: f32, up: bool| match (self.fine(), up) {
+                (true, _) => x.round_ties_even(),
+                (false, false) => x.floor(),
+                (false, true) => x.ceil(),
+            };
+            let (scale_up, min_up) = if self.has_min { (number > 1, number % 2 == 1) } else { (number == 1, false) };
+            let [mut whole_scale, mut whole_min, mut a, mut b] = [[0.0f32; LANES]; 4];
+            for lane in 0..LANES {
+                (whole_scale[lane], whole_min[lane]) = (near(wanted[lane], scale_up), near(deep[lane], min_up));
+                (a[lane], b[lane]) = (of_scale[lane] * whole_scale[lane], of_min[lane] * whole_min[lane]);
             }
-            total += least;
+            let cost = self.tile.cost(ladder, &a, &b);
+            for lane in 0..LANES {
+                let better = cost[lane] < least[lane];
+                least[lane] = if better { cost[lane] } else { least[lane] };
+                scale[lane] = if better { whole_scale[lane] } else { scale[lane] };
+                min[lane] = if better { whole_min[lane] } else { min[lane] };
+            }
         }
-        if total < best.0 {
-            *best = (total, block);
-        }
-    };
-    let m = if sub.max_min > 0 { deepest / f32::from(sub.max_min) } else { 0.0 };
-    let stretches: &[f32] = if fine { &[1.0, 1.03] } else { &[1.0, 1.04, 1.08, 0.96] };
-    for stretch in stretches {
-        consider(widest / high * stretch, m * stretch, &mut best);
-        if low < 0.0 {
-            consider(widest / low * stretch, m * stretch, &mut best);
+        for index in 0..self.count {
+            let total = least[Self::lanes(index)].iter().fold(0.0, |total, cost| total + cost);
+            if total < best[index].0 {
+                let mut block = BlockScales { d: d[index], m: m[index], ..BlockScales::default() };
+                for (group, lane) in Self::lanes(index).enumerate() {
+                    (block.scales[group], block.mins[group]) = (scale[lane] as i8, min[lane] as u8);
+                }
+                best[index] = (total, block);
+            }
         }
     }
-    if !fine && layout.has_min {
-        consider(widest / high * 1.04, m, &mut best);
-        consider(widest / high, m * 1.04, &mut best);
+}
+
+/// Halves nearest to values.
+#[inline(always)]
+fn halves(values: [f32; LANES]) -> [f32; LANES] {
+    values.map(|value| ScalePrecision::F16.round(value))
+}
+
+/// Blocks whose groups' scales (and mins) are small integers times the block's.
+#[inline(always)]
+fn two_stages<L: Ladder, const G: usize>(ladder: L, all: &Blocks<'_, G>, blocks: &mut [BlockScales]) {
+    let Blocks { tile, scales, mins, sub, has_min, count } = all;
+    let mut best = [(f32::INFINITY, BlockScales::default()); LANES];
+    let [mut widest, mut deepest] = [[0.0f32; LANES]; 2];
+    for index in 0..*count {
+        let lanes = Blocks::<G>::lanes(index);
+        widest[index] = scales[lanes.clone()].iter().fold(0.0f32, |w, s| if s.abs() > w.abs() { *s } else { w });
+        let deep = mins[lanes].iter().fold(0.0f32, |w, m| w.max(*m));
+        deepest[index] = if sub.max_min > 0 { deep / f32::from(sub.max_min) } else { 0.0 };
+        if widest[index] == 0.0 && deep == 0.0 {
+            // Zeros stay zeros.
+            widest[index] = f32::NAN;
+        }
+    }
+    let ends = [sub.high, sub.low].map(f32::from);
+    let ends = if sub.low < 0 { &ends[..] } else { &ends[..1] };
+    let stretches: &[[f32; 2]] = match (all.fine(), *has_min) {
+        (true, _) => &[[1.0, 1.0], [1.03, 1.03]],
+        (false, false) => &[[1.0, 1.0], [1.04, 1.04], [1.08, 1.08], [0.96, 0.96]],
+        (false, true) => &[[1.0, 1.0], [1.04, 1.04], [1.08, 1.08], [0.96, 0.96], [1.04, 1.0], [1.0, 1.04]],
+    };
+    for [of_d, of_m] in stretches {
+        for end in ends {
+            let (d, m) = (halves(widest.map(|w| w / end * of_d)), halves(deepest.map(|m| m * of_m)));
+            all.consider(ladder, &d, &m, &mut best);
+        }
     }
     // Least squares of the block's scale and min under the codes they gave.
+    let mut done: [bool; LANES] = std::array::from_fn(|index| index >= *count || best[index].0 == f32::INFINITY);
     for _ in 0..2 {
-        let block = best.1;
-        let [mut aa, mut ab, mut bb, mut ax, mut bx] = [0.0f64; 5];
-        for index in 0..groups {
-            let (x, h) = (&x[index * group..][..group], &h[index * group..][..group]);
-            let (s, m) = (f32::from(block.scales[index]), f32::from(block.mins[index]));
-            let (scale, min) = (block.d * s, block.m * m);
-            let inverse = inverse(scale);
-            let [mut hl, mut hll, mut hlx, mut hs, mut hx] = [[0.0f32; LANES]; 5];
-            for (x, h) in x.chunks_exact(LANES).zip(h.chunks_exact(LANES)) {
-                for lane in 0..LANES {
-                    let level = ladder.nearest((x[lane] + min) * inverse);
-                    hl[lane] += h[lane] * level;
-                    hll[lane] += h[lane] * level * level;
-                    hlx[lane] += h[lane] * level * x[lane];
-                    hs[lane] += h[lane];
-                    hx[lane] += h[lane] * x[lane];
-                }
+        let held = best;
+        let [mut s, mut m, mut scale, mut min] = [[0.0f32; LANES]; 4];
+        for lane in 0..LANES {
+            let (block, group) = (&held[lane / Blocks::<G>::GROUPS].1, lane % Blocks::<G>::GROUPS);
+            (s[lane], m[lane]) = (f32::from(block.scales[group]), f32::from(block.mins[group]));
+            (scale[lane], min[lane]) = (block.d * s[lane], block.m * m[lane]);
+        }
+        let [mut hl, mut hll, mut hlx, mut hs, mut hx] = [[0.0f32; LANES]; 5];
+        for lane in 0..LANES {
+            [hl[lane], hll[lane], hlx[lane]] =
+                tile.sums(ladder, lane, Plane { min: min[lane], inverse: inverse(scale[lane]) });
+            [hs[lane], hx[lane]] = tile.sums(ladder, lane, Whole);
+        }
+        let [mut moved_d, mut moved_m] = [[f32::NAN; LANES]; 2];
+        for index in 0..*count {
+            let [mut aa, mut ab, mut bb, mut ax, mut bx] = [0.0f64; 5];
+            for lane in Blocks::<G>::lanes(index) {
+                let [s, m, hl, hll] = [s[lane], m[lane], hl[lane], hll[lane]].map(f64::from);
+                let [hlx, hs, hx] = [hlx[lane], hs[lane], hx[lane]].map(f64::from);
+                aa += s * s * hll;
+                ab += s * m * hl;
+                bb += m * m * hs;
+                ax += s * hlx;
+                bx += m * hx;
             }
-            let [hl, hll, hlx, hs, hx] = [hl, hll, hlx, hs, hx].map(|lanes| f64::from(sum_lanes(lanes)));
-            let (s, m) = (f64::from(s), f64::from(m));
-            aa += s * s * hll;
-            ab += s * m * hl;
-            bb += m * m * hs;
-            ax += s * hlx;
-            bx += m * hx;
+            // x ≈ d·a − m·b
+            let determinant = aa * bb - ab * ab;
+            let (d, m) = match *has_min && determinant > 1e-9 * aa * bb {
+                true => ((ax * bb - bx * ab) / determinant, (ax * ab - bx * aa) / determinant),
+                false if aa > 0.0 && bb == 0.0 => (ax / aa, 0.0),
+                false => (f64::NAN, 0.0),
+            };
+            done[index] |= !(d.is_finite() && m.is_finite() && m >= 0.0);
+            if !done[index] {
+                (moved_d[index], moved_m[index]) = (d as f32, m as f32);
+            }
         }
-        // x ≈ d·a − m·b
-        let determinant = aa * bb - ab * ab;
-        let (d, m) = match layout.has_min && determinant > 1e-9 * aa * bb {
-            true => ((ax * bb - bx * ab) / determinant, (ax * ab - bx * aa) / determinant),
-            false if aa > 0.0 && bb == 0.0 => (ax / aa, 0.0),
-            false => break,
-        };
-        if !(d.is_finite() && m.is_finite()) || m < 0.0 {
-            break;
+        let (moved_d, moved_m) = (halves(moved_d), halves(moved_m));
+        for lane in 0..LANES {
+            let block = lane / Blocks::<G>::GROUPS;
+            (scale[lane], min[lane]) = (moved_d[block] * s[lane], moved_m[block] * m[lane]);
         }
-        let before = best.0;
-        let (d, m) = (ScalePrecision::F16.round(d as f32), ScalePrecision::F16.round(m as f32));
-        let moved = BlockScales { d, m, ..block };
-        let mut total = 0.0;
-        for index in 0..groups {
-            let (x, h) = (&x[index * group..][..group], &h[index * group..][..group]);
-            total += cost(ladder, x, h, d * f32::from(block.scales[index]), m * f32::from(block.mins[index]));
+        let cost = tile.cost(ladder, &scale, &min);
+        for index in (0..*count).filter(|index| !done[*index]) {
+            let total = cost[Blocks::<G>::lanes(index)].iter().fold(0.0, |total, cost| total + cost);
+            if total < best[index].0 {
+                best[index] = (total, BlockScales { d: moved_d[index], m: moved_m[index], ..held[index].1 });
+            }
         }
-        if total < best.0 {
-            best = (total, moved);
+        all.consider(ladder, &moved_d, &moved_m, &mut best);
+        for index in 0..*count {
+            done[index] |= best[index].0 >= held[index].0;
         }
-        consider(d, m, &mut best);
-        if best.0 >= before {
+        if done.iter().all(|done| *done) {
             break;
         }
     }
-    best.1
+    for (block, (_, found)) in blocks.iter_mut().zip(best) {
+        *block = found;
+    }
 }
 
 #[cfg(test)]
