@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::families;
 use crate::gguf::{self, GgufPlan};
 use crate::graph::Graph;
-use crate::output::{FileStaging, Staging};
+use crate::output::{FileStaging, Staging, check_place};
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
@@ -88,13 +88,11 @@ impl Job<'_> {
 
     fn work<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Report> {
         let started = Instant::now();
-        let source = Checkpoint::open(self.model)?;
-        if source.entries().iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. })) {
-            return Err(Error::usage(format!(
-                "{}: is quantized already; quantizing it again would add one error to another (quantc convert makes plain weights of it)",
-                self.model.display()
-            )));
+        let adapter = self.recipe.adapter.as_deref();
+        if adapter.is_some() {
+            check_place(self.output, adapter)?;
         }
+        let source = Checkpoint::open_with(self.model, adapter)?;
         let graph = families::graph_of(&source)?;
         match self.recipe.gguf {
             Some(_) => self.gguf_file(backend, progress, started, source, graph),
@@ -215,13 +213,7 @@ impl Job<'_> {
 
     /// Reads the texts, and starts to hash the input.
     fn prepare(&self, started: Instant, source: Checkpoint, graph: Graph, needs: Needs) -> Result<Run> {
-        let mut notes = Vec::new();
-        if source.entries().iter().any(|e| matches!(e.dtype, StoredType::Ggml(t) if t.block_len > 1)) {
-            notes.push(format!(
-                "{} is itself quantized: its dequantized weights were taken as the original, and quality is measured against them",
-                self.model.display()
-            ));
-        }
+        let mut notes = source.notices();
         let recipe = &self.recipe;
         let text = match needs > Needs::Nothing || self.verification.is_some() {
             true => Some(ModelText::open(&source)?),
@@ -294,6 +286,7 @@ impl Job<'_> {
             tool: concat!("quantc ", env!("CARGO_PKG_VERSION")).to_owned(),
             device: backend.name(),
             model: self.model.display().to_string(),
+            adapter: run.source.adapter().cloned(),
             family: run.graph.family,
             parameters,
             recipe: self.recipe,

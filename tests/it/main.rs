@@ -1,9 +1,11 @@
 //! What a user sees, and parity with other programs.
 
+mod adapter;
 mod bad_input;
 mod gguf;
 mod golden;
 mod harness;
+mod inputs;
 mod pipeline;
 mod readme;
 mod tidy;

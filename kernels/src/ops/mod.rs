@@ -9,6 +9,7 @@ pub mod fit;
 pub mod gram;
 pub mod linear;
 pub mod loss;
+pub mod low_rank;
 pub mod norm;
 pub mod refine;
 pub mod rope;
