@@ -263,8 +263,9 @@ impl<B: Backend> Plain<'_, B> {
         let name = linear.weight();
         let (values, bias, transposed) = match &linear.stored {
             Stored::Slice { index, transposed, bias, .. } => {
-                let bias = bias.as_ref().map(|bias| self.source.load_slice(bias, *index)).transpose()?;
-                (self.source.load_slice(&name, *index)?, bias, *transposed)
+                let own = *index..index + 1;
+                let bias = bias.as_ref().map(|bias| self.source.load_slices(bias, own.clone())).transpose()?;
+                (self.source.load_slices(&name, own)?, bias, *transposed)
             }
             stored => {
                 let bias = linear.bias().map(|bias| self.source.load(&bias)).transpose()?;
