@@ -95,6 +95,14 @@ fn expect_heads(op: &'static str, parts: usize, whole: usize) -> Result<()> {
     Err(Error::Shape { op, expected: format!("a multiple of {parts}"), found: whole.to_string() })
 }
 
+/// What values are limited to; `f32::clamp` would panic at others.
+fn expect_limit(op: &'static str, limit: f32) -> Result<()> {
+    if limit >= 0.0 {
+        return Ok(());
+    }
+    Err(Error::Shape { op, expected: "a limit of at least 0".to_owned(), found: limit.to_string() })
+}
+
 fn check_product(op: &'static str, x: &Input, weight: &Weight, bias: Option<&[f32]>) -> Result<()> {
     let [outs, cols] = weight.shape();
     expect(op, "input features", cols, x.shape()[1])?;
@@ -233,6 +241,9 @@ impl Backend for Cpu {
         check_product("gated", x, gate, biases[0])?;
         check_product("gated", x, up, biases[1])?;
         expect("gated", "output features", gate.shape()[0], up.shape()[0])?;
+        if let Activation::SwigluOai { limit, .. } = activation {
+            expect_limit("gated", limit)?;
+        }
         match (x, gate, up) {
             (Input::Rounded(x), Weight::Rounded(gate), Weight::Rounded(up)) => {
                 Ok(Input::Rounded(bf16::gated(x, [gate, up], biases, activation)))
@@ -354,6 +365,7 @@ impl Backend for Cpu {
     }
 
     fn clamp(&self, x: &mut Array2<f32>, limit: f32) -> Result<()> {
+        expect_limit("clamp", limit)?;
         flat(x).par_chunks_mut(1 << 14).for_each(|part| part.iter_mut().for_each(|x| *x = x.clamp(-limit, limit)));
         Ok(())
     }
@@ -563,6 +575,11 @@ mod tests {
         refused("activated", cpu.activated(&x, &w, Some(&[0.0; 4]), Activation::Relu));
         refused("activated", cpu.activated(&x, &Weight::Whole(m(6, 5)), None, Activation::Relu));
         refused("activated", cpu.activated(&x, &w, None, Activation::SwigluOai { alpha: 1.0, limit: 1.0 }));
+
+        for limit in [-1.0, f32::NAN] {
+            refused("gated", cpu.gated(&x, [&w, &w], [None; 2], Activation::SwigluOai { alpha: 1.0, limit }));
+            refused("clamp", cpu.clamp(&mut m(2, 2), limit));
+        }
 
         refused("join_heads", cpu.join_heads(&m(3, 8), &m(3, 2), 3));
         refused("join_heads", cpu.join_heads(&m(3, 8), &m(3, 2), 0));
