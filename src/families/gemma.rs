@@ -17,7 +17,22 @@ pub const GEMMA2: Family = Family { id: "gemma2", model_types: &["gemma2"], buil
 
 /// Gemma 3, the text model.
 pub const GEMMA3: Family =
-    Family { id: "gemma3", model_types: &["gemma3_text"], build: |config| later(config, "gemma3") };
+    Family { id: "gemma3", model_types: &["gemma3_text"], build: gemma3 };
+
+/// What configurations inside wrappers leave out.
+const DEFAULTS: &[(&str, u64)] = &[
+    ("hidden_size", 2304),
+    ("intermediate_size", 9216),
+    ("num_hidden_layers", 26),
+    ("num_attention_heads", 8),
+    ("num_key_value_heads", 4),
+    ("head_dim", 256),
+    ("vocab_size", 262_208),
+];
+
+fn gemma3(config: &Config<'_>) -> Result<Graph> {
+    later(&Config(&config.with_defaults(DEFAULTS)), "gemma3")
+}
 
 fn base(config: &Config<'_>) -> Result<Base> {
     let mut base = Base::read(config)?;

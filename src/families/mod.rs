@@ -230,6 +230,15 @@ fn first_parts(name: &str) -> String {
 pub struct Config<'a>(&'a Value);
 
 impl<'a> Config<'a> {
+    /// The settings with those filled in that a configuration leaves out where they are the family's usual ones.
+    pub fn with_defaults(&self, defaults: &[(&str, u64)]) -> Value {
+        let mut whole = self.0.clone();
+        for (key, value) in defaults.iter().filter(|(key, _)| self.get(key).is_none()) {
+            whole[*key] = (*value).into();
+        }
+        whole
+    }
+
     /// The value of `key`, unless it is missing or null.
     pub fn get(&self, key: &str) -> Option<&'a Value> {
         self.0.get(key).filter(|v| !v.is_null())
