@@ -16,8 +16,7 @@ pub const GEMMA: Family = Family { id: "gemma", model_types: &["gemma"], build: 
 pub const GEMMA2: Family = Family { id: "gemma2", model_types: &["gemma2"], build: |config| later(config, "gemma2") };
 
 /// Gemma 3, the text model.
-pub const GEMMA3: Family =
-    Family { id: "gemma3", model_types: &["gemma3_text"], build: gemma3 };
+pub const GEMMA3: Family = Family { id: "gemma3", model_types: &["gemma3_text"], build: gemma3 };
 
 /// What configurations inside wrappers leave out.
 const DEFAULTS: &[(&str, u64)] = &[

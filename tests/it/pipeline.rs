@@ -13,6 +13,8 @@ use quantc::report::Report;
 use quantc::verify::Limits;
 use quantc::{Checkpoint, demo};
 
+use crate::harness::Room;
+
 /// The built-in model, written once a test.
 pub fn model(room: &Path) -> PathBuf {
     let folder = room.join("model");
@@ -129,4 +131,42 @@ fn exceptions_are_obeyed_and_told() {
     let output = Checkpoint::open(&room.path().join("out")).unwrap();
     let name = "model.layers.1.self_attn.o_proj.weight";
     assert_eq!(source.raw(name).unwrap().data, output.raw(name).unwrap().data);
+}
+
+#[test]
+fn a_model_of_an_unknown_family_is_quantized_without_data_and_copied_otherwise() {
+    let room = Room::new();
+    let model = room.model();
+    model.config(|config| config["model_type"] = "never_heard_of".into());
+    let run = |more: &[&str]| {
+        let args = ["quantize", "model", "-o", "out", "--group-size", "64"];
+        room.run(args.iter().chain(more))
+    };
+    let both = ["--method", "rtn", "--verify-text", "none"];
+    for missing in [&both[..2], &both[2..], &[]] {
+        run(missing).refuses(1, &["never_heard_of", "--method rtn --verify-text none"]);
+        assert_eq!(room.names(), ["model"], "nothing is begun");
+    }
+    run(&both).succeeds();
+
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(room.path("out/report.json")).unwrap()).unwrap();
+    let notes = report["notes"].to_string();
+    assert!(notes.contains("28 linears were found by name and shape"), "{notes}");
+    let (plain, written) =
+        (Checkpoint::open(&room.path("model")).unwrap(), Checkpoint::open(&room.path("out")).unwrap());
+    let mut quantized = 0;
+    for entry in plain.entries() {
+        let found = written.entry(&entry.name).unwrap_or_else(|| panic!("{} is missing", entry.name));
+        match found.dtype {
+            quantc::checkpoint::StoredType::Quantized { .. } => quantized += 1,
+            _ => assert_eq!(plain.raw(&entry.name).unwrap().data, written.raw(&entry.name).unwrap().data),
+        }
+    }
+    assert_eq!(quantized, 28);
+    // As a Llama, which it is, it gives what it would have given under its own name.
+    model.config(|config| config["model_type"] = "llama".into());
+    room.run(["quantize", "model", "-o", "out2", "--group-size", "64", "--method", "rtn", "--verify-text", "none"])
+        .succeeds();
+    assert_eq!(weights(&room.path("out")), weights(&room.path("out2")));
 }
