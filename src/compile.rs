@@ -632,7 +632,7 @@ pub fn describe(report: &LinearReport) -> String {
 }
 
 /// Writes values as numbers of a type.
-fn write_floats(writer: &ShardedWriter, name: &str, dtype: Dtype, values: &[f32]) -> Result<()> {
+pub fn write_floats(writer: &ShardedWriter, name: &str, dtype: Dtype, values: &[f32]) -> Result<()> {
     let mut bytes = Vec::new();
     narrow(dtype, values, &mut bytes).map_err(|e| e.in_tensor(name))?;
     Ok(writer.write(name, &bytes)?)

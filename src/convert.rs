@@ -1,13 +1,18 @@
-//! Rewrites a checkpoint as plain safetensors.
+//! Rewrites a checkpoint as plain safetensors, laid out as its family publishes them.
 
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
-use formats::{Dtype, TensorSpec};
+use formats::tensor::narrow;
+use formats::{Dtype, ShardedWriter, TensorSpec};
+use ndarray::Array2;
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, StoredType};
-use crate::compile::copy_tensor;
+use crate::compile::{copy_tensor, write_floats};
 use crate::error::Result;
+use crate::families;
+use crate::graph::{Linear, Stored};
 use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, weight_writer};
 
@@ -20,9 +25,11 @@ fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Re
     let source = Checkpoint::open(input)?;
     let staging = Staging::new(output, Some(input), force)?;
     let target = dtype.unwrap_or(source.dtype());
-    let specs: Vec<TensorSpec> = source
+    let layout = Layout::of(&source);
+    let mut specs: Vec<TensorSpec> = source
         .entries()
         .iter()
+        .filter(|entry| !layout.members.contains(&entry.name))
         .map(|entry| TensorSpec {
             name: entry.name.clone(),
             dtype: match entry.dtype {
@@ -30,12 +37,28 @@ fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Re
                 StoredType::Plain(own) if !is_float(own) => own,
                 _ => target,
             },
-            shape: entry.shape.clone(),
+            shape: match layout.turned.contains(&entry.name) {
+                true => entry.shape.iter().rev().copied().collect(),
+                false => entry.shape.clone(),
+            },
         })
         .collect();
+    let stack_spec = |(name, stack): (&String, &Vec<Linear>)| {
+        let shape = stack[0].tensors().into_iter().find(|(tensor, _)| tensor == name).expect("its own").1;
+        TensorSpec { name: name.clone(), dtype: target, shape }
+    };
+    specs.extend(layout.stacks.iter().map(stack_spec));
     let writer = weight_writer(staging.folder(), specs.clone())?;
     for spec in &specs {
-        copy_tensor(&source, &spec.name, spec.dtype, &writer)?;
+        if let Some(stack) = layout.stacks.get(&spec.name) {
+            write_stack(&source, spec, stack, &writer)?;
+        } else if layout.turned.contains(&spec.name) {
+            let values = Array2::from_shape_vec((spec.shape[1], spec.shape[0]), source.load(&spec.name)?);
+            let turned = values.expect("a matrix").reversed_axes();
+            write_floats(&writer, &spec.name, spec.dtype, turned.as_standard_layout().as_slice().expect("contiguous"))?;
+        } else {
+            copy_tensor(&source, &spec.name, spec.dtype, &writer)?;
+        }
     }
     writer.finish()?;
     let mut config = source.config().clone();
@@ -51,6 +74,73 @@ fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Re
     write_config(&config, &staging)?;
     copy_side_files(&source, &staging)?;
     staging.commit()
+}
+
+/// Tensors that the model's family publishes otherwise than the checkpoint has them.
+#[derive(Default)]
+struct Layout {
+    /// Experts that are stacked in one tensor, by its name.
+    stacks: BTreeMap<String, Vec<Linear>>,
+    /// Tensors of these experts in the checkpoint.
+    members: HashSet<String>,
+    /// Weights whose columns come before their rows.
+    turned: HashSet<String>,
+}
+
+impl Layout {
+    fn of(source: &Checkpoint) -> Layout {
+        let mut layout = Layout::default();
+        // A model of another family has no layout to keep.
+        let Ok(graph) = families::published(source) else { return layout };
+        for linear in graph.linears() {
+            let [weight, bias] = ["weight", "bias"].map(|part| format!("{}.{part}", linear.module));
+            let Some(entry) = source.entry(&weight) else { continue };
+            match &linear.stored {
+                Stored::Slice { tensor, bias: stacked_bias, .. } if source.entry(tensor).is_none() => {
+                    layout.stacks.entry(tensor.clone()).or_default().push(linear.clone());
+                    layout.members.insert(weight);
+                    if let Some(stacked_bias) = stacked_bias.as_ref().filter(|_| source.entry(&bias).is_some()) {
+                        layout.stacks.entry(stacked_bias.clone()).or_default().push(linear.clone());
+                        layout.members.insert(bias);
+                    }
+                }
+                Stored::Transposed if matches!(entry.dtype, StoredType::Quantized { .. }) => {
+                    layout.turned.insert(weight);
+                }
+                _ => {}
+            }
+        }
+        layout
+    }
+}
+
+/// Writes a stack of experts, one at a time.
+fn write_stack(source: &Checkpoint, spec: &TensorSpec, stack: &[Linear], writer: &ShardedWriter) -> Result<()> {
+    let length: usize = spec.shape[1..].iter().product();
+    let mut values = vec![0.0; length];
+    let mut bytes = Vec::new();
+    // The linears of one expert follow each other.
+    for (position, linear) in stack.iter().enumerate() {
+        let Stored::Slice { tensor, index, transposed, part: (split, part), .. } = &linear.stored else {
+            unreachable!("stacks hold slices")
+        };
+        let rows = split.rows(*part).unwrap_or_else(|| (0..linear.rows).collect());
+        let (suffix, cols) = if *tensor == spec.name { ("weight", linear.cols) } else { ("bias", 1) };
+        let own = source.load(&format!("{}.{suffix}", linear.module))?;
+        for (own, row) in own.chunks_exact(cols).zip(rows) {
+            for (col, value) in own.iter().enumerate() {
+                let at = if *transposed && suffix == "weight" { col * (length / cols) + row } else { row * cols + col };
+                values[at] = *value;
+            }
+        }
+        let next = stack.get(position + 1).map(|next| &next.stored);
+        if !matches!(next, Some(Stored::Slice { index: next, .. }) if next == index) {
+            bytes.clear();
+            narrow(spec.dtype, &values, &mut bytes).map_err(|e| e.in_tensor(&spec.name))?;
+            writer.write_part(&spec.name, (index * length * spec.dtype.bitsize() / 8) as u64, &bytes)?;
+        }
+    }
+    Ok(())
 }
 
 fn is_float(dtype: Dtype) -> bool {

@@ -71,8 +71,10 @@ impl Plan {
                 None => unquantized.push(linear.module.clone()),
                 Some(scheme) => {
                     if linear.stored == Stored::Transposed && codec.id() != "gptq" {
-                        refusals
-                            .push((linear.weight(), "runtimes look for linears, and this is a `Conv1D`".to_owned()));
+                        refusals.push((
+                            linear.weight(),
+                            "runtimes look for linears, and this is a `Conv1D`; write gptq or gguf".to_owned(),
+                        ));
                     } else if let Err(why) = codec.supports(linear.rows, linear.cols, &scheme, recipe.desc_act) {
                         refusals.push((linear.weight(), why));
                     }

@@ -146,13 +146,7 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
     if family_of(&text).is_none() && Config(&text).text("model_type").is_ok() {
         return unknown::graph(source);
     }
-    let mut graph = build(source.config()).map_err(|error| match error {
-        Error::Failed(why) if why.starts_with("config.json: ") => {
-            Error::Failed(format!("{}/{why}", source.path().display()))
-        }
-        other => other,
-    })?;
-    adopt_names(&mut graph, source);
+    let mut graph = published(source)?;
     // Quantized experts are stored one by one, and quantized linears as such, whatever their original was.
     graph.linears_mut(&mut |linear| {
         let quantized =
@@ -172,6 +166,19 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
     {
         graph.head.tied = false;
     }
+    Ok(graph)
+}
+
+/// The graph of a checkpoint as its family publishes them, with the names that its tensors have: experts may be stacked
+/// that the checkpoint has one by one. Fails for an unknown family.
+pub fn published(source: &Checkpoint) -> Result<Graph> {
+    let mut graph = build(source.config()).map_err(|error| match error {
+        Error::Failed(why) if why.starts_with("config.json: ") => {
+            Error::Failed(format!("{}/{why}", source.path().display()))
+        }
+        other => other,
+    })?;
+    adopt_names(&mut graph, source);
     Ok(graph)
 }
 

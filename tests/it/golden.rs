@@ -15,7 +15,8 @@ pub fn checkpoints() -> Vec<PathBuf> {
     found
 }
 
-fn golden(folder: &Path) -> (Vec<Vec<u32>>, Vec<f32>) {
+/// Token ids, and the logits that transformers gave for them.
+pub fn golden(folder: &Path) -> (Vec<Vec<u32>>, Vec<f32>) {
     let file = SafetensorsFile::open(folder.join("golden.safetensors")).unwrap();
     let ids = file.get("input_ids").unwrap();
     let tokens = ids.shape[1];
@@ -23,7 +24,8 @@ fn golden(folder: &Path) -> (Vec<Vec<u32>>, Vec<f32>) {
     (ids.chunks(tokens).map(<[u32]>::to_vec).collect(), file.get("logits").unwrap().to_f32().unwrap())
 }
 
-fn logits(folder: &Path, sequences: &[Vec<u32>]) -> quantc::Result<Vec<f32>> {
+/// The logits of a checkpoint, all of whose tensors must be accounted for.
+pub fn logits(folder: &Path, sequences: &[Vec<u32>]) -> quantc::Result<Vec<f32>> {
     let cpu = Cpu::default();
     let source = Checkpoint::open(folder)?;
     let graph = families::graph_of(&source)?;

@@ -7,7 +7,9 @@ use std::path::Path;
 use kernels::Cpu;
 use quantc::Checkpoint;
 use quantc::compile::LinearReport;
+use quantc::convert::convert;
 use quantc::job::{Job, Verification};
+use quantc::plan::Fate;
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
 use quantc::report::Report;
@@ -15,6 +17,7 @@ use quantc::verify::Limits;
 use serde_json::{Value, json};
 
 use crate::families::checkpoint;
+use crate::golden::{golden, logits};
 
 /// Gives a checkpoint a tokenizer of words, and writes a text of them.
 pub fn speak(folder: &Path) {
@@ -80,7 +83,22 @@ fn every_family_is_written_in_every_layout_and_read_back() {
         {
             let settings = format!("format = '{format}'\n{settings}");
             let cell = &mut family.layouts[column];
-            let result = quantize(room.path(), &outputs.path().join(format!("{name}-{format}")), &settings);
+            let [output, plain] =
+                ["quantized", "plain"].map(|kind| outputs.path().join(format!("{name}-{format}-{kind}")));
+            let result = quantize(room.path(), &output, &settings);
+            if result.is_ok() {
+                convert(&output, &plain, Some(formats::Dtype::F32), false).unwrap();
+                let (sequences, _) = golden(&crate::families::folder().join(&name));
+                let [a, b] = [&output, &plain].map(|folder| logits(folder, &sequences).unwrap());
+                assert_eq!(a, b, "{name}: plain weights are the quantized ones");
+                let shapes = |path: &Path| {
+                    let opened = Checkpoint::open(path).unwrap();
+                    let left = |name: &String| quantc::plan::left_out(&graph, &opened, name);
+                    let kept = opened.entries().iter().filter(|e| !matches!(left(&e.name), Ok(Fate::Dropped(_))));
+                    kept.map(|e| (e.name.clone(), e.shape.clone())).collect::<BTreeMap<_, _>>()
+                };
+                assert_eq!(shapes(&plain), shapes(room.path()), "{name}: plain weights lie as the original's");
+            }
             match result.map(|report| divergence(&report)).map_err(|error| error.to_string()) {
                 Ok(kld) if kld <= most => *cell = Some("yes".to_owned()),
                 // Sizes that no real model has are refused; another checkpoint of the family has others.
