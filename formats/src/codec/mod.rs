@@ -4,6 +4,7 @@
 
 mod awq;
 mod compressed_tensors;
+mod foreign;
 mod gptq;
 mod names;
 mod reader;
@@ -18,6 +19,7 @@ use crate::weight::QuantizedWeight;
 
 pub use awq::Awq;
 pub use compressed_tensors::CompressedTensors;
+pub use foreign::{Foreign, TensorLookup};
 pub use gptq::Gptq;
 pub use reader::{QuantizationReader, read_quantization};
 

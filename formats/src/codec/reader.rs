@@ -3,7 +3,8 @@
 use fancy_regex::Regex;
 use serde_json::{Map, Value};
 
-use super::{Awq, Codec, CompressedTensors, Declared, Gptq, PartLookup};
+use super::foreign::Library;
+use super::{Awq, Codec, CompressedTensors, Declared, Foreign, Gptq, PartLookup, TensorLookup};
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::weight::QuantizedWeight;
@@ -11,14 +12,27 @@ use crate::weight::QuantizedWeight;
 /// What a checkpoint says about how its modules are quantized.
 #[derive(Debug)]
 pub struct QuantizationReader {
+    method: String,
     rules: Rules,
+    activations: bool,
 }
 
 #[derive(Debug)]
 enum Rules {
-    CompressedTensors { groups: Vec<(Vec<Target>, Scheme)>, ignore: Vec<Target> },
+    CompressedTensors { groups: Vec<(Vec<Target>, Weights)>, ignore: Vec<Target> },
     Gptq { base: GptqSettings, dynamic: Vec<(Regex, Option<GptqSettings>)>, zeros_minus_one: bool },
     Awq { scheme: Scheme, skip: Vec<String> },
+    /// Told by the parts that are there.
+    Foreign { library: Library, block: Option<[usize; 2]> },
+}
+
+/// What compressed-tensors says about the weights of a group.
+#[derive(Clone, Copy, Debug)]
+enum Weights {
+    /// `pack-quantized`.
+    Packed(Scheme),
+    /// Another format; the blocks that share a scale, where they are declared.
+    Foreign(Option<[usize; 2]>),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -34,10 +48,15 @@ enum Target {
     Name(String),
 }
 
+/// Every `quant_method` that is read.
+const METHODS: &str = "compressed-tensors, gptq, awq, fp8, fbgemm_fp8, bitsandbytes, mxfp4";
+
 /// Reads `quantization_config` of a config.json, or a whole quantize_config.json; `None` when the model is not quantized.
 pub fn read_quantization(config_json: &Value) -> Result<Option<QuantizationReader>> {
     let Some(object) = config_json.as_object() else { return Ok(None) };
     let nested = ["quantization_config", "compression_config"].into_iter().find_map(|key| object.get(key));
+    // Of a model in a wrapper, which may say it inside.
+    let nested = nested.or_else(|| object.get("text_config")?.get("quantization_config"));
     let config = match nested {
         Some(Value::Null) => return Ok(None),
         Some(Value::Object(config)) => config,
@@ -58,58 +77,126 @@ pub fn read_quantization(config_json: &Value) -> Result<Option<QuantizationReade
         "compressed-tensors" => compressed_tensors(config),
         "gptq" => gptq(config),
         "awq" => awq(config),
+        "fp8" | "fbgemm_fp8" => {
+            let block = get(config, "weight_block_size", "two positive numbers", block)?;
+            Ok(Rules::Foreign { library: Library::Float8, block })
+        }
+        "bitsandbytes" => Ok(Rules::Foreign { library: Library::BitsAndBytes, block: None }),
+        "mxfp4" => Ok(Rules::Foreign { library: Library::Mxfp4, block: None }),
         other => Err(Error::unsupported(format!(
-            "quant_method `{other}` is not one that can be read (compressed-tensors, gptq, awq)"
+            "quant_method `{other}` is not one that can be read ({METHODS})"
         ))),
     }?;
-    Ok(Some(QuantizationReader { rules }))
+    let groups = config.get("config_groups").and_then(Value::as_object);
+    let quantizes = |group: &Value| group.get("input_activations").is_some_and(|v| !v.is_null());
+    // fp8 says so by its name; one that is kept for weights alone has no scheme for activations.
+    let activations = groups.is_some_and(|groups| groups.values().any(quantizes))
+        || method == "fbgemm_fp8"
+        || method == "fp8" && config.get("activation_scheme").is_none_or(|v| !v.is_null());
+    Ok(Some(QuantizationReader { method: method.to_owned(), rules, activations }))
 }
 
 impl QuantizationReader {
-    /// The codec of this checkpoint.
-    pub fn codec(&self) -> &'static dyn Codec {
+    /// The `quant_method`.
+    pub fn method(&self) -> &str {
+        &self.method
+    }
+
+    /// Whether runtimes round activations too, which reading the weights says nothing of.
+    pub fn quantizes_activations(&self) -> bool {
+        self.activations
+    }
+
+    /// The codec of this checkpoint; `None` when it has another library's layouts alone.
+    pub fn codec(&self) -> Option<&'static dyn Codec> {
         match self.rules {
-            Rules::CompressedTensors { .. } => &CompressedTensors,
-            Rules::Gptq { .. } => &Gptq,
-            Rules::Awq { .. } => &Awq,
+            Rules::CompressedTensors { .. } => Some(&CompressedTensors),
+            Rules::Gptq { .. } => Some(&Gptq),
+            Rules::Awq { .. } => Some(&Awq),
+            Rules::Foreign { .. } => None,
         }
     }
 
-    /// The local name that every quantized module has a tensor of.
-    pub fn main_part(&self) -> &'static str {
-        self.codec().part_names()[0]
+    /// The local name that every module of the codec has a tensor of.
+    pub fn main_part(&self) -> Option<&'static str> {
+        Some(self.codec()?.part_names()[0])
     }
 
-    /// Splits the name of a part into module and local name; `None` for every other tensor.
+    /// Splits the name of a codec's part into module and local name; `None` for every other tensor.
     pub fn split_part<'n>(&self, tensor: &'n str) -> Option<(&'n str, &'static str)> {
         let (module, suffix) = tensor.rsplit_once('.')?;
-        let name = self.codec().part_names().iter().find(|name| **name == suffix)?;
+        let name = self.codec()?.part_names().iter().find(|name| **name == suffix)?;
         Some((module, name))
     }
 
-    /// What the configuration says about a module; `None` when it is left unquantized.
+    /// What a tensor of the checkpoint holds in a layout that is only read, if it is the part with the values.
+    ///
+    /// Fails when parts that belong to it are missing or do not fit.
+    pub fn foreign(&self, stored: &str, tensors: &TensorLookup<'_, '_>) -> Result<Option<Foreign>> {
+        let (library, block) = match &self.rules {
+            Rules::Foreign { library, block } => (*library, *block),
+            Rules::CompressedTensors { .. } => {
+                let Some((module, "weight" | "weight_packed")) = stored.rsplit_once('.') else { return Ok(None) };
+                let block = match self.weights(module)? {
+                    Some(Weights::Foreign(block)) => block,
+                    _ => None,
+                };
+                (Library::CompressedTensors, block)
+            }
+            _ => return Ok(None),
+        };
+        Foreign::find(library, block, stored, tensors)
+    }
+
+    /// Whether a tensor says how runtimes round activations or caches, and is no part of the model itself.
+    pub fn is_for_runtimes(&self, tensor: &str) -> bool {
+        const NAMES: &[&str] = &[
+            "input_scale",
+            "input_scale_ub",
+            "input_global_scale",
+            "input_zero_point",
+            "activation_scale",
+            "output_scale",
+            "output_zero_point",
+            "q_scale",
+            "k_scale",
+            "v_scale",
+        ];
+        let scales = matches!(
+            self.rules,
+            Rules::CompressedTensors { .. } | Rules::Foreign { library: Library::Float8, .. }
+        );
+        scales && tensor.rsplit_once('.').is_some_and(|(_, name)| NAMES.contains(&name))
+    }
+
+    /// What compressed-tensors declares of a module; `None` when it is left unquantized.
+    fn weights(&self, module: &str) -> Result<Option<Weights>> {
+        let Rules::CompressedTensors { groups, ignore } = &self.rules else { return Ok(None) };
+        for target in ignore {
+            if target.is_module(module)? {
+                return Ok(None);
+            }
+        }
+        // Names before classes, as the runtimes do.
+        for (targets, weights) in groups {
+            for target in targets {
+                if target.is_module(module)? {
+                    return Ok(Some(*weights));
+                }
+            }
+        }
+        let class = if module.ends_with("embed_tokens") { "Embedding" } else { "Linear" };
+        let is_class = |target: &Target| matches!(target, Target::Name(name) if name == class);
+        Ok(groups.iter().find(|(targets, _)| targets.iter().any(is_class)).map(|(_, weights)| *weights))
+    }
+
+    /// What the configuration says about a module of the codec; `None` when it is left unquantized.
     pub fn declared(&self, module: &str) -> Result<Option<Declared>> {
         match &self.rules {
-            Rules::CompressedTensors { groups, ignore } => {
-                for target in ignore {
-                    if target.is_module(module)? {
-                        return Ok(None);
-                    }
-                }
-                // Names before classes, as the runtimes do.
-                for (targets, scheme) in groups {
-                    for target in targets {
-                        if target.is_module(module)? {
-                            return Ok(Some(Declared { scheme: *scheme, zeros_minus_one: false }));
-                        }
-                    }
-                }
-                let class = if module.ends_with("embed_tokens") { "Embedding" } else { "Linear" };
-                let by_class = groups.iter().find(|(targets, _)| {
-                    targets.iter().any(|target| matches!(target, Target::Name(name) if name == class))
-                });
-                Ok(by_class.map(|(_, scheme)| Declared { scheme: *scheme, zeros_minus_one: false }))
-            }
+            Rules::CompressedTensors { .. } => Ok(match self.weights(module)? {
+                Some(Weights::Packed(scheme)) => Some(Declared { scheme, zeros_minus_one: false }),
+                _ => None,
+            }),
             Rules::Gptq { base, dynamic, zeros_minus_one } => {
                 let mut settings = Some(*base);
                 for (pattern, overridden) in dynamic {
@@ -124,21 +211,27 @@ impl QuantizationReader {
                 let skipped = skip.iter().any(|part| module.contains(part.as_str()));
                 Ok((!skipped).then_some(Declared { scheme: *scheme, zeros_minus_one: false }))
             }
+            Rules::Foreign { .. } => Ok(None),
         }
     }
 
     /// How a module that has codes is declared, and its rows and columns, without reading the codes.
     pub fn describe(&self, module: &str, parts: &PartLookup<'_, '_>) -> Result<(Declared, [usize; 2])> {
         let declared = self.declared_with_codes(module)?;
-        let shape = self.codec().shape(parts, &declared).map_err(|error| error.in_tensor(module))?;
+        let shape = self.declared_codec().shape(parts, &declared).map_err(|error| error.in_tensor(module))?;
         Ok((declared, shape))
+    }
+
+    /// The codec, where something has been declared for it.
+    fn declared_codec(&self) -> &'static dyn Codec {
+        self.codec().expect("modules are declared for a codec")
     }
 
     fn declared_with_codes(&self, module: &str) -> Result<Declared> {
         self.declared(module)?.ok_or_else(|| {
             Error::malformed(format!(
                 "the checkpoint has {} for it, but its quantization_config leaves it unquantized",
-                self.main_part()
+                self.main_part().unwrap_or("codes")
             ))
             .in_tensor(module)
         })
@@ -147,11 +240,11 @@ impl QuantizationReader {
     /// Reads a module; `None` when `parts` has no codes for it. Codes for a module that the configuration leaves out
     /// are an error.
     pub fn read(&self, module: &str, parts: &PartLookup<'_, '_>) -> Result<Option<QuantizedWeight>> {
-        if parts(self.main_part()).is_none() {
+        if self.main_part().and_then(parts).is_none() {
             return Ok(None);
         }
         let declared = self.declared_with_codes(module)?;
-        self.codec().decode(parts, &declared).map(Some).map_err(|error| error.in_tensor(module))
+        self.declared_codec().decode(parts, &declared).map(Some).map_err(|error| error.in_tensor(module))
     }
 }
 
@@ -227,6 +320,22 @@ fn strings(config: &Map<String, Value>, key: &str) -> Result<Vec<String>> {
     Ok(list.unwrap_or_default())
 }
 
+fn block(value: &Value) -> Option<[usize; 2]> {
+    let list: Option<Vec<usize>> =
+        value.as_array()?.iter().map(|n| n.as_u64().filter(|n| (1..1 << 32).contains(n)).map(|n| n as usize)).collect();
+    list?.try_into().ok()
+}
+
+/// Formats of compressed-tensors in which every value has a byte or a nibble of its own.
+const PLAIN_FORMATS: &[&str] = &[
+    "naive-quantized",
+    "int-quantized",
+    "float-quantized",
+    "mxfp8-quantized",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+];
+
 fn compressed_tensors(config: &Map<String, Value>) -> Result<Rules> {
     let top_format = get(config, "format", "a string", Value::as_str)?;
     let config_groups = get(config, "config_groups", "an object", Value::as_object)?
@@ -241,7 +350,8 @@ fn compressed_tensors(config: &Map<String, Value>) -> Result<Rules> {
             let targets: Option<Vec<&str>> = list.iter().map(Value::as_str).collect();
             let targets =
                 targets.ok_or_else(|| Error::mismatch(format!("config_groups.{name}"), "a list of names", group))?;
-            groups.push((targets.into_iter().map(Target::new).collect::<Result<_>>()?, scheme));
+            let targets = targets.into_iter().map(Target::new).collect::<Result<_>>()?;
+            groups.push((targets, Weights::Packed(scheme)));
             continue;
         }
         let group =
@@ -251,18 +361,26 @@ fn compressed_tensors(config: &Map<String, Value>) -> Result<Rules> {
             Error::malformed(format!("config_groups.{name}: {kind}"))
         };
         let format = get(group, "format", "a string", Value::as_str).map_err(in_group)?.or(top_format);
-        if let Some(other) = format.filter(|f| *f != "pack-quantized") {
-            return Err(Error::unsupported(format!(
-                "the compressed-tensors format `{other}` of {name} is not one that can be read (pack-quantized)"
-            )));
-        }
-        if group.get("input_activations").is_some_and(|v| !v.is_null()) {
-            return Err(Error::unsupported(format!("{name} quantizes activations too, which is not supported")));
-        }
+        let packed = match format {
+            None | Some("pack-quantized") => true,
+            Some(format) if PLAIN_FORMATS.contains(&format) => false,
+            Some(other) => {
+                return Err(Error::unsupported(format!(
+                    "the compressed-tensors format `{other}` of {name} is not one that can be read (pack-quantized, {})",
+                    PLAIN_FORMATS.join(", ")
+                )));
+            }
+        };
         let targets = strings(group, "targets").map_err(in_group)?;
         let targets = targets.iter().map(|t| Target::new(t)).collect::<Result<Vec<_>>>()?;
         let Some(weights) = get(group, "weights", "an object", Value::as_object).map_err(in_group)? else { continue };
-        groups.push((targets, weight_args(weights).map_err(in_group)?));
+        let weights = match packed {
+            true => Weights::Packed(weight_args(weights).map_err(in_group)?),
+            false => {
+                Weights::Foreign(get(weights, "block_structure", "two positive numbers", block).map_err(in_group)?)
+            }
+        };
+        groups.push((targets, weights));
     }
     let ignore = strings(config, "ignore")?.iter().map(|t| Target::new(t)).collect::<Result<_>>()?;
     Ok(Rules::CompressedTensors { groups, ignore })
@@ -420,7 +538,7 @@ mod tests {
     #[test]
     fn gptq_defaults_dynamic_and_versions() {
         let r = read_quantization(&json!({"bits": 4, "group_size": 128, "desc_act": false})).unwrap().unwrap();
-        assert_eq!(r.codec().id(), "gptq");
+        assert_eq!(r.codec().unwrap().id(), "gptq");
         assert!(r.declared("x").unwrap().unwrap().zeros_minus_one);
         let r = reader(json!({
             "quant_method": "gptq", "bits": 4, "group_size": 64, "sym": false, "format": "gptq_v2",
@@ -450,7 +568,8 @@ mod tests {
     fn what_cannot_be_read_is_named() {
         assert_eq!(
             refused(json!({"quant_method": "hqq"})),
-            "quant_method `hqq` is not one that can be read (compressed-tensors, gptq, awq)"
+            "quant_method `hqq` is not one that can be read \
+             (compressed-tensors, gptq, awq, fp8, fbgemm_fp8, bitsandbytes, mxfp4)"
         );
         assert_eq!(
             refused(json!({"quant_method": "gptq", "bits": "4"})),
@@ -469,8 +588,9 @@ mod tests {
             "AWQ version `gemv` is not one that can be read (gemm)"
         );
         assert_eq!(
-            refused(json!({"config_groups": {"g": {"targets": [], "format": "float-quantized"}}})),
-            "the compressed-tensors format `float-quantized` of g is not one that can be read (pack-quantized)"
+            refused(json!({"config_groups": {"g": {"targets": [], "format": "marlin-24"}}})),
+            "the compressed-tensors format `marlin-24` of g is not one that can be read (pack-quantized, naive-quantized, \
+             int-quantized, float-quantized, mxfp8-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized)"
         );
         assert!(
             refused(json!({"config_groups": {}, "ignore": ["re:("]}))
@@ -522,7 +642,7 @@ mod tests {
                 .collect();
             let files = codec.config(&listed, &left).unwrap();
             let r = reader(files.quantization_config);
-            assert_eq!(r.codec().id(), codec.id());
+            assert_eq!(r.codec().unwrap().id(), codec.id());
             for (name, scheme) in &modules {
                 assert_eq!(r.declared(name).unwrap().unwrap().scheme, *scheme, "{} {name}", codec.id());
             }

@@ -1,0 +1,142 @@
+//! Layouts of other libraries that are read and never written: one tensor of the model from its parts, as `f32`.
+//!
+//! Which of them a checkpoint may hold follows from its `quant_method`; which tensor is stored how follows from the parts
+//! that are there. Everything that can be checked without reading the values is checked when a tensor is found.
+
+mod bitsandbytes;
+mod experts;
+mod scaled;
+
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+use crate::tensor::{Dtype, TensorView, widen};
+
+/// Looks a tensor of the checkpoint up by its whole name.
+pub type TensorLookup<'a, 'd> = dyn Fn(&str) -> Option<TensorView<'d>> + 'a;
+
+/// The layouts that a checkpoint may hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Library {
+    /// `fp8` of transformers and DeepSeek, `fbgemm_fp8`.
+    Float8,
+    /// The formats of compressed-tensors that are not `pack-quantized`.
+    CompressedTensors,
+    /// 4-bit (`nf4`, `fp4`) and `int8`.
+    BitsAndBytes,
+    /// The experts of gpt-oss.
+    Mxfp4,
+}
+
+/// A tensor of the model that a checkpoint stores in parts.
+#[derive(Debug)]
+pub struct Foreign {
+    /// Its name in the model.
+    pub name: String,
+    /// Its extents in the model.
+    pub shape: Vec<usize>,
+    /// How it is stored, as `fp8 in blocks of 128x128` or `bitsandbytes nf4`.
+    pub kind: String,
+    /// The tensors that hold it, the one with the values first.
+    pub parts: Vec<String>,
+    layout: Layout,
+}
+
+#[derive(Debug)]
+enum Layout {
+    Scaled(scaled::Scaled),
+    FourBit(bitsandbytes::FourBit),
+    Experts,
+}
+
+impl Foreign {
+    /// What `stored` holds, if it is the part with the values. Fails when the other parts are missing or do not fit it.
+    ///
+    /// `block` is the extent of the blocks that share a scale, where the configuration declares one.
+    pub(super) fn find(
+        library: Library,
+        block: Option<[usize; 2]>,
+        stored: &str,
+        tensors: &TensorLookup<'_, '_>,
+    ) -> Result<Option<Foreign>> {
+        let Some(view) = tensors(stored) else { return Ok(None) };
+        match library {
+            Library::Float8 => scaled::float8(stored, &view, block, tensors),
+            Library::CompressedTensors => scaled::compressed_tensors(stored, &view, block, tensors),
+            Library::BitsAndBytes => bitsandbytes::find(stored, &view, tensors),
+            Library::Mxfp4 => experts::find(stored, &view, tensors),
+        }
+        .map_err(|error| error.in_tensor(stored))
+    }
+
+    /// The values of slices `range` along the first extent, into `out`, row-major. Fails when the parts hold no numbers.
+    ///
+    /// Panics when `out` does not hold exactly these slices.
+    pub fn read(&self, tensors: &TensorLookup<'_, '_>, range: Range<usize>, out: &mut [f32]) -> Result<()> {
+        let slice: usize = self.shape[1..].iter().product();
+        assert_eq!(out.len(), range.len() * slice, "the output holds the slices");
+        if out.is_empty() {
+            return Ok(());
+        }
+        match &self.layout {
+            Layout::Scaled(scaled) => scaled.read(&self.parts, tensors, range, slice, out),
+            Layout::FourBit(four_bit) => four_bit.read(&self.parts, tensors, range.start * slice, out),
+            Layout::Experts => experts::read(&self.shape, &self.parts, tensors, range, out),
+        }
+        .map_err(|error| error.in_tensor(&self.name))
+    }
+}
+
+/// The tensor, or an error that names it.
+fn need<'d>(tensors: &TensorLookup<'_, 'd>, name: &str) -> Result<TensorView<'d>> {
+    tensors(name).ok_or_else(|| Error::missing(format!("its part {name}")))
+}
+
+/// `2^(code − 127)`, the scale that a byte of type E8M0 stands for; infinite for 255.
+fn power(code: u8) -> f32 {
+    f32::from_bits(if code == 0 { 0x0040_0000 } else { u32::from(code) << 23 })
+}
+
+/// The number that a byte of type E4M3 (the variant with NaN and without infinities) stands for.
+fn e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (u32::from(code >> 3 & 15), f32::from(code & 7));
+    let magnitude = match (exponent, code & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa / 512.0,
+        _ => (1.0 + mantissa / 8.0) * f32::from_bits((exponent + 120) << 23),
+    };
+    if code & 0x80 != 0 { -magnitude } else { magnitude }
+}
+
+/// The number that a byte of type E5M2 stands for: the upper half of a half.
+fn e5m2(code: u8) -> f32 {
+    half::f16::from_bits(u16::from(code) << 8).to_f32()
+}
+
+/// The numbers that a nibble of type E2M1 stands for.
+const E2M1: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+
+/// Values `range` of a tensor of scales, in whatever type.
+fn scales(view: &TensorView<'_>, range: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
+    let bytes = view.dtype.bitsize() / 8;
+    let data = &view.data[range.start * bytes..range.end * bytes];
+    out.clear();
+    match view.dtype {
+        Dtype::U8 | Dtype::F8_E8M0 => out.extend(data.iter().map(|code| power(*code))),
+        Dtype::F8_E4M3 => out.extend(data.iter().map(|code| e4m3(*code))),
+        dtype => {
+            out.resize(range.len(), 0.0);
+            widen(dtype, data, out)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether [`scales`] reads this type.
+fn are_scales(dtype: Dtype) -> bool {
+    use Dtype::*;
+    matches!(dtype, U8 | F8_E8M0 | F8_E4M3 | F16 | BF16 | F32)
+}
+
+#[cfg(test)]
+mod tests;
