@@ -2,14 +2,16 @@
 //!
 //! Whatever the source, tensors have their Hugging Face names and orientation. A quantized linear appears as the one
 //! entry `<module>.weight`. Nothing is loaded on opening; the files stay mapped and their headers are checked wholly.
+//! With a LoRA adapter every tensor is read as merged with it, one at a time, so that nobody else need know of it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
-use formats::codec::{QuantizationReader, read_quantization};
+use formats::codec::{Foreign, QuantizationReader, read_quantization};
 use formats::{Dtype, GgmlType, GgufFile, QuantizedWeight, SafetensorsSet, Scheme, TensorView};
 use serde_json::Value;
 
+use crate::adapter::{Adapter, AdapterReport, Change};
 use crate::error::{Error, Result};
 use crate::import::gguf::GgufModel;
 
@@ -22,11 +24,17 @@ pub struct Checkpoint {
     entries: Vec<Entry>,
     by_name: HashMap<String, usize>,
     source: Source,
+    adapter: Option<Adapter>,
 }
 
 #[derive(Debug)]
 enum Source {
-    Directory { tensors: SafetensorsSet, quantization: Option<QuantizationReader> },
+    Directory {
+        tensors: SafetensorsSet,
+        quantization: Option<QuantizationReader>,
+        /// Tensors in layouts that are only read, by name.
+        foreign: HashMap<String, Foreign>,
+    },
     Gguf(GgufModel),
 }
 
@@ -55,6 +63,8 @@ pub enum StoredType {
         /// Width and grouping.
         scheme: Scheme,
     },
+    /// As codes and scales in a layout that is only read: fp8, bitsandbytes, MXFP4.
+    Foreign,
     /// As blocks of a ggml type.
     Ggml(GgmlType),
 }
@@ -74,6 +84,21 @@ pub enum SideFile {
 impl Checkpoint {
     /// Opens a Hugging Face directory or a `.gguf` file.
     pub fn open(path: &Path) -> Result<Checkpoint> {
+        Self::open_with(path, None)
+    }
+
+    /// [`Checkpoint::open`], merged with the LoRA adapter in the directory `adapter`.
+    pub fn open_with(path: &Path, adapter: Option<&Path>) -> Result<Checkpoint> {
+        let mut opened = Self::open_alone(path)?;
+        if let Some(folder) = adapter {
+            let Checkpoint { config, entries, .. } = &mut opened;
+            opened.adapter = Some(Adapter::open(folder, path, config, entries)?);
+            opened.by_name = index(&opened.entries);
+        }
+        Ok(opened)
+    }
+
+    fn open_alone(path: &Path) -> Result<Checkpoint> {
         let metadata = std::fs::metadata(path).map_err(Error::io(path, "open"))?;
         if metadata.is_dir() {
             Self::open_directory(path)
@@ -110,19 +135,22 @@ impl Checkpoint {
         for key in ["quantization_config", "compression_config"] {
             config.as_object_mut().expect("checked above").shift_remove(key);
         }
+        if let Some(Value::Object(inner)) = config.get_mut("text_config") {
+            inner.shift_remove("quantization_config");
+        }
 
-        let entries = directory_entries(&tensors, quantization.as_ref())?;
+        let (entries, foreign) = directory_entries(&tensors, quantization.as_ref())?;
         let declared_dtype = ["dtype", "torch_dtype"].iter().find_map(|key| dtype_named(config.get(key)?.as_str()?));
-        let quantized = entries.iter().any(|entry| matches!(entry.dtype, StoredType::Quantized { .. }));
+        let quantized = entries.iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign));
         let dominant = dominant_dtype(&entries);
         let dtype = if quantized { declared_dtype.or(dominant) } else { dominant.or(declared_dtype) };
-        let source = Source::Directory { tensors, quantization };
+        let source = Source::Directory { tensors, quantization, foreign };
         Ok(Self::new(path, config, dtype.unwrap_or(Dtype::F16), entries, source))
     }
 
     fn new(path: &Path, config: Value, dtype: Dtype, entries: Vec<Entry>, source: Source) -> Checkpoint {
-        let by_name = entries.iter().enumerate().map(|(index, entry)| (entry.name.clone(), index)).collect();
-        Checkpoint { path: path.to_path_buf(), config, dtype, entries, by_name, source }
+        let by_name = index(&entries);
+        Checkpoint { path: path.to_path_buf(), config, dtype, entries, by_name, source, adapter: None }
     }
 
     /// Where it was opened.
@@ -150,48 +178,81 @@ impl Checkpoint {
         Some(&self.entries[*self.by_name.get(name)?])
     }
 
-    /// The values of a tensor, dequantized or widened to `f32`. Fails on NaN and infinity.
-    pub fn load(&self, name: &str) -> Result<Vec<f32>> {
-        let entry = self.expect(name)?;
-        let values = match (&self.source, entry.dtype) {
-            (Source::Directory { tensors, .. }, StoredType::Plain(_)) => {
-                let view = tensors.get(name).expect("an entry");
-                view.to_f32().map_err(|e| self.locate(e, name))?
-            }
-            (Source::Directory { .. }, StoredType::Quantized { .. }) => {
-                self.quantized(name)?.expect("a quantized entry").dequantize()
-            }
-            (Source::Gguf(model), _) => {
-                let mut values = vec![0.0; entry.shape.iter().product()];
-                let width = entry.shape.last().copied().unwrap_or(1).max(1);
-                model.read_rows(name, values.chunks_exact_mut(width).enumerate()).map_err(|e| self.locate(e, name))?;
-                values
-            }
-            (Source::Directory { .. }, StoredType::Ggml(_)) => unreachable!("only a GGUF has ggml blocks"),
-        };
-        self.check_finite(name, &values, 0)?;
-        Ok(values)
+    /// The adapter that tensors are merged with, if there is one.
+    pub fn adapter(&self) -> Option<&AdapterReport> {
+        self.adapter.as_ref().map(Adapter::report)
     }
 
-    /// The values of `tensor[index]`, dequantized or widened to `f32`. Fails on NaN and infinity.
-    pub fn load_slice(&self, name: &str, index: usize) -> Result<Vec<f32>> {
-        let entry = self.expect(name)?;
-        let (Some(count), length) = (entry.shape.first(), entry.shape.iter().skip(1).product::<usize>()) else {
-            return Err(Error::failed(format!("tensor `{name}`: a slice of a single number")));
-        };
-        if index >= *count {
-            return Err(Error::failed(format!("tensor `{name}`: slice {index} is beyond its {count}")));
+    /// What a reader of a report should know of how the checkpoint is stored.
+    pub fn notices(&self) -> Vec<String> {
+        let mut notices = Vec::new();
+        let mut kinds: BTreeMap<String, u64> = BTreeMap::new();
+        for entry in &self.entries {
+            let plain = match entry.dtype {
+                StoredType::Plain(_) => true,
+                StoredType::Ggml(ty) => ty.block_len == 1,
+                _ => false,
+            };
+            if !plain {
+                *kinds.entry(self.kind(entry)).or_default() += entry.stored_bytes;
+            }
         }
-        let (Source::Directory { tensors, .. }, StoredType::Plain(dtype)) = (&self.source, entry.dtype) else {
-            let values = self.load(name)?;
-            return Ok(values[index * length..][..length].to_vec());
+        let mut kinds: Vec<(String, u64)> = kinds.into_iter().collect();
+        kinds.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        if let Some((first, _)) = kinds.first() {
+            let others = if kinds.len() > 1 { " and others" } else { "" };
+            notices.push(format!(
+                "{} is itself quantized ({first}{others}): its dequantized weights were taken as the original, and quality is measured against them",
+                self.path.display()
+            ));
+        }
+        if let Source::Directory { quantization: Some(reader), .. } = &self.source
+            && reader.quantizes_activations()
+        {
+            notices.push(format!(
+                "{} is made for runtimes that round activations too ({}); here they are left as they are",
+                self.path.display(),
+                reader.method()
+            ));
+        }
+        if self.adapter.as_ref().is_some_and(Adapter::unties) {
+            notices.push("the adapter makes the head differ from the embedding; it is now a tensor of its own".into());
+        }
+        notices
+    }
+
+    /// How a tensor is stored, as `BF16`, `Q4_K`, `gptq W4A16 group 128` or `fp8 in blocks of 128x128`.
+    pub fn kind(&self, entry: &Entry) -> String {
+        match (&self.source, entry.dtype) {
+            (_, StoredType::Plain(dtype)) => dtype.to_string(),
+            (_, StoredType::Ggml(ty)) => ty.name.to_owned(),
+            (_, StoredType::Quantized { codec, scheme }) => {
+                let group = scheme.group.map_or("per row".to_owned(), |g| format!("group {g}"));
+                format!("{codec} {} {group}", scheme.name())
+            }
+            (Source::Directory { foreign, .. }, StoredType::Foreign) => {
+                foreign[self.stored_name(&entry.name)].kind.clone()
+            }
+            (Source::Gguf(_), StoredType::Foreign) => unreachable!("a GGUF has no other library's layout"),
+        }
+    }
+
+    /// The values of a tensor, dequantized or widened to `f32`, and merged. Fails on NaN and infinity.
+    pub fn load(&self, name: &str) -> Result<Vec<f32>> {
+        let entry = self.expect(name)?;
+        let values = match self.change(name) {
+            None => self.stored(name)?,
+            Some((adapter, change)) => {
+                let mut values = match adapter.replacement(change) {
+                    Some(view) => view.to_f32().map_err(|e| self.locate(e, name))?,
+                    None => self.stored(self.stored_name(name))?,
+                };
+                let rows: Vec<u32> = (0..entry.shape.first().map_or(0, |n| *n as u32)).collect();
+                self.merge(adapter, change, entry, &rows, &mut values)?;
+                values
+            }
         };
-        let view = tensors.get(name).expect("an entry");
-        let bytes = view.data.len() / count;
-        let mut values = vec![0.0; length];
-        formats::tensor::widen(dtype, &view.data[index * bytes..][..bytes], &mut values)
-            .map_err(|e| self.locate(e, name))?;
-        self.check_finite(name, &values, index * length)?;
+        self.check_finite(name, &values, 0)?;
         Ok(values)
     }
 
@@ -208,22 +269,12 @@ impl Checkpoint {
         if width == 0 {
             return Ok(());
         }
-        let targets = rows.iter().map(|&row| row as usize).zip(out.chunks_exact_mut(width));
-        match (&self.source, entry.dtype) {
-            (Source::Directory { tensors, .. }, StoredType::Plain(dtype)) => {
-                let view = tensors.get(name).expect("an entry");
-                let row_bytes = view.data.len() / count;
-                for (row, out) in targets {
-                    let bytes = &view.data[row * row_bytes..][..row_bytes];
-                    formats::tensor::widen(dtype, bytes, out).map_err(|e| self.locate(e, name))?;
-                }
+        match self.change(name) {
+            None => self.stored_rows(name, rows, out)?,
+            Some((adapter, change)) => {
+                self.unmerged_rows(adapter, change, name, rows, out)?;
+                self.merge(adapter, change, entry, rows, out)?;
             }
-            (Source::Directory { .. }, StoredType::Quantized { .. }) => {
-                let weight = self.quantized(name)?.expect("a quantized entry");
-                targets.for_each(|(row, out)| weight.dequantize_row(row, out));
-            }
-            (Source::Gguf(model), _) => model.read_rows(name, targets).map_err(|e| self.locate(e, name))?,
-            (Source::Directory { .. }, StoredType::Ggml(_)) => unreachable!("only a GGUF has ggml blocks"),
         }
         for (&row, out) in rows.iter().zip(out.chunks_exact(width)) {
             self.check_finite(name, out, row as usize * width)?;
@@ -231,9 +282,131 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// The bytes of a tensor that is stored plainly and in Hugging Face order, for copying as it is.
+    /// The values of `tensor[index]`, dequantized or widened to `f32`, and merged. Fails on NaN and infinity.
+    pub fn load_slice(&self, name: &str, index: usize) -> Result<Vec<f32>> {
+        let entry = self.expect(name)?;
+        let Some((&count, inner)) = entry.shape.split_first() else {
+            return Err(Error::failed(format!("tensor `{name}`: a slice of a single number")));
+        };
+        if index >= count {
+            return Err(Error::failed(format!("tensor `{name}`: slice {index} is beyond its {count}")));
+        }
+        let length: usize = inner.iter().product();
+        let mut values = vec![0.0; length];
+        if let &[_] = inner {
+            self.load_rows(name, &[index as u32], &mut values)?;
+            return Ok(values);
+        }
+        match (&self.source, entry.dtype) {
+            _ if self.change(name).is_some() => return Ok(self.load(name)?[index * length..][..length].to_vec()),
+            (Source::Directory { tensors, .. }, StoredType::Plain(dtype)) => {
+                let view = tensors.get(name).expect("an entry");
+                let bytes = view.data.len() / count;
+                let data = &view.data[index * bytes..][..bytes];
+                formats::tensor::widen(dtype, data, &mut values).map_err(|e| self.locate(e, name))?;
+            }
+            (Source::Directory { tensors, foreign, .. }, StoredType::Foreign) => {
+                let read = foreign[name].read(&|part| tensors.get(part), index..index + 1, &mut values);
+                read.map_err(|e| self.locate(e, name))?;
+            }
+            _ => return Ok(self.load(name)?[index * length..][..length].to_vec()),
+        }
+        self.check_finite(name, &values, index * length)?;
+        Ok(values)
+    }
+
+    fn change(&self, name: &str) -> Option<(&Adapter, &Change)> {
+        let adapter = self.adapter.as_ref()?;
+        Some((adapter, adapter.change(name)?))
+    }
+
+    /// The tensor in the files that `name` is made of, which is another one for a head that an adapter untied.
+    fn stored_name<'n>(&'n self, name: &'n str) -> &'n str {
+        self.change(name).and_then(|(_, change)| change.base.as_deref()).unwrap_or(name)
+    }
+
+    fn merge(&self, adapter: &Adapter, change: &Change, entry: &Entry, rows: &[u32], values: &mut [f32]) -> Result<()> {
+        adapter.merge(change, &entry.shape, rows, values, &|rows, out| {
+            self.unmerged_rows(adapter, change, &entry.name, rows, out)
+        })
+    }
+
+    /// Rows of a matrix that an adapter changes, before its product is added.
+    fn unmerged_rows(
+        &self,
+        adapter: &Adapter,
+        change: &Change,
+        name: &str,
+        rows: &[u32],
+        out: &mut [f32],
+    ) -> Result<()> {
+        match adapter.replacement(change) {
+            Some(view) => widen_rows(&view, rows, out).map_err(|e| self.locate(e, name)),
+            None => self.stored_rows(self.stored_name(name), rows, out),
+        }
+    }
+
+    /// The values of a tensor as the files hold it.
+    fn stored(&self, name: &str) -> Result<Vec<f32>> {
+        let entry = self.expect(name)?;
+        Ok(match (&self.source, entry.dtype) {
+            (Source::Directory { tensors, .. }, StoredType::Plain(_)) => {
+                let view = tensors.get(name).expect("an entry");
+                view.to_f32().map_err(|e| self.locate(e, name))?
+            }
+            (Source::Directory { .. }, StoredType::Quantized { .. }) => {
+                self.codes(name)?.expect("a quantized entry").dequantize()
+            }
+            (Source::Directory { tensors, foreign, .. }, StoredType::Foreign) => {
+                let mut values = vec![0.0; entry.shape.iter().product()];
+                let read = foreign[name].read(&|part| tensors.get(part), 0..entry.shape[0], &mut values);
+                read.map_err(|e| self.locate(e, name))?;
+                values
+            }
+            (Source::Gguf(model), _) => {
+                let mut values = vec![0.0; entry.shape.iter().product()];
+                let width = entry.shape.last().copied().unwrap_or(1).max(1);
+                model.read_rows(name, values.chunks_exact_mut(width).enumerate()).map_err(|e| self.locate(e, name))?;
+                values
+            }
+            (Source::Directory { .. }, StoredType::Ggml(_)) => unreachable!("only a GGUF has ggml blocks"),
+        })
+    }
+
+    /// Rows of a matrix as the files hold it; they are known to exist.
+    fn stored_rows(&self, name: &str, rows: &[u32], out: &mut [f32]) -> Result<()> {
+        let entry = self.expect(name)?;
+        let width = entry.shape[1];
+        match (&self.source, entry.dtype) {
+            (Source::Directory { tensors, .. }, StoredType::Plain(_)) => {
+                let view = tensors.get(name).expect("an entry");
+                widen_rows(&view, rows, out).map_err(|e| self.locate(e, name))?;
+            }
+            (Source::Directory { .. }, StoredType::Quantized { .. }) => {
+                let weight = self.codes(name)?.expect("a quantized entry");
+                let targets = rows.iter().zip(out.chunks_exact_mut(width));
+                targets.for_each(|(&row, out)| weight.dequantize_row(row as usize, out));
+            }
+            (Source::Directory { tensors, foreign, .. }, StoredType::Foreign) => {
+                for (&row, out) in rows.iter().zip(out.chunks_exact_mut(width)) {
+                    let row = row as usize;
+                    let read = foreign[name].read(&|part| tensors.get(part), row..row + 1, out);
+                    read.map_err(|e| self.locate(e, name))?;
+                }
+            }
+            (Source::Gguf(model), _) => {
+                let targets = rows.iter().map(|&row| row as usize).zip(out.chunks_exact_mut(width));
+                model.read_rows(name, targets).map_err(|e| self.locate(e, name))?;
+            }
+            (Source::Directory { .. }, StoredType::Ggml(_)) => unreachable!("only a GGUF has ggml blocks"),
+        }
+        Ok(())
+    }
+
+    /// The bytes of a tensor that is stored plainly and in Hugging Face order, for copying as it is; `None` for one that an
+    /// adapter changes.
     pub fn raw(&self, name: &str) -> Option<RawTensor<'_>> {
-        let entry = self.entry(name)?;
+        let entry = self.entry(name).filter(|_| self.change(name).is_none())?;
         match (&self.source, entry.dtype) {
             (Source::Directory { tensors, .. }, StoredType::Plain(_)) => tensors.get(name),
             (Source::Gguf(model), StoredType::Plain(_)) => model.raw(name),
@@ -243,9 +416,13 @@ impl Checkpoint {
 
     /// The codes, scales and zeros of a quantized linear as stored; `None` for every other tensor.
     pub fn quantized(&self, name: &str) -> Result<Option<QuantizedWeight>> {
+        if self.change(name).is_some() { Ok(None) } else { self.codes(name) }
+    }
+
+    fn codes(&self, name: &str) -> Result<Option<QuantizedWeight>> {
         let entry = self.expect(name)?;
         match (&self.source, entry.dtype) {
-            (Source::Directory { tensors, quantization: Some(reader) }, StoredType::Quantized { .. }) => {
+            (Source::Directory { tensors, quantization: Some(reader), .. }, StoredType::Quantized { .. }) => {
                 let module = module_of(name);
                 let read = reader.read(module, &|part| tensors.get(&format!("{module}.{part}")));
                 read.map_err(|e| self.locate(e, name))
@@ -257,11 +434,18 @@ impl Checkpoint {
     /// Gives the memory behind a tensor back to the system; it can be loaded again.
     pub fn release(&self, name: &str) {
         let Some(entry) = self.entry(name) else { return };
+        if let Some((adapter, change)) = self.change(name) {
+            adapter.release(change);
+        }
+        let name = self.stored_name(name);
         match (&self.source, entry.dtype) {
-            (Source::Directory { tensors, quantization: Some(reader) }, StoredType::Quantized { .. }) => {
-                for part in reader.codec().part_names() {
+            (Source::Directory { tensors, quantization: Some(reader), .. }, StoredType::Quantized { .. }) => {
+                for part in reader.codec().into_iter().flat_map(|codec| codec.part_names()) {
                     tensors.release(&format!("{}.{part}", module_of(name)));
                 }
+            }
+            (Source::Directory { tensors, foreign, .. }, StoredType::Foreign) => {
+                foreign[name].parts.iter().for_each(|part| tensors.release(part));
             }
             (Source::Directory { tensors, .. }, _) => tensors.release(name),
             (Source::Gguf(model), _) => model.release(name),
@@ -374,14 +558,32 @@ impl Checkpoint {
 
     fn locate(&self, error: formats::Error, name: &str) -> Error {
         let file = match &self.source {
-            Source::Directory { tensors, quantization } => {
-                let part = quantization.as_ref().map(|q| format!("{}.{}", module_of(name), q.main_part()));
+            Source::Directory { tensors, quantization, foreign } => {
+                let main = quantization.as_ref().and_then(QuantizationReader::main_part);
+                let part = match foreign.get(name) {
+                    Some(foreign) => Some(foreign.parts[0].clone()),
+                    None => main.map(|part| format!("{}.{part}", module_of(name))),
+                };
                 tensors.file_of(name).or_else(|| tensors.file_of(&part?)).unwrap_or(&self.path)
             }
             Source::Gguf(model) => model.file().path(),
         };
         error.in_tensor(name).in_file(file).into()
     }
+}
+
+fn index(entries: &[Entry]) -> HashMap<String, usize> {
+    entries.iter().enumerate().map(|(index, entry)| (entry.name.clone(), index)).collect()
+}
+
+/// Rows of a plain matrix that has them.
+fn widen_rows(view: &TensorView<'_>, rows: &[u32], out: &mut [f32]) -> formats::Result<()> {
+    let (count, width) = (view.shape[0], view.shape[1]);
+    let row_bytes = view.data.len() / count.max(1);
+    for (&row, out) in rows.iter().zip(out.chunks_exact_mut(width)) {
+        formats::tensor::widen(view.dtype, &view.data[row as usize * row_bytes..][..row_bytes], out)?;
+    }
+    Ok(())
 }
 
 fn to_json_bytes(value: &Value) -> Vec<u8> {
@@ -411,7 +613,7 @@ fn refuse_pickles(dir: &Path) -> Result<()> {
         if name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
             return Ok(());
         }
-        if name.starts_with("pytorch_model") || name.ends_with(".pth") || name.ends_with(".pt") {
+        if name.ends_with(".bin") || name.ends_with(".pth") || name.ends_with(".pt") {
             pickle = Some(name);
         }
     }
@@ -426,20 +628,44 @@ fn refuse_pickles(dir: &Path) -> Result<()> {
     }
 }
 
-fn directory_entries(tensors: &SafetensorsSet, quantization: Option<&QuantizationReader>) -> Result<Vec<Entry>> {
+fn directory_entries(
+    tensors: &SafetensorsSet,
+    quantization: Option<&QuantizationReader>,
+) -> Result<(Vec<Entry>, HashMap<String, Foreign>)> {
+    let located = |e: formats::Error, name: &str| e.in_tensor(name).in_file(tensors.file_of(name).expect("listed"));
+    let lookup = |name: &str| tensors.get(name);
+    let (mut foreign, mut by_values, mut others) = (HashMap::new(), HashMap::new(), HashSet::new());
+    for spec in quantization.iter().flat_map(|_| tensors.tensors()) {
+        let found = quantization.expect("iterated").foreign(&spec.name, &lookup);
+        if let Some(found) = found.map_err(|e| located(e, &spec.name))? {
+            others.extend(found.parts[1..].iter().cloned());
+            by_values.insert(spec.name.as_str(), found.name.clone());
+            foreign.insert(found.name.clone(), found);
+        }
+    }
     let mut entries: Vec<Entry> = Vec::new();
     let mut modules: HashMap<&str, usize> = HashMap::new();
     for spec in tensors.tensors() {
         let bytes = spec.bytes().unwrap_or(0) as u64;
-        let part = quantization
-            .and_then(|reader| Some((reader, reader.split_part(&spec.name)?)))
-            .filter(|(reader, (module, _))| tensors.get(&format!("{module}.{}", reader.main_part())).is_some());
-        let Some((reader, (module, _))) = part else {
+        if let Some(name) = by_values.get(spec.name.as_str()) {
+            let Foreign { shape, parts, .. } = &foreign[name];
+            let stored_bytes = parts.iter().filter_map(|part| tensors.get(part)).map(|t| t.data.len() as u64).sum();
+            let (name, shape) = (name.clone(), shape.clone());
+            entries.push(Entry { name, shape, dtype: StoredType::Foreign, stored_bytes });
+            continue;
+        }
+        if others.contains(&spec.name) || quantization.is_some_and(|reader| reader.is_for_runtimes(&spec.name)) {
+            continue;
+        }
+        let part = quantization.and_then(|reader| {
+            let (module, _) = reader.split_part(&spec.name)?;
+            let main = format!("{module}.{}", reader.main_part()?);
+            Some((reader, module, main)).filter(|(_, _, main)| tensors.get(main).is_some())
+        });
+        let Some((reader, module, main)) = part else {
             if spec.name.ends_with(".qweight") || spec.name.ends_with(".weight_packed") {
-                return Err(formats::Error::missing("the quantization_config that says how these codes are meant")
-                    .in_tensor(&spec.name)
-                    .in_file(tensors.file_of(&spec.name).expect("listed"))
-                    .into());
+                let why = formats::Error::missing("the quantization_config that says how these codes are meant");
+                return Err(located(why, &spec.name).into());
             }
             let (name, shape) = (spec.name.clone(), spec.shape.clone());
             entries.push(Entry { name, shape, dtype: StoredType::Plain(spec.dtype), stored_bytes: bytes });
@@ -449,20 +675,19 @@ fn directory_entries(tensors: &SafetensorsSet, quantization: Option<&Quantizatio
             entries[index].stored_bytes += bytes;
             continue;
         }
-        let main = format!("{module}.{}", reader.main_part());
-        let located =
-            |e: formats::Error| e.in_tensor(module).in_file(tensors.file_of(&main).expect("has its main part"));
+        let at = |e: formats::Error| e.in_tensor(module).in_file(tensors.file_of(&main).expect("has its main part"));
         let (declared, shape) =
-            reader.describe(module, &|part| tensors.get(&format!("{module}.{part}"))).map_err(located)?;
+            reader.describe(module, &|part| tensors.get(&format!("{module}.{part}"))).map_err(at)?;
         modules.insert(module, entries.len());
+        let codec = reader.codec().expect("has parts").id();
         entries.push(Entry {
             name: format!("{module}.weight"),
             shape: shape.to_vec(),
-            dtype: StoredType::Quantized { codec: reader.codec().id(), scheme: declared.scheme },
+            dtype: StoredType::Quantized { codec, scheme: declared.scheme },
             stored_bytes: bytes,
         });
     }
-    Ok(entries)
+    Ok((entries, foreign))
 }
 
 fn dtype_named(name: &str) -> Option<Dtype> {
@@ -501,174 +726,4 @@ fn is_side_file(name: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use formats::codec::{Codec, QuantizedModule, codec};
-    use formats::{ShardedWriter, TensorSpec};
-    use serde_json::json;
-    use std::collections::BTreeMap;
-
-    /// A plain tensor, with its values.
-    fn plain(name: &str, dtype: Dtype, shape: &[usize], values: &[f32]) -> (TensorSpec, Vec<u8>) {
-        let mut bytes = Vec::new();
-        formats::tensor::narrow(dtype, values, &mut bytes).unwrap();
-        (TensorSpec { name: name.into(), dtype, shape: shape.to_vec() }, bytes)
-    }
-
-    fn write(dir: &Path, config: &Value, tensors: &[(TensorSpec, Vec<u8>)]) {
-        std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
-        let specs = tensors.iter().map(|(spec, _)| spec.clone()).collect();
-        let writer = ShardedWriter::create(dir, specs, 600, &BTreeMap::new()).unwrap();
-        tensors.iter().for_each(|(spec, bytes)| writer.write(&spec.name, bytes).unwrap());
-        writer.finish().unwrap();
-    }
-
-    fn weight(scheme: Scheme) -> QuantizedWeight {
-        let (rows, cols) = (32, 64);
-        let groups = scheme.groups(cols);
-        let max = usize::from(scheme.max_code());
-        QuantizedWeight {
-            rows,
-            cols,
-            scheme,
-            codes: (0..rows * cols).map(|i| (i * 7 % (max + 1)) as u8).collect(),
-            scales: (0..rows * groups).map(|i| i as f32 / 64.0 - 0.25).collect(),
-            zeros: (0..rows * groups)
-                .map(|i| if scheme.symmetric { scheme.midpoint() } else { 1 + (i % max) as u8 })
-                .collect(),
-            group_of: None,
-        }
-    }
-
-    /// A directory as each codec's runtime would load it, opened again.
-    fn check_quantized(codec: &dyn Codec, scheme: Scheme) {
-        let dir = tempfile::tempdir().unwrap();
-        let weight = weight(scheme);
-        let module = "model.layers.0.mlp.up_proj";
-        let parts = codec.encode(&weight, Dtype::F16).unwrap();
-        let mut tensors: Vec<_> = parts
-            .0
-            .into_iter()
-            .map(|(part, t)| (TensorSpec { name: format!("{module}.{part}"), dtype: t.dtype, shape: t.shape }, t.data))
-            .collect();
-        tensors.push(plain("model.norm.weight", Dtype::F16, &[2], &[1.0, -2.0]));
-        let files = codec.config(&[QuantizedModule { name: module, scheme, desc_act: false }], &[]).unwrap();
-        let config =
-            json!({"model_type": "llama", "torch_dtype": "bfloat16", "quantization_config": files.quantization_config});
-        write(dir.path(), &config, &tensors);
-
-        let name = format!("{module}.weight");
-        let checkpoint = Checkpoint::open(dir.path()).unwrap();
-        assert_eq!(checkpoint.config(), &json!({"model_type": "llama", "torch_dtype": "bfloat16"}));
-        assert_eq!(checkpoint.dtype(), Dtype::BF16, "of config.json, as the linears are quantized");
-        assert_eq!(checkpoint.entries().len(), 2);
-        let entry = checkpoint.entry(&name).unwrap();
-        assert_eq!(entry.shape, [32, 64]);
-        let stored: usize = tensors[..tensors.len() - 1].iter().map(|(_, bytes)| bytes.len()).sum();
-        assert_eq!(entry.stored_bytes, stored as u64);
-        assert!(matches!(entry.dtype, StoredType::Quantized { codec: id, .. } if id == codec.id()));
-        assert!(checkpoint.raw(&name).is_none());
-        assert!(checkpoint.load(&name).unwrap() == weight.dequantize());
-        checkpoint.release(&name);
-        let read = checkpoint.quantized(&name).unwrap().unwrap();
-        assert!(read.codes == weight.codes && read.scales == weight.scales && read.zeros == weight.zeros);
-        let mut rows = vec![0.0; 128];
-        checkpoint.load_rows(&name, &[31, 0], &mut rows).unwrap();
-        assert!(rows[..64] == weight.dequantize()[31 * 64..] && rows[64..] == weight.dequantize()[..64]);
-        assert_eq!(checkpoint.quantized("model.norm.weight").unwrap(), None);
-        assert_eq!(checkpoint.load("model.norm.weight").unwrap(), [1.0, -2.0]);
-    }
-
-    #[test]
-    fn every_codec_is_read_back() {
-        for (id, bits, symmetric, group) in [
-            ("compressed-tensors", 4, true, Some(32)),
-            ("compressed-tensors", 3, false, None),
-            ("gptq", 4, true, Some(32)),
-            ("gptq", 8, false, None),
-            ("awq", 4, false, Some(32)),
-        ] {
-            check_quantized(codec(id).unwrap(), Scheme { bits, group, symmetric });
-        }
-    }
-
-    #[test]
-    fn plain_tensors_load_whole_by_rows_and_raw() {
-        let dir = tempfile::tempdir().unwrap();
-        let values: Vec<f32> = (0..300).map(|i| i as f32).collect();
-        let tensors = [
-            plain("model.embed_tokens.weight", Dtype::F16, &[100, 3], &values),
-            plain("model.norm.weight", Dtype::F32, &[3], &[0.1, 0.2, 0.3]),
-        ];
-        write(dir.path(), &json!({"torch_dtype": "bfloat16"}), &tensors);
-        std::fs::write(
-            dir.path().join("tokenizer_config.json"),
-            json!({"chat_template": [{"name": "tool", "template": "T"}, {"name": "default", "template": "D"}]})
-                .to_string(),
-        )
-        .unwrap();
-        for name in ["LICENSE.txt", "modeling_x.py", "README.md", "merges.txt", "optimizer.pt"] {
-            std::fs::write(dir.path().join(name), name).unwrap();
-        }
-        let checkpoint = Checkpoint::open(dir.path()).unwrap();
-        assert_eq!(checkpoint.dtype(), Dtype::F16, "of the tensors, whatever config.json says");
-        assert_eq!(checkpoint.load("model.embed_tokens.weight").unwrap(), values);
-        let mut rows = [0.0; 6];
-        checkpoint.load_rows("model.embed_tokens.weight", &[99, 1], &mut rows).unwrap();
-        assert_eq!(rows, [297.0, 298.0, 299.0, 3.0, 4.0, 5.0]);
-        assert_eq!(checkpoint.raw("model.norm.weight").unwrap().data, &tensors[1].1[..]);
-        assert_eq!(checkpoint.files().len(), 2);
-        assert_eq!(checkpoint.chat_template().as_deref(), Some("D"));
-        let side: Vec<String> = checkpoint.side_files().unwrap().into_iter().map(|(name, _)| name).collect();
-        assert_eq!(side, ["LICENSE.txt", "merges.txt", "modeling_x.py", "tokenizer_config.json"]);
-        let message = checkpoint.load_rows("model.embed_tokens.weight", &[100], &mut [0.0; 3]).unwrap_err().to_string();
-        assert_eq!(message, "tensor `model.embed_tokens.weight`: row 100 is beyond its 100 rows");
-        let message = checkpoint.load("model.nothing").unwrap_err().to_string();
-        assert!(message.ends_with("tensor `model.nothing`: the tensor is missing"), "{message}");
-        std::fs::write(dir.path().join("chat_template.jinja"), "J").unwrap();
-        assert_eq!(checkpoint.chat_template().as_deref(), Some("J"));
-    }
-
-    fn refused(prepare: impl FnOnce(&Path)) -> String {
-        let dir = tempfile::tempdir().unwrap();
-        prepare(dir.path());
-        let error = match Checkpoint::open(dir.path()) {
-            Ok(checkpoint) => checkpoint.load("w").unwrap_err(),
-            Err(error) => error,
-        };
-        error.to_string().replace(&dir.path().display().to_string(), "DIR")
-    }
-
-    #[test]
-    fn what_cannot_be_read_is_told_in_a_sentence() {
-        assert_eq!(refused(|_| ()), "DIR: config.json is missing");
-        let config = |dir: &Path| std::fs::write(dir.join("config.json"), "{}").unwrap();
-        assert_eq!(refused(config), "DIR: model.safetensors or model.safetensors.index.json is missing");
-        assert_eq!(
-            refused(|dir| {
-                config(dir);
-                std::fs::write(dir.join("pytorch_model.bin"), "").unwrap();
-            }),
-            "DIR: PyTorch pickles such as pytorch_model.bin are not read; convert them once with transformers: \
-             AutoModelForCausalLM.from_pretrained(\"DIR\", dtype=\"auto\").save_pretrained(OUT)"
-        );
-        let nan = plain("w", Dtype::BF16, &[3], &[0.0, 1.0, f32::NAN]);
-        assert_eq!(
-            refused(|dir| write(dir, &json!({}), &[nan])),
-            "DIR/model.safetensors: tensor `w`: value NaN at index 2 is not a finite number"
-        );
-        let inf = plain("w", Dtype::F32, &[2], &[f32::NEG_INFINITY, 1.0]);
-        assert_eq!(
-            refused(|dir| write(dir, &json!({}), &[inf])),
-            "DIR/model.safetensors: tensor `w`: value -inf at index 0 is not a finite number"
-        );
-        let codes = (TensorSpec { name: "w.qweight".into(), dtype: Dtype::I32, shape: vec![1, 1] }, vec![0; 4]);
-        assert_eq!(
-            refused(|dir| write(dir, &json!({}), &[codes])),
-            "DIR/model.safetensors: tensor `w.qweight`: \
-             the quantization_config that says how these codes are meant is missing"
-        );
-        let message = Checkpoint::open(Path::new("/nonexistent/model")).unwrap_err().to_string();
-        assert!(message.starts_with("/nonexistent/model: cannot open: "), "{message}");
-    }
-}
+mod tests;

@@ -27,6 +27,8 @@ pub enum Command {
     Inspect(Inspect),
     /// Rewrite any readable checkpoint as plain safetensors.
     Convert(Convert),
+    /// Write a checkpoint merged with a LoRA adapter.
+    Merge(Merge),
 }
 
 /// Flags that every command that computes has.
@@ -111,6 +113,9 @@ pub struct Quantize {
     /// Linears to leave as they are: a module, the end of its name, or re: and a regular expression. Repeatable.
     #[arg(long, value_name = "PATTERN")]
     pub ignore: Vec<String>,
+    /// A LoRA adapter (PEFT's directory) to merge first; quality is measured against the merged model.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
     /// Calibration text: .txt, .jsonl, .json, or a bundled preset. [default: mixed]
     #[arg(long, value_name = "FILE|PRESET")]
     pub calibration: Option<String>,
@@ -181,9 +186,15 @@ pub struct Quantize {
 pub struct Eval {
     /// A Hugging Face directory, quantized or not, or a .gguf file.
     pub model: PathBuf,
+    /// A LoRA adapter to merge into the model.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
     /// The model it was made of.
     #[arg(long, value_name = "MODEL")]
     pub reference: Option<PathBuf>,
+    /// A LoRA adapter to merge into the reference.
+    #[arg(long, value_name = "DIR", requires = "reference")]
+    pub reference_adapter: Option<PathBuf>,
     /// Text; a bundled one by default.
     #[arg(long, value_name = "FILE")]
     pub text: Option<String>,
@@ -228,4 +239,23 @@ pub struct Convert {
     /// Replace an existing output.
     #[arg(long)]
     pub force: bool,
+}
+
+/// `quantc merge`.
+#[derive(Debug, Args)]
+pub struct Merge {
+    /// A Hugging Face directory, quantized or not, or a .gguf file.
+    pub model: PathBuf,
+    /// The LoRA adapter, a directory that PEFT wrote.
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// The directory to write.
+    #[arg(long, short, value_name = "OUT")]
+    pub output: PathBuf,
+    /// Replace an existing output.
+    #[arg(long)]
+    pub force: bool,
+    /// No summary; errors only.
+    #[arg(long, short)]
+    pub quiet: bool,
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::checkpoint::{Checkpoint, Entry, StoredType};
+use crate::checkpoint::{Checkpoint, Entry};
 
 /// A checkpoint's content.
 #[derive(Debug, Serialize)]
@@ -65,24 +65,12 @@ fn values(entry: &Entry) -> u64 {
     entry.shape.iter().product::<usize>() as u64
 }
 
-/// `BF16`, `Q4_K`, `compressed-tensors W4A16 group 64` …
-fn kind_of(entry: &Entry) -> String {
-    match entry.dtype {
-        StoredType::Plain(dtype) => dtype.to_string(),
-        StoredType::Ggml(kind) => kind.name.to_owned(),
-        StoredType::Quantized { codec, scheme } => {
-            let group = scheme.group.map_or("per row".to_owned(), |g| format!("group {g}"));
-            format!("{codec} {} {group}", scheme.name())
-        }
-    }
-}
-
 /// Looks through a checkpoint's headers; no weights are read.
 pub fn inspect(checkpoint: &Checkpoint) -> Inspection {
     let mut types: BTreeMap<String, (usize, u64, u64)> = BTreeMap::new();
     let mut tensors = Vec::new();
     for entry in checkpoint.entries() {
-        let (kind, count) = (kind_of(entry), values(entry));
+        let (kind, count) = (checkpoint.kind(entry), values(entry));
         let share = types.entry(kind.clone()).or_default();
         *share = (share.0 + 1, share.1 + count, share.2 + entry.stored_bytes);
         tensors.push(TensorInfo {

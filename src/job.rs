@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::families;
 use crate::gguf::{self, GgufPlan};
 use crate::graph::Graph;
-use crate::output::{FileStaging, Staging};
+use crate::output::{FileStaging, Staging, check_place};
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
@@ -91,13 +91,11 @@ impl Job<'_> {
 
     fn work<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Report> {
         let started = Instant::now();
-        let source = Checkpoint::open(self.model)?;
-        if source.entries().iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. })) {
-            return Err(Error::usage(format!(
-                "{}: is quantized already; quantizing it again would add one error to another (quantc convert makes plain weights of it)",
-                self.model.display()
-            )));
+        let adapter = self.recipe.adapter.as_deref();
+        if adapter.is_some() {
+            check_place(self.output, adapter)?;
         }
+        let source = Checkpoint::open_with(self.model, adapter)?;
         let graph = families::graph_of(&source)?;
         let inputs = source.files();
         let hashing = std::thread::spawn(move || hash_files(&inputs));
@@ -229,13 +227,7 @@ impl Job<'_> {
         needs: Needs,
         hashing: Hashing,
     ) -> Result<Run> {
-        let mut notes = Vec::new();
-        if source.entries().iter().any(|e| matches!(e.dtype, StoredType::Ggml(t) if t.block_len > 1)) {
-            notes.push(format!(
-                "{} is itself quantized: its dequantized weights were taken as the original, and quality is measured against them",
-                self.model.display()
-            ));
-        }
+        let mut notes = source.notices();
         let recipe = &self.recipe;
         if needs > Needs::Nothing || self.verification.is_some() {
             families::check_runnable(&graph, &source)?;
@@ -324,6 +316,7 @@ impl Job<'_> {
             tool: concat!("quantc ", env!("CARGO_PKG_VERSION")).to_owned(),
             device: backend.name(),
             model: self.model.display().to_string(),
+            adapter: run.source.adapter().cloned(),
             family: run.graph.family,
             parameters,
             recipe: self.recipe,

@@ -3,6 +3,7 @@
 //! The pipeline is [`job`]: open a [`Checkpoint`], build its [`graph`], [`plan`] every tensor, [`compile`] block by
 //! block, reopen what was written and [`verify`] it against the original.
 
+pub mod adapter;
 pub mod checkpoint;
 pub mod cli;
 pub mod compile;
@@ -17,6 +18,7 @@ pub mod graph;
 mod import;
 pub mod inspect;
 pub mod job;
+pub mod merge;
 pub mod output;
 pub mod plan;
 pub mod progress;

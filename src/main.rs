@@ -11,7 +11,7 @@ use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request, named};
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{Limits, Protocol, evaluate};
-use quantc::{Checkpoint, Error, convert, demo, families, inspect, report};
+use quantc::{Checkpoint, Error, convert, demo, families, inspect, merge, report};
 
 /// The output is there, and its quality is below the limits.
 const BELOW_THE_BAR: u8 = 3;
@@ -60,6 +60,18 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             convert::convert(&args.input, &args.output, dtype, args.force)?;
             Ok(0)
         }
+        Command::Merge(args) => {
+            let merged = merge::merge(&args.model, &args.adapter, &args.output, args.force)?;
+            if let (Some(adapter), false) = (merged.adapter(), args.quiet) {
+                let (output, kind) = (args.output.display(), adapter.kind);
+                say(&format!(
+                    "{output}: {kind}, {} modules merged, {} tensors replaced\n",
+                    adapter.modules, adapter.replaced
+                ));
+                merged.notices().iter().for_each(|note| eprintln!("note: {note}"));
+            }
+            Ok(0)
+        }
     }
 }
 
@@ -96,6 +108,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         desc_act: args.desc_act.then_some(true),
         moe_all_experts: args.moe_all_experts.then_some(true),
         ignore: (!args.ignore.is_empty()).then_some(args.ignore),
+        adapter: args.adapter,
         calibration: args.calibration,
         samples: args.samples,
         seq_len: args.seq_len,
@@ -172,8 +185,9 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
 fn eval(args: Eval) -> anyhow::Result<u8> {
     let mut progress = start(&args.compute)?;
     let protocol = named("protocol", Protocol::ALL, &args.protocol)?;
-    let model = Checkpoint::open(&args.model)?;
-    let reference = args.reference.as_deref().map(Checkpoint::open).transpose()?;
+    let model = Checkpoint::open_with(&args.model, args.adapter.as_deref())?;
+    let reference_adapter = args.reference_adapter.as_deref();
+    let reference = args.reference.as_deref().map(|path| Checkpoint::open_with(path, reference_adapter)).transpose()?;
     let text = load_text(args.text.as_deref().unwrap_or(HELD_OUT)).map_err(Error::from)?;
     let tokenizer = ModelText::open(&model)?;
     let ids = tokenizer.evaluation_ids(&text).map_err(Error::from)?;

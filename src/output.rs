@@ -98,7 +98,7 @@ fn place(target: &Path) -> Result<(String, PathBuf)> {
 }
 
 /// Fails when `target` is the input, or one lies inside the other.
-fn check_place(target: &Path, input: Option<&Path>) -> Result<()> {
+pub fn check_place(target: &Path, input: Option<&Path>) -> Result<()> {
     let (name, parent) = place(target)?;
     // Nearest folder that exists, so that a link or `..` hides nothing.
     let mut existing = parent.as_path();

@@ -96,6 +96,8 @@ pub struct Request {
     pub moe_all_experts: Option<bool>,
     /// Linears that stay as they are.
     pub ignore: Option<Vec<String>>,
+    /// A LoRA adapter to merge before anything else.
+    pub adapter: Option<PathBuf>,
     /// Calibration text: a file or a preset.
     pub calibration: Option<String>,
     /// Calibration sequences.
@@ -176,6 +178,7 @@ impl Request {
                 }
                 (own, more) => own.or(more),
             },
+            adapter: self.adapter.or(base.adapter),
             calibration: self.calibration.or(base.calibration),
             samples: self.samples.or(base.samples),
             seq_len: self.seq_len.or(base.seq_len),
@@ -220,6 +223,9 @@ pub struct Recipe {
     pub moe_all_experts: bool,
     /// Patterns of linears that stay as they are.
     pub ignore: Vec<String>,
+    /// A LoRA adapter that was merged before anything else.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<PathBuf>,
     /// Calibration text.
     pub calibration: String,
     /// Calibration sequences.
@@ -320,6 +326,7 @@ impl Recipe {
             desc_act,
             moe_all_experts: request.moe_all_experts.unwrap_or(false),
             ignore: request.ignore.unwrap_or_default(),
+            adapter: request.adapter,
             calibration: request.calibration.unwrap_or_else(|| "mixed".to_owned()),
             samples: request.samples.unwrap_or(128),
             seq_len: request.seq_len.unwrap_or(2048),

@@ -8,6 +8,7 @@ use calibration::samples::SampleSource;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use crate::adapter::AdapterReport;
 use crate::compile::{LinearReport, SmoothingReport, Stages};
 use crate::error::{Error, Result};
 use crate::plan::Fate;
@@ -65,6 +66,9 @@ pub struct Report {
     pub device: String,
     /// The input.
     pub model: String,
+    /// The LoRA adapter that it was merged with; quality is measured against the merged model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter: Option<AdapterReport>,
     /// Its family.
     pub family: &'static str,
     /// Parameters in its tensors.
@@ -160,6 +164,12 @@ impl Report {
             "- size: {:.2} bits per weight of the file ({:.2} of the quantized linears), original {:.2}\n",
             self.bpw.file, self.bpw.quantized, self.bpw.original_file
         );
+        if let Some(AdapterReport { path, kind, sha256, modules, replaced }) = &self.adapter {
+            let name = Path::new(path).file_name().map_or(path.clone(), |n| n.to_string_lossy().into_owned());
+            card += &format!(
+                "- merged with the {kind} adapter {name} (sha256 {sha256}): {modules} modules, {replaced} tensors replaced\n"
+            );
+        }
         match &self.calibration {
             Some(c) => {
                 card += &format!(

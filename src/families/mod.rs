@@ -156,7 +156,7 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
     // Quantized experts are stored one by one, and quantized linears as such, whatever their original was.
     graph.linears_mut(&mut |linear| {
         let quantized =
-            |name: &str| source.entry(name).is_some_and(|e| matches!(e.dtype, StoredType::Quantized { .. }));
+            |name: &str| source.entry(name).is_some_and(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign));
         if linear.stored == Stored::Transposed && quantized(&linear.weight()) {
             linear.stored = Stored::Plain;
         }

@@ -380,9 +380,6 @@ fn what_is_no_checkpoint_is_refused_by_every_command() {
     room.run(["eval", "model", "--context", "1"]).refuses(1, &["--context 2"]);
     room.run(["eval", "model", "--windows", "0"]).refuses(1, &["--windows 1"]);
     assert!(!room.path("out").exists());
-
-    room.run(quantize(&["--method", "rtn", "--verify-text", "none"])).succeeds();
-    room.run(["quantize", "out", "-o", "twice"]).refuses(2, &["out", "quantized already"]);
 }
 
 /// A disk that fills up, played by the limit on a file's size.

@@ -1,10 +1,12 @@
 //! What a user sees, and parity with other programs.
 
+mod adapter;
 mod bad_input;
 mod families;
 mod gguf;
 mod golden;
 mod harness;
+mod inputs;
 mod matrix;
 mod pipeline;
 mod readme;

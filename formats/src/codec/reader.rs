@@ -19,11 +19,24 @@ pub struct QuantizationReader {
 
 #[derive(Debug)]
 enum Rules {
-    CompressedTensors { groups: Vec<(Vec<Target>, Weights)>, ignore: Vec<Target> },
-    Gptq { base: GptqSettings, dynamic: Vec<(Regex, Option<GptqSettings>)>, zeros_minus_one: bool },
-    Awq { scheme: Scheme, skip: Vec<String> },
+    CompressedTensors {
+        groups: Vec<(Vec<Target>, Weights)>,
+        ignore: Vec<Target>,
+    },
+    Gptq {
+        base: GptqSettings,
+        dynamic: Vec<(Regex, Option<GptqSettings>)>,
+        zeros_minus_one: bool,
+    },
+    Awq {
+        scheme: Scheme,
+        skip: Vec<String>,
+    },
     /// Told by the parts that are there.
-    Foreign { library: Library, block: Option<[usize; 2]> },
+    Foreign {
+        library: Library,
+        block: Option<[usize; 2]>,
+    },
 }
 
 /// What compressed-tensors says about the weights of a group.
@@ -83,9 +96,7 @@ pub fn read_quantization(config_json: &Value) -> Result<Option<QuantizationReade
         }
         "bitsandbytes" => Ok(Rules::Foreign { library: Library::BitsAndBytes, block: None }),
         "mxfp4" => Ok(Rules::Foreign { library: Library::Mxfp4, block: None }),
-        other => Err(Error::unsupported(format!(
-            "quant_method `{other}` is not one that can be read ({METHODS})"
-        ))),
+        other => Err(Error::unsupported(format!("quant_method `{other}` is not one that can be read ({METHODS})"))),
     }?;
     let groups = config.get("config_groups").and_then(Value::as_object);
     let quantizes = |group: &Value| group.get("input_activations").is_some_and(|v| !v.is_null());
@@ -162,10 +173,8 @@ impl QuantizationReader {
             "k_scale",
             "v_scale",
         ];
-        let scales = matches!(
-            self.rules,
-            Rules::CompressedTensors { .. } | Rules::Foreign { library: Library::Float8, .. }
-        );
+        let scales =
+            matches!(self.rules, Rules::CompressedTensors { .. } | Rules::Foreign { library: Library::Float8, .. });
         scales && tensor.rsplit_once('.').is_some_and(|(_, name)| NAMES.contains(&name))
     }
 

@@ -11,6 +11,7 @@ pub mod gram;
 pub mod heads;
 pub mod linear;
 pub mod loss;
+pub mod low_rank;
 pub mod norm;
 #[cfg(test)]
 mod plain;

@@ -31,11 +31,7 @@ struct Nested {
     offset: f32,
 }
 
-pub(super) fn find(
-    stored: &str,
-    view: &TensorView<'_>,
-    tensors: &TensorLookup<'_, '_>,
-) -> Result<Option<Foreign>> {
+pub(super) fn find(stored: &str, view: &TensorView<'_>, tensors: &TensorLookup<'_, '_>) -> Result<Option<Foreign>> {
     for kind in ["nf4", "fp4"] {
         let state = format!("{stored}.quant_state.bitsandbytes__{kind}");
         if let Some(json) = tensors(&state) {
@@ -66,11 +62,13 @@ fn four_bit(
         let number = settings[key].as_u64().filter(|n| (1..1 << 32).contains(n));
         number.map(|n| n as usize).ok_or_else(|| wrong(key, "a positive number"))
     };
-    let extents = settings["shape"].as_array().map(|list| list.iter().map(|n| n.as_u64().map(|n| n as usize)).collect());
+    let extents =
+        settings["shape"].as_array().map(|list| list.iter().map(|n| n.as_u64().map(|n| n as usize)).collect());
     let shape: Vec<usize> = extents.flatten().ok_or_else(|| wrong("shape", "a list of extents"))?;
     let values = shape.iter().try_fold(1usize, |n, extent| n.checked_mul(*extent));
     let values = values.filter(|n| n.div_ceil(2) == view.data.len() && *n > 0 && shape.len() >= 2);
-    let values = values.ok_or_else(|| wrong("shape", &format!("a matrix of two values for each of {} bytes", view.data.len())))?;
+    let values = values
+        .ok_or_else(|| wrong("shape", &format!("a matrix of two values for each of {} bytes", view.data.len())))?;
     let block = count("blocksize")?;
     let blocks = values.div_ceil(block);
 

@@ -13,11 +13,7 @@ use super::{E2M1, Foreign, Layout, TensorLookup, need, power};
 use crate::error::{Error, Result};
 use crate::tensor::{Dtype, TensorView};
 
-pub(super) fn find(
-    stored: &str,
-    view: &TensorView<'_>,
-    tensors: &TensorLookup<'_, '_>,
-) -> Result<Option<Foreign>> {
+pub(super) fn find(stored: &str, view: &TensorView<'_>, tensors: &TensorLookup<'_, '_>) -> Result<Option<Foreign>> {
     let Some(name) = stored.strip_suffix("_blocks").filter(|_| view.dtype == Dtype::U8) else { return Ok(None) };
     let &[experts, rows, groups, 16] = view.shape else {
         return Err(Error::mismatch("its shape", "[experts, out, groups, 16]", format_args!("{:?}", view.shape)));

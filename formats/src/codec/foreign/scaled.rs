@@ -119,7 +119,9 @@ pub(super) fn int8_rows(stored: &str, view: &TensorView<'_>, tensors: &TensorLoo
     let format = format!("{module}.weight_format");
     if let Some(order) = tensors(&format) {
         if order.data != [0] {
-            return Err(Error::unsupported("its weight_format is not `row`; save it again with a current bitsandbytes"));
+            return Err(Error::unsupported(
+                "its weight_format is not `row`; save it again with a current bitsandbytes",
+            ));
         }
         parts.push(format);
     }

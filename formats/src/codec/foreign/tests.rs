@@ -92,8 +92,13 @@ fn parts_that_do_not_fit_are_told() {
         let found = case.find().unwrap().unwrap();
         for part in &found.parts {
             let spoil = |change: &dyn Fn(&mut BTreeMap<String, Tensor>)| {
-                let mut spoilt =
-                    Case { tensors: case.tensors.clone(), config: case.config.clone(), label: case.label.clone(), name: case.name.clone(), values: case.values.clone() };
+                let mut spoilt = Case {
+                    tensors: case.tensors.clone(),
+                    config: case.config.clone(),
+                    label: case.label.clone(),
+                    name: case.name.clone(),
+                    values: case.values.clone(),
+                };
                 change(&mut spoilt.tensors);
                 match spoilt.find() {
                     Err(error) => Some(error.to_string()),
