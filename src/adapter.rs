@@ -239,7 +239,9 @@ impl Adapter {
             count += 1;
         }
 
-        let untied = tied && untie(&file, &settings, entries, stored_head, &mut changes, new_head);
+        let vocabulary = [&*config, &config["text_config"]].iter().find_map(|c| c.get("vocab_size")?.as_u64());
+        let vocabulary = vocabulary.map(|n| n as usize);
+        let untied = tied && untie(&file, &settings, entries, [stored_head, vocabulary], &mut changes, new_head);
         if untied {
             match tie_flag(config) {
                 Some(flag) => *flag = Value::Bool(false),
@@ -369,24 +371,24 @@ impl Adapter {
     }
 }
 
-/// Gives a head that was tied a tensor of its own where embedding and head now differ; true if they do.
+/// Gives a head that was tied a tensor of its own where embedding and head now differ; true if they do. The embedding is
+/// the matrix with a row for each token, outside of the layers.
 fn untie(
     file: &SafetensorsFile,
     settings: &Settings,
     entries: &mut Vec<Entry>,
-    stored_head: Option<usize>,
+    [stored_head, vocabulary]: [Option<usize>; 2],
     changes: &mut HashMap<String, Change>,
     new_head: Option<(String, Change)>,
 ) -> bool {
-    let head_shape = stored_head.map(|index| entries[index].shape.clone());
-    let embedding = |name: &String| {
+    let is_embedding = |name: &String| {
         let entry = entries.iter().find(|e| e.name == *name);
         entry.is_some_and(|e| {
-            let shaped = head_shape.as_ref().is_none_or(|shape| *shape == e.shape);
-            e.shape.len() == 2 && shaped && !is_head(name) && !name.split('.').any(is_number)
+            let rows = vocabulary.is_none_or(|n| e.shape.first() == Some(&n));
+            e.shape.len() == 2 && rows && !is_head(name) && !name.split('.').any(is_number)
         })
     };
-    let touched = changes.keys().find(|name| embedding(name)).cloned();
+    let touched = changes.keys().filter(|name| is_embedding(name)).min().cloned();
     let bytes = |change: Option<&Change>| {
         let change = change.filter(|c| c.product.is_none())?;
         file.get(change.replaced.as_ref()?).map(|view| (view.dtype, view.data))

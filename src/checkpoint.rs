@@ -620,9 +620,10 @@ fn refuse_pickles(dir: &Path) -> Result<()> {
     match pickle {
         None => Ok(()),
         Some(name) => Err(Error::failed(format!(
-            "{}: PyTorch pickles such as {name} are not read; convert them once with transformers: \
-             AutoModelForCausalLM.from_pretrained(\"{}\", dtype=\"auto\").save_pretrained(OUT)",
-            dir.display(),
+            "{0}: PyTorch pickles such as {name} are not read, as opening one can run what it contains; convert them once: \
+             python3 -c 'from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
+             M.from_pretrained(\"{0}\", dtype=\"auto\").save_pretrained(\"OUT\"); \
+             T.from_pretrained(\"{0}\").save_pretrained(\"OUT\")'",
             dir.display()
         ))),
     }

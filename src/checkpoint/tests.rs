@@ -144,8 +144,10 @@ fn what_cannot_be_read_is_told_in_a_sentence() {
             config(dir);
             std::fs::write(dir.join("pytorch_model.bin"), "").unwrap();
         }),
-        "DIR: PyTorch pickles such as pytorch_model.bin are not read; convert them once with transformers: \
-         AutoModelForCausalLM.from_pretrained(\"DIR\", dtype=\"auto\").save_pretrained(OUT)"
+        "DIR: PyTorch pickles such as pytorch_model.bin are not read, as opening one can run what it contains; convert them \
+         once: python3 -c 'from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
+         M.from_pretrained(\"DIR\", dtype=\"auto\").save_pretrained(\"OUT\"); \
+         T.from_pretrained(\"DIR\").save_pretrained(\"OUT\")'"
     );
     let nan = plain("w", Dtype::BF16, &[3], &[0.0, 1.0, f32::NAN]);
     assert_eq!(
