@@ -155,8 +155,9 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
     adopt_names(&mut graph, source);
     // Quantized experts are stored one by one, and quantized linears as such, whatever their original was.
     graph.linears_mut(&mut |linear| {
-        let quantized =
-            |name: &str| source.entry(name).is_some_and(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign));
+        let quantized = |name: &str| {
+            source.entry(name).is_some_and(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign))
+        };
         if linear.stored == Stored::Transposed && quantized(&linear.weight()) {
             linear.stored = Stored::Plain;
         }

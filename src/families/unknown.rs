@@ -73,7 +73,7 @@ fn block_of(entry: &Entry) -> Option<&str> {
     let number = parts.iter().position(|part| part.parse::<usize>().is_ok())?;
     let last = parts.last()?;
     let kept = parts.iter().any(|part| KEPT.iter().any(|word| part.contains(word))) && !QUANTIZED.contains(last);
-    let matrix = matches!(entry.dtype, StoredType::Plain(_) | StoredType::Quantized { .. })
+    let matrix = matches!(entry.dtype, StoredType::Plain(_) | StoredType::Quantized { .. } | StoredType::Foreign)
         && entry.shape.len() == 2
         && entry.shape.iter().all(|extent| *extent >= 32);
     let length: usize = parts[..=number].iter().map(|part| part.len() + 1).sum::<usize>() - 1;
