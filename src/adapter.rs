@@ -97,6 +97,9 @@ struct Settings {
     alphas: Vec<(Regex, f64)>,
 }
 
+/// Reads the named rows of a tensor.
+type Rows<'a> = dyn Fn(&[u32], &mut [f32]) -> Result<()> + 'a;
+
 impl Adapter {
     /// Opens the adapter in `folder` for a model with these tensors. Adds the tensor of a head that it unties.
     ///
@@ -297,7 +300,7 @@ impl Adapter {
         shape: &[usize],
         rows: &[u32],
         values: &mut [f32],
-        whole: &dyn Fn(&[u32], &mut [f32]) -> Result<()>,
+        whole: &Rows<'_>,
     ) -> Result<()> {
         if let Some((name, scale)) = &change.added {
             let bias = self.values(name)?;

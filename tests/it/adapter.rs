@@ -290,7 +290,8 @@ fn a_run_takes_the_merged_model_as_the_original() {
             a.iter().zip(&b).map(|(x, y)| f64::from(x - y).powi(2)).sum::<f64>().sqrt()
         };
         let plain = Checkpoint::open(&model).unwrap();
-        assert!(distance(&written, &source) < 0.1 * distance(&written, &plain), "{name}");
+        let [near, far] = [&source, &plain].map(|other| distance(&written, other));
+        assert!(near < 0.2 * far, "{name}: {near} from the merged, {far} from the plain weights");
     }
 }
 

@@ -28,6 +28,10 @@ fn stored(name: &str, value: &Value) -> Stored {
 
 fn write(folder: &Path, config: &Value, tensors: &[Stored]) {
     std::fs::create_dir_all(folder).unwrap();
+    let weights = folder.join("model.safetensors");
+    if weights.exists() {
+        std::fs::remove_file(weights).unwrap();
+    }
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
     let specs = tensors.iter().map(|t| t.spec.clone()).collect();
     let writer = ShardedWriter::create(folder, specs, 1 << 30, &BTreeMap::new()).unwrap();
