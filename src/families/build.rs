@@ -165,6 +165,24 @@ impl Base {
         Mlp { inputs, down: Linear::plain(down, self.hidden, inner, bias), activation }
     }
 
+    /// Attention and a feed-forward layer one after the other, each behind a norm, under Llama's names.
+    pub fn usual_block(&self, at: String, attention: Attention, feed_forward: Layer) -> Block {
+        let steps = vec![
+            pre(self.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
+            pre(self.norm(&format!("{at}.post_attention_layernorm")), feed_forward),
+        ];
+        block(at, steps)
+    }
+
+    /// The same with the norms behind the layers, under OLMo 2's names.
+    pub fn post_block(&self, at: String, attention: Attention, mlp: Mlp) -> Block {
+        let steps = vec![
+            post(Layer::Attention(attention), self.norm(&format!("{at}.post_attention_layernorm"))),
+            post(Layer::Mlp(mlp), self.norm(&format!("{at}.post_feedforward_layernorm"))),
+        ];
+        block(at, steps)
+    }
+
     /// Puts blocks together.
     pub fn graph(&self, config: &Config<'_>, family: &'static str, blocks: Vec<Block>) -> Result<Graph> {
         let linear = Linear::plain(self.head, self.vocabulary, self.hidden, false);

@@ -2,7 +2,7 @@
 
 use kernels::{Activation, RopeLayout};
 
-use super::build::{Base, activation, block, pre};
+use super::build::{Base, activation};
 use super::moe::router;
 use super::rope::{rope, warmth};
 use super::{Config, Family};
@@ -82,11 +82,7 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
             None => Layer::Mlp(base.gated(&module, inner, act, false)),
             Some(experts) => Layer::Moe(moe(&base, config, &module, experts, act, third)?),
         };
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), feed_forward),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, feed_forward))
     })?;
     let mut graph = base.graph(config, if third { "deepseek_v3" } else { "deepseek_v2" }, blocks)?;
     for layer in 0..config.number("num_nextn_predict_layers", 0.0)? as usize {

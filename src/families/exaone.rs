@@ -2,11 +2,11 @@
 
 use kernels::Activation;
 
-use super::build::{Base, activation, block, post, sliding};
+use super::build::{Base, activation, sliding};
 use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
-use crate::graph::{Graph, Layer};
+use crate::graph::Graph;
 
 /// EXAONE 4.
 pub const EXAONE4: Family = Family { id: "exaone4", model_types: &["exaone4"], build };
@@ -35,11 +35,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         attention.shape.window = window.filter(|_| local);
         attention.norms = Some(base.head_norms(&module));
         let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
-        let steps = vec![
-            post(Layer::Attention(attention), base.norm(&format!("{at}.post_attention_layernorm"))),
-            post(Layer::Mlp(mlp), base.norm(&format!("{at}.post_feedforward_layernorm"))),
-        ];
-        Ok(block(at, steps))
+        Ok(base.post_block(at, attention, mlp))
     })?;
     base.graph(config, "exaone4", blocks)
 }

@@ -3,7 +3,7 @@
 
 use kernels::Activation;
 
-use super::build::{Base, activation, block, pre, sandwich, sliding};
+use super::build::{Base, activation, block, sandwich, sliding};
 use super::rope::{Defaults, of_kind, rope, unscaled};
 use super::{Config, Family};
 use crate::error::Result;
@@ -55,11 +55,7 @@ fn gemma(config: &Config<'_>) -> Result<Graph> {
         let at = base.at(layer);
         let attention = base.attention(&format!("{at}.self_attn"), [bias, bias], Some(rope.clone()));
         let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Mlp(mlp)),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, Layer::Mlp(mlp)))
     })?;
     scaled(base.graph(config, "gemma", blocks)?)
 }

@@ -6,7 +6,7 @@ use super::build::{Base, activation, block, pre};
 use super::rope::{Defaults, rope};
 use super::{Config, Family};
 use crate::error::Result;
-use crate::graph::{DropRule, Graph, Layer, Linear, Split, Stored};
+use crate::graph::{Block, DropRule, Graph, Layer, Linear, Split, Stored};
 
 /// GPT-2.
 pub const GPT2: Family = Family { id: "gpt2", model_types: &["gpt2"], build: gpt2 };
@@ -100,13 +100,7 @@ fn gpt_neox(config: &Config<'_>) -> Result<Graph> {
         let attention = base.attention_of(vec![qkv], o, Some(rope.clone()));
         let names = ["dense_h_to_4h", "dense_4h_to_h"].map(|name| format!("{at}.mlp.{name}"));
         let mlp = base.ungated(names, inner, act, true);
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Mlp(mlp)),
-        ];
-        let mut block = block(at, steps);
-        block.parallel = parallel;
-        Ok(block)
+        Ok(Block { parallel, ..base.usual_block(at, attention, Layer::Mlp(mlp)) })
     })?;
     let mut graph = base.graph(config, "gpt_neox", blocks)?;
     graph.dropped.extend(MASKS);
@@ -129,11 +123,7 @@ fn starcoder2(config: &Config<'_>) -> Result<Graph> {
         let mut attention = base.attention(&format!("{at}.self_attn"), [bias, bias], Some(rope.clone()));
         attention.shape.window = window;
         let mlp = base.ungated(["c_fc", "c_proj"].map(|name| format!("{at}.mlp.{name}")), inner, act, bias);
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Mlp(mlp)),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, Layer::Mlp(mlp)))
     })?;
     base.graph(config, "starcoder2", blocks)
 }

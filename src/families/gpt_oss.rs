@@ -2,7 +2,7 @@
 
 use kernels::Activation;
 
-use super::build::{Base, block, pre, sliding};
+use super::build::{Base, sliding};
 use super::moe::{router, stacked};
 use super::rope::{Defaults, rope};
 use super::{Config, Family};
@@ -46,11 +46,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             activation,
         );
         let moe = Moe { router, experts, shared: None, weigh_input: false };
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Moe(moe)),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, Layer::Moe(moe)))
     })?;
     base.graph(config, "gpt_oss", blocks)
 }

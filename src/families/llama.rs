@@ -2,7 +2,7 @@
 
 use kernels::Activation;
 
-use super::build::{Base, activation, block, pre};
+use super::build::{Base, activation};
 use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
@@ -29,11 +29,7 @@ fn build(config: &Config<'_>, family: &'static str, windowed: bool) -> Result<Gr
             base.attention(&format!("{at}.self_attn"), [attention_bias, attention_bias], Some(rope.clone()));
         attention.shape.window = window;
         let mlp = base.gated(&format!("{at}.mlp"), inner, act, mlp_bias);
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Mlp(mlp)),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, Layer::Mlp(mlp)))
     })?;
     base.graph(config, family, blocks)
 }

@@ -2,7 +2,7 @@
 
 use kernels::{Activation, NormKind};
 
-use super::build::{Base, activation, block, pre};
+use super::build::{Base, activation};
 use super::moe::{router, stacked};
 use super::rope::{Defaults, rope};
 use super::{Config, Family};
@@ -68,11 +68,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
                 })
             }
         };
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), feed_forward),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, feed_forward))
     })?;
     base.graph(config, "llama4", blocks)
 }

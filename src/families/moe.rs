@@ -2,7 +2,7 @@
 
 use kernels::Activation;
 
-use super::build::{Base, activation, block, pre, sliding};
+use super::build::{Base, activation, sliding};
 use super::olmo::whole_norms;
 use super::rope::rope;
 use super::{Config, Family};
@@ -105,11 +105,7 @@ fn mixtral(config: &Config<'_>) -> Result<Graph> {
             shared: None,
             weigh_input: false,
         };
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Moe(moe)),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, Layer::Moe(moe)))
     })?;
     base.graph(config, "mixtral", blocks)
 }
@@ -164,11 +160,7 @@ fn qwen(config: &Config<'_>, third: bool) -> Result<Graph> {
                 weigh_input: false,
             })
         };
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), feed_forward),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, feed_forward))
     })?;
     base.graph(config, if third { "qwen3_moe" } else { "qwen2_moe" }, blocks)
 }
@@ -196,11 +188,7 @@ fn olmoe(config: &Config<'_>) -> Result<Graph> {
             shared: None,
             weigh_input: false,
         };
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Moe(moe)),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, Layer::Moe(moe)))
     })?;
     base.graph(config, "olmoe", blocks)
 }

@@ -2,7 +2,7 @@
 
 use kernels::{Activation, NormKind};
 
-use super::build::{Base, activation, block, pre};
+use super::build::{Base, activation};
 use super::rope::{Defaults, rope};
 use super::{Config, Family};
 use crate::error::Result;
@@ -27,14 +27,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         let attention =
             base.attention(&format!("{at}.self_attn"), [attention_bias, attention_bias], Some(rope.clone()));
         let names = ["up_proj", "down_proj"].map(|name| format!("{at}.mlp.{name}"));
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(
-                base.norm(&format!("{at}.post_attention_layernorm")),
-                Layer::Mlp(base.ungated(names, inner, act, mlp_bias)),
-            ),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, Layer::Mlp(base.ungated(names, inner, act, mlp_bias))))
     })?;
     base.graph(config, "nemotron", blocks)
 }

@@ -2,7 +2,7 @@
 
 use kernels::{Activation, NormKind};
 
-use super::build::{Base, activation, block, post, pre, sliding};
+use super::build::{Base, activation, block, pre, sliding};
 use super::rope::{of_kind, rope};
 use super::{Config, Family};
 use crate::error::Result;
@@ -71,11 +71,7 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
         attention.shape.window = local[layer].then_some(window);
         attention.norms = Some(whole_norms(&base, &module));
         let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
-        let steps = vec![
-            post(Layer::Attention(attention), base.norm(&format!("{at}.post_attention_layernorm"))),
-            post(Layer::Mlp(mlp), base.norm(&format!("{at}.post_feedforward_layernorm"))),
-        ];
-        Ok(block(at, steps))
+        Ok(base.post_block(at, attention, mlp))
     })?;
     base.graph(config, family, blocks)
 }

@@ -62,14 +62,8 @@ fn phi3(config: &Config<'_>) -> Result<Graph> {
         let mut attention =
             base.attention_of(vec![base.fused_qkv(format!("{module}.qkv_proj"), false)], o, Some(rope.clone()));
         attention.shape.window = window;
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(
-                base.norm(&format!("{at}.post_attention_layernorm")),
-                Layer::Mlp(fused_gate(&base, &format!("{at}.mlp"), inner, act)),
-            ),
-        ];
-        Ok(block(at, steps))
+        let mlp = fused_gate(&base, &format!("{at}.mlp"), inner, act);
+        Ok(base.usual_block(at, attention, Layer::Mlp(mlp)))
     })?;
     base.graph(config, "phi3", blocks)
 }

@@ -2,7 +2,7 @@
 
 use kernels::Activation;
 
-use super::build::{Base, activation, block, pre, sliding};
+use super::build::{Base, activation, sliding};
 use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
@@ -41,11 +41,7 @@ fn build(config: &Config<'_>, family: &'static str, eps: f64) -> Result<Graph> {
         attention.shape.window = windows[layer];
         attention.norms = normed.then(|| base.head_norms(&module));
         let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Mlp(mlp)),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, Layer::Mlp(mlp)))
     })?;
     base.graph(config, family, blocks)
 }

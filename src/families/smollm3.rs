@@ -2,7 +2,7 @@
 
 use kernels::Activation;
 
-use super::build::{Base, activation, block, pre, sliding};
+use super::build::{Base, activation, sliding};
 use super::rope::{Defaults, rope};
 use super::{Config, Family};
 use crate::error::Result;
@@ -30,11 +30,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         let mut attention = base.attention(&format!("{at}.self_attn"), [attention_bias, attention_bias], rope);
         attention.shape.window = window.filter(|_| local[layer]);
         let mlp = base.gated(&format!("{at}.mlp"), inner, act, mlp_bias);
-        let steps = vec![
-            pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
-            pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Mlp(mlp)),
-        ];
-        Ok(block(at, steps))
+        Ok(base.usual_block(at, attention, Layer::Mlp(mlp)))
     })?;
     base.graph(config, "smollm3", blocks)
 }
