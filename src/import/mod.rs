@@ -3,6 +3,7 @@
 pub(crate) mod gguf;
 pub(crate) mod gguf_tokenizer;
 pub(crate) mod names;
+pub(crate) mod settings;
 
 #[cfg(test)]
 mod tests {
