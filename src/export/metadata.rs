@@ -14,7 +14,7 @@ use crate::export::names::{self, ExportPlan, Source};
 use crate::export::same;
 use crate::families::rope::warmth;
 use crate::families::{self, longest_context};
-use crate::graph::{Attention, Graph, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
+use crate::graph::{Attention, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
 use crate::import::names::Architecture;
 use crate::import::settings::Settings;
 
@@ -190,7 +190,10 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     let id = architecture.id;
     let key = |name: &str| format!("{id}.{name}");
     let latent = match &first.projections {
-        Projections::Latent { q, kv_b, .. } => Some((q.first().filter(|_| q.len() > 1).map(|q| q.rows), kv_b.cols)),
+        Projections::Latent(latent) => {
+            let Latent { q, kv_b, .. } = &**latent;
+            Some((q.first().filter(|_| q.len() > 1).map(|q| q.rows), kv_b.cols))
+        }
         Projections::Direct(_) => None,
     };
     out.count(key("vocab_size"), graph.vocabulary)?;

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Graph, HeadNorms, Layer, Linear, Mlp, Moe, Norm, Projections, Rope, RopeScaling,
+    Attention, Graph, HeadNorms, Latent, Layer, Linear, Mlp, Moe, Norm, Projections, Rope, RopeScaling,
 };
 use crate::import::names::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 
@@ -309,7 +309,7 @@ impl Lister {
                     }
                 }
             }
-            Projections::Latent { .. } => self.latent(at, attention)?,
+            Projections::Latent(_) => self.latent(at, attention)?,
         }
         self.linear(&format!("{at}.attn_output"), o, None, architecture.o_bias)?;
         if let Some(HeadNorms { q, k, .. }) = norms {
@@ -324,9 +324,8 @@ impl Lister {
     }
 
     fn latent(&mut self, at: &str, attention: &Attention) -> Result<()> {
-        let Projections::Latent { q, q_norm, kv_a, kv_norm, kv_b } = &attention.projections else {
-            unreachable!("asked for these")
-        };
+        let Projections::Latent(latent) = &attention.projections else { unreachable!("asked for these") };
+        let Latent { q, q_norm, kv_a, kv_norm, kv_b } = &**latent;
         let (heads, shape) = (attention.shape.heads, &attention.shape);
         match &q[..] {
             [q] => self.linear(&format!("{at}.attn_q"), q, self.rotated(attention, None, heads)?, Need::Never)?,

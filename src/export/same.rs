@@ -93,8 +93,8 @@ fn attention(a: &Attention, b: &Attention, architecture: &Architecture) -> Optio
         (_, None) => return Some("positions".to_owned()),
         _ => return Some("this scaling of rotary frequencies".to_owned()),
     }
-    let latent = matches!(a.projections, Projections::Latent { .. });
-    if a.layout.first != b.layout.first || latent != matches!(b.projections, Projections::Latent { .. }) {
+    let latent = matches!(a.projections, Projections::Latent(_));
+    if a.layout.first != b.layout.first || latent != matches!(b.projections, Projections::Latent(_)) {
         return Some("attention of this form".to_owned());
     }
     let norms = |a: &Attention| a.norms.as_ref().map(|norms| {
