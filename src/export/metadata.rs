@@ -5,7 +5,7 @@
 use std::path::Path;
 
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
-use kernels::NormKind;
+use kernels::{Activation, NormKind};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
@@ -185,6 +185,10 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         out.notice(format!(
             "llama.cpp ignores the sliding window of {window} tokens for this architecture: beyond {window} tokens the model attends to more than it was trained with"
         ));
+    }
+
+    if dense.iter().any(|mlp| mlp.activation == Activation::Gelu) {
+        out.notice("llama.cpp approximates GELU: logits differ a little from the original's");
     }
 
     let id = architecture.id;

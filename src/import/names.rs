@@ -109,6 +109,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         id: "starcoder2",
         families: &["starcoder2"],
         square: true,
+        qkv_bias: Need::Must,
         o_bias: Need::Must,
         mlp_bias: Need::Must,
         ..PLAIN
