@@ -366,7 +366,8 @@ impl<B: Backend> Work<'_, B> {
     fn quantize(&mut self, group: &[&Linear], statistics: &Statistics<B>) -> Result<Vec<Weight<B::Weight>>> {
         let (backend, plan) = (self.backend, self.plan);
         let started = Instant::now();
-        let blocks = group.iter().flat_map(|l| &plan.by_module[&l.module]).any(|p| plan.tensors[p.tensor].1.layout().is_some());
+        let blocks =
+            group.iter().flat_map(|l| &plan.by_module[&l.module]).any(|p| plan.tensors[p.tensor].1.layout().is_some());
         let shared = match &self.solver {
             Some(solver) if blocks => solver.share(backend, Some(statistics))?,
             _ => Shared { statistics: Some(statistics), factor: None, fallback: None },
@@ -419,7 +420,9 @@ impl<B: Backend> Work<'_, B> {
                 match &part.rows {
                     Some(order) if all => {
                         let mut packed = Vec::with_capacity(solution.packed.len());
-                        order.iter().for_each(|row| packed.extend_from_slice(&solution.packed[row * row_bytes..][..row_bytes]));
+                        order
+                            .iter()
+                            .for_each(|row| packed.extend_from_slice(&solution.packed[row * row_bytes..][..row_bytes]));
                         self.writer.write_at(&tensor.gguf, offset, &packed)?;
                     }
                     _ => self.writer.write_at(&tensor.gguf, offset, &solution.packed)?,
@@ -500,7 +503,14 @@ impl<B: Backend> Work<'_, B> {
                 None => None,
             };
             let part = &tensor.parts()[place.part];
-            write_part(self.backend, self.source, self.writer, (tensor, part, place.first), *ty, importance.as_deref())?;
+            write_part(
+                self.backend,
+                self.source,
+                self.writer,
+                (tensor, part, place.first),
+                *ty,
+                importance.as_deref(),
+            )?;
             let [rows, width] = part.extents();
             bytes += rows * ty.row_bytes(width).expect("by the mix");
         }

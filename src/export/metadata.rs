@@ -15,7 +15,7 @@ use crate::export::same;
 use crate::families::rope::warmth;
 use crate::families::{self, longest_context};
 use crate::graph::{Attention, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
-use crate::import::names::Architecture;
+use crate::import::names::{Architecture, ROPE_FREQS};
 use crate::import::settings::Settings;
 
 /// Keys and values in the order in which they are written.
@@ -154,8 +154,10 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     let steps = || graph.blocks.iter().flat_map(|block| &block.steps);
     let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
     let Some(first) = attention.first() else { return Err(cannot("a model without attention".to_owned())) };
-    let dense: Vec<&Mlp> = steps().filter_map(|step| if let Layer::Mlp(mlp) = &step.layer { Some(mlp) } else { None }).collect();
-    let sparse: Vec<&Moe> = steps().filter_map(|step| if let Layer::Moe(moe) = &step.layer { Some(moe) } else { None }).collect();
+    let dense: Vec<&Mlp> =
+        steps().filter_map(|step| if let Layer::Mlp(mlp) = &step.layer { Some(mlp) } else { None }).collect();
+    let sparse: Vec<&Moe> =
+        steps().filter_map(|step| if let Layer::Moe(moe) = &step.layer { Some(moe) } else { None }).collect();
     let moe = sparse.first();
     let expert = moe.and_then(|moe| moe.experts.first()).map(Mlp::inner);
     let Some(inner) = dense.first().map(|mlp| mlp.inner()).or(expert) else {
@@ -163,6 +165,23 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     };
     if attention.len() != graph.blocks.len() || dense.len() + sparse.len() != graph.blocks.len() {
         return Err(cannot("blocks without one attention and one feed-forward layer each".to_owned()));
+    }
+    let many = first.shape;
+    match architecture.id {
+        "olmoe" if many.kv_heads != many.heads => {
+            return Err(cannot(format!("{} heads that share {} keys", many.heads, many.kv_heads)));
+        }
+        // By the number of layers llama.cpp tells whether queries are made through a latent.
+        "deepseek2" => {
+            let layers = graph.blocks.len();
+            let lite = matches!(layers, 26 | 27) || layers == 48 && graph.vocabulary == 128256;
+            let direct = matches!(&first.projections, Projections::Latent(latent) if latent.q.len() == 1);
+            if lite != direct {
+                let how = if direct { "without" } else { "through" };
+                return Err(cannot(format!("queries made {how} a latent in a model of {layers} layers")));
+            }
+        }
+        _ => {}
     }
     let eps = graph.final_norm.eps;
     let norms = steps().flat_map(|step| step.pre.iter().chain(&step.post).chain(step.layer.norms()));
@@ -249,6 +268,16 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
             out.count(key("attention.sliding_window"), 0)?;
         }
     }
+    if id == "qwen2vl" {
+        let text = families::text_config(config);
+        let list = ["rope_parameters", "rope_scaling"].iter().find_map(|key| text[*key]["mrope_section"].as_array());
+        let sections = list.map(|list| list.iter().filter_map(Value::as_i64).chain([0; 4]).take(4));
+        let Some(sections) = sections else {
+            return Err(cannot("a model whose config.json has no mrope_section".to_owned()));
+        };
+        let sections = sections.map(|section| MetadataValue::I32(section as i32)).collect();
+        out.metadata.push((key("rope.dimension_sections"), metadata_array(sections, GGUFValueType::I32)?));
+    }
     if let Some(cap) = shape.softcap {
         out.float(key("attn_logit_softcapping"), cap);
     }
@@ -302,8 +331,9 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     }
 
     let factors = plan.tensors.iter().filter_map(|tensor| match &tensor.source {
-        Source::Values(values) => Some((tensor.gguf.clone(), values.clone())),
-        Source::Parts(_) => None,
+        // Llama 3's are made of the settings that they stand for.
+        Source::Values(values) if tensor.gguf != ROPE_FREQS => Some((tensor.gguf.clone(), values.clone())),
+        _ => None,
     });
     let read = Settings {
         architecture,
@@ -480,13 +510,19 @@ mod tests {
         let config = config(|_| ());
         let refused = |change: &dyn Fn(&mut Graph)| {
             let mut graph = build(&config).unwrap();
-            let plan = plan(&graph).unwrap();
             change(&mut graph);
-            metadata(&graph, &config, &plan, &About::default(), 0, None).unwrap_err().to_string()
+            let written = plan(&graph).and_then(|plan| metadata(&graph, &config, &plan, &About::default(), 0, None));
+            written.unwrap_err().to_string()
         };
         let eps = refused(&|graph| graph.final_norm.eps = 1e-3);
-        assert_eq!(eps, "norms with different epsilons cannot be written as GGUF's architecture `llama`");
-        assert!(refused(&|graph| graph.head.linear.bias = true).contains("with a bias"));
+        assert_eq!(
+            eps,
+            "norms with different epsilons cannot be written as GGUF's architecture `llama`, as llama.cpp reads it"
+        );
+        assert!(refused(&|graph| graph.head.linear.bias = true).contains("a bias of `lm_head` cannot"));
+        assert!(refused(&|graph| graph.head.scale = 0.5).contains("logits that are multiplied by 0.5 cannot"));
+        assert!(refused(&|graph| graph.blocks[1].parallel = true).contains("side by side in block 1 cannot"));
+        assert!(refused(&|graph| graph.blocks[2].steps[1].scale = 0.5).contains("multiplied by 0.5 in block 2 cannot"));
         let shape = |graph: &mut Graph, change: &dyn Fn(&mut Attention)| match &mut graph.blocks[0].steps[0].layer {
             Layer::Attention(attention) => change(attention),
             _ => unreachable!(),

@@ -234,10 +234,8 @@ impl Lister {
     }
 
     fn norm(&mut self, name: &str, norm: &Norm) -> Result<()> {
-        let part = |tensor: &String, offset| Part {
-            offset,
-            ..Part::whole(From::Tensor(tensor.clone(), norm.shape.clone()))
-        };
+        let part =
+            |tensor: &String, offset| Part { offset, ..Part::whole(From::Tensor(tensor.clone(), norm.shape.clone())) };
         let mut shape = norm.shape.clone();
         if norm.weights.len() > 1 {
             shape.insert(0, norm.weights.len());
@@ -295,7 +293,9 @@ impl Lister {
                     .iter()
                     .flat_map(|linear| (0..linear.split.parts()).map(move |part| (linear, linear.split.rows(part))))
                     .collect();
-                let [q, k, v] = &parts[..] else { return Err(self.cannot("attention without queries, keys and values")) };
+                let [q, k, v] = &parts[..] else {
+                    return Err(self.cannot("attention without queries, keys and values"));
+                };
                 let q = (q.0, self.rotated(attention, q.1.clone(), shape.heads)?);
                 let k = (k.0, self.rotated(attention, k.1.clone(), shape.kv_heads)?);
                 if let [fused] = &linears[..] {
@@ -356,8 +356,8 @@ impl Lister {
             ..Part::some(From::Weight(kv_b.clone()), Some((head(h)..head(h) + nope).collect()))
         });
         self.push(format!("{at}.attn_k_b.weight"), vec![heads, latent, nope], keys.collect());
-        let values = (0..heads)
-            .map(|h| Part::some(From::Weight(kv_b.clone()), Some((head(h) + nope..head(h + 1)).collect())));
+        let values =
+            (0..heads).map(|h| Part::some(From::Weight(kv_b.clone()), Some((head(h) + nope..head(h + 1)).collect())));
         self.push(format!("{at}.attn_v_b.weight"), vec![heads, value, latent], values.collect());
         Ok(())
     }

@@ -11,7 +11,8 @@ use crate::import::names::Architecture;
 ///
 /// Windows that the architecture ignores do not count, nor does the difference between GELU and its approximation.
 pub(super) fn difference(graph: &Graph, other: &Graph, architecture: &Architecture) -> Option<String> {
-    let sizes = |g: &Graph| (g.hidden, g.vocabulary, g.blocks.len(), g.embedding.positions.as_ref().map(|(_, rows)| *rows));
+    let sizes =
+        |g: &Graph| (g.hidden, g.vocabulary, g.blocks.len(), g.embedding.positions.as_ref().map(|(_, rows)| *rows));
     if sizes(graph) != sizes(other) {
         return Some("a model of these sizes".to_owned());
     }
@@ -22,7 +23,10 @@ pub(super) fn difference(graph: &Graph, other: &Graph, architecture: &Architectu
         return Some(format!("logits that are multiplied by {}", graph.head.scale));
     }
     if graph.head.softcap != other.head.softcap {
-        return Some(format!("logits with a cap of {:?}, where the architecture has {:?},", graph.head.softcap, other.head.softcap));
+        return Some(format!(
+            "logits with a cap of {:?}, where the architecture has {:?},",
+            graph.head.softcap, other.head.softcap
+        ));
     }
     if !norm(Some(&graph.final_norm), Some(&other.final_norm)) {
         return Some("the last norm".to_owned());
@@ -33,7 +37,10 @@ pub(super) fn difference(graph: &Graph, other: &Graph, architecture: &Architectu
             return Some(in_block("other steps".to_owned()));
         }
         if block.parallel != other.parallel {
-            return Some(in_block(format!("attention and feed-forward layer {}", if block.parallel { "side by side" } else { "one after the other" })));
+            return Some(in_block(format!(
+                "attention and feed-forward layer {}",
+                if block.parallel { "side by side" } else { "one after the other" }
+            )));
         }
         block.steps.iter().zip(&other.steps).find_map(|(step, other)| {
             if !near(step.scale, other.scale) {
@@ -71,7 +78,8 @@ fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
 
 fn attention(a: &Attention, b: &Attention, architecture: &Architecture) -> Option<String> {
     let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap } = a.shape;
-    if (heads, kv_heads, head_dim, value_dim) != (b.shape.heads, b.shape.kv_heads, b.shape.head_dim, b.shape.value_dim) {
+    if (heads, kv_heads, head_dim, value_dim) != (b.shape.heads, b.shape.kv_heads, b.shape.head_dim, b.shape.value_dim)
+    {
         return Some(format!("{heads} heads of {head_dim} values that share {kv_heads} keys"));
     }
     if !near(scale, b.shape.scale) {
@@ -97,10 +105,12 @@ fn attention(a: &Attention, b: &Attention, architecture: &Architecture) -> Optio
     if a.layout.first != b.layout.first || latent != matches!(b.projections, Projections::Latent(_)) {
         return Some("attention of this form".to_owned());
     }
-    let norms = |a: &Attention| a.norms.as_ref().map(|norms| {
-        let of = |norm: &Norm| (norm.kind, norm.weights.len(), norm.shape.clone(), norm.bias.is_some());
-        (of(&norms.q), of(&norms.k), norms.per_head, norms.after_rope)
-    });
+    let norms = |a: &Attention| {
+        a.norms.as_ref().map(|norms| {
+            let of = |norm: &Norm| (norm.kind, norm.weights.len(), norm.shape.clone(), norm.bias.is_some());
+            (of(&norms.q), of(&norms.k), norms.per_head, norms.after_rope)
+        })
+    };
     if norms(a) != norms(b) {
         return Some("norms of queries and keys of this kind".to_owned());
     }
@@ -114,6 +124,10 @@ fn attention(a: &Attention, b: &Attention, architecture: &Architecture) -> Optio
 }
 
 fn same_rope(a: &Rope, b: &Rope) -> bool {
+    // A tensor holds its factors.
+    if matches!(a.scaling, RopeScaling::Llama3 { .. }) {
+        return a.theta == b.theta && a.inverse_frequencies.len() == b.inverse_frequencies.len();
+    }
     let scaling = match (&a.scaling, &b.scaling) {
         (RopeScaling::Long { short, long, original }, RopeScaling::Long { short: s, long: l, original: o }) => {
             let equal = |a: &[f32], b: &[f32]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| near(*a, *b));
@@ -132,8 +146,7 @@ fn same_rope(a: &Rope, b: &Rope) -> bool {
 
 /// Whether YaRN's bounds are not whole pairs, as llama.cpp has them.
 pub(super) fn bounds_are_rounded(rope: &Rope) -> bool {
-    truncated(rope)
-        .is_some_and(|whole| whole.iter().zip(&rope.inverse_frequencies).any(|(a, b)| !near(*a, *b)))
+    truncated(rope).is_some_and(|whole| whole.iter().zip(&rope.inverse_frequencies).any(|(a, b)| !near(*a, *b)))
 }
 
 /// The frequencies of YaRN with bounds of whole pairs and the usual numbers of turns.

@@ -72,11 +72,12 @@ impl GgufModel {
         let (mut order, mut seen) = (Vec::new(), HashSet::new());
         let mut known: HashMap<&str, Vec<String>> = HashMap::new();
         for tensor in &planned.tensors {
-            let Some(view) = file.get(&tensor.gguf) else { continue };
+            let Some(view) = file.get(&tensor.gguf).filter(|_| !tensor.parts().is_empty()) else { continue };
             let shapes_differ = view.shape.iter().product::<usize>() != tensor.shape.iter().product::<usize>()
                 || view.shape.last() != tensor.shape.last();
             if shapes_differ {
-                let error = formats::Error::mismatch("its shape", format!("{:?}", tensor.shape), format!("{:?}", view.shape));
+                let error =
+                    formats::Error::mismatch("its shape", format!("{:?}", tensor.shape), format!("{:?}", view.shape));
                 return Err(error.in_tensor(&tensor.gguf).in_file(path).into());
             }
             let mut first = 0;
@@ -97,7 +98,8 @@ impl GgufModel {
             }
             known.insert(&tensor.gguf, sources);
         }
-        for spec in file.tensors().iter().filter(|spec| ![ROPE_FREQS, ROPE_LONG, ROPE_SHORT].contains(&&spec.name[..])) {
+        for spec in file.tensors().iter().filter(|spec| ![ROPE_FREQS, ROPE_LONG, ROPE_SHORT].contains(&&spec.name[..]))
+        {
             match known.get(&spec.name[..]) {
                 Some(sources) => {
                     order.extend(sources.iter().filter(|source| seen.insert((*source).clone())).cloned());
@@ -190,7 +192,14 @@ impl GgufModel {
             self.read_rows(name, values.chunks_exact_mut(width).enumerate())?;
             return Ok(values);
         }
-        let one = mapped.shape.iter().skip(usize::from(slice.is_some())).product();
+        let one: usize = mapped.shape.iter().skip(usize::from(slice.is_some())).product();
+        let sliced = |piece: &Piece| match &piece.part.from {
+            From::Weight(linear) | From::Bias(linear) => matches!(linear.stored, Stored::Slice { .. }),
+            From::Tensor(..) => false,
+        };
+        if let Some(index) = slice.filter(|_| !mapped.pieces.iter().all(sliced)) {
+            return Ok(self.read(name, None)?[index * one..][..one].to_vec());
+        }
         let mut values = vec![0.0; one];
         for Piece { name, first, part } in &mapped.pieces {
             let at = match (&part.from, slice) {
@@ -347,8 +356,7 @@ fn finish_config(config: &mut Value, file: &GgufFile, dtype: Dtype) -> Result<()
         }
     }
     // A chat model ends its turn with another token than a text.
-    if let (Some(eos), Some(eot)) =
-        (object.get("eos_token_id").cloned(), file.count("tokenizer.ggml.eot_token_id")?)
+    if let (Some(eos), Some(eot)) = (object.get("eos_token_id").cloned(), file.count("tokenizer.ggml.eot_token_id")?)
         && eos != json!(eot)
     {
         object.insert("eos_token_id".into(), json!([eos, eot]));

@@ -34,9 +34,9 @@ impl Settings {
         let key = self.key(name);
         match self.keys.get(&key) {
             None => Ok(None),
-            Some(value) => as_type(value).map(Some).ok_or_else(|| {
-                formats::Error::malformed(format!("metadata key `{key}` is not {what}"))
-            }),
+            Some(value) => as_type(value)
+                .map(Some)
+                .ok_or_else(|| formats::Error::malformed(format!("metadata key `{key}` is not {what}"))),
         }
     }
 
@@ -53,9 +53,8 @@ impl Settings {
     }
 
     fn required(&self, name: &str) -> Result<usize> {
-        let value = self.count(name)?.ok_or_else(|| {
-            formats::Error::missing(format!("metadata key `{}`", self.key(name)))
-        })?;
+        let value =
+            self.count(name)?.ok_or_else(|| formats::Error::missing(format!("metadata key `{}`", self.key(name))))?;
         match value {
             0 => Err(formats::Error::mismatch(format!("metadata key `{}`", self.key(name)), "a positive count", 0)),
             value => Ok(value),
@@ -196,9 +195,9 @@ impl Settings {
                     set(json!({"partial_rotary_factor": share}));
                 }
                 _ => {
-                    return Err(self.unsupported(format!(
-                        "rotating {rotated} of {head_dim} values of a head cannot be read"
-                    )));
+                    return Err(
+                        self.unsupported(format!("rotating {rotated} of {head_dim} values of a head cannot be read"))
+                    );
                 }
             }
         } else if matches!(model_type, "phi" | "stablelm" | "nemotron" | "glm" | "glm4") {
@@ -229,10 +228,7 @@ impl Settings {
             }}));
         }
         let biases = self.has("blk.0.attn_q.bias") || self.has("blk.0.attn_qkv.bias");
-        let heads_27b = matches!(
-            (model_type, layers),
-            ("gemma2", 46) | ("gemma3_text", 62)
-        );
+        let heads_27b = matches!((model_type, layers), ("gemma2", 46) | ("gemma3_text", 62));
         match model_type {
             "llama" | "mixtral" | "granite" | "granitemoe" | "smollm3" | "nemotron" => {
                 set(json!({"attention_bias": biases, "mlp_bias": biased("ffn_up")}));
@@ -261,7 +257,8 @@ impl Settings {
             }));
         }
         let used = || self.required("expert_used_count");
-        let expert_inner = || -> Result<usize> { Ok(self.count("expert_feed_forward_length")?.filter(|n| *n > 0).unwrap_or(inner)) };
+        let expert_inner =
+            || -> Result<usize> { Ok(self.count("expert_feed_forward_length")?.filter(|n| *n > 0).unwrap_or(inner)) };
         match model_type {
             "gemma2" | "gemma3_text" => {
                 let third = model_type == "gemma3_text";
@@ -282,6 +279,18 @@ impl Settings {
                     },
                     "hidden_activation": activation,
                 }));
+            }
+            "qwen2_vl" => {
+                // Of a text all kinds of position are the same.
+                let key = self.key("rope.dimension_sections");
+                let sections: Vec<usize> = match self.keys.get(&key) {
+                    Some(MetadataValue::Array(list)) => list.iter().filter_map(integer).take(3).collect(),
+                    _ => return Err(formats::Error::missing(format!("metadata key `{key}`"))),
+                };
+                if scaling.is_some() {
+                    return Err(self.unsupported("scaled positions of several kinds cannot be read"));
+                }
+                set(json!({"rope_scaling": {"type": "mrope", "mrope_section": sections}}));
             }
             "gemma" => set(json!({"hidden_activation": activation})),
             "olmo" => set(json!({"clip_qkv": self.float("attention.clamp_kqv")?.filter(|clip| *clip > 0.0)})),
@@ -358,6 +367,7 @@ impl Settings {
             ("llama", false) => ("llama", "LlamaForCausalLM", "silu"),
             ("llama", true) => ("mixtral", "MixtralForCausalLM", "silu"),
             ("qwen2", false) => ("qwen2", "Qwen2ForCausalLM", "silu"),
+            ("qwen2vl", false) => ("qwen2_vl", "Qwen2VLForConditionalGeneration", "silu"),
             ("qwen3", false) => ("qwen3", "Qwen3ForCausalLM", "silu"),
             ("gemma", false) => ("gemma", "GemmaForCausalLM", "gelu_pytorch_tanh"),
             ("gemma2", false) => ("gemma2", "Gemma2ForCausalLM", "gelu_pytorch_tanh"),
@@ -387,8 +397,12 @@ impl Settings {
             ("deepseek2", _) => ("deepseek_v2", "DeepseekV2ForCausalLM", "silu"),
             ("gpt-oss", true) => ("gpt_oss", "GptOssForCausalLM", "silu"),
             ("llama4", true) => ("llama4_text", "Llama4ForCausalLM", "silu"),
-            (id, true) => return Err(self.unsupported(format!("a mixture of experts of architecture `{id}` cannot be read"))),
-            (id, false) => return Err(self.unsupported(format!("a model of architecture `{id}` has experts, this one none"))),
+            (id, true) => {
+                return Err(self.unsupported(format!("a mixture of experts of architecture `{id}` cannot be read")));
+            }
+            (id, false) => {
+                return Err(self.unsupported(format!("a model of architecture `{id}` has experts, this one none")));
+            }
         })
     }
 
@@ -539,8 +553,9 @@ fn llama3_scaling(factors: &[f32], theta: f64) -> formats::Result<Option<Value>>
             let original = first_scaled.floor();
             (original, (original / last_whole).min(4.0))
         }
-        // What Llama 3.1 to 3.3 use.
-        _ => (8192.0, 4.0),
+        // One point tells one bound; the other is Llama's.
+        (Some((inverse, t)), _) => ((3.0 * t + 1.0) / inverse, 4.0),
+        (None, Some(_)) => unreachable!("the first is the last"),
     };
     let (original, high) = (original.round(), (high * 1000.0).round() / 1000.0);
     let expected = |i: usize| {
