@@ -132,12 +132,13 @@ fn every_family_is_read_back_as_the_model_that_was_written() {
     assert!(wrong.is_empty(), "{}:\n{}", wrong.len(), wrong.join("\n"));
 }
 
-/// How far logits are from transformers', as a share of the largest.
+/// How far logits are from transformers', as a share of their size; one token's other expert does not count for much.
 fn distance(name: &str, file: &Path) -> f32 {
     let (sequences, expected) = golden(&folder().join(name));
     let found = logits(file, &sequences).unwrap();
-    let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-    found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest
+    let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
+    let off = squares(&mut found.iter().zip(&expected).map(|(a, b)| a - b));
+    (off / squares(&mut expected.iter().copied())).sqrt()
 }
 
 /// Fused, permuted, transposed and stacked linears are quantized as their inputs become known, each to its place.
@@ -158,7 +159,7 @@ fn what_is_quantized_along_the_way_is_what_the_file_holds() {
         let text: String = (0..6000u32).map(|i| char::from(b'!' + (i * i % 9973 % 90) as u8)).collect();
         std::fs::write(room.path().join("text.txt"), text).unwrap();
         let common = format!("calibration = '{}'\nsamples = 16\nseq_len = 24", room.path().join("text.txt").display());
-        for (scheme, most) in [("Q8_0", 0.06), ("Q5_1", 0.3)] {
+        for (scheme, most) in [("Q8_0", 0.05), ("Q5_1", 0.3)] {
             let imatrix = outputs.path().join(format!("{scheme}.imatrix"));
             let output = outputs.path().join(format!("{scheme}.gguf"));
             let settings =
@@ -166,12 +167,14 @@ fn what_is_quantized_along_the_way_is_what_the_file_holds() {
             let report = write(room.path(), &output, &settings).unwrap();
             assert!(report.linears.iter().any(|linear| linear.method == "gptq"), "{name}");
             let far = distance(name, &output);
+            println!("{name} {scheme} {far}");
             assert!(far <= most, "{name} {scheme}: logits are off by {far}");
             // What was collected serves another run, stacked experts each with their own.
             let settings = format!("method = 'rtn'\nscheme = '{scheme}'\nimatrix = '{}'", imatrix.display());
             let again = outputs.path().join(format!("{scheme}-again.gguf"));
             write(room.path(), &again, &settings).unwrap();
             let far = distance(name, &again);
+            println!("{name} {scheme} again {far}");
             assert!(far <= most, "{name} {scheme}, importance from a file: logits are off by {far}");
         }
     }
