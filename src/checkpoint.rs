@@ -313,10 +313,9 @@ impl Checkpoint {
                 read.map_err(|e| self.locate(e, name))?;
             }
             (Source::Gguf(model), _) => {
-                let width = entry.shape.last().copied().unwrap_or(1).max(1);
-                let first = range.start * slice / width;
-                let targets = values.chunks_exact_mut(width).enumerate().map(|(row, out)| (first + row, out));
-                model.read_rows(name, targets).map_err(|e| self.locate(e, name))?;
+                for (index, out) in range.clone().zip(values.chunks_exact_mut(slice.max(1))) {
+                    out.copy_from_slice(&model.read(name, Some(index)).map_err(|e| self.locate(e, name))?);
+                }
             }
             (Source::Directory { .. }, _) => unreachable!("a matrix, or in a GGUF"),
         }
@@ -372,12 +371,7 @@ impl Checkpoint {
                 read.map_err(|e| self.locate(e, name))?;
                 values
             }
-            (Source::Gguf(model), _) => {
-                let mut values = vec![0.0; entry.shape.iter().product()];
-                let width = entry.shape.last().copied().unwrap_or(1).max(1);
-                model.read_rows(name, values.chunks_exact_mut(width).enumerate()).map_err(|e| self.locate(e, name))?;
-                values
-            }
+            (Source::Gguf(model), _) => model.read(name, None).map_err(|e| self.locate(e, name))?,
             (Source::Directory { .. }, StoredType::Ggml(_)) => unreachable!("only a GGUF has ggml blocks"),
         })
     }

@@ -1,7 +1,7 @@
 //! The pipeline to a GGUF file: types from a mix, blocks for every linear as its input becomes known, one tensor in
 //! memory at a time.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -12,18 +12,18 @@ use calibration::statistics::{Needs, Statistics};
 use formats::ggml::Levels;
 use formats::{GgmlType, GgufTensor, GgufWriter, Imatrix, ImatrixEntry, TensorView};
 use kernels::Backend;
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
-use crate::compile::{LinearReport, Stages, describe, observe};
+use crate::compile::{LinearReport, Stages, describe, observe, observe_expert};
 use crate::error::{Error, Result};
 use crate::export::metadata::{About, ImportanceSource, Metadata, metadata};
 use crate::export::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
-use crate::export::names::{self, ExportPlan, ExportTensor, Source};
+use crate::export::names::{self, ExportPlan, ExportTensor, From, Part, Source};
 use crate::export::tokenizer::tokenizer;
-use crate::forward::{Inputs, Plain, Supply, Weight, embed, ready, run_block};
-use crate::graph::{Graph, Linear};
+use crate::forward::{Inputs, Others, Plain, Supply, Weight, embed, load_bias, load_matrix, ready, run_block};
+use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::plan::{Fate, check_tensors, left_out};
 use crate::progress::Progress;
 use crate::recipe::{Method, Recipe};
@@ -36,8 +36,8 @@ const PIECE: usize = 1 << 16;
 pub struct GgufPlan {
     /// Tensors in file order.
     pub tensors: Vec<(ExportTensor, GgmlType)>,
-    /// The tensor of each linear of the blocks, by module: an index into `tensors`.
-    by_module: HashMap<String, usize>,
+    /// Where each linear of the blocks goes, by module.
+    by_module: HashMap<String, Vec<Place>>,
     /// Types that do not fit a tensor's rows and were replaced, by module.
     fallbacks: HashMap<String, String>,
     /// Everything but tensors.
@@ -50,6 +50,17 @@ pub struct GgufPlan {
     imatrix: Option<Imatrix>,
 }
 
+/// A part of a tensor of the file that a linear makes.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Index into [`GgufPlan::tensors`].
+    tensor: usize,
+    /// Which of its parts.
+    part: usize,
+    /// The part's first row in it.
+    first: usize,
+}
+
 impl GgufPlan {
     /// Decides. Fails when a tensor is missing, misshapen or unexplained, a pattern matches nothing, or GGUF cannot hold
     /// the model.
@@ -58,6 +69,7 @@ impl GgufPlan {
         let mix = Mix::parse(settings.mix).expect("resolved");
         check_tensors(graph, source)?;
         let plan = names::plan(graph)?;
+        let places = places(&plan);
         let imatrix = settings.imatrix.as_ref().map(Imatrix::read).transpose()?;
         let importance = imatrix.is_some() || needs_data(recipe) > Needs::Nothing;
 
@@ -71,10 +83,8 @@ impl GgufPlan {
         let plain = if source.dtype() == formats::Dtype::F16 { "F16" } else { "BF16" };
         for linear in graph.linears().chain([&graph.head.linear]) {
             let ignored = recipe.scheme_of(&linear.module, &mut patterns)?.is_none();
-            if let Some(tensor) = plan.tensors.iter().find(|t| t.source == Source::Tensor(linear.weight()))
-                && ignored
-            {
-                let exact = format!("^{}$={plain}", tensor.gguf.replace('.', "\\."));
+            for place in places.get(&linear.module).into_iter().flatten().filter(|_| ignored) {
+                let exact = format!("^{}$={plain}", plan.tensors[place.tensor].gguf.replace('.', "\\."));
                 overrides.tensors.insert(0, TensorOverride::parse(&exact)?);
             }
         }
@@ -86,33 +96,28 @@ impl GgufPlan {
             layers: graph.blocks.len(),
             heads: shape.heads,
             kv_heads: shape.kv_heads,
-            experts: 0,
+            experts: graph.blocks.iter().flat_map(|block| &block.steps).find_map(experts).unwrap_or(0),
         };
         let infos: Vec<TensorInfo<'_>> =
             plan.tensors.iter().map(|t| TensorInfo { name: &t.gguf, shape: &t.shape }).collect();
         let assigned = assign(mix, &model, &infos, importance, &overrides)?;
 
-        let source_name = |t: &ExportTensor| match &t.source {
-            Source::Tensor(name) => Some(name.clone()),
-            Source::Values(_) => None,
-        };
-        let modules: HashMap<String, String> = graph.linears().map(|l| (l.weight(), l.module.clone())).collect();
         let (mut by_module, mut fallbacks, mut notices) = (HashMap::new(), HashMap::new(), Vec::new());
-        for (index, (tensor, assigned)) in plan.tensors.iter().zip(&assigned).enumerate() {
-            match source_name(tensor).and_then(|name| modules.get(&name)) {
-                Some(module) => {
-                    by_module.insert(module.clone(), index);
-                    if let Some(fallback) = &assigned.fallback {
-                        fallbacks.insert(module.clone(), fallback.clone());
-                    }
-                }
-                None => {
-                    if let Some(fallback) = &assigned.fallback {
-                        notices.push(format!("tensor `{}`: {fallback}", tensor.gguf));
-                    }
+        let mut made = HashSet::new();
+        for linear in graph.linears() {
+            let places = places.get(&linear.module).expect("every linear is in the plan").clone();
+            for place in &places {
+                made.insert(place.tensor);
+                if let Some(fallback) = &assigned[place.tensor].fallback {
+                    fallbacks.insert(linear.module.clone(), fallback.clone());
                 }
             }
+            by_module.insert(linear.module.clone(), places);
         }
+        let others = plan.tensors.iter().zip(&assigned).enumerate().filter(|(index, _)| !made.contains(index));
+        notices.extend(
+            others.filter_map(|(_, (t, a))| a.fallback.as_ref().map(|why| format!("tensor `{}`: {why}", t.gguf))),
+        );
         if let Some(imatrix) = &imatrix {
             check_importance(imatrix, graph, &plan, &by_module, settings.imatrix.as_deref())?;
         }
@@ -127,7 +132,7 @@ impl GgufPlan {
             None => ImportanceSource {
                 file: "collected while quantizing".to_owned(),
                 dataset: Some(recipe.calibration.clone()),
-                entries: by_module.len() as u32,
+                entries: made.len() as u32,
                 chunks: u32::try_from(recipe.samples).ok(),
             },
         });
@@ -149,6 +154,30 @@ impl GgufPlan {
     }
 }
 
+/// The experts of a mixture.
+fn experts(step: &Step) -> Option<usize> {
+    match &step.layer {
+        Layer::Moe(moe) => Some(moe.experts.len()),
+        _ => None,
+    }
+}
+
+/// Where the weight of every module goes.
+fn places(plan: &ExportPlan) -> HashMap<String, Vec<Place>> {
+    let mut places: HashMap<String, Vec<Place>> = HashMap::new();
+    for (tensor, one) in plan.tensors.iter().enumerate() {
+        let mut first = 0;
+        for (index, part) in one.parts().iter().enumerate() {
+            if let From::Weight(linear) = &part.from {
+                let place = Place { tensor, part: index, first };
+                places.entry(linear.module.clone()).or_default().push(place);
+            }
+            first += part.extents()[0];
+        }
+    }
+    places
+}
+
 fn needs_data(recipe: &Recipe) -> Needs {
     let settings = recipe.gguf.as_ref().expect("a recipe for a GGUF file");
     match recipe.method {
@@ -164,14 +193,12 @@ fn check_importance(
     imatrix: &Imatrix,
     graph: &Graph,
     plan: &ExportPlan,
-    by_module: &HashMap<String, usize>,
+    by_module: &HashMap<String, Vec<Place>>,
     path: Option<&Path>,
 ) -> Result<()> {
     let mut found = 0;
-    for linear in graph.linears() {
-        if imatrix.importance(&plan.tensors[by_module[&linear.module]].gguf, linear.cols)?.is_some() {
-            found += 1;
-        }
+    for place in graph.linears().flat_map(|linear| &by_module[&linear.module]) {
+        found += usize::from(importance_of(imatrix, &plan.tensors[place.tensor], place.part)?.is_some());
     }
     if found == 0 {
         return Err(Error::usage(format!(
@@ -183,17 +210,25 @@ fn check_importance(
     Ok(())
 }
 
+/// The importance of the columns of one part of a tensor.
+fn importance_of(imatrix: &Imatrix, tensor: &ExportTensor, part: usize) -> Result<Option<Vec<f32>>> {
+    let ([_, width], matrices) = (tensor.extents(), tensor.matrices());
+    let Some(all) = imatrix.importance(&tensor.gguf, matrices * width)? else { return Ok(None) };
+    let at = if matrices > 1 { part } else { 0 };
+    Ok(Some(all[at * width..][..width].to_vec()))
+}
+
 /// Accounts for every tensor of the input.
 fn fates(graph: &Graph, source: &Checkpoint, plan: &ExportPlan, types: &[GgmlType]) -> Result<Vec<TensorReport>> {
-    let exported: HashMap<&str, GgmlType> = plan
-        .tensors
-        .iter()
-        .zip(types)
-        .filter_map(|(tensor, ty)| match &tensor.source {
-            Source::Tensor(name) => Some((name.as_str(), *ty)),
-            Source::Values(_) => None,
-        })
-        .collect();
+    let mut exported: HashMap<String, GgmlType> = HashMap::new();
+    for (tensor, ty) in plan.tensors.iter().zip(types) {
+        for part in tensor.parts() {
+            let known = exported.entry(part.from.tensor()).or_insert(*ty);
+            if ty.layout().is_some() {
+                *known = *ty;
+            }
+        }
+    }
     let mut fates = Vec::new();
     for entry in source.entries() {
         let fate = match exported.get(entry.name.as_str()) {
@@ -257,6 +292,8 @@ pub fn compile<B: Backend>(
         progress,
         collected: BTreeMap::new(),
         final_block: false,
+        all_experts: recipe.moe_all_experts,
+        layer: None,
         linears: Vec::new(),
         quantized: [0, 0],
         seconds: Stages::default(),
@@ -312,6 +349,8 @@ struct Work<'a, B: Backend> {
     progress: &'a Progress,
     collected: BTreeMap<String, ImatrixEntry>,
     final_block: bool,
+    all_experts: bool,
+    layer: Option<(String, Statistics<B>)>,
     linears: Vec<LinearReport>,
     quantized: [u64; 2],
     seconds: Stages,
@@ -325,9 +364,10 @@ fn lap(stage: &mut f64, started: Instant) {
 impl<B: Backend> Work<'_, B> {
     /// Quantizes and writes linears that read one input; returns what the file holds of each.
     fn quantize(&mut self, group: &[&Linear], statistics: &Statistics<B>) -> Result<Vec<Weight<B::Weight>>> {
-        let backend = self.backend;
+        let (backend, plan) = (self.backend, self.plan);
         let started = Instant::now();
-        let blocks = group.iter().any(|l| self.plan.tensors[self.plan.by_module[&l.module]].1.layout().is_some());
+        let blocks =
+            group.iter().flat_map(|l| &plan.by_module[&l.module]).any(|p| plan.tensors[p.tensor].1.layout().is_some());
         let shared = match &self.solver {
             Some(solver) if blocks => solver.share(backend, Some(statistics))?,
             _ => Shared { statistics: Some(statistics), factor: None, fallback: None },
@@ -335,74 +375,152 @@ impl<B: Backend> Work<'_, B> {
         lap(&mut self.seconds.factor, started);
         let mut weights = Vec::new();
         for linear in group {
-            let (tensor, ty) = &self.plan.tensors[self.plan.by_module[&linear.module]];
             let started = Instant::now();
-            let plain = Plain { backend, source: self.source };
-            let weight = plain.load(linear)?;
+            let weight = Plain { backend, source: self.source }.load(linear)?;
             lap(&mut self.seconds.load, started);
-
-            let importance = match &self.plan.imatrix {
-                Some(imatrix) => imatrix.importance(&tensor.gguf, linear.cols)?,
-                None => Some(statistics.importance()),
-            };
-            let started = Instant::now();
-            let solution = solve_blocks(backend, &shared, &weight.matrix, *ty, importance.as_deref())?;
-            let seconds = started.elapsed().as_secs_f64();
-            self.seconds.solve += seconds;
-
-            let started = Instant::now();
-            let row_bytes = solution.packed.len() / linear.rows;
-            match tensor.heads {
-                None => self.writer.write(&tensor.gguf, &solution.packed)?,
-                Some(_) => {
-                    let mut rows = Vec::with_capacity(solution.packed.len());
-                    for row in 0..linear.rows {
-                        rows.extend_from_slice(&solution.packed[tensor.source_row(row) * row_bytes..][..row_bytes]);
+            let places = &plan.by_module[&linear.module];
+            let mut restored: Option<Array2<f32>> = None;
+            let mut matrix = None;
+            let mut report = plain_report(linear, plan.tensors[places[0].tensor].1);
+            let (mut proxy, mut errors) = (None, None);
+            for place in places {
+                let (tensor, ty) = &plan.tensors[place.tensor];
+                let part = &tensor.parts()[place.part];
+                let started = Instant::now();
+                let importance = match &plan.imatrix {
+                    Some(imatrix) => importance_of(imatrix, tensor, place.part)?,
+                    // Columns of what is turned round are no inputs of the linear.
+                    None if part.transposed || statistics.count == 0.0 => None,
+                    None => Some(statistics.importance()),
+                };
+                // A linear that is all there is needs no copy, whatever the order of its rows.
+                let all = !part.transposed && part.extents()[0] == linear.rows;
+                let own = match (&part.rows, all) {
+                    (Some(rows), false) => Some(backend.select_rows(&weight.matrix, rows)?),
+                    _ => None,
+                };
+                let turned = match part.transposed {
+                    true => {
+                        let host = backend.download(own.as_ref().unwrap_or(&weight.matrix))?;
+                        Some(backend.upload(host.reversed_axes().as_standard_layout().into_owned())?)
                     }
-                    self.writer.write(&tensor.gguf, &rows)?;
-                }
-            }
-            lap(&mut self.seconds.write, started);
+                    false => None,
+                };
+                let asked = turned.as_ref().or(own.as_ref()).unwrap_or(&weight.matrix);
+                let alone = Shared { statistics: None, factor: None, fallback: None };
+                let by = if part.transposed { &alone } else { &shared };
+                let solution = solve_blocks(backend, by, asked, *ty, importance.as_deref())?;
+                report.seconds += started.elapsed().as_secs_f64();
+                lap(&mut self.seconds.solve, started);
 
-            let tokens = statistics.tokens;
-            let entry = ImatrixEntry { sums: statistics.energy(), counts: vec![tokens as f32] };
-            self.collected.insert(tensor.gguf.clone(), entry);
-            let swept = shared.factor.is_some() && ty.layout().is_some();
-            let fallbacks = [self.plan.fallbacks.get(&linear.module).cloned(), shared.fallback.clone()];
+                let started = Instant::now();
+                let [rows, _] = part.extents();
+                let row_bytes = solution.packed.len() / rows;
+                let offset = (place.first * row_bytes) as u64;
+                match &part.rows {
+                    Some(order) if all => {
+                        let mut packed = Vec::with_capacity(solution.packed.len());
+                        order
+                            .iter()
+                            .for_each(|row| packed.extend_from_slice(&solution.packed[row * row_bytes..][..row_bytes]));
+                        self.writer.write_at(&tensor.gguf, offset, &packed)?;
+                    }
+                    _ => self.writer.write_at(&tensor.gguf, offset, &solution.packed)?,
+                }
+                lap(&mut self.seconds.write, started);
+                if all {
+                    matrix = Some(solution.restored);
+                } else {
+                    let whole = restored.get_or_insert_with(|| Array2::zeros((linear.rows, linear.cols)));
+                    let host = backend.download(&solution.restored)?;
+                    for at in 0..linear.rows.min(part.rows.as_ref().map_or(linear.rows, Vec::len)) {
+                        let row = part.rows.as_ref().map_or(at, |rows| rows[at]);
+                        match part.transposed {
+                            true => whole.row_mut(row).assign(&host.column(at)),
+                            false => whole.row_mut(row).assign(&host.row(at)),
+                        }
+                    }
+                }
+                self.collect(tensor, place.part, part.transposed, statistics);
+                if let Some(loss) = solution.proxy_loss {
+                    *proxy.get_or_insert(0.0) += loss;
+                }
+                if let Some(error) = solution.relative_error {
+                    // Of several parts the worst.
+                    errors = Some(errors.map_or(error, |other: f64| other.max(error)));
+                }
+                if by.factor.is_some() && ty.layout().is_some() {
+                    report.method = "gptq".to_owned();
+                    report.damp = solution.damp;
+                }
+                self.quantized[1] += solution.packed.len() as u64;
+            }
+            let fallbacks = [plan.fallbacks.get(&linear.module).cloned(), shared.fallback.clone()];
             let fallbacks: Vec<String> = fallbacks.into_iter().flatten().collect();
             self.record(LinearReport {
-                method: if swept { "gptq" } else { "rtn" }.to_owned(),
-                tokens,
-                damp: if swept { solution.damp } else { None },
+                tokens: statistics.tokens,
+                prior: Some(statistics.count - statistics.tokens as f64).filter(|prior| *prior > 0.0),
                 fallback: (!fallbacks.is_empty()).then(|| fallbacks.join("; ")),
-                proxy_loss: solution.proxy_loss.map(|loss| loss / tokens.max(1) as f64),
-                relative_error: solution.relative_error,
-                seconds,
-                ..plain_report(linear, *ty)
+                proxy_loss: proxy.map(|loss| loss / statistics.count.max(1.0)),
+                relative_error: errors,
+                ..report
             });
             self.quantized[0] += (linear.rows * linear.cols) as u64;
-            self.quantized[1] += solution.packed.len() as u64;
-            weights.extend(ready(backend, linear, Weight { matrix: solution.restored, bias: weight.bias })?);
+            let matrix = match (matrix, restored) {
+                (Some(matrix), _) => matrix,
+                (None, Some(host)) => backend.upload(host)?,
+                (None, None) => weight.matrix,
+            };
+            weights.extend(ready(backend, linear, Weight { matrix, bias: weight.bias })?);
         }
         Ok(weights)
+    }
+
+    /// Remembers what was seen before one matrix of a tensor.
+    fn collect(&mut self, tensor: &ExportTensor, part: usize, transposed: bool, statistics: &Statistics<B>) {
+        let ([_, width], matrices) = (tensor.extents(), tensor.matrices());
+        let energy = statistics.energy();
+        if transposed || energy.len() != width {
+            return;
+        }
+        let entry = self
+            .collected
+            .entry(tensor.gguf.clone())
+            .or_insert_with(|| ImatrixEntry { sums: vec![0.0; matrices * width], counts: vec![0.0; matrices] });
+        let at = if matrices > 1 { part } else { 0 };
+        entry.sums[at * width..][..width].copy_from_slice(&energy);
+        entry.counts[at] = statistics.count as f32;
     }
 
     /// Rounds and writes a linear whose input nobody has to see.
     fn round(&mut self, linear: &Linear) -> Result<()> {
         let started = Instant::now();
-        let (tensor, ty) = &self.plan.tensors[self.plan.by_module[&linear.module]];
-        let importance = match &self.plan.imatrix {
-            Some(imatrix) => imatrix.importance(&tensor.gguf, linear.cols)?,
-            None => None,
-        };
-        let name = linear.weight();
-        write_tensor(self.backend, self.source, self.writer, (tensor, &name), *ty, importance.as_deref())?;
+        let mut bytes = 0;
+        for place in &self.plan.by_module[&linear.module] {
+            let (tensor, ty) = &self.plan.tensors[place.tensor];
+            let importance = match &self.plan.imatrix {
+                Some(imatrix) => importance_of(imatrix, tensor, place.part)?,
+                None => None,
+            };
+            let part = &tensor.parts()[place.part];
+            write_part(
+                self.backend,
+                self.source,
+                self.writer,
+                (tensor, part, place.first),
+                *ty,
+                importance.as_deref(),
+            )?;
+            let [rows, width] = part.extents();
+            bytes += rows * ty.row_bytes(width).expect("by the mix");
+        }
         let seconds = started.elapsed().as_secs_f64();
         self.seconds.solve += seconds;
         self.quantized[0] += (linear.rows * linear.cols) as u64;
-        self.quantized[1] += (linear.rows * ty.row_bytes(linear.cols).expect("by the mix")) as u64;
+        self.quantized[1] += bytes as u64;
         let fallback = self.plan.fallbacks.get(&linear.module).cloned();
-        self.record(LinearReport { fallback, seconds, ..plain_report(linear, *ty) });
+        let ty = self.plan.tensors[self.plan.by_module[&linear.module][0].tensor].1;
+        self.record(LinearReport { fallback, seconds, ..plain_report(linear, ty) });
         Ok(())
     }
 
@@ -415,7 +533,7 @@ impl<B: Backend> Work<'_, B> {
     /// Writes every tensor that is not a linear of a block.
     fn write_rest(&mut self) -> Result<()> {
         let started = Instant::now();
-        let linears: Vec<usize> = self.plan.by_module.values().copied().collect();
+        let linears: HashSet<usize> = self.plan.by_module.values().flatten().map(|place| place.tensor).collect();
         for (index, (tensor, ty)) in self.plan.tensors.iter().enumerate() {
             if linears.contains(&index) {
                 continue;
@@ -426,8 +544,12 @@ impl<B: Backend> Work<'_, B> {
                     ty.encode(values, &mut bytes).expect("F32");
                     self.writer.write(&tensor.gguf, &bytes)?;
                 }
-                Source::Tensor(name) => {
-                    write_tensor(self.backend, self.source, self.writer, (tensor, name), *ty, None)?;
+                Source::Parts(parts) => {
+                    let mut first = 0;
+                    for part in parts {
+                        write_part(self.backend, self.source, self.writer, (tensor, part, first), *ty, None)?;
+                        first += part.extents()[0];
+                    }
                 }
             }
         }
@@ -436,28 +558,35 @@ impl<B: Backend> Work<'_, B> {
     }
 }
 
-/// Writes one tensor in pieces of whole rows, each read, rounded and written by one thread; copied where it lies in the
-/// input as it will in the output.
-fn write_tensor<B: Backend>(
+/// Writes one part of a tensor in pieces of whole rows, each read, rounded and written by one thread; copied where it
+/// lies in the input as it will in the output.
+fn write_part<B: Backend>(
     backend: &B,
     source: &Checkpoint,
     writer: &GgufWriter,
-    (tensor, name): (&ExportTensor, &str),
+    (tensor, part, start): (&ExportTensor, &Part, usize),
     ty: GgmlType,
     importance: Option<&[f32]>,
 ) -> Result<()> {
-    let (rows, cols) = match tensor.shape[..] {
-        [rows, cols] => (rows, cols),
-        _ => (1, tensor.shape.iter().product()),
-    };
+    let [rows, cols] = part.extents();
+    let name = part.from.tensor();
     let row_bytes = ty.row_bytes(cols).expect("a type that fits, by the mix");
+    let straight = !part.transposed
+        && match &part.from {
+            From::Weight(linear) => linear.stored == Stored::Plain,
+            From::Bias(linear) => !matches!(linear.stored, Stored::Slice { .. }),
+            From::Tensor(..) => true,
+        };
+    let by_rows = straight && source.entry(&name).is_some_and(|entry| entry.shape.len() == 2);
+    let whole = straight && part.rows.is_none() && part.offset == 0.0;
+    let same = source.raw(&name).filter(|raw| whole && ty.plain() == Some(raw.dtype));
+    let loaded = if by_rows || same.is_some_and(|raw| raw.is_finite()) { Vec::new() } else { load_part(source, part)? };
     let piece = (PIECE / cols.max(1)).max(1);
-    let same = source.raw(name).filter(|raw| ty.plain() == Some(raw.dtype) && tensor.heads.is_none());
     let searched = searched(ty, importance.is_some());
     (0..rows.div_ceil(piece)).into_par_iter().try_for_each_init(Vec::new, |values, index| {
         let first = index * piece;
         let count = piece.min(rows - first);
-        let offset = (first * row_bytes) as u64;
+        let offset = ((start + first) * row_bytes) as u64;
         if let Some(raw) = same {
             let data = &raw.data[first * row_bytes..][..count * row_bytes];
             // What is no number is named where values are read.
@@ -466,15 +595,14 @@ fn write_tensor<B: Backend>(
             }
         }
         values.resize(count * cols, 0.0);
-        if let [_, _] = tensor.shape[..] {
-            let ids: Vec<u32> = (first..first + count).map(|row| tensor.source_row(row) as u32).collect();
-            source.load_rows(name, &ids, values)?;
+        if by_rows {
+            let of = |row: usize| part.rows.as_ref().map_or(row, |rows| rows[row]) as u32;
+            source.load_rows(&name, &(first..first + count).map(of).collect::<Vec<u32>>(), values)?;
         } else {
-            let loaded = source.load(name)?;
-            match tensor.heads {
-                None => values.copy_from_slice(&loaded),
-                Some(_) => values.iter_mut().enumerate().for_each(|(i, v)| *v = loaded[tensor.source_row(i)]),
-            }
+            values.copy_from_slice(&loaded[first * cols..][..count * cols]);
+        }
+        if part.offset != 0.0 {
+            values.iter_mut().for_each(|x| *x += part.offset);
         }
         let packed = if searched {
             let matrix = Array2::from_shape_vec((count, cols), std::mem::take(values)).expect("whole rows");
@@ -487,8 +615,31 @@ fn write_tensor<B: Backend>(
         writer.write_at(&tensor.gguf, offset, &packed)?;
         Ok::<(), Error>(())
     })?;
-    source.release(name);
+    source.release(&name);
     Ok(())
+}
+
+/// All values of a part, `[rows, cols]`, without its offset.
+fn load_part(source: &Checkpoint, part: &Part) -> Result<Vec<f32>> {
+    let (matrix, rows) = match &part.from {
+        From::Weight(linear) => (load_matrix(source, linear)?, part.rows.as_deref()),
+        From::Bias(linear) => {
+            let bias = load_bias(source, linear)?.expect("planned for those that have one");
+            (Array2::from_shape_vec((bias.len(), 1), bias).expect("one column"), part.rows.as_deref())
+        }
+        From::Tensor(name, _) => {
+            let values = source.load(name)?;
+            let [count, width] = part.from.extents();
+            let shape = if count == 1 { (width, 1) } else { (count, width) };
+            (Array2::from_shape_vec(shape, values).expect("checked with the graph"), part.rows.as_deref())
+        }
+    };
+    let chosen = match rows {
+        Some(rows) => matrix.select(Axis(0), rows),
+        None => matrix,
+    };
+    let chosen = if part.transposed { chosen.reversed_axes() } else { chosen };
+    Ok(chosen.iter().copied().collect())
 }
 
 /// What a report says of a linear that was only rounded.
@@ -525,6 +676,19 @@ impl<B: Backend> Supply<B> for Work<'_, B> {
 
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
         let statistics = observe(self.backend, self.source, group[0], self.needs, inputs, &mut self.seconds.observe)?;
+        self.quantize(group, &statistics)
+    }
+
+    fn expert(
+        &mut self,
+        group: &[&Linear],
+        inputs: &Inputs<'_, B::Input>,
+        others: &Others<'_, B::Input>,
+    ) -> Result<Vec<Weight<B::Weight>>> {
+        let (backend, source, stage) = (self.backend, self.source, &mut self.seconds.observe);
+        let (first, layer) = (group[0], &mut self.layer);
+        let statistics =
+            observe_expert(backend, source, first, self.needs, inputs, others, self.all_experts, layer, stage)?;
         self.quantize(group, &statistics)
     }
 

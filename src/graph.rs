@@ -520,7 +520,7 @@ impl Layer {
     }
 
     /// Its normalisations.
-    fn norms(&self) -> Vec<&Norm> {
+    pub fn norms(&self) -> Vec<&Norm> {
         match self {
             Layer::Attention(attention) => attention.norms(),
             _ => Vec::new(),

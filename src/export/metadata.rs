@@ -4,14 +4,19 @@
 
 use std::path::Path;
 
-use formats::container::gguf::MetadataValue;
+use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
+use kernels::{Activation, NormKind};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::export::names::{ExportPlan, Source};
-use crate::families::longest_context;
-use crate::graph::{Attention, Graph, Layer, RopeScaling};
+use crate::export::names::{self, ExportPlan, Source};
+use crate::export::same;
+use crate::families::rope::warmth;
+use crate::families::{self, longest_context};
+use crate::graph::{Attention, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
+use crate::import::names::{Architecture, ROPE_FREQS};
+use crate::import::settings::Settings;
 
 /// Keys and values in the order in which they are written.
 pub type Metadata = Vec<(String, MetadataValue)>;
@@ -126,7 +131,7 @@ pub fn metadata(
     }
     out.count("general.file_type", file_type as usize)?;
     out.count("general.quantization_version", QUANTIZATION_VERSION as usize)?;
-    settings(&mut out, graph, config, plan.architecture)?;
+    settings(&mut out, graph, config, plan)?;
     if let Some(importance) = importance {
         out.string("quantize.imatrix.file", &importance.file);
         if let Some(dataset) = &importance.dataset {
@@ -141,78 +146,265 @@ pub fn metadata(
 }
 
 /// The keys under the architecture's name.
-fn settings(out: &mut Written, graph: &Graph, config: &Value, architecture: &str) -> Result<()> {
-    let cannot =
-        |what: String| Error::usage(format!("{what} cannot be written as GGUF's architecture `{architecture}`"));
+///
+/// What they say is read back and compared with the model: an architecture has no setting for what differs then.
+fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan) -> Result<()> {
+    let architecture = Architecture::named(plan.architecture).expect("of the plan");
+    let cannot = |what: String| names::cannot(architecture.id, what);
     let steps = || graph.blocks.iter().flat_map(|block| &block.steps);
     let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
-    let inner: Vec<usize> = steps()
-        .filter_map(|step| match &step.layer {
-            Layer::Mlp(mlp) => Some(mlp.inner()),
-            _ => None,
-        })
-        .collect();
-    let (Some(first), Some(inner_width)) = (attention.first(), inner.first()) else {
-        return Err(cannot("a model without attention or feed-forward layers".to_owned()));
+    let Some(first) = attention.first() else { return Err(cannot("a model without attention".to_owned())) };
+    let dense: Vec<&Mlp> =
+        steps().filter_map(|step| if let Layer::Mlp(mlp) = &step.layer { Some(mlp) } else { None }).collect();
+    let sparse: Vec<&Moe> =
+        steps().filter_map(|step| if let Layer::Moe(moe) = &step.layer { Some(moe) } else { None }).collect();
+    let moe = sparse.first();
+    let expert = moe.and_then(|moe| moe.experts.first()).map(Mlp::inner);
+    let Some(inner) = dense.first().map(|mlp| mlp.inner()).or(expert) else {
+        return Err(cannot("a model without feed-forward layers".to_owned()));
     };
-    if attention.len() != graph.blocks.len() || inner.len() != graph.blocks.len() {
+    if attention.len() != graph.blocks.len() || dense.len() + sparse.len() != graph.blocks.len() {
         return Err(cannot("blocks without one attention and one feed-forward layer each".to_owned()));
     }
-    if inner.iter().any(|width| width != inner_width) {
-        return Err(cannot("feed-forward layers of different widths".to_owned()));
+    let many = first.shape;
+    match architecture.id {
+        "olmoe" if many.kv_heads != many.heads => {
+            return Err(cannot(format!("{} heads that share {} keys", many.heads, many.kv_heads)));
+        }
+        // By the number of layers llama.cpp tells whether queries are made through a latent.
+        "deepseek2" => {
+            let layers = graph.blocks.len();
+            let lite = matches!(layers, 26 | 27) || layers == 48 && graph.vocabulary == 128256;
+            let direct = matches!(&first.projections, Projections::Latent(latent) if latent.q.len() == 1);
+            if lite != direct {
+                let how = if direct { "without" } else { "through" };
+                return Err(cannot(format!("queries made {how} a latent in a model of {layers} layers")));
+            }
+        }
+        _ => {}
     }
     let eps = graph.final_norm.eps;
-    if steps().flat_map(|step| &step.pre).any(|norm| norm.eps != eps) {
+    let norms = steps().flat_map(|step| step.pre.iter().chain(&step.post).chain(step.layer.norms()));
+    if norms.into_iter().any(|norm| norm.eps != eps) {
         return Err(cannot("norms with different epsilons".to_owned()));
     }
-    if graph.head.linear.bias {
-        return Err(cannot("an output projection with a bias".to_owned()));
-    }
     let shape = first.shape;
-    if shape.scale != (shape.head_dim as f32).powf(-0.5) {
-        return Err(cannot(format!("an attention scale of {} with heads of {} values", shape.scale, shape.head_dim)));
-    }
-    let context = longest_context(config).unwrap_or_else(|| {
-        out.notice(format!(
-            "config.json has no max_position_embeddings: the file says a context of {UNKNOWN_CONTEXT} tokens"
-        ));
-        UNKNOWN_CONTEXT
-    });
-    if let Some(window) = attention.iter().filter_map(|a| a.shape.window).min().filter(|window| *window < context) {
+    let context = match &graph.embedding.positions {
+        Some((_, rows)) => *rows,
+        None => longest_context(config).unwrap_or_else(|| {
+            out.notice(format!(
+                "config.json has no max_position_embeddings: the file says a context of {UNKNOWN_CONTEXT} tokens"
+            ));
+            UNKNOWN_CONTEXT
+        }),
+    };
+    let windows: Vec<Option<usize>> = attention.iter().map(|a| a.shape.window.or(a.shape.chunk)).collect();
+    let window = windows.iter().flatten().min().copied();
+    if let Some(window) = window.filter(|window| *window < context && !architecture.windows) {
         out.notice(format!(
             "llama.cpp ignores the sliding window of {window} tokens for this architecture: beyond {window} tokens the model attends to more than it was trained with"
         ));
     }
 
-    let key = |name: &str| format!("{architecture}.{name}");
+    if dense.iter().any(|mlp| mlp.activation == Activation::Gelu) {
+        out.notice("llama.cpp approximates GELU: logits differ a little from the original's");
+    }
+
+    let id = architecture.id;
+    let key = |name: &str| format!("{id}.{name}");
+    let latent = match &first.projections {
+        Projections::Latent(latent) => {
+            let Latent { q, kv_b, .. } = &**latent;
+            Some((q.first().filter(|_| q.len() > 1).map(|q| q.rows), kv_b.cols))
+        }
+        Projections::Direct(_) => None,
+    };
     out.count(key("vocab_size"), graph.vocabulary)?;
     out.count(key("context_length"), context)?;
     out.count(key("embedding_length"), graph.hidden)?;
     out.count(key("block_count"), graph.blocks.len())?;
-    out.count(key("feed_forward_length"), *inner_width)?;
+    out.count(key("feed_forward_length"), inner)?;
     out.count(key("attention.head_count"), shape.heads)?;
-    out.count(key("attention.head_count_kv"), shape.kv_heads)?;
-    out.count(key("attention.key_length"), shape.head_dim)?;
-    out.count(key("attention.value_length"), shape.head_dim)?;
-    out.float(key("attention.layer_norm_rms_epsilon"), eps);
-    out.count(key("rope.dimension_count"), shape.head_dim)?;
-    let Some(rope) = &first.rope else { return Err(cannot("layers without positions".to_owned())) };
-    out.float(key("rope.freq_base"), rope.theta);
-    match rope.scaling {
+    let rotated = attention.iter().find_map(|a| a.rope.as_ref()).map(|rope| 2 * rope.inverse_frequencies.len());
+    match latent {
+        None => {
+            out.count(key("attention.head_count_kv"), shape.kv_heads)?;
+            out.count(key("attention.key_length"), shape.head_dim)?;
+            out.count(key("attention.value_length"), shape.value_dim)?;
+        }
+        // Queries meet the latent itself, which all heads share.
+        Some((q, latent)) => {
+            let shared = latent + rotated.unwrap_or(0);
+            out.count(key("attention.head_count_kv"), 1)?;
+            out.count(key("attention.key_length"), shared)?;
+            out.count(key("attention.value_length"), latent)?;
+            out.count(key("attention.key_length_mla"), shape.head_dim)?;
+            out.count(key("attention.value_length_mla"), shape.value_dim)?;
+            out.count(key("attention.kv_lora_rank"), latent)?;
+            if let Some(q) = q {
+                out.count(key("attention.q_lora_rank"), q)?;
+            }
+        }
+    }
+    out.float(
+        key(match graph.final_norm.kind {
+            NormKind::Rms => "attention.layer_norm_rms_epsilon",
+            NormKind::Layer => "attention.layer_norm_epsilon",
+        }),
+        eps,
+    );
+    if let Some(rotated) = rotated {
+        out.count(key("rope.dimension_count"), rotated)?;
+    }
+    rope(out, &attention, architecture, context)?;
+    if architecture.windows {
+        // Only where there are windows: their absence is how the largest models are told from the others.
+        if let Some(window) = window.filter(|_| id != "llama4") {
+            out.count(key("attention.sliding_window"), window)?;
+            let flags = windows.iter().map(|window| MetadataValue::Bool(window.is_some())).collect();
+            let flags = metadata_array(flags, GGUFValueType::Bool)?;
+            out.metadata.push((key("attention.sliding_window_pattern"), flags));
+        } else if id == "llama4" && window.is_none() {
+            out.count(key("attention.sliding_window"), 0)?;
+        }
+    }
+    if id == "qwen2vl" {
+        let text = families::text_config(config);
+        let list = ["rope_parameters", "rope_scaling"].iter().find_map(|key| text[*key]["mrope_section"].as_array());
+        let sections = list.map(|list| list.iter().filter_map(Value::as_i64).chain([0; 4]).take(4));
+        let Some(sections) = sections else {
+            return Err(cannot("a model whose config.json has no mrope_section".to_owned()));
+        };
+        let sections = sections.map(|section| MetadataValue::I32(section as i32)).collect();
+        out.metadata.push((key("rope.dimension_sections"), metadata_array(sections, GGUFValueType::I32)?));
+    }
+    if let Some(cap) = shape.softcap {
+        out.float(key("attn_logit_softcapping"), cap);
+    }
+    if let Some(cap) = graph.head.softcap {
+        out.float(key("final_logit_softcapping"), cap);
+    }
+    if let Some(limit) = first.clip {
+        out.float(key("attention.clamp_kqv"), limit);
+    }
+    match id {
+        "granite" | "granitemoe" => {
+            out.float(key("attention.scale"), shape.scale);
+            out.float(key("embedding_scale"), graph.embedding.scale);
+            out.float(key("residual_scale"), graph.blocks[0].steps[0].scale);
+            out.float(key("logit_scale"), 1.0 / graph.head.scale);
+        }
+        "command-r" | "cohere2" => out.float(key("logit_scale"), graph.head.scale),
+        "gptneox" | "stablelm" => out.flag(key("use_parallel_residual"), graph.blocks[0].parallel),
+        _ => {}
+    }
+    if let (Some(moe), Some(expert)) = (moe, expert) {
+        out.count(key("expert_count"), moe.experts.len())?;
+        out.count(key("expert_used_count"), moe.router.top_k)?;
+        if !matches!(id, "llama" | "granitemoe" | "olmoe") {
+            out.count(key("expert_feed_forward_length"), expert)?;
+        }
+        if let (Some((shared, _)), "qwen2moe") = (&moe.shared, id) {
+            out.count(key("expert_shared_feed_forward_length"), shared.inner())?;
+        }
+        if id == "llama4" {
+            let step = graph.blocks.len() / sparse.len().max(1);
+            out.count(key("interleave_moe_layer_step"), step)?;
+        }
+        if id == "deepseek2" {
+            let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
+            out.count(key("expert_shared_count"), shared)?;
+            out.count(key("leading_dense_block_count"), graph.blocks.len() - sparse.len())?;
+            out.float(key("expert_weights_scale"), moe.router.scale);
+            out.flag(key("expert_weights_norm"), moe.router.renormalize);
+            let sigmoid = moe.router.scoring == Scoring::Sigmoid;
+            out.count(key("expert_gating_func"), if sigmoid { 2 } else { 1 })?;
+            if let Some(groups) = moe.router.groups.filter(|groups| groups.kept < groups.count) {
+                out.count(key("expert_group_count"), groups.count)?;
+                out.count(key("expert_group_used_count"), groups.kept)?;
+            }
+        }
+    } else if id == "deepseek2" {
+        out.count(key("leading_dense_block_count"), graph.blocks.len())?;
+        out.count(key("expert_feed_forward_length"), inner)?;
+        out.count(key("expert_shared_count"), 0)?;
+    }
+
+    let factors = plan.tensors.iter().filter_map(|tensor| match &tensor.source {
+        // Llama 3's are made of the settings that they stand for.
+        Source::Values(values) if tensor.gguf != ROPE_FREQS => Some((tensor.gguf.clone(), values.clone())),
+        _ => None,
+    });
+    let read = Settings {
+        architecture,
+        keys: out.metadata.iter().cloned().collect(),
+        tensors: plan.tensors.iter().map(|tensor| (tensor.gguf.clone(), tensor.shape.clone())).collect(),
+        factors: factors.collect(),
+    };
+    let rebuilt = read.config().map_err(|error| cannot(format!("this model ({error})")))?;
+    let rebuilt = families::build(&rebuilt)?;
+    match same::difference(graph, &rebuilt, architecture) {
+        Some(what) => Err(cannot(what)),
+        None => Ok(()),
+    }
+}
+
+/// Rotary frequencies.
+fn rope(out: &mut Written, attention: &[&Attention], architecture: &Architecture, context: usize) -> Result<()> {
+    let key = |name: &str| format!("{}.rope.{name}", architecture.id);
+    let wide = |a: &&&Attention| a.shape.window.is_none();
+    let of = |list: Vec<&&Attention>| list.into_iter().find_map(|a| a.rope.clone());
+    let full = of(attention.iter().filter(wide).collect());
+    let near = of(attention.iter().filter(|a| !wide(a)).collect());
+    let Some(rope) = full.clone().or(near.clone()) else { return Ok(()) };
+    out.float(key("freq_base"), rope.theta);
+    if let Some(near) = near.filter(|near| architecture.id == "gemma3" || full.is_some() && near.theta != rope.theta) {
+        out.float(key("freq_base_swa"), near.theta);
+    }
+    match &rope.scaling {
         // Llama 3's is the tensor of factors.
         RopeScaling::None | RopeScaling::Llama3 { .. } => {}
         RopeScaling::Linear { factor } => {
-            out.string(key("rope.scaling.type"), "linear");
-            out.float(key("rope.scaling.factor"), factor);
+            out.string(key("scaling.type"), "linear");
+            out.float(key("scaling.factor"), *factor);
         }
-        _ => return Err(cannot("this kind of rope scaling".to_owned())),
+        RopeScaling::Dynamic { original, .. } => {
+            out.notice(format!(
+                "llama.cpp has no dynamic rope scaling: beyond {original} tokens the model is given positions that it was not trained with"
+            ));
+        }
+        RopeScaling::Yarn { factor, original, mscale_all_dim, .. } => {
+            out.string(key("scaling.type"), "yarn");
+            out.float(key("scaling.factor"), *factor);
+            out.count(key("scaling.original_context_length"), *original)?;
+            let plain = warmth(f64::from(*factor), 1.0) as f32;
+            if *mscale_all_dim != 0.0 && architecture.id == "deepseek2" {
+                // A tenth of it, for reasons of history.
+                out.float(key("scaling.yarn_log_multiplier"), 0.1 * mscale_all_dim);
+            } else if (rope.magnitude / plain - 1.0).abs() > 1e-6 {
+                out.float(key("scaling.attn_factor"), rope.magnitude / plain);
+            }
+            if same::bounds_are_rounded(&rope) {
+                out.notice("llama.cpp rounds the bounds between which YaRN's frequencies change: logits differ a little from the original's");
+            }
+        }
+        RopeScaling::Long { original, .. } => {
+            out.string(key("scaling.type"), "longrope");
+            out.count(key("scaling.original_context_length"), *original)?;
+            out.float(key("scaling.attn_factor"), rope.magnitude);
+            if *original < context {
+                out.notice(format!(
+                    "llama.cpp takes LongRoPE's long factors for contexts of more than {original} tokens, however short the text is"
+                ));
+            }
+        }
     }
     Ok(())
 }
 
 /// Weights of the model, without what is computed.
 fn parameters(plan: &ExportPlan) -> u64 {
-    let stored = plan.tensors.iter().filter(|tensor| matches!(tensor.source, Source::Tensor(_)));
+    let stored = plan.tensors.iter().filter(|tensor| matches!(tensor.source, Source::Parts(_)));
     stored.map(|tensor| tensor.shape.iter().product::<usize>() as u64).sum()
 }
 
@@ -318,13 +510,19 @@ mod tests {
         let config = config(|_| ());
         let refused = |change: &dyn Fn(&mut Graph)| {
             let mut graph = build(&config).unwrap();
-            let plan = plan(&graph).unwrap();
             change(&mut graph);
-            metadata(&graph, &config, &plan, &About::default(), 0, None).unwrap_err().to_string()
+            let written = plan(&graph).and_then(|plan| metadata(&graph, &config, &plan, &About::default(), 0, None));
+            written.unwrap_err().to_string()
         };
         let eps = refused(&|graph| graph.final_norm.eps = 1e-3);
-        assert_eq!(eps, "norms with different epsilons cannot be written as GGUF's architecture `llama`");
-        assert!(refused(&|graph| graph.head.linear.bias = true).contains("with a bias"));
+        assert_eq!(
+            eps,
+            "norms with different epsilons cannot be written as GGUF's architecture `llama`, as llama.cpp reads it"
+        );
+        assert!(refused(&|graph| graph.head.linear.bias = true).contains("a bias of `lm_head` cannot"));
+        assert!(refused(&|graph| graph.head.scale = 0.5).contains("logits that are multiplied by 0.5 cannot"));
+        assert!(refused(&|graph| graph.blocks[1].parallel = true).contains("side by side in block 1 cannot"));
+        assert!(refused(&|graph| graph.blocks[2].steps[1].scale = 0.5).contains("multiplied by 0.5 in block 2 cannot"));
         let shape = |graph: &mut Graph, change: &dyn Fn(&mut Attention)| match &mut graph.blocks[0].steps[0].layer {
             Layer::Attention(attention) => change(attention),
             _ => unreachable!(),

@@ -6,5 +6,6 @@ pub mod metadata;
 pub mod mixes;
 pub mod names;
 mod pretokenizer;
+mod same;
 mod sentencepiece;
 pub mod tokenizer;

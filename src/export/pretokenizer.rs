@@ -234,8 +234,16 @@ mod tests {
     fn tables_are_whole() {
         assert_eq!((HASHES.len(), PROBE.chars().count()), (95, 350));
         assert!(HASHES.iter().enumerate().all(|(i, (hash, _))| HASHES[i + 1..].iter().all(|(other, _)| other != hash)));
+        let mut json = read("tests/fixtures/text/byte_level.json");
         for name in BYTE_LEVEL {
-            assert!(steps(&ByteLevel::named(name).unwrap().pre_tokenizer).is_some(), "{name}");
+            let setup = ByteLevel::named(name).unwrap();
+            assert!(steps(&setup.pre_tokenizer).is_some(), "{name}");
+            // Expressions that can be read, and lose nothing of a text.
+            json["pre_tokenizer"] = setup.pre_tokenizer;
+            let tokenizer = Tokenizer::from_json(json.to_string().as_bytes()).expect(name);
+            let bare = |text: &str| tokenizer.encode(text, false).expect(name).len();
+            let text = "It's  12345 words,\n don't\t\u{4e2d}\u{6587} \u{1f600}\r\n x_y ";
+            assert!(bare(text) > 12 && bare("") == 0, "{name}");
         }
     }
 

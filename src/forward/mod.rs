@@ -259,33 +259,46 @@ pub struct Plain<'a, B> {
 impl<B: Backend> Plain<'_, B> {
     /// One linear, with its bias, all parts together.
     pub fn load(&self, linear: &Linear) -> Result<Weight<B::Matrix>> {
-        let (rows, cols) = (linear.stored_rows(), linear.cols);
-        let name = linear.weight();
-        let (values, bias, transposed) = match &linear.stored {
-            Stored::Slice { index, transposed, bias, .. } => {
-                let own = *index..index + 1;
-                let bias = bias.as_ref().map(|bias| self.source.load_slices(bias, own.clone())).transpose()?;
-                (self.source.load_slices(&name, own)?, bias, *transposed)
-            }
-            stored => {
-                let bias = linear.bias().map(|bias| self.source.load(&bias)).transpose()?;
-                (self.source.load(&name)?, bias, *stored == Stored::Transposed)
-            }
-        };
-        self.source.release(&name);
-        let matrix = match transposed {
-            false => Array2::from_shape_vec((rows, cols), values),
-            true => Array2::from_shape_vec((cols, rows), values).map(Array2::reversed_axes),
-        };
-        let matrix = matrix.expect("checked when the graph was built");
-        let (matrix, bias) = match &linear.stored {
-            Stored::Slice { part: (split, part), .. } => match split.rows(*part) {
-                Some(rows) => (matrix.select(Axis(0), &rows), bias.map(|b| rows.iter().map(|row| b[*row]).collect())),
-                None => (matrix, bias),
-            },
-            _ => (matrix, bias),
-        };
-        Ok(Weight { matrix: self.backend.upload(matrix)?, bias })
+        let bias = load_bias(self.source, linear)?;
+        Ok(Weight { matrix: self.backend.upload(load_matrix(self.source, linear)?)?, bias })
+    }
+}
+
+/// A linear's weight `[rows, cols]`, however it is stored.
+pub fn load_matrix(source: &Checkpoint, linear: &Linear) -> Result<Array2<f32>> {
+    let (rows, cols) = (linear.stored_rows(), linear.cols);
+    let name = linear.weight();
+    let (values, transposed) = match &linear.stored {
+        Stored::Slice { index, transposed, .. } => (source.load_slices(&name, *index..index + 1)?, *transposed),
+        stored => (source.load(&name)?, *stored == Stored::Transposed),
+    };
+    source.release(&name);
+    let matrix = match transposed {
+        false => Array2::from_shape_vec((rows, cols), values),
+        true => Array2::from_shape_vec((cols, rows), values).map(Array2::reversed_axes),
+    };
+    let matrix = matrix.expect("checked when the graph was built");
+    Ok(match &linear.stored {
+        Stored::Slice { part: (split, part), .. } => match split.rows(*part) {
+            Some(rows) => matrix.select(Axis(0), &rows),
+            None => matrix,
+        },
+        _ => matrix,
+    })
+}
+
+/// A linear's bias `[rows]`, if it has one.
+pub fn load_bias(source: &Checkpoint, linear: &Linear) -> Result<Option<Vec<f32>>> {
+    match &linear.stored {
+        Stored::Slice { index, bias: Some(bias), part: (split, part), .. } => {
+            let values = source.load_slices(bias, *index..index + 1)?;
+            Ok(Some(match split.rows(*part) {
+                Some(rows) => rows.iter().map(|row| values[*row]).collect(),
+                None => values,
+            }))
+        }
+        Stored::Slice { .. } => Ok(None),
+        _ => linear.bias().map(|bias| source.load(&bias)).transpose(),
     }
 }
 

@@ -1,8 +1,9 @@
-//! A GGUF file of the `llama` architecture seen as a Hugging Face checkpoint: names, row order, config.json.
+//! A GGUF file as a Hugging Face checkpoint: names, row order, config.json.
 //!
-//! The tokenizer is rebuilt by [`super::gguf_tokenizer`].
+//! Which tensor of the file holds which rows of which tensor is what [`crate::export::names`] says for writing, gone
+//! backwards.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use formats::container::gguf::GgufSpec;
@@ -11,7 +12,11 @@ use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{Entry, StoredType};
 use crate::error::{Error, Result};
-use crate::import::names::{self, ARCHITECTURES, Architecture, Heads, ROPE_FREQS};
+use crate::export::names::{From, Part, plan};
+use crate::families;
+use crate::graph::Stored;
+use crate::import::names::{ARCHITECTURES, Architecture, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
+use crate::import::settings::Settings;
 
 /// An opened GGUF model.
 #[derive(Debug)]
@@ -23,12 +28,24 @@ pub(crate) struct GgufModel {
     order: Vec<String>,
 }
 
-/// Where a tensor lies, and how its rows are ordered.
+/// What a tensor is made of.
 #[derive(Debug)]
 struct Mapped {
+    shape: Vec<usize>,
+    pieces: Vec<Piece>,
+    /// Of a matrix whose rows are rows of the file: for each its piece and the row there.
+    rows: Option<Vec<(u32, u32)>>,
+}
+
+/// Rows of a tensor of the file.
+#[derive(Debug)]
+struct Piece {
+    /// The file's tensor.
     name: String,
-    /// Heads whose rows are interleaved (q and k), else `None`.
-    interleaved: Option<usize>,
+    /// Its first row.
+    first: usize,
+    /// What it is of the tensor.
+    part: Part,
 }
 
 impl GgufModel {
@@ -43,32 +60,72 @@ impl GgufModel {
                 known.join(", ")
             )));
         };
-        let settings = Settings::read(&file, architecture.id)?;
         let dtype = stored_dtype(file.tensors());
-        let config = settings.config(&file, dtype)?;
+        let settings = settings(&file, architecture)?;
+        let mut config = settings.config().map_err(|error| error.in_file(path))?;
+        finish_config(&mut config, &file, dtype)?;
 
-        let mut tensors = HashMap::new();
-        let mut order = Vec::new();
-        for spec in file.tensors().iter().filter(|spec| spec.name != ROPE_FREQS) {
-            // An unknown tensor keeps its name, for whoever accounts for tensors to refuse.
-            let name = architecture.hugging_face_name(&spec.name).unwrap_or_else(|| spec.name.clone());
-            let interleaved = architecture.interleaved(&spec.name).map(|heads| match heads {
-                Heads::Query => settings.heads,
-                Heads::Key => settings.kv_heads,
-            });
-            let rows = spec.shape.first().copied().unwrap_or(1);
-            if let Some(heads) = interleaved
-                && !rows.is_multiple_of(2 * heads)
-            {
-                let why = format!("its {rows} rows do not split into pairs for {heads} heads");
-                return Err(formats::Error::malformed(why).in_tensor(&spec.name).in_file(path).into());
+        let graph = families::build(&config).map_err(|error| Error::failed(format!("{}: {error}", path.display())))?;
+        let planned = plan(&graph).map_err(|error| Error::failed(format!("{}: {error}", path.display())))?;
+        let shapes: HashMap<String, Vec<usize>> = graph.tensors().into_iter().collect();
+        let mut tensors: HashMap<String, Mapped> = HashMap::new();
+        let (mut order, mut seen) = (Vec::new(), HashSet::new());
+        let mut known: HashMap<&str, Vec<String>> = HashMap::new();
+        for tensor in &planned.tensors {
+            let Some(view) = file.get(&tensor.gguf).filter(|_| !tensor.parts().is_empty()) else { continue };
+            let shapes_differ = view.shape.iter().product::<usize>() != tensor.shape.iter().product::<usize>()
+                || view.shape.last() != tensor.shape.last();
+            if shapes_differ {
+                let error =
+                    formats::Error::mismatch("its shape", format!("{:?}", tensor.shape), format!("{:?}", view.shape));
+                return Err(error.in_tensor(&tensor.gguf).in_file(path).into());
             }
-            order.push(name.clone());
-            if tensors.insert(name.clone(), Mapped { name: spec.name.clone(), interleaved }).is_some() {
-                return Err(formats::Error::malformed("two tensors would have this name")
-                    .in_tensor(name)
-                    .in_file(path)
-                    .into());
+            let mut first = 0;
+            let mut sources = Vec::new();
+            for part in tensor.parts() {
+                let source = part.from.tensor();
+                let shape = shapes.get(&source).cloned().unwrap_or_else(|| tensor.shape.clone());
+                let piece = Piece { name: tensor.gguf.clone(), first, part: part.clone() };
+                first += part.extents()[0];
+                tensors
+                    .entry(source.clone())
+                    .or_insert_with(|| Mapped { shape, pieces: Vec::new(), rows: None })
+                    .pieces
+                    .push(piece);
+                if !sources.contains(&source) {
+                    sources.push(source);
+                }
+            }
+            known.insert(&tensor.gguf, sources);
+        }
+        for spec in file.tensors().iter().filter(|spec| ![ROPE_FREQS, ROPE_LONG, ROPE_SHORT].contains(&&spec.name[..]))
+        {
+            match known.get(&spec.name[..]) {
+                Some(sources) => {
+                    order.extend(sources.iter().filter(|source| seen.insert((*source).clone())).cloned());
+                }
+                // An unknown tensor keeps its name, for whoever accounts for tensors to refuse.
+                None => {
+                    let part = Part {
+                        from: From::Tensor(spec.name.clone(), spec.shape.clone()),
+                        rows: None,
+                        transposed: false,
+                        offset: 0.0,
+                    };
+                    let piece = Piece { name: spec.name.clone(), first: 0, part };
+                    let mapped = Mapped { shape: spec.shape.clone(), pieces: vec![piece], rows: None };
+                    tensors.insert(spec.name.clone(), mapped);
+                    order.push(spec.name.clone());
+                }
+            }
+        }
+        for (name, mapped) in &mut tensors {
+            mapped.rows = mapped.by_row();
+            let covered: usize = mapped.pieces.iter().map(|piece| piece.part.extents().iter().product::<usize>()).sum();
+            let values: usize = mapped.shape.iter().product();
+            if covered != values {
+                let error = formats::Error::mismatch("the values that the file has of it", values, covered);
+                return Err(error.in_tensor(name).in_file(path).into());
             }
         }
         Ok(GgufModel { file, config, dtype, tensors, order })
@@ -89,12 +146,17 @@ impl GgufModel {
     /// Every tensor under its Hugging Face name, in the file's order.
     pub fn entries(&self) -> Vec<Entry> {
         let entry = |name: &String| {
-            let view = self.file.get(&self.tensors[name].name).expect("listed");
+            let mapped = &self.tensors[name];
+            let bytes = |piece: &Piece| {
+                let view = self.file.get(&piece.name).expect("listed");
+                view.data.len() * piece.part.extents()[0] / view.rows_and_width().0.max(1)
+            };
+            let ty = self.file.get(&mapped.pieces[0].name).expect("listed").ty;
             Entry {
                 name: name.clone(),
-                shape: view.shape.to_vec(),
-                dtype: view.ty.plain().map_or(StoredType::Ggml(view.ty), StoredType::Plain),
-                stored_bytes: view.data.len() as u64,
+                shape: mapped.shape.clone(),
+                dtype: ty.plain().map_or(StoredType::Ggml(ty), StoredType::Plain),
+                stored_bytes: mapped.pieces.iter().map(bytes).sum::<usize>() as u64,
             }
         };
         self.order.iter().map(entry).collect()
@@ -103,38 +165,86 @@ impl GgufModel {
     /// Rows of a tensor in Hugging Face order; `rows` are within it, and each target holds one row.
     pub fn read_rows<'o>(&self, name: &str, rows: impl Iterator<Item = (usize, &'o mut [f32])>) -> formats::Result<()> {
         let mapped = &self.tensors[name];
-        let view = self.file.get(&mapped.name).expect("listed");
-        // Of a bias it is the elements that are permuted.
-        if view.shape.len() == 1 {
-            let mut whole = vec![0.0; view.shape[0]];
-            view.ty.dequantize(view.data, &mut whole)?;
-            for (_, out) in rows {
-                for (element, out) in out.iter_mut().enumerate() {
-                    *out = whole[mapped.stored_row(element, whole.len())];
-                }
-            }
+        let Some(places) = &mapped.rows else {
+            let width = mapped.shape.last().copied().unwrap_or(1);
+            let whole = self.read(name, None)?;
+            rows.for_each(|(row, out)| out.copy_from_slice(&whole[row * width..][..width]));
             return Ok(());
-        }
-        let (count, _) = view.rows_and_width();
+        };
         for (row, out) in rows {
-            view.ty.dequantize(view.row(mapped.stored_row(row, count)), out)?;
+            let (piece, at) = places[row];
+            let Piece { name, first, part } = &mapped.pieces[piece as usize];
+            let view = self.file.get(name).expect("listed");
+            view.ty.dequantize(view.row(first + at as usize), out)?;
+            if part.offset != 0.0 {
+                out.iter_mut().for_each(|x| *x -= part.offset);
+            }
         }
         Ok(())
+    }
+
+    /// All values of a tensor, or those of one of its slices.
+    pub fn read(&self, name: &str, slice: Option<usize>) -> formats::Result<Vec<f32>> {
+        let mapped = &self.tensors[name];
+        if let (None, Some(rows)) = (slice, &mapped.rows) {
+            let width = mapped.shape.last().copied().unwrap_or(1);
+            let mut values = vec![0.0; rows.len() * width];
+            self.read_rows(name, values.chunks_exact_mut(width).enumerate())?;
+            return Ok(values);
+        }
+        let one: usize = mapped.shape.iter().skip(usize::from(slice.is_some())).product();
+        let sliced = |piece: &Piece| match &piece.part.from {
+            From::Weight(linear) | From::Bias(linear) => matches!(linear.stored, Stored::Slice { .. }),
+            From::Tensor(..) => false,
+        };
+        if let Some(index) = slice.filter(|_| !mapped.pieces.iter().all(sliced)) {
+            return Ok(self.read(name, None)?[index * one..][..one].to_vec());
+        }
+        let mut values = vec![0.0; one];
+        for Piece { name, first, part } in &mapped.pieces {
+            let at = match (&part.from, slice) {
+                (From::Weight(linear) | From::Bias(linear), wanted) => match (&linear.stored, wanted) {
+                    (Stored::Slice { index, .. }, Some(wanted)) if *index != wanted => continue,
+                    (Stored::Slice { .. }, Some(_)) => 0,
+                    (Stored::Slice { index, of, .. }, None) => index * (one / of),
+                    _ => 0,
+                },
+                _ => 0,
+            };
+            let view = self.file.get(name).expect("listed");
+            let [rows, width] = part.extents();
+            let mut row = vec![0.0; width];
+            for r in 0..rows {
+                view.ty.dequantize(view.row(first + r), &mut row)?;
+                for (c, value) in row.iter().enumerate() {
+                    values[at + place(part, [r, c])] = value - part.offset;
+                }
+            }
+        }
+        Ok(values)
     }
 
     /// The bytes of a tensor that is stored plainly and in Hugging Face order.
     pub fn raw(&self, name: &str) -> Option<TensorView<'_>> {
         let mapped = self.tensors.get(name)?;
-        let view = self.file.get(&mapped.name)?;
-        match mapped.interleaved {
-            Some(_) => None,
-            None => Some(TensorView { dtype: view.ty.plain()?, shape: view.shape, data: view.data }),
-        }
+        let [Piece { name, first: 0, part: Part { from, rows: None, transposed: false, offset: 0.0 } }] =
+            &mapped.pieces[..]
+        else {
+            return None;
+        };
+        let plain = match from {
+            From::Weight(linear) | From::Bias(linear) => linear.stored == Stored::Plain,
+            From::Tensor(..) => true,
+        };
+        let view = self.file.get(name)?;
+        let whole = plain && view.shape.iter().product::<usize>() == mapped.shape.iter().product::<usize>();
+        whole.then_some(TensorView { dtype: view.ty.plain()?, shape: &mapped.shape, data: view.data })
     }
 
     pub fn release(&self, name: &str) {
-        if let Some(mapped) = self.tensors.get(name) {
-            self.file.release(&mapped.name);
+        // Of a tensor with parts of others those are still needed.
+        if let Some([piece]) = self.tensors.get(name).map(|mapped| &mapped.pieces[..]) {
+            self.file.release(&piece.name);
         }
     }
 
@@ -158,10 +268,100 @@ impl GgufModel {
 }
 
 impl Mapped {
-    /// The row of the file that holds row `row` of `rows`.
-    fn stored_row(&self, row: usize, rows: usize) -> usize {
-        self.interleaved.map_or(row, |heads| names::stored_row(row, rows, heads))
+    /// Where each row lies, of a matrix that is made of rows of the file.
+    fn by_row(&self) -> Option<Vec<(u32, u32)>> {
+        let width = *self.shape.last()?;
+        if self.shape.len() < 2 || width == 0 {
+            return None;
+        }
+        let rows = self.shape.iter().product::<usize>() / width;
+        let mut places = vec![(u32::MAX, 0); rows];
+        for (index, Piece { part, .. }) in self.pieces.iter().enumerate() {
+            let plain = match &part.from {
+                From::Weight(linear) => linear.stored == Stored::Plain,
+                From::Bias(_) => false,
+                From::Tensor(_, shape) => shape.len() > 1,
+            };
+            if part.transposed || !plain || part.extents()[1] != width {
+                return None;
+            }
+            for row in 0..part.extents()[0] {
+                let source = part.rows.as_ref().map_or(row, |rows| rows[row]);
+                *places.get_mut(source)? = (index as u32, row as u32);
+            }
+        }
+        places.iter().all(|(piece, _)| *piece != u32::MAX).then_some(places)
     }
+}
+
+/// Where the value in a row and column of a part lies in the tensor, or in its slice.
+fn place(part: &Part, [row, col]: [usize; 2]) -> usize {
+    let (row, col) = if part.transposed { (col, row) } else { (row, col) };
+    let of = |index: usize| part.rows.as_ref().map_or(index, |rows| rows[index]);
+    let split = |linear: &crate::graph::Linear, index: usize| match &linear.stored {
+        Stored::Slice { part: (split, which), .. } if !split.lengths.is_empty() => {
+            let length = split.lengths[*which];
+            let before: usize = split.lengths[..*which].iter().sum();
+            let all: usize = split.lengths.iter().sum();
+            index / length * all + before + index % length
+        }
+        _ => index,
+    };
+    match &part.from {
+        From::Weight(linear) => {
+            let row = split(linear, of(row));
+            match &linear.stored {
+                Stored::Transposed | Stored::Slice { transposed: true, .. } => col * linear.stored_rows() + row,
+                _ => row * linear.cols + col,
+            }
+        }
+        From::Bias(linear) => split(linear, of(col)),
+        From::Tensor(_, shape) if shape.len() < 2 => of(col),
+        From::Tensor(..) => of(row) * part.from.extents()[1] + col,
+    }
+}
+
+/// What the file says, for [`Settings::config`].
+fn settings(file: &GgufFile, architecture: &'static Architecture) -> Result<Settings> {
+    let own = file.keys().into_iter().filter(|key| key.starts_with(architecture.id));
+    let keys = own.map(|key| (key.to_owned(), file.metadata(key).expect("listed").clone())).collect();
+    let tensors = file.tensors().iter().map(|spec| (spec.name.clone(), spec.shape.clone())).collect();
+    let mut factors = HashMap::new();
+    for name in [ROPE_FREQS, ROPE_LONG, ROPE_SHORT] {
+        if let Some(view) = file.get(name) {
+            let mut values = vec![0.0; view.shape.iter().product()];
+            view.ty.dequantize(view.data, &mut values)?;
+            factors.insert(name.to_owned(), values);
+        }
+    }
+    Ok(Settings { architecture, keys, tensors, factors })
+}
+
+/// What config.json says beside the model's shape.
+fn finish_config(config: &mut Value, file: &GgufFile, dtype: Dtype) -> Result<()> {
+    if config["vocab_size"].is_null() {
+        let error = formats::Error::missing("the tensor").in_tensor("token_embd.weight").in_file(file.path());
+        return Err(error.into());
+    }
+    let dtype = match dtype {
+        Dtype::F32 => "float32",
+        Dtype::BF16 => "bfloat16",
+        _ => "float16",
+    };
+    let object = config.as_object_mut().expect("an object");
+    object.insert("torch_dtype".into(), dtype.into());
+    for (name, key) in [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")] {
+        if let Some(id) = file.count(&format!("tokenizer.ggml.{key}_token_id"))? {
+            object.insert(name.into(), id.into());
+        }
+    }
+    // A chat model ends its turn with another token than a text.
+    if let (Some(eos), Some(eot)) = (object.get("eos_token_id").cloned(), file.count("tokenizer.ggml.eot_token_id")?)
+        && eos != json!(eot)
+    {
+        object.insert("eos_token_id".into(), json!([eos, eot]));
+    }
+    Ok(())
 }
 
 /// What converted weights should be stored as: the file's own float type, and half precision for ggml's blocks.
@@ -171,188 +371,4 @@ fn stored_dtype(tensors: &[GgufSpec]) -> Dtype {
     }
     let bytes = |dtype| tensors.iter().filter(|s| s.ty.plain() == Some(dtype)).map(GgufSpec::bytes).sum::<usize>();
     [Dtype::BF16, Dtype::F16, Dtype::F32].into_iter().max_by_key(|dtype| bytes(*dtype)).expect("three types")
-}
-
-/// The settings under `{architecture}.`.
-struct Settings {
-    hidden: usize,
-    mlp: usize,
-    blocks: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    context: usize,
-    epsilon: f64,
-    theta: f64,
-    scaling: Option<Value>,
-}
-
-impl Settings {
-    fn read(file: &GgufFile, architecture: &str) -> Result<Settings> {
-        let key = |name: &str| format!("{architecture}.{name}");
-        let count = |name: &str| -> Result<Option<usize>> { Ok(file.count(&key(name))?) };
-        let required = |name: &str| -> Result<usize> {
-            let value = file.require(&key(name), count(name)?)?;
-            if value == 0 {
-                let error = formats::Error::mismatch(format!("metadata key `{}`", key(name)), "a positive count", 0);
-                return Err(error.in_file(file.path()).into());
-            }
-            Ok(value)
-        };
-        let unsupported = |why: String| Error::Format(formats::Error::unsupported(why).in_file(file.path()));
-
-        if let Some(experts) = count("expert_count")?.filter(|n| *n > 0) {
-            return Err(unsupported(format!("a mixture of {experts} experts cannot be read")));
-        }
-        let hidden = required("embedding_length")?;
-        let heads = required("attention.head_count")?;
-        let kv_heads = count("attention.head_count_kv")?.unwrap_or(heads).max(1);
-        let head_dim = count("attention.key_length")?.unwrap_or(hidden / heads);
-        if let Some(value) = count("attention.value_length")?.filter(|value| *value != head_dim) {
-            return Err(unsupported(format!("keys of {head_dim} values and values of {value} cannot be read")));
-        }
-        if let Some(rotated) = count("rope.dimension_count")?.filter(|rotated| *rotated != head_dim) {
-            return Err(unsupported(format!("rotating {rotated} of {head_dim} values of a head cannot be read")));
-        }
-        let context = required("context_length")?;
-        let epsilon = "attention.layer_norm_rms_epsilon";
-        let epsilon = file.require(&key(epsilon), file.float(&key(epsilon))?)?;
-        Ok(Settings {
-            hidden,
-            mlp: required("feed_forward_length")?,
-            blocks: required("block_count")?,
-            heads,
-            kv_heads,
-            head_dim,
-            context,
-            epsilon,
-            theta: file.float(&key("rope.freq_base"))?.unwrap_or(10000.0),
-            scaling: rope_scaling(file, architecture)?,
-        })
-    }
-
-    /// config.json of a `LlamaForCausalLM`.
-    fn config(&self, file: &GgufFile, dtype: Dtype) -> Result<Value> {
-        let embedding = file
-            .get("token_embd.weight")
-            .ok_or_else(|| formats::Error::missing("the tensor").in_tensor("token_embd.weight").in_file(file.path()))?;
-        let dtype = match dtype {
-            Dtype::F32 => "float32",
-            Dtype::BF16 => "bfloat16",
-            _ => "float16",
-        };
-        let mut config = json!({
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "attention_bias": file.get("blk.0.attn_q.bias").is_some(),
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "hidden_size": self.hidden,
-            "intermediate_size": self.mlp,
-            "max_position_embeddings": self.context,
-            "mlp_bias": file.get("blk.0.ffn_up.bias").is_some(),
-            "num_attention_heads": self.heads,
-            "num_hidden_layers": self.blocks,
-            "num_key_value_heads": self.kv_heads,
-            "rms_norm_eps": self.epsilon,
-            "rope_theta": self.theta,
-            "tie_word_embeddings": file.get("output.weight").is_none(),
-            "torch_dtype": dtype,
-            "vocab_size": embedding.shape.first(),
-        });
-        let object = config.as_object_mut().expect("an object");
-        if let Some(scaling) = &self.scaling {
-            object.insert("rope_scaling".into(), scaling.clone());
-        }
-        for (name, key) in [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")] {
-            if let Some(id) = file.count(&format!("tokenizer.ggml.{key}_token_id"))? {
-                object.insert(name.into(), id.into());
-            }
-        }
-        // A chat model ends its turn with another token than a text.
-        if let (Some(eos), Some(eot)) =
-            (object.get("eos_token_id").cloned(), file.count("tokenizer.ggml.eot_token_id")?)
-            && eos != json!(eot)
-        {
-            object.insert("eos_token_id".into(), json!([eos, eot]));
-        }
-        Ok(config)
-    }
-}
-
-fn rope_scaling(file: &GgufFile, architecture: &str) -> Result<Option<Value>> {
-    let key = |name: &str| format!("{architecture}.rope.{name}");
-    if let Some(freqs) = file.get(ROPE_FREQS) {
-        let mut factors = vec![0.0; freqs.shape.iter().product()];
-        freqs.ty.dequantize(freqs.data, &mut factors)?;
-        let theta = file.float(&key("freq_base"))?.unwrap_or(10000.0);
-        return llama3_scaling(&factors, theta).map_err(|e| e.in_tensor(ROPE_FREQS).in_file(file.path()).into());
-    }
-    let factor = match file.float(&key("scaling.factor"))? {
-        Some(factor) => Some(factor),
-        None => file.float(&key("scale_linear"))?,
-    };
-    let kind = file.string(&key("scaling.type"))?.unwrap_or(if factor.is_some() { "linear" } else { "none" });
-    match (kind, factor) {
-        ("none", _) | ("linear", None | Some(1.0)) => Ok(None),
-        ("linear", Some(factor)) => Ok(Some(json!({"rope_type": "linear", "factor": factor}))),
-        (other, _) => Err(formats::Error::unsupported(format!("rope scaling of type `{other}` cannot be read"))
-            .in_file(file.path())
-            .into()),
-    }
-}
-
-/// Finds Llama 3's scaling from the factor it gives each rotary frequency.
-///
-/// With wavelength `λ` the factor is 1 below `original/high`, `factor` above `original/low`, and between them
-/// `1 / ((1 − t)/factor + t)` with `t = (original/λ − low) / (high − low)`. Only the ratios `original : low : high` can be
-/// known, so `low` is taken to be 1, as it always is.
-fn llama3_scaling(factors: &[f32], theta: f64) -> formats::Result<Option<Value>> {
-    if factors.iter().all(|f| *f == 1.0) {
-        return Ok(None);
-    }
-    let dim = 2 * factors.len();
-    let inverse_wavelength = |i: usize| theta.powf(-(2.0 * i as f64) / dim as f64) / std::f64::consts::TAU;
-    let factor = factors.iter().copied().fold(1.0f32, f32::max);
-    // Each factor in between gives a point on the line t(1/λ).
-    let t = |f: f32| (1.0 / f64::from(f) - 1.0 / f64::from(factor)) / (1.0 - 1.0 / f64::from(factor));
-    let between: Vec<(f64, f64)> = (0..factors.len())
-        .filter(|&i| factors[i] > 1.0 && factors[i] < factor)
-        .map(|i| (inverse_wavelength(i), t(factors[i])))
-        .collect();
-    let (original, high) = match (between.first(), between.last()) {
-        (Some(first), Some(last)) if between.len() > 1 => {
-            let slope = (last.1 - first.1) / (last.0 - first.0);
-            let low_over_span = slope * first.0 - first.1;
-            let span = 1.0 / low_over_span;
-            (slope * span, 1.0 + span)
-        }
-        // Few rotary pairs leave the bounds open; any between the last unscaled and the first scaled wavelength will do.
-        (None, None) => {
-            let wavelength = |i: usize| 1.0 / inverse_wavelength(i);
-            let first_scaled = (0..factors.len()).find(|&i| factors[i] > 1.0).map_or(1.0, wavelength);
-            let last_whole =
-                (0..factors.len()).rev().find(|&i| factors[i] == 1.0).map_or(first_scaled / 4.0, wavelength);
-            let original = first_scaled.floor();
-            (original, (original / last_whole).min(4.0))
-        }
-        // What Llama 3.1 to 3.3 use.
-        _ => (8192.0, 4.0),
-    };
-    let (original, high) = (original.round(), (high * 1000.0).round() / 1000.0);
-    let expected = |i: usize| {
-        let t = (original * inverse_wavelength(i) - 1.0) / (high - 1.0);
-        1.0 / ((1.0 - t.clamp(0.0, 1.0)) / f64::from(factor) + t.clamp(0.0, 1.0))
-    };
-    if let Some(i) = (0..factors.len()).find(|&i| (f64::from(factors[i]) / expected(i) - 1.0).abs() > 1e-3) {
-        return Err(formats::Error::unsupported(format!(
-            "the frequency factors are not Llama 3's rope scaling: factor {i} is {}, expected {:.4}",
-            factors[i],
-            expected(i)
-        )));
-    }
-    Ok(Some(json!({
-        "rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": high,
-        "original_max_position_embeddings": original as u64,
-    })))
 }

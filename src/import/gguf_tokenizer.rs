@@ -40,6 +40,29 @@ const DEEPSEEK_V3_WORDS: &[&str] = &[
     "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
 ];
 
+/// DeepSeek's first, one after the other: letters of scripts with case, punctuation, those of Chinese, Japanese, Korean.
+const DEEPSEEK_LLM_WORDS: &[&str] = &[
+    "[\r\n]",
+    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
+    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+    r"\s+$",
+    "[一-龥ࠀ-一가-퟿]+",
+    r"\p{N}",
+];
+
+/// DeepSeek Coder's, one after the other.
+const DEEPSEEK_CODER_WORDS: &[&str] = &["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"];
+
+/// Falcon's, one after the other.
+const FALCON_WORDS: &[&str] = &[
+    r"[\p{P}\$\+<=>\^~\|`]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"[0-9][0-9][0-9]",
+];
+
+/// Qwen 3.5's: marks belong to their letters.
+const QWEN35_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
 /// What llama.cpp does, one after the other, when a file says `default`.
 const DEFAULT_WORDS: &[&str] = &[
     r"[\p{P}\$\+<=>\^~\|]+",
@@ -59,7 +82,10 @@ pub(crate) struct ByteLevel {
 
 /// The names that [`ByteLevel::named`] knows, without second names.
 pub(crate) const BYTE_LEVEL: &[&str] =
-    &["gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "tekken", "gpt-4o", "deepseek-v3", "default"];
+    &[
+        "gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "stablelm2", "qwen35", "tekken", "gpt-4o", "deepseek-llm",
+        "deepseek-coder", "deepseek-v3", "falcon", "default",
+    ];
 
 impl ByteLevel {
     pub fn named(pre: &str) -> Option<ByteLevel> {
@@ -68,33 +94,32 @@ impl ByteLevel {
         let sequence = |steps: Vec<Value>| json!({"type": "Sequence", "pretokenizers": steps});
         let plain =
             |pre_tokenizer| ByteLevel { pre_tokenizer, normalizer: Value::Null, ignore_merges: false, add_bos: false };
+        let splits = |patterns: &[&str]| {
+            plain(sequence(patterns.iter().map(|pattern| split(pattern)).chain([bytes(false)]).collect()))
+        };
         Some(match pre {
-            "gpt-2" => plain(bytes(true)),
-            "smollm" => plain(sequence(vec![json!({"type": "Digits", "individual_digits": true}), bytes(true)])),
-            "llama-bpe" | "llama3" | "llama-v3" => ByteLevel {
-                ignore_merges: true,
-                add_bos: true,
-                ..plain(sequence(vec![split(LLAMA3_WORDS), bytes(false)]))
-            },
-            "smaug-bpe" | "dbrx" => plain(sequence(vec![split(LLAMA3_WORDS), bytes(false)])),
-            "tekken" => ByteLevel {
-                ignore_merges: true,
-                add_bos: true,
-                ..plain(sequence(vec![split(TEKKEN_WORDS), bytes(false)]))
-            },
-            "gpt-4o" | "llama4" => plain(sequence(vec![split(GPT_4O_WORDS), bytes(false)])),
-            "deepseek-v3" => {
-                let splits = DEEPSEEK_V3_WORDS.iter().map(|pattern| split(pattern));
-                plain(sequence(splits.chain([bytes(false)]).collect()))
+            "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" | "trillion" | "granite-docling" | "exaone4" | "gigachat"
+            | "a.x-4.0" | "mellum" | "jina-es" | "jina-de" => plain(bytes(true)),
+            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b" | "mellum2" => {
+                plain(sequence(vec![json!({"type": "Digits", "individual_digits": true}), bytes(true)]))
             }
-            "qwen2" | "deepseek-r1-qwen" => ByteLevel {
-                normalizer: json!({"type": "NFC"}),
-                ..plain(sequence(vec![split(QWEN2_WORDS), bytes(false)]))
-            },
-            "default" => {
-                let splits = DEFAULT_WORDS.iter().map(|pattern| split(pattern));
-                plain(sequence(splits.chain([bytes(false)]).collect()))
+            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2" => {
+                ByteLevel { ignore_merges: true, add_bos: true, ..splits(&[LLAMA3_WORDS]) }
             }
+            "glm4" | "glm5" => ByteLevel { ignore_merges: true, ..splits(&[LLAMA3_WORDS]) },
+            "smaug-bpe" | "dbrx" | "chatglm-bpe" => splits(&[LLAMA3_WORDS]),
+            "tekken" => ByteLevel { ignore_merges: true, add_bos: true, ..splits(&[TEKKEN_WORDS]) },
+            "gpt-4o" | "llama4" | "kanana2" | "minimax-m2" => splits(&[GPT_4O_WORDS]),
+            "deepseek-llm" => splits(DEEPSEEK_LLM_WORDS),
+            "deepseek-coder" => splits(DEEPSEEK_CODER_WORDS),
+            "deepseek-v3" | "hunyuan-dense" | "joyai-llm" | "hy_v4" => splits(DEEPSEEK_V3_WORDS),
+            "falcon" => splits(FALCON_WORDS),
+            "qwen2" | "deepseek-r1-qwen" | "kormo" | "f2llmv2" => {
+                ByteLevel { normalizer: json!({"type": "NFC"}), ..splits(&[QWEN2_WORDS]) }
+            }
+            "stablelm2" | "hunyuan" | "solar-open" | "megrez" | "grok-2" => splits(&[QWEN2_WORDS]),
+            "qwen35" => ByteLevel { normalizer: json!({"type": "NFC"}), ..splits(&[QWEN35_WORDS]) },
+            "default" => splits(DEFAULT_WORDS),
             _ => return None,
         })
     }

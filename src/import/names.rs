@@ -1,54 +1,179 @@
-//! Tensor names and row order of the architectures that GGUF files name, for reading and writing.
+//! The architectures that GGUF files name: which families are written as each, and what it asks of tensors.
 //!
-//! One entry of [`ARCHITECTURES`] an architecture; nothing else knows a GGUF tensor's name.
+//! One entry of [`ARCHITECTURES`] an architecture. How a graph's tensors are named and laid out in it is in
+//! [`crate::export::names`], which reading goes backwards.
 
 use std::cmp::Ordering;
 
-/// Frequency factors, one per rotary pair; part of config.json in Hugging Face's terms.
+/// Factors that each rotary frequency is divided by; part of config.json in Hugging Face's terms.
 pub(crate) const ROPE_FREQS: &str = "rope_freqs.weight";
 
-/// How a GGUF architecture names the tensors of the families that it serves.
+/// LongRoPE's factors beyond the first context.
+pub(crate) const ROPE_LONG: &str = "rope_factors_long.weight";
+
+/// LongRoPE's factors within it.
+pub(crate) const ROPE_SHORT: &str = "rope_factors_short.weight";
+
+/// Whether loaders ask for a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// They refuse a file that has it.
+    Never,
+    /// They take it where it is.
+    May,
+    /// They refuse a file without it.
+    Must,
+}
+
+/// What a GGUF architecture asks for, as llama.cpp's loader has it.
 #[derive(Debug)]
 pub(crate) struct Architecture {
     /// `general.architecture`.
     pub id: &'static str,
     /// The families written as it, by [`crate::families::Family::id`].
     pub families: &'static [&'static str],
-    /// Modules outside the blocks: GGUF's name, Hugging Face's.
-    model: &'static [(&'static str, &'static str)],
-    /// Modules of a block: GGUF's name, Hugging Face's.
-    block: &'static [(&'static str, &'static str)],
-    /// Modules whose rows are interleaved, and whose heads they hold.
-    interleaved: &'static [(&'static str, Heads)],
+    /// Whether neighbours are rotated together: rows of heads whose halves are rotated together are interleaved.
+    pub neighbours: bool,
+    /// Whether all heads together must be as wide as the residual stream.
+    pub square: bool,
+    /// An output projection beside the embedding.
+    pub head: Need,
+    /// Its bias.
+    pub head_bias: Need,
+    /// Biases of queries, keys and values.
+    pub qkv_bias: Need,
+    /// Of attention's output.
+    pub o_bias: Need,
+    /// Of feed-forward layers that are no experts.
+    pub mlp_bias: Need,
+    /// Of routers and experts.
+    pub moe_bias: Need,
+    /// The norm before feed-forward layers.
+    pub ffn_norm: &'static str,
+    /// Whether tensors of rotary factors are read.
+    pub factors: bool,
+    /// Whether layers may see a window only; elsewhere windows are ignored.
+    pub windows: bool,
 }
 
-/// Which heads the rows of a projection belong to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Heads {
-    /// The query heads.
-    Query,
-    /// The key and value heads.
-    Key,
-}
+const PLAIN: Architecture = Architecture {
+    id: "",
+    families: &[],
+    neighbours: false,
+    square: false,
+    head: Need::May,
+    head_bias: Need::Never,
+    qkv_bias: Need::May,
+    o_bias: Need::Never,
+    mlp_bias: Need::Never,
+    moe_bias: Need::Never,
+    ffn_norm: "ffn_norm",
+    factors: false,
+    windows: false,
+};
+
+const LLAMA: Architecture = Architecture {
+    id: "llama",
+    families: &["llama", "mistral", "mixtral"],
+    neighbours: true,
+    o_bias: Need::May,
+    mlp_bias: Need::May,
+    factors: true,
+    ..PLAIN
+};
 
 /// Every architecture that can be read and written.
-pub(crate) const ARCHITECTURES: &[Architecture] = &[Architecture {
-    id: "llama",
-    families: &["llama", "mistral"],
-    model: &[("token_embd", "model.embed_tokens"), ("output_norm", "model.norm"), ("output", "lm_head")],
-    block: &[
-        ("attn_norm", "input_layernorm"),
-        ("attn_q", "self_attn.q_proj"),
-        ("attn_k", "self_attn.k_proj"),
-        ("attn_v", "self_attn.v_proj"),
-        ("attn_output", "self_attn.o_proj"),
-        ("ffn_norm", "post_attention_layernorm"),
-        ("ffn_gate", "mlp.gate_proj"),
-        ("ffn_up", "mlp.up_proj"),
-        ("ffn_down", "mlp.down_proj"),
-    ],
-    interleaved: &[("attn_q", Heads::Query), ("attn_k", Heads::Key)],
-}];
+pub(crate) const ARCHITECTURES: &[Architecture] = &[
+    LLAMA,
+    Architecture { id: "qwen2", families: &["qwen2"], square: true, ..PLAIN },
+    Architecture { id: "qwen2vl", families: &["qwen2_vl"], square: true, ..PLAIN },
+    Architecture { id: "qwen3", families: &["qwen3"], ..PLAIN },
+    Architecture { id: "gemma", families: &["gemma"], head: Need::Never, ..PLAIN },
+    Architecture { id: "gemma2", families: &["gemma2"], head: Need::Never, windows: true, ..PLAIN },
+    Architecture { id: "gemma3", families: &["gemma3"], windows: true, ..PLAIN },
+    Architecture {
+        id: "phi2",
+        families: &["phi"],
+        square: true,
+        head: Need::Must,
+        head_bias: Need::Must,
+        o_bias: Need::Must,
+        mlp_bias: Need::Must,
+        ..PLAIN
+    },
+    Architecture { id: "phi3", families: &["phi3"], square: true, factors: true, ..PLAIN },
+    Architecture { id: "olmo", families: &["olmo"], neighbours: true, square: true, ..PLAIN },
+    Architecture { id: "olmo2", families: &["olmo2", "olmo3"], square: true, head: Need::Must, windows: true, ..PLAIN },
+    Architecture { id: "granite", families: &["granite"], ..LLAMA },
+    Architecture { id: "granitemoe", families: &["granitemoe"], ..LLAMA },
+    Architecture {
+        id: "starcoder2",
+        families: &["starcoder2"],
+        square: true,
+        qkv_bias: Need::Must,
+        o_bias: Need::Must,
+        mlp_bias: Need::Must,
+        ..PLAIN
+    },
+    Architecture {
+        id: "gptneox",
+        families: &["gpt_neox"],
+        square: true,
+        head: Need::Must,
+        qkv_bias: Need::Must,
+        o_bias: Need::Must,
+        mlp_bias: Need::Must,
+        ..PLAIN
+    },
+    Architecture {
+        id: "gpt2",
+        families: &["gpt2"],
+        square: true,
+        qkv_bias: Need::Must,
+        o_bias: Need::Must,
+        mlp_bias: Need::Must,
+        ..PLAIN
+    },
+    Architecture { id: "smollm3", families: &["smollm3"], neighbours: true, ..PLAIN },
+    Architecture { id: "command-r", families: &["cohere"], neighbours: true, square: true, head: Need::Never, ..PLAIN },
+    Architecture {
+        id: "cohere2",
+        families: &["cohere2"],
+        neighbours: true,
+        square: true,
+        head: Need::Never,
+        windows: true,
+        ..PLAIN
+    },
+    Architecture { id: "chatglm", families: &["glm"], neighbours: true, square: true, ..PLAIN },
+    Architecture { id: "glm4", families: &["glm4"], neighbours: true, ..PLAIN },
+    Architecture { id: "stablelm", families: &["stablelm"], square: true, head: Need::Must, ..PLAIN },
+    Architecture {
+        id: "nemotron",
+        families: &["nemotron"],
+        square: true,
+        head: Need::Must,
+        o_bias: Need::May,
+        mlp_bias: Need::May,
+        ..PLAIN
+    },
+    Architecture { id: "exaone4", families: &["exaone4"], square: true, factors: true, windows: true, ..PLAIN },
+    Architecture { id: "qwen2moe", families: &["qwen2_moe"], square: true, head: Need::Must, ..PLAIN },
+    Architecture { id: "qwen3moe", families: &["qwen3_moe"], ..PLAIN },
+    Architecture { id: "olmoe", families: &["olmoe"], square: true, head: Need::Must, ..PLAIN },
+    Architecture { id: "deepseek2", families: &["deepseek_v2", "deepseek_v3"], neighbours: true, ..PLAIN },
+    Architecture {
+        id: "gpt-oss",
+        families: &["gpt_oss"],
+        head: Need::Must,
+        o_bias: Need::Must,
+        moe_bias: Need::Must,
+        ffn_norm: "post_attention_norm",
+        windows: true,
+        ..PLAIN
+    },
+    Architecture { id: "llama4", families: &["llama4"], neighbours: true, factors: true, windows: true, ..PLAIN },
+];
 
 impl Architecture {
     /// The architecture that a file calls `id`.
@@ -60,67 +185,11 @@ impl Architecture {
     pub fn of_family(family: &str) -> Option<&'static Architecture> {
         ARCHITECTURES.iter().find(|architecture| architecture.families.contains(&family))
     }
-
-    /// Hugging Face's name of a GGUF tensor; `None` for one that the architecture does not have.
-    pub fn hugging_face_name(&self, name: &str) -> Option<String> {
-        let (module, suffix) = split_suffix(name)?;
-        if let Some((_, module)) = self.model.iter().find(|(ggml, _)| *ggml == module) {
-            return Some(format!("{module}.{suffix}"));
-        }
-        let (block, module) = block_of(module, "blk.")?;
-        let (_, module) = self.block.iter().find(|(ggml, _)| *ggml == module)?;
-        Some(format!("model.layers.{block}.{module}.{suffix}"))
-    }
-
-    /// GGUF's name of a Hugging Face tensor; `None` for one that the architecture does not have.
-    pub fn gguf_name(&self, name: &str) -> Option<String> {
-        let (module, suffix) = split_suffix(name)?;
-        if let Some((ggml, _)) = self.model.iter().find(|(_, hugging_face)| *hugging_face == module) {
-            return Some(format!("{ggml}.{suffix}"));
-        }
-        let (block, module) = block_of(module, "model.layers.")?;
-        let (ggml, _) = self.block.iter().find(|(_, hugging_face)| *hugging_face == module)?;
-        Some(format!("blk.{block}.{ggml}.{suffix}"))
-    }
-
-    /// The heads whose rows the GGUF tensor (a weight or a bias) holds interleaved; `None` where rows keep their order.
-    pub fn interleaved(&self, name: &str) -> Option<Heads> {
-        let (_, module) = block_of(split_suffix(name)?.0, "blk.")?;
-        self.interleaved.iter().find(|(ggml, _)| *ggml == module).map(|(_, heads)| *heads)
-    }
-}
-
-/// `a.b.weight` as `a.b` and `weight`.
-fn split_suffix(name: &str) -> Option<(&str, &str)> {
-    name.rsplit_once('.').filter(|(_, suffix)| matches!(*suffix, "weight" | "bias"))
-}
-
-/// `{prefix}3.a.b` as `3` and `a.b`.
-fn block_of<'n>(name: &'n str, prefix: &str) -> Option<(usize, &'n str)> {
-    let (block, module) = name.strip_prefix(prefix)?.split_once('.')?;
-    Some((block.parse().ok()?, module))
 }
 
 /// The block that a GGUF tensor belongs to.
 pub(crate) fn block_number(name: &str) -> Option<usize> {
-    block_of(name, "blk.").map(|(block, _)| block)
-}
-
-/// The row of a GGUF file that holds Hugging Face's row `row` of `rows`, interleaved by head.
-///
-/// Hugging Face rotates the halves of a head, ggml neighbours: row `p·d/2 + j` of a head is stored as `2·j + p`.
-pub(crate) fn stored_row(row: usize, rows: usize, heads: usize) -> usize {
-    let width = rows / heads;
-    let (head, within) = (row / width, row % width);
-    let (part, pair) = (within / (width / 2), within % (width / 2));
-    head * width + 2 * pair + part
-}
-
-/// The Hugging Face row that row `row` of `rows` of a GGUF file holds: the inverse of [`stored_row`].
-pub(crate) fn original_row(row: usize, rows: usize, heads: usize) -> usize {
-    let width = rows / heads;
-    let (head, within) = (row / width, row % width);
-    head * width + within % 2 * (width / 2) + within / 2
+    name.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
 }
 
 /// The order in which llama-quantize visits and writes tensors: those of no block first, then block by block, by name.
@@ -133,35 +202,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_go_both_ways() {
-        let llama = Architecture::of_family("mistral").unwrap();
-        assert_eq!(llama.id, Architecture::named("llama").unwrap().id);
-        for (gguf, hugging_face) in [
-            ("token_embd.weight", "model.embed_tokens.weight"),
-            ("output_norm.weight", "model.norm.weight"),
-            ("output.weight", "lm_head.weight"),
-            ("blk.0.attn_q.bias", "model.layers.0.self_attn.q_proj.bias"),
-            ("blk.12.ffn_down.weight", "model.layers.12.mlp.down_proj.weight"),
-            ("blk.3.ffn_norm.weight", "model.layers.3.post_attention_layernorm.weight"),
-        ] {
-            assert_eq!(llama.hugging_face_name(gguf).as_deref(), Some(hugging_face));
-            assert_eq!(llama.gguf_name(hugging_face).as_deref(), Some(gguf));
+    fn every_architecture_has_families_of_its_own() {
+        for (i, architecture) in ARCHITECTURES.iter().enumerate() {
+            assert_eq!(Architecture::named(architecture.id).unwrap().families, architecture.families);
+            for family in architecture.families {
+                assert!(crate::families::FAMILIES.iter().any(|known| known.id == *family), "{family}");
+                assert!(ARCHITECTURES[i + 1..].iter().all(|other| !other.families.contains(family)), "{family}");
+            }
         }
-        for name in ["blk.x.attn_q.weight", "blk.0.attn_q.scale", "blk.0.attn_z.weight", "attn_q.weight", ROPE_FREQS] {
-            assert_eq!(llama.hugging_face_name(name), None, "{name}");
-        }
-        assert_eq!(llama.gguf_name("model.layers.0.self_attn.rotary_emb.inv_freq"), None);
-        assert_eq!(llama.interleaved("blk.3.attn_q.bias"), Some(Heads::Query));
-        assert_eq!(llama.interleaved("blk.3.attn_k.weight"), Some(Heads::Key));
-        assert_eq!(llama.interleaved("blk.3.attn_v.weight"), None);
-    }
-
-    #[test]
-    fn rows_go_both_ways() {
-        // Two heads of six rows: halves 0 1 2 | 3 4 5 become pairs.
-        let stored: Vec<usize> = (0..12).map(|row| original_row(row, 12, 2)).collect();
-        assert_eq!(stored, [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]);
-        assert!((0..12).all(|row| original_row(stored_row(row, 12, 2), 12, 2) == row));
+        assert_eq!(Architecture::of_family("mistral").unwrap().id, "llama");
     }
 
     #[test]

@@ -4,6 +4,7 @@ mod adapter;
 mod bad_input;
 mod families;
 mod gguf;
+mod gguf_families;
 mod golden;
 mod harness;
 mod inputs;

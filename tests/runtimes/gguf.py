@@ -4,6 +4,7 @@
     python3 tests/runtimes/gguf.py                                  # four mixes of the built-in model: a minute
     python3 tests/runtimes/gguf.py --all                            # every mix
     python3 tests/runtimes/gguf.py --all --model DIR --llama BIN --text TEXT --windows 16
+    python3 tests/runtimes/gguf.py --families                       # the tiny checkpoints of every family (families.py)
 
 For each mix `quantc quantize` writes a file; then
 
@@ -230,6 +231,8 @@ def main():
     parser.add_argument("--cache", type=pathlib.Path, default=ROOT / ".venv" / "runtimes")
     parser.add_argument("--docs", type=pathlib.Path, help="put the tables into this file, between its marks")
     parser.add_argument("--json", type=pathlib.Path, help="write all measurements here too")
+    parser.add_argument("--families", action="store_true", help="the logits of every family's tiny checkpoints instead")
+    parser.add_argument("--only", help="with --families: these checkpoints, divided by commas")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     sys.path.insert(0, str(HERE))
@@ -254,6 +257,10 @@ def main():
     started, tables, everything, failures = time.time(), [], [], 0
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="quantc-gguf-"))
     try:
+        if options.families:
+            import families
+
+            return int(families.check(options, python, scratch) > 0)
         for model in models:
             folder = (options.artifacts or scratch / "files").resolve() / model.name
             rows = check_model(options, python, model, mixes, folder, scratch)

@@ -1,0 +1,181 @@
+//! Every family as GGUF: written, read back, and still the model that transformers runs.
+
+use std::path::Path;
+
+use kernels::Cpu;
+use quantc::job::Job;
+use quantc::progress::Progress;
+use quantc::recipe::{Recipe, Request};
+use quantc::report::Report;
+use serde_json::{Value, json};
+
+use crate::families::{checkpoint, folder, names};
+use crate::golden::{golden, logits};
+
+/// Gives a checkpoint a tokenizer that GGUF knows: a token for each of the first bytes.
+fn spell(folder: &Path) {
+    let config: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+    let size = config.get("text_config").unwrap_or(&config)["vocab_size"].as_u64().unwrap() as u32;
+    // GPT-2's alphabet begins with what ASCII prints; these go on as letters do.
+    let letters = (0x21..0x7f).chain(0xa1..0xad).chain(0xae..0x1000).filter_map(char::from_u32);
+    let vocab: serde_json::Map<String, Value> =
+        letters.zip(0..size).map(|(letter, id)| (letter.to_string(), json!(id))).collect();
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": bytes, "post_processor": null, "decoder": bytes,
+        "model": {"type": "BPE", "vocab": vocab, "merges": []},
+    });
+    std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+}
+
+fn write(model: &Path, output: &Path, settings: &str) -> quantc::Result<Report> {
+    let request: Request = toml::from_str(&format!("format = 'gguf'\n{settings}")).unwrap();
+    let recipe = Recipe::resolve(request).unwrap();
+    let job = Job { model, output, recipe, verification: None, force: false, report: None };
+    job.run(&Cpu::exact(), &mut Progress::new(true))
+}
+
+/// What llama.cpp has no architecture for, or no setting, and what the refusal says.
+const REFUSED: &[(&str, &str)] = &[
+    ("cohere_qk_norm", "norms of queries and keys of this kind in block 0"),
+    ("deepseek_v2_grouped", "groups of experts that are ranked by their best expert"),
+    ("deepseek_v2_lite", "queries made without a latent in a model of 2 layers"),
+    ("deepseek_v3_halves", "a bias of `model.layers.0.self_attn.q_a_proj`"),
+    ("deepseek_v3_yarn", "queries made without a latent in a model of 2 layers"),
+    ("exaone4_hybrid", "attention within 8 tokens in block 0"),
+    ("gemma2_plain", "an attention scale of 0.20412415 with heads of 32 values"),
+    ("gemma2_uncapped", "logits with a cap of None"),
+    ("gemma3_text_plain", "an attention scale of 0.2236068 with heads of 32 values"),
+    ("gpt2_inner", "a feed-forward layer with Relu"),
+    ("gpt_oss_plain", "this scaling of rotary frequencies"),
+    ("llama4_text_every_layer", "attention within 8 tokens"),
+    ("llama4_text_plain", "attention within 8 tokens"),
+    ("llama_rope_yarn", "this scaling of rotary frequencies"),
+    ("llama_rope_yarn_untruncated", "this scaling of rotary frequencies"),
+    ("nemotron_biases", "4 heads of 32 values in a model of width 64"),
+    ("olmoe_clip", "4 heads that share 2 keys"),
+    ("olmoe_plain", "4 heads that share 2 keys"),
+    ("phi_qk_layernorm", "norms of queries and keys of this kind"),
+    ("qwen2_moe_normed", "a feed-forward layer without experts in block 0"),
+    ("qwen2_moe_sparse_step", "a feed-forward layer without experts in block 0"),
+    ("qwen2_yarn", "4 heads of 32 values in a model of width 64"),
+    ("qwen3_attention_bias", "a bias of `model.layers.0.self_attn.o_proj`"),
+    ("qwen3_moe_mixed", "a bias of `model.layers.0.self_attn.o_proj`"),
+    ("smollm3_interval", "a bias of `model.layers.0.self_attn.o_proj`"),
+    ("smollm3_nope", "attention without positions in block 1"),
+];
+
+/// Beyond how many tokens the file means another model, as a notice says.
+fn valid(report: &Report) -> usize {
+    let of = |notice: &String| {
+        let (_, rest) = notice.split_once("beyond ")?;
+        rest.split_whitespace().next()?.parse::<usize>().ok()
+    };
+    report.notes.iter().filter_map(of).min().unwrap_or(usize::MAX)
+}
+
+#[test]
+fn every_family_is_read_back_as_the_model_that_was_written() {
+    let mut wrong = Vec::new();
+    let only = std::env::var("QUANTC_FAMILY").ok();
+    let mut names = names();
+    names.retain(|name| name != "gpt_oss_mxfp4" && only.as_ref().is_none_or(|only| name.contains(only)));
+    for name in names {
+        let room = checkpoint(&name);
+        spell(room.path());
+        let outputs = tempfile::tempdir().unwrap();
+        let output = outputs.path().join("model.gguf");
+        let refused = REFUSED.iter().find(|(refused, _)| *refused == name);
+        let report = match (write(room.path(), &output, "method = 'rtn'\nscheme = 'F32'"), refused) {
+            (Ok(report), None) => report,
+            (Err(error), Some((_, why))) if error.to_string().contains(why) => {
+                assert_eq!(error.exit_code(), 2, "{name}: {error}");
+                continue;
+            }
+            (Ok(_), Some(_)) => {
+                wrong.push(format!("{name}: written, and should be refused"));
+                continue;
+            }
+            (Err(error), _) => {
+                wrong.push(format!("{name}: {error}"));
+                continue;
+            }
+        };
+        let (sequences, expected) = golden(&folder().join(&name));
+        let width = expected.len() / sequences.iter().map(Vec::len).sum::<usize>();
+        let length = sequences[0].len();
+        let valid = valid(&report).min(length);
+        let sequences: Vec<Vec<u32>> = sequences.into_iter().map(|ids| ids[..valid].to_vec()).collect();
+        let expected: Vec<f32> = match name.contains("dynamic") {
+            false => {
+                expected.chunks_exact(length * width).flat_map(|logits| &logits[..valid * width]).copied().collect()
+            }
+            // How it is scaled depends on the length of the whole text.
+            true => logits(room.path(), &sequences).unwrap(),
+        };
+        let approximate =
+            report.notes.iter().any(|note| note.contains("approximates GELU") || note.contains("rounds the bounds"));
+        match logits(&output, &sequences) {
+            Err(error) => wrong.push(format!("{name}: {error}")),
+            Ok(found) if found.len() != expected.len() => wrong.push(format!("{name}: {} logits", found.len())),
+            Ok(found) => {
+                let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+                let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                let close = worst <= if approximate { 2e-2 } else { 2e-4 } * largest;
+                if !close {
+                    wrong.push(format!("{name}: logits are off by {worst}, the largest is {largest}, {valid} tokens"));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// How far logits are from transformers', as a share of their size; one token's other expert does not count for much.
+fn distance(name: &str, file: &Path) -> f32 {
+    let (sequences, expected) = golden(&folder().join(name));
+    let found = logits(file, &sequences).unwrap();
+    let squares = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
+    let off = squares(&mut found.iter().zip(&expected).map(|(a, b)| a - b));
+    (off / squares(&mut expected.iter().copied())).sqrt()
+}
+
+/// Fused, permuted, transposed and stacked linears are quantized as their inputs become known, each to its place.
+#[test]
+fn what_is_quantized_along_the_way_is_what_the_file_holds() {
+    for name in [
+        "deepseek_v3_plain",
+        "gpt2_plain",
+        "gpt_neox_sequential",
+        "gpt_oss_truncated",
+        "granitemoe_plain",
+        "mixtral_plain",
+        "phi3_plain",
+        "qwen2_moe_plain",
+    ] {
+        let (room, outputs) = (checkpoint(name), tempfile::tempdir().unwrap());
+        spell(room.path());
+        let text: String = (0..6000u32).map(|i| char::from(b'!' + (i * i % 9973 % 90) as u8)).collect();
+        std::fs::write(room.path().join("text.txt"), text).unwrap();
+        let common = format!("calibration = '{}'\nsamples = 16\nseq_len = 24", room.path().join("text.txt").display());
+        for (scheme, most) in [("Q8_0", 0.05), ("Q5_1", 0.3)] {
+            let imatrix = outputs.path().join(format!("{scheme}.imatrix"));
+            let output = outputs.path().join(format!("{scheme}.gguf"));
+            let settings =
+                format!("{common}\nmethod = 'gptq'\nscheme = '{scheme}'\nsave_imatrix = '{}'", imatrix.display());
+            let report = write(room.path(), &output, &settings).unwrap();
+            assert!(report.linears.iter().any(|linear| linear.method == "gptq"), "{name}");
+            let far = distance(name, &output);
+            println!("{name} {scheme} {far}");
+            assert!(far <= most, "{name} {scheme}: logits are off by {far}");
+            // What was collected serves another run, stacked experts each with their own.
+            let settings = format!("method = 'rtn'\nscheme = '{scheme}'\nimatrix = '{}'", imatrix.display());
+            let again = outputs.path().join(format!("{scheme}-again.gguf"));
+            write(room.path(), &again, &settings).unwrap();
+            let far = distance(name, &again);
+            println!("{name} {scheme} again {far}");
+            assert!(far <= most, "{name} {scheme}, importance from a file: logits are off by {far}");
+        }
+    }
+}
