@@ -81,11 +81,22 @@ pub(crate) struct ByteLevel {
 }
 
 /// The names that [`ByteLevel::named`] knows, without second names.
-pub(crate) const BYTE_LEVEL: &[&str] =
-    &[
-        "gpt-2", "smollm", "llama-bpe", "smaug-bpe", "qwen2", "stablelm2", "qwen35", "tekken", "gpt-4o", "deepseek-llm",
-        "deepseek-coder", "deepseek-v3", "falcon", "default",
-    ];
+pub(crate) const BYTE_LEVEL: &[&str] = &[
+    "gpt-2",
+    "smollm",
+    "llama-bpe",
+    "smaug-bpe",
+    "qwen2",
+    "stablelm2",
+    "qwen35",
+    "tekken",
+    "gpt-4o",
+    "deepseek-llm",
+    "deepseek-coder",
+    "deepseek-v3",
+    "falcon",
+    "default",
+];
 
 impl ByteLevel {
     pub fn named(pre: &str) -> Option<ByteLevel> {

@@ -405,7 +405,10 @@ mod tests {
         };
         assert_eq!(
             tokenizer(&|w| tokens(w, "bloom", "a b")),
-            format!("pre-tokenizer `bloom` is not one that can be rebuilt ({})", super::gguf_tokenizer::BYTE_LEVEL.join(", "))
+            format!(
+                "pre-tokenizer `bloom` is not one that can be rebuilt ({})",
+                super::gguf_tokenizer::BYTE_LEVEL.join(", ")
+            )
         );
         assert_eq!(tokenizer(&|w| tokens(w, "gpt-2", "a b")), "merge `a b` does not join two tokens to a third");
         assert_eq!(
