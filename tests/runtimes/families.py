@@ -1,0 +1,407 @@
+#!/usr/bin/env python3
+"""Load the tiny checkpoints of every family, in every layout, in the Python runtimes, and compare logits with quantc's reading.
+
+For each checkpoint of tests/fixtures/families and each layout:
+
+1. `quantc quantize` writes it with 4 bits, in groups of 32, by rounding; where it refuses, its reason stands in the table;
+2. `quantc convert ARTIFACT` writes what quantc itself holds the artifact to mean, as plain weights that transformers runs
+   in float32: the reference;
+3. each runtime loads the artifact and is fed the same tokens. It has to find a place for every tensor and a tensor for
+   every place, and the largest difference of its logits may be TOLERANCE of the largest logit.
+
+    python3 tests/runtimes/families.py                                     # all of transformers and GPTQModel
+    python3 tests/runtimes/families.py --fast                              # what CI runs
+    python3 tests/runtimes/families.py --docs docs/runtimes.md             # all, and the table into the documentation
+    python3 tests/runtimes/families.py --only vllm mixtral_plain           # in vLLM (several GB)
+
+The reference has the type that the runtime's kernel rounds its weights to. A difference in the rounding of a weight is then
+no excuse, and what is left is the order of sums, and in GPTQModel a product in float16.
+
+A runtime that cannot load a file is no failure if the report's notes name that runtime; a note that names a runtime
+which does load the file is one. Exit code 0: all is as quantc says; 1: it is not; 2: could not start.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
+MARKS = "<!-- families.py begins -->\n", "<!-- families.py ends -->"
+
+COMMON = "--group-size 32 --method rtn --verify-text none --quiet"
+LAYOUTS = {
+    "ct": f"--format compressed-tensors --scheme W4A16 {COMMON}",
+    "ct-asym": f"--format compressed-tensors --scheme W4A16_ASYM {COMMON}",
+    "gptq": f"--format gptq --scheme W4A16 {COMMON}",
+    "awq": f"--format awq --scheme W4A16_ASYM {COMMON}",
+}
+# layout: what is written. runtime: its name in quantc's notes. rounds: the type that its kernel rounds weights to.
+# tolerance: the largest difference allowed, as a share of the largest logit.
+Column = collections.namedtuple("Column", "layout runtime title rounds tolerance process")
+COLUMNS = {
+    "ct": Column("ct", "transformers", "compressed-tensors: transformers", "f32", 1e-3, "transformers"),
+    "ct-asym": Column("ct-asym", "transformers", "asymmetric: transformers", "bf16", 1e-3, "transformers"),
+    "gptq": Column("gptq", "transformers", "GPTQ: transformers", "f16", 1e-3, "transformers"),
+    "gptq-own": Column("gptq", "GPTQModel", "GPTQ: GPTQModel", "f16", 2e-2, "gptqmodel"),
+    "awq": Column("awq", "transformers", "AWQ: transformers", "f16", 1e-3, "transformers"),
+    "awq-own": Column("awq", "GPTQModel", "AWQ: GPTQModel", "f16", 2e-2, "gptqmodel"),
+    "vllm": Column("ct", "vLLM", "compressed-tensors: vLLM", "f32", 3e-2, "vllm"),
+}
+USUAL = "ct,ct-asym,gptq,gptq-own,awq,awq-own"
+FAST = "ct,ct-asym", ["qwen2_plain", "gemma3_vision", "phi3_plain", "mixtral_plain", "qwen3_moe_mixed", "gpt_neox_plain"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside a venv: `families.py --worker JOB.json` loads what one job lists and writes a line for each.
+
+
+def auto_class(folder):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    plain = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if plain else AutoModelForImageTextToText
+
+
+def place_everything(model, info, idle=()):
+    """
+    Fails unless every tensor but those that are idle found its place and every place its tensor: what is missing is
+    random, without a word.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or [])
+    unexpected = [name for name in info["unexpected_keys"] if not name.startswith(tuple(idle))]
+    missing = [k for k in info["missing_keys"] if k not in tied]
+    found = {"missing": missing, "unexpected": unexpected, "misshapen": list(info.get("mismatched_keys") or [])}
+    if wrong := {what: names for what, names in found.items() if names}:
+        sample = ", ".join(f"{len(names)} {what} (`{sorted(map(str, names))[0]}`)" for what, names in wrong.items())
+        raise RuntimeError(f"loads wrong weights: {sample}")
+
+
+def loaded(folder, idle, **options):
+    import torch
+
+    settings = {"dtype": torch.float32, "attn_implementation": "eager", **options}
+    model, info = auto_class(folder).from_pretrained(folder, output_loading_info=True, **settings)
+    place_everything(model, info, idle)
+    return model.eval()
+
+
+def restack(folder, original):
+    """Puts experts that quantc wrote one by one back into the stacks that `original` has, as transformers reads them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = pathlib.Path(folder) / "model.safetensors"
+    found, model = load_file(file), load_file(pathlib.Path(original) / "model.safetensors")
+    lost = [name for name in model if name not in found and re.search(r"experts\.[a-z_]+$|(input|output)_linear\.weight$", name)]
+    if not lost:
+        return
+
+    def expert(prefix, part, what):
+        names = sorted((n for n in found if re.fullmatch(rf"{re.escape(prefix)}experts\.\d+\.{part}_proj\.{what}", n)), key=natural)
+        return torch.stack([found[n] for n in names])
+
+    stacks = {}
+    for name in lost:
+        prefix, last = re.fullmatch(r"(.*?\.)(?:experts\.)?([a-z_]+(?:\.weight)?)", name).groups()
+        what = "bias" if name.endswith("_bias") else "weight"
+        if re.match("down|output", last):
+            stack = expert(prefix, "down", what)
+        else:
+            gate, up = expert(prefix, "gate", what), expert(prefix, "up", what)
+            # gpt-oss, the one with biases, has the rows of gate and up in turns.
+            turns = f"{prefix}experts.gate_up_proj_bias" in model
+            stack = torch.stack([gate, up], 2).flatten(1, 2) if turns else torch.cat([gate, up], 1)
+        transposed = stack.dim() == 3 and "experts." in name
+        stacks[name] = (stack.transpose(1, 2) if transposed else stack).contiguous()
+        assert stacks[name].shape == model[name].shape, name
+    kept = {n: t for n, t in found.items() if not re.search(r"experts\.\d+\.", n)}
+    save_file(kept | stacks, file, metadata={"format": "pt"})
+
+
+def natural(name):
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def logits(model, ids):
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def in_gptqmodel(folder, ids):
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    model = GPTQModel.load(str(folder), device="cpu", dtype=torch.float16, backend=BACKEND.TORCH, attn_implementation="eager")
+    return logits(model.model.eval(), ids)
+
+
+def in_vllm(folder, ids):
+    """Log-probabilities of the first text's tokens but the last."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    size = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    size = size.get("text_config", size)["vocab_size"]
+    llm = LLM(
+        str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=1,
+        max_logprobs=size, enable_prefix_caching=False,
+    )  # fmt: skip
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=size, detokenize=False)
+    answer = llm.generate({"prompt_token_ids": ids[0].tolist()}, sampling, use_tqdm=False)[0].prompt_logprobs[1:]
+    found = torch.full((len(answer), size), float("nan"))
+    for row, entry in enumerate(answer):
+        found[row, list(entry)] = torch.tensor([entry[token].logprob for token in entry])
+    return found
+
+
+def measured(item, ids):
+    """The logits of one artifact in one runtime."""
+    from transformers import CompressedTensorsConfig
+
+    folder, column = item["artifact"], item["column"]
+    if column.endswith("-own"):
+        return in_gptqmodel(folder, ids)
+    if column == "vllm":
+        return in_vllm(folder, ids)
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if column == "ct-asym" else {}
+    if column in ("gptq", "awq"):
+        options["device_map"] = "cpu"
+    return logits(loaded(folder, item["idle"], **options), ids)
+
+
+def worker(path):
+    import traceback
+
+    import torch
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(1)
+    job = json.loads(pathlib.Path(path).read_text())
+    known = {}
+    with open(job["result"], "a") as out:
+        for item in job["items"]:
+            started = time.time()
+            print(f"==== {item['name']} {item['column']}", flush=True)
+            try:
+                ids = load_file(pathlib.Path(item["original"]) / "golden.safetensors")["input_ids"]
+                if item["reference"] not in known:
+                    restack(item["reference"], item["original"])
+                    known = {item["reference"]: logits(loaded(item["reference"], item["idle"]), ids)}
+                expected = known[item["reference"]]
+                found = measured(item, ids)
+                if found.dim() == 2:
+                    expected = expected[0, : len(found)].log_softmax(-1)
+                largest = expected.abs().max().item()
+                answer = {"difference": (found - expected).abs().max().item() / largest}
+            except Exception as error:
+                traceback.print_exc()
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                answer = {"error": f"{type(error).__name__}: {error}", "at": f"{pathlib.Path(last.filename).name}:{last.lineno}"}
+            answer |= {"name": item["name"], "column": item["column"], "seconds": time.time() - started}
+            out.write(json.dumps(answer) + "\n")
+            out.flush()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outside: write the checkpoints and the artifacts, start the workers, judge.
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def quantc(binary, *arguments):
+    """Exit code and stderr of one quantc command."""
+    done = subprocess.run([str(binary), *map(str, arguments)], capture_output=True, text=True)
+    return done.returncode, done.stderr.strip()
+
+
+def artifacts(options, folder, name, layout):
+    """Writes a checkpoint in a layout and what it means in every type that is asked for; its notes, or why there is none."""
+    out = folder / f"{name}-{layout}"
+    code, said = quantc(options.quantc, "quantize", folder / name, "-o", out, *LAYOUTS[layout].split())
+    if code == 2:
+        return {"refused": said.removeprefix("error: ")}
+    if code:
+        raise RuntimeError(f"{name}: quantc ended with {code}: {said[-600:]}")
+    for rounds in {column.rounds for column in map(COLUMNS.get, options.only) if column.layout == layout}:
+        code, said = quantc(options.quantc, "convert", out, "-o", f"{out}-{rounds}", "--dtype", rounds)
+        if code:
+            raise RuntimeError(f"{name}: quantc convert ended with {code}: {said[-600:]}")
+    return {"notes": json.loads((out / "report.json").read_text())["notes"], "out": str(out)}
+
+
+def run_job(python, options, items, folder):
+    """Runs one process's items; one that brings the process down is marked, and the rest is run in another."""
+    job, log, found = folder / "job.json", folder / "log.txt", {}
+    environ = os.environ | {
+        "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_COMPILE_DISABLE": "1", "GPTQMODEL_DISABLE_PACK_EXT": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    while left := [item for item in items if (item["name"], item["column"]) not in found]:
+        result = folder / "result.jsonl"
+        result.unlink(missing_ok=True)
+        # An engine of vLLM does not leave its process.
+        now = left[:1] if left[0]["column"] == "vllm" else left
+        job.write_text(json.dumps({"items": now, "result": str(result)}))
+        with log.open("a" if options.verbose else "w") as sink:
+            code = subprocess.run(
+                [str(python), str(HERE / "families.py"), "--worker", str(job)],
+                env=environ, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
+            ).returncode  # fmt: skip
+        rows = [json.loads(line) for line in result.read_text().splitlines()] if result.exists() else []
+        found |= {(row["name"], row["column"]): row for row in rows}
+        if len(rows) < len(now):
+            dead = now[len(rows)]
+            tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])[-300:]
+            found[dead["name"], dead["column"]] = {"error": f"the process ended with code {code}: {tail}"}
+    if options.verbose:
+        say(log.read_text(errors="replace"))
+    return found
+
+
+def outcome(column, made, found):
+    """What stands in the table, and what is wrong with it if anything is."""
+    if "refused" in made:
+        return made["refused"], None
+    # What a note says how to load is loaded so here.
+    told = [note for note in made["notes"] if COLUMNS[column].runtime in note and "only with" not in note]
+    if "error" in found:
+        problem = found["error"]
+    elif not found["difference"] <= COLUMNS[column].tolerance:  # nor is NaN
+        problem = f"logits differ by {found['difference']:.1e} of the largest"
+    else:
+        return "agrees", f"a note says otherwise: {told[0]}" if told else None
+    return f"no: {problem}", None if told else problem
+
+
+def short(text):
+    """A reason in a few words."""
+    text = re.sub(r"^no: \w*(Error|Exception): ", "no: ", " ".join(text.split()))
+    text = re.sub(r"^tensor `.*?cannot hold it: ", "", text).split("; ")[0]
+    return text.replace("|", "/")[:110]
+
+
+def table(names, columns, cells):
+    """Markdown: a row for each family; what differs between its checkpoints is said by name."""
+    families = collections.defaultdict(list)
+    for name in names:
+        families[family_of(name)].append(name)
+    lines = ["| family | " + " | ".join(COLUMNS[c].title for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for family, members in families.items():
+        row = []
+        for column in columns:
+            texts = {name: short(cells[name, column]) for name in members}
+            usual = collections.Counter(texts.values()).most_common(1)[0][0]
+            others = [f"{name.removeprefix(family + '_')}: {text}" for name, text in texts.items() if text != usual]
+            row.append("; ".join([usual, *others]))
+        lines.append(f"| {family} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def idle(name):
+    """How the names of layers start that are further than the model's last: they predict tokens beyond the next."""
+    config = json.loads((FIXTURES / "families" / name / "config.json").read_text())
+    layers = config.get("num_hidden_layers", 0)
+    return [f"model.layers.{layers + i}." for i in range(config.get("num_nextn_predict_layers", 0))]
+
+
+def family_of(name):
+    config = json.loads((FIXTURES / "families" / name / "config.json").read_text())
+    return config["model_type"] if "text_config" not in config else f"{config['model_type']} (vision)"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="CHECKPOINT", help="only these (default: all)")
+    parser.add_argument("--only", help=f"columns: {', '.join(COLUMNS)} (default: all but vllm)")
+    parser.add_argument("--fast", action="store_true", help="some checkpoints in transformers with compressed-tensors")
+    parser.add_argument("--quantc", type=pathlib.Path, default=ROOT / "target" / "release" / "quantc")
+    parser.add_argument("--venv", type=pathlib.Path, default=ROOT / ".venv" / "runtimes")
+    parser.add_argument("--artifacts", type=pathlib.Path, help="keep what is written in this new folder")
+    parser.add_argument("--docs", type=pathlib.Path, help="write the table into this file, between its marks")
+    parser.add_argument("--json", type=pathlib.Path, help="write all outcomes here too")
+    parser.add_argument("--verbose", action="store_true", help="show the runtimes' whole output")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return worker(options.worker)
+
+    # What is packed in MXFP4 is gpt_oss_plain otherwise, and tests/it proves that it is read.
+    known = sorted(p.name for p in (FIXTURES / "families").iterdir() if p.is_dir() and p.name != "gpt_oss_mxfp4")
+    names = options.names or (FAST[1] if options.fast else known)
+    options.only = (options.only or (FAST[0] if options.fast else USUAL)).split(",")
+    if unknown := {*names} - {*known} | {*options.only} - {*COLUMNS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if not options.quantc.exists():
+        parser.error(f"{options.quantc} does not exist")
+    options.quantc = options.quantc.resolve()
+    sys.path.insert(0, str(HERE))
+    import cpu_torch
+    from check import TORCH
+
+    started, cells, wrong, rows = time.time(), {}, [], []
+    folder = (options.artifacts or pathlib.Path(tempfile.mkdtemp(prefix="quantc-families-"))).resolve()
+    try:
+        processes, pythons = sorted({COLUMNS[c].process for c in options.only}), {}
+        own = any(COLUMNS[c].layout in ("gptq", "awq") for c in options.only)
+        for process in {"transformers", *processes}:
+            venv = "vllm" if process == "vllm" else "transformers"
+            wanted = ["vllm"] if venv == "vllm" else ["transformers", *(["gptqmodel"] if own else [])]
+            wanted = [HERE / f"requirements-{name}.txt" for name in wanted]
+            pythons[process] = cpu_torch.environment(options.venv.resolve() / venv, TORCH[venv], wanted)
+        write = [pythons["transformers"], FIXTURES / "make_families.py", "--write", folder, *names]
+        subprocess.run([str(part) for part in write], check=True)
+        layouts = sorted({COLUMNS[c].layout for c in options.only})
+        made = {(n, layout): artifacts(options, folder, n, layout) for n in names for layout in layouts}
+        say(f"{len(made)} artifacts after {time.time() - started:.0f} s")
+        found = {}
+        for process in processes:
+            columns = [c for c in options.only if COLUMNS[c].process == process]
+            pairs = [(n, c, COLUMNS[c]) for n in names for c in columns]
+            items = [
+                {"name": n, "column": c, "artifact": out, "reference": f"{out}-{column.rounds}", "original": str(folder / n), "idle": idle(n)}
+                for n, c, column in pairs
+                if (out := made[n, column.layout].get("out"))
+            ]
+            found |= run_job(pythons[process], options, items, folder)
+    finally:
+        if not options.artifacts:
+            shutil.rmtree(folder, ignore_errors=True)
+    for name in names:
+        for column in options.only:
+            of = made[name, COLUMNS[column].layout]
+            cells[name, column], problem = outcome(column, of, found.get((name, column)))
+            rows.append({"checkpoint": name, "column": column, "cell": cells[name, column], **of, **found.get((name, column), {})})
+            if problem:
+                wrong.append(f"{name} {column}: {problem[:400]}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    result = table(names, options.only, cells)
+    if options.docs:
+        text = options.docs.read_text()
+        (before, rest), end = text.split(MARKS[0]), MARKS[1]
+        options.docs.write_text(before + MARKS[0] + "\n" + result + "\n" + end + rest.split(end)[1])
+    print(result)
+    for line in wrong:
+        say(f"FAILED {line}")
+    say(f"{len(cells)} cells, {len(wrong)} not as quantc says; {time.time() - started:.0f} s")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
