@@ -45,12 +45,13 @@ LAYOUTS = {
     "gptq": f"--format gptq --scheme W4A16 {COMMON}",
     "awq": f"--format awq --scheme W4A16_ASYM {COMMON}",
 }
-# layout: what is written. runtime: its name in quantc's notes. rounds: the type that its kernel rounds weights to.
+# layout: what is written. runtime: its name in quantc's notes. rounds: the type that its kernel rounds weights to, which
+# may be that of the scales.
 # tolerance: the largest difference allowed, as a share of the largest logit.
 Column = collections.namedtuple("Column", "layout runtime title rounds tolerance process")
 COLUMNS = {
     "ct": Column("ct", "transformers", "compressed-tensors: transformers", "f32", 1e-3, "transformers"),
-    "ct-asym": Column("ct-asym", "transformers", "asymmetric: transformers", "bf16", 1e-3, "transformers"),
+    "ct-asym": Column("ct-asym", "transformers", "asymmetric: transformers", "scales", 1e-3, "transformers"),
     "gptq": Column("gptq", "transformers", "GPTQ: transformers", "f16", 1e-3, "transformers"),
     "gptq-own": Column("gptq", "GPTQModel", "GPTQ: GPTQModel", "f16", 2e-2, "gptqmodel"),
     "awq": Column("awq", "transformers", "AWQ: transformers", "f16", 1e-3, "transformers"),
@@ -93,6 +94,20 @@ def loaded(folder, idle, **options):
     model, info = auto_class(folder).from_pretrained(folder, output_loading_info=True, **settings)
     place_everything(model, info, idle)
     return model.eval()
+
+
+def round_experts(folder, rounded, original):
+    """
+    Takes experts as they are in `rounded`: transformers unpacks those that it merges in the type of their scales. Stacked
+    ones it takes apart or not at all.
+    """
+    from safetensors.torch import load_file, save_file
+
+    if rounded and any(re.search(r"experts\.\d+\.", name) for name in load_file(pathlib.Path(original) / "model.safetensors")):
+        file = pathlib.Path(folder) / "model.safetensors"
+        found, other = load_file(file), load_file(pathlib.Path(rounded) / "model.safetensors")
+        experts = {name: other[name].to(found[name].dtype) for name in found if re.search(r"experts\.\d+\.", name)}
+        save_file(found | experts, file, metadata={"format": "pt"})
 
 
 def restack(folder, original):
@@ -168,6 +183,7 @@ def in_vllm(folder, ids):
 
 def measured(item, ids):
     """The logits of one artifact in one runtime."""
+    import torch
     from transformers import CompressedTensorsConfig
 
     folder, column = item["artifact"], item["column"]
@@ -178,7 +194,9 @@ def measured(item, ids):
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if column == "ct-asym" else {}
     if column in ("gptq", "awq"):
         options["device_map"] = "cpu"
-    return logits(loaded(folder, item["idle"], **options), ids)
+    model = loaded(folder, item["idle"], **options)
+    # Experts keep the type of their scales, whatever type was asked for, and would be multiplied in it.
+    return logits(torch.nn.Module.float(model) if item["layout"].startswith("ct") else model, ids)
 
 
 def worker(path):
@@ -197,6 +215,7 @@ def worker(path):
             try:
                 ids = load_file(pathlib.Path(item["original"]) / "golden.safetensors")["input_ids"]
                 if item["reference"] not in known:
+                    round_experts(item["reference"], item.get("experts"), item["original"])
                     restack(item["reference"], item["original"])
                     known = {item["reference"]: logits(loaded(item["reference"], item["idle"]), ids)}
                 expected = known[item["reference"]]
@@ -236,7 +255,9 @@ def artifacts(options, folder, name, layout):
         return {"refused": said.removeprefix("error: ")}
     if code:
         raise RuntimeError(f"{name}: quantc ended with {code}: {said[-600:]}")
-    for rounds in {column.rounds for column in map(COLUMNS.get, options.only) if column.layout == layout}:
+    scales = scale_type(name)
+    wanted = {column.rounds for column in map(COLUMNS.get, options.only) if column.layout == layout}
+    for rounds in {scales if rounds == "scales" else rounds for rounds in wanted} | {scales}:
         code, said = quantc(options.quantc, "convert", out, "-o", f"{out}-{rounds}", "--dtype", rounds)
         if code:
             raise RuntimeError(f"{name}: quantc convert ended with {code}: {said[-600:]}")
@@ -313,6 +334,12 @@ def table(names, columns, cells):
     return "\n".join(lines) + "\n"
 
 
+def scale_type(name):
+    """The type of the scales that compressed-tensors has of a checkpoint."""
+    config = json.loads((FIXTURES / "families" / name / "config.json").read_text())
+    return "f16" if config.get("torch_dtype", config.get("dtype")) == "float32" else "bf16"
+
+
 def idle(name):
     """How the names of layers start that are further than the model's last: they predict tokens beyond the next."""
     config = json.loads((FIXTURES / "families" / name / "config.json").read_text())
@@ -374,7 +401,11 @@ def main():
             columns = [c for c in options.only if COLUMNS[c].process == process]
             pairs = [(n, c, COLUMNS[c]) for n in names for c in columns]
             items = [
-                {"name": n, "column": c, "artifact": out, "reference": f"{out}-{column.rounds}", "original": str(folder / n), "idle": idle(n)}
+                {
+                    "name": n, "column": c, "layout": column.layout, "artifact": out, "original": str(folder / n), "idle": idle(n),
+                    "reference": f"{out}-{scale_type(n) if column.rounds == 'scales' else column.rounds}",
+                    "experts": f"{out}-{scale_type(n)}" if c == "ct" else None,
+                }  # fmt: skip
                 for n, c, column in pairs
                 if (out := made[n, column.layout].get("out"))
             ]
