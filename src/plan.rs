@@ -94,7 +94,14 @@ impl Plan {
             };
             return Err(Error::usage(format!("tensor `{tensor}`{others}: {} cannot hold it: {why}", codec.id())));
         }
-        let mut left: Vec<String> = unquantized.iter().chain(&others).cloned().collect();
+        // Other components as a whole, for runtimes call what is in them otherwise than files do.
+        let aside = |name: &String| graph.aside.iter().any(|(prefix, _)| name.starts_with(prefix));
+        let components: Vec<String> = match graph.opaque {
+            true => Vec::new(),
+            false => graph.aside.iter().map(|(prefix, _)| prefix).filter(|p| p.ends_with('.')).cloned().collect(),
+        };
+        let alone = others.iter().filter(|name| graph.opaque || !aside(name));
+        let mut left: Vec<String> = unquantized.iter().chain(alone).chain(&components).cloned().collect();
         if !graph.head.tied {
             left.push(graph.head.linear.module.clone());
         }

@@ -1,169 +1,438 @@
-"""The tiny checkpoints of every family in llama.cpp: what `gguf.py --families` does.
+#!/usr/bin/env python3
+"""Load the tiny checkpoints of every family, in every layout, in the Python runtimes, and compare logits with quantc's reading.
 
-Each checkpoint of tests/fixtures/families is made as tests/it/families.rs makes it, written by quantc as a GGUF file of F32
-and run by llama.cpp in F32, without flash attention. Its logits are compared with those that transformers computed, which
-lie beside the checkpoint. The difference is the largest of a logit, as a share of the largest logit.
+For each checkpoint of tests/fixtures/families and each layout:
 
-llama.cpp looks GELU up in a table of f16, and has its approximation only: such models are allowed more.
+1. `quantc quantize` writes it with 4 bits, in groups of 32, by rounding; where it refuses, its reason stands in the table;
+2. `quantc convert ARTIFACT` writes what quantc itself holds the artifact to mean, as plain weights that transformers runs
+   in float32: the reference;
+3. each runtime loads the artifact and is fed the same tokens. It has to find a place for every tensor and a tensor for
+   every place, and the largest difference of its logits may be TOLERANCE of the largest logit.
+
+    python3 tests/runtimes/families.py                                     # all of transformers and GPTQModel
+    python3 tests/runtimes/families.py --fast                              # what CI runs
+    python3 tests/runtimes/families.py --docs docs/runtimes.md             # all, and the table into the documentation
+    python3 tests/runtimes/families.py --only vllm mixtral_plain           # in vLLM (several GB)
+
+The reference has the type that the runtime's kernel rounds its weights to. A difference in the rounding of a weight is then
+no excuse, and what is left is the order of sums, and in GPTQModel a product in float16.
+
+A runtime that cannot load a file is no failure if the report's notes name that runtime; a note that names a runtime
+which does load the file is one. Exit code 0: all is as quantc says; 1: it is not; 2: could not start.
 """
 
+import argparse
+import collections
 import json
+import os
 import pathlib
 import re
 import shutil
-import struct
 import subprocess
 import sys
+import tempfile
+import time
 
-FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "families"
-TOLERANCE, ROUGH = 1e-3, 2e-2
-ROUGH_WORDS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+FIXTURES = ROOT / "tests" / "fixtures"
+MARKS = "<!-- families.py begins -->\n", "<!-- families.py ends -->"
+
+COMMON = "--group-size 32 --method rtn --verify-text none --quiet"
+LAYOUTS = {
+    "ct": f"--format compressed-tensors --scheme W4A16 {COMMON}",
+    "ct-asym": f"--format compressed-tensors --scheme W4A16_ASYM {COMMON}",
+    "gptq": f"--format gptq --scheme W4A16 {COMMON}",
+    "awq": f"--format awq --scheme W4A16_ASYM {COMMON}",
+}
+# layout: what is written. runtime: its name in quantc's notes. rounds: the type that its kernel rounds weights to, which
+# may be that of the scales.
+# tolerance: the largest difference allowed, as a share of the largest logit.
+Column = collections.namedtuple("Column", "layout runtime title rounds tolerance process")
+COLUMNS = {
+    "ct": Column("ct", "transformers", "compressed-tensors: transformers", "f32", 1e-3, "transformers"),
+    "ct-asym": Column("ct-asym", "transformers", "asymmetric: transformers", "scales", 1e-3, "transformers"),
+    "gptq": Column("gptq", "transformers", "GPTQ: transformers", "f16", 1e-3, "transformers"),
+    "gptq-own": Column("gptq", "GPTQModel", "GPTQ: GPTQModel", "f16", 2e-2, "gptqmodel"),
+    "awq": Column("awq", "transformers", "AWQ: transformers", "f16", 1e-3, "transformers"),
+    "awq-own": Column("awq", "GPTQModel", "AWQ: GPTQModel", "f16", 2e-2, "gptqmodel"),
+    "vllm": Column("ct", "vLLM", "compressed-tensors: vLLM", "f32", 3e-2, "vllm"),
+}
+USUAL = "ct,ct-asym,gptq,gptq-own,awq,awq-own"
+FAST = "ct,ct-asym", ["qwen2_plain", "gemma3_vision", "phi3_plain", "mixtral_plain", "qwen3_moe_mixed", "gpt_neox_plain"]
 
 
-def values(name, count, dtype, center, amplitude):
-    """Bytes of a tensor, whose numbers follow from its name; those of floats are rounded to bfloat16."""
-    import numpy
-
-    with numpy.errstate(over="ignore"):
-        seed = numpy.uint64(0xCBF29CE484222325)
-        for byte in name.encode():
-            seed = (seed ^ numpy.uint64(byte)) * numpy.uint64(0x00000100000001B3)
-        z = seed + numpy.arange(1, count + 1, dtype=numpy.uint64) * numpy.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> numpy.uint64(30))) * numpy.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> numpy.uint64(27))) * numpy.uint64(0x94D049BB133111EB)
-        unit = ((z ^ (z >> numpy.uint64(31))) >> numpy.uint64(40)).astype(numpy.float64) / 2**24
-    reals = (unit - 0.5) * (2 * amplitude) + center
-    if dtype == "U8":
-        return numpy.floor(reals).astype(numpy.uint8).tobytes()
-    bits = reals.astype(numpy.float32).view(numpy.uint32)
-    upper = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return (upper << 16 if dtype == "F32" else upper.astype(numpy.uint16)).astype("<u4" if dtype == "F32" else "<u2").tobytes()
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside a venv: `families.py --worker JOB.json` loads what one job lists and writes a line for each.
 
 
-def make(name, folder):
-    """Write the checkpoint with a tokenizer of bytes."""
-    import numpy
+def auto_class(folder):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = json.loads((FIXTURES / name / "config.json").read_text())
-    header, parts, at = {}, [], 0
-    for tensor, shape, dtype, center, amplitude in json.loads((FIXTURES / name / "tensors.json").read_text()):
-        data = values(tensor, int(numpy.prod(shape)), dtype, center, amplitude)
-        header[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
-        at += len(data)
-        parts.append(data)
-    text = json.dumps(header).encode()
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
-    (folder / "config.json").write_text(json.dumps(config))
-    size = config.get("text_config", config)["vocab_size"]
-    letters = [chr(c) for c in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x1000)]][:size]
-    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": step, "post_processor": None, "decoder": step,
-        "model": {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(letters)}, "merges": []},
+    plain = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
+    return AutoModelForCausalLM if plain else AutoModelForImageTextToText
+
+
+def place_everything(model, info, idle=()):
+    """
+    Fails unless every tensor but those that are idle found its place and every place its tensor: what is missing is
+    random, without a word.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or [])
+    unexpected = [name for name in info["unexpected_keys"] if not name.startswith(tuple(idle))]
+    missing = [k for k in info["missing_keys"] if k not in tied]
+    found = {"missing": missing, "unexpected": unexpected, "misshapen": list(info.get("mismatched_keys") or [])}
+    if wrong := {what: names for what, names in found.items() if names}:
+        sample = ", ".join(f"{len(names)} {what} (`{sorted(map(str, names))[0]}`)" for what, names in wrong.items())
+        raise RuntimeError(f"loads wrong weights: {sample}")
+
+
+def loaded(folder, idle, **options):
+    import torch
+
+    settings = {"dtype": torch.float32, "attn_implementation": "eager", **options}
+    model, info = auto_class(folder).from_pretrained(folder, output_loading_info=True, **settings)
+    place_everything(model, info, idle)
+    return model.eval()
+
+
+def round_experts(folder, rounded, original):
+    """
+    Takes experts as they are in `rounded`: transformers unpacks those that it merges in the type of their scales. Stacked
+    ones it takes apart or not at all.
+    """
+    from safetensors.torch import load_file, save_file
+
+    if rounded and any(re.search(r"experts\.\d+\.", name) for name in load_file(pathlib.Path(original) / "model.safetensors")):
+        file = pathlib.Path(folder) / "model.safetensors"
+        found, other = load_file(file), load_file(pathlib.Path(rounded) / "model.safetensors")
+        experts = {name: other[name].to(found[name].dtype) for name in found if re.search(r"experts\.\d+\.", name)}
+        save_file(found | experts, file, metadata={"format": "pt"})
+
+
+def restack(folder, original):
+    """Puts experts that quantc wrote one by one back into the stacks that `original` has, as transformers reads them."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = pathlib.Path(folder) / "model.safetensors"
+    found, model = load_file(file), load_file(pathlib.Path(original) / "model.safetensors")
+    lost = [name for name in model if name not in found and re.search(r"experts\.[a-z_]+$|(input|output)_linear\.weight$", name)]
+    if not lost:
+        return
+
+    def expert(prefix, part, what):
+        names = sorted((n for n in found if re.fullmatch(rf"{re.escape(prefix)}experts\.\d+\.{part}_proj\.{what}", n)), key=natural)
+        return torch.stack([found[n] for n in names])
+
+    stacks = {}
+    for name in lost:
+        prefix, last = re.fullmatch(r"(.*?\.)(?:experts\.)?([a-z_]+(?:\.weight)?)", name).groups()
+        what = "bias" if name.endswith("_bias") else "weight"
+        if re.match("down|output", last):
+            stack = expert(prefix, "down", what)
+        else:
+            gate, up = expert(prefix, "gate", what), expert(prefix, "up", what)
+            # gpt-oss, the one with biases, has the rows of gate and up in turns.
+            turns = f"{prefix}experts.gate_up_proj_bias" in model
+            stack = torch.stack([gate, up], 2).flatten(1, 2) if turns else torch.cat([gate, up], 1)
+        transposed = stack.dim() == 3 and "experts." in name
+        stacks[name] = (stack.transpose(1, 2) if transposed else stack).contiguous()
+        assert stacks[name].shape == model[name].shape, name
+    kept = {n: t for n, t in found.items() if not re.search(r"experts\.\d+\.", n)}
+    save_file(kept | stacks, file, metadata={"format": "pt"})
+
+
+def natural(name):
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def logits(model, ids):
+    import torch
+
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits.float()
+
+
+def in_gptqmodel(folder, ids):
+    import torch
+    from gptqmodel import BACKEND, GPTQModel
+
+    model = GPTQModel.load(str(folder), device="cpu", dtype=torch.float16, backend=BACKEND.TORCH, attn_implementation="eager")
+    return logits(model.model.eval(), ids)
+
+
+def in_vllm(folder, ids):
+    """Log-probabilities of the first text's tokens but the last."""
+    import torch
+    from vllm import LLM, SamplingParams
+
+    size = json.loads((pathlib.Path(folder) / "config.json").read_text())
+    size = size.get("text_config", size)["vocab_size"]
+    llm = LLM(
+        str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=1,
+        max_logprobs=size, enable_prefix_caching=False,
+    )  # fmt: skip
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=size, detokenize=False)
+    answer = llm.generate({"prompt_token_ids": ids[0].tolist()}, sampling, use_tqdm=False)[0].prompt_logprobs[1:]
+    found = torch.full((len(answer), size), float("nan"))
+    for row, entry in enumerate(answer):
+        found[row, list(entry)] = torch.tensor([entry[token].logprob for token in entry])
+    return found
+
+
+def measured(item, ids):
+    """The logits of one artifact in one runtime."""
+    import torch
+    from transformers import CompressedTensorsConfig
+
+    folder, column = item["artifact"], item["column"]
+    if column.endswith("-own"):
+        return in_gptqmodel(folder, ids)
+    if column == "vllm":
+        return in_vllm(folder, ids)
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if column == "ct-asym" else {}
+    if column in ("gptq", "awq"):
+        options["device_map"] = "cpu"
+    model = loaded(folder, item["idle"], **options)
+    # Experts keep the type of their scales, whatever type was asked for, and would be multiplied in it.
+    return logits(torch.nn.Module.float(model) if item["layout"].startswith("ct") else model, ids)
+
+
+def worker(path):
+    import traceback
+
+    import torch
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(1)
+    job = json.loads(pathlib.Path(path).read_text())
+    known = {}
+    with open(job["result"], "a") as out:
+        for item in job["items"]:
+            started = time.time()
+            print(f"==== {item['name']} {item['column']}", flush=True)
+            try:
+                ids = load_file(pathlib.Path(item["original"]) / "golden.safetensors")["input_ids"]
+                if item["reference"] not in known:
+                    round_experts(item["reference"], item.get("experts"), item["original"])
+                    restack(item["reference"], item["original"])
+                    known = {item["reference"]: logits(loaded(item["reference"], item["idle"]), ids)}
+                expected = known[item["reference"]]
+                found = measured(item, ids)
+                if found.dim() == 2:
+                    expected = expected[0, : len(found)].log_softmax(-1)
+                largest = expected.abs().max().item()
+                answer = {"difference": (found - expected).abs().max().item() / largest}
+            except Exception as error:
+                traceback.print_exc()
+                last = traceback.extract_tb(error.__traceback__)[-1]
+                answer = {"error": f"{type(error).__name__}: {error}", "at": f"{pathlib.Path(last.filename).name}:{last.lineno}"}
+            answer |= {"name": item["name"], "column": item["column"], "seconds": time.time() - started}
+            out.write(json.dumps(answer) + "\n")
+            out.flush()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Outside: write the checkpoints and the artifacts, start the workers, judge.
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def quantc(binary, *arguments):
+    """Exit code and stderr of one quantc command."""
+    done = subprocess.run([str(binary), *map(str, arguments)], capture_output=True, text=True)
+    return done.returncode, done.stderr.strip()
+
+
+def artifacts(options, folder, name, layout):
+    """Writes a checkpoint in a layout and what it means in every type that is asked for; its notes, or why there is none."""
+    out = folder / f"{name}-{layout}"
+    code, said = quantc(options.quantc, "quantize", folder / name, "-o", out, *LAYOUTS[layout].split())
+    if code == 2:
+        return {"refused": said.removeprefix("error: ")}
+    if code:
+        raise RuntimeError(f"{name}: quantc ended with {code}: {said[-600:]}")
+    scales = scale_type(name)
+    wanted = {column.rounds for column in map(COLUMNS.get, options.only) if column.layout == layout}
+    for rounds in {scales if rounds == "scales" else rounds for rounds in wanted} | {scales}:
+        code, said = quantc(options.quantc, "convert", out, "-o", f"{out}-{rounds}", "--dtype", rounds)
+        if code:
+            raise RuntimeError(f"{name}: quantc convert ended with {code}: {said[-600:]}")
+    return {"notes": json.loads((out / "report.json").read_text())["notes"], "out": str(out)}
+
+
+def run_job(python, options, items, folder):
+    """Runs one process's items; one that brings the process down is marked, and the rest is run in another."""
+    job, log, found = folder / "job.json", folder / "log.txt", {}
+    environ = os.environ | {
+        "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_COMPILE_DISABLE": "1", "GPTQMODEL_DISABLE_PACK_EXT": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return config
+    while left := [item for item in items if (item["name"], item["column"]) not in found]:
+        result = folder / "result.jsonl"
+        result.unlink(missing_ok=True)
+        # An engine of vLLM does not leave its process.
+        now = left[:1] if left[0]["column"] == "vllm" else left
+        job.write_text(json.dumps({"items": now, "result": str(result)}))
+        with log.open("a" if options.verbose else "w") as sink:
+            code = subprocess.run(
+                [str(python), str(HERE / "families.py"), "--worker", str(job)],
+                env=environ, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
+            ).returncode  # fmt: skip
+        rows = [json.loads(line) for line in result.read_text().splitlines()] if result.exists() else []
+        found |= {(row["name"], row["column"]): row for row in rows}
+        if len(rows) < len(now):
+            dead = now[len(rows)]
+            tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])[-300:]
+            found[dead["name"], dead["column"]] = {"error": f"the process ended with code {code}: {tail}"}
+    if options.verbose:
+        say(log.read_text(errors="replace"))
+    return found
 
 
-def golden(name):
-    import numpy
-
-    data = (FIXTURES / name / "golden.safetensors").read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-
-    def tensor(key, kind):
-        begin, end = header[key]["data_offsets"]
-        return numpy.frombuffer(body[begin:end], kind).reshape(header[key]["shape"])
-
-    return tensor("input_ids", "<i8"), tensor("logits", "<f4")
-
-
-def worker(job):
-    """The largest difference of one file's logits from transformers'."""
-    import numpy
-
-    import llama
-
-    name, file, valid = job["name"], job["file"], job["valid"]
-    ids, logits = golden(name)
-    valid = min(valid, ids.shape[1])
-    runtime = llama.Runtime(llama.load(job["libraries"]), file, ids.shape[1], 1, exact=True)
-    worst = 0.0
-    for sequence, expected in zip(ids, logits):
-        runtime.forget()
-        found = runtime.logits([int(token) for token in sequence[:valid]], 0, 0)
-        worst = max(worst, float(numpy.abs(found - expected[:valid]).max()))
-    print(json.dumps({"worst": worst / float(numpy.abs(logits).max()), "tokens": valid}))
+def outcome(column, made, found):
+    """What stands in the table, and what is wrong with it if anything is."""
+    if "refused" in made:
+        return made["refused"], None
+    # What a note says how to load is loaded so here.
+    told = [note for note in made["notes"] if COLUMNS[column].runtime in note and "only with" not in note]
+    if "error" in found:
+        problem = found["error"]
+    elif not found["difference"] <= COLUMNS[column].tolerance:  # nor is NaN
+        problem = f"logits differ by {found['difference']:.1e} of the largest"
+    else:
+        return "agrees", f"a note says otherwise: {told[0]}" if told else None
+    return f"no: {problem}", None if told else problem
 
 
-def examine(options, python, name, scratch):
-    """(architecture, largest difference, tokens, why it fails or is not written)."""
-    # The name of a model is looked at by llama.cpp, too.
-    folder = scratch / "checkpoint"
-    shutil.rmtree(folder, ignore_errors=True)
-    words = [str(python), str(pathlib.Path(__file__)), "make", name, str(folder)]
-    subprocess.run(words, check=True, capture_output=True, text=True)
-    file = scratch / f"{name}.gguf"
-    words = [options.quantc, "quantize", folder, "-o", file, "--format", "gguf", "--scheme", "F32"]
-    words += ["--method", "rtn", "--verify-text", "none"]
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
-    if done.returncode == 2:
-        return None, None, None, done.stderr.strip().splitlines()[-1].split(": ", 1)[-1]
-    if done.returncode:
-        raise RuntimeError(f"{name}: quantc ends with {done.returncode}: {done.stderr.strip()[-500:]}")
-    said = done.stdout + done.stderr
-    limits = [int(number) for number in re.findall(r"beyond (\d+) tokens", said)]
-    config = json.loads((FIXTURES / name / "config.json").read_text())
-    rough = any(word in json.dumps(config) for word in ROUGH_WORDS) or "approximates GELU" in said or "rounds the bounds" in said
-    rough = rough or config.get("text_config", config)["model_type"].startswith(("gemma", "gpt", "phi", "starcoder2"))
-    job = {"libraries": str(options.libraries), "name": name, "file": str(file), "valid": min(limits, default=1 << 20)}
-    words = [str(python), str(pathlib.Path(__file__)), "run", json.dumps(job)]
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    architecture = re.search(rb"general\.architecture.{4}(.{8})", file.read_bytes()[:4096], re.S)
-    length = struct.unpack("<Q", architecture[1])[0]
-    start = architecture.end()
-    architecture = file.read_bytes()[start : start + length].decode()
-    file.unlink()
-    if done.returncode:
-        tail = " | ".join((done.stderr + done.stdout).strip().splitlines()[-4:])[-500:]
-        return architecture, None, None, f"llama.cpp ends with {done.returncode}: {tail}"
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    allowed = ROUGH if rough else TOLERANCE
-    # Which of LongRoPE's factors are used depends on the context that is made, not on the text.
-    if "LongRoPE's long factors" in said and found["worst"] > allowed:
-        return architecture, found["worst"], found["tokens"], "not comparable: llama.cpp takes the long factors"
-    if "dynamic" in said and found["worst"] > allowed:
-        return architecture, found["worst"], found["tokens"], "not comparable: dynamic scaling depends on the whole text"
-    return architecture, found["worst"], found["tokens"], "" if found["worst"] <= allowed else f"more than {allowed}"
+def short(text):
+    """A reason in a few words."""
+    text = re.sub(r"^no: \w*(Error|Exception): ", "no: ", " ".join(text.split()))
+    text = re.sub(r"^tensor `.*?cannot hold it: ", "", text).split("; ")[0]
+    return text.replace("|", "/")[:110]
 
 
-def check(options, python, scratch):
-    """A table of all checkpoints on stdout; the number of those that fail."""
-    names = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
-    wanted = options.only.split(",") if options.only else names
-    print("| checkpoint | GGUF architecture | tokens | largest difference | |\n|---|---|---|---|---|")
-    failures = 0
-    for name in (name for name in names if name in wanted):
-        try:
-            architecture, worst, tokens, why = examine(options, python, name, scratch)
-        except (RuntimeError, subprocess.CalledProcessError) as error:
-            architecture, worst, tokens, why = "", None, None, str(error)
-        refused = architecture is None
-        comparable = why.startswith("not comparable")
-        failed = bool(why) and not refused and not comparable
-        failures += failed
-        shown = "" if worst is None else f"{worst:.1e}"
-        note = f"refused: {why}" if refused else f"**failed**: {why}" if failed else why
-        print(f"| {name} | {architecture or ''} | {tokens or ''} | {shown} | {note} |", flush=True)
-    return failures
+def table(names, columns, cells):
+    """Markdown: a row for each family; what differs between its checkpoints is said by name."""
+    families = collections.defaultdict(list)
+    for name in names:
+        families[family_of(name)].append(name)
+    lines = ["| family | " + " | ".join(COLUMNS[c].title for c in columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for family, members in families.items():
+        row = []
+        for column in columns:
+            texts = {name: short(cells[name, column]) for name in members}
+            usual = collections.Counter(texts.values()).most_common(1)[0][0]
+            others = [f"{name.removeprefix(family + '_')}: {text}" for name, text in texts.items() if text != usual]
+            row.append("; ".join([usual, *others]))
+        lines.append(f"| {family} | " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def scale_type(name):
+    """The type of the scales that compressed-tensors has of a checkpoint."""
+    config = json.loads((FIXTURES / "families" / name / "config.json").read_text())
+    return "f16" if config.get("torch_dtype", config.get("dtype")) == "float32" else "bf16"
+
+
+def idle(name):
+    """How the names of layers start that are further than the model's last: they predict tokens beyond the next."""
+    config = json.loads((FIXTURES / "families" / name / "config.json").read_text())
+    layers = config.get("num_hidden_layers", 0)
+    return [f"model.layers.{layers + i}." for i in range(config.get("num_nextn_predict_layers", 0))]
+
+
+def family_of(name):
+    config = json.loads((FIXTURES / "families" / name / "config.json").read_text())
+    return config["model_type"] if "text_config" not in config else f"{config['model_type']} (vision)"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="CHECKPOINT", help="only these (default: all)")
+    parser.add_argument("--only", help=f"columns: {', '.join(COLUMNS)} (default: all but vllm)")
+    parser.add_argument("--fast", action="store_true", help="some checkpoints in transformers with compressed-tensors")
+    parser.add_argument("--quantc", type=pathlib.Path, default=ROOT / "target" / "release" / "quantc")
+    parser.add_argument("--venv", type=pathlib.Path, default=ROOT / ".venv" / "runtimes")
+    parser.add_argument("--artifacts", type=pathlib.Path, help="keep what is written in this new folder")
+    parser.add_argument("--docs", type=pathlib.Path, help="write the table into this file, between its marks")
+    parser.add_argument("--json", type=pathlib.Path, help="write all outcomes here too")
+    parser.add_argument("--verbose", action="store_true", help="show the runtimes' whole output")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return worker(options.worker)
+
+    # What is packed in MXFP4 is gpt_oss_plain otherwise, and tests/it proves that it is read.
+    known = sorted(p.name for p in (FIXTURES / "families").iterdir() if p.is_dir() and p.name != "gpt_oss_mxfp4")
+    names = options.names or (FAST[1] if options.fast else known)
+    options.only = (options.only or (FAST[0] if options.fast else USUAL)).split(",")
+    if unknown := {*names} - {*known} | {*options.only} - {*COLUMNS}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if not options.quantc.exists():
+        parser.error(f"{options.quantc} does not exist")
+    options.quantc = options.quantc.resolve()
+    sys.path.insert(0, str(HERE))
+    import cpu_torch
+    from check import TORCH
+
+    started, cells, wrong, rows = time.time(), {}, [], []
+    folder = (options.artifacts or pathlib.Path(tempfile.mkdtemp(prefix="quantc-families-"))).resolve()
+    try:
+        processes, pythons = sorted({COLUMNS[c].process for c in options.only}), {}
+        own = any(COLUMNS[c].layout in ("gptq", "awq") for c in options.only)
+        for process in {"transformers", *processes}:
+            venv = "vllm" if process == "vllm" else "transformers"
+            wanted = ["vllm"] if venv == "vllm" else ["transformers", *(["gptqmodel"] if own else [])]
+            wanted = [HERE / f"requirements-{name}.txt" for name in wanted]
+            pythons[process] = cpu_torch.environment(options.venv.resolve() / venv, TORCH[venv], wanted)
+        write = [pythons["transformers"], FIXTURES / "make_families.py", "--write", folder, *names]
+        subprocess.run([str(part) for part in write], check=True)
+        layouts = sorted({COLUMNS[c].layout for c in options.only})
+        made = {(n, layout): artifacts(options, folder, n, layout) for n in names for layout in layouts}
+        say(f"{len(made)} artifacts after {time.time() - started:.0f} s")
+        found = {}
+        for process in processes:
+            columns = [c for c in options.only if COLUMNS[c].process == process]
+            pairs = [(n, c, COLUMNS[c]) for n in names for c in columns]
+            items = [
+                {
+                    "name": n, "column": c, "layout": column.layout, "artifact": out, "original": str(folder / n), "idle": idle(n),
+                    "reference": f"{out}-{scale_type(n) if column.rounds == 'scales' else column.rounds}",
+                    "experts": f"{out}-{scale_type(n)}" if c == "ct" else None,
+                }  # fmt: skip
+                for n, c, column in pairs
+                if (out := made[n, column.layout].get("out"))
+            ]
+            found |= run_job(pythons[process], options, items, folder)
+    finally:
+        if not options.artifacts:
+            shutil.rmtree(folder, ignore_errors=True)
+    for name in names:
+        for column in options.only:
+            of = made[name, COLUMNS[column].layout]
+            cells[name, column], problem = outcome(column, of, found.get((name, column)))
+            rows.append({"checkpoint": name, "column": column, "cell": cells[name, column], **of, **found.get((name, column), {})})
+            if problem:
+                wrong.append(f"{name} {column}: {problem[:400]}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+    result = table(names, options.only, cells)
+    if options.docs:
+        text = options.docs.read_text()
+        (before, rest), end = text.split(MARKS[0]), MARKS[1]
+        options.docs.write_text(before + MARKS[0] + "\n" + result + "\n" + end + rest.split(end)[1])
+    print(result)
+    for line in wrong:
+        say(f"FAILED {line}")
+    say(f"{len(cells)} cells, {len(wrong)} not as quantc says; {time.time() - started:.0f} s")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
-    if sys.argv[1] == "make":
-        make(sys.argv[2], pathlib.Path(sys.argv[3]))
-    else:
-        worker(json.loads(sys.argv[2]))
+    sys.exit(main())

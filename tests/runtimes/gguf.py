@@ -4,7 +4,7 @@
     python3 tests/runtimes/gguf.py                                  # four mixes of the built-in model: a minute
     python3 tests/runtimes/gguf.py --all                            # every mix
     python3 tests/runtimes/gguf.py --all --model DIR --llama BIN --text TEXT --windows 16
-    python3 tests/runtimes/gguf.py --families                       # the tiny checkpoints of every family (families.py)
+    python3 tests/runtimes/gguf.py --families                       # the tiny checkpoints of every family (gguf_families.py)
 
 For each mix `quantc quantize` writes a file; then
 
@@ -258,9 +258,9 @@ def main():
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="quantc-gguf-"))
     try:
         if options.families:
-            import families
+            import gguf_families
 
-            return int(families.check(options, python, scratch) > 0)
+            return int(gguf_families.check(options, python, scratch) > 0)
         for model in models:
             folder = (options.artifacts or scratch / "files").resolve() / model.name
             rows = check_model(options, python, model, mixes, folder, scratch)

@@ -8,6 +8,7 @@
 
 use serde_json::json;
 
+use super::names;
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
 use super::{
     check_group, check_weight, exact_scales, expect_shape, from_words, part, to_words, transpose, words_shape,
@@ -134,11 +135,21 @@ impl Codec for Awq {
             )));
         }
         let lm_head = modules.iter().any(|module| module.name == "lm_head");
-        let mut skip: Vec<&str> = unquantized_linears.iter().map(String::as_str).collect();
-        if skip.iter().all(|name| *name == "lm_head") {
+        let wrapped = unquantized_linears.iter().any(|name| names::is_component(name));
+        let mut skip: Vec<String> = Vec::new();
+        for name in unquantized_linears {
+            if names::is_component(name) {
+                // transformers looks at how names start, vLLM at what is in them.
+                let core = names::core(name).trim_end_matches('.');
+                skip.extend([core.to_owned(), format!("model.{core}")]);
+            } else {
+                skip.push(if wrapped { names::core(name).to_owned() } else { name.clone() });
+            }
+        }
+        if skip.iter().all(|name| name == "lm_head") {
             skip.clear();
-        } else if !lm_head && !skip.contains(&"lm_head") {
-            skip.push("lm_head");
+        } else if !lm_head && skip.iter().all(|name| name != "lm_head") {
+            skip.push("lm_head".into());
         }
         let quantization_config = json!({
             "quant_method": "awq",

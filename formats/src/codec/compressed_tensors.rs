@@ -11,7 +11,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::names::Selection;
+use super::names::{self, Selection};
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
 use super::{check_group, check_weight, exact_scales, expect_shape, from_words, group_map, pack_rows, part, to_words};
 use super::{transpose, unpack_rows, words_shape};
@@ -171,7 +171,7 @@ impl Codec for CompressedTensors {
     }
 
     fn config(&self, modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Result<ConfigFiles> {
-        let selections = super::names::by_scheme(modules, unquantized_linears);
+        let selections = names::by_scheme(modules, unquantized_linears);
         let mut groups = Map::new();
         for (index, Selection { scheme, names, .. }) in selections.iter().enumerate() {
             let targets = match selections.len() {
@@ -193,7 +193,10 @@ impl Codec for CompressedTensors {
             groups.insert(format!("group_{index}"), group);
         }
         // A tied head is a Linear too, though it has no tensor of its own.
-        let mut ignore: Vec<String> = unquantized_linears.to_vec();
+        let wrapped = unquantized_linears.iter().any(|name| names::is_component(name));
+        let pattern = |name: &&String| wrapped && (names::is_component(name) || names::tail(name).is_some());
+        let ignored = |name: &String| if pattern(&name) { format!("re:{}", names::anywhere(name)) } else { name.clone() };
+        let mut ignore: Vec<String> = unquantized_linears.iter().map(ignored).collect();
         if !modules.iter().any(|module| module.name == "lm_head") && !ignore.iter().any(|name| name == "lm_head") {
             ignore.push("lm_head".into());
         }

@@ -145,8 +145,14 @@ impl Codec for Gptq {
         };
         let mut notes = Vec::new();
 
-        // `dynamic`: other schemes, and linears left as they are. The first match wins, and the sets are disjoint.
+        // `dynamic`: other schemes, and linears left as they are. The first match wins. Components stand first, for a tower's
+        // linears may be called as the language model's are; the other sets are disjoint.
+        let (components, others): (Vec<&str>, Vec<&str>) =
+            unquantized_linears.iter().map(String::as_str).partition(|name| names::is_component(name));
         let mut dynamic = Map::new();
+        for component in &components {
+            dynamic.insert(format!("-:{}", names::anywhere(component)), json!({}));
+        }
         for other in &selections[1..] {
             for pattern in other.names.patterns() {
                 let settings = json!({
@@ -156,17 +162,16 @@ impl Codec for Gptq {
                 dynamic.insert(format!("+:{pattern}"), settings);
             }
         }
-        if !dynamic.is_empty() {
+        if selections.len() > 1 {
             notes.push(
                 "the linears have several schemes, which GPTQ states under `dynamic`: GPTQModel and vLLM read it, \
                  transformers with optimum ignores it and would load wrong weights"
                     .into(),
             );
         }
-        let left: Vec<&str> =
-            unquantized_linears.iter().map(String::as_str).filter(|name| names::tail(name).is_some()).collect();
+        let left: Vec<&str> = others.into_iter().filter(|name| names::tail(name).is_some()).collect();
         let all: Vec<&str> = modules.iter().map(|module| module.name).chain(left.iter().copied()).collect();
-        for pattern in NameSet::new(&left, &all).patterns() {
+        for pattern in NameSet::new(&left, &all, !components.is_empty()).patterns() {
             dynamic.insert(format!("-:{pattern}"), json!({}));
         }
 

@@ -111,7 +111,9 @@ pub trait Codec: Sync {
     /// Every local name this codec may write or read.
     fn part_names(&self) -> &'static [&'static str];
 
-    /// The configuration of a model whose linears are `modules` and, left as they were, `unquantized_linears`.
+    /// The configuration of a model whose linears are `modules` and, left as they were, `unquantized_linears`. A name
+    /// among these that ends in a dot stands for a whole component, such as `vision_tower.`; beside one, a runtime may
+    /// keep every module under another prefix than the file.
     ///
     /// Pure, so a plan can be checked with it before any work: it fails when the layout cannot express the mix.
     fn config(&self, modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Result<ConfigFiles>;

@@ -22,11 +22,15 @@ pub(super) struct NameSet {
     tails: Vec<String>,
     /// Full names of the rest.
     exact: Vec<String>,
+    /// Whether runtimes may put another prefix before the blocks.
+    wrapped: bool,
 }
 
 /// The modules grouped by scheme, the scheme with the most modules first.
 pub(super) fn by_scheme(modules: &[QuantizedModule<'_>], others: &[String]) -> Vec<Selection> {
-    let all: Vec<&str> = modules.iter().map(|m| m.name).chain(others.iter().map(String::as_str)).collect();
+    let (components, others): (Vec<&str>, Vec<&str>) = others.iter().map(String::as_str).partition(|n| is_component(n));
+    let all: Vec<&str> = modules.iter().map(|m| m.name).chain(others).collect();
+    let wrapped = !components.is_empty();
     let mut keys: Vec<((Scheme, bool), Vec<&str>)> = Vec::new();
     for module in modules {
         let key = (module.scheme, module.desc_act);
@@ -37,7 +41,7 @@ pub(super) fn by_scheme(modules: &[QuantizedModule<'_>], others: &[String]) -> V
     }
     keys.sort_by_key(|(_, names)| std::cmp::Reverse(names.len()));
     keys.into_iter()
-        .map(|((scheme, desc_act), names)| Selection { scheme, desc_act, names: NameSet::new(&names, &all) })
+        .map(|((scheme, desc_act), names)| Selection { scheme, desc_act, names: NameSet::new(&names, &all, wrapped) })
         .collect()
 }
 
@@ -53,9 +57,33 @@ pub(super) fn tail(name: &str) -> Option<&str> {
     None
 }
 
+/// Whether a name stands for all modules under it.
+pub(super) fn is_component(name: &str) -> bool {
+    name.ends_with('.')
+}
+
+/// The part of a name that every runtime has in it, from the list of blocks on: Transformers says
+/// `model.language_model.layers.0`, vLLM `language_model.model.layers.0`, and files either, or less.
+pub(super) fn core(name: &str) -> &str {
+    match tail(name) {
+        Some(tail) => {
+            let head = name[..name.len() - tail.len()].trim_end_matches('.');
+            let list = head.rfind('.').and_then(|number| head[..number].rfind('.'));
+            &name[list.map_or(0, |dot| dot + 1)..]
+        }
+        None => name.strip_prefix("model.").filter(|_| is_component(name)).unwrap_or(name),
+    }
+}
+
+/// A regular expression for a component, or for one module, under whatever prefix.
+pub(super) fn anywhere(name: &str) -> String {
+    let end = if is_component(name) { ".*" } else { "$" };
+    format!(r"(.*\.)?{}{end}", escape(core(name)))
+}
+
 impl NameSet {
-    /// `names` among `all` modules there are.
-    pub fn new(names: &[&str], all: &[&str]) -> NameSet {
+    /// `names` among `all` modules there are, which runtimes may keep under another prefix when they are `wrapped`.
+    pub fn new(names: &[&str], all: &[&str], wrapped: bool) -> NameSet {
         let mut counts: BTreeMap<&str, (usize, usize)> = BTreeMap::new();
         for t in names.iter().filter_map(|name| tail(name)) {
             counts.entry(t).or_default().0 += 1;
@@ -64,7 +92,7 @@ impl NameSet {
             counts.entry(t).or_default().1 += 1;
         }
         let whole = |t: &str| counts.get(t).is_some_and(|(here, everywhere)| here == everywhere && *here > 0);
-        let mut set = NameSet { tails: Vec::new(), exact: Vec::new() };
+        let mut set = NameSet { tails: Vec::new(), exact: Vec::new(), wrapped };
         for name in names {
             match tail(name).filter(|t| whole(t)) {
                 Some(t) if set.tails.iter().any(|known| known == t) => {}
@@ -78,13 +106,15 @@ impl NameSet {
     /// Targets of compressed-tensors: module names, and `re:` with a regular expression.
     pub fn targets(&self) -> Vec<String> {
         let tails = self.tails.iter().map(|t| format!("re:{}", tail_pattern(t)));
-        tails.chain(self.exact.iter().cloned()).collect()
+        let exact = self.exact.iter().map(|name| if self.wrapped { format!("re:{}", anywhere(name)) } else { name.clone() });
+        tails.chain(exact).collect()
     }
 
     /// Regular expressions for the modules, and for what vLLM calls those it merges.
     pub fn patterns(&self) -> Vec<String> {
         let tails = with_fused(&self.tails).into_iter().map(|t| tail_pattern(&t));
-        let exact = with_fused(&self.exact).into_iter().map(|name| format!("^{}$", escape(&name)));
+        let exact = with_fused(&self.exact).into_iter();
+        let exact = exact.map(|name| if self.wrapped { anywhere(&name) } else { format!("^{}$", escape(&name)) });
         tails.chain(exact).collect()
     }
 }
@@ -134,9 +164,22 @@ mod tests {
             "m.1.o",
             "lm_head",
         ];
-        let set = NameSet::new(&["m.0.q_proj", "m.1.q_proj", "m.0.o", "lm_head"], &all);
+        let set = NameSet::new(&["m.0.q_proj", "m.1.q_proj", "m.0.o", "lm_head"], &all, false);
         assert_eq!(set.targets(), [r"re:.*\.\d+\.q_proj$", "m.0.o", "lm_head"]);
-        let set = NameSet::new(&["m.1.q_proj", "m.1.k_proj", "m.1.v_proj"], &all);
+        let set = NameSet::new(&["m.1.q_proj", "m.1.k_proj", "m.1.v_proj"], &all, false);
         assert_eq!(set.patterns(), [r"^m\.1\.q_proj$", r"^m\.1\.k_proj$", r"^m\.1\.v_proj$", r"^m\.1\.qkv_proj$"]);
+    }
+
+    #[test]
+    fn a_wrapped_module_is_named_by_what_all_runtimes_call_it() {
+        assert_eq!(anywhere("vision_tower."), r"(.*\.)?vision_tower\..*");
+        assert_eq!(anywhere("model.visual."), r"(.*\.)?visual\..*");
+        assert_eq!(anywhere("model.layers.3."), r"(.*\.)?layers\.3\..*");
+        assert_eq!(anywhere("language_model.model.layers.3.mlp.up_proj"), r"(.*\.)?layers\.3\.mlp\.up_proj$");
+        assert_eq!(core("h.0.mlp.c_fc"), "h.0.mlp.c_fc");
+        assert_eq!(core("language_model.lm_head"), "language_model.lm_head");
+        let set = NameSet::new(&["a.m.1.q"], &["a.m.0.q", "a.m.1.q"], true);
+        assert_eq!(set.targets(), [r"re:(.*\.)?m\.1\.q$"]);
+        assert_eq!(set.patterns(), [r"(.*\.)?m\.1\.q$"]);
     }
 }
