@@ -62,10 +62,15 @@ struct Run {
     graph: Graph,
     notes: Vec<String>,
     samples: Option<Samples>,
-    /// Windows of the held-out text.
-    held_out: Option<Vec<Vec<u32>>>,
+    held_out: Option<HeldOut>,
     hashing: Hashing,
     prepare: f64,
+}
+
+/// The held-out text in the original's tokens.
+struct HeldOut {
+    ids: Vec<u32>,
+    windows: Vec<Vec<u32>>,
 }
 
 /// What every run has when its work is done.
@@ -170,6 +175,9 @@ impl Job<'_> {
     ) -> Result<Report> {
         let plan = GgufPlan::new(&graph, &source, &self.recipe)?;
         let staging = FileStaging::new(self.output, Some(self.model), self.force)?;
+        if let Some(path) = self.recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref()) {
+            staging.check_another(path, Some(self.model), self.force)?;
+        }
         let mut run = self.prepare(started, source, graph, plan.needs(&self.recipe), hashing)?;
         run.notes.extend(plan.notices.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
@@ -187,16 +195,14 @@ impl Job<'_> {
         let verifying = Instant::now();
         let reopened = Checkpoint::open(&compiled.files[0])?;
         let quality = self.measure(backend, &run, &reopened, progress)?;
-        if let Some(verification) = &self.verification
+        if let (Some(verification), Some(held_out)) = (&self.verification, &run.held_out)
             && let Ok(own) = ModelText::open(&reopened)
+            && own.evaluation_ids(&load_text(&verification.text)?)? != held_out.ids
         {
-            let text = load_text(&verification.text)?;
-            if own.evaluation_ids(&text)? != ModelText::open(source)?.evaluation_ids(&text)? {
-                return Err(Error::failed(format!(
-                    "{}: the tokenizer that was written turns the held-out text into other tokens than the original's; choose another --pre",
-                    self.output.display()
-                )));
-            }
+            return Err(Error::failed(format!(
+                "{}: the tokenizer that was written turns the held-out text into other tokens than the original's; choose another --pre",
+                self.output.display()
+            )));
         }
         let outcome = Outcome {
             quality,
@@ -276,7 +282,7 @@ impl Job<'_> {
             _ => None,
         };
         let held_out = match (&self.verification, &text) {
-            (Some(verification), Some(text)) => Some(verification.windows(&source, text)?),
+            (Some(verification), Some(text)) => Some(verification.read(&source, text)?),
             _ => None,
         };
         // A tokenizer of a large vocabulary is tens of megabytes.
@@ -293,7 +299,7 @@ impl Job<'_> {
         reopened: &Checkpoint,
         progress: &mut Progress,
     ) -> Result<Option<Quality>> {
-        let Some(windows) = &run.held_out else { return Ok(None) };
+        let Some(HeldOut { windows, .. }) = &run.held_out else { return Ok(None) };
         let mut quality = evaluate(backend, reopened, Some(&run.source), windows, Protocol::Papers, progress)?;
         quality.model = self.output.display().to_string();
         Ok(Some(quality))
@@ -364,10 +370,11 @@ fn write_copy(path: Option<PathBuf>, json: &[u8]) -> Result<()> {
 }
 
 impl Verification {
-    fn windows(&self, source: &Checkpoint, text: &ModelText) -> Result<Vec<Vec<u32>>> {
+    fn read(&self, source: &Checkpoint, text: &ModelText) -> Result<HeldOut> {
         let context = self.context.min(families::longest_context(source.config()).unwrap_or(usize::MAX));
         let ids = text.evaluation_ids(&load_text(&self.text)?)?;
-        Ok(windows(&ids, context, self.windows, None).map_err(crate::text::TextError::from)?)
+        let windows = windows(&ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
+        Ok(HeldOut { ids, windows })
     }
 }
 

@@ -182,15 +182,7 @@ impl FileStaging {
                 return Err(Error::usage(format!("{}: exists already; --force replaces it", first.display())));
             }
             for path in &replaced {
-                let mut magic = [0; 4];
-                let read = fs::File::open(path).and_then(|mut file| std::io::Read::read(&mut file, &mut magic));
-                let read = read.map_err(Error::io(path, "read"))?;
-                if read > 0 && magic != *b"GGUF" {
-                    return Err(Error::usage(format!(
-                        "{}: --force replaces a GGUF file, and this is none",
-                        path.display()
-                    )));
-                }
+                check_replaced(path)?;
                 if let Some(input) = input
                     && path.canonicalize().ok() == input.canonicalize().ok()
                 {
@@ -203,6 +195,39 @@ impl FileStaging {
         }
         let folder = make_hidden(target)?;
         Ok(FileStaging { target: target.to_path_buf(), name, folder, replaced })
+    }
+
+    /// Checks another GGUF file that the same run is to write, in a folder that exists.
+    ///
+    /// Fails, always as a request that cannot be met, when it is the input, the output or a part of it, when it exists and
+    /// `force` is not given or it is no GGUF file, and when its folder takes no new file.
+    pub fn check_another(&self, target: &Path, input: Option<&Path>, force: bool) -> Result<()> {
+        let (shown, (name, parent)) = (target.display(), place(target)?);
+        if !parent.is_dir() {
+            return Err(Error::usage(format!("{shown}: there is no folder {}; make it first", parent.display())));
+        }
+        check_place(target, input)?;
+        let stem = self.name.strip_suffix(".gguf").unwrap_or(&self.name);
+        let beside = self.folder.parent().and_then(|folder| folder.canonicalize().ok()) == parent.canonicalize().ok();
+        if beside && (name == self.name || is_part(&name, stem)) {
+            return Err(Error::usage(format!(
+                "{shown}: is what the quantized model will be called; choose another name"
+            )));
+        }
+        if target.is_dir() {
+            return Err(Error::usage(format!("{shown}: is a directory, and a GGUF file is to be written")));
+        }
+        if target.exists() {
+            if !force {
+                return Err(Error::usage(format!("{shown}: exists already; --force replaces it")));
+            }
+            check_replaced(target)?;
+        }
+        // Permissions do not tell of everything that may forbid it.
+        let trial = parent.join(hidden_name(&name));
+        fs::write(&trial, b"")
+            .and_then(|()| fs::remove_file(&trial))
+            .map_err(|error| Error::usage(format!("{shown}: its folder takes no file ({error}); choose another place")))
     }
 
     /// Where to write.
@@ -245,6 +270,16 @@ impl Drop for FileStaging {
     }
 }
 
+/// Fails when the file that `--force` would replace is no GGUF file.
+fn check_replaced(path: &Path) -> Result<()> {
+    let mut magic = [0; 4];
+    let read = fs::File::open(path).and_then(|mut file| std::io::Read::read(&mut file, &mut magic));
+    match read.map_err(Error::io(path, "read"))? > 0 && magic != *b"GGUF" {
+        true => Err(Error::usage(format!("{}: --force replaces a GGUF file, and this is none", path.display()))),
+        false => Ok(()),
+    }
+}
+
 /// Whether `name` is `stem-00001-of-00003.gguf` for some numbers.
 fn is_part(name: &str, stem: &str) -> bool {
     let numbers = name.strip_prefix(stem).and_then(|rest| rest.strip_prefix('-')?.strip_suffix(".gguf"));
@@ -283,6 +318,43 @@ mod tests {
         assert!(write(&["m.gguf"], true).unwrap_err().to_string().contains("this is none"));
         let own = FileStaging::new(&at("m-other.gguf"), Some(&at("m-other.gguf")), true).err().unwrap();
         assert!(own.to_string().contains("may not be the input"));
+    }
+
+    #[test]
+    fn what_would_stop_another_file_is_told_beforehand() {
+        let room = tempfile::tempdir().unwrap();
+        let at = |name: &str| room.path().join(name);
+        fs::write(at("in.gguf"), b"GGUF").unwrap();
+        let staging = FileStaging::new(&at("m.gguf"), Some(&at("in.gguf")), false).unwrap();
+        let check = |name: &str, force| staging.check_another(&at(name), Some(&at("in.gguf")), force);
+        fs::write(at("old.gguf"), b"GGUF").unwrap();
+        fs::write(at("letter"), b"dear").unwrap();
+        fs::create_dir(at("folder")).unwrap();
+        for (name, force, expected) in [
+            ("none/i.gguf", true, "there is no folder"),
+            ("letter/i.gguf", true, "there is no folder"),
+            ("folder", true, "is a directory"),
+            ("old.gguf", false, "old.gguf: exists already; --force replaces it"),
+            ("letter", true, "this is none"),
+            ("in.gguf", true, "may not be the input"),
+            ("m.gguf", true, "the quantized model"),
+            ("folder/../m-00001-of-00002.gguf", true, "the quantized model"),
+        ] {
+            let error = check(name, force).unwrap_err();
+            assert!(error.to_string().contains(expected), "{name}: {error}");
+            assert_eq!(error.exit_code(), 2, "{name}: {error}");
+        }
+        for (name, force) in [("i.gguf", false), ("folder/m.gguf", false), ("old.gguf", true)] {
+            check(name, force).unwrap();
+        }
+        assert_eq!(fs::read(at("old.gguf")).unwrap(), b"GGUF");
+        assert_eq!(fs::read_dir(at("folder")).unwrap().count(), 0);
+        #[cfg(target_os = "linux")]
+        {
+            // No one may write there, not even who may write anywhere.
+            let error = staging.check_another(Path::new("/proc/i.gguf"), None, false).unwrap_err();
+            assert!(error.to_string().contains("takes no file") && error.exit_code() == 2, "{error}");
+        }
     }
 
     #[test]

@@ -151,6 +151,13 @@ fn importance_goes_to_a_file_and_comes_from_one() {
     let plain = run(&model, &at("c.gguf"), "scheme = 'Q3_K_M'\nmethod = 'rtn'").unwrap();
     let loss = |report: &Report| report.quality.as_ref().unwrap().beside.as_ref().unwrap().kld_mean;
     assert!(loss(&report) < loss(&plain), "{} with importance, {} without", loss(&report), loss(&plain));
+
+    // What is there is not lost, and that is told before anything is written.
+    let kept = std::fs::read(&imatrix).unwrap();
+    let error = run(&model, &at("d.gguf"), &collect).unwrap_err();
+    assert!(error.to_string().contains("imatrix.gguf: exists already; --force replaces it"), "{error}");
+    assert_eq!(error.exit_code(), 2);
+    assert!(!at("d.gguf").exists() && std::fs::read(&imatrix).unwrap() == kept);
 }
 
 #[test]

@@ -52,6 +52,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("gpt_oss_plain", "this scaling of rotary frequencies"),
     ("llama4_text_every_layer", "attention within 8 tokens"),
     ("llama4_text_plain", "attention within 8 tokens"),
+    ("llama4_vision", "attention within 8 tokens"),
     ("llama_rope_yarn", "this scaling of rotary frequencies"),
     ("llama_rope_yarn_untruncated", "this scaling of rotary frequencies"),
     ("nemotron_biases", "4 heads of 32 values in a model of width 64"),

@@ -195,7 +195,8 @@ impl Codec for CompressedTensors {
         // A tied head is a Linear too, though it has no tensor of its own.
         let wrapped = unquantized_linears.iter().any(|name| names::is_component(name));
         let pattern = |name: &&String| wrapped && (names::is_component(name) || names::tail(name).is_some());
-        let ignored = |name: &String| if pattern(&name) { format!("re:{}", names::anywhere(name)) } else { name.clone() };
+        let ignored =
+            |name: &String| if pattern(&name) { format!("re:{}", names::anywhere(name)) } else { name.clone() };
         let mut ignore: Vec<String> = unquantized_linears.iter().map(ignored).collect();
         if !modules.iter().any(|module| module.name == "lm_head") && !ignore.iter().any(|name| name == "lm_head") {
             ignore.push("lm_head".into());

@@ -106,7 +106,8 @@ impl NameSet {
     /// Targets of compressed-tensors: module names, and `re:` with a regular expression.
     pub fn targets(&self) -> Vec<String> {
         let tails = self.tails.iter().map(|t| format!("re:{}", tail_pattern(t)));
-        let exact = self.exact.iter().map(|name| if self.wrapped { format!("re:{}", anywhere(name)) } else { name.clone() });
+        let exact =
+            self.exact.iter().map(|name| if self.wrapped { format!("re:{}", anywhere(name)) } else { name.clone() });
         tails.chain(exact).collect()
     }
 
