@@ -24,6 +24,7 @@ pub mod plan;
 pub mod progress;
 pub mod recipe;
 pub mod report;
+pub mod runtimes;
 pub mod text;
 pub mod verify;
 

@@ -109,7 +109,8 @@ impl Plan {
             .iter()
             .map(|(name, scheme)| QuantizedModule { name, scheme: *scheme, desc_act: recipe.desc_act })
             .collect();
-        let config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
+        let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
+        config.notes.extend(crate::runtimes::notes(graph, codec.id(), &schemes));
 
         let model_dtype = source.dtype();
         let float_dtype = if matches!(model_dtype, Dtype::F16 | Dtype::BF16) { model_dtype } else { Dtype::F32 };

@@ -1,0 +1,89 @@
+//! What runtimes are known not to load, so that a report says it before anyone tries. Measured by `tests/runtimes/families.py`
+//! with transformers 5.23 and GPTQModel 7.7, which also fails when a note here is no longer true.
+
+use std::collections::HashMap;
+
+use formats::Scheme;
+
+use crate::graph::{Graph, Layer, Linear};
+
+/// What is asked of a model.
+struct Facts<'a> {
+    family: &'a str,
+    /// The layout's codec.
+    codec: &'a str,
+    /// Whether experts are quantized.
+    experts: bool,
+    /// Whether some layers are mixtures and others are not.
+    mixed: bool,
+    /// Whether a quantized linear has a zero point.
+    asymmetric: bool,
+    /// Whether the model is a part of a larger one.
+    wrapped: bool,
+}
+
+/// Notes on the runtimes that will not load `graph` in the layout `codec` with these schemes: what happens, and who does.
+pub fn notes(graph: &Graph, codec: &str, schemes: &HashMap<String, Scheme>) -> Vec<String> {
+    let layers = || graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
+    let quantized = |linear: &Linear| schemes.contains_key(&linear.module);
+    let experts = layers().any(|layer| match layer {
+        Layer::Moe(moe) => moe.experts.iter().any(|expert| expert.inputs.iter().chain([&expert.down]).any(quantized)),
+        _ => false,
+    });
+    let facts = Facts {
+        family: graph.family,
+        codec,
+        experts,
+        mixed: experts && layers().any(|layer| matches!(layer, Layer::Mlp(_))),
+        asymmetric: schemes.values().any(|scheme| !scheme.symmetric),
+        wrapped: graph.aside.iter().any(|(prefix, _)| !prefix.contains(|c: char| c.is_ascii_digit())),
+    };
+    [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned).collect()
+}
+
+fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
+    match (facts.codec, facts.family) {
+        ("compressed-tensors", "gpt_oss" | "granitemoe") if facts.experts => Some(
+            "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
+             vLLM loads experts one by one",
+        ),
+        // Those of Llama 4 it takes apart.
+        ("compressed-tensors", family) if facts.experts && facts.asymmetric && family != "llama4" => {
+            Some("transformers does not unpack asymmetric experts; vLLM does, and symmetric ones load in both")
+        }
+        ("gptq" | "awq", _) if facts.experts => Some(
+            "transformers keeps experts in stacks and does not fill them from GPTQ or AWQ: it would load wrong weights; \
+             vLLM loads experts one by one",
+        ),
+        ("gptq", "gpt2") => Some("transformers fails on GPTQ files of this family; GPTQModel loads them"),
+        ("awq", "gpt_neox" | "starcoder2") => Some(
+            "transformers asks AWQ files of this family for scales of an activation, which only AutoAWQ's own scaling has, \
+             and leaves them at random values; compressed-tensors loads",
+        ),
+        _ => None,
+    }
+}
+
+fn gptqmodel(facts: &Facts<'_>) -> Option<&'static str> {
+    if !matches!(facts.codec, "gptq" | "awq") {
+        return None;
+    }
+    match facts.family {
+        "mixtral" | "gpt_oss" | "granitemoe" if facts.experts => Some(
+            "GPTQModel 7.7 calls this family's experts otherwise than checkpoints and vLLM do, and does not find them",
+        ),
+        "glm" | "glm4" | "phi3" => Some(
+            "GPTQModel 7.7 takes this family's `gate_up_proj` apart before it loads and does not find it: it refuses GPTQ and \
+             loads wrong weights from AWQ; transformers loads both",
+        ),
+        "qwen2_moe" | "qwen3_moe" | "llama4" if facts.mixed => {
+            Some("GPTQModel 7.7 loads wrong weights where only some layers of this family have experts")
+        }
+        "gpt_neox" => Some("GPTQModel 7.7 computes no numbers for this family; transformers loads GPTQ"),
+        "olmo" | "nemotron" if facts.codec == "awq" => {
+            Some("GPTQModel 7.7 does not know this family in AWQ; transformers loads it")
+        }
+        _ if facts.wrapped => Some("GPTQModel 7.7 may look for the language model under other names than this file's"),
+        _ => None,
+    }
+}
