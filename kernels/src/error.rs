@@ -19,4 +19,7 @@ pub enum Error {
     /// A matrix that should be positive definite is not, at this pivot.
     #[error("the Hessian is not positive definite at pivot {0}")]
     NotPositive(usize),
+    /// The device, its driver or a library of it failed; one sentence that says what to do.
+    #[error("{0}")]
+    Device(String),
 }

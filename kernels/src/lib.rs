@@ -5,6 +5,7 @@
 
 pub mod backend;
 pub mod cpu;
+pub mod cuda;
 mod error;
 pub mod ops;
 pub mod simd;
@@ -14,6 +15,7 @@ pub use backend::{
     TokenComparison, TokenLoss,
 };
 pub use cpu::Cpu;
+pub use cuda::Cuda;
 pub use error::Error;
 
 /// What a device operation returns.

@@ -1,0 +1,1 @@
+//! A card, through CUDA's driver.

@@ -1,0 +1,1 @@
+//! Compiles kernels for the card at hand, with NVRTC.

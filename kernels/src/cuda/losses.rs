@@ -1,0 +1,42 @@
+//! Losses of tokens.
+
+use super::{Cuda, Matrix, Module, expect};
+use crate::Result;
+use crate::backend::{TokenComparison, TokenLoss};
+
+pub(super) static LOSS: Module = Module { name: "loss", source: include_str!("../ops/loss.cu") };
+
+/// Threads of a row.
+const ROW: u32 = 256;
+
+impl Cuda {
+    pub(super) fn token_losses(&self, logits: &Matrix, targets: &[u32]) -> Result<TokenLoss> {
+        expect("token_loss", "targets", logits.rows, targets.len())?;
+        let (nll, argmax) = (self.buffer::<f64>(logits.rows)?, self.buffer::<u32>(logits.rows)?);
+        let wanted = self.send(targets)?;
+        let args = [
+            logits.buffer.pin()?.arg(),
+            wanted.pin()?.arg(),
+            nll.pin()?.arg(),
+            argmax.pin()?.arg(),
+            (logits.cols as i32).into(),
+        ];
+        self.blocks(&LOSS, "token_loss", logits.rows, ROW, 0, &args)?;
+        Ok(TokenLoss { nll: self.fetch(&nll, logits.rows)?, argmax: self.fetch(&argmax, logits.rows)? })
+    }
+
+    pub(super) fn compared(&self, reference: &Matrix, model: &Matrix, targets: &[u32]) -> Result<TokenComparison> {
+        expect("compare", "targets", model.rows, targets.len())?;
+        expect("compare", "rows", reference.rows, model.rows)?;
+        expect("compare", "logits", reference.cols, model.cols)?;
+        let kld = self.buffer::<f64>(model.rows)?;
+        let args =
+            [reference.buffer.pin()?.arg(), model.buffer.pin()?.arg(), kld.pin()?.arg(), (model.cols as i32).into()];
+        self.blocks(&LOSS, "divergence", model.rows, ROW, 0, &args)?;
+        Ok(TokenComparison {
+            reference: self.token_losses(reference, targets)?,
+            model: self.token_losses(model, targets)?,
+            kld: self.fetch(&kld, model.rows)?,
+        })
+    }
+}

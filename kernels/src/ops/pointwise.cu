@@ -1,0 +1,173 @@
+// Whatever is done to each value by itself; threads take values in strides.
+
+KERNEL(narrow)(u16 *out, const float *x, i64 count) {
+    for (i64 i = global_index(); i < count; i += global_stride()) out[i] = to_bf16(x[i]);
+}
+EXPORT(narrow)
+
+// Widens what a file stores: 0 for half, 1 for bfloat16, 2 for single precision.
+KERNEL(widen)(float *out, const void *x, int kind, i64 count) {
+    for (i64 i = global_index(); i < count; i += global_stride()) {
+        if (kind == 2) out[i] = ((const float *)x)[i];
+        else out[i] = kind == 0 ? from_f16(((const u16 *)x)[i]) : from_bf16(((const u16 *)x)[i]);
+    }
+}
+EXPORT(widen)
+
+KERNEL(add_bias)(float *y, const float *bias, i64 rows, int cols) {
+    i64 count = rows * cols;
+    for (i64 i = global_index(); i < count; i += global_stride()) y[i] += bias[i % cols];
+}
+EXPORT(add_bias)
+
+__device__ __forceinline__ float sigmoid_of(float x) { return 1.0f + exp_as_cpu(-x); }
+
+// The polynomial of the CPU backend, to the bit.
+__device__ __forceinline__ float gelu_of(float x) {
+    float square = x * x;
+    float s = square > 36.0f ? 36.0f : square;
+    float q = 4.251024e-13f;
+    q = q * s - 4.0990666e-11f;
+    q = q * s + 1.5295316e-9f;
+    q = q * s - 2.505618e-8f;
+    q = q * s + 2.4990566e-8f;
+    q = q * s + 6.3147736e-6f;
+    q = q * s - 1.0581198e-4f;
+    q = q * s - 7.217251e-5f;
+    q = q * s + 7.267031e-2f;
+    q = q * s + 1.5957693f;
+    return x / sigmoid_of(x * q);
+}
+
+// act(gate), of which `alpha` and `limit` are SwigluOai's.
+__device__ __forceinline__ float activation_of(int kind, float x, float alpha, float limit) {
+    switch (kind) {
+        case 0: return x / sigmoid_of(x);
+        case 1: return gelu_of(x);
+        case 2: return x / sigmoid_of(1.595769f * (x + 0.044715f * x * x * x));
+        case 3: return x < 0.0f ? 0.0f : x;
+        case 4: {
+            float positive = x < 0.0f ? 0.0f : x;
+            return positive * positive;
+        }
+        default: {
+            float gate = x > limit ? limit : x;
+            return gate / sigmoid_of(alpha * gate);
+        }
+    }
+}
+
+__device__ __forceinline__ float gate_of(
+    const float *gate, const float *up, const float *gate_bias, const float *up_bias, int kind, float alpha, float limit, i64 i,
+    int col) {
+    float g = gate[i] + (gate_bias ? gate_bias[col] : 0.0f);
+    float value = activation_of(kind, g, alpha, limit);
+    if (!up) return value;
+    float u = up[i] + (up_bias ? up_bias[col] : 0.0f);
+    if (kind == 5) {
+        u = u < -limit ? -limit : u > limit ? limit : u;
+        u += 1.0f;
+    }
+    return value * u;
+}
+
+// out ← act(gate + bias) · (up + bias); `out` may be `gate`, and `up` nothing.
+KERNEL(activate)(
+    float *out, const float *gate, const float *up, const float *gate_bias, const float *up_bias, int kind, float alpha,
+    float limit, i64 rows, int cols) {
+    i64 count = rows * cols;
+    for (i64 i = global_index(); i < count; i += global_stride())
+        out[i] = gate_of(gate, up, gate_bias, up_bias, kind, alpha, limit, i, (int)(i % cols));
+}
+EXPORT(activate)
+
+// The same, rounded to bfloat16.
+KERNEL(activate_rounded)(
+    u16 *out, const float *gate, const float *up, const float *gate_bias, const float *up_bias, int kind, float alpha,
+    float limit, i64 rows, int cols) {
+    i64 count = rows * cols;
+    for (i64 i = global_index(); i < count; i += global_stride())
+        out[i] = to_bf16(gate_of(gate, up, gate_bias, up_bias, kind, alpha, limit, i, (int)(i % cols)));
+}
+EXPORT(activate_rounded)
+
+KERNEL(select_rows)(float *out, const float *in, const u32 *rows, i64 count, int cols) {
+    i64 all = count * cols;
+    for (i64 i = global_index(); i < all; i += global_stride()) out[i] = in[(i64)rows[i / cols] * cols + i % cols];
+}
+EXPORT(select_rows)
+
+// y[rows[i]] += weights[i] · x[i]; rows are distinct.
+KERNEL(add_rows)(float *y, const float *x, const u32 *rows, const float *weights, i64 count, int cols) {
+    i64 all = count * cols;
+    for (i64 i = global_index(); i < all; i += global_stride()) {
+        i64 row = i / cols;
+        y[(i64)rows[row] * cols + i % cols] += weights[row] * x[i];
+    }
+}
+EXPORT(add_rows)
+
+KERNEL(scale_sides)(float *m, const float *rows, const float *cols, i64 height, int width) {
+    i64 count = height * width;
+    for (i64 i = global_index(); i < count; i += global_stride()) {
+        float value = m[i];
+        if (rows) value *= rows[i / width];
+        if (cols) value *= cols[i % width];
+        m[i] = value;
+    }
+}
+EXPORT(scale_sides)
+
+// Sets the flag if a value is a NaN or an infinity; whoever sets it sets the same.
+KERNEL(find_not_finite)(int *flag, const float *x, i64 count) {
+    bool found = false;
+    for (i64 i = global_index(); i < count; i += global_stride()) found |= !(x[i] * 0.0f == 0.0f);
+    if (found) *flag = 1;
+}
+EXPORT(find_not_finite)
+
+KERNEL(join_heads)(float *out, const float *own, const float *shared, i64 tokens, int heads, int a, int b) {
+    i64 count = tokens * heads * (a + b);
+    for (i64 i = global_index(); i < count; i += global_stride()) {
+        int within = (int)(i % (a + b));
+        i64 head = i / (a + b);
+        out[i] = within < a ? own[head * a + within] : shared[head / heads * b + within - a];
+    }
+}
+EXPORT(join_heads)
+
+// tanh by the CPU backend's polynomial.
+__device__ __forceinline__ float tanh_as_cpu(float x) {
+    float s = x * x;
+    float p = -5.7049757e-3f;
+    p = p * s + 2.0639077e-2f;
+    p = p * s - 5.373971e-2f;
+    p = p * s + 1.3331442e-1f;
+    p = p * s - 3.333328e-1f;
+    float small = p * s * x + x;
+    float large = copysignf(1.0f - 2.0f / (exp_as_cpu(2.0f * fabsf(x)) + 1.0f), x);
+    return fabsf(x) < 0.625f ? small : large;
+}
+
+KERNEL(softcap)(float *x, float cap, i64 count) {
+    for (i64 i = global_index(); i < count; i += global_stride()) x[i] = cap * tanh_as_cpu(x[i] / cap);
+}
+EXPORT(softcap)
+
+KERNEL(clamp_all)(float *x, float limit, i64 count) {
+    for (i64 i = global_index(); i < count; i += global_stride()) {
+        float value = x[i];
+        x[i] = value < -limit ? -limit : value > limit ? limit : value;
+    }
+}
+EXPORT(clamp_all)
+
+KERNEL(add_scaled)(float *y, const float *x, float factor, i64 count) {
+    for (i64 i = global_index(); i < count; i += global_stride()) y[i] += factor * x[i];
+}
+EXPORT(add_scaled)
+
+KERNEL(difference)(float *out, const float *a, const float *b, i64 count) {
+    for (i64 i = global_index(); i < count; i += global_stride()) out[i] = a[i] - b[i];
+}
+EXPORT(difference)
