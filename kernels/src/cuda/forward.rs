@@ -194,7 +194,7 @@ impl Cuda {
             (kind == NormKind::Layer).into(),
             eps.into(),
         ];
-        self.blocks(&NORM, "norm", x.rows * x.cols / width, threads_for(width), 0, &args)
+        self.blocks(&NORM, "norm_slices", x.rows * x.cols / width, threads_for(width), 0, &args)
     }
 
     pub(super) fn normed(

@@ -1,7 +1,7 @@
 // Norms slices of `width` values, a block each, from x to y (which may be x). Weights repeat after `weights` values, biases after
 // `biases`.
 
-KERNEL(norm)(
+KERNEL(norm_slices)(
     float *y, const float *x, const float *weight, const float *bias, int width, int weights, int biases, int centred, float eps) {
     __shared__ float scratch[32];
     i64 slice = blockIdx.x;
@@ -25,4 +25,4 @@ KERNEL(norm)(
         to[i] = bias ? value + bias[(first + i) % biases] : value;
     }
 }
-EXPORT(norm)
+EXPORT(norm_slices)
