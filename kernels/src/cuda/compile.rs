@@ -1,1 +1,322 @@
-//! Compiles kernels for the card at hand, with NVRTC.
+//! Compiles kernels for the card at hand with NVRTC, and keeps what it made on disk.
+
+use std::ffi::{CString, c_char, c_int};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use cudarc::nvrtc::sys;
+use sha2::{Digest, Sha256};
+
+use super::device::Module;
+use crate::{Error, Result};
+
+/// Every module; a new one is a line here.
+pub static MODULES: &[&Module] = &[
+    &super::forward::POINTWISE,
+    &super::forward::NORM,
+    &super::forward::ROPE,
+    &super::attention::ATTENTION,
+    &super::losses::LOSS,
+    &super::factor::GRAM,
+    &super::factor::FACTOR,
+    &super::search::SEARCH,
+    &super::blocks::BLOCKS,
+    &super::sweep::SWEEP,
+    &super::sweep::REFINE,
+];
+
+/// What the compiler made of a module.
+#[derive(Debug)]
+pub struct Compiled {
+    /// Machine code, or PTX where the compiler does not know the card, as the driver loads it.
+    pub image: Vec<u8>,
+    /// What the compiler said; with `report`, registers and spills of each kernel.
+    pub log: String,
+}
+
+/// A place beside the system's own where a library of CUDA's may lie.
+fn folders() -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for variable in ["QUANTC_CUDA_LIBRARIES", "CUDA_PATH", "CUDA_HOME"] {
+        if let Some(root) = std::env::var_os(variable).map(PathBuf::from) {
+            found.extend([root.join("lib64"), root.join("lib"), root.clone()]);
+        }
+    }
+    let mut roots: Vec<PathBuf> = Vec::new();
+    roots.extend(std::env::var_os("VIRTUAL_ENV").map(PathBuf::from));
+    roots.extend(std::env::var_os("CONDA_PREFIX").map(PathBuf::from));
+    roots.extend(std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local")));
+    // The interpreters that a shell would find.
+    for folder in std::env::var_os("PATH").iter().flat_map(|path| std::env::split_paths(path).collect::<Vec<_>>()) {
+        if folder.join("python3").exists() {
+            roots.extend(folder.parent().map(Path::to_path_buf));
+        }
+    }
+    roots.extend(["/usr/local", "/usr"].map(PathBuf::from));
+    for root in roots {
+        for lib in ["lib", "lib64"] {
+            for python in children(&root.join(lib), "python3") {
+                for packages in ["site-packages", "dist-packages"] {
+                    // CUDA 13 puts all its libraries into one folder, CUDA 12 each into its own.
+                    for package in children(&python.join(packages).join("nvidia"), "") {
+                        found.push(package.join("lib"));
+                    }
+                }
+            }
+        }
+    }
+    for cuda in children(Path::new("/usr/local"), "cuda") {
+        found.extend([cuda.join("lib64"), cuda.join("targets/x86_64-linux/lib")]);
+    }
+    found.push(PathBuf::from("/opt/cuda/lib64"));
+    found.retain(|folder| folder.is_dir());
+    found
+}
+
+/// What lies in a folder and begins so, sorted.
+fn children(folder: &Path, start: &str) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let mut found: Vec<PathBuf> = entries
+        .flatten()
+        .filter(|entry| entry.file_name().to_string_lossy().starts_with(start))
+        .map(|entry| entry.path())
+        .collect();
+    found.sort();
+    found
+}
+
+/// Loads `lib{name}.so.N` from where Python's packages and toolkits put it, so that a later search by that name finds it loaded.
+///
+/// The search is for what the system's own does not find; a newer version goes before an older one.
+fn preload(name: &str) {
+    for version in ["13", "12"] {
+        let file = format!("lib{name}.so.{version}");
+        if folders().iter().map(|folder| folder.join(&file)).any(|path| path.exists() && load(&path)) {
+            return;
+        }
+    }
+}
+
+fn load(path: &Path) -> bool {
+    // SAFETY: a library of CUDA's, by its name; what it runs when loaded is its own setting up.
+    match unsafe { libloading::Library::new(path) } {
+        Ok(library) => {
+            std::mem::forget(library);
+            true
+        }
+        Err(_) => false,
+    }
+}
+
+/// A library of CUDA's, and how to get it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Library {
+    name: &'static str,
+    package: &'static str,
+    present: unsafe fn() -> bool,
+}
+
+pub(super) const NVRTC: Library =
+    Library { name: "nvrtc", package: "nvidia-cuda-nvrtc", present: cudarc::nvrtc::sys::is_culib_present };
+pub(super) const CUBLAS: Library =
+    Library { name: "cublas", package: "nvidia-cublas", present: cudarc::cublas::sys::is_culib_present };
+pub(super) const CUSOLVER: Library =
+    Library { name: "cusolver", package: "nvidia-cusolver", present: cudarc::cusolver::sys::is_culib_present };
+
+impl Library {
+    /// Whether it can be loaded.
+    pub fn is_there(&self) -> bool {
+        // SAFETY: tries to open libraries of CUDA's by their names.
+        let found = || unsafe { (self.present)() };
+        if found() {
+            return true;
+        }
+        if self.name == "cublas" {
+            preload("cublasLt");
+        }
+        if self.name == "cusolver" {
+            ["nvJitLink", "cusparse"].into_iter().for_each(preload);
+        }
+        preload(self.name);
+        found()
+    }
+
+    /// Fails with a sentence that says how to get it.
+    pub fn wanted(&self) -> Result<()> {
+        if self.is_there() {
+            return Ok(());
+        }
+        Err(Error::Device(format!(
+            "CUDA's library {} is not there: install the CUDA toolkit, or `pip install {}` (CUDA 12: {}-cu12), and name its folder in \
+             QUANTC_CUDA_LIBRARIES if it lies at an unusual place",
+            self.name, self.package, self.package
+        )))
+    }
+}
+
+/// Whether NVRTC can be loaded: the compiler needs no card.
+pub fn compiler_is_there() -> bool {
+    static THERE: OnceLock<bool> = OnceLock::new();
+    *THERE.get_or_init(|| NVRTC.is_there())
+}
+
+fn check(what: &str, code: sys::nvrtcResult) -> Result<()> {
+    match code {
+        sys::nvrtcResult::NVRTC_SUCCESS => Ok(()),
+        other => Err(Error::Device(format!("NVRTC: {what}: {other:?}"))),
+    }
+}
+
+/// NVRTC's version, as `(13, 0)`.
+pub fn version() -> Result<(i32, i32)> {
+    NVRTC.wanted()?;
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: two numbers to write to.
+    check("version", unsafe { sys::nvrtcVersion(&mut major, &mut minor) })?;
+    Ok((major, minor))
+}
+
+/// The targets that NVRTC makes machine code for, as 90.
+fn targets() -> Result<Vec<i32>> {
+    let mut count: c_int = 0;
+    // SAFETY: a number to write to.
+    check("targets", unsafe { sys::nvrtcGetNumSupportedArchs(&mut count) })?;
+    let mut all = vec![0; count.max(0) as usize];
+    // SAFETY: as many numbers as it said.
+    check("targets", unsafe { sys::nvrtcGetSupportedArchs(all.as_mut_ptr()) })?;
+    Ok(all)
+}
+
+/// Compiles a module for a compute capability, as 90.
+///
+/// Machine code where NVRTC knows the card; else PTX for the newest that it knows before it, which the driver takes on.
+pub fn compile(module: &Module, capability: u32, report: bool) -> Result<Compiled> {
+    NVRTC.wanted()?;
+    let known = targets()?;
+    let exact = known.contains(&(capability as i32));
+    let target = match exact {
+        true => format!("sm_{capability}"),
+        false => {
+            let older = known.iter().copied().filter(|target| *target <= capability as i32).max();
+            let older = older.ok_or_else(|| {
+                Error::Device(format!("NVRTC does not compile for compute capability {capability} any more: install an older one"))
+            })?;
+            format!("compute_{older}")
+        }
+    };
+    let mut options = vec![format!("--gpu-architecture={target}"), "--std=c++17".to_owned(), "--fmad=false".to_owned()];
+    if report {
+        options.push("--ptxas-options=--verbose".to_owned());
+    }
+    let named = |text: &str| CString::new(text).expect("no zero byte in a source");
+    let source = named(&format!("{}\n#line 1 \"{}.cu\"\n{}", super::COMMON, module.name, module.source));
+    let name = named(&format!("{}.cu", module.name));
+    let options: Vec<CString> = options.iter().map(|option| named(option)).collect();
+    let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
+    let mut program = std::ptr::null_mut();
+    // SAFETY: strings that outlive the program, which is destroyed below; buffers as long as NVRTC says.
+    unsafe {
+        let none = std::ptr::null();
+        check("program", sys::nvrtcCreateProgram(&mut program, source.as_ptr(), name.as_ptr(), 0, none, none))?;
+        let code = sys::nvrtcCompileProgram(program, pointers.len() as c_int, pointers.as_ptr());
+        let mut length = 0;
+        let mut log = Vec::new();
+        if check("log", sys::nvrtcGetProgramLogSize(program, &mut length)).is_ok() {
+            log = vec![0u8; length];
+            let _ = sys::nvrtcGetProgramLog(program, log.as_mut_ptr().cast());
+        }
+        let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_owned();
+        let result = check(&format!("{} for {target}:\n{log}", module.name), code).and_then(|()| {
+            let mut length = 0;
+            let size = match exact {
+                true => sys::nvrtcGetCUBINSize(program, &mut length),
+                false => sys::nvrtcGetPTXSize(program, &mut length),
+            };
+            check("size", size)?;
+            let mut image = vec![0u8; length];
+            let copied = match exact {
+                true => sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()),
+                false => sys::nvrtcGetPTX(program, image.as_mut_ptr().cast()),
+            };
+            check("image", copied)?;
+            Ok(image)
+        });
+        let _ = sys::nvrtcDestroyProgram(&mut program);
+        Ok(Compiled { image: result?, log })
+    }
+}
+
+/// Where compiled kernels are kept: `QUANTC_CACHE`, or the user's cache folder.
+fn cache_folder() -> Option<PathBuf> {
+    let named = std::env::var_os("QUANTC_CACHE").map(PathBuf::from);
+    let cache = || std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
+    named.or_else(|| Some(cache().or_else(home)?.join("quantc"))).map(|folder| folder.join("kernels"))
+}
+
+/// What makes two images equal: the source, the card and the compiler.
+fn key(module: &Module, capability: u32, version: (i32, i32)) -> String {
+    let mut hash = Sha256::new();
+    for part in [super::COMMON, module.source, &format!("{capability} {version:?} {}", env!("CARGO_PKG_VERSION"))] {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    }
+    hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The image of a module for a card: from the cache, or compiled and put there. A cache that cannot be written is done without.
+pub fn cached(module: &Module, capability: u32) -> Result<Vec<u8>> {
+    let key = key(module, capability, version()?);
+    let path = cache_folder().map(|folder| folder.join(format!("{}-sm{capability}-{key}.bin", module.name)));
+    if let Some(image) = path.as_ref().and_then(|path| read_checked(path)) {
+        return Ok(image);
+    }
+    let image = compile(module, capability, false)?.image;
+    if let Some(path) = path {
+        let _ = write_checked(&path, &image);
+    }
+    Ok(image)
+}
+
+/// A file that ends with the hash of what is before it.
+fn read_checked(path: &Path) -> Option<Vec<u8>> {
+    let mut bytes = std::fs::read(path).ok()?;
+    let split = bytes.len().checked_sub(32)?;
+    let hash = bytes.split_off(split);
+    (Sha256::digest(&bytes).as_slice() == hash).then_some(bytes)
+}
+
+fn write_checked(path: &Path, image: &[u8]) -> std::io::Result<()> {
+    std::fs::create_dir_all(path.parent().expect("in a folder"))?;
+    let own = path.with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()).replace(['(', ')'], ""));
+    std::fs::write(&own, [image, &Sha256::digest(image)].concat())?;
+    std::fs::rename(&own, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_damaged_image_is_not_taken() {
+        let folder = std::env::temp_dir().join(format!("quantc-cache-{}", std::process::id()));
+        let path = folder.join("kernels").join("image.bin");
+        write_checked(&path, b"machine code").unwrap();
+        assert_eq!(read_checked(&path).unwrap(), b"machine code");
+        let mut bytes = std::fs::read(&path).unwrap();
+        bytes[3] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        assert!(read_checked(&path).is_none());
+        std::fs::write(&path, b"short").unwrap();
+        assert!(read_checked(&path).is_none());
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn a_key_names_source_card_and_compiler() {
+        let a = Module { name: "a", source: "one" };
+        let b = Module { name: "a", source: "two" };
+        let keys = [key(&a, 90, (13, 0)), key(&b, 90, (13, 0)), key(&a, 80, (13, 0)), key(&a, 90, (12, 9))];
+        assert!((0..4).all(|i| (0..i).all(|j| keys[i] != keys[j])));
+    }
+}

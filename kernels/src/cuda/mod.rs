@@ -23,6 +23,8 @@ use std::sync::Arc;
 use formats::ggml::GgmlType;
 use ndarray::Array2;
 
+pub use self::card::{Card, Found, Profile, cards};
+pub use self::compile::{Compiled, MODULES, compile, compiler_is_there};
 pub use self::device::{Address, Arg, Aside, Capacity, Device, Module, Operand, Product, Real, Shape};
 pub use self::memory::{Buffer, Usage};
 use self::memory::{Memory, Pinned};
