@@ -434,6 +434,14 @@ impl Checkpoint {
         }
     }
 
+    /// Tells the system that a tensor will be read soon, if it lies in its file under its own name.
+    pub fn announce(&self, name: &str) {
+        match &self.source {
+            Source::Directory { tensors, .. } => tensors.announce(self.stored_name(name)),
+            Source::Gguf(model) => model.announce(self.stored_name(name)),
+        }
+    }
+
     /// Gives the memory behind a tensor back to the system; it can be loaded again.
     pub fn release(&self, name: &str) {
         let Some(entry) = self.entry(name) else { return };

@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use kernels::Cpu;
+use kernels::{Cpu, Cuda, cuda};
+use std::sync::Arc;
+
+use crate::error::{Error, Result};
 
 /// Quantizes language models for the runtimes that serve them, and proves that they are still themselves.
 #[derive(Debug, Parser)]
@@ -29,6 +32,8 @@ pub enum Command {
     Convert(Convert),
     /// Write a checkpoint merged with a LoRA adapter.
     Merge(Merge),
+    /// List what can compute: the CPU, and NVIDIA GPUs with their memory.
+    Devices(Devices),
 }
 
 /// Flags that every command that computes has.
@@ -37,9 +42,12 @@ pub struct Compute {
     /// Threads; all cores by default. Results do not depend on it.
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
-    /// Where to compute.
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = ["auto", "cpu"])]
+    /// Where to compute: cpu, cuda, cuda:N for GPU number N, or auto for a GPU if one can be used.
+    #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
+    /// Memory of the GPU to use, as 8GiB or 500MB; most of what is free by default. What does not fit waits in the host's.
+    #[arg(long, value_name = "SIZE")]
+    pub gpu_memory: Option<String>,
     /// Matrix products of the calibration: f32, or auto for bfloat16 inputs on CPUs where that is faster. Measuring is
     /// always f32.
     #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = ["auto", "f32"])]
@@ -50,10 +58,88 @@ pub struct Compute {
 }
 
 impl Compute {
-    /// The backend that was asked for.
-    pub fn backend(&self) -> Cpu {
-        if self.math == "f32" { Cpu::exact() } else { Cpu::default() }
+    /// The engine that was asked for, and for `auto` why a GPU that is there was left.
+    ///
+    /// Fails where a GPU was asked for and cannot be used.
+    pub fn engine(&self) -> Result<(Engine, Option<String>)> {
+        let exact = self.math == "f32";
+        let budget = self.gpu_memory.as_deref().map(bytes).transpose()?;
+        let cpu = || Engine::Cpu(if exact { Cpu::exact() } else { Cpu::default() });
+        let gpu = |ordinal: usize| -> Result<Engine> {
+            let cuda = Cuda::new(Arc::new(cuda::Card::open(ordinal)?), budget)?;
+            Ok(Engine::Cuda(if exact { cuda.exact() } else { cuda }))
+        };
+        match self.device.split_once(':') {
+            None if self.device == "cpu" && budget.is_some() => {
+                Err(Error::usage("--gpu-memory is for a GPU, and --device is cpu"))
+            }
+            None if self.device == "cpu" => Ok((cpu(), None)),
+            None if self.device == "cuda" => Ok((gpu(0)?, None)),
+            None if self.device == "auto" => match cuda::cards() {
+                // No driver, or no card: nothing is missed.
+                Err(_) => Ok((cpu(), None)),
+                Ok(cards) => match cards.iter().find(|card| card.unusable.is_none()).map(|card| gpu(card.ordinal)) {
+                    Some(Ok(engine)) => Ok((engine, None)),
+                    Some(Err(error)) => Ok((cpu(), Some(format!("{} is not used: {error}", cards[0].name)))),
+                    None => {
+                        let why = cards.first().and_then(|card| Some((card.name.clone(), card.unusable.clone()?)));
+                        Ok((cpu(), why.map(|(name, why)| format!("{name} is not used: {why}"))))
+                    }
+                },
+            },
+            Some(("cuda", number)) if number.parse::<usize>().is_ok() => {
+                Ok((gpu(number.parse().expect("a number"))?, None))
+            }
+            _ => Err(Error::usage(format!(
+                "--device `{}` is not known: there are auto, cpu, cuda and cuda:N",
+                self.device
+            ))),
+        }
     }
+}
+
+/// What computes.
+pub enum Engine {
+    /// The CPU.
+    Cpu(Cpu),
+    /// A GPU.
+    Cuda(Cuda),
+}
+
+/// Runs an expression with the backend of an engine.
+#[macro_export]
+macro_rules! with_backend {
+    ($engine:expr, $backend:ident => $work:expr) => {
+        match $engine {
+            $crate::cli::Engine::Cpu($backend) => $work,
+            $crate::cli::Engine::Cuda($backend) => $work,
+        }
+    };
+}
+
+/// Bytes, as `8GiB`, `8G` or `500MB`: powers of 1024 with an i, of 1000 without.
+fn bytes(text: &str) -> Result<u64> {
+    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let unit = match unit.trim().to_ascii_lowercase().as_str() {
+        "g" | "gb" => 1_000_000_000,
+        "gi" | "gib" => 1 << 30,
+        "m" | "mb" => 1_000_000,
+        "mi" | "mib" => 1 << 20,
+        _ => 0,
+    };
+    match number.parse::<f64>() {
+        Ok(number) if number > 0.0 && number < 1e6 && unit > 0 => Ok((number * unit as f64) as u64),
+        _ => Err(Error::usage(format!("--gpu-memory `{text}` is not a size; say 8GiB or 500MB"))),
+    }
+}
+
+/// `quantc devices`.
+#[derive(Debug, Args)]
+pub struct Devices {
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `quantc demo`.

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::forward::{Chunk, Inputs, Others, Plain, Supply, Weight, embed, ready, run_block};
+use crate::forward::{Chunk, Inputs, Others, Plain, Supply, Weight, announce, embed, ready, run_block};
 use crate::graph::{Attention, Block, Graph, Layer, Linear, Mlp, Norm, Projections, Stored};
 use crate::output::weight_writer;
 use crate::plan::{Fate, Plan};
@@ -157,6 +157,7 @@ pub fn compile<B: Backend>(
             let mut chunks = embed(backend, graph, source, &samples.sequences)?;
             source.release(&graph.embedding.tensor);
             for (index, block) in graph.blocks.iter().enumerate() {
+                announce(source, graph.blocks.get(index + 1));
                 if recipe.method.smooths() {
                     work.smooth(block, &chunks)?;
                 }

@@ -22,7 +22,9 @@ use crate::export::metadata::{About, ImportanceSource, Metadata, metadata};
 use crate::export::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
 use crate::export::names::{self, ExportPlan, ExportTensor, From, Part, Source};
 use crate::export::tokenizer::tokenizer;
-use crate::forward::{Inputs, Others, Plain, Supply, Weight, embed, load_bias, load_matrix, ready, run_block};
+use crate::forward::{
+    Inputs, Others, Plain, Supply, Weight, announce, embed, load_bias, load_matrix, ready, run_block,
+};
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::plan::{Fate, check_tensors, left_out};
 use crate::progress::Progress;
@@ -309,6 +311,7 @@ pub fn compile<B: Backend>(
             let mut chunks = embed(backend, graph, source, &samples.sequences)?;
             source.release(&graph.embedding.tensor);
             for (index, block) in graph.blocks.iter().enumerate() {
+                announce(source, graph.blocks.get(index + 1));
                 work.final_block = index + 1 == graph.blocks.len();
                 run_block(backend, block, &mut work, &mut chunks)?;
             }

@@ -14,7 +14,7 @@ use crate::compile::{LinearReport, SmoothingReport, Stages, compile, needs};
 use crate::error::{Error, Result};
 use crate::families;
 use crate::gguf::{self, GgufPlan};
-use crate::graph::Graph;
+use crate::graph::{Graph, Linear};
 use crate::output::{FileStaging, Staging, check_place};
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
@@ -121,7 +121,7 @@ impl Job<'_> {
     ) -> Result<Report> {
         let plan = Plan::new(&graph, &source, &self.recipe)?;
         let staging = Staging::new(self.output, Some(self.model), self.force)?;
-        let mut run = self.prepare(started, source, graph, needs(&self.recipe), hashing)?;
+        let mut run = self.prepare(backend.room(), started, source, graph, needs(&self.recipe), hashing)?;
         run.notes.splice(0..0, plan.config.notes.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
         let compiled =
@@ -178,7 +178,7 @@ impl Job<'_> {
         if let Some(path) = self.recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref()) {
             staging.check_another(path, Some(self.model), self.force)?;
         }
-        let mut run = self.prepare(started, source, graph, plan.needs(&self.recipe), hashing)?;
+        let mut run = self.prepare(backend.room(), started, source, graph, plan.needs(&self.recipe), hashing)?;
         run.notes.extend(plan.notices.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
         let compiled = gguf::compile(
@@ -227,12 +227,14 @@ impl Job<'_> {
     /// Reads the texts.
     fn prepare(
         &self,
+        room: Option<u64>,
         started: Instant,
         source: Checkpoint,
         graph: Graph,
         needs: Needs,
         hashing: Hashing,
     ) -> Result<Run> {
+        check_room(room, &graph, self.recipe.method.sweeps())?;
         let mut notes = source.notices();
         let recipe = &self.recipe;
         if needs > Needs::Nothing || self.verification.is_some() {
@@ -314,6 +316,7 @@ impl Job<'_> {
             _ => None,
         };
         run.notes.extend(starved_experts(&outcome.linears));
+        run.notes.extend(backend.notes());
         let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         let inputs = run.hashing.join().map_err(|_| Error::failed("hashing the input failed"))??;
         let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
@@ -410,4 +413,27 @@ pub fn copy_side_files(source: &Checkpoint, staging: &Staging) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Refuses a model of which not even one operator's work fits into the device's memory; what is more than that is put aside on
+/// the host while it is not used.
+fn check_room(room: Option<u64>, graph: &Graph, sweeps: bool) -> Result<()> {
+    let Some(room) = room else { return Ok(()) };
+    // The Hessian, its factorization in doubles and the factor; the target, its errors and what feeds back.
+    let needed = |linear: &Linear| {
+        let (rows, cols) = (linear.rows as u64, linear.cols as u64);
+        16 * rows * cols + if sweeps { 16 * cols * cols } else { 0 }
+    };
+    let Some(largest) = graph.linears().max_by_key(|linear| needed(linear)) else { return Ok(()) };
+    let head = 4 * (graph.vocabulary * graph.hidden) as u64;
+    let wanted = needed(largest).max(head) + (256 << 20);
+    if wanted <= room {
+        return Ok(());
+    }
+    Err(Error::usage(format!(
+        "`{}` takes {:.1} GB of the GPU's memory and {:.1} GB may be used: give more with --gpu-memory, or run with --device cpu",
+        largest.module,
+        wanted as f64 / 1e9,
+        room as f64 / 1e9
+    )))
 }

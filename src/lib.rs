@@ -9,6 +9,7 @@ pub mod cli;
 pub mod compile;
 pub mod convert;
 pub mod demo;
+pub mod devices;
 pub mod error;
 pub mod export;
 pub mod families;

@@ -5,13 +5,13 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 use formats::Dtype;
-use quantc::cli::{Cli, Command, Compute, Eval, Quantize};
+use quantc::cli::{Cli, Command, Compute, Engine, Eval, Quantize};
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request, named};
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{Limits, Protocol, evaluate};
-use quantc::{Checkpoint, Error, convert, demo, families, inspect, merge, report};
+use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, with_backend};
 
 /// The output is there, and its quality is below the limits.
 const BELOW_THE_BAR: u8 = 3;
@@ -37,8 +37,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 demo::export(&folder)?;
                 return Ok(0);
             }
-            let mut progress = start(&args.compute)?;
-            demo::run(&args.compute.backend(), &mut progress, args.compute.quiet)?;
+            let (mut progress, engine) = start(&args.compute)?;
+            with_backend!(&engine, backend => demo::run(backend, &mut progress, args.compute.quiet))?;
             Ok(0)
         }
         Command::Quantize(args) => quantize(*args),
@@ -58,6 +58,14 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 _ => Dtype::F32,
             });
             convert::convert(&args.input, &args.output, dtype, args.force)?;
+            Ok(0)
+        }
+        Command::Devices(args) => {
+            let devices = devices::devices();
+            match args.json {
+                true => say(&format!("{}\n", serde_json::to_string_pretty(&devices)?)),
+                false => say(&devices.text()),
+            }
             Ok(0)
         }
         Command::Merge(args) => {
@@ -81,19 +89,23 @@ fn say(text: &str) {
     let _ = std::io::stdout().write_all(text.as_bytes());
 }
 
-/// Sets the threads up, and the display.
-fn start(compute: &Compute) -> anyhow::Result<Progress> {
+/// Sets the threads up, the display, and the device.
+fn start(compute: &Compute) -> anyhow::Result<(Progress, Engine)> {
     if compute.threads == Some(0) {
         return Err(Error::usage("--threads must be at least 1").into());
     }
     if let Some(threads) = compute.threads {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("cannot start the threads")?;
     }
-    Ok(Progress::new(compute.quiet))
+    let (engine, left) = compute.engine()?;
+    if let (Some(left), false) = (left, compute.quiet) {
+        eprintln!("note: {left}");
+    }
+    Ok((Progress::new(compute.quiet), engine))
 }
 
 fn quantize(args: Quantize) -> anyhow::Result<u8> {
-    let mut progress = start(&args.compute)?;
+    let (mut progress, engine) = start(&args.compute)?;
     let to_file = args.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
     let flags = Request {
         format: args.format,
@@ -150,17 +162,18 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         force: args.force,
         report: args.report,
     };
-    let report = job.run(&args.compute.backend(), &mut progress)?;
+    let report = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
     drop(progress);
     if !args.compute.quiet {
         let fallbacks = report.linears.iter().filter(|l| l.fallback.is_some()).count();
         say(&format!(
-            "{}: {} linears, {:.2} bits per weight ({:.2} of the file), {:.1} s, peak {:.0} MB{}\n",
+            "{}: {} linears, {:.2} bits per weight ({:.2} of the file), {:.1} s on {}, peak {:.0} MB{}\n",
             args.output.display(),
             report.linears.len(),
             report.bpw.quantized,
             report.bpw.file,
             report.seconds.total,
+            report.device,
             report.peak_memory_bytes.unwrap_or(0) as f64 / 1e6,
             if fallbacks > 0 { format!(", {fallbacks} with a fallback (see report.json)") } else { String::new() }
         ));
@@ -183,7 +196,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
 }
 
 fn eval(args: Eval) -> anyhow::Result<u8> {
-    let mut progress = start(&args.compute)?;
+    let (mut progress, engine) = start(&args.compute)?;
     let protocol = named("protocol", Protocol::ALL, &args.protocol)?;
     let model = Checkpoint::open_with(&args.model, args.adapter.as_deref())?;
     let reference_adapter = args.reference_adapter.as_deref();
@@ -209,7 +222,14 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     };
     let windows = calibration::samples::windows(&ids, args.context.min(longest), args.windows, bos)
         .map_err(|e| Error::from(quantc::text::TextError::from(e)))?;
-    let quality = evaluate(&args.compute.backend(), &model, reference.as_ref(), &windows, protocol, &mut progress)?;
+    let quality = with_backend!(&engine, backend => evaluate(
+        backend,
+        &model,
+        reference.as_ref(),
+        &windows,
+        protocol,
+        &mut progress
+    ))?;
     drop(progress);
     match args.json {
         true => say(&format!("{}\n", serde_json::to_string_pretty(&quality)?)),

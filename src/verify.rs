@@ -160,7 +160,7 @@ pub fn evaluate<B: Backend>(
                 let rows: Vec<usize> = (start..end).collect();
                 let targets = &window[start + 1..=end];
                 let logits = |side: usize| -> Result<B::Matrix> {
-                    let (chunk, offset) = locate(&normed[side], index, context);
+                    let (chunk, offset) = locate(&normed[side], index, context, backend.tokens_at_once());
                     let rows: Vec<usize> = rows.iter().map(|row| row + offset).collect();
                     let head = sides[side].head.as_ref().or(sides[last].head.as_ref()).expect("loaded");
                     head.logits(backend, backend.select_rows(chunk, &rows)?)
@@ -187,9 +187,9 @@ pub fn evaluate<B: Backend>(
 }
 
 /// The chunk that holds a window, and the row it starts at.
-fn locate<M>(chunks: &[M], window: usize, context: usize) -> (&M, usize) {
+fn locate<M>(chunks: &[M], window: usize, context: usize, at_once: usize) -> (&M, usize) {
     // All windows are equally long, so that every chunk but the last holds the same number of them.
-    let per_chunk = (crate::forward::CHUNK_TOKENS / context).max(1);
+    let per_chunk = (at_once / context).max(1);
     (&chunks[window / per_chunk], window % per_chunk * context)
 }
 

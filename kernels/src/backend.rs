@@ -1,8 +1,9 @@
 //! What quantc asks of a device: few, whole operations.
 
 use formats::ggml::{BlockScales, GgmlType};
-use formats::{ScalePrecision, Scheme};
+use formats::{Dtype, QuantizedWeight, ScalePrecision, Scheme};
 use ndarray::Array2;
+use rayon::prelude::*;
 
 use crate::Result;
 
@@ -223,6 +224,27 @@ pub trait Backend: Sync {
     fn relaxed(&self) -> Self
     where
         Self: Sized;
+    /// Bytes of memory it may use, where that is not the host's.
+    fn room(&self) -> Option<u64> {
+        None
+    }
+    /// Tokens that go through an operator together, unless one sequence is longer.
+    fn tokens_at_once(&self) -> usize {
+        2048
+    }
+    /// Values of an activation that are kept between two uses of it; more are computed twice.
+    fn kept_values(&self) -> usize {
+        1 << 29
+    }
+    /// What the user should know of how the work went, for the report.
+    fn notes(&self) -> Vec<String> {
+        Vec::new()
+    }
+    /// A matrix as a file stores it, row-major and little-endian, widened on the device; `None` where the caller is to widen it.
+    fn upload_stored(&self, bytes: &[u8], dtype: Dtype, shape: [usize; 2]) -> Result<Option<Self::Matrix>> {
+        let _ = (bytes, dtype, shape);
+        Ok(None)
+    }
     /// Copies a host matrix to the device.
     fn upload(&self, host: Array2<f32>) -> Result<Self::Matrix>;
     /// Copies a device matrix to the host.
@@ -358,6 +380,14 @@ pub trait Backend: Sync {
     fn round(&self, weight: &Self::Matrix, grid: &Grid) -> Result<Vec<u8>>;
     /// Rounds column by column, each column's error spread over the columns not yet done.
     fn sweep(&self, target: &Self::Matrix, factor: &Factor<Self::Matrix>, grid: &Grid) -> Result<Swept>;
+
+    /// The reals that `weight`'s codes stand for.
+    fn restore(&self, weight: &QuantizedWeight) -> Result<Self::Matrix> {
+        let mut values = vec![0.0; weight.rows * weight.cols];
+        let rows = values.par_chunks_exact_mut(weight.cols.max(1)).enumerate();
+        rows.for_each(|(row, out)| weight.dequantize_row(row, out));
+        self.upload(Array2::from_shape_vec((weight.rows, weight.cols), values).expect("one value a code"))
+    }
 
     /// Chooses the scales of every block of `weight` for the least `Σ h_j (w_j − ŵ_j)²`; `importance` is `[cols]`.
     fn fit_blocks(&self, weight: &Self::Matrix, ty: GgmlType, importance: Option<&[f32]>) -> Result<BlockGrid>;

@@ -6,9 +6,6 @@ use super::{Chunk, Run, Supply, Weight};
 use crate::error::Result;
 use crate::graph::Mlp;
 
-/// Values of the activation that are kept between the two uses of it; more are computed twice.
-const KEPT_VALUES: usize = 1 << 29;
-
 pub(super) fn run<B: Backend>(
     run: &Run<'_, B>,
     mlp: &Mlp,
@@ -69,7 +66,7 @@ pub(super) fn layer<B: Backend>(
     let inputs = supply.linears(&group, &|see| all.clone().try_for_each(|index| see(&run.input(chunks, index)?)))?;
     let inner = |index: usize| activate(run.backend, mlp, &inputs, &run.input(chunks, index)?);
     let tokens: usize = chunks.iter().flat_map(|chunk| &chunk.lengths).sum();
-    let kept = match tokens * mlp.inner() <= KEPT_VALUES {
+    let kept = match tokens * mlp.inner() <= run.backend.kept_values() {
         true => all.clone().map(|index| Ok(Some(inner(index)?))).collect::<Result<Vec<_>>>()?,
         false => Vec::new(),
     };

@@ -16,9 +16,6 @@ use crate::error::{Error, Result};
 use crate::families::check_runnable;
 use crate::graph::{Block, Graph, Layer, Linear, Norm, Step, Stored};
 
-/// Tokens that go through an operator together, unless one sequence is longer.
-pub const CHUNK_TOKENS: usize = 2048;
-
 /// The residual stream of some sequences.
 pub struct Chunk<M> {
     /// `[tokens, hidden]`.
@@ -105,7 +102,7 @@ pub fn embed<B: Backend>(
             .iter()
             .take_while(|s| {
                 tokens += s.len();
-                tokens <= CHUNK_TOKENS
+                tokens <= backend.tokens_at_once()
             })
             .count()
             .max(1);
@@ -127,6 +124,13 @@ pub fn embed<B: Backend>(
         chunks.push(Chunk { hidden: backend.upload(hidden)?, lengths: now.iter().map(Vec::len).collect() });
     }
     Ok(chunks)
+}
+
+/// Has the weights of a block read from disk while the one before it is at work.
+pub fn announce(source: &Checkpoint, block: Option<&Block>) {
+    for linear in block.into_iter().flat_map(Block::linears) {
+        source.announce(&linear.weight());
+    }
 }
 
 /// Runs one block over all chunks.
@@ -260,7 +264,24 @@ impl<B: Backend> Plain<'_, B> {
     /// One linear, with its bias, all parts together.
     pub fn load(&self, linear: &Linear) -> Result<Weight<B::Matrix>> {
         let bias = load_bias(self.source, linear)?;
-        Ok(Weight { matrix: self.backend.upload(load_matrix(self.source, linear)?)?, bias })
+        let matrix = match self.stored(linear)? {
+            Some(matrix) => matrix,
+            None => self.backend.upload(load_matrix(self.source, linear)?)?,
+        };
+        Ok(Weight { matrix, bias })
+    }
+
+    /// A weight that lies in the file as it is, if the device widens such; one that is not finite is left to the other way, which
+    /// says so.
+    fn stored(&self, linear: &Linear) -> Result<Option<B::Matrix>> {
+        let (name, shape) = (linear.weight(), [linear.stored_rows(), linear.cols]);
+        let Some(raw) = self.source.raw(&name).filter(|raw| linear.stored == Stored::Plain && raw.shape == shape)
+        else {
+            return Ok(None);
+        };
+        let Some(matrix) = self.backend.upload_stored(raw.data, raw.dtype, shape)? else { return Ok(None) };
+        self.source.release(&name);
+        Ok(self.backend.is_finite(&matrix)?.then_some(matrix))
     }
 }
 
@@ -330,7 +351,8 @@ pub fn final_hidden<B: Backend>(
 ) -> Result<Vec<B::Matrix>> {
     let mut chunks = embed(backend, graph, source, sequences)?;
     let mut plain = Plain { backend, source };
-    for block in &graph.blocks {
+    for (index, block) in graph.blocks.iter().enumerate() {
+        announce(source, graph.blocks.get(index + 1));
         run_block(backend, block, &mut plain, &mut chunks)?;
         step();
     }

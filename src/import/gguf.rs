@@ -241,6 +241,14 @@ impl GgufModel {
         whole.then_some(TensorView { dtype: view.ty.plain()?, shape: &mapped.shape, data: view.data })
     }
 
+    /// Tells the system that a tensor will be read soon.
+    pub fn announce(&self, name: &str) {
+        // Of a tensor with parts of others those are still needed.
+        if let Some([piece]) = self.tensors.get(name).map(|mapped| &mapped.pieces[..]) {
+            self.file.announce(&piece.name);
+        }
+    }
+
     pub fn release(&self, name: &str) {
         // Of a tensor with parts of others those are still needed.
         if let Some([piece]) = self.tensors.get(name).map(|mapped| &mapped.pieces[..]) {

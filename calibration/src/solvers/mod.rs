@@ -10,8 +10,6 @@ mod tests;
 
 use formats::QuantizedWeight;
 use kernels::{Backend, Factor, FitKind, Grid, GridSpec, Result};
-use ndarray::Array2;
-use rayon::prelude::*;
 
 pub use blocks::{BlockSolution, pack_rows, searched, solve_blocks};
 pub use gptq::Gptq;
@@ -134,7 +132,7 @@ fn finish<B: Backend>(
         zeros: grid.zeros,
         group_of: if contiguous { None } else { Some(grid.spec.group_of) },
     };
-    let restored = backend.upload(restore(&quantized))?;
+    let restored = backend.restore(&quantized)?;
     let [proxy_loss, relative_error] = measure(backend, shared, weight, &restored, swept)?;
     let damp = shared.factor.as_ref().map(|f| f.damp);
     let fallback = shared.fallback.clone();
@@ -162,11 +160,4 @@ fn measure<B: Backend>(
     };
     let (lost, whole) = (lost.max(0.0), backend.quadratic(weight, gram)?);
     Ok([Some(lost), (whole > 0.0).then(|| lost / whole)])
-}
-
-/// The reals that a quantized weight stands for, rows across threads.
-pub fn restore(weight: &QuantizedWeight) -> Array2<f32> {
-    let mut values = vec![0.0; weight.rows * weight.cols];
-    values.par_chunks_exact_mut(weight.cols).enumerate().for_each(|(row, out)| weight.dequantize_row(row, out));
-    Array2::from_shape_vec((weight.rows, weight.cols), values).expect("one value a code")
 }

@@ -39,6 +39,19 @@ impl Bytes {
         }
     }
 
+    /// Tells the system that a part will be read soon.
+    fn announce(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if let Bytes::Mapped(map) = self
+            && !range.is_empty()
+        {
+            // Failure only costs time.
+            let _ = map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+        }
+        #[cfg(not(unix))]
+        let _ = range;
+    }
+
     /// Gives the pages that lie wholly or partly in `range` back to the system; they are read again when next touched.
     fn release(&self, range: Range<usize>) {
         #[cfg(unix)]

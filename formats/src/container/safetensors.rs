@@ -98,6 +98,13 @@ impl SafetensorsFile {
         Some(TensorView { dtype: item.spec.dtype, shape: &item.spec.shape, data: &self.bytes[item.range.clone()] })
     }
 
+    /// Tells the system that a tensor will be read soon.
+    pub fn announce(&self, name: &str) {
+        if let Some(&index) = self.by_name.get(name) {
+            self.bytes.announce(self.tensors[index].range.clone());
+        }
+    }
+
     /// Gives the memory behind a tensor back to the system; reading it again is slower but still right.
     pub fn release(&self, name: &str) {
         if let Some(&index) = self.by_name.get(name) {
@@ -279,6 +286,13 @@ impl SafetensorsSet {
     /// The file that holds the tensor of this name.
     pub fn file_of(&self, name: &str) -> Option<&Path> {
         Some(self.files[*self.by_name.get(name)?].path())
+    }
+
+    /// [`SafetensorsFile::announce`] for a tensor of any file.
+    pub fn announce(&self, name: &str) {
+        if let Some(&file) = self.by_name.get(name) {
+            self.files[file].announce(name);
+        }
     }
 
     /// Gives the memory behind a tensor back to the system.

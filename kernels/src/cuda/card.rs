@@ -49,7 +49,9 @@ fn check(what: &str, code: sys::CUresult) -> Result<()> {
     let advice = match code {
         sys::CUresult::CUDA_ERROR_ILLEGAL_ADDRESS
         | sys::CUresult::CUDA_ERROR_LAUNCH_FAILED
-        | sys::CUresult::CUDA_ERROR_MISALIGNED_ADDRESS => ": a mistake in a kernel, please report it; --device cpu does without",
+        | sys::CUresult::CUDA_ERROR_MISALIGNED_ADDRESS => {
+            ": a mistake in a kernel, please report it; --device cpu does without"
+        }
         sys::CUresult::CUDA_ERROR_ECC_UNCORRECTABLE => ": the card's memory is damaged; see nvidia-smi",
         sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => ": give less with --gpu-memory, or free the card",
         _ => "",
@@ -64,7 +66,8 @@ fn start() -> Result<()> {
     // SAFETY: tries to open the driver's library by its name.
     if !unsafe { sys::is_culib_present() } {
         return Err(Error::Device(
-            "no NVIDIA driver is installed (libcuda.so.1 is not there): install one, or run with --device cpu".to_owned(),
+            "no NVIDIA driver is installed (libcuda.so.1 is not there): install one, or run with --device cpu"
+                .to_owned(),
         ));
     }
     let mut version = 0;
@@ -326,7 +329,11 @@ impl Card {
     }
 
     /// Runs `copy` on pinned pieces, one after the other.
-    fn through_pieces(&self, bytes: usize, mut copy: impl FnMut(*mut c_void, usize, usize) -> Result<()>) -> Result<()> {
+    fn through_pieces(
+        &self,
+        bytes: usize,
+        mut copy: impl FnMut(*mut c_void, usize, usize) -> Result<()>,
+    ) -> Result<()> {
         let mut host = lock(&self.host);
         let class = usize::from(bytes > PIECES[0].0);
         let (size, count) = PIECES[class];
@@ -501,9 +508,7 @@ impl Device for Card {
             }
         };
         // SAFETY: pinned memory of that length. Its next use is a copy on the same stream.
-        check("copy from the GPU", unsafe {
-            sys::cuMemcpyDtoHAsync_v2(host as *mut c_void, at, bytes, self.stream)
-        })?;
+        check("copy from the GPU", unsafe { sys::cuMemcpyDtoHAsync_v2(host as *mut c_void, at, bytes, self.stream) })?;
         Ok(Aside { at: host, bytes })
     }
 
@@ -566,7 +571,8 @@ impl Device for Card {
         }
         self.enter()?;
         let int = |x: usize| {
-            c_int::try_from(x).map_err(|_| Error::Device(format!("a matrix of {x} rows or columns is too large for cuBLAS")))
+            c_int::try_from(x)
+                .map_err(|_| Error::Device(format!("a matrix of {x} rows or columns is too large for cuBLAS")))
         };
         let op = |transposed: bool| match transposed {
             true => blas::cublasOperation_t::CUBLAS_OP_T,

@@ -167,6 +167,11 @@ fn check(what: &str, code: sys::nvrtcResult) -> Result<()> {
     }
 }
 
+/// Which library of CUDA's a card cannot be used without and is not there, and how to get it.
+pub fn missing() -> Option<String> {
+    [NVRTC, CUBLAS].iter().find_map(|library| library.wanted().err()).map(|error| error.to_string())
+}
+
 /// NVRTC's version, as `(13, 0)`.
 pub fn version() -> Result<(i32, i32)> {
     NVRTC.wanted()?;
@@ -199,7 +204,9 @@ pub fn compile(module: &Module, capability: u32, report: bool) -> Result<Compile
         false => {
             let older = known.iter().copied().filter(|target| *target <= capability as i32).max();
             let older = older.ok_or_else(|| {
-                Error::Device(format!("NVRTC does not compile for compute capability {capability} any more: install an older one"))
+                Error::Device(format!(
+                    "NVRTC does not compile for compute capability {capability} any more: install an older one"
+                ))
             })?;
             format!("compute_{older}")
         }
@@ -288,7 +295,8 @@ fn read_checked(path: &Path) -> Option<Vec<u8>> {
 
 fn write_checked(path: &Path, image: &[u8]) -> std::io::Result<()> {
     std::fs::create_dir_all(path.parent().expect("in a folder"))?;
-    let own = path.with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()).replace(['(', ')'], ""));
+    let own = path
+        .with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()).replace(['(', ')'], ""));
     std::fs::write(&own, [image, &Sha256::digest(image)].concat())?;
     std::fs::rename(&own, path)
 }

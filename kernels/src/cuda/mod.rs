@@ -20,11 +20,12 @@ mod tests;
 
 use std::sync::Arc;
 
+use formats::Dtype;
 use formats::ggml::GgmlType;
 use ndarray::Array2;
 
 pub use self::card::{Card, Found, Profile, cards};
-pub use self::compile::{Compiled, MODULES, compile, compiler_is_there};
+pub use self::compile::{Compiled, MODULES, compile, compiler_is_there, missing};
 pub use self::device::{Address, Arg, Aside, Capacity, Device, Module, Operand, Product, Real, Shape};
 pub use self::memory::{Buffer, Usage};
 use self::memory::{Memory, Pinned};
@@ -278,6 +279,56 @@ impl Backend for Cuda {
 
     fn relaxed(&self) -> Cuda {
         Cuda { relaxed: !self.exact, ..self.clone() }
+    }
+
+    fn room(&self) -> Option<u64> {
+        Some(self.budget())
+    }
+
+    fn tokens_at_once(&self) -> usize {
+        // Larger products are nearer to the card's peak; what lies between operators has to fit several times.
+        match self.budget() >> 30 {
+            32.. => 8192,
+            12.. => 4096,
+            _ => 2048,
+        }
+    }
+
+    fn kept_values(&self) -> usize {
+        (self.budget() / 8) as usize
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let usage = self.usage();
+        let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+        let mut notes = Vec::new();
+        if usage.moved > 0 {
+            notes.push(format!(
+                "{:.1} GB were put aside in the host's memory and brought back, as {:.1} GB of the GPU's did not hold everything",
+                gigabytes(usage.moved),
+                gigabytes(self.budget())
+            ));
+        }
+        if usage.short {
+            notes.push("the GPU had less memory free than at the start, so more was put aside than planned".to_owned());
+        }
+        notes
+    }
+
+    fn upload_stored(&self, bytes: &[u8], dtype: Dtype, [rows, cols]: [usize; 2]) -> Result<Option<Matrix>> {
+        let (kind, size) = match dtype {
+            Dtype::F16 => (0, 2),
+            Dtype::BF16 => (1, 2),
+            Dtype::F32 => (2, 4),
+            _ => return Ok(None),
+        };
+        let count = rows * cols;
+        expect("upload_stored", "bytes", count * size, bytes.len())?;
+        let stored = self.send(bytes)?;
+        let out = self.matrix(rows, cols)?;
+        let args = [out.buffer.pin()?.arg(), stored.pin()?.arg(), kind.into(), (count as i64).into()];
+        self.each(&forward::POINTWISE, "widen", count, &args)?;
+        Ok(Some(out))
     }
 
     fn upload(&self, host: Array2<f32>) -> Result<Matrix> {

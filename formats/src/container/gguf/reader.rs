@@ -263,6 +263,14 @@ impl GgufFile {
         Some(GgufView { ty: spec.ty, shape: &spec.shape, data: &self.parts[spec.part][spec.range.clone()] })
     }
 
+    /// Tells the system that a tensor will be read soon.
+    pub fn announce(&self, name: &str) {
+        if let Some(&index) = self.by_name.get(name) {
+            let spec = &self.tensors[index];
+            self.parts[spec.part].announce(spec.range.clone());
+        }
+    }
+
     /// Gives the memory behind a tensor back to the system.
     pub fn release(&self, name: &str) {
         if let Some(&index) = self.by_name.get(name) {

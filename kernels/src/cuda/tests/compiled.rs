@@ -40,7 +40,11 @@ fn kernels_compile_for_every_card_without_warnings_and_spills() {
             assert!(!log.contains("warning"), "{} for sm_{capability}:\n{log}", module.name);
             for (kernel, [registers, spilled, stack]) in resources(log) {
                 assert!(registers > 0, "{kernel}: {log}");
-                assert_eq!((spilled, stack), (0, 0), "{kernel} for sm_{capability}: bytes spilled, bytes of stack\n{log}");
+                assert_eq!(
+                    (spilled, stack),
+                    (0, 0),
+                    "{kernel} for sm_{capability}: bytes spilled, bytes of stack\n{log}"
+                );
                 table.push(format!("{} {kernel} sm_{capability}: {registers} registers", module.name));
             }
         }
@@ -59,7 +63,8 @@ fn an_unknown_card_gets_portable_code_and_a_mistake_is_shown() {
     }
     let later = compile(MODULES[1], 999, false).unwrap();
     assert!(String::from_utf8_lossy(&later.image).contains(".visible .entry norm_slices"));
-    static BROKEN: super::super::Module = super::super::Module { name: "broken", source: "KERNEL(broken)() { nothing; }" };
+    static BROKEN: super::super::Module =
+        super::super::Module { name: "broken", source: "KERNEL(broken)() { nothing; }" };
     let error = compile(&BROKEN, 80, false).unwrap_err().to_string();
     assert!(error.contains("broken.cu(1)") && error.contains("nothing"), "{error}");
 }
