@@ -2,6 +2,7 @@
 
 mod adapter;
 mod bad_input;
+mod cuda;
 mod families;
 mod gguf;
 mod gguf_families;

@@ -173,6 +173,11 @@ impl Cuda {
         self.memory.budget()
     }
 
+    /// Waits until all work is done.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device().synchronize()
+    }
+
     /// What became of its memory so far.
     pub fn usage(&self) -> Usage {
         self.memory.usage()

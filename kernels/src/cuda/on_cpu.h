@@ -38,7 +38,8 @@ typedef long long i64;
 #define EXPORT(name)                                                                                                     \
     extern "C" int quantc_launch_##name(const unsigned *grid, unsigned block, size_t shared, void **arguments, int order) { \
         return on_cpu::launch(name, grid, block, shared, arguments, order);                                              \
-    }
+    }                                                                                                                    \
+    extern "C" int quantc_arguments_##name() { return on_cpu::arguments(name); }
 
 struct Dimensions {
     unsigned x, y, z;
@@ -237,6 +238,11 @@ static int launch_with(void (*kernel)(A...), const unsigned *grid, unsigned bloc
                 if (!run_block(order)) return 1;
             }
     return 0;
+}
+
+template <class... A>
+static int arguments(void (*)(A...)) {
+    return sizeof...(A);
 }
 
 template <class... A>

@@ -6,21 +6,30 @@ mod losses;
 
 use std::sync::{Arc, OnceLock};
 
-use super::{Cuda, Simulated};
+use super::{Card, Cuda, Simulated};
 
-/// Backends to test; threads of the simulated ones run in different orders.
-///
-/// Without a C++ compiler there are none, which is said.
+/// Says that a test is left out; where everything is to be tested that is a failure.
+pub(super) fn skip(why: &str) {
+    assert!(std::env::var_os("QUANTC_TEST_ALL").is_none(), "QUANTC_TEST_ALL is set, and there is {why}");
+    eprintln!("SKIPPED: {why}");
+}
+
+/// Backends to test: the card, if there is one, else simulated ones, whose threads run in different orders.
 pub(super) fn devices() -> Vec<Cuda> {
+    static CARD: OnceLock<Option<Cuda>> = OnceLock::new();
+    let card = CARD.get_or_init(|| Some(Cuda::new(Arc::new(Card::open(0).ok()?), None).expect("a card")));
+    if let (Some(card), None) = (card, std::env::var_os("QUANTC_TEST_SIMULATED")) {
+        return vec![card.clone(), card.clone()];
+    }
     static COMPILER: OnceLock<bool> = OnceLock::new();
     if !COMPILER.get_or_init(|| Simulated::compiler().is_some()) {
-        eprintln!("SKIPPED: no C++ compiler, so kernels cannot run on the CPU");
+        skip("no C++ compiler, so kernels cannot run on the CPU");
         return Vec::new();
     }
     [0, 1, 5].into_iter().map(|order| Cuda::new(Arc::new(Simulated::new(order)), None).expect("a device")).collect()
 }
 
-/// Runs `work` on every device; all simulated ones have to give the same.
+/// Runs `work` on every device; all have to give the same, a card twice in a row.
 pub(super) fn on_all<R: PartialEq + std::fmt::Debug>(work: impl Fn(&Cuda) -> R) -> Option<R> {
     let mut results = devices().into_iter().map(|cuda| work(&cuda));
     let first = results.next()?;

@@ -28,7 +28,7 @@ fn resources(log: &str) -> Vec<(String, [usize; 3])> {
 #[test]
 fn kernels_compile_for_every_card_without_warnings_and_spills() {
     if !compiler_is_there() {
-        eprintln!("SKIPPED: no NVRTC, so kernels are not compiled for cards (pip install nvidia-cuda-nvrtc)");
+        super::skip("no NVRTC, so kernels are not compiled for cards (pip install nvidia-cuda-nvrtc)");
         return;
     }
     let mut table = Vec::new();
@@ -58,7 +58,7 @@ fn kernels_compile_for_every_card_without_warnings_and_spills() {
 #[test]
 fn an_unknown_card_gets_portable_code_and_a_mistake_is_shown() {
     if !compiler_is_there() {
-        eprintln!("SKIPPED: no NVRTC");
+        super::skip("no NVRTC");
         return;
     }
     let later = compile(MODULES[1], 999, false).unwrap();

@@ -1,0 +1,310 @@
+// A driver, a compiler and a matrix library that answer as CUDA's do and compute on the CPU, so that all that quantc says to a card
+// can be tried where there is none. One file serves as libcuda, libnvrtc and libcublas.
+//
+// Work is done as late as CUDA may do it: when something waits for it. Whoever reuses memory too early, or frees it, is found out.
+// What the environment asks for: FAKE_CUDA_VERSION, FAKE_CUDA_DEVICES, FAKE_CUDA_CAPABILITY, FAKE_CUDA_MEMORY (bytes),
+// FAKE_CUDA_FAIL (a function), FAKE_CUDA_ERROR (what it returns) and FAKE_CUDA_AFTER (calls before it does), FAKE_CUDA_KERNELS
+// (where on_cpu.h is), FAKE_CUDA_FOLDER (for compiled kernels).
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <dlfcn.h>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+typedef int (*Entry)(const unsigned *, unsigned, size_t, void **, int);
+
+static std::recursive_mutex guard;
+#define LOCKED std::lock_guard<std::recursive_mutex> locked(guard)
+
+static long setting(const char *name, long otherwise) {
+    const char *text = getenv(name);
+    return text ? atol(text) : otherwise;
+}
+
+// What a call returns: an error if it is the one that is to fail.
+static int outcome(const char *function) {
+    static std::map<std::string, long> calls;
+    const char *failing = getenv("FAKE_CUDA_FAIL");
+    if (!failing || strcmp(failing, function)) return 0;
+    return calls[function]++ >= setting("FAKE_CUDA_AFTER", 0) ? (int)setting("FAKE_CUDA_ERROR", 999) : 0;
+}
+#define TRY(function)                                   \
+    LOCKED;                                             \
+    if (int failed = outcome(function)) return failed
+
+struct Work {
+    uint64_t number;
+    std::function<void()> run;
+};
+static std::deque<Work> queue;
+static uint64_t asked = 0;
+static std::map<void *, uint64_t> events;
+static std::map<uint64_t, size_t> memory;
+static size_t used = 0;
+
+static void enqueue(std::function<void()> run) { queue.push_back({++asked, std::move(run)}); }
+static void finish(uint64_t until) {
+    while (!queue.empty() && queue.front().number <= until) {
+        auto run = std::move(queue.front().run);
+        queue.pop_front();
+        run();
+    }
+}
+
+// A mistake of the caller's that a card would not forgive.
+static void expect(bool right, const char *what) {
+    if (right) return;
+    fprintf(stderr, "fake CUDA: %s\n", what);
+    abort();
+}
+static void expect_memory(uint64_t at, size_t bytes) {
+    auto next = memory.upper_bound(at);
+    expect(next != memory.begin() && bytes > 0, "memory that was never allocated");
+    --next;
+    expect(at + bytes <= next->first + next->second, "a copy beyond its memory");
+}
+
+extern "C" {
+
+int cuDriverGetVersion(int *version) { *version = (int)setting("FAKE_CUDA_VERSION", 13000); return 0; }
+int cuInit(unsigned) { return setting("FAKE_CUDA_DEVICES", 1) ? outcome("cuInit") : 100; }
+int cuDeviceGetCount(int *count) { *count = (int)setting("FAKE_CUDA_DEVICES", 1); return 0; }
+int cuDeviceGet(int *device, int ordinal) { *device = ordinal; return 0; }
+int cuDeviceGetName(char *name, int length, int device) { snprintf(name, length, "Imaginary %d", device); return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int) { *bytes = setting("FAKE_CUDA_MEMORY", 2l << 30); return 0; }
+int cuDeviceGetAttribute(int *value, int which, int) {
+    long capability = setting("FAKE_CUDA_CAPABILITY", 80);
+    *value = which == 75 ? (int)(capability / 10) : which == 76 ? (int)(capability % 10) : which == 16 ? 4 : which == 115 ? 1 : 0;
+    return 0;
+}
+int cuDevicePrimaryCtxRetain(void **context, int) { TRY("cuDevicePrimaryCtxRetain"); *context = (void *)16; return 0; }
+int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
+int cuCtxSetCurrent(void *) { return 0; }
+int cuCtxSynchronize() { LOCKED; finish(asked); return 0; }
+int cuStreamCreate(void **stream, unsigned) { *stream = (void *)32; return 0; }
+int cuStreamSynchronize(void *) { TRY("cuStreamSynchronize"); finish(asked); return 0; }
+int cuDeviceGetDefaultMemPool(void **pool, int) { *pool = (void *)48; return 0; }
+int cuMemPoolSetAttribute(void *, int, void *) { return 0; }
+int cuMemGetInfo_v2(size_t *free, size_t *total) {
+    LOCKED;
+    *total = setting("FAKE_CUDA_MEMORY", 2l << 30);
+    *free = *total - used;
+    return 0;
+}
+int cuMemAlloc_v2(uint64_t *at, size_t bytes) {
+    TRY("cuMemAlloc");
+    if (bytes == 0) return 1;
+    if (used + bytes > (size_t)setting("FAKE_CUDA_MEMORY", 2l << 30)) return 2;
+    void *block = nullptr;
+    if (posix_memalign(&block, 256, bytes)) return 2;
+    // Memory is not cleared; what reads it finds NaN.
+    memset(block, 0xff, bytes);
+    *at = (uint64_t)block;
+    memory[*at] = bytes;
+    used += bytes;
+    return 0;
+}
+int cuMemAllocAsync(uint64_t *at, size_t bytes, void *) { return cuMemAlloc_v2(at, bytes); }
+int cuMemFree_v2(uint64_t at) {
+    LOCKED;
+    finish(asked);
+    expect(memory.count(at), "memory is freed that was never allocated");
+    used -= memory[at];
+    memset((void *)at, 0xff, memory[at]);
+    free((void *)at);
+    memory.erase(at);
+    return 0;
+}
+int cuMemFreeAsync(uint64_t at, void *) {
+    LOCKED;
+    expect(memory.count(at), "memory is freed that was never allocated");
+    // Others may have it once the work before is done; for accounting it is free at once, as with CUDA's pool.
+    size_t bytes = memory[at];
+    used -= bytes;
+    memory.erase(at);
+    enqueue([=] {
+        memset((void *)at, 0xff, bytes);
+        free((void *)at);
+    });
+    return 0;
+}
+int cuMemHostAlloc(void **at, size_t bytes, unsigned) { *at = malloc(bytes); return *at ? 0 : 2; }
+int cuMemFreeHost(void *at) { free(at); return 0; }
+int cuEventCreate(void **event, unsigned) { LOCKED; *event = malloc(1); events[*event] = 0; return 0; }
+int cuEventDestroy_v2(void *event) { LOCKED; events.erase(event); free(event); return 0; }
+int cuEventRecord(void *event, void *) { LOCKED; events.at(event) = asked; return 0; }
+int cuEventSynchronize(void *event) { TRY("cuEventSynchronize"); finish(events.at(event)); return 0; }
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *) {
+    TRY("cuMemcpyHtoDAsync");
+    expect_memory(to, bytes);
+    enqueue([=] { memcpy((void *)to, from, bytes); });
+    return 0;
+}
+int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *) {
+    TRY("cuMemcpyDtoHAsync");
+    expect_memory(from, bytes);
+    enqueue([=] { memcpy(to, (void *)from, bytes); });
+    return 0;
+}
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *) {
+    TRY("cuMemcpyDtoDAsync");
+    expect_memory(to, bytes);
+    expect_memory(from, bytes);
+    enqueue([=] { memcpy((void *)to, (void *)from, bytes); });
+    return 0;
+}
+int cuMemsetD8Async(uint64_t at, unsigned char value, size_t bytes, void *) {
+    TRY("cuMemsetD8Async");
+    expect_memory(at, bytes);
+    enqueue([=] { memset((void *)at, value, bytes); });
+    return 0;
+}
+int cuGetErrorString(int code, const char **text) {
+    *text = code == 700 ? "an illegal memory access was encountered" : code == 214 ? "uncorrectable ECC error encountered" : code == 2 ? "out of memory" : "unknown error";
+    return 0;
+}
+
+// An image is what the compiler below makes: the source, which the system's compiler takes on.
+int cuModuleLoadData(void **module, const void *image) {
+    TRY("cuModuleLoadData");
+    std::string source = (const char *)image;
+    std::string folder = getenv("FAKE_CUDA_FOLDER");
+    char name[64];
+    snprintf(name, sizeof name, "/%016zx", std::hash<std::string>()(source));
+    std::string path = folder + name;
+    void *library = dlopen((path + ".so").c_str(), RTLD_NOW);
+    if (!library) {
+        std::string own = path + std::to_string((size_t)&library) + ".cpp";
+        FILE *file = fopen(own.c_str(), "w");
+        expect(file, "the source cannot be written");
+        fprintf(file, "#define QUANTC_ON_CPU\n%s", source.c_str());
+        fclose(file);
+        std::string command = "c++ -std=c++17 -O2 -ffp-contract=off -fno-strict-aliasing -fPIC -shared -w -I" + std::string(getenv("FAKE_CUDA_KERNELS")) +
+                              " -o " + own + ".so " + own + " && mv " + own + ".so " + path + ".so";
+        if (system(command.c_str())) return 218;
+        library = dlopen((path + ".so").c_str(), RTLD_NOW);
+    }
+    *module = library;
+    return library ? 0 : 218;
+}
+
+struct Function {
+    Entry entry;
+    int arguments;
+    size_t shared;
+};
+int cuModuleGetFunction(void **function, void *module, const char *name) {
+    LOCKED;
+    void *entry = dlsym(module, (std::string("quantc_launch_") + name).c_str());
+    void *count = dlsym(module, (std::string("quantc_arguments_") + name).c_str());
+    if (!entry || !count) return 500;
+    *function = new Function{(Entry)entry, ((int (*)())count)(), 48 << 10};
+    return 0;
+}
+int cuFuncSetAttribute(void *function, int which, int value) {
+    LOCKED;
+    if (which != 8 || value > (99 << 10)) return 1;
+    ((Function *)function)->shared = value;
+    return 0;
+}
+int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned block, unsigned block_y, unsigned block_z, unsigned shared, void *,
+                   void **arguments, void **) {
+    TRY("cuLaunchKernel");
+    Function *of = (Function *)function;
+    if (!x || !y || !z || y > 65535 || z > 65535 || !block || block > 1024 || block_y != 1 || block_z != 1 || shared > of->shared) return 1;
+    std::vector<uint64_t> values;
+    for (int i = 0; i < of->arguments; i++) values.push_back(*(uint64_t *)arguments[i]);
+    enqueue([=]() mutable {
+        std::vector<void *> pointers;
+        for (auto &value : values) pointers.push_back(&value);
+        unsigned grid[3] = {x, y, z};
+        expect(!of->entry(grid, block, shared, pointers.data(), 0), "threads wait for others that never come");
+    });
+    return 0;
+}
+
+// The compiler.
+struct Program {
+    std::string source;
+};
+int nvrtcVersion(int *major, int *minor) { *major = 13; *minor = 0; return 0; }
+const char *nvrtcGetErrorString(int) { return "an error"; }
+int nvrtcGetNumSupportedArchs(int *count) { *count = 4; return 0; }
+int nvrtcGetSupportedArchs(int *all) {
+    int known[] = {75, 80, 90, 120};
+    memcpy(all, known, sizeof known);
+    return 0;
+}
+int nvrtcCreateProgram(void **program, const char *source, const char *, int, const char **, const char **) {
+    *program = new Program{source};
+    return 0;
+}
+int nvrtcCompileProgram(void *, int, const char **) { LOCKED; return outcome("nvrtcCompileProgram"); }
+int nvrtcGetProgramLogSize(void *, size_t *bytes) { *bytes = 1; return 0; }
+int nvrtcGetProgramLog(void *, char *log) { *log = 0; return 0; }
+int nvrtcGetCUBINSize(void *program, size_t *bytes) { *bytes = ((Program *)program)->source.size() + 1; return 0; }
+int nvrtcGetCUBIN(void *program, char *image) { strcpy(image, ((Program *)program)->source.c_str()); return 0; }
+int nvrtcGetPTXSize(void *program, size_t *bytes) { return nvrtcGetCUBINSize(program, bytes); }
+int nvrtcGetPTX(void *program, char *image) { return nvrtcGetCUBIN(program, image); }
+int nvrtcDestroyProgram(void **program) { delete (Program *)*program; return 0; }
+
+// The matrix library, column by column.
+int cublasCreate_v2(void **handle) { TRY("cublasCreate"); *handle = (void *)64; return 0; }
+int cublasDestroy_v2(void *) { return 0; }
+int cublasSetStream_v2(void *, void *) { return 0; }
+int cublasSetWorkspace_v2(void *, void *, size_t) { return 0; }
+}
+
+template <class T, class In>
+static void multiply(bool ta, bool tb, int m, int n, int k, T alpha, const void *a, int lda, const void *b, int ldb, T beta, void *c, int ldc,
+                     T (*widen)(In)) {
+    enqueue([=] {
+        const In *left = (const In *)a, *right = (const In *)b;
+        T *out = (T *)c;
+        for (int j = 0; j < n; j++) {
+            for (int i = 0; i < m; i++) {
+                T sum = 0;
+                for (int p = 0; p < k; p++) {
+                    T x = widen(ta ? left[(size_t)i * lda + p] : left[(size_t)p * lda + i]);
+                    T y = widen(tb ? right[(size_t)p * ldb + j] : right[(size_t)j * ldb + p]);
+                    sum += x * y;
+                }
+                T &to = out[(size_t)j * ldc + i];
+                to = alpha * sum + (beta == 0 ? 0 : beta * to);
+            }
+        }
+    });
+}
+static float from_single(float x) { return x; }
+static double from_double(double x) { return x; }
+static float from_rounded(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+extern "C" int cublasGemmEx(void *, int ta, int tb, int m, int n, int k, const float *alpha, const void *a, int a_type, int lda, const void *b,
+                            int b_type, int ldb, const float *beta, void *c, int c_type, int ldc, int compute, int) {
+    TRY("cublasGemmEx");
+    expect(a_type == b_type && (a_type == 0 || a_type == 14) && c_type == 0 && compute == 68, "types of a product");
+    expect(lda >= (ta ? k : m) && ldb >= (tb ? n : k) && ldc >= m, "strides of a product");
+    if (a_type == 0) multiply<float, float>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc, from_single);
+    else multiply<float, uint16_t>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc, from_rounded);
+    return 0;
+}
+extern "C" int cublasDgemm_v2(void *, int ta, int tb, int m, int n, int k, const double *alpha, const double *a, int lda, const double *b, int ldb,
+                              const double *beta, double *c, int ldc) {
+    TRY("cublasDgemm");
+    expect(lda >= (ta ? k : m) && ldb >= (tb ? n : k) && ldc >= m, "strides of a product");
+    multiply<double, double>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc, from_double);
+    return 0;
+}

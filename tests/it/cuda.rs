@@ -1,0 +1,191 @@
+//! The whole program on a GPU that there is not: driver, compiler and matrix library answer as CUDA's do and compute on the CPU
+//! (`tests/fake_cuda/cuda.cpp`), and so do the kernels, from their own source.
+#![cfg(target_os = "linux")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use formats::SafetensorsFile;
+use serde_json::Value;
+
+use crate::harness::Room;
+
+/// Where the imitation lies, built once; nothing without a C++ compiler.
+fn imitation() -> Option<&'static Path> {
+    static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let built = BUILT.get_or_init(|| {
+        if !Command::new("c++").arg("--version").output().is_ok_and(|o| o.status.success()) {
+            assert!(std::env::var_os("QUANTC_TEST_ALL").is_none(), "no C++ compiler, and QUANTC_TEST_ALL is set");
+            eprintln!("SKIPPED: no C++ compiler, so CUDA cannot be imitated");
+            return None;
+        }
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake_cuda");
+        std::fs::create_dir_all(&folder).unwrap();
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_cuda/cuda.cpp");
+        let library = folder.join("libcuda.so.1");
+        let own = folder.join(format!("{}.so", std::process::id()));
+        let options = ["-std=c++17", "-O2", "-fPIC", "-shared", "-o"];
+        let made = Command::new("c++").args(options).arg(&own).arg(&source).arg("-ldl").output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        std::fs::rename(&own, &library).unwrap();
+        for name in ["all/libcuda.so.1", "all/libnvrtc.so.13", "all/libcublas.so.13", "driver/libcuda.so.1"] {
+            let link = folder.join(name);
+            std::fs::create_dir_all(link.parent().unwrap()).unwrap();
+            let _ = std::fs::remove_file(&link);
+            std::os::unix::fs::symlink(&library, &link).unwrap();
+        }
+        Some(folder)
+    });
+    built.as_deref()
+}
+
+/// Runs quantc with the imitation in place of CUDA; nothing of the machine's own CUDA is seen.
+struct Imitated<'r> {
+    room: &'r Room,
+    folder: &'static Path,
+}
+
+struct Ran {
+    code: i32,
+    out: String,
+    err: String,
+}
+
+impl Imitated<'_> {
+    fn run(&self, libraries: &str, settings: &[(&str, &str)], args: &[&str]) -> Ran {
+        let cache = self.folder.join("cache");
+        std::fs::create_dir_all(&cache).unwrap();
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quantc"));
+        command.args(args).current_dir(self.room.path("")).env_clear();
+        command.env("PATH", "/usr/bin:/bin").env("LD_LIBRARY_PATH", self.folder.join(libraries));
+        command.env("QUANTC_CACHE", self.room.path("cache")).env("FAKE_CUDA_FOLDER", &cache);
+        command.env("FAKE_CUDA_KERNELS", Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels/src/cuda"));
+        settings.iter().for_each(|(name, value)| {
+            command.env(name, value);
+        });
+        let output = command.output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        Ran { code: output.status.code().unwrap_or(-1), out: text(output.stdout), err: text(output.stderr) }
+    }
+}
+
+const ALL: &str = "all";
+const QUICK: [&str; 8] = ["--samples", "2", "--seq-len", "32", "--group-size", "64", "--verify-text", "none"];
+
+#[test]
+fn what_is_wrong_with_a_gpu_is_one_sentence() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    room.model();
+    let quantize = |device: &'static str| {
+        [&["quantize", "model", "-o", "out", "--device", device, "--quiet"], &QUICK[..]].concat()
+    };
+    let cases: &[(&str, &[(&str, &str)], &str, i32, &[&str])] = &[
+        ("none", &[], "cuda", 1, &["no NVIDIA driver", "--device cpu"]),
+        (ALL, &[("FAKE_CUDA_VERSION", "11040")], "cuda", 1, &["driver is for CUDA 11.4", "12.0 is needed"]),
+        (ALL, &[("FAKE_CUDA_DEVICES", "0")], "cuda", 1, &["sees no GPU"]),
+        (ALL, &[("FAKE_CUDA_DEVICES", "2")], "cuda:2", 1, &["no GPU number 2", "0: Imaginary 0, 1: Imaginary 1"]),
+        (ALL, &[("FAKE_CUDA_CAPABILITY", "61")], "cuda", 1, &["compute capability 6.1", "7.5 is needed"]),
+        ("driver", &[], "cuda", 1, &["nvrtc is not there", "pip install nvidia-cuda-nvrtc"]),
+        (
+            ALL,
+            &[("FAKE_CUDA_FAIL", "cuLaunchKernel"), ("FAKE_CUDA_ERROR", "700")],
+            "cuda",
+            1,
+            &["illegal memory access", "--device cpu"],
+        ),
+        (
+            ALL,
+            &[("FAKE_CUDA_FAIL", "cuEventSynchronize"), ("FAKE_CUDA_ERROR", "214"), ("FAKE_CUDA_AFTER", "40")],
+            "cuda",
+            1,
+            &["ECC", "nvidia-smi"],
+        ),
+        (ALL, &[("FAKE_CUDA_FAIL", "nvrtcCompileProgram"), ("FAKE_CUDA_ERROR", "6")], "cuda", 1, &["NVRTC", "sm_80"]),
+        (ALL, &[], "gpu", 2, &["--device `gpu` is not known", "cuda:N"]),
+        (ALL, &[], "cuda:x", 2, &["--device `cuda:x` is not known"]),
+    ];
+    for (libraries, settings, device, code, expected) in cases {
+        let ran = imitated.run(libraries, settings, &quantize(device));
+        let told = ran.err.trim();
+        if *libraries == "none" && !told.contains("no NVIDIA driver") {
+            eprintln!("SKIPPED: this machine has a driver of its own");
+            continue;
+        }
+        assert_eq!(ran.code, *code, "{settings:?}: {told}");
+        assert_eq!(told.lines().count(), 1, "{settings:?}: {told}");
+        for part in *expected {
+            assert!(told.contains(part), "{settings:?}: `{part}` in {told}");
+        }
+        assert_eq!(room.names().iter().filter(|name| name.contains("out")).count(), 0, "{:?}", room.names());
+    }
+    for (size, code, part) in
+        [("8", 2, "8GiB"), ("0GiB", 2, "is not a size"), ("900GiB", 1, "it has"), ("1MB", 2, "--gpu-memory")]
+    {
+        let ran = imitated.run(ALL, &[], &[&quantize("cuda")[..], &["--gpu-memory", size]].concat());
+        assert!(ran.code == code && ran.err.contains(part), "{size}: {} {}", ran.code, ran.err);
+    }
+    let ran = imitated.run(ALL, &[], &[&quantize("cpu")[..], &["--gpu-memory", "1GB"]].concat());
+    assert!(ran.code == 2 && ran.err.contains("--gpu-memory is for a GPU"), "{}", ran.err);
+}
+
+#[test]
+fn devices_are_listed_with_what_keeps_them_from_use() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    let two = imitated.run(ALL, &[("FAKE_CUDA_DEVICES", "2"), ("FAKE_CUDA_MEMORY", "8589934592")], &["devices"]);
+    assert_eq!(two.code, 0);
+    assert!(two.out.contains("cuda:1  Imaginary 1, compute capability 8.0, 8.0 GiB\n"), "{}", two.out);
+    let old = imitated.run(ALL, &[("FAKE_CUDA_CAPABILITY", "70")], &["devices"]);
+    assert!(old.out.contains("not usable: compute capability 7.0"), "{}", old.out);
+    let bare = imitated.run("driver", &[], &["devices", "--json"]);
+    let bare: Value = serde_json::from_str(&bare.out).unwrap();
+    assert!(bare["gpus"][0]["unusable"].as_str().unwrap().contains("nvidia-cuda-nvrtc"), "{bare}");
+    let none = imitated.run(ALL, &[("FAKE_CUDA_DEVICES", "0")], &["devices"]);
+    assert!(none.out.contains("sees no GPU") && none.out.starts_with("cpu"), "{}", none.out);
+}
+
+fn codes(path: &Path) -> Vec<u8> {
+    let file = SafetensorsFile::open(path).unwrap();
+    let mut packed = Vec::new();
+    for tensor in file.tensors().filter(|t| t.name.ends_with("weight_packed")) {
+        packed.extend_from_slice(file.get(&tensor.name).unwrap().data);
+    }
+    packed
+}
+
+#[test]
+fn a_gpu_gives_what_the_cpu_gives_and_the_same_with_little_memory() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    room.model();
+    let quantize = |out: &'static str, more: &[&'static str]| {
+        let args = [&["quantize", "model", "-o", out], &QUICK[..], more].concat();
+        let ran = imitated.run(ALL, &[], &args);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let report: Value =
+            serde_json::from_slice(&std::fs::read(room.path(out).join("report.json")).unwrap()).unwrap();
+        (codes(&room.path(out).join("model.safetensors")), report)
+    };
+    let (cpu, _) = quantize("on-cpu", &["--device", "cpu", "--math", "f32"]);
+    let (gpu, report) = quantize("on-gpu", &["--device", "cuda", "--math", "f32"]);
+    assert!(report["device"].as_str().unwrap().contains("Imaginary 0 (cuda:0, sm_80)"), "{}", report["device"]);
+    let different = cpu.iter().zip(&gpu).filter(|(a, b)| a != b).count();
+    println!("{different} of {} bytes of codes differ", cpu.len());
+    assert!(!cpu.is_empty() && cpu.len() == gpu.len() && different * 50 < cpu.len(), "{different} of {}", cpu.len());
+    // By default it is the GPU, in bfloat16; with memory for little more than one operator the bytes are the same.
+    let (auto, report) = quantize("auto", &[]);
+    assert!(report["device"].as_str().unwrap().contains("calibration in bfloat16"));
+    assert!(
+        report["notes"].as_array().unwrap().iter().all(|n| !n.as_str().unwrap().contains("put aside")),
+        "{}",
+        report["notes"]
+    );
+    let (little, report) = quantize("little", &["--gpu-memory", "270MB"]);
+    let _ = report;
+    assert_eq!(auto, little);
+}
