@@ -2,6 +2,7 @@
 
 mod forward;
 mod losses;
+mod search;
 
 use std::sync::{Arc, OnceLock};
 
