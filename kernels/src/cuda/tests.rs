@@ -3,6 +3,7 @@
 mod compiled;
 mod forward;
 mod losses;
+mod search;
 
 use std::sync::{Arc, OnceLock};
 
