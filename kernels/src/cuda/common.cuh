@@ -138,6 +138,32 @@ __device__ __forceinline__ float inverse_of(float scale) {
     return fabsf(inverse) < INFINITE ? inverse : 0.0f;
 }
 
+// The nearest integer, ties to the even one, without the slow conversion units: of sizes below 2^22; a larger value stays larger than
+// whatever it is limited to afterwards. NaN stays NaN.
+__device__ __forceinline__ float nearest_integer(float x) { return (x + 12582912.0f) - 12582912.0f; }
+
+// Within limits; NaN stays NaN, as Rust's clamp leaves it.
+__device__ __forceinline__ float limited(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
+
+// The levels of a block type, as `ladder_of` packs them: from low to high evenly, where a code is level + offset; or up to sixteen
+// of a table: where one gives way to the next, and by how much.
+struct Ladder {
+    int even;
+    float low, high, offset;
+    float first;
+    float middles[15];
+    float steps[15];
+};
+
+// The level nearest to `x`.
+__device__ __forceinline__ float nearest_level(const Ladder &ladder, float x) {
+    if (ladder.even) return limited(nearest_integer(x), ladder.low, ladder.high);
+    float level = ladder.first;
+#pragma unroll
+    for (int i = 0; i < 15; i++) level += x > ladder.middles[i] ? ladder.steps[i] : 0.0f;
+    return level;
+}
+
 // The sum, or the largest, over a warp, in every lane; in one fixed order.
 template <class T>
 __device__ __forceinline__ T warp_sum(T value) {
