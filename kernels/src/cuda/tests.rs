@@ -3,6 +3,7 @@
 mod factor;
 mod forward;
 mod losses;
+mod sweep;
 
 use std::sync::{Arc, OnceLock};
 
