@@ -1,40 +1,263 @@
 //! Second moments, and their factorization.
 
-use super::{Cuda, Matrix, Module, Operands};
+use super::{Arg, Cuda, Matrix, Module, Operand, Operands, Product, Real, THREADS, expect};
 use crate::backend::Factor;
 use crate::{Error, Result};
 
 pub(super) static GRAM: Module = Module { name: "gram", source: include_str!("../ops/gram.cu") };
 pub(super) static FACTOR: Module = Module { name: "factor", source: include_str!("../ops/factor.cu") };
 
+/// Tokens whose products are summed in single precision.
+const TOKENS: usize = 8192;
+/// Tokens that one block sums up in `column_moments`.
+const MOMENT_TOKENS: usize = 512;
+/// Most rows or columns of a panel that one product takes.
+const PANEL: usize = 2048;
+/// Rows of errors whose image is held at a time.
+const IMAGE_ROWS: usize = 16384;
+/// Partial sums of a reduction to one number, the same on every device.
+const PARTS: usize = 512;
+/// Side of the blocks that `factor_block` factors.
+const BLOCK: usize = 64;
+
+/// Rows of a panel of a triangle: so many that products are large, so few that little lies above the diagonal.
+fn panel(n: usize) -> usize {
+    n.div_ceil(4).next_multiple_of(64).clamp(128, PANEL)
+}
+
+fn operand(at: u64, stride: usize) -> Operand {
+    Operand { at, stride, transposed: false }
+}
+
+fn transposed(at: u64, stride: usize) -> Operand {
+    Operand { at, stride, transposed: true }
+}
+
 impl Cuda {
     pub(super) fn accumulate(&self, x: &Operands, gram: &mut Matrix) -> Result<()> {
-        let _ = (x, gram);
-        Err(Error::Device("not written".to_owned()))
+        let [tokens, n] = x.shape();
+        expect("add_gram", "features", gram.cols, n)?;
+        expect("add_gram", "rows of the Hessian", gram.cols, gram.rows)?;
+        let (from, to) = (x.pin()?, gram.buffer.pin()?);
+        let (real, side) = (x.real(), panel(n));
+        let at = |token: usize, col: usize| from.at + ((token * n + col) * real.bytes()) as u64;
+        for token in (0..tokens).step_by(TOKENS) {
+            for row in (0..n).step_by(side) {
+                let height = side.min(n - row);
+                self.device().product(&Product {
+                    real,
+                    shape: [height, row + height, TOKENS.min(tokens - token)],
+                    a: transposed(at(token, row), n),
+                    b: operand(at(token, 0), n),
+                    c: operand(to.at + 4 * (row * n) as u64, n),
+                    alpha: 1.0,
+                    beta: 1.0,
+                })?;
+            }
+        }
+        Ok(())
     }
 
     pub(super) fn moments(&self, x: &Operands, magnitude: &mut [f64], energy: &mut [f64]) -> Result<()> {
-        let _ = (x, magnitude, energy);
-        Err(Error::Device("not written".to_owned()))
+        let [tokens, cols] = x.shape();
+        expect("add_moments", "features", magnitude.len(), cols)?;
+        expect("add_moments", "features", energy.len(), cols)?;
+        let chunks = tokens.div_ceil(MOMENT_TOKENS);
+        // Magnitudes, then energies.
+        let (parts, sums) = (self.buffer::<f32>(2 * chunks * cols)?, self.buffer::<f64>(2 * cols)?);
+        {
+            let (parts, sums, from) = (parts.pin()?, sums.pin()?, x.pin()?);
+            let half = |i: usize| (parts.at + (4 * i * chunks * cols) as u64, sums.at + (8 * i * cols) as u64);
+            let args =
+                [Arg::At(half(0).0), Arg::At(half(1).0), from.arg(), (tokens as i64).into(), (cols as i32).into()];
+            let kernel = if x.real() == Real::Bf16 { "column_moments_rounded" } else { "column_moments" };
+            let block = 128;
+            self.grid(&GRAM, kernel, [cols.div_ceil(block), chunks, 1], block as u32, 0, &args)?;
+            for i in 0..2 {
+                let (part, sum) = half(i);
+                let args = [Arg::At(sum), Arg::At(part), (chunks as i32).into(), (cols as i64).into()];
+                self.each(&GRAM, "sum_parts", cols, &args)?;
+            }
+        }
+        let found = self.fetch::<f64>(&sums, 2 * cols)?;
+        let (sizes, squares) = found.split_at(cols);
+        magnitude.iter_mut().zip(sizes).for_each(|(sum, x)| *sum += x);
+        energy.iter_mut().zip(squares).for_each(|(sum, x)| *sum += x);
+        Ok(())
     }
 
     pub(super) fn diagonal_of(&self, matrix: &Matrix) -> Result<Vec<f32>> {
-        let _ = matrix;
-        Err(Error::Device("not written".to_owned()))
+        let count = matrix.rows.min(matrix.cols);
+        let out = self.buffer::<f32>(count)?;
+        let (to, from) = (out.pin()?, matrix.buffer.pin()?);
+        let args = [to.arg(), from.arg(), (count as i32).into(), (matrix.cols as i64).into()];
+        self.each(&GRAM, "diagonal", count, &args)?;
+        self.fetch(&out, count)
     }
 
     pub(super) fn trace(&self, e: &Matrix, gram: &Matrix) -> Result<f64> {
-        let _ = (e, gram);
-        Err(Error::Device("not written".to_owned()))
+        expect("quadratic", "features", gram.cols, e.cols)?;
+        expect("quadratic", "rows of the Hessian", gram.cols, gram.rows)?;
+        let (rows, n, side) = (e.rows, e.cols, panel(e.cols));
+        let (heights, panels) = (rows.div_ceil(IMAGE_ROWS), n.div_ceil(side));
+        let sums = self.cleared::<f64>(heights * panels * PARTS)?;
+        {
+            let image = self.buffer::<f32>(rows.min(IMAGE_ROWS) * side)?;
+            let square = self.buffer::<f32>(side * side)?;
+            let (e, gram, sums) = (e.buffer.pin()?, gram.buffer.pin()?, sums.pin()?);
+            let (image, square) = (image.pin()?, square.pin()?);
+            let at = |base: u64, row: usize, col: usize| base + 4 * (row * n + col) as u64;
+            for (index, col) in (0..n).step_by(side).enumerate() {
+                let width = side.min(n - col);
+                let corner = Arg::At(at(gram.at, col, col));
+                let args = [square.arg(), corner, (width as i32).into(), (n as i64).into()];
+                self.each(&GRAM, "whole_square", width * width, &args)?;
+                for (chunk, row) in (0..rows).step_by(IMAGE_ROWS).enumerate() {
+                    let height = IMAGE_ROWS.min(rows - row);
+                    let mut product = Product {
+                        real: Real::F32,
+                        shape: [height, width, width],
+                        a: operand(at(e.at, row, col), n),
+                        b: operand(square.at, width),
+                        c: operand(image.at, width),
+                        alpha: 1.0,
+                        beta: 0.0,
+                    };
+                    self.device().product(&product)?;
+                    if col > 0 {
+                        // What lies left of the diagonal square counts for its mirror image too.
+                        product.shape = [height, width, col];
+                        product.a = operand(at(e.at, row, 0), n);
+                        product.b = transposed(at(gram.at, col, 0), n);
+                        (product.alpha, product.beta) = (2.0, 1.0);
+                        self.device().product(&product)?;
+                    }
+                    let args = [
+                        Arg::At(sums.at + (8 * (index * heights + chunk) * PARTS) as u64),
+                        Arg::At(at(e.at, row, col)),
+                        (n as i64).into(),
+                        image.arg(),
+                        (width as i64).into(),
+                        (height as i64).into(),
+                        (width as i32).into(),
+                    ];
+                    self.blocks(&GRAM, "dot_rows", height.min(PARTS), THREADS, 0, &args)?;
+                }
+            }
+        }
+        Ok(self.fetch::<f64>(&sums, heights * panels * PARTS)?.iter().sum())
     }
 
     pub(super) fn weighted_energy(&self, e: &Matrix, weights: &[f64]) -> Result<f64> {
-        let _ = (e, weights);
-        Err(Error::Device("not written".to_owned()))
+        expect("weighted_square", "weights", e.cols, weights.len())?;
+        let parts = e.rows.min(PARTS);
+        let (sums, weights) = (self.buffer::<f64>(parts)?, self.send(weights)?);
+        {
+            let (sums, from, weights) = (sums.pin()?, e.buffer.pin()?, weights.pin()?);
+            let args = [sums.arg(), from.arg(), weights.arg(), (e.rows as i64).into(), (e.cols as i32).into()];
+            self.blocks(&GRAM, "weigh_squares", parts, THREADS, 0, &args)?;
+        }
+        Ok(self.fetch::<f64>(&sums, parts)?.iter().sum())
     }
 
     pub(super) fn factored(&self, gram: &Matrix, order: Vec<u32>, damp: f64) -> Result<Factor<Matrix>> {
-        let _ = (gram, order, damp);
-        Err(Error::Device("not written".to_owned()))
+        let n = gram.rows;
+        expect("factor", "columns", n, order.len())?;
+        expect("factor", "columns of the Hessian", n, gram.cols)?;
+        if let Some(col) = order.iter().find(|col| **col as usize >= n) {
+            let expected = format!("columns below {n}");
+            return Err(Error::Shape { op: "factor", expected, found: col.to_string() });
+        }
+        let unit = self.matrix(n, n)?;
+        let (pivots, inverse) = (self.buffer::<f64>(n)?, self.buffer::<f64>(n)?);
+        // The pivot that failed, counted from 1, and whether the result is not finite.
+        let flags = self.cleared::<i32>(2)?;
+        let failed = {
+            let (a, sent) = (self.buffer::<f64>(n * n)?, self.send(&order)?);
+            let (a, sent, flags) = (a.pin()?, sent.pin()?, flags.pin()?);
+            {
+                let gram = gram.buffer.pin()?;
+                let args = [a.arg(), gram.arg(), sent.arg(), (1.0 + damp).into(), (n as i32).into()];
+                self.blocks(&FACTOR, "arrange", n, THREADS, 0, &args)?;
+            }
+            let failed = match self.device().cholesky(a.at, n)? {
+                Some(answer) => answer,
+                None => self.cholesky(a.at, n, flags.at).map(|()| None)?,
+            };
+            let (unit, pivots, inverse) = (unit.buffer.pin()?, pivots.pin()?, inverse.pin()?);
+            let args = [pivots.arg(), inverse.arg(), a.arg(), (n as i32).into()];
+            self.each(&FACTOR, "pivots_of", n, &args)?;
+            let args = [unit.arg(), Arg::At(flags.at + 4), a.arg(), inverse.arg(), (n as i32).into()];
+            self.blocks(&FACTOR, "unit_of", n, THREADS, 0, &args)?;
+            failed
+        };
+        let diagonal = self.diagonal_of(gram)?;
+        if diagonal.iter().any(|x| !x.is_finite()) {
+            return Err(Error::NonFinite("the Hessian"));
+        }
+        let flags = self.fetch::<i32>(&flags, 2)?;
+        if let Some(pivot) = failed.or((flags[0] > 0).then(|| flags[0] as usize - 1)) {
+            return Err(Error::NotPositive(pivot));
+        }
+        if flags[1] != 0 {
+            return Err(Error::NotPositive(0));
+        }
+        let dead = diagonal.iter().filter(|x| **x <= 0.0).count();
+        Ok(Factor { order, unit, pivots: self.fetch(&pivots, n)?, damp, dead })
+    }
+
+    /// Cholesky factor of the lower triangle of the `n × n` doubles at `a`, in place.
+    ///
+    /// The first pivot that is not positive, counted from 1, goes to `failed`.
+    fn cholesky(&self, a: u64, n: usize, failed: u64) -> Result<()> {
+        let at = |row: usize, col: usize| a + 8 * (row * n + col) as u64;
+        let (inverse, panel) = (self.buffer::<f64>(BLOCK * BLOCK)?, self.buffer::<f64>(n * BLOCK)?);
+        let (inverse, panel) = (inverse.pin()?, panel.pin()?);
+        for start in (0..n).step_by(BLOCK) {
+            let side = BLOCK.min(n - start);
+            let args = [
+                Arg::At(a),
+                inverse.arg(),
+                Arg::At(failed),
+                (start as i32).into(),
+                (side as i32).into(),
+                (n as i64).into(),
+            ];
+            self.blocks(&FACTOR, "factor_block", 1, THREADS, 0, &args)?;
+            let end = start + side;
+            let rest = n - end;
+            if rest == 0 {
+                break;
+            }
+            let mut product = Product {
+                real: Real::F64,
+                shape: [rest, BLOCK, BLOCK],
+                a: operand(at(end, start), n),
+                b: transposed(inverse.at, BLOCK),
+                c: operand(panel.at, BLOCK),
+                alpha: 1.0,
+                beta: 0.0,
+            };
+            self.device().product(&product)?;
+            let args = [
+                Arg::At(a),
+                panel.arg(),
+                (end as i32).into(),
+                (start as i32).into(),
+                (rest as i64).into(),
+                (n as i64).into(),
+            ];
+            self.each(&FACTOR, "place_panel", rest * BLOCK, &args)?;
+            (product.alpha, product.beta) = (-1.0, 1.0);
+            for col in (end..n).step_by(PANEL) {
+                let from = panel.at + 8 * ((col - end) * BLOCK) as u64;
+                product.shape = [n - col, PANEL.min(n - col), BLOCK];
+                product.a = operand(from, BLOCK);
+                product.b = transposed(from, BLOCK);
+                product.c = operand(at(col, col), n);
+                self.device().product(&product)?;
+            }
+        }
+        Ok(())
     }
 }

@@ -1,9 +1,11 @@
 //! The kernels against plain loops and against the CPU backend: on the simulated device always, on a card where there is one.
 
 mod compiled;
+mod factor;
 mod forward;
 mod losses;
 mod search;
+mod sweep;
 
 use std::sync::{Arc, OnceLock};
 

@@ -1,0 +1,153 @@
+//! The sweep and the refinement.
+
+use formats::{ScalePrecision, Scheme};
+use ndarray::Array2;
+
+use super::on_all;
+use crate::backend::Backend;
+use crate::ops::testing::Noise;
+use crate::ops::{gram, round};
+use crate::{Cpu, Error, Factor, FitKind, Grid, GridSpec, Swept};
+
+/// Correlated inputs' Hessian.
+fn hessian(noise: &mut Noise, n: usize) -> Array2<f32> {
+    let mixing = noise.matrix(n, n);
+    gram::reference(noise.matrix(2 * n + 8, n).dot(&mixing).view())
+}
+
+/// Not sorted by anything.
+fn scattered(n: usize) -> Vec<u32> {
+    let step = [7, 11, 13].into_iter().find(|step| !n.is_multiple_of(*step)).unwrap();
+    (0..n).map(|i| ((i * step + 3) % n) as u32).collect()
+}
+
+/// As many codes may differ as ties in single precision explain, and what follows from them.
+fn same_but_for_ties(found: &[u8], expected: &[u8], what: &str) {
+    assert_eq!(found.len(), expected.len());
+    let different = found.iter().zip(expected).filter(|(a, b)| a != b).count();
+    assert!(different <= 1 + found.len() / 10_000, "{different} of {} codes: {what}", found.len());
+}
+
+fn sweep(target: &Array2<f32>, factor: &Factor<Array2<f32>>, grid: &Grid) -> Option<Swept> {
+    let (codes, loss) = on_all(|cuda| {
+        let on_device = Factor {
+            order: factor.order.clone(),
+            unit: cuda.upload(factor.unit.clone()).unwrap(),
+            pivots: factor.pivots.clone(),
+            damp: factor.damp,
+            dead: factor.dead,
+        };
+        let swept = cuda.sweep(&cuda.upload(target.clone()).unwrap(), &on_device, grid).unwrap();
+        (swept.codes, swept.loss)
+    })?;
+    Some(Swept { codes, loss })
+}
+
+#[test]
+fn codes_are_those_of_the_cpu() {
+    let (mut noise, cpu) = (Noise(9), Cpu::exact());
+    for (rows, cols, group, bits, symmetric) in [
+        (1, 1, None, 4, true),
+        (5, 7, None, 3, false),
+        (64, 130, None, 4, false),
+        (70, 128, Some(32), 2, false),
+        (33, 320, Some(64), 8, true),
+        (1000, 33, Some(32), 4, false),
+        (31, 256, Some(128), 3, true),
+    ] {
+        let hessian = hessian(&mut noise, cols);
+        let target = noise.matrix(rows, cols);
+        let mut spec = GridSpec::contiguous(Scheme { bits, group, symmetric }, ScalePrecision::F16, 0, cols);
+        if cols == 320 {
+            // No two neighbours alike.
+            let groups = spec.groups() as u32;
+            spec.group_of.iter_mut().zip(0..).for_each(|(group, col)| *group = col % groups);
+        }
+        let mut grid = cpu.fit(&target, &spec, FitKind::MinMax).unwrap();
+        if cols == 128 {
+            // A group of zeros.
+            grid.scales[5] = 0.0;
+        }
+        let factor = cpu.factor(&hessian, scattered(cols), 0.05).unwrap();
+        let expected = cpu.sweep(&target, &factor, &grid).unwrap();
+        let Some(found) = sweep(&target, &factor, &grid) else { return };
+        let what = format!("{rows} x {cols}, groups of {group:?}");
+        same_but_for_ties(&found.codes, &expected.codes, &what);
+        assert!((found.loss - expected.loss).abs() <= 1e-4 * expected.loss + 1e-12, "{what}: {}", found.loss);
+        if cols > 7 {
+            let plain = round::run(target.view(), &grid);
+            let moved = plain.iter().zip(&expected.codes).filter(|(a, b)| a != b).count();
+            assert!(moved * 8 > plain.len(), "too little is fed back for the test to say much: {moved} codes");
+        }
+    }
+}
+
+#[test]
+fn more_rows_than_are_swept_at_a_time() {
+    let (mut noise, cpu) = (Noise(11), Cpu::exact());
+    let hessian = hessian(&mut noise, 9);
+    let target = noise.matrix(16_500, 9);
+    let spec = GridSpec::contiguous(Scheme { bits: 4, group: None, symmetric: false }, ScalePrecision::F16, 0, 9);
+    let grid = cpu.fit(&target, &spec, FitKind::MinMax).unwrap();
+    let factor = cpu.factor(&hessian, scattered(9), 0.05).unwrap();
+    let expected = cpu.sweep(&target, &factor, &grid).unwrap();
+    let Some(found) = sweep(&target, &factor, &grid) else { return };
+    same_but_for_ties(&found.codes, &expected.codes, "two chunks");
+    assert!((found.loss - expected.loss).abs() <= 1e-4 * expected.loss);
+}
+
+#[test]
+fn blocks_are_swept_as_on_the_cpu() {
+    let (mut noise, cpu) = (Noise(15), Cpu::exact());
+    let hessian = hessian(&mut noise, 256);
+    let target = noise.matrix(40, 256);
+    let factor = cpu.factor(&hessian, scattered(256), 0.05).unwrap();
+    for ty in formats::ggml::TYPES.iter().filter(|t| t.layout().is_some()) {
+        let grid = cpu.fit_blocks(&target, *ty, None).unwrap();
+        let expected = cpu.sweep_blocks(&target, &factor, &grid).unwrap();
+        let found = on_all(|cuda| {
+            let on_device = Factor {
+                order: factor.order.clone(),
+                unit: cuda.upload(factor.unit.clone()).unwrap(),
+                pivots: factor.pivots.clone(),
+                damp: factor.damp,
+                dead: factor.dead,
+            };
+            let swept = cuda.sweep_blocks(&cuda.upload(target.clone()).unwrap(), &on_device, &grid).unwrap();
+            (swept.codes, swept.loss)
+        });
+        let Some((codes, loss)) = found else { return };
+        same_but_for_ties(&codes, &expected.codes, ty.name);
+        assert!((loss - expected.loss).abs() <= 1e-4 * expected.loss, "{ty}: {loss}, not {}", expected.loss);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let cpu = Cpu::exact();
+    let target = Noise(3).matrix(3, 64);
+    let hessian = hessian(&mut Noise(4), 64);
+    let factor = cpu.factor(&hessian, (0..64).collect(), 0.05).unwrap();
+    let spec = GridSpec::contiguous(Scheme { bits: 4, group: Some(32), symmetric: false }, ScalePrecision::F16, 0, 64);
+    let grid = cpu.fit(&target, &spec, FitKind::MinMax).unwrap();
+    on_all(|cuda| {
+        let on_device = |order: Vec<u32>| Factor {
+            order,
+            unit: cuda.upload(factor.unit.clone()).unwrap(),
+            pivots: factor.pivots.clone(),
+            damp: factor.damp,
+            dead: factor.dead,
+        };
+        let target = cuda.upload(target.clone()).unwrap();
+        let refused = |result: crate::Result<Swept>| {
+            assert!(matches!(result, Err(Error::Shape { op: "sweep", .. })), "{result:?}");
+        };
+        let good = on_device(factor.order.clone());
+        refused(cuda.sweep(&target, &good, &Grid { rows: 2, ..grid.clone() }));
+        refused(cuda.sweep(&target, &good, &Grid { scales: vec![1.0; 5], ..grid.clone() }));
+        refused(cuda.sweep(&target, &on_device((1..65).collect()), &grid));
+        refused(cuda.sweep(&target, &on_device((0..63).collect()), &grid));
+        let spec = GridSpec { group_of: vec![2; 64], ..spec.clone() };
+        refused(cuda.sweep(&target, &good, &Grid { spec, ..grid.clone() }));
+    });
+}
