@@ -33,7 +33,7 @@ fn weights(noise: &mut Noise, rows: usize, cols: usize) -> Array2<f32> {
         weight.row_mut(2).fill(0.0);
         // Groups that want the same scale but for its sign.
         let first = weight.row(0).to_vec();
-        let sign = |col: usize| if col / 32 % 2 == 0 { 1.0 } else { -1.0 };
+        let sign = |col: usize| if (col / 32).is_multiple_of(2) { 1.0 } else { -1.0 };
         weight.row_mut(1).indexed_iter_mut().for_each(|(col, x)| *x = sign(col) * first[32 + col % 32]);
     }
     weight
