@@ -69,8 +69,9 @@ struct Fiber {
 #endif
     unsigned char *stack;
     State state;
-    // Which of the two exchange buffers of its warp comes next.
+    // Which of the two exchange buffers of its warp comes next, and how many exchanges it has seen.
     int turn;
+    unsigned exchanges;
 };
 
 struct Machine {
@@ -81,6 +82,8 @@ struct Machine {
 #endif
     std::vector<Fiber> fibers;
     std::vector<unsigned char> slots;
+    // Which exchange each slot was filled for.
+    std::vector<unsigned> stamps;
     std::vector<unsigned char> shared;
     unsigned char *dynamic;
     unsigned count, current;
@@ -120,6 +123,7 @@ static void prepare(Fiber &fiber) {
     if (!fiber.stack) fiber.stack = (unsigned char *)malloc(STACK);
     fiber.state = RUNNING;
     fiber.turn = 0;
+    fiber.exchanges = 0;
 #if defined(__x86_64__)
     uintptr_t top = ((uintptr_t)fiber.stack + STACK) & ~(uintptr_t)63;
     void **frame = (void **)(top - 64);
@@ -158,6 +162,7 @@ static unsigned nth(unsigned i, unsigned count, unsigned pass, int order) {
 
 static bool run_block(int order) {
     for (unsigned i = 0; i < machine.count; i++) prepare(machine.fibers[i]);
+    machine.stamps.assign((size_t)2 * machine.count, 0);
     for (unsigned pass = 0;; pass++) {
         for (unsigned i = 0; i < machine.count; i++) {
             unsigned index = nth(i, machine.count, pass, order);
@@ -199,6 +204,7 @@ static void wait(State state) {
 static unsigned char *exchange(const void *value, size_t size) {
     Fiber &fiber = machine.fibers[machine.current];
     unsigned char *base = machine.slots.data() + (size_t)fiber.turn * machine.count * SLOT;
+    machine.stamps[(size_t)fiber.turn * machine.count + machine.current] = ++fiber.exchanges;
     fiber.turn ^= 1;
     memcpy(base + (size_t)machine.current * SLOT, value, size);
     unsigned warp = machine.current / 32 * 32;
@@ -206,11 +212,17 @@ static unsigned char *exchange(const void *value, size_t size) {
     return base + (size_t)warp * SLOT;
 }
 
+// Whether a lane of the warp took part in the exchange that this thread has just come from; it may be done by now.
+static bool took_part(unsigned index) {
+    Fiber &fiber = machine.fibers[machine.current];
+    return machine.stamps[(size_t)(fiber.turn ^ 1) * machine.count + index] == fiber.exchanges;
+}
+
 template <class T>
 static T from_lane(T value, unsigned lane) {
     unsigned warp = machine.current / 32 * 32;
     unsigned char *all = exchange(&value, sizeof(T));
-    if (warp + lane >= machine.count || machine.fibers[warp + lane].state == DONE) return value;
+    if (warp + lane >= machine.count || !took_part(warp + lane)) return value;
     T other;
     memcpy(&other, all + (size_t)lane * SLOT, sizeof(T));
     return other;
@@ -314,7 +326,7 @@ static inline unsigned __ballot_sync(unsigned, int predicate) {
     for (unsigned lane = 0; lane < 32 && warp + lane < on_cpu::machine.count; lane++) {
         int other;
         memcpy(&other, all + (size_t)lane * on_cpu::SLOT, sizeof other);
-        if (on_cpu::machine.fibers[warp + lane].state != on_cpu::DONE && other) result |= 1u << lane;
+        if (on_cpu::took_part(warp + lane) && other) result |= 1u << lane;
     }
     return result;
 }

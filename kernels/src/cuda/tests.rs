@@ -1,7 +1,12 @@
 //! The kernels against plain loops and against the CPU backend: on the simulated device always, on a card where there is one.
 
+mod blocks;
 mod compiled;
 mod factor;
+mod forward;
+mod losses;
+mod search;
+mod sweep;
 mod forward;
 mod losses;
 mod search;
