@@ -123,6 +123,86 @@ fn blocks_are_swept_as_on_the_cpu() {
 }
 
 #[test]
+fn refinement_is_that_of_the_cpu() {
+    let (mut noise, cpu) = (Noise(50), Cpu::exact());
+    let [narrow, wide] = [288, 512].map(|n| {
+        let mixing = noise.matrix(n, n);
+        let mut x = noise.matrix(2 * n + 8, n).dot(&mixing);
+        x.column_mut(7).fill(0.0);
+        let mut hessian = gram::reference(x.view());
+        // Above the diagonal is scratch.
+        (0..n).for_each(|i| (i + 1..n).for_each(|j| hessian[[i, j]] = f32::NAN));
+        hessian
+    });
+    for (index, ty) in formats::ggml::TYPES.iter().filter(|t| t.layout().is_some()).enumerate() {
+        let (hessian, rows) = if ty.block_len == 32 { (&narrow, 37 - index) } else { (&wide, 33 - index) };
+        let n = hessian.nrows();
+        let target = noise.matrix(rows, n);
+        let factor = cpu.factor(hessian, scattered(n), 0.05).unwrap();
+        let mut grid = cpu.fit_blocks(&target, *ty, None).unwrap();
+        // A block without a scale.
+        grid.blocks[3].d = 0.0;
+        let start = crate::BlockGrid::new(*ty, rows, n, grid.blocks.clone());
+        let swept = cpu.sweep_blocks(&target, &factor, &start).unwrap();
+        let (mut expected, mut expected_codes) = (start.clone(), swept.codes.clone());
+        let expected_loss = cpu.refine_blocks(&target, hessian, 0.05, &mut expected, &mut expected_codes).unwrap();
+        let found = on_all(|cuda| {
+            let [target, hessian] = [&target, hessian].map(|m| cuda.upload(m.clone()).unwrap());
+            let (mut grid, mut codes) = (start.clone(), swept.codes.clone());
+            let loss = cuda.refine_blocks(&target, &hessian, 0.05, &mut grid, &mut codes).unwrap();
+            (loss, codes, grid.blocks, grid.scales, grid.mins)
+        });
+        let Some((loss, codes, blocks, scales, mins)) = found else { return };
+        assert!((loss - expected_loss).abs() <= 1e-3 * expected_loss, "{ty}: {loss}, not {expected_loss}");
+        assert!(loss < 0.999 * swept.loss, "{ty}: {loss} after {}", swept.loss);
+        let different = codes.iter().zip(&expected_codes).filter(|(a, b)| a != b).count();
+        assert!(different * 1000 <= codes.len(), "{ty}: {different} of {} codes", codes.len());
+        let moved = codes.iter().zip(&swept.codes).filter(|(a, b)| a != b).count();
+        assert!(moved > 10 * different + 10, "{ty}: {moved} codes moved, {different} differ");
+        let near = |a: f32, b: f32| (a - b).abs() <= 2e-3 * b.abs() + 1e-7;
+        let apart = blocks.iter().zip(&expected.blocks).filter(|(a, b)| !near(a.d, b.d) || !near(a.m, b.m)).count();
+        assert!(apart * 100 <= blocks.len(), "{ty}: {apart} of {} blocks", blocks.len());
+        let again = crate::BlockGrid::new(*ty, rows, n, blocks);
+        assert!(again.scales == scales && again.mins == mins, "{ty}: scales are not those of the blocks");
+        if ty.name == "MXFP4" {
+            assert!(again.blocks == start.blocks, "powers of two stay");
+        }
+        // The loss is that of what comes back.
+        let error =
+            &target - &Array2::from_shape_vec((rows, n), crate::ops::testing::restored(&again, &codes)).unwrap();
+        let mut damped = hessian.clone();
+        damped.diag_mut().iter_mut().for_each(|d| *d *= 1.05);
+        damped[[7, 7]] = 1.0;
+        let trace = gram::quadratic(error.view(), damped.view());
+        assert!((trace - loss).abs() <= 2e-3 * trace, "{ty}: {trace}, and it says {loss}");
+    }
+}
+
+#[test]
+fn more_rows_than_are_refined_at_a_time() {
+    let (mut noise, cpu) = (Noise(51), Cpu::exact());
+    let hessian = hessian(&mut noise, 32);
+    let target = noise.matrix(16_400, 32);
+    let ty = formats::ggml::GgmlType::from_name("Q4_1").unwrap();
+    let start = cpu.fit_blocks(&target, ty, None).unwrap();
+    let rounded = cpu.round_blocks(&target, &start).unwrap();
+    let (mut expected, mut expected_codes) = (start.clone(), rounded.clone());
+    let expected_loss = cpu.refine_blocks(&target, &hessian, 0.01, &mut expected, &mut expected_codes).unwrap();
+    let found = on_all(|cuda| {
+        let [target, hessian] = [&target, &hessian].map(|m| cuda.upload(m.clone()).unwrap());
+        let (mut grid, mut codes) = (start.clone(), rounded.clone());
+        let loss = cuda.refine_blocks(&target, &hessian, 0.01, &mut grid, &mut codes).unwrap();
+        (loss, codes, grid.scales)
+    });
+    let Some((loss, codes, scales)) = found else { return };
+    assert!((loss - expected_loss).abs() <= 1e-3 * expected_loss, "{loss}, not {expected_loss}");
+    let different = codes.iter().zip(&expected_codes).filter(|(a, b)| a != b).count();
+    assert!(different * 1000 <= codes.len(), "{different} of {} codes", codes.len());
+    let apart = scales.iter().zip(&expected.scales).filter(|(a, b)| (*a - *b).abs() > 2e-3 * b.abs()).count();
+    assert!(apart * 100 <= scales.len(), "{apart} of {} scales", scales.len());
+}
+
+#[test]
 fn what_does_not_fit_is_refused() {
     let cpu = Cpu::exact();
     let target = Noise(3).matrix(3, 64);
@@ -149,5 +229,21 @@ fn what_does_not_fit_is_refused() {
         refused(cuda.sweep(&target, &on_device((0..63).collect()), &grid));
         let spec = GridSpec { group_of: vec![2; 64], ..spec.clone() };
         refused(cuda.sweep(&target, &good, &Grid { spec, ..grid.clone() }));
+
+        let ty = formats::ggml::GgmlType::from_name("Q4_0").unwrap();
+        let blocks = cpu.fit_blocks(&Noise(3).matrix(3, 64), ty, None).unwrap();
+        let refused = |gram: [usize; 2], rows: usize, codes: &[u8]| {
+            let mut grid = crate::BlockGrid { rows, ..blocks.clone() };
+            let gram = cuda.zeros(gram[0], gram[1]).unwrap();
+            let result = cuda.refine_blocks(&target, &gram, 0.1, &mut grid, &mut codes.to_vec());
+            assert!(matches!(result, Err(Error::Shape { op: "refine_blocks", .. })), "{result:?}");
+        };
+        refused([64, 64], 2, &[0; 192]);
+        refused([64, 64], 3, &[0; 191]);
+        refused([64, 64], 3, &[16; 192]);
+        refused([63, 64], 3, &[0; 192]);
+        refused([63, 63], 3, &[0; 192]);
+        let swept = cuda.sweep_blocks(&target, &good, &crate::BlockGrid { rows: 2, ..blocks.clone() });
+        assert!(matches!(swept, Err(Error::Shape { op: "sweep_blocks", .. })), "{swept:?}");
     });
 }
