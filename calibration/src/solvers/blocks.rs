@@ -65,26 +65,40 @@ pub fn solve_blocks<B: Backend>(
 ) -> Result<BlockSolution<B>> {
     let [rows, cols] = backend.shape(weight);
     let row_bytes = row_bytes(ty, cols)?;
-    let (packed, swept) = match shared.factor.as_ref().filter(|_| ty.layout().is_some()) {
+    let (packed, swept, on_device) = match shared.factor.as_ref().filter(|_| ty.layout().is_some()) {
         Some(factor) => {
             let mut grid = backend.fit_blocks(weight, ty, importance)?;
             let Swept { mut codes, mut loss } = backend.sweep_blocks(weight, factor, &grid)?;
             if let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) {
                 loss = backend.refine_blocks(weight, gram, factor.damp, &mut grid, &mut codes)?;
             }
-            (pack(&grid, &codes, row_bytes), Some(loss))
+            (pack(&grid, &codes, row_bytes), Some(loss), backend.restore_blocks(&codes, &grid)?)
         }
-        None => (pack_rows(backend, weight, ty, importance)?, None),
+        None => (pack_rows(backend, weight, ty, importance)?, None, None),
     };
+    let restored = match on_device {
+        Some(restored) => restored,
+        None => unpack(backend, ty, &packed, [rows, cols], row_bytes)?,
+    };
+    let [proxy_loss, relative_error] = measure(backend, shared, weight, &restored, swept)?;
+    Ok(BlockSolution { packed, restored, proxy_loss, relative_error, damp: shared.factor.as_ref().map(|f| f.damp) })
+}
+
+/// What packed blocks stand for, on the device.
+fn unpack<B: Backend>(
+    backend: &B,
+    ty: GgmlType,
+    packed: &[u8],
+    [rows, cols]: [usize; 2],
+    row_bytes: usize,
+) -> Result<B::Matrix> {
     let mut values = vec![0.0f32; rows * cols];
     values
         .par_chunks_exact_mut(cols)
         .zip(packed.par_chunks_exact(row_bytes))
         .with_min_len(8)
         .for_each(|(values, packed)| ty.dequantize(packed, values).expect("whole blocks"));
-    let restored = backend.upload(Array2::from_shape_vec((rows, cols), values).expect("one value a weight"))?;
-    let [proxy_loss, relative_error] = measure(backend, shared, weight, &restored, swept)?;
-    Ok(BlockSolution { packed, restored, proxy_loss, relative_error, damp: shared.factor.as_ref().map(|f| f.damp) })
+    backend.upload(Array2::from_shape_vec((rows, cols), values).expect("one value a weight"))
 }
 
 fn row_bytes(ty: GgmlType, cols: usize) -> Result<usize> {

@@ -186,7 +186,6 @@ impl Cuda {
     }
 
     /// The reals that codes stand for.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for what restores on the device"))]
     pub(super) fn restored_blocks(&self, codes: &[u8], grid: &BlockGrid) -> Result<Matrix> {
         let (layout, count) = (grid.ty.layout().expect("a type with codes"), grid.rows * grid.cols);
         expect("restore_blocks", "codes", count, codes.len())?;

@@ -20,8 +20,8 @@ mod tests;
 
 use std::sync::Arc;
 
-use formats::Dtype;
 use formats::ggml::GgmlType;
+use formats::{Dtype, QuantizedWeight, ScalePrecision};
 use ndarray::Array2;
 
 pub use self::card::{Card, Found, Profile, cards};
@@ -524,6 +524,24 @@ impl Backend for Cuda {
 
     fn sweep(&self, target: &Matrix, factor: &Factor<Matrix>, grid: &Grid) -> Result<Swept> {
         self.swept(target, factor, grid)
+    }
+
+    fn restore(&self, weight: &QuantizedWeight) -> Result<Matrix> {
+        let spec = match &weight.group_of {
+            None => GridSpec::contiguous(weight.scheme, ScalePrecision::F32, 0, weight.cols),
+            Some(group_of) => GridSpec {
+                scheme: weight.scheme,
+                precision: ScalePrecision::F32,
+                min_zero: 0,
+                group_of: group_of.clone(),
+            },
+        };
+        let grid = Grid { spec, rows: weight.rows, scales: weight.scales.clone(), zeros: weight.zeros.clone() };
+        self.restored(&weight.codes, &grid)
+    }
+
+    fn restore_blocks(&self, codes: &[u8], grid: &BlockGrid) -> Result<Option<Matrix>> {
+        self.restored_blocks(codes, grid).map(Some)
     }
 
     fn fit_blocks(&self, weight: &Matrix, ty: GgmlType, importance: Option<&[f32]>) -> Result<BlockGrid> {

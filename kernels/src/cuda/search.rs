@@ -108,14 +108,6 @@ impl Cuda {
         Ok(Groups { starts_at: self.send(&starts)?, columns, starts, columns_at })
     }
 
-    /// The diagonal, for groups too wide for their block.
-    fn diagonal_for_fit(&self, hessian: &Matrix) -> Result<Vec<f32>> {
-        let diagonal = self.buffer::<f32>(hessian.cols)?;
-        let args = [diagonal.pin()?.arg(), hessian.buffer.pin()?.arg(), (hessian.cols as i32).into()];
-        self.each(&SEARCH, "fit_diagonal", hessian.cols, &args)?;
-        self.fetch(&diagonal, hessian.cols)
-    }
-
     pub(super) fn fitted(&self, weight: &Matrix, spec: &GridSpec, kind: FitKind<'_, Matrix>) -> Result<Grid> {
         expect("fit", "columns", spec.group_of.len(), weight.cols)?;
         match &kind {
@@ -138,7 +130,7 @@ impl Cuda {
             all.partition(|group| hessian.is_some() && (1..=WIDEST_BLOCK).contains(&groups.width(*group)));
         let importance = match (&kind, hessian) {
             (FitKind::Weighted(h), _) => Some(h.to_vec()),
-            (_, Some(hessian)) if !searched.is_empty() => Some(self.diagonal_for_fit(hessian)?),
+            (_, Some(hessian)) if !searched.is_empty() => Some(self.diagonal_of(hessian)?),
             _ => None,
         };
         let importance = importance.map(|importance| {
@@ -313,7 +305,6 @@ impl Cuda {
     }
 
     /// The reals that codes stand for.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for what restores on the device"))]
     pub(super) fn restored(&self, codes: &[u8], grid: &Grid) -> Result<Matrix> {
         let (rows, cols) = (grid.rows, grid.spec.group_of.len());
         expect("restore", "codes", rows * cols, codes.len())?;

@@ -7,10 +7,6 @@ mod forward;
 mod losses;
 mod search;
 mod sweep;
-mod forward;
-mod losses;
-mod search;
-mod sweep;
 
 use std::sync::{Arc, OnceLock};
 

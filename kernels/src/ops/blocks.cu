@@ -17,8 +17,6 @@ struct Layout {
     int block_groups, int has_min, int has_sub, float sub_low, float sub_high, float max_min, float from, float to, int steps
 #define LAYOUT_OF_ARGUMENTS {block_groups, has_min, has_sub, sub_low, sub_high, max_min, from, to, steps}
 
-// After a warp's last exchange: on the simulated device a lane that is done has nothing to give to those still reading.
-#define STAY_FOR_OTHERS() __syncwarp()
 
 __device__ __forceinline__ float nearest_half(float x) { return round_scale(PRECISION_F16, x); }
 
@@ -327,7 +325,6 @@ __device__ __forceinline__ void fit(
         held.d = nearest_half(scale);
         held.m = nearest_half(min);
     }
-    STAY_FOR_OTHERS();
     if (!real) return;
     if (index % layout.groups == 0) {
         d[index / layout.groups] = held.d;
@@ -436,7 +433,6 @@ KERNEL(fit_blocks_singly)(
         }
         found = nearest_half(found);
     }
-    STAY_FOR_OTHERS();
     if (real && lane == 0) d[block] = reach == 0.0f ? 0.0f : found;
 }
 EXPORT(fit_blocks_singly)

@@ -6,8 +6,6 @@
 #define LANES 16
 #define HELD 8
 
-// After a warp's last exchange: on the simulated device a lane that is done has nothing to give to those still reading.
-#define STAY_FOR_OTHERS() __syncwarp()
 
 // What the file allows, and which scales are tried.
 struct Rules {
@@ -240,7 +238,6 @@ KERNEL(fit_short)(
         settle(best, values, rules);
     }
     if (!importance || (low == 0.0f && high == 0.0f)) min_max(rules, low, high, 1.0f, &best.scale, &best.zero);
-    STAY_FOR_OTHERS();
     if (real && lane == 0) {
         scales[row * groups + number] = best.scale;
         zeros[row * groups + number] = (u8)(int)best.zero;
@@ -290,7 +287,6 @@ KERNEL(fit_long)(
             for (int i = 1; i < teams; i++)
                 if (found[i].loss < best.loss || (found[i].loss == best.loss && found[i].number < best.number)) best = found[i];
             settle(best, values, rules);
-            STAY_FOR_OTHERS();
         }
     } else {
         min_max(rules, low, high, 1.0f, &best.scale, &best.zero);
@@ -329,11 +325,6 @@ KERNEL(fit_hessian_blocks)(
     }
 }
 EXPORT(fit_hessian_blocks)
-
-KERNEL(fit_diagonal)(float *diagonal, const float *hessian, int cols) {
-    for (i64 i = global_index(); i < cols; i += global_stride()) diagonal[i] = hessian[i * cols + i];
-}
-EXPORT(fit_diagonal)
 
 // A candidate's grid.
 struct Clipped {
@@ -504,7 +495,6 @@ KERNEL(scaled_error_short)(
         high = fmaxf(high, x[i]);
     }
     range_lanes(&low, &high, LANES / 2);
-    STAY_FOR_OTHERS();
     float scale, zero;
     min_max(rules, low, high, 1.0f, &scale, &zero);
     float inverse = inverse_of(scale);
