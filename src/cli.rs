@@ -52,6 +52,9 @@ pub struct Compute {
     /// always f32.
     #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = ["auto", "f32"])]
     pub math: String,
+    /// GPU: wait for each operation, and print where the time went at the end.
+    #[arg(long)]
+    pub profile: bool,
     /// No progress, no summary; errors only.
     #[arg(long, short)]
     pub quiet: bool,
@@ -66,8 +69,10 @@ impl Compute {
         let budget = self.gpu_memory.as_deref().map(bytes).transpose()?;
         let cpu = || Engine::Cpu(if exact { Cpu::exact() } else { Cpu::default() });
         let gpu = |ordinal: usize| -> Result<Engine> {
-            let cuda = Cuda::new(Arc::new(cuda::Card::open(ordinal)?), budget)?;
-            Ok(Engine::Cuda(if exact { cuda.exact() } else { cuda }))
+            let card = cuda::Card::open(ordinal)?;
+            let card = Arc::new(if self.profile { card.profiled() } else { card });
+            let cuda = Cuda::new(card.clone(), budget)?;
+            Ok(Engine::Cuda(if exact { cuda.exact() } else { cuda }, card))
         };
         match self.device.split_once(':') {
             None if self.device == "cpu" && budget.is_some() => {
@@ -102,8 +107,18 @@ impl Compute {
 pub enum Engine {
     /// The CPU.
     Cpu(Cpu),
-    /// A GPU.
-    Cuda(Cuda),
+    /// A GPU, and the card behind it.
+    Cuda(Cuda, Arc<cuda::Card>),
+}
+
+impl Engine {
+    /// Where a GPU's time went, if that was asked for.
+    pub fn profile(&self) -> Option<String> {
+        match self {
+            Engine::Cpu(_) => None,
+            Engine::Cuda(_, card) => Some(card.profile()?.text()),
+        }
+    }
 }
 
 /// Runs an expression with the backend of an engine.
@@ -112,7 +127,7 @@ macro_rules! with_backend {
     ($engine:expr, $backend:ident => $work:expr) => {
         match $engine {
             $crate::cli::Engine::Cpu($backend) => $work,
-            $crate::cli::Engine::Cuda($backend) => $work,
+            $crate::cli::Engine::Cuda($backend, _) => $work,
         }
     };
 }

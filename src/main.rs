@@ -164,6 +164,9 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     };
     let report = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
     drop(progress);
+    if let Some(profile) = engine.profile() {
+        eprint!("{profile}");
+    }
     if !args.compute.quiet {
         let fallbacks = report.linears.iter().filter(|l| l.fallback.is_some()).count();
         say(&format!(
@@ -231,6 +234,9 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
         &mut progress
     ))?;
     drop(progress);
+    if let Some(profile) = engine.profile() {
+        eprint!("{profile}");
+    }
     match args.json {
         true => say(&format!("{}\n", serde_json::to_string_pretty(&quality)?)),
         false => say(&report::quality_table(&quality)),

@@ -81,6 +81,7 @@ fn start() -> Result<()> {
             OLDEST_DRIVER / 1000
         )));
     }
+    compile::limit_libraries((version / 1000).max(12));
     // SAFETY: no arguments but flags, which are 0.
     match unsafe { sys::cuInit(0) } {
         sys::CUresult::CUDA_ERROR_NO_DEVICE => {
@@ -153,6 +154,20 @@ struct Loaded {
 pub struct Profile {
     /// Seconds and launches by kernel; products by their operands' type.
     pub kernels: HashMap<String, (f64, usize)>,
+}
+
+impl Profile {
+    /// A line for each kernel, the longest first.
+    pub fn text(&self) -> String {
+        let mut kernels: Vec<_> = self.kernels.iter().collect();
+        kernels.sort_by(|a, b| b.1.0.total_cmp(&a.1.0).then_with(|| a.0.cmp(b.0)));
+        let total: f64 = kernels.iter().map(|(_, (seconds, _))| seconds).sum();
+        let line = |name: &str, seconds: f64, count: usize| {
+            format!("{name:<28} {seconds:>9.3} s {:>5.1} % {count:>9} launches\n", 100.0 * seconds / total.max(1e-9))
+        };
+        let lines: String = kernels.iter().map(|(name, (seconds, count))| line(name, *seconds, *count)).collect();
+        lines + &line("all", total, kernels.iter().map(|(_, (_, count))| count).sum())
+    }
 }
 
 /// One card.
@@ -275,9 +290,9 @@ impl Card {
         self
     }
 
-    /// What [`profiled`](Self::profiled) took.
-    pub fn profile(&self) -> Profile {
-        self.profile.as_ref().map(|profile| lock(profile).clone()).unwrap_or_default()
+    /// What [`profiled`](Self::profiled) took; `None` where it was not asked for.
+    pub fn profile(&self) -> Option<Profile> {
+        self.profile.as_ref().map(|profile| lock(profile).clone())
     }
 
     fn enter(&self) -> Result<()> {

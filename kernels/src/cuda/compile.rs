@@ -3,6 +3,7 @@
 use std::ffi::{CString, c_char, c_int};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use cudarc::nvrtc::sys;
 use sha2::{Digest, Sha256};
@@ -87,9 +88,10 @@ fn children(folder: &Path, start: &str) -> Vec<PathBuf> {
 
 /// Loads `lib{name}.so.N` from where Python's packages and toolkits put it, so that a later search by that name finds it loaded.
 ///
-/// The search is for what the system's own does not find; a newer version goes before an older one.
+/// The search is for what the system's own does not find; a newer version goes before an older one, but none before the driver's.
 fn preload(name: &str) {
-    for version in ["13", "12"] {
+    let newest = NEWEST.load(Ordering::Relaxed);
+    for version in [13, 12].into_iter().filter(|version| *version <= newest) {
         let file = format!("lib{name}.so.{version}");
         if folders().iter().map(|folder| folder.join(&file)).any(|path| path.exists() && load(&path)) {
             return;
@@ -106,6 +108,14 @@ fn load(path: &Path) -> bool {
         }
         Err(_) => false,
     }
+}
+
+/// The version of CUDA that the driver is for: libraries of a later one would not run with it.
+static NEWEST: AtomicI32 = AtomicI32::new(13);
+
+/// Looks for libraries of this version of CUDA at most from now on.
+pub(super) fn limit_libraries(newest: i32) {
+    NEWEST.store(newest, Ordering::Relaxed);
 }
 
 /// A library of CUDA's, and how to get it.

@@ -151,7 +151,7 @@ pub fn fit(weight: ArrayView2<f32>, ty: GgmlType, importance: Option<&[f32]>) ->
 }
 
 /// Keeps channels that were never active from vanishing out of the search.
-fn floor(importance: &[f32]) -> Vec<f32> {
+pub(crate) fn floor(importance: &[f32]) -> Vec<f32> {
     let mean = importance.iter().map(|x| f64::from(*x)).sum::<f64>() / importance.len().max(1) as f64;
     if mean <= 0.0 || !mean.is_finite() {
         return vec![1.0; importance.len()];
@@ -520,7 +520,7 @@ fn cost<L: Ladder>(ladder: L, x: &[f32], h: &[f32], scale: f32, min: f32) -> f32
 
 /// Candidates of a search: the finer the grid, the nearer the best one is to the plain one.
 #[inline(always)]
-pub(super) fn candidates(levels: f32) -> (f32, f32, usize) {
+pub(crate) fn candidates(levels: f32) -> (f32, f32, usize) {
     match levels as usize {
         0..=4 => (0.40, 1.60, 24),
         5..=8 => (0.50, 1.30, 20),

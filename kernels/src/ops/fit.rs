@@ -77,7 +77,7 @@ pub fn run(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f3
 }
 
 /// Keeps never-active columns from vanishing out of the search: at least a small part of the mean.
-fn floor(mut importance: Vec<f32>) -> Vec<f32> {
+pub(crate) fn floor(mut importance: Vec<f32>) -> Vec<f32> {
     let mean = importance.iter().map(|x| f64::from(*x)).sum::<f64>() / importance.len().max(1) as f64;
     if mean <= 0.0 || !mean.is_finite() {
         importance.fill(1.0);
