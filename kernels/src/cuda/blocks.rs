@@ -6,6 +6,7 @@ use super::memory::Buffer;
 use super::{Arg, Cuda, Matrix, Module, at, expect};
 use crate::backend::BlockGrid;
 use crate::ops::blocks::codes_of;
+use crate::ops::blocks::{candidates, floor};
 use crate::{Error, Result};
 
 pub(super) static BLOCKS: Module = Module { name: "blocks", source: include_str!("../ops/blocks.cu") };
@@ -50,24 +51,8 @@ fn layout_of(ty: GgmlType, layout: &Layout) -> [Arg; 6] {
 
 /// The candidates of a search on so many levels, those of the CPU: between which sizes, in how many steps.
 fn tries(levels: usize) -> [Arg; 3] {
-    let (from, to, steps) = match levels {
-        0..=4 => (0.40, 1.60, 24),
-        5..=8 => (0.50, 1.30, 20),
-        9..=16 => (0.60, 1.15, 18),
-        17..=40 => (0.80, 1.08, 14),
-        41..=100 => (0.90, 1.04, 10),
-        _ => (0.94, 1.01, 7),
-    };
-    [Arg::Float(from), Arg::Float(to), Arg::Int(steps)]
-}
-
-/// Keeps channels that were never active from vanishing out of the search, as the CPU does.
-fn floor(importance: &[f32]) -> Vec<f32> {
-    let mean = importance.iter().map(|x| f64::from(*x)).sum::<f64>() / importance.len().max(1) as f64;
-    if mean <= 0.0 || !mean.is_finite() {
-        return vec![1.0; importance.len()];
-    }
-    importance.iter().map(|x| (*x / mean as f32).max(1e-3)).collect()
+    let (from, to, steps) = candidates(levels as f32);
+    [Arg::Float(from), Arg::Float(to), Arg::Int(steps as i32)]
 }
 
 /// What a fit leaves on the device: the scales of each block, and what the file stores of each group.

@@ -74,7 +74,15 @@ __device__ __forceinline__ u16 to_bf16(float x) {
 }
 __device__ __forceinline__ float from_bf16(u16 x) { return __uint_as_float((u32)x << 16); }
 // Two in one word, the first in the low half.
-__device__ __forceinline__ u32 pack_bf16(float a, float b) { return (u32)to_bf16(a) | ((u32)to_bf16(b) << 16); }
+__device__ __forceinline__ u32 pack_bf16(float a, float b) {
+#if !defined(QUANTC_ON_CPU) && __CUDA_ARCH__ >= 800
+    u32 both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    return both;
+#else
+    return (u32)to_bf16(a) | ((u32)to_bf16(b) << 16);
+#endif
+}
 
 // IEEE half as its bits; to nearest, ties to even.
 __device__ __forceinline__ u16 to_f16(float x) {
@@ -130,6 +138,17 @@ __device__ __forceinline__ float exp_as_cpu(float x) {
     float y = p * r * r + r + 1.0f;
     float scaled = y * __int_as_float(((int)n + 127) << 23);
     return x < -87.3f ? 0.0f : scaled;
+}
+
+// 2ˣ to a few units in the last place, in one instruction; 0 where it would be subnormal.
+__device__ __forceinline__ float fast_exp2(float x) {
+#ifdef QUANTC_ON_CPU
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
 }
 
 // 1 / scale, or 0 for a group that holds only zeros.

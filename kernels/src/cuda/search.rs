@@ -6,6 +6,7 @@ use super::memory::Buffer;
 use super::{Arg, Cuda, Matrix, Module, at, expect};
 use crate::Result;
 use crate::backend::{FitKind, Grid, GridSpec};
+use crate::ops::fit::{candidates, floor};
 
 pub(super) static SEARCH: Module = Module { name: "search", source: include_str!("../ops/fit.cu") };
 
@@ -46,30 +47,10 @@ impl Groups {
     }
 }
 
-/// Keeps never-active columns from vanishing out of the search, as the CPU does.
-fn floor(mut importance: Vec<f32>) -> Vec<f32> {
-    let mean = importance.iter().map(|x| f64::from(*x)).sum::<f64>() / importance.len().max(1) as f64;
-    if mean <= 0.0 || !mean.is_finite() {
-        importance.fill(1.0);
-    } else {
-        importance.iter_mut().for_each(|x| *x = (*x / mean as f32).max(1e-3));
-    }
-    importance
-}
-
 /// `RULES_ARGUMENTS` of the kernels: what the file allows, and which scales are tried.
 fn rules(spec: &GridSpec) -> [Arg; 8] {
     let scheme = spec.scheme;
-    let (from, to, steps) = match (scheme.symmetric, scheme.bits) {
-        (true, 2) => (0.40, 1.60, 28),
-        (true, 3) => (0.45, 1.30, 28),
-        (true, 4) => (0.55, 1.15, 28),
-        (true, _) => (0.90, 1.01, 28),
-        (false, 2) => (0.40, 1.0, 18),
-        (false, 3) => (0.45, 1.0, 16),
-        (false, 4) => (0.60, 1.0, 14),
-        (false, _) => (0.94, 1.0, 8),
-    };
+    let (from, to, steps) = candidates(scheme);
     let precision = match spec.precision {
         ScalePrecision::F16 => 0,
         ScalePrecision::BF16 => 1,
@@ -83,7 +64,7 @@ fn rules(spec: &GridSpec) -> [Arg; 8] {
         f32::from(spec.min_zero).into(),
         Arg::Float(from),
         Arg::Float(to),
-        Arg::Int(steps),
+        Arg::Int(steps as i32),
     ]
 }
 

@@ -4,7 +4,7 @@
 //! them, symmetric grids in both orientations (the longer tail gets the extra level), integer zeros near every split of
 //! the clipped range; the best candidate's scale is then solved by least squares, rounded, and kept if it is better.
 
-use formats::ScalePrecision;
+use formats::{ScalePrecision, Scheme};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
@@ -86,6 +86,20 @@ pub(crate) fn floor(mut importance: Vec<f32>) -> Vec<f32> {
         importance.iter_mut().for_each(|x| *x = (*x / mean as f32).max(1e-3));
     }
     importance
+}
+
+/// Scales that are tried, as shares of the one that spans the range: from, to, and in how many steps.
+pub(crate) fn candidates(scheme: Scheme) -> (f32, f32, usize) {
+    match (scheme.symmetric, scheme.bits) {
+        (true, 2) => (0.40, 1.60, 28),
+        (true, 3) => (0.45, 1.30, 28),
+        (true, 4) => (0.55, 1.15, 28),
+        (true, _) => (0.90, 1.01, 28),
+        (false, 2) => (0.40, 1.0, 18),
+        (false, 3) => (0.45, 1.0, 16),
+        (false, 4) => (0.60, 1.0, 14),
+        (false, _) => (0.94, 1.0, 8),
+    }
 }
 
 /// Smallest and largest weight of a group, or 0.
@@ -229,13 +243,7 @@ simd_fn! {
         let mut best = Best { loss: evaluate(x, h, scale, zero, max), scale, zero };
         if scheme.symmetric {
             let (half, reach) = (f32::from(scheme.midpoint()), high.max(-low));
-            let (from, to) = match scheme.bits {
-                2 => (0.40, 1.60),
-                3 => (0.45, 1.30),
-                4 => (0.55, 1.15),
-                _ => (0.90, 1.01),
-            };
-            let steps = 28;
+            let (from, to, steps) = candidates(scheme);
             for step in 0..=steps {
                 let size = reach / half * (from + (to - from) * step as f32 / steps as f32);
                 best.consider(x, h, size, half, max, precision);
@@ -243,12 +251,7 @@ simd_fn! {
             }
         } else {
             let lowest_zero = f32::from(problem.spec.min_zero);
-            let (from, steps) = match scheme.bits {
-                2 => (0.40, 18),
-                3 => (0.45, 16),
-                4 => (0.60, 14),
-                _ => (0.94, 8),
-            };
+            let (from, _, steps) = candidates(scheme);
             for step in 0..=steps {
                 let shrink = 1.0 - (1.0 - from) * step as f32 / steps as f32;
                 let size = (high - low) * shrink / max;
@@ -280,7 +283,6 @@ simd_fn! {
 mod tests {
     use super::super::testing::Noise;
     use super::*;
-    use formats::Scheme;
 
     fn loss(weight: &Array2<f32>, grid: &Grid, h: &[f32]) -> f64 {
         let codes = super::super::round::run(weight.view(), grid);
