@@ -121,7 +121,14 @@ impl Job<'_> {
     ) -> Result<Report> {
         let plan = Plan::new(&graph, &source, &self.recipe)?;
         let staging = Staging::new(self.output, Some(self.model), self.force)?;
-        let mut run = self.prepare(backend.room(), started, source, graph, needs(&self.recipe), hashing)?;
+        let mut run = self.prepare(
+            (backend.room(), backend.tokens_at_once()),
+            started,
+            source,
+            graph,
+            needs(&self.recipe),
+            hashing,
+        )?;
         run.notes.splice(0..0, plan.config.notes.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
         let compiled =
@@ -178,7 +185,14 @@ impl Job<'_> {
         if let Some(path) = self.recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref()) {
             staging.check_another(path, Some(self.model), self.force)?;
         }
-        let mut run = self.prepare(backend.room(), started, source, graph, plan.needs(&self.recipe), hashing)?;
+        let mut run = self.prepare(
+            (backend.room(), backend.tokens_at_once()),
+            started,
+            source,
+            graph,
+            plan.needs(&self.recipe),
+            hashing,
+        )?;
         run.notes.extend(plan.notices.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
         let compiled = gguf::compile(
@@ -227,16 +241,17 @@ impl Job<'_> {
     /// Reads the texts.
     fn prepare(
         &self,
-        room: Option<u64>,
+        (room, at_once): (Option<u64>, usize),
         started: Instant,
         source: Checkpoint,
         graph: Graph,
         needs: Needs,
         hashing: Hashing,
     ) -> Result<Run> {
-        check_room(room, &graph, self.recipe.method.sweeps())?;
         let mut notes = source.notices();
         let recipe = &self.recipe;
+        let tokens = if needs > Needs::Nothing { recipe.samples.saturating_mul(recipe.seq_len) } else { 0 };
+        check_room(room, &graph, recipe.method.sweeps(), tokens.min(at_once.max(recipe.seq_len)))?;
         if needs > Needs::Nothing || self.verification.is_some() {
             families::check_runnable(&graph, &source)?;
         }
@@ -415,23 +430,26 @@ pub fn copy_side_files(source: &Checkpoint, staging: &Staging) -> Result<()> {
     Ok(())
 }
 
-/// Refuses a model of which not even one operator's work fits into the device's memory; what is more than that is put aside on
-/// the host while it is not used.
-fn check_room(room: Option<u64>, graph: &Graph, sweeps: bool) -> Result<()> {
+/// Refuses a model of which not even one operator's work on so many tokens fits into the device's memory; what is more than that is
+/// put aside on the host while it is not used.
+fn check_room(room: Option<u64>, graph: &Graph, sweeps: bool, tokens: usize) -> Result<()> {
     let Some(room) = room else { return Ok(()) };
     // The Hessian, its factorization in doubles and the factor; the target, its errors and what feeds back.
-    let needed = |linear: &Linear| {
+    let solving = |linear: &Linear| {
         let (rows, cols) = (linear.rows as u64, linear.cols as u64);
         16 * rows * cols + if sweeps { 16 * cols * cols } else { 0 }
     };
-    let Some(largest) = graph.linears().max_by_key(|linear| needed(linear)) else { return Ok(()) };
+    let Some(largest) = graph.linears().max_by_key(|linear| solving(linear)) else { return Ok(()) };
+    let widest = graph.linears().map(|linear| linear.rows.max(linear.cols)).max().unwrap_or(0);
+    // Two products of a gate, and what they become.
+    let running = 12 * (tokens * widest) as u64;
     let head = 4 * (graph.vocabulary * graph.hidden) as u64;
-    let wanted = needed(largest).max(head) + (256 << 20);
+    let wanted = solving(largest).max(running).max(head);
     if wanted <= room {
         return Ok(());
     }
     Err(Error::usage(format!(
-        "`{}` takes {:.1} GB of the GPU's memory and {:.1} GB may be used: give more with --gpu-memory, or run with --device cpu",
+        "`{}` takes {:.2} GB of the GPU's memory and {:.2} GB may be used: give more with --gpu-memory, or run with --device cpu",
         largest.module,
         wanted as f64 / 1e9,
         room as f64 / 1e9

@@ -243,7 +243,8 @@ pub fn compile(module: &Module, capability: u32, report: bool) -> Result<Compile
             let _ = sys::nvrtcGetProgramLog(program, log.as_mut_ptr().cast());
         }
         let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_owned();
-        let result = check(&format!("{} for {target}:\n{log}", module.name), code).and_then(|()| {
+        let said = if log.is_empty() { String::new() } else { format!(":\n{log}\n") };
+        let result = check(&format!("{} for {target}{said}", module.name), code).and_then(|()| {
             let mut length = 0;
             let size = match exact {
                 true => sys::nvrtcGetCUBINSize(program, &mut length),
