@@ -219,7 +219,8 @@ fn synthesize(folder: &Path, shape: &str) -> Result<(), String> {
     let tensors = graph.tensors();
     let specs =
         tensors.iter().map(|(name, shape)| TensorSpec { name: name.clone(), dtype: Dtype::BF16, shape: shape.clone() });
-    let writer = ShardedWriter::create(folder, specs.collect(), 5_000_000_000).map_err(|e| told(&e))?;
+    let writer = ShardedWriter::create(folder, specs.collect(), 5_000_000_000, &std::collections::BTreeMap::new())
+        .map_err(|e| told(&e))?;
     for (index, (name, shape)) in tensors.iter().enumerate() {
         let count: usize = shape.iter().product();
         let mut bytes = vec![0u8; 2 * count];

@@ -251,7 +251,12 @@ impl Job<'_> {
         let mut notes = source.notices();
         let recipe = &self.recipe;
         let tokens = if needs > Needs::Nothing { recipe.samples.saturating_mul(recipe.seq_len) } else { 0 };
-        check_room(room, &graph, recipe.method.sweeps(), tokens.min(at_once.max(recipe.seq_len)))?;
+        check_room(
+            room,
+            &graph,
+            [recipe.method.sweeps(), self.verification.is_some()],
+            tokens.min(at_once.max(recipe.seq_len)),
+        )?;
         if needs > Needs::Nothing || self.verification.is_some() {
             families::check_runnable(&graph, &source)?;
         }
@@ -432,7 +437,7 @@ pub fn copy_side_files(source: &Checkpoint, staging: &Staging) -> Result<()> {
 
 /// Refuses a model of which not even one operator's work on so many tokens fits into the device's memory; what is more than that is
 /// put aside on the host while it is not used.
-fn check_room(room: Option<u64>, graph: &Graph, sweeps: bool, tokens: usize) -> Result<()> {
+fn check_room(room: Option<u64>, graph: &Graph, [sweeps, measures]: [bool; 2], tokens: usize) -> Result<()> {
     let Some(room) = room else { return Ok(()) };
     // The Hessian, its factorization in doubles and the factor; the target, its errors and what feeds back.
     let solving = |linear: &Linear| {
@@ -443,7 +448,7 @@ fn check_room(room: Option<u64>, graph: &Graph, sweeps: bool, tokens: usize) -> 
     let widest = graph.linears().map(|linear| linear.rows.max(linear.cols)).max().unwrap_or(0);
     // Two products of a gate, and what they become.
     let running = 12 * (tokens * widest) as u64;
-    let head = 4 * (graph.vocabulary * graph.hidden) as u64;
+    let head = if measures { 4 * (graph.vocabulary * graph.hidden) as u64 } else { 0 };
     let wanted = solving(largest).max(running).max(head);
     if wanted <= room {
         return Ok(());
