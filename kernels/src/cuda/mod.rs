@@ -12,6 +12,7 @@ mod factor;
 mod forward;
 mod losses;
 mod memory;
+mod pack;
 mod search;
 mod simulated;
 mod sweep;
@@ -29,6 +30,7 @@ pub use self::compile::{Compiled, MODULES, compile, compiler_is_there, missing};
 pub use self::device::{Address, Arg, Aside, Capacity, Device, Module, Operand, Product, Real, Shape};
 pub use self::memory::{Buffer, Usage};
 use self::memory::{Memory, Pinned};
+pub use self::pack::PackLayout;
 pub use self::simulated::Simulated;
 use crate::backend::{
     Activation, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind, RopeLayout, Swept,

@@ -6,6 +6,7 @@ mod compiled;
 mod factor;
 mod forward;
 mod losses;
+mod pack;
 mod search;
 mod sweep;
 

@@ -1,0 +1,159 @@
+//! Packed codes, byte for byte those of the codecs.
+
+use formats::ggml::{BlockScales, Levels, ScaleKind, TYPES};
+use formats::grid::Scheme;
+use formats::{Codec, Dtype, GgmlType, QuantizedWeight, codec};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestRunner};
+
+use super::super::PackLayout;
+use super::on_all;
+use crate::backend::BlockGrid;
+
+fn words(bytes: &[u8]) -> Vec<u32> {
+    bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
+}
+
+/// What the device makes of codes `[rows, cols]`; nothing without a device.
+fn packed(codes: &[u8], rows: usize, cols: usize, bits: u8, layout: PackLayout) -> Option<Vec<u32>> {
+    assert_eq!(codes.len(), rows * cols);
+    on_all(|cuda| cuda.pack_codes(&cuda.send(codes).unwrap(), rows, cols, bits, layout).unwrap())
+}
+
+/// Packs the parts of a weight that hold codes and compares them with what its codec writes.
+fn check(id: &str, weight: &QuantizedWeight, parts: &[(&str, bool, PackLayout)]) {
+    let codec: &dyn Codec = codec::codec(id).unwrap();
+    let expected = codec.encode(weight, Dtype::F16).unwrap();
+    for &(name, zeros, layout) in parts {
+        let (values, cols) = if zeros { (&weight.zeros, weight.groups()) } else { (&weight.codes, weight.cols) };
+        let Some(found) = packed(values, weight.rows, cols, weight.scheme.bits, layout) else { return };
+        let context = format!("{name} of {id}, {} × {} at {} bits", weight.rows, weight.cols, weight.scheme.bits);
+        assert_eq!(found, words(expected.get(name).unwrap().data), "{context}");
+    }
+}
+
+/// Some codes and zeros, every one of them below `2^bits`.
+fn weight(rows: usize, cols: usize, bits: u8, group: usize) -> QuantizedWeight {
+    let scheme = Scheme { bits, group: Some(group), symmetric: false };
+    let groups = scheme.groups(cols);
+    let mut state = (rows * 31 + cols * 7 + usize::from(bits)) as u64;
+    let mut next = |from: u32| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (from + (state >> 40) as u32 % ((1 << bits) - from)) as u8
+    };
+    QuantizedWeight {
+        rows,
+        cols,
+        scheme,
+        codes: (0..rows * cols).map(|_| next(0)).collect(),
+        scales: vec![0.5; rows * groups],
+        zeros: (0..rows * groups).map(|_| next(1)).collect(),
+        group_of: None,
+    }
+}
+
+#[test]
+fn words_are_those_of_compressed_tensors() {
+    for bits in 2..=8 {
+        for (rows, cols, group) in [(1, 1, 1), (3, 7, 7), (37, 97, 97), (33, 64, 16)] {
+            let parts = [
+                ("weight_packed", false, PackLayout::Rows),
+                ("weight_zero_point", true, PackLayout::ColumnsTransposed),
+            ];
+            check("compressed-tensors", &weight(rows, cols, bits, group), &parts);
+        }
+    }
+}
+
+#[test]
+fn words_are_those_of_gptq() {
+    for bits in [2, 3, 4, 8] {
+        for (rows, cols, group) in [(32, 32, 32), (64, 160, 32), (96, 96, 96)] {
+            let parts = [("qweight", false, PackLayout::RowsTransposed), ("qzeros", true, PackLayout::ColumnsLessOne)];
+            check("gptq", &weight(rows, cols, bits, group), &parts);
+        }
+    }
+}
+
+#[test]
+fn words_are_those_of_awq() {
+    for (rows, cols, group) in [(8, 1, 1), (24, 37, 37), (64, 96, 32)] {
+        let parts = [("qweight", false, PackLayout::Awq), ("qzeros", true, PackLayout::Awq)];
+        check("awq", &weight(rows, cols, 4, group), &parts);
+    }
+}
+
+/// Scales of a block, those at the ends of what a half holds among them.
+fn scales(ty: &GgmlType) -> impl Strategy<Value = BlockScales> + use<> {
+    let layout = ty.layout().unwrap();
+    let kind = layout.scale;
+    let real = prop_oneof![
+        -1.0f32..1.0,
+        -8e4f32..8e4,
+        -1e-7f32..1e-7,
+        prop::sample::select(vec![0.0, -0.0, 1.0 + 1.0 / 2048.0, 1.0 + 3.0 / 2048.0, 65519.9, 65520.0, f32::INFINITY]),
+    ];
+    // A power of two, a subnormal one too, or what lies beside it.
+    let power = (prop_oneof![0u32..4, 0u32..256], -1i32..2).prop_map(|(e, beside)| {
+        let power = if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 };
+        f32::from_bits(power.saturating_add_signed(beside))
+    });
+    let d = if kind == ScaleKind::E8M0 { prop_oneof![power, -1.0f32..1.0].boxed() } else { real.clone().boxed() };
+    let (low, high, max_min) = layout.sub.map_or((0, 0, 0), |sub| (sub.low, sub.high, sub.max_min));
+    let m = if layout.has_min { real.boxed() } else { Just(0.0).boxed() };
+    (d, m, prop::array::uniform16(low..=high), prop::array::uniform16(0..=max_min))
+        .prop_map(|(d, m, scales, mins)| BlockScales { d, m, scales, mins })
+}
+
+#[test]
+fn blocks_are_those_of_ggml_in_every_type() {
+    let mut seen = 0;
+    for ty in TYPES.iter().filter(|ty| ty.layout().is_some()) {
+        let top = match ty.layout().unwrap().levels {
+            Levels::Uniform { codes, .. } => (codes - 1) as u8,
+            Levels::Table(_) => 15,
+        };
+        let (rows, per_row) = (3, 5);
+        let strategy = (
+            prop::collection::vec(scales(ty), rows * per_row),
+            prop::collection::vec(0..=top, rows * per_row * ty.block_len),
+        );
+        let runner = &mut TestRunner::new_with_rng(
+            Config { cases: 24, ..Config::default() },
+            proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
+        );
+        let tested = runner.run(&strategy, |(blocks, codes)| {
+            let grid = BlockGrid::new(*ty, rows, per_row * ty.block_len, blocks);
+            let found = on_all(|cuda| cuda.pack_blocks(&cuda.send(&codes).unwrap(), &grid).unwrap());
+            let mut expected = vec![0; rows * per_row * ty.block_bytes];
+            ty.pack(&grid.blocks, &codes, &mut expected);
+            prop_assert!(found.is_none_or(|found| found == expected), "{ty}");
+            Ok(())
+        });
+        tested.unwrap();
+        seen += 1;
+    }
+    assert_eq!(seen, 15, "types with blocks");
+}
+
+#[test]
+fn what_cannot_be_packed_is_refused_and_nothing_is_no_work() {
+    on_all(|cuda| {
+        let codes = cuda.send(&[0u8; 64]).unwrap();
+        let words = |rows, cols, bits, layout| cuda.pack_codes(&codes, rows, cols, bits, layout);
+        assert!(words(0, 8, 4, PackLayout::Rows).unwrap().is_empty());
+        assert!(words(8, 0, 4, PackLayout::Awq).unwrap().is_empty());
+        assert_eq!(words(8, 8, 8, PackLayout::Rows).unwrap(), [0; 16]);
+        words(8, 8, 9, PackLayout::Rows).unwrap_err();
+        words(8, 8, 0, PackLayout::Rows).unwrap_err();
+        words(8, 8, 3, PackLayout::Awq).unwrap_err();
+        words(4, 8, 4, PackLayout::Awq).unwrap_err();
+        let ty = GgmlType::from_name("Q8_0").unwrap();
+        let grid = BlockGrid::new(ty, 1, 64, vec![BlockScales::default(); 2]);
+        assert_eq!(cuda.pack_blocks(&codes, &grid).unwrap().len(), 68);
+        cuda.pack_blocks(&codes, &BlockGrid { cols: 63, ..grid.clone() }).unwrap_err();
+        cuda.pack_blocks(&codes, &BlockGrid { rows: 2, ..grid.clone() }).unwrap_err();
+        let empty = BlockGrid { rows: 0, blocks: Vec::new(), ..grid };
+        assert!(cuda.pack_blocks(&codes, &empty).unwrap().is_empty());
+    });
+}
