@@ -395,8 +395,8 @@ pub trait Backend: Sync {
     fn round_blocks(&self, weight: &Self::Matrix, grid: &BlockGrid) -> Result<Vec<u8>>;
     /// As [`sweep`](Self::sweep).
     fn sweep_blocks(&self, target: &Self::Matrix, factor: &Factor<Self::Matrix>, grid: &BlockGrid) -> Result<Swept>;
-    /// The reals that the codes of blocks stand for, as the file will give them; `None` where the caller is to unpack them.
-    fn restore_blocks(&self, codes: &[u8], grid: &BlockGrid) -> Result<Option<Self::Matrix>> {
+    /// Codes of blocks as files hold them, and the reals that they stand for; `None` where the caller is to pack them.
+    fn pack_blocks(&self, codes: &[u8], grid: &BlockGrid) -> Result<Option<(Vec<u8>, Self::Matrix)>> {
         let _ = (codes, grid);
         Ok(None)
     }

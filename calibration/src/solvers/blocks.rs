@@ -72,7 +72,10 @@ pub fn solve_blocks<B: Backend>(
             if let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) {
                 loss = backend.refine_blocks(weight, gram, factor.damp, &mut grid, &mut codes)?;
             }
-            (pack(&grid, &codes, row_bytes), Some(loss), backend.restore_blocks(&codes, &grid)?)
+            match backend.pack_blocks(&codes, &grid)? {
+                Some((packed, restored)) => (packed, Some(loss), Some(restored)),
+                None => (pack(&grid, &codes, row_bytes), Some(loss), None),
+            }
         }
         None => (pack_rows(backend, weight, ty, importance)?, None, None),
     };

@@ -5,8 +5,7 @@ use formats::ggml::{BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales}
 use super::memory::Buffer;
 use super::{Arg, Cuda, Matrix, Module, at, expect};
 use crate::backend::BlockGrid;
-use crate::ops::blocks::codes_of;
-use crate::ops::blocks::{candidates, floor};
+use crate::ops::blocks::{candidates, codes_of, floor};
 use crate::{Error, Result};
 
 pub(super) static BLOCKS: Module = Module { name: "blocks", source: include_str!("../ops/blocks.cu") };
@@ -170,10 +169,9 @@ impl Cuda {
         Ok((self.send(&grid.scales)?, layout.has_min.then(|| self.send(&grid.mins)).transpose()?))
     }
 
-    /// The reals that codes stand for.
-    pub(super) fn restored_blocks(&self, codes: &[u8], grid: &BlockGrid) -> Result<Matrix> {
+    /// The reals that codes `[rows, cols]` of the device stand for.
+    pub(super) fn restored_blocks(&self, codes: &Buffer, grid: &BlockGrid) -> Result<Matrix> {
         let (layout, count) = (grid.ty.layout().expect("a type with codes"), grid.rows * grid.cols);
-        expect("restore_blocks", "codes", count, codes.len())?;
         let out = self.matrix(grid.rows, grid.cols)?;
         if count == 0 {
             return Ok(out);
@@ -184,7 +182,7 @@ impl Cuda {
                 *level = layout.levels.level(code as u8);
             }
             let (scales, mins) = self.send_scales(grid, layout)?;
-            let (codes, levels) = (self.send(codes)?, self.send(&levels)?);
+            let levels = self.send(&levels)?;
             let mins = mins.as_ref().map(Buffer::pin).transpose()?;
             let pins = (out.buffer.pin()?, codes.pin()?, scales.pin()?, levels.pin()?);
             let args = [

@@ -24,6 +24,7 @@ pub static MODULES: &[&Module] = &[
     &super::blocks::BLOCKS,
     &super::sweep::SWEEP,
     &super::sweep::REFINE,
+    &super::pack::PACK,
 ];
 
 /// What the compiler made of a module.

@@ -542,8 +542,10 @@ impl Backend for Cuda {
         self.restored(&weight.codes, &grid)
     }
 
-    fn restore_blocks(&self, codes: &[u8], grid: &BlockGrid) -> Result<Option<Matrix>> {
-        self.restored_blocks(codes, grid).map(Some)
+    fn pack_blocks(&self, codes: &[u8], grid: &BlockGrid) -> Result<Option<(Vec<u8>, Matrix)>> {
+        expect("pack_blocks", "codes", grid.rows * grid.cols, codes.len())?;
+        let codes = self.send(codes)?;
+        Ok(Some((self.packed_blocks(&codes, grid)?, self.restored_blocks(&codes, grid)?)))
     }
 
     fn fit_blocks(&self, weight: &Matrix, ty: GgmlType, importance: Option<&[f32]>) -> Result<BlockGrid> {

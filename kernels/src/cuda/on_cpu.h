@@ -160,7 +160,7 @@ static unsigned nth(unsigned i, unsigned count, unsigned pass, int order) {
     return a == 1 ? (unsigned)(((u64)i * step + pass) % count) : count - 1 - i;
 }
 
-static bool run_block(int order) {
+static bool run_in_step(int order) {
     for (unsigned i = 0; i < machine.count; i++) prepare(machine.fibers[i]);
     machine.stamps.assign((size_t)2 * machine.count, 0);
     for (unsigned pass = 0;; pass++) {
@@ -194,6 +194,43 @@ static bool run_block(int order) {
         if (!released) return false;
     }
 }
+
+// Each warp alone up to a barrier of the block, so that warps are as far apart as barriers let them be.
+static bool run_apart(int order) {
+    for (unsigned i = 0; i < machine.count; i++) prepare(machine.fibers[i]);
+    machine.stamps.assign((size_t)2 * machine.count, 0);
+    unsigned warps = (machine.count + 31) / 32, pass = 0;
+    for (unsigned round = 0;; round++) {
+        for (unsigned w = 0; w < warps; w++) {
+            unsigned first = nth(w, warps, round, order) * 32, end = first + 32 < machine.count ? first + 32 : machine.count;
+            for (;; pass++) {
+                for (unsigned i = 0; i < end - first; i++) {
+                    unsigned index = first + nth(i, end - first, pass, order);
+                    if (machine.fibers[index].state == RUNNING) resume(index);
+                }
+                bool warp = false, block = false;
+                for (unsigned i = first; i < end; i++) {
+                    warp |= machine.fibers[i].state == AT_WARP;
+                    block |= machine.fibers[i].state == AT_BLOCK;
+                }
+                if (warp && block) return false;
+                if (!warp) break;
+                for (unsigned i = first; i < end; i++)
+                    if (machine.fibers[i].state == AT_WARP) machine.fibers[i].state = RUNNING;
+            }
+        }
+        bool live = false;
+        for (unsigned i = 0; i < machine.count; i++)
+            if (machine.fibers[i].state == AT_BLOCK) {
+                live = true;
+                machine.fibers[i].state = RUNNING;
+            }
+        if (!live) return true;
+    }
+}
+
+// Orders from 16 on keep warps apart.
+static bool run_block(int order) { return order < 16 ? run_in_step(order) : run_apart(order - 16); }
 
 static void wait(State state) {
     machine.fibers[machine.current].state = state;
@@ -394,8 +431,36 @@ static inline void load_transposed(u32 *out, const void *row) {
         out[i] = (u32)pair[0] | (u32)pair[1] << 16;
     }
 }
-// Copies 16 bytes to shared memory beside other work.
-static inline void copy_async(void *to, const void *from) { memcpy(to, from, 16); }
-static inline void copy_commit() {}
+// Copies 16 bytes to shared memory, no earlier than something waits for them.
+namespace on_cpu {
+struct Copy {
+    void *to;
+    const void *from;
+};
+struct Pending {
+    std::vector<std::vector<Copy>> groups;
+    std::vector<Copy> open;
+};
+static thread_local std::vector<Pending> pending;
+static Pending &own_pending() {
+    if (pending.size() < machine.count) pending.resize(machine.count);
+    return pending[machine.current];
+}
+}  // namespace on_cpu
+static inline void copy_async(void *to, const void *from) {
+    memset(to, 0xff, 16);
+    on_cpu::own_pending().open.push_back({to, from});
+}
+static inline void copy_commit() {
+    auto &own = on_cpu::own_pending();
+    own.groups.push_back(own.open);
+    own.open.clear();
+}
 template <int LEFT>
-static inline void copy_wait() {}
+static inline void copy_wait() {
+    auto &own = on_cpu::own_pending();
+    while (own.groups.size() > (size_t)LEFT) {
+        for (auto &copy : own.groups.front()) memcpy(copy.to, copy.from, 16);
+        own.groups.erase(own.groups.begin());
+    }
+}

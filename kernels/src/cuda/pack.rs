@@ -67,7 +67,7 @@ impl Cuda {
     /// Packs codes `[rows, cols]` of the device, a byte each, and the scales of their blocks, as [`GgmlType::pack`] does.
     ///
     /// [`GgmlType::pack`]: formats::GgmlType::pack
-    pub fn pack_blocks(&self, codes: &Buffer, grid: &BlockGrid) -> Result<Vec<u8>> {
+    pub fn packed_blocks(&self, codes: &Buffer, grid: &BlockGrid) -> Result<Vec<u8>> {
         let BlockGrid { ty, rows, cols, ref blocks, .. } = *grid;
         let Some(layout) = ty.layout() else {
             let expected = "a type with blocks".to_owned();

@@ -38,7 +38,7 @@ struct State {
 type Entry = unsafe extern "C" fn(*const u32, u32, usize, *mut *mut c_void, c_int) -> c_int;
 
 impl Simulated {
-    /// Threads of a block run in this order: 0 forwards, 1 backwards, else scattered.
+    /// Threads of a block run in this order: 0 forwards, 1 backwards, else scattered; 16 more keeps its warps apart.
     pub fn new(order: i32) -> Simulated {
         Simulated { order, limit: None, state: Mutex::default() }
     }

@@ -42,7 +42,7 @@ enum Kind<'a> {
         mins: &'a [f32],
         ladder: Vec<u8>,
         /// The code of each level, at `level + 128`.
-        codes: [u8; 256],
+        codes: Vec<u8>,
     },
 }
 
@@ -81,7 +81,7 @@ impl Cuda {
         expect("sweep_blocks", "mins", grid.scales.len(), grid.mins.len())?;
         let layout = grid.ty.layout().expect("a type with codes");
         let group_of: Vec<u32> = (0..grid.cols).map(|col| (col / layout.group) as u32).collect();
-        let kind = Kind::Levels { mins: &grid.mins, ladder: ladder_of(layout), codes: codes_of(layout) };
+        let kind = Kind::Levels { mins: &grid.mins, ladder: ladder_of(layout), codes: codes_of(layout).to_vec() };
         self.sweep_points(
             target,
             factor,
@@ -118,7 +118,7 @@ impl Cuda {
         let (seconds, ladder, table) = match &points.kind {
             Kind::Codes { zeros, .. } => (self.send(zeros)?, None, None),
             Kind::Levels { mins, ladder, codes } => {
-                (self.send(mins)?, Some(self.send(ladder)?), Some(self.send(&codes[..])?))
+                (self.send(mins)?, Some(self.send(ladder)?), Some(self.send(codes)?))
             }
         };
         let [columns, feedback] = [self.buffer::<f32>(n * height)?, self.buffer::<f32>(n * height)?];

@@ -32,7 +32,7 @@ pub(super) fn devices() -> Vec<Cuda> {
         skip("no C++ compiler, so kernels cannot run on the CPU");
         return Vec::new();
     }
-    [0, 1, 5].into_iter().map(|order| Cuda::new(Arc::new(Simulated::new(order)), None).expect("a device")).collect()
+    [0, 1, 21].into_iter().map(|order| Cuda::new(Arc::new(Simulated::new(order)), None).expect("a device")).collect()
 }
 
 /// Runs `work` on every device; all have to give the same, a card twice in a row.

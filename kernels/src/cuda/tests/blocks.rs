@@ -108,7 +108,8 @@ fn codes_are_the_cpus_and_restore_to_what_files_hold() {
         let codes = on_all(|cuda| cuda.round_blocks(&cuda.upload(weight.clone()).unwrap(), &grid).unwrap());
         let Some(codes) = codes else { return };
         assert_eq!(codes, blocks::round(weight.view(), &grid), "{ty}");
-        let found = on_all(|cuda| cuda.download(&cuda.restored_blocks(&codes, &grid).unwrap()).unwrap()).unwrap();
+        let found =
+            on_all(|cuda| cuda.download(&cuda.pack_blocks(&codes, &grid).unwrap().unwrap().1).unwrap()).unwrap();
         assert_eq!(found.as_slice().unwrap(), restored(&grid, &codes), "{ty}");
     }
 }
@@ -125,7 +126,7 @@ fn shapes_are_checked_and_nothing_is_no_work() {
         assert!(cuda.fit_blocks(&right, ty, Some(&[1.0; 128])).is_err());
         assert!(cuda.round_blocks(&wrong, &grid).is_err());
         assert!(cuda.round_blocks(&cuda.zeros(1, 256).unwrap(), &grid).is_err());
-        assert!(cuda.restored_blocks(&[0; 511], &grid).is_err());
+        assert!(cuda.pack_blocks(&[0; 511], &grid).is_err());
         let none = cuda.fit_blocks(&cuda.zeros(0, 256).unwrap(), ty, None).unwrap();
         assert!(none.blocks.is_empty());
         assert!(cuda.round_blocks(&cuda.zeros(0, 256).unwrap(), &none).unwrap().is_empty());

@@ -124,7 +124,7 @@ fn blocks_are_those_of_ggml_in_every_type() {
         );
         let tested = runner.run(&strategy, |(blocks, codes)| {
             let grid = BlockGrid::new(*ty, rows, per_row * ty.block_len, blocks);
-            let found = on_all(|cuda| cuda.pack_blocks(&cuda.send(&codes).unwrap(), &grid).unwrap());
+            let found = on_all(|cuda| cuda.packed_blocks(&cuda.send(&codes).unwrap(), &grid).unwrap());
             let mut expected = vec![0; rows * per_row * ty.block_bytes];
             ty.pack(&grid.blocks, &codes, &mut expected);
             prop_assert!(found.is_none_or(|found| found == expected), "{ty}");
@@ -150,10 +150,10 @@ fn what_cannot_be_packed_is_refused_and_nothing_is_no_work() {
         words(4, 8, 4, PackLayout::Awq).unwrap_err();
         let ty = GgmlType::from_name("Q8_0").unwrap();
         let grid = BlockGrid::new(ty, 1, 64, vec![BlockScales::default(); 2]);
-        assert_eq!(cuda.pack_blocks(&codes, &grid).unwrap().len(), 68);
-        cuda.pack_blocks(&codes, &BlockGrid { cols: 63, ..grid.clone() }).unwrap_err();
-        cuda.pack_blocks(&codes, &BlockGrid { rows: 2, ..grid.clone() }).unwrap_err();
+        assert_eq!(cuda.packed_blocks(&codes, &grid).unwrap().len(), 68);
+        cuda.packed_blocks(&codes, &BlockGrid { cols: 63, ..grid.clone() }).unwrap_err();
+        cuda.packed_blocks(&codes, &BlockGrid { rows: 2, ..grid.clone() }).unwrap_err();
         let empty = BlockGrid { rows: 0, blocks: Vec::new(), ..grid };
-        assert!(cuda.pack_blocks(&codes, &empty).unwrap().is_empty());
+        assert!(cuda.packed_blocks(&codes, &empty).unwrap().is_empty());
     });
 }
