@@ -411,7 +411,7 @@ impl Lister {
     fn moe(&mut self, at: &str, moe: &Moe) -> Result<()> {
         let need = self.architecture.moe_bias;
         self.linear(&format!("{at}.ffn_gate_inp"), &moe.router.linear, None, need)?;
-        if let Some(tensor) = &moe.router.correction {
+        if let Some((tensor, _)) = &moe.router.correction {
             let part = Part::whole(From::Tensor(tensor.clone(), vec![moe.experts.len()]));
             self.push(format!("{at}.exp_probs_b.bias"), vec![moe.experts.len()], vec![part]);
         }

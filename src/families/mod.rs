@@ -3,14 +3,18 @@
 mod build;
 mod cohere;
 mod deepseek;
+mod dots;
+mod ernie;
 mod exaone;
 mod gemma;
 mod glm;
 mod gpt;
 mod gpt_oss;
 mod granite;
+mod hunyuan;
 mod llama;
 mod llama4;
+mod minimax;
 mod moe;
 mod nemotron;
 mod olmo;
@@ -41,6 +45,10 @@ pub struct Family {
 pub const FAMILIES: &[Family] = &[
     llama::LLAMA,
     llama::MISTRAL,
+    llama::MINISTRAL3,
+    llama::SEED_OSS,
+    llama::ARCEE,
+    llama::HELIUM,
     llama4::LLAMA4,
     qwen::QWEN2,
     qwen::QWEN2_VL,
@@ -66,6 +74,8 @@ pub const FAMILIES: &[Family] = &[
     stablelm::STABLELM,
     nemotron::NEMOTRON,
     exaone::EXAONE4,
+    ernie::ERNIE4_5,
+    hunyuan::HUNYUAN_DENSE,
     moe::MIXTRAL,
     moe::QWEN2_MOE,
     moe::QWEN3_MOE,
@@ -73,6 +83,11 @@ pub const FAMILIES: &[Family] = &[
     deepseek::DEEPSEEK_V2,
     deepseek::DEEPSEEK_V3,
     gpt_oss::GPT_OSS,
+    dots::DOTS1,
+    dots::GLM4_MOE,
+    ernie::ERNIE4_5_MOE,
+    hunyuan::HUNYUAN_MOE,
+    minimax::MINIMAX_M2,
 ];
 
 /// Tensors of checkpoints of any family that can be computed.
@@ -281,6 +296,19 @@ impl<'a> Config<'a> {
         }
     }
 
+    /// A count that may be 0, or `default` when it is missing.
+    pub fn count_or(&self, key: &str, default: usize) -> Result<usize> {
+        match self.get(key).is_some_and(|value| value.as_u64() == Some(0)) {
+            true => Ok(0),
+            false => Ok(self.optional_count(key)?.unwrap_or(default)),
+        }
+    }
+
+    /// Whether a rope scaling calls itself so.
+    pub fn is_kind(&self, kind: &str) -> bool {
+        ["rope_type", "type"].iter().find_map(|key| self.get(key)).is_some_and(|found| found == kind)
+    }
+
     /// A number, or `default` when it is missing.
     pub fn number(&self, key: &str, default: f64) -> Result<f64> {
         let Some(value) = self.get(key) else { return Ok(default) };
@@ -312,6 +340,16 @@ impl Config<'_> {
             Some(list) => Ok(Some(list.into_iter().map(|layer| layer as usize).collect())),
             None => Err(Self::wrong(key, "a list of layers", Some(value))),
         }
+    }
+
+    /// A count for each layer.
+    pub fn counts(&self, key: &str, layers: usize) -> Result<Vec<usize>> {
+        let list = self.layer_list(key)?.unwrap_or_default();
+        if list.len() != layers || list.contains(&0) {
+            let expected = format!("a positive number for each of {layers} layers");
+            return Err(Self::wrong(key, &expected, self.get(key)));
+        }
+        Ok(list)
     }
 
     /// Which layers have rotary positions: `no_rope_layers` (1 for those that do), or all but every fourth.

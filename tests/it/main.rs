@@ -11,4 +11,5 @@ mod inputs;
 mod matrix;
 mod pipeline;
 mod readme;
+mod sentencepiece;
 mod tidy;
