@@ -542,9 +542,7 @@ impl Layer {
     fn vectors(&self) -> Vec<(String, Vec<usize>)> {
         match self {
             Layer::Attention(a) => a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads])).collect(),
-            Layer::Moe(moe) => {
-                moe.router.correction.iter().cloned().collect()
-            }
+            Layer::Moe(moe) => moe.router.correction.iter().cloned().collect(),
             _ => Vec::new(),
         }
     }

@@ -162,7 +162,9 @@ impl ModelText {
         config.bos_token = config.bos_token.or(file.bos);
         config.eos_token = config.eos_token.or(file.eos);
         let tokenizer = Tokenizer::from_json(&file.json).map_err(|error| match error {
-            SampleError::Tokenizer { problem, .. } => located(SampleError::Tokenizer { file: file.name.into(), problem }),
+            SampleError::Tokenizer { problem, .. } => {
+                located(SampleError::Tokenizer { file: file.name.into(), problem })
+            }
             other => located(other),
         })?;
         let tokenizer = tokenizer.with_config(&config);

@@ -9,8 +9,8 @@ use std::path::Path;
 
 use calibration::samples::Tokenizer;
 use formats::SentencePiece;
-use formats::container::sentencepiece::Algorithm;
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
+use formats::container::sentencepiece::Algorithm;
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, read_json};
@@ -613,6 +613,21 @@ fn special_id(files: &Files, ids: &HashMap<&str, u32>, name: &str, rows: usize, 
             None => {}
         }
     }
+    let own = || {
+        let model = files.model.as_ref()?;
+        let id = match name {
+            "bos" => model.bos,
+            "eos" => model.eos,
+            "unk" => model.unknown,
+            "pad" => model.padding,
+            _ => None,
+        };
+        id.filter(|id| (*id as usize) < rows)
+    };
+    // The only tokenizer knows its own marks.
+    if let Some(id) = own().filter(|_| files.json.is_none()) {
+        return Some(id);
+    }
     for (file, json) in [("config.json", &files.model_config), ("generation_config.json", &files.generation)] {
         let entry = &json[format!("{name}_token_id")];
         match entry.as_u64().or(entry[0].as_u64()) {
@@ -621,15 +636,7 @@ fn special_id(files: &Files, ids: &HashMap<&str, u32>, name: &str, rows: usize, 
             None => {}
         }
     }
-    let model = files.model.as_ref()?;
-    let id = match name {
-        "bos" => model.bos,
-        "eos" => model.eos,
-        "unk" => model.unknown,
-        "pad" => model.padding,
-        _ => None,
-    };
-    id.filter(|id| (*id as usize) < rows)
+    own()
 }
 
 fn special_tokens(

@@ -10,7 +10,8 @@ use crate::error::Result;
 use crate::graph::{Graph, Layer, Moe};
 
 /// ERNIE 4.5.
-pub const ERNIE4_5: Family = Family { id: "ernie4_5", model_types: &["ernie4_5"], build: |config| build(config, false) };
+pub const ERNIE4_5: Family =
+    Family { id: "ernie4_5", model_types: &["ernie4_5"], build: |config| build(config, false) };
 
 /// ERNIE 4.5 with experts.
 pub const ERNIE4_5_MOE: Family =

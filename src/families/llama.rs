@@ -25,7 +25,8 @@ pub const SEED_OSS: Family =
     Family { id: "seed_oss", model_types: &["seed_oss"], build: |config| build(config, "seed_oss", false) };
 
 /// Arcee: squared ReLU without a gate.
-pub const ARCEE: Family = Family { id: "arcee", model_types: &["arcee"], build: |config| build(config, "arcee", false) };
+pub const ARCEE: Family =
+    Family { id: "arcee", model_types: &["arcee"], build: |config| build(config, "arcee", false) };
 
 /// Helium: heads rotate neighbours.
 pub const HELIUM: Family =

@@ -319,7 +319,7 @@ fn merges_of(vocabulary: &Vocabulary<'_>, scores: &[f32]) -> Value {
     }
     merges.sort_by(|a, b| {
         let by_score = scores[b.0].total_cmp(&scores[a.0]);
-        by_score.then(a.0.cmp(&b.0)).then(vocabulary.ids[a.1].cmp(&vocabulary.ids[b.1]))
+        by_score.then(a.0.cmp(&b.0)).then(a.1.len().cmp(&b.1.len()))
     });
     merges.into_iter().map(|(_, left, right)| json!([left, right])).collect()
 }

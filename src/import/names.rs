@@ -134,6 +134,10 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         mlp_bias: Need::Must,
         ..PLAIN
     },
+    Architecture { id: "arcee", families: &["arcee"], neighbours: true, factors: true, ..PLAIN },
+    Architecture { id: "seed_oss", families: &["seed_oss"], ffn_norm: "post_attention_norm", ..PLAIN },
+    Architecture { id: "ernie4_5", families: &["ernie4_5"], neighbours: true, ..PLAIN },
+    Architecture { id: "hunyuan-dense", families: &["hunyuan_v1_dense"], ..PLAIN },
     Architecture { id: "smollm3", families: &["smollm3"], neighbours: true, ..PLAIN },
     Architecture { id: "command-r", families: &["cohere"], neighbours: true, square: true, head: Need::Never, ..PLAIN },
     Architecture {

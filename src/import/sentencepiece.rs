@@ -156,7 +156,8 @@ impl Settings {
         added.extend((next..).zip(named.iter().map(|content| Added::new(content, true, false))));
         // What files name as special is, however it was added.
         for token in added.values_mut() {
-            token.special |= ["bos", "eos", "unk", "pad"].into_iter().any(|name| self.token(name) == Some(&token.content));
+            token.special |=
+                ["bos", "eos", "unk", "pad"].into_iter().any(|name| self.token(name) == Some(&token.content));
         }
         Ok(added)
     }
@@ -183,13 +184,18 @@ fn build(model: &SentencePiece, settings: &Settings) -> Result<Value, String> {
     let text = |id: usize| added.get(&(id as u32)).map_or(&model.pieces[id].text, |token| &token.content);
     for (id, token) in &added {
         if ids.get(&token.content[..]).is_some_and(|other| *other != *id as usize && text(*other) == &token.content) {
-            return Err(format!("`{}` is piece {} and, by the files beside it, token {id}", token.content, ids[&token.content[..]]));
+            return Err(format!(
+                "`{}` is piece {} and, by the files beside it, token {id}",
+                token.content,
+                ids[&token.content[..]]
+            ));
         }
     }
     let bytes = model.byte_fallback;
     let tokens = match model.algorithm {
         Algorithm::Bpe => {
-            let beyond = added.range(model.pieces.len() as u32..).map(|(id, token)| (token.content.clone(), *id as usize));
+            let beyond =
+                added.range(model.pieces.len() as u32..).map(|(id, token)| (token.content.clone(), *id as usize));
             let vocab = (0..model.pieces.len()).map(|id| (text(id).clone(), id)).chain(beyond);
             let vocab: Map<String, Value> = vocab.map(|(text, id)| (text, id.into())).collect();
             let merges = merges(&model.pieces, &ids, &|id| text(id) == &model.pieces[id].text);
@@ -204,9 +210,15 @@ fn build(model: &SentencePiece, settings: &Settings) -> Result<Value, String> {
                 model.pieces.iter().enumerate().map(|(id, piece)| json!([text(id), piece.score])).collect();
             for (id, token) in added.range(model.pieces.len() as u32..) {
                 if *id as usize > vocab.len() + MOST_UNUSED {
-                    return Err(format!("token {id} (`{}`) was added far beyond its {} pieces", token.content, model.pieces.len()));
+                    return Err(format!(
+                        "token {id} (`{}`) was added far beyond its {} pieces",
+                        token.content,
+                        model.pieces.len()
+                    ));
                 }
-                vocab.extend((vocab.len()..*id as usize).map(|id| json!([format!("[UNUSED{id}]"), 0.0])).collect::<Vec<_>>());
+                vocab.extend(
+                    (vocab.len()..*id as usize).map(|id| json!([format!("[UNUSED{id}]"), 0.0])).collect::<Vec<_>>(),
+                );
                 vocab.push(json!([token.content, 0.0]));
             }
             json!({"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": bytes})
@@ -250,8 +262,7 @@ fn spaces(model: &SentencePiece, settings: &Settings) -> (Value, Value) {
     let mut pre_tokenizer = Value::Null;
     if settings.flag("legacy") == Some(false) && model.escape_whitespaces {
         let scheme = if prefix { "first" } else { "never" };
-        pre_tokenizer =
-            json!({"type": "Metaspace", "replacement": space, "prepend_scheme": scheme, "split": false});
+        pre_tokenizer = json!({"type": "Metaspace", "replacement": space, "prepend_scheme": scheme, "split": false});
     } else {
         if prefix {
             steps.push(json!({"type": "Prepend", "prepend": space}));

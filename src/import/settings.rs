@@ -234,7 +234,8 @@ impl Settings {
                 set(json!({"attention_bias": biases, "mlp_bias": biased("ffn_up")}));
             }
             "qwen3" | "qwen3_moe" | "gemma" | "gemma2" | "gemma3_text" | "olmo" | "olmo2" | "olmo3" | "cohere"
-            | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" => {
+            | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" | "seed_oss" | "arcee"
+            | "hunyuan_v1_dense" => {
                 set(json!({"attention_bias": biases}));
             }
             "starcoder2" => set(json!({"use_bias": true})),
@@ -390,6 +391,10 @@ impl Settings {
             ("stablelm", false) => ("stablelm", "StableLmForCausalLM", "silu"),
             ("nemotron", false) => ("nemotron", "NemotronForCausalLM", "relu2"),
             ("exaone4", false) => ("exaone4", "Exaone4ForCausalLM", "silu"),
+            ("arcee", false) => ("arcee", "ArceeForCausalLM", "relu2"),
+            ("seed_oss", false) => ("seed_oss", "SeedOssForCausalLM", "silu"),
+            ("ernie4_5", false) => ("ernie4_5", "Ernie4_5ForCausalLM", "silu"),
+            ("hunyuan-dense", false) => ("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", "silu"),
             ("qwen2moe", true) => ("qwen2_moe", "Qwen2MoeForCausalLM", "silu"),
             ("qwen3moe", true) => ("qwen3_moe", "Qwen3MoeForCausalLM", "silu"),
             ("olmoe", true) => ("olmoe", "OlmoeForCausalLM", "silu"),

@@ -122,7 +122,8 @@ fn gguf_files_hold_the_pieces_own_scores_and_types() {
         for (id, score, kind) in expected {
             assert_eq!((&scores[*id], types[*id].as_i64()), (*score, Some(*kind)), "{name} {id}");
         }
-        let flag = |key: &str| written.metadata.iter().find(|(k, _)| k == &format!("tokenizer.ggml.{key}")).unwrap().1.clone();
+        let flag =
+            |key: &str| written.metadata.iter().find(|(k, _)| k == &format!("tokenizer.ggml.{key}")).unwrap().1.clone();
         let model = formats::SentencePiece::parse(&std::fs::read(room.path("model/tokenizer.model")).unwrap()).unwrap();
         assert_eq!(flag("add_space_prefix"), MetadataValue::Bool(model.add_dummy_prefix));
         let config: Value =
@@ -147,7 +148,8 @@ fn a_tokenizer_model_that_cannot_be_used_is_one_sentence() {
     for (bytes, words) in cases {
         std::fs::write(&path, bytes).unwrap();
         room.run(["eval", "model", "--windows", "1", "--quiet"]).refuses(1, &["model/tokenizer.model: ", words]);
-        let gguf = ["quantize", "model", "-o", "out.gguf", "--method", "rtn", "--scheme", "Q8_0", "--verify-text", "none"];
+        let gguf =
+            ["quantize", "model", "-o", "out.gguf", "--method", "rtn", "--scheme", "Q8_0", "--verify-text", "none"];
         room.run(gguf).refuses(1, &["model/tokenizer.model: ", words]);
     }
     // Files beside it that do not agree with it.
@@ -166,7 +168,11 @@ fn a_tokenizer_model_that_cannot_be_used_is_one_sentence() {
     // Mistral's own form, and nothing else.
     std::fs::remove_file(&path).unwrap();
     room.file("model/tekken.json", "{}");
-    let words = ["model: no tokenizer.json", "tekken.json is a tokenizer of Mistral's own library", "save_pretrained(\"model\")"];
+    let words = [
+        "model: no tokenizer.json",
+        "tekken.json is a tokenizer of Mistral's own library",
+        "save_pretrained(\"model\")",
+    ];
     room.run(["eval", "model", "--windows", "1", "--quiet"]).refuses(1, &words);
 }
 
@@ -204,20 +210,4 @@ fn damage_is_found_before_any_text_is_split() {
         }
         assert!(usable > 50 && usable < 300, "{name}: {usable}");
     }
-}
-
-#[test]
-fn debug_gguf() {
-    let room = Room::new();
-    model(&room, "llama");
-    room.run(["quantize", "model", "-o", "out.gguf", "--scheme", "Q8_0", "--method", "rtn", "--verify-text", "none"]).succeeds();
-    let of = |name: &str| ModelText::open(&Checkpoint::open(&room.path(name)).unwrap()).unwrap().tokenizer;
-    let (a, b) = (of("model"), of("out.gguf"));
-    let text = quantc::text::load_text("held-out").unwrap().plain().unwrap();
-    let (x, y) = (a.encode(&text, true).unwrap(), b.encode(&text, true).unwrap());
-    let at = x.iter().zip(&y).position(|(a, b)| a != b).unwrap();
-    for (t, ids) in [(&a, &x), (&b, &y)] {
-        eprintln!("{at} {:?}", ids[at.saturating_sub(5)..at + 8].iter().map(|id| t.id_to_token(*id)).collect::<Vec<_>>());
-    }
-    panic!();
 }

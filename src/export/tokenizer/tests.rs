@@ -306,7 +306,10 @@ fn a_sentence_piece_model_goes_first() {
     assert_eq!(words(&not_one, "tokens"), words(&other, "tokens"));
     std::fs::remove_file(both.path().join("tokenizer.json")).unwrap();
     let error = of_folder(both.path(), &Value::Null, 800, None).unwrap_err().to_string();
-    assert!(error.contains("/tokenizer.model: a list of tokens for tiktoken, and not a SentencePiece model"), "{error}");
+    assert!(
+        error.contains("/tokenizer.model: a list of tokens for tiktoken, and not a SentencePiece model"),
+        "{error}"
+    );
 }
 
 #[test]
