@@ -286,9 +286,11 @@ mod tests {
     fn a_model_folder_gives_tokens_marks_and_template() {
         let folder = model_folder();
         let error = message(open(&folder));
-        assert!(error.contains("no tokenizer.json"), "{error}");
+        assert!(error.contains("no tokenizer.json and no tokenizer.model"), "{error}");
+        file(&folder, "tekken.json", b"{}");
+        assert!(message(open(&folder)).contains("tekken.json is a tokenizer of Mistral's own library"));
         file(&folder, "tokenizer.model", b"x");
-        assert!(message(open(&folder)).contains("tokenizer.model alone"));
+        assert!(message(open(&folder)).contains("/tokenizer.model: not a SentencePiece model: "));
 
         std::fs::copy(fixture("byte_level.json"), folder.path().join("tokenizer.json")).unwrap();
         let bare = open(&folder).unwrap();

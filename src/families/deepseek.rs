@@ -85,7 +85,7 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
         Ok(base.usual_block(at, attention, feed_forward))
     })?;
     let mut graph = base.graph(config, if third { "deepseek_v3" } else { "deepseek_v2" }, blocks)?;
-    for layer in 0..config.number("num_nextn_predict_layers", 0.0)? as usize {
+    for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
         graph.aside.push((format!("{}.", base.at(base.layers + layer)), "predicts further tokens"));
     }
     Ok(graph)

@@ -17,7 +17,7 @@ pub const GLM4_MOE: Family = Family { id: "glm4_moe", model_types: &["glm4_moe"]
 
 fn build(config: &Config<'_>, glm: bool) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    base.eps = config.number("rms_norm_eps", if glm { 1e-5 } else { 1e-6 })? as f32;
+    base.eps = config.positive("rms_norm_eps", if glm { 1e-5 } else { 1e-6 })? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("attention_bias", false)?;
@@ -45,7 +45,7 @@ fn build(config: &Config<'_>, glm: bool) -> Result<Graph> {
         Ok(base.usual_block(at, attention, feed_forward))
     })?;
     let mut graph = base.graph(config, if glm { "glm4_moe" } else { "dots1" }, blocks)?;
-    for layer in 0..config.number("num_nextn_predict_layers", 0.0)? as usize {
+    for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
         graph.aside.push((format!("{}.", base.at(base.layers + layer)), "predicts further tokens"));
     }
     Ok(graph)

@@ -22,7 +22,7 @@ fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
     let config = &Config(&filled);
     let mut base = Base::read(config)?;
     base.tied = true;
-    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("use_bias", false)?;

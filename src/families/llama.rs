@@ -43,7 +43,7 @@ fn build(config: &Config<'_>, family: &'static str, windowed: bool) -> Result<Gr
         "helium" => (1e-8, 100_000.0),
         _ => (1e-6, 10_000.0),
     };
-    base.eps = config.number("rms_norm_eps", eps)? as f32;
+    base.eps = config.positive("rms_norm_eps", eps)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, if family == "arcee" { Activation::Relu2 } else { Activation::Silu })?;
     let window = if windowed { config.optional_count("sliding_window")? } else { None };

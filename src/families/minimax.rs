@@ -39,7 +39,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         Ok(base.usual_block(at, attention, Layer::Moe(Moe { router, experts, shared: None, weigh_input: false })))
     })?;
     let mut graph = base.graph(config, "minimax_m2", blocks)?;
-    for layer in 0..config.number("num_mtp_modules", 0.0)? as usize {
+    for layer in 0..config.count_or("num_mtp_modules", 0)? {
         graph.aside.push((format!("{}.", base.at(base.layers + layer)), "predicts further tokens"));
     }
     Ok(graph)

@@ -29,7 +29,7 @@ use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
-use crate::graph::{DropRule, Graph, Stored};
+use crate::graph::{DropRule, Graph, Layer, Moe, Stored};
 
 /// A model family.
 pub struct Family {
@@ -123,7 +123,11 @@ pub fn text_config(config: &Value) -> Value {
 pub fn build(config: &Value) -> Result<Graph> {
     let text = text_config(config);
     match family_of(&text) {
-        Some(family) => (family.build)(&Config(&text)),
+        Some(family) => {
+            let graph = (family.build)(&Config(&text))?;
+            check(&graph)?;
+            Ok(graph)
+        }
         None => {
             let model_type = Config(&text).text("model_type")?;
             Err(Error::failed(format!("config.json: model_type is `{model_type}`, and only {} are supported", known())))
@@ -188,6 +192,18 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
 /// The graph of a checkpoint as its family publishes them, with the names that its tensors have: experts may be stacked
 /// that the checkpoint has one by one. Fails for an unknown family.
 pub fn published(source: &Checkpoint) -> Result<Graph> {
+    let text = text_config(source.config());
+    let layers = ["num_hidden_layers", "n_layer"].into_iter().find_map(|key| Some((key, text.get(key)?.as_u64()?)));
+    let tensors = source.entries().len();
+    if tensors == 0 {
+        return Err(Error::failed(format!("{}: the checkpoint holds no tensors", source.path().display())));
+    }
+    if let Some((key, layers)) = layers.filter(|(_, layers)| *layers > tensors as u64) {
+        return Err(Error::failed(format!(
+            "{}/config.json: {key} is {layers}, but the checkpoint has only {tensors} tensors; is the file another model's?",
+            source.path().display()
+        )));
+    }
     let mut graph = build(source.config()).map_err(|error| match error {
         Error::Failed(why) if why.starts_with("config.json: ") => {
             Error::Failed(format!("{}/{why}", source.path().display()))
@@ -290,9 +306,10 @@ impl<'a> Config<'a> {
     /// A count, if it is there.
     pub fn optional_count(&self, key: &str) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        match value.as_u64().filter(|n| (1..1 << 32).contains(n)) {
-            Some(n) => Ok(Some(n as usize)),
-            None => Err(Self::wrong(key, "a positive number", Some(value))),
+        match value.as_u64() {
+            Some(n) if (1..=most(key)).contains(&n) => Ok(Some(n as usize)),
+            Some(n) if n > 0 => Err(Self::wrong(key, &format!("at most {}", most(key)), Some(value))),
+            _ => Err(Self::wrong(key, "a positive number", Some(value))),
         }
     }
 
@@ -309,6 +326,13 @@ impl<'a> Config<'a> {
         ["rope_type", "type"].iter().find_map(|key| self.get(key)).is_some_and(|found| found == kind)
     }
 
+    /// A positive number, or `default` when it is missing.
+    pub fn positive(&self, key: &str, default: f64) -> Result<f64> {
+        Some(self.number(key, default)?)
+            .filter(|x| (*x as f32).is_finite() && *x as f32 > 0.0)
+            .ok_or_else(|| Self::wrong(key, "a positive number", self.get(key)))
+    }
+
     /// A number, or `default` when it is missing.
     pub fn number(&self, key: &str, default: f64) -> Result<f64> {
         let Some(value) = self.get(key) else { return Ok(default) };
@@ -319,6 +343,12 @@ impl<'a> Config<'a> {
     pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
         let Some(value) = self.get(key) else { return Ok(default) };
         value.as_bool().ok_or_else(|| Self::wrong(key, "true or false", Some(value)))
+    }
+
+    /// The list under `key`, if it is there.
+    pub fn list(&self, key: &str) -> Result<Option<&'a Vec<Value>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_array().map(Some).ok_or_else(|| Self::wrong(key, "a list", Some(value)))
     }
 
     /// The object under `key`, if it is there.
@@ -366,6 +396,41 @@ impl Config<'_> {
             }
         }
     }
+}
+
+/// The largest count that is believed, so that nothing is laid out for numbers that no model has.
+fn most(key: &str) -> u64 {
+    match () {
+        () if key.contains("intermediate") || key.contains("hidden") && !key.contains("layers") => 1 << 30,
+        () if key.contains("layer") || key.contains("head") || key.contains("mtp") || key.contains("nextn") => 1 << 16,
+        () if key.contains("expert") || key.contains("moe_k") || key.contains("topk") => 1 << 14,
+        () => 1 << 30,
+    }
+}
+
+/// Fails for what would be asked of layers that cannot do it.
+fn check(graph: &Graph) -> Result<()> {
+    for step in graph.blocks.iter().flat_map(|block| &block.steps) {
+        let Layer::Moe(Moe { router, experts, .. }) = &step.layer else { continue };
+        if router.top_k > experts.len() {
+            return Err(Error::failed(format!(
+                "config.json: each token would take {} experts, and there are {}",
+                router.top_k,
+                experts.len()
+            )));
+        }
+        if let Some(groups) = router.groups
+            && (groups.kept > groups.count || !experts.len().is_multiple_of(groups.count))
+        {
+            return Err(Error::failed(format!(
+                "config.json: {} of {} groups of {} experts cannot be chosen",
+                groups.kept,
+                groups.count,
+                experts.len()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The positions that a model was made for, if config.json says.
