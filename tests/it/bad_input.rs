@@ -165,7 +165,7 @@ fn a_configuration_that_cannot_be_is_named_by_its_key() {
         ("hidden_size", json!(1u64 << 60), "hidden_size"),
         ("num_attention_heads", json!(0), "positive"),
         ("num_key_value_heads", json!(3), "cannot share 3"),
-        ("num_hidden_layers", json!(99), "model.layers.4."),
+        ("num_hidden_layers", json!(9), "model.layers.4."),
         ("num_hidden_layers", json!(2), "model.layers.2."),
         (
             "num_hidden_layers",
