@@ -86,7 +86,7 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
     })?;
     let mut graph = base.graph(config, if third { "deepseek_v3" } else { "deepseek_v2" }, blocks)?;
     for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
-        graph.aside.push((format!("{}.", base.at(base.layers + layer)), "predicts further tokens"));
+        graph.aside.push((format!("{}.", base.at(base.layers + layer)), super::FURTHER));
     }
     Ok(graph)
 }

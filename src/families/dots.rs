@@ -46,7 +46,7 @@ fn build(config: &Config<'_>, glm: bool) -> Result<Graph> {
     })?;
     let mut graph = base.graph(config, if glm { "glm4_moe" } else { "dots1" }, blocks)?;
     for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
-        graph.aside.push((format!("{}.", base.at(base.layers + layer)), "predicts further tokens"));
+        graph.aside.push((format!("{}.", base.at(base.layers + layer)), super::FURTHER));
     }
     Ok(graph)
 }

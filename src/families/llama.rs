@@ -12,9 +12,13 @@ use crate::graph::{Graph, Layer, Temperature};
 pub const LLAMA: Family =
     Family { id: "llama", model_types: &["llama"], build: |config| build(config, "llama", false) };
 
-/// Mistral: Llama with a sliding window; Ministral, of which some layers have one.
+/// Mistral: Llama with a sliding window.
 pub const MISTRAL: Family =
-    Family { id: "mistral", model_types: &["mistral", "ministral"], build: |config| build(config, "mistral", true) };
+    Family { id: "mistral", model_types: &["mistral"], build: |config| build(config, "mistral", true) };
+
+/// Ministral: only some layers have a window.
+pub const MINISTRAL: Family =
+    Family { id: "ministral", model_types: &["ministral"], build: |config| build(config, "ministral", true) };
 
 /// Ministral 3: queries grow with their positions.
 pub const MINISTRAL3: Family =

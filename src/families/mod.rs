@@ -45,6 +45,7 @@ pub struct Family {
 pub const FAMILIES: &[Family] = &[
     llama::LLAMA,
     llama::MISTRAL,
+    llama::MINISTRAL,
     llama::MINISTRAL3,
     llama::SEED_OSS,
     llama::ARCEE,
@@ -89,6 +90,9 @@ pub const FAMILIES: &[Family] = &[
     hunyuan::HUNYUAN_MOE,
     minimax::MINIMAX_M2,
 ];
+
+/// What layers are that predict the token after the next.
+pub const FURTHER: &str = "predicts further tokens";
 
 /// Tensors of checkpoints of any family that can be computed.
 const DROPPED: &[DropRule] = &[DropRule { suffix: ".rotary_emb.inv_freq", reason: "computed from config.json" }];

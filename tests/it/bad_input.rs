@@ -174,7 +174,7 @@ fn a_configuration_that_cannot_be_is_named_by_its_key() {
         ),
         ("num_hidden_layers", json!(30_000), "num_hidden_layers is 30000"),
         ("num_attention_heads", json!(1u32 << 31), "at most 65536"),
-        ("rope_theta", json!(0), "rope_theta must be a positive number, found 0"),
+        ("rope_parameters", json!({"rope_theta": 0}), "rope_theta must be a positive number, found 0"),
         ("hidden_act", json!("mish"), "silu"),
         ("rms_norm_eps", json!("x"), "rms_norm_eps"),
         ("rms_norm_eps", json!(-1.0), "rms_norm_eps must be a positive number"),
