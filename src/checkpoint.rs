@@ -15,6 +15,7 @@ use serde_json::Value;
 use crate::adapter::{Adapter, AdapterReport, Change};
 use crate::error::{Error, Result};
 use crate::import::gguf::GgufModel;
+use crate::import::sentencepiece;
 
 /// An opened checkpoint.
 #[derive(Debug)]
@@ -80,6 +81,19 @@ pub enum SideFile {
     Copy(PathBuf),
     /// Rebuilt from other information.
     Bytes(Vec<u8>),
+}
+
+/// A tokenizer, whatever file it is from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenizerFile {
+    /// The file, for messages.
+    pub name: &'static str,
+    /// The bytes of a tokenizer.json.
+    pub json: Vec<u8>,
+    /// The BOS that the file itself names, where no configuration does.
+    pub bos: Option<String>,
+    /// The EOS likewise.
+    pub eos: Option<String>,
 }
 
 impl Checkpoint {
@@ -463,14 +477,20 @@ impl Checkpoint {
         }
     }
 
-    /// The tokenizer in the form of tokenizer.json.
-    pub fn tokenizer_json(&self) -> Result<Vec<u8>> {
+    /// The tokenizer in the form of tokenizer.json: that file, or what tokenizer.model or a GGUF file says; `None` for a
+    /// directory with neither.
+    pub fn tokenizer(&self) -> Result<Option<TokenizerFile>> {
+        let of = |name, json| Some(TokenizerFile { name, json, bos: None, eos: None });
         match &self.source {
             Source::Directory { .. } => {
                 let path = self.path.join("tokenizer.json");
-                std::fs::read(&path).map_err(Error::io(path, "read"))
+                match std::fs::read(&path) {
+                    Ok(json) => Ok(of("tokenizer.json", json)),
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => sentencepiece::tokenizer(&self.path),
+                    Err(error) => Err(Error::io(path, "read")(error)),
+                }
             }
-            Source::Gguf(model) => Ok(to_json_bytes(&model.tokenizer_json()?)),
+            Source::Gguf(model) => Ok(of("tokenizer.json", to_json_bytes(&model.tokenizer_json()?))),
         }
     }
 

@@ -241,8 +241,19 @@ pub struct Attention {
     pub clip: Option<f32>,
     /// Tensor of one logit a head that takes part in the softmax and has no value.
     pub sinks: Option<String>,
-    /// Queries are multiplied by `1 + scale · ln(⌊(position + 1) / floor⌋ + 1)`: `[floor, scale]`.
-    pub temperature: Option<[f32; 2]>,
+    /// What queries are multiplied by.
+    pub temperature: Option<Temperature>,
+}
+
+/// Queries are multiplied by `1 + scale · ln(⌊(position + first) / floor⌋ + 1)`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Temperature {
+    /// Positions after which it grows.
+    pub floor: f32,
+    /// How much.
+    pub scale: f32,
+    /// What the first position counts as.
+    pub first: usize,
 }
 
 /// How queries, keys and values are made of the normed input.
@@ -332,8 +343,8 @@ pub struct Router {
     pub scoring: Scoring,
     /// Experts of a token.
     pub top_k: usize,
-    /// Tensor that is added to the scores for choosing only.
-    pub correction: Option<String>,
+    /// Tensor that is added to the scores for choosing only, and its extents.
+    pub correction: Option<(String, Vec<usize>)>,
     /// Only experts of the best groups.
     pub groups: Option<Groups>,
     /// Weights are divided by their sum.
@@ -531,9 +542,7 @@ impl Layer {
     fn vectors(&self) -> Vec<(String, Vec<usize>)> {
         match self {
             Layer::Attention(a) => a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads])).collect(),
-            Layer::Moe(moe) => {
-                moe.router.correction.iter().map(|name| (name.clone(), vec![moe.experts.len()])).collect()
-            }
+            Layer::Moe(moe) => moe.router.correction.iter().cloned().collect(),
             _ => Vec::new(),
         }
     }
@@ -651,7 +660,9 @@ impl Graph {
                             latent.q_norm.iter_mut().chain([&mut latent.kv_norm]).for_each(norm);
                         }
                     }
-                    Layer::Moe(moe) => text(&mut moe.router.correction),
+                    Layer::Moe(moe) => {
+                        moe.router.correction.iter_mut().for_each(|(tensor, _)| *tensor = name(tensor));
+                    }
                     Layer::Mlp(_) | Layer::Opaque(_) => {}
                 }
             }

@@ -213,8 +213,16 @@ impl Job<'_> {
             && let Ok(own) = ModelText::open(&reopened)
             && own.evaluation_ids(&load_text(&verification.text)?)? != held_out.ids
         {
+            let byte_level = reopened.gguf().is_some_and(|file| file.metadata("tokenizer.ggml.merges").is_some());
+            let advice = match byte_level {
+                true => "choose another --pre",
+                false => {
+                    "llama.cpp joins the pieces of SentencePiece by their scores, which a unigram model or one with rules for \
+                     characters was not made for; choose another --format, or write it all the same with --verify-text none"
+                }
+            };
             return Err(Error::failed(format!(
-                "{}: the tokenizer that was written turns the held-out text into other tokens than the original's; choose another --pre",
+                "{}: the tokenizer that was written turns the held-out text into other tokens than the original's; {advice}",
                 self.output.display()
             )));
         }

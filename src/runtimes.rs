@@ -5,6 +5,7 @@ use std::collections::HashMap;
 
 use formats::Scheme;
 
+use crate::families::FURTHER;
 use crate::graph::{Graph, Layer, Linear};
 
 /// What is asked of a model.
@@ -36,7 +37,7 @@ pub fn notes(graph: &Graph, codec: &str, schemes: &HashMap<String, Scheme>) -> V
         experts,
         mixed: experts && layers().any(|layer| matches!(layer, Layer::Mlp(_))),
         asymmetric: schemes.values().any(|scheme| !scheme.symmetric),
-        wrapped: graph.aside.iter().any(|(prefix, _)| !prefix.contains(|c: char| c.is_ascii_digit())),
+        wrapped: graph.aside.iter().any(|(_, what)| *what != FURTHER),
     };
     [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned).collect()
 }
@@ -76,11 +77,13 @@ fn gptqmodel(facts: &Facts<'_>) -> Option<&'static str> {
             "GPTQModel 7.7 takes this family's `gate_up_proj` apart before it loads and does not find it: it refuses GPTQ and \
              loads wrong weights from AWQ; transformers loads both",
         ),
-        "qwen2_moe" | "qwen3_moe" | "llama4" if facts.mixed => {
+        "qwen2_moe" | "qwen3_moe" | "llama4" | "ernie4_5_moe" if facts.mixed => {
             Some("GPTQModel 7.7 loads wrong weights where only some layers of this family have experts")
         }
+        "glm4_moe" if facts.experts => Some("GPTQModel 7.7 fails in this family's experts; vLLM loads them"),
+        "minimax_m2" => Some("GPTQModel 7.7 computes no numbers for this family; vLLM loads it"),
         "gpt_neox" => Some("GPTQModel 7.7 computes no numbers for this family; transformers loads GPTQ"),
-        "olmo" | "nemotron" if facts.codec == "awq" => {
+        "olmo" | "nemotron" | "ministral" | "arcee" | "helium" if facts.codec == "awq" => {
             Some("GPTQModel 7.7 does not know this family in AWQ; transformers loads it")
         }
         _ if facts.wrapped => Some("GPTQModel 7.7 may look for the language model under other names than this file's"),

@@ -12,9 +12,18 @@ use calibration::samples::{
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
+use crate::import::sentencepiece;
 
 /// The name of the bundled text for evaluation: neither the built-in model nor any preset has seen it.
 pub const HELD_OUT: &str = "held-out";
+
+/// Files of tokenizers that other programs read, and whose they are.
+pub(crate) const OTHER_TOKENIZERS: &[(&str, &str)] = &[
+    ("tekken.json", "a tokenizer of Mistral's own library"),
+    ("tiktoken.model", "a list of tokens for tiktoken"),
+    ("vocab.json", "half of a tokenizer that was saved in parts"),
+    ("spiece.model", "a SentencePiece model under another name"),
+];
 
 /// Why a text or a tokenizer could not be read: one sentence with the file.
 #[derive(Debug, thiserror::Error)]
@@ -41,13 +50,13 @@ pub enum TextError {
         /// Bytes before the first bad one.
         offset: usize,
     },
-    /// The model folder has no tokenizer.json.
-    #[error("{folder}: no tokenizer.json; the text cannot be turned into tokens without it{hint}", folder = folder.display())]
+    /// The model folder has no tokenizer that can be read.
+    #[error("{folder}: no tokenizer.json and no tokenizer.model; the text cannot be turned into tokens without one{hint}", folder = folder.display())]
     NoTokenizer {
         /// The model folder.
         folder: PathBuf,
         /// What to do about it, where that is known; begins with a separator.
-        hint: &'static str,
+        hint: String,
     },
     /// Evaluation scores running text only.
     #[error("{name}: evaluation needs running text, but this file holds conversations; give a .txt file")]
@@ -120,21 +129,18 @@ pub struct ModelText {
 }
 
 impl ModelText {
-    /// Reads what a checkpoint says of its tokenizer: tokenizer.json, tokenizer_config.json, special_tokens_map.json and
+    /// Reads what a checkpoint says of its tokenizer: tokenizer.json or tokenizer.model, tokenizer_config.json, special_tokens_map.json and
     /// chat_template.jinja where they exist, or what takes their place in the metadata of a GGUF file.
     pub fn open(source: &Checkpoint) -> Result<Self, Error> {
         let folder = source.path();
         let located = |error| TextError::Model { folder: folder.to_owned(), error };
-        let json = match source.tokenizer_json() {
-            Err(Error::Io { source: error, .. }) if error.kind() == ErrorKind::NotFound => {
-                let hint = if folder.join("tokenizer.model").exists() {
-                    "; tokenizer.model alone is not read: save the model's fast tokenizer with transformers first"
-                } else {
-                    ""
-                };
-                return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
-            }
-            other => other?,
+        let Some(file) = source.tokenizer()? else {
+            let other = OTHER_TOKENIZERS.iter().find(|(name, _)| folder.join(name).exists());
+            let hint = other.map_or(String::new(), |(name, what)| {
+                let model = folder.display().to_string();
+                format!("; {name} is {what}, which is not read: {}", sentencepiece::save_tokenizer(&model))
+            });
+            return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };
         let parse = |name: &'static str, bytes: &[u8]| TokenizerConfig::from_json(name, bytes).map_err(located);
         let mut config = match (read_optional(&folder.join("tokenizer_config.json"))?, source.tokenizer_config()) {
@@ -153,7 +159,15 @@ impl ModelText {
             Some(bytes) => Some(utf8(&folder.join("chat_template.jinja"), bytes)?),
             None => None,
         };
-        let tokenizer = Tokenizer::from_json(&json).map_err(located)?.with_config(&config);
+        config.bos_token = config.bos_token.or(file.bos);
+        config.eos_token = config.eos_token.or(file.eos);
+        let tokenizer = Tokenizer::from_json(&file.json).map_err(|error| match error {
+            SampleError::Tokenizer { problem, .. } => {
+                located(SampleError::Tokenizer { file: file.name.into(), problem })
+            }
+            other => located(other),
+        })?;
+        let tokenizer = tokenizer.with_config(&config);
         let rows = source.config().get("vocab_size").and_then(serde_json::Value::as_u64);
         Ok(Self { tokenizer, config, jinja, folder: folder.to_owned(), rows })
     }
@@ -272,9 +286,11 @@ mod tests {
     fn a_model_folder_gives_tokens_marks_and_template() {
         let folder = model_folder();
         let error = message(open(&folder));
-        assert!(error.contains("no tokenizer.json"), "{error}");
+        assert!(error.contains("no tokenizer.json and no tokenizer.model"), "{error}");
+        file(&folder, "tekken.json", b"{}");
+        assert!(message(open(&folder)).contains("tekken.json is a tokenizer of Mistral's own library"));
         file(&folder, "tokenizer.model", b"x");
-        assert!(message(open(&folder)).contains("tokenizer.model alone"));
+        assert!(message(open(&folder)).contains("/tokenizer.model: not a SentencePiece model: "));
 
         std::fs::copy(fixture("byte_level.json"), folder.path().join("tokenizer.json")).unwrap();
         let bare = open(&folder).unwrap();

@@ -15,6 +15,7 @@ pub use codec::{CODECS, Codec, read_quantization};
 pub use container::gguf::{GgufFile, GgufTensor, GgufWriter};
 pub use container::imatrix::{Imatrix, ImatrixEntry};
 pub use container::safetensors::{SafetensorsFile, SafetensorsSet, ShardedWriter};
+pub use container::sentencepiece::SentencePiece;
 pub use error::{Error, Result};
 pub use ggml::GgmlType;
 pub use grid::{ScalePrecision, Scheme};

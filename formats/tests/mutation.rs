@@ -12,7 +12,7 @@ struct Target {
     takes: fn(Vec<u8>) -> bool,
 }
 
-const TARGETS: [Target; 3] = [
+const TARGETS: [Target; 4] = [
     Target { name: "gguf", run: targets::gguf, takes: |data| formats::GgufFile::from_bytes("f", data).is_ok() },
     Target {
         name: "safetensors",
@@ -20,6 +20,11 @@ const TARGETS: [Target; 3] = [
         takes: |data| formats::SafetensorsFile::from_bytes("f", data).is_ok(),
     },
     Target { name: "imatrix", run: targets::imatrix, takes: |data| formats::Imatrix::from_bytes("f", data).is_ok() },
+    Target {
+        name: "sentencepiece",
+        run: targets::sentencepiece,
+        takes: |data| formats::SentencePiece::parse(&data).is_ok(),
+    },
 ];
 
 /// Every seed with its target, in the order of names.
@@ -40,7 +45,7 @@ fn seeds() -> Vec<(&'static Target, String, Vec<u8>)> {
 #[test]
 fn seeds_are_files_of_their_kind() {
     let seeds = seeds();
-    assert!(seeds.len() >= 12);
+    assert!(seeds.len() >= 14);
     for (target, name, data) in seeds {
         (target.run)(&data);
         // One of two files can only be opened beside the other.

@@ -294,6 +294,11 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
             out.float(key("residual_scale"), graph.blocks[0].steps[0].scale);
             out.float(key("logit_scale"), 1.0 / graph.head.scale);
         }
+        "mistral3" => {
+            if let Some(temperature) = first.temperature {
+                out.float(key("attention.temperature_scale"), temperature.scale);
+            }
+        }
         "command-r" | "cohere2" => out.float(key("logit_scale"), graph.head.scale),
         "gptneox" | "stablelm" => out.flag(key("use_parallel_residual"), graph.blocks[0].parallel),
         _ => {}
@@ -311,7 +316,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
             let step = graph.blocks.len() / sparse.len().max(1);
             out.count(key("interleave_moe_layer_step"), step)?;
         }
-        if id == "deepseek2" {
+        if matches!(id, "deepseek2" | "glm4moe") {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
             out.count(key("expert_shared_count"), shared)?;
             out.count(key("leading_dense_block_count"), graph.blocks.len() - sparse.len())?;
@@ -319,7 +324,8 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
             out.flag(key("expert_weights_norm"), moe.router.renormalize);
             let sigmoid = moe.router.scoring == Scoring::Sigmoid;
             out.count(key("expert_gating_func"), if sigmoid { 2 } else { 1 })?;
-            if let Some(groups) = moe.router.groups.filter(|groups| groups.kept < groups.count) {
+            let groups = moe.router.groups.filter(|groups| groups.kept < groups.count && id == "deepseek2");
+            if let Some(groups) = groups {
                 out.count(key("expert_group_count"), groups.count)?;
                 out.count(key("expert_group_used_count"), groups.kept)?;
             }

@@ -7,5 +7,4 @@ pub mod mixes;
 pub mod names;
 mod pretokenizer;
 mod same;
-mod sentencepiece;
 pub mod tokenizer;

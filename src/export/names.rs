@@ -134,8 +134,12 @@ impl ExportTensor {
 /// A tied head is left out where runtimes take the embedding. Llama 3's and LongRoPE's scaling become F32 tensors of
 /// factors. Fails for a family without an architecture in GGUF, and for a model with tensors that llama.cpp does not take.
 pub fn plan(graph: &Graph) -> Result<ExportPlan> {
-    let architecture = Architecture::of_family(graph.family)
-        .ok_or_else(|| Error::usage(format!("models of the family `{}` cannot be written as GGUF", graph.family)))?;
+    let architecture = Architecture::of_family(graph.family).ok_or_else(|| {
+        Error::usage(format!(
+            "models of the family `{}` cannot be written as GGUF; choose another --format",
+            graph.family
+        ))
+    })?;
     let mut list = Lister { architecture, tensors: Vec::new() };
     list.model(graph)?;
     let mut tensors = list.tensors;
@@ -411,7 +415,7 @@ impl Lister {
     fn moe(&mut self, at: &str, moe: &Moe) -> Result<()> {
         let need = self.architecture.moe_bias;
         self.linear(&format!("{at}.ffn_gate_inp"), &moe.router.linear, None, need)?;
-        if let Some(tensor) = &moe.router.correction {
+        if let Some((tensor, _)) = &moe.router.correction {
             let part = Part::whole(From::Tensor(tensor.clone(), vec![moe.experts.len()]));
             self.push(format!("{at}.exp_probs_b.bias"), vec![moe.experts.len()], vec![part]);
         }

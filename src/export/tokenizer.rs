@@ -8,15 +8,17 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use calibration::samples::Tokenizer;
+use formats::SentencePiece;
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
+use formats::container::sentencepiece::Algorithm;
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, read_json};
 use crate::error::{Error, Result};
 use crate::export::metadata::Written;
 use crate::export::pretokenizer;
-use crate::export::sentencepiece::SentencePiece;
 use crate::import::gguf_tokenizer::kind;
+use crate::import::sentencepiece;
 use crate::text::TextError;
 
 /// The space of SentencePiece.
@@ -139,9 +141,9 @@ impl Files {
         );
         let json = json?;
         let tokenizer = tokenizer.map_err(|error| TextError::Model { folder: folder.to_owned(), error })?;
-        let (model, not_a_model) = match read("tokenizer.model")?.map(|bytes| SentencePiece::parse(&bytes)) {
-            Some(Ok(model)) => (Some(model), None),
-            Some(Err(why)) => (None, Some(why)),
+        let (model, not_a_model) = match read(sentencepiece::FILE)?.map(|bytes| (SentencePiece::parse(&bytes), bytes)) {
+            Some((Ok(model), _)) => (Some(model), None),
+            Some((Err(error), bytes)) => (None, Some(sentencepiece::not_a_model(&bytes, &error))),
             None => (None, None),
         };
         Ok(Files {
@@ -366,7 +368,7 @@ fn byte_level_notices(json: &Value, out: &mut Written) {
 fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Vec<Token>, bool)> {
     let of_json = files.json.as_ref().map(|json| pieces_of_json(json, rows)).transpose()?;
     if let (Some(why), None) = (&files.not_a_model, &of_json) {
-        return Err(Error::failed(format!("tokenizer.model: not a SentencePiece model: {why}")));
+        return Err(Error::failed(format!("tokenizer.model: {why}")));
     }
     let (mut tokens, space) = match (&files.model, of_json) {
         (Some(model), of_json) => {
@@ -386,10 +388,10 @@ fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Vec<
                     (json.tokens, json.space)
                 }
                 _ => {
-                    if model.unigram {
+                    if model.algorithm == Algorithm::Unigram {
                         out.notice(UNIGRAM);
                     }
-                    if model.normalizes {
+                    if model.normalizes() {
                         out.notice("llama.cpp does not apply tokenizer.model's normalization to texts");
                     }
                     (tokens, model.add_dummy_prefix)
@@ -402,10 +404,12 @@ fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Vec<
         }
         (None, None) => return Err(Error::failed("tokenizer.json: no such file, and there is no tokenizer.model")),
     };
+    let own: Vec<i64> = tokens.iter().map(|token| token.kind).collect();
     for token in files.added_tokens() {
-        let row = usize::try_from(token.id).ok().and_then(|id| tokens.get(id));
+        let row = usize::try_from(token.id).ok().filter(|id| *id < own.len());
         // What is in the vocabulary as what it is stays so.
-        if row.is_some_and(|row| row.text == token.content && row.kind != kind::NORMAL && row.kind != kind::UNUSED) {
+        let stays = |id: usize| own[id] != kind::NORMAL && own[id] != kind::UNUSED && tokens[id].text == token.content;
+        if row.is_some_and(stays) {
             continue;
         }
         let text = if token.special { token.content.clone() } else { token.content.replace(SPACE, " ") };
@@ -609,6 +613,21 @@ fn special_id(files: &Files, ids: &HashMap<&str, u32>, name: &str, rows: usize, 
             None => {}
         }
     }
+    let own = || {
+        let model = files.model.as_ref()?;
+        let id = match name {
+            "bos" => model.bos,
+            "eos" => model.eos,
+            "unk" => model.unknown,
+            "pad" => model.padding,
+            _ => None,
+        };
+        id.filter(|id| (*id as usize) < rows)
+    };
+    // The only tokenizer knows its own marks.
+    if let Some(id) = own().filter(|_| files.json.is_none()) {
+        return Some(id);
+    }
     for (file, json) in [("config.json", &files.model_config), ("generation_config.json", &files.generation)] {
         let entry = &json[format!("{name}_token_id")];
         match entry.as_u64().or(entry[0].as_u64()) {
@@ -617,15 +636,7 @@ fn special_id(files: &Files, ids: &HashMap<&str, u32>, name: &str, rows: usize, 
             None => {}
         }
     }
-    let model = files.model.as_ref()?;
-    let id = match name {
-        "bos" => model.bos,
-        "eos" => model.eos,
-        "unk" => model.unknown,
-        "pad" => model.padding,
-        _ => None,
-    };
-    id.filter(|id| (*id as usize) < rows)
+    own()
 }
 
 fn special_tokens(

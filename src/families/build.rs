@@ -67,7 +67,7 @@ impl Base {
             norm: NormKind::Rms,
             norm_offset: 0.0,
             norm_bias: false,
-            eps: config.number("rms_norm_eps", 1e-6)? as f32,
+            eps: config.positive("rms_norm_eps", 1e-6)? as f32,
             tied: false,
             blocks: "model.layers",
             embedding: "model.embed_tokens",
@@ -252,9 +252,7 @@ fn named_activation(name: &str) -> Option<Activation> {
 
 /// Which layers see only a window: `layer_types`, or else what the family's rule says.
 pub fn sliding(config: &Config<'_>, layers: usize, rule: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
-    let Some(types) = config.get("layer_types").and_then(|v| v.as_array()) else {
-        return Ok((0..layers).map(rule).collect());
-    };
+    let Some(types) = config.list("layer_types")? else { return Ok((0..layers).map(rule).collect()) };
     if types.len() != layers {
         return Err(Error::failed(format!(
             "config.json: layer_types has {} entries, and there are {layers} layers",

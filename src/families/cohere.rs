@@ -17,7 +17,7 @@ pub const COHERE2: Family = Family { id: "cohere2", model_types: &["cohere2"], b
 fn build(config: &Config<'_>, second: bool) -> Result<Graph> {
     let mut base = Base::read(config)?;
     base.norm = NormKind::Layer;
-    base.eps = config.number("layer_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("layer_norm_eps", 1e-5)? as f32;
     base.tied = true;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;

@@ -80,26 +80,36 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
         let module = format!("{at}.mlp");
         let feed_forward = match experts.filter(|_| layer >= dense && layer % every == 0) {
             None => Layer::Mlp(base.gated(&module, inner, act, false)),
-            Some(experts) => Layer::Moe(moe(&base, config, &module, experts, act, third)?),
+            Some(experts) => Layer::Moe(moe(&base, config, &module, experts, act, third, third)?),
         };
         Ok(base.usual_block(at, attention, feed_forward))
     })?;
     let mut graph = base.graph(config, if third { "deepseek_v3" } else { "deepseek_v2" }, blocks)?;
-    for layer in 0..config.number("num_nextn_predict_layers", 0.0)? as usize {
-        graph.aside.push((format!("{}.", base.at(base.layers + layer)), "predicts further tokens"));
+    for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
+        graph.aside.push((format!("{}.", base.at(base.layers + layer)), super::FURTHER));
     }
     Ok(graph)
 }
 
-fn moe(base: &Base, config: &Config<'_>, module: &str, experts: usize, act: Activation, third: bool) -> Result<Moe> {
+/// DeepSeek's experts: those of V3 are chosen by sigmoids (`third`); `normed` says whether weights are divided by their sum
+/// where config.json does not.
+pub fn moe(
+    base: &Base,
+    config: &Config<'_>,
+    module: &str,
+    experts: usize,
+    act: Activation,
+    third: bool,
+    normed: bool,
+) -> Result<Moe> {
     let inner = config.count("moe_intermediate_size")?;
-    let renormalize = config.flag("norm_topk_prob", third)?;
+    let renormalize = config.flag("norm_topk_prob", normed)?;
     let mut router = router(base, format!("{module}.gate"), experts, config.count("num_experts_per_tok")?, renormalize);
     router.scale = config.number("routed_scaling_factor", 1.0)? as f32;
     let grouped = match third {
         true => {
             router.scoring = Scoring::Sigmoid;
-            router.correction = Some(format!("{module}.gate.e_score_correction_bias"));
+            router.correction = Some((format!("{module}.gate.e_score_correction_bias"), vec![experts]));
             Some(2)
         }
         false => match config.get("topk_method").and_then(|v| v.as_str()).unwrap_or("greedy") {

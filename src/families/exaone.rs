@@ -13,7 +13,7 @@ pub const EXAONE4: Family = Family { id: "exaone4", model_types: &["exaone4"], b
 
 fn build(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let window = config.optional_count("sliding_window")?;

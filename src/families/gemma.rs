@@ -72,13 +72,13 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::GeluTanh)?;
     let bias = config.flag("attention_bias", false)?;
-    let scale = (config.number("query_pre_attn_scalar", 256.0)? as f32).powf(-0.5);
+    let scale = (config.positive("query_pre_attn_scalar", 256.0)? as f32).powf(-0.5);
     let cap = |key: &str, default: f64| -> Result<Option<f32>> {
         // A null switches the cap off; Gemma 2 has both if config.json does not say.
         match (config.has(key), third) {
             (false, true) => Ok(None),
             (false, false) => Ok(Some(default as f32)),
-            (true, _) => Ok(config.get(key).map(|_| config.number(key, default)).transpose()?.map(|cap| cap as f32)),
+            (true, _) => Ok(config.get(key).map(|_| config.positive(key, default)).transpose()?.map(|cap| cap as f32)),
         }
     };
     let softcap = cap("attn_logit_softcapping", 50.0)?;

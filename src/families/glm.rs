@@ -17,7 +17,7 @@ pub const GLM4: Family = Family { id: "glm4", model_types: &["glm4"], build: |co
 
 fn build(config: &Config<'_>, fourth: bool) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    base.eps = config.number("rms_norm_eps", 1.5625e-7)? as f32;
+    base.eps = config.positive("rms_norm_eps", 1.5625e-7)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("attention_bias", false)?;

@@ -37,7 +37,7 @@ fn gpt2(config: &Config<'_>) -> Result<Graph> {
         norm: NormKind::Layer,
         norm_offset: 0.0,
         norm_bias: true,
-        eps: config.number("layer_norm_epsilon", 1e-5)? as f32,
+        eps: config.positive("layer_norm_epsilon", 1e-5)? as f32,
         tied: true,
         blocks: "transformer.h",
         embedding: "transformer.wte",
@@ -79,7 +79,7 @@ fn gpt_neox(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
     base.norm = NormKind::Layer;
     base.norm_bias = true;
-    base.eps = config.number("layer_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("layer_norm_eps", 1e-5)? as f32;
     base.kv_heads = base.heads;
     base.blocks = "gpt_neox.layers";
     base.embedding = "gpt_neox.embed_in";
@@ -111,7 +111,7 @@ fn starcoder2(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
     base.norm = NormKind::Layer;
     base.norm_bias = true;
-    base.eps = config.number("norm_epsilon", 1e-5)? as f32;
+    base.eps = config.positive("norm_epsilon", 1e-5)? as f32;
     base.tied = true;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::GeluTanh)?;

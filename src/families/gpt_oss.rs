@@ -14,7 +14,7 @@ pub const GPT_OSS: Family = Family { id: "gpt_oss", model_types: &["gpt_oss"], b
 
 fn build(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
     let bias = config.flag("attention_bias", true)?;

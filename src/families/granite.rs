@@ -42,6 +42,6 @@ fn build(config: &Config<'_>, experts: bool) -> Result<Graph> {
     })?;
     let mut graph = base.graph(config, if experts { "granitemoe" } else { "granite" }, blocks)?;
     graph.embedding.scale = multiplier("embedding_multiplier")?;
-    graph.head.scale = 1.0 / multiplier("logits_scaling")?;
+    graph.head.scale = 1.0 / config.positive("logits_scaling", 1.0)? as f32;
     Ok(graph)
 }

@@ -1,12 +1,12 @@
-//! Llama 1–3.x, Mistral, and the many models that share their shape (SmolLM2, TinyLlama …).
+//! Llama 1–3.x, Mistral, and the many models that share their shape (SmolLM2, TinyLlama …), Seed-OSS, Arcee and Helium.
 
 use kernels::Activation;
 
-use super::build::{Base, activation};
-use super::rope::rope;
+use super::build::{Base, activation, sliding};
+use super::rope::{Defaults, rope};
 use super::{Config, Family};
 use crate::error::Result;
-use crate::graph::{Graph, Layer};
+use crate::graph::{Graph, Layer, Temperature};
 
 /// Llama.
 pub const LLAMA: Family =
@@ -16,22 +16,76 @@ pub const LLAMA: Family =
 pub const MISTRAL: Family =
     Family { id: "mistral", model_types: &["mistral"], build: |config| build(config, "mistral", true) };
 
+/// Ministral: only some layers have a window.
+pub const MINISTRAL: Family =
+    Family { id: "ministral", model_types: &["ministral"], build: |config| build(config, "ministral", true) };
+
+/// Ministral 3: queries grow with their positions.
+pub const MINISTRAL3: Family =
+    Family { id: "ministral3", model_types: &["ministral3"], build: |config| build(config, "ministral3", true) };
+
+/// Seed-OSS: biases of queries, keys and values.
+pub const SEED_OSS: Family =
+    Family { id: "seed_oss", model_types: &["seed_oss"], build: |config| build(config, "seed_oss", false) };
+
+/// Arcee: squared ReLU without a gate.
+pub const ARCEE: Family =
+    Family { id: "arcee", model_types: &["arcee"], build: |config| build(config, "arcee", false) };
+
+/// Helium: heads rotate neighbours.
+pub const HELIUM: Family =
+    Family { id: "helium", model_types: &["helium"], build: |config| build(config, "helium", false) };
+
 fn build(config: &Config<'_>, family: &'static str, windowed: bool) -> Result<Graph> {
-    let base = Base::read(config)?;
+    let wide = matches!(family, "seed_oss" | "ministral3" | "helium") && !config.has("head_dim");
+    let filled = config.with_defaults(if wide { &[("head_dim", 128)] } else { &[] });
+    let config = &Config(&filled);
+    let mut base = Base::read(config)?;
+    let (eps, theta) = match family {
+        "arcee" => (1e-5, 10_000.0),
+        "ministral3" => (1e-5, 1_000_000.0),
+        "helium" => (1e-8, 100_000.0),
+        _ => (1e-6, 10_000.0),
+    };
+    base.eps = config.positive("rms_norm_eps", eps)? as f32;
     let inner = config.count("intermediate_size")?;
-    let act = activation(config, Activation::Silu)?;
+    let act = activation(config, if family == "arcee" { Activation::Relu2 } else { Activation::Silu })?;
     let window = if windowed { config.optional_count("sliding_window")? } else { None };
-    let (attention_bias, mlp_bias) = (config.flag("attention_bias", false)?, config.flag("mlp_bias", false)?);
-    let rope = rope(config, base.head_dim, Default::default())?;
+    let local = if windowed { sliding(config, base.layers, |_| true)? } else { vec![false; base.layers] };
+    let qkv_bias = config.flag("attention_bias", family == "seed_oss")?;
+    let o_bias = match family {
+        "seed_oss" => config.flag("attention_out_bias", false)?,
+        "helium" => false,
+        _ => qkv_bias,
+    };
+    let mlp_bias = config.flag("mlp_bias", false)?;
+    let rope = rope(config, base.head_dim, Defaults { theta, ..Default::default() })?;
+    let temperature = if family == "ministral3" { temperature(config)? } else { None };
     let blocks = base.each(|layer| {
         let at = base.at(layer);
-        let mut attention =
-            base.attention(&format!("{at}.self_attn"), [attention_bias, attention_bias], Some(rope.clone()));
-        attention.shape.window = window;
-        let mlp = base.gated(&format!("{at}.mlp"), inner, act, mlp_bias);
+        let mut attention = base.attention(&format!("{at}.self_attn"), [qkv_bias, o_bias], Some(rope.clone()));
+        attention.shape.window = window.filter(|_| local[layer]);
+        attention.layout.interleaved = family == "helium";
+        attention.temperature = temperature;
+        let module = format!("{at}.mlp");
+        let mlp = match family {
+            "arcee" => base.ungated(["up_proj", "down_proj"].map(|n| format!("{module}.{n}")), inner, act, mlp_bias),
+            _ => base.gated(&module, inner, act, mlp_bias),
+        };
         Ok(base.usual_block(at, attention, Layer::Mlp(mlp)))
     })?;
     base.graph(config, family, blocks)
+}
+
+/// How queries grow beyond the context of the first training.
+fn temperature(config: &Config<'_>) -> Result<Option<Temperature>> {
+    let Some(rope) = config.object("rope_parameters")? else { return Ok(None) };
+    let scale = rope.number("llama_4_scaling_beta", 0.0)? as f32;
+    if scale == 0.0 {
+        return Ok(None);
+    }
+    let floor = rope.count("original_max_position_embeddings")? as f32;
+    Ok(Some(Temperature { floor, scale, first: 0 }))
 }
 
 #[cfg(test)]

@@ -7,14 +7,14 @@ use super::moe::{router, stacked};
 use super::rope::{Defaults, rope};
 use super::{Config, Family};
 use crate::error::Result;
-use crate::graph::{Graph, HeadNorms, Layer, Moe, Norm, Scoring, Split};
+use crate::graph::{Graph, HeadNorms, Layer, Moe, Norm, Scoring, Split, Temperature};
 
 /// The text model of Llama 4.
 pub const LLAMA4: Family = Family { id: "llama4", model_types: &["llama4_text"], build };
 
 fn build(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("attention_bias", false)?;
@@ -22,7 +22,8 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let rotated = config.rotated_layers(base.layers)?;
     let normed = config.flag("use_qk_norm", true)?;
     let tuned = config.flag("attn_temperature_tuning", true)?;
-    let temperature = [config.number("floor_scale", 8192.0)? as f32, config.number("attn_scale", 0.1)? as f32];
+    let (floor, scale) = (config.positive("floor_scale", 8192.0)? as f32, config.number("attn_scale", 0.1)? as f32);
+    let temperature = Temperature { floor, scale, first: 1 };
     let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
     let every = config.optional_count("interleave_moe_layer_step")?.unwrap_or(1);
     let sparse = match config.layer_list("moe_layers")? {

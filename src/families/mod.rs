@@ -3,14 +3,18 @@
 mod build;
 mod cohere;
 mod deepseek;
+mod dots;
+mod ernie;
 mod exaone;
 mod gemma;
 mod glm;
 mod gpt;
 mod gpt_oss;
 mod granite;
+mod hunyuan;
 mod llama;
 mod llama4;
+mod minimax;
 mod moe;
 mod nemotron;
 mod olmo;
@@ -25,7 +29,7 @@ use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
-use crate::graph::{DropRule, Graph, Stored};
+use crate::graph::{DropRule, Graph, Layer, Moe, Stored};
 
 /// A model family.
 pub struct Family {
@@ -41,6 +45,11 @@ pub struct Family {
 pub const FAMILIES: &[Family] = &[
     llama::LLAMA,
     llama::MISTRAL,
+    llama::MINISTRAL,
+    llama::MINISTRAL3,
+    llama::SEED_OSS,
+    llama::ARCEE,
+    llama::HELIUM,
     llama4::LLAMA4,
     qwen::QWEN2,
     qwen::QWEN2_VL,
@@ -66,6 +75,8 @@ pub const FAMILIES: &[Family] = &[
     stablelm::STABLELM,
     nemotron::NEMOTRON,
     exaone::EXAONE4,
+    ernie::ERNIE4_5,
+    hunyuan::HUNYUAN_DENSE,
     moe::MIXTRAL,
     moe::QWEN2_MOE,
     moe::QWEN3_MOE,
@@ -73,7 +84,15 @@ pub const FAMILIES: &[Family] = &[
     deepseek::DEEPSEEK_V2,
     deepseek::DEEPSEEK_V3,
     gpt_oss::GPT_OSS,
+    dots::DOTS1,
+    dots::GLM4_MOE,
+    ernie::ERNIE4_5_MOE,
+    hunyuan::HUNYUAN_MOE,
+    minimax::MINIMAX_M2,
 ];
+
+/// What layers are that predict the token after the next.
+pub const FURTHER: &str = "predicts further tokens";
 
 /// Tensors of checkpoints of any family that can be computed.
 const DROPPED: &[DropRule] = &[DropRule { suffix: ".rotary_emb.inv_freq", reason: "computed from config.json" }];
@@ -108,7 +127,11 @@ pub fn text_config(config: &Value) -> Value {
 pub fn build(config: &Value) -> Result<Graph> {
     let text = text_config(config);
     match family_of(&text) {
-        Some(family) => (family.build)(&Config(&text)),
+        Some(family) => {
+            let graph = (family.build)(&Config(&text))?;
+            check(&graph)?;
+            Ok(graph)
+        }
         None => {
             let model_type = Config(&text).text("model_type")?;
             Err(Error::failed(format!("config.json: model_type is `{model_type}`, and only {} are supported", known())))
@@ -173,6 +196,18 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
 /// The graph of a checkpoint as its family publishes them, with the names that its tensors have: experts may be stacked
 /// that the checkpoint has one by one. Fails for an unknown family.
 pub fn published(source: &Checkpoint) -> Result<Graph> {
+    let text = text_config(source.config());
+    let layers = ["num_hidden_layers", "n_layer"].into_iter().find_map(|key| Some((key, text.get(key)?.as_u64()?)));
+    let tensors = source.entries().len();
+    if tensors == 0 {
+        return Err(Error::failed(format!("{}: the checkpoint holds no tensors", source.path().display())));
+    }
+    if let Some((key, layers)) = layers.filter(|(_, layers)| *layers > tensors as u64) {
+        return Err(Error::failed(format!(
+            "{}/config.json: {key} is {layers}, but the checkpoint has only {tensors} tensors; is the file another model's?",
+            source.path().display()
+        )));
+    }
     let mut graph = build(source.config()).map_err(|error| match error {
         Error::Failed(why) if why.starts_with("config.json: ") => {
             Error::Failed(format!("{}/{why}", source.path().display()))
@@ -275,10 +310,31 @@ impl<'a> Config<'a> {
     /// A count, if it is there.
     pub fn optional_count(&self, key: &str) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        match value.as_u64().filter(|n| (1..1 << 32).contains(n)) {
-            Some(n) => Ok(Some(n as usize)),
-            None => Err(Self::wrong(key, "a positive number", Some(value))),
+        match value.as_u64() {
+            Some(n) if (1..=most(key)).contains(&n) => Ok(Some(n as usize)),
+            Some(n) if n > 0 => Err(Self::wrong(key, &format!("at most {}", most(key)), Some(value))),
+            _ => Err(Self::wrong(key, "a positive number", Some(value))),
         }
+    }
+
+    /// A count that may be 0, or `default` when it is missing.
+    pub fn count_or(&self, key: &str, default: usize) -> Result<usize> {
+        match self.get(key).is_some_and(|value| value.as_u64() == Some(0)) {
+            true => Ok(0),
+            false => Ok(self.optional_count(key)?.unwrap_or(default)),
+        }
+    }
+
+    /// Whether a rope scaling calls itself so.
+    pub fn is_kind(&self, kind: &str) -> bool {
+        ["rope_type", "type"].iter().find_map(|key| self.get(key)).is_some_and(|found| found == kind)
+    }
+
+    /// A positive number, or `default` when it is missing.
+    pub fn positive(&self, key: &str, default: f64) -> Result<f64> {
+        Some(self.number(key, default)?)
+            .filter(|x| (*x as f32).is_finite() && *x as f32 > 0.0)
+            .ok_or_else(|| Self::wrong(key, "a positive number", self.get(key)))
     }
 
     /// A number, or `default` when it is missing.
@@ -291,6 +347,12 @@ impl<'a> Config<'a> {
     pub fn flag(&self, key: &str, default: bool) -> Result<bool> {
         let Some(value) = self.get(key) else { return Ok(default) };
         value.as_bool().ok_or_else(|| Self::wrong(key, "true or false", Some(value)))
+    }
+
+    /// The list under `key`, if it is there.
+    pub fn list(&self, key: &str) -> Result<Option<&'a Vec<Value>>> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_array().map(Some).ok_or_else(|| Self::wrong(key, "a list", Some(value)))
     }
 
     /// The object under `key`, if it is there.
@@ -314,6 +376,16 @@ impl Config<'_> {
         }
     }
 
+    /// A count for each layer.
+    pub fn counts(&self, key: &str, layers: usize) -> Result<Vec<usize>> {
+        let list = self.layer_list(key)?.unwrap_or_default();
+        if list.len() != layers || list.contains(&0) {
+            let expected = format!("a positive number for each of {layers} layers");
+            return Err(Self::wrong(key, &expected, self.get(key)));
+        }
+        Ok(list)
+    }
+
     /// Which layers have rotary positions: `no_rope_layers` (1 for those that do), or all but every fourth.
     pub fn rotated_layers(&self, layers: usize) -> Result<Vec<bool>> {
         match self.layer_list("no_rope_layers")?.filter(|list| !list.is_empty()) {
@@ -328,6 +400,41 @@ impl Config<'_> {
             }
         }
     }
+}
+
+/// The largest count that is believed, so that nothing is laid out for numbers that no model has.
+fn most(key: &str) -> u64 {
+    match () {
+        () if key.contains("intermediate") || key.contains("hidden") && !key.contains("layers") => 1 << 30,
+        () if key.contains("layer") || key.contains("head") || key.contains("mtp") || key.contains("nextn") => 1 << 16,
+        () if key.contains("expert") || key.contains("moe_k") || key.contains("topk") => 1 << 14,
+        () => 1 << 30,
+    }
+}
+
+/// Fails for what would be asked of layers that cannot do it.
+fn check(graph: &Graph) -> Result<()> {
+    for step in graph.blocks.iter().flat_map(|block| &block.steps) {
+        let Layer::Moe(Moe { router, experts, .. }) = &step.layer else { continue };
+        if router.top_k > experts.len() {
+            return Err(Error::failed(format!(
+                "config.json: each token would take {} experts, and there are {}",
+                router.top_k,
+                experts.len()
+            )));
+        }
+        if let Some(groups) = router.groups
+            && (groups.kept > groups.count || !experts.len().is_multiple_of(groups.count))
+        {
+            return Err(Error::failed(format!(
+                "config.json: {} of {} groups of {} experts cannot be chosen",
+                groups.kept,
+                groups.count,
+                experts.len()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// The positions that a model was made for, if config.json says.

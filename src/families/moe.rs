@@ -87,7 +87,7 @@ pub fn granite(base: &Base, config: &Config<'_>, at: &str, inner: usize, act: Ac
 
 fn mixtral(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
@@ -167,7 +167,7 @@ fn qwen(config: &Config<'_>, third: bool) -> Result<Graph> {
 
 fn olmoe(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let (experts, top_k) = (config.count("num_experts")?, config.count("num_experts_per_tok")?);

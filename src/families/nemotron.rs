@@ -16,7 +16,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     base.norm = NormKind::Layer;
     base.norm_bias = true;
     base.norm_offset = 1.0;
-    base.eps = config.number("norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Relu2)?;
     let attention_bias = config.flag("attention_bias", false)?;

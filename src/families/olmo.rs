@@ -48,7 +48,7 @@ pub fn whole_norms(base: &Base, module: &str) -> HeadNorms {
 
 fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("attention_bias", false)?;

@@ -18,7 +18,7 @@ fn phi(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
     base.norm = NormKind::Layer;
     base.norm_bias = true;
-    base.eps = config.number("layer_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("layer_norm_eps", 1e-5)? as f32;
     base.final_norm = "model.final_layernorm";
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::GeluTanh)?;
@@ -50,7 +50,7 @@ fn phi(config: &Config<'_>) -> Result<Graph> {
 
 fn phi3(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    base.eps = config.number("rms_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let window = config.optional_count("sliding_window")?;

@@ -24,7 +24,7 @@ pub const QWEN3: Family =
 
 fn build(config: &Config<'_>, family: &'static str, eps: f64) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    base.eps = config.number("rms_norm_eps", eps)? as f32;
+    base.eps = config.positive("rms_norm_eps", eps)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let normed = family == "qwen3";

@@ -37,8 +37,8 @@ pub fn of_kind(config: &Config<'_>, kind: Option<&str>, head_dim: usize, default
     let old = config.object("rope_scaling")?;
     let said = |key: &str| new.as_ref().filter(|new| new.get(key).is_some()).unwrap_or(config);
     let theta = match config.get("rotary_emb_base") {
-        Some(_) => config.number("rotary_emb_base", defaults.theta)?,
-        None => said("rope_theta").number("rope_theta", defaults.theta)?,
+        Some(_) => config.positive("rotary_emb_base", defaults.theta)?,
+        None => said("rope_theta").positive("rope_theta", defaults.theta)?,
     };
     let partial = match config.get("rotary_pct") {
         Some(_) => config.number("rotary_pct", defaults.partial)?,
@@ -75,8 +75,10 @@ pub fn warmth(factor: f64, mscale: f64) -> f64 {
 fn scaled(config: &Config<'_>, scaling: Option<Config<'_>>, theta: f64, rotated: usize) -> Result<Rope> {
     let mut rope = unscaled(theta, rotated);
     let Some(scaling) = scaling else { return Ok(rope) };
-    let kind = ["rope_type", "type"].iter().find_map(|key| scaling.get(key)).and_then(|v| v.as_str());
-    let kind = kind.unwrap_or("default");
+    let kind = match ["rope_type", "type"].into_iter().find(|key| scaling.get(key).is_some()) {
+        Some(key) => scaling.text(key)?,
+        None => "default",
+    };
     let positive = |config: &Config<'_>, key: &str| -> Result<Option<f64>> {
         match config.get(key) {
             None => Ok(None),

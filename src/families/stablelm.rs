@@ -15,7 +15,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
     base.norm = NormKind::Layer;
     base.norm_bias = true;
-    base.eps = config.number("layer_norm_eps", 1e-5)? as f32;
+    base.eps = config.positive("layer_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("use_qkv_bias", false)?;

@@ -4,7 +4,7 @@ use kernels::Backend;
 
 use super::{Chunk, LoadedNorm, Run, Supply, Weight};
 use crate::error::Result;
-use crate::graph::{Attention, Latent, Linear, Projections};
+use crate::graph::{Attention, Latent, Linear, Projections, Temperature};
 
 /// Queries, keys and values of a chunk.
 type Qkv<'a, M> = Box<dyn Fn(&[Chunk<M>], usize) -> Result<[M; 3]> + 'a>;
@@ -64,8 +64,8 @@ pub(super) fn run<B: Backend>(
             }
         }
         normed(&mut q, &mut k, true)?;
-        if let Some([floor, scale]) = attention.temperature {
-            let warm = |position: usize| 1.0 + scale * (((position as f32 + 1.0) / floor).floor() + 1.0).ln();
+        if let Some(Temperature { floor, scale, first }) = attention.temperature {
+            let warm = |position: usize| 1.0 + scale * (((position + first) as f32 / floor).floor() + 1.0).ln();
             let factors: Vec<f32> = chunk.lengths.iter().flat_map(|length| (0..*length).map(warm)).collect();
             backend.scale(&mut q, &factors, &[])?;
         }

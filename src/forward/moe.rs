@@ -112,7 +112,7 @@ fn route<B: Backend>(
 ) -> Result<Vec<Vec<Routed>>> {
     let backend = run.backend;
     let weight = supply.router(&moe.router.linear)?;
-    let correction = moe.router.correction.as_ref().map(|name| supply.vector(name)).transpose()?;
+    let correction = moe.router.correction.as_ref().map(|(name, _)| supply.vector(name)).transpose()?;
     let mut routes = vec![vec![Routed::default(); chunks.len()]; moe.experts.len()];
     for index in 0..chunks.len() {
         let logits = backend.linear(&run.input(chunks, index)?, &weight.matrix, weight.bias())?;

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use formats::GgufFile;
 use serde_json::{Map, Value, json};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Kinds of token, as the file numbers them.
 pub(crate) mod kind {
@@ -319,7 +319,7 @@ fn merges_of(vocabulary: &Vocabulary<'_>, scores: &[f32]) -> Value {
     }
     merges.sort_by(|a, b| {
         let by_score = scores[b.0].total_cmp(&scores[a.0]);
-        by_score.then(a.0.cmp(&b.0)).then(vocabulary.ids[a.1].cmp(&vocabulary.ids[b.1]))
+        by_score.then(a.0.cmp(&b.0)).then(a.1.len().cmp(&b.1.len()))
     });
     merges.into_iter().map(|(_, left, right)| json!([left, right])).collect()
 }
@@ -328,8 +328,15 @@ fn merges_of(vocabulary: &Vocabulary<'_>, scores: &[f32]) -> Value {
 fn post_processor(file: &GgufFile, vocabulary: &Vocabulary<'_>, default_bos: bool) -> Result<Value> {
     let add_bos = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(default_bos);
     let add_eos = file.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
-    let bos = if add_bos { vocabulary.special(file, "bos")? } else { None };
-    let eos = if add_eos { vocabulary.special(file, "eos")? } else { None };
+    let special = |wanted: bool, name: &str| match wanted {
+        true => Ok(vocabulary.special(file, name)?.map(|(id, token)| (id as u32, token))),
+        false => Ok::<_, Error>(None),
+    };
+    Ok(around(special(add_bos, "bos")?, special(add_eos, "eos")?))
+}
+
+/// The step that puts tokens before and after a text, each by id and spelling.
+pub(crate) fn around(bos: Option<(u32, &str)>, eos: Option<(u32, &str)>) -> Value {
     let special = |token: &str, type_id: u8| json!({"SpecialToken": {"id": token, "type_id": type_id}});
     let text = |id: &str, type_id: u8| {
         let before = bos.map(|(_, token)| special(token, type_id));
@@ -339,12 +346,12 @@ fn post_processor(file: &GgufFile, vocabulary: &Vocabulary<'_>, default_bos: boo
     let tokens = bos.into_iter().chain(eos);
     let tokens: Map<String, Value> =
         tokens.map(|(id, token)| (token.into(), json!({"id": token, "ids": [id], "tokens": [token]}))).collect();
-    Ok(json!({
+    json!({
         "type": "TemplateProcessing",
         "single": text("A", 0).collect::<Vec<_>>(),
         "pair": text("A", 0).chain(text("B", 1)).collect::<Vec<_>>(),
         "special_tokens": tokens,
-    }))
+    })
 }
 
 /// tokenizer_config.json, as transformers reads it.

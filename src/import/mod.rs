@@ -3,6 +3,7 @@
 pub(crate) mod gguf;
 pub(crate) mod gguf_tokenizer;
 pub(crate) mod names;
+pub(crate) mod sentencepiece;
 pub(crate) mod settings;
 
 #[cfg(test)]
@@ -305,7 +306,7 @@ mod tests {
             let mut w = with_vocabulary(&original, "gpt2", pre);
             w.key("tokenizer.ggml.add_bos_token", 7, &[0]);
             let rebuilt = w.open().unwrap();
-            same_ids(&original, &rebuilt.tokenizer_json().unwrap());
+            same_ids(&original, &rebuilt.tokenizer().unwrap().unwrap().json);
         }
     }
 
@@ -313,7 +314,7 @@ mod tests {
     fn sentence_piece_tokenizers_are_rebuilt_from_scores() {
         let Some(original) = tokenizer_at(&shared("models/stories260k/tokenizer.json")) else { return };
         let rebuilt = with_vocabulary(&original, "llama", "default").open().unwrap();
-        same_ids(&original, &rebuilt.tokenizer_json().unwrap());
+        same_ids(&original, &rebuilt.tokenizer().unwrap().unwrap().json);
         let config = rebuilt.tokenizer_config().unwrap();
         assert_eq!(
             (&config["bos_token"], &config["eos_token"], &config["unk_token"]),
@@ -340,7 +341,7 @@ mod tests {
         let mut w = small_vocabulary();
         w.key("tokenizer.ggml.add_eos_token", 7, &[1]);
         let read = w.open().unwrap();
-        let tokenizer = Tokenizer::from_bytes(read.tokenizer_json().unwrap()).unwrap();
+        let tokenizer = Tokenizer::from_bytes(read.tokenizer().unwrap().unwrap().json).unwrap();
         assert_eq!(tokenizer.encode("ab", true).unwrap().get_ids(), [0, 4, 1], "BOS is Llama 3's default");
         assert_eq!(read.chat_template().as_deref(), Some("{{ messages }}"));
         assert_eq!(read.config()["bos_token_id"], 0);
@@ -393,7 +394,7 @@ mod tests {
             let mut w = llama();
             w.tensor("token_embd.weight", &[4, 32], &[0.5; 128]);
             change(&mut w);
-            let message = w.open().unwrap().tokenizer_json().unwrap_err().to_string();
+            let message = w.open().unwrap().tokenizer().unwrap_err().to_string();
             message.rsplit_once("m.gguf: ").expect("names the file").1.to_string()
         };
         assert_eq!(tokenizer(&|_| ()), "metadata key `tokenizer.ggml.tokens` is missing");

@@ -74,7 +74,7 @@ const PLAIN: Architecture = Architecture {
 
 const LLAMA: Architecture = Architecture {
     id: "llama",
-    families: &["llama", "mistral", "mixtral"],
+    families: &["llama", "mistral", "ministral", "mixtral"],
     neighbours: true,
     o_bias: Need::May,
     mlp_bias: Need::May,
@@ -134,6 +134,12 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         mlp_bias: Need::Must,
         ..PLAIN
     },
+    Architecture { id: "arcee", families: &["arcee"], neighbours: true, factors: true, ..PLAIN },
+    Architecture { id: "seed_oss", families: &["seed_oss"], ffn_norm: "post_attention_norm", ..PLAIN },
+    Architecture { id: "ernie4_5", families: &["ernie4_5"], neighbours: true, ..PLAIN },
+    Architecture { id: "mistral3", families: &["ministral3"], neighbours: true, ..PLAIN },
+    Architecture { id: "glm4moe", families: &["glm4_moe"], ffn_norm: "post_attention_norm", ..PLAIN },
+    Architecture { id: "hunyuan-dense", families: &["hunyuan_v1_dense"], ..PLAIN },
     Architecture { id: "smollm3", families: &["smollm3"], neighbours: true, ..PLAIN },
     Architecture { id: "command-r", families: &["cohere"], neighbours: true, square: true, head: Need::Never, ..PLAIN },
     Architecture {

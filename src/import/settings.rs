@@ -191,7 +191,7 @@ impl Settings {
             let share = if (head_dim as f64 * share) as usize == rotated { share } else { share + 1e-9 };
             match model_type {
                 "gpt_neox" => set(json!({"rotary_pct": share})),
-                "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" => {
+                "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" => {
                     set(json!({"partial_rotary_factor": share}));
                 }
                 _ => {
@@ -200,7 +200,7 @@ impl Settings {
                     );
                 }
             }
-        } else if matches!(model_type, "phi" | "stablelm" | "nemotron" | "glm" | "glm4") {
+        } else if matches!(model_type, "phi" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe") {
             set(json!({"partial_rotary_factor": 1.0}));
         } else if model_type == "gpt_neox" {
             set(json!({"rotary_pct": 1.0}));
@@ -210,7 +210,14 @@ impl Settings {
             local.iter().map(|local| if *local { "sliding_attention" } else { "full_attention" }).collect()
         };
         let of_two_kinds = matches!(model_type, "gemma3_text" | "olmo3");
-        if !of_two_kinds {
+        if model_type == "ministral3" {
+            let mut all = scaling.clone().unwrap_or(json!({"rope_type": "default"}));
+            all["rope_theta"] = theta.into();
+            if let Some(scale) = self.float("attention.temperature_scale")?.filter(|scale| *scale != 0.0) {
+                all["llama_4_scaling_beta"] = scale.into();
+            }
+            set(json!({"rope_parameters": all}));
+        } else if !of_two_kinds {
             set(json!({"rope_theta": theta}));
             if let Some(scaling) = scaling.clone() {
                 set(json!({"rope_scaling": scaling}));
@@ -234,7 +241,8 @@ impl Settings {
                 set(json!({"attention_bias": biases, "mlp_bias": biased("ffn_up")}));
             }
             "qwen3" | "qwen3_moe" | "gemma" | "gemma2" | "gemma3_text" | "olmo" | "olmo2" | "olmo3" | "cohere"
-            | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" => {
+            | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" | "seed_oss" | "arcee"
+            | "hunyuan_v1_dense" | "glm4_moe" => {
                 set(json!({"attention_bias": biases}));
             }
             "starcoder2" => set(json!({"use_bias": true})),
@@ -312,6 +320,16 @@ impl Settings {
                 let local = if window.is_some() { self.local(layers, 4)? } else { vec![false; layers] };
                 set(json!({"sliding_window": window, "layer_types": types(&local)}));
             }
+            "glm4_moe" => set(json!({
+                "moe_intermediate_size": expert_inner()?,
+                "n_routed_experts": experts,
+                "n_shared_experts": self.count("expert_shared_count")?.filter(|count| *count > 0),
+                "num_experts_per_tok": used()?,
+                "first_k_dense_replace": self.count("leading_dense_block_count")?.unwrap_or(0),
+                "norm_topk_prob": self.flag("expert_weights_norm")?.unwrap_or(false),
+                "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
+                "use_qk_norm": self.has("blk.0.attn_q_norm.weight"),
+            })),
             "mixtral" | "granitemoe" => set(json!({"num_local_experts": experts, "num_experts_per_tok": used()?})),
             "olmoe" => set(json!({"num_experts": experts, "num_experts_per_tok": used()?, "norm_topk_prob": false})),
             "qwen2_moe" | "qwen3_moe" => set(json!({
@@ -390,6 +408,12 @@ impl Settings {
             ("stablelm", false) => ("stablelm", "StableLmForCausalLM", "silu"),
             ("nemotron", false) => ("nemotron", "NemotronForCausalLM", "relu2"),
             ("exaone4", false) => ("exaone4", "Exaone4ForCausalLM", "silu"),
+            ("mistral3", false) => ("ministral3", "Ministral3ForCausalLM", "silu"),
+            ("glm4moe", true) => ("glm4_moe", "Glm4MoeForCausalLM", "silu"),
+            ("arcee", false) => ("arcee", "ArceeForCausalLM", "relu2"),
+            ("seed_oss", false) => ("seed_oss", "SeedOssForCausalLM", "silu"),
+            ("ernie4_5", false) => ("ernie4_5", "Ernie4_5ForCausalLM", "silu"),
+            ("hunyuan-dense", false) => ("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", "silu"),
             ("qwen2moe", true) => ("qwen2_moe", "Qwen2MoeForCausalLM", "silu"),
             ("qwen3moe", true) => ("qwen3_moe", "Qwen3MoeForCausalLM", "silu"),
             ("olmoe", true) => ("olmoe", "OlmoeForCausalLM", "silu"),

@@ -82,6 +82,45 @@ def safetensors(header, data):
     return struct.pack("<Q", len(text)) + text + data
 
 
+def varint(value):
+    out = b""
+    while value >= 128:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
+
+
+def message(*fields):
+    """A protocol-buffers message: (number, value), where a value is an integer, a float or bytes."""
+    out = b""
+    for number, value in fields:
+        if isinstance(value, int):
+            out += varint(number << 3) + varint(value % 2**64)
+        elif isinstance(value, float):
+            out += varint(number << 3 | 5) + struct.pack("<f", value)
+        else:
+            out += varint(number << 3 | 2) + varint(len(value)) + value
+    return out
+
+
+def sentencepiece(rules=b"", **trainer):
+    pieces = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("<0x0A>", 0.0, 6), ("▁a", -0.5, 1), ("é", -1.5, 1),
+              ("<sep>", 0.0, 4), ("old", -9.0, 5)]
+    parts = [(1, message((1, text.encode()), (2, score), (3, kind))) for text, score, kind in pieces]
+    trainer = {3: 2, 35: 1, 40: 0, 41: 1, 42: 2, 43: -1} | {int(key[1:]): value for key, value in trainer.items()}
+    normalizer = [(1, b"identity"), (2, rules), (3, 1), (4, 0), (5, 1)]
+    return message(*parts, (2, message(*trainer.items())), (3, message(*normalizer)), (7, b"unknown"))
+
+
+def rules():
+    """`a` becomes `b`: the root, whose children are at 256, its child, and the child's value."""
+    units = [0] * 512
+    units[0] = 1 << 18
+    units[256 ^ ord("a")] = ord("a") | 1 << 8 | ord("a") << 10
+    units[256] = 1 << 31
+    return struct.pack("<I512I", 2048, *units) + b"b\0"
+
+
 def main():
     floats = struct.pack("<4f", 1, 2, 3, 4)
     small = [("norm", (4,), 0, floats), ("w", (2, 1, 2), 1, bytes(8))]
@@ -109,6 +148,8 @@ def main():
             "c": {"dtype": "I64", "shape": [], "data_offsets": [14, 22]},
             "d": {"dtype": "U8", "shape": [0, 5], "data_offsets": [22, 22]}}, bytes(22)),
         "safetensors/empty": safetensors({}, b""),
+        "sentencepiece/bpe": sentencepiece(),
+        "sentencepiece/rules": sentencepiece(rules(), f3=1, f35=0),
     }
     for name, data in seeds.items():
         path = HERE / name

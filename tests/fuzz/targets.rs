@@ -5,7 +5,7 @@
 #![allow(dead_code)] // Each target uses its own.
 
 use formats::ggml::BlockScales;
-use formats::{GgufFile, Imatrix, SafetensorsFile};
+use formats::{GgufFile, Imatrix, SafetensorsFile, SentencePiece};
 
 /// Values of a tensor looked at; larger ones are read no differently.
 const MAX_VALUES: usize = 1 << 16;
@@ -64,5 +64,39 @@ pub fn imatrix(data: &[u8]) {
         let means = imatrix.importance(name, entry.sums.len()).expect("its own width").expect("an entry");
         assert!(means.iter().all(|mean| *mean >= 0.0), "{name}");
         assert!(imatrix.importance(name, entry.sums.len() + 1).is_err());
+    }
+}
+
+pub fn sentencepiece(data: &[u8]) {
+    let model = match SentencePiece::parse(data) {
+        Ok(model) => model,
+        Err(error) => return assert!(!error.to_string().is_empty()),
+    };
+    assert!(model.pieces.iter().all(|piece| piece.score.is_finite()));
+    if let Some((size, rest)) = model.rules.split_first_chunk() {
+        let (trie, texts) = rest.split_at(u32::from_le_bytes(*size) as usize);
+        let texts = std::str::from_utf8(texts).unwrap();
+        // Whatever is looked up, as the tokenizers library does.
+        for start in (0..data.len()).step_by(1 + data.len() / 64) {
+            look_up(trie, texts, &data[start..]);
+        }
+        (1..=255).for_each(|byte| look_up(trie, texts, &[byte; 8]));
+    }
+}
+
+fn look_up(trie: &[u8], texts: &str, key: &[u8]) {
+    let unit = |at: usize| u32::from_le_bytes(trie[4 * at..4 * at + 4].try_into().unwrap()) as usize;
+    let offset = |unit: usize| (unit >> 10) << ((unit & 1 << 9) >> 6);
+    let mut at = offset(unit(0));
+    for byte in key.iter().take_while(|byte| **byte != 0) {
+        at ^= usize::from(*byte);
+        let found = unit(at);
+        if found & (1 << 31 | 0xff) != usize::from(*byte) {
+            return;
+        }
+        at ^= offset(found);
+        if found >> 8 & 1 == 1 {
+            let _ = &texts[unit(at) & !(1 << 31)..];
+        }
     }
 }

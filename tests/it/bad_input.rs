@@ -165,11 +165,19 @@ fn a_configuration_that_cannot_be_is_named_by_its_key() {
         ("hidden_size", json!(1u64 << 60), "hidden_size"),
         ("num_attention_heads", json!(0), "positive"),
         ("num_key_value_heads", json!(3), "cannot share 3"),
-        ("num_hidden_layers", json!(99), "model.layers.4."),
+        ("num_hidden_layers", json!(9), "model.layers.4."),
         ("num_hidden_layers", json!(2), "model.layers.2."),
-        ("num_hidden_layers", json!(1u64 << 40), "num_hidden_layers"),
+        (
+            "num_hidden_layers",
+            json!(1u64 << 40),
+            "num_hidden_layers is 1099511627776, but the checkpoint has only 38 tensors",
+        ),
+        ("num_hidden_layers", json!(30_000), "num_hidden_layers is 30000"),
+        ("num_attention_heads", json!(1u32 << 31), "at most 65536"),
+        ("rope_parameters", json!({"rope_theta": 0}), "rope_theta must be a positive number, found 0"),
         ("hidden_act", json!("mish"), "silu"),
         ("rms_norm_eps", json!("x"), "rms_norm_eps"),
+        ("rms_norm_eps", json!(-1.0), "rms_norm_eps must be a positive number"),
         ("vocab_size", json!(100), "[100, 256]"),
         ("head_dim", json!(63), "63"),
     ];
@@ -178,6 +186,30 @@ fn a_configuration_that_cannot_be_is_named_by_its_key() {
         room.model().config(|config| config[*key] = value.clone());
         room.run(quantize(&[])).refuses(1, &["model", word]);
         assert_eq!(room.names(), ["model"], "{key}");
+    }
+    let room = Room::new();
+    room.model().weights(|header, data| {
+        header.clear();
+        data.clear();
+    });
+    room.run(quantize(&[])).refuses(1, &["model: the checkpoint holds no tensors"]);
+    // Of a mixture.
+    for (key, value, word) in [
+        ("num_local_experts", json!(1 << 20), "num_local_experts must be at most 16384"),
+        ("num_local_experts", json!(7), "block_sparse_moe.experts.6.w1.weight` is missing"),
+        ("num_experts_per_tok", json!(7), "each token would take 7 experts, and there are 6"),
+        ("num_experts_per_tok", json!("2"), "num_experts_per_tok must be a positive number, found \"2\""),
+    ] {
+        let folder = crate::families::checkpoint("mixtral_plain");
+        let path = folder.path().join("config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        config[key] = value;
+        std::fs::write(&path, config.to_string()).unwrap();
+        let room = Room::new();
+        let model = folder.path().to_str().unwrap();
+        let run = room.run(["quantize", model, "-o", "out", "--method", "rtn", "--verify-text", "none"]);
+        run.refuses(1, &[word]);
+        assert_eq!(room.names(), [""; 0], "{key}");
     }
     for (content, word) in [("{", "not valid JSON"), ("[]", "not a JSON object")] {
         let room = Room::new();

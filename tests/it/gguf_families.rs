@@ -38,6 +38,19 @@ fn write(model: &Path, output: &Path, settings: &str) -> quantc::Result<Report> 
 
 /// What llama.cpp has no architecture for, or no setting, and what the refusal says.
 const REFUSED: &[(&str, &str)] = &[
+    ("arcee_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
+    ("dots1_plain", "cannot be written as GGUF"),
+    ("dots1_sliding", "cannot be written as GGUF"),
+    ("ernie4_5_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
+    ("ernie4_5_moe_biases", "cannot be written as GGUF"),
+    ("ernie4_5_moe_plain", "cannot be written as GGUF"),
+    ("glm4_moe_grouped", "this way of limiting experts to groups"),
+    ("helium_plain", "cannot be written as GGUF"),
+    ("hunyuan_v1_dense_plain", "a bias of `model.layers.0.self_attn.o_proj`"),
+    ("hunyuan_v1_moe_plain", "cannot be written as GGUF"),
+    ("minimax_m2_plain", "cannot be written as GGUF"),
+    ("ministral3_plain", "this scaling of rotary frequencies"),
+    ("seed_oss_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
     ("cohere_qk_norm", "norms of queries and keys of this kind in block 0"),
     ("deepseek_v2_grouped", "groups of experts that are ranked by their best expert"),
     ("deepseek_v2_lite", "queries made without a latent in a model of 2 layers"),

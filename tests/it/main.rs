@@ -12,4 +12,5 @@ mod inputs;
 mod matrix;
 mod pipeline;
 mod readme;
+mod sentencepiece;
 mod tidy;

@@ -1,9 +1,10 @@
-//! File types that hold tensors: checked wholly when opened, then handed out as plain views.
+//! File types that hold tensors, and what lies beside them: checked wholly when opened, then handed out as plain views.
 
 pub mod gguf;
 pub mod imatrix;
 mod placed;
 pub mod safetensors;
+pub mod sentencepiece;
 
 use std::fs::File;
 use std::ops::{Deref, Range};

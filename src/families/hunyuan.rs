@@ -1,0 +1,83 @@
+//! Hunyuan, dense and with experts: Llama with norms of queries and keys behind the rotation.
+
+use std::sync::Arc;
+
+use kernels::Activation;
+
+use super::build::{Base, activation};
+use super::moe::router;
+use super::rope::{rope, unscaled};
+use super::{Config, Family};
+use crate::error::Result;
+use crate::graph::{Graph, HeadNorms, Layer, Moe, Rope};
+
+/// Hunyuan.
+pub const HUNYUAN_DENSE: Family =
+    Family { id: "hunyuan_v1_dense", model_types: &["hunyuan_v1_dense"], build: |config| build(config, false) };
+
+/// Hunyuan with experts.
+pub const HUNYUAN_MOE: Family =
+    Family { id: "hunyuan_v1_moe", model_types: &["hunyuan_v1_moe"], build: |config| build(config, true) };
+
+fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
+    let mut base = Base::read(config)?;
+    base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
+    let inner = config.count("intermediate_size")?;
+    let act = activation(config, Activation::Silu)?;
+    let bias = config.flag("attention_bias", false)?;
+    let rope = rotation(config, base.head_dim)?;
+    // One number for all layers, or one for each.
+    let counts = |key: &str| -> Result<Vec<usize>> {
+        match config.get(key).is_some_and(|value| value.is_array()) {
+            true => config.counts(key, base.layers),
+            false => Ok(vec![config.count(key)?; base.layers]),
+        }
+    };
+    let (experts, top_k) = match sparse {
+        true => (counts("num_experts")?, counts("moe_topk")?),
+        false => Default::default(),
+    };
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let module = format!("{at}.self_attn");
+        let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
+        let norm = |name: &str| base.norm_of(&format!("{module}.{name}"), base.head_dim);
+        let (q, k) = (norm("query_layernorm"), norm("key_layernorm"));
+        attention.norms = Some(HeadNorms { q, k, per_head: true, after_rope: true });
+        let module = format!("{at}.mlp");
+        let feed_forward = match sparse {
+            false => Layer::Mlp(base.gated(&module, inner, act, false)),
+            true => Layer::Moe(Moe {
+                router: router(&base, format!("{module}.gate.wg"), experts[layer], top_k[layer], true),
+                experts: (0..experts[layer])
+                    .map(|e| base.gated(&format!("{module}.experts.{e}"), inner, act, false))
+                    .collect(),
+                shared: Some((base.gated(&format!("{module}.shared_mlp"), inner, act, false), None)),
+                weigh_input: false,
+            }),
+        };
+        Ok(base.usual_block(at, attention, feed_forward))
+    })?;
+    base.graph(config, if sparse { "hunyuan_v1_moe" } else { "hunyuan_v1_dense" }, blocks)
+}
+
+/// What is called `dynamic` grows the base once and for all where there is an `alpha`.
+fn rotation(config: &Config<'_>, head_dim: usize) -> Result<Arc<Rope>> {
+    let scaling = match config.object("rope_parameters")? {
+        Some(new) => Some(new),
+        None => config.object("rope_scaling")?,
+    };
+    let alpha = match &scaling {
+        Some(scaling) if scaling.is_kind("dynamic") => scaling.number("alpha", 0.0)?,
+        _ => 0.0,
+    };
+    if alpha <= 0.0 {
+        return rope(config, head_dim, Default::default());
+    }
+    let theta = match scaling.as_ref().filter(|scaling| scaling.get("rope_theta").is_some()) {
+        Some(scaling) => scaling.number("rope_theta", 10_000.0)?,
+        None => config.number("rope_theta", 10_000.0)?,
+    };
+    let width = head_dim as f64;
+    Ok(Arc::new(unscaled(theta * alpha.powf(width / (width - 2.0)), head_dim)))
+}

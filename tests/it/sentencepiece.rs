@@ -1,0 +1,213 @@
+//! Folders whose only tokenizer is a SentencePiece tokenizer.model (`tests/fixtures/make_sentencepiece.py`).
+
+use std::path::{Path, PathBuf};
+
+use formats::container::gguf::MetadataValue;
+use quantc::Checkpoint;
+use quantc::text::ModelText;
+use serde_json::{Value, json};
+
+use crate::harness::Room;
+
+fn fixtures() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sentencepiece")
+}
+
+/// Every case.
+fn names() -> Vec<String> {
+    let entries = std::fs::read_dir(fixtures()).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut names: Vec<String> = entries.map(|name| name.into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// The built-in model with the tokenizer of a case instead of its own.
+fn model(room: &Room, name: &str) -> Value {
+    let model = room.model();
+    for entry in std::fs::read_dir(model.path("")).unwrap().map(|entry| entry.unwrap().path()) {
+        if entry.file_name().unwrap().to_str().unwrap().starts_with("tokenizer") {
+            std::fs::remove_file(entry).unwrap();
+        }
+    }
+    for entry in std::fs::read_dir(fixtures().join(name)).unwrap().map(|entry| entry.unwrap()) {
+        std::fs::copy(entry.path(), model.path(entry.file_name().to_str().unwrap())).unwrap();
+    }
+    let golden = std::fs::read(model.path("golden.json")).unwrap();
+    std::fs::remove_file(model.path("golden.json")).unwrap();
+    serde_json::from_slice(&golden).unwrap()
+}
+
+#[test]
+fn ids_are_those_of_sentencepiece_and_transformers() {
+    let mut wrong = Vec::new();
+    for name in names() {
+        let room = Room::new();
+        let golden = model(&room, &name);
+        let tokenizer = ModelText::open(&Checkpoint::open(&room.path("model")).unwrap()).unwrap().tokenizer;
+        let mut compared = 0;
+        for (key, special) in [("sentencepiece", false), ("transformers", true)] {
+            let Some(expected) = golden[key].as_array() else { continue };
+            // Without a space before a text that begins with one, when that is asked for.
+            let legacy = golden.get("transformers").is_none();
+            for (text, expected) in golden["texts"].as_array().unwrap().iter().zip(expected) {
+                let text = text.as_str().unwrap();
+                let Ok(expected) = serde_json::from_value::<Vec<u32>>(expected.clone()) else { continue };
+                if key == "sentencepiece" && !legacy && (text.starts_with([' ', '▁'])) {
+                    continue;
+                }
+                compared += 1;
+                let found = tokenizer.encode(text, special).unwrap();
+                if found != expected {
+                    wrong.push(format!("{name}, {key}, {text:?}:\n  {found:?}\n  {expected:?}"));
+                }
+            }
+        }
+        assert!(compared > 10, "{name}");
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+const QUICK: &[&str] = &["--samples", "4", "--seq-len", "64", "--verify-windows", "1", "--quiet"];
+
+#[test]
+fn a_model_with_it_is_calibrated_measured_and_written() {
+    for name in ["llama", "unigram"] {
+        let room = Room::new();
+        model(&room, name);
+        let with = |words: &[&str]| -> Vec<String> { words.iter().chain(QUICK).map(|w| (*w).to_owned()).collect() };
+        room.run(with(&["quantize", "model", "-o", "out"])).succeeds();
+        let copied = std::fs::read(room.path("out/tokenizer.model")).unwrap();
+        assert_eq!(copied, std::fs::read(room.path("model/tokenizer.model")).unwrap());
+        room.run(["eval", "out", "--reference", "model", "--windows", "1"]).succeeds();
+        let gguf = room.run(with(&["quantize", "model", "-o", "out.gguf", "--scheme", "Q8_0"]));
+        match name {
+            "llama" => {
+                gguf.succeeds();
+                room.run(["eval", "out.gguf", "--windows", "1"]).succeeds();
+            }
+            // llama.cpp would join pairs by their scores.
+            _ => gguf.refuses(1, &["out.gguf", "other tokens", "unigram"]),
+        }
+    }
+}
+
+#[test]
+fn gguf_files_hold_the_pieces_own_scores_and_types() {
+    for name in names() {
+        let room = Room::new();
+        let golden = model(&room, &name);
+        let source = Checkpoint::open(&room.path("model")).unwrap();
+        let written = quantc::export::tokenizer::tokenizer(&source, 4096, None).unwrap();
+        let list = |key: &str| -> Vec<MetadataValue> {
+            let (_, value) = written.metadata.iter().find(|(k, _)| k == &format!("tokenizer.ggml.{key}")).unwrap();
+            let MetadataValue::Array(array) = value else { panic!("{key}") };
+            array.iter().cloned().collect()
+        };
+        let [tokens, scores, types] = ["tokens", "scores", "token_type"].map(list);
+        assert_eq!((tokens.len(), scores.len(), types.len()), (4096, 4096, 4096));
+        let pieces = golden["pieces"].as_array().unwrap();
+        for (id, piece) in pieces.iter().enumerate() {
+            assert_eq!(tokens[id].as_str(), piece[0].as_str(), "{name} {id}");
+            assert_eq!(scores[id], MetadataValue::F32(piece[1].as_f64().unwrap() as f32), "{name} {id}");
+            assert_eq!(types[id].as_i64(), piece[2].as_i64(), "{name} {id}");
+        }
+        // What was added since has a low score of its own, and rows without a token a lower one.
+        let last = pieces.len();
+        let (added, unused) = (MetadataValue::F32(-1000.0), MetadataValue::F32(-10000.0));
+        let expected: &[(usize, &MetadataValue, i64)] = match &name[..] {
+            "llama_added" => &[(last, &added, 3), (last + 1, &unused, 5)],
+            "llama_fine_tuned" => &[(last, &added, 4), (last + 1, &added, 4), (last + 3, &unused, 5)],
+            _ => &[(last, &unused, 5)],
+        };
+        for (id, score, kind) in expected {
+            assert_eq!((&scores[*id], types[*id].as_i64()), (*score, Some(*kind)), "{name} {id}");
+        }
+        let flag =
+            |key: &str| written.metadata.iter().find(|(k, _)| k == &format!("tokenizer.ggml.{key}")).unwrap().1.clone();
+        let model = formats::SentencePiece::parse(&std::fs::read(room.path("model/tokenizer.model")).unwrap()).unwrap();
+        assert_eq!(flag("add_space_prefix"), MetadataValue::Bool(model.add_dummy_prefix));
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(room.path("model/tokenizer_config.json")).unwrap()).unwrap();
+        assert_eq!(flag("add_bos_token"), MetadataValue::Bool(config["add_bos_token"] == true));
+        assert_eq!(flag("add_eos_token"), MetadataValue::Bool(config["add_eos_token"] == true));
+    }
+}
+
+#[test]
+fn a_tokenizer_model_that_cannot_be_used_is_one_sentence() {
+    let room = Room::new();
+    model(&room, "unigram");
+    let path = room.path("model/tokenizer.model");
+    let good = std::fs::read(&path).unwrap();
+    let cases: &[(&[u8], &str)] = &[
+        (b"", "not a SentencePiece model: it holds no pieces"),
+        (b"PK\x03\x04 no such thing", "not a SentencePiece model"),
+        (&good[..good.len() / 3], "it ends within a field"),
+        (b"IQ== 0\nIg== 1\n", "a list of tokens for tiktoken"),
+    ];
+    for (bytes, words) in cases {
+        std::fs::write(&path, bytes).unwrap();
+        room.run(["eval", "model", "--windows", "1", "--quiet"]).refuses(1, &["model/tokenizer.model: ", words]);
+        let gguf =
+            ["quantize", "model", "-o", "out.gguf", "--method", "rtn", "--scheme", "Q8_0", "--verify-text", "none"];
+        room.run(gguf).refuses(1, &["model/tokenizer.model: ", words]);
+    }
+    // Files beside it that do not agree with it.
+    std::fs::write(&path, &good).unwrap();
+    for (file, content, words) in [
+        ("added_tokens.json", json!({"hello": "x"}), "added_tokens.json beside it has no id for `hello`"),
+        ("added_tokens.json", json!({"<s>": 700}), "`<s>` is piece 1 and, by the files beside it, token 700"),
+        ("added_tokens.json", json!({"hello": 4_000_000_000u32}), "far beyond its 500 pieces"),
+        ("tokenizer_config.json", json!({"added_tokens_decoder": {"x": {}}}), "an entry in added_tokens_decoder, `x`"),
+    ] {
+        let room = Room::new();
+        model(&room, "unigram");
+        std::fs::write(room.path("model").join(file), content.to_string()).unwrap();
+        room.run(["eval", "model", "--windows", "1", "--quiet"]).refuses(1, &["model/tokenizer.model: ", words]);
+    }
+    // Mistral's own form, and nothing else.
+    std::fs::remove_file(&path).unwrap();
+    room.file("model/tekken.json", "{}");
+    let words = [
+        "model: no tokenizer.json",
+        "tekken.json is a tokenizer of Mistral's own library",
+        "save_pretrained(\"model\")",
+    ];
+    room.run(["eval", "model", "--windows", "1", "--quiet"]).refuses(1, &words);
+}
+
+/// Whatever was changed in a model, its tokenizer is refused or can be used.
+#[test]
+fn damage_is_found_before_any_text_is_split() {
+    let room = Room::new();
+    for name in ["rules", "llama"] {
+        model(&room, name);
+        let path = room.path("model/tokenizer.model");
+        let good = std::fs::read(&path).unwrap();
+        let source = Checkpoint::open(&room.path("model")).unwrap();
+        let mut state = 7u64;
+        let mut random = |below: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as usize % below
+        };
+        let mut usable = 0;
+        for _ in 0..300 {
+            let mut bytes = good.clone();
+            for _ in 0..1 + random(3) {
+                let at = random(bytes.len());
+                bytes[at] = random(256) as u8;
+            }
+            std::fs::write(&path, &bytes).unwrap();
+            match ModelText::open(&source) {
+                Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),
+                Ok(text) => {
+                    usable += 1;
+                    for text_of in ["", " a  b\tcafé\n", "\u{10ffff}\u{0}\u{1}…"] {
+                        drop(text.tokenizer.encode(text_of, true));
+                    }
+                }
+            }
+        }
+        assert!(usable > 50 && usable < 300, "{name}: {usable}");
+    }
+}
