@@ -209,7 +209,7 @@ fn config(shape: &str) -> Option<Value> {
 }
 
 /// Writes a checkpoint with random weights, each tensor by itself; the tokenizer is the built-in model's.
-fn synthesize(folder: &Path, shape: &str) -> Result<(), String> {
+fn synthesize(folder: &Path, shape: &str) -> std::result::Result<(), String> {
     let config = config(shape).ok_or_else(|| format!("`{shape}` is not a shape: there are 1b, 8b and 70b"))?;
     let told = |error: &dyn std::fmt::Display| error.to_string();
     demo::export(folder).map_err(|e| told(&e))?;

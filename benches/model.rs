@@ -14,7 +14,7 @@ use formats::tensor::narrow;
 use formats::{Dtype, ShardedWriter, TensorSpec};
 use kernels::{Backend, Cpu, cpu};
 use quantc::compile::compile;
-use quantc::forward::{Inputs, Plain, Supply, Weight, embed, ready, run_block};
+use quantc::forward::{Activations, Inputs, Plain, Supply, Weight, embed, ready, run_block};
 use quantc::graph::{Graph, Linear};
 use quantc::plan::Plan;
 use quantc::progress::Progress;
@@ -92,7 +92,7 @@ struct Ready(HashMap<String, cpu::Weight>);
 
 impl Ready {
     fn new(model: &Model, cpu: &Cpu) -> Ready {
-        let plain = Plain { backend: cpu, source: &model.source };
+        let plain = Plain::exact(cpu, &model.source);
         let load = |linear: &Linear| {
             let weight = plain.load(linear).and_then(|weight| ready(cpu, linear, weight)).expect("in the checkpoint");
             (linear.module.clone(), weight.into_iter().next().expect("one part").matrix)
@@ -111,7 +111,7 @@ impl Supply<Cpu> for Ready {
     }
 
     fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, cpu::Input>) -> quantc::Result<Vec<Weight<cpu::Weight>>> {
-        Ok(group.iter().map(|l| Weight { matrix: self.0[&l.module].clone(), bias: None }).collect())
+        Ok(group.iter().map(|l| Weight { matrix: self.0[&l.module].clone(), bias: None, rounding: None }).collect())
     }
 }
 
@@ -201,7 +201,10 @@ fn evaluation(c: &mut Criterion) {
             name,
             tokens.clone(),
             || (),
-            |()| evaluate(&Cpu::default(), &model, reference, &windows, Protocol::Papers, &mut Progress::new(true)),
+            |()| {
+                let (cpu, mut progress) = (Cpu::default(), Progress::new(true));
+                evaluate(&cpu, &model, reference, &windows, Protocol::Papers, Activations::Exact, &mut progress)
+            },
         );
     }
 }

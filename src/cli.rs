@@ -310,6 +310,10 @@ pub struct Eval {
     /// papers (all tokens but the first of each window) or llama.cpp (the second half of each window).
     #[arg(long, value_name = "PROTOCOL", default_value = "papers")]
     pub protocol: String,
+    /// What linears and attention of the model read: exact, or of a .gguf file runtime: rounded as llama.cpp rounds it on a CPU.
+    /// [default: runtime for a .gguf file with --protocol llama.cpp and no reference, else exact]
+    #[arg(long, value_name = "ACTIVATIONS")]
+    pub activations: Option<String>,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,

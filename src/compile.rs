@@ -229,7 +229,7 @@ impl<B: Backend> Work<'_, B> {
         match self.prepared.remove(&linear.module) {
             Some(weight) => Ok(weight),
             None => {
-                let plain = Plain { backend: self.backend, source: self.source };
+                let plain = Plain::exact(self.backend, self.source);
                 timed(&mut self.done.seconds.load, || plain.load(linear))
             }
         }
@@ -307,7 +307,7 @@ impl<B: Backend> Work<'_, B> {
             self.progress.line(|| describe(&report));
             self.progress.step();
             self.done.linears.push(report);
-            weights.extend(ready(backend, linear, Weight { matrix: solution.restored, bias: weight.bias })?);
+            weights.extend(ready(backend, linear, Weight { matrix: solution.restored, ..weight })?);
         }
         Ok(weights)
     }
@@ -537,7 +537,7 @@ impl<B: Backend> Supply<B> for Work<'_, B> {
     }
 
     fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
-        Supply::<B>::router(&mut Plain { backend: self.backend, source: self.source }, linear)
+        Supply::<B>::router(&mut Plain::exact(self.backend, self.source), linear)
     }
 
     fn needs_output(&self, last_step: bool) -> bool {

@@ -379,7 +379,7 @@ impl<B: Backend> Work<'_, B> {
         let mut weights = Vec::new();
         for linear in group {
             let started = Instant::now();
-            let weight = Plain { backend, source: self.source }.load(linear)?;
+            let weight = Plain::exact(backend, self.source).load(linear)?;
             lap(&mut self.seconds.load, started);
             let places = &plan.by_module[&linear.module];
             let mut restored: Option<Array2<f32>> = None;
@@ -474,7 +474,7 @@ impl<B: Backend> Work<'_, B> {
                 (None, Some(host)) => backend.upload(host)?,
                 (None, None) => weight.matrix,
             };
-            weights.extend(ready(backend, linear, Weight { matrix, bias: weight.bias })?);
+            weights.extend(ready(backend, linear, Weight { matrix, ..weight })?);
         }
         Ok(weights)
     }
@@ -674,7 +674,7 @@ impl<B: Backend> Supply<B> for Work<'_, B> {
     }
 
     fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
-        Supply::<B>::router(&mut Plain { backend: self.backend, source: self.source }, linear)
+        Supply::<B>::router(&mut Plain::exact(self.backend, self.source), linear)
     }
 
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {

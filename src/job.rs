@@ -13,6 +13,7 @@ use crate::checkpoint::{Checkpoint, SideFile, StoredType};
 use crate::compile::{LinearReport, SmoothingReport, Stages, compile, needs};
 use crate::error::{Error, Result};
 use crate::families;
+use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
 use crate::graph::{Graph, Linear};
 use crate::output::{FileStaging, Staging, check_place};
@@ -330,7 +331,8 @@ impl Job<'_> {
         progress: &mut Progress,
     ) -> Result<Option<Quality>> {
         let Some(HeldOut { windows, .. }) = &run.held_out else { return Ok(None) };
-        let mut quality = evaluate(backend, reopened, Some(&run.source), windows, Protocol::Papers, progress)?;
+        let mut quality =
+            evaluate(backend, reopened, Some(&run.source), windows, Protocol::Papers, Activations::Exact, progress)?;
         quality.model = self.output.display().to_string();
         Ok(Some(quality))
     }

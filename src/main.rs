@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::Parser;
 use formats::Dtype;
 use quantc::cli::{Cli, Command, Compute, Engine, Eval, Quantize};
+use quantc::forward::Activations;
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request, named};
@@ -202,6 +203,13 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     let (mut progress, engine) = start(&args.compute)?;
     let protocol = named("protocol", Protocol::ALL, &args.protocol)?;
     let model = Checkpoint::open_with(&args.model, args.adapter.as_deref())?;
+    let activations = match &args.activations {
+        Some(name) => named("activations", Activations::ALL, name)?,
+        None if protocol == Protocol::LlamaCpp && model.gguf().is_some() && args.reference.is_none() => {
+            Activations::Runtime
+        }
+        None => Activations::Exact,
+    };
     let reference_adapter = args.reference_adapter.as_deref();
     let reference = args.reference.as_deref().map(|path| Checkpoint::open_with(path, reference_adapter)).transpose()?;
     let text = load_text(args.text.as_deref().unwrap_or(HELD_OUT)).map_err(Error::from)?;
@@ -231,6 +239,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
         reference.as_ref(),
         &windows,
         protocol,
+        activations,
         &mut progress
     ))?;
     drop(progress);

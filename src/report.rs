@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 use crate::adapter::AdapterReport;
 use crate::compile::{LinearReport, SmoothingReport, Stages};
 use crate::error::{Error, Result};
+use crate::forward::Activations;
 use crate::plan::Fate;
 use crate::recipe::Recipe;
 use crate::verify::{Limits, Quality};
@@ -199,8 +200,12 @@ pub fn quality_table(quality: &Quality) -> String {
         crate::verify::Protocol::Papers => "papers",
         crate::verify::Protocol::LlamaCpp => "llama.cpp",
     };
-    let mut table =
-        format!("| {} tokens, context {}, protocol {protocol} | |\n|---|---|\n", quality.tokens, quality.context);
+    let rounded = match quality.activations {
+        Activations::Exact => "",
+        Activations::Runtime => ", activations rounded as llama.cpp does",
+    };
+    let Quality { tokens, context, .. } = quality;
+    let mut table = format!("| {tokens} tokens, context {context}, protocol {protocol}{rounded} | |\n|---|---|\n");
     let mut row = |what: &str, value: String| table += &format!("| {what} | {value} |\n");
     row("perplexity", format!("{:.4} ± {:.4}", quality.perplexity, quality.perplexity_stderr));
     if let Some(b) = &quality.beside {

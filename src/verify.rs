@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families;
-use crate::forward::{LoadedHead, final_hidden};
+use crate::forward::{Activations, LoadedHead, final_hidden};
 use crate::graph::Graph;
 use crate::plan::check_tensors;
 use crate::progress::Progress;
@@ -59,6 +59,8 @@ pub struct Quality {
     pub windows: usize,
     /// Which tokens were scored.
     pub protocol: Protocol,
+    /// What the model's linears and attention read; the reference's read what was computed.
+    pub activations: Activations,
     /// Beside the reference.
     #[serde(flatten)]
     pub beside: Option<Beside>,
@@ -93,18 +95,27 @@ pub struct Beside {
 struct Side<'a, B: Backend> {
     graph: Graph,
     source: &'a Checkpoint,
+    activations: Activations,
     head: Option<LoadedHead<B>>,
 }
 
 /// Evaluates `model`, beside `reference` if there is one, on `windows` of equal length.
+///
+/// `activations` are those of the model. Fails where they are a runtime's and the model is no GGUF file, of which alone it is
+/// known what its runtime rounds.
 pub fn evaluate<B: Backend>(
     backend: &B,
     model: &Checkpoint,
     reference: Option<&Checkpoint>,
     windows: &[Vec<u32>],
     protocol: Protocol,
+    activations: Activations,
     progress: &mut Progress,
 ) -> Result<Quality> {
+    if activations == Activations::Runtime && model.gguf().is_none() {
+        let path = model.path().display();
+        return Err(Error::usage(format!("--activations runtime is for .gguf files, and {path} is none")));
+    }
     let context = windows.first().map_or(0, Vec::len);
     let scored = protocol.scored(context.max(1));
     if scored.is_empty() {
@@ -123,7 +134,8 @@ pub fn evaluate<B: Backend>(
                 graph.vocabulary
             )));
         }
-        sides.push(Side::<B> { graph, source, head: None });
+        let activations = if std::ptr::eq(source, model) { activations } else { Activations::Exact };
+        sides.push(Side::<B> { graph, source, activations, head: None });
     }
     if let [a, b] = &sides[..]
         && a.graph.vocabulary != b.graph.vocabulary
@@ -137,11 +149,11 @@ pub fn evaluate<B: Backend>(
         )));
     }
     // A head that both share is kept once.
-    let shared = matches!(&sides[..], [a, b] if same_head(a, b));
+    let shared = matches!(&sides[..], [a, b] if a.activations == b.activations && same_head(a, b));
     let last = sides.len() - 1;
     for (index, side) in sides.iter_mut().enumerate() {
         if !shared || index == last {
-            side.head = Some(LoadedHead::of(backend, &side.graph, side.source)?);
+            side.head = Some(LoadedHead::of(backend, &side.graph, side.source, side.activations)?);
         }
     }
     let batch = (BATCH_TOKENS / context).max(1);
@@ -151,7 +163,8 @@ pub fn evaluate<B: Backend>(
     for windows in windows.chunks(batch) {
         let mut normed = Vec::new();
         for side in &sides {
-            normed.push(final_hidden(backend, &side.graph, side.source, windows, &|| progress.step())?);
+            normed
+                .push(final_hidden(backend, &side.graph, side.source, windows, side.activations, &|| progress.step())?);
         }
         let per_pass = (LOGITS / sides[0].graph.vocabulary).max(16);
         for (index, window) in windows.iter().enumerate() {
@@ -183,7 +196,7 @@ pub fn evaluate<B: Backend>(
             model.path().display()
         )));
     }
-    Ok(summarize(model, reference, &all, [context, windows.len()], protocol))
+    Ok(Quality { activations, ..summarize(model, reference, &all, [context, windows.len()], protocol) })
 }
 
 /// The chunk that holds a window, and the row it starts at.
@@ -241,6 +254,7 @@ fn summarize(
         context,
         windows,
         protocol,
+        activations: Activations::Exact,
         beside,
     }
 }

@@ -4,6 +4,7 @@
     python3 benches/peers/gguf.py --demo                          # the built-in model: its rows fit the k-quants
     python3 benches/peers/gguf.py --model DIR --text TEXT         # a model in full precision, and a held-out text
     python3 benches/peers/gguf.py --only speed --model DIR --synthetic   # times, also of a model of the shape of a 1B
+    python3 benches/peers/gguf.py --only parity --model DIR --text TEXT  # `quantc eval` beside llama-perplexity, every mix
 
 Quality. `quantc quantize` writes the model unquantized as GGUF; llama-imatrix runs it over the calibration text, and
 llama-quantize gets what that found. quantc calibrates itself on the same text, cut into windows of the same length, all of
@@ -11,6 +12,9 @@ them. `quantc eval` then measures both files beside the original on the held-out
 
 Speed. Both quantize the same file of F16 with the same threads, without importance and with the same imatrix; quantc also
 goes from safetensors. Wall time of the whole process, the best of --repeat, the input in the page cache.
+
+Parity. Files written without calibration; what llama-perplexity prints for each, and what `quantc eval --protocol llama.cpp`
+does, on the same windows. 0.5 % are allowed, or exit code 1.
 
 llama.cpp's tools are built from the sdist of llama-cpp-python, with cmake and ninja from PyPI (a quarter of an hour on
 two cores), unless --llama names a folder that has them. The tables on stdout are markdown.
@@ -40,6 +44,11 @@ BUILD = ["cmake==4.4.0", "ninja==1.13.2"]
 TOOLS = ["llama-quantize", "llama-imatrix", "llama-perplexity"]
 QUALITY = ["Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q3_K_M", "IQ4_XS"]
 SPEED = ["Q4_0", "Q8_0", "Q4_K_M"]
+PARITY = [
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "TQ2_0", "TQ1_0", "MXFP4_MOE",
+]  # fmt: skip
+NEAR = 0.005
 EVERYTHING = 1_000_000  # samples: as many windows as the text has
 
 
@@ -263,6 +272,40 @@ def speed(options, name, model, calibration, folder):
     return results
 
 
+def parity(options, name, model, text, folder):
+    """The table of perplexities beside llama-perplexity's of one model, and how many are too far off."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, results, far = [], {}, 0
+    for kind in options.types:
+        file = folder / f"{kind}.parity.gguf"
+        file.unlink(missing_ok=True)
+        run(options.quantc, "quantize", model, "-o", file, "--scheme", kind, "--method", "rtn", "--verify-text", "none", "--quiet")
+        shape = ["--context", options.context, "--windows", options.windows or 24, "--threads", options.threads]
+        words = [options.quantc, "eval", file, "--text", text, *shape, "--protocol", "llama.cpp", "--json", "--quiet"]
+        ours, exact = (json.loads(run(*words, "--activations", how)[0]) for how in ("runtime", "exact"))
+        words = [options.llama / "llama-perplexity", "-m", file, "-f", text, "-c", options.context]
+        words += ["--chunks", options.windows or 24, "-t", options.threads]
+        for _ in range(5):  # it logs from a thread, and may end before the last line is out
+            if found := re.search(r"Final estimate: PPL = ([0-9.]+)", run(*words)[0]):
+                break
+        else:
+            raise RuntimeError(f"llama-perplexity prints no estimate for {file}")
+        theirs = float(found[1])
+        results[kind] = {"llama-perplexity": theirs, "runtime": ours["perplexity"], "exact": exact["perplexity"]}
+        off = {who: results[kind][who] / theirs - 1 for who in ("runtime", "exact")}
+        far += not abs(off["runtime"]) <= NEAR
+        row = [kind, f"{theirs:.4f}", f"{ours['perplexity']:.4f}", f"{100 * off['runtime']:+.3f} %"]
+        rows.append("| " + " | ".join([*row, f"{exact['perplexity']:.4f}", f"{100 * off['exact']:+.3f} %"]) + " |")
+        say(f"{name} {rows[-1]}")
+        if not options.keep:
+            file.unlink()
+    print(f"Parity on {name}: {ours['tokens']:,} tokens of {text.name}, windows of {ours['context']}; {far} more than {100 * NEAR} % off.\n")
+    print("| type | llama-perplexity | quantc eval | off | with exact activations | off |")
+    print("|---|---|---|---|---|---|")
+    print("\n".join(rows) + "\n", flush=True)
+    return results, far
+
+
 def cpu_name():
     """What the machine calls its processor."""
     for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
@@ -276,8 +319,8 @@ def main():
     parser.add_argument("--model", type=pathlib.Path, action="append", default=[], help="a Hugging Face directory; repeatable")
     parser.add_argument("--demo", action="store_true", help="the built-in model, on its own texts")
     parser.add_argument("--synthetic", action="store_true", help="random weights of the shape of a 1B: speed alone")
-    parser.add_argument("--only", choices=["quality", "speed"])
-    parser.add_argument("--types", default=",".join(QUALITY), help=f"[default: {','.join(QUALITY)}]")
+    parser.add_argument("--only", choices=["quality", "speed", "parity"])
+    parser.add_argument("--types", help=f"[default: {','.join(QUALITY)}; of parity every mix that needs no importance]")
     parser.add_argument("--speed-types", default=",".join([*SPEED, "F16"]))
     parser.add_argument("--method", help="quantc's, instead of its default")
     parser.add_argument("--quantc", type=pathlib.Path, default=ROOT / "target" / "release" / "quantc")
@@ -297,7 +340,8 @@ def main():
     options = parser.parse_args()
     if not (options.model or options.demo or options.synthetic):
         parser.error("nothing to run: give --demo, --model or --synthetic")
-    options.types, options.speed_types = options.types.split(","), options.speed_types.split(",")
+    options.types = options.types.split(",") if options.types else PARITY if options.only == "parity" else QUALITY
+    options.speed_types = options.speed_types.split(",")
     preset = ROOT / "calibration" / "presets" / "mixed.txt"
     calibration, text = options.calibration or preset, options.text or DEMO / "evaluation.txt"
     for path in [options.quantc, calibration, text, *(model / "config.json" for model in options.model)]:
@@ -321,20 +365,25 @@ def main():
     built, _ = run(options.llama / "llama-perplexity", "--version")
     found = re.search(r"version: *(.+)", built)
     print(f"{version.strip()} beside llama.cpp {found[1] if found else ''}; {cpu_name()}, {options.threads} threads.\n")
-    results = {}
+    results, far = {}, 0
     for name, model, held_out, observed in models:
         place = folder / name.replace(" ", "-")
+        if options.only == "parity":
+            results[name], off = parity(options, name, model, held_out, place)
+            far += off
+            continue
         if options.only != "speed":
             options.calibration_name = observed.name
             results[name] = {"quality": quality(options, name, model, held_out, observed, place)}
         if options.only != "quality" and model in (m.resolve() for m in options.model):
             results.setdefault(name, {})["speed"] = speed(options, name, model, observed, place)
         (folder / "results.json").write_text(json.dumps(results, indent=1))
-    if options.synthetic and options.only != "quality":
+    if options.synthetic and options.only not in ("quality", "parity"):
         model = synthetic(folder / "synthetic-1b")
         results["synthetic"] = {"speed": speed(options, "random weights of the shape of a 1B", model, DEMO / "calibration.txt", folder / "synthetic")}
     (folder / "results.json").write_text(json.dumps(results, indent=1))
+    return int(far > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -78,6 +78,41 @@ pub enum Activation {
     },
 }
 
+/// How a runtime that keeps weights in a ggml type rounds what it multiplies them with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ActivationRounding {
+    /// Each value to half precision.
+    F16,
+    /// Each value to bfloat16.
+    Bf16,
+    /// Blocks of 32 values to 8 bits, with a scale in half precision.
+    Q8_0,
+    /// Blocks of 256 values to 8 bits, with a scale in single precision.
+    Q8K,
+}
+
+impl ActivationRounding {
+    /// That of ggml's CPU backend beside a weight of type `ty`; `None` where nothing is rounded.
+    pub fn beside(ty: GgmlType) -> Option<ActivationRounding> {
+        match (ty.name, ty.block_len) {
+            ("F16", _) => Some(ActivationRounding::F16),
+            ("BF16", _) => Some(ActivationRounding::Bf16),
+            (_, 32) => Some(ActivationRounding::Q8_0),
+            (_, 256) => Some(ActivationRounding::Q8K),
+            _ => None,
+        }
+    }
+
+    /// Features that are rounded together.
+    pub fn block_len(self) -> usize {
+        match self {
+            ActivationRounding::F16 | ActivationRounding::Bf16 => 1,
+            ActivationRounding::Q8_0 => 32,
+            ActivationRounding::Q8K => 256,
+        }
+    }
+}
+
 /// A grid to be fitted: what the file format allows.
 #[derive(Clone, Debug)]
 pub struct GridSpec {
@@ -266,6 +301,10 @@ pub trait Backend: Sync {
     fn input(&self, x: Self::Matrix) -> Result<Self::Input>;
     /// `[tokens, features]`.
     fn input_shape(&self, x: &Self::Input) -> [usize; 2];
+    /// What is left of `x` once a runtime has rounded it for a product; each row on its own.
+    ///
+    /// Fails unless its features are whole blocks of `kind`.
+    fn round_activations(&self, x: &Self::Input, kind: ActivationRounding) -> Result<Self::Input>;
     /// A weight `[out, in]`, ready to be multiplied.
     fn weight(&self, matrix: Self::Matrix) -> Result<Self::Weight>;
     /// `y = x wᵀ + bias`.

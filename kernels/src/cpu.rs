@@ -5,12 +5,12 @@ use ndarray::{Array2, Axis, s};
 use rayon::prelude::*;
 
 use crate::backend::{
-    Activation, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind, RopeLayout, Swept,
-    TokenComparison, TokenLoss,
+    Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
+    RopeLayout, Swept, TokenComparison, TokenLoss,
 };
 use crate::ops::{
     activation, add, attention, bf16, blocks, factor, fit, gram, heads, linear, loss, norm, refine, rope, round,
-    scaled, softcap, sweep,
+    round_activations, scaled, softcap, sweep,
 };
 use crate::simd::{Level, level};
 use crate::{Error, Result};
@@ -201,6 +201,19 @@ impl Backend for Cpu {
 
     fn input_shape(&self, x: &Input) -> [usize; 2] {
         x.shape()
+    }
+
+    fn round_activations(&self, x: &Input, kind: ActivationRounding) -> Result<Input> {
+        if !x.shape()[1].is_multiple_of(kind.block_len()) {
+            let (expected, found) = (format!("blocks of {} features", kind.block_len()), x.shape()[1].to_string());
+            return Err(Error::Shape { op: "round_activations", expected, found });
+        }
+        let mut values = x.values();
+        round_activations::run(&mut values, kind);
+        Ok(match x {
+            Input::Whole(_) => Input::Whole(values),
+            Input::Rounded(_) => Input::Rounded(bf16::Rows::of(values.view())),
+        })
     }
 
     fn weight(&self, matrix: Array2<f32>) -> Result<Weight> {

@@ -11,8 +11,8 @@ pub mod ops;
 pub mod simd;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind, RopeLayout, Swept,
-    TokenComparison, TokenLoss,
+    Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
+    RopeLayout, Swept, TokenComparison, TokenLoss,
 };
 pub use cpu::Cpu;
 pub use cuda::Cuda;

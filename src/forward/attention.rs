@@ -1,8 +1,9 @@
 //! Self-attention.
 
-use kernels::Backend;
+use kernels::ops::round_activations;
+use kernels::{ActivationRounding, Backend};
 
-use super::{Chunk, LoadedNorm, Run, Supply, Weight};
+use super::{Activations, Chunk, LoadedNorm, Run, Supply, product};
 use crate::error::Result;
 use crate::graph::{Attention, Latent, Linear, Projections, Temperature};
 
@@ -24,6 +25,7 @@ pub(super) fn run<B: Backend>(
         Some(norms) => Some((LoadedNorm::of(&norms.q, supply)?, LoadedNorm::of(&norms.k, supply)?, norms)),
         None => None,
     };
+    let activations = supply.activations();
     let sinks = attention.sinks.as_ref().map(|name| supply.vector(name)).transpose()?;
     let longest = chunks.iter().flat_map(|chunk| &chunk.lengths).copied().max().unwrap_or(0);
     let table = attention.rope.as_ref().map(|rope| rope.table(longest));
@@ -69,6 +71,9 @@ pub(super) fn run<B: Backend>(
             let factors: Vec<f32> = chunk.lengths.iter().flat_map(|length| (0..*length).map(warm)).collect();
             backend.scale(&mut q, &factors, &[])?;
         }
+        if activations == Activations::Runtime {
+            [k, v] = [cached(backend, &k)?, cached(backend, &v)?];
+        }
         mixed.push(backend.attention(&q, &k, &v, sinks.as_deref(), &attention.shape, &chunk.lengths)?);
     }
     drop(make);
@@ -79,8 +84,11 @@ pub(super) fn run<B: Backend>(
     chunks.iter_mut().zip(mixed).try_for_each(|(chunk, x)| run.add(&x, &o[0], &mut chunk.hidden))
 }
 
-fn project<B: Backend>(backend: &B, x: &B::Input, weight: &Weight<B::Weight>) -> Result<B::Matrix> {
-    Ok(backend.linear(x, &weight.matrix, weight.bias())?)
+/// As a cache in half precision keeps it.
+fn cached<B: Backend>(backend: &B, x: &B::Matrix) -> Result<B::Matrix> {
+    let mut host = backend.download(x)?;
+    round_activations::run(&mut host, ActivationRounding::F16);
+    Ok(backend.upload(host)?)
 }
 
 fn direct<'r, B: Backend>(
@@ -94,7 +102,7 @@ fn direct<'r, B: Backend>(
         supply.linears(&group, &|see| (0..chunks.len()).try_for_each(|index| see(&run.input(chunks, index)?)))?;
     Ok(Box::new(move |chunks, index| {
         let x = run.input(chunks, index)?;
-        let part = |part: usize| project(run.backend, &x, &weights[part]);
+        let part = |part: usize| product(run.backend, &x, &weights[part]);
         Ok([part(0)?, part(1)?, part(2)?])
     }))
 }
@@ -116,10 +124,10 @@ fn latent<'r, B: Backend>(
     for index in 0..chunks.len() {
         let x = run.input(chunks, index)?;
         if let Some(norm) = &q_norm {
-            queries.push(backend.input(norm.apply(backend, &project(backend, &x, to_q)?)?)?);
+            queries.push(backend.input(norm.apply(backend, &product(backend, &x, to_q)?)?)?);
         }
-        latents.push(backend.input(kv_norm.apply(backend, &project(backend, &x, to_latent)?)?)?);
-        rotated.push(project(backend, &x, to_rotated)?);
+        latents.push(backend.input(kv_norm.apply(backend, &product(backend, &x, to_latent)?)?)?);
+        rotated.push(product(backend, &x, to_rotated)?);
     }
     let q_b = match q.get(1) {
         Some(q_b) => Some(supply.linears(&[q_b], &|see| queries.iter().try_for_each(&mut *see))?),
@@ -128,11 +136,11 @@ fn latent<'r, B: Backend>(
     let kv_b = supply.linears(&[kv_b], &|see| latents.iter().try_for_each(&mut *see))?;
     Ok(Box::new(move |chunks, index| {
         let q = match &q_b {
-            Some(q_b) => project(backend, &queries[index], &q_b[0])?,
-            None => project(backend, &run.input(chunks, index)?, &first[0])?,
+            Some(q_b) => product(backend, &queries[index], &q_b[0])?,
+            None => product(backend, &run.input(chunks, index)?, &first[0])?,
         };
-        let own = project(backend, &latents[index], &kv_b[0])?;
-        let v = project(backend, &latents[index], &kv_b[1])?;
+        let own = product(backend, &latents[index], &kv_b[0])?;
+        let v = product(backend, &latents[index], &kv_b[1])?;
         // The shared part is rotated once a head: the layout says where in a head it lies.
         Ok([q, backend.join_heads(&own, &rotated[index], heads)?, v])
     }))

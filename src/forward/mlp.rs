@@ -47,6 +47,14 @@ pub(super) fn activate<B: Backend>(
     inputs: &[Weight<B::Weight>],
     x: &B::Input,
 ) -> Result<B::Input> {
+    // Types of gate and up differ only where somebody asked for that: what both read is then rounded for one after the other.
+    let mut kinds: Vec<_> = inputs.iter().filter_map(|weight| weight.rounding).collect();
+    kinds.dedup();
+    let mut kept = None;
+    for kind in kinds {
+        kept = Some(backend.round_activations(kept.as_ref().unwrap_or(x), kind)?);
+    }
+    let x = kept.as_ref().unwrap_or(x);
     Ok(match inputs {
         [gate, up] => backend.gated(x, [&gate.matrix, &up.matrix], [gate.bias(), up.bias()], mlp.activation)?,
         [up, ..] => backend.activated(x, &up.matrix, up.bias(), mlp.activation)?,

@@ -8,13 +8,44 @@ mod attention;
 mod mlp;
 mod moe;
 
-use kernels::{Backend, NormKind};
+use formats::{Dtype, GgmlType};
+use kernels::{ActivationRounding, Backend, NormKind};
 use ndarray::{Array2, Axis};
+use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
 use crate::families::check_runnable;
 use crate::graph::{Block, Graph, Layer, Linear, Norm, Step, Stored};
+
+/// What linears and attention read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Activations {
+    /// What was computed.
+    Exact,
+    /// What llama.cpp keeps of it on a CPU: the input of each linear rounded as its weight's type in the file demands
+    /// ([`ActivationRounding::beside`]), keys and values as its cache holds them, in half precision.
+    Runtime,
+}
+
+impl Activations {
+    /// Every kind, with the name users type.
+    pub const ALL: &[(&str, Activations)] = &[("exact", Activations::Exact), ("runtime", Activations::Runtime)];
+
+    /// How the input of a linear is rounded whose weight is the tensor `name`.
+    fn rounding(self, source: &Checkpoint, name: &str) -> Option<ActivationRounding> {
+        if self == Activations::Exact {
+            return None;
+        }
+        match source.entry(name)?.dtype {
+            StoredType::Ggml(ty) => ActivationRounding::beside(ty),
+            StoredType::Plain(Dtype::F16) => GgmlType::from_name("F16").and_then(ActivationRounding::beside),
+            StoredType::Plain(Dtype::BF16) => GgmlType::from_name("BF16").and_then(ActivationRounding::beside),
+            _ => None,
+        }
+    }
+}
 
 /// The residual stream of some sequences.
 pub struct Chunk<M> {
@@ -30,12 +61,25 @@ pub struct Weight<M> {
     pub matrix: M,
     /// `[out]`.
     pub bias: Option<Vec<f32>>,
+    /// How its input is rounded first.
+    pub rounding: Option<ActivationRounding>,
 }
 
 impl<M> Weight<M> {
     fn bias(&self) -> Option<&[f32]> {
         self.bias.as_deref()
     }
+}
+
+/// What a linear of this rounding reads of `x`; `None` for `x` itself.
+fn rounded<B: Backend>(backend: &B, x: &B::Input, rounding: Option<ActivationRounding>) -> Result<Option<B::Input>> {
+    Ok(rounding.map(|kind| backend.round_activations(x, kind)).transpose()?)
+}
+
+/// `x wᵀ + bias`, of `x` as the weight's linear reads it.
+fn product<B: Backend>(backend: &B, x: &B::Input, weight: &Weight<B::Weight>) -> Result<B::Matrix> {
+    let rounded = rounded(backend, x, weight.rounding)?;
+    Ok(backend.linear(rounded.as_ref().unwrap_or(x), &weight.matrix, weight.bias())?)
 }
 
 /// Hands the inputs of a group of linears over, chunk by chunk, to whoever wants to see them.
@@ -70,6 +114,10 @@ pub trait Supply<B: Backend> {
     }
     /// The weight of a linear that is never quantized.
     fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>>;
+    /// What linears and attention read.
+    fn activations(&self) -> Activations {
+        Activations::Exact
+    }
     /// Whether the output of this step is still needed; the last step of a calibration is not.
     fn needs_output(&self, last_step: bool) -> bool {
         let _ = last_step;
@@ -193,9 +241,11 @@ impl<B: Backend> Run<'_, B> {
     /// Ends the step for one chunk.
     fn add(&self, x: &B::Input, weight: &Weight<B::Weight>, hidden: &mut B::Matrix) -> Result<()> {
         if self.post.is_none() && self.step.scale == 1.0 {
+            let rounded = rounded(self.backend, x, weight.rounding)?;
+            let x = rounded.as_ref().unwrap_or(x);
             return Ok(self.backend.add_linear(x, &weight.matrix, weight.bias(), hidden)?);
         }
-        self.add_output(self.backend.linear(x, &weight.matrix, weight.bias())?, hidden)
+        self.add_output(product(self.backend, x, weight)?, hidden)
     }
 
     /// Ends the step for one chunk, of which the layer's output is given.
@@ -242,12 +292,14 @@ impl<'n> LoadedNorm<'n> {
 /// Brings a weight into the form that products read, one for each part of its linear.
 pub fn ready<B: Backend>(backend: &B, linear: &Linear, weight: Weight<B::Matrix>) -> Result<Vec<Weight<B::Weight>>> {
     if linear.split.rows(0).is_none() {
-        return Ok(vec![Weight { matrix: backend.weight(weight.matrix)?, bias: weight.bias }]);
+        let Weight { matrix, bias, rounding } = weight;
+        return Ok(vec![Weight { matrix: backend.weight(matrix)?, bias, rounding }]);
     }
     let part = |part: usize| {
         let rows = linear.split.rows(part).expect("a part");
         let bias = weight.bias.as_ref().map(|bias| rows.iter().map(|row| bias[*row]).collect());
-        Ok(Weight { matrix: backend.weight(backend.select_rows(&weight.matrix, &rows)?)?, bias })
+        let matrix = backend.weight(backend.select_rows(&weight.matrix, &rows)?)?;
+        Ok(Weight { matrix, bias, rounding: weight.rounding })
     };
     (0..linear.split.parts()).map(part).collect()
 }
@@ -258,17 +310,25 @@ pub struct Plain<'a, B> {
     pub backend: &'a B,
     /// Where from.
     pub source: &'a Checkpoint,
+    /// What is multiplied with them.
+    pub activations: Activations,
 }
 
-impl<B: Backend> Plain<'_, B> {
+impl<'a, B: Backend> Plain<'a, B> {
+    /// Weights that are multiplied with what was computed.
+    pub fn exact(backend: &'a B, source: &'a Checkpoint) -> Plain<'a, B> {
+        Plain { backend, source, activations: Activations::Exact }
+    }
+
     /// One linear, with its bias, all parts together.
     pub fn load(&self, linear: &Linear) -> Result<Weight<B::Matrix>> {
         let bias = load_bias(self.source, linear)?;
+        let rounding = self.activations.rounding(self.source, &linear.weight());
         let matrix = match self.stored(linear)? {
             Some(matrix) => matrix,
             None => self.backend.upload(load_matrix(self.source, linear)?)?,
         };
-        Ok(Weight { matrix, bias })
+        Ok(Weight { matrix, bias, rounding })
     }
 
     /// A weight that lies in the file as it is, if the device widens such; one that is not finite is left to the other way, which
@@ -339,6 +399,10 @@ impl<B: Backend> Supply<B> for Plain<'_, B> {
     fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
         Ok(ready(self.backend, linear, self.load(linear)?)?.remove(0))
     }
+
+    fn activations(&self) -> Activations {
+        self.activations
+    }
 }
 
 /// The last hidden states of sequences, normed, in chunks of whole sequences; `step` is told of every block done.
@@ -347,10 +411,11 @@ pub fn final_hidden<B: Backend>(
     graph: &Graph,
     source: &Checkpoint,
     sequences: &[Vec<u32>],
+    activations: Activations,
     step: &dyn Fn(),
 ) -> Result<Vec<B::Matrix>> {
     let mut chunks = embed(backend, graph, source, sequences)?;
-    let mut plain = Plain { backend, source };
+    let mut plain = Plain { backend, source, activations };
     for (index, block) in graph.blocks.iter().enumerate() {
         announce(source, graph.blocks.get(index + 1));
         run_block(backend, block, &mut plain, &mut chunks)?;
@@ -369,21 +434,22 @@ pub struct LoadedHead<B: Backend> {
 
 impl<B: Backend> LoadedHead<B> {
     /// Loads it.
-    pub fn of(backend: &B, graph: &Graph, source: &Checkpoint) -> Result<LoadedHead<B>> {
+    pub fn of(backend: &B, graph: &Graph, source: &Checkpoint, activations: Activations) -> Result<LoadedHead<B>> {
         let head = &graph.head;
         let name = if head.tied { graph.embedding.tensor.clone() } else { head.linear.weight() };
         let values = source.load(&name)?;
         source.release(&name);
         let matrix = Array2::from_shape_vec((graph.vocabulary, graph.hidden), values).expect("checked");
         let bias = head.linear.bias().map(|bias| source.load(&bias)).transpose()?;
-        let weight = Weight { matrix: backend.weight(backend.upload(matrix)?)?, bias };
+        let rounding = activations.rounding(source, &name);
+        let weight = Weight { matrix: backend.weight(backend.upload(matrix)?)?, bias, rounding };
         Ok(LoadedHead { weight, scale: head.scale, softcap: head.softcap })
     }
 
     /// Logits `[tokens, vocabulary]` of normed hidden states.
     pub fn logits(&self, backend: &B, hidden: B::Matrix) -> Result<B::Matrix> {
         let tokens = backend.shape(&hidden)[0];
-        let mut logits = backend.linear(&backend.input(hidden)?, &self.weight.matrix, self.weight.bias())?;
+        let mut logits = product(backend, &backend.input(hidden)?, &self.weight)?;
         if self.scale != 1.0 {
             backend.scale(&mut logits, &vec![self.scale; tokens], &[])?;
         }

@@ -3,7 +3,7 @@
 use kernels::Backend;
 use ndarray::ArrayView1;
 
-use super::{Chunk, Others, Run, Supply, mlp};
+use super::{Chunk, Others, Run, Supply, mlp, product};
 use crate::error::Result;
 use crate::graph::{Groups, Moe, Router, Scoring};
 
@@ -76,7 +76,7 @@ pub(super) fn run<B: Backend>(
             continue;
         }
         for (x, index) in inner.iter().zip(some()) {
-            let y = backend.linear(x, &down[0].matrix, down[0].bias())?;
+            let y = product(backend, x, &down[0])?;
             let Routed { rows, weights } = &routed[index];
             let ones = vec![1.0; rows.len()];
             let weights = if moe.weigh_input { &ones } else { weights };
@@ -88,9 +88,9 @@ pub(super) fn run<B: Backend>(
         let gate = gate.as_ref().map(|gate| supply.router(gate)).transpose()?;
         for index in all.clone().filter(|_| needed) {
             let x = loaded.inner(run, shared, chunks, index)?;
-            let mut y = backend.linear(&x, &loaded.down.matrix, loaded.down.bias())?;
+            let mut y = product(backend, &x, &loaded.down)?;
             if let Some(gate) = &gate {
-                let logits = backend.linear(&run.input(chunks, index)?, &gate.matrix, gate.bias())?;
+                let logits = product(backend, &run.input(chunks, index)?, gate)?;
                 let share: Vec<f32> = backend.download(&logits)?.iter().map(|x| sigmoid(*x)).collect();
                 backend.scale(&mut y, &share, &[])?;
             }
@@ -115,7 +115,7 @@ fn route<B: Backend>(
     let correction = moe.router.correction.as_ref().map(|(name, _)| supply.vector(name)).transpose()?;
     let mut routes = vec![vec![Routed::default(); chunks.len()]; moe.experts.len()];
     for index in 0..chunks.len() {
-        let logits = backend.linear(&run.input(chunks, index)?, &weight.matrix, weight.bias())?;
+        let logits = product(backend, &run.input(chunks, index)?, &weight)?;
         for (row, logits) in backend.download(&logits)?.rows().into_iter().enumerate() {
             for (expert, weight) in choose(&moe.router, logits, correction.as_deref()) {
                 routes[expert][index].rows.push(row);

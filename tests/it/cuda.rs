@@ -74,6 +74,9 @@ impl Imitated<'_> {
 const ALL: &str = "all";
 const QUICK: [&str; 8] = ["--samples", "2", "--seq-len", "32", "--group-size", "64", "--verify-text", "none"];
 
+/// Libraries that are there, what is imitated, the device that is asked for; the exit code, and parts of what is said.
+type Case = (&'static str, &'static [(&'static str, &'static str)], &'static str, i32, &'static [&'static str]);
+
 #[test]
 fn what_is_wrong_with_a_gpu_is_one_sentence() {
     let Some(folder) = imitation() else { return };
@@ -83,7 +86,7 @@ fn what_is_wrong_with_a_gpu_is_one_sentence() {
     let quantize = |device: &'static str| {
         [&["quantize", "model", "-o", "out", "--device", device, "--quiet"], &QUICK[..]].concat()
     };
-    let cases: &[(&str, &[(&str, &str)], &str, i32, &[&str])] = &[
+    let cases: &[Case] = &[
         ("none", &[], "cuda", 1, &["no NVIDIA driver", "--device cpu"]),
         (ALL, &[("FAKE_CUDA_VERSION", "11040")], "cuda", 1, &["driver is for CUDA 11.4", "12.0 is needed"]),
         (ALL, &[("FAKE_CUDA_DEVICES", "0")], "cuda", 1, &["sees no GPU"]),

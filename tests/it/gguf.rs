@@ -5,12 +5,15 @@ use std::path::{Path, PathBuf};
 use formats::{GgmlType, GgufFile, Imatrix};
 use kernels::Cpu;
 use quantc::Checkpoint;
+use quantc::forward::Activations;
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
 use quantc::report::Report;
-use quantc::verify::Limits;
+use quantc::text::{ModelText, load_text};
+use quantc::verify::{Limits, Protocol, evaluate};
 
+use crate::harness::Room;
 use crate::pipeline::model;
 
 fn run(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
@@ -176,4 +179,76 @@ fn a_file_in_parts_is_the_same_model() {
         assert_eq!(parts.load(&entry.name).unwrap(), whole.load(&entry.name).unwrap());
     }
     assert!(room.path().join("s.gguf.report.json").exists());
+}
+
+/// What llama-perplexity prints for files of the built-in model that were written without calibration, on the first eight
+/// windows of the held-out text: `-c 512 --chunks 8`, llama.cpp of llama-cpp-python 0.3.36, on a CPU with AVX-512.
+const LLAMA_PERPLEXITY: &[(&str, f64)] = &[
+    ("F16", 74.1202),
+    ("Q4_0", 75.1957),
+    ("Q5_1", 74.8240),
+    ("Q6_K", 74.3706),
+    ("Q2_K", 78.9534),
+    ("IQ4_NL", 74.4171),
+];
+
+#[test]
+fn perplexity_is_what_llama_perplexity_prints() {
+    let room = tempfile::tempdir().unwrap();
+    let model = model(room.path());
+    for (mix, printed) in LLAMA_PERPLEXITY {
+        let path = room.path().join(format!("{mix}.gguf"));
+        let recipe = format!("scheme = '{mix}'\nmethod = 'rtn'");
+        let request: Request = toml::from_str(&recipe).unwrap();
+        let request = request.or(toml::from_str("format = 'gguf'").unwrap());
+        let recipe = Recipe::resolve(request).unwrap();
+        let job = Job { model: &model, output: &path, recipe, verification: None, force: false, report: None };
+        job.run(&Cpu::default(), &mut Progress::new(true)).unwrap();
+        let file = Checkpoint::open(&path).unwrap();
+        let text = load_text(concat!(env!("CARGO_MANIFEST_DIR"), "/src/demo/evaluation.txt")).unwrap();
+        let tokenizer = ModelText::open(&file).unwrap();
+        let ids = tokenizer.evaluation_ids(&text).unwrap();
+        let windows = calibration::samples::windows(&ids, 512, Some(8), tokenizer.tokenizer.added_bos()).unwrap();
+        let measure = |activations| {
+            let mut progress = Progress::new(true);
+            let found =
+                evaluate(&Cpu::default(), &file, None, &windows, Protocol::LlamaCpp, activations, &mut progress)
+                    .unwrap();
+            assert_eq!(found.activations, activations);
+            (found.perplexity / printed - 1.0).abs()
+        };
+        let [runtime, exact] = [Activations::Runtime, Activations::Exact].map(measure);
+        // Which way a rounding falls depends on the order of sums, in llama.cpp too: with --no-repack its IQ4_NL is 74.3903.
+        assert!(runtime < 8e-4, "{mix}: {runtime}");
+        assert!(*mix == "F16" || exact > 1e-3, "{mix}: {runtime} as the runtime rounds, {exact} exactly");
+    }
+}
+
+#[test]
+fn eval_says_what_it_rounded() {
+    let room = Room::new();
+    room.model();
+    room.run(["quantize", "model", "-o", "m.gguf", "--scheme", "Q4_0", "--method", "rtn", "--verify-text", "none"])
+        .succeeds();
+    let eval = |flags: &[&str]| {
+        let fixed = ["eval", "m.gguf", "--context", "128", "--windows", "1", "--json"];
+        let run = room.run(fixed.iter().chain(flags));
+        run.succeeds();
+        let found: serde_json::Value = serde_json::from_str(&run.stdout()).unwrap();
+        (found["activations"].as_str().unwrap().to_owned(), found["perplexity"].as_f64().unwrap())
+    };
+    let (said, exact) = eval(&["--protocol", "llama.cpp", "--activations", "exact"]);
+    assert_eq!(said, "exact");
+    let (said, rounded) = eval(&["--protocol", "llama.cpp"]);
+    assert_eq!(said, "runtime");
+    assert!(exact != rounded && (exact / rounded - 1.0).abs() < 0.02, "{exact} and {rounded}");
+    // Comparisons are of the files, unless asked otherwise.
+    let (said, beside) = eval(&["--protocol", "llama.cpp", "--reference", "model"]);
+    assert_eq!((said.as_str(), beside), ("exact", exact));
+    let (said, beside) = eval(&["--protocol", "llama.cpp", "--reference", "model", "--activations", "runtime"]);
+    assert_eq!((said.as_str(), beside), ("runtime", rounded));
+    assert_eq!(eval(&[]).0, "exact");
+    room.run(["eval", "model", "--windows", "1", "--activations", "runtime"])
+        .refuses(2, &["--activations", ".gguf", "model"]);
+    room.run(["eval", "m.gguf", "--activations", "x"]).refuses(2, &["exact, runtime"]);
 }

@@ -35,8 +35,8 @@ pub fn logits(folder: &Path, sequences: &[Vec<u32>]) -> quantc::Result<Vec<f32>>
             quantc::plan::left_out(&graph, &source, &entry.name)?;
         }
     }
-    let hidden = forward::final_hidden(&cpu, &graph, &source, sequences, &|| ())?;
-    let head = forward::LoadedHead::of(&cpu, &graph, &source)?;
+    let hidden = forward::final_hidden(&cpu, &graph, &source, sequences, forward::Activations::Exact, &|| ())?;
+    let head = forward::LoadedHead::of(&cpu, &graph, &source, forward::Activations::Exact)?;
     let mut found = Vec::new();
     for chunk in hidden {
         found.extend(head.logits(&cpu, chunk)?);

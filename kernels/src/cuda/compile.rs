@@ -16,6 +16,7 @@ pub static MODULES: &[&Module] = &[
     &super::forward::POINTWISE,
     &super::forward::NORM,
     &super::forward::ROPE,
+    &super::forward::ROUNDING,
     &super::attention::ATTENTION,
     &super::losses::LOSS,
     &super::factor::GRAM,

@@ -3,12 +3,14 @@
 use ndarray::Array2;
 
 use super::{Arg, Cuda, Matrix, Module, Operand, Operands, Product, Rounded, at, expect, expect_multiple};
-use crate::backend::{Activation, NormKind, RopeLayout};
+use crate::backend::{Activation, ActivationRounding, NormKind, RopeLayout};
 use crate::ops::add::sources;
 use crate::{Error, Result};
 
 pub(super) static POINTWISE: Module = Module { name: "pointwise", source: include_str!("../ops/pointwise.cu") };
 pub(super) static NORM: Module = Module { name: "norm", source: include_str!("../ops/norm.cu") };
+pub(super) static ROUNDING: Module =
+    Module { name: "round_activations", source: include_str!("../ops/round_activations.cu") };
 pub(super) static ROPE: Module = Module { name: "rope", source: include_str!("../ops/rope.cu") };
 
 /// Threads that norm one slice.
@@ -52,6 +54,35 @@ impl Cuda {
         let args = [out.buffer.pin()?.arg(), x.buffer.pin()?.arg(), (count as i64).into()];
         self.each(&POINTWISE, "narrow", count, &args)?;
         Ok(Operands::Rounded(out))
+    }
+
+    pub(super) fn rounded_activations(&self, x: &Operands, kind: ActivationRounding) -> Result<Operands> {
+        let ([rows, cols], length) = (x.shape(), kind.block_len());
+        if !cols.is_multiple_of(length) {
+            let (expected, found) = (format!("blocks of {length} features"), cols.to_string());
+            return Err(Error::Shape { op: "round_activations", expected, found });
+        }
+        let (out, count) = (self.matrix(rows, cols)?, rows * cols);
+        {
+            let (to, from) = (out.buffer.pin()?, x.pin()?);
+            let stored = if x.real() == super::Real::Bf16 { 1 } else { 2 };
+            self.each(&POINTWISE, "widen", count, &[to.arg(), from.arg(), stored.into(), (count as i64).into()])?;
+            match kind {
+                ActivationRounding::F16 | ActivationRounding::Bf16 => {
+                    let brain = kind == ActivationRounding::Bf16;
+                    self.each(&ROUNDING, "round_to_halves", count, &[to.arg(), brain.into(), (count as i64).into()])?;
+                }
+                ActivationRounding::Q8_0 | ActivationRounding::Q8K => {
+                    let (blocks, half) = (count / length, kind == ActivationRounding::Q8_0);
+                    let args = [to.arg(), (blocks as i64).into(), (length as i32).into(), half.into()];
+                    self.each(&ROUNDING, "round_to_bytes", blocks * 32, &args)?;
+                }
+            }
+        }
+        match x {
+            Operands::Whole(_) => Ok(Operands::Whole(out)),
+            Operands::Rounded(_) => self.narrowed(&out),
+        }
     }
 
     /// `y ← x wᵀ + bias + keep · y`.

@@ -33,8 +33,8 @@ use self::memory::{Memory, Pinned};
 pub use self::pack::PackLayout;
 pub use self::simulated::Simulated;
 use crate::backend::{
-    Activation, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind, RopeLayout, Swept,
-    TokenComparison, TokenLoss,
+    Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
+    RopeLayout, Swept, TokenComparison, TokenLoss,
 };
 use crate::{Error, Result};
 
@@ -381,6 +381,10 @@ impl Backend for Cuda {
 
     fn input_shape(&self, x: &Operands) -> [usize; 2] {
         x.shape()
+    }
+
+    fn round_activations(&self, x: &Operands, kind: ActivationRounding) -> Result<Operands> {
+        self.rounded_activations(x, kind)
     }
 
     fn weight(&self, matrix: Matrix) -> Result<Operands> {

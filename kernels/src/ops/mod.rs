@@ -18,6 +18,7 @@ mod plain;
 pub mod refine;
 pub mod rope;
 pub mod round;
+pub mod round_activations;
 pub mod scaled;
 pub mod softcap;
 pub mod sweep;

@@ -179,3 +179,35 @@ fn what_does_not_fit_is_put_aside_and_comes_back() {
     let too_large = cuda.zeros(1000, 1000).unwrap_err().to_string();
     assert!(too_large.contains("--gpu-memory"), "{too_large}");
 }
+
+#[test]
+fn activations_are_rounded_as_on_the_cpu() {
+    use crate::backend::ActivationRounding::{Bf16, F16, Q8_0, Q8K};
+    let mut noise = Noise(6);
+    let mut x = noise.matrix(3, 512);
+    x.row_mut(1).fill(0.0);
+    x[[2, 5]] = 1e-30;
+    for kind in [F16, Bf16, Q8_0, Q8K] {
+        for rounds in [false, true] {
+            let found = on_all(|cuda| {
+                let cuda = if rounds { cuda.relaxed() } else { cuda.clone() };
+                let x = cuda.input(cuda.upload(x.clone()).unwrap()).unwrap();
+                let rounded = cuda.round_activations(&x, kind).unwrap();
+                let one = cuda.weight(cuda.upload(Array2::eye(512)).unwrap()).unwrap();
+                cuda.download(&cuda.linear(&rounded, &one, None).unwrap()).unwrap()
+            });
+            let Some(found) = found else { return };
+            let narrow = |m: &Array2<f32>| match rounds {
+                true => m.mapv(|x| half::bf16::from_f32(x).to_f32()),
+                false => m.clone(),
+            };
+            let mut expected = narrow(&x);
+            crate::ops::round_activations::run(&mut expected, kind);
+            assert_eq!(found, narrow(&expected), "{kind:?}");
+        }
+    }
+    on_all(|cuda| {
+        let x = cuda.input(cuda.zeros(2, 48).unwrap()).unwrap();
+        assert!(cuda.round_activations(&x, Q8_0).is_err() && cuda.round_activations(&x, F16).is_ok());
+    });
+}

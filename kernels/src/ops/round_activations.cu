@@ -1,0 +1,27 @@
+// What is left of an activation once a runtime has rounded it: a warp for each block of 32 or 256 values.
+
+KERNEL(round_to_bytes)(float *x, i64 blocks, int length, int half) {
+    int lane = threadIdx.x % WARP;
+    i64 warps = global_stride() / WARP;
+    for (i64 block = global_index() / WARP; block < blocks; block += warps) {
+        float *values = x + block * length;
+        float largest = 0.0f;
+        for (int i = lane; i < length; i += WARP) {
+            float size = fabsf(values[i]);
+            largest = size > largest ? size : largest;
+        }
+        largest = warp_max(largest);
+        float inverse = 127.0f / largest;
+        float d = half ? from_f16(to_f16(largest / 127.0f)) : 1.0f / inverse;
+        // Of zeros, or of numbers so small that nothing is left of them.
+        if (!(fabsf(inverse) < INFINITE)) d = inverse = 0.0f;
+        for (int i = lane; i < length; i += WARP) values[i] = d * rintf(values[i] * inverse);
+    }
+}
+EXPORT(round_to_bytes)
+
+KERNEL(round_to_halves)(float *x, int brain, i64 count) {
+    for (i64 i = global_index(); i < count; i += global_stride())
+        x[i] = brain ? from_bf16(to_bf16(x[i])) : from_f16(to_f16(x[i]));
+}
+EXPORT(round_to_halves)
