@@ -19,10 +19,12 @@ KERNEL(norm_slices)(
         square += value * value;
     }
     float scale = 1.0f / sqrtf(block_sum(square, scratch) / width + eps);
-    i64 first = slice * width;
+    // A slice lies within one repetition.
+    const float *weights_here = weight + slice * width % weights;
+    const float *biases_here = bias ? bias + slice * width % biases : 0;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float value = (from[i] - mean) * scale * weight[(first + i) % weights];
-        to[i] = bias ? value + bias[(first + i) % biases] : value;
+        float value = (from[i] - mean) * scale * weights_here[i];
+        to[i] = bias ? value + biases_here[i] : value;
     }
 }
 EXPORT(norm_slices)
