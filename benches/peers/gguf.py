@@ -44,9 +44,10 @@ BUILD = ["cmake==4.4.0", "ninja==1.13.2"]
 TOOLS = ["llama-quantize", "llama-imatrix", "llama-perplexity"]
 QUALITY = ["Q4_0", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q3_K_M", "IQ4_XS"]
 SPEED = ["Q4_0", "Q8_0", "Q4_K_M"]
+# Without the ternary ones, which leave nothing of most models to be measured.
 PARITY = [
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
-    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "TQ2_0", "TQ1_0", "MXFP4_MOE",
+    "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K", "MXFP4_MOE",
 ]  # fmt: skip
 NEAR = 0.005
 EVERYTHING = 1_000_000  # samples: as many windows as the text has
