@@ -95,8 +95,15 @@ fn preload(name: &str) {
     let newest = NEWEST.load(Ordering::Relaxed);
     for version in [13, 12].into_iter().filter(|version| *version <= newest) {
         let file = format!("lib{name}.so.{version}");
-        if folders().iter().map(|folder| folder.join(&file)).any(|path| path.exists() && load(&path)) {
-            return;
+        for path in folders().iter().map(|folder| folder.join(&file)).filter(|path| path.exists()) {
+            // NVRTC looks for its own part by name alone, and not in every version beside itself.
+            let parts = children(path.parent().expect("in a folder"), &format!("lib{name}-builtins.so."));
+            parts.iter().for_each(|part| {
+                load(part);
+            });
+            if load(&path) {
+                return;
+            }
         }
     }
 }
