@@ -8,6 +8,7 @@ use crate::backend::{
     Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
     RopeLayout, Swept, TokenComparison, TokenLoss,
 };
+use crate::checks::{expect, expect_limit, expect_multiple};
 use crate::ops::{
     activation, add, attention, bf16, blocks, factor, fit, gram, heads, linear, loss, norm, refine, rope, round,
     round_activations, scaled, softcap, sweep,
@@ -32,13 +33,6 @@ impl Cpu {
     fn rounds(&self) -> bool {
         self.relaxed && bf16::available()
     }
-}
-
-fn expect(op: &'static str, what: &str, expected: usize, found: usize) -> Result<()> {
-    if expected == found {
-        return Ok(());
-    }
-    Err(Error::Shape { op, expected: format!("{expected} {what}"), found: found.to_string() })
 }
 
 /// An activation: as it is, or rounded to bfloat16.
@@ -85,22 +79,6 @@ impl Weight {
             Weight::Rounded(w) => w.shape(),
         }
     }
-}
-
-/// `parts` parts of one size, or parts of that size.
-fn expect_heads(op: &'static str, parts: usize, whole: usize) -> Result<()> {
-    if parts > 0 && whole.is_multiple_of(parts) {
-        return Ok(());
-    }
-    Err(Error::Shape { op, expected: format!("a multiple of {parts}"), found: whole.to_string() })
-}
-
-/// What values are limited to; `f32::clamp` would panic at others.
-fn expect_limit(op: &'static str, limit: f32) -> Result<()> {
-    if limit >= 0.0 {
-        return Ok(());
-    }
-    Err(Error::Shape { op, expected: "a limit of at least 0".to_owned(), found: limit.to_string() })
 }
 
 fn check_product(op: &'static str, x: &Input, weight: &Weight, bias: Option<&[f32]>) -> Result<()> {
@@ -308,7 +286,7 @@ impl Backend for Cpu {
         bias: Option<&[f32]>,
         eps: f32,
     ) -> Result<()> {
-        expect_heads("norm_heads", head_dim, x.ncols())?;
+        expect_multiple("norm_heads", head_dim, x.ncols())?;
         for values in [Some(weight), bias].into_iter().flatten().filter(|values| values.len() != head_dim) {
             expect("norm_heads", "weights", x.ncols(), values.len())?;
         }
@@ -325,7 +303,7 @@ impl Backend for Cpu {
         lengths: &[usize],
     ) -> Result<()> {
         expect("rope", "tokens", x.nrows(), lengths.iter().sum())?;
-        expect_heads("rope", layout.head_dim, x.ncols())?;
+        expect_multiple("rope", layout.head_dim, x.ncols())?;
         expect("rope", "sines", cos.len(), sin.len())?;
         let longest = lengths.iter().copied().max().unwrap_or(0);
         if longest > cos.nrows() || layout.first + 2 * cos.ncols() > layout.head_dim {
@@ -348,7 +326,7 @@ impl Backend for Cpu {
         shape: &AttentionShape,
         lengths: &[usize],
     ) -> Result<Input> {
-        expect_heads("attention", shape.kv_heads, shape.heads)?;
+        expect_multiple("attention", shape.kv_heads, shape.heads)?;
         if shape.window == Some(0) || shape.chunk == Some(0) {
             let expected = "a window and a chunk of some positions".to_owned();
             return Err(Error::Shape { op: "attention", expected, found: "0".to_owned() });
@@ -367,7 +345,7 @@ impl Backend for Cpu {
     }
 
     fn join_heads(&self, own: &Array2<f32>, shared: &Array2<f32>, heads: usize) -> Result<Array2<f32>> {
-        expect_heads("join_heads", heads, own.ncols())?;
+        expect_multiple("join_heads", heads, own.ncols())?;
         expect("join_heads", "tokens", own.nrows(), shared.nrows())?;
         Ok(heads::run(own.view(), shared.view(), heads))
     }

@@ -4,6 +4,7 @@
 //! [`Backend`] is what the rest of the program sees. No file, no model name and no policy belongs here.
 
 pub mod backend;
+mod checks;
 pub mod cpu;
 pub mod cuda;
 mod error;

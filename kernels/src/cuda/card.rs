@@ -544,16 +544,7 @@ impl Device for Card {
     fn launch(&self, module: &'static Module, kernel: &'static str, shape: Shape, args: &[Arg]) -> Result<()> {
         self.enter()?;
         let function = self.function(module, kernel, shape.shared)?;
-        let mut values: Vec<u64> = args
-            .iter()
-            .map(|arg| match *arg {
-                Arg::At(at) => at,
-                Arg::Int(x) => u64::from(x.cast_unsigned()),
-                Arg::Long(x) => x.cast_unsigned(),
-                Arg::Float(x) => u64::from(x.to_bits()),
-                Arg::Double(x) => x.to_bits(),
-            })
-            .collect();
+        let mut values: Vec<u64> = args.iter().map(|arg| arg.word()).collect();
         let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|v| std::ptr::from_mut(v).cast()).collect();
         let [x, y, z] = shape.grid;
         self.timed(

@@ -32,6 +32,19 @@ pub enum Arg {
     Double(f64),
 }
 
+impl Arg {
+    /// Its bits, as launches take them: eight bytes, of which the kernel reads the first.
+    pub fn word(self) -> u64 {
+        match self {
+            Arg::At(at) => at,
+            Arg::Int(x) => u64::from(x.cast_unsigned()),
+            Arg::Long(x) => x.cast_unsigned(),
+            Arg::Float(x) => u64::from(x.to_bits()),
+            Arg::Double(x) => x.to_bits(),
+        }
+    }
+}
+
 impl From<i32> for Arg {
     fn from(x: i32) -> Arg {
         Arg::Int(x)

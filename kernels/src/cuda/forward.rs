@@ -4,6 +4,7 @@ use ndarray::Array2;
 
 use super::{Arg, Cuda, Matrix, Module, Operand, Operands, Product, Rounded, at, expect, expect_multiple};
 use crate::backend::{Activation, ActivationRounding, NormKind, RopeLayout};
+use crate::checks::expect_limit;
 use crate::ops::add::sources;
 use crate::{Error, Result};
 
@@ -27,14 +28,6 @@ fn code(activation: Activation) -> (i32, f32, f32) {
         Activation::Relu2 => (4, 0.0, 0.0),
         Activation::SwigluOai { alpha, limit } => (5, alpha, limit),
     }
-}
-
-/// What values are limited to.
-fn expect_limit(op: &'static str, limit: f32) -> Result<()> {
-    if limit >= 0.0 {
-        return Ok(());
-    }
-    Err(Error::Shape { op, expected: "a limit of at least 0".to_owned(), found: limit.to_string() })
 }
 
 fn check_product(op: &'static str, x: &Operands, weight: &Operands, bias: Option<&[f32]>) -> Result<()> {

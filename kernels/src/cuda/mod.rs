@@ -36,6 +36,7 @@ use crate::backend::{
     Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
     RopeLayout, Swept, TokenComparison, TokenLoss,
 };
+use crate::checks::{expect, expect_multiple};
 use crate::{Error, Result};
 
 /// What all kernels share, before each module's own source.
@@ -127,20 +128,6 @@ fn bytes_of<T: Plain>(values: &[T]) -> &[u8] {
 fn bytes_of_mut<T: Plain>(values: &mut [T]) -> &mut [u8] {
     // SAFETY: plain numbers, of which every pattern is one.
     unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), std::mem::size_of_val(values)) }
-}
-
-fn expect(op: &'static str, what: &str, expected: usize, found: usize) -> Result<()> {
-    if expected == found {
-        return Ok(());
-    }
-    Err(Error::Shape { op, expected: format!("{expected} {what}"), found: found.to_string() })
-}
-
-fn expect_multiple(op: &'static str, parts: usize, whole: usize) -> Result<()> {
-    if parts > 0 && whole.is_multiple_of(parts) {
-        return Ok(());
-    }
-    Err(Error::Shape { op, expected: format!("a multiple of {parts}"), found: whole.to_string() })
 }
 
 impl Cuda {

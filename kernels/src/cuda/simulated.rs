@@ -207,16 +207,7 @@ impl Device for Simulated {
             // SAFETY: `EXPORT` gives its function this type.
             *unsafe { library.get(format!("quantc_launch_{kernel}\0").as_bytes()) }.map_err(failed)?
         };
-        let mut values: Vec<u64> = args
-            .iter()
-            .map(|arg| match *arg {
-                Arg::At(at) => at,
-                Arg::Int(x) => u64::from(x.cast_unsigned()),
-                Arg::Long(x) => x.cast_unsigned(),
-                Arg::Float(x) => u64::from(x.to_bits()),
-                Arg::Double(x) => x.to_bits(),
-            })
-            .collect();
+        let mut values: Vec<u64> = args.iter().map(|arg| arg.word()).collect();
         let mut pointers: Vec<*mut c_void> = values.iter_mut().map(|v| std::ptr::from_mut(v).cast()).collect();
         // SAFETY: the caller's arguments fit the kernel, by the trait's contract.
         let code = unsafe {
