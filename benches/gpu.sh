@@ -12,10 +12,14 @@ if [ "${1:-}" = pack ]; then
     out="$2"
     mkdir -p "$out"
     cargo build --release
-    # The paths of what cargo built, as it names them itself.
-    find_built() { cargo "$@" --message-format=json | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1; }
-    cp "$(find_built test --release -p quantc-kernels --lib --no-run)" "$out/kernel-tests"
-    cp "$(find_built bench --bench gpu --no-run)" "$out/gpu-bench"
+    # The paths of what cargo built, as it names them itself; it may build quantc along the way.
+    find_built() {
+        local name="$1"
+        shift
+        cargo "$@" --message-format=json | sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | grep "/$name-[0-9a-f]*$" | tail -n 1
+    }
+    cp "$(find_built kernels test --release -p quantc-kernels --lib --no-run)" "$out/kernel-tests"
+    cp "$(find_built gpu bench --bench gpu --no-run)" "$out/gpu-bench"
     cp target/release/quantc "$out/quantc"
     cp "$here/gpu.sh" "$out/gpu.sh"
     strip "$out/kernel-tests" "$out/gpu-bench" "$out/quantc" 2>/dev/null || true
