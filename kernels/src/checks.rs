@@ -1,5 +1,8 @@
 //! What operations demand of what they are given, the same on every device.
 
+use ndarray::Array2;
+
+use crate::backend::{AttentionShape, RopeLayout};
 use crate::{Error, Result};
 
 /// So many of something.
@@ -24,4 +27,48 @@ pub(crate) fn expect_limit(op: &'static str, limit: f32) -> Result<()> {
         return Ok(());
     }
     Err(Error::Shape { op, expected: "a limit of at least 0".to_owned(), found: limit.to_string() })
+}
+
+/// Angles for every position of the sequences that `rows` consist of, and for heads of `cols`.
+pub(crate) fn expect_rotation(
+    [rows, cols]: [usize; 2],
+    cos: &Array2<f32>,
+    sin: &Array2<f32>,
+    layout: &RopeLayout,
+    lengths: &[usize],
+) -> Result<()> {
+    expect("rope", "tokens", rows, lengths.iter().sum())?;
+    expect_multiple("rope", layout.head_dim, cols)?;
+    expect("rope", "sines", cos.len(), sin.len())?;
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    if longest > cos.nrows() || layout.first + 2 * cos.ncols() > layout.head_dim {
+        return Err(Error::Shape {
+            op: "rope",
+            expected: format!("angles for {longest} positions and for heads of {} values", layout.head_dim),
+            found: format!("{} positions, {} values from {}", cos.nrows(), 2 * cos.ncols(), layout.first),
+        });
+    }
+    Ok(())
+}
+
+/// Queries, keys and values, each `[tokens, features]`, that fit the layer and the sequences.
+pub(crate) fn expect_attention(
+    qkv: [[usize; 2]; 3],
+    sinks: Option<&[f32]>,
+    shape: &AttentionShape,
+    lengths: &[usize],
+) -> Result<()> {
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, window, chunk, .. } = *shape;
+    expect_multiple("attention", kv_heads, heads)?;
+    if window == Some(0) || chunk == Some(0) {
+        let expected = "a window and a chunk of some positions".to_owned();
+        return Err(Error::Shape { op: "attention", expected, found: "0".to_owned() });
+    }
+    expect("attention", "query features", heads * head_dim, qkv[0][1])?;
+    expect("attention", "key features", kv_heads * head_dim, qkv[1][1])?;
+    expect("attention", "value features", kv_heads * value_dim, qkv[2][1])?;
+    for [tokens, _] in qkv {
+        expect("attention", "tokens", lengths.iter().sum(), tokens)?;
+    }
+    sinks.map_or(Ok(()), |sinks| expect("attention", "sinks", heads, sinks.len()))
 }

@@ -8,7 +8,7 @@ use crate::backend::{
     Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
     RopeLayout, Swept, TokenComparison, TokenLoss,
 };
-use crate::checks::{expect, expect_limit, expect_multiple};
+use crate::checks::{expect, expect_attention, expect_limit, expect_multiple, expect_rotation};
 use crate::ops::{
     activation, add, attention, bf16, blocks, factor, fit, gram, heads, linear, loss, norm, refine, rope, round,
     round_activations, scaled, softcap, sweep,
@@ -302,17 +302,7 @@ impl Backend for Cpu {
         layout: &RopeLayout,
         lengths: &[usize],
     ) -> Result<()> {
-        expect("rope", "tokens", x.nrows(), lengths.iter().sum())?;
-        expect_multiple("rope", layout.head_dim, x.ncols())?;
-        expect("rope", "sines", cos.len(), sin.len())?;
-        let longest = lengths.iter().copied().max().unwrap_or(0);
-        if longest > cos.nrows() || layout.first + 2 * cos.ncols() > layout.head_dim {
-            return Err(Error::Shape {
-                op: "rope",
-                expected: format!("angles for {longest} positions and for heads of {} values", layout.head_dim),
-                found: format!("{} positions, {} values from {}", cos.nrows(), 2 * cos.ncols(), layout.first),
-            });
-        }
+        expect_rotation([x.nrows(), x.ncols()], cos, sin, layout, lengths)?;
         rope::run(x, cos, sin, layout, lengths);
         Ok(())
     }
@@ -326,18 +316,7 @@ impl Backend for Cpu {
         shape: &AttentionShape,
         lengths: &[usize],
     ) -> Result<Input> {
-        expect_multiple("attention", shape.kv_heads, shape.heads)?;
-        if shape.window == Some(0) || shape.chunk == Some(0) {
-            let expected = "a window and a chunk of some positions".to_owned();
-            return Err(Error::Shape { op: "attention", expected, found: "0".to_owned() });
-        }
-        expect("attention", "query features", shape.heads * shape.head_dim, q.ncols())?;
-        expect("attention", "key features", shape.kv_heads * shape.head_dim, k.ncols())?;
-        expect("attention", "value features", shape.kv_heads * shape.value_dim, v.ncols())?;
-        for matrix in [q, k, v] {
-            expect("attention", "tokens", lengths.iter().sum(), matrix.nrows())?;
-        }
-        sinks.map_or(Ok(()), |sinks| expect("attention", "sinks", shape.heads, sinks.len()))?;
+        expect_attention([q, k, v].map(|m| [m.nrows(), m.ncols()]), sinks, shape, lengths)?;
         if self.rounds() && attention::can_round(shape) {
             return Ok(Input::Rounded(attention::rounded(q.view(), k.view(), v.view(), sinks, shape, lengths)));
         }

@@ -1,8 +1,9 @@
 //! Causal softmax attention.
 
-use super::{Arg, Cuda, Matrix, Module, Operands, Rounded, at, expect, expect_multiple};
+use super::{Arg, Cuda, Matrix, Module, Operands, Rounded, at};
+use crate::Result;
 use crate::backend::{AttentionShape, Backend};
-use crate::{Error, Result};
+use crate::checks::expect_attention;
 
 pub(super) static ATTENTION: Module = Module { name: "attention", source: include_str!("../ops/attention.cu") };
 
@@ -73,18 +74,7 @@ impl Cuda {
         lengths: &[usize],
     ) -> Result<Operands> {
         let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap } = *shape;
-        expect_multiple("attention", kv_heads, heads)?;
-        if window == Some(0) || chunk == Some(0) {
-            let expected = "a window and a chunk of some positions".to_owned();
-            return Err(Error::Shape { op: "attention", expected, found: "0".to_owned() });
-        }
-        expect("attention", "query features", heads * head_dim, q.cols)?;
-        expect("attention", "key features", kv_heads * head_dim, k.cols)?;
-        expect("attention", "value features", kv_heads * value_dim, v.cols)?;
-        for matrix in [q, k, v] {
-            expect("attention", "tokens", lengths.iter().sum(), matrix.rows)?;
-        }
-        sinks.map_or(Ok(()), |sinks| expect("attention", "sinks", heads, sinks.len()))?;
+        expect_attention([q, k, v].map(|m| [m.rows, m.cols]), sinks, shape, lengths)?;
 
         let tiles = tiles(shape, lengths);
         let work = tiles.len() * heads;

@@ -4,7 +4,7 @@ use ndarray::Array2;
 
 use super::{Arg, Cuda, Matrix, Module, Operand, Operands, Product, Rounded, at, expect, expect_multiple};
 use crate::backend::{Activation, ActivationRounding, NormKind, RopeLayout};
-use crate::checks::expect_limit;
+use crate::checks::{expect_limit, expect_rotation};
 use crate::ops::add::sources;
 use crate::{Error, Result};
 
@@ -258,17 +258,7 @@ impl Cuda {
         layout: &RopeLayout,
         lengths: &[usize],
     ) -> Result<()> {
-        expect("rope", "tokens", x.rows, lengths.iter().sum())?;
-        expect_multiple("rope", layout.head_dim, x.cols)?;
-        expect("rope", "sines", cos.len(), sin.len())?;
-        let longest = lengths.iter().copied().max().unwrap_or(0);
-        if longest > cos.nrows() || layout.first + 2 * cos.ncols() > layout.head_dim {
-            return Err(Error::Shape {
-                op: "rope",
-                expected: format!("angles for {longest} positions and for heads of {} values", layout.head_dim),
-                found: format!("{} positions, {} values from {}", cos.nrows(), 2 * cos.ncols(), layout.first),
-            });
-        }
+        expect_rotation([x.rows, x.cols], cos, sin, layout, lengths)?;
         let (half, heads) = (cos.ncols(), x.cols / layout.head_dim);
         let positions: Vec<u32> = lengths.iter().flat_map(|&length| 0..length as u32).collect();
         let [cos, sin] = [cos, sin].map(|m| m.as_standard_layout().into_owned());
