@@ -22,6 +22,7 @@ use crate::output::weight_writer;
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
+use crate::report::{Hashing, hash_written, hashed};
 
 /// What became of one linear.
 #[derive(Clone, Debug, Serialize)]
@@ -89,8 +90,16 @@ pub struct Stages {
 }
 
 /// What a compilation did.
-#[derive(Debug, Default)]
 pub struct Compiled {
+    /// Everything else.
+    pub done: Done,
+    /// Waits until the weights are on disk; their hashes.
+    pub flushing: Hashing,
+}
+
+/// What a compilation did, as far as it has got.
+#[derive(Debug, Default)]
+pub struct Done {
     /// Every quantized linear, in the order of the work.
     pub linears: Vec<LinearReport>,
     /// Every folded scale.
@@ -128,6 +137,7 @@ pub fn compile<B: Backend>(
     progress: &mut Progress,
 ) -> Result<Compiled> {
     let writer = weight_writer(folder, plan.outputs.clone())?;
+    let hashing = hash_written(writer.follow()?);
     let backend = &backend.relaxed();
     let solver = solver::<B>(recipe);
     progress.start("quantizing", plan.schemes.len());
@@ -144,7 +154,7 @@ pub fn compile<B: Backend>(
         layer: None,
         all_experts: recipe.moe_all_experts,
         final_block: false,
-        done: Compiled::default(),
+        done: Done::default(),
     };
     match samples {
         None => {
@@ -172,8 +182,11 @@ pub fn compile<B: Backend>(
     }
     work.copy_rest()?;
     let done = work.done;
-    writer.finish()?;
-    Ok(done)
+    let flushing = std::thread::spawn(move || {
+        writer.finish()?;
+        hashed(hashing)
+    });
+    Ok(Compiled { done, flushing })
 }
 
 /// The state of a compilation. As a [`Supply`] it quantizes linears as their inputs become known.
@@ -193,7 +206,7 @@ struct Work<'a, B: Backend> {
     layer: Option<(String, Statistics<B>)>,
     all_experts: bool,
     final_block: bool,
-    done: Compiled,
+    done: Done,
 }
 
 /// Runs `f` and adds its time to `stage`.

@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use calibration::samples::Samples;
@@ -29,7 +28,7 @@ use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::plan::{Fate, check_tensors, left_out};
 use crate::progress::Progress;
 use crate::recipe::{Method, Recipe};
-use crate::report::{FileReport, TensorReport, hash_files};
+use crate::report::{Hashing, TensorReport, hash_written, hashed};
 
 /// Weights of a tensor that are encoded at a time when nothing else needs the whole of it.
 const PIECE: usize = 1 << 16;
@@ -248,7 +247,7 @@ pub struct Compiled {
     /// The files, the one to open first.
     pub files: Vec<PathBuf>,
     /// Waits until they are on disk, and hashes them.
-    pub flushing: JoinHandle<Result<Vec<FileReport>>>,
+    pub flushing: Hashing,
     /// Every linear, in the order of the work.
     pub linears: Vec<LinearReport>,
     /// Every input tensor.
@@ -280,6 +279,7 @@ pub fn compile<B: Backend>(
         None => GgufWriter::create(path, plan.metadata.clone(), tensors)?,
         Some(limit) => GgufWriter::create_split(path.with_extension(""), limit, plan.metadata.clone(), tensors)?,
     };
+    let hashing = hash_written(writer.follow()?);
     let files: Vec<PathBuf> = writer.files().map(Path::to_path_buf).collect();
     let backend = &backend.relaxed();
     progress.start("quantizing", plan.by_module.len());
@@ -300,6 +300,8 @@ pub fn compile<B: Backend>(
         quantized: [0, 0],
         seconds: Stages::default(),
     };
+    // The embedding is the first of the file: the hash, which follows the writing, need not wait for it.
+    work.write_rest()?;
     match samples {
         None => {
             for linear in graph.linears() {
@@ -319,14 +321,10 @@ pub fn compile<B: Backend>(
             s.forward = started.elapsed().as_secs_f64() - s.load - s.observe - s.factor - s.solve - s.write;
         }
     }
-    work.write_rest()?;
     let Work { collected, linears, quantized, seconds, .. } = work;
-    // While the disk is at work, what was written is read back.
-    let written = files.clone();
     let flushing = std::thread::spawn(move || {
-        let hashing = std::thread::spawn(move || hash_files(&written));
         writer.finish()?;
-        hashing.join().map_err(|_| Error::failed("hashing the output failed"))?
+        hashed(hashing)
     });
     if let (Some(path), Some(samples)) = (&settings.save_imatrix, samples) {
         let imatrix = Imatrix {

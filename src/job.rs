@@ -1,7 +1,6 @@
 //! One whole run: open, plan, compile, reopen, verify, report, move into place.
 
 use std::path::{Path, PathBuf};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use calibration::samples::{Samples, windows};
@@ -10,7 +9,7 @@ use kernels::Backend;
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, SideFile, StoredType};
-use crate::compile::{LinearReport, SmoothingReport, Stages, compile, needs};
+use crate::compile::{Compiled, LinearReport, SmoothingReport, Stages, compile, needs};
 use crate::error::{Error, Result};
 use crate::families;
 use crate::forward::Activations;
@@ -20,7 +19,9 @@ use crate::output::{FileStaging, Staging, check_place};
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::report::{BitsPerWeight, FileReport, Report, Seconds, TensorReport, Verdict, hash_files, peak_memory};
+use crate::report::{
+    BitsPerWeight, FileReport, Hashing, Report, Seconds, TensorReport, Verdict, hash_beside, hashed, peak_memory,
+};
 use crate::text::{ModelText, load_text};
 use crate::verify::{Limits, Protocol, Quality, evaluate};
 
@@ -52,9 +53,6 @@ pub struct Job<'a> {
     /// A second copy of the report.
     pub report: Option<PathBuf>,
 }
-
-/// The input files, hashed beside all else.
-type Hashing = JoinHandle<Result<Vec<FileReport>>>;
 
 /// What every run has before its work begins.
 struct Run {
@@ -103,8 +101,7 @@ impl Job<'_> {
         }
         let source = Checkpoint::open_with(self.model, adapter)?;
         let graph = families::graph_of(&source)?;
-        let inputs = source.files();
-        let hashing = std::thread::spawn(move || hash_files(&inputs));
+        let hashing = hash_beside(source.files());
         match self.recipe.gguf {
             Some(_) => self.gguf_file(backend, progress, started, source, graph, hashing),
             None => self.directory(backend, progress, started, source, graph, hashing),
@@ -132,7 +129,7 @@ impl Job<'_> {
         )?;
         run.notes.splice(0..0, plan.config.notes.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
-        let compiled =
+        let Compiled { done, flushing } =
             compile(backend, graph, source, &self.recipe, &plan, samples.as_ref(), staging.folder(), progress)?;
         write_side_files(source, &plan, &staging)?;
 
@@ -151,15 +148,15 @@ impl Job<'_> {
                     .sum(),
                 quantized_bytes.map(|e| e.stored_bytes).sum(),
             ],
-            outputs: hash_files(&reopened.files())?,
-            linears: compiled.linears,
-            smoothings: compiled.smoothings,
+            outputs: hashed(flushing)?,
+            linears: done.linears,
+            smoothings: done.smoothings,
             tensors: plan
                 .fates
                 .iter()
                 .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone() })
                 .collect(),
-            stages: compiled.seconds,
+            stages: done.seconds,
         };
         drop(reopened);
         let report_path = self.report.clone();
@@ -231,7 +228,7 @@ impl Job<'_> {
             quality,
             verify: verifying.elapsed().as_secs_f64(),
             quantized: compiled.quantized,
-            outputs: compiled.flushing.join().map_err(|_| Error::failed("writing the output failed"))??,
+            outputs: hashed(compiled.flushing)?,
             linears: compiled.linears,
             smoothings: Vec::new(),
             tensors: compiled.tensors,
@@ -348,7 +345,7 @@ impl Job<'_> {
         run.notes.extend(starved_experts(&outcome.linears));
         run.notes.extend(backend.notes());
         let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
-        let inputs = run.hashing.join().map_err(|_| Error::failed("hashing the input failed"))??;
+        let inputs = hashed(run.hashing)?;
         let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
         let [weights, bytes] = outcome.quantized;
         Ok(Report {

@@ -3,8 +3,10 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 use calibration::samples::SampleSource;
+use formats::Follower;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
@@ -116,9 +118,30 @@ pub struct Seconds {
     pub total: f64,
 }
 
+/// Files that are hashed beside other work.
+pub type Hashing = JoinHandle<Result<Vec<FileReport>>>;
+
+/// Hashes files on a thread of its own.
+pub fn hash_beside(paths: Vec<PathBuf>) -> Hashing {
+    std::thread::spawn(move || paths.iter().map(|path| hash_file(path)).collect())
+}
+
+/// Hashes files on a thread of its own as they are written.
+pub fn hash_written(files: Vec<Follower>) -> Hashing {
+    std::thread::spawn(move || files.into_iter().map(|mut file| hash(&file.path().to_path_buf(), &mut file)).collect())
+}
+
+/// Waits for what is being hashed.
+pub fn hashed(hashing: Hashing) -> Result<Vec<FileReport>> {
+    hashing.join().map_err(|_| Error::failed("hashing failed"))?
+}
+
 /// Hashes a file without keeping it in memory.
 pub fn hash_file(path: &Path) -> Result<FileReport> {
-    let mut file = File::open(path).map_err(Error::io(path, "open"))?;
+    hash(path, &mut File::open(path).map_err(Error::io(path, "open"))?)
+}
+
+fn hash(path: &Path, file: &mut impl Read) -> Result<FileReport> {
     let mut hash = Sha256::new();
     // Small enough to be hashed out of the nearest caches.
     let mut buffer = vec![0; 1 << 16];
@@ -133,11 +156,6 @@ pub fn hash_file(path: &Path) -> Result<FileReport> {
     }
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     Ok(FileReport { name, bytes, sha256: hash.finalize().iter().map(|b| format!("{b:02x}")).collect() })
-}
-
-/// Hashes files, in order.
-pub fn hash_files(paths: &[PathBuf]) -> Result<Vec<FileReport>> {
-    paths.iter().map(|path| hash_file(path)).collect()
 }
 
 /// The largest resident set of this process so far, where the system tells.

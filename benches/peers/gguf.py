@@ -251,9 +251,11 @@ def speed(options, name, model, calibration, folder):
         run(*words, "-b", 64, "-t", options.threads, "--no-ppl")
     size = {"gguf": f16.stat().st_size, "safetensors": sum(file.stat().st_size for file in model.glob("*.safetensors"))}
     copied = best_of(options.repeat, out, ["cp", f16, out])
-    rows, results = [], {"cp": copied}
+    synced = best_of(options.repeat, out, ["sh", "-c", 'cp "$0" "$1" && sync "$1"', f16, out])
+    rows, results = [], {"cp": copied, "cp and sync": synced}
     print(f"Speed on {name}: {size['gguf'] / 1e6:.0f} MB of F16, {options.threads} threads, best of {options.repeat}. Seconds, and MB/s of "
-          f"input. `cp` of that file into the same folder takes {copied:.2f} s, {size['gguf'] / copied / 1e6:.0f} MB/s.\n")
+          f"input. `cp` of that file into the same folder takes {copied:.2f} s, {size['gguf'] / copied / 1e6:.0f} MB/s, and {synced:.2f} s, "
+          f"{size['gguf'] / synced / 1e6:.0f} MB/s, with `sync` until it is on the disk, which quantc waits for and the others do not.\n")
     print("| type | importance | llama-quantize | quantc, from GGUF | times as fast | quantc, from safetensors |")
     print("|---|---|---|---|---|---|")
     for kind in options.speed_types:

@@ -14,6 +14,7 @@ pub mod weight;
 pub use codec::{CODECS, Codec, read_quantization};
 pub use container::gguf::{GgufFile, GgufTensor, GgufWriter};
 pub use container::imatrix::{Imatrix, ImatrixEntry};
+pub use container::placed::Follower;
 pub use container::safetensors::{SafetensorsFile, SafetensorsSet, ShardedWriter};
 pub use container::sentencepiece::SentencePiece;
 pub use error::{Error, Result};

@@ -2,7 +2,7 @@
 
 pub mod gguf;
 pub mod imatrix;
-mod placed;
+pub mod placed;
 pub mod safetensors;
 pub mod sentencepiece;
 

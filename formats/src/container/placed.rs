@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
 
@@ -13,13 +15,115 @@ use crate::error::{Error, Result};
 pub(super) struct PlacedFiles {
     files: Vec<(PathBuf, File)>,
     slots: HashMap<String, Slot>,
+    shared: Arc<Shared>,
 }
 
 #[derive(Debug)]
 struct Slot {
     file: usize,
+    /// Which of the file's.
+    index: usize,
     range: Range<u64>,
+    /// Bytes that writers have taken on themselves.
     written: AtomicU64,
+    /// Bytes that are in the file.
+    landed: AtomicU64,
+}
+
+/// How far the files can be read while they are written.
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    files: Vec<Extent>,
+    /// Nothing more will be written.
+    closed: bool,
+}
+
+/// What of a file is there.
+#[derive(Debug)]
+struct Extent {
+    len: u64,
+    /// Starts of the tensors, ascending, and whether they are written.
+    slots: Vec<(u64, bool)>,
+    /// The first tensor that is not.
+    next: usize,
+}
+
+impl Extent {
+    /// Bytes from the start that will not change any more.
+    fn ready(&self) -> u64 {
+        self.slots.get(self.next).map_or(self.len, |&(start, _)| start)
+    }
+
+    /// Passes by what is written.
+    fn advance(&mut self) {
+        while self.slots.get(self.next).is_some_and(|&(_, done)| done) {
+            self.next += 1;
+        }
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Reads a file from its start while it is being written; waits where it is not yet.
+///
+/// Reading fails once the writer is gone without having written everything.
+#[derive(Debug)]
+pub struct Follower {
+    path: PathBuf,
+    file: File,
+    index: usize,
+    at: u64,
+    shared: Arc<Shared>,
+}
+
+impl Follower {
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Read for Follower {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let ready = {
+            let mut state = self.shared.state();
+            loop {
+                let extent = &state.files[self.index];
+                let ready = extent.ready();
+                if ready > self.at || self.at == extent.len {
+                    break ready;
+                }
+                if state.closed {
+                    return Err(std::io::Error::other("the file was not finished"));
+                }
+                state = self.shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+        };
+        let most = usize::try_from(ready - self.at).map_or(buffer.len(), |most| most.min(buffer.len()));
+        let read = self.file.read(&mut buffer[..most])?;
+        if read == 0 && most > 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
+impl Drop for PlacedFiles {
+    fn drop(&mut self) {
+        self.shared.state().closed = true;
+        self.shared.changed.notify_all();
+    }
 }
 
 impl PlacedFiles {
@@ -33,13 +137,32 @@ impl PlacedFiles {
         };
         let file = create().map_err(|e| Error::io("create", e).in_file(path))?;
         self.files.push((path.to_path_buf(), file));
+        self.shared.state().files.push(Extent { len, slots: Vec::new(), next: 0 });
         Ok(())
     }
 
-    /// Gives a tensor these bytes of the file created last; false when the name has a place already.
+    /// Gives a tensor these bytes of the file created last, behind those of the tensor placed before it; false when the
+    /// name has a place already.
     pub fn place(&mut self, name: &str, range: Range<u64>) -> bool {
         let file = self.files.len() - 1;
-        self.slots.insert(name.to_string(), Slot { file, range, written: AtomicU64::new(0) }).is_none()
+        let index = {
+            let extent = &mut self.shared.state().files[file];
+            debug_assert!(extent.slots.last().is_none_or(|&(start, _)| start <= range.start));
+            extent.slots.push((range.start, range.is_empty()));
+            extent.advance();
+            extent.slots.len() - 1
+        };
+        let slot = Slot { file, index, range, written: AtomicU64::new(0), landed: AtomicU64::new(0) };
+        self.slots.insert(name.to_string(), slot).is_none()
+    }
+
+    /// A reader of each file that keeps behind its writing. Call it when all tensors are placed.
+    pub fn follow(&self) -> Result<Vec<Follower>> {
+        let follow = |(index, (path, _)): (usize, &(PathBuf, File))| {
+            let file = File::open(path).map_err(|e| Error::io("open", e).in_file(path))?;
+            Ok(Follower { path: path.clone(), file, index, at: 0, shared: self.shared.clone() })
+        };
+        self.files.iter().enumerate().map(follow).collect()
     }
 
     pub fn paths(&self) -> impl Iterator<Item = &Path> {
@@ -74,7 +197,15 @@ impl PlacedFiles {
             return Err(Error::invalid("the tensor is written twice").in_tensor(name).in_file(path));
         }
         write_all_at(file, data, slot.range.start + offset)
-            .map_err(|e| Error::io(format!("write {len} bytes"), e).in_tensor(name).in_file(path))
+            .map_err(|e| Error::io(format!("write {len} bytes"), e).in_tensor(name).in_file(path))?;
+        if len > 0 && slot.landed.fetch_add(len, Ordering::AcqRel) + len == size {
+            begin_flush(file, &slot.range);
+            let extent = &mut self.shared.state().files[slot.file];
+            extent.slots[slot.index].1 = true;
+            extent.advance();
+            self.shared.changed.notify_all();
+        }
+        Ok(())
     }
 
     fn slot(&self, name: &str) -> Result<&Slot> {
@@ -109,6 +240,18 @@ fn write_all_at(file: &File, data: &[u8], offset: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::write_all_at(file, data, offset)
 }
 
+/// Sends bytes on their way to the disk while others are still being computed; [`PlacedFiles::finish`] waits for them.
+#[cfg(target_os = "linux")]
+fn begin_flush(file: &File, range: &Range<u64>) {
+    use std::os::fd::AsRawFd;
+    let (Ok(start), Ok(len)) = (range.start.try_into(), (range.end - range.start).try_into()) else { return };
+    // SAFETY: the descriptor is open as long as `file` is borrowed, and no memory is passed. Failure only costs time.
+    unsafe { libc::sync_file_range(file.as_raw_fd(), start, len, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
+#[cfg(not(target_os = "linux"))]
+fn begin_flush(_: &File, _: &Range<u64>) {}
+
 #[cfg(windows)]
 fn write_all_at(file: &File, mut data: &[u8], mut offset: u64) -> std::io::Result<()> {
     while !data.is_empty() {
@@ -120,4 +263,53 @@ fn write_all_at(file: &File, mut data: &[u8], mut offset: u64) -> std::io::Resul
         offset += n as u64;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A file of a header and three tensors, the second of which is empty, and the bytes it will have.
+    fn laid_out(dir: &Path) -> (PlacedFiles, Vec<u8>) {
+        let mut files = PlacedFiles::default();
+        files.create(&dir.join("f"), b"head", 30).unwrap();
+        files.place("a", 4..14);
+        files.place("empty", 16..16);
+        files.place("b", 16..26);
+        (files, [&b"head"[..], &[1; 10], &[0; 2], &[2; 10], &[0; 4]].concat())
+    }
+
+    #[test]
+    fn a_follower_reads_what_cannot_change_any_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let (files, expected) = laid_out(dir.path());
+        let mut follower = files.follow().unwrap().pop().unwrap();
+        let mut found = vec![0; 64];
+        assert_eq!(follower.read(&mut found).unwrap(), 4);
+        // The second tensor is there and half of the first: nothing may be read yet, so another thread writes the rest.
+        files.write("b", &[2; 10]).unwrap();
+        files.write_part("a", 5, &[1; 5]).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+                files.write_part("a", 0, &[1; 5]).unwrap();
+            });
+            let mut rest = Vec::new();
+            follower.read_to_end(&mut rest).unwrap();
+            assert_eq!([b"head", &rest[..]].concat(), expected);
+        });
+        files.finish().unwrap();
+    }
+
+    #[test]
+    fn a_follower_of_a_file_that_is_given_up_fails() {
+        let dir = tempfile::tempdir().unwrap();
+        let (files, _) = laid_out(dir.path());
+        files.write("a", &[1; 10]).unwrap();
+        let mut follower = files.follow().unwrap().pop().unwrap();
+        drop(files);
+        let mut found = Vec::new();
+        assert_eq!(follower.read_to_end(&mut found).unwrap_err().to_string(), "the file was not finished");
+        assert_eq!(found.len(), 16, "what is there is read");
+    }
 }

@@ -12,7 +12,7 @@ use safetensors::tensor::{SafeTensorError, SafeTensors, TensorInfo};
 use serde_json::{Map, Value};
 
 use super::Bytes;
-use super::placed::PlacedFiles;
+use super::placed::{Follower, PlacedFiles};
 use crate::error::{Error, Result};
 use crate::tensor::{TensorSpec, TensorView, byte_len};
 
@@ -424,6 +424,11 @@ impl ShardedWriter {
     /// The weight files being written.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.paths()
+    }
+
+    /// A reader of each file, which reads what is there from its start while the rest is being written.
+    pub fn follow(&self) -> Result<Vec<Follower>> {
+        self.files.follow()
     }
 
     /// Bytes of all tensors together, headers not counted.

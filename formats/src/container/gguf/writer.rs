@@ -6,7 +6,7 @@ use std::path::Path;
 use gguf_rs_lib::format::{GGUFHeader, GGUFValueType, MetadataArray, MetadataValue, TensorInfo};
 
 use super::{ALIGNMENT, MAX_DIMS, NAME_BYTES, SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_path};
-use crate::container::placed::PlacedFiles;
+use crate::container::placed::{Follower, PlacedFiles};
 use crate::error::{Error, Result};
 use crate::ggml::GgmlType;
 
@@ -154,6 +154,11 @@ impl GgufWriter {
     /// The files being written.
     pub fn files(&self) -> impl Iterator<Item = &Path> {
         self.files.paths()
+    }
+
+    /// A reader of each file, which reads what is there from its start while the rest is being written.
+    pub fn follow(&self) -> Result<Vec<Follower>> {
+        self.files.follow()
     }
 
     /// Bytes of all tensors together, headers and padding not counted.
