@@ -112,11 +112,14 @@ pub enum Engine {
 }
 
 impl Engine {
-    /// Where a GPU's time went, if that was asked for.
+    /// Where a GPU's time went, if that was asked for, and how much was copied to it in no time.
     pub fn profile(&self) -> Option<String> {
         match self {
             Engine::Cpu(_) => None,
-            Engine::Cuda(_, card) => Some(card.profile()?.text()),
+            Engine::Cuda(cuda, card) => {
+                let ahead = cuda.usage().ahead as f64 / 1e6;
+                Some(format!("{}sent ahead {ahead:.3} MB\n", card.profile()?.text()))
+            }
         }
     }
 }

@@ -16,7 +16,7 @@ use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::forward::{Chunk, Inputs, Others, Plain, Supply, Weight, announce, embed, ready, run_block};
+use crate::forward::{Ahead, Chunk, Inputs, Others, Plain, Supply, Weight, embed, ready, run_block};
 use crate::graph::{Attention, Block, Graph, Layer, Linear, Mlp, Norm, Projections, Stored};
 use crate::output::weight_writer;
 use crate::plan::{Fate, Plan};
@@ -141,9 +141,11 @@ pub fn compile<B: Backend>(
     let backend = &backend.relaxed();
     let solver = solver::<B>(recipe);
     progress.start("quantizing", plan.schemes.len());
+    let ahead = Ahead::new(backend, source);
     let mut work = Work {
         backend,
         source,
+        ahead: &ahead,
         plan,
         method: recipe.method.name(),
         solver: &*solver,
@@ -157,25 +159,32 @@ pub fn compile<B: Backend>(
         done: Done::default(),
     };
     match samples {
-        None => {
-            for linear in graph.linears() {
-                work.quantize(&[linear], None)?;
+        None => ahead.beside(|| {
+            ahead.announce(graph.blocks.first());
+            for (index, block) in graph.blocks.iter().enumerate() {
+                ahead.announce(graph.blocks.get(index + 1));
+                block.linears().try_for_each(|linear| work.quantize(&[linear], None).map(drop))?;
             }
-        }
+            Ok(())
+        })?,
         Some(samples) => {
             let started = Instant::now();
-            let mut chunks = embed(backend, graph, source, &samples.sequences)?;
-            source.release(&graph.embedding.tensor);
-            for (index, block) in graph.blocks.iter().enumerate() {
-                announce(source, graph.blocks.get(index + 1));
-                if recipe.method.smooths() {
-                    work.smooth(block, &chunks)?;
+            ahead.beside(|| {
+                ahead.announce(graph.blocks.first());
+                let mut chunks = embed(backend, graph, source, &samples.sequences)?;
+                source.release(&graph.embedding.tensor);
+                for (index, block) in graph.blocks.iter().enumerate() {
+                    ahead.announce(graph.blocks.get(index + 1));
+                    if recipe.method.smooths() {
+                        work.smooth(block, &chunks)?;
+                    }
+                    work.final_block = index + 1 == graph.blocks.len();
+                    run_block(backend, block, &mut work, &mut chunks)?;
+                    work.prepared.clear();
+                    work.layer = None;
                 }
-                work.final_block = index + 1 == graph.blocks.len();
-                run_block(backend, block, &mut work, &mut chunks)?;
-                work.prepared.clear();
-                work.layer = None;
-            }
+                Ok(())
+            })?;
             let s = &mut work.done.seconds;
             s.forward = started.elapsed().as_secs_f64() - s.load - s.observe - s.smooth - s.factor - s.solve - s.write;
         }
@@ -193,6 +202,7 @@ pub fn compile<B: Backend>(
 struct Work<'a, B: Backend> {
     backend: &'a B,
     source: &'a Checkpoint,
+    ahead: &'a Ahead<'a, B>,
     plan: &'a Plan,
     method: &'static str,
     solver: &'a dyn Solver<B>,
@@ -242,7 +252,7 @@ impl<B: Backend> Work<'_, B> {
         match self.prepared.remove(&linear.module) {
             Some(weight) => Ok(weight),
             None => {
-                let plain = Plain::exact(self.backend, self.source);
+                let plain = self.ahead.plain();
                 timed(&mut self.done.seconds.load, || plain.load(linear))
             }
         }

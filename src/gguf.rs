@@ -21,9 +21,7 @@ use crate::export::metadata::{About, ImportanceSource, Metadata, metadata};
 use crate::export::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
 use crate::export::names::{self, ExportPlan, ExportTensor, From, Part, Source};
 use crate::export::tokenizer::tokenizer;
-use crate::forward::{
-    Inputs, Others, Plain, Supply, Weight, announce, embed, load_bias, load_matrix, ready, run_block,
-};
+use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, load_bias, load_matrix, ready, run_block};
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::plan::{Fate, check_tensors, left_out};
 use crate::progress::Progress;
@@ -284,9 +282,11 @@ pub fn compile<B: Backend>(
     let backend = &backend.relaxed();
     progress.start("quantizing", plan.by_module.len());
     let sweep = Gptq { observer: Observer::Imatrix, damp: recipe.damp, act_order: recipe.act_order, desc_act: false };
+    let ahead = Ahead::new(backend, source);
     let mut work = Work {
         backend,
         source,
+        ahead: &ahead,
         plan,
         needs: needs_data(recipe),
         solver: (recipe.method == Method::Gptq).then_some(sweep),
@@ -310,13 +310,17 @@ pub fn compile<B: Backend>(
         }
         Some(samples) => {
             let started = Instant::now();
-            let mut chunks = embed(backend, graph, source, &samples.sequences)?;
-            source.release(&graph.embedding.tensor);
-            for (index, block) in graph.blocks.iter().enumerate() {
-                announce(source, graph.blocks.get(index + 1));
-                work.final_block = index + 1 == graph.blocks.len();
-                run_block(backend, block, &mut work, &mut chunks)?;
-            }
+            ahead.beside(|| {
+                ahead.announce(graph.blocks.first());
+                let mut chunks = embed(backend, graph, source, &samples.sequences)?;
+                source.release(&graph.embedding.tensor);
+                for (index, block) in graph.blocks.iter().enumerate() {
+                    ahead.announce(graph.blocks.get(index + 1));
+                    work.final_block = index + 1 == graph.blocks.len();
+                    run_block(backend, block, &mut work, &mut chunks)?;
+                }
+                Ok(())
+            })?;
             let s = &mut work.seconds;
             s.forward = started.elapsed().as_secs_f64() - s.load - s.observe - s.factor - s.solve - s.write;
         }
@@ -343,6 +347,7 @@ pub fn compile<B: Backend>(
 struct Work<'a, B: Backend> {
     backend: &'a B,
     source: &'a Checkpoint,
+    ahead: &'a Ahead<'a, B>,
     plan: &'a GgufPlan,
     needs: Needs,
     solver: Option<Gptq>,
@@ -377,7 +382,7 @@ impl<B: Backend> Work<'_, B> {
         let mut weights = Vec::new();
         for linear in group {
             let started = Instant::now();
-            let weight = Plain::exact(backend, self.source).load(linear)?;
+            let weight = self.ahead.plain().load(linear)?;
             lap(&mut self.seconds.load, started);
             let places = &plan.by_module[&linear.module];
             let mut restored: Option<Array2<f32>> = None;

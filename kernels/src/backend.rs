@@ -251,6 +251,8 @@ pub trait Backend: Sync {
     type Input: Send + Sync;
     /// A linear layer's weight in the form that products read it in.
     type Weight: Send + Sync;
+    /// A matrix as a file stores it, on its way to the device.
+    type Stored: Send + Sync;
 
     /// What the user should see: device and instruction set.
     fn name(&self) -> String;
@@ -280,6 +282,18 @@ pub trait Backend: Sync {
         let _ = (bytes, dtype, shape);
         Ok(None)
     }
+    /// Bytes of stored matrices that may be on their way at a time; `None` where nothing is gained by sending them ahead.
+    fn sends_ahead(&self) -> Option<u64> {
+        None
+    }
+    /// Sends a matrix as a file stores it, beside the work that was asked for; `bytes` may be reused at once. `None` where there is
+    /// no room for it now, or the caller is to widen it.
+    fn send_ahead(&self, bytes: &[u8], dtype: Dtype, shape: [usize; 2]) -> Result<Option<Self::Stored>> {
+        let _ = (bytes, dtype, shape);
+        Ok(None)
+    }
+    /// What [`upload_stored`](Self::upload_stored) gives, of what was sent ahead.
+    fn widen(&self, stored: Self::Stored) -> Result<Self::Matrix>;
     /// Copies a host matrix to the device.
     fn upload(&self, host: Array2<f32>) -> Result<Self::Matrix>;
     /// Copies a device matrix to the host.

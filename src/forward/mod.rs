@@ -4,6 +4,7 @@
 //! loads them; calibration looks at the input, quantizes, and hands out what the file will hold, so that every operator
 //! sees what all operators before it will really produce, and the model is run once.
 
+mod ahead;
 mod attention;
 mod mlp;
 mod moe;
@@ -13,6 +14,7 @@ use kernels::{ActivationRounding, Backend, NormKind};
 use ndarray::{Array2, Axis};
 use serde::{Deserialize, Serialize};
 
+pub use self::ahead::Ahead;
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
 use crate::families::check_runnable;
@@ -174,13 +176,6 @@ pub fn embed<B: Backend>(
     Ok(chunks)
 }
 
-/// Has the weights of a block read from disk while the one before it is at work.
-pub fn announce(source: &Checkpoint, block: Option<&Block>) {
-    for linear in block.into_iter().flat_map(Block::linears) {
-        source.announce(&linear.weight());
-    }
-}
-
 /// Runs one block over all chunks.
 pub fn run_block<B: Backend>(
     backend: &B,
@@ -305,19 +300,21 @@ pub fn ready<B: Backend>(backend: &B, linear: &Linear, weight: Weight<B::Matrix>
 }
 
 /// Loads weights from a checkpoint as they are.
-pub struct Plain<'a, B> {
+pub struct Plain<'a, B: Backend> {
     /// Where to upload to.
     pub backend: &'a B,
     /// Where from.
     pub source: &'a Checkpoint,
     /// What is multiplied with them.
     pub activations: Activations,
+    /// What was sent already.
+    pub ahead: Option<&'a Ahead<'a, B>>,
 }
 
 impl<'a, B: Backend> Plain<'a, B> {
     /// Weights that are multiplied with what was computed.
     pub fn exact(backend: &'a B, source: &'a Checkpoint) -> Plain<'a, B> {
-        Plain { backend, source, activations: Activations::Exact }
+        Plain { backend, source, activations: Activations::Exact, ahead: None }
     }
 
     /// One linear, with its bias, all parts together.
@@ -334,12 +331,14 @@ impl<'a, B: Backend> Plain<'a, B> {
     /// A weight that lies in the file as it is, if the device widens such; one that is not finite is left to the other way, which
     /// says so.
     fn stored(&self, linear: &Linear) -> Result<Option<B::Matrix>> {
-        let (name, shape) = (linear.weight(), [linear.stored_rows(), linear.cols]);
-        let Some(raw) = self.source.raw(&name).filter(|raw| linear.stored == Stored::Plain && raw.shape == shape)
-        else {
-            return Ok(None);
+        let Some((raw, shape)) = ahead::stored(self.source, linear) else { return Ok(None) };
+        let name = linear.weight();
+        let sent = self.ahead.map_or(Ok(None), |ahead| ahead.take(&name))?;
+        let matrix = match sent {
+            Some(sent) => Some(self.backend.widen(sent)?),
+            None => self.backend.upload_stored(raw.data, raw.dtype, shape)?,
         };
-        let Some(matrix) = self.backend.upload_stored(raw.data, raw.dtype, shape)? else { return Ok(None) };
+        let Some(matrix) = matrix else { return Ok(None) };
         self.source.release(&name);
         Ok(self.backend.is_finite(&matrix)?.then_some(matrix))
     }
@@ -414,13 +413,18 @@ pub fn final_hidden<B: Backend>(
     activations: Activations,
     step: &dyn Fn(),
 ) -> Result<Vec<B::Matrix>> {
-    let mut chunks = embed(backend, graph, source, sequences)?;
-    let mut plain = Plain { backend, source, activations };
-    for (index, block) in graph.blocks.iter().enumerate() {
-        announce(source, graph.blocks.get(index + 1));
-        run_block(backend, block, &mut plain, &mut chunks)?;
-        step();
-    }
+    let ahead = Ahead::new(backend, source);
+    let mut plain = Plain { activations, ..ahead.plain() };
+    let chunks = ahead.beside(|| {
+        ahead.announce(graph.blocks.first());
+        let mut chunks = embed(backend, graph, source, sequences)?;
+        for (index, block) in graph.blocks.iter().enumerate() {
+            ahead.announce(graph.blocks.get(index + 1));
+            run_block(backend, block, &mut plain, &mut chunks)?;
+            step();
+        }
+        Ok(chunks)
+    })?;
     let norm = LoadedNorm::of::<B>(&graph.final_norm, &mut plain)?;
     chunks.iter().map(|chunk| norm.apply(backend, &chunk.hidden)).collect()
 }

@@ -1,10 +1,12 @@
 // A driver, a compiler and a matrix library that answer as CUDA's do and compute on the CPU, so that all that quantc says to a card
 // can be tried where there is none. One file serves as libcuda, libnvrtc and libcublas.
 //
-// Work is done as late as CUDA may do it: when something waits for it. Whoever reuses memory too early, or frees it, is found out.
+// Work is done as late as CUDA may do it: when something waits for it, and in one stream no earlier because another has waited. Whoever
+// reuses memory too early, or frees it, is found out.
 // What the environment asks for: FAKE_CUDA_VERSION, FAKE_CUDA_DEVICES, FAKE_CUDA_CAPABILITY, FAKE_CUDA_MEMORY (bytes),
 // FAKE_CUDA_FAIL (a function), FAKE_CUDA_ERROR (what it returns) and FAKE_CUDA_AFTER (calls before it does), FAKE_CUDA_KERNELS
-// (where on_cpu.h is), FAKE_CUDA_FOLDER (for compiled kernels).
+// (where on_cpu.h is), FAKE_CUDA_FOLDER (for compiled kernels). A function of a stream after the first is called by its name and the
+// stream's number, as cuMemcpyHtoDAsync@1.
 
 #include <cstddef>
 #include <cstdint>
@@ -43,20 +45,42 @@ static int outcome(const char *function) {
 struct Work {
     uint64_t number;
     std::function<void()> run;
+    // What it writes, where that is known.
+    uint64_t to;
+    size_t bytes;
 };
-static std::deque<Work> queue;
-static uint64_t asked = 0;
-static std::map<void *, uint64_t> events;
+struct Stream {
+    size_t index;
+    std::deque<Work> queue;
+    uint64_t asked = 0;
+};
+struct Event {
+    Stream *stream = nullptr;
+    uint64_t number = 0;
+};
+static std::vector<Stream *> streams;
+static std::map<void *, Event> events;
 static std::map<uint64_t, size_t> memory;
 static size_t used = 0;
 
-static void enqueue(std::function<void()> run) { queue.push_back({++asked, std::move(run)}); }
-static void finish(uint64_t until) {
-    while (!queue.empty() && queue.front().number <= until) {
-        auto run = std::move(queue.front().run);
-        queue.pop_front();
+static void enqueue(void *stream, std::function<void()> run, uint64_t to = 0, size_t bytes = 0) {
+    Stream *in = (Stream *)stream;
+    in->queue.push_back({++in->asked, std::move(run), to, bytes});
+}
+static void finish(Stream *stream, uint64_t until) {
+    if (!stream) return;
+    while (!stream->queue.empty() && stream->queue.front().number <= until) {
+        auto run = std::move(stream->queue.front().run);
+        stream->queue.pop_front();
         run();
     }
+}
+static void finish_all() {
+    for (Stream *stream : streams) finish(stream, stream->asked);
+}
+static std::string in_stream(const char *function, void *stream) {
+    size_t index = ((Stream *)stream)->index;
+    return index ? std::string(function) + "@" + std::to_string(index) : function;
 }
 
 // A mistake of the caller's that a card would not forgive.
@@ -70,6 +94,16 @@ static void expect_memory(uint64_t at, size_t bytes) {
     expect(next != memory.begin() && bytes > 0, "memory that was never allocated");
     --next;
     expect(at + bytes <= next->first + next->second, "a copy beyond its memory");
+}
+// Gives memory back, which by then nothing may write any more.
+static void give_back(uint64_t at, size_t bytes) {
+    for (Stream *stream : streams) {
+        for (auto &work : stream->queue) {
+            expect(work.to + work.bytes <= at || at + bytes <= work.to, "memory is given back that a copy still writes");
+        }
+    }
+    memset((void *)at, 0xff, bytes);
+    free((void *)at);
 }
 
 extern "C" {
@@ -88,9 +122,21 @@ int cuDeviceGetAttribute(int *value, int which, int) {
 int cuDevicePrimaryCtxRetain(void **context, int) { TRY("cuDevicePrimaryCtxRetain"); *context = (void *)16; return 0; }
 int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 int cuCtxSetCurrent(void *) { return 0; }
-int cuCtxSynchronize() { LOCKED; finish(asked); return 0; }
-int cuStreamCreate(void **stream, unsigned) { *stream = (void *)32; return 0; }
-int cuStreamSynchronize(void *) { TRY("cuStreamSynchronize"); finish(asked); return 0; }
+int cuCtxSynchronize() { LOCKED; finish_all(); return 0; }
+int cuStreamCreate(void **stream, unsigned) {
+    LOCKED;
+    streams.push_back(new Stream{streams.size()});
+    *stream = streams.back();
+    return 0;
+}
+int cuStreamSynchronize(void *stream) { TRY("cuStreamSynchronize"); finish((Stream *)stream, ((Stream *)stream)->asked); return 0; }
+int cuStreamWaitEvent(void *stream, void *event, unsigned) {
+    TRY("cuStreamWaitEvent");
+    // What counts is what was recorded by now.
+    Event seen = events.at(event);
+    enqueue(stream, [=] { finish(seen.stream, seen.number); });
+    return 0;
+}
 int cuDeviceGetDefaultMemPool(void **pool, int) { *pool = (void *)48; return 0; }
 int cuMemPoolSetAttribute(void *, int, void *) { return 0; }
 int cuMemGetInfo_v2(size_t *free, size_t *total) {
@@ -112,59 +158,70 @@ int cuMemAlloc_v2(uint64_t *at, size_t bytes) {
     used += bytes;
     return 0;
 }
-int cuMemAllocAsync(uint64_t *at, size_t bytes, void *) { return cuMemAlloc_v2(at, bytes); }
+int cuMemAllocAsync(uint64_t *at, size_t bytes, void *stream) {
+    TRY(in_stream("cuMemAllocAsync", stream).c_str());
+    int failed = cuMemAlloc_v2(at, bytes);
+    // A weight that is not finite is read again: of a copy that is not waited for, wrong numbers are to be seen.
+    if (!failed && ((Stream *)stream)->index) memset((void *)*at, 0x3c, bytes);
+    return failed;
+}
 int cuMemFree_v2(uint64_t at) {
     LOCKED;
-    finish(asked);
+    finish_all();
     expect(memory.count(at), "memory is freed that was never allocated");
     used -= memory[at];
-    memset((void *)at, 0xff, memory[at]);
-    free((void *)at);
+    give_back(at, memory[at]);
     memory.erase(at);
     return 0;
 }
-int cuMemFreeAsync(uint64_t at, void *) {
+int cuMemFreeAsync(uint64_t at, void *stream) {
     LOCKED;
     expect(memory.count(at), "memory is freed that was never allocated");
     // Others may have it once the work before is done; for accounting it is free at once, as with CUDA's pool.
     size_t bytes = memory[at];
     used -= bytes;
     memory.erase(at);
-    enqueue([=] {
-        memset((void *)at, 0xff, bytes);
-        free((void *)at);
-    });
+    enqueue(stream, [=] { give_back(at, bytes); });
     return 0;
 }
 int cuMemHostAlloc(void **at, size_t bytes, unsigned) { *at = malloc(bytes); return *at ? 0 : 2; }
 int cuMemFreeHost(void *at) { free(at); return 0; }
-int cuEventCreate(void **event, unsigned) { LOCKED; *event = malloc(1); events[*event] = 0; return 0; }
+int cuEventCreate(void **event, unsigned) { LOCKED; *event = malloc(1); events[*event] = Event(); return 0; }
 int cuEventDestroy_v2(void *event) { LOCKED; events.erase(event); free(event); return 0; }
-int cuEventRecord(void *event, void *) { LOCKED; events.at(event) = asked; return 0; }
-int cuEventSynchronize(void *event) { TRY("cuEventSynchronize"); finish(events.at(event)); return 0; }
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *) {
-    TRY("cuMemcpyHtoDAsync");
-    expect_memory(to, bytes);
-    enqueue([=] { memcpy((void *)to, from, bytes); });
+int cuEventRecord(void *event, void *stream) {
+    LOCKED;
+    events.at(event) = {(Stream *)stream, ((Stream *)stream)->asked};
     return 0;
 }
-int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *) {
+int cuEventSynchronize(void *event) {
+    TRY("cuEventSynchronize");
+    Event seen = events.at(event);
+    finish(seen.stream, seen.number);
+    return 0;
+}
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t bytes, void *stream) {
+    TRY(in_stream("cuMemcpyHtoDAsync", stream).c_str());
+    expect_memory(to, bytes);
+    enqueue(stream, [=] { memcpy((void *)to, from, bytes); }, to, bytes);
+    return 0;
+}
+int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t bytes, void *stream) {
     TRY("cuMemcpyDtoHAsync");
     expect_memory(from, bytes);
-    enqueue([=] { memcpy(to, (void *)from, bytes); });
+    enqueue(stream, [=] { memcpy(to, (void *)from, bytes); });
     return 0;
 }
-int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *) {
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void *stream) {
     TRY("cuMemcpyDtoDAsync");
     expect_memory(to, bytes);
     expect_memory(from, bytes);
-    enqueue([=] { memcpy((void *)to, (void *)from, bytes); });
+    enqueue(stream, [=] { memcpy((void *)to, (void *)from, bytes); }, to, bytes);
     return 0;
 }
-int cuMemsetD8Async(uint64_t at, unsigned char value, size_t bytes, void *) {
+int cuMemsetD8Async(uint64_t at, unsigned char value, size_t bytes, void *stream) {
     TRY("cuMemsetD8Async");
     expect_memory(at, bytes);
-    enqueue([=] { memset((void *)at, value, bytes); });
+    enqueue(stream, [=] { memset((void *)at, value, bytes); }, at, bytes);
     return 0;
 }
 int cuGetErrorString(int code, const char **text) {
@@ -215,14 +272,14 @@ int cuFuncSetAttribute(void *function, int which, int value) {
     ((Function *)function)->shared = value;
     return 0;
 }
-int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned block, unsigned block_y, unsigned block_z, unsigned shared, void *,
+int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned block, unsigned block_y, unsigned block_z, unsigned shared, void *stream,
                    void **arguments, void **) {
     TRY("cuLaunchKernel");
     Function *of = (Function *)function;
     if (!x || !y || !z || y > 65535 || z > 65535 || !block || block > 1024 || block_y != 1 || block_z != 1 || shared > of->shared) return 1;
     std::vector<uint64_t> values;
     for (int i = 0; i < of->arguments; i++) values.push_back(*(uint64_t *)arguments[i]);
-    enqueue([=]() mutable {
+    enqueue(stream, [=]() mutable {
         std::vector<void *> pointers;
         for (auto &value : values) pointers.push_back(&value);
         unsigned grid[3] = {x, y, z};
@@ -259,14 +316,15 @@ int nvrtcDestroyProgram(void **program) { delete (Program *)*program; return 0; 
 // The matrix library, column by column.
 int cublasCreate_v2(void **handle) { TRY("cublasCreate"); *handle = (void *)64; return 0; }
 int cublasDestroy_v2(void *) { return 0; }
-int cublasSetStream_v2(void *, void *) { return 0; }
+static void *library_stream;
+int cublasSetStream_v2(void *, void *stream) { library_stream = stream; return 0; }
 int cublasSetWorkspace_v2(void *, void *, size_t) { return 0; }
 }
 
 template <class T, class In>
 static void multiply(bool ta, bool tb, int m, int n, int k, T alpha, const void *a, int lda, const void *b, int ldb, T beta, void *c, int ldc,
                      T (*widen)(In)) {
-    enqueue([=] {
+    enqueue(library_stream, [=] {
         const In *left = (const In *)a, *right = (const In *)b;
         T *out = (T *)c;
         for (int j = 0; j < n; j++) {

@@ -107,6 +107,28 @@ fn what_is_wrong_with_a_gpu_is_one_sentence() {
             1,
             &["ECC", "nvidia-smi"],
         ),
+        // Of the stream that weights are sent ahead in.
+        (
+            ALL,
+            &[("FAKE_CUDA_FAIL", "cuMemcpyHtoDAsync@1"), ("FAKE_CUDA_ERROR", "700"), ("FAKE_CUDA_AFTER", "3")],
+            "cuda",
+            1,
+            &["copy to the GPU", "illegal memory access"],
+        ),
+        (
+            ALL,
+            &[("FAKE_CUDA_FAIL", "cuMemAllocAsync@1"), ("FAKE_CUDA_ERROR", "214")],
+            "cuda",
+            1,
+            &["device memory", "ECC"],
+        ),
+        (
+            ALL,
+            &[("FAKE_CUDA_FAIL", "cuStreamWaitEvent"), ("FAKE_CUDA_ERROR", "700"), ("FAKE_CUDA_AFTER", "2")],
+            "cuda",
+            1,
+            &["waiting for a copy", "illegal memory access"],
+        ),
         (
             ALL,
             &[("FAKE_CUDA_FAIL", "nvrtcCompileProgram"), ("FAKE_CUDA_ERROR", "6")],
@@ -246,4 +268,55 @@ fn a_gpu_gives_what_the_cpu_gives_and_the_same_with_little_memory() {
     let notes = report["notes"].to_string();
     assert!(notes.contains("put aside"), "{notes}");
     assert_eq!(ample, little);
+}
+
+#[test]
+fn weights_go_ahead_and_change_nothing() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    small_model(&room);
+    // Megabytes that were sent ahead.
+    let ahead = |ran: &Ran| -> f64 {
+        let line =
+            ran.err.lines().find_map(|line| line.strip_prefix("sent ahead ")).unwrap_or_else(|| panic!("{}", ran.err));
+        line.trim_end_matches(" MB").parse().unwrap()
+    };
+    // A block has 0.295 MB. Where there is no memory for what goes ahead, nothing does.
+    let none = [("FAKE_CUDA_FAIL", "cuMemAllocAsync@1"), ("FAKE_CUDA_ERROR", "2")];
+    let quick = ["--samples", "2", "--seq-len", "32", "--verify-text", "none"];
+    let cases: [(&str, &[&str]); 4] = [
+        ("gptq", &["--group-size", "64"]),
+        ("awq", &["--method", "awq", "--group-size", "64"]),
+        ("rtn", &["--method", "rtn", "--group-size", "64"]),
+        ("blocks.gguf", &["--format", "gguf", "--scheme", "Q4_0"]),
+    ];
+    for (out, args) in cases {
+        let written = [("", &[][..], &[][..]), ("bare-", &none, &[]), ("little-", &[], &["--gpu-memory", "1MB"])].map(
+            |(prefix, settings, more)| {
+                let out = format!("{prefix}{out}");
+                let args = [&["quantize", "model", "-o", &out, "--profile"], &quick[..], args, more].concat();
+                let ran = imitated.run(ALL, settings, &args);
+                // Not everything can be done with so little.
+                if ran.code == 2 && prefix == "little-" {
+                    assert!(ran.err.contains("give more with --gpu-memory"), "{out}: {}", ran.err);
+                    return None;
+                }
+                assert_eq!(ran.code, 0, "{out}: {}", ran.err);
+                let file = if out.ends_with("gguf") { out.clone() } else { format!("{out}/model.safetensors") };
+                Some((ahead(&ran), std::fs::read(room.path(&file)).unwrap()))
+            },
+        );
+        let [sent, others @ ..] = written;
+        let (bytes, expected) = sent.expect("there is enough");
+        println!("{out}: {bytes} MB went ahead, {} runs without", others.iter().flatten().count());
+        assert!(bytes > 0.2, "{out}: {bytes} MB");
+        for (bytes, found) in others.into_iter().flatten() {
+            assert!(bytes == 0.0 && found == expected, "{out}");
+        }
+    }
+    let measure = ["eval", "gptq", "--reference", "model", "--context", "32", "--windows", "2", "--json", "--profile"];
+    let [with, without] = [&[][..], &none].map(|settings| imitated.run(ALL, settings, &measure));
+    assert!(with.out.contains("kld_mean") && with.out == without.out, "{}{}", with.err, without.err);
+    assert!(ahead(&with) > 0.2 && ahead(&without) == 0.0);
 }

@@ -10,7 +10,7 @@ use cudarc::cusolver::sys as solver;
 use cudarc::driver::sys;
 
 use super::compile::{self, CUBLAS, CUSOLVER, NVRTC};
-use super::device::{Address, Arg, Aside, Capacity, Device, Module, Product, Real, Shape};
+use super::device::{Address, Arg, Aside, Capacity, Device, Module, Product, Real, Shape, Ticket};
 use crate::{Error, Result};
 
 /// The oldest driver: CUDA 12's.
@@ -135,12 +135,22 @@ struct Piece {
     done: sys::CUevent,
 }
 
-#[derive(Debug, Default)]
-struct Host {
-    /// Of both sizes, and which comes next.
-    pieces: [(Vec<Piece>, usize); 2],
-    /// Pinned memory that was put aside and is free again, by size.
-    free: HashMap<usize, Vec<u64>>,
+/// A stream, and the pieces that its copies go through: of both sizes, and which comes next.
+#[derive(Debug)]
+struct Lane {
+    stream: sys::CUstream,
+    pieces: Mutex<[(Vec<Piece>, usize); 2]>,
+}
+
+impl Lane {
+    /// One that waits for no other.
+    fn open() -> Result<Lane> {
+        let mut stream = std::ptr::null_mut();
+        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        // SAFETY: a place to write to; the context is current.
+        check("stream of the GPU", unsafe { sys::cuStreamCreate(&mut stream, flags) })?;
+        Ok(Lane { stream, pieces: Mutex::default() })
+    }
 }
 
 #[derive(Debug, Default)]
@@ -176,11 +186,16 @@ pub struct Card {
     found: Found,
     context: sys::CUcontext,
     device: sys::CUdevice,
+    /// Where all work is done in order.
     stream: sys::CUstream,
+    lane: Lane,
+    /// Where weights are sent beside it.
+    ahead: Lane,
     multiprocessors: u32,
     pooled: bool,
     loaded: Mutex<Loaded>,
-    host: Mutex<Host>,
+    /// Pinned memory that was put aside and is free again, by size.
+    free: Mutex<HashMap<usize, Vec<u64>>>,
     blas: Mutex<blas::cublasHandle_t>,
     solver: Option<Mutex<solver::cusolverDnHandle_t>>,
     profile: Option<Mutex<Profile>>,
@@ -226,26 +241,28 @@ impl Card {
         NVRTC.wanted()?;
         CUBLAS.wanted()?;
         let (device, found) = describe(ordinal)?;
-        let (mut context, mut stream) = (std::ptr::null_mut(), std::ptr::null_mut());
-        let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+        let mut context = std::ptr::null_mut();
         // SAFETY: places to write to, and a device of the driver's.
         unsafe {
             check("context of the GPU", sys::cuDevicePrimaryCtxRetain(&mut context, device))?;
             check("context of the GPU", sys::cuCtxSetCurrent(context))?;
-            check("stream of the GPU", sys::cuStreamCreate(&mut stream, flags))?;
         }
+        let (lane, ahead) = (Lane::open()?, Lane::open()?);
+        let stream = lane.stream;
         let which = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = attribute(device, which)? as u32;
         let pooled = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? > 0;
         if pooled {
-            // Memory that is given back stays with us: the same sizes come again.
+            // Memory that is given back stays with us: the same sizes come again. A copy ahead gets none that it had to wait for.
             let mut pool = std::ptr::null_mut();
-            let mut threshold = u64::MAX;
-            let which = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
-            // SAFETY: a pool of the driver's, and a number of the type that this attribute has.
+            let (mut threshold, mut waits) = (u64::MAX, 0i32);
+            let kept = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+            let waiting = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES;
+            // SAFETY: a pool of the driver's, and numbers of the types that these attributes have.
             unsafe {
                 check("memory pool", sys::cuDeviceGetDefaultMemPool(&mut pool, device))?;
-                check("memory pool", sys::cuMemPoolSetAttribute(pool, which, (&raw mut threshold).cast()))?;
+                check("memory pool", sys::cuMemPoolSetAttribute(pool, kept, (&raw mut threshold).cast()))?;
+                check("memory pool", sys::cuMemPoolSetAttribute(pool, waiting, (&raw mut waits).cast()))?;
             }
         }
         let mut handle = std::ptr::null_mut();
@@ -274,10 +291,12 @@ impl Card {
             context,
             device,
             stream,
+            lane,
+            ahead,
             multiprocessors,
             pooled,
             loaded: Mutex::default(),
-            host: Mutex::default(),
+            free: Mutex::default(),
             blas: Mutex::new(handle),
             solver,
             profile: None,
@@ -343,16 +362,63 @@ impl Card {
         Ok(function)
     }
 
-    /// Runs `copy` on pinned pieces, one after the other.
+    /// Memory that work in a stream may use.
+    fn allocate_in(&self, lane: &Lane, bytes: usize) -> Result<Option<Address>> {
+        self.enter()?;
+        let mut at = 0;
+        // SAFETY: a number to write to.
+        let code = unsafe {
+            match self.pooled {
+                true => sys::cuMemAllocAsync(&mut at, bytes, lane.stream),
+                false => sys::cuMemAlloc_v2(&mut at, bytes),
+            }
+        };
+        match code {
+            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Ok(None),
+            code => check("device memory", code).map(|()| Some(at)),
+        }
+    }
+
+    /// Copies to the device in a stream.
+    fn write_in(&self, lane: &Lane, at: Address, bytes: &[u8]) -> Result<()> {
+        self.enter()?;
+        self.through_pieces(lane, bytes.len(), |piece, start, count| {
+            // SAFETY: a piece at least that long, which no copy reads any more; `count` bytes follow `start`.
+            unsafe {
+                std::ptr::copy_nonoverlapping(bytes.as_ptr().add(start), piece.cast(), count);
+                check("copy to the GPU", sys::cuMemcpyHtoDAsync_v2(at + start as u64, piece, count, lane.stream))
+            }
+        })
+    }
+
+    /// An event after what was asked for in a stream so far.
+    fn ticket(&self, lane: &Lane) -> Result<Ticket> {
+        let mut event = std::ptr::null_mut();
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
+        // SAFETY: a place to write to; the context is current.
+        check("event", unsafe { sys::cuEventCreate(&mut event, flags) })?;
+        // SAFETY: an event and a stream of this context.
+        let recorded = check("event", unsafe { sys::cuEventRecord(event, lane.stream) });
+        if recorded.is_err() {
+            // SAFETY: made above, and nobody else has it.
+            unsafe {
+                let _ = sys::cuEventDestroy_v2(event);
+            }
+        }
+        recorded.map(|()| Ticket(event as u64))
+    }
+
+    /// Runs `copy` on pinned pieces of a stream, one after the other.
     fn through_pieces(
         &self,
+        lane: &Lane,
         bytes: usize,
         mut copy: impl FnMut(*mut c_void, usize, usize) -> Result<()>,
     ) -> Result<()> {
-        let mut host = lock(&self.host);
+        let mut pieces = lock(&lane.pieces);
         let class = usize::from(bytes > PIECES[0].0);
         let (size, count) = PIECES[class];
-        let (pieces, next) = &mut host.pieces[class];
+        let (pieces, next) = &mut pieces[class];
         for start in (0..bytes).step_by(size) {
             if pieces.len() < count {
                 let (mut at, mut done) = (std::ptr::null_mut(), std::ptr::null_mut());
@@ -371,7 +437,7 @@ impl Card {
             check("waiting for a copy", unsafe { sys::cuEventSynchronize(piece.done) })?;
             copy(piece.at, start, size.min(bytes - start))?;
             // SAFETY: an event and a stream of this context.
-            check("event", unsafe { sys::cuEventRecord(piece.done, self.stream) })?;
+            check("event", unsafe { sys::cuEventRecord(piece.done, lane.stream) })?;
         }
         Ok(())
     }
@@ -413,19 +479,11 @@ impl Device for Card {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Option<Address>> {
-        self.enter()?;
-        let mut at = 0;
-        // SAFETY: a number to write to.
-        let code = unsafe {
-            match self.pooled {
-                true => sys::cuMemAllocAsync(&mut at, bytes, self.stream),
-                false => sys::cuMemAlloc_v2(&mut at, bytes),
-            }
-        };
-        match code {
-            sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Ok(None),
-            code => check("device memory", code).map(|()| Some(at)),
-        }
+        self.allocate_in(&self.lane, bytes)
+    }
+
+    fn allocate_ahead(&self, bytes: usize) -> Result<Option<Address>> {
+        self.allocate_in(&self.ahead, bytes)
     }
 
     fn release(&self, at: Address, _: usize) {
@@ -440,14 +498,29 @@ impl Device for Card {
     }
 
     fn write(&self, at: Address, bytes: &[u8]) -> Result<()> {
-        self.enter()?;
-        self.through_pieces(bytes.len(), |piece, start, count| {
-            // SAFETY: a piece at least that long, which no copy reads any more; `count` bytes follow `start`.
+        self.write_in(&self.lane, at, bytes)
+    }
+
+    fn write_ahead(&self, at: Address, bytes: &[u8]) -> Result<Ticket> {
+        let sent = self.write_in(&self.ahead, at, bytes).and_then(|()| self.ticket(&self.ahead));
+        if sent.is_err() {
+            // SAFETY: a stream of this context. Pieces that were on their way are waited for, as the memory is given back.
             unsafe {
-                std::ptr::copy_nonoverlapping(bytes.as_ptr().add(start), piece.cast(), count);
-                check("copy to the GPU", sys::cuMemcpyHtoDAsync_v2(at + start as u64, piece, count, self.stream))
+                let _ = sys::cuStreamSynchronize(self.ahead.stream);
             }
-        })
+        }
+        sent
+    }
+
+    fn wait_for(&self, ticket: Ticket) -> Result<()> {
+        self.enter()?;
+        let event = ticket.0 as sys::CUevent;
+        // SAFETY: an event of `ticket`, which nobody has any more; the stream keeps what it waits for.
+        unsafe {
+            let waited = check("waiting for a copy", sys::cuStreamWaitEvent(self.stream, event, 0));
+            let _ = sys::cuEventDestroy_v2(event);
+            waited
+        }
     }
 
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()> {
@@ -472,7 +545,7 @@ impl Device for Card {
             events.push(ready);
         }
         let mut turn = 0;
-        let result = self.through_pieces(bytes.len(), |piece, start, count| {
+        let result = self.through_pieces(&self.lane, bytes.len(), |piece, start, count| {
             let done = events[turn % 2];
             turn += 1;
             // SAFETY: a piece at least that long, whose last use is over.
@@ -512,7 +585,7 @@ impl Device for Card {
 
     fn put_aside(&self, at: Address, bytes: usize) -> Result<Aside> {
         self.enter()?;
-        let known = lock(&self.host).free.get_mut(&bytes).and_then(Vec::pop);
+        let known = lock(&self.free).get_mut(&bytes).and_then(Vec::pop);
         let host = match known {
             Some(host) => host,
             None => {
@@ -538,7 +611,7 @@ impl Device for Card {
 
     fn forget(&self, aside: Aside) {
         // Whoever takes it next writes it on the same stream, after what reads it now.
-        lock(&self.host).free.entry(aside.bytes).or_default().push(aside.at);
+        lock(&self.free).entry(aside.bytes).or_default().push(aside.at);
     }
 
     fn launch(&self, module: &'static Module, kernel: &'static str, shape: Shape, args: &[Arg]) -> Result<()> {

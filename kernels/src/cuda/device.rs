@@ -147,7 +147,7 @@ pub struct Capacity {
     pub total: u64,
 }
 
-/// Work is done in the order of the calls; only `read` and `synchronize` wait for it.
+/// Work is done in the order of the calls, but for what is written ahead; only `read` and `synchronize` wait for it.
 ///
 /// # Safety
 /// Callers name memory that they have allocated, and arguments that fit the kernel: nothing here can check it.
@@ -166,6 +166,15 @@ pub trait Device: Send + Sync + Debug {
     fn release(&self, at: Address, bytes: usize);
     /// Copies to the device; `bytes` may be reused at once.
     fn write(&self, at: Address, bytes: &[u8]) -> Result<()>;
+    /// Memory for [`write_ahead`](Self::write_ahead): what was asked for before need not be done for it to be written.
+    fn allocate_ahead(&self, bytes: usize) -> Result<Option<Address>> {
+        self.allocate(bytes)
+    }
+    /// Copies to the device beside all other work; `bytes` may be reused at once. Nothing may touch that memory, and it may not be
+    /// given back, before [`wait_for`](Self::wait_for). After an error nothing writes it any more.
+    fn write_ahead(&self, at: Address, bytes: &[u8]) -> Result<Ticket>;
+    /// Has the work that is asked for from now on wait for a copy; the host does not.
+    fn wait_for(&self, ticket: Ticket) -> Result<()>;
     /// Copies from the device.
     fn read(&self, at: Address, bytes: &mut [u8]) -> Result<()>;
     /// Copies within the device; the two do not overlap.
@@ -185,9 +194,14 @@ pub trait Device: Send + Sync + Debug {
     /// The Cholesky factor of the lower triangle, as a row-major matrix sees it, of the `n × n` doubles at `at`, in place, if the
     /// device has a library for it; `Some(Some(p))` if pivot `p` was not positive.
     fn cholesky(&self, at: Address, n: usize) -> Result<Option<Option<usize>>>;
-    /// Waits for everything.
+    /// Waits for everything but what is written ahead.
     fn synchronize(&self) -> Result<()>;
 }
+
+/// A copy that was asked for ahead, for the device that made it.
+#[derive(Debug)]
+#[must_use = "the memory may only be used, and given back, once it was waited for"]
+pub struct Ticket(pub u64);
 
 /// Bytes on the host that a device has put aside.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use super::device::{Address, Aside, Device};
+use super::device::{Address, Aside, Device, Ticket};
 use crate::{Error, Result};
 
 /// Smaller buffers stay where they are.
@@ -15,6 +15,8 @@ pub(super) struct Memory {
     pub device: Arc<dyn Device>,
     budget: u64,
     ledger: Mutex<Ledger>,
+    /// Held while a buffer is sent ahead.
+    road: Mutex<()>,
     clock: AtomicU64,
 }
 
@@ -24,6 +26,10 @@ struct Ledger {
     peak: u64,
     /// Bytes that were put aside, all times together.
     moved: u64,
+    /// Bytes that were sent ahead, all together.
+    ahead: u64,
+    /// A buffer is being sent ahead, and not among the slots yet.
+    arriving: bool,
     /// The device had less than the budget.
     short: bool,
     slots: Vec<Weak<Slot>>,
@@ -43,6 +49,8 @@ pub struct Usage {
     pub peak: u64,
     /// Bytes that were put aside on the host, all times together.
     pub moved: u64,
+    /// Bytes that were sent ahead of their use, all together.
+    pub ahead: u64,
     /// Whether the device had no room although the budget had.
     pub short: bool,
 }
@@ -53,7 +61,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 
 impl Memory {
     pub fn new(device: Arc<dyn Device>, budget: u64) -> Memory {
-        Memory { device, budget, ledger: Mutex::default(), clock: AtomicU64::new(0) }
+        Memory { device, budget, ledger: Mutex::default(), road: Mutex::default(), clock: AtomicU64::new(0) }
     }
 
     pub fn budget(&self) -> u64 {
@@ -62,7 +70,7 @@ impl Memory {
 
     pub fn usage(&self) -> Usage {
         let ledger = lock(&self.ledger);
-        Usage { peak: ledger.peak, moved: ledger.moved, short: ledger.short }
+        Usage { peak: ledger.peak, moved: ledger.moved, ahead: ledger.ahead, short: ledger.short }
     }
 
     /// Takes memory, putting aside what was used the longest ago until there is room.
@@ -78,7 +86,13 @@ impl Memory {
                     ledger.short = true;
                 }
             }
+            let arriving = lock(&self.ledger).arriving;
             if !self.put_oldest_aside()? {
+                if arriving {
+                    // It can be put aside when it is there.
+                    drop(lock(&self.road));
+                    continue;
+                }
                 let used = lock(&self.ledger).used;
                 return Err(Error::Device(format!(
                     "{}: {:.2} GB of device memory are not enough: an operation needs {:.2} GB beside {:.2} GB in use; give more \
@@ -90,6 +104,20 @@ impl Memory {
                 )));
             }
         }
+    }
+
+    /// Takes memory for something that is not needed yet; `None` where something else would have to make room for it.
+    fn allocate_ahead(&self, bytes: usize) -> Result<Option<Address>> {
+        let mut ledger = lock(&self.ledger);
+        if ledger.used + bytes as u64 > self.budget {
+            return Ok(None);
+        }
+        let at = self.device.allocate_ahead(bytes)?;
+        if at.is_some() {
+            ledger.take(bytes);
+            ledger.arriving = true;
+        }
+        Ok(at)
     }
 
     fn put_oldest_aside(&self) -> Result<bool> {
@@ -104,6 +132,7 @@ impl Memory {
             if slot.pins.load(Ordering::Relaxed) > 0 {
                 continue;
             }
+            slot.settle(&mut place)?;
             if let Place::Device(at) = *place {
                 *place = Place::Host(self.device.put_aside(at, slot.bytes)?);
                 self.device.release(at, slot.bytes);
@@ -120,6 +149,8 @@ impl Memory {
 #[derive(Debug)]
 enum Place {
     Device(Address),
+    /// On the device, for what waits for the copy.
+    Arriving(Address, Ticket),
     Host(Aside),
     Gone,
 }
@@ -133,16 +164,36 @@ struct Slot {
     used: AtomicU64,
 }
 
+impl Slot {
+    fn at(memory: &Arc<Memory>, at: Address, bytes: usize) -> Arc<Slot> {
+        let used = AtomicU64::new(memory.clock.fetch_add(1, Ordering::Relaxed));
+        let place = Mutex::new(Place::Device(at));
+        Arc::new(Slot { memory: memory.clone(), bytes, place, pins: AtomicUsize::new(0), used })
+    }
+
+    /// Has everything from now on wait for the copy of what was sent ahead.
+    fn settle(&self, place: &mut Place) -> Result<()> {
+        let &mut Place::Arriving(at, _) = place else { return Ok(()) };
+        match std::mem::replace(place, Place::Device(at)) {
+            Place::Arriving(_, ticket) => self.memory.device.wait_for(ticket),
+            _ => unreachable!("seen above"),
+        }
+    }
+}
+
 impl Drop for Slot {
     fn drop(&mut self) {
         let place = self.place.get_mut().unwrap_or_else(PoisonError::into_inner);
-        match std::mem::replace(place, Place::Gone) {
+        let mut place = std::mem::replace(place, Place::Gone);
+        // If that fails the device does, and whoever uses it next is told.
+        let _ = self.settle(&mut place);
+        match place {
             Place::Device(at) => {
                 self.memory.device.release(at, self.bytes);
                 lock(&self.memory.ledger).used -= self.bytes as u64;
             }
             Place::Host(aside) => self.memory.device.forget(aside),
-            Place::Gone => {}
+            Place::Arriving(..) | Place::Gone => {}
         }
     }
 }
@@ -156,20 +207,39 @@ impl Buffer {
     pub(super) fn new(memory: &Arc<Memory>, bytes: usize) -> Result<Buffer> {
         // Nothing is never asked for: an address is wanted all the same.
         let bytes = bytes.max(16);
-        let at = memory.allocate(bytes)?;
-        let used = AtomicU64::new(memory.clock.fetch_add(1, Ordering::Relaxed));
-        let place = Mutex::new(Place::Device(at));
-        let slot = Arc::new(Slot { memory: memory.clone(), bytes, place, pins: AtomicUsize::new(0), used });
+        let slot = Slot::at(memory, memory.allocate(bytes)?, bytes);
         if bytes >= MOVABLE {
             lock(&memory.ledger).slots.push(Arc::downgrade(&slot));
         }
         Ok(Buffer(slot))
     }
 
+    /// Sends bytes ahead, while the device is at other work; `None` where there is no room now.
+    pub(super) fn ahead(memory: &Arc<Memory>, bytes: &[u8]) -> Result<Option<Buffer>> {
+        let _road = lock(&memory.road);
+        let size = bytes.len().max(16);
+        let Some(at) = memory.allocate_ahead(size)? else { return Ok(None) };
+        let slot = Slot::at(memory, at, size);
+        let ticket = memory.device.write_ahead(at, bytes);
+        let sent = ticket.map(|ticket| *lock(&slot.place) = Place::Arriving(at, ticket));
+        let mut ledger = lock(&memory.ledger);
+        ledger.arriving = false;
+        if sent.is_ok() {
+            ledger.ahead += bytes.len() as u64;
+            if size >= MOVABLE {
+                ledger.slots.push(Arc::downgrade(&slot));
+            }
+        }
+        // What is dropped takes the ledger.
+        drop(ledger);
+        sent.map(|()| Some(Buffer(slot)))
+    }
+
     /// Brings it to the device, where it stays as long as what this returns.
     pub(super) fn pin(&self) -> Result<Pinned<'_>> {
         let slot = &*self.0;
         let mut place = lock(&slot.place);
+        slot.settle(&mut place)?;
         slot.used.store(slot.memory.clock.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
         if let Place::Host(_) = *place {
             let at = slot.memory.allocate(slot.bytes)?;

@@ -27,7 +27,7 @@ use ndarray::Array2;
 
 pub use self::card::{Card, Found, Profile, cards};
 pub use self::compile::{Compiled, MODULES, compile, compiler_is_there, missing};
-pub use self::device::{Address, Arg, Aside, Capacity, Device, Module, Operand, Product, Real, Shape};
+pub use self::device::{Address, Arg, Aside, Capacity, Device, Module, Operand, Product, Real, Shape, Ticket};
 pub use self::memory::{Buffer, Usage};
 use self::memory::{Memory, Pinned};
 pub use self::pack::PackLayout;
@@ -65,6 +65,16 @@ pub struct Matrix {
 #[derive(Debug)]
 pub struct Rounded {
     buffer: Buffer,
+    rows: usize,
+    cols: usize,
+}
+
+/// A matrix as a file stores it, on the device or on its way there.
+#[derive(Debug)]
+pub struct Stored {
+    buffer: Buffer,
+    /// What the kernel that widens it calls its type.
+    kind: i32,
     rows: usize,
     cols: usize,
 }
@@ -249,6 +259,18 @@ impl Cuda {
     }
 }
 
+/// How the kernel that widens a stored matrix calls its type; `None` for one that it does not know.
+fn stored_kind(bytes: &[u8], dtype: Dtype, [rows, cols]: [usize; 2]) -> Result<Option<i32>> {
+    let (kind, size) = match dtype {
+        Dtype::F16 => (0, 2),
+        Dtype::BF16 => (1, 2),
+        Dtype::F32 => (2, 4),
+        _ => return Ok(None),
+    };
+    expect("upload_stored", "bytes", rows * cols * size, bytes.len())?;
+    Ok(Some(kind))
+}
+
 /// A pointer to a buffer, or a null one.
 fn at(pinned: Option<&Pinned<'_>>) -> Arg {
     Arg::At(pinned.map_or(0, |p| p.at))
@@ -264,6 +286,7 @@ impl Backend for Cuda {
     type Matrix = Matrix;
     type Input = Operands;
     type Weight = Operands;
+    type Stored = Stored;
 
     fn name(&self) -> String {
         let calibration =
@@ -310,19 +333,28 @@ impl Backend for Cuda {
     }
 
     fn upload_stored(&self, bytes: &[u8], dtype: Dtype, [rows, cols]: [usize; 2]) -> Result<Option<Matrix>> {
-        let (kind, size) = match dtype {
-            Dtype::F16 => (0, 2),
-            Dtype::BF16 => (1, 2),
-            Dtype::F32 => (2, 4),
-            _ => return Ok(None),
-        };
-        let count = rows * cols;
-        expect("upload_stored", "bytes", count * size, bytes.len())?;
-        let stored = self.send(bytes)?;
+        let Some(kind) = stored_kind(bytes, dtype, [rows, cols])? else { return Ok(None) };
+        self.widen(Stored { buffer: self.send(bytes)?, kind, rows, cols }).map(Some)
+    }
+
+    fn sends_ahead(&self) -> Option<u64> {
+        // What is at work needs several times what its weights take.
+        Some(self.budget() / 4)
+    }
+
+    fn send_ahead(&self, bytes: &[u8], dtype: Dtype, [rows, cols]: [usize; 2]) -> Result<Option<Stored>> {
+        let Some(kind) = stored_kind(bytes, dtype, [rows, cols])? else { return Ok(None) };
+        Ok(Buffer::ahead(&self.memory, bytes)?.map(|buffer| Stored { buffer, kind, rows, cols }))
+    }
+
+    fn widen(&self, Stored { buffer, kind, rows, cols }: Stored) -> Result<Matrix> {
         let out = self.matrix(rows, cols)?;
-        let args = [out.buffer.pin()?.arg(), stored.pin()?.arg(), kind.into(), (count as i64).into()];
+        let count = rows * cols;
+        let (to, from) = (out.buffer.pin()?, buffer.pin()?);
+        let args = [to.arg(), from.arg(), kind.into(), (count as i64).into()];
         self.each(&forward::POINTWISE, "widen", count, &args)?;
-        Ok(Some(out))
+        drop(to);
+        Ok(out)
     }
 
     fn upload(&self, host: Array2<f32>) -> Result<Matrix> {

@@ -1,0 +1,384 @@
+//! Sends the weights of a block to the device while the block before is at work.
+//!
+//! A thread takes them from the mapped files, one after the other, and whoever needs one takes what was sent. What was not sent by
+//! then is loaded by whoever needs it, so that results never hang on who was faster.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use kernels::Backend;
+
+use super::{Activations, Plain};
+use crate::checkpoint::{Checkpoint, RawTensor};
+use crate::error::{Error, Result};
+use crate::graph::{Block, Linear, Stored};
+
+/// Weights on their way to a device; on one to which nothing need be sent, the file's.
+pub struct Ahead<'a, B: Backend> {
+    backend: &'a B,
+    source: &'a Checkpoint,
+    /// Bytes that may be on their way at a time, where the device wants any to be.
+    most: Option<u64>,
+    road: Road<B::Stored>,
+}
+
+impl<'a, B: Backend> Ahead<'a, B> {
+    /// Nothing is sent before [`beside`](Self::beside).
+    pub fn new(backend: &'a B, source: &'a Checkpoint) -> Ahead<'a, B> {
+        Ahead { backend, source, most: backend.sends_ahead(), road: Road::new() }
+    }
+
+    /// Runs `work`, beside which is sent what it [announces](Self::announce).
+    ///
+    /// Fails if sending does; everything is over when this returns.
+    pub fn beside<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        let Some(most) = self.most else { return work() };
+        self.road.beside(most, |name, shape| self.send(name, shape), work)
+    }
+
+    /// A block begins, and this one follows: has its weights read from disk, and sent unless they take too much of the device.
+    pub fn announce(&self, next: Option<&Block>) {
+        let linears = || next.into_iter().flat_map(Block::linears);
+        linears().for_each(|linear| self.source.announce(&linear.weight()));
+        let Some(most) = self.most else { return };
+        let mut coming = Vec::new();
+        for linear in linears() {
+            if let Some((raw, shape)) = stored(self.source, linear) {
+                coming.push((linear.weight(), shape, raw.data.len() as u64));
+            }
+        }
+        if coming.iter().map(|(_, _, bytes)| bytes).sum::<u64>() > most {
+            coming.clear();
+        }
+        self.road.announce(coming);
+    }
+
+    /// Loads weights as they are, those that were sent from the device.
+    pub fn plain(&self) -> Plain<'_, B> {
+        Plain { backend: self.backend, source: self.source, activations: Activations::Exact, ahead: Some(self) }
+    }
+
+    /// A weight that was sent, or is being sent; `None` for one that is to be loaded.
+    pub(super) fn take(&self, name: &str) -> Result<Option<B::Stored>> {
+        if self.most.is_some() { self.road.take(name) } else { Ok(None) }
+    }
+
+    fn send(&self, name: &str, shape: [usize; 2]) -> Result<Option<B::Stored>> {
+        let raw = self.source.raw(name).expect("announced");
+        let sent = self.backend.send_ahead(raw.data, raw.dtype, shape)?;
+        if sent.is_some() {
+            self.source.release(name);
+        }
+        Ok(sent)
+    }
+}
+
+/// A weight that lies in the file as it is, and its shape.
+pub(super) fn stored<'s>(source: &'s Checkpoint, linear: &Linear) -> Option<(RawTensor<'s>, [usize; 2])> {
+    let shape = [linear.stored_rows(), linear.cols];
+    let raw = source.raw(&linear.weight())?;
+    (linear.stored == Stored::Plain && raw.shape == shape).then_some((raw, shape))
+}
+
+/// One weight.
+struct Parcel<S> {
+    name: String,
+    shape: [usize; 2],
+    bytes: u64,
+    /// Which announcement named it.
+    block: usize,
+    state: State<S>,
+}
+
+enum State<S> {
+    Waiting,
+    Leaving,
+    Sent(S),
+}
+
+/// Parcels in the order in which they are wanted.
+struct Parcels<S> {
+    all: Vec<Parcel<S>>,
+    /// Announcements so far.
+    blocks: usize,
+    /// Why no more are sent, until somebody was told.
+    error: Option<Error>,
+    /// Nobody sends, or nobody wants any more.
+    closed: bool,
+}
+
+/// What two threads share: one sends, the other takes.
+struct Road<S> {
+    parcels: Mutex<Parcels<S>>,
+    changed: Condvar,
+}
+
+/// Closes a road whatever becomes of the thread that has it.
+struct Closing<'r, S>(&'r Road<S>);
+
+impl<S> Drop for Closing<'_, S> {
+    fn drop(&mut self) {
+        let mut parcels = self.0.lock();
+        parcels.closed = true;
+        parcels.all.retain(|parcel| matches!(parcel.state, State::Sent(_)));
+        self.0.changed.notify_all();
+    }
+}
+
+impl<S> Road<S> {
+    fn new() -> Road<S> {
+        let parcels = Parcels { all: Vec::new(), blocks: 0, error: None, closed: true };
+        Road { parcels: Mutex::new(parcels), changed: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Parcels<S>> {
+        self.parcels.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'g>(&self, parcels: MutexGuard<'g, Parcels<S>>) -> MutexGuard<'g, Parcels<S>> {
+        self.changed.wait(parcels).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn beside<R>(
+        &self,
+        most: u64,
+        send: impl Fn(&str, [usize; 2]) -> Result<Option<S>> + Send,
+        work: impl FnOnce() -> Result<R>,
+    ) -> Result<R>
+    where
+        S: Send,
+    {
+        self.lock().closed = false;
+        let done = std::thread::scope(|scope| {
+            let sender = std::thread::Builder::new().name("ahead".to_owned());
+            let closing = Closing(self);
+            // Without a thread everything is loaded when it is wanted.
+            if sender.spawn_scoped(scope, || self.serve(most, send)).is_err() {
+                drop(closing);
+                return work();
+            }
+            work()
+        });
+        let mut parcels = self.lock();
+        let (unused, error) = (std::mem::take(&mut parcels.all), parcels.error.take());
+        drop((parcels, unused));
+        match error {
+            Some(error) => done.and(Err(error)),
+            None => done,
+        }
+    }
+
+    /// Sends until the road is closed.
+    fn serve(&self, most: u64, send: impl Fn(&str, [usize; 2]) -> Result<Option<S>>) {
+        let _closing = Closing(self);
+        let mut parcels = self.lock();
+        while !parcels.closed {
+            let on_the_way = parcels.all.iter().filter(|parcel| !matches!(parcel.state, State::Waiting));
+            let room = most.saturating_sub(on_the_way.map(|parcel| parcel.bytes).sum());
+            let next = parcels.all.iter_mut().find(|parcel| matches!(parcel.state, State::Waiting));
+            let Some(parcel) = next.filter(|parcel| parcel.bytes <= room) else {
+                parcels = self.wait(parcels);
+                continue;
+            };
+            parcel.state = State::Leaving;
+            let (name, shape, block) = (parcel.name.clone(), parcel.shape, parcel.block);
+            drop(parcels);
+            let sent = send(&name, shape);
+            parcels = self.lock();
+            let place = parcels.all.iter().position(|parcel| parcel.block == block && parcel.name == name);
+            match (sent, place) {
+                (Ok(Some(sent)), Some(place)) => parcels.all[place].state = State::Sent(sent),
+                (Ok(None), Some(place)) => drop(parcels.all.remove(place)),
+                // Nobody wants it any more.
+                (Ok(_), None) => {}
+                (Err(error), _) => {
+                    parcels.error = Some(error);
+                    return;
+                }
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// Names what will be wanted next, and forgets what was wanted before the block that begins now.
+    fn announce(&self, coming: Vec<(String, [usize; 2], u64)>) {
+        let mut parcels = self.lock();
+        parcels.blocks += 1;
+        let block = parcels.blocks;
+        let (kept, unused) = std::mem::take(&mut parcels.all).into_iter().partition(|p| p.block + 1 >= block);
+        parcels.all = kept;
+        if !parcels.closed {
+            for (name, shape, bytes) in coming {
+                if parcels.all.iter().all(|parcel| parcel.name != name) {
+                    parcels.all.push(Parcel { name, shape, bytes, block, state: State::Waiting });
+                }
+            }
+        }
+        drop(parcels);
+        drop(unused);
+        self.changed.notify_all();
+    }
+
+    fn take(&self, name: &str) -> Result<Option<S>> {
+        let mut parcels = self.lock();
+        loop {
+            if let Some(error) = parcels.error.take() {
+                return Err(error);
+            }
+            let Some(place) = parcels.all.iter().position(|parcel| parcel.name == name) else { return Ok(None) };
+            if let State::Leaving = parcels.all[place].state {
+                parcels = self.wait(parcels);
+                continue;
+            }
+            let taken = parcels.all.remove(place);
+            self.changed.notify_all();
+            return Ok(match taken.state {
+                State::Sent(sent) => Some(sent),
+                _ => None,
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    /// Counts what lives.
+    struct Sent<'c>(String, &'c AtomicUsize);
+
+    impl<'c> Sent<'c> {
+        fn new(name: &str, living: &'c AtomicUsize) -> Sent<'c> {
+            living.fetch_add(1, Ordering::SeqCst);
+            Sent(name.to_owned(), living)
+        }
+    }
+
+    impl Drop for Sent<'_> {
+        fn drop(&mut self) {
+            self.1.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+
+    impl<S> Road<S> {
+        fn name(&self, parcels: &[(&str, u64)]) {
+            self.announce(parcels.iter().map(|(name, bytes)| ((*name).to_owned(), [1, 1], *bytes)).collect());
+        }
+
+        fn wait_until(&self, done: impl Fn(&[Parcel<S>]) -> bool) {
+            let mut parcels = self.lock();
+            while !done(&parcels.all) {
+                parcels = self.wait(parcels);
+            }
+        }
+    }
+
+    fn sent<S>(parcels: &[Parcel<S>]) -> usize {
+        parcels.iter().filter(|p| matches!(p.state, State::Sent(_))).count()
+    }
+
+    #[test]
+    fn what_is_announced_is_sent_and_what_is_not_used_is_dropped() {
+        let living = AtomicUsize::new(0);
+        let road = Road::<Sent<'_>>::new();
+        let send = |name: &str, _: [usize; 2]| Ok((name != "refused").then(|| Sent::new(name, &living)));
+        let work = || {
+            road.name(&[("a", 4), ("refused", 2), ("b", 4), ("a", 4)]);
+            road.wait_until(|all| all.len() == 2 && sent(all) == 2);
+            assert_eq!(road.take("a")?.unwrap().0, "a");
+            assert!(road.take("a")?.is_none() && road.take("refused")?.is_none() && road.take("other")?.is_none());
+            // Those of the block that begins stay, and the others go with the next one.
+            road.name(&[("c", 1)]);
+            road.wait_until(|all| sent(all) == 2);
+            road.name(&[("d", 100), ("e", 1)]);
+            road.wait_until(|all| all.len() == 3 && sent(all) == 1);
+            assert_eq!(living.load(Ordering::SeqCst), 1);
+            // One that is too large for now is loaded by whoever needs it.
+            assert!(road.take("d")?.is_none());
+            road.wait_until(|all| sent(all) == 2);
+            Ok(road.take("c")?.unwrap().0.clone())
+        };
+        assert_eq!(road.beside(10, send, work).unwrap(), "c");
+        assert_eq!(living.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn no_more_is_on_the_way_than_may_be() {
+        let living = AtomicUsize::new(0);
+        let (road, most) = (Road::<Sent<'_>>::new(), AtomicUsize::new(0));
+        let send = |name: &str, _: [usize; 2]| {
+            most.fetch_max(living.load(Ordering::SeqCst) + 1, Ordering::SeqCst);
+            Ok(Some(Sent::new(name, &living)))
+        };
+        let names: Vec<String> = (0..50).map(|i| i.to_string()).collect();
+        let parcels: Vec<(&str, u64)> = names.iter().map(|name| (&name[..], 3)).collect();
+        let work = || {
+            road.name(&parcels);
+            for name in &names {
+                road.wait_until(|all| sent(all) > 0);
+                assert_eq!(road.take(name)?.unwrap().0, *name);
+            }
+            Ok(())
+        };
+        road.beside(10, send, work).unwrap();
+        assert!((1..=4).contains(&most.load(Ordering::SeqCst)), "{most:?}");
+    }
+
+    #[test]
+    fn errors_end_the_work_and_nobody_waits_forever() {
+        let lost = |name: &str, _: [usize; 2]| -> Result<Option<()>> {
+            if name == "bad" { Err(Error::failed("the device is lost")) } else { Ok(Some(())) }
+        };
+        // Told to whoever wants a weight next, whichever it is.
+        let road = Road::new();
+        let work = || {
+            road.name(&[("good", 1), ("bad", 1), ("never", 1)]);
+            road.wait_until(|all| all.len() < 3);
+            road.take("good").map(drop)
+        };
+        assert_eq!(road.beside(10, lost, work).unwrap_err().to_string(), "the device is lost");
+        // Told at the end if nobody wants one.
+        let work = || {
+            road.name(&[("bad", 1)]);
+            road.wait_until(<[_]>::is_empty);
+            road.name(&[("later", 1)]);
+            Ok(())
+        };
+        assert_eq!(road.beside(10, lost, work).unwrap_err().to_string(), "the device is lost");
+        // The work's own error is told, and ends the sending: of what is being sent only that.
+        let (begin, begun) = channel();
+        let (go, gone) = channel::<()>();
+        let slow = move |_: &str, _: [usize; 2]| {
+            // Of a second one nobody is told, and it is let go with the work.
+            let _ = begin.send(());
+            let _ = gone.recv();
+            Ok(Some(()))
+        };
+        let here = &road;
+        let work = move || -> Result<()> {
+            here.name(&[("a", 1), ("b", 1)]);
+            begun.recv().unwrap();
+            go.send(()).unwrap();
+            Err(Error::failed("enough"))
+        };
+        let told = road.beside(10, slow, work).unwrap_err().to_string();
+        assert!(told == "enough" && road.lock().all.is_empty(), "{told}");
+        // A sender that panics takes nobody with it who waits.
+        let (begin, begun) = channel();
+        let work = || {
+            road.name(&[("a", 1)]);
+            begun.recv().unwrap();
+            assert!(road.take("a")?.is_none());
+            Ok(())
+        };
+        let panics = move |_: &str, _: [usize; 2]| -> Result<Option<()>> {
+            begin.send(()).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            panic!("on purpose")
+        };
+        let run = std::panic::AssertUnwindSafe(|| road.beside(10, panics, work));
+        std::panic::catch_unwind(run).unwrap_err();
+    }
+}
