@@ -518,6 +518,10 @@ impl Device for Card {
         // SAFETY: an event of `ticket`, which nobody has any more; the stream keeps what it waits for.
         unsafe {
             let waited = check("waiting for a copy", sys::cuStreamWaitEvent(self.stream, event, 0));
+            if waited.is_err() {
+                // The memory is given back next.
+                let _ = sys::cuEventSynchronize(event);
+            }
             let _ = sys::cuEventDestroy_v2(event);
             waited
         }
