@@ -285,9 +285,8 @@ fn weights_go_ahead_and_change_nothing() {
     // A block has 0.295 MB. Where there is no memory for what goes ahead, nothing does.
     let none = [("FAKE_CUDA_FAIL", "cuMemAllocAsync@1"), ("FAKE_CUDA_ERROR", "2")];
     let quick = ["--samples", "2", "--seq-len", "32", "--verify-text", "none"];
-    let cases: [(&str, &[&str]); 4] = [
+    let cases: [(&str, &[&str]); 3] = [
         ("gptq", &["--group-size", "64"]),
-        ("awq", &["--method", "awq", "--group-size", "64"]),
         ("rtn", &["--method", "rtn", "--group-size", "64"]),
         ("blocks.gguf", &["--format", "gguf", "--scheme", "Q4_0"]),
     ];
