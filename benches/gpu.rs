@@ -171,7 +171,7 @@ fn table() -> Result<()> {
         let grid = cuda.fit(&weight, &spec, FitKind::Weighted(&energy))?;
         let name = format!("sweep, {rows} × {cols}");
         let line = Line { name: &name, work: (rows * cols * cols) as f64, peak: F32, unit: "TFLOP/s" };
-        measure(&cuda, &line, || cuda.sweep(&weight, &factor, &grid))?;
+        measure(&cuda, &line, || cuda.sweep(&[(&weight, &grid)], &factor))?;
         let ty = GgmlType::from_name("Q4_K").expect("a type");
         let name = format!("Q4_K: search, {rows} × {cols}");
         let line = Line { name: &name, work: bytes, peak: MEMORY, unit: "TB/s" };
@@ -180,10 +180,10 @@ fn table() -> Result<()> {
         let name = format!("Q4_K: sweep, {rows} × {cols}");
         let line = Line { name: &name, work: (rows * cols * cols) as f64, peak: F32, unit: "TFLOP/s" };
         measure(&cuda, &line, || cuda.sweep_blocks(&weight, &factor, &grid))?;
-        let codes = cuda.sweep_blocks(&weight, &factor, &grid)?.codes;
+        let mut codes = cuda.sweep_blocks(&weight, &factor, &grid)?.codes;
         let name = format!("Q4_K: refinement, {rows} × {cols}");
         let line = Line { name: &name, work: 8.0 * (rows * cols * cols) as f64, peak: F32, unit: "TFLOP/s" };
-        measure(&cuda, &line, || cuda.refine_blocks(&weight, &gram, 0.05, &mut grid.clone(), &mut codes.clone()))?;
+        measure(&cuda, &line, || cuda.refine_blocks(&weight, &gram, 0.05, &mut grid.clone(), &mut codes))?;
     }
     let [p, q] = [upload(1024, 128_256, 12)?, upload(1024, 128_256, 13)?];
     let line =

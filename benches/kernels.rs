@@ -194,7 +194,7 @@ fn sweep(c: &mut Criterion) {
         };
         let name = format!("{rows} x {cols}");
         measure(&mut group, &name, flops(rows * cols * cols), make, |(factor, grid, weight)| {
-            Cpu::exact().sweep(weight, factor, grid)
+            Cpu::exact().sweep(&[(weight, grid)], factor)
         });
     }
 }

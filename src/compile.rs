@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use calibration::samples::Samples;
-use calibration::solvers::{Gptq, Observer, Rtn, Shared, Solver};
+use calibration::solvers::{Gptq, Observer, Rtn, Shared, Solution, Solver};
 use calibration::statistics::{Needs, Statistics};
 use calibration::transforms::{Awq, Slot, Tie};
 use formats::tensor::narrow;
@@ -285,31 +285,54 @@ impl<B: Backend> Work<'_, B> {
             false => None,
         };
         let mut weights = Vec::new();
-        for linear in group {
-            let weight = self.load(linear)?;
-            let Some((scheme, shared)) = self.plan.schemes.get(&linear.module).copied().zip(shared.as_ref()) else {
+        let mut rest = group;
+        while !rest.is_empty() {
+            let mut rows = 0;
+            let fits = |linear: &&&Linear| {
+                rows += linear.rows;
+                rows <= backend.rows_at_once()
+            };
+            let (now, later) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+            rest = later;
+            weights.extend(self.quantize_together(now, statistics, shared.as_ref())?);
+        }
+        Ok(weights)
+    }
+
+    /// The same for linears that are solved at once.
+    fn quantize_together(
+        &mut self,
+        group: &[&Linear],
+        statistics: Option<&Statistics<B>>,
+        shared: Option<&Shared<'_, B>>,
+    ) -> Result<Vec<Weight<B::Weight>>> {
+        let (backend, solver) = (self.backend, self.solver);
+        let loaded = group.iter().map(|linear| self.load(linear)).collect::<Result<Vec<_>>>()?;
+        let schemes: Vec<Option<Scheme>> = group.iter().map(|l| self.plan.schemes.get(&l.module).copied()).collect();
+        let planned: Vec<(&B::Matrix, GridSpec)> = (group.iter().zip(&loaded).zip(&schemes))
+            .filter_map(|((linear, weight), scheme)| Some((&weight.matrix, self.spec((*scheme)?, linear.cols))))
+            .collect();
+        let started = Instant::now();
+        let mut solutions = match shared {
+            Some(shared) => solver.solve(backend, shared, &planned)?,
+            None => Vec::new(),
+        }
+        .into_iter();
+        let seconds = started.elapsed().as_secs_f64();
+        self.done.seconds.solve += seconds;
+        let solved: usize = group.iter().zip(&schemes).filter(|(_, s)| s.is_some()).map(|(l, _)| l.rows * l.cols).sum();
+
+        let mut weights = Vec::new();
+        for ((linear, mut weight), scheme) in group.iter().zip(loaded).zip(schemes) {
+            let Some((scheme, shared)) = scheme.zip(shared) else {
                 if self.plan.unstacked(linear) {
                     self.write_plain(linear, &weight)?;
                 }
                 weights.extend(ready(backend, linear, weight)?);
                 continue;
             };
-            let started = Instant::now();
-            let solution = solver.solve(backend, shared, &weight.matrix, &self.spec(scheme, linear.cols))?;
-            let seconds = started.elapsed().as_secs_f64();
-            self.done.seconds.solve += seconds;
-            timed(&mut self.done.seconds.write, || {
-                let located = |e: formats::Error| Error::from(e.in_tensor(linear.weight()));
-                let parts = self.plan.codec.encode(&solution.weight, self.plan.scale_dtype).map_err(located)?;
-                for (part, tensor) in &parts.0 {
-                    self.writer.write(&format!("{}.{part}", linear.module), &tensor.data)?;
-                }
-                if let (Some(bias), Stored::Slice { .. }) = (&weight.bias, &linear.stored) {
-                    let name = format!("{}.bias", linear.module);
-                    write_floats(self.writer, &name, self.plan.float_dtype, bias)?;
-                }
-                Ok(())
-            })?;
+            let mut solution = solutions.next().expect("one for each planned linear");
+            weight.matrix = std::mem::replace(&mut solution.restored, weight.matrix);
             let tokens = statistics.map_or(0, |s| s.tokens);
             let count = statistics.map_or(1.0, |s| s.count.max(1.0));
             let report = LinearReport {
@@ -322,17 +345,37 @@ impl<B: Backend> Work<'_, B> {
                 tokens,
                 prior: statistics.filter(|s| s.count > s.tokens as f64).map(|s| 1.0 - s.tokens as f64 / s.count),
                 damp: solution.damp,
-                fallback: solution.fallback,
+                fallback: solution.fallback.take(),
                 proxy_loss: solution.proxy_loss.map(|loss| loss / count),
                 relative_error: solution.relative_error,
-                seconds,
+                seconds: seconds * (linear.rows * linear.cols) as f64 / solved as f64,
             };
+            let started = Instant::now();
+            self.write(linear, solution, weight.bias.as_deref())?;
+            self.done.seconds.write += started.elapsed().as_secs_f64();
             self.progress.line(|| describe(&report));
             self.progress.step();
             self.done.linears.push(report);
-            weights.extend(ready(backend, linear, Weight { matrix: solution.restored, ..weight })?);
+            weights.extend(ready(backend, linear, weight)?);
         }
         Ok(weights)
+    }
+
+    /// Writes what was found for a linear.
+    fn write(&self, linear: &Linear, solution: Solution<B>, bias: Option<&[f32]>) -> Result<()> {
+        let codec = self.plan.codec;
+        let packed = solution.packed(self.backend, codec.word_layout())?;
+        let located = |e: formats::Error| Error::from(e.in_tensor(linear.weight()));
+        let parts = codec.encode_packed(packed, self.plan.scale_dtype).map_err(located)?;
+        for (part, tensor) in &parts.0 {
+            self.writer.write(&format!("{}.{part}", linear.module), &tensor.data)?;
+        }
+        match (bias, &linear.stored) {
+            (Some(bias), Stored::Slice { .. }) => {
+                write_floats(self.writer, &format!("{}.bias", linear.module), self.plan.float_dtype, bias)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Writes an expert that stays as it is, out of a stack of which others are quantized.

@@ -128,7 +128,11 @@ pub fn hash_beside(paths: Vec<PathBuf>) -> Hashing {
 
 /// Hashes files on a thread of its own as they are written.
 pub fn hash_written(files: Vec<Follower>) -> Hashing {
-    std::thread::spawn(move || files.into_iter().map(|mut file| hash(&file.path().to_path_buf(), &mut file)).collect())
+    let one = |mut file: Follower| {
+        let path = file.path().to_owned();
+        hash(&path, &mut file)
+    };
+    std::thread::spawn(move || files.into_iter().map(one).collect())
 }
 
 /// Waits for what is being hashed.

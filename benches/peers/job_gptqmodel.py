@@ -14,7 +14,7 @@ if __name__ == "__main__":
     torch.set_num_threads(job["threads"])
     tokens = json.load(open(job["tokens"]))
     data = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in tokens]
-    config = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], device="cpu")
+    config = QuantizeConfig(bits=job["bits"], group_size=job["group_size"], device=job["device"])
     model = GPTQModel.load(job["model"], config)
     loaded = time.perf_counter()
     model.quantize(data, batch_size=job["batch"])

@@ -4,10 +4,12 @@
     python3 benches/peers/run.py --model MODEL                       # quantc three times, each peer once
     python3 benches/peers/run.py --model MODEL --only quantc         # no peers, nothing to install but torch for the peak
     python3 benches/peers/run.py --model MODEL --quality TEXT        # and evaluate what each wrote, with `quantc eval`
+    python3 benches/peers/run.py --model MODEL --device cuda --threads 16 --samples 128 --seq-len 2048 --calibration TEXT
 
 MODEL is a Hugging Face directory of the Llama family. All three quantize its decoder's linears to 4 bits, symmetric, groups
 of 64, from the same 64 pieces of 512 tokens. The peers are installed from PyPI into --venv (pinned; see README.md) and run
-with their own defaults. Each job is a process of its own, held to --threads cores. The table on stdout is markdown.
+with their own defaults. Each job is a process of its own, held to --threads cores. With --device cuda all of them take the
+first GPU, and torch is installed with CUDA (several GB). The table on stdout is markdown.
 """
 
 import argparse
@@ -80,7 +82,7 @@ def quantc_job(options, folder, environ):
         command = [options.quantc, "quantize", options.model, "-o", out, "--format", "compressed-tensors", "--method", "gptq"]
         command += ["--scheme", f"W{options.bits}A16", "--group-size", options.group_size]
         command += ["--calibration", folder / "calibration.jsonl", "--samples", options.samples, "--seq-len", options.seq_len]
-        command += ["--threads", options.threads, "--verify-text", "none", "--quiet"]
+        command += ["--threads", options.threads, "--device", options.device, "--verify-text", "none", "--quiet"]
         run = measured(list(map(str, command)), environ, folder / "quantc.log")
         say(f"quantc: {run['process']:.1f} s")
         runs.append(run)
@@ -98,6 +100,7 @@ def peer_job(name, options, folder, environ, python):
     shutil.rmtree(out, ignore_errors=True)
     job = {"model": str(options.model), "out": str(out), "tokens": str(folder / "tokens.json"), "result": str(result)}
     job |= {"bits": options.bits, "group_size": options.group_size, "threads": options.threads, "batch": options.peer_batch}
+    job |= {"device": options.device}
     (folder / f"{key}.job.json").write_text(json.dumps(job))
     run = measured([str(python), str(HERE / f"job_{key}.py"), str(folder / f"{key}.job.json")], environ, folder / f"{key}.log")
     run |= json.loads(result.read_text())
@@ -126,6 +129,7 @@ def main():
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the first GPU, for all three")
     parser.add_argument("--repeat", type=int, default=3, help="runs of quantc; the median counts")
     parser.add_argument("--peer-batch", type=int, default=1, help="sequences a batch for the peers (1 is their own default)")
     parser.add_argument("--only", default="quantc,GPTQModel,llm-compressor")
@@ -157,7 +161,8 @@ def main():
         venv, torch, requirements = PEERS[name]
         if who == ["quantc"]:
             requirements = requirements[:1]
-        pythons[name] = cpu_torch.environment(options.venv.resolve() / venv, torch, requirements)
+        gpu = options.device == "cuda"
+        pythons[name] = cpu_torch.environment(options.venv.resolve() / f"{venv}{'-cuda' if gpu else ''}", torch, requirements, gpu)
 
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # children inherit it
     if len(os.sched_getaffinity(0)) < options.threads:
@@ -170,10 +175,13 @@ def main():
         "GPTQMODEL_CPU_WORKERS": "2",  # its default on two cores is one, and its start-up then waits for a second for ever
         "GPTQMODEL_DISABLE_PACK_EXT": "1",  # else it compiles a packer for two minutes
     }
+    if options.device == "cpu":
+        environ["CUDA_VISIBLE_DEVICES"] = ""
     config = json.loads((options.model / "config.json").read_text())
-    prepare = [pythons[needed[0]], HERE / "prepare.py", options.model, options.calibration, options.samples, options.seq_len, folder, options.threads]
+    prepare = [pythons[needed[0]], HERE / "prepare.py", options.model, options.calibration, options.samples, options.seq_len, folder, options.threads, options.device]
     measured(list(map(str, prepare)), environ, folder / "prepare.log")
-    peak = json.loads((folder / "peak.json").read_text())["gflops"]
+    found = json.loads((folder / "peak.json").read_text())
+    peak, device_name = found["gflops"], found["device"]
 
     results = {}
     for name in ["quantc", *needed]:
@@ -190,7 +198,7 @@ def main():
     floor = total / peak / 1e9
     judged = options.quality is not None
     print(f"GPTQ W{options.bits}A16 g{options.group_size} of {options.model.name}, {options.samples} × {options.seq_len} tokens, "
-          f"{options.threads} threads, {cpu_name()}.\n")
+          f"{options.threads} threads, {cpu_name()}{', ' + device_name if device_name else ''}.\n")
     print("| | version | job, s | whole process, s | CPU, s | peak memory, MB | time to quantc's | memory to quantc's |" + (" perplexity | KL | top-1 |" if judged else ""))
     print("|---|---|---|---|---|---|---|---|" + ("---|---|---|" if judged else ""))
     base = results.get("quantc")
@@ -203,12 +211,13 @@ def main():
             row += [f"{q['perplexity']:.3f}", f"{q['kld_mean']:.4f} ± {q['kld_stderr']:.4f}", f"{100 * q['top1_agreement']:.1f} %"] if q else ["–"] * 3
         print("| " + " | ".join(row) + " |")
     detail = " + ".join(f"{name} {value / 1e12:.2f}" for name, value in parts.items())
-    print(f"\nThe floor: {detail} = {total / 1e12:.2f} TFLOP, {floor:.1f} s at the {peak:.0f} GFLOP/s that a float32 product of 2048 "
+    product = "bfloat16 product of 8192" if options.device == "cuda" else "float32 product of 2048"
+    print(f"\nThe floor: {detail} = {total / 1e12:.2f} TFLOP, {floor:.1f} s at the {peak:.0f} GFLOP/s that a {product} "
           f"reaches here (torch, best of 5).")
     if base:
         print(f"quantc runs at {total / base['process'] / 1e9:.0f} GFLOP/s over its whole process: {100 * floor / base['process']:.0f} % of that peak.")
     print(f"Job: for the peers the call that quantizes, loading and saving left out; for quantc the whole process (median of {options.repeat}).")
-    results["machine"] = {"cpu": cpu_name(), "peak_gflops": peak, "work": parts}
+    results["machine"] = {"cpu": cpu_name(), "device": device_name, "peak_gflops": peak, "work": parts}
     (folder / "results.json").write_text(json.dumps(results, indent=1))
 
 

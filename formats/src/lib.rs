@@ -10,6 +10,7 @@ pub mod ggml;
 pub mod grid;
 pub mod tensor;
 pub mod weight;
+pub mod words;
 
 pub use codec::{CODECS, Codec, read_quantization};
 pub use container::gguf::{GgufFile, GgufTensor, GgufWriter};
@@ -21,4 +22,5 @@ pub use error::{Error, Result};
 pub use ggml::GgmlType;
 pub use grid::{ScalePrecision, Scheme};
 pub use tensor::{Dtype, Tensor, TensorSpec, TensorView};
-pub use weight::QuantizedWeight;
+pub use weight::{PackedWeight, QuantizedWeight};
+pub use words::WordLayout;

@@ -1,6 +1,8 @@
 //! One quantized linear, independent of any file format.
 
+use crate::error::{Error, Result};
 use crate::grid::Scheme;
+use crate::words::WordLayout;
 
 /// A weight matrix `[rows, cols]` (`[out, in]`) on uniform grids: `w = scale · (code − zero)`.
 #[derive(Clone, Debug, PartialEq)]
@@ -58,6 +60,19 @@ impl QuantizedWeight {
         }
     }
 
+    /// The same with its codes packed.
+    ///
+    /// Fails when a code does not fit in the scheme's width, or the layout has no room for such codes.
+    pub fn packed(&self, layout: WordLayout) -> Result<PackedWeight> {
+        let QuantizedWeight { rows, cols, scheme, .. } = *self;
+        if let Some(code) = self.codes.iter().find(|&&code| code > scheme.max_code()) {
+            return Err(Error::invalid(format!("code {code} does not fit in {} bits", scheme.bits)));
+        }
+        let words = layout.pack(&self.codes, [rows, cols], scheme.bits)?;
+        let (scales, zeros, group_of) = (self.scales.clone(), self.zeros.clone(), self.group_of.clone());
+        Ok(PackedWeight { rows, cols, scheme, words, scales, zeros, group_of })
+    }
+
     /// The reals `[rows, cols]` that the codes stand for.
     pub fn dequantize(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * self.cols];
@@ -65,5 +80,31 @@ impl QuantizedWeight {
             self.dequantize_row(row, out);
         }
         out
+    }
+}
+
+/// A [`QuantizedWeight`] whose codes are packed as a file holds them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PackedWeight {
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub cols: usize,
+    /// Width and grouping of the codes.
+    pub scheme: Scheme,
+    /// The codes, in the layout that [`Codec::word_layout`](crate::Codec::word_layout) asks for.
+    pub words: Vec<u32>,
+    /// `[rows, groups]`, already rounded to the precision they are stored in; may be negative or 0.
+    pub scales: Vec<f32>,
+    /// `[rows, groups]`; all `scheme.midpoint()` when symmetric.
+    pub zeros: Vec<u8>,
+    /// `[cols]`: the group of each column, when groups are not runs of consecutive columns (`desc_act`).
+    pub group_of: Option<Vec<u32>>,
+}
+
+impl PackedWeight {
+    /// Groups in a row.
+    pub fn groups(&self) -> usize {
+        self.scheme.groups(self.cols)
     }
 }

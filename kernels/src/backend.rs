@@ -1,9 +1,8 @@
 //! What quantc asks of a device: few, whole operations.
 
 use formats::ggml::{BlockScales, GgmlType};
-use formats::{Dtype, QuantizedWeight, ScalePrecision, Scheme};
+use formats::{Dtype, ScalePrecision, Scheme, WordLayout};
 use ndarray::Array2;
-use rayon::prelude::*;
 
 use crate::Result;
 
@@ -214,9 +213,9 @@ pub struct Factor<M> {
 
 /// What the sweep returns.
 #[derive(Clone, Debug)]
-pub struct Swept {
+pub struct Swept<C> {
     /// `[rows, cols]` in the original column order.
-    pub codes: Vec<u8>,
+    pub codes: C,
     /// `tr((T − Ŵ) H (T − Ŵ)ᵀ)` under the factor's damped Hessian.
     pub loss: f64,
 }
@@ -253,6 +252,8 @@ pub trait Backend: Sync {
     type Weight: Send + Sync;
     /// A matrix as a file stores it, on its way to the device.
     type Stored: Send + Sync;
+    /// Codes `[rows, cols]` of a weight, a byte each.
+    type Codes: Send + Sync;
 
     /// What the user should see: device and instruction set.
     fn name(&self) -> String;
@@ -268,6 +269,10 @@ pub trait Backend: Sync {
     /// Tokens that go through an operator together, unless one sequence is longer.
     fn tokens_at_once(&self) -> usize {
         2048
+    }
+    /// Rows of weights with one input that keep it busy in a sweep; fewer are better swept together.
+    fn rows_at_once(&self) -> usize {
+        1
     }
     /// Values of an activation that are kept between two uses of it; more are computed twice.
     fn kept_values(&self) -> usize {
@@ -315,9 +320,11 @@ pub trait Backend: Sync {
     fn input(&self, x: Self::Matrix) -> Result<Self::Input>;
     /// `[tokens, features]`.
     fn input_shape(&self, x: &Self::Input) -> [usize; 2];
-    /// What is left of `x` once a runtime has rounded it for a product; each row on its own.
+    /// Leaves of `x` what is left once a runtime has rounded it; each row on its own.
     ///
     /// Fails unless its features are whole blocks of `kind`.
+    fn round_values(&self, x: &mut Self::Matrix, kind: ActivationRounding) -> Result<()>;
+    /// The same of what is multiplied.
     fn round_activations(&self, x: &Self::Input, kind: ActivationRounding) -> Result<Self::Input>;
     /// A weight `[out, in]`, ready to be multiplied.
     fn weight(&self, matrix: Self::Matrix) -> Result<Self::Weight>;
@@ -429,30 +436,36 @@ pub trait Backend: Sync {
 
     /// Chooses scales and zeros for every group of `weight`.
     fn fit(&self, weight: &Self::Matrix, spec: &GridSpec, kind: FitKind<'_, Self::Matrix>) -> Result<Grid>;
-    /// Rounds every weight to the nearest code of its group's grid; `[rows, cols]`.
-    fn round(&self, weight: &Self::Matrix, grid: &Grid) -> Result<Vec<u8>>;
-    /// Rounds column by column, each column's error spread over the columns not yet done.
-    fn sweep(&self, target: &Self::Matrix, factor: &Factor<Self::Matrix>, grid: &Grid) -> Result<Swept>;
-
-    /// The reals that `weight`'s codes stand for.
-    fn restore(&self, weight: &QuantizedWeight) -> Result<Self::Matrix> {
-        let mut values = vec![0.0; weight.rows * weight.cols];
-        let rows = values.par_chunks_exact_mut(weight.cols.max(1)).enumerate();
-        rows.for_each(|(row, out)| weight.dequantize_row(row, out));
-        self.upload(Array2::from_shape_vec((weight.rows, weight.cols), values).expect("one value a code"))
-    }
+    /// Rounds every weight to the nearest code of its group's grid.
+    fn round(&self, weight: &Self::Matrix, grid: &Grid) -> Result<Self::Codes>;
+    /// Rounds weights that read one input column by column, each column's error spread over the columns not yet done.
+    fn sweep(
+        &self,
+        targets: &[(&Self::Matrix, &Grid)],
+        factor: &Factor<Self::Matrix>,
+    ) -> Result<Vec<Swept<Self::Codes>>>;
+    /// The reals that codes stand for.
+    fn restore(&self, codes: &Self::Codes, grid: &Grid) -> Result<Self::Matrix>;
+    /// Codes of `bits` bits as files hold them.
+    fn pack(&self, codes: &Self::Codes, bits: u8, layout: WordLayout) -> Result<Vec<u32>>;
+    /// Copies codes to the host.
+    fn download_codes(&self, codes: &Self::Codes) -> Result<Array2<u8>>;
 
     /// Chooses the scales of every block of `weight` for the least `Σ h_j (w_j − ŵ_j)²`; `importance` is `[cols]`.
     fn fit_blocks(&self, weight: &Self::Matrix, ty: GgmlType, importance: Option<&[f32]>) -> Result<BlockGrid>;
     /// As [`round`](Self::round).
-    fn round_blocks(&self, weight: &Self::Matrix, grid: &BlockGrid) -> Result<Vec<u8>>;
-    /// As [`sweep`](Self::sweep).
-    fn sweep_blocks(&self, target: &Self::Matrix, factor: &Factor<Self::Matrix>, grid: &BlockGrid) -> Result<Swept>;
-    /// Codes of blocks as files hold them, and the reals that they stand for; `None` where the caller is to pack them.
-    fn pack_blocks(&self, codes: &[u8], grid: &BlockGrid) -> Result<Option<(Vec<u8>, Self::Matrix)>> {
-        let _ = (codes, grid);
-        Ok(None)
-    }
+    fn round_blocks(&self, weight: &Self::Matrix, grid: &BlockGrid) -> Result<Self::Codes>;
+    /// As [`sweep`](Self::sweep), of one weight.
+    fn sweep_blocks(
+        &self,
+        target: &Self::Matrix,
+        factor: &Factor<Self::Matrix>,
+        grid: &BlockGrid,
+    ) -> Result<Swept<Self::Codes>>;
+    /// As [`restore`](Self::restore).
+    fn restore_blocks(&self, codes: &Self::Codes, grid: &BlockGrid) -> Result<Self::Matrix>;
+    /// Codes of blocks as files hold them.
+    fn pack_blocks(&self, codes: &Self::Codes, grid: &BlockGrid) -> Result<Vec<u8>>;
     /// Moves scales and codes of a swept matrix wherever its loss falls; returns the loss, as [`Swept::loss`].
     fn refine_blocks(
         &self,
@@ -460,7 +473,7 @@ pub trait Backend: Sync {
         gram: &Self::Matrix,
         damp: f64,
         grid: &mut BlockGrid,
-        codes: &mut [u8],
+        codes: &mut Self::Codes,
     ) -> Result<f64>;
 
     /// Loss of `logits` `[tokens, vocabulary]` against the next tokens.

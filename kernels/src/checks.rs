@@ -2,7 +2,7 @@
 
 use ndarray::Array2;
 
-use crate::backend::{AttentionShape, RopeLayout};
+use crate::backend::{AttentionShape, BlockGrid, RopeLayout};
 use crate::{Error, Result};
 
 /// So many of something.
@@ -71,4 +71,16 @@ pub(crate) fn expect_attention(
         expect("attention", "tokens", lengths.iter().sum(), tokens)?;
     }
     sinks.map_or(Ok(()), |sinks| expect("attention", "sinks", heads, sinks.len()))
+}
+
+/// Codes `[rows, cols]` of the blocks of a grid.
+pub(crate) fn expect_blocks(op: &'static str, [rows, cols]: [usize; 2], grid: &BlockGrid) -> Result<()> {
+    expect(op, "rows", grid.rows, rows)?;
+    expect(op, "columns", grid.cols, cols)?;
+    expect_multiple(op, grid.ty.block_len, cols)?;
+    expect(op, "blocks", rows * (cols / grid.ty.block_len), grid.blocks.len())?;
+    if grid.ty.layout().is_none() {
+        return Err(Error::Shape { op, expected: "a type with blocks".to_owned(), found: grid.ty.to_string() });
+    }
+    Ok(())
 }

@@ -1,5 +1,6 @@
 //! The CPU: host matrices, rayon's threads, SIMD chosen at run time.
 
+use formats::WordLayout;
 use formats::ggml::GgmlType;
 use ndarray::{Array2, Axis, s};
 use rayon::prelude::*;
@@ -8,13 +9,18 @@ use crate::backend::{
     Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
     RopeLayout, Swept, TokenComparison, TokenLoss,
 };
-use crate::checks::{expect, expect_attention, expect_limit, expect_multiple, expect_rotation};
+use crate::checks::{expect, expect_attention, expect_blocks, expect_limit, expect_multiple, expect_rotation};
 use crate::ops::{
-    activation, add, attention, bf16, blocks, factor, fit, gram, heads, linear, loss, norm, refine, rope, round,
-    round_activations, scaled, softcap, sweep,
+    activation, add, attention, bf16, blocks, factor, fit, gram, heads, linear, loss, norm, refine, restore, rope,
+    round, round_activations, scaled, softcap, sweep,
 };
 use crate::simd::{Level, level};
 use crate::{Error, Result};
+
+/// Codes in the shape of their weight.
+fn as_shaped(codes: Vec<u8>, weight: &Array2<f32>) -> Array2<u8> {
+    Array2::from_shape_vec(weight.dim(), codes).expect("a code a weight")
+}
 
 /// The CPU backend. Uses the current rayon thread pool.
 #[derive(Clone, Copy, Debug, Default)]
@@ -102,6 +108,7 @@ impl Backend for Cpu {
     type Weight = Weight;
     // Nothing is ever on its way to where it is.
     type Stored = std::convert::Infallible;
+    type Codes = Array2<u8>;
 
     fn name(&self) -> String {
         let set = match level() {
@@ -187,13 +194,15 @@ impl Backend for Cpu {
         x.shape()
     }
 
+    fn round_values(&self, x: &mut Array2<f32>, kind: ActivationRounding) -> Result<()> {
+        expect_multiple("round_values", kind.block_len(), x.ncols())?;
+        round_activations::run(x, kind);
+        Ok(())
+    }
+
     fn round_activations(&self, x: &Input, kind: ActivationRounding) -> Result<Input> {
-        if !x.shape()[1].is_multiple_of(kind.block_len()) {
-            let (expected, found) = (format!("blocks of {} features", kind.block_len()), x.shape()[1].to_string());
-            return Err(Error::Shape { op: "round_activations", expected, found });
-        }
         let mut values = x.values();
-        round_activations::run(&mut values, kind);
+        self.round_values(&mut values, kind)?;
         Ok(match x {
             Input::Whole(_) => Input::Whole(values),
             Input::Rounded(_) => Input::Rounded(bf16::Rows::of(values.view())),
@@ -431,15 +440,39 @@ impl Backend for Cpu {
         Ok(fit::run(weight.slice(s![.., ..]), spec, kind))
     }
 
-    fn round(&self, weight: &Array2<f32>, grid: &Grid) -> Result<Vec<u8>> {
+    fn round(&self, weight: &Array2<f32>, grid: &Grid) -> Result<Array2<u8>> {
         expect("round", "rows", grid.rows, weight.nrows())?;
-        Ok(round::run(weight.view(), grid))
+        expect("round", "columns", grid.spec.group_of.len(), weight.ncols())?;
+        Ok(as_shaped(round::run(weight.view(), grid), weight))
     }
 
-    fn sweep(&self, target: &Array2<f32>, factor: &Factor<Array2<f32>>, grid: &Grid) -> Result<Swept> {
-        expect("sweep", "rows", grid.rows, target.nrows())?;
-        expect("sweep", "columns", factor.order.len(), target.ncols())?;
-        Ok(sweep::run(target.view(), factor, grid))
+    fn sweep(&self, targets: &[(&Array2<f32>, &Grid)], factor: &Factor<Array2<f32>>) -> Result<Vec<Swept<Array2<u8>>>> {
+        let one = |&(target, grid): &(&Array2<f32>, &Grid)| {
+            expect("sweep", "rows", grid.rows, target.nrows())?;
+            expect("sweep", "columns", factor.order.len(), target.ncols())?;
+            let Swept { codes, loss } = sweep::run(target.view(), factor, grid);
+            Ok(Swept { codes: as_shaped(codes, target), loss })
+        };
+        targets.iter().map(one).collect()
+    }
+
+    fn restore(&self, codes: &Array2<u8>, grid: &Grid) -> Result<Array2<f32>> {
+        expect("restore", "rows", grid.rows, codes.nrows())?;
+        expect("restore", "columns", grid.spec.group_of.len(), codes.ncols())?;
+        Ok(restore::run(codes.view(), grid))
+    }
+
+    fn pack(&self, codes: &Array2<u8>, bits: u8, layout: WordLayout) -> Result<Vec<u32>> {
+        let packed = layout.pack(codes.as_slice().expect("contiguous"), codes.dim().into(), bits);
+        packed.map_err(|error| Error::Shape {
+            op: "pack",
+            expected: "codes that fit".to_owned(),
+            found: error.to_string(),
+        })
+    }
+
+    fn download_codes(&self, codes: &Array2<u8>) -> Result<Array2<u8>> {
+        Ok(codes.clone())
     }
 
     fn fit_blocks(&self, weight: &Array2<f32>, ty: GgmlType, importance: Option<&[f32]>) -> Result<BlockGrid> {
@@ -453,17 +486,33 @@ impl Backend for Cpu {
         Ok(blocks::fit(weight.view(), ty, importance))
     }
 
-    fn round_blocks(&self, weight: &Array2<f32>, grid: &BlockGrid) -> Result<Vec<u8>> {
+    fn round_blocks(&self, weight: &Array2<f32>, grid: &BlockGrid) -> Result<Array2<u8>> {
         expect("round_blocks", "rows", grid.rows, weight.nrows())?;
         expect("round_blocks", "columns", grid.cols, weight.ncols())?;
-        Ok(blocks::round(weight.view(), grid))
+        Ok(as_shaped(blocks::round(weight.view(), grid), weight))
     }
 
-    fn sweep_blocks(&self, target: &Array2<f32>, factor: &Factor<Array2<f32>>, grid: &BlockGrid) -> Result<Swept> {
+    fn sweep_blocks(
+        &self,
+        target: &Array2<f32>,
+        factor: &Factor<Array2<f32>>,
+        grid: &BlockGrid,
+    ) -> Result<Swept<Array2<u8>>> {
         expect("sweep_blocks", "rows", grid.rows, target.nrows())?;
         expect("sweep_blocks", "columns", grid.cols, target.ncols())?;
         expect("sweep_blocks", "columns", factor.order.len(), target.ncols())?;
-        Ok(sweep::run_blocks(target.view(), factor, grid))
+        let Swept { codes, loss } = sweep::run_blocks(target.view(), factor, grid);
+        Ok(Swept { codes: as_shaped(codes, target), loss })
+    }
+
+    fn restore_blocks(&self, codes: &Array2<u8>, grid: &BlockGrid) -> Result<Array2<f32>> {
+        expect_blocks("restore_blocks", codes.dim().into(), grid)?;
+        Ok(restore::run_blocks(codes.view(), grid))
+    }
+
+    fn pack_blocks(&self, codes: &Array2<u8>, grid: &BlockGrid) -> Result<Vec<u8>> {
+        expect_blocks("pack_blocks", codes.dim().into(), grid)?;
+        Ok(restore::pack_blocks(codes.view(), grid))
     }
 
     fn refine_blocks(
@@ -472,13 +521,13 @@ impl Backend for Cpu {
         gram: &Array2<f32>,
         damp: f64,
         grid: &mut BlockGrid,
-        codes: &mut [u8],
+        codes: &mut Array2<u8>,
     ) -> Result<f64> {
         expect("refine_blocks", "rows", grid.rows, target.nrows())?;
         expect("refine_blocks", "columns", grid.cols, target.ncols())?;
         expect("refine_blocks", "features", gram.ncols(), target.ncols())?;
         expect("refine_blocks", "codes", target.len(), codes.len())?;
-        Ok(refine::run(target.view(), gram.view(), damp, grid, codes))
+        Ok(refine::run(target.view(), gram.view(), damp, grid, codes.as_slice_mut().expect("contiguous")))
     }
 
     fn token_loss(&self, logits: &Array2<f32>, targets: &[u32]) -> Result<TokenLoss> {

@@ -1,6 +1,5 @@
 //! Self-attention.
 
-use kernels::ops::round_activations;
 use kernels::{ActivationRounding, Backend};
 
 use super::{Activations, Chunk, LoadedNorm, Run, Supply, product};
@@ -72,7 +71,9 @@ pub(super) fn run<B: Backend>(
             backend.scale(&mut q, &factors, &[])?;
         }
         if activations == Activations::Runtime {
-            [k, v] = [cached(backend, &k)?, cached(backend, &v)?];
+            // As a cache in half precision keeps them.
+            backend.round_values(&mut k, ActivationRounding::F16)?;
+            backend.round_values(&mut v, ActivationRounding::F16)?;
         }
         mixed.push(backend.attention(&q, &k, &v, sinks.as_deref(), &attention.shape, &chunk.lengths)?);
     }
@@ -82,13 +83,6 @@ pub(super) fn run<B: Backend>(
         return Ok(());
     }
     chunks.iter_mut().zip(mixed).try_for_each(|(chunk, x)| run.add(&x, &o[0], &mut chunk.hidden))
-}
-
-/// As a cache in half precision keeps it.
-fn cached<B: Backend>(backend: &B, x: &B::Matrix) -> Result<B::Matrix> {
-    let mut host = backend.download(x)?;
-    round_activations::run(&mut host, ActivationRounding::F16);
-    Ok(backend.upload(host)?)
 }
 
 fn direct<'r, B: Backend>(

@@ -96,10 +96,10 @@ def install(venv: pathlib.Path, version: str) -> None:
     write_stubs(lib)
 
 
-def environment(folder: pathlib.Path, torch: str, requirements: list[pathlib.Path]) -> pathlib.Path:
+def environment(folder: pathlib.Path, torch: str, requirements: list[pathlib.Path], cuda: bool = False) -> pathlib.Path:
     """The Python of the venv `folder` with this torch and these files of pinned packages; what is there is kept.
 
-    The files are complete, so that nothing is resolved: pip would else insist on torch's own dependencies.
+    The files are complete, so that nothing is resolved: pip would else insist on torch's own dependencies, which `cuda` lets it have.
     """
     python, done = folder / "bin" / "python", folder / "installed.txt"
     have = done.read_text().split() if done.exists() else []
@@ -110,7 +110,9 @@ def environment(folder: pathlib.Path, torch: str, requirements: list[pathlib.Pat
     print(f"installing into {folder}: torch {torch}, {', '.join(p.name for p in missing)}", file=sys.stderr, flush=True)
     if not python.exists():
         venv.create(folder, with_pip=True)
-    if not have:
+    if not have and cuda:
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", f"torch=={torch}"], check=True, stdout=sys.stderr)
+    elif not have:
         install(folder, torch)
     for path in missing:
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", "--no-deps", "-r", str(path)]

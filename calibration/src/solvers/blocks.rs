@@ -5,7 +5,7 @@
 //! falls (see `kernels::ops::refine`).
 
 use formats::GgmlType;
-use kernels::{Backend, BlockGrid, Error, Result, Swept};
+use kernels::{Backend, Error, Result, Swept};
 use ndarray::Array2;
 use rayon::prelude::*;
 
@@ -49,7 +49,7 @@ pub fn pack_rows<B: Backend>(
         return Ok(packed);
     }
     let grid = backend.fit_blocks(weight, ty, importance)?;
-    Ok(pack(&grid, &backend.round_blocks(weight, &grid)?, row_bytes))
+    backend.pack_blocks(&backend.round_blocks(weight, &grid)?, &grid)
 }
 
 /// Quantizes one weight matrix `[out, in]` to `ty`; by a sweep where `shared` holds a factored Hessian, else as
@@ -65,23 +65,20 @@ pub fn solve_blocks<B: Backend>(
 ) -> Result<BlockSolution<B>> {
     let [rows, cols] = backend.shape(weight);
     let row_bytes = row_bytes(ty, cols)?;
-    let (packed, swept, on_device) = match shared.factor.as_ref().filter(|_| ty.layout().is_some()) {
+    let (packed, swept, restored) = match shared.factor.as_ref().filter(|_| ty.layout().is_some()) {
         Some(factor) => {
             let mut grid = backend.fit_blocks(weight, ty, importance)?;
             let Swept { mut codes, mut loss } = backend.sweep_blocks(weight, factor, &grid)?;
             if let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) {
                 loss = backend.refine_blocks(weight, gram, factor.damp, &mut grid, &mut codes)?;
             }
-            match backend.pack_blocks(&codes, &grid)? {
-                Some((packed, restored)) => (packed, Some(loss), Some(restored)),
-                None => (pack(&grid, &codes, row_bytes), Some(loss), None),
-            }
+            (backend.pack_blocks(&codes, &grid)?, Some(loss), backend.restore_blocks(&codes, &grid)?)
         }
-        None => (pack_rows(backend, weight, ty, importance)?, None, None),
-    };
-    let restored = match on_device {
-        Some(restored) => restored,
-        None => unpack(backend, ty, &packed, [rows, cols], row_bytes)?,
+        None => {
+            let packed = pack_rows(backend, weight, ty, importance)?;
+            let restored = unpack(backend, ty, &packed, [rows, cols], row_bytes)?;
+            (packed, None, restored)
+        }
     };
     let [proxy_loss, relative_error] = measure(backend, shared, weight, &restored, swept)?;
     Ok(BlockSolution { packed, restored, proxy_loss, relative_error, damp: shared.factor.as_ref().map(|f| f.damp) })
@@ -110,18 +107,6 @@ fn row_bytes(ty: GgmlType, cols: usize) -> Result<usize> {
         expected: format!("rows of whole blocks of {ty}, {} weights each", ty.block_len),
         found: cols.to_string(),
     })
-}
-
-/// Blocks of codes on their grid.
-fn pack(grid: &BlockGrid, codes: &[u8], row_bytes: usize) -> Vec<u8> {
-    let mut packed = vec![0u8; grid.rows * row_bytes];
-    packed
-        .par_chunks_exact_mut(row_bytes)
-        .zip(grid.blocks.par_chunks_exact(grid.cols / grid.ty.block_len))
-        .zip(codes.par_chunks_exact(grid.cols))
-        .with_min_len(8)
-        .for_each(|((packed, blocks), codes)| grid.ty.pack(blocks, codes, packed));
-    packed
 }
 
 /// Whether [`pack_rows`] looks for scales, with importance or without, rather than encode rows as ggml does.

@@ -3,7 +3,7 @@
 //! Frantar et al. 2022, arXiv:2210.17323. Columns go by falling energy (act-order) on groups fixed beforehand, so that
 //! the order leaves no trace in the file; scales are searched with the input's energy as weights.
 
-use kernels::{Backend, Error, GridSpec, Result};
+use kernels::{Backend, Error, Grid, GridSpec, Result, Swept};
 
 use super::{Observer, Shared, Solution, Solver, finish};
 use crate::statistics::{Needs, Statistics};
@@ -56,24 +56,34 @@ impl<B: Backend> Solver<B> for Gptq {
         Ok(Shared { statistics, factor: None, fallback })
     }
 
-    fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution<B>> {
-        let mut spec = spec.clone();
-        if let (true, Some(factor)) = (self.desc_act, &shared.factor) {
-            let width = spec.scheme.group_width(factor.order.len());
-            for (position, col) in factor.order.iter().enumerate() {
-                spec.group_of[*col as usize] = (position / width) as u32;
+    fn solve(
+        &self,
+        backend: &B,
+        shared: &Shared<'_, B>,
+        weights: &[(&B::Matrix, GridSpec)],
+    ) -> Result<Vec<Solution<B>>> {
+        let fit = |(weight, spec): &(&B::Matrix, GridSpec)| {
+            let mut spec = spec.clone();
+            if let (true, Some(factor)) = (self.desc_act, &shared.factor) {
+                let width = spec.scheme.group_width(factor.order.len());
+                for (position, col) in factor.order.iter().enumerate() {
+                    spec.group_of[*col as usize] = (position / width) as u32;
+                }
             }
-        }
-        let grid = self.observer.fit(backend, weight, &spec, shared.statistics)?;
-        match &shared.factor {
-            Some(factor) => {
-                let swept = backend.sweep(weight, factor, &grid)?;
-                finish(backend, shared, weight, grid, swept.codes, Some(swept.loss))
-            }
-            None => {
+            self.observer.fit(backend, weight, &spec, shared.statistics)
+        };
+        let grids = weights.iter().map(fit).collect::<Result<Vec<Grid>>>()?;
+        let Some(factor) = &shared.factor else {
+            let round = |((weight, _), grid): (&(&B::Matrix, GridSpec), Grid)| {
                 let codes = backend.round(weight, &grid)?;
                 finish(backend, shared, weight, grid, codes, None)
-            }
-        }
+            };
+            return weights.iter().zip(grids).map(round).collect();
+        };
+        let targets: Vec<(&B::Matrix, &Grid)> = weights.iter().zip(&grids).map(|((w, _), grid)| (*w, grid)).collect();
+        let swept = backend.sweep(&targets, factor)?;
+        let all = weights.iter().zip(grids).zip(swept);
+        all.map(|(((weight, _), grid), Swept { codes, loss })| finish(backend, shared, weight, grid, codes, Some(loss)))
+            .collect()
     }
 }

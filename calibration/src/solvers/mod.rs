@@ -8,7 +8,7 @@ mod rtn;
 #[cfg(test)]
 mod tests;
 
-use formats::QuantizedWeight;
+use formats::{PackedWeight, WordLayout};
 use kernels::{Backend, Factor, FitKind, Grid, GridSpec, Result};
 
 pub use blocks::{BlockSolution, pack_rows, searched, solve_blocks};
@@ -83,8 +83,10 @@ pub struct Shared<'a, B: Backend> {
 
 /// The codes of one linear, and how good they are.
 pub struct Solution<B: Backend> {
-    /// Codes, scales and zeros.
-    pub weight: QuantizedWeight,
+    /// On the device.
+    pub codes: B::Codes,
+    /// Their scales and zeros.
+    pub grid: Grid,
     /// What they stand for, on the device.
     pub restored: B::Matrix,
     /// `tr((W − Ŵ) H (W − Ŵ)ᵀ)` under the undamped Hessian, when that is known.
@@ -97,6 +99,19 @@ pub struct Solution<B: Backend> {
     pub fallback: Option<String>,
 }
 
+impl<B: Backend> Solution<B> {
+    /// Its codes as files hold them, and its grid.
+    pub fn packed(self, backend: &B, layout: WordLayout) -> Result<PackedWeight> {
+        let Grid { spec: GridSpec { scheme, group_of, .. }, rows, scales, zeros } = self.grid;
+        let cols = group_of.len();
+        let words = backend.pack(&self.codes, scheme.bits, layout)?;
+        let width = scheme.group_width(cols);
+        let contiguous = group_of.iter().enumerate().all(|(col, group)| col / width == *group as usize);
+        let group_of = (!contiguous).then_some(group_of);
+        Ok(PackedWeight { rows, cols, scheme, words, scales, zeros, group_of })
+    }
+}
+
 /// Chooses codes and scales for linears.
 pub trait Solver<B: Backend>: Sync {
     /// The name users type.
@@ -105,8 +120,13 @@ pub trait Solver<B: Backend>: Sync {
     fn needs(&self) -> Needs;
     /// Derives, once, what all linears that read one input share.
     fn share<'a>(&self, backend: &B, statistics: Option<&'a Statistics<B>>) -> Result<Shared<'a, B>>;
-    /// Quantizes one weight matrix `[out, in]`.
-    fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution<B>>;
+    /// Quantizes weight matrices `[out, in]` that read one input, each on a grid of its own.
+    fn solve(
+        &self,
+        backend: &B,
+        shared: &Shared<'_, B>,
+        weights: &[(&B::Matrix, GridSpec)],
+    ) -> Result<Vec<Solution<B>>>;
 }
 
 /// Puts codes and grid together, and measures them when the Hessian is known.
@@ -117,26 +137,14 @@ fn finish<B: Backend>(
     shared: &Shared<'_, B>,
     weight: &B::Matrix,
     grid: Grid,
-    codes: Vec<u8>,
+    codes: B::Codes,
     swept: Option<f64>,
 ) -> Result<Solution<B>> {
-    let [rows, cols] = backend.shape(weight);
-    let width = grid.spec.scheme.group_width(cols);
-    let contiguous = grid.spec.group_of.iter().enumerate().all(|(col, group)| col / width == *group as usize);
-    let quantized = QuantizedWeight {
-        rows,
-        cols,
-        scheme: grid.spec.scheme,
-        codes,
-        scales: grid.scales,
-        zeros: grid.zeros,
-        group_of: if contiguous { None } else { Some(grid.spec.group_of) },
-    };
-    let restored = backend.restore(&quantized)?;
+    let restored = backend.restore(&codes, &grid)?;
     let [proxy_loss, relative_error] = measure(backend, shared, weight, &restored, swept)?;
     let damp = shared.factor.as_ref().map(|f| f.damp);
     let fallback = shared.fallback.clone();
-    Ok(Solution { weight: quantized, restored, proxy_loss, relative_error, damp, fallback })
+    Ok(Solution { codes, grid, restored, proxy_loss, relative_error, damp, fallback })
 }
 
 /// The proxy loss and the relative error, where the Hessian is known.

@@ -25,9 +25,17 @@ impl<B: Backend> Solver<B> for Rtn {
         Ok(Shared { statistics, factor: None, fallback: None })
     }
 
-    fn solve(&self, backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, spec: &GridSpec) -> Result<Solution<B>> {
-        let grid = self.observer.fit(backend, weight, spec, shared.statistics)?;
-        let codes = backend.round(weight, &grid)?;
-        finish(backend, shared, weight, grid, codes, None)
+    fn solve(
+        &self,
+        backend: &B,
+        shared: &Shared<'_, B>,
+        weights: &[(&B::Matrix, GridSpec)],
+    ) -> Result<Vec<Solution<B>>> {
+        let one = |(weight, spec): &(&B::Matrix, GridSpec)| {
+            let grid = self.observer.fit(backend, weight, spec, shared.statistics)?;
+            let codes = backend.round(weight, &grid)?;
+            finish(backend, shared, weight, grid, codes, None)
+        };
+        weights.iter().map(one).collect()
     }
 }

@@ -53,7 +53,7 @@ fn solve(solver: &dyn Solver<Cpu>, scheme: Scheme) -> Solution<Cpu> {
     let statistics = statistics(&x);
     let shared = solver.share(&Cpu::default(), Some(&statistics)).unwrap();
     let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, w.ncols());
-    solver.solve(&Cpu::default(), &shared, &w, &spec).unwrap()
+    solver.solve(&Cpu::default(), &shared, &[(&w, spec)]).unwrap().remove(0)
 }
 
 const GPTQ: Gptq = Gptq { observer: Observer::Imatrix, damp: 0.05, act_order: true, desc_act: false };
@@ -78,9 +78,9 @@ fn each_refinement_lowers_the_loss() {
 fn the_reported_loss_is_the_output_error() {
     let (w, x) = fixture();
     let solution = solve(&GPTQ, Scheme { bits: 4, group: Some(16), symmetric: false });
-    let restored = Array2::from_shape_vec(w.raw_dim(), solution.weight.dequantize()).unwrap();
+    let restored = &solution.restored;
     let energy = |m: &Array2<f32>| m.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
-    let (lost, whole) = (energy(&x.dot(&(&w - &restored).t())), energy(&x.dot(&w.t())));
+    let (lost, whole) = (energy(&x.dot(&(&w - restored).t())), energy(&x.dot(&w.t())));
     assert!((solution.proxy_loss.unwrap() - lost).abs() < 1e-3 * lost);
     assert!((solution.relative_error.unwrap() - lost / whole).abs() < 1e-3 * lost / whole);
 }
@@ -89,10 +89,33 @@ fn the_reported_loss_is_the_output_error() {
 fn descending_activation_order_leaves_its_groups_in_the_weight() {
     let scheme = Scheme { bits: 4, group: Some(16), symmetric: false };
     let solution = solve(&Gptq { desc_act: true, ..GPTQ }, scheme);
-    let groups = solution.weight.group_of.as_ref().expect("scattered groups");
-    assert_eq!((0..4).map(|g| groups.iter().filter(|x| **x == g).count()).collect::<Vec<_>>(), [16; 4]);
     assert!(solution.relative_error.unwrap() < 0.05);
-    assert!(solve(&GPTQ, scheme).weight.group_of.is_none());
+    let packed = |solution: Solution<Cpu>| solution.packed(&Cpu::default(), WordLayout::Rows).unwrap();
+    let groups = packed(solution).group_of.expect("scattered groups");
+    assert_eq!((0..4).map(|g| groups.iter().filter(|x| **x == g).count()).collect::<Vec<_>>(), [16; 4]);
+    assert!(packed(solve(&GPTQ, scheme)).group_of.is_none());
+}
+
+#[test]
+fn weights_that_are_solved_together_are_solved_as_alone() {
+    let (w, x) = fixture();
+    let statistics = statistics(&x);
+    let cpu = Cpu::default();
+    let others = [w.slice(ndarray::s![..7, ..]).to_owned(), &w * 0.5];
+    let scheme = |bits| Scheme { bits, group: Some(16), symmetric: false };
+    let spec = |bits| GridSpec::contiguous(scheme(bits), ScalePrecision::F16, 0, w.ncols());
+    let weights = [(&w, spec(4)), (&others[0], spec(3)), (&others[1], spec(4))];
+    for solver in [&GPTQ as &dyn Solver<Cpu>, &Rtn { observer: Observer::MinMax }] {
+        let shared = solver.share(&cpu, Some(&statistics)).unwrap();
+        let together = solver.solve(&cpu, &shared, &weights).unwrap();
+        assert_eq!(together.len(), 3);
+        for (together, weight) in together.into_iter().zip(weights.clone()) {
+            let alone = solver.solve(&cpu, &shared, &[weight]).unwrap().remove(0);
+            assert_eq!((together.proxy_loss, &together.restored), (alone.proxy_loss, &alone.restored));
+            let [together, alone] = [together, alone].map(|one| one.packed(&cpu, WordLayout::Rows).unwrap());
+            assert!(together == alone);
+        }
+    }
 }
 
 #[test]

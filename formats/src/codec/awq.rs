@@ -1,7 +1,7 @@
 //! AWQ, version `gemm`: 4-bit codes packed along the outputs, eight to a word in the order 0 2 4 6 1 3 5 7.
 //!
 //! ```text
-//! qweight  I32 [cols, rows/8]    nibble k of word c is output 8c + ORDER[k]
+//! qweight  I32 [cols, rows/8]    nibble k of word c is output 8c + AWQ_ORDER[k]
 //! qzeros   I32 [groups, rows/8]  in the same order, as they are
 //! scales   F16 [groups, rows]
 //! ```
@@ -10,16 +10,12 @@ use serde_json::json;
 
 use super::names;
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
-use super::{
-    check_group, check_weight, exact_scales, expect_shape, from_words, part, to_words, transpose, words_shape,
-};
+use super::{check_group, check_weight, exact_scales, expect_shape, part, words_shape};
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::tensor::{Dtype, Tensor};
-use crate::weight::QuantizedWeight;
-
-/// Nibble `k` of a word holds the output `ORDER[k]` of the eight.
-const ORDER: [usize; 8] = [0, 2, 4, 6, 1, 3, 5, 7];
+use crate::weight::{PackedWeight, QuantizedWeight};
+use crate::words::{AWQ_ORDER, WordLayout, from_words, to_words, transpose};
 
 /// The AWQ layout of AutoAWQ, version `gemm`.
 #[derive(Clone, Copy, Debug)]
@@ -68,14 +64,18 @@ impl Codec for Awq {
         Dtype::F16
     }
 
-    fn encode(&self, weight: &QuantizedWeight, scale_dtype: Dtype) -> Result<Parts> {
-        check_weight(weight)?;
-        let &QuantizedWeight { rows, cols, scheme, .. } = weight;
+    fn word_layout(&self) -> WordLayout {
+        WordLayout::Awq
+    }
+
+    fn encode_packed(&self, weight: PackedWeight, scale_dtype: Dtype) -> Result<Parts> {
+        check_weight(&weight, self.word_layout())?;
+        let PackedWeight { rows, cols, scheme, .. } = weight;
         self.supports(rows, cols, &scheme, weight.group_of.is_some()).map_err(Error::invalid)?;
         let groups = weight.groups();
         let data = [
-            from_words(&pack_outputs(&weight.codes, rows, cols)),
-            from_words(&pack_outputs(&weight.zeros, rows, groups)),
+            from_words(&weight.words),
+            from_words(&self.word_layout().pack(&weight.zeros, [rows, groups], scheme.bits)?),
             exact_scales(scale_dtype, &transpose(&weight.scales, rows, groups))?,
         ];
         let parts = self.layout(rows, cols, &scheme, scale_dtype).into_iter().zip(data);
@@ -164,28 +164,13 @@ impl Codec for Awq {
     }
 }
 
-/// Packs `[rows, cols]` into `[cols, rows/8]` words.
-fn pack_outputs(codes: &[u8], rows: usize, cols: usize) -> Vec<u32> {
-    let mut words = vec![0; rows / 8 * cols];
-    if cols > 0 {
-        for (words, codes) in words.chunks_exact_mut(cols).zip(codes.chunks_exact(8 * cols)) {
-            for (k, row) in ORDER.into_iter().enumerate() {
-                for (word, &code) in words.iter_mut().zip(&codes[row * cols..][..cols]) {
-                    *word |= u32::from(code) << (4 * k);
-                }
-            }
-        }
-    }
-    transpose(&words, rows / 8, cols)
-}
-
-/// The inverse of [`pack_outputs`].
+/// The codes `[rows, cols]` of `[cols, rows/8]` words.
 fn unpack_outputs(words: &[u32], rows: usize, cols: usize) -> Vec<u8> {
     let words = transpose(words, cols, rows / 8);
     let mut codes = vec![0; rows * cols];
     if cols > 0 {
         for (codes, words) in codes.chunks_exact_mut(8 * cols).zip(words.chunks_exact(cols)) {
-            for (k, row) in ORDER.into_iter().enumerate() {
+            for (k, row) in AWQ_ORDER.into_iter().enumerate() {
                 for (code, word) in codes[row * cols..][..cols].iter_mut().zip(words) {
                     *code = (word >> (4 * k) & 15) as u8;
                 }

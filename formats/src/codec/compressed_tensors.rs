@@ -13,13 +13,13 @@ use serde_json::{Map, Value, json};
 
 use super::names::{self, Selection};
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
-use super::{check_group, check_weight, exact_scales, expect_shape, from_words, group_map, pack_rows, part, to_words};
-use super::{transpose, unpack_rows, words_shape};
+use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, unpack_rows, words_shape};
 use crate::bits::{packed_words, unpack};
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::tensor::{Dtype, Tensor};
-use crate::weight::QuantizedWeight;
+use crate::weight::{PackedWeight, QuantizedWeight};
+use crate::words::{WordLayout, from_words, to_words, transpose};
 
 /// The version of the compressed-tensors library whose layout is written.
 const VERSION: &str = "0.20.0";
@@ -72,22 +72,25 @@ impl Codec for CompressedTensors {
         if model == Dtype::BF16 { Dtype::BF16 } else { Dtype::F16 }
     }
 
-    fn encode(&self, weight: &QuantizedWeight, scale_dtype: Dtype) -> Result<Parts> {
-        check_weight(weight)?;
-        let &QuantizedWeight { rows, cols, scheme, .. } = weight;
+    fn word_layout(&self) -> WordLayout {
+        WordLayout::Rows
+    }
+
+    fn encode_packed(&self, weight: PackedWeight, scale_dtype: Dtype) -> Result<Parts> {
+        check_weight(&weight, self.word_layout())?;
+        let PackedWeight { rows, cols, scheme, .. } = weight;
         if weight.group_of.is_some() {
             return Err(Error::invalid("compressed-tensors cannot store reordered groups"));
         }
         let groups = weight.groups();
         let mut data = vec![
-            pack_rows(&weight.codes, cols, scheme.bits),
+            from_words(&weight.words),
             exact_scales(scale_dtype, &weight.scales)?,
             [rows as i64, cols as i64].iter().flat_map(|extent| extent.to_le_bytes()).collect(),
         ];
         if !scheme.symmetric {
-            let packed = pack_rows(&transpose(&weight.zeros, rows, groups), rows, scheme.bits);
-            let words = packed_words(rows, scheme.bits);
-            data.push(from_words(&transpose(&to_words(&packed), groups, words)));
+            let zeros = WordLayout::ColumnsTransposed.pack(&weight.zeros, [rows, groups], scheme.bits)?;
+            data.push(from_words(&zeros));
         }
         let layout = self.layout(rows, cols, &scheme, scale_dtype);
         let parts = layout.into_iter().zip(data);

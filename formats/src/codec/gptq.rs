@@ -11,13 +11,13 @@ use serde_json::{Map, Value, json};
 
 use super::names::{self, NameSet};
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
-use super::{check_group, check_weight, exact_scales, expect_shape, from_words, group_map, pack_rows, part, to_words};
-use super::{transpose, unpack_rows, words_shape};
+use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, unpack_rows, words_shape};
 use crate::bits::packed_words;
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::tensor::{Dtype, Tensor};
-use crate::weight::QuantizedWeight;
+use crate::weight::{PackedWeight, QuantizedWeight};
+use crate::words::{WordLayout, from_words, to_words, transpose};
 
 /// The GPTQ layout of AutoGPTQ and GPTQModel.
 #[derive(Clone, Copy, Debug)]
@@ -67,24 +67,25 @@ impl Codec for Gptq {
         Dtype::F16
     }
 
-    fn encode(&self, weight: &QuantizedWeight, scale_dtype: Dtype) -> Result<Parts> {
-        check_weight(weight)?;
-        let &QuantizedWeight { rows, cols, scheme, .. } = weight;
+    fn word_layout(&self) -> WordLayout {
+        WordLayout::RowsTransposed
+    }
+
+    fn encode_packed(&self, weight: PackedWeight, scale_dtype: Dtype) -> Result<Parts> {
+        check_weight(&weight, self.word_layout())?;
+        let PackedWeight { rows, cols, scheme, .. } = weight;
         self.supports(rows, cols, &scheme, weight.group_of.is_some()).map_err(Error::invalid)?;
         let groups = weight.groups();
         if weight.zeros.contains(&0) {
             return Err(Error::invalid("GPTQ version 1 cannot store a zero of 0; zeros must be at least 1"));
         }
 
-        // A row's bit stream fills whole words, so packing rows and transposing words packs along the inputs.
-        let packed = to_words(&pack_rows(&weight.codes, cols, scheme.bits));
-        let qweight = from_words(&transpose(&packed, rows, packed_words(cols, scheme.bits)));
-        let mut zeros = transpose(&weight.zeros, rows, groups);
-        zeros.iter_mut().for_each(|zero| *zero -= 1);
-        let map: Vec<u32> = (0..cols).map(|col| weight.group_of(col) as u32).collect();
+        let zeros = WordLayout::ColumnsLessOne.pack(&weight.zeros, [rows, groups], scheme.bits)?;
+        let width = scheme.group_width(cols);
+        let map = weight.group_of.unwrap_or_else(|| (0..cols).map(|col| (col / width) as u32).collect());
         let data = [
-            qweight,
-            pack_rows(&zeros, rows, scheme.bits),
+            from_words(&weight.words),
+            from_words(&zeros),
             exact_scales(scale_dtype, &transpose(&weight.scales, rows, groups))?,
             from_words(&map),
         ];

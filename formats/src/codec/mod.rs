@@ -15,7 +15,8 @@ use crate::bits;
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::tensor::{Dtype, Tensor, TensorView, narrow};
-use crate::weight::QuantizedWeight;
+use crate::weight::{PackedWeight, QuantizedWeight};
+use crate::words::WordLayout;
 
 pub use awq::Awq;
 pub use compressed_tensors::CompressedTensors;
@@ -99,8 +100,17 @@ pub trait Codec: Sync {
     /// The type scales are stored in, given the type of the model's own weights.
     fn scale_dtype(&self, model: Dtype) -> Dtype;
 
+    /// How the codes of a weight lie.
+    fn word_layout(&self) -> WordLayout;
+
+    /// Lays a weight out whose codes are packed as [`Codec::word_layout`] says. Fails when a zero or scale cannot be stored
+    /// exactly.
+    fn encode_packed(&self, weight: PackedWeight, scale_dtype: Dtype) -> Result<Parts>;
+
     /// Packs a weight. Fails when a code, zero or scale cannot be stored exactly.
-    fn encode(&self, weight: &QuantizedWeight, scale_dtype: Dtype) -> Result<Parts>;
+    fn encode(&self, weight: &QuantizedWeight, scale_dtype: Dtype) -> Result<Parts> {
+        self.encode_packed(weight.packed(self.word_layout())?, scale_dtype)
+    }
 
     /// Rows and columns of a stored weight, without reading its codes.
     fn shape(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<[usize; 2]>;
@@ -134,21 +144,20 @@ fn check_group(cols: usize, scheme: &Scheme) -> Result<(), String> {
     Err(format!("a row of {cols} values does not split into groups of {group}; {advice}"))
 }
 
-/// Fails unless the lengths agree and every code and zero is within the scheme's width.
-fn check_weight(weight: &QuantizedWeight) -> Result<()> {
-    let QuantizedWeight { rows, cols, scheme, codes, scales, zeros, group_of } = weight;
+/// Fails unless the lengths agree and every zero is within the scheme's width.
+fn check_weight(weight: &PackedWeight, layout: WordLayout) -> Result<()> {
+    let PackedWeight { rows, cols, scheme, words, scales, zeros, group_of } = weight;
     let grids = rows * weight.groups();
+    let packed = layout.words([*rows, *cols], scheme.bits)?;
     for (what, found, expected) in
-        [("codes", codes.len(), rows * cols), ("scales", scales.len(), grids), ("zeros", zeros.len(), grids)]
+        [("words", words.len(), packed), ("scales", scales.len(), grids), ("zeros", zeros.len(), grids)]
     {
         if found != expected {
             return Err(Error::mismatch(format!("the number of {what}"), expected, found));
         }
     }
-    let max = scheme.max_code();
-    let code = [codes, zeros].into_iter().map(|list| list.iter().copied().fold(0, u8::max)).fold(0, u8::max);
-    if code > max {
-        return Err(Error::invalid(format!("code or zero {code} does not fit in {} bits", scheme.bits)));
+    if let Some(zero) = zeros.iter().find(|&&zero| zero > scheme.max_code()) {
+        return Err(Error::invalid(format!("zero {zero} does not fit in {} bits", scheme.bits)));
     }
     if scheme.symmetric && zeros.iter().any(|&zero| zero != scheme.midpoint()) {
         return Err(Error::invalid(format!("a symmetric grid has a zero other than {}", scheme.midpoint())));
@@ -179,19 +188,7 @@ fn exact_scales(dtype: Dtype, scales: &[f32]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Packs each of the rows of `codes` (`[rows, cols]`) into whole 32-bit words.
-fn pack_rows(codes: &[u8], cols: usize, bits: u8) -> Vec<u8> {
-    let row_bytes = 4 * bits::packed_words(cols, bits);
-    let mut packed = vec![0; codes.len().checked_div(cols).unwrap_or(0) * row_bytes];
-    if row_bytes > 0 {
-        for (codes, out) in codes.chunks_exact(cols).zip(packed.chunks_exact_mut(row_bytes)) {
-            bits::pack(codes, bits, out);
-        }
-    }
-    packed
-}
-
-/// The inverse of [`pack_rows`], for `rows` rows.
+/// The codes of `rows` rows that were packed into whole words each.
 fn unpack_rows(packed: &[u8], rows: usize, cols: usize, bits: u8) -> Vec<u8> {
     let row_bytes = 4 * bits::packed_words(cols, bits);
     let mut codes = vec![0; rows * cols];
@@ -201,36 +198,6 @@ fn unpack_rows(packed: &[u8], rows: usize, cols: usize, bits: u8) -> Vec<u8> {
         }
     }
     codes
-}
-
-/// Transposes a `[rows, cols]` matrix, in tiles that stay in cache.
-fn transpose<T: Copy + Default>(matrix: &[T], rows: usize, cols: usize) -> Vec<T> {
-    const TILE: usize = 32;
-    let mut out = vec![T::default(); rows * cols];
-    for row in (0..rows).step_by(TILE) {
-        for col in (0..cols).step_by(TILE) {
-            for c in col..cols.min(col + TILE) {
-                for r in row..rows.min(row + TILE) {
-                    out[c * rows + r] = matrix[r * cols + c];
-                }
-            }
-        }
-    }
-    out
-}
-
-/// Little-endian bytes of 32-bit words as words.
-fn to_words(bytes: &[u8]) -> Vec<u32> {
-    bytes.chunks_exact(4).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-}
-
-/// The inverse of [`to_words`].
-fn from_words(words: &[u32]) -> Vec<u8> {
-    let mut bytes = vec![0; 4 * words.len()];
-    for (out, word) in bytes.chunks_exact_mut(4).zip(words) {
-        out.copy_from_slice(&word.to_le_bytes());
-    }
-    bytes
 }
 
 /// The part of this name, or an error that names it.
@@ -423,15 +390,5 @@ mod tests {
         let message = exact_scales(Dtype::BF16, &[0.5, 0.1]).unwrap_err().to_string();
         assert!(message.starts_with("scale 0.1 at index 1 is not a BF16 number"), "{message}");
         assert_eq!(exact_scales(Dtype::F16, &[-0.5, 0.0]).unwrap(), [0, 0xb8, 0, 0]);
-    }
-
-    #[test]
-    fn transposing_twice_is_the_identity() {
-        for (rows, cols) in [(0, 3), (1, 1), (33, 70), (64, 32)] {
-            let m: Vec<u32> = (0..rows * cols).map(|i| i as u32).collect();
-            let t = transpose(&m, rows, cols);
-            assert!((0..rows * cols).all(|i| t[(i % cols) * rows + i / cols] == m[i]));
-            assert_eq!(transpose(&t, cols, rows), m);
-        }
     }
 }

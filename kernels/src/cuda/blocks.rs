@@ -3,36 +3,28 @@
 use formats::ggml::{BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales};
 
 use super::memory::Buffer;
-use super::{Arg, Cuda, Matrix, Module, at, expect};
+use super::{Arg, Codes, Cuda, Matrix, Module, at, expect, expect_blocks};
 use crate::backend::BlockGrid;
-use crate::ops::blocks::{candidates, codes_of, floor};
+use crate::ops::blocks::{Even, Rungs, Uneven, candidates, codes_of, floor};
 use crate::{Error, Result};
 
 pub(super) static BLOCKS: Module = Module { name: "blocks", source: include_str!("../ops/blocks.cu") };
 
 /// A layout's levels as `struct Ladder` of `common.cuh`.
 pub(super) fn ladder_of(layout: &Layout) -> Vec<u8> {
-    let (mut ends, mut first, mut middles, mut steps) = ([0.0f32; 3], 0.0f32, [f32::INFINITY; 15], [0.0f32; 15]);
-    let even = match layout.levels {
-        Levels::Uniform { codes, offset } => {
-            // The lowest of 256 levels has no counterpart above, and no encoder uses it.
-            let lowest = if codes == 256 { 1 } else { 0 };
-            ends = [lowest - offset, codes as i16 - 1 - offset, offset].map(f32::from);
-            true
+    let (even, numbers) = match Rungs::of(layout) {
+        Rungs::Even(Even { low, high, offset }) => {
+            let mut numbers = vec![low, high, offset, 0.0];
+            numbers.extend([f32::INFINITY; 15].into_iter().chain([0.0; 15]));
+            (1i32, numbers)
         }
-        Levels::Table(table) => {
-            let mut levels = table.map(f32::from).to_vec();
-            levels.sort_unstable_by(f32::total_cmp);
-            levels.dedup();
-            for (i, pair) in levels.windows(2).enumerate() {
-                (middles[i], steps[i]) = (0.5 * (pair[0] + pair[1]), pair[1] - pair[0]);
-            }
-            (ends[0], ends[1], first) = (levels[0], levels[levels.len() - 1], levels[0]);
-            false
+        Rungs::Uneven(Uneven { first, last, middles, steps }) => {
+            let mut numbers = vec![first, last, 0.0, first];
+            numbers.extend(middles.into_iter().chain(steps));
+            (0, numbers)
         }
     };
-    let numbers = ends.into_iter().chain([first]).chain(middles).chain(steps);
-    i32::from(even).to_ne_bytes().into_iter().chain(numbers.flat_map(f32::to_ne_bytes)).collect()
+    even.to_ne_bytes().into_iter().chain(numbers.into_iter().flat_map(f32::to_ne_bytes)).collect()
 }
 
 /// `LAYOUT_ARGUMENTS` of the kernels but for the candidates: groups of a block, what is stored of them.
@@ -136,15 +128,12 @@ impl Cuda {
         Ok(BlockGrid::new(ty, weight.rows, weight.cols, all))
     }
 
-    pub(super) fn rounded_blocks(&self, weight: &Matrix, grid: &BlockGrid) -> Result<Vec<u8>> {
+    pub(super) fn rounded_blocks(&self, weight: &Matrix, grid: &BlockGrid) -> Result<Codes> {
         expect("round_blocks", "rows", grid.rows, weight.rows)?;
         expect("round_blocks", "columns", grid.cols, weight.cols)?;
         let (layout, count) = (grid.ty.layout().expect("a type with codes"), weight.rows * weight.cols);
-        if count == 0 {
-            return Ok(Vec::new());
-        }
         let codes = self.buffer::<u8>(count)?;
-        {
+        if count > 0 {
             let (scales, mins) = self.send_scales(grid, layout)?;
             let (ladder, level_codes) = (self.send(&ladder_of(layout))?, self.send(&codes_of(layout))?);
             let mins = mins.as_ref().map(Buffer::pin).transpose()?;
@@ -161,7 +150,7 @@ impl Cuda {
             ];
             self.each(&BLOCKS, "round_blocks", count / 4, &args)?;
         }
-        self.fetch(&codes, count)
+        Ok(Codes { buffer: codes, rows: weight.rows, cols: weight.cols })
     }
 
     /// Sends what each group is scaled by, and its min if the type has one.
@@ -169,8 +158,9 @@ impl Cuda {
         Ok((self.send(&grid.scales)?, layout.has_min.then(|| self.send(&grid.mins)).transpose()?))
     }
 
-    /// The reals that codes `[rows, cols]` of the device stand for.
-    pub(super) fn restored_blocks(&self, codes: &Buffer, grid: &BlockGrid) -> Result<Matrix> {
+    /// The reals that codes stand for.
+    pub(super) fn restored_blocks(&self, codes: &Codes, grid: &BlockGrid) -> Result<Matrix> {
+        expect_blocks("restore_blocks", [codes.rows, codes.cols], grid)?;
         let (layout, count) = (grid.ty.layout().expect("a type with codes"), grid.rows * grid.cols);
         let out = self.matrix(grid.rows, grid.cols)?;
         if count == 0 {
@@ -184,7 +174,7 @@ impl Cuda {
             let (scales, mins) = self.send_scales(grid, layout)?;
             let levels = self.send(&levels)?;
             let mins = mins.as_ref().map(Buffer::pin).transpose()?;
-            let pins = (out.buffer.pin()?, codes.pin()?, scales.pin()?, levels.pin()?);
+            let pins = (out.buffer.pin()?, codes.buffer.pin()?, scales.pin()?, levels.pin()?);
             let args = [
                 pins.0.arg(),
                 pins.1.arg(),

@@ -50,31 +50,34 @@ impl Cuda {
     }
 
     pub(super) fn rounded_activations(&self, x: &Operands, kind: ActivationRounding) -> Result<Operands> {
-        let ([rows, cols], length) = (x.shape(), kind.block_len());
-        if !cols.is_multiple_of(length) {
-            let (expected, found) = (format!("blocks of {length} features"), cols.to_string());
-            return Err(Error::Shape { op: "round_activations", expected, found });
-        }
-        let (out, count) = (self.matrix(rows, cols)?, rows * cols);
+        let [rows, cols] = x.shape();
+        let (mut out, count) = (self.matrix(rows, cols)?, rows * cols);
         {
             let (to, from) = (out.buffer.pin()?, x.pin()?);
             let stored = if x.real() == super::Real::Bf16 { 1 } else { 2 };
             self.each(&POINTWISE, "widen", count, &[to.arg(), from.arg(), stored.into(), (count as i64).into()])?;
-            match kind {
-                ActivationRounding::F16 | ActivationRounding::Bf16 => {
-                    let brain = kind == ActivationRounding::Bf16;
-                    self.each(&ROUNDING, "round_to_halves", count, &[to.arg(), brain.into(), (count as i64).into()])?;
-                }
-                ActivationRounding::Q8_0 | ActivationRounding::Q8K => {
-                    let (blocks, half) = (count / length, kind == ActivationRounding::Q8_0);
-                    let args = [to.arg(), (blocks as i64).into(), (length as i32).into(), half.into()];
-                    self.each(&ROUNDING, "round_to_bytes", blocks * 32, &args)?;
-                }
-            }
         }
+        self.rounded_values(&mut out, kind)?;
         match x {
             Operands::Whole(_) => Ok(Operands::Whole(out)),
             Operands::Rounded(_) => self.narrowed(&out),
+        }
+    }
+
+    pub(super) fn rounded_values(&self, x: &mut Matrix, kind: ActivationRounding) -> Result<()> {
+        let (count, length) = (x.rows * x.cols, kind.block_len());
+        expect_multiple("round_values", length, x.cols)?;
+        let to = x.buffer.pin()?;
+        match kind {
+            ActivationRounding::F16 | ActivationRounding::Bf16 => {
+                let brain = kind == ActivationRounding::Bf16;
+                self.each(&ROUNDING, "round_to_halves", count, &[to.arg(), brain.into(), (count as i64).into()])
+            }
+            ActivationRounding::Q8_0 | ActivationRounding::Q8K => {
+                let (blocks, half) = (count / length, kind == ActivationRounding::Q8_0);
+                let args = [to.arg(), (blocks as i64).into(), (length as i32).into(), half.into()];
+                self.each(&ROUNDING, "round_to_bytes", blocks * 32, &args)
+            }
         }
     }
 

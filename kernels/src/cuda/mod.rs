@@ -22,7 +22,7 @@ mod tests;
 use std::sync::Arc;
 
 use formats::ggml::GgmlType;
-use formats::{Dtype, QuantizedWeight, ScalePrecision};
+use formats::{Dtype, WordLayout};
 use ndarray::Array2;
 
 pub use self::card::{Card, Found, Profile, cards};
@@ -30,13 +30,12 @@ pub use self::compile::{Compiled, MODULES, compile, compiler_is_there, missing};
 pub use self::device::{Address, Arg, Aside, Capacity, Device, Module, Operand, Product, Real, Shape, Ticket};
 pub use self::memory::{Buffer, Usage};
 use self::memory::{Memory, Pinned};
-pub use self::pack::PackLayout;
 pub use self::simulated::Simulated;
 use crate::backend::{
     Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
     RopeLayout, Swept, TokenComparison, TokenLoss,
 };
-use crate::checks::{expect, expect_multiple};
+use crate::checks::{expect, expect_blocks, expect_multiple};
 use crate::{Error, Result};
 
 /// What all kernels share, before each module's own source.
@@ -75,6 +74,14 @@ pub struct Stored {
     buffer: Buffer,
     /// What the kernel that widens it calls its type.
     kind: i32,
+    rows: usize,
+    cols: usize,
+}
+
+/// Codes `[rows, cols]`, a byte each, on the device.
+#[derive(Debug)]
+pub struct Codes {
+    buffer: Buffer,
     rows: usize,
     cols: usize,
 }
@@ -208,6 +215,13 @@ impl Cuda {
         Ok(values)
     }
 
+    /// Codes of the host.
+    pub fn send_codes(&self, host: &Array2<u8>) -> Result<Codes> {
+        let (rows, cols) = host.dim();
+        let host = host.as_standard_layout();
+        Ok(Codes { buffer: self.send(host.as_slice().expect("standard layout"))?, rows, cols })
+    }
+
     fn matrix(&self, rows: usize, cols: usize) -> Result<Matrix> {
         Ok(Matrix { buffer: self.buffer::<f32>(rows * cols)?, rows, cols })
     }
@@ -287,6 +301,7 @@ impl Backend for Cuda {
     type Input = Operands;
     type Weight = Operands;
     type Stored = Stored;
+    type Codes = Codes;
 
     fn name(&self) -> String {
         let calibration =
@@ -309,6 +324,11 @@ impl Backend for Cuda {
             12.. => 4096,
             _ => 2048,
         }
+    }
+
+    fn rows_at_once(&self) -> usize {
+        // What a sweep works in takes some times the memory of its weights.
+        if self.budget() >> 32 > 0 { sweep::CHUNK } else { 1 }
     }
 
     fn kept_values(&self) -> usize {
@@ -400,6 +420,10 @@ impl Backend for Cuda {
 
     fn input_shape(&self, x: &Operands) -> [usize; 2] {
         x.shape()
+    }
+
+    fn round_values(&self, x: &mut Matrix, kind: ActivationRounding) -> Result<()> {
+        self.rounded_values(x, kind)
     }
 
     fn round_activations(&self, x: &Operands, kind: ActivationRounding) -> Result<Operands> {
@@ -543,44 +567,45 @@ impl Backend for Cuda {
         self.fitted(weight, spec, kind)
     }
 
-    fn round(&self, weight: &Matrix, grid: &Grid) -> Result<Vec<u8>> {
+    fn round(&self, weight: &Matrix, grid: &Grid) -> Result<Codes> {
         self.rounded_codes(weight, grid)
     }
 
-    fn sweep(&self, target: &Matrix, factor: &Factor<Matrix>, grid: &Grid) -> Result<Swept> {
-        self.swept(target, factor, grid)
+    fn sweep(&self, targets: &[(&Matrix, &Grid)], factor: &Factor<Matrix>) -> Result<Vec<Swept<Codes>>> {
+        self.swept(targets, factor)
     }
 
-    fn restore(&self, weight: &QuantizedWeight) -> Result<Matrix> {
-        let spec = match &weight.group_of {
-            None => GridSpec::contiguous(weight.scheme, ScalePrecision::F32, 0, weight.cols),
-            Some(group_of) => GridSpec {
-                scheme: weight.scheme,
-                precision: ScalePrecision::F32,
-                min_zero: 0,
-                group_of: group_of.clone(),
-            },
-        };
-        let grid = Grid { spec, rows: weight.rows, scales: weight.scales.clone(), zeros: weight.zeros.clone() };
-        self.restored(&weight.codes, &grid)
+    fn restore(&self, codes: &Codes, grid: &Grid) -> Result<Matrix> {
+        self.restored(codes, grid)
     }
 
-    fn pack_blocks(&self, codes: &[u8], grid: &BlockGrid) -> Result<Option<(Vec<u8>, Matrix)>> {
-        expect("pack_blocks", "codes", grid.rows * grid.cols, codes.len())?;
-        let codes = self.send(codes)?;
-        Ok(Some((self.packed_blocks(&codes, grid)?, self.restored_blocks(&codes, grid)?)))
+    fn pack(&self, codes: &Codes, bits: u8, layout: WordLayout) -> Result<Vec<u32>> {
+        self.packed_words(codes, bits, layout)
+    }
+
+    fn download_codes(&self, codes: &Codes) -> Result<Array2<u8>> {
+        let values = self.fetch(&codes.buffer, codes.rows * codes.cols)?;
+        Ok(Array2::from_shape_vec((codes.rows, codes.cols), values).expect("as long as its shape says"))
     }
 
     fn fit_blocks(&self, weight: &Matrix, ty: GgmlType, importance: Option<&[f32]>) -> Result<BlockGrid> {
         self.fitted_blocks(weight, ty, importance)
     }
 
-    fn round_blocks(&self, weight: &Matrix, grid: &BlockGrid) -> Result<Vec<u8>> {
+    fn round_blocks(&self, weight: &Matrix, grid: &BlockGrid) -> Result<Codes> {
         self.rounded_blocks(weight, grid)
     }
 
-    fn sweep_blocks(&self, target: &Matrix, factor: &Factor<Matrix>, grid: &BlockGrid) -> Result<Swept> {
+    fn sweep_blocks(&self, target: &Matrix, factor: &Factor<Matrix>, grid: &BlockGrid) -> Result<Swept<Codes>> {
         self.swept_blocks(target, factor, grid)
+    }
+
+    fn restore_blocks(&self, codes: &Codes, grid: &BlockGrid) -> Result<Matrix> {
+        self.restored_blocks(codes, grid)
+    }
+
+    fn pack_blocks(&self, codes: &Codes, grid: &BlockGrid) -> Result<Vec<u8>> {
+        self.packed_blocks(codes, grid)
     }
 
     fn refine_blocks(
@@ -589,7 +614,7 @@ impl Backend for Cuda {
         gram: &Matrix,
         damp: f64,
         grid: &mut BlockGrid,
-        codes: &mut [u8],
+        codes: &mut Codes,
     ) -> Result<f64> {
         self.refined_blocks(target, gram, damp, grid, codes)
     }

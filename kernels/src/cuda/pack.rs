@@ -1,8 +1,9 @@
 //! Codes as files hold them, packed where they are, so that only the packed bytes leave the device.
 
+use formats::WordLayout;
 use formats::bits::packed_words;
 
-use super::{Arg, Buffer, Cuda, Module, at, expect_multiple};
+use super::{Arg, Codes, Cuda, Module, at, expect_blocks};
 use crate::backend::BlockGrid;
 use crate::{Error, Result};
 
@@ -11,73 +12,41 @@ pub(super) static PACK: Module = Module { name: "pack", source: include_str!("..
 /// Groups in a block, at most.
 const GROUPS: usize = 16;
 
-/// How the words of packed codes `[rows, cols]` lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum PackLayout {
-    /// `[rows, words]`: each row a stream of bits (`weight_packed` of compressed-tensors).
-    Rows,
-    /// `[words, rows]`: the same, words transposed (`qweight` of GPTQ).
-    RowsTransposed,
-    /// `[cols, words]`: each column a stream of codes less one (`qzeros` of GPTQ, version 1).
-    ColumnsLessOne,
-    /// `[words, cols]`: each column a stream, words transposed (`weight_zero_point` of compressed-tensors).
-    ColumnsTransposed,
-    /// `[cols, rows / 8]`: eight rows a word in the order 0 2 4 6 1 3 5 7 (`qweight` and `qzeros` of AWQ, 4 bits).
-    Awq,
-}
-
 impl Cuda {
-    /// Packs codes `[rows, cols]` of the device, a byte each and below `2^bits`.
-    pub fn pack_codes(
-        &self,
-        codes: &Buffer,
-        rows: usize,
-        cols: usize,
-        bits: u8,
-        layout: PackLayout,
-    ) -> Result<Vec<u32>> {
-        let awq = layout == PackLayout::Awq;
-        if !(1..=8).contains(&bits) || awq && bits != 4 {
-            let expected = if awq { "4 bits" } else { "1 to 8 bits" }.to_owned();
-            return Err(Error::Shape { op: "pack_codes", expected, found: bits.to_string() });
-        }
-        if awq {
-            expect_multiple("pack_codes", 8, rows)?;
-        }
-        let by_rows = matches!(layout, PackLayout::Rows | PackLayout::RowsTransposed);
+    pub(super) fn packed_words(&self, codes: &Codes, bits: u8, layout: WordLayout) -> Result<Vec<u32>> {
+        let (rows, cols) = (codes.rows, codes.cols);
+        let count = layout.words([rows, cols], bits).map_err(|error| {
+            let expected = "codes that the layout has room for".to_owned();
+            Error::Shape { op: "pack", expected, found: error.to_string() }
+        })?;
+        let by_rows = matches!(layout, WordLayout::Rows | WordLayout::RowsTransposed);
         let (streams, length) = if by_rows { (rows, cols) } else { (cols, rows) };
         let [stream_step, code_step] = if by_rows { [cols, 1] } else { [1, cols] };
         let words = packed_words(length, bits);
-        let transposed = matches!(layout, PackLayout::RowsTransposed | PackLayout::ColumnsTransposed);
+        let transposed = matches!(layout, WordLayout::RowsTransposed | WordLayout::ColumnsTransposed);
         let [stream_words, word_step] = if transposed { [1, streams] } else { [words, 1] };
-        let out = self.buffer::<u32>(streams * words)?;
+        let out = self.buffer::<u32>(count)?;
         {
-            let (to, from) = (out.pin()?, codes.pin()?);
+            let (to, from) = (out.pin()?, codes.buffer.pin()?);
             let steps = [streams, length, words, stream_step, code_step, stream_words, word_step];
             let mut args = vec![to.arg(), from.arg()];
             args.extend(steps.map(|n| Arg::Long(n as i64)));
-            let less = i32::from(layout == PackLayout::ColumnsLessOne);
+            let less = i32::from(layout == WordLayout::ColumnsLessOne);
             // Neighbours read neighbours.
+            let awq = layout == WordLayout::Awq;
             args.extend([i32::from(bits), less, awq.into(), (!by_rows).into()].map(Arg::Int));
-            self.each(&PACK, "pack_words", streams * words, &args)?;
+            self.each(&PACK, "pack_words", count, &args)?;
         }
-        self.fetch(&out, streams * words)
+        self.fetch(&out, count)
     }
 
-    /// Packs codes `[rows, cols]` of the device, a byte each, and the scales of their blocks, as [`GgmlType::pack`] does.
-    ///
-    /// [`GgmlType::pack`]: formats::GgmlType::pack
-    pub fn packed_blocks(&self, codes: &Buffer, grid: &BlockGrid) -> Result<Vec<u8>> {
-        let BlockGrid { ty, rows, cols, ref blocks, .. } = *grid;
-        let Some(layout) = ty.layout() else {
-            let expected = "a type with blocks".to_owned();
-            return Err(Error::Shape { op: "pack_blocks", expected, found: ty.to_string() });
-        };
-        expect_multiple("pack_blocks", ty.block_len, cols)?;
-        super::expect("pack_blocks", "blocks", rows * (cols / ty.block_len), blocks.len())?;
+    /// As [`GgmlType::pack`](formats::GgmlType::pack) does.
+    pub(super) fn packed_blocks(&self, codes: &Codes, grid: &BlockGrid) -> Result<Vec<u8>> {
+        expect_blocks("pack_blocks", [codes.rows, codes.cols], grid)?;
+        let (ty, blocks) = (grid.ty, &grid.blocks);
         let heads: Vec<f32> = blocks.iter().flat_map(|block| [block.d, block.m]).collect();
         let heads = self.send(&heads)?;
-        let subs = match layout.sub {
+        let subs = match ty.layout().and_then(|layout| layout.sub) {
             None => None,
             Some(_) => {
                 let mut all = Vec::with_capacity(blocks.len() * 2 * GROUPS);
@@ -91,7 +60,7 @@ impl Cuda {
         let count = blocks.len() * ty.block_bytes;
         let out = self.buffer::<u8>(count)?;
         {
-            let (to, from, heads) = (out.pin()?, codes.pin()?, heads.pin()?);
+            let (to, from, heads) = (out.pin()?, codes.buffer.pin()?, heads.pin()?);
             let subs = subs.as_ref().map(|subs| subs.pin()).transpose()?;
             let args = [
                 to.arg(),

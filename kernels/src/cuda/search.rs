@@ -3,7 +3,7 @@
 use formats::ScalePrecision;
 
 use super::memory::Buffer;
-use super::{Arg, Cuda, Matrix, Module, at, expect};
+use super::{Arg, Codes, Cuda, Matrix, Module, at, expect};
 use crate::Result;
 use crate::backend::{FitKind, Grid, GridSpec};
 use crate::ops::fit::{candidates, floor};
@@ -222,15 +222,12 @@ impl Cuda {
         Ok([self.send(&grid.scales)?, self.send(&grid.zeros)?, self.send(&grid.spec.group_of)?])
     }
 
-    pub(super) fn rounded_codes(&self, weight: &Matrix, grid: &Grid) -> Result<Vec<u8>> {
+    pub(super) fn rounded_codes(&self, weight: &Matrix, grid: &Grid) -> Result<Codes> {
         expect("round", "rows", grid.rows, weight.rows)?;
         expect("round", "columns", grid.spec.group_of.len(), weight.cols)?;
         let count = weight.rows * weight.cols;
-        if count == 0 {
-            return Ok(Vec::new());
-        }
         let codes = self.buffer::<u8>(count)?;
-        {
+        if count > 0 {
             let [scales, zeros, group_of] = &self.send_grid(grid)?;
             let pins = (codes.pin()?, weight.buffer.pin()?, scales.pin()?, zeros.pin()?, group_of.pin()?);
             let args = [
@@ -246,7 +243,7 @@ impl Cuda {
             ];
             self.each(&SEARCH, "round_groups", count.div_ceil(4), &args)?;
         }
-        self.fetch(&codes, count)
+        Ok(Codes { buffer: codes, rows: weight.rows, cols: weight.cols })
     }
 
     /// `W − Ŵ diag(t)⁻¹` for the min-max rounding `Ŵ` of `W diag(t)`.
@@ -286,17 +283,17 @@ impl Cuda {
     }
 
     /// The reals that codes stand for.
-    pub(super) fn restored(&self, codes: &[u8], grid: &Grid) -> Result<Matrix> {
-        let (rows, cols) = (grid.rows, grid.spec.group_of.len());
-        expect("restore", "codes", rows * cols, codes.len())?;
+    pub(super) fn restored(&self, codes: &Codes, grid: &Grid) -> Result<Matrix> {
+        let (rows, cols) = (codes.rows, codes.cols);
+        expect("restore", "rows", grid.rows, rows)?;
+        expect("restore", "columns", grid.spec.group_of.len(), cols)?;
         let out = self.matrix(rows, cols)?;
         if rows * cols == 0 {
             return Ok(out);
         }
         {
-            let codes = self.send(codes)?;
             let [scales, zeros, group_of] = &self.send_grid(grid)?;
-            let pins = (out.buffer.pin()?, codes.pin()?, scales.pin()?, zeros.pin()?, group_of.pin()?);
+            let pins = (out.buffer.pin()?, codes.buffer.pin()?, scales.pin()?, zeros.pin()?, group_of.pin()?);
             let args = [
                 pins.0.arg(),
                 pins.1.arg(),

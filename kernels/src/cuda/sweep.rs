@@ -6,7 +6,7 @@ use formats::ggml::{BlockScales, Layout, ScaleKind};
 use rayon::prelude::*;
 
 use super::blocks::ladder_of;
-use super::{Arg, Buffer, Cuda, Matrix, Module, Operand, Product, Real, THREADS, expect};
+use super::{Arg, Buffer, Codes, Cuda, Matrix, Module, Operand, Product, Real, THREADS, expect, expect_blocks};
 use crate::backend::{BlockGrid, Factor, Grid, Swept};
 use crate::ops::blocks::codes_of;
 use crate::{Error, Result};
@@ -15,35 +15,85 @@ pub(super) static SWEEP: Module = Module { name: "sweep", source: include_str!("
 pub(super) static REFINE: Module = Module { name: "refine", source: include_str!("../ops/refine.cu") };
 
 /// Rows that are at work at a time: enough for every device, so few that they leave room for the rest.
-const CHUNK: usize = 16384;
+pub(super) const CHUNK: usize = 16384;
 /// Columns of a panel of the sweep, rows and threads of its blocks.
 const PANEL: usize = 128;
 const ROWS: usize = 32;
 const ROW_THREADS: u32 = 128;
 
-/// Scales of every group and how values are rounded onto them.
+/// A target, the scales of its groups, and what they are scales of.
+struct Part<'a> {
+    target: &'a Matrix,
+    /// `[rows, groups]`.
+    scales: &'a [f32],
+    /// `[rows, groups]` of zeros or of mins.
+    offsets: Offsets<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Offsets<'a> {
+    Zeros(&'a [u8]),
+    Mins(&'a [f32]),
+}
+
+/// How values are rounded, the same in all parts of a sweep.
 struct Points<'a> {
     op: &'static str,
-    rows: usize,
     groups: usize,
     /// `[cols]`.
     group_of: &'a [u32],
-    /// `[rows, groups]`.
-    scales: &'a [f32],
-    kind: Kind<'a>,
+    kind: Kind,
 }
 
-enum Kind<'a> {
-    Codes {
-        zeros: &'a [u8],
-        max: f32,
-    },
-    Levels {
-        mins: &'a [f32],
-        ladder: Vec<u8>,
-        /// The code of each level, at `level + 128`.
-        codes: Vec<u8>,
-    },
+enum Kind {
+    /// To codes up to this one.
+    Codes(f32),
+    /// To levels; the code of each, at `level + 128`.
+    Levels { ladder: Vec<u8>, codes: Vec<u8> },
+}
+
+/// Rows of a part that are swept together with others, and where they lie among them.
+struct Share {
+    part: usize,
+    /// Its first row.
+    first: usize,
+    rows: usize,
+    /// Where that is among all that are swept together; a multiple of [`ROWS`].
+    at: usize,
+}
+
+/// One sweep: its parts, and which of their rows go together.
+#[derive(Clone, Copy)]
+struct Sweeping<'a> {
+    parts: &'a [Part<'a>],
+    factor: &'a Factor<Matrix>,
+    points: &'a Points<'a>,
+    rounds: &'a [Vec<Share>],
+    /// Rows that there is room for.
+    height: usize,
+}
+
+/// Rows that a round takes, padding between its shares included.
+fn height_of(round: &[Share]) -> usize {
+    round.last().map_or(0, |last| last.at + last.rows.next_multiple_of(ROWS))
+}
+
+/// Divides parts of so many rows into rounds of at most [`CHUNK`].
+fn rounds(parts: impl Iterator<Item = usize>) -> Vec<Vec<Share>> {
+    let mut rounds: Vec<Vec<Share>> = Vec::new();
+    for (part, rows) in parts.enumerate() {
+        for first in (0..rows).step_by(CHUNK) {
+            let some = CHUNK.min(rows - first);
+            match rounds.last_mut().filter(|round| height_of(round) + some.next_multiple_of(ROWS) <= CHUNK) {
+                Some(round) => {
+                    let at = height_of(round);
+                    round.push(Share { part, first, rows: some, at });
+                }
+                None => rounds.push(vec![Share { part, first, rows: some, at: 0 }]),
+            }
+        }
+    }
+    rounds
 }
 
 fn at(base: u64, offset: usize, bytes: usize) -> Arg {
@@ -55,150 +105,189 @@ fn plain(at: u64, offset: usize, stride: usize) -> Operand {
 }
 
 impl Cuda {
-    pub(super) fn swept(&self, target: &Matrix, factor: &Factor<Matrix>, grid: &Grid) -> Result<Swept> {
-        expect("sweep", "rows", grid.rows, target.rows)?;
-        expect("sweep", "columns", factor.order.len(), target.cols)?;
-        expect("sweep", "zeros", grid.scales.len(), grid.zeros.len())?;
-        let max = f32::from(grid.spec.scheme.max_code());
-        self.sweep_points(
-            target,
-            factor,
-            &Points {
-                op: "sweep",
-                rows: grid.rows,
-                groups: grid.spec.groups(),
-                group_of: &grid.spec.group_of,
-                scales: &grid.scales,
-                kind: Kind::Codes { zeros: &grid.zeros, max },
-            },
-        )
+    /// Weights whose grids have the same codes and groups are swept side by side, as far as they fit.
+    pub(super) fn swept(&self, targets: &[(&Matrix, &Grid)], factor: &Factor<Matrix>) -> Result<Vec<Swept<Codes>>> {
+        let mut all = Vec::with_capacity(targets.len());
+        let alike = |a: &&(&Matrix, &Grid), b: &&(&Matrix, &Grid)| {
+            let (a, b) = (&a.1.spec, &b.1.spec);
+            a.scheme.max_code() == b.scheme.max_code() && a.groups() == b.groups() && a.group_of == b.group_of
+        };
+        let targets: Vec<&(&Matrix, &Grid)> = targets.iter().collect();
+        for same in targets.chunk_by(alike) {
+            let mut parts = Vec::with_capacity(same.len());
+            for (target, grid) in same {
+                expect("sweep", "rows", grid.rows, target.rows)?;
+                expect("sweep", "columns", factor.order.len(), target.cols)?;
+                expect("sweep", "zeros", grid.scales.len(), grid.zeros.len())?;
+                parts.push(Part { target, scales: &grid.scales, offsets: Offsets::Zeros(&grid.zeros) });
+            }
+            let spec = &same[0].1.spec;
+            let kind = Kind::Codes(f32::from(spec.scheme.max_code()));
+            let points = Points { op: "sweep", groups: spec.groups(), group_of: &spec.group_of, kind };
+            all.extend(self.sweep_parts(&parts, factor, &points)?);
+        }
+        Ok(all)
     }
 
-    pub(super) fn swept_blocks(&self, target: &Matrix, factor: &Factor<Matrix>, grid: &BlockGrid) -> Result<Swept> {
+    pub(super) fn swept_blocks(
+        &self,
+        target: &Matrix,
+        factor: &Factor<Matrix>,
+        grid: &BlockGrid,
+    ) -> Result<Swept<Codes>> {
         expect("sweep_blocks", "rows", grid.rows, target.rows)?;
         expect("sweep_blocks", "columns", grid.cols, target.cols)?;
         expect("sweep_blocks", "columns", factor.order.len(), target.cols)?;
         expect("sweep_blocks", "mins", grid.scales.len(), grid.mins.len())?;
         let layout = grid.ty.layout().expect("a type with codes");
         let group_of: Vec<u32> = (0..grid.cols).map(|col| (col / layout.group) as u32).collect();
-        let kind = Kind::Levels { mins: &grid.mins, ladder: ladder_of(layout), codes: codes_of(layout).to_vec() };
-        self.sweep_points(
-            target,
-            factor,
-            &Points {
-                op: "sweep_blocks",
-                rows: grid.rows,
-                groups: grid.cols / layout.group,
-                group_of: &group_of,
-                scales: &grid.scales,
-                kind,
-            },
-        )
+        let kind = Kind::Levels { ladder: ladder_of(layout), codes: codes_of(layout).to_vec() };
+        let points = Points { op: "sweep_blocks", groups: grid.cols / layout.group, group_of: &group_of, kind };
+        let part = Part { target, scales: &grid.scales, offsets: Offsets::Mins(&grid.mins) };
+        Ok(self.sweep_parts(&[part], factor, &points)?.remove(0))
     }
 
-    fn sweep_points(&self, target: &Matrix, factor: &Factor<Matrix>, points: &Points<'_>) -> Result<Swept> {
-        let (rows, n, groups) = (points.rows, target.cols, points.groups);
+    /// Sweeps targets of one width, each on its own scales.
+    fn sweep_parts(
+        &self,
+        parts: &[Part<'_>],
+        factor: &Factor<Matrix>,
+        points: &Points<'_>,
+    ) -> Result<Vec<Swept<Codes>>> {
+        let (n, groups) = (factor.order.len(), points.groups);
         expect(points.op, "groups of columns", n, points.group_of.len())?;
-        expect(points.op, "scales", rows * groups, points.scales.len())?;
         expect(points.op, "pivots", n, factor.pivots.len())?;
         expect(points.op, "rows of the factor", n, factor.unit.rows)?;
         expect(points.op, "columns of the factor", n, factor.unit.cols)?;
+        for part in parts {
+            expect(points.op, "scales", part.target.rows * groups, part.scales.len())?;
+        }
         let outside = |values: &[u32], end: usize| values.iter().find(|x| **x as usize >= end).copied();
         if let Some(found) = outside(&factor.order, n).or(outside(points.group_of, groups)) {
             let expected = format!("columns below {n} and groups below {groups}");
             return Err(Error::Shape { op: points.op, expected, found: found.to_string() });
         }
-        if rows * n == 0 {
-            return Ok(Swept { codes: Vec::new(), loss: 0.0 });
+        let codes = |part: &Part<'_>| {
+            let (rows, cols) = (part.target.rows, n);
+            Ok(Codes { buffer: self.buffer::<u8>(rows * cols)?, rows, cols })
+        };
+        let out = parts.iter().map(codes).collect::<Result<Vec<Codes>>>()?;
+        let mut losses = vec![0.0f64; parts.len()];
+        let rounds = rounds(parts.iter().map(|part| part.target.rows));
+        let height = rounds.iter().map(|round| height_of(round)).max().unwrap_or(0);
+        if height * n > 0 {
+            self.sweep_rounds(&Sweeping { parts, factor, points, rounds: &rounds, height }, &out, &mut losses)?;
         }
-        let height = CHUNK.min(rows.next_multiple_of(ROWS));
+        Ok(out.into_iter().zip(losses).map(|(codes, loss)| Swept { codes, loss }).collect())
+    }
+
+    fn sweep_rounds(&self, sweeping: &Sweeping<'_>, out: &[Codes], losses: &mut [f64]) -> Result<()> {
+        let Sweeping { parts, factor, points, rounds, height } = *sweeping;
+        let (n, groups) = (factor.order.len(), points.groups);
         let group_at: Vec<u32> = factor.order.iter().map(|col| points.group_of[*col as usize]).collect();
         let (order, group_at, pivots) = (self.send(&factor.order)?, self.send(&group_at)?, self.send(&factor.pivots)?);
-        let scales = self.send(points.scales)?;
-        let (seconds, ladder, table) = match &points.kind {
-            Kind::Codes { zeros, .. } => (self.send(zeros)?, None, None),
-            Kind::Levels { mins, ladder, codes } => {
-                (self.send(mins)?, Some(self.send(ladder)?), Some(self.send(codes)?))
-            }
+        let (ladder, table) = match &points.kind {
+            Kind::Codes(_) => (None, None),
+            Kind::Levels { ladder, codes } => (Some(self.send(ladder)?), Some(self.send(codes)?)),
         };
         let [columns, feedback] = [self.buffer::<f32>(n * height)?, self.buffer::<f32>(n * height)?];
         let (errors, grid) = (self.buffer::<f32>(PANEL * height)?, self.buffer::<f32>(4 * groups * height)?);
-        let (codes, out) = (self.buffer::<u8>(n * height)?, self.buffer::<u8>(rows * n)?);
-        let losses = self.cleared::<f64>(rows.next_multiple_of(height))?;
-        {
-            let (order, group_at, pivots) = (order.pin()?, group_at.pin()?, pivots.pin()?);
-            let (scales, seconds) = (scales.pin()?, seconds.pin()?);
-            let ladder = ladder.as_ref().map(Buffer::pin).transpose()?;
+        let codes = self.buffer::<u8>(n * height)?;
+        let lost = self.cleared::<f64>(rounds.len() * height)?;
+        let (order, group_at, pivots) = (order.pin()?, group_at.pin()?, pivots.pin()?);
+        let ladder = ladder.as_ref().map(Buffer::pin).transpose()?;
+        for (index, round) in rounds.iter().enumerate() {
             let (columns, feedback, errors) = (columns.pin()?, feedback.pin()?, errors.pin()?);
-            let (grid, codes, losses) = (grid.pin()?, codes.pin()?, losses.pin()?);
-            let (target, unit) = (target.buffer.pin()?, factor.unit.buffer.pin()?);
-            for first in (0..rows).step_by(CHUNK) {
-                let some = CHUNK.min(rows - first);
-                self.to_columns(columns.at, target.at + 4 * (first * n) as u64, some, n, height)?;
-                let (zeros, mins) = match &points.kind {
-                    Kind::Codes { .. } => (at(seconds.at, first * groups, 1), Arg::At(0)),
-                    Kind::Levels { .. } => (Arg::At(0), at(seconds.at, first * groups, 4)),
+            let (grid, codes, lost) = (grid.pin()?, codes.pin()?, lost.pin()?);
+            for share in round {
+                let part = &parts[share.part];
+                let target = part.target.buffer.pin()?;
+                let from = target.at + 4 * (share.first * n) as u64;
+                self.to_columns(columns.at + 4 * share.at as u64, from, share.rows, n, height)?;
+                self.send_grid_columns(grid.at + 16 * share.at as u64, part, share, groups, height)?;
+            }
+            self.device().clear(feedback.at, 4 * n * height)?;
+            let unit = factor.unit.buffer.pin()?;
+            for start in (0..n).step_by(PANEL) {
+                let width = PANEL.min(n - start);
+                let (kernel, rounding) = match (&points.kind, &ladder) {
+                    (Kind::Levels { .. }, Some(ladder)) => ("sweep_levels", ladder.arg()),
+                    (Kind::Codes(max), _) => ("sweep_codes", (*max).into()),
+                    _ => unreachable!("levels have a ladder"),
                 };
                 let args = [
+                    columns.arg(),
+                    feedback.arg(),
+                    unit.arg(),
+                    pivots.arg(),
+                    order.arg(),
+                    group_at.arg(),
                     grid.arg(),
-                    at(scales.at, first * groups, 4),
-                    zeros,
-                    mins,
-                    (some as i32).into(),
-                    (groups as i32).into(),
+                    codes.arg(),
+                    errors.arg(),
+                    at(lost.at, index * height, 8),
+                    (start as i32).into(),
+                    (width as i32).into(),
+                    (n as i32).into(),
                     (height as i32).into(),
+                    rounding,
                 ];
-                self.each(&SWEEP, "grid_columns", groups * height, &args)?;
-                self.device().clear(feedback.at, 4 * n * height)?;
-                for start in (0..n).step_by(PANEL) {
-                    let width = PANEL.min(n - start);
-                    let (kernel, rounding) = match (&points.kind, &ladder) {
-                        (Kind::Levels { .. }, Some(ladder)) => ("sweep_levels", ladder.arg()),
-                        (Kind::Codes { max, .. }, _) => ("sweep_codes", (*max).into()),
-                        _ => unreachable!("levels have a ladder"),
-                    };
-                    let args = [
-                        columns.arg(),
-                        feedback.arg(),
-                        unit.arg(),
-                        pivots.arg(),
-                        order.arg(),
-                        group_at.arg(),
-                        grid.arg(),
-                        codes.arg(),
-                        errors.arg(),
-                        at(losses.at, first, 8),
-                        (start as i32).into(),
-                        (width as i32).into(),
-                        (n as i32).into(),
-                        (height as i32).into(),
-                        rounding,
-                    ];
-                    self.blocks(&SWEEP, kernel, height / ROWS, ROW_THREADS, 0, &args)?;
-                    let end = start + width;
-                    if end < n {
-                        self.device().product(&Product {
-                            real: Real::F32,
-                            shape: [n - end, height, width],
-                            a: Operand { transposed: true, ..plain(unit.at, start * n + end, n) },
-                            b: plain(errors.at, 0, height),
-                            c: plain(feedback.at, end * height, height),
-                            alpha: 1.0,
-                            beta: 1.0,
-                        })?;
-                    }
+                self.blocks(&SWEEP, kernel, height_of(round) / ROWS, ROW_THREADS, 0, &args)?;
+                let end = start + width;
+                if end < n {
+                    self.device().product(&Product {
+                        real: Real::F32,
+                        shape: [n - end, height_of(round), width],
+                        a: Operand { transposed: true, ..plain(unit.at, start * n + end, n) },
+                        b: plain(errors.at, 0, height),
+                        c: plain(feedback.at, end * height, height),
+                        alpha: 1.0,
+                        beta: 1.0,
+                    })?;
                 }
-                self.to_rows(&out, first, codes.at, table.as_ref(), some, n, height)?;
+            }
+            for share in round {
+                let from = codes.at + share.at as u64;
+                self.to_rows(&out[share.part].buffer, share.first, from, table.as_ref(), share.rows, n, height)?;
             }
         }
-        let loss = self.fetch::<f64>(&losses, rows)?.iter().sum();
-        Ok(Swept { codes: self.fetch(&out, rows * n)?, loss })
+        let lost = self.fetch::<f64>(&lost, rounds.len() * height)?;
+        for (round, lost) in rounds.iter().zip(lost.chunks_exact(height)) {
+            for share in round {
+                losses[share.part] += lost[share.at..][..share.rows].iter().sum::<f64>();
+            }
+        }
+        Ok(())
     }
 
-    /// `[rows, cols]` to `[cols][height]`, the rest of the height zeros.
+    /// Scales of a share's rows, and their zeros or mins, in columns.
+    fn send_grid_columns(&self, to: u64, part: &Part<'_>, share: &Share, groups: usize, height: usize) -> Result<()> {
+        let own = share.first * groups..(share.first + share.rows) * groups;
+        let scales = self.send(&part.scales[own.clone()])?;
+        let (zeros, mins) = match part.offsets {
+            Offsets::Zeros(zeros) => (Some(self.send(&zeros[own])?), None),
+            Offsets::Mins(mins) => (None, Some(self.send(&mins[own])?)),
+        };
+        let (scales, zeros, mins) =
+            (scales.pin()?, zeros.as_ref().map(Buffer::pin).transpose()?, mins.as_ref().map(Buffer::pin).transpose()?);
+        let padded = share.rows.next_multiple_of(ROWS);
+        let args = [
+            Arg::At(to),
+            scales.arg(),
+            super::at(zeros.as_ref()),
+            super::at(mins.as_ref()),
+            (share.rows as i32).into(),
+            (padded as i32).into(),
+            (groups as i32).into(),
+            (height as i32).into(),
+        ];
+        self.each(&SWEEP, "grid_columns", groups * padded, &args)
+    }
+
+    /// `[rows, cols]` to `[cols][height]`, zeros up to the next multiple of 32 rows.
     fn to_columns(&self, to: u64, from: u64, rows: usize, cols: usize, height: usize) -> Result<()> {
         let args = [Arg::At(to), Arg::At(from), (rows as i32).into(), (cols as i32).into(), (height as i32).into()];
-        self.grid(&SWEEP, "columns_of", [cols.div_ceil(32), height / 32, 1], THREADS, 0, &args)
+        self.grid(&SWEEP, "columns_of", [cols.div_ceil(32), rows.div_ceil(32), 1], THREADS, 0, &args)
     }
 
     /// Codes in columns to the rows from `first` on.
@@ -221,7 +310,7 @@ impl Cuda {
             (cols as i32).into(),
             (height as i32).into(),
         ];
-        self.grid(&SWEEP, "codes_to_rows", [cols.div_ceil(32), height / 32, 1], THREADS, 0, &args)
+        self.grid(&SWEEP, "codes_to_rows", [cols.div_ceil(32), rows.div_ceil(32), 1], THREADS, 0, &args)
     }
 
     pub(super) fn refined_blocks(
@@ -230,22 +319,16 @@ impl Cuda {
         gram: &Matrix,
         damp: f64,
         grid: &mut BlockGrid,
-        codes: &mut [u8],
+        codes: &mut Codes,
     ) -> Result<f64> {
         let (op, rows, n) = ("refine_blocks", target.rows, target.cols);
         expect(op, "rows", grid.rows, rows)?;
         expect(op, "columns", grid.cols, n)?;
         expect(op, "features", gram.cols, n)?;
         expect(op, "rows of the Hessian", gram.cols, gram.rows)?;
-        expect(op, "codes", rows * n, codes.len())?;
+        expect_blocks(op, [codes.rows, codes.cols], grid)?;
         let per_row = n / grid.ty.block_len;
-        expect(op, "columns of whole blocks", per_row * grid.ty.block_len, n)?;
-        expect(op, "blocks", rows * per_row, grid.blocks.len())?;
         let layout = grid.ty.layout().expect("a type with codes");
-        if let Some(code) = codes.iter().find(|code| usize::from(**code) >= layout.levels.count()) {
-            let expected = format!("codes below {}", layout.levels.count());
-            return Err(Error::Shape { op, expected, found: code.to_string() });
-        }
         if rows * n == 0 {
             return Ok(0.0);
         }
@@ -274,14 +357,14 @@ impl Cuda {
         };
         let (level_of, code_of) = (self.send(&levels_of(layout))?, self.send(&codes_of(layout)[..])?);
         let chunks = rows.div_ceil(height);
-        let (sent, losses) = (self.send(codes)?, self.buffer::<f64>(chunks * height)?);
+        let (sent, losses) = (&codes.buffer, self.buffer::<f64>(chunks * height)?);
         // [chunks][blocks][height] of scales and mins.
         let ends = self.buffer::<f32>(2 * chunks * per_row * height)?;
         for (chunk, first) in (0..rows).step_by(height).enumerate() {
             let some = height.min(rows - first);
             let blocks = &grid.blocks[first * per_row..][..some * per_row];
             let own = ends.pin()?.at + (8 * chunk * per_row * height) as u64;
-            work.start(&Chunk { target, codes: &sent, level_of: &level_of, first, rows: some, blocks, ends: own })?;
+            work.start(&Chunk { target, codes: sent, level_of: &level_of, first, rows: some, blocks, ends: own })?;
             work.move_scales(own)?;
             work.move_codes(own)?;
             work.move_scales(own)?;
@@ -298,7 +381,7 @@ impl Cuda {
                 ];
                 self.blocks(&REFINE, "refined_loss", height / 32, THREADS, 0, &args)?;
             }
-            self.to_rows(&sent, first, work.levels.pin()?.at, Some(&code_of), some, n, height)?;
+            self.to_rows(sent, first, work.levels.pin()?.at, Some(&code_of), some, n, height)?;
         }
         let found = self.fetch::<f32>(&ends, 2 * chunks * per_row * height)?;
         let mut blocks = std::mem::take(&mut grid.blocks);
@@ -310,7 +393,6 @@ impl Cuda {
             }
         }
         *grid = BlockGrid::new(grid.ty, rows, n, blocks);
-        codes.copy_from_slice(&self.fetch::<u8>(&sent, rows * n)?);
         Ok(self.fetch::<f64>(&losses, rows)?.iter().sum())
     }
 }
@@ -320,9 +402,12 @@ const SPAN: usize = 256;
 /// Columns of a panel of codes.
 const CODES: usize = 64;
 
-/// The level of each code.
+/// The level of each code; of those that the type has not, 0.
 fn levels_of(layout: &Layout) -> Vec<u8> {
-    (0..layout.levels.count()).map(|code| (layout.levels.level(code as u8) as i8).cast_unsigned()).collect()
+    let mut levels: Vec<u8> =
+        (0..layout.levels.count()).map(|code| (layout.levels.level(code as u8) as i8).cast_unsigned()).collect();
+    levels.resize(256, 0);
+    levels
 }
 
 /// Rows that are refined together, and where their blocks' scales and mins lie.

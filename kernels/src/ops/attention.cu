@@ -201,8 +201,6 @@ __device__ __forceinline__ void attend_whole(ATTENTION(float)) {
             if (row <= last - query && at < value_dim) to[at] = mixed[r][c] * whole;
         }
     }
-    // No lane is gone while others still take its sum.
-    __syncwarp();
 }
 
 KERNEL(__launch_bounds__(128) attend_whole_64)(ATTENTION(float)) { attend_whole<4>(ATTENTION_GIVEN); }
@@ -389,7 +387,6 @@ __device__ __forceinline__ void attend_rounded(ATTENTION(u16)) {
                 *(u32 *)(to + at) = pack_bf16(mixed[n][2 * r] * whole, mixed[n][2 * r + 1] * whole);
         }
     }
-    __syncwarp();
 }
 
 // Older cards never run these.

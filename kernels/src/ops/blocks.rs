@@ -30,10 +30,12 @@ pub trait Ladder: Copy {
 /// Evenly spaced levels.
 #[derive(Clone, Copy, Debug)]
 pub struct Even {
-    low: f32,
-    high: f32,
+    /// The smallest level.
+    pub low: f32,
+    /// The largest.
+    pub high: f32,
     /// The code of the level 0.
-    offset: f32,
+    pub offset: f32,
 }
 
 impl Ladder for Even {
@@ -56,10 +58,14 @@ impl Ladder for Even {
 /// Sixteen levels of a table, or fewer: where one gives way to the next, and by how much.
 #[derive(Clone, Copy, Debug)]
 pub struct Uneven {
-    first: f32,
-    last: f32,
-    middles: [f32; 15],
-    steps: [f32; 15],
+    /// The smallest level.
+    pub first: f32,
+    /// The largest.
+    pub last: f32,
+    /// Between each level and the next; infinite where there are fewer.
+    pub middles: [f32; 15],
+    /// From each level to the next.
+    pub steps: [f32; 15],
 }
 
 impl Ladder for Uneven {

@@ -16,6 +16,7 @@ pub mod norm;
 #[cfg(test)]
 mod plain;
 pub mod refine;
+pub mod restore;
 pub mod rope;
 pub mod round;
 pub mod round_activations;

@@ -317,8 +317,6 @@ KERNEL(move_codes)(
                 f[4 * group + 3] = fmaf(shared, h.w, next);
             }
         }
-        // None leaves while others read what it has.
-        __syncwarp();
         if (p < width) {
             levels[at] = (u8)((int)level + 128);
             errors[at] += moved;

@@ -36,18 +36,20 @@ KERNEL(codes_to_rows)(u8 *to, const u8 *from, const u8 *table, int rows, int col
 }
 EXPORT(codes_to_rows)
 
-// [groups][height] of scale, its inverse, and zero or min, from [rows, groups]; one of `zeros` and `mins` is given.
-KERNEL(grid_columns)(float4 *to, const float *scales, const u8 *zeros, const float *mins, int rows, int groups, int height) {
-    i64 count = (i64)groups * height;
+// [groups][height] of scale, its inverse, and zero or min, from [rows, groups]; one of `zeros` and `mins` is given. Of each column
+// `padded` values are written.
+KERNEL(grid_columns)(
+    float4 *to, const float *scales, const u8 *zeros, const float *mins, int rows, int padded, int groups, int height) {
+    i64 count = (i64)groups * padded;
     for (i64 i = global_index(); i < count; i += global_stride()) {
-        int group = (int)(i / height), row = (int)(i % height);
+        int group = (int)(i / padded), row = (int)(i % padded);
         i64 from = (i64)row * groups + group;
         float4 value = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (row < rows) {
             float scale = scales[from];
             value = make_float4(scale, inverse_of(scale), zeros ? (float)zeros[from] : mins[from], 0.0f);
         }
-        to[i] = value;
+        to[(i64)group * height + row] = value;
     }
 }
 EXPORT(grid_columns)
@@ -204,8 +206,6 @@ __device__ __forceinline__ void sweep_columns(const Sweep &s, const Points &poin
     double loss = lane.loss;
     loss += __shfl_xor_sync(ALL_LANES, loss, 8);
     loss += __shfl_xor_sync(ALL_LANES, loss, 16);
-    // None leaves while others read what it has.
-    __syncwarp();
     if (part == 0) s.loss[row] += loss;
 }
 

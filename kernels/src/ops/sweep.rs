@@ -30,7 +30,7 @@ type Lane = [f32; ROWS];
 /// GPTQ as its paper states it, in `f64` and with the inverse: columns left to right in `order`, errors spread right.
 ///
 /// `inverse_upper` is the upper Cholesky factor of the inverse of the damped, permuted Hessian.
-pub fn reference(target: ArrayView2<f32>, order: &[u32], inverse_upper: &[Vec<f64>], grid: &Grid) -> Swept {
+pub fn reference(target: ArrayView2<f32>, order: &[u32], inverse_upper: &[Vec<f64>], grid: &Grid) -> Swept<Vec<u8>> {
     let (rows, cols, groups) = (target.nrows(), target.ncols(), grid.spec.groups());
     let mut swept = Swept { codes: vec![0; rows * cols], loss: 0.0 };
     for row in 0..rows {
@@ -53,7 +53,7 @@ pub fn reference(target: ArrayView2<f32>, order: &[u32], inverse_upper: &[Vec<f6
 }
 
 /// Codes `[rows, cols]` in the original column order, and the loss.
-pub fn run(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, grid: &Grid) -> Swept {
+pub fn run(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, grid: &Grid) -> Swept<Vec<u8>> {
     let max = f32::from(grid.spec.scheme.max_code());
     let zero = |at: usize| f32::from(grid.zeros[at]);
     sweep(
@@ -71,7 +71,7 @@ pub fn run(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, grid:
 }
 
 /// The same on the blocks of one of ggml's types.
-pub fn run_blocks(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, grid: &BlockGrid) -> Swept {
+pub fn run_blocks(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, grid: &BlockGrid) -> Swept<Vec<u8>> {
     let layout = grid.ty.layout().expect("a type with codes");
     let group_of: Vec<u32> = (0..grid.cols).map(|col| (col / layout.group) as u32).collect();
     let mut swept = sweep(
@@ -113,7 +113,7 @@ enum Chosen {
     Levels(Rungs),
 }
 
-fn sweep(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, points: &Points<'_>) -> Swept {
+fn sweep(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, points: &Points<'_>) -> Swept<Vec<u8>> {
     let cols = target.ncols();
     let data = target.to_slice().expect("a contiguous matrix");
     let mut codes = vec![0u8; data.len()];

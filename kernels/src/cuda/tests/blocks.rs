@@ -105,12 +105,15 @@ fn codes_are_the_cpus_and_restore_to_what_files_hold() {
         {
             weight[[0, col]] = value;
         }
-        let codes = on_all(|cuda| cuda.round_blocks(&cuda.upload(weight.clone()).unwrap(), &grid).unwrap());
-        let Some(codes) = codes else { return };
+        let found = on_all(|cuda| {
+            let codes = cuda.round_blocks(&cuda.upload(weight.clone()).unwrap(), &grid).unwrap();
+            let restored = cuda.download(&cuda.restore_blocks(&codes, &grid).unwrap()).unwrap();
+            (cuda.download_codes(&codes).unwrap(), restored)
+        });
+        let Some((codes, found)) = found else { return };
+        let codes = codes.as_slice().unwrap();
         assert_eq!(codes, blocks::round(weight.view(), &grid), "{ty}");
-        let found =
-            on_all(|cuda| cuda.download(&cuda.pack_blocks(&codes, &grid).unwrap().unwrap().1).unwrap()).unwrap();
-        assert_eq!(found.as_slice().unwrap(), restored(&grid, &codes), "{ty}");
+        assert_eq!(found.as_slice().unwrap(), restored(&grid, codes), "{ty}");
     }
 }
 
@@ -126,9 +129,14 @@ fn shapes_are_checked_and_nothing_is_no_work() {
         assert!(cuda.fit_blocks(&right, ty, Some(&[1.0; 128])).is_err());
         assert!(cuda.round_blocks(&wrong, &grid).is_err());
         assert!(cuda.round_blocks(&cuda.zeros(1, 256).unwrap(), &grid).is_err());
-        assert!(cuda.pack_blocks(&[0; 511], &grid).is_err());
+        for shape in [(2, 255), (1, 256)] {
+            let codes = cuda.send_codes(&Array2::zeros(shape)).unwrap();
+            assert!(cuda.pack_blocks(&codes, &grid).is_err());
+            assert!(cuda.restore_blocks(&codes, &grid).is_err());
+        }
         let none = cuda.fit_blocks(&cuda.zeros(0, 256).unwrap(), ty, None).unwrap();
         assert!(none.blocks.is_empty());
-        assert!(cuda.round_blocks(&cuda.zeros(0, 256).unwrap(), &none).unwrap().is_empty());
+        let codes = cuda.round_blocks(&cuda.zeros(0, 256).unwrap(), &none).unwrap();
+        assert!(cuda.download_codes(&codes).unwrap().is_empty());
     });
 }

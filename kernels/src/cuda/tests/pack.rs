@@ -2,26 +2,26 @@
 
 use formats::ggml::{BlockScales, Levels, ScaleKind, TYPES};
 use formats::grid::Scheme;
-use formats::{Codec, Dtype, GgmlType, QuantizedWeight, codec};
+use formats::{Codec, Dtype, GgmlType, QuantizedWeight, WordLayout, codec};
+use ndarray::Array2;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-use super::super::PackLayout;
 use super::on_all;
-use crate::backend::BlockGrid;
+use crate::backend::{Backend, BlockGrid};
 
 fn words(bytes: &[u8]) -> Vec<u32> {
     bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
 }
 
 /// What the device makes of codes `[rows, cols]`; nothing without a device.
-fn packed(codes: &[u8], rows: usize, cols: usize, bits: u8, layout: PackLayout) -> Option<Vec<u32>> {
-    assert_eq!(codes.len(), rows * cols);
-    on_all(|cuda| cuda.pack_codes(&cuda.send(codes).unwrap(), rows, cols, bits, layout).unwrap())
+fn packed(codes: &[u8], rows: usize, cols: usize, bits: u8, layout: WordLayout) -> Option<Vec<u32>> {
+    let codes = Array2::from_shape_vec((rows, cols), codes.to_vec()).unwrap();
+    on_all(|cuda| cuda.pack(&cuda.send_codes(&codes).unwrap(), bits, layout).unwrap())
 }
 
 /// Packs the parts of a weight that hold codes and compares them with what its codec writes.
-fn check(id: &str, weight: &QuantizedWeight, parts: &[(&str, bool, PackLayout)]) {
+fn check(id: &str, weight: &QuantizedWeight, parts: &[(&str, bool, WordLayout)]) {
     let codec: &dyn Codec = codec::codec(id).unwrap();
     let expected = codec.encode(weight, Dtype::F16).unwrap();
     for &(name, zeros, layout) in parts {
@@ -57,8 +57,8 @@ fn words_are_those_of_compressed_tensors() {
     for bits in 2..=8 {
         for (rows, cols, group) in [(1, 1, 1), (3, 7, 7), (37, 97, 97), (33, 64, 16)] {
             let parts = [
-                ("weight_packed", false, PackLayout::Rows),
-                ("weight_zero_point", true, PackLayout::ColumnsTransposed),
+                ("weight_packed", false, WordLayout::Rows),
+                ("weight_zero_point", true, WordLayout::ColumnsTransposed),
             ];
             check("compressed-tensors", &weight(rows, cols, bits, group), &parts);
         }
@@ -69,7 +69,7 @@ fn words_are_those_of_compressed_tensors() {
 fn words_are_those_of_gptq() {
     for bits in [2, 3, 4, 8] {
         for (rows, cols, group) in [(32, 32, 32), (64, 160, 32), (96, 96, 96)] {
-            let parts = [("qweight", false, PackLayout::RowsTransposed), ("qzeros", true, PackLayout::ColumnsLessOne)];
+            let parts = [("qweight", false, WordLayout::RowsTransposed), ("qzeros", true, WordLayout::ColumnsLessOne)];
             check("gptq", &weight(rows, cols, bits, group), &parts);
         }
     }
@@ -78,7 +78,7 @@ fn words_are_those_of_gptq() {
 #[test]
 fn words_are_those_of_awq() {
     for (rows, cols, group) in [(8, 1, 1), (24, 37, 37), (64, 96, 32)] {
-        let parts = [("qweight", false, PackLayout::Awq), ("qzeros", true, PackLayout::Awq)];
+        let parts = [("qweight", false, WordLayout::Awq), ("qzeros", true, WordLayout::Awq)];
         check("awq", &weight(rows, cols, 4, group), &parts);
     }
 }
@@ -124,7 +124,8 @@ fn blocks_are_those_of_ggml_in_every_type() {
         );
         let tested = runner.run(&strategy, |(blocks, codes)| {
             let grid = BlockGrid::new(*ty, rows, per_row * ty.block_len, blocks);
-            let found = on_all(|cuda| cuda.packed_blocks(&cuda.send(&codes).unwrap(), &grid).unwrap());
+            let shaped = Array2::from_shape_vec((rows, grid.cols), codes.clone()).unwrap();
+            let found = on_all(|cuda| cuda.pack_blocks(&cuda.send_codes(&shaped).unwrap(), &grid).unwrap());
             let mut expected = vec![0; rows * per_row * ty.block_bytes];
             ty.pack(&grid.blocks, &codes, &mut expected);
             prop_assert!(found.is_none_or(|found| found == expected), "{ty}");
@@ -139,21 +140,22 @@ fn blocks_are_those_of_ggml_in_every_type() {
 #[test]
 fn what_cannot_be_packed_is_refused_and_nothing_is_no_work() {
     on_all(|cuda| {
-        let codes = cuda.send(&[0u8; 64]).unwrap();
-        let words = |rows, cols, bits, layout| cuda.pack_codes(&codes, rows, cols, bits, layout);
-        assert!(words(0, 8, 4, PackLayout::Rows).unwrap().is_empty());
-        assert!(words(8, 0, 4, PackLayout::Awq).unwrap().is_empty());
-        assert_eq!(words(8, 8, 8, PackLayout::Rows).unwrap(), [0; 16]);
-        words(8, 8, 9, PackLayout::Rows).unwrap_err();
-        words(8, 8, 0, PackLayout::Rows).unwrap_err();
-        words(8, 8, 3, PackLayout::Awq).unwrap_err();
-        words(4, 8, 4, PackLayout::Awq).unwrap_err();
+        let words =
+            |rows, cols, bits, layout| cuda.pack(&cuda.send_codes(&Array2::zeros((rows, cols))).unwrap(), bits, layout);
+        assert!(words(0, 8, 4, WordLayout::Rows).unwrap().is_empty());
+        assert!(words(8, 0, 4, WordLayout::Awq).unwrap().is_empty());
+        assert_eq!(words(8, 8, 8, WordLayout::Rows).unwrap(), [0; 16]);
+        words(8, 8, 9, WordLayout::Rows).unwrap_err();
+        words(8, 8, 0, WordLayout::Rows).unwrap_err();
+        words(8, 8, 3, WordLayout::Awq).unwrap_err();
+        words(4, 8, 4, WordLayout::Awq).unwrap_err();
         let ty = GgmlType::from_name("Q8_0").unwrap();
         let grid = BlockGrid::new(ty, 1, 64, vec![BlockScales::default(); 2]);
-        assert_eq!(cuda.packed_blocks(&codes, &grid).unwrap().len(), 68);
-        cuda.packed_blocks(&codes, &BlockGrid { cols: 63, ..grid.clone() }).unwrap_err();
-        cuda.packed_blocks(&codes, &BlockGrid { rows: 2, ..grid.clone() }).unwrap_err();
+        let codes = cuda.send_codes(&Array2::zeros((1, 64))).unwrap();
+        assert_eq!(cuda.pack_blocks(&codes, &grid).unwrap().len(), 68);
+        cuda.pack_blocks(&codes, &BlockGrid { cols: 63, ..grid.clone() }).unwrap_err();
+        cuda.pack_blocks(&codes, &BlockGrid { rows: 2, ..grid.clone() }).unwrap_err();
         let empty = BlockGrid { rows: 0, blocks: Vec::new(), ..grid };
-        assert!(cuda.packed_blocks(&codes, &empty).unwrap().is_empty());
+        assert!(cuda.pack_blocks(&cuda.send_codes(&Array2::zeros((0, 64))).unwrap(), &empty).unwrap().is_empty());
     });
 }

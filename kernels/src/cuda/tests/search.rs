@@ -177,13 +177,16 @@ fn codes_are_the_nearest() {
                     weight[[0, col + 1]] = value;
                 }
             }
-            let codes = on_all(|cuda| cuda.round(&cuda.upload(weight.clone()).unwrap(), &grid).unwrap());
-            let Some(codes) = codes else { return };
-            assert_eq!(codes, round::reference(weight.view(), &grid), "{:?}", spec.scheme);
-            let restored = on_all(|cuda| cuda.download(&cuda.restored(&codes, &grid).unwrap()).unwrap()).unwrap();
+            let found = on_all(|cuda| {
+                let codes = cuda.round(&cuda.upload(weight.clone()).unwrap(), &grid).unwrap();
+                let restored = cuda.download(&cuda.restore(&codes, &grid).unwrap()).unwrap();
+                (cuda.download_codes(&codes).unwrap(), restored)
+            });
+            let Some((codes, restored)) = found else { return };
+            assert_eq!(codes.as_slice().unwrap(), round::reference(weight.view(), &grid), "{:?}", spec.scheme);
             let plain = Array2::from_shape_fn((rows, cols), |(row, col)| {
                 let at = row * groups + spec.group_of[col] as usize;
-                grid.scales[at] * (f32::from(codes[row * cols + col]) - f32::from(grid.zeros[at]))
+                grid.scales[at] * (f32::from(codes[[row, col]]) - f32::from(grid.zeros[at]))
             });
             assert_eq!(restored, plain);
         }
@@ -227,8 +230,10 @@ fn shapes_are_checked_and_nothing_is_no_work() {
         assert!(cuda.round(&wrong, &grid).is_err());
         assert!(cuda.round(&cuda.zeros(3, 8).unwrap(), &grid).is_err());
         assert!(cuda.scaled_rounding_error(&right, &[1.0; 7], &spec).is_err());
-        assert!(cuda.restored(&[0; 15], &grid).is_err());
+        assert!(cuda.restore(&cuda.send_codes(&Array2::zeros((3, 8))).unwrap(), &grid).is_err());
+        assert!(cuda.restore(&cuda.send_codes(&Array2::zeros((2, 7))).unwrap(), &grid).is_err());
         let none = cuda.fit(&cuda.zeros(0, 8).unwrap(), &spec, FitKind::MinMax).unwrap();
-        assert!(none.scales.is_empty() && cuda.round(&cuda.zeros(0, 8).unwrap(), &none).unwrap().is_empty());
+        let codes = cuda.round(&cuda.zeros(0, 8).unwrap(), &none).unwrap();
+        assert!(none.scales.is_empty() && cuda.download_codes(&codes).unwrap().is_empty());
     });
 }

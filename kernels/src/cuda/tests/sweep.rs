@@ -3,6 +3,7 @@
 use formats::{ScalePrecision, Scheme};
 use ndarray::Array2;
 
+use super::super::{Cuda, Matrix};
 use super::on_all;
 use crate::backend::Backend;
 use crate::ops::testing::Noise;
@@ -22,25 +23,30 @@ fn scattered(n: usize) -> Vec<u32> {
 }
 
 /// As many codes may differ as ties in single precision explain, and what follows from them.
-fn same_but_for_ties(found: &[u8], expected: &[u8], what: &str) {
-    assert_eq!(found.len(), expected.len());
+fn same_but_for_ties(found: &Array2<u8>, expected: &Array2<u8>, what: &str) {
+    assert_eq!(found.dim(), expected.dim());
     let different = found.iter().zip(expected).filter(|(a, b)| a != b).count();
     assert!(different <= 1 + found.len() / 10_000, "{different} of {} codes: {what}", found.len());
 }
 
-fn sweep(target: &Array2<f32>, factor: &Factor<Array2<f32>>, grid: &Grid) -> Option<Swept> {
-    let (codes, loss) = on_all(|cuda| {
-        let on_device = Factor {
-            order: factor.order.clone(),
-            unit: cuda.upload(factor.unit.clone()).unwrap(),
-            pivots: factor.pivots.clone(),
-            damp: factor.damp,
-            dead: factor.dead,
-        };
-        let swept = cuda.sweep(&cuda.upload(target.clone()).unwrap(), &on_device, grid).unwrap();
-        (swept.codes, swept.loss)
+fn on_device(cuda: &Cuda, factor: &Factor<Array2<f32>>) -> Factor<Matrix> {
+    Factor {
+        order: factor.order.clone(),
+        unit: cuda.upload(factor.unit.clone()).unwrap(),
+        pivots: factor.pivots.clone(),
+        damp: factor.damp,
+        dead: factor.dead,
+    }
+}
+
+fn sweep(targets: &[(&Array2<f32>, &Grid)], factor: &Factor<Array2<f32>>) -> Option<Vec<Swept<Array2<u8>>>> {
+    let swept = on_all(|cuda| {
+        let uploaded: Vec<Matrix> = targets.iter().map(|(target, _)| cuda.upload((*target).clone()).unwrap()).collect();
+        let targets: Vec<(&Matrix, &Grid)> = uploaded.iter().zip(targets).map(|(m, (_, grid))| (m, *grid)).collect();
+        let swept = cuda.sweep(&targets, &on_device(cuda, factor)).unwrap();
+        swept.iter().map(|one| (cuda.download_codes(&one.codes).unwrap(), one.loss)).collect::<Vec<_>>()
     })?;
-    Some(Swept { codes, loss })
+    Some(swept.into_iter().map(|(codes, loss)| Swept { codes, loss }).collect())
 }
 
 #[test]
@@ -69,8 +75,9 @@ fn codes_are_those_of_the_cpu() {
             grid.scales[5] = 0.0;
         }
         let factor = cpu.factor(&hessian, scattered(cols), 0.05).unwrap();
-        let expected = cpu.sweep(&target, &factor, &grid).unwrap();
-        let Some(found) = sweep(&target, &factor, &grid) else { return };
+        let expected = cpu.sweep(&[(&target, &grid)], &factor).unwrap().remove(0);
+        let Some(found) = sweep(&[(&target, &grid)], &factor) else { return };
+        let found = &found[0];
         let what = format!("{rows} x {cols}, groups of {group:?}");
         same_but_for_ties(&found.codes, &expected.codes, &what);
         assert!((found.loss - expected.loss).abs() <= 1e-4 * expected.loss + 1e-12, "{what}: {}", found.loss);
@@ -90,10 +97,38 @@ fn more_rows_than_are_swept_at_a_time() {
     let spec = GridSpec::contiguous(Scheme { bits: 4, group: None, symmetric: false }, ScalePrecision::F16, 0, 9);
     let grid = cpu.fit(&target, &spec, FitKind::MinMax).unwrap();
     let factor = cpu.factor(&hessian, scattered(9), 0.05).unwrap();
-    let expected = cpu.sweep(&target, &factor, &grid).unwrap();
-    let Some(found) = sweep(&target, &factor, &grid) else { return };
-    same_but_for_ties(&found.codes, &expected.codes, "two chunks");
-    assert!((found.loss - expected.loss).abs() <= 1e-4 * expected.loss);
+    let expected = cpu.sweep(&[(&target, &grid)], &factor).unwrap().remove(0);
+    let Some(found) = sweep(&[(&target, &grid)], &factor) else { return };
+    same_but_for_ties(&found[0].codes, &expected.codes, "two chunks");
+    assert!((found[0].loss - expected.loss).abs() <= 1e-4 * expected.loss);
+}
+
+/// Weights of unlike heights, some of whose grids are unlike too, and one more than goes with the others.
+#[test]
+fn weights_that_are_swept_together_are_swept_as_alone() {
+    let (mut noise, cpu) = (Noise(12), Cpu::exact());
+    for (cols, heights) in [(160, [33, 1, 64, 0, 7]), (9, [40, 9000, 9000, 31, 16_500])] {
+        let factor = cpu.factor(&hessian(&mut noise, cols), scattered(cols), 0.05).unwrap();
+        let scheme = |index| Scheme { bits: if index == 2 { 3 } else { 4 }, group: None, symmetric: false };
+        let spec = |index| GridSpec::contiguous(scheme(index), ScalePrecision::F16, 0, cols);
+        let targets = heights.map(|rows| noise.matrix(rows, cols));
+        let grids: Vec<Grid> = targets
+            .iter()
+            .enumerate()
+            .map(|(index, target)| cpu.fit(target, &spec(index), FitKind::MinMax).unwrap())
+            .collect();
+        let all: Vec<(&Array2<f32>, &Grid)> = targets.iter().zip(&grids).collect();
+        let Some(together) = sweep(&all, &factor) else { return };
+        assert_eq!(together.len(), all.len());
+        for (index, (one, found)) in all.iter().zip(&together).enumerate() {
+            let alone = &sweep(&[*one], &factor).unwrap()[0];
+            let what = format!("weight {index} of {heights:?}");
+            assert_eq!(found.codes, alone.codes, "{what}");
+            assert_eq!(found.loss, alone.loss, "{what}");
+            let expected = cpu.sweep(&[*one], &factor).unwrap().remove(0);
+            same_but_for_ties(&found.codes, &expected.codes, &what);
+        }
+    }
 }
 
 #[test]
@@ -106,15 +141,9 @@ fn blocks_are_swept_as_on_the_cpu() {
         let grid = cpu.fit_blocks(&target, *ty, None).unwrap();
         let expected = cpu.sweep_blocks(&target, &factor, &grid).unwrap();
         let found = on_all(|cuda| {
-            let on_device = Factor {
-                order: factor.order.clone(),
-                unit: cuda.upload(factor.unit.clone()).unwrap(),
-                pivots: factor.pivots.clone(),
-                damp: factor.damp,
-                dead: factor.dead,
-            };
-            let swept = cuda.sweep_blocks(&cuda.upload(target.clone()).unwrap(), &on_device, &grid).unwrap();
-            (swept.codes, swept.loss)
+            let target = cuda.upload(target.clone()).unwrap();
+            let swept = cuda.sweep_blocks(&target, &on_device(cuda, &factor), &grid).unwrap();
+            (cuda.download_codes(&swept.codes).unwrap(), swept.loss)
         });
         let Some((codes, loss)) = found else { return };
         same_but_for_ties(&codes, &expected.codes, ty.name);
@@ -148,9 +177,9 @@ fn refinement_is_that_of_the_cpu() {
         let expected_loss = cpu.refine_blocks(&target, hessian, 0.05, &mut expected, &mut expected_codes).unwrap();
         let found = on_all(|cuda| {
             let [target, hessian] = [&target, hessian].map(|m| cuda.upload(m.clone()).unwrap());
-            let (mut grid, mut codes) = (start.clone(), swept.codes.clone());
+            let (mut grid, mut codes) = (start.clone(), cuda.send_codes(&swept.codes).unwrap());
             let loss = cuda.refine_blocks(&target, &hessian, 0.05, &mut grid, &mut codes).unwrap();
-            (loss, codes, grid.blocks, grid.scales, grid.mins)
+            (loss, cuda.download_codes(&codes).unwrap(), grid.blocks, grid.scales, grid.mins)
         });
         let Some((loss, codes, blocks, scales, mins)) = found else { return };
         assert!((loss - expected_loss).abs() <= 1e-3 * expected_loss, "{ty}: {loss}, not {expected_loss}");
@@ -168,8 +197,9 @@ fn refinement_is_that_of_the_cpu() {
             assert!(again.blocks == start.blocks, "powers of two stay");
         }
         // The loss is that of what comes back.
-        let error =
-            &target - &Array2::from_shape_vec((rows, n), crate::ops::testing::restored(&again, &codes)).unwrap();
+        let error = &target
+            - &Array2::from_shape_vec((rows, n), crate::ops::testing::restored(&again, codes.as_slice().unwrap()))
+                .unwrap();
         let mut damped = hessian.clone();
         damped.diag_mut().iter_mut().for_each(|d| *d *= 1.05);
         damped[[7, 7]] = 1.0;
@@ -190,9 +220,9 @@ fn more_rows_than_are_refined_at_a_time() {
     let expected_loss = cpu.refine_blocks(&target, &hessian, 0.01, &mut expected, &mut expected_codes).unwrap();
     let found = on_all(|cuda| {
         let [target, hessian] = [&target, &hessian].map(|m| cuda.upload(m.clone()).unwrap());
-        let (mut grid, mut codes) = (start.clone(), rounded.clone());
+        let (mut grid, mut codes) = (start.clone(), cuda.send_codes(&rounded).unwrap());
         let loss = cuda.refine_blocks(&target, &hessian, 0.01, &mut grid, &mut codes).unwrap();
-        (loss, codes, grid.scales)
+        (loss, cuda.download_codes(&codes).unwrap(), grid.scales)
     });
     let Some((loss, codes, scales)) = found else { return };
     assert!((loss - expected_loss).abs() <= 1e-3 * expected_loss, "{loss}, not {expected_loss}");
@@ -211,38 +241,34 @@ fn what_does_not_fit_is_refused() {
     let spec = GridSpec::contiguous(Scheme { bits: 4, group: Some(32), symmetric: false }, ScalePrecision::F16, 0, 64);
     let grid = cpu.fit(&target, &spec, FitKind::MinMax).unwrap();
     on_all(|cuda| {
-        let on_device = |order: Vec<u32>| Factor {
-            order,
-            unit: cuda.upload(factor.unit.clone()).unwrap(),
-            pivots: factor.pivots.clone(),
-            damp: factor.damp,
-            dead: factor.dead,
-        };
+        let on_device = |order: Vec<u32>| Factor { order, ..on_device(cuda, &factor) };
         let target = cuda.upload(target.clone()).unwrap();
-        let refused = |result: crate::Result<Swept>| {
+        let refused = |factor: &Factor<Matrix>, grid: &Grid| {
+            let result = cuda.sweep(&[(&target, grid)], factor);
             assert!(matches!(result, Err(Error::Shape { op: "sweep", .. })), "{result:?}");
         };
         let good = on_device(factor.order.clone());
-        refused(cuda.sweep(&target, &good, &Grid { rows: 2, ..grid.clone() }));
-        refused(cuda.sweep(&target, &good, &Grid { scales: vec![1.0; 5], ..grid.clone() }));
-        refused(cuda.sweep(&target, &on_device((1..65).collect()), &grid));
-        refused(cuda.sweep(&target, &on_device((0..63).collect()), &grid));
+        refused(&good, &Grid { rows: 2, ..grid.clone() });
+        refused(&good, &Grid { scales: vec![1.0; 5], ..grid.clone() });
+        refused(&on_device((1..65).collect()), &grid);
+        refused(&on_device((0..63).collect()), &grid);
         let spec = GridSpec { group_of: vec![2; 64], ..spec.clone() };
-        refused(cuda.sweep(&target, &good, &Grid { spec, ..grid.clone() }));
+        refused(&good, &Grid { spec, ..grid.clone() });
 
         let ty = formats::ggml::GgmlType::from_name("Q4_0").unwrap();
         let blocks = cpu.fit_blocks(&Noise(3).matrix(3, 64), ty, None).unwrap();
-        let refused = |gram: [usize; 2], rows: usize, codes: &[u8]| {
+        let refused = |gram: [usize; 2], rows: usize, codes: [usize; 2]| {
+            let mut codes = cuda.send_codes(&Array2::zeros(codes)).unwrap();
             let mut grid = crate::BlockGrid { rows, ..blocks.clone() };
             let gram = cuda.zeros(gram[0], gram[1]).unwrap();
-            let result = cuda.refine_blocks(&target, &gram, 0.1, &mut grid, &mut codes.to_vec());
+            let result = cuda.refine_blocks(&target, &gram, 0.1, &mut grid, &mut codes);
             assert!(matches!(result, Err(Error::Shape { op: "refine_blocks", .. })), "{result:?}");
         };
-        refused([64, 64], 2, &[0; 192]);
-        refused([64, 64], 3, &[0; 191]);
-        refused([64, 64], 3, &[16; 192]);
-        refused([63, 64], 3, &[0; 192]);
-        refused([63, 63], 3, &[0; 192]);
+        refused([64, 64], 2, [3, 64]);
+        refused([64, 64], 3, [2, 64]);
+        refused([64, 64], 3, [3, 32]);
+        refused([63, 64], 3, [3, 64]);
+        refused([63, 63], 3, [3, 64]);
         let swept = cuda.sweep_blocks(&target, &good, &crate::BlockGrid { rows: 2, ..blocks.clone() });
         assert!(matches!(swept, Err(Error::Shape { op: "sweep_blocks", .. })), "{swept:?}");
     });
