@@ -10,10 +10,11 @@ use calibration::solvers::{Gptq, Observer, Rtn, Shared, Solution, Solver};
 use calibration::statistics::{Needs, Statistics};
 use calibration::transforms::{Awq, Slot, Tie};
 use formats::tensor::narrow;
-use formats::{Dtype, Scheme, ShardedWriter};
+use formats::{Dtype, PackedWeight, Scheme, ShardedWriter};
 use kernels::{Backend, GridSpec};
 use serde::Serialize;
 
+use crate::behind::{Behind, behind};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::forward::{Ahead, Chunk, Inputs, Others, Plain, Supply, Weight, embed, ready, run_block};
@@ -85,7 +86,7 @@ pub struct Stages {
     pub factor: f64,
     /// Searching scales, choosing codes, measuring the loss.
     pub solve: f64,
-    /// Packing and writing.
+    /// Packing, and writing as far as it is not done behind the rest.
     pub write: f64,
 }
 
@@ -142,55 +143,60 @@ pub fn compile<B: Backend>(
     let solver = solver::<B>(recipe);
     progress.start("quantizing", plan.schemes.len());
     let ahead = Ahead::new(backend, source);
-    let mut work = Work {
-        backend,
-        source,
-        ahead: &ahead,
-        plan,
-        method: recipe.method.name(),
-        solver: &*solver,
-        writer: &writer,
-        progress,
-        prepared: HashMap::new(),
-        changed: HashMap::new(),
-        layer: None,
-        all_experts: recipe.moe_all_experts,
-        final_block: false,
-        done: Done::default(),
-    };
-    match samples {
-        None => ahead.beside(|| {
-            ahead.announce(graph.blocks.first());
-            for (index, block) in graph.blocks.iter().enumerate() {
-                ahead.announce(graph.blocks.get(index + 1));
-                block.linears().try_for_each(|linear| work.quantize(&[linear], None).map(drop))?;
-            }
-            Ok(())
-        })?,
-        Some(samples) => {
-            let started = Instant::now();
-            ahead.beside(|| {
+    let run = |hand: &Behind<Packed>| {
+        let mut work = Work {
+            backend,
+            source,
+            ahead: &ahead,
+            plan,
+            method: recipe.method.name(),
+            solver: &*solver,
+            writer: &writer,
+            behind: hand,
+            progress,
+            prepared: HashMap::new(),
+            changed: HashMap::new(),
+            layer: None,
+            all_experts: recipe.moe_all_experts,
+            final_block: false,
+            done: Done::default(),
+        };
+        match samples {
+            None => ahead.beside(|| {
                 ahead.announce(graph.blocks.first());
-                let mut chunks = embed(backend, graph, source, &samples.sequences)?;
-                source.release(&graph.embedding.tensor);
                 for (index, block) in graph.blocks.iter().enumerate() {
                     ahead.announce(graph.blocks.get(index + 1));
-                    if recipe.method.smooths() {
-                        work.smooth(block, &chunks)?;
-                    }
-                    work.final_block = index + 1 == graph.blocks.len();
-                    run_block(backend, block, &mut work, &mut chunks)?;
-                    work.prepared.clear();
-                    work.layer = None;
+                    block.linears().try_for_each(|linear| work.quantize(&[linear], None).map(drop))?;
                 }
                 Ok(())
-            })?;
-            let s = &mut work.done.seconds;
-            s.forward = started.elapsed().as_secs_f64() - s.load - s.observe - s.smooth - s.factor - s.solve - s.write;
+            })?,
+            Some(samples) => {
+                let started = Instant::now();
+                ahead.beside(|| {
+                    ahead.announce(graph.blocks.first());
+                    let mut chunks = embed(backend, graph, source, &samples.sequences)?;
+                    source.release(&graph.embedding.tensor);
+                    for (index, block) in graph.blocks.iter().enumerate() {
+                        ahead.announce(graph.blocks.get(index + 1));
+                        if recipe.method.smooths() {
+                            work.smooth(block, &chunks)?;
+                        }
+                        work.final_block = index + 1 == graph.blocks.len();
+                        run_block(backend, block, &mut work, &mut chunks)?;
+                        work.prepared.clear();
+                        work.layer = None;
+                    }
+                    Ok(())
+                })?;
+                let s = &mut work.done.seconds;
+                s.forward =
+                    started.elapsed().as_secs_f64() - s.load - s.observe - s.smooth - s.factor - s.solve - s.write;
+            }
         }
-    }
-    work.copy_rest()?;
-    let done = work.done;
+        work.copy_rest()?;
+        Ok(work.done)
+    };
+    let done = behind(|packed| write_packed(packed, plan, &writer), run)?;
     let flushing = std::thread::spawn(move || {
         writer.finish()?;
         hashed(hashing)
@@ -207,6 +213,7 @@ struct Work<'a, B: Backend> {
     method: &'static str,
     solver: &'a dyn Solver<B>,
     writer: &'a ShardedWriter,
+    behind: &'a Behind<Packed>,
     progress: &'a Progress,
     /// Weights of the current block that a transform has changed, by module.
     prepared: HashMap<String, Weight<B::Matrix>>,
@@ -217,6 +224,28 @@ struct Work<'a, B: Backend> {
     all_experts: bool,
     final_block: bool,
     done: Done,
+}
+
+/// A linear that is to be written while the next one is solved.
+struct Packed {
+    module: String,
+    /// Its weight's name in the input.
+    tensor: String,
+    weight: PackedWeight,
+    /// Only where it is not written as a tensor of its own.
+    bias: Option<Vec<f32>>,
+}
+
+fn write_packed(packed: Packed, plan: &Plan, writer: &ShardedWriter) -> Result<()> {
+    let Packed { module, tensor, weight, bias } = packed;
+    let parts = plan.codec.encode_packed(weight, plan.scale_dtype).map_err(|e| Error::from(e.in_tensor(tensor)))?;
+    for (part, tensor) in &parts.0 {
+        writer.write(&format!("{module}.{part}"), &tensor.data)?;
+    }
+    match bias {
+        Some(bias) => write_floats(writer, &format!("{module}.bias"), plan.float_dtype, &bias),
+        None => Ok(()),
+    }
 }
 
 /// Runs `f` and adds its time to `stage`.
@@ -361,21 +390,14 @@ impl<B: Backend> Work<'_, B> {
         Ok(weights)
     }
 
-    /// Writes what was found for a linear.
+    /// Packs what was found for a linear, and has it written.
     fn write(&self, linear: &Linear, solution: Solution<B>, bias: Option<&[f32]>) -> Result<()> {
-        let codec = self.plan.codec;
-        let packed = solution.packed(self.backend, codec.word_layout())?;
-        let located = |e: formats::Error| Error::from(e.in_tensor(linear.weight()));
-        let parts = codec.encode_packed(packed, self.plan.scale_dtype).map_err(located)?;
-        for (part, tensor) in &parts.0 {
-            self.writer.write(&format!("{}.{part}", linear.module), &tensor.data)?;
-        }
-        match (bias, &linear.stored) {
-            (Some(bias), Stored::Slice { .. }) => {
-                write_floats(self.writer, &format!("{}.bias", linear.module), self.plan.float_dtype, bias)
-            }
-            _ => Ok(()),
-        }
+        self.behind.hand_over(Packed {
+            module: linear.module.clone(),
+            tensor: linear.weight(),
+            weight: solution.packed(self.backend, self.plan.codec.word_layout())?,
+            bias: bias.filter(|_| matches!(linear.stored, Stored::Slice { .. })).map(<[f32]>::to_vec),
+        })
     }
 
     /// Writes an expert that stays as it is, out of a stack of which others are quantized.

@@ -14,6 +14,7 @@ use kernels::Backend;
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
+use crate::behind::{Behind, behind};
 use crate::checkpoint::Checkpoint;
 use crate::compile::{LinearReport, Stages, describe, observe, observe_expert};
 use crate::error::{Error, Result};
@@ -283,49 +284,55 @@ pub fn compile<B: Backend>(
     progress.start("quantizing", plan.by_module.len());
     let sweep = Gptq { observer: Observer::Imatrix, damp: recipe.damp, act_order: recipe.act_order, desc_act: false };
     let ahead = Ahead::new(backend, source);
-    let mut work = Work {
-        backend,
-        source,
-        ahead: &ahead,
-        plan,
-        needs: needs_data(recipe),
-        solver: (recipe.method == Method::Gptq).then_some(sweep),
-        writer: &writer,
-        progress,
-        collected: BTreeMap::new(),
-        final_block: false,
-        all_experts: recipe.moe_all_experts,
-        layer: None,
-        linears: Vec::new(),
-        quantized: [0, 0],
-        seconds: Stages::default(),
-    };
-    // The embedding is the first of the file: the hash, which follows the writing, need not wait for it.
-    work.write_rest()?;
-    match samples {
-        None => {
-            for linear in graph.linears() {
-                work.round(linear)?;
+    let run = |hand: &Behind<Piece>| {
+        let mut work = Work {
+            backend,
+            source,
+            ahead: &ahead,
+            plan,
+            needs: needs_data(recipe),
+            solver: (recipe.method == Method::Gptq).then_some(sweep),
+            writer: &writer,
+            behind: hand,
+            progress,
+            collected: BTreeMap::new(),
+            final_block: false,
+            all_experts: recipe.moe_all_experts,
+            layer: None,
+            linears: Vec::new(),
+            quantized: [0, 0],
+            seconds: Stages::default(),
+        };
+        // The embedding is the first of the file: the hash, which follows the writing, need not wait for it.
+        work.write_rest()?;
+        match samples {
+            None => {
+                for linear in graph.linears() {
+                    work.round(linear)?;
+                }
+            }
+            Some(samples) => {
+                let started = Instant::now();
+                ahead.beside(|| {
+                    ahead.announce(graph.blocks.first());
+                    let mut chunks = embed(backend, graph, source, &samples.sequences)?;
+                    source.release(&graph.embedding.tensor);
+                    for (index, block) in graph.blocks.iter().enumerate() {
+                        ahead.announce(graph.blocks.get(index + 1));
+                        work.final_block = index + 1 == graph.blocks.len();
+                        run_block(backend, block, &mut work, &mut chunks)?;
+                    }
+                    Ok(())
+                })?;
+                let s = &mut work.seconds;
+                s.forward = started.elapsed().as_secs_f64() - s.load - s.observe - s.factor - s.solve - s.write;
             }
         }
-        Some(samples) => {
-            let started = Instant::now();
-            ahead.beside(|| {
-                ahead.announce(graph.blocks.first());
-                let mut chunks = embed(backend, graph, source, &samples.sequences)?;
-                source.release(&graph.embedding.tensor);
-                for (index, block) in graph.blocks.iter().enumerate() {
-                    ahead.announce(graph.blocks.get(index + 1));
-                    work.final_block = index + 1 == graph.blocks.len();
-                    run_block(backend, block, &mut work, &mut chunks)?;
-                }
-                Ok(())
-            })?;
-            let s = &mut work.seconds;
-            s.forward = started.elapsed().as_secs_f64() - s.load - s.observe - s.factor - s.solve - s.write;
-        }
-    }
-    let Work { collected, linears, quantized, seconds, .. } = work;
+        let Work { collected, linears, quantized, seconds, .. } = work;
+        Ok((collected, linears, quantized, seconds))
+    };
+    let write = |Piece { tensor, offset, bytes }| Ok(writer.write_at(&tensor, offset, &bytes)?);
+    let (collected, linears, quantized, seconds) = behind(write, run)?;
     let flushing = std::thread::spawn(move || {
         writer.finish()?;
         hashed(hashing)
@@ -343,6 +350,13 @@ pub fn compile<B: Backend>(
     Ok(Compiled { files, flushing, linears, tensors: plan.fates.clone(), quantized, seconds })
 }
 
+/// Packed rows that are to be written while the next ones are solved.
+struct Piece {
+    tensor: String,
+    offset: u64,
+    bytes: Vec<u8>,
+}
+
 /// The state of a compilation. As a [`Supply`] it quantizes linears as their inputs become known.
 struct Work<'a, B: Backend> {
     backend: &'a B,
@@ -352,6 +366,7 @@ struct Work<'a, B: Backend> {
     needs: Needs,
     solver: Option<Gptq>,
     writer: &'a GgufWriter,
+    behind: &'a Behind<Piece>,
     progress: &'a Progress,
     collected: BTreeMap<String, ImatrixEntry>,
     final_block: bool,
@@ -423,16 +438,18 @@ impl<B: Backend> Work<'_, B> {
                 let [rows, _] = part.extents();
                 let row_bytes = solution.packed.len() / rows;
                 let offset = (place.first * row_bytes) as u64;
-                match &part.rows {
+                let bytes = match &part.rows {
                     Some(order) if all => {
                         let mut packed = Vec::with_capacity(solution.packed.len());
                         order
                             .iter()
                             .for_each(|row| packed.extend_from_slice(&solution.packed[row * row_bytes..][..row_bytes]));
-                        self.writer.write_at(&tensor.gguf, offset, &packed)?;
+                        packed
                     }
-                    _ => self.writer.write_at(&tensor.gguf, offset, &solution.packed)?,
-                }
+                    _ => solution.packed,
+                };
+                self.quantized[1] += bytes.len() as u64;
+                self.behind.hand_over(Piece { tensor: tensor.gguf.clone(), offset, bytes })?;
                 lap(&mut self.seconds.write, started);
                 if all {
                     matrix = Some(solution.restored);
@@ -459,7 +476,6 @@ impl<B: Backend> Work<'_, B> {
                     report.method = "gptq".to_owned();
                     report.damp = solution.damp;
                 }
-                self.quantized[1] += solution.packed.len() as u64;
             }
             let fallbacks = [plan.fallbacks.get(&linear.module).cloned(), shared.fallback.clone()];
             let fallbacks: Vec<String> = fallbacks.into_iter().flatten().collect();

@@ -4,6 +4,7 @@
 //! block, reopen what was written and [`verify`] it against the original.
 
 pub mod adapter;
+pub mod behind;
 pub mod checkpoint;
 pub mod cli;
 pub mod compile;
