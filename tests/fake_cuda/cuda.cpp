@@ -1,11 +1,11 @@
 // A driver, a compiler and a matrix library that answer as CUDA's do and compute on the CPU, so that all that quantc says to a card
-// can be tried where there is none. One file serves as libcuda, libnvrtc and libcublas.
+// can be tried where there is none. One file serves as libcuda, libnvrtc, libcublas and libcusolver.
 //
 // Work is done as late as CUDA may do it: when something waits for it, and in one stream no earlier because another has waited. Whoever
 // reuses memory too early, or frees it, is found out.
 // What the environment asks for: FAKE_CUDA_VERSION, FAKE_CUDA_DEVICES, FAKE_CUDA_CAPABILITY, FAKE_CUDA_MEMORY (bytes),
 // FAKE_CUDA_FAIL (a function), FAKE_CUDA_ERROR (what it returns) and FAKE_CUDA_AFTER (calls before it does), FAKE_CUDA_KERNELS
-// (where on_cpu.h is), FAKE_CUDA_FOLDER (for compiled kernels). A function of a stream after the first is called by its name and the
+// (where on_cpu.h is), FAKE_CUDA_FOLDER (for compiled kernels), FAKE_CUDA_PIVOT (what the first Cholesky finds not positive). A function of a stream after the first is called by its name and the
 // stream's number, as cuMemcpyHtoDAsync@1.
 
 #include <cstddef>
@@ -364,5 +364,40 @@ extern "C" int cublasDgemm_v2(void *, int ta, int tb, int m, int n, int k, const
     TRY("cublasDgemm");
     expect(lda >= (ta ? k : m) && ldb >= (tb ? n : k) && ldc >= m, "strides of a product");
     multiply<double, double>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc, from_double);
+    return 0;
+}
+
+// Cholesky's factorization, column by column.
+extern "C" int cusolverDnCreate(void **handle) { TRY("cusolverDnCreate"); *handle = (void *)128; return 0; }
+extern "C" int cusolverDnDestroy(void *) { return 0; }
+static void *solver_stream;
+extern "C" int cusolverDnSetStream(void *, void *stream) { solver_stream = stream; return 0; }
+extern "C" int cusolverDnDpotrf_bufferSize(void *, int, int n, double *, int lda, int *length) {
+    expect(lda >= n, "stride of a factorization");
+    *length = 3 * n;
+    return 0;
+}
+extern "C" int cusolverDnDpotrf(void *, int uplo, int n, double *a, int lda, double *work, int length, int *info) {
+    TRY("cusolverDnDpotrf");
+    expect(uplo == 1, "the triangle of a factorization");
+    expect_memory((uint64_t)work, 8 * (size_t)length);
+    expect_memory((uint64_t)info, 4);
+    static bool first = true;
+    long pivot = first ? setting("FAKE_CUDA_PIVOT", 0) : 0;
+    first = false;
+    enqueue(solver_stream, [=] {
+        *info = (int)pivot;
+        for (int i = 0; i < length; i++) work[i] = -1e300;
+        // A = Uᵀ U, U in the upper triangle; what is below stays.
+        for (int j = 0; j < n && !*info; j++) {
+            for (int i = 0; i <= j; i++) {
+                double sum = a[(size_t)j * lda + i];
+                for (int k = 0; k < i; k++) sum -= a[(size_t)i * lda + k] * a[(size_t)j * lda + k];
+                if (i < j) a[(size_t)j * lda + i] = sum / a[(size_t)i * lda + i];
+                else if (sum > 0) a[(size_t)j * lda + j] = __builtin_sqrt(sum);
+                else *info = j + 1;
+            }
+        }
+    });
     return 0;
 }

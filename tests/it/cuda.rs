@@ -30,7 +30,10 @@ fn imitation() -> Option<&'static Path> {
         let made = Command::new("c++").args(options).arg(&own).arg(&source).arg("-ldl").output().unwrap();
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         std::fs::rename(&own, &library).unwrap();
-        for name in ["all/libcuda.so.1", "all/libnvrtc.so.13", "all/libcublas.so.13", "driver/libcuda.so.1"] {
+        let cuda = ["libcuda.so.1", "libnvrtc.so.13", "libcublas.so.13"];
+        let all = cuda.map(|name| format!("{ALL}/{name}"));
+        let with_solver = cuda.iter().chain(&["libcusolver.so.12"]).map(|name| format!("{SOLVER}/{name}"));
+        for name in all.into_iter().chain(with_solver).chain(["driver/libcuda.so.1".to_owned()]) {
             let link = folder.join(name);
             std::fs::create_dir_all(link.parent().unwrap()).unwrap();
             let _ = std::fs::remove_file(&link);
@@ -71,7 +74,9 @@ impl Imitated<'_> {
     }
 }
 
+/// Folders of libraries: what is needed, and cuSOLVER as well.
 const ALL: &str = "all";
+const SOLVER: &str = "solver";
 const QUICK: [&str; 8] = ["--samples", "2", "--seq-len", "32", "--group-size", "64", "--verify-text", "none"];
 
 /// Libraries that are there, what is imitated, the device that is asked for; the exit code, and parts of what is said.
@@ -268,6 +273,41 @@ fn a_gpu_gives_what_the_cpu_gives_and_the_same_with_little_memory() {
     let notes = report["notes"].to_string();
     assert!(notes.contains("put aside"), "{notes}");
     assert_eq!(ample, little);
+}
+
+#[test]
+fn factorizations_of_a_library_are_those_of_our_own() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    small_model(&room);
+    let quantize = |libraries, settings: &[(&str, &str)], out: &'static str| {
+        let args = ["quantize", "model", "-o", out, "--samples", "16", "--seq-len", "32", "--group-size", "64"];
+        imitated.run(libraries, settings, &[&args[..], &["--verify-text", "none"]].concat())
+    };
+    let report = |out: &str| -> Value {
+        serde_json::from_slice(&std::fs::read(room.path(out).join("report.json")).unwrap()).unwrap()
+    };
+    for (libraries, out) in [(ALL, "own"), (SOLVER, "library")] {
+        let ran = quantize(libraries, &[], out);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+    }
+    let [own, library] = ["own", "library"].map(|out| codes(&room.path(out).join("model.safetensors")));
+    let nibbles = own.iter().zip(&library).map(|(a, b)| u32::from(a & 15 != b & 15) + u32::from(a >> 4 != b >> 4));
+    let different: u32 = nibbles.sum();
+    println!("{different} of {} codes differ", 2 * own.len());
+    assert!(own.len() == library.len() && different as usize <= 2 * own.len() / 1000, "{different}");
+    let damps = |out: &str| -> Vec<f64> {
+        report(out)["linears"].as_array().unwrap().iter().map(|linear| linear["damp"].as_f64().unwrap()).collect()
+    };
+    assert!(damps("own") == damps("library") && damps("own").iter().all(|damp| *damp == damps("own")[0]));
+    // A pivot that is not positive is tried again with more damping, and told.
+    let ran = quantize(SOLVER, &[("FAKE_CUDA_PIVOT", "3")], "damped");
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert!((damps("damped")[0] / damps("library")[0] - 10.0).abs() < 1e-9, "{:?}", damps("damped"));
+    assert!(report("damped")["linears"][0]["fallback"].as_str().unwrap().contains("10 times the damping"));
+    let ran = quantize(SOLVER, &[("FAKE_CUDA_FAIL", "cusolverDnDpotrf"), ("FAKE_CUDA_ERROR", "6")], "failed");
+    assert!(ran.code == 1 && ran.err.contains("cuSOLVER: Cholesky") && !room.path("failed").exists(), "{}", ran.err);
 }
 
 #[test]
