@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use formats::ggml::GgmlType;
-use formats::{Dtype, ScalePrecision, Scheme, ShardedWriter, TensorSpec};
-use kernels::cuda::{Card, cards};
+use formats::{Dtype, ScalePrecision, Scheme, ShardedWriter, TensorSpec, WordLayout};
+use kernels::cuda::{Card, Matrix, cards};
 use kernels::{Activation, AttentionShape, Backend, Cuda, FitKind, GridSpec, Result};
 use ndarray::Array2;
 use quantc::{demo, families};
@@ -25,6 +25,8 @@ const BF16: f64 = 790e12;
 const F64: f64 = 60e12;
 const F32: f64 = 60e12;
 const MEMORY: f64 = 4.3e12;
+/// What a copy to pinned memory reaches.
+const BUS: f64 = 50e9;
 
 fn main() {
     let args: Vec<String> = std::env::args().skip(1).filter(|arg| arg != "--bench").collect();
@@ -76,7 +78,7 @@ fn measure<T>(cuda: &Cuda, line: &Line<'_>, mut run: impl FnMut() -> Result<T>) 
     let seconds = started.elapsed().as_secs_f64() / f64::from(count);
     let Line { name, work, peak, unit } = line;
     println!(
-        "{name:<44} {:>10.3} ms {:>9.1} {unit:<7} {:>6.1} % of the floor's speed",
+        "{name:<60} {:>10.3} ms {:>9.2} {unit:<7} {:>6.1} % of the floor's speed",
         seconds * 1e3,
         work / seconds / 1e12,
         work / peak / seconds * 100.0
@@ -172,6 +174,37 @@ fn table() -> Result<()> {
         let name = format!("sweep, {rows} × {cols}");
         let line = Line { name: &name, work: (rows * cols * cols) as f64, peak: F32, unit: "TFLOP/s" };
         measure(&cuda, &line, || cuda.sweep(&[(&weight, &grid)], &factor))?;
+        let codes = cuda.sweep(&[(&weight, &grid)], &factor)?.remove(0).codes;
+        if cols == 4096 {
+            let heads = [(4096, 14), (1024, 15), (1024, 16)].map(|(rows, seed)| upload(rows, cols, seed));
+            let [q, k, v] = heads;
+            let fitted = |weight: Matrix| Ok((cuda.fit(&weight, &spec, FitKind::MinMax)?, weight));
+            let heads = [q?, k?, v?].map(fitted).into_iter().collect::<Result<Vec<_>>>()?;
+            let targets: Vec<_> = heads.iter().map(|(grid, weight)| (weight, grid)).collect();
+            let line = Line {
+                name: "sweep of q, k and v, 6144 × 4096",
+                work: 6144.0 * 4096.0 * 4096.0,
+                peak: F32,
+                unit: "TFLOP/s",
+            };
+            measure(&cuda, &line, || cuda.sweep(&targets, &factor))?;
+        }
+        for (name, cuda) in [("in halves where that is faster", &relaxed), ("f32", &cuda)] {
+            let name = format!("loss, {rows} × {cols}, {name}");
+            let line = Line { name: &name, work: (rows * cols * cols) as f64, peak: F32, unit: "TFLOP/s" };
+            measure(cuda, &line, || cuda.quadratic(&weight, &gram))?;
+        }
+        let name = format!("restoring, {rows} × {cols}");
+        let line = Line { name: &name, work: (5 * rows * cols) as f64, peak: MEMORY, unit: "TB/s" };
+        measure(&cuda, &line, || cuda.restore(&codes, &grid))?;
+        for (name, layout) in
+            [("rows", WordLayout::Rows), ("GPTQ", WordLayout::RowsTransposed), ("AWQ", WordLayout::Awq)]
+        {
+            let name = format!("packing and its way to the host, {rows} × {cols}, {name}");
+            let line = Line { name: &name, work: (rows * cols / 2) as f64, peak: BUS, unit: "TB/s" };
+            measure(&cuda, &line, || cuda.pack(&codes, 4, layout))?;
+        }
+        drop(codes);
         let ty = GgmlType::from_name("Q4_K").expect("a type");
         let name = format!("Q4_K: search, {rows} × {cols}");
         let line = Line { name: &name, work: bytes, peak: MEMORY, unit: "TB/s" };
@@ -184,6 +217,9 @@ fn table() -> Result<()> {
         let name = format!("Q4_K: refinement, {rows} × {cols}");
         let line = Line { name: &name, work: 8.0 * (rows * cols * cols) as f64, peak: F32, unit: "TFLOP/s" };
         measure(&cuda, &line, || cuda.refine_blocks(&weight, &gram, 0.05, &mut grid.clone(), &mut codes))?;
+        let name = format!("Q4_K: packing and its way to the host, {rows} × {cols}");
+        let line = Line { name: &name, work: (rows * cols / 256 * 144) as f64, peak: BUS, unit: "TB/s" };
+        measure(&cuda, &line, || cuda.pack_blocks(&codes, &grid))?;
     }
     let [p, q] = [upload(1024, 128_256, 12)?, upload(1024, 128_256, 13)?];
     let line =

@@ -1,6 +1,6 @@
 //! Second moments, and their factorization.
 
-use super::{Arg, Cuda, Matrix, Module, Operand, Operands, Product, Real, THREADS, expect};
+use super::{Arg, Buffer, Cuda, Matrix, Module, Operand, Operands, Pinned, Product, Real, THREADS, expect};
 use crate::backend::Factor;
 use crate::{Error, Result};
 
@@ -19,6 +19,23 @@ const IMAGE_ROWS: usize = 16384;
 const PARTS: usize = 512;
 /// Side of the blocks that `factor_block` factors.
 const BLOCK: usize = 64;
+
+/// A matrix of single precision, and where there are such its values as sums of two of bfloat16 each.
+#[derive(Clone, Copy)]
+struct Halves {
+    whole: u64,
+    halves: Option<[u64; 2]>,
+}
+
+impl Halves {
+    fn of(whole: &Pinned<'_>, halves: Option<&[Pinned<'_>; 2]>) -> Halves {
+        Halves { whole: whole.at, halves: halves.map(|[high, low]| [high.at, low.at]) }
+    }
+}
+
+fn pinned(halves: &[Buffer; 2]) -> Result<[Pinned<'_>; 2]> {
+    Ok([halves[0].pin()?, halves[1].pin()?])
+}
 
 /// Rows of a panel of a triangle: so many that products are large, so few that little lies above the diagonal.
 fn panel(n: usize) -> usize {
@@ -95,6 +112,40 @@ impl Cuda {
         self.fetch(&out, count)
     }
 
+    /// On cards whose tensor cores make up for it, products of single precision are three of bfloat16: each operand's nearest, and
+    /// what that leaves. Sums agree to 2⁻¹⁶ of their terms, far below what is asked of a loss.
+    fn splits(&self) -> bool {
+        self.rounds() && matches!(self.device().capability(), 80 | 90 | 100 | 103)
+    }
+
+    /// The values of a matrix as [`Halves`], if this card multiplies them so.
+    fn halves(&self, from: u64, count: usize) -> Result<Option<[Buffer; 2]>> {
+        if !self.splits() {
+            return Ok(None);
+        }
+        let halves = [self.buffer::<u16>(count)?, self.buffer::<u16>(count)?];
+        let args = [halves[0].pin()?.arg(), halves[1].pin()?.arg(), Arg::At(from), (count as i64).into()];
+        self.each(&GRAM, "split", count, &args)?;
+        Ok(Some(halves))
+    }
+
+    /// `c ← alpha · a b + beta · c`, of operands that lie so many values from the starts of their matrices.
+    fn multiply_split(&self, product: Product, [a, b]: [Halves; 2], offsets: [usize; 2]) -> Result<()> {
+        let (Some(left), Some(right)) = (a.halves, b.halves) else {
+            let at = |whole: u64, offset: usize, operand: Operand| Operand { at: whole + 4 * offset as u64, ..operand };
+            let (a, b) = (at(a.whole, offsets[0], product.a), at(b.whole, offsets[1], product.b));
+            return self.device().product(&Product { real: Real::F32, a, b, ..product });
+        };
+        for (index, (left, right)) in [(0, 0), (0, 1), (1, 0)].map(|(i, k)| (left[i], right[k])).into_iter().enumerate()
+        {
+            let at = |half: u64, offset: usize, operand: Operand| Operand { at: half + 2 * offset as u64, ..operand };
+            let (a, b) = (at(left, offsets[0], product.a), at(right, offsets[1], product.b));
+            let beta = if index == 0 { product.beta } else { 1.0 };
+            self.device().product(&Product { real: Real::Bf16, a, b, beta, ..product })?;
+        }
+        Ok(())
+    }
+
     pub(super) fn trace(&self, e: &Matrix, gram: &Matrix) -> Result<f64> {
         expect("quadratic", "features", gram.cols, e.cols)?;
         expect("quadratic", "rows of the Hessian", gram.cols, gram.rows)?;
@@ -106,31 +157,37 @@ impl Cuda {
             let square = self.buffer::<f32>(side * side)?;
             let (e, gram, sums) = (e.buffer.pin()?, gram.buffer.pin()?, sums.pin()?);
             let (image, square) = (image.pin()?, square.pin()?);
+            let (errors, energies) = (self.halves(e.at, rows * n)?, self.halves(gram.at, n * n)?);
+            let errors = errors.as_ref().map(pinned).transpose()?;
+            let energies = energies.as_ref().map(pinned).transpose()?;
+            let (errors, energies) = (Halves::of(&e, errors.as_ref()), Halves::of(&gram, energies.as_ref()));
             let at = |base: u64, row: usize, col: usize| base + 4 * (row * n + col) as u64;
             for (index, col) in (0..n).step_by(side).enumerate() {
                 let width = side.min(n - col);
                 let corner = Arg::At(at(gram.at, col, col));
                 let args = [square.arg(), corner, (width as i32).into(), (n as i64).into()];
                 self.each(&GRAM, "whole_square", width * width, &args)?;
+                let corners = self.halves(square.at, width * width)?;
+                let corners = corners.as_ref().map(pinned).transpose()?;
+                let corners = Halves::of(&square, corners.as_ref());
                 for (chunk, row) in (0..rows).step_by(IMAGE_ROWS).enumerate() {
                     let height = IMAGE_ROWS.min(rows - row);
                     let mut product = Product {
                         real: Real::F32,
                         shape: [height, width, width],
-                        a: operand(at(e.at, row, col), n),
-                        b: operand(square.at, width),
+                        a: operand(0, n),
+                        b: operand(0, width),
                         c: operand(image.at, width),
                         alpha: 1.0,
                         beta: 0.0,
                     };
-                    self.device().product(&product)?;
+                    self.multiply_split(product, [errors, corners], [row * n + col, 0])?;
                     if col > 0 {
                         // What lies left of the diagonal square counts for its mirror image too.
                         product.shape = [height, width, col];
-                        product.a = operand(at(e.at, row, 0), n);
-                        product.b = transposed(at(gram.at, col, 0), n);
+                        product.b = transposed(0, n);
                         (product.alpha, product.beta) = (2.0, 1.0);
-                        self.device().product(&product)?;
+                        self.multiply_split(product, [errors, energies], [row * n, col * n])?;
                     }
                     let args = [
                         Arg::At(sums.at + (8 * (index * heights + chunk) * PARTS) as u64),

@@ -60,6 +60,16 @@ KERNEL(whole_square)(float *to, const float *from, int side, i64 stride) {
 }
 EXPORT(whole_square)
 
+// x as the sum of two of bfloat16: the nearest, and what is left.
+KERNEL(split)(u16 *high, u16 *low, const float *x, i64 count) {
+    for (i64 i = global_index(); i < count; i += global_stride()) {
+        u16 nearest = to_bf16(x[i]);
+        high[i] = nearest;
+        low[i] = to_bf16(x[i] - from_bf16(nearest));
+    }
+}
+EXPORT(split)
+
 // Σ a_ij b_ij over the rows of each block, which takes every gridDim.x-th.
 KERNEL(dot_rows)(double *out, const float *a, i64 a_stride, const float *b, i64 b_stride, i64 rows, int cols) {
     __shared__ double scratch[32];
