@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread::JoinHandle;
 
 use calibration::samples::SampleSource;
@@ -121,9 +122,30 @@ pub struct Seconds {
 /// Files that are hashed beside other work.
 pub type Hashing = JoinHandle<Result<Vec<FileReport>>>;
 
-/// Hashes files on a thread of its own.
+/// Hashes files on threads of their own, up to a quarter of the cores.
 pub fn hash_beside(paths: Vec<PathBuf>) -> Hashing {
-    std::thread::spawn(move || paths.iter().map(|path| hash_file(path)).collect())
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    hash_on((cores / 4).max(1), paths)
+}
+
+fn hash_on(threads: usize, paths: Vec<PathBuf>) -> Hashing {
+    std::thread::spawn(move || {
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut done = Vec::new();
+            loop {
+                let index = next.fetch_add(1, Ordering::Relaxed);
+                let Some(path) = paths.get(index) else { return done };
+                done.push((index, hash_file(path)));
+            }
+        };
+        let mut done: Vec<(usize, Result<FileReport>)> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads.min(paths.len())).map(|_| scope.spawn(work)).collect();
+            workers.into_iter().flat_map(|worker| worker.join().expect("hashing does not panic")).collect()
+        });
+        done.sort_by_key(|(index, _)| *index);
+        done.into_iter().map(|(_, file)| file).collect()
+    })
 }
 
 /// Hashes files on a thread of its own as they are written.
@@ -241,4 +263,27 @@ pub fn quality_table(quality: &Quality) -> String {
         row("same top token", format!("{:.2} %", 100.0 * b.top1_agreement));
     }
     table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_hashed_in_order_whoever_does_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths: Vec<PathBuf> = (0..7).map(|i| dir.path().join(format!("{i}"))).collect();
+        for (path, byte) in paths.iter().zip(b"abcdefg") {
+            std::fs::write(path, vec![*byte; 1 << (byte - b'a')]).unwrap();
+        }
+        let expected = hashed(hash_on(1, paths.clone())).unwrap();
+        // printf a | sha256sum
+        assert_eq!(expected[0].sha256, "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb");
+        let found = hashed(hash_on(3, paths.clone())).unwrap();
+        let told = |all: &[FileReport]| format!("{all:?}");
+        assert!(told(&found) == told(&expected) && found.len() == 7);
+        assert!(hashed(hash_on(3, Vec::new())).unwrap().is_empty());
+        let lost = [paths, vec![dir.path().join("lost")]].concat();
+        assert!(hashed(hash_on(3, lost)).unwrap_err().to_string().contains("lost: cannot open"));
+    }
 }

@@ -12,6 +12,7 @@ mod moe;
 use formats::{Dtype, GgmlType};
 use kernels::{ActivationRounding, Backend, NormKind};
 use ndarray::{Array2, Axis};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 pub use self::ahead::Ahead;
@@ -127,6 +128,9 @@ pub trait Supply<B: Backend> {
     }
 }
 
+/// Rows of the embedding that one thread reads at a time.
+const ROWS: usize = 256;
+
 /// Embeds sequences, grouped into chunks.
 ///
 /// Fails on a sequence longer than the model has learned positions for.
@@ -160,7 +164,8 @@ pub fn embed<B: Backend>(
         rest = later;
         let ids: Vec<u32> = now.iter().flatten().copied().collect();
         let mut hidden = vec![0.0; ids.len() * graph.hidden];
-        source.load_rows(&graph.embedding.tensor, &ids, &mut hidden)?;
+        let rows = hidden.par_chunks_mut((ROWS * graph.hidden).max(1)).zip(ids.par_chunks(ROWS));
+        rows.try_for_each(|(hidden, ids)| source.load_rows(&graph.embedding.tensor, ids, hidden))?;
         if graph.embedding.scale != 1.0 {
             hidden.iter_mut().for_each(|x| *x *= graph.embedding.scale);
         }
