@@ -29,9 +29,6 @@ use crate::progress::Progress;
 use crate::recipe::{Method, Recipe};
 use crate::report::{Hashing, TensorReport, hash_written, hashed};
 
-/// Weights of a tensor that are encoded at a time when nothing else needs the whole of it.
-const PIECE: usize = 1 << 16;
-
 /// What the file will hold, decided and checked before any work is done.
 pub struct GgufPlan {
     /// Tensors in file order.
@@ -603,7 +600,7 @@ fn write_part<B: Backend>(
     let whole = straight && part.rows.is_none() && part.offset == 0.0;
     let same = source.raw(&name).filter(|raw| whole && ty.plain() == Some(raw.dtype));
     let loaded = if by_rows || same.is_some_and(|raw| raw.is_finite()) { Vec::new() } else { load_part(source, part)? };
-    let piece = (PIECE / cols.max(1)).max(1);
+    let piece = (backend.weights_at_once() / cols.max(1)).max(1);
     let searched = searched(ty, importance.is_some());
     (0..rows.div_ceil(piece)).into_par_iter().try_for_each_init(Vec::new, |values, index| {
         let first = index * piece;

@@ -274,6 +274,10 @@ pub trait Backend: Sync {
     fn rows_at_once(&self) -> usize {
         1
     }
+    /// Weights that one thread has it round at a time, where nothing else decides.
+    fn weights_at_once(&self) -> usize {
+        1 << 16
+    }
     /// Values of an activation that are kept between two uses of it; more are computed twice.
     fn kept_values(&self) -> usize {
         1 << 29

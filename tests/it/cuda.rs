@@ -276,6 +276,24 @@ fn a_gpu_gives_what_the_cpu_gives_and_the_same_with_little_memory() {
 }
 
 #[test]
+fn many_threads_may_ask_a_gpu_at_once() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    small_model(&room);
+    // Without data the rows of a tensor are searched by several threads, and nothing differs from the CPU.
+    let written = [("cpu", &[][..]), ("cuda", &[]), ("cuda", &["--gpu-memory", "2MB"])].map(|(device, more)| {
+        let args =
+            ["quantize", "model", "-o", "out.gguf", "--force", "--scheme", "IQ4_NL", "--pure", "--method", "rtn"];
+        let args = [&args[..], &["--verify-text", "none", "--threads", "4", "--device", device], more].concat();
+        let ran = imitated.run(ALL, &[], &args);
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        std::fs::read(room.path("out.gguf")).unwrap()
+    });
+    assert!(written[0] == written[1] && written[0] == written[2]);
+}
+
+#[test]
 fn factorizations_of_a_library_are_those_of_our_own() {
     let Some(folder) = imitation() else { return };
     let room = Room::new();

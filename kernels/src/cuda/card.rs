@@ -1,5 +1,6 @@
 //! A card, through CUDA's driver and cuBLAS, both loaded when they are asked for.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -382,13 +383,14 @@ impl Card {
     /// Copies to the device in a stream.
     fn write_in(&self, lane: &Lane, at: Address, bytes: &[u8]) -> Result<()> {
         self.enter()?;
-        self.through_pieces(lane, bytes.len(), |piece, start, count| {
+        let copy = |piece: *mut c_void, start: usize, count: usize| {
             // SAFETY: a piece at least that long, which no copy reads any more; `count` bytes follow `start`.
             unsafe {
                 std::ptr::copy_nonoverlapping(bytes.as_ptr().add(start), piece.cast(), count);
                 check("copy to the GPU", sys::cuMemcpyHtoDAsync_v2(at + start as u64, piece, count, lane.stream))
             }
-        })
+        };
+        self.through_pieces(lane, bytes.len(), copy, || Ok(()))
     }
 
     /// An event after what was asked for in a stream so far.
@@ -408,12 +410,13 @@ impl Card {
         recorded.map(|()| Ticket(event as u64))
     }
 
-    /// Runs `copy` on pinned pieces of a stream, one after the other.
+    /// Runs `copy` on pinned pieces of a stream, one after the other, and `end` before another thread may have them.
     fn through_pieces(
         &self,
         lane: &Lane,
         bytes: usize,
         mut copy: impl FnMut(*mut c_void, usize, usize) -> Result<()>,
+        end: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
         let mut pieces = lock(&lane.pieces);
         let class = usize::from(bytes > PIECES[0].0);
@@ -439,7 +442,7 @@ impl Card {
             // SAFETY: an event and a stream of this context.
             check("event", unsafe { sys::cuEventRecord(piece.done, lane.stream) })?;
         }
-        Ok(())
+        end()
     }
 }
 
@@ -531,7 +534,7 @@ impl Device for Card {
         self.enter()?;
         let to = bytes.as_mut_ptr();
         // The copy out of a piece waits until the next piece has been asked for.
-        let mut last: Option<(*mut c_void, usize, usize, sys::CUevent)> = None;
+        let last: Cell<Option<(*mut c_void, usize, usize, sys::CUevent)>> = Cell::new(None);
         let finish = |(piece, start, count, done): (*mut c_void, usize, usize, sys::CUevent)| -> Result<()> {
             // SAFETY: the copy into the piece is done after this event; `count` bytes follow `start` in both.
             unsafe {
@@ -549,7 +552,7 @@ impl Device for Card {
             events.push(ready);
         }
         let mut turn = 0;
-        let result = self.through_pieces(&self.lane, bytes.len(), |piece, start, count| {
+        let copy = |piece, start, count| {
             let done = events[turn % 2];
             turn += 1;
             // SAFETY: a piece at least that long, whose last use is over.
@@ -557,12 +560,9 @@ impl Device for Card {
                 check("copy from the GPU", sys::cuMemcpyDtoHAsync_v2(piece, at + start as u64, count, self.stream))?;
                 check("event", sys::cuEventRecord(done, self.stream))?;
             }
-            match last.replace((piece, start, count, done)) {
-                Some(before) => finish(before),
-                None => Ok(()),
-            }
-        });
-        let result = result.and_then(|()| last.take().map_or(Ok(()), finish));
+            last.replace(Some((piece, start, count, done))).map_or(Ok(()), finish)
+        };
+        let result = self.through_pieces(&self.lane, bytes.len(), copy, || last.take().map_or(Ok(()), finish));
         for event in events {
             // SAFETY: made above.
             unsafe {

@@ -124,8 +124,10 @@ impl Cuda {
             return Ok(None);
         }
         let halves = [self.buffer::<u16>(count)?, self.buffer::<u16>(count)?];
-        let args = [halves[0].pin()?.arg(), halves[1].pin()?.arg(), Arg::At(from), (count as i64).into()];
+        let pins = (halves[0].pin()?, halves[1].pin()?);
+        let args = [pins.0.arg(), pins.1.arg(), Arg::At(from), (count as i64).into()];
         self.each(&GRAM, "split", count, &args)?;
+        drop(pins);
         Ok(Some(halves))
     }
 

@@ -44,8 +44,10 @@ impl Cuda {
     pub(super) fn narrowed(&self, x: &Matrix) -> Result<Operands> {
         let count = x.rows * x.cols;
         let out = Rounded { buffer: self.buffer::<u16>(count)?, rows: x.rows, cols: x.cols };
-        let args = [out.buffer.pin()?.arg(), x.buffer.pin()?.arg(), (count as i64).into()];
+        let pins = (out.buffer.pin()?, x.buffer.pin()?);
+        let args = [pins.0.arg(), pins.1.arg(), (count as i64).into()];
         self.each(&POINTWISE, "narrow", count, &args)?;
+        drop(pins);
         Ok(Operands::Rounded(out))
     }
 
@@ -110,8 +112,10 @@ impl Cuda {
         })?;
         if let Some(bias) = bias {
             let bias = self.send(bias)?;
-            let args = [c.arg(), bias.pin()?.arg(), (tokens as i64).into(), (outs as i32).into()];
+            let pinned = bias.pin()?;
+            let args = [c.arg(), pinned.arg(), (tokens as i64).into(), (outs as i32).into()];
             self.each(&POINTWISE, "add_bias", tokens * outs, &args)?;
+            drop(pinned);
         }
         Ok(())
     }
@@ -210,10 +214,11 @@ impl Cuda {
         }
         let (weight_at, bias_at) = (self.send(weight)?, bias.map(|b| self.send(b)).transpose()?);
         let bias_pin = bias_at.as_ref().map(|b| b.pin()).transpose()?;
+        let pins = (y.buffer.pin()?, x.buffer.pin()?, weight_at.pin()?);
         let args = [
-            y.buffer.pin()?.arg(),
-            x.buffer.pin()?.arg(),
-            weight_at.pin()?.arg(),
+            pins.0.arg(),
+            pins.1.arg(),
+            pins.2.arg(),
             at(bias_pin.as_ref()),
             (width as i32).into(),
             (weight.len() as i32).into(),
@@ -267,11 +272,12 @@ impl Cuda {
         let [cos, sin] = [cos, sin].map(|m| m.as_standard_layout().into_owned());
         let (cos, sin) = (self.send(cos.as_slice().expect("standard"))?, self.send(sin.as_slice().expect("standard"))?);
         let positions = self.send(&positions)?;
+        let pins = (x.buffer.pin()?, cos.pin()?, sin.pin()?, positions.pin()?);
         let args = [
-            x.buffer.pin()?.arg(),
-            cos.pin()?.arg(),
-            sin.pin()?.arg(),
-            positions.pin()?.arg(),
+            pins.0.arg(),
+            pins.1.arg(),
+            pins.2.arg(),
+            pins.3.arg(),
             (x.rows as i64).into(),
             (heads as i32).into(),
             (layout.head_dim as i32).into(),
@@ -290,14 +296,10 @@ impl Cuda {
         let out = self.matrix(rows.len(), matrix.cols)?;
         let indices: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
         let indices = self.send(&indices)?;
-        let args = [
-            out.buffer.pin()?.arg(),
-            matrix.buffer.pin()?.arg(),
-            indices.pin()?.arg(),
-            (rows.len() as i64).into(),
-            (matrix.cols as i32).into(),
-        ];
+        let pins = (out.buffer.pin()?, matrix.buffer.pin()?, indices.pin()?);
+        let args = [pins.0.arg(), pins.1.arg(), pins.2.arg(), (rows.len() as i64).into(), (matrix.cols as i32).into()];
         self.each(&POINTWISE, "select_rows", rows.len() * matrix.cols, &args)?;
+        drop(pins);
         Ok(out)
     }
 
@@ -311,8 +313,9 @@ impl Cuda {
         let (rows, cols) = (sent(rows)?, sent(cols)?);
         let (rows, cols) = (rows.as_ref().map(|b| b.pin()).transpose()?, cols.as_ref().map(|b| b.pin()).transpose()?);
         let count = matrix.rows * matrix.cols;
+        let pinned = matrix.buffer.pin()?;
         let args = [
-            matrix.buffer.pin()?.arg(),
+            pinned.arg(),
             at(rows.as_ref()),
             at(cols.as_ref()),
             (matrix.rows as i64).into(),
@@ -324,8 +327,10 @@ impl Cuda {
     pub(super) fn all_finite(&self, matrix: &Matrix) -> Result<bool> {
         let flag = self.cleared::<i32>(1)?;
         let count = matrix.rows * matrix.cols;
-        let args = [flag.pin()?.arg(), matrix.buffer.pin()?.arg(), (count as i64).into()];
+        let pins = (flag.pin()?, matrix.buffer.pin()?);
+        let args = [pins.0.arg(), pins.1.arg(), (count as i64).into()];
         self.each(&POINTWISE, "find_not_finite", count, &args)?;
+        drop(pins);
         Ok(self.fetch::<i32>(&flag, 1)?[0] == 0)
     }
 
@@ -334,16 +339,18 @@ impl Cuda {
         expect("join_heads", "tokens", own.rows, shared.rows)?;
         let (a, b) = (own.cols / heads, shared.cols);
         let out = self.matrix(own.rows, heads * (a + b))?;
+        let pins = (out.buffer.pin()?, own.buffer.pin()?, shared.buffer.pin()?);
         let args = [
-            out.buffer.pin()?.arg(),
-            own.buffer.pin()?.arg(),
-            shared.buffer.pin()?.arg(),
+            pins.0.arg(),
+            pins.1.arg(),
+            pins.2.arg(),
             (own.rows as i64).into(),
             (heads as i32).into(),
             (a as i32).into(),
             (b as i32).into(),
         ];
         self.each(&POINTWISE, "join_heads", out.rows * out.cols, &args)?;
+        drop(pins);
         Ok(out)
     }
 
@@ -362,7 +369,8 @@ impl Cuda {
         expect("add_scaled", "tokens", y.rows, x.rows)?;
         expect("add_scaled", "features", y.cols, x.cols)?;
         let count = x.rows * x.cols;
-        let args = [y.buffer.pin()?.arg(), x.buffer.pin()?.arg(), factor.into(), (count as i64).into()];
+        let pins = (y.buffer.pin()?, x.buffer.pin()?);
+        let args = [pins.0.arg(), pins.1.arg(), factor.into(), (count as i64).into()];
         self.each(&POINTWISE, "add_scaled", count, &args)
     }
 
@@ -377,14 +385,9 @@ impl Cuda {
         })?;
         let indices: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
         let (indices, weights) = (self.send(&indices)?, self.send(weights)?);
-        let args = [
-            y.buffer.pin()?.arg(),
-            x.buffer.pin()?.arg(),
-            indices.pin()?.arg(),
-            weights.pin()?.arg(),
-            (x.rows as i64).into(),
-            (x.cols as i32).into(),
-        ];
+        let pins = (y.buffer.pin()?, x.buffer.pin()?, indices.pin()?, weights.pin()?);
+        let args =
+            [pins.0.arg(), pins.1.arg(), pins.2.arg(), pins.3.arg(), (x.rows as i64).into(), (x.cols as i32).into()];
         self.each(&POINTWISE, "add_rows", x.rows * x.cols, &args)
     }
 
@@ -392,8 +395,10 @@ impl Cuda {
         expect("difference", "rows", a.rows, b.rows)?;
         expect("difference", "columns", a.cols, b.cols)?;
         let (out, count) = (self.matrix(a.rows, a.cols)?, a.rows * a.cols);
-        let args = [out.buffer.pin()?.arg(), a.buffer.pin()?.arg(), b.buffer.pin()?.arg(), Arg::Long(count as i64)];
+        let pins = (out.buffer.pin()?, a.buffer.pin()?, b.buffer.pin()?);
+        let args = [pins.0.arg(), pins.1.arg(), pins.2.arg(), Arg::Long(count as i64)];
         self.each(&POINTWISE, "difference", count, &args)?;
+        drop(pins);
         Ok(out)
     }
 }

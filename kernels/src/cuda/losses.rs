@@ -14,14 +14,10 @@ impl Cuda {
         expect("token_loss", "targets", logits.rows, targets.len())?;
         let (nll, argmax) = (self.buffer::<f64>(logits.rows)?, self.buffer::<u32>(logits.rows)?);
         let wanted = self.send(targets)?;
-        let args = [
-            logits.buffer.pin()?.arg(),
-            wanted.pin()?.arg(),
-            nll.pin()?.arg(),
-            argmax.pin()?.arg(),
-            (logits.cols as i32).into(),
-        ];
+        let pins = (logits.buffer.pin()?, wanted.pin()?, nll.pin()?, argmax.pin()?);
+        let args = [pins.0.arg(), pins.1.arg(), pins.2.arg(), pins.3.arg(), (logits.cols as i32).into()];
         self.blocks(&LOSS, "token_loss", logits.rows, ROW, 0, &args)?;
+        drop(pins);
         Ok(TokenLoss { nll: self.fetch(&nll, logits.rows)?, argmax: self.fetch(&argmax, logits.rows)? })
     }
 
@@ -30,9 +26,10 @@ impl Cuda {
         expect("compare", "rows", reference.rows, model.rows)?;
         expect("compare", "logits", reference.cols, model.cols)?;
         let kld = self.buffer::<f64>(model.rows)?;
-        let args =
-            [reference.buffer.pin()?.arg(), model.buffer.pin()?.arg(), kld.pin()?.arg(), (model.cols as i32).into()];
+        let pins = (reference.buffer.pin()?, model.buffer.pin()?, kld.pin()?);
+        let args = [pins.0.arg(), pins.1.arg(), pins.2.arg(), (model.cols as i32).into()];
         self.blocks(&LOSS, "divergence", model.rows, ROW, 0, &args)?;
+        drop(pins);
         Ok(TokenComparison {
             reference: self.token_losses(reference, targets)?,
             model: self.token_losses(model, targets)?,

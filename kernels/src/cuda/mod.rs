@@ -331,6 +331,11 @@ impl Backend for Cuda {
         if self.budget() >> 32 > 0 { sweep::CHUNK } else { 1 }
     }
 
+    fn weights_at_once(&self) -> usize {
+        // Launches and copies of less take longer than their work; several threads ask at once.
+        ((self.budget() >> 12) as usize).clamp(1 << 16, 1 << 22)
+    }
+
     fn kept_values(&self) -> usize {
         (self.budget() / 8) as usize
     }

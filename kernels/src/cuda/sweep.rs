@@ -363,7 +363,9 @@ impl Cuda {
         for (chunk, first) in (0..rows).step_by(height).enumerate() {
             let some = height.min(rows - first);
             let blocks = &grid.blocks[first * per_row..][..some * per_row];
-            let own = ends.pin()?.at + (8 * chunk * per_row * height) as u64;
+            // What else is pinned meanwhile must not push it out.
+            let pinned = ends.pin()?;
+            let own = pinned.at + (8 * chunk * per_row * height) as u64;
             work.start(&Chunk { target, codes: sent, level_of: &level_of, first, rows: some, blocks, ends: own })?;
             work.move_scales(own)?;
             work.move_codes(own)?;

@@ -34,7 +34,10 @@ fn lower_triangles_agree_with_the_plain_loop() {
         for i in 0..cols {
             for j in 0..=i {
                 let (f, e) = (found[[i, j]], expected[[i, j]]);
-                assert!((f - e).abs() <= 2e-5 * (tokens as f32).sqrt().max(1.0), "[{i}, {j}] of {cols}: {f}, not {e}");
+                // Roundings of so many sums add up like steps of a random walk, in whatever order a library adds.
+                let size = (expected[[i, i]] * expected[[j, j]]).sqrt();
+                let near = 2.0 * f32::EPSILON * (tokens as f32 + 3.0).sqrt() * size;
+                assert!((f - e).abs() <= near, "[{i}, {j}] of {cols}: {f}, not {e}");
             }
         }
     }
