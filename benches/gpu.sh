@@ -37,6 +37,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader ||
 "$here/quantc" devices
 
 step "kernels against plain loops, on the card"
+export QUANTC_TEST_CARD=1
 "$here/kernel-tests" cuda --test-threads 4
 
 if [ -n "${SANITIZE:-}" ]; then

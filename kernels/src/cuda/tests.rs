@@ -24,7 +24,13 @@ pub(super) fn skip(why: &str) {
 /// Backends to test: the card, if there is one, else simulated ones, whose threads run in different orders.
 pub(super) fn devices() -> Vec<Cuda> {
     static CARD: OnceLock<Option<Cuda>> = OnceLock::new();
-    let card = CARD.get_or_init(|| Some(Cuda::new(Arc::new(Card::open(0).ok()?), None).expect("a card")));
+    let card = CARD.get_or_init(|| {
+        let card = match Card::open(0) {
+            Err(error) if std::env::var_os("QUANTC_TEST_CARD").is_some() => panic!("QUANTC_TEST_CARD is set: {error}"),
+            card => card.ok()?,
+        };
+        Some(Cuda::new(Arc::new(card), None).expect("a card"))
+    });
     if let (Some(card), None) = (card, std::env::var_os("QUANTC_TEST_SIMULATED")) {
         return vec![card.clone(), card.clone()];
     }
