@@ -23,7 +23,7 @@ use crate::output::weight_writer;
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::report::{Hashing, hash_written, hashed};
+use crate::report::{Hashing, flushed, hash_written};
 
 /// What became of one linear.
 #[derive(Clone, Debug, Serialize)]
@@ -162,30 +162,26 @@ pub fn compile<B: Backend>(
             done: Done::default(),
         };
         match samples {
-            None => ahead.beside(|| {
-                ahead.announce(graph.blocks.first());
-                for (index, block) in graph.blocks.iter().enumerate() {
-                    ahead.announce(graph.blocks.get(index + 1));
-                    block.linears().try_for_each(|linear| work.quantize(&[linear], None).map(drop))?;
-                }
-                Ok(())
-            })?,
+            None => ahead.blocks(
+                &graph.blocks,
+                || Ok(()),
+                |(), _, block| block.linears().try_for_each(|linear| work.quantize(&[linear], None).map(drop)),
+            )?,
             Some(samples) => {
                 let started = Instant::now();
-                ahead.beside(|| {
-                    ahead.announce(graph.blocks.first());
-                    let mut chunks = embed(backend, graph, source, &samples.sequences)?;
+                let begin = || {
+                    let chunks = embed(backend, graph, source, &samples.sequences)?;
                     source.release(&graph.embedding.tensor);
-                    for (index, block) in graph.blocks.iter().enumerate() {
-                        ahead.announce(graph.blocks.get(index + 1));
-                        if recipe.method.smooths() {
-                            work.smooth(block, &chunks)?;
-                        }
-                        work.final_block = index + 1 == graph.blocks.len();
-                        run_block(backend, block, &mut work, &mut chunks)?;
-                        work.prepared.clear();
-                        work.layer = None;
+                    Ok(chunks)
+                };
+                ahead.blocks(&graph.blocks, begin, |chunks, index, block| {
+                    if recipe.method.smooths() {
+                        work.smooth(block, chunks)?;
                     }
+                    work.final_block = index + 1 == graph.blocks.len();
+                    run_block(backend, block, &mut work, chunks)?;
+                    work.prepared.clear();
+                    work.layer = None;
                     Ok(())
                 })?;
                 let s = &mut work.done.seconds;
@@ -197,10 +193,7 @@ pub fn compile<B: Backend>(
         Ok(work.done)
     };
     let done = behind(|packed| write_packed(packed, plan, &writer), run)?;
-    let flushing = std::thread::spawn(move || {
-        writer.finish()?;
-        hashed(hashing)
-    });
+    let flushing = flushed(move || writer.finish(), hashing);
     Ok(Compiled { done, flushing })
 }
 

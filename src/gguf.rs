@@ -27,7 +27,7 @@ use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::plan::{Fate, check_tensors, left_out};
 use crate::progress::Progress;
 use crate::recipe::{Method, Recipe};
-use crate::report::{Hashing, TensorReport, hash_written, hashed};
+use crate::report::{Hashing, TensorReport, flushed, hash_written};
 
 /// What the file will hold, decided and checked before any work is done.
 pub struct GgufPlan {
@@ -310,16 +310,14 @@ pub fn compile<B: Backend>(
             }
             Some(samples) => {
                 let started = Instant::now();
-                ahead.beside(|| {
-                    ahead.announce(graph.blocks.first());
-                    let mut chunks = embed(backend, graph, source, &samples.sequences)?;
+                let begin = || {
+                    let chunks = embed(backend, graph, source, &samples.sequences)?;
                     source.release(&graph.embedding.tensor);
-                    for (index, block) in graph.blocks.iter().enumerate() {
-                        ahead.announce(graph.blocks.get(index + 1));
-                        work.final_block = index + 1 == graph.blocks.len();
-                        run_block(backend, block, &mut work, &mut chunks)?;
-                    }
-                    Ok(())
+                    Ok(chunks)
+                };
+                ahead.blocks(&graph.blocks, begin, |chunks, index, block| {
+                    work.final_block = index + 1 == graph.blocks.len();
+                    run_block(backend, block, &mut work, chunks)
                 })?;
                 let s = &mut work.seconds;
                 s.forward = started.elapsed().as_secs_f64() - s.load - s.observe - s.factor - s.solve - s.write;
@@ -330,10 +328,7 @@ pub fn compile<B: Backend>(
     };
     let write = |Piece { tensor, offset, bytes }| Ok(writer.write_at(&tensor, offset, &bytes)?);
     let (collected, linears, quantized, seconds) = behind(write, run)?;
-    let flushing = std::thread::spawn(move || {
-        writer.finish()?;
-        hashed(hashing)
-    });
+    let flushing = flushed(move || writer.finish(), hashing);
     if let (Some(path), Some(samples)) = (&settings.save_imatrix, samples) {
         let imatrix = Imatrix {
             entries: collected,

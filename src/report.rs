@@ -157,6 +157,14 @@ pub fn hash_written(files: Vec<Follower>) -> Hashing {
     std::thread::spawn(move || files.into_iter().map(one).collect())
 }
 
+/// Waits, on a thread of its own, until what is being hashed is on the disk as well, which `finish` sees to.
+pub fn flushed(finish: impl FnOnce() -> formats::Result<()> + Send + 'static, hashing: Hashing) -> Hashing {
+    std::thread::spawn(move || {
+        finish()?;
+        hashed(hashing)
+    })
+}
+
 /// Waits for what is being hashed.
 pub fn hashed(hashing: Hashing) -> Result<Vec<FileReport>> {
     hashing.join().map_err(|_| Error::failed("hashing failed"))?

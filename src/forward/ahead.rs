@@ -22,7 +22,7 @@ pub struct Ahead<'a, B: Backend> {
 }
 
 impl<'a, B: Backend> Ahead<'a, B> {
-    /// Nothing is sent before [`beside`](Self::beside).
+    /// Nothing is sent before [`blocks`](Self::blocks).
     pub fn new(backend: &'a B, source: &'a Checkpoint) -> Ahead<'a, B> {
         Ahead { backend, source, most: backend.sends_ahead(), road: Road::new() }
     }
@@ -30,13 +30,13 @@ impl<'a, B: Backend> Ahead<'a, B> {
     /// Runs `work`, beside which is sent what it [announces](Self::announce).
     ///
     /// Fails if sending does; everything is over when this returns.
-    pub fn beside<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
+    fn beside<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         let Some(most) = self.most else { return work() };
         self.road.beside(most, |name, shape| self.send(name, shape), work)
     }
 
     /// A block begins, and this one follows: has its weights read from disk, and sent unless they take too much of the device.
-    pub fn announce(&self, next: Option<&Block>) {
+    fn announce(&self, next: Option<&Block>) {
         let linears = || next.into_iter().flat_map(Block::linears);
         linears().for_each(|linear| self.source.announce(&linear.weight()));
         let Some(most) = self.most else { return };
@@ -50,6 +50,24 @@ impl<'a, B: Backend> Ahead<'a, B> {
             coming.clear();
         }
         self.road.announce(coming);
+    }
+
+    /// Runs `begin`, and `work` on what it gives for each block and its number, while the next block's weights go ahead.
+    pub fn blocks<S>(
+        &self,
+        blocks: &[Block],
+        begin: impl FnOnce() -> Result<S>,
+        mut work: impl FnMut(&mut S, usize, &Block) -> Result<()>,
+    ) -> Result<S> {
+        self.beside(|| {
+            self.announce(blocks.first());
+            let mut state = begin()?;
+            for (index, block) in blocks.iter().enumerate() {
+                self.announce(blocks.get(index + 1));
+                work(&mut state, index, block)?;
+            }
+            Ok(state)
+        })
     }
 
     /// Loads weights as they are, those that were sent from the device.

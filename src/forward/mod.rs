@@ -420,15 +420,11 @@ pub fn final_hidden<B: Backend>(
 ) -> Result<Vec<B::Matrix>> {
     let ahead = Ahead::new(backend, source);
     let mut plain = Plain { activations, ..ahead.plain() };
-    let chunks = ahead.beside(|| {
-        ahead.announce(graph.blocks.first());
-        let mut chunks = embed(backend, graph, source, sequences)?;
-        for (index, block) in graph.blocks.iter().enumerate() {
-            ahead.announce(graph.blocks.get(index + 1));
-            run_block(backend, block, &mut plain, &mut chunks)?;
-            step();
-        }
-        Ok(chunks)
+    let begin = || embed(backend, graph, source, sequences);
+    let chunks = ahead.blocks(&graph.blocks, begin, |chunks, _, block| {
+        run_block(backend, block, &mut plain, chunks)?;
+        step();
+        Ok(())
     })?;
     let norm = LoadedNorm::of::<B>(&graph.final_norm, &mut plain)?;
     chunks.iter().map(|chunk| norm.apply(backend, &chunk.hidden)).collect()

@@ -5,7 +5,7 @@
 
 use kernels::{Backend, Error, Grid, GridSpec, Result, Swept};
 
-use super::{Observer, Shared, Solution, Solver, finish};
+use super::{Observer, Shared, Solution, Solver, finish, round};
 use crate::statistics::{Needs, Statistics};
 
 /// GPTQ's settings.
@@ -74,11 +74,7 @@ impl<B: Backend> Solver<B> for Gptq {
         };
         let grids = weights.iter().map(fit).collect::<Result<Vec<Grid>>>()?;
         let Some(factor) = &shared.factor else {
-            let round = |((weight, _), grid): (&(&B::Matrix, GridSpec), Grid)| {
-                let codes = backend.round(weight, &grid)?;
-                finish(backend, shared, weight, grid, codes, None)
-            };
-            return weights.iter().zip(grids).map(round).collect();
+            return weights.iter().zip(grids).map(|((weight, _), grid)| round(backend, shared, weight, grid)).collect();
         };
         let targets: Vec<(&B::Matrix, &Grid)> = weights.iter().zip(&grids).map(|((w, _), grid)| (*w, grid)).collect();
         let swept = backend.sweep(&targets, factor)?;

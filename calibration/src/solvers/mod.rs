@@ -129,6 +129,12 @@ pub trait Solver<B: Backend>: Sync {
     ) -> Result<Vec<Solution<B>>>;
 }
 
+/// Rounds every weight to the nearest code of its grid.
+fn round<B: Backend>(backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, grid: Grid) -> Result<Solution<B>> {
+    let codes = backend.round(weight, &grid)?;
+    finish(backend, shared, weight, grid, codes, None)
+}
+
 /// Puts codes and grid together, and measures them when the Hessian is known.
 ///
 /// A sweep has measured them already: `swept` is its loss, under the damped Hessian.

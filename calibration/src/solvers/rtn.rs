@@ -2,7 +2,7 @@
 
 use kernels::{Backend, GridSpec, Result};
 
-use super::{Observer, Shared, Solution, Solver, finish};
+use super::{Observer, Shared, Solution, Solver, round};
 use crate::statistics::{Needs, Statistics};
 
 /// Rounds to the nearest code of a grid that `observer` chooses.
@@ -33,8 +33,7 @@ impl<B: Backend> Solver<B> for Rtn {
     ) -> Result<Vec<Solution<B>>> {
         let one = |(weight, spec): &(&B::Matrix, GridSpec)| {
             let grid = self.observer.fit(backend, weight, spec, shared.statistics)?;
-            let codes = backend.round(weight, &grid)?;
-            finish(backend, shared, weight, grid, codes, None)
+            round(backend, shared, weight, grid)
         };
         weights.iter().map(one).collect()
     }

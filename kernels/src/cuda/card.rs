@@ -188,7 +188,6 @@ pub struct Card {
     context: sys::CUcontext,
     device: sys::CUdevice,
     /// Where all work is done in order.
-    stream: sys::CUstream,
     lane: Lane,
     /// Where weights are sent beside it.
     ahead: Lane,
@@ -291,7 +290,6 @@ impl Card {
             found,
             context,
             device,
-            stream,
             lane,
             ahead,
             multiprocessors,
@@ -494,7 +492,7 @@ impl Device for Card {
         unsafe {
             let _ = sys::cuCtxSetCurrent(self.context);
             let _ = match self.pooled {
-                true => sys::cuMemFreeAsync(at, self.stream),
+                true => sys::cuMemFreeAsync(at, self.lane.stream),
                 false => sys::cuMemFree_v2(at),
             };
         }
@@ -520,7 +518,7 @@ impl Device for Card {
         let event = ticket.0 as sys::CUevent;
         // SAFETY: an event of `ticket`, which nobody has any more; the stream keeps what it waits for.
         unsafe {
-            let waited = check("waiting for a copy", sys::cuStreamWaitEvent(self.stream, event, 0));
+            let waited = check("waiting for a copy", sys::cuStreamWaitEvent(self.lane.stream, event, 0));
             if waited.is_err() {
                 // The memory is given back next.
                 let _ = sys::cuEventSynchronize(event);
@@ -557,8 +555,11 @@ impl Device for Card {
             turn += 1;
             // SAFETY: a piece at least that long, whose last use is over.
             unsafe {
-                check("copy from the GPU", sys::cuMemcpyDtoHAsync_v2(piece, at + start as u64, count, self.stream))?;
-                check("event", sys::cuEventRecord(done, self.stream))?;
+                check(
+                    "copy from the GPU",
+                    sys::cuMemcpyDtoHAsync_v2(piece, at + start as u64, count, self.lane.stream),
+                )?;
+                check("event", sys::cuEventRecord(done, self.lane.stream))?;
             }
             last.replace(Some((piece, start, count, done))).map_or(Ok(()), finish)
         };
@@ -575,7 +576,7 @@ impl Device for Card {
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
         self.enter()?;
         // SAFETY: memory of this card, by the trait's contract.
-        check("copy on the GPU", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream) })
+        check("copy on the GPU", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.lane.stream) })
     }
 
     fn clear(&self, at: Address, bytes: usize) -> Result<()> {
@@ -584,7 +585,7 @@ impl Device for Card {
             return Ok(());
         }
         // SAFETY: memory of this card, by the trait's contract.
-        check("clearing memory", unsafe { sys::cuMemsetD8Async(at, 0, bytes, self.stream) })
+        check("clearing memory", unsafe { sys::cuMemsetD8Async(at, 0, bytes, self.lane.stream) })
     }
 
     fn put_aside(&self, at: Address, bytes: usize) -> Result<Aside> {
@@ -600,14 +601,16 @@ impl Device for Card {
             }
         };
         // SAFETY: pinned memory of that length. Its next use is a copy on the same stream.
-        check("copy from the GPU", unsafe { sys::cuMemcpyDtoHAsync_v2(host as *mut c_void, at, bytes, self.stream) })?;
+        check("copy from the GPU", unsafe {
+            sys::cuMemcpyDtoHAsync_v2(host as *mut c_void, at, bytes, self.lane.stream)
+        })?;
         Ok(Aside { at: host, bytes })
     }
 
     fn bring_back(&self, aside: Aside, at: Address) -> Result<()> {
         self.enter()?;
         // SAFETY: pinned memory of that length, written by a copy before this one on the same stream.
-        let code = unsafe { sys::cuMemcpyHtoDAsync_v2(at, aside.at as *const c_void, aside.bytes, self.stream) };
+        let code = unsafe { sys::cuMemcpyHtoDAsync_v2(at, aside.at as *const c_void, aside.bytes, self.lane.stream) };
         check("copy to the GPU", code)?;
         self.forget(aside);
         Ok(())
@@ -638,7 +641,7 @@ impl Device for Card {
                         1,
                         1,
                         shape.shared,
-                        self.stream,
+                        self.lane.stream,
                         pointers.as_mut_ptr(),
                         std::ptr::null_mut(),
                     )
@@ -757,6 +760,6 @@ impl Device for Card {
     fn synchronize(&self) -> Result<()> {
         self.enter()?;
         // SAFETY: a stream of this context.
-        check("waiting for the GPU", unsafe { sys::cuStreamSynchronize(self.stream) })
+        check("waiting for the GPU", unsafe { sys::cuStreamSynchronize(self.lane.stream) })
     }
 }
