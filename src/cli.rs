@@ -1,6 +1,6 @@
 //! The command line's words.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
 use kernels::{Cpu, Cuda, cuda};
@@ -34,6 +34,31 @@ pub enum Command {
     Merge(Merge),
     /// List what can compute: the CPU, and NVIDIA GPUs with their memory.
     Devices(Devices),
+}
+
+impl Command {
+    /// What the command writes, if it writes something.
+    pub fn output(&self) -> Option<&Path> {
+        match self {
+            Command::Quantize(args) => Some(&args.output),
+            Command::Convert(args) => Some(&args.output),
+            Command::Merge(args) => Some(&args.output),
+            Command::Demo(args) => args.export.as_deref(),
+            Command::Eval(_) | Command::Inspect(_) | Command::Devices(_) => None,
+        }
+    }
+
+    /// The model that the command reads, if it reads one.
+    pub fn subject(&self) -> Option<&Path> {
+        match self {
+            Command::Quantize(args) => Some(&args.model),
+            Command::Convert(args) => Some(&args.input),
+            Command::Merge(args) => Some(&args.model),
+            Command::Eval(args) => Some(&args.model),
+            Command::Inspect(args) => Some(&args.path),
+            Command::Demo(_) | Command::Devices(_) => None,
+        }
+    }
 }
 
 /// Flags that every command that computes has.

@@ -23,7 +23,7 @@ pub fn convert(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -
 
 fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
     let source = Checkpoint::open(input)?;
-    let staging = Staging::new(output, Some(input), force)?;
+    let staging = Staging::folder_for(output, Some(input), force)?;
     let target = dtype.unwrap_or(source.dtype());
     let layout = Layout::of(&source);
     let mut specs: Vec<TensorSpec> = source

@@ -7,6 +7,7 @@ use kernels::Backend;
 
 use crate::error::{Error, Result};
 use crate::job::{Job, Verification};
+use crate::output::Staging;
 use crate::progress::Progress;
 use crate::recipe::{Recipe, Request};
 use crate::report::Report;
@@ -26,26 +27,15 @@ const CALIBRATION: &str = include_str!("demo/calibration.txt");
 /// Text that neither the built-in model nor any bundled calibration text has seen.
 pub const HELD_OUT: &str = include_str!("demo/evaluation.txt");
 
-/// Writes the built-in model to `folder`, which must not hold a file of it yet.
+/// Writes the built-in model to `folder`, which must not exist yet or be empty; it appears there whole.
 pub fn export(folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
-    for (name, _) in FILES {
-        if folder.join(name).exists() {
-            return Err(Error::usage(format!(
-                "{}: holds a {name} already; choose another directory",
-                folder.display()
-            )));
-        }
-    }
-    for (name, content) in FILES {
-        let path = folder.join(name);
-        std::fs::write(&path, content).map_err(Error::io(&path, "write"))?;
-    }
-    Ok(())
+    let staging = Staging::folder_for(folder, None, false)?;
+    FILES.iter().try_for_each(|(name, content)| staging.write(name, content))?;
+    staging.commit()
 }
 
-/// Quantizes the built-in model with every method at 4 and 3 bits; prints a table.
-pub fn run<B: Backend>(backend: &B, progress: &mut Progress, quiet: bool) -> Result<()> {
+/// Quantizes the built-in model with every method at 4 and 3 bits; returns a table.
+pub fn run<B: Backend>(backend: &B, progress: &mut Progress) -> Result<String> {
     let room = tempfile::tempdir().map_err(|e| Error::failed(format!("no room for temporary files: {e}")))?;
     let model = room.path().join("model");
     export(&model)?;
@@ -82,10 +72,7 @@ pub fn run<B: Backend>(backend: &B, progress: &mut Progress, quiet: bool) -> Res
             rows.push((format!("{} {bits}-bit", method.to_uppercase()), job.run(backend, progress)?));
         }
     }
-    if !quiet {
-        print!("{}", table(&rows, &backend.name(), started.elapsed().as_secs_f64()));
-    }
-    Ok(())
+    Ok(table(&rows, &backend.name(), started.elapsed().as_secs_f64()))
 }
 
 fn table(rows: &[(String, Report)], device: &str, seconds: f64) -> String {

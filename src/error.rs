@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::output::hidden_name;
+use crate::output::without_hidden_names;
 
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -57,22 +57,14 @@ impl Error {
     /// Names the files of `output` as they will be called; while they are written they lie in a hidden folder, of which
     /// the user knows nothing. `single` says that the output is a file, or its parts, and no folder.
     pub fn of_output(self, output: &Path, single: bool) -> Error {
-        let Some(name) = output.file_name().map(|name| name.to_string_lossy()) else { return self };
-        let (told, hidden) = (self.to_string(), hidden_name(&name));
-        if !told.contains(&hidden) {
+        let told = self.to_string();
+        let named = without_hidden_names(&told, output, single);
+        if named == told {
             return self;
         }
-        let separator = std::path::MAIN_SEPARATOR;
-        let here = format!(".{separator}{hidden}");
-        let told = match output.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => told,
-            _ => told.replace(&here, &hidden),
-        };
-        let inside = if single { String::new() } else { format!("{name}{separator}") };
-        let told = told.replace(&format!("{hidden}{separator}"), &inside).replace(&hidden, &name);
         match self {
-            Error::Usage(_) => Error::Usage(told),
-            _ => Error::Failed(told),
+            Error::Usage(_) => Error::Usage(named),
+            _ => Error::Failed(named),
         }
     }
 
@@ -81,32 +73,6 @@ impl Error {
         match self {
             Error::Usage(_) => 2,
             _ => 1,
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_output_is_called_what_it_will_be_called() {
-        let told = |output: &str, staged: &str, single| {
-            let path = staged.replace("HIDDEN", &hidden_name(Path::new(output).file_name().unwrap().to_str().unwrap()));
-            let source = std::io::Error::other("full");
-            Error::io(path, "write")(source).of_output(Path::new(output), single).to_string()
-        };
-        let path = |parts: &[&str]| parts.iter().collect::<PathBuf>().display().to_string();
-        for (output, staged, single, expected) in [
-            ("out", path(&[".", "HIDDEN", "config.json"]), false, path(&["out", "config.json"])),
-            ("a/out", path(&["a", "HIDDEN", "config.json"]), false, path(&["a", "out", "config.json"])),
-            ("a/out", path(&["a", "HIDDEN"]), false, path(&["a", "out"])),
-            ("m.gguf", path(&[".", "HIDDEN", "m-00001-of-00002.gguf"]), true, path(&["m-00001-of-00002.gguf"])),
-            ("a/m.gguf", path(&["a", "HIDDEN", "m.gguf"]), true, path(&["a", "m.gguf"])),
-            ("a/m.gguf", path(&["a", "HIDDEN"]), true, path(&["a", "m.gguf"])),
-            ("out", path(&["model", "config.json"]), false, path(&["model", "config.json"])),
-        ] {
-            assert_eq!(told(output, &staged, single), format!("{expected}: cannot write: full"));
         }
     }
 }

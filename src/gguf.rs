@@ -145,6 +145,13 @@ impl GgufPlan {
         Ok(GgufPlan { tensors, by_module, fallbacks, metadata: written.metadata, notices, fates, imatrix })
     }
 
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        let rows = |tensor: &ExportTensor| tensor.shape[..tensor.shape.len() - 1].iter().product::<usize>();
+        let of = |tensor: &ExportTensor, ty: &GgmlType| Some(rows(tensor) * ty.row_bytes(*tensor.shape.last()?)?);
+        self.tensors.iter().filter_map(|(tensor, ty)| of(tensor, ty)).map(|bytes| bytes as u64).sum()
+    }
+
     /// What has to be known of the inputs.
     pub fn needs(&self, recipe: &Recipe) -> Needs {
         needs_data(recipe)

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use calibration::samples::{Samples, windows};
 use calibration::statistics::Needs;
+use formats::TensorSpec;
 use kernels::Backend;
 use serde_json::Value;
 
@@ -15,7 +16,7 @@ use crate::families;
 use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
 use crate::graph::{Graph, Linear};
-use crate::output::{FileStaging, Staging, check_place};
+use crate::output::{Staging, check_beside, check_place, write_beside};
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
@@ -96,8 +97,11 @@ impl Job<'_> {
     fn work<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Report> {
         let started = Instant::now();
         let adapter = self.recipe.adapter.as_deref();
-        if adapter.is_some() {
+        if let Some(adapter) = adapter {
             check_place(self.output, adapter)?;
+        }
+        if let Some(path) = &self.report {
+            check_beside("--report", path, &self.inputs(), self.output)?;
         }
         let source = Checkpoint::open_with(self.model, adapter)?;
         let graph = families::graph_of(&source)?;
@@ -106,6 +110,14 @@ impl Job<'_> {
             Some(_) => self.gguf_file(backend, progress, started, source, graph, hashing),
             None => self.directory(backend, progress, started, source, graph, hashing),
         }
+    }
+
+    /// Every file and folder that is read. Names of bundled texts are among them and exist as no file.
+    fn inputs(&self) -> Vec<&Path> {
+        let Recipe { adapter, calibration, gguf, .. } = &self.recipe;
+        let texts = self.verification.iter().map(|verification| Path::new(&verification.text));
+        let imatrix = gguf.iter().filter_map(|gguf| gguf.imatrix.as_deref());
+        [self.model, Path::new(calibration)].into_iter().chain(adapter.as_deref()).chain(texts).chain(imatrix).collect()
     }
 
     fn directory<B: Backend>(
@@ -118,7 +130,8 @@ impl Job<'_> {
         hashing: Hashing,
     ) -> Result<Report> {
         let plan = Plan::new(&graph, &source, &self.recipe)?;
-        let staging = Staging::new(self.output, Some(self.model), self.force)?;
+        let staging = Staging::folder_for(self.output, Some(self.model), self.force)?;
+        staging.check_space(plan.outputs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum())?;
         let mut run = self.prepare(
             (backend.room(), backend.tokens_at_once()),
             started,
@@ -127,7 +140,7 @@ impl Job<'_> {
             needs(&self.recipe),
             hashing,
         )?;
-        run.notes.splice(0..0, plan.config.notes.iter().cloned());
+        run.notes.splice(0..0, staging.notes().iter().chain(&plan.config.notes).cloned());
         let Run { source, graph, samples, .. } = &run;
         let Compiled { done, flushing } =
             compile(backend, graph, source, &self.recipe, &plan, samples.as_ref(), staging.folder(), progress)?;
@@ -165,7 +178,7 @@ impl Job<'_> {
         staging.write("report.json", &json)?;
         staging.write("README.md", report.card().as_bytes())?;
         staging.commit()?;
-        write_copy(report_path, &json)?;
+        report_path.map_or(Ok(()), |path| write_beside(&path, &json))?;
         Ok(report)
     }
 
@@ -179,7 +192,8 @@ impl Job<'_> {
         hashing: Hashing,
     ) -> Result<Report> {
         let plan = GgufPlan::new(&graph, &source, &self.recipe)?;
-        let staging = FileStaging::new(self.output, Some(self.model), self.force)?;
+        let staging = Staging::gguf(self.output, Some(self.model), self.force)?;
+        staging.check_space(plan.bytes())?;
         if let Some(path) = self.recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref()) {
             staging.check_another(path, Some(self.model), self.force)?;
         }
@@ -191,7 +205,7 @@ impl Job<'_> {
             plan.needs(&self.recipe),
             hashing,
         )?;
-        run.notes.extend(plan.notices.iter().cloned());
+        run.notes.extend(staging.notes().iter().chain(&plan.notices).cloned());
         let Run { source, graph, samples, .. } = &run;
         let compiled = gguf::compile(
             backend,
@@ -240,7 +254,7 @@ impl Job<'_> {
         let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
         staging.write(&format!("{}.report.json", staging.name()), &json)?;
         staging.commit()?;
-        write_copy(report_path, &json)?;
+        report_path.map_or(Ok(()), |path| write_beside(&path, &json))?;
         Ok(report)
     }
 
@@ -392,11 +406,6 @@ fn starved_experts(linears: &[LinearReport]) -> Option<String> {
             experts().count()
         )
     })
-}
-
-/// A second copy of the report; written when the output is safe, so that a bad path here does not cost it.
-fn write_copy(path: Option<PathBuf>, json: &[u8]) -> Result<()> {
-    path.map_or(Ok(()), |path| std::fs::write(&path, json).map_err(Error::io(&path, "write")))
 }
 
 impl Verification {

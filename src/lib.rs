@@ -27,6 +27,7 @@ pub mod progress;
 pub mod recipe;
 pub mod report;
 pub mod runtimes;
+pub mod supervisor;
 pub mod text;
 pub mod verify;
 

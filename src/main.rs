@@ -1,6 +1,9 @@
 //! The command line: reads the words, picks the device, turns outcomes into exit codes.
 
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
 use clap::Parser;
@@ -8,8 +11,11 @@ use formats::Dtype;
 use quantc::cli::{Cli, Command, Compute, Engine, Eval, Quantize};
 use quantc::forward::Activations;
 use quantc::job::{Job, Verification};
+use quantc::output::{Place, remove_made, sweep};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request, named};
+use quantc::report::Report;
+use quantc::supervisor::{self, End};
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{Limits, Protocol, evaluate};
 use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, with_backend};
@@ -18,15 +24,49 @@ use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge
 const BELOW_THE_BAR: u8 = 3;
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
-        Ok(code) => ExitCode::from(code),
-        Err(error) => {
+    let cli = Cli::parse();
+    let place = cli.command.output().and_then(|output| Place::resolve(output).ok());
+    let missing = place.as_ref().map(Place::missing_parents).unwrap_or_default();
+    let Some(end) = supervisor::watch() else { return ExitCode::from(work(cli)) };
+    if !matches!(end, End::Code(_))
+        && let Some(place) = place
+    {
+        // What cannot be removed is removed by the next run.
+        let _ = sweep(&place);
+        remove_made(&missing);
+    }
+    if let Some(sentence) = cli.command.subject().and_then(|subject| end.sentence(subject)) {
+        tell(&format!("error: {sentence}"));
+    }
+    ExitCode::from(match end {
+        End::Code(code) if code <= BELOW_THE_BAR => code,
+        End::Asked(signal) => {
+            supervisor::die_of(signal);
+            1
+        }
+        End::Code(_) | End::Died(_) => 1,
+    })
+}
+
+/// Runs a command; its exit code.
+fn work(cli: Cli) -> u8 {
+    let panicked: Arc<Mutex<String>> = Arc::default();
+    let last = panicked.clone();
+    std::panic::set_hook(Box::new(move |info| *last.lock().unwrap_or_else(PoisonError::into_inner) = info.to_string()));
+    match std::panic::catch_unwind(AssertUnwindSafe(|| run(cli))) {
+        Ok(Ok(code)) => code,
+        Ok(Err(error)) => {
             // Ours say their cause themselves; the chain would say it twice.
             match error.downcast_ref::<Error>() {
-                Some(error) => eprintln!("error: {error}"),
-                None => eprintln!("error: {error:#}"),
+                Some(error) => tell(&format!("error: {error}")),
+                None => tell(&format!("error: {error:#}")),
             }
-            ExitCode::from(error.downcast_ref::<Error>().map_or(1, Error::exit_code))
+            error.downcast_ref::<Error>().map_or(1, Error::exit_code)
+        }
+        Err(_) => {
+            let what = panicked.lock().unwrap_or_else(PoisonError::into_inner).replace('\n', " ");
+            tell(&format!("error: an internal check failed, which is a fault of quantc: {what}"));
+            1
         }
     }
 }
@@ -39,7 +79,10 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 return Ok(0);
             }
             let (mut progress, engine) = start(&args.compute)?;
-            with_backend!(&engine, backend => demo::run(backend, &mut progress, args.compute.quiet))?;
+            let table = with_backend!(&engine, backend => demo::run(backend, &mut progress))?;
+            if !args.compute.quiet {
+                say(&table)?;
+            }
             Ok(0)
         }
         Command::Quantize(args) => quantize(*args),
@@ -47,8 +90,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Inspect(args) => {
             let inspection = inspect::inspect(&Checkpoint::open(&args.path)?);
             match args.json {
-                true => say(&format!("{}\n", serde_json::to_string_pretty(&inspection)?)),
-                false => say(&inspection.text()),
+                true => say(&format!("{}\n", serde_json::to_string_pretty(&inspection)?))?,
+                false => say(&inspection.text())?,
             }
             Ok(0)
         }
@@ -64,8 +107,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Devices(args) => {
             let devices = devices::devices();
             match args.json {
-                true => say(&format!("{}\n", serde_json::to_string_pretty(&devices)?)),
-                false => say(&devices.text()),
+                true => say(&format!("{}\n", serde_json::to_string_pretty(&devices)?))?,
+                false => say(&devices.text())?,
             }
             Ok(0)
         }
@@ -76,18 +119,28 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 say(&format!(
                     "{output}: {kind}, {} modules merged, {} tensors replaced\n",
                     adapter.modules, adapter.replaced
-                ));
-                merged.notices().iter().for_each(|note| eprintln!("note: {note}"));
+                ))?;
+                merged.notices().iter().for_each(|note| tell(&format!("note: {note}")));
             }
             Ok(0)
         }
     }
 }
 
-/// Prints; a reader that has closed the pipe has seen enough.
-fn say(text: &str) {
+/// Prints to standard output. A reader that has closed the pipe has seen enough; any other failure is one of the run.
+fn say(text: &str) -> Result<(), Error> {
+    use std::io::{ErrorKind, Write};
+    let mut out = std::io::stdout();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::io("standard output", "write to")(error)),
+        _ => Ok(()),
+    }
+}
+
+/// Prints a line to standard error, as far as anybody listens there.
+fn tell(line: &str) {
     use std::io::Write;
-    let _ = std::io::stdout().write_all(text.as_bytes());
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Sets the threads up, the display, and the device.
@@ -100,7 +153,7 @@ fn start(compute: &Compute) -> anyhow::Result<(Progress, Engine)> {
     }
     let (engine, left) = compute.engine()?;
     if let (Some(left), false) = (left, compute.quiet) {
-        eprintln!("note: {left}");
+        tell(&format!("note: {left}"));
     }
     Ok((Progress::new(compute.quiet), engine))
 }
@@ -166,37 +219,39 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let report = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
     drop(progress);
     if let Some(profile) = engine.profile() {
-        eprint!("{profile}");
+        tell(profile.trim_end());
     }
-    if !args.compute.quiet {
-        let fallbacks = report.linears.iter().filter(|l| l.fallback.is_some()).count();
-        say(&format!(
-            "{}: {} linears, {:.2} bits per weight ({:.2} of the file), {:.1} s on {}, peak {:.0} MB{}\n",
-            args.output.display(),
-            report.linears.len(),
-            report.bpw.quantized,
-            report.bpw.file,
-            report.seconds.total,
-            report.device,
-            report.peak_memory_bytes.unwrap_or(0) as f64 / 1e6,
-            if fallbacks > 0 { format!(", {fallbacks} with a fallback (see report.json)") } else { String::new() }
-        ));
-        if let Some(quality) = &report.quality {
-            say(&report::quality_table(quality));
-        }
-        for note in &report.notes {
-            eprintln!("note: {note}");
-        }
-    }
+    // The output is there: what cannot be printed any more does not change what was found of it.
+    let said = if args.compute.quiet { Ok(()) } else { summarize(&report, &args.output) };
     match &report.verdict {
         Some(verdict) if !verdict.passed => {
             for missed in &verdict.missed {
-                eprintln!("error: {missed}; the output was kept in {}", args.output.display());
+                tell(&format!("error: {missed}; the output was kept in {}", args.output.display()));
             }
             Ok(BELOW_THE_BAR)
         }
-        _ => Ok(0),
+        _ => Ok(said.map(|()| 0)?),
     }
+}
+
+/// Prints what a quantization did.
+fn summarize(report: &Report, output: &Path) -> Result<(), Error> {
+    for note in &report.notes {
+        tell(&format!("note: {note}"));
+    }
+    let fallbacks = report.linears.iter().filter(|l| l.fallback.is_some()).count();
+    say(&format!(
+        "{}: {} linears, {:.2} bits per weight ({:.2} of the file), {:.1} s on {}, peak {:.0} MB{}\n",
+        output.display(),
+        report.linears.len(),
+        report.bpw.quantized,
+        report.bpw.file,
+        report.seconds.total,
+        report.device,
+        report.peak_memory_bytes.unwrap_or(0) as f64 / 1e6,
+        if fallbacks > 0 { format!(", {fallbacks} with a fallback (see report.json)") } else { String::new() }
+    ))?;
+    report.quality.as_ref().map_or(Ok(()), |quality| say(&report::quality_table(quality)))
 }
 
 fn eval(args: Eval) -> anyhow::Result<u8> {
@@ -244,11 +299,11 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     ))?;
     drop(progress);
     if let Some(profile) = engine.profile() {
-        eprint!("{profile}");
+        tell(profile.trim_end());
     }
     match args.json {
-        true => say(&format!("{}\n", serde_json::to_string_pretty(&quality)?)),
-        false => say(&report::quality_table(&quality)),
+        true => say(&format!("{}\n", serde_json::to_string_pretty(&quality)?))?,
+        false => say(&report::quality_table(&quality))?,
     }
     Ok(0)
 }

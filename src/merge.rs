@@ -18,8 +18,8 @@ pub fn merge(model: &Path, adapter: &Path, output: &Path, force: bool) -> Result
 
 fn write(model: &Path, adapter: &Path, output: &Path, force: bool) -> Result<Checkpoint> {
     let source = Checkpoint::open_with(model, Some(adapter))?;
-    check_place(output, Some(adapter))?;
-    let staging = Staging::new(output, Some(model), force)?;
+    check_place(output, adapter)?;
+    let staging = Staging::folder_for(output, Some(model), force)?;
     let spec = |entry: &crate::checkpoint::Entry| {
         let dtype = match entry.dtype {
             StoredType::Plain(own) => own,

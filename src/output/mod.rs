@@ -1,0 +1,26 @@
+//! Outputs that appear whole or not at all.
+//!
+//! `place` finds out where an output goes and what forbids it, `staging` keeps it hidden while it is written, `switch` moves it into
+//! place in one step.
+
+mod place;
+mod staging;
+mod switch;
+
+use std::path::Path;
+
+use formats::{ShardedWriter, TensorSpec};
+
+use crate::error::Result;
+
+pub use place::{Place, check_beside, check_place, write_beside};
+pub use staging::{Staging, remove_made, sweep, without_hidden_names};
+
+/// Bytes of one file of weights.
+const SHARD_BYTES: u64 = 5_000_000_000;
+
+/// Lays out the weight files of a Hugging Face directory in `folder`.
+pub fn weight_writer(folder: &Path, specs: Vec<TensorSpec>) -> Result<ShardedWriter> {
+    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
+    Ok(ShardedWriter::create(folder, specs, SHARD_BYTES, &metadata)?)
+}

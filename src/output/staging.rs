@@ -1,0 +1,439 @@
+//! An output being written: in a hidden folder beside its place, and nowhere else until it is complete.
+//!
+//! The folder has a name of its own and is locked for as long as its process lives. So a later run can tell what an earlier one
+//! left behind from what another one is writing, and [`sweep`]s the former.
+
+use std::fs::{self, File, TryLockError};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use super::place::{Place, check_place, check_space, check_takes_files, is_mount_point};
+use super::switch::{Switch, exchange, finish, rename_new, sync_folder, sync_tree};
+use crate::error::{Error, Result};
+
+/// Bytes of the longest file name.
+const LONGEST_NAME: usize = 255;
+
+/// Letters that make the name of a staging folder unlike any other.
+const RANDOM: usize = 8;
+
+/// What stands between an output's name and those letters.
+const MARK: &str = ".partial-";
+
+/// What is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// A folder with a config.json.
+    Folder,
+    /// A GGUF file, or the parts of one.
+    Gguf,
+}
+
+/// An output being written; removed unless it is [committed](Staging::commit).
+pub struct Staging {
+    /// As the user called it, for messages.
+    shown: PathBuf,
+    place: Place,
+    kind: Kind,
+    folder: PathBuf,
+    /// Where the folder lies in the output itself, for that cannot be renamed.
+    inside: bool,
+    force: bool,
+    /// Folders that were made to hold the output, the outermost first.
+    made: Vec<PathBuf>,
+    notes: Vec<String>,
+    committed: bool,
+    /// Held until this goes; `None` on file systems without locks.
+    _lock: Option<File>,
+}
+
+impl Staging {
+    /// Begins a Hugging Face directory.
+    ///
+    /// Fails when `target` holds something and `force` is not given, is the input or holds it or lies inside it, or, with
+    /// `force`, is something else than an earlier output. An empty folder is as good as none.
+    pub fn folder_for(target: &Path, input: Option<&Path>, force: bool) -> Result<Staging> {
+        let place = Place::resolve(target)?;
+        input.map_or(Ok(()), |input| check_place(target, input))?;
+        let (path, shown) = (place.path(), target.display());
+        let notes = sweep(&place)?;
+        if path.exists() {
+            if !path.is_dir() {
+                return Err(Error::usage(format!("{shown}: is a file, and a folder is to be written")));
+            }
+            let empty = entries(&path).map_err(Error::io(&path, "list"))?.is_empty();
+            if !empty && !force {
+                return Err(Error::usage(format!("{shown}: exists already; --force replaces it")));
+            }
+            if !empty && !path.join("config.json").exists() {
+                return Err(Error::usage(format!(
+                    "{shown}: --force replaces a model directory, and this is none (it has no config.json)"
+                )));
+            }
+        }
+        Self::begin(target, place, Kind::Folder, force, notes)
+    }
+
+    /// Begins a GGUF file, or the parts of one, which are called `NAME-00001-of-00003.gguf`.
+    ///
+    /// Fails when it (or a part of it) exists and `force` is not given, is the input, or, with `force`, is no GGUF file.
+    pub fn gguf(target: &Path, input: Option<&Path>, force: bool) -> Result<Staging> {
+        let place = Place::resolve(target)?;
+        input.map_or(Ok(()), |input| check_place(target, input))?;
+        let (path, shown) = (place.path(), target.display());
+        if path.is_dir() {
+            return Err(Error::usage(format!("{shown}: is a directory, and a GGUF file is to be written")));
+        }
+        let notes = sweep(&place)?;
+        let mut there = Vec::new();
+        if place.parent.is_dir() {
+            for name in entries(&place.parent).map_err(Error::io(&place.parent, "list"))? {
+                if name == place.name || is_part(&name, stem(&place.name)) {
+                    there.push(place.parent.join(name));
+                }
+            }
+        }
+        if let (Some(first), false) = (there.first(), force) {
+            return Err(Error::usage(format!("{}: exists already; --force replaces it", first.display())));
+        }
+        for path in &there {
+            check_replaced(path)?;
+            if input.is_some_and(|input| path.canonicalize().ok() == input.canonicalize().ok()) {
+                return Err(Error::usage(format!(
+                    "{}: the output may not be the input; choose another place",
+                    path.display()
+                )));
+            }
+        }
+        Self::begin(target, place, Kind::Gguf, force, notes)
+    }
+
+    fn begin(target: &Path, place: Place, kind: Kind, force: bool, notes: Vec<String>) -> Result<Staging> {
+        let made = place.missing_parents();
+        let inside = kind == Kind::Folder && is_mount_point(&place.path());
+        let home = if inside { place.path() } else { place.parent.clone() };
+        let create = || -> std::io::Result<(PathBuf, Option<File>)> {
+            fs::create_dir_all(&home)?;
+            loop {
+                let mut builder = tempfile::Builder::new();
+                let prefix = hidden_prefix(&place.name);
+                builder.prefix(&prefix).rand_bytes(RANDOM);
+                #[cfg(unix)]
+                builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+                let folder = builder.tempdir_in(&home)?.keep();
+                let lock = lock(&folder)?;
+                // Another run may have swept the folder before it was locked.
+                if folder.exists() {
+                    return Ok((folder, lock));
+                }
+            }
+        };
+        let (folder, lock) = create().map_err(|error| {
+            remove_made(&made);
+            Error::io(&home, "create a folder in")(error)
+        })?;
+        Ok(Staging {
+            shown: target.to_path_buf(),
+            place,
+            kind,
+            folder,
+            inside,
+            force,
+            made,
+            notes,
+            committed: false,
+            _lock: lock,
+        })
+    }
+
+    /// Where to write.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The output's own name.
+    pub fn name(&self) -> &str {
+        &self.place.name
+    }
+
+    /// What the user should know of what was found at the place.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// Fails when an output of so many bytes does not fit on the disk.
+    pub fn check_space(&self, bytes: u64) -> Result<()> {
+        check_space(&self.folder, &self.shown, bytes)
+    }
+
+    /// Writes one file.
+    pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+        let path = self.folder.join(name);
+        fs::write(&path, content).map_err(Error::io(&path, "write"))
+    }
+
+    /// Checks another GGUF file that the same run is to write, in a folder that exists.
+    ///
+    /// Fails, always as a request that cannot be met, when it is the input, the output or a part of it, when it exists and
+    /// `force` is not given or it is no GGUF file, and when its folder takes no new file.
+    pub fn check_another(&self, target: &Path, input: Option<&Path>, force: bool) -> Result<()> {
+        let (shown, place) = (target.display(), Place::resolve(target)?);
+        if !place.parent.is_dir() {
+            return Err(Error::usage(format!("{shown}: there is no folder {}; make it first", place.parent.display())));
+        }
+        input.map_or(Ok(()), |input| check_place(target, input))?;
+        let beside = self.place.parent.canonicalize().ok() == place.parent.canonicalize().ok();
+        if beside && (place.name == self.place.name || is_part(&place.name, stem(&self.place.name))) {
+            return Err(Error::usage(format!(
+                "{shown}: is what the quantized model will be called; choose another name"
+            )));
+        }
+        if target.is_dir() {
+            return Err(Error::usage(format!("{shown}: is a directory, and a GGUF file is to be written")));
+        }
+        if target.exists() {
+            if !force {
+                return Err(Error::usage(format!("{shown}: exists already; --force replaces it")));
+            }
+            check_replaced(target)?;
+        }
+        check_takes_files(&place.parent)
+            .map_err(|error| Error::usage(format!("{shown}: its folder takes no file ({error}); choose another place")))
+    }
+
+    /// Moves the output to its place in one step, once everything is on the disk; with `force` in place of what is there.
+    ///
+    /// Without it, what has appeared there since the run began stays, and the finished output is kept beside it.
+    pub fn commit(mut self) -> Result<()> {
+        let path = self.place.path();
+        sync_tree(&self.folder).map_err(Error::io(&self.folder, "flush"))?;
+        let moved = match self.kind {
+            Kind::Folder if !self.inside => self.switch_folder(&path),
+            _ => self.switch_files(&path),
+        };
+        match moved {
+            Ok(()) => {}
+            Err(error) if is_taken(&error) => return Err(self.keep_beside()),
+            Err(error) => return Err(Error::io(&self.shown, "move into place")(error)),
+        }
+        self.committed = true;
+        let _ = sync_folder(&self.place.parent);
+        // What is left is what was replaced; a run that ends here leaves it to the next one.
+        let _ = fs::remove_dir_all(&self.folder);
+        Ok(())
+    }
+
+    fn switch_folder(&mut self, path: &Path) -> std::io::Result<()> {
+        if !path.exists() {
+            return rename_new(&self.folder, path);
+        }
+        if entries(path)?.is_empty() {
+            // A rename replaces an empty folder, and nothing else.
+            return fs::rename(&self.folder, path);
+        }
+        if !self.force {
+            return Err(ErrorKind::AlreadyExists.into());
+        }
+        self.folder = exchange(&self.folder, path, &aside_of(&self.place))?;
+        Ok(())
+    }
+
+    fn switch_files(&self, path: &Path) -> std::io::Result<()> {
+        let into = if self.inside { path } else { &self.place.parent };
+        let mut moves = entries(&self.folder)?;
+        let opener = match self.kind {
+            Kind::Folder => "config.json".to_owned(),
+            Kind::Gguf => moves.iter().find(|name| opens(name, &self.place.name)).cloned().unwrap_or_default(),
+        };
+        moves.sort_by_key(|name| (*name == opener, name.clone()));
+        let mut aside: Vec<String> = match self.kind {
+            // Everything that was in the folder belonged to the output before.
+            Kind::Folder => entries(path)?,
+            // One file replaces one file in a single step; several have to make room first.
+            Kind::Gguf if moves.iter().filter(|name| name.ends_with(".gguf")).count() < 2 => Vec::new(),
+            Kind::Gguf => moves.iter().filter(|name| into.join(name).exists()).cloned().collect(),
+        };
+        if !self.force && !aside.is_empty() {
+            return Err(ErrorKind::AlreadyExists.into());
+        }
+        aside.sort_by_key(|name| (*name != opener, name.clone()));
+        Switch::new(into, aside, moves).perform(&self.folder, self.force)
+    }
+
+    /// Gives the finished output a name of its own, for its own was taken while it was written.
+    fn keep_beside(&mut self) -> Error {
+        let shown = self.shown.display();
+        for number in 1.. {
+            let suffix = if number == 1 { String::new() } else { format!("-{number}") };
+            let kept = self.shown.with_file_name(format!("{}.finished{suffix}", self.place.name));
+            match rename_new(&self.folder, &kept) {
+                Ok(()) => {
+                    self.committed = true;
+                    return Error::failed(format!(
+                        "{shown}: something appeared there while quantc was at work, and was left as it is; the finished output is in {}",
+                        kept.display()
+                    ));
+                }
+                Err(error) if is_taken(&error) && number < 1000 => {}
+                Err(error) => return Error::io(&self.shown, "move into place")(error),
+            }
+        }
+        unreachable!("the loop ends by returning")
+    }
+}
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        if !self.committed {
+            let _ = fs::remove_dir_all(&self.folder);
+            remove_made(&self.made);
+        }
+    }
+}
+
+fn is_taken(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::AlreadyExists | ErrorKind::DirectoryNotEmpty | ErrorKind::NotADirectory)
+}
+
+/// The names in a folder, sorted; without those of staging folders and of what file systems put into every folder of theirs.
+fn entries(folder: &Path) -> std::io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if !name.contains(MARK) && name != "lost+found" {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// How the names of all staging folders of an output begin.
+fn hidden_prefix(name: &str) -> String {
+    let mut kept = name.len().min(LONGEST_NAME - 1 - MARK.len() - RANDOM);
+    while !name.is_char_boundary(kept) {
+        kept -= 1;
+    }
+    format!(".{}{MARK}", &name[..kept])
+}
+
+/// Where a folder that is replaced waits on file systems that cannot exchange two names.
+fn aside_of(place: &Place) -> PathBuf {
+    let hidden = hidden_prefix(&place.name);
+    place.parent.join(hidden.replace(MARK, ".replaced"))
+}
+
+/// Locks a staging folder for as long as the file lives; `None` where the file system has no locks.
+fn lock(folder: &Path) -> std::io::Result<Option<File>> {
+    if cfg!(not(unix)) {
+        return Ok(None);
+    }
+    let file = match File::open(folder) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        opened => opened?,
+    };
+    Ok(file.try_lock().is_ok().then_some(file))
+}
+
+/// Removes what runs that are gone have left of an output, or completes the switch that one of them had begun; returns what was
+/// done, each in one sentence. Staging folders of runs that are at work are not touched.
+pub fn sweep(place: &Place) -> Result<Vec<String>> {
+    let (path, prefix, mut notes, mut busy) = (place.path(), hidden_prefix(&place.name), Vec::new(), false);
+    for home in [&place.parent, &path] {
+        let Ok(listed) = fs::read_dir(home) else { continue };
+        let mut left: Vec<PathBuf> = listed
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) && path.is_dir())
+            .collect();
+        left.sort();
+        for folder in left {
+            let held = match File::open(&folder) {
+                Ok(file) => match file.try_lock() {
+                    Ok(()) => Some(file),
+                    Err(TryLockError::WouldBlock | TryLockError::Error(_)) => None,
+                },
+                Err(_) => None,
+            };
+            let Some(_held) = held else {
+                busy = true;
+                continue;
+            };
+            if finish(&folder).map_err(Error::io(&path, "finish replacing"))? {
+                notes.push(format!("{}: finished putting into place what an interrupted run had written", path.display()));
+            } else {
+                notes.push(format!("{}: removed what an interrupted run had left", folder.display()));
+            }
+            fs::remove_dir_all(&folder).map_err(Error::io(&folder, "remove"))?;
+        }
+    }
+    let aside = aside_of(place);
+    if aside.exists() && !busy {
+        if path.exists() {
+            fs::remove_dir_all(&aside).map_err(Error::io(&aside, "remove"))?;
+            notes.push(format!("{}: removed what an interrupted run had replaced", aside.display()));
+        } else {
+            fs::rename(&aside, &path).map_err(Error::io(&path, "move back"))?;
+            notes.push(format!("{}: an interrupted run had moved it aside, and it is back", path.display()));
+        }
+    }
+    Ok(notes)
+}
+
+/// `told` with the names of staging folders of `target` replaced by the output's own, of which alone the user knows; `single` says
+/// that the output is a file, or its parts, and no folder.
+pub fn without_hidden_names(told: &str, target: &Path, single: bool) -> String {
+    let Ok(place) = Place::resolve(target) else { return told.to_owned() };
+    let prefix = hidden_prefix(&place.name);
+    let separator = std::path::MAIN_SEPARATOR;
+    let (mut out, mut rest) = (String::new(), told);
+    while let Some(at) = rest.find(&prefix) {
+        let after = &rest[at + prefix.len()..];
+        let letters = after.find(|c: char| !c.is_ascii_alphanumeric()).unwrap_or(after.len());
+        let before = &rest[..at];
+        // The user gave a name without a folder.
+        let bare = target.parent().is_none_or(|parent| parent.as_os_str().is_empty());
+        let before = if bare { before.strip_suffix(&format!(".{separator}")).unwrap_or(before) } else { before };
+        out.push_str(before);
+        rest = &after[letters..];
+        match rest.strip_prefix(separator) {
+            Some(inside) if single => rest = inside,
+            _ => out.push_str(&place.name),
+        }
+    }
+    out + rest
+}
+
+/// Removes folders that were made for an output, as far as nothing is in them.
+pub fn remove_made(made: &[PathBuf]) {
+    made.iter().rev().take_while(|folder| fs::remove_dir(folder).is_ok()).for_each(drop);
+}
+
+fn stem(name: &str) -> &str {
+    name.strip_suffix(".gguf").unwrap_or(name)
+}
+
+/// Whether a file of this name is the one to open of the GGUF output called `output`.
+fn opens(name: &str, output: &str) -> bool {
+    name == output || is_part(name, stem(output)) && name.contains("-00001-of-")
+}
+
+/// Fails when the file that `--force` would replace is no GGUF file.
+fn check_replaced(path: &Path) -> Result<()> {
+    let mut magic = [0; 4];
+    let read = File::open(path).and_then(|mut file| std::io::Read::read(&mut file, &mut magic));
+    match read.map_err(Error::io(path, "read"))? > 0 && magic != *b"GGUF" {
+        true => Err(Error::usage(format!("{}: --force replaces a GGUF file, and this is none", path.display()))),
+        false => Ok(()),
+    }
+}
+
+/// Whether `name` is `stem-00001-of-00003.gguf` for some numbers.
+fn is_part(name: &str, stem: &str) -> bool {
+    let numbers = name.strip_prefix(stem).and_then(|rest| rest.strip_prefix('-')?.strip_suffix(".gguf"));
+    numbers.and_then(|n| n.split_once("-of-")).is_some_and(|(number, count)| {
+        [number, count].iter().all(|n| n.len() == 5 && n.bytes().all(|b| b.is_ascii_digit()))
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,171 @@
+//! A small process that watches over the one that works, so that however the latter ends, the former tidies up and says why.
+//!
+//! ```text
+//! quantc …            starts itself once more, hands signals on, waits
+//!  └─ quantc …        does the work; dies at once of what it cannot survive
+//! ```
+//!
+//! A file that is truncated while it is mapped, memory that cannot be had, a stack that overflows and a kill from outside all end a
+//! process on the spot, and no code of its own can be trusted to run then. The watcher holds nothing but a path: it sweeps the staging
+//! folder, turns the end into one sentence and an exit code, and dies itself of a signal that it was sent, as shells expect.
+
+use std::path::Path;
+
+/// How the watched process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It returned this exit code.
+    Code(u8),
+    /// This signal was sent to the watcher, which handed it on.
+    Asked(i32),
+    /// It died of this signal by itself.
+    Died(i32),
+}
+
+impl End {
+    /// What to tell of a death, where there is something to tell: `subject` is what was worked on.
+    pub fn sentence(self, subject: &Path) -> Option<String> {
+        let End::Died(signal) = self else { return None };
+        let subject = subject.display();
+        let known = [
+            (signal::BUS, "one of its files was truncated, or its disk failed, while it was being read; nothing was written"),
+            (
+                signal::KILL,
+                "the process was killed from outside, as systems do when memory runs out; give fewer --samples or a shorter --seq-len, or \
+                 more memory",
+            ),
+            (signal::ABRT, "the process gave up, most often because memory ran out; give fewer --samples or a shorter --seq-len, or more memory"),
+            (signal::SEGV, "the process was stopped for an invalid access or a full stack; this is a fault of quantc"),
+        ];
+        let why = known.iter().find(|(number, _)| *number == signal).map(|(_, why)| (*why).to_owned());
+        let why = why.unwrap_or_else(|| format!("the process was ended by signal {signal}"));
+        Some(format!("{subject}: {why}"))
+    }
+}
+
+/// Numbers of signals that are the same on every system that has them here.
+mod signal {
+    #[cfg(unix)]
+    pub use signal_hook::consts::{SIGABRT as ABRT, SIGBUS as BUS, SIGKILL as KILL, SIGSEGV as SEGV};
+    #[cfg(not(unix))]
+    pub const ABRT: i32 = 6;
+    #[cfg(not(unix))]
+    pub const BUS: i32 = 7;
+    #[cfg(not(unix))]
+    pub const KILL: i32 = 9;
+    #[cfg(not(unix))]
+    pub const SEGV: i32 = 11;
+}
+
+#[cfg(unix)]
+pub use watching::{die_of, watch};
+
+/// Without signals there is nothing to watch for.
+#[cfg(not(unix))]
+pub fn watch() -> Option<End> {
+    None
+}
+
+/// Never called: there are no signals.
+#[cfg(not(unix))]
+pub fn die_of(_: i32) {}
+
+#[cfg(unix)]
+mod watching {
+    use std::os::unix::process::ExitStatusExt;
+    use std::process::{Child, Command, ExitStatus};
+
+    use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
+    use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+    use signal_hook::iterator::Signals;
+
+    use super::End;
+
+    /// Holds the watcher's process id, so that the worker knows what it is.
+    const MARK: &str = "QUANTC_WATCHED_BY";
+
+    /// Starts this program once more with the same arguments and waits for its end; `None` in the process that is to work.
+    ///
+    /// Where no process can be started, the work is done without a watcher.
+    pub fn watch() -> Option<End> {
+        let parent = getppid().map(Pid::as_raw_nonzero).map(|id| id.to_string());
+        if parent.is_some() && std::env::var(MARK).ok() == parent {
+            be_watched();
+            return None;
+        }
+        // Before the start, so that no end is missed. What was ignored from outside, as by nohup, stays so.
+        let ignored = ignored();
+        let asked = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored & (1 << (signal - 1)) == 0);
+        let mut signals = Signals::new(asked.chain([SIGCHLD])).ok()?;
+        let program = std::env::current_exe().ok()?;
+        let mark = std::process::id().to_string();
+        let mut child = Command::new(program).args(std::env::args_os().skip(1)).env(MARK, mark).spawn().ok()?;
+        let mut asked = None;
+        loop {
+            if let Ok(Some(status)) = child.try_wait() {
+                return Some(end(status, asked));
+            }
+            for signal in signals.wait() {
+                if signal != SIGCHLD {
+                    asked = Some(signal);
+                    hand_on(&child, signal);
+                }
+            }
+        }
+    }
+
+    fn end(status: ExitStatus, asked: Option<i32>) -> End {
+        match (status.code(), asked, status.signal()) {
+            (Some(code), _, _) => End::Code(u8::try_from(code).unwrap_or(u8::MAX)),
+            (None, Some(signal), _) => End::Asked(signal),
+            (None, None, signal) => End::Died(signal.unwrap_or(0)),
+        }
+    }
+
+    fn hand_on(child: &Child, signal: i32) {
+        let process = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+        if let (Some(process), Some(signal)) = (process, Signal::from_named_raw(signal)) {
+            // It may be gone already.
+            let _ = kill_process(process, signal);
+        }
+    }
+
+    /// The worker ends with its watcher, and learns of a file that grew too large from the write instead of by a signal.
+    fn be_watched() {
+        #[cfg(target_os = "linux")]
+        let _ = set_parent_process_death_signal(Some(Signal::TERM));
+        let _ = signal_hook::flag::register(SIGXFSZ, std::sync::Arc::default());
+    }
+
+    /// The signals that this process ignores, as a set of bits from signal 1 on.
+    fn ignored() -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+        line.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0)
+    }
+
+    /// Ends this process by a signal, as if nobody had caught it.
+    pub fn die_of(signal: i32) {
+        let _ = signal_hook::low_level::emulate_default_handler(signal);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_end_is_one_sentence() {
+        for (end, words) in [
+            (End::Died(signal::BUS), "truncated"),
+            (End::Died(signal::KILL), "memory runs out"),
+            (End::Died(signal::ABRT), "memory ran out"),
+            (End::Died(signal::SEGV), "full stack"),
+            (End::Died(31), "signal 31"),
+        ] {
+            let sentence = end.sentence(Path::new("model")).unwrap();
+            assert!(sentence.starts_with("model: ") && sentence.contains(words), "{sentence}");
+        }
+        assert_eq!(End::Code(3).sentence(Path::new("m")).or(End::Asked(2).sentence(Path::new("m"))), None);
+    }
+}

@@ -1,0 +1,199 @@
+//! However a run ends, the output is old or new and whole, nothing else is left, and the exit code is one of 0 to 3.
+#![cfg(target_os = "linux")]
+
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::harness::Room;
+
+/// A run that takes far longer than any test waits.
+const LONG: &[&str] = &["quantize", "model", "-o", "out", "--samples", "100000", "--seq-len", "128"];
+
+const QUICK: &str = "quantize model -o out --group-size 64 --samples 2 --seq-len 64 --verify-windows 1";
+
+/// A run at work, seen by its staging folder.
+struct AtWork {
+    child: Child,
+    staging: PathBuf,
+}
+
+fn start(room: &Room) -> AtWork {
+    let child = Command::new(env!("CARGO_BIN_EXE_quantc"))
+        .args(LONG)
+        .current_dir(room.path(""))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let waiting = Instant::now();
+    loop {
+        let hidden = room.names().into_iter().find(|name| name.starts_with(".out.partial-"));
+        // The weights are laid out right before the first of them is read.
+        if let Some(staging) = hidden.map(|name| room.path(&name)).filter(|path| path.join("model.safetensors").exists()) {
+            return AtWork { child, staging };
+        }
+        assert!(waiting.elapsed() < Duration::from_secs(120), "the run does not begin");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+impl AtWork {
+    /// The process that works; the other one watches it.
+    fn worker(&self) -> u32 {
+        let id = self.child.id();
+        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+        children.trim().parse().expect("one child")
+    }
+
+    fn end(self) -> Output {
+        self.child.wait_with_output().unwrap()
+    }
+}
+
+fn kill(signal: &str, process: u32) {
+    assert!(Command::new("kill").args([&format!("-{signal}"), &process.to_string()]).status().unwrap().success());
+}
+
+fn sentence(output: &Output) -> String {
+    let told = String::from_utf8(output.stderr.clone()).unwrap();
+    let errors: Vec<&str> = told.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(errors.len(), 1, "{told}");
+    errors[0].to_owned()
+}
+
+#[test]
+fn a_signal_ends_the_run_and_leaves_nothing() {
+    for (signal, number) in [("INT", 2), ("TERM", 15), ("HUP", 1)] {
+        let room = Room::new();
+        room.model();
+        let run = start(&room);
+        kill(signal, run.child.id());
+        let output = run.end();
+        assert_eq!(output.status.signal(), Some(number), "as shells expect");
+        assert_eq!(room.names(), ["model"], "{signal}");
+    }
+}
+
+#[test]
+fn a_worker_that_dies_is_explained_in_one_sentence() {
+    for (signal, words) in [("KILL", "memory runs out"), ("ABRT", "memory ran out"), ("SEGV", "a fault of quantc")] {
+        let room = Room::new();
+        room.model();
+        let run = start(&room);
+        kill(signal, run.worker());
+        let output = run.end();
+        assert_eq!(output.status.code(), Some(1), "{signal}");
+        let told = sentence(&output);
+        assert!(told.starts_with("error: model: ") && told.contains(words), "{told}");
+        assert_eq!(room.names(), ["model"], "{signal}");
+    }
+}
+
+#[test]
+fn an_input_that_is_truncated_while_it_is_read_is_told() {
+    let room = Room::new();
+    let model = room.model();
+    let run = start(&room);
+    std::fs::File::options().write(true).open(model.path("model.safetensors")).unwrap().set_len(0).unwrap();
+    let output = run.end();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(sentence(&output).contains("model"), "{}", sentence(&output));
+    assert_eq!(room.names(), ["model"]);
+}
+
+#[test]
+fn what_a_killed_run_has_left_goes_with_the_next_one() {
+    let room = Room::new();
+    room.model();
+    let run = start(&room);
+    let (staging, worker) = (run.staging.clone(), run.worker());
+    kill("KILL", run.child.id());
+    run.end();
+    // The worker goes when its watcher is gone.
+    let waiting = Instant::now();
+    while PathBuf::from(format!("/proc/{worker}/exe")).read_link().is_ok() {
+        assert!(waiting.elapsed() < Duration::from_secs(60), "the worker lives on");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(staging.exists());
+    let next = room.run(QUICK.split(' '));
+    next.succeeds();
+    assert!(next.stderr().contains("removed what an interrupted run had left"), "{}", next.stderr());
+    assert_eq!(room.names(), ["model", "out"]);
+}
+
+#[test]
+fn two_runs_to_one_place_do_not_disturb_each_other() {
+    let room = Room::new();
+    room.model();
+    let run = start(&room);
+    room.run(QUICK.split(' ')).succeeds();
+    assert!(run.staging.exists());
+    kill("TERM", run.child.id());
+    run.end();
+    assert_eq!(room.names(), ["model", "out"]);
+}
+
+#[test]
+fn what_cannot_be_printed_ends_with_an_exit_code() {
+    let room = Room::new();
+    room.model();
+    let program = env!("CARGO_BIN_EXE_quantc");
+    let code = |line: &str| room.shell(&line.replace("quantc", program)).code();
+    assert_eq!(code("quantc inspect model --json > /dev/full"), Some(1));
+    assert_eq!(code("quantc inspect model --json | head -n 1 > /dev/null"), Some(0));
+    assert_eq!(code("quantc inspect nothing 2> /dev/full"), Some(1));
+    assert_eq!(code("quantc inspect nothing 2>&-"), Some(1));
+    // The verdict stands, whoever listens.
+    let strict = format!("quantc {QUICK} --force --max-kld 1e-9");
+    for streams in ["2>&- >/dev/null", "> /dev/full 2> /dev/full", ">&- 2>&-"] {
+        assert_eq!(code(&format!("{strict} {streams}")), Some(3), "{streams}");
+        assert_eq!(room.names(), ["model", "out"]);
+    }
+}
+
+#[test]
+fn a_file_that_may_not_grow_is_a_failed_write() {
+    let room = Room::new();
+    room.model();
+    let run = room.shell(&format!("ulimit -f 1000; {} {QUICK}", env!("CARGO_BIN_EXE_quantc")));
+    run.refuses(1, &["File too large"]);
+    assert_eq!(room.names(), ["model"]);
+}
+
+#[test]
+fn a_report_overwrites_no_input() {
+    let room = Room::new();
+    let model = room.model();
+    let before = std::fs::read(model.path("model.safetensors")).unwrap();
+    for (path, words) in [
+        ("model/model.safetensors", "lies in the input"),
+        ("out/report.json", "lies in the output"),
+        ("none/report.json", "there is no folder"),
+        ("model", "is a folder"),
+    ] {
+        room.run(QUICK.split(' ').chain(["--report", path])).refuses(2, &["--report", words]);
+    }
+    assert_eq!(std::fs::read(model.path("model.safetensors")).unwrap(), before);
+    assert_eq!(room.names(), ["model"]);
+    room.run(QUICK.split(' ').chain(["--report", "report.json"])).succeeds();
+    assert_eq!(room.names(), ["model", "out", "report.json"]);
+}
+
+#[test]
+fn odd_places_for_an_output_are_told_or_used() {
+    let room = Room::new();
+    room.model();
+    let run = |output: &str| room.run(QUICK.replace("out", output).split(' '));
+    std::os::unix::fs::symlink("nowhere", room.path("dangling")).unwrap();
+    run("dangling").refuses(2, &["dangling: is a link to nowhere, which does not exist"]);
+    std::fs::create_dir(room.path("empty")).unwrap();
+    run("empty/.").succeeds();
+    assert!(room.path("empty/config.json").exists());
+    run("a/b/c").succeeds();
+    std::fs::remove_dir_all(room.path("a")).unwrap();
+    room.run("quantize model -o a/b/c --group-size 7".split(' ')).refuses(2, &["groups of 7"]);
+    assert_eq!(room.names(), ["dangling", "empty", "model"], "folders made for the output go with it");
+}
