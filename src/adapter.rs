@@ -20,8 +20,10 @@ use kernels::ops::low_rank::{self, Strided};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::checkpoint::place::mlx_adapter;
 use crate::checkpoint::{Entry, read_json};
 use crate::error::{Error, Result};
+use crate::families::tying;
 use crate::report::hash_file;
 
 /// The name of a head of its own, which a model with a tied one lacks.
@@ -105,6 +107,12 @@ impl Adapter {
     ///
     /// Fails on kinds other than LoRA and on every tensor that finds no place in the model.
     pub fn open(folder: &Path, model: &Path, config: &mut Value, entries: &mut Vec<Entry>) -> Result<Adapter> {
+        if folder.is_file() {
+            return Err(Error::failed(format!(
+                "{}: a file; --adapter takes the directory that PEFT's save_pretrained wrote",
+                folder.display()
+            )));
+        }
         let config_path = folder.join("adapter_config.json");
         let settings = match read_json(&config_path)? {
             Some(Value::Object(settings)) => settings,
@@ -116,6 +124,11 @@ impl Adapter {
                 )));
             }
         };
+        let settings = Value::Object(settings);
+        if let Some(error) = mlx_adapter(folder, &settings) {
+            return Err(error);
+        }
+        let Value::Object(settings) = settings else { unreachable!("made above") };
         let settings =
             Settings::read(&settings).map_err(|why| Error::failed(format!("{}: {why}", config_path.display())))?;
         let path = folder.join("adapter_model.safetensors");
@@ -163,7 +176,7 @@ impl Adapter {
 
         // A tied head has no tensor; an adapter of its own gives it one.
         let stored_head = entries.iter().position(|e| is_head(&e.name));
-        let flag = tie_flag(config).and_then(|flag| flag.as_bool());
+        let flag = tie_flag(config).and_then(Value::as_bool);
         let tied = flag.unwrap_or(stored_head.is_none());
         let embedding = |shape: &[usize]| {
             let mut found = entries.iter().filter(|e| e.shape == shape && !e.name.split('.').any(is_number));
@@ -246,10 +259,7 @@ impl Adapter {
         let vocabulary = vocabulary.map(|n| n as usize);
         let untied = tied && untie(&file, &settings, entries, [stored_head, vocabulary], &mut changes, new_head);
         if untied {
-            match tie_flag(config) {
-                Some(flag) => *flag = Value::Bool(false),
-                None => drop(config.as_object_mut().map(|c| c.insert("tie_word_embeddings".into(), false.into()))),
-            }
+            tying::set(config, false);
         }
         let dora = modules.values().any(|parts| parts.magnitude.is_some());
         let kind = match (settings.root, dora) {
@@ -424,10 +434,10 @@ fn untie(
     }
 }
 
-fn tie_flag(config: &mut Value) -> Option<&mut Value> {
+fn tie_flag(config: &Value) -> Option<&Value> {
     let inside = config.get("tie_word_embeddings").is_none();
-    let place = if inside { config.get_mut("text_config")? } else { config };
-    place.get_mut("tie_word_embeddings")
+    let place = if inside { config.get("text_config")? } else { config };
+    place.get("tie_word_embeddings")
 }
 
 fn is_head(name: &str) -> bool {

@@ -16,14 +16,16 @@ use crate::graph::{Linear, Stored};
 use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, weight_writer};
 
-/// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default).
-pub fn convert(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
+/// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default), with what lies
+/// beside them. Returns what the user should know.
+pub fn convert(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<Vec<String>> {
     rewrite(input, output, dtype, force).map_err(|error| error.of_output(output, false))
 }
 
-fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
+fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<Vec<String>> {
     let source = Checkpoint::open(input)?;
     let staging = Staging::new(output, Some(input), force)?;
+    let beside = source.beside(&["config.json"])?;
     let target = dtype.unwrap_or(source.dtype());
     let layout = Layout::of(&source);
     let mut specs: Vec<TensorSpec> = source
@@ -72,8 +74,9 @@ fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Re
         config.insert(key.to_owned(), Value::from(name));
     }
     write_config(&config, &staging)?;
-    copy_side_files(&source, &staging)?;
-    staging.commit()
+    copy_side_files(&beside, &staging)?;
+    staging.commit()?;
+    Ok([source.notices(), beside.notes].concat())
 }
 
 /// Tensors that the model's family publishes otherwise than the checkpoint has them.

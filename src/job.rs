@@ -8,7 +8,7 @@ use calibration::statistics::Needs;
 use kernels::Backend;
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, SideFile, StoredType};
+use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, StoredType};
 use crate::compile::{Compiled, LinearReport, SmoothingReport, Stages, compile, needs};
 use crate::error::{Error, Result};
 use crate::families;
@@ -119,6 +119,9 @@ impl Job<'_> {
     ) -> Result<Report> {
         let plan = Plan::new(&graph, &source, &self.recipe)?;
         let staging = Staging::new(self.output, Some(self.model), self.force)?;
+        let mut own = vec!["config.json", "report.json", "README.md"];
+        own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
+        let beside = source.beside(&own)?;
         let mut run = self.prepare(
             (backend.room(), backend.tokens_at_once()),
             started,
@@ -128,10 +131,11 @@ impl Job<'_> {
             hashing,
         )?;
         run.notes.splice(0..0, plan.config.notes.iter().cloned());
+        run.notes.extend(beside.notes.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
         let Compiled { done, flushing } =
             compile(backend, graph, source, &self.recipe, &plan, samples.as_ref(), staging.folder(), progress)?;
-        write_side_files(source, &plan, &staging)?;
+        write_side_files(source, &beside, &plan, &staging)?;
 
         let verifying = Instant::now();
         let reopened = Checkpoint::open(staging.folder())?;
@@ -163,7 +167,8 @@ impl Job<'_> {
         let report = self.report(backend, run, outcome)?;
         let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
         staging.write("report.json", &json)?;
-        staging.write("README.md", report.card().as_bytes())?;
+        let card = card_licence(&beside).unwrap_or_default() + &report.card();
+        staging.write("README.md", card.as_bytes())?;
         staging.commit()?;
         write_copy(report_path, &json)?;
         Ok(report)
@@ -409,7 +414,7 @@ impl Verification {
 }
 
 /// config.json, the codec's files, the tokenizer and everything else that belongs to the model.
-fn write_side_files(source: &Checkpoint, plan: &Plan, staging: &Staging) -> Result<()> {
+fn write_side_files(source: &Checkpoint, beside: &Beside, plan: &Plan, staging: &Staging) -> Result<()> {
     let mut config = source.config().clone();
     if let Value::Object(config) = &mut config {
         config.insert("quantization_config".to_owned(), plan.config.quantization_config.clone());
@@ -419,7 +424,7 @@ fn write_side_files(source: &Checkpoint, plan: &Plan, staging: &Staging) -> Resu
     for (name, content) in &plan.config.files {
         staging.write(name, content)?;
     }
-    copy_side_files(source, staging)
+    copy_side_files(beside, staging)
 }
 
 /// Writes config.json.
@@ -429,17 +434,32 @@ pub fn write_config(config: &Value, staging: &Staging) -> Result<()> {
     staging.write("config.json", &bytes)
 }
 
-/// Carries tokenizer, templates, code and licences over.
-pub fn copy_side_files(source: &Checkpoint, staging: &Staging) -> Result<()> {
-    for (name, file) in source.side_files()? {
+/// Carries over what lies beside the weights.
+pub fn copy_side_files(beside: &Beside, staging: &Staging) -> Result<()> {
+    for (name, file) in &beside.files {
+        let to = staging.folder().join(name);
+        if let Some(folder) = to.parent() {
+            std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
+        }
         match file {
-            SideFile::Bytes(bytes) => staging.write(&name, &bytes)?,
-            SideFile::Copy(path) => {
-                std::fs::copy(&path, staging.folder().join(&name)).map_err(Error::io(&path, "copy"))?;
-            }
+            SideFile::Bytes(bytes) => std::fs::write(&to, bytes).map_err(Error::io(&to, "write"))?,
+            SideFile::Copy(path) => drop(std::fs::copy(path, &to).map_err(Error::io(path, "copy"))?),
         }
     }
     Ok(())
+}
+
+/// The front matter for a model card: the licence that the original's card names.
+fn card_licence(beside: &Beside) -> Option<String> {
+    let (_, file) = beside.files.iter().find(|(name, _)| name == Path::new(ORIGINAL_CARD))?;
+    let SideFile::Copy(path) = file else { return None };
+    let text = std::fs::read_to_string(path).ok()?;
+    let front = text.strip_prefix("---\n")?.split("\n---").next()?;
+    let said = front
+        .lines()
+        .filter(|line| ["license:", "license_name:", "license_link:"].iter().any(|key| line.starts_with(key)));
+    let said: Vec<&str> = said.collect();
+    (!said.is_empty()).then(|| format!("---\n{}\n---\n\n", said.join("\n")))
 }
 
 /// Refuses a model of which not even one operator's work on so many tokens fits into the device's memory; what is more than that is

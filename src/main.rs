@@ -58,7 +58,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 "bf16" => Dtype::BF16,
                 _ => Dtype::F32,
             });
-            convert::convert(&args.input, &args.output, dtype, args.force)?;
+            let notes = convert::convert(&args.input, &args.output, dtype, args.force)?;
+            notes.iter().for_each(|note| eprintln!("note: {note}"));
             Ok(0)
         }
         Command::Devices(args) => {
@@ -70,14 +71,14 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             Ok(0)
         }
         Command::Merge(args) => {
-            let merged = merge::merge(&args.model, &args.adapter, &args.output, args.force)?;
+            let (merged, notes) = merge::merge(&args.model, &args.adapter, &args.output, args.force)?;
             if let (Some(adapter), false) = (merged.adapter(), args.quiet) {
                 let (output, kind) = (args.output.display(), adapter.kind);
                 say(&format!(
                     "{output}: {kind}, {} modules merged, {} tensors replaced\n",
                     adapter.modules, adapter.replaced
                 ));
-                merged.notices().iter().for_each(|note| eprintln!("note: {note}"));
+                notes.iter().for_each(|note| eprintln!("note: {note}"));
             }
             Ok(0)
         }

@@ -11,15 +11,17 @@ use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, check_place, weight_writer};
 
 /// Writes every tensor of `model`, merged with the adapter in `adapter`, to the directory `output`, one at a time, each in its
-/// own type (quantized ones in the model's), with config.json and the tokenizer. Returns the merged checkpoint as it was read.
-pub fn merge(model: &Path, adapter: &Path, output: &Path, force: bool) -> Result<Checkpoint> {
+/// own type (quantized ones in the model's), with config.json and what lies beside the weights. Returns the merged checkpoint as it
+/// was read, and what the user should know.
+pub fn merge(model: &Path, adapter: &Path, output: &Path, force: bool) -> Result<(Checkpoint, Vec<String>)> {
     write(model, adapter, output, force).map_err(|error| error.of_output(output, false))
 }
 
-fn write(model: &Path, adapter: &Path, output: &Path, force: bool) -> Result<Checkpoint> {
+fn write(model: &Path, adapter: &Path, output: &Path, force: bool) -> Result<(Checkpoint, Vec<String>)> {
     let source = Checkpoint::open_with(model, Some(adapter))?;
     check_place(output, Some(adapter))?;
     let staging = Staging::new(output, Some(model), force)?;
+    let beside = source.beside(&["config.json"])?;
     let spec = |entry: &crate::checkpoint::Entry| {
         let dtype = match entry.dtype {
             StoredType::Plain(own) => own,
@@ -34,7 +36,8 @@ fn write(model: &Path, adapter: &Path, output: &Path, force: bool) -> Result<Che
     }
     writer.finish()?;
     write_config(source.config(), &staging)?;
-    copy_side_files(&source, &staging)?;
+    copy_side_files(&beside, &staging)?;
     staging.commit()?;
-    Ok(source)
+    let notes = [source.notices(), beside.notes].concat();
+    Ok((source, notes))
 }

@@ -206,7 +206,7 @@ fn copied_dtype(stored: StoredType, float_dtype: Dtype) -> Dtype {
 
 /// What becomes of a tensor of the input that is no part of the model; fails when nothing says so.
 pub fn left_out(graph: &Graph, source: &Checkpoint, name: &str) -> Result<Fate> {
-    if graph.head.tied && name == graph.head.linear.weight() {
+    if graph.head.tied && !graph.opaque && name == graph.head.linear.weight() {
         return Ok(Fate::Tied);
     }
     if let Some((_, what)) = graph.aside.iter().find(|(prefix, _)| name.starts_with(prefix)) {
@@ -228,8 +228,15 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
         let place = source.path().display();
         match source.entry(&name) {
             None => {
+                let hint = match !graph.opaque && name == graph.head.linear.weight() {
+                    false => "",
+                    true => {
+                        ", and config.json does not tie the head to the embedding; get the file that holds the head, or set \
+                         tie_word_embeddings to true in config.json if the model was trained so"
+                    }
+                };
                 return Err(Error::failed(format!(
-                    "{place}: tensor `{name}` is missing; its shape would be {shape:?}"
+                    "{place}: tensor `{name}` is missing; its shape would be {shape:?}{hint}"
                 )));
             }
             Some(entry) if entry.shape != shape => {

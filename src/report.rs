@@ -12,6 +12,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::adapter::AdapterReport;
+use crate::checkpoint::place::model_name;
 use crate::compile::{LinearReport, SmoothingReport, Stages};
 use crate::error::{Error, Result};
 use crate::forward::Activations;
@@ -204,7 +205,7 @@ impl Report {
     pub fn card(&self) -> String {
         let Recipe { format, scheme, method, .. } = &self.recipe;
         let group = scheme.group.map_or("one scale per row".to_owned(), |g| format!("groups of {g}"));
-        let name = Path::new(&self.model).file_name().map_or(self.model.clone(), |n| n.to_string_lossy().into_owned());
+        let name = model_name(Path::new(&self.model)).unwrap_or_else(|| self.model.clone());
         let mut card = format!(
             "# {name}, {} ({})\n\nQuantized with {} to the {format} layout: {}, {group}, method {}.\n\n",
             scheme.name(),

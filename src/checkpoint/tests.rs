@@ -114,8 +114,9 @@ fn plain_tensors_load_whole_by_rows_and_raw() {
     assert_eq!(checkpoint.raw("model.norm.weight").unwrap().data, &tensors[1].1[..]);
     assert_eq!(checkpoint.files().len(), 2);
     assert_eq!(checkpoint.chat_template().as_deref(), Some("D"));
-    let side: Vec<String> = checkpoint.side_files().unwrap().into_iter().map(|(name, _)| name).collect();
-    assert_eq!(side, ["LICENSE.txt", "merges.txt", "modeling_x.py", "tokenizer_config.json"]);
+    let beside = checkpoint.beside(&["config.json", "README.md"]).unwrap();
+    let names: Vec<&str> = beside.files.iter().map(|(name, _)| name.to_str().unwrap()).collect();
+    assert_eq!(names, ["LICENSE.txt", "README.original.md", "merges.txt", "modeling_x.py", "tokenizer_config.json"]);
     let message = checkpoint.load_rows("model.embed_tokens.weight", &[100], &mut [0.0; 3]).unwrap_err().to_string();
     assert_eq!(message, "tensor `model.embed_tokens.weight`: row 100 is beyond its 100 rows");
     let message = checkpoint.load("model.nothing").unwrap_err().to_string();

@@ -9,6 +9,7 @@ use kernels::{Activation, NormKind};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::place::model_name;
 use crate::error::{Error, Result};
 use crate::export::names::{self, ExportPlan, Source};
 use crate::export::same;
@@ -45,8 +46,7 @@ impl About {
             return About { name: text("general.name"), license: text("general.license") };
         }
         let folder = source.path().canonicalize().unwrap_or_else(|_| source.path().to_owned());
-        let name = folder.file_name().map(|name| name.to_string_lossy().into_owned());
-        About { name, license: card_license(&folder.join("README.md")) }
+        About { name: model_name(&folder), license: card_license(&folder.join("README.md")) }
     }
 }
 

@@ -23,6 +23,7 @@ mod qwen;
 pub mod rope;
 mod smollm3;
 mod stablelm;
+pub mod tying;
 mod unknown;
 
 use serde_json::Value;
@@ -162,8 +163,8 @@ pub fn check_runnable(graph: &Graph, source: &Checkpoint) -> Result<()> {
 
 /// Builds the graph of a checkpoint, with the names that its tensors have.
 ///
-/// A model of an unknown family has a graph of linears that cannot be run. A stored head that differs from the embedding
-/// counts, whatever config.json says of tying: so do runtimes.
+/// A model of an unknown family has a graph of linears that cannot be run. Whether the head is the embedding is what
+/// [`tying`] made of config.json and the tensors when the checkpoint was opened.
 pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
     let text = text_config(source.config());
     if family_of(&text).is_none() && Config(&text).text("model_type").is_ok() {
@@ -183,13 +184,6 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
             linear.stored = Stored::Plain;
         }
     });
-    if graph.head.tied
-        && let Some(head) = source.raw(&graph.head.linear.weight())
-        && let Some(embedding) = source.raw(&graph.embedding.tensor)
-        && (head.dtype, head.data) != (embedding.dtype, embedding.data)
-    {
-        graph.head.tied = false;
-    }
     Ok(graph)
 }
 

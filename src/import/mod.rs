@@ -346,8 +346,8 @@ mod tests {
         assert_eq!(read.chat_template().as_deref(), Some("{{ messages }}"));
         assert_eq!(read.config()["bos_token_id"], 0);
         assert_eq!(read.config()["eos_token_id"], json!([1, 4]));
-        let side = read.side_files().unwrap();
-        let names: Vec<&str> = side.iter().map(|(name, _)| name.as_str()).collect();
+        let side = read.beside(&[]).unwrap().files;
+        let names: Vec<&str> = side.iter().map(|(name, _)| name.to_str().unwrap()).collect();
         assert_eq!(names, ["generation_config.json", "tokenizer.json", "tokenizer_config.json"]);
         let SideFile::Bytes(bytes) = &side[0].1 else { panic!("rebuilt") };
         assert_eq!(serde_json::from_slice::<Value>(bytes).unwrap(), json!({"bos_token_id": 0, "eos_token_id": [1, 4]}));

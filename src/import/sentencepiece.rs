@@ -10,6 +10,7 @@ use std::path::Path;
 
 use formats::SentencePiece;
 use formats::container::sentencepiece::{Algorithm, Piece};
+use formats::container::stand_in::stand_in;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::{TokenizerFile, read_json};
@@ -44,6 +45,9 @@ pub(crate) fn tokenizer(folder: &Path) -> Result<Option<TokenizerFile>> {
 
 /// What to say of a tokenizer.model that is no SentencePiece model.
 pub(crate) fn not_a_model(bytes: &[u8], error: &formats::Error) -> String {
+    if let Some(why) = stand_in(bytes) {
+        return why;
+    }
     // Llama 3's is a list of tokens in base64 with their ranks.
     let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
     let ranked = std::str::from_utf8(first).ok().and_then(|line| line.split_once(' '));

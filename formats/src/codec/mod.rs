@@ -22,7 +22,7 @@ pub use awq::Awq;
 pub use compressed_tensors::CompressedTensors;
 pub use foreign::{Foreign, TensorLookup};
 pub use gptq::Gptq;
-pub use reader::{QuantizationReader, read_quantization};
+pub use reader::{QUANTIZATION_KEYS, QuantizationReader, declared_method, read_quantization};
 
 /// Every codec, by preference.
 pub const CODECS: &[&dyn Codec] = &[&CompressedTensors, &Gptq, &Awq];

@@ -13,6 +13,7 @@ use serde_json::{Map, Value};
 
 use super::Bytes;
 use super::placed::{Follower, PlacedFiles};
+use super::stand_in::stand_in;
 use crate::error::{Error, Result};
 use crate::tensor::{TensorSpec, TensorView, byte_len};
 
@@ -120,6 +121,15 @@ impl SafetensorsFile {
 
 /// Finds which tensor a refused header is about, and says what was expected.
 fn diagnose(bytes: &[u8], error: SafeTensorError) -> Error {
+    if let Some(why) = stand_in(bytes) {
+        return Error::malformed(why);
+    }
+    if bytes.starts_with(b"GGUF") {
+        return Error::malformed("this is a GGUF file and not a safetensors file; give it as the model itself");
+    }
+    if bytes.starts_with(b"PK\x03\x04") {
+        return Error::malformed("this is a zip archive, as PyTorch saves pickles, and not a safetensors file");
+    }
     let Some(prefix) = bytes.get(..8) else {
         return Error::malformed(format!("the file has {} bytes, too few for a safetensors header", bytes.len()));
     };
@@ -212,6 +222,9 @@ impl SafetensorsSet {
 
     fn from_index(dir: &Path, index: &Path) -> Result<SafetensorsSet> {
         let bytes = std::fs::read(index).map_err(|e| Error::io("read", e).in_file(index))?;
+        if let Some(why) = stand_in(&bytes) {
+            return Err(Error::malformed(why).in_file(index));
+        }
         let value: Value = serde_json::from_slice(&bytes)
             .map_err(|e| Error::malformed(format!("the index is not JSON: {e}")).in_file(index))?;
         let weight_map = value
@@ -512,7 +525,7 @@ mod tests {
             4,
             "tensor `a`: its shape [4294967296, 4294967296] of F32 has no size in bytes",
         );
-        assert_eq!(refused(b""), "the file is empty");
+        assert_eq!(refused(b""), "the file is empty; fetch it again");
         assert_eq!(refused(b"abc"), "the file has 3 bytes, too few for a safetensors header");
         assert_eq!(
             refused(b"version https://git-lfs"),
