@@ -4,6 +4,7 @@ mod adapter;
 mod bad_input;
 mod cuda;
 mod families;
+mod folders;
 mod gguf;
 mod gguf_families;
 mod golden;
