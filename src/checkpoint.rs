@@ -33,7 +33,7 @@ pub struct Checkpoint {
     by_name: HashMap<String, usize>,
     source: Source,
     adapter: Option<Adapter>,
-    /// What a reader of a report should know of how it was found.
+    /// What was found otherwise than a path or config.json says it.
     remarks: Vec<String>,
 }
 
@@ -140,7 +140,12 @@ impl Checkpoint {
         self.adapter.as_ref().map(Adapter::report)
     }
 
-    /// What a reader of a report should know of how the checkpoint is stored.
+    /// What was found otherwise than a path or config.json says it.
+    pub fn remarks(&self) -> &[String] {
+        &self.remarks
+    }
+
+    /// What a reader of a report should know of how the checkpoint is stored, [remarks](Checkpoint::remarks) first.
     pub fn notices(&self) -> Vec<String> {
         let mut notices = self.remarks.clone();
         let mut kinds: BTreeMap<String, u64> = BTreeMap::new();

@@ -176,7 +176,7 @@ pub struct Demo {
 /// `quantc quantize`.
 #[derive(Debug, Args)]
 pub struct Quantize {
-    /// A Hugging Face directory or a .gguf file.
+    /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file.
     pub model: PathBuf,
     /// The directory to write; for GGUF the file.
     #[arg(long, short, value_name = "OUT")]
@@ -290,7 +290,7 @@ pub struct Quantize {
 /// `quantc eval`.
 #[derive(Debug, Args)]
 pub struct Eval {
-    /// A Hugging Face directory, quantized or not, or a .gguf file.
+    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file.
     pub model: PathBuf,
     /// A LoRA adapter to merge into the model.
     #[arg(long, value_name = "DIR")]
@@ -313,8 +313,8 @@ pub struct Eval {
     /// papers (all tokens but the first of each window) or llama.cpp (the second half of each window).
     #[arg(long, value_name = "PROTOCOL", default_value = "papers")]
     pub protocol: String,
-    /// What linears and attention of the model read: exact, or of a .gguf file runtime: rounded as llama.cpp rounds it on a CPU.
-    /// [default: runtime for a .gguf file with --protocol llama.cpp and no reference, else exact]
+    /// What linears and attention of the model read: exact, or of a GGUF file runtime: rounded as llama.cpp rounds it on a CPU.
+    /// [default: runtime for a GGUF file with --protocol llama.cpp and no reference, else exact]
     #[arg(long, value_name = "ACTIVATIONS")]
     pub activations: Option<String>,
     /// Print JSON.
@@ -328,7 +328,7 @@ pub struct Eval {
 /// `quantc inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// A Hugging Face directory or a .gguf file.
+    /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file.
     pub path: PathBuf,
     /// Print JSON.
     #[arg(long)]
@@ -338,7 +338,7 @@ pub struct Inspect {
 /// `quantc convert`.
 #[derive(Debug, Args)]
 pub struct Convert {
-    /// A Hugging Face directory, quantized or not, or a .gguf file.
+    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file.
     pub input: PathBuf,
     /// The directory to write.
     #[arg(long, short, value_name = "OUT")]
@@ -354,7 +354,7 @@ pub struct Convert {
 /// `quantc merge`.
 #[derive(Debug, Args)]
 pub struct Merge {
-    /// A Hugging Face directory, quantized or not, or a .gguf file.
+    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file.
     pub model: PathBuf,
     /// The LoRA adapter, a directory that PEFT wrote.
     #[arg(long, value_name = "DIR")]

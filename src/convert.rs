@@ -76,7 +76,7 @@ fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Re
     write_config(&config, &staging)?;
     copy_side_files(&beside, &staging)?;
     staging.commit()?;
-    Ok([source.notices(), beside.notes].concat())
+    Ok([source.remarks(), &beside.notes].concat())
 }
 
 /// Tensors that the model's family publishes otherwise than the checkpoint has them.

@@ -11,6 +11,7 @@ use calibration::samples::{
 };
 
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::place::check_fetched;
 use crate::error::Error;
 use crate::import::sentencepiece;
 
@@ -143,13 +144,18 @@ impl ModelText {
             return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };
         let parse = |name: &'static str, bytes: &[u8]| TokenizerConfig::from_json(name, bytes).map_err(located);
-        let mut config = match (read_optional(&folder.join("tokenizer_config.json"))?, source.tokenizer_config()) {
+        let read = |name: &str| {
+            let bytes = read_optional(&folder.join(name))?;
+            bytes.iter().try_for_each(|bytes| check_fetched(&folder.join(name), bytes))?;
+            Ok::<_, Error>(bytes)
+        };
+        let mut config = match (read("tokenizer_config.json")?, source.tokenizer_config()) {
             (Some(bytes), _) => parse("tokenizer_config.json", &bytes)?,
             (None, Some(value)) => parse("tokenizer_config.json", value.to_string().as_bytes())?,
             (None, None) => TokenizerConfig::default(),
         };
         if (config.bos_token.is_none() || config.eos_token.is_none())
-            && let Some(bytes) = read_optional(&folder.join("special_tokens_map.json"))?
+            && let Some(bytes) = read("special_tokens_map.json")?
         {
             let map = parse("special_tokens_map.json", &bytes)?;
             config.bos_token = config.bos_token.or(map.bos_token);

@@ -114,7 +114,7 @@ pub fn evaluate<B: Backend>(
 ) -> Result<Quality> {
     if activations == Activations::Runtime && model.gguf().is_none() {
         let path = model.path().display();
-        return Err(Error::usage(format!("--activations runtime is for .gguf files, and {path} is none")));
+        return Err(Error::usage(format!("--activations runtime is for GGUF files, and {path} is none")));
     }
     let context = windows.first().map_or(0, Vec::len);
     let scored = protocol.scored(context.max(1));

@@ -38,6 +38,9 @@ impl Checkpoint {
         if path.is_dir() {
             return Self::open_directory(path);
         }
+        if !path.is_file() {
+            return Err(Error::failed(format!("{}: neither a directory nor a file", path.display())));
+        }
         let bytes = place::beginning(path)?;
         let named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
         if !named && !place::is_gguf(&bytes) {

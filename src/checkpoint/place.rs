@@ -259,8 +259,9 @@ pub(super) fn check_weights(folder: &Path) -> Result<()> {
     }
     let shown = folder.display();
     let is_pickle = |name: &&String| [".bin", ".pth", ".pt"].iter().any(|ending| name.ends_with(ending));
-    // The model's own before what training and adapters leave.
-    let pickles = || names.iter().filter(is_pickle).filter(|name| !name.starts_with("adapter_model"));
+    // Not what training and adapters leave.
+    let others = ["adapter_model", "training_args", "optimizer", "scheduler", "scaler", "rng_state"];
+    let pickles = || names.iter().filter(is_pickle).filter(|name| !others.iter().any(|other| name.starts_with(other)));
     let pickle = pickles().rfind(|name| name.starts_with("pytorch_model")).or_else(|| pickles().next_back());
     if let Some(name) = pickle {
         return Err(Error::failed(format!(

@@ -608,7 +608,7 @@ fn what_is_no_model_is_told_for_what_it_is() {
         for command in
             [&["inspect", input][..], &["eval", "model", "--reference", input], &["convert", input, "-o", "out"]]
         {
-            room.run(command).refuses(1, &[&[input], words].concat());
+            room.run(command).refuses(1, words);
         }
     }
     room.run(["eval", "model", "--adapter", "mlx"]).refuses(1, &["an adapter of MLX", "mlx_lm.fuse"]);
