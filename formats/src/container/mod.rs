@@ -5,6 +5,7 @@ pub mod imatrix;
 pub mod placed;
 pub mod safetensors;
 pub mod sentencepiece;
+pub mod shards;
 
 use std::fs::File;
 use std::ops::{Deref, Range};
