@@ -68,8 +68,9 @@ impl SafetensorsSet {
                     0 => String::new(),
                     n => format!(" and {n} more tensors"),
                 };
-                return Err(Error::missing(format!("shard {name}, which the index names for `{first}`{more},"))
-                    .in_file(index));
+                return Err(
+                    Error::missing(format!("shard {name}, which the index names for `{first}`{more},")).in_file(index)
+                );
             }
             files.push(SafetensorsFile::open(path)?);
         }
@@ -340,7 +341,8 @@ mod tests {
     #[test]
     fn what_the_index_does_not_name_is_read_and_what_no_shard_holds_is_remembered() {
         let map = json!({"x": A, "y": A, "ghost": B, "q.qweight": A});
-        let dir = folder(&[(A, &[("x", 1), ("extra", 3)]), (B, &[("y", 2)]), ("other.safetensors", &[("z", 9)])], Some(map));
+        let dir =
+            folder(&[(A, &[("x", 1), ("extra", 3)]), (B, &[("y", 2)]), ("other.safetensors", &[("z", 9)])], Some(map));
         let (tensors, notes) = opened(dir.path());
         assert_eq!(tensors, of(&[("x", 1), ("extra", 3), ("y", 2)]), "and the file that it does not name is left");
         assert_eq!(
@@ -431,8 +433,11 @@ mod tests {
     #[test]
     fn tensors_without_extents_and_without_values_are_tensors() {
         let dir = tempfile::tempdir().unwrap();
-        let specs = [("scalar", vec![]), ("none", vec![0])]
-            .map(|(name, shape)| TensorSpec { name: name.into(), dtype: Dtype::F32, shape });
+        let specs = [("scalar", vec![]), ("none", vec![0])].map(|(name, shape)| TensorSpec {
+            name: name.into(),
+            dtype: Dtype::F32,
+            shape,
+        });
         let writer = ShardedWriter::create(dir.path(), specs.to_vec(), 1 << 20, &BTreeMap::new()).unwrap();
         writer.write("scalar", &1f32.to_le_bytes()).unwrap();
         writer.write("none", &[]).unwrap();
