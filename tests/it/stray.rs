@@ -103,7 +103,7 @@ fn what_is_not_part_of_the_model_goes_over_untouched_with_a_note() {
         );
         let config: Value = serde_json::from_slice(&std::fs::read(room.path("out/config.json")).unwrap()).unwrap();
         let left = config["quantization_config"][listed].to_string();
-        for module in ["score", "vision_tower", "mtp"] {
+        for module in ["score", "vision_tower", "proj"] {
             assert!(left.contains(module), "{format}: {module} in {left}");
         }
         let report: Value = serde_json::from_slice(&std::fs::read(room.path("out/report.json")).unwrap()).unwrap();
