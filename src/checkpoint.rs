@@ -135,19 +135,31 @@ impl Checkpoint {
         Some(&self.entries[*self.by_name.get(name)?])
     }
 
+    /// The shard that an index promises a tensor in that no file holds, and the index.
+    pub fn promised(&self, name: &str) -> Option<(&str, &Path)> {
+        match &self.source {
+            Source::Directory { tensors, .. } => tensors.promised(name),
+            Source::Gguf(_) => None,
+        }
+    }
+
     /// The adapter that tensors are merged with, if there is one.
     pub fn adapter(&self) -> Option<&AdapterReport> {
         self.adapter.as_ref().map(Adapter::report)
     }
 
-    /// What was found otherwise than a path or config.json says it.
-    pub fn remarks(&self) -> &[String] {
-        &self.remarks
+    /// What was found otherwise than a path, config.json or an index says it.
+    pub fn remarks(&self) -> Vec<String> {
+        let mut remarks = self.remarks.clone();
+        if let Source::Directory { tensors, .. } = &self.source {
+            remarks.extend(tensors.notes().iter().cloned());
+        }
+        remarks
     }
 
     /// What a reader of a report should know of how the checkpoint is stored, [remarks](Checkpoint::remarks) first.
     pub fn notices(&self) -> Vec<String> {
-        let mut notices = self.remarks.clone();
+        let mut notices = self.remarks();
         let mut kinds: BTreeMap<String, u64> = BTreeMap::new();
         for entry in &self.entries {
             let plain = match entry.dtype {
@@ -612,7 +624,8 @@ fn directory_entries(
             Some((reader, module, main)).filter(|(_, _, main)| tensors.get(main).is_some())
         });
         let Some((reader, module, main)) = part else {
-            if spec.name.ends_with(".qweight") || spec.name.ends_with(".weight_packed") {
+            let codes = [".qweight", ".weight_packed"].into_iter().find_map(|end| spec.name.strip_suffix(end));
+            if codes.is_some_and(|module| tensors.get(&format!("{module}.weight")).is_none()) {
                 let why = formats::Error::missing("the quantization_config that says how these codes are meant");
                 return Err(located(why, &spec.name).into());
             }
@@ -641,7 +654,8 @@ fn directory_entries(
 
 fn dtype_named(name: &str) -> Option<Dtype> {
     match name.strip_prefix("torch.").unwrap_or(name) {
-        "float32" => Some(Dtype::F32),
+        // What has doubles is read as singles.
+        "float32" | "float64" => Some(Dtype::F32),
         "float16" => Some(Dtype::F16),
         "bfloat16" => Some(Dtype::BF16),
         _ => None,
@@ -651,7 +665,9 @@ fn dtype_named(name: &str) -> Option<Dtype> {
 /// The float type that holds the most bytes, or `None` when no tensor is a float.
 fn dominant_dtype(entries: &[Entry]) -> Option<Dtype> {
     let bytes = |dtype: Dtype| -> u64 {
-        entries.iter().filter(|e| e.dtype == StoredType::Plain(dtype)).map(|e| e.stored_bytes).sum()
+        let read_as = |stored| if stored == Dtype::F64 { Dtype::F32 } else { stored };
+        let of = |e: &&Entry| matches!(e.dtype, StoredType::Plain(stored) if read_as(stored) == dtype);
+        entries.iter().filter(of).map(|e| e.stored_bytes).sum()
     };
     [Dtype::BF16, Dtype::F16, Dtype::F32]
         .into_iter()

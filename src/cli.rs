@@ -219,6 +219,9 @@ pub struct Quantize {
     /// Linears to leave as they are: a module, the end of its name, or re: and a regular expression. Repeatable.
     #[arg(long, value_name = "PATTERN")]
     pub ignore: Vec<String>,
+    /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. A GGUF file holds none. [default: copy]
+    #[arg(long, value_name = "copy|drop|refuse")]
+    pub unknown_tensors: Option<String>,
     /// A LoRA adapter (PEFT's directory) to merge first; quality is measured against the merged model.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
@@ -346,6 +349,9 @@ pub struct Convert {
     /// Type of the tensors: f16, bf16 or f32. [default: that of the input]
     #[arg(long, value_name = "TYPE", value_parser = ["f16", "bf16", "f32"])]
     pub dtype: Option<String>,
+    /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. [default: copy]
+    #[arg(long, value_name = "copy|drop|refuse")]
+    pub unknown_tensors: Option<String>,
     /// Replace an existing output.
     #[arg(long)]
     pub force: bool,
@@ -362,6 +368,9 @@ pub struct Merge {
     /// The directory to write.
     #[arg(long, short, value_name = "OUT")]
     pub output: PathBuf,
+    /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. [default: copy]
+    #[arg(long, value_name = "copy|drop|refuse")]
+    pub unknown_tensors: Option<String>,
     /// Replace an existing output.
     #[arg(long)]
     pub force: bool,

@@ -24,6 +24,7 @@ use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::{Hashing, flushed, hash_written};
+use crate::stray;
 
 /// What became of one linear.
 #[derive(Clone, Debug, Serialize)]
@@ -414,7 +415,7 @@ impl<B: Backend> Work<'_, B> {
             let spec = self.plan.outputs.iter().find(|spec| spec.name == *name).expect("planned");
             if let Some(values) = self.changed.get(name) {
                 write_floats(self.writer, name, spec.dtype, values)?;
-            } else {
+            } else if !stray::copied(self.source, name, fate, self.writer)? {
                 copy_tensor(self.source, name, spec.dtype, self.writer)?;
             }
         }

@@ -8,6 +8,7 @@ use std::time::Instant;
 use calibration::samples::Samples;
 use calibration::solvers::{Gptq, Observer, Shared, Solver, pack_rows, searched, solve_blocks};
 use calibration::statistics::{Needs, Statistics};
+use formats::container::gguf::MetadataValue;
 use formats::ggml::Levels;
 use formats::{GgmlType, GgufTensor, GgufWriter, Imatrix, ImatrixEntry, TensorView};
 use kernels::Backend;
@@ -24,10 +25,11 @@ use crate::export::names::{self, ExportPlan, ExportTensor, From, Part, Source};
 use crate::export::tokenizer::tokenizer;
 use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, load_bias, load_matrix, ready, run_block};
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
-use crate::plan::{Fate, check_tensors, left_out};
+use crate::plan::{Fate, check_tensors};
 use crate::progress::Progress;
 use crate::recipe::{Method, Recipe};
 use crate::report::{Hashing, TensorReport, flushed, hash_written};
+use crate::stray::Strays;
 
 /// What the file will hold, decided and checked before any work is done.
 pub struct GgufPlan {
@@ -135,12 +137,18 @@ impl GgufPlan {
         });
         let mut written =
             metadata(graph, source.config(), &plan, &About::of(source), mix.file_type, collected.as_ref())?;
+        if let Some(pooling) = crate::sentence::pooling(source.path()) {
+            let key = format!("{}.pooling_type", plan.architecture);
+            written.metadata.push((key, MetadataValue::U32(pooling)));
+        }
         let words = tokenizer(source, graph.vocabulary, settings.pre.as_deref())?;
         written.metadata.extend(words.metadata);
         notices.extend(written.notices);
         notices.extend(words.notices);
 
-        let fates = fates(graph, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
+        let strays = Strays::new(graph, source, recipe.unknown_tensors);
+        let fates = fates(&strays, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
+        notices.extend(strays.notes(fates.iter().map(|one| (&*one.name, &one.fate)), false));
         let tensors = plan.tensors.into_iter().zip(assigned).map(|(tensor, assigned)| (tensor, assigned.ty)).collect();
         Ok(GgufPlan { tensors, by_module, fallbacks, metadata: written.metadata, notices, fates, imatrix })
     }
@@ -216,7 +224,7 @@ fn importance_of(imatrix: &Imatrix, tensor: &ExportTensor, part: usize) -> Resul
 }
 
 /// Accounts for every tensor of the input.
-fn fates(graph: &Graph, source: &Checkpoint, plan: &ExportPlan, types: &[GgmlType]) -> Result<Vec<TensorReport>> {
+fn fates(strays: &Strays<'_>, source: &Checkpoint, plan: &ExportPlan, types: &[GgmlType]) -> Result<Vec<TensorReport>> {
     let mut exported: HashMap<String, GgmlType> = HashMap::new();
     for (tensor, ty) in plan.tensors.iter().zip(types) {
         for part in tensor.parts() {
@@ -231,7 +239,11 @@ fn fates(graph: &Graph, source: &Checkpoint, plan: &ExportPlan, types: &[GgmlTyp
         let fate = match exported.get(entry.name.as_str()) {
             Some(ty) if ty.layout().is_some() => Fate::Quantized,
             Some(_) => Fate::Copied,
-            None => left_out(graph, source, &entry.name)?,
+            None => match strays.fate(&entry.name)? {
+                // No file has room for what its loader does not know.
+                Fate::Aside(what) => Fate::Dropped(what),
+                fate => fate,
+            },
         };
         fates.push(TensorReport { name: entry.name.clone(), fate });
     }

@@ -23,7 +23,7 @@ use crate::report::{
     BitsPerWeight, FileReport, Hashing, Report, Seconds, TensorReport, Verdict, hash_beside, hashed, peak_memory,
 };
 use crate::text::{ModelText, load_text};
-use crate::verify::{Limits, Protocol, Quality, evaluate};
+use crate::verify::{HiddenStates, Limits, Protocol, Quality, compare_hidden, evaluate};
 
 /// What to measure of the output.
 #[derive(Clone, Debug)]
@@ -75,6 +75,7 @@ struct HeldOut {
 /// What every run has when its work is done.
 struct Outcome {
     quality: Option<Quality>,
+    hidden_states: Option<HiddenStates>,
     outputs: Vec<FileReport>,
     linears: Vec<LinearReport>,
     smoothings: Vec<SmoothingReport>,
@@ -101,6 +102,12 @@ impl Job<'_> {
         }
         let source = Checkpoint::open_with(self.model, adapter)?;
         let graph = families::graph_of(&source)?;
+        if graph.head.missing && self.verification.as_ref().is_some_and(|v| v.limits.any()) {
+            return Err(Error::usage(format!(
+                "{}: the model has no output projection, as its architectures say: drop the limits on what it would predict",
+                self.model.display()
+            )));
+        }
         let hashing = hash_beside(source.files());
         match self.recipe.gguf {
             Some(_) => self.gguf_file(backend, progress, started, source, graph, hashing),
@@ -139,10 +146,11 @@ impl Job<'_> {
 
         let verifying = Instant::now();
         let reopened = Checkpoint::open(staging.folder())?;
-        let quality = self.measure(backend, &run, &reopened, progress)?;
+        let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
         let quantized_bytes = reopened.entries().iter().filter(|e| matches!(e.dtype, StoredType::Quantized { .. }));
         let outcome = Outcome {
             quality,
+            hidden_states,
             verify: verifying.elapsed().as_secs_f64(),
             quantized: [
                 graph
@@ -211,7 +219,7 @@ impl Job<'_> {
 
         let verifying = Instant::now();
         let reopened = Checkpoint::open(&compiled.files[0])?;
-        let quality = self.measure(backend, &run, &reopened, progress)?;
+        let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
         if let (Some(verification), Some(held_out)) = (&self.verification, &run.held_out)
             && let Ok(own) = ModelText::open(&reopened)
             && own.evaluation_ids(&load_text(&verification.text)?)? != held_out.ids
@@ -231,6 +239,7 @@ impl Job<'_> {
         }
         let outcome = Outcome {
             quality,
+            hidden_states,
             verify: verifying.elapsed().as_secs_f64(),
             quantized: compiled.quantized,
             outputs: hashed(compiled.flushing)?,
@@ -283,7 +292,8 @@ impl Job<'_> {
         }
         if !graph.aside.is_empty() && !graph.opaque {
             let names: Vec<&str> = graph.aside.iter().map(|(prefix, _)| prefix.trim_end_matches('.')).collect();
-            notes.push(format!("not part of the language model, and copied as they are: {}", names.join(", ")));
+            let done = if recipe.gguf.is_some() { "left out" } else { "copied as they are" };
+            notes.push(format!("not part of the language model, and {done}: {}", names.join(", ")));
         }
         let text = match needs > Needs::Nothing || self.verification.is_some() {
             true => Some(ModelText::open(&source)?),
@@ -331,12 +341,15 @@ impl Job<'_> {
         run: &Run,
         reopened: &Checkpoint,
         progress: &mut Progress,
-    ) -> Result<Option<Quality>> {
-        let Some(HeldOut { windows, .. }) = &run.held_out else { return Ok(None) };
+    ) -> Result<(Option<Quality>, Option<HiddenStates>)> {
+        let Some(HeldOut { windows, .. }) = &run.held_out else { return Ok((None, None)) };
+        if run.graph.head.missing {
+            return Ok((None, Some(compare_hidden(backend, reopened, &run.source, windows, progress)?)));
+        }
         let mut quality =
             evaluate(backend, reopened, Some(&run.source), windows, Protocol::Papers, Activations::Exact, progress)?;
         quality.model = self.output.display().to_string();
-        Ok(Some(quality))
+        Ok((Some(quality), None))
     }
 
     fn report<B: Backend>(self, backend: &B, mut run: Run, outcome: Outcome) -> Result<Report> {
@@ -349,6 +362,18 @@ impl Job<'_> {
         };
         run.notes.extend(starved_experts(&outcome.linears));
         run.notes.extend(backend.notes());
+        if run.graph.head.missing {
+            let found = outcome.hidden_states.map_or("were not compared".to_owned(), |found| {
+                format!(
+                    "on {} tokens have a mean cosine of {:.5} with the original's, {:.5} at the lowest, and differ by {:.2} % of their length",
+                    found.tokens,
+                    found.cosine_mean,
+                    found.cosine_min,
+                    100.0 * found.relative_error
+                )
+            });
+            run.notes.push(format!("the model has no output projection: its hidden states {found}"));
+        }
         let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         let inputs = hashed(run.hashing)?;
         let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
@@ -370,6 +395,7 @@ impl Job<'_> {
             inputs,
             outputs: outcome.outputs,
             quality: outcome.quality,
+            hidden_states: outcome.hidden_states,
             verdict,
             notes: run.notes,
             linears: outcome.linears,
@@ -418,6 +444,10 @@ fn write_side_files(source: &Checkpoint, beside: &Beside, plan: &Plan, staging: 
     let mut config = source.config().clone();
     if let Value::Object(config) = &mut config {
         config.insert("quantization_config".to_owned(), plan.config.quantization_config.clone());
+        singles(config);
+        if let Some(Value::Object(text)) = config.get_mut("text_config") {
+            singles(text);
+        }
     }
     debug_assert!(plan.fates.iter().any(|(_, fate)| *fate == Fate::Quantized));
     write_config(&config, staging)?;
@@ -425,6 +455,15 @@ fn write_side_files(source: &Checkpoint, beside: &Beside, plan: &Plan, staging: 
         staging.write(name, content)?;
     }
     copy_side_files(beside, staging)
+}
+
+/// Says float32 where a configuration says float64, which nothing is written in.
+fn singles(config: &mut serde_json::Map<String, Value>) {
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(name) = config.get_mut(key).filter(|name| *name == "float64" || *name == "torch.float64") {
+            *name = Value::from("float32");
+        }
+    }
 }
 
 /// Writes config.json.

@@ -27,6 +27,8 @@ pub mod progress;
 pub mod recipe;
 pub mod report;
 pub mod runtimes;
+pub mod sentence;
+pub mod stray;
 pub mod text;
 pub mod verify;
 

@@ -9,10 +9,10 @@ use quantc::cli::{Cli, Command, Compute, Engine, Eval, Quantize};
 use quantc::forward::Activations;
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
-use quantc::recipe::{Recipe, Request, named};
+use quantc::recipe::{Recipe, Request, named, unknown_tensors};
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{Limits, Protocol, evaluate};
-use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, with_backend};
+use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, stray, with_backend};
 
 /// The output is there, and its quality is below the limits.
 const BELOW_THE_BAR: u8 = 3;
@@ -58,7 +58,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 "bf16" => Dtype::BF16,
                 _ => Dtype::F32,
             });
-            let notes = convert::convert(&args.input, &args.output, dtype, args.force)?;
+            let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
+            let notes = convert::convert(&args.input, &args.output, dtype, unknown, args.force)?;
             notes.iter().for_each(|note| eprintln!("note: {note}"));
             Ok(0)
         }
@@ -71,7 +72,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             Ok(0)
         }
         Command::Merge(args) => {
-            let (merged, notes) = merge::merge(&args.model, &args.adapter, &args.output, args.force)?;
+            let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
+            let (merged, notes) = merge::merge(&args.model, &args.adapter, &args.output, unknown, args.force)?;
             if let (Some(adapter), false) = (merged.adapter(), args.quiet) {
                 let (output, kind) = (args.output.display(), adapter.kind);
                 say(&format!(
@@ -122,6 +124,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         desc_act: args.desc_act.then_some(true),
         moe_all_experts: args.moe_all_experts.then_some(true),
         ignore: (!args.ignore.is_empty()).then_some(args.ignore),
+        unknown_tensors: args.unknown_tensors,
         adapter: args.adapter,
         calibration: args.calibration,
         samples: args.samples,
@@ -213,6 +216,9 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     };
     let reference_adapter = args.reference_adapter.as_deref();
     let reference = args.reference.as_deref().map(|path| Checkpoint::open_with(path, reference_adapter)).transpose()?;
+    for checkpoint in [Some(&model), reference.as_ref()].into_iter().flatten() {
+        stray::refuse_adapters(checkpoint)?;
+    }
     let text = load_text(args.text.as_deref().unwrap_or(HELD_OUT)).map_err(Error::from)?;
     let tokenizer = ModelText::open(&model)?;
     let ids = tokenizer.evaluation_ids(&text).map_err(Error::from)?;
@@ -250,6 +256,10 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     match args.json {
         true => say(&format!("{}\n", serde_json::to_string_pretty(&quality)?)),
         false => say(&report::quality_table(&quality)),
+    }
+    if !args.compute.quiet {
+        let read = [Some(&model), reference.as_ref()].into_iter().flatten();
+        read.flat_map(Checkpoint::remarks).for_each(|note| eprintln!("note: {note}"));
     }
     Ok(0)
 }

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::forward::Activations;
 use crate::plan::Fate;
 use crate::recipe::Recipe;
-use crate::verify::{Limits, Quality};
+use crate::verify::{HiddenStates, Limits, Quality};
 
 /// A file and what is in it.
 #[derive(Clone, Debug, Serialize)]
@@ -90,6 +90,9 @@ pub struct Report {
     pub bpw: BitsPerWeight,
     /// Against the original, on held-out text.
     pub quality: Option<Quality>,
+    /// Of a model without an output projection, against the original, on held-out text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hidden_states: Option<HiddenStates>,
     /// Limits on the quality.
     pub verdict: Option<Verdict>,
     /// Limits on who can load the output, and other things worth knowing.

@@ -194,7 +194,7 @@ impl Base {
             embedding: Embedding { tensor: format!("{}.weight", self.embedding), scale: 1.0, positions: None },
             blocks,
             final_norm: self.norm(self.final_norm),
-            head: Head { linear, tied, scale: 1.0, softcap: None },
+            head: Head { linear, tied, missing: false, scale: 1.0, softcap: None },
             dropped: super::DROPPED.to_vec(),
             aside: Vec::new(),
             opaque: false,

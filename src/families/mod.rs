@@ -209,7 +209,25 @@ pub fn published(source: &Checkpoint) -> Result<Graph> {
         other => other,
     })?;
     adopt_names(&mut graph, source);
+    if headless(&graph, source) {
+        graph.head.linear.bias = false;
+        (graph.head.tied, graph.head.missing) = (true, true);
+    }
     Ok(graph)
+}
+
+/// Whether the checkpoint is of a class without an output projection: the bare model, which gives embeddings, or one with a
+/// head for labels or values.
+fn headless(graph: &Graph, source: &Checkpoint) -> bool {
+    let classes = source.config().get("architectures").and_then(Value::as_array);
+    let without = |class: &Value| {
+        let class = class.as_str().unwrap_or_default();
+        let bare = class.ends_with("Model") && !["LMHead", "Heads", "Chat"].iter().any(|word| class.contains(word));
+        let other = ["SequenceClassification", "TokenClassification", "QuestionAnswering", "Reward", "Embedding"];
+        bare || other.iter().any(|word| class.contains(word))
+    };
+    classes.is_some_and(|classes| !classes.is_empty() && classes.iter().all(without))
+        && source.entry(&graph.head.linear.weight()).is_none()
 }
 
 /// Finds the language model in a checkpoint: under a wrapper's prefix, or without the prefix of its own class.

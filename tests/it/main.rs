@@ -14,4 +14,5 @@ mod matrix;
 mod pipeline;
 mod readme;
 mod sentencepiece;
+mod stray;
 mod tidy;

@@ -5,6 +5,7 @@ pub mod imatrix;
 pub mod placed;
 pub mod safetensors;
 pub mod sentencepiece;
+pub mod shards;
 pub mod stand_in;
 
 use std::fs::File;
