@@ -12,9 +12,6 @@ use crate::error::{Error, Result};
 /// The smallest half above 0.
 const STEP: f32 = 5.960_464_5e-8;
 
-/// Weights count as lost where the file's differ from them by more than this share of their energy.
-const LOST: f64 = 0.25;
-
 /// What there is to tell of a linear's or another tensor's lost weights, from this share of them on.
 const TOLD: f64 = 0.01;
 
@@ -30,7 +27,7 @@ pub fn dead_inputs<B: Backend>(statistics: &Statistics<B>) -> Option<f64> {
     (dead > 0 && statistics.count > 0.0).then(|| dead as f64 / energy.len() as f64)
 }
 
-/// Counts the weights that packed blocks hold no longer, because their scales are too small to be stored. `values` gives the weights
+/// Counts the weights that packed blocks hold no longer, or much more coarsely than their codes could, because their scales are too small to be stored. `values` gives the weights
 /// where they have to be looked at.
 ///
 /// Fails where a scale is too large to be stored. `source` is the tensor's name in the input, `tensor` in the file.
@@ -57,13 +54,14 @@ pub fn lost_in_blocks(
     if let Some(index) = faults.beyond {
         return Err(beyond(index));
     }
+    let most = tolerated(ty.layout().map_or(1 << 11, |layout| layout.levels.count()));
     let (mut lost, mut held) = (0, vec![0.0; span]);
     for index in faults.tiny {
         let values = of(index);
         let bytes = |at: usize| at / ty.block_len * ty.block_bytes;
         let (first, held) = (index * span, &mut held[..values.len()]);
         ty.dequantize(&packed[bytes(first)..bytes(first + values.len())], held).map_err(|e| e.in_tensor(source))?;
-        if is_lost(values.iter().zip(held.iter()).map(|(x, y)| [*x, *y])) {
+        if share_lost(values.iter().zip(held.iter()).map(|(x, y)| [*x, *y])) > most {
             // A search whose squares overflow gives up with a scale of 0.
             if peak(values) > 1e4 {
                 return Err(beyond(index));
@@ -102,23 +100,30 @@ pub fn lost_in_grid(grid: &Grid, tensor: &str, values: impl FnOnce() -> Result<[
     let groups = grid.spec.groups();
     let mut columns = vec![Vec::new(); groups];
     grid.spec.group_of.iter().enumerate().for_each(|(col, group)| columns[*group as usize].push(col));
+    let most = tolerated(1 << scheme.bits);
     let mut lost = 0;
     for (index, _) in grid.scales.iter().enumerate().filter(|(_, scale)| tiny(scale)) {
         let (row, columns) = (index / groups, &columns[index % groups]);
-        if is_lost(columns.iter().map(|col| [weight[[row, *col]], held[[row, *col]]])) {
+        if share_lost(columns.iter().map(|col| [weight[[row, *col]], held[[row, *col]]])) > most {
             lost += columns.len();
         }
     }
     Ok(lost)
 }
 
-fn is_lost(pairs: impl Iterator<Item = [f32; 2]>) -> bool {
+/// The share of a group's energy that its codes alone never lose: some times what rounding bell-shaped weights to so many levels does.
+fn tolerated(levels: usize) -> f64 {
+    (12.0 / (levels as f64).powi(2)).clamp(1e-3, 0.5)
+}
+
+/// The share of the energy of weights that is lost, in pairs with what is held of them; 0 for weights that are all 0 and stay so.
+fn share_lost(pairs: impl Iterator<Item = [f32; 2]>) -> f64 {
     let (mut whole, mut error) = (0.0, 0.0);
     for [x, y] in pairs {
         whole += f64::from(x).powi(2);
         error += (f64::from(x) - f64::from(y)).powi(2);
     }
-    error > LOST * whole
+    if error == 0.0 { 0.0 } else { error / whole }
 }
 
 fn peak(values: &[f32]) -> f32 {
@@ -161,8 +166,8 @@ pub fn notes(linears: &[LinearReport], others: &[(String, f64)]) -> Vec<String> 
     if let Some(most) = shares.iter().map(|(_, share)| *share).reduce(f64::max) {
         let names: Vec<&str> = shares.iter().map(|(name, _)| *name).collect();
         notes.push(format!(
-            "the weights of {} tensors ({}) are too small for scales in half precision: up to {:.0} % of them are lost, and read as 0 or \
-             far from what they were",
+            "the weights of {} tensors ({}) are too small for scales in half precision: up to {:.0} % of them are lost, or \
+             much coarser than their codes",
             names.len(),
             listed(&names),
             100.0 * most
@@ -207,5 +212,102 @@ pub fn listed(names: &[&str]) -> String {
     match names.len() {
         0..=3 => first.join(", "),
         all => format!("{} and {} more", first.join(", "), all - 3),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use calibration::solvers::{Gptq, Observer, Solver, solve_blocks};
+    use calibration::statistics::Needs;
+    use formats::ggml::TYPES;
+    use kernels::Cpu;
+
+    use super::*;
+
+    /// Repeatable numbers around 0, more of them small than large.
+    fn noise(rows: usize, cols: usize) -> Array2<f32> {
+        let mut state = 7u64;
+        Array2::from_shape_simple_fn((rows, cols), || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            let x = (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0;
+            0.1 * x * x * x
+        })
+    }
+
+    /// The share of its energy that a weight lost, and what is told of it; an error where it is refused.
+    fn solved(ty: GgmlType, weight: &Array2<f32>, sweep: bool) -> Result<(f64, usize)> {
+        let backend = Cpu::exact();
+        let inputs = backend.input(noise(64, 256)).unwrap();
+        let statistics =
+            Statistics::gather(&backend, 256, Needs::Hessian, |see| see(&inputs)).map_err(|e: kernels::Error| Error::from(e))?;
+        let solver = Gptq { observer: Observer::Imatrix, damp: 0.05, act_order: true, desc_act: false };
+        let shared = match sweep {
+            true => solver.share(&backend, Some(&statistics))?,
+            false => calibration::solvers::Shared { statistics: None, factor: None, fallback: None },
+        };
+        let importance = statistics.importance();
+        let weight = backend.upload(weight.clone())?;
+        let solution = solve_blocks(&backend, &shared, &weight, ty, sweep.then_some(&importance[..]))?;
+        let asked = || Ok(backend.download(&weight)?.iter().copied().collect());
+        let lost = lost_in_blocks(ty, &solution.packed, ["the.weight", "blk.0.x.weight"], asked)?;
+        let mut held = vec![0.0; 8 * 256];
+        ty.dequantize(&solution.packed, &mut held)?;
+        let (mut whole, mut error) = (0.0, 0.0);
+        for (x, y) in weight.iter().zip(&held) {
+            assert!(y.is_finite(), "{ty}: {y} for {x}");
+            whole += f64::from(*x).powi(2);
+            error += (f64::from(*x) - f64::from(*y)).powi(2);
+        }
+        Ok((error / whole, lost))
+    }
+
+    #[test]
+    fn every_type_holds_scaled_weights_or_is_found_not_to() {
+        // Types whose blocks have a half for a scale, and no integers beside it.
+        let narrow = ["F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "TQ1_0", "TQ2_0"];
+        let wide = ["F32", "BF16", "MXFP4"];
+        for ty in TYPES {
+            for sweep in [false, true] {
+                let (usual, lost) = solved(*ty, &noise(8, 256), sweep).unwrap();
+                assert_eq!(lost, 0, "{ty}");
+                for factor in [1e8, 1e20, 1e-4, 1e-8, 1e-12] {
+                    let label = format!("{ty}, {}, {factor:e}", if sweep { "swept" } else { "rounded" });
+                    let (found, lost) = match solved(*ty, &noise(8, 256).mapv(|x| x * factor), sweep) {
+                        Ok(found) => found,
+                        Err(refused) => {
+                            let told = refused.to_string();
+                            assert!(told.contains("`the.weight`") && told.contains("--tensor-type blk.0.x=BF16"), "{told}");
+                            let holds = ["Q6_K", "IQ4_XS"].contains(&ty.name);
+                            assert!(factor > 1e8 || !holds, "{label}: {told}");
+                            assert!(factor > 1.0 && !wide.contains(&ty.name), "{label}: {told}");
+                            continue;
+                        }
+                    };
+                    assert!(factor < 1e8 || !narrow.contains(&ty.name), "{label} is beyond its scales");
+                    let levels = ty.layout().map_or(1 << 11, |layout| layout.levels.count());
+                    assert!(found < usual + tolerated(levels) || lost > 0, "{label}: {found} is lost, usually {usual}");
+                    let tiny = factor < 1e-6 && !wide.contains(&ty.name);
+                    assert!(lost > 0 || !tiny, "{label}: {found} is lost, and not found to be");
+                    assert!(lost == 0 || factor < 1e-3 && !wide.contains(&ty.name), "{label}: {found}");
+                    assert!(lost == 0 || factor > 1e-7 || lost == 8 * 256, "{label}: {lost}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn zeros_and_equal_values_are_not_lost() {
+        for ty in TYPES.iter().filter(|ty| ty.block_len > 1) {
+            for value in [0.0, 0.25] {
+                let (_, lost) = solved(*ty, &Array2::from_elem((8, 256), value), true).unwrap();
+                assert_eq!(lost, 0, "{ty}: {value}");
+            }
+        }
+    }
+
+    #[test]
+    fn names_are_listed_up_to_three() {
+        assert_eq!(listed(&["a", "b", "c"]), "`a`, `b`, `c`");
+        assert_eq!(listed(&["a", "b", "c", "d", "e"]), "`a`, `b`, `c` and 2 more");
     }
 }
