@@ -669,7 +669,9 @@ impl Settings {
             // A cache of the hub calls a model's folder models--OWNER--NAME.
             let mut parts = place.iter().map(|part| part.to_string_lossy().to_ascii_lowercase());
             let named = original.as_deref().is_some_and(|name| last(name) == wanted);
-            if !named && !parts.any(|part| part.rsplit("--").next() == Some(&*wanted) || part == format!("{wanted}.gguf")) {
+            if !named
+                && !parts.any(|part| part.rsplit("--").next() == Some(&*wanted) || part == format!("{wanted}.gguf"))
+            {
                 notices.push(format!(
                     "the adapter was trained on `{base}`, and by its name {} may be another model; shapes fit, and nothing else tells",
                     model.display()

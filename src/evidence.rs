@@ -238,8 +238,8 @@ mod tests {
     fn solved(ty: GgmlType, weight: &Array2<f32>, sweep: bool) -> Result<(f64, usize)> {
         let backend = Cpu::exact();
         let inputs = backend.input(noise(64, 256)).unwrap();
-        let statistics =
-            Statistics::gather(&backend, 256, Needs::Hessian, |see| see(&inputs)).map_err(|e: kernels::Error| Error::from(e))?;
+        let statistics = Statistics::gather(&backend, 256, Needs::Hessian, |see| see(&inputs))
+            .map_err(|e: kernels::Error| Error::from(e))?;
         let solver = Gptq { observer: Observer::Imatrix, damp: 0.05, act_order: true, desc_act: false };
         let shared = match sweep {
             true => solver.share(&backend, Some(&statistics))?,
@@ -276,7 +276,10 @@ mod tests {
                         Ok(found) => found,
                         Err(refused) => {
                             let told = refused.to_string();
-                            assert!(told.contains("`the.weight`") && told.contains("--tensor-type blk.0.x=BF16"), "{told}");
+                            assert!(
+                                told.contains("`the.weight`") && told.contains("--tensor-type blk.0.x=BF16"),
+                                "{told}"
+                            );
                             let holds = ["Q6_K", "IQ4_XS"].contains(&ty.name);
                             assert!(factor > 1e8 || !holds, "{label}: {told}");
                             assert!(factor > 1.0 && !wide.contains(&ty.name), "{label}: {told}");

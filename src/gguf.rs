@@ -118,7 +118,8 @@ impl GgufPlan {
             others.filter_map(|(_, (t, a))| a.fallback.as_ref().map(|why| format!("tensor `{}`: {why}", t.gguf))),
         );
         if let Some(imatrix) = &imatrix {
-            let linears = graph.linears().flat_map(|linear| by_module[&linear.module].iter().map(move |at| (linear, at)));
+            let linears =
+                graph.linears().flat_map(|linear| by_module[&linear.module].iter().map(move |at| (linear, at)));
             let linears = linears.map(|(linear, at)| (&*linear.module, &plan.tensors[at.tensor], at.part));
             let known = plan.tensors.iter().map(|tensor| &*tensor.gguf).collect();
             let path = settings.imatrix.as_deref().expect("read");

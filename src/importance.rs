@@ -57,7 +57,9 @@ pub fn check_importance<'a>(
     let mut tell = |names: &[&str], what: &str| {
         if !names.is_empty() {
             let (count, names) = (names.len(), listed(names));
-            notes.push(format!("{shown}: {what} {count} of {all} linears ({names}), which were rounded as without importance"));
+            notes.push(format!(
+                "{shown}: {what} {count} of {all} linears ({names}), which were rounded as without importance"
+            ));
         }
     };
     tell(&without, "it has no entry for");
@@ -75,7 +77,9 @@ pub fn check_importance<'a>(
     let (chunks, tokens) = seen(imatrix);
     if tokens.map_or(chunks < 16, |tokens| tokens < FEW_TOKENS) {
         let found = tokens.map_or(format!("{chunks} pieces of text"), |tokens| format!("{tokens} tokens"));
-        notes.push(format!("{shown}: it was computed on {found}, which are few; the importance of inputs is a rough guess"));
+        notes.push(format!(
+            "{shown}: it was computed on {found}, which are few; the importance of inputs is a rough guess"
+        ));
     }
     Ok(notes)
 }

