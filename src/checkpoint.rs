@@ -193,6 +193,7 @@ impl Checkpoint {
         if self.adapter.as_ref().is_some_and(Adapter::unties) {
             notices.push("the adapter makes the head differ from the embedding; it is now a tensor of its own".into());
         }
+        notices.extend(self.adapter.iter().flat_map(Adapter::notices).cloned());
         notices
     }
 

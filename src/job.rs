@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, StoredType};
 use crate::compile::{Compiled, LinearReport, SmoothingReport, Stages, compile, needs};
 use crate::error::{Error, Result};
+use crate::evidence;
 use crate::families;
 use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
@@ -80,6 +81,8 @@ struct Outcome {
     linears: Vec<LinearReport>,
     smoothings: Vec<SmoothingReport>,
     tensors: Vec<TensorReport>,
+    /// Other tensors that lose values, with the share of these.
+    lost: Vec<(String, f64)>,
     /// Weights in quantized linears, and the bytes they take.
     quantized: [u64; 2],
     stages: Stages,
@@ -166,8 +169,9 @@ impl Job<'_> {
             tensors: plan
                 .fates
                 .iter()
-                .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone() })
+                .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone(), ty: None })
                 .collect(),
+            lost: Vec::new(),
             stages: done.seconds,
         };
         drop(reopened);
@@ -246,6 +250,7 @@ impl Job<'_> {
             linears: compiled.linears,
             smoothings: Vec::new(),
             tensors: compiled.tensors,
+            lost: compiled.lost,
             stages: compiled.seconds,
         };
         drop(reopened);
@@ -360,7 +365,7 @@ impl Job<'_> {
             }
             _ => None,
         };
-        run.notes.extend(starved_experts(&outcome.linears));
+        run.notes.extend(evidence::notes(&outcome.linears, &outcome.lost));
         run.notes.extend(backend.notes());
         if run.graph.head.missing {
             let found = outcome.hidden_states.map_or("were not compared".to_owned(), |found| {
@@ -410,19 +415,6 @@ impl Job<'_> {
             peak_memory_bytes: peak_memory(),
         })
     }
-}
-
-/// What there is to say of experts that few tokens were sent to.
-fn starved_experts(linears: &[LinearReport]) -> Option<String> {
-    let experts = || linears.iter().filter(|linear| linear.prior.is_some());
-    let starved = experts().filter(|linear| linear.prior.is_some_and(|prior| prior > 0.5)).count();
-    let unseen = experts().filter(|linear| linear.tokens == 0).count();
-    (starved > 0).then(|| {
-        format!(
-            "{starved} of {} linears of experts saw fewer tokens than they have inputs, {unseen} of them none: what all tokens of their layer look like made up for it",
-            experts().count()
-        )
-    })
 }
 
 /// A second copy of the report; written when the output is safe, so that a bad path here does not cost it.

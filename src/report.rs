@@ -38,6 +38,9 @@ pub struct TensorReport {
     pub name: String,
     /// Quantized, copied, tied, or dropped and why.
     pub fate: Fate,
+    /// Its type in a GGUF file.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub ty: Option<&'static str>,
 }
 
 /// Bits per weight.
@@ -80,7 +83,8 @@ pub struct Report {
     pub parameters: u64,
     /// Its weight files.
     pub inputs: Vec<FileReport>,
-    /// What was asked for, defaults filled in.
+    /// What was asked for, defaults filled in; the scheme of a GGUF file is its mix.
+    #[serde(serialize_with = "with_mix")]
     pub recipe: Recipe,
     /// The calibration text, if one was used.
     pub calibration: Option<SampleSource>,
@@ -107,6 +111,15 @@ pub struct Report {
     pub seconds: Seconds,
     /// Largest resident set of the process, mapped files included.
     pub peak_memory_bytes: Option<u64>,
+}
+
+/// A recipe whose scheme says what was done: a mix has no one width and group.
+fn with_mix<S: serde::Serializer>(recipe: &Recipe, serializer: S) -> Result<S::Ok, S::Error> {
+    let mut value = serde_json::to_value(recipe).map_err(serde::ser::Error::custom)?;
+    if let Some(gguf) = &recipe.gguf {
+        value["scheme"] = gguf.mix.into();
+    }
+    value.serialize(serializer)
 }
 
 /// Where the time went.

@@ -66,6 +66,28 @@ pub struct Quality {
     pub beside: Option<Beside>,
 }
 
+impl Quality {
+    /// Fails where the likelihoods are numbers, and a perplexity is too large to be one.
+    fn check(&self) -> Result<()> {
+        let refuse = |path: &str| {
+            Err(Error::failed(format!(
+                "{path}: its perplexity is larger than a number can say; the model is broken, or was made for other tokens"
+            )))
+        };
+        let Quality { perplexity, perplexity_stderr, .. } = self;
+        if let Some(beside) = &self.beside
+            && !beside.reference_perplexity.is_finite()
+        {
+            return refuse(&beside.reference);
+        }
+        let ratio = self.beside.as_ref().map_or([0.0; 2], |b| [b.perplexity_ratio, b.perplexity_ratio_stderr]);
+        match [*perplexity, *perplexity_stderr].iter().chain(&ratio).all(|value| value.is_finite()) {
+            true => Ok(()),
+            false => refuse(&self.model),
+        }
+    }
+}
+
 /// A model beside its reference, on the same tokens.
 #[derive(Clone, Debug, Serialize)]
 pub struct Beside {
@@ -196,13 +218,36 @@ pub fn evaluate<B: Backend>(
             }
         }
     }
-    if let Some(at) = all.model.nll.iter().position(|nll| !nll.is_finite()) {
-        return Err(Error::failed(format!(
-            "{}: the logits of scored token {at} are not finite numbers; the model is broken",
-            model.path().display()
-        )));
+    check_logits(&all, model, reference)?;
+    let quality = Quality { activations, ..summarize(model, reference, &all, [context, windows.len()], protocol) };
+    quality.check()?;
+    Ok(quality)
+}
+
+/// Fails on logits that are no numbers, of which nothing can be said; the original's are looked at first.
+fn check_logits(all: &TokenComparison, model: &Checkpoint, reference: Option<&Checkpoint>) -> Result<()> {
+    let broken = |values: &[f64]| values.iter().position(|value| !value.is_finite());
+    let refuse = |source: &Checkpoint, at: usize, what: &str| {
+        Err(Error::failed(format!(
+            "{}: the logits of scored token {at} are not finite numbers; {what}",
+            source.path().display()
+        )))
+    };
+    if let (Some(at), Some(reference)) = (broken(&all.reference.nll), reference) {
+        return refuse(reference, at, "the original is broken, and nothing can be measured beside it");
     }
-    Ok(Quality { activations, ..summarize(model, reference, &all, [context, windows.len()], protocol) })
+    if let Some(at) = broken(&all.model.nll) {
+        return refuse(model, at, "the model is broken");
+    }
+    // Both give the token that comes some probability, and one of them no number for another.
+    match (broken(&all.kld), reference) {
+        (Some(at), Some(reference)) => Err(Error::failed(format!(
+            "the divergence of {} from {} is no finite number at scored token {at}; some of their logits are none",
+            model.path().display(),
+            reference.path().display()
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// How far the hidden states of a model without an output projection are from those of its reference.

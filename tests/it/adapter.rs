@@ -158,7 +158,7 @@ pub fn adapter(folder: &Path, settings: &Value, tensors: &[(&str, Vec<usize>, Ve
 }
 
 /// A product for one module of a linear `[out, in]`.
-fn product(module: &str, rank: usize, [outputs, inputs]: [usize; 2]) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+pub fn product(module: &str, rank: usize, [outputs, inputs]: [usize; 2]) -> Vec<(String, Vec<usize>, Vec<f32>)> {
     let part = |part: &str, shape: [usize; 2]| {
         let name = format!("{module}.{part}.weight");
         let values = random(&name, shape[0] * shape[1]);
@@ -167,7 +167,7 @@ fn product(module: &str, rank: usize, [outputs, inputs]: [usize; 2]) -> Vec<(Str
     vec![part("lora_A", [rank, inputs]), part("lora_B", [outputs, rank])]
 }
 
-fn borrowed(tensors: &[(String, Vec<usize>, Vec<f32>)]) -> Vec<(&str, Vec<usize>, Vec<f32>)> {
+pub fn borrowed(tensors: &[(String, Vec<usize>, Vec<f32>)]) -> Vec<(&str, Vec<usize>, Vec<f32>)> {
     tensors.iter().map(|(name, shape, values)| (name.as_str(), shape.clone(), values.clone())).collect()
 }
 

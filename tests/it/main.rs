@@ -3,6 +3,7 @@
 mod adapter;
 mod bad_input;
 mod cuda;
+mod evidence;
 mod families;
 mod folders;
 mod gguf;
