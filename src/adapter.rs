@@ -22,6 +22,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::{Entry, read_json};
 use crate::error::{Error, Result};
+use crate::families;
 use crate::report::hash_file;
 
 /// The name of a head of its own, which a model with a tied one lacks.
@@ -163,8 +164,7 @@ impl Adapter {
 
         // A tied head has no tensor; an adapter of its own gives it one.
         let stored_head = entries.iter().position(|e| is_head(&e.name));
-        let flag = tie_flag(config).and_then(|flag| flag.as_bool());
-        let tied = flag.unwrap_or(stored_head.is_none());
+        let tied = families::tied(config).unwrap_or(stored_head.is_none());
         let embedding = |shape: &[usize]| {
             let mut found = entries.iter().filter(|e| e.shape == shape && !e.name.split('.').any(is_number));
             found.next().filter(|_| found.next().is_none()).map(|e| e.name.clone())
@@ -242,13 +242,14 @@ impl Adapter {
             count += 1;
         }
 
-        let vocabulary = [&*config, &config["text_config"]].iter().find_map(|c| c.get("vocab_size")?.as_u64());
-        let vocabulary = vocabulary.map(|n| n as usize);
+        let vocabulary = families::vocabulary(config)?;
         let untied = tied && untie(&file, &settings, entries, [stored_head, vocabulary], &mut changes, new_head);
         if untied {
-            match tie_flag(config) {
-                Some(flag) => *flag = Value::Bool(false),
-                None => drop(config.as_object_mut().map(|c| c.insert("tie_word_embeddings".into(), false.into()))),
+            // In both places that there may be: some runtimes look into one, some into the other.
+            for place in ["", "/text_config"] {
+                if let Some(Value::Object(settings)) = config.pointer_mut(place) {
+                    settings.insert("tie_word_embeddings".into(), false.into());
+                }
             }
         }
         let dora = modules.values().any(|parts| parts.magnitude.is_some());
@@ -422,12 +423,6 @@ fn untie(
             true
         }
     }
-}
-
-fn tie_flag(config: &mut Value) -> Option<&mut Value> {
-    let inside = config.get("tie_word_embeddings").is_none();
-    let place = if inside { config.get_mut("text_config")? } else { config };
-    place.get_mut("tie_word_embeddings")
 }
 
 fn is_head(name: &str) -> bool {

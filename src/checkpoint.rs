@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::adapter::{Adapter, AdapterReport, Change};
 use crate::error::{Error, Result};
+use crate::families;
 use crate::import::gguf::GgufModel;
 use crate::import::sentencepiece;
 
@@ -229,6 +230,12 @@ impl Checkpoint {
                 self.path.display(),
                 reader.method()
             ));
+        }
+        // The settings of a GGUF file were put into words here.
+        if self.gguf().is_none()
+            && let Ok(settings) = families::settings(&self.config)
+        {
+            notices.extend(settings.notes);
         }
         if self.adapter.as_ref().is_some_and(Adapter::unties) {
             notices.push("the adapter makes the head differ from the embedding; it is now a tensor of its own".into());
@@ -628,9 +635,9 @@ fn module_of(name: &str) -> &str {
 /// A JSON file, or `None` when there is no such file.
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
     match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|e| Error::failed(format!("{}: not valid JSON: {e}", path.display()))),
+        Ok(bytes) => {
+            crate::json::parse(&bytes).map(Some).map_err(|why| Error::failed(format!("{}: {why}", path.display())))
+        }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Error::io(path, "read")(e)),
     }

@@ -20,6 +20,7 @@ pub mod graph;
 mod import;
 pub mod inspect;
 pub mod job;
+mod json;
 pub mod merge;
 pub mod output;
 pub mod plan;

@@ -13,6 +13,7 @@ use calibration::samples::{
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::import::sentencepiece;
+use crate::{families, json};
 
 /// The name of the bundled text for evaluation: neither the built-in model nor any preset has seen it.
 pub const HELD_OUT: &str = "held-out";
@@ -142,7 +143,8 @@ impl ModelText {
             });
             return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };
-        let parse = |name: &'static str, bytes: &[u8]| TokenizerConfig::from_json(name, bytes).map_err(located);
+        let parse =
+            |name: &'static str, bytes: &[u8]| TokenizerConfig::from_json(name, &json::plain(bytes)).map_err(located);
         let mut config = match (read_optional(&folder.join("tokenizer_config.json"))?, source.tokenizer_config()) {
             (Some(bytes), _) => parse("tokenizer_config.json", &bytes)?,
             (None, Some(value)) => parse("tokenizer_config.json", value.to_string().as_bytes())?,
@@ -168,7 +170,7 @@ impl ModelText {
             other => located(other),
         })?;
         let tokenizer = tokenizer.with_config(&config);
-        let rows = source.config().get("vocab_size").and_then(serde_json::Value::as_u64);
+        let rows = families::vocabulary(source.config())?.map(|rows| rows as u64);
         Ok(Self { tokenizer, config, jinja, folder: folder.to_owned(), rows })
     }
 

@@ -13,4 +13,5 @@ mod matrix;
 mod pipeline;
 mod readme;
 mod sentencepiece;
+mod spelling;
 mod tidy;
