@@ -12,5 +12,6 @@ mod inputs;
 mod matrix;
 mod pipeline;
 mod readme;
+mod records;
 mod sentencepiece;
 mod tidy;
