@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::adapter::{Adapter, AdapterReport, Change};
 use crate::error::{Error, Result};
 use crate::import::gguf::GgufModel;
-use crate::import::sentencepiece;
+use crate::tokenizer::template_files;
 
 /// An opened checkpoint.
 #[derive(Debug)]
@@ -81,19 +81,6 @@ pub enum SideFile {
     Copy(PathBuf),
     /// Rebuilt from other information.
     Bytes(Vec<u8>),
-}
-
-/// A tokenizer, whatever file it is from.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenizerFile {
-    /// The file, for messages.
-    pub name: &'static str,
-    /// The bytes of a tokenizer.json.
-    pub json: Vec<u8>,
-    /// The BOS that the file itself names, where no configuration does.
-    pub bos: Option<String>,
-    /// The EOS likewise.
-    pub eos: Option<String>,
 }
 
 impl Checkpoint {
@@ -477,50 +464,6 @@ impl Checkpoint {
         }
     }
 
-    /// The tokenizer in the form of tokenizer.json: that file, or what tokenizer.model or a GGUF file says; `None` for a
-    /// directory with neither.
-    pub fn tokenizer(&self) -> Result<Option<TokenizerFile>> {
-        let of = |name, json| Some(TokenizerFile { name, json, bos: None, eos: None });
-        match &self.source {
-            Source::Directory { .. } => {
-                let path = self.path.join("tokenizer.json");
-                match std::fs::read(&path) {
-                    Ok(json) => Ok(of("tokenizer.json", json)),
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => sentencepiece::tokenizer(&self.path),
-                    Err(error) => Err(Error::io(path, "read")(error)),
-                }
-            }
-            Source::Gguf(model) => Ok(of("tokenizer.json", to_json_bytes(&model.tokenizer_json()?))),
-        }
-    }
-
-    /// tokenizer_config.json, when there is a valid one.
-    pub fn tokenizer_config(&self) -> Option<Value> {
-        match &self.source {
-            Source::Directory { .. } => read_json(&self.path.join("tokenizer_config.json")).ok()?,
-            Source::Gguf(model) => model.tokenizer_config().ok(),
-        }
-    }
-
-    /// The chat template: chat_template.jinja, or the one (`default`, if several) of tokenizer_config.json.
-    pub fn chat_template(&self) -> Option<String> {
-        if let Source::Directory { .. } = self.source
-            && let Ok(template) = std::fs::read_to_string(self.path.join("chat_template.jinja"))
-        {
-            return Some(template);
-        }
-        let config = self.tokenizer_config()?;
-        match config.get("chat_template")? {
-            Value::String(template) => Some(template.clone()),
-            Value::Array(list) => {
-                let named = |name: &str| list.iter().find(|item| item["name"] == name);
-                let item = named("default").or(list.first())?;
-                item["template"].as_str().map(str::to_string)
-            }
-            _ => None,
-        }
-    }
-
     /// The files to carry over beside converted weights: tokenizer, templates, generation settings, code, licences.
     pub fn side_files(&self) -> Result<Vec<(String, SideFile)>> {
         match &self.source {
@@ -534,6 +477,8 @@ impl Checkpoint {
                         files.push((name, SideFile::Copy(entry.path())));
                     }
                 }
+                let templates = template_files(&self.path)?;
+                files.extend(templates.into_iter().map(|(name, path)| (name, SideFile::Copy(path))));
                 files.sort_by(|a, b| a.0.cmp(&b.0));
                 Ok(files)
             }

@@ -191,7 +191,8 @@ impl Job<'_> {
             plan.needs(&self.recipe),
             hashing,
         )?;
-        run.notes.extend(plan.notices.iter().cloned());
+        // What there is to say of the tokenizer, reading its files for the texts said too.
+        run.notes.extend(plan.notices.iter().filter(|note| !run.notes.contains(note)).cloned().collect::<Vec<_>>());
         let Run { source, graph, samples, .. } = &run;
         let compiled = gguf::compile(
             backend,
@@ -284,6 +285,7 @@ impl Job<'_> {
             true => Some(ModelText::open(&source)?),
             false => None,
         };
+        notes.extend(text.iter().flat_map(|text| text.notices.iter().cloned()));
         let samples = match (needs > Needs::Nothing, &text) {
             (true, Some(text)) => {
                 let longest = families::longest_context(source.config()).unwrap_or(usize::MAX);
@@ -435,7 +437,11 @@ pub fn copy_side_files(source: &Checkpoint, staging: &Staging) -> Result<()> {
         match file {
             SideFile::Bytes(bytes) => staging.write(&name, &bytes)?,
             SideFile::Copy(path) => {
-                std::fs::copy(&path, staging.folder().join(&name)).map_err(Error::io(&path, "copy"))?;
+                let to = staging.folder().join(&name);
+                if let Some(folder) = to.parent() {
+                    std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
+                }
+                std::fs::copy(&path, to).map_err(Error::io(&path, "copy"))?;
             }
         }
     }

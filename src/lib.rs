@@ -28,6 +28,7 @@ pub mod recipe;
 pub mod report;
 pub mod runtimes;
 pub mod text;
+pub mod tokenizer;
 pub mod verify;
 
 pub use checkpoint::Checkpoint;
