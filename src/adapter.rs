@@ -20,8 +20,11 @@ use kernels::ops::low_rank::{self, Strided};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::checkpoint::place::mlx_adapter;
 use crate::checkpoint::{Entry, read_json};
 use crate::error::{Error, Result};
+use crate::evidence::listed;
+use crate::families::{self, tying};
 use crate::report::hash_file;
 
 /// The name of a head of its own, which a model with a tied one lacks.
@@ -49,6 +52,7 @@ pub struct Adapter {
     changes: HashMap<String, Change>,
     report: AdapterReport,
     untied: bool,
+    notices: Vec<String>,
 }
 
 /// What happens to one tensor of the model.
@@ -93,8 +97,14 @@ struct Settings {
     root: bool,
     fan_in_fan_out: bool,
     keep_tied: bool,
+    dora: bool,
     ranks: Vec<(Regex, f64)>,
     alphas: Vec<(Regex, f64)>,
+    /// The model that it was trained on.
+    base: Option<String>,
+    /// Modules that it was to have factors for, and to bring whole; by their ends, or a pattern for all of the name.
+    targets: Vec<(String, Regex)>,
+    saved: Vec<(String, Regex)>,
 }
 
 /// Reads the named rows of a tensor.
@@ -105,6 +115,12 @@ impl Adapter {
     ///
     /// Fails on kinds other than LoRA and on every tensor that finds no place in the model.
     pub fn open(folder: &Path, model: &Path, config: &mut Value, entries: &mut Vec<Entry>) -> Result<Adapter> {
+        if folder.is_file() {
+            return Err(Error::failed(format!(
+                "{}: a file; --adapter takes the directory that PEFT's save_pretrained wrote",
+                folder.display()
+            )));
+        }
         let config_path = folder.join("adapter_config.json");
         let settings = match read_json(&config_path)? {
             Some(Value::Object(settings)) => settings,
@@ -116,6 +132,11 @@ impl Adapter {
                 )));
             }
         };
+        let settings = Value::Object(settings);
+        if let Some(error) = mlx_adapter(folder, &settings) {
+            return Err(error);
+        }
+        let Value::Object(settings) = settings else { unreachable!("made above") };
         let settings =
             Settings::read(&settings).map_err(|why| Error::failed(format!("{}: {why}", config_path.display())))?;
         let path = folder.join("adapter_model.safetensors");
@@ -128,7 +149,14 @@ impl Adapter {
             )));
         }
         let file = SafetensorsFile::open(&path)?;
+        if file.tensors().len() == 0 {
+            return Err(Error::failed(format!(
+                "{}: it holds no tensor, so there is nothing to merge; the adapter was saved by something that left its weights out",
+                path.display()
+            )));
+        }
         let (modules, replacing) = sort_parts(&file);
+        let original = config.get("_name_or_path").and_then(Value::as_str).map(str::to_owned);
         let finder = Finder::new(entries);
         let located = |name: &str, why: String| Error::failed(format!("{}: tensor `{name}`: {why}", path.display()));
 
@@ -140,6 +168,20 @@ impl Adapter {
             let (Some(a), Some(b)) = (&parts.a, &parts.b) else {
                 return Err(located(any, format!("of the module `{module}` only one of the two factors is there")));
             };
+            match (settings.dora, &parts.magnitude) {
+                (true, None) => {
+                    let why = format!(
+                        "adapter_config.json says use_dora, and the module `{module}` has no lora_magnitude_vector; the adapter is incomplete"
+                    );
+                    return Err(located(a, why));
+                }
+                (false, Some(magnitude)) => {
+                    let why = "it is a magnitude of DoRA, and adapter_config.json does not say use_dora; set it to true, or remove the \
+                               magnitudes";
+                    return Err(located(magnitude, why.into()));
+                }
+                _ => {}
+            }
             let target = format!("{module}.weight");
             let found = finder.find(&target).map_err(|why| located(a, why))?;
             pending.push((module, parts, a, b, target, found));
@@ -163,8 +205,7 @@ impl Adapter {
 
         // A tied head has no tensor; an adapter of its own gives it one.
         let stored_head = entries.iter().position(|e| is_head(&e.name));
-        let flag = tie_flag(config).and_then(|flag| flag.as_bool());
-        let tied = flag.unwrap_or(stored_head.is_none());
+        let tied = families::tied(config).unwrap_or(stored_head.is_none());
         let embedding = |shape: &[usize]| {
             let mut found = entries.iter().filter(|e| e.shape == shape && !e.name.split('.').any(is_number));
             found.next().filter(|_| found.next().is_none()).map(|e| e.name.clone())
@@ -242,17 +283,13 @@ impl Adapter {
             count += 1;
         }
 
-        let vocabulary = [&*config, &config["text_config"]].iter().find_map(|c| c.get("vocab_size")?.as_u64());
-        let vocabulary = vocabulary.map(|n| n as usize);
+        let vocabulary = families::vocabulary(config)?;
         let untied = tied && untie(&file, &settings, entries, [stored_head, vocabulary], &mut changes, new_head);
         if untied {
-            match tie_flag(config) {
-                Some(flag) => *flag = Value::Bool(false),
-                None => drop(config.as_object_mut().map(|c| c.insert("tie_word_embeddings".into(), false.into()))),
-            }
+            tying::set(config, false);
         }
-        let dora = modules.values().any(|parts| parts.magnitude.is_some());
-        let kind = match (settings.root, dora) {
+        let notices = settings.notices(model, &original, &file, &modules, &replacing);
+        let kind = match (settings.root, settings.dora) {
             (false, false) => "lora",
             (true, false) => "rslora",
             (false, true) => "dora",
@@ -260,12 +297,17 @@ impl Adapter {
         };
         let sha256 = hash_file(&path)?.sha256;
         let report = AdapterReport { path: folder.display().to_string(), kind, sha256, modules: count, replaced };
-        Ok(Adapter { file, changes, report, untied })
+        Ok(Adapter { file, changes, report, untied, notices })
     }
 
     /// What it is and what it changed.
     pub fn report(&self) -> &AdapterReport {
         &self.report
+    }
+
+    /// What the user should know of it.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
     }
 
     /// Whether the model's head is no longer its embedding.
@@ -424,12 +466,6 @@ fn untie(
     }
 }
 
-fn tie_flag(config: &mut Value) -> Option<&mut Value> {
-    let inside = config.get("tie_word_embeddings").is_none();
-    let place = if inside { config.get_mut("text_config")? } else { config };
-    place.get_mut("tie_word_embeddings")
-}
-
 fn is_head(name: &str) -> bool {
     name == HEAD || name.ends_with(".lm_head.weight")
 }
@@ -527,6 +563,22 @@ impl<'a> Finder<'a> {
     }
 }
 
+/// Modules as adapter_config.json names them: a list of their ends, or one pattern for whole names. PEFT's word for all linears names
+/// none, and what is no pattern to us is not looked for.
+fn names(value: Option<&Value>) -> Vec<(String, Regex)> {
+    let (list, is_pattern) = match value {
+        Some(Value::Array(list)) => (list.iter().filter_map(Value::as_str).collect(), false),
+        Some(Value::String(pattern)) if pattern != "all-linear" => (vec![pattern.as_str()], true),
+        _ => (Vec::new(), false),
+    };
+    // A pattern is for names with all that a wrapper put before them, which were taken off here.
+    let regex = |name: &str| match is_pattern {
+        true => Regex::new(&format!("^(?:.*?)(?:{name})$")),
+        false => Regex::new(&format!(r"^(?:.*\.)?{}$", fancy_regex::escape(name))),
+    };
+    list.into_iter().filter_map(|name| Some((name.to_owned(), regex(name).ok()?))).collect()
+}
+
 impl Settings {
     fn read(config: &Map<String, Value>) -> Result<Settings, String> {
         let set = |key: &str| match config.get(key) {
@@ -561,7 +613,7 @@ impl Settings {
             }
         }
         if let Some(Value::String(start)) = config.get("init_lora_weights")
-            && !["gaussian", "orthogonal", "eva"].contains(&start.to_ascii_lowercase().as_str())
+            && !["gaussian", "orthogonal", "eva", "mica"].contains(&start.to_ascii_lowercase().as_str())
         {
             return Err(format!(
                 "init_lora_weights is `{start}`, which changes the weights it adapts; save the adapter as one for the \
@@ -593,21 +645,92 @@ impl Settings {
             root: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
             fan_in_fan_out: config.get("fan_in_fan_out").and_then(Value::as_bool).unwrap_or(false),
             keep_tied: config.get("ensure_weight_tying").and_then(Value::as_bool).unwrap_or(false),
+            dora: config.get("use_dora").and_then(Value::as_bool).unwrap_or(false),
             ranks: patterns("rank_pattern")?,
             alphas: patterns("alpha_pattern")?,
+            base: config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned),
+            targets: names(config.get("target_modules")),
+            saved: names(config.get("modules_to_save")),
         })
+    }
+
+    /// What the user should know of an adapter of these parts.
+    fn notices(
+        &self,
+        model: &Path,
+        original: &Option<String>,
+        file: &SafetensorsFile,
+        modules: &BTreeMap<String, Parts>,
+        replacing: &BTreeMap<String, String>,
+    ) -> Vec<String> {
+        let mut notices = Vec::new();
+        let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
+        if let Some(base) = self.base.as_deref().filter(|base| !base.is_empty()) {
+            let wanted = last(base);
+            let place = model.canonicalize().unwrap_or_else(|_| model.to_path_buf());
+            // A cache of the hub calls a model's folder models--OWNER--NAME.
+            let mut parts = place.iter().map(|part| part.to_string_lossy().to_ascii_lowercase());
+            let named = original.as_deref().is_some_and(|name| last(name) == wanted);
+            if !named
+                && !parts.any(|part| part.rsplit("--").next() == Some(&*wanted) || part == format!("{wanted}.gguf"))
+            {
+                notices.push(format!(
+                    "the adapter was trained on `{base}`, and by its name {} may be another model; shapes fit, and nothing else tells",
+                    model.display()
+                ));
+            }
+        }
+        let zero = |name: &Option<String>| {
+            let data = name.as_ref().and_then(|name| file.get(name)).map(|view| view.data);
+            data.is_some_and(|data| data.iter().all(|byte| *byte == 0))
+        };
+        let idle: Vec<&str> = modules
+            .iter()
+            .filter(|(module, parts)| {
+                let alpha = Self::first(&self.alphas, module).unwrap_or(self.alpha);
+                parts.magnitude.is_none() && (alpha == 0.0 || zero(&parts.a) || zero(&parts.b))
+            })
+            .map(|(module, _)| module.as_str())
+            .collect();
+        if !idle.is_empty() {
+            notices.push(format!(
+                "{} of the adapter's {} modules ({}) change nothing: a factor or lora_alpha is 0; it may never have been trained",
+                idle.len(),
+                modules.len(),
+                listed(&idle)
+            ));
+        }
+        for (key, what, wanted) in
+            [("target_modules", "factors", &self.targets), ("modules_to_save", "tensors", &self.saved)]
+        {
+            let has = |regex: &Regex| {
+                let whole = replacing.keys().filter_map(|name| Some(name.rsplit_once('.')?.0));
+                modules.keys().map(String::as_str).chain(whole).any(|name| regex.is_match(name).unwrap_or(true))
+            };
+            let absent: Vec<&str> =
+                wanted.iter().filter(|(_, regex)| !has(regex)).map(|(name, _)| name.as_str()).collect();
+            if !absent.is_empty() {
+                notices.push(format!(
+                    "adapter_config.json lists {} in {key}, and the adapter has no {what} for {}; they stay as the model has them",
+                    listed(&absent),
+                    if absent.len() == 1 { "it" } else { "them" }
+                ));
+            }
+        }
+        notices
+    }
+
+    fn first(patterns: &[(Regex, f64)], module: &str) -> Option<f64> {
+        patterns.iter().find(|(regex, _)| regex.is_match(module).unwrap_or(false)).map(|(_, value)| *value)
     }
 
     /// The factor of a module's product, whose factors are of rank `found`.
     fn scale(&self, module: &str, found: usize) -> Result<f32, String> {
-        let first = |patterns: &[(Regex, f64)]| {
-            patterns.iter().find(|(regex, _)| regex.is_match(module).unwrap_or(false)).map(|(_, value)| *value)
-        };
-        let rank = first(&self.ranks).unwrap_or(self.rank as f64);
+        let rank = Self::first(&self.ranks, module).unwrap_or(self.rank as f64);
         if rank != found as f64 {
             return Err(format!("its rank is {found}, and adapter_config.json says {rank}"));
         }
-        let alpha = first(&self.alphas).unwrap_or(self.alpha);
+        let alpha = Self::first(&self.alphas, module).unwrap_or(self.alpha);
         Ok((alpha / if self.root { rank.sqrt() } else { rank }) as f32)
     }
 }

@@ -8,14 +8,21 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use formats::codec::{Foreign, QuantizationReader, read_quantization};
+use formats::codec::{Foreign, QuantizationReader};
 use formats::{Dtype, GgmlType, GgufFile, QuantizedWeight, SafetensorsSet, Scheme, TensorView};
 use serde_json::Value;
 
 use crate::adapter::{Adapter, AdapterReport, Change};
 use crate::error::{Error, Result};
+use crate::families;
 use crate::import::gguf::GgufModel;
-use crate::import::sentencepiece;
+
+mod beside;
+mod names;
+mod opening;
+pub(crate) mod place;
+
+pub use beside::{Beside, ORIGINAL_CARD, SideFile};
 
 /// An opened checkpoint.
 #[derive(Debug)]
@@ -27,6 +34,10 @@ pub struct Checkpoint {
     by_name: HashMap<String, usize>,
     source: Source,
     adapter: Option<Adapter>,
+    /// What was found otherwise than a path or config.json says it.
+    remarks: Vec<String>,
+    /// What was done to the names of the tensors.
+    renamed: Option<String>,
 }
 
 #[derive(Debug)]
@@ -74,98 +85,20 @@ pub enum StoredType {
 /// A tensor stored plainly, as it lies in the file.
 pub type RawTensor<'a> = TensorView<'a>;
 
-/// A file that accompanies the weights.
-#[derive(Clone, Debug, PartialEq)]
-pub enum SideFile {
-    /// To be copied from here.
-    Copy(PathBuf),
-    /// Rebuilt from other information.
-    Bytes(Vec<u8>),
-}
-
-/// A tokenizer, whatever file it is from.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenizerFile {
-    /// The file, for messages.
-    pub name: &'static str,
-    /// The bytes of a tokenizer.json.
-    pub json: Vec<u8>,
-    /// The BOS that the file itself names, where no configuration does.
-    pub bos: Option<String>,
-    /// The EOS likewise.
-    pub eos: Option<String>,
-}
-
 impl Checkpoint {
-    /// Opens a Hugging Face directory or a `.gguf` file.
-    pub fn open(path: &Path) -> Result<Checkpoint> {
-        Self::open_with(path, None)
-    }
-
-    /// [`Checkpoint::open`], merged with the LoRA adapter in the directory `adapter`.
-    pub fn open_with(path: &Path, adapter: Option<&Path>) -> Result<Checkpoint> {
-        let mut opened = Self::open_alone(path)?;
-        if let Some(folder) = adapter {
-            let Checkpoint { config, entries, .. } = &mut opened;
-            opened.adapter = Some(Adapter::open(folder, path, config, entries)?);
-            opened.by_name = index(&opened.entries);
-        }
-        Ok(opened)
-    }
-
-    fn open_alone(path: &Path) -> Result<Checkpoint> {
-        let metadata = std::fs::metadata(path).map_err(Error::io(path, "open"))?;
-        if metadata.is_dir() {
-            Self::open_directory(path)
-        } else if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
-            let model = GgufModel::open(path)?;
-            Ok(Self::new(path, model.config().clone(), model.dtype(), model.entries(), Source::Gguf(model)))
-        } else {
-            Err(Error::failed(format!(
-                "{}: not a checkpoint: expected a directory with config.json and model.safetensors, or a .gguf file",
-                path.display()
-            )))
-        }
-    }
-
-    fn open_directory(path: &Path) -> Result<Checkpoint> {
-        let config_path = path.join("config.json");
-        let mut config = read_json(&config_path)?
-            .ok_or_else(|| Error::failed(format!("{}: config.json is missing", path.display())))?;
-        if !config.is_object() {
-            return Err(Error::failed(format!("{}: not a JSON object", config_path.display())));
-        }
-        refuse_pickles(path)?;
-        let tensors = SafetensorsSet::open(path)?;
-
-        let mut quantization = read_quantization(&config).map_err(|e| e.in_file(&config_path))?;
-        let separate = path.join("quantize_config.json");
-        let has_codes = |name: &str| name.ends_with(".qweight") || name.ends_with(".weight_packed");
-        if quantization.is_none()
-            && tensors.tensors().any(|spec| has_codes(&spec.name))
-            && let Some(separate_config) = read_json(&separate)?
-        {
-            quantization = read_quantization(&separate_config).map_err(|e| e.in_file(&separate))?;
-        }
-        for key in ["quantization_config", "compression_config"] {
-            config.as_object_mut().expect("checked above").shift_remove(key);
-        }
-        if let Some(Value::Object(inner)) = config.get_mut("text_config") {
-            inner.shift_remove("quantization_config");
-        }
-
-        let (entries, foreign) = directory_entries(&tensors, quantization.as_ref())?;
-        let declared_dtype = ["dtype", "torch_dtype"].iter().find_map(|key| dtype_named(config.get(key)?.as_str()?));
-        let quantized = entries.iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign));
-        let dominant = dominant_dtype(&entries);
-        let dtype = if quantized { declared_dtype.or(dominant) } else { dominant.or(declared_dtype) };
-        let source = Source::Directory { tensors, quantization, foreign };
-        Ok(Self::new(path, config, dtype.unwrap_or(Dtype::F16), entries, source))
-    }
-
     fn new(path: &Path, config: Value, dtype: Dtype, entries: Vec<Entry>, source: Source) -> Checkpoint {
         let by_name = index(&entries);
-        Checkpoint { path: path.to_path_buf(), config, dtype, entries, by_name, source, adapter: None }
+        Checkpoint {
+            path: path.to_path_buf(),
+            config,
+            dtype,
+            entries,
+            by_name,
+            source,
+            adapter: None,
+            remarks: Vec::new(),
+            renamed: None,
+        }
     }
 
     /// Where it was opened.
@@ -193,14 +126,32 @@ impl Checkpoint {
         Some(&self.entries[*self.by_name.get(name)?])
     }
 
+    /// The shard that an index promises a tensor in that no file holds, and the index.
+    pub fn promised(&self, name: &str) -> Option<(&str, &Path)> {
+        match &self.source {
+            Source::Directory { tensors, .. } => tensors.promised(name),
+            Source::Gguf(_) => None,
+        }
+    }
+
     /// The adapter that tensors are merged with, if there is one.
     pub fn adapter(&self) -> Option<&AdapterReport> {
         self.adapter.as_ref().map(Adapter::report)
     }
 
-    /// What a reader of a report should know of how the checkpoint is stored.
+    /// What was found otherwise than a path, config.json or an index says it.
+    pub fn remarks(&self) -> Vec<String> {
+        let mut remarks = self.remarks.clone();
+        remarks.extend(self.renamed.as_ref().map(|how| format!("{}: {how}", self.path.display())));
+        if let Source::Directory { tensors, .. } = &self.source {
+            remarks.extend(tensors.notes().iter().cloned());
+        }
+        remarks
+    }
+
+    /// What a reader of a report should know of how the checkpoint is stored, [remarks](Checkpoint::remarks) first.
     pub fn notices(&self) -> Vec<String> {
-        let mut notices = Vec::new();
+        let mut notices = self.remarks();
         let mut kinds: BTreeMap<String, u64> = BTreeMap::new();
         for entry in &self.entries {
             let plain = match entry.dtype {
@@ -223,6 +174,7 @@ impl Checkpoint {
         }
         if let Source::Directory { quantization: Some(reader), .. } = &self.source
             && reader.quantizes_activations()
+            && self.entries.iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign))
         {
             notices.push(format!(
                 "{} is made for runtimes that round activations too ({}); here they are left as they are",
@@ -230,9 +182,16 @@ impl Checkpoint {
                 reader.method()
             ));
         }
+        // The settings of a GGUF file were put into words here.
+        if self.gguf().is_none()
+            && let Ok(settings) = families::settings(&self.config)
+        {
+            notices.extend(settings.notes);
+        }
         if self.adapter.as_ref().is_some_and(Adapter::unties) {
             notices.push("the adapter makes the head differ from the embedding; it is now a tensor of its own".into());
         }
+        notices.extend(self.adapter.iter().flat_map(Adapter::notices).cloned());
         notices
     }
 
@@ -477,74 +436,21 @@ impl Checkpoint {
         }
     }
 
-    /// The tokenizer in the form of tokenizer.json: that file, or what tokenizer.model or a GGUF file says; `None` for a
-    /// directory with neither.
-    pub fn tokenizer(&self) -> Result<Option<TokenizerFile>> {
-        let of = |name, json| Some(TokenizerFile { name, json, bos: None, eos: None });
+    /// What to carry over beside the weights of an output that writes the files `own` itself.
+    ///
+    /// Of a folder everything that is not another form of the weights; fails for what cannot be read there.
+    pub fn beside(&self, own: &[&str]) -> Result<Beside> {
         match &self.source {
-            Source::Directory { .. } => {
-                let path = self.path.join("tokenizer.json");
-                match std::fs::read(&path) {
-                    Ok(json) => Ok(of("tokenizer.json", json)),
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => sentencepiece::tokenizer(&self.path),
-                    Err(error) => Err(Error::io(path, "read")(error)),
-                }
+            Source::Directory { .. } => beside::beside(&self.path, &self.files(), own),
+            Source::Gguf(model) => {
+                let files = [
+                    ("generation_config.json", model.generation_config()),
+                    ("tokenizer.json", model.tokenizer_json()?),
+                    ("tokenizer_config.json", model.tokenizer_config()?),
+                ];
+                let of = |(name, value)| (PathBuf::from(name), SideFile::Bytes(to_json_bytes(&value)));
+                Ok(Beside { files: files.map(of).into(), notes: Vec::new() })
             }
-            Source::Gguf(model) => Ok(of("tokenizer.json", to_json_bytes(&model.tokenizer_json()?))),
-        }
-    }
-
-    /// tokenizer_config.json, when there is a valid one.
-    pub fn tokenizer_config(&self) -> Option<Value> {
-        match &self.source {
-            Source::Directory { .. } => read_json(&self.path.join("tokenizer_config.json")).ok()?,
-            Source::Gguf(model) => model.tokenizer_config().ok(),
-        }
-    }
-
-    /// The chat template: chat_template.jinja, or the one (`default`, if several) of tokenizer_config.json.
-    pub fn chat_template(&self) -> Option<String> {
-        if let Source::Directory { .. } = self.source
-            && let Ok(template) = std::fs::read_to_string(self.path.join("chat_template.jinja"))
-        {
-            return Some(template);
-        }
-        let config = self.tokenizer_config()?;
-        match config.get("chat_template")? {
-            Value::String(template) => Some(template.clone()),
-            Value::Array(list) => {
-                let named = |name: &str| list.iter().find(|item| item["name"] == name);
-                let item = named("default").or(list.first())?;
-                item["template"].as_str().map(str::to_string)
-            }
-            _ => None,
-        }
-    }
-
-    /// The files to carry over beside converted weights: tokenizer, templates, generation settings, code, licences.
-    pub fn side_files(&self) -> Result<Vec<(String, SideFile)>> {
-        match &self.source {
-            Source::Directory { .. } => {
-                let mut files = Vec::new();
-                for entry in std::fs::read_dir(&self.path).map_err(Error::io(&self.path, "list"))? {
-                    let entry = entry.map_err(Error::io(&self.path, "list"))?;
-                    let Ok(name) = entry.file_name().into_string() else { continue };
-                    // Through links, as hub caches hold links to their blobs.
-                    if is_side_file(&name) && entry.path().is_file() {
-                        files.push((name, SideFile::Copy(entry.path())));
-                    }
-                }
-                files.sort_by(|a, b| a.0.cmp(&b.0));
-                Ok(files)
-            }
-            Source::Gguf(model) => Ok([
-                ("generation_config.json", model.generation_config()),
-                ("tokenizer.json", model.tokenizer_json()?),
-                ("tokenizer_config.json", model.tokenizer_config()?),
-            ]
-            .into_iter()
-            .map(|(name, value)| (name.to_string(), SideFile::Bytes(to_json_bytes(&value))))
-            .collect()),
         }
     }
 
@@ -628,35 +534,11 @@ fn module_of(name: &str) -> &str {
 /// A JSON file, or `None` when there is no such file.
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
     match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|e| Error::failed(format!("{}: not valid JSON: {e}", path.display()))),
+        Ok(bytes) => place::check_fetched(path, &bytes).and_then(|()| {
+            crate::json::parse(&bytes).map(Some).map_err(|why| Error::failed(format!("{}: {why}", path.display())))
+        }),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Error::io(path, "read")(e)),
-    }
-}
-
-/// A directory that has PyTorch pickles and nothing else.
-fn refuse_pickles(dir: &Path) -> Result<()> {
-    let mut pickle = None;
-    for entry in std::fs::read_dir(dir).map_err(Error::io(dir, "list"))? {
-        let name = entry.map_err(Error::io(dir, "list"))?.file_name().to_string_lossy().into_owned();
-        if name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json") {
-            return Ok(());
-        }
-        if name.ends_with(".bin") || name.ends_with(".pth") || name.ends_with(".pt") {
-            pickle = Some(name);
-        }
-    }
-    match pickle {
-        None => Ok(()),
-        Some(name) => Err(Error::failed(format!(
-            "{0}: PyTorch pickles such as {name} are not read, as opening one can run what it contains; convert them once: \
-             python3 -c 'from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
-             M.from_pretrained(\"{0}\", dtype=\"auto\").save_pretrained(\"OUT\"); \
-             T.from_pretrained(\"{0}\").save_pretrained(\"OUT\")'",
-            dir.display()
-        ))),
     }
 }
 
@@ -695,7 +577,8 @@ fn directory_entries(
             Some((reader, module, main)).filter(|(_, _, main)| tensors.get(main).is_some())
         });
         let Some((reader, module, main)) = part else {
-            if spec.name.ends_with(".qweight") || spec.name.ends_with(".weight_packed") {
+            let codes = [".qweight", ".weight_packed"].into_iter().find_map(|end| spec.name.strip_suffix(end));
+            if codes.is_some_and(|module| tensors.get(&format!("{module}.weight")).is_none()) {
                 let why = formats::Error::missing("the quantization_config that says how these codes are meant");
                 return Err(located(why, &spec.name).into());
             }
@@ -724,7 +607,8 @@ fn directory_entries(
 
 fn dtype_named(name: &str) -> Option<Dtype> {
     match name.strip_prefix("torch.").unwrap_or(name) {
-        "float32" => Some(Dtype::F32),
+        // What has doubles is read as singles.
+        "float32" | "float64" => Some(Dtype::F32),
         "float16" => Some(Dtype::F16),
         "bfloat16" => Some(Dtype::BF16),
         _ => None,
@@ -734,27 +618,14 @@ fn dtype_named(name: &str) -> Option<Dtype> {
 /// The float type that holds the most bytes, or `None` when no tensor is a float.
 fn dominant_dtype(entries: &[Entry]) -> Option<Dtype> {
     let bytes = |dtype: Dtype| -> u64 {
-        entries.iter().filter(|e| e.dtype == StoredType::Plain(dtype)).map(|e| e.stored_bytes).sum()
+        let read_as = |stored| if stored == Dtype::F64 { Dtype::F32 } else { stored };
+        let of = |e: &&Entry| matches!(e.dtype, StoredType::Plain(stored) if read_as(stored) == dtype);
+        entries.iter().filter(of).map(|e| e.stored_bytes).sum()
     };
     [Dtype::BF16, Dtype::F16, Dtype::F32]
         .into_iter()
         .max_by_key(|dtype| bytes(*dtype))
         .filter(|dtype| bytes(*dtype) > 0)
-}
-
-fn is_side_file(name: &str) -> bool {
-    const NAMES: &[&str] = &[
-        "special_tokens_map.json",
-        "generation_config.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "added_tokens.json",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-    ];
-    const PREFIXES: &[&str] = &["tokenizer", "chat_template", "LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY"];
-    NAMES.contains(&name) || name.ends_with(".py") || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
 #[cfg(test)]

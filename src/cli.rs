@@ -201,7 +201,7 @@ pub struct Demo {
 /// `quantc quantize`.
 #[derive(Debug, Args)]
 pub struct Quantize {
-    /// A Hugging Face directory or a .gguf file.
+    /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file.
     pub model: PathBuf,
     /// The directory to write; for GGUF the file.
     #[arg(long, short, value_name = "OUT")]
@@ -244,6 +244,9 @@ pub struct Quantize {
     /// Linears to leave as they are: a module, the end of its name, or re: and a regular expression. Repeatable.
     #[arg(long, value_name = "PATTERN")]
     pub ignore: Vec<String>,
+    /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. A GGUF file holds none. [default: copy]
+    #[arg(long, value_name = "copy|drop|refuse")]
+    pub unknown_tensors: Option<String>,
     /// A LoRA adapter (PEFT's directory) to merge first; quality is measured against the merged model.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
@@ -315,7 +318,7 @@ pub struct Quantize {
 /// `quantc eval`.
 #[derive(Debug, Args)]
 pub struct Eval {
-    /// A Hugging Face directory, quantized or not, or a .gguf file.
+    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file.
     pub model: PathBuf,
     /// A LoRA adapter to merge into the model.
     #[arg(long, value_name = "DIR")]
@@ -338,8 +341,8 @@ pub struct Eval {
     /// papers (all tokens but the first of each window) or llama.cpp (the second half of each window).
     #[arg(long, value_name = "PROTOCOL", default_value = "papers")]
     pub protocol: String,
-    /// What linears and attention of the model read: exact, or of a .gguf file runtime: rounded as llama.cpp rounds it on a CPU.
-    /// [default: runtime for a .gguf file with --protocol llama.cpp and no reference, else exact]
+    /// What linears and attention of the model read: exact, or of a GGUF file runtime: rounded as llama.cpp rounds it on a CPU.
+    /// [default: runtime for a GGUF file with --protocol llama.cpp and no reference, else exact]
     #[arg(long, value_name = "ACTIVATIONS")]
     pub activations: Option<String>,
     /// Print JSON.
@@ -353,7 +356,7 @@ pub struct Eval {
 /// `quantc inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// A Hugging Face directory or a .gguf file.
+    /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file.
     pub path: PathBuf,
     /// Print JSON.
     #[arg(long)]
@@ -363,7 +366,7 @@ pub struct Inspect {
 /// `quantc convert`.
 #[derive(Debug, Args)]
 pub struct Convert {
-    /// A Hugging Face directory, quantized or not, or a .gguf file.
+    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file.
     pub input: PathBuf,
     /// The directory to write.
     #[arg(long, short, value_name = "OUT")]
@@ -371,6 +374,9 @@ pub struct Convert {
     /// Type of the tensors: f16, bf16 or f32. [default: that of the input]
     #[arg(long, value_name = "TYPE", value_parser = ["f16", "bf16", "f32"])]
     pub dtype: Option<String>,
+    /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. [default: copy]
+    #[arg(long, value_name = "copy|drop|refuse")]
+    pub unknown_tensors: Option<String>,
     /// Replace an existing output.
     #[arg(long)]
     pub force: bool,
@@ -379,7 +385,7 @@ pub struct Convert {
 /// `quantc merge`.
 #[derive(Debug, Args)]
 pub struct Merge {
-    /// A Hugging Face directory, quantized or not, or a .gguf file.
+    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file.
     pub model: PathBuf,
     /// The LoRA adapter, a directory that PEFT wrote.
     #[arg(long, value_name = "DIR")]
@@ -387,6 +393,9 @@ pub struct Merge {
     /// The directory to write.
     #[arg(long, short, value_name = "OUT")]
     pub output: PathBuf,
+    /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. [default: copy]
+    #[arg(long, value_name = "copy|drop|refuse")]
+    pub unknown_tensors: Option<String>,
     /// Replace an existing output.
     #[arg(long)]
     pub force: bool,

@@ -17,6 +17,7 @@ use serde::Serialize;
 use crate::behind::{Behind, behind};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::evidence::{check_measured, dead_inputs, lost_in_grid, prior_share};
 use crate::forward::{Ahead, Chunk, Inputs, Others, Plain, Supply, Weight, embed, ready, run_block};
 use crate::graph::{Attention, Block, Graph, Layer, Linear, Mlp, Norm, Projections, Stored};
 use crate::output::weight_writer;
@@ -24,6 +25,7 @@ use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::{Hashing, flushed, hash_written};
+use crate::stray;
 
 /// What became of one linear.
 #[derive(Clone, Debug, Serialize)]
@@ -46,6 +48,9 @@ pub struct LinearReport {
     /// Share of what is known of an expert's input that came from tokens of the other experts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub prior: Option<f64>,
+    /// Share of its input's channels that were 0 for all of these tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dead_inputs: Option<f64>,
     /// Relative damping that was used.
     pub damp: Option<f64>,
     /// What was done in place of what was asked for.
@@ -54,6 +59,9 @@ pub struct LinearReport {
     pub proxy_loss: Option<f64>,
     /// Share of the output's energy that is lost.
     pub relative_error: Option<f64>,
+    /// Share of its weights that are too small for the scales that the file stores, and lost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lost: Option<f64>,
     /// Time to choose its codes.
     pub seconds: f64,
 }
@@ -354,6 +362,9 @@ impl<B: Backend> Work<'_, B> {
                 continue;
             };
             let mut solution = solutions.next().expect("one for each planned linear");
+            let lost = lost_in_grid(&solution.grid, &linear.weight(), || {
+                Ok([backend.download(&weight.matrix)?, backend.download(&solution.restored)?])
+            })?;
             weight.matrix = std::mem::replace(&mut solution.restored, weight.matrix);
             let tokens = statistics.map_or(0, |s| s.tokens);
             let count = statistics.map_or(1.0, |s| s.count.max(1.0));
@@ -365,13 +376,16 @@ impl<B: Backend> Work<'_, B> {
                 group_size: scheme.group.map_or(-1, |g| g as i64),
                 symmetric: scheme.symmetric,
                 tokens,
-                prior: statistics.filter(|s| s.count > s.tokens as f64).map(|s| 1.0 - s.tokens as f64 / s.count),
+                prior: statistics.and_then(prior_share),
+                dead_inputs: statistics.and_then(dead_inputs),
                 damp: solution.damp,
                 fallback: solution.fallback.take(),
                 proxy_loss: solution.proxy_loss.map(|loss| loss / count),
                 relative_error: solution.relative_error,
+                lost: (lost > 0).then(|| lost as f64 / (linear.rows * linear.cols) as f64),
                 seconds: seconds * (linear.rows * linear.cols) as f64 / solved as f64,
             };
+            check_measured(&report)?;
             let started = Instant::now();
             self.write(linear, solution, weight.bias.as_deref())?;
             self.done.seconds.write += started.elapsed().as_secs_f64();
@@ -414,7 +428,7 @@ impl<B: Backend> Work<'_, B> {
             let spec = self.plan.outputs.iter().find(|spec| spec.name == *name).expect("planned");
             if let Some(values) = self.changed.get(name) {
                 write_floats(self.writer, name, spec.dtype, values)?;
-            } else {
+            } else if !stray::copied(self.source, name, fate, self.writer)? {
                 copy_tensor(self.source, name, spec.dtype, self.writer)?;
             }
         }

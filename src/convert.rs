@@ -1,40 +1,59 @@
 //! Rewrites a checkpoint as plain safetensors, laid out as its family publishes them.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
-use formats::tensor::narrow;
+use formats::tensor::{is_float, narrow};
 use formats::{Dtype, ShardedWriter, TensorSpec};
 use ndarray::Array2;
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, StoredType};
+use crate::checkpoint::{Checkpoint, Entry, StoredType};
 use crate::compile::{copy_tensor, write_floats};
 use crate::error::Result;
 use crate::families;
 use crate::graph::{Linear, Stored};
 use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, weight_writer};
+use crate::plan::Fate;
+use crate::stray::{self, Strays, UnknownTensors};
 
-/// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default).
-pub fn convert(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
-    rewrite(input, output, dtype, force).map_err(|error| error.of_output(output, false))
+/// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default), and those that are not
+/// part of the model as `unknown` says, with what lies beside them. Returns what the user should know.
+pub fn convert(
+    input: &Path,
+    output: &Path,
+    dtype: Option<Dtype>,
+    unknown: UnknownTensors,
+    force: bool,
+) -> Result<Vec<String>> {
+    rewrite(input, output, dtype, unknown, force).map_err(|error| error.of_output(output, false))
 }
 
-fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
+fn rewrite(
+    input: &Path,
+    output: &Path,
+    dtype: Option<Dtype>,
+    unknown: UnknownTensors,
+    force: bool,
+) -> Result<Vec<String>> {
     let source = Checkpoint::open(input)?;
     let staging = Staging::folder_for(output, Some(input), force)?;
+    let beside = source.beside(&["config.json"])?;
     let target = dtype.unwrap_or(source.dtype());
     let layout = Layout::of(&source);
+    let (strays, mut notes) = fates(&source, unknown)?;
+    notes.splice(0..0, source.remarks());
     let mut specs: Vec<TensorSpec> = source
         .entries()
         .iter()
         .filter(|entry| !layout.members.contains(&entry.name))
+        .filter(|entry| !matches!(strays.get(&entry.name), Some(Fate::Dropped(_))))
         .map(|entry| TensorSpec {
             name: entry.name.clone(),
             dtype: match entry.dtype {
-                // Integer tensors are not numbers to be rounded.
-                StoredType::Plain(own) if !is_float(own) => own,
+                // Integer tensors are not numbers to be rounded, and what is not the model's is not touched.
+                StoredType::Plain(own) if !is_float(own) || strays.contains_key(&entry.name) => own,
                 _ => target,
             },
             shape: match layout.turned.contains(&entry.name) {
@@ -56,7 +75,7 @@ fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Re
             let values = Array2::from_shape_vec((spec.shape[1], spec.shape[0]), source.load(&spec.name)?);
             let turned = values.expect("a matrix").reversed_axes();
             write_floats(&writer, &spec.name, spec.dtype, turned.as_standard_layout().as_slice().expect("contiguous"))?;
-        } else {
+        } else if !matches!(strays.get(&spec.name), Some(fate) if stray::copied(&source, &spec.name, fate, &writer)?) {
             copy_tensor(&source, &spec.name, spec.dtype, &writer)?;
         }
     }
@@ -68,12 +87,26 @@ fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Re
             Dtype::BF16 => "bfloat16",
             _ => "float32",
         };
-        let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-        config.insert(key.to_owned(), Value::from(name));
+        // Both names of it, where both are there, as runtimes differ in which they read.
+        let (new, old) = (config.contains_key("dtype"), config.contains_key("torch_dtype"));
+        let keys = [("dtype", new), ("torch_dtype", old || !new)].into_iter().filter(|(_, there)| *there);
+        config.extend(keys.map(|(key, _)| (key.to_owned(), Value::from(name))));
     }
     write_config(&config, &staging)?;
-    copy_side_files(&source, &staging)?;
-    staging.commit()
+    copy_side_files(&beside, &staging)?;
+    staging.commit()?;
+    Ok([notes, beside.notes].concat())
+}
+
+/// What becomes of the tensors that are not part of the model, and what to say of them; of a model that cannot be described
+/// every tensor goes over.
+pub fn fates(source: &Checkpoint, unknown: UnknownTensors) -> Result<(HashMap<String, Fate>, Vec<String>)> {
+    let Ok(graph) = families::graph_of(source) else { return Ok(Default::default()) };
+    let strays = Strays::new(&graph, source, unknown);
+    let fate = |entry: &Entry| Ok((entry.name.clone(), strays.fate(&entry.name)?));
+    let found = strays.entries().map(fate).collect::<Result<Vec<_>>>()?;
+    let notes = strays.notes(found.iter().map(|(name, fate)| (&**name, fate)), true);
+    Ok((found.into_iter().collect(), notes))
 }
 
 /// Tensors that the model's family publishes otherwise than the checkpoint has them.
@@ -141,8 +174,4 @@ fn write_stack(source: &Checkpoint, spec: &TensorSpec, stack: &[Linear], writer:
         }
     }
     Ok(())
-}
-
-fn is_float(dtype: Dtype) -> bool {
-    matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32)
 }

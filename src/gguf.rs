@@ -8,6 +8,7 @@ use std::time::Instant;
 use calibration::samples::Samples;
 use calibration::solvers::{Gptq, Observer, Shared, Solver, pack_rows, searched, solve_blocks};
 use calibration::statistics::{Needs, Statistics};
+use formats::container::gguf::MetadataValue;
 use formats::ggml::Levels;
 use formats::{GgmlType, GgufTensor, GgufWriter, Imatrix, ImatrixEntry, TensorView};
 use kernels::Backend;
@@ -18,16 +19,19 @@ use crate::behind::{Behind, behind};
 use crate::checkpoint::Checkpoint;
 use crate::compile::{LinearReport, Stages, describe, observe, observe_expert};
 use crate::error::{Error, Result};
+use crate::evidence::{check_measured, dead_inputs, lost_in_blocks, prior_share};
 use crate::export::metadata::{About, ImportanceSource, Metadata, metadata};
 use crate::export::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
 use crate::export::names::{self, ExportPlan, ExportTensor, From, Part, Source};
 use crate::export::tokenizer::tokenizer;
 use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, load_bias, load_matrix, ready, run_block};
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
-use crate::plan::{Fate, check_tensors, left_out};
+use crate::importance::{check_importance, importance_of};
+use crate::plan::{Fate, check_tensors};
 use crate::progress::Progress;
 use crate::recipe::{Method, Recipe};
 use crate::report::{Hashing, TensorReport, flushed, hash_written};
+use crate::stray::Strays;
 
 /// What the file will hold, decided and checked before any work is done.
 pub struct GgufPlan {
@@ -116,7 +120,12 @@ impl GgufPlan {
             others.filter_map(|(_, (t, a))| a.fallback.as_ref().map(|why| format!("tensor `{}`: {why}", t.gguf))),
         );
         if let Some(imatrix) = &imatrix {
-            check_importance(imatrix, graph, &plan, &by_module, settings.imatrix.as_deref())?;
+            let linears =
+                graph.linears().flat_map(|linear| by_module[&linear.module].iter().map(move |at| (linear, at)));
+            let linears = linears.map(|(linear, at)| (&*linear.module, &plan.tensors[at.tensor], at.part));
+            let known = plan.tensors.iter().map(|tensor| &*tensor.gguf).collect();
+            let path = settings.imatrix.as_deref().expect("read");
+            notices.extend(check_importance(imatrix, path, linears, &known)?);
         }
 
         let collected = importance.then(|| match &imatrix {
@@ -135,12 +144,18 @@ impl GgufPlan {
         });
         let mut written =
             metadata(graph, source.config(), &plan, &About::of(source), mix.file_type, collected.as_ref())?;
+        if let Some(pooling) = crate::sentence::pooling(source.path()) {
+            let key = format!("{}.pooling_type", plan.architecture);
+            written.metadata.push((key, MetadataValue::U32(pooling)));
+        }
         let words = tokenizer(source, graph.vocabulary, settings.pre.as_deref())?;
         written.metadata.extend(words.metadata);
         notices.extend(written.notices);
         notices.extend(words.notices);
 
-        let fates = fates(graph, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
+        let strays = Strays::new(graph, source, recipe.unknown_tensors);
+        let fates = fates(&strays, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
+        notices.extend(strays.notes(fates.iter().map(|one| (&*one.name, &one.fate)), false));
         let tensors = plan.tensors.into_iter().zip(assigned).map(|(tensor, assigned)| (tensor, assigned.ty)).collect();
         Ok(GgufPlan { tensors, by_module, fallbacks, metadata: written.metadata, notices, fates, imatrix })
     }
@@ -192,38 +207,8 @@ fn needs_data(recipe: &Recipe) -> Needs {
     }
 }
 
-/// Fails unless every entry of an importance matrix that names one of the model's linears has its width.
-fn check_importance(
-    imatrix: &Imatrix,
-    graph: &Graph,
-    plan: &ExportPlan,
-    by_module: &HashMap<String, Vec<Place>>,
-    path: Option<&Path>,
-) -> Result<()> {
-    let mut found = 0;
-    for place in graph.linears().flat_map(|linear| &by_module[&linear.module]) {
-        found += usize::from(importance_of(imatrix, &plan.tensors[place.tensor], place.part)?.is_some());
-    }
-    if found == 0 {
-        return Err(Error::usage(format!(
-            "{}: none of its {} entries is for a linear of this model",
-            path.unwrap_or(Path::new("imatrix")).display(),
-            imatrix.entries.len()
-        )));
-    }
-    Ok(())
-}
-
-/// The importance of the columns of one part of a tensor.
-fn importance_of(imatrix: &Imatrix, tensor: &ExportTensor, part: usize) -> Result<Option<Vec<f32>>> {
-    let ([_, width], matrices) = (tensor.extents(), tensor.matrices());
-    let Some(all) = imatrix.importance(&tensor.gguf, matrices * width)? else { return Ok(None) };
-    let at = if matrices > 1 { part } else { 0 };
-    Ok(Some(all[at * width..][..width].to_vec()))
-}
-
 /// Accounts for every tensor of the input.
-fn fates(graph: &Graph, source: &Checkpoint, plan: &ExportPlan, types: &[GgmlType]) -> Result<Vec<TensorReport>> {
+fn fates(strays: &Strays<'_>, source: &Checkpoint, plan: &ExportPlan, types: &[GgmlType]) -> Result<Vec<TensorReport>> {
     let mut exported: HashMap<String, GgmlType> = HashMap::new();
     for (tensor, ty) in plan.tensors.iter().zip(types) {
         for part in tensor.parts() {
@@ -238,9 +223,14 @@ fn fates(graph: &Graph, source: &Checkpoint, plan: &ExportPlan, types: &[GgmlTyp
         let fate = match exported.get(entry.name.as_str()) {
             Some(ty) if ty.layout().is_some() => Fate::Quantized,
             Some(_) => Fate::Copied,
-            None => left_out(graph, source, &entry.name)?,
+            None => match strays.fate(&entry.name)? {
+                // No file has room for what its loader does not know.
+                Fate::Aside(what) => Fate::Dropped(what),
+                fate => fate,
+            },
         };
-        fates.push(TensorReport { name: entry.name.clone(), fate });
+        let ty = exported.get(entry.name.as_str()).map(|ty| ty.name);
+        fates.push(TensorReport { name: entry.name.clone(), fate, ty });
     }
     Ok(fates)
 }
@@ -255,6 +245,8 @@ pub struct Compiled {
     pub linears: Vec<LinearReport>,
     /// Every input tensor.
     pub tensors: Vec<TensorReport>,
+    /// Tensors that are no linears and lose values whose scales are too small to be stored, with the share of these.
+    pub lost: Vec<(String, f64)>,
     /// Weights of the linears, and the bytes they take.
     pub quantized: [u64; 2],
     /// Where the time went.
@@ -304,6 +296,7 @@ pub fn compile<B: Backend>(
             all_experts: recipe.moe_all_experts,
             layer: None,
             linears: Vec::new(),
+            lost: Vec::new(),
             quantized: [0, 0],
             seconds: Stages::default(),
         };
@@ -330,11 +323,11 @@ pub fn compile<B: Backend>(
                 s.forward = started.elapsed().as_secs_f64() - s.load - s.observe - s.factor - s.solve - s.write;
             }
         }
-        let Work { collected, linears, quantized, seconds, .. } = work;
-        Ok((collected, linears, quantized, seconds))
+        let Work { collected, linears, lost, quantized, seconds, .. } = work;
+        Ok((collected, linears, lost, quantized, seconds))
     };
     let write = |Piece { tensor, offset, bytes }| Ok(writer.write_at(&tensor, offset, &bytes)?);
-    let (collected, linears, quantized, seconds) = behind(write, run)?;
+    let (collected, linears, lost, quantized, seconds) = behind(write, run)?;
     let flushing = flushed(move || writer.finish(), hashing);
     if let (Some(path), Some(samples)) = (&settings.save_imatrix, samples) {
         let imatrix = Imatrix {
@@ -346,7 +339,7 @@ pub fn compile<B: Backend>(
         };
         imatrix.write(path)?;
     }
-    Ok(Compiled { files, flushing, linears, tensors: plan.fates.clone(), quantized, seconds })
+    Ok(Compiled { files, flushing, linears, tensors: plan.fates.clone(), lost, quantized, seconds })
 }
 
 /// Packed rows that are to be written while the next ones are solved.
@@ -372,6 +365,7 @@ struct Work<'a, B: Backend> {
     all_experts: bool,
     layer: Option<(String, Statistics<B>)>,
     linears: Vec<LinearReport>,
+    lost: Vec<(String, f64)>,
     quantized: [u64; 2],
     seconds: Stages,
 }
@@ -402,7 +396,7 @@ impl<B: Backend> Work<'_, B> {
             let mut restored: Option<Array2<f32>> = None;
             let mut matrix = None;
             let mut report = plain_report(linear, plan.tensors[places[0].tensor].1);
-            let (mut proxy, mut errors) = (None, None);
+            let (mut proxy, mut errors, mut lost) = (None, None, 0);
             for place in places {
                 let (tensor, ty) = &plan.tensors[place.tensor];
                 let part = &tensor.parts()[place.part];
@@ -430,6 +424,8 @@ impl<B: Backend> Work<'_, B> {
                 let alone = Shared { statistics: None, factor: None, fallback: None };
                 let by = if part.transposed { &alone } else { &shared };
                 let solution = solve_blocks(backend, by, asked, *ty, importance.as_deref())?;
+                let asked = || Ok(backend.download(asked)?.iter().copied().collect());
+                lost += lost_in_blocks(*ty, &solution.packed, [&part.from.tensor(), &tensor.gguf], asked)?;
                 report.seconds += started.elapsed().as_secs_f64();
                 lap(&mut self.seconds.solve, started);
 
@@ -480,12 +476,14 @@ impl<B: Backend> Work<'_, B> {
             let fallbacks: Vec<String> = fallbacks.into_iter().flatten().collect();
             self.record(LinearReport {
                 tokens: statistics.tokens,
-                prior: Some(statistics.count - statistics.tokens as f64).filter(|prior| *prior > 0.0),
+                prior: prior_share(statistics),
+                dead_inputs: dead_inputs(statistics),
                 fallback: (!fallbacks.is_empty()).then(|| fallbacks.join("; ")),
                 proxy_loss: proxy.map(|loss| loss / statistics.count.max(1.0)),
                 relative_error: errors,
+                lost: share(lost, linear),
                 ..report
-            });
+            })?;
             self.quantized[0] += (linear.rows * linear.cols) as u64;
             let matrix = match (matrix, restored) {
                 (Some(matrix), _) => matrix,
@@ -516,7 +514,7 @@ impl<B: Backend> Work<'_, B> {
     /// Rounds and writes a linear whose input nobody has to see.
     fn round(&mut self, linear: &Linear) -> Result<()> {
         let started = Instant::now();
-        let mut bytes = 0;
+        let (mut bytes, mut lost) = (0, 0);
         for place in &self.plan.by_module[&linear.module] {
             let (tensor, ty) = &self.plan.tensors[place.tensor];
             let importance = match &self.plan.imatrix {
@@ -524,7 +522,7 @@ impl<B: Backend> Work<'_, B> {
                 None => None,
             };
             let part = &tensor.parts()[place.part];
-            write_part(
+            lost += write_part(
                 self.backend,
                 self.source,
                 self.writer,
@@ -541,14 +539,15 @@ impl<B: Backend> Work<'_, B> {
         self.quantized[1] += bytes as u64;
         let fallback = self.plan.fallbacks.get(&linear.module).cloned();
         let ty = self.plan.tensors[self.plan.by_module[&linear.module][0].tensor].1;
-        self.record(LinearReport { fallback, seconds, ..plain_report(linear, ty) });
-        Ok(())
+        self.record(LinearReport { fallback, lost: share(lost, linear), seconds, ..plain_report(linear, ty) })
     }
 
-    fn record(&mut self, report: LinearReport) {
+    fn record(&mut self, report: LinearReport) -> Result<()> {
+        check_measured(&report)?;
         self.progress.line(|| describe(&report));
         self.progress.step();
         self.linears.push(report);
+        Ok(())
     }
 
     /// Writes every tensor that is not a linear of a block.
@@ -566,10 +565,19 @@ impl<B: Backend> Work<'_, B> {
                     self.writer.write(&tensor.gguf, &bytes)?;
                 }
                 Source::Parts(parts) => {
-                    let mut first = 0;
-                    for part in parts {
-                        write_part(self.backend, self.source, self.writer, (tensor, part, first), *ty, None)?;
+                    let (mut first, mut lost) = (0, 0);
+                    for (index, part) in parts.iter().enumerate() {
+                        let importance = match &self.plan.imatrix {
+                            Some(imatrix) if ty.layout().is_some() => importance_of(imatrix, tensor, index)?,
+                            _ => None,
+                        };
+                        let place = (tensor, part, first);
+                        lost += write_part(self.backend, self.source, self.writer, place, *ty, importance.as_deref())?;
                         first += part.extents()[0];
+                    }
+                    if lost > 0 {
+                        let all: usize = tensor.shape.iter().product();
+                        self.lost.push((parts[0].from.tensor(), lost as f64 / all as f64));
                     }
                 }
             }
@@ -580,7 +588,7 @@ impl<B: Backend> Work<'_, B> {
 }
 
 /// Writes one part of a tensor in pieces of whole rows, each read, rounded and written by one thread; copied where it
-/// lies in the input as it will in the output.
+/// lies in the input as it will in the output. Returns how many values are lost for want of a scale.
 fn write_part<B: Backend>(
     backend: &B,
     source: &Checkpoint,
@@ -588,7 +596,7 @@ fn write_part<B: Backend>(
     (tensor, part, start): (&ExportTensor, &Part, usize),
     ty: GgmlType,
     importance: Option<&[f32]>,
-) -> Result<()> {
+) -> Result<usize> {
     let [rows, cols] = part.extents();
     let name = part.from.tensor();
     let row_bytes = ty.row_bytes(cols).expect("a type that fits, by the mix");
@@ -604,7 +612,7 @@ fn write_part<B: Backend>(
     let loaded = if by_rows || same.is_some_and(|raw| raw.is_finite()) { Vec::new() } else { load_part(source, part)? };
     let piece = (backend.weights_at_once() / cols.max(1)).max(1);
     let searched = searched(ty, importance.is_some());
-    (0..rows.div_ceil(piece)).into_par_iter().try_for_each_init(Vec::new, |values, index| {
+    let one = |values: &mut Vec<f32>, index: usize| {
         let first = index * piece;
         let count = piece.min(rows - first);
         let offset = ((start + first) * row_bytes) as u64;
@@ -612,7 +620,8 @@ fn write_part<B: Backend>(
             let data = &raw.data[first * row_bytes..][..count * row_bytes];
             // What is no number is named where values are read.
             if (TensorView { data, ..raw }).is_finite() {
-                return Ok(writer.write_at(&tensor.gguf, offset, data)?);
+                writer.write_at(&tensor.gguf, offset, data)?;
+                return Ok(0);
             }
         }
         values.resize(count * cols, 0.0);
@@ -625,19 +634,26 @@ fn write_part<B: Backend>(
         if part.offset != 0.0 {
             values.iter_mut().for_each(|x| *x += part.offset);
         }
-        let packed = if searched {
+        let names = [&*name, &*tensor.gguf];
+        let (packed, lost) = if searched {
             let matrix = Array2::from_shape_vec((count, cols), std::mem::take(values)).expect("whole rows");
-            pack_rows(backend, &backend.upload(matrix)?, ty, importance)?
+            let matrix = backend.upload(matrix)?;
+            let packed = pack_rows(backend, &matrix, ty, importance)?;
+            let lost = lost_in_blocks(ty, &packed, names, || Ok(backend.download(&matrix)?.iter().copied().collect()))?;
+            (packed, lost)
         } else {
             let mut packed = vec![0; count * row_bytes];
             ty.encode(values, &mut packed).expect("a type with an encoder");
-            packed
+            let lost = lost_in_blocks(ty, &packed, names, || Ok(std::mem::take(values)))?;
+            (packed, lost)
         };
         writer.write_at(&tensor.gguf, offset, &packed)?;
-        Ok::<(), Error>(())
-    })?;
+        Ok::<usize, Error>(lost)
+    };
+    let pieces = (0..rows.div_ceil(piece)).into_par_iter().map_init(Vec::new, one);
+    let lost = pieces.try_reduce(|| 0, |a, b| Ok(a + b))?;
     source.release(&name);
-    Ok(())
+    Ok(lost)
 }
 
 /// All values of a part, `[rows, cols]`, without its offset.
@@ -678,12 +694,19 @@ fn plain_report(linear: &Linear, ty: GgmlType) -> LinearReport {
         symmetric: layout.is_none_or(|layout| !layout.has_min),
         tokens: 0,
         prior: None,
+        dead_inputs: None,
         damp: None,
         fallback: None,
         proxy_loss: None,
         relative_error: None,
+        lost: None,
         seconds: 0.0,
     }
+}
+
+/// The share of a linear's weights.
+fn share(lost: usize, linear: &Linear) -> Option<f64> {
+    (lost > 0).then(|| lost as f64 / (linear.rows * linear.cols) as f64)
 }
 
 impl<B: Backend> Supply<B> for Work<'_, B> {

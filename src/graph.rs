@@ -380,6 +380,8 @@ pub struct Head {
     pub linear: Linear,
     /// Uses the embedding's weight.
     pub tied: bool,
+    /// The model has none, and gives hidden states; `tied` then, for there is no tensor.
+    pub missing: bool,
     /// Factor on the logits.
     pub scale: f32,
     /// Logits become `cap · tanh(logits / cap)`.

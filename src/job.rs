@@ -3,19 +3,21 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use calibration::samples::{Samples, windows};
+use calibration::samples::{SampleSource, Samples, windows};
 use calibration::statistics::Needs;
 use formats::TensorSpec;
 use kernels::Backend;
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, SideFile, StoredType};
+use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, StoredType};
 use crate::compile::{Compiled, LinearReport, SmoothingReport, Stages, compile, needs};
 use crate::error::{Error, Result};
+use crate::evidence;
 use crate::families;
 use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
 use crate::graph::{Graph, Linear};
+use crate::json;
 use crate::output::{Staging, check_beside, check_place, write_beside};
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
@@ -24,7 +26,7 @@ use crate::report::{
     BitsPerWeight, FileReport, Hashing, Report, Seconds, TensorReport, Verdict, hash_beside, hashed, peak_memory,
 };
 use crate::text::{ModelText, load_text};
-use crate::verify::{Limits, Protocol, Quality, evaluate};
+use crate::verify::{HiddenStates, Limits, Protocol, Quality, compare_hidden, evaluate};
 
 /// What to measure of the output.
 #[derive(Clone, Debug)]
@@ -76,10 +78,13 @@ struct HeldOut {
 /// What every run has when its work is done.
 struct Outcome {
     quality: Option<Quality>,
+    hidden_states: Option<HiddenStates>,
     outputs: Vec<FileReport>,
     linears: Vec<LinearReport>,
     smoothings: Vec<SmoothingReport>,
     tensors: Vec<TensorReport>,
+    /// Other tensors that lose values, with the share of these.
+    lost: Vec<(String, f64)>,
     /// Weights in quantized linears, and the bytes they take.
     quantized: [u64; 2],
     stages: Stages,
@@ -105,6 +110,12 @@ impl Job<'_> {
         }
         let source = Checkpoint::open_with(self.model, adapter)?;
         let graph = families::graph_of(&source)?;
+        if graph.head.missing && self.verification.as_ref().is_some_and(|v| v.limits.any()) {
+            return Err(Error::usage(format!(
+                "{}: the model has no output projection, as its architectures say: drop the limits on what it would predict",
+                self.model.display()
+            )));
+        }
         let hashing = hash_beside(source.files());
         match self.recipe.gguf {
             Some(_) => self.gguf_file(backend, progress, started, source, graph, hashing),
@@ -132,6 +143,9 @@ impl Job<'_> {
         let plan = Plan::new(&graph, &source, &self.recipe)?;
         let staging = Staging::folder_for(self.output, Some(self.model), self.force)?;
         staging.check_space(plan.outputs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum())?;
+        let mut own = vec!["config.json", "report.json", "README.md"];
+        own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
+        let beside = source.beside(&own)?;
         let mut run = self.prepare(
             (backend.room(), backend.tokens_at_once()),
             started,
@@ -141,17 +155,19 @@ impl Job<'_> {
             hashing,
         )?;
         run.notes.splice(0..0, staging.notes().iter().chain(&plan.config.notes).cloned());
+        run.notes.extend(beside.notes.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
         let Compiled { done, flushing } =
             compile(backend, graph, source, &self.recipe, &plan, samples.as_ref(), staging.folder(), progress)?;
-        write_side_files(source, &plan, &staging)?;
+        write_side_files(source, &beside, &plan, &staging)?;
 
         let verifying = Instant::now();
-        let reopened = Checkpoint::open(staging.folder())?;
-        let quality = self.measure(backend, &run, &reopened, progress)?;
+        let reopened = Checkpoint::open_strictly(staging.folder())?;
+        let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
         let quantized_bytes = reopened.entries().iter().filter(|e| matches!(e.dtype, StoredType::Quantized { .. }));
         let outcome = Outcome {
             quality,
+            hidden_states,
             verify: verifying.elapsed().as_secs_f64(),
             quantized: [
                 graph
@@ -167,8 +183,9 @@ impl Job<'_> {
             tensors: plan
                 .fates
                 .iter()
-                .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone() })
+                .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone(), ty: None })
                 .collect(),
+            lost: Vec::new(),
             stages: done.seconds,
         };
         drop(reopened);
@@ -176,7 +193,8 @@ impl Job<'_> {
         let report = self.report(backend, run, outcome)?;
         let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
         staging.write("report.json", &json)?;
-        staging.write("README.md", report.card().as_bytes())?;
+        let card = card_licence(&beside).unwrap_or_default() + &report.card();
+        staging.write("README.md", card.as_bytes())?;
         staging.commit()?;
         report_path.map_or(Ok(()), |path| write_beside(&path, &json))?;
         Ok(report)
@@ -205,7 +223,9 @@ impl Job<'_> {
             plan.needs(&self.recipe),
             hashing,
         )?;
-        run.notes.extend(staging.notes().iter().chain(&plan.notices).cloned());
+        run.notes.extend(staging.notes().iter().cloned());
+        // What there is to say of the tokenizer, reading its files for the texts said too.
+        run.notes.extend(plan.notices.iter().filter(|note| !run.notes.contains(note)).cloned().collect::<Vec<_>>());
         let Run { source, graph, samples, .. } = &run;
         let compiled = gguf::compile(
             backend,
@@ -220,7 +240,7 @@ impl Job<'_> {
 
         let verifying = Instant::now();
         let reopened = Checkpoint::open(&compiled.files[0])?;
-        let quality = self.measure(backend, &run, &reopened, progress)?;
+        let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
         if let (Some(verification), Some(held_out)) = (&self.verification, &run.held_out)
             && let Ok(own) = ModelText::open(&reopened)
             && own.evaluation_ids(&load_text(&verification.text)?)? != held_out.ids
@@ -240,12 +260,14 @@ impl Job<'_> {
         }
         let outcome = Outcome {
             quality,
+            hidden_states,
             verify: verifying.elapsed().as_secs_f64(),
             quantized: compiled.quantized,
             outputs: hashed(compiled.flushing)?,
             linears: compiled.linears,
             smoothings: Vec::new(),
             tensors: compiled.tensors,
+            lost: compiled.lost,
             stages: compiled.seconds,
         };
         drop(reopened);
@@ -292,20 +314,25 @@ impl Job<'_> {
         }
         if !graph.aside.is_empty() && !graph.opaque {
             let names: Vec<&str> = graph.aside.iter().map(|(prefix, _)| prefix.trim_end_matches('.')).collect();
-            notes.push(format!("not part of the language model, and copied as they are: {}", names.join(", ")));
+            let done = if recipe.gguf.is_some() { "left out" } else { "copied as they are" };
+            notes.push(format!("not part of the language model, and {done}: {}", names.join(", ")));
         }
         let text = match needs > Needs::Nothing || self.verification.is_some() {
             true => Some(ModelText::open(&source)?),
             false => None,
         };
+        notes.extend(text.iter().flat_map(|text| text.notices.iter().cloned()));
         let samples = match (needs > Needs::Nothing, &text) {
             (true, Some(text)) => {
-                let longest = families::longest_context(source.config()).unwrap_or(usize::MAX);
+                let longest = families::longest_context(source.config())?.unwrap_or(usize::MAX);
                 let seq_len = recipe.seq_len.min(longest);
                 if seq_len < recipe.seq_len {
                     notes.push(format!("sequences were cut to the model's {seq_len} positions"));
                 }
-                let samples = text.select(&load_text(&recipe.calibration)?, recipe.samples, seq_len, recipe.seed)?;
+                let calibration = load_text(&recipe.calibration)?;
+                let samples = text.select(&calibration, recipe.samples, seq_len, recipe.seed)?;
+                notes.extend(calibration.notes);
+                notes.extend(weak_conversations(&samples.source));
                 if samples.source.sequences < recipe.samples {
                     notes.push(format!(
                         "the calibration text gives {} sequences of {seq_len} tokens, {} were asked for",
@@ -324,7 +351,7 @@ impl Job<'_> {
             _ => None,
         };
         let held_out = match (&self.verification, &text) {
-            (Some(verification), Some(text)) => Some(verification.read(&source, text)?),
+            (Some(verification), Some(text)) => Some(verification.read(&source, text, &mut notes)?),
             _ => None,
         };
         // A tokenizer of a large vocabulary is tens of megabytes.
@@ -340,12 +367,15 @@ impl Job<'_> {
         run: &Run,
         reopened: &Checkpoint,
         progress: &mut Progress,
-    ) -> Result<Option<Quality>> {
-        let Some(HeldOut { windows, .. }) = &run.held_out else { return Ok(None) };
+    ) -> Result<(Option<Quality>, Option<HiddenStates>)> {
+        let Some(HeldOut { windows, .. }) = &run.held_out else { return Ok((None, None)) };
+        if run.graph.head.missing {
+            return Ok((None, Some(compare_hidden(backend, reopened, &run.source, windows, progress)?)));
+        }
         let mut quality =
             evaluate(backend, reopened, Some(&run.source), windows, Protocol::Papers, Activations::Exact, progress)?;
         quality.model = self.output.display().to_string();
-        Ok(Some(quality))
+        Ok((Some(quality), None))
     }
 
     fn report<B: Backend>(self, backend: &B, mut run: Run, outcome: Outcome) -> Result<Report> {
@@ -356,8 +386,20 @@ impl Job<'_> {
             }
             _ => None,
         };
-        run.notes.extend(starved_experts(&outcome.linears));
+        run.notes.extend(evidence::notes(&outcome.linears, &outcome.lost));
         run.notes.extend(backend.notes());
+        if run.graph.head.missing {
+            let found = outcome.hidden_states.map_or("were not compared".to_owned(), |found| {
+                format!(
+                    "on {} tokens have a mean cosine of {:.5} with the original's, {:.5} at the lowest, and differ by {:.2} % of their length",
+                    found.tokens,
+                    found.cosine_mean,
+                    found.cosine_min,
+                    100.0 * found.relative_error
+                )
+            });
+            run.notes.push(format!("the model has no output projection: its hidden states {found}"));
+        }
         let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         let inputs = hashed(run.hashing)?;
         let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
@@ -379,6 +421,7 @@ impl Job<'_> {
             inputs,
             outputs: outcome.outputs,
             quality: outcome.quality,
+            hidden_states: outcome.hidden_states,
             verdict,
             notes: run.notes,
             linears: outcome.linears,
@@ -395,60 +438,95 @@ impl Job<'_> {
     }
 }
 
-/// What there is to say of experts that few tokens were sent to.
-fn starved_experts(linears: &[LinearReport]) -> Option<String> {
-    let experts = || linears.iter().filter(|linear| linear.prior.is_some());
-    let starved = experts().filter(|linear| linear.prior.is_some_and(|prior| prior > 0.5)).count();
-    let unseen = experts().filter(|linear| linear.tokens == 0).count();
-    (starved > 0).then(|| {
-        format!(
-            "{starved} of {} linears of experts saw fewer tokens than they have inputs, {unseen} of them none: what all tokens of their layer look like made up for it",
-            experts().count()
-        )
-    })
+/// What there is to say of conversations that calibration did not see as the model does.
+fn weak_conversations(source: &SampleSource) -> Vec<String> {
+    let SampleSource { name, refused, refusal, templated, untemplated, .. } = source;
+    let mut notes = Vec::new();
+    if let (Some(refusal), true) = (refusal, *refused > 0) {
+        notes.push(format!(
+            "{refused} of {} conversations of {name} were left out, since the model refuses them: {refusal}",
+            refused + templated
+        ));
+    }
+    if *untemplated > 0 {
+        notes.push(format!(
+            "{untemplated} conversations of {name} were read as plain text, since the model has no chat template"
+        ));
+    }
+    notes
 }
 
 impl Verification {
-    fn read(&self, source: &Checkpoint, text: &ModelText) -> Result<HeldOut> {
-        let context = self.context.min(families::longest_context(source.config()).unwrap_or(usize::MAX));
-        let ids = text.evaluation_ids(&load_text(&self.text)?)?;
+    fn read(&self, source: &Checkpoint, text: &ModelText, notes: &mut Vec<String>) -> Result<HeldOut> {
+        let context = self.context.min(families::longest_context(source.config())?.unwrap_or(usize::MAX));
+        let held_out = load_text(&self.text)?;
+        let ids = text.evaluation_ids(&held_out)?;
+        notes.extend(held_out.notes);
         let windows = windows(&ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
         Ok(HeldOut { ids, windows })
     }
 }
 
 /// config.json, the codec's files, the tokenizer and everything else that belongs to the model.
-fn write_side_files(source: &Checkpoint, plan: &Plan, staging: &Staging) -> Result<()> {
+fn write_side_files(source: &Checkpoint, beside: &Beside, plan: &Plan, staging: &Staging) -> Result<()> {
     let mut config = source.config().clone();
     if let Value::Object(config) = &mut config {
         config.insert("quantization_config".to_owned(), plan.config.quantization_config.clone());
+        singles(config);
+        if let Some(Value::Object(text)) = config.get_mut("text_config") {
+            singles(text);
+        }
     }
     debug_assert!(plan.fates.iter().any(|(_, fate)| *fate == Fate::Quantized));
     write_config(&config, staging)?;
     for (name, content) in &plan.config.files {
         staging.write(name, content)?;
     }
-    copy_side_files(source, staging)
+    copy_side_files(beside, staging)
+}
+
+/// Says float32 where a configuration says float64, which nothing is written in.
+fn singles(config: &mut serde_json::Map<String, Value>) {
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(name) = config.get_mut(key).filter(|name| *name == "float64" || *name == "torch.float64") {
+            *name = Value::from("float32");
+        }
+    }
 }
 
 /// Writes config.json.
 pub fn write_config(config: &Value, staging: &Staging) -> Result<()> {
-    let mut bytes = serde_json::to_vec_pretty(config).expect("a config is plain data");
+    let mut bytes = json::pretty(config);
     bytes.push(b'\n');
     staging.write("config.json", &bytes)
 }
 
-/// Carries tokenizer, templates, code and licences over.
-pub fn copy_side_files(source: &Checkpoint, staging: &Staging) -> Result<()> {
-    for (name, file) in source.side_files()? {
+/// Carries over what lies beside the weights.
+pub fn copy_side_files(beside: &Beside, staging: &Staging) -> Result<()> {
+    for (name, file) in &beside.files {
+        let to = staging.folder().join(name);
+        if let Some(folder) = to.parent() {
+            std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
+        }
         match file {
-            SideFile::Bytes(bytes) => staging.write(&name, &bytes)?,
-            SideFile::Copy(path) => {
-                std::fs::copy(&path, staging.folder().join(&name)).map_err(Error::io(&path, "copy"))?;
-            }
+            SideFile::Bytes(bytes) => std::fs::write(&to, bytes).map_err(Error::io(&to, "write"))?,
+            SideFile::Copy(path) => drop(std::fs::copy(path, &to).map_err(Error::io(path, "copy"))?),
         }
     }
     Ok(())
+}
+
+/// The front matter for a model card: the licence that the original's card names.
+fn card_licence(beside: &Beside) -> Option<String> {
+    let (_, file) = beside.files.iter().find(|(name, _)| name == Path::new(ORIGINAL_CARD))?;
+    let SideFile::Copy(path) = file else { return None };
+    let text = std::fs::read_to_string(path).ok()?;
+    let front = text.strip_prefix("---\n")?.split("\n---").next()?;
+    let said = front
+        .lines()
+        .filter(|line| ["license:", "license_name:", "license_link:"].iter().any(|key| line.starts_with(key)));
+    let said: Vec<&str> = said.collect();
+    (!said.is_empty()).then(|| format!("---\n{}\n---\n\n", said.join("\n")))
 }
 
 /// Refuses a model of which not even one operator's work on so many tokens fits into the device's memory; what is more than that is

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Context;
+use calibration::samples::GUARDED;
 use clap::Parser;
 use formats::Dtype;
 use quantc::cli::{Cli, Command, Compute, Engine, Eval, Quantize};
@@ -13,12 +14,12 @@ use quantc::forward::Activations;
 use quantc::job::{Job, Verification};
 use quantc::output::{Place, remove_made, sweep};
 use quantc::progress::Progress;
-use quantc::recipe::{Recipe, Request, named};
+use quantc::recipe::{Recipe, Request, named, unknown_tensors};
 use quantc::report::Report;
 use quantc::supervisor::{self, End};
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{Limits, Protocol, evaluate};
-use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, with_backend};
+use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, stray, with_backend};
 
 /// The output is there, and its quality is below the limits.
 const BELOW_THE_BAR: u8 = 3;
@@ -52,7 +53,12 @@ fn main() -> ExitCode {
 fn work(cli: Cli) -> u8 {
     let panicked: Arc<Mutex<String>> = Arc::default();
     let last = panicked.clone();
-    std::panic::set_hook(Box::new(move |info| *last.lock().unwrap_or_else(PoisonError::into_inner) = info.to_string()));
+    std::panic::set_hook(Box::new(move |info| {
+        // What is wrong with a damaged file is told by whoever reads it.
+        if std::thread::current().name() != Some(GUARDED) {
+            *last.lock().unwrap_or_else(PoisonError::into_inner) = info.to_string();
+        }
+    }));
     match std::panic::catch_unwind(AssertUnwindSafe(|| run(cli))) {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => {
@@ -88,7 +94,9 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Quantize(args) => quantize(*args),
         Command::Eval(args) => eval(args),
         Command::Inspect(args) => {
-            let inspection = inspect::inspect(&Checkpoint::open(&args.path)?);
+            let checkpoint = Checkpoint::open(&args.path)?;
+            checkpoint.remarks().iter().for_each(|note| tell(&format!("note: {note}")));
+            let inspection = inspect::inspect(&checkpoint);
             match args.json {
                 true => say(&format!("{}\n", serde_json::to_string_pretty(&inspection)?))?,
                 false => say(&inspection.text())?,
@@ -101,7 +109,9 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 "bf16" => Dtype::BF16,
                 _ => Dtype::F32,
             });
-            convert::convert(&args.input, &args.output, dtype, args.force)?;
+            let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
+            let notes = convert::convert(&args.input, &args.output, dtype, unknown, args.force)?;
+            notes.iter().for_each(|note| tell(&format!("note: {note}")));
             Ok(0)
         }
         Command::Devices(args) => {
@@ -113,14 +123,15 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             Ok(0)
         }
         Command::Merge(args) => {
-            let merged = merge::merge(&args.model, &args.adapter, &args.output, args.force)?;
+            let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
+            let (merged, notes) = merge::merge(&args.model, &args.adapter, &args.output, unknown, args.force)?;
             if let (Some(adapter), false) = (merged.adapter(), args.quiet) {
                 let (output, kind) = (args.output.display(), adapter.kind);
                 say(&format!(
                     "{output}: {kind}, {} modules merged, {} tensors replaced\n",
                     adapter.modules, adapter.replaced
                 ))?;
-                merged.notices().iter().for_each(|note| tell(&format!("note: {note}")));
+                notes.iter().for_each(|note| tell(&format!("note: {note}")));
             }
             Ok(0)
         }
@@ -174,6 +185,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         desc_act: args.desc_act.then_some(true),
         moe_all_experts: args.moe_all_experts.then_some(true),
         ignore: (!args.ignore.is_empty()).then_some(args.ignore),
+        unknown_tensors: args.unknown_tensors,
         adapter: args.adapter,
         calibration: args.calibration,
         samples: args.samples,
@@ -267,6 +279,9 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     };
     let reference_adapter = args.reference_adapter.as_deref();
     let reference = args.reference.as_deref().map(|path| Checkpoint::open_with(path, reference_adapter)).transpose()?;
+    for checkpoint in [Some(&model), reference.as_ref()].into_iter().flatten() {
+        stray::refuse_adapters(checkpoint)?;
+    }
     let text = load_text(args.text.as_deref().unwrap_or(HELD_OUT)).map_err(Error::from)?;
     let tokenizer = ModelText::open(&model)?;
     let ids = tokenizer.evaluation_ids(&text).map_err(Error::from)?;
@@ -281,7 +296,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
             .into());
         }
     }
-    let longest = families::longest_context(model.config()).unwrap_or(usize::MAX);
+    let longest = families::longest_context(model.config())?.unwrap_or(usize::MAX);
     let bos = match protocol {
         Protocol::Papers => None,
         Protocol::LlamaCpp => tokenizer.tokenizer.added_bos(),
@@ -301,9 +316,16 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     if let Some(profile) = engine.profile() {
         tell(profile.trim_end());
     }
+    for note in text.notes.iter().filter(|_| !args.compute.quiet) {
+        tell(&format!("note: {note}"));
+    }
     match args.json {
         true => say(&format!("{}\n", serde_json::to_string_pretty(&quality)?))?,
         false => say(&report::quality_table(&quality))?,
+    }
+    if !args.compute.quiet {
+        let read = [Some(&model), reference.as_ref()].into_iter().flatten();
+        read.flat_map(Checkpoint::remarks).for_each(|note| tell(&format!("note: {note}")));
     }
     Ok(0)
 }

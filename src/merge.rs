@@ -6,20 +6,37 @@ use formats::TensorSpec;
 
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::compile::copy_tensor;
+use crate::convert::fates;
 use crate::error::Result;
 use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, check_place, weight_writer};
+use crate::plan::Fate;
+use crate::stray::{self, UnknownTensors};
 
 /// Writes every tensor of `model`, merged with the adapter in `adapter`, to the directory `output`, one at a time, each in its
-/// own type (quantized ones in the model's), with config.json and the tokenizer. Returns the merged checkpoint as it was read.
-pub fn merge(model: &Path, adapter: &Path, output: &Path, force: bool) -> Result<Checkpoint> {
-    write(model, adapter, output, force).map_err(|error| error.of_output(output, false))
+/// own type (quantized ones in the model's), with config.json and what lies beside the weights. Tensors that are not part
+/// of the model are treated as `unknown` says. Returns the merged checkpoint as it was read, and what the user should know.
+pub fn merge(
+    model: &Path,
+    adapter: &Path,
+    output: &Path,
+    unknown: UnknownTensors,
+    force: bool,
+) -> Result<(Checkpoint, Vec<String>)> {
+    write(model, adapter, output, unknown, force).map_err(|error| error.of_output(output, false))
 }
 
-fn write(model: &Path, adapter: &Path, output: &Path, force: bool) -> Result<Checkpoint> {
+fn write(
+    model: &Path,
+    adapter: &Path,
+    output: &Path,
+    unknown: UnknownTensors,
+    force: bool,
+) -> Result<(Checkpoint, Vec<String>)> {
     let source = Checkpoint::open_with(model, Some(adapter))?;
     check_place(output, adapter)?;
     let staging = Staging::folder_for(output, Some(model), force)?;
+    let beside = source.beside(&["config.json"])?;
     let spec = |entry: &crate::checkpoint::Entry| {
         let dtype = match entry.dtype {
             StoredType::Plain(own) => own,
@@ -27,14 +44,19 @@ fn write(model: &Path, adapter: &Path, output: &Path, force: bool) -> Result<Che
         };
         TensorSpec { name: entry.name.clone(), dtype, shape: entry.shape.clone() }
     };
-    let specs: Vec<TensorSpec> = source.entries().iter().map(spec).collect();
+    let (strays, mut notes) = fates(&source, unknown)?;
+    notes.splice(0..0, source.notices());
+    let kept = source.entries().iter().filter(|entry| !matches!(strays.get(&entry.name), Some(Fate::Dropped(_))));
+    let specs: Vec<TensorSpec> = kept.map(spec).collect();
     let writer = weight_writer(staging.folder(), specs.clone())?;
     for spec in &specs {
-        copy_tensor(&source, &spec.name, spec.dtype, &writer)?;
+        if !matches!(strays.get(&spec.name), Some(fate) if stray::copied(&source, &spec.name, fate, &writer)?) {
+            copy_tensor(&source, &spec.name, spec.dtype, &writer)?;
+        }
     }
     writer.finish()?;
     write_config(source.config(), &staging)?;
-    copy_side_files(&source, &staging)?;
+    copy_side_files(&beside, &staging)?;
     staging.commit()?;
-    Ok(source)
+    Ok((source, notes))
 }

@@ -3,12 +3,14 @@
 use std::collections::{HashMap, HashSet};
 
 use formats::codec::{ConfigFiles, QuantizedModule};
+use formats::tensor::is_float;
 use formats::{Codec, Dtype, ScalePrecision, Scheme, TensorSpec};
 
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Linear, Stored};
 use crate::recipe::Recipe;
+use crate::stray::{Strays, UnknownTensors, lookalike};
 
 /// What happens to one input tensor.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -58,7 +60,8 @@ impl Plan {
         check_tensors(graph, source)?;
         let mut patterns = recipe.patterns()?;
         // To patterns the head, routers and other components' linears are linears, though they are not quantized here.
-        let others = other_linears(graph, source);
+        let strays = Strays::new(graph, source, recipe.unknown_tensors);
+        let others = other_linears(graph, source, &strays, codec.goes_by_class())?;
         for module in others.iter().chain([&graph.head.linear.module]) {
             recipe.scheme_of(module, &mut patterns)?;
         }
@@ -95,14 +98,15 @@ impl Plan {
             return Err(Error::usage(format!("tensor `{tensor}`{others}: {} cannot hold it: {why}", codec.id())));
         }
         // Other components as a whole, for runtimes call what is in them otherwise than files do.
-        let aside = |name: &String| graph.aside.iter().any(|(prefix, _)| name.starts_with(prefix));
-        let components: Vec<String> = match graph.opaque {
-            true => Vec::new(),
-            false => graph.aside.iter().map(|(prefix, _)| prefix).filter(|p| p.ends_with('.')).cloned().collect(),
-        };
-        let alone = others.iter().filter(|name| graph.opaque || !aside(name));
+        let aside =
+            |name: &String| graph.aside.iter().any(|(prefix, _)| !prefix.is_empty() && name.starts_with(prefix));
+        let components: Vec<String> =
+            graph.aside.iter().map(|(prefix, _)| prefix).filter(|p| p.ends_with('.')).cloned().collect();
+        // AWQ leaves out whatever has a name in its own: `fc` would take `c_fc` along.
+        let hides = |name: &String| codec.id() == "awq" && modules.iter().any(|(own, _)| own.contains(&**name));
+        let alone = others.iter().filter(|name| !aside(name)).filter(|name| graph.opaque || !hides(name));
         let mut left: Vec<String> = unquantized.iter().chain(alone).chain(&components).cloned().collect();
-        if !graph.head.tied {
+        if !graph.head.tied && !left.contains(&graph.head.linear.module) {
             left.push(graph.head.linear.module.clone());
         }
         let listed: Vec<QuantizedModule<'_>> = modules
@@ -111,6 +115,9 @@ impl Plan {
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(crate::runtimes::notes(graph, codec.id(), &schemes));
+        if graph.opaque {
+            check_named(&config, &listed, &left, codec)?;
+        }
 
         let model_dtype = source.dtype();
         let float_dtype = if matches!(model_dtype, Dtype::F16 | Dtype::BF16) { model_dtype } else { Dtype::F32 };
@@ -166,27 +173,71 @@ impl Plan {
                 });
                 Fate::Copied
             } else {
-                let fate = left_out(graph, source, &entry.name)?;
+                let fate = strays.fate(&entry.name)?;
                 if let Fate::Aside(_) = fate {
-                    let dtype = copied_dtype(entry.dtype, float_dtype);
+                    let dtype = match entry.dtype {
+                        StoredType::Plain(dtype) => dtype,
+                        _ => float_dtype,
+                    };
                     outputs.push(TensorSpec { name: entry.name.clone(), dtype, shape: entry.shape.clone() });
                 }
                 fate
             };
             fates.push((entry.name.clone(), fate));
         }
+        config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
         Ok(Plan { codec, schemes, unquantized, fates, unstacked, outputs, scale_dtype, precision, float_dtype, config })
     }
 }
 
-/// Linears that are never quantized: routers, and what looks like one in other components of the model.
-pub fn other_linears(graph: &Graph, source: &Checkpoint) -> Vec<String> {
+/// Fails unless the configuration, as it will be read, says of every linear whether it has codes.
+fn check_named(
+    config: &ConfigFiles,
+    quantized: &[QuantizedModule<'_>],
+    left: &[String],
+    codec: &dyn Codec,
+) -> Result<()> {
+    let whole = serde_json::json!({"quantization_config": config.quantization_config});
+    let reader = formats::codec::read_quantization(&whole)?.expect("it is there");
+    for module in quantized {
+        if reader.declared(module.name)?.map(|declared| declared.scheme) != Some(module.scheme) {
+            return Err(Error::usage(format!(
+                "{} leaves linears out by their names, and could not but leave out `{}` as well, which is quantized; give --ignore \
+                 for it, or write another --format",
+                codec.id(),
+                module.name
+            )));
+        }
+    }
+    for name in left.iter().filter(|name| !name.ends_with('.')) {
+        // The head has a setting of its own in GPTQ and AWQ.
+        if reader.declared(name)?.is_some() && !name.ends_with("lm_head") {
+            return Err(Error::failed(format!("the configuration of {} would not leave out `{name}`", codec.id())));
+        }
+    }
+    Ok(())
+}
+
+/// Linears that are never quantized: routers, what looks like one in other components of the model and among tensors that go
+/// over though no rule names them, and in a model that is not known all that may be one. Heads without a tensor are among them
+/// where a layout goes by `classes` of modules.
+pub fn other_linears(graph: &Graph, source: &Checkpoint, strays: &Strays<'_>, classes: bool) -> Result<Vec<String>> {
+    if graph.opaque {
+        return Ok(crate::families::plain_modules(graph, source, classes));
+    }
     let routers = graph.blocks.iter().flat_map(|block| &block.steps).flat_map(|step| step.layer.routers());
-    let aside = source.entries().iter().filter(|entry| {
-        !graph.opaque && entry.shape.len() == 2 && graph.aside.iter().any(|(prefix, _)| entry.name.starts_with(prefix))
-    });
-    let aside = aside.filter_map(|entry| entry.name.strip_suffix(".weight").map(str::to_owned));
-    routers.map(|linear| linear.module.clone()).chain(aside).collect()
+    let aside = source
+        .entries()
+        .iter()
+        .filter(|entry| entry.shape.len() == 2 && graph.aside.iter().any(|(prefix, _)| entry.name.starts_with(prefix)));
+    let mut copied = Vec::new();
+    for entry in strays.entries().filter(|entry| entry.shape.len() == 2) {
+        if let Fate::Aside(_) = strays.fate(&entry.name)? {
+            copied.push(entry);
+        }
+    }
+    let aside = aside.chain(copied).filter_map(|entry| entry.name.strip_suffix(".weight").map(str::to_owned));
+    Ok(routers.map(|linear| linear.module.clone()).chain(aside).collect())
 }
 
 impl Plan {
@@ -196,50 +247,71 @@ impl Plan {
     }
 }
 
-/// The type that a tensor which is not quantized is written in.
+/// The type that a tensor of the model which is not quantized is written in.
 fn copied_dtype(stored: StoredType, float_dtype: Dtype) -> Dtype {
     match stored {
+        StoredType::Plain(Dtype::F64 | Dtype::F8_E4M3 | Dtype::F8_E5M2) | StoredType::Foreign => float_dtype,
         StoredType::Plain(dtype) => dtype,
         _ => float_dtype,
     }
 }
 
-/// What becomes of a tensor of the input that is no part of the model; fails when nothing says so.
+/// What becomes of a tensor of the input that is no part of the model; fails when no rule of the family says so.
 pub fn left_out(graph: &Graph, source: &Checkpoint, name: &str) -> Result<Fate> {
-    if graph.head.tied && name == graph.head.linear.weight() {
-        return Ok(Fate::Tied);
-    }
-    if let Some((_, what)) = graph.aside.iter().find(|(prefix, _)| name.starts_with(prefix)) {
-        return Ok(Fate::Aside(what));
-    }
-    match graph.dropped.iter().find(|rule| name.ends_with(rule.suffix)) {
-        Some(rule) => Ok(Fate::Dropped(rule.reason)),
-        None => Err(Error::failed(format!(
-            "{}: tensor `{name}` is not part of a {} model and no rule says what to do with it",
-            source.path().display(),
-            graph.family
-        ))),
-    }
+    Strays::new(graph, source, UnknownTensors::Refuse).fate(name)
 }
 
 /// Fails unless every tensor that the model needs is there, in its shape and in a type that can be read.
 pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
+    let place = source.path().display();
     for (name, shape) in graph.tensors() {
-        let place = source.path().display();
-        match source.entry(&name) {
-            None => {
+        let Some(entry) = source.entry(&name) else { return Err(missing(graph, source, &name, &shape)) };
+        if entry.shape != shape {
+            return Err(Error::failed(format!(
+                "{place}: tensor `{name}` has shape {:?}, and config.json says {shape:?}",
+                entry.shape
+            )));
+        }
+        let StoredType::Plain(dtype) = entry.dtype else { continue };
+        if !is_float(dtype) {
+            return Err(Error::failed(format!(
+                "{place}: tensor `{name}` is of type {dtype}, and weights are F64, F32, F16, BF16, F8_E4M3 or F8_E5M2"
+            )));
+        }
+        if matches!(dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2) {
+            let module = name.strip_suffix(".weight").unwrap_or(&name);
+            let scales = [
+                format!("{name}_scale"),
+                format!("{name}_scale_inv"),
+                format!("{module}.scale"),
+                format!("{module}.scale_weight"),
+            ];
+            if let Some(scale) = scales.iter().find(|scale| source.entry(scale).is_some()) {
                 return Err(Error::failed(format!(
-                    "{place}: tensor `{name}` is missing; its shape would be {shape:?}"
+                    "{place}: tensor `{name}` is of type {dtype} and has scales in `{scale}`, and config.json lacks the \
+                     quantization_config that says how they are meant"
                 )));
             }
-            Some(entry) if entry.shape != shape => {
-                return Err(Error::failed(format!(
-                    "{place}: tensor `{name}` has shape {:?}, and config.json says {shape:?}",
-                    entry.shape
-                )));
-            }
-            Some(_) => {}
         }
     }
     Ok(())
+}
+
+/// What to say of a tensor that is missing: where it should be, and what it may be called instead.
+fn missing(graph: &Graph, source: &Checkpoint, name: &str, shape: &[usize]) -> Error {
+    let mut text = format!("{}: tensor `{name}` is missing; its shape would be {shape:?}", source.path().display());
+    if let Some((shard, index)) = source.promised(name) {
+        let index = index.file_name().unwrap_or_default().to_string_lossy();
+        text += &format!("; {index} places it in {shard}, which does not hold it");
+    } else if let Some(other) = lookalike(graph, source, name, shape) {
+        text += &format!(
+            "; `{other}` has that shape and is not part of a {} model: if it is the same under another name, rename it or mend \
+             config.json",
+            graph.family
+        );
+    } else if name == graph.head.linear.weight() {
+        text += "; set tie_word_embeddings in config.json where the embedding serves as the head, and where there is none name the \
+                 class without it in `architectures`";
+    }
+    Error::failed(text)
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::export::mixes::{MIXES, Mix};
+use crate::stray::UnknownTensors;
 
 /// A quantization method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -96,6 +97,8 @@ pub struct Request {
     pub moe_all_experts: Option<bool>,
     /// Linears that stay as they are.
     pub ignore: Option<Vec<String>>,
+    /// What to do with tensors that are not part of the model: `copy`, `drop` or `refuse`.
+    pub unknown_tensors: Option<String>,
     /// A LoRA adapter to merge before anything else.
     pub adapter: Option<PathBuf>,
     /// Calibration text: a file or a preset.
@@ -178,6 +181,7 @@ impl Request {
                 }
                 (own, more) => own.or(more),
             },
+            unknown_tensors: self.unknown_tensors.or(base.unknown_tensors),
             adapter: self.adapter.or(base.adapter),
             calibration: self.calibration.or(base.calibration),
             samples: self.samples.or(base.samples),
@@ -223,6 +227,8 @@ pub struct Recipe {
     pub moe_all_experts: bool,
     /// Patterns of linears that stay as they are.
     pub ignore: Vec<String>,
+    /// What to do with tensors that are not part of the model.
+    pub unknown_tensors: UnknownTensors,
     /// A LoRA adapter that was merged before anything else.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<PathBuf>,
@@ -326,6 +332,7 @@ impl Recipe {
             desc_act,
             moe_all_experts: request.moe_all_experts.unwrap_or(false),
             ignore: request.ignore.unwrap_or_default(),
+            unknown_tensors: unknown_tensors(request.unknown_tensors.as_deref())?,
             adapter: request.adapter,
             calibration: request.calibration.unwrap_or_else(|| "mixed".to_owned()),
             samples: request.samples.unwrap_or(128),
@@ -522,6 +529,11 @@ impl Pattern {
     }
 }
 
+/// The choice of this name.
+pub fn unknown_tensors(name: Option<&str>) -> Result<UnknownTensors> {
+    name.map_or(Ok(UnknownTensors::default()), |name| named("--unknown-tensors", UnknownTensors::ALL, name))
+}
+
 /// Bytes, as llama.cpp's tools write them: a number and `M` or `G`.
 fn parse_size(text: &str) -> Result<u64> {
     let (number, unit) = match text.char_indices().last() {
@@ -622,6 +634,7 @@ mod tests {
             ("damp = -1.0", "damping -1"),
             ("method = 'rtn'\ndesc_act = true", "--desc-act needs"),
             ("samples = 0", "--samples must be at least 1"),
+            ("unknown_tensors = 'keep'", "--unknown-tensors `keep` is not known; there are copy, drop, refuse"),
             ("pure = true", "--pure is for GGUF files"),
             ("format = 'gguf'\nscheme = 'W4A16'", "scheme `W4A16` is not one of GGUF's"),
             ("format = 'gguf'\nmethod = 'awq'", "method awq is not for GGUF files"),

@@ -12,12 +12,13 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::adapter::AdapterReport;
+use crate::checkpoint::place::model_name;
 use crate::compile::{LinearReport, SmoothingReport, Stages};
 use crate::error::{Error, Result};
 use crate::forward::Activations;
 use crate::plan::Fate;
 use crate::recipe::Recipe;
-use crate::verify::{Limits, Quality};
+use crate::verify::{HiddenStates, Limits, Quality};
 
 /// A file and what is in it.
 #[derive(Clone, Debug, Serialize)]
@@ -37,6 +38,9 @@ pub struct TensorReport {
     pub name: String,
     /// Quantized, copied, tied, or dropped and why.
     pub fate: Fate,
+    /// Its type in a GGUF file.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub ty: Option<&'static str>,
 }
 
 /// Bits per weight.
@@ -79,7 +83,8 @@ pub struct Report {
     pub parameters: u64,
     /// Its weight files.
     pub inputs: Vec<FileReport>,
-    /// What was asked for, defaults filled in.
+    /// What was asked for, defaults filled in; the scheme of a GGUF file is its mix.
+    #[serde(serialize_with = "with_mix")]
     pub recipe: Recipe,
     /// The calibration text, if one was used.
     pub calibration: Option<SampleSource>,
@@ -89,6 +94,9 @@ pub struct Report {
     pub bpw: BitsPerWeight,
     /// Against the original, on held-out text.
     pub quality: Option<Quality>,
+    /// Of a model without an output projection, against the original, on held-out text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hidden_states: Option<HiddenStates>,
     /// Limits on the quality.
     pub verdict: Option<Verdict>,
     /// Limits on who can load the output, and other things worth knowing.
@@ -103,6 +111,15 @@ pub struct Report {
     pub seconds: Seconds,
     /// Largest resident set of the process, mapped files included.
     pub peak_memory_bytes: Option<u64>,
+}
+
+/// A recipe whose scheme says what was done: a mix has no one width and group.
+fn with_mix<S: serde::Serializer>(recipe: &Recipe, serializer: S) -> Result<S::Ok, S::Error> {
+    let mut value = serde_json::to_value(recipe).map_err(serde::ser::Error::custom)?;
+    if let Some(gguf) = &recipe.gguf {
+        value["scheme"] = gguf.mix.into();
+    }
+    value.serialize(serializer)
 }
 
 /// Where the time went.
@@ -204,7 +221,7 @@ impl Report {
     pub fn card(&self) -> String {
         let Recipe { format, scheme, method, .. } = &self.recipe;
         let group = scheme.group.map_or("one scale per row".to_owned(), |g| format!("groups of {g}"));
-        let name = Path::new(&self.model).file_name().map_or(self.model.clone(), |n| n.to_string_lossy().into_owned());
+        let name = model_name(Path::new(&self.model)).unwrap_or_else(|| self.model.clone());
         let mut card = format!(
             "# {name}, {} ({})\n\nQuantized with {} to the {format} layout: {}, {group}, method {}.\n\n",
             scheme.name(),

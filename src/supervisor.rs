@@ -28,13 +28,19 @@ impl End {
         let End::Died(signal) = self else { return None };
         let subject = subject.display();
         let known = [
-            (signal::BUS, "one of its files was truncated, or its disk failed, while it was being read; nothing was written"),
+            (
+                signal::BUS,
+                "one of its files was truncated, or its disk failed, while it was being read; nothing was written",
+            ),
             (
                 signal::KILL,
                 "the process was killed from outside, as systems do when memory runs out; give fewer --samples or a shorter --seq-len, or \
                  more memory",
             ),
-            (signal::ABRT, "the process gave up, most often because memory ran out; give fewer --samples or a shorter --seq-len, or more memory"),
+            (
+                signal::ABRT,
+                "the process gave up, most often because memory ran out; give fewer --samples or a shorter --seq-len, or more memory",
+            ),
             (signal::SEGV, "the process was stopped for an invalid access or a full stack; this is a fault of quantc"),
         ];
         let why = known.iter().find(|(number, _)| *number == signal).map(|(_, why)| (*why).to_owned());

@@ -6,13 +6,15 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use calibration::samples::{
-    ChatTemplate, Document, PRESETS, SampleError, Samples, Text, Tokenizer, TokenizerConfig, parse_json, parse_jsonl,
-    parse_txt, preset, select,
+    ChatTemplate, Document, PRESETS, SampleError, Samples, Text, Tokenizer, TokenizerConfig, parse_txt, preset, read,
+    select,
 };
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
+use crate::families;
 use crate::import::sentencepiece;
+use crate::tokenizer::TokenizerFiles;
 
 /// The name of the bundled text for evaluation: neither the built-in model nor any preset has seen it.
 pub const HELD_OUT: &str = "held-out";
@@ -29,7 +31,7 @@ pub(crate) const OTHER_TOKENIZERS: &[(&str, &str)] = &[
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
     /// There is neither a file nor a preset of this name.
-    #[error("{name}: no such file; give a text (.txt, .jsonl, .json) or a bundled preset: {presets}", presets = PRESETS.join(", "))]
+    #[error("{name}: no such file; give a text (.txt, .jsonl, .json, .csv, .tsv, .parquet) or a bundled preset: {presets}", presets = PRESETS.join(", "))]
     Missing {
         /// What the user gave.
         name: String,
@@ -42,8 +44,16 @@ pub enum TextError {
         /// The system's reason.
         error: std::io::Error,
     },
-    /// The file is not text.
-    #[error("{path}: not UTF-8 text: byte {offset} cannot be read; texts are .txt, .jsonl or .json in UTF-8", path = path.display())]
+    /// A folder, where one file is read.
+    #[error("{path}: a folder; give one file{hint}", path = path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// Files in it that could be meant; begins with a separator, or is empty.
+        hint: String,
+    },
+    /// A template is not text.
+    #[error("{path}: not UTF-8 text: byte {offset} cannot be read", path = path.display())]
     Encoding {
         /// The file.
         path: PathBuf,
@@ -59,7 +69,9 @@ pub enum TextError {
         hint: String,
     },
     /// Evaluation scores running text only.
-    #[error("{name}: evaluation needs running text, but this file holds conversations; give a .txt file")]
+    #[error(
+        "{name}: evaluation needs running text, but this file holds conversations; give a .txt file, or records with a `text`"
+    )]
     NotPlain {
         /// The file.
         name: String,
@@ -89,9 +101,9 @@ pub enum TextError {
 
 /// Reads a text: a bundled preset by its name, else a file by its path.
 ///
-/// `.jsonl`/`.ndjson` and `.json` hold records (see `calibration::samples::parse_jsonl`); every other file is running
-/// text, taken byte for byte – perplexities of WikiText compare only when the same file is read raw everywhere. A file
-/// named like a preset is reached as `./NAME`. Fails for a missing, empty or non-UTF-8 file.
+/// What a file is read as is told by `calibration::samples::read`: running text is taken byte for byte – perplexities of WikiText
+/// compare only when the same file is read raw everywhere. A file named like a preset is reached as `./NAME`. Fails for a missing,
+/// empty or unreadable file.
 pub fn load_text(path_or_preset: &str) -> Result<Text, TextError> {
     if let Some(text) = preset(path_or_preset) {
         return Ok(text);
@@ -102,39 +114,54 @@ pub fn load_text(path_or_preset: &str) -> Result<Text, TextError> {
     let path = Path::new(path_or_preset);
     let bytes = std::fs::read(path).map_err(|error| match error.kind() {
         ErrorKind::NotFound => TextError::Missing { name: path_or_preset.to_owned() },
+        _ if path.is_dir() => TextError::Folder { path: path.to_owned(), hint: texts_in(path) },
         _ => TextError::Io { path: path.to_owned(), error },
     })?;
-    let content = utf8(path, bytes)?;
-    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default().to_lowercase();
-    let text = match extension.as_str() {
-        "jsonl" | "ndjson" => parse_jsonl(path_or_preset, &content)?,
-        "json" => parse_json(path_or_preset, &content)?,
-        _ => parse_txt(path_or_preset, &content),
-    };
+    let text = read(path_or_preset, bytes)?;
     if text.documents.is_empty() {
         return Err(SampleError::Empty { name: path_or_preset.to_owned() }.into());
     }
     Ok(text)
 }
 
+/// The first texts in a folder, as the end of a sentence.
+fn texts_in(folder: &Path) -> String {
+    const ENDINGS: &[&str] = &["jsonl", "json", "ndjson", "parquet", "csv", "tsv", "txt", "raw"];
+    let is_text = |path: &PathBuf| {
+        path.extension().and_then(|ending| ending.to_str()).is_some_and(|ending| ENDINGS.contains(&ending))
+    };
+    let entries = std::fs::read_dir(folder).into_iter().flatten();
+    let mut found: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(is_text).collect();
+    found.sort();
+    // The .json files of a model are no texts.
+    if folder.join("config.json").exists() {
+        found.clear();
+    }
+    let names: Vec<String> = found.iter().take(2).map(|path| path.display().to_string()).collect();
+    match found.len() {
+        0 => " (.txt, .jsonl, .json, .csv, .tsv, .parquet)".to_owned(),
+        1 => format!(": {}", names[0]),
+        count => format!(" of its {count}, such as {}", names.join(" or ")),
+    }
+}
+
 /// A model's way from text to ids.
 pub struct ModelText {
     /// The tokenizer, with the BOS and EOS that the configuration names.
     pub tokenizer: Tokenizer,
+    /// What the reader of a report should know of the tokenizer's files.
+    pub notices: Vec<String>,
     config: TokenizerConfig,
-    jinja: Option<String>,
     folder: PathBuf,
     /// Rows of the embedding, by config.json.
     rows: Option<u64>,
 }
 
 impl ModelText {
-    /// Reads what a checkpoint says of its tokenizer: tokenizer.json or tokenizer.model, tokenizer_config.json, special_tokens_map.json and
-    /// chat_template.jinja where they exist, or what takes their place in the metadata of a GGUF file.
+    /// Reads what a checkpoint says of its tokenizer (see [`TokenizerFiles`]). Fails where there is none.
     pub fn open(source: &Checkpoint) -> Result<Self, Error> {
         let folder = source.path();
-        let located = |error| TextError::Model { folder: folder.to_owned(), error };
-        let Some(file) = source.tokenizer()? else {
+        let Some(files) = source.tokenizer()? else {
             let other = OTHER_TOKENIZERS.iter().find(|(name, _)| folder.join(name).exists());
             let hint = other.map_or(String::new(), |(name, what)| {
                 let model = folder.display().to_string();
@@ -142,39 +169,15 @@ impl ModelText {
             });
             return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };
-        let parse = |name: &'static str, bytes: &[u8]| TokenizerConfig::from_json(name, bytes).map_err(located);
-        let mut config = match (read_optional(&folder.join("tokenizer_config.json"))?, source.tokenizer_config()) {
-            (Some(bytes), _) => parse("tokenizer_config.json", &bytes)?,
-            (None, Some(value)) => parse("tokenizer_config.json", value.to_string().as_bytes())?,
-            (None, None) => TokenizerConfig::default(),
-        };
-        if (config.bos_token.is_none() || config.eos_token.is_none())
-            && let Some(bytes) = read_optional(&folder.join("special_tokens_map.json"))?
-        {
-            let map = parse("special_tokens_map.json", &bytes)?;
-            config.bos_token = config.bos_token.or(map.bos_token);
-            config.eos_token = config.eos_token.or(map.eos_token);
-        }
-        let jinja = match read_optional(&folder.join("chat_template.jinja"))? {
-            Some(bytes) => Some(utf8(&folder.join("chat_template.jinja"), bytes)?),
-            None => None,
-        };
-        config.bos_token = config.bos_token.or(file.bos);
-        config.eos_token = config.eos_token.or(file.eos);
-        let tokenizer = Tokenizer::from_json(&file.json).map_err(|error| match error {
-            SampleError::Tokenizer { problem, .. } => {
-                located(SampleError::Tokenizer { file: file.name.into(), problem })
-            }
-            other => located(other),
-        })?;
-        let tokenizer = tokenizer.with_config(&config);
-        let rows = source.config().get("vocab_size").and_then(serde_json::Value::as_u64);
-        Ok(Self { tokenizer, config, jinja, folder: folder.to_owned(), rows })
+        let config = files.config();
+        let TokenizerFiles { tokenizer, notices, .. } = files;
+        let rows = families::vocabulary(source.config())?.map(|rows| rows as u64);
+        Ok(Self { tokenizer, notices, config, folder: folder.to_owned(), rows })
     }
 
     /// The model's chat template, if it has one. Fails on a syntax error in it.
     pub fn chat(&self) -> Result<Option<ChatTemplate>, TextError> {
-        self.config.chat(self.jinja.as_deref()).map_err(|error| TextError::Model { folder: self.folder.clone(), error })
+        self.config.chat().map_err(|error| TextError::Model { folder: self.folder.clone(), error })
     }
 
     /// Calibration sequences: `calibration::samples::select` with this model's tokenizer and chat template.
@@ -203,20 +206,6 @@ impl ModelText {
             None => Ok(()),
         }
     }
-}
-
-/// A file's content, or `None` where there is no such file (or the folder is a file itself).
-fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, TextError> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
-        Err(error) => Err(TextError::Io { path: path.to_owned(), error }),
-    }
-}
-
-fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, TextError> {
-    String::from_utf8(bytes)
-        .map_err(|e| TextError::Encoding { path: path.to_owned(), offset: e.utf8_error().valid_up_to() })
 }
 
 #[cfg(test)]
@@ -262,6 +251,7 @@ mod tests {
         assert_eq!(plain("a.md", "é\r\n".as_bytes()).plain().unwrap(), "é\r\n");
         assert_eq!(plain("a.jsonl", b"{\"text\": \"x\"}\n{\"text\": \"y\"}").documents.len(), 2);
         assert_eq!(plain("A.JSON", b"[{\"text\": \"x\"}]").documents.len(), 1);
+        assert_eq!(plain("a.csv", b"text\nx\ny\n").documents.len(), 2);
         assert_eq!(load_text("mixed").unwrap().name, "mixed");
     }
 
@@ -279,7 +269,14 @@ mod tests {
         let line = message(load_text(&file(&folder, "bad.jsonl", b"{\"text\": \"a\"}\n{\"txt\": \"b\"}")));
         assert!(line.contains("bad.jsonl, line 2: expected `text`"), "{line}");
         let directory = message(load_text(folder.path().to_str().unwrap()));
-        assert!(directory.contains("cannot be read"), "{directory}");
+        assert!(
+            directory.contains(": a folder; give one file of its 4, such as ") && directory.contains("bad.jsonl or "),
+            "{directory}"
+        );
+        let none = tempfile::tempdir().unwrap();
+        assert!(
+            message(load_text(none.path().to_str().unwrap())).ends_with("(.txt, .jsonl, .json, .csv, .tsv, .parquet)")
+        );
     }
 
     #[test]
@@ -321,9 +318,9 @@ mod tests {
 
         file(&folder, "tokenizer.json", b"{\"version\": ");
         let error = message(open(&folder));
-        assert!(error.contains("/tokenizer.json: EOF"), "{error}");
+        assert!(error.contains("/tokenizer.json: not valid JSON: EOF"), "{error}");
         file(&folder, "tokenizer_config.json", b"[");
-        assert!(message(open(&folder)).contains("/tokenizer_config.json: EOF"));
+        assert!(message(open(&folder)).contains("/tokenizer_config.json: not valid JSON: EOF"));
     }
 
     #[test]

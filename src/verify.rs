@@ -66,6 +66,28 @@ pub struct Quality {
     pub beside: Option<Beside>,
 }
 
+impl Quality {
+    /// Fails where the likelihoods are numbers, and a perplexity is too large to be one.
+    fn check(&self) -> Result<()> {
+        let refuse = |path: &str| {
+            Err(Error::failed(format!(
+                "{path}: its perplexity is larger than a number can say; the model is broken, or was made for other tokens"
+            )))
+        };
+        let Quality { perplexity, perplexity_stderr, .. } = self;
+        if let Some(beside) = &self.beside
+            && !beside.reference_perplexity.is_finite()
+        {
+            return refuse(&beside.reference);
+        }
+        let ratio = self.beside.as_ref().map_or([0.0; 2], |b| [b.perplexity_ratio, b.perplexity_ratio_stderr]);
+        match [*perplexity, *perplexity_stderr].iter().chain(&ratio).all(|value| value.is_finite()) {
+            true => Ok(()),
+            false => refuse(&self.model),
+        }
+    }
+}
+
 /// A model beside its reference, on the same tokens.
 #[derive(Clone, Debug, Serialize)]
 pub struct Beside {
@@ -114,7 +136,7 @@ pub fn evaluate<B: Backend>(
 ) -> Result<Quality> {
     if activations == Activations::Runtime && model.gguf().is_none() {
         let path = model.path().display();
-        return Err(Error::usage(format!("--activations runtime is for .gguf files, and {path} is none")));
+        return Err(Error::usage(format!("--activations runtime is for GGUF files, and {path} is none")));
     }
     let context = windows.first().map_or(0, Vec::len);
     let scored = protocol.scored(context.max(1));
@@ -126,6 +148,12 @@ pub fn evaluate<B: Backend>(
         let graph = families::graph_of(source)?;
         families::check_runnable(&graph, source)?;
         check_tensors(&graph, source)?;
+        if graph.head.missing {
+            return Err(Error::failed(format!(
+                "{}: the model has no output projection, as its architectures say, and so no perplexity",
+                source.path().display()
+            )));
+        }
         let largest = windows.iter().flatten().max().copied().unwrap_or(0) as usize;
         if largest >= graph.vocabulary {
             return Err(Error::failed(format!(
@@ -190,13 +218,91 @@ pub fn evaluate<B: Backend>(
             }
         }
     }
-    if let Some(at) = all.model.nll.iter().position(|nll| !nll.is_finite()) {
-        return Err(Error::failed(format!(
-            "{}: the logits of scored token {at} are not finite numbers; the model is broken",
-            model.path().display()
-        )));
+    check_logits(&all, model, reference)?;
+    let quality = Quality { activations, ..summarize(model, reference, &all, [context, windows.len()], protocol) };
+    quality.check()?;
+    Ok(quality)
+}
+
+/// Fails on logits that are no numbers, of which nothing can be said; the original's are looked at first.
+fn check_logits(all: &TokenComparison, model: &Checkpoint, reference: Option<&Checkpoint>) -> Result<()> {
+    let broken = |values: &[f64]| values.iter().position(|value| !value.is_finite());
+    let refuse = |source: &Checkpoint, at: usize, what: &str| {
+        Err(Error::failed(format!(
+            "{}: the logits of scored token {at} are not finite numbers; {what}",
+            source.path().display()
+        )))
+    };
+    if let (Some(at), Some(reference)) = (broken(&all.reference.nll), reference) {
+        return refuse(reference, at, "the original is broken, and nothing can be measured beside it");
     }
-    Ok(Quality { activations, ..summarize(model, reference, &all, [context, windows.len()], protocol) })
+    if let Some(at) = broken(&all.model.nll) {
+        return refuse(model, at, "the model is broken");
+    }
+    // Both give the token that comes some probability, and one of them no number for another.
+    match (broken(&all.kld), reference) {
+        (Some(at), Some(reference)) => Err(Error::failed(format!(
+            "the divergence of {} from {} is no finite number at scored token {at}; some of their logits are none",
+            model.path().display(),
+            reference.path().display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// How far the hidden states of a model without an output projection are from those of its reference.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct HiddenStates {
+    /// Tokens that were compared.
+    pub tokens: usize,
+    /// Mean cosine between both of a token.
+    pub cosine_mean: f64,
+    /// The lowest.
+    pub cosine_min: f64,
+    /// Length of the difference as a share of the reference's, all tokens together.
+    pub relative_error: f64,
+}
+
+/// Compares the normed hidden states of `model` and `reference` on `windows` of equal length.
+pub fn compare_hidden<B: Backend>(
+    backend: &B,
+    model: &Checkpoint,
+    reference: &Checkpoint,
+    windows: &[Vec<u32>],
+    progress: &mut Progress,
+) -> Result<HiddenStates> {
+    let graphs = [families::graph_of(reference)?, families::graph_of(model)?];
+    check_tensors(&graphs[1], model)?;
+    let batch = (BATCH_TOKENS / windows.first().map_or(1, Vec::len)).max(1);
+    progress.start("evaluating", windows.len().div_ceil(batch) * 2 * graphs[0].blocks.len());
+    let (mut tokens, mut sum, mut lowest, mut squares) = (0, 0.0, f64::INFINITY, [0.0; 2]);
+    for windows in windows.chunks(batch) {
+        let mut sides = Vec::new();
+        for (graph, source) in graphs.iter().zip([reference, model]) {
+            sides.push(final_hidden(backend, graph, source, windows, Activations::Exact, &|| progress.step())?);
+        }
+        for (ours, theirs) in sides[1].iter().zip(&sides[0]) {
+            let [ours, theirs] = [backend.download(ours)?, backend.download(theirs)?];
+            for (a, b) in ours.rows().into_iter().zip(theirs.rows()) {
+                let dot = |x: &dyn Fn(f64, f64) -> f64| -> f64 {
+                    a.iter().zip(b).map(|(a, b)| x(f64::from(*a), f64::from(*b))).sum()
+                };
+                let lengths = dot(&|a, _| a * a) * dot(&|_, b| b * b);
+                let cosine = if lengths > 0.0 { dot(&|a, b| a * b) / lengths.sqrt() } else { 1.0 };
+                if !cosine.is_finite() {
+                    let why = format!(
+                        "{}: the hidden states of token {tokens} are not finite numbers",
+                        model.path().display()
+                    );
+                    return Err(Error::failed(why));
+                }
+                (tokens, sum, lowest) = (tokens + 1, sum + cosine, lowest.min(cosine));
+                squares = [squares[0] + dot(&|a, b| (a - b) * (a - b)), squares[1] + dot(&|_, b| b * b)];
+            }
+        }
+    }
+    let relative_error = (squares[0] / squares[1].max(f64::MIN_POSITIVE)).sqrt();
+    Ok(HiddenStates { tokens, cosine_mean: sum / f64::from(tokens.max(1) as u32), cosine_min: lowest, relative_error })
 }
 
 /// The chunk that holds a window, and the row it starts at.

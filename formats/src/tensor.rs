@@ -36,7 +36,7 @@ pub struct TensorView<'a> {
 }
 
 impl TensorView<'_> {
-    /// The elements as `f32`; fails unless they are F32, F16 or BF16.
+    /// The elements as `f32`; fails unless they are floats.
     pub fn to_f32(&self) -> Result<Vec<f32>> {
         let mut out = vec![0.0; self.shape.iter().product()];
         widen(self.dtype, self.data, &mut out)?;
@@ -54,6 +54,9 @@ impl TensorView<'_> {
             Dtype::BF16 => below(0x7f80),
             Dtype::F16 => below(0x7c00),
             Dtype::F32 => self.data.chunks_exact(4).all(|b| b[3] & 0x7f != 0x7f || b[2] & 0x80 == 0),
+            Dtype::F64 => self.data.chunks_exact(8).all(|b| b[7] & 0x7f != 0x7f || b[6] & 0xf0 != 0xf0),
+            Dtype::F8_E4M3 => self.data.iter().all(|b| b & 0x7f != 0x7f),
+            Dtype::F8_E5M2 => self.data.iter().all(|b| b & 0x7c != 0x7c),
             _ => true,
         }
     }
@@ -99,7 +102,32 @@ pub fn byte_len(dtype: Dtype, shape: &[usize]) -> Option<usize> {
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
-/// Converts F32, F16 or BF16 bytes to `f32`, exactly. `bytes` must hold exactly `out.len()` elements.
+/// The number that a byte of type E4M3 (the variant with NaN and without infinities) stands for.
+pub(crate) fn e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (u32::from(code >> 3 & 15), f32::from(code & 7));
+    let magnitude = match (exponent, code & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa / 512.0,
+        _ => (1.0 + mantissa / 8.0) * f32::from_bits((exponent + 120) << 23),
+    };
+    if code & 0x80 != 0 { -magnitude } else { magnitude }
+}
+
+/// The number that a byte of type E5M2 stands for: the upper half of a half.
+pub(crate) fn e5m2(code: u8) -> f32 {
+    f16::from_bits(u16::from(code) << 8).to_f32()
+}
+
+/// Whether a type's values can be weights: a float of one, two, four or eight bytes that is no mere power of two.
+pub fn is_float(dtype: Dtype) -> bool {
+    use Dtype::{BF16, F8_E4M3, F8_E5M2, F16, F32, F64};
+    matches!(dtype, F64 | F32 | F16 | BF16 | F8_E4M3 | F8_E5M2)
+}
+
+/// Converts floats to `f32`: F64 to the nearest, ties to even, every other type exactly. `bytes` must hold exactly
+/// `out.len()` elements.
+///
+/// Fails for a finite F64 that would become infinite.
 pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Result<()> {
     let expected = byte_len(dtype, &[out.len()]);
     if expected != Some(bytes.len()) {
@@ -137,12 +165,27 @@ pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Result<()> {
                 halves.convert_to_f32_slice(out);
             }
         }
-        _ => return Err(Error::unsupported(format!("values of type {dtype} are not weights (F32, F16 or BF16)"))),
+        Dtype::F64 => {
+            for (index, (o, b)) in out.iter_mut().zip(bytes.chunks_exact(8)).enumerate() {
+                let value = f64::from_le_bytes(b.try_into().expect("eight bytes"));
+                *o = value as f32;
+                if o.is_infinite() && value.is_finite() {
+                    return Err(Error::invalid(format!("value {value} at index {index} is beyond F32's largest")));
+                }
+            }
+        }
+        Dtype::F8_E4M3 => out.iter_mut().zip(bytes).for_each(|(o, b)| *o = e4m3(*b)),
+        Dtype::F8_E5M2 => out.iter_mut().zip(bytes).for_each(|(o, b)| *o = e5m2(*b)),
+        _ => {
+            return Err(Error::unsupported(format!(
+                "values of type {dtype} are not weights (F64, F32, F16, BF16, F8_E4M3 or F8_E5M2)"
+            )));
+        }
     }
     Ok(())
 }
 
-/// Rounds `values` to F32, F16 or BF16 (nearest, ties to even) and appends their bytes to `out`.
+/// Rounds `values` to F64, F32, F16 or BF16 (nearest, ties to even) and appends their bytes to `out`.
 ///
 /// Fails when a finite value would become infinite.
 pub fn narrow(dtype: Dtype, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
@@ -154,6 +197,7 @@ pub fn narrow(dtype: Dtype, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
                 o.copy_from_slice(&v.to_le_bytes());
             }
         }
+        Dtype::F64 => out.extend(values.iter().flat_map(|v| f64::from(*v).to_le_bytes())),
         Dtype::F16 | Dtype::BF16 => {
             let largest = if dtype == Dtype::F16 { f16::MAX.to_f32() } else { bf16::MAX.to_f32() };
             out.resize(start + 2 * values.len(), 0);
@@ -191,7 +235,7 @@ pub fn narrow(dtype: Dtype, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
                 }
             }
         }
-        _ => return Err(Error::unsupported(format!("weights are not written as {dtype} (F32, F16 or BF16)"))),
+        _ => return Err(Error::unsupported(format!("weights are not written as {dtype} (F64, F32, F16 or BF16)"))),
     }
     Ok(())
 }
@@ -247,6 +291,32 @@ mod tests {
             let expected = bf16::from_bits(bits).to_f32();
             assert!(v == expected || (v.is_nan() && expected.is_nan()), "{bits:#x}");
         }
+    }
+
+    #[test]
+    fn doubles_are_rounded_to_the_nearest_and_eight_bits_are_what_they_stand_for() {
+        let read = |values: &[f64]| {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let view = TensorView { dtype: Dtype::F64, shape: &[values.len()], data: &bytes };
+            (view.is_finite(), view.to_f32())
+        };
+        // Halfway between two singles, and a little more; a sum of two roundings would give the even one for both.
+        let half = 1.0 + 2f64.powi(-24);
+        let (finite, found) = read(&[half, half + 2f64.powi(-50), -0.1, f64::from(f32::MAX), 1e-50]);
+        assert!(finite);
+        assert_eq!(found.unwrap(), [1.0, 1.0 + f32::EPSILON, -0.1, f32::MAX, 0.0]);
+        let (finite, found) = read(&[1.0, 1e39]);
+        assert!(finite && found.unwrap_err().to_string().contains("at index 1 is beyond F32's largest"));
+        assert!([f64::NAN, f64::NEG_INFINITY].iter().all(|v| !read(&[*v]).0));
+        assert_eq!(round_trip(Dtype::F64, &[0.1, -7.5]), [0.1, -7.5]);
+        for dtype in [Dtype::F8_E4M3, Dtype::F8_E5M2] {
+            for byte in 0..=255 {
+                let view = TensorView { dtype, shape: &[1], data: &[byte] };
+                assert_eq!(view.is_finite(), view.to_f32().unwrap()[0].is_finite(), "{dtype} {byte:#x}");
+            }
+        }
+        let view = TensorView { dtype: Dtype::F8_E4M3, shape: &[2], data: &[0x38, 0xc4] };
+        assert_eq!(view.to_f32().unwrap(), [1.0, -3.0]);
     }
 
     #[test]

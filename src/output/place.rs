@@ -33,7 +33,8 @@ impl Place {
         };
         let no_name = || Error::usage(format!("{shown}: not a name for an output"));
         let name = real.file_name().ok_or_else(no_name)?;
-        let name = name.to_str().ok_or_else(|| Error::usage(format!("{shown}: the name of an output must be UTF-8")))?;
+        let name =
+            name.to_str().ok_or_else(|| Error::usage(format!("{shown}: the name of an output must be UTF-8")))?;
         let parent = match real.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
             _ => PathBuf::from("."),
@@ -117,8 +118,9 @@ pub fn check_beside(flag: &str, path: &Path, inputs: &[&Path], output: &Path) ->
         let folder = place.parent.display();
         return Err(Error::usage(format!("{flag} {shown}: there is no folder {folder}; make it first")));
     }
-    check_takes_files(&place.parent)
-        .map_err(|error| Error::usage(format!("{flag} {shown}: its folder takes no file ({error}); choose another place")))
+    check_takes_files(&place.parent).map_err(|error| {
+        Error::usage(format!("{flag} {shown}: its folder takes no file ({error}); choose another place"))
+    })
 }
 
 /// Writes a file beside the output in one step; what is no plain file, such as `/dev/stdout`, is written to as it is.

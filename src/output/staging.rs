@@ -343,7 +343,9 @@ pub fn sweep(place: &Place) -> Result<Vec<String>> {
         let Ok(listed) = fs::read_dir(home) else { continue };
         let mut left: Vec<PathBuf> = listed
             .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) && path.is_dir())
+            .filter(|path| {
+                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) && path.is_dir()
+            })
             .collect();
         left.sort();
         for folder in left {
@@ -359,7 +361,10 @@ pub fn sweep(place: &Place) -> Result<Vec<String>> {
                 continue;
             };
             if finish(&folder).map_err(Error::io(&path, "finish replacing"))? {
-                notes.push(format!("{}: finished putting into place what an interrupted run had written", path.display()));
+                notes.push(format!(
+                    "{}: finished putting into place what an interrupted run had written",
+                    path.display()
+                ));
             } else {
                 notes.push(format!("{}: removed what an interrupted run had left", folder.display()));
             }

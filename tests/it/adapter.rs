@@ -127,7 +127,7 @@ fn an_adapter_of_a_tied_head_gives_it_a_tensor() {
 }
 
 /// Repeatable numbers around 0.
-fn random(seed: &str, count: usize) -> Vec<f32> {
+pub fn random(seed: &str, count: usize) -> Vec<f32> {
     let mut state = seed.bytes().fold(17u64, |s, b| s.wrapping_mul(31).wrapping_add(u64::from(b)));
     let mut next = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -137,7 +137,7 @@ fn random(seed: &str, count: usize) -> Vec<f32> {
 }
 
 /// Writes an adapter with these settings beside the usual ones.
-fn adapter(folder: &Path, settings: &Value, tensors: &[(&str, Vec<usize>, Vec<f32>)]) {
+pub fn adapter(folder: &Path, settings: &Value, tensors: &[(&str, Vec<usize>, Vec<f32>)]) {
     let mut config = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8});
     settings.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
     std::fs::create_dir_all(folder).unwrap();
@@ -158,7 +158,7 @@ fn adapter(folder: &Path, settings: &Value, tensors: &[(&str, Vec<usize>, Vec<f3
 }
 
 /// A product for one module of a linear `[out, in]`.
-fn product(module: &str, rank: usize, [outputs, inputs]: [usize; 2]) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+pub fn product(module: &str, rank: usize, [outputs, inputs]: [usize; 2]) -> Vec<(String, Vec<usize>, Vec<f32>)> {
     let part = |part: &str, shape: [usize; 2]| {
         let name = format!("{module}.{part}.weight");
         let values = random(&name, shape[0] * shape[1]);
@@ -167,7 +167,7 @@ fn product(module: &str, rank: usize, [outputs, inputs]: [usize; 2]) -> Vec<(Str
     vec![part("lora_A", [rank, inputs]), part("lora_B", [outputs, rank])]
 }
 
-fn borrowed(tensors: &[(String, Vec<usize>, Vec<f32>)]) -> Vec<(&str, Vec<usize>, Vec<f32>)> {
+pub fn borrowed(tensors: &[(String, Vec<usize>, Vec<f32>)]) -> Vec<(&str, Vec<usize>, Vec<f32>)> {
     tensors.iter().map(|(name, shape, values)| (name.as_str(), shape.clone(), values.clone())).collect()
 }
 

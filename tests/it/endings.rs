@@ -31,7 +31,9 @@ fn start(room: &Room) -> AtWork {
     loop {
         let hidden = room.names().into_iter().find(|name| name.starts_with(".out.partial-"));
         // The weights are laid out right before the first of them is read.
-        if let Some(staging) = hidden.map(|name| room.path(&name)).filter(|path| path.join("model.safetensors").exists()) {
+        if let Some(staging) =
+            hidden.map(|name| room.path(&name)).filter(|path| path.join("model.safetensors").exists())
+        {
             return AtWork { child, staging };
         }
         assert!(waiting.elapsed() < Duration::from_secs(120), "the run does not begin");

@@ -13,7 +13,7 @@ use crate::families::{checkpoint, folder, names};
 use crate::golden::{golden, logits};
 
 /// Gives a checkpoint a tokenizer that GGUF knows: a token for each of the first bytes.
-fn spell(folder: &Path) {
+pub fn spell(folder: &Path) {
     let config: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
     let size = config.get("text_config").unwrap_or(&config)["vocab_size"].as_u64().unwrap() as u32;
     // GPT-2's alphabet begins with what ASCII prints; these go on as letters do.
@@ -29,7 +29,7 @@ fn spell(folder: &Path) {
     std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
 }
 
-fn write(model: &Path, output: &Path, settings: &str) -> quantc::Result<Report> {
+pub fn write(model: &Path, output: &Path, settings: &str) -> quantc::Result<Report> {
     let request: Request = toml::from_str(&format!("format = 'gguf'\n{settings}")).unwrap();
     let recipe = Recipe::resolve(request).unwrap();
     let job = Job { model, output, recipe, verification: None, force: false, report: None };

@@ -93,7 +93,7 @@ fn methods_and_parts_that_are_not_read_are_named() {
     for (config, tensor, words) in [
         (
             json!({"quant_method": "hqq"}),
-            weight(Dtype::F32, 4),
+            weight(Dtype::U8, 1),
             "quant_method `hqq` is not one that can be read (compressed",
         ),
         (
@@ -108,7 +108,7 @@ fn methods_and_parts_that_are_not_read_are_named() {
         ),
         (
             json!({"quant_method": "fp8", "weight_block_size": [0, 1]}),
-            weight(Dtype::F32, 4),
+            weight(Dtype::F8_E4M3, 1),
             "weight_block_size is [0,1]",
         ),
     ] {

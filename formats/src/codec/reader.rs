@@ -64,28 +64,45 @@ enum Target {
 /// Every `quant_method` that is read.
 const METHODS: &str = "compressed-tensors, gptq, awq, fp8, fbgemm_fp8, bitsandbytes, mxfp4";
 
-/// Reads `quantization_config` of a config.json, or a whole quantize_config.json; `None` when the model is not quantized.
-pub fn read_quantization(config_json: &Value) -> Result<Option<QuantizationReader>> {
-    let Some(object) = config_json.as_object() else { return Ok(None) };
-    let nested = ["quantization_config", "compression_config"].into_iter().find_map(|key| object.get(key));
+/// Keys of config.json, and of its `text_config`, that say how weights are quantized; the last is MLX's.
+pub const QUANTIZATION_KEYS: &[&str] = &["quantization_config", "compression_config", "quantization"];
+
+/// What a config.json, or a whole quantize_config.json, says of quantization.
+fn declaration(config_json: &Value) -> Option<&Value> {
+    let object = config_json.as_object()?;
     // Of a model in a wrapper, which may say it inside.
-    let nested = nested.or_else(|| object.get("text_config")?.get("quantization_config"));
-    let config = match nested {
-        Some(Value::Null) => return Ok(None),
-        Some(Value::Object(config)) => config,
-        Some(other) => return Err(Error::mismatch("quantization_config", "an object", other)),
-        None if object.contains_key("quant_method")
-            || (object.contains_key("bits") && object.contains_key("group_size")) =>
-        {
-            object
-        }
-        None => return Ok(None),
-    };
-    let method = match config.get("quant_method").and_then(Value::as_str) {
+    let places = [Some(object), object.get("text_config").and_then(Value::as_object)];
+    let said = |key: &str, value: &Value| !value.is_null() && (key != "quantization" || value.is_object());
+    let found = places
+        .into_iter()
+        .flatten()
+        .find_map(|object| QUANTIZATION_KEYS.iter().find_map(|key| object.get(*key).filter(|value| said(key, value))));
+    let whole =
+        object.contains_key("quant_method") || (object.contains_key("bits") && object.contains_key("group_size"));
+    found.or_else(|| whole.then_some(config_json))
+}
+
+/// The `quant_method` that a config.json declares, with the names of those that do not say it themselves; `None` when the
+/// model is not quantized.
+pub fn declared_method(config_json: &Value) -> Option<&str> {
+    let config = declaration(config_json)?.as_object()?;
+    Some(match config.get("quant_method").and_then(Value::as_str) {
         Some(method) => method,
         None if config.contains_key("config_groups") => "compressed-tensors",
+        // MLX writes what it says there once more under the key that others read.
+        None if config_json.get("quantization").is_some_and(Value::is_object) => "mlx",
         None => "gptq",
+    })
+}
+
+/// Reads `quantization_config` of a config.json, or a whole quantize_config.json; `None` when the model is not quantized.
+pub fn read_quantization(config_json: &Value) -> Result<Option<QuantizationReader>> {
+    let config = match declaration(config_json) {
+        None => return Ok(None),
+        Some(Value::Object(config)) => config,
+        Some(other) => return Err(Error::mismatch("quantization_config", "an object", other)),
     };
+    let method = declared_method(config_json).expect("an object");
     let rules = match method {
         "compressed-tensors" => compressed_tensors(config),
         "gptq" => gptq(config),
@@ -96,7 +113,14 @@ pub fn read_quantization(config_json: &Value) -> Result<Option<QuantizationReade
         }
         "bitsandbytes" => Ok(Rules::Foreign { library: Library::BitsAndBytes, block: None }),
         "mxfp4" => Ok(Rules::Foreign { library: Library::Mxfp4, block: None }),
-        other => Err(Error::unsupported(format!("quant_method `{other}` is not one that can be read ({METHODS})"))),
+        "mlx" => Err(Error::unsupported(
+            "the weights are packed by MLX, which is not read; take the model it was made from, or have MLX unpack it: \
+             mlx_lm.convert --dequantize",
+        )),
+        other => Err(Error::unsupported(format!(
+            "quant_method `{other}` is not one that can be read ({METHODS}); take the model it was made from, or save it \
+             with plain weights by the library that packed it"
+        ))),
     }?;
     let groups = config.get("config_groups").and_then(Value::as_object);
     let quantizes = |group: &Value| group.get("input_activations").is_some_and(|v| !v.is_null());
@@ -508,6 +532,25 @@ mod tests {
     }
 
     #[test]
+    fn mlx_is_known_by_its_own_key() {
+        let mlx = json!({"group_size": 64, "bits": 4});
+        for config in [
+            json!({"quantization": mlx}),
+            json!({"quantization": mlx, "quantization_config": mlx}),
+            json!({"text_config": {}, "quantization": mlx, "quantization_config": mlx}),
+        ] {
+            assert_eq!(declared_method(&config), Some("mlx"));
+            let told = read_quantization(&config).unwrap_err().to_string();
+            assert!(told.starts_with("the weights are packed by MLX") && told.contains("--dequantize"), "{told}");
+        }
+        assert_eq!(declared_method(&json!({"quantization_config": mlx})), Some("gptq"));
+        assert_eq!(
+            declared_method(&json!({"text_config": {"quantization_config": {"quant_method": "awq"}}})),
+            Some("awq")
+        );
+    }
+
+    #[test]
     fn plain_models_are_not_quantized() {
         assert!(read_quantization(&json!({"model_type": "llama", "bits": 3})).unwrap().is_none());
         assert!(read_quantization(&json!({"quantization_config": null})).unwrap().is_none());
@@ -578,7 +621,8 @@ mod tests {
         assert_eq!(
             refused(json!({"quant_method": "hqq"})),
             "quant_method `hqq` is not one that can be read \
-             (compressed-tensors, gptq, awq, fp8, fbgemm_fp8, bitsandbytes, mxfp4)"
+             (compressed-tensors, gptq, awq, fp8, fbgemm_fp8, bitsandbytes, mxfp4); take the model it was made from, or \
+             save it with plain weights by the library that packed it"
         );
         assert_eq!(
             refused(json!({"quant_method": "gptq", "bits": "4"})),

@@ -98,7 +98,8 @@ impl Imatrix {
     pub fn importance(&self, name: &str, columns: usize) -> Result<Option<Vec<f32>>> {
         let Some(entry) = self.entries.get(name) else { return Ok(None) };
         if entry.sums.len() != columns {
-            let error = Error::mismatch("the width of its importance", columns, entry.sums.len()).in_tensor(name);
+            let expected = format!("{columns}; the file was made for another model");
+            let error = Error::mismatch("the width of its importance", expected, entry.sums.len()).in_tensor(name);
             return Err(match &self.file {
                 Some(file) => error.in_file(file),
                 None => error,
@@ -336,7 +337,10 @@ mod tests {
         assert_eq!(read.importance("output.weight", 3).unwrap(), None);
         assert_eq!(
             read.importance("blk.0.attn_q.weight", 4).unwrap_err().to_string(),
-            format!("{}: tensor `blk.0.attn_q.weight`: the width of its importance is 3, expected 4", path.display())
+            format!(
+                "{}: tensor `blk.0.attn_q.weight`: the width of its importance is 3, expected 4; the file was made for another model",
+                path.display()
+            )
         );
         let names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names, ["i.gguf"], "nothing else is left");

@@ -1,4 +1,5 @@
-//! Safetensors: one file, a set of shards with an index, and a writer that knows its layout before its data.
+//! Safetensors: one file, and a writer that knows its layout before its data. Several files together are in
+//! [`super::shards`].
 //!
 //! ```text
 //! u64 header_len | JSON header, padded with spaces to 8 bytes | data, without gaps
@@ -13,6 +14,7 @@ use serde_json::{Map, Value};
 
 use super::Bytes;
 use super::placed::{Follower, PlacedFiles};
+use super::stand_in::stand_in;
 use crate::error::{Error, Result};
 use crate::tensor::{TensorSpec, TensorView, byte_len};
 
@@ -92,6 +94,15 @@ impl SafetensorsFile {
         self.tensors.iter().map(|item| &item.spec)
     }
 
+    /// Gives every tensor the name that `rename` makes of its own.
+    pub(super) fn rename(&mut self, rename: &dyn Fn(&str) -> String) {
+        self.by_name.clear();
+        for (index, item) in self.tensors.iter_mut().enumerate() {
+            item.spec.name = rename(&item.spec.name);
+            self.by_name.insert(item.spec.name.clone(), index);
+        }
+    }
+
     /// The tensor of this name.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let item = &self.tensors[*self.by_name.get(name)?];
@@ -120,6 +131,15 @@ impl SafetensorsFile {
 
 /// Finds which tensor a refused header is about, and says what was expected.
 fn diagnose(bytes: &[u8], error: SafeTensorError) -> Error {
+    if let Some(why) = stand_in(bytes) {
+        return Error::malformed(why);
+    }
+    if bytes.starts_with(b"GGUF") {
+        return Error::malformed("this is a GGUF file and not a safetensors file; give it as the model itself");
+    }
+    if bytes.starts_with(b"PK\x03\x04") {
+        return Error::malformed("this is a zip archive, as PyTorch saves pickles, and not a safetensors file");
+    }
     let Some(prefix) = bytes.get(..8) else {
         return Error::malformed(format!("the file has {} bytes, too few for a safetensors header", bytes.len()));
     };
@@ -184,150 +204,6 @@ fn diagnose(bytes: &[u8], error: SafeTensorError) -> Error {
         return Error::malformed(format!("{} bytes follow the last tensor, expected none", available - end));
     }
     Error::malformed(format!("not a valid safetensors file: {error}"))
-}
-
-/// A checkpoint directory's tensors: one file, or shards named by an index.
-#[derive(Debug)]
-pub struct SafetensorsSet {
-    files: Vec<SafetensorsFile>,
-    by_name: HashMap<String, usize>,
-}
-
-impl SafetensorsSet {
-    /// Opens `model.safetensors`, or the shards of `model.safetensors.index.json`, or the only `*.safetensors` in `dir`.
-    ///
-    /// Index and shards must name the same tensors, each once.
-    pub fn open(dir: impl AsRef<Path>) -> Result<SafetensorsSet> {
-        let dir = dir.as_ref();
-        let single = dir.join(SINGLE_FILE);
-        let index = dir.join(INDEX_FILE);
-        if single.exists() {
-            Self::from_files(vec![SafetensorsFile::open(single)?])
-        } else if index.exists() {
-            Self::from_index(dir, &index)
-        } else {
-            Self::from_files(vec![SafetensorsFile::open(only_safetensors(dir)?)?])
-        }
-    }
-
-    fn from_index(dir: &Path, index: &Path) -> Result<SafetensorsSet> {
-        let bytes = std::fs::read(index).map_err(|e| Error::io("read", e).in_file(index))?;
-        let value: Value = serde_json::from_slice(&bytes)
-            .map_err(|e| Error::malformed(format!("the index is not JSON: {e}")).in_file(index))?;
-        let weight_map = value
-            .get("weight_map")
-            .and_then(Value::as_object)
-            .ok_or_else(|| Error::missing("the object `weight_map`").in_file(index))?;
-        let mut names = BTreeSet::new();
-        for (tensor, file) in weight_map {
-            let file = file.as_str().filter(|name| is_plain_file_name(name)).ok_or_else(|| {
-                Error::mismatch("its entry in `weight_map`", "a file name", file).in_tensor(tensor).in_file(index)
-            })?;
-            names.insert(file);
-        }
-        let mut files = Vec::new();
-        for name in &names {
-            let path = dir.join(name);
-            if !path.exists() {
-                return Err(Error::missing(format!("shard {name}, which the index names,")).in_file(index));
-            }
-            files.push(SafetensorsFile::open(path)?);
-        }
-        let set = Self::from_files(files)?;
-        for (tensor, file) in weight_map {
-            let found = set.by_name.get(tensor).map(|&i| &set.files[i]);
-            let expected = file.as_str().unwrap_or_default();
-            if found.and_then(|f| f.path.file_name()).is_none_or(|name| name != expected) {
-                return Err(Error::missing(format!("the tensor, which the index places in {expected},"))
-                    .in_tensor(tensor)
-                    .in_file(dir.join(expected)));
-            }
-        }
-        for file in &set.files {
-            if let Some(spec) = file.tensors().find(|spec| !weight_map.contains_key(&spec.name)) {
-                return Err(Error::malformed("the tensor is in the shard but not in the index")
-                    .in_tensor(&spec.name)
-                    .in_file(&file.path));
-            }
-        }
-        Ok(set)
-    }
-
-    fn from_files(files: Vec<SafetensorsFile>) -> Result<SafetensorsSet> {
-        let mut by_name = HashMap::new();
-        for (index, file) in files.iter().enumerate() {
-            for spec in file.tensors() {
-                if let Some(earlier) = by_name.insert(spec.name.clone(), index) {
-                    let earlier: &SafetensorsFile = &files[earlier];
-                    return Err(Error::malformed(format!("the tensor is also in {}", earlier.path.display()))
-                        .in_tensor(&spec.name)
-                        .in_file(&file.path));
-                }
-            }
-        }
-        Ok(SafetensorsSet { files, by_name })
-    }
-
-    /// The files, in the order of their names.
-    pub fn files(&self) -> &[SafetensorsFile] {
-        &self.files
-    }
-
-    /// Name, type and shape of every tensor, file by file.
-    pub fn tensors(&self) -> impl Iterator<Item = &TensorSpec> {
-        self.files.iter().flat_map(|file| file.tensors())
-    }
-
-    /// The tensor of this name.
-    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
-        self.files[*self.by_name.get(name)?].get(name)
-    }
-
-    /// The file that holds the tensor of this name.
-    pub fn file_of(&self, name: &str) -> Option<&Path> {
-        Some(self.files[*self.by_name.get(name)?].path())
-    }
-
-    /// [`SafetensorsFile::announce`] for a tensor of any file.
-    pub fn announce(&self, name: &str) {
-        if let Some(&file) = self.by_name.get(name) {
-            self.files[file].announce(name);
-        }
-    }
-
-    /// Gives the memory behind a tensor back to the system.
-    pub fn release(&self, name: &str) {
-        if let Some(&file) = self.by_name.get(name) {
-            self.files[file].release(name);
-        }
-    }
-
-    /// [`SafetensorsSet::release`] for every tensor.
-    pub fn release_all(&self) {
-        self.files.iter().for_each(SafetensorsFile::release_all);
-    }
-}
-
-fn is_plain_file_name(name: &str) -> bool {
-    Path::new(name).file_name().is_some_and(|file_name| file_name == name)
-}
-
-/// Old GPTQ tools call their only file `gptq_model-4bit-128g.safetensors` and the like.
-fn only_safetensors(dir: &Path) -> Result<PathBuf> {
-    let listing = std::fs::read_dir(dir).map_err(|e| Error::io("list", e).in_file(dir))?;
-    let mut found = Vec::new();
-    for entry in listing {
-        let path = entry.map_err(|e| Error::io("list", e).in_file(dir))?.path();
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
-            found.push(path);
-        }
-    }
-    match found.len() {
-        1 => Ok(found.remove(0)),
-        0 => Err(Error::missing(format!("{SINGLE_FILE} or {INDEX_FILE}")).in_file(dir)),
-        n => Err(Error::malformed(format!("{n} safetensors files but no {INDEX_FILE} to say which belong together"))
-            .in_file(dir)),
-    }
 }
 
 /// Writes tensors whose names, types and shapes are known up front, in any order and from any thread.
@@ -512,7 +388,7 @@ mod tests {
             4,
             "tensor `a`: its shape [4294967296, 4294967296] of F32 has no size in bytes",
         );
-        assert_eq!(refused(b""), "the file is empty");
+        assert_eq!(refused(b""), "the file is empty; fetch it again");
         assert_eq!(refused(b"abc"), "the file has 3 bytes, too few for a safetensors header");
         assert_eq!(
             refused(b"version https://git-lfs"),
@@ -590,7 +466,7 @@ mod tests {
         for (shard_bytes, count) in [(SHARD_BYTES, 1), (24, 3), (1, 5)] {
             let dir = tempfile::tempdir().unwrap();
             let (specs, data) = write(dir.path(), shard_bytes);
-            let set = SafetensorsSet::open(dir.path()).unwrap();
+            let set = crate::SafetensorsSet::open(dir.path()).unwrap();
             assert_eq!(set.files().len(), count, "shards of {shard_bytes}");
             for (spec, data) in specs.iter().zip(&data) {
                 let view = set.get(&spec.name).unwrap();
@@ -634,52 +510,5 @@ mod tests {
         writer.files.redirect(std::fs::File::options().write(true).open("/dev/full").unwrap());
         let message = writer.write("a", &[1; 4]).unwrap_err().to_string();
         assert!(message.contains("model.safetensors: tensor `a`: cannot write 4 bytes: No space left"), "{message}");
-    }
-
-    #[test]
-    fn shards_and_index_must_agree() {
-        let check = |spoil: &dyn Fn(&Path), message: &str| {
-            let dir = tempfile::tempdir().unwrap();
-            write(dir.path(), 24);
-            spoil(dir.path());
-            let found = SafetensorsSet::open(dir.path()).unwrap_err().to_string();
-            assert_eq!(found.replace(&dir.path().display().to_string(), "DIR"), message);
-        };
-        let edit = |dir: &Path, change: &dyn Fn(&mut Map<String, Value>)| {
-            let path = dir.join(INDEX_FILE);
-            let mut index: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
-            change(index["weight_map"].as_object_mut().unwrap());
-            std::fs::write(path, index.to_string()).unwrap();
-        };
-        check(
-            &|dir| std::fs::remove_file(dir.join("model-00002-of-00003.safetensors")).unwrap(),
-            "DIR/model.safetensors.index.json: shard model-00002-of-00003.safetensors, which the index names, is missing",
-        );
-        check(
-            &|dir| {
-                edit(dir, &|map| {
-                    map.insert("ghost".into(), "model-00001-of-00003.safetensors".into());
-                })
-            },
-            "DIR/model-00001-of-00003.safetensors: tensor `ghost`: the tensor, which the index places in \
-             model-00001-of-00003.safetensors, is missing",
-        );
-        check(
-            &|dir| {
-                edit(dir, &|map| {
-                    map.remove("w.scale").unwrap();
-                })
-            },
-            "DIR/model-00002-of-00003.safetensors: tensor `w.scale`: the tensor is in the shard but not in the index",
-        );
-        check(
-            &|dir| {
-                edit(dir, &|map| {
-                    map.insert("z".into(), "../evil.safetensors".into());
-                })
-            },
-            "DIR/model.safetensors.index.json: tensor `z`: its entry in `weight_map` is \"../evil.safetensors\", \
-             expected a file name",
-        );
     }
 }

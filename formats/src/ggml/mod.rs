@@ -4,6 +4,7 @@
 //! chooses scales need not know where their bits lie. Products are taken in `f32` in the order ggml takes them, so that
 //! values are bit for bit the same.
 
+mod faults;
 mod float;
 mod iq4_nl;
 mod iq4_xs;
@@ -30,6 +31,8 @@ use std::fmt;
 use half::f16;
 
 use crate::error::{Error, Result};
+pub use faults::ScaleFaults;
+use faults::judge_blocks;
 pub use layout::{BlockScales, Layout, Levels, ScaleKind, SubScales};
 
 /// A storage type.
@@ -58,6 +61,7 @@ struct Blocks {
     layout: &'static Layout,
     pack: fn(&[BlockScales], &[u8], &mut [u8]),
     unpack: fn(&[u8], &mut [BlockScales], &mut [u8]),
+    judge: fn(&[u8]) -> ScaleFaults,
 }
 
 /// Every type that can be read and written.
@@ -137,7 +141,12 @@ impl GgmlType {
             block_bytes: size_of::<B>(),
             decode: decode_blocks::<B>,
             encode: None,
-            blocks: Some(Blocks { layout: B::LAYOUT, pack: pack_blocks::<B>, unpack: unpack_blocks::<B> }),
+            blocks: Some(Blocks {
+                layout: B::LAYOUT,
+                pack: pack_blocks::<B>,
+                unpack: unpack_blocks::<B>,
+                judge: judge_blocks::<B>,
+            }),
         }
     }
 
@@ -238,6 +247,8 @@ macro_rules! over_blocks {
         }
     };
 }
+
+use over_blocks;
 
 over_blocks! {
     fn decode_blocks<B: Block>(bytes: &[u8], out: &mut [f32]) {

@@ -22,7 +22,9 @@ fn a_file_replaces_itself_and_nothing_beside_it() {
     fs::write(at("m-other.gguf"), b"GGUF").unwrap();
     let parts = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"];
     write(&parts, b"GGUF", false).unwrap();
-    assert!(write(&["m.gguf"], b"GGUF", false).unwrap_err().to_string().contains("m-00001-of-00002.gguf: exists already"));
+    assert!(
+        write(&["m.gguf"], b"GGUF", false).unwrap_err().to_string().contains("m-00001-of-00002.gguf: exists already")
+    );
     // Parts that are not of this output stay.
     write(&["m.gguf", "m.gguf.report.json"], b"GGUF", true).unwrap();
     let all = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "m-other.gguf", "m.gguf", "m.gguf.report.json"];
@@ -78,8 +80,7 @@ fn nothing_appears_until_it_is_committed_and_nothing_else_is_replaced() {
     let room = tempfile::tempdir().unwrap();
     let at = |name: &str| room.path().join(name);
     fs::create_dir(at("in")).unwrap();
-    let message =
-        |target: &Path, force| Staging::folder_for(target, Some(&at("in")), force).err().unwrap().to_string();
+    let message = |target: &Path, force| Staging::folder_for(target, Some(&at("in")), force).err().unwrap().to_string();
     assert!(message(&at("in"), true).contains("may not be the input"));
     assert!(message(&at("in/out"), true).contains("may not be the input"));
     assert!(message(room.path(), true).contains("may not be the input"));
@@ -203,6 +204,9 @@ fn an_output_is_called_what_it_will_be_called() {
         ("a/m.gguf", path(&["a", ".m.gguf.partial-x"]), true, path(&["a", "m.gguf"])),
         ("out", path(&["model", "config.json"]), false, path(&["model", "config.json"])),
     ] {
-        assert_eq!(told(output, format!("{staged}: cannot write: full"), single), format!("{expected}: cannot write: full"));
+        assert_eq!(
+            told(output, format!("{staged}: cannot write: full"), single),
+            format!("{expected}: cannot write: full")
+        );
     }
 }

@@ -10,7 +10,7 @@ mod scaled;
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::tensor::{Dtype, TensorView, widen};
+use crate::tensor::{Dtype, TensorView, e4m3, e5m2, widen};
 
 /// Looks a tensor of the checkpoint up by its whole name.
 pub type TensorLookup<'a, 'd> = dyn Fn(&str) -> Option<TensorView<'d>> + 'a;
@@ -95,22 +95,6 @@ fn need<'d>(tensors: &TensorLookup<'_, 'd>, name: &str) -> Result<TensorView<'d>
 /// `2^(code − 127)`, the scale that a byte of type E8M0 stands for; infinite for 255.
 fn power(code: u8) -> f32 {
     f32::from_bits(if code == 0 { 0x0040_0000 } else { u32::from(code) << 23 })
-}
-
-/// The number that a byte of type E4M3 (the variant with NaN and without infinities) stands for.
-fn e4m3(code: u8) -> f32 {
-    let (exponent, mantissa) = (u32::from(code >> 3 & 15), f32::from(code & 7));
-    let magnitude = match (exponent, code & 7) {
-        (15, 7) => f32::NAN,
-        (0, _) => mantissa / 512.0,
-        _ => (1.0 + mantissa / 8.0) * f32::from_bits((exponent + 120) << 23),
-    };
-    if code & 0x80 != 0 { -magnitude } else { magnitude }
-}
-
-/// The number that a byte of type E5M2 stands for: the upper half of a half.
-fn e5m2(code: u8) -> f32 {
-    half::f16::from_bits(u16::from(code) << 8).to_f32()
 }
 
 /// The numbers that a nibble of type E2M1 stands for.

@@ -6,6 +6,7 @@ use gguf_rs_lib::GGUFError;
 use gguf_rs_lib::format::{GGUFTensorType, GGUFValueType, MetadataValue};
 
 use super::{ALIGNMENT, MAX_DIMS, NAME_BYTES, SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS};
+use crate::container::stand_in::stand_in;
 use crate::error::{Error, Result};
 use crate::ggml::{self, GgmlType};
 
@@ -46,7 +47,8 @@ impl Header {
     /// [`Header::parse`] with another limit for decoded metadata.
     pub(super) fn parse_within(file: &[u8], limit: usize) -> Result<Header> {
         if !file.starts_with(b"GGUF") {
-            return Err(Error::malformed("not a GGUF file: it does not start with `GGUF`"));
+            let why = stand_in(file).unwrap_or_else(|| "not a GGUF file: it does not start with `GGUF`".into());
+            return Err(Error::malformed(why));
         }
         let mut at = Cursor { rest: &file[4..] };
         let version = at.u32("the version")?;

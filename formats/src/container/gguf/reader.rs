@@ -123,12 +123,19 @@ impl GgufFile {
         let first = self.path.clone();
         let ending = |number: usize| split_path("", number, count).display().to_string();
         let name = first.file_name().unwrap_or_default().to_string_lossy();
-        let Some(stem) = name.strip_suffix(&ending(number + 1)) else {
+        // The numbers are what tells the files apart; not every program keeps the ending behind them.
+        let own = ending(number + 1);
+        let own = own.strip_suffix(".gguf").expect("as split_path writes it");
+        let Some((stem, rest)) = name.rsplit_once(own).filter(|(_, rest)| rest.is_empty() || rest.starts_with('.'))
+        else {
             let expected = format!("a name that ends in {}", ending(number + 1));
             let what = format!("the name of file {} of {count} that a model is split into", number + 1);
             return Err(Error::mismatch(what, expected, name).in_file(&first));
         };
-        let sibling = |number: usize| first.with_file_name(split_path(stem, number, count));
+        let sibling = |number: usize| {
+            let numbers = ending(number);
+            first.with_file_name(format!("{stem}{}{rest}", numbers.strip_suffix(".gguf").expect("as above")))
+        };
         if number != 0 {
             return Err(Error::unsupported(format!(
                 "it is file {} of {count} that a model is split into; open the first, {}",

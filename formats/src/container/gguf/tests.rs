@@ -182,7 +182,7 @@ fn lying_tables_are_refused_by_name() {
         Raw { tensors: u64::MAX, ..Raw::default() },
         "it announces 18446744073709551615 tensors, but the 16 bytes that follow hold at most 0",
     );
-    assert_eq!(open(b"").unwrap_err(), "the file is empty");
+    assert_eq!(open(b"").unwrap_err(), "the file is empty; fetch it again");
     assert_eq!(open(b"PK\x03\x04").unwrap_err(), "not a GGUF file: it does not start with `GGUF`");
 }
 

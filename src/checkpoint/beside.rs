@@ -1,0 +1,367 @@
+//! What lies beside the weights of a folder: everything goes along but other forms of the weights, what training and
+//! downloads left, and what an output says anew; and what stays behind is told.
+
+use std::collections::{BTreeMap, HashSet};
+use std::fs::Metadata;
+use std::path::{Path, PathBuf};
+
+use formats::container::stand_in::{is_pointer, stand_in};
+use serde_json::Value;
+
+use super::place::{beginning, is_gguf, is_unfinished};
+use super::read_json;
+use crate::error::{Error, Result};
+
+/// What accompanies the weights.
+#[derive(Debug, Default)]
+pub struct Beside {
+    /// Files by their path within the output, sorted.
+    pub files: Vec<(PathBuf, SideFile)>,
+    /// What a reader of a report should know: what stayed behind, and what is called otherwise now.
+    pub notes: Vec<String>,
+}
+
+/// A file that accompanies the weights.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SideFile {
+    /// To be copied from here.
+    Copy(PathBuf),
+    /// Rebuilt from other information.
+    Bytes(Vec<u8>),
+}
+
+/// The model card of the input, where the output has one of its own.
+pub const ORIGINAL_CARD: &str = "README.original.md";
+
+/// Pickles and safetensors in folders go along up to this size (64 MiB): those of modules, not another whole model.
+const SMALL: u64 = 64 << 20;
+
+/// Folders within folders that are looked into.
+const DEPTH: usize = 16;
+
+/// Why something stays behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Reason {
+    Weights,
+    Training,
+    Quantization,
+    Adapter,
+    Card,
+    Replaced,
+    Unfinished,
+    Pointer,
+    Nowhere,
+    Special,
+    Loop,
+    Hidden,
+}
+
+impl Reason {
+    fn text(self) -> &'static str {
+        match self {
+            Reason::Weights => "weights in another form, or not in the index",
+            Reason::Training => "left by training",
+            Reason::Quantization => "of an earlier quantization",
+            Reason::Adapter => "an adapter, which --adapter would merge",
+            Reason::Card => "the card of an earlier run",
+            Reason::Replaced => "the output has its own",
+            Reason::Unfinished => "downloads that are not complete",
+            Reason::Pointer => "pointers of git-lfs to files that were not fetched",
+            Reason::Nowhere => "links to nothing",
+            Reason::Special => "no files",
+            Reason::Loop => "links to folders around it",
+            Reason::Hidden => "hidden files and caches",
+        }
+    }
+}
+
+/// Files that say how weights are quantized, and records of how that was done.
+const QUANTIZATION_FILES: &[&str] = &[
+    "quantize_config.json",
+    "quant_config.json",
+    "quantization_config.json",
+    "hf_quant_config.json",
+    "quanto_qmap.json",
+    "quant_log.csv",
+    "recipe.yaml",
+];
+
+/// Folders that hold the model in another form.
+const FORM_FOLDERS: &[&str] = &[
+    "onnx", "openvino", "original", "coreml", "tflite", "tensorrt", "gguf", "ggml", "mlx", "metal", "flax", "tf", "jax",
+];
+
+/// Folders that training fills.
+const TRAINING_FOLDERS: &[&str] = &["runs", "logs", "wandb", "tensorboard", "lightning_logs"];
+
+/// Files of training, by the beginnings of their names; pickles and JSON.
+const TRAINING_FILES: &[&str] = &[
+    "training_args.",
+    "trainer_state.",
+    "optimizer.",
+    "scheduler.",
+    "scaler.",
+    "rng_state",
+    "random_states",
+    "zero_to_fp32.",
+    "events.out.tfevents",
+];
+
+/// Endings of files that hold a whole model and nothing else.
+const FORM_ENDINGS: &[&str] = &[
+    ".gguf",
+    ".ggml",
+    ".llamafile",
+    ".onnx",
+    ".onnx_data",
+    ".onnx.data",
+    ".h5",
+    ".hdf5",
+    ".msgpack",
+    ".tflite",
+    ".mlmodel",
+    ".mlpackage",
+    ".pdparams",
+    ".nemo",
+    ".ckpt",
+    ".ckpt.index",
+    ".ckpt.meta",
+    ".ot",
+    ".npz",
+    ".engine",
+];
+
+/// Endings of pickles, which may be anything.
+const PICKLES: &[&str] = &[".bin", ".pt", ".pth", ".pkl", ".pickle"];
+
+/// Pickles that hold a whole model, by the beginnings of their names.
+const MODEL_PICKLES: &[&str] =
+    &["pytorch_model", "model", "consolidated", "ggml", "openvino", "gptq_model", "qmodel", "diffusion_pytorch_model"];
+
+/// Endings of files that no loader reads, so that a pointer in their place costs no model.
+const PICTURES: &[&str] =
+    &[".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4", ".mov", ".pdf", ".wav", ".mp3", ".webm"];
+
+/// Looks through the folder of a model whose weights are `weights`; `own` are the names of files that the output writes
+/// itself.
+///
+/// Fails for what cannot be read, and where a file that loaders read was never fetched.
+pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result<Beside> {
+    let modules = read_json(&folder.join("modules.json")).ok().flatten();
+    let modules = modules.as_ref().and_then(Value::as_array).into_iter().flatten();
+    let modules = modules.filter_map(|module| module["path"].as_str()).filter(|path| !path.is_empty());
+    let report = read_json(&folder.join("report.json")).ok().flatten();
+    let mut walk = Walk {
+        root: folder,
+        weights: weights.iter().filter_map(|path| path.file_name()).collect(),
+        own,
+        modules: modules.map(PathBuf::from).collect(),
+        was_written_here: report
+            .is_some_and(|report| report["tool"].as_str().is_some_and(|tool| tool.starts_with("quantc "))),
+        around: HashSet::new(),
+        files: Vec::new(),
+        left: BTreeMap::new(),
+    };
+    walk.folder(Path::new(""), 0, false)?;
+    let Walk { mut files, left, .. } = walk;
+    files.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut notes = Vec::new();
+    if files.iter().any(|(name, file)| {
+        name.as_path() == Path::new(ORIGINAL_CARD)
+            && matches!(file, SideFile::Copy(from) if from.ends_with("README.md"))
+    }) {
+        notes.push(format!("the model card of {} is {ORIGINAL_CARD} now", folder.display()));
+    }
+    if !left.is_empty() {
+        let told: Vec<String> =
+            left.iter().map(|(reason, names)| format!("{} ({})", list(names), reason.text())).collect();
+        notes.push(format!("left out of what lies beside the weights: {}", told.join("; ")));
+    }
+    Ok(Beside { files, notes })
+}
+
+/// Names, or the first dozen and how many more.
+fn list(names: &[String]) -> String {
+    let shown = names[..names.len().min(12)].join(", ");
+    match names.len() - names.len().min(12) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
+struct Walk<'a> {
+    root: &'a Path,
+    weights: HashSet<&'a std::ffi::OsStr>,
+    own: &'a [&'a str],
+    /// Folders that sentence-transformers loads as modules.
+    modules: Vec<PathBuf>,
+    was_written_here: bool,
+    /// The real paths of the folders that the walk is in.
+    around: HashSet<PathBuf>,
+    files: Vec<(PathBuf, SideFile)>,
+    left: BTreeMap<Reason, Vec<String>>,
+}
+
+impl Walk<'_> {
+    fn leave(&mut self, reason: Reason, at: &Path, is_folder: bool) {
+        let slash = if is_folder { "/" } else { "" };
+        self.left.entry(reason).or_default().push(format!("{}{slash}", at.display()));
+    }
+
+    /// Looks through the folder `at` of the model; `is_module` says that it is one of sentence-transformers', or an adapter's
+    /// own, whose weights belong to the model.
+    fn folder(&mut self, at: &Path, depth: usize, is_module: bool) -> Result<()> {
+        let folder = self.root.join(at);
+        let real = folder.canonicalize().map_err(Error::io(&folder, "resolve"))?;
+        if depth > DEPTH || !self.around.insert(real.clone()) {
+            self.leave(Reason::Loop, at, true);
+            return Ok(());
+        }
+        let mut entries = Vec::new();
+        for entry in std::fs::read_dir(&folder).map_err(Error::io(&folder, "list"))? {
+            entries.push(entry.map_err(Error::io(&folder, "list"))?.file_name());
+        }
+        entries.sort();
+        for name in entries {
+            let inner = at.join(&name);
+            let path = self.root.join(&inner);
+            // Through links, as hub caches hold links to their blobs.
+            let metadata = match std::fs::metadata(&path) {
+                Ok(metadata) => metadata,
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    self.leave(Reason::Nowhere, &inner, false);
+                    continue;
+                }
+                Err(error) => return Err(Error::io(&path, "open")(error)),
+            };
+            let name = name.to_string_lossy().to_lowercase();
+            if name.starts_with('.') || name == "__pycache__" {
+                self.leave(Reason::Hidden, &inner, metadata.is_dir());
+            } else if metadata.is_dir() {
+                let own = is_module || self.modules.contains(&inner) || path.join("adapter_config.json").exists();
+                match folder_reason(&name).filter(|_| !own) {
+                    Some(reason) => self.leave(reason, &inner, true),
+                    None if self.holds(&path)? => self.leave(Reason::Loop, &inner, true),
+                    None => self.folder(&inner, depth + 1, own)?,
+                }
+            } else if !metadata.is_file() {
+                self.leave(Reason::Special, &inner, false);
+            } else {
+                self.file(inner, &name, &path, &metadata, depth == 0, is_module)?;
+            }
+        }
+        self.around.remove(&real);
+        Ok(())
+    }
+
+    /// Whether a folder holds the model's, so that a walk through it would come back.
+    fn holds(&self, folder: &Path) -> Result<bool> {
+        let [folder, root] = [folder, self.root].map(|path| path.canonicalize().map_err(Error::io(path, "resolve")));
+        Ok(root?.starts_with(folder?))
+    }
+
+    fn file(
+        &mut self,
+        at: PathBuf,
+        name: &str,
+        path: &Path,
+        metadata: &Metadata,
+        at_top: bool,
+        is_module: bool,
+    ) -> Result<()> {
+        if at_top {
+            if at.file_name().is_some_and(|name| self.weights.contains(name)) || name == "config.json" {
+                return Ok(());
+            }
+            if name == "model.safetensors.index.json" {
+                return Ok(());
+            }
+            if self.was_written_here && (name == "report.json" || name == "readme.md") {
+                self.leave(Reason::Card, &at, false);
+                return Ok(());
+            }
+            if self.own.contains(&name) && name != "readme.md" {
+                let quantization = QUANTIZATION_FILES.contains(&name);
+                self.leave(if quantization { Reason::Quantization } else { Reason::Replaced }, &at, false);
+                return Ok(());
+            }
+        }
+        if let Some(reason) = file_reason(name, metadata.len(), at_top, is_module) {
+            self.leave(reason, &at, false);
+            return Ok(());
+        }
+        let bytes = beginning(path)?;
+        if is_gguf(&bytes) {
+            self.leave(Reason::Weights, &at, false);
+            return Ok(());
+        }
+        let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
+        if is_pointer(&bytes) && (ends(PICTURES) || !at_top && !is_module) {
+            self.leave(Reason::Pointer, &at, false);
+            return Ok(());
+        }
+        // An empty file may be meant, and a page may be documentation.
+        let read_by_loaders =
+            is_pointer(&bytes) || ends(&[".json", ".model", ".tiktoken", ".jinja"]) && !bytes.is_empty();
+        if let Some(why) = stand_in(&bytes).filter(|_| read_by_loaders) {
+            return Err(Error::failed(format!("{}: {why}", path.display())));
+        }
+        let kept = if at_top && name == "readme.md" && self.own.iter().any(|own| own.eq_ignore_ascii_case(name)) {
+            PathBuf::from(ORIGINAL_CARD)
+        } else {
+            at
+        };
+        if kept == Path::new(ORIGINAL_CARD) && self.files.iter().any(|(other, _)| *other == kept) {
+            self.leave(Reason::Card, &kept, false);
+            return Ok(());
+        }
+        self.files.push((kept, SideFile::Copy(path.to_path_buf())));
+        Ok(())
+    }
+}
+
+/// Why a folder of this name, in lower case, stays behind as a whole.
+fn folder_reason(name: &str) -> Option<Reason> {
+    let numbered = |prefix: &str| {
+        name.strip_prefix(prefix).is_some_and(|n| !n.is_empty() && n.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    match () {
+        () if FORM_FOLDERS.contains(&name) || name.ends_with(".mlpackage") => Some(Reason::Weights),
+        () if TRAINING_FOLDERS.contains(&name) || numbered("checkpoint-") || numbered("global_step") => {
+            Some(Reason::Training)
+        }
+        () => None,
+    }
+}
+
+/// Why a file of this name, in lower case, and size stays behind.
+fn file_reason(name: &str, size: u64, at_top: bool, is_module: bool) -> Option<Reason> {
+    let ends = |endings: &[&str]| endings.iter().any(|ending| name.ends_with(ending));
+    let starts = |beginnings: &[&str]| beginnings.iter().any(|beginning| name.starts_with(beginning));
+    if is_unfinished(name) {
+        return Some(Reason::Unfinished);
+    }
+    if starts(TRAINING_FILES) {
+        return Some(Reason::Training);
+    }
+    let pickle = ends(PICKLES);
+    if at_top {
+        if QUANTIZATION_FILES.contains(&name) {
+            return Some(Reason::Quantization);
+        }
+        let adapter = name == "adapter_config.json" || starts(&["adapter_model.", "adapters.safetensors"]);
+        if adapter {
+            return Some(Reason::Adapter);
+        }
+        // vLLM loads every safetensors file of a folder whose index does not forbid it.
+        let whole = name.ends_with(".safetensors") || name.ends_with(".index.json") || pickle && starts(MODEL_PICKLES);
+        if whole {
+            return Some(Reason::Weights);
+        }
+    }
+    if is_module {
+        return None;
+    }
+    let large = (pickle || name.ends_with(".safetensors")) && size > SMALL;
+    (large || ends(FORM_ENDINGS) || name.contains(".ckpt.data-")).then_some(Reason::Weights)
+}

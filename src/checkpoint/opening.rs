@@ -1,0 +1,195 @@
+//! Opening: what a path is, what its configuration declares, and whether the weights bear it out.
+
+use std::path::Path;
+
+use formats::codec::{QUANTIZATION_KEYS, QuantizationReader, declared_method};
+use formats::{Dtype, SafetensorsSet, read_quantization};
+use serde_json::Value;
+
+use super::{Checkpoint, Source, StoredType, directory_entries, dominant_dtype, dtype_named, index, read_json};
+use super::{names, place};
+use crate::adapter::Adapter;
+use crate::error::{Error, Result};
+use crate::families;
+use crate::import::gguf::GgufModel;
+
+impl Checkpoint {
+    /// Opens a Hugging Face directory, a hub cache's folder of a model, or a GGUF file, whatever it is called.
+    pub fn open(path: &Path) -> Result<Checkpoint> {
+        Self::open_with(path, None)
+    }
+
+    /// [`Checkpoint::open`], merged with the LoRA adapter in the directory `adapter`.
+    pub fn open_with(path: &Path, adapter: Option<&Path>) -> Result<Checkpoint> {
+        let (place, note) = place::resolve(path)?;
+        let mut opened = Self::open_alone(&place)?;
+        opened.remarks.splice(0..0, note);
+        if let Some(folder) = adapter {
+            let (folder, note) = place::resolve(folder)?;
+            opened.remarks.extend(note);
+            let Checkpoint { config, entries, .. } = &mut opened;
+            opened.adapter = Some(Adapter::open(&folder, path, config, entries)?);
+            opened.by_name = index(&opened.entries);
+        }
+        Ok(opened)
+    }
+
+    fn open_alone(path: &Path) -> Result<Checkpoint> {
+        if path.is_dir() {
+            return Self::open_directory(path);
+        }
+        if !path.is_file() {
+            return Err(Error::failed(format!("{}: neither a directory nor a file", path.display())));
+        }
+        let bytes = place::beginning(path)?;
+        let named = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+        if !named && !place::is_gguf(&bytes) {
+            return Err(place::no_model(path, &bytes));
+        }
+        let model = GgufModel::open(path)?;
+        Ok(Self::new(path, model.config().clone(), model.dtype(), model.entries(), Source::Gguf(model)))
+    }
+
+    fn open_directory(path: &Path) -> Result<Checkpoint> {
+        let config_path = path.join("config.json");
+        let mut config = read_json(&config_path)?.ok_or_else(|| place::no_config(path))?;
+        if !config.is_object() {
+            return Err(Error::failed(format!("{}: not a JSON object", config_path.display())));
+        }
+        place::check_kind(path, &config)?;
+        place::check_weights(path)?;
+        let tensors = SafetensorsSet::open(path).map_err(|error| place::explain_missing(path, error))?;
+        tensors.files().iter().try_for_each(|file| place::check_complete(file.path()))?;
+        let (tensors, renamed) = names::as_the_architecture_has(tensors, &config, path)?;
+        refuse_mlx(&tensors)?;
+
+        let mut remarks = Vec::new();
+        let mut quantization = match read_quantization(&config) {
+            Ok(quantization) => quantization,
+            Err(_) if is_left_over(&config, &tensors) => {
+                remarks.extend(left_over(&config));
+                None
+            }
+            Err(error) => return Err(error.in_file(&config_path).into()),
+        };
+        let separate = path.join("quantize_config.json");
+        let has_codes = |name: &str| name.ends_with(".qweight") || name.ends_with(".weight_packed");
+        if quantization.is_none()
+            && tensors.tensors().any(|spec| has_codes(&spec.name))
+            && let Some(separate_config) = read_json(&separate)?
+        {
+            quantization = read_quantization(&separate_config).map_err(|e| e.in_file(&separate))?;
+        }
+
+        let (entries, foreign) = directory_entries(&tensors, quantization.as_ref())?;
+        let declared_dtype = ["dtype", "torch_dtype"].iter().find_map(|key| dtype_named(config.get(key)?.as_str()?));
+        let quantized = entries.iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign));
+        if let (Some(reader), false) = (&quantization, quantized) {
+            refuse_scales_of_plain_weights(reader, &tensors)?;
+            remarks.extend(left_over(&config));
+        }
+        forget_quantization(&mut config);
+        let dominant = dominant_dtype(&entries);
+        let dtype = if quantized { declared_dtype.or(dominant) } else { dominant.or(declared_dtype) };
+        let source = Source::Directory { tensors, quantization, foreign };
+        let mut opened = Self::new(path, config, dtype.unwrap_or(Dtype::F16), entries, source);
+        (opened.remarks, opened.renamed) = (remarks, renamed);
+        if let Some((config, note)) = families::tying::settled(&opened) {
+            opened.config = config;
+            opened.remarks.push(note);
+        }
+        Ok(opened)
+    }
+}
+
+/// Takes out of config.json what says how weights are quantized: every output says it anew, or is plain.
+fn forget_quantization(config: &mut Value) {
+    let is_said = |key: &str, value: Option<&Value>| key != "quantization" || value.is_some_and(Value::is_object);
+    let forget = |object: &mut Value| {
+        let Value::Object(object) = object else { return };
+        for key in QUANTIZATION_KEYS.iter().filter(|key| is_said(key, object.get(**key))).collect::<Vec<_>>() {
+            object.shift_remove(*key);
+        }
+    };
+    if let Some(inner) = config.get_mut("text_config") {
+        forget(inner);
+    }
+    forget(config);
+}
+
+/// What to say where no weight is stored as the configuration declares.
+fn left_over(config: &Value) -> Option<String> {
+    let method = declared_method(config).unwrap_or("a method without a name");
+    Some(format!(
+        "config.json calls the weights quantized ({method}), and all of them are stored as plain numbers: they were taken as \
+         they are, and what config.json says of it was left out"
+    ))
+}
+
+/// Whether a configuration that cannot be read is left over from other weights: all that are there are plain numbers.
+fn is_left_over(config: &Value, tensors: &SafetensorsSet) -> bool {
+    // BitNet keeps the weights that it rounds as a runtime loads them.
+    declared_method(config) != Some("bitnet") && tensors.tensors().all(|spec| is_plain(&spec.name, spec.dtype))
+}
+
+/// Whether a tensor is a weight as plain numbers, or a buffer that models have beside them.
+fn is_plain(name: &str, dtype: Dtype) -> bool {
+    const BUFFERS: &[&str] = &["bias", "masked_bias", "position_ids", "token_type_ids", "num_batches_tracked"];
+    /// What libraries call scales and the like, where no plain model has a parameter of this name.
+    const PARTS: &[&str] = &[
+        "weight_scale",
+        "weight_scale_inv",
+        "weight_zero_point",
+        "weight_global_scale",
+        "scales",
+        "qzeros",
+        "absmax",
+        "SCB",
+        "codebooks",
+        "centroids",
+        "_amax",
+    ];
+    let last = name.rsplit('.').next().unwrap_or(name);
+    let float = matches!(dtype, Dtype::F64 | Dtype::F32 | Dtype::F16 | Dtype::BF16);
+    if float { !PARTS.contains(&last) } else { BUFFERS.contains(&last) || last.ends_with("_index") }
+}
+
+/// Fails for weights that MLX packed, whether or not config.json says so.
+fn refuse_mlx(tensors: &SafetensorsSet) -> Result<()> {
+    let packed = |name: &str| {
+        let module = name.strip_suffix(".weight")?;
+        tensors.get(&format!("{module}.scales")).map(|_| ())
+    };
+    match tensors.tensors().find(|spec| spec.dtype == Dtype::U32 && packed(&spec.name).is_some()) {
+        None => Ok(()),
+        Some(spec) => {
+            let why = "the weight is packed by MLX, which is not read; take the model it was made from, or have MLX unpack \
+                       it: mlx_lm.convert --dequantize";
+            let file = tensors.file_of(&spec.name).expect("listed");
+            Err(formats::Error::unsupported(why).in_tensor(&spec.name).in_file(file).into())
+        }
+    }
+}
+
+/// Fails for plain weights with scales beside them: runtimes round them to these scales, and what is measured would be
+/// another model.
+fn refuse_scales_of_plain_weights(reader: &QuantizationReader, tensors: &SafetensorsSet) -> Result<()> {
+    let scale = tensors.tensors().find(|spec| {
+        ["weight_scale", "weight_zero_point", "weight_global_scale"].iter().any(|part| {
+            let module = spec.name.strip_suffix(part).filter(|module| module.ends_with('.'));
+            module.is_some_and(|module| tensors.get(&format!("{module}weight")).is_some())
+        })
+    });
+    match scale {
+        None => Ok(()),
+        Some(spec) => {
+            let why = format!(
+                "the weight that it scales is stored as plain numbers, which {} would round as it loads them; save the \
+                 model compressed, or take the one it was made from",
+                reader.method()
+            );
+            let file = tensors.file_of(&spec.name).expect("listed");
+            Err(formats::Error::unsupported(why).in_tensor(&spec.name).in_file(file).into())
+        }
+    }
+}

@@ -1,0 +1,332 @@
+//! Which model a path means, and what to say of a folder or file that is none.
+
+use std::path::{Path, PathBuf};
+
+use formats::container::stand_in::{LOOKED_AT, stand_in};
+use serde_json::Value;
+
+use super::read_json;
+use crate::error::{Error, Result};
+
+/// The configuration of an adapter, of PEFT or of MLX.
+const ADAPTER_CONFIG: &str = "adapter_config.json";
+
+/// Weights of adapters, and of what is beside a model in training.
+const ADAPTER_WEIGHTS: &[&str] = &["adapter_model.safetensors", "adapters.safetensors"];
+
+/// Endings of downloads that are not complete.
+const UNFINISHED: &[&str] = &[".incomplete", ".part", ".crdownload", ".aria2", ".download"];
+
+/// The folder or file that `path` means: of a hub cache its snapshot, with a note on which, else the path itself.
+///
+/// Fails when there is nothing, and for a hub cache whose snapshot cannot be told.
+pub(crate) fn resolve(path: &Path) -> Result<(PathBuf, Option<String>)> {
+    let metadata = std::fs::metadata(path).map_err(Error::io(path, "open"))?;
+    let itself = || Ok((path.to_path_buf(), None));
+    let holds = |name: &str| path.join(name).exists();
+    if !metadata.is_dir() || holds("config.json") || holds(ADAPTER_CONFIG) {
+        return itself();
+    }
+    let snapshots = match path.file_name().is_some_and(|name| name == "snapshots") {
+        true => path.to_path_buf(),
+        false => path.join("snapshots"),
+    };
+    let root = snapshots.parent().unwrap_or(path);
+    let is_cache = snapshots.is_dir() && (root.join("refs").is_dir() || root.join("blobs").is_dir());
+    if !is_cache {
+        return itself();
+    }
+    let shown = path.display();
+    let main = std::fs::read_to_string(root.join("refs/main")).ok().map(|text| text.trim().to_owned());
+    let found: Vec<String> = names(&snapshots)?.into_iter().filter(|name| snapshots.join(name).is_dir()).collect();
+    let give = || match &found[..] {
+        [] => String::new(),
+        found => format!(", or give a snapshot that is there: {}", found.join(", ")),
+    };
+    let (chosen, why) = match (main, &found[..]) {
+        (Some(main), _) if found.contains(&main) => (main, "which refs/main names"),
+        (Some(main), _) => {
+            return Err(Error::failed(format!(
+                "{shown}: refs/main of this hub cache names the snapshot {main}, which is not there; download the model \
+                 again{}",
+                give()
+            )));
+        }
+        (None, [one]) => (one.clone(), "the only one"),
+        (None, []) => {
+            return Err(Error::failed(format!("{shown}: a hub cache without a snapshot; download the model again")));
+        }
+        (None, many) => {
+            return Err(Error::failed(format!(
+                "{shown}: a hub cache with {} snapshots and no refs/main that says which; give one of them: {}",
+                many.len(),
+                many.iter().map(|name| snapshots.join(name).display().to_string()).collect::<Vec<_>>().join(", ")
+            )));
+        }
+    };
+    let note = format!("{shown} is a hub cache: its snapshot {chosen}, {why}, was taken");
+    Ok((snapshots.join(chosen), Some(note)))
+}
+
+/// What a model is called by its path: the folder's or the file's name, and that of the repository for a hub cache.
+pub(crate) fn model_name(path: &Path) -> Option<String> {
+    let of = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
+    let repository = |name: &str| Some(name.strip_prefix("models--")?.rsplit_once("--")?.1.to_owned());
+    let mut above = path.ancestors().filter_map(of).take(3);
+    above.find_map(|name| repository(&name)).or_else(|| of(path))
+}
+
+/// The names in a folder, sorted.
+fn names(folder: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(Error::io(folder, "list"))? {
+        names.push(entry.map_err(Error::io(folder, "list"))?.file_name().to_string_lossy().into_owned());
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// The first bytes of a file; fewer where it is shorter.
+pub(super) fn beginning(path: &Path) -> Result<Vec<u8>> {
+    use std::io::Read;
+    let mut bytes = Vec::new();
+    let file = std::fs::File::open(path).map_err(Error::io(path, "open"))?;
+    file.take(LOOKED_AT as u64).read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
+    Ok(bytes)
+}
+
+/// Whether a file is GGUF, by its first bytes.
+pub(super) fn is_gguf(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"GGUF")
+}
+
+/// Fails when `bytes`, the content of a file that is to be read, are what takes the place of one that was not fetched.
+pub(crate) fn check_fetched(path: &Path, bytes: &[u8]) -> Result<()> {
+    match stand_in(bytes) {
+        None => Ok(()),
+        Some(why) => Err(Error::failed(format!("{}: {why}", path.display()))),
+    }
+}
+
+/// Why a file that is no GGUF file is no model.
+pub(super) fn no_model(path: &Path, bytes: &[u8]) -> Error {
+    let shown = path.display();
+    let name = path.file_name().unwrap_or_default().to_string_lossy().to_lowercase();
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    // What was in these files was called GGML, GGMF, GGJT and GGLA, as numbers with the least byte first.
+    let old = [b"lmgg", b"fmgg", b"tjgg", b"algg"].iter().any(|magic| bytes.starts_with(*magic));
+    if let Some(why) = stand_in(bytes) {
+        return Error::failed(format!("{shown}: {why}"));
+    }
+    if old {
+        return Error::failed(format!(
+            "{shown}: a file of the formats that llama.cpp had before GGUF, which are not read; get the model as GGUF or \
+             safetensors"
+        ));
+    }
+    if folder.join("config.json").is_file() {
+        return Error::failed(format!(
+            "{shown}: one of the files of a model; give the folder that it lies in, {}",
+            folder.display()
+        ));
+    }
+    if ADAPTER_WEIGHTS.contains(&&name[..]) || name == ADAPTER_CONFIG {
+        return adapter(folder);
+    }
+    if name.ends_with(".safetensors") {
+        return Error::failed(format!(
+            "{shown}: weights without the config.json that says what model they are; a checkpoint is a folder with both"
+        ));
+    }
+    Error::failed(format!(
+        "{shown}: not a checkpoint: expected a directory with config.json and model.safetensors, or a GGUF file"
+    ))
+}
+
+/// A folder that holds an adapter where a model was asked for.
+fn adapter(folder: &Path) -> Error {
+    let shown = folder.display();
+    let config = read_json(&folder.join(ADAPTER_CONFIG)).ok().flatten().unwrap_or_default();
+    if let Some(error) = mlx_adapter(folder, &config) {
+        return error;
+    }
+    let base = match config["base_model_name_or_path"].as_str() {
+        Some(base) if !base.is_empty() => format!(", {base},"),
+        _ => String::new(),
+    };
+    Error::failed(format!(
+        "{shown}: an adapter and no model; give the model that it was made for{base} and this folder with --adapter"
+    ))
+}
+
+/// Says so when the folder is an adapter of MLX, whose configuration is `config`.
+pub(crate) fn mlx_adapter(folder: &Path, config: &Value) -> Option<Error> {
+    let own = config.get("peft_type").is_none()
+        && (folder.join("adapters.safetensors").exists()
+            || ["fine_tune_type", "lora_parameters", "lora_layers"].iter().any(|key| config.get(*key).is_some()));
+    own.then(|| {
+        Error::failed(format!(
+            "{}: an adapter of MLX, which is not read; fuse it into its model first (mlx_lm.fuse --dequantize) and give \
+             the model that comes out",
+            folder.display()
+        ))
+    })
+}
+
+/// Why a folder without config.json is no model that can be read.
+pub(super) fn no_config(folder: &Path) -> Error {
+    let shown = folder.display();
+    let names = match names(folder) {
+        Ok(names) => names,
+        Err(error) => return error,
+    };
+    let holds = |name: &str| names.iter().any(|other| other == name);
+    let ends = |ending: &str| names.iter().find(|name| name.to_lowercase().ends_with(ending));
+    if holds("model_index.json") {
+        let index = read_json(&folder.join("model_index.json")).ok().flatten().unwrap_or_default();
+        let class = index["_class_name"].as_str().map_or(String::new(), |class| format!(" ({class})"));
+        return Error::failed(format!(
+            "{shown}: a pipeline of diffusers{class}; only language models are read, and of these the folder with config.json"
+        ));
+    }
+    if holds(ADAPTER_CONFIG) || ADAPTER_WEIGHTS.iter().any(|name| holds(name)) {
+        return adapter(folder);
+    }
+    if let Some(unfinished) = unfinished(folder) {
+        return Error::failed(format!(
+            "{shown}: config.json is missing, and a download is not complete ({unfinished}); run the download again"
+        ));
+    }
+    let gguf = |name: &&String| {
+        let path = folder.join(name);
+        path.is_file() && beginning(&path).is_ok_and(|bytes| is_gguf(&bytes))
+    };
+    let found: Vec<&String> = names.iter().filter(gguf).collect();
+    if let Some(first) = found.first() {
+        let more = if found.len() > 1 { format!(" (there are {})", found.len()) } else { String::new() };
+        return Error::failed(format!(
+            "{shown}: config.json is missing; the folder holds GGUF files{more}, give one: {}",
+            folder.join(first).display()
+        ));
+    }
+    if holds("params.json") && (ends(".pth").is_some() || names.iter().any(|name| name.starts_with("consolidated"))) {
+        return Error::failed(format!(
+            "{shown}: config.json is missing; params.json and consolidated weights are the form of the model's maker, get \
+             the one with config.json and model.safetensors"
+        ));
+    }
+    let models: Vec<&String> = names.iter().filter(|name| name.starts_with("models--")).collect();
+    if let Some(first) = models.first() {
+        return Error::failed(format!(
+            "{shown}: a hub cache of {} models; give one of them, as {}",
+            models.len(),
+            folder.join(first).display()
+        ));
+    }
+    let inner: Vec<&String> = names.iter().filter(|name| folder.join(name).join("config.json").is_file()).collect();
+    let hint = match &inner[..] {
+        [] => String::new(),
+        [one] => format!("; there is one in {}", folder.join(one).display()),
+        [first, ..] => format!("; {} folders in it have one, as {}", inner.len(), folder.join(first).display()),
+    };
+    Error::failed(format!("{shown}: config.json is missing{hint}"))
+}
+
+/// Fails for a folder whose config.json is no language model's.
+pub(super) fn check_kind(folder: &Path, config: &Value) -> Result<()> {
+    let diffusers = config.get("_diffusers_version").is_some();
+    match config.get("_class_name").and_then(Value::as_str).filter(|_| diffusers) {
+        Some(class) => Err(Error::failed(format!(
+            "{}: a part of a pipeline of diffusers ({class}); only language models are read",
+            folder.display()
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Fails for a folder that has weights in other forms than safetensors and nothing else, and says what they are.
+pub(super) fn check_weights(folder: &Path) -> Result<()> {
+    let names = names(folder)?;
+    let is_own = |name: &String| {
+        let index = name.ends_with(".safetensors.index.json");
+        index || name.ends_with(".safetensors") && !ADAPTER_WEIGHTS.contains(&&name[..])
+    };
+    if names.iter().any(is_own) {
+        return Ok(());
+    }
+    let shown = folder.display();
+    let is_pickle = |name: &&String| [".bin", ".pth", ".pt"].iter().any(|ending| name.ends_with(ending));
+    // Not what training and adapters leave.
+    let others = ["adapter_model", "training_args", "optimizer", "scheduler", "scaler", "rng_state"];
+    let pickles = || names.iter().filter(is_pickle).filter(|name| !others.iter().any(|other| name.starts_with(other)));
+    let pickle = pickles().rfind(|name| name.starts_with("pytorch_model")).or_else(|| pickles().next_back());
+    if let Some(name) = pickle {
+        return Err(Error::failed(format!(
+            "{shown}: PyTorch pickles such as {name} are not read, as opening one can run what it contains; convert them \
+             once: python3 -c 'from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; \
+             M.from_pretrained(\"{shown}\", dtype=\"auto\").save_pretrained(\"OUT\"); \
+             T.from_pretrained(\"{shown}\").save_pretrained(\"OUT\")'"
+        )));
+    }
+    if names.iter().any(|name| name == ADAPTER_CONFIG || ADAPTER_WEIGHTS.contains(&&name[..])) {
+        return Err(adapter(folder));
+    }
+    let gguf = |name: &&String| {
+        let path = folder.join(name);
+        path.is_file() && beginning(&path).is_ok_and(|bytes| is_gguf(&bytes))
+    };
+    if let Some(name) = names.iter().find(gguf) {
+        let path = folder.join(name);
+        return Err(Error::failed(format!("{shown}: its weights are GGUF; give the file itself, {}", path.display())));
+    }
+    let other = [".h5", ".msgpack", ".onnx", ".npz", ".ot", ".ckpt", ".tflite", ".nemo"];
+    match names.iter().find(|name| other.iter().any(|ending| name.ends_with(ending))) {
+        Some(name) => Err(Error::failed(format!(
+            "{shown}: its weights ({name}) are in a form that is not read; get or save the model as safetensors"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Says of weights that are missing when a download of them is not complete.
+pub(super) fn explain_missing(folder: &Path, error: formats::Error) -> Error {
+    match unfinished(folder).filter(|_| matches!(error.kind, formats::error::Kind::Missing(_))) {
+        Some(name) => {
+            Error::failed(format!("{error}, and a download is not complete ({name}); run the download again"))
+        }
+        None => error.into(),
+    }
+}
+
+/// Fails when a weight file that is there is known to be incomplete: aria2 gives a file its whole size at once, and keeps
+/// beside it what is still to come.
+pub(super) fn check_complete(file: &Path) -> Result<()> {
+    let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let control = file.with_file_name(format!("{name}.aria2"));
+    match control.exists() {
+        true => Err(Error::failed(format!(
+            "{}: its download is not complete, as {name}.aria2 beside it says; run the download again",
+            file.display()
+        ))),
+        false => Ok(()),
+    }
+}
+
+/// Whether a file is part of a download that is not complete.
+pub(super) fn is_unfinished(name: &str) -> bool {
+    UNFINISHED.iter().any(|ending| name.ends_with(ending))
+}
+
+/// A file of a download into `folder` that is not complete: in it, where `hf download` keeps them, or among the blobs of its
+/// hub cache.
+fn unfinished(folder: &Path) -> Option<String> {
+    let mut places = vec![folder.to_path_buf(), folder.join(".cache/huggingface/download")];
+    if let Some(snapshots) = folder.parent().filter(|parent| parent.ends_with("snapshots")) {
+        places.extend(snapshots.parent().map(|root| root.join("blobs")));
+    }
+    let found = |place: &PathBuf| names(place).ok()?.into_iter().find(|name| is_unfinished(name));
+    places.iter().find_map(found)
+}
