@@ -27,6 +27,8 @@ pub struct Checkpoint {
     by_name: HashMap<String, usize>,
     source: Source,
     adapter: Option<Adapter>,
+    /// What was done to the names of the tensors.
+    renamed: Option<String>,
 }
 
 #[derive(Debug)]
@@ -136,7 +138,7 @@ impl Checkpoint {
             return Err(Error::failed(format!("{}: not a JSON object", config_path.display())));
         }
         refuse_pickles(path)?;
-        let tensors = SafetensorsSet::open(path)?;
+        let (tensors, renamed) = names::as_the_architecture_has(SafetensorsSet::open(path)?, &config, path)?;
 
         let mut quantization = read_quantization(&config).map_err(|e| e.in_file(&config_path))?;
         let separate = path.join("quantize_config.json");
@@ -160,12 +162,13 @@ impl Checkpoint {
         let dominant = dominant_dtype(&entries);
         let dtype = if quantized { declared_dtype.or(dominant) } else { dominant.or(declared_dtype) };
         let source = Source::Directory { tensors, quantization, foreign };
-        Ok(Self::new(path, config, dtype.unwrap_or(Dtype::F16), entries, source))
+        let opened = Self::new(path, config, dtype.unwrap_or(Dtype::F16), entries, source);
+        Ok(Checkpoint { renamed, ..opened })
     }
 
     fn new(path: &Path, config: Value, dtype: Dtype, entries: Vec<Entry>, source: Source) -> Checkpoint {
         let by_name = index(&entries);
-        Checkpoint { path: path.to_path_buf(), config, dtype, entries, by_name, source, adapter: None }
+        Checkpoint { path: path.to_path_buf(), config, dtype, entries, by_name, source, adapter: None, renamed: None }
     }
 
     /// Where it was opened.
@@ -200,7 +203,7 @@ impl Checkpoint {
 
     /// What a reader of a report should know of how the checkpoint is stored.
     pub fn notices(&self) -> Vec<String> {
-        let mut notices = Vec::new();
+        let mut notices: Vec<String> = self.renamed.iter().cloned().collect();
         let mut kinds: BTreeMap<String, u64> = BTreeMap::new();
         for entry in &self.entries {
             let plain = match entry.dtype {
@@ -757,5 +760,6 @@ fn is_side_file(name: &str) -> bool {
     NAMES.contains(&name) || name.ends_with(".py") || PREFIXES.iter().any(|prefix| name.starts_with(prefix))
 }
 
+mod names;
 #[cfg(test)]
 mod tests;

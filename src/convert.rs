@@ -16,12 +16,13 @@ use crate::graph::{Linear, Stored};
 use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, weight_writer};
 
-/// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default).
-pub fn convert(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
+/// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default). Returns `input` as it was
+/// read.
+pub fn convert(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<Checkpoint> {
     rewrite(input, output, dtype, force).map_err(|error| error.of_output(output, false))
 }
 
-fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<()> {
+fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Result<Checkpoint> {
     let source = Checkpoint::open(input)?;
     let staging = Staging::new(output, Some(input), force)?;
     let target = dtype.unwrap_or(source.dtype());
@@ -73,7 +74,8 @@ fn rewrite(input: &Path, output: &Path, dtype: Option<Dtype>, force: bool) -> Re
     }
     write_config(&config, &staging)?;
     copy_side_files(&source, &staging)?;
-    staging.commit()
+    staging.commit()?;
+    Ok(source)
 }
 
 /// Tensors that the model's family publishes otherwise than the checkpoint has them.

@@ -45,7 +45,9 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Quantize(args) => quantize(*args),
         Command::Eval(args) => eval(args),
         Command::Inspect(args) => {
-            let inspection = inspect::inspect(&Checkpoint::open(&args.path)?);
+            let checkpoint = Checkpoint::open(&args.path)?;
+            told_of_names(&checkpoint);
+            let inspection = inspect::inspect(&checkpoint);
             match args.json {
                 true => say(&format!("{}\n", serde_json::to_string_pretty(&inspection)?)),
                 false => say(&inspection.text()),
@@ -58,7 +60,8 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
                 "bf16" => Dtype::BF16,
                 _ => Dtype::F32,
             });
-            convert::convert(&args.input, &args.output, dtype, args.force)?;
+            let read = convert::convert(&args.input, &args.output, dtype, args.force)?;
+            told_of_names(&read);
             Ok(0)
         }
         Command::Devices(args) => {
@@ -88,6 +91,13 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
 fn say(text: &str) {
     use std::io::Write;
     let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Says so where a checkpoint's tensors are shown or written under other names than it has.
+fn told_of_names(checkpoint: &Checkpoint) {
+    if let Some(how) = checkpoint.renamed() {
+        eprintln!("note: {}: {how}", checkpoint.path().display());
+    }
 }
 
 /// Sets the threads up, the display, and the device.
@@ -212,6 +222,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     };
     let reference_adapter = args.reference_adapter.as_deref();
     let reference = args.reference.as_deref().map(|path| Checkpoint::open_with(path, reference_adapter)).transpose()?;
+    [Some(&model), reference.as_ref()].into_iter().flatten().for_each(told_of_names);
     let text = load_text(args.text.as_deref().unwrap_or(HELD_OUT)).map_err(Error::from)?;
     let tokenizer = ModelText::open(&model)?;
     let ids = tokenizer.evaluation_ids(&text).map_err(Error::from)?;

@@ -14,3 +14,4 @@ mod pipeline;
 mod readme;
 mod sentencepiece;
 mod tidy;
+mod unknown;

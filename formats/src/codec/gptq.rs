@@ -170,7 +170,8 @@ impl Codec for Gptq {
                     .into(),
             );
         }
-        let left: Vec<&str> = others.into_iter().filter(|name| names::tail(name).is_some()).collect();
+        // The head has a setting of its own.
+        let left: Vec<&str> = others.into_iter().filter(|name| !name.ends_with("lm_head")).collect();
         let all: Vec<&str> = modules.iter().map(|module| module.name).chain(left.iter().copied()).collect();
         for pattern in NameSet::new(&left, &all, !components.is_empty()).patterns() {
             dynamic.insert(format!("-:{pattern}"), json!({}));
@@ -214,7 +215,7 @@ impl Codec for Gptq {
         if !dynamic.is_empty() {
             config["dynamic"] = Value::Object(dynamic);
         }
-        if !left.is_empty() {
+        if left.iter().any(|name| names::tail(name).is_some()) {
             config["modules_in_block_to_quantize"] = json!([in_block]);
         }
         let text = serde_json::to_vec_pretty(&config).expect("a JSON value");

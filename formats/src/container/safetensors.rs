@@ -268,6 +268,18 @@ impl SafetensorsSet {
         Ok(SafetensorsSet { files, by_name })
     }
 
+    /// Gives every tensor the name that `rename` makes of its own. Fails when two would be called alike.
+    pub fn renamed(mut self, rename: &dyn Fn(&str) -> String) -> Result<SafetensorsSet> {
+        for file in &mut self.files {
+            file.by_name.clear();
+            for (index, item) in file.tensors.iter_mut().enumerate() {
+                item.spec.name = rename(&item.spec.name);
+                file.by_name.insert(item.spec.name.clone(), index);
+            }
+        }
+        Self::from_files(self.files)
+    }
+
     /// The files, in the order of their names.
     pub fn files(&self) -> &[SafetensorsFile] {
         &self.files
