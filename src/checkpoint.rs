@@ -18,6 +18,7 @@ use crate::import::gguf::GgufModel;
 use crate::import::sentencepiece;
 
 mod beside;
+mod names;
 mod opening;
 pub(crate) mod place;
 
@@ -35,6 +36,8 @@ pub struct Checkpoint {
     adapter: Option<Adapter>,
     /// What was found otherwise than a path or config.json says it.
     remarks: Vec<String>,
+    /// What was done to the names of the tensors.
+    renamed: Option<String>,
 }
 
 #[derive(Debug)]
@@ -107,6 +110,7 @@ impl Checkpoint {
             source,
             adapter: None,
             remarks: Vec::new(),
+            renamed: None,
         }
     }
 
@@ -151,6 +155,7 @@ impl Checkpoint {
     /// What was found otherwise than a path, config.json or an index says it.
     pub fn remarks(&self) -> Vec<String> {
         let mut remarks = self.remarks.clone();
+        remarks.extend(self.renamed.as_ref().map(|how| format!("{}: {how}", self.path.display())));
         if let Source::Directory { tensors, .. } = &self.source {
             remarks.extend(tensors.notes().iter().cloned());
         }

@@ -148,7 +148,7 @@ impl Job<'_> {
         write_side_files(source, &beside, &plan, &staging)?;
 
         let verifying = Instant::now();
-        let reopened = Checkpoint::open(staging.folder())?;
+        let reopened = Checkpoint::open_strictly(staging.folder())?;
         let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
         let quantized_bytes = reopened.entries().iter().filter(|e| matches!(e.dtype, StoredType::Quantized { .. }));
         let outcome = Outcome {

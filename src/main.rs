@@ -45,7 +45,9 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Quantize(args) => quantize(*args),
         Command::Eval(args) => eval(args),
         Command::Inspect(args) => {
-            let inspection = inspect::inspect(&Checkpoint::open(&args.path)?);
+            let checkpoint = Checkpoint::open(&args.path)?;
+            checkpoint.remarks().iter().for_each(|note| eprintln!("note: {note}"));
+            let inspection = inspect::inspect(&checkpoint);
             match args.json {
                 true => say(&format!("{}\n", serde_json::to_string_pretty(&inspection)?)),
                 false => say(&inspection.text()),

@@ -61,7 +61,7 @@ impl Plan {
         let mut patterns = recipe.patterns()?;
         // To patterns the head, routers and other components' linears are linears, though they are not quantized here.
         let strays = Strays::new(graph, source, recipe.unknown_tensors);
-        let others = other_linears(graph, source, &strays)?;
+        let others = other_linears(graph, source, &strays, codec.goes_by_class())?;
         for module in others.iter().chain([&graph.head.linear.module]) {
             recipe.scheme_of(module, &mut patterns)?;
         }
@@ -98,16 +98,15 @@ impl Plan {
             return Err(Error::usage(format!("tensor `{tensor}`{others}: {} cannot hold it: {why}", codec.id())));
         }
         // Other components as a whole, for runtimes call what is in them otherwise than files do.
-        let aside = |name: &String| graph.aside.iter().any(|(prefix, _)| name.starts_with(prefix));
-        let components: Vec<String> = match graph.opaque {
-            true => Vec::new(),
-            false => graph.aside.iter().map(|(prefix, _)| prefix).filter(|p| p.ends_with('.')).cloned().collect(),
-        };
+        let aside =
+            |name: &String| graph.aside.iter().any(|(prefix, _)| !prefix.is_empty() && name.starts_with(prefix));
+        let components: Vec<String> =
+            graph.aside.iter().map(|(prefix, _)| prefix).filter(|p| p.ends_with('.')).cloned().collect();
         // AWQ leaves out whatever has a name in its own: `fc` would take `c_fc` along.
         let hides = |name: &String| codec.id() == "awq" && modules.iter().any(|(own, _)| own.contains(&**name));
-        let alone = others.iter().filter(|name| graph.opaque || !aside(name)).filter(|name| !hides(name));
+        let alone = others.iter().filter(|name| !aside(name)).filter(|name| graph.opaque || !hides(name));
         let mut left: Vec<String> = unquantized.iter().chain(alone).chain(&components).cloned().collect();
-        if !graph.head.tied {
+        if !graph.head.tied && !left.contains(&graph.head.linear.module) {
             left.push(graph.head.linear.module.clone());
         }
         let listed: Vec<QuantizedModule<'_>> = modules
@@ -116,6 +115,9 @@ impl Plan {
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(crate::runtimes::notes(graph, codec.id(), &schemes));
+        if graph.opaque {
+            check_named(&config, &listed, &left, codec)?;
+        }
 
         let model_dtype = source.dtype();
         let float_dtype = if matches!(model_dtype, Dtype::F16 | Dtype::BF16) { model_dtype } else { Dtype::F32 };
@@ -188,13 +190,46 @@ impl Plan {
     }
 }
 
-/// Linears that are never quantized: routers, and what looks like one in other components of the model and among tensors
-/// that go over though no rule names them.
-pub fn other_linears(graph: &Graph, source: &Checkpoint, strays: &Strays<'_>) -> Result<Vec<String>> {
+/// Fails unless the configuration, as it will be read, says of every linear whether it has codes.
+fn check_named(
+    config: &ConfigFiles,
+    quantized: &[QuantizedModule<'_>],
+    left: &[String],
+    codec: &dyn Codec,
+) -> Result<()> {
+    let whole = serde_json::json!({"quantization_config": config.quantization_config});
+    let reader = formats::codec::read_quantization(&whole)?.expect("it is there");
+    for module in quantized {
+        if reader.declared(module.name)?.map(|declared| declared.scheme) != Some(module.scheme) {
+            return Err(Error::usage(format!(
+                "{} leaves linears out by their names, and could not but leave out `{}` as well, which is quantized; give --ignore \
+                 for it, or write another --format",
+                codec.id(),
+                module.name
+            )));
+        }
+    }
+    for name in left.iter().filter(|name| !name.ends_with('.')) {
+        // The head has a setting of its own in GPTQ and AWQ.
+        if reader.declared(name)?.is_some() && !name.ends_with("lm_head") {
+            return Err(Error::failed(format!("the configuration of {} would not leave out `{name}`", codec.id())));
+        }
+    }
+    Ok(())
+}
+
+/// Linears that are never quantized: routers, what looks like one in other components of the model and among tensors that go
+/// over though no rule names them, and in a model that is not known all that may be one. Heads without a tensor are among them
+/// where a layout goes by `classes` of modules.
+pub fn other_linears(graph: &Graph, source: &Checkpoint, strays: &Strays<'_>, classes: bool) -> Result<Vec<String>> {
+    if graph.opaque {
+        return Ok(crate::families::plain_modules(graph, source, classes));
+    }
     let routers = graph.blocks.iter().flat_map(|block| &block.steps).flat_map(|step| step.layer.routers());
-    let aside = source.entries().iter().filter(|entry| {
-        !graph.opaque && entry.shape.len() == 2 && graph.aside.iter().any(|(prefix, _)| entry.name.starts_with(prefix))
-    });
+    let aside = source
+        .entries()
+        .iter()
+        .filter(|entry| entry.shape.len() == 2 && graph.aside.iter().any(|(prefix, _)| entry.name.starts_with(prefix)));
     let mut copied = Vec::new();
     for entry in strays.entries().filter(|entry| entry.shape.len() == 2) {
         if let Fate::Aside(_) = strays.fate(&entry.name)? {

@@ -29,6 +29,7 @@ pub fn notes(graph: &Graph, codec: &str, schemes: &HashMap<String, Scheme>) -> V
     let quantized = |linear: &Linear| schemes.contains_key(&linear.module);
     let experts = layers().any(|layer| match layer {
         Layer::Moe(moe) => moe.experts.iter().any(|expert| expert.inputs.iter().chain([&expert.down]).any(quantized)),
+        Layer::Opaque(linears) => linears.iter().any(|linear| linear.module.contains(".experts.") && quantized(linear)),
         _ => false,
     });
     let facts = Facts {
@@ -37,9 +38,14 @@ pub fn notes(graph: &Graph, codec: &str, schemes: &HashMap<String, Scheme>) -> V
         experts,
         mixed: experts && layers().any(|layer| matches!(layer, Layer::Mlp(_))),
         asymmetric: schemes.values().any(|scheme| !scheme.symmetric),
-        wrapped: graph.aside.iter().any(|(_, what)| *what != FURTHER),
+        wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && *what != FURTHER),
     };
-    [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned).collect()
+    // Measured by `tests/runtimes/unknown.py`.
+    let unknown = (graph.opaque && codec == "compressed-tensors").then_some(
+        "some classes of transformers ask for the weights of linears while these are packed, and fail ('Linear' object has no \
+         attribute 'weight'); with CompressedTensorsConfig(dequantize=True) they load",
+    );
+    [transformers(&facts), gptqmodel(&facts), unknown].into_iter().flatten().map(str::to_owned).collect()
 }
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {

@@ -6,8 +6,8 @@ use formats::codec::{QUANTIZATION_KEYS, QuantizationReader, declared_method};
 use formats::{Dtype, SafetensorsSet, read_quantization};
 use serde_json::Value;
 
-use super::place;
 use super::{Checkpoint, Source, StoredType, directory_entries, dominant_dtype, dtype_named, index, read_json};
+use super::{names, place};
 use crate::adapter::Adapter;
 use crate::error::{Error, Result};
 use crate::families;
@@ -60,6 +60,7 @@ impl Checkpoint {
         place::check_weights(path)?;
         let tensors = SafetensorsSet::open(path).map_err(|error| place::explain_missing(path, error))?;
         tensors.files().iter().try_for_each(|file| place::check_complete(file.path()))?;
+        let (tensors, renamed) = names::as_the_architecture_has(tensors, &config, path)?;
         refuse_mlx(&tensors)?;
 
         let mut remarks = Vec::new();
@@ -92,7 +93,7 @@ impl Checkpoint {
         let dtype = if quantized { declared_dtype.or(dominant) } else { dominant.or(declared_dtype) };
         let source = Source::Directory { tensors, quantization, foreign };
         let mut opened = Self::new(path, config, dtype.unwrap_or(Dtype::F16), entries, source);
-        opened.remarks = remarks;
+        (opened.remarks, opened.renamed) = (remarks, renamed);
         if let Some((config, note)) = families::tying::settled(&opened) {
             opened.config = config;
             opened.remarks.push(note);

@@ -16,6 +16,7 @@ mod llama;
 mod llama4;
 mod minimax;
 mod moe;
+mod names;
 mod nemotron;
 mod olmo;
 mod phi;
@@ -25,6 +26,9 @@ mod smollm3;
 mod stablelm;
 pub mod tying;
 mod unknown;
+
+pub use names::names;
+pub use unknown::plain_modules;
 
 use serde_json::Value;
 
@@ -191,12 +195,11 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
 /// that the checkpoint has one by one. Fails for an unknown family.
 pub fn published(source: &Checkpoint) -> Result<Graph> {
     let text = text_config(source.config());
-    let layers = ["num_hidden_layers", "n_layer"].into_iter().find_map(|key| Some((key, text.get(key)?.as_u64()?)));
     let tensors = source.entries().len();
     if tensors == 0 {
         return Err(Error::failed(format!("{}: the checkpoint holds no tensors", source.path().display())));
     }
-    if let Some((key, layers)) = layers.filter(|(_, layers)| *layers > tensors as u64) {
+    if let Some((key, layers)) = too_many_layers(&text, tensors) {
         return Err(Error::failed(format!(
             "{}/config.json: {key} is {layers}, but the checkpoint has only {tensors} tensors; is the file another model's?",
             source.path().display()
@@ -208,7 +211,7 @@ pub fn published(source: &Checkpoint) -> Result<Graph> {
         }
         other => other,
     })?;
-    adopt_names(&mut graph, source);
+    names::adopt(&mut graph, source);
     if headless(&graph, source) {
         graph.head.linear.bias = false;
         (graph.head.tied, graph.head.missing) = (true, true);
@@ -230,55 +233,10 @@ fn headless(graph: &Graph, source: &Checkpoint) -> bool {
         && source.entry(&graph.head.linear.weight()).is_none()
 }
 
-/// Finds the language model in a checkpoint: under a wrapper's prefix, or without the prefix of its own class.
-fn adopt_names(graph: &mut Graph, source: &Checkpoint) {
-    let embedding = graph.embedding.tensor.clone();
-    let (prefix, leaf) = embedding.split_once('.').map_or(("", &embedding[..]), |(prefix, leaf)| (prefix, leaf));
-    if source.entry(&embedding).is_none() {
-        let ends = |name: &str| name == leaf || name.strip_suffix(leaf).is_some_and(|rest| rest.ends_with('.'));
-        let found = source.entries().iter().map(|entry| &entry.name[..]).filter(|name| ends(name));
-        // A vision tower may have embeddings as well; the language model says what it is.
-        let Some(found) = found.max_by_key(|name| (name.contains("language_model"), name.contains("text"))) else {
-            return;
-        };
-        let own = &found[..found.len() - leaf.len()];
-        let head = graph.head.linear.module.clone();
-        let head = match source.entry(&graph.head.linear.weight()).is_some() {
-            true => head,
-            false => {
-                let heads = source.entries().iter().filter_map(|entry| entry.name.strip_suffix(".weight"));
-                let found = heads.filter(|name| name.ends_with(&format!(".{head}"))).max_by_key(|name| name.len());
-                found.map_or(head.clone(), str::to_owned)
-            }
-        };
-        let old_head = graph.head.linear.module.clone();
-        graph.rename(&|name| match name.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('.')) {
-            Some(rest) => format!("{own}{rest}"),
-            None if name == old_head => head.clone(),
-            None => name.to_owned(),
-        });
-    }
-    if source.config().get("text_config").is_some() || source.config().get("vision_config").is_some() {
-        let own = &graph.embedding.tensor[..graph.embedding.tensor.len() - leaf.len()];
-        let head = graph.head.linear.module.clone();
-        let others =
-            source.entries().iter().filter(|entry| !entry.name.starts_with(own) && !entry.name.starts_with(&head));
-        let mut aside: Vec<String> = others.map(|entry| first_parts(&entry.name)).collect();
-        aside.sort();
-        aside.dedup();
-        graph.aside.extend(aside.into_iter().map(|prefix| (prefix, "not part of the language model")));
-    }
-}
-
-/// The part of a name that says which component a tensor belongs to: `vision_tower.`, or `model.visual.`.
-fn first_parts(name: &str) -> String {
-    let mut parts = name.splitn(3, '.');
-    let first = parts.next().unwrap_or_default();
-    match (first, parts.next(), parts.next()) {
-        ("model", Some(second), Some(_)) => format!("model.{second}."),
-        (_, Some(_), _) => format!("{first}."),
-        _ => name.to_owned(),
-    }
+/// The setting that promises more layers than there are tensors, if it does: a graph of them would be laid out for nothing.
+fn too_many_layers(config: &Value, tensors: usize) -> Option<(&'static str, u64)> {
+    let layers = ["num_hidden_layers", "n_layer"].into_iter().find_map(|key| Some((key, config.get(key)?.as_u64()?)));
+    layers.filter(|(_, layers)| *layers > tensors as u64)
 }
 
 /// Typed reads of config.json, with errors that name the key.

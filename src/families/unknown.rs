@@ -1,12 +1,20 @@
 //! Models of families that are not in the list: linears found by name and shape, for quantization without data.
+//!
+//! What is quantized here has to be an `nn.Linear` in every runtime, for only that is looked for under its packed parts. What
+//! is no such thing, or may not be, stays as it is, and the plan names it in the configuration.
+
+use std::collections::HashSet;
 
 use kernels::NormKind;
+use serde_json::Value;
 
+use super::names::component;
 use crate::checkpoint::{Checkpoint, Entry, StoredType};
 use crate::error::{Error, Result};
 use crate::graph::{Block, Embedding, Graph, Head, Layer, Linear, Norm, Step};
 
-/// Parts of names of modules in layers that are matrices and no linears to quantize.
+/// Parts of names of modules in layers that are matrices and no linears to quantize: tables and filters, what chooses, other
+/// senses, layers that predict further tokens, and what has no tensor of its own in most of the layers that share it.
 const KEPT: &[&str] = &[
     "embed",
     "norm",
@@ -15,21 +23,72 @@ const KEPT: &[&str] = &[
     "conv",
     "rotary",
     "position",
+    "relative",
     "vision",
     "visual",
+    "image",
+    "video",
     "audio",
+    "speech",
     "projector",
+    "resampler",
+    "perceiver",
     "patch",
     "lora",
+    "mtp",
+    "nextn",
+    "shared_transf",
 ];
+
+/// Parts of names likewise, where they end so. Mamba multiplies `x_proj` and `dt_proj` by hand, without asking the linear.
+const KEPT_ENDS: &[&str] = &["emb", "wte", "wpe", "head", "heads", "x_proj", "dt_proj"];
 
 /// Gates of feed-forward layers, which are linears all the same.
 const QUANTIZED: &[&str] = &["gate_proj", "gate_up_proj", "gate_up"];
 
+/// Parts of the names of the language model in one that also sees or hears.
+const LANGUAGE: &[&str] = &["language_model", "text_model", "text_decoder", "llm"];
+
+/// Modules that only layers which predict further tokens have.
+const OF_FURTHER: &[&str] = &["eh_proj", "enorm", "hnorm"];
+
+/// Output projections of Transformers' classes. One that shares the embedding's weight is a linear without a tensor.
+const HEADS: &[&str] = &[
+    "lm_head",
+    "lm_head.decoder",
+    "lm_head.out_proj",
+    "embed_out",
+    "output_projection",
+    "output",
+    "head",
+    "head.decoder",
+    "decoder",
+    "predictions.decoder",
+    "cls.predictions.decoder",
+    "mlm_score.decoder",
+    "generator_lm_head",
+    "pred_layer.proj",
+    "proj_out",
+    "vocab_projector",
+    "unembedding_projection",
+    "lm_loss",
+    "text_model.lm_head",
+    "language_model.lm_head",
+];
+
 /// A graph that names linears and cannot be run. Fails when there are none.
 pub fn graph(source: &Checkpoint) -> Result<Graph> {
+    let finder = Finder::new(source);
+    let mut found: Vec<(&Entry, &str)> =
+        source.entries().iter().filter_map(|entry| Some((entry, finder.block_of(entry)?))).collect();
+    let text = super::text_config(source.config());
+    let wrapped = ["text_config", "vision_config", "audio_config"].iter().any(|key| source.config().get(key).is_some());
+    let language = |name: &str| LANGUAGE.iter().any(|word| name.split('.').any(|part| part == *word));
+    if wrapped && found.iter().any(|(_, block)| language(block)) {
+        found.retain(|(_, block)| language(block));
+    }
     let mut blocks: Vec<Block> = Vec::new();
-    for (entry, block) in source.entries().iter().filter_map(|entry| Some((entry, block_of(entry)?))) {
+    for (entry, block) in found {
         let module = entry.name.strip_suffix(".weight").expect("as block_of says");
         let bias = source.entry(&format!("{module}.bias")).is_some();
         let linear = Linear::plain(module, entry.shape[0], entry.shape[1], bias);
@@ -40,11 +99,20 @@ pub fn graph(source: &Checkpoint) -> Result<Graph> {
         }
     }
     if blocks.is_empty() {
-        return Err(Error::failed(format!(
-            "{}: the model's family is unknown, and no matrices of numbered layers were found in it",
-            source.path().display()
-        )));
+        let why = match finder.turned {
+            true => {
+                "its matrices lie with their columns first, as those of a `Conv1D`, which runtimes look for in known families only"
+            }
+            false => "no matrices of numbered layers were found in it",
+        };
+        return Err(Error::failed(format!("{}: the model's family is unknown, and {why}", source.path().display())));
     }
+    let stored = HEADS.iter().find(|head| source.entry(&format!("{head}.weight")).is_some_and(|e| e.shape.len() == 2));
+    let says_tied = text.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false);
+    let aside = if wrapped { components(source, &blocks) } else { Vec::new() };
+    let mut aside: Vec<(String, &str)> =
+        aside.into_iter().map(|part| (part, "not part of the language model")).collect();
+    aside.push((String::new(), "not a linear that was recognised"));
     Ok(Graph {
         family: "unknown",
         hidden: 0,
@@ -60,28 +128,120 @@ pub fn graph(source: &Checkpoint) -> Result<Graph> {
             eps: 0.0,
         },
         head: Head {
-            linear: Linear::plain("lm_head", 0, 0, false),
-            tied: true,
+            linear: Linear::plain(stored.copied().unwrap_or("lm_head"), 0, 0, false),
+            tied: stored.is_none() && says_tied,
             missing: false,
             scale: 1.0,
             softcap: None,
         },
         dropped: super::DROPPED.to_vec(),
-        aside: vec![(String::new(), "not a linear that was recognised")],
+        aside,
         opaque: true,
     })
 }
 
-/// The block that a linear belongs to: the name up to its first number; `None` for what is no linear of a block.
-fn block_of(entry: &Entry) -> Option<&str> {
-    let module = entry.name.strip_suffix(".weight")?;
-    let parts: Vec<&str> = module.split('.').collect();
-    let number = parts.iter().position(|part| part.parse::<usize>().is_ok())?;
-    let last = parts.last()?;
-    let kept = parts.iter().any(|part| KEPT.iter().any(|word| part.contains(word))) && !QUANTIZED.contains(last);
-    let matrix = matches!(entry.dtype, StoredType::Plain(_) | StoredType::Quantized { .. } | StoredType::Foreign)
-        && entry.shape.len() == 2
-        && entry.shape.iter().all(|extent| *extent >= 32);
-    let length: usize = parts[..=number].iter().map(|part| part.len() + 1).sum::<usize>() - 1;
-    (matrix && !kept && number > 0).then(|| &module[..length])
+/// Modules of a model of an unknown family that runtimes may take for linears to quantize, and that are none here: matrices and
+/// stacks of them, and where `classes` are what a layout goes by, heads that have no tensor.
+pub fn plain_modules(graph: &Graph, source: &Checkpoint, classes: bool) -> Vec<String> {
+    let quantizable: HashSet<&str> = graph.linears().map(|linear| &linear.module[..]).collect();
+    let mut modules = Vec::new();
+    for entry in source.entries().iter().filter(|entry| entry.shape.len() > 1) {
+        match entry.name.strip_suffix(".weight") {
+            Some(module) if quantizable.contains(module) => {}
+            Some(module) => modules.push(module.to_owned()),
+            // A stack of experts, for which vLLM asks as if the first of them were stored by itself.
+            None => {
+                let Some((stack, _)) = entry.name.rsplit_once('.').filter(|(m, _)| m.ends_with("experts")) else {
+                    continue;
+                };
+                modules.push(stack.to_owned());
+                modules.extend(["gate", "up", "down"].map(|what| format!("{stack}.0.{what}_proj")));
+            }
+        }
+    }
+    if classes && !HEADS.iter().any(|head| source.entry(&format!("{head}.weight")).is_some()) {
+        let in_layers = |head: &str| quantizable.iter().any(|module| module.ends_with(&format!(".{head}")));
+        modules.extend(HEADS.iter().filter(|head| !in_layers(head)).map(|head| (*head).to_owned()));
+    }
+    let mut seen = HashSet::new();
+    modules.retain(|module| !quantizable.contains(&module[..]) && seen.insert(module.clone()));
+    modules
+}
+
+/// Components in which nothing is quantized, such as `vision_tower.`: runtimes call what is in them otherwise than files do.
+fn components(source: &Checkpoint, blocks: &[Block]) -> Vec<String> {
+    let mut found: Vec<String> = source.entries().iter().map(|entry| component(&entry.name)).collect();
+    found.sort();
+    found.dedup();
+    let of_language = |part: &String| blocks.iter().any(|block| block.name.starts_with(&part[..]));
+    let whole = |part: &String| {
+        let inside = |entry: &Entry| entry.name.strip_prefix(&part[..]).is_some_and(|rest| rest.contains('.'));
+        part.ends_with('.') && source.entries().iter().any(inside)
+    };
+    found.retain(|part| whole(part) && !of_language(part));
+    found
+}
+
+/// Tells linears from other matrices.
+struct Finder<'a> {
+    source: &'a Checkpoint,
+    /// Layers that predict further tokens.
+    further: HashSet<&'a str>,
+    /// Some matrices lie with their columns first, for their biases have a value for each column (`Conv1D`).
+    turned: bool,
+}
+
+impl<'a> Finder<'a> {
+    fn new(source: &'a Checkpoint) -> Finder<'a> {
+        let of_further = |name: &str| name.split('.').any(|part| OF_FURTHER.contains(&part));
+        let names = source.entries().iter().map(|entry| &entry.name[..]);
+        let further = names.filter(|name| of_further(name)).filter_map(block).collect();
+        let mut finder = Finder { source, further, turned: false };
+        finder.turned = source.entries().iter().any(|entry| {
+            let bias = || finder.bias(entry).is_some_and(|bias| *bias == entry.shape[1..] && bias[0] != entry.shape[0]);
+            entry.shape.len() == 2 && block(&entry.name).is_some() && bias()
+        });
+        finder
+    }
+
+    /// The extents of the bias beside a weight.
+    fn bias(&self, entry: &Entry) -> Option<&'a [usize]> {
+        let module = entry.name.strip_suffix(".weight")?;
+        Some(&self.source.entry(&format!("{module}.bias"))?.shape[..])
+    }
+
+    /// The block that a linear belongs to; `None` for what is no linear of a block.
+    fn block_of<'e>(&self, entry: &'e Entry) -> Option<&'e str> {
+        let module = entry.name.strip_suffix(".weight")?;
+        let block = block(module)?;
+        let matrix = matches!(entry.dtype, StoredType::Plain(_) | StoredType::Quantized { .. } | StoredType::Foreign)
+            && entry.shape.len() == 2
+            && entry.shape.iter().all(|extent| *extent >= 32);
+        let last = module.rsplit('.').next()?;
+        let is_kept = |part: &str| {
+            let gate = part == last && QUANTIZED.contains(&part);
+            KEPT.iter().any(|word| part.contains(word) && !(gate && *word == "gate"))
+                || KEPT_ENDS.iter().any(|word| part.ends_with(word))
+        };
+        let kept = module.split('.').any(is_kept);
+        let straight = self
+            .bias(entry)
+            .is_none_or(|bias| *bias == entry.shape[..1] && !(self.turned && entry.shape[0] == entry.shape[1]));
+        // torch's own attention multiplies by the output's weight without asking the linear.
+        let parent = module.rsplit_once('.').map_or("", |(parent, _)| parent);
+        let of_torch = self.source.entry(&format!("{parent}.in_proj_weight")).is_some();
+        (matrix && !kept && straight && !of_torch && !self.further.contains(block)).then_some(block)
+    }
+}
+
+/// The name of the block that a tensor is in: up to its first number.
+fn block(name: &str) -> Option<&str> {
+    let mut at = 0;
+    for part in name.split('.') {
+        if part.parse::<usize>().is_ok() {
+            return (at > 0).then(|| &name[..at + part.len()]);
+        }
+        at += part.len() + 1;
+    }
+    None
 }

@@ -17,3 +17,4 @@ mod readme;
 mod sentencepiece;
 mod stray;
 mod tidy;
+mod unknown;

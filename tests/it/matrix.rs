@@ -13,6 +13,7 @@ use quantc::plan::Fate;
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
 use quantc::report::Report;
+use quantc::stray::UnknownTensors;
 use quantc::verify::Limits;
 use serde_json::{Value, json};
 
@@ -87,7 +88,7 @@ fn every_family_is_written_in_every_layout_and_read_back() {
                 ["quantized", "plain"].map(|kind| outputs.path().join(format!("{name}-{format}-{kind}")));
             let result = quantize(room.path(), &output, &settings);
             if result.is_ok() {
-                convert(&output, &plain, Some(formats::Dtype::F32), false).unwrap();
+                convert(&output, &plain, Some(formats::Dtype::F32), UnknownTensors::Copy, false).unwrap();
                 let (sequences, _) = golden(&crate::families::folder().join(&name));
                 let [a, b] = [&output, &plain].map(|folder| logits(folder, &sequences).unwrap());
                 assert_eq!(a, b, "{name}: plain weights are the quantized ones");

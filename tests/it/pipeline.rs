@@ -10,6 +10,7 @@ use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
 use quantc::report::Report;
+use quantc::stray::UnknownTensors;
 use quantc::verify::Limits;
 use quantc::{Checkpoint, demo};
 
@@ -76,7 +77,7 @@ fn every_layout_holds_what_was_solved_and_reads_back_as_it() {
 
         // The plain form of the output is the same model.
         let plain = room.path().join(format!("plain-{index}"));
-        convert(&output, &plain, Some(Dtype::F32), false).unwrap();
+        convert(&output, &plain, Some(Dtype::F32), UnknownTensors::Copy, false).unwrap();
         let (packed, plain) = (Checkpoint::open(&output).unwrap(), Checkpoint::open(&plain).unwrap());
         for entry in packed.entries() {
             assert_eq!(packed.load(&entry.name).unwrap(), plain.load(&entry.name).unwrap(), "{}", entry.name);

@@ -267,7 +267,7 @@ def artifacts(options, folder, name, layout):
     return {"notes": json.loads((out / "report.json").read_text())["notes"], "out": str(out)}
 
 
-def run_job(python, options, items, folder):
+def run_job(python, options, items, folder, script="families.py"):
     """Runs one process's items; one that brings the process down is marked, and the rest is run in another."""
     job, log, found = folder / "job.json", folder / "log.txt", {}
     environ = os.environ | {
@@ -284,7 +284,7 @@ def run_job(python, options, items, folder):
         job.write_text(json.dumps({"items": now, "result": str(result)}))
         with log.open("a" if options.verbose else "w") as sink:
             code = subprocess.run(
-                [str(python), str(HERE / "families.py"), "--worker", str(job)],
+                [str(python), str(HERE / script), "--worker", str(job)],
                 env=environ, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
             ).returncode  # fmt: skip
         rows = [json.loads(line) for line in result.read_text().splitlines()] if result.exists() else []

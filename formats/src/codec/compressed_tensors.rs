@@ -11,7 +11,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::names::{self, Selection};
+use super::names::{self, NameSet, Selection};
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
 use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, unpack_rows, words_shape};
 use crate::bits::{packed_words, unpack};
@@ -173,6 +173,10 @@ impl Codec for CompressedTensors {
         &["weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"]
     }
 
+    fn goes_by_class(&self) -> bool {
+        true
+    }
+
     fn config(&self, modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Result<ConfigFiles> {
         let selections = names::by_scheme(modules, unquantized_linears);
         let mut groups = Map::new();
@@ -195,13 +199,17 @@ impl Codec for CompressedTensors {
             });
             groups.insert(format!("group_{index}"), group);
         }
+        // What is left in every layer is named once for all, so that layers are meant too that share one layer's tensors.
+        let (components, left): (Vec<&str>, Vec<&str>) = unquantized_linears
+            .iter()
+            .map(String::as_str)
+            .filter(|n| *n != "lm_head")
+            .partition(|n| names::is_component(n));
+        let all: Vec<&str> = modules.iter().map(|module| module.name).chain(left.iter().copied()).collect();
+        let mut ignore = NameSet::new(&left, &all, !components.is_empty()).targets();
+        ignore.extend(components.iter().map(|component| format!("re:{}", names::anywhere(component))));
         // A tied head is a Linear too, though it has no tensor of its own.
-        let wrapped = unquantized_linears.iter().any(|name| names::is_component(name));
-        let pattern = |name: &&String| wrapped && (names::is_component(name) || names::tail(name).is_some());
-        let ignored =
-            |name: &String| if pattern(&name) { format!("re:{}", names::anywhere(name)) } else { name.clone() };
-        let mut ignore: Vec<String> = unquantized_linears.iter().map(ignored).collect();
-        if !modules.iter().any(|module| module.name == "lm_head") && !ignore.iter().any(|name| name == "lm_head") {
+        if !modules.iter().any(|module| module.name == "lm_head") {
             ignore.push("lm_head".into());
         }
         let mut notes = Vec::new();
@@ -398,7 +406,7 @@ mod tests {
         assert_eq!(config["config_groups"]["group_0"]["targets"], json!(["Linear"]));
         assert_eq!(config["config_groups"]["group_0"]["weights"]["strategy"], "channel");
         assert_eq!(config["config_groups"]["group_0"]["format"], "pack-quantized");
-        assert_eq!(config["ignore"], json!(["model.layers.0.mlp.down_proj", "lm_head"]));
+        assert_eq!(config["ignore"], json!([r"re:.*\.\d+\.mlp\.down_proj$", "lm_head"]));
         assert_eq!(config["quantization_status"], "compressed");
     }
 }

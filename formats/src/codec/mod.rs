@@ -121,6 +121,12 @@ pub trait Codec: Sync {
     /// Every local name this codec may write or read.
     fn part_names(&self) -> &'static [&'static str];
 
+    /// Whether runtimes look for codes of every module of a class, so that one without has to be left out by name even where
+    /// no tensor tells of it.
+    fn goes_by_class(&self) -> bool {
+        false
+    }
+
     /// The configuration of a model whose linears are `modules` and, left as they were, `unquantized_linears`. A name
     /// among these that ends in a dot stands for a whole component, such as `vision_tower.`; beside one, a runtime may
     /// keep every module under another prefix than the file.

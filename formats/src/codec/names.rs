@@ -88,8 +88,13 @@ impl NameSet {
         for t in names.iter().filter_map(|name| tail(name)) {
             counts.entry(t).or_default().0 += 1;
         }
-        for t in all.iter().filter_map(|name| tail(name)) {
-            counts.entry(t).or_default().1 += 1;
+        // A pattern finds what it says after any number in a name, be it an expert's.
+        for name in all {
+            let mut rest = *name;
+            while let Some(t) = tail(rest) {
+                counts.entry(t).or_default().1 += 1;
+                rest = t;
+            }
         }
         let whole = |t: &str| counts.get(t).is_some_and(|(here, everywhere)| here == everywhere && *here > 0);
         let mut set = NameSet { tails: Vec::new(), exact: Vec::new(), wrapped };
@@ -169,6 +174,14 @@ mod tests {
         assert_eq!(set.targets(), [r"re:.*\.\d+\.q_proj$", "m.0.o", "lm_head"]);
         let set = NameSet::new(&["m.1.q_proj", "m.1.k_proj", "m.1.v_proj"], &all, false);
         assert_eq!(set.patterns(), [r"^m\.1\.q_proj$", r"^m\.1\.k_proj$", r"^m\.1\.v_proj$", r"^m\.1\.qkv_proj$"]);
+    }
+
+    #[test]
+    fn a_set_is_not_named_by_what_an_expert_has_as_well() {
+        let all = ["m.0.gate", "m.1.gate", "m.1.experts.3.gate"];
+        assert_eq!(NameSet::new(&all[..2], &all, false).targets(), ["m.0.gate", "m.1.gate"]);
+        assert_eq!(NameSet::new(&all[2..], &all, false).targets(), [r"re:.*\.\d+\.experts\.3\.gate$"]);
+        assert_eq!(NameSet::new(&all[..2], &all[..2], false).targets(), [r"re:.*\.\d+\.gate$"]);
     }
 
     #[test]

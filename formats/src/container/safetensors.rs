@@ -94,6 +94,15 @@ impl SafetensorsFile {
         self.tensors.iter().map(|item| &item.spec)
     }
 
+    /// Gives every tensor the name that `rename` makes of its own.
+    pub(super) fn rename(&mut self, rename: &dyn Fn(&str) -> String) {
+        self.by_name.clear();
+        for (index, item) in self.tensors.iter_mut().enumerate() {
+            item.spec.name = rename(&item.spec.name);
+            self.by_name.insert(item.spec.name.clone(), index);
+        }
+    }
+
     /// The tensor of this name.
     pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
         let item = &self.tensors[*self.by_name.get(name)?];

@@ -140,6 +140,22 @@ impl SafetensorsSet {
         SafetensorsSet { files, by_name, index: index.to_path_buf(), absent, notes }
     }
 
+    /// Gives every tensor the name that `rename` makes of its own. Fails when two would be called alike.
+    pub fn renamed(mut self, rename: &dyn Fn(&str) -> String) -> Result<SafetensorsSet> {
+        self.files.iter_mut().for_each(|file| file.rename(rename));
+        let mut by_name = HashMap::new();
+        for (name, at) in self.by_name {
+            let new = rename(&name);
+            if by_name.insert(new.clone(), at).is_some() {
+                return Err(Error::malformed("two tensors would be called so by the names that the architecture has")
+                    .in_tensor(new)
+                    .in_file(self.files[at].path()));
+            }
+        }
+        self.by_name = by_name;
+        Ok(self)
+    }
+
     fn noted(mut self, note: Option<String>) -> SafetensorsSet {
         self.notes.extend(note);
         self

@@ -1,0 +1,212 @@
+//! Where a family's tensors are: under its usual names, a wrapper's prefix, or none.
+
+use std::collections::HashSet;
+
+use serde_json::Value;
+
+use super::{Config, family_of, too_many_layers};
+use crate::checkpoint::Checkpoint;
+use crate::graph::Graph;
+
+/// The names that runtimes look for in a model of a known family that is no part of a larger one.
+pub struct Names {
+    /// `model.`, or `transformer.`
+    prefix: String,
+    /// The embedding's tensor without it.
+    embedding: String,
+    /// The head's module.
+    head: String,
+    /// What the layers' names begin with: `model.layers.`
+    layers: String,
+    /// Every tensor.
+    tensors: HashSet<String>,
+    /// Whether the class is that of the model without a head, which has no prefix.
+    base: bool,
+}
+
+/// The names that config.json promises for a file of so many tensors; `None` for a model of an unknown family, of one that is
+/// wrapped, or with settings that make none.
+pub fn names(config: &Value, tensors: usize) -> Option<Names> {
+    if is_wrapped(config) || too_many_layers(config, tensors).is_some() {
+        return None;
+    }
+    let graph = (family_of(config)?.build)(&Config(config)).ok()?;
+    let (prefix, embedding) = graph.embedding.tensor.split_once('.')?;
+    let first = &graph.blocks.first()?.name;
+    Some(Names {
+        prefix: format!("{prefix}."),
+        embedding: embedding.to_owned(),
+        head: graph.head.linear.module.clone(),
+        layers: first[..first.rfind('.')? + 1].to_owned(),
+        tensors: graph.tensors().into_iter().map(|(name, _)| name).collect(),
+        base: is_base(config),
+    })
+}
+
+impl Names {
+    /// What each of a file's tensors is called by runtimes.
+    pub fn of(&self, stored: &[String]) -> Vec<String> {
+        let Names { prefix, head, .. } = self;
+        let Some(own) = self.own_prefix(stored) else { return stored.to_vec() };
+        let weight = format!("{head}.weight");
+        let other_head = match stored.contains(&weight) {
+            true => None,
+            false => {
+                let mut found = stored.iter().filter_map(|name| name.strip_suffix(&format!(".{weight}")));
+                found.next().filter(|_| found.next().is_none()).map(|before| format!("{before}.{head}."))
+            }
+        };
+        let renamed = |name: &String| match (&other_head, own) {
+            (Some(other), _) if name.starts_with(other) => format!("{head}.{}", &name[other.len()..]),
+            // Without a prefix all begins with it; what is no part of the model below its head stays.
+            (_, "") => {
+                let new = format!("{prefix}{name}");
+                let known = new.starts_with(&self.layers) || self.tensors.contains(&new) || {
+                    let module = new.rsplit_once('.').map_or(&new[..], |(module, _)| module);
+                    self.tensors.contains(&format!("{module}.weight"))
+                };
+                if known { new } else { name.clone() }
+            }
+            (_, own) if name.starts_with(own) => format!("{prefix}{}", &name[own.len()..]),
+            _ => name.clone(),
+        };
+        stored.iter().map(renamed).collect()
+    }
+
+    /// The prefix that stands where the family's own should; `None` where all is well, or nothing is to be told.
+    fn own_prefix<'n>(&self, stored: &'n [String]) -> Option<&'n str> {
+        let Names { prefix, embedding, .. } = self;
+        if stored.iter().any(|name| name.strip_prefix(&prefix[..]) == Some(embedding)) {
+            return None;
+        }
+        let before = stored.iter().filter_map(|name| name.strip_suffix(&embedding[..]));
+        let mut found = before.filter(|own| own.is_empty() || own.ends_with('.'));
+        // Of several no one can tell.
+        let own = found.next().filter(|_| found.next().is_none())?;
+        (!(self.base && own.is_empty())).then_some(own)
+    }
+}
+
+/// Whether a model is the language part of one that also sees or hears.
+fn is_wrapped(config: &Value) -> bool {
+    ["text_config", "vision_config"].iter().any(|key| config.get(key).is_some())
+}
+
+/// Whether config.json names a class without a head (`LlamaModel`).
+fn is_base(config: &Value) -> bool {
+    let class = config.get("architectures").and_then(|list| list.get(0)).and_then(Value::as_str);
+    class.is_some_and(|class| class.ends_with("Model") && !class.contains("Head"))
+}
+
+/// Finds the language model in a checkpoint: under a wrapper's prefix, of which runtimes know more than one, or without the
+/// prefix that its own class lacks. Other names are not forgiven, as runtimes do not; opening a checkpoint rewrites them.
+pub(super) fn adopt(graph: &mut Graph, source: &Checkpoint) {
+    let wrapped = is_wrapped(source.config());
+    let embedding = graph.embedding.tensor.clone();
+    let (prefix, leaf) = embedding.split_once('.').map_or(("", &embedding[..]), |(prefix, leaf)| (prefix, leaf));
+    if !wrapped && !(is_base(source.config()) && source.entry(leaf).is_some()) {
+        return;
+    }
+    if source.entry(&embedding).is_none() {
+        let ends = |name: &str| name == leaf || name.strip_suffix(leaf).is_some_and(|rest| rest.ends_with('.'));
+        let found = source.entries().iter().map(|entry| &entry.name[..]).filter(|name| ends(name));
+        // A vision tower may have embeddings as well; the language model says what it is.
+        let Some(found) = found.max_by_key(|name| (name.contains("language_model"), name.contains("text"))) else {
+            return;
+        };
+        let own = &found[..found.len() - leaf.len()];
+        let head = graph.head.linear.module.clone();
+        let head = match source.entry(&graph.head.linear.weight()).is_some() {
+            true => head,
+            false => {
+                let heads = source.entries().iter().filter_map(|entry| entry.name.strip_suffix(".weight"));
+                let found = heads.filter(|name| name.ends_with(&format!(".{head}"))).max_by_key(|name| name.len());
+                found.map_or(head.clone(), str::to_owned)
+            }
+        };
+        let old_head = graph.head.linear.module.clone();
+        graph.rename(&|name| match name.strip_prefix(prefix).and_then(|rest| rest.strip_prefix('.')) {
+            Some(rest) => format!("{own}{rest}"),
+            None if name == old_head => head.clone(),
+            None => name.to_owned(),
+        });
+    }
+    if wrapped {
+        let own = &graph.embedding.tensor[..graph.embedding.tensor.len() - leaf.len()];
+        let head = graph.head.linear.module.clone();
+        let others =
+            source.entries().iter().filter(|entry| !entry.name.starts_with(own) && !entry.name.starts_with(&head));
+        let mut aside: Vec<String> = others.map(|entry| component(&entry.name)).collect();
+        aside.sort();
+        aside.dedup();
+        graph.aside.extend(aside.into_iter().map(|prefix| (prefix, "not part of the language model")));
+    }
+}
+
+/// The part of a name that says which component a tensor belongs to: `vision_tower.`, or `model.visual.`.
+pub(super) fn component(name: &str) -> String {
+    let mut parts = name.splitn(3, '.');
+    let first = parts.next().unwrap_or_default();
+    match (first, parts.next(), parts.next()) {
+        ("model", Some(second), Some(_)) => format!("model.{second}."),
+        (_, Some(_), _) => format!("{first}."),
+        _ => name.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn llama(class: &str) -> Names {
+        let config = json!({
+            "model_type": "llama", "architectures": [class], "hidden_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 32,
+        });
+        names(&config, 99).unwrap()
+    }
+
+    fn renamed(class: &str, stored: &[&str]) -> Vec<String> {
+        llama(class).of(&stored.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())
+    }
+
+    const USUAL: [&str; 4] =
+        ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"];
+
+    #[test]
+    fn a_plain_model_has_the_names_of_its_class() {
+        let causal = "LlamaForCausalLM";
+        assert_eq!(renamed(causal, &USUAL), USUAL);
+        for prefix in ["language_model.", "model.", "module.deep."] {
+            assert_eq!(renamed(causal, &USUAL.map(|name| format!("{prefix}{name}")).each_ref().map(|n| &n[..])), USUAL);
+        }
+        let bare = ["embed_tokens.weight", "layers.0.mlp.up_proj.weight", "norm.weight", "lm_head.weight"];
+        assert_eq!(renamed(causal, &bare), USUAL);
+        assert_eq!(renamed("LlamaModel", &bare), bare);
+        assert_eq!(renamed("LlamaModel", &USUAL), USUAL);
+        assert_eq!(renamed("LlamaModel", &["a.norm.weight", "a.embed_tokens.weight"])[0], "model.norm.weight");
+        // What belongs to nothing that the family has keeps its name, and so does all where no one can tell.
+        let stray = ["embed_tokens.weight", "score.weight", "layers.7.extra"];
+        assert_eq!(renamed(causal, &stray), ["model.embed_tokens.weight", "score.weight", "model.layers.7.extra"]);
+        let two = ["a.embed_tokens.weight", "b.embed_tokens.weight"];
+        assert_eq!(renamed(causal, &two), two);
+    }
+
+    #[test]
+    fn parts_of_a_quantized_linear_go_with_it() {
+        let stored = ["x.embed_tokens.weight", "x.layers.0.mlp.up_proj.qweight", "y.lm_head.weight", "y.lm_head.bias"];
+        let expected =
+            ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.qweight", "lm_head.weight", "lm_head.bias"];
+        assert_eq!(renamed("LlamaForCausalLM", &stored), expected);
+    }
+
+    #[test]
+    fn a_base_class_is_told_by_its_name() {
+        for (class, base) in [("LlamaModel", true), ("GPT2LMHeadModel", false), ("GPT2Model", true)] {
+            assert_eq!(is_base(&json!({"architectures": [class]})), base, "{class}");
+        }
+        assert!(!is_base(&json!({})));
+    }
+}

@@ -1,0 +1,260 @@
+//! Models of families that are not known, and names of tensors that no runtime knows.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use formats::codec::read_quantization;
+use formats::{Dtype, ShardedWriter, TensorSpec};
+use quantc::Checkpoint;
+use quantc::checkpoint::StoredType;
+use serde_json::{Value, json};
+
+use crate::harness::{Model, Room};
+
+const RTN: [&str; 6] = ["--method", "rtn", "--verify-text", "none", "--group-size", "32"];
+const LAYOUTS: [[&str; 4]; 3] = [
+    ["--format", "compressed-tensors", "--scheme", "W8A16"],
+    ["--format", "gptq", "--scheme", "W8A16"],
+    ["--format", "awq", "--scheme", "W4A16_ASYM"],
+];
+
+/// Writes a checkpoint whose values differ from tensor to tensor.
+fn write(folder: &Path, config: &Value, tensors: &[(String, Vec<usize>)]) {
+    std::fs::create_dir_all(folder).unwrap();
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let spec = |(name, shape): &(String, Vec<usize>)| TensorSpec {
+        name: name.clone(),
+        dtype: Dtype::BF16,
+        shape: shape.clone(),
+    };
+    let writer = ShardedWriter::create(folder, tensors.iter().map(spec).collect(), 1 << 30, &BTreeMap::new()).unwrap();
+    for (index, (name, shape)) in tensors.iter().enumerate() {
+        let values = (0..shape.iter().product::<usize>()).map(|i| ((i * 37 + index * 11) % 251) as u16 | 0x3c00);
+        writer.write(name, &values.flat_map(u16::to_le_bytes).collect::<Vec<u8>>()).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+/// Tensors of two layers, with a matrix of each kind that may be taken for a linear; and the modules that are linears.
+fn unheard_of() -> (Vec<(String, Vec<usize>)>, BTreeSet<String>) {
+    let mut tensors = Vec::new();
+    let mut linears = BTreeSet::new();
+    let mut add = |name: &str, shape: &[usize]| tensors.push((name.to_owned(), shape.to_vec()));
+    add("model.embed_tokens.weight", &[96, 64]);
+    for layer in 0..2 {
+        let at = |rest: &str| format!("model.layers.{layer}.{rest}");
+        for (module, rows) in [("self_attn.q_proj", 64), ("mlp.gate_proj", 96), ("mlp.experts.3.up_proj", 32)] {
+            add(&at(&format!("{module}.weight")), &[rows, 64]);
+            linears.insert(at(module));
+        }
+        add(&at("self_attn.q_proj.bias"), &[64]);
+        add(&at("norm.weight"), &[64]);
+        add(&at("mlp.router.weight"), &[32, 64]);
+        add(&at("mlp.tiny_proj.weight"), &[8, 64]);
+        add(&at("mamba.dt_proj.weight"), &[64, 64]);
+        add(&at("moe.experts.gate_up_proj"), &[4, 64, 64]);
+        add(&at("attn.in_proj_weight"), &[192, 64]);
+        add(&at("attn.out_proj.weight"), &[64, 64]);
+    }
+    add("model.layers.2.eh_proj.weight", &[64, 128]);
+    add("model.layers.2.self_attn.q_proj.weight", &[64, 64]);
+    add("mtp.layers.0.self_attn.q_proj.weight", &[64, 64]);
+    add("pooler.dense.weight", &[64, 64]);
+    (tensors, linears)
+}
+
+fn config() -> Value {
+    json!({"model_type": "unheard_of", "architectures": ["UnheardOfForCausalLM"], "num_hidden_layers": 2})
+}
+
+/// Demands that `out` has codes for `linears` alone, everything else as in `model`, and a configuration that says so of each.
+#[track_caller]
+fn check(model: &Path, out: &Path, linears: &BTreeSet<String>) {
+    let (plain, written) = (Checkpoint::open(model).unwrap(), Checkpoint::open(out).unwrap());
+    let config: Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
+    let reader = read_quantization(&config).unwrap().unwrap();
+    let mut quantized = BTreeSet::new();
+    for entry in plain.entries() {
+        let found = written.entry(&entry.name).unwrap_or_else(|| panic!("{} is missing", entry.name));
+        let module = entry.name.strip_suffix(".weight");
+        if let StoredType::Quantized { .. } = found.dtype {
+            quantized.insert(module.unwrap().to_owned());
+            continue;
+        }
+        assert_eq!(plain.raw(&entry.name).unwrap().data, written.raw(&entry.name).unwrap().data, "{}", entry.name);
+        let Some(module) = module.filter(|module| entry.shape.len() > 1 && *module != "lm_head") else { continue };
+        assert_eq!(reader.declared(module).unwrap(), None, "{module} has no codes: {config}");
+    }
+    assert_eq!(&quantized, linears);
+}
+
+#[test]
+fn what_is_no_linear_stays_and_is_named_in_every_layout() {
+    let room = Room::new();
+    let (mut tensors, linears) = unheard_of();
+    write(&room.path("tied"), &config(), &tensors);
+    tensors.push(("lm_head.weight".to_owned(), vec![96, 64]));
+    // A head that is stored counts, whatever the configuration says.
+    let mut saying_tied = config();
+    saying_tied["tie_word_embeddings"] = true.into();
+    write(&room.path("model"), &saying_tied, &tensors);
+    for (index, layout) in LAYOUTS.iter().enumerate() {
+        for model in ["model", "tied"] {
+            let out = format!("{model}-{index}");
+            room.run(["quantize", model, "-o", &out].iter().chain(&RTN).chain(layout)).succeeds();
+            check(&room.path(model), &room.path(&out), &linears);
+        }
+    }
+    let ignored = |out: &str| {
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(room.path(out).join("config.json")).unwrap()).unwrap();
+        config["quantization_config"]["ignore"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|n| n.as_str().unwrap().to_owned())
+            .collect::<Vec<_>>()
+    };
+    let (own, tied) = (ignored("model-0"), ignored("tied-0"));
+    for name in [r"re:.*\.\d+\.mlp\.router$", r"re:.*\.\d+\.moe\.experts$", "mtp.layers.0.self_attn.q_proj", "lm_head"]
+    {
+        assert!(own.contains(&name.to_owned()) && tied.contains(&name.to_owned()), "{name}: {own:?}");
+    }
+    // Heads that share the embedding's tensor have no name in the file.
+    let head = "cls.predictions.decoder".to_owned();
+    assert!(!own.contains(&head) && tied.contains(&head), "{tied:?}");
+}
+
+#[test]
+fn matrices_with_their_columns_first_are_no_linears() {
+    let room = Room::new();
+    let mut tensors = vec![("h.0.c_attn.weight".to_owned(), vec![64, 192]), ("h.0.c_attn.bias".to_owned(), vec![192])];
+    tensors.extend([("h.0.c_proj.weight".to_owned(), vec![64, 64]), ("h.0.c_proj.bias".to_owned(), vec![64])]);
+    write(&room.path("model"), &config(), &tensors);
+    room.run(["quantize", "model", "-o", "out"].iter().chain(&RTN)).refuses(1, &["family is unknown", "Conv1D"]);
+    // One beside them whose bias says that it is a linear.
+    tensors.extend([("h.0.fc.weight".to_owned(), vec![96, 64]), ("h.0.fc.bias".to_owned(), vec![96])]);
+    write(&room.path("mixed"), &config(), &tensors);
+    room.run(["quantize", "mixed", "-o", "out"].iter().chain(&RTN)).succeeds();
+    check(&room.path("mixed"), &room.path("out"), &BTreeSet::from(["h.0.fc".to_owned()]));
+}
+
+#[test]
+fn only_the_language_of_a_model_that_sees_is_quantized_and_the_rest_is_named_as_a_whole() {
+    let room = Room::new();
+    let names = [
+        "language_model.model.layers.0.fc",
+        "vision_tower.layers.0.fc",
+        "ears.layers.0.fc",
+        "bridge.linear_1",
+        "language_model.model.layers.0.gate",
+    ];
+    let tensors: Vec<_> = names.iter().map(|name| (format!("{name}.weight"), vec![64, 64])).collect();
+    let config = json!({"model_type": "seeing", "text_config": {"model_type": "unheard_of"}});
+    write(&room.path("model"), &config, &tensors);
+    for (index, layout) in LAYOUTS.iter().enumerate() {
+        let out = format!("out-{index}");
+        room.run(["quantize", "model", "-o", &out].iter().chain(&RTN).chain(layout)).succeeds();
+        check(&room.path("model"), &room.path(&out), &BTreeSet::from([names[0].to_owned()]));
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(room.path(&out).join("config.json")).unwrap()).unwrap();
+        // As transformers calls them today, whatever the file says.
+        let reader = read_quantization(&config).unwrap().unwrap();
+        let inner = "model.language_model.layers.0.";
+        assert!(reader.declared(&format!("{inner}fc")).unwrap().is_some(), "{config}");
+        for name in [&format!("{inner}gate"), "model.vision_tower.layers.0.fc", "model.ears.layers.0.fc"] {
+            assert_eq!(reader.declared(name).unwrap(), None, "{name}: {config}");
+        }
+    }
+}
+
+#[test]
+fn a_layout_that_cannot_tell_modules_apart_by_name_is_refused() {
+    let room = Room::new();
+    let names = ["layers.0.mlp.gate_proj", "layers.0.mlp.gate"];
+    let tensors: Vec<_> = names.iter().map(|name| (format!("{name}.weight"), vec![64, 64])).collect();
+    write(&room.path("model"), &config(), &tensors);
+    let run = |layout: &[&str]| room.run(["quantize", "model", "-o", "out"].iter().chain(&RTN).chain(layout));
+    run(&LAYOUTS[2]).refuses(2, &["layers.0.mlp.gate_proj", "--ignore", "--format"]);
+    run(&LAYOUTS[0]).succeeds();
+    check(&room.path("model"), &room.path("out"), &BTreeSet::from([names[0].to_owned()]));
+}
+
+/// Gives the tensors of a model other names.
+fn rename(model: &Model, change: impl Fn(&str) -> String) {
+    model.weights(|header, _| {
+        let renamed = std::mem::take(header).into_iter().map(|(name, info)| match name.as_str() {
+            "__metadata__" => (name, info),
+            _ => (change(&name), info),
+        });
+        header.extend(renamed);
+    });
+}
+
+#[test]
+fn names_of_training_are_written_as_the_architecture_has_them() {
+    let plain = Room::new();
+    plain.model();
+    let quantize = ["quantize", "model", "-o", "out"];
+    plain.run(quantize.iter().chain(&RTN)).succeeds();
+    plain.run(["convert", "model", "-o", "plain"]).succeeds();
+    let file = |room: &Room, path: &str| std::fs::read(room.path(path).join("model.safetensors")).unwrap();
+    let spellings: [(&str, fn(&str) -> String); 7] = [
+        ("module.", |name| format!("module.{name}")),
+        ("compiled", |name| format!("_orig_mod.{name}")),
+        ("in the middle", |name| {
+            name.replace("layers.1.", "layers.1._orig_mod.").replace("mlp.", "mlp._fsdp_wrapped_module.")
+        }),
+        ("both", |name| format!("module._orig_mod.{name}")),
+        ("PEFT's", |name| format!("base_model.model.{name}")),
+        ("another model's", |name| format!("language_model.{name}")),
+        ("the base model's", |name| name.replace("model.", "")),
+    ];
+    for (what, spelling) in spellings {
+        let room = Room::new();
+        rename(&room.model(), spelling);
+        let run = room.run(quantize.iter().chain(&RTN));
+        run.succeeds();
+        assert!(run.stderr().contains("names were rewritten"), "{what}: {}", run.stderr());
+        assert!(file(&room, "out") == file(&plain, "out"), "{what}");
+        let report: Value = serde_json::from_slice(&std::fs::read(room.path("out/report.json")).unwrap()).unwrap();
+        assert!(report["notes"].to_string().contains("names were rewritten"), "{what}");
+        let run = room.run(["convert", "model", "-o", "plain"]);
+        run.succeeds();
+        assert!(run.stderr().contains("names were rewritten"), "{what}: {}", run.stderr());
+        assert!(file(&room, "plain") == file(&plain, "plain"), "{what}");
+        // What was written is looked at as strictly as runtimes do.
+        assert!(Checkpoint::open_strictly(&room.path("out")).is_ok());
+        let error = Checkpoint::open_strictly(&room.path("model")).unwrap_err().to_string();
+        assert!(error.contains("no runtime would find"), "{what}: {error}");
+    }
+}
+
+#[test]
+fn a_base_class_keeps_its_names() {
+    let room = Room::new();
+    let model = room.model();
+    rename(&model, |name| name.replace("model.", ""));
+    model.config(|config| config["architectures"] = json!(["LlamaModel"]));
+    let run = room.run(["quantize", "model", "-o", "out", "--verify-windows", "1"].iter().chain(&RTN[..2]));
+    run.succeeds();
+    assert!(!run.stderr().contains("rewritten"), "{}", run.stderr());
+    let written = Checkpoint::open_strictly(&room.path("out")).unwrap();
+    assert!(written.entry("layers.0.mlp.up_proj.weight").is_some());
+}
+
+#[test]
+fn names_that_cannot_be_put_right_are_refused() {
+    let room = Room::new();
+    let model = room.model();
+    rename(&model, |name| match name {
+        "model.norm.weight" => "model.layers.0._orig_mod.input_layernorm.weight".to_owned(),
+        other => other.to_owned(),
+    });
+    let quantize = ["quantize", "model", "-o", "out"];
+    room.run(quantize.iter().chain(&RTN)).refuses(1, &["model.layers.0.input_layernorm.weight", "also in"]);
+    let room = Room::new();
+    rename(&room.model(), |name| format!("base_model.model.{}", name.replace("q_proj.", "q_proj.base_layer.")));
+    room.run(quantize.iter().chain(&RTN)).refuses(1, &["q_proj.base_layer.weight", "merge_and_unload", "--adapter"]);
+    assert_eq!(room.names(), ["model"]);
+}
