@@ -16,6 +16,9 @@ const DOWN: &str = "model.layers.1.mlp.down_proj.weight";
 
 type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 
+/// What is done to two shards and the `weight_map` of their index.
+type Change = dyn Fn(&mut [Tensors; 2], &mut BTreeMap<String, Value>);
+
 fn read(folder: &Path) -> Tensors {
     let set = SafetensorsSet::open(folder).unwrap();
     let of = |spec: &TensorSpec| {
@@ -281,7 +284,7 @@ fn an_index_and_shards_that_do_not_agree_are_read_as_runtimes_do() {
     plain.model();
     plain.run(["quantize", "model", "-o", "out"].iter().chain(FAST)).succeeds();
     let expected = read(&plain.path("out"));
-    let check = |change: &dyn Fn(&mut [Tensors; 2], &mut BTreeMap<String, Value>), words: &[&str]| {
+    let check = |change: &Change, words: &[&str]| {
         let room = Room::new();
         shards(&room, change);
         let run = room.run(["quantize", "model", "-o", "out"].iter().chain(FAST));
