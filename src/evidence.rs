@@ -82,7 +82,7 @@ pub fn lost_in_grid(grid: &Grid, tensor: &str, values: impl FnOnce() -> Result<[
         ScalePrecision::BF16 => (65280.0, f32::from(top) * STEP),
     };
     // Written so that a NaN is beyond.
-    if grid.scales.iter().any(|scale| !(scale.abs() < largest)) {
+    if !grid.scales.iter().all(|scale| scale.abs() < largest) {
         let [weight, _] = values()?;
         let module = tensor.strip_suffix(".weight").unwrap_or(tensor);
         return Err(Error::failed(format!(
