@@ -24,7 +24,7 @@ use crate::checkpoint::place::mlx_adapter;
 use crate::checkpoint::{Entry, read_json};
 use crate::error::{Error, Result};
 use crate::evidence::listed;
-use crate::families::tying;
+use crate::families::{self, tying};
 use crate::report::hash_file;
 
 /// The name of a head of its own, which a model with a tied one lacks.
@@ -205,8 +205,7 @@ impl Adapter {
 
         // A tied head has no tensor; an adapter of its own gives it one.
         let stored_head = entries.iter().position(|e| is_head(&e.name));
-        let flag = tie_flag(config).and_then(Value::as_bool);
-        let tied = flag.unwrap_or(stored_head.is_none());
+        let tied = families::tied(config).unwrap_or(stored_head.is_none());
         let embedding = |shape: &[usize]| {
             let mut found = entries.iter().filter(|e| e.shape == shape && !e.name.split('.').any(is_number));
             found.next().filter(|_| found.next().is_none()).map(|e| e.name.clone())
@@ -284,8 +283,7 @@ impl Adapter {
             count += 1;
         }
 
-        let vocabulary = [&*config, &config["text_config"]].iter().find_map(|c| c.get("vocab_size")?.as_u64());
-        let vocabulary = vocabulary.map(|n| n as usize);
+        let vocabulary = families::vocabulary(config)?;
         let untied = tied && untie(&file, &settings, entries, [stored_head, vocabulary], &mut changes, new_head);
         if untied {
             tying::set(config, false);
@@ -466,12 +464,6 @@ fn untie(
             true
         }
     }
-}
-
-fn tie_flag(config: &Value) -> Option<&Value> {
-    let inside = config.get("tie_word_embeddings").is_none();
-    let place = if inside { config.get("text_config")? } else { config };
-    place.get("tie_word_embeddings")
 }
 
 fn is_head(name: &str) -> bool {

@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::adapter::{Adapter, AdapterReport, Change};
 use crate::error::{Error, Result};
+use crate::families;
 use crate::import::gguf::GgufModel;
 use crate::import::sentencepiece;
 
@@ -194,6 +195,12 @@ impl Checkpoint {
                 self.path.display(),
                 reader.method()
             ));
+        }
+        // The settings of a GGUF file were put into words here.
+        if self.gguf().is_none()
+            && let Ok(settings) = families::settings(&self.config)
+        {
+            notices.extend(settings.notes);
         }
         if self.adapter.as_ref().is_some_and(Adapter::unties) {
             notices.push("the adapter makes the head differ from the embedding; it is now a tensor of its own".into());
@@ -586,9 +593,7 @@ fn module_of(name: &str) -> &str {
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
     match std::fs::read(path) {
         Ok(bytes) => place::check_fetched(path, &bytes).and_then(|()| {
-            serde_json::from_slice(&bytes)
-                .map(Some)
-                .map_err(|e| Error::failed(format!("{}: not valid JSON: {e}", path.display())))
+            crate::json::parse(&bytes).map(Some).map_err(|why| Error::failed(format!("{}: {why}", path.display())))
         }),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(Error::io(path, "read")(e)),

@@ -87,8 +87,10 @@ fn rewrite(
             Dtype::BF16 => "bfloat16",
             _ => "float32",
         };
-        let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-        config.insert(key.to_owned(), Value::from(name));
+        // Both names of it, where both are there, as runtimes differ in which they read.
+        let (new, old) = (config.contains_key("dtype"), config.contains_key("torch_dtype"));
+        let keys = [("dtype", new), ("torch_dtype", old || !new)].into_iter().filter(|(_, there)| *there);
+        config.extend(keys.map(|(key, _)| (key.to_owned(), Value::from(name))));
     }
     write_config(&config, &staging)?;
     copy_side_files(&beside, &staging)?;

@@ -16,6 +16,7 @@ use crate::families;
 use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
 use crate::graph::{Graph, Linear};
+use crate::json;
 use crate::output::{FileStaging, Staging, check_place};
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
@@ -306,7 +307,7 @@ impl Job<'_> {
         };
         let samples = match (needs > Needs::Nothing, &text) {
             (true, Some(text)) => {
-                let longest = families::longest_context(source.config()).unwrap_or(usize::MAX);
+                let longest = families::longest_context(source.config())?.unwrap_or(usize::MAX);
                 let seq_len = recipe.seq_len.min(longest);
                 if seq_len < recipe.seq_len {
                     notes.push(format!("sequences were cut to the model's {seq_len} positions"));
@@ -424,7 +425,7 @@ fn write_copy(path: Option<PathBuf>, json: &[u8]) -> Result<()> {
 
 impl Verification {
     fn read(&self, source: &Checkpoint, text: &ModelText) -> Result<HeldOut> {
-        let context = self.context.min(families::longest_context(source.config()).unwrap_or(usize::MAX));
+        let context = self.context.min(families::longest_context(source.config())?.unwrap_or(usize::MAX));
         let ids = text.evaluation_ids(&load_text(&self.text)?)?;
         let windows = windows(&ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
         Ok(HeldOut { ids, windows })
@@ -460,7 +461,7 @@ fn singles(config: &mut serde_json::Map<String, Value>) {
 
 /// Writes config.json.
 pub fn write_config(config: &Value, staging: &Staging) -> Result<()> {
-    let mut bytes = serde_json::to_vec_pretty(config).expect("a config is plain data");
+    let mut bytes = json::pretty(config);
     bytes.push(b'\n');
     staging.write("config.json", &bytes)
 }

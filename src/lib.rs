@@ -22,6 +22,7 @@ mod import;
 mod importance;
 pub mod inspect;
 pub mod job;
+mod json;
 pub mod merge;
 pub mod output;
 pub mod plan;

@@ -235,7 +235,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
             .into());
         }
     }
-    let longest = families::longest_context(model.config()).unwrap_or(usize::MAX);
+    let longest = families::longest_context(model.config())?.unwrap_or(usize::MAX);
     let bos = match protocol {
         Protocol::Papers => None,
         Protocol::LlamaCpp => tokenizer.tokenizer.added_bos(),

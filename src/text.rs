@@ -14,6 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::checkpoint::place::check_fetched;
 use crate::error::Error;
 use crate::import::sentencepiece;
+use crate::{families, json};
 
 /// The name of the bundled text for evaluation: neither the built-in model nor any preset has seen it.
 pub const HELD_OUT: &str = "held-out";
@@ -143,7 +144,8 @@ impl ModelText {
             });
             return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };
-        let parse = |name: &'static str, bytes: &[u8]| TokenizerConfig::from_json(name, bytes).map_err(located);
+        let parse =
+            |name: &'static str, bytes: &[u8]| TokenizerConfig::from_json(name, &json::plain(bytes)).map_err(located);
         let read = |name: &str| {
             let bytes = read_optional(&folder.join(name))?;
             bytes.iter().try_for_each(|bytes| check_fetched(&folder.join(name), bytes))?;
@@ -174,7 +176,7 @@ impl ModelText {
             other => located(other),
         })?;
         let tokenizer = tokenizer.with_config(&config);
-        let rows = source.config().get("vocab_size").and_then(serde_json::Value::as_u64);
+        let rows = families::vocabulary(source.config())?.map(|rows| rows as u64);
         Ok(Self { tokenizer, config, jinja, folder: folder.to_owned(), rows })
     }
 

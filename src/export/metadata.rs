@@ -18,6 +18,7 @@ use crate::families::{self, longest_context};
 use crate::graph::{Attention, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
 use crate::import::names::{Architecture, ROPE_FREQS};
 use crate::import::settings::Settings;
+use crate::json::integer;
 
 /// Keys and values in the order in which they are written.
 pub type Metadata = Vec<(String, MetadataValue)>;
@@ -191,12 +192,16 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     let shape = first.shape;
     let context = match &graph.embedding.positions {
         Some((_, rows)) => *rows,
-        None => longest_context(config).unwrap_or_else(|| {
-            out.notice(format!(
-                "config.json has no max_position_embeddings: the file says a context of {UNKNOWN_CONTEXT} tokens"
-            ));
-            UNKNOWN_CONTEXT
-        }),
+        None => {
+            let longest = longest_context(config)?;
+            let context = longest.unwrap_or(UNKNOWN_CONTEXT);
+            if longest.is_none() || families::settings(config)?.left_out.contains("max_position_embeddings") {
+                out.notice(format!(
+                    "config.json has no max_position_embeddings: the file says a context of {context} tokens"
+                ));
+            }
+            context
+        }
     };
     let windows: Vec<Option<usize>> = attention.iter().map(|a| a.shape.window.or(a.shape.chunk)).collect();
     let window = windows.iter().flatten().min().copied();
@@ -269,9 +274,9 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         }
     }
     if id == "qwen2vl" {
-        let text = families::text_config(config);
-        let list = ["rope_parameters", "rope_scaling"].iter().find_map(|key| text[*key]["mrope_section"].as_array());
-        let sections = list.map(|list| list.iter().filter_map(Value::as_i64).chain([0; 4]).take(4));
+        let text = families::settings(config)?.values;
+        let list = text["rope_parameters"]["mrope_section"].as_array();
+        let sections = list.map(|list| list.iter().filter_map(integer).chain([0; 4]).take(4));
         let Some(sections) = sections else {
             return Err(cannot("a model whose config.json has no mrope_section".to_owned()));
         };

@@ -17,8 +17,10 @@ use crate::checkpoint::{Checkpoint, read_json};
 use crate::error::{Error, Result};
 use crate::export::metadata::Written;
 use crate::export::pretokenizer;
+use crate::families;
 use crate::import::gguf_tokenizer::kind;
 use crate::import::sentencepiece;
+use crate::json::integer;
 use crate::text::TextError;
 
 /// The space of SentencePiece.
@@ -87,7 +89,7 @@ struct Files {
 pub fn tokenizer(source: &Checkpoint, rows: usize, pre: Option<&str>) -> Result<Written> {
     match source.gguf() {
         Some(file) => copied(file, rows, pre),
-        None => of_folder(source.path(), source.config(), rows, pre),
+        None => of_folder(source.path(), &families::settings(source.config())?.values, rows, pre),
     }
 }
 
@@ -630,8 +632,8 @@ fn special_id(files: &Files, ids: &HashMap<&str, u32>, name: &str, rows: usize, 
     }
     for (file, json) in [("config.json", &files.model_config), ("generation_config.json", &files.generation)] {
         let entry = &json[format!("{name}_token_id")];
-        match entry.as_u64().or(entry[0].as_u64()) {
-            Some(id) if id < rows as u64 => return Some(id as u32),
+        match integer(entry).or(integer(&entry[0])).filter(|id| *id >= 0) {
+            Some(id) if id < rows as i64 => return Some(id as u32),
             Some(id) => out.notice(format!("{file}: {name}_token_id is {id}, beyond the embedding's {rows} rows")),
             None => {}
         }
@@ -717,7 +719,7 @@ fn special_tokens(
 /// One id or a list of them.
 fn ends(value: &Value) -> Vec<u32> {
     let list = value.as_array().map_or_else(|| vec![value], |list| list.iter().collect());
-    list.into_iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()).collect()
+    list.into_iter().filter_map(|id| u32::try_from(integer(id)?).ok()).collect()
 }
 
 /// `tokenizer.chat_template`, and the others under their names.

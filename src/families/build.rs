@@ -227,10 +227,16 @@ pub fn block(name: String, steps: Vec<Step>) -> Block {
     Block { name, steps, parallel: false }
 }
 
-/// The activation that config.json names under one of its usual keys.
+/// The activation that config.json names under the usual key.
 pub fn activation(config: &Config<'_>, default: Activation) -> Result<Activation> {
-    let keys = ["hidden_activation", "hidden_act", "activation_function", "hidden_activation_function"];
-    let Some(key) = keys.into_iter().find(|key| config.get(key).is_some()) else { return Ok(default) };
+    activation_of(config, "hidden_act", default)
+}
+
+/// The activation under the key that the family reads: others may be there too.
+pub fn activation_of(config: &Config<'_>, key: &str, default: Activation) -> Result<Activation> {
+    if config.get(key).is_none() {
+        return Ok(default);
+    }
     named_activation(config.text(key)?).ok_or_else(|| {
         Error::failed(format!(
             "config.json: {key} is `{}`, and only silu, gelu, gelu_pytorch_tanh, gelu_new, relu and relu2 are supported",
@@ -248,6 +254,16 @@ fn named_activation(name: &str) -> Option<Activation> {
         "relu2" => Activation::Relu2,
         _ => return None,
     })
+}
+
+/// The window of those layers that see one, of which each needs one.
+pub fn window_of(config: &Config<'_>, local: &[bool]) -> Result<Option<usize>> {
+    match (config.optional_count("sliding_window")?, local.iter().position(|local| *local)) {
+        (None, Some(layer)) => Err(Error::failed(format!(
+            "config.json: sliding_window must be a positive number, found nothing, and layer {layer} sees only a window"
+        ))),
+        (window, _) => Ok(window),
+    }
 }
 
 /// Which layers see only a window: `layer_types`, or else what the family's rule says.

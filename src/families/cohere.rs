@@ -2,7 +2,7 @@
 
 use kernels::{Activation, NormKind};
 
-use super::build::{Base, activation, block, pre, sliding};
+use super::build::{Base, activation, block, pre, sliding, window_of};
 use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
@@ -23,19 +23,19 @@ fn build(config: &Config<'_>, second: bool) -> Result<Graph> {
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("attention_bias", false)?;
     let normed = !second && config.flag("use_qk_norm", false)?;
-    let window = config.optional_count("sliding_window")?.unwrap_or(4096);
     let pattern = config.optional_count("sliding_window_pattern")?.unwrap_or(4);
     let local = match second {
         true => sliding(config, base.layers, |layer| (layer + 1) % pattern != 0)?,
         false => vec![false; base.layers],
     };
-    let rope = rope(config, base.head_dim, Default::default())?;
+    let window = window_of(config, &local)?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");
         let rotated = local[layer] || !second;
         let mut attention = base.attention(&module, [bias, bias], rotated.then(|| rope.clone()));
-        attention.shape.window = local[layer].then_some(window);
+        attention.shape.window = window.filter(|_| local[layer]);
         attention.layout.interleaved = true;
         let norm = |name: &str, heads: usize| {
             let mut norm = base.norm(&format!("{module}.{name}"));

@@ -30,7 +30,7 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
     let bias = config.flag("attention_bias", false)?;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
-    let rope = rope(config, rotated, Default::default())?;
+    let rope = rope(config, rotated)?;
     let mut scale = ((nope + rotated) as f32).powf(-0.5);
     if let RopeScaling::Yarn { factor, mscale_all_dim, .. } = rope.scaling
         && mscale_all_dim != 0.0
@@ -38,7 +38,7 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
         scale *= (warmth(factor.into(), mscale_all_dim.into()) as f32).powi(2);
     }
     let experts = config.optional_count("n_routed_experts")?;
-    let dense = config.number("first_k_dense_replace", 0.0)? as usize;
+    let dense = config.count_or("first_k_dense_replace", 0)?;
     let every = config.optional_count("moe_layer_freq")?.unwrap_or(1);
     let interleaved = config.flag("rope_interleave", true)?;
     let blocks = base.each(|layer| {

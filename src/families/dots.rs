@@ -4,7 +4,7 @@ use kernels::Activation;
 
 use super::build::{Base, activation, sliding};
 use super::deepseek::moe;
-use super::rope::{Defaults, rope};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, Layer};
@@ -22,11 +22,10 @@ fn build(config: &Config<'_>, glm: bool) -> Result<Graph> {
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("attention_bias", false)?;
     let normed = !glm || config.flag("use_qk_norm", false)?;
-    let dense = config.number("first_k_dense_replace", if glm { 1.0 } else { 0.0 })? as usize;
-    let partial = if glm { 0.5 } else { 1.0 };
-    let rope = rope(config, base.head_dim, Defaults { partial, ..Default::default() })?;
+    let dense = config.count_or("first_k_dense_replace", if glm { 1 } else { 0 })?;
+    let rope = rope(config, base.head_dim)?;
     let window = if glm { None } else { config.optional_count("sliding_window")? };
-    let first_local = config.number("max_window_layers", 62.0)? as usize;
+    let first_local = config.count_or("max_window_layers", 62)?;
     let local = sliding(config, base.layers, |layer| window.is_some() && layer >= first_local)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);

@@ -4,7 +4,7 @@ use kernels::Activation;
 
 use super::build::{Base, activation};
 use super::moe::router;
-use super::rope::{Defaults, rope};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, Layer, Moe};
@@ -18,20 +18,18 @@ pub const ERNIE4_5_MOE: Family =
     Family { id: "ernie4_5_moe", model_types: &["ernie4_5_moe"], build: |config| build(config, true) };
 
 fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
-    let filled = config.with_defaults(if sparse || config.has("head_dim") { &[] } else { &[("head_dim", 128)] });
-    let config = &Config(&filled);
     let mut base = Base::read(config)?;
     base.tied = true;
     base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("use_bias", false)?;
-    let rope = rope(config, base.head_dim, Defaults { theta: 500_000.0, ..Default::default() })?;
+    let rope = rope(config, base.head_dim)?;
     let every = config.optional_count("moe_layer_interval")?.unwrap_or(1);
-    let first = config.number("moe_layer_start_index", 1.0)? as usize;
+    let first = config.count_or("moe_layer_start_index", 1)?;
     // Minus one is the last layer.
-    let last = match config.number("moe_layer_end_index", -1.0)? {
-        last if last >= 0.0 => last as usize,
+    let last = match config.integer("moe_layer_end_index", -1)? {
+        last if last >= 0 => last as usize,
         _ => base.layers,
     };
     let blocks = base.each(|layer| {

@@ -25,7 +25,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         Some(text) => text[layer % text.len()] == b'L',
         None => (layer + 1) % every != 0,
     })?;
-    let rope = rope(config, base.head_dim, Default::default())?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");

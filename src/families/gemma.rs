@@ -3,10 +3,10 @@
 
 use kernels::Activation;
 
-use super::build::{Base, activation, block, sandwich, sliding};
-use super::rope::{Defaults, of_kind, rope, unscaled};
+use super::build::{Base, activation, activation_of, block, sandwich, sliding, window_of};
+use super::rope::{of_kind, rope};
 use super::{Config, Family};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::{Graph, Layer};
 
 /// Gemma 1.
@@ -16,24 +16,15 @@ pub const GEMMA: Family = Family { id: "gemma", model_types: &["gemma"], build: 
 pub const GEMMA2: Family = Family { id: "gemma2", model_types: &["gemma2"], build: |config| later(config, "gemma2") };
 
 /// Gemma 3, the text model.
-pub const GEMMA3: Family = Family { id: "gemma3", model_types: &["gemma3_text"], build: gemma3 };
-
-/// What configurations inside wrappers leave out.
-const DEFAULTS: &[(&str, u64)] = &[
-    ("hidden_size", 2304),
-    ("intermediate_size", 9216),
-    ("num_hidden_layers", 26),
-    ("num_attention_heads", 8),
-    ("num_key_value_heads", 4),
-    ("head_dim", 256),
-    ("vocab_size", 262_208),
-];
-
-fn gemma3(config: &Config<'_>) -> Result<Graph> {
-    later(&Config(&config.with_defaults(DEFAULTS)), "gemma3")
-}
+pub const GEMMA3: Family =
+    Family { id: "gemma3", model_types: &["gemma3_text"], build: |config| later(config, "gemma3") };
 
 fn base(config: &Config<'_>) -> Result<Base> {
+    if config.flag("use_bidirectional_attention", false)? {
+        return Err(Error::failed(
+            "config.json: use_bidirectional_attention is true, and only models that attend to what came before can be run",
+        ));
+    }
     let mut base = Base::read(config)?;
     base.head_dim = config.optional_count("head_dim")?.unwrap_or(256);
     base.norm_offset = 1.0;
@@ -50,7 +41,7 @@ fn gemma(config: &Config<'_>) -> Result<Graph> {
         other => other,
     };
     let bias = config.flag("attention_bias", false)?;
-    let rope = rope(config, base.head_dim, Default::default())?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let attention = base.attention(&format!("{at}.self_attn"), [bias, bias], Some(rope.clone()));
@@ -70,7 +61,7 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
     let base = base(config)?;
     let third = family == "gemma3";
     let inner = config.count("intermediate_size")?;
-    let act = activation(config, Activation::GeluTanh)?;
+    let act = activation_of(config, "hidden_activation", Activation::GeluTanh)?;
     let bias = config.flag("attention_bias", false)?;
     let scale = (config.positive("query_pre_attn_scalar", 256.0)? as f32).powf(-0.5);
     let cap = |key: &str, default: f64| -> Result<Option<f32>> {
@@ -82,22 +73,17 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
         }
     };
     let softcap = cap("attn_logit_softcapping", 50.0)?;
-    let window = config.optional_count("sliding_window")?.unwrap_or(4096);
     let pattern = if third { config.optional_count("sliding_window_pattern")?.unwrap_or(6) } else { 2 };
     let local = sliding(config, base.layers, |layer| (layer + 1) % pattern != 0)?;
+    let window = window_of(config, &local)?;
     let (wide, near) = match third {
         false => {
-            let rope = rope(config, base.head_dim, Default::default())?;
+            let rope = rope(config, base.head_dim)?;
             (rope.clone(), rope)
         }
         true => {
-            let of = |kind, theta| of_kind(config, Some(kind), base.head_dim, Defaults { theta, ..Default::default() });
-            let near = match config.get("rope_parameters") {
-                Some(_) => of("sliding_attention", 10_000.0)?,
-                // Before transformers 5 the scaling was that of the layers that see all.
-                None => unscaled(config.number("rope_local_base_freq", 10_000.0)?, base.head_dim).into(),
-            };
-            (of("full_attention", 1_000_000.0)?, near)
+            let of = |kind| of_kind(config, kind, base.head_dim);
+            (of("full_attention")?, of("sliding_attention")?)
         }
     };
     let blocks = base.each(|layer| {
@@ -107,7 +93,7 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
         let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
         attention.shape.scale = scale;
         attention.shape.softcap = softcap;
-        attention.shape.window = local[layer].then_some(window);
+        attention.shape.window = window.filter(|_| local[layer]);
         attention.norms = third.then(|| base.head_norms(&module));
         let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
         let norm = |name: &str| base.norm(&format!("{at}.{name}"));

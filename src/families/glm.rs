@@ -4,7 +4,7 @@ use kernels::Activation;
 
 use super::build::{Base, activation, block, pre, sandwich};
 use super::phi::fused_gate;
-use super::rope::{Defaults, rope};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, Layer};
@@ -21,7 +21,7 @@ fn build(config: &Config<'_>, fourth: bool) -> Result<Graph> {
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("attention_bias", false)?;
-    let rope = rope(config, base.head_dim, Defaults { partial: 0.5, ..Default::default() })?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let mut attention = base.attention(&format!("{at}.self_attn"), [bias, false], Some(rope.clone()));

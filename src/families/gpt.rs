@@ -2,8 +2,8 @@
 
 use kernels::{Activation, NormKind};
 
-use super::build::{Base, activation, block, pre};
-use super::rope::{Defaults, rope};
+use super::build::{Base, activation, activation_of, block, pre};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Block, DropRule, Graph, Layer, Linear, Split, Stored};
@@ -45,7 +45,7 @@ fn gpt2(config: &Config<'_>) -> Result<Graph> {
         head: "lm_head",
     };
     let inner = config.optional_count("n_inner")?.unwrap_or(4 * hidden);
-    let act = activation(config, Activation::GeluTanh)?;
+    let act = activation_of(config, "activation_function", Activation::GeluTanh)?;
     let positions = config.count("n_positions")?;
     let scaled = config.flag("scale_attn_weights", true)?;
     let by_layer = config.flag("scale_attn_by_inverse_layer_idx", false)?;
@@ -89,7 +89,7 @@ fn gpt_neox(config: &Config<'_>) -> Result<Graph> {
     let act = activation(config, Activation::Gelu)?;
     let bias = config.flag("attention_bias", true)?;
     let parallel = config.flag("use_parallel_residual", true)?;
-    let rope = rope(config, base.head_dim, Defaults { partial: 0.25, ..Default::default() })?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let qkv = Linear {
@@ -117,7 +117,7 @@ fn starcoder2(config: &Config<'_>) -> Result<Graph> {
     let act = activation(config, Activation::GeluTanh)?;
     let bias = config.flag("use_bias", true)?;
     let window = config.optional_count("sliding_window")?;
-    let rope = rope(config, base.head_dim, Default::default())?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let mut attention = base.attention(&format!("{at}.self_attn"), [bias, bias], Some(rope.clone()));

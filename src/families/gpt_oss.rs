@@ -2,9 +2,9 @@
 
 use kernels::Activation;
 
-use super::build::{Base, sliding};
+use super::build::{Base, sliding, window_of};
 use super::moe::{router, stacked};
-use super::rope::{Defaults, rope};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, Layer, Moe, Split};
@@ -22,14 +22,14 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         alpha: config.number("swiglu_alpha", 1.702)? as f32,
         limit: config.number("swiglu_limit", 7.0)? as f32,
     };
-    let window = config.optional_count("sliding_window")?.unwrap_or(128);
     let local = sliding(config, base.layers, |layer| layer % 2 == 0)?;
-    let rope = rope(config, base.head_dim, Defaults { theta: 150_000.0, ..Default::default() })?;
+    let window = window_of(config, &local)?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");
         let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
-        attention.shape.window = local[layer].then_some(window);
+        attention.shape.window = window.filter(|_| local[layer]);
         attention.sinks = Some(format!("{module}.sinks"));
         let mut router = router(&base, format!("{at}.mlp.router"), experts, top_k, true);
         router.linear.bias = true;

@@ -21,7 +21,7 @@ fn build(config: &Config<'_>, experts: bool) -> Result<Graph> {
     let act = activation(config, Activation::Silu)?;
     let attention_bias = config.flag("attention_bias", false)?;
     let mlp_bias = config.flag("mlp_bias", false)?;
-    let rope = rope(config, base.head_dim, Default::default())?;
+    let rope = rope(config, base.head_dim)?;
     let multiplier = |key: &str| Ok::<f32, crate::error::Error>(config.number(key, 1.0)? as f32);
     let (residual, scale) = (multiplier("residual_multiplier")?, multiplier("attention_multiplier")?);
     let blocks = base.each(|layer| {

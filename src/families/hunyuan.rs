@@ -63,21 +63,16 @@ fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
 
 /// What is called `dynamic` grows the base once and for all where there is an `alpha`.
 fn rotation(config: &Config<'_>, head_dim: usize) -> Result<Arc<Rope>> {
-    let scaling = match config.object("rope_parameters")? {
-        Some(new) => Some(new),
-        None => config.object("rope_scaling")?,
+    let Some(own) =
+        config.object("rope_parameters")?.filter(|own| own.get("rope_type").is_some_and(|v| v == "dynamic"))
+    else {
+        return rope(config, head_dim);
     };
-    let alpha = match &scaling {
-        Some(scaling) if scaling.is_kind("dynamic") => scaling.number("alpha", 0.0)?,
-        _ => 0.0,
-    };
+    let alpha = own.number("alpha", 0.0)?;
     if alpha <= 0.0 {
-        return rope(config, head_dim, Default::default());
+        return rope(config, head_dim);
     }
-    let theta = match scaling.as_ref().filter(|scaling| scaling.get("rope_theta").is_some()) {
-        Some(scaling) => scaling.number("rope_theta", 10_000.0)?,
-        None => config.number("rope_theta", 10_000.0)?,
-    };
+    let theta = own.positive("rope_theta", 10_000.0)?;
     let width = head_dim as f64;
     Ok(Arc::new(unscaled(theta * alpha.powf(width / (width - 2.0)), head_dim)))
 }

@@ -3,7 +3,7 @@
 use kernels::Activation;
 
 use super::build::{Base, activation, sliding};
-use super::rope::{Defaults, rope};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, Layer, Temperature};
@@ -37,21 +37,21 @@ pub const HELIUM: Family =
     Family { id: "helium", model_types: &["helium"], build: |config| build(config, "helium", false) };
 
 fn build(config: &Config<'_>, family: &'static str, windowed: bool) -> Result<Graph> {
-    let wide = matches!(family, "seed_oss" | "ministral3" | "helium") && !config.has("head_dim");
-    let filled = config.with_defaults(if wide { &[("head_dim", 128)] } else { &[] });
-    let config = &Config(&filled);
     let mut base = Base::read(config)?;
-    let (eps, theta) = match family {
-        "arcee" => (1e-5, 10_000.0),
-        "ministral3" => (1e-5, 1_000_000.0),
-        "helium" => (1e-8, 100_000.0),
-        _ => (1e-6, 10_000.0),
+    let eps = match family {
+        "arcee" | "ministral3" => 1e-5,
+        "helium" => 1e-8,
+        _ => 1e-6,
     };
     base.eps = config.positive("rms_norm_eps", eps)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, if family == "arcee" { Activation::Relu2 } else { Activation::Silu })?;
     let window = if windowed { config.optional_count("sliding_window")? } else { None };
-    let local = if windowed { sliding(config, base.layers, |_| true)? } else { vec![false; base.layers] };
+    // Elsewhere all layers have the window, whatever config.json calls them.
+    let local = match family {
+        "mistral" | "ministral" => sliding(config, base.layers, |_| true)?,
+        _ => vec![true; base.layers],
+    };
     let qkv_bias = config.flag("attention_bias", family == "seed_oss")?;
     let o_bias = match family {
         "seed_oss" => config.flag("attention_out_bias", false)?,
@@ -59,7 +59,7 @@ fn build(config: &Config<'_>, family: &'static str, windowed: bool) -> Result<Gr
         _ => qkv_bias,
     };
     let mlp_bias = config.flag("mlp_bias", false)?;
-    let rope = rope(config, base.head_dim, Defaults { theta, ..Default::default() })?;
+    let rope = rope(config, base.head_dim)?;
     let temperature = if family == "ministral3" { temperature(config)? } else { None };
     let blocks = base.each(|layer| {
         let at = base.at(layer);

@@ -4,7 +4,7 @@ use kernels::{Activation, NormKind};
 
 use super::build::{Base, activation};
 use super::moe::{router, stacked};
-use super::rope::{Defaults, rope};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, HeadNorms, Layer, Moe, Norm, Scoring, Split, Temperature};
@@ -30,7 +30,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         Some(layers) => layers,
         None => (every - 1..base.layers).step_by(every).collect(),
     };
-    let rope = rope(config, base.head_dim, Defaults { theta: 500_000.0, ..Default::default() })?;
+    let rope = rope(config, base.head_dim)?;
     let unit = Norm {
         kind: NormKind::Rms,
         weights: Vec::new(),

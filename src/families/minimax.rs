@@ -5,7 +5,7 @@ use kernels::Activation;
 use super::build::{Base, activation};
 use super::moe::router;
 use super::olmo::whole_norms;
-use super::rope::{Defaults, rope};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, Layer, Moe, Scoring};
@@ -14,17 +14,11 @@ use crate::graph::{Graph, Layer, Moe, Scoring};
 pub const MINIMAX_M2: Family = Family { id: "minimax_m2", model_types: &["minimax_m2"], build };
 
 fn build(config: &Config<'_>) -> Result<Graph> {
-    let filled = config.with_defaults(&[("head_dim", 128)]);
-    let config = &Config(&filled);
     let base = Base::read(config)?;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
-    let partial = match config.optional_count("rotary_dim")? {
-        Some(rotated) => rotated as f64 / base.head_dim as f64,
-        None => 0.5,
-    };
-    let rope = rope(config, base.head_dim, Defaults { theta: 5_000_000.0, partial })?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");

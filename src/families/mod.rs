@@ -23,6 +23,7 @@ mod phi;
 mod qwen;
 pub mod rope;
 mod smollm3;
+mod spelling;
 mod stablelm;
 pub mod tying;
 mod unknown;
@@ -35,6 +36,9 @@ use serde_json::Value;
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
 use crate::graph::{DropRule, Graph, Layer, Moe, Stored};
+use crate::json::{integer, real, shown};
+
+pub use spelling::Settings;
 
 /// A model family.
 pub struct Family {
@@ -102,43 +106,97 @@ pub const FURTHER: &str = "predicts further tokens";
 /// Tensors of checkpoints of any family that can be computed.
 const DROPPED: &[DropRule] = &[DropRule { suffix: ".rotary_emb.inv_freq", reason: "computed from config.json" }];
 
-fn family_of(config: &Value) -> Option<&'static Family> {
-    let model_type = config.get("model_type")?.as_str()?;
+fn family_of(model_type: &str) -> Option<&'static Family> {
     FAMILIES.iter().find(|family| family.model_types.contains(&model_type))
 }
 
-/// The settings of the language model: those of `text_config` in a model that also sees or hears.
+fn type_of(config: &Value) -> Option<&str> {
+    config.get("model_type").and_then(Value::as_str)
+}
+
+/// A model that also sees or hears: `text_config` is its language model's part of config.json.
+struct Wrapper {
+    model_type: &'static str,
+    /// The type of its text, where that says none, and whether whatever it says is read as this one.
+    text: (&'static str, bool),
+    /// Whether the head is the embedding where the wrapper does not say.
+    tied: bool,
+    /// Whether it is also where the text's part says so.
+    hears_text: bool,
+}
+
+const WRAPPERS: &[Wrapper] = &[
+    Wrapper { model_type: "llava", text: ("llama", false), tied: false, hears_text: true },
+    Wrapper { model_type: "llava_next", text: ("llama", false), tied: false, hears_text: false },
+    Wrapper { model_type: "idefics3", text: ("llama", false), tied: false, hears_text: false },
+    Wrapper { model_type: "smolvlm", text: ("llama", false), tied: false, hears_text: false },
+    Wrapper { model_type: "mistral3", text: ("mistral", false), tied: true, hears_text: false },
+    Wrapper { model_type: "gemma3", text: ("gemma3_text", true), tied: true, hears_text: false },
+    Wrapper { model_type: "llama4", text: ("llama4_text", true), tied: false, hears_text: false },
+    Wrapper { model_type: "qwen2_vl", text: ("qwen2_vl_text", true), tied: false, hears_text: true },
+    Wrapper { model_type: "qwen2_5_vl", text: ("qwen2_5_vl_text", true), tied: false, hears_text: true },
+    Wrapper { model_type: "qwen3_vl", text: ("qwen3_vl_text", true), tied: false, hears_text: false },
+];
+
+/// The settings of the language model that `config` (config.json) describes, in one spelling: what every reader takes.
 ///
-/// What the wrapper says of tied embeddings holds unless the language model's settings say otherwise.
-pub fn text_config(config: &Value) -> Value {
-    let Some(text) = config.get("text_config").and_then(Value::as_object) else { return config.clone() };
-    let mut text = text.clone();
-    // Wrappers leave out what is the default of their text model.
-    let default = match config.get("model_type").and_then(Value::as_str) {
-        Some("llava" | "llava_next" | "idefics3" | "smolvlm") => Some("llama"),
-        Some("mistral3") => Some("mistral"),
-        _ => None,
+/// Fails for what is of another kind than it must be, as far as it is looked at. Of a family that is not in the list they
+/// are as they were.
+pub fn settings(config: &Value) -> Result<Settings> {
+    let outer = type_of(config);
+    let wrapper = WRAPPERS.iter().find(|wrapper| outer == Some(wrapper.model_type));
+    let part = config.get("text_config").and_then(Value::as_object);
+    // A text model has no parts, whatever its config.json holds beside its settings.
+    let part = part.filter(|_| wrapper.is_some() || outer.is_none_or(|outer| family_of(outer).is_none()));
+    let text = part.or(config.as_object()).cloned().unwrap_or_default();
+    let own = text.get("model_type").and_then(Value::as_str).map(str::to_owned);
+    let model_type = match (part, wrapper) {
+        (Some(_), Some(Wrapper { text: (text, true), .. })) => (*text).to_owned(),
+        (Some(_), Some(Wrapper { text: (text, false), .. })) => own.unwrap_or_else(|| (*text).to_owned()),
+        _ => own.unwrap_or_default(),
     };
-    if let (None, Some(default)) = (text.get("model_type"), default) {
-        text.insert("model_type".to_owned(), default.into());
+    let said = |place: &serde_json::Map<String, Value>| place.get("tie_word_embeddings").and_then(Value::as_bool);
+    let (above, below) = (config.as_object().and_then(said), part.and_then(said));
+    let mut settings = spelling::settled(&model_type, text)?;
+    // Those of a Mistral make it a Ministral to transformers, but not inside a wrapper.
+    if let (Some(_), "mistral", Some(values)) = (part, model_type.as_str(), settings.values.as_object_mut()) {
+        values.remove("layer_types");
     }
-    if let (None, Some(tied)) = (text.get("tie_word_embeddings"), config.get("tie_word_embeddings")) {
-        text.insert("tie_word_embeddings".to_owned(), tied.clone());
+    let tied = match (wrapper, part) {
+        (Some(wrapper), _) => {
+            let text = settings.values.get("tie_word_embeddings").and_then(Value::as_bool);
+            Some(above.unwrap_or(wrapper.tied) || wrapper.hears_text && text == Some(true))
+        }
+        (None, Some(_)) => below.or(above),
+        (None, None) => None,
+    };
+    // Ids of tokens are looked for above first.
+    let ids = part.and(config.as_object()).into_iter().flatten();
+    for (key, id) in ids.filter(|(key, id)| key.ends_with("_token_id") && !id.is_null()) {
+        settings.values[key] = id.clone();
     }
-    Value::Object(text)
+    if let Some(tied) = tied {
+        if let Some(said) = below.filter(|said| *said != tied && wrapper.is_some()) {
+            settings.notes.push(format!(
+                "config.json has tie_word_embeddings {said} in text_config, and what is above it counts in transformers: {tied} is taken"
+            ));
+        }
+        settings.values["tie_word_embeddings"] = tied.into();
+    }
+    Ok(settings)
 }
 
 /// Builds the graph of the model that `config` (config.json) describes. Fails for a family that is not in the list.
 pub fn build(config: &Value) -> Result<Graph> {
-    let text = text_config(config);
-    match family_of(&text) {
+    let settings = settings(config)?;
+    match family_of(&settings.model_type) {
         Some(family) => {
-            let graph = (family.build)(&Config(&text))?;
+            let graph = (family.build)(&Config(&settings.values))?;
             check(&graph)?;
             Ok(graph)
         }
         None => {
-            let model_type = Config(&text).text("model_type")?;
+            let model_type = Config(&settings.values).text("model_type")?;
             Err(Error::failed(format!("config.json: model_type is `{model_type}`, and only {} are supported", known())))
         }
     }
@@ -155,8 +213,7 @@ pub fn check_runnable(graph: &Graph, source: &Checkpoint) -> Result<()> {
     if !graph.opaque {
         return Ok(());
     }
-    let text = text_config(source.config());
-    let model_type = text.get("model_type").and_then(Value::as_str).unwrap_or_default();
+    let model_type = settings(source.config())?.model_type;
     Err(Error::failed(format!(
         "{}: models of the type `{model_type}` are not known and cannot be run; they can only be quantized without data \
          and without measuring: --method rtn --verify-text none (known are {})",
@@ -170,8 +227,8 @@ pub fn check_runnable(graph: &Graph, source: &Checkpoint) -> Result<()> {
 /// A model of an unknown family has a graph of linears that cannot be run. Whether the head is the embedding is what
 /// [`tying`] made of config.json and the tensors when the checkpoint was opened.
 pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
-    let text = text_config(source.config());
-    if family_of(&text).is_none() && Config(&text).text("model_type").is_ok() {
+    if settings(source.config()).is_ok_and(|text| family_of(&text.model_type).is_none() && !text.model_type.is_empty())
+    {
         return unknown::graph(source);
     }
     let mut graph = published(source)?;
@@ -194,23 +251,24 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
 /// The graph of a checkpoint as its family publishes them, with the names that its tensors have: experts may be stacked
 /// that the checkpoint has one by one. Fails for an unknown family.
 pub fn published(source: &Checkpoint) -> Result<Graph> {
-    let text = text_config(source.config());
+    let located = |error: Error| match error {
+        Error::Failed(why) if why.starts_with("config.json: ") => {
+            Error::Failed(format!("{}/{why}", source.path().display()))
+        }
+        other => other,
+    };
+    let settings = settings(source.config()).map_err(located)?;
     let tensors = source.entries().len();
     if tensors == 0 {
         return Err(Error::failed(format!("{}: the checkpoint holds no tensors", source.path().display())));
     }
-    if let Some((key, layers)) = too_many_layers(&text, tensors) {
+    if let Some((key, layers)) = too_many_layers(&settings.values, tensors) {
         return Err(Error::failed(format!(
             "{}/config.json: {key} is {layers}, but the checkpoint has only {tensors} tensors; is the file another model's?",
             source.path().display()
         )));
     }
-    let mut graph = build(source.config()).map_err(|error| match error {
-        Error::Failed(why) if why.starts_with("config.json: ") => {
-            Error::Failed(format!("{}/{why}", source.path().display()))
-        }
-        other => other,
-    })?;
+    let mut graph = build(source.config()).map_err(located)?;
     names::adopt(&mut graph, source);
     if headless(&graph, source) {
         graph.head.linear.bias = false;
@@ -234,24 +292,15 @@ fn headless(graph: &Graph, source: &Checkpoint) -> bool {
 }
 
 /// The setting that promises more layers than there are tensors, if it does: a graph of them would be laid out for nothing.
-fn too_many_layers(config: &Value, tensors: usize) -> Option<(&'static str, u64)> {
-    let layers = ["num_hidden_layers", "n_layer"].into_iter().find_map(|key| Some((key, config.get(key)?.as_u64()?)));
-    layers.filter(|(_, layers)| *layers > tensors as u64)
+fn too_many_layers(settings: &Value, tensors: usize) -> Option<(&'static str, i64)> {
+    let layers = |key| Some((key, integer(settings.get(key)?)?));
+    ["num_hidden_layers", "n_layer"].into_iter().find_map(layers).filter(|(_, layers)| *layers > tensors as i64)
 }
 
 /// Typed reads of config.json, with errors that name the key.
 pub struct Config<'a>(&'a Value);
 
 impl<'a> Config<'a> {
-    /// The settings with those filled in that a configuration leaves out where they are the family's usual ones.
-    pub fn with_defaults(&self, defaults: &[(&str, u64)]) -> Value {
-        let mut whole = self.0.clone();
-        for (key, value) in defaults.iter().filter(|(key, _)| self.get(key).is_none()) {
-            whole[*key] = (*value).into();
-        }
-        whole
-    }
-
     /// The value of `key`, unless it is missing or null.
     pub fn get(&self, key: &str) -> Option<&'a Value> {
         self.0.get(key).filter(|v| !v.is_null())
@@ -263,8 +312,12 @@ impl<'a> Config<'a> {
     }
 
     fn wrong(key: &str, expected: &str, found: Option<&Value>) -> Error {
-        let found = found.map_or("nothing".to_owned(), |v| v.to_string());
-        Error::failed(format!("config.json: {key} must be {expected}, found {found}"))
+        let hint = match found {
+            Some(Value::String(text)) if text.trim().parse::<f64>().is_ok() => "; write it without quotes",
+            _ => "",
+        };
+        let found = found.map_or("nothing".to_owned(), shown);
+        Error::failed(format!("config.json: {key} must be {expected}, found {found}{hint}"))
     }
 
     /// A string.
@@ -280,24 +333,28 @@ impl<'a> Config<'a> {
     /// A count, if it is there.
     pub fn optional_count(&self, key: &str) -> Result<Option<usize>> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        match value.as_u64() {
-            Some(n) if (1..=most(key)).contains(&n) => Ok(Some(n as usize)),
-            Some(n) if n > 0 => Err(Self::wrong(key, &format!("at most {}", most(key)), Some(value))),
+        match (integer(value), real(value)) {
+            (Some(n), _) if (1..=most(key)).contains(&n) => Ok(Some(n as usize)),
+            (_, Some(x)) if x > most(key) as f64 => {
+                Err(Self::wrong(key, &format!("at most {}", most(key)), Some(value)))
+            }
+            (None, Some(x)) if x > 0.0 => Err(Self::wrong(key, "a positive number without a fraction", Some(value))),
             _ => Err(Self::wrong(key, "a positive number", Some(value))),
         }
     }
 
     /// A count that may be 0, or `default` when it is missing.
     pub fn count_or(&self, key: &str, default: usize) -> Result<usize> {
-        match self.get(key).is_some_and(|value| value.as_u64() == Some(0)) {
+        match self.get(key).is_some_and(|value| integer(value) == Some(0)) {
             true => Ok(0),
             false => Ok(self.optional_count(key)?.unwrap_or(default)),
         }
     }
 
-    /// Whether a rope scaling calls itself so.
-    pub fn is_kind(&self, kind: &str) -> bool {
-        ["rope_type", "type"].iter().find_map(|key| self.get(key)).is_some_and(|found| found == kind)
+    /// A number without a fraction, or `default` when it is missing.
+    pub fn integer(&self, key: &str, default: i64) -> Result<i64> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        integer(value).ok_or_else(|| Self::wrong(key, "a number without a fraction", Some(value)))
     }
 
     /// A positive number, or `default` when it is missing.
@@ -310,7 +367,7 @@ impl<'a> Config<'a> {
     /// A number, or `default` when it is missing.
     pub fn number(&self, key: &str, default: f64) -> Result<f64> {
         let Some(value) = self.get(key) else { return Ok(default) };
-        value.as_f64().ok_or_else(|| Self::wrong(key, "a number", Some(value)))
+        real(value).ok_or_else(|| Self::wrong(key, "a number", Some(value)))
     }
 
     /// A flag, or `default` when it is missing.
@@ -339,9 +396,12 @@ impl Config<'_> {
     /// A list of layers, if it is there.
     pub fn layer_list(&self, key: &str) -> Result<Option<Vec<usize>>> {
         let Some(value) = self.get(key) else { return Ok(None) };
-        let list = value.as_array().map(|list| list.iter().map(Value::as_u64).collect::<Option<Vec<_>>>());
+        let list = value.as_array().map(|list| {
+            let layer = |value| integer(value).and_then(|layer| usize::try_from(layer).ok());
+            list.iter().map(layer).collect::<Option<Vec<usize>>>()
+        });
         match list.flatten() {
-            Some(list) => Ok(Some(list.into_iter().map(|layer| layer as usize).collect())),
+            Some(list) => Ok(Some(list)),
             None => Err(Self::wrong(key, "a list of layers", Some(value))),
         }
     }
@@ -373,7 +433,7 @@ impl Config<'_> {
 }
 
 /// The largest count that is believed, so that nothing is laid out for numbers that no model has.
-fn most(key: &str) -> u64 {
+fn most(key: &str) -> i64 {
     match () {
         () if key.contains("intermediate") || key.contains("hidden") && !key.contains("layers") => 1 << 30,
         () if key.contains("layer") || key.contains("head") || key.contains("mtp") || key.contains("nextn") => 1 << 16,
@@ -407,9 +467,21 @@ fn check(graph: &Graph) -> Result<()> {
     Ok(())
 }
 
-/// The positions that a model was made for, if config.json says.
-pub fn longest_context(config: &Value) -> Option<usize> {
-    let config = text_config(config);
-    let said = config.get("max_position_embeddings").or(config.get("n_positions"))?;
-    said.as_u64().map(|n| n as usize).filter(|n| *n > 1)
+/// The positions that a model was made for, if config.json or its family says. Fails for what is no count.
+pub fn longest_context(config: &Value) -> Result<Option<usize>> {
+    let settings = settings(config)?;
+    let config = Config(&settings.values);
+    let learned = config.optional_count("n_positions")?;
+    let said = if learned.is_some() { learned } else { config.optional_count("max_position_embeddings")? };
+    Ok(said.filter(|n| *n > 1))
+}
+
+/// Rows of the embedding, if config.json or its family says. Fails for what is no count.
+pub fn vocabulary(config: &Value) -> Result<Option<usize>> {
+    Config(&settings(config)?.values).optional_count("vocab_size")
+}
+
+/// Whether the head is the embedding, if config.json or its family says.
+pub fn tied(config: &Value) -> Option<bool> {
+    settings(config).ok()?.values.get("tie_word_embeddings")?.as_bool()
 }

@@ -92,7 +92,7 @@ fn mixtral(config: &Config<'_>) -> Result<Graph> {
     let act = activation(config, Activation::Silu)?;
     let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
     let window = config.optional_count("sliding_window")?;
-    let rope = rope(config, base.head_dim, super::rope::Defaults { theta: 1_000_000.0, ..Default::default() })?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let mut attention = base.attention(&format!("{at}.self_attn"), [false, false], Some(rope.clone()));
@@ -115,10 +115,7 @@ fn qwen(config: &Config<'_>, third: bool) -> Result<Graph> {
     let act = activation(config, Activation::Silu)?;
     let inner = config.count("intermediate_size")?;
     let expert_inner = config.count("moe_intermediate_size")?;
-    let experts = match config.optional_count("num_experts")? {
-        Some(experts) => experts,
-        None => config.count("num_local_experts")?,
-    };
+    let experts = config.count(if third { "num_local_experts" } else { "num_experts" })?;
     let top_k = config.count("num_experts_per_tok")?;
     let renormalize = config.flag("norm_topk_prob", false)?;
     let step = config.optional_count("decoder_sparse_step")?.unwrap_or(1);
@@ -132,12 +129,12 @@ fn qwen(config: &Config<'_>, third: bool) -> Result<Graph> {
         true => config.optional_count("sliding_window")?,
         false => None,
     };
-    let first_full = config.number("max_window_layers", 28.0)? as usize;
+    let first_full = config.count_or("max_window_layers", 28)?;
     let local = match third {
         true => vec![true; base.layers],
         false => sliding(config, base.layers, |layer| layer % 2 == 0 && layer < first_full)?,
     };
-    let rope = rope(config, base.head_dim, Default::default())?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");
@@ -174,7 +171,7 @@ fn olmoe(config: &Config<'_>) -> Result<Graph> {
     let renormalize = config.flag("norm_topk_prob", false)?;
     let bias = config.flag("attention_bias", false)?;
     let clip = config.get("clip_qkv").map(|_| config.number("clip_qkv", 0.0)).transpose()?.map(|x| x as f32);
-    let rope = rope(config, base.head_dim, Default::default())?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");

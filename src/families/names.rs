@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
-use super::{Config, family_of, too_many_layers};
+use super::{Config, family_of, settings, too_many_layers};
 use crate::checkpoint::Checkpoint;
 use crate::graph::Graph;
 
@@ -27,10 +27,11 @@ pub struct Names {
 /// The names that config.json promises for a file of so many tensors; `None` for a model of an unknown family, of one that is
 /// wrapped, or with settings that make none.
 pub fn names(config: &Value, tensors: usize) -> Option<Names> {
-    if is_wrapped(config) || too_many_layers(config, tensors).is_some() {
+    let settings = settings(config).ok()?;
+    if is_wrapped(config) || too_many_layers(&settings.values, tensors).is_some() {
         return None;
     }
-    let graph = (family_of(config)?.build)(&Config(config)).ok()?;
+    let graph = (family_of(&settings.model_type)?.build)(&Config(&settings.values)).ok()?;
     let (prefix, embedding) = graph.embedding.tensor.split_once('.')?;
     let first = &graph.blocks.first()?.name;
     Some(Names {

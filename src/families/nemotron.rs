@@ -3,7 +3,7 @@
 use kernels::{Activation, NormKind};
 
 use super::build::{Base, activation};
-use super::rope::{Defaults, rope};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, Layer};
@@ -21,7 +21,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let act = activation(config, Activation::Relu2)?;
     let attention_bias = config.flag("attention_bias", false)?;
     let mlp_bias = config.flag("mlp_bias", false)?;
-    let rope = rope(config, base.head_dim, Defaults { partial: 0.5, ..Default::default() })?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let attention =

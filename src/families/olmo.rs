@@ -2,7 +2,7 @@
 
 use kernels::{Activation, NormKind};
 
-use super::build::{Base, activation, block, pre, sliding};
+use super::build::{Base, activation, block, pre, sliding, window_of};
 use super::rope::{of_kind, rope};
 use super::{Config, Family};
 use crate::error::Result;
@@ -25,7 +25,7 @@ fn olmo(config: &Config<'_>) -> Result<Graph> {
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("attention_bias", false)?;
     let clip = config.get("clip_qkv").map(|_| config.number("clip_qkv", 0.0)).transpose()?.map(|x| x as f32);
-    let rope = rope(config, base.head_dim, Default::default())?;
+    let rope = rope(config, base.head_dim)?;
     let mut norm = base.norm("");
     norm.weights.clear();
     let blocks = base.each(|layer| {
@@ -57,10 +57,10 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
         true => sliding(config, base.layers, |layer| (layer + 1) % 4 != 0)?,
         false => vec![false; base.layers],
     };
-    let window = config.optional_count("sliding_window")?.unwrap_or(4096);
+    let window = window_of(config, &local)?;
     let of = |kind: &str| match third {
-        true => of_kind(config, Some(kind), base.head_dim, Default::default()),
-        false => rope(config, base.head_dim, Default::default()),
+        true => of_kind(config, kind, base.head_dim),
+        false => rope(config, base.head_dim),
     };
     let (wide, near) = (of("full_attention")?, of("sliding_attention")?);
     let blocks = base.each(|layer| {
@@ -68,7 +68,7 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
         let module = format!("{at}.self_attn");
         let rope = if local[layer] { &near } else { &wide };
         let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
-        attention.shape.window = local[layer].then_some(window);
+        attention.shape.window = window.filter(|_| local[layer]);
         attention.norms = Some(whole_norms(&base, &module));
         let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
         Ok(base.post_block(at, attention, mlp))

@@ -3,7 +3,7 @@
 use kernels::{Activation, NormKind};
 
 use super::build::{Base, activation, block, pre};
-use super::rope::{Defaults, rope};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, HeadNorms, Layer, Linear, Mlp, Split};
@@ -22,7 +22,7 @@ fn phi(config: &Config<'_>) -> Result<Graph> {
     base.final_norm = "model.final_layernorm";
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::GeluTanh)?;
-    let rope = rope(config, base.head_dim, Defaults { partial: 0.5, ..Default::default() })?;
+    let rope = rope(config, base.head_dim)?;
     let normed = config.flag("qk_layernorm", false)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
@@ -54,7 +54,7 @@ fn phi3(config: &Config<'_>) -> Result<Graph> {
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let window = config.optional_count("sliding_window")?;
-    let rope = rope(config, base.head_dim, Default::default())?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");

@@ -33,7 +33,7 @@ fn build(config: &Config<'_>, family: &'static str, eps: f64) -> Result<Graph> {
         true => [config.flag("attention_bias", false)?; 2],
     };
     let windows = windows(config, base.layers)?;
-    let rope = rope(config, base.head_dim, Default::default())?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");
@@ -52,7 +52,7 @@ fn windows(config: &Config<'_>, layers: usize) -> Result<Vec<Option<usize>>> {
         return Ok(vec![None; layers]);
     }
     let Some(window) = config.optional_count("sliding_window")? else { return Ok(vec![None; layers]) };
-    let first = config.number("max_window_layers", 28.0)? as usize;
+    let first = config.count_or("max_window_layers", 28)?;
     let sliding = sliding(config, layers, |layer| layer >= first)?;
     Ok(sliding.into_iter().map(|sliding| sliding.then_some(window)).collect())
 }

@@ -1,56 +1,36 @@
-//! Rotary frequencies from config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (before).
+//! Rotary frequencies from `rope_parameters`, into which [`super::spelling`] has brought all that config.json says of them.
 
 use std::sync::Arc;
 
 use super::Config;
 use crate::error::{Error, Result};
 use crate::graph::{Rope, RopeScaling};
-
-/// What a family knows that config.json may not say.
-#[derive(Clone, Copy, Debug)]
-pub struct Defaults {
-    /// The base.
-    pub theta: f64,
-    /// Share of a head that is rotated.
-    pub partial: f64,
-}
-
-impl Default for Defaults {
-    fn default() -> Defaults {
-        Defaults { theta: 10_000.0, partial: 1.0 }
-    }
-}
+use crate::json::real;
 
 /// The rotation of heads of `head_dim` values.
-pub fn rope(config: &Config<'_>, head_dim: usize, defaults: Defaults) -> Result<Arc<Rope>> {
-    of_kind(config, None, head_dim, defaults)
+pub fn rope(config: &Config<'_>, head_dim: usize) -> Result<Arc<Rope>> {
+    rotation(config, needed_object(config, "rope_parameters")?, head_dim)
 }
 
-/// The rotation in layers of one kind (`full_attention`, `sliding_attention`), where config.json tells them apart.
-pub fn of_kind(config: &Config<'_>, kind: Option<&str>, head_dim: usize, defaults: Defaults) -> Result<Arc<Rope>> {
-    let mut new = config.object("rope_parameters")?;
-    if let (Some(all), Some(kind)) = (&new, kind)
-        && let Some(own) = all.object(kind)?
-    {
-        new = Some(own);
-    }
-    let old = config.object("rope_scaling")?;
-    let said = |key: &str| new.as_ref().filter(|new| new.get(key).is_some()).unwrap_or(config);
-    let theta = match config.get("rotary_emb_base") {
-        Some(_) => config.positive("rotary_emb_base", defaults.theta)?,
-        None => said("rope_theta").positive("rope_theta", defaults.theta)?,
-    };
-    let partial = match config.get("rotary_pct") {
-        Some(_) => config.number("rotary_pct", defaults.partial)?,
-        None => said("partial_rotary_factor").number("partial_rotary_factor", defaults.partial)?,
-    };
+/// The rotation in layers of one kind (`full_attention`, `sliding_attention`), where the family tells them apart.
+pub fn of_kind(config: &Config<'_>, kind: &str, head_dim: usize) -> Result<Arc<Rope>> {
+    rotation(config, needed_object(&needed_object(config, "rope_parameters")?, kind)?, head_dim)
+}
+
+fn needed_object<'a>(config: &Config<'a>, key: &str) -> Result<Config<'a>> {
+    config.object(key)?.ok_or_else(|| Error::failed(format!("config.json: {key} must be an object, found nothing")))
+}
+
+fn rotation(config: &Config<'_>, own: Config<'_>, head_dim: usize) -> Result<Arc<Rope>> {
+    let theta = own.positive("rope_theta", 10_000.0)?;
+    let partial = own.number("partial_rotary_factor", 1.0)?;
     let rotated = (head_dim as f64 * partial) as usize;
     if rotated < 2 || !rotated.is_multiple_of(2) || rotated > head_dim {
         return Err(Error::failed(format!(
             "config.json: {rotated} of {head_dim} values of a head are rotated, and it must be an even number of them"
         )));
     }
-    scaled(config, new.or(old), theta, rotated).map(Arc::new)
+    scaled(config, own, theta, rotated).map(Arc::new)
 }
 
 /// The rotation of `rotated` values without any scaling.
@@ -72,13 +52,9 @@ pub fn warmth(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
-fn scaled(config: &Config<'_>, scaling: Option<Config<'_>>, theta: f64, rotated: usize) -> Result<Rope> {
+fn scaled(config: &Config<'_>, scaling: Config<'_>, theta: f64, rotated: usize) -> Result<Rope> {
     let mut rope = unscaled(theta, rotated);
-    let Some(scaling) = scaling else { return Ok(rope) };
-    let kind = match ["rope_type", "type"].into_iter().find(|key| scaling.get(key).is_some()) {
-        Some(key) => scaling.text(key)?,
-        None => "default",
-    };
+    let kind = scaling.text("rope_type")?;
     let positive = |config: &Config<'_>, key: &str| -> Result<Option<f64>> {
         match config.get(key) {
             None => Ok(None),
@@ -92,12 +68,7 @@ fn scaled(config: &Config<'_>, scaling: Option<Config<'_>>, theta: f64, rotated:
         positive(&scaling, key)?
             .ok_or_else(|| Error::failed(format!("config.json: rope scaling `{kind}` lacks a positive {key}")))
     };
-    let original = || -> Result<usize> {
-        let key = "original_max_position_embeddings";
-        let outside = positive(config, key)?;
-        let found = outside.or(positive(&scaling, key)?).or(positive(config, "max_position_embeddings")?);
-        found.map(|n| n as usize).map_or_else(|| needed(key).map(|n| n as usize), Ok)
-    };
+    let original = || scaling.count("original_max_position_embeddings");
     let factor_or_ratio = |original: usize| -> Result<f64> {
         match positive(&scaling, "factor")? {
             Some(factor) => Ok(factor),
@@ -106,7 +77,7 @@ fn scaled(config: &Config<'_>, scaling: Option<Config<'_>>, theta: f64, rotated:
     };
     let divide = |rope: &mut Rope, factor: f32| rope.inverse_frequencies.iter_mut().for_each(|f| *f /= factor);
     rope.scaling = match kind {
-        "default" | "mrope" => RopeScaling::None,
+        "default" => RopeScaling::None,
         "linear" => {
             let factor = needed("factor")? as f32;
             divide(&mut rope, factor);
@@ -120,7 +91,7 @@ fn scaled(config: &Config<'_>, scaling: Option<Config<'_>>, theta: f64, rotated:
             let factor = needed("factor")? as f32;
             let low = needed("low_freq_factor")? as f32;
             let high = needed("high_freq_factor")? as f32;
-            let original = needed("original_max_position_embeddings")? as f32;
+            let original = original()? as f32;
             for f in &mut rope.inverse_frequencies {
                 let wavelength = 2.0 * std::f32::consts::PI / *f;
                 *f = if wavelength > original / low {
@@ -146,8 +117,12 @@ fn scaled(config: &Config<'_>, scaling: Option<Config<'_>>, theta: f64, rotated:
                 }
                 None => warmth(factor, 1.0),
             };
-            let beta_fast = positive(&scaling, "beta_fast")?.unwrap_or(32.0);
-            let beta_slow = positive(&scaling, "beta_slow")?.unwrap_or(1.0);
+            // To Python a zero is none.
+            let beta = |key: &str, usual: f64| match scaling.number(key, 0.0)? {
+                0.0 => Ok(usual),
+                _ => needed(key),
+            };
+            let (beta_fast, beta_slow) = (beta("beta_fast", 32.0)?, beta("beta_slow", 1.0)?);
             let turns = |turns: f64| {
                 let circle = turns * 2.0 * std::f64::consts::PI;
                 rotated as f64 * (original as f64 / circle).ln() / (2.0 * theta.ln())
@@ -173,12 +148,12 @@ fn scaled(config: &Config<'_>, scaling: Option<Config<'_>>, theta: f64, rotated:
                 mscale_all_dim: mscale_all_dim as f32,
             }
         }
-        "longrope" | "su" => {
+        "longrope" => {
             let original = original()?;
             let factor = factor_or_ratio(original)?;
             let list = |key: &str| -> Result<Vec<f32>> {
                 let list = scaling.get(key).and_then(|v| v.as_array());
-                let numbers = list.map(|list| list.iter().filter_map(|v| v.as_f64()).map(|x| x as f32).collect());
+                let numbers = list.map(|list| list.iter().filter_map(real).map(|x| x as f32).collect());
                 numbers
                     .filter(|found: &Vec<f32>| found.len() == rotated / 2 && found.iter().all(|x| *x > 0.0))
                     .ok_or_else(|| {

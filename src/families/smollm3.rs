@@ -3,7 +3,7 @@
 use kernels::Activation;
 
 use super::build::{Base, activation, sliding};
-use super::rope::{Defaults, rope};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, Layer};
@@ -23,7 +23,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         false => None,
     };
     let local = sliding(config, base.layers, |layer| !rotated[layer])?;
-    let rope = rope(config, base.head_dim, Defaults { theta: 2_000_000.0, ..Default::default() })?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let rope = rotated[layer].then(|| rope.clone());

@@ -3,7 +3,7 @@
 use kernels::{Activation, NormKind};
 
 use super::build::{Base, activation, block, pre};
-use super::rope::{Defaults, rope};
+use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, HeadNorms, Layer, Norm};
@@ -21,7 +21,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let bias = config.flag("use_qkv_bias", false)?;
     let parallel = config.flag("use_parallel_residual", false)?;
     let normed = config.flag("qk_layernorm", false)?;
-    let rope = rope(config, base.head_dim, Defaults { partial: 0.25, ..Default::default() })?;
+    let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");

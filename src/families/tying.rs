@@ -6,7 +6,7 @@
 
 use serde_json::Value;
 
-use super::{published, text_config};
+use super::{published, tied};
 use crate::checkpoint::Checkpoint;
 
 const FLAG: &str = "tie_word_embeddings";
@@ -21,7 +21,7 @@ pub fn settled(source: &Checkpoint) -> Option<(Value, String)> {
         Ok(graph) => (graph.head.linear.weight(), graph.embedding.tensor, graph.head.tied),
         Err(_) => {
             let (head, embedding) = by_name(source)?;
-            (head, embedding, flag_of(&text_config(config)).unwrap_or(false))
+            (head, embedding, self::tied(config).unwrap_or(false))
         }
     };
     let inner = config.get("text_config").filter(|inner| inner.is_object());

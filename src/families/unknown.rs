@@ -6,7 +6,6 @@
 use std::collections::HashSet;
 
 use kernels::NormKind;
-use serde_json::Value;
 
 use super::names::component;
 use crate::checkpoint::{Checkpoint, Entry, StoredType};
@@ -81,7 +80,6 @@ pub fn graph(source: &Checkpoint) -> Result<Graph> {
     let finder = Finder::new(source);
     let mut found: Vec<(&Entry, &str)> =
         source.entries().iter().filter_map(|entry| Some((entry, finder.block_of(entry)?))).collect();
-    let text = super::text_config(source.config());
     let wrapped = ["text_config", "vision_config", "audio_config"].iter().any(|key| source.config().get(key).is_some());
     let language = |name: &str| LANGUAGE.iter().any(|word| name.split('.').any(|part| part == *word));
     if wrapped && found.iter().any(|(_, block)| language(block)) {
@@ -108,7 +106,7 @@ pub fn graph(source: &Checkpoint) -> Result<Graph> {
         return Err(Error::failed(format!("{}: the model's family is unknown, and {why}", source.path().display())));
     }
     let stored = HEADS.iter().find(|head| source.entry(&format!("{head}.weight")).is_some_and(|e| e.shape.len() == 2));
-    let says_tied = text.get("tie_word_embeddings").and_then(Value::as_bool).unwrap_or(false);
+    let says_tied = super::tied(source.config()).unwrap_or(false);
     let aside = if wrapped { components(source, &blocks) } else { Vec::new() };
     let mut aside: Vec<(String, &str)> =
         aside.into_iter().map(|part| (part, "not part of the language model")).collect();

@@ -218,9 +218,21 @@ impl Settings {
             }
             set(json!({"rope_parameters": all}));
         } else if !of_two_kinds {
-            set(json!({"rope_theta": theta}));
-            if let Some(scaling) = scaling.clone() {
-                set(json!({"rope_scaling": scaling}));
+            set(match model_type {
+                "gpt_neox" => json!({"rotary_emb_base": theta}),
+                _ => json!({"rope_theta": theta}),
+            });
+            match scaling.clone() {
+                Some(scaling) => {
+                    // This family's configurations have it outside, where it counts.
+                    if let (Some(original), "phi3") = (scaling.get("original_max_position_embeddings"), model_type) {
+                        set(json!({"original_max_position_embeddings": original}));
+                    }
+                    set(json!({"rope_scaling": scaling}));
+                }
+                // Where nothing is said of scaling this family's usual one is meant.
+                None if model_type == "gpt_oss" => set(json!({"rope_scaling": {"rope_type": "default"}})),
+                None => {}
             }
         } else {
             let near = match model_type {

@@ -29,7 +29,7 @@ pub fn spell(folder: &Path) {
     std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
 }
 
-fn write(model: &Path, output: &Path, settings: &str) -> quantc::Result<Report> {
+pub fn write(model: &Path, output: &Path, settings: &str) -> quantc::Result<Report> {
     let request: Request = toml::from_str(&format!("format = 'gguf'\n{settings}")).unwrap();
     let recipe = Recipe::resolve(request).unwrap();
     let job = Job { model, output, recipe, verification: None, force: false, report: None };

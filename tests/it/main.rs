@@ -15,6 +15,7 @@ mod matrix;
 mod pipeline;
 mod readme;
 mod sentencepiece;
+mod spelling;
 mod stray;
 mod tidy;
 mod unknown;

@@ -1,0 +1,468 @@
+//! One spelling for the settings of a model, whichever of several its config.json has.
+//!
+//! What wins where two are there, and what is taken where none is, is what transformers 5 does: `defaults.json` is made
+//! from its configuration classes, and [`Rotation`] says what they do with rotary positions.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::LazyLock;
+
+use serde_json::{Map, Value, json};
+
+use crate::error::{Error, Result};
+use crate::json::{real, shown};
+
+/// The settings of a language model.
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    /// The model's type, or that of its text.
+    pub model_type: String,
+    /// Every setting under one name. All that is said of rotary positions is in `rope_parameters`, with a `rope_type` and
+    /// a `rope_theta`, for each type of layer where the family tells them apart.
+    pub values: Value,
+    /// What a user should know of choices that were made, one sentence each.
+    pub notes: Vec<String>,
+    /// Settings that config.json does not have or has a null for, and for which defaults stand here.
+    pub left_out: BTreeSet<String>,
+}
+
+/// What transformers knows of a model type.
+#[derive(serde::Deserialize)]
+struct Class {
+    defaults: Map<String, Value>,
+    /// Those that may be null.
+    nullable: Vec<String>,
+    /// A setting and the keys that stand for it, of which the last wins.
+    spellings: Vec<Vec<String>>,
+}
+
+static CLASSES: LazyLock<HashMap<String, Class>> =
+    LazyLock::new(|| serde_json::from_str(include_str!("defaults.json")).expect("a committed file"));
+
+/// Settings that shapes of tensors follow from.
+const SIZES: &[&str] = &[
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "n_embd",
+    "n_layer",
+    "n_head",
+];
+
+/// What a class does with settings of rotary positions.
+#[derive(Clone, Copy)]
+struct Rotation {
+    /// The base where none is said.
+    theta: f64,
+    /// The share of each head that is rotated where none is said; `None` for models that rotate all of it.
+    partial: Option<f64>,
+    form: Form,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    /// One rotation for all layers.
+    Flat,
+    /// One for each type of layer; settings outside are those of layers that see all, but for this key.
+    Layered { near: Option<&'static str> },
+    /// Keys of its own: `rotary_emb_base` and `rotary_pct`.
+    NeoX,
+    /// What is not `default` is LongRoPE.
+    Long,
+    /// No positions, or learned ones.
+    Absent,
+}
+
+impl Rotation {
+    fn of(model_type: &str) -> Rotation {
+        let rotation = |theta, partial, form| Rotation { theta, partial, form };
+        match model_type {
+            "gpt2" => rotation(1e4, None, Form::Absent),
+            "gemma3_text" => rotation(1e6, None, Form::Layered { near: Some("rope_local_base_freq") }),
+            "olmo3" => rotation(5e5, None, Form::Layered { near: None }),
+            "gpt_neox" => rotation(1e4, Some(0.25), Form::NeoX),
+            "phi3" => rotation(1e4, Some(1.0), Form::Long),
+            "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
+            "stablelm" => rotation(1e4, Some(0.25), Form::Flat),
+            "minimax_m2" => rotation(5e6, Some(1.0), Form::Flat),
+            "cohere" | "ernie4_5" | "ernie4_5_moe" | "llama4_text" | "qwen3_vl_text" => rotation(5e5, None, Form::Flat),
+            "mixtral" | "qwen2_vl_text" | "qwen2_5_vl_text" => rotation(1e6, None, Form::Flat),
+            "helium" => rotation(1e5, None, Form::Flat),
+            "gpt_oss" => rotation(1.5e5, None, Form::Flat),
+            "smollm3" => rotation(2e6, None, Form::Flat),
+            _ => rotation(1e4, None, Form::Flat),
+        }
+    }
+
+    /// `rope_parameters` of a model whose config.json has none.
+    fn unsaid(model_type: &str, context: &Value) -> Value {
+        match model_type {
+            "gpt_oss" => json!({
+                "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false,
+                "original_max_position_embeddings": 4096,
+            }),
+            "ministral3" => json!({
+                "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+                "max_position_embeddings": context, "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0,
+                "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+            }),
+            _ => json!({}),
+        }
+    }
+}
+
+/// Settings of `model_type` in one spelling. Of a type that transformers has no class for they are as they were.
+pub fn settled(model_type: &str, mut values: Map<String, Value>) -> Result<Settings> {
+    let mut notes = Vec::new();
+    let Some(class) = CLASSES.get(class_of(model_type)) else {
+        let model_type = model_type.to_owned();
+        return Ok(Settings { model_type, values: values.into(), ..Settings::default() });
+    };
+    for spelling in &class.spellings {
+        let (setting, keys) = spelling.split_first().expect("a setting and its keys");
+        let said: Vec<(&String, Value)> =
+            keys.iter().filter_map(|key| Some((key, values.remove(key)?))).filter(|(_, v)| !v.is_null()).collect();
+        let Some((winner, value)) = said.last().cloned() else { continue };
+        if let Some((other, _)) = said.iter().find(|(_, other)| !same(other, &value)) {
+            notes.push(format!(
+                "config.json has {other} and {winner}, and they differ: {winner} is taken, as transformers does"
+            ));
+        }
+        values.insert(setting.clone(), value);
+    }
+    let mut left_out = BTreeSet::new();
+    for (setting, default) in &class.defaults {
+        match values.get(setting) {
+            None => {}
+            // No size is guessed where one was meant to be.
+            Some(Value::Null) if SIZES.contains(&setting.as_str()) => continue,
+            Some(Value::Null) if !class.nullable.contains(setting) => notes.push(format!(
+                "config.json has null for {setting}, which transformers 5 refuses: its default {} is taken",
+                shown(default)
+            )),
+            Some(_) => continue,
+        }
+        left_out.insert(setting.clone());
+        values.insert(setting.clone(), default.clone());
+    }
+    let sizes: Vec<&str> = SIZES.iter().copied().filter(|size| left_out.contains(*size)).collect();
+    if !sizes.is_empty() {
+        notes.push(format!(
+            "config.json does not say {}: transformers' defaults for `{model_type}` are taken",
+            sizes.join(", ")
+        ));
+    }
+    for (setting, value) in &values {
+        if class.defaults.get(setting).is_some_and(Value::is_u64)
+            && value.is_f64()
+            && real(value).is_some_and(|x| x.fract() == 0.0)
+        {
+            notes.push(format!(
+                "config.json has {} for {setting}, which is read as a whole number here and refused by transformers 5",
+                shown(value)
+            ));
+        }
+    }
+    rotary(model_type, &mut values, &mut notes)?;
+    Ok(Settings { model_type: model_type.to_owned(), values: values.into(), notes, left_out })
+}
+
+/// The class that reads a model type; some types of wrappers are those of their text too.
+fn class_of(model_type: &str) -> &str {
+    match model_type {
+        "qwen2_vl" => "qwen2_vl_text",
+        "qwen2_5_vl" => "qwen2_5_vl_text",
+        "kimi_k2" => "deepseek_v3",
+        other => other,
+    }
+}
+
+fn same(a: &Value, b: &Value) -> bool {
+    match (real(a), real(b)) {
+        (Some(a), Some(b)) => a == b,
+        _ => a == b,
+    }
+}
+
+/// Brings everything about rotary positions into `rope_parameters`.
+fn rotary(model_type: &str, values: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<()> {
+    let class = class_of(model_type);
+    let rotation = Rotation::of(class);
+    if rotation.form == Form::Absent {
+        return Ok(());
+    }
+    // An empty one is none.
+    let old = object(values, "rope_scaling")?.filter(|scaling| !scaling.is_empty());
+    let new = object(values, "rope_parameters")?;
+    let mut take = |key: &str| values.remove(key);
+    let outside = Outside {
+        theta: take("rope_theta"),
+        partial: take("partial_rotary_factor"),
+        base: take("rotary_emb_base"),
+        percent: take("rotary_pct"),
+        near: take("rope_local_base_freq"),
+        dim: take("rotary_dim"),
+        original: values.get("original_max_position_embeddings").filter(|v| !v.is_null()).cloned(),
+        context: values.get("max_position_embeddings").cloned().unwrap_or_default(),
+        head_dim: values.get("head_dim").and_then(real),
+    };
+    let mut told = Vec::new();
+    let found = match rotation.form {
+        Form::Layered { near } => layered(&rotation, near, old.clone(), new.clone(), &outside, &mut told),
+        _ => {
+            let own = old.clone().or(new.clone());
+            let own = own.unwrap_or_else(|| match Rotation::unsaid(class, &outside.context) {
+                Value::Object(unsaid) => unsaid,
+                _ => unreachable!("an object"),
+            });
+            flat(class, &rotation, own, &outside, &mut told)?
+        }
+    };
+    if let (Some(_), Some(new)) = (&old, new.filter(|new| !new.is_empty())) {
+        let alone = match rotation.form {
+            Form::Layered { near } => Some(layered(&rotation, near, None, Some(new), &outside, &mut Vec::new())),
+            _ => flat(class, &rotation, new, &outside, &mut Vec::new()).ok(),
+        };
+        if !alone.is_some_and(|alone| alike(&alone, &found)) {
+            told.insert(
+                0,
+                "config.json has both rope_scaling and rope_parameters, and they differ: rope_scaling is taken, as transformers does"
+                    .to_owned(),
+            );
+        }
+    }
+    notes.append(&mut told);
+    values.remove("rope_scaling");
+    values.insert("rope_parameters".to_owned(), found.into());
+    Ok(())
+}
+
+/// Settings of rotary positions outside the objects of their own; null ones are there.
+struct Outside {
+    theta: Option<Value>,
+    partial: Option<Value>,
+    base: Option<Value>,
+    percent: Option<Value>,
+    near: Option<Value>,
+    dim: Option<Value>,
+    original: Option<Value>,
+    context: Value,
+    head_dim: Option<f64>,
+}
+
+fn said(value: &Option<Value>) -> Option<&Value> {
+    value.as_ref().filter(|value| !value.is_null())
+}
+
+fn object(values: &Map<String, Value>, key: &str) -> Result<Option<Map<String, Value>>> {
+    match values.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Object(object)) => Ok(Some(object.clone())),
+        Some(other) => Err(Error::failed(format!("config.json: {key} must be an object, found {}", shown(other)))),
+    }
+}
+
+/// Puts a setting from outside into `own`, unless it is there.
+fn fill(
+    own: &mut Map<String, Value>,
+    key: &str,
+    outside: Option<(&str, &Value)>,
+    default: Option<Value>,
+    notes: &mut Vec<String>,
+) {
+    match (own.get(key).filter(|value| !value.is_null()), outside) {
+        (Some(inside), Some((name, value))) if !same(inside, value) => notes.push(format!(
+            "config.json has {name} {} outside the settings of rotary positions and {key} {} inside: {} is taken, as transformers does",
+            shown(value),
+            shown(inside),
+            shown(inside)
+        )),
+        (Some(_), _) => {}
+        (None, Some((_, value))) => drop(own.insert(key.to_owned(), value.clone())),
+        (None, None) => drop(default.map(|default| own.insert(key.to_owned(), default))),
+    }
+}
+
+/// Its `rope_type`, by the newer name if both are there.
+fn name_type(own: &mut Map<String, Value>) -> String {
+    let found = ["rope_type", "type"].iter().find_map(|key| own.get(*key).filter(|v| !v.is_null()).cloned());
+    let found = found.unwrap_or_else(|| "default".into());
+    own.remove("type");
+    own.insert("rope_type".to_owned(), found.clone());
+    found.as_str().unwrap_or_default().to_owned()
+}
+
+fn flat(
+    class: &str,
+    rotation: &Rotation,
+    mut own: Map<String, Value>,
+    outside: &Outside,
+    notes: &mut Vec<String>,
+) -> Result<Map<String, Value>> {
+    if let Some(kind) =
+        ["full_attention", "sliding_attention"].iter().find(|kind| own.get(**kind).is_some_and(Value::is_object))
+    {
+        return Err(Error::failed(format!(
+            "config.json: rope_parameters has settings for `{kind}` alone, and models of the type `{class}` have one rotation for all layers"
+        )));
+    }
+    let named = |name: &'static str, value: &'_ Option<Value>| said(value).cloned().map(|value| (name, value));
+    let (theta, mut partial) = match rotation.form {
+        Form::NeoX => {
+            if let Some((key, value)) =
+                named("rope_theta", &outside.theta).or(named("partial_rotary_factor", &outside.partial))
+            {
+                notes.push(format!(
+                    "config.json has {key} {} outside rope_parameters, which transformers does not read for `{class}`: it is left out",
+                    shown(&value)
+                ));
+            }
+            (named("rotary_emb_base", &outside.base), named("rotary_pct", &outside.percent))
+        }
+        _ => (named("rope_theta", &outside.theta), named("partial_rotary_factor", &outside.partial)),
+    };
+    fill(&mut own, "rope_theta", theta.as_ref().map(|(n, v)| (*n, v)), Some(rotation.theta.into()), notes);
+    let kind = match (name_type(&mut own), rotation.form) {
+        // Its configurations of the first days.
+        (kind, Form::Long) if kind == "su" || kind == "yarn" => "longrope".to_owned(),
+        // Of a text all kinds of position are the same.
+        (kind, _) if kind == "mrope" && class.ends_with("vl_text") => "default".to_owned(),
+        (kind, _) => kind,
+    };
+    own.insert("rope_type".to_owned(), kind.clone().into());
+    match rotation.partial {
+        Some(default) => {
+            if class == "minimax_m2" && outside.partial.is_none() {
+                let dim = said(&outside.dim).and_then(real).zip(outside.head_dim);
+                partial = dim.map(|(dim, head)| ("rotary_dim", (dim / head).into()));
+            }
+            // A null is no share, and that is all of a head.
+            let nulled = rotation.form == Form::Flat && outside.partial == Some(Value::Null);
+            let default = if nulled { 1.0 } else { default };
+            fill(
+                &mut own,
+                "partial_rotary_factor",
+                partial.as_ref().map(|(n, v)| (*n, v)),
+                Some(default.into()),
+                notes,
+            );
+        }
+        None => {
+            let inside = own.remove("partial_rotary_factor").filter(|v| !v.is_null());
+            if let Some(share) = inside.or(partial.map(|(_, value)| value)).filter(|share| real(share) != Some(1.0)) {
+                if kind != "default" {
+                    return Err(Error::failed(format!(
+                        "config.json: partial_rotary_factor is {}, but models of the type `{class}` rotate the whole of each head",
+                        shown(&share)
+                    )));
+                }
+                notes.push(format!(
+                    "config.json has partial_rotary_factor {}, which transformers does not read for `{class}`: whole heads are rotated",
+                    shown(&share)
+                ));
+            }
+        }
+    }
+    if ["llama3", "yarn", "longrope"].contains(&kind.as_str()) {
+        let key = "original_max_position_embeddings";
+        let inside = own.get(key).filter(|v| !v.is_null());
+        if let (Some(outer), Some(inner)) = (&outside.original, inside)
+            && !same(outer, inner)
+        {
+            notes.push(format!(
+                "config.json has {key} {} outside the settings of rotary positions and {} inside: {} is taken, as transformers does",
+                shown(outer),
+                shown(inner),
+                shown(outer)
+            ));
+        }
+        let found = outside.original.as_ref().or(inside).unwrap_or(&outside.context).clone();
+        own.insert(key.to_owned(), found);
+    }
+    Ok(own)
+}
+
+fn layered(
+    rotation: &Rotation,
+    near: Option<&str>,
+    old: Option<Map<String, Value>>,
+    new: Option<Map<String, Value>>,
+    outside: &Outside,
+    notes: &mut Vec<String>,
+) -> Map<String, Value> {
+    let kinds = ["full_attention", "sliding_attention"];
+    let mut all = new
+        .unwrap_or_else(|| kinds.map(|kind| (kind.to_owned(), json!({"rope_type": "default"}))).into_iter().collect());
+    if kinds.iter().all(|kind| all.get(*kind).is_none_or(Value::is_null)) && !all.is_empty() {
+        notes.push(
+            "config.json has rope_parameters for all layers alike, which transformers does not read for this model: those of its \
+             types of layers are the usual ones"
+                .to_owned(),
+        );
+    }
+    let truncate = all.get("truncate").cloned();
+    let mut of = |kind: &str| match all.remove(kind) {
+        Some(Value::Object(own)) => own,
+        _ => Map::from_iter([("rope_type".to_owned(), "default".into())]),
+    };
+    let (mut wide, mut local) = (of(kinds[0]), of(kinds[1]));
+    if let Some(old) = old {
+        let before = wide.get("rope_type").cloned();
+        wide.extend(old);
+        // It is the newer name that counts, and a default was there.
+        if let (Some(named), Some(before)) = (wide.get("type"), before)
+            && wide.get("rope_type") == Some(&before)
+            && *named != before
+        {
+            notes.push(format!(
+                "config.json has a rope_scaling of the type {}, and transformers reads only rope_type there, which is {}",
+                shown(named),
+                shown(&before)
+            ));
+        }
+    }
+    let theta = said(&outside.theta).map(|value| ("rope_theta", value));
+    fill(&mut wide, "rope_theta", theta, Some(rotation.theta.into()), notes);
+    let (name, theta) = match near {
+        Some(key) => (key, 1e4),
+        None => ("rope_theta", rotation.theta),
+    };
+    let own = near.and(said(&outside.near)).map(|value| (name, value));
+    fill(&mut local, "rope_theta", own, Some(theta.into()), notes);
+    if near.is_none()
+        && let Some(theta) = said(&outside.theta)
+        && !same(theta, &local["rope_theta"])
+    {
+        notes.push(format!(
+            "config.json has rope_theta {}, which transformers takes for layers that see all: those with a window have {}",
+            shown(theta),
+            shown(&local["rope_theta"])
+        ));
+    }
+    for own in [&mut wide, &mut local] {
+        let kind = name_type(own);
+        if ["llama3", "yarn", "longrope"].contains(&kind.as_str())
+            && own.get("original_max_position_embeddings").is_none_or(Value::is_null)
+        {
+            own.insert("original_max_position_embeddings".to_owned(), outside.context.clone());
+        }
+        own.remove("truncate");
+        if let Some(truncate) = &truncate {
+            own.insert("truncate".to_owned(), truncate.clone());
+        }
+        own.remove("partial_rotary_factor");
+    }
+    [(kinds[0].to_owned(), wide.into()), (kinds[1].to_owned(), local.into())].into_iter().collect()
+}
+
+/// Whether two settings of rotary positions say the same.
+fn alike(a: &Map<String, Value>, b: &Map<String, Value>) -> bool {
+    let same = |a: &Value, b: &Value| match (a, b) {
+        (Value::Object(a), Value::Object(b)) => alike(a, b),
+        (a, b) => same(a, b),
+    };
+    a.len() == b.len() && a.iter().all(|(key, value)| b.get(key).is_some_and(|other| same(value, other)))
+}
