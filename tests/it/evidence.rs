@@ -300,7 +300,7 @@ fn a_broken_original_is_named_and_nothing_is_written() {
 }
 
 #[test]
-fn limits_are_missed_by_what_cannot_be_measured() {
+fn what_cannot_be_measured_passes_no_limit() {
     let room = Room::new();
     broken(&room);
     let verification = Verification {
