@@ -152,6 +152,7 @@ fn gptq(c: &mut Criterion) {
             refused: 0,
             refusal: None,
             templated: 0,
+            untemplated: 0,
             tokens: SEQUENCES * SEQ_LEN,
             sequences: SEQUENCES,
             requested: SEQUENCES,

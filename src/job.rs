@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use calibration::samples::{Samples, windows};
+use calibration::samples::{SampleSource, Samples, windows};
 use calibration::statistics::Needs;
 use kernels::Backend;
 use serde_json::Value;
@@ -312,7 +312,10 @@ impl Job<'_> {
                 if seq_len < recipe.seq_len {
                     notes.push(format!("sequences were cut to the model's {seq_len} positions"));
                 }
-                let samples = text.select(&load_text(&recipe.calibration)?, recipe.samples, seq_len, recipe.seed)?;
+                let calibration = load_text(&recipe.calibration)?;
+                let samples = text.select(&calibration, recipe.samples, seq_len, recipe.seed)?;
+                notes.extend(calibration.notes);
+                notes.extend(weak_conversations(&samples.source));
                 if samples.source.sequences < recipe.samples {
                     notes.push(format!(
                         "the calibration text gives {} sequences of {seq_len} tokens, {} were asked for",
@@ -331,7 +334,7 @@ impl Job<'_> {
             _ => None,
         };
         let held_out = match (&self.verification, &text) {
-            (Some(verification), Some(text)) => Some(verification.read(&source, text)?),
+            (Some(verification), Some(text)) => Some(verification.read(&source, text, &mut notes)?),
             _ => None,
         };
         // A tokenizer of a large vocabulary is tens of megabytes.
@@ -418,15 +421,35 @@ impl Job<'_> {
     }
 }
 
+/// What there is to say of conversations that calibration did not see as the model does.
+fn weak_conversations(source: &SampleSource) -> Vec<String> {
+    let SampleSource { name, refused, refusal, templated, untemplated, .. } = source;
+    let mut notes = Vec::new();
+    if let (Some(refusal), true) = (refusal, *refused > 0) {
+        notes.push(format!(
+            "{refused} of {} conversations of {name} were left out, since the model refuses them: {refusal}",
+            refused + templated
+        ));
+    }
+    if *untemplated > 0 {
+        notes.push(format!(
+            "{untemplated} conversations of {name} were read as plain text, since the model has no chat template"
+        ));
+    }
+    notes
+}
+
 /// A second copy of the report; written when the output is safe, so that a bad path here does not cost it.
 fn write_copy(path: Option<PathBuf>, json: &[u8]) -> Result<()> {
     path.map_or(Ok(()), |path| std::fs::write(&path, json).map_err(Error::io(&path, "write")))
 }
 
 impl Verification {
-    fn read(&self, source: &Checkpoint, text: &ModelText) -> Result<HeldOut> {
+    fn read(&self, source: &Checkpoint, text: &ModelText, notes: &mut Vec<String>) -> Result<HeldOut> {
         let context = self.context.min(families::longest_context(source.config())?.unwrap_or(usize::MAX));
-        let ids = text.evaluation_ids(&load_text(&self.text)?)?;
+        let held_out = load_text(&self.text)?;
+        let ids = text.evaluation_ids(&held_out)?;
+        notes.extend(held_out.notes);
         let windows = windows(&ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
         Ok(HeldOut { ids, windows })
     }

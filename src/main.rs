@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use anyhow::Context;
+use calibration::samples::GUARDED;
 use clap::Parser;
 use formats::Dtype;
 use quantc::cli::{Cli, Command, Compute, Engine, Eval, Quantize};
@@ -18,6 +19,13 @@ use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge
 const BELOW_THE_BAR: u8 = 3;
 
 fn main() -> ExitCode {
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        // What is wrong with a damaged file is told by whoever reads it.
+        if std::thread::current().name() != Some(GUARDED) {
+            told(panic);
+        }
+    }));
     match run(Cli::parse()) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
@@ -254,6 +262,9 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     drop(progress);
     if let Some(profile) = engine.profile() {
         eprint!("{profile}");
+    }
+    for note in text.notes.iter().filter(|_| !args.compute.quiet) {
+        eprintln!("note: {note}");
     }
     match args.json {
         true => say(&format!("{}\n", serde_json::to_string_pretty(&quality)?)),

@@ -6,8 +6,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use calibration::samples::{
-    ChatTemplate, Document, PRESETS, SampleError, Samples, Text, Tokenizer, TokenizerConfig, parse_json, parse_jsonl,
-    parse_txt, preset, select,
+    ChatTemplate, Document, PRESETS, SampleError, Samples, Text, Tokenizer, TokenizerConfig, parse_txt, preset, read,
+    select,
 };
 
 use crate::checkpoint::Checkpoint;
@@ -31,7 +31,7 @@ pub(crate) const OTHER_TOKENIZERS: &[(&str, &str)] = &[
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
     /// There is neither a file nor a preset of this name.
-    #[error("{name}: no such file; give a text (.txt, .jsonl, .json) or a bundled preset: {presets}", presets = PRESETS.join(", "))]
+    #[error("{name}: no such file; give a text (.txt, .jsonl, .json, .csv, .tsv, .parquet) or a bundled preset: {presets}", presets = PRESETS.join(", "))]
     Missing {
         /// What the user gave.
         name: String,
@@ -44,8 +44,16 @@ pub enum TextError {
         /// The system's reason.
         error: std::io::Error,
     },
-    /// The file is not text.
-    #[error("{path}: not UTF-8 text: byte {offset} cannot be read; texts are .txt, .jsonl or .json in UTF-8", path = path.display())]
+    /// A folder, where one file is read.
+    #[error("{path}: a folder; give one file{hint}", path = path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// Files in it that could be meant; begins with a separator, or is empty.
+        hint: String,
+    },
+    /// A template is not text.
+    #[error("{path}: not UTF-8 text: byte {offset} cannot be read", path = path.display())]
     Encoding {
         /// The file.
         path: PathBuf,
@@ -61,7 +69,9 @@ pub enum TextError {
         hint: String,
     },
     /// Evaluation scores running text only.
-    #[error("{name}: evaluation needs running text, but this file holds conversations; give a .txt file")]
+    #[error(
+        "{name}: evaluation needs running text, but this file holds conversations; give a .txt file, or records with a `text`"
+    )]
     NotPlain {
         /// The file.
         name: String,
@@ -91,9 +101,9 @@ pub enum TextError {
 
 /// Reads a text: a bundled preset by its name, else a file by its path.
 ///
-/// `.jsonl`/`.ndjson` and `.json` hold records (see `calibration::samples::parse_jsonl`); every other file is running
-/// text, taken byte for byte – perplexities of WikiText compare only when the same file is read raw everywhere. A file
-/// named like a preset is reached as `./NAME`. Fails for a missing, empty or non-UTF-8 file.
+/// What a file is read as is told by `calibration::samples::read`: running text is taken byte for byte – perplexities of WikiText
+/// compare only when the same file is read raw everywhere. A file named like a preset is reached as `./NAME`. Fails for a missing,
+/// empty or unreadable file.
 pub fn load_text(path_or_preset: &str) -> Result<Text, TextError> {
     if let Some(text) = preset(path_or_preset) {
         return Ok(text);
@@ -104,19 +114,35 @@ pub fn load_text(path_or_preset: &str) -> Result<Text, TextError> {
     let path = Path::new(path_or_preset);
     let bytes = std::fs::read(path).map_err(|error| match error.kind() {
         ErrorKind::NotFound => TextError::Missing { name: path_or_preset.to_owned() },
+        _ if path.is_dir() => TextError::Folder { path: path.to_owned(), hint: texts_in(path) },
         _ => TextError::Io { path: path.to_owned(), error },
     })?;
-    let content = utf8(path, bytes)?;
-    let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or_default().to_lowercase();
-    let text = match extension.as_str() {
-        "jsonl" | "ndjson" => parse_jsonl(path_or_preset, &content)?,
-        "json" => parse_json(path_or_preset, &content)?,
-        _ => parse_txt(path_or_preset, &content),
-    };
+    let text = read(path_or_preset, bytes)?;
     if text.documents.is_empty() {
         return Err(SampleError::Empty { name: path_or_preset.to_owned() }.into());
     }
     Ok(text)
+}
+
+/// The first texts in a folder, as the end of a sentence.
+fn texts_in(folder: &Path) -> String {
+    const ENDINGS: &[&str] = &["jsonl", "json", "ndjson", "parquet", "csv", "tsv", "txt", "raw"];
+    let is_text = |path: &PathBuf| {
+        path.extension().and_then(|ending| ending.to_str()).is_some_and(|ending| ENDINGS.contains(&ending))
+    };
+    let entries = std::fs::read_dir(folder).into_iter().flatten();
+    let mut found: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(is_text).collect();
+    found.sort();
+    // The .json files of a model are no texts.
+    if folder.join("config.json").exists() {
+        found.clear();
+    }
+    let names: Vec<String> = found.iter().take(2).map(|path| path.display().to_string()).collect();
+    match found.len() {
+        0 => " (.txt, .jsonl, .json, .csv, .tsv, .parquet)".to_owned(),
+        1 => format!(": {}", names[0]),
+        count => format!(" of its {count}, such as {}", names.join(" or ")),
+    }
 }
 
 /// A model's way from text to ids.
@@ -270,6 +296,7 @@ mod tests {
         assert_eq!(plain("a.md", "é\r\n".as_bytes()).plain().unwrap(), "é\r\n");
         assert_eq!(plain("a.jsonl", b"{\"text\": \"x\"}\n{\"text\": \"y\"}").documents.len(), 2);
         assert_eq!(plain("A.JSON", b"[{\"text\": \"x\"}]").documents.len(), 1);
+        assert_eq!(plain("a.csv", b"text\nx\ny\n").documents.len(), 2);
         assert_eq!(load_text("mixed").unwrap().name, "mixed");
     }
 
@@ -287,7 +314,14 @@ mod tests {
         let line = message(load_text(&file(&folder, "bad.jsonl", b"{\"text\": \"a\"}\n{\"txt\": \"b\"}")));
         assert!(line.contains("bad.jsonl, line 2: expected `text`"), "{line}");
         let directory = message(load_text(folder.path().to_str().unwrap()));
-        assert!(directory.contains("cannot be read"), "{directory}");
+        assert!(
+            directory.contains(": a folder; give one file of its 4, such as ") && directory.contains("bad.jsonl or "),
+            "{directory}"
+        );
+        let none = tempfile::tempdir().unwrap();
+        assert!(
+            message(load_text(none.path().to_str().unwrap())).ends_with("(.txt, .jsonl, .json, .csv, .tsv, .parquet)")
+        );
     }
 
     #[test]

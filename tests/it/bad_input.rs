@@ -268,7 +268,7 @@ fn a_text_that_cannot_be_used_is_named_with_the_place() {
         ("short.txt", &["tokens", "give more text"]),
         ("bad.jsonl", &["bad.jsonl, line 2", "`txt`"]),
         ("broken.json", &["broken.json, line 2, column 2"]),
-        ("model", &["model: cannot be read"]),
+        ("model", &["model: a folder; give one file"]),
     ];
     for (file, words) in cases {
         room.run(quantize(&["--calibration", file])).refuses(1, words);

@@ -14,6 +14,7 @@ mod inputs;
 mod matrix;
 mod pipeline;
 mod readme;
+mod records;
 mod sentencepiece;
 mod spelling;
 mod stray;

@@ -22,7 +22,7 @@ pub struct ChatTemplate {
 #[derive(Serialize)]
 struct Context {
     messages: Vec<serde_json::Value>,
-    tools: Option<()>,
+    tools: Option<Vec<serde_json::Value>>,
     documents: Option<()>,
     add_generation_prompt: bool,
 }
@@ -59,33 +59,102 @@ impl ChatTemplate {
         self
     }
 
-    /// The conversation as the model was trained to see it, without a prompt for a further answer.
+    /// The conversation as the model was trained to see it, without a prompt for a further answer; `tools` are what it may call.
     ///
-    /// Fails where the template itself refuses (`raise_exception`) or trips over a message.
-    pub fn render(&self, messages: &[Message]) -> Result<String, SampleError> {
-        let messages = messages.iter().map(plain_message).collect();
-        let context = Context { messages, tools: None, documents: None, add_generation_prompt: false };
+    /// The turns are given as transformers gives them, the arguments of calls as objects. Where the template refuses that, it gets them
+    /// as OpenAI's API has them, which DeepSeek's templates for calls are written for, and at last with an empty content in
+    /// turns that only call, which is what vLLM gives. Fails where the template refuses all of these (`raise_exception`) or trips over
+    /// a message.
+    pub fn render(&self, messages: &[Message], tools: &[serde_json::Value]) -> Result<String, SampleError> {
+        let mut refusal = None;
+        let mut tried: Vec<Vec<serde_json::Value>> = Vec::new();
+        for form in [Form::Documented, Form::Raw, Form::Filled] {
+            let messages: Vec<serde_json::Value> = messages.iter().map(|message| form.fields(message)).collect();
+            if tried.contains(&messages) {
+                continue;
+            }
+            match self.rendered(messages.clone(), tools) {
+                Ok(text) => return Ok(text),
+                Err(error) => drop(refusal.get_or_insert(error)),
+            }
+            tried.push(messages);
+        }
+        Err(refusal.expect("the first form is always tried"))
+    }
+
+    fn rendered(&self, messages: Vec<serde_json::Value>, tools: &[serde_json::Value]) -> Result<String, SampleError> {
+        let tools = (!tools.is_empty()).then(|| tools.to_vec());
+        let context = Context { messages, tools, documents: None, add_generation_prompt: false };
         let template = self.environment.get_template(NAME).map_err(template_error)?;
         template.render(Value::from(Serde(context))).map_err(template_error)
     }
 }
 
-/// A message as the template sees it: the reasoning, where there is some, under each name that templates know it by.
-fn plain_message(message: &Message) -> serde_json::Value {
-    let reasoning = ["reasoning_content", "thinking", "reasoning"]
-        .iter()
-        .find_map(|&name| message.extra.get(name).filter(|value| !value.is_null()));
-    let mut fields = serde_json::Map::new();
-    if let Some(reasoning) = reasoning {
-        fields.insert("thinking".to_owned(), reasoning.clone());
+/// How turns that call tools are given to a template.
+#[derive(Clone, Copy, PartialEq)]
+enum Form {
+    /// Fields that are null are left out, as transformers does, and arguments are objects, as it asks for.
+    Documented,
+    /// What is null is none, and arguments are JSON text, as OpenAI's API has both.
+    Raw,
+    /// Documented, and a content that is not there is empty.
+    Filled,
+}
+
+impl Form {
+    /// A message as the template sees it: the reasoning, where there is some, under each name that templates know it by.
+    fn fields(self, message: &Message) -> serde_json::Value {
+        let reasoning = ["reasoning_content", "thinking", "reasoning"]
+            .iter()
+            .find_map(|&name| message.extra.get(name).filter(|value| !value.is_null()));
+        let mut fields = serde_json::Map::new();
+        if let Some(reasoning) = reasoning {
+            fields.insert("thinking".to_owned(), reasoning.clone());
+        }
+        fields.insert("role".to_owned(), message.role.as_str().into());
+        let content = match (self, &message.content) {
+            (Form::Filled, serde_json::Value::Null) => "".into(),
+            (_, content) => content.clone(),
+        };
+        fields.insert("content".to_owned(), content);
+        fields.extend(message.extra.clone());
+        if let Some(reasoning) = reasoning {
+            fields.insert("reasoning_content".to_owned(), reasoning.clone());
+        }
+        if self != Form::Raw {
+            fields.retain(|_, value| !value.is_null());
+        }
+        if let Some(serde_json::Value::Array(calls)) = fields.get_mut("tool_calls") {
+            calls.iter_mut().for_each(if self == Form::Raw { with_text } else { with_object });
+        }
+        fields.into()
     }
-    fields.insert("role".to_owned(), message.role.as_str().into());
-    fields.insert("content".to_owned(), message.content.as_str().into());
-    fields.extend(message.extra.clone());
-    if let Some(reasoning) = reasoning {
-        fields.insert("reasoning_content".to_owned(), reasoning.clone());
+}
+
+/// Arguments of a call as an object, where they are JSON text or missing; what vLLM does to each request.
+fn with_object(call: &mut serde_json::Value) {
+    let Some(function) = call.get_mut("function").and_then(serde_json::Value::as_object_mut) else { return };
+    let parsed = match function.get("arguments") {
+        None | Some(serde_json::Value::Null) => serde_json::json!({}),
+        Some(serde_json::Value::String(text)) if text.trim().is_empty() => serde_json::json!({}),
+        Some(serde_json::Value::String(text)) => match serde_json::from_str(text) {
+            Ok(value) => value,
+            Err(_) => return,
+        },
+        Some(_) => return,
+    };
+    function.insert("arguments".to_owned(), parsed);
+}
+
+/// Arguments of a call as JSON text, where they are an object.
+fn with_text(call: &mut serde_json::Value) {
+    let Some(arguments) = call.pointer_mut("/function/arguments") else { return };
+    if arguments.is_object() {
+        let style = Dumps { ascii: false, indent: None, item: ", ".to_owned(), key: ": ".to_owned(), sort: false };
+        let mut text = String::new();
+        style.write(arguments, 0, &mut text);
+        *arguments = text.into();
     }
-    fields.into()
 }
 
 fn template_error(error: Error) -> SampleError {
@@ -323,7 +392,7 @@ mod tests {
     use super::*;
 
     fn render(source: &str, messages: &[Message]) -> Result<String, String> {
-        ChatTemplate::new(source, Some("<s>"), None).and_then(|t| t.render(messages)).map_err(|e| e.to_string())
+        ChatTemplate::new(source, Some("<s>"), None).and_then(|t| t.render(messages, &[])).map_err(|e| e.to_string())
     }
 
     #[test]
@@ -340,7 +409,7 @@ mod tests {
     fn a_missing_token_prints_nothing() {
         assert_eq!(render("{{ bos_token }}|{{ eos_token }}|{{ tools }}", &[]).unwrap(), "<s>||None");
         let pad = ChatTemplate::new("{{ pad_token }}", None, None).unwrap().with_variable("pad_token", "<pad>");
-        assert_eq!(pad.render(&[]).unwrap(), "<pad>");
+        assert_eq!(pad.render(&[], &[]).unwrap(), "<pad>");
     }
 
     #[test]

@@ -1,21 +1,31 @@
 //! From text to token ids: what calibration observes and what evaluation scores.
 //!
 //! Nothing here opens a file; callers pass the bytes and a name for messages. The parts:
-//! `parse` turns text and JSON into documents, `chat` renders conversations through the model's own template,
-//! `tokenizer` wraps tokenizer.json, `select` draws calibration sequences and cuts evaluation windows.
+//! `parse` tells what a file is and turns it into documents, with `record` for one record of a data set, `table` and `parquet` for
+//! files of them; `chat` renders conversations through the model's own template, `tokenizer` wraps tokenizer.json, `select` draws
+//! calibration sequences and cuts evaluation windows.
 
 mod chat;
 #[cfg(test)]
 mod golden;
+mod parquet;
 mod parse;
+mod record;
 mod select;
+mod table;
+#[cfg(test)]
+mod tests;
 mod tokenizer;
 
+use std::borrow::Cow;
+
 use serde::Serialize;
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 pub use chat::ChatTemplate;
-pub use parse::{parse_json, parse_jsonl, parse_txt};
+pub use parquet::GUARDED;
+pub use parse::{parse_txt, read};
 pub use select::{select, windows};
 pub use tokenizer::{Tokenizer, TokenizerConfig};
 
@@ -25,7 +35,7 @@ pub const PRESETS: &[&str] = &["mixed"];
 /// What went wrong between a text and its token ids: one sentence for the user.
 #[derive(Debug, thiserror::Error)]
 pub enum SampleError {
-    /// A record of a `.jsonl` or `.json` file that is not one of the known forms.
+    /// A record that is not one of the known forms, where too many are not.
     #[error("{name}, {place}: {problem}")]
     Record {
         /// The file.
@@ -34,6 +44,22 @@ pub enum SampleError {
         place: String,
         /// What was found and what was expected.
         problem: String,
+    },
+    /// A file that is no text, or of a kind that is not read.
+    #[error("{name}: {problem}")]
+    Unread {
+        /// The file.
+        name: String,
+        /// What it is and what to do about it.
+        problem: String,
+    },
+    /// A text in another encoding.
+    #[error("{name}: not UTF-8 text: byte {offset} cannot be read; save it as UTF-8")]
+    Encoding {
+        /// The file.
+        name: String,
+        /// Bytes before the first bad one.
+        offset: usize,
     },
     /// A text in which there is nothing to read.
     #[error("{name}: the text is empty")]
@@ -84,16 +110,26 @@ pub enum SampleError {
 pub struct Message {
     /// `system`, `user`, `assistant` or whatever the template knows.
     pub role: String,
-    /// The text of the turn; the text parts joined when the record lists parts.
-    pub content: String,
+    /// The text of the turn, its text parts joined where the record lists parts; null where the turn only calls tools; what a tool
+    /// gave back may be any value.
+    pub content: Value,
     /// Every other field of the record, handed to the template as it is (`tool_calls`, `name`, …).
-    pub extra: serde_json::Map<String, serde_json::Value>,
+    pub extra: serde_json::Map<String, Value>,
 }
 
 impl Message {
     /// A turn with nothing but its role and text.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into(), extra: serde_json::Map::new() }
+        Self { role: role.into(), content: Value::String(content.into()), extra: serde_json::Map::new() }
+    }
+
+    /// The content as running text.
+    pub fn text(&self) -> Cow<'_, str> {
+        match &self.content {
+            Value::String(text) => Cow::Borrowed(text),
+            Value::Null => Cow::Borrowed(""),
+            other => Cow::Owned(other.to_string()),
+        }
     }
 }
 
@@ -103,7 +139,12 @@ pub enum Document {
     /// Running text.
     Plain(String),
     /// A conversation, for the model's chat template.
-    Chat(Vec<Message>),
+    Chat {
+        /// Its turns.
+        messages: Vec<Message>,
+        /// What the assistant may call, for the template's `tools`; often empty.
+        tools: Vec<Value>,
+    },
     /// An instruction and its answer: a two-turn conversation where there is a chat template, else the two joined.
     Pair {
         /// What is asked.
@@ -113,6 +154,28 @@ pub enum Document {
     },
 }
 
+impl Document {
+    /// Whether it holds nothing but white space.
+    fn is_blank(&self) -> bool {
+        match self {
+            Document::Plain(text) => text.trim().is_empty(),
+            Document::Chat { messages, .. } => messages.is_empty(),
+            Document::Pair { prompt, completion } => prompt.trim().is_empty() && completion.trim().is_empty(),
+        }
+    }
+}
+
+/// Records that were left out for one reason.
+#[derive(Clone, Debug, PartialEq)]
+struct LeftOut {
+    /// The first of them, as `line 3` or `row 3`.
+    place: String,
+    /// What it lacks.
+    problem: String,
+    /// How many they are.
+    count: usize,
+}
+
 /// A text: documents under one name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Text {
@@ -120,8 +183,10 @@ pub struct Text {
     pub name: String,
     /// SHA-256 of the source text, lower-case hex.
     pub sha256: String,
-    /// In the order of the file.
+    /// In the order of the file; blank lines of a data set are among them, since evaluation joins all.
     pub documents: Vec<Document>,
+    /// What was left out or guessed in reading it, each a sentence for the report.
+    pub notes: Vec<String>,
 }
 
 impl Text {
@@ -134,7 +199,7 @@ impl Text {
             .iter()
             .map(|document| match document {
                 Document::Plain(text) => Some(text.as_str()),
-                Document::Chat(_) | Document::Pair { .. } => None,
+                Document::Chat { .. } | Document::Pair { .. } => None,
             })
             .collect();
         parts.map(|parts| parts.join("\n\n"))
@@ -159,7 +224,7 @@ pub struct SampleSource {
     pub text_sha256: String,
     /// SHA-256 of all ids, sequence after sequence, each as a little-endian u32; lower-case hex.
     pub tokens_sha256: String,
-    /// Documents in the text.
+    /// Documents in the text, blank ones not counted.
     pub documents: usize,
     /// Conversations that the model's chat template refused and that were left out.
     pub refused: usize,
@@ -168,6 +233,8 @@ pub struct SampleSource {
     pub refusal: Option<String>,
     /// Conversations and pairs rendered through the chat template.
     pub templated: usize,
+    /// Conversations and pairs read as plain text, since the model has no chat template.
+    pub untemplated: usize,
     /// Tokens in all sequences.
     pub tokens: usize,
     /// Sequences there are.
@@ -210,28 +277,4 @@ fn hex(bytes: &[u8]) -> String {
         let _ = write!(out, "{byte:02x}");
         out
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn hashes_are_the_published_ones() {
-        assert_eq!(sha256_hex("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
-        // sha256 of the bytes 01 00 00 00 00 01 00 00, however the ids are divided.
-        let whole = sha256_ids(&[vec![1, 256]]);
-        assert_eq!(whole, sha256_hex([1u8, 0, 0, 0, 0, 1, 0, 0]));
-        assert_eq!(whole, sha256_ids(&[vec![1], vec![256]]));
-    }
-
-    #[test]
-    fn every_preset_has_many_documents() {
-        for name in PRESETS {
-            let text = preset(name).unwrap();
-            assert!(text.documents.len() > 100, "{name}: {} documents", text.documents.len());
-            assert!(text.plain().is_some());
-        }
-        assert!(preset("no-such-preset").is_none());
-    }
 }

@@ -45,20 +45,22 @@ pub fn select(
             "a sequence of {seq_len} tokens holds no text; give --seq-len {least} or more"
         )));
     }
-    if text.documents.is_empty() {
+    let documents: Vec<&Document> = text.documents.iter().filter(|document| !document.is_blank()).collect();
+    if documents.is_empty() {
         return Err(SampleError::Empty { name: text.name.clone() });
     }
     // Each stage has a generator of its own, so that none depends on how often another one drew.
     let mut random = SplitMix64(seed);
     let [places, cuts, mut last] = [(); 3].map(|()| SplitMix64(random.next()));
-    let mut order: Vec<usize> = (0..text.documents.len()).collect();
+    let mut order: Vec<usize> = (0..documents.len()).collect();
     random.shuffle(&mut order);
     let mut rendered: Vec<Rendered<'_>> = Vec::with_capacity(order.len());
-    let (mut refused, mut refusal, mut templated) = (0, None, 0);
+    let (mut refused, mut refusal, mut templated, mut untemplated) = (0, None, 0, 0);
     for &index in &order {
-        match render(&text.documents[index], chat) {
+        match render(documents[index], chat) {
             Ok(one) => {
                 templated += usize::from(one.marked);
+                untemplated += usize::from(!one.marked && !matches!(documents[index], Document::Plain(_)));
                 rendered.push(one);
             }
             Err(error) => {
@@ -101,10 +103,11 @@ pub fn select(
         name: text.name.clone(),
         text_sha256: text.sha256.clone(),
         tokens_sha256: sha256_ids(&windows),
-        documents: text.documents.len(),
+        documents: documents.len(),
         refused,
         refusal: refusal.map(|error| error.to_string()),
         templated,
+        untemplated,
         tokens: windows.len() * seq_len,
         sequences: windows.len(),
         requested: count,
@@ -161,13 +164,13 @@ fn render<'a>(document: &'a Document, chat: Option<&ChatTemplate>) -> Result<Ren
     let marked = |text: String| Ok(Rendered { text: Cow::Owned(text), marked: true });
     match (document, chat) {
         (Document::Plain(text), _) => Ok(Rendered { text: Cow::Borrowed(text), marked: false }),
-        (Document::Chat(messages), Some(chat)) => marked(chat.render(messages)?),
-        (Document::Chat(messages), None) => {
-            plain(messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n\n"))
+        (Document::Chat { messages, tools }, Some(chat)) => marked(chat.render(messages, tools)?),
+        (Document::Chat { messages, .. }, None) => {
+            plain(messages.iter().map(Message::text).collect::<Vec<_>>().join("\n\n"))
         }
         (Document::Pair { prompt, completion }, Some(chat)) => {
             let turns = [Message::new("user", prompt.as_str()), Message::new("assistant", completion.as_str())];
-            marked(chat.render(&turns)?)
+            marked(chat.render(&turns, &[])?)
         }
         (Document::Pair { prompt, completion }, None) => {
             let joined = prompt.ends_with(char::is_whitespace) || completion.starts_with(char::is_whitespace);
@@ -519,11 +522,12 @@ mod tests {
         )
         .unwrap();
         let turn = |role: &str, content: &str| Message::new(role, content);
+        let talk = |messages| Document::Chat { messages, tools: Vec::new() };
         let mut text = single(0..1);
         text.documents = vec![
-            Document::Chat(vec![turn("user", "w1"), turn("assistant", "w2 w3")]),
+            talk(vec![turn("user", "w1"), turn("assistant", "w2 w3")]),
             Document::Pair { prompt: "w4".to_owned(), completion: "w5".to_owned() },
-            Document::Chat(vec![turn("system", "w6"), turn("user", "w7")]),
+            talk(vec![turn("system", "w6"), turn("user", "w7")]),
         ];
         let tokenizer = words(true);
         let samples = select(&text, &tokenizer, Some(&chat), 1, 11, 0).unwrap();
@@ -540,7 +544,7 @@ mod tests {
         // Without a template it is text like any other: <s> w6 w7 </s>.
         let plain = select(&text, &tokenizer, None, 1, 4, 0).unwrap();
         assert_eq!(plain.sequences, [vec![10_000, 6, 7, 10_001]]);
-        assert_eq!((plain.source.refused, plain.source.templated), (0, 0));
+        assert_eq!((plain.source.refused, plain.source.templated, plain.source.untemplated), (0, 0, 1));
     }
 
     #[test]

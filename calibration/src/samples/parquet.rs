@@ -1,0 +1,133 @@
+//! Parquet files as records: the columns that take part in records, with their lists and structs.
+
+use parquet::basic::{ConvertedType, Repetition};
+use parquet::errors::ParquetError;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::{Field, Row};
+use parquet::schema::types::Type;
+use serde_json::{Map, Value};
+
+use super::parse::Records;
+use super::{SampleError, record};
+
+/// The name of the thread on which a library reads a file over which it may panic: such a panic is an error, and nothing to print.
+pub const GUARDED: &str = "guarded";
+
+/// Enough for the deepest schema that a reader without a limit may meet in a damaged file.
+const STACK: usize = 64 << 20;
+
+/// Reads a whole file. Fails where it is damaged, has no column that is known, or one whose form is not read.
+pub(super) fn read(name: &str, bytes: Vec<u8>) -> Result<Records, SampleError> {
+    let bad = |problem: String| SampleError::Unread { name: name.to_owned(), problem };
+    let thread = std::thread::Builder::new().name(GUARDED.to_owned()).stack_size(STACK).spawn(|| rows(bytes));
+    match thread.map_err(|error| bad(format!("no thread to read it on: {error}")))?.join() {
+        Ok(records) => records.map_err(bad),
+        Err(_) => Err(bad("a damaged Parquet file: write it again".to_owned())),
+    }
+}
+
+fn rows(bytes: Vec<u8>) -> Result<Records, String> {
+    let file = SerializedFileReader::new(bytes::Bytes::from(bytes)).map_err(damaged)?;
+    let metadata = file.metadata().file_metadata();
+    let schema = metadata.schema();
+    let (known, others): (Vec<_>, Vec<_>) =
+        schema.get_fields().iter().cloned().partition(|field| record::is_known(field.name()));
+    if !known.iter().any(|field| record::is_content(field.name())) {
+        let found: Vec<&str> = known.iter().chain(&others).take(8).map(|field| field.name()).collect();
+        return Err(format!(
+            "no column `text`, `messages`, or `prompt` and `completion`, …; found `{}`",
+            found.join("`, `")
+        ));
+    }
+    for field in &known {
+        readable(field).map_err(|problem| format!("column `{}`: {problem}", field.name()))?;
+    }
+    let projection = Type::group_type_builder(schema.name()).with_fields(known).build().map_err(damaged)?;
+    let mut records = Records::default();
+    for (index, row) in file.get_row_iter(Some(projection)).map_err(damaged)?.enumerate() {
+        let row = row.map_err(|error| format!("row {}: {}", index + 1, damaged(error)))?;
+        let fields: Map<String, Value> =
+            row.get_column_iter().map(|(name, field)| (name.clone(), value(field))).collect();
+        records.add(|| format!("row {}", index + 1), Ok(Value::Object(fields)));
+    }
+    Ok(records)
+}
+
+fn damaged(error: ParquetError) -> String {
+    let words = match error {
+        ParquetError::NYI(words) => {
+            return format!(
+                "a Parquet file of a kind that is not read ({words}); write it again with compression snappy or zstd"
+            );
+        }
+        ParquetError::General(words) | ParquetError::EOF(words) => words,
+        other => other.to_string(),
+    };
+    let words: String = words.lines().next().unwrap_or_default().chars().take(200).collect();
+    format!("a damaged Parquet file, or of a kind that is not read ({words})")
+}
+
+/// Refuses a column that the library would read wrongly, or over which it would panic.
+fn readable(field: &Type) -> Result<(), String> {
+    let info = field.get_basic_info();
+    if info.has_repetition() && info.repetition() == Repetition::REPEATED {
+        return Err("a repeated field outside of a list, which is not read; write it with lists".to_owned());
+    }
+    if field.is_primitive() {
+        return Ok(());
+    }
+    let inner = field.get_fields();
+    let list = matches!(info.converted_type(), ConvertedType::LIST | ConvertedType::MAP | ConvertedType::MAP_KEY_VALUE);
+    match inner {
+        [repeated]
+            if list
+                && repeated.get_basic_info().has_repetition()
+                && repeated.get_basic_info().repetition() == Repetition::REPEATED =>
+        {
+            let inner: &[_] = if repeated.is_primitive() { &[] } else { repeated.get_fields() };
+            inner.iter().try_for_each(|field| readable(field))
+        }
+        _ if list => Err("a list that is not written as the format says".to_owned()),
+        inner => inner.iter().try_for_each(|field| readable(field)),
+    }
+}
+
+/// A struct without its null fields: every one there has every field, whether it was in the record or not.
+fn object(row: &Row) -> Value {
+    let fields = row.get_column_iter().map(|(name, field)| (name.clone(), value(field)));
+    Value::Object(fields.filter(|(_, value)| !value.is_null()).collect::<Map<String, Value>>())
+}
+
+fn value(field: &Field) -> Value {
+    match field {
+        Field::Null => Value::Null,
+        Field::Bool(value) => (*value).into(),
+        Field::Byte(value) => (*value).into(),
+        Field::Short(value) => (*value).into(),
+        Field::Int(value) => (*value).into(),
+        Field::Long(value) => (*value).into(),
+        Field::UByte(value) => (*value).into(),
+        Field::UShort(value) => (*value).into(),
+        Field::UInt(value) => (*value).into(),
+        Field::ULong(value) => (*value).into(),
+        Field::Float16(value) => f64::from(value.to_f32()).into(),
+        Field::Float(value) => (*value).into(),
+        Field::Double(value) => (*value).into(),
+        Field::Str(text) => text.as_str().into(),
+        // Some writers do not mark their strings as such.
+        Field::Bytes(bytes) => std::str::from_utf8(bytes.data()).map_or(Value::Null, Value::from),
+        Field::Group(row) => object(row),
+        Field::ListInternal(list) => list.elements().iter().map(value).collect(),
+        Field::MapInternal(map) => {
+            let entries = map.entries().iter().map(|(key, item)| (value(key), value(item)));
+            Value::Object(
+                entries
+                    .filter(|(_, item)| !item.is_null())
+                    .map(|(key, item)| (key.as_str().map_or_else(|| key.to_string(), str::to_owned), item))
+                    .collect(),
+            )
+        }
+        // Dates, times and decimals take part in no record; as text they do no harm.
+        other => other.to_string().into(),
+    }
+}
