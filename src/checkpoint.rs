@@ -16,7 +16,6 @@ use crate::adapter::{Adapter, AdapterReport, Change};
 use crate::error::{Error, Result};
 use crate::families;
 use crate::import::gguf::GgufModel;
-use crate::import::sentencepiece;
 
 mod beside;
 mod names;
@@ -85,19 +84,6 @@ pub enum StoredType {
 
 /// A tensor stored plainly, as it lies in the file.
 pub type RawTensor<'a> = TensorView<'a>;
-
-/// A tokenizer, whatever file it is from.
-#[derive(Clone, Debug, PartialEq)]
-pub struct TokenizerFile {
-    /// The file, for messages.
-    pub name: &'static str,
-    /// The bytes of a tokenizer.json.
-    pub json: Vec<u8>,
-    /// The BOS that the file itself names, where no configuration does.
-    pub bos: Option<String>,
-    /// The EOS likewise.
-    pub eos: Option<String>,
-}
 
 impl Checkpoint {
     fn new(path: &Path, config: Value, dtype: Dtype, entries: Vec<Entry>, source: Source) -> Checkpoint {
@@ -447,50 +433,6 @@ impl Checkpoint {
             }
             (Source::Directory { tensors, .. }, _) => tensors.release(name),
             (Source::Gguf(model), _) => model.release(name),
-        }
-    }
-
-    /// The tokenizer in the form of tokenizer.json: that file, or what tokenizer.model or a GGUF file says; `None` for a
-    /// directory with neither.
-    pub fn tokenizer(&self) -> Result<Option<TokenizerFile>> {
-        let of = |name, json| Some(TokenizerFile { name, json, bos: None, eos: None });
-        match &self.source {
-            Source::Directory { .. } => {
-                let path = self.path.join("tokenizer.json");
-                match std::fs::read(&path) {
-                    Ok(json) => place::check_fetched(&path, &json).map(|()| of("tokenizer.json", json)),
-                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => sentencepiece::tokenizer(&self.path),
-                    Err(error) => Err(Error::io(path, "read")(error)),
-                }
-            }
-            Source::Gguf(model) => Ok(of("tokenizer.json", to_json_bytes(&model.tokenizer_json()?))),
-        }
-    }
-
-    /// tokenizer_config.json, when there is a valid one.
-    pub fn tokenizer_config(&self) -> Option<Value> {
-        match &self.source {
-            Source::Directory { .. } => read_json(&self.path.join("tokenizer_config.json")).ok()?,
-            Source::Gguf(model) => model.tokenizer_config().ok(),
-        }
-    }
-
-    /// The chat template: chat_template.jinja, or the one (`default`, if several) of tokenizer_config.json.
-    pub fn chat_template(&self) -> Option<String> {
-        if let Source::Directory { .. } = self.source
-            && let Ok(template) = std::fs::read_to_string(self.path.join("chat_template.jinja"))
-        {
-            return Some(template);
-        }
-        let config = self.tokenizer_config()?;
-        match config.get("chat_template")? {
-            Value::String(template) => Some(template.clone()),
-            Value::Array(list) => {
-                let named = |name: &str| list.iter().find(|item| item["name"] == name);
-                let item = named("default").or(list.first())?;
-                item["template"].as_str().map(str::to_string)
-            }
-            _ => None,
         }
     }
 

@@ -209,7 +209,8 @@ impl Job<'_> {
             plan.needs(&self.recipe),
             hashing,
         )?;
-        run.notes.extend(plan.notices.iter().cloned());
+        // What there is to say of the tokenizer, reading its files for the texts said too.
+        run.notes.extend(plan.notices.iter().filter(|note| !run.notes.contains(note)).cloned().collect::<Vec<_>>());
         let Run { source, graph, samples, .. } = &run;
         let compiled = gguf::compile(
             backend,
@@ -305,6 +306,7 @@ impl Job<'_> {
             true => Some(ModelText::open(&source)?),
             false => None,
         };
+        notes.extend(text.iter().flat_map(|text| text.notices.iter().cloned()));
         let samples = match (needs > Needs::Nothing, &text) {
             (true, Some(text)) => {
                 let longest = families::longest_context(source.config())?.unwrap_or(usize::MAX);

@@ -35,17 +35,6 @@ pub fn parse(bytes: &[u8]) -> Result<Value, String> {
     })
 }
 
-/// The file with nothing in it that only Python reads: null for a number, U+FFFD for half a surrogate pair.
-pub fn plain(bytes: &[u8]) -> Cow<'_, [u8]> {
-    let lossy = |token: &str| match token.starts_with('"') {
-        true => Some(whole_pairs(token)),
-        // Megabytes of merges have no number that large, and what has keeps it nearly.
-        false if token.ends_with(|c: char| c.is_ascii_digit()) => None,
-        false => Some("null".to_owned()),
-    };
-    replace(bytes, lossy).unwrap_or(Cow::Borrowed(bytes))
-}
-
 /// The text of a value, in two-space indentation as `serde_json` writes it.
 pub fn pretty(value: &Value) -> Vec<u8> {
     let mut out = String::new();
@@ -238,14 +227,6 @@ fn halves(token: &[u8]) -> bool {
     token.windows(3).any(|w| matches!(w, [b'\\', b'u', b'd' | b'D'])) && !lone(token).is_empty()
 }
 
-fn whole_pairs(token: &str) -> String {
-    let mut whole = token.to_owned();
-    for at in lone(token.as_bytes()) {
-        whole.replace_range(at..at + 6, "\\ufffd");
-    }
-    whole
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -320,15 +301,6 @@ mod tests {
         wrong(br#"["\ud800"#, "not valid JSON");
         wrong(br#"["\u"#, "not valid JSON");
         wrong(br#"["\"#, "not valid JSON");
-    }
-
-    #[test]
-    fn a_reader_of_plain_json_gets_plain_json() {
-        let text = br#"{"model_max_length": Infinity, "a": "\ud83d\ude00\ud800\\ud800", "b": 1000000000000000019884624838656}"#;
-        let expected =
-            br#"{"model_max_length": null, "a": "\ud83d\ude00\ufffd\\ud800", "b": 1000000000000000019884624838656}"#;
-        assert_eq!(plain(text), &expected[..]);
-        assert!(matches!(plain(br#"{"a": 1}"#), Cow::Borrowed(_)));
     }
 
     #[test]

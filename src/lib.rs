@@ -33,6 +33,7 @@ pub mod runtimes;
 pub mod sentence;
 pub mod stray;
 pub mod text;
+pub mod tokenizer;
 pub mod verify;
 
 pub use checkpoint::Checkpoint;

@@ -11,10 +11,10 @@ use calibration::samples::{
 };
 
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::place::check_fetched;
 use crate::error::Error;
+use crate::families;
 use crate::import::sentencepiece;
-use crate::{families, json};
+use crate::tokenizer::TokenizerFiles;
 
 /// The name of the bundled text for evaluation: neither the built-in model nor any preset has seen it.
 pub const HELD_OUT: &str = "held-out";
@@ -149,20 +149,19 @@ fn texts_in(folder: &Path) -> String {
 pub struct ModelText {
     /// The tokenizer, with the BOS and EOS that the configuration names.
     pub tokenizer: Tokenizer,
+    /// What the reader of a report should know of the tokenizer's files.
+    pub notices: Vec<String>,
     config: TokenizerConfig,
-    jinja: Option<String>,
     folder: PathBuf,
     /// Rows of the embedding, by config.json.
     rows: Option<u64>,
 }
 
 impl ModelText {
-    /// Reads what a checkpoint says of its tokenizer: tokenizer.json or tokenizer.model, tokenizer_config.json, special_tokens_map.json and
-    /// chat_template.jinja where they exist, or what takes their place in the metadata of a GGUF file.
+    /// Reads what a checkpoint says of its tokenizer (see [`TokenizerFiles`]). Fails where there is none.
     pub fn open(source: &Checkpoint) -> Result<Self, Error> {
         let folder = source.path();
-        let located = |error| TextError::Model { folder: folder.to_owned(), error };
-        let Some(file) = source.tokenizer()? else {
+        let Some(files) = source.tokenizer()? else {
             let other = OTHER_TOKENIZERS.iter().find(|(name, _)| folder.join(name).exists());
             let hint = other.map_or(String::new(), |(name, what)| {
                 let model = folder.display().to_string();
@@ -170,45 +169,15 @@ impl ModelText {
             });
             return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };
-        let parse =
-            |name: &'static str, bytes: &[u8]| TokenizerConfig::from_json(name, &json::plain(bytes)).map_err(located);
-        let read = |name: &str| {
-            let bytes = read_optional(&folder.join(name))?;
-            bytes.iter().try_for_each(|bytes| check_fetched(&folder.join(name), bytes))?;
-            Ok::<_, Error>(bytes)
-        };
-        let mut config = match (read("tokenizer_config.json")?, source.tokenizer_config()) {
-            (Some(bytes), _) => parse("tokenizer_config.json", &bytes)?,
-            (None, Some(value)) => parse("tokenizer_config.json", value.to_string().as_bytes())?,
-            (None, None) => TokenizerConfig::default(),
-        };
-        if (config.bos_token.is_none() || config.eos_token.is_none())
-            && let Some(bytes) = read("special_tokens_map.json")?
-        {
-            let map = parse("special_tokens_map.json", &bytes)?;
-            config.bos_token = config.bos_token.or(map.bos_token);
-            config.eos_token = config.eos_token.or(map.eos_token);
-        }
-        let jinja = match read_optional(&folder.join("chat_template.jinja"))? {
-            Some(bytes) => Some(utf8(&folder.join("chat_template.jinja"), bytes)?),
-            None => None,
-        };
-        config.bos_token = config.bos_token.or(file.bos);
-        config.eos_token = config.eos_token.or(file.eos);
-        let tokenizer = Tokenizer::from_json(&file.json).map_err(|error| match error {
-            SampleError::Tokenizer { problem, .. } => {
-                located(SampleError::Tokenizer { file: file.name.into(), problem })
-            }
-            other => located(other),
-        })?;
-        let tokenizer = tokenizer.with_config(&config);
+        let config = files.config();
+        let TokenizerFiles { tokenizer, notices, .. } = files;
         let rows = families::vocabulary(source.config())?.map(|rows| rows as u64);
-        Ok(Self { tokenizer, config, jinja, folder: folder.to_owned(), rows })
+        Ok(Self { tokenizer, notices, config, folder: folder.to_owned(), rows })
     }
 
     /// The model's chat template, if it has one. Fails on a syntax error in it.
     pub fn chat(&self) -> Result<Option<ChatTemplate>, TextError> {
-        self.config.chat(self.jinja.as_deref()).map_err(|error| TextError::Model { folder: self.folder.clone(), error })
+        self.config.chat().map_err(|error| TextError::Model { folder: self.folder.clone(), error })
     }
 
     /// Calibration sequences: `calibration::samples::select` with this model's tokenizer and chat template.
@@ -237,20 +206,6 @@ impl ModelText {
             None => Ok(()),
         }
     }
-}
-
-/// A file's content, or `None` where there is no such file (or the folder is a file itself).
-fn read_optional(path: &Path) -> Result<Option<Vec<u8>>, TextError> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => Ok(None),
-        Err(error) => Err(TextError::Io { path: path.to_owned(), error }),
-    }
-}
-
-fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String, TextError> {
-    String::from_utf8(bytes)
-        .map_err(|e| TextError::Encoding { path: path.to_owned(), offset: e.utf8_error().valid_up_to() })
 }
 
 #[cfg(test)]
@@ -363,9 +318,9 @@ mod tests {
 
         file(&folder, "tokenizer.json", b"{\"version\": ");
         let error = message(open(&folder));
-        assert!(error.contains("/tokenizer.json: EOF"), "{error}");
+        assert!(error.contains("/tokenizer.json: not valid JSON: EOF"), "{error}");
         file(&folder, "tokenizer_config.json", b"[");
-        assert!(message(open(&folder)).contains("/tokenizer_config.json: EOF"));
+        assert!(message(open(&folder)).contains("/tokenizer_config.json: not valid JSON: EOF"));
     }
 
     #[test]

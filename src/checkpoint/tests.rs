@@ -97,12 +97,18 @@ fn plain_tensors_load_whole_by_rows_and_raw() {
         plain("model.norm.weight", Dtype::F32, &[3], &[0.1, 0.2, 0.3]),
     ];
     write(dir.path(), &json!({"torch_dtype": "bfloat16"}), &tensors);
-    std::fs::write(
-        dir.path().join("tokenizer_config.json"),
-        json!({"chat_template": [{"name": "tool", "template": "T"}, {"name": "default", "template": "D"}]}).to_string(),
-    )
-    .unwrap();
-    for name in ["LICENSE.txt", "modeling_x.py", "README.md", "merges.txt", "optimizer.pt"] {
+    std::fs::create_dir(dir.path().join("additional_chat_templates")).unwrap();
+    let template = "additional_chat_templates/tool_use.jinja";
+    for name in [
+        template,
+        "additional_chat_templates/notes",
+        "tokenizer_config.json",
+        "LICENSE.txt",
+        "modeling_x.py",
+        "README.md",
+        "merges.txt",
+        "optimizer.pt",
+    ] {
         std::fs::write(dir.path().join(name), name).unwrap();
     }
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
@@ -113,16 +119,16 @@ fn plain_tensors_load_whole_by_rows_and_raw() {
     assert_eq!(rows, [297.0, 298.0, 299.0, 3.0, 4.0, 5.0]);
     assert_eq!(checkpoint.raw("model.norm.weight").unwrap().data, &tensors[1].1[..]);
     assert_eq!(checkpoint.files().len(), 2);
-    assert_eq!(checkpoint.chat_template().as_deref(), Some("D"));
     let beside = checkpoint.beside(&["config.json", "README.md"]).unwrap();
     let names: Vec<&str> = beside.files.iter().map(|(name, _)| name.to_str().unwrap()).collect();
-    assert_eq!(names, ["LICENSE.txt", "README.original.md", "merges.txt", "modeling_x.py", "tokenizer_config.json"]);
+    assert_eq!(
+        names,
+        ["LICENSE.txt", "README.original.md", template, "merges.txt", "modeling_x.py", "tokenizer_config.json"]
+    );
     let message = checkpoint.load_rows("model.embed_tokens.weight", &[100], &mut [0.0; 3]).unwrap_err().to_string();
     assert_eq!(message, "tensor `model.embed_tokens.weight`: row 100 is beyond its 100 rows");
     let message = checkpoint.load("model.nothing").unwrap_err().to_string();
     assert!(message.ends_with("tensor `model.nothing`: the tensor is missing"), "{message}");
-    std::fs::write(dir.path().join("chat_template.jinja"), "J").unwrap();
-    assert_eq!(checkpoint.chat_template().as_deref(), Some("J"));
 }
 
 fn refused(prepare: impl FnOnce(&Path)) -> String {

@@ -4,10 +4,11 @@
 //! (`llama`) there are pieces, scores and kinds, from tokenizer.model or, where only tokenizer.json is left, from its
 //! merges: the piece that is made first scores highest.
 
+mod special;
+
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use calibration::samples::Tokenizer;
 use formats::SentencePiece;
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
 use formats::container::sentencepiece::Algorithm;
@@ -20,8 +21,8 @@ use crate::export::pretokenizer;
 use crate::families;
 use crate::import::gguf_tokenizer::kind;
 use crate::import::sentencepiece;
-use crate::json::integer;
-use crate::text::TextError;
+use crate::tokenizer::TokenizerFiles;
+use crate::tokenizer::added::Added;
 
 /// The space of SentencePiece.
 const SPACE: char = '▁';
@@ -31,23 +32,6 @@ const ADDED_SCORE: f32 = -1000.0;
 
 /// The score of rows without a token.
 const UNUSED_SCORE: f32 = -10000.0;
-
-/// Texts that end a turn; loaders take the one token under `eot_token_id` for it.
-const TURN_ENDS: &[&str] =
-    &["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>", "[EOT]", "<end_of_utterance>"];
-
-/// Other texts at which llama.cpp stops by itself.
-const OTHER_ENDS: &[&str] = &[
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|eom_id|>",
-    "<|return|>",
-    "<|call|>",
-    "</s>",
-    "[EOS]",
-    "<eos>",
-    "<｜end▁of▁sentence｜>",
-];
 
 /// One row of the vocabulary.
 #[derive(Clone, Debug, PartialEq)]
@@ -59,33 +43,27 @@ struct Token {
 
 /// Everything that a model folder says of its tokenizer.
 struct Files {
-    /// tokenizer.json.
-    json: Option<Value>,
-    tokenizer: Option<Tokenizer>,
+    tokenizer: TokenizerFiles,
     /// tokenizer.model, where it is a SentencePiece model.
     model: Option<SentencePiece>,
-    /// Why tokenizer.model could not be read.
-    not_a_model: Option<String>,
-    /// tokenizer_config.json.
-    config: Value,
-    /// special_tokens_map.json.
-    map: Value,
     /// generation_config.json.
     generation: Value,
     /// config.json.
     model_config: Value,
-    /// added_tokens.json.
-    added: Value,
-    /// chat_template.jinja.
-    template: Option<String>,
+}
+
+/// Rows of the vocabulary, and the added tokens that the embedding has no row for.
+struct Rows {
+    tokens: Vec<Token>,
+    left_out: Vec<(u64, String)>,
 }
 
 /// Writes the tokenizer of a checkpoint whose embedding has `rows` rows; `pre` is what the user gave with `--pre`.
 ///
-/// Of a GGUF file all `tokenizer.*` keys are kept as they are. Of a folder tokenizer.json or tokenizer.model is read, with
-/// tokenizer_config.json, special_tokens_map.json, generation_config.json, added_tokens.json and chat_template.jinja
-/// where they exist. Fails for a tokenizer of another kind, for one with more tokens than rows, for two tokens of one
-/// spelling, and for byte-level BPE whose way of splitting text is not recognised.
+/// Of a GGUF file all `tokenizer.*` keys are kept as they are. Of a folder everything is read that tells of the tokenizer
+/// ([`TokenizerFiles`]), and generation_config.json. Added tokens beyond the last row are left out with a notice. Fails for
+/// a tokenizer of another kind, for a vocabulary with more tokens than rows, for two tokens of one spelling, and for
+/// byte-level BPE whose way of splitting text is not recognised.
 pub fn tokenizer(source: &Checkpoint, rows: usize, pre: Option<&str>) -> Result<Written> {
     match source.gguf() {
         Some(file) => copied(file, rows, pre),
@@ -117,7 +95,19 @@ fn copied(file: &formats::GgufFile, rows: usize, pre: Option<&str>) -> Result<Wr
 }
 
 fn of_folder(folder: &Path, model_config: &Value, rows: usize, pre: Option<&str>) -> Result<Written> {
-    let files = Files::read(folder, model_config)?;
+    let read = |name: &str| Ok::<_, Error>(read_json(&folder.join(name))?.unwrap_or(Value::Null));
+    let Some(tokenizer) = TokenizerFiles::of_folder(folder)? else {
+        return Err(Error::failed(format!(
+            "{}/tokenizer.json: no such file, and there is no tokenizer.model",
+            folder.display()
+        )));
+    };
+    let files = Files {
+        tokenizer,
+        model: sentencepiece::read(folder)?.and_then(Result::ok),
+        generation: read("generation_config.json")?,
+        model_config: model_config.clone(),
+    };
     let mut out = Written::default();
     write(&files, rows, pre, &mut out).map_err(|error| match error {
         Error::Usage(why) => Error::Usage(format!("{}/{why}", folder.display())),
@@ -127,125 +117,55 @@ fn of_folder(folder: &Path, model_config: &Value, rows: usize, pre: Option<&str>
     Ok(out)
 }
 
-impl Files {
-    fn read(folder: &Path, model_config: &Value) -> Result<Files> {
-        let json_of = |name: &str| Ok::<_, Error>(read_json(&folder.join(name))?.unwrap_or(Value::Null));
-        let read = |name: &str| match std::fs::read(folder.join(name)) {
-            Ok(bytes) => Ok(Some(bytes)),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(Error::io(folder.join(name), "read")(error)),
-        };
-        let bytes = read("tokenizer.json")?;
-        // Megabytes, parsed twice: for what they say, and for what they do.
-        let (json, tokenizer) = rayon::join(
-            || read_json(&folder.join("tokenizer.json")),
-            || bytes.as_deref().map(Tokenizer::from_json).transpose(),
-        );
-        let json = json?;
-        let tokenizer = tokenizer.map_err(|error| TextError::Model { folder: folder.to_owned(), error })?;
-        let (model, not_a_model) = match read(sentencepiece::FILE)?.map(|bytes| (SentencePiece::parse(&bytes), bytes)) {
-            Some((Ok(model), _)) => (Some(model), None),
-            Some((Err(error), bytes)) => (None, Some(sentencepiece::not_a_model(&bytes, &error))),
-            None => (None, None),
-        };
-        Ok(Files {
-            json,
-            tokenizer,
-            model,
-            not_a_model,
-            config: json_of("tokenizer_config.json")?,
-            map: json_of("special_tokens_map.json")?,
-            generation: json_of("generation_config.json")?,
-            model_config: model_config.clone(),
-            added: json_of("added_tokens.json")?,
-            template: read("chat_template.jinja")?.map(|bytes| String::from_utf8_lossy(&bytes).into_owned()),
-        })
-    }
-
-    /// Id, content and whether it is special, of each added token; those of tokenizer.json go last.
-    fn added_tokens(&self) -> Vec<Added> {
-        let mut added = Vec::new();
-        for (content, id) in self.added.as_object().into_iter().flatten() {
-            added.extend(id.as_u64().map(|id| Added::new(id, content, false, true)));
-        }
-        let decoder = self.config["added_tokens_decoder"].as_object();
-        let of_config = decoder.into_iter().flatten().filter_map(|(id, token)| Some((id.parse().ok()?, token)));
-        added.extend(of_config.filter_map(|(id, token)| Added::read(id, token)));
-        added.extend(self.json.iter().flat_map(added_of_json));
-        added
-    }
-}
-
-/// A token beside the vocabulary proper.
-struct Added {
-    id: u64,
-    content: String,
-    special: bool,
-    normalized: bool,
-}
-
-impl Added {
-    fn new(id: u64, content: &str, special: bool, normalized: bool) -> Added {
-        // Some models have control tokens that are not marked as such.
-        let looks_special = matches!(content, "<pad>" | "<mask>" | "<2mass>" | "[@BOS@]")
-            || content.starts_with("<|") && content.ends_with("|>")
-            || content.starts_with("<｜") && content.ends_with("｜>")
-            || content.starts_with("<unused") && content.ends_with('>');
-        Added { id, content: content.to_owned(), special: special || looks_special, normalized }
-    }
-
-    fn read(id: u64, token: &Value) -> Option<Added> {
-        Some(Added::new(id, token["content"].as_str()?, token["special"] == true, token["normalized"] != false))
-    }
-
-    fn kind(&self) -> i64 {
-        if self.special { kind::CONTROL } else { kind::USER_DEFINED }
-    }
-}
-
-/// The added tokens of a tokenizer.json.
-fn added_of_json(json: &Value) -> Vec<Added> {
-    let list = json["added_tokens"].as_array();
-    list.into_iter().flatten().filter_map(|token| Added::read(token["id"].as_u64()?, token)).collect()
+/// The type of an added token.
+fn kind_of(token: &Added) -> i64 {
+    // Some models have control tokens that are not marked as such.
+    let text = &token.content[..];
+    let looks_special = matches!(text, "<pad>" | "<mask>" | "<2mass>" | "[@BOS@]")
+        || text.starts_with("<|") && text.ends_with("|>")
+        || text.starts_with("<｜") && text.ends_with("｜>")
+        || text.starts_with("<unused") && text.ends_with('>');
+    if token.special || looks_special { kind::CONTROL } else { kind::USER_DEFINED }
 }
 
 fn write(files: &Files, rows: usize, pre: Option<&str>, out: &mut Written) -> Result<()> {
-    let tokens = match &files.json {
-        Some(json) if is_byte_level(json) => {
-            let tokens = byte_level(json, rows)?;
-            let ids = ids_of(&tokens)?;
-            // What there is to say of it is said with the other special tokens.
-            let bos = special_id(files, &ids, "bos", rows, &mut Written::default());
-            let tokenizer = files.tokenizer.as_ref().expect("read with tokenizer.json");
-            let found = pretokenizer::find(tokenizer, json, bos, pre)?;
-            out.notices.extend(found.notice);
-            out.string("tokenizer.ggml.model", "gpt2");
-            out.string("tokenizer.ggml.pre", found.name);
-            write_tokens(&tokens, out)?;
-            strings("tokenizer.ggml.merges", merges(json)?, out)?;
-            byte_level_notices(json, out);
-            tokens
+    let (json, added) = (&files.tokenizer.json, &files.tokenizer.added);
+    out.notices.extend(files.tokenizer.notices.iter().cloned());
+    let Rows { tokens, left_out } = if is_byte_level(json) {
+        let rows = byte_level(json, added, rows)?;
+        // What there is to say of it is said with the other special tokens.
+        let bos = special::id(files, "bos", rows.tokens.len(), &mut Written::default());
+        let found = pretokenizer::find(&files.tokenizer.tokenizer, json, bos, pre)?;
+        out.notices.extend(found.notice);
+        out.string("tokenizer.ggml.model", "gpt2");
+        out.string("tokenizer.ggml.pre", found.name);
+        write_tokens(&rows.tokens, out)?;
+        strings("tokenizer.ggml.merges", merges(json)?, out)?;
+        byte_level_notices(json, out);
+        rows
+    } else {
+        if let Some(name) = pre {
+            return Err(Error::usage(format!(
+                "--pre {name}: only byte-level BPE has a pre-tokenizer, and this model's tokenizer is another"
+            )));
         }
-        Some(_) | None => {
-            if let Some(name) = pre {
-                return Err(Error::usage(format!(
-                    "--pre {name}: only byte-level BPE has a pre-tokenizer, and this model's tokenizer is another"
-                )));
-            }
-            let (tokens, space) = sentence_piece(files, rows, out)?;
-            ids_of(&tokens)?;
-            out.string("tokenizer.ggml.model", "llama");
-            out.string("tokenizer.ggml.pre", "default");
-            write_tokens(&tokens, out)?;
-            let scores = tokens.iter().map(|token| MetadataValue::F32(token.score)).collect();
-            array("tokenizer.ggml.scores", scores, GGUFValueType::F32, out)?;
-            out.flag("tokenizer.ggml.add_space_prefix", space);
-            tokens
-        }
+        let (rows, space) = sentence_piece(files, rows, out)?;
+        out.string("tokenizer.ggml.model", "llama");
+        out.string("tokenizer.ggml.pre", "default");
+        write_tokens(&rows.tokens, out)?;
+        let scores = rows.tokens.iter().map(|token| MetadataValue::F32(token.score)).collect();
+        array("tokenizer.ggml.scores", scores, GGUFValueType::F32, out)?;
+        out.flag("tokenizer.ggml.add_space_prefix", space);
+        rows
     };
-    let ids = ids_of(&tokens)?;
-    special_tokens(files, &tokens, &ids, rows, out)?;
-    chat_templates(files, out)
+    if let Some((id, text)) = left_out.first() {
+        let others = if left_out.len() > 1 { format!(" and {} more", left_out.len() - 1) } else { String::new() };
+        out.notice(format!(
+            "added tokens beyond the embedding's {rows} rows are left out of the file: `{text}` ({id}){others}"
+        ));
+    }
+    special::write(files, &tokens, out)?;
+    special::chat_templates(&files.tokenizer.templates, out)
 }
 
 /// Whether every byte has a token, spelt in GPT-2's alphabet.
@@ -265,18 +185,33 @@ fn unused(rows: usize) -> Vec<Token> {
     (0..rows).map(token).collect()
 }
 
-/// Sets a row; fails beyond the last.
-fn set(tokens: &mut [Token], id: u64, token: Token) -> Result<()> {
-    let rows = tokens.len();
-    match usize::try_from(id).ok().and_then(|id| tokens.get_mut(id)) {
-        Some(row) => {
-            *row = token;
-            Ok(())
+impl Rows {
+    fn new(rows: usize) -> Rows {
+        Rows { tokens: unused(rows), left_out: Vec::new() }
+    }
+
+    /// Sets the row of a token of the vocabulary. Fails beyond the last, but for what is also among the added tokens.
+    fn set(&mut self, id: u64, token: Token, added: &[(u32, Added)]) -> Result<()> {
+        let rows = self.tokens.len();
+        match usize::try_from(id).ok().and_then(|id| self.tokens.get_mut(id)) {
+            Some(row) => *row = token,
+            None if added.iter().any(|(_, added)| added.content == token.text) => {}
+            None => {
+                return Err(Error::failed(format!(
+                    "tokenizer.json: token {id} (`{}`) is beyond the embedding's {rows} rows; is it another model's?",
+                    token.text
+                )));
+            }
         }
-        None => Err(Error::failed(format!(
-            "tokenizer.json: token {id} (`{}`) is beyond the embedding's {rows} rows; is it another model's?",
-            token.text
-        ))),
+        Ok(())
+    }
+
+    /// Sets the row of an added token, if it has one.
+    fn add(&mut self, id: u32, token: Token) {
+        match self.tokens.get_mut(id as usize) {
+            Some(row) => *row = token,
+            None => self.left_out.push((id.into(), token.text)),
+        }
     }
 }
 
@@ -299,18 +234,19 @@ fn vocabulary(json: &Value) -> Result<Vec<(u64, &str)>> {
     }
 }
 
-fn byte_level(json: &Value, rows: usize) -> Result<Vec<Token>> {
-    let mut tokens = unused(rows);
+fn byte_level(json: &Value, added: &[(u32, Added)], rows: usize) -> Result<Rows> {
+    let mut rows = Rows::new(rows);
     for (id, text) in vocabulary(json)? {
-        set(&mut tokens, id, Token { text: text.to_owned(), score: 0.0, kind: kind::NORMAL })?;
+        rows.set(id, Token { text: text.to_owned(), score: 0.0, kind: kind::NORMAL }, added)?;
     }
-    for token in added_of_json(json) {
+    for (id, token) in added {
         // Loaders search for the text as it is read.
         let text = if token.normalized { token.content.clone() } else { decoded(&token.content) };
-        let text = if token.special { text } else { text.replace(SPACE, " ") };
-        set(&mut tokens, token.id, Token { text, score: 0.0, kind: token.kind() })?;
+        let kind = kind_of(token);
+        let text = if kind == kind::CONTROL { text } else { text.replace(SPACE, " ") };
+        rows.add(*id, Token { text, score: 0.0, kind });
     }
-    Ok(tokens)
+    Ok(rows)
 }
 
 /// What a token spelt in GPT-2's alphabet stands for, or the spelling itself where it is not in that alphabet.
@@ -367,18 +303,16 @@ fn byte_level_notices(json: &Value, out: &mut Written) {
 }
 
 /// Pieces with scores, and whether a space is put before texts.
-fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Vec<Token>, bool)> {
-    let of_json = files.json.as_ref().map(|json| pieces_of_json(json, rows)).transpose()?;
-    if let (Some(why), None) = (&files.not_a_model, &of_json) {
-        return Err(Error::failed(format!("tokenizer.model: {why}")));
-    }
-    let (mut tokens, space) = match (&files.model, of_json) {
+fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Rows, bool)> {
+    let TokenizerFiles { json, added, name, .. } = &files.tokenizer;
+    let of_json = (*name != sentencepiece::FILE).then(|| pieces_of_json(json, added, rows)).transpose()?;
+    let (mut rows, space) = match (&files.model, of_json) {
         (Some(model), of_json) => {
-            let tokens = pieces_of_model(model, rows)?;
-            let added: HashSet<u64> = files.added_tokens().iter().map(|token| token.id).collect();
+            let rows = pieces_of_model(model, added, rows)?;
+            let ids: HashSet<usize> = added.iter().map(|(id, _)| *id as usize).collect();
             let differs = |json: &Pieces| {
-                let pairs = tokens.iter().zip(&json.tokens).enumerate();
-                pairs.filter(|(id, (a, b))| a.text != b.text && !added.contains(&(*id as u64))).count()
+                let pairs = rows.tokens.iter().zip(&json.rows.tokens).enumerate();
+                pairs.filter(|(id, (a, b))| a.text != b.text && !ids.contains(id)).count()
             };
             match of_json {
                 Some(json) if differs(&json) > 0 => {
@@ -387,7 +321,7 @@ fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Vec<
                         differs(&json)
                     ));
                     out.notices.extend(json.notices);
-                    (json.tokens, json.space)
+                    (json.rows, json.space)
                 }
                 _ => {
                     if model.algorithm == Algorithm::Unigram {
@@ -396,53 +330,52 @@ fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Vec<
                     if model.normalizes() {
                         out.notice("llama.cpp does not apply tokenizer.model's normalization to texts");
                     }
-                    (tokens, model.add_dummy_prefix)
+                    (rows, model.add_dummy_prefix)
                 }
             }
         }
         (None, Some(json)) => {
             out.notices.extend(json.notices);
-            (json.tokens, json.space)
+            (json.rows, json.space)
         }
-        (None, None) => return Err(Error::failed("tokenizer.json: no such file, and there is no tokenizer.model")),
+        (None, None) => return Err(Error::failed("tokenizer.model: it cannot be read a second time")),
     };
-    let own: Vec<i64> = tokens.iter().map(|token| token.kind).collect();
-    for token in files.added_tokens() {
-        let row = usize::try_from(token.id).ok().filter(|id| *id < own.len());
+    for (id, token) in added {
         // What is in the vocabulary as what it is stays so.
-        let stays = |id: usize| own[id] != kind::NORMAL && own[id] != kind::UNUSED && tokens[id].text == token.content;
-        if row.is_some_and(stays) {
+        let stays = |row: &Token| row.kind != kind::NORMAL && row.kind != kind::UNUSED && row.text == token.content;
+        if rows.tokens.get(*id as usize).is_some_and(stays) {
             continue;
         }
-        let text = if token.special { token.content.clone() } else { token.content.replace(SPACE, " ") };
-        set(&mut tokens, token.id, Token { text, score: ADDED_SCORE, kind: token.kind() })?;
+        let kind = kind_of(token);
+        let text = if kind == kind::CONTROL { token.content.clone() } else { token.content.replace(SPACE, " ") };
+        rows.add(*id, Token { text, score: ADDED_SCORE, kind });
     }
-    Ok((tokens, space))
+    Ok((rows, space))
 }
 
 const UNIGRAM: &str =
     "the tokenizer is a unigram model, and llama.cpp joins pieces by their scores: some texts may be split otherwise";
 
-fn pieces_of_model(model: &SentencePiece, rows: usize) -> Result<Vec<Token>> {
-    let mut tokens = unused(rows);
+fn pieces_of_model(model: &SentencePiece, added: &[(u32, Added)], rows: usize) -> Result<Rows> {
+    let mut rows = Rows::new(rows);
     for (id, piece) in model.pieces.iter().enumerate() {
         // As llama.cpp's converter writes pieces that a user defined.
         let kind = if i64::from(piece.kind) == kind::USER_DEFINED { kind::NORMAL } else { i64::from(piece.kind) };
-        set(&mut tokens, id as u64, Token { text: piece.text.clone(), score: piece.score, kind })?;
+        rows.set(id as u64, Token { text: piece.text.clone(), score: piece.score, kind }, added)?;
     }
-    Ok(tokens)
+    Ok(rows)
 }
 
 /// The vocabulary of a tokenizer.json that was made from SentencePiece.
 struct Pieces {
-    tokens: Vec<Token>,
+    rows: Rows,
     space: bool,
     notices: Vec<String>,
 }
 
-fn pieces_of_json(json: &Value, rows: usize) -> Result<Pieces> {
+fn pieces_of_json(json: &Value, added: &[(u32, Added)], rows: usize) -> Result<Pieces> {
     let model = &json["model"];
-    let mut tokens = unused(rows);
+    let mut rows = Rows::new(rows);
     let mut notices = Vec::new();
     let byte_fallback = model["byte_fallback"] == true;
     let piece_kind = |text: &str, unknown: bool| match () {
@@ -459,12 +392,12 @@ fn pieces_of_json(json: &Value, rows: usize) -> Result<Pieces> {
                 .copied()
                 .filter(|(_, text)| piece_kind(text, Some(*text) == unknown) == kind::NORMAL)
                 .collect();
-            let added = added_of_json(json).into_iter().map(|token| token.content).collect();
-            let scores = scores(&pieces, &merge_pairs(json)?, &added, &mut notices);
+            let texts = added.iter().map(|(_, token)| token.content.clone()).collect();
+            let scores = scores(&pieces, &merge_pairs(json)?, &texts, &mut notices);
             for (id, text) in list {
                 let kind = piece_kind(text, Some(text) == unknown);
                 let score = scores.get(text).copied().unwrap_or(0.0);
-                set(&mut tokens, id, Token { text: text.to_owned(), score, kind })?;
+                rows.set(id, Token { text: text.to_owned(), score, kind }, added)?;
             }
         }
         Some("Unigram") => {
@@ -477,7 +410,7 @@ fn pieces_of_json(json: &Value, rows: usize) -> Result<Pieces> {
                     Error::failed(format!("tokenizer.json: piece {id} is {piece}, expected a text and its score"))
                 })?;
                 let kind = piece_kind(text, unknown == Some(id as u64));
-                set(&mut tokens, id as u64, Token { text: text.to_owned(), score: score as f32, kind })?;
+                rows.set(id as u64, Token { text: text.to_owned(), score: score as f32, kind }, added)?;
             }
         }
         other => {
@@ -492,7 +425,7 @@ fn pieces_of_json(json: &Value, rows: usize) -> Result<Pieces> {
     if let Some(step) = foreign {
         notices.push(format!("llama.cpp does not apply tokenizer.json's {step} to texts"));
     }
-    Ok(Pieces { tokens, space, notices })
+    Ok(Pieces { rows, space, notices })
 }
 
 /// `<0x0A>`.
@@ -573,21 +506,22 @@ fn spaces(json: &Value) -> (bool, Option<String>) {
     (space, foreign)
 }
 
-/// Texts to ids; fails for two of one text, since loaders look tokens up by it.
-fn ids_of(tokens: &[Token]) -> Result<HashMap<&str, u32>> {
+/// Fails for two tokens of one text, since loaders look tokens up by it.
+fn check_distinct(tokens: &[Token]) -> Result<()> {
     let mut ids = HashMap::with_capacity(tokens.len());
     for (id, token) in tokens.iter().enumerate() {
-        if let Some(earlier) = ids.insert(token.text.as_str(), id as u32) {
+        if let Some(earlier) = ids.insert(token.text.as_str(), id) {
             return Err(Error::failed(format!(
                 "tokenizer.json: tokens {earlier} and {id} are both `{}`, and a GGUF file needs distinct ones",
                 token.text
             )));
         }
     }
-    Ok(ids)
+    Ok(())
 }
 
 fn write_tokens(tokens: &[Token], out: &mut Written) -> Result<()> {
+    check_distinct(tokens)?;
     strings("tokenizer.ggml.tokens", tokens.iter().map(|token| token.text.clone()).collect(), out)?;
     let kinds = tokens.iter().map(|token| MetadataValue::I32(token.kind as i32)).collect();
     array("tokenizer.ggml.token_type", kinds, GGUFValueType::I32, out)
@@ -599,160 +533,6 @@ fn strings(key: &str, values: Vec<String>, out: &mut Written) -> Result<()> {
 
 fn array(key: &str, values: Vec<MetadataValue>, ty: GGUFValueType, out: &mut Written) -> Result<()> {
     out.metadata.push((key.to_owned(), metadata_array(values, ty)?));
-    Ok(())
-}
-
-/// The id of the `bos`, `eos`, `unk`, `pad`, `sep` or `mask` token: by spelling, else by number.
-fn special_id(files: &Files, ids: &HashMap<&str, u32>, name: &str, rows: usize, out: &mut Written) -> Option<u32> {
-    for (file, json) in [("tokenizer_config.json", &files.config), ("special_tokens_map.json", &files.map)] {
-        let entry = &json[format!("{name}_token")];
-        let text = entry.as_str().or(entry["content"].as_str());
-        match text.map(|text| (text, ids.get(text))) {
-            Some((_, Some(id))) => return Some(*id),
-            Some((text, None)) => {
-                out.notice(format!("{file}: {name}_token is `{text}`, which is no token"));
-            }
-            None => {}
-        }
-    }
-    let own = || {
-        let model = files.model.as_ref()?;
-        let id = match name {
-            "bos" => model.bos,
-            "eos" => model.eos,
-            "unk" => model.unknown,
-            "pad" => model.padding,
-            _ => None,
-        };
-        id.filter(|id| (*id as usize) < rows)
-    };
-    // The only tokenizer knows its own marks.
-    if let Some(id) = own().filter(|_| files.json.is_none()) {
-        return Some(id);
-    }
-    for (file, json) in [("config.json", &files.model_config), ("generation_config.json", &files.generation)] {
-        let entry = &json[format!("{name}_token_id")];
-        match integer(entry).or(integer(&entry[0])).filter(|id| *id >= 0) {
-            Some(id) if id < rows as i64 => return Some(id as u32),
-            Some(id) => out.notice(format!("{file}: {name}_token_id is {id}, beyond the embedding's {rows} rows")),
-            None => {}
-        }
-    }
-    own()
-}
-
-fn special_tokens(
-    files: &Files,
-    tokens: &[Token],
-    ids: &HashMap<&str, u32>,
-    rows: usize,
-    out: &mut Written,
-) -> Result<()> {
-    // The seperator is spelt so.
-    const KEYS: &[(&str, &str)] = &[
-        ("bos", "bos"),
-        ("eos", "eos"),
-        ("unk", "unknown"),
-        ("sep", "seperator"),
-        ("pad", "padding"),
-        ("mask", "mask"),
-    ];
-    let mut told = Written::default();
-    let mut found = HashMap::new();
-    for (name, key) in KEYS {
-        if let Some(id) = special_id(files, ids, name, rows, &mut told) {
-            out.count(format!("tokenizer.ggml.{key}_token_id"), id as usize)?;
-            found.insert(*name, id);
-        }
-    }
-    out.notices.extend(told.notices);
-    out.notices.dedup();
-    let (bos, eos) = (found.get("bos").copied(), found.get("eos").copied());
-
-    // A chat model may stop at several tokens.
-    let mut eot = None;
-    for id in [&files.generation, &files.model_config].into_iter().flat_map(|json| ends(&json["eos_token_id"])) {
-        let Some(token) = tokens.get(id as usize).filter(|_| Some(id) != eos) else { continue };
-        if TURN_ENDS.contains(&token.text.as_str()) {
-            eot = eot.or(Some(id));
-        } else if !OTHER_ENDS.contains(&token.text.as_str()) {
-            out.notice(format!("the model also stops at token {id} (`{}`), which a GGUF file cannot say", token.text));
-        }
-    }
-    if let Some(id) = eot {
-        out.count("tokenizer.ggml.eot_token_id", id as usize)?;
-    }
-
-    let flag = |name: &str| files.config[name].as_bool();
-    let (add_bos, add_eos) = match &files.tokenizer {
-        Some(tokenizer) => {
-            let (before, after) = (tokenizer.prefix(), tokenizer.suffix());
-            let silent = files.json.as_ref().is_some_and(|json| json["post_processor"].is_null());
-            let add_bos = bos.is_some() && before == [bos.unwrap_or_default()];
-            let add_eos = eos.is_some() && after == [eos.unwrap_or_default()];
-            if !add_bos && !before.is_empty() || !add_eos && !after.is_empty() {
-                out.notice(format!(
-                    "tokenizer.json puts tokens {before:?} before and {after:?} after texts, and a GGUF file can only name BOS and EOS"
-                ));
-            }
-            for (name, added) in [("add_bos_token", add_bos), ("add_eos_token", add_eos)] {
-                if let Some(other) = flag(name).filter(|flag| *flag != added && !silent) {
-                    out.notice(format!(
-                        "tokenizer_config.json has {name} {other}, but tokenizer.json {} it: the file follows tokenizer.json",
-                        if added { "adds" } else { "does not add" }
-                    ));
-                }
-            }
-            match silent {
-                true => (flag("add_bos_token").unwrap_or(false), flag("add_eos_token").unwrap_or(false)),
-                false => (add_bos, add_eos),
-            }
-        }
-        // As SentencePiece tokenizers do in transformers.
-        None => (flag("add_bos_token").unwrap_or(true), flag("add_eos_token").unwrap_or(false)),
-    };
-    out.flag("tokenizer.ggml.add_bos_token", add_bos && bos.is_some());
-    out.flag("tokenizer.ggml.add_eos_token", add_eos && eos.is_some());
-    Ok(())
-}
-
-/// One id or a list of them.
-fn ends(value: &Value) -> Vec<u32> {
-    let list = value.as_array().map_or_else(|| vec![value], |list| list.iter().collect());
-    list.into_iter().filter_map(|id| u32::try_from(integer(id)?).ok()).collect()
-}
-
-/// `tokenizer.chat_template`, and the others under their names.
-fn chat_templates(files: &Files, out: &mut Written) -> Result<()> {
-    let key = "tokenizer.chat_template";
-    let mut names = Vec::new();
-    let mut first = files.template.clone();
-    match &files.config["chat_template"] {
-        Value::String(text) => first = first.or(Some(text.clone())),
-        Value::Array(list) => {
-            for item in list {
-                let Some((name, text)) = item["name"].as_str().zip(item["template"].as_str()) else { continue };
-                if name == "default" {
-                    first = first.or(Some(text.to_owned()));
-                    continue;
-                }
-                // Names become keys.
-                let clean = |c: char| if c.is_ascii_alphanumeric() || c == '_' { c.to_ascii_lowercase() } else { '_' };
-                let name: String = name.chars().map(clean).collect();
-                if !names.contains(&name) {
-                    out.string(format!("{key}.{name}"), text);
-                    names.push(name);
-                }
-            }
-        }
-        _ => {}
-    }
-    if !names.is_empty() {
-        strings("tokenizer.chat_templates", names, out)?;
-    }
-    if let Some(text) = first {
-        out.string(key, text);
-    }
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use formats::container::gguf::GgufSpec;
 use formats::{Dtype, GgufFile, TensorView};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::checkpoint::{Entry, StoredType};
 use crate::error::{Error, Result};
@@ -364,10 +364,15 @@ fn finish_config(config: &mut Value, file: &GgufFile, dtype: Dtype) -> Result<()
         }
     }
     // A chat model ends its turn with another token than a text.
-    if let (Some(eos), Some(eot)) = (object.get("eos_token_id").cloned(), file.count("tokenizer.ggml.eot_token_id")?)
-        && eos != json!(eot)
-    {
-        object.insert("eos_token_id".into(), json!([eos, eot]));
+    if let Some(eos) = object.get("eos_token_id").cloned() {
+        let mut ends = vec![eos];
+        for key in ["eot", "eom"] {
+            let id = file.count(&format!("tokenizer.ggml.{key}_token_id"))?.map(Value::from);
+            ends.extend(id.filter(|id| !ends.contains(id)));
+        }
+        if ends.len() > 1 {
+            object.insert("eos_token_id".into(), ends.into());
+        }
     }
     Ok(())
 }

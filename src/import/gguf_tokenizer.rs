@@ -208,7 +208,7 @@ impl<'f> Vocabulary<'f> {
 }
 
 /// tokenizer.json, as the tokenizers library reads it.
-pub(super) fn tokenizer_json(file: &GgufFile) -> Result<Value> {
+pub(crate) fn tokenizer_json(file: &GgufFile) -> Result<Value> {
     let vocabulary = Vocabulary::read(file)?;
     let model = file.require("tokenizer.ggml.model", file.string("tokenizer.ggml.model")?)?;
     match model {
@@ -355,7 +355,7 @@ pub(crate) fn around(bos: Option<(u32, &str)>, eos: Option<(u32, &str)>) -> Valu
 }
 
 /// tokenizer_config.json, as transformers reads it.
-pub(super) fn tokenizer_config(file: &GgufFile, context: Option<u64>) -> Result<Value> {
+pub(crate) fn tokenizer_config(file: &GgufFile, context: Option<u64>) -> Result<Value> {
     let vocabulary = Vocabulary::read(file)?;
     let mut config = json!({"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": false});
     let object = config.as_object_mut().expect("an object");
@@ -368,8 +368,22 @@ pub(super) fn tokenizer_config(file: &GgufFile, context: Option<u64>) -> Result<
     if let Some(context) = context {
         object.insert("model_max_length".into(), context.into());
     }
-    if let Some(template) = file.string("tokenizer.chat_template")? {
-        object.insert("chat_template".into(), template.into());
+    let key = "tokenizer.chat_template";
+    let mut templates: Vec<Value> = Vec::new();
+    for name in file.strings("tokenizer.chat_templates")?.unwrap_or_default() {
+        if let Some(template) = file.string(&format!("{key}.{name}"))? {
+            templates.push(json!({"name": name, "template": template}));
+        }
+    }
+    match file.string(key)? {
+        Some(template) if templates.is_empty() => drop(object.insert("chat_template".into(), template.into())),
+        default => {
+            let default = default.map(|template| json!({"name": "default", "template": template}));
+            templates.splice(0..0, default);
+        }
+    }
+    if !templates.is_empty() {
+        object.insert("chat_template".into(), templates.into());
     }
     Ok(config)
 }

@@ -5,7 +5,7 @@
 //! for two things that are done as transformers does: special tokens written out in a text become those tokens, and with
 //! `"legacy": false` in tokenizer_config.json only a text that does not begin with a space gets one before it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use formats::SentencePiece;
@@ -13,38 +13,41 @@ use formats::container::sentencepiece::{Algorithm, Piece};
 use formats::container::stand_in::stand_in;
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::{TokenizerFile, read_json};
 use crate::error::{Error, Result};
 use crate::import::gguf_tokenizer::kind;
+use crate::tokenizer::added::{Added, Declared, Sources};
 
 /// The file that is read here.
 pub(crate) const FILE: &str = "tokenizer.model";
 
-/// The tokenizer of `folder`, from its tokenizer.model and what lies beside it: tokenizer_config.json,
-/// special_tokens_map.json and added_tokens.json. `None` without that file; fails for one that cannot be read.
-pub(crate) fn tokenizer(folder: &Path) -> Result<Option<TokenizerFile>> {
+/// The tokenizer of `folder`, from its tokenizer.model and what lies beside it. `None` without that file; fails for one that
+/// cannot be read.
+pub(crate) fn tokenizer(folder: &Path, beside: &Sources) -> Result<Option<Converted>> {
     let path = folder.join(FILE);
-    let bytes = match std::fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::io(path, "read")(error)),
-    };
     let failed = |why: String| Error::failed(format!("{}: {why}", path.display()));
-    let model = SentencePiece::parse(&bytes).map_err(|error| failed(not_a_model(&bytes, &error)))?;
-    let json_of = |name: &str| Ok::<_, Error>(read_json(&folder.join(name))?.unwrap_or(Value::Null));
-    let settings = Settings {
-        config: json_of("tokenizer_config.json")?,
-        map: json_of("special_tokens_map.json")?,
-        added: json_of("added_tokens.json")?,
-    };
+    let Some(model) = read(folder)? else { return Ok(None) };
+    let model = model.map_err(failed)?;
+    let declared = beside.declared().map_err(|(file, why)| failed(format!("{file} beside it {why}")))?;
+    let added = added_tokens(&model, declared);
+    let json = build(&model, beside, &added).map_err(failed)?;
     let piece = |id: Option<u32>| Some(model.pieces.get(id? as usize)?.text.clone());
-    let (bos, eos) = (piece(model.bos), piece(model.eos));
-    let json = build(&model, &settings).map_err(failed)?;
-    Ok(Some(TokenizerFile { name: FILE, json: json.to_string().into_bytes(), bos, eos }))
+    let own = [piece(model.bos), piece(model.eos)];
+    let added = added.into_iter().filter(|(_, (_, declared))| *declared).map(|(id, (token, _))| (id, token)).collect();
+    Ok(Some(Converted { json, added, own }))
+}
+
+/// The model in `folder`, or why it is none; `None` without the file.
+pub(crate) fn read(folder: &Path) -> Result<Option<Result<SentencePiece, String>>> {
+    let path = folder.join(FILE);
+    match std::fs::read(&path) {
+        Ok(bytes) => Ok(Some(SentencePiece::parse(&bytes).map_err(|error| not_a_model(&bytes, &error)))),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(path, "read")(error)),
+    }
 }
 
 /// What to say of a tokenizer.model that is no SentencePiece model.
-pub(crate) fn not_a_model(bytes: &[u8], error: &formats::Error) -> String {
+fn not_a_model(bytes: &[u8], error: &formats::Error) -> String {
     if let Some(why) = stand_in(bytes) {
         return why;
     }
@@ -67,108 +70,55 @@ pub(crate) fn save_tokenizer(model: &str) -> String {
     )
 }
 
-/// The files beside tokenizer.model.
-struct Settings {
-    config: Value,
-    map: Value,
-    added: Value,
+/// A tokenizer.model in the form of tokenizer.json.
+pub(crate) struct Converted {
+    pub json: Value,
+    /// What the files beside it add, by id.
+    pub added: Vec<(u32, Added)>,
+    /// The model's own BOS and EOS.
+    pub own: [Option<String>; 2],
 }
 
-/// A token that is looked for in texts before they are split.
-struct Added {
-    content: String,
-    special: bool,
-    /// Looked for in the text as it is after the rules for characters.
-    normalized: bool,
-    lstrip: bool,
-    rstrip: bool,
-    single_word: bool,
-}
-
-impl Added {
-    fn new(content: &str, special: bool, normalized: bool) -> Added {
-        Added { content: content.to_owned(), special, normalized, lstrip: false, rstrip: false, single_word: false }
-    }
-
-    fn read(token: &Value) -> Option<Added> {
-        let flag = |name: &str| token[name] == true;
-        let normalized = token["normalized"].as_bool().unwrap_or(!flag("special"));
-        let mut added = Added::new(token["content"].as_str()?, flag("special"), normalized);
-        (added.lstrip, added.rstrip, added.single_word) = (flag("lstrip"), flag("rstrip"), flag("single_word"));
-        Some(added)
-    }
-
-    fn to_json(&self, id: u32) -> Value {
-        json!({
-            "id": id, "content": self.content, "single_word": self.single_word, "lstrip": self.lstrip,
-            "rstrip": self.rstrip, "normalized": self.normalized, "special": self.special,
-        })
-    }
-}
-
-impl Settings {
-    /// The spelling of the `bos`, `eos`, `unk`, … token.
-    fn token(&self, name: &str) -> Option<&str> {
-        let key = format!("{name}_token");
-        [&self.config, &self.map].into_iter().find_map(|json| json[&key].as_str().or(json[&key]["content"].as_str()))
-    }
-
-    fn flag(&self, name: &str) -> Option<bool> {
-        self.config[name].as_bool()
-    }
-
-    /// What was added since the model was trained, by id.
-    fn added(&self, model: &SentencePiece) -> Result<BTreeMap<u32, Added>, String> {
-        let mut added: BTreeMap<u32, Added> = BTreeMap::new();
-        for (id, piece) in model.pieces.iter().enumerate() {
-            let special = matches!(i64::from(piece.kind), kind::CONTROL | kind::UNKNOWN);
-            if special || i64::from(piece.kind) == kind::USER_DEFINED {
-                added.insert(id as u32, Added::new(&piece.text, special, false));
-            }
+/// Added tokens by id: the model's own special pieces, and what the files beside it declare, with true.
+///
+/// Ids that files give are kept, as the tokenizers did that such folders were made for. Tokens without one come last.
+fn added_tokens(model: &SentencePiece, declared: Declared) -> BTreeMap<u32, (Added, bool)> {
+    let mut added: BTreeMap<u32, (Added, bool)> = BTreeMap::new();
+    let mut pieces: HashMap<&str, u32> = HashMap::with_capacity(model.pieces.len());
+    for (id, piece) in model.pieces.iter().enumerate() {
+        pieces.entry(&piece.text).or_insert(id as u32);
+        let special = matches!(i64::from(piece.kind), kind::CONTROL | kind::UNKNOWN);
+        if special || i64::from(piece.kind) == kind::USER_DEFINED {
+            added.insert(id as u32, (Added { normalized: false, ..Added::new(&piece.text, special) }, false));
         }
-        let decoder = self.config["added_tokens_decoder"].as_object().filter(|decoder| !decoder.is_empty());
-        // Later files say all of it in one place.
-        for (content, id) in self.added.as_object().filter(|_| decoder.is_none()).into_iter().flatten() {
-            let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
-            let id = id.ok_or_else(|| format!("added_tokens.json beside it has no id for `{content}`"))?;
-            added.insert(id, Added::new(content, false, true));
-        }
-        for (id, token) in decoder.into_iter().flatten() {
-            let read = id.parse::<u32>().ok().zip(Added::read(token));
-            let (id, token) = read.ok_or_else(|| {
-                format!("tokenizer_config.json beside it has an entry in added_tokens_decoder, `{id}`, without an id or a content")
-            })?;
-            added.insert(id, token);
-        }
-        // Tokens that files name without an id come last.
-        let known = model.pieces.iter().map(|piece| piece.text.as_str()).chain(added.values().map(|a| &a.content[..]));
-        let known: std::collections::HashSet<&str> = known.collect();
-        let mut named: Vec<String> = Vec::new();
-        let lists = ["additional_special_tokens", "extra_special_tokens"];
-        let files = [Some(&self.config), Some(&self.map).filter(|_| decoder.is_none())];
-        let listed = files.into_iter().flatten().flat_map(|json| lists.map(|key| &json[key]));
-        let listed = listed.filter_map(Value::as_array).flatten();
-        let listed = listed.filter_map(|token| token.as_str().or(token["content"].as_str()));
-        let single = ["bos", "eos", "unk", "pad", "sep", "cls", "mask"].into_iter().filter_map(|name| self.token(name));
-        for content in single.chain(listed) {
-            if !content.is_empty() && !known.contains(content) && !named.iter().any(|other| other == content) {
-                named.push(content.to_owned());
-            }
-        }
-        let highest = added.keys().last().map_or(0, |id| id + 1);
-        let next = highest.max(model.pieces.len() as u32);
-        added.extend((next..).zip(named.iter().map(|content| Added::new(content, true, false))));
-        // What files name as special is, however it was added.
-        for token in added.values_mut() {
-            token.special |=
-                ["bos", "eos", "unk", "pad"].into_iter().any(|name| self.token(name) == Some(&token.content));
-        }
-        Ok(added)
     }
+    let names: HashSet<String> = declared.named.iter().map(|(_, token)| token.content.clone()).collect();
+    for (id, token) in declared.numbered {
+        added.insert(id, (token, true));
+    }
+    let mut known: HashMap<String, u32> = added.iter().map(|(id, (token, _))| (token.content.clone(), *id)).collect();
+    let mut next = added.keys().last().map_or(0, |id| id + 1).max(model.pieces.len() as u32);
+    for token in declared.named.into_iter().map(|(_, token)| token).chain(declared.extra) {
+        if known.contains_key(&token.content) {
+            continue;
+        }
+        let id = pieces.get(&token.content[..]).copied().filter(|id| !added.contains_key(id));
+        let id = id.unwrap_or_else(|| {
+            next += 1;
+            next - 1
+        });
+        known.insert(token.content.clone(), id);
+        added.insert(id, (token, true));
+    }
+    // What files name as special is, however it was added.
+    for (token, _) in added.values_mut() {
+        token.special |= names.contains(&token.content);
+    }
+    added
 }
 
 /// tokenizer.json. Fails, with the reason, for what the tokenizers library has no steps for.
-fn build(model: &SentencePiece, settings: &Settings) -> Result<Value, String> {
+fn build(model: &SentencePiece, settings: &Sources, added: &BTreeMap<u32, (Added, bool)>) -> Result<Value, String> {
     if model.whitespace_as_suffix {
         return Err("it puts spaces behind words, which cannot be done here".to_owned());
     }
@@ -183,10 +133,9 @@ fn build(model: &SentencePiece, settings: &Settings) -> Result<Value, String> {
             return Err(format!("pieces {earlier} and {id} are both `{}`", piece.text));
         }
     }
-    let added = settings.added(model)?;
     // An added token may take the place of a piece.
-    let text = |id: usize| added.get(&(id as u32)).map_or(&model.pieces[id].text, |token| &token.content);
-    for (id, token) in &added {
+    let text = |id: usize| added.get(&(id as u32)).map_or(&model.pieces[id].text, |(token, _)| &token.content);
+    for (id, (token, _)) in added {
         if ids.get(&token.content[..]).is_some_and(|other| *other != *id as usize && text(*other) == &token.content) {
             return Err(format!(
                 "`{}` is piece {} and, by the files beside it, token {id}",
@@ -199,7 +148,7 @@ fn build(model: &SentencePiece, settings: &Settings) -> Result<Value, String> {
     let tokens = match model.algorithm {
         Algorithm::Bpe => {
             let beyond =
-                added.range(model.pieces.len() as u32..).map(|(id, token)| (token.content.clone(), *id as usize));
+                added.range(model.pieces.len() as u32..).map(|(id, (token, _))| (token.content.clone(), *id as usize));
             let vocab = (0..model.pieces.len()).map(|id| (text(id).clone(), id)).chain(beyond);
             let vocab: Map<String, Value> = vocab.map(|(text, id)| (text, id.into())).collect();
             let merges = merges(&model.pieces, &ids, &|id| text(id) == &model.pieces[id].text);
@@ -212,7 +161,7 @@ fn build(model: &SentencePiece, settings: &Settings) -> Result<Value, String> {
         Algorithm::Unigram => {
             let mut vocab: Vec<Value> =
                 model.pieces.iter().enumerate().map(|(id, piece)| json!([text(id), piece.score])).collect();
-            for (id, token) in added.range(model.pieces.len() as u32..) {
+            for (id, (token, _)) in added.range(model.pieces.len() as u32..) {
                 if *id as usize > vocab.len() + MOST_UNUSED {
                     return Err(format!(
                         "token {id} (`{}`) was added far beyond its {} pieces",
@@ -236,10 +185,10 @@ fn build(model: &SentencePiece, settings: &Settings) -> Result<Value, String> {
         "version": "1.0",
         "truncation": null,
         "padding": null,
-        "added_tokens": added.iter().map(|(id, token)| token.to_json(*id)).collect::<Vec<_>>(),
+        "added_tokens": added.iter().map(|(id, (token, _))| token.to_json(*id)).collect::<Vec<_>>(),
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": post_processor(model, settings, &added),
+        "post_processor": post_processor(model, settings, added),
         "decoder": null,
         "model": tokens,
     }))
@@ -249,7 +198,7 @@ fn build(model: &SentencePiece, settings: &Settings) -> Result<Value, String> {
 const MOST_UNUSED: usize = 1 << 20;
 
 /// What is done to a text before it is split: the normalizer and the pre-tokenizer.
-fn spaces(model: &SentencePiece, settings: &Settings) -> (Value, Value) {
+fn spaces(model: &SentencePiece, settings: &Sources) -> (Value, Value) {
     let replace = |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
     let mut steps = Vec::new();
     if !model.rules.is_empty() {
@@ -303,14 +252,16 @@ fn merges(pieces: &[Piece], ids: &HashMap<&str, usize>, is_piece: &dyn Fn(usize)
 }
 
 /// BOS before texts unless tokenizer_config.json says otherwise, EOS behind them if it says so.
-fn post_processor(model: &SentencePiece, settings: &Settings, added: &BTreeMap<u32, Added>) -> Value {
-    let special = |name: &str, own: Option<u32>, default: bool| -> Option<(u32, &str)> {
+fn post_processor<'a>(model: &SentencePiece, settings: &Sources, added: &'a BTreeMap<u32, (Added, bool)>) -> Value {
+    let special = |name: &str, own: Option<u32>, default: bool| -> Option<(u32, &'a str)> {
         if !settings.flag(&format!("add_{name}_token")).unwrap_or(default) {
             return None;
         }
-        let own = added.get_key_value(&own?).map(|(id, token)| (*id, token));
-        let named = settings.token(name).and_then(|text| added.iter().find(|(_, token)| token.content == text));
-        named.map(|(id, token)| (*id, token)).or(own).map(|(id, token)| (id, &token.content[..]))
+        let of = |(id, (token, _)): (&u32, &'a (Added, bool))| (*id, &token.content[..]);
+        let own = added.get_key_value(&own?).map(of);
+        let named =
+            settings.named(name).and_then(|(_, text)| added.iter().find(|(_, (token, _))| token.content == text));
+        named.map(of).or(own)
     };
     let bos = special("bos", model.bos.or(Some(u32::MAX)), true);
     let eos = special("eos", model.eos.or(Some(u32::MAX)), false);

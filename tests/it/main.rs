@@ -19,4 +19,5 @@ mod sentencepiece;
 mod spelling;
 mod stray;
 mod tidy;
+mod tokenizers;
 mod unknown;

@@ -116,7 +116,9 @@ fn gguf_files_hold_the_pieces_own_scores_and_types() {
         let (added, unused) = (MetadataValue::F32(-1000.0), MetadataValue::F32(-10000.0));
         let expected: &[(usize, &MetadataValue, i64)] = match &name[..] {
             "llama_added" => &[(last, &added, 3), (last + 1, &unused, 5)],
-            "llama_fine_tuned" => &[(last, &added, 4), (last + 1, &added, 4), (last + 3, &unused, 5)],
+            "llama_fine_tuned" => {
+                &[(last, &added, 4), (last + 1, &added, 3), (last + 2, &added, 4), (last + 3, &unused, 5)]
+            }
             _ => &[(last, &unused, 5)],
         };
         for (id, score, kind) in expected {

@@ -1,5 +1,6 @@
-//! tokenizer.json and tokenizer_config.json.
+//! tokenizer.json, and the special tokens and chat template beside it.
 
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{ChatTemplate, SampleError};
@@ -11,7 +12,7 @@ pub struct Tokenizer {
     /// Ids put before and after every text when special tokens are added.
     prefix: Vec<u32>,
     suffix: Vec<u32>,
-    /// Ends a document; known from tokenizer_config.json.
+    /// Ends a document; known from the configuration.
     eos: Option<u32>,
     bos: Option<u32>,
     max_id: u32,
@@ -24,17 +25,23 @@ impl Tokenizer {
     /// damaged file is an error, even where the tokenizers library would panic on it.
     pub fn from_json(bytes: &[u8]) -> Result<Self, SampleError> {
         let mut json: Value = serde_json::from_slice(bytes).map_err(|e| tokenizer_error("tokenizer.json", e))?;
-        // Nothing is ever decoded, and a decoder of an unknown kind is no reason to refuse the model.
-        if let Some(decoder) = json.get_mut("decoder") {
-            *decoder = Value::Null;
-        }
-        std::panic::catch_unwind(|| Self::build(json))
-            .unwrap_or_else(|_| Err(tokenizer_error("tokenizer.json", "a part of it is not as its type demands")))
+        Self::from_value(&mut json)
     }
 
-    fn build(json: Value) -> Result<Self, SampleError> {
-        let mut inner: tokenizers::Tokenizer =
-            serde_json::from_value(json).map_err(|e| tokenizer_error("tokenizer.json", e))?;
+    /// [`Tokenizer::from_json`] of what is parsed already, which is left as it was.
+    pub fn from_value(json: &mut Value) -> Result<Self, SampleError> {
+        // Nothing is ever decoded, and a decoder of an unknown kind is no reason to refuse the model.
+        let decoder = json.get_mut("decoder").map(Value::take);
+        let built = std::panic::catch_unwind(|| Self::build(json))
+            .unwrap_or_else(|_| Err(tokenizer_error("tokenizer.json", "a part of it is not as its type demands")));
+        if let Some(decoder) = decoder {
+            json["decoder"] = decoder;
+        }
+        built
+    }
+
+    fn build(json: &Value) -> Result<Self, SampleError> {
+        let mut inner = tokenizers::Tokenizer::deserialize(json).map_err(|e| tokenizer_error("tokenizer.json", e))?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| tokenizer_error("tokenizer.json", e))?;
         let max_id = inner
@@ -47,7 +54,7 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// Takes the BOS and EOS that tokenizer_config.json names.
+    /// Takes the BOS and EOS that the configuration names.
     ///
     /// The EOS is put between calibration documents. Whether a BOS is added before a text stays with tokenizer.json: its
     /// post-processor goes before `add_bos_token`, as in transformers 5.
@@ -110,7 +117,7 @@ impl Tokenizer {
         self.eos
     }
 
-    /// Sets the token that ends a document, for callers without a tokenizer_config.json.
+    /// Sets the token that ends a document, for callers without a configuration.
     pub fn set_eos(&mut self, eos: Option<u32>) {
         self.eos = eos;
     }
@@ -132,50 +139,23 @@ impl Tokenizer {
     }
 }
 
-/// What quantc reads from tokenizer_config.json; all of it optional.
+/// What a model says of its tokenizer beside the vocabulary; all of it optional.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct TokenizerConfig {
     /// Spelling of the token that starts a text.
     pub bos_token: Option<String>,
     /// Spelling of the token that ends one.
     pub eos_token: Option<String>,
-    /// Source of the chat template; of several the one named `default`. A chat_template.jinja beside the file goes first.
+    /// Source of the chat template.
     pub chat_template: Option<String>,
     /// Spellings of the remaining special tokens, by name (`unk_token`, `pad_token`, …).
     pub others: Vec<(String, String)>,
 }
 
 impl TokenizerConfig {
-    /// Reads the bytes of a tokenizer_config.json or special_tokens_map.json, called `file` in messages; a token is a
-    /// string or an object with `content`.
-    pub fn from_json(file: &str, bytes: &[u8]) -> Result<Self, SampleError> {
-        let json: Value = serde_json::from_slice(bytes).map_err(|e| tokenizer_error(file, e))?;
-        let token = |value: &Value| {
-            let text = if value.is_object() { value.get("content") } else { Some(value) };
-            text.and_then(Value::as_str).map(str::to_owned)
-        };
-        let named = |name: &str| json.get(name).and_then(token);
-        let chat_template = match json.get("chat_template") {
-            Some(Value::String(source)) => Some(source.clone()),
-            Some(Value::Array(list)) => list
-                .iter()
-                .find(|entry| entry.get("name").and_then(Value::as_str) == Some("default"))
-                .and_then(|entry| entry.get("template").and_then(Value::as_str))
-                .map(str::to_owned),
-            _ => None,
-        };
-        let others = ["unk_token", "pad_token", "sep_token", "cls_token", "mask_token"]
-            .iter()
-            .filter_map(|name| named(name).map(|token| ((*name).to_owned(), token)))
-            .collect();
-        Ok(Self { bos_token: named("bos_token"), eos_token: named("eos_token"), chat_template, others })
-    }
-
-    /// The chat template with these special tokens; `jinja` is the text of chat_template.jinja, where there is one.
-    ///
-    /// `None` when the model has no template.
-    pub fn chat(&self, jinja: Option<&str>) -> Result<Option<ChatTemplate>, SampleError> {
-        let Some(source) = jinja.or(self.chat_template.as_deref()) else { return Ok(None) };
+    /// The chat template with these special tokens; `None` when the model has no template.
+    pub fn chat(&self) -> Result<Option<ChatTemplate>, SampleError> {
+        let Some(source) = self.chat_template.as_deref() else { return Ok(None) };
         let mut template = ChatTemplate::new(source, self.bos_token.as_deref(), self.eos_token.as_deref())?;
         for (name, token) in &self.others {
             template = template.with_variable(name, token);

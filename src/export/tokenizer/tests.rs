@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use calibration::samples::Tokenizer;
 use formats::{GgmlType, GgufTensor, GgufWriter};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -110,7 +111,7 @@ fn file_of(written: &Written, rows: usize) -> (tempfile::TempDir, Checkpoint) {
 /// Writes the tokenizer, reads it back, and encodes texts with both.
 fn round_trip(original: &Value, written: &Written, rows: usize) {
     let (_folder, file) = file_of(written, rows);
-    let back = Tokenizer::from_json(&file.tokenizer().unwrap().unwrap().json).unwrap();
+    let back = file.tokenizer().unwrap().unwrap().tokenizer;
     let original = Tokenizer::from_json(original.to_string().as_bytes()).unwrap();
     for text in TEXTS {
         for special in [true, false] {
@@ -210,22 +211,23 @@ fn llama_3s_marks_ends_and_fill_are_written() {
         "single_word": false, "lstrip": false, "rstrip": false, "normalized": false}));
     let config = json!({"bos_token": {"content": "<|begin_of_text|>"}, "eos_token": "<|end_of_text|>", "mask_token": "[none]",
         "chat_template": [{"name": "Tool-use", "template": "T"}, {"name": "default", "template": "D"}]});
-    let generation = json!({"eos_token_id": [1, 3, 4], "pad_token_id": 1001});
+    let generation = json!({"eos_token_id": [1, 3, 4, 5], "pad_token_id": 1009});
     let files =
         [("tokenizer.json", &original), ("tokenizer_config.json", &config), ("generation_config.json", &generation)];
     let out = written(folder(&files).path(), 1010);
     assert_eq!(text(&out, "pre"), Some("llama-bpe"));
     let tokens = words(&out, "tokens");
-    assert_eq!((tokens.len(), tokens[1002], tokens[1009]), (1010, "of a user", "[PAD1009]"));
-    assert_eq!([1000, 1001, 1002, 1009].map(|id| kinds(&out)[id]), [5, 5, kind::USER_DEFINED, kind::UNUSED]);
-    let ids = ["bos", "eos", "eot", "padding", "unknown"].map(|name| id(&out, name));
-    assert_eq!(ids, [Some(0), Some(1), Some(3), Some(1001), None]);
+    assert_eq!((tokens.len(), tokens[1000], tokens[1001], tokens[1009]), (1010, "of a user", "[none]", "[PAD1009]"));
+    assert_eq!([1000, 1001, 1009].map(|id| kinds(&out)[id]), [kind::USER_DEFINED, kind::CONTROL, kind::UNUSED]);
+    let ids = ["bos", "eos", "eot", "eom", "padding", "mask", "unknown"].map(|name| id(&out, name));
+    assert_eq!(ids, [Some(0), Some(1), Some(3), Some(4), Some(1009), Some(1001), None]);
     assert_eq!(get(&out, "add_bos_token"), Some(&MetadataValue::Bool(true)));
     assert_eq!(
         out.notices,
         [
-            "tokenizer_config.json: mask_token is `[none]`, which is no token",
-            "the model also stops at token 4 (`[INST]`), which a GGUF file cannot say",
+            "the tokenizer's files give `of▁a user` the id 1002, and it has 1000 (tokenizer.json): ids are those of the \
+             tokenizers library, as in transformers",
+            "the model also stops at token 5 (`[/INST]`), which a GGUF file cannot say",
         ]
     );
     let find = |key: &str| out.metadata.iter().find(|(name, _)| name == key).and_then(|(_, value)| value.as_str());
@@ -283,7 +285,8 @@ fn a_sentence_piece_model_goes_first() {
     // With what was added since.
     std::fs::write(alone.path().join("added_tokens.json"), r#"{"<pad>": 800, "user▁defined": 801}"#).unwrap();
     let decoder = json!({"added_tokens_decoder": {"1": {"content": "<s>", "special": true},
-        "300": {"content": "<new>", "special": true}}, "add_bos_token": false});
+        "300": {"content": "<new>", "special": true}, "800": {"content": "<pad>"}, "801": {"content": "user▁defined"}},
+        "add_bos_token": false});
     std::fs::write(alone.path().join("tokenizer_config.json"), decoder.to_string()).unwrap();
     let out = written(alone.path(), 810);
     assert_eq!([300, 800, 801].map(|id| words(&out, "tokens")[id]), ["<new>", "<pad>", "user defined"]);
@@ -348,12 +351,14 @@ fn what_cannot_be_written_is_one_sentence() {
         few.starts_with("tokenizer.json: token 999 (`") && few.contains("beyond the embedding's 999 rows"),
         "{few}"
     );
+    // Read as it is spelt, the added token is one of the vocabulary.
     let twice = refused(1010, None, &|json| {
-        let token = json!({"id": 1001, "content": "<|im_end|>", "special": true, "single_word": false, "lstrip": false,
+        let token = json!({"id": 1000, "content": "Ġ", "special": true, "single_word": false, "lstrip": false,
             "rstrip": false, "normalized": false});
         json["added_tokens"].as_array_mut().unwrap().push(token);
+        json["model"]["vocab"][" "] = 1000.into();
     });
-    assert!(twice.starts_with("tokenizer.json: tokens 3 and 1001 are both `<|im_end|>`"), "{twice}");
+    assert!(twice.starts_with("tokenizer.json: tokens ") && twice.contains("and 1000 are both ` `"), "{twice}");
     let word_piece = json!({"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
         "max_input_chars_per_word": 9, "vocab": {"a": 0}});
     let other = refused(1, None, &|json| {

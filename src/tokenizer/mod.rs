@@ -1,0 +1,164 @@
+//! A model's tokenizer, put together from every file that says something of it.
+//!
+//! The vocabulary is that of tokenizer.json, tokenizer.model or a GGUF file. Tokens, names and flags also stand in
+//! tokenizer_config.json, special_tokens_map.json and added_tokens.json (`added`), chat templates in files of their own
+//! (`templates`). What comes out is one tokenizer.json with all of it, from which calibration, evaluation and the GGUF writer
+//! take their ids: those that transformers gives.
+
+pub(crate) mod added;
+mod templates;
+
+use std::path::Path;
+
+use calibration::samples::{SampleError, Tokenizer, TokenizerConfig};
+use formats::GgufFile;
+use serde_json::Value;
+
+use crate::checkpoint::{Checkpoint, read_json};
+use crate::error::{Error, Result};
+use crate::import::{gguf_tokenizer, sentencepiece};
+use crate::text::TextError;
+use added::{Added, NAMES, Sources, Stated};
+pub use templates::Templates;
+
+/// The usual file.
+const FILE: &str = "tokenizer.json";
+
+/// A model's tokenizer.
+pub struct TokenizerFiles {
+    /// The file with the vocabulary.
+    pub name: &'static str,
+    /// tokenizer.json with everything that was added, under the ids that texts give.
+    pub json: Value,
+    /// The same, ready for use, with the BOS and EOS of [`TokenizerFiles::special`].
+    pub tokenizer: Tokenizer,
+    /// Chat templates.
+    pub templates: Templates,
+    /// What the reader of a report should know: ids and names about which the files do not agree.
+    pub notices: Vec<String>,
+    /// What files add to the vocabulary, by id; without the special pieces that a tokenizer.model has itself.
+    pub(crate) added: Vec<(u32, Added)>,
+    sources: Sources,
+    /// The BOS and EOS that a tokenizer.model has itself.
+    own: [Option<String>; 2],
+}
+
+impl Checkpoint {
+    /// The tokenizer; `None` for a directory without one that can be read.
+    pub fn tokenizer(&self) -> Result<Option<TokenizerFiles>> {
+        match self.gguf() {
+            Some(file) => TokenizerFiles::of_gguf(file).map(Some),
+            None => TokenizerFiles::of_folder(self.path()),
+        }
+    }
+}
+
+impl TokenizerFiles {
+    /// Reads a folder: tokenizer.json or, without it, tokenizer.model, and what lies beside.
+    ///
+    /// Fails for a file that cannot be read or does not fit the others; `None` where there is neither of the two.
+    pub(crate) fn of_folder(folder: &Path) -> Result<Option<TokenizerFiles>> {
+        let failed = |(file, why): added::Flaw| Error::failed(format!("{} {why}", folder.join(file).display()));
+        let sources = Sources::read(folder)?;
+        let templates = Templates::of_folder(folder, &sources.config)?;
+        let Some(mut json) = read_json(&folder.join(FILE))? else {
+            let Some(found) = sentencepiece::tokenizer(folder, &sources)? else { return Ok(None) };
+            let stated = found.added.iter().map(|(id, token)| Stated::new(*id, token.clone())).collect();
+            return Self::build(folder, sentencepiece::FILE, found.json, stated, sources, templates, found.own)
+                .map(Some);
+        };
+        // A list that is not as it has to be is left to the library, which says what is wrong.
+        let stated = match added::of_json(&json) {
+            Some(own) if json.is_object() => {
+                let merged = sources.declared().map_err(failed)?.merge(&own, sources.is_whole());
+                json["added_tokens"] =
+                    merged.iter().map(|stated| stated.token.to_json(stated.id.unwrap_or(0))).collect();
+                merged
+            }
+            _ => Vec::new(),
+        };
+        Self::build(folder, FILE, json, stated, sources, templates, [None, None]).map(Some)
+    }
+
+    /// What a GGUF file says; nothing lies beside it.
+    fn of_gguf(file: &GgufFile) -> Result<TokenizerFiles> {
+        let json = gguf_tokenizer::tokenizer_json(file)?;
+        let config = gguf_tokenizer::tokenizer_config(file, None)?;
+        let templates = Templates::of_value(&config["chat_template"]);
+        let stated = added::of_json(&json).unwrap_or_default();
+        let stated = stated.into_iter().map(|(id, token)| Stated::new(id, token)).collect();
+        let sources = Sources { config, ..Sources::default() };
+        Self::build(file.path(), FILE, json, stated, sources, templates, [None, None])
+    }
+
+    fn build(
+        path: &Path,
+        name: &'static str,
+        mut json: Value,
+        stated: Vec<Stated>,
+        sources: Sources,
+        templates: Templates,
+        own: [Option<String>; 2],
+    ) -> Result<TokenizerFiles> {
+        let tokenizer = Tokenizer::from_value(&mut json).map_err(|error| {
+            let error = match error {
+                SampleError::Tokenizer { problem, .. } => SampleError::Tokenizer { file: name.to_owned(), problem },
+                other => other,
+            };
+            TextError::Model { folder: path.to_owned(), error }
+        })?;
+        // The library counts on from the vocabulary, whatever ids files give.
+        let mut moved = Vec::new();
+        let mut added = Vec::with_capacity(stated.len());
+        for Stated { token, id, file } in stated {
+            let Some(found) = tokenizer.token_to_id(&token.content) else { continue };
+            if let Some(id) = id.filter(|id| *id != found) {
+                moved.push(format!("`{}` the id {id}, and it has {found} ({file})", token.content));
+            }
+            added.push((found, token));
+        }
+        if name == FILE && json["added_tokens"].is_array() {
+            json["added_tokens"] = added.iter().map(|(id, token)| token.to_json(*id)).collect();
+        }
+        let mut notices = Vec::new();
+        if let Some(first) = moved.first() {
+            let others = if moved.len() > 1 { format!("; so {} others", moved.len() - 1) } else { String::new() };
+            notices.push(format!(
+                "the tokenizer's files give {first}{others}: ids are those of the tokenizers library, as in transformers"
+            ));
+        }
+        notices.extend(sources.passed_over(&|text| tokenizer.token_to_id(text).is_some()));
+        let mut files = TokenizerFiles { name, json, tokenizer, templates, notices, added, sources, own };
+        let config = files.config();
+        files.tokenizer = files.tokenizer.with_config(&config);
+        Ok(files)
+    }
+
+    /// The spelling of the special token called `bos`, `eos`, `unk`, `sep`, `pad`, `cls` or `mask`, and the file that says so.
+    pub fn special(&self, name: &str) -> Option<(&'static str, &str)> {
+        let own = || {
+            let place = ["bos", "eos"].iter().position(|own| *own == name)?;
+            Some((sentencepiece::FILE, self.own[place].as_deref()?))
+        };
+        self.sources.named(name).or_else(own)
+    }
+
+    /// A flag of tokenizer_config.json.
+    pub fn flag(&self, name: &str) -> Option<bool> {
+        self.sources.flag(name)
+    }
+
+    /// Special tokens and the default chat template, as calibration takes them.
+    pub fn config(&self) -> TokenizerConfig {
+        let token = |name: &str| self.special(name).map(|(_, text)| text.to_owned());
+        let others = NAMES[2..].iter().filter_map(|name| Some((format!("{name}_token"), token(name)?))).collect();
+        let chat_template = self.templates.default.clone();
+        TokenizerConfig { bos_token: token("bos"), eos_token: token("eos"), chat_template, others }
+    }
+}
+
+impl Stated {
+    fn new(id: u32, token: Added) -> Stated {
+        Stated { token, id: Some(id), file: FILE }
+    }
+}
