@@ -69,7 +69,9 @@ fn wrong(case: &Case) -> Option<String> {
     assert_eq!(kept.len(), expected.len());
     let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
     let worst = kept.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    if !(worst <= 2e-4 * largest) {
+    // Written so that a NaN is a difference.
+    let close = worst <= 2e-4 * largest;
+    if !close {
         return Some(format!("logits are off by {worst}, the largest is {largest}"));
     }
     let notes = notes(room.path());
@@ -206,4 +208,27 @@ fn a_byte_order_mark_is_named() {
     let text = std::fs::read(&path).unwrap();
     std::fs::write(&path, [b"\xEF\xBB\xBF", &text[..]].concat()).unwrap();
     room.run(["inspect", "model"]).refuses(1, &["model/config.json", "byte order mark", "UTF-8 without one"]);
+}
+
+/// Of a model that also sees, ids of tokens stand beside its text's settings or among them.
+#[test]
+fn settings_of_a_wrapper_and_of_its_text_are_one() {
+    let mut config = serde_json::json!({
+        "model_type": "llava", "eos_token_id": [2, 5], "hidden_size": 8,
+        "text_config": {"vocab_size": 32064, "eos_token_id": 7, "bos_token_id": 1},
+    });
+    let found = families::settings(&config).unwrap();
+    assert_eq!(found.model_type, "llama");
+    let of = |key: &str| found.values[key].clone();
+    assert_eq!((of("eos_token_id"), of("bos_token_id")), (serde_json::json!([2, 5]), serde_json::json!(1)));
+    // What a published wrapper leaves out is its text's usual size.
+    assert_eq!((of("hidden_size"), of("num_hidden_layers")), (serde_json::json!(4096), serde_json::json!(32)));
+    assert!(found.notes.iter().any(|note| note.contains("does not say hidden_size, intermediate_size")));
+    assert_eq!(families::vocabulary(&config).unwrap(), Some(32064));
+    config["text_config"]["vocab_size"] = "32064".into();
+    let error = families::vocabulary(&config).unwrap_err().to_string();
+    assert!(
+        error.contains("vocab_size must be a positive number, found \"32064\"; write it without quotes"),
+        "{error}"
+    );
 }
