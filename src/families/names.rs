@@ -105,7 +105,8 @@ pub(super) fn adopt(graph: &mut Graph, source: &Checkpoint) {
     let wrapped = is_wrapped(source.config());
     let embedding = graph.embedding.tensor.clone();
     let (prefix, leaf) = embedding.split_once('.').map_or(("", &embedding[..]), |(prefix, leaf)| (prefix, leaf));
-    if !wrapped && !(is_base(source.config()) && source.entry(leaf).is_some()) {
+    let bare = is_base(source.config()) && source.entry(leaf).is_some();
+    if !(wrapped || bare) {
         return;
     }
     if source.entry(&embedding).is_none() {

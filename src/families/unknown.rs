@@ -39,8 +39,11 @@ const KEPT: &[&str] = &[
     "shared_transf",
 ];
 
-/// Parts of names likewise, where they end so. Mamba multiplies `x_proj` and `dt_proj` by hand, without asking the linear.
-const KEPT_ENDS: &[&str] = &["emb", "wte", "wpe", "head", "heads", "x_proj", "dt_proj"];
+/// Parts of names likewise, where they end so.
+const KEPT_ENDS: &[&str] = &["emb", "wte", "wpe", "head", "heads"];
+
+/// Whole parts of names likewise: Mamba multiplies by these weights itself, without asking the linear.
+const KEPT_WHOLE: &[&str] = &["x_proj", "dt_proj"];
 
 /// Gates of feed-forward layers, which are linears all the same.
 const QUANTIZED: &[&str] = &["gate_proj", "gate_up_proj", "gate_up"];
@@ -220,6 +223,7 @@ impl<'a> Finder<'a> {
             let gate = part == last && QUANTIZED.contains(&part);
             KEPT.iter().any(|word| part.contains(word) && !(gate && *word == "gate"))
                 || KEPT_ENDS.iter().any(|word| part.ends_with(word))
+                || KEPT_WHOLE.contains(&part)
         };
         let kept = module.split('.').any(is_kept);
         let straight = self

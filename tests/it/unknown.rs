@@ -199,7 +199,8 @@ fn names_of_training_are_written_as_the_architecture_has_them() {
     plain.run(quantize.iter().chain(&RTN)).succeeds();
     plain.run(["convert", "model", "-o", "plain"]).succeeds();
     let file = |room: &Room, path: &str| std::fs::read(room.path(path).join("model.safetensors")).unwrap();
-    let spellings: [(&str, fn(&str) -> String); 7] = [
+    type Spelling = (&'static str, fn(&str) -> String);
+    let spellings: [Spelling; 7] = [
         ("module.", |name| format!("module.{name}")),
         ("compiled", |name| format!("_orig_mod.{name}")),
         ("in the middle", |name| {
