@@ -123,7 +123,15 @@ fn plain_tensors_load_whole_by_rows_and_raw() {
     let names: Vec<&str> = beside.files.iter().map(|(name, _)| name.to_str().unwrap()).collect();
     assert_eq!(
         names,
-        ["LICENSE.txt", "README.original.md", template, "merges.txt", "modeling_x.py", "tokenizer_config.json"]
+        [
+            "LICENSE.txt",
+            "README.original.md",
+            "additional_chat_templates/notes",
+            template,
+            "merges.txt",
+            "modeling_x.py",
+            "tokenizer_config.json"
+        ]
     );
     let message = checkpoint.load_rows("model.embed_tokens.weight", &[100], &mut [0.0; 3]).unwrap_err().to_string();
     assert_eq!(message, "tensor `model.embed_tokens.weight`: row 100 is beyond its 100 rows");
