@@ -131,3 +131,39 @@ fn value(field: &Field) -> Value {
         other => other.to_string().into(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use parquet::schema::parser::parse_message_type;
+
+    use super::*;
+
+    #[test]
+    fn columns_that_the_library_reads_wrongly_are_refused() {
+        let check = |column: &str| {
+            let schema = parse_message_type(&format!("message m {{ {column} }}")).unwrap();
+            readable(&schema.get_fields()[0])
+        };
+        let turn = "optional group element { optional binary role (UTF8); optional binary content (UTF8); }";
+        let list = |inner: &str| format!("optional group messages (LIST) {{ {inner} }}");
+        check("optional binary text (UTF8);").unwrap();
+        check(&list(&format!("repeated group list {{ {turn} }}"))).unwrap();
+        // The older forms of a list.
+        check(&list("repeated binary array (UTF8);")).unwrap();
+        check(&list("repeated group array { required binary role; required binary content; }")).unwrap();
+        check(
+            "optional group m (MAP) { repeated group key_value { required binary key (UTF8); optional int32 value; } }",
+        )
+        .unwrap();
+        for bad in [
+            "repeated binary text (UTF8);".to_owned(),
+            "repeated group messages { required binary role (UTF8); }".to_owned(),
+            "optional group row { repeated binary text (UTF8); }".to_owned(),
+            list("repeated group list { repeated binary element (UTF8); }"),
+            list("optional binary element (UTF8);"),
+            list("repeated binary a; repeated binary b;"),
+        ] {
+            assert!(check(&bad).unwrap_err().contains("list"), "{bad}");
+        }
+    }
+}
