@@ -310,8 +310,8 @@ fn missing(graph: &Graph, source: &Checkpoint, name: &str, shape: &[usize]) -> E
             graph.family
         );
     } else if name == graph.head.linear.weight() {
-        text += "; set tie_word_embeddings in config.json where the embedding serves as the head, and where there is none name the \
-                 class without it in `architectures`";
+        text += "; get the file that holds it, or set tie_word_embeddings to true in config.json where the embedding serves as the \
+                 head, and where there is none name the class without it in `architectures`";
     }
     Error::failed(text)
 }

@@ -142,7 +142,7 @@ fn a_tokenizer_model_that_cannot_be_used_is_one_sentence() {
     let path = room.path("model/tokenizer.model");
     let good = std::fs::read(&path).unwrap();
     let cases: &[(&[u8], &str)] = &[
-        (b"", "not a SentencePiece model: it holds no pieces"),
+        (b"", "the file is empty; fetch it again"),
         (b"PK\x03\x04 no such thing", "not a SentencePiece model"),
         (&good[..good.len() / 3], "it ends within a field"),
         (b"IQ== 0\nIg== 1\n", "a list of tokens for tiktoken"),
