@@ -8,7 +8,7 @@ use formats::{Codec, Dtype, ScalePrecision, Scheme, TensorSpec};
 
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Linear, Stored};
+use crate::graph::{Graph, Layer, Linear, Mlp, Stored};
 use crate::recipe::Recipe;
 use crate::stray::{Strays, UnknownTensors, lookalike};
 
@@ -115,6 +115,7 @@ impl Plan {
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(crate::runtimes::notes(graph, codec.id(), &schemes));
+        config.notes.extend(uneven_experts(graph, &schemes));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
         }
@@ -188,6 +189,25 @@ impl Plan {
         config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
         Ok(Plan { codec, schemes, unquantized, fates, unstacked, outputs, scale_dtype, precision, float_dtype, config })
     }
+}
+
+/// What to say of a mixture whose experts are not all quantized alike: runtimes keep them in one stack.
+fn uneven_experts(graph: &Graph, schemes: &HashMap<String, Scheme>) -> Option<String> {
+    let mixtures = graph.blocks.iter().flat_map(|block| block.steps.iter().map(move |step| (block, step)));
+    let uneven = |layer: &Layer| {
+        let Layer::Moe(moe) = layer else { return false };
+        let of = |mlp: &Mlp| {
+            let linears = mlp.inputs.iter().chain([&mlp.down]);
+            linears.map(|linear| schemes.get(&linear.module).copied()).collect::<Vec<_>>()
+        };
+        moe.experts.windows(2).any(|pair| of(&pair[0]) != of(&pair[1]))
+    };
+    let (block, _) = mixtures.into_iter().find(|(_, step)| uneven(&step.layer))?;
+    Some(format!(
+        "the experts of `{}` are not all quantized alike: transformers and vLLM keep them in one stack and do not load that; give --ignore \
+         or a scheme for all experts of a layer",
+        block.name
+    ))
 }
 
 /// Fails unless the configuration, as it will be read, says of every linear whether it has codes.

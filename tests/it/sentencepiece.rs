@@ -213,3 +213,26 @@ fn damage_is_found_before_any_text_is_split() {
         assert!(usable > 50 && usable < 300, "{name}: {usable}");
     }
 }
+
+#[test]
+fn a_class_that_says_nothing_of_legacy_is_read_as_transformers_reads_it() {
+    let room = Room::new();
+    model(&room, "llama_fine_tuned");
+    std::fs::remove_file(room.path("model/special_tokens_map.json")).unwrap();
+    room.file("model/added_tokens.json", r#"{"<new>": 600}"#);
+    // LlamaTokenizer of transformers 5.23.
+    let (anew, with_space) = (
+        [1, 264, 269, 273, 507, 600, 509, 261, 269, 273].as_slice(),
+        [1, 264, 269, 273, 507, 600, 264, 269, 273].as_slice(),
+    );
+    for (legacy, expected) in [(None, anew), (Some(false), anew), (Some(true), with_space)] {
+        let mut config = json!({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
+        if let Some(legacy) = legacy {
+            config["legacy"] = legacy.into();
+        }
+        room.file("model/tokenizer_config.json", config.to_string());
+        let opened = Checkpoint::open(&room.path("model")).unwrap();
+        let tokenizer = opened.tokenizer().unwrap().unwrap().tokenizer;
+        assert_eq!(tokenizer.encode("the cat <new>the cat", true).unwrap(), expected, "{legacy:?}");
+    }
+}

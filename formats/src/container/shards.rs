@@ -268,7 +268,13 @@ fn without_index(dir: &Path) -> Result<(Vec<String>, Option<String>)> {
     };
     let Some((stem, count)) = shard_of(first) else {
         return match others.len() {
-            0 => Ok((found, None)),
+            0 => {
+                let note = format!(
+                    "{}: {first} was read, the only safetensors file of a model there; transformers and vLLM look for {SINGLE_FILE}",
+                    dir.display()
+                );
+                Ok((found, Some(note)))
+            }
             n => Err(Error::malformed(format!(
                 "{} safetensors files but no {INDEX_FILE} to say which belong together",
                 n + 1
