@@ -687,7 +687,7 @@ impl Settings {
         let mut notices = Vec::new();
         let foreign = |name: &&str| !name.starts_with("base_model.model.") || name.contains("_orig_mod.");
         let names: Vec<&str> = file.tensors().map(|spec| spec.name.as_str()).collect();
-        if let Some(first) = names.iter().copied().find(|name| foreign(&name)) {
+        if let Some(first) = names.iter().copied().find(|name| foreign(name)) {
             notices.push(format!(
                 "{} of the adapter's {} tensors, such as `{first}`, are not called as PEFT calls them, and it would leave them out; they \
                  were merged all the same",
