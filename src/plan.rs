@@ -10,7 +10,7 @@ use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Layer, Linear, Mlp, Stored};
 use crate::recipe::Recipe;
-use crate::stray::{Strays, UnknownTensors, lookalike};
+use crate::stray::{Strays, lookalike};
 
 /// What happens to one input tensor.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -274,11 +274,6 @@ fn copied_dtype(stored: StoredType, float_dtype: Dtype) -> Dtype {
         StoredType::Plain(dtype) => dtype,
         _ => float_dtype,
     }
-}
-
-/// What becomes of a tensor of the input that is no part of the model; fails when no rule of the family says so.
-pub fn left_out(graph: &Graph, source: &Checkpoint, name: &str) -> Result<Fate> {
-    Strays::new(graph, source, UnknownTensors::Refuse).fate(name)
 }
 
 /// Fails unless every tensor that the model needs is there, in its shape and in a type that can be read.
