@@ -95,7 +95,8 @@ struct Settings {
     rank: usize,
     alpha: f64,
     root: bool,
-    fan_in_fan_out: bool,
+    /// The only layers that it is for, where it lists some.
+    layers: Option<Vec<i64>>,
     keep_tied: bool,
     dora: bool,
     ranks: Vec<(Regex, f64)>,
@@ -182,6 +183,15 @@ impl Adapter {
                 }
                 _ => {}
             }
+            if let Some(layer) = module.split('.').find_map(|part| part.parse::<i64>().ok())
+                && settings.layers.as_ref().is_some_and(|layers| !layers.contains(&layer))
+            {
+                let why = format!(
+                    "it is of layer {layer}, and layers_to_transform in adapter_config.json lists other layers: PEFT would leave it \
+                     out; remove one of the two"
+                );
+                return Err(located(a, why));
+            }
             let target = format!("{module}.weight");
             let found = finder.find(&target).map_err(|why| located(a, why))?;
             pending.push((module, parts, a, b, target, found));
@@ -210,6 +220,12 @@ impl Adapter {
             let mut found = entries.iter().filter(|e| e.shape == shape && !e.name.split('.').any(is_number));
             found.next().filter(|_| found.next().is_none()).map(|e| e.name.clone())
         };
+        // A `Conv1D` stores its columns first, which its bias tells where the matrix is not square.
+        let columns_first = entries.iter().any(|entry| {
+            let bias = entry.name.strip_suffix("weight").map(|module| format!("{module}bias"));
+            let bias = bias.and_then(|bias| entries.iter().find(|entry| entry.name == bias));
+            matches!(&entry.shape[..], [rows, cols] if rows != cols && bias.is_some_and(|bias| bias.shape == [*cols]))
+        });
         let mut new_head: Option<(String, Change)> = None;
         for (target, tensor) in heads {
             let shape = file.get(tensor).expect("listed").shape.to_vec();
@@ -245,7 +261,8 @@ impl Adapter {
             let straight = entry.shape == [outputs, inputs] && !parts.embedding;
             let turned = entry.shape == [inputs, outputs];
             let transposed = match (straight, turned) {
-                (true, true) => settings.fan_in_fan_out,
+                // PEFT takes the flag back for linears, and sets it for GPT-2's.
+                (true, true) => columns_first,
                 (true, false) => false,
                 (false, true) => true,
                 (false, false) => {
@@ -643,7 +660,11 @@ impl Settings {
             rank,
             alpha,
             root: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
-            fan_in_fan_out: config.get("fan_in_fan_out").and_then(Value::as_bool).unwrap_or(false),
+            layers: match config.get("layers_to_transform") {
+                Some(Value::Array(layers)) => layers.iter().map(Value::as_i64).collect(),
+                Some(one) => one.as_i64().map(|layer| vec![layer]),
+                None => None,
+            },
             keep_tied: config.get("ensure_weight_tying").and_then(Value::as_bool).unwrap_or(false),
             dora: config.get("use_dora").and_then(Value::as_bool).unwrap_or(false),
             ranks: patterns("rank_pattern")?,
@@ -664,6 +685,16 @@ impl Settings {
         replacing: &BTreeMap<String, String>,
     ) -> Vec<String> {
         let mut notices = Vec::new();
+        let foreign = |name: &&str| !name.starts_with("base_model.model.") || name.contains("_orig_mod.");
+        let names: Vec<&str> = file.tensors().map(|spec| spec.name.as_str()).collect();
+        if let Some(first) = names.iter().copied().find(|name| foreign(name)) {
+            notices.push(format!(
+                "{} of the adapter's {} tensors, such as `{first}`, are not called as PEFT calls them, and it would leave them out; they \
+                 were merged all the same",
+                names.iter().filter(|name| foreign(name)).count(),
+                names.len()
+            ));
+        }
         let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
         if let Some(base) = self.base.as_deref().filter(|base| !base.is_empty()) {
             let wanted = last(base);

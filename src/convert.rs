@@ -15,7 +15,7 @@ use crate::families;
 use crate::graph::{Linear, Stored};
 use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, weight_writer};
-use crate::plan::Fate;
+use crate::plan::{Fate, check_tensors};
 use crate::stray::{self, Strays, UnknownTensors};
 
 /// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default), and those that are not
@@ -98,10 +98,15 @@ fn rewrite(
     Ok([notes, beside.notes].concat())
 }
 
-/// What becomes of the tensors that are not part of the model, and what to say of them; of a model that cannot be described
-/// every tensor goes over.
+/// What becomes of the tensors that are not part of the model, and what to say of them; of a model of an unknown family that
+/// cannot be described every tensor goes over. Fails where a model of a known family lacks a tensor, for no runtime would load it.
 pub fn fates(source: &Checkpoint, unknown: UnknownTensors) -> Result<(HashMap<String, Fate>, Vec<String>)> {
-    let Ok(graph) = families::graph_of(source) else { return Ok(Default::default()) };
+    let graph = match families::graph_of(source) {
+        Ok(graph) => graph,
+        Err(error) if families::is_known(source.config()) => return Err(error),
+        Err(_) => return Ok(Default::default()),
+    };
+    check_tensors(&graph, source)?;
     let strays = Strays::new(&graph, source, unknown);
     let fate = |entry: &Entry| Ok((entry.name.clone(), strays.fate(&entry.name)?));
     let found = strays.entries().map(fate).collect::<Result<Vec<_>>>()?;

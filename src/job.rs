@@ -322,6 +322,12 @@ impl Job<'_> {
             false => None,
         };
         notes.extend(text.iter().flat_map(|text| text.notices.iter().cloned()));
+        if needs == Needs::Nothing && !calibration::samples::PRESETS.contains(&&*recipe.calibration) {
+            notes.push(format!(
+                "{} was not read: this method and scheme are done without calibration",
+                recipe.calibration
+            ));
+        }
         let samples = match (needs > Needs::Nothing, &text) {
             (true, Some(text)) => {
                 let longest = families::longest_context(source.config())?.unwrap_or(usize::MAX);

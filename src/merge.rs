@@ -58,5 +58,5 @@ fn write(
     write_config(source.config(), &staging)?;
     copy_side_files(&beside, &staging)?;
     staging.commit()?;
-    Ok((source, notes))
+    Ok((source, [notes, beside.notes].concat()))
 }

@@ -8,9 +8,9 @@ use formats::{Codec, Dtype, ScalePrecision, Scheme, TensorSpec};
 
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Linear, Stored};
+use crate::graph::{Graph, Layer, Linear, Mlp, Stored};
 use crate::recipe::Recipe;
-use crate::stray::{Strays, UnknownTensors, lookalike};
+use crate::stray::{Strays, lookalike};
 
 /// What happens to one input tensor.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
@@ -115,6 +115,7 @@ impl Plan {
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(crate::runtimes::notes(graph, codec.id(), &schemes));
+        config.notes.extend(uneven_experts(graph, &schemes));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
         }
@@ -190,6 +191,25 @@ impl Plan {
     }
 }
 
+/// What to say of a mixture whose experts are not all quantized alike: runtimes keep them in one stack.
+fn uneven_experts(graph: &Graph, schemes: &HashMap<String, Scheme>) -> Option<String> {
+    let mixtures = graph.blocks.iter().flat_map(|block| block.steps.iter().map(move |step| (block, step)));
+    let uneven = |layer: &Layer| {
+        let Layer::Moe(moe) = layer else { return false };
+        let of = |mlp: &Mlp| {
+            let linears = mlp.inputs.iter().chain([&mlp.down]);
+            linears.map(|linear| schemes.get(&linear.module).copied()).collect::<Vec<_>>()
+        };
+        moe.experts.windows(2).any(|pair| of(&pair[0]) != of(&pair[1]))
+    };
+    let (block, _) = mixtures.into_iter().find(|(_, step)| uneven(&step.layer))?;
+    Some(format!(
+        "the experts of `{}` are not all quantized alike: transformers and vLLM keep them in one stack and do not load that; give --ignore \
+         or a scheme for all experts of a layer",
+        block.name
+    ))
+}
+
 /// Fails unless the configuration, as it will be read, says of every linear whether it has codes.
 fn check_named(
     config: &ConfigFiles,
@@ -256,11 +276,6 @@ fn copied_dtype(stored: StoredType, float_dtype: Dtype) -> Dtype {
     }
 }
 
-/// What becomes of a tensor of the input that is no part of the model; fails when no rule of the family says so.
-pub fn left_out(graph: &Graph, source: &Checkpoint, name: &str) -> Result<Fate> {
-    Strays::new(graph, source, UnknownTensors::Refuse).fate(name)
-}
-
 /// Fails unless every tensor that the model needs is there, in its shape and in a type that can be read.
 pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
     let place = source.path().display();
@@ -310,8 +325,8 @@ fn missing(graph: &Graph, source: &Checkpoint, name: &str, shape: &[usize]) -> E
             graph.family
         );
     } else if name == graph.head.linear.weight() {
-        text += "; set tie_word_embeddings in config.json where the embedding serves as the head, and where there is none name the \
-                 class without it in `architectures`";
+        text += "; get the file that holds it, or set tie_word_embeddings to true in config.json where the embedding serves as the \
+                 head, and where there is none name the class without it in `architectures`";
     }
     Error::failed(text)
 }

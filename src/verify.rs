@@ -218,14 +218,19 @@ pub fn evaluate<B: Backend>(
             }
         }
     }
-    check_logits(&all, model, reference)?;
+    check_logits(&all, sides[last].graph.vocabulary, model, reference)?;
     let quality = Quality { activations, ..summarize(model, reference, &all, [context, windows.len()], protocol) };
     quality.check()?;
     Ok(quality)
 }
 
 /// Fails on logits that are no numbers, of which nothing can be said; the original's are looked at first.
-fn check_logits(all: &TokenComparison, model: &Checkpoint, reference: Option<&Checkpoint>) -> Result<()> {
+fn check_logits(
+    all: &TokenComparison,
+    vocabulary: usize,
+    model: &Checkpoint,
+    reference: Option<&Checkpoint>,
+) -> Result<()> {
     let broken = |values: &[f64]| values.iter().position(|value| !value.is_finite());
     let refuse = |source: &Checkpoint, at: usize, what: &str| {
         Err(Error::failed(format!(
@@ -233,6 +238,21 @@ fn check_logits(all: &TokenComparison, model: &Checkpoint, reference: Option<&Ch
             source.path().display()
         )))
     };
+    // Of logits that are all equal every token is as likely as any other, and the first counts as the likeliest.
+    let flat = |nll: &[f64]| {
+        let uniform = (vocabulary as f64).ln();
+        nll.len() > 1 && nll.iter().all(|nll| (nll - uniform).abs() <= 1e-6 * uniform)
+    };
+    for (source, nll) in
+        reference.map(|reference| (reference, &all.reference.nll)).into_iter().chain([(model, &all.model.nll)])
+    {
+        if flat(nll) {
+            return Err(Error::failed(format!(
+                "{}: every token of the vocabulary is given the same probability; the model is broken, and nothing can be measured",
+                source.path().display()
+            )));
+        }
+    }
     if let (Some(at), Some(reference)) = (broken(&all.reference.nll), reference) {
         return refuse(reference, at, "the original is broken, and nothing can be measured beside it");
     }

@@ -138,6 +138,17 @@ const PICKLES: &[&str] = &[".bin", ".pt", ".pth", ".pkl", ".pickle"];
 const MODEL_PICKLES: &[&str] =
     &["pytorch_model", "model", "consolidated", "ggml", "openvino", "gptq_model", "qmodel", "diffusion_pytorch_model"];
 
+/// Files without which tokenizers and processors do not load, so that one that was cut short must not go along.
+const LOADED: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+];
+
 /// Endings of files that no loader reads, so that a pointer in their place costs no model.
 const PICTURES: &[&str] =
     &[".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4", ".mov", ".pdf", ".wav", ".mp3", ".webm"];
@@ -305,6 +316,9 @@ impl Walk<'_> {
             is_pointer(&bytes) || ends(&[".json", ".model", ".tiktoken", ".jinja"]) && !bytes.is_empty();
         if let Some(why) = stand_in(&bytes).filter(|_| read_by_loaders) {
             return Err(Error::failed(format!("{}: {why}", path.display())));
+        }
+        if at_top && LOADED.contains(&name) {
+            read_json(path).map_err(|error| Error::failed(format!("{error}; fetch the file again")))?;
         }
         let kept = if at_top && name == "readme.md" && self.own.iter().any(|own| own.eq_ignore_ascii_case(name)) {
             PathBuf::from(ORIGINAL_CARD)

@@ -158,6 +158,13 @@ fn write(files: &Files, rows: usize, pre: Option<&str>, out: &mut Written) -> Re
         out.flag("tokenizer.ggml.add_space_prefix", space);
         rows
     };
+    let greedy = |(_, token): &&(u32, Added)| token.lstrip || token.rstrip || token.single_word;
+    if let Some((_, first)) = added.iter().find(greedy) {
+        out.notice(format!(
+            "this tokenizer takes the spaces beside `{}` along, or finds it between words only; llama.cpp does not",
+            first.content
+        ));
+    }
     if let Some((id, text)) = left_out.first() {
         let others = if left_out.len() > 1 { format!(" and {} more", left_out.len() - 1) } else { String::new() };
         out.notice(format!(
@@ -340,6 +347,30 @@ fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Rows
         }
         (None, None) => return Err(Error::failed("tokenizer.model: it cannot be read a second time")),
     };
+    let space = files.tokenizer.flag("add_prefix_space").unwrap_or(space);
+    let first_only = |json: &Value| json["prepend_scheme"] == "first";
+    let steps = json["pre_tokenizer"]["pretokenizers"].as_array();
+    if space
+        && !added.is_empty()
+        && (first_only(&json["pre_tokenizer"]) || steps.is_some_and(|s| s.iter().any(first_only)))
+    {
+        out.notice(
+            "llama.cpp puts a space before the text after each special token, and this tokenizer only before the first: chats are split \
+             a little otherwise",
+        );
+    }
+    let space = files.tokenizer.flag("add_prefix_space").unwrap_or(space);
+    let first_only = |step: &Value| step["prepend_scheme"] == "first";
+    let steps = json["pre_tokenizer"]["pretokenizers"].as_array();
+    if space
+        && !added.is_empty()
+        && (first_only(&json["pre_tokenizer"]) || steps.is_some_and(|s| s.iter().any(first_only)))
+    {
+        out.notice(
+            "llama.cpp puts a space before the text after each special token, and this tokenizer before the beginning alone: chats are \
+             split a little otherwise",
+        );
+    }
     for (id, token) in added {
         // What is in the vocabulary as what it is stays so.
         let stays = |row: &Token| row.kind != kind::NORMAL && row.kind != kind::UNUSED && row.text == token.content;

@@ -208,6 +208,11 @@ fn known() -> String {
     known.join(", ")
 }
 
+/// Whether the model that `config` describes is of a family in the list.
+pub fn is_known(config: &Value) -> bool {
+    settings(config).is_ok_and(|settings| family_of(&settings.model_type).is_some())
+}
+
 /// Fails for a model whose family is unknown, so that it cannot be run.
 pub fn check_runnable(graph: &Graph, source: &Checkpoint) -> Result<()> {
     if !graph.opaque {

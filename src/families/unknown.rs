@@ -108,6 +108,7 @@ pub fn graph(source: &Checkpoint) -> Result<Graph> {
         };
         return Err(Error::failed(format!("{}: the model's family is unknown, and {why}", source.path().display())));
     }
+    check_alike(source, &blocks)?;
     let stored = HEADS.iter().find(|head| source.entry(&format!("{head}.weight")).is_some_and(|e| e.shape.len() == 2));
     let says_tied = super::tied(source.config()).unwrap_or(false);
     let aside = if wrapped { components(source, &blocks) } else { Vec::new() };
@@ -139,6 +140,27 @@ pub fn graph(source: &Checkpoint) -> Result<Graph> {
         aside,
         opaque: true,
     })
+}
+
+/// Fails where a module has a bias and no weight while its like in another layer has both: a tensor is missing.
+fn check_alike(source: &Checkpoint, blocks: &[Block]) -> Result<()> {
+    let linears = || blocks.iter().flat_map(|block| block.linears().map(move |linear| (block, linear)));
+    let tail = |block: &Block, module: &str| module[block.name.len()..].to_owned();
+    let tails: HashSet<String> =
+        linears().filter(|(_, linear)| linear.bias).map(|(block, linear)| tail(block, &linear.module)).collect();
+    for block in blocks {
+        for tail in &tails {
+            let module = format!("{}{tail}", block.name);
+            let is = |part: &str| source.entry(&format!("{module}.{part}")).is_some();
+            if is("bias") && !is("weight") {
+                return Err(Error::failed(format!(
+                    "{}: tensor `{module}.weight` is missing: its bias is there, and other layers have both",
+                    source.path().display()
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Modules of a model of an unknown family that runtimes may take for linears to quantize, and that are none here: matrices and

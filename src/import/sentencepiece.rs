@@ -3,7 +3,8 @@
 //! The same steps as in published tokenizer.json files that were made from one: rules for characters, `▁` for spaces and
 //! before texts, then BPE with the merges that follow from the pieces' scores, or Unigram. Ids are SentencePiece's own but
 //! for two things that are done as transformers does: special tokens written out in a text become those tokens, and with
-//! `"legacy": false` in tokenizer_config.json only a text that does not begin with a space gets one before it.
+//! `"legacy": false` in tokenizer_config.json, the default of its `LlamaTokenizer`, only a text that does not begin with a space
+//! gets one before it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
@@ -213,7 +214,10 @@ fn spaces(model: &SentencePiece, settings: &Sources) -> (Value, Value) {
     let space = if model.escape_whitespaces { "▁" } else { " " };
     let prefix = settings.flag("add_prefix_space").unwrap_or(model.add_dummy_prefix);
     let mut pre_tokenizer = Value::Null;
-    if settings.flag("legacy") == Some(false) && model.escape_whitespaces {
+    // What names transformers' own class and does not say is no legacy to it.
+    let legacy =
+        settings.flag("legacy").unwrap_or(!settings.class().is_some_and(|class| class.starts_with("LlamaTokenizer")));
+    if !legacy && model.escape_whitespaces {
         let scheme = if prefix { "first" } else { "never" };
         pre_tokenizer = json!({"type": "Metaspace", "replacement": space, "prepend_scheme": scheme, "split": false});
     } else {

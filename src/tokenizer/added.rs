@@ -124,6 +124,11 @@ impl Sources {
         self.config[name].as_bool()
     }
 
+    /// The class of tokenizer_config.json.
+    pub fn class(&self) -> Option<&str> {
+        self.config["tokenizer_class"].as_str()
+    }
+
     /// Whether tokenizer_config.json says everything, so that the older files are not looked at.
     pub fn is_whole(&self) -> bool {
         self.config["added_tokens_decoder"].is_object()

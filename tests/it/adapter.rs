@@ -329,3 +329,21 @@ fn merge_writes_the_merged_checkpoint() {
         .succeeds();
     assert_eq!(room.names(), ["adapter", "model", "out"]);
 }
+
+#[test]
+fn columns_come_first_where_the_model_has_them_so_whatever_the_flag() {
+    // A square matrix tells nothing by its shape; PEFT sets the flag for GPT-2's modules and takes it back for linears.
+    let (folder, base) = cases().into_iter().find(|(folder, _)| folder.ends_with("lora")).expect("a plain case");
+    let golden = Checkpoint::open_with(&base, Some(&folder)).unwrap();
+    let room = tempfile::tempdir().unwrap();
+    std::fs::copy(folder.join("adapter_model.safetensors"), room.path().join("adapter_model.safetensors")).unwrap();
+    let mut config = read(&folder.join("adapter_config.json"));
+    config["fan_in_fan_out"] = json!(true);
+    std::fs::write(room.path().join("adapter_config.json"), config.to_string()).unwrap();
+    let flagged = Checkpoint::open_with(&base, Some(room.path())).unwrap();
+    let square = |entry: &&quantc::checkpoint::Entry| matches!(entry.shape[..], [a, b] if a == b);
+    assert!(golden.entries().iter().filter(square).count() > 0);
+    for entry in golden.entries() {
+        assert!(golden.load(&entry.name).unwrap() == flagged.load(&entry.name).unwrap(), "{}", entry.name);
+    }
+}

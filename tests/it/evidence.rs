@@ -350,6 +350,12 @@ fn adapters_that_lack_something_are_refused_or_told() {
     }
     refused(json!({"use_qalora": true}), &good, "use_qalora is set");
     refused(json!({"r": null}), &good, "r is null, expected a positive number");
+    refused(
+        json!({"layers_to_transform": [1]}),
+        &good,
+        "layers_to_transform in adapter_config.json lists other layers",
+    );
+    let strange = product("model.layers.0.self_attn.o_proj", 4, [32, 32]);
 
     let none: [&str; 0] = [];
     let mut idle = good.clone();
@@ -378,6 +384,8 @@ fn adapters_that_lack_something_are_refused_or_told() {
             &["lists `v_proj`, `j_proj` in target_modules"],
         ),
         (json!({"modules_to_save": ["lm_head"]}), &good, &["lists `lm_head` in modules_to_save"]),
+        (json!({"layers_to_transform": 0}), &good, &none),
+        (json!({}), &strange, &["are not called as PEFT calls them"]),
     ] {
         let found = open(settings.clone(), tensors).unwrap();
         assert_eq!(found.len(), notes.len(), "{settings}: {found:?}");
@@ -388,4 +396,57 @@ fn adapters_that_lack_something_are_refused_or_told() {
     adapter(room.path(), &json!({}), &borrowed(&eight));
     std::fs::write(room.path().join("adapter_config.json"), r#"{"peft_type": "LORA"}"#).unwrap();
     assert!(Checkpoint::open_with(&base, Some(room.path())).is_ok());
+}
+
+#[test]
+fn a_model_for_which_all_tokens_are_alike_is_broken() {
+    let room = Room::new();
+    let model = room.model();
+    scale(&model, "model.norm.weight", 0.0);
+    let broken = ["model: every token of the vocabulary is given the same probability"];
+    room.run(["eval", "model", "--context", "64", "--windows", "1"]).refuses(1, &broken);
+    let limits =
+        ["--method", "rtn", "--group-size", "64", "--verify-windows", "1", "--max-kld", "0.1", "--min-top1", "0.5"];
+    room.run(["quantize", "model", "-o", "out"].iter().chain(&limits)).refuses(1, &broken);
+    assert_eq!(room.names(), ["model"]);
+}
+
+#[test]
+fn a_calibration_text_that_is_not_read_is_told() {
+    let room = Room::new();
+    room.model();
+    for output in ["out", "out.gguf"] {
+        let scheme = if output == "out" { ["--group-size", "64"] } else { ["--scheme", "F16"] };
+        let run = room.run(
+            [
+                "quantize",
+                "model",
+                "-o",
+                output,
+                "--method",
+                "rtn",
+                "--verify-text",
+                "none",
+                "--calibration",
+                "gone.txt",
+            ]
+            .iter()
+            .chain(&scheme),
+        );
+        run.succeeds();
+        assert!(run.stderr().contains("gone.txt was not read"), "{}", run.stderr());
+    }
+}
+
+#[test]
+fn experts_that_are_not_quantized_alike_are_told() {
+    let room = checkpoint("mixtral_plain");
+    let outputs = Room::new();
+    let notes = |toml: &str| {
+        let report = quantize(room.path(), &outputs.path("out"), &format!("method = 'rtn'\ngroup_size = 32\n{toml}"));
+        report.unwrap().notes.join("; ")
+    };
+    assert!(!notes("").contains("not all quantized alike"));
+    let told = notes("ignore = ['re:.*experts\\.0\\..*']");
+    assert!(told.contains("the experts of `model.layers.0` are not all quantized alike"), "{told}");
 }

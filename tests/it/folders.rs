@@ -43,7 +43,7 @@ fn json_at(path: &Path) -> Value {
 }
 
 /// An adapter for one linear of the built-in model.
-fn small_adapter(folder: &Path) {
+pub fn small_adapter(folder: &Path) {
     let module = "base_model.model.model.layers.0.self_attn.o_proj";
     let parts =
         [("lora_A", [4, 256]), ("lora_B", [256, 4])].map(|(part, shape)| (format!("{module}.{part}.weight"), shape));
@@ -88,7 +88,7 @@ fn everything_beside_the_weights_goes_along_and_the_rest_is_told() {
         "vision-lora/adapter_model.safetensors",
     ];
     for name in kept {
-        put(&model, name, name);
+        put(&model, name, format!("\"{name}\""));
     }
     put(&model, "modules.json", r#"[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]"#);
     put(&model, "README.md", "---\nlicense: apache-2.0\ntags: [a]\n---\n# Hers\n");
@@ -617,4 +617,19 @@ fn what_is_no_model_is_told_for_what_it_is() {
     // aria2 gives a file its whole size at once.
     room.file("model/model.safetensors.aria2", "x");
     room.run(["inspect", "model"]).refuses(1, &["model/model.safetensors", "not complete", "model.safetensors.aria2"]);
+}
+
+#[test]
+fn files_of_a_tokenizer_that_were_cut_short_do_not_go_along() {
+    let room = Room::new();
+    let model = room.model();
+    let whole = std::fs::read(model.path("tokenizer_config.json")).unwrap();
+    for (name, content) in
+        [("tokenizer.json", &b"{\"version\": \"1.0\", \"trunc"[..]), ("tokenizer_config.json", b"{\"a\": 1,")]
+    {
+        put(&model, name, content);
+        room.run([&["quantize", "model", "-o", "out"], RTN].concat()).refuses(1, &[name, "fetch the file again"]);
+        room.run(["convert", "model", "-o", "out"]).refuses(1, &[name, "fetch the file again"]);
+        put(&model, name, &whole);
+    }
 }

@@ -249,6 +249,6 @@ fn eval_says_what_it_rounded() {
     assert_eq!((said.as_str(), beside), ("runtime", rounded));
     assert_eq!(eval(&[]).0, "exact");
     room.run(["eval", "model", "--windows", "1", "--activations", "runtime"])
-        .refuses(2, &["--activations", ".gguf", "model"]);
+        .refuses(2, &["--activations", "GGUF", "model"]);
     room.run(["eval", "m.gguf", "--activations", "x"]).refuses(2, &["exact, runtime"]);
 }

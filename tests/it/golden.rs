@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use formats::SafetensorsFile;
 use kernels::Cpu;
+use quantc::stray::{Strays, UnknownTensors};
 use quantc::{Checkpoint, families, forward};
 
 /// The committed checkpoints.
@@ -32,7 +33,7 @@ pub fn logits(folder: &Path, sequences: &[Vec<u32>]) -> quantc::Result<Vec<f32>>
     quantc::plan::check_tensors(&graph, &source)?;
     for entry in source.entries() {
         if !graph.tensors().iter().any(|(name, _)| *name == entry.name) {
-            quantc::plan::left_out(&graph, &source, &entry.name)?;
+            Strays::new(&graph, &source, UnknownTensors::Refuse).fate(&entry.name)?;
         }
     }
     let hidden = forward::final_hidden(&cpu, &graph, &source, sequences, forward::Activations::Exact, &|| ())?;

@@ -13,7 +13,7 @@ use quantc::plan::Fate;
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
 use quantc::report::Report;
-use quantc::stray::UnknownTensors;
+use quantc::stray::{Strays, UnknownTensors};
 use quantc::verify::Limits;
 use serde_json::{Value, json};
 
@@ -94,7 +94,7 @@ fn every_family_is_written_in_every_layout_and_read_back() {
                 assert_eq!(a, b, "{name}: plain weights are the quantized ones");
                 let shapes = |path: &Path| {
                     let opened = Checkpoint::open(path).unwrap();
-                    let left = |name: &String| quantc::plan::left_out(&graph, &opened, name);
+                    let left = |name: &String| Strays::new(&graph, &opened, UnknownTensors::Refuse).fate(name);
                     let kept = opened.entries().iter().filter(|e| !matches!(left(&e.name), Ok(Fate::Dropped(_))));
                     kept.map(|e| (e.name.clone(), e.shape.clone())).collect::<BTreeMap<_, _>>()
                 };

@@ -142,7 +142,7 @@ fn a_tokenizer_model_that_cannot_be_used_is_one_sentence() {
     let path = room.path("model/tokenizer.model");
     let good = std::fs::read(&path).unwrap();
     let cases: &[(&[u8], &str)] = &[
-        (b"", "not a SentencePiece model: it holds no pieces"),
+        (b"", "the file is empty; fetch it again"),
         (b"PK\x03\x04 no such thing", "not a SentencePiece model"),
         (&good[..good.len() / 3], "it ends within a field"),
         (b"IQ== 0\nIg== 1\n", "a list of tokens for tiktoken"),
@@ -211,5 +211,25 @@ fn damage_is_found_before_any_text_is_split() {
             }
         }
         assert!(usable > 50 && usable < 300, "{name}: {usable}");
+    }
+}
+
+#[test]
+fn a_class_that_says_nothing_of_legacy_is_read_as_transformers_reads_it() {
+    let room = Room::new();
+    model(&room, "llama_fine_tuned");
+    std::fs::remove_file(room.path("model/special_tokens_map.json")).unwrap();
+    room.file("model/added_tokens.json", r#"{"<new>": 600}"#);
+    // LlamaTokenizer of transformers 5.23.
+    let expected = [1, 264, 269, 273, 507, 600, 509, 261, 269, 273];
+    for legacy in [None, Some(false)] {
+        let mut config = json!({"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
+        if let Some(legacy) = legacy {
+            config["legacy"] = legacy.into();
+        }
+        room.file("model/tokenizer_config.json", config.to_string());
+        let opened = Checkpoint::open(&room.path("model")).unwrap();
+        let tokenizer = opened.tokenizer().unwrap().unwrap().tokenizer;
+        assert_eq!(tokenizer.encode("the cat <new>the cat", true).unwrap(), expected, "{legacy:?}");
     }
 }

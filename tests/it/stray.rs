@@ -499,3 +499,29 @@ fn layers_that_config_json_does_not_count_are_not_run() {
     room.run(["quantize", "model", "-o", "less"].iter().chain(FAST).chain(&drop)).succeeds();
     assert!(!read(&room.path("less")).keys().any(|name| name.contains("layers.2")));
 }
+
+#[test]
+fn what_a_known_family_lacks_is_missed_by_every_command() {
+    let room = Room::new();
+    let model = room.model();
+    crate::folders::small_adapter(&room.path("adapter"));
+    change(&model, |tensors| drop(tensors.remove(DOWN)));
+    for command in [
+        &["convert", "model", "-o", "out"][..],
+        &["merge", "model", "--adapter", "adapter", "-o", "out"],
+        &["eval", "model"],
+    ] {
+        room.run(command).refuses(1, &["model", DOWN, "is missing"]);
+    }
+    assert_eq!(room.names(), ["adapter", "model"]);
+}
+
+#[test]
+fn a_file_of_another_name_is_read_with_a_note() {
+    let room = Room::new();
+    let model = room.model();
+    std::fs::rename(model.path("model.safetensors"), model.path("weights.safetensors")).unwrap();
+    let run = room.run(["convert", "model", "-o", "out"]);
+    run.succeeds();
+    assert!(run.stderr().contains("weights.safetensors was read, the only safetensors file"), "{}", run.stderr());
+}

@@ -253,9 +253,19 @@ fn names_that_cannot_be_put_right_are_refused() {
         other => other.to_owned(),
     });
     let quantize = ["quantize", "model", "-o", "out"];
-    room.run(quantize.iter().chain(&RTN)).refuses(1, &["model.layers.0.input_layernorm.weight", "also in"]);
+    room.run(quantize.iter().chain(&RTN)).refuses(1, &["model.layers.0.input_layernorm.weight", "would be called so"]);
     let room = Room::new();
     rename(&room.model(), |name| format!("base_model.model.{}", name.replace("q_proj.", "q_proj.base_layer.")));
     room.run(quantize.iter().chain(&RTN)).refuses(1, &["q_proj.base_layer.weight", "merge_and_unload", "--adapter"]);
     assert_eq!(room.names(), ["model"]);
+}
+
+#[test]
+fn a_weight_that_other_layers_have_is_missed() {
+    let room = Room::new();
+    let (mut tensors, _) = unheard_of();
+    tensors.retain(|(name, _)| name != "model.layers.1.self_attn.q_proj.weight");
+    write(&room.path("model"), &config(), &tensors);
+    let words = ["tensor `model.layers.1.self_attn.q_proj.weight` is missing", "its bias is there"];
+    room.run(["quantize", "model", "-o", "out"].iter().chain(&RTN)).refuses(1, &words);
 }

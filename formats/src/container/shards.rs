@@ -268,7 +268,13 @@ fn without_index(dir: &Path) -> Result<(Vec<String>, Option<String>)> {
     };
     let Some((stem, count)) = shard_of(first) else {
         return match others.len() {
-            0 => Ok((found, None)),
+            0 => {
+                let note = format!(
+                    "{}: {first} was read, the only safetensors file of a model there; transformers and vLLM look for {SINGLE_FILE}",
+                    dir.display()
+                );
+                Ok((found, Some(note)))
+            }
             n => Err(Error::malformed(format!(
                 "{} safetensors files but no {INDEX_FILE} to say which belong together",
                 n + 1
@@ -424,8 +430,11 @@ mod tests {
         assert_eq!(tensors, of(&[("x", 1), ("y", 2)]));
         assert!(notes.len() == 1 && notes[0].contains("its 2 shards, m-00001-of-00002.safetensors the first"));
         let beside: &[(&str, &[(&str, u8)])] = &[(A, &[("x", 1)]), ("consolidated.safetensors", &[("w", 2)])];
-        assert_eq!(opened(folder(beside, None).path()), (of(&[("x", 1)]), vec![]));
-        assert_eq!(opened(folder(&beside[1..], None).path()), (of(&[("w", 2)]), vec![]));
+        for (files, value) in [(beside, ("x", 1)), (&beside[1..], ("w", 2))] {
+            let (tensors, notes) = opened(folder(files, None).path());
+            assert_eq!(tensors, of(&[value]));
+            assert!(notes.len() == 1 && notes[0].contains("was read, the only safetensors file"), "{notes:?}");
+        }
         let message = refused(folder(&both[..1], None).path());
         assert!(message.contains("of 2 shards such as m-00001-of-00002.safetensors there are 1"), "{message}");
         for files in [&[(A, both[0].1), (B, both[1].1)][..], &[both[0], both[1], (A, &[("z", 1)])]] {
