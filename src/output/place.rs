@@ -64,9 +64,10 @@ impl Place {
         let missing = self.missing_parents();
         let existing = match missing.first() {
             None => self.parent.as_path(),
-            Some(first) => first.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")),
+            Some(first) => first.parent().unwrap_or(Path::new("")),
         };
-        let real = existing.canonicalize().map_err(Error::io(existing, "resolve"))?;
+        let opened = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
+        let real = opened.canonicalize().map_err(Error::io(opened, "resolve"))?;
         Ok(real.join(self.parent.strip_prefix(existing).unwrap_or(Path::new(""))).join(&self.name))
     }
 }
