@@ -20,13 +20,9 @@ struct AtWork {
 }
 
 fn start(room: &Room) -> AtWork {
-    let child = Command::new(env!("CARGO_BIN_EXE_quantc"))
-        .args(LONG)
-        .current_dir(room.path(""))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quantc"));
+    command.args(LONG).current_dir(room.path("")).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut run = AtWork { child: command.spawn().unwrap(), staging: PathBuf::new() };
     let waiting = Instant::now();
     loop {
         let hidden = room.names().into_iter().find(|name| name.starts_with(".out.partial-"));
@@ -34,7 +30,8 @@ fn start(room: &Room) -> AtWork {
         if let Some(staging) =
             hidden.map(|name| room.path(&name)).filter(|path| path.join("model.safetensors").exists())
         {
-            return AtWork { child, staging };
+            run.staging = staging;
+            return run;
         }
         assert!(waiting.elapsed() < Duration::from_secs(120), "the run does not begin");
         std::thread::sleep(Duration::from_millis(5));
