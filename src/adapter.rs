@@ -342,6 +342,11 @@ impl Adapter {
         self.file.get(change.replaced.as_ref()?)
     }
 
+    /// Fails when the adapter's file was replaced or written to since it was opened.
+    pub fn check_unchanged(&self) -> Result<()> {
+        Ok(self.file.check_unchanged()?)
+    }
+
     /// Gives the memory behind the factors back to the system.
     pub fn release(&self, change: &Change) {
         let Change { replaced, product, added, .. } = change;

@@ -9,6 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use formats::codec::{Foreign, QuantizationReader};
+use formats::container::file;
 use formats::{Dtype, GgmlType, GgufFile, QuantizedWeight, SafetensorsSet, Scheme, TensorView};
 use serde_json::Value;
 
@@ -106,6 +107,13 @@ impl Checkpoint {
         &self.path
     }
 
+    /// What the model is called: by a GGUF's `general.name`, or by its configuration.
+    pub fn name(&self) -> String {
+        let said = self.gguf().and_then(|file| file.string("general.name").ok().flatten());
+        let parameters = || self.entries.iter().map(|entry| entry.shape.iter().product::<usize>() as u64).sum();
+        said.map_or_else(|| place::model_name(&self.config, parameters()), str::to_owned)
+    }
+
     /// config.json, without `quantization_config`; rebuilt from the metadata of a GGUF.
     pub fn config(&self) -> &Value {
         &self.config
@@ -137,6 +145,16 @@ impl Checkpoint {
     /// The adapter that tensors are merged with, if there is one.
     pub fn adapter(&self) -> Option<&AdapterReport> {
         self.adapter.as_ref().map(Adapter::report)
+    }
+
+    /// Fails when a file of weights was replaced or written to since the checkpoint was opened: what was read and what is hashed are
+    /// not the same then.
+    pub fn check_unchanged(&self) -> Result<()> {
+        match &self.source {
+            Source::Directory { tensors, .. } => tensors.check_unchanged()?,
+            Source::Gguf(model) => model.file().check_unchanged()?,
+        }
+        self.adapter.as_ref().map_or(Ok(()), Adapter::check_unchanged)
     }
 
     /// What was found otherwise than a path, config.json or an index says it.
@@ -533,7 +551,7 @@ fn module_of(name: &str) -> &str {
 
 /// A JSON file, or `None` when there is no such file.
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
-    match std::fs::read(path) {
+    match file::read(path, file::DESCRIPTION) {
         Ok(bytes) => place::check_fetched(path, &bytes).and_then(|()| {
             crate::json::parse(&bytes).map(Some).map_err(|why| Error::failed(format!("{}: {why}", path.display())))
         }),

@@ -43,7 +43,7 @@ fn rewrite(
     let target = dtype.unwrap_or(source.dtype());
     let layout = Layout::of(&source);
     let (strays, mut notes) = fates(&source, unknown)?;
-    notes.splice(0..0, source.remarks());
+    notes.splice(0..0, staging.notes().iter().cloned().chain(source.remarks()));
     let mut specs: Vec<TensorSpec> = source
         .entries()
         .iter()
@@ -67,6 +67,7 @@ fn rewrite(
         TensorSpec { name: name.clone(), dtype: target, shape }
     };
     specs.extend(layout.stacks.iter().map(stack_spec));
+    staging.check_space(specs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum())?;
     let writer = weight_writer(staging.folder(), specs.clone())?;
     for spec in &specs {
         if let Some(stack) = layout.stacks.get(&spec.name) {
@@ -94,6 +95,7 @@ fn rewrite(
     }
     write_config(&config, &staging)?;
     copy_side_files(&beside, &staging)?;
+    source.check_unchanged()?;
     staging.commit()?;
     Ok([notes, beside.notes].concat())
 }

@@ -32,6 +32,7 @@ use crate::progress::Progress;
 use crate::recipe::{Method, Recipe};
 use crate::report::{Hashing, TensorReport, flushed, hash_written};
 use crate::stray::Strays;
+use crate::words::called;
 
 /// What the file will hold, decided and checked before any work is done.
 pub struct GgufPlan {
@@ -130,14 +131,14 @@ impl GgufPlan {
 
         let collected = importance.then(|| match &imatrix {
             Some(imatrix) => ImportanceSource {
-                file: settings.imatrix.as_ref().expect("read").display().to_string(),
+                file: called(&settings.imatrix.as_ref().expect("read").display().to_string()).to_owned(),
                 dataset: imatrix.datasets.first().cloned(),
                 entries: imatrix.entries.len() as u32,
                 chunks: Some(imatrix.chunk_count),
             },
             None => ImportanceSource {
                 file: "collected while quantizing".to_owned(),
-                dataset: Some(recipe.calibration.clone()),
+                dataset: Some(called(&recipe.calibration).to_owned()),
                 entries: made.len() as u32,
                 chunks: u32::try_from(recipe.samples).ok(),
             },
@@ -332,7 +333,7 @@ pub fn compile<B: Backend>(
     if let (Some(path), Some(samples)) = (&settings.save_imatrix, samples) {
         let imatrix = Imatrix {
             entries: collected,
-            datasets: vec![samples.source.name.clone()],
+            datasets: vec![called(&samples.source.name).to_owned()],
             chunk_count: samples.source.sequences as u32,
             chunk_size: samples.source.seq_len as u32,
             ..Imatrix::default()

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::checkpoint::{Checkpoint, Entry};
+use crate::words::one_line;
 
 /// A checkpoint's content.
 #[derive(Debug, Serialize)]
@@ -108,7 +109,7 @@ impl Inspection {
         let mut text = format!(
             "{}: {}, {:.2} million parameters, {:.2} MB, {:.2} bits per weight\n\n",
             self.path,
-            self.model_type.as_deref().unwrap_or("unknown family"),
+            one_line(self.model_type.as_deref().unwrap_or("unknown family")),
             self.parameters as f64 / 1e6,
             self.bytes as f64 / 1e6,
             self.bpw
@@ -123,7 +124,7 @@ impl Inspection {
         for tensor in &self.tensors {
             text += &format!(
                 "{:<56} {:<16} {:<44} {:>7.3} bpw\n",
-                tensor.name,
+                one_line(&tensor.name),
                 format!("{:?}", tensor.shape),
                 tensor.kind,
                 tensor.bpw

@@ -1,11 +1,13 @@
 //! One whole run: open, plan, compile, reopen, verify, report, move into place.
 
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use calibration::samples::{SampleSource, Samples, windows};
 use calibration::statistics::Needs;
 use formats::TensorSpec;
+use formats::container::file;
 use kernels::Backend;
 use serde_json::Value;
 
@@ -408,12 +410,14 @@ impl Job<'_> {
         }
         let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         let inputs = hashed(run.hashing)?;
+        run.source.check_unchanged()?;
         let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
         let [weights, bytes] = outcome.quantized;
         Ok(Report {
             tool: concat!("quantc ", env!("CARGO_PKG_VERSION")).to_owned(),
             device: backend.name(),
             model: self.model.display().to_string(),
+            name: run.source.name(),
             adapter: run.source.adapter().cloned(),
             family: run.graph.family,
             parameters,
@@ -516,17 +520,31 @@ pub fn copy_side_files(beside: &Beside, staging: &Staging) -> Result<()> {
         }
         match file {
             SideFile::Bytes(bytes) => std::fs::write(&to, bytes).map_err(Error::io(&to, "write"))?,
-            SideFile::Copy(path) => drop(std::fs::copy(path, &to).map_err(Error::io(path, "copy"))?),
+            SideFile::Copy(path) => copy_file(path, &to)?,
         }
     }
     Ok(())
+}
+
+/// Copies what a file holds; its mode is that of any new file.
+fn copy_file(from: &Path, to: &Path) -> Result<()> {
+    let mut read = file::open(from).map_err(Error::io(from, "open"))?;
+    let mut write = std::fs::File::create(to).map_err(Error::io(to, "create"))?;
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let count = read.read(&mut buffer).map_err(Error::io(from, "read"))?;
+        if count == 0 {
+            return Ok(());
+        }
+        write.write_all(&buffer[..count]).map_err(Error::io(to, "write"))?;
+    }
 }
 
 /// The front matter for a model card: the licence that the original's card names.
 fn card_licence(beside: &Beside) -> Option<String> {
     let (_, file) = beside.files.iter().find(|(name, _)| name == Path::new(ORIGINAL_CARD))?;
     let SideFile::Copy(path) = file else { return None };
-    let text = std::fs::read_to_string(path).ok()?;
+    let text = file::read_text(path, file::DESCRIPTION).ok()?;
     let front = text.strip_prefix("---\n")?.split("\n---").next()?;
     let said = front
         .lines()

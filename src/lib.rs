@@ -3,6 +3,8 @@
 //! The pipeline is [`job`]: open a [`Checkpoint`], build its [`graph`], [`plan`] every tensor, [`compile`] block by
 //! block, reopen what was written and [`verify`] it against the original.
 
+#![forbid(unsafe_code)]
+
 pub mod adapter;
 pub mod behind;
 pub mod checkpoint;
@@ -36,6 +38,7 @@ pub mod supervisor;
 pub mod text;
 pub mod tokenizer;
 pub mod verify;
+pub mod words;
 
 pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};

@@ -1,5 +1,7 @@
 //! The command line: reads the words, picks the device, turns outcomes into exit codes.
 
+#![forbid(unsafe_code)]
+
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::process::ExitCode;
@@ -19,10 +21,14 @@ use quantc::report::Report;
 use quantc::supervisor::{self, End};
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{Limits, Protocol, evaluate};
+use quantc::words::one_line;
 use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, stray, with_backend};
 
 /// The output is there, and its quality is below the limits.
 const BELOW_THE_BAR: u8 = 3;
+
+/// Threads that are started for each core at the most.
+const MOST_THREADS: usize = 4;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -151,7 +157,7 @@ fn say(text: &str) -> Result<(), Error> {
 /// Prints a line to standard error, as far as anybody listens there.
 fn tell(line: &str) {
     use std::io::Write;
-    let _ = writeln!(std::io::stderr(), "{line}");
+    let _ = writeln!(std::io::stderr(), "{}", one_line(line));
 }
 
 /// Sets the threads up, the display, and the device.
@@ -159,12 +165,15 @@ fn start(compute: &Compute) -> anyhow::Result<(Progress, Engine)> {
     if compute.threads == Some(0) {
         return Err(Error::usage("--threads must be at least 1").into());
     }
-    if let Some(threads) = compute.threads {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("cannot start the threads")?;
-    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = compute.threads.unwrap_or(cores);
+    let most = threads.min(cores * MOST_THREADS);
+    rayon::ThreadPoolBuilder::new().num_threads(most).build_global().context("cannot start the threads")?;
     let (engine, left) = compute.engine()?;
-    if let (Some(left), false) = (left, compute.quiet) {
-        tell(&format!("note: {left}"));
+    let fewer = (most < threads)
+        .then(|| format!("--threads {threads} is more than {cores} cores can use; {most} were started"));
+    if !compute.quiet {
+        left.into_iter().chain(fewer).for_each(|note| tell(&format!("note: {note}")));
     }
     Ok((Progress::new(compute.quiet), engine))
 }
@@ -231,7 +240,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let report = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
     drop(progress);
     if let Some(profile) = engine.profile() {
-        tell(profile.trim_end());
+        profile.trim_end().lines().for_each(tell);
     }
     // The output is there: what cannot be printed any more does not change what was found of it.
     let said = if args.compute.quiet { Ok(()) } else { summarize(&report, &args.output) };
@@ -314,7 +323,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     ))?;
     drop(progress);
     if let Some(profile) = engine.profile() {
-        tell(profile.trim_end());
+        profile.trim_end().lines().for_each(tell);
     }
     for note in text.notes.iter().filter(|_| !args.compute.quiet) {
         tell(&format!("note: {note}"));

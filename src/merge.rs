@@ -45,9 +45,10 @@ fn write(
         TensorSpec { name: entry.name.clone(), dtype, shape: entry.shape.clone() }
     };
     let (strays, mut notes) = fates(&source, unknown)?;
-    notes.splice(0..0, source.notices());
+    notes.splice(0..0, staging.notes().iter().cloned().chain(source.notices()));
     let kept = source.entries().iter().filter(|entry| !matches!(strays.get(&entry.name), Some(Fate::Dropped(_))));
     let specs: Vec<TensorSpec> = kept.map(spec).collect();
+    staging.check_space(specs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum())?;
     let writer = weight_writer(staging.folder(), specs.clone())?;
     for spec in &specs {
         if !matches!(strays.get(&spec.name), Some(fate) if stray::copied(&source, &spec.name, fate, &writer)?) {
@@ -57,6 +58,7 @@ fn write(
     writer.finish()?;
     write_config(source.config(), &staging)?;
     copy_side_files(&beside, &staging)?;
+    source.check_unchanged()?;
     staging.commit()?;
     Ok((source, [notes, beside.notes].concat()))
 }

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::words::one_line;
+
 /// A progress display; silent when it is asked to be and when standard error is not a terminal.
 pub struct Progress {
     loud: bool,
@@ -36,7 +38,7 @@ impl Progress {
     /// A line above the bar.
     pub fn line(&self, text: impl FnOnce() -> String) {
         if self.loud {
-            self.bar.println(text());
+            self.bar.println(one_line(&text()));
         }
     }
 }

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use calibration::solvers::Observer;
 use formats::Scheme;
+use formats::container::file;
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
@@ -153,7 +154,7 @@ pub struct Override {
 impl Request {
     /// Reads `recipe.toml`. Unknown keys are errors.
     pub fn read(path: &Path) -> Result<Request> {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path, "read"))?;
+        let text = file::read_text(path, file::DESCRIPTION).map_err(Error::io(path, "read"))?;
         toml::from_str(&text).map_err(|e| {
             let line = e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
             Error::usage(format!("{}, line {line}: {}", path.display(), e.message().replace('\n', ", ")))

@@ -1,6 +1,5 @@
 //! What was done, to what, how well: `report.json` for machines, the model card for people.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -8,17 +7,18 @@ use std::thread::JoinHandle;
 
 use calibration::samples::SampleSource;
 use formats::Follower;
+use formats::container::file;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::adapter::AdapterReport;
-use crate::checkpoint::place::model_name;
 use crate::compile::{LinearReport, SmoothingReport, Stages};
 use crate::error::{Error, Result};
 use crate::forward::Activations;
 use crate::plan::Fate;
 use crate::recipe::Recipe;
 use crate::verify::{HiddenStates, Limits, Quality};
+use crate::words::{called, one_line};
 
 /// A file and what is in it.
 #[derive(Clone, Debug, Serialize)]
@@ -74,6 +74,8 @@ pub struct Report {
     pub device: String,
     /// The input.
     pub model: String,
+    /// What it calls itself.
+    pub name: String,
     /// The LoRA adapter that it was merged with; quality is measured against the merged model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<AdapterReport>,
@@ -189,7 +191,7 @@ pub fn hashed(hashing: Hashing) -> Result<Vec<FileReport>> {
 
 /// Hashes a file without keeping it in memory.
 pub fn hash_file(path: &Path) -> Result<FileReport> {
-    hash(path, &mut File::open(path).map_err(Error::io(path, "open"))?)
+    hash(path, &mut file::open(path).map_err(Error::io(path, "open"))?)
 }
 
 fn hash(path: &Path, file: &mut impl Read) -> Result<FileReport> {
@@ -217,11 +219,26 @@ pub fn peak_memory() -> Option<u64> {
 }
 
 impl Report {
+    /// A note without the places of the run's files, which differ between machines.
+    fn without_places(&self, note: &str) -> String {
+        let mut note = note.to_owned();
+        let model = self.model.trim_end_matches(std::path::MAIN_SEPARATOR);
+        if !model.is_empty() {
+            note = note.replace(&format!("{model}{}", std::path::MAIN_SEPARATOR), "").replace(model, "the model");
+        }
+        let imatrix = self.recipe.gguf.iter().filter_map(|gguf| gguf.imatrix.as_ref());
+        let others = imatrix.chain(self.recipe.adapter.as_ref()).map(|path| path.display().to_string());
+        for path in others.chain([self.recipe.calibration.clone()]) {
+            note = note.replace(&path, called(&path));
+        }
+        note
+    }
+
     /// The model card. Depends on nothing that changes between equal runs.
     pub fn card(&self) -> String {
         let Recipe { format, scheme, method, .. } = &self.recipe;
         let group = scheme.group.map_or("one scale per row".to_owned(), |g| format!("groups of {g}"));
-        let name = model_name(Path::new(&self.model)).unwrap_or_else(|| self.model.clone());
+        let name = one_line(&self.name);
         let mut card = format!(
             "# {name}, {} ({})\n\nQuantized with {} to the {format} layout: {}, {group}, method {}.\n\n",
             scheme.name(),
@@ -235,7 +252,7 @@ impl Report {
             self.bpw.file, self.bpw.quantized, self.bpw.original_file
         );
         if let Some(AdapterReport { path, kind, sha256, modules, replaced }) = &self.adapter {
-            let name = Path::new(path).file_name().map_or(path.clone(), |n| n.to_string_lossy().into_owned());
+            let name = one_line(called(path));
             card += &format!(
                 "- merged with the {kind} adapter {name} (sha256 {sha256}): {modules} modules, {replaced} tensors replaced\n"
             );
@@ -244,7 +261,11 @@ impl Report {
             Some(c) => {
                 card += &format!(
                     "- calibrated on {} sequences of {} tokens of `{}` (seed {}; token ids sha256 {})\n",
-                    c.sequences, c.seq_len, c.name, c.seed, c.tokens_sha256
+                    c.sequences,
+                    c.seq_len,
+                    one_line(called(&c.name)),
+                    c.seed,
+                    c.tokens_sha256
                 );
             }
             None => card += "- no calibration data was used\n",
@@ -256,7 +277,7 @@ impl Report {
             card += &quality_table(quality);
         }
         for note in &self.notes {
-            card += &format!("\n> {note}\n");
+            card += &format!("\n> {}\n", one_line(&self.without_places(note)));
         }
         card += "\nDetails of every tensor: report.json.\n";
         card

@@ -10,6 +10,8 @@ use calibration::samples::{
     select,
 };
 
+use formats::container::file;
+
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::families;
@@ -18,6 +20,9 @@ use crate::tokenizer::TokenizerFiles;
 
 /// The name of the bundled text for evaluation: neither the built-in model nor any preset has seen it.
 pub const HELD_OUT: &str = "held-out";
+
+/// Bytes of the largest text that is read (4 GiB).
+const LONGEST: u64 = 4 << 30;
 
 /// Files of tokenizers that other programs read, and whose they are.
 pub(crate) const OTHER_TOKENIZERS: &[(&str, &str)] = &[
@@ -112,7 +117,7 @@ pub fn load_text(path_or_preset: &str) -> Result<Text, TextError> {
         return Ok(parse_txt(HELD_OUT, crate::demo::HELD_OUT));
     }
     let path = Path::new(path_or_preset);
-    let bytes = std::fs::read(path).map_err(|error| match error.kind() {
+    let bytes = file::read(path, LONGEST).map_err(|error| match error.kind() {
         ErrorKind::NotFound => TextError::Missing { name: path_or_preset.to_owned() },
         _ if path.is_dir() => TextError::Folder { path: path.to_owned(), hint: texts_in(path) },
         _ => TextError::Io { path: path.to_owned(), error },

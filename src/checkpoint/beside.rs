@@ -36,6 +36,9 @@ pub const ORIGINAL_CARD: &str = "README.original.md";
 /// Pickles and safetensors in folders go along up to this size (64 MiB): those of modules, not another whole model.
 const SMALL: u64 = 64 << 20;
 
+/// Bytes of the largest file that goes along (1 GiB).
+const LARGEST: u64 = 1 << 30;
+
 /// Folders within folders that are looked into.
 const DEPTH: usize = 16;
 
@@ -53,6 +56,7 @@ enum Reason {
     Nowhere,
     Special,
     Loop,
+    Large,
     Hidden,
 }
 
@@ -70,6 +74,7 @@ impl Reason {
             Reason::Nowhere => "links to nothing",
             Reason::Special => "no files",
             Reason::Loop => "links to folders around it",
+            Reason::Large => "larger than 1 GiB",
             Reason::Hidden => "hidden files and caches",
         }
     }
@@ -223,7 +228,7 @@ impl Walk<'_> {
     /// own, whose weights belong to the model.
     fn folder(&mut self, at: &Path, depth: usize, is_module: bool) -> Result<()> {
         let folder = self.root.join(at);
-        let real = folder.canonicalize().map_err(Error::io(&folder, "resolve"))?;
+        let real = self.inside(&folder)?;
         if depth > DEPTH || !self.around.insert(real.clone()) {
             self.leave(Reason::Loop, at, true);
             return Ok(());
@@ -301,6 +306,7 @@ impl Walk<'_> {
             self.leave(reason, &at, false);
             return Ok(());
         }
+        self.inside(path)?;
         let bytes = beginning(path)?;
         if is_gguf(&bytes) {
             self.leave(Reason::Weights, &at, false);
@@ -329,8 +335,30 @@ impl Walk<'_> {
             self.leave(Reason::Card, &kept, false);
             return Ok(());
         }
+        if metadata.len() > LARGEST {
+            self.leave(Reason::Large, &kept, false);
+            return Ok(());
+        }
         self.files.push((kept, SideFile::Copy(path.to_path_buf())));
         Ok(())
+    }
+
+    /// The real path of a file or folder of the model. Fails for one that a link leads to from outside: whoever made the folder may
+    /// mean a file of the reader's, which would go into the output.
+    fn inside(&self, path: &Path) -> Result<PathBuf> {
+        let real_path = |path: &Path| path.canonicalize().map_err(Error::io(path, "resolve"));
+        let (real, root) = (real_path(path)?, real_path(self.root)?);
+        // The snapshots of a hub cache are links to what they share.
+        let snapshots = root.parent().filter(|folder| folder.file_name().is_some_and(|name| name == "snapshots"));
+        let blobs = snapshots.and_then(|folder| folder.with_file_name("blobs").canonicalize().ok());
+        if real.starts_with(&root) || blobs.is_some_and(|blobs| real.starts_with(blobs)) {
+            return Ok(real);
+        }
+        Err(Error::failed(format!(
+            "{}: a link that leads out of the model's folder, to {}; put the file itself there, or remove the link",
+            path.display(),
+            real.display()
+        )))
     }
 }
 

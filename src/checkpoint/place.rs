@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use formats::container::file;
 use formats::container::stand_in::{LOOKED_AT, stand_in};
 use serde_json::Value;
 
@@ -37,7 +38,7 @@ pub(crate) fn resolve(path: &Path) -> Result<(PathBuf, Option<String>)> {
         return itself();
     }
     let shown = path.display();
-    let main = std::fs::read_to_string(root.join("refs/main")).ok().map(|text| text.trim().to_owned());
+    let main = file::read_text(&root.join("refs/main"), file::DESCRIPTION).ok().map(|text| text.trim().to_owned());
     let found: Vec<String> = names(&snapshots)?.into_iter().filter(|name| snapshots.join(name).is_dir()).collect();
     let give = || match &found[..] {
         [] => String::new(),
@@ -68,12 +69,21 @@ pub(crate) fn resolve(path: &Path) -> Result<(PathBuf, Option<String>)> {
     Ok((snapshots.join(chosen), Some(note)))
 }
 
-/// What a model is called by its path: the folder's or the file's name, and that of the repository for a hub cache.
-pub(crate) fn model_name(path: &Path) -> Option<String> {
-    let of = |path: &Path| path.file_name().map(|name| name.to_string_lossy().into_owned());
-    let repository = |name: &str| Some(name.strip_prefix("models--")?.rsplit_once("--")?.1.to_owned());
-    let mut above = path.ancestors().filter_map(of).take(3);
-    above.find_map(|name| repository(&name)).or_else(|| of(path))
+/// What a model is called by its own configuration: the last part of the name that it was saved under, else its type and size.
+///
+/// Where it lies says nothing: the same model gives the same output from every folder.
+pub(super) fn model_name(config: &Value, parameters: u64) -> String {
+    let saved = config["_name_or_path"].as_str().unwrap_or_default().trim_end_matches(['/', '\\']);
+    let last = saved.rsplit(['/', '\\']).next().unwrap_or_default();
+    if last.chars().any(char::is_alphanumeric) {
+        return last.to_owned();
+    }
+    let size = match parameters {
+        ..1_000_000 => format!("{}K", parameters.div_ceil(1000)),
+        ..1_000_000_000 => format!("{}M", (parameters + 500_000) / 1_000_000),
+        _ => format!("{:.1}B", parameters as f64 / 1e9),
+    };
+    format!("{} {size}", config["model_type"].as_str().unwrap_or("model"))
 }
 
 /// The names in a folder, sorted.
@@ -90,7 +100,7 @@ fn names(folder: &Path) -> Result<Vec<String>> {
 pub(super) fn beginning(path: &Path) -> Result<Vec<u8>> {
     use std::io::Read;
     let mut bytes = Vec::new();
-    let file = std::fs::File::open(path).map_err(Error::io(path, "open"))?;
+    let file = file::open(path).map_err(Error::io(path, "open"))?;
     file.take(LOOKED_AT as u64).read_to_end(&mut bytes).map_err(Error::io(path, "read"))?;
     Ok(bytes)
 }

@@ -4,12 +4,12 @@
 
 use std::path::Path;
 
+use formats::container::file;
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
 use kernels::{Activation, NormKind};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
-use crate::checkpoint::place::model_name;
 use crate::error::{Error, Result};
 use crate::export::names::{self, ExportPlan, Source};
 use crate::export::same;
@@ -39,21 +39,19 @@ pub struct About {
 }
 
 impl About {
-    /// Reads a checkpoint's name and licence: those of a GGUF file, else the folder's name and the licence of the model
-    /// card (README.md).
+    /// A checkpoint's name and licence; the licence is that of a GGUF file, else of the model card (README.md).
     pub fn of(source: &Checkpoint) -> About {
         if let Some(file) = source.gguf() {
             let text = |key: &str| file.string(key).ok().flatten().map(str::to_owned);
             return About { name: text("general.name"), license: text("general.license") };
         }
-        let folder = source.path().canonicalize().unwrap_or_else(|_| source.path().to_owned());
-        About { name: model_name(&folder), license: card_license(&folder.join("README.md")) }
+        About { name: Some(source.name()), license: card_license(&source.path().join("README.md")) }
     }
 }
 
 /// The licence that the front matter of a model card names.
 fn card_license(path: &Path) -> Option<String> {
-    let text = std::fs::read_to_string(path).ok()?;
+    let text = file::read_text(path, file::DESCRIPTION).ok()?;
     let front = text.strip_prefix("---\n")?.split("\n---").next()?;
     let line = front.lines().find_map(|line| line.strip_prefix("license:"))?;
     let name = line.trim().trim_matches(['"', '\'']);

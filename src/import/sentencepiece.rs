@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
 use formats::SentencePiece;
+use formats::container::file;
 use formats::container::sentencepiece::{Algorithm, Piece};
 use formats::container::stand_in::stand_in;
 use serde_json::{Map, Value, json};
@@ -40,7 +41,7 @@ pub(crate) fn tokenizer(folder: &Path, beside: &Sources) -> Result<Option<Conver
 /// The model in `folder`, or why it is none; `None` without the file.
 pub(crate) fn read(folder: &Path) -> Result<Option<Result<SentencePiece, String>>> {
     let path = folder.join(FILE);
-    match std::fs::read(&path) {
+    match file::read(&path, file::DESCRIPTION) {
         Ok(bytes) => Ok(Some(SentencePiece::parse(&bytes).map_err(|error| not_a_model(&bytes, &error)))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::io(path, "read")(error)),

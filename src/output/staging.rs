@@ -120,7 +120,9 @@ impl Staging {
                 builder.prefix(&prefix).rand_bytes(RANDOM);
                 #[cfg(unix)]
                 builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+                // As the user wrote the path: the library made an absolute one of it.
                 let folder = builder.tempdir_in(&home)?.keep();
+                let folder = home.join(folder.file_name().expect("it has just been given a name"));
                 let lock = lock(&folder)?;
                 // Another run may have swept the folder before it was locked.
                 if folder.exists() {

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use formats::container::file;
 use serde_json::Value;
 
 use crate::checkpoint::read_json;
@@ -100,7 +101,7 @@ pub(crate) fn template_files(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
 
 /// A template as Python reads a file of text: every kind of line break is `\n`.
 fn template_in(path: &Path) -> Result<Option<String>> {
-    match std::fs::read(path) {
+    match file::read(path, file::DESCRIPTION) {
         Ok(bytes) => {
             let text = String::from_utf8(bytes).map_err(|error| TextError::Encoding {
                 path: path.to_owned(),

@@ -204,3 +204,134 @@ fn odd_places_for_an_output_are_told_or_used() {
     std::fs::remove_file(room.path("short.txt")).unwrap();
     assert_eq!(room.names(), ["dangling", "empty", "model"], "folders made for the output go with it");
 }
+
+#[test]
+fn what_is_no_plain_file_is_refused_at_once() {
+    let room = Room::new();
+    let model = room.model();
+    room.shell("mkfifo pipe; mkdir folder; ln -s pipe link.jsonl").succeeds();
+    for (args, path) in [
+        ("eval model --text pipe", "pipe"),
+        ("eval model --text link.jsonl", "link.jsonl"),
+        ("eval model --text /dev/zero", "/dev/zero"),
+        ("eval pipe", "pipe"),
+        ("inspect /dev/zero", "/dev/zero"),
+        ("quantize model -o out --calibration pipe", "pipe"),
+        ("quantize model -o out --recipe pipe", "pipe"),
+        ("quantize model -o out --recipe folder", "folder"),
+        ("quantize model -o out --adapter pipe", "pipe"),
+        ("quantize model -o m.gguf --scheme Q4_0 --method rtn --imatrix pipe", "pipe"),
+    ] {
+        let run = room.run(args.split(' '));
+        assert!(matches!(run.code(), Some(1 | 2)), "{args}: {:?} {}", run.code(), run.stderr());
+        assert!(run.stderr().contains(path) && run.stderr().lines().count() == 1, "{args}: {}", run.stderr());
+    }
+    assert_eq!(room.names(), ["folder", "link.jsonl", "model", "pipe"]);
+    // What a loader would read, as a pipe; and what only lies there is left where it is.
+    std::fs::rename(room.path("pipe"), model.path("notes")).unwrap();
+    let run = room.run(QUICK.split(' '));
+    run.succeeds();
+    assert!(run.stderr().contains("notes") && !room.path("out/notes").exists(), "{}", run.stderr());
+    std::fs::remove_file(model.path("tokenizer.json")).unwrap();
+    std::fs::rename(model.path("notes"), model.path("tokenizer.json")).unwrap();
+    room.run(["eval", "model"]).refuses(1, &["tokenizer.json", "it is a pipe, and a plain file is needed"]);
+}
+
+#[test]
+fn links_that_lead_out_of_a_model_are_not_followed_into_the_output() {
+    use std::os::unix::fs::{PermissionsExt, symlink};
+    let room = Room::new();
+    let model = room.model();
+    room.file("secret", "key");
+    symlink("../secret", model.path("LICENSE")).unwrap();
+    let quantize = || room.run("quantize model -o out --method rtn --verify-text none".split(' '));
+    quantize().refuses(1, &["model/LICENSE: a link that leads out of the model's folder, to ", "secret"]);
+    std::fs::remove_file(model.path("LICENSE")).unwrap();
+    std::fs::create_dir(room.path("secrets")).unwrap();
+    symlink("../secrets", model.path("assets")).unwrap();
+    room.run(["convert", "model", "-o", "out"]).refuses(1, &["model/assets: a link that leads out"]);
+    std::fs::remove_file(model.path("assets")).unwrap();
+    assert!(!room.path("out").exists());
+    // A link within the folder is one of its files, and nobody's rights go along.
+    std::fs::write(model.path("real"), "text").unwrap();
+    std::fs::set_permissions(model.path("real"), std::fs::Permissions::from_mode(0o4777)).unwrap();
+    symlink("real", model.path("NOTICE")).unwrap();
+    quantize().succeeds();
+    assert_eq!(std::fs::read(room.path("out/NOTICE")).unwrap(), b"text");
+    let mode = std::fs::metadata(room.path("out/real")).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7111, 0, "{mode:o}");
+}
+
+#[test]
+fn weights_that_change_under_the_run_are_an_error() {
+    let room = Room::new();
+    let model = room.model();
+    let weights = model.path("model.safetensors");
+    let touching = format!(
+        "(while [ -z \"$(ls -d .out.partial-* 2>/dev/null)\" ]; do :; done; touch -d '2001-01-01' {}) & {} {QUICK}; code=$?; wait; exit $code",
+        weights.display(),
+        env!("CARGO_BIN_EXE_quantc")
+    );
+    let run = room.shell(&touching);
+    run.refuses(1, &["model/model.safetensors: cannot be relied on: it was written to while it was read"]);
+    assert_eq!(room.names(), ["model"]);
+}
+
+#[test]
+fn the_same_input_gives_the_same_bytes_wherever_it_lies() {
+    let room = Room::new();
+    room.model();
+    let text = "The same words again and again, for as long as it takes. ".repeat(400);
+    room.file("text.txt", text);
+    room.shell("mkdir -p elsewhere/deep; cp -r model elsewhere/deep/another; cp text.txt elsewhere/text.txt")
+        .succeeds();
+    let base = "quantize model --samples 2 --seq-len 64 --verify-text none --calibration text.txt";
+    let moved = base
+        .replace("model", "elsewhere/deep/another")
+        .replace("text.txt", room.path("elsewhere/text.txt").to_str().unwrap());
+    for (base, out) in [(base, "here"), (&moved[..], "there")] {
+        room.run(format!("{base} -o {out} --group-size 64").split(' ')).succeeds();
+        let gguf = format!("{base} -o {out}.gguf --scheme Q4_K_M --save-imatrix {out}.imatrix");
+        room.run(gguf.split(' ')).succeeds();
+    }
+    let same = |here: &str, there: &str| {
+        let [here, there] = [here, there].map(|name| std::fs::read(room.path(name)).unwrap());
+        assert!(here == there, "{}", String::from_utf8_lossy(&there[..there.len().min(2000)]));
+    };
+    for name in ["model.safetensors", "config.json", "README.md"] {
+        same(&format!("here/{name}"), &format!("there/{name}"));
+    }
+    same("here.gguf", "there.gguf");
+    same("here.imatrix", "there.imatrix");
+    let card = std::fs::read_to_string(room.path("there/README.md")).unwrap();
+    assert!(!card.contains("elsewhere") && card.contains("text.txt"), "{card}");
+}
+
+#[test]
+fn names_steer_no_terminal() {
+    let room = Room::new();
+    let model = room.model();
+    let mut weights = std::fs::read(model.path("model.safetensors")).unwrap();
+    // A name of the same length, so that the header keeps its own.
+    let from = b"model.norm.weight";
+    let at = weights.windows(from.len()).position(|window| window == from).unwrap();
+    let raw = br"model.\u001bnorm.";
+    assert_eq!(raw.len(), from.len());
+    weights[at..at + from.len()].copy_from_slice(raw);
+    std::fs::write(model.path("model.safetensors"), weights).unwrap();
+    for args in ["inspect model", "convert model -o out", "eval model"] {
+        let run = room.run(args.split(' '));
+        let told = [run.stdout(), run.stderr()].concat();
+        assert!(!told.contains('\u{1b}'), "{args}");
+        assert!(told.contains("norm"), "{args}: {told}");
+    }
+}
+
+#[test]
+fn more_threads_than_make_sense_are_not_started() {
+    let room = Room::new();
+    room.model();
+    let run = room.run(QUICK.split(' ').chain(["--threads", "65536"]));
+    run.succeeds();
+    assert!(run.stderr().contains("note: --threads 65536 is more than "), "{}", run.stderr());
+}

@@ -59,6 +59,11 @@ impl SafetensorsFile {
         Self::parse(name.as_ref(), Bytes::Owned(bytes))
     }
 
+    /// Fails when the file was replaced or written to since it was opened.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.bytes.check_unchanged()
+    }
+
     fn parse(path: &Path, bytes: Bytes) -> Result<SafetensorsFile> {
         let (header_len, header) =
             SafeTensors::read_metadata(&bytes).map_err(|error| diagnose(&bytes, error).in_file(path))?;

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::file;
 use super::safetensors::{INDEX_FILE, SINGLE_FILE, SafetensorsFile};
 use super::stand_in::stand_in;
 use crate::error::{Error, Result};
@@ -182,6 +183,11 @@ impl SafetensorsSet {
         &self.files
     }
 
+    /// Fails when a file was replaced or written to since it was opened.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.files.iter().try_for_each(SafetensorsFile::check_unchanged)
+    }
+
     /// Name, type and shape of every tensor, file by file, each once.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorSpec> {
         let files = self.files.iter().enumerate();
@@ -229,7 +235,7 @@ fn some_of(names: &[&str]) -> Option<String> {
 
 /// The file of every tensor that an index names.
 fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
-    let bytes = std::fs::read(index).map_err(|e| Error::io("read", e).in_file(index))?;
+    let bytes = file::read(index, file::DESCRIPTION).map_err(|e| Error::io("read", e).in_file(index))?;
     if let Some(why) = stand_in(&bytes) {
         return Err(Error::malformed(why).in_file(index));
     }

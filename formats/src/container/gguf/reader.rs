@@ -99,6 +99,11 @@ impl GgufFile {
         }
     }
 
+    /// Fails when one of the files was replaced or written to since it was opened.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.parts.iter().try_for_each(Bytes::check_unchanged)
+    }
+
     /// Checks one file and takes its tensors, and the metadata of the first; gives its place among split files.
     fn add(&mut self, path: &Path, bytes: Bytes) -> Result<Option<(usize, usize, usize)>> {
         let header = Header::parse(&bytes).map_err(|error| error.in_file(path))?;
