@@ -79,8 +79,8 @@ pub(super) fn model_name(config: &Value, parameters: u64) -> String {
         return last.to_owned();
     }
     let size = match parameters {
-        ..1_000_000 => format!("{}K", parameters.div_ceil(1000)),
-        ..1_000_000_000 => format!("{}M", (parameters + 500_000) / 1_000_000),
+        0..=999_999 => format!("{}K", parameters.div_ceil(1000)),
+        1_000_000..=999_999_999 => format!("{}M", (parameters + 500_000) / 1_000_000),
         _ => format!("{:.1}B", parameters as f64 / 1e9),
     };
     format!("{} {size}", config["model_type"].as_str().unwrap_or("model"))
