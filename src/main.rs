@@ -51,7 +51,7 @@ fn main() -> ExitCode {
             supervisor::die_of(signal);
             1
         }
-        End::Code(_) | End::Died(_) => 1,
+        End::Code(_) | End::Died(_) | End::DiedIn(..) => 1,
     })
 }
 

@@ -9,10 +9,13 @@
 //! process on the spot, and no code of its own can be trusted to run then. The watcher holds nothing but a path: it sweeps the staging
 //! folder, turns the end into one sentence and an exit code, and dies itself of a signal that it was sent, as shells expect.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+#[cfg(unix)]
+mod limits;
 
 /// How the watched process ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum End {
     /// It returned this exit code.
     Code(u8),
@@ -20,12 +23,26 @@ pub enum End {
     Asked(i32),
     /// It died of this signal by itself.
     Died(i32),
+    /// It died of this signal while it ran a program in this file: a chat template, or a tokenizer.
+    DiedIn(PathBuf, i32),
 }
 
 impl End {
     /// What to tell of a death, where there is something to tell: `subject` is what was worked on.
-    pub fn sentence(self, subject: &Path) -> Option<String> {
-        let End::Died(signal) = self else { return None };
+    pub fn sentence(&self, subject: &Path) -> Option<String> {
+        let signal = match self {
+            End::Died(signal) => *signal,
+            End::DiedIn(file, signal) if [signal::XCPU, signal::ABRT, signal::SEGV].contains(signal) => {
+                let what =
+                    if *signal == signal::XCPU { "takes far more time" } else { "nests deeper, or takes more memory," };
+                return Some(format!(
+                    "{}: working with it {what} than any that is meant well; get the file from where the model was published",
+                    file.display()
+                ));
+            }
+            End::DiedIn(_, signal) => *signal,
+            End::Code(_) | End::Asked(_) => return None,
+        };
         let subject = subject.display();
         let known = [
             (
@@ -52,7 +69,7 @@ impl End {
 /// Numbers of signals that are the same on every system that has them here.
 mod signal {
     #[cfg(unix)]
-    pub use signal_hook::consts::{SIGABRT as ABRT, SIGBUS as BUS, SIGKILL as KILL, SIGSEGV as SEGV};
+    pub use signal_hook::consts::{SIGABRT as ABRT, SIGBUS as BUS, SIGKILL as KILL, SIGSEGV as SEGV, SIGXCPU as XCPU};
     #[cfg(not(unix))]
     pub const ABRT: i32 = 6;
     #[cfg(not(unix))]
@@ -61,10 +78,26 @@ mod signal {
     pub const KILL: i32 = 9;
     #[cfg(not(unix))]
     pub const SEGV: i32 = 11;
+    #[cfg(not(unix))]
+    pub const XCPU: i32 = 24;
 }
 
 #[cfg(unix)]
+pub use limits::Within;
+#[cfg(unix)]
 pub use watching::{die_of, watch};
+
+/// The limits around the programs in one file; this system has none.
+#[cfg(not(unix))]
+#[derive(Debug)]
+pub struct Within(pub PathBuf);
+
+#[cfg(not(unix))]
+impl calibration::samples::Limits for Within {
+    fn around(&self, _: usize, work: &mut (dyn FnMut() + Send)) {
+        work();
+    }
+}
 
 /// Without signals there is nothing to watch for.
 #[cfg(not(unix))]
@@ -78,14 +111,18 @@ pub fn die_of(_: i32) {}
 
 #[cfg(unix)]
 mod watching {
+    use std::os::fd::AsRawFd;
     use std::os::unix::process::ExitStatusExt;
+    use std::path::PathBuf;
     use std::process::{Child, Command, ExitStatus};
 
-    use rustix::process::{Pid, Signal, getppid, kill_process, set_parent_process_death_signal};
+    use rustix::process::{
+        Pid, Resource, Rlimit, Signal, getppid, getrlimit, kill_process, set_parent_process_death_signal, setrlimit,
+    };
     use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
     use signal_hook::iterator::Signals;
 
-    use super::End;
+    use super::{End, limits};
 
     /// Holds the watcher's process id, so that the worker knows what it is.
     const MARK: &str = "QUANTC_WATCHED_BY";
@@ -95,8 +132,11 @@ mod watching {
     /// Where no process can be started, the work is done without a watcher.
     pub fn watch() -> Option<End> {
         let parent = getppid().map(Pid::as_raw_nonzero).map(|id| id.to_string());
-        if parent.is_some() && std::env::var(MARK).ok() == parent {
+        let marked = std::env::var(MARK).unwrap_or_default();
+        let (watcher, memory) = marked.split_once(':').unwrap_or((&marked, ""));
+        if parent.is_some_and(|parent| parent == watcher) {
             be_watched();
+            memory.parse().into_iter().for_each(limits::share);
             return None;
         }
         // Before the start, so that no end is missed. What was ignored from outside, as by nohup, stays so.
@@ -104,12 +144,14 @@ mod watching {
         let asked = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored & (1 << (signal - 1)) == 0);
         let mut signals = Signals::new(asked.chain([SIGCHLD])).ok()?;
         let program = std::env::current_exe().ok()?;
-        let mark = std::process::id().to_string();
+        let memory = limits::shared();
+        let number = memory.as_ref().map(|memory| memory.as_raw_fd().to_string()).unwrap_or_default();
+        let mark = format!("{}:{number}", std::process::id());
         let mut child = Command::new(program).args(std::env::args_os().skip(1)).env(MARK, mark).spawn().ok()?;
         let mut asked = None;
         loop {
             if let Ok(Some(status)) = child.try_wait() {
-                return Some(end(status, asked));
+                return Some(end(status, asked, memory.as_ref().and_then(limits::last_seen)));
             }
             for signal in signals.wait() {
                 if signal != SIGCHLD {
@@ -120,11 +162,12 @@ mod watching {
         }
     }
 
-    fn end(status: ExitStatus, asked: Option<i32>) -> End {
-        match (status.code(), asked, status.signal()) {
-            (Some(code), _, _) => End::Code(u8::try_from(code).unwrap_or(u8::MAX)),
-            (None, Some(signal), _) => End::Asked(signal),
-            (None, None, signal) => End::Died(signal.unwrap_or(0)),
+    fn end(status: ExitStatus, asked: Option<i32>, file: Option<PathBuf>) -> End {
+        match (status.code(), asked, status.signal().unwrap_or(0), file) {
+            (Some(code), ..) => End::Code(u8::try_from(code).unwrap_or(u8::MAX)),
+            (None, Some(signal), ..) => End::Asked(signal),
+            (None, None, signal, Some(file)) => End::DiedIn(file, signal),
+            (None, None, signal, None) => End::Died(signal),
         }
     }
 
@@ -141,6 +184,9 @@ mod watching {
         #[cfg(target_os = "linux")]
         let _ = set_parent_process_death_signal(Some(Signal::TERM));
         let _ = signal_hook::flag::register(SIGXFSZ, std::sync::Arc::default());
+        // An image of the memory beside the output would be something that the run leaves behind.
+        let core = Rlimit { current: Some(0), maximum: getrlimit(Resource::Core).maximum };
+        let _ = setrlimit(Resource::Core, core);
     }
 
     /// The signals that this process ignores, as a set of bits from signal 1 on.
@@ -172,6 +218,13 @@ mod tests {
             let sentence = end.sentence(Path::new("model")).unwrap();
             assert!(sentence.starts_with("model: ") && sentence.contains(words), "{sentence}");
         }
+        let file = || PathBuf::from("model/chat_template.jinja");
+        for (signal, words) in [(signal::XCPU, "far more time"), (signal::ABRT, "nests deeper, or takes more memory,")]
+        {
+            let sentence = End::DiedIn(file(), signal).sentence(Path::new("model")).unwrap();
+            assert!(sentence.starts_with("model/chat_template.jinja: ") && sentence.contains(words), "{sentence}");
+        }
+        assert!(End::DiedIn(file(), signal::BUS).sentence(Path::new("model")).unwrap().starts_with("model: "));
         assert_eq!(End::Code(3).sentence(Path::new("m")).or(End::Asked(2).sentence(Path::new("m"))), None);
     }
 }

@@ -8,6 +8,7 @@
 mod chat;
 #[cfg(test)]
 mod golden;
+mod guard;
 mod parquet;
 mod parse;
 mod record;
@@ -24,7 +25,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 pub use chat::ChatTemplate;
-pub use parquet::GUARDED;
+pub use guard::{GUARDED, Guard, Limits, guarded};
 pub use parse::{parse_txt, read};
 pub use select::{select, windows};
 pub use tokenizer::{Tokenizer, TokenizerConfig};

@@ -7,23 +7,15 @@ use parquet::record::{Field, Row};
 use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
+use super::guard::guarded;
 use super::parse::Records;
 use super::{SampleError, record};
-
-/// The name of the thread on which a library reads a file over which it may panic: such a panic is an error, and nothing to print.
-pub const GUARDED: &str = "guarded";
-
-/// Enough for the deepest schema that a reader without a limit may meet in a damaged file.
-const STACK: usize = 64 << 20;
 
 /// Reads a whole file. Fails where it is damaged, has no column that is known, or one whose form is not read.
 pub(super) fn read(name: &str, bytes: Vec<u8>) -> Result<Records, SampleError> {
     let bad = |problem: String| SampleError::Unread { name: name.to_owned(), problem };
-    let thread = std::thread::Builder::new().name(GUARDED.to_owned()).stack_size(STACK).spawn(|| rows(bytes));
-    match thread.map_err(|error| bad(format!("no thread to read it on: {error}")))?.join() {
-        Ok(records) => records.map_err(bad),
-        Err(_) => Err(bad("a damaged Parquet file: write it again".to_owned())),
-    }
+    let records = guarded(&None, bytes.len(), || rows(bytes));
+    records.unwrap_or_else(|| Err("a damaged Parquet file: write it again".to_owned())).map_err(bad)
 }
 
 fn rows(bytes: Vec<u8>) -> Result<Records, String> {
