@@ -494,7 +494,12 @@ impl Checkpoint {
     }
 
     fn locate(&self, error: formats::Error, name: &str) -> Error {
-        let file = match &self.source {
+        error.in_tensor(name).in_file(self.file_of(name)).into()
+    }
+
+    /// The file that holds a tensor, or the folder where none is known.
+    pub(crate) fn file_of(&self, name: &str) -> &Path {
+        match &self.source {
             Source::Directory { tensors, quantization, foreign } => {
                 let main = quantization.as_ref().and_then(QuantizationReader::main_part);
                 let part = match foreign.get(name) {
@@ -504,8 +509,7 @@ impl Checkpoint {
                 tensors.file_of(name).or_else(|| tensors.file_of(&part?)).unwrap_or(&self.path)
             }
             Source::Gguf(model) => model.file().path(),
-        };
-        error.in_tensor(name).in_file(file).into()
+        }
     }
 }
 

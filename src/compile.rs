@@ -362,7 +362,7 @@ impl<B: Backend> Work<'_, B> {
                 continue;
             };
             let mut solution = solutions.next().expect("one for each planned linear");
-            let lost = lost_in_grid(&solution.grid, &linear.weight(), || {
+            let lost = lost_in_grid(&solution.grid, self.source.file_of(&linear.weight()), &linear.weight(), || {
                 Ok([backend.download(&weight.matrix)?, backend.download(&solution.restored)?])
             })?;
             weight.matrix = std::mem::replace(&mut solution.restored, weight.matrix);

@@ -418,7 +418,13 @@ impl<B: Backend> Work<'_, B> {
                 let by = if part.transposed { &alone } else { &shared };
                 let solution = solve_blocks(backend, by, asked, *ty, importance.as_deref())?;
                 let asked = || Ok(backend.download(asked)?.iter().copied().collect());
-                lost += lost_in_blocks(*ty, &solution.packed, [&part.from.tensor(), &tensor.gguf], asked)?;
+                lost += lost_in_blocks(
+                    *ty,
+                    &solution.packed,
+                    self.source.file_of(&part.from.tensor()),
+                    [&part.from.tensor(), &tensor.gguf],
+                    asked,
+                )?;
                 report.seconds += started.elapsed().as_secs_f64();
                 lap(&mut self.seconds.solve, started);
 
@@ -632,12 +638,14 @@ fn write_part<B: Backend>(
             let matrix = Array2::from_shape_vec((count, cols), std::mem::take(values)).expect("whole rows");
             let matrix = backend.upload(matrix)?;
             let packed = pack_rows(backend, &matrix, ty, importance)?;
-            let lost = lost_in_blocks(ty, &packed, names, || Ok(backend.download(&matrix)?.iter().copied().collect()))?;
+            let lost = lost_in_blocks(ty, &packed, source.file_of(&name), names, || {
+                Ok(backend.download(&matrix)?.iter().copied().collect())
+            })?;
             (packed, lost)
         } else {
             let mut packed = vec![0; count * row_bytes];
             ty.encode(values, &mut packed).expect("a type with an encoder");
-            let lost = lost_in_blocks(ty, &packed, names, || Ok(std::mem::take(values)))?;
+            let lost = lost_in_blocks(ty, &packed, source.file_of(&name), names, || Ok(std::mem::take(values)))?;
             (packed, lost)
         };
         writer.write_at(&tensor.gguf, offset, &packed)?;

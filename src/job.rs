@@ -322,6 +322,7 @@ impl Job<'_> {
                 }
                 let calibration = load_text(&recipe.calibration)?;
                 let samples = text.select(&calibration, recipe.samples, seq_len, recipe.seed)?;
+                notes.extend(calibration.without_blank());
                 notes.extend(calibration.notes);
                 notes.extend(weak_conversations(&samples.source));
                 if samples.source.sequences < recipe.samples {
@@ -431,12 +432,18 @@ impl Job<'_> {
 
 /// What there is to say of conversations that calibration did not see as the model does.
 fn weak_conversations(source: &SampleSource) -> Vec<String> {
-    let SampleSource { name, refused, refusal, templated, untemplated, .. } = source;
+    let SampleSource { name, refused, refusal, templated, untemplated, unwritten, .. } = source;
     let mut notes = Vec::new();
     if let (Some(refusal), true) = (refusal, *refused > 0) {
         notes.push(format!(
             "{refused} of {} conversations of {name} were left out, since the model refuses them: {refusal}",
-            refused + templated
+            refused + templated + unwritten
+        ));
+    }
+    if *unwritten > 0 {
+        notes.push(format!(
+            "{unwritten} of {} conversations of {name} were left out, since the model's chat template writes nothing of what is said in them",
+            refused + templated + unwritten
         ));
     }
     if *untemplated > 0 {
@@ -457,8 +464,9 @@ impl Verification {
         let context = self.context.min(families::longest_context(source.config())?.unwrap_or(usize::MAX));
         let held_out = load_text(&self.text)?;
         let ids = text.evaluation_ids(&held_out)?;
-        notes.extend(held_out.notes);
-        let windows = windows(&ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
+        notes.extend(held_out.notes.iter().cloned());
+        let windows =
+            windows(&held_out.name, &ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
         Ok(HeldOut { ids, windows })
     }
 }

@@ -84,7 +84,8 @@ impl TokenizerFiles {
     fn of_gguf(file: &GgufFile) -> Result<TokenizerFiles> {
         let json = gguf_tokenizer::tokenizer_json(file)?;
         let config = gguf_tokenizer::tokenizer_config(file, None)?;
-        let templates = Templates::of_value(&config["chat_template"]);
+        let mut templates = Templates::of_value(&config["chat_template"]);
+        templates.file = file.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
         let stated = added::of_json(&json).unwrap_or_default();
         let stated = stated.into_iter().map(|(id, token)| Stated::new(id, token)).collect();
         let sources = Sources { config, ..Sources::default() };
@@ -105,7 +106,7 @@ impl TokenizerFiles {
                 SampleError::Tokenizer { problem, .. } => SampleError::Tokenizer { file: name.to_owned(), problem },
                 other => other,
             };
-            TextError::Model { folder: path.to_owned(), error }
+            TextError::of_model(path, error)
         })?;
         // The library counts on from the vocabulary, whatever ids files give.
         let mut moved = Vec::new();
@@ -153,7 +154,8 @@ impl TokenizerFiles {
         let token = |name: &str| self.special(name).map(|(_, text)| text.to_owned());
         let others = NAMES[2..].iter().filter_map(|name| Some((format!("{name}_token"), token(name)?))).collect();
         let chat_template = self.templates.default.clone();
-        TokenizerConfig { bos_token: token("bos"), eos_token: token("eos"), chat_template, others }
+        let chat_template_file = self.templates.file.clone();
+        TokenizerConfig { bos_token: token("bos"), eos_token: token("eos"), chat_template, chat_template_file, others }
     }
 }
 

@@ -8,6 +8,9 @@ use crate::checkpoint::read_json;
 use crate::error::{Error, Result};
 use crate::text::TextError;
 
+/// The file of the default template.
+const JINJA: &str = "chat_template.jinja";
+
 /// The folder of templates beside the default one.
 const FOLDER: &str = "additional_chat_templates";
 
@@ -18,6 +21,8 @@ pub struct Templates {
     pub default: Option<String>,
     /// The others with their names, such as `tool_use`.
     pub others: Vec<(String, String)>,
+    /// The file in which the default one stands; empty where none is.
+    pub file: String,
 }
 
 impl Templates {
@@ -26,12 +31,19 @@ impl Templates {
     /// chat_template.jinja and `additional_chat_templates/*.jinja` go before tokenizer_config.json, as in transformers, and
     /// that before chat_template.json, which processors of images have.
     pub(crate) fn of_folder(folder: &Path, config: &Value) -> Result<Templates> {
-        let mut found = Templates { default: template_in(&folder.join("chat_template.jinja"))?, others: Vec::new() };
-        for (_, path) in template_files(folder)? {
+        let mut found = Templates { default: template_in(&folder.join(JINJA))?, ..Templates::default() };
+        let mut file = JINJA.to_owned();
+        for (its, path) in template_files(folder)? {
             let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             if let Some(text) = template_in(&path)? {
+                if found.default.is_none() && name == "default" {
+                    file = its;
+                }
                 found.add(name, text);
             }
+        }
+        if found.default.is_none() {
+            file = "tokenizer_config.json".to_owned();
         }
         if found == Templates::default() {
             found = Templates::of_value(&config["chat_template"]);
@@ -42,10 +54,12 @@ impl Templates {
         if found.default.is_none()
             && let Some(json) = read_json(&folder.join("chat_template.json"))?
         {
+            file = "chat_template.json".to_owned();
             let processor = Templates::of_value(&json["chat_template"]);
             found.default = processor.default;
             processor.others.into_iter().for_each(|(name, text)| found.add(name, text));
         }
+        found.file = if found.default.is_some() { file } else { String::new() };
         Ok(found)
     }
 

@@ -9,6 +9,7 @@ mod folders;
 mod gguf;
 mod gguf_families;
 mod golden;
+mod guesses;
 mod harness;
 mod inputs;
 mod matrix;
