@@ -93,6 +93,8 @@ pub(crate) struct Sources {
     pub config: Value,
     pub map: Value,
     pub added: Value,
+    /// The class of config.json, which is asked where tokenizer_config.json has none.
+    pub class: Option<String>,
 }
 
 /// Special tokens by name.
@@ -117,16 +119,17 @@ pub(crate) type Flaw = (&'static str, String);
 impl Sources {
     pub fn read(folder: &Path) -> Result<Sources> {
         let json_of = |name: &str| Ok::<_, crate::Error>(read_json(&folder.join(name))?.unwrap_or(Value::Null));
-        Ok(Sources { config: json_of(CONFIG)?, map: json_of(MAP)?, added: json_of(ADDED)? })
+        let class = json_of("config.json")?["tokenizer_class"].as_str().map(str::to_owned);
+        Ok(Sources { config: json_of(CONFIG)?, map: json_of(MAP)?, added: json_of(ADDED)?, class })
     }
 
     pub fn flag(&self, name: &str) -> Option<bool> {
         self.config[name].as_bool()
     }
 
-    /// The class of tokenizer_config.json.
+    /// The class of tokenizer_config.json, or else of config.json.
     pub fn class(&self) -> Option<&str> {
-        self.config["tokenizer_class"].as_str()
+        self.config["tokenizer_class"].as_str().or(self.class.as_deref())
     }
 
     /// Whether tokenizer_config.json says everything, so that the older files are not looked at.
@@ -280,7 +283,14 @@ impl Declared {
                 return;
             }
             match places.get(&token.content) {
-                Some(&place) if replaces => merged[place].token = token.clone(),
+                Some(&place) if replaces => {
+                    let known = &mut merged[place];
+                    // The vocabulary keeps its id; that of another file is told.
+                    if id.is_some() && id != known.id && file != known.file {
+                        (known.id, known.file) = (id, file);
+                    }
+                    known.token = token.clone();
+                }
                 Some(_) => {}
                 None => {
                     places.insert(token.content.clone(), merged.len());

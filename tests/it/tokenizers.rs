@@ -58,10 +58,15 @@ fn ids_and_special_tokens_are_those_of_transformers() {
     for (name, case) in golden["cases"].as_object().unwrap() {
         let room = Room::new();
         let files = opened(&room, &golden, case).tokenizer().unwrap().unwrap();
-        for (place, text) in golden["texts"].as_array().unwrap().iter().enumerate() {
+        let texts = case.get("texts").unwrap_or(&golden["texts"]);
+        for (place, text) in texts.as_array().unwrap().iter().enumerate() {
             for (key, special) in [("ids", false), ("marked", true)] {
                 let found = files.tokenizer.encode(text.as_str().unwrap(), special).unwrap();
-                let expected = ids(&case[key][place]);
+                let mut expected = ids(&case[key][place]);
+                // Where transformers 5 alone forgets BOS, it stays, with a note.
+                if name == "no config" && special {
+                    expected.insert(0, 2);
+                }
                 if found != expected {
                     wrong.push(format!("{name}, {key} of {text}:\n  {found:?}\n  {expected:?}"));
                 }
@@ -122,7 +127,7 @@ fn gguf_files_hold_every_token_that_has_a_row() {
             match (id < rows, id) {
                 (false, _) => left_out.push(text),
                 // Unknown or control, as the vocabulary says itself.
-                (true, 0) => assert!([2, 3].contains(&types[0].as_i64().unwrap()), "{name}"),
+                (true, id) if text == "<unk>" => assert!([2, 3].contains(&types[id].as_i64().unwrap()), "{name}"),
                 (true, _) => {
                     let control = token[2] == true || text.starts_with("<|");
                     assert_eq!(row(id), json!([text.replace('Ġ', " "), if control { 3 } else { 4 }]), "{name}");
@@ -149,9 +154,18 @@ fn files_that_do_not_agree_are_told() {
         let room = Room::new();
         opened(&room, &golden, &golden["cases"][name]).tokenizer().unwrap().unwrap().notices
     };
-    for name in ["decoder", "added_tokens", "agreeing", "twice", "pieces_map", "unigram", "model_added"] {
+    for name in ["decoder", "added_tokens", "agreeing", "twice", "unigram", "model_added"] {
         assert_eq!(told(name), Vec::<String>::new(), "{name}");
     }
+    let other = told("decoder_other_id");
+    assert!(
+        other[0].contains("give `<|im_start|>` the id 301, and it has 300 (tokenizer_config.json); so 1 others"),
+        "{other:?}"
+    );
+    let taken = told("decoder_in_the_vocabulary");
+    assert!(taken[0].contains("give `<tool>` the id 40, and it has 302 (tokenizer_config.json)"), "{taken:?}");
+    let new = told("pieces_map");
+    assert!(new.len() == 1 && new[0].contains("`[PAD]` (pad_token) is not in the vocabulary"), "{new:?}");
     let differs = told("decoder_differs");
     assert_eq!(differs.len(), 2, "{differs:?}");
     assert!(

@@ -227,6 +227,8 @@ fn llama_3s_marks_ends_and_fill_are_written() {
         [
             "the tokenizer's files give `of▁a user` the id 1002, and it has 1000 (tokenizer.json): ids are those of the \
              tokenizers library, as in transformers",
+            "`[none]` (mask_token) is not in the vocabulary: it becomes token 1001, as in transformers, whose embedding the \
+             model did not learn",
             "the model also stops at token 5 (`[/INST]`), which a GGUF file cannot say",
         ]
     );
@@ -372,7 +374,7 @@ fn what_cannot_be_written_is_one_sentence() {
     assert!(pre.starts_with("--pre gpt-2: only byte-level BPE has a pre-tokenizer"), "{pre}");
     let empty = tempfile::tempdir().unwrap();
     let none = of_folder(empty.path(), &Value::Null, 3, None).unwrap_err().to_string();
-    assert!(none.ends_with("/tokenizer.json: no such file, and there is no tokenizer.model"), "{none}");
+    assert!(none.contains("/tokenizer.json: no such file, and there is no tokenizer.model"), "{none}");
 }
 
 #[test]

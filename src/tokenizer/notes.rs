@@ -1,0 +1,163 @@
+//! What is wrong with a model's tokenizer and chat templates, told by every command that writes a model, whatever it reads of them.
+
+use calibration::samples::{ChatTemplate, Message};
+use serde_json::{Value, json};
+
+use super::templates::DEFAULT;
+use super::{NAMES, TokenizerFiles};
+use crate::checkpoint::{Checkpoint, read_json};
+use crate::export::tokenizer::knows_as_end;
+use crate::families;
+use crate::json::integer;
+use crate::text::other_tokenizer;
+
+/// What the user says in the conversation that a template is tried with.
+const QUESTION: &str = "Where do zebras graze?";
+/// What the assistant answers.
+const ANSWER: &str = "On savannas.";
+
+/// A file of settings, and the ids at which it says that generation stops.
+type Stops = (&'static str, Vec<u32>);
+
+impl Checkpoint {
+    /// What the reader of a report should know of the tokenizer and the chat templates: that there are none or that they
+    /// cannot be read, what the files disagree about, templates that no conversation gets through, special tokens
+    /// without a row of the embedding, and turns that nothing ends.
+    pub fn tokenizer_notes(&self) -> Vec<String> {
+        let shown = self.path().display();
+        let files = match self.tokenizer() {
+            Ok(Some(files)) => files,
+            Ok(None) => {
+                return vec![format!(
+                    "{shown}: no tokenizer.json and no tokenizer.model, and runtimes need one: copy it from the model that this one was \
+                     made from{}",
+                    other_tokenizer(self.path())
+                )];
+            }
+            Err(error) => {
+                return vec![format!("{error}: runtimes will not load this tokenizer either, or read it otherwise")];
+            }
+        };
+        let mut notes = files.notices.clone();
+        let parsed = self.templates(&files, &mut notes);
+        let rows = families::vocabulary(self.config()).ok().flatten();
+        if let Some(rows) = rows {
+            notes.extend(without_a_row(&files, rows));
+        }
+        if self.gguf().is_none() {
+            notes.extend(self.stops(&files, parsed.as_ref()));
+        }
+        notes
+    }
+
+    /// Parses every template and has the default one render the plainest conversation; returns that one, if it is sound.
+    fn templates(&self, files: &TokenizerFiles, notes: &mut Vec<String>) -> Option<ChatTemplate> {
+        let templates = &files.templates;
+        let shown = self.path().display();
+        let config = files.config();
+        let default = templates.default.iter().map(|text| (DEFAULT, text));
+        let mut found = None;
+        for (name, text) in default.chain(templates.others.iter().map(|(name, text)| (&name[..], text))) {
+            let place = templates.place(name);
+            let which = if name == DEFAULT { String::new() } else { format!(" `{name}`") };
+            let parsed = super::TokenizerConfig { chat_template: Some(text.clone()), ..config.clone() }.chat();
+            match parsed {
+                Err(error) => notes.push(format!(
+                    "{shown}/{place}: the template{which} cannot be parsed, and no runtime will chat with it: {error}"
+                )),
+                Ok(template) if name == DEFAULT => found = template,
+                Ok(_) => {}
+            }
+        }
+        let template = found?;
+        let place = templates.place(DEFAULT);
+        let say = |content: Value| {
+            let message = Message { role: "user".to_owned(), content, extra: Default::default() };
+            template.render(&[message], &[])
+        };
+        let plain = say(QUESTION.into());
+        let said = |text: &Result<String, _>| text.as_ref().is_ok_and(|text| text.contains(QUESTION));
+        // Models of images may want every content in parts.
+        if said(&plain) || said(&say(json!([{"type": "text", "text": QUESTION}]))) {
+            return Some(template);
+        }
+        notes.push(match plain {
+            Err(error) => {
+                format!("{shown}/{place}: the template refuses a conversation of one turn by the user: {error}")
+            }
+            Ok(_) => format!("{shown}/{place}: the template leaves out what the user says"),
+        });
+        None
+    }
+
+    /// Turns that nothing ends, and settings that do not agree where to stop.
+    fn stops(&self, files: &TokenizerFiles, template: Option<&ChatTemplate>) -> Option<String> {
+        let of = |json: &Value| {
+            let value = if json["eos_token_id"].is_null() {
+                &json["text_config"]["eos_token_id"]
+            } else {
+                &json["eos_token_id"]
+            };
+            let list = value.as_array().map_or_else(|| vec![value], |list| list.iter().collect());
+            list.into_iter().filter_map(|id| u32::try_from(integer(id)?).ok()).collect::<Vec<u32>>()
+        };
+        let generation = read_json(&self.path().join("generation_config.json")).ok().flatten().unwrap_or_default();
+        let stops: [Stops; 2] = [("generation_config.json", of(&generation)), ("config.json", of(self.config()))];
+        // config.json is asked only where generation_config.json does not say.
+        let (file, stops) = stops.into_iter().find(|(_, ids)| !ids.is_empty())?;
+        let tokenizer = &files.tokenizer;
+        let shown = |id: u32| format!("`{}` ({id})", tokenizer.id_to_token(id).unwrap_or_default());
+        let at = stops.iter().map(|id| shown(*id)).collect::<Vec<_>>().join(", ");
+        let eos = files.special("eos").and_then(|(named_in, text)| Some((named_in, tokenizer.token_to_id(text)?)));
+        let end = template.and_then(|template| turn_end(files, template));
+        if let Some(end) = end.filter(|end| !stops.contains(end)) {
+            let also = eos.is_some_and(|(_, eos)| eos == end);
+            let mut who = vec!["transformers"];
+            if !also {
+                who.push("vLLM");
+                if !tokenizer.id_to_token(end).is_some_and(|text| knows_as_end(&text)) {
+                    who.push("llama.cpp");
+                }
+            }
+            return Some(format!(
+                "{}/{}: the template ends the assistant's turns with {}, and {file} stops at {at}: chats do not end by themselves in {}; \
+                 add the id to eos_token_id in generation_config.json",
+                self.path().display(),
+                files.templates.place(DEFAULT),
+                shown(end),
+                who.join(", ")
+            ));
+        }
+        let (named_in, eos) = eos.filter(|(_, eos)| !stops.contains(eos))?;
+        Some(format!(
+            "{named_in} names {} as EOS, and {file} stops at {at}: transformers stops at the latter, llama.cpp at the former, vLLM at either",
+            shown(eos)
+        ))
+    }
+}
+
+/// The token that a template puts behind what the assistant says.
+fn turn_end(files: &TokenizerFiles, template: &ChatTemplate) -> Option<u32> {
+    let turns = [Message::new("user", QUESTION), Message::new("assistant", ANSWER)];
+    let text = template.render(&turns, &[]).ok()?;
+    let (_, behind) = text.rsplit_once(ANSWER)?;
+    let ids = files.tokenizer.encode(behind, false).ok()?;
+    let added = files.json["added_tokens"].as_array()?;
+    ids.into_iter().find(|id| added.iter().any(|token| token["id"] == *id && token["special"] == true))
+}
+
+/// Named special tokens that the embedding has no row for.
+fn without_a_row(files: &TokenizerFiles, rows: usize) -> Option<String> {
+    let named = NAMES.iter().filter_map(|short| {
+        let (file, text) = files.special(short)?;
+        let id = files.tokenizer.token_to_id(text)?;
+        (id as usize >= rows).then(|| format!("{file}: {short}_token is `{text}` ({id})"))
+    });
+    let named: Vec<String> = named.collect();
+    (!named.is_empty()).then(|| {
+        format!(
+            "{}, and the embedding has {rows} rows: a runtime that gives it to the model fails or reads another's row",
+            named.join("; ")
+        )
+    })
+}
