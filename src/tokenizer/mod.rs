@@ -128,6 +128,14 @@ impl TokenizerFiles {
             json["added_tokens"] = added.iter().map(|(id, token)| token.to_json(*id)).collect();
         }
         let mut notices = Vec::new();
+        let misshapen = sources.misshapen();
+        if !misshapen.is_empty() {
+            notices.push(format!(
+                "{}: {}: transformers loads no tokenizer with that, and here it is left out where it says nothing",
+                added::CONFIG,
+                misshapen.join("; ")
+            ));
+        }
         if let Some(first) = moved.first() {
             let others = if moved.len() > 1 { format!("; so {} others", moved.len() - 1) } else { String::new() };
             notices.push(format!(

@@ -45,6 +45,7 @@ impl Checkpoint {
             notes.extend(without_a_row(&files, rows));
         }
         if self.gguf().is_none() {
+            notes.extend(self.unusable_stops(rows));
             notes.extend(self.stops(&files, parsed.as_ref()));
         }
         notes
@@ -60,6 +61,10 @@ impl Checkpoint {
         for (name, text) in default.chain(templates.others.iter().map(|(name, text)| (&name[..], text))) {
             let place = templates.place(name);
             let which = if name == DEFAULT { String::new() } else { format!(" `{name}`") };
+            if text.trim().is_empty() {
+                notes.push(format!("{shown}/{place}: the template{which} is empty, and no runtime will chat with it"));
+                continue;
+            }
             let parsed = super::TokenizerConfig { chat_template: Some(text.clone()), ..config.clone() }.chat();
             match parsed {
                 Err(error) => notes.push(format!(
@@ -90,19 +95,39 @@ impl Checkpoint {
         None
     }
 
-    /// Turns that nothing ends, and settings that do not agree where to stop.
-    fn stops(&self, files: &TokenizerFiles, template: Option<&ChatTemplate>) -> Option<String> {
+    /// What each file of settings has as eos_token_id.
+    fn stop_settings(&self) -> [(&'static str, Vec<Value>); 2] {
         let of = |json: &Value| {
-            let value = if json["eos_token_id"].is_null() {
-                &json["text_config"]["eos_token_id"]
-            } else {
-                &json["eos_token_id"]
-            };
-            let list = value.as_array().map_or_else(|| vec![value], |list| list.iter().collect());
-            list.into_iter().filter_map(|id| u32::try_from(integer(id)?).ok()).collect::<Vec<u32>>()
+            let own = &json["eos_token_id"];
+            let value = if own.is_null() { &json["text_config"]["eos_token_id"] } else { own };
+            match value {
+                Value::Null => Vec::new(),
+                Value::Array(list) => list.clone(),
+                one => vec![one.clone()],
+            }
         };
         let generation = read_json(&self.path().join("generation_config.json")).ok().flatten().unwrap_or_default();
-        let stops: [Stops; 2] = [("generation_config.json", of(&generation)), ("config.json", of(self.config()))];
+        [("generation_config.json", of(&generation)), ("config.json", of(self.config()))]
+    }
+
+    /// Values of eos_token_id that no model gives.
+    fn unusable_stops(&self, rows: Option<usize>) -> Option<String> {
+        let is_id = |value: &Value| {
+            value.is_number() && integer(value).is_some_and(|id| id >= 0 && rows.is_none_or(|rows| id < rows as i64))
+        };
+        let wrong = |(file, values): (&str, Vec<Value>)| {
+            let value = values.iter().find(|value| !is_id(value))?;
+            Some(format!(
+                "{file}: eos_token_id has {value}, which is no token of the model: generation never stops there"
+            ))
+        };
+        self.stop_settings().into_iter().find_map(wrong)
+    }
+
+    /// Turns that nothing ends, and settings that do not agree where to stop.
+    fn stops(&self, files: &TokenizerFiles, template: Option<&ChatTemplate>) -> Option<String> {
+        let of = |values: Vec<Value>| values.iter().filter_map(|id| u32::try_from(integer(id)?).ok()).collect();
+        let stops: [Stops; 2] = self.stop_settings().map(|(file, values)| (file, of(values)));
         // config.json is asked only where generation_config.json does not say.
         let (file, stops) = stops.into_iter().find(|(_, ids)| !ids.is_empty())?;
         let tokenizer = &files.tokenizer;

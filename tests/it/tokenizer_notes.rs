@@ -89,6 +89,11 @@ fn a_template_that_no_conversation_gets_through_is_told() {
             "{{ raise_exception('tools only') }}",
             Some("refuses a conversation of one turn by the user: chat template: tools only"),
         ),
+        (
+            "{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}",
+            Some("it takes more than"),
+        ),
+        ("", Some("is empty")),
         ("{{ messages[0].nothing.more }}", Some("refuses a conversation of one turn")),
         (
             "{% for m in messages if m.role == 'human' %}{{ m.content }}{% endfor %}",
@@ -233,6 +238,36 @@ fn settings_that_do_not_agree_where_to_stop_are_told() {
     let found = notes(&room);
     let words = "tokenizer_config.json names `<|im_end|>` (4095) as EOS, and config.json stops at `<|endoftext|>` (0)";
     assert!(found.len() == 1 && found[0].contains(words), "{found:?}");
+}
+
+#[test]
+fn settings_that_no_runtime_takes_are_told() {
+    let told = |file: &str, key: &str, value: Value| {
+        let room = Room::new();
+        let model = room.model();
+        change(&model, file, |config| config[key] = value);
+        notes(&room).join("; ")
+    };
+    for (key, value, words) in [
+        ("eos_token", json!(["a"]), "eos_token is `[\"a\"]`"),
+        ("pad_token", json!(3), "pad_token is `3`"),
+        ("chat_template", json!(5), "chat_template is `5`"),
+        ("added_tokens_decoder", json!([1]), "added_tokens_decoder is `[1]`"),
+        ("extra_special_tokens", json!([{"content": "x"}]), "a token of extra_special_tokens is `{\"content\":\"x\"}`"),
+    ] {
+        let found = told("tokenizer_config.json", key, value);
+        assert!(found.contains(words) && found.contains("transformers loads no tokenizer with that"), "{found}");
+    }
+    for value in [json!("0"), json!(-1), json!([0, 4096]), json!([[0]]), json!(true)] {
+        let found = told("generation_config.json", "eos_token_id", value);
+        assert!(
+            found.contains("generation_config.json: eos_token_id has ") && found.contains("never stops there"),
+            "{found}"
+        );
+    }
+    for value in [json!([]), Value::Null, json!([0]), json!(0.0)] {
+        assert_eq!(told("generation_config.json", "eos_token_id", value), "");
+    }
 }
 
 #[test]
