@@ -221,7 +221,7 @@ fn build(model: &SentencePiece, settings: &Sources, added: &BTreeMap<u32, (Added
         }
     }
     let llama = is_llama(settings);
-    let bytes = model.byte_fallback || llama;
+    let bytes = model.byte_fallback;
     let tokens = match model.algorithm {
         algorithm if algorithm == Algorithm::Bpe || algorithm == Algorithm::Unigram && llama => {
             let beyond =

@@ -300,18 +300,55 @@ fn added_tokens_that_a_gguf_file_does_not_find_are_told() {
     assert!(told.contains(words), "{told}");
 }
 
+/// The room's model with a tokenizer.model alone, and these files beside it.
+fn with_pieces(room: &Room, base: &str, files: &[(&str, Value)]) {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sentencepiece");
+    let model = room.model();
+    std::fs::remove_file(model.path("tokenizer.json")).unwrap();
+    std::fs::remove_file(model.path("tokenizer_config.json")).unwrap();
+    std::fs::copy(from.join(base).join("tokenizer.model"), model.path("tokenizer.model")).unwrap();
+    for (name, content) in files {
+        room.file(&format!("model/{name}"), content.to_string());
+    }
+}
+
+#[test]
+fn text_beside_added_tokens_that_a_gguf_file_splits_otherwise_is_told() {
+    let room = Room::new();
+    let config = json!({"tokenizer_class": "LlamaTokenizer", "legacy": true, "add_bos_token": true});
+    with_pieces(
+        &room,
+        "llama_fine_tuned",
+        &[("tokenizer_config.json", config), ("added_tokens.json", json!({"<new>": 600}))],
+    );
+    let run = room.run(["quantize", "model", "-o", "out.gguf", "--scheme", "Q8_0"].iter().chain(QUICK));
+    run.succeeds();
+    let told = run.stderr() + &run.stdout();
+    // The space after the token gets another before it.
+    let words = "text beside added tokens that the written tokenizer splits otherwise than the original: `of <unk> in` becomes [";
+    assert!(told.contains(words), "{told}");
+}
+
+#[test]
+fn a_plain_added_token_is_found_wherever_a_text_gets_a_space() {
+    let room = Room::new();
+    let config = json!({"legacy": true, "add_bos_token": true});
+    with_pieces(
+        &room,
+        "llama_fine_tuned",
+        &[("tokenizer_config.json", config), ("added_tokens.json", json!({"<new>": 600}))],
+    );
+    let files = Checkpoint::open(&room.path("model")).unwrap().tokenizer().unwrap().unwrap();
+    let ids = files.tokenizer.encode("the cat <new>the cat", true).unwrap();
+    assert_eq!(ids, [1, 264, 269, 273, 507, 600, 264, 269, 273]);
+}
+
 #[test]
 fn what_transformers_alone_does_with_a_tokenizer_model_is_told() {
-    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sentencepiece");
     let found = |base: &str, config: Option<Value>| {
         let room = Room::new();
-        let model = room.model();
-        std::fs::remove_file(model.path("tokenizer.json")).unwrap();
-        std::fs::remove_file(model.path("tokenizer_config.json")).unwrap();
-        std::fs::copy(from.join(base).join("tokenizer.model"), model.path("tokenizer.model")).unwrap();
-        if let Some(config) = config {
-            room.file("model/tokenizer_config.json", config.to_string());
-        }
+        let files: Vec<_> = config.into_iter().map(|config| ("tokenizer_config.json", config)).collect();
+        with_pieces(&room, base, &files);
         let files = Checkpoint::open(&room.path("model")).unwrap().tokenizer().unwrap().unwrap();
         (files.notices, files.tokenizer.prefix().to_vec())
     };
