@@ -12,6 +12,7 @@ use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, StoredType}
 use crate::compile::{Compiled, LinearReport, SmoothingReport, Stages, compile, needs};
 use crate::error::{Error, Result};
 use crate::evidence;
+use crate::export::probe;
 use crate::families;
 use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
@@ -225,6 +226,14 @@ impl Job<'_> {
 
         let verifying = Instant::now();
         let reopened = Checkpoint::open(&compiled.files[0])?;
+        let found = match (source.tokenizer(), reopened.tokenizer()) {
+            (Ok(Some(original)), Ok(Some(written))) => probe::differences(&original, &written, graph.vocabulary)?,
+            (Ok(Some(_)), Err(error)) => {
+                vec![format!("the tokenizer that was written cannot be read back, and was not compared: {error}")]
+            }
+            _ => Vec::new(),
+        };
+        run.notes.extend(found);
         let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
         if let (Some(verification), Some(held_out)) = (&self.verification, &run.held_out)
             && let Ok(own) = ModelText::open(&reopened)
@@ -302,11 +311,11 @@ impl Job<'_> {
             let done = if recipe.gguf.is_some() { "left out" } else { "copied as they are" };
             notes.push(format!("not part of the language model, and {done}: {}", names.join(", ")));
         }
+        notes.extend(source.tokenizer_notes());
         let text = match needs > Needs::Nothing || self.verification.is_some() {
             true => Some(ModelText::open(&source)?),
             false => None,
         };
-        notes.extend(text.iter().flat_map(|text| text.notices.iter().cloned()));
         if needs == Needs::Nothing && !calibration::samples::PRESETS.contains(&&*recipe.calibration) {
             notes.push(format!(
                 "{} was not read: this method and scheme are done without calibration",

@@ -45,7 +45,7 @@ fn write(
         TensorSpec { name: entry.name.clone(), dtype, shape: entry.shape.clone() }
     };
     let (strays, mut notes) = fates(&source, unknown)?;
-    notes.splice(0..0, source.notices());
+    notes.splice(0..0, source.notices().into_iter().chain(source.tokenizer_notes()));
     let kept = source.entries().iter().filter(|entry| !matches!(strays.get(&entry.name), Some(Fate::Dropped(_))));
     let specs: Vec<TensorSpec> = kept.map(spec).collect();
     let writer = weight_writer(staging.folder(), specs.clone())?;

@@ -27,6 +27,15 @@ pub(crate) const OTHER_TOKENIZERS: &[(&str, &str)] = &[
     ("spiece.model", "a SentencePiece model under another name"),
 ];
 
+/// What to do with a tokenizer in a form that is not read, if `folder` has one, as the end of a sentence.
+pub(crate) fn other_tokenizer(folder: &Path) -> String {
+    let other = OTHER_TOKENIZERS.iter().find(|(name, _)| folder.join(name).exists());
+    other.map_or(String::new(), |(name, what)| {
+        let model = folder.display().to_string();
+        format!("; {name} is {what}, which is not read: {}", sentencepiece::save_tokenizer(&model))
+    })
+}
+
 /// Why a text or a tokenizer could not be read: one sentence with the file.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
@@ -165,8 +174,6 @@ fn texts_in(folder: &Path) -> String {
 pub struct ModelText {
     /// The tokenizer, with the BOS and EOS that the configuration names.
     pub tokenizer: Tokenizer,
-    /// What the reader of a report should know of the tokenizer's files.
-    pub notices: Vec<String>,
     config: TokenizerConfig,
     folder: PathBuf,
     /// Rows of the embedding, by config.json.
@@ -178,17 +185,13 @@ impl ModelText {
     pub fn open(source: &Checkpoint) -> Result<Self, Error> {
         let folder = source.path();
         let Some(files) = source.tokenizer()? else {
-            let other = OTHER_TOKENIZERS.iter().find(|(name, _)| folder.join(name).exists());
-            let hint = other.map_or(String::new(), |(name, what)| {
-                let model = folder.display().to_string();
-                format!("; {name} is {what}, which is not read: {}", sentencepiece::save_tokenizer(&model))
-            });
+            let hint = other_tokenizer(folder);
             return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };
         let config = files.config();
-        let TokenizerFiles { tokenizer, notices, .. } = files;
+        let TokenizerFiles { tokenizer, .. } = files;
         let rows = families::vocabulary(source.config())?.map(|rows| rows as u64);
-        Ok(Self { tokenizer, notices, config, folder: folder.to_owned(), rows })
+        Ok(Self { tokenizer, config, folder: folder.to_owned(), rows })
     }
 
     /// The model's chat template, if it has one. Fails on a syntax error in it.

@@ -172,11 +172,11 @@ pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result
         around: HashSet::new(),
         files: Vec::new(),
         left: BTreeMap::new(),
+        notes: Vec::new(),
     };
     walk.folder(Path::new(""), 0, false)?;
-    let Walk { mut files, left, .. } = walk;
+    let Walk { mut files, left, mut notes, .. } = walk;
     files.sort_by(|a, b| a.0.cmp(&b.0));
-    let mut notes = Vec::new();
     if files.iter().any(|(name, file)| {
         name.as_path() == Path::new(ORIGINAL_CARD)
             && matches!(file, SideFile::Copy(from) if from.ends_with("README.md"))
@@ -211,6 +211,8 @@ struct Walk<'a> {
     around: HashSet<PathBuf>,
     files: Vec<(PathBuf, SideFile)>,
     left: BTreeMap<Reason, Vec<String>>,
+    /// Files that are not what their names say, and go along all the same.
+    notes: Vec<String>,
 }
 
 impl Walk<'_> {
@@ -318,7 +320,21 @@ impl Walk<'_> {
             return Err(Error::failed(format!("{}: {why}", path.display())));
         }
         if at_top && LOADED.contains(&name) {
-            read_json(path).map_err(|error| Error::failed(format!("{error}; fetch the file again")))?;
+            let json = read_json(path).map_err(|error| Error::failed(format!("{error}; fetch the file again")))?;
+            if json.is_some_and(|json| !json.is_object()) {
+                let why = "not a JSON object, and no tokenizer or processor loads with it; fetch the file again";
+                return Err(Error::failed(format!("{}: {why}", path.display())));
+            }
+        } else if at_top && name.ends_with(".json") && metadata.len() <= SMALL {
+            match read_json(path) {
+                Err(error) => self
+                    .notes
+                    .push(format!("{error}; the file goes along as it is, and what reads it will fail or do without")),
+                Ok(Some(json)) if name == "generation_config.json" && !json.is_object() => {
+                    self.notes.push(format!("{}: not a JSON object; the file goes along as it is", path.display()));
+                }
+                Ok(_) => {}
+            }
         }
         let kept = if at_top && name == "readme.md" && self.own.iter().any(|own| own.eq_ignore_ascii_case(name)) {
             PathBuf::from(ORIGINAL_CARD)

@@ -88,7 +88,7 @@ fn everything_beside_the_weights_goes_along_and_the_rest_is_told() {
         "vision-lora/adapter_model.safetensors",
     ];
     for name in kept {
-        put(&model, name, format!("\"{name}\""));
+        put(&model, name, format!("{{\"name\": \"{name}\"}}"));
     }
     put(&model, "modules.json", r#"[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]"#);
     put(&model, "README.md", "---\nlicense: apache-2.0\ntags: [a]\n---\n# Hers\n");

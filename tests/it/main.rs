@@ -20,5 +20,6 @@ mod sentencepiece;
 mod spelling;
 mod stray;
 mod tidy;
+mod tokenizer_notes;
 mod tokenizers;
 mod unknown;

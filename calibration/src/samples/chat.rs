@@ -13,6 +13,9 @@ use super::{Message, SampleError};
 
 const NAME: &str = "chat_template";
 
+/// Steps that a template may take for one conversation, so that one without end is an error; usual ones take some dozens a turn.
+const STEPS: u64 = 20_000_000;
+
 /// A parsed chat template and the special tokens that it may print.
 #[derive(Debug)]
 pub struct ChatTemplate {
@@ -39,6 +42,7 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(located)?;
         environment.set_syntax(syntax);
+        environment.set_fuel(Some(STEPS));
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(python_method);
         environment.add_filter("tojson", tojson);
@@ -168,7 +172,10 @@ fn with_text(call: &mut serde_json::Value) {
 }
 
 fn template_error(file: &str, error: Error) -> SampleError {
-    let what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+    let what = match error.kind() {
+        ErrorKind::OutOfFuel => format!("it takes more than {STEPS} steps"),
+        kind => error.detail().map_or_else(|| kind.to_string(), str::to_owned),
+    };
     let what = what.split_whitespace().collect::<Vec<_>>().join(" ");
     let problem = match error.line() {
         Some(line) => format!("{what} (line {line})"),
