@@ -57,13 +57,13 @@ impl Checkpoint {
             return Err(Error::failed(format!("{}: not a JSON object", config_path.display())));
         }
         place::check_kind(path, &config)?;
+        let mut remarks = families::normalize(&mut config);
         place::check_weights(path)?;
         let tensors = SafetensorsSet::open(path).map_err(|error| place::explain_missing(path, error))?;
         tensors.files().iter().try_for_each(|file| place::check_complete(file.path()))?;
         let (tensors, renamed) = names::as_the_architecture_has(tensors, &config, path)?;
         refuse_mlx(&tensors)?;
 
-        let mut remarks = Vec::new();
         let mut quantization = match read_quantization(&config) {
             Ok(quantization) => quantization,
             Err(_) if is_left_over(&config, &tensors) => {
