@@ -224,8 +224,8 @@ impl Checkpoint {
                     None => self.stored(self.stored_name(name))?,
                 };
                 let rows: Vec<u32> = (0..entry.shape.first().map_or(0, |n| *n as u32)).collect();
-                self.merge(adapter, change, entry, &rows, &mut values)?;
-                values
+                self.merge(adapter, change, entry, &rows, &mut values, 0)?;
+                return Ok(values);
             }
         };
         self.check_finite(name, &values, 0)?;
@@ -249,7 +249,14 @@ impl Checkpoint {
             None => self.stored_rows(name, rows, out)?,
             Some((adapter, change)) => {
                 self.unmerged_rows(adapter, change, name, rows, out)?;
-                self.merge(adapter, change, entry, rows, out)?;
+                return self.merge(
+                    adapter,
+                    change,
+                    entry,
+                    rows,
+                    out,
+                    rows.first().map_or(0, |row| *row as usize * width),
+                );
             }
         }
         for (&row, out) in rows.iter().zip(out.chunks_exact(width)) {
@@ -308,10 +315,34 @@ impl Checkpoint {
         self.change(name).and_then(|(_, change)| change.base.as_deref()).unwrap_or(name)
     }
 
-    fn merge(&self, adapter: &Adapter, change: &Change, entry: &Entry, rows: &[u32], values: &mut [f32]) -> Result<()> {
+    /// Merges values of a tensor, of which the first stands at `first`. Fails where one is no finite number, before or by that.
+    fn merge(
+        &self,
+        adapter: &Adapter,
+        change: &Change,
+        entry: &Entry,
+        rows: &[u32],
+        values: &mut [f32],
+        first: usize,
+    ) -> Result<()> {
+        self.check_finite(&entry.name, values, first)?;
         adapter.merge(change, &entry.shape, rows, values, &|rows, out| {
             self.unmerged_rows(adapter, change, &entry.name, rows, out)
-        })
+        })?;
+        match values.iter().find(|value| !value.is_finite()) {
+            None => Ok(()),
+            Some(value) => {
+                Err(adapter.overflow(&entry.name, &format!("a value becomes {value}, which is not a finite number")))
+            }
+        }
+    }
+
+    /// What to say of a tensor with a value that its type cannot hold: of an adapter's where it was merged.
+    pub fn beyond(&self, error: formats::Error, name: &str) -> Error {
+        match self.change(name) {
+            None => error.in_tensor(name).into(),
+            Some((adapter, _)) => adapter.overflow(name, &error.to_string()),
+        }
     }
 
     /// Rows of a matrix that an adapter changes, before its product is added.

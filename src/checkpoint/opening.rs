@@ -4,7 +4,7 @@ use std::path::Path;
 
 use formats::codec::{QUANTIZATION_KEYS, QuantizationReader, declared_method};
 use formats::{Dtype, SafetensorsSet, read_quantization};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Checkpoint, Source, StoredType, directory_entries, dominant_dtype, dtype_named, index, read_json};
 use super::{names, place};
@@ -51,6 +51,7 @@ impl Checkpoint {
     }
 
     fn open_directory(path: &Path) -> Result<Checkpoint> {
+        place::check_links(path)?;
         let config_path = path.join("config.json");
         let mut config = read_json(&config_path)?.ok_or_else(|| place::no_config(path))?;
         if !config.is_object() {
@@ -87,6 +88,9 @@ impl Checkpoint {
         if let (Some(reader), false) = (&quantization, quantized) {
             refuse_scales_of_plain_weights(reader, &tensors)?;
             remarks.extend(left_over(&config));
+        }
+        if let Some(key) = QUANTIZATION_KEYS.iter().find(|key| config.get(**key) == Some(&json!({}))) {
+            remarks.push(format!("config.json has an empty {key}, which transformers fails on: it was left out"));
         }
         forget_quantization(&mut config);
         let dominant = dominant_dtype(&entries);

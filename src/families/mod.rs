@@ -212,7 +212,18 @@ pub fn build(config: &Value) -> Result<Graph> {
             Ok(graph)
         }
         None => {
-            let model_type = Config(&settings.values).text("model_type")?;
+            let model_type = match &settings.model_type[..] {
+                "" => {
+                    let found = config
+                        .get("model_type")
+                        .map_or("is missing".to_owned(), |found| format!("is {}", shown(found)));
+                    return Err(Error::failed(format!(
+                        "config.json: model_type {found}, and it is what names the architecture, as \"llama\"; take the config.json \
+                         that was published with the model"
+                    )));
+                }
+                known => known,
+            };
             Err(Error::failed(format!("config.json: model_type is `{model_type}`, and only {} are supported", known())))
         }
     }
@@ -226,7 +237,7 @@ fn known() -> String {
 
 /// Whether the model that `config` describes is of a family in the list.
 pub fn is_known(config: &Value) -> bool {
-    settings(config).is_ok_and(|settings| family_of(&settings.model_type).is_some())
+    family_of(&text_part(config).model_type).is_some()
 }
 
 /// Fails for a model whose family is unknown, so that it cannot be run.

@@ -83,7 +83,9 @@ fn object(model_type: &str, settings: &mut Map<String, Value>, place: &str, note
     let known = TYPES.contains_key(own) && own != "*";
     let types = &TYPES[if known { own } else { "*" }];
     let of = |setting: &str| {
-        let found = types.iter().find(|(_, settings)| settings.iter().any(|name| name == setting));
+        // Other checks stand among the types, under names with spaces.
+        let mut groups = types.iter().filter(|(kinds, _)| !kinds.contains(' '));
+        let found = groups.find(|(_, settings)| settings.iter().any(|name| name == setting));
         found.map(|(kinds, _)| kinds.split('|').collect::<Vec<&str>>())
     };
     let keys: Vec<String> = settings.keys().cloned().collect();
@@ -94,7 +96,13 @@ fn object(model_type: &str, settings: &mut Map<String, Value>, place: &str, note
             "num_labels" => integer(value).filter(|_| value.is_f64()).map(|n| Remedy::Write(n.into())),
             _ => of(alias(own, &key)).and_then(|kinds| remedy(own, &key, value, &kinds)),
         };
-        let refused = format!("config.json has {} for {place}{key}, which transformers 5 refuses", shown(value));
+        // What stands for a field of another name is not checked, and wanted all the same.
+        let verb = match &key[..] {
+            "dtype" | "torch_dtype" => "does not know",
+            key if alias(own, key) == key => "refuses",
+            _ => "fails on",
+        };
+        let refused = format!("config.json has {} for {place}{key}, which transformers 5 {verb}", shown(value));
         match remedy {
             Some(Remedy::Write(new)) => {
                 notes.push(format!("{refused}: it is read and written as {}", shown(&new)));
@@ -106,6 +114,14 @@ fn object(model_type: &str, settings: &mut Map<String, Value>, place: &str, note
             }
             Some(Remedy::Keep) if known => notes.push(format!("{refused}; it is written as it stands")),
             Some(_) | None => {}
+        }
+    }
+    for key in types.get("from 0 to 1").into_iter().flatten() {
+        if let Some(value) = settings.get(key).filter(|value| real(value).is_some_and(|x| !(0.0..=1.0).contains(&x))) {
+            notes.push(format!(
+                "config.json has {} for {place}{key}, which is not from 0 to 1: transformers 5 refuses that; it is written as it stands",
+                shown(value)
+            ));
         }
     }
     layers(own, settings, place, notes);
@@ -234,8 +250,8 @@ mod tests {
         assert_eq!(found, expected, "{key}");
         assert_eq!(found.is_f64(), expected.is_f64(), "{key}");
         assert_eq!(notes.len(), 1, "{notes:?}");
-        let named = format!("has {} for {key}, which transformers 5 refuses: it is", shown(&value));
-        assert!(notes[0].contains(&named), "{notes:?}");
+        let named = format!("has {} for {key}, which transformers 5 ", shown(&value));
+        assert!(notes[0].contains(&named) && notes[0].contains(": it is "), "{notes:?}");
         // What was written is as it should be.
         assert!(expected.is_null() || written("llama", key, expected).1.is_empty(), "{key}");
     }
@@ -265,6 +281,7 @@ mod tests {
             ("use_cache", json!("yes")),
             ("hidden_act", json!(7)),
             ("rope_parameters", json!([])),
+            ("initializer_range", json!(2.5)),
         ] {
             let (found, notes) = written("llama", key, value.clone());
             assert_eq!(found, value);
