@@ -122,11 +122,16 @@ impl GgufPlan {
             others.filter_map(|(_, (t, a))| a.fallback.as_ref().map(|why| format!("tensor `{}`: {why}", t.gguf))),
         );
         let mut idle = Vec::new();
-        if imatrix.is_some() && assigned.iter().all(|assigned| assigned.ty.block_len == 1) {
-            imatrix = None;
-            idle.extend(["observer", "imatrix"]);
-            let path = settings.imatrix.as_deref().expect("read").display();
-            notices.push(format!("{path} was not used: {} rounds nothing by the importance of inputs", mix.name));
+        if assigned.iter().all(|assigned| assigned.ty.block_len == 1) {
+            idle.extend(["observer", "imatrix", "damp", "act_order"]);
+            if let (Some(path), true) = (&settings.imatrix, imatrix.take().is_some()) {
+                let path = path.display();
+                notices.push(format!("{path} was not used: {} rounds nothing by the importance of inputs", mix.name));
+            }
+            if recipe.method.sweeps() {
+                let method = recipe.method.name();
+                notices.push(format!("method {method} has no effect: {} rounds nothing by the inputs", mix.name));
+            }
         }
         if let Some(imatrix) = &imatrix {
             let linears =

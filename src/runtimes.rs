@@ -9,7 +9,7 @@ use crate::families::FURTHER;
 use crate::graph::{Graph, Layer, Linear};
 
 /// Models whose classes in transformers ask linears for their weights before these are unpacked. Measured by
-/// `tests/runtimes/unknown.py`.
+/// `tests/runtimes/unknown.py`, but for mt5, whose class is umt5's but for where positions are.
 const ASK_FOR_WEIGHTS: &[&str] = &[
     "falcon",
     "falcon_mamba",

@@ -70,6 +70,9 @@ pub fn normalize(config: &mut Value) -> Vec<String> {
     let outer = super::type_of(config).unwrap_or_default().to_owned();
     let mut notes = Vec::new();
     let Value::Object(settings) = config else { return notes };
+    if outer.is_empty() && model_type.is_empty() {
+        notes.push("config.json names no model_type, without which transformers loads nothing".to_owned());
+    }
     if inner && let Some(Value::Object(part)) = settings.get_mut("text_config") {
         object(&model_type, part, "text_config.", &mut notes);
     }
@@ -196,8 +199,11 @@ fn remedy(class: &str, key: &str, value: &Value, kinds: &[&str]) -> Option<Remed
         Value::Array(list) => has("list") || has("list[int]") && list.iter().all(|item| item.is_i64() || item.is_u64()),
         Value::Number(number) if number.is_f64() => has("float"),
         Value::Number(_) => has("int"),
-        // Numbers that only Python writes stand in an object.
-        Value::Object(_) => has("dict") || real(value).is_some(),
+        // Numbers that only Python writes stand in an object; whole ones are too large for anything else.
+        Value::Object(_) if real(value).is_some() => {
+            has(if shown(value).trim_start_matches('-').bytes().all(|b| b.is_ascii_digit()) { "int" } else { "float" })
+        }
+        Value::Object(_) => has("dict"),
     };
     if fits {
         return None;
@@ -282,6 +288,7 @@ mod tests {
             ("hidden_act", json!(7)),
             ("rope_parameters", json!([])),
             ("initializer_range", json!(2.5)),
+            ("bos_token_id", crate::json::parse(b"NaN").unwrap()),
         ] {
             let (found, notes) = written("llama", key, value.clone());
             assert_eq!(found, value);
@@ -304,6 +311,7 @@ mod tests {
             ("attention_dropout", json!(0)),
             ("pad_token_id", Value::Null),
             ("initializer_range", json!(0.02)),
+            ("vocab_size", crate::json::parse(b"1000000000000000019884624838656").unwrap()),
             ("layer_types", json!(["full_attention", "sliding_attention"])),
             ("no_setting_of_llama", json!("true")),
             ("dtype", json!("half")),
@@ -326,5 +334,7 @@ mod tests {
         assert_eq!(written("unheard_of", "use_cache", json!("yes")), (json!("yes"), Vec::new()));
         assert_eq!(written("gpt2", "num_hidden_layers", json!(2.0)).0, json!(2));
         assert_eq!(written("gpt2", "n_layer", json!(2.0)).0, json!(2));
+        let notes = written("", "hidden_size", json!(64)).1;
+        assert!(notes.len() == 1 && notes[0].contains("names no model_type"), "{notes:?}");
     }
 }

@@ -158,6 +158,10 @@ fn importance_that_cannot_be_used_is_told_or_refused_as_other_files_are() {
     assert!(report["recipe"].get("observer").is_none() && report["recipe"]["gguf"].get("imatrix").is_none());
     let file = formats::GgufFile::open(room.path("m.gguf")).unwrap();
     assert!(file.metadata("quantize.imatrix.file").is_none(), "nothing was made with it");
+    let flags = ["--method", "gptq", "--samples", "2", "--seq-len", "32", "--verify-text", "none", "--scheme", "F16"];
+    let swept = room.run(["quantize", "model", "-o", "swept.gguf"].iter().chain(&flags));
+    swept.succeeds();
+    assert!(swept.stderr().contains("method gptq has no effect: F16 rounds nothing"), "{}", swept.stderr());
     let nothing = ["i.gguf", "none of the model's 28 linears apart", "leave --imatrix out"];
     run("Q4_K_M").refuses(1, &nothing);
     importance(&room.path("i.gguf"), 256, 1.0, 0.0);
@@ -249,7 +253,9 @@ fn folders_that_are_not_whole_say_what_to_fetch_or_give() {
         room.file(&format!("two/{name}"), &gguf);
     }
     let all = "give one of its files: two/a.gguf, two/b.gguf, two/c-00001-of-00002.gguf";
-    room.run(["inspect", "two"]).refuses(1, &[all]);
+    let run = room.run(["inspect", "two"]);
+    run.refuses(1, &[all]);
+    assert!(!run.stderr().contains("00002-of"), "{}", run.stderr());
     room.file("two/config.json", "{}");
     room.run(["inspect", "two"]).refuses(1, &["its weights are GGUF", all]);
     let shard = |number: usize| format!("model-{number:05}-of-00003.safetensors");

@@ -90,7 +90,6 @@ CASES = {
     "modernbert": ("modernbert", "ModernBertForMaskedLM", SIZES | {"pad_token_id": 0}),
     "t5": ("t5", "T5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}),
     "t5_gated": ("t5", "T5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 2, "d_ff": 96, "num_layers": 2, "num_heads": 32, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
-    "mt5": ("mt5", "MT5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}),
     "umt5": ("umt5", "UMT5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}),
     "longt5": ("longt5", "LongT5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}),
     "switch_transformers": ("switch_transformers", "SwitchTransformersForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4, "num_experts": 2}),
