@@ -756,11 +756,11 @@ pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &Shard
             let values = &mut values[..ids.len() * width];
             source.load_rows(name, &ids, values)?;
             bytes.clear();
-            narrow(dtype, values, &mut bytes).map_err(|e| e.in_tensor(name))?;
+            narrow(dtype, values, &mut bytes).map_err(|e| source.beyond(e, name))?;
             writer.write_part(name, (row * width * dtype.bitsize() / 8) as u64, &bytes)?;
         }
     } else {
-        narrow(dtype, &source.load(name)?, &mut bytes).map_err(|e| e.in_tensor(name))?;
+        narrow(dtype, &source.load(name)?, &mut bytes).map_err(|e| source.beyond(e, name))?;
         writer.write(name, &bytes)?;
     }
     source.release(name);

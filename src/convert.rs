@@ -43,7 +43,7 @@ fn rewrite(
     let target = dtype.unwrap_or(source.dtype());
     let layout = Layout::of(&source);
     let (strays, mut notes) = fates(&source, unknown)?;
-    notes.splice(0..0, source.remarks().into_iter().chain(source.tokenizer_notes()));
+    notes.splice(0..0, source.notices().into_iter().chain(source.tokenizer_notes()));
     let mut specs: Vec<TensorSpec> = source
         .entries()
         .iter()

@@ -49,6 +49,8 @@ pub struct GgufPlan {
     fates: Vec<TensorReport>,
     /// Importance that was read from a file.
     imatrix: Option<Imatrix>,
+    /// Keys of the recipe that the types of the tensors leave without effect.
+    pub idle: Vec<&'static str>,
 }
 
 /// A part of a tensor of the file that a linear makes.
@@ -71,8 +73,8 @@ impl GgufPlan {
         check_tensors(graph, source)?;
         let plan = names::plan(graph)?;
         let places = places(&plan);
-        let imatrix = settings.imatrix.as_ref().map(Imatrix::read).transpose()?;
-        let importance = imatrix.is_some() || needs_data(recipe) > Needs::Nothing;
+        let mut imatrix = settings.imatrix.as_ref().map(Imatrix::read).transpose()?;
+        let importance = imatrix.is_some() || needs(recipe) > Needs::Nothing;
 
         let mut overrides = Overrides {
             tensors: settings.tensor_type.iter().map(|t| TensorOverride::parse(t)).collect::<Result<_>>()?,
@@ -119,6 +121,18 @@ impl GgufPlan {
         notices.extend(
             others.filter_map(|(_, (t, a))| a.fallback.as_ref().map(|why| format!("tensor `{}`: {why}", t.gguf))),
         );
+        let mut idle = Vec::new();
+        if assigned.iter().all(|assigned| assigned.ty.block_len == 1) {
+            idle.extend(["observer", "imatrix", "damp", "act_order"]);
+            if let (Some(path), true) = (&settings.imatrix, imatrix.take().is_some()) {
+                let path = path.display();
+                notices.push(format!("{path} was not used: {} rounds nothing by the importance of inputs", mix.name));
+            }
+            if recipe.method.sweeps() {
+                let method = recipe.method.name();
+                notices.push(format!("method {method} has no effect: {} rounds nothing by the inputs", mix.name));
+            }
+        }
         if let Some(imatrix) = &imatrix {
             let linears =
                 graph.linears().flat_map(|linear| by_module[&linear.module].iter().map(move |at| (linear, at)));
@@ -128,7 +142,7 @@ impl GgufPlan {
             notices.extend(check_importance(imatrix, path, linears, &known)?);
         }
 
-        let collected = importance.then(|| match &imatrix {
+        let collected = (importance && (imatrix.is_some() || settings.imatrix.is_none())).then(|| match &imatrix {
             Some(imatrix) => ImportanceSource {
                 file: settings.imatrix.as_ref().expect("read").display().to_string(),
                 dataset: imatrix.datasets.first().cloned(),
@@ -157,12 +171,7 @@ impl GgufPlan {
         let fates = fates(&strays, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
         notices.extend(strays.notes(fates.iter().map(|one| (&*one.name, &one.fate)), false));
         let tensors = plan.tensors.into_iter().zip(assigned).map(|(tensor, assigned)| (tensor, assigned.ty)).collect();
-        Ok(GgufPlan { tensors, by_module, fallbacks, metadata: written.metadata, notices, fates, imatrix })
-    }
-
-    /// What has to be known of the inputs.
-    pub fn needs(&self, recipe: &Recipe) -> Needs {
-        needs_data(recipe)
+        Ok(GgufPlan { tensors, by_module, fallbacks, metadata: written.metadata, notices, fates, imatrix, idle })
     }
 }
 
@@ -190,7 +199,8 @@ fn places(plan: &ExportPlan) -> HashMap<String, Vec<Place>> {
     places
 }
 
-fn needs_data(recipe: &Recipe) -> Needs {
+/// What a recipe for a GGUF file needs to know of the inputs.
+pub fn needs(recipe: &Recipe) -> Needs {
     let settings = recipe.gguf.as_ref().expect("a recipe for a GGUF file");
     match recipe.method {
         Method::Gptq => Needs::Hessian,
@@ -279,7 +289,7 @@ pub fn compile<B: Backend>(
             source,
             ahead: &ahead,
             plan,
-            needs: needs_data(recipe),
+            needs: needs(recipe),
             solver: (recipe.method == Method::Gptq).then_some(sweep),
             writer: &writer,
             behind: hand,

@@ -85,6 +85,8 @@ struct Outcome {
     tensors: Vec<TensorReport>,
     /// Other tensors that lose values, with the share of these.
     lost: Vec<(String, f64)>,
+    /// Keys of the recipe that turned out to have no effect.
+    idle: Vec<&'static str>,
     /// Weights in quantized linears, and the bytes they take.
     quantized: [u64; 2],
     stages: Stages,
@@ -174,6 +176,7 @@ impl Job<'_> {
                 .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone(), ty: None })
                 .collect(),
             lost: Vec::new(),
+            idle: Vec::new(),
             stages: done.seconds,
         };
         drop(reopened);
@@ -207,7 +210,7 @@ impl Job<'_> {
             started,
             source,
             graph,
-            plan.needs(&self.recipe),
+            gguf::needs(&self.recipe),
             hashing,
         )?;
         // What there is to say of the tokenizer, reading its files for the texts said too.
@@ -262,6 +265,7 @@ impl Job<'_> {
             smoothings: Vec::new(),
             tensors: compiled.tensors,
             lost: compiled.lost,
+            idle: plan.idle,
             stages: compiled.seconds,
         };
         drop(reopened);
@@ -316,11 +320,9 @@ impl Job<'_> {
             true => Some(ModelText::open(&source)?),
             false => None,
         };
-        if needs == Needs::Nothing && !calibration::samples::PRESETS.contains(&&*recipe.calibration) {
-            notes.push(format!(
-                "{} was not read: this method and scheme are done without calibration",
-                recipe.calibration
-            ));
+        notes.extend(recipe.notes.iter().cloned());
+        if recipe.moe_all_experts && !graph.has_experts() && needs > Needs::Nothing {
+            notes.push("moe_all_experts has no effect: the model is no mixture of experts".to_owned());
         }
         let samples = match (needs > Needs::Nothing, &text) {
             (true, Some(text)) => {
@@ -401,6 +403,11 @@ impl Job<'_> {
             });
             run.notes.push(format!("the model has no output projection: its hidden states {found}"));
         }
+        let mut recipe = self.recipe;
+        recipe.idle.extend(outcome.idle);
+        if !run.graph.has_experts() {
+            recipe.idle.push("moe_all_experts");
+        }
         let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         let inputs = hashed(run.hashing)?;
         let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
@@ -412,7 +419,7 @@ impl Job<'_> {
             adapter: run.source.adapter().cloned(),
             family: run.graph.family,
             parameters,
-            recipe: self.recipe,
+            recipe,
             calibration: run.samples.map(|s| s.source),
             bpw: BitsPerWeight {
                 quantized: bytes as f64 * 8.0 / weights.max(1) as f64,

@@ -6,7 +6,6 @@ use std::fs::Metadata;
 use std::path::{Path, PathBuf};
 
 use formats::container::stand_in::{is_pointer, stand_in};
-use serde_json::Value;
 
 use super::place::{beginning, is_gguf, is_unfinished};
 use super::read_json;
@@ -158,9 +157,7 @@ const PICTURES: &[&str] =
 ///
 /// Fails for what cannot be read, and where a file that loaders read was never fetched.
 pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result<Beside> {
-    let modules = read_json(&folder.join("modules.json")).ok().flatten();
-    let modules = modules.as_ref().and_then(Value::as_array).into_iter().flatten();
-    let modules = modules.filter_map(|module| module["path"].as_str()).filter(|path| !path.is_empty());
+    let modules = crate::sentence::modules(folder).into_iter().map(|(path, _)| path);
     let report = read_json(&folder.join("report.json")).ok().flatten();
     let mut walk = Walk {
         root: folder,
@@ -192,7 +189,7 @@ pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result
 }
 
 /// Names, or the first dozen and how many more.
-fn list(names: &[String]) -> String {
+pub(super) fn list(names: &[String]) -> String {
     let shown = names[..names.len().min(12)].join(", ");
     match names.len() - names.len().min(12) {
         0 => shown,

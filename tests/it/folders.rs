@@ -595,7 +595,7 @@ fn what_is_no_model_is_told_for_what_it_is() {
         ("pipeline", &["a pipeline of diffusers (FluxPipeline)"]),
         ("pipeline/unet", &["a part of a pipeline of diffusers (UNet2DConditionModel)"]),
         ("meta", &["params.json and consolidated weights"]),
-        ("quants", &["GGUF files (there are 2)", "quants/a-Q4_K_M.gguf"]),
+        ("quants", &["give one of its files: quants/a-Q4_K_M.gguf, quants/b-Q8_0.gguf"]),
         ("gguf", &["its weights are GGUF", "gguf/m.gguf"]),
         ("keras", &["tf_model.h5", "not read"]),
         ("outer", &["config.json is missing; there is one in outer/inner"]),

@@ -2,6 +2,7 @@
 
 mod adapter;
 mod bad_input;
+mod configurations;
 mod cuda;
 mod evidence;
 mod families;
