@@ -153,6 +153,7 @@ fn gptq(c: &mut Criterion) {
             refusal: None,
             templated: 0,
             untemplated: 0,
+            unwritten: 0,
             tokens: SEQUENCES * SEQ_LEN,
             sequences: SEQUENCES,
             requested: SEQUENCES,
@@ -192,7 +193,7 @@ fn evaluation(c: &mut Criterion) {
     let model = Checkpoint::open(folder.path()).expect("a checkpoint");
     let text = ModelText::open(&model).expect("a tokenizer");
     let ids = text.evaluation_ids(&load_text(HELD_OUT).expect("bundled")).expect("running text");
-    let windows = windows(&ids, SEQ_LEN, Some(24), None).expect("long enough");
+    let windows = windows(HELD_OUT, &ids, SEQ_LEN, Some(24), None).expect("long enough");
     let tokens = Throughput::Elements((windows.len() * SEQ_LEN) as u64);
     let mut group = c.benchmark_group("evaluate the built-in model");
     group.sample_size(10).sampling_mode(SamplingMode::Flat);

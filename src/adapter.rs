@@ -14,18 +14,20 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::OnceLock;
 
-use fancy_regex::Regex;
 use formats::{SafetensorsFile, TensorView};
 use kernels::ops::low_rank::{self, Strided};
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::checkpoint::place::mlx_adapter;
 use crate::checkpoint::{Entry, read_json};
 use crate::error::{Error, Result};
-use crate::evidence::listed;
 use crate::families::{self, tying};
 use crate::report::hash_file;
+
+mod settings;
+
+use settings::Settings;
 
 /// The name of a head of its own, which a model with a tied one lacks.
 const HEAD: &str = "lm_head.weight";
@@ -88,24 +90,6 @@ struct Parts {
     embedding: bool,
     magnitude: Option<String>,
     bias: Option<String>,
-}
-
-/// The settings that bear on merging.
-struct Settings {
-    rank: usize,
-    alpha: f64,
-    root: bool,
-    /// The only layers that it is for, where it lists some.
-    layers: Option<Vec<i64>>,
-    keep_tied: bool,
-    dora: bool,
-    ranks: Vec<(Regex, f64)>,
-    alphas: Vec<(Regex, f64)>,
-    /// The model that it was trained on.
-    base: Option<String>,
-    /// Modules that it was to have factors for, and to bring whole; by their ends, or a pattern for all of the name.
-    targets: Vec<(String, Regex)>,
-    saved: Vec<(String, Regex)>,
 }
 
 /// Reads the named rows of a tensor.
@@ -289,7 +273,11 @@ impl Adapter {
                 let name = format!("{}.bias", entry.name.strip_suffix(".weight").unwrap_or(&entry.name));
                 let own = entries.iter().find(|e| e.name == name && e.shape == [outputs]);
                 if own.is_none() || found.is_none() {
-                    return Err(located(bias, format!("the model has no `{name}` of {outputs} values to add it to")));
+                    let why = format!(
+                        "lora_bias is set in adapter_config.json, and the model has no `{name}` of {outputs} values to add it to; \
+                         PEFT does not merge it either: train the adapter without lora_bias"
+                    );
+                    return Err(located(bias, why));
                 }
                 changes.entry(name).or_default().added = Some((bias.clone(), scale));
             }
@@ -345,6 +333,15 @@ impl Adapter {
     /// Fails when the adapter's file was replaced or written to since it was opened.
     pub fn check_unchanged(&self) -> Result<()> {
         Ok(self.file.check_unchanged()?)
+    }
+
+    /// What to say of a tensor that merging gave a value that cannot be written.
+    pub fn overflow(&self, name: &str, what: &str) -> Error {
+        Error::failed(format!(
+            "{}: merged with it, tensor `{name}` cannot be written: {what}; the adapter was trained in a type with a wider range: \
+             convert the model first (quantc convert --dtype bf16, or f32), or the adapter is damaged",
+            self.file.path().display()
+        ))
     }
 
     /// Gives the memory behind the factors back to the system.
@@ -582,191 +579,5 @@ impl<'a> Finder<'a> {
                 candidates.len()
             )),
         }
-    }
-}
-
-/// Modules as adapter_config.json names them: a list of their ends, or one pattern for whole names. PEFT's word for all linears names
-/// none, and what is no pattern to us is not looked for.
-fn names(value: Option<&Value>) -> Vec<(String, Regex)> {
-    let (list, is_pattern) = match value {
-        Some(Value::Array(list)) => (list.iter().filter_map(Value::as_str).collect(), false),
-        Some(Value::String(pattern)) if pattern != "all-linear" => (vec![pattern.as_str()], true),
-        _ => (Vec::new(), false),
-    };
-    // A pattern is for names with all that a wrapper put before them, which were taken off here.
-    let regex = |name: &str| match is_pattern {
-        true => Regex::new(&format!("^(?:.*?)(?:{name})$")),
-        false => Regex::new(&format!(r"^(?:.*\.)?{}$", fancy_regex::escape(name))),
-    };
-    list.into_iter().filter_map(|name| Some((name.to_owned(), regex(name).ok()?))).collect()
-}
-
-impl Settings {
-    fn read(config: &Map<String, Value>) -> Result<Settings, String> {
-        let set = |key: &str| match config.get(key) {
-            None | Some(Value::Null | Value::Bool(false)) => false,
-            Some(Value::Array(list)) => !list.is_empty(),
-            Some(Value::Object(object)) => !object.is_empty(),
-            Some(_) => true,
-        };
-        let wrong = |key: &str, expected: &str| format!("{key} is {}, expected {expected}", config[key]);
-        match config.get("peft_type").and_then(Value::as_str) {
-            Some("LORA") => {}
-            Some(other) => {
-                return Err(format!("adapters of type {other} cannot be merged, only LORA (with rsLoRA and DoRA)"));
-            }
-            None => return Err("peft_type is missing".into()),
-        }
-        for (key, what) in [
-            ("layer_replication", "layers that are repeated"),
-            ("trainable_token_indices", "tokens that are trained alone"),
-            ("target_parameters", "factors for parameters that are no module's weight"),
-            ("alora_invocation_tokens", "an activated adapter, which works from its tokens on and has no merged form,"),
-            ("use_qalora", "QA-LoRA"),
-            ("use_bdlora", "factors in diagonal blocks"),
-            ("arrow_config", "a router between adapters"),
-            ("kasa_config", "KaSA, which changes the weights it adapts,"),
-            ("monteclora_config", "sampled factors"),
-            ("velora_config", "VeLoRA"),
-            ("lora_ga_config", "LoRA-GA, which changes the weights it adapts,"),
-        ] {
-            if set(key) {
-                return Err(format!("{key} is set: {what} cannot be merged"));
-            }
-        }
-        if let Some(Value::String(start)) = config.get("init_lora_weights")
-            && !["gaussian", "orthogonal", "eva", "mica"].contains(&start.to_ascii_lowercase().as_str())
-        {
-            return Err(format!(
-                "init_lora_weights is `{start}`, which changes the weights it adapts; save the adapter as one for the \
-                 original weights first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
-            ));
-        }
-        let number = |key: &str| config.get(key).and_then(Value::as_f64).filter(|n| n.is_finite());
-        let rank = match config.get("r") {
-            None => 8,
-            Some(r) => r.as_u64().filter(|r| *r > 0).ok_or_else(|| wrong("r", "a positive number"))? as usize,
-        };
-        let alpha = match config.get("lora_alpha") {
-            None => 8.0,
-            Some(_) => number("lora_alpha").ok_or_else(|| wrong("lora_alpha", "a number"))?,
-        };
-        let patterns = |key: &str| -> Result<Vec<(Regex, f64)>, String> {
-            let Some(Value::Object(patterns)) = config.get(key) else { return Ok(Vec::new()) };
-            let read = |(pattern, value): (&String, &Value)| {
-                let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"))
-                    .map_err(|e| format!("{key} has an invalid pattern `{pattern}`: {e}"))?;
-                let value = value.as_f64().ok_or_else(|| format!("{key}.{pattern} is {value}, expected a number"))?;
-                Ok((regex, value))
-            };
-            patterns.iter().map(read).collect()
-        };
-        Ok(Settings {
-            rank,
-            alpha,
-            root: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
-            layers: match config.get("layers_to_transform") {
-                Some(Value::Array(layers)) => layers.iter().map(Value::as_i64).collect(),
-                Some(one) => one.as_i64().map(|layer| vec![layer]),
-                None => None,
-            },
-            keep_tied: config.get("ensure_weight_tying").and_then(Value::as_bool).unwrap_or(false),
-            dora: config.get("use_dora").and_then(Value::as_bool).unwrap_or(false),
-            ranks: patterns("rank_pattern")?,
-            alphas: patterns("alpha_pattern")?,
-            base: config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned),
-            targets: names(config.get("target_modules")),
-            saved: names(config.get("modules_to_save")),
-        })
-    }
-
-    /// What the user should know of an adapter of these parts.
-    fn notices(
-        &self,
-        model: &Path,
-        original: &Option<String>,
-        file: &SafetensorsFile,
-        modules: &BTreeMap<String, Parts>,
-        replacing: &BTreeMap<String, String>,
-    ) -> Vec<String> {
-        let mut notices = Vec::new();
-        let foreign = |name: &&str| !name.starts_with("base_model.model.") || name.contains("_orig_mod.");
-        let names: Vec<&str> = file.tensors().map(|spec| spec.name.as_str()).collect();
-        if let Some(first) = names.iter().copied().find(|name| foreign(name)) {
-            notices.push(format!(
-                "{} of the adapter's {} tensors, such as `{first}`, are not called as PEFT calls them, and it would leave them out; they \
-                 were merged all the same",
-                names.iter().filter(|name| foreign(name)).count(),
-                names.len()
-            ));
-        }
-        let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
-        if let Some(base) = self.base.as_deref().filter(|base| !base.is_empty()) {
-            let wanted = last(base);
-            let place = model.canonicalize().unwrap_or_else(|_| model.to_path_buf());
-            // A cache of the hub calls a model's folder models--OWNER--NAME.
-            let mut parts = place.iter().map(|part| part.to_string_lossy().to_ascii_lowercase());
-            let named = original.as_deref().is_some_and(|name| last(name) == wanted);
-            if !named
-                && !parts.any(|part| part.rsplit("--").next() == Some(&*wanted) || part == format!("{wanted}.gguf"))
-            {
-                notices.push(format!(
-                    "the adapter was trained on `{base}`, and by its name {} may be another model; shapes fit, and nothing else tells",
-                    model.display()
-                ));
-            }
-        }
-        let zero = |name: &Option<String>| {
-            let data = name.as_ref().and_then(|name| file.get(name)).map(|view| view.data);
-            data.is_some_and(|data| data.iter().all(|byte| *byte == 0))
-        };
-        let idle: Vec<&str> = modules
-            .iter()
-            .filter(|(module, parts)| {
-                let alpha = Self::first(&self.alphas, module).unwrap_or(self.alpha);
-                parts.magnitude.is_none() && (alpha == 0.0 || zero(&parts.a) || zero(&parts.b))
-            })
-            .map(|(module, _)| module.as_str())
-            .collect();
-        if !idle.is_empty() {
-            notices.push(format!(
-                "{} of the adapter's {} modules ({}) change nothing: a factor or lora_alpha is 0; it may never have been trained",
-                idle.len(),
-                modules.len(),
-                listed(&idle)
-            ));
-        }
-        for (key, what, wanted) in
-            [("target_modules", "factors", &self.targets), ("modules_to_save", "tensors", &self.saved)]
-        {
-            let has = |regex: &Regex| {
-                let whole = replacing.keys().filter_map(|name| Some(name.rsplit_once('.')?.0));
-                modules.keys().map(String::as_str).chain(whole).any(|name| regex.is_match(name).unwrap_or(true))
-            };
-            let absent: Vec<&str> =
-                wanted.iter().filter(|(_, regex)| !has(regex)).map(|(name, _)| name.as_str()).collect();
-            if !absent.is_empty() {
-                notices.push(format!(
-                    "adapter_config.json lists {} in {key}, and the adapter has no {what} for {}; they stay as the model has them",
-                    listed(&absent),
-                    if absent.len() == 1 { "it" } else { "them" }
-                ));
-            }
-        }
-        notices
-    }
-
-    fn first(patterns: &[(Regex, f64)], module: &str) -> Option<f64> {
-        patterns.iter().find(|(regex, _)| regex.is_match(module).unwrap_or(false)).map(|(_, value)| *value)
-    }
-
-    /// The factor of a module's product, whose factors are of rank `found`.
-    fn scale(&self, module: &str, found: usize) -> Result<f32, String> {
-        let rank = Self::first(&self.ranks, module).unwrap_or(self.rank as f64);
-        if rank != found as f64 {
-            return Err(format!("its rank is {found}, and adapter_config.json says {rank}"));
-        }
-        let alpha = Self::first(&self.alphas, module).unwrap_or(self.alpha);
-        Ok((alpha / if self.root { rank.sqrt() } else { rank }) as f32)
     }
 }

@@ -157,17 +157,39 @@ impl Checkpoint {
         self.adapter.as_ref().map_or(Ok(()), Adapter::check_unchanged)
     }
 
-    /// What was found otherwise than a path, config.json or an index says it.
+    /// What opening it found out: what is otherwise than a path, config.json or an index says it, how settings were read, and what an
+    /// adapter does. Every command passes it on.
     pub fn remarks(&self) -> Vec<String> {
         let mut remarks = self.remarks.clone();
         remarks.extend(self.renamed.as_ref().map(|how| format!("{}: {how}", self.path.display())));
         if let Source::Directory { tensors, .. } = &self.source {
             remarks.extend(tensors.notes().iter().cloned());
         }
+        if let Source::Directory { quantization: Some(reader), .. } = &self.source
+            && reader.quantizes_activations()
+            && self.entries.iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign))
+        {
+            remarks.push(format!(
+                "{} is made for runtimes that round activations too ({}); here they are left as they are",
+                self.path.display(),
+                reader.method()
+            ));
+        }
+        // The settings of a GGUF file were put into words here.
+        if self.gguf().is_none()
+            && let Ok(settings) = families::settings(&self.config)
+        {
+            remarks.extend(settings.notes);
+        }
+        if self.adapter.as_ref().is_some_and(Adapter::unties) {
+            remarks.push("the adapter makes the head differ from the embedding; it is now a tensor of its own".into());
+        }
+        remarks.extend(self.adapter.iter().flat_map(Adapter::notices).cloned());
         remarks
     }
 
-    /// What a reader of a report should know of how the checkpoint is stored, [remarks](Checkpoint::remarks) first.
+    /// What a reader of a report should know of an original that is measured against: its [remarks](Checkpoint::remarks), and whether it
+    /// is itself quantized.
     pub fn notices(&self) -> Vec<String> {
         let mut notices = self.remarks();
         let mut kinds: BTreeMap<String, u64> = BTreeMap::new();
@@ -186,30 +208,10 @@ impl Checkpoint {
         if let Some((first, _)) = kinds.first() {
             let others = if kinds.len() > 1 { " and others" } else { "" };
             notices.push(format!(
-                "{} is itself quantized ({first}{others}): its dequantized weights were taken as the original, and quality is measured against them",
+                "{} is itself quantized ({first}{others}): its dequantized weights were taken as the original, also for whatever is measured",
                 self.path.display()
             ));
         }
-        if let Source::Directory { quantization: Some(reader), .. } = &self.source
-            && reader.quantizes_activations()
-            && self.entries.iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign))
-        {
-            notices.push(format!(
-                "{} is made for runtimes that round activations too ({}); here they are left as they are",
-                self.path.display(),
-                reader.method()
-            ));
-        }
-        // The settings of a GGUF file were put into words here.
-        if self.gguf().is_none()
-            && let Ok(settings) = families::settings(&self.config)
-        {
-            notices.extend(settings.notes);
-        }
-        if self.adapter.as_ref().is_some_and(Adapter::unties) {
-            notices.push("the adapter makes the head differ from the embedding; it is now a tensor of its own".into());
-        }
-        notices.extend(self.adapter.iter().flat_map(Adapter::notices).cloned());
         notices
     }
 
@@ -240,8 +242,8 @@ impl Checkpoint {
                     None => self.stored(self.stored_name(name))?,
                 };
                 let rows: Vec<u32> = (0..entry.shape.first().map_or(0, |n| *n as u32)).collect();
-                self.merge(adapter, change, entry, &rows, &mut values)?;
-                values
+                self.merge(adapter, change, entry, &rows, &mut values, 0)?;
+                return Ok(values);
             }
         };
         self.check_finite(name, &values, 0)?;
@@ -265,7 +267,14 @@ impl Checkpoint {
             None => self.stored_rows(name, rows, out)?,
             Some((adapter, change)) => {
                 self.unmerged_rows(adapter, change, name, rows, out)?;
-                self.merge(adapter, change, entry, rows, out)?;
+                return self.merge(
+                    adapter,
+                    change,
+                    entry,
+                    rows,
+                    out,
+                    rows.first().map_or(0, |row| *row as usize * width),
+                );
             }
         }
         for (&row, out) in rows.iter().zip(out.chunks_exact(width)) {
@@ -324,10 +333,34 @@ impl Checkpoint {
         self.change(name).and_then(|(_, change)| change.base.as_deref()).unwrap_or(name)
     }
 
-    fn merge(&self, adapter: &Adapter, change: &Change, entry: &Entry, rows: &[u32], values: &mut [f32]) -> Result<()> {
+    /// Merges values of a tensor, of which the first stands at `first`. Fails where one is no finite number, before or by that.
+    fn merge(
+        &self,
+        adapter: &Adapter,
+        change: &Change,
+        entry: &Entry,
+        rows: &[u32],
+        values: &mut [f32],
+        first: usize,
+    ) -> Result<()> {
+        self.check_finite(&entry.name, values, first)?;
         adapter.merge(change, &entry.shape, rows, values, &|rows, out| {
             self.unmerged_rows(adapter, change, &entry.name, rows, out)
-        })
+        })?;
+        match values.iter().find(|value| !value.is_finite()) {
+            None => Ok(()),
+            Some(value) => {
+                Err(adapter.overflow(&entry.name, &format!("a value becomes {value}, which is not a finite number")))
+            }
+        }
+    }
+
+    /// What to say of a tensor with a value that its type cannot hold: of an adapter's where it was merged.
+    pub fn beyond(&self, error: formats::Error, name: &str) -> Error {
+        match self.change(name) {
+            None => error.in_tensor(name).into(),
+            Some((adapter, _)) => adapter.overflow(name, &error.to_string()),
+        }
     }
 
     /// Rows of a matrix that an adapter changes, before its product is added.
@@ -512,7 +545,12 @@ impl Checkpoint {
     }
 
     fn locate(&self, error: formats::Error, name: &str) -> Error {
-        let file = match &self.source {
+        error.in_tensor(name).in_file(self.file_of(name)).into()
+    }
+
+    /// The file that holds a tensor, or the folder where none is known.
+    pub(crate) fn file_of(&self, name: &str) -> &Path {
+        match &self.source {
             Source::Directory { tensors, quantization, foreign } => {
                 let main = quantization.as_ref().and_then(QuantizationReader::main_part);
                 let part = match foreign.get(name) {
@@ -522,8 +560,7 @@ impl Checkpoint {
                 tensors.file_of(name).or_else(|| tensors.file_of(&part?)).unwrap_or(&self.path)
             }
             Source::Gguf(model) => model.file().path(),
-        };
-        error.in_tensor(name).in_file(file).into()
+        }
     }
 }
 

@@ -362,7 +362,7 @@ impl<B: Backend> Work<'_, B> {
                 continue;
             };
             let mut solution = solutions.next().expect("one for each planned linear");
-            let lost = lost_in_grid(&solution.grid, &linear.weight(), || {
+            let lost = lost_in_grid(&solution.grid, self.source.file_of(&linear.weight()), &linear.weight(), || {
                 Ok([backend.download(&weight.matrix)?, backend.download(&solution.restored)?])
             })?;
             weight.matrix = std::mem::replace(&mut solution.restored, weight.matrix);
@@ -756,11 +756,11 @@ pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &Shard
             let values = &mut values[..ids.len() * width];
             source.load_rows(name, &ids, values)?;
             bytes.clear();
-            narrow(dtype, values, &mut bytes).map_err(|e| e.in_tensor(name))?;
+            narrow(dtype, values, &mut bytes).map_err(|e| source.beyond(e, name))?;
             writer.write_part(name, (row * width * dtype.bitsize() / 8) as u64, &bytes)?;
         }
     } else {
-        narrow(dtype, &source.load(name)?, &mut bytes).map_err(|e| e.in_tensor(name))?;
+        narrow(dtype, &source.load(name)?, &mut bytes).map_err(|e| source.beyond(e, name))?;
         writer.write(name, &bytes)?;
     }
     source.release(name);

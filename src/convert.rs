@@ -43,7 +43,7 @@ fn rewrite(
     let target = dtype.unwrap_or(source.dtype());
     let layout = Layout::of(&source);
     let (strays, mut notes) = fates(&source, unknown)?;
-    notes.splice(0..0, staging.notes().iter().cloned().chain(source.remarks()));
+    notes.splice(0..0, [staging.notes().to_vec(), source.notices(), source.tokenizer_notes()].concat());
     let mut specs: Vec<TensorSpec> = source
         .entries()
         .iter()

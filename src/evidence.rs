@@ -1,6 +1,8 @@
 //! What a report has to tell of weights and inputs that say too little: scales that the file cannot store, outputs that are mostly
 //! lost, inputs that were never seen.
 
+use std::path::Path;
+
 use calibration::statistics::Statistics;
 use formats::{GgmlType, ScalePrecision};
 use kernels::{Backend, Grid};
@@ -30,10 +32,11 @@ pub fn dead_inputs<B: Backend>(statistics: &Statistics<B>) -> Option<f64> {
 /// Counts the weights that packed blocks hold no longer, or much more coarsely than their codes could, because their scales are too small to be stored. `values` gives the weights
 /// where they have to be looked at.
 ///
-/// Fails where a scale is too large to be stored. `source` is the tensor's name in the input, `tensor` in the file.
+/// Fails where a scale is too large to be stored. `input` is what the tensor is read from, `source` its name there, `tensor` in the file.
 pub fn lost_in_blocks(
     ty: GgmlType,
     packed: &[u8],
+    input: &Path,
     [source, tensor]: [&str; 2],
     values: impl FnOnce() -> Result<Vec<f32>>,
 ) -> Result<usize> {
@@ -46,8 +49,9 @@ pub fn lost_in_blocks(
     let beyond = |index: usize| {
         let pattern = tensor.strip_suffix(".weight").unwrap_or(tensor);
         Error::failed(format!(
-            "tensor `{source}`: its values go up to {:e}, for which {ty} has no scale; choose a type for it that has, as with \
+            "{}: tensor `{source}`: its values go up to {:e}, for which {ty} has no scale; choose a type for it that has, as with \
              --tensor-type {pattern}=BF16",
+            input.display(),
             peak(of(index))
         ))
     };
@@ -73,7 +77,12 @@ pub fn lost_in_blocks(
 }
 
 /// The same for codes on a grid. `values` gives the weights, and what the file holds of them.
-pub fn lost_in_grid(grid: &Grid, tensor: &str, values: impl FnOnce() -> Result<[Array2<f32>; 2]>) -> Result<usize> {
+pub fn lost_in_grid(
+    grid: &Grid,
+    input: &Path,
+    tensor: &str,
+    values: impl FnOnce() -> Result<[Array2<f32>; 2]>,
+) -> Result<usize> {
     let scheme = grid.spec.scheme;
     let top = if scheme.symmetric { scheme.midpoint() } else { scheme.max_code() };
     let (largest, small) = match grid.spec.precision {
@@ -86,8 +95,9 @@ pub fn lost_in_grid(grid: &Grid, tensor: &str, values: impl FnOnce() -> Result<[
         let [weight, _] = values()?;
         let module = tensor.strip_suffix(".weight").unwrap_or(tensor);
         return Err(Error::failed(format!(
-            "tensor `{tensor}`: its values go up to {:e}, for which no scale can be stored with {} bits; leave it as it is with \
+            "{}: tensor `{tensor}`: its values go up to {:e}, for which no scale can be stored with {} bits; leave it as it is with \
              --ignore {module}",
+            input.display(),
             peak(weight.as_slice().expect("contiguous")),
             scheme.bits
         )));
@@ -249,7 +259,7 @@ mod tests {
         let weight = backend.upload(weight.clone())?;
         let solution = solve_blocks(&backend, &shared, &weight, ty, sweep.then_some(&importance[..]))?;
         let asked = || Ok(backend.download(&weight)?.iter().copied().collect());
-        let lost = lost_in_blocks(ty, &solution.packed, ["the.weight", "blk.0.x.weight"], asked)?;
+        let lost = lost_in_blocks(ty, &solution.packed, Path::new("in"), ["the.weight", "blk.0.x.weight"], asked)?;
         let mut held = vec![0.0; 8 * 256];
         ty.dequantize(&solution.packed, &mut held)?;
         let (mut whole, mut error) = (0.0, 0.0);

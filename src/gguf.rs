@@ -50,6 +50,8 @@ pub struct GgufPlan {
     fates: Vec<TensorReport>,
     /// Importance that was read from a file.
     imatrix: Option<Imatrix>,
+    /// Keys of the recipe that the types of the tensors leave without effect.
+    pub idle: Vec<&'static str>,
 }
 
 /// A part of a tensor of the file that a linear makes.
@@ -72,8 +74,8 @@ impl GgufPlan {
         check_tensors(graph, source)?;
         let plan = names::plan(graph)?;
         let places = places(&plan);
-        let imatrix = settings.imatrix.as_ref().map(Imatrix::read).transpose()?;
-        let importance = imatrix.is_some() || needs_data(recipe) > Needs::Nothing;
+        let mut imatrix = settings.imatrix.as_ref().map(Imatrix::read).transpose()?;
+        let importance = imatrix.is_some() || needs(recipe) > Needs::Nothing;
 
         let mut overrides = Overrides {
             tensors: settings.tensor_type.iter().map(|t| TensorOverride::parse(t)).collect::<Result<_>>()?,
@@ -120,6 +122,18 @@ impl GgufPlan {
         notices.extend(
             others.filter_map(|(_, (t, a))| a.fallback.as_ref().map(|why| format!("tensor `{}`: {why}", t.gguf))),
         );
+        let mut idle = Vec::new();
+        if assigned.iter().all(|assigned| assigned.ty.block_len == 1) {
+            idle.extend(["observer", "imatrix", "damp", "act_order"]);
+            if let (Some(path), true) = (&settings.imatrix, imatrix.take().is_some()) {
+                let path = path.display();
+                notices.push(format!("{path} was not used: {} rounds nothing by the importance of inputs", mix.name));
+            }
+            if recipe.method.sweeps() {
+                let method = recipe.method.name();
+                notices.push(format!("method {method} has no effect: {} rounds nothing by the inputs", mix.name));
+            }
+        }
         if let Some(imatrix) = &imatrix {
             let linears =
                 graph.linears().flat_map(|linear| by_module[&linear.module].iter().map(move |at| (linear, at)));
@@ -129,7 +143,7 @@ impl GgufPlan {
             notices.extend(check_importance(imatrix, path, linears, &known)?);
         }
 
-        let collected = importance.then(|| match &imatrix {
+        let collected = (importance && (imatrix.is_some() || settings.imatrix.is_none())).then(|| match &imatrix {
             Some(imatrix) => ImportanceSource {
                 file: called(&settings.imatrix.as_ref().expect("read").display().to_string()).to_owned(),
                 dataset: imatrix.datasets.first().cloned(),
@@ -158,7 +172,7 @@ impl GgufPlan {
         let fates = fates(&strays, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
         notices.extend(strays.notes(fates.iter().map(|one| (&*one.name, &one.fate)), false));
         let tensors = plan.tensors.into_iter().zip(assigned).map(|(tensor, assigned)| (tensor, assigned.ty)).collect();
-        Ok(GgufPlan { tensors, by_module, fallbacks, metadata: written.metadata, notices, fates, imatrix })
+        Ok(GgufPlan { tensors, by_module, fallbacks, metadata: written.metadata, notices, fates, imatrix, idle })
     }
 
     /// Bytes of all tensors.
@@ -166,11 +180,6 @@ impl GgufPlan {
         let rows = |tensor: &ExportTensor| tensor.shape[..tensor.shape.len() - 1].iter().product::<usize>();
         let of = |tensor: &ExportTensor, ty: &GgmlType| Some(rows(tensor) * ty.row_bytes(*tensor.shape.last()?)?);
         self.tensors.iter().filter_map(|(tensor, ty)| of(tensor, ty)).map(|bytes| bytes as u64).sum()
-    }
-
-    /// What has to be known of the inputs.
-    pub fn needs(&self, recipe: &Recipe) -> Needs {
-        needs_data(recipe)
     }
 }
 
@@ -198,7 +207,8 @@ fn places(plan: &ExportPlan) -> HashMap<String, Vec<Place>> {
     places
 }
 
-fn needs_data(recipe: &Recipe) -> Needs {
+/// What a recipe for a GGUF file needs to know of the inputs.
+pub fn needs(recipe: &Recipe) -> Needs {
     let settings = recipe.gguf.as_ref().expect("a recipe for a GGUF file");
     match recipe.method {
         Method::Gptq => Needs::Hessian,
@@ -287,7 +297,7 @@ pub fn compile<B: Backend>(
             source,
             ahead: &ahead,
             plan,
-            needs: needs_data(recipe),
+            needs: needs(recipe),
             solver: (recipe.method == Method::Gptq).then_some(sweep),
             writer: &writer,
             behind: hand,
@@ -426,7 +436,13 @@ impl<B: Backend> Work<'_, B> {
                 let by = if part.transposed { &alone } else { &shared };
                 let solution = solve_blocks(backend, by, asked, *ty, importance.as_deref())?;
                 let asked = || Ok(backend.download(asked)?.iter().copied().collect());
-                lost += lost_in_blocks(*ty, &solution.packed, [&part.from.tensor(), &tensor.gguf], asked)?;
+                lost += lost_in_blocks(
+                    *ty,
+                    &solution.packed,
+                    self.source.file_of(&part.from.tensor()),
+                    [&part.from.tensor(), &tensor.gguf],
+                    asked,
+                )?;
                 report.seconds += started.elapsed().as_secs_f64();
                 lap(&mut self.seconds.solve, started);
 
@@ -640,12 +656,14 @@ fn write_part<B: Backend>(
             let matrix = Array2::from_shape_vec((count, cols), std::mem::take(values)).expect("whole rows");
             let matrix = backend.upload(matrix)?;
             let packed = pack_rows(backend, &matrix, ty, importance)?;
-            let lost = lost_in_blocks(ty, &packed, names, || Ok(backend.download(&matrix)?.iter().copied().collect()))?;
+            let lost = lost_in_blocks(ty, &packed, source.file_of(&name), names, || {
+                Ok(backend.download(&matrix)?.iter().copied().collect())
+            })?;
             (packed, lost)
         } else {
             let mut packed = vec![0; count * row_bytes];
             ty.encode(values, &mut packed).expect("a type with an encoder");
-            let lost = lost_in_blocks(ty, &packed, names, || Ok(std::mem::take(values)))?;
+            let lost = lost_in_blocks(ty, &packed, source.file_of(&name), names, || Ok(std::mem::take(values)))?;
             (packed, lost)
         };
         writer.write_at(&tensor.gguf, offset, &packed)?;

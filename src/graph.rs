@@ -571,6 +571,11 @@ impl Graph {
         self.blocks.iter().flat_map(Block::linears)
     }
 
+    /// Whether a layer is a mixture of experts.
+    pub fn has_experts(&self) -> bool {
+        self.blocks.iter().flat_map(|block| &block.steps).any(|step| matches!(step.layer, Layer::Moe(_)))
+    }
+
     /// Every tensor that the model needs, with its shape, each once.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let mut tensors = Vec::new();

@@ -48,9 +48,15 @@ pub fn check_importance<'a>(
     }
     let shown = path.display();
     if without.len() == all {
-        return Err(Error::usage(format!(
-            "{shown}: none of its {} entries is for a linear of this model",
+        return Err(Error::failed(format!(
+            "{shown}: none of its {} entries is for a linear of this model; it was made for another one",
             imatrix.entries.len()
+        )));
+    }
+    if without.len() + unseen.len() + flat.len() == all {
+        return Err(Error::failed(format!(
+            "{shown}: it tells the inputs of none of the model's {all} linears apart, as all are 0, equal or not counted; collect \
+             it again on text, or leave --imatrix out"
         )));
     }
     let mut notes = Vec::new();

@@ -15,6 +15,7 @@ use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, StoredType}
 use crate::compile::{Compiled, LinearReport, SmoothingReport, Stages, compile, needs};
 use crate::error::{Error, Result};
 use crate::evidence;
+use crate::export::probe;
 use crate::families;
 use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
@@ -87,6 +88,8 @@ struct Outcome {
     tensors: Vec<TensorReport>,
     /// Other tensors that lose values, with the share of these.
     lost: Vec<(String, f64)>,
+    /// Keys of the recipe that turned out to have no effect.
+    idle: Vec<&'static str>,
     /// Weights in quantized linears, and the bytes they take.
     quantized: [u64; 2],
     stages: Stages,
@@ -188,6 +191,7 @@ impl Job<'_> {
                 .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone(), ty: None })
                 .collect(),
             lost: Vec::new(),
+            idle: Vec::new(),
             stages: done.seconds,
         };
         drop(reopened);
@@ -222,7 +226,7 @@ impl Job<'_> {
             started,
             source,
             graph,
-            plan.needs(&self.recipe),
+            gguf::needs(&self.recipe),
             hashing,
         )?;
         run.notes.extend(staging.notes().iter().cloned());
@@ -242,6 +246,14 @@ impl Job<'_> {
 
         let verifying = Instant::now();
         let reopened = Checkpoint::open(&compiled.files[0])?;
+        let found = match (source.tokenizer(), reopened.tokenizer()) {
+            (Ok(Some(original)), Ok(Some(written))) => probe::differences(&original, &written, graph.vocabulary)?,
+            (Ok(Some(_)), Err(error)) => {
+                vec![format!("the tokenizer that was written cannot be read back, and was not compared: {error}")]
+            }
+            _ => Vec::new(),
+        };
+        run.notes.extend(found);
         let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
         if let (Some(verification), Some(held_out)) = (&self.verification, &run.held_out)
             && let Ok(own) = ModelText::open(&reopened)
@@ -270,6 +282,7 @@ impl Job<'_> {
             smoothings: Vec::new(),
             tensors: compiled.tensors,
             lost: compiled.lost,
+            idle: plan.idle,
             stages: compiled.seconds,
         };
         drop(reopened);
@@ -319,16 +332,14 @@ impl Job<'_> {
             let done = if recipe.gguf.is_some() { "left out" } else { "copied as they are" };
             notes.push(format!("not part of the language model, and {done}: {}", names.join(", ")));
         }
+        notes.extend(source.tokenizer_notes());
         let text = match needs > Needs::Nothing || self.verification.is_some() {
             true => Some(ModelText::open(&source)?),
             false => None,
         };
-        notes.extend(text.iter().flat_map(|text| text.notices.iter().cloned()));
-        if needs == Needs::Nothing && !calibration::samples::PRESETS.contains(&&*recipe.calibration) {
-            notes.push(format!(
-                "{} was not read: this method and scheme are done without calibration",
-                recipe.calibration
-            ));
+        notes.extend(recipe.notes.iter().cloned());
+        if recipe.moe_all_experts && !graph.has_experts() && needs > Needs::Nothing {
+            notes.push("moe_all_experts has no effect: the model is no mixture of experts".to_owned());
         }
         let samples = match (needs > Needs::Nothing, &text) {
             (true, Some(text)) => {
@@ -339,6 +350,7 @@ impl Job<'_> {
                 }
                 let calibration = load_text(&recipe.calibration)?;
                 let samples = text.select(&calibration, recipe.samples, seq_len, recipe.seed)?;
+                notes.extend(calibration.without_blank());
                 notes.extend(calibration.notes);
                 notes.extend(weak_conversations(&samples.source));
                 if samples.source.sequences < recipe.samples {
@@ -408,6 +420,11 @@ impl Job<'_> {
             });
             run.notes.push(format!("the model has no output projection: its hidden states {found}"));
         }
+        let mut recipe = self.recipe;
+        recipe.idle.extend(outcome.idle);
+        if !run.graph.has_experts() {
+            recipe.idle.push("moe_all_experts");
+        }
         let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         let inputs = hashed(run.hashing)?;
         run.source.check_unchanged()?;
@@ -421,7 +438,7 @@ impl Job<'_> {
             adapter: run.source.adapter().cloned(),
             family: run.graph.family,
             parameters,
-            recipe: self.recipe,
+            recipe,
             calibration: run.samples.map(|s| s.source),
             bpw: BitsPerWeight {
                 quantized: bytes as f64 * 8.0 / weights.max(1) as f64,
@@ -450,12 +467,18 @@ impl Job<'_> {
 
 /// What there is to say of conversations that calibration did not see as the model does.
 fn weak_conversations(source: &SampleSource) -> Vec<String> {
-    let SampleSource { name, refused, refusal, templated, untemplated, .. } = source;
+    let SampleSource { name, refused, refusal, templated, untemplated, unwritten, .. } = source;
     let mut notes = Vec::new();
     if let (Some(refusal), true) = (refusal, *refused > 0) {
         notes.push(format!(
             "{refused} of {} conversations of {name} were left out, since the model refuses them: {refusal}",
-            refused + templated
+            refused + templated + unwritten
+        ));
+    }
+    if *unwritten > 0 {
+        notes.push(format!(
+            "{unwritten} of {} conversations of {name} were left out, since the model's chat template writes nothing of what is said in them",
+            refused + templated + unwritten
         ));
     }
     if *untemplated > 0 {
@@ -471,8 +494,9 @@ impl Verification {
         let context = self.context.min(families::longest_context(source.config())?.unwrap_or(usize::MAX));
         let held_out = load_text(&self.text)?;
         let ids = text.evaluation_ids(&held_out)?;
-        notes.extend(held_out.notes);
-        let windows = windows(&ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
+        notes.extend(held_out.notes.iter().cloned());
+        let windows =
+            windows(&held_out.name, &ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
         Ok(HeldOut { ids, windows })
     }
 }

@@ -310,7 +310,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
         Protocol::Papers => None,
         Protocol::LlamaCpp => tokenizer.tokenizer.added_bos(),
     };
-    let windows = calibration::samples::windows(&ids, args.context.min(longest), args.windows, bos)
+    let windows = calibration::samples::windows(&text.name, &ids, args.context.min(longest), args.windows, bos)
         .map_err(|e| Error::from(quantc::text::TextError::from(e)))?;
     let quality = with_backend!(&engine, backend => evaluate(
         backend,

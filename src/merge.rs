@@ -45,7 +45,7 @@ fn write(
         TensorSpec { name: entry.name.clone(), dtype, shape: entry.shape.clone() }
     };
     let (strays, mut notes) = fates(&source, unknown)?;
-    notes.splice(0..0, staging.notes().iter().cloned().chain(source.notices()));
+    notes.splice(0..0, [staging.notes().to_vec(), source.notices(), source.tokenizer_notes()].concat());
     let kept = source.entries().iter().filter(|entry| !matches!(strays.get(&entry.name), Some(Fate::Dropped(_))));
     let specs: Vec<TensorSpec> = kept.map(spec).collect();
     staging.check_space(specs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum())?;

@@ -114,7 +114,8 @@ impl Plan {
             .map(|(name, scheme)| QuantizedModule { name, scheme: *scheme, desc_act: recipe.desc_act })
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
-        config.notes.extend(crate::runtimes::notes(graph, codec.id(), &schemes));
+        let model_type = crate::families::settings(source.config())?.model_type;
+        config.notes.extend(crate::runtimes::notes(graph, &model_type, codec.id(), &schemes));
         config.notes.extend(uneven_experts(graph, &schemes));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
@@ -325,8 +326,11 @@ fn missing(graph: &Graph, source: &Checkpoint, name: &str, shape: &[usize]) -> E
             graph.family
         );
     } else if name == graph.head.linear.weight() {
-        text += "; get the file that holds it, or set tie_word_embeddings to true in config.json where the embedding serves as the \
-                 head, and where there is none name the class without it in `architectures`";
+        text += "; get the file that holds it, or set tie_word_embeddings to true in config.json (where it is false, null or \
+                 not there) if the embedding serves as the head, and where there is none name the class without it in \
+                 `architectures`";
+    } else {
+        text += "; download the weights again, or take the config.json that belongs to them";
     }
     Error::failed(text)
 }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use calibration::solvers::Observer;
+use calibration::statistics::Needs;
 use formats::Scheme;
 use formats::container::file;
 use regex::Regex;
@@ -246,6 +247,30 @@ pub struct Recipe {
     /// What only a GGUF file has; its presence says that one is to be written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gguf: Option<GgufRecipe>,
+    /// Keys that have no effect on this method, which a report leaves out.
+    #[serde(skip)]
+    pub idle: Vec<&'static str>,
+    /// What to say of those that were asked for all the same.
+    #[serde(skip)]
+    pub notes: Vec<String>,
+}
+
+/// Keys that a request has, of those that may have no effect.
+struct Given(Vec<&'static str>);
+
+impl Given {
+    fn of(request: &Request) -> Given {
+        let keys = [
+            ("damp", request.damp.is_some()),
+            ("act_order", request.act_order.is_some()),
+            ("calibration", request.calibration.is_some()),
+            ("samples", request.samples.is_some()),
+            ("seq_len", request.seq_len.is_some()),
+            ("seed", request.seed.is_some()),
+            ("moe_all_experts", request.moe_all_experts == Some(true)),
+        ];
+        Given(keys.into_iter().filter(|(_, given)| *given).map(|(key, _)| key).collect())
+    }
 }
 
 /// What only a GGUF file has.
@@ -318,12 +343,18 @@ impl Recipe {
         if desc_act && !method.sweeps() {
             return Err(Error::usage("--desc-act needs a method with a sweep: gptq or awq+gptq"));
         }
+        if desc_act && request.act_order == Some(false) {
+            return Err(Error::usage(
+                "--desc-act stores columns by falling energy, and --act-order false sweeps them from left to right: drop one of the two",
+            ));
+        }
         for (what, value) in [("samples", request.samples), ("seq-len", request.seq_len)] {
             if value == Some(0) {
                 return Err(Error::usage(format!("--{what} must be at least 1")));
             }
         }
-        Ok(Recipe {
+        let given = Given::of(&request);
+        let recipe = Recipe {
             format,
             scheme,
             method,
@@ -341,7 +372,38 @@ impl Recipe {
             seed: request.seed.unwrap_or(0),
             overrides: request.overrides,
             gguf: None,
-        })
+            idle: Vec::new(),
+            notes: Vec::new(),
+        };
+        let needs = crate::compile::needs(&recipe);
+        Ok(recipe.without_idle(&given, needs))
+    }
+
+    /// Finds the keys that have no effect where so much is asked of the inputs.
+    fn without_idle(mut self, given: &Given, needs: Needs) -> Recipe {
+        let method = self.method.name();
+        let (mut idle, mut notes) = (Vec::new(), Vec::new());
+        let mut leave = |keys: &[&'static str], why: String| {
+            let told: Vec<&str> = keys.iter().copied().filter(|key| given.0.contains(key)).collect();
+            if !told.is_empty() {
+                let have = if told.len() == 1 { "has" } else { "have" };
+                notes.push(format!("{} {have} no effect: {why}", told.join(", ")));
+            }
+            idle.extend(keys);
+        };
+        if !self.method.sweeps() {
+            let why = format!("method {method} does not sweep the columns of a Hessian");
+            leave(&["damp", "act_order", "desc_act"], why);
+        }
+        if needs == Needs::Nothing {
+            let why = match self.gguf.as_ref().is_some_and(|gguf| gguf.imatrix.is_some()) {
+                true => "the importance of inputs is that of the imatrix, and nothing is calibrated".to_owned(),
+                false => format!("method {method} with observer {} is done without calibration", self.observer),
+            };
+            leave(&["calibration", "samples", "seq_len", "seed", "moe_all_experts"], why);
+        }
+        (self.idle, self.notes) = (idle, notes);
+        self
     }
 
     /// The same for a GGUF file.
@@ -409,6 +471,7 @@ impl Recipe {
             save_imatrix: request.save_imatrix.clone(),
             split_max_size,
         };
+        let given = Given::of(&request);
         let common = Request {
             format: None,
             scheme: None,
@@ -424,7 +487,9 @@ impl Recipe {
             split_max_size: None,
             ..request
         };
-        Ok(Recipe { format: "gguf".to_owned(), observer, gguf: Some(gguf), ..Recipe::resolve(common)? })
+        let recipe = Recipe { format: "gguf".to_owned(), observer, gguf: Some(gguf), ..Recipe::resolve(common)? };
+        let needs = crate::gguf::needs(&recipe);
+        Ok(recipe.without_idle(&given, needs))
     }
 
     /// How scales are chosen.
@@ -625,6 +690,54 @@ mod tests {
     }
 
     #[test]
+    fn what_has_no_effect_is_told_where_it_was_asked_for() {
+        let idle = |toml: &str| {
+            let recipe = resolve(toml).unwrap();
+            (recipe.idle.join(" "), recipe.notes)
+        };
+        let data = "calibration samples seq_len seed moe_all_experts";
+        for (toml, keys, notes) in [
+            ("", String::new(), &[][..]),
+            ("method = 'awq+gptq'\ndamp = 0.1\nsamples = 3", String::new(), &[]),
+            ("method = 'rtn'", format!("damp act_order desc_act {data}"), &[]),
+            (
+                "method = 'rtn'\ndamp = 0.1\nact_order = true\nsamples = 3",
+                format!("damp act_order desc_act {data}"),
+                &[
+                    "damp, act_order have no effect: method rtn does not sweep the columns of a Hessian",
+                    "samples has no effect: method rtn with observer minmax is done without calibration",
+                ],
+            ),
+            ("method = 'rtn'\nobserver = 'imatrix'\nsamples = 3", "damp act_order desc_act".to_owned(), &[]),
+            (
+                "method = 'awq'\ndamp = 0.1",
+                "damp act_order desc_act".to_owned(),
+                &["damp has no effect: method awq does not sweep the columns of a Hessian"],
+            ),
+            ("format = 'gguf'\ndamp = 0.1\nseed = 3", String::new(), &[]),
+            (
+                "format = 'gguf'\nscheme = 'Q8_0'\nseed = 3",
+                format!("damp act_order desc_act {data}"),
+                &["seed has no effect: method rtn with observer mse is done without calibration"],
+            ),
+            (
+                "format = 'gguf'\nimatrix = 'i.gguf'\nseq_len = 3\nmoe_all_experts = true",
+                format!("damp act_order desc_act {data}"),
+                &[
+                    "seq_len, moe_all_experts have no effect: the importance of inputs is that of the imatrix, and nothing is calibrated",
+                ],
+            ),
+            (
+                "format = 'gguf'\nmethod = 'rtn'\nsave_imatrix = 'i'\nseed = 3",
+                "damp act_order desc_act".to_owned(),
+                &[],
+            ),
+        ] {
+            assert_eq!(idle(toml), (keys, notes.iter().map(|note| (*note).to_owned()).collect()), "{toml}");
+        }
+    }
+
+    #[test]
     fn nonsense_is_refused() {
         for (toml, expected) in [
             ("format = 'exl2'", "format `exl2` is not known"),
@@ -634,6 +747,7 @@ mod tests {
             ("method = 'magic'", "method `magic` is not known; there are rtn, awq, gptq, awq+gptq"),
             ("damp = -1.0", "damping -1"),
             ("method = 'rtn'\ndesc_act = true", "--desc-act needs"),
+            ("desc_act = true\nact_order = false", "drop one of the two"),
             ("samples = 0", "--samples must be at least 1"),
             ("unknown_tensors = 'keep'", "--unknown-tensors `keep` is not known; there are copy, drop, refuse"),
             ("pure = true", "--pure is for GGUF files"),

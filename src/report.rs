@@ -85,7 +85,7 @@ pub struct Report {
     pub parameters: u64,
     /// Its weight files.
     pub inputs: Vec<FileReport>,
-    /// What was asked for, defaults filled in; the scheme of a GGUF file is its mix.
+    /// What was asked for and had an effect, defaults filled in; the scheme of a GGUF file is its mix.
     #[serde(serialize_with = "with_mix")]
     pub recipe: Recipe,
     /// The calibration text, if one was used.
@@ -115,11 +115,20 @@ pub struct Report {
     pub peak_memory_bytes: Option<u64>,
 }
 
-/// A recipe whose scheme says what was done: a mix has no one width and group.
+/// A recipe that says what was done: without what had no effect, and with the mix in place of a width and a group, of which it has no
+/// single ones.
 fn with_mix<S: serde::Serializer>(recipe: &Recipe, serializer: S) -> Result<S::Ok, S::Error> {
     let mut value = serde_json::to_value(recipe).map_err(serde::ser::Error::custom)?;
     if let Some(gguf) = &recipe.gguf {
         value["scheme"] = gguf.mix.into();
+    }
+    for key in &recipe.idle {
+        // The key of what only a GGUF file has may be among them.
+        for place in ["", "/gguf"] {
+            if let Some(place) = value.pointer_mut(place).and_then(serde_json::Value::as_object_mut) {
+                place.shift_remove(*key);
+            }
+        }
     }
     value.serialize(serializer)
 }

@@ -8,6 +8,25 @@ use formats::Scheme;
 use crate::families::FURTHER;
 use crate::graph::{Graph, Layer, Linear};
 
+/// Models whose classes in transformers ask linears for their weights before these are unpacked. Measured by
+/// `tests/runtimes/unknown.py`, but for mt5, whose class is umt5's but for where positions are.
+const ASK_FOR_WEIGHTS: &[&str] = &[
+    "falcon",
+    "falcon_mamba",
+    "gpt_bigcode",
+    "longt5",
+    "mamba",
+    "mamba2",
+    "modernbert",
+    "modernbert-decoder",
+    "mt5",
+    "nanochat",
+    "recurrent_gemma",
+    "switch_transformers",
+    "t5",
+    "umt5",
+];
+
 /// What is asked of a model.
 struct Facts<'a> {
     family: &'a str,
@@ -24,7 +43,9 @@ struct Facts<'a> {
 }
 
 /// Notes on the runtimes that will not load `graph` in the layout `codec` with these schemes: what happens, and who does.
-pub fn notes(graph: &Graph, codec: &str, schemes: &HashMap<String, Scheme>) -> Vec<String> {
+///
+/// `model_type` is that of the language model.
+pub fn notes(graph: &Graph, model_type: &str, codec: &str, schemes: &HashMap<String, Scheme>) -> Vec<String> {
     let layers = || graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
     let quantized = |linear: &Linear| schemes.contains_key(&linear.module);
     let experts = layers().any(|layer| match layer {
@@ -40,10 +61,9 @@ pub fn notes(graph: &Graph, codec: &str, schemes: &HashMap<String, Scheme>) -> V
         asymmetric: schemes.values().any(|scheme| !scheme.symmetric),
         wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && *what != FURTHER),
     };
-    // Measured by `tests/runtimes/unknown.py`.
-    let unknown = (graph.opaque && codec == "compressed-tensors").then_some(
-        "some classes of transformers ask for the weights of linears while these are packed, and fail ('Linear' object has no \
-         attribute 'weight'); with CompressedTensorsConfig(dequantize=True) they load",
+    let unknown = (codec == "compressed-tensors" && ASK_FOR_WEIGHTS.contains(&model_type)).then_some(
+        "transformers' class of this model asks for the weights of linears while these are packed, and fails ('Linear' object has no \
+         attribute 'weight'); with CompressedTensorsConfig(dequantize=True) it loads",
     );
     [transformers(&facts), gptqmodel(&facts), unknown].into_iter().flatten().map(str::to_owned).collect()
 }

@@ -5,21 +5,22 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::checkpoint::read_json;
-/// The modules after the model: folders beside it, and what they do. Empty where there is no valid list.
-fn modules(folder: &Path) -> Vec<(String, String)> {
+
+/// The modules after the model: their folders as the list names them, and what they do. Empty where there is no valid list.
+pub(crate) fn modules(folder: &Path) -> Vec<(String, String)> {
     let Ok(Some(Value::Array(list))) = read_json(&folder.join("modules.json")) else { return Vec::new() };
     let module = |item: &Value| {
-        let (path, kind) = (item["path"].as_str()?, item["type"].as_str().unwrap_or_default());
-        // Only what lies in a folder right beside the model.
-        let own = Path::new(path).file_name().is_some_and(|name| name == path);
-        (own && folder.join(path).is_dir()).then(|| (path.to_owned(), kind.to_owned()))
+        let path = item["path"].as_str().filter(|path| !path.is_empty())?;
+        Some((path.to_owned(), item["type"].as_str().unwrap_or_default().to_owned()))
     };
     list.iter().filter_map(module).collect()
 }
 
 /// How hidden states become an embedding, as llama.cpp numbers it: by their mean, the first or the last.
 pub fn pooling(folder: &Path) -> Option<u32> {
-    let (module, _) = modules(folder).into_iter().find(|(_, kind)| kind.ends_with("Pooling"))?;
+    // Only what lies in a folder right beside the model.
+    let own = |path: &str| Path::new(path).file_name().is_some_and(|name| name == path) && folder.join(path).is_dir();
+    let (module, _) = modules(folder).into_iter().find(|(path, kind)| kind.ends_with("Pooling") && own(path))?;
     let config = read_json(&folder.join(module).join("config.json")).ok()??;
     let says = |mode: &str| config[format!("pooling_mode_{mode}")] == true;
     let modes = [("mean_tokens", 1), ("cls_token", 2), ("lasttoken", 3)];

@@ -32,6 +32,15 @@ pub(crate) const OTHER_TOKENIZERS: &[(&str, &str)] = &[
     ("spiece.model", "a SentencePiece model under another name"),
 ];
 
+/// What to do with a tokenizer in a form that is not read, if `folder` has one, as the end of a sentence.
+pub(crate) fn other_tokenizer(folder: &Path) -> String {
+    let other = OTHER_TOKENIZERS.iter().find(|(name, _)| folder.join(name).exists());
+    other.map_or(String::new(), |(name, what)| {
+        let model = folder.display().to_string();
+        format!("; {name} is {what}, which is not read: {}", sentencepiece::save_tokenizer(&model))
+    })
+}
+
 /// Why a text or a tokenizer could not be read: one sentence with the file.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
@@ -91,17 +100,32 @@ pub enum TextError {
         /// Rows of the embedding, by config.json.
         rows: u64,
     },
-    /// A tokenizer file of a model is unusable.
-    #[error("{folder}/{error}", folder = folder.display())]
+    /// A file of a model that has to do with texts is unusable.
+    #[error("{path}: {problem}", path = path.display())]
     Model {
-        /// The model folder.
-        folder: PathBuf,
-        /// What is wrong, beginning with the file's name.
-        error: SampleError,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
     },
     /// The text itself is unusable.
     #[error(transparent)]
     Sample(#[from] SampleError),
+}
+
+impl TextError {
+    /// Puts the model's folder before the name of its file; a GGUF file has all in it. Errors of the text itself stay.
+    pub(crate) fn of_model(model: &Path, error: SampleError) -> TextError {
+        let (file, part, problem) = match error {
+            SampleError::Tokenizer { file, problem } => (file, "tokenizer: ", problem),
+            SampleError::Template { file, problem } => (file, "chat template: ", problem),
+            other => return TextError::Sample(other),
+        };
+        let (path, single) = if model.is_dir() { (model.join(&file), false) } else { (model.to_owned(), true) };
+        // Of a file with one thing in it, it goes without saying.
+        let part = if single || part.starts_with("chat") { part } else { "" };
+        TextError::Model { path, problem: format!("{part}{problem}") }
+    }
 }
 
 /// Reads a text: a bundled preset by its name, else a file by its path.
@@ -133,7 +157,8 @@ pub fn load_text(path_or_preset: &str) -> Result<Text, TextError> {
 fn texts_in(folder: &Path) -> String {
     const ENDINGS: &[&str] = &["jsonl", "json", "ndjson", "parquet", "csv", "tsv", "txt", "raw"];
     let is_text = |path: &PathBuf| {
-        path.extension().and_then(|ending| ending.to_str()).is_some_and(|ending| ENDINGS.contains(&ending))
+        let ending = path.extension().and_then(|ending| ending.to_str()).map(str::to_lowercase);
+        ending.is_some_and(|ending| ENDINGS.contains(&&*ending))
     };
     let entries = std::fs::read_dir(folder).into_iter().flatten();
     let mut found: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).filter(is_text).collect();
@@ -154,8 +179,6 @@ fn texts_in(folder: &Path) -> String {
 pub struct ModelText {
     /// The tokenizer, with the BOS and EOS that the configuration names.
     pub tokenizer: Tokenizer,
-    /// What the reader of a report should know of the tokenizer's files.
-    pub notices: Vec<String>,
     config: TokenizerConfig,
     folder: PathBuf,
     /// Rows of the embedding, by config.json.
@@ -167,22 +190,18 @@ impl ModelText {
     pub fn open(source: &Checkpoint) -> Result<Self, Error> {
         let folder = source.path();
         let Some(files) = source.tokenizer()? else {
-            let other = OTHER_TOKENIZERS.iter().find(|(name, _)| folder.join(name).exists());
-            let hint = other.map_or(String::new(), |(name, what)| {
-                let model = folder.display().to_string();
-                format!("; {name} is {what}, which is not read: {}", sentencepiece::save_tokenizer(&model))
-            });
+            let hint = other_tokenizer(folder);
             return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };
         let config = files.config();
-        let TokenizerFiles { tokenizer, notices, .. } = files;
+        let TokenizerFiles { tokenizer, .. } = files;
         let rows = families::vocabulary(source.config())?.map(|rows| rows as u64);
-        Ok(Self { tokenizer, notices, config, folder: folder.to_owned(), rows })
+        Ok(Self { tokenizer, config, folder: folder.to_owned(), rows })
     }
 
     /// The model's chat template, if it has one. Fails on a syntax error in it.
     pub fn chat(&self) -> Result<Option<ChatTemplate>, TextError> {
-        self.config.chat().map_err(|error| TextError::Model { folder: self.folder.clone(), error })
+        self.config.chat().map_err(|error| TextError::of_model(&self.folder, error))
     }
 
     /// Calibration sequences: `calibration::samples::select` with this model's tokenizer and chat template.
@@ -191,7 +210,8 @@ impl ModelText {
     pub fn select(&self, text: &Text, count: usize, seq_len: usize, seed: u64) -> Result<Samples, TextError> {
         let plain = text.documents.iter().all(|document| matches!(document, Document::Plain(_)));
         let chat = if plain { None } else { self.chat()? };
-        let samples = select(text, &self.tokenizer, chat.as_ref(), count, seq_len, seed)?;
+        let samples = select(text, &self.tokenizer, chat.as_ref(), count, seq_len, seed)
+            .map_err(|error| TextError::of_model(&self.folder, error))?;
         samples.sequences.iter().try_for_each(|sequence| self.check_ids(sequence))?;
         Ok(samples)
     }
@@ -278,6 +298,9 @@ mod tests {
             directory.contains(": a folder; give one file of its 4, such as ") && directory.contains("bad.jsonl or "),
             "{directory}"
         );
+        let capital = tempfile::tempdir().unwrap();
+        file(&capital, "Text.CSV", b"text\na\n");
+        assert!(message(load_text(capital.path().to_str().unwrap())).ends_with("Text.CSV"));
         let none = tempfile::tempdir().unwrap();
         assert!(
             message(load_text(none.path().to_str().unwrap())).ends_with("(.txt, .jsonl, .json, .csv, .tsv, .parquet)")
@@ -316,7 +339,7 @@ mod tests {
         // The file beside goes before the configuration, and only conversations look at it.
         file(&folder, "chat_template.jinja", b"{% if %}");
         let broken = open(&folder).unwrap();
-        assert!(message(broken.select(&chats, 1, 4, 0)).contains("chat template: "));
+        assert!(message(broken.select(&chats, 1, 4, 0)).contains("/chat_template.jinja: chat template: "));
         let plain = load_text(&file(&folder, "p.txt", b"one two three four five")).unwrap();
         assert_eq!(broken.select(&plain, 1, 4, 0).unwrap().sequences.len(), 1);
         assert_eq!(broken.evaluation_ids(&plain).unwrap()[0], 0);

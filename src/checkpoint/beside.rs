@@ -6,7 +6,6 @@ use std::fs::Metadata;
 use std::path::{Path, PathBuf};
 
 use formats::container::stand_in::{is_pointer, stand_in};
-use serde_json::Value;
 
 use super::place::{beginning, is_gguf, is_unfinished};
 use super::read_json;
@@ -163,9 +162,7 @@ const PICTURES: &[&str] =
 ///
 /// Fails for what cannot be read, and where a file that loaders read was never fetched.
 pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result<Beside> {
-    let modules = read_json(&folder.join("modules.json")).ok().flatten();
-    let modules = modules.as_ref().and_then(Value::as_array).into_iter().flatten();
-    let modules = modules.filter_map(|module| module["path"].as_str()).filter(|path| !path.is_empty());
+    let modules = crate::sentence::modules(folder).into_iter().map(|(path, _)| path);
     let report = read_json(&folder.join("report.json")).ok().flatten();
     let mut walk = Walk {
         root: folder,
@@ -177,11 +174,11 @@ pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result
         around: HashSet::new(),
         files: Vec::new(),
         left: BTreeMap::new(),
+        notes: Vec::new(),
     };
     walk.folder(Path::new(""), 0, false)?;
-    let Walk { mut files, left, .. } = walk;
+    let Walk { mut files, left, mut notes, .. } = walk;
     files.sort_by(|a, b| a.0.cmp(&b.0));
-    let mut notes = Vec::new();
     if files.iter().any(|(name, file)| {
         name.as_path() == Path::new(ORIGINAL_CARD)
             && matches!(file, SideFile::Copy(from) if from.ends_with("README.md"))
@@ -197,7 +194,7 @@ pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result
 }
 
 /// Names, or the first dozen and how many more.
-fn list(names: &[String]) -> String {
+pub(super) fn list(names: &[String]) -> String {
     let shown = names[..names.len().min(12)].join(", ");
     match names.len() - names.len().min(12) {
         0 => shown,
@@ -216,6 +213,8 @@ struct Walk<'a> {
     around: HashSet<PathBuf>,
     files: Vec<(PathBuf, SideFile)>,
     left: BTreeMap<Reason, Vec<String>>,
+    /// Files that are not what their names say, and go along all the same.
+    notes: Vec<String>,
 }
 
 impl Walk<'_> {
@@ -324,7 +323,21 @@ impl Walk<'_> {
             return Err(Error::failed(format!("{}: {why}", path.display())));
         }
         if at_top && LOADED.contains(&name) {
-            read_json(path).map_err(|error| Error::failed(format!("{error}; fetch the file again")))?;
+            let json = read_json(path).map_err(|error| Error::failed(format!("{error}; fetch the file again")))?;
+            if json.is_some_and(|json| !json.is_object()) {
+                let why = "not a JSON object, and no tokenizer or processor loads with it; fetch the file again";
+                return Err(Error::failed(format!("{}: {why}", path.display())));
+            }
+        } else if at_top && name.ends_with(".json") && metadata.len() <= SMALL {
+            match read_json(path) {
+                Err(error) => self
+                    .notes
+                    .push(format!("{error}; the file goes along as it is, and what reads it will fail or do without")),
+                Ok(Some(json)) if name == "generation_config.json" && !json.is_object() => {
+                    self.notes.push(format!("{}: not a JSON object; the file goes along as it is", path.display()));
+                }
+                Ok(_) => {}
+            }
         }
         let kept = if at_top && name == "readme.md" && self.own.iter().any(|own| own.eq_ignore_ascii_case(name)) {
             PathBuf::from(ORIGINAL_CARD)

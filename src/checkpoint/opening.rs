@@ -4,7 +4,7 @@ use std::path::Path;
 
 use formats::codec::{QUANTIZATION_KEYS, QuantizationReader, declared_method};
 use formats::{Dtype, SafetensorsSet, read_quantization};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Checkpoint, Source, StoredType, directory_entries, dominant_dtype, dtype_named, index, read_json};
 use super::{names, place};
@@ -51,19 +51,20 @@ impl Checkpoint {
     }
 
     fn open_directory(path: &Path) -> Result<Checkpoint> {
+        place::check_links(path)?;
         let config_path = path.join("config.json");
         let mut config = read_json(&config_path)?.ok_or_else(|| place::no_config(path))?;
         if !config.is_object() {
             return Err(Error::failed(format!("{}: not a JSON object", config_path.display())));
         }
         place::check_kind(path, &config)?;
+        let mut remarks = families::normalize(&mut config);
         place::check_weights(path)?;
         let tensors = SafetensorsSet::open(path).map_err(|error| place::explain_missing(path, error))?;
         tensors.files().iter().try_for_each(|file| place::check_complete(file.path()))?;
         let (tensors, renamed) = names::as_the_architecture_has(tensors, &config, path)?;
         refuse_mlx(&tensors)?;
 
-        let mut remarks = Vec::new();
         let mut quantization = match read_quantization(&config) {
             Ok(quantization) => quantization,
             Err(_) if is_left_over(&config, &tensors) => {
@@ -87,6 +88,9 @@ impl Checkpoint {
         if let (Some(reader), false) = (&quantization, quantized) {
             refuse_scales_of_plain_weights(reader, &tensors)?;
             remarks.extend(left_over(&config));
+        }
+        if let Some(key) = QUANTIZATION_KEYS.iter().find(|key| config.get(**key) == Some(&json!({}))) {
+            remarks.push(format!("config.json has an empty {key}, which transformers fails on: it was left out"));
         }
         forget_quantization(&mut config);
         let dominant = dominant_dtype(&entries);

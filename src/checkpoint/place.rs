@@ -22,6 +22,7 @@ const UNFINISHED: &[&str] = &[".incomplete", ".part", ".crdownload", ".aria2", "
 ///
 /// Fails when there is nothing, and for a hub cache whose snapshot cannot be told.
 pub(crate) fn resolve(path: &Path) -> Result<(PathBuf, Option<String>)> {
+    check_link(path)?;
     let metadata = std::fs::metadata(path).map_err(Error::io(path, "open"))?;
     let itself = || Ok((path.to_path_buf(), None));
     let holds = |name: &str| path.join(name).exists();
@@ -67,6 +68,26 @@ pub(crate) fn resolve(path: &Path) -> Result<(PathBuf, Option<String>)> {
     };
     let note = format!("{shown} is a hub cache: its snapshot {chosen}, {why}, was taken");
     Ok((snapshots.join(chosen), Some(note)))
+}
+
+/// Fails for a link to what is not there.
+fn check_link(path: &Path) -> Result<()> {
+    match std::fs::read_link(path) {
+        Ok(target) if !path.exists() => Err(Error::failed(format!(
+            "{}: a link to {}, which is not there; download the model again, as a hub cache links to what it has fetched",
+            path.display(),
+            target.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// Fails where the configuration or weights in a folder are links to what is not there.
+pub(super) fn check_links(folder: &Path) -> Result<()> {
+    let is_read = |name: &&String| {
+        *name == "config.json" || name.ends_with(".safetensors") || name.ends_with(".safetensors.index.json")
+    };
+    names(folder)?.iter().filter(is_read).try_for_each(|name| check_link(&folder.join(name)))
 }
 
 /// What a model is called by its own configuration: the last part of the name that it was saved under, else its type and size.
@@ -210,17 +231,8 @@ pub(super) fn no_config(folder: &Path) -> Error {
             "{shown}: config.json is missing, and a download is not complete ({unfinished}); run the download again"
         ));
     }
-    let gguf = |name: &&String| {
-        let path = folder.join(name);
-        path.is_file() && beginning(&path).is_ok_and(|bytes| is_gguf(&bytes))
-    };
-    let found: Vec<&String> = names.iter().filter(gguf).collect();
-    if let Some(first) = found.first() {
-        let more = if found.len() > 1 { format!(" (there are {})", found.len()) } else { String::new() };
-        return Error::failed(format!(
-            "{shown}: config.json is missing; the folder holds GGUF files{more}, give one: {}",
-            folder.join(first).display()
-        ));
+    if let Some(files) = gguf_files(folder, &names) {
+        return Error::failed(format!("{shown}: config.json is missing, and the folder holds GGUF; {files}"));
     }
     if holds("params.json") && (ends(".pth").is_some() || names.iter().any(|name| name.starts_with("consolidated"))) {
         return Error::failed(format!(
@@ -243,6 +255,24 @@ pub(super) fn no_config(folder: &Path) -> Error {
         [first, ..] => format!("; {} folders in it have one, as {}", inner.len(), folder.join(first).display()),
     };
     Error::failed(format!("{shown}: config.json is missing{hint}"))
+}
+
+/// Which GGUF file to give instead of a folder that has some: all of them, but of a split model the first alone.
+fn gguf_files(folder: &Path, names: &[String]) -> Option<String> {
+    let later = |name: &str| {
+        let number = name.rsplit_once("-of-").and_then(|(rest, _)| rest.rsplit_once('-')?.1.parse::<usize>().ok());
+        number.is_some_and(|number| number > 1)
+    };
+    let gguf = |name: &&String| {
+        let path = folder.join(name);
+        !later(name) && path.is_file() && beginning(&path).is_ok_and(|bytes| is_gguf(&bytes))
+    };
+    let found: Vec<String> = names.iter().filter(gguf).map(|name| folder.join(name).display().to_string()).collect();
+    match &found[..] {
+        [] => None,
+        [one] => Some(format!("give the file itself, {one}")),
+        several => Some(format!("give one of its files: {}", super::beside::list(several))),
+    }
 }
 
 /// Fails for a folder whose config.json is no language model's.
@@ -284,13 +314,8 @@ pub(super) fn check_weights(folder: &Path) -> Result<()> {
     if names.iter().any(|name| name == ADAPTER_CONFIG || ADAPTER_WEIGHTS.contains(&&name[..])) {
         return Err(adapter(folder));
     }
-    let gguf = |name: &&String| {
-        let path = folder.join(name);
-        path.is_file() && beginning(&path).is_ok_and(|bytes| is_gguf(&bytes))
-    };
-    if let Some(name) = names.iter().find(gguf) {
-        let path = folder.join(name);
-        return Err(Error::failed(format!("{shown}: its weights are GGUF; give the file itself, {}", path.display())));
+    if let Some(files) = gguf_files(folder, &names) {
+        return Err(Error::failed(format!("{shown}: its weights are GGUF; {files}")));
     }
     let other = [".h5", ".msgpack", ".onnx", ".npz", ".ot", ".ckpt", ".tflite", ".nemo"];
     match names.iter().find(|name| other.iter().any(|ending| name.ends_with(ending))) {
@@ -303,10 +328,12 @@ pub(super) fn check_weights(folder: &Path) -> Result<()> {
 
 /// Says of weights that are missing when a download of them is not complete.
 pub(super) fn explain_missing(folder: &Path, error: formats::Error) -> Error {
-    match unfinished(folder).filter(|_| matches!(error.kind, formats::error::Kind::Missing(_))) {
+    let formats::error::Kind::Missing(what) = &error.kind else { return error.into() };
+    match unfinished(folder) {
         Some(name) => {
             Error::failed(format!("{error}, and a download is not complete ({name}); run the download again"))
         }
+        None if what.starts_with("shard ") => Error::failed(format!("{error}; fetch it, or download the model again")),
         None => error.into(),
     }
 }

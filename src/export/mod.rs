@@ -6,5 +6,6 @@ pub mod metadata;
 pub mod mixes;
 pub mod names;
 mod pretokenizer;
+pub(crate) mod probe;
 mod same;
 pub mod tokenizer;

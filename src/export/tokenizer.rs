@@ -6,6 +6,8 @@
 
 mod special;
 
+pub(crate) use special::knows_as_end;
+
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
@@ -98,7 +100,8 @@ fn of_folder(folder: &Path, model_config: &Value, rows: usize, pre: Option<&str>
     let read = |name: &str| Ok::<_, Error>(read_json(&folder.join(name))?.unwrap_or(Value::Null));
     let Some(tokenizer) = TokenizerFiles::of_folder(folder)? else {
         return Err(Error::failed(format!(
-            "{}/tokenizer.json: no such file, and there is no tokenizer.model",
+            "{}/tokenizer.json: no such file, and there is no tokenizer.model; a GGUF file holds its tokenizer: copy it from the model \
+             that this one was made from",
             folder.display()
         )));
     };
@@ -175,6 +178,13 @@ fn write(files: &Files, rows: usize, pre: Option<&str>, out: &mut Written) -> Re
     special::chat_templates(&files.tokenizer.templates, out)
 }
 
+/// Whether a text gets a space before it, and the text after a special token gets none.
+pub(crate) fn spaces_first_alone(json: &Value) -> bool {
+    let first_only = |step: &Value| step["prepend_scheme"] == "first";
+    let steps = json["pre_tokenizer"]["pretokenizers"].as_array();
+    first_only(&json["pre_tokenizer"]) || steps.is_some_and(|steps| steps.iter().any(first_only))
+}
+
 /// Whether every byte has a token, spelt in GPT-2's alphabet.
 fn is_byte_level(json: &Value) -> bool {
     let has = |part: &Value, list: &str| {
@@ -247,8 +257,9 @@ fn byte_level(json: &Value, added: &[(u32, Added)], rows: usize) -> Result<Rows>
         rows.set(id, Token { text: text.to_owned(), score: 0.0, kind: kind::NORMAL }, added)?;
     }
     for (id, token) in added {
-        // Loaders search for the text as it is read.
-        let text = if token.normalized { token.content.clone() } else { decoded(&token.content) };
+        // Loaders search for the text as it is read; but merges make what stands in the vocabulary by its spelling there.
+        let is_piece = rows.tokens.get(*id as usize).is_some_and(|row| row.text == token.content);
+        let text = if token.normalized || is_piece { token.content.clone() } else { decoded(&token.content) };
         let kind = kind_of(token);
         let text = if kind == kind::CONTROL { text } else { text.replace(SPACE, " ") };
         rows.add(*id, Token { text, score: 0.0, kind });
@@ -331,13 +342,13 @@ fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Rows
                     (json.rows, json.space)
                 }
                 _ => {
-                    if model.algorithm == Algorithm::Unigram {
+                    if model.algorithm == Algorithm::Unigram && json["model"]["type"] == "Unigram" {
                         out.notice(UNIGRAM);
                     }
                     if model.normalizes() {
                         out.notice("llama.cpp does not apply tokenizer.model's normalization to texts");
                     }
-                    (rows, model.add_dummy_prefix)
+                    (rows, if *name == sentencepiece::FILE { spaces(json).0 } else { model.add_dummy_prefix })
                 }
             }
         }
@@ -348,27 +359,10 @@ fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Rows
         (None, None) => return Err(Error::failed("tokenizer.model: it cannot be read a second time")),
     };
     let space = files.tokenizer.flag("add_prefix_space").unwrap_or(space);
-    let first_only = |json: &Value| json["prepend_scheme"] == "first";
-    let steps = json["pre_tokenizer"]["pretokenizers"].as_array();
-    if space
-        && !added.is_empty()
-        && (first_only(&json["pre_tokenizer"]) || steps.is_some_and(|s| s.iter().any(first_only)))
-    {
+    if space && !added.is_empty() && spaces_first_alone(json) {
         out.notice(
             "llama.cpp puts a space before the text after each special token, and this tokenizer only before the first: chats are split \
              a little otherwise",
-        );
-    }
-    let space = files.tokenizer.flag("add_prefix_space").unwrap_or(space);
-    let first_only = |step: &Value| step["prepend_scheme"] == "first";
-    let steps = json["pre_tokenizer"]["pretokenizers"].as_array();
-    if space
-        && !added.is_empty()
-        && (first_only(&json["pre_tokenizer"]) || steps.is_some_and(|s| s.iter().any(first_only)))
-    {
-        out.notice(
-            "llama.cpp puts a space before the text after each special token, and this tokenizer before the beginning alone: chats are \
-             split a little otherwise",
         );
     }
     for (id, token) in added {

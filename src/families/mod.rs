@@ -25,6 +25,7 @@ pub mod rope;
 mod smollm3;
 mod spelling;
 mod stablelm;
+mod strict;
 pub mod tying;
 mod unknown;
 
@@ -39,6 +40,7 @@ use crate::graph::{DropRule, Graph, Layer, Moe, Stored};
 use crate::json::{integer, real, shown};
 
 pub use spelling::Settings;
+pub use strict::normalize;
 
 /// A model family.
 pub struct Family {
@@ -138,23 +140,37 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "qwen3_vl", text: ("qwen3_vl_text", true), tied: false, hears_text: false },
 ];
 
-/// The settings of the language model that `config` (config.json) describes, in one spelling: what every reader takes.
-///
-/// Fails for what is of another kind than it must be, as far as it is looked at. Of a family that is not in the list they
-/// are as they were.
-pub fn settings(config: &Value) -> Result<Settings> {
+/// Where a config.json has the settings of its language model.
+struct TextPart {
+    wrapper: Option<&'static Wrapper>,
+    model_type: String,
+    /// They are in `text_config`.
+    inner: bool,
+}
+
+fn text_part(config: &Value) -> TextPart {
     let outer = type_of(config);
     let wrapper = WRAPPERS.iter().find(|wrapper| outer == Some(wrapper.model_type));
-    let part = config.get("text_config").and_then(Value::as_object);
+    let part = config.get("text_config").filter(|part| part.is_object());
     // A text model has no parts, whatever its config.json holds beside its settings.
     let part = part.filter(|_| wrapper.is_some() || outer.is_none_or(|outer| family_of(outer).is_none()));
-    let text = part.or(config.as_object()).cloned().unwrap_or_default();
-    let own = text.get("model_type").and_then(Value::as_str).map(str::to_owned);
+    let own = type_of(part.unwrap_or(config)).map(str::to_owned);
     let model_type = match (part, wrapper) {
         (Some(_), Some(Wrapper { text: (text, true), .. })) => (*text).to_owned(),
         (Some(_), Some(Wrapper { text: (text, false), .. })) => own.unwrap_or_else(|| (*text).to_owned()),
         _ => own.unwrap_or_default(),
     };
+    TextPart { wrapper, model_type, inner: part.is_some() }
+}
+
+/// The settings of the language model that `config` (config.json) describes, in one spelling: what every reader takes.
+///
+/// Fails for what is of another kind than it must be, as far as it is looked at. Of a family that is not in the list they
+/// are as they were.
+pub fn settings(config: &Value) -> Result<Settings> {
+    let TextPart { wrapper, model_type, inner } = text_part(config);
+    let part = config.get("text_config").and_then(Value::as_object).filter(|_| inner);
+    let text = part.or(config.as_object()).cloned().unwrap_or_default();
     let said = |place: &serde_json::Map<String, Value>| place.get("tie_word_embeddings").and_then(Value::as_bool);
     let (above, below) = (config.as_object().and_then(said), part.and_then(said));
     let mut settings = spelling::settled(&model_type, text)?;
@@ -196,7 +212,18 @@ pub fn build(config: &Value) -> Result<Graph> {
             Ok(graph)
         }
         None => {
-            let model_type = Config(&settings.values).text("model_type")?;
+            let model_type = match &settings.model_type[..] {
+                "" => {
+                    let found = config
+                        .get("model_type")
+                        .map_or("is missing".to_owned(), |found| format!("is {}", shown(found)));
+                    return Err(Error::failed(format!(
+                        "config.json: model_type {found}, and it is what names the architecture, as \"llama\"; take the config.json \
+                         that was published with the model"
+                    )));
+                }
+                known => known,
+            };
             Err(Error::failed(format!("config.json: model_type is `{model_type}`, and only {} are supported", known())))
         }
     }
@@ -210,7 +237,7 @@ fn known() -> String {
 
 /// Whether the model that `config` describes is of a family in the list.
 pub fn is_known(config: &Value) -> bool {
-    settings(config).is_ok_and(|settings| family_of(&settings.model_type).is_some())
+    family_of(&text_part(config).model_type).is_some()
 }
 
 /// Fails for a model whose family is unknown, so that it cannot be run.

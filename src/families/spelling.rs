@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 
 use serde_json::{Map, Value, json};
 
+use super::strict;
 use crate::error::{Error, Result};
 use crate::json::{real, shown};
 
@@ -27,19 +28,19 @@ pub struct Settings {
 
 /// What transformers knows of a model type.
 #[derive(serde::Deserialize)]
-struct Class {
-    defaults: Map<String, Value>,
+pub(super) struct Class {
+    pub(super) defaults: Map<String, Value>,
     /// Those that may be null.
     nullable: Vec<String>,
     /// A setting and the keys that stand for it, of which the last wins.
-    spellings: Vec<Vec<String>>,
+    pub(super) spellings: Vec<Vec<String>>,
 }
 
-static CLASSES: LazyLock<HashMap<String, Class>> =
+pub(super) static CLASSES: LazyLock<HashMap<String, Class>> =
     LazyLock::new(|| serde_json::from_str(include_str!("defaults.json")).expect("a committed file"));
 
 /// Settings that shapes of tensors follow from.
-const SIZES: &[&str] = &[
+pub(super) const SIZES: &[&str] = &[
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -139,10 +140,8 @@ pub fn settled(model_type: &str, mut values: Map<String, Value>) -> Result<Setti
             None => {}
             // No size is guessed where one was meant to be.
             Some(Value::Null) if SIZES.contains(&setting.as_str()) => continue,
-            Some(Value::Null) if !class.nullable.contains(setting) => notes.push(format!(
-                "config.json has null for {setting}, which transformers 5 refuses: its default {} is taken",
-                shown(default)
-            )),
+            // One that may not be null was left out when the checkpoint was opened, with a note.
+            Some(Value::Null) if !class.nullable.contains(setting) => {}
             Some(_) => continue,
         }
         left_out.insert(setting.clone());
@@ -155,23 +154,12 @@ pub fn settled(model_type: &str, mut values: Map<String, Value>) -> Result<Setti
             sizes.join(", ")
         ));
     }
-    for (setting, value) in &values {
-        if class.defaults.get(setting).is_some_and(Value::is_u64)
-            && value.is_f64()
-            && real(value).is_some_and(|x| x.fract() == 0.0)
-        {
-            notes.push(format!(
-                "config.json has {} for {setting}, which is read as a whole number here and refused by transformers 5",
-                shown(value)
-            ));
-        }
-    }
     rotary(model_type, &mut values, &mut notes)?;
     Ok(Settings { model_type: model_type.to_owned(), values: values.into(), notes, left_out })
 }
 
 /// The class that reads a model type; some types of wrappers are those of their text too.
-fn class_of(model_type: &str) -> &str {
+pub(super) fn class_of(model_type: &str) -> &str {
     match model_type {
         "qwen2_vl" => "qwen2_vl_text",
         "qwen2_5_vl" => "qwen2_5_vl_text",
@@ -302,12 +290,19 @@ fn flat(
     outside: &Outside,
     notes: &mut Vec<String>,
 ) -> Result<Map<String, Value>> {
-    if let Some(kind) =
-        ["full_attention", "sliding_attention"].iter().find(|kind| own.get(**kind).is_some_and(Value::is_object))
-    {
-        return Err(Error::failed(format!(
-            "config.json: rope_parameters has settings for `{kind}` alone, and models of the type `{class}` have one rotation for all layers"
-        )));
+    let nested = ["full_attention", "sliding_attention"];
+    if let Some(kind) = nested.iter().find(|kind| own.get(**kind).is_some_and(Value::is_object)) {
+        if strict::has_setting(class, "layer_types") {
+            return Err(Error::failed(format!(
+                "config.json: rope_parameters has settings for `{kind}` alone, and models of the type `{class}` have one rotation for \
+                 all layers; write them without `{kind}` around them"
+            )));
+        }
+        own.retain(|key, _| !nested.contains(&&key[..]));
+        notes.push(format!(
+            "config.json has rope_parameters for types of layers, which transformers does not read for `{class}`: what stands beside \
+             them or outside counts, or else its defaults"
+        ));
     }
     let named = |name: &'static str, value: &'_ Option<Value>| said(value).cloned().map(|value| (name, value));
     let (theta, mut partial) = match rotation.form {

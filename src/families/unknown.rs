@@ -45,6 +45,9 @@ const KEPT_ENDS: &[&str] = &["emb", "wte", "wpe", "head", "heads"];
 /// Whole parts of names likewise: Mamba multiplies by these weights itself, without asking the linear.
 const KEPT_WHOLE: &[&str] = &["x_proj", "dt_proj"];
 
+/// Whole parts of names with a word of those above that hold linears: DBRX's attention with the norms around it.
+const HOLDERS: &[&str] = &["norm_attn_norm"];
+
 /// Gates of feed-forward layers, which are linears all the same.
 const QUANTIZED: &[&str] = &["gate_proj", "gate_up_proj", "gate_up"];
 
@@ -172,12 +175,15 @@ pub fn plain_modules(graph: &Graph, source: &Checkpoint, classes: bool) -> Vec<S
         match entry.name.strip_suffix(".weight") {
             Some(module) if quantizable.contains(module) => {}
             Some(module) => modules.push(module.to_owned()),
-            // A stack of experts, for which vLLM asks as if the first of them were stored by itself.
+            // A stack of experts, for which vLLM asks as if the first of them were stored by itself. DBRX's are one level deeper.
             None => {
-                let Some((stack, _)) = entry.name.rsplit_once('.').filter(|(m, _)| m.ends_with("experts")) else {
+                let module = entry.name.rsplit_once('.').map_or("", |(module, _)| module);
+                let Some(stack) =
+                    module.strip_suffix(".mlp").into_iter().chain([module]).find(|m| m.ends_with("experts"))
+                else {
                     continue;
                 };
-                modules.push(stack.to_owned());
+                modules.extend([module, stack].map(str::to_owned));
                 modules.extend(["gate", "up", "down"].map(|what| format!("{stack}.0.{what}_proj")));
             }
         }
@@ -243,7 +249,7 @@ impl<'a> Finder<'a> {
         let last = module.rsplit('.').next()?;
         let is_kept = |part: &str| {
             let gate = part == last && QUANTIZED.contains(&part);
-            KEPT.iter().any(|word| part.contains(word) && !(gate && *word == "gate"))
+            !HOLDERS.contains(&part) && KEPT.iter().any(|word| part.contains(word) && !(gate && *word == "gate"))
                 || KEPT_ENDS.iter().any(|word| part.ends_with(word))
                 || KEPT_WHOLE.contains(&part)
         };

@@ -2,9 +2,11 @@
 //!
 //! The same steps as in published tokenizer.json files that were made from one: rules for characters, `▁` for spaces and
 //! before texts, then BPE with the merges that follow from the pieces' scores, or Unigram. Ids are SentencePiece's own but
-//! for two things that are done as transformers does: special tokens written out in a text become those tokens, and with
-//! `"legacy": false` in tokenizer_config.json, the default of its `LlamaTokenizer`, only a text that does not begin with a space
-//! gets one before it.
+//! for what is done as transformers does: special tokens written out in a text become those tokens, and each text between them is
+//! split for itself. Its `LlamaTokenizer` makes BPE of every model, without rules for characters, puts a space before texts
+//! whatever the model says, and none before a text that begins with one; with `"legacy": false`, its default, none but the first
+//! text gets one. Where transformers 5 leaves out the space or BOS because no class is named, it is alone with that: here
+//! they stay, and a note says so.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
@@ -16,7 +18,7 @@ use formats::container::stand_in::stand_in;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
-use crate::import::gguf_tokenizer::kind;
+use crate::import::gguf_tokenizer::{around, kind};
 use crate::tokenizer::added::{Added, Declared, Sources};
 
 /// The file that is read here.
@@ -30,12 +32,16 @@ pub(crate) fn tokenizer(folder: &Path, beside: &Sources) -> Result<Option<Conver
     let Some(model) = read(folder)? else { return Ok(None) };
     let model = model.map_err(failed)?;
     let declared = beside.declared().map_err(|(file, why)| failed(format!("{file} beside it {why}")))?;
+    let numbered: HashSet<u32> = declared.numbered.iter().map(|(id, _)| *id).collect();
     let added = added_tokens(&model, declared);
     let json = build(&model, beside, &added).map_err(failed)?;
+    let notes = notes(&model, beside, &added);
     let piece = |id: Option<u32>| Some(model.pieces.get(id? as usize)?.text.clone());
     let own = [piece(model.bos), piece(model.eos)];
-    let added = added.into_iter().filter(|(_, (_, declared))| *declared).map(|(id, (token, _))| (id, token)).collect();
-    Ok(Some(Converted { json, added, own }))
+    let added = added.into_iter().filter(|(_, (_, declared))| *declared);
+    let known = |id: &u32| (*id as usize) < model.pieces.len() || numbered.contains(id);
+    let added = added.map(|(id, (token, _))| (Some(id).filter(known), token)).collect();
+    Ok(Some(Converted { json, added, own, notes }))
 }
 
 /// The model in `folder`, or why it is none; `None` without the file.
@@ -75,10 +81,79 @@ pub(crate) fn save_tokenizer(model: &str) -> String {
 /// A tokenizer.model in the form of tokenizer.json.
 pub(crate) struct Converted {
     pub json: Value,
-    /// What the files beside it add, by id.
-    pub added: Vec<(u32, Added)>,
+    /// What the files beside it add, in the order of the ids; without an id where no file and no piece has one.
+    pub added: Vec<(Option<u32>, Added)>,
     /// The model's own BOS and EOS.
     pub own: [Option<String>; 2],
+    /// What transformers does otherwise.
+    pub notes: Vec<String>,
+}
+
+/// Whether the class is one that transformers has rules of its own for, whatever the model says.
+fn is_llama(settings: &Sources) -> bool {
+    settings.class().is_some_and(|class| class.starts_with("LlamaTokenizer"))
+}
+
+/// What a reader of a report should know of how texts are split.
+fn notes(model: &SentencePiece, settings: &Sources, added: &BTreeMap<u32, (Added, bool)>) -> Vec<String> {
+    let mut notes = Vec::new();
+    let no_bos =
+        settings.flag("add_bos_token").is_none() && post_processor(model, settings, added) != around(None, None);
+    if is_llama(settings) {
+        if no_bos {
+            notes.push(
+                "tokenizer_config.json has no add_bos_token, and transformers 5 puts no BOS before texts then: here one is put there, as earlier \
+                 versions and llama.cpp do; say `\"add_bos_token\": true` or `false` in it"
+                    .to_owned(),
+            );
+        }
+        if model.algorithm == Algorithm::Unigram {
+            notes.push(
+                "tokenizer.model is a unigram model, and the class LlamaTokenizer joins its pieces as BPE: texts are split as \
+                 transformers 5 and llama.cpp do, and not as SentencePiece does"
+                    .to_owned(),
+            );
+        }
+        if model.normalizes() {
+            notes.push(
+                "the class LlamaTokenizer does not apply tokenizer.model's normalization to texts, nor is it applied here".to_owned(),
+            );
+        }
+    } else if matches!(
+        settings.class(),
+        None | Some("PreTrainedTokenizerFast" | "PreTrainedTokenizer" | "TokenizersBackend")
+    ) {
+        let space = prefix(model, settings).then_some("a space before texts");
+        let left: Vec<&str> = space.into_iter().chain(no_bos.then_some("BOS")).collect();
+        if !left.is_empty() {
+            let left = left.join(" and without ");
+            notes.push(format!(
+                "transformers 5 reads this tokenizer.model without {left}, as no file names a tokenizer_class of its own: here it is read \
+                 as SentencePiece, earlier versions and llama.cpp do; for a model like Llama 2, tokenizer_config.json should say \
+                 `\"tokenizer_class\": \"LlamaTokenizer\", \"add_bos_token\": true`"
+            ));
+        }
+    }
+    // The library counts on from the last piece, in the order of the ids.
+    let texts: HashSet<&str> = model.pieces.iter().map(|piece| &piece.text[..]).collect();
+    let new = added.iter().filter(|(_, (token, _))| !texts.contains(&token.content[..]));
+    let moved: Vec<String> = new
+        .zip(model.pieces.len() as u32..)
+        .filter(|((id, _), next)| *id != next)
+        .map(|((id, (token, _)), next)| format!("`{}` the id {id}, and transformers 5 gives it {next}", token.content))
+        .collect();
+    if let Some(first) = moved.first() {
+        let others = if moved.len() > 1 { format!("; so {} others", moved.len() - 1) } else { String::new() };
+        notes.push(format!(
+            "the files beside tokenizer.model give {first}{others}: the files' ids are taken, as llama.cpp does"
+        ));
+    }
+    notes
+}
+
+/// Whether texts get a space before them.
+fn prefix(model: &SentencePiece, settings: &Sources) -> bool {
+    settings.flag("add_prefix_space").unwrap_or(model.add_dummy_prefix || is_llama(settings))
 }
 
 /// Added tokens by id: the model's own special pieces, and what the files beside it declare, with true.
@@ -146,16 +221,18 @@ fn build(model: &SentencePiece, settings: &Sources, added: &BTreeMap<u32, (Added
             ));
         }
     }
+    let llama = is_llama(settings);
     let bytes = model.byte_fallback;
     let tokens = match model.algorithm {
-        Algorithm::Bpe => {
+        algorithm if algorithm == Algorithm::Bpe || algorithm == Algorithm::Unigram && llama => {
             let beyond =
                 added.range(model.pieces.len() as u32..).map(|(id, (token, _))| (token.content.clone(), *id as usize));
             let vocab = (0..model.pieces.len()).map(|id| (text(id).clone(), id)).chain(beyond);
             let vocab: Map<String, Value> = vocab.map(|(text, id)| (text, id.into())).collect();
             let merges = merges(&model.pieces, &ids, &|id| text(id) == &model.pieces[id].text);
+            let unknown = (!llama).then(|| text(unknown));
             json!({
-                "type": "BPE", "dropout": null, "unk_token": text(unknown), "continuing_subword_prefix": null,
+                "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
                 "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": bytes, "ignore_merges": false,
                 "vocab": vocab, "merges": merges,
             })
@@ -178,16 +255,21 @@ fn build(model: &SentencePiece, settings: &Sources, added: &BTreeMap<u32, (Added
             }
             json!({"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": bytes})
         }
-        Algorithm::Words | Algorithm::Characters => {
+        _ => {
             return Err("it splits texts at spaces or into characters; only BPE and Unigram models are read".to_owned());
         }
     };
     let (normalizer, pre_tokenizer) = spaces(model, settings);
+    // A token that is looked for in a text with its space before it would be found at the beginning alone.
+    let prepends = !normalizer.is_null() && pre_tokenizer.is_null() && prefix(model, settings);
+    let token = |(id, (token, _)): (&u32, &(Added, bool))| {
+        Added { normalized: token.normalized && !prepends, ..token.clone() }.to_json(*id)
+    };
     Ok(json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
-        "added_tokens": added.iter().map(|(id, (token, _))| token.to_json(*id)).collect::<Vec<_>>(),
+        "added_tokens": added.iter().map(token).collect::<Vec<_>>(),
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": post_processor(model, settings, added),
@@ -202,6 +284,15 @@ const MOST_UNUSED: usize = 1 << 20;
 /// What is done to a text before it is split: the normalizer and the pre-tokenizer.
 fn spaces(model: &SentencePiece, settings: &Sources) -> (Value, Value) {
     let replace = |pattern: Value, content: &str| json!({"type": "Replace", "pattern": pattern, "content": content});
+    let space = if model.escape_whitespaces { "▁" } else { " " };
+    let prefix = prefix(model, settings);
+    let before = |scheme: &str| {
+        let scheme = if prefix { scheme } else { "never" };
+        json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false})
+    };
+    if is_llama(settings) {
+        return (Value::Null, before(if settings.flag("legacy") == Some(true) { "always" } else { "first" }));
+    }
     let mut steps = Vec::new();
     if !model.rules.is_empty() {
         steps.push(json!({"type": "Precompiled", "precompiled_charsmap": base64(&model.rules)}));
@@ -212,15 +303,9 @@ fn spaces(model: &SentencePiece, settings: &Sources) -> (Value, Value) {
         steps.push(replace(json!({"Regex": format!("^ +|{behind}")}), ""));
         steps.push(replace(json!({"Regex": " {2,}"}), " "));
     }
-    let space = if model.escape_whitespaces { "▁" } else { " " };
-    let prefix = settings.flag("add_prefix_space").unwrap_or(model.add_dummy_prefix);
     let mut pre_tokenizer = Value::Null;
-    // What names transformers' own class and does not say is no legacy to it.
-    let legacy =
-        settings.flag("legacy").unwrap_or(!settings.class().is_some_and(|class| class.starts_with("LlamaTokenizer")));
-    if !legacy && model.escape_whitespaces {
-        let scheme = if prefix { "first" } else { "never" };
-        pre_tokenizer = json!({"type": "Metaspace", "replacement": space, "prepend_scheme": scheme, "split": false});
+    if settings.flag("legacy") == Some(false) && model.escape_whitespaces {
+        pre_tokenizer = before("first");
     } else {
         if prefix {
             steps.push(json!({"type": "Prepend", "prepend": space}));
@@ -270,7 +355,7 @@ fn post_processor<'a>(model: &SentencePiece, settings: &Sources, added: &'a BTre
     };
     let bos = special("bos", model.bos.or(Some(u32::MAX)), true);
     let eos = special("eos", model.eos.or(Some(u32::MAX)), false);
-    crate::import::gguf_tokenizer::around(bos, eos)
+    around(bos, eos)
 }
 
 /// Bytes in base64.

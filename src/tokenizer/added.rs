@@ -10,7 +10,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::read_json;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The file of settings.
 pub(crate) const CONFIG: &str = "tokenizer_config.json";
@@ -93,6 +93,8 @@ pub(crate) struct Sources {
     pub config: Value,
     pub map: Value,
     pub added: Value,
+    /// The class of config.json, which is asked where tokenizer_config.json has none.
+    pub class: Option<String>,
 }
 
 /// Special tokens by name.
@@ -116,17 +118,25 @@ pub(crate) type Flaw = (&'static str, String);
 
 impl Sources {
     pub fn read(folder: &Path) -> Result<Sources> {
-        let json_of = |name: &str| Ok::<_, crate::Error>(read_json(&folder.join(name))?.unwrap_or(Value::Null));
-        Ok(Sources { config: json_of(CONFIG)?, map: json_of(MAP)?, added: json_of(ADDED)? })
+        let json_of = |name: &str| match read_json(&folder.join(name))? {
+            None => Ok(Value::Null),
+            Some(json) if json.is_object() => Ok(json),
+            Some(_) => Err(Error::failed(format!(
+                "{}: not a JSON object, and no tokenizer loads with it; fetch the file again",
+                folder.join(name).display()
+            ))),
+        };
+        let class = json_of("config.json")?["tokenizer_class"].as_str().map(str::to_owned);
+        Ok(Sources { config: json_of(CONFIG)?, map: json_of(MAP)?, added: json_of(ADDED)?, class })
     }
 
     pub fn flag(&self, name: &str) -> Option<bool> {
         self.config[name].as_bool()
     }
 
-    /// The class of tokenizer_config.json.
+    /// The class of tokenizer_config.json, or else of config.json.
     pub fn class(&self) -> Option<&str> {
-        self.config["tokenizer_class"].as_str()
+        self.config["tokenizer_class"].as_str().or(self.class.as_deref())
     }
 
     /// Whether tokenizer_config.json says everything, so that the older files are not looked at.
@@ -204,7 +214,7 @@ impl Sources {
         match self.config["added_tokens_decoder"].as_object() {
             Some(decoder) => {
                 for (id, token) in decoder {
-                    let read = id.parse::<u32>().ok().zip(Added::read(token, None));
+                    let read = id.trim().parse::<u32>().ok().zip(Added::read(token, None));
                     declared.numbered.push(read.ok_or_else(|| {
                         (CONFIG, format!("has an entry in added_tokens_decoder, `{id}`, without an id or a content"))
                     })?);
@@ -231,6 +241,33 @@ impl Sources {
         Ok(declared)
     }
 
+    /// Settings of a kind that transformers loads no tokenizer with, each with what it is.
+    pub fn misshapen(&self) -> Vec<String> {
+        let mut found = Vec::new();
+        let mut tell = |key: &str, value: &Value| found.push(format!("{key} is `{}`", shortened(value)));
+        for short in NAMES {
+            let (key, value) = (format!("{short}_token"), &self.config[format!("{short}_token")]);
+            if !(value.is_null() || value.is_string() || value["content"].is_string()) {
+                tell(&key, value);
+            }
+        }
+        if let value @ (Value::Bool(_) | Value::Number(_)) = &self.config["chat_template"] {
+            tell("chat_template", value);
+        }
+        let decoder = &self.config["added_tokens_decoder"];
+        if !decoder.is_null() && !decoder.is_object() {
+            tell("added_tokens_decoder", decoder);
+        }
+        let plain = |token: &&Value| token.is_string() || token["__type"].is_string();
+        for key in ["additional_special_tokens", "extra_special_tokens"] {
+            let list = self.config[key].as_array().into_iter().flatten();
+            if let Some(value) = list.into_iter().find(|token| !plain(token)) {
+                tell(&format!("a token of {key}"), value);
+            }
+        }
+        found
+    }
+
     /// What stands in files that are not looked at, and is none of the tokens that `known` knows.
     pub fn passed_over(&self, known: &dyn Fn(&str) -> bool) -> Option<String> {
         if !self.is_whole() {
@@ -250,6 +287,15 @@ impl Sources {
         Some(format!(
             "{file} names `{text}`{others}, which are no tokens to transformers, as {CONFIG} has an added_tokens_decoder without them"
         ))
+    }
+}
+
+/// The beginning of a value as JSON.
+fn shortened(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(40) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
     }
 }
 
@@ -280,7 +326,14 @@ impl Declared {
                 return;
             }
             match places.get(&token.content) {
-                Some(&place) if replaces => merged[place].token = token.clone(),
+                Some(&place) if replaces => {
+                    let known = &mut merged[place];
+                    // The vocabulary keeps its id; that of another file is told.
+                    if id.is_some() && id != known.id && file != known.file {
+                        (known.id, known.file) = (id, file);
+                    }
+                    known.token = token.clone();
+                }
                 Some(_) => {}
                 None => {
                     places.insert(token.content.clone(), merged.len());

@@ -6,6 +6,7 @@
 //! take their ids: those that transformers gives.
 
 pub(crate) mod added;
+mod notes;
 mod templates;
 
 use std::path::Path;
@@ -63,9 +64,11 @@ impl TokenizerFiles {
         let templates = Templates::of_folder(folder, &sources.config)?;
         let Some(mut json) = read_json(&folder.join(FILE))? else {
             let Some(found) = sentencepiece::tokenizer(folder, &sources)? else { return Ok(None) };
-            let stated = found.added.iter().map(|(id, token)| Stated::new(*id, token.clone())).collect();
-            return Self::build(folder, sentencepiece::FILE, found.json, stated, sources, templates, found.own)
-                .map(Some);
+            let stated = found.added.into_iter().map(|(id, token)| Stated { token, id, file: FILE }).collect();
+            let mut files =
+                Self::build(folder, sentencepiece::FILE, found.json, stated, sources, templates, found.own)?;
+            files.notices.splice(0..0, found.notes);
+            return Ok(Some(files));
         };
         // A list that is not as it has to be is left to the library, which says what is wrong.
         let stated = match added::of_json(&json) {
@@ -84,7 +87,8 @@ impl TokenizerFiles {
     fn of_gguf(file: &GgufFile) -> Result<TokenizerFiles> {
         let json = gguf_tokenizer::tokenizer_json(file)?;
         let config = gguf_tokenizer::tokenizer_config(file, None)?;
-        let templates = Templates::of_value(&config["chat_template"]);
+        let name = file.path().file_name().unwrap_or_default().to_string_lossy();
+        let templates = Templates::of_value(&config["chat_template"], &name);
         let stated = added::of_json(&json).unwrap_or_default();
         let stated = stated.into_iter().map(|(id, token)| Stated::new(id, token)).collect();
         let sources = Sources { config, ..Sources::default() };
@@ -105,13 +109,17 @@ impl TokenizerFiles {
                 SampleError::Tokenizer { problem, .. } => SampleError::Tokenizer { file: name.to_owned(), problem },
                 other => other,
             };
-            TextError::Model { folder: path.to_owned(), error }
+            TextError::of_model(path, error)
         })?;
         // The library counts on from the vocabulary, whatever ids files give.
         let mut moved = Vec::new();
         let mut added = Vec::with_capacity(stated.len());
+        let mut new = Vec::new();
         for Stated { token, id, file } in stated {
             let Some(found) = tokenizer.token_to_id(&token.content) else { continue };
+            if id.is_none() && !is_in_vocabulary(&json["model"]["vocab"], &token.content, found, name) {
+                new.push((token.content.clone(), found));
+            }
             if let Some(id) = id.filter(|id| *id != found) {
                 moved.push(format!("`{}` the id {id}, and it has {found} ({file})", token.content));
             }
@@ -121,10 +129,27 @@ impl TokenizerFiles {
             json["added_tokens"] = added.iter().map(|(id, token)| token.to_json(*id)).collect();
         }
         let mut notices = Vec::new();
+        let misshapen = sources.misshapen();
+        if !misshapen.is_empty() {
+            notices.push(format!(
+                "{}: {}: transformers loads no tokenizer with that, and here it is left out where it says nothing",
+                added::CONFIG,
+                misshapen.join("; ")
+            ));
+        }
         if let Some(first) = moved.first() {
             let others = if moved.len() > 1 { format!("; so {} others", moved.len() - 1) } else { String::new() };
             notices.push(format!(
                 "the tokenizer's files give {first}{others}: ids are those of the tokenizers library, as in transformers"
+            ));
+        }
+        if let Some((text, id)) = new.first() {
+            let others = if new.len() > 1 { format!("; so {} others", new.len() - 1) } else { String::new() };
+            let key = NAMES.iter().find(|short| sources.named(short).is_some_and(|(_, named)| named == text));
+            let key = key.map_or("a special token".to_owned(), |short| format!("{short}_token"));
+            notices.push(format!(
+                "`{text}` ({key}) is not in the vocabulary: it becomes token {id}, as in transformers, whose embedding the model did not \
+                 learn{others}"
             ));
         }
         notices.extend(sources.passed_over(&|text| tokenizer.token_to_id(text).is_some()));
@@ -153,7 +178,18 @@ impl TokenizerFiles {
         let token = |name: &str| self.special(name).map(|(_, text)| text.to_owned());
         let others = NAMES[2..].iter().filter_map(|name| Some((format!("{name}_token"), token(name)?))).collect();
         let chat_template = self.templates.default.clone();
-        TokenizerConfig { bos_token: token("bos"), eos_token: token("eos"), chat_template, others }
+        let chat_template_file = self.templates.place(templates::DEFAULT).to_owned();
+        TokenizerConfig { bos_token: token("bos"), eos_token: token("eos"), chat_template, chat_template_file, others }
+    }
+}
+
+/// Whether a token of this id stands in the vocabulary itself. What a tokenizer.model lacks was put into its own.
+fn is_in_vocabulary(vocabulary: &Value, text: &str, id: u32, file: &str) -> bool {
+    match vocabulary {
+        _ if file == sentencepiece::FILE => false,
+        Value::Object(vocabulary) => vocabulary.contains_key(text),
+        Value::Array(pieces) => pieces.get(id as usize).is_some_and(|piece| piece[0] == text),
+        _ => true,
     }
 }
 

@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::checkpoint::read_json;
 use crate::error::{Error, Result};
 use crate::text::TextError;
+use crate::tokenizer::added::CONFIG;
 
 /// The folder of templates beside the default one.
 const FOLDER: &str = "additional_chat_templates";
@@ -19,7 +20,14 @@ pub struct Templates {
     pub default: Option<String>,
     /// The others with their names, such as `tool_use`.
     pub others: Vec<(String, String)>,
+    /// Where each stands, by its name: a file within the folder, and the key in it.
+    pub(crate) places: Vec<(String, String)>,
 }
+
+/// The name of the one that is used unless another is asked for.
+pub(crate) const DEFAULT: &str = "default";
+const PLAIN_FILE: &str = "chat_template.jinja";
+const PROCESSOR_FILE: &str = "chat_template.json";
 
 impl Templates {
     /// Those of a folder whose tokenizer_config.json is `config`.
@@ -27,44 +35,52 @@ impl Templates {
     /// chat_template.jinja and `additional_chat_templates/*.jinja` go before tokenizer_config.json, as in transformers, and
     /// that before chat_template.json, which processors of images have.
     pub(crate) fn of_folder(folder: &Path, config: &Value) -> Result<Templates> {
-        let mut found = Templates { default: template_in(&folder.join("chat_template.jinja"))?, others: Vec::new() };
-        for (_, path) in template_files(folder)? {
+        let mut found = Templates::default();
+        if let Some(text) = template_in(&folder.join(PLAIN_FILE))? {
+            found.add(DEFAULT.to_owned(), text, PLAIN_FILE);
+        }
+        for (file, path) in template_files(folder)? {
             let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             if let Some(text) = template_in(&path)? {
-                found.add(name, text);
+                found.add(name, text, &file);
             }
         }
+        let of_config = Templates::of_value(&config["chat_template"], CONFIG);
         if found == Templates::default() {
-            found = Templates::of_value(&config["chat_template"]);
-        }
-        if found.default.is_none() {
-            found.default = Templates::of_value(&config["chat_template"]).default;
+            found = of_config;
+        } else if let Some(text) = of_config.default {
+            found.add(DEFAULT.to_owned(), text, CONFIG);
         }
         if found.default.is_none()
-            && let Some(json) = read_json(&folder.join("chat_template.json"))?
+            && let Some(json) = read_json(&folder.join(PROCESSOR_FILE))?
         {
-            let processor = Templates::of_value(&json["chat_template"]);
-            found.default = processor.default;
-            processor.others.into_iter().for_each(|(name, text)| found.add(name, text));
+            let processor = Templates::of_value(&json["chat_template"], PROCESSOR_FILE);
+            let default = processor.default.map(|text| (DEFAULT.to_owned(), text));
+            default.into_iter().chain(processor.others).for_each(|(name, text)| found.add(name, text, PROCESSOR_FILE));
         }
         Ok(found)
     }
 
+    /// Where the template of this name stands.
+    pub(crate) fn place(&self, name: &str) -> &str {
+        self.places.iter().find(|(other, _)| other == name).map_or("", |(_, place)| place)
+    }
+
     /// A template, a list of objects with `name` and `template`, or an object of templates by name.
-    pub(crate) fn of_value(value: &Value) -> Templates {
+    pub(crate) fn of_value(value: &Value, file: &str) -> Templates {
         let mut found = Templates::default();
         match value {
-            Value::String(text) => found.default = Some(text.clone()),
+            Value::String(text) => found.add(DEFAULT.to_owned(), text.clone(), file),
             Value::Array(list) => {
                 for item in list {
                     if let Some((name, text)) = item["name"].as_str().zip(item["template"].as_str()) {
-                        found.add(name.to_owned(), text.to_owned());
+                        found.add(name.to_owned(), text.to_owned(), file);
                     }
                 }
             }
             Value::Object(table) => {
                 for (name, text) in table {
-                    text.as_str().into_iter().for_each(|text| found.add(name.clone(), text.to_owned()));
+                    text.as_str().into_iter().for_each(|text| found.add(name.clone(), text.to_owned(), file));
                 }
             }
             _ => {}
@@ -73,11 +89,14 @@ impl Templates {
     }
 
     /// The first of a name stays.
-    fn add(&mut self, name: String, text: String) {
-        if name == "default" {
-            self.default.get_or_insert(text);
-        } else if !self.others.iter().any(|(other, _)| *other == name) {
-            self.others.push((name, text));
+    fn add(&mut self, name: String, text: String, file: &str) {
+        if self.places.iter().any(|(other, _)| *other == name) {
+            return;
+        }
+        self.places.push((name.clone(), file.to_owned()));
+        match &name[..] {
+            DEFAULT => self.default = Some(text),
+            _ => self.others.push((name, text)),
         }
     }
 }

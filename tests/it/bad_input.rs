@@ -159,7 +159,7 @@ fn activations_that_overflow_are_an_error() {
 fn a_configuration_that_cannot_be_is_named_by_its_key() {
     let cases: &[(&str, Value, &str)] = &[
         ("model_type", json!("mamba"), "mamba"),
-        ("model_type", Value::Null, "nothing"),
+        ("model_type", Value::Null, "model_type is null, and it is what names the architecture"),
         ("hidden_size", json!("x"), "\"x\""),
         ("hidden_size", json!(-1), "-1"),
         ("hidden_size", json!(1u64 << 60), "hidden_size"),

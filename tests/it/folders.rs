@@ -88,7 +88,7 @@ fn everything_beside_the_weights_goes_along_and_the_rest_is_told() {
         "vision-lora/adapter_model.safetensors",
     ];
     for name in kept {
-        put(&model, name, format!("\"{name}\""));
+        put(&model, name, format!("{{\"name\": \"{name}\"}}"));
     }
     put(&model, "modules.json", r#"[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]"#);
     put(&model, "README.md", "---\nlicense: apache-2.0\ntags: [a]\n---\n# Hers\n");
@@ -595,7 +595,7 @@ fn what_is_no_model_is_told_for_what_it_is() {
         ("pipeline", &["a pipeline of diffusers (FluxPipeline)"]),
         ("pipeline/unet", &["a part of a pipeline of diffusers (UNet2DConditionModel)"]),
         ("meta", &["params.json and consolidated weights"]),
-        ("quants", &["GGUF files (there are 2)", "quants/a-Q4_K_M.gguf"]),
+        ("quants", &["give one of its files: quants/a-Q4_K_M.gguf, quants/b-Q8_0.gguf"]),
         ("gguf", &["its weights are GGUF", "gguf/m.gguf"]),
         ("keras", &["tf_model.h5", "not read"]),
         ("outer", &["config.json is missing; there is one in outer/inner"]),

@@ -208,7 +208,8 @@ fn perplexity_is_what_llama_perplexity_prints() {
         let text = load_text(concat!(env!("CARGO_MANIFEST_DIR"), "/src/demo/evaluation.txt")).unwrap();
         let tokenizer = ModelText::open(&file).unwrap();
         let ids = tokenizer.evaluation_ids(&text).unwrap();
-        let windows = calibration::samples::windows(&ids, 512, Some(8), tokenizer.tokenizer.added_bos()).unwrap();
+        let windows =
+            calibration::samples::windows(&text.name, &ids, 512, Some(8), tokenizer.tokenizer.added_bos()).unwrap();
         let measure = |activations| {
             let mut progress = Progress::new(true);
             let found =

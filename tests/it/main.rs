@@ -2,6 +2,7 @@
 
 mod adapter;
 mod bad_input;
+mod configurations;
 mod cuda;
 mod endings;
 mod evidence;
@@ -10,6 +11,7 @@ mod folders;
 mod gguf;
 mod gguf_families;
 mod golden;
+mod guesses;
 mod harness;
 mod inputs;
 mod matrix;
@@ -20,5 +22,6 @@ mod sentencepiece;
 mod spelling;
 mod stray;
 mod tidy;
+mod tokenizer_notes;
 mod tokenizers;
 mod unknown;

@@ -269,3 +269,46 @@ fn a_weight_that_other_layers_have_is_missed() {
     let words = ["tensor `model.layers.1.self_attn.q_proj.weight` is missing", "its bias is there"];
     room.run(["quantize", "model", "-o", "out"].iter().chain(&RTN)).refuses(1, &words);
 }
+
+/// DBRX has its attention in a module that is called after its norms, and the weights of all experts in one matrix.
+#[test]
+fn attention_among_norms_is_quantized_and_flat_stacks_are_named() {
+    let room = Room::new();
+    let mut tensors = vec![("transformer.wte.weight".to_owned(), vec![96, 64])];
+    let mut linears = BTreeSet::new();
+    for layer in 0..2 {
+        let at = |rest: &str| format!("transformer.blocks.{layer}.{rest}");
+        for (module, rows) in [("norm_attn_norm.attn.Wqkv", 96), ("norm_attn_norm.attn.out_proj", 64)] {
+            tensors.push((at(&format!("{module}.weight")), vec![rows, 64]));
+            linears.insert(at(module));
+        }
+        tensors.push((at("norm_attn_norm.norm_1.weight"), vec![64]));
+        tensors.push((at("ffn.router.layer.weight"), vec![4, 64]));
+        tensors.extend(["w1", "v1", "w2"].map(|part| (at(&format!("ffn.experts.mlp.{part}")), vec![4 * 32, 64])));
+    }
+    tensors.push(("lm_head.weight".to_owned(), vec![96, 64]));
+    let config = json!({"model_type": "dbrx", "architectures": ["DbrxForCausalLM"], "n_layers": 2});
+    write(&room.path("model"), &config, &tensors);
+    for (index, layout) in LAYOUTS.iter().enumerate() {
+        let out = format!("out-{index}");
+        room.run(["quantize", "model", "-o", &out].iter().chain(&RTN).chain(layout)).succeeds();
+        check(&room.path("model"), &room.path(&out), &linears);
+        let config = std::fs::read_to_string(room.path(&out).join("config.json")).unwrap();
+        assert!(config.contains("ffn") && config.contains("experts"), "{config}");
+    }
+}
+
+#[test]
+fn only_classes_that_ask_for_packed_weights_are_said_to() {
+    let room = Room::new();
+    let (tensors, _) = unheard_of();
+    for (model_type, asks) in [("falcon", true), ("t5", true), ("bloom", false), ("opt", false), ("unheard_of", false)]
+    {
+        let config = json!({"model_type": model_type});
+        write(&room.path(model_type), &config, &tensors);
+        let out = format!("out-{model_type}");
+        let run = room.run(["quantize", model_type, "-o", &out].iter().chain(&RTN).chain(&LAYOUTS[0]));
+        run.succeeds();
+        assert_eq!(run.stderr().contains("dequantize=True"), asks, "{model_type}: {}", run.stderr());
+    }
+}

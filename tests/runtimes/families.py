@@ -33,6 +33,8 @@ import sys
 import tempfile
 import time
 
+from ending import end
+
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -422,15 +424,8 @@ def main():
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     result = table(names, options.only, cells)
-    if options.docs:
-        text = options.docs.read_text()
-        (before, rest), end = text.split(MARKS[0]), MARKS[1]
-        options.docs.write_text(before + MARKS[0] + "\n" + result + "\n" + end + rest.split(end)[1])
-    print(result)
-    for line in wrong:
-        say(f"FAILED {line}")
-    say(f"{len(cells)} cells, {len(wrong)} not as quantc says; {time.time() - started:.0f} s")
-    return 1 if wrong else 0
+    summary = f"{len(cells)} cells, {len(wrong)} not as quantc says; {time.time() - started:.0f} s"
+    return end(options, MARKS, result, wrong, summary, say)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ For each family, with random weights of transformers' own class:
    from betting on all tokens alike for that to say something;
 5. every matrix in the file that has no codes has to be left out by the configuration, and every other not, as the runtimes
    themselves read it: of compressed-tensors by the library, of GPTQ (`dynamic`) and AWQ (`modules_to_not_convert`) by the
-   rules of vLLM and transformers.
+   rules of vLLM and transformers;
+6. the report's note that the file loads only with `dequantize=True` has to be there where that is so, and nowhere else.
 
     python3 tests/runtimes/unknown.py                                # all
     python3 tests/runtimes/unknown.py --fast                         # what CI runs
@@ -31,6 +32,7 @@ import tempfile
 import time
 
 import families
+from ending import end
 from families import HERE, ROOT, place_everything, quantc, say
 
 MARKS = "<!-- unknown.py begins -->\n", "<!-- unknown.py ends -->"
@@ -88,6 +90,12 @@ CASES = {
     "modernbert": ("modernbert", "ModernBertForMaskedLM", SIZES | {"pad_token_id": 0}),
     "t5": ("t5", "T5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}),
     "t5_gated": ("t5", "T5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 2, "d_ff": 96, "num_layers": 2, "num_heads": 32, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "umt5": ("umt5", "UMT5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}),
+    "longt5": ("longt5", "LongT5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}),
+    "switch_transformers": ("switch_transformers", "SwitchTransformersForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4, "num_experts": 2}),
+    "modernbert_decoder": ("modernbert-decoder", None, SIZES | {"pad_token_id": 0}),
+    "nanochat": ("nanochat", None, GROUPED),
+    "dbrx": ("dbrx", None, {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}),
     "bart": ("bart", "BartForConditionalGeneration", BART),
     "llava_apertus": ("llava", "LlavaForConditionalGeneration", {"image_token_index": VOCABULARY - 1, "text_config": {"model_type": "apertus"} | GROUPED, "vision_config": {"model_type": "clip_vision_model"} | VISION}),
 }  # fmt: skip
@@ -280,12 +288,15 @@ def artifacts(options, folder, name):
     code, said = quantc(options.quantc, "convert", folders["ct"], "-o", folder / f"{name}-plain", "--dtype", "f32")
     if code:
         raise RuntimeError(f"quantc convert ended with {code}: {said[-600:]}")
-    return folders | {"plain": str(folder / f"{name}-plain")}, refused
+    notes = json.loads((folder / f"{name}-ct" / "report.json").read_text())["notes"]
+    return folders | {"plain": str(folder / f"{name}-plain")}, refused, any("dequantize=True" in note for note in notes)
 
 
-def judge(found):
+def judge(found, noted):
     if "error" in found:
         return found["error"]
+    if bool(found.get("dense")) != noted:
+        return f"the report {'says' if noted else 'does not say'} that it loads with dequantize=True alone"
     if not found["kl"] <= KL:  # nor is NaN
         return f"KL {found['kl']:.1e}"
     if not found["difference"] <= TOLERANCE:
@@ -327,7 +338,7 @@ def main():
             found = made[item["name"], None]
             if "error" not in found:
                 try:
-                    item["folders"], item["refused"] = artifacts(options, folder, item["name"])
+                    item["folders"], item["refused"], item["noted"] = artifacts(options, folder, item["name"])
                 except RuntimeError as error:
                     found["error"] = str(error)
         say(f"written after {time.time() - started:.0f} s")
@@ -338,7 +349,7 @@ def main():
             shutil.rmtree(folder, ignore_errors=True)
     for item in items:
         found = made[item["name"], None]
-        if problem := judge(found):
+        if problem := judge(found, item.get("noted")):
             wrong.append(f"{item['name']}: {problem[:600]}")
             continue
         codes, plain = found["ct_names"]
@@ -349,15 +360,8 @@ def main():
         lines.append(f"| {name} | {codes} | {plain} | {found['kl']:.1e} | {found['difference']:.0e} | {' | '.join(others)} |")
     head = "| family | quantized | left and named | KL | difference from quantc's reading | GPTQ names all | AWQ names all |"
     result = "\n".join([head, "|---" * 7 + "|", *lines]) + "\n"
-    if options.docs:
-        text = options.docs.read_text()
-        (before, rest), end = text.split(MARKS[0]), MARKS[1]
-        options.docs.write_text(before + MARKS[0] + "\n" + result + "\n" + end + rest.split(end)[1])
-    print(result)
-    for line in wrong:
-        say(f"FAILED {line}")
-    say(f"{len(items)} families, {len(wrong)} damaged; {time.time() - started:.0f} s")
-    return 1 if wrong else 0
+    summary = f"{len(items)} families, {len(wrong)} damaged; {time.time() - started:.0f} s"
+    return end(options, MARKS, result, wrong, summary, say)
 
 
 if __name__ == "__main__":

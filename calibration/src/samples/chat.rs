@@ -13,10 +13,15 @@ use super::{Message, SampleError};
 
 const NAME: &str = "chat_template";
 
+/// Steps that a template may take for one conversation, so that one without end is an error; usual ones take some dozens a turn.
+const STEPS: u64 = 20_000_000;
+
 /// A parsed chat template and the special tokens that it may print.
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    /// Where it stands, for messages.
+    file: String,
 }
 
 #[derive(Serialize)]
@@ -28,14 +33,16 @@ struct Context {
 }
 
 impl ChatTemplate {
-    /// Parses a template; `bos` and `eos` become its `bos_token` and `eos_token`.
+    /// Parses a template that stands in `file`; `bos` and `eos` become its `bos_token` and `eos_token`.
     ///
     /// Fails on a syntax error, with its line. A template that asks for today's date gets 26 July 2024, the date that
     /// Llama's template falls back to: the same input must give the same output on every day.
-    pub fn new(source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, SampleError> {
+    pub fn new(file: &str, source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, SampleError> {
+        let located = |error| template_error(file, error);
         let mut environment = Environment::new();
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(template_error)?;
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(located)?;
         environment.set_syntax(syntax);
+        environment.set_fuel(Some(STEPS));
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         environment.set_unknown_method_callback(python_method);
         environment.add_filter("tojson", tojson);
@@ -49,8 +56,13 @@ impl ChatTemplate {
                 environment.add_global(name, token);
             }
         }
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(template_error)?;
-        Ok(Self { environment })
+        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(located)?;
+        Ok(Self { environment, file: file.to_owned() })
+    }
+
+    /// The file in which it stands.
+    pub fn file(&self) -> &str {
+        &self.file
     }
 
     /// Defines one more variable, such as `pad_token` or `unk_token`.
@@ -85,8 +97,10 @@ impl ChatTemplate {
     fn rendered(&self, messages: Vec<serde_json::Value>, tools: &[serde_json::Value]) -> Result<String, SampleError> {
         let tools = (!tools.is_empty()).then(|| tools.to_vec());
         let context = Context { messages, tools, documents: None, add_generation_prompt: false };
-        let template = self.environment.get_template(NAME).map_err(template_error)?;
-        template.render(Value::from(Serde(context))).map_err(template_error)
+        let template = self.environment.get_template(NAME);
+        template
+            .and_then(|one| one.render(Value::from(Serde(context))))
+            .map_err(|error| template_error(&self.file, error))
     }
 }
 
@@ -157,13 +171,17 @@ fn with_text(call: &mut serde_json::Value) {
     }
 }
 
-fn template_error(error: Error) -> SampleError {
-    let what = error.detail().map_or_else(|| error.kind().to_string(), str::to_owned);
+fn template_error(file: &str, error: Error) -> SampleError {
+    let what = match error.kind() {
+        ErrorKind::OutOfFuel => format!("it takes more than {STEPS} steps"),
+        kind => error.detail().map_or_else(|| kind.to_string(), str::to_owned),
+    };
     let what = what.split_whitespace().collect::<Vec<_>>().join(" ");
-    SampleError::Template(match error.line() {
+    let problem = match error.line() {
         Some(line) => format!("{what} (line {line})"),
         None => what,
-    })
+    };
+    SampleError::Template { file: file.to_owned(), problem }
 }
 
 /// Replaces transformers' `{% generation %}` … `{% endgeneration %}`, which only mark the assistant's tokens, by a plain scope.
@@ -392,23 +410,26 @@ mod tests {
     use super::*;
 
     fn render(source: &str, messages: &[Message]) -> Result<String, String> {
-        ChatTemplate::new(source, Some("<s>"), None).and_then(|t| t.render(messages, &[])).map_err(|e| e.to_string())
+        ChatTemplate::new("t.jinja", source, Some("<s>"), None)
+            .and_then(|t| t.render(messages, &[]))
+            .map_err(|e| e.to_string())
     }
 
     #[test]
     fn refusals_and_syntax_errors_are_one_sentence() {
         let refused = render("{% if true %}\n{{ raise_exception('roles must\nalternate') }}{% endif %}", &[]);
-        assert_eq!(refused.unwrap_err(), "chat template: roles must alternate (line 2)");
+        assert_eq!(refused.unwrap_err(), "t.jinja: chat template: roles must alternate (line 2)");
         let broken = render("line\n{% if %}", &[]).unwrap_err();
-        assert!(broken.starts_with("chat template: ") && broken.ends_with("(line 2)"), "{broken}");
+        assert!(broken.starts_with("t.jinja: chat template: ") && broken.ends_with("(line 2)"), "{broken}");
         let missing = render("{{ messages[0].content.nope.nope }}", &[Message::new("user", "a")]).unwrap_err();
-        assert!(missing.starts_with("chat template: "), "{missing}");
+        assert!(missing.starts_with("t.jinja: chat template: "), "{missing}");
     }
 
     #[test]
     fn a_missing_token_prints_nothing() {
         assert_eq!(render("{{ bos_token }}|{{ eos_token }}|{{ tools }}", &[]).unwrap(), "<s>||None");
-        let pad = ChatTemplate::new("{{ pad_token }}", None, None).unwrap().with_variable("pad_token", "<pad>");
+        let pad =
+            ChatTemplate::new("t.jinja", "{{ pad_token }}", None, None).unwrap().with_variable("pad_token", "<pad>");
         assert_eq!(pad.render(&[], &[]).unwrap(), "<pad>");
     }
 

@@ -78,7 +78,8 @@ fn compare(golden: &Value, cases: &str, what: &str, conversation: impl Fn(&str) 
         let (template, name) = (case["template"].as_str().unwrap(), case[what].as_str().unwrap());
         let (source, token) =
             (&golden["templates"][template], |name: &str| golden["templates"][template][name].as_str());
-        let chat = ChatTemplate::new(source["source"].as_str().unwrap(), token("bos"), token("eos")).unwrap();
+        let chat =
+            ChatTemplate::new("t.jinja", source["source"].as_str().unwrap(), token("bos"), token("eos")).unwrap();
         let (messages, tools) = conversation(name);
         let found = chat.render(&messages, &tools);
         let same = match (&found, case.get("rendered"), case.get("refused")) {

@@ -1,18 +1,23 @@
 //! From text to token ids: what calibration observes and what evaluation scores.
 //!
 //! Nothing here opens a file; callers pass the bytes and a name for messages. The parts:
-//! `parse` tells what a file is and turns it into documents, with `record` for one record of a data set, `table` and `parquet` for
-//! files of them; `chat` renders conversations through the model's own template, `tokenizer` wraps tokenizer.json, `select` draws
+//! `parse` tells what a file is and turns it into documents, with `shape` for what no name says, `record` for one record of a data set,
+//! `columns` for those that lie column by column, `table` and `parquet` for files of them, and `records` and `guess` for what the user is
+//! told; `chat` renders conversations through the model's own template, `tokenizer` wraps tokenizer.json, `select` draws
 //! calibration sequences and cuts evaluation windows.
 
 mod chat;
+mod columns;
 #[cfg(test)]
 mod golden;
 mod guard;
+mod guess;
 mod parquet;
 mod parse;
 mod record;
+mod records;
 mod select;
+mod shape;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -82,9 +87,11 @@ pub enum SampleError {
     },
     /// An evaluation text with fewer tokens than one window.
     #[error(
-        "the text has {found} tokens, fewer than one window of {context}; give more text, or --context {found} or less"
+        "{name}: {found} tokens are fewer than one window of {context}; give more text, or --context {found} or less"
     )]
     NoWindow {
+        /// The file or preset.
+        name: String,
         /// Tokens in the whole text.
         found: usize,
         /// Tokens of one window.
@@ -102,8 +109,13 @@ pub enum SampleError {
         problem: String,
     },
     /// The chat template has a syntax error or refused a conversation.
-    #[error("chat template: {0}")]
-    Template(String),
+    #[error("{file}: chat template: {problem}")]
+    Template {
+        /// The file in which it stands.
+        file: String,
+        /// The template's own words, or what is wrong with it.
+        problem: String,
+    },
 }
 
 /// One turn of a conversation, as chat templates see it.
@@ -122,6 +134,11 @@ impl Message {
     /// A turn with nothing but its role and text.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: Value::String(content.into()), extra: serde_json::Map::new() }
+    }
+
+    /// Whether it holds no text and calls nothing.
+    fn is_blank(&self) -> bool {
+        self.text().trim().is_empty() && !self.extra.contains_key("tool_calls")
     }
 
     /// The content as running text.
@@ -166,6 +183,16 @@ impl Document {
     }
 }
 
+/// How many records a file has; all 0 for running text.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Tally {
+    found: usize,
+    /// Left out in reading them.
+    lost: usize,
+    /// Blank ones, which are among the documents.
+    blank: Option<LeftOut>,
+}
+
 /// Records that were left out for one reason.
 #[derive(Clone, Debug, PartialEq)]
 struct LeftOut {
@@ -188,9 +215,20 @@ pub struct Text {
     pub documents: Vec<Document>,
     /// What was left out or guessed in reading it, each a sentence for the report.
     pub notes: Vec<String>,
+    tally: Tally,
 }
 
 impl Text {
+    /// What there is to say of blank records, which calibration leaves out and evaluation keeps.
+    pub fn without_blank(&self) -> Option<String> {
+        let Tally { found, blank, .. } = &self.tally;
+        let LeftOut { place, count, .. } = blank.as_ref()?;
+        let name = &self.name;
+        Some(format!(
+            "{count} of {found} records of {name} are blank and were left out of calibration; the first is {place}"
+        ))
+    }
+
     /// The text as one string, as evaluation reads it: `None` when any document is a conversation or a pair.
     ///
     /// Documents are joined by a blank line; a text with a single document comes back byte for byte.
@@ -232,6 +270,8 @@ pub struct SampleSource {
     /// The template's words on the first of them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub refusal: Option<String>,
+    /// Conversations of which the chat template wrote nothing and that were left out.
+    pub unwritten: usize,
     /// Conversations and pairs rendered through the chat template.
     pub templated: usize,
     /// Conversations and pairs read as plain text, since the model has no chat template.

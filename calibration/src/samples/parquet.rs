@@ -8,7 +8,7 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Value};
 
 use super::guard::guarded;
-use super::parse::Records;
+use super::records::Records;
 use super::{SampleError, record};
 
 /// Reads a whole file. Fails where it is damaged, has no column that is known, or one whose form is not read.
@@ -36,10 +36,15 @@ fn rows(bytes: Vec<u8>) -> Result<Records, String> {
     }
     let projection = Type::group_type_builder(schema.name()).with_fields(known).build().map_err(damaged)?;
     let mut records = Records::default();
+    // It is not read; that it is there is told.
+    let rejected = others.iter().any(|field| field.name() == record::REJECTED);
     for (index, row) in file.get_row_iter(Some(projection)).map_err(damaged)?.enumerate() {
         let row = row.map_err(|error| format!("row {}: {}", index + 1, damaged(error)))?;
-        let fields: Map<String, Value> =
+        let mut fields: Map<String, Value> =
             row.get_column_iter().map(|(name, field)| (name.clone(), value(field))).collect();
+        if rejected {
+            fields.insert(record::REJECTED.to_owned(), true.into());
+        }
         records.add(|| format!("row {}", index + 1), Ok(Value::Object(fields)));
     }
     Ok(records)

@@ -1,9 +1,11 @@
 //! Files into documents: running text, JSON records, and what only looks like either.
 
+use formats::container::stand_in::{is_pointer, stand_in};
 use serde_json::Value;
 
-use super::record::{self, Record};
-use super::{Document, LeftOut, SampleError, Text, parquet, sha256_hex, table};
+use super::records::Records;
+use super::shape::{Shape, is_python, shape};
+use super::{Document, SampleError, Tally, Text, columns, parquet, record, sha256_hex, table};
 
 /// A line that holds only this ends a document of a plain text.
 const SEPARATOR: &str = "<|document|>";
@@ -32,13 +34,13 @@ pub fn parse_txt(name: &str, text: &str) -> Text {
         at += line.len();
     }
     push(&text[start..]);
-    Text { name: name.to_owned(), sha256, documents, notes: Vec::new() }
+    Text { name: name.to_owned(), sha256, documents, notes: Vec::new(), tally: Tally::default() }
 }
 
 /// Reads a file's bytes as what they are.
 ///
-/// Parquet is known by its first bytes, tables by their ending (`.csv`, `.tsv`), JSON by its ending or by what it holds; everything
-/// else is running text, byte for byte. Records that hold nothing to read are left out and counted in [`Text::notes`]. Fails where at
+/// Parquet is known by its first bytes, tables and JSON by their ending or by what they hold; everything else is running text, byte for
+/// byte, with a word on it in [`Text::notes`] where it looks like something else. Records that hold nothing to read are left out and counted in [`Text::notes`]. Fails where at
 /// least half of them are so, and for what is no text: compressed and binary files, unknown encodings.
 pub fn read(name: &str, bytes: Vec<u8>) -> Result<Text, SampleError> {
     let sha256 = sha256_hex(&bytes);
@@ -46,6 +48,9 @@ pub fn read(name: &str, bytes: Vec<u8>) -> Result<Text, SampleError> {
     let refuse = |problem: &str| SampleError::Unread { name: name.to_owned(), problem: problem.to_owned() };
     if let Some(problem) = no_text(&bytes) {
         return Err(refuse(problem));
+    }
+    if let Some(problem) = instead(&ending, &bytes) {
+        return Err(refuse(&problem));
     }
     if bytes.starts_with(b"PAR1") && is_binary(&bytes) {
         return parquet::read(name, bytes)?.finish(name, sha256);
@@ -60,26 +65,45 @@ pub fn read(name: &str, bytes: Vec<u8>) -> Result<Text, SampleError> {
         return Err(SampleError::Empty { name: name.to_owned() });
     }
     let mut read = if JSON.contains(&ending.as_str()) {
-        json(name, content)?.finish(name, sha256.clone())?
+        json(name, content, 0)?.finish(name, sha256.clone())?
     } else {
-        match (looks_like_json(content), table::delimiter(&ending, content)) {
-            (false, Some(delimiter)) => table::read(name, content, delimiter)?.finish(name, sha256.clone())?,
-            (false, None) => parse_txt(name, &text),
-            (true, _) => match json(name, content).and_then(|records| records.finish(name, sha256.clone())) {
-                Ok(mut read) => {
-                    read.notes
+        let shape = shape(&ending, content);
+        let records = match (&shape, table::delimiter(&ending, content)) {
+            (Shape::Json { from }, _) => {
+                let title = content[..*from].lines().count();
+                Some(json(name, &content[*from..], title).map(|mut records| {
+                    records
+                        .notes
                         .push(format!("{name} holds JSON records and was read as such, whatever its name ends in"));
-                    read
-                }
-                Err(_) if RUNNING.contains(&ending.as_str()) => {
-                    let mut read = parse_txt(name, &text);
-                    read.notes.push(format!(
-                        "{name} begins with a JSON object, but does not hold records that are known: it was read as running text"
-                    ));
-                    read
-                }
-                Err(error) => return Err(error),
-            },
+                    if title > 0 {
+                        records
+                            .notes
+                            .push(format!("{name} has records from line {} on; what is above was left out", title + 1));
+                    }
+                    records
+                }))
+            }
+            (_, Some(delimiter)) => Some(table::read(name, content, delimiter)),
+            (Shape::Table { delimiter }, None) => Some(table::read(name, content, *delimiter).map(|mut records| {
+                records.notes.push(format!(
+                    "{name} begins with the header of a table and was read as one, whatever its name ends in"
+                ));
+                records
+            })),
+            _ => None,
+        };
+        let read = records.map(|records| records.and_then(|records| records.finish(name, sha256.clone())));
+        let plain = |what: &str| {
+            let mut read = parse_txt(name, &text);
+            read.notes.push(format!("{name} {what}"));
+            read
+        };
+        match (read, shape) {
+            (Some(Ok(read)), _) => read,
+            (Some(Err(_)), Shape::Json { .. }) if RUNNING.contains(&ending.as_str()) => plain(UNKNOWN_JSON),
+            (Some(Err(error)), _) => return Err(error),
+            (None, Shape::Like(what)) => plain(&what),
+            (None, _) => parse_txt(name, &text),
         }
     };
     // Of a text in another encoding, too, it is the file's.
@@ -89,6 +113,12 @@ pub fn read(name: &str, bytes: Vec<u8>) -> Result<Text, SampleError> {
 }
 
 const JSON: &[&str] = &["json", "jsonl", "ndjson", "jsonlines"];
+/// What there is to say of a file that Python did not write as JSON.
+const PYTHON: &str = ": it is as Python prints it; write each record with `json.dumps`";
+
+/// Lines among which the first record has to be.
+const LOOKED_AT: usize = 4;
+
 const PARQUET: &[&str] = &["parquet", "pq"];
 
 /// Endings of running text, which has to stay as it is unless every sign says otherwise.
@@ -100,14 +130,9 @@ fn ending(name: &str) -> String {
     file.rsplit_once('.').map_or(String::new(), |(_, ending)| ending.to_lowercase())
 }
 
-/// Whether a text begins with an object or a list of them that is whole JSON, or whose first line is.
-fn looks_like_json(content: &str) -> bool {
-    let start = content.trim_start();
-    let object =
-        start.starts_with('{') || start.strip_prefix('[').is_some_and(|rest| rest.trim_start().starts_with('{'));
-    let first = start.lines().next().unwrap_or_default();
-    object && (python_json(first).is_ok() || python_json(content).is_ok())
-}
+/// What to say of JSON that is no records, in a file that says of itself that it is running text.
+const UNKNOWN_JSON: &str = "begins with a JSON object, but does not hold records that are known: it was read as running text; to have \
+     it read as records, give each a `text`, `messages`, or `prompt` and `completion`";
 
 /// What a file is that holds no text, by its first bytes, and what to do about it.
 fn no_text(bytes: &[u8]) -> Option<&'static str> {
@@ -141,6 +166,15 @@ fn no_text(bytes: &[u8]) -> Option<&'static str> {
     // Letters alone may begin a text as well.
     let sure = |magic: &[u8]| !magic.iter().all(u8::is_ascii_graphic) || is_binary(bytes);
     KINDS.iter().find(|(magic, _)| bytes.starts_with(magic) && sure(magic)).map(|(_, problem)| *problem)
+}
+
+/// What lies in the place of a file that was never fetched. A page of HTML may be meant where the name does not say records.
+fn instead(ending: &str, bytes: &[u8]) -> Option<String> {
+    const ANSWER: usize = 256;
+    let records = JSON.contains(&ending) || PARQUET.contains(&ending) || ["csv", "tsv"].contains(&ending);
+    let page = bytes.trim_ascii_start().starts_with(b"<");
+    let sure = is_pointer(bytes) || records || bytes.len() <= ANSWER && !page;
+    stand_in(bytes).filter(|_| sure && !bytes.is_empty())
 }
 
 fn is_binary(bytes: &[u8]) -> bool {
@@ -180,102 +214,10 @@ fn decode(name: &str, bytes: Vec<u8>, notes: &mut Vec<String>) -> Result<String,
     }
 }
 
-/// Records as they are read, those that hold nothing left out and counted.
-#[derive(Default)]
-pub(super) struct Records {
-    documents: Vec<Document>,
-    found: usize,
-    left_out: Vec<LeftOut>,
-    more_than_text: usize,
-    notes: Vec<String>,
-}
-
-impl Records {
-    /// Takes the record at a place such as `line 3`.
-    pub fn add(&mut self, place: impl FnOnce() -> String, record: Result<Value, String>) {
-        self.found += 1;
-        match record.and_then(|record| record::read(&record)) {
-            Ok(Record { document, more_than_text }) => {
-                self.documents.push(document);
-                self.more_than_text += usize::from(more_than_text);
-            }
-            Err(problem) => self.leave_out(place, problem),
-        }
-    }
-
-    fn leave_out(&mut self, place: impl FnOnce() -> String, problem: String) {
-        let reason = without_numbers(&problem);
-        match self.left_out.iter_mut().find(|one| without_numbers(&one.problem) == reason) {
-            Some(one) => one.count += 1,
-            None => self.left_out.push(LeftOut { place: place(), problem, count: 1 }),
-        }
-    }
-
-    /// The text; an error where at least half of the records are of no use, or nothing at all is left.
-    pub fn finish(mut self, name: &str, sha256: String) -> Result<Text, SampleError> {
-        let lost: usize = self.left_out.iter().map(|one| one.count).sum();
-        if let Some(first) = self.left_out.first().filter(|_| 2 * lost >= self.found) {
-            let most = self.left_out.iter().max_by_key(|one| one.count).unwrap_or(first);
-            // The commonest reason is the one to mend; among equals the first.
-            let told = if most.count > first.count { most } else { first };
-            let of = if self.found > 1 {
-                format!("; {lost} of {} records cannot be used", self.found)
-            } else {
-                String::new()
-            };
-            return Err(SampleError::Record {
-                name: name.to_owned(),
-                place: told.place.clone(),
-                problem: format!("{}{of}", told.problem),
-            });
-        }
-        if self.documents.iter().all(Document::is_blank) {
-            return Err(SampleError::Empty { name: name.to_owned() });
-        }
-        if lost > 0 {
-            self.notes.push(format!(
-                "{lost} of {} records of {name} were left out: {}",
-                self.found,
-                reasons(&self.left_out)
-            ));
-        }
-        if self.more_than_text > 0 {
-            self.notes.push(format!(
-                "{} of {} records of {name} hold images or other parts that are not text, which were left out",
-                self.more_than_text, self.found
-            ));
-        }
-        Ok(Text { name: name.to_owned(), sha256, documents: self.documents, notes: self.notes })
-    }
-}
-
-/// The reasons for which records were left out, the commonest first, each with the first record it is true of.
-fn reasons(left_out: &[LeftOut]) -> String {
-    const TOLD: usize = 4;
-    let mut sorted: Vec<&LeftOut> = left_out.iter().collect();
-    sorted.sort_by_key(|one| std::cmp::Reverse(one.count));
-    let mut told: Vec<String> = sorted
-        .iter()
-        .take(TOLD)
-        .map(|one| match one.count {
-            1 => format!("{}: {}", one.place, one.problem),
-            count => format!("{count} from {} on: {}", one.place, one.problem),
-        })
-        .collect();
-    let others: usize = sorted.iter().skip(TOLD).map(|one| one.count).sum();
-    if others > 0 {
-        told.push(format!("{others} for other reasons"));
-    }
-    told.join("; ")
-}
-
-/// A problem without the numbers in it, so that the same one at another turn counts as the same.
-fn without_numbers(problem: &str) -> String {
-    problem.chars().filter(|c| !c.is_ascii_digit()).collect()
-}
-
 /// Records of a JSON text: one a line, a list of them, one after the other, or such a list inside an object.
-fn json(name: &str, text: &str) -> Result<Records, SampleError> {
+///
+/// `above` lines of the file stand before it.
+fn json(name: &str, text: &str, above: usize) -> Result<Records, SampleError> {
     let mut records = Records::default();
     let whole = match python_json(text) {
         Ok(value) => {
@@ -286,12 +228,16 @@ fn json(name: &str, text: &str) -> Result<Records, SampleError> {
     };
     let container = |line: &str| python_json(line).is_ok_and(|value| !value.is_number());
     let lines = || text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    // The first line may be the one that is damaged.
-    if lines().count() > 1 && lines().take(2).any(|(_, line)| container(line)) {
+    // The first lines may be the ones that are damaged.
+    if lines().count() > 1 && lines().take(LOOKED_AT).any(|(_, line)| container(line)) {
         for (index, line) in lines() {
+            let place = || format!("line {}", above + index + 1);
             let record = python_json(line)
                 .map_err(|error| format!("not JSON ({}); each line must be one JSON object", json_words(&error)));
-            records.add(|| format!("line {}", index + 1), record);
+            match record {
+                Ok(value) => add(name, value, &place, &mut records),
+                Err(problem) => records.add(place, Err(problem)),
+            }
         }
         return Ok(records);
     }
@@ -299,14 +245,14 @@ fn json(name: &str, text: &str) -> Result<Records, SampleError> {
     match stream {
         Ok(values) => {
             for (index, value) in values.into_iter().enumerate() {
-                records.add(|| format!("record {}", index + 1), Ok(value));
+                add(name, value, &|| format!("record {}", index + 1), &mut records);
             }
             Ok(records)
         }
         Err(_) => Err(SampleError::Record {
             name: name.to_owned(),
-            place: format!("line {}, column {}", whole.line(), whole.column()),
-            problem: format!("not JSON ({})", json_words(&whole)),
+            place: format!("line {}, column {}", above + whole.line(), whole.column()),
+            problem: format!("not JSON ({}){}", json_words(&whole), if is_python(text) { PYTHON } else { "" }),
         }),
     }
 }
@@ -346,12 +292,30 @@ fn whole(name: &str, value: Value, records: &mut Records) {
         other => vec![other],
     };
     for (index, record) in list.into_iter().enumerate() {
-        records.add(|| format!("record {}", index + 1), Ok(record));
+        add(name, record, &|| format!("record {}", index + 1), records);
+    }
+}
+
+/// Takes a value as the record it is, or as those that it holds column by column.
+fn add(name: &str, value: Value, place: &dyn Fn() -> String, records: &mut Records) {
+    let held = value.as_object().and_then(columns::records);
+    match held {
+        Some((how, Ok(rows))) => {
+            let note = format!("{name} holds its records {how} and was read as such");
+            if !records.notes.contains(&note) {
+                records.notes.push(note);
+            }
+            for (index, row) in rows.into_iter().enumerate() {
+                add(name, row, &|| format!("{}, row {}", place(), index + 1), records);
+            }
+        }
+        Some((_, Err(problem))) => records.add(place, Err(problem)),
+        None => records.add(place, Ok(value)),
     }
 }
 
 /// A JSON value as Python's `json` reads and writes it: `NaN` and `Infinity` stand for numbers, and are null here.
-fn python_json(text: &str) -> Result<Value, serde_json::Error> {
+pub(super) fn python_json(text: &str) -> Result<Value, serde_json::Error> {
     serde_json::from_str(text).or_else(|error| {
         let replaced = without_nan(text).ok_or(error)?;
         serde_json::from_str(&replaced)
@@ -394,7 +358,7 @@ fn without_nan(text: &str) -> Option<String> {
 }
 
 /// serde_json's message without its own " at line 1 column 5", which counts within one record.
-fn json_words(error: &serde_json::Error) -> String {
+pub(super) fn json_words(error: &serde_json::Error) -> String {
     let words = error.to_string();
     words.split(" at line ").next().unwrap_or_default().to_owned()
 }

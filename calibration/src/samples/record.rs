@@ -2,6 +2,8 @@
 
 use serde_json::{Map, Value, json};
 
+pub(super) use super::guess::Guess;
+use super::guess::Told;
 use super::{Document, Message};
 
 /// Fields that hold a conversation, in the order in which they are looked for.
@@ -23,14 +25,20 @@ const SYSTEMS: &[&str] = &["system", "system_prompt", "system_message"];
 const TEXTS: &[&str] = &["content", "raw_content", "article", "document", "passage", "code", "prompt", "chosen"];
 
 /// Fields under which another program packed the record itself.
-const WRAPPERS: &[&str] = &["row", "body", "data"];
+pub(super) const WRAPPERS: &[&str] = &["row", "body", "data"];
+
+/// The field of a preference that is never read.
+pub(super) const REJECTED: &str = "rejected";
+
+/// Roles that chat templates are written for; `message` makes others into these.
+const ROLES: &[&str] = &["system", "user", "assistant", "tool", "developer", "ipython"];
 
 /// A record that was read.
 #[derive(Debug, PartialEq)]
 pub(super) struct Record {
     pub document: Document,
-    /// It also holds images or other parts that are not text, which were left out.
-    pub more_than_text: bool,
+    /// What was guessed or passed over in reading it.
+    pub guesses: Vec<Guess>,
 }
 
 /// Whether a column of this name may take part in a record.
@@ -44,6 +52,11 @@ pub(super) fn is_content(column: &str) -> bool {
     column == "text" || [CONVERSATIONS, PROMPTS, COMPLETIONS, TEXTS].iter().any(|set| set.contains(&column))
 }
 
+/// Whether a field of this name holds a conversation.
+pub(super) fn is_conversation(key: &str) -> bool {
+    CONVERSATIONS.contains(&key)
+}
+
 /// Whether every item of a list is one turn of a conversation.
 pub(super) fn are_turns(list: &[Value]) -> bool {
     let turn = |item: &Value| {
@@ -55,7 +68,7 @@ pub(super) fn are_turns(list: &[Value]) -> bool {
 
 /// Reads one record; the error says what it lacks.
 pub(super) fn read(record: &Value) -> Result<Record, String> {
-    let mut reader = Reader { more_than_text: false };
+    let mut reader = Reader::default();
     let document = match record {
         Value::String(text) => Document::Plain(text.clone()),
         Value::Array(list) if are_turns(list) => {
@@ -65,7 +78,7 @@ pub(super) fn read(record: &Value) -> Result<Record, String> {
         Value::Object(fields) => reader.object(fields)?,
         other => return Err(format!("expected a JSON object, found {}", kind(other))),
     };
-    Ok(Record { document, more_than_text: reader.more_than_text })
+    Ok(Record { document, guesses: reader.guesses })
 }
 
 /// A field's value, where it is there and not null.
@@ -88,22 +101,66 @@ impl Half {
     }
 }
 
+#[derive(Default)]
 struct Reader {
-    more_than_text: bool,
+    guesses: Vec<Guess>,
+    /// The fields that were read.
+    read: Vec<String>,
 }
 
 impl Reader {
     fn object(&mut self, fields: &Map<String, Value>) -> Result<Document, String> {
+        let document = self.fields(fields)?;
+        let told = Told::new(&document);
+        let other = |(key, value): &(&String, &Value)| is_known(key) && !self.read.contains(key) && !told.holds(value);
+        // What a chat template gets beside the turns is no text of the record.
+        let others: Vec<String> = fields
+            .iter()
+            .filter(|(key, _)| !["tools", "functions"].contains(&key.as_str()))
+            .filter(other)
+            .map(|(key, _)| key.clone())
+            .collect();
+        if !others.is_empty() {
+            self.guess(Guess::Unread { read: self.read.clone(), others });
+        }
+        if self.read.iter().any(|key| key == "chosen") && given(fields, REJECTED).is_some() {
+            self.guess(Guess::Rejected);
+        }
+        Ok(document)
+    }
+
+    /// Notes a guess about the record, once.
+    fn guess(&mut self, guess: Guess) {
+        match self.guesses.iter_mut().find(|known| known.is_of_kind(&guess)) {
+            Some(known) => known.join(guess),
+            None => self.guesses.push(guess),
+        }
+    }
+
+    fn reads(&mut self, keys: &[&str]) {
+        self.read = keys.iter().map(|key| (*key).to_owned()).collect();
+    }
+
+    fn fields(&mut self, fields: &Map<String, Value>) -> Result<Document, String> {
+        let plain = fields.get("text").is_some_and(Value::is_string);
         if let Some(Value::String(text)) = fields.get("text")
             && !text.trim().is_empty()
         {
+            self.reads(&["text"]);
             return Ok(Document::Plain(text.clone()));
         }
         for key in CONVERSATIONS {
             if let Some(value) = given(fields, key) {
+                // A row of blank text may have an empty list beside it.
+                if plain && value.as_array().is_some_and(Vec::is_empty) {
+                    continue;
+                }
+                self.reads(&[key]);
                 let mut messages = system(fields)?;
-                let list =
-                    list(value).ok_or_else(|| format!("`{key}` must be a list of messages, found {}", kind(value)))?;
+                let list = list(value).ok_or_else(|| match value.as_str().is_some_and(is_python_turns) {
+                    true => format!("`{key}` {PYTHON_LIST}"),
+                    false => format!("`{key}` must be a list of messages, found {}", kind(value)),
+                })?;
                 let turns = self.turns(key, &list)?;
                 if turns.first().is_some_and(|first| first.role == "system") {
                     messages.clear();
@@ -119,6 +176,7 @@ impl Reader {
             match given(fields, key) {
                 Some(Value::Object(inner)) => return self.object(inner),
                 Some(Value::Array(turns)) if turns.len() > 1 && turns.iter().all(Value::is_string) => {
+                    self.reads(&[key]);
                     let messages = self.turns(key, turns)?;
                     return self.chat(key, messages, fields);
                 }
@@ -126,11 +184,13 @@ impl Reader {
             }
         }
         if fields.contains_key("role") && fields.contains_key("content") {
+            self.reads(&["content"]);
             let messages = self.turns("message", &[Value::Object(fields.clone())])?;
             return self.chat("message", messages, fields);
         }
         for key in TEXTS {
             if let Some(value) = given(fields, key) {
+                self.reads(&[key]);
                 return match self.half(key, value)? {
                     Half::Text(text) => Ok(Document::Plain(text)),
                     Half::Turns(turns) => self.chat(key, turns, fields),
@@ -161,6 +221,9 @@ impl Reader {
         if messages.is_empty() {
             return Err(format!("`{key}` is empty"));
         }
+        if messages.iter().all(Message::is_blank) {
+            return Err(format!("`{key}` holds no text"));
+        }
         Ok(Document::Chat { messages, tools: tools(fields)? })
     }
 
@@ -171,6 +234,7 @@ impl Reader {
             return Ok(None);
         };
         let (mut prompt, completion) = (self.half(asked, prompt)?, self.half(answered, completion)?);
+        self.reads(&[asked, answered]);
         if let Half::Text(text) = &mut prompt {
             for key in ADDITIONS.iter().filter(|key| **key != asked) {
                 if let Some(more) = given(fields, key) {
@@ -193,6 +257,25 @@ impl Reader {
             (prompt, completion) => ([prompt.turns("user"), completion.turns("assistant")].concat(), None),
         };
         let tools = tools(fields)?;
+        let blank = |text: &str| text.trim().is_empty();
+        let empty = match &texts {
+            Some((prompt, completion)) => blank(prompt) && blank(completion),
+            None => turns.iter().all(Message::is_blank),
+        };
+        if empty && before.iter().all(Message::is_blank) {
+            // A row of blank text, as evaluation counts it, may have empty fields beside it.
+            return match fields.get("text") {
+                Some(Value::String(_)) => Ok(None),
+                _ => Err(format!("`{asked}` and `{answered}` are blank")),
+            };
+        }
+        if let Some((prompt, completion)) = &texts {
+            for (key, text, other) in [(asked, prompt, answered), (answered, completion, asked)] {
+                if blank(text) {
+                    self.guess(Guess::Half { blank: key.to_owned(), beside: other.to_owned() });
+                }
+            }
+        }
         Ok(Some(match texts {
             Some((prompt, completion)) if before.is_empty() && tools.is_empty() => {
                 Document::Pair { prompt, completion }
@@ -220,6 +303,7 @@ impl Reader {
             // A list of turns in a cell of a table.
             Value::String(text) => match list(value) {
                 Some(items) if are_turns(&items) => Ok(Half::Turns(self.turns(key, &items)?)),
+                _ if is_python_turns(text) => Err(format!("`{key}` {PYTHON_LIST}")),
                 _ => Ok(Half::Text(text.clone())),
             },
             other => Err(is_not(key, other)),
@@ -233,25 +317,40 @@ impl Reader {
             let both = |a: &str, b: &str| Some((item.get(a)?.as_str()?, item.get(b)?.as_str()?));
             match item {
                 // Turns of two people, one after the other.
-                Value::String(text) => messages.push(Message::new(["user", "assistant"][index % 2], text)),
+                Value::String(text) => {
+                    self.guess(Guess::InTurn(key.to_owned()));
+                    messages.push(Message::new(["user", "assistant"][index % 2], text));
+                }
                 _ => match both("input", "output") {
                     Some((input, output)) => {
                         messages.extend([Message::new("user", input), Message::new("assistant", output)]);
                     }
                     None => {
                         let (message, more) = message(item).map_err(located)?;
-                        self.more_than_text |= more;
+                        if more {
+                            self.guess(Guess::MoreThanText);
+                        }
+                        if !ROLES.contains(&message.role.as_str()) {
+                            self.guess(Guess::Role(vec![message.role.clone()]));
+                        }
                         messages.push(message);
                     }
                 },
             }
         }
-        let silent = |message: &Message| message.text().trim().is_empty() && !message.extra.contains_key("tool_calls");
-        if !messages.is_empty() && self.more_than_text && messages.iter().all(silent) {
-            return Err(format!("`{key}` holds no text"));
-        }
         Ok(messages)
     }
+}
+
+/// What to say of a cell with a list that is not JSON.
+const PYTHON_LIST: &str = "is a list as Python prints it, which is not JSON; write it with `json.dumps`";
+
+/// Whether a text is a list of turns as Python prints it, which tables often have in their cells.
+fn is_python_turns(text: &str) -> bool {
+    let inside = text.trim_start().strip_prefix('[').map(str::trim_start).and_then(|rest| rest.strip_prefix('{'));
+    inside.is_some_and(|rest| {
+        ["'role'", "'content'", "'from'", "'value'"].iter().any(|key| rest.trim_start().starts_with(key))
+    })
 }
 
 /// A list, or the JSON text of one: what a table has in a cell.

@@ -4,7 +4,9 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
-use super::{ChatTemplate, Document, Message, SampleError, SampleSource, Samples, Text, Tokenizer, sha256_ids};
+use super::{
+    ChatTemplate, Document, LeftOut, Message, SampleError, SampleSource, Samples, Tally, Text, Tokenizer, sha256_ids,
+};
 
 /// Source bytes tokenized at first for every token needed; four times more each time they turn out too few.
 const BYTES_PER_TOKEN: usize = 16;
@@ -26,7 +28,8 @@ const ALWAYS_WHOLE: usize = 4 << 20;
 /// (Steele, Lea, Flood 2014), written out below, and the shuffle Fisher and Yates's.
 ///
 /// A text with fewer windows than `count` gives those it has; one with fewer tokens than `seq_len` is an error. So are a
-/// text without documents, and one whose every conversation the template refuses. Conversations for a model without a
+/// text without documents, one of whose records more than half are blank or were left out, and one whose every conversation the template
+/// refuses or writes nothing of. Conversations for a model without a
 /// template are read as plain text, turn after turn.
 pub fn select(
     text: &Text,
@@ -49,15 +52,25 @@ pub fn select(
     if documents.is_empty() {
         return Err(SampleError::Empty { name: text.name.clone() });
     }
+    if let Tally { found, lost, blank: Some(LeftOut { place, count, .. }) } = &text.tally
+        && 2 * (lost + count) > *found
+    {
+        return Err(SampleError::Record {
+            name: text.name.clone(),
+            place: place.clone(),
+            problem: format!("the text is blank; {} of {found} records cannot be used", lost + count),
+        });
+    }
     // Each stage has a generator of its own, so that none depends on how often another one drew.
     let mut random = SplitMix64(seed);
     let [places, cuts, mut last] = [(); 3].map(|()| SplitMix64(random.next()));
     let mut order: Vec<usize> = (0..documents.len()).collect();
     random.shuffle(&mut order);
     let mut rendered: Vec<Rendered<'_>> = Vec::with_capacity(order.len());
-    let (mut refused, mut refusal, mut templated, mut untemplated) = (0, None, 0, 0);
+    let (mut refused, mut refusal, mut templated, mut untemplated, mut unwritten) = (0, None, 0, 0, 0);
     for &index in &order {
         match render(documents[index], chat) {
+            Ok(one) if one.marked && !is_written(documents[index], &one.text) => unwritten += 1,
             Ok(one) => {
                 templated += usize::from(one.marked);
                 untemplated += usize::from(!one.marked && !matches!(documents[index], Document::Plain(_)));
@@ -69,11 +82,26 @@ pub fn select(
             }
         }
     }
-    if let (true, Some(error)) = (rendered.is_empty(), &refusal) {
-        return Err(SampleError::Template(format!(
-            "all {refused} conversations of {} are refused: {error}",
-            text.name
-        )));
+    if let (true, Some(chat)) = (rendered.is_empty(), chat) {
+        let name = &text.name;
+        let problem = match (&refusal, unwritten) {
+            (Some(SampleError::Template { problem, .. }), 0) => {
+                format!("all {refused} conversations of {name} are refused: {problem}")
+            }
+            (_, 0) => return Err(SampleError::Empty { name: name.clone() }),
+            (refusal, _) => {
+                let others = match refusal {
+                    Some(SampleError::Template { problem, .. }) => format!(" and refuses {refused}: {problem}"),
+                    _ => String::new(),
+                };
+                format!(
+                    "it writes nothing of what is said in {unwritten} of the {} conversations of {name}{others}; are their roles those it \
+                     is written for?",
+                    documents.len()
+                )
+            }
+        };
+        return Err(SampleError::Template { file: chat.file().to_owned(), problem });
     }
 
     // One window more for the partial one that is dropped, and the marks repeated at the head of each.
@@ -106,6 +134,7 @@ pub fn select(
         documents: documents.len(),
         refused,
         refusal: refusal.map(|error| error.to_string()),
+        unwritten,
         templated,
         untemplated,
         tokens: windows.len() * seq_len,
@@ -121,8 +150,9 @@ pub fn select(
 ///
 /// `limit` keeps only the first windows. Protocol `papers` passes no `bos`: what the tokenizer put at the very start of
 /// the text stays, and nothing is added. Protocol `llama.cpp` passes the BOS that the model adds, if it adds one, and it
-/// takes the place of the first token of every window. Fails when not even one window is full.
+/// takes the place of the first token of every window. `name` is the text's, for messages. Fails when not even one window is full.
 pub fn windows(
+    name: &str,
     ids: &[u32],
     context: usize,
     limit: Option<usize>,
@@ -148,7 +178,7 @@ pub fn windows(
         })
         .collect();
     if windows.is_empty() {
-        return Err(SampleError::NoWindow { found: ids.len(), context });
+        return Err(SampleError::NoWindow { name: name.to_owned(), found: ids.len(), context });
     }
     Ok(windows)
 }
@@ -177,6 +207,17 @@ fn render<'a>(document: &'a Document, chat: Option<&ChatTemplate>) -> Result<Ren
             plain([prompt.as_str(), if joined { "" } else { "\n" }, completion.as_str()].concat())
         }
     }
+}
+
+/// Whether a rendering holds any word of what is said; true where nothing is said, as in calls alone, and something is rendered.
+fn is_written(document: &Document, rendered: &str) -> bool {
+    let said: Vec<Cow<'_, str>> = match document {
+        Document::Plain(text) => vec![text.into()],
+        Document::Pair { prompt, completion } => vec![prompt.into(), completion.into()],
+        Document::Chat { messages, .. } => messages.iter().map(Message::text).collect(),
+    };
+    let mut words = said.iter().flat_map(|text| text.split_whitespace()).peekable();
+    !rendered.trim().is_empty() && (words.peek().is_none() || words.any(|word| rendered.contains(word)))
 }
 
 /// A tokenized document, with every mark that inference puts around it.
@@ -333,6 +374,9 @@ impl SplitMix64 {
 }
 
 #[cfg(test)]
+pub(super) use tests::words;
+
+#[cfg(test)]
 mod tests {
     use std::collections::HashSet;
 
@@ -340,7 +384,7 @@ mod tests {
     use crate::samples::{TokenizerConfig, parse_txt};
 
     /// One token a word: `w0`…`w9999`, BOS 10000 before every text, EOS 10001.
-    fn words(bos: bool) -> Tokenizer {
+    pub fn words(bos: bool) -> Tokenizer {
         let mut vocab: serde_json::Map<String, serde_json::Value> =
             (0..10_000).map(|id| (format!("w{id}"), id.into())).collect();
         vocab.insert("<s>".to_owned(), 10_000.into());
@@ -516,6 +560,7 @@ mod tests {
     #[test]
     fn conversations_go_through_the_template() {
         let chat = ChatTemplate::new(
+            "t.jinja",
             "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %} {{ m.content }} {{ eos_token }}{% endfor %}",
             Some("<s>"),
             Some("</s>"),
@@ -536,7 +581,7 @@ mod tests {
         let joined = [[&a[..], &b[..]].concat(), [&b[..], &a[..]].concat()];
         assert!(joined.contains(&samples.sequences[0]), "{:?}", samples.sequences);
         assert_eq!((samples.source.refused, samples.source.templated, samples.source.documents), (1, 2, 3));
-        assert_eq!(samples.source.refusal.as_deref(), Some("chat template: no system (line 1)"));
+        assert_eq!(samples.source.refusal.as_deref(), Some("t.jinja: chat template: no system (line 1)"));
 
         text.documents.drain(..2);
         let error = select(&text, &tokenizer, Some(&chat), 1, 4, 0).unwrap_err().to_string();
@@ -545,6 +590,36 @@ mod tests {
         let plain = select(&text, &tokenizer, None, 1, 4, 0).unwrap();
         assert_eq!(plain.sequences, [vec![10_000, 6, 7, 10_001]]);
         assert_eq!((plain.source.refused, plain.source.templated, plain.source.untemplated), (0, 0, 1));
+    }
+
+    #[test]
+    fn a_template_that_writes_nothing_is_named() {
+        let chat = |source: &str| ChatTemplate::new("t.jinja", source, Some("<s>"), None).unwrap();
+        let silent = [
+            chat(" "),
+            chat("{{ bos_token }}"),
+            chat("{% for m in messages %}{% if m.role == 'human' %}{{ m.content }}{% endif %}{% endfor %}<s>"),
+        ];
+        let one = |role: &str| Document::Chat { messages: vec![Message::new(role, "w1 w2 w3")], tools: Vec::new() };
+        let mut text = single(0..1);
+        text.documents = vec![one("user"), one("user")];
+        for chat in &silent {
+            let error = select(&text, &words(true), Some(chat), 1, 4, 0).unwrap_err().to_string();
+            assert!(
+                error.starts_with(
+                    "t.jinja: chat template: it writes nothing of what is said in 2 of the 2 conversations of t.txt"
+                ),
+                "{error}"
+            );
+        }
+        // One that it writes is enough, and the others are counted.
+        text.documents.push(one("human"));
+        let source = select(&text, &words(true), Some(&silent[2]), 1, 3, 0).unwrap().source;
+        assert_eq!((source.unwritten, source.templated, source.refused), (2, 1, 0));
+        // Calls have no words of their own.
+        let mut call = Message::new("assistant", "");
+        call.extra.insert("tool_calls".to_owned(), serde_json::json!([]));
+        assert!(is_written(&Document::Chat { messages: vec![call], tools: Vec::new() }, "<call>"));
     }
 
     #[test]
@@ -567,14 +642,14 @@ mod tests {
     #[test]
     fn windows_follow_their_protocol() {
         let ids: Vec<u32> = (0..23).collect();
-        let papers = windows(&ids, 5, None, None).unwrap();
+        let papers = windows("t.txt", &ids, 5, None, None).unwrap();
         assert_eq!(papers.concat(), (0..20).collect::<Vec<u32>>());
-        assert_eq!(windows(&ids, 5, Some(2), None).unwrap(), papers[..2]);
-        let llama = windows(&ids, 5, None, Some(99)).unwrap();
+        assert_eq!(windows("t.txt", &ids, 5, Some(2), None).unwrap(), papers[..2]);
+        let llama = windows("t.txt", &ids, 5, None, Some(99)).unwrap();
         assert!(llama.iter().zip(&papers).all(|(l, p)| l[0] == 99 && l[1..] == p[1..]));
-        let error = windows(&ids, 24, None, None).unwrap_err().to_string();
+        let error = windows("t.txt", &ids, 24, None, None).unwrap_err().to_string();
         assert!(error.contains("23 tokens") && error.contains("--context 23"), "{error}");
-        assert!(windows(&ids, 1, None, None).is_err() && windows(&ids, 5, Some(0), None).is_err());
-        assert!(windows(&[], 5, None, None).is_err());
+        assert!(windows("t.txt", &ids, 1, None, None).is_err() && windows("t.txt", &ids, 5, Some(0), None).is_err());
+        assert!(windows("t.txt", &[], 5, None, None).is_err());
     }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::parse::Records;
+use super::records::Records;
 use super::{SampleError, record};
 
 /// What divides the columns: by the ending of the name, and for `.csv` by what gives the header columns that are known.
@@ -22,6 +22,23 @@ pub(super) fn delimiter(ending: &str, content: &str) -> Option<u8> {
         }
         _ => None,
     }
+}
+
+/// The names in a header of this delimiter.
+pub(super) fn header(line: &str, delimiter: u8) -> Option<Vec<String>> {
+    let header = rows(line, delimiter).into_records().next()?.ok()?;
+    Some(header.iter().map(|name| name.trim().to_owned()).collect())
+}
+
+/// How many rows there are below the header, and how many of them have not `columns` fields.
+pub(super) fn lengths(content: &str, delimiter: u8, columns: usize) -> (usize, usize) {
+    let rows = rows(content, delimiter).into_records().skip(1);
+    rows.fold((0, 0), |(all, odd), row| (all + 1, odd + usize::from(!row.is_ok_and(|row| row.len() == columns))))
+}
+
+/// Whether a quoted field is never closed.
+pub(super) fn is_open(content: &str, delimiter: u8) -> bool {
+    open_quote(content.as_bytes(), delimiter).is_some()
 }
 
 fn rows(content: &str, delimiter: u8) -> csv::Reader<&[u8]> {
@@ -61,7 +78,7 @@ pub(super) fn read(name: &str, content: &str, delimiter: u8) -> Result<Records, 
             let fields: Map<String, Value> = columns
                 .iter()
                 .zip(row.iter())
-                .filter(|(column, _)| record::is_known(column))
+                .filter(|(column, _)| record::is_known(column) || **column == record::REJECTED)
                 // An empty cell is how a table says null; of a text it is an empty line.
                 .map(|(column, field)| match field.is_empty() && *column != "text" {
                     true => ((*column).to_owned(), Value::Null),

@@ -340,12 +340,13 @@ fn names_do_not_hide_records() {
     assert_eq!(found.documents, [plain(log)]);
     assert_eq!(
         found.notes,
-        ["a.txt begins with a JSON object, but does not hold records that are known: it was read as running text"]
+        [
+            "a.txt begins with a JSON object, but does not hold records that are known: it was read as running text; to have it read as \
+             records, give each a `text`, `messages`, or `prompt` and `completion`"
+        ]
     );
     assert!(error("a.log", log).starts_with("a.log, line 1: expected `text`"));
-    for content in
-        ["{ a block }\nand text", "[link]: x", "[{broken", "\"text\"\n\"text\"", "[1, 2]", "{\"text\" is a word}"]
-    {
+    for content in ["{ a block }\nand text", "[link]: x", "[{broken", "[1, 2]", "{\"text\" is a word}"] {
         let found = text("a.txt", content);
         assert_eq!((found.documents, found.notes.len()), (vec![plain(content)], 0), "{content}");
     }
@@ -473,6 +474,11 @@ fn parquet_gives_what_pyarrow_reads() {
             .iter()
             .map(|note| note.replace("x.jsonl", "x").replace("line", "row"))
             .collect::<Vec<_>>();
+        // Its other answer is no column that is read, and is told all the same.
+        let rejected = [
+            "2 of 2 records of x hold an answer under `rejected`, which was not read beside the one under `chosen`; the first is row 1",
+        ];
+        let notes = if name == "preference" { rejected.map(str::to_owned).to_vec() } else { notes };
         assert_eq!(found.notes, notes, "{name}");
         assert_eq!(found.sha256, sha256_hex(fixture(&format!("{name}.parquet"))));
     }
@@ -512,4 +518,171 @@ fn damaged_parquet_files_are_errors() {
         }
     }
     assert!(refused > 600, "{refused} were refused");
+}
+
+#[test]
+fn json_in_columns_is_read_as_records() {
+    let column = |how: &str| vec![format!("a.json holds its records {how} and was read as such")];
+    for (content, how) in [
+        (json!({"text": ["a", "b"], "id": [1, 2]}), "column by column"),
+        (json!({"text": {"0": "a", "1": "b"}, "id": {"0": 1, "1": 2}}), "column by column"),
+        (json!({"columns": ["id", "text"], "index": [0, 1], "data": [[1, "a"], [2, "b"]]}), "column by column"),
+        (json!({"0": {"text": "a"}, "1": {"text": "b"}}), "under a name each"),
+    ] {
+        let found = text("a.json", content.to_string());
+        assert_eq!((found.documents, found.notes), (vec![plain("a"), plain("b")], column(how)), "{content}");
+    }
+    let turns = json!([{"role": "user", "content": "q"}]);
+    for content in
+        [json!({"messages": [turns, turns], "id": [1, 2]}), json!({"messages": [turns.to_string(), turns.to_string()]})]
+    {
+        assert_eq!(text("a.json", content.to_string()).documents, vec![talk(&["q"]); 2], "{content}");
+    }
+    let asked = json!({"prompt": ["p", "q"], "completion": ["a", "b"], "system": "s"});
+    let both = [with_system("s", talk(&["p", "a"])), with_system("s", talk(&["q", "b"]))];
+    assert_eq!(text("a.json", asked.to_string()).documents, both);
+    // Batches of rows, one a line; a row that lacks its text is told by its place.
+    let lines = "{\"text\": [\"a\", null]}\n{\"text\": [\"b\"]}\n";
+    let found = text("a.jsonl", lines);
+    assert_eq!(found.documents, [plain("a"), plain("b")]);
+    assert!(
+        found.notes[1].ends_with("1 of 3 records of a.jsonl were left out: line 1, row 2: `text` is null"),
+        "{:?}",
+        found.notes
+    );
+    let uneven = error("a.json", json!({"text": ["a", "b"], "prompt": ["c"]}).to_string());
+    assert!(uneven.contains("`text` is a list of 2 and `prompt` one of 1"), "{uneven}");
+    // One record with lists in it is no columns.
+    let single = json!({"messages": [{"role": "user", "content": "q"}], "tags": ["x", "y"]});
+    assert_eq!(text("a.json", single.to_string()).documents, [talk(&["q"])]);
+    assert!(error("a.json", json!({"question": "q", "answer": ["a", "b"]}).to_string()).contains("found a list"));
+    assert_eq!(
+        text("a.json", json!({"messages": ["q", "a"], "id": ["1", "2"]}).to_string()).documents,
+        [talk(&["q", "a"])]
+    );
+}
+
+#[test]
+fn what_is_guessed_is_told_once_for_all_records() {
+    let turns = |role: &str| json!([{"role": role, "content": "q"}, {"role": "assistant", "content": "a"}]);
+    let cases = [
+        (
+            json!({"text": "t", "messages": turns("user"), "prompt": "p"}),
+            "hold text under `messages` and `prompt` beside `text`, which alone was read",
+        ),
+        (json!({"messages": turns("user"), "prompt": "other"}), "under `prompt` beside `messages`"),
+        (json!({"problem": "p", "solution": "long", "answer": "3"}), "under `solution` beside `problem` and `answer`"),
+        (json!({"text": "t", "system": "s"}), "under `system` beside `text`"),
+        (
+            json!({"conversations": [{"from": "narrator", "value": "q"}, {"from": "Human", "value": "x"}]}),
+            "hold turns of roles that are not known (`narrator` and `Human`), which were passed on as they are",
+        ),
+        (
+            json!({"messages": ["q", "a"]}),
+            "hold bare texts under `messages`, which were read as a user and an assistant in turn",
+        ),
+        (json!({"data": ["q", "a"]}), "bare texts under `data`"),
+        (
+            json!({"instruction": "i", "input": "", "output": " "}),
+            "are blank under `output` and were read with nothing but `instruction`",
+        ),
+        (json!({"prompt": "p", "chosen": "c", "rejected": "r"}), "hold an answer under `rejected`, which was not read"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image"}]}]}),
+            "hold images or other parts that are not text, which were left out",
+        ),
+    ];
+    for (record, words) in cases {
+        let lines = format!("{}\n{record}\n{record}\n", json!({"text": "first"}));
+        let found = text("a.jsonl", lines);
+        let [note] = &found.notes[..] else { panic!("{record}: {:?}", found.notes) };
+        assert!(note.starts_with("2 of 3 records of a.jsonl "), "{note}");
+        assert!(note.contains(words) && note.ends_with("; the first is line 2"), "{note}");
+    }
+    // Many roles make one note, and it names a few.
+    let lines: String = (0..9).map(|i| format!("{}\n", json!({"messages": turns(&format!("r{i}"))}))).collect();
+    let notes = text("a.jsonl", lines).notes;
+    assert_eq!(
+        notes,
+        [
+            "9 of 9 records of a.jsonl hold turns of roles that are not known (`r0` and `r1` and `r2` and others), which were passed on as they are; the first is line 1"
+        ]
+    );
+    // What is in the text that was read is not missed; nor is what is empty, or no text.
+    for record in [
+        json!({"text": "Do: p\n\nin\n\no", "instruction": "p", "input": "in", "output": "o"}),
+        json!({"messages": turns("user"), "prompt": "q", "prompt_id": "1"}),
+        json!({"messages": turns("user"), "chosen": turns("user"), "text": ""}),
+        json!({"text": "t", "messages": [], "prompt": null, "code": 3}),
+        json!({"instruction": "i", "input": "in", "output": "o"}),
+        json!({"messages": turns("developer"), "tools": []}),
+        json!({"prompt": "p", "chosen": "c", "rejected": null}),
+        json!({"text": "t", "rejected": "r"}),
+    ] {
+        assert_eq!(text("a.jsonl", record.to_string()).notes, [""; 0], "{record}");
+    }
+}
+
+#[test]
+fn lists_that_python_printed_are_no_text() {
+    let cell = "[{'role': 'user', 'content': 'q'}]";
+    for record in [json!({"messages": cell}), json!({"prompt": "p", "chosen": cell}), json!({"prompt": cell})] {
+        assert!(record_error(record).contains("is a list as Python prints it"));
+    }
+    let whole = error("a.jsonl", "{'text': 'a'}\n{'text': 'b'}\n");
+    assert!(whole.ends_with("it is as Python prints it; write each record with `json.dumps`"), "{whole}");
+}
+
+fn record_error(json: Value) -> String {
+    record(json).unwrap_err()
+}
+
+#[test]
+fn blank_records_count_among_those_of_no_use_in_calibration() {
+    let lines = |blank: usize, null: usize, good: usize| {
+        let of = |text: Value, count: usize| vec![format!("{}\n", json!({"text": text})); count];
+        [of("w1 w2 w3 w4".into(), good), of("".into(), blank), of(Value::Null, null)].concat().concat()
+    };
+    let tokenizer = super::select::words(false);
+    let calibrate = |content: String| {
+        let found = text("a.jsonl", content);
+        select(&found, &tokenizer, None, 1, 4, 0).map(|_| found.without_blank()).map_err(|error| error.to_string())
+    };
+    assert_eq!(calibrate(lines(0, 0, 4)).unwrap(), None);
+    // As many as WikiText has.
+    assert_eq!(
+        calibrate(lines(35, 0, 65)).unwrap().unwrap(),
+        "35 of 100 records of a.jsonl are blank and were left out of calibration; the first is line 66"
+    );
+    assert!(calibrate(lines(5, 0, 5)).is_ok());
+    assert_eq!(
+        calibrate(lines(6, 0, 5)).unwrap_err(),
+        "a.jsonl, line 6: the text is blank; 6 of 11 records cannot be used"
+    );
+    assert_eq!(
+        calibrate(lines(3, 3, 5)).unwrap_err(),
+        "a.jsonl, line 6: the text is blank; 6 of 11 records cannot be used"
+    );
+    // Evaluation has them all as blank lines.
+    assert_eq!(text("a.jsonl", lines(6, 0, 1)).plain().unwrap(), format!("w1 w2 w3 w4{}", "\n\n".repeat(6)));
+    // Conversations and pairs in which nothing is said are left out for good.
+    let blank = json!({"messages": [{"role": "user", "content": " "}]});
+    assert_eq!(record_error(blank), "`messages` holds no text");
+    assert_eq!(record_error(json!({"prompt": "", "completion": " "})), "`prompt` and `completion` are blank");
+    assert_eq!(record(json!({"text": "", "prompt": "", "completion": ""})).unwrap(), plain(""));
+    assert_eq!(record(json!({"text": "", "messages": []})).unwrap(), plain(""));
+}
+
+#[test]
+fn files_that_were_never_fetched_are_named() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n";
+    for name in ["a.txt", "a.jsonl", "a.parquet", "a.csv"] {
+        assert!(error(name, pointer).contains("git lfs pull"), "{name}");
+        assert!(error(name, "Entry not found").contains("what a server answered"), "{name}");
+    }
+    for name in ["a.jsonl", "a.csv", "a.parquet"] {
+        assert!(error(name, "<!doctype html><html></html>").contains("an HTML page and not the file itself"), "{name}");
+    }
+    let story = format!("Access denied. {}", "So it went on. ".repeat(40));
+    assert!(text("a.txt", story).notes.is_empty());
 }

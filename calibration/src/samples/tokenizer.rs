@@ -148,6 +148,8 @@ pub struct TokenizerConfig {
     pub eos_token: Option<String>,
     /// Source of the chat template.
     pub chat_template: Option<String>,
+    /// The file in which it stands.
+    pub chat_template_file: String,
     /// Spellings of the remaining special tokens, by name (`unk_token`, `pad_token`, …).
     pub others: Vec<(String, String)>,
 }
@@ -156,7 +158,8 @@ impl TokenizerConfig {
     /// The chat template with these special tokens; `None` when the model has no template.
     pub fn chat(&self) -> Result<Option<ChatTemplate>, SampleError> {
         let Some(source) = self.chat_template.as_deref() else { return Ok(None) };
-        let mut template = ChatTemplate::new(source, self.bos_token.as_deref(), self.eos_token.as_deref())?;
+        let mut template =
+            ChatTemplate::new(&self.chat_template_file, source, self.bos_token.as_deref(), self.eos_token.as_deref())?;
         for (name, token) in &self.others {
             template = template.with_variable(name, token);
         }

@@ -72,7 +72,9 @@ fn declaration(config_json: &Value) -> Option<&Value> {
     let object = config_json.as_object()?;
     // Of a model in a wrapper, which may say it inside.
     let places = [Some(object), object.get("text_config").and_then(Value::as_object)];
-    let said = |key: &str, value: &Value| !value.is_null() && (key != "quantization" || value.is_object());
+    // An empty one says nothing.
+    let empty = |value: &Value| value.is_null() || value.as_object().is_some_and(Map::is_empty);
+    let said = |key: &str, value: &Value| !empty(value) && (key != "quantization" || value.is_object());
     let found = places
         .into_iter()
         .flatten()

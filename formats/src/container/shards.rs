@@ -292,12 +292,16 @@ fn without_index(dir: &Path) -> Result<(Vec<String>, Option<String>)> {
         return Err(Error::malformed(format!("{first} and {other} but no {INDEX_FILE} to say which belong together"))
             .in_file(dir));
     }
-    if found.len() != count {
-        return Err(Error::missing(format!(
-            "{INDEX_FILE}, and of {count} shards such as {first} there are {}: it, or one of them,",
-            found.len()
-        ))
-        .in_file(dir));
+    // All are called alike but for the number, which has as many digits everywhere.
+    let called = |number: usize| {
+        let rest = &first[stem.len() + 1..];
+        let digits = rest.find('-').unwrap_or(5);
+        format!("{stem}-{number:0digits$}{}", &rest[digits..])
+    };
+    let absent: Vec<String> = (1..=count).map(called).filter(|name| !found.contains(name)).collect();
+    if let [one, more @ ..] = &absent[..] {
+        let more = if more.is_empty() { String::new() } else { format!(" (and {} more)", more.len()) };
+        return Err(Error::missing(format!("shard {one}{more} of the {count} that {first} is one of")).in_file(dir));
     }
     let note = format!(
         "{} has no {INDEX_FILE}: its {count} shards, {first} the first, were read together, as vLLM and llama.cpp's \
@@ -442,7 +446,12 @@ mod tests {
             assert!(notes.len() == 1 && notes[0].contains("was read, the only safetensors file"), "{notes:?}");
         }
         let message = refused(folder(&both[..1], None).path());
-        assert!(message.contains("of 2 shards such as m-00001-of-00002.safetensors there are 1"), "{message}");
+        assert!(
+            message.contains(
+                "shard m-00002-of-00002.safetensors of the 2 that m-00001-of-00002.safetensors is one of is missing"
+            ),
+            "{message}"
+        );
         for files in [&[(A, both[0].1), (B, both[1].1)][..], &[both[0], both[1], (A, &[("z", 1)])]] {
             let message = refused(folder(files, None).path());
             assert!(message.contains("no model.safetensors.index.json to say which belong together"), "{message}");

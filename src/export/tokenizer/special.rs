@@ -39,6 +39,11 @@ const OTHER_ENDS: &[&str] = &[
     "<|tool_response>",
 ];
 
+/// Whether llama.cpp stops at a token with this text, whatever a file says.
+pub(crate) fn knows_as_end(text: &str) -> bool {
+    TURN_ENDS.contains(&text) || OTHER_ENDS.contains(&text)
+}
+
 /// The id of the `bos`, `eos`, `unk`, `pad`, `sep` or `mask` token: by spelling, else by number.
 pub(super) fn id(files: &Files, name: &str, rows: usize, out: &mut Written) -> Option<u32> {
     let own = || {
@@ -53,28 +58,54 @@ pub(super) fn id(files: &Files, name: &str, rows: usize, out: &mut Written) -> O
         id.filter(|id| (*id as usize) < rows)
     };
     let only_model = files.tokenizer.name == sentencepiece::FILE;
+    let mut refused = None;
     if let Some((file, text)) = files.tokenizer.special(name) {
         match files.tokenizer.tokenizer.token_to_id(text) {
             Some(id) if (id as usize) < rows => return Some(id),
             Some(id) => {
-                out.notice(format!("{file}: {name}_token is `{text}` ({id}), beyond the embedding's {rows} rows"))
+                refused = Some(format!("{file}: {name}_token is `{text}` ({id}), beyond the embedding's {rows} rows"));
             }
-            None => out.notice(format!("{file}: {name}_token is `{text}`, which is no token")),
+            None => refused = Some(format!("{file}: {name}_token is `{text}`, which is no token")),
         }
     }
+    let (found, others) = fallback(files, name, rows, own().filter(|_| only_model), own());
+    match (refused, found) {
+        (None, _) => {}
+        (Some(why), Some((file, id))) => {
+            let text = files.tokenizer.tokenizer.id_to_token(id).unwrap_or_default();
+            out.notice(format!("{why}: the file has `{text}` ({id}) of {file} in its place"));
+        }
+        (Some(why), None) => {
+            out.notice(format!("{why}: the file has no {name}_token_id, and llama.cpp takes one by its own guess"));
+        }
+    }
+    others.into_iter().for_each(|told| out.notice(told));
+    found.map(|(_, id)| id)
+}
+
+/// The id by number where no spelling gives one, with the file that says so: `first` of the vocabulary, the configurations,
+/// `last`; and what is told of numbers that cannot be.
+fn fallback(
+    files: &Files,
+    name: &str,
+    rows: usize,
+    first: Option<u32>,
+    last: Option<u32>,
+) -> (Option<(&'static str, u32)>, Vec<String>) {
+    let mut told = Vec::new();
     // The only tokenizer knows its own marks.
-    if let Some(id) = own().filter(|_| only_model) {
-        return Some(id);
+    if let Some(id) = first {
+        return (Some((sentencepiece::FILE, id)), told);
     }
     for (file, json) in [("config.json", &files.model_config), ("generation_config.json", &files.generation)] {
         let entry = of_config(json, &format!("{name}_token_id"));
         match integer(entry).or(integer(&entry[0])).filter(|id| *id >= 0) {
-            Some(id) if id < rows as i64 => return Some(id as u32),
-            Some(id) => out.notice(format!("{file}: {name}_token_id is {id}, beyond the embedding's {rows} rows")),
+            Some(id) if id < rows as i64 => return (Some((file, id as u32)), told),
+            Some(id) => told.push(format!("{file}: {name}_token_id is {id}, beyond the embedding's {rows} rows")),
             None => {}
         }
     }
-    own()
+    (last.map(|id| (sentencepiece::FILE, id)), told)
 }
 
 /// A setting, which models of images and text have one level down.
