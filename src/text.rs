@@ -16,6 +16,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::families;
 use crate::import::sentencepiece;
+use crate::supervisor::within;
 use crate::tokenizer::TokenizerFiles;
 
 /// The name of the bundled text for evaluation: neither the built-in model nor any preset has seen it.
@@ -118,7 +119,9 @@ impl TextError {
     pub(crate) fn of_model(model: &Path, error: SampleError) -> TextError {
         let (file, part, problem) = match error {
             SampleError::Tokenizer { file, problem } => (file, "tokenizer: ", problem),
-            SampleError::Template { file, problem } => (file, "chat template: ", problem),
+            SampleError::Template { file, problem } | SampleError::Endless { file, problem } => {
+                (file, "chat template: ", problem)
+            }
             other => return TextError::Sample(other),
         };
         let (path, single) = if model.is_dir() { (model.join(&file), false) } else { (model.to_owned(), true) };
@@ -201,7 +204,12 @@ impl ModelText {
 
     /// The model's chat template, if it has one. Fails on a syntax error in it.
     pub fn chat(&self) -> Result<Option<ChatTemplate>, TextError> {
-        self.config.chat().map_err(|error| TextError::of_model(&self.folder, error))
+        // A GGUF file holds its template itself.
+        let at = match self.folder.is_file() {
+            true => self.folder.clone(),
+            false => self.folder.join(&self.config.chat_template_file),
+        };
+        self.config.chat(&within(at)).map_err(|error| TextError::of_model(&self.folder, error))
     }
 
     /// Calibration sequences: `calibration::samples::select` with this model's tokenizer and chat template.

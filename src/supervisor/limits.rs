@@ -17,14 +17,14 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use calibration::samples::Limits;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Bytes of data that may come to what there is already, whatever the size of the text (4 GiB).
-const DATA: u64 = 4 << 30;
+/// Bytes of data that may come to what there is already, whatever the size of the text (2 GiB).
+const DATA: u64 = 2 << 30;
 
 /// Bytes of data for each byte of text. The tokenizers library takes about a hundred.
 const DATA_PER_BYTE: u64 = 256;
 
 /// Seconds of processor time, whatever the size of the text.
-const SECONDS: u64 = 20;
+const SECONDS: u64 = 15;
 
 /// Bytes of text that have a second more.
 const BYTES_PER_SECOND: u64 = 100_000;

@@ -18,6 +18,7 @@ use serde_json::Value;
 use crate::checkpoint::{Checkpoint, read_json};
 use crate::error::{Error, Result};
 use crate::import::{gguf_tokenizer, sentencepiece};
+use crate::supervisor::within;
 use crate::text::TextError;
 use added::{Added, NAMES, Sources, Stated};
 pub use templates::Templates;
@@ -104,7 +105,9 @@ impl TokenizerFiles {
         templates: Templates,
         own: [Option<String>; 2],
     ) -> Result<TokenizerFiles> {
-        let tokenizer = Tokenizer::from_value(&mut json).map_err(|error| {
+        // A GGUF file holds its tokenizer itself.
+        let guard = within(if path.is_file() { path.to_owned() } else { path.join(name) });
+        let tokenizer = Tokenizer::from_value(&mut json, &guard).map_err(|error| {
             let error = match error {
                 SampleError::Tokenizer { problem, .. } => SampleError::Tokenizer { file: name.to_owned(), problem },
                 other => other,

@@ -9,6 +9,7 @@ use crate::checkpoint::{Checkpoint, read_json};
 use crate::export::tokenizer::knows_as_end;
 use crate::families;
 use crate::json::integer;
+use crate::supervisor::within;
 use crate::text::other_tokenizer;
 
 /// What the user says in the conversation that a template is tried with.
@@ -60,7 +61,7 @@ impl Checkpoint {
             None => self.path().join(templates.place(name)).display().to_string(),
         };
         let problem = |error: SampleError| match error {
-            SampleError::Template { problem, .. } => problem,
+            SampleError::Template { problem, .. } | SampleError::Endless { problem, .. } => problem,
             other => other.to_string(),
         };
         let config = files.config();
@@ -73,7 +74,8 @@ impl Checkpoint {
                 notes.push(format!("{place}: the template{which} is empty, and no runtime will chat with it"));
                 continue;
             }
-            let parsed = super::TokenizerConfig { chat_template: Some(text.clone()), ..config.clone() }.chat();
+            let parsed = super::TokenizerConfig { chat_template: Some(text.clone()), ..config.clone() }
+                .chat(&within(place.clone().into()));
             match parsed {
                 Err(error) => notes.push(format!(
                     "{place}: the template{which} cannot be parsed, and no runtime will chat with it: {}",

@@ -13,6 +13,7 @@ mod gguf_families;
 mod golden;
 mod guesses;
 mod harness;
+mod hostile;
 mod inputs;
 mod matrix;
 mod pipeline;

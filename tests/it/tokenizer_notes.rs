@@ -75,7 +75,7 @@ fn a_template_that_cannot_be_parsed_is_told_by_every_command() {
     room.run(["quantize", "model", "-o", "again.gguf", "--scheme", "Q8_0"].iter().chain(QUICK)).succeeds();
     let found = Checkpoint::open(&room.path("again.gguf")).unwrap().tokenizer_notes();
     assert!(
-        found.len() == 1 && found[0].contains("again.gguf/tokenizer.chat_template: the template cannot"),
+        found.len() == 1 && found[0].contains("again.gguf/again.gguf: the template cannot"),
         "{found:?}"
     );
 }
@@ -85,10 +85,7 @@ fn a_template_that_no_conversation_gets_through_is_told() {
     let room = Room::new();
     room.model();
     for (template, words) in [
-        (
-            "{{ raise_exception('tools only') }}",
-            Some("refuses a conversation of one turn by the user: tools only"),
-        ),
+        ("{{ raise_exception('tools only') }}", Some("refuses a conversation of one turn by the user: tools only")),
         (
             "{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}",
             Some("it takes more than"),

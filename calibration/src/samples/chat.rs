@@ -9,9 +9,14 @@ use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
 use minijinja_contrib::pycompat;
 use serde::Serialize;
 
+use super::guard::{Guard, guarded};
 use super::{Message, SampleError};
 
 const NAME: &str = "chat_template";
+
+/// Bytes that a template may write of any conversation (16 MiB), and how much longer than a long one its text may be.
+const LONGEST: usize = 16 << 20;
+const LONGER: usize = 16;
 
 /// Steps that a template may take for one conversation, so that one without end is an error; usual ones take some dozens a turn.
 const STEPS: u64 = 20_000_000;
@@ -22,6 +27,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     /// Where it stands, for messages.
     file: String,
+    guard: Guard,
 }
 
 #[derive(Serialize)]
@@ -38,6 +44,16 @@ impl ChatTemplate {
     /// Fails on a syntax error, with its line. A template that asks for today's date gets 26 July 2024, the date that
     /// Llama's template falls back to: the same input must give the same output on every day.
     pub fn new(file: &str, source: &str, bos: Option<&str>, eos: Option<&str>) -> Result<Self, SampleError> {
+        Self::guarded(file, source, [bos, eos], &None)
+    }
+
+    /// [`ChatTemplate::new`] of a template that is parsed and rendered within `guard`.
+    pub fn guarded(
+        file: &str,
+        source: &str,
+        [bos, eos]: [Option<&str>; 2],
+        guard: &Guard,
+    ) -> Result<Self, SampleError> {
         let located = |error| template_error(file, error);
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(located)?;
@@ -56,8 +72,9 @@ impl ChatTemplate {
                 environment.add_global(name, token);
             }
         }
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(located)?;
-        Ok(Self { environment, file: file.to_owned() })
+        let parse = || environment.add_template_owned(NAME, without_generation_tags(source));
+        guarded(guard, source.len(), parse).ok_or_else(|| failing(file))?.map_err(located)?;
+        Ok(Self { environment, file: file.to_owned(), guard: guard.clone() })
     }
 
     /// The file in which it stands.
@@ -87,6 +104,7 @@ impl ChatTemplate {
             }
             match self.rendered(messages.clone(), tools) {
                 Ok(text) => return Ok(text),
+                Err(error @ SampleError::Endless { .. }) => return Err(error),
                 Err(error) => drop(refusal.get_or_insert(error)),
             }
             tried.push(messages);
@@ -97,10 +115,16 @@ impl ChatTemplate {
     fn rendered(&self, messages: Vec<serde_json::Value>, tools: &[serde_json::Value]) -> Result<String, SampleError> {
         let tools = (!tools.is_empty()).then(|| tools.to_vec());
         let context = Context { messages, tools, documents: None, add_generation_prompt: false };
-        let template = self.environment.get_template(NAME);
-        template
-            .and_then(|one| one.render(Value::from(Serde(context))))
-            .map_err(|error| template_error(&self.file, error))
+        let bytes: usize = context.messages.iter().map(|message| message.to_string().len()).sum();
+        let render = || self.environment.get_template(NAME)?.render(Value::from(Serde(context)));
+        let rendered = guarded(&self.guard, bytes, render).ok_or_else(|| failing(&self.file))?;
+        let text = rendered.map_err(|error| template_error(&self.file, error))?;
+        let most = LONGEST.max(bytes.saturating_mul(LONGER));
+        if text.len() > most {
+            let problem = format!("it makes {} bytes of a conversation of {bytes}", text.len());
+            return Err(SampleError::Endless { file: self.file.clone(), problem });
+        }
+        Ok(text)
     }
 }
 
@@ -171,9 +195,17 @@ fn with_text(call: &mut serde_json::Value) {
     }
 }
 
+/// What to say of a template over which the library gives up without a word.
+fn failing(file: &str) -> SampleError {
+    SampleError::Template { file: file.to_owned(), problem: "the template engine fails on it".to_owned() }
+}
+
 fn template_error(file: &str, error: Error) -> SampleError {
     let what = match error.kind() {
-        ErrorKind::OutOfFuel => format!("it takes more than {STEPS} steps"),
+        ErrorKind::OutOfFuel => {
+            let problem = format!("it takes more than {STEPS} steps for one conversation");
+            return SampleError::Endless { file: file.to_owned(), problem };
+        }
         kind => error.detail().map_or_else(|| kind.to_string(), str::to_owned),
     };
     let what = what.split_whitespace().collect::<Vec<_>>().join(" ");

@@ -116,6 +116,14 @@ pub enum SampleError {
         /// The template's own words, or what is wrong with it.
         problem: String,
     },
+    /// The chat template takes so much that trying it on another conversation is of no use.
+    #[error("{file}: chat template: {problem}")]
+    Endless {
+        /// The file in which it stands.
+        file: String,
+        /// What it takes.
+        problem: String,
+    },
 }
 
 /// One turn of a conversation, as chat templates see it.

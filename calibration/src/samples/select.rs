@@ -76,6 +76,7 @@ pub fn select(
                 untemplated += usize::from(!one.marked && !matches!(documents[index], Document::Plain(_)));
                 rendered.push(one);
             }
+            Err(error @ SampleError::Endless { .. }) => return Err(error),
             Err(error) => {
                 refused += 1;
                 refusal.get_or_insert(error);

@@ -3,7 +3,11 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::guard::{Guard, guarded};
 use super::{ChatTemplate, SampleError};
+
+/// What building a tokenizer is compared to: going through a text of so many bytes (8 MiB).
+const BUILDING: usize = 8 << 20;
 
 /// A model's tokenizer: text in, ids out, the ids that transformers gives for the same tokenizer.json.
 #[derive(Clone)]
@@ -16,6 +20,7 @@ pub struct Tokenizer {
     eos: Option<u32>,
     bos: Option<u32>,
     max_id: u32,
+    guard: Guard,
 }
 
 impl Tokenizer {
@@ -25,19 +30,18 @@ impl Tokenizer {
     /// damaged file is an error, even where the tokenizers library would panic on it.
     pub fn from_json(bytes: &[u8]) -> Result<Self, SampleError> {
         let mut json: Value = serde_json::from_slice(bytes).map_err(|e| tokenizer_error("tokenizer.json", e))?;
-        Self::from_value(&mut json)
+        Self::from_value(&mut json, &None)
     }
 
-    /// [`Tokenizer::from_json`] of what is parsed already, which is left as it was.
-    pub fn from_value(json: &mut Value) -> Result<Self, SampleError> {
+    /// [`Tokenizer::from_json`] of what is parsed already, which is left as it was. Whatever it does, it does within `guard`.
+    pub fn from_value(json: &mut Value, guard: &Guard) -> Result<Self, SampleError> {
         // Nothing is ever decoded, and a decoder of an unknown kind is no reason to refuse the model.
         let decoder = json.get_mut("decoder").map(Value::take);
-        let built = std::panic::catch_unwind(|| Self::build(json))
-            .unwrap_or_else(|_| Err(tokenizer_error("tokenizer.json", "a part of it is not as its type demands")));
+        let built = guarded(guard, BUILDING, || Self::build(json)).unwrap_or_else(|| Err(failing()));
         if let Some(decoder) = decoder {
             json["decoder"] = decoder;
         }
-        built
+        Ok(Self { guard: guard.clone(), ..built? })
     }
 
     fn build(json: &Value) -> Result<Self, SampleError> {
@@ -49,7 +53,8 @@ impl Tokenizer {
             .into_values()
             .max()
             .ok_or_else(|| tokenizer_error("tokenizer.json", "the vocabulary is empty"))?;
-        let mut tokenizer = Self { inner, prefix: Vec::new(), suffix: Vec::new(), eos: None, bos: None, max_id };
+        let mut tokenizer =
+            Self { inner, prefix: Vec::new(), suffix: Vec::new(), eos: None, bos: None, max_id, guard: None };
         tokenizer.find_affixes()?;
         Ok(tokenizer)
     }
@@ -69,7 +74,8 @@ impl Tokenizer {
     /// The text is tokenized whole, whatever its length: cutting it is safe for no tokenizer in general. Text that looks
     /// like a special token becomes that token, as in transformers.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, SampleError> {
-        let body = self.inner.encode_fast(text, false).map_err(|e| tokenizer_error("tokenizer.json", e))?;
+        let body = guarded(&self.guard, text.len(), || self.inner.encode_fast(text, false)).ok_or_else(failing)?;
+        let body = body.map_err(|e| tokenizer_error("tokenizer.json", e))?;
         if !add_special {
             return Ok(body.get_ids().to_vec());
         }
@@ -155,16 +161,21 @@ pub struct TokenizerConfig {
 }
 
 impl TokenizerConfig {
-    /// The chat template with these special tokens; `None` when the model has no template.
-    pub fn chat(&self) -> Result<Option<ChatTemplate>, SampleError> {
+    /// The chat template with these special tokens, which does whatever it does within `guard`; `None` when the model has none.
+    pub fn chat(&self, guard: &Guard) -> Result<Option<ChatTemplate>, SampleError> {
         let Some(source) = self.chat_template.as_deref() else { return Ok(None) };
-        let mut template =
-            ChatTemplate::new(&self.chat_template_file, source, self.bos_token.as_deref(), self.eos_token.as_deref())?;
+        let (file, tokens) = (&self.chat_template_file, [&self.bos_token, &self.eos_token].map(Option::as_deref));
+        let mut template = ChatTemplate::guarded(file, source, tokens, guard)?;
         for (name, token) in &self.others {
             template = template.with_variable(name, token);
         }
         Ok(Some(template))
     }
+}
+
+/// What to say of a tokenizer over which the library gives up without a word.
+fn failing() -> SampleError {
+    tokenizer_error("tokenizer.json", "a part of it is not as its type demands")
 }
 
 fn tokenizer_error(file: &str, error: impl std::fmt::Display) -> SampleError {
