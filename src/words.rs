@@ -19,7 +19,7 @@ mod tests {
 
     #[test]
     fn names_are_without_places_and_steer_nothing() {
-        assert_eq!(called("/home/someone/text.jsonl"), "text.jsonl");
+        assert_eq!(called("/somebody/text.jsonl"), "text.jsonl");
         assert_eq!(called("mixed"), "mixed");
         assert_eq!(called("folder/"), "folder");
         assert_eq!(called("/"), "");

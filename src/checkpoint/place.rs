@@ -104,7 +104,7 @@ pub(super) fn model_name(config: &Value, parameters: u64) -> String {
         1_000_000..=999_999_999 => format!("{}M", (parameters + 500_000) / 1_000_000),
         _ => format!("{:.1}B", parameters as f64 / 1e9),
     };
-    format!("{} {size}", config["model_type"].as_str().unwrap_or("model"))
+    format!("{} {size}", crate::families::type_of(config).unwrap_or("model"))
 }
 
 /// The names in a folder, sorted.

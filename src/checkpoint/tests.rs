@@ -109,7 +109,7 @@ fn plain_tensors_load_whole_by_rows_and_raw() {
         "merges.txt",
         "optimizer.pt",
     ] {
-        std::fs::write(dir.path().join(name), format!("\"{name}\"")).unwrap();
+        std::fs::write(dir.path().join(name), format!("{{\"name\": \"{name}\"}}")).unwrap();
     }
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     assert_eq!(checkpoint.dtype(), Dtype::F16, "of the tensors, whatever config.json says");

@@ -112,7 +112,8 @@ fn family_of(model_type: &str) -> Option<&'static Family> {
     FAMILIES.iter().find(|family| family.model_types.contains(&model_type))
 }
 
-fn type_of(config: &Value) -> Option<&str> {
+/// What config.json calls the family.
+pub(crate) fn type_of(config: &Value) -> Option<&str> {
     config.get("model_type").and_then(Value::as_str)
 }
 

@@ -136,7 +136,7 @@ fn everything_beside_the_weights_goes_along_and_the_rest_is_told() {
             assert_eq!(others, all);
             assert!(found["README.original.md"] == card);
             let own_card = String::from_utf8(found["README.md"].clone()).unwrap();
-            assert!(own_card.starts_with("---\nlicense: apache-2.0\n---\n\n# model, W4A16"), "{own_card}");
+            assert!(own_card.starts_with("---\nlicense: apache-2.0\n---\n\n# llama 4M, W4A16"), "{own_card}");
             assert!(told.contains("note: the model card of model is README.original.md now"), "{told}");
             let report: Value = serde_json::from_slice(&found["report.json"]).unwrap();
             let notes: Vec<&str> =
@@ -173,18 +173,21 @@ fn links_are_followed_and_odd_names_kept() {
     use std::os::unix::fs::symlink;
     let room = Room::new();
     let model = room.model();
-    room.file("blobs/abc", "{\"blob\": 1}");
-    room.file("elsewhere/1_Pooling/config.json", "{}");
-    symlink("../blobs/abc", model.path("preprocessor_config.json")).unwrap();
-    symlink("../elsewhere/1_Pooling", model.path("1_Pooling")).unwrap();
-    symlink("../blobs/gone", model.path("gone.json")).unwrap();
+    room.file("hub/blobs/abc", "{\"blob\": 1}");
+    room.file("hub/blobs/1_Pooling/config.json", "{}");
+    // As a hub cache has it.
+    symlink("../../blobs/abc", model.path("preprocessor_config.json")).unwrap();
+    symlink("../../blobs/1_Pooling", model.path("1_Pooling")).unwrap();
+    symlink("../../blobs/gone", model.path("gone.json")).unwrap();
     symlink("..", model.path("around")).unwrap();
     std::fs::create_dir(model.path("figures")).unwrap();
     symlink(".", model.path("figures/itself")).unwrap();
     let odd = OsStr::from_bytes(b"caf\xe9.txt");
     std::fs::write(model.path("").join(odd), "odd").unwrap();
     assert!(room.shell("mkfifo model/pipe").code() == Some(0));
-    let run = room.run(["convert", "model", "-o", "out"]);
+    std::fs::create_dir(room.path("hub/snapshots")).unwrap();
+    std::fs::rename(room.path("model"), room.path("hub/snapshots/abcd")).unwrap();
+    let run = room.run(["convert", "hub/snapshots/abcd", "-o", "out"]);
     run.succeeds();
     let out = room.path("out");
     assert_eq!(std::fs::read(out.join("preprocessor_config.json")).unwrap(), b"{\"blob\": 1}");
@@ -497,7 +500,7 @@ fn a_hub_cache_means_its_snapshot() {
     run.succeeds();
     assert!(run.stderr().contains("which refs/main names, was taken"), "{}", run.stderr());
     let card = std::fs::read_to_string(room.path("out/README.md")).unwrap();
-    assert!(card.starts_with("# name, W4A16"), "{card}");
+    assert!(card.starts_with("# llama 4M, W4A16"), "{card}");
     room.run(["convert", root, "-o", &format!("{root}/out")]).refuses(2, &["may not be the input"]);
     room.file(&format!("{root}/refs/main"), "eeee");
     room.run(["inspect", root]).refuses(1, &["the snapshot eeee, which is not there", hash]);

@@ -74,10 +74,7 @@ fn a_template_that_cannot_be_parsed_is_told_by_every_command() {
     assert!(notes(&room)[0].contains("model/chat_template.json: the template cannot be parsed"), "{:?}", notes(&room));
     room.run(["quantize", "model", "-o", "again.gguf", "--scheme", "Q8_0"].iter().chain(QUICK)).succeeds();
     let found = Checkpoint::open(&room.path("again.gguf")).unwrap().tokenizer_notes();
-    assert!(
-        found.len() == 1 && found[0].contains("again.gguf: the template cannot"),
-        "{found:?}"
-    );
+    assert!(found.len() == 1 && found[0].contains("again.gguf: the template cannot"), "{found:?}");
 }
 
 #[test]
