@@ -80,6 +80,7 @@ struct HeldOut {
 
 /// What every run has when its work is done.
 struct Outcome {
+    interrupted: Vec<String>,
     quality: Option<Quality>,
     hidden_states: Option<HiddenStates>,
     outputs: Vec<FileReport>,
@@ -159,7 +160,7 @@ impl Job<'_> {
             needs(&self.recipe),
             hashing,
         )?;
-        run.notes.splice(0..0, staging.notes().iter().chain(&plan.config.notes).cloned());
+        run.notes.splice(0..0, plan.config.notes.iter().cloned());
         run.notes.extend(beside.notes.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
         let Compiled { done, flushing } =
@@ -171,6 +172,7 @@ impl Job<'_> {
         let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
         let quantized_bytes = reopened.entries().iter().filter(|e| matches!(e.dtype, StoredType::Quantized { .. }));
         let outcome = Outcome {
+            interrupted: staging.notes().to_vec(),
             quality,
             hidden_states,
             verify: verifying.elapsed().as_secs_f64(),
@@ -229,7 +231,6 @@ impl Job<'_> {
             gguf::needs(&self.recipe),
             hashing,
         )?;
-        run.notes.extend(staging.notes().iter().cloned());
         // What there is to say of the tokenizer, reading its files for the texts said too.
         run.notes.extend(plan.notices.iter().filter(|note| !run.notes.contains(note)).cloned().collect::<Vec<_>>());
         let Run { source, graph, samples, .. } = &run;
@@ -273,6 +274,7 @@ impl Job<'_> {
             )));
         }
         let outcome = Outcome {
+            interrupted: staging.notes().to_vec(),
             quality,
             hidden_states,
             verify: verifying.elapsed().as_secs_f64(),
@@ -451,6 +453,7 @@ impl Job<'_> {
             hidden_states: outcome.hidden_states,
             verdict,
             notes: run.notes,
+            interrupted: outcome.interrupted,
             linears: outcome.linears,
             smoothings: outcome.smoothings,
             tensors: outcome.tensors,

@@ -257,7 +257,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
 
 /// Prints what a quantization did.
 fn summarize(report: &Report, output: &Path) -> Result<(), Error> {
-    for note in &report.notes {
+    for note in report.interrupted.iter().chain(&report.notes) {
         tell(&format!("note: {note}"));
     }
     let fallbacks = report.linears.iter().filter(|l| l.fallback.is_some()).count();

@@ -103,6 +103,9 @@ pub struct Report {
     pub verdict: Option<Verdict>,
     /// Limits on who can load the output, and other things worth knowing.
     pub notes: Vec<String>,
+    /// What a run that was interrupted had left at the output's place, and what became of it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub interrupted: Vec<String>,
     /// Every quantized linear.
     pub linears: Vec<LinearReport>,
     /// Every folded channel scale.

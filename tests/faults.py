@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Kills runs at random moments and lets system calls fail, and looks at what is left.
+
+However a run ends, its output must be the old one or a new one, whole; beside it lie only the staging folder of a killed run, which
+the next run removes, and nothing else; and the exit code is 0, 1, 2, 3, or that of the signal that the run was asked to end by.
+
+    python3 tests/faults.py --quantc target/release/quantc                  300 kills, 200 faults; strace is needed for the faults
+    python3 tests/faults.py --quantc target/release/quantc --kills 30 --faults 20
+"""
+
+import argparse
+import hashlib
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+FOLDER = "quantize model -o out --method rtn --verify-text none --group-size 64 --force"
+SINGLE = "quantize model -o out.gguf --scheme Q8_0 --method rtn --verify-text none --force"
+PARTS = "quantize model -o out.gguf --scheme Q8_0 --method rtn --verify-text none --split-max-size 2M --force"
+CONVERT = "convert model -o out --dtype f32 --force"
+KINDS = {"folder": FOLDER, "convert": CONVERT, "one file": SINGLE, "parts": PARTS}
+
+# What fails, and how; none of these is met by a program that only computes.
+FAULTS = [
+    ("write", "ENOSPC"), ("write", "EIO"), ("pwrite64", "ENOSPC"), ("pwrite64", "EIO"), ("ftruncate", "ENOSPC"),
+    ("fsync", "EIO"), ("fsync", "ENOSPC"), ("openat", "EMFILE"), ("openat", "EACCES"), ("mkdir", "EACCES"),
+    ("renameat2", "EIO"), ("renameat2", "EINVAL"), ("rename", "EIO"), ("mmap", "ENOMEM"), ("unlink", "EIO"),
+    ("unlinkat", "EIO"), ("rmdir", "EIO"), ("flock", "ENOLCK"), ("statx", "EIO"), ("clone3", "EAGAIN"), ("getdents64", "EIO"),
+]
+
+
+def outputs(room):
+    """The output's files and their hashes; of a GGUF file all its parts."""
+    found = {}
+    for path in sorted(room.glob("out*")):
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        for file in files:
+            # Times stand in the report.
+            content = b"" if file.name.endswith("report.json") else file.read_bytes()
+            found[str(file.relative_to(room))] = hashlib.sha256(content).hexdigest()
+    return found
+
+
+class Kind:
+    """One way to write an output: what it gives, and how long it takes."""
+
+    def __init__(self, quantc, room, name, words):
+        self.quantc, self.room, self.name, self.words = quantc, room, name, words.split()
+        self.clear()
+        started = time.monotonic()
+        self.run().check_returncode()
+        self.seconds = time.monotonic() - started
+        self.new = outputs(room)
+        self.clear()
+        # An earlier output of the same kind that is told apart by its bytes.
+        earlier = [word if word != "Q8_0" else "Q4_0" for word in self.words]
+        if name == "folder":
+            earlier = [word if word != "64" else "128" for word in earlier]
+        if name == "convert":
+            earlier = [word if word != "f32" else "f16" for word in earlier]
+        subprocess.run([quantc, *earlier], cwd=room, check=True, capture_output=True)
+        self.old = outputs(room)
+        assert self.old != self.new
+        self.kept = pathlib.Path(tempfile.mkdtemp())
+        for path in room.glob("out*"):
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, self.kept / path.name)
+
+    def run(self, before=()):
+        return subprocess.run([*before, self.quantc, *self.words], cwd=self.room, capture_output=True, text=True)
+
+    def clear(self):
+        for path in list(self.room.iterdir()):
+            if path.name != "model":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def put_old(self):
+        self.clear()
+        for path in self.kept.iterdir():
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, self.room / path.name)
+
+    def check(self, what, had_old, killed):
+        """Fails unless the output is whole, now or, of a killed run, after the next one has tidied up."""
+        found, hidden = outputs(self.room), [p for p in self.room.iterdir() if p.name.startswith(".")]
+        # Parts of an earlier output with another number of them are somebody's files, and stay.
+        allowed = [{**self.old, **self.new} if had_old else self.new, self.old if had_old else {}]
+        if not killed and hidden:
+            raise AssertionError(f"{self.name}, {what}: left {[p.name for p in hidden]}")
+        # A switch of several files that was cut short is written down, and the next run does the rest.
+        under_way = any((folder / ".switch.json").exists() for folder in hidden)
+        if found not in allowed and not under_way:
+            names = {n for one in allowed for n in one}
+            raise AssertionError(f"{self.name}, {what}: neither old nor new: {sorted(set(found) ^ names) or sorted(found)}")
+        if hidden:
+            after = self.run()
+            left = [p.name for p in self.room.iterdir() if p.name.startswith(".")]
+            if after.returncode or left or outputs(self.room) != allowed[0]:
+                raise AssertionError(f"{self.name}, {what}: after the next run: {left} {sorted(outputs(self.room))} {after.stderr}")
+
+
+def kill(kind, number, generator):
+    had_old = number % 2 == 0
+    kind.put_old() if had_old else kind.clear()
+    signal_sent = generator.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+    whole_group = generator.random() < 0.5
+    # Half of the kills near the end, where files are moved.
+    late = generator.random() < 0.5
+    wait = kind.seconds * (generator.uniform(0.8, 1.1) if late else generator.uniform(0.0, 1.0))
+    process = subprocess.Popen(
+        [kind.quantc, *kind.words], cwd=kind.room, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    time.sleep(wait)
+    try:
+        os.killpg(process.pid, signal_sent) if whole_group else process.send_signal(signal_sent)
+    except ProcessLookupError:
+        pass
+    code = process.wait()
+    # A worker whose watcher was killed ends on its own.
+    for _ in range(400):
+        if subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True).returncode != 0:
+            break
+        time.sleep(0.01)
+    what = f"kill {number}: {signal_sent.name} after {wait:.3f} s"
+    if code not in (0, -signal_sent):
+        raise AssertionError(f"{kind.name}, {what}: exit code {code}")
+    kind.check(what, had_old, killed=signal_sent == signal.SIGKILL)
+
+
+def fault(kind, number, generator):
+    had_old = number % 2 == 0
+    kind.put_old() if had_old else kind.clear()
+    call, error = FAULTS[number % len(FAULTS)]
+    first = generator.choice([1, 1, 2, 3, generator.randrange(1, 40), generator.randrange(1, 400)])
+    if call == "mmap":
+        # Before that, the system's own loader is at work.
+        first += 40
+    lasting = "+" if generator.random() < 0.5 and call not in ("openat", "mmap", "statx", "clone3") else ""
+    run = kind.run(["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={call}:error={error}:when={first}{lasting}"])
+    what = f"fault {number}: {call} {error} from call {first}{lasting}"
+    # Where the very start of the process fails, its loader ends it with 127.
+    if run.returncode not in (0, 1, 2, 3) and "error while loading shared libraries" not in run.stderr:
+        raise AssertionError(f"{kind.name}, {what}: exit code {run.returncode}: {run.stderr}")
+    told = [line for line in run.stderr.splitlines() if not line.startswith(("note:", "error:"))]
+    if told and "loading shared libraries" not in run.stderr:
+        raise AssertionError(f"{kind.name}, {what}: {run.stderr}")
+    # What could not be removed because removing fails is removed by the next run.
+    removing = call in ("unlink", "unlinkat", "rmdir", "getdents64", "openat", "flock", "statx", "clone3", "mmap")
+    kind.check(what, had_old, killed=removing)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quantc", required=True)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    quantc = str(pathlib.Path(args.quantc).resolve())
+    if args.faults and not shutil.which("strace"):
+        sys.exit("strace is needed for --faults")
+    room = pathlib.Path(tempfile.mkdtemp())
+    subprocess.run([quantc, "demo", "--export", str(room / "model")], check=True, capture_output=True)
+    kinds = [Kind(quantc, room, name, words) for name, words in KINDS.items()]
+    generator, failures = random.Random(args.seed), []
+    for what, count in ((kill, args.kills), (fault, args.faults)):
+        for number in range(count):
+            try:
+                what(kinds[(number // 2) % len(kinds)], number, generator)
+            except AssertionError as error:
+                failures.append(str(error))
+                print(f"FAILED {error}", flush=True)
+    shutil.rmtree(room)
+    print(f"{args.kills} kills and {args.faults} faults: {len(failures)} failed")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
