@@ -150,7 +150,7 @@ def fault(kind, number, generator):
     if told and "loading shared libraries" not in run.stderr:
         raise AssertionError(f"{kind.name}, {what}: {run.stderr}")
     # What could not be removed because removing fails is removed by the next run.
-    removing = call in ("unlink", "unlinkat", "rmdir", "getdents64", "openat", "flock", "statx", "clone3", "mmap")
+    removing = call in ("unlink", "unlinkat", "rmdir", "getdents64", "openat", "flock", "statx", "clone3", "mmap", "rename")
     kind.check(what, had_old, killed=removing)
 
 

@@ -8,7 +8,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::place::{Place, check_place, check_space, check_takes_files, is_mount_point};
-use super::switch::{Switch, exchange, finish, rename_new, sync_folder, sync_tree};
+use super::switch::{Switch, exchange, finish, is_under_way, rename_new, sync_folder, sync_tree};
 use crate::error::{Error, Result};
 
 /// Bytes of the longest file name.
@@ -216,6 +216,15 @@ impl Staging {
         match moved {
             Ok(()) => {}
             Err(error) if is_taken(&error) => return Err(self.keep_beside()),
+            Err(error) if is_under_way(&self.folder) => {
+                // What is in the folder now is all there is of the earlier output.
+                self.committed = true;
+                return Err(Error::failed(format!(
+                    "{}: cannot move into place: {error}; some of its files are in {}, which the next run to this place puts right",
+                    self.shown.display(),
+                    self.folder.display()
+                )));
+            }
             Err(error) => return Err(Error::io(&self.shown, "move into place")(error)),
         }
         self.committed = true;

@@ -80,7 +80,8 @@ impl Switch {
 
     /// Performs it from `staging`. Where `replaces` is false, a name that is taken fails with `AlreadyExists`.
     ///
-    /// After a failure everything is where it was before.
+    /// After a failure everything is where it was before. Where that cannot be either, the journal stays, see [`is_under_way`], and
+    /// nothing in `staging` may be removed.
     pub fn perform(&self, staging: &Path, replaces: bool) -> std::io::Result<()> {
         let journal = staging.join(JOURNAL);
         if self.aside.len() + self.moves.len() > 1 {
@@ -90,8 +91,9 @@ impl Switch {
             sync_folder(staging)?;
         }
         self.steps(staging, replaces).inspect_err(|_| {
-            self.take_back(staging);
-            let _ = fs::remove_file(&journal);
+            if self.take_back(staging) {
+                let _ = fs::remove_file(&journal);
+            }
         })?;
         sync_folder(&self.into)
     }
@@ -117,21 +119,28 @@ impl Switch {
         Ok(())
     }
 
-    /// Undoes the steps that were done, as far as that is possible.
-    fn take_back(&self, staging: &Path) {
+    /// Undoes the steps that were done; false where one cannot be undone.
+    fn take_back(&self, staging: &Path) -> bool {
+        let mut undone = true;
         for name in self.moves.iter().rev() {
             let (from, to) = (staging.join(name), self.into.join(name));
             if !from.exists() && to.exists() {
-                let _ = fs::rename(to, from);
+                undone &= fs::rename(to, from).is_ok();
             }
         }
         for name in self.aside.iter().rev() {
             let from = staging.join(ASIDE).join(name);
             if from.exists() {
-                let _ = fs::rename(from, self.into.join(name));
+                undone &= fs::rename(from, self.into.join(name)).is_ok();
             }
         }
+        undone
     }
+}
+
+/// Whether a switch from `staging` was begun and neither completed nor taken back.
+pub fn is_under_way(staging: &Path) -> bool {
+    staging.join(JOURNAL).exists()
 }
 
 /// Completes the switch that a run which is gone had begun in `staging`; false when it had begun none.
