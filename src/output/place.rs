@@ -112,8 +112,15 @@ pub fn check_beside(flag: &str, path: &Path, inputs: &[&Path], output: &Path) ->
             output.display()
         )));
     }
-    if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
-        return Ok(());
+    if let Ok(metadata) = fs::metadata(path)
+        && !metadata.is_file()
+    {
+        // A pipe waits for its reader; those of the shell below /dev have one.
+        let waits = is_pipe(&metadata) && !path.starts_with("/dev") && !path.starts_with("/proc");
+        return match waits {
+            true => Err(Error::usage(format!("{flag} {shown}: is a pipe, and a file is to be written"))),
+            false => Ok(()),
+        };
     }
     if !place.parent.is_dir() {
         let folder = place.parent.display();
@@ -122,6 +129,17 @@ pub fn check_beside(flag: &str, path: &Path, inputs: &[&Path], output: &Path) ->
     check_takes_files(&place.parent).map_err(|error| {
         Error::usage(format!("{flag} {shown}: its folder takes no file ({error}); choose another place"))
     })
+}
+
+#[cfg(unix)]
+fn is_pipe(metadata: &fs::Metadata) -> bool {
+    use std::os::unix::fs::FileTypeExt;
+    metadata.file_type().is_fifo() || metadata.file_type().is_socket()
+}
+
+#[cfg(not(unix))]
+fn is_pipe(_: &fs::Metadata) -> bool {
+    false
 }
 
 /// Writes a file beside the output in one step; what is no plain file, such as `/dev/stdout`, is written to as it is.

@@ -81,9 +81,7 @@ impl Staging {
         let place = Place::resolve(target)?;
         input.map_or(Ok(()), |input| check_place(target, input))?;
         let (path, shown) = (place.path(), target.display());
-        if path.is_dir() {
-            return Err(Error::usage(format!("{shown}: is a directory, and a GGUF file is to be written")));
-        }
+        check_file(&path, &shown)?;
         let notes = sweep(&place)?;
         let mut there = Vec::new();
         if place.parent.is_dir() {
@@ -190,9 +188,7 @@ impl Staging {
                 "{shown}: is what the quantized model will be called; choose another name"
             )));
         }
-        if target.is_dir() {
-            return Err(Error::usage(format!("{shown}: is a directory, and a GGUF file is to be written")));
-        }
+        check_file(target, &shown)?;
         if target.exists() {
             if !force {
                 return Err(Error::usage(format!("{shown}: exists already; --force replaces it")));
@@ -230,7 +226,7 @@ impl Staging {
         self.committed = true;
         let _ = sync_folder(&self.place.parent);
         // What is left is what was replaced; a run that ends here leaves it to the next one.
-        let _ = fs::remove_dir_all(&self.folder);
+        let _ = remove_tree(&self.folder);
         Ok(())
     }
 
@@ -300,6 +296,31 @@ impl Drop for Staging {
             remove_made(&self.made);
         }
     }
+}
+
+/// Removes a folder with everything in it, also where its owner has locked it against himself.
+fn remove_tree(folder: &Path) -> std::io::Result<()> {
+    let removed = fs::remove_dir_all(folder);
+    #[cfg(unix)]
+    if removed.as_ref().is_err_and(|error| error.kind() == ErrorKind::PermissionDenied) {
+        open_up(folder)?;
+        return fs::remove_dir_all(folder);
+    }
+    removed
+}
+
+/// Gives the owner every right to a folder and those in it.
+#[cfg(unix)]
+fn open_up(folder: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o700))?;
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            open_up(&entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 fn is_taken(error: &std::io::Error) -> bool {
@@ -379,7 +400,13 @@ pub fn sweep(place: &Place) -> Result<Vec<String>> {
             } else {
                 notes.push(format!("{}: removed what an interrupted run had left", folder.display()));
             }
-            fs::remove_dir_all(&folder).map_err(Error::io(&folder, "remove"))?;
+            remove_tree(&folder).map_err(|error| {
+                Error::failed(format!(
+                    "{}: what an interrupted run had left beside it, in a hidden folder whose name begins with `{}`, cannot be removed: {error}",
+                    path.display(),
+                    prefix.trim_end_matches('-')
+                ))
+            })?;
         }
     }
     let aside = aside_of(place);
@@ -431,6 +458,19 @@ fn stem(name: &str) -> &str {
 /// Whether a file of this name is the one to open of the GGUF output called `output`.
 fn opens(name: &str, output: &str) -> bool {
     name == output || is_part(name, stem(output)) && name.contains("-00001-of-")
+}
+
+/// Fails when something other than a plain file is where a GGUF file is to be.
+fn check_file(path: &Path, shown: &impl std::fmt::Display) -> Result<()> {
+    match fs::metadata(path) {
+        Ok(metadata) if metadata.is_dir() => {
+            Err(Error::usage(format!("{shown}: is a directory, and a GGUF file is to be written")))
+        }
+        Ok(metadata) if !metadata.is_file() => {
+            Err(Error::usage(format!("{shown}: is a device or a pipe, and a GGUF file is to be written")))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Fails when the file that `--force` would replace is no GGUF file.

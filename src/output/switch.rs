@@ -95,7 +95,8 @@ impl Switch {
                 let _ = fs::remove_file(&journal);
             }
         })?;
-        sync_folder(&self.into)
+        sync_folder(&self.into)?;
+        forget(staging)
     }
 
     /// Every step that has not been done yet.
@@ -154,7 +155,18 @@ pub fn finish(staging: &Path) -> std::io::Result<bool> {
     let Ok(switch) = serde_json::from_slice::<Switch>(&journal) else { return Ok(false) };
     switch.steps(staging, true)?;
     sync_folder(&switch.into)?;
+    forget(staging)?;
     Ok(true)
+}
+
+/// Removes the journal of a switch that is complete, before anything else in `staging` goes: whoever finds the one without the other
+/// would take new files for old ones.
+fn forget(staging: &Path) -> std::io::Result<()> {
+    match fs::remove_file(staging.join(JOURNAL)) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(()) => sync_folder(staging),
+    }
 }
 
 /// Waits until every file below `folder`, and every name in it, is on the disk.
@@ -221,6 +233,7 @@ mod tests {
         let (room, staging, switch) = set();
         switch.perform(&staging, true).unwrap();
         assert_eq!(listed(room.path()), pairs(&PARTS.map(|name| (name, "new"))));
+        assert!(!is_under_way(&staging), "what is removed next is not looked for");
     }
 
     #[test]
@@ -258,7 +271,9 @@ mod tests {
             aside.chain(moves).take(done).for_each(|(from, to)| fs::rename(from, to).unwrap());
             assert!(finish(&staging).unwrap());
             assert_eq!(listed(room.path()), pairs(&PARTS.map(|name| (name, "new"))), "after {done} steps");
-            assert!(finish(&staging).unwrap(), "twice does no harm");
+            // What was replaced goes next, and a run that ends there leaves new files that nobody takes for old ones.
+            fs::remove_file(staging.join(ASIDE).join("m-1")).unwrap();
+            assert!(!finish(&staging).unwrap(), "it is complete");
             assert_eq!(listed(room.path()), pairs(&PARTS.map(|name| (name, "new"))));
         }
         let empty = tempfile::tempdir().unwrap();

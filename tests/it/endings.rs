@@ -335,3 +335,45 @@ fn more_threads_than_make_sense_are_not_started() {
     run.succeeds();
     assert!(run.stderr().contains("note: --threads 65536 is more than "), "{}", run.stderr());
 }
+
+#[test]
+fn devices_and_pipes_are_no_place_for_an_output() {
+    let room = Room::new();
+    room.model();
+    room.shell("mkfifo m.gguf report.json").succeeds();
+    let gguf = "quantize model -o m.gguf --scheme Q4_0 --method rtn --verify-text none";
+    room.run(gguf.split(' ')).refuses(2, &["m.gguf: is a device or a pipe"]);
+    room.run(gguf.split(' ').chain(["--force"])).refuses(2, &["m.gguf: is a device or a pipe"]);
+    room.run(QUICK.split(' ').chain(["--report", "report.json"])).refuses(2, &["report.json: is a pipe"]);
+    room.run(gguf.replace("m.gguf", "/dev/null").split(' ').chain(["--format", "gguf", "--force"]))
+        .refuses(2, &["/dev/null"]);
+    assert_eq!(room.names(), ["m.gguf", "model", "report.json"]);
+}
+
+#[test]
+fn an_earlier_output_goes_whatever_its_rights_are() {
+    use std::os::unix::fs::PermissionsExt;
+    let room = Room::new();
+    room.model();
+    let quantize = |more: &str| {
+        room.run(format!("quantize model -o out --method rtn --verify-text none{more}").split(' ')).succeeds();
+    };
+    quantize("");
+    std::fs::set_permissions(room.path("out"), std::fs::Permissions::from_mode(0o555)).unwrap();
+    quantize(" --force");
+    assert_eq!(room.names(), ["model", "out"]);
+}
+
+#[test]
+fn dropout_of_a_tokenizer_is_left_to_training() {
+    let room = Room::new();
+    let model = room.model();
+    let ids = || room.run(["eval", "model", "--context", "64", "--windows", "2", "--json"]).stdout();
+    let before = ids();
+    let path = model.path("tokenizer.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    json["model"]["dropout"] = 0.9.into();
+    std::fs::write(&path, json.to_string()).unwrap();
+    let ppl = |text: String| serde_json::from_str::<serde_json::Value>(&text).unwrap()["perplexity"].clone();
+    assert_eq!(ppl(ids()), ppl(before));
+}

@@ -35,9 +35,14 @@ impl Tokenizer {
 
     /// [`Tokenizer::from_json`] of what is parsed already, which is left as it was. Whatever it does, it does within `guard`.
     pub fn from_value(json: &mut Value, guard: &Guard) -> Result<Self, SampleError> {
+        // The same text has the same ids every time; dropout is for training.
+        let dropout = json.pointer_mut("/model/dropout").map(Value::take);
         // Nothing is ever decoded, and a decoder of an unknown kind is no reason to refuse the model.
         let decoder = json.get_mut("decoder").map(Value::take);
         let built = guarded(guard, BUILDING, || Self::build(json)).unwrap_or_else(|| Err(failing()));
+        if let Some(dropout) = dropout {
+            json["model"]["dropout"] = dropout;
+        }
         if let Some(decoder) = decoder {
             json["decoder"] = decoder;
         }
