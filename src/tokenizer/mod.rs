@@ -6,6 +6,7 @@
 //! take their ids: those that transformers gives.
 
 pub(crate) mod added;
+mod classes;
 mod notes;
 mod templates;
 

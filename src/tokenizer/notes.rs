@@ -4,7 +4,7 @@ use calibration::samples::{ChatTemplate, Message, SampleError};
 use serde_json::{Value, json};
 
 use super::templates::DEFAULT;
-use super::{NAMES, TokenizerFiles};
+use super::{FILE, NAMES, TokenizerFiles, classes};
 use crate::checkpoint::{Checkpoint, read_json};
 use crate::export::tokenizer::knows_as_end;
 use crate::families;
@@ -41,6 +41,9 @@ impl Checkpoint {
         };
         let mut notes = files.notices.clone();
         let parsed = self.templates(&files, &mut notes);
+        if files.name == FILE && self.gguf().is_none() {
+            notes.extend(self.otherwise_in_transformers(&files));
+        }
         let rows = families::vocabulary(self.config()).ok().flatten();
         if let Some(rows) = rows {
             notes.extend(without_a_row(&files, rows));
@@ -48,6 +51,29 @@ impl Checkpoint {
         if self.gguf().is_none() {
             notes.extend(self.unusable_stops(rows));
             notes.extend(self.stops(&files, parsed.as_ref()));
+        }
+        notes
+    }
+
+    /// What transformers makes of tokenizer.json that the file does not say.
+    fn otherwise_in_transformers(&self, files: &TokenizerFiles) -> Vec<String> {
+        let shown = self.path().display();
+        let mut notes = Vec::new();
+        let class = files.sources.class();
+        if let Some(class) = classes::other_rules(class, families::type_of(self.config()), &files.json) {
+            notes.push(format!(
+                "{shown}/{FILE}: transformers 5 normalizes and divides texts as its class {class} does and not as this file says, so that                  some texts have other ids there; here, in llama.cpp and in transformers 4 the file counts (\"tokenizer_class\":                  \"PreTrainedTokenizerFast\" makes the file count where the model's type has no class of its own)"
+            ));
+        }
+        if files.flag("split_special_tokens") == Some(true) {
+            notes.push(format!(
+                "{shown}/tokenizer_config.json: with split_special_tokens transformers splits what looks like a special token in a text; \
+                 here it is that token"
+            ));
+        }
+        if files.json.pointer("/model/dropout").is_some_and(|dropout| dropout.as_f64().is_some_and(|share| share > 0.0))
+        {
+            notes.push(format!("{shown}/{FILE}: the dropout of its merges is for training, and was left out"));
         }
         notes
     }
