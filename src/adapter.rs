@@ -293,7 +293,7 @@ impl Adapter {
         if untied {
             tying::set(config, false);
         }
-        let notices = settings.notices(model, &original, &file, &modules, &replacing);
+        let notices = settings.notices(model, &original, &file, &modules, &replacing, entries);
         let kind = match (settings.root, settings.dora) {
             (false, false) => "lora",
             (true, false) => "rslora",

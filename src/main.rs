@@ -334,7 +334,9 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     }
     if !args.compute.quiet {
         let read = [Some(&model), reference.as_ref()].into_iter().flatten();
-        read.flat_map(Checkpoint::remarks).for_each(|note| tell(&format!("note: {note}")));
+        read.flat_map(Checkpoint::remarks)
+            .chain(model.tokenizer_notes())
+            .for_each(|note| tell(&format!("note: {note}")));
     }
     Ok(0)
 }

@@ -1,6 +1,6 @@
 //! adapter_config.json: what bears on merging, and what is told of an adapter.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use fancy_regex::Regex;
@@ -8,6 +8,7 @@ use formats::SafetensorsFile;
 use serde_json::{Map, Value};
 
 use super::Parts;
+use crate::checkpoint::Entry;
 use crate::evidence::listed;
 use crate::json::integer;
 
@@ -25,6 +26,8 @@ pub(super) struct Settings {
     /// The model that it was trained on.
     pub(super) base: Option<String>,
     /// Modules that it was to have factors for, and to bring whole; by their ends, or a pattern for all of the name.
+    /// Whether some modules that `targets` fit are left alone.
+    pub(super) excludes: bool,
     pub(super) targets: Vec<(String, Regex)>,
     pub(super) saved: Vec<(String, Regex)>,
 }
@@ -122,6 +125,7 @@ impl Settings {
             ranks: patterns("rank_pattern")?,
             alphas: patterns("alpha_pattern")?,
             base: config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned),
+            excludes: set("exclude_modules"),
             targets: names(config.get("target_modules")),
             saved: names(config.get("modules_to_save")),
         })
@@ -135,9 +139,23 @@ impl Settings {
         file: &SafetensorsFile,
         modules: &BTreeMap<String, Parts>,
         replacing: &BTreeMap<String, String>,
+        entries: &[Entry],
     ) -> Vec<String> {
         let mut notices = Vec::new();
-        let foreign = |name: &&str| !name.starts_with("base_model.model.") || name.contains("_orig_mod.");
+        let linears: HashSet<&str> = entries
+            .iter()
+            .filter(|entry| entry.shape.len() == 2)
+            .filter_map(|entry| entry.name.strip_suffix(".weight"))
+            .collect();
+        // PEFT looks a module up by the model's own name for it, and nowhere else.
+        let strange: HashSet<&str> =
+            modules.keys().map(String::as_str).filter(|module| !linears.contains(module)).collect();
+        let foreign = |name: &&str| {
+            let module = name.strip_prefix("base_model.model.").and_then(|name| Some(name.split_once(".lora_")?.0));
+            !name.starts_with("base_model.model.")
+                || name.contains("_orig_mod.")
+                || module.is_some_and(|module| strange.contains(module.replace(".base_layer", "").as_str()))
+        };
         let names: Vec<&str> = file.tensors().map(|spec| spec.name.as_str()).collect();
         if let Some(first) = names.iter().copied().find(|name| foreign(name)) {
             notices.push(format!(
@@ -146,6 +164,30 @@ impl Settings {
                 names.iter().filter(|name| foreign(name)).count(),
                 names.len()
             ));
+        }
+        let in_layers = |module: &str| {
+            let layer = module.split('.').find_map(|part| part.parse::<i64>().ok());
+            self.layers.as_ref().is_none_or(|layers| layer.is_some_and(|layer| layers.contains(&layer)))
+        };
+        let fits = |module: &str| self.targets.iter().any(|(_, regex)| regex.is_match(module).unwrap_or(false));
+        let has = |module: &str| modules.contains_key(module);
+        // Of a target without any factors, and of modules under other names, is told elsewhere.
+        if !self.excludes && strange.is_empty() {
+            let mut absent: Vec<&str> =
+                linears.iter().copied().filter(|module| fits(module) && in_layers(module) && !has(module)).collect();
+            absent.sort_unstable();
+            let partly = |module: &&str| {
+                let tail = module.rsplit('.').next().unwrap_or_default();
+                modules.keys().any(|other| other.rsplit('.').next() == Some(tail))
+            };
+            absent.retain(partly);
+            if !absent.is_empty() {
+                notices.push(format!(
+                    "the adapter has no factors for {} of the modules that target_modules names ({}); they stay as the model has them",
+                    absent.len(),
+                    listed(&absent)
+                ));
+            }
         }
         let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
         if let Some(base) = self.base.as_deref().filter(|base| !base.is_empty()) {

@@ -97,6 +97,7 @@ impl Checkpoint {
         let dtype = if quantized { declared_dtype.or(dominant) } else { dominant.or(declared_dtype) };
         let source = Source::Directory { tensors, quantization, foreign };
         let mut opened = Self::new(path, config, dtype.unwrap_or(Dtype::F16), entries, source);
+        remarks.extend(place::adapter_beside(path));
         (opened.remarks, opened.renamed) = (remarks, renamed);
         if let Some((config, note)) = families::tying::settled(&opened) {
             opened.config = config;

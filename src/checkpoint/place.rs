@@ -70,6 +70,18 @@ pub(crate) fn resolve(path: &Path) -> Result<(PathBuf, Option<String>)> {
     Ok((snapshots.join(chosen), Some(note)))
 }
 
+/// What to say of a folder of a model that holds an adapter too.
+pub(super) fn adapter_beside(folder: &Path) -> Option<String> {
+    let holds = |name: &str| folder.join(name).exists();
+    (holds(ADAPTER_CONFIG) && ADAPTER_WEIGHTS.iter().any(|name| holds(name))).then(|| {
+        let shown = folder.display();
+        format!(
+            "{shown} holds an adapter beside its weights, which transformers applies where PEFT is installed: here it was not applied; \
+             --adapter {shown} merges it"
+        )
+    })
+}
+
 /// Fails for a link to what is not there.
 fn check_link(path: &Path) -> Result<()> {
     match std::fs::read_link(path) {

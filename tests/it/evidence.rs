@@ -356,6 +356,7 @@ fn adapters_that_lack_something_are_refused_or_told() {
         &good,
         "layers_to_transform in adapter_config.json lists other layers",
     );
+    let wrapped = product("base_model.model.model.language_model.layers.0.self_attn.o_proj", 4, [32, 32]);
     let strange = product("model.layers.0.self_attn.o_proj", 4, [32, 32]);
 
     let none: [&str; 0] = [];
@@ -369,8 +370,21 @@ fn adapters_that_lack_something_are_refused_or_told() {
             &good,
             &none,
         ),
-        (json!({"base_model_name_or_path": "someone/Llama_Untied_GQA", "target_modules": ["o_proj"]}), &good, &none),
-        (json!({"target_modules": r"model\.layers\.\d+\.self_attn\.(q|o)_proj"}), &good, &none),
+        (
+            json!({"base_model_name_or_path": "someone/Llama_Untied_GQA", "target_modules": ["o_proj"], "layers_to_transform": [0]}),
+            &good,
+            &none,
+        ),
+        (
+            json!({"target_modules": ["o_proj"]}),
+            &good,
+            &["has no factors for 1 of the modules that target_modules names"],
+        ),
+        (
+            json!({"target_modules": r"model\.layers\.\d+\.self_attn\.(q|o)_proj", "layers_to_transform": [0]}),
+            &good,
+            &none,
+        ),
         (json!({"target_modules": "all-linear", "modules_to_save": null}), &good, &none),
         (json!({"base_model_name_or_path": "someone/Other"}), &good, &["trained on `someone/Other`"]),
         (
@@ -380,13 +394,14 @@ fn adapters_that_lack_something_are_refused_or_told() {
         ),
         (json!({}), &idle, &["change nothing"]),
         (
-            json!({"target_modules": ["v_proj", "o_proj", "j_proj"]}),
+            json!({"target_modules": ["v_proj", "o_proj", "j_proj"], "layers_to_transform": 0}),
             &good,
             &["lists `v_proj`, `j_proj` in target_modules"],
         ),
         (json!({"modules_to_save": ["lm_head"]}), &good, &["lists `lm_head` in modules_to_save"]),
         (json!({"layers_to_transform": 0}), &good, &none),
         (json!({}), &strange, &["are not called as PEFT calls them"]),
+        (json!({}), &wrapped, &["are not called as PEFT calls them"]),
     ] {
         let found = open(settings.clone(), tensors).unwrap();
         assert_eq!(found.len(), notes.len(), "{settings}: {found:?}");
@@ -450,4 +465,17 @@ fn experts_that_are_not_quantized_alike_are_told() {
     assert!(!notes("").contains("not all quantized alike"));
     let told = notes("ignore = ['re:.*experts\\.0\\..*']");
     assert!(told.contains("the experts of `model.layers.0` are not all quantized alike"), "{told}");
+}
+
+#[test]
+fn an_adapter_beside_the_weights_is_told_by_every_command() {
+    let room = Room::new();
+    let model = room.model();
+    std::fs::write(model.path("adapter_config.json"), "{}").unwrap();
+    std::fs::write(model.path("adapter_model.safetensors"), "x").unwrap();
+    for args in ["inspect model", "eval model --context 64 --windows 1", "convert model -o out"] {
+        let run = room.run(args.split(' '));
+        run.succeeds();
+        assert!(run.stderr().contains("model holds an adapter beside its weights"), "{args}: {}", run.stderr());
+    }
 }
