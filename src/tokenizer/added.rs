@@ -134,6 +134,13 @@ impl Sources {
         self.config[name].as_bool()
     }
 
+    /// Special tokens with names of a model's own, as `image_token`, which templates print by these.
+    pub fn extra_tokens(&self) -> Vec<(String, String)> {
+        let Some(named) = self.config["extra_special_tokens"].as_object() else { return Vec::new() };
+        let text = |value: &Value| value.as_str().or(value["content"].as_str()).map(str::to_owned);
+        named.iter().filter_map(|(name, value)| Some((name.clone(), text(value)?))).collect()
+    }
+
     /// The class of tokenizer_config.json, or else of config.json.
     pub fn class(&self) -> Option<&str> {
         self.config["tokenizer_class"].as_str().or(self.class.as_deref())

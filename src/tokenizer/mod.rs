@@ -180,10 +180,21 @@ impl TokenizerFiles {
     /// Special tokens and the default chat template, as calibration takes them.
     pub fn config(&self) -> TokenizerConfig {
         let token = |name: &str| self.special(name).map(|(_, text)| text.to_owned());
-        let others = NAMES[2..].iter().filter_map(|name| Some((format!("{name}_token"), token(name)?))).collect();
+        let extra = self.sources.extra_tokens();
+        let others = NAMES[2..].iter().filter_map(|name| Some((format!("{name}_token"), token(name)?)));
+        let others = others.chain(extra).collect();
         let chat_template = self.templates.default.clone();
+        let tools = self.templates.others.iter().find(|(name, _)| name == "tool_use");
+        let tool_template = tools.map(|(name, text)| (text.clone(), self.templates.place(name).to_owned()));
         let chat_template_file = self.templates.place(templates::DEFAULT).to_owned();
-        TokenizerConfig { bos_token: token("bos"), eos_token: token("eos"), chat_template, chat_template_file, others }
+        TokenizerConfig {
+            bos_token: token("bos"),
+            eos_token: token("eos"),
+            chat_template,
+            chat_template_file,
+            tool_template,
+            others,
+        }
     }
 }
 

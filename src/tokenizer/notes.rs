@@ -100,8 +100,9 @@ impl Checkpoint {
                 notes.push(format!("{place}: the template{which} is empty, and no runtime will chat with it"));
                 continue;
             }
-            let parsed = super::TokenizerConfig { chat_template: Some(text.clone()), ..config.clone() }
-                .chat(&within(place.clone().into()));
+            let parsed =
+                super::TokenizerConfig { chat_template: Some(text.clone()), tool_template: None, ..config.clone() }
+                    .chat(&within(place.clone().into()));
             match parsed {
                 Err(error) => notes.push(format!(
                     "{place}: the template{which} cannot be parsed, and no runtime will chat with it: {}",

@@ -269,3 +269,22 @@ fn chat_templates_are_found_in_the_order_of_transformers() {
     let error = source.tokenizer().err().unwrap().to_string();
     assert!(error.contains("chat_template.jinja: not UTF-8 text: byte 3 "), "{error}");
 }
+
+#[test]
+fn templates_have_the_tokens_that_a_model_names_itself() {
+    let room = Room::new();
+    let model = room.model();
+    let path = model.path("tokenizer_config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["extra_special_tokens"] = json!({"image_token": {"content": "<|image|>"}});
+    config["chat_template"] = json!([
+        {"name": "default", "template": "{{ image_token }} plain"},
+        {"name": "tool_use", "template": "{{ image_token }} {{ tools|length }} tools"},
+    ]);
+    std::fs::write(&path, config.to_string()).unwrap();
+    let _ = std::fs::remove_file(model.path("chat_template.jinja"));
+    let files = Checkpoint::open(&model.path("")).unwrap().tokenizer().unwrap().unwrap();
+    let chat = files.config().chat(&None).unwrap().unwrap();
+    assert_eq!(chat.render(&[], &[]).unwrap(), "<|image|> plain");
+    assert_eq!(chat.render(&[], &[json!({})]).unwrap(), "<|image|> 1 tools");
+}

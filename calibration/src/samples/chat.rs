@@ -28,6 +28,8 @@ pub struct ChatTemplate {
     /// Where it stands, for messages.
     file: String,
     guard: Guard,
+    /// The one for conversations with tools.
+    with_tools: Option<Box<ChatTemplate>>,
 }
 
 #[derive(Serialize)]
@@ -74,7 +76,7 @@ impl ChatTemplate {
         }
         let parse = || environment.add_template_owned(NAME, without_generation_tags(source));
         guarded(guard, source.len(), parse).ok_or_else(|| failing(file))?.map_err(located)?;
-        Ok(Self { environment, file: file.to_owned(), guard: guard.clone() })
+        Ok(Self { environment, file: file.to_owned(), guard: guard.clone(), with_tools: None })
     }
 
     /// The file in which it stands.
@@ -88,6 +90,12 @@ impl ChatTemplate {
         self
     }
 
+    /// Takes `other` for conversations with tools.
+    pub(super) fn with_tools(mut self, other: ChatTemplate) -> Self {
+        self.with_tools = Some(Box::new(other));
+        self
+    }
+
     /// The conversation as the model was trained to see it, without a prompt for a further answer; `tools` are what it may call.
     ///
     /// The turns are given as transformers gives them, the arguments of calls as objects. Where the template refuses that, it gets them
@@ -95,6 +103,9 @@ impl ChatTemplate {
     /// turns that only call, which is what vLLM gives. Fails where the template refuses all of these (`raise_exception`) or trips over
     /// a message.
     pub fn render(&self, messages: &[Message], tools: &[serde_json::Value]) -> Result<String, SampleError> {
+        if let (Some(other), false) = (&self.with_tools, tools.is_empty()) {
+            return other.render(messages, tools);
+        }
         let mut refusal = None;
         let mut tried: Vec<Vec<serde_json::Value>> = Vec::new();
         for form in [Form::Documented, Form::Raw, Form::Filled] {
@@ -463,6 +474,15 @@ mod tests {
         let pad =
             ChatTemplate::new("t.jinja", "{{ pad_token }}", None, None).unwrap().with_variable("pad_token", "<pad>");
         assert_eq!(pad.render(&[], &[]).unwrap(), "<pad>");
+    }
+
+    #[test]
+    fn conversations_with_tools_have_a_template_of_their_own() {
+        let template = |source: &str| ChatTemplate::new("t.jinja", source, None, None).unwrap();
+        let both = template("plain").with_tools(template("{{ tools|length }} tools"));
+        let messages = [Message::new("user", "a")];
+        assert_eq!(both.render(&messages, &[]).unwrap(), "plain");
+        assert_eq!(both.render(&messages, &[serde_json::json!({})]).unwrap(), "1 tools");
     }
 
     #[test]

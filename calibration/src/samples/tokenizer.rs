@@ -161,6 +161,8 @@ pub struct TokenizerConfig {
     pub chat_template: Option<String>,
     /// The file in which it stands.
     pub chat_template_file: String,
+    /// Source of the template for conversations with tools, and its file, where that is another one.
+    pub tool_template: Option<(String, String)>,
     /// Spellings of the remaining special tokens, by name (`unk_token`, `pad_token`, …).
     pub others: Vec<(String, String)>,
 }
@@ -170,11 +172,20 @@ impl TokenizerConfig {
     pub fn chat(&self, guard: &Guard) -> Result<Option<ChatTemplate>, SampleError> {
         let Some(source) = self.chat_template.as_deref() else { return Ok(None) };
         let (file, tokens) = (&self.chat_template_file, [&self.bos_token, &self.eos_token].map(Option::as_deref));
-        let mut template = ChatTemplate::guarded(file, source, tokens, guard)?;
-        for (name, token) in &self.others {
-            template = template.with_variable(name, token);
-        }
-        Ok(Some(template))
+        let made = |file: &str, source: &str| {
+            let mut template = ChatTemplate::guarded(file, source, tokens, guard)?;
+            for (name, token) in &self.others {
+                template = template.with_variable(name, token);
+            }
+            Ok::<_, SampleError>(template)
+        };
+        let template = made(file, source)?;
+        // One that cannot be parsed is told when the model is opened; conversations without tools do not need it.
+        let tools = self.tool_template.iter().find_map(|(source, file)| made(file, source).ok());
+        Ok(Some(match tools {
+            None => template,
+            Some(tools) => template.with_tools(tools),
+        }))
     }
 }
 
