@@ -298,11 +298,15 @@ impl Settings {
                 set(json!({"attention_bias": biases}));
             }
             "starcoder2" => set(json!({"use_bias": true})),
-            "stablelm" => set(json!({
-                "use_qkv_bias": biases,
-                "use_parallel_residual": !self.has("blk.0.ffn_norm.weight"),
-                "qk_layernorm": self.has("blk.0.attn_q_norm.weight"),
-            })),
+            "stablelm" => {
+                // The norm decides.
+                self.look("use_parallel_residual");
+                set(json!({
+                    "use_qkv_bias": biases,
+                    "use_parallel_residual": !self.has("blk.0.ffn_norm.weight"),
+                    "qk_layernorm": self.has("blk.0.attn_q_norm.weight"),
+                }))
+            }
             "qwen2_moe" => set(json!({"qkv_bias": biases})),
             _ => {}
         }
@@ -541,6 +545,8 @@ impl Settings {
         }
         let original = self.count("rope.scaling.original_context_length")?;
         if let (Some(long), Some(short)) = (self.factors.get(ROPE_LONG), self.factors.get(ROPE_SHORT)) {
+            // The factors decide, whatever the type says.
+            self.look("rope.scaling.type");
             let original = original.map_or_else(|| self.required("context_length"), Ok)?;
             let list = |values: &[f32]| values.iter().filter_map(|x| x.to_string().parse().ok()).collect::<Vec<f64>>();
             return Ok(Some(json!({
