@@ -356,9 +356,13 @@ impl Checkpoint {
     }
 
     /// What to say of a tensor with a value that its type cannot hold: of an adapter's where it was merged.
-    pub fn beyond(&self, error: formats::Error, name: &str) -> Error {
+    pub fn beyond(&self, error: formats::Error, name: &str, dtype: Dtype) -> Error {
         match self.change(name) {
-            None => error.in_tensor(name).into(),
+            None => {
+                let error = self.locate(error, name);
+                let wider = if dtype == Dtype::F16 { "bf16 or f32" } else { "f32" };
+                Error::failed(format!("{error}; a type with a wider range holds it: quantc convert --dtype {wider}"))
+            }
             Some((adapter, _)) => adapter.overflow(name, &error.to_string()),
         }
     }
@@ -500,7 +504,14 @@ impl Checkpoint {
                     ("tokenizer_config.json", model.tokenizer_config()?),
                 ];
                 let of = |(name, value)| (PathBuf::from(name), SideFile::Bytes(to_json_bytes(&value)));
-                Ok(Beside { files: files.map(of).into(), notes: Vec::new() })
+                let pooling = model.pooling().filter(|pooling| *pooling > 0).map(|pooling| {
+                    format!(
+                        "{}: the way to make an embedding of hidden states (pooling_type {pooling}) has no place beside \
+                         config.json and was left out",
+                        self.path.display()
+                    )
+                });
+                Ok(Beside { files: files.map(of).into(), notes: pooling.into_iter().collect() })
             }
         }
     }
@@ -510,6 +521,14 @@ impl Checkpoint {
         match &self.source {
             Source::Directory { .. } => None,
             Source::Gguf(model) => Some(model.file()),
+        }
+    }
+
+    /// How hidden states become an embedding, as llama.cpp numbers it, where the model says so.
+    pub fn pooling(&self) -> Option<u32> {
+        match &self.source {
+            Source::Directory { .. } => crate::sentence::pooling(&self.path),
+            Source::Gguf(model) => model.pooling(),
         }
     }
 

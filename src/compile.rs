@@ -17,7 +17,7 @@ use serde::Serialize;
 use crate::behind::{Behind, behind};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::evidence::{check_measured, dead_inputs, lost_in_grid, prior_share};
+use crate::evidence::{check_measured, dead_inputs, lost_in_grid, lost_in_halves, prior_share, share_of};
 use crate::forward::{Ahead, Chunk, Inputs, Others, Plain, Supply, Weight, embed, ready, run_block};
 use crate::graph::{Attention, Block, Graph, Layer, Linear, Mlp, Norm, Projections, Stored};
 use crate::output::weight_writer;
@@ -113,6 +113,8 @@ pub struct Done {
     pub linears: Vec<LinearReport>,
     /// Every folded scale.
     pub smoothings: Vec<SmoothingReport>,
+    /// Tensors that are written as plain numbers and lose values that are too small for them, with the share of these.
+    pub lost: Vec<(String, f64)>,
     /// Where the time went.
     pub seconds: Stages,
 }
@@ -200,7 +202,7 @@ pub fn compile<B: Backend>(
         work.copy_rest()?;
         Ok(work.done)
     };
-    let done = behind(|packed| write_packed(packed, plan, &writer), run)?;
+    let done = behind(|packed| write_packed(source, packed, plan, &writer), run)?;
     let flushing = flushed(move || writer.finish(), hashing);
     Ok(Compiled { done, flushing })
 }
@@ -237,14 +239,14 @@ struct Packed {
     bias: Option<Vec<f32>>,
 }
 
-fn write_packed(packed: Packed, plan: &Plan, writer: &ShardedWriter) -> Result<()> {
+fn write_packed(source: &Checkpoint, packed: Packed, plan: &Plan, writer: &ShardedWriter) -> Result<()> {
     let Packed { module, tensor, weight, bias } = packed;
     let parts = plan.codec.encode_packed(weight, plan.scale_dtype).map_err(|e| Error::from(e.in_tensor(tensor)))?;
     for (part, tensor) in &parts.0 {
         writer.write(&format!("{module}.{part}"), &tensor.data)?;
     }
     match bias {
-        Some(bias) => write_floats(writer, &format!("{module}.bias"), plan.float_dtype, &bias),
+        Some(bias) => write_floats(source, writer, &format!("{module}.bias"), plan.float_dtype, &bias).map(drop),
         None => Ok(()),
     }
 }
@@ -410,10 +412,14 @@ impl<B: Backend> Work<'_, B> {
     /// Writes an expert that stays as it is, out of a stack of which others are quantized.
     fn write_plain(&mut self, linear: &Linear, weight: &Weight<B::Matrix>) -> Result<()> {
         let values = self.backend.download(&weight.matrix)?;
-        let dtype = self.plan.float_dtype;
-        write_floats(self.writer, &format!("{}.weight", linear.module), dtype, values.as_slice().expect("contiguous"))?;
+        let (dtype, name) = (self.plan.float_dtype, format!("{}.weight", linear.module));
+        let values = values.as_slice().expect("contiguous");
+        let lost = write_floats(self.source, self.writer, &name, dtype, values)?;
+        self.done.lost.extend(lost.map(|share| (name, share)));
         match &weight.bias {
-            Some(bias) => write_floats(self.writer, &format!("{}.bias", linear.module), dtype, bias),
+            Some(bias) => {
+                write_floats(self.source, self.writer, &format!("{}.bias", linear.module), dtype, bias).map(drop)
+            }
             None => Ok(()),
         }
     }
@@ -426,11 +432,14 @@ impl<B: Backend> Work<'_, B> {
                 continue;
             }
             let spec = self.plan.outputs.iter().find(|spec| spec.name == *name).expect("planned");
-            if let Some(values) = self.changed.get(name) {
-                write_floats(self.writer, name, spec.dtype, values)?;
+            let lost = if let Some(values) = self.changed.get(name) {
+                write_floats(self.source, self.writer, name, spec.dtype, values)?
             } else if !stray::copied(self.source, name, fate, self.writer)? {
-                copy_tensor(self.source, name, spec.dtype, self.writer)?;
-            }
+                copy_tensor(self.source, name, spec.dtype, self.writer)?
+            } else {
+                None
+            };
+            self.done.lost.extend(lost.map(|share| (name.clone(), share)));
         }
         self.done.seconds.write += started.elapsed().as_secs_f64();
         Ok(())
@@ -727,15 +736,22 @@ pub fn describe(report: &LinearReport) -> String {
     format!("{name:44} {method} {kind}{error}  {seconds:.2} s{fallback}")
 }
 
-/// Writes values as numbers of a type.
-pub fn write_floats(writer: &ShardedWriter, name: &str, dtype: Dtype, values: &[f32]) -> Result<()> {
+/// Writes values as numbers of a type. Returns the share of them that are too small for it, if there are any.
+pub fn write_floats(
+    source: &Checkpoint,
+    writer: &ShardedWriter,
+    name: &str,
+    dtype: Dtype,
+    values: &[f32],
+) -> Result<Option<f64>> {
     let mut bytes = Vec::new();
-    narrow(dtype, values, &mut bytes).map_err(|e| e.in_tensor(name))?;
-    Ok(writer.write(name, &bytes)?)
+    narrow(dtype, values, &mut bytes).map_err(|e| source.beyond(e, name, dtype))?;
+    writer.write(name, &bytes)?;
+    Ok(share_of(lost_in_halves(dtype, &bytes, name, values)?, values.len()))
 }
 
-/// Copies one tensor, in pieces where it has to be converted.
-pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &ShardedWriter) -> Result<()> {
+/// Copies one tensor, in pieces where it has to be converted. Returns what [`write_floats`] does.
+pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &ShardedWriter) -> Result<Option<f64>> {
     if let Some(raw) = source.raw(name).filter(|raw| raw.dtype == dtype) {
         if !raw.is_finite() {
             // Loading it says where.
@@ -743,10 +759,10 @@ pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &Shard
         }
         writer.write(name, raw.data)?;
         source.release(name);
-        return Ok(());
+        return Ok(None);
     }
     let entry = source.entry(name).expect("planned");
-    let mut bytes = Vec::new();
+    let (mut bytes, mut lost) = (Vec::new(), 0);
     let in_pieces = matches!(entry.dtype, crate::checkpoint::StoredType::Quantized { .. });
     if let (&[rows, width], false) = (&entry.shape[..], in_pieces) {
         let piece = (1 << 22) / width.max(1) + 1;
@@ -756,13 +772,16 @@ pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &Shard
             let values = &mut values[..ids.len() * width];
             source.load_rows(name, &ids, values)?;
             bytes.clear();
-            narrow(dtype, values, &mut bytes).map_err(|e| source.beyond(e, name))?;
+            narrow(dtype, values, &mut bytes).map_err(|e| source.beyond(e, name, dtype))?;
+            lost += lost_in_halves(dtype, &bytes, name, values)?;
             writer.write_part(name, (row * width * dtype.bitsize() / 8) as u64, &bytes)?;
         }
     } else {
-        narrow(dtype, &source.load(name)?, &mut bytes).map_err(|e| source.beyond(e, name))?;
+        let values = source.load(name)?;
+        narrow(dtype, &values, &mut bytes).map_err(|e| source.beyond(e, name, dtype))?;
+        lost += lost_in_halves(dtype, &bytes, name, &values)?;
         writer.write(name, &bytes)?;
     }
     source.release(name);
-    Ok(())
+    Ok(share_of(lost, entry.shape.iter().product()))
 }

@@ -11,6 +11,7 @@ use serde_json::Value;
 use crate::checkpoint::{Checkpoint, Entry, StoredType};
 use crate::compile::{copy_tensor, write_floats};
 use crate::error::Result;
+use crate::evidence::{lost_in_halves, share_of, too_small};
 use crate::families;
 use crate::graph::{Linear, Stored};
 use crate::job::{copy_side_files, write_config};
@@ -69,17 +70,23 @@ fn rewrite(
     specs.extend(layout.stacks.iter().map(stack_spec));
     staging.check_space(specs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum())?;
     let writer = weight_writer(staging.folder(), specs.clone())?;
+    let mut lost = Vec::new();
     for spec in &specs {
-        if let Some(stack) = layout.stacks.get(&spec.name) {
-            write_stack(&source, spec, stack, &writer)?;
+        let share = if let Some(stack) = layout.stacks.get(&spec.name) {
+            write_stack(&source, spec, stack, &writer)?
         } else if layout.turned.contains(&spec.name) {
             let values = Array2::from_shape_vec((spec.shape[1], spec.shape[0]), source.load(&spec.name)?);
             let turned = values.expect("a matrix").reversed_axes();
-            write_floats(&writer, &spec.name, spec.dtype, turned.as_standard_layout().as_slice().expect("contiguous"))?;
+            let turned = turned.as_standard_layout();
+            write_floats(&source, &writer, &spec.name, spec.dtype, turned.as_slice().expect("contiguous"))?
         } else if !matches!(strays.get(&spec.name), Some(fate) if stray::copied(&source, &spec.name, fate, &writer)?) {
-            copy_tensor(&source, &spec.name, spec.dtype, &writer)?;
-        }
+            copy_tensor(&source, &spec.name, spec.dtype, &writer)?
+        } else {
+            None
+        };
+        lost.extend(share.map(|share| (spec.name.clone(), share)));
     }
+    notes.extend(too_small(&lost));
     writer.finish()?;
     let mut config = source.config().clone();
     if let Value::Object(config) = &mut config {
@@ -155,10 +162,15 @@ impl Layout {
 }
 
 /// Writes a stack of experts, one at a time.
-fn write_stack(source: &Checkpoint, spec: &TensorSpec, stack: &[Linear], writer: &ShardedWriter) -> Result<()> {
+fn write_stack(
+    source: &Checkpoint,
+    spec: &TensorSpec,
+    stack: &[Linear],
+    writer: &ShardedWriter,
+) -> Result<Option<f64>> {
     let length: usize = spec.shape[1..].iter().product();
     let mut values = vec![0.0; length];
-    let mut bytes = Vec::new();
+    let (mut bytes, mut lost) = (Vec::new(), 0);
     // The linears of one expert follow each other.
     for (position, linear) in stack.iter().enumerate() {
         let Stored::Slice { tensor, index, transposed, part: (split, part), .. } = &linear.stored else {
@@ -176,9 +188,10 @@ fn write_stack(source: &Checkpoint, spec: &TensorSpec, stack: &[Linear], writer:
         let next = stack.get(position + 1).map(|next| &next.stored);
         if !matches!(next, Some(Stored::Slice { index: next, .. }) if next == index) {
             bytes.clear();
-            narrow(spec.dtype, &values, &mut bytes).map_err(|e| e.in_tensor(&spec.name))?;
+            narrow(spec.dtype, &values, &mut bytes).map_err(|e| source.beyond(e, &spec.name, spec.dtype))?;
+            lost += lost_in_halves(spec.dtype, &bytes, &spec.name, &values)?;
             writer.write_part(&spec.name, (index * length * spec.dtype.bitsize() / 8) as u64, &bytes)?;
         }
     }
-    Ok(())
+    Ok(share_of(lost, spec.shape.iter().product()))
 }

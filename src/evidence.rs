@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use calibration::statistics::Statistics;
-use formats::{GgmlType, ScalePrecision};
+use formats::{Dtype, GgmlType, ScalePrecision};
 use kernels::{Backend, Grid};
 use ndarray::Array2;
 
@@ -74,6 +74,37 @@ pub fn lost_in_blocks(
         }
     }
     Ok(lost)
+}
+
+/// The same for plain numbers in half precision; of other types none is lost.
+pub fn lost_in_halves(dtype: Dtype, bytes: &[u8], name: &str, values: &[f32]) -> Result<usize> {
+    match GgmlType::from_name("F16").filter(|_| dtype == Dtype::F16) {
+        Some(half) => lost_in_blocks(half, bytes, Path::new(name), [name, name], || Ok(values.to_vec())),
+        None => Ok(0),
+    }
+}
+
+/// What is lost as a share of all, if anything is.
+pub fn share_of(lost: usize, all: usize) -> Option<f64> {
+    (lost > 0).then(|| lost as f64 / all as f64)
+}
+
+/// What there is to tell of tensors that are written as numbers in half precision, with the share of their values that is lost.
+pub fn too_small(lost: &[(String, f64)]) -> Option<String> {
+    let shares: Vec<(&str, f64)> =
+        lost.iter().filter(|(_, share)| *share >= TOLD).map(|(name, share)| (&**name, *share)).collect();
+    told_too_small(&shares, "half precision", "much coarser; --dtype bf16 or f32 of quantc convert keeps them")
+}
+
+fn told_too_small(shares: &[(&str, f64)], place: &str, or: &str) -> Option<String> {
+    let most = shares.iter().map(|(_, share)| *share).reduce(f64::max)?;
+    let names: Vec<&str> = shares.iter().map(|(name, _)| *name).collect();
+    Some(format!(
+        "the weights of {} tensors ({}) are too small for {place}: up to {:.0} % of them are lost, or {or}",
+        names.len(),
+        listed(&names),
+        100.0 * most
+    ))
 }
 
 /// The same for codes on a grid. `values` gives the weights, and what the file holds of them.
@@ -173,16 +204,7 @@ pub fn notes(linears: &[LinearReport], others: &[(String, f64)]) -> Vec<String> 
     let mut shares: Vec<(&str, f64)> =
         linears.iter().filter_map(|linear| Some((linear.name.as_str(), lost(linear.lost)?))).collect();
     shares.extend(others.iter().filter_map(|(name, share)| Some((name.as_str(), lost(Some(*share))?))));
-    if let Some(most) = shares.iter().map(|(_, share)| *share).reduce(f64::max) {
-        let names: Vec<&str> = shares.iter().map(|(name, _)| *name).collect();
-        notes.push(format!(
-            "the weights of {} tensors ({}) are too small for scales in half precision: up to {:.0} % of them are lost, or \
-             much coarser than their codes",
-            names.len(),
-            listed(&names),
-            100.0 * most
-        ));
-    }
+    notes.extend(told_too_small(&shares, "scales in half precision", "much coarser than their codes"));
     let broken = some(&|linear| linear.relative_error.is_some_and(|error| error > 0.5));
     if !broken.is_empty() {
         notes.push(format!(

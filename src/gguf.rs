@@ -19,7 +19,7 @@ use crate::behind::{Behind, behind};
 use crate::checkpoint::Checkpoint;
 use crate::compile::{LinearReport, Stages, describe, observe, observe_expert};
 use crate::error::{Error, Result};
-use crate::evidence::{check_measured, dead_inputs, lost_in_blocks, prior_share};
+use crate::evidence::{check_measured, dead_inputs, lost_in_blocks, prior_share, share_of};
 use crate::export::metadata::{About, ImportanceSource, Metadata, metadata};
 use crate::export::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
 use crate::export::names::{self, ExportPlan, ExportTensor, From, Part, Source};
@@ -92,6 +92,10 @@ impl GgufPlan {
                 overrides.tensors.insert(0, TensorOverride::parse(&exact)?);
             }
         }
+        // The embedding serves as the head.
+        if graph.head.tied && recipe.scheme_of(&graph.head.linear.module, &mut patterns)?.is_none() {
+            overrides.tensors.insert(0, TensorOverride::parse(&format!("^token_embd\\.weight$={plain}"))?);
+        }
         patterns.check_hits()?;
         let shape = graph.blocks.iter().find_map(|block| block.attention()).map(|attention| attention.shape);
         let shape = shape.expect("names::plan has seen attention");
@@ -159,7 +163,7 @@ impl GgufPlan {
         });
         let mut written =
             metadata(graph, source.config(), &plan, &About::of(source), mix.file_type, collected.as_ref())?;
-        if let Some(pooling) = crate::sentence::pooling(source.path()) {
+        if let Some(pooling) = source.pooling() {
             let key = format!("{}.pooling_type", plan.architecture);
             written.metadata.push((key, MetadataValue::U32(pooling)));
         }
@@ -592,10 +596,8 @@ impl<B: Backend> Work<'_, B> {
                         lost += write_part(self.backend, self.source, self.writer, place, *ty, importance.as_deref())?;
                         first += part.extents()[0];
                     }
-                    if lost > 0 {
-                        let all: usize = tensor.shape.iter().product();
-                        self.lost.push((parts[0].from.tensor(), lost as f64 / all as f64));
-                    }
+                    let share = share_of(lost, tensor.shape.iter().product());
+                    self.lost.extend(share.map(|share| (parts[0].from.tensor(), share)));
                 }
             }
         }
@@ -725,7 +727,7 @@ fn plain_report(linear: &Linear, ty: GgmlType) -> LinearReport {
 
 /// The share of a linear's weights.
 fn share(lost: usize, linear: &Linear) -> Option<f64> {
-    (lost > 0).then(|| lost as f64 / (linear.rows * linear.cols) as f64)
+    share_of(lost, linear.rows * linear.cols)
 }
 
 impl<B: Backend> Supply<B> for Work<'_, B> {

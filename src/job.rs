@@ -192,7 +192,7 @@ impl Job<'_> {
                 .iter()
                 .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone(), ty: None })
                 .collect(),
-            lost: Vec::new(),
+            lost: done.lost,
             idle: Vec::new(),
             stages: done.seconds,
         };

@@ -162,9 +162,7 @@ fn tell(line: &str) {
 
 /// Sets the threads up, the display, and the device.
 fn start(compute: &Compute) -> anyhow::Result<(Progress, Engine)> {
-    if compute.threads == Some(0) {
-        return Err(Error::usage("--threads must be at least 1").into());
-    }
+    at_least_one("--threads", compute.threads)?;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = compute.threads.unwrap_or(cores);
     let most = threads.min(cores * MOST_THREADS);
@@ -178,7 +176,13 @@ fn start(compute: &Compute) -> anyhow::Result<(Progress, Engine)> {
     Ok((Progress::new(compute.quiet), engine))
 }
 
+/// Fails where a flag that counts says 0.
+fn at_least_one(flag: &str, count: Option<usize>) -> Result<(), Error> {
+    if count == Some(0) { Err(Error::usage(format!("{flag} must be at least 1"))) } else { Ok(()) }
+}
+
 fn quantize(args: Quantize) -> anyhow::Result<u8> {
+    at_least_one("--verify-windows", Some(args.verify_windows))?;
     let (mut progress, engine) = start(&args.compute)?;
     let to_file = args.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
     let flags = Request {
@@ -276,6 +280,10 @@ fn summarize(report: &Report, output: &Path) -> Result<(), Error> {
 }
 
 fn eval(args: Eval) -> anyhow::Result<u8> {
+    if args.context < 2 {
+        return Err(Error::usage("--context must be at least 2: the first token of a window is not predicted").into());
+    }
+    at_least_one("--windows", args.windows)?;
     let (mut progress, engine) = start(&args.compute)?;
     let protocol = named("protocol", Protocol::ALL, &args.protocol)?;
     let model = Checkpoint::open_with(&args.model, args.adapter.as_deref())?;
@@ -288,8 +296,13 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     };
     let reference_adapter = args.reference_adapter.as_deref();
     let reference = args.reference.as_deref().map(|path| Checkpoint::open_with(path, reference_adapter)).transpose()?;
+    let mut remarks: Vec<String> = Vec::new();
     for checkpoint in [Some(&model), reference.as_ref()].into_iter().flatten() {
-        stray::refuse_adapters(checkpoint)?;
+        for note in [checkpoint.remarks(), stray::left_out(checkpoint)?].concat() {
+            if !remarks.contains(&note) {
+                remarks.push(note);
+            }
+        }
     }
     let text = load_text(args.text.as_deref().unwrap_or(HELD_OUT)).map_err(Error::from)?;
     let tokenizer = ModelText::open(&model)?;
@@ -333,10 +346,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
         false => say(&report::quality_table(&quality))?,
     }
     if !args.compute.quiet {
-        let read = [Some(&model), reference.as_ref()].into_iter().flatten();
-        read.flat_map(Checkpoint::remarks)
-            .chain(model.tokenizer_notes())
-            .for_each(|note| tell(&format!("note: {note}")));
+        remarks.into_iter().chain(model.tokenizer_notes()).for_each(|note| tell(&format!("note: {note}")));
     }
     Ok(0)
 }

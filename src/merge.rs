@@ -8,6 +8,7 @@ use crate::checkpoint::{Checkpoint, StoredType};
 use crate::compile::copy_tensor;
 use crate::convert::fates;
 use crate::error::Result;
+use crate::evidence::too_small;
 use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, check_place, weight_writer};
 use crate::plan::Fate;
@@ -50,11 +51,14 @@ fn write(
     let specs: Vec<TensorSpec> = kept.map(spec).collect();
     staging.check_space(specs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum())?;
     let writer = weight_writer(staging.folder(), specs.clone())?;
+    let mut lost = Vec::new();
     for spec in &specs {
         if !matches!(strays.get(&spec.name), Some(fate) if stray::copied(&source, &spec.name, fate, &writer)?) {
-            copy_tensor(&source, &spec.name, spec.dtype, &writer)?;
+            let share = copy_tensor(&source, &spec.name, spec.dtype, &writer)?;
+            lost.extend(share.map(|share| (spec.name.clone(), share)));
         }
     }
+    notes.extend(too_small(&lost));
     writer.finish()?;
     write_config(source.config(), &staging)?;
     copy_side_files(&beside, &staging)?;

@@ -284,8 +284,9 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
         let Some(entry) = source.entry(&name) else { return Err(missing(graph, source, &name, &shape)) };
         if entry.shape != shape {
             return Err(Error::failed(format!(
-                "{place}: tensor `{name}` has shape {:?}, and config.json says {shape:?}",
-                entry.shape
+                "{place}: tensor `{name}` has shape {:?}, and {} says {shape:?}",
+                entry.shape,
+                if source.gguf().is_some() { "the metadata" } else { "config.json" }
             )));
         }
         let StoredType::Plain(dtype) = entry.dtype else { continue };
@@ -315,6 +316,15 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
 
 /// What to say of a tensor that is missing: where it should be, and what it may be called instead.
 fn missing(graph: &Graph, source: &Checkpoint, name: &str, shape: &[usize]) -> Error {
+    if source.gguf().is_some() {
+        let planned = crate::export::names::plan(graph).map(|plan| plan.tensors).unwrap_or_default();
+        let own = planned.into_iter().find(|tensor| tensor.parts().iter().any(|part| part.from.tensor() == name));
+        let (name, shape) = own.map_or((name.to_owned(), shape.to_vec()), |own| (own.gguf, own.shape));
+        return Error::failed(format!(
+            "{}: tensor `{name}` is missing; its shape would be {shape:?}; download the file again",
+            source.path().display()
+        ));
+    }
     let mut text = format!("{}: tensor `{name}` is missing; its shape would be {shape:?}", source.path().display());
     if let Some((shard, index)) = source.promised(name) {
         let index = index.file_name().unwrap_or_default().to_string_lossy();

@@ -12,6 +12,7 @@ use crate::checkpoint::{Checkpoint, Entry, StoredType};
 use crate::error::{Error, Result};
 use crate::families::graph_of;
 use crate::graph::{Graph, Linear, Stored};
+use crate::import::names::block_number;
 use crate::plan::Fate;
 
 /// What to do with tensors that no rule of the model's family names.
@@ -36,6 +37,7 @@ impl UnknownTensors {
 const ADAPTER: &str = "a part of an adapter";
 const LEFTOVER: &str = "left over from another way of storing a weight that is there";
 const BEYOND: &str = "a layer beyond those that config.json counts";
+const BEYOND_COUNT: &str = "a block beyond those that `block_count` counts";
 const FURTHER: &str = "a part that predicts further tokens";
 const BIAS: &str = "a bias that config.json says there is none of";
 const HEAD: &str = "an output for something else than tokens";
@@ -44,7 +46,7 @@ const BUFFER: &str = "a buffer that runtimes compute";
 const OTHER: &str = "of a name that means nothing in this model";
 
 /// Every reason, which no rule of a family shares.
-const REASONS: &[&str] = &[ADAPTER, LEFTOVER, BEYOND, FURTHER, BIAS, HEAD, CACHE, BUFFER, OTHER];
+const REASONS: &[&str] = &[ADAPTER, LEFTOVER, BEYOND, BEYOND_COUNT, FURTHER, BIAS, HEAD, CACHE, BUFFER, OTHER];
 
 /// Parts of names that PEFT gives what it trains.
 const ADAPTERS: &[&str] =
@@ -146,6 +148,7 @@ impl<'a> Strays<'a> {
 
     fn reason(&self, name: &str) -> &'static str {
         let parts: Vec<&str> = name.split('.').collect();
+        let gguf = self.source.gguf().is_some();
         let last = *parts.last().expect("one at least");
         let any = |what: &[&str]| parts.iter().any(|part| what.contains(part));
         let module = name.strip_suffix(last).and_then(|rest| rest.strip_suffix('.')).unwrap_or_default();
@@ -161,8 +164,9 @@ impl<'a> Strays<'a> {
             () if self.left_over(module, last) => LEFTOVER,
             () if parts.iter().any(|part| *part == "mtp" || part.starts_with("mtp_") || *part == "nextn") => FURTHER,
             () if beyond => BEYOND,
+            () if gguf && block_number(name).is_some_and(|block| block >= self.graph.blocks.len()) => BEYOND_COUNT,
             () if last == "bias" && self.linears.contains_key(module) => BIAS,
-            () if any(HEADS) => HEAD,
+            () if any(HEADS) || gguf && parts[0] == "cls" => HEAD,
             () if ["k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale"].contains(&last) => CACHE,
             () if any(BUFFERS) => BUFFER,
             () => OTHER,
@@ -218,8 +222,7 @@ impl<'a> Strays<'a> {
         let doubles = self.source.entries().iter().filter(doubles).filter(|entry| self.known.contains(&entry.name));
         match doubles.count() {
             0 => {}
-            n => notes
-                .push(format!("{n} tensors of type F64 were rounded to F32, and computed with and written as such")),
+            n => notes.push(format!("{n} tensors of type F64 were rounded to F32, and taken as such")),
         }
         notes
     }
@@ -238,14 +241,18 @@ pub fn copied(source: &Checkpoint, name: &str, fate: &Fate, writer: &ShardedWrit
     }
 }
 
-/// Fails for a checkpoint that holds parts of an adapter, whose product is no part of what is computed.
-pub fn refuse_adapters(source: &Checkpoint) -> Result<()> {
+/// What to say of tensors that are no part of what is computed. Fails for a checkpoint that holds parts of an adapter, whose
+/// product would be.
+pub fn left_out(source: &Checkpoint) -> Result<Vec<String>> {
     let graph = graph_of(source)?;
     let strays = Strays::new(&graph, source, UnknownTensors::Copy);
     strays
         .entries()
         .filter(|entry| strays.reason(&entry.name) == ADAPTER)
-        .try_for_each(|entry| strays.fate(&entry.name).map(drop))
+        .try_for_each(|entry| strays.fate(&entry.name).map(drop))?;
+    let fates: Vec<(&str, Fate)> =
+        strays.entries().map(|entry| (&*entry.name, Fate::Dropped(strays.reason(&entry.name)))).collect();
+    Ok(strays.notes(fates.iter().map(|(name, fate)| (*name, fate)), true))
 }
 
 /// The tensor that a missing one may be under another name: of its shape, in its layer, unknown, and the most alike.

@@ -47,7 +47,10 @@ impl Checkpoint {
             return Err(place::no_model(path, &bytes));
         }
         let model = GgufModel::open(path)?;
-        Ok(Self::new(path, model.config().clone(), model.dtype(), model.entries(), Source::Gguf(model)))
+        let remarks = model.notes().to_vec();
+        let mut opened = Self::new(path, model.config().clone(), model.dtype(), model.entries(), Source::Gguf(model));
+        opened.remarks = remarks;
+        Ok(opened)
     }
 
     fn open_directory(path: &Path) -> Result<Checkpoint> {

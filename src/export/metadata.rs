@@ -345,6 +345,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         _ => None,
     });
     let read = Settings {
+        asked: Default::default(),
         architecture,
         keys: out.metadata.iter().cloned().collect(),
         tensors: plan.tensors.iter().map(|tensor| (tensor.gguf.clone(), tensor.shape.clone())).collect(),

@@ -6,7 +6,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use formats::container::gguf::GgufSpec;
+use formats::container::gguf::{GgufSpec, GgufView};
 use formats::{Dtype, GgufFile, TensorView};
 use serde_json::{Map, Value};
 
@@ -26,6 +26,7 @@ pub(crate) struct GgufModel {
     dtype: Dtype,
     tensors: HashMap<String, Mapped>,
     order: Vec<String>,
+    notes: Vec<String>,
 }
 
 /// What a tensor is made of.
@@ -46,6 +47,8 @@ struct Piece {
     first: usize,
     /// What it is of the tensor.
     part: Part,
+    /// What its weights are multiplied by.
+    factor: f32,
 }
 
 impl GgufModel {
@@ -64,13 +67,14 @@ impl GgufModel {
         let settings = settings(&file, architecture)?;
         let mut config = settings.config().map_err(|error| error.in_file(path))?;
         finish_config(&mut config, &file, dtype)?;
+        let notes = unread(path, &settings.unread()).into_iter().collect();
 
         let graph = families::build(&config).map_err(|error| Error::failed(format!("{}: {error}", path.display())))?;
         let planned = plan(&graph).map_err(|error| Error::failed(format!("{}: {error}", path.display())))?;
         let shapes: HashMap<String, Vec<usize>> = graph.tensors().into_iter().collect();
         let mut tensors: HashMap<String, Mapped> = HashMap::new();
         let (mut order, mut seen) = (Vec::new(), HashSet::new());
-        let mut known: HashMap<&str, Vec<String>> = HashMap::new();
+        let mut known: HashMap<String, Vec<String>> = HashMap::new();
         for tensor in &planned.tensors {
             let Some(view) = file.get(&tensor.gguf).filter(|_| !tensor.parts().is_empty()) else { continue };
             let shapes_differ = view.shape.iter().product::<usize>() != tensor.shape.iter().product::<usize>()
@@ -80,12 +84,17 @@ impl GgufModel {
                     formats::Error::mismatch("its shape", format!("{:?}", tensor.shape), format!("{:?}", view.shape));
                 return Err(error.in_tensor(&tensor.gguf).in_file(path).into());
             }
+            let scale = scale_of(&tensor.gguf).and_then(|scale| Some((file.get(&scale)?, scale)));
+            let factor = match &scale {
+                None => 1.0,
+                Some((view, scale)) => factor(view).map_err(|error| error.in_tensor(scale).in_file(path))?,
+            };
             let mut first = 0;
             let mut sources = Vec::new();
             for part in tensor.parts() {
                 let source = part.from.tensor();
                 let shape = shapes.get(&source).cloned().unwrap_or_else(|| tensor.shape.clone());
-                let piece = Piece { name: tensor.gguf.clone(), first, part: part.clone() };
+                let piece = Piece { name: tensor.gguf.clone(), first, part: part.clone(), factor };
                 first += part.extents()[0];
                 tensors
                     .entry(source.clone())
@@ -96,7 +105,8 @@ impl GgufModel {
                     sources.push(source);
                 }
             }
-            known.insert(&tensor.gguf, sources);
+            known.insert(tensor.gguf.clone(), sources);
+            known.extend(scale.map(|(_, scale)| (scale, Vec::new())));
         }
         for spec in file.tensors().iter().filter(|spec| ![ROPE_FREQS, ROPE_LONG, ROPE_SHORT].contains(&&spec.name[..]))
         {
@@ -112,7 +122,7 @@ impl GgufModel {
                         transposed: false,
                         offset: 0.0,
                     };
-                    let piece = Piece { name: spec.name.clone(), first: 0, part };
+                    let piece = Piece { name: spec.name.clone(), first: 0, part, factor: 1.0 };
                     let mapped = Mapped { shape: spec.shape.clone(), pieces: vec![piece], rows: None };
                     tensors.insert(spec.name.clone(), mapped);
                     order.push(spec.name.clone());
@@ -128,7 +138,18 @@ impl GgufModel {
                 return Err(error.in_tensor(name).in_file(path).into());
             }
         }
-        Ok(GgufModel { file, config, dtype, tensors, order })
+        Ok(GgufModel { file, config, dtype, tensors, order, notes })
+    }
+
+    /// What the user should know of the file.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// How hidden states become an embedding, as llama.cpp numbers it.
+    pub fn pooling(&self) -> Option<u32> {
+        let key = format!("{}.pooling_type", self.file.string("general.architecture").ok()??);
+        u32::try_from(self.file.count(&key).ok()??).ok()
     }
 
     pub fn file(&self) -> &GgufFile {
@@ -173,11 +194,14 @@ impl GgufModel {
         };
         for (row, out) in rows {
             let (piece, at) = places[row];
-            let Piece { name, first, part } = &mapped.pieces[piece as usize];
+            let Piece { name, first, part, factor } = &mapped.pieces[piece as usize];
             let view = self.file.get(name).expect("listed");
             view.ty.dequantize(view.row(first + at as usize), out)?;
             if part.offset != 0.0 {
                 out.iter_mut().for_each(|x| *x -= part.offset);
+            }
+            if *factor != 1.0 {
+                out.iter_mut().for_each(|x| *x *= factor);
             }
         }
         Ok(())
@@ -201,7 +225,7 @@ impl GgufModel {
             return Ok(self.read(name, None)?[index * one..][..one].to_vec());
         }
         let mut values = vec![0.0; one];
-        for Piece { name, first, part } in &mapped.pieces {
+        for Piece { name, first, part, factor } in &mapped.pieces {
             let at = match (&part.from, slice) {
                 (From::Weight(linear) | From::Bias(linear), wanted) => match (&linear.stored, wanted) {
                     (Stored::Slice { index, .. }, Some(wanted)) if *index != wanted => continue,
@@ -217,7 +241,7 @@ impl GgufModel {
             for r in 0..rows {
                 view.ty.dequantize(view.row(first + r), &mut row)?;
                 for (c, value) in row.iter().enumerate() {
-                    values[at + place(part, [r, c])] = value - part.offset;
+                    values[at + place(part, [r, c])] = (value - part.offset) * factor;
                 }
             }
         }
@@ -227,7 +251,7 @@ impl GgufModel {
     /// The bytes of a tensor that is stored plainly and in Hugging Face order.
     pub fn raw(&self, name: &str) -> Option<TensorView<'_>> {
         let mapped = self.tensors.get(name)?;
-        let [Piece { name, first: 0, part: Part { from, rows: None, transposed: false, offset: 0.0 } }] =
+        let [Piece { name, first: 0, part: Part { from, rows: None, transposed: false, offset: 0.0 }, factor: 1.0 }] =
             &mapped.pieces[..]
         else {
             return None;
@@ -329,6 +353,39 @@ fn place(part: &Part, [row, col]: [usize; 2]) -> usize {
     }
 }
 
+/// The tensor with what llama.cpp multiplies a linear's output by, before its bias.
+fn scale_of(weight: &str) -> Option<String> {
+    let linear = weight.starts_with("blk.") && !["norm", "gate_inp"].iter().any(|part| weight.contains(part));
+    weight.strip_suffix(".weight").filter(|_| linear).map(|module| format!("{module}.scale"))
+}
+
+/// The one value of such a tensor.
+fn factor(view: &GgufView<'_>) -> formats::Result<f32> {
+    let count = view.shape.iter().product::<usize>();
+    if count != 1 || view.ty.plain() != Some(Dtype::F32) {
+        let found = format!("{count} of type {}", view.ty);
+        return Err(formats::Error::mismatch("the scale of a whole linear", "one value of type F32", found));
+    }
+    let mut value = [0.0];
+    view.ty.dequantize(view.data, &mut value)?;
+    match value[0].is_finite() {
+        true => Ok(value[0]),
+        false => Err(formats::Error::malformed(format!("the scale {} is not a finite number", value[0]))),
+    }
+}
+
+/// What to say of settings that nothing here goes by.
+fn unread(path: &Path, keys: &[&str]) -> Option<String> {
+    (!keys.is_empty()).then(|| {
+        format!(
+            "{}: settings that are not known for this architecture were left out ({}): if the file's runtime goes by them, it \
+             computes something else",
+            path.display(),
+            crate::evidence::listed(keys)
+        )
+    })
+}
+
 /// What the file says, for [`Settings::config`].
 fn settings(file: &GgufFile, architecture: &'static Architecture) -> Result<Settings> {
     let own = file.keys().into_iter().filter(|key| key.starts_with(architecture.id));
@@ -342,7 +399,7 @@ fn settings(file: &GgufFile, architecture: &'static Architecture) -> Result<Sett
             factors.insert(name.to_owned(), values);
         }
     }
-    Ok(Settings { architecture, keys, tensors, factors })
+    Ok(Settings { architecture, keys, tensors, factors, asked: Default::default() })
 }
 
 /// What config.json says beside the model's shape.

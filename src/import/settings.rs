@@ -3,7 +3,8 @@
 //! Writing uses it too: a model is written only if what would be read back is the same model
 //! ([`crate::export::metadata`]).
 
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{HashMap, HashSet};
 
 use formats::container::gguf::MetadataValue;
 use serde_json::{Map, Value, json};
@@ -21,7 +22,21 @@ pub(crate) struct Settings {
     pub tensors: HashMap<String, Vec<usize>>,
     /// The values of the tensors of rotary factors.
     pub factors: HashMap<String, Vec<f32>>,
+    /// Keys that were asked for.
+    pub asked: RefCell<HashSet<String>>,
 }
+
+/// Settings that change nothing that is computed here, or are carried over elsewhere.
+const SILENT: &[&str] = &[
+    "vocab_size",
+    "tensor_data_layout",
+    "pooling_type",
+    "expert_shared_count",
+    "rope.scaling.finetuned",
+    // Of a latent they follow from its width.
+    "attention.key_length",
+    "attention.value_length",
+];
 
 type Result<T> = formats::Result<T>;
 
@@ -31,13 +46,32 @@ impl Settings {
     }
 
     fn get<T>(&self, name: &str, what: &str, as_type: impl Fn(&MetadataValue) -> Option<T>) -> Result<Option<T>> {
-        let key = self.key(name);
-        match self.keys.get(&key) {
+        match self.look(name) {
             None => Ok(None),
             Some(value) => as_type(value)
                 .map(Some)
-                .ok_or_else(|| formats::Error::malformed(format!("metadata key `{key}` is not {what}"))),
+                .ok_or_else(|| formats::Error::malformed(format!("metadata key `{}` is not {what}", self.key(name)))),
         }
+    }
+
+    /// The value of a setting, which counts as asked for.
+    fn look(&self, name: &str) -> Option<&MetadataValue> {
+        let key = self.key(name);
+        let value = self.keys.get(&key);
+        self.asked.borrow_mut().insert(key);
+        value
+    }
+
+    /// The architecture's settings in the file that nothing has asked for, sorted.
+    pub fn unread(&self) -> Vec<&str> {
+        let asked = self.asked.borrow();
+        let own = |key: &&str| {
+            let name = key.strip_prefix(self.architecture.id).and_then(|rest| rest.strip_prefix('.'));
+            name.is_some_and(|name| !SILENT.contains(&name)) && !asked.contains(*key)
+        };
+        let mut unread: Vec<&str> = self.keys.keys().map(String::as_str).filter(own).collect();
+        unread.sort_unstable();
+        unread
     }
 
     /// A count; the first of a list where there is one for each layer and all are the same.
@@ -78,11 +112,10 @@ impl Settings {
     }
 
     fn text(&self, name: &str) -> Result<Option<&str>> {
-        let key = self.key(name);
-        match self.keys.get(&key) {
+        match self.look(name) {
             None => Ok(None),
             Some(MetadataValue::String(text)) => Ok(Some(text)),
-            Some(_) => Err(formats::Error::malformed(format!("metadata key `{key}` is not a string"))),
+            Some(_) => Err(formats::Error::malformed(format!("metadata key `{}` is not a string", self.key(name)))),
         }
     }
 
@@ -97,7 +130,7 @@ impl Settings {
     /// Which layers see a window only: one flag a layer, or all but every so many.
     fn local(&self, layers: usize, default: usize) -> Result<Vec<bool>> {
         let name = "attention.sliding_window_pattern";
-        let list = match self.keys.get(&self.key(name)) {
+        let list = match self.look(name) {
             Some(MetadataValue::Array(list)) => list
                 .iter()
                 .map(|value| match value {
@@ -118,6 +151,13 @@ impl Settings {
     /// config.json. Fails for what is missing or cannot be said there.
     pub fn config(&self) -> Result<Value> {
         let id = self.architecture.id;
+        if self.flag("attention.causal")? == Some(false) {
+            return Err(self.unsupported(format!(
+                "`{}` is false: attention to what comes later in the text can be neither computed nor written here; take the model \
+                 as it is, or have llama-quantize quantize it",
+                self.key("attention.causal")
+            )));
+        }
         let embedding = self.tensors.get("token_embd.weight");
         let hidden = self.required("embedding_length")?;
         let layers = self.required("block_count")?;
@@ -258,11 +298,15 @@ impl Settings {
                 set(json!({"attention_bias": biases}));
             }
             "starcoder2" => set(json!({"use_bias": true})),
-            "stablelm" => set(json!({
-                "use_qkv_bias": biases,
-                "use_parallel_residual": !self.has("blk.0.ffn_norm.weight"),
-                "qk_layernorm": self.has("blk.0.attn_q_norm.weight"),
-            })),
+            "stablelm" => {
+                // The norm decides.
+                self.look("use_parallel_residual");
+                set(json!({
+                    "use_qkv_bias": biases,
+                    "use_parallel_residual": !self.has("blk.0.ffn_norm.weight"),
+                    "qk_layernorm": self.has("blk.0.attn_q_norm.weight"),
+                }))
+            }
             "qwen2_moe" => set(json!({"qkv_bias": biases})),
             _ => {}
         }
@@ -302,10 +346,10 @@ impl Settings {
             }
             "qwen2_vl" => {
                 // Of a text all kinds of position are the same.
-                let key = self.key("rope.dimension_sections");
-                let sections: Vec<usize> = match self.keys.get(&key) {
+                let name = "rope.dimension_sections";
+                let sections: Vec<usize> = match self.look(name) {
                     Some(MetadataValue::Array(list)) => list.iter().filter_map(integer).take(3).collect(),
-                    _ => return Err(formats::Error::missing(format!("metadata key `{key}`"))),
+                    _ => return Err(formats::Error::missing(format!("metadata key `{}`", self.key(name)))),
                 };
                 if scaling.is_some() {
                     return Err(self.unsupported("scaled positions of several kinds cannot be read"));
@@ -489,12 +533,20 @@ impl Settings {
     }
 
     fn rope_scaling(&self, theta: f64, latent: bool) -> Result<Option<Value>> {
+        let warm = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
+        // llama.cpp multiplies by it whatever the scaling is.
+        let cold = |kind: &str| match warm {
+            1.0 => Ok(()),
+            _ => Err(self.unsupported(format!("{kind} with an attn_factor of {warm} cannot be read"))),
+        };
         if let Some(factors) = self.factors.get(ROPE_FREQS) {
+            cold("rotary frequencies that have factors")?;
             return llama3_scaling(factors, theta).map_err(|e| e.in_tensor(ROPE_FREQS));
         }
-        let warm = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
         let original = self.count("rope.scaling.original_context_length")?;
         if let (Some(long), Some(short)) = (self.factors.get(ROPE_LONG), self.factors.get(ROPE_SHORT)) {
+            // The factors decide, whatever the type says.
+            self.look("rope.scaling.type");
             let original = original.map_or_else(|| self.required("context_length"), Ok)?;
             let list = |values: &[f32]| values.iter().filter_map(|x| x.to_string().parse().ok()).collect::<Vec<f64>>();
             return Ok(Some(json!({
@@ -509,8 +561,14 @@ impl Settings {
         .filter(|factor| *factor != 0.0);
         let kind = self.text("rope.scaling.type")?.unwrap_or(if factor.is_some() { "linear" } else { "none" });
         match (kind, factor) {
-            ("none", _) | ("linear" | "longrope", None | Some(1.0)) => Ok(None),
-            ("linear", Some(factor)) => Ok(Some(json!({"rope_type": "linear", "factor": factor}))),
+            ("none", _) | ("linear" | "longrope", None | Some(1.0)) => {
+                cold("unscaled rotary frequencies")?;
+                Ok(None)
+            }
+            ("linear", Some(factor)) => {
+                cold("linear rope scaling")?;
+                Ok(Some(json!({"rope_type": "linear", "factor": factor})))
+            }
             ("yarn", factor) => {
                 let factor = factor.unwrap_or(1.0);
                 let original = original.map_or_else(|| self.required("context_length"), Ok)?;
@@ -518,6 +576,11 @@ impl Settings {
                 let mut scaling = json!({
                     "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
                 });
+                for (key, usual) in [("beta_fast", 32.0), ("beta_slow", 1.0)] {
+                    if let Some(beta) = self.float(&format!("rope.scaling.yarn_{key}"))?.filter(|beta| *beta != usual) {
+                        scaling[key] = beta.into();
+                    }
+                }
                 match log {
                     // The file has a tenth of it.
                     Some(log) if latent => {

@@ -408,8 +408,12 @@ fn what_is_no_checkpoint_is_refused_by_every_command() {
         }
     }
     room.run(["eval", "model", "--protocol", "x"]).refuses(2, &["papers, llama.cpp"]);
-    room.run(["eval", "model", "--context", "1"]).refuses(1, &["--context 2"]);
-    room.run(["eval", "model", "--windows", "0"]).refuses(1, &["--windows 1"]);
+    for context in ["0", "1"] {
+        room.run(["eval", "model", "--context", context]).refuses(2, &["--context must be at least 2"]);
+    }
+    room.run(["eval", "model", "--windows", "0"]).refuses(2, &["error: --windows must be at least 1"]);
+    room.run(["quantize", "model", "-o", "out", "--verify-windows", "0"])
+        .refuses(2, &["error: --verify-windows must be at least 1"]);
     assert!(!room.path("out").exists());
 }
 

@@ -479,3 +479,29 @@ fn an_adapter_beside_the_weights_is_told_by_every_command() {
         assert!(run.stderr().contains("model holds an adapter beside its weights"), "{args}: {}", run.stderr());
     }
 }
+
+#[test]
+fn plain_halves_that_are_too_small_or_too_large_are_told() {
+    const DOWN: &str = "model.layers.1.mlp.down_proj.weight";
+    let room = Room::new();
+    let model = room.model();
+    let fill = |bits: u16| {
+        model.weights(|header, data| {
+            let ends: Vec<usize> = serde_json::from_value(header[DOWN]["data_offsets"].clone()).unwrap();
+            data[ends[0]..ends[1]].chunks_exact_mut(2).for_each(|at| at.copy_from_slice(&bits.to_le_bytes()));
+        });
+    };
+    let convert = |dtype: &'static str| room.run(["convert", "model", "-o", dtype, "--dtype", dtype]);
+    // 1e-10, of which half precision keeps nothing.
+    fill(0x2edc);
+    for (dtype, told) in [("f16", true), ("f32", false)] {
+        let run = convert(dtype);
+        run.succeeds();
+        let words = format!("the weights of 1 tensors (`{DOWN}`) are too small for half precision: up to 100 %");
+        assert_eq!(run.stderr().contains(&words), told, "{}", run.stderr());
+    }
+    std::fs::remove_dir_all(room.path("f16")).unwrap();
+    // 1e10, which it cannot hold.
+    fill(0x5015);
+    convert("f16").refuses(1, &["model.safetensors", DOWN, "F16's largest", "--dtype bf16 or f32"]);
+}

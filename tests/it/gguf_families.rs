@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use kernels::Cpu;
+use quantc::Checkpoint;
 use quantc::job::Job;
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
@@ -117,6 +118,10 @@ fn every_family_is_read_back_as_the_model_that_was_written() {
                 continue;
             }
         };
+        let unread = Checkpoint::open(&output).unwrap().remarks();
+        if !unread.is_empty() {
+            wrong.push(format!("{name}: {unread:?}"));
+        }
         let (sequences, expected) = golden(&folder().join(&name));
         let width = expected.len() / sequences.iter().map(Vec::len).sum::<usize>();
         let length = sequences[0].len();

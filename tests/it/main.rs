@@ -10,6 +10,7 @@ mod families;
 mod folders;
 mod gguf;
 mod gguf_families;
+mod gguf_inputs;
 mod golden;
 mod guesses;
 mod harness;

@@ -160,12 +160,10 @@ pub fn windows(
     bos: Option<u32>,
 ) -> Result<Vec<Vec<u32>>, SampleError> {
     if context < 2 {
-        return Err(SampleError::Length(format!(
-            "a window of {context} tokens predicts nothing; give --context 2 or more"
-        )));
+        return Err(SampleError::Length(format!("a window of {context} tokens predicts nothing")));
     }
     if limit == Some(0) {
-        return Err(SampleError::Length("0 windows measure nothing; give --windows 1 or more".to_owned()));
+        return Err(SampleError::Length("0 windows measure nothing".to_owned()));
     }
     let windows: Vec<Vec<u32>> = ids
         .chunks_exact(context)
