@@ -21,6 +21,7 @@ mod nemotron;
 mod olmo;
 mod phi;
 mod qwen;
+mod renames;
 pub mod rope;
 mod smollm3;
 mod spelling;
@@ -30,6 +31,7 @@ pub mod tying;
 mod unknown;
 
 pub use names::names;
+pub use renames::loaded;
 pub use unknown::plain_modules;
 
 use serde_json::Value;
