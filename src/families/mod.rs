@@ -11,6 +11,7 @@ mod glm;
 mod gpt;
 mod gpt_oss;
 mod granite;
+mod guesses;
 mod hunyuan;
 mod llama;
 mod llama4;
