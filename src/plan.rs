@@ -109,12 +109,17 @@ impl Plan {
         if !graph.head.tied && !left.contains(&graph.head.linear.module) {
             left.push(graph.head.linear.module.clone());
         }
+        let model_type = crate::families::settings(source.config())?.model_type;
+        if graph.opaque {
+            let loaded = crate::families::loaded(&model_type, &left);
+            let mut known: HashSet<String> = modules.iter().map(|(name, _)| name).chain(&left).cloned().collect();
+            left.extend(loaded.into_iter().filter(|name| known.insert(name.clone())));
+        }
         let listed: Vec<QuantizedModule<'_>> = modules
             .iter()
             .map(|(name, scheme)| QuantizedModule { name, scheme: *scheme, desc_act: recipe.desc_act })
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
-        let model_type = crate::families::settings(source.config())?.model_type;
         config.notes.extend(crate::runtimes::notes(graph, &model_type, codec.id(), &schemes));
         config.notes.extend(uneven_experts(graph, &schemes));
         if graph.opaque {

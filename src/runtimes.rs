@@ -22,10 +22,15 @@ const ASK_FOR_WEIGHTS: &[&str] = &[
     "mt5",
     "nanochat",
     "recurrent_gemma",
+    "rwkv",
     "switch_transformers",
     "t5",
     "umt5",
 ];
+
+/// Models whose linears transformers changes as it loads them (it splits or joins their matrices), which it cannot do to packed ones.
+/// Seen with transformers 5.23 and tiny models of its classes.
+const CHANGED_WHILE_LOADED: &[&str] = &["bailing_hybrid", "hrm_text", "kimi_linear", "olmo_hybrid"];
 
 /// What is asked of a model.
 struct Facts<'a> {
@@ -65,7 +70,11 @@ pub fn notes(graph: &Graph, model_type: &str, codec: &str, schemes: &HashMap<Str
         "transformers' class of this model asks for the weights of linears while these are packed, and fails ('Linear' object has no \
          attribute 'weight'); with CompressedTensorsConfig(dequantize=True) it loads",
     );
-    [transformers(&facts), gptqmodel(&facts), unknown].into_iter().flatten().map(str::to_owned).collect()
+    let changed = (codec == "compressed-tensors" && CHANGED_WHILE_LOADED.contains(&model_type)).then_some(
+        "transformers changes matrices of this model as it loads it and fails on packed ones, with \
+         CompressedTensorsConfig(dequantize=True) too",
+    );
+    [transformers(&facts), gptqmodel(&facts), unknown, changed].into_iter().flatten().map(str::to_owned).collect()
 }
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {

@@ -39,7 +39,6 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
     }
     let experts = config.optional_count("n_routed_experts")?;
     let dense = config.count_or("first_k_dense_replace", 0)?;
-    let every = config.optional_count("moe_layer_freq")?.unwrap_or(1);
     let interleaved = config.flag("rope_interleave", true)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
@@ -78,7 +77,7 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
         attention.shape.value_dim = value;
         attention.shape.scale = scale;
         let module = format!("{at}.mlp");
-        let feed_forward = match experts.filter(|_| layer >= dense && layer % every == 0) {
+        let feed_forward = match experts.filter(|_| layer >= dense) {
             None => Layer::Mlp(base.gated(&module, inner, act, false)),
             Some(experts) => Layer::Moe(moe(&base, config, &module, experts, act, third, third)?),
         };

@@ -11,6 +11,7 @@ mod glm;
 mod gpt;
 mod gpt_oss;
 mod granite;
+mod guesses;
 mod hunyuan;
 mod llama;
 mod llama4;
@@ -21,6 +22,7 @@ mod nemotron;
 mod olmo;
 mod phi;
 mod qwen;
+mod renames;
 pub mod rope;
 mod smollm3;
 mod spelling;
@@ -30,6 +32,7 @@ pub mod tying;
 mod unknown;
 
 pub use names::names;
+pub use renames::loaded;
 pub use unknown::plain_modules;
 
 use serde_json::Value;

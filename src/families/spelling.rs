@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 
 use serde_json::{Map, Value, json};
 
-use super::strict;
+use super::{guesses, strict};
 use crate::error::{Error, Result};
 use crate::json::{real, shown};
 
@@ -31,7 +31,7 @@ pub struct Settings {
 pub(super) struct Class {
     pub(super) defaults: Map<String, Value>,
     /// Those that may be null.
-    nullable: Vec<String>,
+    pub(super) nullable: Vec<String>,
     /// A setting and the keys that stand for it, of which the last wins.
     pub(super) spellings: Vec<Vec<String>>,
 }
@@ -134,12 +134,18 @@ pub fn settled(model_type: &str, mut values: Map<String, Value>) -> Result<Setti
         }
         values.insert(setting.clone(), value);
     }
+    notes.extend(guesses::notes(class_of(model_type), &values));
     let mut left_out = BTreeSet::new();
     for (setting, default) in &class.defaults {
         match values.get(setting) {
             None => {}
             // No size is guessed where one was meant to be.
             Some(Value::Null) if SIZES.contains(&setting.as_str()) => continue,
+            // To Python a null is no.
+            Some(Value::Null) if default.is_boolean() => {
+                values.insert(setting.clone(), false.into());
+                continue;
+            }
             // One that may not be null was left out when the checkpoint was opened, with a note.
             Some(Value::Null) if !class.nullable.contains(setting) => {}
             Some(_) => continue,
@@ -185,6 +191,9 @@ fn rotary(model_type: &str, values: &mut Map<String, Value>, notes: &mut Vec<Str
     // An empty one is none.
     let old = object(values, "rope_scaling")?.filter(|scaling| !scaling.is_empty());
     let new = object(values, "rope_parameters")?;
+    let own = old.clone().or(new.clone()).unwrap_or_default();
+    let nested = own.values().filter_map(Value::as_object);
+    notes.extend(std::iter::once(&own).chain(nested).filter_map(guesses::two_types));
     let mut take = |key: &str| values.remove(key);
     let outside = Outside {
         theta: take("rope_theta"),
@@ -322,7 +331,17 @@ fn flat(
     fill(&mut own, "rope_theta", theta.as_ref().map(|(n, v)| (*n, v)), Some(rotation.theta.into()), notes);
     let kind = match (name_type(&mut own), rotation.form) {
         // Its configurations of the first days.
-        (kind, Form::Long) if kind == "su" || kind == "yarn" => "longrope".to_owned(),
+        (kind, Form::Long) if kind == "yarn" => "longrope".to_owned(),
+        (kind, Form::Long) if kind == "su" => {
+            let key = "original_max_position_embeddings";
+            if own.get(key).is_none_or(Value::is_null) {
+                notes.push(format!(
+                    "config.json has rotary positions of the type su without {key} beside it, which transformers 5 fails on: that \
+                     outside them, or the class's default, counts"
+                ));
+            }
+            "longrope".to_owned()
+        }
         // Of a text all kinds of position are the same.
         (kind, _) if kind == "mrope" && class.ends_with("vl_text") => "default".to_owned(),
         (kind, _) => kind,

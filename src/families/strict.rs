@@ -127,7 +127,7 @@ fn object(model_type: &str, settings: &mut Map<String, Value>, place: &str, note
             ));
         }
     }
-    layers(own, settings, place, notes);
+    layers(own, known, settings, place, notes);
     if types.contains_key("whole heads")
         && let [Some(hidden), Some(heads)] = ["hidden_size", "num_attention_heads"].map(|key| count(own, settings, key))
         && heads > 0
@@ -157,8 +157,9 @@ fn count(class: &str, settings: &Map<String, Value>, key: &str) -> Option<i64> {
     integer(settings.get(key).or_else(|| CLASSES.get(class)?.defaults.get(key))?)
 }
 
-/// Tells of lists of layers that transformers holds against the number of layers.
-fn layers(class: &str, settings: &Map<String, Value>, place: &str, notes: &mut Vec<String>) {
+/// Tells of lists of layers that transformers holds against the number of layers. Classes that are not known may have kinds of layers
+/// of their own.
+fn layers(class: &str, known: bool, settings: &Map<String, Value>, place: &str, notes: &mut Vec<String>) {
     let Some(count) = count(class, settings, "num_hidden_layers") else { return };
     // The second is looked at only where the first is there.
     for (key, allowed) in [("layer_types", LAYER_TYPES), ("mlp_layer_types", &["sparse", "dense"])] {
@@ -169,7 +170,9 @@ fn layers(class: &str, settings: &Map<String, Value>, place: &str, notes: &mut V
                 list.len()
             ));
         }
-        if let Some(other) = list.iter().find(|kind| !kind.as_str().is_some_and(|kind| allowed.contains(&kind))) {
+        if known
+            && let Some(other) = list.iter().find(|kind| !kind.as_str().is_some_and(|kind| allowed.contains(&kind)))
+        {
             notes.push(format!(
                 "config.json has {} in {place}{key}, which transformers 5 refuses; it is written as it stands",
                 shown(other)

@@ -42,11 +42,14 @@ const KEPT: &[&str] = &[
 /// Parts of names likewise, where they end so.
 const KEPT_ENDS: &[&str] = &["emb", "wte", "wpe", "head", "heads"];
 
-/// Whole parts of names likewise: Mamba multiplies by these weights itself, without asking the linear.
-const KEPT_WHOLE: &[&str] = &["x_proj", "dt_proj"];
+/// Whole parts of names likewise: Mamba and DeepSeek V4 multiply by these weights themselves, without asking the linear.
+const KEPT_WHOLE: &[&str] = &["x_proj", "dt_proj", "wo_a", "o_a_proj"];
 
 /// Whole parts of names with a word of those above that hold linears: DBRX's attention with the norms around it.
 const HOLDERS: &[&str] = &["norm_attn_norm"];
+
+/// Words of those above that may be in the first part of all names, which is the model's own: RoBERTa-PreLayerNorm, ConvBERT.
+const OF_MODELS: &[&str] = &["norm", "conv"];
 
 /// Gates of feed-forward layers, which are linears all the same.
 const QUANTIZED: &[&str] = &["gate_proj", "gate_up_proj", "gate_up"];
@@ -253,14 +256,21 @@ impl<'a> Finder<'a> {
                 || KEPT_ENDS.iter().any(|word| part.ends_with(word))
                 || KEPT_WHOLE.contains(&part)
         };
-        let kept = module.split('.').any(is_kept);
-        let straight = self
-            .bias(entry)
-            .is_none_or(|bias| *bias == entry.shape[..1] && !(self.turned && entry.shape[0] == entry.shape[1]));
+        // A model may be named for its norms or convolutions, which says nothing of what is in its blocks.
+        let own = module
+            .split('.')
+            .next()
+            .filter(|own| block.matches('.').count() > 1 && OF_MODELS.iter().any(|word| own.contains(word)));
+        let kept = module.split('.').skip(own.is_some().into()).any(is_kept);
+        // Norms have weights of one extent and biases too.
+        let straight = || {
+            self.bias(entry)
+                .is_none_or(|bias| *bias == entry.shape[..1] && !(self.turned && entry.shape[0] == entry.shape[1]))
+        };
         // torch's own attention multiplies by the output's weight without asking the linear.
         let parent = module.rsplit_once('.').map_or("", |(parent, _)| parent);
         let of_torch = self.source.entry(&format!("{parent}.in_proj_weight")).is_some();
-        (matrix && !kept && straight && !of_torch && !self.further.contains(block)).then_some(block)
+        (matrix && !kept && straight() && !of_torch && !self.further.contains(block)).then_some(block)
     }
 }
 

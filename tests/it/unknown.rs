@@ -130,8 +130,11 @@ fn matrices_with_their_columns_first_are_no_linears() {
     let room = Room::new();
     let mut tensors = vec![("h.0.c_attn.weight".to_owned(), vec![64, 192]), ("h.0.c_attn.bias".to_owned(), vec![192])];
     tensors.extend([("h.0.c_proj.weight".to_owned(), vec![64, 64]), ("h.0.c_proj.bias".to_owned(), vec![64])]);
+    // Norms have weights and biases of one extent.
+    tensors.extend(["weight", "bias"].map(|part| (format!("h.0.ln_1.{part}"), vec![64])));
     write(&room.path("model"), &config(), &tensors);
     room.run(["quantize", "model", "-o", "out"].iter().chain(&RTN)).refuses(1, &["family is unknown", "Conv1D"]);
+    room.run(["convert", "model", "-o", "copy"]).succeeds();
     // One beside them whose bias says that it is a linear.
     tensors.extend([("h.0.fc.weight".to_owned(), vec![96, 64]), ("h.0.fc.bias".to_owned(), vec![96])]);
     write(&room.path("mixed"), &config(), &tensors);
@@ -302,7 +305,8 @@ fn attention_among_norms_is_quantized_and_flat_stacks_are_named() {
 fn only_classes_that_ask_for_packed_weights_are_said_to() {
     let room = Room::new();
     let (tensors, _) = unheard_of();
-    for (model_type, asks) in [("falcon", true), ("t5", true), ("bloom", false), ("opt", false), ("unheard_of", false)]
+    for (model_type, asks) in
+        [("falcon", true), ("rwkv", true), ("t5", true), ("bloom", false), ("opt", false), ("unheard_of", false)]
     {
         let config = json!({"model_type": model_type});
         write(&room.path(model_type), &config, &tensors);
@@ -311,4 +315,84 @@ fn only_classes_that_ask_for_packed_weights_are_said_to() {
         run.succeeds();
         assert_eq!(run.stderr().contains("dequantize=True"), asks, "{model_type}: {}", run.stderr());
     }
+    for model_type in ["bailing_hybrid", "hrm_text", "kimi_linear", "olmo_hybrid"] {
+        write(&room.path(model_type), &json!({"model_type": model_type}), &tensors);
+        let out = format!("out-{model_type}");
+        let run = room.run(["quantize", model_type, "-o", &out].iter().chain(&RTN).chain(&LAYOUTS[0]));
+        run.succeeds();
+        assert!(run.stderr().contains("fails on packed ones"), "{model_type}: {}", run.stderr());
+    }
+}
+
+/// A file may name what is left out otherwise than transformers does once it has loaded it.
+#[test]
+fn what_stays_is_named_as_transformers_calls_it_too() {
+    let room = Room::new();
+    let cases: [(&str, &str, &[&str], &[&str]); 2] = [
+        ("phimoe", "model.layers", &["block_sparse_moe.gate"], &["mlp.router"]),
+        (
+            "deepseek_v4",
+            "model.layers",
+            &["attn.compressor.wgate", "attn.wo_a", "ffn.gate"],
+            &["self_attn.compressor.gate_proj", "self_attn.o_a_proj", "mlp.gate"],
+        ),
+    ];
+    for (model_type, list, kept, loaded) in cases {
+        let mut tensors = Vec::new();
+        let mut linears = BTreeSet::new();
+        for layer in 0..2 {
+            let at = |rest: &&str| format!("{list}.{layer}.{rest}");
+            tensors.extend(kept.iter().map(|name| (format!("{}.weight", at(name)), vec![64, 64])));
+            tensors.push((format!("{}.weight", at(&"attn.wq_a")), vec![64, 64]));
+            linears.insert(at(&"attn.wq_a"));
+        }
+        write(&room.path(model_type), &json!({"model_type": model_type}), &tensors);
+        for (index, layout) in LAYOUTS.iter().enumerate() {
+            let out = format!("out-{model_type}-{index}");
+            room.run(["quantize", model_type, "-o", &out].iter().chain(&RTN).chain(layout)).succeeds();
+            check(&room.path(model_type), &room.path(&out), &linears);
+            let config = std::fs::read(room.path(&out).join("config.json")).unwrap();
+            let config: Value = serde_json::from_slice(&config).unwrap();
+            let reader = read_quantization(&config).unwrap().unwrap();
+            for name in loaded {
+                assert_eq!(reader.declared(&format!("{list}.1.{name}")).unwrap(), None, "{name}: {config}");
+            }
+            assert!(reader.declared(&format!("{list}.1.self_attn.q_a_proj")).unwrap().is_some(), "{config}");
+        }
+    }
+}
+
+/// RoBERTa-PreLayerNorm has `norm` in the name of the model, which says nothing of what is in it.
+#[test]
+fn the_name_of_a_model_does_not_decide_what_its_matrices_are() {
+    let room = Room::new();
+    let names =
+        ["roberta_prelayernorm.encoder.layer.0.fc", "roberta_prelayernorm.encoder.layer.0.norm.fc", "norms.0.fc"];
+    let tensors: Vec<_> = names.iter().map(|name| (format!("{name}.weight"), vec![64, 64])).collect();
+    write(&room.path("model"), &config(), &tensors);
+    room.run(["quantize", "model", "-o", "out"].iter().chain(&RTN)).succeeds();
+    check(&room.path("model"), &room.path("out"), &BTreeSet::from([names[0].to_owned()]));
+}
+
+/// Classes that are not known may have kinds of layers of their own; those that are may not.
+#[test]
+fn nothing_is_said_of_kinds_of_layers_that_may_be_a_familys_own() {
+    let room = Room::new();
+    let (tensors, _) = unheard_of();
+    let mut config = config();
+    config["layer_types"] = json!(["new_attention", "full_attention"]);
+    config["mlp_layer_types"] = json!(["hash_moe", "sparse"]);
+    write(&room.path("model"), &config, &tensors);
+    let run = room.run(["quantize", "model", "-o", "out"].iter().chain(&RTN));
+    run.succeeds();
+    assert!(!run.stderr().contains("layer_types"), "{}", run.stderr());
+    let room = Room::new();
+    let model = room.model();
+    model.config(|config| config["layer_types"] = json!(vec!["new_attention"; 4]));
+    let run = room.run(["inspect", "model"]);
+    assert!(
+        run.stderr().contains("\"new_attention\" in layer_types, which transformers 5 refuses"),
+        "{}",
+        run.stderr()
+    );
 }

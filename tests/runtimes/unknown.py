@@ -44,7 +44,7 @@ LAYOUTS = {
 }
 # Transformers unpacks experts, and all where it does so while it loads, to the type of their scales, which is float16.
 KL, TOLERANCE, VOCABULARY = 0.01, 5e-3, 160
-FAST = ["opt", "gpt_bigcode", "jamba", "qwen3_next", "llava_apertus", "t5", "bert"]
+FAST = ["opt", "gpt_bigcode", "jamba", "phimoe", "qwen3_next", "llava_apertus", "t5", "bert"]
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 16}
@@ -84,6 +84,9 @@ CASES = {
     "recurrent_gemma": ("recurrent_gemma", None, GROUPED | {"intermediate_size": 128, "num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 32}),
     "nemotron_h": ("nemotron_h", None, GROUPED | {"layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3, "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64}),
     "glm4_moe_lite": ("glm4_moe_lite", None, SIZES | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "mlp_layer_types": ["dense", "sparse"]}),
+    "phimoe": ("phimoe", None, GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
+    "roberta_prelayernorm": ("roberta-prelayernorm", "RobertaPreLayerNormForMaskedLM", SIZES | {"max_position_embeddings": 66}),
+    "rwkv": ("rwkv", None, {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64, "intermediate_size": 96, "context_length": 64}),
     "jetmoe": ("jetmoe", None, GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16, "num_key_value_heads": 4}),
     "xglm": ("xglm", None, {"vocab_size": VOCABULARY, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "max_position_embeddings": 64}),
     "bert": ("bert", "BertForMaskedLM", SIZES | {"max_position_embeddings": 64}),
