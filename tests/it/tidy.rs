@@ -164,3 +164,21 @@ fn nothing_names_a_place_on_one_machine() {
         }
     }
 }
+
+/// Every row of docs/reliability.md names a test that is there.
+#[test]
+fn what_reliability_promises_is_tested() {
+    let text = std::fs::read_to_string(root().join("docs/reliability.md")).unwrap();
+    let all = sources().into_iter().chain(files("tests/it", &[".rs"]));
+    let code: String = all.map(|path| std::fs::read_to_string(path).unwrap()).collect();
+    let rows: Vec<&str> = text.lines().filter(|line| line.starts_with("| ") && !line.starts_with("| fault")).collect();
+    assert!(rows.len() > 15);
+    for row in rows {
+        let named = row.rsplit('|').nth(1).unwrap().split('`').skip(1).step_by(2);
+        let tests: Vec<&str> = named.map(|path| path.rsplit("::").next().unwrap()).collect();
+        assert!(!tests.is_empty(), "{row}");
+        for test in tests {
+            assert!(test == "tests" || code.contains(&format!("fn {test}(")), "no test `{test}`: {row}");
+        }
+    }
+}
