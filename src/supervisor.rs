@@ -156,6 +156,8 @@ mod watching {
         let mut asked = None;
         loop {
             if let Ok(Some(status)) = child.try_wait() {
+                // A signal to both may be seen here after the worker has died of it.
+                asked = signals.pending().filter(|signal| *signal != SIGCHLD).last().or(asked);
                 return Some(end(status, asked, memory.as_ref().and_then(limits::last_seen)));
             }
             for signal in signals.wait() {
@@ -171,6 +173,7 @@ mod watching {
         match (status.code(), asked, status.signal().unwrap_or(0), file) {
             (Some(code), ..) => End::Code(u8::try_from(code).unwrap_or(u8::MAX)),
             (None, Some(signal), ..) => End::Asked(signal),
+            (None, None, signal @ (SIGINT | SIGTERM | SIGHUP), _) => End::Asked(signal),
             (None, None, signal, Some(file)) => End::DiedIn(file, signal),
             (None, None, signal, None) => End::Died(signal),
         }

@@ -86,9 +86,13 @@ impl Switch {
         let journal = staging.join(JOURNAL);
         if self.aside.len() + self.moves.len() > 1 {
             let resolved = Switch { into: self.into.canonicalize()?, ..self.clone() };
-            fs::write(&journal, serde_json::to_vec(&resolved).expect("plain data"))?;
-            File::open(&journal)?.sync_all()?;
-            sync_folder(staging)?;
+            let written = || -> std::io::Result<()> {
+                fs::write(&journal, serde_json::to_vec(&resolved).expect("plain data"))?;
+                File::open(&journal)?.sync_all()?;
+                sync_folder(staging)
+            };
+            // Half a journal is of a switch that has not begun.
+            written().inspect_err(|_| drop(fs::remove_file(&journal)))?;
         }
         self.steps(staging, replaces).inspect_err(|_| {
             if self.take_back(staging) {
@@ -246,6 +250,18 @@ mod tests {
         blocked.perform(&staging, true).unwrap_err();
         assert_eq!(listed(room.path()), pairs(&[("m-2", "old"), ("m-3", "old")]));
         assert_eq!(listed(&staging), pairs(&PARTS.map(|name| (name, "new"))));
+    }
+
+    #[test]
+    fn a_journal_that_cannot_be_written_is_of_no_switch() {
+        let (room, staging, switch) = set();
+        // A folder with its name cannot be written to; what is under way is told by a file.
+        fs::create_dir(staging.join(JOURNAL)).unwrap();
+        switch.perform(&staging, true).unwrap_err();
+        assert_eq!(listed(room.path()), pairs(&PARTS.map(|name| (name, "old"))));
+        fs::remove_dir(staging.join(JOURNAL)).unwrap();
+        switch.perform(&staging, true).unwrap();
+        assert!(!is_under_way(&staging));
     }
 
     #[test]
