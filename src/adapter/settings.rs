@@ -26,8 +26,8 @@ pub(super) struct Settings {
     /// The model that it was trained on.
     pub(super) base: Option<String>,
     /// Modules that it was to have factors for, and to bring whole; by their ends, or a pattern for all of the name.
-    /// Whether some modules that `targets` fit are left alone.
-    pub(super) excludes: bool,
+    /// Modules that `targets` fit and that are left alone.
+    pub(super) excluded: Vec<(String, Regex)>,
     pub(super) targets: Vec<(String, Regex)>,
     pub(super) saved: Vec<(String, Regex)>,
 }
@@ -57,6 +57,12 @@ impl Settings {
             Some(_) => true,
         };
         let wrong = |key: &str, expected: &str| format!("{key} is {}, expected {expected}", config[key]);
+        // Python takes any other value for one of the two, and not always for the one that its writer meant.
+        let flag = |key: &str| match config.get(key) {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::Bool(value)) => Ok(*value),
+            Some(_) => Err(wrong(key, "true or false")),
+        };
         match config.get("peft_type").and_then(Value::as_str) {
             Some("LORA") => {}
             Some(other) => {
@@ -114,18 +120,18 @@ impl Settings {
         Ok(Settings {
             rank,
             alpha,
-            root: config.get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+            root: flag("use_rslora")?,
             layers: match config.get("layers_to_transform") {
                 Some(Value::Array(layers)) => layers.iter().map(Value::as_i64).collect(),
                 Some(one) => one.as_i64().map(|layer| vec![layer]),
                 None => None,
             },
-            keep_tied: config.get("ensure_weight_tying").and_then(Value::as_bool).unwrap_or(false),
-            dora: config.get("use_dora").and_then(Value::as_bool).unwrap_or(false),
+            keep_tied: flag("ensure_weight_tying")?,
+            dora: flag("use_dora")?,
             ranks: patterns("rank_pattern")?,
             alphas: patterns("alpha_pattern")?,
             base: config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned),
-            excludes: set("exclude_modules"),
+            excluded: names(config.get("exclude_modules")),
             targets: names(config.get("target_modules")),
             saved: names(config.get("modules_to_save")),
         })
@@ -169,10 +175,27 @@ impl Settings {
             let layer = module.split('.').find_map(|part| part.parse::<i64>().ok());
             self.layers.as_ref().is_none_or(|layers| layer.is_some_and(|layer| layers.contains(&layer)))
         };
-        let fits = |module: &str| self.targets.iter().any(|(_, regex)| regex.is_match(module).unwrap_or(false));
+        let among = |list: &[(String, Regex)], module: &str| {
+            list.iter().any(|(_, regex)| regex.is_match(module).unwrap_or(false))
+        };
+        let fits = |module: &str| among(&self.targets, module) && !among(&self.excluded, module);
+        let unnamed: Vec<&str> = modules
+            .keys()
+            .map(String::as_str)
+            .filter(|module| linears.contains(module) && !self.targets.is_empty() && !fits(module))
+            .collect();
+        if !unnamed.is_empty() {
+            notices.push(format!(
+                "adapter_config.json does not name {} of the adapter's {} modules ({}) in target_modules, or excludes them, and PEFT would \
+                 leave them out; they were merged all the same",
+                unnamed.len(),
+                modules.len(),
+                listed(&unnamed)
+            ));
+        }
         let has = |module: &str| modules.contains_key(module);
         // Of a target without any factors, and of modules under other names, is told elsewhere.
-        if !self.excludes && strange.is_empty() {
+        if strange.is_empty() {
             let mut absent: Vec<&str> =
                 linears.iter().copied().filter(|module| fits(module) && in_layers(module) && !has(module)).collect();
             absent.sort_unstable();

@@ -67,6 +67,7 @@ impl Checkpoint {
         tensors.files().iter().try_for_each(|file| place::check_complete(file.path()))?;
         let (tensors, renamed) = names::as_the_architecture_has(tensors, &config, path)?;
         refuse_mlx(&tensors)?;
+        refuse_named_weights(&config, &tensors, path)?;
 
         let mut quantization = match read_quantization(&config) {
             Ok(quantization) => quantization,
@@ -108,6 +109,20 @@ impl Checkpoint {
         }
         Ok(opened)
     }
+}
+
+/// Fails where config.json says that the weights are in another file than those that were opened.
+fn refuse_named_weights(config: &Value, tensors: &SafetensorsSet, path: &Path) -> Result<()> {
+    let Some(named) = config.get("transformers_weights").and_then(Value::as_str) else { return Ok(()) };
+    let opened = |file: &formats::SafetensorsFile| file.path().file_name().is_some_and(|name| name == named);
+    if tensors.files().iter().all(opened) || named == "model.safetensors.index.json" {
+        return Ok(());
+    }
+    Err(Error::failed(format!(
+        "{}: transformers_weights says that the weights are in {named}, which is not what runtimes other than transformers read: call that file \
+         model.safetensors (or its index model.safetensors.index.json), and take the key out",
+        path.join("config.json").display()
+    )))
 }
 
 /// Takes out of config.json what says how weights are quantized: every output says it anew, or is plain.

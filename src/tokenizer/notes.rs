@@ -62,7 +62,9 @@ impl Checkpoint {
         let class = files.sources.class();
         if let Some(class) = classes::other_rules(class, families::type_of(self.config()), &files.json) {
             notes.push(format!(
-                "{shown}/{FILE}: transformers 5 normalizes and divides texts as its class {class} does and not as this file says, so that                  some texts have other ids there; here, in llama.cpp and in transformers 4 the file counts (\"tokenizer_class\":                  \"PreTrainedTokenizerFast\" makes the file count where the model's type has no class of its own)"
+                "{shown}/{FILE}: transformers 5 normalizes and divides texts as its class {class} does and not as this file says, so that some texts \
+                 have other ids there; here, in llama.cpp and in transformers 4 the file counts (where the model's type has no class of its own, \
+                 \"tokenizer_class\": \"PreTrainedTokenizerFast\" makes it count in transformers 5 too)"
             ));
         }
         if files.flag("split_special_tokens") == Some(true) {

@@ -349,6 +349,7 @@ fn adapters_that_lack_something_are_refused_or_told() {
     for start in ["loftq", "pissa_niter_4", "olora", "corda", "lora_ga"] {
         refused(json!({"init_lora_weights": start}), &good, &format!("init_lora_weights is `{start}`"));
     }
+    refused(json!({"use_rslora": "false"}), &good, "use_rslora is \"false\", expected true or false");
     refused(json!({"use_qalora": true}), &good, "use_qalora is set");
     refused(json!({"r": null}), &good, "r is null, expected a positive number");
     refused(
@@ -401,6 +402,21 @@ fn adapters_that_lack_something_are_refused_or_told() {
         (json!({"modules_to_save": ["lm_head"]}), &good, &["lists `lm_head` in modules_to_save"]),
         (json!({"layers_to_transform": 0}), &good, &none),
         (json!({}), &strange, &["are not called as PEFT calls them"]),
+        (
+            json!({"target_modules": ["q_proj"]}),
+            &good,
+            &["does not name 1 of the adapter's 1 modules", "lists `q_proj`"],
+        ),
+        (
+            json!({"target_modules": ".*q_proj"}),
+            &good,
+            &["does not name 1 of the adapter's 1 modules", "in target_modules"],
+        ),
+        (
+            json!({"target_modules": ["o_proj"], "exclude_modules": ["o_proj"]}),
+            &good,
+            &["does not name 1 of the adapter's 1 modules"],
+        ),
         (json!({}), &wrapped, &["are not called as PEFT calls them"]),
     ] {
         let found = open(settings.clone(), tensors).unwrap();
@@ -504,4 +520,15 @@ fn plain_halves_that_are_too_small_or_too_large_are_told() {
     // 1e10, which it cannot hold.
     fill(0x5015);
     convert("f16").refuses(1, &["model.safetensors", DOWN, "F16's largest", "--dtype bf16 or f32"]);
+}
+
+#[test]
+fn weights_that_the_configuration_looks_for_elsewhere_are_refused() {
+    let room = Room::new();
+    let model = room.model();
+    std::fs::copy(model.path("model.safetensors"), model.path("alt.safetensors")).unwrap();
+    model.config(|config| config["transformers_weights"] = json!("alt.safetensors"));
+    room.run(["inspect", "model"]).refuses(1, &["model/config.json: transformers_weights", "alt.safetensors"]);
+    model.config(|config| config["transformers_weights"] = json!("model.safetensors"));
+    room.run(["inspect", "model"]).succeeds();
 }
