@@ -43,10 +43,11 @@ const BIAS: &str = "a bias that config.json says there is none of";
 const HEAD: &str = "an output for something else than tokens";
 const CACHE: &str = "a scale for the cache of keys and values";
 const BUFFER: &str = "a buffer that runtimes compute";
+const TWIN: &str = "another tensor for a weight that is there, and transformers may take it in that one's place";
 const OTHER: &str = "of a name that means nothing in this model";
 
 /// Every reason, which no rule of a family shares.
-const REASONS: &[&str] = &[ADAPTER, LEFTOVER, BEYOND, BEYOND_COUNT, FURTHER, BIAS, HEAD, CACHE, BUFFER, OTHER];
+const REASONS: &[&str] = &[ADAPTER, LEFTOVER, BEYOND, BEYOND_COUNT, FURTHER, BIAS, HEAD, CACHE, BUFFER, TWIN, OTHER];
 
 /// Parts of names that PEFT gives what it trains.
 const ADAPTERS: &[&str] =
@@ -122,6 +123,10 @@ impl<'a> Strays<'a> {
             ))),
             UnknownTensors::Drop => Ok(Fate::Dropped(reason)),
             _ if reason == LEFTOVER => Ok(Fate::Dropped(reason)),
+            UnknownTensors::Copy if reason == TWIN => Err(Error::failed(format!(
+                "{place}: tensor `{name}` is {reason}: take one of the two out of the file, or give --unknown-tensors drop, which keeps the one \
+                 that is called as {family} models call it"
+            ))),
             UnknownTensors::Copy if reason == ADAPTER => Err(Error::failed(format!(
                 "{place}: tensor `{name}` is {reason}, which would be lost: merge it first (PEFT's merge_and_unload), or leave it \
                  out with --unknown-tensors drop"
@@ -147,6 +152,10 @@ impl<'a> Strays<'a> {
     }
 
     fn reason(&self, name: &str) -> &'static str {
+        let inner = name.strip_prefix("model.").is_some_and(|inner| self.known.contains(inner));
+        if inner || self.known.contains(&format!("model.{name}")) {
+            return TWIN;
+        }
         let parts: Vec<&str> = name.split('.').collect();
         let gguf = self.source.gguf().is_some();
         let last = *parts.last().expect("one at least");
