@@ -23,7 +23,7 @@ mod names;
 mod opening;
 pub(crate) mod place;
 
-pub use beside::{Beside, ORIGINAL_CARD, SideFile};
+pub use beside::{Beside, ORIGINAL_CARD, SideFile, front_matter};
 
 /// An opened checkpoint.
 #[derive(Debug)]

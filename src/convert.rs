@@ -15,7 +15,7 @@ use crate::evidence::{lost_in_halves, share_of, too_small};
 use crate::families;
 use crate::graph::{Linear, Stored};
 use crate::job::{copy_side_files, write_config};
-use crate::output::{Staging, weight_writer};
+use crate::output::{Staging, bytes_of, weight_writer};
 use crate::plan::{Fate, check_tensors};
 use crate::stray::{self, Strays, UnknownTensors};
 
@@ -68,7 +68,7 @@ fn rewrite(
         TensorSpec { name: name.clone(), dtype: target, shape }
     };
     specs.extend(layout.stacks.iter().map(stack_spec));
-    staging.check_space(specs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum())?;
+    staging.check_space(bytes_of(&specs))?;
     let writer = weight_writer(staging.folder(), specs.clone())?;
     let mut lost = Vec::new();
     for spec in &specs {

@@ -6,12 +6,11 @@ use std::time::Instant;
 
 use calibration::samples::{SampleSource, Samples, windows};
 use calibration::statistics::Needs;
-use formats::TensorSpec;
 use formats::container::file;
 use kernels::Backend;
 use serde_json::Value;
 
-use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, StoredType};
+use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, StoredType, front_matter};
 use crate::compile::{Compiled, LinearReport, SmoothingReport, Stages, compile, needs};
 use crate::error::{Error, Result};
 use crate::evidence;
@@ -21,7 +20,7 @@ use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
 use crate::graph::{Graph, Linear};
 use crate::json;
-use crate::output::{Staging, check_beside, check_place, write_beside};
+use crate::output::{Staging, bytes_of, check_beside, check_place, write_beside};
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
@@ -148,7 +147,7 @@ impl Job<'_> {
     ) -> Result<Report> {
         let plan = Plan::new(&graph, &source, &self.recipe)?;
         let staging = Staging::folder_for(self.output, Some(self.model), self.force)?;
-        staging.check_space(plan.outputs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum())?;
+        staging.check_space(bytes_of(&plan.outputs))?;
         let mut own = vec!["config.json", "report.json", "README.md"];
         own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
         let beside = source.beside(&own)?;
@@ -334,9 +333,10 @@ impl Job<'_> {
             let done = if recipe.gguf.is_some() { "left out" } else { "copied as they are" };
             notes.push(format!("not part of the language model, and {done}: {}", names.join(", ")));
         }
-        notes.extend(source.tokenizer_notes());
+        let tokenizer = source.tokenizer();
+        notes.extend(source.notes_on(&tokenizer));
         let text = match needs > Needs::Nothing || self.verification.is_some() {
-            true => Some(ModelText::open(&source)?),
+            true => Some(ModelText::of(&source, tokenizer?)?),
             false => None,
         };
         notes.extend(recipe.notes.iter().cloned());
@@ -571,8 +571,7 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
 fn card_licence(beside: &Beside) -> Option<String> {
     let (_, file) = beside.files.iter().find(|(name, _)| name == Path::new(ORIGINAL_CARD))?;
     let SideFile::Copy(path) = file else { return None };
-    let text = file::read_text(path, file::DESCRIPTION).ok()?;
-    let front = text.strip_prefix("---\n")?.split("\n---").next()?;
+    let front = front_matter(path)?;
     let said = front
         .lines()
         .filter(|line| ["license:", "license_name:", "license_link:"].iter().any(|key| line.starts_with(key)));

@@ -305,7 +305,11 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
         }
     }
     let text = load_text(args.text.as_deref().unwrap_or(HELD_OUT)).map_err(Error::from)?;
-    let tokenizer = ModelText::open(&model)?;
+    let tokenizer = model.tokenizer();
+    if !args.compute.quiet {
+        remarks.extend(model.notes_on(&tokenizer));
+    }
+    let tokenizer = ModelText::of(&model, tokenizer?)?;
     let ids = tokenizer.evaluation_ids(&text).map_err(Error::from)?;
     if let Some(reference) = &reference {
         let own = ModelText::open(reference)?.evaluation_ids(&text).map_err(Error::from)?;
@@ -346,7 +350,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
         false => say(&report::quality_table(&quality))?,
     }
     if !args.compute.quiet {
-        remarks.into_iter().chain(model.tokenizer_notes()).for_each(|note| tell(&format!("note: {note}")));
+        remarks.iter().for_each(|note| tell(&format!("note: {note}")));
     }
     Ok(0)
 }

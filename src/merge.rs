@@ -10,7 +10,7 @@ use crate::convert::fates;
 use crate::error::Result;
 use crate::evidence::too_small;
 use crate::job::{copy_side_files, write_config};
-use crate::output::{Staging, check_place, weight_writer};
+use crate::output::{Staging, bytes_of, check_place, weight_writer};
 use crate::plan::Fate;
 use crate::stray::{self, UnknownTensors};
 
@@ -49,7 +49,7 @@ fn write(
     notes.splice(0..0, [staging.notes().to_vec(), source.notices(), source.tokenizer_notes()].concat());
     let kept = source.entries().iter().filter(|entry| !matches!(strays.get(&entry.name), Some(Fate::Dropped(_))));
     let specs: Vec<TensorSpec> = kept.map(spec).collect();
-    staging.check_space(specs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum())?;
+    staging.check_space(bytes_of(&specs))?;
     let writer = weight_writer(staging.folder(), specs.clone())?;
     let mut lost = Vec::new();
     for spec in &specs {

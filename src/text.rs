@@ -191,8 +191,13 @@ pub struct ModelText {
 impl ModelText {
     /// Reads what a checkpoint says of its tokenizer (see [`TokenizerFiles`]). Fails where there is none.
     pub fn open(source: &Checkpoint) -> Result<Self, Error> {
+        Self::of(source, source.tokenizer()?)
+    }
+
+    /// [`ModelText::open`] with what [`Checkpoint::tokenizer`] gave of `source`.
+    pub fn of(source: &Checkpoint, files: Option<TokenizerFiles>) -> Result<Self, Error> {
         let folder = source.path();
-        let Some(files) = source.tokenizer()? else {
+        let Some(files) = files else {
             let hint = other_tokenizer(folder);
             return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };

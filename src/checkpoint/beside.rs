@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs::Metadata;
 use std::path::{Path, PathBuf};
 
+use formats::container::file;
 use formats::container::stand_in::{is_pointer, stand_in};
 
 use super::place::{beginning, is_gguf, is_unfinished};
@@ -37,6 +38,12 @@ const SMALL: u64 = 64 << 20;
 
 /// Bytes of the largest file that goes along (1 GiB).
 const LARGEST: u64 = 1 << 30;
+
+/// What stands between the first two lines of dashes of a model card; `None` for a file that cannot be read, or has none.
+pub fn front_matter(card: &Path) -> Option<String> {
+    let text = file::read_text(card, file::DESCRIPTION).ok()?;
+    Some(text.strip_prefix("---\n")?.split("\n---").next()?.to_owned())
+}
 
 /// Folders within folders that are looked into.
 const DEPTH: usize = 16;

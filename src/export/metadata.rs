@@ -4,12 +4,11 @@
 
 use std::path::Path;
 
-use formats::container::file;
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
 use kernels::{Activation, NormKind};
 use serde_json::Value;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, front_matter};
 use crate::error::{Error, Result};
 use crate::export::names::{self, ExportPlan, Source};
 use crate::export::same;
@@ -51,8 +50,7 @@ impl About {
 
 /// The licence that the front matter of a model card names.
 fn card_license(path: &Path) -> Option<String> {
-    let text = file::read_text(path, file::DESCRIPTION).ok()?;
-    let front = text.strip_prefix("---\n")?.split("\n---").next()?;
+    let front = front_matter(path)?;
     let line = front.lines().find_map(|line| line.strip_prefix("license:"))?;
     let name = line.trim().trim_matches(['"', '\'']);
     (!name.is_empty() && !name.starts_with(['[', '|', '>'])).then(|| name.to_owned())

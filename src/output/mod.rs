@@ -19,6 +19,11 @@ pub use staging::{Staging, remove_made, sweep, without_hidden_names};
 /// Bytes of one file of weights.
 const SHARD_BYTES: u64 = 5_000_000_000;
 
+/// Bytes of all tensors together.
+pub fn bytes_of(specs: &[TensorSpec]) -> u64 {
+    specs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum()
+}
+
 /// Lays out the weight files of a Hugging Face directory in `folder`.
 pub fn weight_writer(folder: &Path, specs: Vec<TensorSpec>) -> Result<ShardedWriter> {
     let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();

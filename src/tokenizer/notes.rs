@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use super::templates::DEFAULT;
 use super::{FILE, NAMES, TokenizerFiles, classes};
 use crate::checkpoint::{Checkpoint, read_json};
+use crate::error::Result;
 use crate::export::tokenizer::knows_as_end;
 use crate::families;
 use crate::json::integer;
@@ -25,8 +26,13 @@ impl Checkpoint {
     /// cannot be read, what the files disagree about, templates that no conversation gets through, special tokens
     /// without a row of the embedding, and turns that nothing ends.
     pub fn tokenizer_notes(&self) -> Vec<String> {
+        self.notes_on(&self.tokenizer())
+    }
+
+    /// [`Checkpoint::tokenizer_notes`] on what [`Checkpoint::tokenizer`] gave, for callers that go on to use it.
+    pub fn notes_on(&self, files: &Result<Option<TokenizerFiles>>) -> Vec<String> {
         let shown = self.path().display();
-        let files = match self.tokenizer() {
+        let files = match files {
             Ok(Some(files)) => files,
             Ok(None) => {
                 return vec![format!(
@@ -40,17 +46,17 @@ impl Checkpoint {
             }
         };
         let mut notes = files.notices.clone();
-        let parsed = self.templates(&files, &mut notes);
+        let parsed = self.templates(files, &mut notes);
         if files.name == FILE && self.gguf().is_none() {
-            notes.extend(self.otherwise_in_transformers(&files));
+            notes.extend(self.otherwise_in_transformers(files));
         }
         let rows = families::vocabulary(self.config()).ok().flatten();
         if let Some(rows) = rows {
-            notes.extend(without_a_row(&files, rows));
+            notes.extend(without_a_row(files, rows));
         }
         if self.gguf().is_none() {
             notes.extend(self.unusable_stops(rows));
-            notes.extend(self.stops(&files, parsed.as_ref()));
+            notes.extend(self.stops(files, parsed.as_ref()));
         }
         notes
     }

@@ -44,7 +44,7 @@ pub enum SampleError {
     /// A record that is not one of the known forms, where too many are not.
     #[error("{name}, {place}: {problem}")]
     Record {
-        /// The file.
+        /// The file, as the user called it.
         name: String,
         /// Where in it, as `line 3` or `record 3`.
         place: String,
@@ -54,7 +54,7 @@ pub enum SampleError {
     /// A file that is no text, or of a kind that is not read.
     #[error("{name}: {problem}")]
     Unread {
-        /// The file.
+        /// The file, as the user called it.
         name: String,
         /// What it is and what to do about it.
         problem: String,
@@ -62,7 +62,7 @@ pub enum SampleError {
     /// A text in another encoding.
     #[error("{name}: not UTF-8 text: byte {offset} cannot be read; save it as UTF-8")]
     Encoding {
-        /// The file.
+        /// The file, as the user called it.
         name: String,
         /// Bytes before the first bad one.
         offset: usize,
