@@ -384,3 +384,12 @@ fn dropout_of_a_tokenizer_is_left_to_training() {
     let ppl = |text: String| serde_json::from_str::<serde_json::Value>(&text).unwrap()["perplexity"].clone();
     assert_eq!(ppl(ids()), ppl(before));
 }
+
+#[test]
+fn what_finds_no_room_for_its_stack_is_not_called_a_damaged_file() {
+    let room = Room::new();
+    room.model();
+    let run = room.shell(&format!("ulimit -v 300000; exec {} {QUICK}", env!("CARGO_BIN_EXE_quantc")));
+    run.refuses(1, &["model/tokenizer.json: there is no thread to work with it on", "more memory"]);
+    assert_eq!(room.names(), ["model"]);
+}

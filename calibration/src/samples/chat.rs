@@ -14,6 +14,9 @@ use super::{Message, SampleError};
 
 const NAME: &str = "chat_template";
 
+/// What to say of a template over which the library gives up without a word.
+const BROKEN: &str = "the template engine fails on it";
+
 /// Bytes that a template may write of any conversation (16 MiB), and how much longer than a long one its text may be.
 const LONGEST: usize = 16 << 20;
 const LONGER: usize = 16;
@@ -75,7 +78,7 @@ impl ChatTemplate {
             }
         }
         let parse = || environment.add_template_owned(NAME, without_generation_tags(source));
-        guarded(guard, source.len(), parse).ok_or_else(|| failing(file))?.map_err(located)?;
+        guarded(guard, source.len(), BROKEN, parse).map_err(|problem| failing(file, problem))?.map_err(located)?;
         Ok(Self { environment, file: file.to_owned(), guard: guard.clone(), with_tools: None })
     }
 
@@ -128,7 +131,7 @@ impl ChatTemplate {
         let context = Context { messages, tools, documents: None, add_generation_prompt: false };
         let bytes: usize = context.messages.iter().map(|message| message.to_string().len()).sum();
         let render = || self.environment.get_template(NAME)?.render(Value::from(Serde(context)));
-        let rendered = guarded(&self.guard, bytes, render).ok_or_else(|| failing(&self.file))?;
+        let rendered = guarded(&self.guard, bytes, BROKEN, render).map_err(|problem| failing(&self.file, problem))?;
         let text = rendered.map_err(|error| template_error(&self.file, error))?;
         let most = LONGEST.max(bytes.saturating_mul(LONGER));
         if text.len() > most {
@@ -206,9 +209,8 @@ fn with_text(call: &mut serde_json::Value) {
     }
 }
 
-/// What to say of a template over which the library gives up without a word.
-fn failing(file: &str) -> SampleError {
-    SampleError::Template { file: file.to_owned(), problem: "the template engine fails on it".to_owned() }
+fn failing(file: &str, problem: String) -> SampleError {
+    SampleError::Template { file: file.to_owned(), problem }
 }
 
 fn template_error(file: &str, error: Error) -> SampleError {
@@ -224,7 +226,7 @@ fn template_error(file: &str, error: Error) -> SampleError {
         Some(line) => format!("{what} (line {line})"),
         None => what,
     };
-    SampleError::Template { file: file.to_owned(), problem }
+    failing(file, problem)
 }
 
 /// Replaces transformers' `{% generation %}` … `{% endgeneration %}`, which only mark the assistant's tokens, by a plain scope.

@@ -20,8 +20,14 @@ pub trait Limits: Send + Sync + std::fmt::Debug {
 /// Limits, if there are any.
 pub type Guard = Option<Arc<dyn Limits>>;
 
-/// Runs `work` on a thread of its own within the guard's limits. `None` where it panics, or no thread can be had.
-pub fn guarded<T: Send>(guard: &Guard, bytes: usize, work: impl FnOnce() -> T + Send) -> Option<T> {
+/// Runs `work` on a thread of its own within the guard's limits. Fails with `broken` where it panics, and with the system's reason where
+/// no thread can be had.
+pub fn guarded<T: Send>(
+    guard: &Guard,
+    bytes: usize,
+    broken: &str,
+    work: impl FnOnce() -> T + Send,
+) -> Result<T, String> {
     let thread = std::thread::Builder::new().name(GUARDED.to_owned()).stack_size(STACK);
     std::thread::scope(|scope| {
         let thread = thread.spawn_scoped(scope, || {
@@ -34,7 +40,10 @@ pub fn guarded<T: Send>(guard: &Guard, bytes: usize, work: impl FnOnce() -> T + 
             });
             done
         });
-        thread.ok()?.join().ok()?
+        let thread = thread.map_err(|error| {
+            format!("there is no thread to work with it on ({error}); give the process more memory, or address space")
+        })?;
+        thread.join().ok().flatten().ok_or_else(|| broken.to_owned())
     })
 }
 
@@ -54,13 +63,16 @@ mod tests {
     }
 
     #[test]
-    fn work_is_done_once_and_a_panic_is_none() {
-        assert_eq!(guarded(&None, 0, || 7), Some(7));
+    fn work_is_done_once_and_a_panic_is_an_error() {
+        assert_eq!(guarded(&None, 0, "", || 7), Ok(7));
         let mut calls = 0;
         let guard: Guard = Some(Arc::new(Twice));
-        assert_eq!(guarded(&guard, 3, || calls += 1), Some(()));
+        assert_eq!(guarded(&guard, 3, "", || calls += 1), Ok(()));
         assert_eq!(calls, 1);
-        assert_eq!(guarded::<()>(&None, 0, || panic!("told by nobody")), None);
+        assert_eq!(
+            guarded::<()>(&None, 0, "it is broken", || panic!("told by nobody")),
+            Err("it is broken".to_owned())
+        );
     }
 
     #[test]
@@ -69,6 +81,6 @@ mod tests {
             let room = std::hint::black_box([levels; 64]);
             if levels == 0 { room[0] } else { deep(levels - 1) + room[1].min(1) }
         }
-        assert_eq!(guarded(&None, 0, || deep(100_000)), Some(100_000));
+        assert_eq!(guarded(&None, 0, "", || deep(100_000)), Ok(100_000));
     }
 }

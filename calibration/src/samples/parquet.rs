@@ -14,8 +14,8 @@ use super::{SampleError, record};
 /// Reads a whole file. Fails where it is damaged, has no column that is known, or one whose form is not read.
 pub(super) fn read(name: &str, bytes: Vec<u8>) -> Result<Records, SampleError> {
     let bad = |problem: String| SampleError::Unread { name: name.to_owned(), problem };
-    let records = guarded(&None, bytes.len(), || rows(bytes));
-    records.unwrap_or_else(|| Err("a damaged Parquet file: write it again".to_owned())).map_err(bad)
+    let damaged = "a damaged Parquet file: write it again";
+    guarded(&None, bytes.len(), damaged, || rows(bytes)).and_then(|records| records).map_err(bad)
 }
 
 fn rows(bytes: Vec<u8>) -> Result<Records, String> {

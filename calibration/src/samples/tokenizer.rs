@@ -9,6 +9,9 @@ use super::{ChatTemplate, SampleError};
 /// What building a tokenizer is compared to: going through a text of so many bytes (8 MiB).
 const BUILDING: usize = 8 << 20;
 
+/// What to say of a tokenizer over which the library gives up without a word.
+const BROKEN: &str = "a part of it is not as its type demands";
+
 /// A model's tokenizer: text in, ids out, the ids that transformers gives for the same tokenizer.json.
 #[derive(Clone)]
 pub struct Tokenizer {
@@ -39,7 +42,8 @@ impl Tokenizer {
         let dropout = json.pointer_mut("/model/dropout").map(Value::take);
         // Nothing is ever decoded, and a decoder of an unknown kind is no reason to refuse the model.
         let decoder = json.get_mut("decoder").map(Value::take);
-        let built = guarded(guard, BUILDING, || Self::build(json)).unwrap_or_else(|| Err(failing()));
+        let built = guarded(guard, BUILDING, BROKEN, || Self::build(json));
+        let built = built.unwrap_or_else(|problem| Err(tokenizer_error("tokenizer.json", problem)));
         if let Some(dropout) = dropout {
             json["model"]["dropout"] = dropout;
         }
@@ -79,7 +83,9 @@ impl Tokenizer {
     /// The text is tokenized whole, whatever its length: cutting it is safe for no tokenizer in general. Text that looks
     /// like a special token becomes that token, as in transformers.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, SampleError> {
-        let body = guarded(&self.guard, text.len(), || self.inner.encode_fast(text, false)).ok_or_else(failing)?;
+        let encode = || self.inner.encode_fast(text, false);
+        let body =
+            guarded(&self.guard, text.len(), BROKEN, encode).map_err(|e| tokenizer_error("tokenizer.json", e))?;
         let body = body.map_err(|e| tokenizer_error("tokenizer.json", e))?;
         if !add_special {
             return Ok(body.get_ids().to_vec());
@@ -187,11 +193,6 @@ impl TokenizerConfig {
             Some(tools) => template.with_tools(tools),
         }))
     }
-}
-
-/// What to say of a tokenizer over which the library gives up without a word.
-fn failing() -> SampleError {
-    tokenizer_error("tokenizer.json", "a part of it is not as its type demands")
 }
 
 fn tokenizer_error(file: &str, error: impl std::fmt::Display) -> SampleError {
