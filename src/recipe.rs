@@ -158,7 +158,14 @@ impl Request {
         let text = file::read_text(path, file::DESCRIPTION).map_err(Error::io(path, "read"))?;
         toml::from_str(&text).map_err(|e| {
             let line = e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-            Error::usage(format!("{}, line {line}: {}", path.display(), e.message().replace('\n', ", ")))
+            let found = text.lines().nth(line - 1).unwrap_or_default().trim();
+            let mut why = e.message().replace('\n', ", ");
+            // The names of Rust's types tell nothing to who writes TOML.
+            for whole in ["u8", "usize", "i64", "u64"] {
+                why = why.replace(&format!("expected {whole}"), "expected a whole number");
+            }
+            why = why.replace("expected f64", "expected a number");
+            Error::usage(format!("{}, line {line}, `{found}`: {why}", path.display()))
         })
     }
 

@@ -330,7 +330,10 @@ impl Walk<'_> {
             return Err(Error::failed(format!("{}: {why}", path.display())));
         }
         if at_top && LOADED.contains(&name) {
-            let json = read_json(path).map_err(|error| Error::failed(format!("{error}; fetch the file again")))?;
+            let json = read_json(path).map_err(|error| {
+                let way = if bytes.is_empty() { "" } else { "; fetch the file again" };
+                Error::failed(format!("{error}{way}"))
+            })?;
             if json.is_some_and(|json| !json.is_object()) {
                 let why = "not a JSON object, and no tokenizer or processor loads with it; fetch the file again";
                 return Err(Error::failed(format!("{}: {why}", path.display())));

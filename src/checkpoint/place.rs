@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use formats::container::file;
-use formats::container::stand_in::{LOOKED_AT, stand_in};
+use formats::container::stand_in::{LOOKED_AT, another, stand_in};
 use serde_json::Value;
 
 use super::read_json;
@@ -159,16 +159,8 @@ pub(super) fn no_model(path: &Path, bytes: &[u8]) -> Error {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    // What was in these files was called GGML, GGMF, GGJT and GGLA, as numbers with the least byte first.
-    let old = [b"lmgg", b"fmgg", b"tjgg", b"algg"].iter().any(|magic| bytes.starts_with(*magic));
     if let Some(why) = stand_in(bytes) {
         return Error::failed(format!("{shown}: {why}"));
-    }
-    if old {
-        return Error::failed(format!(
-            "{shown}: a file of the formats that llama.cpp had before GGUF, which are not read; get the model as GGUF or \
-             safetensors"
-        ));
     }
     if folder.join("config.json").is_file() {
         return Error::failed(format!(
@@ -183,6 +175,9 @@ pub(super) fn no_model(path: &Path, bytes: &[u8]) -> Error {
         return Error::failed(format!(
             "{shown}: weights without the config.json that says what model they are; a checkpoint is a folder with both"
         ));
+    }
+    if let Some(why) = another(bytes, "a checkpoint") {
+        return Error::failed(format!("{shown}: {why}"));
     }
     Error::failed(format!(
         "{shown}: not a checkpoint: expected a directory with config.json and model.safetensors, or a GGUF file"

@@ -54,6 +54,15 @@ struct Piece {
 impl GgufModel {
     pub fn open(path: &Path) -> Result<GgufModel> {
         let file = GgufFile::open(path)?;
+        let other = match file.string("general.type")? {
+            Some("imatrix") => Some("an importance matrix; give it to quantize with --imatrix"),
+            Some("adapter") => Some("an adapter of llama.cpp; give the folder that PEFT saved with --adapter"),
+            Some("mmproj") => Some("what makes tokens of images; give the GGUF file of the model that it belongs to"),
+            _ => None,
+        };
+        if let Some(other) = other {
+            return Err(Error::failed(format!("{}: this is no model but {other}", path.display())));
+        }
         let id = file.require("general.architecture", file.string("general.architecture")?)?;
         let Some(architecture) = Architecture::named(id) else {
             let known: Vec<&str> = ARCHITECTURES.iter().map(|architecture| architecture.id).collect();

@@ -298,7 +298,7 @@ fn requests_that_cannot_be_met_are_usage_errors() {
         (&["--ignore", "nope"], &["`nope`", "matches no linear"]),
         (&["--ignore", "re:("], &["`re:(`", "unclosed group"]),
         (&["--ignore", "re:.*"], &["no linear to quantize"]),
-        (&["--recipe", "type.toml"], &["type.toml, line 2", "expected u8"]),
+        (&["--recipe", "type.toml"], &["type.toml, line 2, `", "expected a whole number"]),
         (&["--recipe", "key.toml"], &["key.toml, line 2", "`frob`"]),
         (&["--recipe", "nothing.toml"], &["`nope`", "matches no linear"]),
         (&["--samples", "0", "--samples", "0"], &["--samples"]),

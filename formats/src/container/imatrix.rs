@@ -66,7 +66,10 @@ impl ImatrixEntry {
         }
         for (what, values) in [("sum", &self.sums), ("count", &self.counts)] {
             if let Some(at) = values.iter().position(|x| !x.is_finite() || *x < 0.0) {
-                return Err(Error::malformed(format!("its {what} {at} is {}, expected 0 or more", values[at])));
+                return Err(Error::malformed(format!(
+                    "its {what} {at} is {}, expected 0 or more; collect the importance matrix again",
+                    values[at]
+                )));
             }
         }
         Ok(())
@@ -265,7 +268,9 @@ impl<'a> Legacy<'a> {
         let count = self.number(&format!("the number of {what}"), least)?;
         if count > self.rest.len() / bytes {
             let left = self.rest.len();
-            return Err(Error::malformed(format!("it announces {count} {what}, but only {left} bytes are left")));
+            return Err(Error::malformed(format!(
+                "it announces {count} {what}, but only {left} bytes are left; fetch it again"
+            )));
         }
         Ok(count)
     }
@@ -392,7 +397,7 @@ mod tests {
         assert_eq!(refused(legacy(0, &[])), format!("{not}the number of entries is 0, expected 1 or more"));
         assert_eq!(
             refused(legacy(i32::MAX, &[])),
-            format!("{not}it announces 2147483647 entries, but only 56 bytes are left")
+            format!("{not}it announces 2147483647 entries, but only 56 bytes are left; fetch it again")
         );
         let change = |at: usize, value: i32| {
             let mut bytes = legacy(2, &[]);
@@ -408,9 +413,12 @@ mod tests {
         assert_eq!(change(16, -1), "tensor `a.weight`: the number of calls of entry 1 of 2 is -1, expected 0 or more");
         assert_eq!(
             change(20, 1 << 30),
-            "tensor `a.weight`: it announces 1073741824 values of entry 1 of 2, but only 36 bytes are left"
+            "tensor `a.weight`: it announces 1073741824 values of entry 1 of 2, but only 36 bytes are left; fetch it again"
         );
-        assert_eq!(change(24, -1), "tensor `a.weight`: its sum 0 is NaN, expected 0 or more");
+        assert_eq!(
+            change(24, -1),
+            "tensor `a.weight`: its sum 0 is NaN, expected 0 or more; collect the importance matrix again"
+        );
         assert_eq!(change(36, i32::from_le_bytes(*b"a.we")), "tensor `a.weight`: two entries have this name");
         assert_eq!(refused(legacy(2, &[0; 9])), "1 bytes follow the name of the dataset, expected none");
         assert_eq!(refused(legacy(2, &[0; 3])), "the number of chunks takes 4 bytes, but only 3 are left of the file");
@@ -459,7 +467,7 @@ mod tests {
         check(
             "imatrix",
             &[("w.in_sum2", "F32", 4), ("w.counts", "F32", 1)],
-            "FILE: tensor `w`: its sum 0 is NaN, expected 0 or more",
+            "FILE: tensor `w`: its sum 0 is NaN, expected 0 or more; collect the importance matrix again",
         );
     }
 

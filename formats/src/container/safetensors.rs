@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 
 use super::Bytes;
 use super::placed::{Follower, PlacedFiles};
-use super::stand_in::stand_in;
+use super::stand_in::another;
 use crate::error::{Error, Result};
 use crate::tensor::{TensorSpec, TensorView, byte_len};
 
@@ -136,14 +136,8 @@ impl SafetensorsFile {
 
 /// Finds which tensor a refused header is about, and says what was expected.
 fn diagnose(bytes: &[u8], error: SafeTensorError) -> Error {
-    if let Some(why) = stand_in(bytes) {
+    if let Some(why) = another(bytes, "a safetensors file") {
         return Error::malformed(why);
-    }
-    if bytes.starts_with(b"GGUF") {
-        return Error::malformed("this is a GGUF file and not a safetensors file; give it as the model itself");
-    }
-    if bytes.starts_with(b"PK\x03\x04") {
-        return Error::malformed("this is a zip archive, as PyTorch saves pickles, and not a safetensors file");
     }
     let Some(prefix) = bytes.get(..8) else {
         return Error::malformed(format!("the file has {} bytes, too few for a safetensors header", bytes.len()));
@@ -157,7 +151,7 @@ fn diagnose(bytes: &[u8], error: SafeTensorError) -> Error {
     let data_start = 8 + header_len as usize;
     let Some(header) = bytes.get(8..data_start) else {
         return Error::malformed(format!(
-            "the file is truncated inside its header: {} bytes, expected at least {data_start}",
+            "the file is truncated inside its header: {} bytes, expected at least {data_start}; fetch it again",
             bytes.len()
         ));
     };
@@ -197,7 +191,7 @@ fn diagnose(bytes: &[u8], error: SafeTensorError) -> Error {
         }
         if to > available {
             return Error::malformed(format!(
-                "the file is truncated: the tensor ends at byte {}, but the file has {} bytes",
+                "the file is truncated: the tensor ends at byte {}, but the file has {} bytes; fetch it again",
                 data_start as u128 + to as u128,
                 bytes.len()
             ))
@@ -366,7 +360,7 @@ mod tests {
         check(
             r#"{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]}}"#,
             10,
-            "tensor `a`: the file is truncated: the tensor ends at byte 81, but the file has 75 bytes",
+            "tensor `a`: the file is truncated: the tensor ends at byte 81, but the file has 75 bytes; fetch it again",
         );
         check(
             r#"{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,12]}}"#,
@@ -401,7 +395,7 @@ mod tests {
         );
         assert_eq!(
             refused(&100u64.to_le_bytes()),
-            "the file is truncated inside its header: 8 bytes, expected at least 108"
+            "the file is truncated inside its header: 8 bytes, expected at least 108; fetch it again"
         );
         assert!(refused(&file_of("[1]", &[])).starts_with("the safetensors header is not a JSON object"));
         assert!(

@@ -17,6 +17,24 @@ const ANSWERS: &[&str] = &[
     "404: Not Found",
 ];
 
+/// Archives and formats of other programs: how their files begin, what they are, and what to do with them.
+const OTHERS: &[(&[u8], &str)] = &[
+    (b"PK\x03\x04", "a zip archive, as torch.save writes too; unpack it, or save the model as safetensors"),
+    (b"\x1f\x8b", "a gzip archive; unpack it with `gunzip`"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it with `unzstd`"),
+    (b"\xfd7zXZ\0", "an xz archive; unpack it with `unxz`"),
+    (b"BZh", "a bzip2 archive; unpack it with `bunzip2`"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file of Keras; save the model as safetensors"),
+    (b"GGUF", "a GGUF file; give it as the model itself"),
+    // GGML, GGMF, GGJT and GGLA, as numbers with the least byte first.
+    (b"lmgg", OLD),
+    (b"fmgg", OLD),
+    (b"tjgg", OLD),
+    (b"algg", OLD),
+];
+const OLD: &str = "a file of the formats that llama.cpp had before GGUF; get the model as GGUF or safetensors";
+
 /// Whether a file that begins with `bytes` is a pointer of git-lfs.
 pub fn is_pointer(bytes: &[u8]) -> bool {
     bytes.starts_with(POINTER)
@@ -46,6 +64,21 @@ pub fn stand_in(bytes: &[u8]) -> Option<String> {
     Some(format!("this is what a server answered (`{answer}`) and not the file itself; fetch the file again"))
 }
 
+/// What a file that begins with `bytes` is in place of `expected`, such as "a GGUF file", and what to do: what [`stand_in`] knows,
+/// an archive, or a file of another format. `None` for every other file.
+pub fn another(bytes: &[u8], expected: &str) -> Option<String> {
+    if let Some(why) = stand_in(bytes) {
+        return Some(why);
+    }
+    if let Some((_, what)) = OTHERS.iter().find(|(start, _)| bytes.starts_with(start)) {
+        return Some(format!("this is not {expected} but {what}"));
+    }
+    // The header of an ONNX model: its version, then the name of the program that wrote it.
+    let is_onnx = bytes.len() > 4 && bytes[0] == 8 && bytes[1] < 32 && bytes[2] == 0x12 && bytes[3] < 64;
+    let why = "looks like an ONNX model; give the checkpoint that it was exported from";
+    is_onnx.then(|| format!("this is not {expected} but {why}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,6 +100,27 @@ mod tests {
             [&b"{\"a\": \"<html>\"}"[..], b"GGUF\x03", b"\x08\0\0\0\0\0\0\0{}", b"\n\x0e\n\x05<unk>", b"versions"]
         {
             assert_eq!(stand_in(bytes), None);
+        }
+    }
+
+    #[test]
+    fn archives_and_other_formats_are_named() {
+        for (bytes, told) in [
+            (&b"PK\x03\x04\0"[..], "this is not a GGUF file but a zip archive, as torch.save writes too; unpack it"),
+            (b"\x1f\x8b\x08\x08", "this is not a GGUF file but a gzip archive; unpack it with `gunzip`"),
+            (
+                b"tjgg\x01",
+                "this is not a GGUF file but a file of the formats that llama.cpp had before GGUF; get the model",
+            ),
+            (b"\x08\x08\x12\x07pytorch", "this is not a GGUF file but looks like an ONNX model; give the checkpoint"),
+            (b"Entry not found", "this is what a server answered (`Entry not found`)"),
+        ] {
+            let said = another(bytes, "a GGUF file").unwrap();
+            assert!(said.starts_with(told), "{said}");
+        }
+        // A safetensors header of 8, 18 and 2066 bytes.
+        for bytes in [&b"\x08\0\0\0\0\0\0\0{}"[..], b"\x12\0\0\0\0\0\0\0{", b"\x12\x08\0\0\0\0\0\0{", b"\0\0\0\0"] {
+            assert_eq!(another(bytes, "a model"), None);
         }
     }
 }

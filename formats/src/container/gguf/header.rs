@@ -6,7 +6,7 @@ use gguf_rs_lib::GGUFError;
 use gguf_rs_lib::format::{GGUFTensorType, GGUFValueType, MetadataValue};
 
 use super::{ALIGNMENT, MAX_DIMS, NAME_BYTES, SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS};
-use crate::container::stand_in::stand_in;
+use crate::container::stand_in::another;
 use crate::error::{Error, Result};
 use crate::ggml::{self, GgmlType};
 
@@ -47,7 +47,8 @@ impl Header {
     /// [`Header::parse`] with another limit for decoded metadata.
     pub(super) fn parse_within(file: &[u8], limit: usize) -> Result<Header> {
         if !file.starts_with(b"GGUF") {
-            let why = stand_in(file).unwrap_or_else(|| "not a GGUF file: it does not start with `GGUF`".into());
+            let why = another(file, "a GGUF file")
+                .unwrap_or_else(|| "this is not a GGUF file: it does not start with `GGUF`; fetch it again".into());
             return Err(Error::malformed(why));
         }
         let mut at = Cursor { rest: &file[4..] };
@@ -55,10 +56,14 @@ impl Header {
         match version {
             2 | 3 => {}
             _ if version.trailing_zeros() >= 16 && version != 0 => {
-                return Err(Error::unsupported("it is a big-endian GGUF file, which cannot be read"));
+                return Err(Error::unsupported(
+                    "it is a big-endian GGUF file, which cannot be read; swap its bytes with llama.cpp's gguf_convert_endian.py",
+                ));
             }
             _ => {
-                return Err(Error::unsupported(format!("its GGUF version is {version}, which cannot be read (2, 3)")));
+                return Err(Error::unsupported(format!(
+                    "its GGUF version is {version}, which cannot be read (2 or 3); convert the original checkpoint again"
+                )));
             }
         }
         let tensors = at.count("tensors", ENTRY_BYTES)?;
@@ -110,7 +115,7 @@ impl Entry {
         match end {
             None => Err(Error::malformed(format!("its offset {} overflows", self.start))),
             Some(end) if end > file_len => Err(Error::malformed(format!(
-                "the file is truncated: the tensor ends at byte {end}, but the file has {file_len} bytes"
+                "the file is truncated: the tensor ends at byte {end}, but the file has {file_len} bytes; fetch it again"
             ))),
             Some(_) => {
                 self.start += data_start;
@@ -157,7 +162,7 @@ impl<'a> Cursor<'a> {
         let split = usize::try_from(len).ok().and_then(|len| self.rest.split_at_checked(len));
         let (taken, rest) = split.ok_or_else(|| {
             Error::malformed(format!(
-                "the file is truncated: {what} takes {len} bytes, but only {} are left",
+                "the file is truncated: {what} takes {len} bytes, but only {} are left; fetch it again",
                 self.rest.len()
             ))
         })?;
@@ -179,7 +184,7 @@ impl<'a> Cursor<'a> {
         let most = self.rest.len() as u64 / least;
         if count > most {
             return Err(Error::malformed(format!(
-                "it announces {count} {what}, but the {} bytes that follow hold at most {most}",
+                "it announces {count} {what}, but the {} bytes that follow hold at most {most}; fetch it again",
                 self.rest.len()
             )));
         }
@@ -226,7 +231,7 @@ impl<'a> Cursor<'a> {
             Error::malformed(match error {
                 GGUFError::Io(_) | GGUFError::UnexpectedEof => {
                     format!(
-                        "the file is truncated: the value of metadata key `{key}` goes beyond the {left} bytes left"
+                        "the file is truncated: the value of metadata key `{key}` goes beyond the {left} bytes left; fetch it again"
                     )
                 }
                 error => format!("the value of metadata key `{key}` is invalid: {error}"),

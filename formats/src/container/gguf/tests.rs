@@ -126,7 +126,7 @@ fn lying_tables_are_refused_by_name() {
     let check = |raw: Raw, message: &str| assert_eq!(open(&raw.bytes()).unwrap_err(), message);
     check(
         Raw::default().tensor("w", &[32, 4], 2, 0).data(&[0; 71]),
-        "tensor `w`: the file is truncated: the tensor ends at byte 168, but the file has 167 bytes",
+        "tensor `w`: the file is truncated: the tensor ends at byte 168, but the file has 167 bytes; fetch it again",
     );
     check(
         Raw::default().tensor("a", &[16], 0, 0).tensor("b", &[16], 0, 32).data(&[0; 96]),
@@ -180,10 +180,13 @@ fn lying_tables_are_refused_by_name() {
     );
     check(
         Raw { tensors: u64::MAX, ..Raw::default() },
-        "it announces 18446744073709551615 tensors, but the 16 bytes that follow hold at most 0",
+        "it announces 18446744073709551615 tensors, but the 16 bytes that follow hold at most 0; fetch it again",
     );
     assert_eq!(open(b"").unwrap_err(), "the file is empty; fetch it again");
-    assert_eq!(open(b"PK\x03\x04").unwrap_err(), "not a GGUF file: it does not start with `GGUF`");
+    assert_eq!(
+        open(b"PK\x03\x04").unwrap_err(),
+        "this is not a GGUF file but a zip archive, as torch.save writes too; unpack it, or save the model as safetensors"
+    );
 }
 
 #[test]
@@ -192,7 +195,7 @@ fn lying_metadata_is_refused_by_key() {
     let u32s = |values: &[u32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
     check(
         Raw { keys: 90_000, ..Raw::default() },
-        "it announces 90000 metadata keys, but the 8 bytes that follow hold at most 0",
+        "it announces 90000 metadata keys, but the 8 bytes that follow hold at most 0; fetch it again",
     );
     check(Raw::default().key("a", 4, &[0; 4]).key("a", 4, &[0; 4]), "metadata key `a` stands twice");
     check(Raw::default().key("", 4, &[0; 4]), "the length of metadata key 1 of 1 is 0, expected 1 to 65535 bytes");
@@ -203,7 +206,7 @@ fn lying_metadata_is_refused_by_key() {
     );
     check(
         Raw::default().key("a", 8, &[&1000u64.to_le_bytes()[..], b"short"].concat()),
-        "the file is truncated: the value of metadata key `a` goes beyond the 27 bytes left",
+        "the file is truncated: the value of metadata key `a` goes beyond the 27 bytes left; fetch it again",
     );
     let metadata = [&2u64.to_le_bytes()[..], &[0xff, b'k'], &u32s(&[4, 1])].concat();
     let key = Raw { metadata, keys: 1, ..Raw::default() };
@@ -242,9 +245,18 @@ fn only_versions_2_and_3_are_read() {
         open(&bytes).map(|file| file.tensors().len())
     };
     assert_eq!((open_as(2), open_as(3)), (Ok(2), Ok(2)));
-    assert_eq!(open_as(1).unwrap_err(), "its GGUF version is 1, which cannot be read (2, 3)");
-    assert_eq!(open_as(4).unwrap_err(), "its GGUF version is 4, which cannot be read (2, 3)");
-    assert_eq!(open_as(3 << 24).unwrap_err(), "it is a big-endian GGUF file, which cannot be read");
+    assert_eq!(
+        open_as(1).unwrap_err(),
+        "its GGUF version is 1, which cannot be read (2 or 3); convert the original checkpoint again"
+    );
+    assert_eq!(
+        open_as(4).unwrap_err(),
+        "its GGUF version is 4, which cannot be read (2 or 3); convert the original checkpoint again"
+    );
+    assert_eq!(
+        open_as(3 << 24).unwrap_err(),
+        "it is a big-endian GGUF file, which cannot be read; swap its bytes with llama.cpp's gguf_convert_endian.py"
+    );
 }
 
 #[test]
