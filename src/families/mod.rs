@@ -190,6 +190,9 @@ pub fn settings(config: &Value) -> Result<Settings> {
         (None, Some(_)) => below.or(above),
         (None, None) => None,
     };
+    if let Some(outer) = type_of(config).filter(|_| part.is_some()) {
+        settings.notes.extend(guesses::head(outer, &settings.model_type, &settings.values));
+    }
     // Ids of tokens are looked for above first.
     let ids = part.and(config.as_object()).into_iter().flatten();
     for (key, id) in ids.filter(|(key, id)| key.ends_with("_token_id") && !id.is_null()) {
@@ -211,6 +214,12 @@ pub fn build(config: &Value) -> Result<Graph> {
     let settings = settings(config)?;
     match family_of(&settings.model_type) {
         Some(family) => {
+            if let Some(said) = settings.values.get("is_causal").filter(|said| counts_as_false(said)) {
+                return Err(Error::failed(format!(
+                    "config.json: is_causal is {}, and only models that attend to what came before can be run",
+                    shown(said)
+                )));
+            }
             let graph = (family.build)(&Config(&settings.values))?;
             check(&graph)?;
             Ok(graph)
@@ -231,6 +240,11 @@ pub fn build(config: &Value) -> Result<Graph> {
             Err(Error::failed(format!("config.json: model_type is `{model_type}`, and only {} are supported", known())))
         }
     }
+}
+
+/// Whether Python takes a value of config.json for false.
+fn counts_as_false(value: &Value) -> bool {
+    value.is_null() || *value == Value::Bool(false) || real(value) == Some(0.0) || value.as_str() == Some("")
 }
 
 /// Every `model_type` that there is a family for.
