@@ -40,7 +40,8 @@ fn rotation(config: &Config<'_>, own: Config<'_>, head_dim: usize) -> Result<Arc
 fn proportional(own: &Config<'_>, theta: f64, partial: f64, head_dim: usize) -> Result<Rope> {
     let turning = (head_dim as f64 * partial / 2.0).floor() as usize;
     let factor = own.number("factor", 1.0)?;
-    if !head_dim.is_multiple_of(2) || !(1..=head_dim / 2).contains(&turning) || !(factor.is_finite() && factor > 0.0) {
+    let turns = head_dim.is_multiple_of(2) && (1..=head_dim / 2).contains(&turning);
+    if !(turns && factor.is_finite() && factor > 0.0) {
         return Err(Error::failed(format!(
             "config.json: rope scaling `proportional` needs a positive factor and a part of {head_dim} values of a head to rotate, found {factor} \
              and {partial}"
