@@ -27,3 +27,4 @@ mod tidy;
 mod tokenizer_notes;
 mod tokenizers;
 mod unknown;
+mod untold;
