@@ -139,7 +139,12 @@ impl Plan {
         // the scales are chosen as before, for vLLM runs such a model in float16, and written in the model's type.
         let of_experts = graph.opaque && schemes.keys().any(|module| is_expert(module));
         let scale_dtype = match (of_experts, codec.id()) {
-            (true, "compressed-tensors") if float_dtype == Dtype::F32 => Dtype::F32,
+            (true, "compressed-tensors") if float_dtype == Dtype::F32 => {
+                config.notes.push(
+                    "scales are float32, as the model is: transformers unpacks experts to that type, so load it with dtype=\"auto\"".to_owned(),
+                );
+                Dtype::F32
+            }
             _ => scale_dtype,
         };
         // The linears of every tensor: one, or the experts that are stacked in it.

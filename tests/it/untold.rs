@@ -39,9 +39,13 @@ fn experts_of_an_unknown_family_have_scales_of_the_models_type() {
         let tensors = [(format!("model.layers.0.{module}.up_proj.weight"), vec![64, 64])];
         let name = format!("{dtype}-{expert}-{layout}");
         write_as(dtype, &room.path(&name), &json!({"model_type": "unheard_of"}), &tensors);
-        room.run(["quantize", &name, "-o", "out", "--force", "--format", layout].iter().chain(&RTN)).succeeds();
+        let run = room.run(["quantize", &name, "-o", "out", "--force", "--format", layout].iter().chain(&RTN));
+        run.succeeds();
         let written = formats::SafetensorsFile::open(room.path("out/model.safetensors")).unwrap();
-        written.tensors().find(|spec| spec.name.ends_with("scale") || spec.name.ends_with("scales")).unwrap().dtype
+        let scales =
+            written.tensors().find(|spec| spec.name.ends_with("scale") || spec.name.ends_with("scales")).unwrap().dtype;
+        assert_eq!(run.stderr().contains("dtype=\"auto\""), scales == Dtype::F32, "{}", run.stderr());
+        scales
     };
     let ours = "compressed-tensors";
     assert_eq!(of(Dtype::F32, true, ours), Dtype::F32);
