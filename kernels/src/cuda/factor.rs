@@ -229,37 +229,44 @@ impl Cuda {
         }
         let unit = self.matrix(n, n)?;
         let (pivots, inverse) = (self.buffer::<f64>(n)?, self.buffer::<f64>(n)?);
-        // The pivot that failed, counted from 1, and whether the result is not finite.
-        let flags = self.cleared::<i32>(2)?;
-        let failed = {
-            let (a, sent) = (self.buffer::<f64>(n * n)?, self.send(&order)?);
-            let (a, sent, flags) = (a.pin()?, sent.pin()?, flags.pin()?);
-            {
-                let gram = gram.buffer.pin()?;
-                let args = [a.arg(), gram.arg(), sent.arg(), (1.0 + damp).into(), (n as i32).into()];
-                self.blocks(&FACTOR, "arrange", n, THREADS, 0, &args)?;
-            }
-            let failed = match self.device().cholesky(a.at, n)? {
-                Some(answer) => answer,
-                None => self.cholesky(a.at, n, flags.at).map(|()| None)?,
+        let (a, sent) = (self.buffer::<f64>(n * n)?, self.send(&order)?);
+        let mut diagonal = Vec::new();
+        // A library passes on what is not a number, or spreads it over the whole factor, and tells of no pivot: ours then find it.
+        for by_library in [true, false] {
+            // The pivot that failed, counted from 1, and whether the result is not finite.
+            let flags = self.cleared::<i32>(2)?;
+            let (answer, told) = {
+                let (a, sent, flags) = (a.pin()?, sent.pin()?, flags.pin()?);
+                {
+                    let gram = gram.buffer.pin()?;
+                    let args = [a.arg(), gram.arg(), sent.arg(), (1.0 + damp).into(), (n as i32).into()];
+                    self.blocks(&FACTOR, "arrange", n, THREADS, 0, &args)?;
+                }
+                let answer = if by_library { self.device().cholesky(a.at, n)? } else { None };
+                if answer.is_none() {
+                    self.cholesky(a.at, n, flags.at)?;
+                }
+                let (unit, pivots, inverse) = (unit.buffer.pin()?, pivots.pin()?, inverse.pin()?);
+                let args = [pivots.arg(), inverse.arg(), a.arg(), (n as i32).into()];
+                self.each(&FACTOR, "pivots_of", n, &args)?;
+                let args = [unit.arg(), Arg::At(flags.at + 4), a.arg(), inverse.arg(), (n as i32).into()];
+                self.blocks(&FACTOR, "unit_of", n, THREADS, 0, &args)?;
+                (answer.is_some(), answer.flatten())
             };
-            let (unit, pivots, inverse) = (unit.buffer.pin()?, pivots.pin()?, inverse.pin()?);
-            let args = [pivots.arg(), inverse.arg(), a.arg(), (n as i32).into()];
-            self.each(&FACTOR, "pivots_of", n, &args)?;
-            let args = [unit.arg(), Arg::At(flags.at + 4), a.arg(), inverse.arg(), (n as i32).into()];
-            self.blocks(&FACTOR, "unit_of", n, THREADS, 0, &args)?;
-            failed
-        };
-        let diagonal = self.diagonal_of(gram)?;
-        if diagonal.iter().any(|x| !x.is_finite()) {
-            return Err(Error::NonFinite("the Hessian"));
-        }
-        let flags = self.fetch::<i32>(&flags, 2)?;
-        if let Some(pivot) = failed.or((flags[0] > 0).then(|| flags[0] as usize - 1)) {
-            return Err(Error::NotPositive(pivot));
-        }
-        if flags[1] != 0 {
-            return Err(Error::NotPositive(0));
+            diagonal = self.diagonal_of(gram)?;
+            if diagonal.iter().any(|x| !x.is_finite()) {
+                return Err(Error::NonFinite("the Hessian"));
+            }
+            let flags = self.fetch::<i32>(&flags, 2)?;
+            if let Some(pivot) = told.or((flags[0] > 0).then(|| flags[0] as usize - 1)) {
+                return Err(Error::NotPositive(pivot));
+            }
+            if flags[1] == 0 {
+                break;
+            }
+            if !answer {
+                return Err(Error::NotPositive(0));
+            }
         }
         let dead = diagonal.iter().filter(|x| **x <= 0.0).count();
         Ok(Factor { order, unit, pivots: self.fetch(&pivots, n)?, damp, dead })
