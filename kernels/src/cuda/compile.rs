@@ -88,12 +88,21 @@ fn children(folder: &Path, start: &str) -> Vec<PathBuf> {
     found
 }
 
+/// How the names of a library's files end, the newest first: of which version of CUDA which it is.
+fn endings(name: &str) -> [(i32, i32); 2] {
+    match name {
+        "cusolver" => [(13, 12), (12, 11)],
+        "cusparse" => [(13, 12), (12, 12)],
+        _ => [(13, 13), (12, 12)],
+    }
+}
+
 /// Loads `lib{name}.so.N` from where Python's packages and toolkits put it, so that a later search by that name finds it loaded.
 ///
 /// The search is for what the system's own does not find; a newer version goes before an older one, but none before the driver's.
 fn preload(name: &str) {
     let newest = NEWEST.load(Ordering::Relaxed);
-    for version in [13, 12].into_iter().filter(|version| *version <= newest) {
+    for (_, version) in endings(name).into_iter().filter(|(cuda, _)| *cuda <= newest) {
         let file = format!("lib{name}.so.{version}");
         for path in folders().iter().map(|folder| folder.join(&file)).filter(|path| path.exists()) {
             // NVRTC looks for its own part by name alone, and not in every version beside itself.

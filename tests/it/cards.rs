@@ -1,0 +1,128 @@
+//! What surrounds a card: libraries of either version, compilers that take their time, memory that others use or that lies in pieces.
+#![cfg(target_os = "linux")]
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value;
+
+use crate::cuda::{ALL, Imitated, SOLVER, imitation, small_model};
+use crate::harness::Room;
+
+/// Makes libraries of these names that are the imitation's, as packages have them: known by their names once they are loaded. Each
+/// notes when it is.
+fn libraries(imitation: &Path, folder: &Path, names: &[&str]) {
+    std::fs::create_dir_all(folder).unwrap();
+    let driver = imitation.join("driver");
+    for name in names {
+        let source = folder.join(format!("{name}.cpp"));
+        let noted = "#include <cstdio>\n#include <cstdlib>\n__attribute__((constructor)) static void loaded() {\n\
+             const char *path = getenv(\"FAKE_CUDA_LOADED\");\nFILE *file = path ? fopen(path, \"a\") : nullptr;\n\
+             if (file) fprintf(file, \"%s\\n\", NAME), fclose(file);\n}\n";
+        std::fs::write(&source, noted).unwrap();
+        let made = Command::new("c++")
+            .args(["-shared", "-fPIC", "-o"])
+            .arg(folder.join(name))
+            .arg(&source)
+            .arg(format!("-DNAME=\"{name}\""))
+            .arg(format!("-Wl,-soname,{name}"))
+            .arg("-Wl,--no-as-needed")
+            .arg(format!("-L{}", driver.display()))
+            .arg("-l:libcuda.so.1")
+            .output()
+            .unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        std::fs::remove_file(source).unwrap();
+    }
+}
+
+const CUDA_12: [&str; 6] = [
+    "libcublas.so.12",
+    "libcublasLt.so.12",
+    "libcusolver.so.11",
+    "libcusparse.so.12",
+    "libnvJitLink.so.12",
+    "libnvrtc.so.12",
+];
+const CUDA_13: [&str; 6] = [
+    "libcublas.so.13",
+    "libcublasLt.so.13",
+    "libcusolver.so.12",
+    "libcusparse.so.12",
+    "libnvJitLink.so.13",
+    "libnvrtc.so.13",
+];
+
+/// A run of the small model over so many sequences of so many tokens.
+fn run_over<'a>(sequences: &'a str, tokens: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let args = ["quantize", "model", "-o", "out", "--force", "--group-size", "64", "--verify-text", "none"];
+    [&args[..], &["--samples", sequences, "--seq-len", tokens], more].concat()
+}
+
+/// The same over little.
+fn quick<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    run_over("2", "32", more)
+}
+
+fn counts(path: &Path) -> BTreeMap<String, usize> {
+    let text = std::fs::read_to_string(path).unwrap();
+    let line =
+        |line: &str| line.rsplit_once(' ').map(|(name, count)| (name.to_owned(), count.parse().unwrap())).unwrap();
+    text.lines().map(line).collect()
+}
+
+fn report(room: &Room) -> Value {
+    serde_json::from_slice(&std::fs::read(room.path("out/report.json")).unwrap()).unwrap()
+}
+
+fn weights(room: &Room) -> Vec<u8> {
+    std::fs::read(room.path("out/model.safetensors")).unwrap()
+}
+
+/// The script's path, and a folder that it may run in.
+fn script(room: &Room) -> (PathBuf, PathBuf) {
+    let folder = room.path("card");
+    std::fs::create_dir_all(&folder).unwrap();
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/gpu.sh");
+    std::fs::copy(script, folder.join("gpu.sh")).unwrap();
+    (folder.join("gpu.sh"), folder)
+}
+
+/// The libraries that a run loads, sorted, one as often as it is loaded. What is asked of cuSOLVER first fails, so that it is known to be
+/// there.
+fn loaded(imitated: &Imitated<'_>, version: &str, libraries: &str, named: &Path) -> Vec<String> {
+    let log = imitated.room.path("loaded");
+    let _ = std::fs::remove_file(&log);
+    let settings = [
+        ("FAKE_CUDA_FAIL", "cusolverDnCreate"),
+        ("FAKE_CUDA_ERROR", "6"),
+        ("FAKE_CUDA_VERSION", version),
+        ("FAKE_CUDA_LOADED", log.to_str().unwrap()),
+        ("QUANTC_CUDA_LIBRARIES", named.to_str().unwrap()),
+    ];
+    let ran = imitated.run(libraries, &settings, &quick(&["--device", "cuda", "--quiet"]));
+    assert!(ran.code == 1 && ran.err.contains("cuSOLVER: start"), "{version}: {}", ran.err);
+    let mut found: Vec<String> = std::fs::read_to_string(log).unwrap().lines().map(str::to_owned).collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn libraries_of_cuda_12_and_13_are_found() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    small_model(&room);
+    let found = |version: &str, names: &[&str]| {
+        let named = room.path(&format!("{version}-{}", names.len()));
+        libraries(folder, &named.join("lib"), names);
+        let mut found = loaded(&imitated, version, "driver", &named);
+        found.dedup();
+        found
+    };
+    assert_eq!(found("12080", &CUDA_12), CUDA_12);
+    assert_eq!(found("13000", &CUDA_13), CUDA_13);
+    // A driver for CUDA 12 runs nothing of 13's.
+    assert_eq!(found("12080", &[CUDA_12, CUDA_13].concat()), CUDA_12);
+}
