@@ -220,26 +220,32 @@ fn targets() -> Result<Vec<i32>> {
     Ok(all)
 }
 
+/// What NVRTC compiles for a compute capability: machine code, as `sm_90`, where it knows the card; else PTX for the newest that it
+/// knows before it, as `compute_80`, which the driver takes on.
+fn target_for(capability: u32, known: &[i32]) -> Result<String> {
+    if known.contains(&(capability as i32)) {
+        return Ok(format!("sm_{capability}"));
+    }
+    let older = known.iter().filter(|target| **target <= capability as i32).max();
+    let older = older.ok_or_else(|| {
+        Error::Device(format!(
+            "NVRTC does not compile for compute capability {capability} any more: install an older one"
+        ))
+    })?;
+    Ok(format!("compute_{older}"))
+}
+
+/// How modules are compiled: a product and a sum are rounded one after the other unless a kernel says otherwise.
+fn options_for(target: &str) -> Vec<String> {
+    vec![format!("--gpu-architecture={target}"), "--std=c++17".to_owned(), "--fmad=false".to_owned()]
+}
+
 /// Compiles a module for a compute capability, as 90.
-///
-/// Machine code where NVRTC knows the card; else PTX for the newest that it knows before it, which the driver takes on.
 pub fn compile(module: &Module, capability: u32, report: bool) -> Result<Compiled> {
     NVRTC.wanted()?;
-    let known = targets()?;
-    let exact = known.contains(&(capability as i32));
-    let target = match exact {
-        true => format!("sm_{capability}"),
-        false => {
-            let older = known.iter().copied().filter(|target| *target <= capability as i32).max();
-            let older = older.ok_or_else(|| {
-                Error::Device(format!(
-                    "NVRTC does not compile for compute capability {capability} any more: install an older one"
-                ))
-            })?;
-            format!("compute_{older}")
-        }
-    };
-    let mut options = vec![format!("--gpu-architecture={target}"), "--std=c++17".to_owned(), "--fmad=false".to_owned()];
+    let target = target_for(capability, &targets()?)?;
+    let exact = target.starts_with("sm_");
+    let mut options = options_for(&target);
     if report {
         options.push("--ptxas-options=--verbose".to_owned());
     }
@@ -290,10 +296,11 @@ fn cache_folder() -> Option<PathBuf> {
     named.or_else(|| Some(cache().or_else(home)?.join("quantc"))).map(|folder| folder.join("kernels"))
 }
 
-/// What makes two images equal: the source, the card and the compiler.
-fn key(module: &Module, capability: u32, version: (i32, i32)) -> String {
+/// What makes two images equal: the source, how it is compiled and for which card, and the compiler.
+fn key(module: &Module, options: &[String], version: (i32, i32)) -> String {
     let mut hash = Sha256::new();
-    for part in [super::COMMON, module.source, &format!("{capability} {version:?} {}", env!("CARGO_PKG_VERSION"))] {
+    let compiler = format!("{version:?} {}", env!("CARGO_PKG_VERSION"));
+    for part in [super::COMMON, module.source, &compiler].into_iter().chain(options.iter().map(String::as_str)) {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
@@ -302,7 +309,7 @@ fn key(module: &Module, capability: u32, version: (i32, i32)) -> String {
 
 /// The image of a module for a card: from the cache, or compiled and put there. A cache that cannot be written is done without.
 pub fn cached(module: &Module, capability: u32) -> Result<Vec<u8>> {
-    let key = key(module, capability, version()?);
+    let key = key(module, &options_for(&target_for(capability, &targets()?)?), version()?);
     let path = cache_folder().map(|folder| folder.join(format!("{}-sm{capability}-{key}.bin", module.name)));
     if let Some(image) = path.as_ref().and_then(|path| read_checked(path)) {
         return Ok(image);
@@ -350,10 +357,18 @@ mod tests {
     }
 
     #[test]
-    fn a_key_names_source_card_and_compiler() {
+    fn a_key_names_source_options_and_compiler() {
         let a = Module { name: "a", source: "one" };
         let b = Module { name: "a", source: "two" };
-        let keys = [key(&a, 90, (13, 0)), key(&b, 90, (13, 0)), key(&a, 80, (13, 0)), key(&a, 90, (12, 9))];
-        assert!((0..4).all(|i| (0..i).all(|j| keys[i] != keys[j])));
+        let [new, old] = ["sm_90", "sm_80"].map(options_for);
+        let fused = [&new[..], &["--fmad=true".to_owned()]].concat();
+        let keys = [
+            key(&a, &new, (13, 0)),
+            key(&b, &new, (13, 0)),
+            key(&a, &old, (13, 0)),
+            key(&a, &new, (12, 9)),
+            key(&a, &fused, (13, 0)),
+        ];
+        assert!((0..5).all(|i| (0..i).all(|j| keys[i] != keys[j])));
     }
 }
