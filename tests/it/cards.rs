@@ -67,8 +67,7 @@ fn quick<'a>(more: &[&'a str]) -> Vec<&'a str> {
 
 fn counts(path: &Path) -> BTreeMap<String, usize> {
     let text = std::fs::read_to_string(path).unwrap();
-    let line =
-        |line: &str| line.rsplit_once(' ').map(|(name, count)| (name.to_owned(), count.parse().unwrap())).unwrap();
+    let line = |line: &str| line.rsplit_once(' ').map(|(name, count)| (name.to_owned(), count.parse().unwrap())).unwrap();
     text.lines().map(line).collect()
 }
 
@@ -126,3 +125,21 @@ fn libraries_of_cuda_12_and_13_are_found() {
     // A driver for CUDA 12 runs nothing of 13's.
     assert_eq!(found("12080", &[CUDA_12, CUDA_13].concat()), CUDA_12);
 }
+
+#[test]
+fn libraries_lie_beside_what_python3_is_a_link_to() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    libraries(folder, &room.path("opt/py/lib/python3.12/site-packages/nvidia/cu13/lib"), &CUDA_13);
+    room.file("opt/py/bin/python3.12", "");
+    for (link, to) in [("bin/python3", "../alternatives/python"), ("alternatives/python", "../opt/py/bin/python3.12")] {
+        let link = room.path(link);
+        std::fs::create_dir_all(link.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink(to, link).unwrap();
+    }
+    let path = room.path("bin");
+    let ran = imitated.run("driver", &[("PATH", path.to_str().unwrap())], &["devices"]);
+    assert!(ran.code == 0 && ran.out.contains("Imaginary 0") && !ran.out.contains("not usable"), "{}", ran.out);
+}
+

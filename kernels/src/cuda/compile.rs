@@ -51,9 +51,7 @@ fn folders() -> Vec<PathBuf> {
     roots.extend(std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local")));
     // The interpreters that a shell would find.
     for folder in std::env::var_os("PATH").iter().flat_map(|path| std::env::split_paths(path).collect::<Vec<_>>()) {
-        if folder.join("python3").exists() {
-            roots.extend(folder.parent().map(Path::to_path_buf));
-        }
+        roots.extend(prefixes(folder.join("python3")));
     }
     roots.extend(["/usr/local", "/usr"].map(PathBuf::from));
     for root in roots {
@@ -73,6 +71,23 @@ fn folders() -> Vec<PathBuf> {
     }
     found.push(PathBuf::from("/opt/cuda/lib64"));
     found.retain(|folder| folder.is_dir());
+    found
+}
+
+/// Where the packages of an interpreter may be: beside it, and beside each link on the way to what it really is.
+fn prefixes(mut interpreter: PathBuf) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    // Links that lead in a circle exist to nobody.
+    if interpreter.exists() {
+        loop {
+            let folder = interpreter.parent().expect("in a folder").to_path_buf();
+            found.extend(folder.parent().map(Path::to_path_buf));
+            match std::fs::read_link(&interpreter) {
+                Ok(next) => interpreter = folder.join(next),
+                Err(_) => break,
+            }
+        }
+    }
     found
 }
 
