@@ -67,7 +67,8 @@ fn quick<'a>(more: &[&'a str]) -> Vec<&'a str> {
 
 fn counts(path: &Path) -> BTreeMap<String, usize> {
     let text = std::fs::read_to_string(path).unwrap();
-    let line = |line: &str| line.rsplit_once(' ').map(|(name, count)| (name.to_owned(), count.parse().unwrap())).unwrap();
+    let line =
+        |line: &str| line.rsplit_once(' ').map(|(name, count)| (name.to_owned(), count.parse().unwrap())).unwrap();
     text.lines().map(line).collect()
 }
 
@@ -127,6 +128,19 @@ fn libraries_of_cuda_12_and_13_are_found() {
 }
 
 #[test]
+fn what_the_system_finds_is_loaded_once() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    small_model(&room);
+    let here = room.path("here");
+    libraries(folder, &here, &CUDA_13);
+    let path = format!("{}:{}", folder.join("driver").display(), here.display());
+    let own = ["libcublas.so.13", "libcusolver.so.12", "libnvrtc.so.13"];
+    assert_eq!(loaded(&imitated, "13000", &path, &room.path("none")), own);
+}
+
+#[test]
 fn libraries_lie_beside_what_python3_is_a_link_to() {
     let Some(folder) = imitation() else { return };
     let room = Room::new();
@@ -142,4 +156,3 @@ fn libraries_lie_beside_what_python3_is_a_link_to() {
     let ran = imitated.run("driver", &[("PATH", path.to_str().unwrap())], &["devices"]);
     assert!(ran.code == 0 && ran.out.contains("Imaginary 0") && !ran.out.contains("not usable"), "{}", ran.out);
 }
-

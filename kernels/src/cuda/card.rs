@@ -64,8 +64,7 @@ fn check(what: &str, code: sys::CUresult) -> Result<()> {
 ///
 /// Fails with one sentence if there is none, or an old one.
 fn start() -> Result<()> {
-    // SAFETY: tries to open the driver's library by its name.
-    if !unsafe { sys::is_culib_present() } {
+    if !["cuda", "nvcuda"].into_iter().any(compile::load_by_name) {
         return Err(Error::Device(
             "no NVIDIA driver is installed (libcuda.so.1 is not there): install one, or run with --device cpu"
                 .to_owned(),

@@ -132,6 +132,12 @@ fn preload(name: &str) {
     }
 }
 
+/// Loads a library of CUDA's as the system finds it, under the names that it is asked for by later, which then find it loaded.
+pub(super) fn load_by_name(name: &str) -> bool {
+    cudarc::get_lib_name_candidates(name).iter().any(|file| load(Path::new(file)))
+}
+
+/// Loads a library, and keeps it.
 fn load(path: &Path) -> bool {
     // SAFETY: a library of CUDA's, by its name; what it runs when loaded is its own setting up.
     match unsafe { libloading::Library::new(path) } {
@@ -152,36 +158,37 @@ pub(super) fn limit_libraries(newest: i32) {
 }
 
 /// A library of CUDA's, and how to get it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) struct Library {
     name: &'static str,
     package: &'static str,
-    present: unsafe fn() -> bool,
+    there: OnceLock<bool>,
 }
 
-pub(super) const NVRTC: Library =
-    Library { name: "nvrtc", package: "nvidia-cuda-nvrtc", present: cudarc::nvrtc::sys::is_culib_present };
-pub(super) const CUBLAS: Library =
-    Library { name: "cublas", package: "nvidia-cublas", present: cudarc::cublas::sys::is_culib_present };
-pub(super) const CUSOLVER: Library =
-    Library { name: "cusolver", package: "nvidia-cusolver", present: cudarc::cusolver::sys::is_culib_present };
+pub(super) static NVRTC: Library = Library::new("nvrtc", "nvidia-cuda-nvrtc");
+pub(super) static CUBLAS: Library = Library::new("cublas", "nvidia-cublas");
+pub(super) static CUSOLVER: Library = Library::new("cusolver", "nvidia-cusolver");
 
 impl Library {
-    /// Whether it can be loaded.
+    const fn new(name: &'static str, package: &'static str) -> Library {
+        Library { name, package, there: OnceLock::new() }
+    }
+
+    /// Whether it can be loaded; it then is.
     pub fn is_there(&self) -> bool {
-        // SAFETY: tries to open libraries of CUDA's by their names.
-        let found = || unsafe { (self.present)() };
-        if found() {
-            return true;
-        }
-        if self.name == "cublas" {
-            preload("cublasLt");
-        }
-        if self.name == "cusolver" {
-            ["nvJitLink", "cusparse"].into_iter().for_each(preload);
-        }
-        preload(self.name);
-        found()
+        *self.there.get_or_init(|| {
+            if load_by_name(self.name) {
+                return true;
+            }
+            let before: &[&str] = match self.name {
+                "cublas" => &["cublasLt"],
+                "cusolver" => &["nvJitLink", "cusparse"],
+                _ => &[],
+            };
+            before.iter().for_each(|name| preload(name));
+            preload(self.name);
+            load_by_name(self.name)
+        })
     }
 
     /// Fails with a sentence that says how to get it.
@@ -199,8 +206,7 @@ impl Library {
 
 /// Whether NVRTC can be loaded: the compiler needs no card.
 pub fn compiler_is_there() -> bool {
-    static THERE: OnceLock<bool> = OnceLock::new();
-    *THERE.get_or_init(|| NVRTC.is_there())
+    NVRTC.is_there()
 }
 
 fn check(what: &str, code: sys::nvrtcResult) -> Result<()> {
@@ -212,7 +218,7 @@ fn check(what: &str, code: sys::nvrtcResult) -> Result<()> {
 
 /// Which library of CUDA's a card cannot be used without and is not there, and how to get it.
 pub fn missing() -> Option<String> {
-    [NVRTC, CUBLAS].iter().find_map(|library| library.wanted().err()).map(|error| error.to_string())
+    [&NVRTC, &CUBLAS].into_iter().find_map(|library| library.wanted().err()).map(|error| error.to_string())
 }
 
 /// NVRTC's version, as `(13, 0)`.
