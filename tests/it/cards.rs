@@ -156,3 +156,20 @@ fn libraries_lie_beside_what_python3_is_a_link_to() {
     let ran = imitated.run("driver", &[("PATH", path.to_str().unwrap())], &["devices"]);
     assert!(ran.code == 0 && ran.out.contains("Imaginary 0") && !ran.out.contains("not usable"), "{}", ran.out);
 }
+
+#[test]
+fn pinned_memory_that_runs_out_is_the_hosts() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    small_model(&room);
+    // The first that is asked for, and one that something is put aside in.
+    let weighted = ["--method", "rtn", "--observer", "imatrix", "--gpu-memory", "6300KB", "--quiet"];
+    for (after, args) in [("0", quick(&["--quiet"])), ("140", run_over("64", "64", &weighted))] {
+        let settings = [("FAKE_CUDA_FAIL", "cuMemHostAlloc"), ("FAKE_CUDA_ERROR", "2"), ("FAKE_CUDA_AFTER", after)];
+        let ran = imitated.run(ALL, &settings, &args);
+        assert_eq!(ran.code, 1, "{}", ran.err);
+        assert!(ran.err.contains("the host") && ran.err.contains("give more with --gpu-memory"), "{}", ran.err);
+        assert!(ran.err.trim().lines().count() == 1 && !room.path("out").exists(), "{}", ran.err);
+    }
+}

@@ -60,6 +60,20 @@ fn check(what: &str, code: sys::CUresult) -> Result<()> {
     Err(Error::Device(format!("CUDA: {what}: {text} ({code:?}){advice}")))
 }
 
+/// Pinned memory of the host; a context is current.
+fn pinned(bytes: usize) -> Result<*mut c_void> {
+    let mut at = std::ptr::null_mut();
+    // SAFETY: a place to write to.
+    match unsafe { sys::cuMemHostAlloc(&mut at, bytes, 0) } {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(Error::Device(format!(
+            "CUDA: the host has no {:.1} MB left that can be pinned, in which copies pass and what the GPU does not hold is put aside: \
+             give more with --gpu-memory, calibrate on fewer --samples, or free memory of the host",
+            bytes as f64 / 1e6
+        ))),
+        code => check("pinned memory", code).map(|()| at),
+    }
+}
+
 /// Starts the driver.
 ///
 /// Fails with one sentence if there is none, or an old one.
@@ -421,13 +435,10 @@ impl Card {
         let (pieces, next) = &mut pieces[class];
         for start in (0..bytes).step_by(size) {
             if pieces.len() < count {
-                let (mut at, mut done) = (std::ptr::null_mut(), std::ptr::null_mut());
+                let (at, mut done) = (pinned(size)?, std::ptr::null_mut());
                 let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-                // SAFETY: places to write to.
-                unsafe {
-                    check("pinned memory", sys::cuMemHostAlloc(&mut at, size, 0))?;
-                    check("event", sys::cuEventCreate(&mut done, flags))?;
-                }
+                // SAFETY: a place to write to.
+                check("event", unsafe { sys::cuEventCreate(&mut done, flags) })?;
                 pieces.push(Piece { at, done });
                 *next = pieces.len() - 1;
             }
@@ -592,12 +603,7 @@ impl Device for Card {
         let known = lock(&self.free).get_mut(&bytes).and_then(Vec::pop);
         let host = match known {
             Some(host) => host,
-            None => {
-                let mut host = std::ptr::null_mut();
-                // SAFETY: a place to write to.
-                check("pinned memory", unsafe { sys::cuMemHostAlloc(&mut host, bytes, 0) })?;
-                host as u64
-            }
+            None => pinned(bytes)? as u64,
         };
         // SAFETY: pinned memory of that length. Its next use is a copy on the same stream.
         check("copy from the GPU", unsafe {
