@@ -163,13 +163,38 @@ fn pinned_memory_that_runs_out_is_the_hosts() {
     let room = Room::new();
     let imitated = Imitated { room: &room, folder };
     small_model(&room);
-    // The first that is asked for, and one that something is put aside in.
-    let weighted = ["--method", "rtn", "--observer", "imatrix", "--gpu-memory", "6300KB", "--quiet"];
-    for (after, args) in [("0", quick(&["--quiet"])), ("140", run_over("64", "64", &weighted))] {
+    let log = room.path("counts");
+    let little = ["--method", "rtn", "--observer", "imatrix", "--gpu-memory", "6300KB", "--quiet"];
+    let little = run_over("64", "64", &little);
+    let ran = imitated.run(ALL, &[("FAKE_CUDA_COUNTS", log.to_str().unwrap())], &little);
+    assert!(ran.code == 0 && report(&room)["notes"].to_string().contains("put aside"), "{}", ran.err);
+    std::fs::remove_dir_all(room.path("out")).unwrap();
+    // The first that is asked for, and the last, in which something is put aside.
+    let last = (counts(&log)["cuMemHostAlloc"] - 1).to_string();
+    for (after, args) in [("0", quick(&["--quiet"])), (&last, little)] {
         let settings = [("FAKE_CUDA_FAIL", "cuMemHostAlloc"), ("FAKE_CUDA_ERROR", "2"), ("FAKE_CUDA_AFTER", after)];
         let ran = imitated.run(ALL, &settings, &args);
         assert_eq!(ran.code, 1, "{}", ran.err);
         assert!(ran.err.contains("the host") && ran.err.contains("give more with --gpu-memory"), "{}", ran.err);
         assert!(ran.err.trim().lines().count() == 1 && !room.path("out").exists(), "{}", ran.err);
+    }
+}
+
+#[test]
+fn what_others_use_of_a_card_changes_no_byte() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    small_model(&room);
+    // A card of 48 GiB: all of it, the 5 that others leave, or as little as is asked for.
+    let cases: [(&str, &[&str]); 3] = [("0", &[]), ("46170898432", &[]), ("0", &["--gpu-memory", "1GiB"])];
+    let written = cases.map(|(taken, more)| {
+        let settings = [("FAKE_CUDA_MEMORY", "51539607552"), ("FAKE_CUDA_TAKEN", taken)];
+        let ran = imitated.run(SOLVER, &settings, &run_over("33", "64", more));
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        weights(&room)
+    });
+    for (index, other) in written.iter().enumerate() {
+        assert!(*other == written[0], "case {index} has other bytes");
     }
 }

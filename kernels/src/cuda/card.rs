@@ -231,6 +231,14 @@ fn check_blas(what: &str, code: blas::cublasStatus_t) -> Result<()> {
     }
 }
 
+/// Row by row, the lower triangle is column by column the upper one.
+const TRIANGLE: solver::cublasFillMode_t = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+
+/// Columns as cuSOLVER counts them.
+fn columns(n: usize) -> Result<c_int> {
+    c_int::try_from(n).map_err(|_| Error::Device(format!("{n} columns are too many for cuSOLVER")))
+}
+
 fn check_solver(what: &str, code: solver::cusolverStatus_t) -> Result<()> {
     match code {
         solver::cusolverStatus_t::CUSOLVER_STATUS_SUCCESS => Ok(()),
@@ -731,34 +739,34 @@ impl Device for Card {
         )
     }
 
-    fn cholesky(&self, at: Address, n: usize) -> Result<Option<Option<usize>>> {
+    fn cholesky_room(&self, at: Address, n: usize) -> Result<Option<usize>> {
         let Some(solver) = &self.solver else { return Ok(None) };
         self.enter()?;
-        let size = c_int::try_from(n).map_err(|_| Error::Device(format!("{n} columns are too many for cuSOLVER")))?;
-        // Row by row, the lower triangle is column by column the upper one.
-        let uplo = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
-        let handle = lock(solver);
-        let mut length = 0;
-        // SAFETY: n × n doubles on this card, by the trait's contract; workspace as long as cuSOLVER asks for.
-        unsafe {
-            let a = at as *mut f64;
-            check_solver("workspace", solver::cusolverDnDpotrf_bufferSize(*handle, uplo, size, a, size, &mut length))?;
-            let bytes = (length.max(1) as usize) * 8;
-            let Some(work) = self.allocate(bytes + 16)? else { return Ok(None) };
-            let info = work + bytes as u64;
-            let mut found = [0u8; 4];
-            let done = check_solver(
-                "Cholesky",
-                solver::cusolverDnDpotrf(*handle, uplo, size, a, size, work as *mut f64, length, info as *mut c_int),
-            )
-            .and_then(|()| self.read(info, &mut found));
-            self.release(work, bytes + 16);
-            done?;
-            match i32::from_ne_bytes(found) {
-                0 => Ok(Some(None)),
-                p if p > 0 => Ok(Some(Some(p as usize - 1))),
-                p => Err(Error::Device(format!("cuSOLVER: argument {} of Cholesky", -p))),
-            }
+        let (size, mut length) = (columns(n)?, 0);
+        // SAFETY: a number to write to, and n × n doubles on this card, by the trait's contract.
+        let code = unsafe {
+            solver::cusolverDnDpotrf_bufferSize(*lock(solver), TRIANGLE, size, at as *mut f64, size, &mut length)
+        };
+        check_solver("workspace", code)?;
+        // And a place for the pivot.
+        Ok(Some(length.max(1) as usize * 8 + 16))
+    }
+
+    fn cholesky(&self, at: Address, n: usize, work: Address) -> Result<Option<usize>> {
+        let room = self.cholesky_room(at, n)?.expect("asked for before") - 16;
+        let solver = self.solver.as_ref().expect("asked for before");
+        let (size, info, mut found) = (columns(n)?, work + room as u64, [0u8; 4]);
+        // SAFETY: n × n doubles on this card and workspace as long as was said, by the trait's contract.
+        let code = unsafe {
+            let (a, work, info) = (at as *mut f64, work as *mut f64, info as *mut c_int);
+            solver::cusolverDnDpotrf(*lock(solver), TRIANGLE, size, a, size, work, (room / 8) as c_int, info)
+        };
+        check_solver("Cholesky", code)?;
+        self.read(info, &mut found)?;
+        match i32::from_ne_bytes(found) {
+            0 => Ok(None),
+            p if p > 0 => Ok(Some(p as usize - 1)),
+            p => Err(Error::Device(format!("cuSOLVER: argument {} of Cholesky", -p))),
         }
     }
 

@@ -191,9 +191,11 @@ pub trait Device: Send + Sync + Debug {
     fn launch(&self, module: &'static Module, kernel: &'static str, shape: Shape, args: &[Arg]) -> Result<()>;
     /// Starts a product.
     fn product(&self, product: &Product) -> Result<()>;
-    /// The Cholesky factor of the lower triangle, as a row-major matrix sees it, of the `n × n` doubles at `at`, in place, if the
-    /// device has a library for it; `Some(Some(p))` if pivot `p` was not positive.
-    fn cholesky(&self, at: Address, n: usize) -> Result<Option<Option<usize>>>;
+    /// Bytes of workspace for [`cholesky`](Self::cholesky) of `n` columns at `at`; `None` where the device has no library for it.
+    fn cholesky_room(&self, at: Address, n: usize) -> Result<Option<usize>>;
+    /// The Cholesky factor of the lower triangle, as a row-major matrix sees it, of the `n × n` doubles at `at`, in place; the pivot
+    /// that was not positive, if the library tells of one.
+    fn cholesky(&self, at: Address, n: usize, work: Address) -> Result<Option<usize>>;
     /// Waits for everything but what is written ahead.
     fn synchronize(&self) -> Result<()>;
 }

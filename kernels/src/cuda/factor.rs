@@ -7,8 +7,8 @@ use crate::{Error, Result};
 pub(super) static GRAM: Module = Module { name: "gram", source: include_str!("../ops/gram.cu") };
 pub(super) static FACTOR: Module = Module { name: "factor", source: include_str!("../ops/factor.cu") };
 
-/// Tokens whose products are summed in single precision.
-const TOKENS: usize = 8192;
+/// Tokens whose products are summed in one product: so few that the order of sums is that of cards which run no more at a time.
+const TOKENS: usize = 2048;
 /// Tokens that one block sums up in `column_moments`.
 const MOMENT_TOKENS: usize = 512;
 /// Most rows or columns of a panel that one product takes.
@@ -232,26 +232,27 @@ impl Cuda {
         let (a, sent) = (self.buffer::<f64>(n * n)?, self.send(&order)?);
         let mut diagonal = Vec::new();
         // A library passes on what is not a number, or spreads it over the whole factor, and tells of no pivot: ours then find it.
-        for by_library in [true, false] {
+        let work = self.device().cholesky_room(a.pin()?.at, n)?.map(|bytes| self.buffer::<u8>(bytes)).transpose()?;
+        for work in work.iter().map(Some).chain([None]) {
             // The pivot that failed, counted from 1, and whether the result is not finite.
             let flags = self.cleared::<i32>(2)?;
-            let (answer, told) = {
+            let told = {
                 let (a, sent, flags) = (a.pin()?, sent.pin()?, flags.pin()?);
                 {
                     let gram = gram.buffer.pin()?;
                     let args = [a.arg(), gram.arg(), sent.arg(), (1.0 + damp).into(), (n as i32).into()];
                     self.blocks(&FACTOR, "arrange", n, THREADS, 0, &args)?;
                 }
-                let answer = if by_library { self.device().cholesky(a.at, n)? } else { None };
-                if answer.is_none() {
-                    self.cholesky(a.at, n, flags.at)?;
-                }
+                let answer = match work {
+                    Some(work) => self.device().cholesky(a.at, n, work.pin()?.at)?,
+                    None => self.cholesky(a.at, n, flags.at).map(|()| None)?,
+                };
                 let (unit, pivots, inverse) = (unit.buffer.pin()?, pivots.pin()?, inverse.pin()?);
                 let args = [pivots.arg(), inverse.arg(), a.arg(), (n as i32).into()];
                 self.each(&FACTOR, "pivots_of", n, &args)?;
                 let args = [unit.arg(), Arg::At(flags.at + 4), a.arg(), inverse.arg(), (n as i32).into()];
                 self.blocks(&FACTOR, "unit_of", n, THREADS, 0, &args)?;
-                (answer.is_some(), answer.flatten())
+                answer
             };
             diagonal = self.diagonal_of(gram)?;
             if diagonal.iter().any(|x| !x.is_finite()) {
@@ -264,7 +265,7 @@ impl Cuda {
             if flags[1] == 0 {
                 break;
             }
-            if !answer {
+            if work.is_none() {
                 return Err(Error::NotPositive(0));
             }
         }

@@ -48,6 +48,8 @@ const THREADS: u32 = 256;
 #[derive(Clone, Debug)]
 pub struct Cuda {
     memory: Arc<Memory>,
+    /// Gibibytes that the device has in all.
+    size: u64,
     exact: bool,
     relaxed: bool,
 }
@@ -166,7 +168,8 @@ impl Cuda {
             // Libraries take workspace of their own.
             None => capacity.free.saturating_sub(512 << 20) / 20 * 19,
         };
-        Ok(Cuda { memory: Arc::new(Memory::new(device, budget)), exact: false, relaxed: false })
+        let size = capacity.total >> 30;
+        Ok(Cuda { memory: Arc::new(Memory::new(device, budget)), size, exact: false, relaxed: false })
     }
 
     /// The same, in single precision throughout.
@@ -318,8 +321,9 @@ impl Backend for Cuda {
     }
 
     fn tokens_at_once(&self) -> usize {
-        // Larger products are nearer to the card's peak; what lies between operators has to fit several times.
-        match self.budget() >> 30 {
+        // Larger products are nearer to the card's peak; what lies between operators has to fit several times. Libraries add up
+        // products of other shapes in another order: what others have of the card's memory, or the user gives, must not decide.
+        match self.size {
             32.. => 8192,
             12.. => 4096,
             _ => 2048,
@@ -327,8 +331,8 @@ impl Backend for Cuda {
     }
 
     fn rows_at_once(&self) -> usize {
-        // What a sweep works in takes some times the memory of its weights.
-        if self.budget() >> 32 > 0 { sweep::CHUNK } else { 1 }
+        // What a sweep works in takes some times the memory of its weights. As above it is the card that decides.
+        if self.size >= 4 { sweep::CHUNK } else { 1 }
     }
 
     fn weights_at_once(&self) -> usize {

@@ -280,8 +280,12 @@ impl Device for Simulated {
         Ok(())
     }
 
-    fn cholesky(&self, _: Address, _: usize) -> Result<Option<Option<usize>>> {
+    fn cholesky_room(&self, _: Address, _: usize) -> Result<Option<usize>> {
         Ok(None)
+    }
+
+    fn cholesky(&self, _: Address, _: usize, _: Address) -> Result<Option<usize>> {
+        Err(failed("there is no library for factorizations"))
     }
 
     fn synchronize(&self) -> Result<()> {
