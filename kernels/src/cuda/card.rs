@@ -205,7 +205,8 @@ pub struct Card {
     /// Where weights are sent beside it.
     ahead: Lane,
     multiprocessors: u32,
-    pooled: bool,
+    /// Where memory is taken in the order of a stream, if the driver can.
+    pool: Option<sys::CUmemoryPool>,
     loaded: Mutex<Loaded>,
     /// Pinned memory that was put aside and is free again, by size.
     free: Mutex<HashMap<usize, Vec<u64>>>,
@@ -272,18 +273,18 @@ impl Card {
         let stream = lane.stream;
         let which = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = attribute(device, which)? as u32;
-        let pooled = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? > 0;
-        if pooled {
+        let mut pool = None;
+        if attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? > 0 {
             // Memory that is given back stays with us: the same sizes come again. A copy ahead gets none that it had to wait for.
-            let mut pool = std::ptr::null_mut();
+            let pool = pool.insert(std::ptr::null_mut());
             let (mut threshold, mut waits) = (u64::MAX, 0i32);
             let kept = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
             let waiting = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES;
             // SAFETY: a pool of the driver's, and numbers of the types that these attributes have.
             unsafe {
-                check("memory pool", sys::cuDeviceGetDefaultMemPool(&mut pool, device))?;
-                check("memory pool", sys::cuMemPoolSetAttribute(pool, kept, (&raw mut threshold).cast()))?;
-                check("memory pool", sys::cuMemPoolSetAttribute(pool, waiting, (&raw mut waits).cast()))?;
+                check("memory pool", sys::cuDeviceGetDefaultMemPool(pool, device))?;
+                check("memory pool", sys::cuMemPoolSetAttribute(*pool, kept, (&raw mut threshold).cast()))?;
+                check("memory pool", sys::cuMemPoolSetAttribute(*pool, waiting, (&raw mut waits).cast()))?;
             }
         }
         let mut handle = std::ptr::null_mut();
@@ -314,7 +315,7 @@ impl Card {
             lane,
             ahead,
             multiprocessors,
-            pooled,
+            pool,
             loaded: Mutex::default(),
             free: Mutex::default(),
             blas: Mutex::new(handle),
@@ -388,9 +389,9 @@ impl Card {
         let mut at = 0;
         // SAFETY: a number to write to.
         let code = unsafe {
-            match self.pooled {
-                true => sys::cuMemAllocAsync(&mut at, bytes, lane.stream),
-                false => sys::cuMemAlloc_v2(&mut at, bytes),
+            match self.pool {
+                Some(_) => sys::cuMemAllocAsync(&mut at, bytes, lane.stream),
+                None => sys::cuMemAlloc_v2(&mut at, bytes),
             }
         };
         match code {
@@ -498,6 +499,12 @@ impl Device for Card {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Option<Address>> {
+        let at = self.allocate_in(&self.lane, bytes)?;
+        let (None, Some(pool)) = (at, self.pool) else { return Ok(at) };
+        // The pool keeps what was given back in pieces. What is no longer in use goes back to the card, which joins it.
+        self.synchronize()?;
+        // SAFETY: the pool of this card.
+        check("memory pool", unsafe { sys::cuMemPoolTrimTo(pool, 0) })?;
         self.allocate_in(&self.lane, bytes)
     }
 
@@ -509,9 +516,9 @@ impl Device for Card {
         // SAFETY: memory that was allocated here and is given back once. Without a pool the driver waits for what uses it.
         unsafe {
             let _ = sys::cuCtxSetCurrent(self.context);
-            let _ = match self.pooled {
-                true => sys::cuMemFreeAsync(at, self.lane.stream),
-                false => sys::cuMemFree_v2(at),
+            let _ = match self.pool {
+                Some(_) => sys::cuMemFreeAsync(at, self.lane.stream),
+                None => sys::cuMemFree_v2(at),
             };
         }
     }
