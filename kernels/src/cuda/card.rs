@@ -4,7 +4,6 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use cudarc::cublas::sys as blas;
 use cudarc::cusolver::sys as solver;
@@ -12,6 +11,7 @@ use cudarc::driver::sys;
 
 use super::compile::{self, CUBLAS, CUSOLVER, NVRTC};
 use super::device::{Address, Arg, Aside, Capacity, Device, Module, Product, Real, Shape, Ticket};
+use super::profile::{Clock, Profile};
 use crate::{Error, Result};
 
 /// The oldest driver: CUDA 12's.
@@ -38,7 +38,7 @@ pub struct Found {
     pub unusable: Option<String>,
 }
 
-fn check(what: &str, code: sys::CUresult) -> Result<()> {
+pub(super) fn check(what: &str, code: sys::CUresult) -> Result<()> {
     if code == sys::CUresult::CUDA_SUCCESS {
         return Ok(());
     }
@@ -173,27 +173,6 @@ struct Loaded {
     functions: HashMap<&'static str, (sys::CUfunction, u32)>,
 }
 
-/// Time of each kind of work, if it is asked for.
-#[derive(Clone, Debug, Default)]
-pub struct Profile {
-    /// Seconds and launches by kernel; products by their operands' type.
-    pub kernels: HashMap<String, (f64, usize)>,
-}
-
-impl Profile {
-    /// A line for each kernel, the longest first.
-    pub fn text(&self) -> String {
-        let mut kernels: Vec<_> = self.kernels.iter().collect();
-        kernels.sort_by(|a, b| b.1.0.total_cmp(&a.1.0).then_with(|| a.0.cmp(b.0)));
-        let total: f64 = kernels.iter().map(|(_, (seconds, _))| seconds).sum();
-        let line = |name: &str, seconds: f64, count: usize| {
-            format!("{name:<28} {seconds:>9.3} s {:>5.1} % {count:>9} launches\n", 100.0 * seconds / total.max(1e-9))
-        };
-        let lines: String = kernels.iter().map(|(name, (seconds, count))| line(name, *seconds, *count)).collect();
-        lines + &line("all", total, kernels.iter().map(|(_, (_, count))| count).sum())
-    }
-}
-
 /// One card.
 #[derive(Debug)]
 pub struct Card {
@@ -212,7 +191,7 @@ pub struct Card {
     free: Mutex<HashMap<usize, Vec<u64>>>,
     blas: Mutex<blas::cublasHandle_t>,
     solver: Option<Mutex<solver::cusolverDnHandle_t>>,
-    profile: Option<Mutex<Profile>>,
+    clock: Option<Mutex<Clock>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread once the context is current, which every call sees to; those of
@@ -320,19 +299,20 @@ impl Card {
             free: Mutex::default(),
             blas: Mutex::new(handle),
             solver,
-            profile: None,
+            clock: None,
         })
     }
 
-    /// The same, waiting after each piece of work and taking its time.
+    /// The same, taking the time of each piece of work.
     pub fn profiled(mut self) -> Card {
-        self.profile = Some(Mutex::default());
+        self.clock = Some(Mutex::default());
         self
     }
 
-    /// What [`profiled`](Self::profiled) took; `None` where it was not asked for.
+    /// What [`profiled`](Self::profiled) took, of all work so far; `None` where it was not asked for, or the card failed.
     pub fn profile(&self) -> Option<Profile> {
-        self.profile.as_ref().map(|profile| lock(profile).clone())
+        let clock = self.clock.as_ref()?;
+        self.enter().and_then(|()| lock(clock).profile()).ok()
     }
 
     fn enter(&self) -> Result<()> {
@@ -340,18 +320,13 @@ impl Card {
         check("context of the GPU", unsafe { sys::cuCtxSetCurrent(self.context) })
     }
 
-    /// Runs work, and with a profile waits for it.
+    /// Asks for work, and with a profile for its time.
     fn timed(&self, name: impl FnOnce() -> String, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        let Some(profile) = &self.profile else { return work() };
-        self.synchronize()?;
-        let started = Instant::now();
-        work()?;
-        self.synchronize()?;
-        let mut profile = lock(profile);
-        let entry = profile.kernels.entry(name()).or_default();
-        entry.0 += started.elapsed().as_secs_f64();
-        entry.1 += 1;
-        Ok(())
+        match &self.clock {
+            // Held meanwhile, so that no other thread's work comes between.
+            Some(clock) => lock(clock).take(self.lane.stream, name(), work),
+            None => work(),
+        }
     }
 
     fn function(&self, module: &'static Module, kernel: &'static str, shared: u32) -> Result<sys::CUfunction> {

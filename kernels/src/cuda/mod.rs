@@ -13,6 +13,7 @@ mod forward;
 mod losses;
 mod memory;
 mod pack;
+mod profile;
 mod search;
 mod simulated;
 mod sweep;
@@ -25,11 +26,12 @@ use formats::ggml::GgmlType;
 use formats::{Dtype, WordLayout};
 use ndarray::Array2;
 
-pub use self::card::{Card, Found, Profile, cards};
+pub use self::card::{Card, Found, cards};
 pub use self::compile::{Compiled, MODULES, compile, compiler_is_there, missing};
 pub use self::device::{Address, Arg, Aside, Capacity, Device, Module, Operand, Product, Real, Shape, Ticket};
 pub use self::memory::{Buffer, Usage};
 use self::memory::{Memory, Pinned};
+pub use self::profile::Profile;
 pub use self::simulated::Simulated;
 use crate::backend::{
     Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
