@@ -11,6 +11,7 @@ use cudarc::driver::sys;
 
 use super::compile::{self, CUBLAS, CUSOLVER, NVRTC};
 use super::device::{Address, Arg, Aside, Capacity, Device, Module, Product, Real, Shape, Ticket};
+use super::images::Images;
 use super::profile::{Clock, Profile};
 use crate::{Error, Result};
 
@@ -186,6 +187,7 @@ pub struct Card {
     multiprocessors: u32,
     /// Where memory is taken in the order of a stream, if the driver can.
     pool: Option<sys::CUmemoryPool>,
+    images: Images,
     loaded: Mutex<Loaded>,
     /// Pinned memory that was put aside and is free again, by size.
     free: Mutex<HashMap<usize, Vec<u64>>>,
@@ -240,6 +242,7 @@ impl Card {
             return Err(Error::Device(format!("GPU {ordinal}, {}: {reason}; run with --device cpu", found.name)));
         }
         NVRTC.wanted()?;
+        let images = Images::begin(found.capability);
         CUBLAS.wanted()?;
         let (device, found) = describe(ordinal)?;
         let mut context = std::ptr::null_mut();
@@ -295,6 +298,7 @@ impl Card {
             ahead,
             multiprocessors,
             pool,
+            images,
             loaded: Mutex::default(),
             free: Mutex::default(),
             blas: Mutex::new(handle),
@@ -330,9 +334,11 @@ impl Card {
     }
 
     fn function(&self, module: &'static Module, kernel: &'static str, shared: u32) -> Result<sys::CUfunction> {
+        let known = lock(&self.loaded).modules.contains_key(module.name);
+        // Nobody who needs another module waits for this one.
+        let image = if known { &[] } else { self.images.of(module)? };
         let mut loaded = lock(&self.loaded);
         if !loaded.modules.contains_key(module.name) {
-            let image = compile::cached(module, self.found.capability)?;
             let mut handle = std::ptr::null_mut();
             // SAFETY: an image that NVRTC made, whole; PTX ends with a zero byte.
             check("loading kernels", unsafe { sys::cuModuleLoadData(&mut handle, image.as_ptr().cast()) })?;

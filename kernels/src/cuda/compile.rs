@@ -11,22 +11,26 @@ use sha2::{Digest, Sha256};
 use super::device::Module;
 use crate::{Error, Result};
 
-/// Every module; a new one is a line here.
+/// Every module; a new one is a line here. Those that take long to compile and every run needs come first.
 pub static MODULES: &[&Module] = &[
+    &super::attention::ATTENTION,
+    &super::sweep::SWEEP,
+    &super::search::SEARCH,
     &super::forward::POINTWISE,
     &super::forward::NORM,
     &super::forward::ROPE,
-    &super::forward::ROUNDING,
-    &super::attention::ATTENTION,
-    &super::losses::LOSS,
     &super::factor::GRAM,
     &super::factor::FACTOR,
-    &super::search::SEARCH,
-    &super::blocks::BLOCKS,
-    &super::sweep::SWEEP,
-    &super::sweep::REFINE,
     &super::pack::PACK,
+    &super::losses::LOSS,
+    &super::forward::ROUNDING,
+    &super::blocks::BLOCKS,
+    &super::sweep::REFINE,
+    &super::search::CLIP,
 ];
+
+/// Modules that few runs need, and that take the longest to compile: no sooner than they are needed.
+pub(super) static LATER: &[&str] = &["clip"];
 
 /// What the compiler made of a module.
 #[derive(Debug)]

@@ -10,6 +10,7 @@ mod compile;
 mod device;
 mod factor;
 mod forward;
+mod images;
 mod losses;
 mod memory;
 mod pack;

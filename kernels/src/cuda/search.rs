@@ -8,7 +8,10 @@ use crate::Result;
 use crate::backend::{FitKind, Grid, GridSpec};
 use crate::ops::fit::{candidates, floor};
 
-pub(super) static SEARCH: Module = Module { name: "search", source: include_str!("../ops/fit.cu") };
+pub(super) static SEARCH: Module =
+    Module { name: "search", source: concat!(include_str!("../ops/grids.cuh"), include_str!("../ops/fit.cu")) };
+pub(super) static CLIP: Module =
+    Module { name: "clip", source: concat!(include_str!("../ops/grids.cuh"), include_str!("../ops/clip.cu")) };
 
 /// Groups of up to so many weights lie in the registers of half a warp.
 const SHORT: usize = 128;
@@ -199,7 +202,7 @@ impl Cuda {
             let hessian = hessian.buffer.pin()?;
             let mut args = vec![blocks.arg(), hessian.arg(), at(columns.as_ref()), starts.arg(), list_at.arg()];
             args.extend([weight.cols, widest, chunks].map(|count| Arg::Int(count as i32)));
-            self.blocks(&SEARCH, "fit_hessian_blocks", list.len() * widest, 128, 0, &args)?;
+            self.blocks(&CLIP, "fit_hessian_blocks", list.len() * widest, 128, 0, &args)?;
         }
         let pins = (scales.pin()?, zeros.pin()?, weight.buffer.pin()?);
         let mut args = vec![
@@ -214,7 +217,7 @@ impl Cuda {
         ];
         args.extend([weight.cols, groups.count(), list.len(), widest].map(|count| Arg::Int(count as i32)));
         args.extend(rules(spec));
-        self.blocks(&SEARCH, kernel, weight.rows.div_ceil(CLIP_ROWS) * list.len(), CLIP_THREADS, 0, &args)
+        self.blocks(&CLIP, kernel, weight.rows.div_ceil(CLIP_ROWS) * list.len(), CLIP_THREADS, 0, &args)
     }
 
     /// Sends a grid: scales, zeros, the group of each column.
