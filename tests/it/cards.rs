@@ -198,3 +198,140 @@ fn what_others_use_of_a_card_changes_no_byte() {
         assert!(*other == written[0], "case {index} has other bytes");
     }
 }
+
+#[test]
+fn memory_in_pieces_is_joined_before_anything_is_put_aside() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    small_model(&room);
+    // cuBLAS has 64 MiB of it.
+    let memory = ((64 << 20) + 3_000_000).to_string();
+    let written = [("0", "0"), ("1", "0"), ("1", "1")].map(|(fragments, fails)| {
+        let log = room.path("counts");
+        let mut settings = vec![
+            ("FAKE_CUDA_MEMORY", &memory[..]),
+            ("FAKE_CUDA_FRAGMENTS", fragments),
+            ("FAKE_CUDA_COUNTS", log.to_str().unwrap()),
+        ];
+        if fails == "1" {
+            settings.extend([("FAKE_CUDA_FAIL", "cuMemPoolTrimTo"), ("FAKE_CUDA_ERROR", "700")]);
+        }
+        let ran = imitated.run(ALL, &settings, &quick(&["--quiet", "--gpu-memory", "3MB"]));
+        if fails == "1" {
+            assert!(ran.code == 1 && ran.err.contains("memory pool"), "{}", ran.err);
+            return Vec::new();
+        }
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        let notes = report(&room)["notes"].to_string();
+        assert!(!notes.contains("put aside"), "{fragments}: {notes}");
+        let trims = counts(&log).get("cuMemPoolTrimTo").copied().unwrap_or(0);
+        assert_eq!(trims > 0, fragments == "1", "{trims} times");
+        weights(&room)
+    });
+    assert!(written[0] == written[1]);
+}
+
+#[test]
+fn a_profile_waits_for_nothing() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    small_model(&room);
+    let [plain, profiled] = [&[][..], &["--profile"]].map(|more| {
+        let log = room.path("counts");
+        let settings = [("FAKE_CUDA_COUNTS", log.to_str().unwrap())];
+        let ran = imitated.run(ALL, &settings, &quick(more));
+        assert_eq!(ran.code, 0, "{}", ran.err);
+        (counts(&log), ran.err)
+    });
+    let waits = |counts: &BTreeMap<String, usize>| {
+        counts.get("cuStreamSynchronize").unwrap_or(&0) + counts.get("cuEventSynchronize").unwrap_or(&0)
+    };
+    let launches = profiled.0["cuLaunchKernel"];
+    assert!(launches > 200 && plain.0["cuLaunchKernel"] == launches);
+    assert!(waits(&profiled.0) < waits(&plain.0) + launches / 100, "{} and {}", waits(&profiled.0), waits(&plain.0));
+    // Of all launches the time is known.
+    let line = |name: &str| -> (f64, usize) {
+        let line = profiled.1.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{}", profiled.1));
+        let words: Vec<&str> = line[name.len()..].split_whitespace().collect();
+        (words[0].parse().unwrap(), words[4].parse().unwrap())
+    };
+    let (seconds, all) = line("all ");
+    assert!(all == launches + profiled.0["cublasGemmEx"] + profiled.0.get("cublasDgemm").unwrap_or(&0), "{all}");
+    assert!(seconds > 0.0 && line("sweep_codes").0 > 0.0, "{seconds}");
+}
+
+#[test]
+fn modules_are_compiled_at_once_each_once_and_only_those_that_may_be_needed() {
+    let Some(folder) = imitation() else { return };
+    let room = Room::new();
+    let imitated = Imitated { room: &room, folder };
+    small_model(&room);
+    let log = room.path("counts");
+    let run = |settings: &[(&str, &str)], more: &[&str]| {
+        let _ = std::fs::remove_dir_all(room.path("cache"));
+        let own = [("FAKE_CUDA_COUNTS", log.to_str().unwrap())];
+        imitated.run(ALL, &[&own[..], settings].concat(), &quick(more))
+    };
+    let slow = [("FAKE_CUDA_COMPILES", "150")];
+    let ran = run(&slow, &[]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    let made = counts(&log);
+    assert!(made["compiled at once"] > 1, "{made:?}");
+    for name in ["sweep", "factor", "attention", "search", "gram"] {
+        assert_eq!(made.get(&format!("compiled {name}.cu")), Some(&1), "{made:?}");
+    }
+    assert!(!made.contains_key("compiled clip.cu"), "{made:?}");
+    // From the cache the second time.
+    let ran = imitated.run(ALL, &[("FAKE_CUDA_COUNTS", log.to_str().unwrap())], &quick(&[]));
+    assert!(ran.code == 0 && !counts(&log).contains_key("compiled sweep.cu"), "{}", ran.err);
+    // AWQ clips.
+    let ran = run(&[], &["--format", "awq", "--method", "awq"]);
+    assert_eq!(ran.code, 0, "{}", ran.err);
+    assert_eq!(counts(&log).get("compiled clip.cu"), Some(&1));
+    // What cannot be compiled is told once, although several fail.
+    let ran = run(&[("FAKE_CUDA_FAIL", "nvrtcCompileProgram"), ("FAKE_CUDA_ERROR", "6")], &["--quiet"]);
+    assert!(ran.code == 1 && ran.err.matches("NVRTC:").count() == 1, "{}", ran.err);
+    assert_eq!(ran.err.trim().lines().count(), 1, "{}", ran.err);
+}
+
+#[test]
+fn a_step_that_fails_or_hangs_does_not_end_the_others() {
+    let room = Room::new();
+    let (script, folder) = script(&room);
+    // The tests fail, the table hangs, quantc writes down what it is asked for.
+    for (name, content) in [
+        ("kernel-tests", "#!/bin/sh\necho 'test one ... FAILED'; exit 101\n"),
+        (
+            "gpu-bench",
+            "#!/bin/sh\n[ \"$1\" = --synthesize ] && mkdir -p $2 && touch $2/config.json && exit 0\nexec sleep 60\n",
+        ),
+        ("quantc", "#!/bin/sh\necho \"$@\" >>\"${0%/*}/asked\"\n"),
+    ] {
+        let path = folder.join(name);
+        std::fs::write(&path, content).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    }
+    let run = Command::new("bash")
+        .arg(&script)
+        .arg("1b")
+        .envs([
+            ("LIMIT", "2"),
+            ("WORK", room.path("work").to_str().unwrap()),
+            ("OUT", room.path("logs").to_str().unwrap()),
+        ])
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&run.stdout);
+    assert_eq!(run.status.code(), Some(1), "{told}");
+    let asked = std::fs::read_to_string(folder.join("asked")).unwrap();
+    for part in ["devices", "demo --device cuda", "--method rtn", "--gpu-memory 8GiB", "Q4_K_M"] {
+        assert!(asked.contains(part), "{part} was never run: {asked}");
+    }
+    // Once for the caches, once for the figure.
+    assert_eq!(asked.lines().filter(|line| line.contains("out-w4a16-gptq ")).count(), 2, "{asked}");
+    let failed = told.lines().skip_while(|line| !line.contains("failed")).collect::<Vec<_>>().join("\n");
+    assert!(failed.contains("kernels") && failed.contains("each operation"), "{told}");
+    assert!(!failed.contains("demo"), "{told}");
+}

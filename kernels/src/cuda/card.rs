@@ -608,13 +608,11 @@ impl Device for Card {
         Ok(Aside { at: host, bytes })
     }
 
-    fn bring_back(&self, aside: Aside, at: Address) -> Result<()> {
+    fn bring_back(&self, aside: &Aside, at: Address) -> Result<()> {
         self.enter()?;
         // SAFETY: pinned memory of that length, written by a copy before this one on the same stream.
         let code = unsafe { sys::cuMemcpyHtoDAsync_v2(at, aside.at as *const c_void, aside.bytes, self.lane.stream) };
-        check("copy to the GPU", code)?;
-        self.forget(aside);
-        Ok(())
+        check("copy to the GPU", code)
     }
 
     fn forget(&self, aside: Aside) {

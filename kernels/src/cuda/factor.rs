@@ -106,7 +106,7 @@ impl Cuda {
     pub(super) fn diagonal_of(&self, matrix: &Matrix) -> Result<Vec<f32>> {
         let count = matrix.rows.min(matrix.cols);
         let out = self.buffer::<f32>(count)?;
-        let (to, from) = (out.pin()?, matrix.buffer.pin()?);
+        let (to, from) = (out.pin()?, matrix.buffer.pin_to_read()?);
         let args = [to.arg(), from.arg(), (count as i32).into(), (matrix.cols as i64).into()];
         self.each(&GRAM, "diagonal", count, &args)?;
         self.fetch(&out, count)
@@ -157,7 +157,7 @@ impl Cuda {
         {
             let image = self.buffer::<f32>(rows.min(IMAGE_ROWS) * side)?;
             let square = self.buffer::<f32>(side * side)?;
-            let (e, gram, sums) = (e.buffer.pin()?, gram.buffer.pin()?, sums.pin()?);
+            let (e, gram, sums) = (e.buffer.pin_to_read()?, gram.buffer.pin_to_read()?, sums.pin()?);
             let (image, square) = (image.pin()?, square.pin()?);
             let (errors, energies) = (self.halves(e.at, rows * n)?, self.halves(gram.at, n * n)?);
             let errors = errors.as_ref().map(pinned).transpose()?;
@@ -212,7 +212,7 @@ impl Cuda {
         let parts = e.rows.min(PARTS);
         let (sums, weights) = (self.buffer::<f64>(parts)?, self.send(weights)?);
         {
-            let (sums, from, weights) = (sums.pin()?, e.buffer.pin()?, weights.pin()?);
+            let (sums, from, weights) = (sums.pin()?, e.buffer.pin_to_read()?, weights.pin()?);
             let args = [sums.arg(), from.arg(), weights.arg(), (e.rows as i64).into(), (e.cols as i32).into()];
             self.blocks(&GRAM, "weigh_squares", parts, THREADS, 0, &args)?;
         }
@@ -239,7 +239,7 @@ impl Cuda {
             let told = {
                 let (a, sent, flags) = (a.pin()?, sent.pin()?, flags.pin()?);
                 {
-                    let gram = gram.buffer.pin()?;
+                    let gram = gram.buffer.pin_to_read()?;
                     let args = [a.arg(), gram.arg(), sent.arg(), (1.0 + damp).into(), (n as i32).into()];
                     self.blocks(&FACTOR, "arrange", n, THREADS, 0, &args)?;
                 }

@@ -115,10 +115,11 @@ impl Operands {
         }
     }
 
+    /// Pinned to be read: no operation writes to an operand.
     fn pin(&self) -> Result<Pinned<'_>> {
         match self {
-            Operands::Whole(m) => m.buffer.pin(),
-            Operands::Rounded(m) => m.buffer.pin(),
+            Operands::Whole(m) => m.buffer.pin_to_read(),
+            Operands::Rounded(m) => m.buffer.pin_to_read(),
         }
     }
 }
@@ -216,7 +217,7 @@ impl Cuda {
     fn fetch<T: Plain>(&self, buffer: &Buffer, count: usize) -> Result<Vec<T>> {
         let mut values = vec![T::default(); count];
         if count > 0 {
-            self.device().read(buffer.pin()?.at, bytes_of_mut(&mut values))?;
+            self.device().read(buffer.pin_to_read()?.at, bytes_of_mut(&mut values))?;
         }
         Ok(values)
     }
@@ -353,8 +354,9 @@ impl Backend for Cuda {
         let mut notes = Vec::new();
         if usage.moved > 0 {
             notes.push(format!(
-                "{:.1} GB were put aside in the host's memory and brought back, as {:.1} GB of the GPU's did not hold everything",
+                "{:.1} GB were put aside in the host's memory, and {:.1} GB brought back, as {:.1} GB of the GPU's did not hold everything",
                 gigabytes(usage.moved),
+                gigabytes(usage.returned),
                 gigabytes(self.budget())
             ));
         }
@@ -382,7 +384,7 @@ impl Backend for Cuda {
     fn widen(&self, Stored { buffer, kind, rows, cols }: Stored) -> Result<Matrix> {
         let out = self.matrix(rows, cols)?;
         let count = rows * cols;
-        let (to, from) = (out.buffer.pin()?, buffer.pin()?);
+        let (to, from) = (out.buffer.pin()?, buffer.pin_to_read()?);
         let args = [to.arg(), from.arg(), kind.into(), (count as i64).into()];
         self.each(&forward::POINTWISE, "widen", count, &args)?;
         drop(to);
@@ -410,7 +412,7 @@ impl Backend for Cuda {
 
     fn copy(&self, matrix: &Matrix) -> Result<Matrix> {
         let other = self.matrix(matrix.rows, matrix.cols)?;
-        self.device().copy(matrix.buffer.pin()?.at, other.buffer.pin()?.at, 4 * matrix.rows * matrix.cols)?;
+        self.device().copy(matrix.buffer.pin_to_read()?.at, other.buffer.pin()?.at, 4 * matrix.rows * matrix.cols)?;
         Ok(other)
     }
 

@@ -148,7 +148,8 @@ impl Cuda {
                 continue;
             }
             let list_at = self.send(&list)?;
-            let pins = (scales.pin()?, zeros.pin()?, weight.buffer.pin()?, groups.starts_at.pin()?, list_at.pin()?);
+            let pins =
+                (scales.pin()?, zeros.pin()?, weight.buffer.pin_to_read()?, groups.starts_at.pin()?, list_at.pin()?);
             let mut args = vec![
                 pins.0.arg(),
                 pins.1.arg(),
@@ -199,12 +200,12 @@ impl Cuda {
         let columns = groups.columns_at.as_ref().map(|b| b.pin()).transpose()?;
         let (blocks, starts, list_at) = (blocks.pin()?, groups.starts_at.pin()?, list_at.pin()?);
         {
-            let hessian = hessian.buffer.pin()?;
+            let hessian = hessian.buffer.pin_to_read()?;
             let mut args = vec![blocks.arg(), hessian.arg(), at(columns.as_ref()), starts.arg(), list_at.arg()];
             args.extend([weight.cols, widest, chunks].map(|count| Arg::Int(count as i32)));
             self.blocks(&CLIP, "fit_hessian_blocks", list.len() * widest, 128, 0, &args)?;
         }
-        let pins = (scales.pin()?, zeros.pin()?, weight.buffer.pin()?);
+        let pins = (scales.pin()?, zeros.pin()?, weight.buffer.pin_to_read()?);
         let mut args = vec![
             pins.0.arg(),
             pins.1.arg(),
@@ -232,7 +233,7 @@ impl Cuda {
         let codes = self.buffer::<u8>(count)?;
         if count > 0 {
             let [scales, zeros, group_of] = &self.send_grid(grid)?;
-            let pins = (codes.pin()?, weight.buffer.pin()?, scales.pin()?, zeros.pin()?, group_of.pin()?);
+            let pins = (codes.pin()?, weight.buffer.pin_to_read()?, scales.pin()?, zeros.pin()?, group_of.pin()?);
             let args = [
                 pins.0.arg(),
                 pins.1.arg(),
@@ -259,7 +260,7 @@ impl Cuda {
         }
         let (groups, t) = (self.groups(spec)?, self.send(t)?);
         let columns = groups.columns_at.as_ref().map(|b| b.pin()).transpose()?;
-        let pins = (error.buffer.pin()?, weight.buffer.pin()?, t.pin()?, groups.starts_at.pin()?);
+        let pins = (error.buffer.pin()?, weight.buffer.pin_to_read()?, t.pin()?, groups.starts_at.pin()?);
         let (short, long): (Vec<u32>, Vec<u32>) =
             (0..groups.count() as u32).partition(|group| groups.width(*group) <= SHORT);
         for (list, short) in [(short, true), (long, false)] {
@@ -296,7 +297,7 @@ impl Cuda {
         }
         {
             let [scales, zeros, group_of] = &self.send_grid(grid)?;
-            let pins = (out.buffer.pin()?, codes.buffer.pin()?, scales.pin()?, zeros.pin()?, group_of.pin()?);
+            let pins = (out.buffer.pin()?, codes.buffer.pin_to_read()?, scales.pin()?, zeros.pin()?, group_of.pin()?);
             let args = [
                 pins.0.arg(),
                 pins.1.arg(),
