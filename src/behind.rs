@@ -1,5 +1,6 @@
 //! Work that is done behind whoever hands it over: on a thread of its own, in order.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
 use crate::error::{Error, Result};
@@ -39,6 +40,27 @@ pub fn behind<T: Send, R>(
     })
 }
 
+/// Does `other` on a thread of its own beside `run`, which tells it when nothing more is wanted of it.
+///
+/// Fails when either does, with `run`'s error if both do: what is told hangs on no one's speed.
+pub fn beside<T: Send, R>(
+    other: impl FnOnce(&AtomicBool) -> Result<T> + Send,
+    run: impl FnOnce() -> Result<R>,
+) -> Result<(R, T)> {
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let worker = scope.spawn(|| other(&over));
+        let result = run();
+        if result.is_err() {
+            over.store(true, Ordering::Relaxed);
+        }
+        match worker.join() {
+            Ok(done) => Ok((result?, done?)),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,6 +93,23 @@ mod tests {
         // The last piece's failure is not lost.
         let alone = behind(work, |hand| hand.hand_over(3));
         assert_eq!(alone.unwrap_err().to_string(), "the disk is full");
+    }
+
+    #[test]
+    fn of_two_at_once_the_error_of_the_first_is_told() {
+        let fails = |what: &'static str| move || Err::<(), _>(Error::failed(what));
+        let told = |result: Result<((), ())>| result.unwrap_err().to_string();
+        assert_eq!(told(beside(|_| fails("other")(), fails("run"))), "run");
+        assert_eq!(told(beside(|_| fails("other")(), || Ok(()))), "other");
+        // It is told when nothing is wanted of it any more, and not before.
+        let waits = |over: &AtomicBool| {
+            while !over.load(Ordering::Relaxed) {
+                std::thread::yield_now();
+            }
+            Ok(())
+        };
+        assert_eq!(told(beside(waits, fails("run"))), "run");
+        assert_eq!(beside(|over| Ok(over.load(Ordering::Relaxed)), || Ok(3)).unwrap(), (3, false));
     }
 
     #[test]

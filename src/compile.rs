@@ -1,8 +1,9 @@
 //! The pipeline: stream the samples through the model block by block, quantize each linear when its input is known, and
 //! write it before the next one.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use calibration::samples::Samples;
@@ -10,22 +11,22 @@ use calibration::solvers::{Gptq, Observer, Rtn, Shared, Solution, Solver};
 use calibration::statistics::{Needs, Statistics};
 use calibration::transforms::{Awq, Slot, Tie};
 use formats::tensor::narrow;
-use formats::{Dtype, PackedWeight, Scheme, ShardedWriter};
+use formats::{PackedWeight, Scheme, ShardedWriter};
 use kernels::{Backend, GridSpec};
 use serde::Serialize;
 
-use crate::behind::{Behind, behind};
+use crate::behind::{Behind, behind, beside};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::evidence::{check_measured, dead_inputs, lost_in_grid, lost_in_halves, prior_share, share_of};
+use crate::evidence::{check_measured, dead_inputs, lost_in_grid, prior_share};
 use crate::forward::{Ahead, Chunk, Inputs, Others, Plain, Supply, Weight, embed, ready, run_block};
 use crate::graph::{Attention, Block, Graph, Layer, Linear, Mlp, Norm, Projections, Stored};
 use crate::output::weight_writer;
-use crate::plan::{Fate, Plan};
+use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::{Hashing, flushed, hash_written};
-use crate::stray;
+use crate::rest::{Lost, Rest, copied, rest, touched, write_floats};
 
 /// What became of one linear.
 #[derive(Clone, Debug, Serialize)]
@@ -153,6 +154,9 @@ pub fn compile<B: Backend>(
     let solver = solver::<B>(recipe);
     progress.start("quantizing", plan.schemes.len());
     let ahead = Ahead::new(backend, source);
+    let smoothed = if recipe.method.smooths() { touched(graph) } else { HashSet::new() };
+    let (now, later): (Vec<Rest<'_>>, Vec<Rest<'_>>) =
+        rest(plan).into_iter().partition(|rest| !smoothed.contains(rest.name));
     let run = |hand: &Behind<Packed>| {
         let mut work = Work {
             backend,
@@ -199,10 +203,14 @@ pub fn compile<B: Backend>(
                     started.elapsed().as_secs_f64() - s.load - s.observe - s.smooth - s.factor - s.solve - s.write;
             }
         }
-        work.copy_rest()?;
-        Ok(work.done)
+        work.copy(&later)
     };
-    let done = behind(|packed| write_packed(source, packed, plan, &writer), run)?;
+    // Embedding and head are the most of what stays, and are on the disk long before the last linear is solved.
+    let copy = |over: &AtomicBool| copied(source, &now, &writer, over);
+    let ((mut done, late), early) = beside(copy, || behind(|packed| write_packed(source, packed, plan, &writer), run))?;
+    let mut lost: Vec<Lost> = early.into_iter().chain(late).collect();
+    lost.sort_by_key(|lost| lost.index);
+    done.lost.extend(lost.into_iter().map(|lost| (lost.name, lost.share)));
     let flushing = flushed(move || writer.finish(), hashing);
     Ok(Compiled { done, flushing })
 }
@@ -424,25 +432,19 @@ impl<B: Backend> Work<'_, B> {
         }
     }
 
-    /// Writes every tensor that goes over as it is.
-    fn copy_rest(&mut self) -> Result<()> {
+    /// Writes the tensors that a transform may have changed, and ends.
+    fn copy(mut self, rest: &[Rest<'_>]) -> Result<(Done, Vec<Lost>)> {
         let started = Instant::now();
-        for (name, fate) in &self.plan.fates {
-            if !matches!(fate, Fate::Copied | Fate::Aside(_)) {
-                continue;
-            }
-            let spec = self.plan.outputs.iter().find(|spec| spec.name == *name).expect("planned");
-            let lost = if let Some(values) = self.changed.get(name) {
-                write_floats(self.source, self.writer, name, spec.dtype, values)?
-            } else if !stray::copied(self.source, name, fate, self.writer)? {
-                copy_tensor(self.source, name, spec.dtype, self.writer)?
-            } else {
-                None
+        let mut all = Vec::new();
+        for rest in rest {
+            let lost = match self.changed.get(rest.name) {
+                Some(values) => write_floats(self.source, self.writer, rest.name, rest.dtype, values)?,
+                None => rest.copy(self.source, self.writer)?,
             };
-            self.done.lost.extend(lost.map(|share| (name.clone(), share)));
+            all.extend(rest.lost(lost));
         }
         self.done.seconds.write += started.elapsed().as_secs_f64();
-        Ok(())
+        Ok((self.done, all))
     }
 
     /// Rescales the channels of a block so that it is easier to quantize, and leaves its function as it is.
@@ -734,54 +736,4 @@ pub fn describe(report: &LinearReport) -> String {
     let LinearReport { name, bits, group_size, method, seconds, .. } = report;
     let kind = report.ty.map_or_else(|| format!("w{bits} g{group_size}"), str::to_owned);
     format!("{name:44} {method} {kind}{error}  {seconds:.2} s{fallback}")
-}
-
-/// Writes values as numbers of a type. Returns the share of them that are too small for it, if there are any.
-pub fn write_floats(
-    source: &Checkpoint,
-    writer: &ShardedWriter,
-    name: &str,
-    dtype: Dtype,
-    values: &[f32],
-) -> Result<Option<f64>> {
-    let mut bytes = Vec::new();
-    narrow(dtype, values, &mut bytes).map_err(|e| source.beyond(e, name, dtype))?;
-    writer.write(name, &bytes)?;
-    Ok(share_of(lost_in_halves(dtype, &bytes, name, values)?, values.len()))
-}
-
-/// Copies one tensor, in pieces where it has to be converted. Returns what [`write_floats`] does.
-pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &ShardedWriter) -> Result<Option<f64>> {
-    if let Some(raw) = source.raw(name).filter(|raw| raw.dtype == dtype) {
-        if !raw.is_finite() {
-            // Loading it says where.
-            source.load(name)?;
-        }
-        writer.write(name, raw.data)?;
-        source.release(name);
-        return Ok(None);
-    }
-    let entry = source.entry(name).expect("planned");
-    let (mut bytes, mut lost) = (Vec::new(), 0);
-    let in_pieces = matches!(entry.dtype, crate::checkpoint::StoredType::Quantized { .. });
-    if let (&[rows, width], false) = (&entry.shape[..], in_pieces) {
-        let piece = (1 << 22) / width.max(1) + 1;
-        let mut values = vec![0.0; piece.min(rows) * width];
-        for row in (0..rows).step_by(piece) {
-            let ids: Vec<u32> = (row..rows.min(row + piece)).map(|r| r as u32).collect();
-            let values = &mut values[..ids.len() * width];
-            source.load_rows(name, &ids, values)?;
-            bytes.clear();
-            narrow(dtype, values, &mut bytes).map_err(|e| source.beyond(e, name, dtype))?;
-            lost += lost_in_halves(dtype, &bytes, name, values)?;
-            writer.write_part(name, (row * width * dtype.bitsize() / 8) as u64, &bytes)?;
-        }
-    } else {
-        let values = source.load(name)?;
-        narrow(dtype, &values, &mut bytes).map_err(|e| source.beyond(e, name, dtype))?;
-        lost += lost_in_halves(dtype, &bytes, name, &values)?;
-        writer.write(name, &bytes)?;
-    }
-    source.release(name);
-    Ok(share_of(lost, entry.shape.iter().product()))
 }

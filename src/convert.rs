@@ -9,7 +9,6 @@ use ndarray::Array2;
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, Entry, StoredType};
-use crate::compile::{copy_tensor, write_floats};
 use crate::error::Result;
 use crate::evidence::{lost_in_halves, share_of, too_small};
 use crate::families;
@@ -17,6 +16,7 @@ use crate::graph::{Linear, Stored};
 use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, bytes_of, weight_writer};
 use crate::plan::{Fate, check_tensors};
+use crate::rest::{copy_tensor, write_floats};
 use crate::stray::{self, Strays, UnknownTensors};
 
 /// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default), and those that are not

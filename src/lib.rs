@@ -31,6 +31,7 @@ pub mod plan;
 pub mod progress;
 pub mod recipe;
 pub mod report;
+mod rest;
 pub mod runtimes;
 pub mod sentence;
 pub mod stray;

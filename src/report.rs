@@ -179,13 +179,16 @@ fn hash_on(threads: usize, paths: Vec<PathBuf>) -> Hashing {
     })
 }
 
-/// Hashes files on a thread of its own as they are written.
+/// Hashes files as they are written, each on a thread of its own: none waits for another to be complete.
 pub fn hash_written(files: Vec<Follower>) -> Hashing {
-    let one = |mut file: Follower| {
-        let path = file.path().to_owned();
-        hash(&path, &mut file)
-    };
-    std::thread::spawn(move || files.into_iter().map(one).collect())
+    hash_each(files.into_iter().map(|file| (file.path().to_owned(), file)).collect())
+}
+
+fn hash_each<R: Read + Send + 'static>(files: Vec<(PathBuf, R)>) -> Hashing {
+    let begin = |(path, mut file): (PathBuf, R)| std::thread::spawn(move || hash(&path, &mut file));
+    let workers: Vec<JoinHandle<Result<FileReport>>> = files.into_iter().map(begin).collect();
+    let end = |worker: JoinHandle<_>| worker.join().map_err(|_| Error::failed("hashing failed"))?;
+    std::thread::spawn(move || workers.into_iter().map(end).collect())
 }
 
 /// Waits, on a thread of its own, until what is being hashed is on the disk as well, which `finish` sees to.
@@ -326,6 +329,33 @@ pub fn quality_table(quality: &Quality) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The first of two files is complete only when the second is hashed, as one whose first tensor comes last.
+    #[test]
+    fn no_file_waits_for_another_to_be_written() {
+        struct Last(Option<std::sync::mpsc::Receiver<()>>);
+        impl Read for Last {
+            fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+                let gone = self.0.take().map(|gone| gone.recv_timeout(std::time::Duration::from_secs(20)));
+                match gone {
+                    Some(Err(std::sync::mpsc::RecvTimeoutError::Timeout)) => Err(std::io::Error::other("nobody came")),
+                    _ => Ok(0),
+                }
+            }
+        }
+        struct First(#[expect(dead_code, reason = "what it takes with it is what counts")] std::sync::mpsc::Sender<()>);
+        impl Read for First {
+            fn read(&mut self, _: &mut [u8]) -> std::io::Result<usize> {
+                Ok(0)
+            }
+        }
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let (last, first): (Box<dyn Read + Send>, Box<dyn Read + Send>) =
+            (Box::new(Last(Some(receiver))), Box::new(First(sender)));
+        let files =
+            hashed(hash_each(vec![(PathBuf::from("a/last"), last), (PathBuf::from("a/first"), first)])).unwrap();
+        assert_eq!(files.iter().map(|file| &file.name[..]).collect::<Vec<_>>(), ["last", "first"]);
+    }
 
     #[test]
     fn files_are_hashed_in_order_whoever_does_it() {

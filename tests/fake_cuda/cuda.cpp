@@ -4,10 +4,15 @@
 // Work is done as late as CUDA may do it: when something waits for it, and in one stream no earlier because another has waited. Whoever
 // reuses memory too early, or frees it, is found out.
 // What the environment asks for: FAKE_CUDA_VERSION, FAKE_CUDA_DEVICES, FAKE_CUDA_CAPABILITY, FAKE_CUDA_MEMORY (bytes),
-// FAKE_CUDA_FAIL (a function), FAKE_CUDA_ERROR (what it returns) and FAKE_CUDA_AFTER (calls before it does), FAKE_CUDA_KERNELS
-// (where on_cpu.h is), FAKE_CUDA_FOLDER (for compiled kernels), FAKE_CUDA_PIVOT (what the first Cholesky finds not positive). A function of a stream after the first is called by its name and the
-// stream's number, as cuMemcpyHtoDAsync@1.
+// FAKE_CUDA_TAKEN (bytes of it that others use), FAKE_CUDA_FRAGMENTS (memory that was given back serves no other size before the pool
+// is trimmed), FAKE_CUDA_FAIL (a function), FAKE_CUDA_ERROR (what it returns) and FAKE_CUDA_AFTER (calls before it does),
+// FAKE_CUDA_KERNELS (where on_cpu.h is), FAKE_CUDA_FOLDER (for compiled kernels), FAKE_CUDA_PIVOT (what the first Cholesky finds not
+// positive), FAKE_CUDA_COMPILES (milliseconds that each module takes), FAKE_CUDA_COUNTS (a file for how often what was called). A
+// function of a stream after the first is called by its name and the stream's number, as cuMemcpyHtoDAsync@1.
 
+#include <atomic>
+#include <chrono>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
@@ -17,8 +22,10 @@
 #include <dlfcn.h>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 typedef int (*Entry)(const unsigned *, unsigned, size_t, void **, int);
@@ -31,12 +38,24 @@ static long setting(const char *name, long otherwise) {
     return text ? atol(text) : otherwise;
 }
 
+// How often each function was called; written when the process ends.
+static struct Calls {
+    std::map<std::string, long> of;
+    ~Calls() {
+        const char *path = getenv("FAKE_CUDA_COUNTS");
+        FILE *file = path && !of.empty() ? fopen(path, "w") : nullptr;
+        if (!file) return;
+        for (auto &call : of) fprintf(file, "%s %ld\n", call.first.c_str(), call.second);
+        fclose(file);
+    }
+} calls;
+
 // What a call returns: an error if it is the one that is to fail.
 static int outcome(const char *function) {
-    static std::map<std::string, long> calls;
+    long before = calls.of[function]++;
     const char *failing = getenv("FAKE_CUDA_FAIL");
     if (!failing || strcmp(failing, function)) return 0;
-    return calls[function]++ >= setting("FAKE_CUDA_AFTER", 0) ? (int)setting("FAKE_CUDA_ERROR", 999) : 0;
+    return before >= setting("FAKE_CUDA_AFTER", 0) ? (int)setting("FAKE_CUDA_ERROR", 999) : 0;
 }
 #define TRY(function)                                   \
     LOCKED;                                             \
@@ -57,11 +76,26 @@ struct Stream {
 struct Event {
     Stream *stream = nullptr;
     uint64_t number = 0;
+    // When it was reached, of one that takes the time.
+    std::shared_ptr<double> at;
 };
 static std::vector<Stream *> streams;
 static std::map<void *, Event> events;
 static std::map<uint64_t, size_t> memory;
 static size_t used = 0;
+
+// What the pool keeps of the memory that was given back, and whether the work before that is done.
+struct Kept {
+    size_t bytes;
+    std::shared_ptr<bool> done;
+};
+static std::vector<Kept> kept;
+static size_t kept_bytes = 0;
+// Bytes that are left for something new.
+static size_t left() {
+    size_t total = setting("FAKE_CUDA_MEMORY", 2l << 30), gone = used + kept_bytes + setting("FAKE_CUDA_TAKEN", 0);
+    return total > gone ? total - gone : 0;
+}
 
 static void enqueue(void *stream, std::function<void()> run, uint64_t to = 0, size_t bytes = 0) {
     Stream *in = (Stream *)stream;
@@ -139,16 +173,26 @@ int cuStreamWaitEvent(void *stream, void *event, unsigned) {
 }
 int cuDeviceGetDefaultMemPool(void **pool, int) { *pool = (void *)48; return 0; }
 int cuMemPoolSetAttribute(void *, int, void *) { return 0; }
+int cuMemPoolTrimTo(void *, size_t) {
+    TRY("cuMemPoolTrimTo");
+    std::vector<Kept> rest;
+    for (Kept &piece : kept) {
+        if (*piece.done) kept_bytes -= piece.bytes;
+        else rest.push_back(piece);
+    }
+    kept = rest;
+    return 0;
+}
 int cuMemGetInfo_v2(size_t *free, size_t *total) {
     LOCKED;
     *total = setting("FAKE_CUDA_MEMORY", 2l << 30);
-    *free = *total - used;
+    *free = left();
     return 0;
 }
 int cuMemAlloc_v2(uint64_t *at, size_t bytes) {
     TRY("cuMemAlloc");
     if (bytes == 0) return 1;
-    if (used + bytes > (size_t)setting("FAKE_CUDA_MEMORY", 2l << 30)) return 2;
+    if (bytes > left()) return 2;
     void *block = nullptr;
     if (posix_memalign(&block, 256, bytes)) return 2;
     // Memory is not cleared; what reads it finds NaN.
@@ -160,6 +204,13 @@ int cuMemAlloc_v2(uint64_t *at, size_t bytes) {
 }
 int cuMemAllocAsync(uint64_t *at, size_t bytes, void *stream) {
     TRY(in_stream("cuMemAllocAsync", stream).c_str());
+    for (size_t i = 0; i < kept.size(); i++) {
+        if (kept[i].bytes == bytes) {
+            kept_bytes -= bytes;
+            kept.erase(kept.begin() + i);
+            break;
+        }
+    }
     int failed = cuMemAlloc_v2(at, bytes);
     // A weight that is not finite is read again: of a copy that is not waited for, wrong numbers are to be seen.
     if (!failed && ((Stream *)stream)->index) memset((void *)*at, 0x3c, bytes);
@@ -181,16 +232,43 @@ int cuMemFreeAsync(uint64_t at, void *stream) {
     size_t bytes = memory[at];
     used -= bytes;
     memory.erase(at);
-    enqueue(stream, [=] { give_back(at, bytes); });
+    auto done = std::make_shared<bool>(false);
+    if (setting("FAKE_CUDA_FRAGMENTS", 0)) {
+        kept.push_back({bytes, done});
+        kept_bytes += bytes;
+    }
+    enqueue(stream, [=] {
+        give_back(at, bytes);
+        *done = true;
+    });
     return 0;
 }
-int cuMemHostAlloc(void **at, size_t bytes, unsigned) { *at = malloc(bytes); return *at ? 0 : 2; }
+int cuMemHostAlloc(void **at, size_t bytes, unsigned) { TRY("cuMemHostAlloc"); *at = malloc(bytes); return *at ? 0 : 2; }
 int cuMemFreeHost(void *at) { free(at); return 0; }
-int cuEventCreate(void **event, unsigned) { LOCKED; *event = malloc(1); events[*event] = Event(); return 0; }
+int cuEventCreate(void **event, unsigned flags) {
+    LOCKED;
+    *event = malloc(1);
+    events[*event] = Event();
+    if (!(flags & 2)) events[*event].at = std::make_shared<double>(0);
+    return 0;
+}
 int cuEventDestroy_v2(void *event) { LOCKED; events.erase(event); free(event); return 0; }
 int cuEventRecord(void *event, void *stream) {
     LOCKED;
-    events.at(event) = {(Stream *)stream, ((Stream *)stream)->asked};
+    auto at = events.at(event).at;
+    if (at) {
+        at = std::make_shared<double>(0);
+        enqueue(stream, [=] { *at = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now().time_since_epoch()).count(); });
+    }
+    events.at(event) = {(Stream *)stream, ((Stream *)stream)->asked, at};
+    return 0;
+}
+int cuEventElapsedTime(float *milliseconds, void *start, void *end) {
+    TRY("cuEventElapsedTime");
+    Event from = events.at(start), to = events.at(end);
+    if (!from.at || !to.at || !from.stream || !to.stream) return 400;
+    if (*from.at == 0 || *to.at == 0) return 600;
+    *milliseconds = (float)(*to.at - *from.at);
     return 0;
 }
 int cuEventSynchronize(void *event) {
@@ -290,8 +368,9 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
 
 // The compiler.
 struct Program {
-    std::string source;
+    std::string source, name;
 };
+static std::atomic<long> compiling;
 int nvrtcVersion(int *major, int *minor) { *major = 13; *minor = 0; return 0; }
 const char *nvrtcGetErrorString(int) { return "an error"; }
 int nvrtcGetNumSupportedArchs(int *count) { *count = 4; return 0; }
@@ -300,11 +379,20 @@ int nvrtcGetSupportedArchs(int *all) {
     memcpy(all, known, sizeof known);
     return 0;
 }
-int nvrtcCreateProgram(void **program, const char *source, const char *, int, const char **, const char **) {
-    *program = new Program{source};
+int nvrtcCreateProgram(void **program, const char *source, const char *name, int, const char **, const char **) {
+    *program = new Program{source, name};
     return 0;
 }
-int nvrtcCompileProgram(void *, int, const char **) { LOCKED; return outcome("nvrtcCompileProgram"); }
+int nvrtcCompileProgram(void *program, int, const char **) {
+    long at_work = ++compiling;
+    std::this_thread::sleep_for(std::chrono::milliseconds(setting("FAKE_CUDA_COMPILES", 0)));
+    --compiling;
+    LOCKED;
+    calls.of["compiled " + ((Program *)program)->name]++;
+    long &most = calls.of["compiled at once"];
+    if (at_work > most) most = at_work;
+    return outcome("nvrtcCompileProgram");
+}
 int nvrtcGetProgramLogSize(void *, size_t *bytes) { *bytes = 1; return 0; }
 int nvrtcGetProgramLog(void *, char *log) { *log = 0; return 0; }
 int nvrtcGetCUBINSize(void *program, size_t *bytes) { *bytes = ((Program *)program)->source.size() + 1; return 0; }
@@ -321,19 +409,27 @@ int cublasSetStream_v2(void *, void *stream) { library_stream = stream; return 0
 int cublasSetWorkspace_v2(void *, void *, size_t) { return 0; }
 }
 
+// Another shape, another kernel: terms are summed in so many parts, so that whoever promises equal bits asks for equal shapes.
+static int parts_of(int m, int n, int k) { return 1 + (int)(((long)m * 31 + (long)n * 17 + k) % 3); }
+
 template <class T, class In>
 static void multiply(bool ta, bool tb, int m, int n, int k, T alpha, const void *a, int lda, const void *b, int ldb, T beta, void *c, int ldc,
                      T (*widen)(In)) {
+    int parts = parts_of(m, n, k);
     enqueue(library_stream, [=] {
         const In *left = (const In *)a, *right = (const In *)b;
         T *out = (T *)c;
         for (int j = 0; j < n; j++) {
             for (int i = 0; i < m; i++) {
                 T sum = 0;
-                for (int p = 0; p < k; p++) {
-                    T x = widen(ta ? left[(size_t)i * lda + p] : left[(size_t)p * lda + i]);
-                    T y = widen(tb ? right[(size_t)p * ldb + j] : right[(size_t)j * ldb + p]);
-                    sum += x * y;
+                for (int part = 0; part < parts; part++) {
+                    T some = 0;
+                    for (int p = (int)((long)k * part / parts); p < (int)((long)k * (part + 1) / parts); p++) {
+                        T x = widen(ta ? left[(size_t)i * lda + p] : left[(size_t)p * lda + i]);
+                        T y = widen(tb ? right[(size_t)p * ldb + j] : right[(size_t)j * ldb + p]);
+                        some += x * y;
+                    }
+                    sum += some;
                 }
                 T &to = out[(size_t)j * ldc + i];
                 to = alpha * sum + (beta == 0 ? 0 : beta * to);
@@ -388,16 +484,20 @@ extern "C" int cusolverDnDpotrf(void *, int uplo, int n, double *a, int lda, dou
     enqueue(solver_stream, [=] {
         *info = (int)pivot;
         for (int i = 0; i < length; i++) work[i] = -1e300;
-        // A = Uᵀ U, U in the upper triangle; what is below stays.
+        // A = Uᵀ U, U in the upper triangle; what is below stays. A pivot that is not a number is not told, and spreads.
+        bool spoilt = false;
         for (int j = 0; j < n && !*info; j++) {
             for (int i = 0; i <= j; i++) {
                 double sum = a[(size_t)j * lda + i];
                 for (int k = 0; k < i; k++) sum -= a[(size_t)i * lda + k] * a[(size_t)j * lda + k];
                 if (i < j) a[(size_t)j * lda + i] = sum / a[(size_t)i * lda + i];
-                else if (sum > 0) a[(size_t)j * lda + j] = __builtin_sqrt(sum);
-                else *info = j + 1;
+                else if (sum <= 0) *info = j + 1;
+                else a[(size_t)j * lda + j] = __builtin_sqrt(sum);
+                spoilt |= std::isnan(sum);
             }
         }
+        for (int j = 0; spoilt && !*info && j < n; j++)
+            for (int i = 0; i <= j; i++) a[(size_t)j * lda + i] = __builtin_nan("");
     });
     return 0;
 }

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::harness::Room;
 
 /// Where the imitation lies, built once; nothing without a C++ compiler.
-fn imitation() -> Option<&'static Path> {
+pub fn imitation() -> Option<&'static Path> {
     static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
     let built = BUILT.get_or_init(|| {
         if !Command::new("c++").arg("--version").output().is_ok_and(|o| o.status.success()) {
@@ -45,19 +45,19 @@ fn imitation() -> Option<&'static Path> {
 }
 
 /// Runs quantc with the imitation in place of CUDA; nothing of the machine's own CUDA is seen.
-struct Imitated<'r> {
-    room: &'r Room,
-    folder: &'static Path,
+pub struct Imitated<'r> {
+    pub room: &'r Room,
+    pub folder: &'static Path,
 }
 
-struct Ran {
-    code: i32,
-    out: String,
-    err: String,
+pub struct Ran {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
 }
 
 impl Imitated<'_> {
-    fn run(&self, libraries: &str, settings: &[(&str, &str)], args: &[&str]) -> Ran {
+    pub fn run(&self, libraries: &str, settings: &[(&str, &str)], args: &[&str]) -> Ran {
         let cache = self.folder.join("cache");
         std::fs::create_dir_all(&cache).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_quantc"));
@@ -75,8 +75,8 @@ impl Imitated<'_> {
 }
 
 /// Folders of libraries: what is needed, and cuSOLVER as well.
-const ALL: &str = "all";
-const SOLVER: &str = "solver";
+pub const ALL: &str = "all";
+pub const SOLVER: &str = "solver";
 const QUICK: [&str; 8] = ["--samples", "2", "--seq-len", "32", "--group-size", "64", "--verify-text", "none"];
 
 /// Libraries that are there, what is imitated, the device that is asked for; the exit code, and parts of what is said.
@@ -185,7 +185,7 @@ fn devices_are_listed_with_what_keeps_them_from_use() {
     assert!(none.out.contains("sees no GPU") && none.out.starts_with("cpu"), "{}", none.out);
 }
 
-fn codes(path: &Path) -> Vec<u8> {
+pub fn codes(path: &Path) -> Vec<u8> {
     let file = SafetensorsFile::open(path).unwrap();
     let mut packed = Vec::new();
     for tensor in file.tensors().filter(|t| t.name.ends_with("weight_packed")) {
@@ -195,7 +195,7 @@ fn codes(path: &Path) -> Vec<u8> {
 }
 
 /// A small Llama with random weights and the built-in model's tokenizer: kernels on the CPU take their time.
-fn small_model(room: &Room) {
+pub fn small_model(room: &Room) {
     let model = room.model();
     std::fs::remove_file(model.path("model.safetensors")).unwrap();
     let config = json!({

@@ -2,6 +2,8 @@
 
 mod adapter;
 mod bad_input;
+mod beside;
+mod cards;
 mod configurations;
 mod cuda;
 mod endings;

@@ -113,8 +113,8 @@ impl Cuda {
         // Values beyond those of one block are another's, which computes the scores again.
         let (kernel, wide) = if value_dim <= 64 { ("attend_whole_64", 64) } else { ("attend_whole_128", 128) };
         {
-            let [to, q, k, v] = [&out, q, k, v].map(|m| m.buffer.pin());
-            let [to, q, k, v] = [to?, q?, k?, v?];
+            let (to, [q, k, v]) = (out.buffer.pin()?, [q, k, v].map(|m| m.buffer.pin_to_read()));
+            let [q, k, v] = [q?, k?, v?];
             start(kernel, [work, value_dim.div_ceil(wide), 1], 0, [to.arg(), q.arg(), k.arg(), v.arg()])?;
         }
         self.input(out)

@@ -84,7 +84,7 @@ impl Cuda {
         {
             let importance = importance.map(|importance| self.send(&floor(importance))).transpose()?;
             let ladder = self.send(&ladder_of(layout))?;
-            let (x, d, ladder) = (weight.buffer.pin()?, fitted.d.pin()?, ladder.pin()?);
+            let (x, d, ladder) = (weight.buffer.pin_to_read()?, fitted.d.pin()?, ladder.pin()?);
             let [importance, m, scales, mins] =
                 [&importance, &fitted.m, &fitted.scales, &fitted.mins].map(|b| b.as_ref().map(Buffer::pin).transpose());
             let (importance, m, scales, mins) = (importance?, m?, scales?, mins?);
@@ -137,7 +137,7 @@ impl Cuda {
             let (scales, mins) = self.send_scales(grid, layout)?;
             let (ladder, level_codes) = (self.send(&ladder_of(layout))?, self.send(&codes_of(layout))?);
             let mins = mins.as_ref().map(Buffer::pin).transpose()?;
-            let pins = (codes.pin()?, weight.buffer.pin()?, scales.pin()?, ladder.pin()?, level_codes.pin()?);
+            let pins = (codes.pin()?, weight.buffer.pin_to_read()?, scales.pin()?, ladder.pin()?, level_codes.pin()?);
             let args = [
                 pins.0.arg(),
                 pins.1.arg(),
@@ -174,7 +174,7 @@ impl Cuda {
             let (scales, mins) = self.send_scales(grid, layout)?;
             let levels = self.send(&levels)?;
             let mins = mins.as_ref().map(Buffer::pin).transpose()?;
-            let pins = (out.buffer.pin()?, codes.buffer.pin()?, scales.pin()?, levels.pin()?);
+            let pins = (out.buffer.pin()?, codes.buffer.pin_to_read()?, scales.pin()?, levels.pin()?);
             let args = [
                 pins.0.arg(),
                 pins.1.arg(),

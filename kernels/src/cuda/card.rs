@@ -4,7 +4,6 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
 
 use cudarc::cublas::sys as blas;
 use cudarc::cusolver::sys as solver;
@@ -12,6 +11,8 @@ use cudarc::driver::sys;
 
 use super::compile::{self, CUBLAS, CUSOLVER, NVRTC};
 use super::device::{Address, Arg, Aside, Capacity, Device, Module, Product, Real, Shape, Ticket};
+use super::images::Images;
+use super::profile::{Clock, Profile};
 use crate::{Error, Result};
 
 /// The oldest driver: CUDA 12's.
@@ -38,7 +39,7 @@ pub struct Found {
     pub unusable: Option<String>,
 }
 
-fn check(what: &str, code: sys::CUresult) -> Result<()> {
+pub(super) fn check(what: &str, code: sys::CUresult) -> Result<()> {
     if code == sys::CUresult::CUDA_SUCCESS {
         return Ok(());
     }
@@ -60,12 +61,25 @@ fn check(what: &str, code: sys::CUresult) -> Result<()> {
     Err(Error::Device(format!("CUDA: {what}: {text} ({code:?}){advice}")))
 }
 
+/// Pinned memory of the host; a context is current.
+fn pinned(bytes: usize) -> Result<*mut c_void> {
+    let mut at = std::ptr::null_mut();
+    // SAFETY: a place to write to.
+    match unsafe { sys::cuMemHostAlloc(&mut at, bytes, 0) } {
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Err(Error::Device(format!(
+            "CUDA: the host has no {:.1} MB left that can be pinned, in which copies pass and what the GPU does not hold is put aside: \
+             give more with --gpu-memory, calibrate on fewer --samples, or free memory of the host",
+            bytes as f64 / 1e6
+        ))),
+        code => check("pinned memory", code).map(|()| at),
+    }
+}
+
 /// Starts the driver.
 ///
 /// Fails with one sentence if there is none, or an old one.
 fn start() -> Result<()> {
-    // SAFETY: tries to open the driver's library by its name.
-    if !unsafe { sys::is_culib_present() } {
+    if !["cuda", "nvcuda"].into_iter().any(compile::load_by_name) {
         return Err(Error::Device(
             "no NVIDIA driver is installed (libcuda.so.1 is not there): install one, or run with --device cpu"
                 .to_owned(),
@@ -160,27 +174,6 @@ struct Loaded {
     functions: HashMap<&'static str, (sys::CUfunction, u32)>,
 }
 
-/// Time of each kind of work, if it is asked for.
-#[derive(Clone, Debug, Default)]
-pub struct Profile {
-    /// Seconds and launches by kernel; products by their operands' type.
-    pub kernels: HashMap<String, (f64, usize)>,
-}
-
-impl Profile {
-    /// A line for each kernel, the longest first.
-    pub fn text(&self) -> String {
-        let mut kernels: Vec<_> = self.kernels.iter().collect();
-        kernels.sort_by(|a, b| b.1.0.total_cmp(&a.1.0).then_with(|| a.0.cmp(b.0)));
-        let total: f64 = kernels.iter().map(|(_, (seconds, _))| seconds).sum();
-        let line = |name: &str, seconds: f64, count: usize| {
-            format!("{name:<28} {seconds:>9.3} s {:>5.1} % {count:>9} launches\n", 100.0 * seconds / total.max(1e-9))
-        };
-        let lines: String = kernels.iter().map(|(name, (seconds, count))| line(name, *seconds, *count)).collect();
-        lines + &line("all", total, kernels.iter().map(|(_, (_, count))| count).sum())
-    }
-}
-
 /// One card.
 #[derive(Debug)]
 pub struct Card {
@@ -192,13 +185,15 @@ pub struct Card {
     /// Where weights are sent beside it.
     ahead: Lane,
     multiprocessors: u32,
-    pooled: bool,
+    /// Where memory is taken in the order of a stream, if the driver can.
+    pool: Option<sys::CUmemoryPool>,
+    images: Images,
     loaded: Mutex<Loaded>,
     /// Pinned memory that was put aside and is free again, by size.
     free: Mutex<HashMap<usize, Vec<u64>>>,
     blas: Mutex<blas::cublasHandle_t>,
     solver: Option<Mutex<solver::cusolverDnHandle_t>>,
-    profile: Option<Mutex<Profile>>,
+    clock: Option<Mutex<Clock>>,
 }
 
 // SAFETY: the driver's handles may be used from any thread once the context is current, which every call sees to; those of
@@ -216,6 +211,14 @@ fn check_blas(what: &str, code: blas::cublasStatus_t) -> Result<()> {
         blas::cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
         other => Err(Error::Device(format!("cuBLAS: {what}: {other:?}"))),
     }
+}
+
+/// Row by row, the lower triangle is column by column the upper one.
+const TRIANGLE: solver::cublasFillMode_t = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
+
+/// Columns as cuSOLVER counts them.
+fn columns(n: usize) -> Result<c_int> {
+    c_int::try_from(n).map_err(|_| Error::Device(format!("{n} columns are too many for cuSOLVER")))
 }
 
 fn check_solver(what: &str, code: solver::cusolverStatus_t) -> Result<()> {
@@ -239,6 +242,7 @@ impl Card {
             return Err(Error::Device(format!("GPU {ordinal}, {}: {reason}; run with --device cpu", found.name)));
         }
         NVRTC.wanted()?;
+        let images = Images::begin(found.capability);
         CUBLAS.wanted()?;
         let (device, found) = describe(ordinal)?;
         let mut context = std::ptr::null_mut();
@@ -251,18 +255,18 @@ impl Card {
         let stream = lane.stream;
         let which = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = attribute(device, which)? as u32;
-        let pooled = attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? > 0;
-        if pooled {
+        let mut pool = None;
+        if attribute(device, sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)? > 0 {
             // Memory that is given back stays with us: the same sizes come again. A copy ahead gets none that it had to wait for.
-            let mut pool = std::ptr::null_mut();
+            let pool = pool.insert(std::ptr::null_mut());
             let (mut threshold, mut waits) = (u64::MAX, 0i32);
             let kept = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
             let waiting = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_REUSE_ALLOW_INTERNAL_DEPENDENCIES;
             // SAFETY: a pool of the driver's, and numbers of the types that these attributes have.
             unsafe {
-                check("memory pool", sys::cuDeviceGetDefaultMemPool(&mut pool, device))?;
-                check("memory pool", sys::cuMemPoolSetAttribute(pool, kept, (&raw mut threshold).cast()))?;
-                check("memory pool", sys::cuMemPoolSetAttribute(pool, waiting, (&raw mut waits).cast()))?;
+                check("memory pool", sys::cuDeviceGetDefaultMemPool(pool, device))?;
+                check("memory pool", sys::cuMemPoolSetAttribute(*pool, kept, (&raw mut threshold).cast()))?;
+                check("memory pool", sys::cuMemPoolSetAttribute(*pool, waiting, (&raw mut waits).cast()))?;
             }
         }
         let mut handle = std::ptr::null_mut();
@@ -293,24 +297,26 @@ impl Card {
             lane,
             ahead,
             multiprocessors,
-            pooled,
+            pool,
+            images,
             loaded: Mutex::default(),
             free: Mutex::default(),
             blas: Mutex::new(handle),
             solver,
-            profile: None,
+            clock: None,
         })
     }
 
-    /// The same, waiting after each piece of work and taking its time.
+    /// The same, taking the time of each piece of work.
     pub fn profiled(mut self) -> Card {
-        self.profile = Some(Mutex::default());
+        self.clock = Some(Mutex::default());
         self
     }
 
-    /// What [`profiled`](Self::profiled) took; `None` where it was not asked for.
+    /// What [`profiled`](Self::profiled) took, of all work so far; `None` where it was not asked for, or the card failed.
     pub fn profile(&self) -> Option<Profile> {
-        self.profile.as_ref().map(|profile| lock(profile).clone())
+        let clock = self.clock.as_ref()?;
+        self.enter().and_then(|()| lock(clock).profile()).ok()
     }
 
     fn enter(&self) -> Result<()> {
@@ -318,24 +324,21 @@ impl Card {
         check("context of the GPU", unsafe { sys::cuCtxSetCurrent(self.context) })
     }
 
-    /// Runs work, and with a profile waits for it.
+    /// Asks for work, and with a profile for its time.
     fn timed(&self, name: impl FnOnce() -> String, work: impl FnOnce() -> Result<()>) -> Result<()> {
-        let Some(profile) = &self.profile else { return work() };
-        self.synchronize()?;
-        let started = Instant::now();
-        work()?;
-        self.synchronize()?;
-        let mut profile = lock(profile);
-        let entry = profile.kernels.entry(name()).or_default();
-        entry.0 += started.elapsed().as_secs_f64();
-        entry.1 += 1;
-        Ok(())
+        match &self.clock {
+            // Held meanwhile, so that no other thread's work comes between.
+            Some(clock) => lock(clock).take(self.lane.stream, name(), work),
+            None => work(),
+        }
     }
 
     fn function(&self, module: &'static Module, kernel: &'static str, shared: u32) -> Result<sys::CUfunction> {
+        let known = lock(&self.loaded).modules.contains_key(module.name);
+        // Nobody who needs another module waits for this one.
+        let image = if known { &[] } else { self.images.of(module)? };
         let mut loaded = lock(&self.loaded);
         if !loaded.modules.contains_key(module.name) {
-            let image = compile::cached(module, self.found.capability)?;
             let mut handle = std::ptr::null_mut();
             // SAFETY: an image that NVRTC made, whole; PTX ends with a zero byte.
             check("loading kernels", unsafe { sys::cuModuleLoadData(&mut handle, image.as_ptr().cast()) })?;
@@ -367,9 +370,9 @@ impl Card {
         let mut at = 0;
         // SAFETY: a number to write to.
         let code = unsafe {
-            match self.pooled {
-                true => sys::cuMemAllocAsync(&mut at, bytes, lane.stream),
-                false => sys::cuMemAlloc_v2(&mut at, bytes),
+            match self.pool {
+                Some(_) => sys::cuMemAllocAsync(&mut at, bytes, lane.stream),
+                None => sys::cuMemAlloc_v2(&mut at, bytes),
             }
         };
         match code {
@@ -422,13 +425,10 @@ impl Card {
         let (pieces, next) = &mut pieces[class];
         for start in (0..bytes).step_by(size) {
             if pieces.len() < count {
-                let (mut at, mut done) = (std::ptr::null_mut(), std::ptr::null_mut());
+                let (at, mut done) = (pinned(size)?, std::ptr::null_mut());
                 let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
-                // SAFETY: places to write to.
-                unsafe {
-                    check("pinned memory", sys::cuMemHostAlloc(&mut at, size, 0))?;
-                    check("event", sys::cuEventCreate(&mut done, flags))?;
-                }
+                // SAFETY: a place to write to.
+                check("event", unsafe { sys::cuEventCreate(&mut done, flags) })?;
                 pieces.push(Piece { at, done });
                 *next = pieces.len() - 1;
             }
@@ -480,6 +480,12 @@ impl Device for Card {
     }
 
     fn allocate(&self, bytes: usize) -> Result<Option<Address>> {
+        let at = self.allocate_in(&self.lane, bytes)?;
+        let (None, Some(pool)) = (at, self.pool) else { return Ok(at) };
+        // The pool keeps what was given back in pieces. What is no longer in use goes back to the card, which joins it.
+        self.synchronize()?;
+        // SAFETY: the pool of this card.
+        check("memory pool", unsafe { sys::cuMemPoolTrimTo(pool, 0) })?;
         self.allocate_in(&self.lane, bytes)
     }
 
@@ -491,9 +497,9 @@ impl Device for Card {
         // SAFETY: memory that was allocated here and is given back once. Without a pool the driver waits for what uses it.
         unsafe {
             let _ = sys::cuCtxSetCurrent(self.context);
-            let _ = match self.pooled {
-                true => sys::cuMemFreeAsync(at, self.lane.stream),
-                false => sys::cuMemFree_v2(at),
+            let _ = match self.pool {
+                Some(_) => sys::cuMemFreeAsync(at, self.lane.stream),
+                None => sys::cuMemFree_v2(at),
             };
         }
     }
@@ -593,12 +599,7 @@ impl Device for Card {
         let known = lock(&self.free).get_mut(&bytes).and_then(Vec::pop);
         let host = match known {
             Some(host) => host,
-            None => {
-                let mut host = std::ptr::null_mut();
-                // SAFETY: a place to write to.
-                check("pinned memory", unsafe { sys::cuMemHostAlloc(&mut host, bytes, 0) })?;
-                host as u64
-            }
+            None => pinned(bytes)? as u64,
         };
         // SAFETY: pinned memory of that length. Its next use is a copy on the same stream.
         check("copy from the GPU", unsafe {
@@ -607,13 +608,11 @@ impl Device for Card {
         Ok(Aside { at: host, bytes })
     }
 
-    fn bring_back(&self, aside: Aside, at: Address) -> Result<()> {
+    fn bring_back(&self, aside: &Aside, at: Address) -> Result<()> {
         self.enter()?;
         // SAFETY: pinned memory of that length, written by a copy before this one on the same stream.
         let code = unsafe { sys::cuMemcpyHtoDAsync_v2(at, aside.at as *const c_void, aside.bytes, self.lane.stream) };
-        check("copy to the GPU", code)?;
-        self.forget(aside);
-        Ok(())
+        check("copy to the GPU", code)
     }
 
     fn forget(&self, aside: Aside) {
@@ -726,34 +725,34 @@ impl Device for Card {
         )
     }
 
-    fn cholesky(&self, at: Address, n: usize) -> Result<Option<Option<usize>>> {
+    fn cholesky_room(&self, at: Address, n: usize) -> Result<Option<usize>> {
         let Some(solver) = &self.solver else { return Ok(None) };
         self.enter()?;
-        let size = c_int::try_from(n).map_err(|_| Error::Device(format!("{n} columns are too many for cuSOLVER")))?;
-        // Row by row, the lower triangle is column by column the upper one.
-        let uplo = solver::cublasFillMode_t::CUBLAS_FILL_MODE_UPPER;
-        let handle = lock(solver);
-        let mut length = 0;
-        // SAFETY: n × n doubles on this card, by the trait's contract; workspace as long as cuSOLVER asks for.
-        unsafe {
-            let a = at as *mut f64;
-            check_solver("workspace", solver::cusolverDnDpotrf_bufferSize(*handle, uplo, size, a, size, &mut length))?;
-            let bytes = (length.max(1) as usize) * 8;
-            let Some(work) = self.allocate(bytes + 16)? else { return Ok(None) };
-            let info = work + bytes as u64;
-            let mut found = [0u8; 4];
-            let done = check_solver(
-                "Cholesky",
-                solver::cusolverDnDpotrf(*handle, uplo, size, a, size, work as *mut f64, length, info as *mut c_int),
-            )
-            .and_then(|()| self.read(info, &mut found));
-            self.release(work, bytes + 16);
-            done?;
-            match i32::from_ne_bytes(found) {
-                0 => Ok(Some(None)),
-                p if p > 0 => Ok(Some(Some(p as usize - 1))),
-                p => Err(Error::Device(format!("cuSOLVER: argument {} of Cholesky", -p))),
-            }
+        let (size, mut length) = (columns(n)?, 0);
+        // SAFETY: a number to write to, and n × n doubles on this card, by the trait's contract.
+        let code = unsafe {
+            solver::cusolverDnDpotrf_bufferSize(*lock(solver), TRIANGLE, size, at as *mut f64, size, &mut length)
+        };
+        check_solver("workspace", code)?;
+        // And a place for the pivot.
+        Ok(Some(length.max(1) as usize * 8 + 16))
+    }
+
+    fn cholesky(&self, at: Address, n: usize, work: Address) -> Result<Option<usize>> {
+        let room = self.cholesky_room(at, n)?.expect("asked for before") - 16;
+        let solver = self.solver.as_ref().expect("asked for before");
+        let (size, info, mut found) = (columns(n)?, work + room as u64, [0u8; 4]);
+        // SAFETY: n × n doubles on this card and workspace as long as was said, by the trait's contract.
+        let code = unsafe {
+            let (a, work, info) = (at as *mut f64, work as *mut f64, info as *mut c_int);
+            solver::cusolverDnDpotrf(*lock(solver), TRIANGLE, size, a, size, work, (room / 8) as c_int, info)
+        };
+        check_solver("Cholesky", code)?;
+        self.read(info, &mut found)?;
+        match i32::from_ne_bytes(found) {
+            0 => Ok(None),
+            p if p > 0 => Ok(Some(p as usize - 1)),
+            p => Err(Error::Device(format!("cuSOLVER: argument {} of Cholesky", -p))),
         }
     }
 

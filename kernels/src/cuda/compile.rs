@@ -11,22 +11,26 @@ use sha2::{Digest, Sha256};
 use super::device::Module;
 use crate::{Error, Result};
 
-/// Every module; a new one is a line here.
+/// Every module; a new one is a line here. Those that take long to compile and every run needs come first.
 pub static MODULES: &[&Module] = &[
+    &super::attention::ATTENTION,
+    &super::sweep::SWEEP,
+    &super::search::SEARCH,
     &super::forward::POINTWISE,
     &super::forward::NORM,
     &super::forward::ROPE,
-    &super::forward::ROUNDING,
-    &super::attention::ATTENTION,
-    &super::losses::LOSS,
     &super::factor::GRAM,
     &super::factor::FACTOR,
-    &super::search::SEARCH,
-    &super::blocks::BLOCKS,
-    &super::sweep::SWEEP,
-    &super::sweep::REFINE,
     &super::pack::PACK,
+    &super::losses::LOSS,
+    &super::forward::ROUNDING,
+    &super::blocks::BLOCKS,
+    &super::sweep::REFINE,
+    &super::search::CLIP,
 ];
+
+/// Modules that few runs need, and that take the longest to compile: no sooner than they are needed.
+pub(super) static LATER: &[&str] = &["clip"];
 
 /// What the compiler made of a module.
 #[derive(Debug)]
@@ -51,9 +55,7 @@ fn folders() -> Vec<PathBuf> {
     roots.extend(std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local")));
     // The interpreters that a shell would find.
     for folder in std::env::var_os("PATH").iter().flat_map(|path| std::env::split_paths(path).collect::<Vec<_>>()) {
-        if folder.join("python3").exists() {
-            roots.extend(folder.parent().map(Path::to_path_buf));
-        }
+        roots.extend(prefixes(folder.join("python3")));
     }
     roots.extend(["/usr/local", "/usr"].map(PathBuf::from));
     for root in roots {
@@ -76,6 +78,23 @@ fn folders() -> Vec<PathBuf> {
     found
 }
 
+/// Where the packages of an interpreter may be: beside it, and beside each link on the way to what it really is.
+fn prefixes(mut interpreter: PathBuf) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    // Links that lead in a circle exist to nobody.
+    if interpreter.exists() {
+        loop {
+            let folder = interpreter.parent().expect("in a folder").to_path_buf();
+            found.extend(folder.parent().map(Path::to_path_buf));
+            match std::fs::read_link(&interpreter) {
+                Ok(next) => interpreter = folder.join(next),
+                Err(_) => break,
+            }
+        }
+    }
+    found
+}
+
 /// What lies in a folder and begins so, sorted.
 fn children(folder: &Path, start: &str) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
@@ -88,12 +107,21 @@ fn children(folder: &Path, start: &str) -> Vec<PathBuf> {
     found
 }
 
+/// How the names of a library's files end, the newest first: of which version of CUDA which it is.
+fn endings(name: &str) -> [(i32, i32); 2] {
+    match name {
+        "cusolver" => [(13, 12), (12, 11)],
+        "cusparse" => [(13, 12), (12, 12)],
+        _ => [(13, 13), (12, 12)],
+    }
+}
+
 /// Loads `lib{name}.so.N` from where Python's packages and toolkits put it, so that a later search by that name finds it loaded.
 ///
 /// The search is for what the system's own does not find; a newer version goes before an older one, but none before the driver's.
 fn preload(name: &str) {
     let newest = NEWEST.load(Ordering::Relaxed);
-    for version in [13, 12].into_iter().filter(|version| *version <= newest) {
+    for (_, version) in endings(name).into_iter().filter(|(cuda, _)| *cuda <= newest) {
         let file = format!("lib{name}.so.{version}");
         for path in folders().iter().map(|folder| folder.join(&file)).filter(|path| path.exists()) {
             // NVRTC looks for its own part by name alone, and not in every version beside itself.
@@ -108,6 +136,12 @@ fn preload(name: &str) {
     }
 }
 
+/// Loads a library of CUDA's as the system finds it, under the names that it is asked for by later, which then find it loaded.
+pub(super) fn load_by_name(name: &str) -> bool {
+    cudarc::get_lib_name_candidates(name).iter().any(|file| load(Path::new(file)))
+}
+
+/// Loads a library, and keeps it.
 fn load(path: &Path) -> bool {
     // SAFETY: a library of CUDA's, by its name; what it runs when loaded is its own setting up.
     match unsafe { libloading::Library::new(path) } {
@@ -128,36 +162,37 @@ pub(super) fn limit_libraries(newest: i32) {
 }
 
 /// A library of CUDA's, and how to get it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) struct Library {
     name: &'static str,
     package: &'static str,
-    present: unsafe fn() -> bool,
+    there: OnceLock<bool>,
 }
 
-pub(super) const NVRTC: Library =
-    Library { name: "nvrtc", package: "nvidia-cuda-nvrtc", present: cudarc::nvrtc::sys::is_culib_present };
-pub(super) const CUBLAS: Library =
-    Library { name: "cublas", package: "nvidia-cublas", present: cudarc::cublas::sys::is_culib_present };
-pub(super) const CUSOLVER: Library =
-    Library { name: "cusolver", package: "nvidia-cusolver", present: cudarc::cusolver::sys::is_culib_present };
+pub(super) static NVRTC: Library = Library::new("nvrtc", "nvidia-cuda-nvrtc");
+pub(super) static CUBLAS: Library = Library::new("cublas", "nvidia-cublas");
+pub(super) static CUSOLVER: Library = Library::new("cusolver", "nvidia-cusolver");
 
 impl Library {
-    /// Whether it can be loaded.
+    const fn new(name: &'static str, package: &'static str) -> Library {
+        Library { name, package, there: OnceLock::new() }
+    }
+
+    /// Whether it can be loaded; it then is.
     pub fn is_there(&self) -> bool {
-        // SAFETY: tries to open libraries of CUDA's by their names.
-        let found = || unsafe { (self.present)() };
-        if found() {
-            return true;
-        }
-        if self.name == "cublas" {
-            preload("cublasLt");
-        }
-        if self.name == "cusolver" {
-            ["nvJitLink", "cusparse"].into_iter().for_each(preload);
-        }
-        preload(self.name);
-        found()
+        *self.there.get_or_init(|| {
+            if load_by_name(self.name) {
+                return true;
+            }
+            let before: &[&str] = match self.name {
+                "cublas" => &["cublasLt"],
+                "cusolver" => &["nvJitLink", "cusparse"],
+                _ => &[],
+            };
+            before.iter().for_each(|name| preload(name));
+            preload(self.name);
+            load_by_name(self.name)
+        })
     }
 
     /// Fails with a sentence that says how to get it.
@@ -175,8 +210,7 @@ impl Library {
 
 /// Whether NVRTC can be loaded: the compiler needs no card.
 pub fn compiler_is_there() -> bool {
-    static THERE: OnceLock<bool> = OnceLock::new();
-    *THERE.get_or_init(|| NVRTC.is_there())
+    NVRTC.is_there()
 }
 
 fn check(what: &str, code: sys::nvrtcResult) -> Result<()> {
@@ -188,7 +222,7 @@ fn check(what: &str, code: sys::nvrtcResult) -> Result<()> {
 
 /// Which library of CUDA's a card cannot be used without and is not there, and how to get it.
 pub fn missing() -> Option<String> {
-    [NVRTC, CUBLAS].iter().find_map(|library| library.wanted().err()).map(|error| error.to_string())
+    [&NVRTC, &CUBLAS].into_iter().find_map(|library| library.wanted().err()).map(|error| error.to_string())
 }
 
 /// NVRTC's version, as `(13, 0)`.
@@ -211,26 +245,32 @@ fn targets() -> Result<Vec<i32>> {
     Ok(all)
 }
 
+/// What NVRTC compiles for a compute capability: machine code, as `sm_90`, where it knows the card; else PTX for the newest that it
+/// knows before it, as `compute_80`, which the driver takes on.
+fn target_for(capability: u32, known: &[i32]) -> Result<String> {
+    if known.contains(&(capability as i32)) {
+        return Ok(format!("sm_{capability}"));
+    }
+    let older = known.iter().filter(|target| **target <= capability as i32).max();
+    let older = older.ok_or_else(|| {
+        Error::Device(format!(
+            "NVRTC does not compile for compute capability {capability} any more: install an older one"
+        ))
+    })?;
+    Ok(format!("compute_{older}"))
+}
+
+/// How modules are compiled: a product and a sum are rounded one after the other unless a kernel says otherwise.
+fn options_for(target: &str) -> Vec<String> {
+    vec![format!("--gpu-architecture={target}"), "--std=c++17".to_owned(), "--fmad=false".to_owned()]
+}
+
 /// Compiles a module for a compute capability, as 90.
-///
-/// Machine code where NVRTC knows the card; else PTX for the newest that it knows before it, which the driver takes on.
 pub fn compile(module: &Module, capability: u32, report: bool) -> Result<Compiled> {
     NVRTC.wanted()?;
-    let known = targets()?;
-    let exact = known.contains(&(capability as i32));
-    let target = match exact {
-        true => format!("sm_{capability}"),
-        false => {
-            let older = known.iter().copied().filter(|target| *target <= capability as i32).max();
-            let older = older.ok_or_else(|| {
-                Error::Device(format!(
-                    "NVRTC does not compile for compute capability {capability} any more: install an older one"
-                ))
-            })?;
-            format!("compute_{older}")
-        }
-    };
-    let mut options = vec![format!("--gpu-architecture={target}"), "--std=c++17".to_owned(), "--fmad=false".to_owned()];
+    let target = target_for(capability, &targets()?)?;
+    let exact = target.starts_with("sm_");
+    let mut options = options_for(&target);
     if report {
         options.push("--ptxas-options=--verbose".to_owned());
     }
@@ -281,10 +321,11 @@ fn cache_folder() -> Option<PathBuf> {
     named.or_else(|| Some(cache().or_else(home)?.join("quantc"))).map(|folder| folder.join("kernels"))
 }
 
-/// What makes two images equal: the source, the card and the compiler.
-fn key(module: &Module, capability: u32, version: (i32, i32)) -> String {
+/// What makes two images equal: the source, how it is compiled and for which card, and the compiler.
+fn key(module: &Module, options: &[String], version: (i32, i32)) -> String {
     let mut hash = Sha256::new();
-    for part in [super::COMMON, module.source, &format!("{capability} {version:?} {}", env!("CARGO_PKG_VERSION"))] {
+    let compiler = format!("{version:?} {}", env!("CARGO_PKG_VERSION"));
+    for part in [super::COMMON, module.source, &compiler].into_iter().chain(options.iter().map(String::as_str)) {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
@@ -293,7 +334,7 @@ fn key(module: &Module, capability: u32, version: (i32, i32)) -> String {
 
 /// The image of a module for a card: from the cache, or compiled and put there. A cache that cannot be written is done without.
 pub fn cached(module: &Module, capability: u32) -> Result<Vec<u8>> {
-    let key = key(module, capability, version()?);
+    let key = key(module, &options_for(&target_for(capability, &targets()?)?), version()?);
     let path = cache_folder().map(|folder| folder.join(format!("{}-sm{capability}-{key}.bin", module.name)));
     if let Some(image) = path.as_ref().and_then(|path| read_checked(path)) {
         return Ok(image);
@@ -341,10 +382,18 @@ mod tests {
     }
 
     #[test]
-    fn a_key_names_source_card_and_compiler() {
+    fn a_key_names_source_options_and_compiler() {
         let a = Module { name: "a", source: "one" };
         let b = Module { name: "a", source: "two" };
-        let keys = [key(&a, 90, (13, 0)), key(&b, 90, (13, 0)), key(&a, 80, (13, 0)), key(&a, 90, (12, 9))];
-        assert!((0..4).all(|i| (0..i).all(|j| keys[i] != keys[j])));
+        let [new, old] = ["sm_90", "sm_80"].map(options_for);
+        let fused = [&new[..], &["--fmad=true".to_owned()]].concat();
+        let keys = [
+            key(&a, &new, (13, 0)),
+            key(&b, &new, (13, 0)),
+            key(&a, &old, (13, 0)),
+            key(&a, &new, (12, 9)),
+            key(&a, &fused, (13, 0)),
+        ];
+        assert!((0..5).all(|i| (0..i).all(|j| keys[i] != keys[j])));
     }
 }

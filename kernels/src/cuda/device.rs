@@ -183,17 +183,24 @@ pub trait Device: Send + Sync + Debug {
     fn clear(&self, at: Address, bytes: usize) -> Result<()>;
     /// Puts memory aside on the host, for [`bring_back`](Self::bring_back).
     fn put_aside(&self, at: Address, bytes: usize) -> Result<Aside>;
-    /// Copies what was put aside to the device again, and frees its place on the host.
-    fn bring_back(&self, aside: Aside, at: Address) -> Result<()>;
+    /// Copies what was put aside to the device again; it stays on the host until it is forgotten.
+    fn bring_back(&self, aside: &Aside, at: Address) -> Result<()>;
     /// Frees a place on the host without copying.
     fn forget(&self, aside: Aside);
     /// Starts a kernel.
     fn launch(&self, module: &'static Module, kernel: &'static str, shape: Shape, args: &[Arg]) -> Result<()>;
     /// Starts a product.
     fn product(&self, product: &Product) -> Result<()>;
-    /// The Cholesky factor of the lower triangle, as a row-major matrix sees it, of the `n × n` doubles at `at`, in place, if the
-    /// device has a library for it; `Some(Some(p))` if pivot `p` was not positive.
-    fn cholesky(&self, at: Address, n: usize) -> Result<Option<Option<usize>>>;
+    /// Bytes of workspace for [`cholesky`](Self::cholesky) of `n` columns at `at`; `None` where the device has no library for it.
+    fn cholesky_room(&self, at: Address, n: usize) -> Result<Option<usize>>;
+    /// The Cholesky factor of the lower triangle, as a row-major matrix sees it, of the `n × n` doubles at `at`, in place; the pivot
+    /// that was not positive, if the library tells of one.
+    fn cholesky(&self, at: Address, n: usize, work: Address) -> Result<Option<usize>>;
+    /// A sum over memory that tells whether it was written, of a stand-in, which has done all that was asked for; 0 of a card.
+    fn sum_of(&self, at: Address, bytes: usize) -> u64 {
+        let _ = (at, bytes);
+        0
+    }
     /// Waits for everything but what is written ahead.
     fn synchronize(&self) -> Result<()>;
 }

@@ -7,8 +7,8 @@ use crate::{Error, Result};
 pub(super) static GRAM: Module = Module { name: "gram", source: include_str!("../ops/gram.cu") };
 pub(super) static FACTOR: Module = Module { name: "factor", source: include_str!("../ops/factor.cu") };
 
-/// Tokens whose products are summed in single precision.
-const TOKENS: usize = 8192;
+/// Tokens whose products are summed in one product: so few that the order of sums is that of cards which run no more at a time.
+const TOKENS: usize = 2048;
 /// Tokens that one block sums up in `column_moments`.
 const MOMENT_TOKENS: usize = 512;
 /// Most rows or columns of a panel that one product takes.
@@ -106,7 +106,7 @@ impl Cuda {
     pub(super) fn diagonal_of(&self, matrix: &Matrix) -> Result<Vec<f32>> {
         let count = matrix.rows.min(matrix.cols);
         let out = self.buffer::<f32>(count)?;
-        let (to, from) = (out.pin()?, matrix.buffer.pin()?);
+        let (to, from) = (out.pin()?, matrix.buffer.pin_to_read()?);
         let args = [to.arg(), from.arg(), (count as i32).into(), (matrix.cols as i64).into()];
         self.each(&GRAM, "diagonal", count, &args)?;
         self.fetch(&out, count)
@@ -157,7 +157,7 @@ impl Cuda {
         {
             let image = self.buffer::<f32>(rows.min(IMAGE_ROWS) * side)?;
             let square = self.buffer::<f32>(side * side)?;
-            let (e, gram, sums) = (e.buffer.pin()?, gram.buffer.pin()?, sums.pin()?);
+            let (e, gram, sums) = (e.buffer.pin_to_read()?, gram.buffer.pin_to_read()?, sums.pin()?);
             let (image, square) = (image.pin()?, square.pin()?);
             let (errors, energies) = (self.halves(e.at, rows * n)?, self.halves(gram.at, n * n)?);
             let errors = errors.as_ref().map(pinned).transpose()?;
@@ -212,7 +212,7 @@ impl Cuda {
         let parts = e.rows.min(PARTS);
         let (sums, weights) = (self.buffer::<f64>(parts)?, self.send(weights)?);
         {
-            let (sums, from, weights) = (sums.pin()?, e.buffer.pin()?, weights.pin()?);
+            let (sums, from, weights) = (sums.pin()?, e.buffer.pin_to_read()?, weights.pin()?);
             let args = [sums.arg(), from.arg(), weights.arg(), (e.rows as i64).into(), (e.cols as i32).into()];
             self.blocks(&GRAM, "weigh_squares", parts, THREADS, 0, &args)?;
         }
@@ -229,37 +229,45 @@ impl Cuda {
         }
         let unit = self.matrix(n, n)?;
         let (pivots, inverse) = (self.buffer::<f64>(n)?, self.buffer::<f64>(n)?);
-        // The pivot that failed, counted from 1, and whether the result is not finite.
-        let flags = self.cleared::<i32>(2)?;
-        let failed = {
-            let (a, sent) = (self.buffer::<f64>(n * n)?, self.send(&order)?);
-            let (a, sent, flags) = (a.pin()?, sent.pin()?, flags.pin()?);
-            {
-                let gram = gram.buffer.pin()?;
-                let args = [a.arg(), gram.arg(), sent.arg(), (1.0 + damp).into(), (n as i32).into()];
-                self.blocks(&FACTOR, "arrange", n, THREADS, 0, &args)?;
-            }
-            let failed = match self.device().cholesky(a.at, n)? {
-                Some(answer) => answer,
-                None => self.cholesky(a.at, n, flags.at).map(|()| None)?,
+        let (a, sent) = (self.buffer::<f64>(n * n)?, self.send(&order)?);
+        let mut diagonal = Vec::new();
+        // A library passes on what is not a number, or spreads it over the whole factor, and tells of no pivot: ours then find it.
+        let work = self.device().cholesky_room(a.pin()?.at, n)?.map(|bytes| self.buffer::<u8>(bytes)).transpose()?;
+        for work in work.iter().map(Some).chain([None]) {
+            // The pivot that failed, counted from 1, and whether the result is not finite.
+            let flags = self.cleared::<i32>(2)?;
+            let told = {
+                let (a, sent, flags) = (a.pin()?, sent.pin()?, flags.pin()?);
+                {
+                    let gram = gram.buffer.pin_to_read()?;
+                    let args = [a.arg(), gram.arg(), sent.arg(), (1.0 + damp).into(), (n as i32).into()];
+                    self.blocks(&FACTOR, "arrange", n, THREADS, 0, &args)?;
+                }
+                let answer = match work {
+                    Some(work) => self.device().cholesky(a.at, n, work.pin()?.at)?,
+                    None => self.cholesky(a.at, n, flags.at).map(|()| None)?,
+                };
+                let (unit, pivots, inverse) = (unit.buffer.pin()?, pivots.pin()?, inverse.pin()?);
+                let args = [pivots.arg(), inverse.arg(), a.arg(), (n as i32).into()];
+                self.each(&FACTOR, "pivots_of", n, &args)?;
+                let args = [unit.arg(), Arg::At(flags.at + 4), a.arg(), inverse.arg(), (n as i32).into()];
+                self.blocks(&FACTOR, "unit_of", n, THREADS, 0, &args)?;
+                answer
             };
-            let (unit, pivots, inverse) = (unit.buffer.pin()?, pivots.pin()?, inverse.pin()?);
-            let args = [pivots.arg(), inverse.arg(), a.arg(), (n as i32).into()];
-            self.each(&FACTOR, "pivots_of", n, &args)?;
-            let args = [unit.arg(), Arg::At(flags.at + 4), a.arg(), inverse.arg(), (n as i32).into()];
-            self.blocks(&FACTOR, "unit_of", n, THREADS, 0, &args)?;
-            failed
-        };
-        let diagonal = self.diagonal_of(gram)?;
-        if diagonal.iter().any(|x| !x.is_finite()) {
-            return Err(Error::NonFinite("the Hessian"));
-        }
-        let flags = self.fetch::<i32>(&flags, 2)?;
-        if let Some(pivot) = failed.or((flags[0] > 0).then(|| flags[0] as usize - 1)) {
-            return Err(Error::NotPositive(pivot));
-        }
-        if flags[1] != 0 {
-            return Err(Error::NotPositive(0));
+            diagonal = self.diagonal_of(gram)?;
+            if diagonal.iter().any(|x| !x.is_finite()) {
+                return Err(Error::NonFinite("the Hessian"));
+            }
+            let flags = self.fetch::<i32>(&flags, 2)?;
+            if let Some(pivot) = told.or((flags[0] > 0).then(|| flags[0] as usize - 1)) {
+                return Err(Error::NotPositive(pivot));
+            }
+            if flags[1] == 0 {
+                break;
+            }
+            if work.is_none() {
+                return Err(Error::NotPositive(0));
+            }
         }
         let dead = diagonal.iter().filter(|x| **x <= 0.0).count();
         Ok(Factor { order, unit, pivots: self.fetch(&pivots, n)?, damp, dead })

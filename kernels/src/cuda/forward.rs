@@ -44,7 +44,7 @@ impl Cuda {
     pub(super) fn narrowed(&self, x: &Matrix) -> Result<Operands> {
         let count = x.rows * x.cols;
         let out = Rounded { buffer: self.buffer::<u16>(count)?, rows: x.rows, cols: x.cols };
-        let pins = (out.buffer.pin()?, x.buffer.pin()?);
+        let pins = (out.buffer.pin()?, x.buffer.pin_to_read()?);
         let args = [pins.0.arg(), pins.1.arg(), (count as i64).into()];
         self.each(&POINTWISE, "narrow", count, &args)?;
         drop(pins);
@@ -214,7 +214,9 @@ impl Cuda {
         }
         let (weight_at, bias_at) = (self.send(weight)?, bias.map(|b| self.send(b)).transpose()?);
         let bias_pin = bias_at.as_ref().map(|b| b.pin()).transpose()?;
-        let pins = (y.buffer.pin()?, x.buffer.pin()?, weight_at.pin()?);
+        let in_place = std::ptr::eq(x, y);
+        let x_pin = if in_place { x.buffer.pin()? } else { x.buffer.pin_to_read()? };
+        let pins = (y.buffer.pin()?, x_pin, weight_at.pin()?);
         let args = [
             pins.0.arg(),
             pins.1.arg(),
@@ -296,7 +298,7 @@ impl Cuda {
         let out = self.matrix(rows.len(), matrix.cols)?;
         let indices: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
         let indices = self.send(&indices)?;
-        let pins = (out.buffer.pin()?, matrix.buffer.pin()?, indices.pin()?);
+        let pins = (out.buffer.pin()?, matrix.buffer.pin_to_read()?, indices.pin()?);
         let args = [pins.0.arg(), pins.1.arg(), pins.2.arg(), (rows.len() as i64).into(), (matrix.cols as i32).into()];
         self.each(&POINTWISE, "select_rows", rows.len() * matrix.cols, &args)?;
         drop(pins);
@@ -327,7 +329,7 @@ impl Cuda {
     pub(super) fn all_finite(&self, matrix: &Matrix) -> Result<bool> {
         let flag = self.cleared::<i32>(1)?;
         let count = matrix.rows * matrix.cols;
-        let pins = (flag.pin()?, matrix.buffer.pin()?);
+        let pins = (flag.pin()?, matrix.buffer.pin_to_read()?);
         let args = [pins.0.arg(), pins.1.arg(), (count as i64).into()];
         self.each(&POINTWISE, "find_not_finite", count, &args)?;
         drop(pins);
@@ -339,7 +341,7 @@ impl Cuda {
         expect("join_heads", "tokens", own.rows, shared.rows)?;
         let (a, b) = (own.cols / heads, shared.cols);
         let out = self.matrix(own.rows, heads * (a + b))?;
-        let pins = (out.buffer.pin()?, own.buffer.pin()?, shared.buffer.pin()?);
+        let pins = (out.buffer.pin()?, own.buffer.pin_to_read()?, shared.buffer.pin_to_read()?);
         let args = [
             pins.0.arg(),
             pins.1.arg(),
@@ -369,7 +371,7 @@ impl Cuda {
         expect("add_scaled", "tokens", y.rows, x.rows)?;
         expect("add_scaled", "features", y.cols, x.cols)?;
         let count = x.rows * x.cols;
-        let pins = (y.buffer.pin()?, x.buffer.pin()?);
+        let pins = (y.buffer.pin()?, x.buffer.pin_to_read()?);
         let args = [pins.0.arg(), pins.1.arg(), factor.into(), (count as i64).into()];
         self.each(&POINTWISE, "add_scaled", count, &args)
     }
@@ -385,7 +387,7 @@ impl Cuda {
         })?;
         let indices: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
         let (indices, weights) = (self.send(&indices)?, self.send(weights)?);
-        let pins = (y.buffer.pin()?, x.buffer.pin()?, indices.pin()?, weights.pin()?);
+        let pins = (y.buffer.pin()?, x.buffer.pin_to_read()?, indices.pin()?, weights.pin()?);
         let args =
             [pins.0.arg(), pins.1.arg(), pins.2.arg(), pins.3.arg(), (x.rows as i64).into(), (x.cols as i32).into()];
         self.each(&POINTWISE, "add_rows", x.rows * x.cols, &args)
@@ -395,7 +397,7 @@ impl Cuda {
         expect("difference", "rows", a.rows, b.rows)?;
         expect("difference", "columns", a.cols, b.cols)?;
         let (out, count) = (self.matrix(a.rows, a.cols)?, a.rows * a.cols);
-        let pins = (out.buffer.pin()?, a.buffer.pin()?, b.buffer.pin()?);
+        let pins = (out.buffer.pin()?, a.buffer.pin_to_read()?, b.buffer.pin_to_read()?);
         let args = [pins.0.arg(), pins.1.arg(), pins.2.arg(), Arg::Long(count as i64)];
         self.each(&POINTWISE, "difference", count, &args)?;
         drop(pins);

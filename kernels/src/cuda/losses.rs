@@ -14,7 +14,7 @@ impl Cuda {
         expect("token_loss", "targets", logits.rows, targets.len())?;
         let (nll, argmax) = (self.buffer::<f64>(logits.rows)?, self.buffer::<u32>(logits.rows)?);
         let wanted = self.send(targets)?;
-        let pins = (logits.buffer.pin()?, wanted.pin()?, nll.pin()?, argmax.pin()?);
+        let pins = (logits.buffer.pin_to_read()?, wanted.pin()?, nll.pin()?, argmax.pin()?);
         let args = [pins.0.arg(), pins.1.arg(), pins.2.arg(), pins.3.arg(), (logits.cols as i32).into()];
         self.blocks(&LOSS, "token_loss", logits.rows, ROW, 0, &args)?;
         drop(pins);
@@ -26,7 +26,7 @@ impl Cuda {
         expect("compare", "rows", reference.rows, model.rows)?;
         expect("compare", "logits", reference.cols, model.cols)?;
         let kld = self.buffer::<f64>(model.rows)?;
-        let pins = (reference.buffer.pin()?, model.buffer.pin()?, kld.pin()?);
+        let pins = (reference.buffer.pin_to_read()?, model.buffer.pin_to_read()?, kld.pin()?);
         let args = [pins.0.arg(), pins.1.arg(), pins.2.arg(), (model.cols as i32).into()];
         self.blocks(&LOSS, "divergence", model.rows, ROW, 0, &args)?;
         drop(pins);

@@ -1,4 +1,9 @@
 //! Device memory within a budget: what does not fit is put aside on the host and comes back when it is used.
+//!
+//! Most of it is scanned in turn, again and again: the activations of one chunk of tokens after the other. Whoever then puts aside what
+//! was unused the longest puts aside what is needed next, and has to bring back everything in each scan. So uses are counted, and what
+//! goes is that whose next use is the furthest away, reckoned from the pause before its last one. What was only read since it came back
+//! is still on the host, and need not be copied there again.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -8,6 +13,8 @@ use crate::{Error, Result};
 
 /// Smaller buffers stay where they are.
 const MOVABLE: usize = 1 << 12;
+/// Uses of anything within which a buffer counts as at work: it was made for, or belongs to, the operation at hand.
+const FRESH: u64 = 32;
 
 /// A device's memory, as far as one backend may use it.
 #[derive(Debug)]
@@ -26,6 +33,8 @@ struct Ledger {
     peak: u64,
     /// Bytes that were put aside, all times together.
     moved: u64,
+    /// Bytes that were brought back.
+    returned: u64,
     /// Bytes that were sent ahead, all together.
     ahead: u64,
     /// A buffer is being sent ahead, and not among the slots yet.
@@ -49,6 +58,8 @@ pub struct Usage {
     pub peak: u64,
     /// Bytes that were put aside on the host, all times together.
     pub moved: u64,
+    /// Bytes that were brought back from there.
+    pub returned: u64,
     /// Bytes that were sent ahead of their use, all together.
     pub ahead: u64,
     /// Whether the device had no room although the budget had.
@@ -70,10 +81,11 @@ impl Memory {
 
     pub fn usage(&self) -> Usage {
         let ledger = lock(&self.ledger);
-        Usage { peak: ledger.peak, moved: ledger.moved, ahead: ledger.ahead, short: ledger.short }
+        let Ledger { peak, moved, returned, ahead, short, .. } = *ledger;
+        Usage { peak, moved, returned, ahead, short }
     }
 
-    /// Takes memory, putting aside what was used the longest ago until there is room.
+    /// Takes memory, putting aside what is not needed for the longest time until there is room.
     fn allocate(&self, bytes: usize) -> Result<Address> {
         loop {
             {
@@ -87,7 +99,7 @@ impl Memory {
                 }
             }
             let arriving = lock(&self.ledger).arriving;
-            if !self.put_oldest_aside()? {
+            if !self.put_one_aside()? {
                 if arriving {
                     // It can be put aside when it is there.
                     drop(lock(&self.road));
@@ -120,25 +132,34 @@ impl Memory {
         Ok(at)
     }
 
-    fn put_oldest_aside(&self) -> Result<bool> {
+    fn put_one_aside(&self) -> Result<bool> {
         let mut slots: Vec<Arc<Slot>> = {
             let mut ledger = lock(&self.ledger);
             ledger.slots.retain(|slot| slot.strong_count() > 0);
             ledger.slots.iter().filter_map(Weak::upgrade).collect()
         };
-        slots.sort_by_key(|slot| slot.used.load(Ordering::Relaxed));
+        let now = self.clock.load(Ordering::Relaxed);
+        slots.sort_by_cached_key(|slot| slot.rank(now));
         for slot in slots {
             let Ok(mut place) = slot.place.try_lock() else { continue };
             if slot.pins.load(Ordering::Relaxed) > 0 {
                 continue;
             }
             slot.settle(&mut place)?;
-            if let Place::Device(at) = *place {
-                *place = Place::Host(self.device.put_aside(at, slot.bytes)?);
+            if let Place::Device(at, kept) = &mut *place {
+                let (at, mut moved) = (*at, 0);
+                let aside = match kept.take() {
+                    Some(aside) => aside,
+                    None => {
+                        moved = slot.bytes as u64;
+                        self.device.put_aside(at, slot.bytes)?
+                    }
+                };
+                *place = Place::Host(aside);
                 self.device.release(at, slot.bytes);
                 let mut ledger = lock(&self.ledger);
                 ledger.used -= slot.bytes as u64;
-                ledger.moved += slot.bytes as u64;
+                ledger.moved += moved;
                 return Ok(true);
             }
         }
@@ -148,7 +169,8 @@ impl Memory {
 
 #[derive(Debug)]
 enum Place {
-    Device(Address),
+    /// On the device, and perhaps still on the host as well.
+    Device(Address, Option<Aside>),
     /// On the device, for what waits for the copy.
     Arriving(Address, Ticket),
     Host(Aside),
@@ -161,20 +183,56 @@ struct Slot {
     bytes: usize,
     place: Mutex<Place>,
     pins: AtomicUsize,
+    /// When it was used last, in uses of anything.
     used: AtomicU64,
+    /// The last pause between two uses that was long enough to be one; 0 before there was one.
+    pause: AtomicU64,
 }
 
 impl Slot {
     fn at(memory: &Arc<Memory>, at: Address, bytes: usize) -> Arc<Slot> {
         let used = AtomicU64::new(memory.clock.fetch_add(1, Ordering::Relaxed));
-        let place = Mutex::new(Place::Device(at));
-        Arc::new(Slot { memory: memory.clone(), bytes, place, pins: AtomicUsize::new(0), used })
+        let place = Mutex::new(Place::Device(at, None));
+        Arc::new(Slot {
+            memory: memory.clone(),
+            bytes,
+            place,
+            pins: AtomicUsize::new(0),
+            used,
+            pause: AtomicU64::new(0),
+        })
+    }
+
+    /// Notes a use.
+    fn touch(&self) {
+        let now = self.memory.clock.fetch_add(1, Ordering::Relaxed);
+        let pause = now.saturating_sub(self.used.swap(now, Ordering::Relaxed));
+        if pause >= FRESH {
+            self.pause.store(pause, Ordering::Relaxed);
+        }
+    }
+
+    /// What is the least of all goes first: of what is not at work that which is used again the latest, then the oldest at work.
+    fn rank(&self, now: u64) -> (bool, u64) {
+        let (used, pause) = (self.used.load(Ordering::Relaxed), self.pause.load(Ordering::Relaxed));
+        let age = now.saturating_sub(used);
+        if age < FRESH {
+            return (true, used);
+        }
+        let next = match pause {
+            // Never used again so far: a scan has begun that comes back to the latest last.
+            0 => (1 << 62) + used,
+            _ if pause > age => used + pause,
+            // Longer than the last time: nobody knows, but most likely for long yet.
+            _ => now + age,
+        };
+        (false, u64::MAX - next)
     }
 
     /// Has everything from now on wait for the copy of what was sent ahead.
     fn settle(&self, place: &mut Place) -> Result<()> {
         let &mut Place::Arriving(at, _) = place else { return Ok(()) };
-        match std::mem::replace(place, Place::Device(at)) {
+        match std::mem::replace(place, Place::Device(at, None)) {
             Place::Arriving(_, ticket) => self.memory.device.wait_for(ticket),
             _ => unreachable!("seen above"),
         }
@@ -188,7 +246,8 @@ impl Drop for Slot {
         // If that fails the device does, and whoever uses it next is told.
         let _ = self.settle(&mut place);
         match place {
-            Place::Device(at) => {
+            Place::Device(at, kept) => {
+                kept.into_iter().for_each(|aside| self.memory.device.forget(aside));
                 self.memory.device.release(at, self.bytes);
                 lock(&self.memory.ledger).used -= self.bytes as u64;
             }
@@ -237,20 +296,39 @@ impl Buffer {
 
     /// Brings it to the device, where it stays as long as what this returns.
     pub(super) fn pin(&self) -> Result<Pinned<'_>> {
+        self.bring(false)
+    }
+
+    /// The same for work that only reads it.
+    pub(super) fn pin_to_read(&self) -> Result<Pinned<'_>> {
+        self.bring(true)
+    }
+
+    fn bring(&self, to_read: bool) -> Result<Pinned<'_>> {
         let slot = &*self.0;
+        let device = &slot.memory.device;
         let mut place = lock(&slot.place);
         slot.settle(&mut place)?;
-        slot.used.store(slot.memory.clock.fetch_add(1, Ordering::Relaxed), Ordering::Relaxed);
-        if let Place::Host(_) = *place {
+        slot.touch();
+        if let Place::Host(aside) = &*place {
             let at = slot.memory.allocate(slot.bytes)?;
-            let Place::Host(aside) = std::mem::replace(&mut *place, Place::Device(at)) else {
-                unreachable!("seen above")
-            };
-            slot.memory.device.bring_back(aside, at)?;
+            if let Err(error) = device.bring_back(aside, at) {
+                device.release(at, slot.bytes);
+                lock(&slot.memory.ledger).used -= slot.bytes as u64;
+                return Err(error);
+            }
+            lock(&slot.memory.ledger).returned += slot.bytes as u64;
+            if let Place::Host(aside) = std::mem::replace(&mut *place, Place::Device(at, None)) {
+                *place = Place::Device(at, Some(aside));
+            }
         }
-        let Place::Device(at) = *place else { unreachable!("it lives") };
+        let Place::Device(at, kept) = &mut *place else { unreachable!("it lives") };
+        if !to_read {
+            kept.take().into_iter().for_each(|aside| device.forget(aside));
+        }
+        let before = to_read.then(|| device.sum_of(*at, slot.bytes));
         slot.pins.fetch_add(1, Ordering::Relaxed);
-        Ok(Pinned { slot, at })
+        Ok(Pinned { slot, at: *at, before })
     }
 }
 
@@ -261,10 +339,16 @@ impl Buffer {
 pub(super) struct Pinned<'a> {
     slot: &'a Slot,
     pub at: Address,
+    /// Of what is only to be read, by which writing to it is found out.
+    before: Option<u64>,
 }
 
 impl Drop for Pinned<'_> {
     fn drop(&mut self) {
+        if let Some(before) = self.before {
+            let after = self.slot.memory.device.sum_of(self.at, self.slot.bytes);
+            debug_assert!(before == after || std::thread::panicking(), "what was pinned to be read was written");
+        }
         self.slot.pins.fetch_sub(1, Ordering::Relaxed);
     }
 }

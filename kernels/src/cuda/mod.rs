@@ -10,9 +10,11 @@ mod compile;
 mod device;
 mod factor;
 mod forward;
+mod images;
 mod losses;
 mod memory;
 mod pack;
+mod profile;
 mod search;
 mod simulated;
 mod sweep;
@@ -25,11 +27,12 @@ use formats::ggml::GgmlType;
 use formats::{Dtype, WordLayout};
 use ndarray::Array2;
 
-pub use self::card::{Card, Found, Profile, cards};
+pub use self::card::{Card, Found, cards};
 pub use self::compile::{Compiled, MODULES, compile, compiler_is_there, missing};
 pub use self::device::{Address, Arg, Aside, Capacity, Device, Module, Operand, Product, Real, Shape, Ticket};
 pub use self::memory::{Buffer, Usage};
 use self::memory::{Memory, Pinned};
+pub use self::profile::Profile;
 pub use self::simulated::Simulated;
 use crate::backend::{
     Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
@@ -48,6 +51,8 @@ const THREADS: u32 = 256;
 #[derive(Clone, Debug)]
 pub struct Cuda {
     memory: Arc<Memory>,
+    /// Gibibytes that the device has in all.
+    size: u64,
     exact: bool,
     relaxed: bool,
 }
@@ -110,10 +115,11 @@ impl Operands {
         }
     }
 
+    /// Pinned to be read: no operation writes to an operand.
     fn pin(&self) -> Result<Pinned<'_>> {
         match self {
-            Operands::Whole(m) => m.buffer.pin(),
-            Operands::Rounded(m) => m.buffer.pin(),
+            Operands::Whole(m) => m.buffer.pin_to_read(),
+            Operands::Rounded(m) => m.buffer.pin_to_read(),
         }
     }
 }
@@ -166,7 +172,8 @@ impl Cuda {
             // Libraries take workspace of their own.
             None => capacity.free.saturating_sub(512 << 20) / 20 * 19,
         };
-        Ok(Cuda { memory: Arc::new(Memory::new(device, budget)), exact: false, relaxed: false })
+        let size = capacity.total >> 30;
+        Ok(Cuda { memory: Arc::new(Memory::new(device, budget)), size, exact: false, relaxed: false })
     }
 
     /// The same, in single precision throughout.
@@ -210,7 +217,7 @@ impl Cuda {
     fn fetch<T: Plain>(&self, buffer: &Buffer, count: usize) -> Result<Vec<T>> {
         let mut values = vec![T::default(); count];
         if count > 0 {
-            self.device().read(buffer.pin()?.at, bytes_of_mut(&mut values))?;
+            self.device().read(buffer.pin_to_read()?.at, bytes_of_mut(&mut values))?;
         }
         Ok(values)
     }
@@ -318,8 +325,9 @@ impl Backend for Cuda {
     }
 
     fn tokens_at_once(&self) -> usize {
-        // Larger products are nearer to the card's peak; what lies between operators has to fit several times.
-        match self.budget() >> 30 {
+        // Larger products are nearer to the card's peak; what lies between operators has to fit several times. Libraries add up
+        // products of other shapes in another order: what others have of the card's memory, or the user gives, must not decide.
+        match self.size {
             32.. => 8192,
             12.. => 4096,
             _ => 2048,
@@ -327,8 +335,8 @@ impl Backend for Cuda {
     }
 
     fn rows_at_once(&self) -> usize {
-        // What a sweep works in takes some times the memory of its weights.
-        if self.budget() >> 32 > 0 { sweep::CHUNK } else { 1 }
+        // What a sweep works in takes some times the memory of its weights. As above it is the card that decides.
+        if self.size >= 4 { sweep::CHUNK } else { 1 }
     }
 
     fn weights_at_once(&self) -> usize {
@@ -346,8 +354,9 @@ impl Backend for Cuda {
         let mut notes = Vec::new();
         if usage.moved > 0 {
             notes.push(format!(
-                "{:.1} GB were put aside in the host's memory and brought back, as {:.1} GB of the GPU's did not hold everything",
+                "{:.1} GB were put aside in the host's memory, and {:.1} GB brought back, as {:.1} GB of the GPU's did not hold everything",
                 gigabytes(usage.moved),
+                gigabytes(usage.returned),
                 gigabytes(self.budget())
             ));
         }
@@ -375,7 +384,7 @@ impl Backend for Cuda {
     fn widen(&self, Stored { buffer, kind, rows, cols }: Stored) -> Result<Matrix> {
         let out = self.matrix(rows, cols)?;
         let count = rows * cols;
-        let (to, from) = (out.buffer.pin()?, buffer.pin()?);
+        let (to, from) = (out.buffer.pin()?, buffer.pin_to_read()?);
         let args = [to.arg(), from.arg(), kind.into(), (count as i64).into()];
         self.each(&forward::POINTWISE, "widen", count, &args)?;
         drop(to);
@@ -403,7 +412,7 @@ impl Backend for Cuda {
 
     fn copy(&self, matrix: &Matrix) -> Result<Matrix> {
         let other = self.matrix(matrix.rows, matrix.cols)?;
-        self.device().copy(matrix.buffer.pin()?.at, other.buffer.pin()?.at, 4 * matrix.rows * matrix.cols)?;
+        self.device().copy(matrix.buffer.pin_to_read()?.at, other.buffer.pin()?.at, 4 * matrix.rows * matrix.cols)?;
         Ok(other)
     }
 

@@ -8,7 +8,10 @@ use crate::Result;
 use crate::backend::{FitKind, Grid, GridSpec};
 use crate::ops::fit::{candidates, floor};
 
-pub(super) static SEARCH: Module = Module { name: "search", source: include_str!("../ops/fit.cu") };
+pub(super) static SEARCH: Module =
+    Module { name: "search", source: concat!(include_str!("../ops/grids.cuh"), include_str!("../ops/fit.cu")) };
+pub(super) static CLIP: Module =
+    Module { name: "clip", source: concat!(include_str!("../ops/grids.cuh"), include_str!("../ops/clip.cu")) };
 
 /// Groups of up to so many weights lie in the registers of half a warp.
 const SHORT: usize = 128;
@@ -145,7 +148,8 @@ impl Cuda {
                 continue;
             }
             let list_at = self.send(&list)?;
-            let pins = (scales.pin()?, zeros.pin()?, weight.buffer.pin()?, groups.starts_at.pin()?, list_at.pin()?);
+            let pins =
+                (scales.pin()?, zeros.pin()?, weight.buffer.pin_to_read()?, groups.starts_at.pin()?, list_at.pin()?);
             let mut args = vec![
                 pins.0.arg(),
                 pins.1.arg(),
@@ -196,12 +200,12 @@ impl Cuda {
         let columns = groups.columns_at.as_ref().map(|b| b.pin()).transpose()?;
         let (blocks, starts, list_at) = (blocks.pin()?, groups.starts_at.pin()?, list_at.pin()?);
         {
-            let hessian = hessian.buffer.pin()?;
+            let hessian = hessian.buffer.pin_to_read()?;
             let mut args = vec![blocks.arg(), hessian.arg(), at(columns.as_ref()), starts.arg(), list_at.arg()];
             args.extend([weight.cols, widest, chunks].map(|count| Arg::Int(count as i32)));
-            self.blocks(&SEARCH, "fit_hessian_blocks", list.len() * widest, 128, 0, &args)?;
+            self.blocks(&CLIP, "fit_hessian_blocks", list.len() * widest, 128, 0, &args)?;
         }
-        let pins = (scales.pin()?, zeros.pin()?, weight.buffer.pin()?);
+        let pins = (scales.pin()?, zeros.pin()?, weight.buffer.pin_to_read()?);
         let mut args = vec![
             pins.0.arg(),
             pins.1.arg(),
@@ -214,7 +218,7 @@ impl Cuda {
         ];
         args.extend([weight.cols, groups.count(), list.len(), widest].map(|count| Arg::Int(count as i32)));
         args.extend(rules(spec));
-        self.blocks(&SEARCH, kernel, weight.rows.div_ceil(CLIP_ROWS) * list.len(), CLIP_THREADS, 0, &args)
+        self.blocks(&CLIP, kernel, weight.rows.div_ceil(CLIP_ROWS) * list.len(), CLIP_THREADS, 0, &args)
     }
 
     /// Sends a grid: scales, zeros, the group of each column.
@@ -229,7 +233,7 @@ impl Cuda {
         let codes = self.buffer::<u8>(count)?;
         if count > 0 {
             let [scales, zeros, group_of] = &self.send_grid(grid)?;
-            let pins = (codes.pin()?, weight.buffer.pin()?, scales.pin()?, zeros.pin()?, group_of.pin()?);
+            let pins = (codes.pin()?, weight.buffer.pin_to_read()?, scales.pin()?, zeros.pin()?, group_of.pin()?);
             let args = [
                 pins.0.arg(),
                 pins.1.arg(),
@@ -256,7 +260,7 @@ impl Cuda {
         }
         let (groups, t) = (self.groups(spec)?, self.send(t)?);
         let columns = groups.columns_at.as_ref().map(|b| b.pin()).transpose()?;
-        let pins = (error.buffer.pin()?, weight.buffer.pin()?, t.pin()?, groups.starts_at.pin()?);
+        let pins = (error.buffer.pin()?, weight.buffer.pin_to_read()?, t.pin()?, groups.starts_at.pin()?);
         let (short, long): (Vec<u32>, Vec<u32>) =
             (0..groups.count() as u32).partition(|group| groups.width(*group) <= SHORT);
         for (list, short) in [(short, true), (long, false)] {
@@ -293,7 +297,7 @@ impl Cuda {
         }
         {
             let [scales, zeros, group_of] = &self.send_grid(grid)?;
-            let pins = (out.buffer.pin()?, codes.buffer.pin()?, scales.pin()?, zeros.pin()?, group_of.pin()?);
+            let pins = (out.buffer.pin()?, codes.buffer.pin_to_read()?, scales.pin()?, zeros.pin()?, group_of.pin()?);
             let args = [
                 pins.0.arg(),
                 pins.1.arg(),

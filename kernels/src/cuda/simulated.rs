@@ -33,6 +33,8 @@ struct State {
     blocks: HashMap<Address, Vec<u64>>,
     used: usize,
     aside: HashMap<u64, Vec<u8>>,
+    /// Copies to the host to put something aside, and back.
+    copies: [usize; 2],
     /// What was written ahead and nobody has waited for: a card may be as late.
     ahead: HashMap<u64, (Address, Vec<u8>)>,
     tickets: u64,
@@ -49,6 +51,11 @@ impl Simulated {
     /// With so many bytes of memory.
     pub fn with_memory(order: i32, bytes: usize) -> Simulated {
         Simulated { limit: Some(bytes), ..Simulated::new(order) }
+    }
+
+    /// How often something was put aside by a copy to the host, and brought back.
+    pub fn copies(&self) -> [usize; 2] {
+        self.state.lock().expect("no panic").copies
     }
 
     /// The C++ compiler, if there is one.
@@ -197,13 +204,24 @@ impl Device for Simulated {
         let mut kept = vec![0; bytes];
         self.read(at, &mut kept)?;
         let key = kept.as_ptr() as u64;
-        self.state.lock().expect("no panic").aside.insert(key, kept);
+        let mut state = self.state.lock().expect("no panic");
+        state.aside.insert(key, kept);
+        state.copies[0] += 1;
         Ok(Aside { at: key, bytes })
     }
 
-    fn bring_back(&self, aside: Aside, at: Address) -> Result<()> {
-        let kept = self.state.lock().expect("no panic").aside.remove(&aside.at).expect("put aside before");
-        self.write(at, &kept)
+    fn bring_back(&self, aside: &Aside, at: Address) -> Result<()> {
+        let mut state = self.state.lock().expect("no panic");
+        state.copies[1] += 1;
+        self.write(at, state.aside.get(&aside.at).expect("put aside before"))
+    }
+
+    fn sum_of(&self, at: Address, bytes: usize) -> u64 {
+        // SAFETY: memory of ours, by the trait's contract.
+        let all = unsafe { std::slice::from_raw_parts(at as *const u8, bytes) };
+        let mut hash = std::hash::DefaultHasher::new();
+        std::hash::Hasher::write(&mut hash, all);
+        std::hash::Hasher::finish(&hash)
     }
 
     fn forget(&self, aside: Aside) {
@@ -280,8 +298,12 @@ impl Device for Simulated {
         Ok(())
     }
 
-    fn cholesky(&self, _: Address, _: usize) -> Result<Option<Option<usize>>> {
+    fn cholesky_room(&self, _: Address, _: usize) -> Result<Option<usize>> {
         Ok(None)
+    }
+
+    fn cholesky(&self, _: Address, _: usize, _: Address) -> Result<Option<usize>> {
+        Err(failed("there is no library for factorizations"))
     }
 
     fn synchronize(&self) -> Result<()> {

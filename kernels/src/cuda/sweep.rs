@@ -201,13 +201,13 @@ impl Cuda {
             let (grid, codes, lost) = (grid.pin()?, codes.pin()?, lost.pin()?);
             for share in round {
                 let part = &parts[share.part];
-                let target = part.target.buffer.pin()?;
+                let target = part.target.buffer.pin_to_read()?;
                 let from = target.at + 4 * (share.first * n) as u64;
                 self.to_columns(columns.at + 4 * share.at as u64, from, share.rows, n, height)?;
                 self.send_grid_columns(grid.at + 16 * share.at as u64, part, share, groups, height)?;
             }
             self.device().clear(feedback.at, 4 * n * height)?;
-            let unit = factor.unit.buffer.pin()?;
+            let unit = factor.unit.buffer.pin_to_read()?;
             for start in (0..n).step_by(PANEL) {
                 let width = PANEL.min(n - start);
                 let (kernel, rounding) = match (&points.kind, &ladder) {
@@ -334,7 +334,7 @@ impl Cuda {
         }
         let hessian = self.matrix(n, n)?;
         {
-            let (hessian, gram) = (hessian.buffer.pin()?, gram.buffer.pin()?);
+            let (hessian, gram) = (hessian.buffer.pin()?, gram.buffer.pin_to_read()?);
             let args = [hessian.arg(), gram.arg(), (1.0 + damp).into(), (n as i32).into()];
             self.grid(&REFINE, "damped_whole", [n.div_ceil(32), n.div_ceil(32), 1], THREADS, 0, &args)?;
         }
@@ -495,7 +495,7 @@ impl Refinement<'_> {
         ];
         cuda.each(&REFINE, "block_columns", self.groups() * height, &args)?;
         self.expand(chunk.ends)?;
-        let (target, codes) = (chunk.target.buffer.pin()?, chunk.codes.pin()?);
+        let (target, codes) = (chunk.target.buffer.pin_to_read()?, chunk.codes.pin()?);
         let (level_of, levels, errors, pull) =
             (chunk.level_of.pin()?, self.levels.pin()?, self.errors.pin()?, self.pull.pin()?);
         let args = [

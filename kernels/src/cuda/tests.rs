@@ -1,6 +1,7 @@
 //! The kernels against plain loops and against the CPU backend: on the simulated device always, on a card where there is one.
 
 mod ahead;
+mod aside;
 mod attention;
 mod blocks;
 mod compiled;

@@ -60,7 +60,7 @@ fn an_unknown_card_gets_portable_code_and_a_mistake_is_shown() {
         super::skip("no NVRTC");
         return;
     }
-    let later = compile(MODULES[1], 999, false).unwrap();
+    let later = compile(&super::super::forward::NORM, 999, false).unwrap();
     assert!(String::from_utf8_lossy(&later.image).contains(".visible .entry norm_slices"));
     static BROKEN: super::super::Module =
         super::super::Module { name: "broken", source: "KERNEL(broken)() { nothing; }" };

@@ -43,6 +43,16 @@ fn lower_triangles_agree_with_the_plain_loop() {
     }
 }
 
+/// A card that runs many tokens at a time adds them up as one that runs few.
+#[test]
+fn sums_hang_on_no_number_of_tokens_at_a_time() {
+    let mut noise = Noise(16);
+    let x = noise.matrix(5000, 40);
+    let parts = [0..2048, 2048..4096, 4096..5000].map(|rows| x.slice(ndarray::s![rows, ..]).to_owned());
+    let (Some(whole), Some(parts)) = (grams(&[x], 40), grams(&parts, 40)) else { return };
+    assert!(whole.iter().zip(&parts).all(|(a, b)| a.to_bits() == b.to_bits()));
+}
+
 #[test]
 fn rounded_operands_count_as_what_they_have_become() {
     let mut noise = Noise(7);

@@ -1,11 +1,14 @@
 //! The sweep and the refinement.
 
+use std::ops::RangeInclusive;
+
 use formats::{ScalePrecision, Scheme};
 use ndarray::Array2;
 
 use super::super::{Cuda, Matrix};
 use super::on_all;
 use crate::backend::Backend;
+use crate::ops::blocks::{Even, Rungs};
 use crate::ops::testing::Noise;
 use crate::ops::{gram, round};
 use crate::{Cpu, Error, Factor, FitKind, Grid, GridSpec, Swept};
@@ -22,11 +25,67 @@ fn scattered(n: usize) -> Vec<u32> {
     (0..n).map(|i| ((i * step + 3) % n) as u32).collect()
 }
 
-/// As many codes may differ as ties in single precision explain, and what follows from them.
-fn same_but_for_ties(found: &Array2<u8>, expected: &Array2<u8>, what: &str) {
-    assert_eq!(found.dim(), expected.dim());
-    let different = found.iter().zip(expected).filter(|(a, b)| a != b).count();
-    assert!(different <= 1 + found.len() / 10_000, "{different} of {} codes: {what}", found.len());
+/// How far a code may be from the nearest, in steps between codes: single precision rounds a sum of some hundred terms by far less, and
+/// a wrong term is seen at once.
+const TIE: f64 = 1e-3;
+
+/// What a code stands for in a row and column.
+type Value<'a> = &'a dyn Fn(usize, usize, u8) -> f64;
+
+/// Checks a sweep by its own rule in double precision, and not against the codes of another: that code of a column is chosen which is
+/// nearest to what the errors of those before it make of the target. Where a target lies in the middle between two codes the last bit of a
+/// sum decides, and all later codes of the row follow from that: both ways are right, and no other is.
+///
+/// The loss is that of these codes.
+fn check_swept(
+    target: &Array2<f32>,
+    value: Value<'_>,
+    codes: RangeInclusive<u8>,
+    factor: &Factor<Array2<f32>>,
+    swept: &Swept<Array2<u8>>,
+    what: &str,
+) {
+    let (rows, n) = target.dim();
+    assert_eq!(swept.codes.dim(), (rows, n), "{what}");
+    let (mut loss, mut errors) = (0.0f64, vec![0.0f64; n]);
+    for row in 0..rows {
+        for (p, col) in factor.order.iter().map(|col| *col as usize).enumerate() {
+            let fed: f64 = (0..p).map(|i| f64::from(factor.unit[[i, p]]) * errors[i]).sum();
+            let (wanted, chosen) = (f64::from(target[[row, col]]) + fed, swept.codes[[row, col]]);
+            assert!(codes.contains(&chosen), "{what}: code {chosen}");
+            let apart = |code: u8| (wanted - value(row, col, code)).abs();
+            let nearest = codes.clone().map(apart).fold(f64::INFINITY, f64::min);
+            let step = (value(row, col, 1) - value(row, col, 0)).abs();
+            assert!(
+                apart(chosen) <= nearest + TIE * step,
+                "{what}: row {row}, column {col}: {wanted} became {}, {} steps beside the nearest",
+                value(row, col, chosen),
+                (apart(chosen) - nearest) / step
+            );
+            // What is left of the target itself; what was fed back is in the terms before.
+            errors[p] = f64::from(target[[row, col]]) - value(row, col, chosen);
+            loss += factor.pivots[p] * (wanted - value(row, col, chosen)).powi(2);
+        }
+    }
+    assert!((swept.loss - loss).abs() <= 4e-6 * loss + 1e-12, "{what}: the loss is {loss}, and it says {}", swept.loss);
+}
+
+fn value_in(grid: &Grid) -> impl Fn(usize, usize, u8) -> f64 {
+    let groups = grid.spec.groups();
+    move |row, col, code| {
+        let at = row * groups + grid.spec.group_of[col] as usize;
+        f64::from(grid.scales[at]) * (f64::from(code) - f64::from(grid.zeros[at]))
+    }
+}
+
+fn check_grid(target: &Array2<f32>, grid: &Grid, factor: &Factor<Array2<f32>>, swept: &Swept<Array2<u8>>, what: &str) {
+    check_swept(target, &value_in(grid), 0..=grid.spec.scheme.max_code(), factor, swept, what);
+}
+
+/// Nearly all rows are those of the CPU to the bit: a tie is rare, and is felt in its own row only.
+fn mostly_the_same(found: &Array2<u8>, expected: &Array2<u8>, what: &str) {
+    let apart = found.outer_iter().zip(expected.outer_iter()).filter(|(a, b)| a != b).count();
+    assert!(apart <= 1 + found.nrows() / 8, "{what}: {apart} of {} rows", found.nrows());
 }
 
 fn on_device(cuda: &Cuda, factor: &Factor<Array2<f32>>) -> Factor<Matrix> {
@@ -79,14 +138,70 @@ fn codes_are_those_of_the_cpu() {
         let Some(found) = sweep(&[(&target, &grid)], &factor) else { return };
         let found = &found[0];
         let what = format!("{rows} x {cols}, groups of {group:?}");
-        same_but_for_ties(&found.codes, &expected.codes, &what);
-        assert!((found.loss - expected.loss).abs() <= 1e-4 * expected.loss + 1e-12, "{what}: {}", found.loss);
+        check_grid(&target, &grid, &factor, &expected, &format!("the CPU's {what}"));
+        check_grid(&target, &grid, &factor, found, &what);
+        mostly_the_same(&found.codes, &expected.codes, &what);
         if cols > 7 {
             let plain = round::run(target.view(), &grid);
             let moved = plain.iter().zip(&expected.codes).filter(|(a, b)| a != b).count();
             assert!(moved * 8 > plain.len(), "too little is fed back for the test to say much: {moved} codes");
         }
     }
+}
+
+/// What the check of a sweep lets pass and what not, without any device.
+#[test]
+fn a_tie_may_fall_either_way_and_nothing_else_may() {
+    let (mut noise, cpu) = (Noise(19), Cpu::exact());
+    let (rows, cols) = (2, 64);
+    let mut target = noise.matrix(rows, cols);
+    let spec = GridSpec::contiguous(Scheme { bits: 4, group: None, symmetric: false }, ScalePrecision::F16, 0, cols);
+    let grid = cpu.fit(&target, &spec, FitKind::MinMax).unwrap();
+    let factor = cpu.factor(&hessian(&mut noise, cols), scattered(cols), 0.05).unwrap();
+    let value = value_in(&grid);
+    // A sweep in double precision; the code of a position of the first row may be given.
+    let by_hand = |target: &Array2<f32>, given: Option<(usize, u8)>| {
+        let (mut codes, mut loss) = (Array2::zeros((rows, cols)), 0.0);
+        let mut wanted_at = 0.0;
+        for row in 0..rows {
+            let mut errors = vec![0.0f64; cols];
+            for (p, col) in factor.order.iter().map(|col| *col as usize).enumerate() {
+                let fed: f64 = (0..p).map(|i| f64::from(factor.unit[[i, p]]) * errors[i]).sum();
+                let wanted = f64::from(target[[row, col]]) + fed;
+                let apart = |code: &u8| (wanted - value(row, col, *code)).abs();
+                let mut code = (0..=15u8).min_by(|a, b| apart(a).total_cmp(&apart(b))).unwrap();
+                if let Some((_, other)) = given.filter(|(turn, _)| row == 0 && p == *turn) {
+                    (code, wanted_at) = (other, wanted);
+                }
+                errors[p] = f64::from(target[[row, col]]) - value(row, col, code);
+                loss += factor.pivots[p] * (wanted - value(row, col, code)).powi(2);
+                codes[[row, col]] = code;
+            }
+        }
+        (Swept { codes, loss }, wanted_at)
+    };
+    let passes = |target: &Array2<f32>, swept: &Swept<Array2<u8>>| {
+        let check = std::panic::AssertUnwindSafe(|| check_grid(target, &grid, &factor, swept, "by hand"));
+        std::panic::catch_unwind(check).is_ok()
+    };
+    let (right, _) = by_hand(&target, None);
+    assert!(passes(&target, &right));
+    // In the middle of the order, and a code that leaves room for the next one.
+    let turn = (20..40).find(|p| (3..12).contains(&right.codes[[0, factor.order[*p] as usize]])).unwrap();
+    let col = factor.order[turn] as usize;
+    let code = right.codes[[0, col]];
+    let (wrong, wanted) = by_hand(&target, Some((turn, code + 1)));
+    assert!(!passes(&target, &wrong), "a code that is not the nearest");
+    assert!(
+        !passes(&target, &Swept { loss: 1.00001 * right.loss, codes: right.codes.clone() }),
+        "a loss of other codes"
+    );
+    // Moved to the middle between both either is right, and the codes after it differ.
+    target[[0, col]] += ((value(0, col, code) + value(0, col, code + 1)) / 2.0 - wanted) as f32;
+    let [low, other] = [code, code + 1].map(|code| by_hand(&target, Some((turn, code))).0);
+    let differing = low.codes.iter().zip(&other.codes).filter(|(a, b)| a != b).count();
+    assert!(differing > 3, "nothing follows from the tie: {differing} codes");
+    assert!(passes(&target, &low) && passes(&target, &other));
 }
 
 #[test]
@@ -99,8 +214,8 @@ fn more_rows_than_are_swept_at_a_time() {
     let factor = cpu.factor(&hessian, scattered(9), 0.05).unwrap();
     let expected = cpu.sweep(&[(&target, &grid)], &factor).unwrap().remove(0);
     let Some(found) = sweep(&[(&target, &grid)], &factor) else { return };
-    same_but_for_ties(&found[0].codes, &expected.codes, "two chunks");
-    assert!((found[0].loss - expected.loss).abs() <= 1e-4 * expected.loss);
+    check_grid(&target, &grid, &factor, &found[0], "two chunks");
+    mostly_the_same(&found[0].codes, &expected.codes, "two chunks");
 }
 
 /// Weights of unlike heights, some of whose grids are unlike too, and one more than goes with the others.
@@ -123,10 +238,19 @@ fn weights_that_are_swept_together_are_swept_as_alone() {
         for (index, (one, found)) in all.iter().zip(&together).enumerate() {
             let alone = &sweep(&[*one], &factor).unwrap()[0];
             let what = format!("weight {index} of {heights:?}");
-            assert_eq!(found.codes, alone.codes, "{what}");
-            assert_eq!(found.loss, alone.loss, "{what}");
+            // A library may sum products of another shape in another order.
+            check_grid(one.0, one.1, &factor, found, &what);
+            mostly_the_same(&found.codes, &alone.codes, &what);
+            if found.codes == alone.codes {
+                assert!(
+                    (found.loss - alone.loss).abs() <= 1e-6 * alone.loss,
+                    "{what}: {} and {}",
+                    found.loss,
+                    alone.loss
+                );
+            }
             let expected = cpu.sweep(&[*one], &factor).unwrap().remove(0);
-            same_but_for_ties(&found.codes, &expected.codes, &what);
+            mostly_the_same(&found.codes, &expected.codes, &what);
         }
     }
 }
@@ -146,8 +270,18 @@ fn blocks_are_swept_as_on_the_cpu() {
             (cuda.download_codes(&swept.codes).unwrap(), swept.loss)
         });
         let Some((codes, loss)) = found else { return };
-        same_but_for_ties(&codes, &expected.codes, ty.name);
-        assert!((loss - expected.loss).abs() <= 1e-4 * expected.loss, "{ty}: {loss}, not {}", expected.loss);
+        mostly_the_same(&codes, &expected.codes, ty.name);
+        let layout = ty.layout().unwrap();
+        let value = |row: usize, col: usize, code: u8| {
+            let at = (row * 256 + col) / layout.group;
+            f64::from(grid.scales[at]) * f64::from(layout.levels.level(code)) - f64::from(grid.mins[at])
+        };
+        let all = (layout.levels.count() - 1) as u8;
+        let allowed = match Rungs::of(layout) {
+            Rungs::Even(Even { low, offset, .. }) => (low + offset) as u8..=all,
+            Rungs::Uneven(_) => 0..=all,
+        };
+        check_swept(&target, &value, allowed, &factor, &Swept { codes, loss }, ty.name);
     }
 }
 
@@ -184,13 +318,17 @@ fn refinement_is_that_of_the_cpu() {
         let Some((loss, codes, blocks, scales, mins)) = found else { return };
         assert!((loss - expected_loss).abs() <= 1e-3 * expected_loss, "{ty}: {loss}, not {expected_loss}");
         assert!(loss < 0.999 * swept.loss, "{ty}: {loss} after {}", swept.loss);
-        let different = codes.iter().zip(&expected_codes).filter(|(a, b)| a != b).count();
-        assert!(different * 1000 <= codes.len(), "{ty}: {different} of {} codes", codes.len());
+        // A tie that falls the other way is felt in all of its row, in codes and in scales, and in no other.
+        mostly_the_same(&codes, &expected_codes, ty.name);
+        let alike: Vec<bool> = codes.outer_iter().zip(expected_codes.outer_iter()).map(|(a, b)| a == b).collect();
         let moved = codes.iter().zip(&swept.codes).filter(|(a, b)| a != b).count();
-        assert!(moved > 10 * different + 10, "{ty}: {moved} codes moved, {different} differ");
+        assert!(moved > codes.len() / 100, "{ty}: {moved} codes moved");
         let near = |a: f32, b: f32| (a - b).abs() <= 2e-3 * b.abs() + 1e-7;
-        let apart = blocks.iter().zip(&expected.blocks).filter(|(a, b)| !near(a.d, b.d) || !near(a.m, b.m)).count();
-        assert!(apart * 100 <= blocks.len(), "{ty}: {apart} of {} blocks", blocks.len());
+        let (found, wanted) = (blocks.chunks(n / ty.block_len), expected.blocks.chunks(n / ty.block_len));
+        let same_rows = found.zip(wanted).zip(&alike).filter(|(_, alike)| **alike);
+        let pairs: Vec<_> = same_rows.flat_map(|((a, b), _)| a.iter().zip(b)).collect();
+        let apart = pairs.iter().filter(|(a, b)| !near(a.d, b.d) || !near(a.m, b.m)).count();
+        assert!(apart * 100 <= pairs.len(), "{ty}: {apart} of {} blocks", pairs.len());
         let again = crate::BlockGrid::new(*ty, rows, n, blocks);
         assert!(again.scales == scales && again.mins == mins, "{ty}: scales are not those of the blocks");
         if ty.name == "MXFP4" {
@@ -226,8 +364,7 @@ fn more_rows_than_are_refined_at_a_time() {
     });
     let Some((loss, codes, scales)) = found else { return };
     assert!((loss - expected_loss).abs() <= 1e-3 * expected_loss, "{loss}, not {expected_loss}");
-    let different = codes.iter().zip(&expected_codes).filter(|(a, b)| a != b).count();
-    assert!(different * 1000 <= codes.len(), "{different} of {} codes", codes.len());
+    mostly_the_same(&codes, &expected_codes, "two chunks");
     let apart = scales.iter().zip(&expected.scales).filter(|(a, b)| (*a - *b).abs() > 2e-3 * b.abs()).count();
     assert!(apart * 100 <= scales.len(), "{apart} of {} scales", scales.len());
 }
