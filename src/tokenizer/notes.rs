@@ -65,13 +65,8 @@ impl Checkpoint {
     fn otherwise_in_transformers(&self, files: &TokenizerFiles) -> Vec<String> {
         let shown = self.path().display();
         let mut notes = Vec::new();
-        let class = files.sources.class();
-        if let Some(class) = classes::other_rules(class, families::type_of(self.config()), &files.json) {
-            notes.push(format!(
-                "{shown}/{FILE}: transformers 5 normalizes and divides texts as its class {class} does and not as this file says, so that some texts \
-                 have other ids there; here, in llama.cpp and in transformers 4 the file counts (where the model's type has no class of its own, \
-                 \"tokenizer_class\": \"PreTrainedTokenizerFast\" makes it count in transformers 5 too)"
-            ));
+        if let Some(otherwise) = classes::otherwise(&files.sources, families::type_of(self.config()), &files.json) {
+            notes.push(otherwise.note(&format!("{shown}/{FILE}")));
         }
         if files.flag("split_special_tokens") == Some(true) {
             notes.push(format!(
