@@ -4,15 +4,16 @@
 
 use std::sync::LazyLock;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::added::{CONFIG, Sources};
+use crate::import::sentencepiece::save_tokenizer;
 
 static KNOWN: LazyLock<Value> =
     LazyLock::new(|| serde_json::from_str(include_str!("classes.json")).expect("made by a script"));
 
 /// Classes that take tokenizer.json as it is.
-const GENERAL: &[&str] = &["PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"];
+pub(crate) const GENERAL: &[&str] = &["PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend"];
 
 /// The class, by its setting that says so or by the model's type, and what it does that the file does not say.
 #[derive(Debug, PartialEq)]
@@ -29,8 +30,12 @@ pub fn otherwise(sources: &Sources, model_type: Option<&str>, json: &Value) -> O
     let of_bytes = json["pre_tokenizer"].to_string().contains("\"ByteLevel\"")
         || json["decoder"].to_string().contains("\"ByteLevel\"");
     let class = class(sources.class(), model_type, of_bytes)?;
-    let known = KNOWN["classes"].get(class).or_else(|| KNOWN["classes"].get(plain_name(class)))?;
     let (mut does, mut settings) = (Vec::new(), Vec::new());
+    let Some(known) = KNOWN["classes"].get(plain_name(class)) else {
+        let is_other = KNOWN["others"].as_array()?.iter().any(|other| other == plain_name(class));
+        does.push("normalizes and divides texts by rules that are not known here".to_owned());
+        return is_other.then(|| Otherwise { class: class.to_owned(), does, settings });
+    };
 
     let own = [&json["normalizer"], &json["pre_tokenizer"]].map(plain);
     let mut mix = Map::new();
@@ -53,7 +58,7 @@ pub fn otherwise(sources: &Sources, model_type: Option<&str>, json: &Value) -> O
         known["rules"].as_array()?.iter().find(|rules| rules[0].as_object() == Some(&mix))
     });
     let rules = rules.unwrap_or(usual);
-    if own != [plain(&rules[1]), plain(&rules[2])] {
+    if alike(own) != alike([plain(&rules[1]), plain(&rules[2])]) {
         does.push("normalizes and divides texts".to_owned());
     }
     does.extend(other_pieces(&known["model"], sources, &json["model"]));
@@ -61,9 +66,14 @@ pub fn otherwise(sources: &Sources, model_type: Option<&str>, json: &Value) -> O
     (!does.is_empty()).then(|| Otherwise { class: class.to_owned(), does, settings })
 }
 
+/// Whether a class says what tokens stand around texts.
+pub(crate) fn puts_marks(class: &str) -> bool {
+    KNOWN["classes"][plain_name(class)]["around"].is_array()
+}
+
 impl Otherwise {
-    /// One sentence about the file at `path`.
-    pub fn note(&self, path: &str) -> String {
+    /// One sentence about the file at `path`, which is a tokenizer.json or, with `of_pieces`, a tokenizer.model.
+    pub fn note(&self, path: &str, of_pieces: bool) -> String {
         let does = match self.does.split_last() {
             Some((last, [])) => last.clone(),
             Some((last, others)) => format!("{} and {last}", others.join(", ")),
@@ -74,11 +84,21 @@ impl Otherwise {
             true => String::new(),
             false => format!(" with {} in {CONFIG}", self.settings.join(", ")),
         };
-        let file_counts =
-            if self.settings.is_empty() { "here, in llama.cpp and in transformers 4" } else { "here and in llama.cpp" };
+        let others = match (of_pieces, self.settings.is_empty()) {
+            (true, _) => {
+                return format!(
+                    "{path}: transformers 5 {does} as its class {class} does{by} and not as SentencePiece does, so that some texts have other ids \
+                     there; here and in llama.cpp SentencePiece's rules count (a tokenizer.json beside it, saved by transformers 5, has the \
+                     class's rules: {})",
+                    save_tokenizer("MODEL")
+                );
+            }
+            (false, true) => "here, in llama.cpp and in transformers 4",
+            (false, false) => "here and in llama.cpp",
+        };
         format!(
             "{path}: transformers 5 {does} as its class {class} does{by} and not as this file says, so that some texts have other ids there; \
-             {file_counts} the file counts (where the model's type has no class of its own, \"tokenizer_class\": \
+             {others} the file counts (where the model's type has no class of its own, \"tokenizer_class\": \
              \"PreTrainedTokenizerFast\" makes it count in transformers 5 too)"
         )
     }
@@ -210,6 +230,13 @@ fn marks(post_processor: &Value) -> Option<[Vec<String>; 2]> {
     }
 }
 
+/// A normalizer and a pre-tokenizer without one that finds nothing to divide at, as Gemma's.
+fn alike([normalizer, pre_tokenizer]: [Value; 2]) -> [Value; 2] {
+    let has_no_spaces = normalizer == json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
+    let at_spaces = pre_tokenizer["type"] == "Split" && pre_tokenizer["pattern"] == json!({"String": " "});
+    [normalizer, if has_no_spaces && at_spaces { Value::Null } else { pre_tokenizer }]
+}
+
 /// A rule without what does not change ids, and a sequence of one as that one.
 fn plain(rule: &Value) -> Value {
     let Value::Object(fields) = rule else { return rule.clone() };
@@ -230,14 +257,13 @@ fn plain(rule: &Value) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn sources(class: Option<&str>, config: Value) -> Sources {
         Sources { config, class: class.map(str::to_owned), ..Sources::default() }
     }
 
     fn found(class: Option<&str>, config: Value, model_type: Option<&str>, json: &Value) -> Option<String> {
-        otherwise(&sources(class, config), model_type, json).map(|otherwise| otherwise.note("x"))
+        otherwise(&sources(class, config), model_type, json).map(|otherwise| otherwise.note("x", false))
     }
 
     /// A note that says this.
@@ -387,6 +413,15 @@ mod tests {
         let mut other = llama.clone();
         other["model"]["vocab"] = json!({"a": 0});
         assert_eq!(found(Some("LlamaTokenizer"), NONE, None, &other), None);
+        // Where there are no spaces, nothing is divided at them.
+        let gemma = |pre_tokenizer: Value| json!({"normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, "pre_tokenizer": pre_tokenizer});
+        assert_eq!(found(Some("GemmaTokenizer"), NONE, None, &gemma(NONE)), None);
+        says(found(Some("GemmaTokenizer"), NONE, None, &gemma(byte_level(true))), "normalizes and divides texts as");
+        says(
+            found(Some("MarianTokenizer"), NONE, None, &gemma(NONE)),
+            "by rules that are not known here as its class Marian",
+        );
+        assert_eq!(found(Some("ParakeetTokenizer"), NONE, None, &gemma(NONE)), None);
         other["model"]["type"] = "Unigram".into();
         says(found(Some("LlamaTokenizer"), NONE, None, &other), "reads the vocabulary of a Unigram model as BPE");
     }

@@ -24,6 +24,7 @@ mod sentencepiece;
 mod spelling;
 mod stray;
 mod tidy;
+mod tokenizer_classes;
 mod tokenizer_notes;
 mod tokenizers;
 mod unknown;
