@@ -7,6 +7,7 @@ use formats::Scheme;
 
 use crate::families::FURTHER;
 use crate::graph::{Graph, Layer, Linear};
+use crate::plan::is_expert;
 
 /// Models whose classes in transformers ask linears for their weights before these are unpacked. Measured by
 /// `tests/runtimes/unknown.py`, but for mt5, whose class is umt5's but for where positions are.
@@ -55,7 +56,7 @@ pub fn notes(graph: &Graph, model_type: &str, codec: &str, schemes: &HashMap<Str
     let quantized = |linear: &Linear| schemes.contains_key(&linear.module);
     let experts = layers().any(|layer| match layer {
         Layer::Moe(moe) => moe.experts.iter().any(|expert| expert.inputs.iter().chain([&expert.down]).any(quantized)),
-        Layer::Opaque(linears) => linears.iter().any(|linear| linear.module.contains(".experts.") && quantized(linear)),
+        Layer::Opaque(linears) => linears.iter().any(|linear| is_expert(&linear.module) && quantized(linear)),
         _ => false,
     });
     let facts = Facts {

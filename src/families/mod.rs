@@ -211,7 +211,13 @@ pub fn build(config: &Value) -> Result<Graph> {
     let settings = settings(config)?;
     match family_of(&settings.model_type) {
         Some(family) => {
-            let graph = (family.build)(&Config(&settings.values))?;
+            let graph = (family.build)(&Config(&settings.values)).or_else(|error| {
+                // What only the arithmetic needs stands in no one's way who asks for none.
+                let Some(other) = build::with_another_activation(&settings.values) else { return Err(error) };
+                let mut graph = (family.build)(&Config(&other))?;
+                graph.unrunnable = Some(error.to_string());
+                Ok(graph)
+            })?;
             check(&graph)?;
             Ok(graph)
         }
@@ -246,6 +252,13 @@ pub fn is_known(config: &Value) -> bool {
 
 /// Fails for a model whose family is unknown, so that it cannot be run.
 pub fn check_runnable(graph: &Graph, source: &Checkpoint) -> Result<()> {
+    if let Some(why) = &graph.unrunnable {
+        let path = source.path().display();
+        return Err(Error::failed(format!(
+            "{path}/{why}: such a model can be converted, merged with an adapter, and quantized without data and without measuring: \
+             --method rtn --verify-text none"
+        )));
+    }
     if !graph.opaque {
         return Ok(());
     }

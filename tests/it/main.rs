@@ -28,3 +28,4 @@ mod tokenizer_classes;
 mod tokenizer_notes;
 mod tokenizers;
 mod unknown;
+mod untold;
