@@ -371,7 +371,7 @@ impl Job<'_> {
                 let samples = text.select(&calibration, recipe.samples, seq_len, recipe.seed)?;
                 notes.extend(calibration.without_blank());
                 notes.extend(calibration.notes);
-                notes.extend(weak_conversations(&samples.source));
+                notes.extend(weak_conversations(&samples.source, text.without_default()));
                 if samples.source.sequences < recipe.samples {
                     notes.push(format!(
                         "the calibration text gives {} sequences of {seq_len} tokens, {} were asked for",
@@ -486,7 +486,7 @@ impl Job<'_> {
 }
 
 /// What there is to say of conversations that calibration did not see as the model does.
-fn weak_conversations(source: &SampleSource) -> Vec<String> {
+fn weak_conversations(source: &SampleSource, no_default: Option<&str>) -> Vec<String> {
     let SampleSource { name, refused, refusal, templated, untemplated, unwritten, .. } = source;
     let mut notes = Vec::new();
     if let (Some(refusal), true) = (refusal, *refused > 0) {
@@ -502,9 +502,8 @@ fn weak_conversations(source: &SampleSource) -> Vec<String> {
         ));
     }
     if *untemplated > 0 {
-        notes.push(format!(
-            "{untemplated} conversations of {name} were read as plain text, since the model has no chat template"
-        ));
+        let why = no_default.unwrap_or("the model has no chat template");
+        notes.push(format!("{untemplated} conversations of {name} were read as plain text, since {why}"));
     }
     notes
 }

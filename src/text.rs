@@ -183,6 +183,8 @@ pub struct ModelText {
     /// The tokenizer, with the BOS and EOS that the configuration names.
     pub tokenizer: Tokenizer,
     config: TokenizerConfig,
+    /// What to say of chat templates of which none is the default.
+    no_default: Option<String>,
     folder: PathBuf,
     /// Rows of the embedding, by config.json.
     rows: Option<u64>,
@@ -202,9 +204,15 @@ impl ModelText {
             return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };
         let config = files.config();
-        let TokenizerFiles { tokenizer, .. } = files;
+        let TokenizerFiles { tokenizer, templates, .. } = files;
+        let no_default = templates.lacks_default().then(|| templates.without_default());
         let rows = families::vocabulary(source.config())?.map(|rows| rows as u64);
-        Ok(Self { tokenizer, config, folder: folder.to_owned(), rows })
+        Ok(Self { tokenizer, config, no_default, folder: folder.to_owned(), rows })
+    }
+
+    /// What to say where the model has chat templates and none of them is the default.
+    pub(crate) fn without_default(&self) -> Option<&str> {
+        self.no_default.as_deref()
     }
 
     /// The model's chat template, if it has one. Fails on a syntax error in it.

@@ -20,6 +20,7 @@ use serde_json::{Map, Value, json};
 use crate::error::{Error, Result};
 use crate::import::gguf_tokenizer::{around, kind};
 use crate::tokenizer::added::{Added, Declared, Sources};
+use crate::tokenizer::classes::{GENERAL, puts_marks};
 
 /// The file that is read here.
 pub(crate) const FILE: &str = "tokenizer.model";
@@ -94,19 +95,26 @@ fn is_llama(settings: &Sources) -> bool {
     settings.class().is_some_and(|class| class.starts_with("LlamaTokenizer"))
 }
 
+/// Whether [`notes`] tells all that transformers does otherwise by a class: it is Llama's or none of its own.
+pub(crate) fn has_notes(class: &str) -> bool {
+    class.starts_with("LlamaTokenizer") || GENERAL.contains(&class)
+}
+
 /// What a reader of a report should know of how texts are split.
 fn notes(model: &SentencePiece, settings: &Sources, added: &BTreeMap<u32, (Added, bool)>) -> Vec<String> {
     let mut notes = Vec::new();
     let no_bos =
         settings.flag("add_bos_token").is_none() && post_processor(model, settings, added) != around(None, None);
+    let class = settings.class();
+    // Those that put marks around texts do so whatever is said.
+    if no_bos && class.is_some_and(|class| !GENERAL.contains(&class) && !puts_marks(class)) {
+        notes.push(
+            "tokenizer_config.json has no add_bos_token, and transformers 5 puts no BOS before texts then: here one is put there, as earlier \
+             versions and llama.cpp do; say `\"add_bos_token\": true` or `false` in it"
+                .to_owned(),
+        );
+    }
     if is_llama(settings) {
-        if no_bos {
-            notes.push(
-                "tokenizer_config.json has no add_bos_token, and transformers 5 puts no BOS before texts then: here one is put there, as earlier \
-                 versions and llama.cpp do; say `\"add_bos_token\": true` or `false` in it"
-                    .to_owned(),
-            );
-        }
         if model.algorithm == Algorithm::Unigram {
             notes.push(
                 "tokenizer.model is a unigram model, and the class LlamaTokenizer joins its pieces as BPE: texts are split as \
@@ -119,10 +127,7 @@ fn notes(model: &SentencePiece, settings: &Sources, added: &BTreeMap<u32, (Added
                 "the class LlamaTokenizer does not apply tokenizer.model's normalization to texts, nor is it applied here".to_owned(),
             );
         }
-    } else if matches!(
-        settings.class(),
-        None | Some("PreTrainedTokenizerFast" | "PreTrainedTokenizer" | "TokenizersBackend")
-    ) {
+    } else if class.is_none_or(|class| GENERAL.contains(&class)) {
         let space = prefix(model, settings).then_some("a space before texts");
         let left: Vec<&str> = space.into_iter().chain(no_bos.then_some("BOS")).collect();
         if !left.is_empty() {

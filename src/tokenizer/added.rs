@@ -95,6 +95,8 @@ pub(crate) struct Sources {
     pub added: Value,
     /// The class of config.json, which is asked where tokenizer_config.json has none.
     pub class: Option<String>,
+    /// The name of the tokenizer.json that is read, where that is another one.
+    pub file: Option<String>,
 }
 
 /// Special tokens by name.
@@ -127,7 +129,7 @@ impl Sources {
             ))),
         };
         let class = json_of("config.json")?["tokenizer_class"].as_str().map(str::to_owned);
-        Ok(Sources { config: json_of(CONFIG)?, map: json_of(MAP)?, added: json_of(ADDED)?, class })
+        Ok(Sources { config: json_of(CONFIG)?, map: json_of(MAP)?, added: json_of(ADDED)?, class, file: None })
     }
 
     pub fn flag(&self, name: &str) -> Option<bool> {

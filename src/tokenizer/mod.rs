@@ -6,9 +6,10 @@
 //! take their ids: those that transformers gives.
 
 pub(crate) mod added;
-mod classes;
+pub(crate) mod classes;
 mod notes;
 mod templates;
+mod versions;
 
 use std::path::Path;
 
@@ -62,9 +63,32 @@ impl TokenizerFiles {
     /// Fails for a file that cannot be read or does not fit the others; `None` where there is neither of the two.
     pub(crate) fn of_folder(folder: &Path) -> Result<Option<TokenizerFiles>> {
         let failed = |(file, why): added::Flaw| Error::failed(format!("{} {why}", folder.join(file).display()));
-        let sources = Sources::read(folder)?;
+        let mut sources = Sources::read(folder)?;
         let templates = Templates::of_folder(folder, &sources.config)?;
-        let Some(mut json) = read_json(&folder.join(FILE))? else {
+        let versioned = versions::file(&sources.config)
+            .map_err(|why| Error::failed(format!("{}: {why}; name the files that are there", folder.display())))?;
+        let (mut told, mut read) = (None, None);
+        if let Some(name) = versioned {
+            read = read_json(&folder.join(&name))?;
+            told = Some(match read {
+                Some(_) => format!(
+                    "{name} is read, as by transformers, and not {FILE}: so {} says in fast_tokenizer_files",
+                    added::CONFIG
+                ),
+                None => format!(
+                    "{} names {name} in fast_tokenizer_files, and there is no such file: {FILE} is read",
+                    added::CONFIG
+                ),
+            });
+            if read.is_some() {
+                sources.file = Some(name);
+            }
+        }
+        let json = match read {
+            None => read_json(&folder.join(FILE))?,
+            read => read,
+        };
+        let Some(mut json) = json else {
             let Some(found) = sentencepiece::tokenizer(folder, &sources)? else { return Ok(None) };
             let stated = found.added.into_iter().map(|(id, token)| Stated { token, id, file: FILE }).collect();
             let mut files =
@@ -82,7 +106,14 @@ impl TokenizerFiles {
             }
             _ => Vec::new(),
         };
-        Self::build(folder, FILE, json, stated, sources, templates, [None, None]).map(Some)
+        let mut files = Self::build(folder, FILE, json, stated, sources, templates, [None, None])?;
+        files.notices.splice(0..0, told);
+        Ok(Some(files))
+    }
+
+    /// The file with the vocabulary, by its name in the folder.
+    fn file(&self) -> &str {
+        self.sources.file.as_deref().unwrap_or(self.name)
     }
 
     /// What a GGUF file says; nothing lies beside it.
@@ -109,10 +140,11 @@ impl TokenizerFiles {
         own: [Option<String>; 2],
     ) -> Result<TokenizerFiles> {
         // A GGUF file holds its tokenizer itself.
-        let guard = within(if path.is_file() { path.to_owned() } else { path.join(name) });
+        let file = sources.file.as_deref().unwrap_or(name);
+        let guard = within(if path.is_file() { path.to_owned() } else { path.join(file) });
         let tokenizer = Tokenizer::from_value(&mut json, &guard).map_err(|error| {
             let error = match error {
-                SampleError::Tokenizer { problem, .. } => SampleError::Tokenizer { file: name.to_owned(), problem },
+                SampleError::Tokenizer { problem, .. } => SampleError::Tokenizer { file: file.to_owned(), problem },
                 other => other,
             };
             TextError::of_model(path, error)

@@ -9,6 +9,7 @@ use crate::checkpoint::{Checkpoint, read_json};
 use crate::error::Result;
 use crate::export::tokenizer::knows_as_end;
 use crate::families;
+use crate::import::sentencepiece;
 use crate::json::integer;
 use crate::supervisor::within;
 use crate::text::other_tokenizer;
@@ -47,7 +48,7 @@ impl Checkpoint {
         };
         let mut notes = files.notices.clone();
         let parsed = self.templates(files, &mut notes);
-        if files.name == FILE && self.gguf().is_none() {
+        if self.gguf().is_none() {
             notes.extend(self.otherwise_in_transformers(files));
         }
         let rows = families::vocabulary(self.config()).ok().flatten();
@@ -61,17 +62,17 @@ impl Checkpoint {
         notes
     }
 
-    /// What transformers makes of tokenizer.json that the file does not say.
+    /// What transformers makes of the tokenizer's file that it does not say.
     fn otherwise_in_transformers(&self, files: &TokenizerFiles) -> Vec<String> {
         let shown = self.path().display();
         let mut notes = Vec::new();
-        let class = files.sources.class();
-        if let Some(class) = classes::other_rules(class, families::type_of(self.config()), &files.json) {
-            notes.push(format!(
-                "{shown}/{FILE}: transformers 5 normalizes and divides texts as its class {class} does and not as this file says, so that some texts \
-                 have other ids there; here, in llama.cpp and in transformers 4 the file counts (where the model's type has no class of its own, \
-                 \"tokenizer_class\": \"PreTrainedTokenizerFast\" makes it count in transformers 5 too)"
-            ));
+        let (of_pieces, file) = (files.name != FILE, files.file());
+        // What the general classes and Llama's make of pieces is told where those are read.
+        let is_told = of_pieces && files.sources.class().is_none_or(sentencepiece::has_notes);
+        if let Some(otherwise) = classes::otherwise(&files.sources, families::type_of(self.config()), &files.json)
+            && !is_told
+        {
+            notes.push(otherwise.note(&format!("{shown}/{file}"), of_pieces));
         }
         if files.flag("split_special_tokens") == Some(true) {
             notes.push(format!(
@@ -81,7 +82,7 @@ impl Checkpoint {
         }
         if files.json.pointer("/model/dropout").is_some_and(|dropout| dropout.as_f64().is_some_and(|share| share > 0.0))
         {
-            notes.push(format!("{shown}/{FILE}: the dropout of its merges is for training, and was left out"));
+            notes.push(format!("{shown}/{file}: the dropout of its merges is for training, and was left out"));
         }
         notes
     }
@@ -100,7 +101,7 @@ impl Checkpoint {
         };
         let config = files.config();
         let default = templates.default.iter().map(|text| (DEFAULT, text));
-        let mut found = None;
+        let (mut found, before) = (None, notes.len());
         for (name, text) in default.chain(templates.others.iter().map(|(name, text)| (&name[..], text))) {
             let place = at(name);
             let which = if name == DEFAULT { String::new() } else { format!(" `{name}`") };
@@ -119,6 +120,9 @@ impl Checkpoint {
                 Ok(template) if name == DEFAULT => found = template,
                 Ok(_) => {}
             }
+        }
+        if templates.lacks_default() && notes.len() == before {
+            notes.push(format!("{}: {}", self.path().display(), templates.without_default()));
         }
         let template = found?;
         let place = at(DEFAULT);

@@ -74,6 +74,20 @@ impl Templates {
         self.places.iter().find(|(other, _)| other == name).map_or("", |(_, place)| place)
     }
 
+    /// What to say of templates of which none is the default.
+    pub(crate) fn without_default(&self) -> String {
+        let names: Vec<String> = self.others.iter().map(|(name, _)| format!("`{name}`")).collect();
+        format!(
+            "the model's chat templates are called {} and none of them `default`, without which transformers refuses conversations",
+            names.join(", ")
+        )
+    }
+
+    /// Whether there are templates and none is the default.
+    pub(crate) fn lacks_default(&self) -> bool {
+        self.default.is_none() && !self.others.is_empty()
+    }
+
     /// A template, a list of objects with `name` and `template`, or an object of templates by name.
     pub(crate) fn of_value(value: &Value, file: &str) -> Templates {
         let mut found = Templates::default();

@@ -26,6 +26,7 @@ mod sentencepiece;
 mod spelling;
 mod stray;
 mod tidy;
+mod tokenizer_classes;
 mod tokenizer_notes;
 mod tokenizers;
 mod unknown;

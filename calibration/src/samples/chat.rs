@@ -4,12 +4,13 @@
 //! loop controls, blocks trimmed on both sides. minijinja does the work; what it lacks is filled in here.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::value::{Serde, Value};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde::Serialize;
 
+use super::dumps::{self, dumps};
 use super::guard::{Guard, guarded};
-use super::{Message, SampleError, jinja};
+use super::{Message, SampleError, jinja, spelling};
 
 const NAME: &str = "chat_template";
 
@@ -65,7 +66,7 @@ impl ChatTemplate {
         environment.set_fuel(Some(STEPS));
         environment.set_auto_escape_callback(|_| AutoEscape::None);
         jinja::complete(&mut environment);
-        environment.add_filter("tojson", tojson);
+        environment.add_filter("tojson", dumps::tojson);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -76,7 +77,11 @@ impl ChatTemplate {
                 environment.add_global(name, token);
             }
         }
-        let parse = || environment.add_template_owned(NAME, without_generation_tags(source));
+        let parse = || {
+            let unknown = |why| Error::new(ErrorKind::InvalidOperation, why);
+            let spelt = spelling::spelt(&without_generation_tags(source)).map_err(unknown)?;
+            environment.add_template_owned(NAME, spelt)
+        };
         guarded(guard, source.len(), BROKEN, parse).map_err(|problem| failing(file, problem))?.map_err(located)?;
         Ok(Self { environment, file: file.to_owned(), guard: guard.clone(), with_tools: None })
     }
@@ -125,7 +130,11 @@ impl ChatTemplate {
         Err(refusal.expect("the first form is always tried"))
     }
 
-    fn rendered(&self, messages: Vec<serde_json::Value>, tools: &[serde_json::Value]) -> Result<String, SampleError> {
+    pub(super) fn rendered(
+        &self,
+        messages: Vec<serde_json::Value>,
+        tools: &[serde_json::Value],
+    ) -> Result<String, SampleError> {
         let tools = (!tools.is_empty()).then(|| tools.to_vec());
         let context = Context { messages, tools, documents: None, add_generation_prompt: false };
         let bytes: usize = context.messages.iter().map(|message| message.to_string().len()).sum();
@@ -200,10 +209,9 @@ fn with_object(call: &mut serde_json::Value) {
 /// Arguments of a call as JSON text, where they are an object.
 fn with_text(call: &mut serde_json::Value) {
     let Some(arguments) = call.pointer_mut("/function/arguments") else { return };
-    if arguments.is_object() {
-        let style = Dumps { ascii: false, indent: None, item: ", ".to_owned(), key: ": ".to_owned(), sort: false };
-        let mut text = String::new();
-        style.write(arguments, 0, &mut text);
+    if arguments.is_object()
+        && let Ok(text) = dumps(&Value::from(Serde(arguments.clone())))
+    {
         *arguments = text.into();
     }
 }
@@ -247,113 +255,6 @@ fn without_generation_tags(source: &str) -> String {
     }
     out.push_str(rest);
     out
-}
-
-/// `json.dumps` with the arguments that transformers passes on: `ensure_ascii`, `indent`, `separators`, `sort_keys`.
-fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
-    let ascii: Option<bool> = options.get("ensure_ascii")?;
-    let indent: Option<Value> = options.get("indent")?;
-    let separators: Option<Vec<String>> = options.get("separators")?;
-    let sort: Option<bool> = options.get("sort_keys")?;
-    options.assert_all_used()?;
-    let indent = match indent {
-        Some(value) if value.is_none() => None,
-        Some(value) => Some(match value.as_str() {
-            Some(text) => text.to_owned(),
-            None => " ".repeat(value.as_usize().unwrap_or(0).min(64)),
-        }),
-        None => None,
-    };
-    let (item, key) = match separators.as_deref() {
-        Some([item, key]) => (item.clone(), key.clone()),
-        _ => (if indent.is_some() { "," } else { ", " }.to_owned(), ": ".to_owned()),
-    };
-    let json = serde_json::to_value(&value)
-        .map_err(|e| Error::new(ErrorKind::InvalidOperation, format!("tojson cannot write this value: {e}")))?;
-    let style = Dumps { ascii: ascii.unwrap_or(false), indent, item, key, sort: sort.unwrap_or(false) };
-    let mut out = String::new();
-    style.write(&json, 0, &mut out);
-    Ok(Value::from(out))
-}
-
-/// The settings of one `json.dumps`.
-struct Dumps {
-    ascii: bool,
-    indent: Option<String>,
-    item: String,
-    key: String,
-    sort: bool,
-}
-
-impl Dumps {
-    fn write(&self, json: &serde_json::Value, depth: usize, out: &mut String) {
-        use serde_json::Value as Json;
-        match json {
-            Json::Array(items) if items.is_empty() => out.push_str("[]"),
-            Json::Object(fields) if fields.is_empty() => out.push_str("{}"),
-            Json::Array(items) => {
-                out.push('[');
-                for (index, item) in items.iter().enumerate() {
-                    self.between(index, depth + 1, out);
-                    self.write(item, depth + 1, out);
-                }
-                self.line(depth, out);
-                out.push(']');
-            }
-            Json::Object(fields) => {
-                let mut fields: Vec<_> = fields.iter().collect();
-                if self.sort {
-                    fields.sort_by_key(|(key, _)| *key);
-                }
-                out.push('{');
-                for (index, (key, value)) in fields.into_iter().enumerate() {
-                    self.between(index, depth + 1, out);
-                    self.string(key, out);
-                    out.push_str(&self.key);
-                    self.write(value, depth + 1, out);
-                }
-                self.line(depth, out);
-                out.push('}');
-            }
-            Json::String(text) => self.string(text, out),
-            Json::Number(number) => out.push_str(&match number.as_f64().filter(|_| number.is_f64()) {
-                Some(real) => jinja::repr(real),
-                None => number.to_string(),
-            }),
-            Json::Null | Json::Bool(_) => out.push_str(&json.to_string()),
-        }
-    }
-
-    fn between(&self, index: usize, depth: usize, out: &mut String) {
-        if index > 0 {
-            out.push_str(&self.item);
-        }
-        self.line(depth, out);
-    }
-
-    fn line(&self, depth: usize, out: &mut String) {
-        if let Some(indent) = &self.indent {
-            out.push('\n');
-            out.extend(std::iter::repeat_n(indent.as_str(), depth));
-        }
-    }
-
-    fn string(&self, text: &str, out: &mut String) {
-        // The escapes of serde_json and of Python are the same where non-ASCII is left alone.
-        let quoted = serde_json::Value::from(text).to_string();
-        if !self.ascii {
-            out.push_str(&quoted);
-            return;
-        }
-        for c in quoted.chars() {
-            if c.is_ascii() {
-                out.push(c);
-            } else {
-                let mut units = [0u16; 2];
-                out.extend(c.encode_utf16(&mut units).iter().map(|unit| format!("\\u{unit:04x}")));
-            }
-        }
-    }
 }
 
 /// Python's `strftime` at noon of Friday, 26 July 2024 (see [`ChatTemplate::new`]).

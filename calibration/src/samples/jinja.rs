@@ -3,26 +3,26 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use minijinja::value::{Kwargs, Object, ObjectRepr, Rest, Value, ValueKind, from_args};
+use minijinja::value::{Kwargs, Object, ObjectRepr, Rest, Value, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, escape_formatter};
 use minijinja_contrib::pycompat;
+
+use super::{builtins, printed, strings};
 
 /// The widest that a text is made (1 MiB), so that one number is no memory without end.
 const WIDEST: usize = 1 << 20;
 
 /// Adds it all.
 pub(super) fn complete(environment: &mut Environment<'_>) {
+    builtins::complete(environment);
     environment.set_unknown_method_callback(method);
-    environment.set_formatter(|out, state, value| match printed(value)? {
-        Some(text) => escape_formatter(out, state, &Value::from(text)),
-        None => escape_formatter(out, state, value),
-    });
-    environment.add_filter("string", |value: Value| -> Result<Value, Error> {
-        Ok(match printed(&value)? {
-            Some(text) => Value::from(text),
-            None if value.as_str().is_some() => value,
-            None => Value::from(value.to_string()),
-        })
+    environment.set_formatter(|out, state, value| {
+        if value.as_str().is_some() {
+            return escape_formatter(out, state, value);
+        }
+        let text = printed::text(value)?;
+        state.consume_fuel(text.len() as u64 / 64)?;
+        escape_formatter(out, state, &Value::from(text))
     });
     environment
         .add_filter("center", |text: String, width: Option<i64>| padded(&text, width.unwrap_or(80), ' ', center));
@@ -39,60 +39,16 @@ fn wrong(what: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, what.into())
 }
 
-/// A value as Python prints it, where minijinja prints it otherwise. Fails for lists and objects with such numbers in them.
-fn printed(value: &Value) -> Result<Option<String>, Error> {
-    if let Some(number) = float(value) {
-        return Ok(Some(repr(number)));
-    }
-    match odd(value, 0) {
-        Some(number) => Err(wrong(format!("{} in a list or an object is printed otherwise by Python", repr(number)))),
-        None => Ok(None),
-    }
-}
-
-fn float(value: &Value) -> Option<f64> {
-    let is_float = value.kind() == ValueKind::Number && !value.is_integer();
-    is_float.then(|| f64::try_from(value.clone()).ok()).flatten()
-}
-
-/// A float within a list or an object that minijinja prints otherwise than Python.
-fn odd(value: &Value, depth: usize) -> Option<f64> {
-    const DEPTH: usize = 64;
-    if depth > DEPTH {
-        return None;
-    }
-    match value.kind() {
-        ValueKind::Number => float(value).filter(|number| depth > 0 && format!("{number:?}") != repr(*number)),
-        ValueKind::Seq => value.try_iter().ok()?.find_map(|item| odd(&item, depth + 1)),
-        ValueKind::Map => value.try_iter().ok()?.find_map(|key| odd(&value.get_item(&key).ok()?, depth + 1)),
-        _ => None,
-    }
-}
-
-/// `repr` of a float: plain digits from 1e-4 to 1e16, else an exponent with its sign and two digits.
-pub(super) fn repr(value: f64) -> String {
-    if !value.is_finite() {
-        return if value.is_nan() { "nan".to_owned() } else { value.to_string() };
-    }
-    let scientific = format!("{value:e}");
-    let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
-    match exponent.parse::<i32>() {
-        Ok(exponent) if !(-4..16).contains(&exponent) => {
-            format!("{mantissa}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
-        }
-        // Rust goes over to exponents elsewhere.
-        _ if value.fract() == 0.0 => format!("{value:.1}"),
-        _ => value.to_string(),
-    }
-}
-
 /// Python's methods: those of minijinja-contrib and the few that it lacks.
 fn method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
-    let Some(text) = value.as_str() else { return pycompat::unknown_method_callback(state, value, method, args) };
-    let all = |is: fn(char) -> bool| -> Result<Value, Error> {
-        let () = from_args(args)?;
-        Ok(Value::from(!text.is_empty() && text.chars().all(is)))
+    let found = match value.as_str() {
+        Some(text) => strings::method(text, method, args)?,
+        None => builtins::method(value, method, args)?,
     };
+    if let Some(found) = found {
+        return Ok(found);
+    }
+    let Some(text) = value.as_str() else { return pycompat::unknown_method_callback(state, value, method, args) };
     match method {
         "removeprefix" => {
             let (prefix,): (&str,) = from_args(args)?;
@@ -101,22 +57,6 @@ fn method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Res
         "removesuffix" => {
             let (suffix,): (&str,) = from_args(args)?;
             Ok(Value::from(text.strip_suffix(suffix).unwrap_or(text)))
-        }
-        "partition" => {
-            let (separator,): (&str,) = from_args(args)?;
-            let (before, found, after) = match text.split_once(separator) {
-                Some((before, after)) => (before, separator, after),
-                None => (text, "", ""),
-            };
-            Ok(Value::from([before, found, after].map(Value::from)))
-        }
-        "rpartition" => {
-            let (separator,): (&str,) = from_args(args)?;
-            let (before, found, after) = match text.rsplit_once(separator) {
-                Some((before, after)) => (before, separator, after),
-                None => ("", "", text),
-            };
-            Ok(Value::from([before, found, after].map(Value::from)))
         }
         "rsplit" => {
             let (separator, most): (Option<&str>, Option<i64>) = from_args(args)?;
@@ -138,12 +78,6 @@ fn method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Res
             let digits = padded(&text[sign.len()..], width - sign.len() as i64, '0', |missing, _| missing)?;
             Ok(Value::from(format!("{sign}{digits}")))
         }
-        "index" | "rindex" => {
-            let (what,): (&str,) = from_args(args)?;
-            let at = if method == "index" { text.find(what) } else { text.rfind(what) };
-            let at = at.ok_or_else(|| wrong("substring not found"))?;
-            Ok(Value::from(text[..at].chars().count()))
-        }
         "swapcase" => {
             let () = from_args(args)?;
             let swapped = text.chars().flat_map(|c| -> Box<dyn Iterator<Item = char>> {
@@ -154,10 +88,6 @@ fn method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Res
             });
             Ok(Value::from(swapped.collect::<String>()))
         }
-        "isdecimal" => all(|c| c.is_ascii_digit()).and_then(|plain| match text.is_ascii() {
-            true => Ok(plain),
-            false => Err(wrong("isdecimal of letters beyond ASCII is not known")),
-        }),
         _ => pycompat::unknown_method_callback(state, value, method, args),
     }
 }
@@ -178,8 +108,8 @@ fn rsplit(text: &str, separator: Option<&str>, most: usize) -> Result<Value, Err
             parts.push(rest);
         }
         None => loop {
-            rest = rest.trim_end();
-            match rest.rfind(char::is_whitespace) {
+            rest = rest.trim_end_matches(strings::is_space);
+            match rest.rfind(strings::is_space) {
                 _ if rest.is_empty() => break,
                 Some(at) if parts.len() < most => {
                     let begins = at + rest[at..].chars().next().map_or(0, char::len_utf8);
@@ -304,13 +234,13 @@ mod tests {
     #[test]
     fn what_would_come_out_otherwise_is_an_error() {
         for source in [
-            "[1e22]",
-            "{'a': [1e-5]}",
             "'a b'.rsplit('')",
             "'abc'.index('x')",
             "'a'.center(99999999)",
             "'abc'|truncate(1)",
             "cycler()",
+            "range",
+            "joiner()",
             "'%s' % 1",
         ] {
             assert!(

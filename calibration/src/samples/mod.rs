@@ -3,11 +3,14 @@
 //! Nothing here opens a file; callers pass the bytes and a name for messages. The parts:
 //! `parse` tells what a file is and turns it into documents, with `json` for JSON as Python has it, `shape` for what no name says, `record` for one record of a data set,
 //! `columns` for those that lie column by column, `table` and `parquet` for files of them, and `records` and `guess` for what the user is
-//! told; `chat` renders conversations through the model's own template, with `jinja` for what the engine lacks, `tokenizer` wraps tokenizer.json, `select` draws
+//! told; `chat` renders conversations through the model's own template, with `spelling` for what it says otherwise than the engine reads,
+//! and `jinja`, `builtins`, `strings`, `dumps` and `printed` for what the engine lacks or has otherwise; `tokenizer` wraps tokenizer.json, `select` draws
 //! calibration sequences and cuts evaluation windows.
 
+mod builtins;
 mod chat;
 mod columns;
+mod dumps;
 #[cfg(test)]
 mod golden;
 mod guard;
@@ -16,11 +19,16 @@ mod jinja;
 mod json;
 mod parquet;
 mod parse;
+mod printed;
 mod record;
 mod records;
 mod select;
 mod shape;
+mod spelling;
+mod strings;
 mod table;
+#[cfg(test)]
+mod templates;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
