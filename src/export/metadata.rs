@@ -76,6 +76,8 @@ pub struct Written {
     pub metadata: Metadata,
     /// What the file cannot say, one sentence each, for the user to read.
     pub notices: Vec<String>,
+    /// The name that the model has to have in the file, where its own would bring about what its tokenizer does not do.
+    pub name: Option<String>,
 }
 
 impl Written {

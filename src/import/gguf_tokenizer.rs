@@ -9,6 +9,7 @@ use formats::GgufFile;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::import::called::Rule;
 
 /// Kinds of token, as the file numbers them.
 pub(crate) mod kind {
@@ -141,6 +142,8 @@ struct Vocabulary<'f> {
     tokens: Vec<&'f str>,
     kinds: Vec<i64>,
     ids: HashMap<&'f str, usize>,
+    /// What the model's name says of its special tokens.
+    rule: Option<Rule>,
 }
 
 impl<'f> Vocabulary<'f> {
@@ -159,7 +162,9 @@ impl<'f> Vocabulary<'f> {
                 return Err(formats::Error::malformed(why).in_file(file.path()).into());
             }
         }
-        Ok(Vocabulary { tokens, kinds, ids })
+        let rule = Rule::of(file.string("general.name")?.unwrap_or_default());
+        let rule = rule.filter(|rule| rule.needs().iter().all(|token| ids.contains_key(token)));
+        Ok(Vocabulary { tokens, kinds, ids, rule })
     }
 
     /// The token under `tokenizer.ggml.{name}_token_id`.
@@ -198,8 +203,9 @@ impl<'f> Vocabulary<'f> {
                 kind::USER_DEFINED => false,
                 _ => return None,
             };
+            let [before, behind] = self.rule.map_or([false; 2], |rule| rule.strips(token));
             Some(json!({
-                "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "id": id, "content": token, "single_word": false, "lstrip": before, "rstrip": behind,
                 "normalized": false, "special": special,
             }))
         });

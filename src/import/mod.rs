@@ -1,5 +1,6 @@
 //! Turning other kinds of checkpoint into what a Hugging Face directory would hold.
 
+pub(crate) mod called;
 pub(crate) mod gguf;
 pub(crate) mod gguf_tokenizer;
 pub(crate) mod names;

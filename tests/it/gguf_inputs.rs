@@ -8,13 +8,13 @@ use quantc::Checkpoint;
 
 use crate::harness::Room;
 
-type Keys = Vec<(String, MetadataValue)>;
-type Tensors = Vec<(GgufTensor, Vec<u8>)>;
+pub type Keys = Vec<(String, MetadataValue)>;
+pub type Tensors = Vec<(GgufTensor, Vec<u8>)>;
 
 const EVAL: &[&str] = &["--context", "64", "--windows", "1"];
 
 /// A room with the built-in model as `m.gguf`, and a changed copy of it as `x.gguf`.
-fn changed(change: impl FnOnce(&mut Keys, &mut Tensors)) -> Room {
+pub fn changed(change: impl FnOnce(&mut Keys, &mut Tensors)) -> Room {
     let room = Room::new();
     room.model();
     room.run(["quantize", "model", "-o", "m.gguf", "--scheme", "F32", "--method", "rtn", "--verify-text", "none"])
@@ -23,7 +23,7 @@ fn changed(change: impl FnOnce(&mut Keys, &mut Tensors)) -> Room {
     room
 }
 
-fn rewrite(from: &Path, to: &Path, change: impl FnOnce(&mut Keys, &mut Tensors)) {
+pub fn rewrite(from: &Path, to: &Path, change: impl FnOnce(&mut Keys, &mut Tensors)) {
     let file = GgufFile::open(from).unwrap();
     let mut keys: Keys =
         file.keys().into_iter().map(|key| (key.to_owned(), file.metadata(key).unwrap().clone())).collect();
@@ -43,13 +43,13 @@ fn rewrite(from: &Path, to: &Path, change: impl FnOnce(&mut Keys, &mut Tensors))
     writer.finish().unwrap();
 }
 
-fn floats(name: &str, values: &[f32]) -> (GgufTensor, Vec<u8>) {
+pub fn floats(name: &str, values: &[f32]) -> (GgufTensor, Vec<u8>) {
     let ty = GgmlType::from_name("F32").unwrap();
     let tensor = GgufTensor { name: name.to_owned(), ty, shape: vec![values.len()] };
     (tensor, values.iter().flat_map(|x| x.to_le_bytes()).collect())
 }
 
-fn key(name: &str, value: MetadataValue) -> (String, MetadataValue) {
+pub fn key(name: &str, value: MetadataValue) -> (String, MetadataValue) {
     (name.to_owned(), value)
 }
 
