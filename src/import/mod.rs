@@ -1,6 +1,7 @@
 //! Turning other kinds of checkpoint into what a Hugging Face directory would hold.
 
 pub(crate) mod called;
+mod fused;
 pub(crate) mod gguf;
 pub(crate) mod gguf_tokenizer;
 pub(crate) mod names;
