@@ -329,6 +329,9 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
             out.count(key("expert_gating_func"), if sigmoid { 2 } else { 1 })?;
             let groups = moe.router.groups.filter(|groups| groups.kept < groups.count && id == "deepseek2");
             if let Some(groups) = groups {
+                if !sigmoid {
+                    return Err(cannot("groups of experts that are ranked by their best expert".to_owned()));
+                }
                 out.count(key("expert_group_count"), groups.count)?;
                 out.count(key("expert_group_used_count"), groups.kept)?;
             }

@@ -5,6 +5,8 @@ mod fused;
 pub(crate) mod gguf;
 pub(crate) mod gguf_tokenizer;
 pub(crate) mod names;
+mod required;
+mod rope;
 pub(crate) mod sentencepiece;
 pub(crate) mod settings;
 
