@@ -116,13 +116,7 @@ fn rule_of(name: &str, texts: &HashSet<&str>, added: &[(u32, Added)], out: &mut 
     rule
 }
 
-fn of_folder(
-    folder: &Path,
-    model_config: &Value,
-    rows: usize,
-    pre: Option<&str>,
-    model: &str,
-) -> Result<Written> {
+fn of_folder(folder: &Path, model_config: &Value, rows: usize, pre: Option<&str>, model: &str) -> Result<Written> {
     let read = |name: &str| Ok::<_, Error>(read_json(&folder.join(name))?.unwrap_or(Value::Null));
     let Some(tokenizer) = TokenizerFiles::of_folder(folder)? else {
         return Err(Error::failed(format!(

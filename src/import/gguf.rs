@@ -153,6 +153,8 @@ impl GgufModel {
                 return Err(error.in_tensor(name).in_file(path).into());
             }
         }
+        let splitting: Vec<String> = super::gguf_tokenizer::notes(&file).into_iter().collect();
+        let notes = [notes, splitting].concat();
         Ok(GgufModel { file, config, dtype, tensors, order, notes })
     }
 

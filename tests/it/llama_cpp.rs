@@ -82,6 +82,47 @@ fn special_tokens_of_a_phi_3_take_the_spaces_behind_them_along() {
     assert!(along < apart && plain == apart, "{along} {plain} {apart}");
 }
 
+#[test]
+fn tokens_are_special_by_their_texts() {
+    let room = changed(|keys, _| {
+        keys.retain(|(key, _)| key != "tokenizer.ggml.token_type");
+        respell(keys, &[(190, "<|im_end|>"), (191, "<fim_prefix>"), (192, "<|im_start|>")]);
+    });
+    assert_eq!(ids(&room, "<|endoftext|><|im_end|><fim_prefix>"), [0, 190, 191]);
+    assert!(ids(&room, "<|im_start|>").len() > 1);
+    rewrite(&room.path("x.gguf"), &room.path("y.gguf"), |keys, _| {
+        keys.push(key("tokenizer.ggml.fim_pre_token_id", MetadataValue::U32(191)));
+    });
+    std::fs::rename(room.path("y.gguf"), room.path("x.gguf")).unwrap();
+    assert!(ids(&room, "<fim_prefix>").len() > 1, "the file names one");
+}
+
+#[test]
+fn texts_are_split_as_they_are_spelt() {
+    let room = changed(|keys, _| {
+        keys.retain(|(key, _)| key != "tokenizer.ggml.pre");
+        keys.push(key("tokenizer.ggml.pre", text("qwen2")));
+    });
+    assert_ne!(ids(&room, "e\u{301}"), ids(&room, "\u{e9}"));
+    // As the original composes them, the rest of the work goes on with what it makes of them.
+    room.run(["convert", "x.gguf", "-o", "out"]).succeeds();
+    let path = room.path("out/tokenizer.json");
+    let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    assert_eq!(json["normalizer"], Value::Null);
+    json["normalizer"] = serde_json::json!({"type": "NFC"});
+    std::fs::write(&path, json.to_string()).unwrap();
+    room.file("held-out.txt", "Cafe\u{301} and the\u{301}. ".repeat(120));
+    let run = room.run(
+        [
+            &["quantize", "out", "-o", "y.gguf", "--scheme", "F32", "--method", "rtn", "--pre", "qwen2"][..],
+            &["--verify-text", "held-out.txt", "--verify-windows", "1"],
+        ]
+        .concat(),
+    );
+    run.succeeds();
+    assert!(run.stderr().contains("composes them first (NFC)"), "{}", run.stderr());
+}
+
 fn blocks(tensors: &Tensors) -> usize {
     tensors.iter().filter(|(tensor, _)| tensor.name.ends_with("attn_norm.weight")).count()
 }
