@@ -132,8 +132,8 @@ impl<'a> Strays<'a> {
                  out with --unknown-tensors drop"
             ))),
             UnknownTensors::Copy if self.source.gguf().is_some() => Err(Error::failed(format!(
-                "{place}: tensor `{name}` is not known here to be part of a {family} model: if llama.cpp loads the file it computes with it, and \
-                 without it, as --unknown-tensors drop leaves it out, the model is another"
+                "{place}: tensor `{name}` is not known here to be part of a {family} model: a runtime that loads the file computes with it, and \
+                 --unknown-tensors drop, which leaves it out, makes another model of it"
             ))),
             UnknownTensors::Copy => Ok(Fate::Aside(reason)),
         }

@@ -4,7 +4,9 @@
 use formats::Result;
 use serde_json::{Value, json};
 
-use crate::families::rope::warmth;
+use crate::export::same::truncated;
+use crate::families::rope::{unscaled, warmth};
+use crate::graph::RopeScaling;
 use crate::import::settings::Settings;
 
 impl Settings {
@@ -57,11 +59,16 @@ impl Settings {
     }
 
     /// The scaling of a file without factors of its own for each pair; `warm` is its `rope.scaling.attn_factor`.
-    pub(super) fn scaling_by_type(&self, warm: f64, latent: bool) -> Result<Option<Value>> {
+    pub(super) fn scaling_by_type(&self, theta: f64, warm: f64, latent: bool) -> Result<Option<Value>> {
         let original = self.count("rope.scaling.original_context_length")?;
+        // Its configurations know LongRoPE alone.
+        let long = self.architecture.id == "phi3";
         match self.scaling_factor()? {
             ("yarn", factor) => {
                 let original = original.map_or_else(|| self.required("context_length"), Ok)?;
+                if long {
+                    return self.divided(self.stretched(theta, factor, original)?, warmth(factor, 1.0) * warm).map(Some);
+                }
                 let mut scaling = json!({
                     "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
                 });
@@ -77,17 +84,28 @@ impl Settings {
                 self.architecture.id
             ))),
             (_, 1.0) if warm == 1.0 => Ok(None),
-            (_, factor) if warm == 1.0 => Ok(Some(json!({"rope_type": "linear", "factor": factor}))),
-            (_, factor) => {
-                let heads = self.required("attention.head_count")?;
-                let whole = match self.count("attention.key_length")? {
-                    Some(width) => width,
-                    None => self.required("embedding_length")? / heads,
-                };
-                let rotated = self.count("rope.dimension_count")?.unwrap_or(whole);
-                self.divided(vec![factor; rotated / 2], warm).map(Some)
-            }
+            (_, factor) if warm == 1.0 && !long => Ok(Some(json!({"rope_type": "linear", "factor": factor}))),
+            (_, factor) => self.divided(vec![factor; self.rotated()? / 2], warm).map(Some),
         }
+    }
+
+    /// How many values of a head are rotated.
+    fn rotated(&self) -> Result<usize> {
+        let whole = match self.count("attention.key_length")? {
+            Some(width) => width,
+            None => self.required("embedding_length")? / self.required("attention.head_count")?,
+        };
+        Ok(self.count("rope.dimension_count")?.unwrap_or(whole))
+    }
+
+    /// What YaRN divides each frequency by.
+    fn stretched(&self, theta: f64, factor: f64, original: usize) -> Result<Vec<f64>> {
+        let mut rope = unscaled(theta, self.rotated()?);
+        let plain = rope.inverse_frequencies.clone();
+        let (beta_fast, beta_slow, mscale_all_dim) = (32.0, 1.0, 0.0);
+        rope.scaling = RopeScaling::Yarn { factor: factor as f32, original, beta_fast, beta_slow, mscale_all_dim };
+        let scaled = truncated(&rope).expect("YaRN with the usual turns");
+        Ok(plain.iter().zip(scaled).map(|(plain, scaled)| f64::from(*plain) / f64::from(scaled)).collect())
     }
 
     /// YaRN's further settings, which llama.cpp reads for few architectures.
@@ -163,7 +181,7 @@ mod tests {
         let mut settings = settings(id, further);
         settings.keys.insert(format!("{id}.rope.scaling.type"), MetadataValue::String(kind.to_owned()));
         let warm = settings.float("rope.scaling.attn_factor").unwrap().unwrap_or(1.0);
-        let found = settings.scaling_by_type(warm, id == "deepseek2");
+        let found = settings.scaling_by_type(10_000.0, warm, id == "deepseek2");
         (settings, found)
     }
 
@@ -209,6 +227,16 @@ mod tests {
             assert!(told.contains("quantize the checkpoint"), "{told}");
         }
         assert!(typed("llama", "foo", &[]).1.unwrap_err().to_string().contains("`foo`"));
+    }
+
+    #[test]
+    fn phi_3_has_every_scaling_as_factors_of_its_pairs() {
+        let found = scaling("phi3", "yarn", &BETAS[..1]);
+        let factors: Vec<f64> = found["short_factor"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+        // From the frequencies that turn often within the first context to those that never do.
+        assert!(near(&json!(factors[0]), 1.0) && near(&json!(factors[3]), 4.0) && factors.is_sorted(), "{factors:?}");
+        assert!(near(&found["attention_factor"], 1.0 + 0.1 * 4f64.ln()));
+        assert_eq!(scaling("phi3", "linear", &[("factor", 2.0)])["long_factor"], json!([2.0, 2.0, 2.0, 2.0]));
     }
 
     #[test]

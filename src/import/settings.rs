@@ -597,7 +597,7 @@ impl Settings {
                 "original_max_position_embeddings": original, "attention_factor": warm,
             })));
         }
-        self.scaling_by_type(warm, latent)
+        self.scaling_by_type(theta, warm, latent)
     }
 }
 
