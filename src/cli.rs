@@ -292,9 +292,9 @@ pub struct Quantize {
     /// Held-out text to measure the output on; `none` to skip. [default: a bundled text]
     #[arg(long, value_name = "FILE|none")]
     pub verify_text: Option<String>,
-    /// Windows of up to 2048 tokens to measure.
-    #[arg(long, value_name = "N", default_value_t = 8)]
-    pub verify_windows: usize,
+    /// Windows of up to 2048 tokens to measure. [default: 8]
+    #[arg(long, value_name = "N")]
+    pub verify_windows: Option<usize>,
     /// Fail (exit code 3) above this perplexity ratio.
     #[arg(long, value_name = "R")]
     pub max_ppl_ratio: Option<f64>,

@@ -29,6 +29,8 @@ pub struct Graph {
     pub aside: Vec<(String, &'static str)>,
     /// Whether the family is unknown: its linears were found by name and shape, and it cannot be run.
     pub opaque: bool,
+    /// Why it cannot be run, though all of its parts are known.
+    pub unrunnable: Option<String>,
 }
 
 /// Tensors that are left out of the output, and why.
@@ -442,6 +444,8 @@ pub enum RopeScaling {
         /// Multiplies the logarithm in the factor on the scores; 0 if there is none.
         mscale_all_dim: f32,
     },
+    /// Only the first pairs of a head turn; the others stand still.
+    Proportional,
     /// LongRoPE's: every pair divided by a factor of its own, others in contexts beyond the first.
     Long {
         /// Factors of the first context.

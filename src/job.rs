@@ -115,6 +115,17 @@ fn composed_alone(own: &ModelText, mut text: Text, ids: &[u32], notes: &mut Vec<
     Ok(alone)
 }
 
+/// What to do about a GGUF file whose tokenizer gives other ids than the original's.
+fn other_ids(byte_level: bool) -> &'static str {
+    match byte_level {
+        true => "choose another --pre",
+        false => {
+            "llama.cpp joins the pieces of SentencePiece by their scores, which a unigram model or one with rules for \
+             characters was not made for; choose another --format"
+        }
+    }
+}
+
 impl Job<'_> {
     /// Runs it. The output appears only if everything up to and including the measurement worked; limits that are missed
     /// are told in the report's verdict, and the output stays.
@@ -265,8 +276,20 @@ impl Job<'_> {
 
         let verifying = Instant::now();
         let reopened = Checkpoint::open(&compiled.files[0])?;
+        let byte_level = reopened.gguf().is_some_and(|file| file.metadata("tokenizer.ggml.merges").is_some());
         let found = match (source.tokenizer(), reopened.tokenizer()) {
-            (Ok(Some(original)), Ok(Some(written))) => probe::differences(&original, &written, graph.vocabulary)?,
+            (Ok(Some(original)), Ok(Some(written))) => {
+                let mut found = probe::differences(&original, &written, graph.vocabulary)?;
+                // With a text to measure on, other ids are an error.
+                let named = self.recipe.gguf.as_ref().is_some_and(|gguf| gguf.pre.is_some());
+                if self.verification.is_none() && !probe::agree(&original, &written, named)? {
+                    found.push(format!(
+                        "the tokenizer that was written turns a sample text into other tokens than the original's; {}",
+                        other_ids(byte_level)
+                    ));
+                }
+                found
+            }
             (Ok(Some(_)), Err(error)) => {
                 vec![format!("the tokenizer that was written cannot be read back, and was not compared: {error}")]
             }
@@ -279,17 +302,11 @@ impl Job<'_> {
             && own.evaluation_ids(&load_text(&verification.text)?)? != held_out.ids
             && !composed_alone(&own, load_text(&verification.text)?, &held_out.ids, &mut run.notes)?
         {
-            let byte_level = reopened.gguf().is_some_and(|file| file.metadata("tokenizer.ggml.merges").is_some());
-            let advice = match byte_level {
-                true => "choose another --pre",
-                false => {
-                    "llama.cpp joins the pieces of SentencePiece by their scores, which a unigram model or one with rules for \
-                     characters was not made for; choose another --format, or write it all the same with --verify-text none"
-                }
-            };
+            let or = if byte_level { "" } else { ", or write it all the same with --verify-text none" };
             return Err(Error::failed(format!(
-                "{}: the tokenizer that was written turns the held-out text into other tokens than the original's; {advice}",
-                self.output.display()
+                "{}: the tokenizer that was written turns the held-out text into other tokens than the original's; {}{or}",
+                self.output.display(),
+                other_ids(byte_level)
             )));
         }
         let outcome = Outcome {

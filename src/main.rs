@@ -182,7 +182,7 @@ fn at_least_one(flag: &str, count: Option<usize>) -> Result<(), Error> {
 }
 
 fn quantize(args: Quantize) -> anyhow::Result<u8> {
-    at_least_one("--verify-windows", Some(args.verify_windows))?;
+    at_least_one("--verify-windows", args.verify_windows)?;
     let (mut progress, engine) = start(&args.compute)?;
     let to_file = args.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
     let flags = Request {
@@ -229,18 +229,16 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         text => Some(Verification {
             text: text.unwrap_or(HELD_OUT).to_owned(),
             context: 2048,
-            windows: Some(args.verify_windows),
+            windows: Some(args.verify_windows.unwrap_or(8)),
             limits,
         }),
     };
-    let job = Job {
-        model: &args.model,
-        output: &args.output,
-        recipe: Recipe::resolve(request)?,
-        verification,
-        force: args.force,
-        report: args.report,
-    };
+    let mut recipe = Recipe::resolve(request)?;
+    if verification.is_none() && args.verify_windows.is_some() {
+        recipe.notes.push("verify_windows has no effect: nothing is measured, as --verify-text none says".to_owned());
+    }
+    let job =
+        Job { model: &args.model, output: &args.output, recipe, verification, force: args.force, report: args.report };
     let report = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
     drop(progress);
     if let Some(profile) = engine.profile() {

@@ -135,6 +135,18 @@ impl Plan {
             (_, Dtype::F32) => ScalePrecision::F32,
             _ => ScalePrecision::F16,
         };
+        // Transformers unpacks experts to the type of their scales, and not every class of its multiplies matrices of two types:
+        // the scales are chosen as before, for vLLM runs such a model in float16, and written in the model's type.
+        let of_experts = graph.opaque && schemes.keys().any(|module| is_expert(module));
+        let scale_dtype = match (of_experts, codec.id()) {
+            (true, "compressed-tensors") if float_dtype == Dtype::F32 => {
+                config.notes.push(
+                    "scales are float32, as the model is: transformers unpacks experts to that type, so load it with dtype=\"auto\"".to_owned(),
+                );
+                Dtype::F32
+            }
+            _ => scale_dtype,
+        };
         // The linears of every tensor: one, or the experts that are stacked in it.
         let mut stored: HashMap<String, Vec<&Linear>> = HashMap::new();
         for linear in graph.linears() {
@@ -195,6 +207,11 @@ impl Plan {
         config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
         Ok(Plan { codec, schemes, unquantized, fates, unstacked, outputs, scale_dtype, precision, float_dtype, config })
     }
+}
+
+/// Whether the name of a module, in a model that is not known, says that it is in an expert.
+pub fn is_expert(module: &str) -> bool {
+    module.contains(".experts.")
 }
 
 /// What to say of a mixture whose experts are not all quantized alike: runtimes keep them in one stack.

@@ -1,32 +1,72 @@
 //! What runtimes are known not to load, so that a report says it before anyone tries. Measured by `tests/runtimes/families.py`
 //! with transformers 5.23 and GPTQModel 7.7, which also fails when a note here is no longer true.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use formats::Scheme;
 
 use crate::families::FURTHER;
 use crate::graph::{Graph, Layer, Linear};
+use crate::plan::is_expert;
 
-/// Models whose classes in transformers ask linears for their weights before these are unpacked. Measured by
-/// `tests/runtimes/unknown.py`, but for mt5, whose class is umt5's but for where positions are.
+/// Models whose classes in transformers ask linears for their weights before these are unpacked: as they compute, measured by
+/// `tests/runtimes/unknown.py` (but for mt5, whose class is umt5's but for where positions are), or as they are made, measured by
+/// `tests/runtimes/asks.py`.
 const ASK_FOR_WEIGHTS: &[&str] = &[
+    "bit",
+    "blt",
+    "bridgetower",
+    "clap",
+    "clvp",
+    "cvt",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "efficientnet",
     "falcon",
     "falcon_mamba",
+    "fastspeech2_conformer",
     "gpt_bigcode",
+    "hiera",
+    "ijepa",
     "longt5",
     "mamba",
     "mamba2",
+    "mgp-str",
     "modernbert",
     "modernbert-decoder",
     "mt5",
     "nanochat",
+    "pvt",
+    "pvt_v2",
+    "radio",
     "recurrent_gemma",
+    "regnet",
+    "resnet",
     "rwkv",
+    "sapiens2",
+    "seggpt",
+    "siglip",
+    "siglip2",
+    "siglip2_vision_model",
+    "siglip_vision_model",
+    "swiftformer",
+    "swin2sr",
     "switch_transformers",
     "t5",
+    "timesformer",
+    "tipsv2_vision_model",
     "umt5",
+    "videoprism",
+    "videoprism_vision_model",
+    "vitdet",
+    "vjepa2",
+    "xcodec",
+    "xlstm",
 ];
+
+/// Models whose linears are of a class of their own in transformers, which is filled from plain weights alone.
+const OWN_LINEARS: &[&str] = &["ibert"];
 
 /// Models whose linears transformers changes as it loads them (it splits or joins their matrices), which it cannot do to packed ones.
 /// Seen with transformers 5.23 and tiny models of its classes.
@@ -55,7 +95,7 @@ pub fn notes(graph: &Graph, model_type: &str, codec: &str, schemes: &HashMap<Str
     let quantized = |linear: &Linear| schemes.contains_key(&linear.module);
     let experts = layers().any(|layer| match layer {
         Layer::Moe(moe) => moe.experts.iter().any(|expert| expert.inputs.iter().chain([&expert.down]).any(quantized)),
-        Layer::Opaque(linears) => linears.iter().any(|linear| linear.module.contains(".experts.") && quantized(linear)),
+        Layer::Opaque(linears) => linears.iter().any(|linear| is_expert(&linear.module) && quantized(linear)),
         _ => false,
     });
     let facts = Facts {
@@ -66,15 +106,28 @@ pub fn notes(graph: &Graph, model_type: &str, codec: &str, schemes: &HashMap<Str
         asymmetric: schemes.values().any(|scheme| !scheme.symmetric),
         wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && *what != FURTHER),
     };
-    let unknown = (codec == "compressed-tensors" && ASK_FOR_WEIGHTS.contains(&model_type)).then_some(
-        "transformers' class of this model asks for the weights of linears while these are packed, and fails ('Linear' object has no \
-         attribute 'weight'); with CompressedTensorsConfig(dequantize=True) it loads",
-    );
-    let changed = (codec == "compressed-tensors" && CHANGED_WHILE_LOADED.contains(&model_type)).then_some(
+    let all: HashSet<&Scheme> = schemes.values().collect();
+    let any = |types: &[&str]| codec == "compressed-tensors" && types.contains(&model_type);
+    let dequantized = match all.len() {
+        0 | 1 => "with CompressedTensorsConfig(dequantize=True) it loads",
+        _ => "it unpacks files of one scheme with CompressedTensorsConfig(dequantize=True), and this one has several",
+    };
+    let unknown = any(ASK_FOR_WEIGHTS).then(|| {
+        format!(
+            "transformers' class of this model asks for the weights of linears while these are packed, and fails ('Linear' object has \
+             no attribute 'weight'); {dequantized}"
+        )
+    });
+    let own = any(OWN_LINEARS).then(|| {
+        format!("transformers fills the linears of this model from plain weights alone and would leave them at random values; {dequantized}")
+    });
+    let changed = any(CHANGED_WHILE_LOADED).then(|| {
         "transformers changes matrices of this model as it loads it and fails on packed ones, with \
-         CompressedTensorsConfig(dequantize=True) too",
-    );
-    [transformers(&facts), gptqmodel(&facts), unknown, changed].into_iter().flatten().map(str::to_owned).collect()
+         CompressedTensorsConfig(dequantize=True) too"
+            .to_owned()
+    });
+    let known = [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned);
+    known.chain([unknown, own, changed].into_iter().flatten()).collect()
 }
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {

@@ -170,7 +170,7 @@ pub fn widen(dtype: Dtype, bytes: &[u8], out: &mut [f32]) -> Result<()> {
                 let value = f64::from_le_bytes(b.try_into().expect("eight bytes"));
                 *o = value as f32;
                 if o.is_infinite() && value.is_finite() {
-                    return Err(Error::invalid(format!("value {value} at index {index} is beyond F32's largest")));
+                    return Err(Error::invalid(format!("value {value:?} at index {index} is beyond F32's largest")));
                 }
             }
         }
@@ -228,7 +228,7 @@ pub fn narrow(dtype: Dtype, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
                     })
                 {
                     return Err(Error::invalid(format!(
-                        "value {} at index {} is beyond {dtype}'s largest, {largest}",
+                        "value {:?} at index {} is beyond {dtype}'s largest, {largest:?}",
                         values[at],
                         1024 * index + at
                     )));
@@ -324,7 +324,7 @@ mod tests {
         let mut values = vec![1.0; 2000];
         values[1500] = 70000.0;
         let error = narrow(Dtype::F16, &values, &mut Vec::new()).unwrap_err();
-        assert_eq!(error.to_string(), "value 70000 at index 1500 is beyond F16's largest, 65504");
+        assert_eq!(error.to_string(), "value 70000.0 at index 1500 is beyond F16's largest, 65504.0");
     }
 
     #[test]

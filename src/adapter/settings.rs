@@ -11,6 +11,8 @@ use super::Parts;
 use crate::checkpoint::Entry;
 use crate::evidence::listed;
 use crate::json::integer;
+/// What to do with an adapter that is not merged here.
+const WITH_PEFT: &str = "merge it with PEFT (merge_and_unload, then save_pretrained) and give the model that comes out";
 
 /// The settings that bear on merging.
 pub(super) struct Settings {
@@ -66,7 +68,9 @@ impl Settings {
         match config.get("peft_type").and_then(Value::as_str) {
             Some("LORA") => {}
             Some(other) => {
-                return Err(format!("adapters of type {other} cannot be merged, only LORA (with rsLoRA and DoRA)"));
+                return Err(format!(
+                    "peft_type is {other}, and only LORA (with rsLoRA and DoRA) is merged here; {WITH_PEFT}"
+                ));
             }
             None => return Err("peft_type is missing".into()),
         }
@@ -84,10 +88,7 @@ impl Settings {
             ("lora_ga_config", "LoRA-GA, which changes the weights it adapts,"),
         ] {
             if set(key) {
-                return Err(format!(
-                    "{key} is set: {what} cannot be merged here; merge it with PEFT (merge_and_unload, then save_pretrained) and give \
-                     the model that comes out"
-                ));
+                return Err(format!("{key} is set: {what} cannot be merged here; {WITH_PEFT}"));
             }
         }
         if let Some(Value::String(start)) = config.get("init_lora_weights")
@@ -153,9 +154,10 @@ impl Settings {
             .filter(|entry| entry.shape.len() == 2)
             .filter_map(|entry| entry.name.strip_suffix(".weight"))
             .collect();
-        // PEFT looks a module up by the model's own name for it, and nowhere else.
-        let strange: HashSet<&str> =
-            modules.keys().map(String::as_str).filter(|module| !linears.contains(module)).collect();
+        // PEFT looks a module up by the model's own name for it, and nowhere else. A head that is the embedding is a module without
+        // a tensor.
+        let known = |module: &str| linears.contains(module) || module == "lm_head";
+        let strange: HashSet<&str> = modules.keys().map(String::as_str).filter(|module| !known(module)).collect();
         let foreign = |name: &&str| {
             let module = name.strip_prefix("base_model.model.").and_then(|name| Some(name.split_once(".lora_")?.0));
             !name.starts_with("base_model.model.")
@@ -252,7 +254,8 @@ impl Settings {
             [("target_modules", "factors", &self.targets), ("modules_to_save", "tensors", &self.saved)]
         {
             let has = |regex: &Regex| {
-                let whole = replacing.keys().filter_map(|name| Some(name.rsplit_once('.')?.0));
+                // A block that is saved whole gives tensors of what is inside it.
+                let whole = replacing.keys().flat_map(|name| name.match_indices('.').map(|(dot, _)| &name[..dot]));
                 modules.keys().map(String::as_str).chain(whole).any(|name| regex.is_match(name).unwrap_or(true))
             };
             let absent: Vec<&str> =

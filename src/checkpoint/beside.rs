@@ -160,6 +160,10 @@ const LOADED: &[&str] = &[
     "chat_template.json",
 ];
 
+/// Files that loaders read where they are there, and that nothing here has to read.
+const PERHAPS_LOADED: &[&str] =
+    &["tokenizer.model", "generation_config.json", "preprocessor_config.json", "processor_config.json"];
+
 /// Endings of files that no loader reads, so that a pointer in their place costs no model.
 const PICTURES: &[&str] =
     &[".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp", ".mp4", ".mov", ".pdf", ".wav", ".mp3", ".webm"];
@@ -173,7 +177,7 @@ pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result
     let report = read_json(&folder.join("report.json")).ok().flatten();
     let mut walk = Walk {
         root: folder,
-        weights: weights.iter().filter_map(|path| path.file_name()).collect(),
+        weights: weights.iter().filter_map(|path| path.strip_prefix(folder).ok()).collect(),
         own,
         modules: modules.map(PathBuf::from).collect(),
         was_written_here: report
@@ -211,7 +215,8 @@ pub(super) fn list(names: &[String]) -> String {
 
 struct Walk<'a> {
     root: &'a Path,
-    weights: HashSet<&'a std::ffi::OsStr>,
+    /// Their paths within the folder.
+    weights: HashSet<&'a Path>,
     own: &'a [&'a str],
     /// Folders that sentence-transformers loads as modules.
     modules: Vec<PathBuf>,
@@ -260,6 +265,9 @@ impl Walk<'_> {
             if name.starts_with('.') || name == "__pycache__" {
                 self.leave(Reason::Hidden, &inner, metadata.is_dir());
             } else if metadata.is_dir() {
+                if depth == 0 && PERHAPS_LOADED.contains(&&name[..]) {
+                    self.notes.push(format!("{}: is a folder, and runtimes read a file of this name", path.display()));
+                }
                 let own = is_module || self.modules.contains(&inner) || path.join("adapter_config.json").exists();
                 match folder_reason(&name).filter(|_| !own) {
                     Some(reason) => self.leave(reason, &inner, true),
@@ -291,8 +299,11 @@ impl Walk<'_> {
         at_top: bool,
         is_module: bool,
     ) -> Result<()> {
+        if self.weights.contains(&*at) {
+            return Ok(());
+        }
         if at_top {
-            if at.file_name().is_some_and(|name| self.weights.contains(name)) || name == "config.json" {
+            if name == "config.json" {
                 return Ok(());
             }
             if name == "model.safetensors.index.json" {

@@ -93,11 +93,20 @@ impl Checkpoint {
             refuse_scales_of_plain_weights(reader, &tensors)?;
             remarks.extend(left_over(&config));
         }
+        remarks.extend(quantization.as_ref().and_then(|reader| left_to_runtimes(reader, &tensors, &config)));
         if let Some(key) = QUANTIZATION_KEYS.iter().find(|key| config.get(**key) == Some(&json!({}))) {
             remarks.push(format!("config.json has an empty {key}, which transformers fails on: it was left out"));
         }
         forget_quantization(&mut config);
         let dominant = dominant_dtype(&entries);
+        if let (Some(declared), Some(stored), false) = (declared_dtype, dominant, quantized)
+            && declared != stored
+        {
+            remarks.push(format!(
+                "config.json says that the weights are {declared}, and most are stored as {stored}: they are taken as they are stored, and \
+                 the written configuration says so"
+            ));
+        }
         let dtype = if quantized { declared_dtype.or(dominant) } else { dominant.or(declared_dtype) };
         let source = Source::Directory { tensors, quantization, foreign };
         let mut opened = Self::new(path, config, dtype.unwrap_or(Dtype::F16), entries, source);
@@ -123,6 +132,25 @@ fn refuse_named_weights(config: &Value, tensors: &SafetensorsSet, path: &Path) -
          model.safetensors (or its index model.safetensors.index.json), and take the key out",
         path.join("config.json").display()
     )))
+}
+
+/// A note on what a quantized checkpoint says of how runtimes round activations and the cache of keys and values.
+fn left_to_runtimes(reader: &QuantizationReader, tensors: &SafetensorsSet, config: &Value) -> Option<String> {
+    let mut names = tensors.tensors().map(|spec| spec.name.as_str()).filter(|name| reader.is_for_runtimes(name));
+    let first = names.next();
+    let scheme = config.pointer("/quantization_config/kv_cache_scheme").filter(|scheme| !scheme.is_null());
+    let what = match (first, scheme) {
+        (Some(first), scheme) => {
+            let also = if scheme.is_some() { " and its kv_cache_scheme" } else { "" };
+            format!(
+                "its {} scales for activations or the cache of keys and values (`{first}`){also}",
+                names.count() + 1
+            )
+        }
+        (None, Some(_)) => "its kv_cache_scheme".to_owned(),
+        (None, None) => return None,
+    };
+    Some(format!("the checkpoint is quantized, and {what} were left out: weights alone are taken"))
 }
 
 /// Takes out of config.json what says how weights are quantized: every output says it anew, or is plain.

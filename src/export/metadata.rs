@@ -377,6 +377,13 @@ fn rope(out: &mut Written, attention: &[&Attention], architecture: &Architecture
     match &rope.scaling {
         // Llama 3's is the tensor of factors.
         RopeScaling::None | RopeScaling::Llama3 { .. } => {}
+        RopeScaling::Proportional => {
+            return Err(Error::usage(format!(
+                "rotary positions of the type `proportional`, of which some pairs stand still, have no place in a GGUF file of architecture {}; \
+                 write another --format",
+                architecture.id
+            )));
+        }
         RopeScaling::Linear { factor } => {
             out.string(key("scaling.type"), "linear");
             out.float(key("scaling.factor"), *factor);

@@ -140,6 +140,9 @@ pub fn plan(graph: &Graph) -> Result<ExportPlan> {
             graph.family
         ))
     })?;
+    if let Some(why) = &graph.unrunnable {
+        return Err(Error::usage(format!("{why}, and a GGUF file has no place for it; choose another --format")));
+    }
     let mut list = Lister { architecture, tensors: Vec::new() };
     list.model(graph)?;
     let mut tensors = list.tensors;

@@ -7,8 +7,12 @@ use std::collections::HashSet;
 use serde_json::Value;
 
 use crate::error::Result;
+use crate::export::pretokenizer::PROBE;
 use crate::export::tokenizer::spaces_first_alone;
 use crate::tokenizer::TokenizerFiles;
+
+/// Bytes of running text that are tried (16 KiB).
+const SAMPLE: usize = 16 << 10;
 
 /// Tokens from either end of the list that are tried.
 const TRIED: usize = 256;
@@ -55,6 +59,22 @@ pub(crate) fn differences(original: &TokenizerFiles, written: &TokenizerFiles, r
     let lost = told(lost, "added tokens that the written tokenizer does not find as the original does");
     let beside = told(beside, "text beside added tokens that the written tokenizer splits otherwise than the original");
     Ok(lost.into_iter().chain(beside).collect())
+}
+
+/// Whether both give running text the same ids; where the user `named` a pre-tokenizer, more of it and the text that tells these
+/// apart.
+pub(crate) fn agree(original: &TokenizerFiles, written: &TokenizerFiles, named: bool) -> Result<bool> {
+    let prose = crate::demo::HELD_OUT;
+    let beginning =
+        prose.match_indices('\n').map(|(at, _)| at).take_while(|at| *at <= SAMPLE).last().unwrap_or(prose.len());
+    let texts: &[&str] = if named { &[PROBE, prose] } else { &[&prose[..beginning]] };
+    for text in texts {
+        let [original, written] = [original, written].map(|files| files.tokenizer.encode(text, true));
+        if original.map_err(crate::text::TextError::from)? != written.map_err(crate::text::TextError::from)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Id and spelling, and whether more than the spelling is looked at.

@@ -198,6 +198,7 @@ impl Base {
             dropped: super::DROPPED.to_vec(),
             aside: Vec::new(),
             opaque: false,
+            unrunnable: None,
         })
     }
 
@@ -245,11 +246,36 @@ pub fn activation_of(config: &Config<'_>, key: &str, default: Activation) -> Res
     })
 }
 
+/// Activations of transformers that cannot be computed here, and have no weights.
+const ELSEWHERE: &[&str] = &[
+    "gelu_10",
+    "hardswish",
+    "laplace",
+    "leaky_relu",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu6",
+    "sigmoid",
+    "sqrtsoftplus",
+    "tanh",
+];
+
+/// Settings with an activation that is known in place of one that is only known elsewhere; `None` where there is none.
+pub fn with_another_activation(settings: &serde_json::Value) -> Option<serde_json::Value> {
+    let keys = ["hidden_act", "hidden_activation", "activation_function"];
+    let elsewhere = |key: &&str| settings[*key].as_str().is_some_and(|name| ELSEWHERE.contains(&name));
+    let mut other = settings.clone();
+    let found: Vec<&str> = keys.into_iter().filter(elsewhere).collect();
+    found.iter().for_each(|key| other[*key] = "silu".into());
+    (!found.is_empty()).then_some(other)
+}
+
 fn named_activation(name: &str) -> Option<Activation> {
     Some(match name {
         "silu" | "swish" => Activation::Silu,
-        "gelu" => Activation::Gelu,
-        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Activation::GeluTanh,
+        "gelu" | "gelu_python" => Activation::Gelu,
+        "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" | "gelu_accurate" | "gelu_python_tanh" => Activation::GeluTanh,
         "relu" => Activation::Relu,
         "relu2" => Activation::Relu2,
         _ => return None,

@@ -39,7 +39,8 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
     }
     let experts = config.optional_count("n_routed_experts")?;
     let dense = config.count_or("first_k_dense_replace", 0)?;
-    let interleaved = config.flag("rope_interleave", true)?;
+    // Runtimes read it for V3 alone.
+    let interleaved = !third || config.flag("rope_interleave", true)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");
@@ -124,7 +125,17 @@ pub fn moe(
             if !experts.is_multiple_of(count) {
                 return Err(Error::failed(format!("config.json: {experts} experts do not divide into {count} groups")));
             }
-            Some(Groups { count, kept: config.optional_count("topk_group")?.unwrap_or(1), ranked_by })
+            let kept = config.optional_count("topk_group")?.unwrap_or(1);
+            // Which of the others are taken then is left to the order in which a runtime sorts equal numbers.
+            if experts / count * kept < router.top_k {
+                return Err(Error::failed(format!(
+                    "config.json: topk_group {kept} of {count} groups of {} experts hold fewer than the {} of \
+                     num_experts_per_tok",
+                    experts / count,
+                    router.top_k
+                )));
+            }
+            Some(Groups { count, kept, ranked_by })
         }
     };
     let shared = config.optional_count("n_shared_experts")?;

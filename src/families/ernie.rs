@@ -6,7 +6,7 @@ use super::build::{Base, activation};
 use super::moe::router;
 use super::rope::rope;
 use super::{Config, Family};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::{Graph, Layer, Moe};
 
 /// ERNIE 4.5.
@@ -52,6 +52,14 @@ fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
 fn moe(base: &Base, config: &Config<'_>, module: &str, act: Activation, bias: bool) -> Result<Moe> {
     let inner = config.count("moe_intermediate_size")?;
     let experts = config.count("moe_num_experts")?;
+    let least = config.number("moe_norm_min", 1e-12)?;
+    // The sum of the weights of the chosen experts is far above what the setting guards against.
+    if least > 1e-6 {
+        return Err(Error::failed(format!(
+            "config.json: moe_norm_min is {least}, and only a sum of the experts' weights that it does not change can be run \
+             (up to 0.000001)"
+        )));
+    }
     let mut router = router(base, format!("{module}.gate"), experts, config.count("moe_k")?, true);
     router.correction = Some((format!("{module}.moe_statics.e_score_correction_bias"), vec![1, experts]));
     let shared = config.count_or("moe_num_shared_experts", 2)?;

@@ -56,6 +56,13 @@ pub(super) fn notes(class: &str, settings: &Map<String, Value>) -> Vec<String> {
             notes.push(format!("config.json has {what} and no layer_types, which transformers 5 fails on: {taken}"));
         }
         "deepseek_v2" | "deepseek_v3" => {
+            if class == "deepseek_v2" && said("norm_topk_prob") == Some(&Value::Bool(true)) {
+                notes.push(
+                    "config.json has norm_topk_prob true, which transformers 5 does not read for `deepseek_v2`: the weights of the \
+                     chosen experts are divided by their sum, as vLLM and llama.cpp do"
+                        .to_owned(),
+                );
+            }
             if let Some(every) = said("moe_layer_freq").filter(|every| integer(every) != Some(1)) {
                 notes.push(format!(
                     "config.json has {} for moe_layer_freq, which transformers 5 does not read for `{class}`: all layers behind the \
@@ -67,6 +74,27 @@ pub(super) fn notes(class: &str, settings: &Map<String, Value>) -> Vec<String> {
         _ => {}
     }
     notes
+}
+
+/// Models that see or hear whose class in transformers scales or caps their logits as their language model does.
+const LIKE_THEIR_TEXT: &[&str] = &["gemma3", "gemma3n", "granite4_vision", "granite_docling", "hyperclovax_vision_v2"];
+
+/// A note on the head of the model `outer`, which sees or hears, where `text`, the settings of its language model of this class,
+/// have a scale or a cap for logits that the outer class of transformers does not apply.
+pub(super) fn head(outer: &str, class: &str, text: &Value) -> Option<String> {
+    if LIKE_THEIR_TEXT.contains(&outer) {
+        return None;
+    }
+    let known = CLASSES.get(class)?;
+    let (key, value) = ["logit_scale", "logits_scaling", "final_logit_softcapping"].into_iter().find_map(|key| {
+        let default = known.defaults.get(key)?;
+        let value = text.get(key).unwrap_or(default).as_f64()?;
+        (value != 1.0).then_some((key, value))
+    })?;
+    Some(format!(
+        "{key} of the language model in config.json is {value}, which transformers 5 applies to a `{class}` and not inside a \
+         `{outer}`: it is applied, as vLLM and llama.cpp do"
+    ))
 }
 
 /// A note on settings of rotary positions that name two types, of which the newer key's is taken.
@@ -81,4 +109,36 @@ pub(super) fn two_types(own: &Map<String, Value>) -> Option<String> {
             "config.json has rope_type {new} and type {old} for rotary positions, and they differ: {new} is taken, as transformers does"
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn scales_that_transformers_applies_to_text_alone_are_told() {
+        for (outer, class, text, told) in [
+            ("aya_vision", "cohere2", json!({}), Some("logit_scale of the language model in config.json is 0.0625")),
+            ("aya_vision", "cohere2", json!({"logit_scale": 1.0}), None),
+            ("llava_next", "granite", json!({"logits_scaling": 8.0}), Some("logits_scaling of the language model")),
+            ("llava", "gemma2", json!({"final_logit_softcapping": null}), None),
+            ("llava", "gemma2", json!({"final_logit_softcapping": 5.0}), Some("not inside a `llava`")),
+            ("gemma3", "gemma3_text", json!({"final_logit_softcapping": 5.0}), None),
+            ("llava", "llama", json!({"logit_scale": 2.0}), None),
+        ] {
+            let note = head(outer, class, &text);
+            assert_eq!(note.is_some(), told.is_some(), "{outer} {class} {text}: {note:?}");
+            assert!(note.unwrap_or_default().contains(told.unwrap_or_default()), "{outer} {class}");
+        }
+    }
+
+    #[test]
+    fn weights_that_only_transformers_leaves_undivided_are_told() {
+        let settings = json!({"norm_topk_prob": true});
+        let of = |class: &str| notes(class, settings.as_object().unwrap());
+        assert!(of("deepseek_v2")[0].contains("norm_topk_prob true"));
+        assert!(of("deepseek_v3").is_empty());
+    }
 }

@@ -114,7 +114,7 @@ mod tests {
         check("hidden_size", json!(null), "hidden_size must be a positive number, found nothing");
         check("num_key_value_heads", json!(0), "num_key_value_heads must be a positive number");
         check("num_key_value_heads", json!(3), "cannot share 3 key and value heads");
-        check("hidden_act", json!("mish"), "hidden_act is `mish`");
+        check("hidden_act", json!("mash"), "hidden_act is `mash`");
         check("rope_scaling", json!({"type": "ntk", "factor": 2.0}), "rope scaling `ntk` is not supported");
         check("rope_scaling", json!({"rope_type": "linear"}), "lacks a positive factor");
         check(

@@ -190,6 +190,9 @@ pub fn settings(config: &Value) -> Result<Settings> {
         (None, Some(_)) => below.or(above),
         (None, None) => None,
     };
+    if let Some(outer) = type_of(config).filter(|_| part.is_some()) {
+        settings.notes.extend(guesses::head(outer, &settings.model_type, &settings.values));
+    }
     // Ids of tokens are looked for above first.
     let ids = part.and(config.as_object()).into_iter().flatten();
     for (key, id) in ids.filter(|(key, id)| key.ends_with("_token_id") && !id.is_null()) {
@@ -211,7 +214,19 @@ pub fn build(config: &Value) -> Result<Graph> {
     let settings = settings(config)?;
     match family_of(&settings.model_type) {
         Some(family) => {
-            let graph = (family.build)(&Config(&settings.values))?;
+            if let Some(said) = settings.values.get("is_causal").filter(|said| counts_as_false(said)) {
+                return Err(Error::failed(format!(
+                    "config.json: is_causal is {}, and only models that attend to what came before can be run",
+                    shown(said)
+                )));
+            }
+            let graph = (family.build)(&Config(&settings.values)).or_else(|error| {
+                // What only the arithmetic needs stands in no one's way who asks for none.
+                let Some(other) = build::with_another_activation(&settings.values) else { return Err(error) };
+                let mut graph = (family.build)(&Config(&other))?;
+                graph.unrunnable = Some(error.to_string());
+                Ok(graph)
+            })?;
             check(&graph)?;
             Ok(graph)
         }
@@ -233,6 +248,11 @@ pub fn build(config: &Value) -> Result<Graph> {
     }
 }
 
+/// Whether Python takes a value of config.json for false.
+fn counts_as_false(value: &Value) -> bool {
+    value.is_null() || *value == Value::Bool(false) || real(value) == Some(0.0) || value.as_str() == Some("")
+}
+
 /// Every `model_type` that there is a family for.
 fn known() -> String {
     let known: Vec<&str> = FAMILIES.iter().flat_map(|f| f.model_types.iter().copied()).collect();
@@ -246,6 +266,13 @@ pub fn is_known(config: &Value) -> bool {
 
 /// Fails for a model whose family is unknown, so that it cannot be run.
 pub fn check_runnable(graph: &Graph, source: &Checkpoint) -> Result<()> {
+    if let Some(why) = &graph.unrunnable {
+        let path = source.path().display();
+        return Err(Error::failed(format!(
+            "{path}/{why}: such a model can be converted, merged with an adapter, and quantized without data and without measuring: \
+             --method rtn --verify-text none"
+        )));
+    }
     if !graph.opaque {
         return Ok(());
     }

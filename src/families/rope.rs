@@ -24,6 +24,9 @@ fn needed_object<'a>(config: &Config<'a>, key: &str) -> Result<Config<'a>> {
 fn rotation(config: &Config<'_>, own: Config<'_>, head_dim: usize) -> Result<Arc<Rope>> {
     let theta = own.positive("rope_theta", 10_000.0)?;
     let partial = own.number("partial_rotary_factor", 1.0)?;
+    if own.text("rope_type")? == "proportional" {
+        return proportional(&own, theta, partial, head_dim).map(Arc::new);
+    }
     let rotated = (head_dim as f64 * partial) as usize;
     if rotated < 2 || !rotated.is_multiple_of(2) || rotated > head_dim {
         return Err(Error::failed(format!(
@@ -31,6 +34,29 @@ fn rotation(config: &Config<'_>, own: Config<'_>, head_dim: usize) -> Result<Arc
         )));
     }
     scaled(config, own, theta, rotated).map(Arc::new)
+}
+
+/// Frequencies of the whole head, of which only the first `partial` turn.
+fn proportional(own: &Config<'_>, theta: f64, partial: f64, head_dim: usize) -> Result<Rope> {
+    let turning = (head_dim as f64 * partial / 2.0).floor() as usize;
+    let factor = own.number("factor", 1.0)?;
+    let turns = head_dim.is_multiple_of(2) && (1..=head_dim / 2).contains(&turning);
+    if !(turns && factor.is_finite() && factor > 0.0) {
+        return Err(Error::failed(format!(
+            "config.json: rope scaling `proportional` needs a positive factor and a part of {head_dim} values of a head to rotate, found {factor} \
+             and {partial}"
+        )));
+    }
+    let mut rope = unscaled(theta, head_dim);
+    for (i, frequency) in rope.inverse_frequencies.iter_mut().enumerate() {
+        *frequency = if i < turning { *frequency / factor as f32 } else { 0.0 };
+    }
+    rope.scaling = match turning == head_dim / 2 {
+        true if factor == 1.0 => RopeScaling::None,
+        true => RopeScaling::Linear { factor: factor as f32 },
+        false => RopeScaling::Proportional,
+    };
+    Ok(rope)
 }
 
 /// The rotation of `rotated` values without any scaling.
@@ -176,9 +202,50 @@ fn scaled(config: &Config<'_>, scaling: Config<'_>, theta: f64, rotated: usize) 
         }
         other => {
             return Err(Error::failed(format!(
-                "config.json: rope scaling `{other}` is not supported, only default, linear, dynamic, llama3, yarn and longrope"
+                "config.json: rope scaling `{other}` is not supported, only default, linear, dynamic, llama3, yarn, longrope and proportional"
             )));
         }
     };
     Ok(rope)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use crate::families::build;
+    use crate::graph::RopeScaling;
+
+    /// Frequencies as transformers 5.23 has them for this class and width of a head.
+    #[test]
+    fn pairs_beyond_the_part_of_proportional_positions_stand_still() {
+        let of = |key: &str, rope: Value, partial: Option<f64>| {
+            let mut config = json!({
+                "model_type": "llama", "hidden_size": 32, "num_attention_heads": 2, "head_dim": 16, "intermediate_size": 32,
+                "num_hidden_layers": 1, "vocab_size": 8, "max_position_embeddings": 32, "rms_norm_eps": 1e-5,
+            });
+            config[key] = rope;
+            if let Some(partial) = partial {
+                config["partial_rotary_factor"] = partial.into();
+            }
+            let graph = build(&config).map_err(|error| error.to_string())?;
+            let rope = graph.blocks[0].attention().unwrap().rope.clone().unwrap();
+            Ok::<_, String>((rope.inverse_frequencies.clone(), rope.scaling.clone()))
+        };
+        let near = |found: &[f32], expected: [f32; 8]| {
+            assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-6 * b), "{found:?}");
+        };
+        let half = json!({"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "factor": 4.0});
+        let (found, scaling) = of("rope_parameters", half, None).unwrap();
+        near(&found, [0.25, 0.079_056_94, 0.025, 0.007_905_695, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(scaling, RopeScaling::Proportional);
+        let outside = json!({"type": "proportional", "rope_theta": 5e5});
+        let (found, _) = of("rope_scaling", outside.clone(), Some(0.3)).unwrap();
+        near(&found, [1.0, 0.193_922_76, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        let whole = json!({"rope_type": "proportional", "rope_theta": 5e5, "factor": 2.0});
+        let (found, scaling) = of("rope_parameters", whole, None).unwrap();
+        near(&found[..3], [0.5, 0.096_961_38, 0.018_803_015, 0.0, 0.0, 0.0, 0.0, 0.0]);
+        assert_eq!(scaling, RopeScaling::Linear { factor: 2.0 });
+        assert!(of("rope_scaling", outside, Some(1.5)).unwrap_err().contains("a part of 16 values"));
+    }
 }

@@ -364,6 +364,11 @@ fn flat(
                 notes,
             );
         }
+        // This kind is the same in every class.
+        None if kind == "proportional" => {
+            let share = partial.as_ref().map(|(name, value)| (*name, value));
+            fill(&mut own, "partial_rotary_factor", share, Some(1.0.into()), notes);
+        }
         None => {
             let inside = own.remove("partial_rotary_factor").filter(|v| !v.is_null());
             if let Some(share) = inside.or(partial.map(|(_, value)| value)).filter(|share| real(share) != Some(1.0)) {

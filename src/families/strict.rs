@@ -96,12 +96,17 @@ fn object(model_type: &str, settings: &mut Map<String, Value>, place: &str, note
         let value = &settings[&key];
         let remedy = match &key[..] {
             "dtype" | "torch_dtype" => dtype(value),
-            "num_labels" => integer(value).filter(|_| value.is_f64()).map(|n| Remedy::Write(n.into())),
+            "num_labels" => match integer(value) {
+                Some(count) => value.is_f64().then(|| Remedy::Write(count.into())),
+                None => Some(Remedy::Keep),
+            },
+            "id2label" => (!are_labels(value)).then_some(Remedy::Keep),
             _ => of(alias(own, &key)).and_then(|kinds| remedy(own, &key, value, &kinds)),
         };
         // What stands for a field of another name is not checked, and wanted all the same.
         let verb = match &key[..] {
             "dtype" | "torch_dtype" => "does not know",
+            "num_labels" | "id2label" => "fails on",
             key if alias(own, key) == key => "refuses",
             _ => "fails on",
         };
@@ -115,7 +120,10 @@ fn object(model_type: &str, settings: &mut Map<String, Value>, place: &str, note
                 notes.push(format!("{refused}: it is left out, so that the default counts"));
                 settings.shift_remove(&key);
             }
-            Some(Remedy::Keep) if known => notes.push(format!("{refused}; it is written as it stands")),
+            // Every class has these two.
+            Some(Remedy::Keep) if known || ["num_labels", "id2label"].contains(&&key[..]) => {
+                notes.push(format!("{refused}; it is written as it stands"))
+            }
             Some(_) | None => {}
         }
     }
@@ -151,6 +159,16 @@ where
     let types = &TYPES[class];
     let field = spelling.iter().find(|name| types.values().flatten().any(|known| known == *name));
     field.map_or(key, |field| field.as_str())
+}
+
+/// Whether names of classes have numbers that Python's `int` reads, or there are none.
+fn are_labels(value: &Value) -> bool {
+    let number = |key: &String| {
+        let digits = key.trim();
+        let digits = digits.strip_prefix(['-', '+']).unwrap_or(digits);
+        digits.split('_').all(|part| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    value.is_null() || value.as_object().is_some_and(|labels| labels.keys().all(number))
 }
 
 fn count(class: &str, settings: &Map<String, Value>, key: &str) -> Option<i64> {
@@ -291,6 +309,10 @@ mod tests {
             ("hidden_act", json!(7)),
             ("rope_parameters", json!([])),
             ("initializer_range", json!(2.5)),
+            ("id2label", json!({"0": "a", "one": "b"})),
+            ("id2label", json!({"1.0": "a"})),
+            ("id2label", json!(["a", "b"])),
+            ("num_labels", json!("two")),
             ("bos_token_id", crate::json::parse(b"NaN").unwrap()),
         ] {
             let (found, notes) = written("llama", key, value.clone());
@@ -318,6 +340,9 @@ mod tests {
             ("layer_types", json!(["full_attention", "sliding_attention"])),
             ("no_setting_of_llama", json!("true")),
             ("dtype", json!("half")),
+            ("id2label", json!({"0": "a", " +1_0 ": null})),
+            ("id2label", Value::Null),
+            ("num_labels", json!(3)),
         ] {
             assert_eq!(written("llama", key, value.clone()), (value, Vec::new()), "{key}");
         }

@@ -145,6 +145,7 @@ pub fn graph(source: &Checkpoint) -> Result<Graph> {
         dropped: super::DROPPED.to_vec(),
         aside,
         opaque: true,
+        unrunnable: None,
     })
 }
 

@@ -3,11 +3,11 @@
 //! Which tensor of the file holds which rows of which tensor is what [`crate::export::names`] says for writing, gone
 //! backwards.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 
 use formats::container::gguf::{GgufSpec, GgufView};
-use formats::{Dtype, GgufFile, TensorView};
+use formats::{Dtype, GgmlType, GgufFile, TensorView};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{Entry, StoredType};
@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::export::names::{From, Part, plan};
 use crate::families;
 use crate::graph::Stored;
-use crate::import::names::{ARCHITECTURES, Architecture, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
+use crate::import::names::{ARCHITECTURES, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 use crate::import::settings::Settings;
 
 /// An opened GGUF model.
@@ -78,7 +78,14 @@ impl GgufModel {
         let settings = settings(&file, architecture)?;
         let mut config = settings.config().map_err(|error| error.in_file(path))?;
         finish_config(&mut config, &file, dtype)?;
-        let notes = unread(path, &settings.unread()).into_iter().collect();
+        let mut notes: Vec<String> = unread(path, &settings.unread()).into_iter().collect();
+        if let Some(window) = settings.unused_window().map_err(|error| error.in_file(path))? {
+            notes.push(format!(
+                "{}: its sliding window of {window} tokens is left out, as llama.cpp leaves it out for architecture {id}: beyond {window} \
+                 tokens the model attends to more than it was trained with",
+                path.display()
+            ));
+        }
 
         let graph = families::build(&config).map_err(|error| Error::failed(format!("{}: {error}", path.display())))?;
         let planned = plan(&graph).map_err(|error| Error::failed(format!("{}: {error}", path.display())))?;
@@ -87,8 +94,22 @@ impl GgufModel {
         let mut tensors: HashMap<String, Mapped> = HashMap::new();
         let (mut order, mut seen) = (Vec::new(), HashSet::new());
         let mut known: HashMap<String, Vec<String>> = HashMap::new();
+        // Tensors that the file lacks wholly or in part, where that is as good as zeros, and the file's names of what is not there.
+        let (mut zeroed, mut absent) = (BTreeSet::new(), Vec::new());
         for tensor in &stored {
-            let Some(view) = file.get(&tensor.gguf).filter(|_| !tensor.parts().is_empty()) else { continue };
+            let Some(view) = file.get(&tensor.gguf).filter(|_| !tensor.parts().is_empty()) else {
+                // Loaders add each bias that is there, and config.json has one word for all of a kind.
+                if architecture.asks_for_bias(&tensor.gguf) == Need::May && !tensor.parts().is_empty() {
+                    for source in tensor.parts().iter().map(|part| part.from.tensor()) {
+                        let shape = shapes.get(&source).cloned().unwrap_or_else(|| tensor.shape.clone());
+                        let nothing = Mapped { shape, pieces: Vec::new(), rows: None };
+                        tensors.entry(source.clone()).or_insert(nothing);
+                        zeroed.insert(source);
+                    }
+                    absent.push(&tensor.gguf);
+                }
+                continue;
+            };
             let shapes_differ = view.shape.iter().product::<usize>() != tensor.shape.iter().product::<usize>()
                 || view.shape.last() != tensor.shape.last();
             if shapes_differ {
@@ -144,8 +165,19 @@ impl GgufModel {
                 }
             }
         }
+        if let Some(first) = absent.first() {
+            let more = if absent.len() > 1 { format!(" and {} more", absent.len() - 1) } else { String::new() };
+            notes.push(format!(
+                "{}: some layers or linears have biases and others none, which config.json has no word for: `{first}`{more} became zeros",
+                path.display()
+            ));
+        }
+        order.extend(zeroed.iter().filter(|source| seen.insert((*source).clone())).cloned());
         for (name, mapped) in &mut tensors {
             mapped.rows = mapped.by_row();
+            if zeroed.contains(name) {
+                continue;
+            }
             let covered: usize = mapped.pieces.iter().map(|piece| piece.part.extents().iter().product::<usize>()).sum();
             let values: usize = mapped.shape.iter().product();
             if covered != values {
@@ -190,11 +222,12 @@ impl GgufModel {
                 let ([own, wide], (rows, width)) = (piece.part.extents(), view.rows_and_width());
                 view.data.len() * own * wide / (rows * width).max(1)
             };
-            let ty = self.file.get(&mapped.pieces[0].name).expect("listed").ty;
+            let ty = |piece: &Piece| self.file.get(&piece.name).expect("listed").ty;
+            let stored = |ty: GgmlType| ty.plain().map_or(StoredType::Ggml(ty), StoredType::Plain);
             Entry {
                 name: name.clone(),
                 shape: mapped.shape.clone(),
-                dtype: ty.plain().map_or(StoredType::Ggml(ty), StoredType::Plain),
+                dtype: mapped.pieces.first().map_or(StoredType::Plain(Dtype::F32), |piece| stored(ty(piece))),
                 stored_bytes: mapped.pieces.iter().map(bytes).sum::<usize>() as u64,
             }
         };

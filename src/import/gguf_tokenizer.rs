@@ -308,8 +308,25 @@ pub(crate) fn tokenizer_json(file: &GgufFile) -> Result<Value> {
     }
 }
 
+/// The name of the pre-tokenizer; an empty one is none.
+fn pre(file: &GgufFile) -> Result<Option<&str>> {
+    Ok(file.string("tokenizer.ggml.pre")?.filter(|pre| !pre.is_empty()))
+}
+
+/// What to say of a file that does not name its pre-tokenizer.
+pub(crate) fn guessed(file: &GgufFile) -> Result<Option<String>> {
+    let byte_level = file.string("tokenizer.ggml.model")? == Some("gpt2");
+    Ok((byte_level && pre(file)?.is_none()).then(|| {
+        format!(
+            "{}: does not name its pre-tokenizer (tokenizer.ggml.pre), and `default` was taken, as in llama.cpp: texts may be divided otherwise \
+             than the model was trained with; take a file that was converted anew, or set the key",
+            file.path().display()
+        )
+    }))
+}
+
 fn byte_level(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Value> {
-    let pre = file.string("tokenizer.ggml.pre")?.unwrap_or("default");
+    let pre = pre(file)?.unwrap_or("default");
     let setup = ByteLevel::named(pre).ok_or_else(|| {
         formats::Error::unsupported(format!(
             "pre-tokenizer `{pre}` is not one that can be rebuilt ({})",

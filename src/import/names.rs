@@ -182,6 +182,16 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
 ];
 
 impl Architecture {
+    /// Whether loaders ask for a bias, by its name in the file.
+    pub fn asks_for_bias(&self, name: &str) -> Need {
+        match name.strip_suffix(".bias").and_then(|name| name.rsplit_once('.')).map(|(_, module)| module) {
+            Some("attn_q" | "attn_k" | "attn_v" | "attn_qkv") => self.qkv_bias,
+            Some("attn_output") => self.o_bias,
+            Some("ffn_gate" | "ffn_up" | "ffn_down") => self.mlp_bias,
+            _ => Need::Never,
+        }
+    }
+
     /// The architecture that a file calls `id`.
     pub fn named(id: &str) -> Option<&'static Architecture> {
         ARCHITECTURES.iter().find(|architecture| architecture.id == id)

@@ -42,7 +42,7 @@ impl Settings {
     }
 
     /// Rotary frequencies that are divided by `factors` whatever the length of a text, and what is rotated multiplied by `warm`.
-    fn divided(&self, factors: Vec<f64>, warm: f64) -> Result<Value> {
+    pub(super) fn divided(&self, factors: Vec<f64>, warm: f64) -> Result<Value> {
         let id = self.architecture.id;
         // There layers with a window would be multiplied too; here the attention itself.
         if warm != 1.0 && ["gemma3", "olmo2", "deepseek2", "qwen2vl"].contains(&id) {

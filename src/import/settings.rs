@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use formats::container::gguf::MetadataValue;
 use serde_json::{Map, Value, json};
 
-use crate::import::names::{Architecture, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
+use crate::import::names::{Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 use crate::import::required;
 
 /// What a GGUF file says of a model beside its weights.
@@ -148,6 +148,13 @@ impl Settings {
         })
     }
 
+    /// A window that layers of this architecture do not keep to, where a text may be longer.
+    pub fn unused_window(&self) -> Result<Option<usize>> {
+        let context = self.count("context_length")?.unwrap_or(0);
+        let window = self.count("attention.sliding_window")?.filter(|window| (1..context).contains(window));
+        Ok(window.filter(|_| !self.architecture.windows))
+    }
+
     /// config.json. Fails for what is missing or cannot be said there.
     pub fn config(&self) -> Result<Value> {
         let id = self.architecture.id;
@@ -198,7 +205,12 @@ impl Settings {
         let scaling = self.rope_scaling(theta, latent.is_some())?;
         let (model_type, class, activation) = self.class(experts.is_some())?;
         let tied = !self.has("output.weight");
-        let biased = |name: &str| self.has(&format!("blk.0.{name}.bias"));
+        let biased = |modules: &[&str]| {
+            self.tensors
+                .keys()
+                .filter_map(|name| name.strip_prefix("blk.")?.strip_suffix(".bias")?.split_once('.'))
+                .any(|(_, module)| modules.contains(&module))
+        };
         let mut config = json!({
             "architectures": [class], "model_type": model_type, "vocab_size": embedding.and_then(|shape| shape.first()),
         });
@@ -299,11 +311,12 @@ impl Settings {
                 "sliding_attention": {"rope_type": "default", "rope_theta": near},
             }}));
         }
-        let biases = self.has("blk.0.attn_q.bias") || self.has("blk.0.attn_qkv.bias");
+        let of_output = if self.architecture.o_bias == Need::May { "attn_output" } else { "attn_qkv" };
+        let biases = biased(&["attn_q", "attn_k", "attn_v", "attn_qkv", of_output]);
         let heads_27b = matches!((model_type, layers), ("gemma2", 46) | ("gemma3_text", 62));
         match model_type {
             "llama" | "mixtral" | "granite" | "granitemoe" | "smollm3" | "nemotron" => {
-                set(json!({"attention_bias": biases, "mlp_bias": biased("ffn_up")}));
+                set(json!({"attention_bias": biases, "mlp_bias": biased(&["ffn_up", "ffn_gate", "ffn_down"])}));
             }
             "qwen3" | "qwen3_moe" | "gemma" | "gemma2" | "gemma3_text" | "olmo" | "olmo2" | "olmo3" | "cohere"
             | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" | "seed_oss" | "arcee"
@@ -575,10 +588,16 @@ impl Settings {
     fn rope_scaling(&self, theta: f64, latent: bool) -> Result<Option<Value>> {
         let warm = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
         if let Some(factors) = self.factors.get(ROPE_FREQS) {
-            if let Some(scaling) = self.scaled_factors(factors, warm)? {
-                return Ok(Some(scaling));
+            let usable = factors.iter().all(|factor| *factor > 0.0 && factor.is_finite()) && !latent;
+            let scaled = if usable { self.scaled_factors(factors, warm)? } else { None };
+            if scaled.is_some() {
+                return Ok(scaled);
             }
-            return llama3_scaling(factors, theta).map_err(|e| e.in_tensor(ROPE_FREQS));
+            return llama3_scaling(factors, theta).or_else(|error| match usable {
+                // Any other factors, within the first context and beyond it.
+                true => self.divided(decimals(factors), warm).map(Some),
+                false => Err(error.in_tensor(ROPE_FREQS)),
+            });
         }
         let original = self.count("rope.scaling.original_context_length")?;
         if let (Some(long), Some(short)) = (self.factors.get(ROPE_LONG), self.factors.get(ROPE_SHORT)) {
@@ -591,9 +610,8 @@ impl Settings {
                 )));
             }
             let original = original.map_or_else(|| self.required("context_length"), Ok)?;
-            let list = |values: &[f32]| values.iter().filter_map(|x| x.to_string().parse().ok()).collect::<Vec<f64>>();
             return Ok(Some(json!({
-                "rope_type": "longrope", "short_factor": list(short), "long_factor": list(long),
+                "rope_type": "longrope", "short_factor": decimals(short), "long_factor": decimals(long),
                 "original_max_position_embeddings": original, "attention_factor": warm,
             })));
         }
@@ -614,6 +632,11 @@ fn integer(value: &MetadataValue) -> Option<usize> {
         _ => return None,
     };
     wide.try_into().ok()
+}
+
+/// Numbers by their shortest decimals.
+fn decimals(values: &[f32]) -> Vec<f64> {
+    values.iter().filter_map(|x| x.to_string().parse().ok()).collect()
 }
 
 /// Finds Llama 3's scaling from the factor it gives each rotary frequency.

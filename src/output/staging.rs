@@ -56,6 +56,12 @@ impl Staging {
         let place = Place::resolve(target)?;
         input.map_or(Ok(()), |input| check_place(target, input))?;
         let (path, shown) = (place.path(), target.display());
+        if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf")) {
+            return Err(Error::usage(format!(
+                "{shown}: is the name of a GGUF file, and a folder would be written; `quantc quantize MODEL -o {shown}` writes such a file \
+                 (--scheme F16 or BF16 without quantizing), and a folder needs another name"
+            )));
+        }
         let notes = sweep(&place)?;
         if path.exists() {
             if !path.is_dir() {

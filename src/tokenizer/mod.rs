@@ -94,7 +94,9 @@ impl TokenizerFiles {
         let stated = added::of_json(&json).unwrap_or_default();
         let stated = stated.into_iter().map(|(id, token)| Stated::new(id, token)).collect();
         let sources = Sources { config, ..Sources::default() };
-        Self::build(file.path(), FILE, json, stated, sources, templates, [None, None])
+        let mut files = Self::build(file.path(), FILE, json, stated, sources, templates, [None, None])?;
+        files.notices.extend(gguf_tokenizer::guessed(file)?);
+        Ok(files)
     }
 
     fn build(
@@ -156,6 +158,7 @@ impl TokenizerFiles {
                  learn{others}"
             ));
         }
+        notices.extend(templates.notices.iter().map(|notice| format!("{}/{notice}", path.display())));
         notices.extend(sources.passed_over(&|text| tokenizer.token_to_id(text).is_some()));
         let mut files = TokenizerFiles { name, json, tokenizer, templates, notices, added, sources, own };
         let config = files.config();

@@ -22,6 +22,8 @@ pub struct Templates {
     pub others: Vec<(String, String)>,
     /// Where each stands, by its name: a file within the folder, and the key in it.
     pub(crate) places: Vec<(String, String)>,
+    /// What of the files is no template, each a sentence that begins with the file's name.
+    pub(crate) notices: Vec<String>,
 }
 
 /// The name of the one that is used unless another is asked for.
@@ -48,13 +50,19 @@ impl Templates {
         let of_config = Templates::of_value(&config["chat_template"], CONFIG);
         if found == Templates::default() {
             found = of_config;
-        } else if let Some(text) = of_config.default {
-            found.add(DEFAULT.to_owned(), text, CONFIG);
+        } else {
+            found.notices.extend(of_config.notices);
+            of_config.default.into_iter().for_each(|text| found.add(DEFAULT.to_owned(), text, CONFIG));
         }
         if found.default.is_none()
             && let Some(json) = read_json(&folder.join(PROCESSOR_FILE))?
         {
             let processor = Templates::of_value(&json["chat_template"], PROCESSOR_FILE);
+            found.notices.extend(processor.notices);
+            if json["chat_template"].is_null() {
+                let notice = "has no `chat_template`, and no processor of transformers loads with such a file";
+                found.notices.push(format!("{PROCESSOR_FILE} {notice}"));
+            }
             let default = processor.default.map(|text| (DEFAULT.to_owned(), text));
             default.into_iter().chain(processor.others).for_each(|(name, text)| found.add(name, text, PROCESSOR_FILE));
         }
@@ -73,19 +81,32 @@ impl Templates {
             Value::String(text) => found.add(DEFAULT.to_owned(), text.clone(), file),
             Value::Array(list) => {
                 for item in list {
-                    if let Some((name, text)) = item["name"].as_str().zip(item["template"].as_str()) {
-                        found.add(name.to_owned(), text.to_owned(), file);
+                    match item["name"].as_str().zip(item["template"].as_str()) {
+                        Some((name, text)) => found.add(name.to_owned(), text.to_owned(), file),
+                        None => found.no_template(item, file),
                     }
                 }
             }
             Value::Object(table) => {
                 for (name, text) in table {
-                    text.as_str().into_iter().for_each(|text| found.add(name.clone(), text.to_owned(), file));
+                    match text.as_str() {
+                        Some(text) => found.add(name.clone(), text.to_owned(), file),
+                        None => found.no_template(text, file),
+                    }
                 }
             }
-            _ => {}
+            Value::Null => {}
+            other => found.no_template(other, file),
         }
         found
+    }
+
+    fn no_template(&mut self, value: &Value, file: &str) {
+        let shown: String = value.to_string().chars().take(60).collect();
+        let notice = format!("{file}: chat_template holds {shown}, which is no template and was left out");
+        if !self.notices.iter().any(|known| known.starts_with(file)) {
+            self.notices.push(notice);
+        }
     }
 
     /// The first of a name stays.

@@ -205,8 +205,11 @@ fn what_cannot_be_merged_is_told_in_a_sentence() {
         error.to_string().replace(&room.path().display().to_string(), "DIR")
     };
     for (settings, words) in [
-        (json!({"peft_type": "LOHA"}), "DIR/adapter_config.json: adapters of type LOHA cannot be merged"),
-        (json!({"peft_type": "IA3"}), "type IA3 cannot be merged"),
+        (
+            json!({"peft_type": "LOHA"}),
+            "DIR/adapter_config.json: peft_type is LOHA, and only LORA (with rsLoRA and DoRA) is merged here; merge it with PEFT",
+        ),
+        (json!({"peft_type": "IA3"}), "peft_type is IA3, and only LORA"),
         (json!({"trainable_token_indices": [1]}), "trainable_token_indices is set: tokens that are trained alone"),
         (json!({"layer_replication": [[0, 1]]}), "layer_replication is set"),
         (json!({"target_parameters": ["mlp.experts.gate_up_proj"]}), "target_parameters is set"),

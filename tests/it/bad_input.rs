@@ -103,7 +103,7 @@ fn shards_that_are_missing_or_elsewhere_are_named() {
     let index = |shard: &str| json!({"weight_map": {DOWN: shard}}).to_string();
     let cases = [
         (index("model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors"),
-        (index("../model.safetensors"), "expected a file name"),
+        (index("../model.safetensors"), "expected a file in the index's folder or in one within it"),
         ("[]".to_owned(), "weight_map"),
         ("{".to_owned(), "index.json"),
     ];

@@ -344,7 +344,7 @@ fn adapters_that_lack_something_are_refused_or_told() {
     refused(json!({"use_dora": false}), &dora, "adapter_config.json does not say use_dora");
     refused(json!({}), &[], "it holds no tensor");
     for kind in ["ADALORA", "VERA", "LOKR", "OFT", "PREFIX_TUNING", "LN_TUNING"] {
-        refused(json!({"peft_type": kind}), &good, &format!("adapters of type {kind} cannot be merged"));
+        refused(json!({"peft_type": kind}), &good, &format!("peft_type is {kind}, and only LORA"));
     }
     for start in ["loftq", "pissa_niter_4", "olora", "corda", "lora_ga"] {
         refused(json!({"init_lora_weights": start}), &good, &format!("init_lora_weights is `{start}`"));
@@ -364,6 +364,8 @@ fn adapters_that_lack_something_are_refused_or_told() {
     let mut idle = good.clone();
     idle[1].2.fill(0.0);
     let eight = product(module, 8, [32, 32]);
+    let mut block = good.clone();
+    block.push(("base_model.model.model.layers.1.self_attn.o_proj.weight".to_owned(), vec![32, 32], vec![0.5; 1024]));
     for (settings, tensors, notes) in [
         (json!({"use_dora": true}), &dora, &none[..]),
         (
@@ -400,6 +402,7 @@ fn adapters_that_lack_something_are_refused_or_told() {
             &["lists `v_proj`, `j_proj` in target_modules"],
         ),
         (json!({"modules_to_save": ["lm_head"]}), &good, &["lists `lm_head` in modules_to_save"]),
+        (json!({"modules_to_save": ["self_attn"]}), &block, &none),
         (json!({"layers_to_transform": 0}), &good, &none),
         (json!({}), &strange, &["are not called as PEFT calls them"]),
         (
@@ -423,6 +426,13 @@ fn adapters_that_lack_something_are_refused_or_told() {
         assert_eq!(found.len(), notes.len(), "{settings}: {found:?}");
         assert!(found.iter().zip(notes).all(|(found, words)| found.contains(words)), "{settings}: {found:?}");
     }
+    // A head that is the embedding is a module of its own to PEFT, which no tensor is called after.
+    let tied = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/checkpoints/llama_tied");
+    let vocabulary = Checkpoint::open(&tied).unwrap().load("model.embed_tokens.weight").unwrap().len() / 32;
+    let room = tempfile::tempdir().unwrap();
+    adapter(room.path(), &json!({}), &borrowed(&product("base_model.model.lm_head", 4, [vocabulary, 32])));
+    let told = Checkpoint::open_with(&tied, Some(room.path())).unwrap().notices();
+    assert!(!told.iter().any(|note| note.contains("as PEFT calls them")), "{told:?}");
     // Without `r` it is PEFT's 8.
     let room = tempfile::tempdir().unwrap();
     adapter(room.path(), &json!({}), &borrowed(&eight));

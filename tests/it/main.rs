@@ -28,3 +28,4 @@ mod tidy;
 mod tokenizer_notes;
 mod tokenizers;
 mod unknown;
+mod untold;

@@ -29,11 +29,14 @@ fn read(folder: &Path) -> Tensors {
 
 /// Writes model.safetensors anew, after a change.
 fn change(model: &Model, change: impl FnOnce(&mut Tensors)) {
-    let folder = model.path("");
-    let mut tensors = read(&folder);
+    change_in(&model.path(""), change);
+}
+
+fn change_in(folder: &Path, change: impl FnOnce(&mut Tensors)) {
+    let mut tensors = read(folder);
     change(&mut tensors);
-    std::fs::remove_file(model.path("model.safetensors")).unwrap();
-    write(&folder, tensors);
+    std::fs::remove_file(folder.join("model.safetensors")).unwrap();
+    write(folder, tensors);
 }
 
 fn write(folder: &Path, tensors: Tensors) {
@@ -543,4 +546,42 @@ fn two_tensors_for_one_weight_are_refused() {
         room.run(["convert", "model", "-o", "out"]).refuses(1, &[twin, "another tensor for a weight that is there"]);
         room.run(["convert", "model", "-o", "out", "--unknown-tensors", "drop"]).succeeds();
     }
+}
+
+#[test]
+fn what_a_quantized_checkpoint_says_of_activations_and_caches_is_told() {
+    let room = Room::new();
+    room.model();
+    room.run([&["quantize", "model", "-o", "packed"], FAST].concat()).succeeds();
+    let plain = room.run(["convert", "packed", "-o", "out"]);
+    plain.succeeds();
+    assert!(!plain.stderr().contains("cache of keys"), "{}", plain.stderr());
+    let path = room.path("packed/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["quantization_config"]["kv_cache_scheme"] = json!({"num_bits": 8, "type": "float"});
+    std::fs::write(&path, config.to_string()).unwrap();
+    let run = room.run(["convert", "packed", "-o", "out", "--force"]);
+    run.succeeds();
+    assert!(run.stderr().contains("and its kv_cache_scheme were left out"), "{}", run.stderr());
+    change_in(&room.path("packed"), |tensors| {
+        add(tensors, "model.layers.0.self_attn.k_scale", Dtype::F32, &[1]);
+        add(tensors, "model.layers.0.self_attn.q_proj.input_scale", Dtype::F32, &[1]);
+    });
+    for command in
+        [&["convert", "packed", "-o", "out", "--force"][..], &[&["quantize", "packed", "-o", "again"], FAST].concat()]
+    {
+        let run = room.run(command);
+        run.succeeds();
+        let told = "its 2 scales for activations or the cache of keys and values (`model.layers.0.self_attn.k_scale`) and its kv_cache_scheme";
+        assert!(run.stderr().contains(told), "{}", run.stderr());
+    }
+}
+
+#[test]
+fn a_type_that_the_weights_do_not_have_is_told() {
+    let room = Room::new();
+    room.model().config(|config| config["dtype"] = json!("float32"));
+    let run = room.run(["convert", "model", "-o", "out"]);
+    run.succeeds();
+    assert!(run.stderr().contains("the weights are F32, and most are stored as BF16"), "{}", run.stderr());
 }

@@ -20,17 +20,23 @@ const LAYOUTS: [[&str; 4]; 3] = [
 
 /// Writes a checkpoint whose values differ from tensor to tensor.
 fn write(folder: &Path, config: &Value, tensors: &[(String, Vec<usize>)]) {
+    write_as(Dtype::BF16, folder, config, tensors);
+}
+
+/// [`write`] in BF16, or in F32 with the same values.
+pub fn write_as(dtype: Dtype, folder: &Path, config: &Value, tensors: &[(String, Vec<usize>)]) {
     std::fs::create_dir_all(folder).unwrap();
     std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    let spec = |(name, shape): &(String, Vec<usize>)| TensorSpec {
-        name: name.clone(),
-        dtype: Dtype::BF16,
-        shape: shape.clone(),
-    };
+    let spec = |(name, shape): &(String, Vec<usize>)| TensorSpec { name: name.clone(), dtype, shape: shape.clone() };
     let writer = ShardedWriter::create(folder, tensors.iter().map(spec).collect(), 1 << 30, &BTreeMap::new()).unwrap();
     for (index, (name, shape)) in tensors.iter().enumerate() {
         let values = (0..shape.iter().product::<usize>()).map(|i| ((i * 37 + index * 11) % 251) as u16 | 0x3c00);
-        writer.write(name, &values.flat_map(u16::to_le_bytes).collect::<Vec<u8>>()).unwrap();
+        let halves = |bits: u16| vec![bits.to_le_bytes()];
+        let bytes = values.flat_map(|bits| match dtype {
+            Dtype::F32 => [vec![[0, 0]], halves(bits)].concat(),
+            _ => halves(bits),
+        });
+        writer.write(name, bytes.flatten().collect::<Vec<u8>>().as_slice()).unwrap();
     }
     writer.finish().unwrap();
 }

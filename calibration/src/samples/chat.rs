@@ -4,13 +4,12 @@
 //! loop controls, blocks trimmed on both sides. minijinja does the work; what it lacks is filled in here.
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde, Value, from_args};
-use minijinja::{AutoEscape, Environment, Error, ErrorKind, State};
-use minijinja_contrib::pycompat;
+use minijinja::value::{Kwargs, Serde, Value};
+use minijinja::{AutoEscape, Environment, Error, ErrorKind};
 use serde::Serialize;
 
 use super::guard::{Guard, guarded};
-use super::{Message, SampleError};
+use super::{Message, SampleError, jinja};
 
 const NAME: &str = "chat_template";
 
@@ -65,7 +64,7 @@ impl ChatTemplate {
         environment.set_syntax(syntax);
         environment.set_fuel(Some(STEPS));
         environment.set_auto_escape_callback(|_| AutoEscape::None);
-        environment.set_unknown_method_callback(python_method);
+        jinja::complete(&mut environment);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
@@ -250,40 +249,6 @@ fn without_generation_tags(source: &str) -> String {
     out
 }
 
-/// Python's methods: those of minijinja-contrib and the few that it lacks.
-fn python_method(state: &mut State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
-    if let Some(text) = value.as_str() {
-        match method {
-            "removeprefix" => {
-                let (prefix,): (&str,) = from_args(args)?;
-                return Ok(Value::from(text.strip_prefix(prefix).unwrap_or(text)));
-            }
-            "removesuffix" => {
-                let (suffix,): (&str,) = from_args(args)?;
-                return Ok(Value::from(text.strip_suffix(suffix).unwrap_or(text)));
-            }
-            "partition" => {
-                let (separator,): (&str,) = from_args(args)?;
-                let (before, found, after) = match text.split_once(separator) {
-                    Some((before, after)) => (before, separator, after),
-                    None => (text, "", ""),
-                };
-                return Ok(Value::from([before, found, after].map(Value::from)));
-            }
-            "rpartition" => {
-                let (separator,): (&str,) = from_args(args)?;
-                let (before, found, after) = match text.rsplit_once(separator) {
-                    Some((before, after)) => (before, separator, after),
-                    None => ("", "", text),
-                };
-                return Ok(Value::from([before, found, after].map(Value::from)));
-            }
-            _ => {}
-        }
-    }
-    pycompat::unknown_method_callback(state, value, method, args)
-}
-
 /// `json.dumps` with the arguments that transformers passes on: `ensure_ascii`, `indent`, `separators`, `sort_keys`.
 fn tojson(value: Value, options: Kwargs) -> Result<Value, Error> {
     let ascii: Option<bool> = options.get("ensure_ascii")?;
@@ -351,7 +316,10 @@ impl Dumps {
                 out.push('}');
             }
             Json::String(text) => self.string(text, out),
-            Json::Number(number) => out.push_str(&python_number(number)),
+            Json::Number(number) => out.push_str(&match number.as_f64().filter(|_| number.is_f64()) {
+                Some(real) => jinja::repr(real),
+                None => number.to_string(),
+            }),
             Json::Null | Json::Bool(_) => out.push_str(&json.to_string()),
         }
     }
@@ -385,19 +353,6 @@ impl Dumps {
                 out.extend(c.encode_utf16(&mut units).iter().map(|unit| format!("\\u{unit:04x}")));
             }
         }
-    }
-}
-
-/// `repr` of a number: plain digits from 1e-4 to 1e16, else an exponent with its sign and two digits.
-fn python_number(number: &serde_json::Number) -> String {
-    let Some(value) = number.as_f64().filter(|_| number.is_f64()) else { return number.to_string() };
-    let scientific = format!("{value:e}");
-    let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
-    match exponent.parse::<i32>() {
-        Ok(exponent) if !(-4..16).contains(&exponent) => {
-            format!("{mantissa}e{}{:02}", if exponent < 0 { '-' } else { '+' }, exponent.abs())
-        }
-        _ => format!("{value:?}"),
     }
 }
 

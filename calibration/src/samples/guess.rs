@@ -22,12 +22,23 @@ pub(super) enum Guess {
     Half { blank: String, beside: String },
     /// The worse answer of a preference was not read.
     Rejected,
+    /// An object of it has this key twice.
+    Twice(String),
+    /// An integer of it is larger than what is kept exactly; this one.
+    Rounded(String),
+    /// Cells of it were cut off by the program that wrote it; these.
+    Truncated(Vec<String>),
 }
 
 impl Guess {
     /// Whether one note tells both.
     pub fn is_of_kind(&self, other: &Guess) -> bool {
-        matches!((self, other), (Guess::Role(_), Guess::Role(_))) || self == other
+        match (self, other) {
+            (Guess::Role(_), Guess::Role(_))
+            | (Guess::Twice(_), Guess::Twice(_))
+            | (Guess::Rounded(_), Guess::Rounded(_)) => true,
+            _ => self == other,
+        }
     }
 
     /// Takes in what another one of the same kind says.
@@ -64,6 +75,14 @@ impl Guess {
             Guess::Rejected => {
                 "hold an answer under `rejected`, which was not read beside the one under `chosen`".to_owned()
             }
+            Guess::Twice(key) => format!("give a key twice (`{key}`), of which the last counts, as in Python"),
+            Guess::Rounded(number) => {
+                format!("hold integers of more than 64 bits ({number}), which were rounded to floats")
+            }
+            Guess::Truncated(cells) => format!(
+                "were cut off under {} before they got here, as their `truncated_cells` say; download the data set itself",
+                quoted(cells)
+            ),
         }
     }
 }

@@ -1,9 +1,9 @@
 //! From text to token ids: what calibration observes and what evaluation scores.
 //!
 //! Nothing here opens a file; callers pass the bytes and a name for messages. The parts:
-//! `parse` tells what a file is and turns it into documents, with `shape` for what no name says, `record` for one record of a data set,
+//! `parse` tells what a file is and turns it into documents, with `json` for JSON as Python has it, `shape` for what no name says, `record` for one record of a data set,
 //! `columns` for those that lie column by column, `table` and `parquet` for files of them, and `records` and `guess` for what the user is
-//! told; `chat` renders conversations through the model's own template, `tokenizer` wraps tokenizer.json, `select` draws
+//! told; `chat` renders conversations through the model's own template, with `jinja` for what the engine lacks, `tokenizer` wraps tokenizer.json, `select` draws
 //! calibration sequences and cuts evaluation windows.
 
 mod chat;
@@ -12,6 +12,8 @@ mod columns;
 mod golden;
 mod guard;
 mod guess;
+mod jinja;
+mod json;
 mod parquet;
 mod parse;
 mod record;

@@ -3,6 +3,8 @@
 use formats::container::stand_in::{is_pointer, stand_in};
 use serde_json::Value;
 
+use super::guess::Guess;
+use super::json::{Python, json_words, python_json};
 use super::records::Records;
 use super::shape::{Shape, is_python, shape};
 use super::{Document, SampleError, Tally, Text, columns, parquet, record, sha256_hex, table};
@@ -219,9 +221,20 @@ fn decode(name: &str, bytes: Vec<u8>, notes: &mut Vec<String>) -> Result<String,
 /// `above` lines of the file stand before it.
 fn json(name: &str, text: &str, above: usize) -> Result<Records, SampleError> {
     let mut records = Records::default();
-    let whole = match python_json(text) {
-        Ok(value) => {
+    let whole = match Python::read(text) {
+        Ok(Python { value, twice, rounded }) => {
             whole(name, value, &mut records);
+            if let Some((key, count)) = twice {
+                let objects = if count == 1 { "an object".to_owned() } else { format!("{count} objects") };
+                records
+                    .notes
+                    .push(format!("{name} gives a key twice in {objects} (`{key}`): the last counts, as in Python"));
+            }
+            if let Some(number) = rounded {
+                records
+                    .notes
+                    .push(format!("{name} holds {number} and maybe more such integers: they were rounded to floats"));
+            }
             return Ok(records);
         }
         Err(error) => error,
@@ -232,20 +245,20 @@ fn json(name: &str, text: &str, above: usize) -> Result<Records, SampleError> {
     if lines().count() > 1 && lines().take(LOOKED_AT).any(|(_, line)| container(line)) {
         for (index, line) in lines() {
             let place = || format!("line {}", above + index + 1);
-            let record = python_json(line)
+            let record = Python::read(line)
                 .map_err(|error| format!("not JSON ({}); each line must be one JSON object", json_words(&error)));
             match record {
-                Ok(value) => add(name, value, &place, &mut records),
+                Ok(record) => add_read(name, record, &place, &mut records),
                 Err(problem) => records.add(place, Err(problem)),
             }
         }
         return Ok(records);
     }
-    let stream: Result<Vec<Value>, _> = serde_json::Deserializer::from_str(text).into_iter().collect();
+    let stream: Result<Vec<Python>, _> = serde_json::Deserializer::from_str(text).into_iter().collect();
     match stream {
         Ok(values) => {
             for (index, value) in values.into_iter().enumerate() {
-                add(name, value, &|| format!("record {}", index + 1), &mut records);
+                add_read(name, value, &|| format!("record {}", index + 1), &mut records);
             }
             Ok(records)
         }
@@ -296,6 +309,13 @@ fn whole(name: &str, value: Value, records: &mut Records) {
     }
 }
 
+/// [`add`] of a value that was read by itself.
+fn add_read(name: &str, record: Python, place: &dyn Fn() -> String, records: &mut Records) {
+    add(name, record.value, place, records);
+    let twice = record.twice.map(|(key, _)| Guess::Twice(key));
+    twice.into_iter().chain(record.rounded.map(Guess::Rounded)).for_each(|guess| records.guess(place, guess));
+}
+
 /// Takes a value as the record it is, or as those that it holds column by column.
 fn add(name: &str, value: Value, place: &dyn Fn() -> String, records: &mut Records) {
     let held = value.as_object().and_then(columns::records);
@@ -312,53 +332,4 @@ fn add(name: &str, value: Value, place: &dyn Fn() -> String, records: &mut Recor
         Some((_, Err(problem))) => records.add(place, Err(problem)),
         None => records.add(place, Ok(value)),
     }
-}
-
-/// A JSON value as Python's `json` reads and writes it: `NaN` and `Infinity` stand for numbers, and are null here.
-pub(super) fn python_json(text: &str) -> Result<Value, serde_json::Error> {
-    serde_json::from_str(text).or_else(|error| {
-        let replaced = without_nan(text).ok_or(error)?;
-        serde_json::from_str(&replaced)
-    })
-}
-
-/// The text with `NaN`, `Infinity` and `-Infinity` outside of strings as `null`; `None` where there is none of them.
-fn without_nan(text: &str) -> Option<String> {
-    if !text.contains("NaN") && !text.contains("Infinity") {
-        return None;
-    }
-    let mut out = String::with_capacity(text.len());
-    let (mut rest, mut found) = (text, false);
-    while let Some(at) = rest.find(['"', 'N', 'I', '-']) {
-        let (before, from) = rest.split_at(at);
-        out.push_str(before);
-        let taken = if from.starts_with('"') {
-            let bytes = from.as_bytes();
-            let mut end = 1;
-            while end < bytes.len() && bytes[end] != b'"' {
-                end += if bytes[end] == b'\\' { 2 } else { 1 };
-            }
-            let end = (end + 1).min(from.len());
-            // An escape stands before one byte of ASCII in what is JSON; elsewhere the text is refused anyway.
-            let end = (end..=from.len()).find(|&end| from.is_char_boundary(end)).unwrap_or(from.len());
-            out.push_str(&from[..end]);
-            end
-        } else if let Some(word) = ["NaN", "Infinity", "-Infinity"].iter().find(|word| from.starts_with(**word)) {
-            out.push_str("null");
-            found = true;
-            word.len()
-        } else {
-            out.push_str(&from[..1]);
-            1
-        };
-        rest = &from[taken..];
-    }
-    out.push_str(rest);
-    found.then_some(out)
-}
-
-/// serde_json's message without its own " at line 1 column 5", which counts within one record.
-pub(super) fn json_words(error: &serde_json::Error) -> String {
-    let words = error.to_string();
-    words.split(" at line ").next().unwrap_or_default().to_owned()
 }

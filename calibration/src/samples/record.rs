@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 pub(super) use super::guess::Guess;
 use super::guess::Told;
+use super::json::HALF;
 use super::{Document, Message};
 
 /// Fields that hold a conversation, in the order in which they are looked for.
@@ -78,7 +79,27 @@ pub(super) fn read(record: &Value) -> Result<Record, String> {
         Value::Object(fields) => reader.object(fields)?,
         other => return Err(format!("expected a JSON object, found {}", kind(other))),
     };
+    if held(&document) {
+        return Err("holds half a surrogate pair, which no tokenizer takes".to_owned());
+    }
     Ok(Record { document, guesses: reader.guesses })
+}
+
+/// Whether half a surrogate pair stands in what was read.
+fn held(document: &Document) -> bool {
+    let within = |value: &Value| value.to_string().contains(HALF);
+    match document {
+        Document::Plain(text) => text.contains(HALF),
+        Document::Pair { prompt, completion } => prompt.contains(HALF) || completion.contains(HALF),
+        Document::Chat { messages, tools } => {
+            let of = |message: &Message| {
+                message.role.contains(HALF)
+                    || within(&message.content)
+                    || message.extra.iter().any(|(key, value)| key.contains(HALF) || within(value))
+            };
+            messages.iter().any(of) || tools.iter().any(within)
+        }
+    }
 }
 
 /// A field's value, where it is there and not null.
@@ -137,6 +158,16 @@ impl Reader {
         }
     }
 
+    /// Notes the cells that a row of Hugging Face's viewer lacks the end of.
+    fn truncated(&mut self, row: &Map<String, Value>) {
+        let cells = row.get("truncated_cells").and_then(Value::as_array).into_iter().flatten();
+        let cells: Vec<String> =
+            cells.filter_map(Value::as_str).filter(|cell| is_known(cell)).map(str::to_owned).collect();
+        if !cells.is_empty() {
+            self.guess(Guess::Truncated(cells));
+        }
+    }
+
     fn reads(&mut self, keys: &[&str]) {
         self.read = keys.iter().map(|key| (*key).to_owned()).collect();
     }
@@ -174,7 +205,10 @@ impl Reader {
         }
         for key in WRAPPERS {
             match given(fields, key) {
-                Some(Value::Object(inner)) => return self.object(inner),
+                Some(Value::Object(inner)) => {
+                    self.truncated(fields);
+                    return self.object(inner);
+                }
                 Some(Value::Array(turns)) if turns.len() > 1 && turns.iter().all(Value::is_string) => {
                     self.reads(&[key]);
                     let messages = self.turns(key, turns)?;

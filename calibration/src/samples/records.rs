@@ -44,7 +44,8 @@ impl Records {
         }
     }
 
-    fn guess(&mut self, place: impl Fn() -> String, guess: Guess) {
+    /// Notes what was guessed of the record at a place.
+    pub fn guess(&mut self, place: impl Fn() -> String, guess: Guess) {
         match self.guesses.iter_mut().find(|known| known.guess.is_of_kind(&guess)) {
             Some(known) => {
                 known.count += 1;

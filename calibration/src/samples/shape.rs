@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::parse::{json_words, python_json};
+use super::json::{json_words, python_json};
 use super::{columns, record, table};
 
 /// Lines that are looked at to tell what a text looks like; what it is for certain is told by all of them.

@@ -214,10 +214,14 @@ impl Codec for CompressedTensors {
         }
         let mut notes = Vec::new();
         if modules.iter().any(|module| !module.scheme.symmetric) {
-            notes.push(
-                "transformers loads asymmetric compressed-tensors only with CompressedTensorsConfig(dequantize=True); vLLM loads them as they are"
+            notes.push(match groups.len() {
+                1 => "transformers loads asymmetric compressed-tensors only with CompressedTensorsConfig(dequantize=True); vLLM loads them \
+                      as they are"
                     .into(),
-            );
+                _ => "transformers does not load compressed-tensors of several schemes where one is asymmetric, with \
+                      CompressedTensorsConfig(dequantize=True) neither; vLLM loads them as they are"
+                    .into(),
+            });
         }
         let quantization_config = json!({
             "quant_method": "compressed-tensors",

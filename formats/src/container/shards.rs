@@ -5,7 +5,7 @@
 //! index and files do not agree on is a note.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde_json::Value;
 
@@ -85,7 +85,7 @@ impl SafetensorsSet {
         for (at, file) in files.iter().enumerate() {
             file.tensors().for_each(|spec| places.entry(&spec.name).or_default().push(at));
         }
-        let is = |at: usize, name: &str| files[at].path().file_name().is_some_and(|own| own == name);
+        let is = |at: usize, name: &str| files[at].path() == index.with_file_name(name);
         let (mut by_name, mut twice) = (HashMap::new(), BTreeMap::new());
         for (name, found) in &places {
             let last = *found.last().expect("one at least");
@@ -246,9 +246,15 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
         .and_then(Value::as_object)
         .ok_or_else(|| Error::missing("the object `weight_map`").in_file(index))?;
     let place = |(tensor, file): (&String, &Value)| {
-        let name = file.as_str().filter(|name| Path::new(name).file_name().is_some_and(|own| own == *name));
+        // In the folder or in one within it, as transformers joins the two.
+        let inside = |name: &&str| {
+            let path = Path::new(name);
+            path.file_name().is_some() && path.components().all(|part| matches!(part, Component::Normal(_)))
+        };
+        let name = file.as_str().filter(inside);
         let name = name.ok_or_else(|| {
-            Error::mismatch("its entry in `weight_map`", "a file name", file).in_tensor(tensor).in_file(index)
+            let expected = "a file in the index's folder or in one within it";
+            Error::mismatch("its entry in `weight_map`", expected, file).in_tensor(tensor).in_file(index)
         })?;
         Ok((tensor.clone(), name.to_owned()))
     };
@@ -470,7 +476,7 @@ mod tests {
         assert_eq!(
             refused(folder(files, Some(json!({"x": A, "z": "../evil.safetensors"}))).path()),
             "DIR/model.safetensors.index.json: tensor `z`: its entry in `weight_map` is \"../evil.safetensors\", \
-             expected a file name"
+             expected a file in the index's folder or in one within it"
         );
     }
 

@@ -1,0 +1,347 @@
+//! What once went by without a word: every one of these is told, refused in one sentence, or done as other runtimes do it.
+
+use formats::Dtype;
+use formats::container::gguf::MetadataValue;
+use quantc::Checkpoint;
+use quantc::checkpoint::StoredType;
+use serde_json::{Value, json};
+
+use crate::gguf_inputs::{changed, floats, key, rewrite};
+use crate::harness::{Room, Run};
+use crate::unknown::write_as;
+
+const RTN: [&str; 6] = ["--method", "rtn", "--verify-text", "none", "--group-size", "32"];
+
+/// Demands a run that works and says all of `words` in one note.
+#[track_caller]
+fn notes(run: &Run, words: &[&str]) {
+    run.succeeds();
+    let told = run.stderr();
+    assert!(
+        told.lines().any(|line| line.starts_with("note: ") && words.iter().all(|w| line.contains(w))),
+        "{words:?}: {told}"
+    );
+}
+
+/// Demands a run that works and says nothing of the kind.
+#[track_caller]
+fn silent(run: &Run, word: &str) {
+    run.succeeds();
+    assert!(!run.stderr().contains(word), "{}", run.stderr());
+}
+
+/// Transformers unpacks experts to the type of their scales, and a class may multiply them by what the model computes in.
+#[test]
+fn experts_of_an_unknown_family_have_scales_of_the_models_type() {
+    let room = Room::new();
+    let of = |dtype: Dtype, expert: bool, layout: &str| {
+        let module = if expert { "mlp.experts.0" } else { "mlp" };
+        let tensors = [(format!("model.layers.0.{module}.up_proj.weight"), vec![64, 64])];
+        let name = format!("{dtype}-{expert}-{layout}");
+        write_as(dtype, &room.path(&name), &json!({"model_type": "unheard_of"}), &tensors);
+        let run = room.run(["quantize", &name, "-o", "out", "--force", "--format", layout].iter().chain(&RTN));
+        run.succeeds();
+        let written = formats::SafetensorsFile::open(room.path("out/model.safetensors")).unwrap();
+        let scales =
+            written.tensors().find(|spec| spec.name.ends_with("scale") || spec.name.ends_with("scales")).unwrap().dtype;
+        assert_eq!(run.stderr().contains("dtype=\"auto\""), scales == Dtype::F32, "{}", run.stderr());
+        scales
+    };
+    let ours = "compressed-tensors";
+    assert_eq!(of(Dtype::F32, true, ours), Dtype::F32);
+    assert_eq!(of(Dtype::F32, false, ours), Dtype::F16);
+    assert_eq!(of(Dtype::BF16, true, ours), Dtype::BF16);
+    assert_eq!(of(Dtype::F32, true, "gptq"), Dtype::F16);
+}
+
+#[test]
+fn a_pre_tokenizer_that_a_gguf_file_does_not_name_is_told() {
+    let name = "tokenizer.ggml.pre";
+    let room = changed(|keys, _| keys.retain(|(key, _)| key != name));
+    for command in [&["eval", "x.gguf", "--windows", "1", "--context", "32"][..], &["convert", "x.gguf", "-o", "out"]] {
+        notes(&room.run(command), &["x.gguf", "tokenizer.ggml.pre", "`default`"]);
+    }
+    rewrite(&room.path("m.gguf"), &room.path("x.gguf"), |keys, _| {
+        keys.retain(|(key, _)| key != name);
+        keys.push(key(name, MetadataValue::String(String::new())));
+    });
+    notes(&room.run(["convert", "x.gguf", "-o", "empty"]), &[name]);
+    rewrite(&room.path("m.gguf"), &room.path("x.gguf"), |keys, _| {
+        keys.iter_mut()
+            .filter(|(key, _)| key == name)
+            .for_each(|(_, value)| *value = MetadataValue::String("default".into()));
+    });
+    silent(&room.run(["convert", "x.gguf", "-o", "named"]), name);
+}
+
+#[test]
+fn files_of_templates_without_one_are_told() {
+    let room = Room::new();
+    let model = room.model();
+    let path = model.path("chat_template.json");
+    let inspected = |text: &str| {
+        std::fs::write(&path, text).unwrap();
+        room.run(["convert", "model", "-o", "out", "--force"])
+    };
+    let all = |text: &str, words: &[&str]| {
+        let run = inspected(text);
+        notes(&run, &[&["model/chat_template.json"], words].concat());
+        assert_eq!(run.stderr().matches("chat_template.json").count(), 1, "{}", run.stderr());
+    };
+    all("{}", &["has no `chat_template`"]);
+    all(r#"{"chat_template": 3}"#, &["holds 3", "no template"]);
+    all(r#"{"chat_template": [{"name": "default"}, {"name": 1, "template": "x"}]}"#, &[r#"holds {"name":"default"}"#]);
+    all(r#"{"chat_template": {"default": null}}"#, &["holds null"]);
+    silent(
+        &inspected(r#"{"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}"#),
+        "chat_template.json",
+    );
+}
+
+#[test]
+fn folders_with_the_names_of_files_that_runtimes_read_are_told() {
+    let room = Room::new();
+    let model = room.model();
+    std::fs::create_dir(model.path("tokenizer.model")).unwrap();
+    std::fs::remove_file(model.path("generation_config.json")).unwrap();
+    std::fs::create_dir(model.path("generation_config.json")).unwrap();
+    let run = room.run(["convert", "model", "-o", "out"]);
+    notes(&run, &["model/tokenizer.model: is a folder"]);
+    notes(&run, &["model/generation_config.json: is a folder"]);
+}
+
+/// A run that calibrates on two short sequences.
+fn calibrated(room: &Room, text: &str) -> Run {
+    let quick = ["--samples", "2", "--seq-len", "32", "--verify-text", "none", "--calibration", text, "--force"];
+    room.run(["quantize", "model", "-o", "out"].iter().chain(&quick))
+}
+
+const WORDS: &str = "The river runs through ten countries, from the forest to the sea, and its water is cold. ";
+
+#[test]
+fn what_json_says_twice_or_too_large_is_counted() {
+    let room = Room::new();
+    room.model();
+    let plain = json!({"text": WORDS.repeat(4)}).to_string();
+    let twice = format!(r#"{{"text": "short", "text": "{WORDS}"}}"#);
+    let large = format!(r#"{{"id": 18446744073709551616, "text": "{WORDS}"}}"#);
+    room.file("a.jsonl", [&plain[..], &twice, &twice, &large].join("\n"));
+    let run = calibrated(&room, "a.jsonl");
+    notes(&run, &["2 of 4 records of a.jsonl give a key twice (`text`)", "the last counts", "line 2"]);
+    notes(&run, &["1 of 4 records of a.jsonl", "more than 64 bits (18446744073709551616)", "line 4"]);
+    room.file("b.json", format!("[{plain}, {twice}, {large}]"));
+    let run = calibrated(&room, "b.json");
+    notes(&run, &["b.json gives a key twice in an object (`text`)"]);
+    notes(&run, &["b.json", "18446744073709551616"]);
+    room.file("c.jsonl", format!("{plain}\n{plain}"));
+    silent(&calibrated(&room, "c.jsonl"), "twice");
+}
+
+#[test]
+fn half_a_surrogate_pair_costs_its_own_record_and_no_other() {
+    let room = Room::new();
+    room.model();
+    let plain = json!({"text": WORDS.repeat(4)}).to_string();
+    let half = r#"{"text": "x\ud800y"}"#;
+    let unread = format!(r#"{{"id": "\udc00", "text": "{WORDS}"}}"#);
+    let chat = r#"{"messages": [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "b"}]}"#;
+    let records = [&plain[..], half, &unread, chat, &plain, &plain];
+    room.file("a.jsonl", records.join("\n"));
+    let words = ["2 from line 2 on: holds half a surrogate pair", "2 of 6 records of a.jsonl were left out"];
+    notes(&calibrated(&room, "a.jsonl"), &words);
+    room.file("b.json", format!("[{}]", records.join(", ")));
+    notes(&calibrated(&room, "b.json"), &["2 of 6 records of b.json were left out", "half a surrogate pair"]);
+    room.file("c.jsonl", half);
+    calibrated(&room, "c.jsonl").refuses(1, &["c.jsonl", "half a surrogate pair"]);
+}
+
+#[test]
+fn cells_that_a_viewer_cut_off_are_counted() {
+    let room = Room::new();
+    room.model();
+    let row = |cut: &[&str]| json!({"row_idx": 0, "row": {"text": WORDS.repeat(3), "id": "a"}, "truncated_cells": cut});
+    let rows = json!({"rows": [row(&["text"]), row(&[]), row(&["id"]), row(&["text"])]});
+    room.file("a.json", rows.to_string());
+    notes(&calibrated(&room, "a.json"), &["2 of 4 records of a.json were cut off under `text`", "record 1"]);
+    room.file("b.json", json!({"rows": [row(&[]), row(&["id"])]}).to_string());
+    silent(&calibrated(&room, "b.json"), "cut off");
+}
+
+#[test]
+fn a_window_that_llama_cpp_does_not_keep_to_is_told() {
+    let window = |tokens| key("llama.attention.sliding_window", MetadataValue::U32(tokens));
+    let room = changed(|keys, _| keys.push(window(16)));
+    notes(&room.run(["inspect", "x.gguf"]), &["sliding window of 16 tokens", "llama.cpp", "architecture llama"]);
+    rewrite(&room.path("m.gguf"), &room.path("x.gguf"), |keys, _| keys.push(window(1 << 20)));
+    silent(&room.run(["inspect", "x.gguf"]), "window");
+}
+
+#[test]
+fn a_pre_tokenizer_that_splits_otherwise_is_told_where_nothing_is_measured() {
+    let room = Room::new();
+    room.model();
+    let fixed = [
+        "quantize",
+        "model",
+        "-o",
+        "m.gguf",
+        "--scheme",
+        "Q8_0",
+        "--method",
+        "rtn",
+        "--verify-text",
+        "none",
+        "--force",
+    ];
+    notes(&room.run(fixed.iter().chain(&["--pre", "qwen2"])), &["a sample text into other tokens", "another --pre"]);
+    silent(&room.run(fixed), "sample text");
+    silent(&room.run(fixed.iter().chain(&["--pre", "smollm"])), "sample text");
+}
+
+#[test]
+fn a_folder_is_not_called_as_a_gguf_file() {
+    let room = Room::new();
+    room.model();
+    for command in
+        [&["convert", "model", "-o", "x.gguf"][..], &["quantize", "model", "-o", "x.GGUF", "--format", "gptq"]]
+    {
+        room.run(command).refuses(2, &["is the name of a GGUF file", "quantc quantize MODEL -o"]);
+    }
+    assert_eq!(room.names(), ["model"]);
+}
+
+#[test]
+fn windows_without_a_text_have_no_effect() {
+    let room = Room::new();
+    room.model();
+    let run = |more: &[&str]| room.run(["quantize", "model", "-o", "out", "--force"].iter().chain(&RTN).chain(more));
+    notes(&run(&["--verify-windows", "3"]), &["verify_windows has no effect"]);
+    silent(&run(&[]), "verify_windows");
+}
+
+#[test]
+fn shards_may_lie_in_folders_within_the_models() {
+    let room = Room::new();
+    let model = room.model();
+    room.run(["convert", "model", "-o", "plain"]).succeeds();
+    std::fs::create_dir_all(model.path("weights/a")).unwrap();
+    std::fs::rename(model.path("model.safetensors"), model.path("weights/a/model-1.safetensors")).unwrap();
+    let names: Vec<String> =
+        Checkpoint::open(&room.path("plain")).unwrap().entries().iter().map(|entry| entry.name.clone()).collect();
+    let index = |file: &str| {
+        let map: serde_json::Map<String, Value> = names.iter().map(|name| (name.clone(), file.into())).collect();
+        std::fs::write(model.path("model.safetensors.index.json"), json!({"weight_map": map}).to_string()).unwrap();
+    };
+    index("weights/a/model-1.safetensors");
+    let run = room.run(["convert", "model", "-o", "out"]);
+    run.succeeds();
+    assert_eq!(run.stderr(), "");
+    let bytes = |folder: &str| std::fs::read(room.path(folder).join("model.safetensors")).unwrap();
+    assert!(bytes("out") == bytes("plain"));
+    assert!(!room.path("out/weights/a/model-1.safetensors").exists(), "weights are no side files");
+    for outside in
+        ["../model/weights/a/model-1.safetensors", "weights/../../x.safetensors", "/x.safetensors", "weights"]
+    {
+        index(outside);
+        let run = room.run(["inspect", "model"]);
+        assert_eq!(run.code(), Some(1), "{outside}: {}", run.stderr());
+        assert!(
+            outside == "weights" || run.stderr().contains("in the index's folder or in one within it"),
+            "{}",
+            run.stderr()
+        );
+    }
+}
+
+#[test]
+fn an_activation_that_cannot_be_computed_stops_only_what_computes() {
+    let room = Room::new();
+    let model = room.model();
+    room.run(["convert", "model", "-o", "plain"]).succeeds();
+    model.config(|config| config["hidden_act"] = "laplace".into());
+    room.run(["convert", "model", "-o", "out"]).succeeds();
+    let written: Value = serde_json::from_slice(&std::fs::read(room.path("out/config.json")).unwrap()).unwrap();
+    assert_eq!(written["hidden_act"], "laplace");
+    room.run(["quantize", "model", "-o", "packed"].iter().chain(&RTN)).succeeds();
+    for command in [&["eval", "model"][..], &["quantize", "model", "-o", "x"]] {
+        room.run(command)
+            .refuses(1, &["model/config.json", "hidden_act is `laplace`", "--method rtn --verify-text none"]);
+    }
+    room.run(["quantize", "model", "-o", "x.gguf", "--method", "rtn", "--verify-text", "none"])
+        .refuses(2, &["`laplace`", "--format"]);
+    model.config(|config| config["hidden_act"] = "no_such".into());
+    room.run(["convert", "model", "-o", "y"]).refuses(1, &["hidden_act is `no_such`"]);
+    for (name, same) in [("gelu_python", "gelu"), ("gelu_accurate", "gelu_pytorch_tanh")] {
+        let measured = [name, same].map(|name| {
+            model.config(|config| config["hidden_act"] = name.into());
+            let run = room.run(["eval", "model", "--context", "64", "--windows", "1"]);
+            run.succeeds();
+            run.stdout()
+        });
+        assert_eq!(measured[0], measured[1], "{name}");
+    }
+}
+
+#[test]
+fn factors_of_frequencies_need_not_be_llama_3s() {
+    let room = changed(|_, _| {});
+    let perplexity = |factors: Option<&dyn Fn(usize) -> f32>| {
+        let rotated = Checkpoint::open(&room.path("m.gguf")).unwrap().config()["head_dim"].as_u64().unwrap() as usize;
+        rewrite(&room.path("m.gguf"), &room.path("x.gguf"), |_, tensors| {
+            let values = factors.map(|of| (0..rotated / 2).map(of).collect::<Vec<f32>>());
+            tensors.extend(values.map(|values| floats("rope_freqs.weight", &values)));
+        });
+        let run = room.run(["eval", "x.gguf", "--context", "64", "--windows", "1", "--json"]);
+        run.succeeds();
+        let found: Value = serde_json::from_str(&run.stdout()).unwrap();
+        found["perplexity"].as_f64().or(found["model"]["perplexity"].as_f64()).unwrap_or_else(|| panic!("{found}"))
+    };
+    let plain = perplexity(None);
+    assert_eq!(perplexity(Some(&|_| 1.0)), plain);
+    let odd = perplexity(Some(&|i| if i % 2 == 0 { 1.0 } else { 3.0 }));
+    assert!((odd / plain - 1.0).abs() > 1e-6, "{odd} {plain}");
+    // The same frequencies in config.json's words.
+    room.run(["convert", "x.gguf", "-o", "out"]).succeeds();
+    let scaling = Checkpoint::open(&room.path("out")).unwrap().config()["rope_scaling"].clone();
+    assert_eq!((&scaling["rope_type"], &scaling["attention_factor"]), (&json!("longrope"), &json!(1.0)));
+    assert_eq!((&scaling["short_factor"][1], &scaling["long_factor"][1]), (&json!(3.0), &json!(3.0)));
+    // And in a file's again.
+    room.run(["quantize", "x.gguf", "-o", "y.gguf", "--scheme", "F32", "--method", "rtn", "--verify-windows", "1"])
+        .succeeds();
+    rewrite(&room.path("m.gguf"), &room.path("x.gguf"), |_, tensors| {
+        tensors.push(floats("rope_freqs.weight", &[0.0; 16]))
+    });
+    room.run(["inspect", "x.gguf"]).refuses(1, &["rope_freqs.weight"]);
+}
+
+#[test]
+fn a_bias_may_stand_alone_in_a_gguf_file() {
+    let room = changed(|_, _| {});
+    let with = |names: &[&str]| {
+        rewrite(&room.path("m.gguf"), &room.path("x.gguf"), |_, tensors| {
+            for name in names {
+                let rows = tensors.iter().find(|(t, _)| t.name == format!("{name}.weight")).unwrap().0.shape[0];
+                let values: Vec<f32> = (0..rows).map(|i| i as f32 / rows as f32).collect();
+                tensors.push(floats(&format!("{name}.bias"), &values));
+            }
+        });
+        let run = room.run(["convert", "x.gguf", "-o", "out", "--force"]);
+        run.succeeds();
+        (Checkpoint::open(&room.path("out")).unwrap(), run.stderr())
+    };
+    let names = ["blk.1.attn_q", "blk.0.ffn_down"];
+    let (written, told) = with(&names);
+    assert!(told.contains("became zeros") && told.contains("`blk.0.attn_k.bias` and"), "{told}");
+    let values = |name: &str| written.load(&format!("model.layers.{name}.bias")).unwrap();
+    assert!(
+        values("1.self_attn.q_proj").iter().any(|x| *x != 0.0) && values("0.mlp.down_proj").iter().any(|x| *x != 0.0)
+    );
+    for name in ["0.self_attn.q_proj", "1.self_attn.k_proj", "1.self_attn.o_proj", "0.mlp.up_proj"] {
+        assert!(values(name).iter().all(|x| *x == 0.0), "{name}");
+    }
+    assert!(written.entries().iter().all(|entry| matches!(entry.dtype, StoredType::Plain(_))));
+    let run = room.run(["eval", "out", "--reference", "x.gguf", "--context", "64", "--windows", "1"]);
+    run.succeeds();
+    let (_, told) = with(&[]);
+    assert!(!told.contains("zeros"), "{told}");
+}
