@@ -168,6 +168,10 @@ impl GgufPlan {
             written.metadata.push((key, MetadataValue::U32(pooling)));
         }
         let words = tokenizer(source, graph.vocabulary, settings.pre.as_deref())?;
+        if let Some(name) = words.name {
+            let own = written.metadata.iter_mut().find(|(key, _)| key == "general.name");
+            own.into_iter().for_each(|(_, value)| *value = MetadataValue::String(name.clone()));
+        }
         written.metadata.extend(words.metadata);
         notices.extend(written.notices);
         notices.extend(words.notices);

@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use calibration::samples::{SampleSource, Samples, windows};
+use calibration::samples::{Document, SampleSource, Samples, Text, windows};
 use calibration::statistics::Needs;
 use formats::container::file;
 use kernels::Backend;
@@ -94,6 +94,25 @@ struct Outcome {
     quantized: [u64; 2],
     stages: Stages,
     verify: f64,
+}
+
+/// Whether the written tokenizer makes `ids` of the text once its characters are composed (NFC), which original tokenizers do by
+/// themselves and llama.cpp does not; a note says so.
+fn composed_alone(own: &ModelText, mut text: Text, ids: &[u32], notes: &mut Vec<String>) -> Result<bool> {
+    let Some(plain) = text.plain() else { return Ok(false) };
+    let mut composed = tokenizers::NormalizedString::from(&*plain);
+    let composed = composed.nfc().get().to_owned();
+    let differs = composed != plain;
+    text.documents = vec![Document::Plain(composed)];
+    let alone = differs && own.evaluation_ids(&text)? == ids;
+    if alone {
+        notes.push(
+            "the held-out text has characters that are put together of several (as e and an accent): the original's tokenizer \
+             composes them first (NFC), as was done for measuring, and llama.cpp does not"
+                .to_owned(),
+        );
+    }
+    Ok(alone)
 }
 
 /// What to do about a GGUF file whose tokenizer gives other ids than the original's.
@@ -281,6 +300,7 @@ impl Job<'_> {
         if let (Some(verification), Some(held_out)) = (&self.verification, &run.held_out)
             && let Ok(own) = ModelText::open(&reopened)
             && own.evaluation_ids(&load_text(&verification.text)?)? != held_out.ids
+            && !composed_alone(&own, load_text(&verification.text)?, &held_out.ids, &mut run.notes)?
         {
             let or = if byte_level { "" } else { ", or write it all the same with --verify-text none" };
             return Err(Error::failed(format!(

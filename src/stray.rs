@@ -132,8 +132,8 @@ impl<'a> Strays<'a> {
                  out with --unknown-tensors drop"
             ))),
             UnknownTensors::Copy if self.source.gguf().is_some() => Err(Error::failed(format!(
-                "{place}: tensor `{name}` is not part of a {family} model as llama.cpp knows it; leave it out with \
-                 --unknown-tensors drop"
+                "{place}: tensor `{name}` is not known here to be part of a {family} model: a runtime that loads the file computes with it, and \
+                 --unknown-tensors drop, which leaves it out, makes another model of it"
             ))),
             UnknownTensors::Copy => Ok(Fate::Aside(reason)),
         }

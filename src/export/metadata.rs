@@ -76,6 +76,8 @@ pub struct Written {
     pub metadata: Metadata,
     /// What the file cannot say, one sentence each, for the user to read.
     pub notices: Vec<String>,
+    /// The name that the model has to have in the file, where its own would bring about what its tokenizer does not do.
+    pub name: Option<String>,
 }
 
 impl Written {
@@ -327,6 +329,9 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
             out.count(key("expert_gating_func"), if sigmoid { 2 } else { 1 })?;
             let groups = moe.router.groups.filter(|groups| groups.kept < groups.count && id == "deepseek2");
             if let Some(groups) = groups {
+                if !sigmoid {
+                    return Err(cannot("groups of experts that are ranked by their best expert".to_owned()));
+                }
                 out.count(key("expert_group_count"), groups.count)?;
                 out.count(key("expert_group_used_count"), groups.kept)?;
             }

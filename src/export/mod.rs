@@ -7,5 +7,5 @@ pub mod mixes;
 pub mod names;
 mod pretokenizer;
 pub(crate) mod probe;
-mod same;
+pub(crate) mod same;
 pub mod tokenizer;

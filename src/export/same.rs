@@ -150,7 +150,7 @@ pub(super) fn bounds_are_rounded(rope: &Rope) -> bool {
 }
 
 /// The frequencies of YaRN with bounds of whole pairs and the usual numbers of turns.
-fn truncated(rope: &Rope) -> Option<Vec<f32>> {
+pub(crate) fn truncated(rope: &Rope) -> Option<Vec<f32>> {
     let RopeScaling::Yarn { factor, original, beta_fast: 32.0, beta_slow: 1.0, .. } = rope.scaling else { return None };
     let rotated = 2 * rope.inverse_frequencies.len();
     let plain = unscaled(f64::from(rope.theta), rotated).inverse_frequencies;

@@ -21,6 +21,7 @@ use crate::error::{Error, Result};
 use crate::export::metadata::Written;
 use crate::export::pretokenizer;
 use crate::families;
+use crate::import::called::{Rule, suitable, without_rule};
 use crate::import::gguf_tokenizer::kind;
 use crate::import::sentencepiece;
 use crate::tokenizer::TokenizerFiles;
@@ -69,7 +70,7 @@ struct Rows {
 pub fn tokenizer(source: &Checkpoint, rows: usize, pre: Option<&str>) -> Result<Written> {
     match source.gguf() {
         Some(file) => copied(file, rows, pre),
-        None => of_folder(source.path(), &families::settings(source.config())?.values, rows, pre),
+        None => of_folder(source.path(), &families::settings(source.config())?.values, rows, pre, &source.name()),
     }
 }
 
@@ -93,10 +94,29 @@ fn copied(file: &formats::GgufFile, rows: usize, pre: Option<&str>) -> Result<Wr
     if let Some(name) = pre.filter(|_| file.metadata("tokenizer.ggml.pre").is_none()) {
         out.string("tokenizer.ggml.pre", name);
     }
+    let texts: HashSet<&str> = file.strings("tokenizer.ggml.tokens")?.into_iter().flatten().collect();
+    rule_of(file.string("general.name")?.unwrap_or_default(), &texts, &[], &mut out);
     Ok(out)
 }
 
-fn of_folder(folder: &Path, model_config: &Value, rows: usize, pre: Option<&str>) -> Result<Written> {
+/// The rule that llama.cpp goes by for a model of this name. Where that does not suit its tokens it gets another name.
+fn rule_of(name: &str, texts: &HashSet<&str>, added: &[(u32, Added)], out: &mut Written) -> Option<Rule> {
+    let wrong = Rule::of(name)?;
+    let rule = suitable(name, texts, added.iter().map(|(_, token)| token));
+    if rule.is_none() {
+        let other = without_rule(name);
+        let missing = wrong.needs().iter().find(|token| !texts.contains(*token));
+        let why = match missing {
+            Some(token) => format!("asks for a token `{token}`, which this model does not have"),
+            None => "takes spaces beside special tokens along, which this model's tokenizer does not do".to_owned(),
+        };
+        out.notice(format!("the file calls the model `{other}`: of one called `{name}` llama.cpp {why}"));
+        out.name = Some(other);
+    }
+    rule
+}
+
+fn of_folder(folder: &Path, model_config: &Value, rows: usize, pre: Option<&str>, model: &str) -> Result<Written> {
     let read = |name: &str| Ok::<_, Error>(read_json(&folder.join(name))?.unwrap_or(Value::Null));
     let Some(tokenizer) = TokenizerFiles::of_folder(folder)? else {
         return Err(Error::failed(format!(
@@ -112,7 +132,7 @@ fn of_folder(folder: &Path, model_config: &Value, rows: usize, pre: Option<&str>
         model_config: model_config.clone(),
     };
     let mut out = Written::default();
-    write(&files, rows, pre, &mut out).map_err(|error| match error {
+    write(&files, rows, pre, model, &mut out).map_err(|error| match error {
         Error::Usage(why) => Error::Usage(format!("{}/{why}", folder.display())),
         Error::Failed(why) => Error::Failed(format!("{}/{why}", folder.display())),
         other => other,
@@ -131,7 +151,7 @@ fn kind_of(token: &Added) -> i64 {
     if token.special || looks_special { kind::CONTROL } else { kind::USER_DEFINED }
 }
 
-fn write(files: &Files, rows: usize, pre: Option<&str>, out: &mut Written) -> Result<()> {
+fn write(files: &Files, rows: usize, pre: Option<&str>, model: &str, out: &mut Written) -> Result<()> {
     let (json, added) = (&files.tokenizer.json, &files.tokenizer.added);
     out.notices.extend(files.tokenizer.notices.iter().cloned());
     let Rows { tokens, left_out } = if is_byte_level(json) {
@@ -161,12 +181,19 @@ fn write(files: &Files, rows: usize, pre: Option<&str>, out: &mut Written) -> Re
         out.flag("tokenizer.ggml.add_space_prefix", space);
         rows
     };
-    let greedy = |(_, token): &&(u32, Added)| token.lstrip || token.rstrip || token.single_word;
+    let rule = rule_of(model, &tokens.iter().map(|token| &*token.text).collect(), added, out);
+    let greedy = |(_, token): &&(u32, Added)| {
+        let theirs = rule.map_or([false; 2], |rule| rule.strips(&token.content));
+        (token.lstrip, token.rstrip) != theirs.into() || token.single_word
+    };
     if let Some((_, first)) = added.iter().find(greedy) {
-        out.notice(format!(
-            "this tokenizer takes the spaces beside `{}` along, or finds it between words only; llama.cpp does not",
-            first.content
-        ));
+        let text = &first.content;
+        out.notice(match first.lstrip || first.rstrip || first.single_word {
+            true => format!(
+                "this tokenizer takes the spaces beside `{text}` along, or finds it between words only; llama.cpp does not"
+            ),
+            false => format!("llama.cpp takes the spaces beside `{text}` along, and this tokenizer does not"),
+        });
     }
     if let Some((id, text)) = left_out.first() {
         let others = if left_out.len() > 1 { format!(" and {} more", left_out.len() - 1) } else { String::new() };

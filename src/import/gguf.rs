@@ -45,6 +45,8 @@ struct Piece {
     name: String,
     /// Its first row.
     first: usize,
+    /// Its first column, of a vector that is in one with others.
+    column: usize,
     /// What it is of the tensor.
     part: Part,
     /// What its weights are multiplied by.
@@ -87,13 +89,14 @@ impl GgufModel {
 
         let graph = families::build(&config).map_err(|error| Error::failed(format!("{}: {error}", path.display())))?;
         let planned = plan(&graph).map_err(|error| Error::failed(format!("{}: {error}", path.display())))?;
+        let stored = super::fused::as_stored(planned.tensors, &file);
         let shapes: HashMap<String, Vec<usize>> = graph.tensors().into_iter().collect();
         let mut tensors: HashMap<String, Mapped> = HashMap::new();
         let (mut order, mut seen) = (Vec::new(), HashSet::new());
         let mut known: HashMap<String, Vec<String>> = HashMap::new();
         // Tensors that the file lacks wholly or in part, where that is as good as zeros, and the file's names of what is not there.
         let (mut zeroed, mut absent) = (BTreeSet::new(), Vec::new());
-        for tensor in &planned.tensors {
+        for tensor in &stored {
             let Some(view) = file.get(&tensor.gguf).filter(|_| !tensor.parts().is_empty()) else {
                 // Loaders add each bias that is there, and config.json has one word for all of a kind.
                 if architecture.asks_for_bias(&tensor.gguf) == Need::May && !tensor.parts().is_empty() {
@@ -119,13 +122,16 @@ impl GgufModel {
                 None => 1.0,
                 Some((view, scale)) => factor(view).map_err(|error| error.in_tensor(scale).in_file(path))?,
             };
-            let mut first = 0;
+            let (mut first, mut column) = (0, 0);
             let mut sources = Vec::new();
             for part in tensor.parts() {
                 let source = part.from.tensor();
                 let shape = shapes.get(&source).cloned().unwrap_or_else(|| tensor.shape.clone());
-                let piece = Piece { name: tensor.gguf.clone(), first, part: part.clone(), factor };
-                first += part.extents()[0];
+                let piece = Piece { name: tensor.gguf.clone(), first, column, part: part.clone(), factor };
+                match view.shape.len() {
+                    1 => column += part.extents()[1],
+                    _ => first += part.extents()[0],
+                }
                 tensors
                     .entry(source.clone())
                     .or_insert_with(|| Mapped { shape, pieces: Vec::new(), rows: None })
@@ -152,7 +158,7 @@ impl GgufModel {
                         transposed: false,
                         offset: 0.0,
                     };
-                    let piece = Piece { name: spec.name.clone(), first: 0, part, factor: 1.0 };
+                    let piece = Piece { name: spec.name.clone(), first: 0, column: 0, part, factor: 1.0 };
                     let mapped = Mapped { shape: spec.shape.clone(), pieces: vec![piece], rows: None };
                     tensors.insert(spec.name.clone(), mapped);
                     order.push(spec.name.clone());
@@ -179,6 +185,8 @@ impl GgufModel {
                 return Err(error.in_tensor(name).in_file(path).into());
             }
         }
+        let splitting: Vec<String> = super::gguf_tokenizer::notes(&file).into_iter().collect();
+        let notes = [notes, splitting].concat();
         Ok(GgufModel { file, config, dtype, tensors, order, notes })
     }
 
@@ -211,7 +219,8 @@ impl GgufModel {
             let mapped = &self.tensors[name];
             let bytes = |piece: &Piece| {
                 let view = self.file.get(&piece.name).expect("listed");
-                view.data.len() * piece.part.extents()[0] / view.rows_and_width().0.max(1)
+                let ([own, wide], (rows, width)) = (piece.part.extents(), view.rows_and_width());
+                view.data.len() * own * wide / (rows * width).max(1)
             };
             let ty = |piece: &Piece| self.file.get(&piece.name).expect("listed").ty;
             let stored = |ty: GgmlType| ty.plain().map_or(StoredType::Ggml(ty), StoredType::Plain);
@@ -236,7 +245,7 @@ impl GgufModel {
         };
         for (row, out) in rows {
             let (piece, at) = places[row];
-            let Piece { name, first, part, factor } = &mapped.pieces[piece as usize];
+            let Piece { name, first, part, factor, .. } = &mapped.pieces[piece as usize];
             let view = self.file.get(name).expect("listed");
             view.ty.dequantize(view.row(first + at as usize), out)?;
             if part.offset != 0.0 {
@@ -267,7 +276,7 @@ impl GgufModel {
             return Ok(self.read(name, None)?[index * one..][..one].to_vec());
         }
         let mut values = vec![0.0; one];
-        for Piece { name, first, part, factor } in &mapped.pieces {
+        for Piece { name, first, column, part, factor } in &mapped.pieces {
             let at = match (&part.from, slice) {
                 (From::Weight(linear) | From::Bias(linear), wanted) => match (&linear.stored, wanted) {
                     (Stored::Slice { index, .. }, Some(wanted)) if *index != wanted => continue,
@@ -279,10 +288,10 @@ impl GgufModel {
             };
             let view = self.file.get(name).expect("listed");
             let [rows, width] = part.extents();
-            let mut row = vec![0.0; width];
+            let mut row = vec![0.0; view.rows_and_width().1];
             for r in 0..rows {
                 view.ty.dequantize(view.row(first + r), &mut row)?;
-                for (c, value) in row.iter().enumerate() {
+                for (c, value) in row[*column..][..width].iter().enumerate() {
                     values[at + place(part, [r, c])] = (value - part.offset) * factor;
                 }
             }
@@ -293,11 +302,9 @@ impl GgufModel {
     /// The bytes of a tensor that is stored plainly and in Hugging Face order.
     pub fn raw(&self, name: &str) -> Option<TensorView<'_>> {
         let mapped = self.tensors.get(name)?;
-        let [Piece { name, first: 0, part: Part { from, rows: None, transposed: false, offset: 0.0 }, factor: 1.0 }] =
-            &mapped.pieces[..]
-        else {
-            return None;
-        };
+        let [piece] = &mapped.pieces[..] else { return None };
+        let Piece { name, first: 0, column: 0, part, factor: 1.0 } = piece else { return None };
+        let Part { from, rows: None, transposed: false, offset: 0.0 } = part else { return None };
         let plain = match from {
             From::Weight(linear) | From::Bias(linear) => linear.stored == Stored::Plain,
             From::Tensor(..) => true,

@@ -1,14 +1,17 @@
 //! tokenizer.json and tokenizer_config.json rebuilt from a GGUF's metadata.
 //!
 //! Byte-level BPE (`gpt2`) keeps its merges and names its pre-tokenizer; of SentencePiece (`llama`) only pieces and scores
-//! remain, from which the merges follow: the pair whose piece scores highest is joined first.
+//! remain, from which the merges follow: the pair whose piece scores highest is joined first. What llama.cpp does not do to
+//! texts is not done either: it applies no NFC, which the original tokenizers of `qwen2` and `qwen35` do.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use formats::GgufFile;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::export::tokenizer::knows_as_end;
+use crate::import::called::Rule;
 
 /// Kinds of token, as the file numbers them.
 pub(crate) mod kind {
@@ -74,7 +77,6 @@ const DEFAULT_WORDS: &[&str] = &[
 /// How byte-level BPE is set up under one `tokenizer.ggml.pre`.
 pub(crate) struct ByteLevel {
     pub pre_tokenizer: Value,
-    normalizer: Value,
     pub ignore_merges: bool,
     /// Whether texts start with the BOS token when the file does not say.
     add_bos: bool,
@@ -103,8 +105,7 @@ impl ByteLevel {
         let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
         let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
         let sequence = |steps: Vec<Value>| json!({"type": "Sequence", "pretokenizers": steps});
-        let plain =
-            |pre_tokenizer| ByteLevel { pre_tokenizer, normalizer: Value::Null, ignore_merges: false, add_bos: false };
+        let plain = |pre_tokenizer| ByteLevel { pre_tokenizer, ignore_merges: false, add_bos: false };
         let splits = |patterns: &[&str]| {
             plain(sequence(patterns.iter().map(|pattern| split(pattern)).chain([bytes(false)]).collect()))
         };
@@ -125,11 +126,9 @@ impl ByteLevel {
             "deepseek-coder" => splits(DEEPSEEK_CODER_WORDS),
             "deepseek-v3" | "hunyuan-dense" | "joyai-llm" | "hy_v4" => splits(DEEPSEEK_V3_WORDS),
             "falcon" => splits(FALCON_WORDS),
-            "qwen2" | "deepseek-r1-qwen" | "kormo" | "f2llmv2" => {
-                ByteLevel { normalizer: json!({"type": "NFC"}), ..splits(&[QWEN2_WORDS]) }
-            }
-            "stablelm2" | "hunyuan" | "solar-open" | "megrez" | "grok-2" => splits(&[QWEN2_WORDS]),
-            "qwen35" => ByteLevel { normalizer: json!({"type": "NFC"}), ..splits(&[QWEN35_WORDS]) },
+            "qwen2" | "deepseek-r1-qwen" | "kormo" | "f2llmv2" | "stablelm2" | "hunyuan" | "solar-open" | "megrez"
+            | "grok-2" => splits(&[QWEN2_WORDS]),
+            "qwen35" => splits(&[QWEN35_WORDS]),
             "default" => splits(DEFAULT_WORDS),
             _ => return None,
         })
@@ -141,13 +140,16 @@ struct Vocabulary<'f> {
     tokens: Vec<&'f str>,
     kinds: Vec<i64>,
     ids: HashMap<&'f str, usize>,
+    /// What the model's name says of its special tokens.
+    rule: Option<Rule>,
 }
 
 impl<'f> Vocabulary<'f> {
     fn read(file: &'f GgufFile) -> Result<Vocabulary<'f>> {
         let key = "tokenizer.ggml.tokens";
         let tokens = file.require(key, file.strings(key)?)?;
-        let kinds = file.integers("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![kind::NORMAL; tokens.len()]);
+        let kinds = file.integers("tokenizer.ggml.token_type")?;
+        let mut kinds = kinds.unwrap_or_else(|| vec![kind::NORMAL; tokens.len()]);
         if kinds.len() < tokens.len() {
             let what = "the length of metadata key `tokenizer.ggml.token_type`";
             return Err(formats::Error::mismatch(what, tokens.len(), kinds.len()).in_file(file.path()).into());
@@ -159,7 +161,14 @@ impl<'f> Vocabulary<'f> {
                 return Err(formats::Error::malformed(why).in_file(file.path()).into());
             }
         }
-        Ok(Vocabulary { tokens, kinds, ids })
+        for (token, kind) in tokens.iter().zip(&mut kinds) {
+            if ![kind::CONTROL, kind::USER_DEFINED].contains(kind) && is_special(token, file, &ids) {
+                *kind = kind::CONTROL;
+            }
+        }
+        let rule = Rule::of(file.string("general.name")?.unwrap_or_default());
+        let rule = rule.filter(|rule| rule.needs().iter().all(|token| ids.contains_key(token)));
+        Ok(Vocabulary { tokens, kinds, ids, rule })
     }
 
     /// The token under `tokenizer.ggml.{name}_token_id`.
@@ -185,9 +194,12 @@ impl<'f> Vocabulary<'f> {
         }
     }
 
-    /// The vocabulary object: all but unused entries, which only fill the embedding's rows.
-    fn to_json(&self) -> Value {
-        let used = self.tokens.iter().enumerate().filter(|(id, _)| self.kinds[*id] != kind::UNUSED);
+    /// The vocabulary object: all but unused entries that no text comes to, which only fill the embedding's rows.
+    fn to_json(&self, merges: &[[&str; 2]]) -> Value {
+        let made: HashSet<String> = merges.iter().map(|pair| pair.concat()).collect();
+        let used = self.tokens.iter().enumerate().filter(|(id, token)| {
+            self.kinds[*id] != kind::UNUSED || token.chars().count() == 1 || made.contains(**token)
+        });
         Value::Object(used.map(|(id, token)| (token.to_string(), Value::from(id))).collect::<Map<_, _>>())
     }
 
@@ -198,13 +210,87 @@ impl<'f> Vocabulary<'f> {
                 kind::USER_DEFINED => false,
                 _ => return None,
             };
+            let [before, behind] = self.rule.map_or([false; 2], |rule| rule.strips(token));
             Some(json!({
-                "id": id, "content": token, "single_word": false, "lstrip": false, "rstrip": false,
+                "id": id, "content": token, "single_word": false, "lstrip": before, "rstrip": behind,
                 "normalized": false, "special": special,
             }))
         });
         added.collect()
     }
+}
+
+/// Texts that llama.cpp looks for in a text whatever the type of their token, beside those at which it stops, unless the file
+/// gives one of the keys.
+const MIDDLES: &[(&[&str], &[&str])] = &[
+    (
+        &["fim_pre_token_id", "prefix_token_id"],
+        &[
+            "<|fim_prefix|>",
+            "<fim-prefix>",
+            "<fim_prefix>",
+            "<｜fim▁begin｜>",
+            "<PRE>",
+            "▁<PRE>",
+            "<|code_prefix|>",
+            "<|prefix|>",
+        ],
+    ),
+    (
+        &["fim_suf_token_id", "suffix_token_id"],
+        &[
+            "<|fim_suffix|>",
+            "<fim-suffix>",
+            "<fim_suffix>",
+            "<｜fim▁hole｜>",
+            "<SUF>",
+            "▁<SUF>",
+            "<|code_suffix|>",
+            "<|suffix|>",
+        ],
+    ),
+    (
+        &["fim_mid_token_id", "middle_token_id"],
+        &[
+            "<|fim_middle|>",
+            "<fim-middle>",
+            "<fim_middle>",
+            "<｜fim▁end｜>",
+            "<MID>",
+            "▁<MID>",
+            "<|code_middle|>",
+            "<|middle|>",
+        ],
+    ),
+    (&["fim_pad_token_id"], &["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"]),
+    (&["fim_rep_token_id"], &["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"]),
+    (&["fim_sep_token_id"], &["<|file_sep|>"]),
+    // Those of gpt-oss.
+    (&[], &["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"]),
+];
+
+/// Whether llama.cpp takes a token for a special one by its text.
+fn is_special(token: &str, file: &GgufFile, ids: &HashMap<&str, usize>) -> bool {
+    // Gemma 4's `</s>` ends nothing.
+    let ends = knows_as_end(token) && (token != "</s>" || !ids.contains_key("<|tool_response>"));
+    let given = |key: &&str| file.metadata(&format!("tokenizer.ggml.{key}")).is_some();
+    ends || MIDDLES.iter().any(|(keys, texts)| texts.contains(&token) && !keys.iter().any(|key| given(key)))
+}
+
+/// What a reader of a report should know of how texts are split.
+pub(crate) fn notes(file: &GgufFile) -> Option<String> {
+    let vocabulary =
+        Vocabulary::read(file).ok().filter(|_| file.string("tokenizer.ggml.model").ok() == Some(Some("llama")))?;
+    let scores = file.floats("tokenizer.ggml.scores").ok()?.unwrap_or_default();
+    let mut normal = scores.iter().zip(&vocabulary.kinds).filter(|(_, kind)| **kind == kind::NORMAL).map(|(x, _)| x);
+    let first = normal.next();
+    (vocabulary.tokens.len() > 1 && normal.all(|other| Some(other) == first)).then(|| {
+        format!(
+            "{}: the pieces of its tokenizer have no scores (tokenizer.ggml.scores) that say which are joined first: here it is the one with \
+             the lowest number, as pieces are numbered in the order in which they were learned, and llama.cpp joins from the left",
+            file.path().display()
+        )
+    })
 }
 
 /// tokenizer.json, as the tokenizers library reads it.
@@ -258,33 +344,34 @@ fn byte_level(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Value> {
             formats::Error::malformed(format!("merge `{merge}` does not join two tokens to a third"))
                 .in_file(file.path())
         })?;
-        merges.push(json!([left, right]));
+        merges.push([left, right]);
     }
     Ok(json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
         "added_tokens": vocabulary.added_tokens(),
-        "normalizer": setup.normalizer,
+        "normalizer": null,
         "pre_tokenizer": setup.pre_tokenizer,
         "post_processor": post_processor(file, vocabulary, setup.add_bos)?,
         "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": setup.ignore_merges,
-            "vocab": vocabulary.to_json(), "merges": merges,
+            "vocab": vocabulary.to_json(&merges), "merges": merges,
         },
     }))
 }
 
 fn sentence_piece(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Value> {
     let key = "tokenizer.ggml.scores";
-    let scores = file.require(key, file.floats(key)?)?;
+    let scores = file.floats(key)?.unwrap_or_else(|| vec![0.0; vocabulary.tokens.len()]);
     if scores.len() < vocabulary.tokens.len() {
         let what = format!("the length of metadata key `{key}`");
         return Err(formats::Error::mismatch(what, vocabulary.tokens.len(), scores.len()).in_file(file.path()).into());
     }
     let unknown = vocabulary.special(file, "unknown")?.map(|(_, token)| token);
+    let merges = merges_of(vocabulary, &scores);
     let space = file.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
     let replace = json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"});
     let mut decoders = vec![
@@ -310,26 +397,21 @@ fn sentence_piece(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Value>
         "model": {
             "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
-            "vocab": vocabulary.to_json(), "merges": merges_of(vocabulary, &scores),
+            "vocab": vocabulary.to_json(&merges), "merges": merges,
         },
     }))
 }
 
-/// Every way to join two pieces to a third, the best-scored result first.
+/// Every way to join two pieces to a third, the best-scored result first. As in llama.cpp the pieces' types do not matter.
 ///
 /// Files whose pieces all have one score say nothing of the order; there a piece's number stands in for it, as pieces
 /// are numbered in the order they were learned.
-fn merges_of(vocabulary: &Vocabulary<'_>, scores: &[f32]) -> Value {
-    let mut merges: Vec<(usize, &str, &str)> = Vec::new();
+fn merges_of<'f>(vocabulary: &Vocabulary<'f>, scores: &[f32]) -> Vec<[&'f str; 2]> {
+    let mut merges: Vec<(usize, &'f str, &'f str)> = Vec::new();
     for (id, token) in vocabulary.tokens.iter().enumerate() {
-        if vocabulary.kinds[id] != kind::NORMAL {
-            continue;
-        }
         for (at, _) in token.char_indices().skip(1) {
             let (left, right) = token.split_at(at);
-            let is_piece =
-                |part: &str| vocabulary.ids.get(part).is_some_and(|&id| vocabulary.kinds[id] == kind::NORMAL);
-            if is_piece(left) && is_piece(right) {
+            if [left, right].iter().all(|part| vocabulary.ids.contains_key(part)) {
                 merges.push((id, left, right));
             }
         }
@@ -338,7 +420,7 @@ fn merges_of(vocabulary: &Vocabulary<'_>, scores: &[f32]) -> Value {
         let by_score = scores[b.0].total_cmp(&scores[a.0]);
         by_score.then(a.0.cmp(&b.0)).then(a.1.len().cmp(&b.1.len()))
     });
-    merges.into_iter().map(|(_, left, right)| json!([left, right])).collect()
+    merges.into_iter().map(|(_, left, right)| [left, right]).collect()
 }
 
 /// Puts BOS before and EOS after a text, as the file says.

@@ -1,8 +1,12 @@
 //! Turning other kinds of checkpoint into what a Hugging Face directory would hold.
 
+pub(crate) mod called;
+mod fused;
 pub(crate) mod gguf;
 pub(crate) mod gguf_tokenizer;
 pub(crate) mod names;
+mod required;
+mod rope;
 pub(crate) mod sentencepiece;
 pub(crate) mod settings;
 
@@ -318,6 +322,48 @@ mod tests {
         let files = rebuilt.tokenizer().unwrap().unwrap();
         let names = ["bos", "eos", "unk"].map(|name| files.special(name).map(|(_, text)| text));
         assert_eq!(names, [Some("<s>"), Some("</s>"), Some("<unk>")]);
+    }
+
+    /// A SentencePiece vocabulary that says `Hi` in one piece.
+    fn pieces(kinds: Option<&[i32]>, scores: Option<&[f32]>) -> Checkpoint {
+        let mut w = llama();
+        let texts = ["<unk>", "<s>", "</s>", "▁", "H", "i", "▁H", "Hi", "▁Hi"];
+        w.tensor("token_embd.weight", &[texts.len(), 32], &[0.5; 9 * 32]);
+        w.string("tokenizer.ggml.model", "llama");
+        w.array("tokenizer.ggml.tokens", 8, texts.map(string).to_vec());
+        let bytes = |values: Option<Vec<[u8; 4]>>| values.map(|values| values.iter().map(|x| x.to_vec()).collect());
+        let kinds = bytes(kinds.map(|kinds| kinds.iter().map(|kind| kind.to_le_bytes()).collect()));
+        kinds.into_iter().for_each(|kinds| w.array("tokenizer.ggml.token_type", 5, kinds));
+        let scores = bytes(scores.map(|scores| scores.iter().map(|score| score.to_le_bytes()).collect()));
+        scores.into_iter().for_each(|scores| w.array("tokenizer.ggml.scores", 6, scores));
+        w.open().unwrap()
+    }
+
+    fn split(read: &Checkpoint, text: &str) -> Vec<u32> {
+        let json = read.tokenizer().unwrap().unwrap().json.to_string();
+        Tokenizer::from_bytes(json).unwrap().encode(text, false).unwrap().get_ids().to_vec()
+    }
+
+    #[test]
+    fn pieces_are_joined_whatever_their_types_and_without_scores() {
+        let scores = [0.0, 0.0, 0.0, -5.0, -5.0, -5.0, -1.0, -2.0, -3.0];
+        let kinds = [2, 3, 3, 1, 1, 1, 1, 1, 1];
+        assert_eq!(split(&pieces(Some(&kinds), Some(&scores)), "Hi</s>"), [8, 2]);
+        // An unused piece.
+        for unused in [6, 8] {
+            let mut kinds = kinds;
+            kinds[unused] = 5;
+            assert_eq!(split(&pieces(Some(&kinds), Some(&scores)), "Hi"), [8], "{unused}");
+        }
+        let untyped = pieces(None, Some(&scores));
+        assert_eq!(split(&untyped, "Hi</s>"), [8, 2]);
+        assert_ne!(split(&untyped, "<s>"), [1]);
+        assert!(untyped.remarks().is_empty(), "{:?}", untyped.remarks());
+        for scores in [None, Some(&[0.0; 9][..])] {
+            let read = pieces(Some(&kinds), scores);
+            assert_eq!(split(&read, "Hi"), [8]);
+            assert!(read.remarks()[0].contains("have no scores"), "{:?}", read.remarks());
+        }
     }
 
     /// Six tokens, one merge.

@@ -9,8 +9,8 @@ use std::collections::{HashMap, HashSet};
 use formats::container::gguf::MetadataValue;
 use serde_json::{Map, Value, json};
 
-use crate::families::rope::warmth;
 use crate::import::names::{Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
+use crate::import::required;
 
 /// What a GGUF file says of a model beside its weights.
 pub(crate) struct Settings {
@@ -41,7 +41,7 @@ const SILENT: &[&str] = &[
 type Result<T> = formats::Result<T>;
 
 impl Settings {
-    fn key(&self, name: &str) -> String {
+    pub(super) fn key(&self, name: &str) -> String {
         format!("{}.{name}", self.architecture.id)
     }
 
@@ -75,7 +75,7 @@ impl Settings {
     }
 
     /// A count; the first of a list where there is one for each layer and all are the same.
-    fn count(&self, name: &str) -> Result<Option<usize>> {
+    pub(super) fn count(&self, name: &str) -> Result<Option<usize>> {
         self.get(name, "a count that is the same for all layers", |value| match value {
             MetadataValue::Array(list) => {
                 let mut list = list.iter().map(integer);
@@ -86,7 +86,7 @@ impl Settings {
         })
     }
 
-    fn required(&self, name: &str) -> Result<usize> {
+    pub(super) fn required(&self, name: &str) -> Result<usize> {
         let value =
             self.count(name)?.ok_or_else(|| formats::Error::missing(format!("metadata key `{}`", self.key(name))))?;
         match value {
@@ -95,7 +95,7 @@ impl Settings {
         }
     }
 
-    fn float(&self, name: &str) -> Result<Option<f64>> {
+    pub(super) fn float(&self, name: &str) -> Result<Option<f64>> {
         self.get(name, "a float", |value| match value {
             // The shortest decimal that is the same number.
             MetadataValue::F32(x) => x.to_string().parse().ok(),
@@ -111,7 +111,7 @@ impl Settings {
         })
     }
 
-    fn text(&self, name: &str) -> Result<Option<&str>> {
+    pub(super) fn text(&self, name: &str) -> Result<Option<&str>> {
         match self.look(name) {
             None => Ok(None),
             Some(MetadataValue::String(text)) => Ok(Some(text)),
@@ -123,7 +123,7 @@ impl Settings {
         self.tensors.contains_key(tensor)
     }
 
-    fn unsupported(&self, why: impl Into<String>) -> formats::Error {
+    pub(super) fn unsupported(&self, why: impl Into<String>) -> formats::Error {
         formats::Error::unsupported(why.into())
     }
 
@@ -165,6 +165,13 @@ impl Settings {
                 self.key("attention.causal")
             )));
         }
+        let finetuned = self.flag("rope.scaling.finetuned")?;
+        if (id, finetuned) == ("granite", Some(false)) {
+            return Err(self.unsupported(format!(
+                "`{}` is false, by which llama.cpp runs a granite model without positions, and config.json has no word for that",
+                self.key("rope.scaling.finetuned")
+            )));
+        }
         let embedding = self.tensors.get("token_embd.weight");
         let hidden = self.required("embedding_length")?;
         let layers = self.required("block_count")?;
@@ -172,6 +179,7 @@ impl Settings {
         let kv_heads = self.count("attention.head_count_kv")?.unwrap_or(heads).max(1);
         let latent = self.count("attention.kv_lora_rank")?.filter(|_| id == "deepseek2");
         let context = self.required("context_length")?;
+        required::check(self)?;
         let head_dim = match latent {
             Some(_) => self.required("attention.key_length_mla")?,
             None => self.count("attention.key_length")?.unwrap_or(hidden / heads),
@@ -184,11 +192,16 @@ impl Settings {
         let rotated = self.count("rope.dimension_count")?.unwrap_or(head_dim);
         let experts = self.count("expert_count")?.filter(|n| *n > 0);
         let inner = self.required("feed_forward_length")?;
-        let rms = self.float("attention.layer_norm_rms_epsilon")?;
-        let eps = rms.or(self.float("attention.layer_norm_epsilon")?).ok_or_else(|| {
-            formats::Error::missing(format!("metadata key `{}`", self.key("attention.layer_norm_rms_epsilon")))
-        })?;
+        let eps = self.float(required::epsilon(id))?;
+        let eps = eps.ok_or_else(|| formats::Error::missing(self.key(required::epsilon(id))))?;
         let theta = self.float("rope.freq_base")?.unwrap_or(10000.0);
+        // There a stretched context is a larger base.
+        let alpha = match id {
+            "hunyuan-dense" => self.float("rope.scaling.alpha")?.filter(|alpha| *alpha > 0.0),
+            _ => None,
+        };
+        let power = head_dim as f64 / (head_dim as f64 - 2.0);
+        let theta = alpha.map_or(theta, |alpha| theta * alpha.powf(power));
         let scaling = self.rope_scaling(theta, latent.is_some())?;
         let (model_type, class, activation) = self.class(experts.is_some())?;
         let tied = !self.has("output.weight");
@@ -448,7 +461,6 @@ impl Settings {
 
     /// `model_type`, the class in transformers and the activation.
     fn class(&self, experts: bool) -> Result<(&'static str, &'static str, &'static str)> {
-        let sigmoid = self.count("expert_gating_func")? == Some(2);
         let windowed = self.count("attention.sliding_window")?.is_some_and(|window| window > 0);
         Ok(match (self.architecture.id, experts) {
             ("llama", false) => ("llama", "LlamaForCausalLM", "silu"),
@@ -478,6 +490,9 @@ impl Settings {
             ("nemotron", false) => ("nemotron", "NemotronForCausalLM", "relu2"),
             ("exaone4", false) => ("exaone4", "Exaone4ForCausalLM", "silu"),
             ("mistral3", false) => ("ministral3", "Ministral3ForCausalLM", "silu"),
+            ("glm4moe", true) if !self.sigmoid(true)? => {
+                return Err(self.unsupported("a glm4moe model that routes by softmax cannot be said in config.json"));
+            }
             ("glm4moe", true) => ("glm4_moe", "Glm4MoeForCausalLM", "silu"),
             ("arcee", false) => ("arcee", "ArceeForCausalLM", "relu2"),
             ("seed_oss", false) => ("seed_oss", "SeedOssForCausalLM", "silu"),
@@ -486,7 +501,7 @@ impl Settings {
             ("qwen2moe", true) => ("qwen2_moe", "Qwen2MoeForCausalLM", "silu"),
             ("qwen3moe", true) => ("qwen3_moe", "Qwen3MoeForCausalLM", "silu"),
             ("olmoe", true) => ("olmoe", "OlmoeForCausalLM", "silu"),
-            ("deepseek2", _) if sigmoid => ("deepseek_v3", "DeepseekV3ForCausalLM", "silu"),
+            ("deepseek2", _) if self.sigmoid(false)? => ("deepseek_v3", "DeepseekV3ForCausalLM", "silu"),
             ("deepseek2", _) => ("deepseek_v2", "DeepseekV2ForCausalLM", "silu"),
             ("gpt-oss", true) => ("gpt_oss", "GptOssForCausalLM", "silu"),
             ("llama4", true) => ("llama4_text", "Llama4ForCausalLM", "silu"),
@@ -499,19 +514,44 @@ impl Settings {
         })
     }
 
+    /// Whether experts are chosen by sigmoids; where the file does not say, `usual`.
+    fn sigmoid(&self, usual: bool) -> Result<bool> {
+        let name = "expert_gating_func";
+        let layers = self.count("block_count")?;
+        // GLM 4.7 Lite, whose files do not say.
+        let vocabulary = self.tensors.get("token_embd.weight").and_then(|shape| shape.first());
+        let lite =
+            self.architecture.id == "deepseek2" && matches!(layers, Some(47 | 48)) && vocabulary == Some(&154880);
+        match self.count(name)? {
+            None | Some(0) => Ok(usual || lite),
+            Some(1) => Ok(false),
+            Some(2) => Ok(true),
+            Some(other) => Err(self.unsupported(format!(
+                "`{}` is {other}: experts can be chosen by softmax (1) and by sigmoids (2)",
+                self.key(name)
+            ))),
+        }
+    }
+
     fn deepseek(
         &self,
         set: &mut dyn FnMut(Value),
         [inner, head_dim, rotated]: [usize; 3],
         experts: Option<usize>,
     ) -> Result<()> {
-        let third = self.count("expert_gating_func")? == Some(2);
+        let third = self.sigmoid(false)?;
         let nope = head_dim.checked_sub(rotated).filter(|nope| *nope > 0).ok_or_else(|| {
             self.unsupported(format!("rotating {rotated} of {head_dim} values of a head cannot be read"))
         })?;
         let groups = self.count("expert_group_count")?.filter(|count| *count > 1);
         if groups.is_some() && !third {
-            return Err(self.unsupported("groups of experts that are ranked by their best expert cannot be run"));
+            return Err(self.unsupported(format!(
+                "`{}` without sigmoids that choose experts: llama.cpp ranks groups by their two best experts then, and no model of \
+                 transformers does; if the model is DeepSeek V3 or made from it, set `{}` to 2, else quantize the checkpoint that the file \
+                 was made from",
+                self.key("expert_group_count"),
+                self.key("expert_gating_func")
+            )));
         }
         // A mixture's correction may be left out of the file.
         let layers = self.required("block_count")?;
@@ -547,81 +587,35 @@ impl Settings {
 
     fn rope_scaling(&self, theta: f64, latent: bool) -> Result<Option<Value>> {
         let warm = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
-        // llama.cpp multiplies by it whatever the scaling is.
-        let cold = |kind: &str| match warm {
-            1.0 => Ok(()),
-            _ => Err(self.unsupported(format!("{kind} with an attn_factor of {warm} cannot be read"))),
-        };
         if let Some(factors) = self.factors.get(ROPE_FREQS) {
-            cold("rotary frequencies that have factors")?;
-            return llama3_scaling(factors, theta).or_else(|error| {
+            let usable = factors.iter().all(|factor| *factor > 0.0 && factor.is_finite()) && !latent;
+            let scaled = if usable { self.scaled_factors(factors, warm)? } else { None };
+            if scaled.is_some() {
+                return Ok(scaled);
+            }
+            return llama3_scaling(factors, theta).or_else(|error| match usable {
                 // Any other factors, within the first context and beyond it.
-                let any = factors.iter().all(|factor| *factor > 0.0 && factor.is_finite()) && !latent;
-                match any {
-                    true => Ok(Some(json!({
-                        "rope_type": "longrope", "short_factor": decimals(factors), "long_factor": decimals(factors),
-                        "original_max_position_embeddings": self.required("context_length")?, "attention_factor": 1.0,
-                    }))),
-                    false => Err(error.in_tensor(ROPE_FREQS)),
-                }
+                true => self.divided(decimals(factors), warm).map(Some),
+                false => Err(error.in_tensor(ROPE_FREQS)),
             });
         }
         let original = self.count("rope.scaling.original_context_length")?;
         if let (Some(long), Some(short)) = (self.factors.get(ROPE_LONG), self.factors.get(ROPE_SHORT)) {
             // The factors decide, whatever the type says.
             self.look("rope.scaling.type");
+            if self.float("rope.scaling.factor")?.is_some_and(|factor| factor != 0.0 && factor != 1.0) {
+                return Err(self.unsupported(format!(
+                    "`{}` beside LongRoPE's own factors cannot be said in config.json; quantize the checkpoint that the file was made from",
+                    self.key("rope.scaling.factor")
+                )));
+            }
             let original = original.map_or_else(|| self.required("context_length"), Ok)?;
             return Ok(Some(json!({
                 "rope_type": "longrope", "short_factor": decimals(short), "long_factor": decimals(long),
                 "original_max_position_embeddings": original, "attention_factor": warm,
             })));
         }
-        let factor = match self.float("rope.scaling.factor")? {
-            Some(factor) => Some(factor),
-            None => self.float("rope.scale_linear")?,
-        }
-        .filter(|factor| *factor != 0.0);
-        let kind = self.text("rope.scaling.type")?.unwrap_or(if factor.is_some() { "linear" } else { "none" });
-        match (kind, factor) {
-            ("none", _) | ("linear" | "longrope", None | Some(1.0)) => {
-                cold("unscaled rotary frequencies")?;
-                Ok(None)
-            }
-            ("linear", Some(factor)) => {
-                cold("linear rope scaling")?;
-                Ok(Some(json!({"rope_type": "linear", "factor": factor})))
-            }
-            ("yarn", factor) => {
-                let factor = factor.unwrap_or(1.0);
-                let original = original.map_or_else(|| self.required("context_length"), Ok)?;
-                let log = self.float("rope.scaling.yarn_log_multiplier")?.filter(|log| *log != 0.0);
-                let mut scaling = json!({
-                    "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
-                });
-                for (key, usual) in [("beta_fast", 32.0), ("beta_slow", 1.0)] {
-                    if let Some(beta) = self.float(&format!("rope.scaling.yarn_{key}"))?.filter(|beta| *beta != usual) {
-                        scaling[key] = beta.into();
-                    }
-                }
-                match log {
-                    // The file has a tenth of it.
-                    Some(log) if latent => {
-                        let mscale = f64::from((log / 0.1) as f32);
-                        let mscale = (mscale * 1e6).round() / 1e6;
-                        scaling["mscale"] = mscale.into();
-                        scaling["mscale_all_dim"] = mscale.into();
-                        if warm != 1.0 {
-                            return Err(self.unsupported("YaRN with a factor beside its logarithm cannot be read"));
-                        }
-                    }
-                    Some(_) => return Err(self.unsupported("YaRN with a multiplied logarithm cannot be read")),
-                    None if latent => return Err(self.unsupported("YaRN without a multiplied logarithm cannot be run")),
-                    None => scaling["attention_factor"] = (warmth(factor, 1.0) * warm).into(),
-                }
-                Ok(Some(scaling))
-            }
-            (other, _) => Err(self.unsupported(format!("rope scaling of type `{other}` cannot be read"))),
-        }
+        self.scaling_by_type(theta, warm, latent)
     }
 }
 

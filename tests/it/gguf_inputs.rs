@@ -114,18 +114,21 @@ fn a_factor_of_the_rotation_is_not_dropped() {
         }
     };
     let room = changed(|keys, _| warm(keys, None));
-    for (kind, words) in [(None, "unscaled"), (Some("none"), "unscaled"), (Some("linear"), "linear")] {
+    for (kind, factor) in [(None, 1.0), (Some("none"), 1.0), (Some("linear"), 2.0)] {
         rewrite(&room.path("m.gguf"), &room.path("x.gguf"), |keys, _| warm(keys, kind));
         for command in commands() {
-            room.run(command).refuses(1, &["x.gguf", words, "attn_factor of 1.25"]);
+            room.run(
+                [&command[..], &["--force"]].concat().iter().filter(|word| **word != "--force" || command[0] != "eval"),
+            )
+            .succeeds();
         }
+        let scaling = Checkpoint::open(&room.path("out.gguf")).unwrap().config()["rope_scaling"].clone();
+        assert_eq!((&scaling["attention_factor"], &scaling["short_factor"][1]), (&1.25.into(), &factor.into()));
     }
     rewrite(&room.path("m.gguf"), &room.path("x.gguf"), |keys, _| {
         warm(keys, Some("yarn"));
-        keys.push(key("llama.rope.scaling.yarn_beta_fast", MetadataValue::F32(16.0)));
     });
     let scaling = Checkpoint::open(&room.path("x.gguf")).unwrap().config()["rope_scaling"].clone();
-    assert_eq!(scaling["beta_fast"], 16.0);
     assert!(scaling["attention_factor"].as_f64().unwrap() > 1.25);
 }
 

@@ -18,6 +18,7 @@ mod guesses;
 mod harness;
 mod hostile;
 mod inputs;
+mod llama_cpp;
 mod matrix;
 mod pipeline;
 mod readme;

@@ -37,6 +37,7 @@ const OTHER_ENDS: &[&str] = &[
     "<eos>",
     "<turn|>",
     "<|tool_response>",
+    "[e~[",
 ];
 
 /// Whether llama.cpp stops at a token with this text, whatever a file says.

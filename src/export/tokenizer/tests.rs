@@ -54,7 +54,7 @@ fn folder(files: &[(&str, &Value)]) -> tempfile::TempDir {
 }
 
 fn written(folder: &Path, rows: usize) -> Written {
-    of_folder(folder, &Value::Null, rows, None).unwrap()
+    of_folder(folder, &Value::Null, rows, None, "a model").unwrap()
 }
 
 fn get<'w>(written: &'w Written, key: &str) -> Option<&'w MetadataValue> {
@@ -143,7 +143,7 @@ fn digest(written: &Written, key: &str) -> String {
 fn the_built_in_model_round_trips() {
     let folder = root().join("src/demo/model");
     let original = json_at(&folder.join("tokenizer.json")).unwrap();
-    let out = of_folder(&folder, &json_at(&folder.join("config.json")).unwrap(), 4096, None).unwrap();
+    let out = of_folder(&folder, &json_at(&folder.join("config.json")).unwrap(), 4096, None, "a model").unwrap();
     assert_eq!((text(&out, "model"), text(&out, "pre")), (Some("gpt2"), Some("smollm")));
     assert_eq!(["bos", "eos", "unknown", "padding"].map(|name| id(&out, name)), [Some(0), Some(0), Some(0), None]);
     assert_eq!(get(&out, "add_bos_token"), Some(&MetadataValue::Bool(false)));
@@ -156,7 +156,7 @@ fn the_built_in_model_round_trips() {
 fn smollm2_is_written_as_llama_cpps_converter_writes_it() {
     let folder = shared("models/smollm2-135m");
     let Some(original) = json_at(&folder.join("tokenizer.json")) else { return };
-    let out = of_folder(&folder, &json_at(&folder.join("config.json")).unwrap(), 49152, None).unwrap();
+    let out = of_folder(&folder, &json_at(&folder.join("config.json")).unwrap(), 49152, None, "a model").unwrap();
     // Of the GGUF file of SmolLM2-135M-Instruct that its makers published: each entry and a zero byte, hashed.
     for (key, expected) in [
         ("tokens", "4ca839f11927b8890dbb58b39b1f0008a4d826e02eecd78c77d8ed1340170a11"),
@@ -184,7 +184,7 @@ fn sentence_piece_round_trips_from_its_merges() {
     for name in ["stories260k", "aidreams260k"] {
         let folder = shared(&format!("models/{name}"));
         let Some(original) = json_at(&folder.join("tokenizer.json")) else { continue };
-        let out = of_folder(&folder, &json_at(&folder.join("config.json")).unwrap(), 512, None).unwrap();
+        let out = of_folder(&folder, &json_at(&folder.join("config.json")).unwrap(), 512, None, "a model").unwrap();
         assert_eq!((text(&out, "model"), text(&out, "pre")), (Some("llama"), Some("default")));
         assert_eq!(["bos", "eos", "unknown"].map(|name| id(&out, name)), [Some(1), Some(2), Some(0)]);
         for flag in ["add_bos_token", "add_space_prefix"] {
@@ -310,7 +310,7 @@ fn a_sentence_piece_model_goes_first() {
     let not_one = beside(b"IQ== 0\nIg== 1\n");
     assert_eq!(words(&not_one, "tokens"), words(&other, "tokens"));
     std::fs::remove_file(both.path().join("tokenizer.json")).unwrap();
-    let error = of_folder(both.path(), &Value::Null, 800, None).unwrap_err().to_string();
+    let error = of_folder(both.path(), &Value::Null, 800, None, "a model").unwrap_err().to_string();
     assert!(
         error.contains("/tokenizer.model: a list of tokens for tiktoken, and not a SentencePiece model"),
         "{error}"
@@ -345,7 +345,7 @@ fn what_cannot_be_written_is_one_sentence() {
         let mut json = original.clone();
         change(&mut json);
         let folder = folder(&[("tokenizer.json", &json)]);
-        let error = of_folder(folder.path(), &Value::Null, rows, pre).unwrap_err().to_string();
+        let error = of_folder(folder.path(), &Value::Null, rows, pre, "a model").unwrap_err().to_string();
         error.replace(&format!("{}/", folder.path().display()), "")
     };
     let few = refused(999, None, &|_| ());
@@ -373,14 +373,14 @@ fn what_cannot_be_written_is_one_sentence() {
     let pre = refused(800, Some("gpt-2"), &|json| *json = sentence_piece.clone());
     assert!(pre.starts_with("--pre gpt-2: only byte-level BPE has a pre-tokenizer"), "{pre}");
     let empty = tempfile::tempdir().unwrap();
-    let none = of_folder(empty.path(), &Value::Null, 3, None).unwrap_err().to_string();
+    let none = of_folder(empty.path(), &Value::Null, 3, None, "a model").unwrap_err().to_string();
     assert!(none.contains("/tokenizer.json: no such file, and there is no tokenizer.model"), "{none}");
 }
 
 #[test]
 fn the_user_may_name_the_pre_tokenizer() {
     let folder = root().join("src/demo/model");
-    let out = of_folder(&folder, &Value::Null, 4096, Some("gpt-2")).unwrap();
+    let out = of_folder(&folder, &Value::Null, 4096, Some("gpt-2"), "a model").unwrap();
     assert_eq!(text(&out, "pre"), Some("gpt-2"));
     let (_folder, file) = file_of(&out, 4096);
     assert_eq!(text(&tokenizer(&file, 4096, Some("smollm")).unwrap(), "pre"), Some("smollm"));
