@@ -21,14 +21,14 @@ pub(super) fn as_stored(planned: Vec<ExportTensor>, file: &GgufFile) -> Vec<Expo
             let name = |module: &str| format!("{at}.{module}.{kind}");
             let here = |module: &&str| file.get(&name(module)).is_some();
             let (parts, whole) = QKV;
-            if here(&whole) && !parts.iter().any(|part| here(part)) {
+            if here(&whole) && !parts.iter().any(&here) {
                 join(&mut stored, parts.map(name), name(whole));
-            } else if !here(&whole) && parts.iter().all(|part| here(part)) {
+            } else if !here(&whole) && parts.iter().all(&here) {
                 let rows = parts.map(|part| file.get(&name(part)).expect("here").shape[0]);
                 split(&mut stored, &name(whole), &parts.map(name), &rows);
             }
             let (parts, whole) = GATE_UP;
-            if here(&whole) && !parts.iter().any(|part| here(part)) {
+            if here(&whole) && !parts.iter().any(&here) {
                 join(&mut stored, parts.map(name), name(whole));
             }
         }

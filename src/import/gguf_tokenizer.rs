@@ -274,7 +274,7 @@ fn is_special(token: &str, file: &GgufFile, ids: &HashMap<&str, usize>) -> bool 
     // Gemma 4's `</s>` ends nothing.
     let ends = knows_as_end(token) && (token != "</s>" || !ids.contains_key("<|tool_response>"));
     let given = |key: &&str| file.metadata(&format!("tokenizer.ggml.{key}")).is_some();
-    ends || MIDDLES.iter().any(|(keys, texts)| texts.contains(&token) && !keys.iter().any(|key| given(key)))
+    ends || MIDDLES.iter().any(|(keys, texts)| texts.contains(&token) && !keys.iter().any(&given))
 }
 
 /// What a reader of a report should know of how texts are split.
