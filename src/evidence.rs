@@ -11,6 +11,9 @@ use ndarray::Array2;
 use crate::compile::LinearReport;
 use crate::error::{Error, Result};
 
+/// The largest half.
+const LARGEST_HALF: f32 = 65504.0;
+
 /// The smallest half above 0.
 const STEP: f32 = 5.960_464_5e-8;
 
@@ -118,7 +121,7 @@ pub fn lost_in_grid(
     let top = if scheme.symmetric { scheme.midpoint() } else { scheme.max_code() };
     let (largest, small) = match grid.spec.precision {
         ScalePrecision::F32 => (f32::MAX, 0.0),
-        ScalePrecision::F16 => (65504.0, f32::from(top) * STEP),
+        ScalePrecision::F16 => (LARGEST_HALF, f32::from(top) * STEP),
         ScalePrecision::BF16 => (65280.0, f32::from(top) * STEP),
     };
     // Written so that a NaN is beyond.
@@ -134,10 +137,22 @@ pub fn lost_in_grid(
         )));
     }
     let tiny = |scale: &f32| scale.abs() <= small;
-    if !grid.scales.iter().any(tiny) {
+    // Runtimes dequantize into the type of the scales.
+    let widest = f32::from(scheme.max_code());
+    let may_overflow = grid.spec.precision == ScalePrecision::F16
+        && grid.scales.iter().any(|scale| scale.abs() * widest >= LARGEST_HALF);
+    if !may_overflow && !grid.scales.iter().any(tiny) {
         return Ok(0);
     }
     let [weight, held] = values()?;
+    let most = peak(held.as_slice().expect("contiguous"));
+    if may_overflow && most > LARGEST_HALF {
+        return Err(Error::failed(format!(
+            "{}: tensor `{tensor}`: its values go up to {most:e} as they are dequantized, which is beyond F16's largest, {LARGEST_HALF:?}; make \
+             the model bfloat16 first (convert, or merge for an adapter, with --dtype bf16) and quantize that",
+            input.display()
+        )));
+    }
     let groups = grid.spec.groups();
     let mut columns = vec![Vec::new(); groups];
     grid.spec.group_of.iter().enumerate().for_each(|(col, group)| columns[*group as usize].push(col));

@@ -193,6 +193,9 @@ fn an_adapter_that_leaves_the_types_range_is_blamed_itself() {
     adapter(&room.path("adapter"), &json!({}), &borrowed(&tensors));
     room.run(["convert", "model", "-o", "half", "--dtype", "f16"]).succeeds();
     merge("half").refuses(1, &[words[0], words[1], "beyond F16's largest, 65504", words[2]]);
+    let quantize = ["quantize", "half", "--adapter", "adapter", "-o", "out", "--scheme", "W8A16"];
+    room.run(quantize.iter().chain(&RTN))
+        .refuses(1, &["o_proj.weight", "as they are dequantized", "F16's largest", words[2]]);
     merge("model").succeeds();
 }
 

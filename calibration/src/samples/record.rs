@@ -20,7 +20,7 @@ const COMPLETIONS: &[&str] = &["completion", "response", "answer", "output", "so
 const ADDITIONS: &[&str] = &["input", "context"];
 
 /// Fields that hold a system prompt.
-const SYSTEMS: &[&str] = &["system", "system_prompt", "system_message"];
+const SYSTEMS: &[&str] = &["system", "system_prompt", "system_message", "systemInstruction", "system_instruction"];
 
 /// Fields that hold running text where a record has nothing else.
 const TEXTS: &[&str] = &["content", "raw_content", "article", "document", "passage", "code", "prompt", "chosen"];
@@ -244,6 +244,12 @@ impl Reader {
         if let Some((key, value)) = known {
             return is_not(key, value);
         }
+        if let Some(key) = fields.keys().find(|key| is_content(&key.trim().to_ascii_lowercase())) {
+            return format!(
+                "`{key}` is not the name of a field that is read; call it `{}`",
+                key.trim().to_ascii_lowercase()
+            );
+        }
         let keys: Vec<&str> = fields.keys().take(8).map(String::as_str).collect();
         format!(
             "expected `text`, `messages`, `conversations`, or `prompt` with `completion`; found {}",
@@ -403,7 +409,12 @@ fn list(value: &Value) -> Option<Vec<Value>> {
 fn system(fields: &Map<String, Value>) -> Result<Vec<Message>, String> {
     for key in SYSTEMS {
         if let Some(value) = given(fields, key) {
-            let text = string(key, value)?;
+            // Gemini's is a turn without a role.
+            let parts = value.get("parts").and_then(Value::as_array);
+            let text = match parts {
+                Some(parts) => parts.iter().filter_map(part_text).collect::<Vec<_>>().join("\n\n"),
+                None => string(key, value)?,
+            };
             if !text.trim().is_empty() {
                 return Ok(vec![Message::new("system", text)]);
             }

@@ -146,6 +146,13 @@ fn every_form_of_conversation_is_read() {
         (json!({"prompt": [q]}), talk(&["q"])),
         (q.clone(), talk(&["q"])),
         (json!({"system_prompt": "s", "question": "q", "response": "a"}), with_system("s", both.clone())),
+        (
+            json!({
+                "systemInstruction": {"parts": [{"text": "s"}]},
+                "contents": [{"role": "user", "parts": [{"text": "q"}]}, {"role": "model", "parts": [{"text": "a"}]}],
+            }),
+            with_system("s", both.clone()),
+        ),
         (json!({"instruction": "x", "output": "y", "history": [["q", "a"]]}), talk(&["q", "a", "x", "y"])),
         (json!({"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": ["a"]}]}), both.clone()),
     ];
@@ -194,6 +201,7 @@ fn what_a_record_lacks_is_said() {
         (json!(3), "expected a JSON object, found a number"),
         (json!([1]), "expected a list of messages"),
         (json!({}), "expected `text`, `messages`, `conversations`, or `prompt` with `completion`; found no key at all"),
+        (json!({"Text": "x", "Label": 1}), "`Text` is not the name of a field that is read; call it `text`"),
         (json!({"body": "x", "label": 1}), "found `body`, `label`"),
         (json!({"text": null}), "`text` is null"),
         (json!({"text": 3}), "`text` must be a string, found a number"),

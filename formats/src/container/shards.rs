@@ -249,7 +249,8 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
         // In the folder or in one within it, as transformers joins the two.
         let inside = |name: &&str| {
             let path = Path::new(name);
-            path.file_name().is_some() && path.components().all(|part| matches!(part, Component::Normal(_)))
+            path.file_name().is_some()
+                && path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir))
         };
         let name = file.as_str().filter(inside);
         let name = name.ok_or_else(|| {
