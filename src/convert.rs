@@ -103,8 +103,8 @@ fn rewrite(
     write_config(&config, &staging)?;
     copy_side_files(&beside, &staging)?;
     source.check_unchanged()?;
-    staging.commit()?;
-    Ok([notes, beside.notes].concat())
+    let left = staging.commit()?;
+    Ok([notes, beside.notes, left].concat())
 }
 
 /// What becomes of the tensors that are not part of the model, and what to say of them; of a model of an unknown family that

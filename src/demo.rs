@@ -31,7 +31,7 @@ pub const HELD_OUT: &str = include_str!("demo/evaluation.txt");
 pub fn export(folder: &Path) -> Result<()> {
     let staging = Staging::folder_for(folder, None, false)?;
     FILES.iter().try_for_each(|(name, content)| staging.write(name, content))?;
-    staging.commit()
+    staging.commit().map(drop)
 }
 
 /// Quantizes the built-in model with every method at 4 and 3 bits; returns a table.

@@ -20,7 +20,7 @@ use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
 use crate::graph::{Graph, Linear};
 use crate::json;
-use crate::output::{Staging, bytes_of, check_beside, check_place, write_beside};
+use crate::output::{Place, SideOutput, Staging, bytes_of, check_beside, check_place};
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
@@ -140,8 +140,18 @@ impl Job<'_> {
         if let Some(adapter) = adapter {
             check_place(self.output, adapter)?;
         }
+        // A file that is read may not be replaced, nor a folder that it lies in.
+        let texts = self.inputs();
+        texts.iter().filter(|input| input.is_file()).try_for_each(|input| check_place(self.output, input))?;
         if let Some(path) = &self.report {
             check_beside("--report", path, &self.inputs(), self.output)?;
+            let saved = self.recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref());
+            if saved.is_some_and(|saved| Place::resolve(saved).ok() == Place::resolve(path).ok()) {
+                return Err(Error::usage(format!(
+                    "--report {}: is what --save-imatrix names too; choose another place",
+                    path.display()
+                )));
+            }
         }
         let source = Checkpoint::open_with(self.model, adapter)?;
         let graph = families::graph_of(&source)?;
@@ -163,7 +173,9 @@ impl Job<'_> {
         let Recipe { adapter, calibration, gguf, .. } = &self.recipe;
         let texts = self.verification.iter().map(|verification| Path::new(&verification.text));
         let imatrix = gguf.iter().filter_map(|gguf| gguf.imatrix.as_deref());
-        [self.model, Path::new(calibration)].into_iter().chain(adapter.as_deref()).chain(texts).chain(imatrix).collect()
+        let optional = [adapter.as_deref(), self.recipe.file.as_deref()];
+        let known = [self.model, Path::new(calibration)];
+        known.into_iter().chain(optional.into_iter().flatten()).chain(texts).chain(imatrix).collect()
     }
 
     fn directory<B: Backend>(
@@ -227,13 +239,14 @@ impl Job<'_> {
         };
         drop(reopened);
         let report_path = self.report.clone();
-        let report = self.report(backend, run, outcome)?;
+        let mut report = self.report(backend, run, outcome)?;
         let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
         staging.write("report.json", &json)?;
         let card = card_licence(&beside).unwrap_or_default() + &report.card();
         staging.write("README.md", card.as_bytes())?;
-        staging.commit()?;
-        report_path.map_or(Ok(()), |path| write_beside(&path, &json))?;
+        let copy = report_path.map(|path| SideOutput::write(&path, &json)).transpose()?;
+        report.notes.extend(staging.commit()?);
+        copy.map_or(Ok(()), SideOutput::appear)?;
         Ok(report)
     }
 
@@ -325,11 +338,12 @@ impl Job<'_> {
         };
         drop(reopened);
         let report_path = self.report.clone();
-        let report = self.report(backend, run, outcome)?;
+        let mut report = self.report(backend, run, outcome)?;
         let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
         staging.write(&format!("{}.report.json", staging.name()), &json)?;
-        staging.commit()?;
-        report_path.map_or(Ok(()), |path| write_beside(&path, &json))?;
+        let copy = report_path.map(|path| SideOutput::write(&path, &json)).transpose()?;
+        report.notes.extend(staging.commit()?);
+        copy.map_or(Ok(()), SideOutput::appear)?;
         Ok(report)
     }
 

@@ -214,7 +214,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         split_max_size: args.split_max_size,
         overrides: Vec::new(),
     };
-    let file = args.recipe.map(|path| Request::read(&path)).transpose()?.unwrap_or_default();
+    let file = args.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
     let mut request = flags.or(file);
     request.format = request.format.or(to_file.then(|| "gguf".to_owned()));
     let limits = Limits { max_ppl_ratio: args.max_ppl_ratio, max_kld: args.max_kld, min_top1: args.min_top1 };
@@ -234,6 +234,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         }),
     };
     let mut recipe = Recipe::resolve(request)?;
+    recipe.file = args.recipe.clone();
     if verification.is_none() && args.verify_windows.is_some() {
         recipe.notes.push("verify_windows has no effect: nothing is measured, as --verify-text none says".to_owned());
     }

@@ -63,6 +63,6 @@ fn write(
     write_config(source.config(), &staging)?;
     copy_side_files(&beside, &staging)?;
     source.check_unchanged()?;
-    staging.commit()?;
-    Ok((source, [notes, beside.notes].concat()))
+    let left = staging.commit()?;
+    Ok((source, [notes, beside.notes, left].concat()))
 }

@@ -260,6 +260,9 @@ pub struct Recipe {
     /// What to say of those that were asked for all the same.
     #[serde(skip)]
     pub notes: Vec<String>,
+    /// The file that it was read from.
+    #[serde(skip)]
+    pub file: Option<PathBuf>,
 }
 
 /// Keys that a request has, of those that may have no effect.
@@ -381,6 +384,7 @@ impl Recipe {
             gguf: None,
             idle: Vec::new(),
             notes: Vec::new(),
+            file: None,
         };
         let needs = crate::compile::needs(&recipe);
         Ok(recipe.without_idle(&given, needs))

@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
+/// Bytes of the longest file name.
+pub const LONGEST_NAME: usize = 255;
+
 /// The resolved place of an output: a name in a folder, links followed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Place {
@@ -18,8 +21,12 @@ impl Place {
     /// Resolves `target`: `x/.` is `x`, and a link stands for what it leads to, so that the link itself stays.
     ///
     /// Fails for a path without a name, for a name that is not UTF-8, and for a link that leads nowhere.
+    /// Fails too for a name that is too long, and for a way over a folder that does not exist (`x/../y`).
     pub fn resolve(target: &Path) -> Result<Place> {
         let shown = target.display();
+        // A path that ends in a separator would be asked for what a link leads to.
+        let bare: PathBuf = target.components().collect();
+        let target = bare.as_path();
         let is_link = fs::symlink_metadata(target).is_ok_and(|metadata| metadata.is_symlink());
         let real = match is_link {
             false => target.to_path_buf(),
@@ -35,10 +42,23 @@ impl Place {
         let name = real.file_name().ok_or_else(no_name)?;
         let name =
             name.to_str().ok_or_else(|| Error::usage(format!("{shown}: the name of an output must be UTF-8")))?;
+        if name.len() > LONGEST_NAME {
+            return Err(Error::usage(format!(
+                "{shown}: its name has {} bytes, and file systems allow {LONGEST_NAME}; choose a shorter one",
+                name.len()
+            )));
+        }
         let parent = match real.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
             _ => PathBuf::from("."),
         };
+        let mut above = parent.ancestors();
+        if let Some(gone) = above.find(|folder| folder.ends_with("..") && !folder.exists()) {
+            return Err(Error::usage(format!(
+                "{shown}: goes through a folder that does not exist ({}); write the path without it",
+                gone.parent().unwrap_or(gone).display()
+            )));
+        }
         Ok(Place { parent, name: name.to_owned() })
     }
 
@@ -106,7 +126,9 @@ pub fn check_beside(flag: &str, path: &Path, inputs: &[&Path], output: &Path) ->
             )));
         }
     }
-    if real.starts_with(Place::resolve(output)?.real()?) {
+    let out = Place::resolve(output)?;
+    let out_real = out.real()?;
+    if real.starts_with(&out_real) || real.parent() == out_real.parent() && is_part(&place.name, stem(&out.name)) {
         return Err(Error::usage(format!(
             "{flag} {shown}: lies in the output {}, which holds a report of its own; choose another place",
             output.display()
@@ -115,6 +137,9 @@ pub fn check_beside(flag: &str, path: &Path, inputs: &[&Path], output: &Path) ->
     if let Ok(metadata) = fs::metadata(path)
         && !metadata.is_file()
     {
+        if path.starts_with("/dev/full") {
+            return Err(Error::usage(format!("{flag} {shown}: is a device that takes nothing; choose another place")));
+        }
         // A pipe waits for its reader; those of the shell below /dev have one.
         let waits = is_pipe(&metadata) && !path.starts_with("/dev") && !path.starts_with("/proc");
         return match waits {
@@ -142,21 +167,76 @@ fn is_pipe(_: &fs::Metadata) -> bool {
     false
 }
 
-/// Writes a file beside the output in one step; what is no plain file, such as `/dev/stdout`, is written to as it is.
-pub fn write_beside(path: &Path, content: &[u8]) -> Result<()> {
-    let io = |error| Error::io(path, "write")(error);
-    if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
-        return fs::write(path, content).map_err(io);
+/// A file that is to appear beside the output, and is on the disk already.
+pub struct SideOutput {
+    path: PathBuf,
+    place: PathBuf,
+    /// `None` for what is no plain file, such as `/dev/stdout`, which takes what is written at once.
+    file: Option<tempfile::NamedTempFile>,
+}
+
+impl SideOutput {
+    /// Writes `content` next to `path`, or to what is no plain file.
+    pub fn write(path: &Path, content: &[u8]) -> Result<SideOutput> {
+        let io = |error| Error::io(path, "write")(error);
+        if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
+            fs::write(path, content).map_err(io)?;
+            return Ok(SideOutput { path: path.to_path_buf(), place: path.to_path_buf(), file: None });
+        }
+        let place = Place::resolve(path)?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".quantc-");
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = builder.tempfile_in(&place.parent).map_err(io)?;
+        std::io::Write::write_all(&mut file, content).and_then(|()| file.as_file().sync_all()).map_err(io)?;
+        Ok(SideOutput { path: path.to_path_buf(), place: place.path(), file: Some(file) })
     }
-    let place = Place::resolve(path)?;
-    let mut builder = tempfile::Builder::new();
-    builder.prefix(".quantc-");
-    #[cfg(unix)]
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(&place.parent).map_err(io)?;
-    std::io::Write::write_all(&mut file, content).and_then(|()| file.as_file().sync_all()).map_err(io)?;
-    file.persist(place.path()).map_err(|error| io(error.error))?;
-    Ok(())
+
+    /// Lets it appear, in one step.
+    pub fn appear(self) -> Result<()> {
+        let Some(file) = self.file else { return Ok(()) };
+        file.persist(&self.place).map(drop).map_err(|error| {
+            Error::failed(format!(
+                "{}: cannot write: {}; the output itself is complete",
+                self.path.display(),
+                error.error
+            ))
+        })
+    }
+}
+
+/// Whether a file called `name` is the report or a part of the GGUF output called `output`.
+pub fn belongs_to(name: &str, output: &str) -> bool {
+    name.strip_suffix(".report.json") == Some(output) || is_part(name, stem(output))
+}
+
+/// The name of a GGUF output without its ending.
+pub fn stem(name: &str) -> &str {
+    name.strip_suffix(".gguf").unwrap_or(name)
+}
+
+/// Whether `name` is `stem-00001-of-00003.gguf` for some numbers.
+pub fn is_part(name: &str, stem: &str) -> bool {
+    let numbers = name.strip_prefix(stem).and_then(|rest| rest.strip_prefix('-')?.strip_suffix(".gguf"));
+    numbers.and_then(|n| n.split_once("-of-")).is_some_and(|(number, count)| {
+        [number, count].iter().all(|n| n.len() == 5 && n.bytes().all(|b| b.is_ascii_digit()))
+    })
+}
+
+/// What else is mounted within `folder`, for nothing of that may go when the folder is replaced.
+pub fn mounted_within(folder: &Path) -> Option<PathBuf> {
+    let real = folder.canonicalize().ok()?;
+    let table = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let places = table.lines().filter_map(|line| line.split(' ').nth(4)).map(|place| PathBuf::from(unescaped(place)));
+    { places }.find(|place| *place != real && place.starts_with(&real))
+}
+
+/// A path of the table of mounts, in which blanks and some other signs are written as octal numbers.
+fn unescaped(path: &str) -> String {
+    [("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")]
+        .iter()
+        .fold(path.to_owned(), |path, (code, sign)| path.replace(code, sign))
 }
 
 /// Tries whether a folder takes a new file; permissions do not tell of everything that may forbid it.
@@ -189,10 +269,10 @@ pub fn check_space(folder: &Path, shown: &Path, bytes: u64) -> Result<()> {
         let free = disk.f_bavail.saturating_mul(disk.f_frsize);
         if free < bytes {
             return Err(Error::failed(format!(
-                "{}: the output takes {:.2} GB and only {:.2} GB are free on its disk; make room, or choose another place",
+                "{}: the output takes {:.1} MB and only {:.1} MB are free on its disk; make room, or choose another place",
                 shown.display(),
-                bytes as f64 / 1e9,
-                free as f64 / 1e9
+                bytes as f64 / 1e6,
+                free as f64 / 1e6
             )));
         }
     }
@@ -211,6 +291,13 @@ mod tests {
         let at = |name: &str| room.path().join(name);
         assert_eq!(Place::resolve(Path::new("x/.")).unwrap().path(), Path::new("./x"));
         assert_eq!(Place::resolve(&at("a/b/out")).unwrap().missing_parents(), [at("a"), at("a/b")]);
+        let long = "n".repeat(256);
+        for (odd, words) in
+            [("gone/../out", "goes through a folder that does not exist"), (long.as_str(), "has 256 bytes")]
+        {
+            let error = Place::resolve(&at(odd)).unwrap_err();
+            assert!(error.exit_code() == 2 && error.to_string().contains(words), "{error}");
+        }
         for nameless in ["/", "..", "a/.."] {
             assert_eq!(Place::resolve(Path::new(nameless)).unwrap_err().exit_code(), 2, "{nameless}");
         }
@@ -219,8 +306,11 @@ mod tests {
             std::os::unix::fs::symlink("gone", at("link")).unwrap();
             let error = Place::resolve(&at("link")).unwrap_err().to_string();
             assert!(error.contains("is a link to gone, which does not exist"), "{error}");
+            assert!(Place::resolve(&at("link/")).is_err());
             fs::create_dir(at("gone")).unwrap();
-            assert_eq!(Place::resolve(&at("link")).unwrap().path(), at("gone").canonicalize().unwrap());
+            for slashed in ["link", "link/", "link/."] {
+                assert_eq!(Place::resolve(&at(slashed)).unwrap().path(), at("gone").canonicalize().unwrap());
+            }
         }
     }
 

@@ -7,15 +7,18 @@ use std::fs::{self, File, TryLockError};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use super::place::{Place, check_place, check_space, check_takes_files, is_mount_point};
+use super::place::{
+    LONGEST_NAME, Place, belongs_to, check_place, check_space, check_takes_files, is_mount_point, is_part,
+    mounted_within, stem,
+};
 use super::switch::{Switch, exchange, finish, is_under_way, rename_new, sync_folder, sync_tree};
 use crate::error::{Error, Result};
 
-/// Bytes of the longest file name.
-const LONGEST_NAME: usize = 255;
-
 /// Letters that make the name of a staging folder unlike any other.
 const RANDOM: usize = 8;
+
+/// Bytes that the names of a GGUF file's parts and of its report have more than its own.
+const PART: usize = 15;
 
 /// What stands between an output's name and those letters.
 const MARK: &str = ".partial-";
@@ -29,6 +32,23 @@ enum Kind {
     Gguf,
 }
 
+/// What tells a file or folder from every other one.
+type Number = Option<(u64, u64)>;
+
+/// The number of what is called `path`, where the system has such.
+fn number(path: &Path) -> Number {
+    #[cfg(unix)]
+    return fs::symlink_metadata(path).ok().map(|metadata| {
+        use std::os::unix::fs::MetadataExt;
+        (metadata.dev(), metadata.ino())
+    });
+    #[cfg(not(unix))]
+    {
+        let _ = path;
+        None
+    }
+}
+
 /// An output being written; removed unless it is [committed](Staging::commit).
 pub struct Staging {
     /// As the user called it, for messages.
@@ -38,7 +58,8 @@ pub struct Staging {
     folder: PathBuf,
     /// Where the folder lies in the output itself, for that cannot be renamed.
     inside: bool,
-    force: bool,
+    /// What was at the place when the run began, which alone may be replaced; `None` where nothing may.
+    found: Option<Vec<(PathBuf, Number)>>,
     /// Folders that were made to hold the output, the outermost first.
     made: Vec<PathBuf>,
     notes: Vec<String>,
@@ -76,8 +97,15 @@ impl Staging {
                     "{shown}: --force replaces a model directory, and this is none (it has no config.json)"
                 )));
             }
+            if let (false, Some(inner)) = (empty, mounted_within(&path)) {
+                return Err(Error::usage(format!(
+                    "{shown}: something else is mounted at {}, and --force would remove it; unmount it first",
+                    inner.display()
+                )));
+            }
         }
-        Self::begin(target, place, Kind::Folder, force, notes)
+        let found = force.then(|| vec![(path.clone(), number(&path))]);
+        Self::begin(target, place, Kind::Folder, found, notes)
     }
 
     /// Begins a GGUF file, or the parts of one, which are called `NAME-00001-of-00003.gguf`.
@@ -88,7 +116,13 @@ impl Staging {
         input.map_or(Ok(()), |input| check_place(target, input))?;
         let (path, shown) = (place.path(), target.display());
         check_file(&path, &shown)?;
-        let notes = sweep(&place)?;
+        if place.name.len() + PART > LONGEST_NAME {
+            return Err(Error::usage(format!(
+                "{shown}: its name has {} bytes, which leaves no room for the names of its parts and its report; choose a shorter one",
+                place.name.len()
+            )));
+        }
+        let mut notes = sweep(&place)?;
         let mut there = Vec::new();
         if place.parent.is_dir() {
             for name in entries(&place.parent).map_err(Error::io(&place.parent, "list"))? {
@@ -109,10 +143,26 @@ impl Staging {
                 )));
             }
         }
-        Self::begin(target, place, Kind::Gguf, force, notes)
+        let parts: Vec<&PathBuf> = there.iter().filter(|there| **there != path).collect();
+        if let Some(first) = parts.first() {
+            notes.push(format!(
+                "{}: parts of an earlier output, such as {}, are beside it; those that the new one does not replace stay",
+                path.display(),
+                first.display()
+            ));
+        }
+        there.push(place.parent.join(format!("{}.report.json", place.name)));
+        let found = force.then(|| there.iter().map(|there| (there.clone(), number(there))).collect());
+        Self::begin(target, place, Kind::Gguf, found, notes)
     }
 
-    fn begin(target: &Path, place: Place, kind: Kind, force: bool, notes: Vec<String>) -> Result<Staging> {
+    fn begin(
+        target: &Path,
+        place: Place,
+        kind: Kind,
+        found: Option<Vec<(PathBuf, Number)>>,
+        notes: Vec<String>,
+    ) -> Result<Staging> {
         let made = place.missing_parents();
         let inside = kind == Kind::Folder && is_mount_point(&place.path());
         let home = if inside { place.path() } else { place.parent.clone() };
@@ -144,7 +194,7 @@ impl Staging {
             kind,
             folder,
             inside,
-            force,
+            found,
             made,
             notes,
             committed: false,
@@ -189,7 +239,7 @@ impl Staging {
         }
         input.map_or(Ok(()), |input| check_place(target, input))?;
         let beside = self.place.parent.canonicalize().ok() == place.parent.canonicalize().ok();
-        if beside && (place.name == self.place.name || is_part(&place.name, stem(&self.place.name))) {
+        if beside && (place.name == self.place.name || belongs_to(&place.name, &self.place.name)) {
             return Err(Error::usage(format!(
                 "{shown}: is what the quantized model will be called; choose another name"
             )));
@@ -207,8 +257,9 @@ impl Staging {
 
     /// Moves the output to its place in one step, once everything is on the disk; with `force` in place of what is there.
     ///
-    /// Without it, what has appeared there since the run began stays, and the finished output is kept beside it.
-    pub fn commit(mut self) -> Result<()> {
+    /// What has appeared there since the run began stays, and the finished output is kept beside it. Returns notes on what could
+    /// not be removed.
+    pub fn commit(mut self) -> Result<Vec<String>> {
         let path = self.place.path();
         sync_tree(&self.folder).map_err(Error::io(&self.folder, "flush"))?;
         let moved = match self.kind {
@@ -232,8 +283,14 @@ impl Staging {
         self.committed = true;
         let _ = sync_folder(&self.place.parent);
         // What is left is what was replaced; a run that ends here leaves it to the next one.
-        let _ = remove_tree(&self.folder);
-        Ok(())
+        let left = remove_tree(&self.folder).err().filter(|error| error.kind() != ErrorKind::NotFound);
+        Ok(left.map(|error| format!("{}: {}", self.folder.display(), stays(&error))).into_iter().collect())
+    }
+
+    /// Whether what is called `path` now may be replaced, as it was there when the run began.
+    fn may_replace(&self, path: &Path) -> bool {
+        let is_same = |(found, number): &(PathBuf, Number)| found == path && *number == self::number(path);
+        self.found.as_ref().is_some_and(|found| found.iter().any(is_same))
     }
 
     fn switch_folder(&mut self, path: &Path) -> std::io::Result<()> {
@@ -244,7 +301,7 @@ impl Staging {
             // A rename replaces an empty folder, and nothing else.
             return fs::rename(&self.folder, path);
         }
-        if !self.force {
+        if !self.may_replace(path) {
             return Err(ErrorKind::AlreadyExists.into());
         }
         self.folder = exchange(&self.folder, path, &aside_of(&self.place))?;
@@ -266,11 +323,13 @@ impl Staging {
             Kind::Gguf if moves.iter().filter(|name| name.ends_with(".gguf")).count() < 2 => Vec::new(),
             Kind::Gguf => moves.iter().filter(|name| into.join(name).exists()).cloned().collect(),
         };
-        if !self.force && !aside.is_empty() {
+        let force = self.found.is_some();
+        let taken = |name: &String| into.join(name).exists() && !self.may_replace(&into.join(name));
+        if !force && !aside.is_empty() || self.kind == Kind::Gguf && force && moves.iter().any(taken) {
             return Err(ErrorKind::AlreadyExists.into());
         }
         aside.sort_by_key(|name| (*name != opener, name.clone()));
-        Switch::new(into, aside, moves).perform(&self.folder, self.force)
+        Switch::new(into, aside, moves).perform(&self.folder, force)
     }
 
     /// Gives the finished output a name of its own, for its own was taken while it was written.
@@ -327,6 +386,11 @@ fn open_up(folder: &Path) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// What is said of a hidden folder that stays.
+fn stays(error: &std::io::Error) -> String {
+    format!("holds what an earlier output or run has left and cannot be removed ({error}); remove it")
 }
 
 fn is_taken(error: &std::io::Error) -> bool {
@@ -398,21 +462,19 @@ pub fn sweep(place: &Place) -> Result<Vec<String>> {
                 busy = true;
                 continue;
             };
-            if finish(&folder).map_err(Error::io(&path, "finish replacing"))? {
+            let finished = finish(&folder).map_err(Error::io(&path, "finish replacing"))?;
+            let removed = remove_tree(&folder);
+            if finished {
                 notes.push(format!(
                     "{}: finished putting into place what an interrupted run had written",
                     path.display()
                 ));
-            } else {
-                notes.push(format!("{}: removed what an interrupted run had left", folder.display()));
             }
-            remove_tree(&folder).map_err(|error| {
-                Error::failed(format!(
-                    "{}: what an interrupted run had left beside it, in a hidden folder whose name begins with `{}`, cannot be removed: {error}",
-                    path.display(),
-                    prefix.trim_end_matches('-')
-                ))
-            })?;
+            match removed {
+                Ok(()) if finished => {}
+                Ok(()) => notes.push(format!("{}: removed what an interrupted run had left", folder.display())),
+                Err(error) => notes.push(format!("{}: {}", folder.display(), stays(&error))),
+            }
         }
     }
     let aside = aside_of(place);
@@ -457,10 +519,6 @@ pub fn remove_made(made: &[PathBuf]) {
     made.iter().rev().take_while(|folder| fs::remove_dir(folder).is_ok()).for_each(drop);
 }
 
-fn stem(name: &str) -> &str {
-    name.strip_suffix(".gguf").unwrap_or(name)
-}
-
 /// Whether a file of this name is the one to open of the GGUF output called `output`.
 fn opens(name: &str, output: &str) -> bool {
     name == output || is_part(name, stem(output)) && name.contains("-00001-of-")
@@ -487,14 +545,6 @@ fn check_replaced(path: &Path) -> Result<()> {
         true => Err(Error::usage(format!("{}: --force replaces a GGUF file, and this is none", path.display()))),
         false => Ok(()),
     }
-}
-
-/// Whether `name` is `stem-00001-of-00003.gguf` for some numbers.
-fn is_part(name: &str, stem: &str) -> bool {
-    let numbers = name.strip_prefix(stem).and_then(|rest| rest.strip_prefix('-')?.strip_suffix(".gguf"));
-    numbers.and_then(|n| n.split_once("-of-")).is_some_and(|(number, count)| {
-        [number, count].iter().all(|n| n.len() == 5 && n.bytes().all(|b| b.is_ascii_digit()))
-    })
 }
 
 #[cfg(test)]

@@ -190,6 +190,20 @@ fn a_report_overwrites_no_input() {
     }
     assert_eq!(std::fs::read(model.path("model.safetensors")).unwrap(), before);
     assert_eq!(room.names(), ["model"]);
+    room.file("recipe.toml", "bits = 4\n");
+    room.file("text.gguf", "Once there was a text.\n");
+    for (args, words) in [
+        ("-o out --recipe recipe.toml --report recipe.toml", "lies in the input"),
+        ("-o out --report /dev/full", "takes nothing"),
+        ("-o m.gguf --scheme Q8_0 --report m-00001-of-00002.gguf", "lies in the output"),
+        ("-o m.gguf --scheme Q8_0 --save-imatrix i --report i", "--save-imatrix names too"),
+        ("-o text.gguf --scheme Q8_0 --imatrix text.gguf --force", "may not be the input"),
+    ] {
+        let line = format!("quantize model --method rtn --verify-text none {args}");
+        room.run(line.split(' ')).refuses(2, &[words]);
+    }
+    std::fs::remove_file(room.path("recipe.toml")).unwrap();
+    std::fs::remove_file(room.path("text.gguf")).unwrap();
     room.run(QUICK.split(' ').chain(["--report", "report.json"])).succeeds();
     assert_eq!(room.names(), ["model", "out", "report.json"]);
 }
@@ -221,6 +235,7 @@ fn what_is_no_plain_file_is_refused_at_once() {
         ("eval model --text pipe", "pipe"),
         ("eval model --text link.jsonl", "link.jsonl"),
         ("eval model --text /dev/zero", "/dev/zero"),
+        ("eval model --text /proc/self/status", "/proc/self/status"),
         ("eval pipe", "pipe"),
         ("inspect /dev/zero", "/dev/zero"),
         ("quantize model -o out --calibration pipe", "pipe"),

@@ -11,10 +11,16 @@ use std::time::SystemTime;
 /// Bytes of the largest file that is read whole as part of a model's description (256 MiB); the largest known tokenizers have 40.
 pub const DESCRIPTION: u64 = 256 << 20;
 
-/// Opens a plain file. Fails with a reason for a folder, a pipe, a socket and a device, without waiting for any of them.
+/// Opens a plain file. Fails with a reason for a folder, a pipe, a socket, a device and what lies in /proc, without waiting for any of
+/// them.
 pub fn open(path: &Path) -> Result<File> {
     // Before it is opened, for opening a pipe waits for its writer.
     check_plain(&std::fs::metadata(path)?)?;
+    #[cfg(target_os = "linux")]
+    if path.canonicalize()?.starts_with("/proc") {
+        // Some of those wait for what the kernel has to say, or have no end.
+        return Err(Error::new(ErrorKind::InvalidInput, "it is a file of the kernel's, and a plain file is needed"));
+    }
     File::open(path)
 }
 

@@ -15,7 +15,7 @@ fn a_file_replaces_itself_and_nothing_beside_it() {
     let write = |names: &[&str], content: &[u8], force| -> Result<()> {
         let staging = Staging::gguf(&at("m.gguf"), None, force)?;
         names.iter().try_for_each(|name| staging.write(name, content))?;
-        staging.commit()
+        staging.commit().map(drop)
     };
     drop(Staging::gguf(&at("m.gguf"), None, false).unwrap());
     assert!(listed(room.path()).is_empty());
@@ -57,6 +57,7 @@ fn what_would_stop_another_file_is_told_beforehand() {
         ("in.gguf", true, "may not be the input"),
         ("m.gguf", true, "the quantized model"),
         ("folder/../m-00001-of-00002.gguf", true, "the quantized model"),
+        ("m.gguf.report.json", true, "the quantized model"),
     ] {
         let error = check(name, force).unwrap_err();
         assert!(error.to_string().contains(expected), "{name}: {error}");
@@ -94,7 +95,7 @@ fn nothing_appears_until_it_is_committed_and_nothing_else_is_replaced() {
     let write = |content: &[u8], force| -> Result<()> {
         let staging = Staging::folder_for(&at("a/out"), Some(&at("in")), force)?;
         staging.write("config.json", content)?;
-        staging.commit()
+        staging.commit().map(drop)
     };
     fs::create_dir_all(at("a/out")).unwrap();
     write(b"1", false).unwrap();
@@ -126,6 +127,29 @@ fn what_appears_during_the_run_stays_and_so_does_the_work() {
         assert_eq!(fs::read(at(kept).join("config.json")).unwrap(), b"new");
         assert_eq!(listed(&at("out")), ["letter"]);
     }
+    // What --force may replace is what was there at the beginning.
+    fs::remove_dir_all(at("out")).unwrap();
+    for begun_with_one in [false, true] {
+        if begun_with_one {
+            fs::create_dir(at("out")).unwrap();
+            fs::write(at("out/config.json"), b"old").unwrap();
+        }
+        let staging = Staging::folder_for(&at("out"), None, true).unwrap();
+        staging.write("config.json", b"new").unwrap();
+        if begun_with_one {
+            fs::rename(at("out"), at("elsewhere")).unwrap();
+        }
+        fs::create_dir(at("out")).unwrap();
+        fs::write(at("out/letter"), b"dear").unwrap();
+        assert!(staging.commit().unwrap_err().to_string().contains("something appeared there"));
+        assert_eq!(listed(&at("out")), ["letter"]);
+        fs::remove_dir_all(at("out")).unwrap();
+    }
+    let staging = Staging::gguf(&at("f.gguf"), None, true).unwrap();
+    staging.write("f.gguf", b"GGUF new").unwrap();
+    fs::write(at("f.gguf"), b"dear").unwrap();
+    assert!(staging.commit().unwrap_err().to_string().contains("something appeared there"));
+    assert_eq!(fs::read(at("f.gguf")).unwrap(), b"dear");
     let staging = Staging::gguf(&at("m.gguf"), None, false).unwrap();
     staging.write("m.gguf", b"GGUF new").unwrap();
     fs::write(at("m.gguf"), b"dear").unwrap();
