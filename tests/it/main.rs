@@ -2,6 +2,7 @@
 
 mod adapter;
 mod bad_input;
+mod bounds;
 mod configurations;
 mod cuda;
 mod endings;

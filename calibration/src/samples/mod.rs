@@ -3,17 +3,19 @@
 //! Nothing here opens a file; callers pass the bytes and a name for messages. The parts:
 //! `parse` tells what a file is and turns it into documents, with `shape` for what no name says, `record` for one record of a data set,
 //! `columns` for those that lie column by column, `table` and `parquet` for files of them, and `records` and `guess` for what the user is
-//! told; `chat` renders conversations through the model's own template, `tokenizer` wraps tokenizer.json, `select` draws
-//! calibration sequences and cuts evaluation windows.
+//! told; `chat` renders conversations through the model's own template, `tokenizer` wraps tokenizer.json, `cuts` and `pattern` say where a
+//! text may be cut for it, `select` draws calibration sequences and cuts evaluation windows.
 
 mod chat;
 mod columns;
+mod cuts;
 #[cfg(test)]
 mod golden;
 mod guard;
 mod guess;
 mod parquet;
 mod parse;
+mod pattern;
 mod record;
 mod records;
 mod select;
@@ -32,8 +34,8 @@ use sha2::{Digest, Sha256};
 pub use chat::ChatTemplate;
 pub use guard::{GUARDED, Guard, Limits, guarded};
 pub use parse::{parse_txt, read};
-pub use select::{select, windows};
-pub use tokenizer::{Tokenizer, TokenizerConfig};
+pub use select::{needed, select, windows};
+pub use tokenizer::{Beginning, Tokenizer, TokenizerConfig};
 
 /// Names of the bundled calibration texts, the default first.
 pub const PRESETS: &[&str] = &["mixed"];
@@ -240,7 +242,10 @@ impl Text {
     /// The text as one string, as evaluation reads it: `None` when any document is a conversation or a pair.
     ///
     /// Documents are joined by a blank line; a text with a single document comes back byte for byte.
-    pub fn plain(&self) -> Option<String> {
+    pub fn plain(&self) -> Option<Cow<'_, str>> {
+        if let [Document::Plain(text)] = &self.documents[..] {
+            return Some(Cow::Borrowed(text));
+        }
         let parts: Option<Vec<&str>> = self
             .documents
             .iter()
@@ -249,7 +254,7 @@ impl Text {
                 Document::Chat { .. } | Document::Pair { .. } => None,
             })
             .collect();
-        parts.map(|parts| parts.join("\n\n"))
+        parts.map(|parts| Cow::Owned(parts.join("\n\n")))
     }
 }
 
