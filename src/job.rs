@@ -4,7 +4,7 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use calibration::samples::{Document, SampleSource, Samples, Text, windows};
+use calibration::samples::{Document, SampleSource, Samples, Text, needed, windows};
 use calibration::statistics::Needs;
 use formats::container::file;
 use kernels::Backend;
@@ -29,6 +29,9 @@ use crate::report::{
 };
 use crate::text::{ModelText, load_text};
 use crate::verify::{HiddenStates, Limits, Protocol, Quality, compare_hidden, evaluate};
+
+/// Tokens of the held-out text, if it has so many, on which a tokenizer that was written is compared with the original's.
+const COMPARED: usize = 1 << 16;
 
 /// What to measure of the output.
 #[derive(Clone, Debug)]
@@ -71,9 +74,11 @@ struct Run {
     prepare: f64,
 }
 
-/// The held-out text in the original's tokens.
+/// The held-out text in the original's tokens, as far as it is looked at.
 struct HeldOut {
     ids: Vec<u32>,
+    /// How many ids were asked for; the text has no more where there are fewer.
+    asked: usize,
     windows: Vec<Vec<u32>>,
 }
 
@@ -96,15 +101,15 @@ struct Outcome {
     verify: f64,
 }
 
-/// Whether the written tokenizer makes `ids` of the text once its characters are composed (NFC), which original tokenizers do by
+/// Whether the written tokenizer makes the ids of the text once its characters are composed (NFC), which original tokenizers do by
 /// themselves and llama.cpp does not; a note says so.
-fn composed_alone(own: &ModelText, mut text: Text, ids: &[u32], notes: &mut Vec<String>) -> Result<bool> {
+fn composed_alone(own: &ModelText, mut text: Text, held_out: &HeldOut, notes: &mut Vec<String>) -> Result<bool> {
     let Some(plain) = text.plain() else { return Ok(false) };
     let mut composed = tokenizers::NormalizedString::from(&*plain);
     let composed = composed.nfc().get().to_owned();
     let differs = composed != plain;
     text.documents = vec![Document::Plain(composed)];
-    let alone = differs && own.evaluation_ids(&text)? == ids;
+    let alone = differs && own.first_ids(&text, held_out.asked)? == held_out.ids;
     if alone {
         notes.push(
             "the held-out text has characters that are put together of several (as e and an accent): the original's tokenizer \
@@ -312,8 +317,8 @@ impl Job<'_> {
         let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
         if let (Some(verification), Some(held_out)) = (&self.verification, &run.held_out)
             && let Ok(own) = ModelText::open(&reopened)
-            && own.evaluation_ids(&load_text(&verification.text)?)? != held_out.ids
-            && !composed_alone(&own, load_text(&verification.text)?, &held_out.ids, &mut run.notes)?
+            && own.first_ids(&load_text(&verification.text)?, held_out.asked)? != held_out.ids
+            && !composed_alone(&own, load_text(&verification.text)?, held_out, &mut run.notes)?
         {
             let or = if byte_level { "" } else { ", or write it all the same with --verify-text none" };
             return Err(Error::failed(format!(
@@ -424,7 +429,10 @@ impl Job<'_> {
             _ => None,
         };
         let held_out = match (&self.verification, &text) {
-            (Some(verification), Some(text)) => Some(verification.read(&source, text, &mut notes)?),
+            (Some(verification), Some(text)) => {
+                let least = if recipe.gguf.is_some() { COMPARED } else { 0 };
+                Some(verification.read(&source, text, least, &mut notes)?)
+            }
             _ => None,
         };
         // A tokenizer of a large vocabulary is tens of megabytes.
@@ -543,14 +551,16 @@ fn weak_conversations(source: &SampleSource, no_default: Option<&str>) -> Vec<St
 }
 
 impl Verification {
-    fn read(&self, source: &Checkpoint, text: &ModelText, notes: &mut Vec<String>) -> Result<HeldOut> {
+    /// Its windows, and at least so many ids of the text if it has them.
+    fn read(&self, source: &Checkpoint, text: &ModelText, least: usize, notes: &mut Vec<String>) -> Result<HeldOut> {
         let context = self.context.min(families::longest_context(source.config())?.unwrap_or(usize::MAX));
         let held_out = load_text(&self.text)?;
-        let ids = text.evaluation_ids(&held_out)?;
+        let asked = needed(context, self.windows).max(least);
+        let ids = text.first_ids(&held_out, asked)?;
         notes.extend(held_out.notes.iter().cloned());
         let windows =
             windows(&held_out.name, &ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
-        Ok(HeldOut { ids, windows })
+        Ok(HeldOut { ids, asked, windows })
     }
 }
 

@@ -309,9 +309,11 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
         remarks.extend(model.notes_on(&tokenizer));
     }
     let tokenizer = ModelText::of(&model, tokenizer?)?;
-    let ids = tokenizer.evaluation_ids(&text).map_err(Error::from)?;
+    let context = args.context.min(families::longest_context(model.config())?.unwrap_or(usize::MAX));
+    let needed = calibration::samples::needed(context, args.windows);
+    let ids = tokenizer.first_ids(&text, needed).map_err(Error::from)?;
     if let Some(reference) = &reference {
-        let own = ModelText::open(reference)?.evaluation_ids(&text).map_err(Error::from)?;
+        let own = ModelText::open(reference)?.first_ids(&text, needed).map_err(Error::from)?;
         if own != ids {
             return Err(Error::failed(format!(
                 "{} and {} turn the text into different tokens: they cannot be compared",
@@ -321,12 +323,11 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
             .into());
         }
     }
-    let longest = families::longest_context(model.config())?.unwrap_or(usize::MAX);
     let bos = match protocol {
         Protocol::Papers => None,
         Protocol::LlamaCpp => tokenizer.tokenizer.added_bos(),
     };
-    let windows = calibration::samples::windows(&text.name, &ids, args.context.min(longest), args.windows, bos)
+    let windows = calibration::samples::windows(&text.name, &ids, context, args.windows, bos)
         .map_err(|e| Error::from(quantc::text::TextError::from(e)))?;
     let quality = with_backend!(&engine, backend => evaluate(
         backend,

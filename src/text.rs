@@ -237,10 +237,17 @@ impl ModelText {
         Ok(samples)
     }
 
-    /// The ids of an evaluation text: tokenized once and whole, with the tokenizer's own marks at its ends.
+    /// The ids of an evaluation text: those of the whole, with the tokenizer's own marks at its ends.
     pub fn evaluation_ids(&self, text: &Text) -> Result<Vec<u32>, TextError> {
+        self.first_ids(text, usize::MAX)
+    }
+
+    /// The first `least` of [`evaluation_ids`](Self::evaluation_ids), or all where there are fewer. No more of the text is tokenized
+    /// than gives them, if the tokenizer allows that.
+    pub fn first_ids(&self, text: &Text, least: usize) -> Result<Vec<u32>, TextError> {
         let plain = text.plain().ok_or_else(|| TextError::NotPlain { name: text.name.clone() })?;
-        let ids = self.tokenizer.encode(&plain, true)?;
+        let mut ids = self.tokenizer.begin(&plain, true, least)?.ids;
+        ids.truncate(least);
         self.check_ids(&ids)?;
         Ok(ids)
     }

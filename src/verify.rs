@@ -18,6 +18,9 @@ const BATCH_TOKENS: usize = 16_384;
 /// Logits that are built at a time.
 const LOGITS: usize = 1 << 23;
 
+/// Tokens whose logits are built at a time where each use of the output projection reads it from its file.
+const TOGETHER: usize = 128;
+
 /// Which tokens of a window are scored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Protocol {
@@ -118,7 +121,7 @@ struct Side<'a, B: Backend> {
     graph: Graph,
     source: &'a Checkpoint,
     activations: Activations,
-    head: Option<LoadedHead<B>>,
+    head: Option<LoadedHead<'a, B>>,
 }
 
 /// Evaluates `model`, beside `reference` if there is one, on `windows` of equal length.
@@ -195,16 +198,19 @@ pub fn evaluate<B: Backend>(
                 .push(final_hidden(backend, &side.graph, side.source, windows, side.activations, &|| progress.step())?);
         }
         let per_pass = (LOGITS / sides[0].graph.vocabulary).max(16);
+        let together =
+            sides.iter().filter_map(|side| side.head.as_ref()).map(|h| h.products_at_once(per_pass, TOGETHER));
+        let step = per_pass * together.min().unwrap_or(1);
         for (index, window) in windows.iter().enumerate() {
-            for start in scored.clone().step_by(per_pass) {
-                let end = scored.end.min(start + per_pass);
+            for start in scored.clone().step_by(step) {
+                let end = scored.end.min(start + step);
                 let rows: Vec<usize> = (start..end).collect();
                 let targets = &window[start + 1..=end];
                 let logits = |side: usize| -> Result<B::Matrix> {
                     let (chunk, offset) = locate(&normed[side], index, context, backend.tokens_at_once());
                     let rows: Vec<usize> = rows.iter().map(|row| row + offset).collect();
                     let head = sides[side].head.as_ref().or(sides[last].head.as_ref()).expect("loaded");
-                    head.logits(backend, backend.select_rows(chunk, &rows)?)
+                    head.logits(backend, backend.select_rows(chunk, &rows)?, per_pass)
                 };
                 let found = match last {
                     0 => TokenComparison { model: backend.token_loss(&logits(0)?, targets)?, ..Default::default() },

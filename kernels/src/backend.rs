@@ -334,6 +334,21 @@ pub trait Backend: Sync {
     fn weight(&self, matrix: Self::Matrix) -> Result<Self::Weight>;
     /// `y = x wᵀ + bias`.
     fn linear(&self, x: &Self::Input, weight: &Self::Weight, bias: Option<&[f32]>) -> Result<Self::Matrix>;
+    /// [`linear`](Self::linear) of a weight `[outs, in]` that need not be in memory whole: `rows` writes those from the given one on, and
+    /// is asked more than once where that takes less. Each `at_once` tokens, 256 at most, get the values that they get alone.
+    fn linear_by_rows(
+        &self,
+        x: &Self::Input,
+        outs: usize,
+        rows: &(dyn Fn(usize, &mut [f32]) + Sync),
+        bias: Option<&[f32]>,
+        at_once: usize,
+    ) -> Result<Self::Matrix> {
+        let _ = at_once;
+        let mut whole = Array2::zeros((outs, self.input_shape(x)[1]));
+        rows(0, whole.as_slice_mut().expect("contiguous"));
+        self.linear(x, &self.weight(self.upload(whole)?)?, bias)
+    }
     /// `y ← y + x wᵀ + bias`.
     fn add_linear(
         &self,

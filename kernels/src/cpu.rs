@@ -222,6 +222,25 @@ impl Backend for Cpu {
         }
     }
 
+    fn linear_by_rows(
+        &self,
+        x: &Input,
+        outs: usize,
+        rows: &(dyn Fn(usize, &mut [f32]) + Sync),
+        bias: Option<&[f32]>,
+        at_once: usize,
+    ) -> Result<Array2<f32>> {
+        bias.map_or(Ok(()), |bias| expect("linear_by_rows", "bias values", outs, bias.len()))?;
+        match x {
+            Input::Whole(x) => Ok(linear::run_by_rows(x.view(), outs, rows, bias, at_once)),
+            Input::Rounded(x) => {
+                let mut whole = Array2::zeros((outs, x.shape()[1]));
+                rows(0, flat(&mut whole));
+                Ok(bf16::linear(x, &bf16::Panels::of(whole.view()), bias))
+            }
+        }
+    }
+
     fn add_linear(&self, x: &Input, weight: &Weight, bias: Option<&[f32]>, y: &mut Array2<f32>) -> Result<()> {
         check_product("add_linear", x, weight, bias)?;
         expect("add_linear", "tokens", x.shape()[0], y.nrows())?;

@@ -6,6 +6,7 @@
 
 mod ahead;
 mod attention;
+mod head;
 mod mlp;
 mod moe;
 
@@ -16,6 +17,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 pub use self::ahead::Ahead;
+pub use self::head::LoadedHead;
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
 use crate::families::check_runnable;
@@ -428,39 +430,4 @@ pub fn final_hidden<B: Backend>(
     })?;
     let norm = LoadedNorm::of::<B>(&graph.final_norm, &mut plain)?;
     chunks.iter().map(|chunk| norm.apply(backend, &chunk.hidden)).collect()
-}
-
-/// The output projection, on the device.
-pub struct LoadedHead<B: Backend> {
-    weight: Weight<B::Weight>,
-    scale: f32,
-    softcap: Option<f32>,
-}
-
-impl<B: Backend> LoadedHead<B> {
-    /// Loads it.
-    pub fn of(backend: &B, graph: &Graph, source: &Checkpoint, activations: Activations) -> Result<LoadedHead<B>> {
-        let head = &graph.head;
-        let name = if head.tied { graph.embedding.tensor.clone() } else { head.linear.weight() };
-        let values = source.load(&name)?;
-        source.release(&name);
-        let matrix = Array2::from_shape_vec((graph.vocabulary, graph.hidden), values).expect("checked");
-        let bias = head.linear.bias().map(|bias| source.load(&bias)).transpose()?;
-        let rounding = activations.rounding(source, &name);
-        let weight = Weight { matrix: backend.weight(backend.upload(matrix)?)?, bias, rounding };
-        Ok(LoadedHead { weight, scale: head.scale, softcap: head.softcap })
-    }
-
-    /// Logits `[tokens, vocabulary]` of normed hidden states.
-    pub fn logits(&self, backend: &B, hidden: B::Matrix) -> Result<B::Matrix> {
-        let tokens = backend.shape(&hidden)[0];
-        let mut logits = product(backend, &backend.input(hidden)?, &self.weight)?;
-        if self.scale != 1.0 {
-            backend.scale(&mut logits, &vec![self.scale; tokens], &[])?;
-        }
-        if let Some(cap) = self.softcap {
-            backend.softcap(&mut logits, cap)?;
-        }
-        Ok(logits)
-    }
 }

@@ -40,7 +40,7 @@ pub fn logits(folder: &Path, sequences: &[Vec<u32>]) -> quantc::Result<Vec<f32>>
     let head = forward::LoadedHead::of(&cpu, &graph, &source, forward::Activations::Exact)?;
     let mut found = Vec::new();
     for chunk in hidden {
-        found.extend(head.logits(&cpu, chunk)?);
+        found.extend(head.logits(&cpu, chunk, usize::MAX)?);
     }
     Ok(found)
 }

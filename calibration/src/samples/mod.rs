@@ -4,12 +4,13 @@
 //! `parse` tells what a file is and turns it into documents, with `json` for JSON as Python has it, `shape` for what no name says, `record` for one record of a data set,
 //! `columns` for those that lie column by column, `table` and `parquet` for files of them, and `records` and `guess` for what the user is
 //! told; `chat` renders conversations through the model's own template, with `spelling` for what it says otherwise than the engine reads,
-//! and `jinja`, `builtins`, `strings`, `dumps` and `printed` for what the engine lacks or has otherwise; `tokenizer` wraps tokenizer.json, `select` draws
-//! calibration sequences and cuts evaluation windows.
+//! and `jinja`, `builtins`, `strings`, `dumps` and `printed` for what the engine lacks or has otherwise; `tokenizer` wraps tokenizer.json, `cuts` and
+//! `pattern` say where a text may be cut for it, `select` draws calibration sequences and cuts evaluation windows.
 
 mod builtins;
 mod chat;
 mod columns;
+mod cuts;
 mod dumps;
 #[cfg(test)]
 mod golden;
@@ -19,6 +20,7 @@ mod jinja;
 mod json;
 mod parquet;
 mod parse;
+mod pattern;
 mod printed;
 mod record;
 mod records;
@@ -42,8 +44,8 @@ use sha2::{Digest, Sha256};
 pub use chat::ChatTemplate;
 pub use guard::{GUARDED, Guard, Limits, guarded};
 pub use parse::{parse_txt, read};
-pub use select::{select, windows};
-pub use tokenizer::{Tokenizer, TokenizerConfig};
+pub use select::{needed, select, windows};
+pub use tokenizer::{Beginning, Tokenizer, TokenizerConfig};
 
 /// Names of the bundled calibration texts, the default first.
 pub const PRESETS: &[&str] = &["mixed"];
@@ -250,7 +252,10 @@ impl Text {
     /// The text as one string, as evaluation reads it: `None` when any document is a conversation or a pair.
     ///
     /// Documents are joined by a blank line; a text with a single document comes back byte for byte.
-    pub fn plain(&self) -> Option<String> {
+    pub fn plain(&self) -> Option<Cow<'_, str>> {
+        if let [Document::Plain(text)] = &self.documents[..] {
+            return Some(Cow::Borrowed(text));
+        }
         let parts: Option<Vec<&str>> = self
             .documents
             .iter()
@@ -259,7 +264,7 @@ impl Text {
                 Document::Chat { .. } | Document::Pair { .. } => None,
             })
             .collect();
-        parts.map(|parts| parts.join("\n\n"))
+        parts.map(|parts| Cow::Owned(parts.join("\n\n")))
     }
 }
 

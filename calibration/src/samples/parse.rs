@@ -105,7 +105,18 @@ pub fn read(name: &str, bytes: Vec<u8>) -> Result<Text, SampleError> {
             (Some(Err(_)), Shape::Json { .. }) if RUNNING.contains(&ending.as_str()) => plain(UNKNOWN_JSON),
             (Some(Err(error)), _) => return Err(error),
             (None, Shape::Like(what)) => plain(&what),
-            (None, _) => parse_txt(name, &text),
+            (None, _) if text.contains(SEPARATOR) || text.starts_with('\u{feff}') => parse_txt(name, &text),
+            // One document, which is not copied: it may be most of the memory there is.
+            (None, _) => {
+                let documents = vec![Document::Plain(text)];
+                Text {
+                    name: name.to_owned(),
+                    sha256: String::new(),
+                    documents,
+                    notes: Vec::new(),
+                    tally: Tally::default(),
+                }
+            }
         }
     };
     // Of a text in another encoding, too, it is the file's.

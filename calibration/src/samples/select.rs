@@ -147,6 +147,11 @@ pub fn select(
     Ok(Samples { sequences: windows, source })
 }
 
+/// How many ids of an evaluation text its windows take: no more need be known of it.
+pub fn needed(context: usize, limit: Option<usize>) -> usize {
+    limit.map_or(usize::MAX, |limit| limit.saturating_mul(context))
+}
+
 /// Non-overlapping windows of `context` tokens of an evaluation text tokenized once; the last, partial one is dropped.
 ///
 /// `limit` keeps only the first windows. Protocol `papers` passes no `bos`: what the tokenizer put at the very start of

@@ -442,7 +442,7 @@ fn what_is_no_text_is_never_taken_for_one() {
     let wide = |text: &str, unit: fn(u16) -> [u8; 2]| text.encode_utf16().flat_map(unit).collect::<Vec<u8>>();
     for bytes in [wide("\u{feff}é\r\n𝄞", u16::to_le_bytes), wide("\u{feff}é\r\n𝄞", u16::to_be_bytes)] {
         let found = text("a.txt", &bytes);
-        assert_eq!((found.plain().unwrap(), found.sha256), ("é\r\n𝄞".to_owned(), sha256_hex(&bytes)));
+        assert_eq!((found.plain().unwrap(), found.sha256.clone()), ("é\r\n𝄞".into(), sha256_hex(&bytes)));
         assert_eq!(found.notes, ["a.txt is UTF-16 and was read as such"]);
     }
     assert_eq!(text("a.jsonl", wide("\u{feff}{\"text\": \"a\"}", u16::to_le_bytes)).documents, [plain("a")]);

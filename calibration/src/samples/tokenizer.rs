@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::cuts::Cuts;
 use super::guard::{Guard, guarded};
 use super::{ChatTemplate, SampleError};
 
@@ -12,10 +13,25 @@ const BUILDING: usize = 8 << 20;
 /// What to say of a tokenizer over which the library gives up without a word.
 const BROKEN: &str = "a part of it is not as its type demands";
 
+/// Bytes of the smallest and of the largest part of a text that is tokenized at a time; the library takes about a hundred times as much.
+const PART: [usize; 2] = [4 << 10, 256 << 10];
+
+/// Bytes of text that are taken for each token that is wanted; English has a little more.
+const BYTES_PER_TOKEN: usize = 4;
+
+/// The first ids of a text.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Beginning {
+    /// Those that the whole text begins with.
+    pub ids: Vec<u32>,
+    /// Bytes of the text that they stand for, marks left out.
+    pub read: usize,
+}
+
 /// A model's tokenizer: text in, ids out, the ids that transformers gives for the same tokenizer.json.
 #[derive(Clone)]
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    pub(super) inner: tokenizers::Tokenizer,
     /// Ids put before and after every text when special tokens are added.
     prefix: Vec<u32>,
     suffix: Vec<u32>,
@@ -23,6 +39,7 @@ pub struct Tokenizer {
     eos: Option<u32>,
     bos: Option<u32>,
     max_id: u32,
+    pub(super) cuts: Cuts,
     guard: Guard,
 }
 
@@ -62,8 +79,9 @@ impl Tokenizer {
             .into_values()
             .max()
             .ok_or_else(|| tokenizer_error("tokenizer.json", "the vocabulary is empty"))?;
-        let mut tokenizer =
-            Self { inner, prefix: Vec::new(), suffix: Vec::new(), eos: None, bos: None, max_id, guard: None };
+        let cuts = Cuts::of(json, &inner);
+        let (prefix, suffix) = (Vec::new(), Vec::new());
+        let mut tokenizer = Self { inner, prefix, suffix, eos: None, bos: None, max_id, cuts, guard: None };
         tokenizer.find_affixes()?;
         Ok(tokenizer)
     }
@@ -80,17 +98,50 @@ impl Tokenizer {
 
     /// Ids of a text; `add_special` puts the tokenizer's own marks (BOS for many models) around it.
     ///
-    /// The text is tokenized whole, whatever its length: cutting it is safe for no tokenizer in general. Text that looks
-    /// like a special token becomes that token, as in transformers.
+    /// They are those of the text tokenized whole, whatever its length. Text that looks like a special token becomes that token, as in
+    /// transformers.
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, SampleError> {
-        let encode = || self.inner.encode_fast(text, false);
-        let body =
-            guarded(&self.guard, text.len(), BROKEN, encode).map_err(|e| tokenizer_error("tokenizer.json", e))?;
-        let body = body.map_err(|e| tokenizer_error("tokenizer.json", e))?;
-        if !add_special {
-            return Ok(body.get_ids().to_vec());
+        self.begin(text, add_special, usize::MAX).map(|beginning| beginning.ids)
+    }
+
+    /// As [`Tokenizer::encode`], of no more of the text than gives `least` ids, or little more; of all of it where that has fewer.
+    ///
+    /// The text is taken in parts, cut where [`Cuts`] shows that the ids stay those of the whole.
+    pub fn begin(&self, text: &str, add_special: bool, least: usize) -> Result<Beginning, SampleError> {
+        let prefix = if add_special { &self.prefix[..] } else { &[] };
+        let (mut ids, mut read) = (prefix.to_vec(), 0);
+        while read < text.len() && ids.len() < least {
+            let wanted = (least - ids.len()).saturating_mul(BYTES_PER_TOKEN).clamp(PART[0], PART[1]);
+            let end = self.cuts.end(text, read, wanted);
+            let part = self.part(text, read, end)?;
+            read = if part.is_some() { end } else { text.len() };
+            match part {
+                Some(part) => ids.extend(part),
+                // Not a cut after all: nothing of what was taken so far is relied on.
+                None => ids = [prefix, &self.part(text, 0, read)?.unwrap_or_default()].concat(),
+            }
         }
-        Ok([&self.prefix, body.get_ids(), &self.suffix].concat())
+        if add_special && read == text.len() {
+            ids.extend(&self.suffix);
+        }
+        Ok(Beginning { ids, read })
+    }
+
+    /// Ids of a part of a text between two cuts; `None` where what stands before it does not keep its own.
+    pub(super) fn part(&self, text: &str, from: usize, to: usize) -> Result<Option<Vec<u32>>, SampleError> {
+        let start = from - text[..from].chars().next_back().map_or(0, char::len_utf8);
+        let encode = |text: &str| self.inner.encode_fast(text, false).map(|encoding| encoding.get_ids().to_vec());
+        let both = || {
+            let before = if start < from { encode(&text[start..from])? } else { Vec::new() };
+            Ok((before, encode(&text[start..to])?))
+        };
+        let ids: tokenizers::Result<(Vec<u32>, Vec<u32>)> =
+            guarded(&self.guard, to - start, BROKEN, both).map_err(|e| tokenizer_error("tokenizer.json", e))?;
+        let (before, mut ids) = ids.map_err(|e| tokenizer_error("tokenizer.json", e))?;
+        Ok(ids.starts_with(&before).then(|| {
+            ids.drain(..before.len());
+            ids
+        }))
     }
 
     /// Number of tokens, added ones included; ids may lie above it, see [`Tokenizer::max_id`].

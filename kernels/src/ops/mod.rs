@@ -23,6 +23,7 @@ pub mod round_activations;
 pub mod scaled;
 pub mod softcap;
 pub mod sweep;
+pub mod widen;
 
 /// A pointer that tasks writing to disjoint parts of one buffer may share.
 #[derive(Clone, Copy)]

@@ -1,0 +1,77 @@
+//! What a run takes is bounded by what is asked of it, however long its text and whatever its counts.
+
+use proptest::prelude::*;
+use quantc::Checkpoint;
+use quantc::text::ModelText;
+
+use crate::harness::Room;
+
+/// The built-in evaluation text.
+const TEXT: &str = include_str!("../../src/demo/evaluation.txt");
+
+/// The tokenizers of the SentencePiece fixtures, which have rules for characters, BPE and Unigram among them, and the built-in one.
+fn tokenizers() -> Vec<(String, ModelText)> {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sentencepiece");
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+        let room = Room::new();
+        let model = room.model();
+        std::fs::remove_file(model.path("tokenizer.json")).unwrap();
+        std::fs::remove_file(model.path("tokenizer_config.json")).unwrap();
+        for file in std::fs::read_dir(&entry).unwrap().map(|file| file.unwrap()) {
+            std::fs::copy(file.path(), model.path(file.file_name().to_str().unwrap())).unwrap();
+        }
+        let name = entry.file_name().unwrap().to_str().unwrap().to_owned();
+        all.push((name, ModelText::open(&Checkpoint::open(&room.path("model")).unwrap()).unwrap()));
+    }
+    let room = Room::new();
+    room.model();
+    all.push(("built-in".to_owned(), ModelText::open(&Checkpoint::open(&room.path("model")).unwrap()).unwrap()));
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    all
+}
+
+#[test]
+fn the_beginning_of_a_text_has_the_ids_of_the_whole() {
+    let tokenizers = tokenizers();
+    let words = proptest::collection::vec("[ \n\t]{0,3}[a-zA-Zé中。<>/s▁0-9.,'-]{1,9}", 1500..3000);
+    let config = ProptestConfig { cases: 4, failure_persistence: None, ..ProptestConfig::default() };
+    proptest!(config, |(words in words, least in 1usize..6000)| {
+        let random = words.concat();
+        for text in [&random, TEXT] {
+            for (name, tokenizer) in &tokenizers {
+                // Shorter than the largest part, so in one.
+                let whole = tokenizer.tokenizer.encode(text, true).unwrap();
+                let found = tokenizer.tokenizer.begin(text, true, least).unwrap();
+                prop_assert!(whole.starts_with(&found.ids), "{}: {} of {:?}", name, least, text);
+                prop_assert!(found.ids.len() >= least.min(whole.len()), "{}", name);
+                // Words of a Unigram model are never cut, and one that does not divide texts into words has no other places.
+                let cut = !name.starts_with("unigram");
+                prop_assert!(!cut || found.read <= 6 * least + 8192, "{}: {} for {}", name, found.read, least);
+            }
+        }
+    });
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_window_of_a_long_text_takes_little() {
+    let room = Room::new();
+    room.model();
+    room.file("short.txt", TEXT);
+    room.file("long.txt", TEXT.repeat(160));
+    let eval = |text: &str, more: &str| {
+        // Threads reserve room for their stacks; tokenizing all 17 MB takes two gigabytes.
+        let program = env!("CARGO_BIN_EXE_quantc");
+        room.shell(&format!(
+            "ulimit -v 1200000; exec {program} eval model --text {text} --context 256 --threads 2 --json {more}"
+        ))
+    };
+    let (short, long) = (eval("short.txt", "--windows 3"), eval("long.txt", "--windows 3"));
+    short.succeeds();
+    long.succeeds();
+    assert_eq!(short.stdout(), long.stdout());
+    let beside = eval("long.txt", "--windows 3 --reference model");
+    beside.succeeds();
+    assert!(beside.stdout().contains("\"kld_mean\": 0.0"), "{}", beside.stdout());
+}
