@@ -428,7 +428,7 @@ impl Adapter {
         match values.iter().position(|v| !v.is_finite()) {
             None => Ok(values),
             Some(at) => Err(located(formats::Error::malformed(format!(
-                "value {} at index {at} is not a finite number",
+                "value {} at index {at} is not a finite number: the adapter is broken; fetch or save it again",
                 values[at]
             )))),
         }

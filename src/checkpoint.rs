@@ -554,7 +554,7 @@ impl Checkpoint {
             None => Ok(()),
             Some(at) => {
                 let error = formats::Error::malformed(format!(
-                    "value {} at index {} is not a finite number",
+                    "value {} at index {} is not a finite number: the weights are broken; fetch or save them again",
                     values[at],
                     first_index + at
                 ));

@@ -31,7 +31,15 @@ const BELOW_THE_BAR: u8 = 3;
 const MOST_THREADS: usize = 4;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help that cannot be written has not been given; who closes a pipe has heard enough.
+            let unheard = error.print().is_err_and(|error| error.kind() != std::io::ErrorKind::BrokenPipe);
+            let code = u8::try_from(error.exit_code()).unwrap_or(1);
+            return ExitCode::from(if unheard && !error.use_stderr() { 1 } else { code });
+        }
+    };
     let place = cli.command.output().and_then(|output| Place::resolve(output).ok());
     let missing = place.as_ref().map(Place::missing_parents).unwrap_or_default();
     let Some(end) = supervisor::watch() else { return ExitCode::from(work(cli)) };

@@ -167,12 +167,12 @@ fn what_cannot_be_read_is_told_in_a_sentence() {
     let nan = plain("w", Dtype::BF16, &[3], &[0.0, 1.0, f32::NAN]);
     assert_eq!(
         refused(|dir| write(dir, &json!({}), &[nan])),
-        "DIR/model.safetensors: tensor `w`: value NaN at index 2 is not a finite number"
+        "DIR/model.safetensors: tensor `w`: value NaN at index 2 is not a finite number: the weights are broken; fetch or save them again"
     );
     let inf = plain("w", Dtype::F32, &[2], &[f32::NEG_INFINITY, 1.0]);
     assert_eq!(
         refused(|dir| write(dir, &json!({}), &[inf])),
-        "DIR/model.safetensors: tensor `w`: value -inf at index 0 is not a finite number"
+        "DIR/model.safetensors: tensor `w`: value -inf at index 0 is not a finite number: the weights are broken; fetch or save them again"
     );
     let codes = (TensorSpec { name: "w.qweight".into(), dtype: Dtype::I32, shape: vec![1, 1] }, vec![0; 4]);
     assert_eq!(

@@ -134,9 +134,10 @@ fn what_is_wrong_with_a_gpu_is_one_sentence() {
             1,
             &["waiting for a copy", "illegal memory access"],
         ),
+        // What the runs before have compiled is not compiled again.
         (
             ALL,
-            &[("FAKE_CUDA_FAIL", "nvrtcCompileProgram"), ("FAKE_CUDA_ERROR", "6")],
+            &[("FAKE_CUDA_FAIL", "nvrtcCompileProgram"), ("FAKE_CUDA_ERROR", "6"), ("QUANTC_CACHE", "fresh")],
             "cuda",
             1,
             &["NVRTC", "for sm_80"],

@@ -156,6 +156,9 @@ fn what_cannot_be_printed_ends_with_an_exit_code() {
     let code = |line: &str| room.shell(&line.replace("quantc", program)).code();
     assert_eq!(code("quantc inspect model --json > /dev/full"), Some(1));
     assert_eq!(code("quantc inspect model --json | head -n 1 > /dev/null"), Some(0));
+    for help in ["--help", "--version", "quantize --help"] {
+        assert_eq!(code(&format!("quantc {help} > /dev/full")), Some(1), "{help}");
+    }
     assert_eq!(code("quantc inspect nothing 2> /dev/full"), Some(1));
     assert_eq!(code("quantc inspect nothing 2>&-"), Some(1));
     // The verdict stands, whoever listens.

@@ -30,7 +30,9 @@ mod spelling;
 mod strings;
 mod table;
 #[cfg(test)]
-mod templates;
+mod templates {
+    mod tests;
+}
 #[cfg(test)]
 mod tests;
 mod tokenizer;

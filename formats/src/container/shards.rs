@@ -148,7 +148,7 @@ impl SafetensorsSet {
         for (name, at) in self.by_name {
             let new = rename(&name);
             if by_name.insert(new.clone(), at).is_some() {
-                return Err(Error::malformed("two tensors would be called so by the names that the architecture has")
+                return Err(Error::malformed("two tensors would be called so by the names that the architecture has; take one of the two out of the file")
                     .in_tensor(new)
                     .in_file(self.files[at].path()));
             }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::ChatTemplate;
+use super::super::ChatTemplate;
 
 #[test]
 fn templates_are_rendered_as_jinja2_renders_them_or_refused() {
