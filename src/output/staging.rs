@@ -319,9 +319,13 @@ impl Staging {
         let mut aside: Vec<String> = match self.kind {
             // Everything that was in the folder belonged to the output before.
             Kind::Folder => entries(path)?,
-            // One file replaces one file in a single step; several have to make room first.
-            Kind::Gguf if moves.iter().filter(|name| name.ends_with(".gguf")).count() < 2 => Vec::new(),
-            Kind::Gguf => moves.iter().filter(|name| into.join(name).exists()).cloned().collect(),
+            // One model file replaces one in a single step, the last of all, so that there is a model at every moment; several have
+            // to make room first. The report always does: it comes back where the model's step fails.
+            Kind::Gguf => {
+                let single = moves.iter().filter(|name| name.ends_with(".gguf")).count() < 2;
+                let stays = |name: &String| single && *name == opener;
+                moves.iter().filter(|name| !stays(name) && into.join(name).exists()).cloned().collect()
+            }
         };
         let force = self.found.is_some();
         let taken = |name: &String| into.join(name).exists() && !self.may_replace(&into.join(name));

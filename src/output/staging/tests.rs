@@ -39,6 +39,24 @@ fn a_file_replaces_itself_and_nothing_beside_it() {
 }
 
 #[test]
+fn where_the_model_cannot_be_moved_the_earlier_report_is_still_there() {
+    let room = tempfile::tempdir().unwrap();
+    let at = |name: &str| room.path().join(name);
+    fs::write(at("m.gguf"), b"GGUF").unwrap();
+    fs::write(at("m.gguf.report.json"), b"old").unwrap();
+    let mut staging = Staging::gguf(&at("m.gguf"), None, true).unwrap();
+    staging.write("m.gguf", b"GGUF").unwrap();
+    staging.write("m.gguf.report.json", b"new").unwrap();
+    // No file replaces a folder, so the last step fails.
+    fs::remove_file(at("m.gguf")).unwrap();
+    fs::create_dir(at("m.gguf")).unwrap();
+    staging.found.as_mut().unwrap().push((at("m.gguf"), number(&at("m.gguf"))));
+    staging.commit().unwrap_err();
+    assert_eq!(listed(room.path()), ["m.gguf", "m.gguf.report.json"]);
+    assert_eq!(fs::read(at("m.gguf.report.json")).unwrap(), b"old");
+}
+
+#[test]
 fn what_would_stop_another_file_is_told_beforehand() {
     let room = tempfile::tempdir().unwrap();
     let at = |name: &str| room.path().join(name);
