@@ -393,10 +393,8 @@ impl Added {
             return true;
         }
         let (Side::Char(x), Side::Char(y)) = (x, y) else { return false };
-        !self.pairs.contains(&(x, y))
-            && !self.last.contains(&x)
-            && !self.looking.contains(&y)
-            && !(self.strips && x.is_whitespace())
+        let joined = self.pairs.contains(&(x, y)) || self.last.contains(&x) || self.looking.contains(&y);
+        !(joined || self.strips && x.is_whitespace())
     }
 }
 

@@ -30,7 +30,7 @@ mod tests {
 
     #[test]
     fn values_are_those_of_the_format() {
-        let bytes: Vec<u8> = (0..4096u32).map(|i| (i * 7919 >> 3) as u8).collect();
+        let bytes: Vec<u8> = (0..4096u32).map(|i| ((i * 7919) >> 3) as u8).collect();
         for (dtype, size) in [(Dtype::BF16, 2), (Dtype::F16, 2), (Dtype::F32, 4)] {
             for count in [0, 1, 17, 1000] {
                 let (mut fast, mut plain) = (vec![0.0; count], vec![0.0; count]);
