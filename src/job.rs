@@ -516,6 +516,12 @@ fn weak_conversations(source: &SampleSource) -> Vec<String> {
     notes
 }
 
+/// What there is to say of a text that gives fewer windows than were asked for.
+pub fn fewer_windows(name: &str, found: usize, context: usize, asked: Option<usize>) -> Option<String> {
+    let asked = asked.filter(|asked| found < *asked)?;
+    Some(format!("{name} gives {found} windows of {context} tokens, {asked} were asked for"))
+}
+
 impl Verification {
     /// Its windows, and at least so many ids of the text if it has them.
     fn read(&self, source: &Checkpoint, text: &ModelText, least: usize, notes: &mut Vec<String>) -> Result<HeldOut> {
@@ -526,6 +532,7 @@ impl Verification {
         notes.extend(held_out.notes.iter().cloned());
         let windows =
             windows(&held_out.name, &ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
+        notes.extend(fewer_windows(&held_out.name, windows.len(), context, self.windows));
         Ok(HeldOut { ids, asked, windows })
     }
 }
@@ -617,7 +624,7 @@ fn check_room(room: Option<u64>, graph: &Graph, [sweeps, measures]: [bool; 2], t
     let Some(largest) = graph.linears().max_by_key(|linear| solving(linear)) else { return Ok(()) };
     let widest = graph.linears().map(|linear| linear.rows.max(linear.cols)).max().unwrap_or(0);
     // Two products of a gate, and what they become.
-    let running = 12 * (tokens * widest) as u64;
+    let running = (tokens as u64).saturating_mul(12 * widest as u64);
     let head = if measures { 4 * (graph.vocabulary * graph.hidden) as u64 } else { 0 };
     let wanted = solving(largest).max(running).max(head);
     if wanted <= room {

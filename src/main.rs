@@ -13,7 +13,7 @@ use clap::Parser;
 use formats::Dtype;
 use quantc::cli::{Cli, Command, Compute, Engine, Eval, Quantize};
 use quantc::forward::Activations;
-use quantc::job::{Job, Verification};
+use quantc::job::{Job, Verification, fewer_windows};
 use quantc::memory::{self, Device, Free, Tokens};
 use quantc::output::{Place, remove_made, sweep};
 use quantc::progress::Progress;
@@ -331,6 +331,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     };
     let windows = calibration::samples::windows(&text.name, &ids, context, args.windows, bos)
         .map_err(|e| Error::from(quantc::text::TextError::from(e)))?;
+    remarks.extend(fewer_windows(&text.name, windows.len(), context, args.windows));
     let notes = std::mem::take(&mut text.notes);
     drop((text, tokenizer, ids));
     let device = with_backend!(&engine, backend => Device::of(backend));

@@ -126,3 +126,39 @@ fn a_run_that_cannot_fit_is_refused_before_the_work() {
     let fits: usize = told.split("--samples ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
     assert!((20..1000).contains(&fits), "{told}");
 }
+
+#[test]
+fn counts_beyond_all_reason_take_what_there_is() {
+    let room = Room::new();
+    let model = room.model();
+    room.file("text.txt", &TEXT[..6000]);
+    let huge = usize::MAX.to_string();
+    let words = |out: &str, samples: &str, length: &str| {
+        format!(
+            "quantize model -o {out} --method rtn --observer imatrix --group-size 64 --calibration text.txt --samples {samples} --seq-len {length} \
+             --verify-text text.txt --verify-windows {huge}"
+        )
+    };
+    let run = room.run(words("out", &huge, "64").split(' ').filter(|word| !word.is_empty()));
+    run.succeeds();
+    let told = run.stderr();
+    for note in [
+        format!("sequences of 64 tokens, {huge} were asked for"),
+        format!("note: text.txt gives 4 windows of 512 tokens, {huge} were asked for"),
+    ] {
+        assert!(told.contains(&note), "`{note}` is missing in: {told}");
+    }
+    let run = room.run(format!("eval model --text text.txt --context 256 --windows {huge}").split(' '));
+    run.succeeds();
+    assert!(run.stderr().contains(&format!(" windows of 256 tokens, {huge} were asked for")), "{}", run.stderr());
+    // A model that takes sequences of any length, and the text has none so long.
+    let positions = 1u64 << 30;
+    model.config(|config| config["max_position_embeddings"] = positions.into());
+    let run = room.run(words("other", &huge, &huge).split(' ').filter(|word| !word.is_empty()));
+    run.refuses(
+        1,
+        &["text.txt: ", &format!("tokens do not fill one sequence of {positions}; give more text, or --seq-len ")],
+    );
+    let run = room.run(format!("eval model --text text.txt --context {huge} --windows {huge}").split(' '));
+    run.refuses(1, &["tokens are fewer than one window of", "or --context "]);
+}
