@@ -36,6 +36,7 @@ pub fn export(folder: &Path) -> Result<()> {
 
 /// Quantizes the built-in model with every method at 4 and 3 bits; returns a table.
 pub fn run<B: Backend>(backend: &B, progress: &mut Progress) -> Result<String> {
+    progress.say_no_more();
     let room = tempfile::tempdir().map_err(|e| Error::failed(format!("no room for temporary files: {e}")))?;
     let model = room.path().join("model");
     export(&model)?;

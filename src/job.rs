@@ -20,6 +20,7 @@ use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
 use crate::graph::{Graph, Linear};
 use crate::json;
+use crate::memory::{self, Device, Expected, Free, Tokens, Work};
 use crate::output::{Place, SideOutput, Staging, bytes_of, check_beside, check_place};
 use crate::plan::{Fate, Plan};
 use crate::progress::Progress;
@@ -71,6 +72,8 @@ struct Run {
     samples: Option<Samples>,
     held_out: Option<HeldOut>,
     hashing: Hashing,
+    /// Bytes of the host's memory.
+    expected: Option<u64>,
     prepare: f64,
 }
 
@@ -198,14 +201,8 @@ impl Job<'_> {
         let mut own = vec!["config.json", "report.json", "README.md"];
         own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
         let beside = source.beside(&own)?;
-        let mut run = self.prepare(
-            (backend.room(), backend.tokens_at_once()),
-            started,
-            source,
-            graph,
-            needs(&self.recipe),
-            hashing,
-        )?;
+        let mut run =
+            self.prepare((Device::of(backend), progress), started, source, graph, needs(&self.recipe), hashing)?;
         run.notes.splice(0..0, plan.config.notes.iter().cloned());
         run.notes.extend(beside.notes.iter().cloned());
         let Run { source, graph, samples, .. } = &run;
@@ -270,14 +267,8 @@ impl Job<'_> {
         if let Some(path) = self.recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref()) {
             staging.check_another(path, Some(self.model), self.force)?;
         }
-        let mut run = self.prepare(
-            (backend.room(), backend.tokens_at_once()),
-            started,
-            source,
-            graph,
-            gguf::needs(&self.recipe),
-            hashing,
-        )?;
+        let mut run =
+            self.prepare((Device::of(backend), progress), started, source, graph, gguf::needs(&self.recipe), hashing)?;
         // What there is to say of the tokenizer, reading its files for the texts said too.
         run.notes.extend(plan.notices.iter().filter(|note| !run.notes.contains(note)).cloned().collect::<Vec<_>>());
         let Run { source, graph, samples, .. } = &run;
@@ -355,7 +346,7 @@ impl Job<'_> {
     /// Reads the texts.
     fn prepare(
         &self,
-        (room, at_once): (Option<u64>, usize),
+        (device, progress): (Device, &Progress),
         started: Instant,
         source: Checkpoint,
         graph: Graph,
@@ -366,10 +357,10 @@ impl Job<'_> {
         let recipe = &self.recipe;
         let tokens = if needs > Needs::Nothing { recipe.samples.saturating_mul(recipe.seq_len) } else { 0 };
         check_room(
-            room,
+            device.room,
             &graph,
             [recipe.method.sweeps(), self.verification.is_some()],
-            tokens.min(at_once.max(recipe.seq_len)),
+            tokens.min(device.at_once.max(recipe.seq_len)),
         )?;
         if needs > Needs::Nothing || self.verification.is_some() {
             families::check_runnable(&graph, &source)?;
@@ -399,6 +390,10 @@ impl Job<'_> {
         if recipe.moe_all_experts && !graph.has_experts() && needs > Needs::Nothing {
             notes.push("moe_all_experts has no effect: the model is no mixture of experts".to_owned());
         }
+        // A GPU puts aside in the host's memory what does not fit into its own, and looks after that itself.
+        let (host, work) = (device.room.is_none(), Work::of(recipe, needs));
+        let free = if host { Free::now() } else { None };
+        let expect = |tokens| Expected::calibration(&graph, device, work, tokens, free.clone());
         let samples = match (needs > Needs::Nothing, &text) {
             (true, Some(text)) => {
                 let longest = families::longest_context(source.config())?.unwrap_or(usize::MAX);
@@ -407,6 +402,8 @@ impl Job<'_> {
                     notes.push(format!("sequences were cut to the model's {seq_len} positions"));
                 }
                 let calibration = load_text(&recipe.calibration)?;
+                // Tokenizing much takes long: what cannot be had is told before.
+                expect(Some(memory::at_least(Tokens::of(recipe.samples, seq_len), calibration.bytes())))?;
                 let samples = text.select(&calibration, recipe.samples, seq_len, recipe.seed)?;
                 notes.extend(calibration.without_blank());
                 notes.extend(calibration.notes);
@@ -437,8 +434,26 @@ impl Job<'_> {
         };
         // A tokenizer of a large vocabulary is tens of megabytes.
         drop(text);
+        let mut what = Vec::new();
+        let tokens = samples.as_ref().map(|samples| {
+            let SampleSource { sequences, seq_len, .. } = samples.source;
+            what.push(format!("calibrating on {sequences} sequences of {seq_len} tokens"));
+            Tokens::of(sequences, seq_len)
+        });
+        let mut expected = expect(tokens)?;
+        if let Some(HeldOut { windows, .. }) = &held_out {
+            let length = windows.first().map_or(0, Vec::len);
+            what.push(format!("measuring {} windows of {length}", windows.len()));
+            let windows = Tokens::of(windows.len(), length);
+            let written = if recipe.gguf.is_some() { None } else { Some(&source) };
+            expected = expected.and_measuring(&graph, device, &[Some(&source), written], windows, "--verify-text")?;
+        }
+        if host {
+            progress.say(&expected.line(&what));
+        }
+        let expected = host.then_some(expected.bytes);
         let prepare = started.elapsed().as_secs_f64();
-        Ok(Run { started, source, graph, notes, samples, held_out, hashing, prepare })
+        Ok(Run { started, source, graph, notes, samples, held_out, hashing, expected, prepare })
     }
 
     /// Measures what was written beside the original.
@@ -522,6 +537,7 @@ impl Job<'_> {
                 verify: outcome.verify,
                 total: run.started.elapsed().as_secs_f64(),
             },
+            expected_memory_bytes: run.expected,
             peak_memory_bytes: peak_memory(),
         })
     }
@@ -550,6 +566,12 @@ fn weak_conversations(source: &SampleSource, no_default: Option<&str>) -> Vec<St
     notes
 }
 
+/// What there is to say of a text that gives fewer windows than were asked for.
+pub fn fewer_windows(name: &str, found: usize, context: usize, asked: Option<usize>) -> Option<String> {
+    let asked = asked.filter(|asked| found < *asked)?;
+    Some(format!("{name} gives {found} windows of {context} tokens, {asked} were asked for"))
+}
+
 impl Verification {
     /// Its windows, and at least so many ids of the text if it has them.
     fn read(&self, source: &Checkpoint, text: &ModelText, least: usize, notes: &mut Vec<String>) -> Result<HeldOut> {
@@ -560,6 +582,7 @@ impl Verification {
         notes.extend(held_out.notes.iter().cloned());
         let windows =
             windows(&held_out.name, &ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
+        notes.extend(fewer_windows(&held_out.name, windows.len(), context, self.windows));
         Ok(HeldOut { ids, asked, windows })
     }
 }
@@ -651,7 +674,7 @@ fn check_room(room: Option<u64>, graph: &Graph, [sweeps, measures]: [bool; 2], t
     let Some(largest) = graph.linears().max_by_key(|linear| solving(linear)) else { return Ok(()) };
     let widest = graph.linears().map(|linear| linear.rows.max(linear.cols)).max().unwrap_or(0);
     // Two products of a gate, and what they become.
-    let running = 12 * (tokens * widest) as u64;
+    let running = (tokens as u64).saturating_mul(12 * widest as u64);
     let head = if measures { 4 * (graph.vocabulary * graph.hidden) as u64 } else { 0 };
     let wanted = solving(largest).max(running).max(head);
     if wanted <= room {

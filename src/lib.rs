@@ -25,6 +25,7 @@ mod importance;
 pub mod inspect;
 pub mod job;
 mod json;
+pub mod memory;
 pub mod merge;
 pub mod output;
 pub mod plan;

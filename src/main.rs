@@ -13,7 +13,8 @@ use clap::Parser;
 use formats::Dtype;
 use quantc::cli::{Cli, Command, Compute, Engine, Eval, Quantize};
 use quantc::forward::Activations;
-use quantc::job::{Job, Verification};
+use quantc::job::{Job, Verification, fewer_windows};
+use quantc::memory::{self, Device, Free, Tokens};
 use quantc::output::{Place, remove_made, sweep};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request, named, unknown_tensors};
@@ -311,7 +312,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
             }
         }
     }
-    let text = load_text(args.text.as_deref().unwrap_or(HELD_OUT)).map_err(Error::from)?;
+    let mut text = load_text(args.text.as_deref().unwrap_or(HELD_OUT)).map_err(Error::from)?;
     let tokenizer = model.tokenizer();
     if !args.compute.quiet {
         remarks.extend(model.notes_on(&tokenizer));
@@ -337,6 +338,17 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     };
     let windows = calibration::samples::windows(&text.name, &ids, context, args.windows, bos)
         .map_err(|e| Error::from(quantc::text::TextError::from(e)))?;
+    remarks.extend(fewer_windows(&text.name, windows.len(), context, args.windows));
+    let notes = std::mem::take(&mut text.notes);
+    drop((text, tokenizer, ids));
+    let device = with_backend!(&engine, backend => Device::of(backend));
+    if device.room.is_none() {
+        let models: Vec<_> = [Some(&model), reference.as_ref()].into_iter().filter(Option::is_some).collect();
+        let tokens = Tokens::of(windows.len(), windows.first().map_or(0, Vec::len));
+        let graph = families::graph_of(&model)?;
+        let expected = memory::nothing(Free::now()).and_measuring(&graph, device, &models, tokens, "--context")?;
+        progress.say(&expected.line(&[format!("measuring {} windows of {} tokens", tokens.count, tokens.length)]));
+    }
     let quality = with_backend!(&engine, backend => evaluate(
         backend,
         &model,
@@ -350,7 +362,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     if let Some(profile) = engine.profile() {
         profile.trim_end().lines().for_each(tell);
     }
-    for note in text.notes.iter().filter(|_| !args.compute.quiet) {
+    for note in notes.iter().filter(|_| !args.compute.quiet) {
         tell(&format!("note: {note}"));
     }
     match args.json {

@@ -1,4 +1,4 @@
-//! What the user sees while work is under way: a bar and a line for each linear, on a terminal only.
+//! What the user sees while work is under way: a bar and a line for each linear, on a terminal only, and what it will take.
 
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -9,6 +9,7 @@ use crate::words::one_line;
 
 /// A progress display; silent when it is asked to be and when standard error is not a terminal.
 pub struct Progress {
+    says: bool,
     loud: bool,
     bar: ProgressBar,
 }
@@ -16,7 +17,7 @@ pub struct Progress {
 impl Progress {
     /// A display for `quiet` or not.
     pub fn new(quiet: bool) -> Progress {
-        Progress { loud: !quiet && std::io::stderr().is_terminal(), bar: ProgressBar::hidden() }
+        Progress { says: !quiet, loud: !quiet && std::io::stderr().is_terminal(), bar: ProgressBar::hidden() }
     }
 
     /// Starts a bar of `steps`.
@@ -33,6 +34,20 @@ impl Progress {
     /// One step is done.
     pub fn step(&self) {
         self.bar.inc(1);
+    }
+
+    /// Says nothing more before the work, of several runs that are told together.
+    pub fn say_no_more(&mut self) {
+        self.says = false;
+    }
+
+    /// A line before the work, whatever standard error is.
+    pub fn say(&self, text: &str) {
+        use std::io::Write;
+        if self.says {
+            // Where nobody listens, nothing is missed.
+            let _ = writeln!(std::io::stderr(), "{}", one_line(text));
+        }
     }
 
     /// A line above the bar.

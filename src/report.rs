@@ -114,6 +114,8 @@ pub struct Report {
     pub tensors: Vec<TensorReport>,
     /// Where the time went.
     pub seconds: Seconds,
+    /// What was expected to be in memory at the most, mapped files apart; null where the device's memory is not the host's.
+    pub expected_memory_bytes: Option<u64>,
     /// Largest resident set of the process, mapped files included.
     pub peak_memory_bytes: Option<u64>,
 }

@@ -21,6 +21,21 @@ const LOGITS: usize = 1 << 23;
 /// Tokens whose logits are built at a time where each use of the output projection reads it from its file.
 const TOGETHER: usize = 128;
 
+/// Windows of so many tokens that go through the model together.
+pub(crate) fn batch(context: usize) -> usize {
+    (BATCH_TOKENS / context.max(1)).max(1)
+}
+
+/// Tokens whose logits are in memory together at the most.
+pub(crate) fn logits_at_once(vocabulary: usize) -> usize {
+    tokens_at_once(vocabulary).max(TOGETHER)
+}
+
+/// Tokens whose logits one product gives.
+fn tokens_at_once(vocabulary: usize) -> usize {
+    (LOGITS / vocabulary.max(1)).max(16)
+}
+
 /// Which tokens of a window are scored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Protocol {
@@ -187,7 +202,7 @@ pub fn evaluate<B: Backend>(
             side.head = Some(LoadedHead::of(backend, &side.graph, side.source, side.activations)?);
         }
     }
-    let batch = (BATCH_TOKENS / context).max(1);
+    let batch = batch(context);
     let blocks: usize = sides.iter().map(|side| side.graph.blocks.len()).sum();
     progress.start("evaluating", windows.len().div_ceil(batch) * blocks);
     let mut all = TokenComparison::default();
@@ -197,7 +212,7 @@ pub fn evaluate<B: Backend>(
             normed
                 .push(final_hidden(backend, &side.graph, side.source, windows, side.activations, &|| progress.step())?);
         }
-        let per_pass = (LOGITS / sides[0].graph.vocabulary).max(16);
+        let per_pass = tokens_at_once(sides[0].graph.vocabulary);
         let together =
             sides.iter().filter_map(|side| side.head.as_ref()).map(|h| h.products_at_once(per_pass, TOGETHER));
         let step = per_pass * together.min().unwrap_or(1);
@@ -299,7 +314,7 @@ pub fn compare_hidden<B: Backend>(
 ) -> Result<HiddenStates> {
     let graphs = [families::graph_of(reference)?, families::graph_of(model)?];
     check_tensors(&graphs[1], model)?;
-    let batch = (BATCH_TOKENS / windows.first().map_or(1, Vec::len)).max(1);
+    let batch = batch(windows.first().map_or(1, Vec::len));
     progress.start("evaluating", windows.len().div_ceil(batch) * 2 * graphs[0].blocks.len());
     let (mut tokens, mut sum, mut lowest, mut squares) = (0, 0.0, f64::INFINITY, [0.0; 2]);
     for windows in windows.chunks(batch) {

@@ -282,6 +282,10 @@ pub trait Backend: Sync {
     fn kept_values(&self) -> usize {
         1 << 29
     }
+    /// Bytes that a value of an [input](Self::Input) takes.
+    fn bytes_of_input(&self) -> usize {
+        4
+    }
     /// What the user should know of how the work went, for the report.
     fn notes(&self) -> Vec<String> {
         Vec::new()

@@ -124,6 +124,10 @@ impl Backend for Cpu {
         Cpu { relaxed: !self.exact, ..*self }
     }
 
+    fn bytes_of_input(&self) -> usize {
+        if self.rounds() { 2 } else { 4 }
+    }
+
     fn widen(&self, stored: Self::Stored) -> Result<Array2<f32>> {
         match stored {}
     }

@@ -36,17 +36,29 @@ enum Rows<'a, B: Backend> {
     There { source: &'a Checkpoint, name: String, raw: Option<RawTensor<'a>> },
 }
 
+/// The tensor that a model's projection is.
+fn tensor(graph: &Graph) -> String {
+    if graph.head.tied { graph.embedding.tensor.clone() } else { graph.head.linear.weight() }
+}
+
+/// Bytes that a projection takes in the host's memory when it is loaded; 0 where it is read as it is used. Without a checkpoint it is one
+/// whose rows take more than widening.
+pub fn kept(graph: &Graph, source: Option<&Checkpoint>) -> u64 {
+    let bytes = 4 * graph.vocabulary * graph.hidden;
+    let plain = source.is_some_and(|source| source.raw(&tensor(graph)).is_some());
+    if plain || bytes > KEPT { 0 } else { bytes as u64 }
+}
+
 impl<'a, B: Backend> LoadedHead<'a, B> {
     /// Loads it as far as it is to be in memory. Fails on values that are not finite.
     pub fn of(backend: &B, graph: &Graph, source: &'a Checkpoint, activations: Activations) -> Result<Self> {
-        let head = &graph.head;
-        let name = if head.tied { graph.embedding.tensor.clone() } else { head.linear.weight() };
+        let (head, name) = (&graph.head, tensor(graph));
         let bias = head.linear.bias().map(|bias| source.load(&bias)).transpose()?;
         let rounding = activations.rounding(source, &name);
         let (vocabulary, width) = (graph.vocabulary, graph.hidden);
         // A device of its own reads from its own memory only.
         let raw = source.raw(&name);
-        let rows = if backend.room().is_none() && (raw.is_some() || 4 * vocabulary * width > KEPT) {
+        let rows = if backend.room().is_none() && kept(graph, Some(source)) == 0 {
             let check = |from: usize| {
                 let rows: Vec<u32> = (from..vocabulary.min(from + ROWS)).map(|row| row as u32).collect();
                 source.load_rows(&name, &rows, &mut vec![0.0; rows.len() * width])

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 pub use self::ahead::Ahead;
-pub use self::head::LoadedHead;
+pub use self::head::{LoadedHead, kept};
 use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
 use crate::families::check_runnable;

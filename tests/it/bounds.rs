@@ -75,3 +75,90 @@ fn a_window_of_a_long_text_takes_little() {
     beside.succeeds();
     assert!(beside.stdout().contains("\"kld_mean\": 0.0"), "{}", beside.stdout());
 }
+
+#[test]
+fn a_run_says_what_it_will_take() {
+    let room = Room::new();
+    room.model();
+    let args = "quantize model -o out --method rtn --observer imatrix --group-size 64 --samples 2 --seq-len 64 --verify-windows 1";
+    let run = room.run(args.split(' '));
+    run.succeeds();
+    let told = run.stderr();
+    let line = told.lines().find(|line| line.contains(" takes up to about ")).unwrap_or_else(|| panic!("{told}"));
+    let start = "calibrating on 2 sequences of 64 tokens and measuring 1 windows of 512 takes up to about ";
+    assert!(line.starts_with(start) && line.contains(" MB of memory"), "{line}");
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(room.path("out/report.json")).unwrap()).unwrap();
+    let expected = report["expected_memory_bytes"].as_u64().unwrap();
+    assert!((30_000_000..400_000_000).contains(&expected), "{expected}");
+    let quiet = room.run(args.replace("-o out", "-o again --quiet").split(' '));
+    assert_eq!((quiet.code(), quiet.stderr()), (Some(0), String::new()));
+    let run = room.run("eval model --context 64 --windows 1".split(' '));
+    run.succeeds();
+    assert!(run.stderr().starts_with("measuring 1 windows of 64 tokens takes up to about "), "{}", run.stderr());
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_run_that_cannot_fit_is_refused_before_the_work() {
+    let room = Room::new();
+    room.model();
+    room.file("long.txt", TEXT.repeat(12));
+    let quantize = |samples: &str| {
+        let program = env!("CARGO_BIN_EXE_quantc");
+        let args = format!(
+            "--group-size 64 --calibration long.txt --samples {samples} --seq-len 512 --verify-text none --threads 1"
+        );
+        room.shell(&format!("ulimit -v 700000; exec {program} quantize model -o out {args}"))
+    };
+    let run = quantize("5000");
+    run.refuses(
+        2,
+        &[
+            "calibrating on ",
+            " sequences of 512 tokens takes about ",
+            "(ulimit -v 700000): give --samples ",
+            " or less",
+        ],
+    );
+    assert_eq!(room.names(), ["long.txt", "model"]);
+    let told = run.stderr();
+    let fits: usize = told.split("--samples ").nth(1).unwrap().split(' ').next().unwrap().parse().unwrap();
+    assert!((20..1000).contains(&fits), "{told}");
+}
+
+#[test]
+fn counts_beyond_all_reason_take_what_there_is() {
+    let room = Room::new();
+    let model = room.model();
+    room.file("text.txt", &TEXT[..6000]);
+    let huge = usize::MAX.to_string();
+    let words = |out: &str, samples: &str, length: &str| {
+        format!(
+            "quantize model -o {out} --method rtn --observer imatrix --group-size 64 --calibration text.txt --samples {samples} --seq-len {length} \
+             --verify-text text.txt --verify-windows {huge}"
+        )
+    };
+    let run = room.run(words("out", &huge, "64").split(' ').filter(|word| !word.is_empty()));
+    run.succeeds();
+    let told = run.stderr();
+    for note in [
+        format!("sequences of 64 tokens, {huge} were asked for"),
+        format!("note: text.txt gives 4 windows of 512 tokens, {huge} were asked for"),
+    ] {
+        assert!(told.contains(&note), "`{note}` is missing in: {told}");
+    }
+    let run = room.run(format!("eval model --text text.txt --context 256 --windows {huge}").split(' '));
+    run.succeeds();
+    assert!(run.stderr().contains(&format!(" windows of 256 tokens, {huge} were asked for")), "{}", run.stderr());
+    // A model that takes sequences of any length, and the text has none so long.
+    let positions = 1u64 << 30;
+    model.config(|config| config["max_position_embeddings"] = positions.into());
+    let run = room.run(words("other", &huge, &huge).split(' ').filter(|word| !word.is_empty()));
+    run.refuses(
+        1,
+        &["text.txt: ", &format!("tokens do not fill one sequence of {positions}; give more text, or --seq-len ")],
+    );
+    let run = room.run(format!("eval model --text text.txt --context {huge} --windows {huge}").split(' '));
+    run.refuses(1, &["tokens are fewer than one window of", "or --context "]);
+}

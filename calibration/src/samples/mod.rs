@@ -241,6 +241,16 @@ pub struct Text {
 }
 
 impl Text {
+    /// Bytes of all that is said in it.
+    pub fn bytes(&self) -> u64 {
+        let of = |document: &Document| match document {
+            Document::Plain(text) => text.len(),
+            Document::Pair { prompt, completion } => prompt.len() + completion.len(),
+            Document::Chat { messages, .. } => messages.iter().map(|message| message.text().len()).sum(),
+        };
+        self.documents.iter().map(|document| of(document) as u64).sum()
+    }
+
     /// What there is to say of blank records, which calibration leaves out and evaluation keeps.
     pub fn without_blank(&self) -> Option<String> {
         let Tally { found, blank, .. } = &self.tally;
