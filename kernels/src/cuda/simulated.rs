@@ -24,6 +24,7 @@ const FENCE_BYTE: u8 = 0xff;
 pub struct Simulated {
     order: i32,
     limit: Option<usize>,
+    capability: u32,
     state: Mutex<State>,
 }
 
@@ -45,7 +46,12 @@ type Entry = unsafe extern "C" fn(*const u32, u32, usize, *mut *mut c_void, c_in
 impl Simulated {
     /// Threads of a block run in this order: 0 forwards, 1 backwards, else scattered; 16 more keeps its warps apart.
     pub fn new(order: i32) -> Simulated {
-        Simulated { order, limit: None, state: Mutex::default() }
+        Simulated { order, limit: None, capability: 80, state: Mutex::default() }
+    }
+
+    /// A card of this compute capability, as 89.
+    pub fn with_capability(order: i32, capability: u32) -> Simulated {
+        Simulated { capability, ..Simulated::new(order) }
     }
 
     /// With so many bytes of memory.
@@ -125,7 +131,7 @@ impl Device for Simulated {
     }
 
     fn capability(&self) -> u32 {
-        80
+        self.capability
     }
 
     fn multiprocessors(&self) -> u32 {

@@ -35,17 +35,28 @@ pub(super) fn devices() -> Vec<Cuda> {
     if let (Some(card), None) = (card, std::env::var_os("QUANTC_TEST_SIMULATED")) {
         return vec![card.clone(), card.clone()];
     }
+    simulated(80)
+}
+
+/// Simulated devices of a compute capability, whose threads run in different orders; none where there is no compiler for them.
+pub(super) fn simulated(capability: u32) -> Vec<Cuda> {
     static COMPILER: OnceLock<bool> = OnceLock::new();
     if !COMPILER.get_or_init(|| Simulated::compiler().is_some()) {
         skip("no C++ compiler, so kernels cannot run on the CPU");
         return Vec::new();
     }
-    [0, 1, 21].into_iter().map(|order| Cuda::new(Arc::new(Simulated::new(order)), None).expect("a device")).collect()
+    let device = |order| Arc::new(Simulated::with_capability(order, capability));
+    [0, 1, 21].into_iter().map(|order| Cuda::new(device(order), None).expect("a device")).collect()
 }
 
 /// Runs `work` on every device; all have to give the same, a card twice in a row.
 pub(super) fn on_all<R: PartialEq + std::fmt::Debug>(work: impl Fn(&Cuda) -> R) -> Option<R> {
-    let mut results = devices().into_iter().map(|cuda| work(&cuda));
+    on_these(devices(), work)
+}
+
+/// The same on some devices.
+pub(super) fn on_these<R: PartialEq + std::fmt::Debug>(devices: Vec<Cuda>, work: impl Fn(&Cuda) -> R) -> Option<R> {
+    let mut results = devices.into_iter().map(|cuda| work(&cuda));
     let first = results.next()?;
     results.for_each(|other| assert!(other == first, "the result hangs on the order of threads"));
     Some(first)
