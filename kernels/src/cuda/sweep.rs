@@ -6,6 +6,7 @@ use formats::ggml::{BlockScales, Layout, ScaleKind};
 use rayon::prelude::*;
 
 use super::blocks::ladder_of;
+use super::factor::{Halves, pinned};
 use super::{Arg, Buffer, Codes, Cuda, Matrix, Module, Operand, Product, Real, THREADS, expect, expect_blocks};
 use crate::backend::{BlockGrid, Factor, Grid, Swept};
 use crate::ops::blocks::codes_of;
@@ -196,6 +197,9 @@ impl Cuda {
         let lost = self.cleared::<f64>(rounds.len() * height)?;
         let (order, group_at, pivots) = (order.pin()?, group_at.pin()?, pivots.pin()?);
         let ladder = ladder.as_ref().map(Buffer::pin).transpose()?;
+        // What hands the errors of a panel on, and those errors, as sums of two of bfloat16 where the card multiplies them so.
+        let unit_halves = self.halves(factor.unit.buffer.pin_to_read()?.at, n * n)?;
+        let error_halves = self.room_of_halves(PANEL * height)?;
         for (index, round) in rounds.iter().enumerate() {
             let (columns, feedback, errors) = (columns.pin()?, feedback.pin()?, errors.pin()?);
             let (grid, codes, lost) = (grid.pin()?, codes.pin()?, lost.pin()?);
@@ -208,6 +212,9 @@ impl Cuda {
             }
             self.device().clear(feedback.at, 4 * n * height)?;
             let unit = factor.unit.buffer.pin_to_read()?;
+            let unit_halves = unit_halves.as_ref().map(pinned).transpose()?;
+            let error_halves = error_halves.as_ref().map(pinned).transpose()?;
+            let units = Halves::of(&unit, unit_halves.as_ref());
             for start in (0..n).step_by(PANEL) {
                 let width = PANEL.min(n - start);
                 let (kernel, rounding) = match (&points.kind, &ladder) {
@@ -235,15 +242,20 @@ impl Cuda {
                 self.blocks(&SWEEP, kernel, height_of(round) / ROWS, ROW_THREADS, 0, &args)?;
                 let end = start + width;
                 if end < n {
-                    self.device().product(&Product {
+                    if let Some(halves) = &error_halves {
+                        self.split(errors.at, halves, width * height)?;
+                    }
+                    let product = Product {
                         real: Real::F32,
                         shape: [n - end, height_of(round), width],
-                        a: Operand { transposed: true, ..plain(unit.at, start * n + end, n) },
-                        b: plain(errors.at, 0, height),
+                        a: Operand { transposed: true, ..plain(0, 0, n) },
+                        b: plain(0, 0, height),
                         c: plain(feedback.at, end * height, height),
                         alpha: 1.0,
                         beta: 1.0,
-                    })?;
+                    };
+                    let errors = Halves::of(&errors, error_halves.as_ref());
+                    self.multiply_split(product, [units, errors], [start * n + end, 0])?;
                 }
             }
             for share in round {
