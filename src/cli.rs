@@ -7,6 +7,7 @@ use kernels::{Cpu, Cuda, cuda};
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
+use crate::memory;
 
 /// Quantizes language models for the runtimes that serve them, and proves that they are still themselves.
 #[derive(Debug, Parser)]
@@ -96,7 +97,7 @@ impl Compute {
         let gpu = |ordinal: usize| -> Result<Engine> {
             let card = cuda::Card::open(ordinal)?;
             let card = Arc::new(if self.profile { card.profiled() } else { card });
-            let cuda = Cuda::new(card.clone(), budget)?;
+            let cuda = Cuda::new(card.clone(), budget)?.with_host(memory::Free::now().map_or(0, |free| free.bytes / 2));
             Ok(Engine::Cuda(if exact { cuda.exact() } else { cuda }, card))
         };
         match self.device.split_once(':') {

@@ -210,6 +210,8 @@ fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tok
 
 /// Bytes that evaluating these models beside each other takes; they are of one shape, and `None` is one in ggml's types.
 pub fn measuring(graph: &Graph, device: Device, models: &[Option<&Checkpoint>], windows: Tokens) -> u64 {
+    // What nobody gathers statistics of is used once, and is not kept.
+    let device = Device { kept_values: 0, ..device };
     let heads = models.iter().map(|model| forward::kept(graph, *model)).sum::<u64>();
     let models = models.len() as u64;
     let batch = verify::batch(windows.length as usize).min(windows.count as usize);

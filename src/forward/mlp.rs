@@ -1,5 +1,7 @@
 //! Feed-forward layers.
 
+use std::cell::RefCell;
+
 use kernels::Backend;
 
 use super::{Chunk, Run, Supply, Weight};
@@ -26,14 +28,15 @@ pub(super) fn run<B: Backend>(
 /// A feed-forward layer whose weights are there.
 pub(super) struct Loaded<B: Backend> {
     inputs: Vec<Weight<B::Weight>>,
-    kept: std::cell::RefCell<Vec<Option<B::Input>>>,
+    /// The input of the last linear, for each chunk for which it is known.
+    kept: Vec<RefCell<Option<B::Input>>>,
     pub down: Weight<B::Weight>,
 }
 
 impl<B: Backend> Loaded<B> {
     /// The input of the last linear, for one chunk; handed out once.
     pub fn inner(&self, run: &Run<'_, B>, mlp: &Mlp, chunks: &[Chunk<B::Matrix>], index: usize) -> Result<B::Input> {
-        match self.kept.borrow_mut().get_mut(index).and_then(Option::take) {
+        match self.kept[index].take() {
             Some(x) => Ok(x),
             None => activate(run.backend, mlp, &self.inputs, &run.input(chunks, index)?),
         }
@@ -72,18 +75,22 @@ pub(super) fn layer<B: Backend>(
     let all = 0..chunks.len();
     let group: Vec<_> = mlp.inputs.iter().collect();
     let inputs = supply.linears(&group, &|see| all.clone().try_for_each(|index| see(&run.input(chunks, index)?)))?;
-    let inner = |index: usize| activate(run.backend, mlp, &inputs, &run.input(chunks, index)?);
     let tokens: usize = chunks.iter().flat_map(|chunk| &chunk.lengths).sum();
-    let kept = match tokens * mlp.inner() <= run.backend.kept_values() {
-        true => all.clone().map(|index| Ok(Some(inner(index)?))).collect::<Result<Vec<_>>>()?,
-        false => Vec::new(),
-    };
+    let keeps = tokens * mlp.inner() <= run.backend.kept_values();
+    let kept: Vec<RefCell<Option<B::Input>>> = all.clone().map(|_| RefCell::default()).collect();
+    // Kept as soon as it is there and has been seen: what is put aside for want of room is then written once and read once.
     let down = supply.linears(&[&mlp.down], &|see| {
-        all.clone().try_for_each(|index| match kept.get(index) {
-            Some(Some(x)) => see(x),
-            _ => see(&inner(index)?),
+        all.clone().try_for_each(|index| {
+            let mut place = kept[index].borrow_mut();
+            let x = match place.take() {
+                Some(x) => x,
+                None => activate(run.backend, mlp, &inputs, &run.input(chunks, index)?)?,
+            };
+            see(&x)?;
+            *place = keeps.then_some(x);
+            Ok(())
         })
     })?;
     let down = down.into_iter().next().expect("one weight");
-    Ok(Loaded { inputs, kept: kept.into(), down })
+    Ok(Loaded { inputs, kept, down })
 }

@@ -237,7 +237,11 @@ impl<B: Backend> Run<'_, B> {
 
     /// Normed, ready to be multiplied.
     fn input(&self, chunks: &[Chunk<B::Matrix>], index: usize) -> Result<B::Input> {
-        Ok(self.backend.input(self.norm(self.source(chunks, index))?)?)
+        let source = self.source(chunks, index);
+        match &self.pre {
+            Some(norm) => norm.input(self.backend, source),
+            None => Ok(self.backend.input(self.backend.copy(source)?)?),
+        }
     }
 
     /// Ends the step for one chunk.
@@ -288,6 +292,11 @@ impl<'n> LoadedNorm<'n> {
             NormKind::Rms => backend.rms_norm(x, &self.weight, self.norm.eps)?,
             NormKind::Layer => backend.layer_norm(x, &self.weight, self.bias.as_deref(), self.norm.eps)?,
         })
+    }
+
+    /// Normed, as products read it.
+    fn input<B: Backend>(&self, backend: &B, x: &B::Matrix) -> Result<B::Input> {
+        Ok(backend.norm_input(x, self.norm.kind, &self.weight, self.bias.as_deref(), self.norm.eps)?)
     }
 }
 

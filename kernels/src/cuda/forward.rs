@@ -2,7 +2,7 @@
 
 use ndarray::Array2;
 
-use super::{Arg, Cuda, Matrix, Module, Operand, Operands, Product, Rounded, at, expect, expect_multiple};
+use super::{Arg, Cuda, Matrix, Module, Operand, Operands, Pinned, Product, Rounded, at, expect, expect_multiple};
 use crate::backend::{Activation, ActivationRounding, NormKind, RopeLayout};
 use crate::checks::{expect_limit, expect_rotation};
 use crate::ops::add::sources;
@@ -37,6 +37,16 @@ fn check_product(op: &'static str, x: &Operands, weight: &Operands, bias: Option
         return Err(Error::Shape { op, expected: "operands of one precision".to_owned(), found: "two".to_owned() });
     }
     bias.map_or(Ok(()), |bias| expect(op, "bias values", outs, bias.len()))
+}
+
+/// A norm of slices.
+struct Norm<'a> {
+    /// Values of a slice.
+    width: usize,
+    kind: NormKind,
+    weight: &'a [f32],
+    bias: Option<&'a [f32]>,
+    eps: f32,
 }
 
 impl Cuda {
@@ -198,29 +208,20 @@ impl Cuda {
         self.activate(x.real(), y, None, [bias, None], activation)
     }
 
-    /// Norms slices of `width` from `x` to `y`; `period` values of `weight` repeat.
-    fn norm_into(
-        &self,
-        x: &Matrix,
-        y: &Matrix,
-        width: usize,
-        kind: NormKind,
-        weight: &[f32],
-        bias: Option<&[f32]>,
-        eps: f32,
-    ) -> Result<()> {
-        if x.rows * x.cols == 0 {
+    /// Norms slices of `width` from `x` to `y`, which is memory of as many values, of single precision or, where it is `rounded`, of
+    /// bfloat16; `weight` repeats.
+    fn norm_into(&self, x: &Pinned<'_>, y: &Pinned<'_>, rounded: bool, count: usize, norm: &Norm<'_>) -> Result<()> {
+        let Norm { width, kind, weight, bias, eps } = *norm;
+        if count == 0 {
             return Ok(());
         }
         let (weight_at, bias_at) = (self.send(weight)?, bias.map(|b| self.send(b)).transpose()?);
         let bias_pin = bias_at.as_ref().map(|b| b.pin()).transpose()?;
-        let in_place = std::ptr::eq(x, y);
-        let x_pin = if in_place { x.buffer.pin()? } else { x.buffer.pin_to_read()? };
-        let pins = (y.buffer.pin()?, x_pin, weight_at.pin()?);
+        let weight_pin = weight_at.pin()?;
         let args = [
-            pins.0.arg(),
-            pins.1.arg(),
-            pins.2.arg(),
+            y.arg(),
+            x.arg(),
+            weight_pin.arg(),
             at(bias_pin.as_ref()),
             (width as i32).into(),
             (weight.len() as i32).into(),
@@ -228,7 +229,8 @@ impl Cuda {
             (kind == NormKind::Layer).into(),
             eps.into(),
         ];
-        self.blocks(&NORM, "norm_slices", x.rows * x.cols / width, threads_for(width), 0, &args)
+        let kernel = if rounded { "norm_rounded" } else { "norm_slices" };
+        self.blocks(&NORM, kernel, count / width, threads_for(width), 0, &args)
     }
 
     pub(super) fn normed(
@@ -239,9 +241,27 @@ impl Cuda {
         bias: Option<&[f32]>,
         eps: f32,
     ) -> Result<Matrix> {
-        let y = self.matrix(x.rows, x.cols)?;
-        self.norm_into(x, &y, x.cols, kind, weight, bias, eps)?;
+        let (y, norm) = (self.matrix(x.rows, x.cols)?, Norm { width: x.cols, kind, weight, bias, eps });
+        self.norm_into(&x.buffer.pin_to_read()?, &y.buffer.pin()?, false, x.rows * x.cols, &norm)?;
         Ok(y)
+    }
+
+    /// Normed, as products read it.
+    pub(super) fn normed_input(
+        &self,
+        x: &Matrix,
+        kind: NormKind,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+    ) -> Result<Operands> {
+        if !self.rounds() {
+            return Ok(Operands::Whole(self.normed(x, kind, weight, bias, eps)?));
+        }
+        let (count, norm) = (x.rows * x.cols, Norm { width: x.cols, kind, weight, bias, eps });
+        let y = Rounded { buffer: self.buffer::<u16>(count)?, rows: x.rows, cols: x.cols };
+        self.norm_into(&x.buffer.pin_to_read()?, &y.buffer.pin()?, true, count, &norm)?;
+        Ok(Operands::Rounded(y))
     }
 
     pub(super) fn norm_slices(
@@ -257,7 +277,8 @@ impl Cuda {
         for values in [Some(weight), bias].into_iter().flatten().filter(|values| values.len() != head_dim) {
             expect("norm_heads", "weights", x.cols, values.len())?;
         }
-        self.norm_into(x, x, head_dim, kind, weight, bias, eps)
+        let (pin, norm) = (x.buffer.pin()?, Norm { width: head_dim, kind, weight, bias, eps });
+        self.norm_into(&pin, &pin, false, x.rows * x.cols, &norm)
     }
 
     pub(super) fn rotate(

@@ -53,6 +53,8 @@ pub struct Cuda {
     memory: Arc<Memory>,
     /// Gibibytes that the device has in all.
     size: u64,
+    /// Bytes of the host's memory that activations may be put aside in.
+    host: u64,
     exact: bool,
     relaxed: bool,
 }
@@ -173,7 +175,13 @@ impl Cuda {
             None => capacity.free.saturating_sub(512 << 20) / 20 * 19,
         };
         let size = capacity.total >> 30;
-        Ok(Cuda { memory: Arc::new(Memory::new(device, budget)), size, exact: false, relaxed: false })
+        Ok(Cuda { memory: Arc::new(Memory::new(device, budget)), size, host: 0, exact: false, relaxed: false })
+    }
+
+    /// The same, which may put so many bytes of activations aside in the host's memory that are used twice, rather than compute them
+    /// twice. What is computed is the same.
+    pub fn with_host(self, bytes: u64) -> Cuda {
+        Cuda { host: bytes, ..self }
     }
 
     /// The same, in single precision throughout.
@@ -345,7 +353,12 @@ impl Backend for Cuda {
     }
 
     fn kept_values(&self) -> usize {
-        (self.budget() / 8) as usize
+        let on_host = self.host / self.bytes_of_input() as u64;
+        (self.budget() / 8).max(on_host) as usize
+    }
+
+    fn bytes_of_input(&self) -> usize {
+        if self.rounds() { 2 } else { 4 }
     }
 
     fn notes(&self) -> Vec<String> {
@@ -481,6 +494,20 @@ impl Backend for Cuda {
     fn rms_norm(&self, x: &Matrix, weight: &[f32], eps: f32) -> Result<Matrix> {
         expect("rms_norm", "features", weight.len(), x.cols)?;
         self.normed(x, NormKind::Rms, weight, None, eps)
+    }
+
+    fn norm_input(
+        &self,
+        x: &Matrix,
+        kind: NormKind,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+    ) -> Result<Operands> {
+        expect("norm_input", "features", weight.len(), x.cols)?;
+        let bias = bias.filter(|_| kind == NormKind::Layer);
+        bias.map_or(Ok(()), |bias| expect("norm_input", "bias values", x.cols, bias.len()))?;
+        self.normed_input(x, kind, weight, bias, eps)
     }
 
     fn layer_norm(&self, x: &Matrix, weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Result<Matrix> {

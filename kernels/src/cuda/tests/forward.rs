@@ -43,6 +43,35 @@ fn norms_agree_with_the_plain_loop() {
     }
 }
 
+/// What only products read is written in bfloat16 at once, and is what it would have become.
+#[test]
+fn norms_are_written_as_products_read_them() {
+    let mut noise = Noise(21);
+    for (tokens, cols) in [(3, 7), (5, 64), (1, 1), (0, 4)] {
+        let x = noise.matrix(tokens, cols) + 0.5;
+        let [weight, bias]: [Vec<f32>; 2] = std::array::from_fn(|_| (0..cols).map(|_| noise.next()).collect());
+        for (kind, bias) in [(NormKind::Rms, None), (NormKind::Layer, Some(&bias[..])), (NormKind::Layer, None)] {
+            on_all(|cuda| {
+                for cuda in [cuda.clone(), cuda.relaxed()] {
+                    let uploaded = cuda.upload(x.clone()).unwrap();
+                    let normed = match kind {
+                        NormKind::Rms => cuda.rms_norm(&uploaded, &weight, 1e-2),
+                        NormKind::Layer => cuda.layer_norm(&uploaded, &weight, bias, 1e-2),
+                    };
+                    let inputs = [
+                        cuda.norm_input(&uploaded, kind, &weight, bias, 1e-2).unwrap(),
+                        cuda.input(normed.unwrap()).unwrap(),
+                    ];
+                    let unit = cuda.weight(cuda.upload(Array2::eye(cols)).unwrap()).unwrap();
+                    let [found, expected] =
+                        inputs.map(|x| cuda.download(&cuda.linear(&x, &unit, None).unwrap()).unwrap());
+                    assert_eq!(found, expected, "{tokens} x {cols}");
+                }
+            });
+        }
+    }
+}
+
 #[test]
 fn rotations_are_those_of_the_plain_loop() {
     let mut noise = Noise(2);
