@@ -197,10 +197,10 @@ impl Job<'_> {
     ) -> Result<Report> {
         let plan = Plan::new(&graph, &source, &self.recipe)?;
         let staging = Staging::folder_for(self.output, Some(self.model), self.force)?;
-        staging.check_space(bytes_of(&plan.outputs))?;
         let mut own = vec!["config.json", "report.json", "README.md"];
         own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
         let beside = source.beside(&own)?;
+        staging.check_space(bytes_of(&plan.outputs) + beside.bytes)?;
         let mut run =
             self.prepare((Device::of(backend), progress), started, source, graph, needs(&self.recipe), hashing)?;
         run.notes.splice(0..0, plan.config.notes.iter().cloned());
@@ -630,21 +630,23 @@ pub fn copy_side_files(beside: &Beside, staging: &Staging) -> Result<()> {
         }
         match file {
             SideFile::Bytes(bytes) => std::fs::write(&to, bytes).map_err(Error::io(&to, "write"))?,
-            SideFile::Copy(path) => copy_file(path, &to)?,
+            SideFile::Copy(path, identity) => copy_file(path, identity, &to)?,
         }
     }
     Ok(())
 }
 
-/// Copies what a file holds; its mode is that of any new file.
-fn copy_file(from: &Path, to: &Path) -> Result<()> {
+/// Copies what a file holds; its mode is that of any new file. Fails for another file than was looked at when the run began, and for
+/// one that was written to: a tokenizer would not be the one that the model was calibrated with, and a link may lead anywhere by now.
+fn copy_file(from: &Path, identity: &file::Identity, to: &Path) -> Result<()> {
     let mut read = file::open(from).map_err(Error::io(from, "open"))?;
+    identity.check_opened(&read).map_err(Error::io(from, "rely on"))?;
     let mut write = std::fs::File::create(to).map_err(Error::io(to, "create"))?;
     let mut buffer = vec![0; 1 << 20];
     loop {
         let count = read.read(&mut buffer).map_err(Error::io(from, "read"))?;
         if count == 0 {
-            return Ok(());
+            return identity.check_opened(&read).map_err(Error::io(from, "rely on"));
         }
         write.write_all(&buffer[..count]).map_err(Error::io(to, "write"))?;
     }
@@ -653,7 +655,7 @@ fn copy_file(from: &Path, to: &Path) -> Result<()> {
 /// The front matter for a model card: the licence that the original's card names.
 fn card_licence(beside: &Beside) -> Option<String> {
     let (_, file) = beside.files.iter().find(|(name, _)| name == Path::new(ORIGINAL_CARD))?;
-    let SideFile::Copy(path) = file else { return None };
+    let SideFile::Copy(path, _) = file else { return None };
     let front = front_matter(path)?;
     let said = front
         .lines()

@@ -51,7 +51,7 @@ fn main() -> ExitCode {
         let _ = sweep(&place);
         remove_made(&missing);
     }
-    if let Some(sentence) = cli.command.subject().and_then(|subject| end.sentence(subject)) {
+    if let Some(sentence) = end.sentence(cli.command.subject().unwrap_or(Path::new("quantc"))) {
         tell(&format!("error: {sentence}"));
     }
     ExitCode::from(match end {
@@ -86,6 +86,14 @@ fn work(cli: Cli) -> u8 {
         }
         Err(_) => {
             let what = panicked.lock().unwrap_or_else(PoisonError::into_inner).replace('\n', " ");
+            // The language's own words where a thread cannot be had.
+            if what.contains("failed to spawn thread") {
+                tell(
+                    "error: no more threads can be started: allow this process more of them (ulimit -u, or the container's limit on \
+                     processes) or more memory, or give fewer --threads",
+                );
+                return 1;
+            }
             tell(&format!("error: an internal check failed, which is a fault of quantc: {what}"));
             1
         }
@@ -175,7 +183,12 @@ fn start(compute: &Compute) -> anyhow::Result<(Progress, Engine)> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = compute.threads.unwrap_or(cores);
     let most = threads.min(cores * MOST_THREADS);
-    rayon::ThreadPoolBuilder::new().num_threads(most).build_global().context("cannot start the threads")?;
+    if let Err(error) = rayon::ThreadPoolBuilder::new().num_threads(most).build_global() {
+        // Its cause stands in its own words already.
+        anyhow::bail!(
+            "cannot start {most} threads: {error}; allow this process more of them (ulimit -u) or more memory, or give fewer --threads"
+        );
+    }
     let (engine, left) = compute.engine()?;
     let fewer = (most < threads)
         .then(|| format!("--threads {threads} is more than {cores} cores can use; {most} were started"));

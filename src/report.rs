@@ -208,7 +208,17 @@ pub fn hashed(hashing: Hashing) -> Result<Vec<FileReport>> {
 
 /// Hashes a file without keeping it in memory.
 pub fn hash_file(path: &Path) -> Result<FileReport> {
-    hash(path, &mut file::open(path).map_err(Error::io(path, "open"))?)
+    let mut file = file::open(path).map_err(Error::io(path, "open"))?;
+    let length = file.metadata().map_err(Error::io(path, "open"))?.len();
+    let report = hash(path, &mut file)?;
+    if report.bytes != length {
+        return Err(Error::failed(format!(
+            "{}: {} of its {length} bytes could be read; its disk failed, or it was written to",
+            path.display(),
+            report.bytes
+        )));
+    }
+    Ok(report)
 }
 
 fn hash(path: &Path, file: &mut impl Read) -> Result<FileReport> {

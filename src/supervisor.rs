@@ -59,6 +59,10 @@ impl End {
                 "the process gave up, most often because memory ran out; give fewer --samples or a shorter --seq-len, or more memory",
             ),
             (signal::SEGV, "the process was stopped for an invalid access or a full stack; this is a fault of quantc"),
+            (
+                signal::XCPU,
+                "the process has used up the processor time that its limit allows (ulimit -t); give it more",
+            ),
         ];
         let why = known.iter().find(|(number, _)| *number == signal).map(|(_, why)| (*why).to_owned());
         let why = why.unwrap_or_else(|| format!("the process was ended by signal {signal}"));
@@ -122,15 +126,22 @@ mod watching {
     use std::process::{Child, Command, ExitStatus};
 
     use rustix::process::{
-        Pid, Resource, Rlimit, Signal, getppid, getrlimit, kill_process, set_parent_process_death_signal, setrlimit,
+        Pid, Resource, Rlimit, Signal, WaitId, WaitIdOptions, getppid, getrlimit, kill_process,
+        set_parent_process_death_signal, setrlimit, waitid,
     };
-    use signal_hook::consts::{SIGCHLD, SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+    use signal_hook::consts::{
+        SIGALRM, SIGHUP, SIGINT, SIGIO, SIGPROF, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2, SIGVTALRM, SIGXCPU, SIGXFSZ,
+    };
     use signal_hook::iterator::Signals;
 
     use super::{End, limits};
 
     /// Holds the watcher's process id, so that the worker knows what it is.
     const MARK: &str = "QUANTC_WATCHED_BY";
+
+    /// Signals that ask a run to end: of people and shells, and of batch systems whose time is over.
+    const ASKING: [i32; 11] =
+        [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2, SIGALRM, SIGVTALRM, SIGPROF, SIGIO, SIGXCPU];
 
     /// Starts this program once more with the same arguments and waits for its end; `None` in the process that is to work.
     ///
@@ -146,34 +157,40 @@ mod watching {
         }
         // Before the start, so that no end is missed. What was ignored from outside, as by nohup, stays so.
         let ignored = ignored();
-        let asked = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored & (1 << (signal - 1)) == 0);
-        let mut signals = Signals::new(asked.chain([SIGCHLD])).ok()?;
+        let asked = ASKING.into_iter().filter(|signal| ignored & (1 << (signal - 1)) == 0);
+        let mut signals = Signals::new(asked).ok()?;
         let program = std::env::current_exe().ok()?;
         let memory = limits::shared();
         let number = memory.as_ref().map(|memory| memory.as_raw_fd().to_string()).unwrap_or_default();
         let mark = format!("{}:{number}", std::process::id());
         let mut child = Command::new(program).args(std::env::args_os().skip(1)).env(MARK, mark).spawn().ok()?;
+        no_image();
+        // Waited for by a thread, and not by SIGCHLD, which whoever started this program may have blocked or ignored.
+        let worker = i32::try_from(child.id()).ok().and_then(Pid::from_raw)?;
+        let (over, waiting) = (signals.handle(), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
+        let waiter = std::thread::Builder::new().spawn(move || {
+            while waitid(WaitId::Pid(worker), waiting).is_err_and(|error| error == rustix::io::Errno::INTR) {}
+            over.close();
+        });
         let mut asked = None;
-        loop {
-            if let Ok(Some(status)) = child.try_wait() {
-                // A signal to both may be seen here after the worker has died of it.
-                asked = signals.pending().filter(|signal| *signal != SIGCHLD).last().or(asked);
-                return Some(end(status, asked, memory.as_ref().and_then(limits::last_seen)));
-            }
-            for signal in signals.wait() {
-                if signal != SIGCHLD {
-                    asked = Some(signal);
-                    hand_on(&child, signal);
-                }
+        if waiter.is_ok() {
+            for signal in signals.forever() {
+                asked = Some(signal);
+                hand_on(&child, signal);
             }
         }
+        // Its number is its own until now, as the thread has not taken its end away.
+        let status = child.wait().ok()?;
+        // A signal to both may be seen here after the worker has died of it.
+        asked = signals.pending().last().or(asked);
+        Some(end(status, asked, memory.as_ref().and_then(limits::last_seen)))
     }
 
     fn end(status: ExitStatus, asked: Option<i32>, file: Option<PathBuf>) -> End {
         match (status.code(), asked, status.signal().unwrap_or(0), file) {
             (Some(code), ..) => End::Code(u8::try_from(code).unwrap_or(u8::MAX)),
             (None, Some(signal), ..) => End::Asked(signal),
-            (None, None, signal @ (SIGINT | SIGTERM | SIGHUP), _) => End::Asked(signal),
+            (None, None, signal, _) if signal != SIGXCPU && ASKING.contains(&signal) => End::Asked(signal),
             (None, None, signal, Some(file)) => End::DiedIn(file, signal),
             (None, None, signal, None) => End::Died(signal),
         }
@@ -192,7 +209,11 @@ mod watching {
         #[cfg(target_os = "linux")]
         let _ = set_parent_process_death_signal(Some(Signal::TERM));
         let _ = signal_hook::flag::register(SIGXFSZ, std::sync::Arc::default());
-        // An image of the memory beside the output would be something that the run leaves behind.
+        no_image();
+    }
+
+    /// An image of the memory beside the output would be something that the run leaves behind.
+    fn no_image() {
         let core = Rlimit { current: Some(0), maximum: getrlimit(Resource::Core).maximum };
         let _ = setrlimit(Resource::Core, core);
     }
@@ -221,6 +242,7 @@ mod tests {
             (End::Died(signal::KILL), "memory runs out"),
             (End::Died(signal::ABRT), "memory ran out"),
             (End::Died(signal::SEGV), "full stack"),
+            (End::Died(signal::XCPU), "ulimit -t"),
             (End::Died(31), "signal 31"),
         ] {
             let sentence = end.sentence(Path::new("model")).unwrap();

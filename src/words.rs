@@ -8,9 +8,24 @@ pub fn called(path: &str) -> &str {
     Path::new(trimmed).file_name().and_then(|name| name.to_str()).unwrap_or(trimmed)
 }
 
-/// `text` on one line and without signs that steer a terminal or break a page: names of tensors may hold anything.
+/// Letters of a line that is told; what a file says of itself may have millions.
+const LONGEST_LINE: usize = 4096;
+
+/// `text` on one line and without signs that steer a terminal or break a page: names of tensors may hold anything. The middle of a very
+/// long one is left out.
 pub fn one_line(text: &str) -> String {
-    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+    // Marks that turn the direction of writing, or that nobody sees.
+    let hidden =
+        |c: char| matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    let shown = |c: char| if c.is_control() || hidden(c) { c.escape_default().collect() } else { vec![c] };
+    let count = text.chars().count();
+    if count <= LONGEST_LINE {
+        return text.chars().flat_map(shown).collect();
+    }
+    let half = LONGEST_LINE / 2;
+    let start = text.chars().take(half).flat_map(shown);
+    let end = text.chars().skip(count - half).flat_map(shown);
+    start.chain(format!(" [{} letters] ", count - 2 * half).chars()).chain(end).collect()
 }
 
 #[cfg(test)]
@@ -24,5 +39,8 @@ mod tests {
         assert_eq!(called("folder/"), "folder");
         assert_eq!(called("/"), "");
         assert_eq!(one_line("a\u{1b}[31m\nb\u{7}ü"), "a\\u{1b}[31m\\nb\\u{7}ü");
+        assert_eq!(one_line("a\u{202e}b"), "a\\u{202e}b");
+        let long = one_line(&format!("error: {}: fetch it", "9".repeat(10_000_000)));
+        assert!(long.len() < 5000 && long.starts_with("error: 999") && long.ends_with("999: fetch it"));
     }
 }

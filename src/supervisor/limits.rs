@@ -6,16 +6,20 @@
 //! ```
 //!
 //! While such a program runs, the worker has soft limits on data and processor time, and the watcher knows the file. A program that
-//! wants more, or nests without end, is the worker's end; the watcher then names the file.
+//! wants more, or nests without end, is the worker's end; the watcher then names the file. Time is that of all its runs together: a
+//! template that takes a while for each of a thousand conversations takes too long.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 use calibration::samples::Limits;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::time::ClockId;
 
 /// Bytes of data that may come to what there is already, whatever the size of the text (2 GiB).
 const DATA: u64 = 2 << 30;
@@ -23,22 +27,24 @@ const DATA: u64 = 2 << 30;
 /// Bytes of data for each byte of text. The tokenizers library takes about a hundred.
 const DATA_PER_BYTE: u64 = 256;
 
-/// Seconds of processor time, whatever the size of the text.
+/// Seconds of processor time that the program of a file has, whatever the size of the texts.
 const SECONDS: u64 = 15;
 
-/// Bytes of text that have a second more.
+/// Bytes of texts that have a second more.
 const BYTES_PER_SECOND: u64 = 100_000;
 
 /// Where the worker writes what it is working on; unset in a process without a watcher, which has no limits either.
 static SEEN_BY_WATCHER: OnceLock<File> = OnceLock::new();
 
-static STATE: Mutex<State> = Mutex::new(State { inside: 0, before: None });
+static STATE: Mutex<State> = Mutex::new(State { inside: 0, before: None, spent: BTreeMap::new() });
 
 struct State {
     /// Pieces of work under way.
     inside: usize,
     /// What was before the first of them.
     before: Option<Before>,
+    /// Of each file: how long its program's threads were at work, and on how many bytes of text.
+    spent: BTreeMap<PathBuf, (Duration, u64)>,
 }
 
 struct Before {
@@ -84,16 +90,16 @@ impl Limits for Within {
         let Some(memory) = SEEN_BY_WATCHER.get() else { return work() };
         enter(memory, &self.0, bytes as u64);
         // Leaves when `work` panics too.
-        let _leaving = Leaving(memory);
+        let _leaving = Leaving(memory, &self.0, own_time());
         work();
     }
 }
 
-struct Leaving<'a>(&'a File);
+struct Leaving<'a>(&'a File, &'a Path, Duration);
 
 impl Drop for Leaving<'_> {
     fn drop(&mut self) {
-        leave(self.0);
+        leave(self.0, self.1, own_time().saturating_sub(self.2));
     }
 }
 
@@ -115,13 +121,28 @@ fn enter(memory: &File, path: &Path, bytes: u64) {
         let _ = setrlimit(resource, Rlimit { current: Some(to.max(now).min(most)), maximum: before.maximum });
     };
     raise(Resource::Data, before.data, data() + DATA + DATA_PER_BYTE.saturating_mul(bytes));
-    let used = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime).tv_sec;
-    raise(Resource::Cpu, before.cpu, u64::try_from(used).unwrap_or(0) + SECONDS + bytes / BYTES_PER_SECOND);
+    let cpu = before.cpu;
+    let (spent, texts) = state.spent.entry(path.to_path_buf()).or_default();
+    *texts = texts.saturating_add(bytes);
+    let left = (SECONDS + *texts / BYTES_PER_SECOND).saturating_sub(spent.as_secs());
+    raise(Resource::Cpu, cpu, time(ClockId::ProcessCPUTime).as_secs() + left);
 }
 
-fn leave(memory: &File) {
+/// Processor time so far.
+fn time(clock: ClockId) -> Duration {
+    let now = rustix::time::clock_gettime(clock);
+    Duration::new(u64::try_from(now.tv_sec).unwrap_or(0), u32::try_from(now.tv_nsec).unwrap_or(0))
+}
+
+/// That of this thread.
+fn own_time() -> Duration {
+    time(ClockId::ThreadCPUTime)
+}
+
+fn leave(memory: &File, path: &Path, spent: Duration) {
     let mut state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
     state.inside -= 1;
+    state.spent.entry(path.to_path_buf()).or_default().0 += spent;
     if state.inside > 0 {
         return;
     }

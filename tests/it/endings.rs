@@ -68,7 +68,7 @@ fn a_signal_ends_the_run_and_leaves_nothing() {
     let status = std::fs::read_to_string("/proc/self/status").unwrap();
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap().trim();
     let ignored = u64::from_str_radix(ignored, 16).unwrap();
-    for (signal, number) in [("INT", 2), ("TERM", 15), ("HUP", 1)] {
+    for (signal, number) in [("INT", 2), ("TERM", 15), ("HUP", 1), ("QUIT", 3), ("USR1", 10), ("XCPU", 24)] {
         if ignored & (1 << (number - 1)) != 0 {
             continue;
         }
@@ -300,6 +300,39 @@ fn weights_that_change_under_the_run_are_an_error() {
     let run = room.shell(&touching);
     run.refuses(1, &["model/model.safetensors: cannot be relied on: it was written to while it was read"]);
     assert_eq!(room.names(), ["model"]);
+}
+
+#[test]
+fn files_beside_the_weights_that_change_under_the_run_are_an_error() {
+    for (file, change, words) in [
+        ("tokenizer.json", "truncate -s 1000", "written to while it was read"),
+        ("generation_config.json", "ln -sf config.json", "replaced by another file"),
+    ] {
+        let room = Room::new();
+        let model = room.model();
+        std::fs::write(model.path("generation_config.json"), "{}").unwrap();
+        // The weights appear in the staging folder when all that lies beside them has been looked at.
+        let changing = format!(
+            "(while [ -z \"$(ls .out.partial-*/*.safetensors 2>/dev/null)\" ]; do :; done; {change} model/{file}) & {} {QUICK}; code=$?; \
+             wait; exit $code",
+            env!("CARGO_BIN_EXE_quantc")
+        );
+        room.shell(&changing).refuses(1, &[&format!("model/{file}: cannot rely on: it "), words]);
+        assert_eq!(room.names(), ["model"]);
+    }
+}
+
+/// Whoever starts a program hands on which signals it does not get.
+#[test]
+fn a_signal_that_is_blocked_from_outside_hangs_nothing() {
+    let room = Room::new();
+    room.model();
+    let run = room.shell(&format!("timeout 60 env --block-signal=CHLD {} inspect model", env!("CARGO_BIN_EXE_quantc")));
+    if run.stderr().contains("unrecognized option") {
+        eprintln!("SKIPPED: env has no --block-signal");
+        return;
+    }
+    run.succeeds();
 }
 
 #[test]

@@ -93,7 +93,16 @@ impl Identity {
 
     /// Fails with the reason when `path` is not the file any more that it was, or was written to.
     pub fn check(&self, path: &Path) -> Result<()> {
-        let now = Self::from_metadata(&std::fs::metadata(path)?);
+        self.check_now(&std::fs::metadata(path)?)
+    }
+
+    /// Fails with the reason when `file` is another file than it was, or was written to.
+    pub fn check_opened(&self, file: &File) -> Result<()> {
+        self.check_now(&file.metadata()?)
+    }
+
+    fn check_now(&self, metadata: &Metadata) -> Result<()> {
+        let now = Self::from_metadata(metadata);
         let what = match () {
             () if now == *self => return Ok(()),
             () if now.number != self.number => "it was replaced by another file while it was read".to_owned(),

@@ -39,6 +39,28 @@ fn a_file_replaces_itself_and_nothing_beside_it() {
 }
 
 #[test]
+fn only_a_model_directory_is_replaced() {
+    let room = tempfile::tempdir().unwrap();
+    let out = room.path().join("out");
+    fs::create_dir(&out).unwrap();
+    fs::write(out.join("config.json"), b"{}").unwrap();
+    fs::write(out.join("thesis.txt"), b"dear").unwrap();
+    let refused = |words: &str| {
+        let error = Staging::folder_for(&out, None, true).err().unwrap().to_string();
+        assert!(error.contains(words), "{error}");
+    };
+    refused("this has no weights");
+    fs::write(out.join("model.safetensors"), b"").unwrap();
+    drop(Staging::folder_for(&out, None, true).unwrap());
+    fs::create_dir(out.join(".git")).unwrap();
+    refused("this holds .git");
+    assert_eq!(fs::read(out.join("thesis.txt")).unwrap(), b"dear");
+    // What is called as staging folders are would be swept by the next run.
+    let hidden = Staging::folder_for(&room.path().join(".out.partial-abcdefgh"), None, false).err().unwrap();
+    assert!(hidden.to_string().contains("unfinished outputs"));
+}
+
+#[test]
 fn where_the_model_cannot_be_moved_the_earlier_report_is_still_there() {
     let room = tempfile::tempdir().unwrap();
     let at = |name: &str| room.path().join(name);
@@ -113,6 +135,7 @@ fn nothing_appears_until_it_is_committed_and_nothing_else_is_replaced() {
     let write = |content: &[u8], force| -> Result<()> {
         let staging = Staging::folder_for(&at("a/out"), Some(&at("in")), force)?;
         staging.write("config.json", content)?;
+        staging.write("model.safetensors", content)?;
         staging.commit().map(drop)
     };
     fs::create_dir_all(at("a/out")).unwrap();
@@ -151,6 +174,7 @@ fn what_appears_during_the_run_stays_and_so_does_the_work() {
         if begun_with_one {
             fs::create_dir(at("out")).unwrap();
             fs::write(at("out/config.json"), b"old").unwrap();
+            fs::write(at("out/model.safetensors"), b"old").unwrap();
         }
         let staging = Staging::folder_for(&at("out"), None, true).unwrap();
         staging.write("config.json", b"new").unwrap();
