@@ -7,7 +7,6 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::Context;
 use calibration::samples::GUARDED;
 use clap::Parser;
 use formats::Dtype;

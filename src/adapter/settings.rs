@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::Parts;
 use crate::checkpoint::Entry;
 use crate::evidence::listed;
-use crate::json::integer;
+use crate::json::{self, integer};
 /// What to do with an adapter that is not merged here.
 const WITH_PEFT: &str = "merge it with PEFT (merge_and_unload, then save_pretrained) and give the model that comes out";
 
@@ -58,7 +58,7 @@ impl Settings {
             Some(Value::Object(object)) => !object.is_empty(),
             Some(_) => true,
         };
-        let wrong = |key: &str, expected: &str| format!("{key} is {}, expected {expected}", config[key]);
+        let wrong = |key: &str, expected: &str| format!("{key} is {}, expected {expected}", json::shown(&config[key]));
         // Python takes any other value for one of the two, and not always for the one that its writer meant.
         let flag = |key: &str| match config.get(key) {
             None | Some(Value::Null) => Ok(false),

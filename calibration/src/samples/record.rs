@@ -244,7 +244,8 @@ impl Reader {
         if let Some((key, value)) = known {
             return is_not(key, value);
         }
-        if let Some(key) = fields.keys().find(|key| is_content(&key.trim().to_ascii_lowercase())) {
+        let misspelt = |key: &&String| !is_content(key) && is_content(&key.trim().to_ascii_lowercase());
+        if let Some(key) = fields.keys().find(misspelt) {
             return format!(
                 "`{key}` is not the name of a field that is read; call it `{}`",
                 key.trim().to_ascii_lowercase()

@@ -202,6 +202,7 @@ fn what_a_record_lacks_is_said() {
         (json!([1]), "expected a list of messages"),
         (json!({}), "expected `text`, `messages`, `conversations`, or `prompt` with `completion`; found no key at all"),
         (json!({"Text": "x", "Label": 1}), "`Text` is not the name of a field that is read; call it `text`"),
+        (json!({"instruction": "x", "instances": []}), "found `instruction`, `instances`"),
         (json!({"body": "x", "label": 1}), "found `body`, `label`"),
         (json!({"text": null}), "`text` is null"),
         (json!({"text": 3}), "`text` must be a string, found a number"),
