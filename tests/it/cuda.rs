@@ -26,7 +26,9 @@ pub fn imitation() -> Option<&'static Path> {
         let source = root.join("tests/fake_cuda/cuda.cpp");
         // What was compiled serves until something changes that it is made of.
         let mut hash = Sha256::new();
-        [&source, &root.join("kernels/src/cuda/on_cpu.h")].map(|path| hash.update(std::fs::read(path).unwrap()));
+        for path in [&source, &root.join("kernels/src/cuda/on_cpu.h")] {
+            hash.update(std::fs::read(path).unwrap());
+        }
         let key: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake_cuda").join(key);
         let library = folder.join("libcuda.so.1");
@@ -206,11 +208,16 @@ pub fn codes(path: &Path) -> Vec<u8> {
 
 /// A small Llama with random weights and the built-in model's tokenizer: kernels on the CPU take their time.
 pub fn small_model(room: &Room) {
+    model_of(room, 2);
+}
+
+/// The same with so many layers.
+pub fn model_of(room: &Room, layers: usize) {
     let model = room.model();
     std::fs::remove_file(model.path("model.safetensors")).unwrap();
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 4096,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": layers, "vocab_size": 4096,
         "tie_word_embeddings": true, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
         "torch_dtype": "bfloat16"
     });
@@ -308,7 +315,7 @@ fn factorizations_of_a_library_are_those_of_our_own() {
     let Some(folder) = imitation() else { return };
     let room = Room::new();
     let imitated = Imitated { room: &room, folder };
-    small_model(&room);
+    model_of(&room, 1);
     let quantize = |libraries, settings: &[(&str, &str)], out: &'static str| {
         let args = ["quantize", "model", "-o", out, "--samples", "16", "--seq-len", "32", "--group-size", "64"];
         imitated.run(libraries, settings, &[&args[..], &["--verify-text", "none"]].concat())
