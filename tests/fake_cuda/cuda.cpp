@@ -412,9 +412,8 @@ int cublasSetWorkspace_v2(void *, void *, size_t) { return 0; }
 // Another shape, another kernel: terms are summed in so many parts, so that whoever promises equal bits asks for equal shapes.
 static int parts_of(int m, int n, int k) { return 1 + (int)(((long)m * 31 + (long)n * 17 + k) % 3); }
 
-template <class T, class In>
-static void multiply(bool ta, bool tb, int m, int n, int k, T alpha, const void *a, int lda, const void *b, int ldb, T beta, void *c, int ldc,
-                     T (*widen)(In)) {
+template <class T, class In, T (*widen)(In)>
+static void multiply(bool ta, bool tb, int m, int n, int k, T alpha, const void *a, int lda, const void *b, int ldb, T beta, void *c, int ldc) {
     int parts = parts_of(m, n, k);
     enqueue(library_stream, [=] {
         const In *left = (const In *)a, *right = (const In *)b;
@@ -451,15 +450,15 @@ extern "C" int cublasGemmEx(void *, int ta, int tb, int m, int n, int k, const f
     TRY("cublasGemmEx");
     expect(a_type == b_type && (a_type == 0 || a_type == 14) && c_type == 0 && compute == 68, "types of a product");
     expect(lda >= (ta ? k : m) && ldb >= (tb ? n : k) && ldc >= m, "strides of a product");
-    if (a_type == 0) multiply<float, float>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc, from_single);
-    else multiply<float, uint16_t>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc, from_rounded);
+    if (a_type == 0) multiply<float, float, from_single>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc);
+    else multiply<float, uint16_t, from_rounded>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc);
     return 0;
 }
 extern "C" int cublasDgemm_v2(void *, int ta, int tb, int m, int n, int k, const double *alpha, const double *a, int lda, const double *b, int ldb,
                               const double *beta, double *c, int ldc) {
     TRY("cublasDgemm");
     expect(lda >= (ta ? k : m) && ldb >= (tb ? n : k) && ldc >= m, "strides of a product");
-    multiply<double, double>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc, from_double);
+    multiply<double, double, from_double>(ta, tb, m, n, k, *alpha, a, lda, b, ldb, *beta, c, ldc);
     return 0;
 }
 

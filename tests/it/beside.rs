@@ -26,7 +26,7 @@ fn the_embedding_is_written_while_linears_are_solved() {
     let room = Room::new();
     room.model();
     let args =
-        ["quantize", "model", "-o", "out", "--device", "cpu", "--verify-text", "none", "--samples", "64", "--quiet"];
+        ["quantize", "model", "-o", "out", "--device", "cpu", "--verify-text", "none", "--samples", "16", "--quiet"];
     let mut run = Command::new(env!("CARGO_BIN_EXE_quantc"))
         .args(args)
         .current_dir(room.path(""))

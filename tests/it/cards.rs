@@ -7,7 +7,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::cuda::{ALL, Imitated, SOLVER, imitation, small_model};
+use crate::cuda::{ALL, Imitated, SOLVER, imitation, model_of, small_model};
 use crate::harness::Room;
 
 /// Makes libraries of these names that are the imitation's, as packages have them: known by their names once they are loaded. Each
@@ -185,7 +185,7 @@ fn what_others_use_of_a_card_changes_no_byte() {
     let Some(folder) = imitation() else { return };
     let room = Room::new();
     let imitated = Imitated { room: &room, folder };
-    small_model(&room);
+    model_of(&room, 1);
     // A card of 48 GiB: all of it, the 5 that others leave, or as little as is asked for.
     let cases: [(&str, &[&str]); 3] = [("0", &[]), ("46170898432", &[]), ("0", &["--gpu-memory", "1GiB"])];
     let written = cases.map(|(taken, more)| {
@@ -267,7 +267,7 @@ fn modules_are_compiled_at_once_each_once_and_only_those_that_may_be_needed() {
     let Some(folder) = imitation() else { return };
     let room = Room::new();
     let imitated = Imitated { room: &room, folder };
-    small_model(&room);
+    model_of(&room, 1);
     let log = room.path("counts");
     let run = |settings: &[(&str, &str)], more: &[&str]| {
         let _ = std::fs::remove_dir_all(room.path("cache"));

@@ -9,10 +9,11 @@ use std::sync::OnceLock;
 
 use formats::{Dtype, SafetensorsFile, ShardedWriter, TensorSpec};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use crate::harness::Room;
 
-/// Where the imitation lies, built once; nothing without a C++ compiler.
+/// Where the imitation lies, built once for what it is made of; nothing without a C++ compiler.
 pub fn imitation() -> Option<&'static Path> {
     static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
     let built = BUILT.get_or_init(|| {
@@ -21,15 +22,20 @@ pub fn imitation() -> Option<&'static Path> {
             eprintln!("SKIPPED: no C++ compiler, so CUDA cannot be imitated");
             return None;
         }
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake_cuda");
-        std::fs::create_dir_all(&folder).unwrap();
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fake_cuda/cuda.cpp");
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let source = root.join("tests/fake_cuda/cuda.cpp");
+        // What was compiled serves until something changes that it is made of.
+        let mut hash = Sha256::new();
+        for path in [&source, &root.join("kernels/src/cuda/on_cpu.h")] {
+            hash.update(std::fs::read(path).unwrap());
+        }
+        let key: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake_cuda").join(key);
         let library = folder.join("libcuda.so.1");
-        let own = folder.join(format!("{}.so", std::process::id()));
-        let options = ["-std=c++17", "-O2", "-fPIC", "-shared", "-o"];
-        let made = Command::new("c++").args(options).arg(&own).arg(&source).arg("-ldl").output().unwrap();
-        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        std::fs::rename(&own, &library).unwrap();
+        if library.exists() {
+            return Some(folder);
+        }
+        std::fs::create_dir_all(&folder).unwrap();
         let cuda = ["libcuda.so.1", "libnvrtc.so.13", "libcublas.so.13"];
         let all = cuda.map(|name| format!("{ALL}/{name}"));
         let with_solver = cuda.iter().chain(&["libcusolver.so.12"]).map(|name| format!("{SOLVER}/{name}"));
@@ -39,6 +45,11 @@ pub fn imitation() -> Option<&'static Path> {
             let _ = std::fs::remove_file(&link);
             std::os::unix::fs::symlink(&library, &link).unwrap();
         }
+        let own = folder.join(format!("{}.so", std::process::id()));
+        let options = ["-std=c++17", "-O2", "-fPIC", "-shared", "-o"];
+        let made = Command::new("c++").args(options).arg(&own).arg(&source).arg("-ldl").output().unwrap();
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        std::fs::rename(&own, &library).unwrap();
         Some(folder)
     });
     built.as_deref()
@@ -197,11 +208,16 @@ pub fn codes(path: &Path) -> Vec<u8> {
 
 /// A small Llama with random weights and the built-in model's tokenizer: kernels on the CPU take their time.
 pub fn small_model(room: &Room) {
+    model_of(room, 2);
+}
+
+/// The same with so many layers.
+pub fn model_of(room: &Room, layers: usize) {
     let model = room.model();
     std::fs::remove_file(model.path("model.safetensors")).unwrap();
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "intermediate_size": 256,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 4096,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": layers, "vocab_size": 4096,
         "tie_word_embeddings": true, "rope_theta": 10000.0, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
         "torch_dtype": "bfloat16"
     });
@@ -299,7 +315,7 @@ fn factorizations_of_a_library_are_those_of_our_own() {
     let Some(folder) = imitation() else { return };
     let room = Room::new();
     let imitated = Imitated { room: &room, folder };
-    small_model(&room);
+    model_of(&room, 1);
     let quantize = |libraries, settings: &[(&str, &str)], out: &'static str| {
         let args = ["quantize", "model", "-o", out, "--samples", "16", "--seq-len", "32", "--group-size", "64"];
         imitated.run(libraries, settings, &[&args[..], &["--verify-text", "none"]].concat())

@@ -13,7 +13,7 @@ use quantc::report::Report;
 use quantc::text::{ModelText, load_text};
 use quantc::verify::{Limits, Protocol, evaluate};
 
-use crate::harness::Room;
+use crate::harness::{Room, TEXT};
 use crate::pipeline::model;
 
 fn run(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
@@ -87,7 +87,8 @@ fn the_same_bytes_for_any_number_of_threads() {
     let bytes = |threads: usize, name: &str| {
         let path = room.path().join(name);
         let pool = rayon_pool(threads);
-        pool.install(|| run(&model, &path, "scheme = 'Q4_K_M'")).unwrap();
+        pool.install(|| run(&model, &path, &format!("scheme = 'Q4_K_M'\nsamples = 2\ncalibration = '{TEXT}'")))
+            .unwrap();
         std::fs::read(path).unwrap()
     };
     let first = bytes(1, "a.gguf");
@@ -218,10 +219,13 @@ fn perplexity_is_what_llama_perplexity_prints() {
             assert_eq!(found.activations, activations);
             (found.perplexity / printed - 1.0).abs()
         };
-        let [runtime, exact] = [Activations::Runtime, Activations::Exact].map(measure);
+        let runtime = measure(Activations::Runtime);
         // Which way a rounding falls depends on the order of sums, in llama.cpp too: with --no-repack its IQ4_NL is 74.3903.
         assert!(runtime < 8e-4, "{mix}: {runtime}");
-        assert!(*mix == "F16" || exact > 1e-3, "{mix}: {runtime} as the runtime rounds, {exact} exactly");
+        if *mix != "F16" {
+            let exact = measure(Activations::Exact);
+            assert!(exact > 1e-3, "{mix}: {runtime} as the runtime rounds, {exact} exactly");
+        }
     }
 }
 

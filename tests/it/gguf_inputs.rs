@@ -58,7 +58,7 @@ fn commands() -> [Vec<&'static str>; 3] {
     [
         [&["eval", "x.gguf"], EVAL].concat(),
         vec!["convert", "x.gguf", "-o", "out"],
-        vec!["quantize", "x.gguf", "-o", "out.gguf", "--method", "rtn", "--scheme", "Q8_0"],
+        vec!["quantize", "x.gguf", "-o", "out.gguf", "--method", "rtn", "--scheme", "Q8_0", "--verify-windows", "1"],
     ]
 }
 

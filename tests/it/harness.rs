@@ -6,6 +6,9 @@ use std::process::{Command, Output};
 use serde_json::Value;
 use tempfile::TempDir;
 
+/// A text to calibrate on where it does not matter which: the bundled one takes longer to tokenize than a small model to solve.
+pub const TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/demo/calibration.txt");
+
 /// A folder of its own for one test; gone afterwards.
 pub struct Room(TempDir);
 

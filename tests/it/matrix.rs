@@ -82,7 +82,8 @@ fn every_family_is_written_in_every_layout_and_read_back() {
         .into_iter()
         .enumerate()
         {
-            let settings = format!("format = '{format}'\n{settings}");
+            // A few samples and windows: a layout that is read otherwise than it was written is another model on any of them.
+            let settings = format!("format = '{format}'\n{settings}\nsamples = 16");
             let cell = &mut family.layouts[column];
             let [output, plain] =
                 ["quantized", "plain"].map(|kind| outputs.path().join(format!("{name}-{format}-{kind}")));

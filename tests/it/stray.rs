@@ -7,7 +7,7 @@ use formats::{Dtype, SafetensorsSet, ShardedWriter, TensorSpec};
 use quantc::Checkpoint;
 use serde_json::{Value, json};
 
-use crate::harness::{Model, Room};
+use crate::harness::{Model, Room, TEXT};
 
 /// Without data and without measuring.
 const FAST: &[&str] = &["--method", "rtn", "--group-size", "64", "--verify-text", "none"];
@@ -364,7 +364,7 @@ fn doubles_are_read_as_singles() {
         let quantize = |room: &Room| {
             let args =
                 ["quantize", "model", "-o", "out", "--force", "--format", format, "--samples", "4", "--seq-len", "64"];
-            let run = room.run(args.iter().chain(&["--verify-windows", "1"]));
+            let run = room.run(args.iter().chain(&["--verify-windows", "1", "--calibration", TEXT]));
             run.succeeds();
             run.stderr()
         };
@@ -430,7 +430,8 @@ fn headless(room: &Room, class: &str, tied: bool) {
 
 #[test]
 fn a_model_without_a_head_is_quantized_with_data_and_its_hidden_states_are_compared() {
-    let quick = ["--samples", "4", "--seq-len", "64", "--verify-windows", "1", "--group-size", "64"];
+    let quick =
+        ["--samples", "4", "--seq-len", "64", "--verify-windows", "1", "--group-size", "64", "--calibration", TEXT];
     let mut weights = Vec::new();
     for (class, tied) in [("LlamaModel", false), ("LlamaModel", true), ("LlamaForSequenceClassification", false)] {
         let room = Room::new();

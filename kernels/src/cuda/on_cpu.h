@@ -33,7 +33,7 @@ typedef long long i64;
 #define __align__(n) __attribute__((aligned(n)))
 #define INFINITE __builtin_inff()
 #define NOT_A_NUMBER __builtin_nanf("")
-#define SHARED_DYNAMIC(name) unsigned char *name = on_cpu::machine.dynamic
+#define SHARED_DYNAMIC(name) unsigned char *name = on_cpu::own().dynamic
 #define KERNEL(name) static void name
 #define EXPORT(name)                                                                                                     \
     extern "C" int quantc_launch_##name(const unsigned *grid, unsigned block, size_t shared, void **arguments, int order) { \
@@ -53,7 +53,10 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 
-static thread_local Dimensions threadIdx, blockIdx, blockDim, gridDim;
+#define threadIdx (on_cpu::own().thread)
+#define blockIdx (on_cpu::own().block)
+#define blockDim (on_cpu::own().threads)
+#define gridDim (on_cpu::own().blocks)
 
 namespace on_cpu {
 
@@ -74,7 +77,18 @@ struct Fiber {
     unsigned exchanges;
 };
 
+// Copies to shared memory that nothing has waited for.
+struct Copy {
+    void *to;
+    const void *from;
+};
+struct Pending {
+    std::vector<std::vector<Copy>> groups;
+    std::vector<Copy> open;
+};
+
 struct Machine {
+    Dimensions thread, block, threads, blocks;
 #if defined(__x86_64__)
     void *scheduler;
 #else
@@ -85,6 +99,7 @@ struct Machine {
     // Which exchange each slot was filled for.
     std::vector<unsigned> stamps;
     std::vector<unsigned char> shared;
+    std::vector<Pending> pending;
     unsigned char *dynamic;
     unsigned count, current;
     void (*body)(void *);
@@ -93,7 +108,16 @@ struct Machine {
         for (auto &fiber : fibers) free(fiber.stack);
     }
 };
-static thread_local Machine machine;
+static Machine &of_thread() {
+    static thread_local Machine machine;
+    return machine;
+}
+
+// The machine of the fiber that asks, which lies at the foot of its stack: whatever a kernel does asks for it, and a thread's own
+// variables are found by a call in libraries that are loaded later.
+static inline Machine &own() {
+    return **(Machine **)((uintptr_t)__builtin_frame_address(0) & ~(uintptr_t)(STACK - 1));
+}
 
 #if defined(__x86_64__)
 extern "C" __attribute__((visibility("hidden"))) void quantc_switch(void **from, void *to);
@@ -104,6 +128,7 @@ asm(".text\n.hidden quantc_switch\n.globl quantc_switch\n.type quantc_switch,@fu
 #endif
 
 static void to_scheduler() {
+    Machine &machine = own();
     Fiber &fiber = machine.fibers[machine.current];
 #if defined(__x86_64__)
     quantc_switch(&fiber.pointer, machine.scheduler);
@@ -113,19 +138,21 @@ static void to_scheduler() {
 }
 
 static void begin() {
+    Machine &machine = own();
     machine.body(machine.context);
     machine.fibers[machine.current].state = DONE;
     to_scheduler();
     abort();
 }
 
-static void prepare(Fiber &fiber) {
-    if (!fiber.stack) fiber.stack = (unsigned char *)malloc(STACK);
+static void prepare(Machine &machine, Fiber &fiber) {
+    if (!fiber.stack) fiber.stack = (unsigned char *)aligned_alloc(STACK, STACK);
+    *(Machine **)fiber.stack = &machine;
     fiber.state = RUNNING;
     fiber.turn = 0;
     fiber.exchanges = 0;
 #if defined(__x86_64__)
-    uintptr_t top = ((uintptr_t)fiber.stack + STACK) & ~(uintptr_t)63;
+    uintptr_t top = (uintptr_t)fiber.stack + STACK;
     void **frame = (void **)(top - 64);
     for (int i = 0; i < 6; i++) frame[i] = nullptr;
     frame[6] = (void *)begin;
@@ -139,9 +166,9 @@ static void prepare(Fiber &fiber) {
 #endif
 }
 
-static void resume(unsigned index) {
+static void resume(Machine &machine, unsigned index) {
     machine.current = index;
-    threadIdx = {index, 0, 0};
+    machine.thread = {index, 0, 0};
     Fiber &fiber = machine.fibers[index];
 #if defined(__x86_64__)
     quantc_switch(&machine.scheduler, fiber.pointer);
@@ -160,13 +187,13 @@ static unsigned nth(unsigned i, unsigned count, unsigned pass, int order) {
     return a == 1 ? (unsigned)(((u64)i * step + pass) % count) : count - 1 - i;
 }
 
-static bool run_in_step(int order) {
-    for (unsigned i = 0; i < machine.count; i++) prepare(machine.fibers[i]);
+static bool run_in_step(Machine &machine, int order) {
+    for (unsigned i = 0; i < machine.count; i++) prepare(machine, machine.fibers[i]);
     machine.stamps.assign((size_t)2 * machine.count, 0);
     for (unsigned pass = 0;; pass++) {
         for (unsigned i = 0; i < machine.count; i++) {
             unsigned index = nth(i, machine.count, pass, order);
-            if (machine.fibers[index].state == RUNNING) resume(index);
+            if (machine.fibers[index].state == RUNNING) resume(machine, index);
         }
         bool released = false, live = false, all_at_block = true;
         for (unsigned first = 0; first < machine.count; first += 32) {
@@ -196,8 +223,8 @@ static bool run_in_step(int order) {
 }
 
 // Each warp alone up to a barrier of the block, so that warps are as far apart as barriers let them be.
-static bool run_apart(int order) {
-    for (unsigned i = 0; i < machine.count; i++) prepare(machine.fibers[i]);
+static bool run_apart(Machine &machine, int order) {
+    for (unsigned i = 0; i < machine.count; i++) prepare(machine, machine.fibers[i]);
     machine.stamps.assign((size_t)2 * machine.count, 0);
     unsigned warps = (machine.count + 31) / 32, pass = 0;
     for (unsigned round = 0;; round++) {
@@ -206,7 +233,7 @@ static bool run_apart(int order) {
             for (;; pass++) {
                 for (unsigned i = 0; i < end - first; i++) {
                     unsigned index = first + nth(i, end - first, pass, order);
-                    if (machine.fibers[index].state == RUNNING) resume(index);
+                    if (machine.fibers[index].state == RUNNING) resume(machine, index);
                 }
                 bool warp = false, block = false;
                 for (unsigned i = first; i < end; i++) {
@@ -230,15 +257,19 @@ static bool run_apart(int order) {
 }
 
 // Orders from 16 on keep warps apart.
-static bool run_block(int order) { return order < 16 ? run_in_step(order) : run_apart(order - 16); }
+static bool run_block(Machine &machine, int order) {
+    return order < 16 ? run_in_step(machine, order) : run_apart(machine, order - 16);
+}
 
 static void wait(State state) {
+    Machine &machine = own();
     machine.fibers[machine.current].state = state;
     to_scheduler();
 }
 
 // Leaves `size` bytes where the other lanes of the warp see them, and waits for theirs; returns lane 0's.
 static unsigned char *exchange(const void *value, size_t size) {
+    Machine &machine = own();
     Fiber &fiber = machine.fibers[machine.current];
     unsigned char *base = machine.slots.data() + (size_t)fiber.turn * machine.count * SLOT;
     machine.stamps[(size_t)fiber.turn * machine.count + machine.current] = ++fiber.exchanges;
@@ -251,12 +282,14 @@ static unsigned char *exchange(const void *value, size_t size) {
 
 // Whether a lane of the warp took part in the exchange that this thread has just come from; it may be done by now.
 static bool took_part(unsigned index) {
+    Machine &machine = own();
     Fiber &fiber = machine.fibers[machine.current];
     return machine.stamps[(size_t)(fiber.turn ^ 1) * machine.count + index] == fiber.exchanges;
 }
 
 template <class T>
 static T from_lane(T value, unsigned lane) {
+    Machine &machine = own();
     unsigned warp = machine.current / 32 * 32;
     unsigned char *all = exchange(&value, sizeof(T));
     if (warp + lane >= machine.count || !took_part(warp + lane)) return value;
@@ -269,6 +302,7 @@ template <class... A, size_t... I>
 static int launch_with(void (*kernel)(A...), const unsigned *grid, unsigned block, size_t shared, void **arguments, int order,
                        std::index_sequence<I...>) {
     auto call = [&] { kernel(*(std::remove_reference_t<A> *)arguments[I]...); };
+    Machine &machine = of_thread();
     machine.count = block;
     if (machine.fibers.size() < block) machine.fibers.resize(block, Fiber{});
     machine.slots.resize((size_t)2 * block * SLOT);
@@ -276,15 +310,15 @@ static int launch_with(void (*kernel)(A...), const unsigned *grid, unsigned bloc
     machine.dynamic = (unsigned char *)(((uintptr_t)machine.shared.data() + 127) & ~(uintptr_t)127);
     machine.context = &call;
     machine.body = [](void *context) { (*(decltype(call) *)context)(); };
-    blockDim = {block, 1, 1};
-    gridDim = {grid[0], grid[1], grid[2]};
+    machine.threads = {block, 1, 1};
+    machine.blocks = {grid[0], grid[1], grid[2]};
     for (unsigned z = 0; z < grid[2]; z++)
         for (unsigned y = 0; y < grid[1]; y++)
             for (unsigned x = 0; x < grid[0]; x++) {
-                blockIdx = {x, y, z};
+                machine.block = {x, y, z};
                 // What was never written reads as NaN.
                 memset(machine.dynamic, 0xff, shared);
-                if (!run_block(order)) return 1;
+                if (!run_block(machine, order)) return 1;
             }
     return 0;
 }
@@ -359,8 +393,8 @@ static T __shfl_up_sync(unsigned, T value, unsigned delta, int width = 32) {
 static inline unsigned __ballot_sync(unsigned, int predicate) {
     int value = predicate != 0;
     unsigned char *all = on_cpu::exchange(&value, sizeof value);
-    unsigned result = 0, warp = on_cpu::machine.current / 32 * 32;
-    for (unsigned lane = 0; lane < 32 && warp + lane < on_cpu::machine.count; lane++) {
+    unsigned result = 0, warp = on_cpu::own().current / 32 * 32;
+    for (unsigned lane = 0; lane < 32 && warp + lane < on_cpu::own().count; lane++) {
         int other;
         memcpy(&other, all + (size_t)lane * on_cpu::SLOT, sizeof other);
         if (on_cpu::took_part(warp + lane) && other) result |= 1u << lane;
@@ -433,18 +467,10 @@ static inline void load_transposed(u32 *out, const void *row) {
 }
 // Copies 16 bytes to shared memory, no earlier than something waits for them.
 namespace on_cpu {
-struct Copy {
-    void *to;
-    const void *from;
-};
-struct Pending {
-    std::vector<std::vector<Copy>> groups;
-    std::vector<Copy> open;
-};
-static thread_local std::vector<Pending> pending;
 static Pending &own_pending() {
-    if (pending.size() < machine.count) pending.resize(machine.count);
-    return pending[machine.current];
+    Machine &machine = own();
+    if (machine.pending.size() < machine.count) machine.pending.resize(machine.count);
+    return machine.pending[machine.current];
 }
 }  // namespace on_cpu
 static inline void copy_async(void *to, const void *from) {
