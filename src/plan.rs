@@ -110,17 +110,25 @@ impl Plan {
             left.push(graph.head.linear.module.clone());
         }
         let model_type = crate::families::settings(source.config())?.model_type;
-        if graph.opaque {
-            let loaded = crate::families::loaded(&model_type, &left);
-            let mut known: HashSet<String> = modules.iter().map(|(name, _)| name).chain(&left).cloned().collect();
-            left.extend(loaded.into_iter().filter(|name| known.insert(name.clone())));
+        let loading = crate::families::Loading::of(source.config());
+        if graph.opaque || crate::families::type_of(source.config()) != Some(&model_type[..]) {
+            let packed = modules.iter().flat_map(|(name, _)| [vec![name.clone()], loading.names(name)].concat());
+            let mut known: HashSet<String> = packed.chain(left.iter().cloned()).collect();
+            let alike = |name: &String, component: &String| {
+                name.starts_with(&component[..]) || name.contains(&format!(".{component}"))
+            };
+            let plain = left.iter().chain(others.iter().filter(|name| aside(name)));
+            let loaded: Vec<String> =
+                plain.filter(|name| !name.ends_with('.')).flat_map(|name| loading.names(name)).collect();
+            let loaded = loaded.into_iter().filter(|name| !components.iter().any(|component| alike(name, component)));
+            left.extend(loaded.filter(|name| graph.opaque || !hides(name)).filter(|name| known.insert(name.clone())));
         }
         let listed: Vec<QuantizedModule<'_>> = modules
             .iter()
             .map(|(name, scheme)| QuantizedModule { name, scheme: *scheme, desc_act: recipe.desc_act })
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
-        config.notes.extend(crate::runtimes::notes(graph, &model_type, codec.id(), &schemes));
+        config.notes.extend(crate::runtimes::notes(graph, source, &loading, codec.id(), &schemes)?);
         config.notes.extend(uneven_experts(graph, &schemes));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
