@@ -111,9 +111,11 @@ impl Plan {
         }
         let model_type = crate::families::settings(source.config())?.model_type;
         let loading = crate::families::Loading::of(source.config());
+        let mut names: Vec<Vec<String>> = vec![Vec::new(); modules.len()];
         if graph.opaque || crate::families::type_of(source.config()) != Some(&model_type[..]) {
-            let packed = modules.iter().flat_map(|(name, _)| [vec![name.clone()], loading.names(name)].concat());
-            let mut known: HashSet<String> = packed.chain(left.iter().cloned()).collect();
+            names = modules.iter().map(|(name, _)| loading.names(name)).collect();
+            let packed = modules.iter().map(|(name, _)| name).chain(names.iter().flatten());
+            let mut known: HashSet<String> = packed.chain(&left).cloned().collect();
             let alike = |name: &String, component: &String| {
                 name.starts_with(&component[..]) || name.contains(&format!(".{component}"))
             };
@@ -125,7 +127,13 @@ impl Plan {
         }
         let listed: Vec<QuantizedModule<'_>> = modules
             .iter()
-            .map(|(name, scheme)| QuantizedModule { name, scheme: *scheme, desc_act: recipe.desc_act })
+            .zip(&names)
+            .map(|((name, scheme), loaded)| QuantizedModule {
+                name,
+                scheme: *scheme,
+                desc_act: recipe.desc_act,
+                loaded,
+            })
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(crate::runtimes::notes(graph, source, &loading, codec.id(), &schemes)?);
@@ -251,7 +259,11 @@ fn check_named(
     let whole = serde_json::json!({"quantization_config": config.quantization_config});
     let reader = formats::codec::read_quantization(&whole)?.expect("it is there");
     for module in quantized {
-        if reader.declared(module.name)?.map(|declared| declared.scheme) != Some(module.scheme) {
+        let mut hidden = false;
+        for name in module.loaded {
+            hidden |= reader.declared(name)?.is_none();
+        }
+        if hidden || reader.declared(module.name)?.map(|declared| declared.scheme) != Some(module.scheme) {
             return Err(Error::usage(format!(
                 "{} leaves linears out by their names, and could not but leave out `{}` as well, which is quantized; give --ignore \
                  for it, or write another --format",
