@@ -110,17 +110,33 @@ impl Plan {
             left.push(graph.head.linear.module.clone());
         }
         let model_type = crate::families::settings(source.config())?.model_type;
-        if graph.opaque {
-            let loaded = crate::families::loaded(&model_type, &left);
-            let mut known: HashSet<String> = modules.iter().map(|(name, _)| name).chain(&left).cloned().collect();
-            left.extend(loaded.into_iter().filter(|name| known.insert(name.clone())));
+        let loading = crate::families::Loading::of(source.config());
+        let mut names: Vec<Vec<String>> = vec![Vec::new(); modules.len()];
+        if graph.opaque || crate::families::type_of(source.config()) != Some(&model_type[..]) {
+            names = modules.iter().map(|(name, _)| loading.names(name)).collect();
+            let packed = modules.iter().map(|(name, _)| name).chain(names.iter().flatten());
+            let mut known: HashSet<String> = packed.chain(&left).cloned().collect();
+            let alike = |name: &String, component: &String| {
+                name.starts_with(&component[..]) || name.contains(&format!(".{component}"))
+            };
+            let plain = left.iter().chain(others.iter().filter(|name| aside(name)));
+            let loaded: Vec<String> =
+                plain.filter(|name| !name.ends_with('.')).flat_map(|name| loading.names(name)).collect();
+            let loaded = loaded.into_iter().filter(|name| !components.iter().any(|component| alike(name, component)));
+            left.extend(loaded.filter(|name| graph.opaque || !hides(name)).filter(|name| known.insert(name.clone())));
         }
         let listed: Vec<QuantizedModule<'_>> = modules
             .iter()
-            .map(|(name, scheme)| QuantizedModule { name, scheme: *scheme, desc_act: recipe.desc_act })
+            .zip(&names)
+            .map(|((name, scheme), loaded)| QuantizedModule {
+                name,
+                scheme: *scheme,
+                desc_act: recipe.desc_act,
+                loaded,
+            })
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
-        config.notes.extend(crate::runtimes::notes(graph, &model_type, codec.id(), &schemes));
+        config.notes.extend(crate::runtimes::notes(graph, source, &loading, codec.id(), &schemes)?);
         config.notes.extend(uneven_experts(graph, &schemes));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
@@ -243,7 +259,11 @@ fn check_named(
     let whole = serde_json::json!({"quantization_config": config.quantization_config});
     let reader = formats::codec::read_quantization(&whole)?.expect("it is there");
     for module in quantized {
-        if reader.declared(module.name)?.map(|declared| declared.scheme) != Some(module.scheme) {
+        let mut hidden = false;
+        for name in module.loaded {
+            hidden |= reader.declared(name)?.is_none();
+        }
+        if hidden || reader.declared(module.name)?.map(|declared| declared.scheme) != Some(module.scheme) {
             return Err(Error::usage(format!(
                 "{} leaves linears out by their names, and could not but leave out `{}` as well, which is quantized; give --ignore \
                  for it, or write another --format",

@@ -5,7 +5,9 @@ use std::collections::{HashMap, HashSet};
 
 use formats::Scheme;
 
-use crate::families::FURTHER;
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::families::{FURTHER, Loading, changed_modules, settings, type_of};
 use crate::graph::{Graph, Layer, Linear};
 use crate::plan::is_expert;
 
@@ -13,64 +15,112 @@ use crate::plan::is_expert;
 /// `tests/runtimes/unknown.py` (but for mt5, whose class is umt5's but for where positions are), or as they are made, measured by
 /// `tests/runtimes/asks.py`.
 const ASK_FOR_WEIGHTS: &[&str] = &[
-    "bit",
+    "altclip_vision_model",
     "blt",
+    "blt_patcher",
     "bridgetower",
+    "chinese_clip_vision_model",
+    "chmv2",
     "clap",
+    "clap_text_model",
+    "clipseg",
+    "clipseg_text_model",
+    "clipseg_vision_model",
     "clvp",
+    "clvp_decoder",
+    "clvp_encoder",
+    "colmodernvbert",
     "cvt",
+    "d_fine",
+    "deimv2",
+    "depth_anything",
     "dinov2",
     "dinov2_with_registers",
     "dinov3_vit",
-    "efficientnet",
+    "emu3_vqgan",
     "falcon",
     "falcon_mamba",
     "fastspeech2_conformer",
+    "fastspeech2_conformer_with_hifigan",
     "gpt_bigcode",
+    "grounding-dino",
+    "groupvit",
+    "groupvit_text_model",
     "hiera",
     "ijepa",
+    "kosmos-2",
     "longt5",
+    "lw_detr",
+    "lw_detr_vit",
     "mamba",
     "mamba2",
+    "mask2former",
     "mgp-str",
+    "mlcd",
+    "mlcd_vision_model",
+    "mm-grounding-dino",
     "modernbert",
     "modernbert-decoder",
+    "modernvbert",
     "mt5",
     "nanochat",
+    "neomme",
+    "oneformer",
+    "owlv2",
+    "owlv2_text_model",
+    "owlvit",
+    "owlvit_text_model",
+    "pe_audio",
+    "phi4_multimodal_vision",
+    "pix2struct",
+    "pix2struct_text_model",
+    "pix2struct_vision_model",
+    "pop2piano",
+    "pp_doclayout_v2",
+    "pp_doclayout_v3",
+    "pp_doclayout_v4",
+    "prompt_depth_anything",
     "pvt",
     "pvt_v2",
     "radio",
     "recurrent_gemma",
-    "regnet",
-    "resnet",
+    "rf_detr",
+    "rf_detr_dinov2",
+    "rt_detr",
+    "rt_detr_v2",
     "rwkv",
     "sapiens2",
     "seggpt",
     "siglip",
     "siglip2",
+    "siglip2_text_model",
     "siglip2_vision_model",
+    "siglip_text_model",
     "siglip_vision_model",
     "swiftformer",
     "swin2sr",
     "switch_transformers",
     "t5",
     "timesformer",
+    "tipsv2_dpt",
     "tipsv2_vision_model",
+    "udop",
     "umt5",
     "videoprism",
+    "videoprism_text_model",
     "videoprism_vision_model",
     "vitdet",
+    "vitpose",
+    "vitpose_backbone",
     "vjepa2",
-    "xcodec",
+    "xclip",
+    "xclip_text_model",
+    "xclip_vision_model",
     "xlstm",
 ];
 
 /// Models whose linears are of a class of their own in transformers, which is filled from plain weights alone.
 const OWN_LINEARS: &[&str] = &["ibert"];
-
-/// Models whose linears transformers changes as it loads them (it splits or joins their matrices), which it cannot do to packed ones.
-/// Seen with transformers 5.23 and tiny models of its classes.
-const CHANGED_WHILE_LOADED: &[&str] = &["bailing_hybrid", "hrm_text", "kimi_linear", "olmo_hybrid"];
 
 /// What is asked of a model.
 struct Facts<'a> {
@@ -88,9 +138,14 @@ struct Facts<'a> {
 }
 
 /// Notes on the runtimes that will not load `graph` in the layout `codec` with these schemes: what happens, and who does.
-///
-/// `model_type` is that of the language model.
-pub fn notes(graph: &Graph, model_type: &str, codec: &str, schemes: &HashMap<String, Scheme>) -> Vec<String> {
+pub fn notes(
+    graph: &Graph,
+    source: &Checkpoint,
+    loading: &Loading,
+    codec: &str,
+    schemes: &HashMap<String, Scheme>,
+) -> Result<Vec<String>> {
+    let model_type = settings(source.config())?.model_type;
     let layers = || graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
     let quantized = |linear: &Linear| schemes.contains_key(&linear.module);
     let experts = layers().any(|layer| match layer {
@@ -107,7 +162,13 @@ pub fn notes(graph: &Graph, model_type: &str, codec: &str, schemes: &HashMap<Str
         wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && *what != FURTHER),
     };
     let all: HashSet<&Scheme> = schemes.values().collect();
-    let any = |types: &[&str]| codec == "compressed-tensors" && types.contains(&model_type);
+    let packed = codec == "compressed-tensors";
+    let refused =
+        packed && graph.opaque && loading.refuses_packed(source.entries().iter().map(|entry| &entry.name[..]));
+    let is_one = |types: &[&str]| {
+        types.contains(&&model_type[..]) || type_of(source.config()).is_some_and(|outer| types.contains(&outer))
+    };
+    let any = |types: &[&str]| packed && !refused && is_one(types);
     let dequantized = match all.len() {
         0 | 1 => "with CompressedTensorsConfig(dequantize=True) it loads",
         _ => "it unpacks files of one scheme with CompressedTensorsConfig(dequantize=True), and this one has several",
@@ -121,13 +182,24 @@ pub fn notes(graph: &Graph, model_type: &str, codec: &str, schemes: &HashMap<Str
     let own = any(OWN_LINEARS).then(|| {
         format!("transformers fills the linears of this model from plain weights alone and would leave them at random values; {dequantized}")
     });
-    let changed = any(CHANGED_WHILE_LOADED).then(|| {
-        "transformers changes matrices of this model as it loads it and fails on packed ones, with \
-         CompressedTensorsConfig(dequantize=True) too"
+    let changed = refused.then(|| {
+        "transformers splits or joins matrices of this model as it loads it, and fails at that where anything is packed as \
+         compressed-tensors, with CompressedTensorsConfig(dequantize=True) too: it cannot load this output"
             .to_owned()
     });
+    let stays = if graph.opaque { changed_modules(source) } else { Vec::new() };
+    let stays = stays.first().map(|first| {
+        let first = match stays.len() {
+            1 => format!("`{first}` as it loads it, which it cannot do to a packed matrix: it stays as it is"),
+            n => format!(
+                "`{first}` and {} more matrices as it loads them, which it cannot do to packed ones: they stay as they are",
+                n - 1
+            ),
+        };
+        format!("transformers splits, joins or turns {first}")
+    });
     let known = [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned);
-    known.chain([unknown, own, changed].into_iter().flatten()).collect()
+    Ok(known.chain([unknown, own, changed, stays].into_iter().flatten()).collect())
 }
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {

@@ -32,8 +32,8 @@ pub mod tying;
 mod unknown;
 
 pub use names::names;
-pub use renames::loaded;
-pub use unknown::plain_modules;
+pub use renames::Loading;
+pub use unknown::{changed_modules, plain_modules};
 
 use serde_json::Value;
 

@@ -1,42 +1,148 @@
-//! What transformers calls tensors once they are loaded, where that is not what files call them: a configuration that leaves a
-//! module out has to name it so too.
+//! What transformers makes of tensors as it loads them, by their names: it calls some otherwise than files do, so that a
+//! configuration which leaves a module out has to name it so too; and it splits or joins matrices, which it cannot do to packed ones.
 //!
-//! `renames.json` is made from transformers' own conversions, in the order in which they are done.
+//! `renames.json` is made from transformers' own conversions by `tests/fixtures/make_renames.py`.
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use fancy_regex::Regex;
+use serde::Deserialize;
+use serde_json::Value;
 
-/// For a model type, what is looked for in a name and what stands there instead; `\1` is the first group.
-static RENAMES: LazyLock<HashMap<String, Vec<(String, String)>>> =
+use super::{settings, type_of};
+
+static TABLE: LazyLock<HashMap<String, Vec<Told>>> =
     LazyLock::new(|| serde_json::from_str(include_str!("renames.json")).expect("a committed file"));
 
-/// The names of those of these modules that transformers calls otherwise, as it calls them.
-pub fn loaded<'a>(model_type: &str, modules: impl IntoIterator<Item = &'a String>) -> Vec<String> {
-    let Some(renames) = RENAMES.get(model_type) else { return Vec::new() };
-    let renames: Vec<(Regex, &str)> =
-        renames.iter().map(|(from, to)| (Regex::new(from).expect("a committed file"), &to[..])).collect();
-    let rename = |module: &&String| {
-        let weight = format!("{module}.weight");
-        let mut name = weight.clone();
-        for (from, to) in &renames {
-            let Ok(Some(found)) = from.captures(&name) else { continue };
-            let to = to.replace(r"\1", found.get(1).map_or("", |group| group.as_str()));
-            name = name.replacen(&found[0], &to, 1);
+/// How one class of a model type is loaded, as the table has it.
+#[derive(Deserialize)]
+struct Told {
+    base: String,
+    steps: Vec<(Option<String>, String, Vec<String>, Kind)>,
+    tied: Vec<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+enum Kind {
+    #[serde(rename = "")]
+    Renames,
+    /// Splits, joins or turns a matrix.
+    #[serde(rename = "changes")]
+    Changes,
+    /// Does so and is found by the name of the weight itself, whose sources transformers takes for packed ones where it loads
+    /// compressed-tensors.
+    #[serde(rename = "changes weights")]
+    ChangesWeights,
+}
+
+struct Step {
+    /// Prefixes of the names that it is done in, one of which is left out of what the pattern sees.
+    scopes: Vec<String>,
+    pattern: Regex,
+    targets: &'static [String],
+    kind: Kind,
+}
+
+/// What transformers makes of the tensors of one model.
+#[derive(Default)]
+pub struct Loading {
+    /// The steps of each class that may load it.
+    ways: Vec<Vec<Step>>,
+    tied: Vec<&'static str>,
+}
+
+impl Loading {
+    /// Of the model that this config.json describes, and of its text.
+    pub fn of(config: &Value) -> Loading {
+        let text = settings(config).map(|settings| settings.model_type).unwrap_or_default();
+        let outer = type_of(config).filter(|outer| *outer != text);
+        let told = outer.into_iter().chain([&text[..]]).filter_map(|model_type| TABLE.get(model_type)).flatten();
+        let mut loading = Loading::default();
+        for Told { base, steps, tied } in told {
+            loading.tied.extend(tied.iter().map(|name| &name[..]));
+            loading.ways.push(steps.iter().map(|step| Step::new(base, step)).collect());
         }
-        (name != weight).then(|| name.strip_suffix(".weight").map(str::to_owned)).flatten()
-    };
-    let named = modules.into_iter().filter(|name| !name.ends_with('.'));
-    named.filter_map(|name| rename(&name)).collect()
+        loading
+    }
+
+    /// The names by which transformers knows a module of a file once it is loaded, where that is not the file's.
+    pub fn names(&self, module: &str) -> Vec<String> {
+        let weight = format!("{module}.weight");
+        let names = self.ways.iter().flat_map(|way| loaded(way, &weight).0);
+        let mut names: Vec<String> = names
+            .filter(|name| *name != weight)
+            .filter_map(|name| name.strip_suffix(".weight").map(str::to_owned))
+            .collect();
+        names.dedup();
+        names
+    }
+
+    /// Whether a module's matrix is split, joined or turned.
+    pub fn changes(&self, module: &str) -> bool {
+        let weight = format!("{module}.weight");
+        self.ways.iter().any(|way| loaded(way, &weight).1.is_some())
+    }
+
+    /// Linears that share another tensor and have none, where they have no usual name.
+    pub fn tied(&self) -> &[&'static str] {
+        &self.tied
+    }
+
+    /// Whether loading compressed-tensors fails whatever is packed: transformers wants to unpack what it joins even where that is
+    /// plain, and what it splits even where there is none of it.
+    pub fn refuses_packed<'n>(&self, tensors: impl IntoIterator<Item = &'n str>) -> bool {
+        let mut steps = self.ways.iter().flatten();
+        let splits = steps.any(|step| step.kind == Kind::ChangesWeights && step.targets.len() > 1);
+        let joined = |name| self.ways.iter().any(|way| loaded(way, name).1 == Some(Kind::ChangesWeights));
+        splits || tensors.into_iter().any(joined)
+    }
+}
+
+/// What a tensor becomes, and the kind of the step that changes it.
+fn loaded(way: &[Step], tensor: &str) -> (Vec<String>, Option<Kind>) {
+    let mut name = tensor.to_owned();
+    for step in way.iter().filter(|step| step.kind == Kind::Renames) {
+        if let Some(renamed) = step.done(&name) {
+            name = renamed.into_iter().next().expect("a target for each");
+        }
+    }
+    let mut changes = way.iter().filter(|step| step.kind != Kind::Renames);
+    match changes.find_map(|step| Some((step.done(&name)?, step.kind))) {
+        Some((names, kind)) => (names, Some(kind)),
+        None => (vec![name], None),
+    }
+}
+
+impl Step {
+    fn new(base: &str, (scope, pattern, targets, kind): &'static (Option<String>, String, Vec<String>, Kind)) -> Step {
+        let dotted = |part: &str| if part.is_empty() { String::new() } else { format!("{part}.") };
+        let scopes = match scope {
+            Some(scope) => vec![dotted(base) + &dotted(scope), dotted(scope)],
+            None => vec![String::new()],
+        };
+        Step { scopes, pattern: Regex::new(pattern).expect("a committed file"), targets, kind: *kind }
+    }
+
+    /// The names that this one becomes; `None` where it is not concerned.
+    fn done(&self, name: &str) -> Option<Vec<String>> {
+        let scope = self.scopes.iter().find(|scope| name.starts_with(&scope[..]))?;
+        let rest = &name[scope.len()..];
+        let found = self.pattern.captures(rest).ok()??;
+        let group = found.iter().skip(1).flatten().next().map_or("", |group| group.as_str());
+        let named = |target: &String| scope.clone() + &rest.replacen(&found[0], &target.replace(r"\1", group), 1);
+        Some(self.targets.iter().map(named).collect())
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
-    fn of(model_type: &str, module: &str) -> Vec<String> {
-        loaded(model_type, &[module.to_owned()])
+    fn of(model_type: &str) -> Loading {
+        Loading::of(&json!({ "model_type": model_type }))
     }
 
     #[test]
@@ -48,15 +154,64 @@ mod tests {
             ("hy_v4", "model.layers.1.mlp.shared_experts.linear_gate", "model.layers.1.mlp.shared_experts.gate_proj"),
             ("inkling2_text", "model.llm.layers.0.attn.gate_attn", "model.layers.0.self_attn.gate_proj"),
             ("gemma3n_text", "model.language_model.layers.0.x", "model.layers.0.x"),
+            // Models that also see, and parts of them.
+            ("paddleocr_vl", "mlp_AR.linear_1", "model.projector.linear_1"),
+            ("hyperclovax_vision_v2", "model.vision_projector", "model.projector"),
+            ("step3p7", "vit_large_projector", "model.multi_modal_projector"),
+            ("lfm3_vl_vision", "patchifier", "patch_embed"),
+            // Only its classes have steps, and only in what is theirs.
+            ("fuyu", "vision_embed_tokens", "model.vision_embed_tokens"),
+            ("ultravbert", "text_model.ultrabert.layers.0.x", "text_model.layers.0.x"),
         ] {
-            assert_eq!(of(model_type, file), [name], "{model_type}");
+            assert!(
+                of(model_type).names(file).contains(&name.to_owned()),
+                "{model_type}: {:?}",
+                of(model_type).names(file)
+            );
         }
-        assert!(of("phimoe", "lm_head").is_empty());
-        assert!(of("unheard_of", "model.layers.0.block_sparse_moe.gate").is_empty());
+        assert!(of("phimoe").names("lm_head").is_empty());
+        assert!(of("unheard_of").names("model.layers.0.block_sparse_moe.gate").is_empty());
+        // Steps of the text count inside a wrapper that is not known.
+        let inside = json!({"model_type": "unheard_of", "text_config": {"model_type": "phimoe"}});
+        assert!(!Loading::of(&inside).names("model.layers.0.block_sparse_moe.gate").is_empty());
     }
 
     #[test]
-    fn every_rename_can_be_looked_for() {
-        RENAMES.keys().for_each(|model_type| drop(of(model_type, "model.layers.0.x")));
+    fn matrices_that_are_split_become_all_of_their_parts() {
+        for (model_type, module, parts) in [
+            ("nomic_bert", "encoder.layers.0.attn.Wqkv", ["q_proj", "k_proj", "v_proj"]),
+            ("gte", "encoder.layer.0.attention.qkv_proj", ["q_proj", "k_proj", "v_proj"]),
+            ("molmo2_text", "layers.0.self_attn.att_proj", ["q_proj", "k_proj", "v_proj"]),
+        ] {
+            let (loading, names) = (of(model_type), of(model_type).names(module));
+            assert!(loading.changes(module), "{model_type}");
+            assert!(parts.iter().all(|part| names.iter().any(|name| name.ends_with(part))), "{model_type}: {names:?}");
+        }
+        let (loading, module) = (of("nomic_bert"), "encoder.layers.0.mlp.fc2");
+        assert!(!loading.changes(module));
+        assert_eq!(loading.names(module), ["layers.0.mlp.down_proj"]);
+    }
+
+    #[test]
+    fn what_transformers_joins_by_its_weights_cannot_be_packed_at_all() {
+        for (model_type, tensor, refused) in [
+            ("hrm_text", "", true),
+            ("molmo2_text", "", true),
+            ("kimi_linear", "model.layers.0.self_attn.q_conv1d.weight", true),
+            ("olmo_hybrid", "model.layers.0.linear_attn.k_conv1d.weight", true),
+            ("bailing_hybrid", "model.layers.0.attention.v_conv1d.weight", true),
+            ("minimax_m3_vl", "language_model.model.layers.0.mlp.shared_experts.gate_proj.weight", true),
+            ("kimi_linear", "model.layers.0.self_attn.q_proj.weight", false),
+            ("nomic_bert", "encoder.layers.0.attn.Wqkv.weight", false),
+            ("qwen3_moe", "model.layers.0.mlp.experts.0.gate_proj.weight", false),
+        ] {
+            assert_eq!(of(model_type).refuses_packed([tensor]), refused, "{model_type}");
+        }
+        assert_eq!(of("luke").tied(), ["entity_predictions.decoder"]);
+    }
+
+    #[test]
+    fn every_step_can_be_done() {
+        TABLE.keys().for_each(|model_type| drop(of(model_type).names("model.layers.0.x")));
     }
 }

@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use kernels::NormKind;
 
 use super::names::component;
+use super::renames::Loading;
 use crate::checkpoint::{Checkpoint, Entry, StoredType};
 use crate::error::{Error, Result};
 use crate::graph::{Block, Embedding, Graph, Head, Layer, Linear, Norm, Step};
@@ -110,6 +111,9 @@ pub fn graph(source: &Checkpoint) -> Result<Graph> {
             true => {
                 "its matrices lie with their columns first, as those of a `Conv1D`, which runtimes look for in known families only"
             }
+            false if !changed_modules(source).is_empty() => {
+                "transformers splits or joins all matrices of its layers as it loads them, which it cannot do to packed ones"
+            }
             false => "no matrices of numbered layers were found in it",
         };
         return Err(Error::failed(format!("{}: the model's family is unknown, and {why}", source.path().display())));
@@ -196,9 +200,21 @@ pub fn plain_modules(graph: &Graph, source: &Checkpoint, classes: bool) -> Vec<S
         let in_layers = |head: &str| quantizable.iter().any(|module| module.ends_with(&format!(".{head}")));
         modules.extend(HEADS.iter().filter(|head| !in_layers(head)).map(|head| (*head).to_owned()));
     }
+    if classes {
+        modules.extend(Loading::of(source.config()).tied().iter().map(|head| (*head).to_owned()));
+    }
     let mut seen = HashSet::new();
     modules.retain(|module| !quantizable.contains(&module[..]) && seen.insert(module.clone()));
     modules
+}
+
+/// Linears of the language model's blocks that stay as they are for what transformers does to their matrices as it loads them.
+pub fn changed_modules(source: &Checkpoint) -> Vec<String> {
+    let all = Finder { loading: Loading::default(), ..Finder::new(source) };
+    let loading = Loading::of(source.config());
+    let module =
+        |entry: &Entry| all.block_of(entry).and_then(|_| entry.name.strip_suffix(".weight").map(str::to_owned));
+    source.entries().iter().filter_map(module).filter(|module| loading.changes(module)).collect()
 }
 
 /// Components in which nothing is quantized, such as `vision_tower.`: runtimes call what is in them otherwise than files do.
@@ -222,6 +238,7 @@ struct Finder<'a> {
     further: HashSet<&'a str>,
     /// Some matrices lie with their columns first, for their biases have a value for each column (`Conv1D`).
     turned: bool,
+    loading: Loading,
 }
 
 impl<'a> Finder<'a> {
@@ -229,7 +246,7 @@ impl<'a> Finder<'a> {
         let of_further = |name: &str| name.split('.').any(|part| OF_FURTHER.contains(&part));
         let names = source.entries().iter().map(|entry| &entry.name[..]);
         let further = names.filter(|name| of_further(name)).filter_map(block).collect();
-        let mut finder = Finder { source, further, turned: false };
+        let mut finder = Finder { source, further, turned: false, loading: Loading::of(source.config()) };
         finder.turned = source.entries().iter().any(|entry| {
             let bias = || finder.bias(entry).is_some_and(|bias| *bias == entry.shape[1..] && bias[0] != entry.shape[0]);
             entry.shape.len() == 2 && block(&entry.name).is_some() && bias()
@@ -271,7 +288,8 @@ impl<'a> Finder<'a> {
         // torch's own attention multiplies by the output's weight without asking the linear.
         let parent = module.rsplit_once('.').map_or("", |(parent, _)| parent);
         let of_torch = self.source.entry(&format!("{parent}.in_proj_weight")).is_some();
-        (matrix && !kept && straight() && !of_torch && !self.further.contains(block)).then_some(block)
+        let linear = matrix && !kept && straight() && !of_torch && !self.further.contains(block);
+        (linear && !self.loading.changes(module)).then_some(block)
     }
 }
 

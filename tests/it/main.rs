@@ -20,6 +20,7 @@ mod harness;
 mod hostile;
 mod inputs;
 mod llama_cpp;
+mod loading;
 mod matrix;
 mod pipeline;
 mod readme;

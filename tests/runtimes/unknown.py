@@ -44,7 +44,7 @@ LAYOUTS = {
 }
 # Where it unpacks all while it loads, transformers rounds to the type of the scales, which is float16 where there are no experts.
 KL, TOLERANCE, VOCABULARY = 0.01, 5e-3, 160
-FAST = ["opt", "gpt_bigcode", "jamba", "phimoe", "qwen3_next", "llava_apertus", "t5", "bert"]
+FAST = ["opt", "gpt_bigcode", "jamba", "phimoe", "qwen3_next", "llava_apertus", "t5", "bert", "nomic_bert", "luke"]
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 16}
@@ -91,6 +91,8 @@ CASES = {
     "jetmoe": ("jetmoe", None, GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16, "num_key_value_heads": 4}),
     "xglm": ("xglm", None, {"vocab_size": VOCABULARY, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "max_position_embeddings": 64}),
     "bert": ("bert", "BertForMaskedLM", SIZES | {"max_position_embeddings": 64}),
+    "nomic_bert": ("nomic_bert", "NomicBertForMaskedLM", SIZES | {"max_position_embeddings": 64, "head_dim": 16}),
+    "luke": ("luke", "LukeForMaskedLM", SIZES | {"max_position_embeddings": 66, "entity_vocab_size": 16, "entity_emb_size": 32}),
     "modernbert": ("modernbert", "ModernBertForMaskedLM", SIZES | {"pad_token_id": 0}),
     "t5": ("t5", "T5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}),
     "t5_gated": ("t5", "T5ForConditionalGeneration", {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 2, "d_ff": 96, "num_layers": 2, "num_heads": 32, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),

@@ -226,7 +226,7 @@ mod tests {
     #[test]
     fn one_scheme_only() {
         let scheme = Scheme { bits: 4, group: Some(64), symmetric: false };
-        let module = |name, scheme| QuantizedModule { name, scheme, desc_act: false };
+        let module = |name, scheme| QuantizedModule { name, scheme, desc_act: false, loaded: &[] };
         let same = [module("a.0.x", scheme), module("a.1.x", scheme)];
         let config = |others: &[&str]| {
             let others: Vec<String> = others.iter().map(|s| s.to_string()).collect();

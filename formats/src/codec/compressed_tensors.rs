@@ -205,7 +205,7 @@ impl Codec for CompressedTensors {
             .map(String::as_str)
             .filter(|n| *n != "lm_head")
             .partition(|n| names::is_component(n));
-        let all: Vec<&str> = modules.iter().map(|module| module.name).chain(left.iter().copied()).collect();
+        let all: Vec<&str> = modules.iter().flat_map(QuantizedModule::names).chain(left.iter().copied()).collect();
         let mut ignore = NameSet::new(&left, &all, !components.is_empty()).targets();
         ignore.extend(components.iter().map(|component| format!("re:{}", names::anywhere(component))));
         // A tied head is a Linear too, though it has no tensor of its own.
@@ -404,7 +404,7 @@ mod tests {
     #[test]
     fn config_of_one_scheme_targets_linear_and_always_ignores_the_head() {
         let scheme = Scheme { bits: 4, group: None, symmetric: true };
-        let modules = [QuantizedModule { name: "model.layers.0.mlp.up_proj", scheme, desc_act: false }];
+        let modules = [QuantizedModule { name: "model.layers.0.mlp.up_proj", scheme, desc_act: false, loaded: &[] }];
         let files = CompressedTensors.config(&modules, &["model.layers.0.mlp.down_proj".into()]).unwrap();
         let config = files.quantization_config;
         assert_eq!(config["config_groups"]["group_0"]["targets"], json!(["Linear"]));

@@ -172,7 +172,7 @@ impl Codec for Gptq {
         }
         // The head has a setting of its own.
         let left: Vec<&str> = others.into_iter().filter(|name| !name.ends_with("lm_head")).collect();
-        let all: Vec<&str> = modules.iter().map(|module| module.name).chain(left.iter().copied()).collect();
+        let all: Vec<&str> = modules.iter().flat_map(QuantizedModule::names).chain(left.iter().copied()).collect();
         for pattern in NameSet::new(&left, &all, !components.is_empty()).patterns() {
             dynamic.insert(format!("-:{pattern}"), json!({}));
         }
@@ -339,7 +339,7 @@ mod tests {
     fn config_states_what_is_mixed_and_who_cannot_read_it() {
         let four = Scheme { bits: 4, group: Some(64), symmetric: true };
         let eight = Scheme { bits: 8, ..four };
-        let module = |name, scheme| QuantizedModule { name, scheme, desc_act: false };
+        let module = |name, scheme| QuantizedModule { name, scheme, desc_act: false, loaded: &[] };
         let modules = [
             module("model.layers.0.mlp.up_proj", four),
             module("model.layers.0.mlp.down_proj", eight),

@@ -55,6 +55,14 @@ pub struct QuantizedModule<'a> {
     pub scheme: Scheme,
     /// Groups follow the order of importance instead of the columns (GPTQ's `desc_act`).
     pub desc_act: bool,
+    /// Other names by which runtimes know it, which must not be taken for those of linears that are left as they were.
+    pub loaded: &'a [String],
+}
+
+impl<'a> QuantizedModule<'a> {
+    fn names(&self) -> impl Iterator<Item = &'a str> {
+        [self.name].into_iter().chain(self.loaded.iter().map(String::as_str))
+    }
 }
 
 /// What a checkpoint's configuration says about one module.

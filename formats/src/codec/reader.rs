@@ -693,7 +693,7 @@ mod tests {
             }
             let listed: Vec<_> = modules
                 .iter()
-                .map(|(name, scheme)| QuantizedModule { name, scheme: *scheme, desc_act: false })
+                .map(|(name, scheme)| QuantizedModule { name, scheme: *scheme, desc_act: false, loaded: &[] })
                 .collect();
             let files = codec.config(&listed, &left).unwrap();
             let r = reader(files.quantization_config);
