@@ -119,7 +119,8 @@ pub fn fates(source: &Checkpoint, unknown: UnknownTensors) -> Result<(HashMap<St
     let strays = Strays::new(&graph, source, unknown);
     let fate = |entry: &Entry| Ok((entry.name.clone(), strays.fate(&entry.name)?));
     let found = strays.entries().map(fate).collect::<Result<Vec<_>>>()?;
-    let notes = strays.notes(found.iter().map(|(name, fate)| (&**name, fate)), true);
+    let mut notes = strays.notes(found.iter().map(|(name, fate)| (&**name, fate)), true);
+    notes.extend(families::cannot_run(&graph));
     Ok((found.into_iter().collect(), notes))
 }
 

@@ -375,6 +375,7 @@ impl Job<'_> {
                 100.0 * found as f64 / all.max(1) as f64
             ));
         }
+        notes.extend(families::cannot_run(&graph));
         if !graph.aside.is_empty() && !graph.opaque {
             let names: Vec<&str> = graph.aside.iter().map(|(prefix, _)| prefix.trim_end_matches('.')).collect();
             let done = if recipe.gguf.is_some() { "left out" } else { "copied as they are" };

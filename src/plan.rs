@@ -114,16 +114,17 @@ impl Plan {
         let mut names: Vec<Vec<String>> = vec![Vec::new(); modules.len()];
         if graph.opaque || crate::families::type_of(source.config()) != Some(&model_type[..]) {
             names = modules.iter().map(|(name, _)| loading.names(name)).collect();
-            let packed = modules.iter().map(|(name, _)| name).chain(names.iter().flatten());
-            let mut known: HashSet<String> = packed.chain(&left).cloned().collect();
-            let alike = |name: &String, component: &String| {
-                name.starts_with(&component[..]) || name.contains(&format!(".{component}"))
-            };
-            let plain = left.iter().chain(others.iter().filter(|name| aside(name)));
-            let loaded: Vec<String> =
-                plain.filter(|name| !name.ends_with('.')).flat_map(|name| loading.names(name)).collect();
-            let loaded = loaded.into_iter().filter(|name| !components.iter().any(|component| alike(name, component)));
-            left.extend(loaded.filter(|name| graph.opaque || !hides(name)).filter(|name| known.insert(name.clone())));
+            let packed: Vec<&String> = modules.iter().map(|(name, _)| name).chain(names.iter().flatten()).collect();
+            let alone = left
+                .iter()
+                .filter(|name| !name.ends_with('.'))
+                .flat_map(|name| loading.names(name))
+                .filter(|name| graph.opaque || !hides(name));
+            let inside = others.iter().filter(|name| aside(name)).flat_map(|name| loading.names(name));
+            let inside = inside.filter_map(|name| as_component(name, &components, &packed));
+            let mut known: HashSet<String> = packed.iter().copied().chain(&left).cloned().collect();
+            let loaded: Vec<String> = alone.chain(inside).filter(|name| known.insert(name.clone())).collect();
+            left.extend(loaded);
         }
         let listed: Vec<QuantizedModule<'_>> = modules
             .iter()
@@ -279,6 +280,18 @@ fn check_named(
         }
     }
     Ok(())
+}
+
+/// What leaves out a linear of another component that transformers knows by this name: nothing more where the components' names do; its
+/// component as a whole where nothing `packed` is in that, for layers in it may be called as the language model's are; else the name.
+fn as_component(name: String, components: &[String], packed: &[&String]) -> Option<String> {
+    let is_in = |part: &String| name.starts_with(&part[..]) || name.contains(&format!(".{part}"));
+    if components.iter().any(is_in) {
+        return None;
+    }
+    let part = crate::families::component(&name);
+    let alone = part.ends_with('.') && part != "model." && !packed.iter().any(|packed| packed.starts_with(&part));
+    Some(if alone { part } else { name })
 }
 
 /// Linears that are never quantized: routers, what looks like one in other components of the model and among tensors that go

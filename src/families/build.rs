@@ -261,14 +261,19 @@ const ELSEWHERE: &[&str] = &[
     "tanh",
 ];
 
-/// Settings with an activation that is known in place of one that is only known elsewhere; `None` where there is none.
-pub fn with_another_activation(settings: &serde_json::Value) -> Option<serde_json::Value> {
+/// Settings with an activation that is known in place of one that is only known elsewhere, and with attention to what came before in
+/// place of attention to all; `None` where there is neither.
+pub fn with_known_arithmetic(settings: &serde_json::Value) -> Option<serde_json::Value> {
     let keys = ["hidden_act", "hidden_activation", "activation_function"];
     let elsewhere = |key: &&str| settings[*key].as_str().is_some_and(|name| ELSEWHERE.contains(&name));
     let mut other = settings.clone();
     let found: Vec<&str> = keys.into_iter().filter(elsewhere).collect();
     found.iter().for_each(|key| other[*key] = "silu".into());
-    (!found.is_empty()).then_some(other)
+    let both_ways = other["use_bidirectional_attention"] == true;
+    if both_ways {
+        other["use_bidirectional_attention"] = false.into();
+    }
+    (both_ways || !found.is_empty()).then_some(other)
 }
 
 fn named_activation(name: &str) -> Option<Activation> {

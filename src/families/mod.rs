@@ -31,7 +31,7 @@ mod strict;
 pub mod tying;
 mod unknown;
 
-pub use names::names;
+pub use names::{component, names};
 pub use renames::Loading;
 pub use unknown::{changed_modules, plain_modules};
 
@@ -214,19 +214,19 @@ pub fn build(config: &Value) -> Result<Graph> {
     let settings = settings(config)?;
     match family_of(&settings.model_type) {
         Some(family) => {
-            if let Some(said) = settings.values.get("is_causal").filter(|said| counts_as_false(said)) {
-                return Err(Error::failed(format!(
-                    "config.json: is_causal is {}, and only models that attend to what came before can be run",
-                    shown(said)
-                )));
-            }
-            let graph = (family.build)(&Config(&settings.values)).or_else(|error| {
+            let mut graph = (family.build)(&Config(&settings.values)).or_else(|error| {
                 // What only the arithmetic needs stands in no one's way who asks for none.
-                let Some(other) = build::with_another_activation(&settings.values) else { return Err(error) };
+                let Some(other) = build::with_known_arithmetic(&settings.values) else { return Err(error) };
                 let mut graph = (family.build)(&Config(&other))?;
                 graph.unrunnable = Some(error.to_string());
                 Ok(graph)
             })?;
+            if let Some(said) = settings.values.get("is_causal").filter(|said| counts_as_false(said)) {
+                graph.unrunnable.get_or_insert(format!(
+                    "config.json: is_causal is {}, and only models that attend to what came before can be run",
+                    shown(said)
+                ));
+            }
             check(&graph)?;
             Ok(graph)
         }
@@ -262,6 +262,12 @@ fn known() -> String {
 /// Whether the model that `config` describes is of a family in the list.
 pub fn is_known(config: &Value) -> bool {
     family_of(&text_part(config).model_type).is_some()
+}
+
+/// What to say of a model of a known family that cannot be run.
+pub fn cannot_run(graph: &Graph) -> Option<String> {
+    let why = graph.unrunnable.as_ref()?;
+    Some(format!("{why}: what is written was not measured, nor can it be"))
 }
 
 /// Fails for a model whose family is unknown, so that it cannot be run.

@@ -146,7 +146,7 @@ pub(super) fn adopt(graph: &mut Graph, source: &Checkpoint) {
 }
 
 /// The part of a name that says which component a tensor belongs to: `vision_tower.`, or `model.visual.`.
-pub(super) fn component(name: &str) -> String {
+pub fn component(name: &str) -> String {
     let mut parts = name.splitn(3, '.');
     let first = parts.next().unwrap_or_default();
     match (first, parts.next(), parts.next()) {

@@ -63,6 +63,24 @@ fn what_stays_is_named_as_transformers_calls_it_once_it_is_loaded() {
 }
 
 #[test]
+fn a_tower_that_is_called_as_the_language_model_once_it_is_loaded_is_named_as_a_whole() {
+    let room = Room::new();
+    let config = json!({"model_type": "inkling2", "text_config": {"model_type": "inkling2_text"}, "vision_config": {}});
+    let modules = ["model.llm.layers.0.attn.wq_du", "model.visual.backbone.layers.0.self_attn.q_proj"];
+    write(&room.path("model"), &config, &modules);
+    for layout in LAYOUTS {
+        let (_, reader) = quantize(&room, "model", &layout);
+        for (name, packed) in [
+            (modules[0], true),
+            ("model.language_model.layers.0.self_attn.q_proj", true),
+            ("model.vision_tower.layers.0.self_attn.q_proj", false),
+        ] {
+            assert_eq!(reader.declared(name).unwrap().is_some(), packed, "{name}");
+        }
+    }
+}
+
+#[test]
 fn linears_that_share_a_tensor_are_named_where_only_transformers_knows_them() {
     let room = Room::new();
     write(
@@ -109,6 +127,14 @@ fn what_transformers_cannot_load_packed_at_all_is_told() {
     let (said, _) = quantize(&room, "model", &LAYOUTS[0]);
     assert!(said.contains("it cannot load this output"), "{said}");
     assert!(!is_packed(&room.path("model-compressed-tensors"), modules[1]));
+    // What is joined matters only where it is there.
+    let conv = "model.layers.0.self_attn.q_conv1d";
+    write(&room.path("joined"), &json!({"model_type": "kimi_linear"}), &[modules[0], conv]);
+    write(&room.path("without"), &json!({"model_type": "kimi_linear"}), &modules[..1]);
+    for (model, told) in [("joined", true), ("without", false)] {
+        let (said, _) = quantize(&room, model, &LAYOUTS[0]);
+        assert_eq!(said.contains("it cannot load this output"), told, "{said}");
+    }
     // Other layouts have no such trouble.
     let (said, _) = quantize(&room, "model", &LAYOUTS[1]);
     assert!(!said.contains("cannot load this output"), "{said}");

@@ -3,6 +3,7 @@
 mod adapter;
 mod bad_input;
 mod beside;
+mod both_ways;
 mod bounds;
 mod cards;
 mod configurations;

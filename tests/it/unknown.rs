@@ -321,13 +321,6 @@ fn only_classes_that_ask_for_packed_weights_are_said_to() {
         run.succeeds();
         assert_eq!(run.stderr().contains("dequantize=True"), asks, "{model_type}: {}", run.stderr());
     }
-    for model_type in ["bailing_hybrid", "hrm_text", "kimi_linear", "olmo_hybrid"] {
-        write(&room.path(model_type), &json!({"model_type": model_type}), &tensors);
-        let out = format!("out-{model_type}");
-        let run = room.run(["quantize", model_type, "-o", &out].iter().chain(&RTN).chain(&LAYOUTS[0]));
-        run.succeeds();
-        assert!(run.stderr().contains("fails on packed ones"), "{model_type}: {}", run.stderr());
-    }
 }
 
 /// A file may name what is left out otherwise than transformers does once it has loaded it.
