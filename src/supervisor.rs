@@ -174,10 +174,14 @@ mod watching {
         });
         let mut asked = None;
         if waiter.is_ok() {
-            for signal in signals.forever() {
-                asked = Some(signal);
-                hand_on(&child, signal);
-            }
+            // The iterator panics where its own socket fails. The worker's end is then waited for all the same.
+            std::panic::set_hook(Box::new(|_| {}));
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                for signal in signals.forever() {
+                    asked = Some(signal);
+                    hand_on(&child, signal);
+                }
+            }));
         }
         // Its number is its own until now, as the thread has not taken its end away.
         let status = child.wait().ok()?;
@@ -199,8 +203,9 @@ mod watching {
     fn hand_on(child: &Child, signal: i32) {
         let process = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         if let (Some(process), Some(signal)) = (process, Signal::from_named_raw(signal)) {
-            // It may be gone already.
+            // It may be gone already. One that was stopped learns of a signal when it goes on.
             let _ = kill_process(process, signal);
+            let _ = kill_process(process, Signal::CONT);
         }
     }
 

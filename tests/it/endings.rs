@@ -83,6 +83,17 @@ fn a_signal_ends_the_run_and_leaves_nothing() {
 }
 
 #[test]
+fn a_stopped_worker_ends_when_it_is_asked_to() {
+    let room = Room::new();
+    room.model();
+    let run = start(&room);
+    kill("STOP", run.worker());
+    kill("TERM", run.child.id());
+    assert_eq!(run.end().status.signal(), Some(15));
+    assert_eq!(room.names(), ["model"]);
+}
+
+#[test]
 fn a_worker_that_dies_is_explained_in_one_sentence() {
     for (signal, words) in [("KILL", "memory runs out"), ("ABRT", "memory ran out"), ("BUS", "truncated")] {
         let room = Room::new();
