@@ -30,12 +30,18 @@ pub fn imitation() -> Option<&'static Path> {
             hash.update(std::fs::read(path).unwrap());
         }
         let key: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-        let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake_cuda").join(key);
+        let all_of_them = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fake_cuda");
+        let folder = all_of_them.join(&key);
+        std::fs::create_dir_all(&folder).unwrap();
+        // By this name others find the one that is in use.
+        let own = all_of_them.join(std::process::id().to_string());
+        let _ = std::fs::remove_file(&own);
+        std::os::unix::fs::symlink(&key, &own).unwrap();
+        std::fs::rename(&own, all_of_them.join("current")).unwrap();
         let library = folder.join("libcuda.so.1");
         if library.exists() {
             return Some(folder);
         }
-        std::fs::create_dir_all(&folder).unwrap();
         let cuda = ["libcuda.so.1", "libnvrtc.so.13", "libcublas.so.13"];
         let all = cuda.map(|name| format!("{ALL}/{name}"));
         let with_solver = cuda.iter().chain(&["libcusolver.so.12"]).map(|name| format!("{SOLVER}/{name}"));
