@@ -511,7 +511,7 @@ impl Checkpoint {
                         self.path.display()
                     )
                 });
-                Ok(Beside { files: files.map(of).into(), bytes: 0, notes: pooling.into_iter().collect() })
+                Ok(Beside { files: files.map(of).into(), notes: pooling.into_iter().collect() })
             }
         }
     }

@@ -68,7 +68,7 @@ fn rewrite(
         TensorSpec { name: name.clone(), dtype: target, shape }
     };
     specs.extend(layout.stacks.iter().map(stack_spec));
-    staging.check_space(bytes_of(&specs))?;
+    staging.check_space(bytes_of(&specs) + beside.bytes())?;
     let writer = weight_writer(staging.folder(), specs.clone())?;
     let mut lost = Vec::new();
     for spec in &specs {

@@ -200,7 +200,7 @@ impl Job<'_> {
         let mut own = vec!["config.json", "report.json", "README.md"];
         own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
         let beside = source.beside(&own)?;
-        staging.check_space(bytes_of(&plan.outputs) + beside.bytes)?;
+        staging.check_space(bytes_of(&plan.outputs) + beside.bytes())?;
         let mut run =
             self.prepare((Device::of(backend), progress), started, source, graph, needs(&self.recipe), hashing)?;
         run.notes.splice(0..0, plan.config.notes.iter().cloned());

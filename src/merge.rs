@@ -49,7 +49,7 @@ fn write(
     notes.splice(0..0, [staging.notes().to_vec(), source.notices(), source.tokenizer_notes()].concat());
     let kept = source.entries().iter().filter(|entry| !matches!(strays.get(&entry.name), Some(Fate::Dropped(_))));
     let specs: Vec<TensorSpec> = kept.map(spec).collect();
-    staging.check_space(bytes_of(&specs))?;
+    staging.check_space(bytes_of(&specs) + beside.bytes())?;
     let writer = weight_writer(staging.folder(), specs.clone())?;
     let mut lost = Vec::new();
     for spec in &specs {

@@ -17,10 +17,19 @@ use crate::error::{Error, Result};
 pub struct Beside {
     /// Files by their path within the output, sorted.
     pub files: Vec<(PathBuf, SideFile)>,
-    /// What the files take that are copied.
-    pub bytes: u64,
     /// What a reader of a report should know: what stayed behind, and what is called otherwise now.
     pub notes: Vec<String>,
+}
+
+impl Beside {
+    /// Bytes that these files take in an output.
+    pub fn bytes(&self) -> u64 {
+        let of = |file: &SideFile| match file {
+            SideFile::Copy(_, identity) => identity.bytes(),
+            SideFile::Bytes(bytes) => bytes.len() as u64,
+        };
+        self.files.iter().map(|(_, file)| of(file)).sum()
+    }
 }
 
 /// A file that accompanies the weights.
@@ -186,12 +195,11 @@ pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result
             .is_some_and(|report| report["tool"].as_str().is_some_and(|tool| tool.starts_with("quantc "))),
         around: HashSet::new(),
         files: Vec::new(),
-        bytes: 0,
         left: BTreeMap::new(),
         notes: Vec::new(),
     };
     walk.folder(Path::new(""), 0, false)?;
-    let Walk { mut files, bytes, left, mut notes, .. } = walk;
+    let Walk { mut files, left, mut notes, .. } = walk;
     files.sort_by(|a, b| a.0.cmp(&b.0));
     if files.iter().any(|(name, file)| {
         name.as_path() == Path::new(ORIGINAL_CARD)
@@ -204,7 +212,7 @@ pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result
             left.iter().map(|(reason, names)| format!("{} ({})", list(names), reason.text())).collect();
         notes.push(format!("left out of what lies beside the weights: {}", told.join("; ")));
     }
-    Ok(Beside { files, bytes, notes })
+    Ok(Beside { files, notes })
 }
 
 /// Names, or the first dozen and how many more.
@@ -227,8 +235,6 @@ struct Walk<'a> {
     /// The real paths of the folders that the walk is in.
     around: HashSet<PathBuf>,
     files: Vec<(PathBuf, SideFile)>,
-    /// Of these.
-    bytes: u64,
     left: BTreeMap<Reason, Vec<String>>,
     /// Files that are not what their names say, and go along all the same.
     notes: Vec<String>,
@@ -378,9 +384,7 @@ impl Walk<'_> {
             self.leave(Reason::Large, &kept, false);
             return Ok(());
         }
-        let opened = file::open(path).and_then(|file| Identity::of(&file)).map_err(Error::io(path, "open"))?;
-        self.bytes += metadata.len();
-        self.files.push((kept, SideFile::Copy(path.to_path_buf(), opened)));
+        self.files.push((kept, SideFile::Copy(path.to_path_buf(), Identity::from_metadata(metadata))));
         Ok(())
     }
 

@@ -85,7 +85,8 @@ impl Staging {
             if !path.is_dir() {
                 return Err(Error::usage(format!("{shown}: is a file, and a folder is to be written")));
             }
-            let empty = entries(&path).map_err(Error::io(&path, "list"))?.is_empty();
+            let there = entries(&path).map_err(Error::io(&path, "list"))?;
+            let empty = there.is_empty();
             if !empty && !force {
                 return Err(Error::usage(format!("{shown}: exists already; --force replaces it")));
             }
@@ -94,7 +95,7 @@ impl Staging {
                     "{shown}: --force replaces a model directory, and this is none (it has no config.json)"
                 )));
             }
-            if let (false, Some(why)) = (empty, no_model_directory(&path).map_err(Error::io(&path, "list"))?) {
+            if let (false, Some(why)) = (empty, no_model_directory(&there)) {
                 return Err(Error::usage(format!(
                     "{shown}: --force replaces a model directory with all that is in it, and this {why}; choose another place, or remove it"
                 )));
@@ -539,23 +540,15 @@ fn opens(name: &str, output: &str) -> bool {
     name == output || is_part(name, stem(output)) && name.contains("-00001-of-")
 }
 
-/// Why a folder with a config.json is not taken for a model's, where it is not: other programs have files of that name too.
-fn no_model_directory(folder: &Path) -> std::io::Result<Option<String>> {
-    let (mut weights, mut project) = (false, None);
-    for entry in fs::read_dir(folder)? {
-        let name = entry?.file_name().to_string_lossy().into_owned();
-        weights |= [".safetensors", ".bin", ".gguf"].iter().any(|ending| name.ends_with(ending))
-            || name.ends_with(".index.json")
-            || name == "report.json";
-        if [".git", ".hg", ".svn"].contains(&&name[..]) {
-            project = Some(name);
-        }
+/// Why a folder with a config.json and these names is not taken for a model's, where it is not: other programs have files of that
+/// name too.
+fn no_model_directory(names: &[String]) -> Option<String> {
+    if let Some(history) = names.iter().find(|name| [".git", ".hg", ".svn"].contains(&&name[..])) {
+        return Some(format!("holds {history}"));
     }
-    Ok(match (weights, project) {
-        (_, Some(name)) => Some(format!("holds {name}")),
-        (false, None) => Some("has no weights".to_owned()),
-        (true, None) => None,
-    })
+    let endings = [".safetensors", ".bin", ".gguf", ".index.json"];
+    let is_models = |name: &String| endings.iter().any(|ending| name.ends_with(ending)) || name == "report.json";
+    (!names.iter().any(is_models)).then(|| "has no weights".to_owned())
 }
 
 /// Fails when something other than a plain file is where a GGUF file is to be.

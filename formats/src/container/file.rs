@@ -80,7 +80,13 @@ impl Identity {
         Ok(Self::from_metadata(&file.metadata()?))
     }
 
-    fn from_metadata(metadata: &Metadata) -> Identity {
+    /// How many bytes the file had when it was looked at.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// That of a file, or of what a link leads to, of which this is known.
+    pub fn from_metadata(metadata: &Metadata) -> Identity {
         #[cfg(unix)]
         let number = {
             use std::os::unix::fs::MetadataExt;
