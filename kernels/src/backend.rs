@@ -383,7 +383,21 @@ pub trait Backend: Sync {
     fn rms_norm(&self, x: &Self::Matrix, weight: &[f32], eps: f32) -> Result<Self::Matrix>;
     /// `(x − mean) / √(variance + eps) · weight + bias` per row.
     fn layer_norm(&self, x: &Self::Matrix, weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Result<Self::Matrix>;
-    /// [`input`](Self::input) of a row's norm, where products are all that read it.
+    /// Each row's norm; root mean squares have no `bias`.
+    fn norm(
+        &self,
+        x: &Self::Matrix,
+        kind: NormKind,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+    ) -> Result<Self::Matrix> {
+        match kind {
+            NormKind::Rms => self.rms_norm(x, weight, eps),
+            NormKind::Layer => self.layer_norm(x, weight, bias, eps),
+        }
+    }
+    /// [`input`](Self::input) of a [`norm`](Self::norm), where products are all that read it.
     fn norm_input(
         &self,
         x: &Self::Matrix,
@@ -392,10 +406,7 @@ pub trait Backend: Sync {
         bias: Option<&[f32]>,
         eps: f32,
     ) -> Result<Self::Input> {
-        self.input(match kind {
-            NormKind::Rms => self.rms_norm(x, weight, eps)?,
-            NormKind::Layer => self.layer_norm(x, weight, bias, eps)?,
-        })
+        self.input(self.norm(x, kind, weight, bias, eps)?)
     }
     /// Normalises every `head_dim` values of each row in place.
     ///

@@ -11,7 +11,7 @@ mod mlp;
 mod moe;
 
 use formats::{Dtype, GgmlType};
-use kernels::{ActivationRounding, Backend, NormKind};
+use kernels::{ActivationRounding, Backend};
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -288,10 +288,7 @@ impl<'n> LoadedNorm<'n> {
     }
 
     fn apply<B: Backend>(&self, backend: &B, x: &B::Matrix) -> Result<B::Matrix> {
-        Ok(match self.norm.kind {
-            NormKind::Rms => backend.rms_norm(x, &self.weight, self.norm.eps)?,
-            NormKind::Layer => backend.layer_norm(x, &self.weight, self.bias.as_deref(), self.norm.eps)?,
-        })
+        Ok(backend.norm(x, self.norm.kind, &self.weight, self.bias.as_deref(), self.norm.eps)?)
     }
 
     /// Normed, as products read it.

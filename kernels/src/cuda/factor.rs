@@ -72,11 +72,11 @@ fn panel(n: usize) -> usize {
     n.div_ceil(4).next_multiple_of(64).clamp(128, PANEL)
 }
 
-fn operand(at: u64, stride: usize) -> Operand {
+pub(super) fn operand(at: u64, stride: usize) -> Operand {
     Operand { at, stride, transposed: false }
 }
 
-fn transposed(at: u64, stride: usize) -> Operand {
+pub(super) fn transposed(at: u64, stride: usize) -> Operand {
     Operand { at, stride, transposed: true }
 }
 

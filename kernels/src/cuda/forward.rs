@@ -40,13 +40,31 @@ fn check_product(op: &'static str, x: &Operands, weight: &Operands, bias: Option
 }
 
 /// A norm of slices.
-struct Norm<'a> {
+pub(super) struct Norm<'a> {
     /// Values of a slice.
     width: usize,
     kind: NormKind,
     weight: &'a [f32],
     bias: Option<&'a [f32]>,
     eps: f32,
+}
+
+impl<'a> Norm<'a> {
+    /// That of whole rows of `x`. Fails unless there is a weight for each of its columns and, where there are biases, one of these.
+    pub(super) fn of_rows(
+        op: &'static str,
+        x: &Matrix,
+        kind: NormKind,
+        weight: &'a [f32],
+        bias: Option<&'a [f32]>,
+        eps: f32,
+    ) -> Result<Norm<'a>> {
+        // The other kind has none.
+        let bias = bias.filter(|_| kind == NormKind::Layer);
+        expect(op, "features", weight.len(), x.cols)?;
+        bias.map_or(Ok(()), |bias| expect(op, "bias values", x.cols, bias.len()))?;
+        Ok(Norm { width: x.cols, kind, weight, bias, eps })
+    }
 }
 
 impl Cuda {
@@ -233,34 +251,20 @@ impl Cuda {
         self.blocks(&NORM, kernel, count / width, threads_for(width), 0, &args)
     }
 
-    pub(super) fn normed(
-        &self,
-        x: &Matrix,
-        kind: NormKind,
-        weight: &[f32],
-        bias: Option<&[f32]>,
-        eps: f32,
-    ) -> Result<Matrix> {
-        let (y, norm) = (self.matrix(x.rows, x.cols)?, Norm { width: x.cols, kind, weight, bias, eps });
-        self.norm_into(&x.buffer.pin_to_read()?, &y.buffer.pin()?, false, x.rows * x.cols, &norm)?;
+    pub(super) fn normed(&self, x: &Matrix, norm: &Norm<'_>) -> Result<Matrix> {
+        let y = self.matrix(x.rows, x.cols)?;
+        self.norm_into(&x.buffer.pin_to_read()?, &y.buffer.pin()?, false, x.rows * x.cols, norm)?;
         Ok(y)
     }
 
     /// Normed, as products read it.
-    pub(super) fn normed_input(
-        &self,
-        x: &Matrix,
-        kind: NormKind,
-        weight: &[f32],
-        bias: Option<&[f32]>,
-        eps: f32,
-    ) -> Result<Operands> {
+    pub(super) fn normed_input(&self, x: &Matrix, norm: &Norm<'_>) -> Result<Operands> {
         if !self.rounds() {
-            return Ok(Operands::Whole(self.normed(x, kind, weight, bias, eps)?));
+            return Ok(Operands::Whole(self.normed(x, norm)?));
         }
-        let (count, norm) = (x.rows * x.cols, Norm { width: x.cols, kind, weight, bias, eps });
+        let count = x.rows * x.cols;
         let y = Rounded { buffer: self.buffer::<u16>(count)?, rows: x.rows, cols: x.cols };
-        self.norm_into(&x.buffer.pin_to_read()?, &y.buffer.pin()?, true, count, &norm)?;
+        self.norm_into(&x.buffer.pin_to_read()?, &y.buffer.pin()?, true, count, norm)?;
         Ok(Operands::Rounded(y))
     }
 

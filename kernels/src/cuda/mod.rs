@@ -30,6 +30,7 @@ use ndarray::Array2;
 pub use self::card::{Card, Found, cards};
 pub use self::compile::{Compiled, MODULES, compile, compiler_is_there, missing};
 pub use self::device::{Address, Arg, Aside, Capacity, Device, Module, Operand, Product, Real, Shape, Ticket};
+use self::forward::Norm;
 pub use self::memory::{Buffer, Usage};
 use self::memory::{Memory, Pinned};
 pub use self::profile::Profile;
@@ -492,8 +493,7 @@ impl Backend for Cuda {
     }
 
     fn rms_norm(&self, x: &Matrix, weight: &[f32], eps: f32) -> Result<Matrix> {
-        expect("rms_norm", "features", weight.len(), x.cols)?;
-        self.normed(x, NormKind::Rms, weight, None, eps)
+        self.normed(x, &Norm::of_rows("rms_norm", x, NormKind::Rms, weight, None, eps)?)
     }
 
     fn norm_input(
@@ -504,16 +504,11 @@ impl Backend for Cuda {
         bias: Option<&[f32]>,
         eps: f32,
     ) -> Result<Operands> {
-        expect("norm_input", "features", weight.len(), x.cols)?;
-        let bias = bias.filter(|_| kind == NormKind::Layer);
-        bias.map_or(Ok(()), |bias| expect("norm_input", "bias values", x.cols, bias.len()))?;
-        self.normed_input(x, kind, weight, bias, eps)
+        self.normed_input(x, &Norm::of_rows("norm_input", x, kind, weight, bias, eps)?)
     }
 
     fn layer_norm(&self, x: &Matrix, weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Result<Matrix> {
-        expect("layer_norm", "features", weight.len(), x.cols)?;
-        bias.map_or(Ok(()), |bias| expect("layer_norm", "bias values", x.cols, bias.len()))?;
-        self.normed(x, NormKind::Layer, weight, bias, eps)
+        self.normed(x, &Norm::of_rows("layer_norm", x, NormKind::Layer, weight, bias, eps)?)
     }
 
     fn norm_heads(

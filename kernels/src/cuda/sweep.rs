@@ -6,7 +6,7 @@ use formats::ggml::{BlockScales, Layout, ScaleKind};
 use rayon::prelude::*;
 
 use super::blocks::ladder_of;
-use super::factor::{Halves, pinned};
+use super::factor::{Halves, operand, pinned, transposed};
 use super::{Arg, Buffer, Codes, Cuda, Matrix, Module, Operand, Product, Real, THREADS, expect, expect_blocks};
 use crate::backend::{BlockGrid, Factor, Grid, Swept};
 use crate::ops::blocks::codes_of;
@@ -248,8 +248,8 @@ impl Cuda {
                     let product = Product {
                         real: Real::F32,
                         shape: [n - end, height_of(round), width],
-                        a: Operand { transposed: true, ..plain(0, 0, n) },
-                        b: plain(0, 0, height),
+                        a: transposed(0, n),
+                        b: operand(0, height),
                         c: plain(feedback.at, end * height, height),
                         alpha: 1.0,
                         beta: 1.0,

@@ -20,11 +20,7 @@ fn norms_agree_with_the_plain_loop() {
         for (kind, bias) in [(NormKind::Rms, None), (NormKind::Layer, Some(&bias[..])), (NormKind::Layer, None)] {
             let found = on_all(|cuda| {
                 let x = cuda.upload(x.clone()).unwrap();
-                let y = match kind {
-                    NormKind::Rms => cuda.rms_norm(&x, &weight, 1e-2),
-                    NormKind::Layer => cuda.layer_norm(&x, &weight, bias, 1e-2),
-                };
-                cuda.download(&y.unwrap()).unwrap()
+                cuda.download(&cuda.norm(&x, kind, &weight, bias, 1e-2).unwrap()).unwrap()
             });
             let Some(found) = found else { return };
             close(flat(&found), flat(&norm::reference(x.view(), cols, kind, &weight, bias, 1e-2)), 3e-6);
@@ -54,14 +50,9 @@ fn norms_are_written_as_products_read_them() {
             on_all(|cuda| {
                 for cuda in [cuda.clone(), cuda.relaxed()] {
                     let uploaded = cuda.upload(x.clone()).unwrap();
-                    let normed = match kind {
-                        NormKind::Rms => cuda.rms_norm(&uploaded, &weight, 1e-2),
-                        NormKind::Layer => cuda.layer_norm(&uploaded, &weight, bias, 1e-2),
-                    };
-                    let inputs = [
-                        cuda.norm_input(&uploaded, kind, &weight, bias, 1e-2).unwrap(),
-                        cuda.input(normed.unwrap()).unwrap(),
-                    ];
+                    let normed = cuda.norm(&uploaded, kind, &weight, bias, 1e-2).unwrap();
+                    let inputs =
+                        [cuda.norm_input(&uploaded, kind, &weight, bias, 1e-2).unwrap(), cuda.input(normed).unwrap()];
                     let unit = cuda.weight(cuda.upload(Array2::eye(cols)).unwrap()).unwrap();
                     let [found, expected] =
                         inputs.map(|x| cuda.download(&cuda.linear(&x, &unit, None).unwrap()).unwrap());
