@@ -21,7 +21,7 @@ use quantc::report::Report;
 use quantc::supervisor::{self, End};
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{Limits, Protocol, evaluate};
-use quantc::words::one_line;
+use quantc::words::tell;
 use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, stray, with_backend};
 
 /// The output is there, and its quality is below the limits.
@@ -168,12 +168,6 @@ fn say(text: &str) -> Result<(), Error> {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(Error::io("standard output", "write to")(error)),
         _ => Ok(()),
     }
-}
-
-/// Prints a line to standard error, as far as anybody listens there.
-fn tell(line: &str) {
-    use std::io::Write;
-    let _ = writeln!(std::io::stderr(), "{}", one_line(line));
 }
 
 /// Sets the threads up, the display, and the device.

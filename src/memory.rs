@@ -57,7 +57,7 @@ impl Device {
 pub struct Work {
     /// What is gathered of inputs.
     pub needs: Needs,
-    /// Hessians are factored.
+    /// Whether Hessians are factored, which takes them once more in doubles.
     pub sweeps: bool,
     /// Each block is first run as it is.
     pub smooths: bool,
@@ -73,9 +73,9 @@ impl Work {
 /// Tokens in sequences of one length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tokens {
-    /// Sequences.
+    /// Sequences that go through the model, which calibration has in memory together.
     pub count: u64,
-    /// Tokens of each.
+    /// Tokens of the longest sequence, as which all are counted.
     pub length: u64,
 }
 
@@ -164,7 +164,7 @@ fn solving(block: &Block, device: Device, work: Work) -> u64 {
 
 /// What a block takes beside the stream, in bytes.
 struct Running {
-    /// For all tokens.
+    /// What lasts from one step to the next, of all tokens.
     kept: u64,
     /// For the chunk of them that is at work.
     chunk: u64,

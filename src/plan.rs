@@ -110,9 +110,10 @@ impl Plan {
             left.push(graph.head.linear.module.clone());
         }
         let model_type = crate::families::settings(source.config())?.model_type;
-        let loading = crate::families::Loading::of(source.config());
+        let mut loading = crate::families::Loading::default();
         let mut names: Vec<Vec<String>> = vec![Vec::new(); modules.len()];
         if graph.opaque || crate::families::type_of(source.config()) != Some(&model_type[..]) {
+            loading = crate::families::Loading::of(source.config());
             names = modules.iter().map(|(name, _)| loading.names(name)).collect();
             let packed: Vec<&String> = modules.iter().map(|(name, _)| name).chain(names.iter().flatten()).collect();
             let alone = left

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::words::one_line;
+use crate::words::{one_line, tell};
 
 /// A progress display; silent when it is asked to be and when standard error is not a terminal.
 pub struct Progress {
@@ -43,10 +43,8 @@ impl Progress {
 
     /// A line before the work, whatever standard error is.
     pub fn say(&self, text: &str) {
-        use std::io::Write;
         if self.says {
-            // Where nobody listens, nothing is missed.
-            let _ = writeln!(std::io::stderr(), "{}", one_line(text));
+            tell(text);
         }
     }
 

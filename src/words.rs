@@ -28,6 +28,12 @@ pub fn one_line(text: &str) -> String {
     start.chain(format!(" [{} letters] ", count - 2 * half).chars()).chain(end).collect()
 }
 
+/// Prints a line to standard error, as far as anybody listens there.
+pub fn tell(line: &str) {
+    use std::io::Write;
+    let _ = writeln!(std::io::stderr(), "{}", one_line(line));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -210,8 +210,9 @@ pub fn plain_modules(graph: &Graph, source: &Checkpoint, classes: bool) -> Vec<S
 
 /// Linears of the language model's blocks that stay as they are for what transformers does to their matrices as it loads them.
 pub fn changed_modules(source: &Checkpoint) -> Vec<String> {
-    let all = Finder { loading: Loading::default(), ..Finder::new(source) };
-    let loading = Loading::of(source.config());
+    // Blocks are found as if nothing were changed.
+    let mut all = Finder::new(source);
+    let loading = std::mem::take(&mut all.loading);
     let module =
         |entry: &Entry| all.block_of(entry).and_then(|_| entry.name.strip_suffix(".weight").map(str::to_owned));
     source.entries().iter().filter_map(module).filter(|module| loading.changes(module)).collect()

@@ -36,10 +36,22 @@ pub(super) struct Loaded<B: Backend> {
 impl<B: Backend> Loaded<B> {
     /// The input of the last linear, for one chunk; handed out once.
     pub fn inner(&self, run: &Run<'_, B>, mlp: &Mlp, chunks: &[Chunk<B::Matrix>], index: usize) -> Result<B::Input> {
-        match self.kept[index].take() {
-            Some(x) => Ok(x),
-            None => activate(run.backend, mlp, &self.inputs, &run.input(chunks, index)?),
-        }
+        taken(run, mlp, &self.inputs, &self.kept, chunks, index)
+    }
+}
+
+/// The input of the last linear, for one chunk: what was kept of it, which is then gone, or computed.
+fn taken<B: Backend>(
+    run: &Run<'_, B>,
+    mlp: &Mlp,
+    inputs: &[Weight<B::Weight>],
+    kept: &[RefCell<Option<B::Input>>],
+    chunks: &[Chunk<B::Matrix>],
+    index: usize,
+) -> Result<B::Input> {
+    match kept[index].take() {
+        Some(x) => Ok(x),
+        None => activate(run.backend, mlp, inputs, &run.input(chunks, index)?),
     }
 }
 
@@ -81,13 +93,9 @@ pub(super) fn layer<B: Backend>(
     // Kept as soon as it is there and has been seen: what is put aside for want of room is then written once and read once.
     let down = supply.linears(&[&mlp.down], &|see| {
         all.clone().try_for_each(|index| {
-            let mut place = kept[index].borrow_mut();
-            let x = match place.take() {
-                Some(x) => x,
-                None => activate(run.backend, mlp, &inputs, &run.input(chunks, index)?)?,
-            };
+            let x = taken(run, mlp, &inputs, &kept, chunks, index)?;
             see(&x)?;
-            *place = keeps.then_some(x);
+            kept[index].replace(keeps.then_some(x));
             Ok(())
         })
     })?;

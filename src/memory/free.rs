@@ -7,7 +7,7 @@ use super::gigabytes;
 /// Memory that can be had.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Free {
-    /// Bytes.
+    /// Bytes that this process may take beside what it has.
     pub bytes: u64,
     /// What they are limited by.
     limit: String,
