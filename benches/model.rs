@@ -13,12 +13,12 @@ use criterion::{BatchSize, SamplingMode, Throughput, criterion_group, criterion_
 use formats::tensor::narrow;
 use formats::{Dtype, ShardedWriter, TensorSpec};
 use kernels::{Backend, Cpu, cpu};
-use quantc::compile::compile;
 use quantc::forward::{Activations, Inputs, Plain, Supply, Weight, embed, ready, run_block};
 use quantc::graph::{Graph, Linear};
-use quantc::plan::Plan;
+use quantc::pipeline::quantize;
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
+use quantc::target::target;
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{Protocol, evaluate};
 use quantc::{Checkpoint, demo, families};
@@ -141,7 +141,6 @@ fn gptq(c: &mut Criterion) {
     let model = Model::new();
     let request = Request { bits: Some(4), group_size: Some(64), ..Request::default() };
     let recipe = Recipe::resolve(request).expect("valid");
-    let plan = Plan::new(&model.graph, &model.source, &recipe).expect("fits");
     let samples = Samples {
         sequences: model.sequences(SEQUENCES),
         source: SampleSource {
@@ -173,16 +172,10 @@ fn gptq(c: &mut Criterion) {
         |()| {
             let output = tempfile::tempdir_in(model.folder.path()).expect("a folder");
             let mut progress = Progress::new(true);
-            compile(
-                &Cpu::default(),
-                &model.graph,
-                &model.source,
-                &recipe,
-                &plan,
-                Some(&samples),
-                output.path(),
-                &mut progress,
-            )
+            let out = output.path().join("out");
+            let places = [model.folder.path(), &out];
+            let target = target(&model.graph, &model.source, recipe.clone(), places, false).expect("fits");
+            quantize(&Cpu::default(), &model.graph, &model.source, &[&*target], 0, Some(&samples), &mut progress)
         },
     );
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 use crate::memory;
+use crate::recipe::Request;
 
 /// Quantizes language models for the runtimes that serve them, and proves that they are still themselves.
 #[derive(Debug, Parser)]
@@ -38,14 +39,19 @@ pub enum Command {
 }
 
 impl Command {
-    /// What the command writes, if it writes something.
-    pub fn output(&self) -> Option<&Path> {
+    /// What the command writes, as far as its words and its recipe say.
+    pub fn outputs(&self) -> Vec<PathBuf> {
         match self {
-            Command::Quantize(args) => Some(&args.output),
-            Command::Convert(args) => Some(&args.output),
-            Command::Merge(args) => Some(&args.output),
-            Command::Demo(args) => args.export.as_deref(),
-            Command::Eval(_) | Command::Inspect(_) | Command::Devices(_) => None,
+            Command::Quantize(args) => {
+                let recipe = args.recipe.as_deref().and_then(|recipe| Request::read(recipe).ok());
+                let tables = recipe.into_iter().flat_map(|recipe| recipe.target).filter_map(|table| table.path);
+                let flags = args.target.iter().filter_map(|text| Some(PathBuf::from(text.split_once('=')?.1)));
+                args.output.iter().cloned().chain(flags).chain(tables).collect()
+            }
+            Command::Convert(args) => vec![args.output.clone()],
+            Command::Merge(args) => vec![args.output.clone()],
+            Command::Demo(args) => args.export.iter().cloned().collect(),
+            Command::Eval(_) | Command::Inspect(_) | Command::Devices(_) => Vec::new(),
         }
     }
 
@@ -204,9 +210,16 @@ pub struct Demo {
 pub struct Quantize {
     /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file.
     pub model: PathBuf,
-    /// The directory to write; for GGUF the file.
+    /// The directory to write; for GGUF the file. The short form of one --target.
     #[arg(long, short, value_name = "OUT")]
-    pub output: PathBuf,
+    pub output: Option<PathBuf>,
+    /// One of several outputs from one calibration, as compressed-tensors:W4A16=OUT, gptq:W4A16:g64=OUT or gguf:Q4_K_M=m.gguf. Repeatable;
+    /// the other flags complete it. The first leads: the inputs of each layer are those that its weights make.
+    #[arg(long, value_name = "FORMAT[:SCHEME[:gN]]=PATH")]
+    pub target: Vec<String>,
+    /// Calibrate every target by itself, as if it were the only one.
+    #[arg(long)]
+    pub independent: bool,
     /// Layout of the output: compressed-tensors, gptq, awq or gguf. [default: gguf if OUT ends in .gguf, else
     /// compressed-tensors]
     #[arg(long, value_name = "FORMAT")]

@@ -13,11 +13,11 @@ use crate::error::Result;
 use crate::evidence::{lost_in_halves, share_of, too_small};
 use crate::families;
 use crate::graph::{Linear, Stored};
-use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, bytes_of, weight_writer};
 use crate::plan::{Fate, check_tensors};
 use crate::rest::{copy_tensor, write_floats};
 use crate::stray::{self, Strays, UnknownTensors};
+use crate::target::{copy_side_files, write_config};
 
 /// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default), and those that are not
 /// part of the model as `unknown` says, with what lies beside them. Returns what the user should know.

@@ -62,15 +62,8 @@ pub fn run<B: Backend>(backend: &B, progress: &mut Progress) -> Result<String> {
             let output = room.path().join(format!("{method}-{bits}"));
             let verification =
                 Verification { text: evaluation.clone(), context: 512, windows: Some(16), limits: Limits::default() };
-            let job = Job {
-                model: &model,
-                output: &output,
-                recipe: Recipe::resolve(request)?,
-                verification: Some(verification),
-                force: false,
-                report: None,
-            };
-            rows.push((format!("{} {bits}-bit", method.to_uppercase()), job.run(backend, progress)?));
+            let job = Job::one(&model, &output, Recipe::resolve(request)?, Some(verification), false);
+            rows.push((format!("{} {bits}-bit", method.to_uppercase()), job.run_one(backend, progress)?));
         }
     }
     Ok(table(&rows, &backend.name(), started.elapsed().as_secs_f64()))

@@ -1,33 +1,25 @@
-//! One whole run: open, plan, compile, reopen, verify, report, move into place.
+//! One whole run: open, plan, walk, reopen, verify, report, move into place.
 
-use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use calibration::samples::{Document, SampleSource, Samples, Text, needed, windows};
+use calibration::samples::{SampleSource, Samples, needed, windows};
 use calibration::statistics::Needs;
-use formats::container::file;
 use kernels::Backend;
-use serde_json::Value;
 
-use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, StoredType, front_matter};
-use crate::compile::{Compiled, LinearReport, SmoothingReport, Stages, compile, needs};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::evidence;
-use crate::export::probe;
 use crate::families;
 use crate::forward::Activations;
-use crate::gguf::{self, GgufPlan};
 use crate::graph::{Graph, Linear};
-use crate::json;
 use crate::memory::{self, Device, Expected, Free, Tokens, Work};
-use crate::output::{Place, SideOutput, Staging, bytes_of, check_beside, check_place};
-use crate::plan::{Fate, Plan};
+use crate::output::{Place, SideOutput, check_apart, check_beside, check_place};
+use crate::pipeline::{Written, quantize};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::report::{
-    BitsPerWeight, FileReport, Hashing, Report, Seconds, TensorReport, Verdict, hash_beside, hashed, peak_memory,
-};
+use crate::report::{BitsPerWeight, FileReport, Hashing, Report, Seconds, Verdict, hash_beside, hashed, peak_memory};
+use crate::target::{HeldOut, Papers, Target, Words, target};
 use crate::text::{ModelText, load_text};
 use crate::verify::{HiddenStates, Limits, Protocol, Quality, compare_hidden, evaluate};
 
@@ -47,121 +39,94 @@ pub struct Verification {
     pub limits: Limits,
 }
 
-/// One quantization.
-pub struct Job<'a> {
-    /// The input.
-    pub model: &'a Path,
-    /// The output directory.
-    pub output: &'a Path,
+/// One thing to be written.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// The directory; for GGUF the file.
+    pub path: PathBuf,
     /// What to do.
     pub recipe: Recipe,
-    /// What to measure afterwards.
-    pub verification: Option<Verification>,
-    /// Replace an existing output.
-    pub force: bool,
     /// A second copy of the report.
     pub report: Option<PathBuf>,
 }
 
+/// One run over a model.
+pub struct Job<'a> {
+    /// The input.
+    pub model: &'a Path,
+    /// What to make of it, all from one calibration as far as their recipes calibrate alike.
+    pub outputs: Vec<Output>,
+    /// The output whose weights the stream sees.
+    pub lead: usize,
+    /// Every output is calibrated on a stream of its own.
+    pub independent: bool,
+    /// What to measure afterwards.
+    pub verification: Option<Verification>,
+    /// Replace existing outputs.
+    pub force: bool,
+}
+
 /// What every run has before its work begins.
-struct Run {
+struct Run<'a> {
     started: Instant,
-    source: Checkpoint,
-    graph: Graph,
-    notes: Vec<String>,
-    samples: Option<Samples>,
+    source: &'a Checkpoint,
+    graph: &'a Graph,
     held_out: Option<HeldOut>,
-    hashing: Hashing,
+    /// Bytes of its weight files, and their hashes.
+    hashing: Option<Hashing>,
+    inputs: Vec<FileReport>,
+}
+
+/// Outputs that are calibrated together, and what that takes.
+struct Group {
+    /// Which of the targets, the leading one first.
+    members: Vec<usize>,
+    samples: Option<Samples>,
+    /// What there is to say of the calibration text.
+    notes: Vec<String>,
     /// Bytes of the host's memory.
     expected: Option<u64>,
-    prepare: f64,
 }
 
-/// The held-out text in the original's tokens, as far as it is looked at.
-struct HeldOut {
-    ids: Vec<u32>,
-    /// How many ids were asked for; the text has no more where there are fewer.
-    asked: usize,
-    windows: Vec<Vec<u32>>,
-}
-
-/// What every run has when its work is done.
+/// What was found of one output.
 struct Outcome {
-    interrupted: Vec<String>,
     quality: Option<Quality>,
     hidden_states: Option<HiddenStates>,
-    outputs: Vec<FileReport>,
-    linears: Vec<LinearReport>,
-    smoothings: Vec<SmoothingReport>,
-    tensors: Vec<TensorReport>,
-    /// Other tensors that lose values, with the share of these.
-    lost: Vec<(String, f64)>,
-    /// Keys of the recipe that turned out to have no effect.
-    idle: Vec<&'static str>,
-    /// Weights in quantized linears, and the bytes they take.
-    quantized: [u64; 2],
-    stages: Stages,
+    notes: Vec<String>,
     verify: f64,
 }
 
-/// Whether the written tokenizer makes the ids of the text once its characters are composed (NFC), which original tokenizers do by
-/// themselves and llama.cpp does not; a note says so.
-fn composed_alone(own: &ModelText, mut text: Text, held_out: &HeldOut, notes: &mut Vec<String>) -> Result<bool> {
-    let Some(plain) = text.plain() else { return Ok(false) };
-    let mut composed = tokenizers::NormalizedString::from(&*plain);
-    let composed = composed.nfc().get().to_owned();
-    let differs = composed != plain;
-    text.documents = vec![Document::Plain(composed)];
-    let alone = differs && own.first_ids(&text, held_out.asked)? == held_out.ids;
-    if alone {
-        notes.push(
-            "the held-out text has characters that are put together of several (as e and an accent): the original's tokenizer \
-             composes them first (NFC), as was done for measuring, and llama.cpp does not"
-                .to_owned(),
-        );
-    }
-    Ok(alone)
-}
-
-/// What to do about a GGUF file whose tokenizer gives other ids than the original's.
-fn other_ids(byte_level: bool) -> &'static str {
-    match byte_level {
-        true => "choose another --pre",
-        false => {
-            "llama.cpp joins the pieces of SentencePiece by their scores, which a unigram model or one with rules for \
-             characters was not made for; choose another --format"
-        }
-    }
-}
-
-impl Job<'_> {
-    /// Runs it. The output appears only if everything up to and including the measurement worked; limits that are missed
-    /// are told in the report's verdict, and the output stays.
-    pub fn run<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Report> {
-        let (output, single) = (self.output, self.recipe.gguf.is_some());
-        self.work(backend, progress).map_err(|error| error.of_output(output, single))
+impl<'a> Job<'a> {
+    /// A run with one output.
+    pub fn one(
+        model: &'a Path,
+        output: &Path,
+        recipe: Recipe,
+        verification: Option<Verification>,
+        force: bool,
+    ) -> Job<'a> {
+        let outputs = vec![Output { path: output.to_path_buf(), recipe, report: None }];
+        Job { model, outputs, lead: 0, independent: false, verification, force }
     }
 
-    fn work<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Report> {
+    /// Runs a job with one output.
+    pub fn run_one<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Report> {
+        Ok(self.run(backend, progress)?.remove(0))
+    }
+
+    /// Runs it; a report for each output. They appear only if everything up to and including the measurement of the last one worked;
+    /// limits that are missed are told in a report's verdict, and the output stays.
+    pub fn run<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Vec<Report>> {
+        let outputs: Vec<(PathBuf, bool)> =
+            self.outputs.iter().map(|output| (output.path.clone(), output.recipe.gguf.is_some())).collect();
+        self.work(backend, progress)
+            .map_err(|error| outputs.iter().fold(error, |error, (output, single)| error.of_output(output, *single)))
+    }
+
+    fn work<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Vec<Report>> {
         let started = Instant::now();
-        let adapter = self.recipe.adapter.as_deref();
-        if let Some(adapter) = adapter {
-            check_place(self.output, adapter)?;
-        }
-        // A file that is read may not be replaced, nor a folder that it lies in.
-        let texts = self.inputs();
-        texts.iter().filter(|input| input.is_file()).try_for_each(|input| check_place(self.output, input))?;
-        if let Some(path) = &self.report {
-            check_beside("--report", path, &self.inputs(), self.output)?;
-            let saved = self.recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref());
-            if saved.is_some_and(|saved| Place::resolve(saved).ok() == Place::resolve(path).ok()) {
-                return Err(Error::usage(format!(
-                    "--report {}: is what --save-imatrix names too; choose another place",
-                    path.display()
-                )));
-            }
-        }
-        let source = Checkpoint::open_with(self.model, adapter)?;
+        self.check_places()?;
+        let source = Checkpoint::open_with(self.model, self.adapter()?)?;
         let graph = families::graph_of(&source)?;
         if graph.head.missing && self.verification.as_ref().is_some_and(|v| v.limits.any()) {
             return Err(Error::usage(format!(
@@ -169,313 +134,306 @@ impl Job<'_> {
                 self.model.display()
             )));
         }
-        let hashing = hash_beside(source.files());
-        match self.recipe.gguf {
-            Some(_) => self.gguf_file(backend, progress, started, source, graph, hashing),
-            None => self.directory(backend, progress, started, source, graph, hashing),
+        let hashing = Some(hash_beside(source.files()));
+        let targets = self
+            .outputs
+            .iter()
+            .map(|output| {
+                let places = [self.model, &output.path];
+                target(&graph, &source, output.recipe.clone(), places, self.force)
+            })
+            .collect::<Result<Vec<Box<dyn Target<B>>>>>()?;
+        check_together(&targets)?;
+        let mut run = Run { started, source: &source, graph: &graph, held_out: None, hashing, inputs: Vec::new() };
+        let (said, groups) = self.prepare((Device::of(backend), progress), &mut run, &targets)?;
+        let prepare = started.elapsed().as_secs_f64();
+
+        let mut written: Vec<Option<Written>> = targets.iter().map(|_| None).collect();
+        for group in &groups {
+            let together: Vec<&dyn Target<B>> = group.members.iter().map(|index| &*targets[*index]).collect();
+            let samples = group.samples.as_ref();
+            let all = quantize(backend, &graph, &source, &together, 0, samples, progress)?;
+            for (index, one) in group.members.iter().zip(all) {
+                targets[*index].complete(&source)?;
+                written[*index] = Some(one);
+            }
         }
+        let mut reports = Vec::new();
+        for (index, (target, written)) in targets.iter().zip(written).enumerate() {
+            let group = groups.iter().find(|group| group.members.contains(&index)).expect("in a group");
+            let mut notes = said.of(&**target, &group.notes);
+            if let Some(note) = self.follows(group, index) {
+                notes.push(note);
+            }
+            let written = written.expect("in a group");
+            reports.push(self.finish(
+                backend,
+                &mut run,
+                (&**target, index),
+                (group, prepare),
+                written,
+                notes,
+                progress,
+            )?);
+        }
+        run.source.check_unchanged()?;
+        self.commit(targets, reports)
+    }
+
+    /// Moves everything into place, once all of it is there.
+    fn commit<B: Backend>(self, targets: Vec<Box<dyn Target<B>>>, mut reports: Vec<Report>) -> Result<Vec<Report>> {
+        let mut copies = Vec::new();
+        for ((output, target), report) in self.outputs.iter().zip(&targets).zip(&reports) {
+            let json = serde_json::to_vec_pretty(report).expect("a report is plain data");
+            let (staging, Papers { report: name, card }) = (target.staging(), target.papers());
+            staging.write(&name, &json)?;
+            if let Some(front) = card {
+                staging.write("README.md", (front + &report.card()).as_bytes())?;
+            }
+            copies.push(output.report.as_deref().map(|path| SideOutput::write(path, &json)).transpose()?);
+        }
+        for (target, report) in targets.into_iter().zip(&mut reports) {
+            report.notes.extend(target.into_staging().commit()?);
+        }
+        copies.into_iter().flatten().try_for_each(SideOutput::appear)?;
+        Ok(reports)
+    }
+
+    /// The adapter, which is merged into the model that all outputs are made of.
+    fn adapter(&self) -> Result<Option<&Path>> {
+        let adapter = self.outputs[0].recipe.adapter.as_deref();
+        if self.outputs.iter().any(|output| output.recipe.adapter.as_deref() != adapter) {
+            return Err(Error::usage(
+                "targets of one run are made of one model, and here of several adapters: run each by itself",
+            ));
+        }
+        Ok(adapter)
+    }
+
+    /// Fails where something would be written over what is read, or over another output.
+    fn check_places(&self) -> Result<()> {
+        let adapter = self.adapter()?;
+        let inputs = self.inputs();
+        for (index, output) in self.outputs.iter().enumerate() {
+            adapter.map_or(Ok(()), |adapter| check_place(&output.path, adapter))?;
+            // A file that is read may not be replaced, nor a folder that it lies in.
+            inputs.iter().filter(|input| input.is_file()).try_for_each(|input| check_place(&output.path, input))?;
+            self.outputs[..index].iter().try_for_each(|other| check_apart(&other.path, &output.path))?;
+            let Some(path) = &output.report else { continue };
+            self.outputs.iter().try_for_each(|output| check_beside("--report", path, &inputs, &output.path))?;
+            let saved = output.recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref());
+            if saved.is_some_and(|saved| Place::resolve(saved).ok() == Place::resolve(path).ok()) {
+                return Err(Error::usage(format!(
+                    "--report {}: is what --save-imatrix names too; choose another place",
+                    path.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Every file and folder that is read. Names of bundled texts are among them and exist as no file.
     fn inputs(&self) -> Vec<&Path> {
-        let Recipe { adapter, calibration, gguf, .. } = &self.recipe;
-        let texts = self.verification.iter().map(|verification| Path::new(&verification.text));
-        let imatrix = gguf.iter().filter_map(|gguf| gguf.imatrix.as_deref());
-        let optional = [adapter.as_deref(), self.recipe.file.as_deref()];
-        let known = [self.model, Path::new(calibration)];
-        known.into_iter().chain(optional.into_iter().flatten()).chain(texts).chain(imatrix).collect()
-    }
-
-    fn directory<B: Backend>(
-        self,
-        backend: &B,
-        progress: &mut Progress,
-        started: Instant,
-        source: Checkpoint,
-        graph: Graph,
-        hashing: Hashing,
-    ) -> Result<Report> {
-        let plan = Plan::new(&graph, &source, &self.recipe)?;
-        let staging = Staging::folder_for(self.output, Some(self.model), self.force)?;
-        let mut own = vec!["config.json", "report.json", "README.md"];
-        own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
-        let beside = source.beside(&own)?;
-        staging.check_space(bytes_of(&plan.outputs) + beside.bytes())?;
-        let mut run =
-            self.prepare((Device::of(backend), progress), started, source, graph, needs(&self.recipe), hashing)?;
-        run.notes.splice(0..0, plan.config.notes.iter().cloned());
-        run.notes.extend(beside.notes.iter().cloned());
-        let Run { source, graph, samples, .. } = &run;
-        let Compiled { done, flushing } =
-            compile(backend, graph, source, &self.recipe, &plan, samples.as_ref(), staging.folder(), progress)?;
-        write_side_files(source, &beside, &plan, &staging)?;
-
-        let verifying = Instant::now();
-        let reopened = Checkpoint::open_strictly(staging.folder())?;
-        let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
-        let quantized_bytes = reopened.entries().iter().filter(|e| matches!(e.dtype, StoredType::Quantized { .. }));
-        let outcome = Outcome {
-            interrupted: staging.notes().to_vec(),
-            quality,
-            hidden_states,
-            verify: verifying.elapsed().as_secs_f64(),
-            quantized: [
-                graph
-                    .linears()
-                    .filter(|l| plan.schemes.contains_key(&l.module))
-                    .map(|l| (l.rows * l.cols) as u64)
-                    .sum(),
-                quantized_bytes.map(|e| e.stored_bytes).sum(),
-            ],
-            outputs: hashed(flushing)?,
-            linears: done.linears,
-            smoothings: done.smoothings,
-            tensors: plan
-                .fates
-                .iter()
-                .map(|(name, fate)| TensorReport { name: name.clone(), fate: fate.clone(), ty: None })
-                .collect(),
-            lost: done.lost,
-            idle: Vec::new(),
-            stages: done.seconds,
-        };
-        drop(reopened);
-        let report_path = self.report.clone();
-        let mut report = self.report(backend, run, outcome)?;
-        let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
-        staging.write("report.json", &json)?;
-        let card = card_licence(&beside).unwrap_or_default() + &report.card();
-        staging.write("README.md", card.as_bytes())?;
-        let copy = report_path.map(|path| SideOutput::write(&path, &json)).transpose()?;
-        report.notes.extend(staging.commit()?);
-        copy.map_or(Ok(()), SideOutput::appear)?;
-        Ok(report)
-    }
-
-    fn gguf_file<B: Backend>(
-        self,
-        backend: &B,
-        progress: &mut Progress,
-        started: Instant,
-        source: Checkpoint,
-        graph: Graph,
-        hashing: Hashing,
-    ) -> Result<Report> {
-        let plan = GgufPlan::new(&graph, &source, &self.recipe)?;
-        let staging = Staging::gguf(self.output, Some(self.model), self.force)?;
-        staging.check_space(plan.bytes())?;
-        if let Some(path) = self.recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref()) {
-            staging.check_another(path, Some(self.model), self.force)?;
+        let mut all = vec![self.model];
+        for Output { recipe, .. } in &self.outputs {
+            let imatrix = recipe.gguf.as_ref().and_then(|gguf| gguf.imatrix.as_deref());
+            all.push(Path::new(&recipe.calibration));
+            all.extend([recipe.adapter.as_deref(), recipe.file.as_deref(), imatrix].into_iter().flatten());
         }
-        let mut run =
-            self.prepare((Device::of(backend), progress), started, source, graph, gguf::needs(&self.recipe), hashing)?;
-        // What there is to say of the tokenizer, reading its files for the texts said too.
-        run.notes.extend(plan.notices.iter().filter(|note| !run.notes.contains(note)).cloned().collect::<Vec<_>>());
-        let Run { source, graph, samples, .. } = &run;
-        let compiled = gguf::compile(
-            backend,
-            graph,
-            source,
-            &self.recipe,
-            &plan,
-            samples.as_ref(),
-            &staging.folder().join(staging.name()),
-            progress,
-        )?;
-
-        let verifying = Instant::now();
-        let reopened = Checkpoint::open(&compiled.files[0])?;
-        let byte_level = reopened.gguf().is_some_and(|file| file.metadata("tokenizer.ggml.merges").is_some());
-        let found = match (source.tokenizer(), reopened.tokenizer()) {
-            (Ok(Some(original)), Ok(Some(written))) => {
-                let mut found = probe::differences(&original, &written, graph.vocabulary)?;
-                // With a text to measure on, other ids are an error.
-                let named = self.recipe.gguf.as_ref().is_some_and(|gguf| gguf.pre.is_some());
-                if self.verification.is_none() && !probe::agree(&original, &written, named)? {
-                    found.push(format!(
-                        "the tokenizer that was written turns a sample text into other tokens than the original's; {}",
-                        other_ids(byte_level)
-                    ));
-                }
-                found
-            }
-            (Ok(Some(_)), Err(error)) => {
-                vec![format!("the tokenizer that was written cannot be read back, and was not compared: {error}")]
-            }
-            _ => Vec::new(),
-        };
-        run.notes.extend(found);
-        let (quality, hidden_states) = self.measure(backend, &run, &reopened, progress)?;
-        if let (Some(verification), Some(held_out)) = (&self.verification, &run.held_out)
-            && let Ok(own) = ModelText::open(&reopened)
-            && own.first_ids(&load_text(&verification.text)?, held_out.asked)? != held_out.ids
-            && !composed_alone(&own, load_text(&verification.text)?, held_out, &mut run.notes)?
-        {
-            let or = if byte_level { "" } else { ", or write it all the same with --verify-text none" };
-            return Err(Error::failed(format!(
-                "{}: the tokenizer that was written turns the held-out text into other tokens than the original's; {}{or}",
-                self.output.display(),
-                other_ids(byte_level)
-            )));
-        }
-        let outcome = Outcome {
-            interrupted: staging.notes().to_vec(),
-            quality,
-            hidden_states,
-            verify: verifying.elapsed().as_secs_f64(),
-            quantized: compiled.quantized,
-            outputs: hashed(compiled.flushing)?,
-            linears: compiled.linears,
-            smoothings: Vec::new(),
-            tensors: compiled.tensors,
-            lost: compiled.lost,
-            idle: plan.idle,
-            stages: compiled.seconds,
-        };
-        drop(reopened);
-        let report_path = self.report.clone();
-        let mut report = self.report(backend, run, outcome)?;
-        let json = serde_json::to_vec_pretty(&report).expect("a report is plain data");
-        staging.write(&format!("{}.report.json", staging.name()), &json)?;
-        let copy = report_path.map(|path| SideOutput::write(&path, &json)).transpose()?;
-        report.notes.extend(staging.commit()?);
-        copy.map_or(Ok(()), SideOutput::appear)?;
-        Ok(report)
+        all.extend(self.verification.iter().map(|verification| Path::new(&verification.text)));
+        all
     }
 
-    /// Reads the texts.
-    fn prepare(
+    /// Which outputs are calibrated together: those that do it as the leading one does, and those that do not calibrate.
+    fn groups<B: Backend>(&self, targets: &[Box<dyn Target<B>>]) -> Vec<Vec<usize>> {
+        let mut order: Vec<usize> = (0..targets.len()).collect();
+        order.sort_by_key(|index| *index != self.lead);
+        let mut groups: Vec<Vec<usize>> = Vec::new();
+        for index in order {
+            let alike = |first: usize| {
+                let (one, other) = (&self.outputs[first].recipe, &self.outputs[index].recipe);
+                let calibrates = |index: usize| targets[index].needs() > Needs::Nothing;
+                !self.independent
+                    && (!calibrates(index) || calibrates(first) && one.calibrates_as(other))
+                    && one.method.smooths() == other.method.smooths()
+            };
+            match groups.iter_mut().find(|group| alike(group[0])) {
+                Some(group) => group.push(index),
+                None => groups.push(vec![index]),
+            }
+        }
+        groups
+    }
+
+    /// What to say of an output that the stream does not see.
+    fn follows(&self, group: &Group, index: usize) -> Option<String> {
+        let lead = group.members[0];
+        (lead != index && group.samples.is_some()).then(|| {
+            format!(
+                "calibrated beside {}, whose quantized weights made the inputs of each layer; --independent calibrates it by itself",
+                self.outputs[lead].path.display()
+            )
+        })
+    }
+
+    /// Reads the texts, and tells what memory the work will take.
+    fn prepare<B: Backend>(
         &self,
         (device, progress): (Device, &Progress),
-        started: Instant,
-        source: Checkpoint,
-        graph: Graph,
-        needs: Needs,
-        hashing: Hashing,
-    ) -> Result<Run> {
-        let mut notes = source.notices();
-        let recipe = &self.recipe;
-        let tokens = if needs > Needs::Nothing { recipe.samples.saturating_mul(recipe.seq_len) } else { 0 };
-        check_room(
-            device.room,
-            &graph,
-            [recipe.method.sweeps(), self.verification.is_some()],
-            tokens.min(device.at_once.max(recipe.seq_len)),
-        )?;
-        if needs > Needs::Nothing || self.verification.is_some() {
-            families::check_runnable(&graph, &source)?;
+        run: &mut Run<'_>,
+        targets: &[Box<dyn Target<B>>],
+    ) -> Result<(Said, Vec<Group>)> {
+        let (source, graph) = (run.source, run.graph);
+        let calibrates = targets.iter().any(|target| target.needs() > Needs::Nothing);
+        let groups = self.groups(targets);
+        for members in &groups {
+            let recipe = &self.outputs[members[0]].recipe;
+            let sweeps = members.iter().any(|index| self.outputs[*index].recipe.method.sweeps());
+            let any = members.iter().any(|index| targets[*index].needs() > Needs::Nothing);
+            let tokens = if any { recipe.samples.saturating_mul(recipe.seq_len) } else { 0 };
+            let tokens = tokens.min(device.at_once.max(recipe.seq_len));
+            check_room(device.room, graph, [sweeps, self.verification.is_some()], tokens)?;
         }
-        if graph.opaque {
-            let bytes = |module: &str| source.entry(&format!("{module}.weight")).map_or(0, |entry| entry.stored_bytes);
-            let found: u64 = graph.linears().map(|linear| bytes(&linear.module)).sum();
-            let all: u64 = source.entries().iter().map(|entry| entry.stored_bytes).sum();
-            notes.push(format!(
-                "the model's type is not known: {} linears were found by name and shape, {:.0} % of its bytes, and nothing could be measured",
-                graph.linears().count(),
-                100.0 * found as f64 / all.max(1) as f64
-            ));
+        if calibrates || self.verification.is_some() {
+            families::check_runnable(graph, source)?;
         }
-        notes.extend(families::cannot_run(&graph));
-        if !graph.aside.is_empty() && !graph.opaque {
-            let names: Vec<&str> = graph.aside.iter().map(|(prefix, _)| prefix.trim_end_matches('.')).collect();
-            let done = if recipe.gguf.is_some() { "left out" } else { "copied as they are" };
-            notes.push(format!("not part of the language model, and {done}: {}", names.join(", ")));
-        }
+        let mut said = Said::of_model(graph, source);
         let tokenizer = source.tokenizer();
-        notes.extend(source.notes_on(&tokenizer));
-        let text = match needs > Needs::Nothing || self.verification.is_some() {
-            true => Some(ModelText::of(&source, tokenizer?)?),
+        said.tokenizer = source.notes_on(&tokenizer);
+        let text = match calibrates || self.verification.is_some() {
+            true => Some(ModelText::of(source, tokenizer?)?),
             false => None,
         };
-        notes.extend(recipe.notes.iter().cloned());
-        if recipe.moe_all_experts && !graph.has_experts() && needs > Needs::Nothing {
-            notes.push("moe_all_experts has no effect: the model is no mixture of experts".to_owned());
-        }
         // A GPU puts aside in the host's memory what does not fit into its own, and looks after that itself.
-        let (host, work) = (device.room.is_none(), Work::of(recipe, needs));
+        let host = device.room.is_none();
         let free = if host { Free::now() } else { None };
-        let expect = |tokens| Expected::calibration(&graph, device, work, tokens, free.clone());
-        let samples = match (needs > Needs::Nothing, &text) {
-            (true, Some(text)) => {
-                let longest = families::longest_context(source.config())?.unwrap_or(usize::MAX);
-                let seq_len = recipe.seq_len.min(longest);
-                if seq_len < recipe.seq_len {
-                    notes.push(format!("sequences were cut to the model's {seq_len} positions"));
+        let mut all = Vec::new();
+        for members in groups {
+            let work = members.iter().map(|i| Work::of(&self.outputs[*i].recipe, targets[*i].needs()));
+            let work = work.reduce(Work::and).expect("at least one");
+            let expect = |tokens| Expected::calibration(graph, device, work, tokens, free.clone());
+            let recipe = &self.outputs[members[0]].recipe;
+            let mut notes = Vec::new();
+            let samples = match (work.needs > Needs::Nothing, &text) {
+                (true, Some(text)) => {
+                    let longest = families::longest_context(source.config())?.unwrap_or(usize::MAX);
+                    let seq_len = recipe.seq_len.min(longest);
+                    if seq_len < recipe.seq_len {
+                        notes.push(format!("sequences were cut to the model's {seq_len} positions"));
+                    }
+                    let calibration = load_text(&recipe.calibration)?;
+                    // Tokenizing much takes long: what cannot be had is told before.
+                    expect(Some(memory::at_least(Tokens::of(recipe.samples, seq_len), calibration.bytes())))?;
+                    let samples = text.select(&calibration, recipe.samples, seq_len, recipe.seed)?;
+                    notes.extend(calibration.without_blank());
+                    notes.extend(calibration.notes);
+                    notes.extend(weak_conversations(&samples.source, text.without_default()));
+                    if samples.source.sequences < recipe.samples {
+                        notes.push(format!(
+                            "the calibration text gives {} sequences of {seq_len} tokens, {} were asked for",
+                            samples.source.sequences, recipe.samples
+                        ));
+                    }
+                    let width = graph.linears().map(|l| l.cols).max().unwrap_or(0);
+                    if work.sweeps && samples.source.tokens < 2 * width {
+                        notes.push(format!(
+                            "{} calibration tokens are few for inputs of {width} features; the Hessians lean on their damping",
+                            samples.source.tokens
+                        ));
+                    }
+                    Some(samples)
                 }
-                let calibration = load_text(&recipe.calibration)?;
-                // Tokenizing much takes long: what cannot be had is told before.
-                expect(Some(memory::at_least(Tokens::of(recipe.samples, seq_len), calibration.bytes())))?;
-                let samples = text.select(&calibration, recipe.samples, seq_len, recipe.seed)?;
-                notes.extend(calibration.without_blank());
-                notes.extend(calibration.notes);
-                notes.extend(weak_conversations(&samples.source, text.without_default()));
-                if samples.source.sequences < recipe.samples {
-                    notes.push(format!(
-                        "the calibration text gives {} sequences of {seq_len} tokens, {} were asked for",
-                        samples.source.sequences, recipe.samples
-                    ));
-                }
-                let width = graph.linears().map(|l| l.cols).max().unwrap_or(0);
-                if recipe.method.sweeps() && samples.source.tokens < 2 * width {
-                    notes.push(format!(
-                        "{} calibration tokens are few for inputs of {width} features; the Hessians lean on their damping",
-                        samples.source.tokens
-                    ));
-                }
-                Some(samples)
-            }
-            _ => None,
-        };
-        let held_out = match (&self.verification, &text) {
-            (Some(verification), Some(text)) => {
-                let least = if recipe.gguf.is_some() { COMPARED } else { 0 };
-                Some(verification.read(&source, text, least, &mut notes)?)
-            }
-            _ => None,
-        };
+                _ => None,
+            };
+            let tokens = samples.as_ref().map(|samples| Tokens::of(samples.source.sequences, samples.source.seq_len));
+            all.push((Group { members, samples, notes, expected: None }, expect(tokens)?));
+        }
+        if let (Some(verification), Some(text)) = (&self.verification, &text) {
+            let least = if self.outputs.iter().any(|output| output.recipe.gguf.is_some()) { COMPARED } else { 0 };
+            run.held_out = Some(verification.read(source, text, least, &mut said.held_out)?);
+        }
         // A tokenizer of a large vocabulary is tens of megabytes.
         drop(text);
-        let mut what = Vec::new();
-        let tokens = samples.as_ref().map(|samples| {
-            let SampleSource { sequences, seq_len, .. } = samples.source;
-            what.push(format!("calibrating on {sequences} sequences of {seq_len} tokens"));
-            Tokens::of(sequences, seq_len)
-        });
-        let mut expected = expect(tokens)?;
-        if let Some(HeldOut { windows, .. }) = &held_out {
-            let length = windows.first().map_or(0, Vec::len);
-            what.push(format!("measuring {} windows of {length}", windows.len()));
-            let windows = Tokens::of(windows.len(), length);
-            let written = if recipe.gguf.is_some() { None } else { Some(&source) };
-            expected = expected.and_measuring(&graph, device, &[Some(&source), written], windows, "--verify-text")?;
+        let mut groups = Vec::new();
+        for (mut group, mut expected) in all {
+            let mut what = Vec::new();
+            if let Some(samples) = &group.samples {
+                let SampleSource { sequences, seq_len, .. } = samples.source;
+                what.push(format!("calibrating on {sequences} sequences of {seq_len} tokens"));
+            }
+            if let Some(HeldOut { windows, .. }) = &run.held_out {
+                let length = windows.first().map_or(0, Vec::len);
+                what.push(format!("measuring {} windows of {length}", windows.len()));
+                let windows = Tokens::of(windows.len(), length);
+                let single = group.members.iter().all(|index| self.outputs[*index].recipe.gguf.is_some());
+                let written = if single { None } else { Some(source) };
+                expected = expected.and_measuring(graph, device, &[Some(source), written], windows, "--verify-text")?;
+            }
+            if host {
+                progress.say(&expected.line(&what));
+            }
+            group.expected = host.then_some(expected.bytes);
+            groups.push(group);
         }
-        if host {
-            progress.say(&expected.line(&what));
+        Ok((said, groups))
+    }
+
+    /// Measures an output beside the original, and reports.
+    fn finish<B: Backend>(
+        &self,
+        backend: &B,
+        run: &mut Run<'_>,
+        (target, index): (&dyn Target<B>, usize),
+        (group, prepare): (&Group, f64),
+        written: Written,
+        mut notes: Vec<String>,
+        progress: &mut Progress,
+    ) -> Result<Report> {
+        let verifying = Instant::now();
+        let reopened = target.reopen()?;
+        let output = &self.outputs[index].path;
+        let (quality, hidden_states) = self.measure(backend, run, output, &reopened, progress)?;
+        let held_out = self.verification.as_ref().map(|v| &v.text[..]).zip(run.held_out.as_ref());
+        let words = Words { vocabulary: run.graph.vocabulary, held_out, output };
+        notes.extend(target.check_tokenizer(run.source, &reopened, &words)?);
+        let quantized = target.quantized(run.graph, &reopened);
+        let verify = verifying.elapsed().as_secs_f64();
+        drop(reopened);
+        let outcome = Outcome { quality, hidden_states, notes, verify };
+        if let Some(hashing) = run.hashing.take() {
+            run.inputs = hashed(hashing)?;
         }
-        let expected = host.then_some(expected.bytes);
-        let prepare = started.elapsed().as_secs_f64();
-        Ok(Run { started, source, graph, notes, samples, held_out, hashing, expected, prepare })
+        self.report(backend, run, target, (group, prepare), written, (outcome, quantized))
     }
 
     /// Measures what was written beside the original.
     fn measure<B: Backend>(
         &self,
         backend: &B,
-        run: &Run,
+        run: &Run<'_>,
+        output: &Path,
         reopened: &Checkpoint,
         progress: &mut Progress,
     ) -> Result<(Option<Quality>, Option<HiddenStates>)> {
         let Some(HeldOut { windows, .. }) = &run.held_out else { return Ok((None, None)) };
         if run.graph.head.missing {
-            return Ok((None, Some(compare_hidden(backend, reopened, &run.source, windows, progress)?)));
+            return Ok((None, Some(compare_hidden(backend, reopened, run.source, windows, progress)?)));
         }
         let mut quality =
-            evaluate(backend, reopened, Some(&run.source), windows, Protocol::Papers, Activations::Exact, progress)?;
-        quality.model = self.output.display().to_string();
+            evaluate(backend, reopened, Some(run.source), windows, Protocol::Papers, Activations::Exact, progress)?;
+        quality.model = output.display().to_string();
         Ok((Some(quality), None))
     }
 
-    fn report<B: Backend>(self, backend: &B, mut run: Run, outcome: Outcome) -> Result<Report> {
+    fn report<B: Backend>(
+        &self,
+        backend: &B,
+        run: &Run<'_>,
+        target: &dyn Target<B>,
+        (group, prepare): (&Group, f64),
+        written: Written,
+        (outcome, quantized): (Outcome, [u64; 2]),
+    ) -> Result<Report> {
         let verdict = match (&outcome.quality, &self.verification) {
             (Some(Quality { beside: Some(beside), .. }), Some(v)) if v.limits.any() => {
                 let missed = v.limits.missed(beside);
@@ -483,10 +441,11 @@ impl Job<'_> {
             }
             _ => None,
         };
-        run.notes.extend(evidence::notes(&outcome.linears, &outcome.lost));
-        run.notes.extend(backend.notes());
+        let (done, mut notes) = (written.done, outcome.notes);
+        notes.extend(evidence::notes(&done.linears, &done.lost));
+        notes.extend(backend.notes());
         if run.graph.head.missing {
-            let found = outcome.hidden_states.map_or("were not compared".to_owned(), |found| {
+            let found = outcome.hidden_states.as_ref().map_or("were not compared".to_owned(), |found| {
                 format!(
                     "on {} tokens have a mean cosine of {:.5} with the original's, {:.5} at the lowest, and differ by {:.2} % of their length",
                     found.tokens,
@@ -495,18 +454,17 @@ impl Job<'_> {
                     100.0 * found.relative_error
                 )
             });
-            run.notes.push(format!("the model has no output projection: its hidden states {found}"));
+            notes.push(format!("the model has no output projection: its hidden states {found}"));
         }
-        let mut recipe = self.recipe;
-        recipe.idle.extend(outcome.idle);
+        let mut recipe = target.recipe().clone();
+        recipe.idle.extend(target.idle());
         if !run.graph.has_experts() {
             recipe.idle.push("moe_all_experts");
         }
         let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
-        let inputs = hashed(run.hashing)?;
-        run.source.check_unchanged()?;
+        let outputs = hashed(written.flushing)?;
         let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
-        let [weights, bytes] = outcome.quantized;
+        let [weights, bytes] = quantized;
         Ok(Report {
             tool: concat!("quantc ", env!("CARGO_PKG_VERSION")).to_owned(),
             device: backend.name(),
@@ -516,32 +474,96 @@ impl Job<'_> {
             family: run.graph.family,
             parameters,
             recipe,
-            calibration: run.samples.map(|s| s.source),
+            calibration: group.samples.as_ref().filter(|_| target.needs() > Needs::Nothing).map(|s| s.source.clone()),
             bpw: BitsPerWeight {
                 quantized: bytes as f64 * 8.0 / weights.max(1) as f64,
-                file: total_bytes(&outcome.outputs) * 8.0 / parameters as f64,
-                original_file: total_bytes(&inputs) * 8.0 / parameters as f64,
+                file: total_bytes(&outputs) * 8.0 / parameters as f64,
+                original_file: total_bytes(&run.inputs) * 8.0 / parameters as f64,
             },
-            inputs,
-            outputs: outcome.outputs,
+            inputs: run.inputs.clone(),
+            outputs,
             quality: outcome.quality,
             hidden_states: outcome.hidden_states,
             verdict,
-            notes: run.notes,
-            interrupted: outcome.interrupted,
-            linears: outcome.linears,
-            smoothings: outcome.smoothings,
-            tensors: outcome.tensors,
+            notes,
+            interrupted: target.staging().notes().to_vec(),
+            linears: done.linears,
+            smoothings: done.smoothings,
+            tensors: target.tensors(),
             seconds: Seconds {
-                stages: outcome.stages,
-                prepare: run.prepare,
+                stages: done.seconds,
+                prepare,
                 verify: outcome.verify,
                 total: run.started.elapsed().as_secs_f64(),
             },
-            expected_memory_bytes: run.expected,
+            expected_memory_bytes: group.expected,
             peak_memory_bytes: peak_memory(),
         })
     }
+}
+
+/// What there is to say before the work, whichever output it is.
+struct Said {
+    model: Vec<String>,
+    /// Components that are no part of the language model.
+    aside: Vec<String>,
+    experts: bool,
+    tokenizer: Vec<String>,
+    held_out: Vec<String>,
+}
+
+impl Said {
+    fn of_model(graph: &Graph, source: &Checkpoint) -> Said {
+        let mut model = source.notices();
+        if graph.opaque {
+            let bytes = |module: &str| source.entry(&format!("{module}.weight")).map_or(0, |entry| entry.stored_bytes);
+            let found: u64 = graph.linears().map(|linear| bytes(&linear.module)).sum();
+            let all: u64 = source.entries().iter().map(|entry| entry.stored_bytes).sum();
+            model.push(format!(
+                "the model's type is not known: {} linears were found by name and shape, {:.0} % of its bytes, and nothing could be measured",
+                graph.linears().count(),
+                100.0 * found as f64 / all.max(1) as f64
+            ));
+        }
+        model.extend(families::cannot_run(graph));
+        let prefixes = graph.aside.iter().map(|(prefix, _)| prefix.trim_end_matches('.').to_owned());
+        let aside = if graph.opaque { Vec::new() } else { prefixes.collect() };
+        Said { model, aside, experts: graph.has_experts(), tokenizer: Vec::new(), held_out: Vec::new() }
+    }
+
+    /// All that is to be said of a target, with what was said of its calibration text.
+    fn of<B: Backend>(&self, target: &dyn Target<B>, calibration: &[String]) -> Vec<String> {
+        let (recipe, own) = (target.recipe(), target.notes());
+        let calibrates = target.needs() > Needs::Nothing;
+        let mut notes = own.before;
+        notes.extend(self.model.iter().cloned());
+        if !self.aside.is_empty() {
+            let done = if target.carries_others() { "copied as they are" } else { "left out" };
+            notes.push(format!("not part of the language model, and {done}: {}", self.aside.join(", ")));
+        }
+        notes.extend(self.tokenizer.iter().cloned());
+        notes.extend(recipe.notes.iter().cloned());
+        if recipe.moe_all_experts && !self.experts && calibrates {
+            notes.push("moe_all_experts has no effect: the model is no mixture of experts".to_owned());
+        }
+        if calibrates {
+            notes.extend(calibration.iter().cloned());
+        }
+        notes.extend(self.held_out.iter().cloned());
+        // What there is to say of a tokenizer, reading its files for the texts has said too.
+        let more: Vec<String> = own.after.into_iter().filter(|note| !notes.contains(note)).collect();
+        notes.extend(more);
+        notes
+    }
+}
+
+/// Fails where outputs that fit onto a disk one by one do not fit together.
+fn check_together<B: Backend>(targets: &[Box<dyn Target<B>>]) -> Result<()> {
+    for (index, target) in targets.iter().enumerate().skip(1) {
+        let together = targets[..=index].iter().filter(|other| other.staging().is_beside(target.staging()));
+        target.staging().check_space(together.map(|other| other.bytes()).sum())?;
+    }
+    Ok(())
 }
 
 /// What there is to say of conversations that calibration did not see as the model does.
@@ -586,83 +608,6 @@ impl Verification {
         notes.extend(fewer_windows(&held_out.name, windows.len(), context, self.windows));
         Ok(HeldOut { ids, asked, windows })
     }
-}
-
-/// config.json, the codec's files, the tokenizer and everything else that belongs to the model.
-fn write_side_files(source: &Checkpoint, beside: &Beside, plan: &Plan, staging: &Staging) -> Result<()> {
-    let mut config = source.config().clone();
-    if let Value::Object(config) = &mut config {
-        config.insert("quantization_config".to_owned(), plan.config.quantization_config.clone());
-        singles(config);
-        if let Some(Value::Object(text)) = config.get_mut("text_config") {
-            singles(text);
-        }
-    }
-    debug_assert!(plan.fates.iter().any(|(_, fate)| *fate == Fate::Quantized));
-    write_config(&config, staging)?;
-    for (name, content) in &plan.config.files {
-        staging.write(name, content)?;
-    }
-    copy_side_files(beside, staging)
-}
-
-/// Says float32 where a configuration says float64, which nothing is written in.
-fn singles(config: &mut serde_json::Map<String, Value>) {
-    for key in ["dtype", "torch_dtype"] {
-        if let Some(name) = config.get_mut(key).filter(|name| *name == "float64" || *name == "torch.float64") {
-            *name = Value::from("float32");
-        }
-    }
-}
-
-/// Writes config.json.
-pub fn write_config(config: &Value, staging: &Staging) -> Result<()> {
-    let mut bytes = json::pretty(config);
-    bytes.push(b'\n');
-    staging.write("config.json", &bytes)
-}
-
-/// Carries over what lies beside the weights.
-pub fn copy_side_files(beside: &Beside, staging: &Staging) -> Result<()> {
-    for (name, file) in &beside.files {
-        let to = staging.folder().join(name);
-        if let Some(folder) = to.parent() {
-            std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
-        }
-        match file {
-            SideFile::Bytes(bytes) => std::fs::write(&to, bytes).map_err(Error::io(&to, "write"))?,
-            SideFile::Copy(path, identity) => copy_file(path, identity, &to)?,
-        }
-    }
-    Ok(())
-}
-
-/// Copies what a file holds; its mode is that of any new file. Fails for another file than was looked at when the run began, and for
-/// one that was written to: a tokenizer would not be the one that the model was calibrated with, and a link may lead anywhere by now.
-fn copy_file(from: &Path, identity: &file::Identity, to: &Path) -> Result<()> {
-    let mut read = file::open(from).map_err(Error::io(from, "open"))?;
-    identity.check_opened(&read).map_err(Error::io(from, "rely on"))?;
-    let mut write = std::fs::File::create(to).map_err(Error::io(to, "create"))?;
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let count = read.read(&mut buffer).map_err(Error::io(from, "read"))?;
-        if count == 0 {
-            return identity.check_opened(&read).map_err(Error::io(from, "rely on"));
-        }
-        write.write_all(&buffer[..count]).map_err(Error::io(to, "write"))?;
-    }
-}
-
-/// The front matter for a model card: the licence that the original's card names.
-fn card_licence(beside: &Beside) -> Option<String> {
-    let (_, file) = beside.files.iter().find(|(name, _)| name == Path::new(ORIGINAL_CARD))?;
-    let SideFile::Copy(path, _) = file else { return None };
-    let front = front_matter(path)?;
-    let said = front
-        .lines()
-        .filter(|line| ["license:", "license_name:", "license_link:"].iter().any(|key| line.starts_with(key)));
-    let said: Vec<&str> = said.collect();
-    (!said.is_empty()).then(|| format!("---\n{}\n---\n\n", said.join("\n")))
 }
 
 /// Refuses a model of which not even one operator's work on so many tokens fits into the device's memory; what is more than that is

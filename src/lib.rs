@@ -1,7 +1,7 @@
 //! quantc: a post-training quantization compiler for large language models.
 //!
-//! The pipeline is [`job`]: open a [`Checkpoint`], build its [`graph`], [`plan`] every tensor, [`compile`] block by
-//! block, reopen what was written and [`verify`] it against the original.
+//! The pipeline is [`job`]: open a [`Checkpoint`], build its [`graph`], decide what every [`target`] makes of it,
+//! walk through it ([`pipeline`]), reopen what was written and [`verify`] it against the original.
 
 #![forbid(unsafe_code)]
 
@@ -9,7 +9,6 @@ pub mod adapter;
 pub mod behind;
 pub mod checkpoint;
 pub mod cli;
-pub mod compile;
 pub mod convert;
 pub mod demo;
 pub mod devices;
@@ -18,7 +17,6 @@ mod evidence;
 pub mod export;
 pub mod families;
 pub mod forward;
-pub mod gguf;
 pub mod graph;
 mod import;
 mod importance;
@@ -28,6 +26,7 @@ mod json;
 pub mod memory;
 pub mod merge;
 pub mod output;
+pub mod pipeline;
 pub mod plan;
 pub mod progress;
 pub mod recipe;
@@ -37,6 +36,7 @@ pub mod runtimes;
 pub mod sentence;
 pub mod stray;
 pub mod supervisor;
+pub mod target;
 pub mod text;
 pub mod tokenizer;
 pub mod verify;

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::panic::AssertUnwindSafe;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -16,9 +16,10 @@ use quantc::job::{Job, Verification, fewer_windows};
 use quantc::memory::{self, Device, Free, Tokens};
 use quantc::output::{Place, remove_made, sweep};
 use quantc::progress::Progress;
-use quantc::recipe::{Recipe, Request, named, unknown_tensors};
+use quantc::recipe::{Request, named, unknown_tensors};
 use quantc::report::Report;
 use quantc::supervisor::{self, End};
+use quantc::target::{requested, resolved};
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{Limits, Protocol, evaluate};
 use quantc::words::tell;
@@ -40,14 +41,12 @@ fn main() -> ExitCode {
             return ExitCode::from(if unheard && !error.use_stderr() { 1 } else { code });
         }
     };
-    let place = cli.command.output().and_then(|output| Place::resolve(output).ok());
-    let missing = place.as_ref().map(Place::missing_parents).unwrap_or_default();
+    let places: Vec<Place> = cli.command.outputs().iter().filter_map(|output| Place::resolve(output).ok()).collect();
+    let missing: Vec<PathBuf> = places.iter().flat_map(Place::missing_parents).collect();
     let Some(end) = supervisor::watch() else { return ExitCode::from(work(cli)) };
-    if !matches!(end, End::Code(_))
-        && let Some(place) = place
-    {
+    if !matches!(end, End::Code(_)) {
         // What cannot be removed is removed by the next run.
-        let _ = sweep(&place);
+        places.iter().for_each(|place| drop(sweep(place)));
         remove_made(&missing);
     }
     if let Some(sentence) = end.sentence(cli.command.subject().unwrap_or(Path::new("quantc"))) {
@@ -199,7 +198,6 @@ fn at_least_one(flag: &str, count: Option<usize>) -> Result<(), Error> {
 fn quantize(args: Quantize) -> anyhow::Result<u8> {
     at_least_one("--verify-windows", args.verify_windows)?;
     let (mut progress, engine) = start(&args.compute)?;
-    let to_file = args.output.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"));
     let flags = Request {
         format: args.format,
         scheme: args.scheme,
@@ -227,11 +225,11 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         imatrix: args.imatrix,
         save_imatrix: args.save_imatrix,
         split_max_size: args.split_max_size,
-        overrides: Vec::new(),
+        report: args.report,
+        ..Request::default()
     };
     let file = args.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
-    let mut request = flags.or(file);
-    request.format = request.format.or(to_file.then(|| "gguf".to_owned()));
+    let asked = requested(flags, file, args.output, &args.target)?;
     let limits = Limits { max_ppl_ratio: args.max_ppl_ratio, max_kld: args.max_kld, min_top1: args.min_top1 };
     limits.check()?;
     let verification = match args.verify_text.as_deref() {
@@ -248,29 +246,63 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
             limits,
         }),
     };
-    let mut recipe = Recipe::resolve(request)?;
-    recipe.file = args.recipe.clone();
+    let (mut outputs, lead) = resolved(asked, args.recipe.as_deref())?;
     if verification.is_none() && args.verify_windows.is_some() {
-        recipe.notes.push("verify_windows has no effect: nothing is measured, as --verify-text none says".to_owned());
+        let note = "verify_windows has no effect: nothing is measured, as --verify-text none says";
+        outputs.iter_mut().for_each(|output| output.recipe.notes.push(note.to_owned()));
     }
-    let job =
-        Job { model: &args.model, output: &args.output, recipe, verification, force: args.force, report: args.report };
-    let report = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
+    let paths: Vec<PathBuf> = outputs.iter().map(|output| output.path.clone()).collect();
+    let (independent, force) = (args.independent, args.force);
+    let job = Job { model: &args.model, outputs, lead, independent, verification, force };
+    let reports = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
     drop(progress);
     if let Some(profile) = engine.profile() {
         profile.trim_end().lines().for_each(tell);
     }
-    // The output is there: what cannot be printed any more does not change what was found of it.
-    let said = if args.compute.quiet { Ok(()) } else { summarize(&report, &args.output) };
-    match &report.verdict {
-        Some(verdict) if !verdict.passed => {
-            for missed in &verdict.missed {
-                tell(&format!("error: {missed}; the output was kept in {}", args.output.display()));
-            }
-            Ok(BELOW_THE_BAR)
+    // The outputs are there: what cannot be printed any more does not change what was found of them.
+    let mut said = Ok(());
+    let all: Vec<(&Path, &Report)> = paths.iter().map(PathBuf::as_path).zip(&reports).collect();
+    if !args.compute.quiet {
+        said = all.iter().try_for_each(|(path, report)| summarize(report, path));
+        if all.len() > 1 {
+            said = said.and_then(|()| say(&table(&all)));
         }
-        _ => Ok(said.map(|()| 0)?),
     }
+    let mut code = 0;
+    for (path, report) in &all {
+        let Some(verdict) = report.verdict.as_ref().filter(|verdict| !verdict.passed) else { continue };
+        for missed in &verdict.missed {
+            tell(&format!("error: {missed}; the output was kept in {}", path.display()));
+        }
+        code = BELOW_THE_BAR;
+    }
+    if code > 0 { Ok(code) } else { Ok(said.map(|()| 0)?) }
+}
+
+/// What was made of a model, a line for each output.
+fn table(all: &[(&Path, &Report)]) -> String {
+    let width = all.iter().map(|(path, _)| path.display().to_string().chars().count()).max().unwrap_or(0).max(6);
+    let mut text = format!(
+        "\n{:<width$} {:<18} {:<12} {:>6} {:>9} {:>11} {:>10} {:>8}\n",
+        "output", "format", "scheme", "bpw", "MB", "perplexity", "KL, mean", "top-1"
+    );
+    for (path, report) in all {
+        let quality = report.quality.as_ref();
+        let beside = quality.and_then(|quality| quality.beside.as_ref());
+        let of = |value: Option<String>| value.unwrap_or_else(|| "–".to_owned());
+        text += &format!(
+            "{:<width$} {:<18} {:<12} {:>6.2} {:>9.2} {:>11} {:>10} {:>8}\n",
+            path.display().to_string(),
+            report.recipe.format,
+            report.recipe.scheme_name(),
+            report.bpw.quantized,
+            report.outputs.iter().map(|file| file.bytes).sum::<u64>() as f64 / 1e6,
+            of(quality.map(|quality| format!("{:.3}", quality.perplexity))),
+            of(beside.map(|beside| format!("{:.4}", beside.kld_mean))),
+            of(beside.map(|beside| format!("{:.1} %", 100.0 * beside.top1_agreement))),
+        );
+    }
+    text
 }
 
 /// Prints what a quantization did.

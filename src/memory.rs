@@ -68,6 +68,15 @@ impl Work {
     pub fn of(recipe: &Recipe, needs: Needs) -> Work {
         Work { needs, sweeps: recipe.method.sweeps(), smooths: recipe.method.smooths() }
     }
+
+    /// What two recipes take that are worked off together.
+    pub fn and(self, other: Work) -> Work {
+        Work {
+            needs: self.needs.max(other.needs),
+            sweeps: self.sweeps || other.sweeps,
+            smooths: self.smooths || other.smooths,
+        }
+    }
 }
 
 /// Tokens in sequences of one length.

@@ -130,6 +130,15 @@ pub struct Request {
     /// Settings for some linears; the first match wins.
     #[serde(default, rename = "override")]
     pub overrides: Vec<Override>,
+    /// Of a target: where it goes.
+    pub path: Option<PathBuf>,
+    /// Of a target: its weights are what the stream sees.
+    pub lead: Option<bool>,
+    /// A second copy of the report.
+    pub report: Option<PathBuf>,
+    /// Outputs, each with whatever else is said here.
+    #[serde(default)]
+    pub target: Vec<Request>,
 }
 
 /// Other settings for linears that match a pattern.
@@ -211,6 +220,10 @@ impl Request {
             save_imatrix: self.save_imatrix.or(base.save_imatrix),
             split_max_size: self.split_max_size.or(base.split_max_size),
             overrides: if self.overrides.is_empty() { base.overrides } else { self.overrides },
+            path: self.path.or(base.path),
+            lead: self.lead.or(base.lead),
+            report: self.report.or(base.report),
+            target: if self.target.is_empty() { base.target } else { self.target },
         }
     }
 }
@@ -386,7 +399,7 @@ impl Recipe {
             notes: Vec::new(),
             file: None,
         };
-        let needs = crate::compile::needs(&recipe);
+        let needs = recipe.needs();
         Ok(recipe.without_idle(&given, needs))
     }
 
@@ -499,8 +512,41 @@ impl Recipe {
             ..request
         };
         let recipe = Recipe { format: "gguf".to_owned(), observer, gguf: Some(gguf), ..Recipe::resolve(common)? };
-        let needs = crate::gguf::needs(&recipe);
+        let needs = recipe.needs();
         Ok(recipe.without_idle(&given, needs))
+    }
+
+    /// The mix of a GGUF file; else width and group as a scheme's name says them.
+    pub fn scheme_name(&self) -> String {
+        let Scheme { bits, group, symmetric } = self.scheme;
+        match &self.gguf {
+            Some(gguf) => gguf.mix.to_owned(),
+            None => {
+                let group = group.map_or("row".to_owned(), |group| format!("g{group}"));
+                format!("W{bits}A16{} {group}", if symmetric { "" } else { "_ASYM" })
+            }
+        }
+    }
+
+    /// Whether another recipe looks at the same text in the same way.
+    pub fn calibrates_as(&self, other: &Recipe) -> bool {
+        let of = |recipe: &Recipe| {
+            (recipe.calibration.clone(), recipe.samples, recipe.seq_len, recipe.seed, recipe.moe_all_experts)
+        };
+        of(self) == of(other)
+    }
+
+    /// What has to be known of the inputs.
+    pub fn needs(&self) -> Needs {
+        let gguf = self.gguf.as_ref();
+        let (reads, writes) =
+            (gguf.is_some_and(|gguf| gguf.imatrix.is_some()), gguf.is_some_and(|gguf| gguf.save_imatrix.is_some()));
+        match self.method {
+            method if method.smooths() || method.sweeps() => Needs::Hessian,
+            _ if writes => self.observer().needs().max(Needs::Moments),
+            _ if reads => Needs::Nothing,
+            _ => self.observer().needs(),
+        }
     }
 
     /// How scales are chosen.

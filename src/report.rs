@@ -12,9 +12,9 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::adapter::AdapterReport;
-use crate::compile::{LinearReport, SmoothingReport, Stages};
 use crate::error::{Error, Result};
 use crate::forward::Activations;
+use crate::pipeline::{LinearReport, SmoothingReport, Stages};
 use crate::plan::Fate;
 use crate::recipe::Recipe;
 use crate::verify::{HiddenStates, Limits, Quality};

@@ -12,6 +12,7 @@ use crate::evidence::{lost_in_halves, share_of};
 use crate::graph::{Graph, Linear};
 use crate::plan::{Fate, Plan};
 use crate::stray;
+use crate::target::Lost;
 
 /// A tensor that goes over as it is, but for what a transform makes of it.
 pub struct Rest<'a> {
@@ -22,16 +23,6 @@ pub struct Rest<'a> {
     fate: &'a Fate,
     /// What it is written as.
     pub dtype: Dtype,
-}
-
-/// A tensor that lost values in being written.
-pub struct Lost {
-    /// Its place among all.
-    pub index: usize,
-    /// Its name.
-    pub name: String,
-    /// The share of its values that are too small for the type that it is written as.
-    pub share: f64,
 }
 
 impl Rest<'_> {
@@ -65,9 +56,14 @@ pub fn touched(graph: &Graph) -> HashSet<String> {
 }
 
 /// Copies tensors until somebody says that it is over.
-pub fn copied(source: &Checkpoint, all: &[Rest<'_>], writer: &ShardedWriter, over: &AtomicBool) -> Result<Vec<Lost>> {
+pub fn copied<'r>(
+    source: &Checkpoint,
+    mut all: impl Iterator<Item = &'r Rest<'r>>,
+    writer: &ShardedWriter,
+    over: &AtomicBool,
+) -> Result<Vec<Lost>> {
     let mut lost = Vec::new();
-    for rest in all.iter().take_while(|_| !over.load(Ordering::Relaxed)) {
+    while let Some(rest) = all.next().filter(|_| !over.load(Ordering::Relaxed)) {
         lost.extend(rest.lost(rest.copy(source, writer)?));
     }
     Ok(lost)

@@ -13,7 +13,7 @@ use formats::{ShardedWriter, TensorSpec};
 
 use crate::error::Result;
 
-pub use place::{Place, SideOutput, check_beside, check_place};
+pub use place::{Place, SideOutput, check_apart, check_beside, check_place};
 pub use staging::{Staging, remove_made, sweep, without_hidden_names};
 
 /// Bytes of one file of weights.

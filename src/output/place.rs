@@ -114,6 +114,22 @@ pub fn check_place(target: &Path, input: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Fails when two outputs of one run are the same, or one lies inside the other.
+pub fn check_apart(one: &Path, other: &Path) -> Result<()> {
+    let (first, second) = (Place::resolve(one)?, Place::resolve(other)?);
+    let (real, other_real) = (first.real()?, second.real()?);
+    let belongs = real.parent() == other_real.parent()
+        && (belongs_to(&first.name, &second.name) || belongs_to(&second.name, &first.name));
+    if belongs || real.starts_with(&other_real) || other_real.starts_with(&real) {
+        return Err(Error::usage(format!(
+            "{}: is or holds another output of this run, {}; give each a place of its own",
+            other.display(),
+            one.display()
+        )));
+    }
+    Ok(())
+}
+
 /// Fails when a side output such as the report would overwrite an input, part of the output, or cannot be written.
 ///
 /// `inputs` are files and folders that are read, `output` is what the run writes. An existing plain file elsewhere is replaced,

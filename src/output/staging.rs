@@ -234,6 +234,12 @@ impl Staging {
         check_space(&self.folder, &self.shown, bytes)
     }
 
+    /// Whether another output is written to the same file system.
+    pub fn is_beside(&self, other: &Staging) -> bool {
+        let of = |staging: &Staging| number(&staging.folder).map(|(device, _)| device);
+        of(self) == of(other)
+    }
+
     /// Writes one file.
     pub fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         let path = self.folder.join(name);

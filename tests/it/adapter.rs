@@ -271,15 +271,8 @@ fn a_run_takes_the_merged_model_as_the_original() {
         let limits = Limits::default();
         let verification = Verification { text: "held-out".into(), context: 128, windows: Some(2), limits };
         let recipe = Recipe::resolve(toml::from_str::<Request>(&toml).unwrap()).unwrap();
-        let job = Job {
-            model: &model,
-            output: &output,
-            recipe,
-            verification: Some(verification),
-            force: false,
-            report: None,
-        };
-        let report = job.run(&Cpu::default(), &mut Progress::new(true)).unwrap();
+        let job = Job::one(&model, &output, recipe, Some(verification), false);
+        let report = job.run_one(&Cpu::default(), &mut Progress::new(true)).unwrap();
         let merged = report.adapter.as_ref().unwrap();
         assert_eq!((merged.modules, merged.replaced, merged.kind), (4, 1, "lora"));
         let kld = report.quality.as_ref().unwrap().beside.as_ref().unwrap().kld_mean;

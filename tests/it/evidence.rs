@@ -23,8 +23,8 @@ fn quantize(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
     let defaults: Request = toml::from_str("samples = 4\nseq_len = 64").unwrap();
     let request: Request = toml::from_str(toml).unwrap();
     let recipe = Recipe::resolve(request.or(defaults))?;
-    let job = Job { model, output, recipe, verification: None, force: true, report: None };
-    job.run(&Cpu::default(), &mut Progress::new(true))
+    let job = Job::one(model, output, recipe, None, true);
+    job.run_one(&Cpu::default(), &mut Progress::new(true))
 }
 
 /// Multiplies a bf16 tensor.
@@ -312,9 +312,8 @@ fn what_cannot_be_measured_passes_no_limit() {
     };
     let recipe = Recipe::resolve(toml::from_str("method = 'rtn'").unwrap()).unwrap();
     let (model, output): (PathBuf, PathBuf) = (room.path("model"), room.path("out"));
-    let job =
-        Job { model: &model, output: &output, recipe, verification: Some(verification), force: false, report: None };
-    assert!(job.run(&Cpu::default(), &mut Progress::new(true)).is_err());
+    let job = Job::one(&model, &output, recipe, Some(verification), false);
+    assert!(job.run_one(&Cpu::default(), &mut Progress::new(true)).is_err());
     assert!(!output.exists());
 }
 

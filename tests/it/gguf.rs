@@ -21,15 +21,8 @@ fn run(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
     let request: Request = toml::from_str(toml).unwrap();
     let verification =
         Verification { text: "held-out".to_owned(), context: 128, windows: Some(4), limits: Limits::default() };
-    let job = Job {
-        model,
-        output,
-        recipe: Recipe::resolve(request.or(defaults))?,
-        verification: Some(verification),
-        force: false,
-        report: None,
-    };
-    job.run(&Cpu::default(), &mut Progress::new(true))
+    let job = Job::one(model, output, Recipe::resolve(request.or(defaults))?, Some(verification), false);
+    job.run_one(&Cpu::default(), &mut Progress::new(true))
 }
 
 fn types(path: &Path) -> Vec<(String, GgmlType)> {
@@ -203,8 +196,8 @@ fn perplexity_is_what_llama_perplexity_prints() {
         let request: Request = toml::from_str(&recipe).unwrap();
         let request = request.or(toml::from_str("format = 'gguf'").unwrap());
         let recipe = Recipe::resolve(request).unwrap();
-        let job = Job { model: &model, output: &path, recipe, verification: None, force: false, report: None };
-        job.run(&Cpu::default(), &mut Progress::new(true)).unwrap();
+        let job = Job::one(&model, &path, recipe, None, false);
+        job.run_one(&Cpu::default(), &mut Progress::new(true)).unwrap();
         let file = Checkpoint::open(&path).unwrap();
         let text = load_text(concat!(env!("CARGO_MANIFEST_DIR"), "/src/demo/evaluation.txt")).unwrap();
         let tokenizer = ModelText::open(&file).unwrap();

@@ -33,8 +33,8 @@ pub fn spell(folder: &Path) {
 pub fn write(model: &Path, output: &Path, settings: &str) -> quantc::Result<Report> {
     let request: Request = toml::from_str(&format!("format = 'gguf'\n{settings}")).unwrap();
     let recipe = Recipe::resolve(request).unwrap();
-    let job = Job { model, output, recipe, verification: None, force: false, report: None };
-    job.run(&Cpu::exact(), &mut Progress::new(true))
+    let job = Job::one(model, output, recipe, None, false);
+    job.run_one(&Cpu::exact(), &mut Progress::new(true))
 }
 
 /// What llama.cpp has no architecture for, or no setting, and what the refusal says.

@@ -6,9 +6,9 @@ use std::path::Path;
 
 use kernels::Cpu;
 use quantc::Checkpoint;
-use quantc::compile::LinearReport;
 use quantc::convert::convert;
 use quantc::job::{Job, Verification};
+use quantc::pipeline::LinearReport;
 use quantc::plan::Fate;
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
@@ -48,8 +48,8 @@ fn quantize(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
     let recipe = Recipe::resolve(request.or(toml::from_str(&common).unwrap())).unwrap();
     let limits = Limits::default();
     let verification = Some(Verification { text, context: 24, windows: Some(16), limits });
-    let job = Job { model, output, recipe, verification, force: false, report: None };
-    job.run(&Cpu::exact(), &mut Progress::new(true))
+    let job = Job::one(model, output, recipe, verification, false);
+    job.run_one(&Cpu::exact(), &mut Progress::new(true))
 }
 
 fn divergence(report: &Report) -> f64 {

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use formats::Dtype;
 use kernels::Cpu;
-use quantc::compile::SmoothingReport;
 use quantc::convert::convert;
 use quantc::job::{Job, Verification};
+use quantc::pipeline::SmoothingReport;
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
 use quantc::report::Report;
@@ -36,8 +36,8 @@ fn run(model: &Path, output: &Path, recipe: Recipe, measure: bool) -> quantc::Re
         windows: Some(4),
         limits: Limits { max_kld: Some(1e-9), ..Limits::default() },
     });
-    let job = Job { model, output, recipe, verification, force: false, report: None };
-    job.run(&Cpu::default(), &mut Progress::new(true))
+    let job = Job::one(model, output, recipe, verification, false);
+    job.run_one(&Cpu::default(), &mut Progress::new(true))
 }
 
 fn weights(folder: &Path) -> Vec<u8> {

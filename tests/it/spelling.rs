@@ -160,8 +160,8 @@ fn what_only_python_writes_goes_from_file_to_file() {
     let request: Request = toml::from_str("method = 'rtn'\ngroup_size = 32").unwrap();
     let recipe = Recipe::resolve(request).unwrap();
     let model = room.path();
-    let job = Job { model, output: &output, recipe, verification: None, force: false, report: None };
-    job.run(&kernels::Cpu::exact(), &mut Progress::new(true)).unwrap();
+    let job = Job::one(model, &output, recipe, None, false);
+    job.run_one(&kernels::Cpu::exact(), &mut Progress::new(true)).unwrap();
     let config = std::fs::read_to_string(output.join("config.json")).unwrap();
     for line in [
         "\"time_step_limit\": [\n    0.0,\n    Infinity\n  ],",

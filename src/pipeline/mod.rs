@@ -1,0 +1,437 @@
+//! The walk: streams the samples through the model block by block, solves each linear when its input is known, and hands it to every
+//! target before the next one.
+//!
+//! ```text
+//! stream = embed(samples)
+//! for block in blocks:
+//!     fold channel scales into the block              # AWQ, as the leading target's types ask for it
+//!     for stage in block:                             # linears that read one input
+//!         seen   = statistics of that input           # once, whoever needs them
+//!         factor = factored Hessian                   # once for all targets that damp and order alike
+//!         for target in targets:
+//!             for linear in stage: target ← solve(linear, seen, factor)
+//!         stream ← stage(stream) with what the leading target's file holds of its weights
+//! ```
+//!
+//! So the model is run once, each linear is calibrated on the output of quantized predecessors, and the leading target's bytes are those of
+//! a run of it alone.
+
+mod fold;
+mod observe;
+mod solve;
+
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use calibration::samples::Samples;
+use calibration::statistics::Needs;
+use kernels::Backend;
+use serde::Serialize;
+
+use self::observe::{Observed, Observer};
+use self::solve::Task;
+use crate::behind::{Behind, behind, beside};
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, ready, run_block};
+use crate::graph::{Graph, Linear};
+use crate::progress::Progress;
+use crate::report::{Hashing, flushed, hash_written};
+use crate::rest::touched;
+use crate::target::{Lost, Target, Write};
+
+/// What became of one linear.
+#[derive(Clone, Debug, Serialize)]
+pub struct LinearReport {
+    /// The module.
+    pub name: String,
+    /// The method that chose its codes.
+    pub method: String,
+    /// The type of its blocks, in a GGUF file.
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    pub ty: Option<&'static str>,
+    /// Width of a code.
+    pub bits: u8,
+    /// Columns per scale; −1 for a whole row.
+    pub group_size: i64,
+    /// Symmetric grid.
+    pub symmetric: bool,
+    /// Calibration tokens that its input was seen on.
+    pub tokens: usize,
+    /// Share of what is known of an expert's input that came from tokens of the other experts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prior: Option<f64>,
+    /// Share of its input's channels that were 0 for all of these tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dead_inputs: Option<f64>,
+    /// Relative damping that was used.
+    pub damp: Option<f64>,
+    /// What was done in place of what was asked for.
+    pub fallback: Option<String>,
+    /// `tr((W − Ŵ) H (W − Ŵ)ᵀ)` per token.
+    pub proxy_loss: Option<f64>,
+    /// Share of the output's energy that is lost.
+    pub relative_error: Option<f64>,
+    /// Share of its weights that are too small for the scales that the file stores, and lost.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lost: Option<f64>,
+    /// Time to choose its codes.
+    pub seconds: f64,
+}
+
+/// Channel scales that were folded into the model before it was quantized.
+#[derive(Clone, Debug, Serialize)]
+pub struct SmoothingReport {
+    /// What the scales were divided out of.
+    pub producer: String,
+    /// The linears that read them.
+    pub readers: Vec<String>,
+    /// The exponent of the activations' magnitude.
+    pub alpha: f32,
+    /// Rounding loss with the scales as a share of the loss without.
+    pub loss_ratio: f64,
+}
+
+/// Seconds by stage.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Stages {
+    /// Reading and widening weights.
+    pub load: f64,
+    /// Running the model.
+    pub forward: f64,
+    /// Gathering statistics of inputs.
+    pub observe: f64,
+    /// Searching channel scales.
+    pub smooth: f64,
+    /// Ordering and factoring Hessians.
+    pub factor: f64,
+    /// Searching scales, choosing codes, measuring the loss.
+    pub solve: f64,
+    /// Packing, and writing as far as it is not done behind the rest.
+    pub write: f64,
+}
+
+/// What the walk did for one target.
+pub struct Written {
+    /// What it did.
+    pub done: Done,
+    /// Waits until the weights are on disk; their hashes.
+    pub flushing: Hashing,
+}
+
+/// What was done for one target, as far as it has got.
+#[derive(Debug, Default)]
+pub struct Done {
+    /// Every quantized linear, in the order of the work.
+    pub linears: Vec<LinearReport>,
+    /// Every folded scale.
+    pub smoothings: Vec<SmoothingReport>,
+    /// Tensors that are written as plain numbers and lose values that are too small for them, with the share of these.
+    pub lost: Vec<(String, f64)>,
+    /// Where the time went; what targets share is counted for each.
+    pub seconds: Stages,
+}
+
+/// Tensors besides the weights of linears that a transform changes.
+#[derive(Default)]
+pub struct Folded {
+    names: HashSet<String>,
+    changed: HashMap<String, Vec<f32>>,
+}
+
+impl Folded {
+    /// Whether the transform may change this tensor.
+    pub fn touches(&self, name: &str) -> bool {
+        self.names.contains(name)
+    }
+
+    /// Its values, where they are not the input's.
+    pub fn values(&self, name: &str) -> Option<&[f32]> {
+        self.changed.get(name).map(|values| &values[..])
+    }
+}
+
+/// Quantizes `source` for all of `targets`, of which the stream sees the one that leads.
+///
+/// `samples` may be absent only if no target needs anything. Fails on non-finite weights or activations.
+pub fn quantize<B: Backend>(
+    backend: &B,
+    graph: &Graph,
+    source: &Checkpoint,
+    targets: &[&dyn Target<B>],
+    lead: usize,
+    samples: Option<&Samples>,
+    progress: &mut Progress,
+) -> Result<Vec<Written>> {
+    let sinks = targets.iter().map(|target| target.open(source)).collect::<Result<Vec<_>>>()?;
+    let hashing = sinks.iter().map(|sink| Ok(hash_written(sink.follow()?))).collect::<Result<Vec<_>>>()?;
+    let backend = &backend.relaxed();
+    progress.start("quantizing", targets.iter().map(|target| target.linears()).sum());
+    let ahead = Ahead::new(backend, source);
+    let leader = targets[lead].recipe();
+    let names = if leader.method.smooths() { touched(graph) } else { HashSet::new() };
+    let early = |over: &AtomicBool| {
+        let copied = |sink: &Box<dyn crate::target::Sink<B> + '_>| sink.beside(&|name| names.contains(name), over);
+        sinks.iter().map(copied).collect::<Result<Vec<_>>>()
+    };
+    let progress = &*progress;
+    let run = || {
+        behind(
+            |write: Write<'_>| write(),
+            |hand| {
+                let walk = Walk {
+                    backend,
+                    source,
+                    ahead: &ahead,
+                    tasks: targets.iter().zip(&sinks).map(|(target, sink)| Task::new(*target, &**sink)).collect(),
+                    lead,
+                    behind: hand,
+                    progress,
+                    observer: Observer::new(backend, source, targets.iter().map(|target| target.needs()), leader),
+                    prepared: HashMap::new(),
+                    folded: Folded { names: names.clone(), changed: HashMap::new() },
+                    final_block: false,
+                    shared: Stages::default(),
+                };
+                walk.run(graph, samples)
+            },
+        )
+    };
+    let (done, early) = beside(early, run)?;
+    let all = done.into_iter().zip(early).zip(sinks).zip(hashing);
+    let written = all.map(|((((mut done, late), early), sink), hashing)| {
+        let mut lost: Vec<Lost> = early.into_iter().chain(late).collect();
+        lost.sort_by_key(|lost| lost.index);
+        done.lost.extend(lost.into_iter().map(|lost| (lost.name, lost.share)));
+        let finish = sink.finish();
+        Written { done, flushing: flushed(finish, hashing) }
+    });
+    Ok(written.collect())
+}
+
+/// The state of a walk. As a [`Supply`] it quantizes linears as their inputs become known.
+struct Walk<'h, 'a, B: Backend> {
+    backend: &'a B,
+    source: &'a Checkpoint,
+    ahead: &'a Ahead<'a, B>,
+    tasks: Vec<Task<'a, B>>,
+    /// The task of the target that the stream sees.
+    lead: usize,
+    behind: &'h Behind<Write<'a>>,
+    progress: &'h Progress,
+    observer: Observer<'a, B>,
+    /// Weights of the current block that a transform has changed, by module.
+    prepared: HashMap<String, Weight<B::Matrix>>,
+    folded: Folded,
+    final_block: bool,
+    /// What is done once for all targets.
+    shared: Stages,
+}
+
+/// Runs `f` and adds its time to `stage`.
+fn timed<T>(stage: &mut f64, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    let started = Instant::now();
+    let result = f();
+    *stage += started.elapsed().as_secs_f64();
+    result
+}
+
+impl<B: Backend> Walk<'_, '_, B> {
+    fn run(mut self, graph: &Graph, samples: Option<&Samples>) -> Result<Vec<(Done, Vec<Lost>)>> {
+        let started = Instant::now();
+        let (ahead, backend, source) = (self.ahead, self.backend, self.source);
+        let smooths = self.tasks[self.lead].target.recipe().method.smooths();
+        self.before()?;
+        match samples {
+            None => ahead.blocks(
+                &graph.blocks,
+                || Ok(()),
+                |(), _, block| block.linears().try_for_each(|linear| self.round(linear)),
+            )?,
+            Some(samples) => {
+                let begin = || {
+                    let chunks = embed(backend, graph, source, &samples.sequences)?;
+                    source.release(&graph.embedding.tensor);
+                    Ok(chunks)
+                };
+                ahead.blocks(&graph.blocks, begin, |chunks, index, block| {
+                    if smooths {
+                        self.smooth(block, chunks)?;
+                    }
+                    self.final_block = index + 1 == graph.blocks.len();
+                    run_block(backend, block, &mut self, chunks)?;
+                    self.prepared.clear();
+                    self.observer.forget_layer();
+                    Ok(())
+                })?;
+                self.tasks.iter().try_for_each(|task| task.save_importance(samples))?;
+            }
+        }
+        self.end(started)
+    }
+
+    fn before(&mut self) -> Result<()> {
+        let folded = &self.folded;
+        for task in &mut self.tasks {
+            let lost =
+                timed(&mut task.done.seconds.write, || task.sink.before(self.backend, &|name| folded.touches(name)))?;
+            task.lost.extend(lost);
+        }
+        Ok(())
+    }
+
+    /// Writes what a transform may have changed, and ends.
+    fn end(mut self, started: Instant) -> Result<Vec<(Done, Vec<Lost>)>> {
+        for task in &mut self.tasks {
+            let lost = timed(&mut task.done.seconds.write, || task.sink.after(self.backend, &self.folded))?;
+            task.lost.extend(lost);
+        }
+        let mut shared = Stages { observe: self.observer.seconds, ..self.shared };
+        let own = |task: &Task<'_, B>| task.done.seconds.factor + task.done.seconds.solve + task.done.seconds.write;
+        let others: f64 = self.tasks.iter().map(own).sum();
+        shared.forward =
+            started.elapsed().as_secs_f64() - shared.load - shared.observe - shared.smooth - shared.factor - others;
+        Ok(self.tasks.into_iter().map(|task| task.end(&shared)).collect())
+    }
+
+    fn load(&mut self, linear: &Linear) -> Result<Weight<B::Matrix>> {
+        match self.prepared.remove(&linear.module) {
+            Some(weight) => Ok(weight),
+            None => {
+                let plain = self.ahead.plain();
+                timed(&mut self.shared.load, || plain.load(linear))
+            }
+        }
+    }
+
+    /// Quantizes a linear whose input nobody looks at.
+    fn round(&mut self, linear: &Linear) -> Result<()> {
+        let mut left = Vec::new();
+        for (index, task) in self.tasks.iter_mut().enumerate() {
+            if !task.round(self.backend, linear, self.progress)? {
+                left.push(index);
+            }
+        }
+        if !left.is_empty() {
+            self.quantize(&[linear], &Observed::nothing(), &left)?;
+        }
+        Ok(())
+    }
+
+    /// Quantizes and writes the planned linears of a group, that of the leading target last so that nothing waits in memory; returns what
+    /// the leading target's file will hold of each.
+    fn quantize(&mut self, group: &[&Linear], seen: &Observed<B>, tasks: &[usize]) -> Result<Vec<Weight<B::Weight>>> {
+        let backend = self.backend;
+        for index in tasks {
+            self.tasks[*index].collect(group, seen);
+        }
+        // Targets that damp and order alike share a factorization.
+        let shares: Vec<Option<solve::ShareKey>> = tasks.iter().map(|index| self.tasks[*index].key(group)).collect();
+        let mut factored = Vec::new();
+        for (at, key) in shares.iter().enumerate() {
+            let Some(key) = key else { continue };
+            if shares[..at].contains(&Some(*key)) {
+                continue;
+            }
+            let task = &self.tasks[tasks[at]];
+            let shared = timed(&mut self.shared.factor, || task.share(backend, group, seen))?;
+            factored.push((*key, shared));
+        }
+        let of = |key: &Option<solve::ShareKey>| {
+            let key = key.as_ref()?;
+            factored.iter().find(|(known, _)| known == key).map(|(_, shared)| shared)
+        };
+        let mut weights = Vec::new();
+        let mut rest = group;
+        while !rest.is_empty() {
+            let mut rows = 0;
+            let fits = |linear: &&&Linear| {
+                rows += linear.rows;
+                rows <= backend.rows_at_once()
+            };
+            let (now, later) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+            rest = later;
+            let mut loaded = now.iter().map(|linear| self.load(linear)).collect::<Result<Vec<_>>>()?;
+            let order = (0..tasks.len()).filter(|at| tasks[*at] != self.lead);
+            for at in order.chain((0..tasks.len()).filter(|at| tasks[*at] == self.lead)) {
+                let work = solve::Work {
+                    backend,
+                    source: self.source,
+                    behind: self.behind,
+                    progress: self.progress,
+                    leads: tasks[at] == self.lead,
+                };
+                let held = self.tasks[tasks[at]].quantize(&work, now, &loaded, seen, of(&shares[at]))?;
+                for (weight, held) in loaded.iter_mut().zip(held) {
+                    if let Some(held) = held {
+                        weight.matrix = held;
+                    }
+                }
+            }
+            for (linear, weight) in now.iter().zip(loaded) {
+                weights.extend(ready(backend, linear, weight)?);
+            }
+        }
+        Ok(weights)
+    }
+
+    fn all(&self) -> Vec<usize> {
+        (0..self.tasks.len()).collect()
+    }
+
+    /// Whether anybody wants to know what linears read.
+    fn wanted(&self, group: &[&Linear]) -> bool {
+        let wants = |task: &Task<'_, B>| {
+            task.target.needs() > Needs::Nothing && group.iter().any(|l| !task.target.placements(l).is_empty())
+        };
+        self.tasks.iter().any(wants)
+    }
+}
+
+impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
+    fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
+        match self.folded.changed.get(name) {
+            Some(changed) => Ok(changed.clone()),
+            None => self.source.load(name),
+        }
+    }
+
+    fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
+        let seen = match self.wanted(group) {
+            true => self.observer.observe(group[0], inputs)?,
+            false => Observed::nothing(),
+        };
+        self.quantize(group, &seen, &self.all())
+    }
+
+    fn expert(
+        &mut self,
+        group: &[&Linear],
+        inputs: &Inputs<'_, B::Input>,
+        others: &Others<'_, B::Input>,
+    ) -> Result<Vec<Weight<B::Weight>>> {
+        let seen = match self.wanted(group) {
+            true => self.observer.observe_expert(group[0], inputs, others)?,
+            false => Observed::nothing(),
+        };
+        self.quantize(group, &seen, &self.all())
+    }
+
+    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
+        Supply::<B>::router(&mut Plain::exact(self.backend, self.source), linear)
+    }
+
+    fn needs_output(&self, last_step: bool) -> bool {
+        !(self.final_block && last_step)
+    }
+}
+
+/// One line for a linear.
+pub fn describe(report: &LinearReport) -> String {
+    let error = report.relative_error.map_or(String::new(), |e| format!("  error {:.4} %", 100.0 * e));
+    let fallback = report.fallback.as_ref().map_or(String::new(), |f| format!("  {f}"));
+    let LinearReport { name, bits, group_size, method, seconds, .. } = report;
+    let kind = report.ty.map_or_else(|| format!("w{bits} g{group_size}"), str::to_owned);
+    format!("{name:44} {method} {kind}{error}  {seconds:.2} s{fallback}")
+}
