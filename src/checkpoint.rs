@@ -14,9 +14,9 @@ use formats::{Dtype, GgmlType, GgufFile, QuantizedWeight, SafetensorsSet, Scheme
 use serde_json::Value;
 
 use crate::adapter::{Adapter, AdapterReport, Change};
+use crate::dialect::model::GgufModel;
 use crate::error::{Error, Result};
 use crate::families;
-use crate::import::gguf::GgufModel;
 
 mod beside;
 mod names;

@@ -14,7 +14,6 @@ use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, StoredType,
 use crate::compile::{Compiled, LinearReport, SmoothingReport, Stages, compile, needs};
 use crate::error::{Error, Result};
 use crate::evidence;
-use crate::export::probe;
 use crate::families;
 use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
@@ -23,6 +22,7 @@ use crate::json;
 use crate::memory::{self, Device, Expected, Free, Tokens, Work};
 use crate::output::{Place, SideOutput, Staging, bytes_of, check_beside, check_place};
 use crate::plan::{Fate, Plan};
+use crate::probe;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::{

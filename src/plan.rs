@@ -373,7 +373,7 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
 /// What to say of a tensor that is missing: where it should be, and what it may be called instead.
 fn missing(graph: &Graph, source: &Checkpoint, name: &str, shape: &[usize]) -> Error {
     if source.gguf().is_some() {
-        let planned = crate::export::names::plan(graph).map(|plan| plan.tensors).unwrap_or_default();
+        let planned = crate::dialect::names::plan(graph).map(|plan| plan.tensors).unwrap_or_default();
         let own = planned.into_iter().find(|tensor| tensor.parts().iter().any(|part| part.from.tensor() == name));
         let (name, shape) = own.map_or((name.to_owned(), shape.to_vec()), |own| (own.gguf, own.shape));
         return Error::failed(format!(

@@ -10,7 +10,7 @@ use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::export::mixes::{MIXES, Mix};
+use crate::mixes::{MIXES, Mix};
 use crate::stray::UnknownTensors;
 
 /// A quantization method.

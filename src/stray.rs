@@ -12,7 +12,7 @@ use crate::checkpoint::{Checkpoint, Entry, StoredType};
 use crate::error::{Error, Result};
 use crate::families::graph_of;
 use crate::graph::{Graph, Linear, Stored};
-use crate::import::names::block_number;
+use crate::mixes::block_number;
 use crate::plan::Fate;
 
 /// What to do with tensors that no rule of the model's family names.

@@ -15,9 +15,9 @@ use formats::container::file;
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::families;
-use crate::import::sentencepiece;
 use crate::supervisor::within;
 use crate::tokenizer::TokenizerFiles;
+use crate::tokenizer::sentencepiece;
 
 /// The name of the bundled text for evaluation: neither the built-in model nor any preset has seen it.
 pub const HELD_OUT: &str = "held-out";

@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 use super::{Checkpoint, Source, StoredType, directory_entries, dominant_dtype, dtype_named, index, read_json};
 use super::{names, place};
 use crate::adapter::Adapter;
+use crate::dialect::model::GgufModel;
 use crate::error::{Error, Result};
 use crate::families;
-use crate::import::gguf::GgufModel;
 
 impl Checkpoint {
     /// Opens a Hugging Face directory, a hub cache's folder of a model, or a GGUF file, whatever it is called.

@@ -8,6 +8,7 @@
 pub(crate) mod added;
 pub(crate) mod classes;
 mod notes;
+pub(crate) mod sentencepiece;
 mod templates;
 mod versions;
 
@@ -18,8 +19,8 @@ use formats::GgufFile;
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, read_json};
+use crate::dialect::tokenizer::rebuilt;
 use crate::error::{Error, Result};
-use crate::import::{gguf_tokenizer, sentencepiece};
 use crate::supervisor::within;
 use crate::text::TextError;
 use added::{Added, NAMES, Sources, Stated};
@@ -118,15 +119,15 @@ impl TokenizerFiles {
 
     /// What a GGUF file says; nothing lies beside it.
     fn of_gguf(file: &GgufFile) -> Result<TokenizerFiles> {
-        let json = gguf_tokenizer::tokenizer_json(file)?;
-        let config = gguf_tokenizer::tokenizer_config(file, None)?;
+        let json = rebuilt::tokenizer_json(file)?;
+        let config = rebuilt::tokenizer_config(file, None)?;
         let name = file.path().file_name().unwrap_or_default().to_string_lossy();
         let templates = Templates::of_value(&config["chat_template"], &name);
         let stated = added::of_json(&json).unwrap_or_default();
         let stated = stated.into_iter().map(|(id, token)| Stated::new(id, token)).collect();
         let sources = Sources { config, ..Sources::default() };
         let mut files = Self::build(file.path(), FILE, json, stated, sources, templates, [None, None])?;
-        files.notices.extend(gguf_tokenizer::guessed(file)?);
+        files.notices.extend(rebuilt::guessed(file)?);
         Ok(files)
     }
 

@@ -6,13 +6,13 @@ use serde_json::{Value, json};
 use super::templates::DEFAULT;
 use super::{FILE, NAMES, TokenizerFiles, classes};
 use crate::checkpoint::{Checkpoint, read_json};
+use crate::dialect::tokenizer::knows_as_end;
 use crate::error::Result;
-use crate::export::tokenizer::knows_as_end;
 use crate::families;
-use crate::import::sentencepiece;
 use crate::json::integer;
 use crate::supervisor::within;
 use crate::text::other_tokenizer;
+use crate::tokenizer::sentencepiece;
 
 /// What the user says in the conversation that a template is tried with.
 const QUESTION: &str = "Where do zebras graze?";

@@ -112,7 +112,7 @@ fn every_family_is_written_in_every_layout_and_read_back() {
             }
         }
         let cell = &mut family.layouts[3];
-        match quantc::export::names::plan(&graph) {
+        match quantc::dialect::names::plan(&graph) {
             Ok(plan) => *cell = Some(format!("`{}`", plan.architecture)),
             Err(why) => drop(cell.get_or_insert_with(|| why.to_string().split(';').next().unwrap().to_owned())),
         }

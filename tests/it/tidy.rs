@@ -106,7 +106,7 @@ fn one_place_picks_the_device_and_one_the_family() {
             assert!(!device || own || is("src/cli.rs"), "{place}: the device is picked in cli.rs");
             let family =
                 line.contains("\"model_type\"") && !line.contains("json!") && path.starts_with(root().join("src"));
-            let may = is("src/families/mod.rs") || is("src/inspect.rs") || is("src/import/settings.rs");
+            let may = is("src/families/mod.rs") || is("src/inspect.rs") || is("src/dialect/settings.rs");
             assert!(!family || may, "{place}: the family is looked up in families/mod.rs");
         }
     }

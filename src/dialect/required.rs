@@ -2,7 +2,7 @@
 
 use formats::Result;
 
-use crate::import::settings::Settings;
+use crate::dialect::settings::Settings;
 
 /// Keys by architecture, beside those that all have: by the loaders of llama.cpp de3ff81.
 const REQUIRED: &[(&str, &[&str])] = &[
@@ -61,7 +61,7 @@ mod tests {
     use formats::container::gguf::MetadataValue;
 
     use super::*;
-    use crate::import::names::{ARCHITECTURES, Architecture};
+    use crate::dialect::architectures::{ARCHITECTURES, Architecture};
 
     fn missing(id: &str, keys: &[&str]) -> Option<String> {
         let one = |key: &&str| (format!("{id}.{key}"), MetadataValue::U32(2));

@@ -9,14 +9,14 @@ use kernels::{Activation, NormKind};
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, front_matter};
+use crate::dialect::architectures::{Architecture, ROPE_FREQS};
+use crate::dialect::names::{self, ExportPlan, Source};
+use crate::dialect::same;
+use crate::dialect::settings::Settings;
 use crate::error::{Error, Result};
-use crate::export::names::{self, ExportPlan, Source};
-use crate::export::same;
 use crate::families::rope::warmth;
 use crate::families::{self, longest_context};
 use crate::graph::{Attention, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
-use crate::import::names::{Architecture, ROPE_FREQS};
-use crate::import::settings::Settings;
 use crate::json::integer;
 
 /// Keys and values in the order in which they are written.
@@ -445,7 +445,7 @@ fn size_label(parameters: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::export::names::plan;
+    use crate::dialect::names::plan;
     use crate::families::build;
     use serde_json::json;
 

@@ -4,10 +4,10 @@
 use formats::Result;
 use serde_json::{Value, json};
 
-use crate::export::same::truncated;
+use crate::dialect::same::truncated;
+use crate::dialect::settings::Settings;
 use crate::families::rope::{unscaled, warmth};
 use crate::graph::RopeScaling;
-use crate::import::settings::Settings;
 
 impl Settings {
     /// `rope.scaling.factor`, or what it was called before; one where the type says that nothing is scaled.
@@ -161,7 +161,7 @@ mod tests {
     use formats::container::gguf::MetadataValue;
 
     use super::*;
-    use crate::import::names::Architecture;
+    use crate::dialect::architectures::Architecture;
 
     fn settings(id: &str, further: &[(&str, f32)]) -> Settings {
         let count = |key: &str, n| (format!("{id}.{key}"), MetadataValue::U32(n));

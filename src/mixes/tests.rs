@@ -97,7 +97,7 @@ fn fixture_tensors(model: &Json) -> Vec<(String, Vec<usize>)> {
             part("ffn_down.weight", &[4, inner]);
         }
     }
-    tensors.sort_by(|a, b| crate::import::names::file_order(&a.0, &b.0));
+    tensors.sort_by(|a, b| crate::dialect::architectures::file_order(&a.0, &b.0));
     tensors
 }
 
@@ -121,7 +121,7 @@ fn fixture_type<'f>(types: &'f Json, name: &str) -> &'f str {
 
 #[test]
 fn types_are_those_of_llama_quantize() {
-    let fixture: Json = serde_json::from_str(include_str!("../../../tests/fixtures/gguf/type_mixes.json")).unwrap();
+    let fixture: Json = serde_json::from_str(include_str!("../../tests/fixtures/gguf/type_mixes.json")).unwrap();
     let (mut compared, mut refused) = (0, 0);
     for case in fixture["models"].as_array().unwrap() {
         let mut model = fixture["plain"].clone();

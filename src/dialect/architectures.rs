@@ -1,9 +1,11 @@
 //! The architectures that GGUF files name: which families are written as each, and what it asks of tensors.
 //!
 //! One entry of [`ARCHITECTURES`] an architecture. How a graph's tensors are named and laid out in it is in
-//! [`crate::export::names`], which reading goes backwards.
+//! [`crate::dialect::names`], which reading goes backwards.
 
 use std::cmp::Ordering;
+
+use crate::mixes::block_number;
 
 /// Factors that each rotary frequency is divided by; part of config.json in Hugging Face's terms.
 pub(crate) const ROPE_FREQS: &str = "rope_freqs.weight";
@@ -201,11 +203,6 @@ impl Architecture {
     pub fn of_family(family: &str) -> Option<&'static Architecture> {
         ARCHITECTURES.iter().find(|architecture| architecture.families.contains(&family))
     }
-}
-
-/// The block that a GGUF tensor belongs to.
-pub(crate) fn block_number(name: &str) -> Option<usize> {
-    name.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
 }
 
 /// The order in which llama-quantize visits and writes tensors: those of no block first, then block by block, by name.

@@ -6,9 +6,9 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
+use crate::dialect::tokenizer::pretokenizer::PROBE;
+use crate::dialect::tokenizer::spaces_first_alone;
 use crate::error::Result;
-use crate::export::pretokenizer::PROBE;
-use crate::export::tokenizer::spaces_first_alone;
 use crate::tokenizer::TokenizerFiles;
 
 /// Bytes of running text that are tried (16 KiB).

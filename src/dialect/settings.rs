@@ -1,7 +1,7 @@
 //! config.json from the settings of a GGUF file: what llama.cpp would run, in Hugging Face's terms.
 //!
 //! Writing uses it too: a model is written only if what would be read back is the same model
-//! ([`crate::export::metadata`]).
+//! ([`crate::dialect::metadata`]).
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
@@ -9,8 +9,8 @@ use std::collections::{HashMap, HashSet};
 use formats::container::gguf::MetadataValue;
 use serde_json::{Map, Value, json};
 
-use crate::import::names::{Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
-use crate::import::required;
+use crate::dialect::architectures::{Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
+use crate::dialect::required;
 
 /// What a GGUF file says of a model beside its weights.
 pub(crate) struct Settings {

@@ -4,11 +4,11 @@ use calibration::samples::Tokenizer;
 use serde_json::Value;
 
 use super::{Files, Token, strings};
+use crate::dialect::metadata::Written;
 use crate::error::Result;
-use crate::export::metadata::Written;
-use crate::import::sentencepiece;
 use crate::json::integer;
 use crate::tokenizer::Templates;
+use crate::tokenizer::sentencepiece;
 
 /// Texts that end a turn; loaders take the one token under `eot_token_id` for it.
 const TURN_ENDS: &[&str] = &[

@@ -1,10 +1,10 @@
 //! The tensors of a GGUF file: their names and order, and of which parts of a model's tensors each is made.
 
+use crate::dialect::architectures::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 use crate::error::{Error, Result};
 use crate::graph::{
     Attention, Graph, HeadNorms, Latent, Layer, Linear, Mlp, Moe, Norm, Projections, Rope, RopeScaling,
 };
-use crate::import::names::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 
 /// The tensors of a GGUF file, in the order in which llama-quantize writes them.
 #[derive(Clone, Debug, PartialEq)]
@@ -146,7 +146,7 @@ pub fn plan(graph: &Graph) -> Result<ExportPlan> {
     let mut list = Lister { architecture, tensors: Vec::new() };
     list.model(graph)?;
     let mut tensors = list.tensors;
-    tensors.sort_by(|a, b| names::file_order(&a.gguf, &b.gguf));
+    tensors.sort_by(|a, b| architectures::file_order(&a.gguf, &b.gguf));
     Ok(ExportPlan { architecture: architecture.id, tensors })
 }
 

@@ -1,6 +1,6 @@
 //! A GGUF file as a Hugging Face checkpoint: names, row order, config.json.
 //!
-//! Which tensor of the file holds which rows of which tensor is what [`crate::export::names`] says for writing, gone
+//! Which tensor of the file holds which rows of which tensor is what [`crate::dialect::names`] says for writing, gone
 //! backwards.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -11,12 +11,12 @@ use formats::{Dtype, GgmlType, GgufFile, TensorView};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::{Entry, StoredType};
+use crate::dialect::architectures::{ARCHITECTURES, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
+use crate::dialect::names::{From, Part, plan};
+use crate::dialect::settings::Settings;
 use crate::error::{Error, Result};
-use crate::export::names::{From, Part, plan};
 use crate::families;
 use crate::graph::Stored;
-use crate::import::names::{ARCHITECTURES, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
-use crate::import::settings::Settings;
 
 /// An opened GGUF model.
 #[derive(Debug)]
@@ -185,7 +185,7 @@ impl GgufModel {
                 return Err(error.in_tensor(name).in_file(path).into());
             }
         }
-        let splitting: Vec<String> = super::gguf_tokenizer::notes(&file).into_iter().collect();
+        let splitting: Vec<String> = super::tokenizer::rebuilt::notes(&file).into_iter().collect();
         let notes = [notes, splitting].concat();
         Ok(GgufModel { file, config, dtype, tensors, order, notes })
     }
@@ -330,11 +330,11 @@ impl GgufModel {
     }
 
     pub fn tokenizer_json(&self) -> Result<Value> {
-        super::gguf_tokenizer::tokenizer_json(&self.file)
+        super::tokenizer::rebuilt::tokenizer_json(&self.file)
     }
 
     pub fn tokenizer_config(&self) -> Result<Value> {
-        super::gguf_tokenizer::tokenizer_config(&self.file, self.config["max_position_embeddings"].as_u64())
+        super::tokenizer::rebuilt::tokenizer_config(&self.file, self.config["max_position_embeddings"].as_u64())
     }
 
     pub fn generation_config(&self) -> Value {

@@ -2,7 +2,7 @@
 
 use formats::GgufFile;
 
-use crate::export::names::{ExportTensor, Part, Source};
+use crate::dialect::names::{ExportTensor, Part, Source};
 
 /// Tensors of a block that may be stored as one, one after the other, and the name of that one.
 const QKV: ([&str; 3], &str) = (["attn_q", "attn_k", "attn_v"], "attn_qkv");

@@ -9,7 +9,6 @@ use std::fmt;
 use formats::GgmlType;
 
 use crate::error::{Error, Result};
-use crate::import::names::block_number;
 
 /// A mix of types, by the name that users of llama-quantize know.
 #[derive(Debug)]
@@ -247,6 +246,11 @@ impl TensorOverride {
     }
 }
 
+/// The block that a GGUF tensor belongs to.
+pub(crate) fn block_number(name: &str) -> Option<usize> {
+    name.strip_prefix("blk.")?.split_once('.')?.0.parse().ok()
+}
+
 /// A type by its name, in any case, or why there is none.
 pub fn parse_type(name: &str) -> Result<GgmlType, String> {
     GgmlType::from_name(name).ok_or_else(|| {
@@ -273,7 +277,7 @@ pub fn quantizable(name: &str, shape: &[usize]) -> bool {
 
 /// The type of each tensor, as llama-quantize chooses it.
 ///
-/// `tensors` are all tensors of the file in llama-quantize's order ([`super::names::plan`] gives it), since some rules
+/// `tensors` are all tensors of the file in llama-quantize's order ([`crate::dialect::names::plan`] gives it), since some rules
 /// count them. `imatrix` tells whether there is an importance matrix.
 ///
 /// Fails for `Q2_K_S` without an importance matrix, for an override that matches no tensor or has no effect, and for an

@@ -4,6 +4,8 @@
 //! (`llama`) there are pieces, scores and kinds, from tokenizer.model or, where only tokenizer.json is left, from its
 //! merges: the piece that is made first scores highest.
 
+pub(crate) mod pretokenizer;
+pub(crate) mod rebuilt;
 mod special;
 
 pub(crate) use special::knows_as_end;
@@ -17,15 +19,14 @@ use formats::container::sentencepiece::Algorithm;
 use serde_json::Value;
 
 use crate::checkpoint::{Checkpoint, read_json};
+use crate::dialect::called::{Rule, suitable, without_rule};
+use crate::dialect::metadata::Written;
+use crate::dialect::tokenizer::rebuilt::kind;
 use crate::error::{Error, Result};
-use crate::export::metadata::Written;
-use crate::export::pretokenizer;
 use crate::families;
-use crate::import::called::{Rule, suitable, without_rule};
-use crate::import::gguf_tokenizer::kind;
-use crate::import::sentencepiece;
 use crate::tokenizer::TokenizerFiles;
 use crate::tokenizer::added::Added;
+use crate::tokenizer::sentencepiece;
 
 /// The space of SentencePiece.
 const SPACE: char = '▁';

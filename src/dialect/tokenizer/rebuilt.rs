@@ -9,9 +9,9 @@ use std::collections::{HashMap, HashSet};
 use formats::GgufFile;
 use serde_json::{Map, Value, json};
 
+use crate::dialect::called::Rule;
+use crate::dialect::tokenizer::knows_as_end;
 use crate::error::{Error, Result};
-use crate::export::tokenizer::knows_as_end;
-use crate::import::called::Rule;
 
 /// Kinds of token, as the file numbers them.
 pub(crate) mod kind {

@@ -2,9 +2,9 @@
 
 use kernels::{Activation, AttentionShape};
 
+use crate::dialect::architectures::Architecture;
 use crate::families::rope::unscaled;
 use crate::graph::{Attention, Graph, Layer, Mlp, Moe, Norm, Projections, Rope, RopeScaling};
-use crate::import::names::Architecture;
 
 /// What the file cannot say of `graph`, where what was read back from it is `other`; `None` where nothing is lost that
 /// matters.

@@ -17,8 +17,8 @@ use formats::container::sentencepiece::{Algorithm, Piece};
 use formats::container::stand_in::stand_in;
 use serde_json::{Map, Value, json};
 
+use crate::dialect::tokenizer::rebuilt::{around, kind};
 use crate::error::{Error, Result};
-use crate::import::gguf_tokenizer::{around, kind};
 use crate::tokenizer::added::{Added, Declared, Sources};
 use crate::tokenizer::classes::{GENERAL, puts_marks};
 
