@@ -16,14 +16,14 @@ use std::sync::OnceLock;
 
 use formats::{SafetensorsFile, TensorView};
 use kernels::ops::low_rank::{self, Strided};
-use serde::Serialize;
 use serde_json::Value;
 
 use crate::checkpoint::place::mlx_adapter;
 use crate::checkpoint::{Entry, read_json};
 use crate::error::{Error, Result};
 use crate::families::{self, tying};
-use crate::report::hash_file;
+use crate::output::hashing::hash_file;
+use crate::report::AdapterReport;
 
 mod settings;
 
@@ -31,21 +31,6 @@ use settings::Settings;
 
 /// The name of a head of its own, which a model with a tied one lacks.
 const HEAD: &str = "lm_head.weight";
-
-/// What was merged, for the report.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct AdapterReport {
-    /// Its directory.
-    pub path: String,
-    /// `lora`, `rslora`, `dora` or `rsdora`.
-    pub kind: &'static str,
-    /// SHA-256 of adapter_model.safetensors, lower-case hex.
-    pub sha256: String,
-    /// Modules with a low-rank product.
-    pub modules: usize,
-    /// Tensors it brings whole.
-    pub replaced: usize,
-}
 
 /// An opened adapter, matched to the tensors of a model.
 #[derive(Debug)]

@@ -13,10 +13,11 @@ use formats::container::file;
 use formats::{Dtype, GgmlType, GgufFile, QuantizedWeight, SafetensorsSet, Scheme, TensorView};
 use serde_json::Value;
 
-use crate::adapter::{Adapter, AdapterReport, Change};
+use crate::adapter::{Adapter, Change};
 use crate::dialect::model::GgufModel;
 use crate::error::{Error, Result};
 use crate::families;
+use crate::report::AdapterReport;
 
 mod beside;
 mod names;

@@ -13,91 +13,20 @@ use calibration::transforms::{Awq, Slot, Tie};
 use formats::tensor::narrow;
 use formats::{PackedWeight, Scheme, ShardedWriter};
 use kernels::{Backend, GridSpec};
-use serde::Serialize;
 
-use crate::behind::{Behind, behind, beside};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::evidence::{check_measured, dead_inputs, lost_in_grid, prior_share};
 use crate::forward::{Ahead, Chunk, Inputs, Others, Plain, Supply, Weight, embed, ready, run_block};
 use crate::graph::{Attention, Block, Graph, Layer, Linear, Mlp, Norm, Projections, Stored};
+use crate::output::behind::{Behind, behind, beside};
+use crate::output::hashing::{Hashing, flushed, hash_written};
 use crate::output::weight_writer;
 use crate::plan::Plan;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::report::{Hashing, flushed, hash_written};
+use crate::report::{LinearReport, SmoothingReport, Stages};
 use crate::rest::{Lost, Rest, copied, rest, touched, write_floats};
-
-/// What became of one linear.
-#[derive(Clone, Debug, Serialize)]
-pub struct LinearReport {
-    /// The module.
-    pub name: String,
-    /// The method that chose its codes.
-    pub method: String,
-    /// The type of its blocks, in a GGUF file.
-    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
-    pub ty: Option<&'static str>,
-    /// Width of a code.
-    pub bits: u8,
-    /// Columns per scale; −1 for a whole row.
-    pub group_size: i64,
-    /// Symmetric grid.
-    pub symmetric: bool,
-    /// Calibration tokens that its input was seen on.
-    pub tokens: usize,
-    /// Share of what is known of an expert's input that came from tokens of the other experts.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub prior: Option<f64>,
-    /// Share of its input's channels that were 0 for all of these tokens.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub dead_inputs: Option<f64>,
-    /// Relative damping that was used.
-    pub damp: Option<f64>,
-    /// What was done in place of what was asked for.
-    pub fallback: Option<String>,
-    /// `tr((W − Ŵ) H (W − Ŵ)ᵀ)` per token.
-    pub proxy_loss: Option<f64>,
-    /// Share of the output's energy that is lost.
-    pub relative_error: Option<f64>,
-    /// Share of its weights that are too small for the scales that the file stores, and lost.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lost: Option<f64>,
-    /// Time to choose its codes.
-    pub seconds: f64,
-}
-
-/// Channel scales that were folded into the model before it was quantized.
-#[derive(Clone, Debug, Serialize)]
-pub struct SmoothingReport {
-    /// What the scales were divided out of.
-    pub producer: String,
-    /// The linears that read them.
-    pub readers: Vec<String>,
-    /// The exponent of the activations' magnitude.
-    pub alpha: f32,
-    /// Rounding loss with the scales as a share of the loss without.
-    pub loss_ratio: f64,
-}
-
-/// Seconds by stage.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Stages {
-    /// Reading and widening weights.
-    pub load: f64,
-    /// Running the model.
-    pub forward: f64,
-    /// Gathering statistics of inputs.
-    pub observe: f64,
-    /// Searching channel scales.
-    pub smooth: f64,
-    /// Ordering and factoring Hessians.
-    pub factor: f64,
-    /// Searching scales, choosing codes, measuring the loss.
-    pub solve: f64,
-    /// Packing, and writing as far as it is not done behind the rest.
-    pub write: f64,
-}
 
 /// What a compilation did.
 pub struct Compiled {
@@ -122,7 +51,7 @@ pub struct Done {
 
 /// What a recipe needs to know of the inputs.
 pub fn needs(recipe: &Recipe) -> Needs {
-    if recipe.method.smooths() || recipe.method.sweeps() { Needs::Hessian } else { recipe.observer().needs() }
+    recipe.needs()
 }
 
 fn solver<B: Backend>(recipe: &Recipe) -> Box<dyn Solver<B>> {

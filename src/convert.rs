@@ -15,9 +15,11 @@ use crate::families;
 use crate::graph::{Linear, Stored};
 use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, bytes_of, weight_writer};
-use crate::plan::{Fate, check_tensors};
+use crate::plan::check_tensors;
+use crate::recipe::UnknownTensors;
+use crate::report::Fate;
 use crate::rest::{copy_tensor, write_floats};
-use crate::stray::{self, Strays, UnknownTensors};
+use crate::stray::{self, Strays};
 
 /// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default), and those that are not
 /// part of the model as `unknown` says, with what lies beside them. Returns what the user should know.

@@ -10,8 +10,7 @@ use crate::job::{Job, Verification};
 use crate::output::Staging;
 use crate::progress::Progress;
 use crate::recipe::{Recipe, Request};
-use crate::report::Report;
-use crate::verify::Limits;
+use crate::report::{Limits, Report};
 
 /// The files of the built-in model; see `src/demo/README.md` for how it was made and of what text.
 const FILES: &[(&str, &[u8])] = &[

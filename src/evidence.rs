@@ -8,8 +8,8 @@ use formats::{Dtype, GgmlType, ScalePrecision};
 use kernels::{Backend, Grid};
 use ndarray::Array2;
 
-use crate::compile::LinearReport;
 use crate::error::{Error, Result};
+use crate::report::LinearReport;
 
 /// The largest half.
 const LARGEST_HALF: f32 = 65504.0;

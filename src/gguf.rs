@@ -15,9 +15,8 @@ use kernels::Backend;
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
-use crate::behind::{Behind, behind};
 use crate::checkpoint::Checkpoint;
-use crate::compile::{LinearReport, Stages, describe, observe, observe_expert};
+use crate::compile::{describe, observe, observe_expert};
 use crate::dialect::metadata::{About, ImportanceSource, Metadata, metadata};
 use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part, Source};
 use crate::dialect::tokenizer::tokenizer;
@@ -27,10 +26,12 @@ use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, load_b
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::importance::{check_importance, importance_of};
 use crate::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
-use crate::plan::{Fate, check_tensors};
+use crate::output::behind::{Behind, behind};
+use crate::output::hashing::{Hashing, flushed, hash_written};
+use crate::plan::check_tensors;
 use crate::progress::Progress;
 use crate::recipe::{Method, Recipe};
-use crate::report::{Hashing, TensorReport, flushed, hash_written};
+use crate::report::{Fate, LinearReport, Stages, TensorReport};
 use crate::stray::Strays;
 use crate::words::called;
 
@@ -217,13 +218,7 @@ fn places(plan: &ExportPlan) -> HashMap<String, Vec<Place>> {
 
 /// What a recipe for a GGUF file needs to know of the inputs.
 pub fn needs(recipe: &Recipe) -> Needs {
-    let settings = recipe.gguf.as_ref().expect("a recipe for a GGUF file");
-    match recipe.method {
-        Method::Gptq => Needs::Hessian,
-        _ if settings.save_imatrix.is_some() => Needs::Moments,
-        _ if settings.imatrix.is_some() => Needs::Nothing,
-        _ => recipe.observer().needs(),
-    }
+    recipe.needs()
 }
 
 /// Accounts for every tensor of the input.

@@ -11,25 +11,26 @@ use kernels::Backend;
 use serde_json::Value;
 
 use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, StoredType, front_matter};
-use crate::compile::{Compiled, LinearReport, SmoothingReport, Stages, compile, needs};
+use crate::compile::{Compiled, compile, needs};
 use crate::error::{Error, Result};
 use crate::evidence;
 use crate::families;
-use crate::forward::Activations;
 use crate::gguf::{self, GgufPlan};
 use crate::graph::{Graph, Linear};
 use crate::json;
-use crate::memory::{self, Device, Expected, Free, Tokens, Work};
+use crate::memory::{self, Device, Expected, Free, Tokens, Work, peak_memory};
+use crate::output::hashing::{Hashing, hash_beside, hashed};
 use crate::output::{Place, SideOutput, Staging, bytes_of, check_beside, check_place};
-use crate::plan::{Fate, Plan};
+use crate::plan::Plan;
 use crate::probe;
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::{
-    BitsPerWeight, FileReport, Hashing, Report, Seconds, TensorReport, Verdict, hash_beside, hashed, peak_memory,
+    Activations, BitsPerWeight, Fate, FileReport, HiddenStates, Limits, LinearReport, Protocol, Quality, Report,
+    Seconds, SmoothingReport, Stages, TensorReport, Verdict,
 };
 use crate::text::{ModelText, load_text};
-use crate::verify::{HiddenStates, Limits, Protocol, Quality, compare_hidden, evaluate};
+use crate::verify::{compare_hidden, evaluate};
 
 /// Tokens of the held-out text, if it has so many, on which a tokenizer that was written is compared with the original's.
 const COMPARED: usize = 1 << 16;

@@ -6,7 +6,6 @@
 #![forbid(unsafe_code)]
 
 pub mod adapter;
-pub mod behind;
 pub mod checkpoint;
 pub mod cli;
 pub mod compile;

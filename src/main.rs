@@ -11,16 +11,15 @@ use calibration::samples::GUARDED;
 use clap::Parser;
 use formats::Dtype;
 use quantc::cli::{Cli, Command, Compute, Engine, Eval, Quantize};
-use quantc::forward::Activations;
 use quantc::job::{Job, Verification, fewer_windows};
 use quantc::memory::{self, Device, Free, Tokens};
 use quantc::output::{Place, remove_made, sweep};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request, named, unknown_tensors};
-use quantc::report::Report;
+use quantc::report::{Activations, Limits, Protocol, Report};
 use quantc::supervisor::{self, End};
 use quantc::text::{HELD_OUT, ModelText, load_text};
-use quantc::verify::{Limits, Protocol, evaluate};
+use quantc::verify::evaluate;
 use quantc::words::tell;
 use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, stray, with_backend};
 

@@ -10,9 +10,10 @@ use crate::error::Result;
 use crate::evidence::too_small;
 use crate::job::{copy_side_files, write_config};
 use crate::output::{Staging, bytes_of, check_place, weight_writer};
-use crate::plan::Fate;
+use crate::recipe::UnknownTensors;
+use crate::report::Fate;
 use crate::rest::copy_tensor;
-use crate::stray::{self, UnknownTensors};
+use crate::stray;
 
 /// Writes every tensor of `model`, merged with the adapter in `adapter`, to the directory `output`, one at a time, each in its
 /// own type (quantized ones in the model's), with config.json and what lies beside the weights. Tensors that are not part

@@ -10,23 +10,8 @@ use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Layer, Linear, Mlp, Stored};
 use crate::recipe::Recipe;
+use crate::report::Fate;
 use crate::stray::{Strays, lookalike};
-
-/// What happens to one input tensor.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Fate {
-    /// Becomes codes.
-    Quantized,
-    /// Goes over as it is.
-    Copied,
-    /// Goes over as it is, for it is no part of what is quantized.
-    Aside(&'static str),
-    /// Is another tensor's twin and not stored.
-    Tied,
-    /// Is left out, for this reason.
-    Dropped(&'static str),
-}
 
 /// The whole plan.
 pub struct Plan {

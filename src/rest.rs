@@ -10,7 +10,8 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::evidence::{lost_in_halves, share_of};
 use crate::graph::{Graph, Linear};
-use crate::plan::{Fate, Plan};
+use crate::plan::Plan;
+use crate::report::Fate;
 use crate::stray;
 
 /// A tensor that goes over as it is, but for what a transform makes of it.

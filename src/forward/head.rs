@@ -7,10 +7,11 @@ use kernels::{ActivationRounding, Backend};
 use ndarray::Array2;
 use rayon::prelude::*;
 
-use super::{Activations, rounded};
+use super::rounded;
 use crate::checkpoint::{Checkpoint, RawTensor};
 use crate::error::{Error, Result};
 use crate::graph::Graph;
+use crate::report::Activations;
 
 /// Bytes as f32 up to which a projection is kept in memory whose rows take more than widening to read (256 MiB).
 const KEPT: usize = 256 << 20;

@@ -1,8 +1,10 @@
 //! Outputs that appear whole or not at all.
 //!
 //! `place` finds out where an output goes and what forbids it, `staging` keeps it hidden while it is written, `switch` moves it into
-//! place in one step.
+//! place in one step. `behind` is the thread that writes, `hashing` reads what was written behind it.
 
+pub mod behind;
+pub mod hashing;
 mod place;
 mod staging;
 mod switch;

@@ -8,7 +8,7 @@ use kernels::Cpu;
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
-use quantc::verify::Limits;
+use quantc::report::Limits;
 use quantc::{Checkpoint, families};
 use serde_json::{Value, json};
 

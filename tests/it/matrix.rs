@@ -6,15 +6,13 @@ use std::path::Path;
 
 use kernels::Cpu;
 use quantc::Checkpoint;
-use quantc::compile::LinearReport;
 use quantc::convert::convert;
 use quantc::job::{Job, Verification};
-use quantc::plan::Fate;
 use quantc::progress::Progress;
+use quantc::recipe::UnknownTensors;
 use quantc::recipe::{Recipe, Request};
-use quantc::report::Report;
-use quantc::stray::{Strays, UnknownTensors};
-use quantc::verify::Limits;
+use quantc::report::{Fate, Limits, LinearReport, Report};
+use quantc::stray::Strays;
 use serde_json::{Value, json};
 
 use crate::families::checkpoint;

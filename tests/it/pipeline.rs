@@ -4,14 +4,11 @@ use std::path::{Path, PathBuf};
 
 use formats::Dtype;
 use kernels::Cpu;
-use quantc::compile::SmoothingReport;
 use quantc::convert::convert;
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
-use quantc::recipe::{Recipe, Request};
-use quantc::report::Report;
-use quantc::stray::UnknownTensors;
-use quantc::verify::Limits;
+use quantc::recipe::{Recipe, Request, UnknownTensors};
+use quantc::report::{Limits, Report, SmoothingReport};
 use quantc::{Checkpoint, demo};
 
 use crate::harness::{Room, TEXT};
