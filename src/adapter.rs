@@ -18,12 +18,12 @@ use formats::{SafetensorsFile, TensorView};
 use kernels::ops::low_rank::{self, Strided};
 use serde_json::Value;
 
-use crate::checkpoint::place::mlx_adapter;
-use crate::checkpoint::{Entry, read_json};
 use crate::error::{Error, Result};
 use crate::families::{self, tying};
+use crate::json::read_json;
 use crate::output::hashing::hash_file;
 use crate::report::AdapterReport;
+use crate::weights::Entry;
 
 mod settings;
 
@@ -418,6 +418,20 @@ impl Adapter {
             )))),
         }
     }
+}
+
+/// Says so when the folder is an adapter of MLX, whose configuration is `config`.
+pub(crate) fn mlx_adapter(folder: &Path, config: &Value) -> Option<Error> {
+    let own = config.get("peft_type").is_none()
+        && (folder.join("adapters.safetensors").exists()
+            || ["fine_tune_type", "lora_parameters", "lora_layers"].iter().any(|key| config.get(*key).is_some()));
+    own.then(|| {
+        Error::failed(format!(
+            "{}: an adapter of MLX, which is not read; fuse it into its model first (mlx_lm.fuse --dequantize) and give \
+             the model that comes out",
+            folder.display()
+        ))
+    })
 }
 
 /// Gives a head that was tied a tensor of its own where embedding and head now differ; true if they do. The embedding is

@@ -8,7 +8,7 @@ use formats::{Dtype, ShardedWriter, TensorSpec};
 use ndarray::Array2;
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, Entry, StoredType};
+use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::evidence::{lost_in_halves, share_of, too_small};
 use crate::families;
@@ -20,6 +20,7 @@ use crate::recipe::UnknownTensors;
 use crate::report::Fate;
 use crate::rest::{copy_tensor, write_floats};
 use crate::stray::{self, Strays};
+use crate::weights::{Entry, StoredType};
 
 /// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default), and those that are not
 /// part of the model as `unknown` says, with what lies beside them. Returns what the user should know.

@@ -7,7 +7,7 @@ use formats::{Imatrix, ImatrixEntry};
 
 use crate::dialect::names::ExportTensor;
 use crate::error::{Error, Result};
-use crate::evidence::listed;
+use crate::words::listed;
 
 /// Tokens below which an importance matrix is called short: sixteen of llama.cpp's pieces of text.
 const FEW_TOKENS: u64 = 8192;

@@ -10,7 +10,7 @@ use formats::container::file;
 use kernels::Backend;
 use serde_json::Value;
 
-use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, StoredType, front_matter};
+use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, front_matter};
 use crate::compile::{Compiled, compile, needs};
 use crate::error::{Error, Result};
 use crate::evidence;
@@ -31,6 +31,7 @@ use crate::report::{
 };
 use crate::text::{ModelText, load_text};
 use crate::verify::{compare_hidden, evaluate};
+use crate::weights::StoredType;
 
 /// Tokens of the held-out text, if it has so many, on which a tokenizer that was written is compared with the original's.
 const COMPARED: usize = 1 << 16;

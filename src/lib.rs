@@ -41,6 +41,7 @@ pub mod supervisor;
 pub mod text;
 pub mod tokenizer;
 pub mod verify;
+pub mod weights;
 pub mod words;
 
 pub use checkpoint::Checkpoint;

@@ -6,12 +6,14 @@ use formats::codec::{ConfigFiles, QuantizedModule};
 use formats::tensor::is_float;
 use formats::{Codec, Dtype, ScalePrecision, Scheme, TensorSpec};
 
-use crate::checkpoint::{Checkpoint, StoredType};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Layer, Linear, Mlp, Stored};
 use crate::recipe::Recipe;
 use crate::report::Fate;
+use crate::runtimes::{self, is_expert};
 use crate::stray::{Strays, lookalike};
+use crate::weights::StoredType;
 
 /// The whole plan.
 pub struct Plan {
@@ -123,7 +125,7 @@ impl Plan {
             })
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
-        config.notes.extend(crate::runtimes::notes(graph, source, &loading, codec.id(), &schemes)?);
+        config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &schemes)?);
         config.notes.extend(uneven_experts(graph, &schemes));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
@@ -210,11 +212,6 @@ impl Plan {
         config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
         Ok(Plan { codec, schemes, unquantized, fates, unstacked, outputs, scale_dtype, precision, float_dtype, config })
     }
-}
-
-/// Whether the name of a module, in a model that is not known, says that it is in an expert.
-pub fn is_expert(module: &str) -> bool {
-    module.contains(".experts.")
 }
 
 /// What to say of a mixture whose experts are not all quantized alike: runtimes keep them in one stack.

@@ -9,7 +9,8 @@ use serde_json::Value;
 use crate::dialect::tokenizer::pretokenizer::PROBE;
 use crate::dialect::tokenizer::spaces_first_alone;
 use crate::error::Result;
-use crate::tokenizer::TokenizerFiles;
+use crate::text::HELD_OUT_TEXT;
+use crate::tokenizer::{TextError, TokenizerFiles};
 
 /// Bytes of running text that are tried (16 KiB).
 const SAMPLE: usize = 16 << 10;
@@ -31,9 +32,7 @@ pub(crate) fn differences(original: &TokenizerFiles, written: &TokenizerFiles, r
     let (mut lost, mut beside) = (Vec::new(), Vec::new());
     let mut seen = HashSet::new();
     for &&(id, text, greedy) in tried.iter().filter(|(id, ..)| (*id as usize) < rows && seen.insert(*id)) {
-        let ids = |files: &TokenizerFiles, text: &str| {
-            files.tokenizer.encode(text, false).map_err(crate::text::TextError::from)
-        };
+        let ids = |files: &TokenizerFiles, text: &str| files.tokenizer.encode(text, false).map_err(TextError::from);
         let alone = [ids(original, text)?, ids(written, text)?];
         if alone[0] != alone[1] {
             lost.push(format!("`{text}` ({id}) becomes {:?} and not {:?}", alone[1], alone[0]));
@@ -64,13 +63,13 @@ pub(crate) fn differences(original: &TokenizerFiles, written: &TokenizerFiles, r
 /// Whether both give running text the same ids; where the user `named` a pre-tokenizer, more of it and the text that tells these
 /// apart.
 pub(crate) fn agree(original: &TokenizerFiles, written: &TokenizerFiles, named: bool) -> Result<bool> {
-    let prose = crate::demo::HELD_OUT;
+    let prose = HELD_OUT_TEXT;
     let beginning =
         prose.match_indices('\n').map(|(at, _)| at).take_while(|at| *at <= SAMPLE).last().unwrap_or(prose.len());
     let texts: &[&str] = if named { &[PROBE, prose] } else { &[&prose[..beginning]] };
     for text in texts {
         let [original, written] = [original, written].map(|files| files.tokenizer.encode(text, true));
-        if original.map_err(crate::text::TextError::from)? != written.map_err(crate::text::TextError::from)? {
+        if original.map_err(TextError::from)? != written.map_err(TextError::from)? {
             return Ok(false);
         }
     }

@@ -101,7 +101,7 @@ pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &Shard
     }
     let entry = source.entry(name).expect("planned");
     let (mut bytes, mut lost) = (Vec::new(), 0);
-    let in_pieces = matches!(entry.dtype, crate::checkpoint::StoredType::Quantized { .. });
+    let in_pieces = matches!(entry.dtype, crate::weights::StoredType::Quantized { .. });
     if let (&[rows, width], false) = (&entry.shape[..], in_pieces) {
         let piece = (1 << 22) / width.max(1) + 1;
         let mut values = vec![0.0; piece.min(rows) * width];

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::checkpoint::read_json;
+use crate::json::read_json;
 
 /// The modules after the model: their folders as the list names them, and what they do. Empty where there is no valid list.
 pub(crate) fn modules(folder: &Path) -> Vec<(String, String)> {

@@ -7,13 +7,14 @@ use std::collections::{HashMap, HashSet};
 
 use formats::ShardedWriter;
 
-use crate::checkpoint::{Checkpoint, Entry, StoredType};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::graph_of;
 use crate::graph::{Graph, Linear, Stored};
 use crate::mixes::block_number;
 use crate::recipe::UnknownTensors;
 use crate::report::Fate;
+use crate::weights::{Entry, StoredType};
 
 const ADAPTER: &str = "a part of an adapter";
 const LEFTOVER: &str = "left over from another way of storing a weight that is there";

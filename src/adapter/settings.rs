@@ -8,9 +8,10 @@ use formats::SafetensorsFile;
 use serde_json::{Map, Value};
 
 use super::Parts;
-use crate::checkpoint::Entry;
-use crate::evidence::listed;
 use crate::json::{self, integer};
+use crate::weights::Entry;
+use crate::words::listed;
+
 /// What to do with an adapter that is not merged here.
 const WITH_PEFT: &str = "merge it with PEFT (merge_and_unload, then save_pretrained) and give the model that comes out";
 

@@ -9,8 +9,8 @@ use formats::container::file::{self, Identity};
 use formats::container::stand_in::{is_pointer, stand_in};
 
 use super::place::{beginning, is_gguf, is_unfinished};
-use super::read_json;
 use crate::error::{Error, Result};
+use crate::json::read_json;
 
 /// What accompanies the weights.
 #[derive(Debug, Default)]

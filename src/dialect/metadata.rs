@@ -2,13 +2,10 @@
 //!
 //! Loaders ask for exact types: counts are u32, reals f32.
 
-use std::path::Path;
-
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
 use kernels::{Activation, NormKind};
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, front_matter};
 use crate::dialect::architectures::{Architecture, ROPE_FREQS};
 use crate::dialect::names::{self, ExportPlan, Source};
 use crate::dialect::same;
@@ -35,25 +32,6 @@ pub struct About {
     pub name: Option<String>,
     /// `general.license`: an SPDX id, as on model cards.
     pub license: Option<String>,
-}
-
-impl About {
-    /// A checkpoint's name and licence; the licence is that of a GGUF file, else of the model card (README.md).
-    pub fn of(source: &Checkpoint) -> About {
-        if let Some(file) = source.gguf() {
-            let text = |key: &str| file.string(key).ok().flatten().map(str::to_owned);
-            return About { name: text("general.name"), license: text("general.license") };
-        }
-        About { name: Some(source.name()), license: card_license(&source.path().join("README.md")) }
-    }
-}
-
-/// The licence that the front matter of a model card names.
-fn card_license(path: &Path) -> Option<String> {
-    let front = front_matter(path)?;
-    let line = front.lines().find_map(|line| line.strip_prefix("license:"))?;
-    let name = line.trim().trim_matches(['"', '\'']);
-    (!name.is_empty() && !name.starts_with(['[', '|', '>'])).then(|| name.to_owned())
 }
 
 /// Where an importance matrix came from, for `quantize.imatrix.*`.
@@ -584,19 +562,5 @@ mod tests {
         ] {
             assert_eq!(size_label(n), label);
         }
-    }
-
-    #[test]
-    fn a_model_card_names_the_licence() {
-        let folder = tempfile::tempdir().unwrap();
-        let card = |text: &str| {
-            let path = folder.path().join("README.md");
-            std::fs::write(&path, text).unwrap();
-            card_license(&path)
-        };
-        assert_eq!(card("---\ntags: [a]\nlicense: \"apache-2.0\"\n---\n# x").as_deref(), Some("apache-2.0"));
-        assert_eq!(card("# x\nlicense: mit\n"), None);
-        assert_eq!(card("---\nlicense:\n- a\n---\n"), None);
-        assert_eq!(card_license(&folder.path().join("none.md")), None);
     }
 }

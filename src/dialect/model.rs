@@ -10,13 +10,14 @@ use formats::container::gguf::{GgufSpec, GgufView};
 use formats::{Dtype, GgmlType, GgufFile, TensorView};
 use serde_json::{Map, Value};
 
-use crate::checkpoint::{Entry, StoredType};
 use crate::dialect::architectures::{ARCHITECTURES, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 use crate::dialect::names::{From, Part, plan};
 use crate::dialect::settings::Settings;
 use crate::error::{Error, Result};
 use crate::families;
 use crate::graph::Stored;
+use crate::weights::{Entry, StoredType};
+use crate::words::listed;
 
 /// An opened GGUF model.
 #[derive(Debug)]
@@ -430,7 +431,7 @@ fn unread(path: &Path, keys: &[&str]) -> Option<String> {
             "{}: settings that are not known for this architecture were left out ({}): if the file's runtime goes by them, it \
              computes something else",
             path.display(),
-            crate::evidence::listed(keys)
+            listed(keys)
         )
     })
 }

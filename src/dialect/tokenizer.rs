@@ -18,15 +18,15 @@ use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
 use formats::container::sentencepiece::Algorithm;
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, read_json};
 use crate::dialect::called::{Rule, suitable, without_rule};
 use crate::dialect::metadata::Written;
-use crate::dialect::tokenizer::rebuilt::kind;
 use crate::error::{Error, Result};
 use crate::families;
+use crate::json::read_json;
 use crate::tokenizer::TokenizerFiles;
 use crate::tokenizer::added::Added;
-use crate::tokenizer::sentencepiece;
+use crate::tokenizer::sentencepiece::{self, kind};
+use crate::weights::Weights;
 
 /// The space of SentencePiece.
 const SPACE: char = '▁';
@@ -68,7 +68,7 @@ struct Rows {
 /// ([`TokenizerFiles`]), and generation_config.json. Added tokens beyond the last row are left out with a notice. Fails for
 /// a tokenizer of another kind, for a vocabulary with more tokens than rows, for two tokens of one spelling, and for
 /// byte-level BPE whose way of splitting text is not recognised.
-pub fn tokenizer(source: &Checkpoint, rows: usize, pre: Option<&str>) -> Result<Written> {
+pub fn tokenizer(source: &dyn Weights, rows: usize, pre: Option<&str>) -> Result<Written> {
     match source.gguf() {
         Some(file) => copied(file, rows, pre),
         None => of_folder(source.path(), &families::settings(source.config())?.values, rows, pre, &source.name()),

@@ -8,10 +8,11 @@ use ndarray::Array2;
 use rayon::prelude::*;
 
 use super::rounded;
-use crate::checkpoint::{Checkpoint, RawTensor};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::graph::Graph;
 use crate::report::Activations;
+use crate::weights::RawTensor;
 
 /// Bytes as f32 up to which a projection is kept in memory whose rows take more than widening to read (256 MiB).
 const KEPT: usize = 256 << 20;

@@ -17,11 +17,12 @@ use rayon::prelude::*;
 
 pub use self::ahead::Ahead;
 pub use self::head::{LoadedHead, kept};
-use crate::checkpoint::{Checkpoint, StoredType};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::check_runnable;
 use crate::graph::{Block, Graph, Layer, Linear, Norm, Step, Stored};
 use crate::report::Activations;
+use crate::weights::StoredType;
 
 impl Activations {
     /// How the input of a linear is rounded whose weight is the tensor `name`.

@@ -17,10 +17,19 @@ use formats::container::sentencepiece::{Algorithm, Piece};
 use formats::container::stand_in::stand_in;
 use serde_json::{Map, Value, json};
 
-use crate::dialect::tokenizer::rebuilt::{around, kind};
 use crate::error::{Error, Result};
 use crate::tokenizer::added::{Added, Declared, Sources};
 use crate::tokenizer::classes::{GENERAL, puts_marks};
+
+/// Kinds of token, as SentencePiece and GGUF files number them.
+pub(crate) mod kind {
+    pub const NORMAL: i64 = 1;
+    pub const UNKNOWN: i64 = 2;
+    pub const CONTROL: i64 = 3;
+    pub const USER_DEFINED: i64 = 4;
+    pub const UNUSED: i64 = 5;
+    pub const BYTE: i64 = 6;
+}
 
 /// The file that is read here.
 pub(crate) const FILE: &str = "tokenizer.model";
@@ -375,4 +384,23 @@ fn base64(bytes: &[u8]) -> String {
         }
     }
     out
+}
+
+/// The step that puts tokens before and after a text, each by id and spelling.
+pub(crate) fn around(bos: Option<(u32, &str)>, eos: Option<(u32, &str)>) -> Value {
+    let special = |token: &str, type_id: u8| json!({"SpecialToken": {"id": token, "type_id": type_id}});
+    let text = |id: &str, type_id: u8| {
+        let before = bos.map(|(_, token)| special(token, type_id));
+        let after = eos.map(|(_, token)| special(token, type_id));
+        [before, Some(json!({"Sequence": {"id": id, "type_id": type_id}})), after].into_iter().flatten()
+    };
+    let tokens = bos.into_iter().chain(eos);
+    let tokens: Map<String, Value> =
+        tokens.map(|(id, token)| (token.into(), json!({"id": token, "ids": [id], "tokens": [token]}))).collect();
+    json!({
+        "type": "TemplateProcessing",
+        "single": text("A", 0).collect::<Vec<_>>(),
+        "pair": text("A", 0).chain(text("B", 1)).collect::<Vec<_>>(),
+        "special_tokens": tokens,
+    })
 }

@@ -346,7 +346,7 @@ fn columns_come_first_where_the_model_has_them_so_whatever_the_flag() {
     config["fan_in_fan_out"] = json!(true);
     std::fs::write(room.path().join("adapter_config.json"), config.to_string()).unwrap();
     let flagged = Checkpoint::open_with(&base, Some(room.path())).unwrap();
-    let square = |entry: &&quantc::checkpoint::Entry| matches!(entry.shape[..], [a, b] if a == b);
+    let square = |entry: &&quantc::weights::Entry| matches!(entry.shape[..], [a, b] if a == b);
     assert!(golden.entries().iter().filter(square).count() > 0);
     for entry in golden.entries() {
         assert!(golden.load(&entry.name).unwrap() == flagged.load(&entry.name).unwrap(), "{}", entry.name);

@@ -12,16 +12,9 @@ use serde_json::{Map, Value, json};
 use crate::dialect::called::Rule;
 use crate::dialect::tokenizer::knows_as_end;
 use crate::error::{Error, Result};
-
-/// Kinds of token, as the file numbers them.
-pub(crate) mod kind {
-    pub const NORMAL: i64 = 1;
-    pub const UNKNOWN: i64 = 2;
-    pub const CONTROL: i64 = 3;
-    pub const USER_DEFINED: i64 = 4;
-    pub const UNUSED: i64 = 5;
-    pub const BYTE: i64 = 6;
-}
+use crate::tokenizer::added::{self, Sources, Stated};
+use crate::tokenizer::sentencepiece::{around, kind};
+use crate::tokenizer::{FILE, Templates, TokenizerFiles};
 
 /// Llama 3's way of splitting text into words.
 const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -293,6 +286,20 @@ pub(crate) fn notes(file: &GgufFile) -> Option<String> {
     })
 }
 
+/// The tokenizer of a file; nothing lies beside it.
+pub(crate) fn tokenizer_files(file: &GgufFile) -> Result<TokenizerFiles> {
+    let json = tokenizer_json(file)?;
+    let config = tokenizer_config(file, None)?;
+    let name = file.path().file_name().unwrap_or_default().to_string_lossy();
+    let templates = Templates::of_value(&config["chat_template"], &name);
+    let stated = added::of_json(&json).unwrap_or_default();
+    let stated = stated.into_iter().map(|(id, token)| Stated::new(id, token)).collect();
+    let sources = Sources { config, ..Sources::default() };
+    let mut files = TokenizerFiles::build(file.path(), FILE, json, stated, sources, templates, [None, None])?;
+    files.notices.extend(guessed(file)?);
+    Ok(files)
+}
+
 /// tokenizer.json, as the tokenizers library reads it.
 pub(crate) fn tokenizer_json(file: &GgufFile) -> Result<Value> {
     let vocabulary = Vocabulary::read(file)?;
@@ -314,7 +321,7 @@ fn pre(file: &GgufFile) -> Result<Option<&str>> {
 }
 
 /// What to say of a file that does not name its pre-tokenizer.
-pub(crate) fn guessed(file: &GgufFile) -> Result<Option<String>> {
+fn guessed(file: &GgufFile) -> Result<Option<String>> {
     let byte_level = file.string("tokenizer.ggml.model")? == Some("gpt2");
     Ok((byte_level && pre(file)?.is_none()).then(|| {
         format!(
@@ -432,25 +439,6 @@ fn post_processor(file: &GgufFile, vocabulary: &Vocabulary<'_>, default_bos: boo
         false => Ok::<_, Error>(None),
     };
     Ok(around(special(add_bos, "bos")?, special(add_eos, "eos")?))
-}
-
-/// The step that puts tokens before and after a text, each by id and spelling.
-pub(crate) fn around(bos: Option<(u32, &str)>, eos: Option<(u32, &str)>) -> Value {
-    let special = |token: &str, type_id: u8| json!({"SpecialToken": {"id": token, "type_id": type_id}});
-    let text = |id: &str, type_id: u8| {
-        let before = bos.map(|(_, token)| special(token, type_id));
-        let after = eos.map(|(_, token)| special(token, type_id));
-        [before, Some(json!({"Sequence": {"id": id, "type_id": type_id}})), after].into_iter().flatten()
-    };
-    let tokens = bos.into_iter().chain(eos);
-    let tokens: Map<String, Value> =
-        tokens.map(|(id, token)| (token.into(), json!({"id": token, "ids": [id], "tokens": [token]}))).collect();
-    json!({
-        "type": "TemplateProcessing",
-        "single": text("A", 0).collect::<Vec<_>>(),
-        "pair": text("A", 0).chain(text("B", 1)).collect::<Vec<_>>(),
-        "special_tokens": tokens,
-    })
 }
 
 /// tokenizer_config.json, as transformers reads it.

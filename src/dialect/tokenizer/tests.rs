@@ -8,6 +8,8 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::*;
+use crate::checkpoint::Checkpoint;
+
 #[path = "../../../tests/fixtures/sentencepiece.rs"]
 mod sentencepieces;
 use sentencepieces::{bytes, number, piece};

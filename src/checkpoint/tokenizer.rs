@@ -1,18 +1,21 @@
-//! What is wrong with a model's tokenizer and chat templates, told by every command that writes a model, whatever it reads of them.
+//! A checkpoint's tokenizer, and what is wrong with it and with the chat templates, told by every command that writes a model,
+//! whatever it reads of them.
 
-use calibration::samples::{ChatTemplate, Message, SampleError};
+use calibration::samples::{ChatTemplate, Message, SampleError, TokenizerConfig};
 use serde_json::{Value, json};
 
-use super::templates::DEFAULT;
-use super::{FILE, NAMES, TokenizerFiles, classes};
-use crate::checkpoint::{Checkpoint, read_json};
+use super::Checkpoint;
 use crate::dialect::tokenizer::knows_as_end;
+use crate::dialect::tokenizer::rebuilt;
 use crate::error::Result;
 use crate::families;
 use crate::json::integer;
+use crate::json::read_json;
 use crate::supervisor::within;
-use crate::text::other_tokenizer;
+use crate::tokenizer::added::NAMES;
 use crate::tokenizer::sentencepiece;
+use crate::tokenizer::templates::DEFAULT;
+use crate::tokenizer::{FILE, TokenizerFiles, classes, other_tokenizer};
 
 /// What the user says in the conversation that a template is tried with.
 const QUESTION: &str = "Where do zebras graze?";
@@ -23,6 +26,14 @@ const ANSWER: &str = "On savannas.";
 type Stops = (&'static str, Vec<u32>);
 
 impl Checkpoint {
+    /// The tokenizer; `None` for a directory without one that can be read.
+    pub fn tokenizer(&self) -> Result<Option<TokenizerFiles>> {
+        match self.gguf() {
+            Some(file) => rebuilt::tokenizer_files(file).map(Some),
+            None => TokenizerFiles::of_folder(self.path()),
+        }
+    }
+
     /// What the reader of a report should know of the tokenizer and the chat templates: that there are none or that they
     /// cannot be read, what the files disagree about, templates that no conversation gets through, special tokens
     /// without a row of the embedding, and turns that nothing ends.
@@ -109,9 +120,8 @@ impl Checkpoint {
                 notes.push(format!("{place}: the template{which} is empty, and no runtime will chat with it"));
                 continue;
             }
-            let parsed =
-                super::TokenizerConfig { chat_template: Some(text.clone()), tool_template: None, ..config.clone() }
-                    .chat(&within(place.clone().into()));
+            let parsed = TokenizerConfig { chat_template: Some(text.clone()), tool_template: None, ..config.clone() }
+                .chat(&within(place.clone().into()));
             match parsed {
                 Err(error) => notes.push(format!(
                     "{place}: the template{which} cannot be parsed, and no runtime will chat with it: {}",
