@@ -12,7 +12,7 @@ use formats::codec::{Foreign, QuantizationReader};
 use formats::{Dtype, GgufFile, QuantizedWeight, SafetensorsSet, TensorView};
 use serde_json::Value;
 
-use crate::adapter::{Adapter, Change};
+use self::adapter::{Adapter, Change};
 use crate::dialect::model::GgufModel;
 use crate::error::{Error, Result};
 use crate::families;
@@ -20,10 +20,12 @@ use crate::report::AdapterReport;
 use crate::weights::{Entry, RawTensor, StoredType, Weights};
 
 mod about;
+mod adapter;
 mod beside;
 mod names;
 mod opening;
 mod place;
+mod sentence;
 mod tokenizer;
 
 pub use beside::{Beside, ORIGINAL_CARD, SideFile, front_matter};
@@ -496,7 +498,7 @@ impl Checkpoint {
     /// How hidden states become an embedding, as llama.cpp numbers it, where the model says so.
     pub fn pooling(&self) -> Option<u32> {
         match &self.source {
-            Source::Directory { .. } => crate::sentence::pooling(&self.path),
+            Source::Directory { .. } => sentence::pooling(&self.path),
             Source::Gguf(model) => model.pooling(),
         }
     }

@@ -5,7 +5,6 @@
 
 #![forbid(unsafe_code)]
 
-pub mod adapter;
 pub mod checkpoint;
 pub mod cli;
 pub mod compile;
@@ -35,7 +34,6 @@ pub mod recipe;
 pub mod report;
 mod rest;
 pub mod runtimes;
-pub mod sentence;
 pub mod stray;
 pub mod supervisor;
 pub mod text;

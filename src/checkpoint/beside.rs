@@ -184,7 +184,7 @@ const PICTURES: &[&str] =
 ///
 /// Fails for what cannot be read, and where a file that loaders read was never fetched.
 pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result<Beside> {
-    let modules = crate::sentence::modules(folder).into_iter().map(|(path, _)| path);
+    let modules = super::sentence::modules(folder).into_iter().map(|(path, _)| path);
     let report = read_json(&folder.join("report.json")).ok().flatten();
     let mut walk = Walk {
         root: folder,

@@ -6,9 +6,9 @@ use formats::codec::{QUANTIZATION_KEYS, QuantizationReader, declared_method};
 use formats::{Dtype, SafetensorsSet, read_quantization};
 use serde_json::{Value, json};
 
+use super::adapter::Adapter;
 use super::{Checkpoint, Source, directory_entries, dominant_dtype, dtype_named, index};
 use super::{names, place};
-use crate::adapter::Adapter;
 use crate::dialect::model::GgufModel;
 use crate::error::{Error, Result};
 use crate::families;

@@ -6,7 +6,7 @@ use formats::container::file;
 use formats::container::stand_in::{LOOKED_AT, another, stand_in};
 use serde_json::Value;
 
-use crate::adapter::mlx_adapter;
+use super::adapter::mlx_adapter;
 use crate::error::{Error, Result};
 use crate::json::read_json;
 
