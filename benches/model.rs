@@ -13,14 +13,15 @@ use criterion::{BatchSize, SamplingMode, Throughput, criterion_group, criterion_
 use formats::tensor::narrow;
 use formats::{Dtype, ShardedWriter, TensorSpec};
 use kernels::{Backend, Cpu, cpu};
-use quantc::forward::{Activations, Inputs, Plain, Supply, Weight, embed, ready, run_block};
+use quantc::forward::{Inputs, Plain, Supply, Weight, embed, ready, run_block};
 use quantc::graph::{Graph, Linear};
 use quantc::pipeline::quantize;
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
-use quantc::target::target;
+use quantc::report::{Activations, Protocol};
+use quantc::targets::target;
 use quantc::text::{HELD_OUT, ModelText, load_text};
-use quantc::verify::{Protocol, evaluate};
+use quantc::verify::evaluate;
 use quantc::{Checkpoint, demo, families};
 use serde_json::json;
 use tempfile::TempDir;

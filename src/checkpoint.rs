@@ -9,19 +9,24 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use formats::codec::{Foreign, QuantizationReader};
-use formats::container::file;
-use formats::{Dtype, GgmlType, GgufFile, QuantizedWeight, SafetensorsSet, Scheme, TensorView};
+use formats::{Dtype, GgufFile, QuantizedWeight, SafetensorsSet, TensorView};
 use serde_json::Value;
 
-use crate::adapter::{Adapter, AdapterReport, Change};
+use self::adapter::{Adapter, Change};
+use crate::dialect::model::GgufModel;
 use crate::error::{Error, Result};
 use crate::families;
-use crate::import::gguf::GgufModel;
+use crate::report::AdapterReport;
+use crate::weights::{Entry, RawTensor, StoredType, Weights};
 
+mod about;
+mod adapter;
 mod beside;
 mod names;
 mod opening;
-pub(crate) mod place;
+mod place;
+mod sentence;
+mod tokenizer;
 
 pub use beside::{Beside, ORIGINAL_CARD, SideFile, front_matter};
 
@@ -51,40 +56,6 @@ enum Source {
     },
     Gguf(GgufModel),
 }
-
-/// One tensor of a checkpoint.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Entry {
-    /// The Hugging Face name; `<module>.weight` for a quantized module.
-    pub name: String,
-    /// Extents in Hugging Face order, `[out, in]` for a linear.
-    pub shape: Vec<usize>,
-    /// How it is stored.
-    pub dtype: StoredType,
-    /// Bytes in the file, all parts together.
-    pub stored_bytes: u64,
-}
-
-/// How a tensor is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StoredType {
-    /// As numbers of this type.
-    Plain(Dtype),
-    /// As codes and scales.
-    Quantized {
-        /// The codec's id: `compressed-tensors`, `gptq` or `awq`.
-        codec: &'static str,
-        /// Width and grouping.
-        scheme: Scheme,
-    },
-    /// As codes and scales in a layout that is only read: fp8, bitsandbytes, MXFP4.
-    Foreign,
-    /// As blocks of a ggml type.
-    Ggml(GgmlType),
-}
-
-/// A tensor stored plainly, as it lies in the file.
-pub type RawTensor<'a> = TensorView<'a>;
 
 impl Checkpoint {
     fn new(path: &Path, config: Value, dtype: Dtype, entries: Vec<Entry>, source: Source) -> Checkpoint {
@@ -527,7 +498,7 @@ impl Checkpoint {
     /// How hidden states become an embedding, as llama.cpp numbers it, where the model says so.
     pub fn pooling(&self) -> Option<u32> {
         match &self.source {
-            Source::Directory { .. } => crate::sentence::pooling(&self.path),
+            Source::Directory { .. } => sentence::pooling(&self.path),
             Source::Gguf(model) => model.pooling(),
         }
     }
@@ -583,6 +554,40 @@ impl Checkpoint {
     }
 }
 
+impl Weights for Checkpoint {
+    fn path(&self) -> &Path {
+        self.path()
+    }
+
+    fn name(&self) -> String {
+        self.name()
+    }
+
+    fn config(&self) -> &Value {
+        self.config()
+    }
+
+    fn entries(&self) -> &[Entry] {
+        self.entries()
+    }
+
+    fn entry(&self, name: &str) -> Option<&Entry> {
+        self.entry(name)
+    }
+
+    fn raw(&self, name: &str) -> Option<RawTensor<'_>> {
+        self.raw(name)
+    }
+
+    fn release(&self, name: &str) {
+        self.release(name);
+    }
+
+    fn gguf(&self) -> Option<&GgufFile> {
+        self.gguf()
+    }
+}
+
 fn index(entries: &[Entry]) -> HashMap<String, usize> {
     entries.iter().enumerate().map(|(index, entry)| (entry.name.clone(), index)).collect()
 }
@@ -603,17 +608,6 @@ fn to_json_bytes(value: &Value) -> Vec<u8> {
 
 fn module_of(name: &str) -> &str {
     name.strip_suffix(".weight").unwrap_or(name)
-}
-
-/// A JSON file, or `None` when there is no such file.
-pub(crate) fn read_json(path: &Path) -> Result<Option<Value>> {
-    match file::read(path, file::DESCRIPTION) {
-        Ok(bytes) => place::check_fetched(path, &bytes).and_then(|()| {
-            crate::json::parse(&bytes).map(Some).map_err(|why| Error::failed(format!("{}: {why}", path.display())))
-        }),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io(path, "read")(e)),
-    }
 }
 
 fn directory_entries(

@@ -8,16 +8,19 @@ use formats::{Dtype, ShardedWriter, TensorSpec};
 use ndarray::Array2;
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, Entry, StoredType};
+use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::evidence::{lost_in_halves, share_of, too_small};
 use crate::families;
 use crate::graph::{Linear, Stored};
 use crate::output::{Staging, bytes_of, weight_writer};
-use crate::plan::{Fate, check_tensors};
+use crate::plan::check_tensors;
+use crate::recipe::UnknownTensors;
+use crate::report::Fate;
 use crate::rest::{copy_tensor, write_floats};
-use crate::stray::{self, Strays, UnknownTensors};
-use crate::target::{copy_side_files, write_config};
+use crate::stray::{self, Strays};
+use crate::targets::{copy_side_files, write_config};
+use crate::weights::{Entry, StoredType};
 
 /// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default), and those that are not
 /// part of the model as `unknown` says, with what lies beside them. Returns what the user should know.

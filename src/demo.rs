@@ -10,8 +10,8 @@ use crate::job::{Job, Verification};
 use crate::output::Staging;
 use crate::progress::Progress;
 use crate::recipe::{Recipe, Request};
-use crate::report::Report;
-use crate::verify::Limits;
+use crate::report::{Limits, Report};
+use crate::text::HELD_OUT_TEXT;
 
 /// The files of the built-in model; see `src/demo/README.md` for how it was made and of what text.
 const FILES: &[(&str, &[u8])] = &[
@@ -23,9 +23,6 @@ const FILES: &[(&str, &[u8])] = &[
 ];
 
 const CALIBRATION: &str = include_str!("demo/calibration.txt");
-
-/// Text that neither the built-in model nor any bundled calibration text has seen.
-pub const HELD_OUT: &str = include_str!("demo/evaluation.txt");
 
 /// Writes the built-in model to `folder`, which must not exist yet or be empty; it appears there whole.
 pub fn export(folder: &Path) -> Result<()> {
@@ -45,7 +42,7 @@ pub fn run<B: Backend>(backend: &B, progress: &mut Progress) -> Result<String> {
         std::fs::write(&path, content).map_err(Error::io(&path, "write"))?;
         Ok::<String, Error>(path.display().to_string())
     };
-    let (calibration, evaluation) = (write("calibration.txt", CALIBRATION)?, write("evaluation.txt", HELD_OUT)?);
+    let (calibration, evaluation) = (write("calibration.txt", CALIBRATION)?, write("evaluation.txt", HELD_OUT_TEXT)?);
     let started = Instant::now();
     let mut rows: Vec<(String, Report)> = Vec::new();
     for bits in [4, 3] {

@@ -2,8 +2,6 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::output::without_hidden_names;
-
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -19,9 +17,6 @@ pub enum Error {
     /// A file or tensor is not what it should be: exit code 1.
     #[error(transparent)]
     Format(#[from] formats::Error),
-    /// A text or tokenizer cannot be used: exit code 1.
-    #[error(transparent)]
-    Text(#[from] crate::text::TextError),
     /// The device failed: exit code 1.
     #[error(transparent)]
     Device(#[from] kernels::Error),
@@ -52,20 +47,6 @@ impl Error {
     pub fn io(path: impl AsRef<Path>, doing: &'static str) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
         move |source| Error::Io { path, doing, source }
-    }
-
-    /// Names the files of `output` as they will be called; while they are written they lie in a hidden folder, of which
-    /// the user knows nothing. `single` says that the output is a file, or its parts, and no folder.
-    pub fn of_output(self, output: &Path, single: bool) -> Error {
-        let told = self.to_string();
-        let named = without_hidden_names(&told, output, single);
-        if named == told {
-            return self;
-        }
-        match self {
-            Error::Usage(_) => Error::Usage(named),
-            _ => Error::Failed(named),
-        }
     }
 
     /// 2 for a request that cannot be met, 1 for everything else.

@@ -9,7 +9,8 @@ use kernels::{Backend, Grid};
 use ndarray::Array2;
 
 use crate::error::{Error, Result};
-use crate::pipeline::LinearReport;
+use crate::report::LinearReport;
+use crate::words::listed;
 
 /// The largest half.
 const LARGEST_HALF: f32 = 65504.0;
@@ -251,15 +252,6 @@ fn starved_experts(linears: &[LinearReport]) -> Option<String> {
             experts().count()
         )
     })
-}
-
-/// The first few of some names.
-pub fn listed(names: &[&str]) -> String {
-    let first: Vec<String> = names.iter().take(3).map(|name| format!("`{name}`")).collect();
-    match names.len() {
-        0..=3 => first.join(", "),
-        all => format!("{} and {} more", first.join(", "), all - 3),
-    }
 }
 
 #[cfg(test)]

@@ -5,9 +5,9 @@ use std::path::Path;
 
 use formats::{Imatrix, ImatrixEntry};
 
+use crate::dialect::names::ExportTensor;
 use crate::error::{Error, Result};
-use crate::evidence::listed;
-use crate::export::names::ExportTensor;
+use crate::words::listed;
 
 /// Tokens below which an importance matrix is called short: sixteen of llama.cpp's pieces of text.
 const FEW_TOKENS: u64 = 8192;

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::checkpoint::{Checkpoint, Entry};
+use crate::checkpoint::Checkpoint;
+use crate::weights::Entry;
 use crate::words::one_line;
 
 /// A checkpoint's content.

@@ -11,17 +11,19 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::evidence;
 use crate::families;
-use crate::forward::Activations;
 use crate::graph::{Graph, Linear};
-use crate::memory::{self, Device, Expected, Free, Tokens, Work};
+use crate::memory::{self, Device, Expected, Free, Tokens, Work, peak_memory};
+use crate::output::hashing::{Hashing, hash_beside, hashed};
 use crate::output::{Place, SideOutput, check_apart, check_beside, check_place};
 use crate::pipeline::{Written, quantize};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::report::{BitsPerWeight, FileReport, Hashing, Report, Seconds, Verdict, hash_beside, hashed, peak_memory};
-use crate::target::{HeldOut, Papers, Target, Words, target};
+use crate::report::{
+    Activations, BitsPerWeight, FileReport, HiddenStates, Limits, Protocol, Quality, Report, Seconds, Verdict,
+};
+use crate::targets::{HeldOut, Output, Papers, Target, Words, target};
 use crate::text::{ModelText, load_text};
-use crate::verify::{HiddenStates, Limits, Protocol, Quality, compare_hidden, evaluate};
+use crate::verify::{compare_hidden, evaluate};
 
 /// Tokens of the held-out text, if it has so many, on which a tokenizer that was written is compared with the original's.
 const COMPARED: usize = 1 << 16;
@@ -37,17 +39,6 @@ pub struct Verification {
     pub windows: Option<usize>,
     /// Limits on the result.
     pub limits: Limits,
-}
-
-/// One thing to be written.
-#[derive(Clone, Debug)]
-pub struct Output {
-    /// The directory; for GGUF the file.
-    pub path: PathBuf,
-    /// What to do.
-    pub recipe: Recipe,
-    /// A second copy of the report.
-    pub report: Option<PathBuf>,
 }
 
 /// One run over a model.

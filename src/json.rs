@@ -5,14 +5,32 @@
 //! and its text, so that [`pretty`] writes it as it was read.
 
 use std::borrow::Cow;
+use std::path::Path;
 
+use formats::container::file;
+use formats::container::stand_in::stand_in;
 use serde_json::{Map, Value};
+
+use crate::error::Error;
 
 /// The key under which the text of a token stands that JSON has no value for.
 const VERBATIM: &str = "\u{0}verbatim";
 
 /// The key under which transformers 5 writes numbers that JSON has no token for: `{"__float__": "Infinity"}`.
 const TAGGED: &str = "__float__";
+
+/// A file of JSON, or `None` when there is no such file. Fails for what takes the place of one that was not fetched.
+pub fn read_json(path: &Path) -> crate::error::Result<Option<Value>> {
+    match file::read(path, file::DESCRIPTION) {
+        Ok(bytes) => {
+            let failed = |why: String| Error::failed(format!("{}: {why}", path.display()));
+            stand_in(&bytes).map_or(Ok(()), |why| Err(failed(why.to_string())))?;
+            parse(&bytes).map(Some).map_err(failed)
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io(path, "read")(e)),
+    }
+}
 
 /// Parses a file. Fails, with what is wrong in words, for what Python refuses too, and for keys with half a surrogate pair.
 pub fn parse(bytes: &[u8]) -> Result<Value, String> {

@@ -1,45 +1,45 @@
 //! quantc: a post-training quantization compiler for large language models.
 //!
-//! The pipeline is [`job`]: open a [`Checkpoint`], build its [`graph`], decide what every [`target`] makes of it,
+//! The pipeline is [`job`]: open a [`Checkpoint`], build its [`graph`], decide what every [`targets`] makes of it,
 //! walk through it ([`pipeline`]), reopen what was written and [`verify`] it against the original.
 
 #![forbid(unsafe_code)]
 
-pub mod adapter;
-pub mod behind;
 pub mod checkpoint;
 pub mod cli;
 pub mod convert;
 pub mod demo;
 pub mod devices;
+pub mod dialect;
 pub mod error;
 mod evidence;
-pub mod export;
 pub mod families;
 pub mod forward;
 pub mod graph;
-mod import;
+
 mod importance;
 pub mod inspect;
 pub mod job;
 mod json;
 pub mod memory;
 pub mod merge;
+pub mod mixes;
 pub mod output;
 pub mod pipeline;
 pub mod plan;
+mod probe;
 pub mod progress;
 pub mod recipe;
 pub mod report;
 mod rest;
 pub mod runtimes;
-pub mod sentence;
 pub mod stray;
 pub mod supervisor;
-pub mod target;
+pub mod targets;
 pub mod text;
 pub mod tokenizer;
 pub mod verify;
+pub mod weights;
 pub mod words;
 
 pub use checkpoint::Checkpoint;

@@ -4,15 +4,17 @@ use std::path::Path;
 
 use formats::TensorSpec;
 
-use crate::checkpoint::{Checkpoint, StoredType};
+use crate::checkpoint::Checkpoint;
 use crate::convert::fates;
 use crate::error::Result;
 use crate::evidence::too_small;
 use crate::output::{Staging, bytes_of, check_place, weight_writer};
-use crate::plan::Fate;
+use crate::recipe::UnknownTensors;
+use crate::report::Fate;
 use crate::rest::copy_tensor;
-use crate::stray::{self, UnknownTensors};
-use crate::target::{copy_side_files, write_config};
+use crate::stray;
+use crate::targets::{copy_side_files, write_config};
+use crate::weights::StoredType;
 
 /// Writes every tensor of `model`, merged with the adapter in `adapter`, to the directory `output`, one at a time, each in its
 /// own type (quantized ones in the model's), with config.json and what lies beside the weights. Tensors that are not part
@@ -38,7 +40,7 @@ fn write(
     check_place(output, adapter)?;
     let staging = Staging::folder_for(output, Some(model), force)?;
     let beside = source.beside(&["config.json"])?;
-    let spec = |entry: &crate::checkpoint::Entry| {
+    let spec = |entry: &crate::weights::Entry| {
         let dtype = match entry.dtype {
             StoredType::Plain(own) => own,
             _ => source.dtype(),

@@ -6,27 +6,14 @@ use formats::codec::{ConfigFiles, QuantizedModule};
 use formats::tensor::is_float;
 use formats::{Codec, Dtype, ScalePrecision, Scheme, TensorSpec};
 
-use crate::checkpoint::{Checkpoint, StoredType};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Layer, Linear, Mlp, Stored};
 use crate::recipe::Recipe;
+use crate::report::Fate;
+use crate::runtimes::{self, is_expert};
 use crate::stray::{Strays, lookalike};
-
-/// What happens to one input tensor.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Fate {
-    /// Becomes codes.
-    Quantized,
-    /// Goes over as it is.
-    Copied,
-    /// Goes over as it is, for it is no part of what is quantized.
-    Aside(&'static str),
-    /// Is another tensor's twin and not stored.
-    Tied,
-    /// Is left out, for this reason.
-    Dropped(&'static str),
-}
+use crate::weights::StoredType;
 
 /// The whole plan.
 pub struct Plan {
@@ -138,7 +125,7 @@ impl Plan {
             })
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
-        config.notes.extend(crate::runtimes::notes(graph, source, &loading, codec.id(), &schemes)?);
+        config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &schemes)?);
         config.notes.extend(uneven_experts(graph, &schemes));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
@@ -225,11 +212,6 @@ impl Plan {
         config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
         Ok(Plan { codec, schemes, unquantized, fates, unstacked, outputs, scale_dtype, precision, float_dtype, config })
     }
-}
-
-/// Whether the name of a module, in a model that is not known, says that it is in an expert.
-pub fn is_expert(module: &str) -> bool {
-    module.contains(".experts.")
 }
 
 /// What to say of a mixture whose experts are not all quantized alike: runtimes keep them in one stack.
@@ -373,7 +355,7 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
 /// What to say of a tensor that is missing: where it should be, and what it may be called instead.
 fn missing(graph: &Graph, source: &Checkpoint, name: &str, shape: &[usize]) -> Error {
     if source.gguf().is_some() {
-        let planned = crate::export::names::plan(graph).map(|plan| plan.tensors).unwrap_or_default();
+        let planned = crate::dialect::names::plan(graph).map(|plan| plan.tensors).unwrap_or_default();
         let own = planned.into_iter().find(|tensor| tensor.parts().iter().any(|part| part.from.tensor() == name));
         let (name, shape) = own.map_or((name.to_owned(), shape.to_vec()), |own| (own.gguf, own.shape));
         return Error::failed(format!(

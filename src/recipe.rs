@@ -6,12 +6,14 @@ use calibration::solvers::Observer;
 use calibration::statistics::Needs;
 use formats::Scheme;
 use formats::container::file;
-use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::export::mixes::{MIXES, Mix};
-use crate::stray::UnknownTensors;
+use crate::mixes::{MIXES, Mix};
+
+mod patterns;
+
+pub use patterns::{Pattern, Patterns};
 
 /// A quantization method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +60,25 @@ impl Method {
             Method::Gptq | Method::AwqGptq => Observer::Imatrix,
         }
     }
+}
+
+/// What to do with tensors that no rule of the model's family names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UnknownTensors {
+    /// They go over as they are.
+    #[default]
+    Copy,
+    /// They are left out.
+    Drop,
+    /// They are an error.
+    Refuse,
+}
+
+impl UnknownTensors {
+    /// Every choice, with the name users type.
+    pub const ALL: &[(&str, UnknownTensors)] =
+        &[("copy", UnknownTensors::Copy), ("drop", UnknownTensors::Drop), ("refuse", UnknownTensors::Refuse)];
 }
 
 /// Finds a name in one of the `ALL` tables; the error lists what there is.
@@ -399,12 +420,11 @@ impl Recipe {
             notes: Vec::new(),
             file: None,
         };
-        let needs = recipe.needs();
-        Ok(recipe.without_idle(&given, needs))
+        Ok(recipe.without_idle(&given))
     }
 
-    /// Finds the keys that have no effect where so much is asked of the inputs.
-    fn without_idle(mut self, given: &Given, needs: Needs) -> Recipe {
+    /// Finds the keys that have no effect on what it does.
+    fn without_idle(mut self, given: &Given) -> Recipe {
         let method = self.method.name();
         let (mut idle, mut notes) = (Vec::new(), Vec::new());
         let mut leave = |keys: &[&'static str], why: String| {
@@ -419,7 +439,7 @@ impl Recipe {
             let why = format!("method {method} does not sweep the columns of a Hessian");
             leave(&["damp", "act_order", "desc_act"], why);
         }
-        if needs == Needs::Nothing {
+        if self.needs() == Needs::Nothing {
             let why = match self.gguf.as_ref().is_some_and(|gguf| gguf.imatrix.is_some()) {
                 true => "the importance of inputs is that of the imatrix, and nothing is calibrated".to_owned(),
                 false => format!("method {method} with observer {} is done without calibration", self.observer),
@@ -512,8 +532,7 @@ impl Recipe {
             ..request
         };
         let recipe = Recipe { format: "gguf".to_owned(), observer, gguf: Some(gguf), ..Recipe::resolve(common)? };
-        let needs = recipe.needs();
-        Ok(recipe.without_idle(&given, needs))
+        Ok(recipe.without_idle(&given))
     }
 
     /// The mix of a GGUF file; else width and group as a scheme's name says them.
@@ -598,60 +617,6 @@ impl Recipe {
     }
 }
 
-/// The patterns of a recipe, each with the number of linears it matched.
-pub struct Patterns {
-    /// Of `ignore`.
-    pub ignore: Vec<(Pattern, usize)>,
-    /// Of `override`.
-    pub overrides: Vec<(Pattern, usize)>,
-}
-
-impl Patterns {
-    /// Fails when a pattern matched nothing: it is a typing error, and silence would quantize what was to be spared.
-    pub fn check_hits(&self) -> Result<()> {
-        match self.ignore.iter().chain(&self.overrides).find(|(_, hits)| *hits == 0) {
-            Some((pattern, _)) => Err(Error::usage(format!(
-                "pattern `{}` matches no linear of the model; `quantc inspect MODEL` lists them",
-                pattern.text
-            ))),
-            None => Ok(()),
-        }
-    }
-}
-
-/// Selects linears by name.
-#[derive(Clone, Debug)]
-pub struct Pattern {
-    text: String,
-    regex: Option<Regex>,
-}
-
-impl Pattern {
-    /// `re:` and a regular expression that must match from the start of the name; else the name or the end of it.
-    pub fn new(text: &str) -> Result<Pattern> {
-        let regex = match text.strip_prefix("re:") {
-            None => None,
-            Some(pattern) => Some(Regex::new(&format!("^(?:{pattern})")).map_err(|e| {
-                // The library draws a picture first; its last line says what is wrong.
-                let e = e.to_string();
-                let why = e.lines().last().unwrap_or_default().trim().trim_start_matches("error: ");
-                Error::usage(format!("pattern `{text}` is not a regular expression: {why}"))
-            })?),
-        };
-        Ok(Pattern { text: text.to_owned(), regex })
-    }
-
-    /// Whether it selects this module.
-    pub fn matches(&self, module: &str) -> bool {
-        match &self.regex {
-            Some(regex) => regex.is_match(module),
-            None => {
-                module == self.text || module.strip_suffix(self.text.as_str()).is_some_and(|rest| rest.ends_with('.'))
-            }
-        }
-    }
-}
-
 /// The choice of this name.
 pub fn unknown_tensors(name: Option<&str>) -> Result<UnknownTensors> {
     name.map_or(Ok(UnknownTensors::default()), |name| named("--unknown-tensors", UnknownTensors::ALL, name))
@@ -716,17 +681,6 @@ mod tests {
 
     fn resolve(toml: &str) -> Result<Recipe> {
         Recipe::resolve(toml::from_str(toml).unwrap())
-    }
-
-    #[test]
-    fn patterns_match_whole_parts_of_a_name() {
-        let matches = |pattern: &str, module: &str| Pattern::new(pattern).unwrap().matches(module);
-        assert!(matches("lm_head", "lm_head"));
-        assert!(matches("mlp.down_proj", "model.layers.0.mlp.down_proj"));
-        assert!(!matches("proj", "model.layers.0.mlp.down_proj"));
-        assert!(matches(r"re:.*layers\.[01]\..*", "model.layers.1.mlp.up_proj"));
-        assert!(!matches("re:layers", "model.layers.1.mlp.up_proj"), "from the start, as Python's re.match");
-        assert!(Pattern::new("re:(").unwrap_err().to_string().contains("not a regular expression"));
     }
 
     #[test]

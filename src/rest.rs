@@ -10,9 +10,9 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::evidence::{lost_in_halves, share_of};
 use crate::graph::{Graph, Linear};
-use crate::plan::{Fate, Plan};
+use crate::plan::Plan;
+use crate::report::Fate;
 use crate::stray;
-use crate::target::Lost;
 
 /// A tensor that goes over as it is, but for what a transform makes of it.
 pub struct Rest<'a> {
@@ -23,6 +23,16 @@ pub struct Rest<'a> {
     fate: &'a Fate,
     /// What it is written as.
     pub dtype: Dtype,
+}
+
+/// A tensor that lost values in being written.
+pub struct Lost {
+    /// Its place among all of the target's.
+    pub index: usize,
+    /// Its name.
+    pub name: String,
+    /// The share of its values that are too small for what it is written as.
+    pub share: f64,
 }
 
 impl Rest<'_> {
@@ -96,7 +106,7 @@ pub fn copy_tensor(source: &Checkpoint, name: &str, dtype: Dtype, writer: &Shard
     }
     let entry = source.entry(name).expect("planned");
     let (mut bytes, mut lost) = (Vec::new(), 0);
-    let in_pieces = matches!(entry.dtype, crate::checkpoint::StoredType::Quantized { .. });
+    let in_pieces = matches!(entry.dtype, crate::weights::StoredType::Quantized { .. });
     if let (&[rows, width], false) = (&entry.shape[..], in_pieces) {
         let piece = (1 << 22) / width.max(1) + 1;
         let mut values = vec![0.0; piece.min(rows) * width];

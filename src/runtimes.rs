@@ -9,7 +9,6 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::families::{FURTHER, Loading, changed_modules, settings, type_of};
 use crate::graph::{Graph, Layer, Linear};
-use crate::plan::is_expert;
 
 /// Models whose classes in transformers ask linears for their weights before these are unpacked: as they compute, measured by
 /// `tests/runtimes/unknown.py` (but for mt5, whose class is umt5's but for where positions are), or as they are made, measured by
@@ -135,6 +134,11 @@ struct Facts<'a> {
     asymmetric: bool,
     /// Whether the model is a part of a larger one.
     wrapped: bool,
+}
+
+/// Whether the name of a module, in a model that is not known, says that it is in an expert.
+pub fn is_expert(module: &str) -> bool {
+    module.contains(".experts.")
 }
 
 /// Notes on the runtimes that will not load `graph` in the layout `codec` with these schemes: what happens, and who does.

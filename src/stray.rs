@@ -6,33 +6,15 @@
 use std::collections::{HashMap, HashSet};
 
 use formats::ShardedWriter;
-use serde::Serialize;
 
-use crate::checkpoint::{Checkpoint, Entry, StoredType};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::graph_of;
 use crate::graph::{Graph, Linear, Stored};
-use crate::import::names::block_number;
-use crate::plan::Fate;
-
-/// What to do with tensors that no rule of the model's family names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum UnknownTensors {
-    /// They go over as they are.
-    #[default]
-    Copy,
-    /// They are left out.
-    Drop,
-    /// They are an error.
-    Refuse,
-}
-
-impl UnknownTensors {
-    /// Every choice, with the name users type.
-    pub const ALL: &[(&str, UnknownTensors)] =
-        &[("copy", UnknownTensors::Copy), ("drop", UnknownTensors::Drop), ("refuse", UnknownTensors::Refuse)];
-}
+use crate::mixes::block_number;
+use crate::recipe::UnknownTensors;
+use crate::report::Fate;
+use crate::weights::{Entry, StoredType};
 
 const ADAPTER: &str = "a part of an adapter";
 const LEFTOVER: &str = "left over from another way of storing a weight that is there";

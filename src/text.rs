@@ -6,8 +6,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use calibration::samples::{
-    ChatTemplate, Document, PRESETS, SampleError, Samples, Text, Tokenizer, TokenizerConfig, parse_txt, preset, read,
-    select,
+    ChatTemplate, Document, SampleError, Samples, Text, Tokenizer, TokenizerConfig, parse_txt, preset, read, select,
 };
 
 use formats::container::file;
@@ -15,121 +14,19 @@ use formats::container::file;
 use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::families;
-use crate::import::sentencepiece;
 use crate::supervisor::within;
-use crate::tokenizer::TokenizerFiles;
+use crate::tokenizer::{TokenizerFiles, other_tokenizer};
+
+pub use crate::tokenizer::TextError;
 
 /// The name of the bundled text for evaluation: neither the built-in model nor any preset has seen it.
 pub const HELD_OUT: &str = "held-out";
 
+/// That text.
+pub(crate) const HELD_OUT_TEXT: &str = include_str!("demo/evaluation.txt");
+
 /// Bytes of the largest text that is read (4 GiB).
 const LONGEST: u64 = 4 << 30;
-
-/// Files of tokenizers that other programs read, and whose they are.
-pub(crate) const OTHER_TOKENIZERS: &[(&str, &str)] = &[
-    ("tekken.json", "a tokenizer of Mistral's own library"),
-    ("tiktoken.model", "a list of tokens for tiktoken"),
-    ("vocab.json", "half of a tokenizer that was saved in parts"),
-    ("spiece.model", "a SentencePiece model under another name"),
-];
-
-/// What to do with a tokenizer in a form that is not read, if `folder` has one, as the end of a sentence.
-pub(crate) fn other_tokenizer(folder: &Path) -> String {
-    let other = OTHER_TOKENIZERS.iter().find(|(name, _)| folder.join(name).exists());
-    other.map_or(String::new(), |(name, what)| {
-        let model = folder.display().to_string();
-        format!("; {name} is {what}, which is not read: {}", sentencepiece::save_tokenizer(&model))
-    })
-}
-
-/// Why a text or a tokenizer could not be read: one sentence with the file.
-#[derive(Debug, thiserror::Error)]
-pub enum TextError {
-    /// There is neither a file nor a preset of this name.
-    #[error("{name}: no such file; give a text (.txt, .jsonl, .json, .csv, .tsv, .parquet) or a bundled preset: {presets}", presets = PRESETS.join(", "))]
-    Missing {
-        /// What the user gave.
-        name: String,
-    },
-    /// The file is there, and reading it failed.
-    #[error("{path}: cannot be read: {error}", path = path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// The system's reason.
-        error: std::io::Error,
-    },
-    /// A folder, where one file is read.
-    #[error("{path}: a folder; give one file{hint}", path = path.display())]
-    Folder {
-        /// The folder.
-        path: PathBuf,
-        /// Files in it that could be meant; begins with a separator, or is empty.
-        hint: String,
-    },
-    /// A template is not text.
-    #[error("{path}: not UTF-8 text: byte {offset} cannot be read", path = path.display())]
-    Encoding {
-        /// The file.
-        path: PathBuf,
-        /// Bytes before the first bad one.
-        offset: usize,
-    },
-    /// The model folder has no tokenizer that can be read.
-    #[error("{folder}: no tokenizer.json and no tokenizer.model; the text cannot be turned into tokens without one{hint}", folder = folder.display())]
-    NoTokenizer {
-        /// The model folder.
-        folder: PathBuf,
-        /// What to do about it, where that is known; begins with a separator.
-        hint: String,
-    },
-    /// Evaluation scores running text only.
-    #[error(
-        "{name}: evaluation needs running text, but this file holds conversations; give a .txt file, or records with a `text`"
-    )]
-    NotPlain {
-        /// The file.
-        name: String,
-    },
-    /// The tokenizer gives an id that the model has no embedding for.
-    #[error("{folder}: the tokenizer gives token {id}, and the model has {rows} embeddings; is tokenizer.json another model's?", folder = folder.display())]
-    Foreign {
-        /// The model folder.
-        folder: PathBuf,
-        /// The token.
-        id: u32,
-        /// Rows of the embedding, by config.json.
-        rows: u64,
-    },
-    /// A file of a model that has to do with texts is unusable.
-    #[error("{path}: {problem}", path = path.display())]
-    Model {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        problem: String,
-    },
-    /// The text itself is unusable.
-    #[error(transparent)]
-    Sample(#[from] SampleError),
-}
-
-impl TextError {
-    /// Puts the model's folder before the name of its file; a GGUF file has all in it. Errors of the text itself stay.
-    pub(crate) fn of_model(model: &Path, error: SampleError) -> TextError {
-        let (file, part, problem) = match error {
-            SampleError::Tokenizer { file, problem } => (file, "tokenizer: ", problem),
-            SampleError::Template { file, problem } | SampleError::Endless { file, problem } => {
-                (file, "chat template: ", problem)
-            }
-            other => return TextError::Sample(other),
-        };
-        let (path, single) = if model.is_dir() { (model.join(&file), false) } else { (model.to_owned(), true) };
-        // Of a file with one thing in it, it goes without saying.
-        let part = if single || part.starts_with("chat") { part } else { "" };
-        TextError::Model { path, problem: format!("{part}{problem}") }
-    }
-}
 
 /// Reads a text: a bundled preset by its name, else a file by its path.
 ///
@@ -141,7 +38,7 @@ pub fn load_text(path_or_preset: &str) -> Result<Text, TextError> {
         return Ok(text);
     }
     if path_or_preset == HELD_OUT {
-        return Ok(parse_txt(HELD_OUT, crate::demo::HELD_OUT));
+        return Ok(parse_txt(HELD_OUT, HELD_OUT_TEXT));
     }
     let path = Path::new(path_or_preset);
     let bytes = file::read(path, LONGEST).map_err(|error| match error.kind() {

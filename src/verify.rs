@@ -2,15 +2,15 @@
 
 use formats::Dtype;
 use kernels::{Backend, TokenComparison};
-use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families;
-use crate::forward::{Activations, LoadedHead, final_hidden};
+use crate::forward::{LoadedHead, final_hidden};
 use crate::graph::Graph;
 use crate::plan::check_tensors;
 use crate::progress::Progress;
+use crate::report::{Activations, Beside, HiddenStates, Protocol, Quality};
 
 /// Tokens that go through the model before the next ones are taken up.
 const BATCH_TOKENS: usize = 16_384;
@@ -36,21 +36,7 @@ fn tokens_at_once(vocabulary: usize) -> usize {
     (LOGITS / vocabulary.max(1)).max(16)
 }
 
-/// Which tokens of a window are scored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Protocol {
-    /// All but the first, as in the papers on GPTQ and its successors.
-    #[serde(rename = "papers")]
-    Papers,
-    /// The second half, as in llama.cpp's perplexity tool.
-    #[serde(rename = "llama.cpp")]
-    LlamaCpp,
-}
-
 impl Protocol {
-    /// Every protocol, with the name users type.
-    pub const ALL: &[(&str, Protocol)] = &[("papers", Protocol::Papers), ("llama.cpp", Protocol::LlamaCpp)];
-
     /// Positions of a window of `context` tokens whose next token is scored.
     fn scored(self, context: usize) -> std::ops::Range<usize> {
         match self {
@@ -58,30 +44,6 @@ impl Protocol {
             Protocol::LlamaCpp => context / 2..context - 1,
         }
     }
-}
-
-/// How good a model is, alone or beside its reference.
-#[derive(Clone, Debug, Serialize)]
-pub struct Quality {
-    /// The checkpoint.
-    pub model: String,
-    /// `exp` of the mean negative log-likelihood.
-    pub perplexity: f64,
-    /// Its standard error, tokens taken as independent.
-    pub perplexity_stderr: f64,
-    /// Tokens scored.
-    pub tokens: usize,
-    /// Tokens of a window.
-    pub context: usize,
-    /// Windows.
-    pub windows: usize,
-    /// Which tokens were scored.
-    pub protocol: Protocol,
-    /// What the model's linears and attention read; the reference's read what was computed.
-    pub activations: Activations,
-    /// Beside the reference.
-    #[serde(flatten)]
-    pub beside: Option<Beside>,
 }
 
 impl Quality {
@@ -104,31 +66,6 @@ impl Quality {
             false => refuse(&self.model),
         }
     }
-}
-
-/// A model beside its reference, on the same tokens.
-#[derive(Clone, Debug, Serialize)]
-pub struct Beside {
-    /// The reference checkpoint.
-    pub reference: String,
-    /// Its perplexity.
-    pub reference_perplexity: f64,
-    /// Perplexity over the reference's.
-    pub perplexity_ratio: f64,
-    /// Its standard error, from the difference token by token.
-    pub perplexity_ratio_stderr: f64,
-    /// Mean `KL(reference ‖ model)` in nats.
-    pub kld_mean: f64,
-    /// Its standard error.
-    pub kld_stderr: f64,
-    /// Median.
-    pub kld_median: f64,
-    /// 99th percentile.
-    pub kld_p99: f64,
-    /// Largest.
-    pub kld_max: f64,
-    /// Share of tokens on which both would say the same.
-    pub top1_agreement: f64,
 }
 
 /// One model that is being evaluated.
@@ -291,19 +228,6 @@ fn check_logits(
     }
 }
 
-/// How far the hidden states of a model without an output projection are from those of its reference.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct HiddenStates {
-    /// Tokens that were compared.
-    pub tokens: usize,
-    /// Mean cosine between both of a token.
-    pub cosine_mean: f64,
-    /// The lowest.
-    pub cosine_min: f64,
-    /// Length of the difference as a share of the reference's, all tokens together.
-    pub relative_error: f64,
-}
-
 /// Compares the normed hidden states of `model` and `reference` on `windows` of equal length.
 pub fn compare_hidden<B: Backend>(
     backend: &B,
@@ -424,54 +348,6 @@ fn quantile(sorted: &[f64], share: f64) -> f64 {
     }
 }
 
-/// Limits that a quantized model must keep.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
-pub struct Limits {
-    /// Largest perplexity over the reference's.
-    pub max_ppl_ratio: Option<f64>,
-    /// Largest mean divergence.
-    pub max_kld: Option<f64>,
-    /// Least share of tokens on which both would say the same.
-    pub min_top1: Option<f64>,
-}
-
-impl Limits {
-    /// Whether there is any.
-    pub fn any(&self) -> bool {
-        *self != Limits::default()
-    }
-
-    /// Fails on limits that nothing could keep, or nothing could miss: a usage error.
-    pub fn check(&self) -> Result<()> {
-        let check = |flag: &str, limit: Option<f64>, range: &str, allowed: fn(f64) -> bool| match limit {
-            // Written so that a NaN is outside of every range.
-            Some(limit) if !allowed(limit) => Err(Error::usage(format!("{flag} {limit}: must be {range}"))),
-            _ => Ok(()),
-        };
-        check("--max-ppl-ratio", self.max_ppl_ratio, "a number above 0", |x| x > 0.0 && x.is_finite())?;
-        check("--max-kld", self.max_kld, "a number of nats, 0 or more", |x| x >= 0.0 && x.is_finite())?;
-        check("--min-top1", self.min_top1, "a share from 0 to 1", |x| (0.0..=1.0).contains(&x))
-    }
-
-    /// What was missed, one sentence each.
-    pub fn missed(&self, quality: &Beside) -> Vec<String> {
-        let mut missed = Vec::new();
-        let mut check = |what: &str, found: f64, limit: Option<f64>, most: bool| {
-            if let Some(limit) = limit
-                // Written so that a NaN misses every limit.
-                && !(if most { found <= limit } else { found >= limit })
-            {
-                let side = if most { "above" } else { "below" };
-                missed.push(format!("{what} is {found:.5}, {side} the limit of {limit}"));
-            }
-        };
-        check("the perplexity ratio", quality.perplexity_ratio, self.max_ppl_ratio, true);
-        check("the mean KL divergence", quality.kld_mean, self.max_kld, true);
-        check("the top-1 agreement", quality.top1_agreement, self.min_top1, false);
-        missed
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -489,56 +365,5 @@ mod tests {
         assert_eq!(Protocol::Papers.scored(8), 0..7);
         assert_eq!(Protocol::LlamaCpp.scored(8), 4..7);
         assert!(Protocol::LlamaCpp.scored(1).is_empty());
-    }
-
-    #[test]
-    fn limits_that_mean_nothing_are_refused() {
-        let limits = |[max_ppl_ratio, max_kld, min_top1]: [f64; 3]| {
-            let [max_ppl_ratio, max_kld, min_top1] = [max_ppl_ratio, max_kld, min_top1].map(Some);
-            Limits { max_ppl_ratio, max_kld, min_top1 }.check()
-        };
-        for good in [[1.01, 0.0, 0.0], [0.5, 7.0, 1.0]] {
-            limits(good).unwrap();
-        }
-        Limits::default().check().unwrap();
-        for (index, wrong) in [
-            (0, 0.0),
-            (0, -1.0),
-            (0, f64::NAN),
-            (0, f64::INFINITY),
-            (1, -1e-9),
-            (1, f64::NAN),
-            (1, f64::INFINITY),
-            (2, -0.1),
-            (2, 1.1),
-            (2, 95.0),
-            (2, f64::NAN),
-        ] {
-            let mut all = [1.0; 3];
-            all[index] = wrong;
-            let error = limits(all).unwrap_err();
-            let flag = ["--max-ppl-ratio", "--max-kld", "--min-top1"][index];
-            assert!(error.exit_code() == 2 && error.to_string().starts_with(flag), "{error}");
-        }
-    }
-
-    #[test]
-    fn limits_name_what_was_missed() {
-        let quality = Beside {
-            reference: String::new(),
-            reference_perplexity: 10.0,
-            perplexity_ratio: 1.1,
-            perplexity_ratio_stderr: 0.0,
-            kld_mean: f64::NAN,
-            kld_stderr: 0.0,
-            kld_median: 0.0,
-            kld_p99: 0.0,
-            kld_max: 0.0,
-            top1_agreement: 0.9,
-        };
-        let limits = Limits { max_ppl_ratio: Some(1.2), max_kld: Some(0.1), min_top1: Some(0.95) };
-        let missed = limits.missed(&quality);
-        assert_eq!(missed.len(), 2, "{missed:?}");
-        assert!(missed[1].contains("top-1 agreement is 0.90000, below the limit of 0.95"));
     }
 }

@@ -28,6 +28,15 @@ pub fn one_line(text: &str) -> String {
     start.chain(format!(" [{} letters] ", count - 2 * half).chars()).chain(end).collect()
 }
 
+/// The first few of some names.
+pub fn listed(names: &[&str]) -> String {
+    let first: Vec<String> = names.iter().take(3).map(|name| format!("`{name}`")).collect();
+    match names.len() {
+        0..=3 => first.join(", "),
+        all => format!("{} and {} more", first.join(", "), all - 3),
+    }
+}
+
 /// Prints a line to standard error, as far as anybody listens there.
 pub fn tell(line: &str) {
     use std::io::Write;

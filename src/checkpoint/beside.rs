@@ -9,8 +9,8 @@ use formats::container::file::{self, Identity};
 use formats::container::stand_in::{is_pointer, stand_in};
 
 use super::place::{beginning, is_gguf, is_unfinished};
-use super::read_json;
 use crate::error::{Error, Result};
+use crate::json::read_json;
 
 /// What accompanies the weights.
 #[derive(Debug, Default)]
@@ -184,7 +184,7 @@ const PICTURES: &[&str] =
 ///
 /// Fails for what cannot be read, and where a file that loaders read was never fetched.
 pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result<Beside> {
-    let modules = crate::sentence::modules(folder).into_iter().map(|(path, _)| path);
+    let modules = super::sentence::modules(folder).into_iter().map(|(path, _)| path);
     let report = read_json(&folder.join("report.json")).ok().flatten();
     let mut walk = Walk {
         root: folder,

@@ -6,12 +6,14 @@ use formats::codec::{QUANTIZATION_KEYS, QuantizationReader, declared_method};
 use formats::{Dtype, SafetensorsSet, read_quantization};
 use serde_json::{Value, json};
 
-use super::{Checkpoint, Source, StoredType, directory_entries, dominant_dtype, dtype_named, index, read_json};
+use super::adapter::Adapter;
+use super::{Checkpoint, Source, directory_entries, dominant_dtype, dtype_named, index};
 use super::{names, place};
-use crate::adapter::Adapter;
+use crate::dialect::model::GgufModel;
 use crate::error::{Error, Result};
 use crate::families;
-use crate::import::gguf::GgufModel;
+use crate::json::read_json;
+use crate::weights::StoredType;
 
 impl Checkpoint {
     /// Opens a Hugging Face directory, a hub cache's folder of a model, or a GGUF file, whatever it is called.

@@ -6,8 +6,9 @@ use formats::container::file;
 use formats::container::stand_in::{LOOKED_AT, another, stand_in};
 use serde_json::Value;
 
-use super::read_json;
+use super::adapter::mlx_adapter;
 use crate::error::{Error, Result};
+use crate::json::read_json;
 
 /// The configuration of an adapter, of PEFT or of MLX.
 const ADAPTER_CONFIG: &str = "adapter_config.json";
@@ -163,14 +164,6 @@ pub(super) fn is_gguf(bytes: &[u8]) -> bool {
     bytes.starts_with(b"GGUF")
 }
 
-/// Fails when `bytes`, the content of a file that is to be read, are what takes the place of one that was not fetched.
-pub(crate) fn check_fetched(path: &Path, bytes: &[u8]) -> Result<()> {
-    match stand_in(bytes) {
-        None => Ok(()),
-        Some(why) => Err(Error::failed(format!("{}: {why}", path.display()))),
-    }
-}
-
 /// Why a file that is no GGUF file is no model.
 pub(super) fn no_model(path: &Path, bytes: &[u8]) -> Error {
     let shown = path.display();
@@ -218,20 +211,6 @@ fn adapter(folder: &Path) -> Error {
     Error::failed(format!(
         "{shown}: an adapter and no model; give the model that it was made for{base} and this folder with --adapter"
     ))
-}
-
-/// Says so when the folder is an adapter of MLX, whose configuration is `config`.
-pub(crate) fn mlx_adapter(folder: &Path, config: &Value) -> Option<Error> {
-    let own = config.get("peft_type").is_none()
-        && (folder.join("adapters.safetensors").exists()
-            || ["fine_tune_type", "lora_parameters", "lora_layers"].iter().any(|key| config.get(*key).is_some()));
-    own.then(|| {
-        Error::failed(format!(
-            "{}: an adapter of MLX, which is not read; fuse it into its model first (mlx_lm.fuse --dequantize) and give \
-             the model that comes out",
-            folder.display()
-        ))
-    })
 }
 
 /// Why a folder without config.json is no model that can be read.

@@ -1,6 +1,6 @@
 use super::*;
 use formats::codec::{Codec, QuantizedModule, codec};
-use formats::{ShardedWriter, TensorSpec};
+use formats::{Scheme, ShardedWriter, TensorSpec};
 use serde_json::json;
 use std::collections::BTreeMap;
 

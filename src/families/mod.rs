@@ -37,10 +37,10 @@ pub use unknown::{changed_modules, plain_modules};
 
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, StoredType};
 use crate::error::{Error, Result};
 use crate::graph::{DropRule, Graph, Layer, Moe, Stored};
 use crate::json::{integer, real, shown};
+use crate::weights::{StoredType, Weights};
 
 pub use spelling::Settings;
 pub use strict::normalize;
@@ -271,7 +271,7 @@ pub fn cannot_run(graph: &Graph) -> Option<String> {
 }
 
 /// Fails for a model whose family is unknown, so that it cannot be run.
-pub fn check_runnable(graph: &Graph, source: &Checkpoint) -> Result<()> {
+pub fn check_runnable(graph: &Graph, source: &dyn Weights) -> Result<()> {
     if let Some(why) = &graph.unrunnable {
         let path = source.path().display();
         return Err(Error::failed(format!(
@@ -295,7 +295,7 @@ pub fn check_runnable(graph: &Graph, source: &Checkpoint) -> Result<()> {
 ///
 /// A model of an unknown family has a graph of linears that cannot be run. Whether the head is the embedding is what
 /// [`tying`] made of config.json and the tensors when the checkpoint was opened.
-pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
+pub fn graph_of(source: &dyn Weights) -> Result<Graph> {
     if settings(source.config()).is_ok_and(|text| family_of(&text.model_type).is_none() && !text.model_type.is_empty())
     {
         return unknown::graph(source);
@@ -319,7 +319,7 @@ pub fn graph_of(source: &Checkpoint) -> Result<Graph> {
 
 /// The graph of a checkpoint as its family publishes them, with the names that its tensors have: experts may be stacked
 /// that the checkpoint has one by one. Fails for an unknown family.
-pub fn published(source: &Checkpoint) -> Result<Graph> {
+pub fn published(source: &dyn Weights) -> Result<Graph> {
     let located = |error: Error| match error {
         Error::Failed(why) if why.starts_with("config.json: ") => {
             Error::Failed(format!("{}/{why}", source.path().display()))
@@ -348,7 +348,7 @@ pub fn published(source: &Checkpoint) -> Result<Graph> {
 
 /// Whether the checkpoint is of a class without an output projection: the bare model, which gives embeddings, or one with a
 /// head for labels or values.
-fn headless(graph: &Graph, source: &Checkpoint) -> bool {
+fn headless(graph: &Graph, source: &dyn Weights) -> bool {
     let classes = source.config().get("architectures").and_then(Value::as_array);
     let without = |class: &Value| {
         let class = class.as_str().unwrap_or_default();

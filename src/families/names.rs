@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use serde_json::Value;
 
 use super::{Config, family_of, settings, too_many_layers};
-use crate::checkpoint::Checkpoint;
 use crate::graph::Graph;
+use crate::weights::Weights;
 
 /// The names that runtimes look for in a model of a known family that is no part of a larger one.
 pub struct Names {
@@ -101,7 +101,7 @@ fn is_base(config: &Value) -> bool {
 
 /// Finds the language model in a checkpoint: under a wrapper's prefix, of which runtimes know more than one, or without the
 /// prefix that its own class lacks. Other names are not forgiven, as runtimes do not; opening a checkpoint rewrites them.
-pub(super) fn adopt(graph: &mut Graph, source: &Checkpoint) {
+pub(super) fn adopt(graph: &mut Graph, source: &dyn Weights) {
     let wrapped = is_wrapped(source.config());
     let embedding = graph.embedding.tensor.clone();
     let (prefix, leaf) = embedding.split_once('.').map_or(("", &embedding[..]), |(prefix, leaf)| (prefix, leaf));

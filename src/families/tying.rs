@@ -7,7 +7,7 @@
 use serde_json::Value;
 
 use super::{published, tied};
-use crate::checkpoint::Checkpoint;
+use crate::weights::Weights;
 
 const FLAG: &str = "tie_word_embeddings";
 
@@ -15,7 +15,7 @@ const FLAG: &str = "tie_word_embeddings";
 ///
 /// A head that is stored and differs from the embedding is no tied one. One that is not stored is tied if either flag says
 /// so; if none does, config.json stays as it is, for whoever needs the head to miss it.
-pub fn settled(source: &Checkpoint) -> Option<(Value, String)> {
+pub fn settled(source: &dyn Weights) -> Option<(Value, String)> {
     let config = source.config();
     let (head, embedding, tied) = match published(source) {
         Ok(graph) => (graph.head.linear.weight(), graph.embedding.tensor, graph.head.tied),
@@ -67,7 +67,7 @@ fn flag_of(config: &Value) -> Option<bool> {
 }
 
 /// Whether two tensors hold the same bytes. Memory behind them is given back.
-fn is_same(source: &Checkpoint, head: &str, embedding: &str) -> bool {
+fn is_same(source: &dyn Weights, head: &str, embedding: &str) -> bool {
     let same = match (source.raw(head), source.raw(embedding)) {
         (Some(head), Some(embedding)) => (head.dtype, head.data) == (embedding.dtype, embedding.data),
         // One of them is quantized, and the other is not made of it.
@@ -79,7 +79,7 @@ fn is_same(source: &Checkpoint, head: &str, embedding: &str) -> bool {
 }
 
 /// Head and embedding of a model whose family is not known, by their usual names.
-fn by_name(source: &Checkpoint) -> Option<(String, String)> {
+fn by_name(source: &dyn Weights) -> Option<(String, String)> {
     let ends = |name: &str, word: &str| name == word || name.ends_with(&format!(".{word}"));
     let find = |words: &[&str]| {
         let mut found = source.entries().iter().filter(|entry| words.iter().any(|word| ends(&entry.name, word)));

@@ -9,9 +9,9 @@ use kernels::NormKind;
 
 use super::names::component;
 use super::renames::Loading;
-use crate::checkpoint::{Checkpoint, Entry, StoredType};
 use crate::error::{Error, Result};
 use crate::graph::{Block, Embedding, Graph, Head, Layer, Linear, Norm, Step};
+use crate::weights::{Entry, StoredType, Weights};
 
 /// Parts of names of modules in layers that are matrices and no linears to quantize: tables and filters, what chooses, other
 /// senses, layers that predict further tokens, and what has no tensor of its own in most of the layers that share it.
@@ -86,7 +86,7 @@ const HEADS: &[&str] = &[
 ];
 
 /// A graph that names linears and cannot be run. Fails when there are none.
-pub fn graph(source: &Checkpoint) -> Result<Graph> {
+pub fn graph(source: &dyn Weights) -> Result<Graph> {
     let finder = Finder::new(source);
     let mut found: Vec<(&Entry, &str)> =
         source.entries().iter().filter_map(|entry| Some((entry, finder.block_of(entry)?))).collect();
@@ -154,7 +154,7 @@ pub fn graph(source: &Checkpoint) -> Result<Graph> {
 }
 
 /// Fails where a module has a bias and no weight while its like in another layer has both: a tensor is missing.
-fn check_alike(source: &Checkpoint, blocks: &[Block]) -> Result<()> {
+fn check_alike(source: &dyn Weights, blocks: &[Block]) -> Result<()> {
     let linears = || blocks.iter().flat_map(|block| block.linears().map(move |linear| (block, linear)));
     let tail = |block: &Block, module: &str| module[block.name.len()..].to_owned();
     let tails: HashSet<String> =
@@ -176,7 +176,7 @@ fn check_alike(source: &Checkpoint, blocks: &[Block]) -> Result<()> {
 
 /// Modules of a model of an unknown family that runtimes may take for linears to quantize, and that are none here: matrices and
 /// stacks of them, and where `classes` are what a layout goes by, heads that have no tensor.
-pub fn plain_modules(graph: &Graph, source: &Checkpoint, classes: bool) -> Vec<String> {
+pub fn plain_modules(graph: &Graph, source: &dyn Weights, classes: bool) -> Vec<String> {
     let quantizable: HashSet<&str> = graph.linears().map(|linear| &linear.module[..]).collect();
     let mut modules = Vec::new();
     for entry in source.entries().iter().filter(|entry| entry.shape.len() > 1) {
@@ -209,7 +209,7 @@ pub fn plain_modules(graph: &Graph, source: &Checkpoint, classes: bool) -> Vec<S
 }
 
 /// Linears of the language model's blocks that stay as they are for what transformers does to their matrices as it loads them.
-pub fn changed_modules(source: &Checkpoint) -> Vec<String> {
+pub fn changed_modules(source: &dyn Weights) -> Vec<String> {
     // Blocks are found as if nothing were changed.
     let mut all = Finder::new(source);
     let loading = std::mem::take(&mut all.loading);
@@ -219,7 +219,7 @@ pub fn changed_modules(source: &Checkpoint) -> Vec<String> {
 }
 
 /// Components in which nothing is quantized, such as `vision_tower.`: runtimes call what is in them otherwise than files do.
-fn components(source: &Checkpoint, blocks: &[Block]) -> Vec<String> {
+fn components(source: &dyn Weights, blocks: &[Block]) -> Vec<String> {
     let mut found: Vec<String> = source.entries().iter().map(|entry| component(&entry.name)).collect();
     found.sort();
     found.dedup();
@@ -234,7 +234,7 @@ fn components(source: &Checkpoint, blocks: &[Block]) -> Vec<String> {
 
 /// Tells linears from other matrices.
 struct Finder<'a> {
-    source: &'a Checkpoint,
+    source: &'a dyn Weights,
     /// Layers that predict further tokens.
     further: HashSet<&'a str>,
     /// Some matrices lie with their columns first, for their biases have a value for each column (`Conv1D`).
@@ -243,7 +243,7 @@ struct Finder<'a> {
 }
 
 impl<'a> Finder<'a> {
-    fn new(source: &'a Checkpoint) -> Finder<'a> {
+    fn new(source: &'a dyn Weights) -> Finder<'a> {
         let of_further = |name: &str| name.split('.').any(|part| OF_FURTHER.contains(&part));
         let names = source.entries().iter().map(|entry| &entry.name[..]);
         let further = names.filter(|name| of_further(name)).filter_map(block).collect();

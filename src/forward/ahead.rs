@@ -7,10 +7,12 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use kernels::Backend;
 
-use super::{Activations, Plain};
-use crate::checkpoint::{Checkpoint, RawTensor};
+use super::Plain;
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::graph::{Block, Linear, Stored};
+use crate::report::Activations;
+use crate::weights::RawTensor;
 
 /// Weights on their way to a device; on one to which nothing need be sent, the file's.
 pub struct Ahead<'a, B: Backend> {

@@ -2,9 +2,10 @@
 
 use kernels::{ActivationRounding, Backend};
 
-use super::{Activations, Chunk, LoadedNorm, Run, Supply, product};
+use super::{Chunk, LoadedNorm, Run, Supply, product};
 use crate::error::Result;
 use crate::graph::{Attention, Latent, Linear, Projections, Temperature};
+use crate::report::Activations;
 
 /// Queries, keys and values of a chunk.
 type Qkv<'a, M> = Box<dyn Fn(&[Chunk<M>], usize) -> Result<[M; 3]> + 'a>;

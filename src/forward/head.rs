@@ -7,10 +7,12 @@ use kernels::{ActivationRounding, Backend};
 use ndarray::Array2;
 use rayon::prelude::*;
 
-use super::{Activations, rounded};
-use crate::checkpoint::{Checkpoint, RawTensor};
+use super::rounded;
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::graph::Graph;
+use crate::report::Activations;
+use crate::weights::RawTensor;
 
 /// Bytes as f32 up to which a projection is kept in memory whose rows take more than widening to read (256 MiB).
 const KEPT: usize = 256 << 20;

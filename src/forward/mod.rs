@@ -14,30 +14,17 @@ use formats::{Dtype, GgmlType};
 use kernels::{ActivationRounding, Backend};
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
 pub use self::ahead::Ahead;
 pub use self::head::{LoadedHead, kept};
-use crate::checkpoint::{Checkpoint, StoredType};
+use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::check_runnable;
 use crate::graph::{Block, Graph, Layer, Linear, Norm, Step, Stored};
-
-/// What linears and attention read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Activations {
-    /// What was computed.
-    Exact,
-    /// What llama.cpp keeps of it on a CPU: the input of each linear rounded as its weight's type in the file demands
-    /// ([`ActivationRounding::beside`]), keys and values as its cache holds them, in half precision.
-    Runtime,
-}
+use crate::report::Activations;
+use crate::weights::StoredType;
 
 impl Activations {
-    /// Every kind, with the name users type.
-    pub const ALL: &[(&str, Activations)] = &[("exact", Activations::Exact), ("runtime", Activations::Runtime)];
-
     /// How the input of a linear is rounded whose weight is the tensor `name`.
     fn rounding(self, source: &Checkpoint, name: &str) -> Option<ActivationRounding> {
         if self == Activations::Exact {

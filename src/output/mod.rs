@@ -1,8 +1,10 @@
 //! Outputs that appear whole or not at all.
 //!
 //! `place` finds out where an output goes and what forbids it, `staging` keeps it hidden while it is written, `switch` moves it into
-//! place in one step.
+//! place in one step. `behind` is the thread that writes, `hashing` reads what was written behind it.
 
+pub mod behind;
+pub mod hashing;
 mod place;
 mod staging;
 mod switch;
@@ -11,10 +13,11 @@ use std::path::Path;
 
 use formats::{ShardedWriter, TensorSpec};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 pub use place::{Place, SideOutput, check_apart, check_beside, check_place};
-pub use staging::{Staging, remove_made, sweep, without_hidden_names};
+use staging::without_hidden_names;
+pub use staging::{Staging, remove_made, sweep};
 
 /// Bytes of one file of weights.
 const SHARD_BYTES: u64 = 5_000_000_000;
@@ -28,4 +31,20 @@ pub fn bytes_of(specs: &[TensorSpec]) -> u64 {
 pub fn weight_writer(folder: &Path, specs: Vec<TensorSpec>) -> Result<ShardedWriter> {
     let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
     Ok(ShardedWriter::create(folder, specs, SHARD_BYTES, &metadata)?)
+}
+
+impl Error {
+    /// Names the files of `output` as they will be called; while they are written they lie in a hidden folder, of which
+    /// the user knows nothing. `single` says that the output is a file, or its parts, and no folder.
+    pub fn of_output(self, output: &Path, single: bool) -> Error {
+        let told = self.to_string();
+        let named = without_hidden_names(&told, output, single);
+        if named == told {
+            return self;
+        }
+        match self {
+            Error::Usage(_) => Error::Usage(named),
+            _ => Error::Failed(named),
+        }
+    }
 }

@@ -11,10 +11,11 @@ use calibration::transforms::{Awq, Slot, Tie};
 use formats::tensor::{narrow, widen};
 use kernels::{Backend, GridSpec};
 
-use super::{SmoothingReport, Walk};
+use super::Walk;
 use crate::error::Result;
 use crate::forward::{Chunk, Inputs, Supply, Weight, ready, run_block};
 use crate::graph::{Attention, Block, Layer, Linear, Mlp, Norm, Projections, Stored};
+use crate::report::SmoothingReport;
 
 impl<B: Backend> Walk<'_, '_, B> {
     /// Rescales the channels of a block so that it is easier to quantize, and leaves its function as it is.
@@ -132,7 +133,7 @@ impl<B: Backend> Walk<'_, '_, B> {
             let mut bias = bias.clone();
             self.round_to_file(&mut bias)?;
             self.prepared.get_mut(&producer.module).expect("prepared").bias = Some(bias.clone());
-            self.folded.changed.insert(name, bias);
+            self.folded.change(name, bias);
         }
         Ok(())
     }
@@ -176,7 +177,7 @@ impl<B: Backend> Walk<'_, '_, B> {
     /// Remembers a changed tensor as the file will hold it, so that the stream sees exactly that.
     fn store(&mut self, name: &str, mut values: Vec<f32>) -> Result<()> {
         self.round_to_file(&mut values)?;
-        self.folded.changed.insert(name.to_owned(), values);
+        self.folded.change(name.to_owned(), values);
         Ok(())
     }
 

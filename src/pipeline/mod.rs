@@ -27,90 +27,19 @@ use std::time::Instant;
 use calibration::samples::Samples;
 use calibration::statistics::Needs;
 use kernels::Backend;
-use serde::Serialize;
 
 use self::observe::{Observed, Observer};
 use self::solve::Task;
-use crate::behind::{Behind, behind, beside};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, ready, run_block};
 use crate::graph::{Graph, Linear};
+use crate::output::behind::{Behind, behind, beside};
+use crate::output::hashing::{Hashing, flushed, hash_written};
 use crate::progress::Progress;
-use crate::report::{Hashing, flushed, hash_written};
-use crate::rest::touched;
-use crate::target::{Lost, Target, Write};
-
-/// What became of one linear.
-#[derive(Clone, Debug, Serialize)]
-pub struct LinearReport {
-    /// The module.
-    pub name: String,
-    /// The method that chose its codes.
-    pub method: String,
-    /// The type of its blocks, in a GGUF file.
-    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
-    pub ty: Option<&'static str>,
-    /// Width of a code.
-    pub bits: u8,
-    /// Columns per scale; −1 for a whole row.
-    pub group_size: i64,
-    /// Symmetric grid.
-    pub symmetric: bool,
-    /// Calibration tokens that its input was seen on.
-    pub tokens: usize,
-    /// Share of what is known of an expert's input that came from tokens of the other experts.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub prior: Option<f64>,
-    /// Share of its input's channels that were 0 for all of these tokens.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub dead_inputs: Option<f64>,
-    /// Relative damping that was used.
-    pub damp: Option<f64>,
-    /// What was done in place of what was asked for.
-    pub fallback: Option<String>,
-    /// `tr((W − Ŵ) H (W − Ŵ)ᵀ)` per token.
-    pub proxy_loss: Option<f64>,
-    /// Share of the output's energy that is lost.
-    pub relative_error: Option<f64>,
-    /// Share of its weights that are too small for the scales that the file stores, and lost.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub lost: Option<f64>,
-    /// Time to choose its codes.
-    pub seconds: f64,
-}
-
-/// Channel scales that were folded into the model before it was quantized.
-#[derive(Clone, Debug, Serialize)]
-pub struct SmoothingReport {
-    /// What the scales were divided out of.
-    pub producer: String,
-    /// The linears that read them.
-    pub readers: Vec<String>,
-    /// The exponent of the activations' magnitude.
-    pub alpha: f32,
-    /// Rounding loss with the scales as a share of the loss without.
-    pub loss_ratio: f64,
-}
-
-/// Seconds by stage.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Stages {
-    /// Reading and widening weights.
-    pub load: f64,
-    /// Running the model.
-    pub forward: f64,
-    /// Gathering statistics of inputs.
-    pub observe: f64,
-    /// Searching channel scales.
-    pub smooth: f64,
-    /// Ordering and factoring Hessians.
-    pub factor: f64,
-    /// Searching scales, choosing codes, measuring the loss.
-    pub solve: f64,
-    /// Packing, and writing as far as it is not done behind the rest.
-    pub write: f64,
-}
+use crate::report::{LinearReport, SmoothingReport, Stages};
+use crate::rest::{Lost, touched};
+use crate::targets::{Folded, Sink, Target, Write};
 
 /// What the walk did for one target.
 pub struct Written {
@@ -133,25 +62,6 @@ pub struct Done {
     pub seconds: Stages,
 }
 
-/// Tensors besides the weights of linears that a transform changes.
-#[derive(Default)]
-pub struct Folded {
-    names: HashSet<String>,
-    changed: HashMap<String, Vec<f32>>,
-}
-
-impl Folded {
-    /// Whether the transform may change this tensor.
-    pub fn touches(&self, name: &str) -> bool {
-        self.names.contains(name)
-    }
-
-    /// Its values, where they are not the input's.
-    pub fn values(&self, name: &str) -> Option<&[f32]> {
-        self.changed.get(name).map(|values| &values[..])
-    }
-}
-
 /// Quantizes `source` for all of `targets`, of which the stream sees the one that leads.
 ///
 /// `samples` may be absent only if no target needs anything. Fails on non-finite weights or activations.
@@ -172,7 +82,7 @@ pub fn quantize<B: Backend>(
     let leader = targets[lead].recipe();
     let names = if leader.method.smooths() { touched(graph) } else { HashSet::new() };
     let early = |over: &AtomicBool| {
-        let copied = |sink: &Box<dyn crate::target::Sink<B> + '_>| sink.beside(&|name| names.contains(name), over);
+        let copied = |sink: &Box<dyn Sink<B> + '_>| sink.beside(&|name| names.contains(name), over);
         sinks.iter().map(copied).collect::<Result<Vec<_>>>()
     };
     let progress = &*progress;
@@ -190,7 +100,7 @@ pub fn quantize<B: Backend>(
                     progress,
                     observer: Observer::new(backend, source, targets.iter().map(|target| target.needs()), leader),
                     prepared: HashMap::new(),
-                    folded: Folded { names: names.clone(), changed: HashMap::new() },
+                    folded: Folded::of(names.clone()),
                     final_block: false,
                     shared: Stages::default(),
                 };
@@ -391,8 +301,8 @@ impl<B: Backend> Walk<'_, '_, B> {
 
 impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
     fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
-        match self.folded.changed.get(name) {
-            Some(changed) => Ok(changed.clone()),
+        match self.folded.values(name) {
+            Some(changed) => Ok(changed.to_vec()),
             None => self.source.load(name),
         }
     }

@@ -11,15 +11,17 @@ use kernels::Backend;
 use ndarray::Array2;
 
 use super::observe::Observed;
-use super::{Done, LinearReport, Stages, describe};
-use crate::behind::Behind;
+use super::{Done, describe};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::evidence::{check_measured, dead_inputs, lost_in_blocks, lost_in_grid, prior_share, share_of};
 use crate::forward::Weight;
 use crate::graph::Linear;
+use crate::output::behind::Behind;
 use crate::recipe::Recipe;
-use crate::target::{Encoding, Lost, Placement, Sink, Solved, Target, Write};
+use crate::report::{LinearReport, Stages};
+use crate::rest::Lost;
+use crate::targets::{Encoding, Placement, Sink, Solved, Target, Write};
 use crate::words::called;
 
 /// What decides how a Hessian is factored, and what it is gathered for: targets with equal ones share the factor.

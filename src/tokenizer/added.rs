@@ -9,8 +9,8 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use crate::checkpoint::read_json;
 use crate::error::{Error, Result};
+use crate::json::read_json;
 
 /// The file of settings.
 pub(crate) const CONFIG: &str = "tokenizer_config.json";

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use serde_json::{Map, Value, json};
 
 use super::added::{CONFIG, Sources};
-use crate::import::sentencepiece::save_tokenizer;
+use crate::tokenizer::sentencepiece::save_tokenizer;
 
 static KNOWN: LazyLock<Value> =
     LazyLock::new(|| serde_json::from_str(include_str!("classes.json")).expect("made by a script"));

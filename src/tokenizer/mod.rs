@@ -7,26 +7,43 @@
 
 pub(crate) mod added;
 pub(crate) mod classes;
-mod notes;
-mod templates;
+mod error;
+pub(crate) mod sentencepiece;
+pub(crate) mod templates;
 mod versions;
 
 use std::path::Path;
 
 use calibration::samples::{SampleError, Tokenizer, TokenizerConfig};
-use formats::GgufFile;
 use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, read_json};
 use crate::error::{Error, Result};
-use crate::import::{gguf_tokenizer, sentencepiece};
+use crate::json::read_json;
 use crate::supervisor::within;
-use crate::text::TextError;
-use added::{Added, NAMES, Sources, Stated};
+pub use error::TextError;
 pub use templates::Templates;
 
+use added::{Added, NAMES, Sources, Stated};
+
 /// The usual file.
-const FILE: &str = "tokenizer.json";
+pub(crate) const FILE: &str = "tokenizer.json";
+
+/// Files of tokenizers that other programs read, and whose they are.
+pub(crate) const OTHER_TOKENIZERS: &[(&str, &str)] = &[
+    ("tekken.json", "a tokenizer of Mistral's own library"),
+    ("tiktoken.model", "a list of tokens for tiktoken"),
+    ("vocab.json", "half of a tokenizer that was saved in parts"),
+    ("spiece.model", "a SentencePiece model under another name"),
+];
+
+/// What to do with a tokenizer in a form that is not read, if `folder` has one, as the end of a sentence.
+pub(crate) fn other_tokenizer(folder: &Path) -> String {
+    let other = OTHER_TOKENIZERS.iter().find(|(name, _)| folder.join(name).exists());
+    other.map_or(String::new(), |(name, what)| {
+        let model = folder.display().to_string();
+        format!("; {name} is {what}, which is not read: {}", sentencepiece::save_tokenizer(&model))
+    })
+}
 
 /// A model's tokenizer.
 pub struct TokenizerFiles {
@@ -42,19 +59,9 @@ pub struct TokenizerFiles {
     pub notices: Vec<String>,
     /// What files add to the vocabulary, by id; without the special pieces that a tokenizer.model has itself.
     pub(crate) added: Vec<(u32, Added)>,
-    sources: Sources,
+    pub(crate) sources: Sources,
     /// The BOS and EOS that a tokenizer.model has itself.
     own: [Option<String>; 2],
-}
-
-impl Checkpoint {
-    /// The tokenizer; `None` for a directory without one that can be read.
-    pub fn tokenizer(&self) -> Result<Option<TokenizerFiles>> {
-        match self.gguf() {
-            Some(file) => TokenizerFiles::of_gguf(file).map(Some),
-            None => TokenizerFiles::of_folder(self.path()),
-        }
-    }
 }
 
 impl TokenizerFiles {
@@ -112,25 +119,12 @@ impl TokenizerFiles {
     }
 
     /// The file with the vocabulary, by its name in the folder.
-    fn file(&self) -> &str {
+    pub(crate) fn file(&self) -> &str {
         self.sources.file.as_deref().unwrap_or(self.name)
     }
 
-    /// What a GGUF file says; nothing lies beside it.
-    fn of_gguf(file: &GgufFile) -> Result<TokenizerFiles> {
-        let json = gguf_tokenizer::tokenizer_json(file)?;
-        let config = gguf_tokenizer::tokenizer_config(file, None)?;
-        let name = file.path().file_name().unwrap_or_default().to_string_lossy();
-        let templates = Templates::of_value(&config["chat_template"], &name);
-        let stated = added::of_json(&json).unwrap_or_default();
-        let stated = stated.into_iter().map(|(id, token)| Stated::new(id, token)).collect();
-        let sources = Sources { config, ..Sources::default() };
-        let mut files = Self::build(file.path(), FILE, json, stated, sources, templates, [None, None])?;
-        files.notices.extend(gguf_tokenizer::guessed(file)?);
-        Ok(files)
-    }
-
-    fn build(
+    /// One tokenizer.json of all that was `stated`, and what is told of it.
+    pub(crate) fn build(
         path: &Path,
         name: &'static str,
         mut json: Value,
@@ -244,7 +238,7 @@ fn is_in_vocabulary(vocabulary: &Value, text: &str, id: u32, file: &str) -> bool
 }
 
 impl Stated {
-    fn new(id: u32, token: Added) -> Stated {
+    pub(crate) fn new(id: u32, token: Added) -> Stated {
         Stated { token, id: Some(id), file: FILE }
     }
 }

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use formats::container::file;
 use serde_json::Value;
 
-use crate::checkpoint::read_json;
+use super::TextError;
 use crate::error::{Error, Result};
-use crate::text::TextError;
+use crate::json::read_json;
 use crate::tokenizer::added::CONFIG;
 
 /// The folder of templates beside the default one.

@@ -8,7 +8,7 @@ use kernels::Cpu;
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
-use quantc::verify::Limits;
+use quantc::report::Limits;
 use quantc::{Checkpoint, families};
 use serde_json::{Value, json};
 
@@ -339,7 +339,7 @@ fn columns_come_first_where_the_model_has_them_so_whatever_the_flag() {
     config["fan_in_fan_out"] = json!(true);
     std::fs::write(room.path().join("adapter_config.json"), config.to_string()).unwrap();
     let flagged = Checkpoint::open_with(&base, Some(room.path())).unwrap();
-    let square = |entry: &&quantc::checkpoint::Entry| matches!(entry.shape[..], [a, b] if a == b);
+    let square = |entry: &&quantc::weights::Entry| matches!(entry.shape[..], [a, b] if a == b);
     assert!(golden.entries().iter().filter(square).count() > 0);
     for entry in golden.entries() {
         assert!(golden.load(&entry.name).unwrap() == flagged.load(&entry.name).unwrap(), "{}", entry.name);

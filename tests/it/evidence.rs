@@ -8,8 +8,7 @@ use quantc::Checkpoint;
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
-use quantc::report::Report;
-use quantc::verify::Limits;
+use quantc::report::{Limits, Report};
 use serde_json::{Value, json};
 
 use crate::adapter::{adapter, borrowed, product};

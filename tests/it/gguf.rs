@@ -5,13 +5,12 @@ use std::path::{Path, PathBuf};
 use formats::{GgmlType, GgufFile, Imatrix};
 use kernels::Cpu;
 use quantc::Checkpoint;
-use quantc::forward::Activations;
 use quantc::job::{Job, Verification};
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
-use quantc::report::Report;
+use quantc::report::{Activations, Limits, Protocol, Report};
 use quantc::text::{ModelText, load_text};
-use quantc::verify::{Limits, Protocol, evaluate};
+use quantc::verify::evaluate;
 
 use crate::harness::{Room, TEXT};
 use crate::pipeline::model;

@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 
 use formats::SafetensorsFile;
 use kernels::Cpu;
-use quantc::stray::{Strays, UnknownTensors};
+use quantc::recipe::UnknownTensors;
+use quantc::report::Activations;
+use quantc::stray::Strays;
 use quantc::{Checkpoint, families, forward};
 
 /// The committed checkpoints.
@@ -36,8 +38,8 @@ pub fn logits(folder: &Path, sequences: &[Vec<u32>]) -> quantc::Result<Vec<f32>>
             Strays::new(&graph, &source, UnknownTensors::Refuse).fate(&entry.name)?;
         }
     }
-    let hidden = forward::final_hidden(&cpu, &graph, &source, sequences, forward::Activations::Exact, &|| ())?;
-    let head = forward::LoadedHead::of(&cpu, &graph, &source, forward::Activations::Exact)?;
+    let hidden = forward::final_hidden(&cpu, &graph, &source, sequences, Activations::Exact, &|| ())?;
+    let head = forward::LoadedHead::of(&cpu, &graph, &source, Activations::Exact)?;
     let mut found = Vec::new();
     for chunk in hidden {
         found.extend(head.logits(&cpu, chunk, usize::MAX)?);

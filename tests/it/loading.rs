@@ -5,7 +5,7 @@ use std::path::Path;
 use formats::Dtype;
 use formats::codec::{QuantizationReader, read_quantization};
 use quantc::Checkpoint;
-use quantc::checkpoint::StoredType;
+use quantc::weights::StoredType;
 use serde_json::{Value, json};
 
 use crate::harness::Room;

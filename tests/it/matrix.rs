@@ -8,13 +8,11 @@ use kernels::Cpu;
 use quantc::Checkpoint;
 use quantc::convert::convert;
 use quantc::job::{Job, Verification};
-use quantc::pipeline::LinearReport;
-use quantc::plan::Fate;
 use quantc::progress::Progress;
+use quantc::recipe::UnknownTensors;
 use quantc::recipe::{Recipe, Request};
-use quantc::report::Report;
-use quantc::stray::{Strays, UnknownTensors};
-use quantc::verify::Limits;
+use quantc::report::{Fate, Limits, LinearReport, Report};
+use quantc::stray::Strays;
 use serde_json::{Value, json};
 
 use crate::families::checkpoint;
@@ -112,7 +110,7 @@ fn every_family_is_written_in_every_layout_and_read_back() {
             }
         }
         let cell = &mut family.layouts[3];
-        match quantc::export::names::plan(&graph) {
+        match quantc::dialect::names::plan(&graph) {
             Ok(plan) => *cell = Some(format!("`{}`", plan.architecture)),
             Err(why) => drop(cell.get_or_insert_with(|| why.to_string().split(';').next().unwrap().to_owned())),
         }

@@ -6,12 +6,9 @@ use formats::Dtype;
 use kernels::Cpu;
 use quantc::convert::convert;
 use quantc::job::{Job, Verification};
-use quantc::pipeline::SmoothingReport;
 use quantc::progress::Progress;
-use quantc::recipe::{Recipe, Request};
-use quantc::report::Report;
-use quantc::stray::UnknownTensors;
-use quantc::verify::Limits;
+use quantc::recipe::{Recipe, Request, UnknownTensors};
+use quantc::report::{Limits, Report, SmoothingReport};
 use quantc::{Checkpoint, demo};
 
 use crate::harness::{Room, TEXT};
@@ -165,7 +162,7 @@ fn a_model_of_an_unknown_family_is_quantized_without_data_and_copied_otherwise()
     for entry in plain.entries() {
         let found = written.entry(&entry.name).unwrap_or_else(|| panic!("{} is missing", entry.name));
         match found.dtype {
-            quantc::checkpoint::StoredType::Quantized { .. } => quantized += 1,
+            quantc::weights::StoredType::Quantized { .. } => quantized += 1,
             _ => assert_eq!(plain.raw(&entry.name).unwrap().data, written.raw(&entry.name).unwrap().data),
         }
     }

@@ -97,7 +97,7 @@ fn gguf_files_hold_the_pieces_own_scores_and_types() {
         let room = Room::new();
         let golden = model(&room, &name);
         let source = Checkpoint::open(&room.path("model")).unwrap();
-        let written = quantc::export::tokenizer::tokenizer(&source, 4096, None).unwrap();
+        let written = quantc::dialect::tokenizer::tokenizer(&source, 4096, None).unwrap();
         let list = |key: &str| -> Vec<MetadataValue> {
             let (_, value) = written.metadata.iter().find(|(k, _)| k == &format!("tokenizer.ggml.{key}")).unwrap();
             let MetadataValue::Array(array) = value else { panic!("{key}") };

@@ -127,7 +127,7 @@ fn a_name_that_is_in_others_is_not_left_out_where_these_would_be_as_well() {
     change(&room.model(), |tensors| add(tensors, "proj.weight", Dtype::BF16, &[64, 256]));
     room.run(["quantize", "model", "-o", "out", "--format", "awq"].iter().chain(FAST)).succeeds();
     let out = Checkpoint::open(&room.path("out")).unwrap();
-    assert!(matches!(out.entry(DOWN).unwrap().dtype, quantc::checkpoint::StoredType::Quantized { .. }));
+    assert!(matches!(out.entry(DOWN).unwrap().dtype, quantc::weights::StoredType::Quantized { .. }));
     let config = std::fs::read_to_string(room.path("out/config.json")).unwrap();
     assert!(!config.contains("\"proj\""), "{config}");
 }

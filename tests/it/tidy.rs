@@ -49,7 +49,7 @@ fn code(path: &Path) -> Vec<(usize, String)> {
     let is_test = ["tests.rs", "golden.rs"].iter().any(|name| path.ends_with(name))
         || path.parent().is_some_and(|p| p.ends_with("tests"));
     let text = if is_test { String::new() } else { read(path) };
-    let before_tests = text.lines().enumerate().take_while(|(_, line)| !line.starts_with("mod tests"));
+    let before_tests = text.lines().enumerate().take_while(|(_, line)| !line.starts_with("mod tests {"));
     let without_helpers = before_tests.take_while(|(_, line)| !line.starts_with("pub(crate) mod testing"));
     without_helpers
         .filter(|(_, line)| !line.trim_start().starts_with("//"))
@@ -73,6 +73,102 @@ fn rooms_depend_on_the_rooms_to_their_left_only() {
             }
         }
     }
+}
+
+/// The floors of `src/` that docs/ARCHITECTURE.md lists, the lowest first: the rooms of each, which are the modules of the crate.
+fn floors() -> Vec<Vec<String>> {
+    let text = read(&root().join("docs/ARCHITECTURE.md"));
+    let (_, section) = text.split_once("\n## Floors of `src/`\n").expect("the section on floors");
+    let rows = section.lines().skip_while(|line| !line.starts_with("| `")).take_while(|line| line.starts_with("| `"));
+    let rooms = |row: &str| row.split('|').nth(1).unwrap().split('`').skip(1).step_by(2).map(str::to_owned).collect();
+    let mut floors: Vec<Vec<String>> = rows.map(rooms).collect();
+    floors.reverse();
+    floors
+}
+
+/// The rooms that a path goes on to, of which `rest` is what follows the root: one, or those of a group in braces.
+fn rooms_of(rest: &str) -> Vec<String> {
+    let name = |text: &str| {
+        let text = text.trim_start();
+        text[..text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len())].to_owned()
+    };
+    let Some(group) = rest.strip_prefix('{') else { return vec![name(rest)] };
+    let (mut depth, mut start, mut found) = (0, 0, Vec::new());
+    for (index, c) in group.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth > 0 => depth -= 1,
+            ',' | '}' if depth == 0 => {
+                found.push(name(&group[start..index]));
+                start = index + 1;
+                if c == '}' {
+                    break;
+                }
+            }
+            _ => {}
+        }
+    }
+    found.retain(|name| !name.is_empty());
+    found
+}
+
+/// Every path to a room in a file of `src/`, as far as paths tell: the line, whether the path begins at the root, and the room.
+fn imports(path: &Path) -> Vec<(usize, bool, String)> {
+    let inside = path.strip_prefix(root().join("src")).unwrap().with_extension("");
+    // How many `super::` lead from here to the root of the crate.
+    let depth = inside.iter().filter(|part| *part != "mod").count();
+    let mut text = String::new();
+    let mut lines = Vec::new();
+    for (number, line) in code(path) {
+        text += line.split(" //").next().unwrap();
+        text.push('\n');
+        lines.push(number);
+    }
+    let absolute = if inside == Path::new("main") { "quantc::" } else { "crate::" };
+    let mut found = Vec::new();
+    for begin in [absolute.to_owned(), "super::".repeat(depth)] {
+        for (at, _) in text.match_indices(&begin[..]) {
+            if text[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':') {
+                continue;
+            }
+            let number = lines[text[..at].matches('\n').count()];
+            let rooms = rooms_of(&text[at + begin.len()..]);
+            found.extend(rooms.into_iter().map(|room| (number, begin == absolute, room)));
+        }
+    }
+    found
+}
+
+#[test]
+fn files_import_from_the_floors_below_alone() {
+    let floors = floors();
+    let of = |room: &str| floors.iter().position(|rooms| rooms.iter().any(|known| known == room));
+    let mut rooms = BTreeSet::new();
+    let mut seen = 0;
+    for path in files("src", &[".rs"]) {
+        let inside = path.strip_prefix(root().join("src")).unwrap().with_extension("");
+        let own = inside.iter().next().unwrap().to_str().unwrap();
+        if own == "lib" {
+            continue;
+        }
+        rooms.insert(own.to_owned());
+        let here =
+            of(own).unwrap_or_else(|| panic!("{}: `{own}` is on no floor of docs/ARCHITECTURE.md", path.display()));
+        for (number, absolute, room) in imports(&path).into_iter().filter(|(.., room)| room != own) {
+            let place = format!("{}:{number}", path.display());
+            // The program alone takes what the crate offers at its root; elsewhere the room is named that it comes from. What is
+            // around a module within a file is no room either.
+            let Some(there) = of(&room) else {
+                assert!(own == "main" || !absolute, "{place}: `{room}` is no room of docs/ARCHITECTURE.md");
+                continue;
+            };
+            assert!(there < here, "{place}: `{own}` may not import from `{room}`, which is not on a floor below it");
+            seen += 1;
+        }
+    }
+    assert!(seen > 300, "only {seen} imports were found");
+    let listed: BTreeSet<String> = floors.into_iter().flatten().collect();
+    assert_eq!(listed, rooms, "docs/ARCHITECTURE.md lists rooms that are not there");
 }
 
 #[test]
@@ -106,7 +202,7 @@ fn one_place_picks_the_device_and_one_the_family() {
             assert!(!device || own || is("src/cli.rs"), "{place}: the device is picked in cli.rs");
             let family =
                 line.contains("\"model_type\"") && !line.contains("json!") && path.starts_with(root().join("src"));
-            let may = is("src/families/mod.rs") || is("src/inspect.rs") || is("src/import/settings.rs");
+            let may = is("src/families/mod.rs") || is("src/inspect.rs") || is("src/dialect/settings.rs");
             assert!(!family || may, "{place}: the family is looked up in families/mod.rs");
         }
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use formats::container::gguf::MetadataValue;
 use quantc::Checkpoint;
-use quantc::export::tokenizer::tokenizer as written;
+use quantc::dialect::tokenizer::tokenizer as written;
 use serde_json::{Value, json};
 
 use crate::harness::Room;

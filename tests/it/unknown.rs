@@ -6,7 +6,7 @@ use std::path::Path;
 use formats::codec::read_quantization;
 use formats::{Dtype, ShardedWriter, TensorSpec};
 use quantc::Checkpoint;
-use quantc::checkpoint::StoredType;
+use quantc::weights::StoredType;
 use serde_json::{Value, json};
 
 use crate::harness::{Model, Room};

@@ -3,7 +3,7 @@
 use formats::Dtype;
 use formats::container::gguf::MetadataValue;
 use quantc::Checkpoint;
-use quantc::checkpoint::StoredType;
+use quantc::weights::StoredType;
 use serde_json::{Value, json};
 
 use crate::gguf_inputs::{changed, floats, key, rewrite};

@@ -1,0 +1,288 @@
+//! adapter_config.json: what bears on merging, and what is told of an adapter.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+
+use fancy_regex::Regex;
+use formats::SafetensorsFile;
+use serde_json::{Map, Value};
+
+use super::Parts;
+use crate::json::{self, integer};
+use crate::weights::Entry;
+use crate::words::listed;
+
+/// What to do with an adapter that is not merged here.
+const WITH_PEFT: &str = "merge it with PEFT (merge_and_unload, then save_pretrained) and give the model that comes out";
+
+/// The settings that bear on merging.
+pub(super) struct Settings {
+    pub(super) rank: usize,
+    pub(super) alpha: f64,
+    pub(super) root: bool,
+    /// The only layers that it is for, where it lists some.
+    pub(super) layers: Option<Vec<i64>>,
+    pub(super) keep_tied: bool,
+    pub(super) dora: bool,
+    pub(super) ranks: Vec<(Regex, f64)>,
+    pub(super) alphas: Vec<(Regex, f64)>,
+    /// The model that it was trained on.
+    pub(super) base: Option<String>,
+    /// Modules that it was to have factors for, and to bring whole; by their ends, or a pattern for all of the name.
+    /// Modules that `targets` fit and that are left alone.
+    pub(super) excluded: Vec<(String, Regex)>,
+    pub(super) targets: Vec<(String, Regex)>,
+    pub(super) saved: Vec<(String, Regex)>,
+}
+
+/// Modules as adapter_config.json names them: a list of their ends, or one pattern for whole names. PEFT's word for all linears names
+/// none, and what is no pattern to us is not looked for.
+fn names(value: Option<&Value>) -> Vec<(String, Regex)> {
+    let (list, is_pattern) = match value {
+        Some(Value::Array(list)) => (list.iter().filter_map(Value::as_str).collect(), false),
+        Some(Value::String(pattern)) if pattern != "all-linear" => (vec![pattern.as_str()], true),
+        _ => (Vec::new(), false),
+    };
+    // A pattern is for names with all that a wrapper put before them, which were taken off here.
+    let regex = |name: &str| match is_pattern {
+        true => Regex::new(&format!("^(?:.*?)(?:{name})$")),
+        false => Regex::new(&format!(r"^(?:.*\.)?{}$", fancy_regex::escape(name))),
+    };
+    list.into_iter().filter_map(|name| Some((name.to_owned(), regex(name).ok()?))).collect()
+}
+
+impl Settings {
+    pub(super) fn read(config: &Map<String, Value>) -> Result<Settings, String> {
+        let set = |key: &str| match config.get(key) {
+            None | Some(Value::Null | Value::Bool(false)) => false,
+            Some(Value::Array(list)) => !list.is_empty(),
+            Some(Value::Object(object)) => !object.is_empty(),
+            Some(_) => true,
+        };
+        let wrong = |key: &str, expected: &str| format!("{key} is {}, expected {expected}", json::shown(&config[key]));
+        // Python takes any other value for one of the two, and not always for the one that its writer meant.
+        let flag = |key: &str| match config.get(key) {
+            None | Some(Value::Null) => Ok(false),
+            Some(Value::Bool(value)) => Ok(*value),
+            Some(_) => Err(wrong(key, "true or false")),
+        };
+        match config.get("peft_type").and_then(Value::as_str) {
+            Some("LORA") => {}
+            Some(other) => {
+                return Err(format!(
+                    "peft_type is {other}, and only LORA (with rsLoRA and DoRA) is merged here; {WITH_PEFT}"
+                ));
+            }
+            None => return Err("peft_type is missing".into()),
+        }
+        for (key, what) in [
+            ("layer_replication", "layers that are repeated"),
+            ("trainable_token_indices", "tokens that are trained alone"),
+            ("target_parameters", "factors for parameters that are no module's weight"),
+            ("alora_invocation_tokens", "an activated adapter, which works from its tokens on and has no merged form,"),
+            ("use_qalora", "QA-LoRA"),
+            ("use_bdlora", "factors in diagonal blocks"),
+            ("arrow_config", "a router between adapters"),
+            ("kasa_config", "KaSA, which changes the weights it adapts,"),
+            ("monteclora_config", "sampled factors"),
+            ("velora_config", "VeLoRA"),
+            ("lora_ga_config", "LoRA-GA, which changes the weights it adapts,"),
+        ] {
+            if set(key) {
+                return Err(format!("{key} is set: {what} cannot be merged here; {WITH_PEFT}"));
+            }
+        }
+        if let Some(Value::String(start)) = config.get("init_lora_weights")
+            && !["gaussian", "orthogonal", "eva", "mica"].contains(&start.to_ascii_lowercase().as_str())
+        {
+            return Err(format!(
+                "init_lora_weights is `{start}`, which changes the weights it adapts; save the adapter as one for the \
+                 original weights first (PEFT's save_pretrained with path_initial_model_for_weight_conversion)"
+            ));
+        }
+        let number = |key: &str| config.get(key).and_then(Value::as_f64).filter(|n| n.is_finite());
+        let rank = match config.get("r") {
+            None => 8,
+            Some(r) => integer(r).filter(|r| *r > 0).ok_or_else(|| wrong("r", "a positive number"))? as usize,
+        };
+        let alpha = match config.get("lora_alpha") {
+            None => 8.0,
+            Some(_) => number("lora_alpha").ok_or_else(|| wrong("lora_alpha", "a number"))?,
+        };
+        let patterns = |key: &str| -> Result<Vec<(Regex, f64)>, String> {
+            let Some(Value::Object(patterns)) = config.get(key) else { return Ok(Vec::new()) };
+            let read = |(pattern, value): (&String, &Value)| {
+                let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern})$"))
+                    .map_err(|e| format!("{key} has an invalid pattern `{pattern}`: {e}"))?;
+                let value = value.as_f64().ok_or_else(|| format!("{key}.{pattern} is {value}, expected a number"))?;
+                Ok((regex, value))
+            };
+            patterns.iter().map(read).collect()
+        };
+        Ok(Settings {
+            rank,
+            alpha,
+            root: flag("use_rslora")?,
+            layers: match config.get("layers_to_transform") {
+                Some(Value::Array(layers)) => layers.iter().map(Value::as_i64).collect(),
+                Some(one) => one.as_i64().map(|layer| vec![layer]),
+                None => None,
+            },
+            keep_tied: flag("ensure_weight_tying")?,
+            dora: flag("use_dora")?,
+            ranks: patterns("rank_pattern")?,
+            alphas: patterns("alpha_pattern")?,
+            base: config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned),
+            excluded: names(config.get("exclude_modules")),
+            targets: names(config.get("target_modules")),
+            saved: names(config.get("modules_to_save")),
+        })
+    }
+
+    /// What the user should know of an adapter of these parts.
+    pub(super) fn notices(
+        &self,
+        model: &Path,
+        original: &Option<String>,
+        file: &SafetensorsFile,
+        modules: &BTreeMap<String, Parts>,
+        replacing: &BTreeMap<String, String>,
+        entries: &[Entry],
+    ) -> Vec<String> {
+        let mut notices = Vec::new();
+        let linears: HashSet<&str> = entries
+            .iter()
+            .filter(|entry| entry.shape.len() == 2)
+            .filter_map(|entry| entry.name.strip_suffix(".weight"))
+            .collect();
+        // PEFT looks a module up by the model's own name for it, and nowhere else. A head that is the embedding is a module without
+        // a tensor.
+        let known = |module: &str| linears.contains(module) || module == "lm_head";
+        let strange: HashSet<&str> = modules.keys().map(String::as_str).filter(|module| !known(module)).collect();
+        let foreign = |name: &&str| {
+            let module = name.strip_prefix("base_model.model.").and_then(|name| Some(name.split_once(".lora_")?.0));
+            !name.starts_with("base_model.model.")
+                || name.contains("_orig_mod.")
+                || module.is_some_and(|module| strange.contains(module.replace(".base_layer", "").as_str()))
+        };
+        let names: Vec<&str> = file.tensors().map(|spec| spec.name.as_str()).collect();
+        if let Some(first) = names.iter().copied().find(|name| foreign(name)) {
+            notices.push(format!(
+                "{} of the adapter's {} tensors, such as `{first}`, are not called as PEFT calls them, and it would leave them out; they \
+                 were merged all the same",
+                names.iter().filter(|name| foreign(name)).count(),
+                names.len()
+            ));
+        }
+        let in_layers = |module: &str| {
+            let layer = module.split('.').find_map(|part| part.parse::<i64>().ok());
+            self.layers.as_ref().is_none_or(|layers| layer.is_some_and(|layer| layers.contains(&layer)))
+        };
+        let among = |list: &[(String, Regex)], module: &str| {
+            list.iter().any(|(_, regex)| regex.is_match(module).unwrap_or(false))
+        };
+        let fits = |module: &str| among(&self.targets, module) && !among(&self.excluded, module);
+        let unnamed: Vec<&str> = modules
+            .keys()
+            .map(String::as_str)
+            .filter(|module| linears.contains(module) && !self.targets.is_empty() && !fits(module))
+            .collect();
+        if !unnamed.is_empty() {
+            notices.push(format!(
+                "adapter_config.json does not name {} of the adapter's {} modules ({}) in target_modules, or excludes them, and PEFT would \
+                 leave them out; they were merged all the same",
+                unnamed.len(),
+                modules.len(),
+                listed(&unnamed)
+            ));
+        }
+        let has = |module: &str| modules.contains_key(module);
+        // Of a target without any factors, and of modules under other names, is told elsewhere.
+        if strange.is_empty() {
+            let mut absent: Vec<&str> =
+                linears.iter().copied().filter(|module| fits(module) && in_layers(module) && !has(module)).collect();
+            absent.sort_unstable();
+            let partly = |module: &&str| {
+                let tail = module.rsplit('.').next().unwrap_or_default();
+                modules.keys().any(|other| other.rsplit('.').next() == Some(tail))
+            };
+            absent.retain(partly);
+            if !absent.is_empty() {
+                notices.push(format!(
+                    "the adapter has no factors for {} of the modules that target_modules names ({}); they stay as the model has them",
+                    absent.len(),
+                    listed(&absent)
+                ));
+            }
+        }
+        let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
+        if let Some(base) = self.base.as_deref().filter(|base| !base.is_empty()) {
+            let wanted = last(base);
+            let place = model.canonicalize().unwrap_or_else(|_| model.to_path_buf());
+            // A cache of the hub calls a model's folder models--OWNER--NAME.
+            let mut parts = place.iter().map(|part| part.to_string_lossy().to_ascii_lowercase());
+            let named = original.as_deref().is_some_and(|name| last(name) == wanted);
+            if !named
+                && !parts.any(|part| part.rsplit("--").next() == Some(&*wanted) || part == format!("{wanted}.gguf"))
+            {
+                notices.push(format!(
+                    "the adapter was trained on `{base}`, and by its name {} may be another model; shapes fit, and nothing else tells",
+                    model.display()
+                ));
+            }
+        }
+        let zero = |name: &Option<String>| {
+            let data = name.as_ref().and_then(|name| file.get(name)).map(|view| view.data);
+            data.is_some_and(|data| data.iter().all(|byte| *byte == 0))
+        };
+        let idle: Vec<&str> = modules
+            .iter()
+            .filter(|(module, parts)| {
+                let alpha = Self::first(&self.alphas, module).unwrap_or(self.alpha);
+                parts.magnitude.is_none() && (alpha == 0.0 || zero(&parts.a) || zero(&parts.b))
+            })
+            .map(|(module, _)| module.as_str())
+            .collect();
+        if !idle.is_empty() {
+            notices.push(format!(
+                "{} of the adapter's {} modules ({}) change nothing: a factor or lora_alpha is 0; it may never have been trained",
+                idle.len(),
+                modules.len(),
+                listed(&idle)
+            ));
+        }
+        for (key, what, wanted) in
+            [("target_modules", "factors", &self.targets), ("modules_to_save", "tensors", &self.saved)]
+        {
+            let has = |regex: &Regex| {
+                // A block that is saved whole gives tensors of what is inside it.
+                let whole = replacing.keys().flat_map(|name| name.match_indices('.').map(|(dot, _)| &name[..dot]));
+                modules.keys().map(String::as_str).chain(whole).any(|name| regex.is_match(name).unwrap_or(true))
+            };
+            let absent: Vec<&str> =
+                wanted.iter().filter(|(_, regex)| !has(regex)).map(|(name, _)| name.as_str()).collect();
+            if !absent.is_empty() {
+                notices.push(format!(
+                    "adapter_config.json lists {} in {key}, and the adapter has no {what} for {}; they stay as the model has them",
+                    listed(&absent),
+                    if absent.len() == 1 { "it" } else { "them" }
+                ));
+            }
+        }
+        notices
+    }
+
+    fn first(patterns: &[(Regex, f64)], module: &str) -> Option<f64> {
+        patterns.iter().find(|(regex, _)| regex.is_match(module).unwrap_or(false)).map(|(_, value)| *value)
+    }
+
+    /// The factor of a module's product, whose factors are of rank `found`.
+    pub(super) fn scale(&self, module: &str, found: usize) -> Result<f32, String> {
+        let rank = Self::first(&self.ranks, module).unwrap_or(self.rank as f64);
+        if rank != found as f64 {
+            return Err(format!("its rank is {found}, and adapter_config.json says {rank}"));
+        }
+        let alpha = Self::first(&self.alphas, module).unwrap_or(self.alpha);
+        Ok((alpha / if self.root { rank.sqrt() } else { rank }) as f32)
+    }
+}

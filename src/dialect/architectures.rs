@@ -1,0 +1,248 @@
+//! The architectures that GGUF files name: which families are written as each, and what it asks of tensors.
+//!
+//! One entry of [`ARCHITECTURES`] an architecture. How a graph's tensors are named and laid out in it is in
+//! [`crate::dialect::names`], which reading goes backwards.
+
+use std::cmp::Ordering;
+
+use crate::mixes::block_number;
+
+/// Factors that each rotary frequency is divided by; part of config.json in Hugging Face's terms.
+pub(crate) const ROPE_FREQS: &str = "rope_freqs.weight";
+
+/// LongRoPE's factors beyond the first context.
+pub(crate) const ROPE_LONG: &str = "rope_factors_long.weight";
+
+/// LongRoPE's factors within it.
+pub(crate) const ROPE_SHORT: &str = "rope_factors_short.weight";
+
+/// Whether loaders ask for a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    /// They refuse a file that has it.
+    Never,
+    /// They take it where it is.
+    May,
+    /// They refuse a file without it.
+    Must,
+}
+
+/// What a GGUF architecture asks for, as llama.cpp's loader has it.
+#[derive(Debug)]
+pub(crate) struct Architecture {
+    /// `general.architecture`.
+    pub id: &'static str,
+    /// The families written as it, by [`crate::families::Family::id`].
+    pub families: &'static [&'static str],
+    /// Whether neighbours are rotated together: rows of heads whose halves are rotated together are interleaved.
+    pub neighbours: bool,
+    /// Whether all heads together must be as wide as the residual stream.
+    pub square: bool,
+    /// An output projection beside the embedding.
+    pub head: Need,
+    /// Its bias.
+    pub head_bias: Need,
+    /// Biases of queries, keys and values.
+    pub qkv_bias: Need,
+    /// Of attention's output.
+    pub o_bias: Need,
+    /// Of feed-forward layers that are no experts.
+    pub mlp_bias: Need,
+    /// Of routers and experts.
+    pub moe_bias: Need,
+    /// The norm before feed-forward layers.
+    pub ffn_norm: &'static str,
+    /// Whether tensors of rotary factors are read.
+    pub factors: bool,
+    /// Whether layers may see a window only; elsewhere windows are ignored.
+    pub windows: bool,
+}
+
+const PLAIN: Architecture = Architecture {
+    id: "",
+    families: &[],
+    neighbours: false,
+    square: false,
+    head: Need::May,
+    head_bias: Need::Never,
+    qkv_bias: Need::May,
+    o_bias: Need::Never,
+    mlp_bias: Need::Never,
+    moe_bias: Need::Never,
+    ffn_norm: "ffn_norm",
+    factors: false,
+    windows: false,
+};
+
+const LLAMA: Architecture = Architecture {
+    id: "llama",
+    families: &["llama", "mistral", "ministral", "mixtral"],
+    neighbours: true,
+    o_bias: Need::May,
+    mlp_bias: Need::May,
+    factors: true,
+    ..PLAIN
+};
+
+/// Every architecture that can be read and written.
+pub(crate) const ARCHITECTURES: &[Architecture] = &[
+    LLAMA,
+    Architecture { id: "qwen2", families: &["qwen2"], square: true, ..PLAIN },
+    Architecture { id: "qwen2vl", families: &["qwen2_vl"], square: true, ..PLAIN },
+    Architecture { id: "qwen3", families: &["qwen3"], ..PLAIN },
+    Architecture { id: "gemma", families: &["gemma"], head: Need::Never, ..PLAIN },
+    Architecture { id: "gemma2", families: &["gemma2"], head: Need::Never, windows: true, ..PLAIN },
+    Architecture { id: "gemma3", families: &["gemma3"], windows: true, ..PLAIN },
+    Architecture {
+        id: "phi2",
+        families: &["phi"],
+        square: true,
+        head: Need::Must,
+        head_bias: Need::Must,
+        o_bias: Need::Must,
+        mlp_bias: Need::Must,
+        ..PLAIN
+    },
+    Architecture { id: "phi3", families: &["phi3"], square: true, factors: true, ..PLAIN },
+    Architecture { id: "olmo", families: &["olmo"], neighbours: true, square: true, ..PLAIN },
+    Architecture { id: "olmo2", families: &["olmo2", "olmo3"], square: true, head: Need::Must, windows: true, ..PLAIN },
+    Architecture { id: "granite", families: &["granite"], ..LLAMA },
+    Architecture { id: "granitemoe", families: &["granitemoe"], ..LLAMA },
+    Architecture {
+        id: "starcoder2",
+        families: &["starcoder2"],
+        square: true,
+        qkv_bias: Need::Must,
+        o_bias: Need::Must,
+        mlp_bias: Need::Must,
+        ..PLAIN
+    },
+    Architecture {
+        id: "gptneox",
+        families: &["gpt_neox"],
+        square: true,
+        head: Need::Must,
+        qkv_bias: Need::Must,
+        o_bias: Need::Must,
+        mlp_bias: Need::Must,
+        ..PLAIN
+    },
+    Architecture {
+        id: "gpt2",
+        families: &["gpt2"],
+        square: true,
+        qkv_bias: Need::Must,
+        o_bias: Need::Must,
+        mlp_bias: Need::Must,
+        ..PLAIN
+    },
+    Architecture { id: "arcee", families: &["arcee"], neighbours: true, factors: true, ..PLAIN },
+    Architecture { id: "seed_oss", families: &["seed_oss"], ffn_norm: "post_attention_norm", ..PLAIN },
+    Architecture { id: "ernie4_5", families: &["ernie4_5"], neighbours: true, ..PLAIN },
+    Architecture { id: "mistral3", families: &["ministral3"], neighbours: true, ..PLAIN },
+    Architecture { id: "glm4moe", families: &["glm4_moe"], ffn_norm: "post_attention_norm", ..PLAIN },
+    Architecture { id: "hunyuan-dense", families: &["hunyuan_v1_dense"], ..PLAIN },
+    Architecture { id: "smollm3", families: &["smollm3"], neighbours: true, ..PLAIN },
+    Architecture { id: "command-r", families: &["cohere"], neighbours: true, square: true, head: Need::Never, ..PLAIN },
+    Architecture {
+        id: "cohere2",
+        families: &["cohere2"],
+        neighbours: true,
+        square: true,
+        head: Need::Never,
+        windows: true,
+        ..PLAIN
+    },
+    Architecture { id: "chatglm", families: &["glm"], neighbours: true, square: true, ..PLAIN },
+    Architecture { id: "glm4", families: &["glm4"], neighbours: true, ..PLAIN },
+    Architecture { id: "stablelm", families: &["stablelm"], square: true, head: Need::Must, ..PLAIN },
+    Architecture {
+        id: "nemotron",
+        families: &["nemotron"],
+        square: true,
+        head: Need::Must,
+        o_bias: Need::May,
+        mlp_bias: Need::May,
+        ..PLAIN
+    },
+    Architecture { id: "exaone4", families: &["exaone4"], square: true, factors: true, windows: true, ..PLAIN },
+    Architecture { id: "qwen2moe", families: &["qwen2_moe"], square: true, head: Need::Must, ..PLAIN },
+    Architecture { id: "qwen3moe", families: &["qwen3_moe"], ..PLAIN },
+    Architecture { id: "olmoe", families: &["olmoe"], square: true, head: Need::Must, ..PLAIN },
+    Architecture { id: "deepseek2", families: &["deepseek_v2", "deepseek_v3"], neighbours: true, ..PLAIN },
+    Architecture {
+        id: "gpt-oss",
+        families: &["gpt_oss"],
+        head: Need::Must,
+        o_bias: Need::Must,
+        moe_bias: Need::Must,
+        ffn_norm: "post_attention_norm",
+        windows: true,
+        ..PLAIN
+    },
+    Architecture { id: "llama4", families: &["llama4"], neighbours: true, factors: true, windows: true, ..PLAIN },
+];
+
+impl Architecture {
+    /// Whether loaders ask for a bias, by its name in the file.
+    pub fn asks_for_bias(&self, name: &str) -> Need {
+        match name.strip_suffix(".bias").and_then(|name| name.rsplit_once('.')).map(|(_, module)| module) {
+            Some("attn_q" | "attn_k" | "attn_v" | "attn_qkv") => self.qkv_bias,
+            Some("attn_output") => self.o_bias,
+            Some("ffn_gate" | "ffn_up" | "ffn_down") => self.mlp_bias,
+            _ => Need::Never,
+        }
+    }
+
+    /// The architecture that a file calls `id`.
+    pub fn named(id: &str) -> Option<&'static Architecture> {
+        ARCHITECTURES.iter().find(|architecture| architecture.id == id)
+    }
+
+    /// The architecture that models of a family are written as.
+    pub fn of_family(family: &str) -> Option<&'static Architecture> {
+        ARCHITECTURES.iter().find(|architecture| architecture.families.contains(&family))
+    }
+}
+
+/// The order in which llama-quantize visits and writes tensors: those of no block first, then block by block, by name.
+pub(crate) fn file_order(a: &str, b: &str) -> Ordering {
+    block_number(a).cmp(&block_number(b)).then_with(|| a.cmp(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_architecture_has_families_of_its_own() {
+        for (i, architecture) in ARCHITECTURES.iter().enumerate() {
+            assert_eq!(Architecture::named(architecture.id).unwrap().families, architecture.families);
+            for family in architecture.families {
+                assert!(crate::families::FAMILIES.iter().any(|known| known.id == *family), "{family}");
+                assert!(ARCHITECTURES[i + 1..].iter().all(|other| !other.families.contains(family)), "{family}");
+            }
+        }
+        assert_eq!(Architecture::of_family("mistral").unwrap().id, "llama");
+    }
+
+    #[test]
+    fn tensors_of_no_block_come_first_and_blocks_by_number() {
+        let mut names = [
+            "blk.10.attn_q.weight",
+            "token_embd.weight",
+            "blk.2.ffn_up.weight",
+            "output.weight",
+            "blk.2.attn_q.weight",
+        ];
+        names.sort_by(|a, b| file_order(a, b));
+        let sorted = [
+            "output.weight",
+            "token_embd.weight",
+            "blk.2.attn_q.weight",
+            "blk.2.ffn_up.weight",
+            "blk.10.attn_q.weight",
+        ];
+        assert_eq!(names, sorted);
+    }
+}

@@ -1,0 +1,566 @@
+//! The metadata of a GGUF file but for the tokenizer: `general.*`, the architecture's settings, `quantize.imatrix.*`.
+//!
+//! Loaders ask for exact types: counts are u32, reals f32.
+
+use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
+use kernels::{Activation, NormKind};
+use serde_json::Value;
+
+use crate::dialect::architectures::{Architecture, ROPE_FREQS};
+use crate::dialect::names::{self, ExportPlan, Source};
+use crate::dialect::same;
+use crate::dialect::settings::Settings;
+use crate::error::{Error, Result};
+use crate::families::rope::warmth;
+use crate::families::{self, longest_context};
+use crate::graph::{Attention, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
+use crate::json::integer;
+
+/// Keys and values in the order in which they are written.
+pub type Metadata = Vec<(String, MetadataValue)>;
+
+/// The version of ggml's block types; it has not changed since 2023.
+const QUANTIZATION_VERSION: u32 = 2;
+
+/// The context that is written where config.json does not say.
+const UNKNOWN_CONTEXT: usize = 2048;
+
+/// What is said about a model beside its shape.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct About {
+    /// `general.name`.
+    pub name: Option<String>,
+    /// `general.license`: an SPDX id, as on model cards.
+    pub license: Option<String>,
+}
+
+/// Where an importance matrix came from, for `quantize.imatrix.*`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ImportanceSource {
+    /// Its file, or what takes its place.
+    pub file: String,
+    /// The text that it was collected on.
+    pub dataset: Option<String>,
+    /// Tensors in it.
+    pub entries: u32,
+    /// Chunks of text that were run.
+    pub chunks: Option<u32>,
+}
+
+/// What [`metadata`] gives.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Written {
+    /// Keys and values.
+    pub metadata: Metadata,
+    /// What the file cannot say, one sentence each, for the user to read.
+    pub notices: Vec<String>,
+    /// The name that the model has to have in the file, where its own would bring about what its tokenizer does not do.
+    pub name: Option<String>,
+}
+
+impl Written {
+    pub(super) fn string(&mut self, key: impl Into<String>, value: impl Into<String>) {
+        self.metadata.push((key.into(), MetadataValue::String(value.into())));
+    }
+
+    pub(super) fn count(&mut self, key: impl Into<String>, value: usize) -> Result<()> {
+        let key = key.into();
+        let small =
+            u32::try_from(value).map_err(|_| Error::usage(format!("{key} would be {value}, beyond 32 bits")))?;
+        self.metadata.push((key, MetadataValue::U32(small)));
+        Ok(())
+    }
+
+    pub(super) fn float(&mut self, key: impl Into<String>, value: f32) {
+        self.metadata.push((key.into(), MetadataValue::F32(value)));
+    }
+
+    pub(super) fn flag(&mut self, key: impl Into<String>, value: bool) {
+        self.metadata.push((key.into(), MetadataValue::Bool(value)));
+    }
+
+    pub(super) fn notice(&mut self, text: impl Into<String>) {
+        self.notices.push(text.into());
+    }
+}
+
+/// Describes a model: everything that a loader asks for, but the tokenizer.
+///
+/// `config` is config.json, `file_type` the mix's number. Fails for what the architecture has no setting for; what only
+/// changes little, as a sliding window that llama.cpp ignores, is a notice.
+pub fn metadata(
+    graph: &Graph,
+    config: &Value,
+    plan: &ExportPlan,
+    about: &About,
+    file_type: u32,
+    importance: Option<&ImportanceSource>,
+) -> Result<Written> {
+    let mut out = Written::default();
+    out.string("general.architecture", plan.architecture);
+    out.string("general.type", "model");
+    if let Some(name) = &about.name {
+        out.string("general.name", name);
+    }
+    out.string("general.size_label", size_label(parameters(plan)));
+    if let Some(license) = &about.license {
+        out.string("general.license", license);
+    }
+    out.count("general.file_type", file_type as usize)?;
+    out.count("general.quantization_version", QUANTIZATION_VERSION as usize)?;
+    settings(&mut out, graph, config, plan)?;
+    if let Some(importance) = importance {
+        out.string("quantize.imatrix.file", &importance.file);
+        if let Some(dataset) = &importance.dataset {
+            out.string("quantize.imatrix.dataset", dataset);
+        }
+        out.count("quantize.imatrix.entries_count", importance.entries as usize)?;
+        if let Some(chunks) = importance.chunks {
+            out.count("quantize.imatrix.chunks_count", chunks as usize)?;
+        }
+    }
+    Ok(out)
+}
+
+/// The keys under the architecture's name.
+///
+/// What they say is read back and compared with the model: an architecture has no setting for what differs then.
+fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan) -> Result<()> {
+    let architecture = Architecture::named(plan.architecture).expect("of the plan");
+    let cannot = |what: String| names::cannot(architecture.id, what);
+    let steps = || graph.blocks.iter().flat_map(|block| &block.steps);
+    let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
+    let Some(first) = attention.first() else { return Err(cannot("a model without attention".to_owned())) };
+    let dense: Vec<&Mlp> =
+        steps().filter_map(|step| if let Layer::Mlp(mlp) = &step.layer { Some(mlp) } else { None }).collect();
+    let sparse: Vec<&Moe> =
+        steps().filter_map(|step| if let Layer::Moe(moe) = &step.layer { Some(moe) } else { None }).collect();
+    let moe = sparse.first();
+    let expert = moe.and_then(|moe| moe.experts.first()).map(Mlp::inner);
+    let Some(inner) = dense.first().map(|mlp| mlp.inner()).or(expert) else {
+        return Err(cannot("a model without feed-forward layers".to_owned()));
+    };
+    if attention.len() != graph.blocks.len() || dense.len() + sparse.len() != graph.blocks.len() {
+        return Err(cannot("blocks without one attention and one feed-forward layer each".to_owned()));
+    }
+    let many = first.shape;
+    match architecture.id {
+        "olmoe" if many.kv_heads != many.heads => {
+            return Err(cannot(format!("{} heads that share {} keys", many.heads, many.kv_heads)));
+        }
+        // By the number of layers llama.cpp tells whether queries are made through a latent.
+        "deepseek2" => {
+            let layers = graph.blocks.len();
+            let lite = matches!(layers, 26 | 27) || layers == 48 && graph.vocabulary == 128256;
+            let direct = matches!(&first.projections, Projections::Latent(latent) if latent.q.len() == 1);
+            if lite != direct {
+                let how = if direct { "without" } else { "through" };
+                return Err(cannot(format!("queries made {how} a latent in a model of {layers} layers")));
+            }
+        }
+        _ => {}
+    }
+    let eps = graph.final_norm.eps;
+    let norms = steps().flat_map(|step| step.pre.iter().chain(&step.post).chain(step.layer.norms()));
+    if norms.into_iter().any(|norm| norm.eps != eps) {
+        return Err(cannot("norms with different epsilons".to_owned()));
+    }
+    let shape = first.shape;
+    let context = match &graph.embedding.positions {
+        Some((_, rows)) => *rows,
+        None => {
+            let longest = longest_context(config)?;
+            let context = longest.unwrap_or(UNKNOWN_CONTEXT);
+            if longest.is_none() || families::settings(config)?.left_out.contains("max_position_embeddings") {
+                out.notice(format!(
+                    "config.json has no max_position_embeddings: the file says a context of {context} tokens"
+                ));
+            }
+            context
+        }
+    };
+    let windows: Vec<Option<usize>> = attention.iter().map(|a| a.shape.window.or(a.shape.chunk)).collect();
+    let window = windows.iter().flatten().min().copied();
+    if let Some(window) = window.filter(|window| *window < context && !architecture.windows) {
+        out.notice(format!(
+            "llama.cpp ignores the sliding window of {window} tokens for this architecture: beyond {window} tokens the model attends to more than it was trained with"
+        ));
+    }
+
+    if dense.iter().any(|mlp| mlp.activation == Activation::Gelu) {
+        out.notice("llama.cpp approximates GELU: logits differ a little from the original's");
+    }
+
+    let id = architecture.id;
+    let key = |name: &str| format!("{id}.{name}");
+    let latent = match &first.projections {
+        Projections::Latent(latent) => {
+            let Latent { q, kv_b, .. } = &**latent;
+            Some((q.first().filter(|_| q.len() > 1).map(|q| q.rows), kv_b.cols))
+        }
+        Projections::Direct(_) => None,
+    };
+    out.count(key("vocab_size"), graph.vocabulary)?;
+    out.count(key("context_length"), context)?;
+    out.count(key("embedding_length"), graph.hidden)?;
+    out.count(key("block_count"), graph.blocks.len())?;
+    out.count(key("feed_forward_length"), inner)?;
+    out.count(key("attention.head_count"), shape.heads)?;
+    let rotated = attention.iter().find_map(|a| a.rope.as_ref()).map(|rope| 2 * rope.inverse_frequencies.len());
+    match latent {
+        None => {
+            out.count(key("attention.head_count_kv"), shape.kv_heads)?;
+            out.count(key("attention.key_length"), shape.head_dim)?;
+            out.count(key("attention.value_length"), shape.value_dim)?;
+        }
+        // Queries meet the latent itself, which all heads share.
+        Some((q, latent)) => {
+            let shared = latent + rotated.unwrap_or(0);
+            out.count(key("attention.head_count_kv"), 1)?;
+            out.count(key("attention.key_length"), shared)?;
+            out.count(key("attention.value_length"), latent)?;
+            out.count(key("attention.key_length_mla"), shape.head_dim)?;
+            out.count(key("attention.value_length_mla"), shape.value_dim)?;
+            out.count(key("attention.kv_lora_rank"), latent)?;
+            if let Some(q) = q {
+                out.count(key("attention.q_lora_rank"), q)?;
+            }
+        }
+    }
+    out.float(
+        key(match graph.final_norm.kind {
+            NormKind::Rms => "attention.layer_norm_rms_epsilon",
+            NormKind::Layer => "attention.layer_norm_epsilon",
+        }),
+        eps,
+    );
+    if let Some(rotated) = rotated {
+        out.count(key("rope.dimension_count"), rotated)?;
+    }
+    rope(out, &attention, architecture, context)?;
+    if architecture.windows {
+        // Only where there are windows: their absence is how the largest models are told from the others.
+        if let Some(window) = window.filter(|_| id != "llama4") {
+            out.count(key("attention.sliding_window"), window)?;
+            let flags = windows.iter().map(|window| MetadataValue::Bool(window.is_some())).collect();
+            let flags = metadata_array(flags, GGUFValueType::Bool)?;
+            out.metadata.push((key("attention.sliding_window_pattern"), flags));
+        } else if id == "llama4" && window.is_none() {
+            out.count(key("attention.sliding_window"), 0)?;
+        }
+    }
+    if id == "qwen2vl" {
+        let text = families::settings(config)?.values;
+        let list = text["rope_parameters"]["mrope_section"].as_array();
+        let sections = list.map(|list| list.iter().filter_map(integer).chain([0; 4]).take(4));
+        let Some(sections) = sections else {
+            return Err(cannot("a model whose config.json has no mrope_section".to_owned()));
+        };
+        let sections = sections.map(|section| MetadataValue::I32(section as i32)).collect();
+        out.metadata.push((key("rope.dimension_sections"), metadata_array(sections, GGUFValueType::I32)?));
+    }
+    if let Some(cap) = shape.softcap {
+        out.float(key("attn_logit_softcapping"), cap);
+    }
+    if let Some(cap) = graph.head.softcap {
+        out.float(key("final_logit_softcapping"), cap);
+    }
+    if let Some(limit) = first.clip {
+        out.float(key("attention.clamp_kqv"), limit);
+    }
+    match id {
+        "granite" | "granitemoe" => {
+            out.float(key("attention.scale"), shape.scale);
+            out.float(key("embedding_scale"), graph.embedding.scale);
+            out.float(key("residual_scale"), graph.blocks[0].steps[0].scale);
+            out.float(key("logit_scale"), 1.0 / graph.head.scale);
+        }
+        "mistral3" => {
+            if let Some(temperature) = first.temperature {
+                out.float(key("attention.temperature_scale"), temperature.scale);
+            }
+        }
+        "command-r" | "cohere2" => out.float(key("logit_scale"), graph.head.scale),
+        "gptneox" | "stablelm" => out.flag(key("use_parallel_residual"), graph.blocks[0].parallel),
+        _ => {}
+    }
+    if let (Some(moe), Some(expert)) = (moe, expert) {
+        out.count(key("expert_count"), moe.experts.len())?;
+        out.count(key("expert_used_count"), moe.router.top_k)?;
+        if !matches!(id, "llama" | "granitemoe" | "olmoe") {
+            out.count(key("expert_feed_forward_length"), expert)?;
+        }
+        if let (Some((shared, _)), "qwen2moe") = (&moe.shared, id) {
+            out.count(key("expert_shared_feed_forward_length"), shared.inner())?;
+        }
+        if id == "llama4" {
+            let step = graph.blocks.len() / sparse.len().max(1);
+            out.count(key("interleave_moe_layer_step"), step)?;
+        }
+        if matches!(id, "deepseek2" | "glm4moe") {
+            let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
+            out.count(key("expert_shared_count"), shared)?;
+            out.count(key("leading_dense_block_count"), graph.blocks.len() - sparse.len())?;
+            out.float(key("expert_weights_scale"), moe.router.scale);
+            out.flag(key("expert_weights_norm"), moe.router.renormalize);
+            let sigmoid = moe.router.scoring == Scoring::Sigmoid;
+            out.count(key("expert_gating_func"), if sigmoid { 2 } else { 1 })?;
+            let groups = moe.router.groups.filter(|groups| groups.kept < groups.count && id == "deepseek2");
+            if let Some(groups) = groups {
+                if !sigmoid {
+                    return Err(cannot("groups of experts that are ranked by their best expert".to_owned()));
+                }
+                out.count(key("expert_group_count"), groups.count)?;
+                out.count(key("expert_group_used_count"), groups.kept)?;
+            }
+        }
+    } else if id == "deepseek2" {
+        out.count(key("leading_dense_block_count"), graph.blocks.len())?;
+        out.count(key("expert_feed_forward_length"), inner)?;
+        out.count(key("expert_shared_count"), 0)?;
+    }
+
+    let factors = plan.tensors.iter().filter_map(|tensor| match &tensor.source {
+        // Llama 3's are made of the settings that they stand for.
+        Source::Values(values) if tensor.gguf != ROPE_FREQS => Some((tensor.gguf.clone(), values.clone())),
+        _ => None,
+    });
+    let read = Settings {
+        asked: Default::default(),
+        architecture,
+        keys: out.metadata.iter().cloned().collect(),
+        tensors: plan.tensors.iter().map(|tensor| (tensor.gguf.clone(), tensor.shape.clone())).collect(),
+        factors: factors.collect(),
+    };
+    let rebuilt = read.config().map_err(|error| cannot(format!("this model ({error})")))?;
+    let rebuilt = families::build(&rebuilt)?;
+    match same::difference(graph, &rebuilt, architecture) {
+        Some(what) => Err(cannot(what)),
+        None => Ok(()),
+    }
+}
+
+/// Rotary frequencies.
+fn rope(out: &mut Written, attention: &[&Attention], architecture: &Architecture, context: usize) -> Result<()> {
+    let key = |name: &str| format!("{}.rope.{name}", architecture.id);
+    let wide = |a: &&&Attention| a.shape.window.is_none();
+    let of = |list: Vec<&&Attention>| list.into_iter().find_map(|a| a.rope.clone());
+    let full = of(attention.iter().filter(wide).collect());
+    let near = of(attention.iter().filter(|a| !wide(a)).collect());
+    let Some(rope) = full.clone().or(near.clone()) else { return Ok(()) };
+    out.float(key("freq_base"), rope.theta);
+    if let Some(near) = near.filter(|near| architecture.id == "gemma3" || full.is_some() && near.theta != rope.theta) {
+        out.float(key("freq_base_swa"), near.theta);
+    }
+    match &rope.scaling {
+        // Llama 3's is the tensor of factors.
+        RopeScaling::None | RopeScaling::Llama3 { .. } => {}
+        RopeScaling::Proportional => {
+            return Err(Error::usage(format!(
+                "rotary positions of the type `proportional`, of which some pairs stand still, have no place in a GGUF file of architecture {}; \
+                 write another --format",
+                architecture.id
+            )));
+        }
+        RopeScaling::Linear { factor } => {
+            out.string(key("scaling.type"), "linear");
+            out.float(key("scaling.factor"), *factor);
+        }
+        RopeScaling::Dynamic { original, .. } => {
+            out.notice(format!(
+                "llama.cpp has no dynamic rope scaling: beyond {original} tokens the model is given positions that it was not trained with"
+            ));
+        }
+        RopeScaling::Yarn { factor, original, mscale_all_dim, .. } => {
+            out.string(key("scaling.type"), "yarn");
+            out.float(key("scaling.factor"), *factor);
+            out.count(key("scaling.original_context_length"), *original)?;
+            let plain = warmth(f64::from(*factor), 1.0) as f32;
+            if *mscale_all_dim != 0.0 && architecture.id == "deepseek2" {
+                // A tenth of it, for reasons of history.
+                out.float(key("scaling.yarn_log_multiplier"), 0.1 * mscale_all_dim);
+            } else if (rope.magnitude / plain - 1.0).abs() > 1e-6 {
+                out.float(key("scaling.attn_factor"), rope.magnitude / plain);
+            }
+            if same::bounds_are_rounded(&rope) {
+                out.notice("llama.cpp rounds the bounds between which YaRN's frequencies change: logits differ a little from the original's");
+            }
+        }
+        RopeScaling::Long { original, .. } => {
+            out.string(key("scaling.type"), "longrope");
+            out.count(key("scaling.original_context_length"), *original)?;
+            out.float(key("scaling.attn_factor"), rope.magnitude);
+            if *original < context {
+                out.notice(format!(
+                    "llama.cpp takes LongRoPE's long factors for contexts of more than {original} tokens, however short the text is"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Weights of the model, without what is computed.
+fn parameters(plan: &ExportPlan) -> u64 {
+    let stored = plan.tensors.iter().filter(|tensor| matches!(tensor.source, Source::Parts(_)));
+    stored.map(|tensor| tensor.shape.iter().product::<usize>() as u64).sum()
+}
+
+/// A count of parameters as model names have it: `135M`, `1.2B`, with at least two digits.
+fn size_label(parameters: u64) -> String {
+    let units = [(1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")];
+    let n = parameters as f64;
+    let (unit, suffix) = units.into_iter().find(|(unit, _)| n > *unit).unwrap_or(units[3]);
+    let scaled = n / unit;
+    let decimals = match scaled.round() as u64 {
+        0 => 2,
+        1..10 => 1,
+        _ => 0,
+    };
+    format!("{scaled:.decimals$}{suffix}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dialect::names::plan;
+    use crate::families::build;
+    use serde_json::json;
+
+    fn config(change: impl FnOnce(&mut Value)) -> Value {
+        let mut config = json!({
+            "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 100, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512, "head_dim": 32, "rope_theta": 500000.0, "tie_word_embeddings": true,
+        });
+        change(&mut config);
+        config
+    }
+
+    fn written(config: &Value) -> Written {
+        let graph = build(config).unwrap();
+        let about = About { name: Some("tiny".to_owned()), license: Some("mit".to_owned()) };
+        metadata(&graph, config, &plan(&graph).unwrap(), &about, 15, None).unwrap()
+    }
+
+    #[test]
+    fn a_llama_has_every_key_with_its_type() {
+        let (u32, f32, string) =
+            (MetadataValue::U32, MetadataValue::F32, |s: &str| MetadataValue::String(s.to_owned()));
+        let expected = [
+            ("general.architecture", string("llama")),
+            ("general.type", string("model")),
+            ("general.name", string("tiny")),
+            ("general.size_label", string("136K")),
+            ("general.license", string("mit")),
+            ("general.file_type", u32(15)),
+            ("general.quantization_version", u32(2)),
+            ("llama.vocab_size", u32(100)),
+            ("llama.context_length", u32(512)),
+            ("llama.embedding_length", u32(64)),
+            ("llama.block_count", u32(3)),
+            ("llama.feed_forward_length", u32(96)),
+            ("llama.attention.head_count", u32(4)),
+            ("llama.attention.head_count_kv", u32(2)),
+            ("llama.attention.key_length", u32(32)),
+            ("llama.attention.value_length", u32(32)),
+            ("llama.attention.layer_norm_rms_epsilon", f32(1e-5)),
+            ("llama.rope.dimension_count", u32(32)),
+            ("llama.rope.freq_base", f32(500000.0)),
+        ];
+        let written = written(&config(|_| ()));
+        assert_eq!(written.metadata, expected.map(|(key, value)| (key.to_owned(), value)));
+        assert_eq!(written.notices, Vec::<String>::new());
+    }
+
+    #[test]
+    fn rope_scaling_is_written_where_it_is_a_setting() {
+        let linear = written(&config(|c| c["rope_scaling"] = json!({"type": "linear", "factor": 4.0})));
+        let find = |key: &str| linear.metadata.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone());
+        assert_eq!(find("llama.rope.scaling.type"), Some(MetadataValue::String("linear".to_owned())));
+        assert_eq!(find("llama.rope.scaling.factor"), Some(MetadataValue::F32(4.0)));
+        let llama3 = written(&config(|c| {
+            c["rope_scaling"] = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64});
+        }));
+        assert!(llama3.metadata.iter().all(|(key, _)| !key.contains("scaling")));
+    }
+
+    #[test]
+    fn what_is_lost_is_told() {
+        let window = written(&config(|c| {
+            c["model_type"] = "mistral".into();
+            c["sliding_window"] = 128.into();
+        }));
+        assert!(window.notices[0].contains("sliding window of 128 tokens"), "{:?}", window.notices);
+        let wide = written(&config(|c| {
+            c["model_type"] = "mistral".into();
+            c["sliding_window"] = 512.into();
+        }));
+        assert!(wide.notices.is_empty());
+        let unknown = written(&config(|c| c["max_position_embeddings"] = Value::Null));
+        assert!(unknown.notices[0].contains("no max_position_embeddings"));
+        assert!(unknown.metadata.contains(&("llama.context_length".to_owned(), MetadataValue::U32(2048))));
+    }
+
+    #[test]
+    fn what_cannot_be_said_is_refused() {
+        let config = config(|_| ());
+        let refused = |change: &dyn Fn(&mut Graph)| {
+            let mut graph = build(&config).unwrap();
+            change(&mut graph);
+            let written = plan(&graph).and_then(|plan| metadata(&graph, &config, &plan, &About::default(), 0, None));
+            written.unwrap_err().to_string()
+        };
+        let eps = refused(&|graph| graph.final_norm.eps = 1e-3);
+        assert_eq!(
+            eps,
+            "norms with different epsilons cannot be written as GGUF's architecture `llama`, as llama.cpp reads it"
+        );
+        assert!(refused(&|graph| graph.head.linear.bias = true).contains("a bias of `lm_head` cannot"));
+        assert!(refused(&|graph| graph.head.scale = 0.5).contains("logits that are multiplied by 0.5 cannot"));
+        assert!(refused(&|graph| graph.blocks[1].parallel = true).contains("side by side in block 1 cannot"));
+        assert!(refused(&|graph| graph.blocks[2].steps[1].scale = 0.5).contains("multiplied by 0.5 in block 2 cannot"));
+        let shape = |graph: &mut Graph, change: &dyn Fn(&mut Attention)| match &mut graph.blocks[0].steps[0].layer {
+            Layer::Attention(attention) => change(attention),
+            _ => unreachable!(),
+        };
+        assert!(refused(&|graph| shape(graph, &|a| a.shape.scale = 1.0)).contains("attention scale of 1"));
+        assert!(refused(&|graph| drop(graph.blocks[1].steps.pop())).contains("one feed-forward layer each"));
+    }
+
+    #[test]
+    fn the_importance_matrix_is_recorded() {
+        let config = config(|_| ());
+        let graph = build(&config).unwrap();
+        let plan = plan(&graph).unwrap();
+        let importance = ImportanceSource {
+            file: "m.gguf".to_owned(),
+            dataset: Some("mixed".to_owned()),
+            entries: 21,
+            chunks: Some(128),
+        };
+        let written = metadata(&graph, &config, &plan, &About::default(), 15, Some(&importance)).unwrap();
+        let last = &written.metadata[written.metadata.len() - 4..];
+        let expected = [
+            ("quantize.imatrix.file", MetadataValue::String("m.gguf".to_owned())),
+            ("quantize.imatrix.dataset", MetadataValue::String("mixed".to_owned())),
+            ("quantize.imatrix.entries_count", MetadataValue::U32(21)),
+            ("quantize.imatrix.chunks_count", MetadataValue::U32(128)),
+        ];
+        assert_eq!(last, expected.map(|(key, value)| (key.to_owned(), value)));
+    }
+
+    #[test]
+    fn sizes_are_labelled_as_models_are() {
+        for (n, label) in [
+            (134_515_008, "135M"),
+            (1_235_814_400, "1.2B"),
+            (8_030_261_248, "8.0B"),
+            (70_553_706_496, "71B"),
+            (400, "0.40K"),
+        ] {
+            assert_eq!(size_label(n), label);
+        }
+    }
+}

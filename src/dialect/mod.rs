@@ -1,0 +1,26 @@
+//! The dialect of GGUF, both ways: a file as a Hugging Face checkpoint, and what a file says of a checkpoint.
+//!
+//! | what | read | written |
+//! |---|---|---|
+//! | architectures and the families that are written as them | `architectures` | the same |
+//! | names and rows of tensors | `model`, with `fused` | `names` |
+//! | settings | `settings`, with `required` and `rope` | `metadata`, with `same` |
+//! | tokenizer | `tokenizer::rebuilt` | `tokenizer`, with `tokenizer::pretokenizer` |
+//! | what a model's name brings about | `called` | the same |
+//!
+//! Reading goes by what writing would have given: `model` looks for the tensors that `names::plan` lists. Nothing here writes a file.
+
+pub(crate) mod architectures;
+pub(crate) mod called;
+mod fused;
+pub mod metadata;
+pub(crate) mod model;
+pub mod names;
+mod required;
+mod rope;
+pub(crate) mod same;
+pub(crate) mod settings;
+pub mod tokenizer;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,99 @@
+//! Keys without which llama.cpp refuses a file of an architecture. Taking a usual value for one would be a guess.
+
+use formats::Result;
+
+use crate::dialect::settings::Settings;
+
+/// Keys by architecture, beside those that all have: by the loaders of llama.cpp de3ff81.
+const REQUIRED: &[(&str, &[&str])] = &[
+    ("qwen2vl", &["rope.dimension_sections"]),
+    ("granite", &["logit_scale"]),
+    ("granitemoe", &["logit_scale"]),
+    ("gptneox", &["use_parallel_residual"]),
+    ("cohere2", &["attention.sliding_window", "logit_scale"]),
+    ("glm4moe", &["expert_feed_forward_length", "expert_shared_count"]),
+    (
+        "deepseek2",
+        &["attention.kv_lora_rank", "attention.key_length", "expert_feed_forward_length", "expert_shared_count"],
+    ),
+    ("gpt-oss", &["expert_feed_forward_length", "attention.sliding_window"]),
+    ("llama4", &["expert_feed_forward_length", "interleave_moe_layer_step"]),
+];
+
+/// Architectures whose norms take the mean away; the others' epsilon has another key.
+const LAYER_NORMS: &[&str] =
+    &["phi2", "olmo", "starcoder2", "gptneox", "gpt2", "command-r", "cohere2", "stablelm", "nemotron"];
+
+/// The key of the norms' epsilon.
+pub(super) fn epsilon(architecture: &str) -> &'static str {
+    match LAYER_NORMS.contains(&architecture) {
+        true => "attention.layer_norm_epsilon",
+        false => "attention.layer_norm_rms_epsilon",
+    }
+}
+
+/// Fails for the first key that the architecture needs and the file does not have.
+pub(super) fn check(settings: &Settings) -> Result<()> {
+    let id = settings.architecture.id;
+    let own = REQUIRED.iter().filter(|(architecture, _)| *architecture == id).flat_map(|(_, keys)| *keys).copied();
+    let grouped = settings.count("expert_group_count")?.is_some_and(|groups| groups > 1);
+    let groups = grouped.then_some("expert_group_used_count");
+    let vocabulary = settings.tensors.get("token_embd.weight").and_then(|shape| shape.first());
+    let direct = match settings.count("block_count")? {
+        Some(26 | 27) => true,
+        Some(48) => vocabulary == Some(&128256),
+        _ => false,
+    };
+    let latent = (id == "deepseek2" && !direct).then_some("attention.q_lora_rank");
+    for name in own.chain([epsilon(id)]).chain(groups).chain(latent) {
+        let key = format!("{id}.{name}");
+        if !settings.keys.contains_key(&key) {
+            return Err(formats::Error::missing(format!("metadata key `{key}`")));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use formats::container::gguf::MetadataValue;
+
+    use super::*;
+    use crate::dialect::architectures::{ARCHITECTURES, Architecture};
+
+    fn missing(id: &str, keys: &[&str]) -> Option<String> {
+        let one = |key: &&str| (format!("{id}.{key}"), MetadataValue::U32(2));
+        let settings = Settings {
+            architecture: Architecture::named(id).unwrap(),
+            keys: keys.iter().map(one).collect(),
+            tensors: HashMap::new(),
+            factors: HashMap::new(),
+            asked: Default::default(),
+        };
+        check(&settings).err().map(|error| error.to_string())
+    }
+
+    #[test]
+    fn each_key_that_llama_cpp_asks_for_is_asked_for() {
+        for architecture in ARCHITECTURES {
+            let own = REQUIRED.iter().filter(|(id, _)| *id == architecture.id).flat_map(|(_, keys)| *keys).copied();
+            let mut all: Vec<&str> = own.chain([epsilon(architecture.id)]).collect();
+            all.extend((architecture.id == "deepseek2").then_some("attention.q_lora_rank"));
+            assert_eq!(missing(architecture.id, &all), None, "{}", architecture.id);
+            for left in &all {
+                let others: Vec<&str> = all.iter().copied().filter(|key| key != left).collect();
+                let told = missing(architecture.id, &others).unwrap();
+                assert!(told.contains(&format!("`{}.{left}` is missing", architecture.id)), "{told}");
+            }
+        }
+        assert!(REQUIRED.iter().all(|(id, _)| Architecture::named(id).is_some()));
+        let lite = ["attention.kv_lora_rank", "attention.key_length", "expert_feed_forward_length"];
+        let lite = [&lite[..], &["expert_shared_count", epsilon("deepseek2")]].concat();
+        assert!(missing("deepseek2", &lite).unwrap().contains("q_lora_rank"));
+        assert!(
+            missing("llama", &[epsilon("llama"), "expert_group_count"]).unwrap().contains("expert_group_used_count")
+        );
+    }
+}

@@ -1,0 +1,205 @@
+//! Whether two graphs are the same model, whatever their tensors are called.
+
+use kernels::{Activation, AttentionShape};
+
+use crate::dialect::architectures::Architecture;
+use crate::families::rope::unscaled;
+use crate::graph::{Attention, Graph, Layer, Mlp, Moe, Norm, Projections, Rope, RopeScaling};
+
+/// What the file cannot say of `graph`, where what was read back from it is `other`; `None` where nothing is lost that
+/// matters.
+///
+/// Windows that the architecture ignores do not count, nor does the difference between GELU and its approximation.
+pub(super) fn difference(graph: &Graph, other: &Graph, architecture: &Architecture) -> Option<String> {
+    let sizes =
+        |g: &Graph| (g.hidden, g.vocabulary, g.blocks.len(), g.embedding.positions.as_ref().map(|(_, rows)| *rows));
+    if sizes(graph) != sizes(other) {
+        return Some("a model of these sizes".to_owned());
+    }
+    if !near(graph.embedding.scale, other.embedding.scale) {
+        return Some(format!("an embedding that is multiplied by {}", graph.embedding.scale));
+    }
+    if !near(graph.head.scale, other.head.scale) {
+        return Some(format!("logits that are multiplied by {}", graph.head.scale));
+    }
+    if graph.head.softcap != other.head.softcap {
+        return Some(format!(
+            "logits with a cap of {:?}, where the architecture has {:?},",
+            graph.head.softcap, other.head.softcap
+        ));
+    }
+    if !norm(Some(&graph.final_norm), Some(&other.final_norm)) {
+        return Some("the last norm".to_owned());
+    }
+    graph.blocks.iter().zip(&other.blocks).enumerate().find_map(|(index, (block, other))| {
+        let in_block = |what: String| format!("{what} in block {index}");
+        if block.steps.len() != other.steps.len() {
+            return Some(in_block("other steps".to_owned()));
+        }
+        if block.parallel != other.parallel {
+            return Some(in_block(format!(
+                "attention and feed-forward layer {}",
+                if block.parallel { "side by side" } else { "one after the other" }
+            )));
+        }
+        block.steps.iter().zip(&other.steps).find_map(|(step, other)| {
+            if !near(step.scale, other.scale) {
+                return Some(in_block(format!("a residual that is multiplied by {}", step.scale)));
+            }
+            if !norm(step.pre.as_ref(), other.pre.as_ref()) || !norm(step.post.as_ref(), other.post.as_ref()) {
+                return Some(in_block("norms of this kind or in these places".to_owned()));
+            }
+            match (&step.layer, &other.layer) {
+                (Layer::Attention(a), Layer::Attention(b)) => attention(a, b, architecture),
+                (Layer::Mlp(a), Layer::Mlp(b)) => mlp(a, b),
+                (Layer::Moe(a), Layer::Moe(b)) => moe(a, b),
+                (Layer::Moe(_), _) => Some("a mixture of experts".to_owned()),
+                _ => Some("a feed-forward layer without experts".to_owned()),
+            }
+            .map(in_block)
+        })
+    })
+}
+
+fn near(a: f32, b: f32) -> bool {
+    (a - b).abs() <= 1e-5 * a.abs().max(b.abs())
+}
+
+fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
+    match (a, b) {
+        (None, None) => true,
+        (Some(a), Some(b)) => {
+            let of = |norm: &Norm| (norm.kind, norm.weights.is_empty(), norm.bias.is_some(), norm.shape.clone());
+            of(a) == of(b) && near(a.eps, b.eps)
+        }
+        _ => false,
+    }
+}
+
+fn attention(a: &Attention, b: &Attention, architecture: &Architecture) -> Option<String> {
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap } = a.shape;
+    if (heads, kv_heads, head_dim, value_dim) != (b.shape.heads, b.shape.kv_heads, b.shape.head_dim, b.shape.value_dim)
+    {
+        return Some(format!("{heads} heads of {head_dim} values that share {kv_heads} keys"));
+    }
+    if !near(scale, b.shape.scale) {
+        return Some(format!("an attention scale of {scale} with heads of {head_dim} values"));
+    }
+    if architecture.windows && (window, chunk) != (b.shape.window, b.shape.chunk) {
+        return Some(match window.or(chunk) {
+            Some(window) => format!("attention within {window} tokens"),
+            None => "attention to all tokens".to_owned(),
+        });
+    }
+    if softcap != b.shape.softcap {
+        return Some(format!("scores with a cap of {softcap:?}"));
+    }
+    match (&a.rope, &b.rope) {
+        (None, None) => {}
+        (Some(rope), Some(other)) if same_rope(rope, other) => {}
+        (None, _) => return Some("attention without positions".to_owned()),
+        (_, None) => return Some("positions".to_owned()),
+        _ => return Some("this scaling of rotary frequencies".to_owned()),
+    }
+    let latent = matches!(a.projections, Projections::Latent(_));
+    if a.layout.first != b.layout.first || latent != matches!(b.projections, Projections::Latent(_)) {
+        return Some("attention of this form".to_owned());
+    }
+    let norms = |a: &Attention| {
+        a.norms.as_ref().map(|norms| {
+            let of = |norm: &Norm| (norm.kind, norm.weights.len(), norm.shape.clone(), norm.bias.is_some());
+            (of(&norms.q), of(&norms.k), norms.per_head, norms.after_rope)
+        })
+    };
+    if norms(a) != norms(b) {
+        return Some("norms of queries and keys of this kind".to_owned());
+    }
+    if a.clip != b.clip {
+        return Some(format!("queries, keys and values that are clamped to {:?}", a.clip));
+    }
+    if a.sinks.is_some() != b.sinks.is_some() {
+        return Some("attention with sinks".to_owned());
+    }
+    (a.temperature != b.temperature).then(|| format!("queries with a temperature of {:?}", a.temperature))
+}
+
+fn same_rope(a: &Rope, b: &Rope) -> bool {
+    // A tensor holds its factors.
+    if matches!(a.scaling, RopeScaling::Llama3 { .. }) {
+        return a.theta == b.theta && a.inverse_frequencies.len() == b.inverse_frequencies.len();
+    }
+    let scaling = match (&a.scaling, &b.scaling) {
+        (RopeScaling::Long { short, long, original }, RopeScaling::Long { short: s, long: l, original: o }) => {
+            let equal = |a: &[f32], b: &[f32]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| near(*a, *b));
+            equal(short, s) && equal(long, l) && original == o
+        }
+        (RopeScaling::Long { .. }, _) | (_, RopeScaling::Long { .. }) => false,
+        _ => true,
+    };
+    let rounded = bounds_are_rounded(a).then(|| truncated(a)).flatten();
+    let frequencies = rounded.as_ref().unwrap_or(&a.inverse_frequencies);
+    scaling
+        && near(a.magnitude, b.magnitude)
+        && frequencies.len() == b.inverse_frequencies.len()
+        && frequencies.iter().zip(&b.inverse_frequencies).all(|(a, b)| near(*a, *b))
+}
+
+/// Whether YaRN's bounds are not whole pairs, as llama.cpp has them.
+pub(super) fn bounds_are_rounded(rope: &Rope) -> bool {
+    truncated(rope).is_some_and(|whole| whole.iter().zip(&rope.inverse_frequencies).any(|(a, b)| !near(*a, *b)))
+}
+
+/// The frequencies of YaRN with bounds of whole pairs and the usual numbers of turns.
+pub(crate) fn truncated(rope: &Rope) -> Option<Vec<f32>> {
+    let RopeScaling::Yarn { factor, original, beta_fast: 32.0, beta_slow: 1.0, .. } = rope.scaling else { return None };
+    let rotated = 2 * rope.inverse_frequencies.len();
+    let plain = unscaled(f64::from(rope.theta), rotated).inverse_frequencies;
+    let turns = |turns: f64| {
+        let circle = turns * std::f64::consts::TAU;
+        rotated as f64 * (original as f64 / circle).ln() / (2.0 * f64::from(rope.theta).ln())
+    };
+    let (low, high) = (turns(32.0).floor().max(0.0), turns(1.0).ceil().min(rotated as f64 - 1.0));
+    let high = if low == high { high + 0.001 } else { high };
+    let ramp = |i: usize| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0) as f32;
+    Some(plain.iter().enumerate().map(|(i, f)| f / factor * ramp(i) + f * (1.0 - ramp(i))).collect())
+}
+
+fn activation(a: Activation) -> Activation {
+    match a {
+        Activation::Gelu => Activation::GeluTanh,
+        other => other,
+    }
+}
+
+fn mlp(a: &Mlp, b: &Mlp) -> Option<String> {
+    if a.inner() != b.inner() {
+        return Some(format!("a feed-forward layer of width {}", a.inner()));
+    }
+    let same = a.gated() == b.gated() && activation(a.activation) == activation(b.activation);
+    (!same).then(|| format!("a feed-forward layer with {:?}", a.activation))
+}
+
+fn moe(a: &Moe, b: &Moe) -> Option<String> {
+    let (r, o) = (&a.router, &b.router);
+    if (a.experts.len(), r.top_k) != (b.experts.len(), o.top_k) {
+        return Some(format!("{} of {} experts", r.top_k, a.experts.len()));
+    }
+    let groups = |moe: &Moe| moe.router.groups.filter(|groups| groups.kept < groups.count);
+    if groups(a) != groups(b) {
+        return Some("this way of limiting experts to groups".to_owned());
+    }
+    if (r.scoring, r.correction.is_some(), r.renormalize) != (o.scoring, o.correction.is_some(), o.renormalize) {
+        return Some(match r.renormalize == o.renormalize {
+            true => "this way of choosing experts".to_owned(),
+            false => format!("experts whose weights {} up to 1", if r.renormalize { "add" } else { "do not add" }),
+        });
+    }
+    if !near(r.scale, o.scale) || a.weigh_input != b.weigh_input {
+        return Some("experts that are weighed like this".to_owned());
+    }
+    let shared = |moe: &Moe| moe.shared.as_ref().map(|(shared, gate)| (shared.inner(), gate.is_some()));
+    if shared(a) != shared(b) {
+        return Some("shared experts of this form".to_owned());
+    }
+    a.experts.first().zip(b.experts.first()).and_then(|(a, b)| mlp(a, b))
+}

@@ -1,0 +1,98 @@
+//! The model card: a report for people.
+
+use super::{Activations, AdapterReport, Protocol, Quality, Report};
+use crate::recipe::Recipe;
+use crate::words::{called, one_line};
+
+impl Report {
+    /// A note without the places of the run's files, which differ between machines.
+    fn without_places(&self, note: &str) -> String {
+        let mut note = note.to_owned();
+        let model = self.model.trim_end_matches(std::path::MAIN_SEPARATOR);
+        if !model.is_empty() {
+            note = note.replace(&format!("{model}{}", std::path::MAIN_SEPARATOR), "").replace(model, "the model");
+        }
+        let imatrix = self.recipe.gguf.iter().filter_map(|gguf| gguf.imatrix.as_ref());
+        let others = imatrix.chain(self.recipe.adapter.as_ref()).map(|path| path.display().to_string());
+        for path in others.chain([self.recipe.calibration.clone()]) {
+            note = note.replace(&path, called(&path));
+        }
+        note
+    }
+
+    /// The model card. Depends on nothing that changes between equal runs.
+    pub fn card(&self) -> String {
+        let Recipe { format, scheme, method, .. } = &self.recipe;
+        let group = scheme.group.map_or("one scale per row".to_owned(), |g| format!("groups of {g}"));
+        let name = one_line(&self.name);
+        let mut card = format!(
+            "# {name}, {} ({})\n\nQuantized with {} to the {format} layout: {}, {group}, method {}.\n\n",
+            scheme.name(),
+            method.name(),
+            self.tool,
+            scheme.name(),
+            method.name()
+        );
+        card += &format!(
+            "- size: {:.2} bits per weight of the file ({:.2} of the quantized linears), original {:.2}\n",
+            self.bpw.file, self.bpw.quantized, self.bpw.original_file
+        );
+        if let Some(AdapterReport { path, kind, sha256, modules, replaced }) = &self.adapter {
+            let name = one_line(called(path));
+            card += &format!(
+                "- merged with the {kind} adapter {name} (sha256 {sha256}): {modules} modules, {replaced} tensors replaced\n"
+            );
+        }
+        match &self.calibration {
+            Some(c) => {
+                card += &format!(
+                    "- calibrated on {} sequences of {} tokens of `{}` (seed {}; token ids sha256 {})\n",
+                    c.sequences,
+                    c.seq_len,
+                    one_line(called(&c.name)),
+                    c.seed,
+                    c.tokens_sha256
+                );
+            }
+            None => card += "- no calibration data was used\n",
+        }
+        let fallbacks = self.linears.iter().filter(|l| l.fallback.is_some()).count();
+        card += &format!("- {} linears quantized, {fallbacks} with a fallback\n", self.linears.len());
+        if let Some(quality) = &self.quality {
+            card += "\n## Quality, measured on the files in this directory\n\n";
+            card += &quality_table(quality);
+        }
+        for note in &self.notes {
+            card += &format!("\n> {}\n", one_line(&self.without_places(note)));
+        }
+        card += "\nDetails of every tensor: report.json.\n";
+        card
+    }
+}
+
+/// A markdown table of one evaluation.
+pub fn quality_table(quality: &Quality) -> String {
+    let protocol = match quality.protocol {
+        Protocol::Papers => "papers",
+        Protocol::LlamaCpp => "llama.cpp",
+    };
+    let rounded = match quality.activations {
+        Activations::Exact => "",
+        Activations::Runtime => ", activations rounded as llama.cpp does",
+    };
+    let Quality { tokens, context, .. } = quality;
+    let mut table = format!("| {tokens} tokens, context {context}, protocol {protocol}{rounded} | |\n|---|---|\n");
+    let mut row = |what: &str, value: String| table += &format!("| {what} | {value} |\n");
+    row("perplexity", format!("{:.4} ± {:.4}", quality.perplexity, quality.perplexity_stderr));
+    if let Some(b) = &quality.beside {
+        row("perplexity of the original", format!("{:.4}", b.reference_perplexity));
+        row("ratio", format!("{:.5} ± {:.5}", b.perplexity_ratio, b.perplexity_ratio_stderr));
+        row("KL divergence, mean", format!("{:.5} ± {:.5}", b.kld_mean, b.kld_stderr));
+        row(
+            "KL divergence, median / 99 % / largest",
+            format!("{:.5} / {:.4} / {:.3}", b.kld_median, b.kld_p99, b.kld_max),
+        );
+        row("same top token", format!("{:.2} %", 100.0 * b.top1_agreement));
+    }
+    table
+}

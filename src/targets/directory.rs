@@ -1,0 +1,284 @@
+//! A Hugging Face directory: safetensors files with `quantization_config` in config.json, and everything that lies beside the weights.
+
+use std::io::{Read, Write as _};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use calibration::statistics::Needs;
+use formats::container::file;
+use formats::{Dtype, Follower, PackedWeight, ShardedWriter};
+use kernels::Backend;
+use serde_json::Value;
+
+use super::{Encoding, Folded, Notes, Papers, Placement, Sink, Solved, Target, Write};
+use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, front_matter};
+use crate::error::{Error, Result};
+use crate::forward::Weight;
+use crate::graph::{Graph, Linear, Stored};
+use crate::json;
+use crate::output::{Staging, bytes_of, weight_writer};
+use crate::plan::Plan;
+use crate::recipe::Recipe;
+use crate::report::{Fate, TensorReport};
+use crate::rest::{Lost, Rest, copied, rest, write_floats};
+use crate::weights::StoredType;
+
+/// A directory that will be written.
+pub struct Directory {
+    recipe: Recipe,
+    plan: Plan,
+    staging: Staging,
+    beside: Beside,
+}
+
+impl Directory {
+    /// Decides. Fails as [`Plan::new`] and [`Staging::folder_for`] do, and where the disk has no room.
+    pub fn new(
+        graph: &Graph,
+        source: &Checkpoint,
+        recipe: Recipe,
+        model: &Path,
+        output: &Path,
+        force: bool,
+    ) -> Result<Directory> {
+        let plan = Plan::new(graph, source, &recipe)?;
+        let staging = Staging::folder_for(output, Some(model), force)?;
+        let mut own = vec!["config.json", "report.json", "README.md"];
+        own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
+        let beside = source.beside(&own)?;
+        staging.check_space(bytes_of(&plan.outputs) + beside.bytes())?;
+        Ok(Directory { recipe, plan, staging, beside })
+    }
+}
+
+impl<B: Backend> Target<B> for Directory {
+    fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    fn needs(&self) -> Needs {
+        self.recipe.needs()
+    }
+
+    fn staging(&self) -> &Staging {
+        &self.staging
+    }
+
+    fn into_staging(self: Box<Self>) -> Staging {
+        self.staging
+    }
+
+    fn bytes(&self) -> u64 {
+        bytes_of(&self.plan.outputs) + self.beside.bytes()
+    }
+
+    fn placements(&self, linear: &Linear) -> Vec<Placement> {
+        let Some(scheme) = self.plan.schemes.get(&linear.module) else { return Vec::new() };
+        let (precision, min_zero) = (self.plan.precision, self.plan.codec.min_zero());
+        vec![Placement::whole(Encoding::Grid { scheme: *scheme, precision, min_zero })]
+    }
+
+    fn called(&self, linear: &Linear, _: usize) -> String {
+        linear.weight()
+    }
+
+    fn float_dtype(&self) -> Dtype {
+        self.plan.float_dtype
+    }
+
+    fn linears(&self) -> usize {
+        self.plan.schemes.len()
+    }
+
+    fn open<'a>(&'a self, source: &'a Checkpoint) -> Result<Box<dyn Sink<B> + 'a>> {
+        let writer = weight_writer(self.staging.folder(), self.plan.outputs.clone())?;
+        Ok(Box::new(Files { plan: &self.plan, source, rest: rest(&self.plan), writer }))
+    }
+
+    /// config.json, the codec's files, the tokenizer and everything else that belongs to the model.
+    fn complete(&self, source: &Checkpoint) -> Result<()> {
+        let mut config = source.config().clone();
+        if let Value::Object(config) = &mut config {
+            config.insert("quantization_config".to_owned(), self.plan.config.quantization_config.clone());
+            singles(config);
+            if let Some(Value::Object(text)) = config.get_mut("text_config") {
+                singles(text);
+            }
+        }
+        debug_assert!(self.plan.fates.iter().any(|(_, fate)| *fate == Fate::Quantized));
+        write_config(&config, &self.staging)?;
+        for (name, content) in &self.plan.config.files {
+            self.staging.write(name, content)?;
+        }
+        copy_side_files(&self.beside, &self.staging)
+    }
+
+    fn reopen(&self) -> Result<Checkpoint> {
+        Checkpoint::open_strictly(self.staging.folder())
+    }
+
+    fn notes(&self) -> Notes {
+        Notes { before: self.plan.config.notes.clone(), after: self.beside.notes.clone() }
+    }
+
+    fn tensors(&self) -> Vec<TensorReport> {
+        let report = |(name, fate): &(String, Fate)| TensorReport { name: name.clone(), fate: fate.clone(), ty: None };
+        self.plan.fates.iter().map(report).collect()
+    }
+
+    fn quantized(&self, graph: &Graph, reopened: &Checkpoint) -> [u64; 2] {
+        let planned = graph.linears().filter(|linear| self.plan.schemes.contains_key(&linear.module));
+        let entries = reopened.entries().iter().filter(|e| matches!(e.dtype, StoredType::Quantized { .. }));
+        [planned.map(|linear| (linear.rows * linear.cols) as u64).sum(), entries.map(|entry| entry.stored_bytes).sum()]
+    }
+
+    fn papers(&self) -> Papers {
+        let card = Some(card_licence(&self.beside).unwrap_or_default());
+        Papers { report: "report.json".to_owned(), card }
+    }
+
+    fn carries_others(&self) -> bool {
+        true
+    }
+}
+
+/// The weight files while they are written.
+struct Files<'a> {
+    plan: &'a Plan,
+    source: &'a Checkpoint,
+    rest: Vec<Rest<'a>>,
+    writer: ShardedWriter,
+}
+
+impl Files<'_> {
+    fn write_packed(&self, module: &str, tensor: String, weight: PackedWeight) -> Result<()> {
+        let parts = self.plan.codec.encode_packed(weight, self.plan.scale_dtype);
+        let parts = parts.map_err(|e| Error::from(e.in_tensor(tensor)))?;
+        for (part, tensor) in &parts.0 {
+            self.writer.write(&format!("{module}.{part}"), &tensor.data)?;
+        }
+        Ok(())
+    }
+}
+
+impl<B: Backend> Sink<B> for Files<'_> {
+    fn follow(&self) -> Result<Vec<Follower>> {
+        Ok(self.writer.follow()?)
+    }
+
+    // Embedding and head are the most of what stays, and are on the disk long before the last linear is solved.
+    fn beside(&self, folded: &(dyn Fn(&str) -> bool + Sync), over: &AtomicBool) -> Result<Vec<Lost>> {
+        copied(self.source, self.rest.iter().filter(|rest| !folded(rest.name)), &self.writer, over)
+    }
+
+    fn put(
+        &self,
+        backend: &B,
+        linear: &Linear,
+        _: usize,
+        solved: Solved<B>,
+        bias: Option<&[f32]>,
+    ) -> Result<Write<'_>> {
+        let Solved::Grid(solution) = solved else { unreachable!("codecs hold grids") };
+        let weight = solution.packed(backend, self.plan.codec.word_layout())?;
+        let (module, tensor) = (linear.module.clone(), linear.weight());
+        // Only where it is not written as a tensor of its own.
+        let bias = bias.filter(|_| matches!(linear.stored, Stored::Slice { .. })).map(<[f32]>::to_vec);
+        Ok(Box::new(move || {
+            self.write_packed(&module, tensor, weight)?;
+            let Some(bias) = bias else { return Ok(()) };
+            write_floats(self.source, &self.writer, &format!("{module}.bias"), self.plan.float_dtype, &bias).map(drop)
+        }))
+    }
+
+    /// An expert out of a stack of which others are quantized; what is stored alone is copied with the rest.
+    fn keep(&self, backend: &B, linear: &Linear, weight: &Weight<B::Matrix>) -> Result<Option<(String, f64)>> {
+        if !self.plan.unstacked(linear) {
+            return Ok(None);
+        }
+        let values = backend.download(&weight.matrix)?;
+        let (dtype, name) = (self.plan.float_dtype, format!("{}.weight", linear.module));
+        let values = values.as_slice().expect("contiguous");
+        let lost = write_floats(self.source, &self.writer, &name, dtype, values)?;
+        if let Some(bias) = &weight.bias {
+            write_floats(self.source, &self.writer, &format!("{}.bias", linear.module), dtype, bias)?;
+        }
+        Ok(lost.map(|share| (name, share)))
+    }
+
+    fn after(&self, _: &B, folded: &Folded) -> Result<Vec<Lost>> {
+        let mut all = Vec::new();
+        for rest in self.rest.iter().filter(|rest| folded.touches(rest.name)) {
+            let lost = match folded.values(rest.name) {
+                Some(values) => write_floats(self.source, &self.writer, rest.name, rest.dtype, values)?,
+                None => rest.copy(self.source, &self.writer)?,
+            };
+            all.extend(rest.lost(lost));
+        }
+        Ok(all)
+    }
+
+    fn finish(self: Box<Self>) -> Box<dyn FnOnce() -> formats::Result<()> + Send> {
+        let writer = self.writer;
+        Box::new(move || writer.finish())
+    }
+}
+
+/// Says float32 where a configuration says float64, which nothing is written in.
+fn singles(config: &mut serde_json::Map<String, Value>) {
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(name) = config.get_mut(key).filter(|name| *name == "float64" || *name == "torch.float64") {
+            *name = Value::from("float32");
+        }
+    }
+}
+
+/// Writes config.json.
+pub fn write_config(config: &Value, staging: &Staging) -> Result<()> {
+    let mut bytes = json::pretty(config);
+    bytes.push(b'\n');
+    staging.write("config.json", &bytes)
+}
+
+/// Carries over what lies beside the weights.
+pub fn copy_side_files(beside: &Beside, staging: &Staging) -> Result<()> {
+    for (name, file) in &beside.files {
+        let to = staging.folder().join(name);
+        if let Some(folder) = to.parent() {
+            std::fs::create_dir_all(folder).map_err(Error::io(folder, "create"))?;
+        }
+        match file {
+            SideFile::Bytes(bytes) => std::fs::write(&to, bytes).map_err(Error::io(&to, "write"))?,
+            SideFile::Copy(path, identity) => copy_file(path, identity, &to)?,
+        }
+    }
+    Ok(())
+}
+
+/// Copies what a file holds; its mode is that of any new file. Fails for another file than was looked at when the run began, and for
+/// one that was written to: a tokenizer would not be the one that the model was calibrated with, and a link may lead anywhere by now.
+fn copy_file(from: &Path, identity: &file::Identity, to: &Path) -> Result<()> {
+    let mut read = file::open(from).map_err(Error::io(from, "open"))?;
+    identity.check_opened(&read).map_err(Error::io(from, "rely on"))?;
+    let mut write = std::fs::File::create(to).map_err(Error::io(to, "create"))?;
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let count = read.read(&mut buffer).map_err(Error::io(from, "read"))?;
+        if count == 0 {
+            return identity.check_opened(&read).map_err(Error::io(from, "rely on"));
+        }
+        write.write_all(&buffer[..count]).map_err(Error::io(to, "write"))?;
+    }
+}
+
+/// The front matter for a model card: the licence that the original's card names.
+fn card_licence(beside: &Beside) -> Option<String> {
+    let (_, file) = beside.files.iter().find(|(name, _)| name == Path::new(ORIGINAL_CARD))?;
+    let SideFile::Copy(path, _) = file else { return None };
+    let front = front_matter(path)?;
+    let said = front
+        .lines()
+        .filter(|line| ["license:", "license_name:", "license_link:"].iter().any(|key| line.starts_with(key)));
+    let said: Vec<&str> = said.collect();
+    (!said.is_empty()).then(|| format!("---\n{}\n---\n\n", said.join("\n")))
+}

@@ -1,0 +1,628 @@
+//! A GGUF file, or the parts of one: types from a mix, and blocks for every linear.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use calibration::solvers::{BlockSolution, pack_rows, searched};
+use calibration::statistics::Needs;
+use formats::container::gguf::MetadataValue;
+use formats::{Dtype, Follower, GgmlType, GgufTensor, GgufWriter, Imatrix, TensorView};
+use kernels::Backend;
+use ndarray::{Array2, Axis};
+use rayon::prelude::*;
+
+use super::tokens::check;
+use super::{Encoding, Folded, ImportancePlace, Notes, Papers, Placement, Rounded, Sink, Solved, Target, Words, Write};
+use crate::checkpoint::Checkpoint;
+use crate::dialect::metadata::{About, ImportanceSource, Metadata, metadata};
+use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part, Source};
+use crate::dialect::tokenizer::tokenizer;
+use crate::error::{Error, Result};
+use crate::evidence::{lost_in_blocks, share_of};
+use crate::forward::{load_bias, load_matrix};
+use crate::graph::{Graph, Layer, Linear, Step, Stored};
+use crate::importance::{check_importance, importance_of};
+use crate::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
+use crate::output::Staging;
+use crate::plan::check_tensors;
+use crate::recipe::{GgufRecipe, Recipe};
+use crate::report::{Fate, TensorReport};
+use crate::rest::Lost;
+use crate::stray::Strays;
+use crate::words::called;
+
+/// What the file will hold, decided and checked before any work is done.
+pub struct GgufPlan {
+    /// Tensors in file order.
+    pub tensors: Vec<(ExportTensor, GgmlType)>,
+    /// Where each linear of the blocks goes, by module.
+    by_module: HashMap<String, Vec<Place>>,
+    /// Types that do not fit a tensor's rows and were replaced, by module.
+    fallbacks: HashMap<String, String>,
+    /// Everything but tensors.
+    metadata: Metadata,
+    /// What the user should know.
+    pub notices: Vec<String>,
+    /// What becomes of every input tensor.
+    fates: Vec<TensorReport>,
+    /// Importance that was read from a file.
+    imatrix: Option<Imatrix>,
+    /// Keys of the recipe that the types of the tensors leave without effect.
+    pub idle: Vec<&'static str>,
+}
+
+/// A part of a tensor of the file that a linear makes.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Index into [`GgufPlan::tensors`].
+    tensor: usize,
+    /// Which of its parts.
+    part: usize,
+    /// The part's first row in it.
+    first: usize,
+}
+
+impl GgufPlan {
+    /// Decides. Fails when a tensor is missing, misshapen or unexplained, a pattern matches nothing, or GGUF cannot hold
+    /// the model.
+    pub fn new(graph: &Graph, source: &Checkpoint, recipe: &Recipe) -> Result<GgufPlan> {
+        let settings = recipe.gguf.as_ref().expect("a recipe for a GGUF file");
+        let mix = Mix::parse(settings.mix).expect("resolved");
+        check_tensors(graph, source)?;
+        let plan = names::plan(graph)?;
+        let places = places(&plan);
+        let mut imatrix = settings.imatrix.as_ref().map(Imatrix::read).transpose()?;
+        let importance = imatrix.is_some() || recipe.needs() > Needs::Nothing;
+
+        let mut overrides = Overrides {
+            tensors: settings.tensor_type.iter().map(|t| TensorOverride::parse(t)).collect::<Result<_>>()?,
+            output: settings.output_tensor_type.as_deref().map(parse_type).transpose().map_err(Error::usage)?,
+            embedding: settings.token_embedding_type.as_deref().map(parse_type).transpose().map_err(Error::usage)?,
+            pure: settings.pure,
+        };
+        let mut patterns = recipe.patterns()?;
+        let plain = if source.dtype() == formats::Dtype::F16 { "F16" } else { "BF16" };
+        for linear in graph.linears().chain([&graph.head.linear]) {
+            let ignored = recipe.scheme_of(&linear.module, &mut patterns)?.is_none();
+            for place in places.get(&linear.module).into_iter().flatten().filter(|_| ignored) {
+                let exact = format!("^{}$={plain}", plan.tensors[place.tensor].gguf.replace('.', "\\."));
+                overrides.tensors.insert(0, TensorOverride::parse(&exact)?);
+            }
+        }
+        // The embedding serves as the head.
+        if graph.head.tied && recipe.scheme_of(&graph.head.linear.module, &mut patterns)?.is_none() {
+            overrides.tensors.insert(0, TensorOverride::parse(&format!("^token_embd\\.weight$={plain}"))?);
+        }
+        patterns.check_hits()?;
+        let shape = graph.blocks.iter().find_map(|block| block.attention()).map(|attention| attention.shape);
+        let shape = shape.expect("names::plan has seen attention");
+        let model = ModelShape {
+            architecture: plan.architecture,
+            layers: graph.blocks.len(),
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            experts: graph.blocks.iter().flat_map(|block| &block.steps).find_map(experts).unwrap_or(0),
+        };
+        let infos: Vec<TensorInfo<'_>> =
+            plan.tensors.iter().map(|t| TensorInfo { name: &t.gguf, shape: &t.shape }).collect();
+        let assigned = assign(mix, &model, &infos, importance, &overrides)?;
+
+        let (mut by_module, mut fallbacks, mut notices) = (HashMap::new(), HashMap::new(), Vec::new());
+        let mut made = HashSet::new();
+        for linear in graph.linears() {
+            let places = places.get(&linear.module).expect("every linear is in the plan").clone();
+            for place in &places {
+                made.insert(place.tensor);
+                if let Some(fallback) = &assigned[place.tensor].fallback {
+                    fallbacks.insert(linear.module.clone(), fallback.clone());
+                }
+            }
+            by_module.insert(linear.module.clone(), places);
+        }
+        let others = plan.tensors.iter().zip(&assigned).enumerate().filter(|(index, _)| !made.contains(index));
+        notices.extend(
+            others.filter_map(|(_, (t, a))| a.fallback.as_ref().map(|why| format!("tensor `{}`: {why}", t.gguf))),
+        );
+        let mut idle = Vec::new();
+        if assigned.iter().all(|assigned| assigned.ty.block_len == 1) {
+            idle.extend(["observer", "imatrix", "damp", "act_order"]);
+            if let (Some(path), true) = (&settings.imatrix, imatrix.take().is_some()) {
+                let path = path.display();
+                notices.push(format!("{path} was not used: {} rounds nothing by the importance of inputs", mix.name));
+            }
+            if recipe.method.sweeps() {
+                let method = recipe.method.name();
+                notices.push(format!("method {method} has no effect: {} rounds nothing by the inputs", mix.name));
+            }
+        }
+        if let Some(imatrix) = &imatrix {
+            let linears =
+                graph.linears().flat_map(|linear| by_module[&linear.module].iter().map(move |at| (linear, at)));
+            let linears = linears.map(|(linear, at)| (&*linear.module, &plan.tensors[at.tensor], at.part));
+            let known = plan.tensors.iter().map(|tensor| &*tensor.gguf).collect();
+            let path = settings.imatrix.as_deref().expect("read");
+            notices.extend(check_importance(imatrix, path, linears, &known)?);
+        }
+
+        let collected = (importance && (imatrix.is_some() || settings.imatrix.is_none())).then(|| match &imatrix {
+            Some(imatrix) => ImportanceSource {
+                file: called(&settings.imatrix.as_ref().expect("read").display().to_string()).to_owned(),
+                dataset: imatrix.datasets.first().cloned(),
+                entries: imatrix.entries.len() as u32,
+                chunks: Some(imatrix.chunk_count),
+            },
+            None => ImportanceSource {
+                file: "collected while quantizing".to_owned(),
+                dataset: Some(called(&recipe.calibration).to_owned()),
+                entries: made.len() as u32,
+                chunks: u32::try_from(recipe.samples).ok(),
+            },
+        });
+        let mut written =
+            metadata(graph, source.config(), &plan, &About::of(source), mix.file_type, collected.as_ref())?;
+        if let Some(pooling) = source.pooling() {
+            let key = format!("{}.pooling_type", plan.architecture);
+            written.metadata.push((key, MetadataValue::U32(pooling)));
+        }
+        let words = tokenizer(source, graph.vocabulary, settings.pre.as_deref())?;
+        if let Some(name) = words.name {
+            let own = written.metadata.iter_mut().find(|(key, _)| key == "general.name");
+            own.into_iter().for_each(|(_, value)| *value = MetadataValue::String(name.clone()));
+        }
+        written.metadata.extend(words.metadata);
+        notices.extend(written.notices);
+        notices.extend(words.notices);
+
+        let strays = Strays::new(graph, source, recipe.unknown_tensors);
+        let fates = fates(&strays, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
+        notices.extend(strays.notes(fates.iter().map(|one| (&*one.name, &one.fate)), false));
+        let tensors = plan.tensors.into_iter().zip(assigned).map(|(tensor, assigned)| (tensor, assigned.ty)).collect();
+        Ok(GgufPlan { tensors, by_module, fallbacks, metadata: written.metadata, notices, fates, imatrix, idle })
+    }
+
+    /// Bytes of all tensors.
+    pub fn bytes(&self) -> u64 {
+        let rows = |tensor: &ExportTensor| tensor.shape[..tensor.shape.len() - 1].iter().product::<usize>();
+        let of = |tensor: &ExportTensor, ty: &GgmlType| Some(rows(tensor) * ty.row_bytes(*tensor.shape.last()?)?);
+        self.tensors.iter().filter_map(|(tensor, ty)| of(tensor, ty)).map(|bytes| bytes as u64).sum()
+    }
+}
+
+/// The experts of a mixture.
+fn experts(step: &Step) -> Option<usize> {
+    match &step.layer {
+        Layer::Moe(moe) => Some(moe.experts.len()),
+        _ => None,
+    }
+}
+
+/// Where the weight of every module goes.
+fn places(plan: &ExportPlan) -> HashMap<String, Vec<Place>> {
+    let mut places: HashMap<String, Vec<Place>> = HashMap::new();
+    for (tensor, one) in plan.tensors.iter().enumerate() {
+        let mut first = 0;
+        for (index, part) in one.parts().iter().enumerate() {
+            if let From::Weight(linear) = &part.from {
+                let place = Place { tensor, part: index, first };
+                places.entry(linear.module.clone()).or_default().push(place);
+            }
+            first += part.extents()[0];
+        }
+    }
+    places
+}
+
+/// Accounts for every tensor of the input.
+fn fates(strays: &Strays<'_>, source: &Checkpoint, plan: &ExportPlan, types: &[GgmlType]) -> Result<Vec<TensorReport>> {
+    let mut exported: HashMap<String, GgmlType> = HashMap::new();
+    for (tensor, ty) in plan.tensors.iter().zip(types) {
+        for part in tensor.parts() {
+            let known = exported.entry(part.from.tensor()).or_insert(*ty);
+            if ty.layout().is_some() {
+                *known = *ty;
+            }
+        }
+    }
+    let mut fates = Vec::new();
+    for entry in source.entries() {
+        let fate = match exported.get(entry.name.as_str()) {
+            Some(ty) if ty.layout().is_some() => Fate::Quantized,
+            Some(_) => Fate::Copied,
+            None => match strays.fate(&entry.name)? {
+                // No file has room for what its loader does not know.
+                Fate::Aside(what) => Fate::Dropped(what),
+                fate => fate,
+            },
+        };
+        let ty = exported.get(entry.name.as_str()).map(|ty| ty.name);
+        fates.push(TensorReport { name: entry.name.clone(), fate, ty });
+    }
+    Ok(fates)
+}
+
+/// A GGUF file, or the parts of one, that will be written.
+pub struct Gguf {
+    recipe: Recipe,
+    plan: GgufPlan,
+    staging: Staging,
+    /// The file to open, or the first of its parts, once they are laid out.
+    first: OnceLock<PathBuf>,
+}
+
+impl Gguf {
+    /// Decides. Fails as [`GgufPlan::new`] and [`Staging::gguf`] do, and where the disk has no room.
+    pub fn new(
+        graph: &Graph,
+        source: &Checkpoint,
+        recipe: Recipe,
+        model: &Path,
+        output: &Path,
+        force: bool,
+    ) -> Result<Gguf> {
+        let plan = GgufPlan::new(graph, source, &recipe)?;
+        let staging = Staging::gguf(output, Some(model), force)?;
+        staging.check_space(plan.bytes())?;
+        if let Some(path) = recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref()) {
+            staging.check_another(path, Some(model), force)?;
+        }
+        Ok(Gguf { recipe, plan, staging, first: OnceLock::new() })
+    }
+
+    fn settings(&self) -> &GgufRecipe {
+        self.recipe.gguf.as_ref().expect("a recipe for a GGUF file")
+    }
+
+    fn places(&self, linear: &Linear) -> &[Place] {
+        &self.plan.by_module[&linear.module]
+    }
+}
+
+impl<B: Backend> Target<B> for Gguf {
+    fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    fn needs(&self) -> Needs {
+        self.recipe.needs()
+    }
+
+    fn staging(&self) -> &Staging {
+        &self.staging
+    }
+
+    fn into_staging(self: Box<Self>) -> Staging {
+        self.staging
+    }
+
+    fn bytes(&self) -> u64 {
+        self.plan.bytes()
+    }
+
+    fn placements(&self, linear: &Linear) -> Vec<Placement> {
+        let placement = |place: &Place| {
+            let (tensor, ty) = &self.plan.tensors[place.tensor];
+            let Part { rows, transposed, .. } = &tensor.parts()[place.part];
+            Placement { encoding: Encoding::Ggml(*ty), rows: rows.clone(), transposed: *transposed }
+        };
+        self.places(linear).iter().map(placement).collect()
+    }
+
+    fn importance(&self, linear: &Linear, placement: usize) -> Result<Option<Vec<f32>>> {
+        let place = self.places(linear)[placement];
+        let Some(imatrix) = &self.plan.imatrix else { return Ok(None) };
+        importance_of(imatrix, &self.plan.tensors[place.tensor].0, place.part)
+    }
+
+    fn importance_places(&self, linear: &Linear) -> Vec<ImportancePlace> {
+        if self.settings().save_imatrix.is_none() {
+            return Vec::new();
+        }
+        let of = |place: &Place| {
+            let tensor = &self.plan.tensors[place.tensor].0;
+            // Columns of what is turned round are no inputs of the linear.
+            if tensor.parts()[place.part].transposed {
+                return None;
+            }
+            let ([_, width], matrices) = (tensor.extents(), tensor.matrices());
+            let matrix = if matrices > 1 { place.part } else { 0 };
+            Some(ImportancePlace { tensor: tensor.gguf.clone(), width, matrices, matrix })
+        };
+        self.places(linear).iter().filter_map(of).collect()
+    }
+
+    fn takes_importance(&self) -> bool {
+        self.plan.imatrix.is_some()
+    }
+
+    fn called(&self, linear: &Linear, placement: usize) -> String {
+        self.plan.tensors[self.places(linear)[placement].tensor].0.gguf.clone()
+    }
+
+    fn fallback(&self, linear: &Linear) -> Option<String> {
+        self.plan.fallbacks.get(&linear.module).cloned()
+    }
+
+    fn float_dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn linears(&self) -> usize {
+        self.plan.by_module.len()
+    }
+
+    fn open<'a>(&'a self, source: &'a Checkpoint) -> Result<Box<dyn Sink<B> + 'a>> {
+        let spec = |(tensor, ty): &(ExportTensor, GgmlType)| GgufTensor {
+            name: tensor.gguf.clone(),
+            ty: *ty,
+            shape: tensor.shape.clone(),
+        };
+        let tensors = self.plan.tensors.iter().map(spec).collect();
+        let path = self.staging.folder().join(self.staging.name());
+        let metadata = self.plan.metadata.clone();
+        let writer = match self.settings().split_max_size {
+            None => GgufWriter::create(path, metadata, tensors)?,
+            Some(limit) => GgufWriter::create_split(path.with_extension(""), limit, metadata, tensors)?,
+        };
+        let first = writer.files().next().expect("at least one file").to_path_buf();
+        self.first.get_or_init(|| first);
+        Ok(Box::new(File { plan: &self.plan, source, writer }))
+    }
+
+    fn complete(&self, _: &Checkpoint) -> Result<()> {
+        Ok(())
+    }
+
+    fn reopen(&self) -> Result<Checkpoint> {
+        Checkpoint::open(self.first.get().expect("opened before"))
+    }
+
+    fn notes(&self) -> Notes {
+        Notes { before: Vec::new(), after: self.plan.notices.clone() }
+    }
+
+    fn tensors(&self) -> Vec<TensorReport> {
+        self.plan.fates.clone()
+    }
+
+    fn quantized(&self, graph: &Graph, _: &Checkpoint) -> [u64; 2] {
+        let bytes = |linear: &Linear| -> usize {
+            let of = |place: &Place| {
+                let (tensor, ty) = &self.plan.tensors[place.tensor];
+                let [rows, width] = tensor.parts()[place.part].extents();
+                rows * ty.row_bytes(width).expect("by the mix")
+            };
+            self.places(linear).iter().map(of).sum()
+        };
+        [
+            graph.linears().map(|linear| (linear.rows * linear.cols) as u64).sum(),
+            graph.linears().map(|linear| bytes(linear) as u64).sum(),
+        ]
+    }
+
+    fn idle(&self) -> Vec<&'static str> {
+        self.plan.idle.clone()
+    }
+
+    fn papers(&self) -> Papers {
+        Papers { report: format!("{}.report.json", self.staging.name()), card: None }
+    }
+
+    fn carries_others(&self) -> bool {
+        false
+    }
+
+    fn check_tokenizer(&self, source: &Checkpoint, reopened: &Checkpoint, words: &Words<'_>) -> Result<Vec<String>> {
+        check(source, reopened, self.settings().pre.is_some(), words)
+    }
+}
+
+/// The file while it is written.
+struct File<'a> {
+    plan: &'a GgufPlan,
+    source: &'a Checkpoint,
+    writer: GgufWriter,
+}
+
+impl File<'_> {
+    /// Writes every tensor that is not a linear of a block, and is `wanted` by the names of what it is made of.
+    fn write_rest<B: Backend>(
+        &self,
+        backend: &B,
+        folded: Option<&Folded>,
+        wanted: &dyn Fn(&ExportTensor) -> bool,
+    ) -> Result<Vec<Lost>> {
+        let linears: HashSet<usize> = self.plan.by_module.values().flatten().map(|place| place.tensor).collect();
+        let mut all = Vec::new();
+        for (index, (tensor, ty)) in self.plan.tensors.iter().enumerate() {
+            if linears.contains(&index) || !wanted(tensor) {
+                continue;
+            }
+            match &tensor.source {
+                Source::Values(values) => {
+                    let mut bytes = vec![0; ty.row_bytes(values.len()).expect("F32")];
+                    ty.encode(values, &mut bytes).expect("F32");
+                    self.writer.write(&tensor.gguf, &bytes)?;
+                }
+                Source::Parts(parts) => {
+                    let (mut first, mut lost) = (0, 0);
+                    for (index, part) in parts.iter().enumerate() {
+                        let importance = match &self.plan.imatrix {
+                            Some(imatrix) if ty.layout().is_some() => importance_of(imatrix, tensor, index)?,
+                            _ => None,
+                        };
+                        let place = (tensor, part, first);
+                        let values = folded.and_then(|folded| folded.values(&part.from.tensor()));
+                        lost += self.write_part(backend, place, *ty, importance.as_deref(), values)?;
+                        first += part.extents()[0];
+                    }
+                    let share = share_of(lost, tensor.shape.iter().product());
+                    all.extend(share.map(|share| Lost { index, name: parts[0].from.tensor(), share }));
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Writes one part of a tensor in pieces of whole rows, each read, rounded and written by one thread; copied where it
+    /// lies in the input as it will in the output; of what was folded before these are the `changed` values. Returns how many values are
+    /// lost for want of a scale.
+    fn write_part<B: Backend>(
+        &self,
+        backend: &B,
+        (tensor, part, start): (&ExportTensor, &Part, usize),
+        ty: GgmlType,
+        importance: Option<&[f32]>,
+        changed: Option<&[f32]>,
+    ) -> Result<usize> {
+        let File { source, writer, .. } = self;
+        let [rows, cols] = part.extents();
+        let name = part.from.tensor();
+        let row_bytes = ty.row_bytes(cols).expect("a type that fits, by the mix");
+        let straight = changed.is_none()
+            && !part.transposed
+            && match &part.from {
+                From::Weight(linear) => linear.stored == Stored::Plain,
+                From::Bias(linear) => !matches!(linear.stored, Stored::Slice { .. }),
+                From::Tensor(..) => true,
+            };
+        let by_rows = straight && source.entry(&name).is_some_and(|entry| entry.shape.len() == 2);
+        let whole = straight && part.rows.is_none() && part.offset == 0.0;
+        let same = source.raw(&name).filter(|raw| whole && ty.plain() == Some(raw.dtype));
+        let loaded = if by_rows || same.is_some_and(|raw| raw.is_finite()) {
+            Vec::new()
+        } else {
+            load_part(source, part, changed)?
+        };
+        let piece = (backend.weights_at_once() / cols.max(1)).max(1);
+        let searched = searched(ty, importance.is_some());
+        let one = |values: &mut Vec<f32>, index: usize| {
+            let first = index * piece;
+            let count = piece.min(rows - first);
+            let offset = ((start + first) * row_bytes) as u64;
+            if let Some(raw) = same {
+                let data = &raw.data[first * row_bytes..][..count * row_bytes];
+                // What is no number is named where values are read.
+                if (TensorView { data, ..raw }).is_finite() {
+                    writer.write_at(&tensor.gguf, offset, data)?;
+                    return Ok(0);
+                }
+            }
+            values.resize(count * cols, 0.0);
+            if by_rows {
+                let of = |row: usize| part.rows.as_ref().map_or(row, |rows| rows[row]) as u32;
+                source.load_rows(&name, &(first..first + count).map(of).collect::<Vec<u32>>(), values)?;
+            } else {
+                values.copy_from_slice(&loaded[first * cols..][..count * cols]);
+            }
+            if part.offset != 0.0 {
+                values.iter_mut().for_each(|x| *x += part.offset);
+            }
+            let names = [&*name, &*tensor.gguf];
+            let (packed, lost) = if searched {
+                let matrix = Array2::from_shape_vec((count, cols), std::mem::take(values)).expect("whole rows");
+                let matrix = backend.upload(matrix)?;
+                let packed = pack_rows(backend, &matrix, ty, importance)?;
+                let lost = lost_in_blocks(ty, &packed, source.file_of(&name), names, || {
+                    Ok(backend.download(&matrix)?.iter().copied().collect())
+                })?;
+                (packed, lost)
+            } else {
+                let mut packed = vec![0; count * row_bytes];
+                ty.encode(values, &mut packed).expect("a type with an encoder");
+                let lost = lost_in_blocks(ty, &packed, source.file_of(&name), names, || Ok(std::mem::take(values)))?;
+                (packed, lost)
+            };
+            writer.write_at(&tensor.gguf, offset, &packed)?;
+            Ok::<usize, Error>(lost)
+        };
+        let pieces = (0..rows.div_ceil(piece)).into_par_iter().map_init(Vec::new, one);
+        let lost = pieces.try_reduce(|| 0, |a, b| Ok(a + b))?;
+        source.release(&name);
+        Ok(lost)
+    }
+}
+
+impl<B: Backend> Sink<B> for File<'_> {
+    fn follow(&self) -> Result<Vec<Follower>> {
+        Ok(self.writer.follow()?)
+    }
+
+    // The embedding is the first of the file: the hash, which follows the writing, need not wait for it.
+    fn before(&self, backend: &B, folded: &dyn Fn(&str) -> bool) -> Result<Vec<Lost>> {
+        let touched = |tensor: &ExportTensor| tensor.parts().iter().any(|part| folded(&part.from.tensor()));
+        self.write_rest(backend, None, &|tensor| !touched(tensor))
+    }
+
+    fn put(&self, _: &B, linear: &Linear, placement: usize, solved: Solved<B>, _: Option<&[f32]>) -> Result<Write<'_>> {
+        let Solved::Blocks(BlockSolution { packed, .. }) = solved else { unreachable!("GGUF holds blocks") };
+        let place = self.plan.by_module[&linear.module][placement];
+        let tensor = &self.plan.tensors[place.tensor].0;
+        let part = &tensor.parts()[place.part];
+        let [rows, _] = part.extents();
+        let row_bytes = packed.len() / rows;
+        let bytes = match &part.rows {
+            // Rows of the whole were solved in the linear's own order.
+            Some(order) if !part.transposed && rows == linear.rows => {
+                let mut sorted = Vec::with_capacity(packed.len());
+                order.iter().for_each(|row| sorted.extend_from_slice(&packed[row * row_bytes..][..row_bytes]));
+                sorted
+            }
+            _ => packed,
+        };
+        let offset = (place.first * row_bytes) as u64;
+        Ok(Box::new(move || Ok(self.writer.write_at(&tensor.gguf, offset, &bytes)?)))
+    }
+
+    fn round(&self, backend: &B, linear: &Linear) -> Result<Option<Rounded>> {
+        let places = &self.plan.by_module[&linear.module];
+        let mut lost = 0;
+        for place in places {
+            let (tensor, ty) = &self.plan.tensors[place.tensor];
+            let importance = match &self.plan.imatrix {
+                Some(imatrix) => importance_of(imatrix, tensor, place.part)?,
+                None => None,
+            };
+            let part = &tensor.parts()[place.part];
+            lost += self.write_part(backend, (tensor, part, place.first), *ty, importance.as_deref(), None)?;
+        }
+        Ok(Some(Rounded { lost, encoding: Encoding::Ggml(self.plan.tensors[places[0].tensor].1) }))
+    }
+
+    fn after(&self, backend: &B, folded: &Folded) -> Result<Vec<Lost>> {
+        let touched = |tensor: &ExportTensor| tensor.parts().iter().any(|part| folded.touches(&part.from.tensor()));
+        self.write_rest(backend, Some(folded), &touched)
+    }
+
+    fn finish(self: Box<Self>) -> Box<dyn FnOnce() -> formats::Result<()> + Send> {
+        let writer = self.writer;
+        Box::new(move || writer.finish())
+    }
+}
+
+/// All values of a part, `[rows, cols]`, without its offset; `changed` are those of its tensor where they are not the input's.
+fn load_part(source: &Checkpoint, part: &Part, changed: Option<&[f32]>) -> Result<Vec<f32>> {
+    let load = |name: &str| changed.map_or_else(|| source.load(name), |values| Ok(values.to_vec()));
+    let (matrix, rows) = match &part.from {
+        From::Weight(linear) => (load_matrix(source, linear)?, part.rows.as_deref()),
+        From::Bias(linear) => {
+            let bias = match changed {
+                Some(values) => values.to_vec(),
+                None => load_bias(source, linear)?.expect("planned for those that have one"),
+            };
+            (Array2::from_shape_vec((bias.len(), 1), bias).expect("one column"), part.rows.as_deref())
+        }
+        From::Tensor(name, _) => {
+            let values = load(name)?;
+            let [count, width] = part.from.extents();
+            let shape = if count == 1 { (width, 1) } else { (count, width) };
+            (Array2::from_shape_vec(shape, values).expect("checked with the graph"), part.rows.as_deref())
+        }
+    };
+    let chosen = match rows {
+        Some(rows) => matrix.select(Axis(0), rows),
+        None => matrix,
+    };
+    let chosen = if part.transposed { chosen.reversed_axes() } else { chosen };
+    Ok(chosen.iter().copied().collect())
+}

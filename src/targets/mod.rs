@@ -1,0 +1,336 @@
+//! What a run writes: files of one format, by one recipe.
+//!
+//! A [`Target`] decides before the work how each linear is represented, and opens a [`Sink`] that takes what was solved. The pipeline
+//! knows nothing of files, and a target nothing of calibration.
+
+mod directory;
+mod gguf;
+mod requested;
+mod tokens;
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use calibration::solvers::{BlockSolution, Solution};
+use calibration::statistics::Needs;
+use formats::ggml::Levels;
+use formats::{Dtype, Follower, GgmlType, ScalePrecision, Scheme};
+use kernels::{Backend, GridSpec};
+
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::forward::Weight;
+use crate::graph::{Graph, Linear};
+use crate::output::Staging;
+use crate::recipe::Recipe;
+use crate::report::TensorReport;
+use crate::rest::Lost;
+
+pub use directory::{Directory, copy_side_files, write_config};
+pub use gguf::Gguf;
+pub use requested::{Output, Requested, requested, resolved};
+
+/// How weights are represented.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Encoding {
+    /// Codes on uniform grids with scales and zeros of their own.
+    Grid {
+        /// Width, grouping and symmetry.
+        scheme: Scheme,
+        /// Precision of the scales.
+        precision: ScalePrecision,
+        /// Smallest zero that the file can hold.
+        min_zero: u8,
+    },
+    /// One of ggml's types, plain ones among them.
+    Ggml(GgmlType),
+}
+
+impl Encoding {
+    /// Whether there are codes at all, which a sweep can choose.
+    pub fn has_codes(&self) -> bool {
+        match self {
+            Encoding::Grid { .. } => true,
+            Encoding::Ggml(ty) => ty.layout().is_some(),
+        }
+    }
+
+    /// The name of the type where it has one, the width of a code, columns per scale (−1 for a row), and whether grids are symmetric.
+    pub fn described(&self) -> (Option<&'static str>, u8, i64, bool) {
+        match self {
+            Encoding::Grid { scheme, .. } => {
+                (None, scheme.bits, scheme.group.map_or(-1, |group| group as i64), scheme.symmetric)
+            }
+            Encoding::Ggml(ty) => {
+                let Some(layout) = ty.layout() else { return (Some(ty.name), (ty.block_bytes * 8) as u8, 1, true) };
+                (Some(ty.name), bits(&layout.levels), layout.group as i64, !layout.has_min)
+            }
+        }
+    }
+
+    /// The plain grid on which channel scales are searched: its own, or one with as many codes and as large groups; `None` for numbers
+    /// without codes.
+    pub fn grid(&self, cols: usize) -> Option<GridSpec> {
+        match self {
+            Encoding::Grid { scheme, precision, min_zero } => {
+                let min_zero = if scheme.symmetric { 0 } else { *min_zero };
+                Some(GridSpec::contiguous(*scheme, *precision, min_zero, cols))
+            }
+            Encoding::Ggml(ty) => {
+                let layout = ty.layout()?;
+                let scheme = Scheme {
+                    bits: bits(&layout.levels),
+                    group: Some(layout.group).filter(|group| *group < cols),
+                    symmetric: !layout.has_min,
+                };
+                Some(GridSpec::contiguous(scheme, ScalePrecision::F16, 0, cols))
+            }
+        }
+    }
+}
+
+/// Bits that a code of so many levels needs.
+fn bits(levels: &Levels) -> u8 {
+    (16 - (levels.count() as u16 - 1).leading_zeros()) as u8
+}
+
+/// A part of a linear's weight as the output holds it: one for the whole weight, or one for each tensor that its rows go to.
+#[derive(Clone, Debug)]
+pub struct Placement {
+    /// How it is represented.
+    pub encoding: Encoding,
+    /// Which of the linear's rows, in the order of the file; all of them, in their own order, without.
+    pub rows: Option<Vec<usize>>,
+    /// These rows are columns of the file, and its columns no inputs of the linear.
+    pub transposed: bool,
+}
+
+impl Placement {
+    /// The whole weight as it is.
+    pub fn whole(encoding: Encoding) -> Placement {
+        Placement { encoding, rows: None, transposed: false }
+    }
+
+    /// Whether every row of the linear is in it, in whatever order, with its own columns.
+    pub fn is_whole(&self, linear: &Linear) -> bool {
+        !self.transposed && self.rows.as_ref().is_none_or(|rows| rows.len() == linear.rows)
+    }
+}
+
+/// What was found for a placement.
+pub enum Solved<B: Backend> {
+    /// Codes on a grid.
+    Grid(Solution<B>),
+    /// Rows of blocks.
+    Blocks(BlockSolution<B>),
+}
+
+/// Tensors besides the weights of linears that a transform changes.
+#[derive(Default)]
+pub struct Folded {
+    names: HashSet<String>,
+    changed: HashMap<String, Vec<f32>>,
+}
+
+impl Folded {
+    /// What may change are these.
+    pub fn of(names: HashSet<String>) -> Folded {
+        Folded { names, changed: HashMap::new() }
+    }
+
+    /// A tensor is this from now on.
+    pub fn change(&mut self, name: String, values: Vec<f32>) {
+        self.changed.insert(name, values);
+    }
+
+    /// Whether the transform may change this tensor.
+    pub fn touches(&self, name: &str) -> bool {
+        self.names.contains(name)
+    }
+
+    /// Its values, where they are not the input's.
+    pub fn values(&self, name: &str) -> Option<&[f32]> {
+        self.changed.get(name).map(|values| &values[..])
+    }
+}
+
+/// A linear that was rounded by its target without being looked at.
+pub struct Rounded {
+    /// Weights that are too small for the scales that the file stores.
+    pub lost: usize,
+    /// How it is represented.
+    pub encoding: Encoding,
+}
+
+/// A row of an imatrix.
+pub struct ImportancePlace {
+    /// The tensor of a GGUF file whose inputs it is of.
+    pub tensor: String,
+    /// Values in a row.
+    pub width: usize,
+    /// Rows that the tensor has, one for each of its matrices.
+    pub matrices: usize,
+    /// Which of them.
+    pub matrix: usize,
+}
+
+/// Something to be written behind the rest of the work.
+pub type Write<'a> = Box<dyn FnOnce() -> Result<()> + Send + 'a>;
+
+/// What a target writes into.
+pub trait Sink<B: Backend>: Sync {
+    /// Readers that keep behind what is written.
+    fn follow(&self) -> Result<Vec<Follower>>;
+    /// Writes what belongs before everything else, on all threads; nothing of what is `folded` later.
+    fn before(&self, backend: &B, folded: &dyn Fn(&str) -> bool) -> Result<Vec<Lost>> {
+        let _ = (backend, folded);
+        Ok(Vec::new())
+    }
+    /// Writes, on a thread beside the work, what needs no computing, until it is over.
+    fn beside(&self, folded: &(dyn Fn(&str) -> bool + Sync), over: &AtomicBool) -> Result<Vec<Lost>> {
+        let _ = (folded, over);
+        Ok(Vec::new())
+    }
+    /// Makes of a solution what is to be written of it.
+    fn put(
+        &self,
+        backend: &B,
+        linear: &Linear,
+        placement: usize,
+        solved: Solved<B>,
+        bias: Option<&[f32]>,
+    ) -> Result<Write<'_>>;
+    /// Writes a linear that the walk comes by and that stays as it is, where nobody else writes it. Returns what it loses.
+    fn keep(&self, backend: &B, linear: &Linear, weight: &Weight<B::Matrix>) -> Result<Option<(String, f64)>> {
+        let _ = (backend, linear, weight);
+        Ok(None)
+    }
+    /// Rounds and writes a linear whose input nobody looks at, in pieces on all threads; `None` where that takes the usual way.
+    fn round(&self, backend: &B, linear: &Linear) -> Result<Option<Rounded>> {
+        let _ = (backend, linear);
+        Ok(None)
+    }
+    /// Writes what was [`folded`](Folded), and whatever else is left.
+    fn after(&self, backend: &B, folded: &Folded) -> Result<Vec<Lost>>;
+    /// What waits until everything is on the disk.
+    fn finish(self: Box<Self>) -> Box<dyn FnOnce() -> formats::Result<()> + Send>;
+}
+
+/// An output, decided and checked before any work is done.
+pub trait Target<B: Backend>: Sync {
+    /// What it is made by.
+    fn recipe(&self) -> &Recipe;
+    /// What has to be known of the inputs.
+    fn needs(&self) -> Needs;
+    /// Where it is written.
+    fn staging(&self) -> &Staging;
+    /// The same, to be moved into place.
+    fn into_staging(self: Box<Self>) -> Staging;
+    /// Bytes that it will take.
+    fn bytes(&self) -> u64;
+    /// The parts that a linear is written in; none where it stays as it is.
+    fn placements(&self, linear: &Linear) -> Vec<Placement>;
+    /// Importance of the columns of a placement that was read from a file.
+    fn importance(&self, linear: &Linear, placement: usize) -> Result<Option<Vec<f32>>> {
+        let _ = (linear, placement);
+        Ok(None)
+    }
+    /// Where an imatrix keeps what the inputs of a linear look like, if one is to be written.
+    fn importance_places(&self, linear: &Linear) -> Vec<ImportancePlace> {
+        let _ = linear;
+        Vec::new()
+    }
+    /// Whether importance is read from a file, so that none is taken from what is seen.
+    fn takes_importance(&self) -> bool {
+        false
+    }
+    /// What a placement of a linear is called in the file.
+    fn called(&self, linear: &Linear, placement: usize) -> String;
+    /// What was decided for a linear in place of what was asked for.
+    fn fallback(&self, linear: &Linear) -> Option<String> {
+        let _ = linear;
+        None
+    }
+    /// The type in which norms and biases that a transform changes will be held.
+    fn float_dtype(&self) -> Dtype;
+    /// Linears that it quantizes.
+    fn linears(&self) -> usize;
+    /// Lays its files out.
+    fn open<'a>(&'a self, source: &'a Checkpoint) -> Result<Box<dyn Sink<B> + 'a>>;
+    /// Writes what lies beside the weights, once these are written.
+    fn complete(&self, source: &Checkpoint) -> Result<()>;
+    /// Opens what was written.
+    fn reopen(&self) -> Result<Checkpoint>;
+    /// What there is to say before the work, of how it will be loaded, and after all else has been said.
+    fn notes(&self) -> Notes;
+    /// What becomes of every tensor of the input.
+    fn tensors(&self) -> Vec<TensorReport>;
+    /// Weights in its quantized linears, and the bytes that they take.
+    fn quantized(&self, graph: &Graph, reopened: &Checkpoint) -> [u64; 2];
+    /// Keys of the recipe that turned out to have no effect.
+    fn idle(&self) -> Vec<&'static str> {
+        Vec::new()
+    }
+    /// The report's name in the staging folder, and a card's front matter where there is to be one.
+    fn papers(&self) -> Papers;
+    /// Whether tensors besides the language model's are carried over.
+    fn carries_others(&self) -> bool;
+    /// Compares a tokenizer that was written anew with the original's. Returns what there is to say of it; fails where other tokens
+    /// would make what was measured untrue.
+    fn check_tokenizer(&self, source: &Checkpoint, reopened: &Checkpoint, words: &Words<'_>) -> Result<Vec<String>> {
+        let _ = (source, reopened, words);
+        Ok(Vec::new())
+    }
+}
+
+/// What a tokenizer that was written is compared on.
+pub struct Words<'a> {
+    /// How many ids there are.
+    pub vocabulary: usize,
+    /// The text that the output is measured on, and the original's ids of it.
+    pub held_out: Option<(&'a str, &'a HeldOut)>,
+    /// As the user called the output.
+    pub output: &'a Path,
+}
+
+/// The held-out text in the original's tokens, as far as it is looked at.
+pub struct HeldOut {
+    /// The ids.
+    pub ids: Vec<u32>,
+    /// How many ids were asked for; the text has no more where there are fewer.
+    pub asked: usize,
+    /// Those that are measured.
+    pub windows: Vec<Vec<u32>>,
+}
+
+/// Notes of a target.
+#[derive(Default)]
+pub struct Notes {
+    /// Said first.
+    pub before: Vec<String>,
+    /// Said after what there is to say of the texts; not twice.
+    pub after: Vec<String>,
+}
+
+/// What tells people and machines of an output.
+pub struct Papers {
+    /// The report's name in the staging folder.
+    pub report: String,
+    /// What a model card begins with; `None` where there is no card.
+    pub card: Option<String>,
+}
+
+/// Decides what a recipe makes of the model at a path, at another.
+pub fn target<B: Backend>(
+    graph: &Graph,
+    source: &Checkpoint,
+    recipe: Recipe,
+    [model, output]: [&Path; 2],
+    force: bool,
+) -> Result<Box<dyn Target<B>>> {
+    Ok(match recipe.gguf {
+        Some(_) => Box::new(Gguf::new(graph, source, recipe, model, output, force)?),
+        None => Box::new(Directory::new(graph, source, recipe, model, output, force)?),
+    })
+}
