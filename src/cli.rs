@@ -220,86 +220,9 @@ pub struct Quantize {
     /// Calibrate every target by itself, as if it were the only one.
     #[arg(long)]
     pub independent: bool,
-    /// Layout of the output: compressed-tensors, gptq, awq or gguf. [default: gguf if OUT ends in .gguf, else
-    /// compressed-tensors]
-    #[arg(long, value_name = "FORMAT")]
-    pub format: Option<String>,
-    /// W4A16, W8A16, W3A16 or W2A16, each also with _ASYM; groups of 128. For GGUF a mix as llama-quantize names it:
-    /// Q4_K_M, Q5_K_S, Q6_K, Q8_0, IQ4_XS, F16 … [default: W4A16, Q4_K_M]
-    #[arg(long, value_name = "SCHEME")]
-    pub scheme: Option<String>,
-    /// Width of a code, instead of the scheme's: 2, 3, 4 or 8.
-    #[arg(long, value_name = "N")]
-    pub bits: Option<u8>,
-    /// Columns per scale, instead of the scheme's: 32, 64, 128, or -1 for one scale per row.
-    #[arg(long, value_name = "N", allow_negative_numbers = true)]
-    pub group_size: Option<i64>,
-    /// Symmetric grids (true) or grids with a zero point (false), instead of the scheme's.
-    #[arg(long, value_name = "BOOL")]
-    pub symmetric: Option<bool>,
-    /// rtn, awq, gptq or awq+gptq. [default: gptq]
-    #[arg(long, value_name = "METHOD")]
-    pub method: Option<String>,
-    /// How scales are chosen: minmax, mse, imatrix or clip. [default: minmax for rtn, clip for awq, imatrix for gptq]
-    #[arg(long, value_name = "OBSERVER")]
-    pub observer: Option<String>,
-    /// Relative damping of the Hessian. [default: 0.05]
-    #[arg(long, value_name = "SHARE")]
-    pub damp: Option<f64>,
-    /// Sweep columns by falling energy (true) or from left to right (false). [default: true]
-    #[arg(long, value_name = "BOOL")]
-    pub act_order: Option<bool>,
-    /// Put groups in processing order and store g_idx (GPTQ only; vLLM and SGLang refuse such files).
-    #[arg(long)]
-    pub desc_act: bool,
-    /// Calibrate every expert of a mixture on all tokens, as llm-compressor does, instead of on those sent to it.
-    #[arg(long)]
-    pub moe_all_experts: bool,
-    /// Linears to leave as they are: a module, the end of its name, or re: and a regular expression. Repeatable.
-    #[arg(long, value_name = "PATTERN")]
-    pub ignore: Vec<String>,
-    /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. A GGUF file holds none. [default: copy]
-    #[arg(long, value_name = "copy|drop|refuse")]
-    pub unknown_tensors: Option<String>,
-    /// A LoRA adapter (PEFT's directory) to merge first; quality is measured against the merged model.
-    #[arg(long, value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
-    /// Calibration text: .txt, .jsonl, .json, or a bundled preset. [default: mixed]
-    #[arg(long, value_name = "FILE|PRESET")]
-    pub calibration: Option<String>,
-    /// Calibration sequences. [default: 128]
-    #[arg(long, value_name = "N")]
-    pub samples: Option<usize>,
-    /// Tokens of each. [default: 2048]
-    #[arg(long, value_name = "N")]
-    pub seq_len: Option<usize>,
-    /// Seed of their selection. [default: 0]
-    #[arg(long, value_name = "N")]
-    pub seed: Option<u64>,
-    /// GGUF: PATTERN=TYPE, a type for tensors whose name in the file matches. Repeatable.
-    #[arg(long, value_name = "PATTERN=TYPE")]
-    pub tensor_type: Vec<String>,
-    /// GGUF: the type of the output projection.
-    #[arg(long, value_name = "TYPE")]
-    pub output_tensor_type: Option<String>,
-    /// GGUF: the type of the token embedding.
-    #[arg(long, value_name = "TYPE")]
-    pub token_embedding_type: Option<String>,
-    /// GGUF: one type for everything, no mix.
-    #[arg(long)]
-    pub pure: bool,
-    /// GGUF: the pre-tokenizer's name, when it is not recognised.
-    #[arg(long, value_name = "NAME")]
-    pub pre: Option<String>,
-    /// GGUF: take the importance of inputs from llama.cpp's .gguf or .dat instead of from calibration.
-    #[arg(long, value_name = "FILE")]
-    pub imatrix: Option<PathBuf>,
-    /// GGUF: write the importance of inputs as llama-quantize reads it.
-    #[arg(long, value_name = "FILE")]
-    pub save_imatrix: Option<PathBuf>,
-    /// GGUF: bytes of tensors in one file at most, as 500M or 5G.
-    #[arg(long, value_name = "SIZE")]
-    pub split_max_size: Option<String>,
+    /// What may also stand in a recipe.
+    #[command(flatten)]
+    pub request: Request,
     /// A recipe.toml with any of these settings, and exceptions for some linears; flags go before it.
     #[arg(long, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
@@ -318,9 +241,6 @@ pub struct Quantize {
     /// Fail (exit code 3) below this share of equal top tokens, from 0 to 1.
     #[arg(long, value_name = "P")]
     pub min_top1: Option<f64>,
-    /// Write the report here as well.
-    #[arg(long, value_name = "FILE")]
-    pub report: Option<PathBuf>,
     /// Replace an existing output.
     #[arg(long)]
     pub force: bool,

@@ -197,38 +197,8 @@ fn at_least_one(flag: &str, count: Option<usize>) -> Result<(), Error> {
 fn quantize(args: Quantize) -> anyhow::Result<u8> {
     at_least_one("--verify-windows", args.verify_windows)?;
     let (mut progress, engine) = start(&args.compute)?;
-    let flags = Request {
-        format: args.format,
-        scheme: args.scheme,
-        bits: args.bits,
-        group_size: args.group_size,
-        symmetric: args.symmetric,
-        method: args.method,
-        observer: args.observer,
-        damp: args.damp,
-        act_order: args.act_order,
-        desc_act: args.desc_act.then_some(true),
-        moe_all_experts: args.moe_all_experts.then_some(true),
-        ignore: (!args.ignore.is_empty()).then_some(args.ignore),
-        unknown_tensors: args.unknown_tensors,
-        adapter: args.adapter,
-        calibration: args.calibration,
-        samples: args.samples,
-        seq_len: args.seq_len,
-        seed: args.seed,
-        tensor_type: (!args.tensor_type.is_empty()).then_some(args.tensor_type),
-        output_tensor_type: args.output_tensor_type,
-        token_embedding_type: args.token_embedding_type,
-        pure: args.pure.then_some(true),
-        pre: args.pre,
-        imatrix: args.imatrix,
-        save_imatrix: args.save_imatrix,
-        split_max_size: args.split_max_size,
-        report: args.report,
-        ..Request::default()
-    };
     let file = args.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
-    let asked = requested(flags, file, args.output, &args.target)?;
+    let asked = requested(args.request, file, args.output, &args.target)?;
     let limits = Limits { max_ppl_ratio: args.max_ppl_ratio, max_kld: args.max_kld, min_top1: args.min_top1 };
     limits.check()?;
     let verification = match args.verify_text.as_deref() {

@@ -1,19 +1,20 @@
 //! What to do with which tensor: flags and `recipe.toml`, resolved into one value that the report repeats.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use calibration::solvers::Observer;
 use calibration::statistics::Needs;
 use formats::Scheme;
-use formats::container::file;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::mixes::{MIXES, Mix};
 
 mod patterns;
+mod request;
 
 pub use patterns::{Pattern, Patterns};
+pub use request::{Override, Request};
 
 /// A quantization method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,163 +89,6 @@ pub fn named<T: Copy>(what: &str, table: &[(&str, T)], name: &str) -> Result<T> 
         None => {
             let known: Vec<&str> = table.iter().map(|(name, _)| *name).collect();
             Err(Error::usage(format!("{what} `{name}` is not known; there are {}", known.join(", "))))
-        }
-    }
-}
-
-/// What a user asks for; every field may come from `recipe.toml`, and a flag goes before the file.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Request {
-    /// Output layout: `compressed-tensors`, `gptq` or `awq`.
-    pub format: Option<String>,
-    /// Preset name such as `W4A16`.
-    pub scheme: Option<String>,
-    /// Width of a code, instead of the scheme's.
-    pub bits: Option<u8>,
-    /// Columns per scale, −1 for whole rows, instead of the scheme's.
-    pub group_size: Option<i64>,
-    /// Symmetric grids, instead of the scheme's.
-    pub symmetric: Option<bool>,
-    /// `rtn`, `awq`, `gptq` or `awq+gptq`.
-    pub method: Option<String>,
-    /// How scales are chosen.
-    pub observer: Option<String>,
-    /// Relative damping of the Hessian.
-    pub damp: Option<f64>,
-    /// Columns by falling energy.
-    pub act_order: Option<bool>,
-    /// Groups in processing order, stored as `g_idx`.
-    pub desc_act: Option<bool>,
-    /// Every token counts as sent to every expert of a mixture.
-    pub moe_all_experts: Option<bool>,
-    /// Linears that stay as they are.
-    pub ignore: Option<Vec<String>>,
-    /// What to do with tensors that are not part of the model: `copy`, `drop` or `refuse`.
-    pub unknown_tensors: Option<String>,
-    /// A LoRA adapter to merge before anything else.
-    pub adapter: Option<PathBuf>,
-    /// Calibration text: a file or a preset.
-    pub calibration: Option<String>,
-    /// Calibration sequences.
-    pub samples: Option<usize>,
-    /// Tokens of each.
-    pub seq_len: Option<usize>,
-    /// Seed of the selection.
-    pub seed: Option<u64>,
-    /// GGUF: `PATTERN=TYPE` for tensors whose name in the file matches.
-    pub tensor_type: Option<Vec<String>>,
-    /// GGUF: the type of the output projection.
-    pub output_tensor_type: Option<String>,
-    /// GGUF: the type of the token embedding.
-    pub token_embedding_type: Option<String>,
-    /// GGUF: one type for everything, no mix.
-    pub pure: Option<bool>,
-    /// GGUF: the name of the pre-tokenizer, when it is not recognised.
-    pub pre: Option<String>,
-    /// GGUF: take the importance of inputs from this file.
-    pub imatrix: Option<PathBuf>,
-    /// GGUF: write the importance of inputs to this file.
-    pub save_imatrix: Option<PathBuf>,
-    /// GGUF: bytes of tensors in one file at most, as `5G`.
-    pub split_max_size: Option<String>,
-    /// Settings for some linears; the first match wins.
-    #[serde(default, rename = "override")]
-    pub overrides: Vec<Override>,
-    /// Of a target: where it goes.
-    pub path: Option<PathBuf>,
-    /// Of a target: its weights are what the stream sees.
-    pub lead: Option<bool>,
-    /// A second copy of the report.
-    pub report: Option<PathBuf>,
-    /// Outputs, each with whatever else is said here.
-    #[serde(default)]
-    pub target: Vec<Request>,
-}
-
-/// Other settings for linears that match a pattern.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Override {
-    /// Which linears: a module name, the end of one, or `re:` and a regular expression.
-    #[serde(rename = "match")]
-    pub pattern: String,
-    /// Leave them as they are.
-    #[serde(default)]
-    pub ignore: bool,
-    /// Preset name.
-    pub scheme: Option<String>,
-    /// Width of a code.
-    pub bits: Option<u8>,
-    /// Columns per scale, −1 for whole rows.
-    pub group_size: Option<i64>,
-    /// Symmetric grids.
-    pub symmetric: Option<bool>,
-}
-
-impl Request {
-    /// Reads `recipe.toml`. Unknown keys are errors.
-    pub fn read(path: &Path) -> Result<Request> {
-        let text = file::read_text(path, file::DESCRIPTION).map_err(Error::io(path, "read"))?;
-        toml::from_str(&text).map_err(|e| {
-            let line = e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-            let found = text.lines().nth(line - 1).unwrap_or_default().trim();
-            let mut why = e.message().replace('\n', ", ");
-            // The names of Rust's types tell nothing to who writes TOML.
-            for whole in ["u8", "usize", "i64", "u64"] {
-                why = why.replace(&format!("expected {whole}"), "expected a whole number");
-            }
-            why = why.replace("expected f64", "expected a number");
-            Error::usage(format!("{}, line {line}, `{found}`: {why}", path.display()))
-        })
-    }
-
-    /// This request, completed by `base` where it says nothing.
-    pub fn or(self, base: Request) -> Request {
-        Request {
-            format: self.format.or(base.format),
-            scheme: self.scheme.or(base.scheme),
-            bits: self.bits.or(base.bits),
-            group_size: self.group_size.or(base.group_size),
-            symmetric: self.symmetric.or(base.symmetric),
-            method: self.method.or(base.method),
-            observer: self.observer.or(base.observer),
-            damp: self.damp.or(base.damp),
-            act_order: self.act_order.or(base.act_order),
-            desc_act: self.desc_act.or(base.desc_act),
-            moe_all_experts: self.moe_all_experts.or(base.moe_all_experts),
-            ignore: match (self.ignore, base.ignore) {
-                (Some(mut own), Some(more)) => {
-                    own.extend(more);
-                    Some(own)
-                }
-                (own, more) => own.or(more),
-            },
-            unknown_tensors: self.unknown_tensors.or(base.unknown_tensors),
-            adapter: self.adapter.or(base.adapter),
-            calibration: self.calibration.or(base.calibration),
-            samples: self.samples.or(base.samples),
-            seq_len: self.seq_len.or(base.seq_len),
-            seed: self.seed.or(base.seed),
-            tensor_type: match (self.tensor_type, base.tensor_type) {
-                (Some(mut own), Some(more)) => {
-                    own.extend(more);
-                    Some(own)
-                }
-                (own, more) => own.or(more),
-            },
-            output_tensor_type: self.output_tensor_type.or(base.output_tensor_type),
-            token_embedding_type: self.token_embedding_type.or(base.token_embedding_type),
-            pure: self.pure.or(base.pure),
-            pre: self.pre.or(base.pre),
-            imatrix: self.imatrix.or(base.imatrix),
-            save_imatrix: self.save_imatrix.or(base.save_imatrix),
-            split_max_size: self.split_max_size.or(base.split_max_size),
-            overrides: if self.overrides.is_empty() { base.overrides } else { self.overrides },
-            path: self.path.or(base.path),
-            lead: self.lead.or(base.lead),
-            report: self.report.or(base.report),
-            target: if self.target.is_empty() { base.target } else { self.target },
         }
     }
 }

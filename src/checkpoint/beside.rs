@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use formats::container::file::{self, Identity};
 use formats::container::stand_in::{is_pointer, stand_in};
 
-use super::place::{beginning, is_gguf, is_unfinished};
+use super::place::{beginning, is_gguf, is_unfinished, list};
 use crate::error::{Error, Result};
 use crate::json::read_json;
 
@@ -213,15 +213,6 @@ pub(super) fn beside(folder: &Path, weights: &[PathBuf], own: &[&str]) -> Result
         notes.push(format!("left out of what lies beside the weights: {}", told.join("; ")));
     }
     Ok(Beside { files, notes })
-}
-
-/// Names, or the first dozen and how many more.
-pub(super) fn list(names: &[String]) -> String {
-    let shown = names[..names.len().min(12)].join(", ");
-    match names.len() - names.len().min(12) {
-        0 => shown,
-        more => format!("{shown} and {more} more"),
-    }
 }
 
 struct Walk<'a> {

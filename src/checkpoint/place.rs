@@ -140,6 +140,15 @@ pub(super) fn model_name(config: &Value, parameters: u64) -> String {
     format!("{} {size}", crate::families::type_of(config).unwrap_or("model"))
 }
 
+/// Names, or the first dozen and how many more.
+pub(super) fn list(names: &[String]) -> String {
+    let shown = names[..names.len().min(12)].join(", ");
+    match names.len() - names.len().min(12) {
+        0 => shown,
+        more => format!("{shown} and {more} more"),
+    }
+}
+
 /// The names in a folder, sorted.
 fn names(folder: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
@@ -277,7 +286,7 @@ fn gguf_files(folder: &Path, names: &[String]) -> Option<String> {
     match &found[..] {
         [] => None,
         [one] => Some(format!("give the file itself, {one}")),
-        several => Some(format!("give one of its files: {}", super::beside::list(several))),
+        several => Some(format!("give one of its files: {}", list(several))),
     }
 }
 

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | architectures and the families that are written as them | `architectures` | the same |
 //! | names and rows of tensors | `model`, with `fused` | `names` |
-//! | settings | `settings`, with `required` and `rope` | `metadata`, with `same` |
+//! | settings | `settings`, with `rope` | `metadata`, with `same` |
 //! | tokenizer | `tokenizer::rebuilt` | `tokenizer`, with `tokenizer::pretokenizer` |
 //! | what a model's name brings about | `called` | the same |
 //!
@@ -16,7 +16,6 @@ mod fused;
 pub mod metadata;
 pub(crate) mod model;
 pub mod names;
-mod required;
 mod rope;
 pub(crate) mod same;
 pub(crate) mod settings;

@@ -10,7 +10,8 @@ use formats::container::gguf::MetadataValue;
 use serde_json::{Map, Value, json};
 
 use crate::dialect::architectures::{Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
-use crate::dialect::required;
+
+mod required;
 
 /// What a GGUF file says of a model beside its weights.
 pub(crate) struct Settings {

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::spelling::CLASSES;
+use super::classes::CLASSES;
 use crate::json::{integer, shown};
 
 /// Settings that classes let be null and compute with, and what is taken for a null where it is not the class's default.

@@ -1,6 +1,7 @@
 //! Model families: `config.json` → [`Graph`]. A family is one file and one line here.
 
 mod build;
+mod classes;
 mod cohere;
 mod deepseek;
 mod dots;

@@ -3,11 +3,11 @@
 //! What wins where two are there, and what is taken where none is, is what transformers 5 does: `defaults.json` is made
 //! from its configuration classes, and [`Rotation`] says what they do with rotary positions.
 
-use std::collections::{BTreeSet, HashMap};
-use std::sync::LazyLock;
+use std::collections::BTreeSet;
 
 use serde_json::{Map, Value, json};
 
+use super::classes::{CLASSES, SIZES, class_of};
 use super::{guesses, strict};
 use crate::error::{Error, Result};
 use crate::json::{real, shown};
@@ -25,33 +25,6 @@ pub struct Settings {
     /// Settings that config.json does not have or has a null for, and for which defaults stand here.
     pub left_out: BTreeSet<String>,
 }
-
-/// What transformers knows of a model type.
-#[derive(serde::Deserialize)]
-pub(super) struct Class {
-    pub(super) defaults: Map<String, Value>,
-    /// Those that may be null.
-    pub(super) nullable: Vec<String>,
-    /// A setting and the keys that stand for it, of which the last wins.
-    pub(super) spellings: Vec<Vec<String>>,
-}
-
-pub(super) static CLASSES: LazyLock<HashMap<String, Class>> =
-    LazyLock::new(|| serde_json::from_str(include_str!("defaults.json")).expect("a committed file"));
-
-/// Settings that shapes of tensors follow from.
-pub(super) const SIZES: &[&str] = &[
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "n_embd",
-    "n_layer",
-    "n_head",
-];
 
 /// What a class does with settings of rotary positions.
 #[derive(Clone, Copy)]
@@ -162,16 +135,6 @@ pub fn settled(model_type: &str, mut values: Map<String, Value>) -> Result<Setti
     }
     rotary(model_type, &mut values, &mut notes)?;
     Ok(Settings { model_type: model_type.to_owned(), values: values.into(), notes, left_out })
-}
-
-/// The class that reads a model type; some types of wrappers are those of their text too.
-pub(super) fn class_of(model_type: &str) -> &str {
-    match model_type {
-        "qwen2_vl" => "qwen2_vl_text",
-        "qwen2_5_vl" => "qwen2_5_vl_text",
-        "kimi_k2" => "deepseek_v3",
-        other => other,
-    }
 }
 
 fn same(a: &Value, b: &Value) -> bool {

@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 
 use serde_json::{Map, Value};
 
-use super::spelling::{CLASSES, SIZES, class_of};
+use super::classes::{CLASSES, SIZES, class_of};
 use super::{TextPart, text_part};
 use crate::json::{integer, real, shown};
 

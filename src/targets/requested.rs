@@ -70,8 +70,12 @@ fn format_of(request: &Request, path: &Path) -> String {
 /// the other flags and the rest of the recipe.
 ///
 /// Fails where there is no output, or two ways to ask for one are mixed.
-pub fn requested(flags: Request, file: Request, output: Option<PathBuf>, targets: &[String]) -> Result<Vec<Requested>> {
-    let mut file = file;
+pub fn requested(
+    flags: Request,
+    mut file: Request,
+    output: Option<PathBuf>,
+    targets: &[String],
+) -> Result<Vec<Requested>> {
     let tables = std::mem::take(&mut file.target);
     if let (Some(path), true) = (&file.path, output.is_none()) {
         return Err(Error::usage(format!(

@@ -7,7 +7,6 @@ use std::sync::LazyLock;
 use serde_json::{Map, Value, json};
 
 use super::added::{CONFIG, Sources};
-use crate::tokenizer::sentencepiece::save_tokenizer;
 
 static KNOWN: LazyLock<Value> =
     LazyLock::new(|| serde_json::from_str(include_str!("classes.json")).expect("made by a script"));
@@ -252,6 +251,13 @@ fn plain(rule: &Value) -> Value {
             Value::Object(kept.map(|(key, value)| (key.clone(), value.clone())).collect::<Map<_, _>>())
         }
     }
+}
+
+/// The line of Python that saves tokenizer.json.
+pub(crate) fn save_tokenizer(model: &str) -> String {
+    format!(
+        "python3 -c 'from transformers import AutoTokenizer as T; T.from_pretrained(\"{model}\").save_pretrained(\"{model}\")'"
+    )
 }
 
 #[cfg(test)]

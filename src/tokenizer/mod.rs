@@ -41,7 +41,7 @@ pub(crate) fn other_tokenizer(folder: &Path) -> String {
     let other = OTHER_TOKENIZERS.iter().find(|(name, _)| folder.join(name).exists());
     other.map_or(String::new(), |(name, what)| {
         let model = folder.display().to_string();
-        format!("; {name} is {what}, which is not read: {}", sentencepiece::save_tokenizer(&model))
+        format!("; {name} is {what}, which is not read: {}", classes::save_tokenizer(&model))
     })
 }
 

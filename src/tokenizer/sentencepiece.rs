@@ -19,7 +19,7 @@ use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
 use crate::tokenizer::added::{Added, Declared, Sources};
-use crate::tokenizer::classes::{GENERAL, puts_marks};
+use crate::tokenizer::classes::{GENERAL, puts_marks, save_tokenizer};
 
 /// Kinds of token, as SentencePiece and GGUF files number them.
 pub(crate) mod kind {
@@ -79,13 +79,6 @@ fn not_a_model(bytes: &[u8], error: &formats::Error) -> String {
         ),
         false => format!("not a SentencePiece model: {error}"),
     }
-}
-
-/// The line of Python that saves tokenizer.json.
-pub(crate) fn save_tokenizer(model: &str) -> String {
-    format!(
-        "python3 -c 'from transformers import AutoTokenizer as T; T.from_pretrained(\"{model}\").save_pretrained(\"{model}\")'"
-    )
 }
 
 /// A tokenizer.model in the form of tokenizer.json.

@@ -2,7 +2,7 @@
 
 use formats::Result;
 
-use crate::dialect::settings::Settings;
+use super::Settings;
 
 /// Keys by architecture, beside those that all have: by the loaders of llama.cpp de3ff81.
 const REQUIRED: &[(&str, &[&str])] = &[
