@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use calibration::samples::Samples;
-use calibration::solvers::{Gptq, Observer, Rtn, Shared, Solution, Solver};
+use calibration::solvers::{Asked, Gptq, Observer, Rtn, Shared, Solution, Solver};
 use calibration::statistics::{Needs, Statistics};
 use calibration::transforms::{Awq, Slot, Tie};
 use formats::tensor::narrow;
@@ -129,7 +129,7 @@ fn solver<B: Backend>(recipe: &Recipe) -> Box<dyn Solver<B>> {
     let observer: Observer = recipe.observer();
     if recipe.method.sweeps() {
         let (damp, act_order, desc_act) = (recipe.damp, recipe.act_order, recipe.desc_act);
-        Box::new(Gptq { observer, damp, act_order, desc_act })
+        Box::new(Gptq { observer, damp, act_order, desc_act, refine: false })
     } else {
         Box::new(Rtn { observer })
     }
@@ -300,7 +300,7 @@ impl<B: Backend> Work<'_, B> {
 
     fn spec(&self, scheme: Scheme, cols: usize) -> GridSpec {
         let min_zero = if scheme.symmetric { 0 } else { self.plan.codec.min_zero() };
-        GridSpec::contiguous(scheme, self.plan.precision, min_zero, cols)
+        GridSpec::of(scheme.encoding(self.plan.precision, min_zero), cols)
     }
 
     /// Gathers statistics of what a group of linears reads.
@@ -349,8 +349,9 @@ impl<B: Backend> Work<'_, B> {
         let (backend, solver) = (self.backend, self.solver);
         let loaded = group.iter().map(|linear| self.load(linear)).collect::<Result<Vec<_>>>()?;
         let schemes: Vec<Option<Scheme>> = group.iter().map(|l| self.plan.schemes.get(&l.module).copied()).collect();
-        let planned: Vec<(&B::Matrix, GridSpec)> = (group.iter().zip(&loaded).zip(&schemes))
-            .filter_map(|((linear, weight), scheme)| Some((&weight.matrix, self.spec((*scheme)?, linear.cols))))
+        let asked = |weight, spec| Asked { weight, spec, importance: None };
+        let planned: Vec<Asked<'_, B>> = (group.iter().zip(&loaded).zip(&schemes))
+            .filter_map(|((linear, weight), scheme)| Some(asked(&weight.matrix, self.spec((*scheme)?, linear.cols))))
             .collect();
         let started = Instant::now();
         let mut solutions = match shared {
@@ -372,10 +373,11 @@ impl<B: Backend> Work<'_, B> {
                 continue;
             };
             let mut solution = solutions.next().expect("one for each planned linear");
-            let lost = lost_in_grid(&solution.grid, self.source.file_of(&linear.weight()), &linear.weight(), || {
-                Ok([backend.download(&weight.matrix)?, backend.download(&solution.restored)?])
+            let grid = solution.grid().expect("integers in groups have a grid");
+            let lost = lost_in_grid(grid, self.source.file_of(&linear.weight()), &linear.weight(), || {
+                Ok([backend.download(&weight.matrix)?, backend.download(&solution.dequantized)?])
             })?;
-            weight.matrix = std::mem::replace(&mut solution.restored, weight.matrix);
+            weight.matrix = std::mem::replace(&mut solution.dequantized, weight.matrix);
             let tokens = statistics.map_or(0, |s| s.tokens);
             let count = statistics.map_or(1.0, |s| s.count.max(1.0));
             let report = LinearReport {

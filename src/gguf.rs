@@ -6,12 +6,11 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use calibration::samples::Samples;
-use calibration::solvers::{Gptq, Observer, Shared, Solver, pack_rows, searched, solve_blocks};
+use calibration::solvers::{Asked, Gptq, Observer, Rtn, Shared, Solver, pack_rows, searched};
 use calibration::statistics::{Needs, Statistics};
 use formats::container::gguf::MetadataValue;
-use formats::ggml::Levels;
 use formats::{GgmlType, GgufTensor, GgufWriter, Imatrix, ImatrixEntry, TensorView};
-use kernels::Backend;
+use kernels::{Backend, GridSpec};
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
@@ -297,7 +296,13 @@ pub fn compile<B: Backend>(
     let files: Vec<PathBuf> = writer.files().map(Path::to_path_buf).collect();
     let backend = &backend.relaxed();
     progress.start("quantizing", plan.by_module.len());
-    let sweep = Gptq { observer: Observer::Imatrix, damp: recipe.damp, act_order: recipe.act_order, desc_act: false };
+    let sweep = Gptq {
+        observer: Observer::Imatrix,
+        damp: recipe.damp,
+        act_order: recipe.act_order,
+        desc_act: false,
+        refine: true,
+    };
     let ahead = Ahead::new(backend, source);
     let run = |hand: &Behind<Piece>| {
         let mut work = Work {
@@ -442,11 +447,19 @@ impl<B: Backend> Work<'_, B> {
                 let asked = turned.as_ref().or(own.as_ref()).unwrap_or(&weight.matrix);
                 let alone = Shared { statistics: None, factor: None, fallback: None };
                 let by = if part.transposed { &alone } else { &shared };
-                let solution = solve_blocks(backend, by, asked, *ty, importance.as_deref())?;
+                let observer = if importance.is_some() { Observer::Imatrix } else { Observer::MinMax };
+                let spec = GridSpec::of(ty.encoding(), backend.shape(asked)[1]);
+                let one = [Asked { weight: asked, spec, importance: importance.as_deref() }];
+                let mut solution = match (self.solver, &by.factor) {
+                    (Some(sweep), Some(_)) => Gptq { observer, ..sweep }.solve(backend, by, &one)?,
+                    _ => Rtn { observer }.solve(backend, by, &one)?,
+                }
+                .remove(0);
+                let packed = solution.rows(backend)?;
                 let asked = || Ok(backend.download(asked)?.iter().copied().collect());
                 lost += lost_in_blocks(
                     *ty,
-                    &solution.packed,
+                    &packed,
                     self.source.file_of(&part.from.tensor()),
                     [&part.from.tensor(), &tensor.gguf],
                     asked,
@@ -456,26 +469,24 @@ impl<B: Backend> Work<'_, B> {
 
                 let started = Instant::now();
                 let [rows, _] = part.extents();
-                let row_bytes = solution.packed.len() / rows;
+                let row_bytes = packed.len() / rows;
                 let offset = (place.first * row_bytes) as u64;
                 let bytes = match &part.rows {
                     Some(order) if all => {
-                        let mut packed = Vec::with_capacity(solution.packed.len());
-                        order
-                            .iter()
-                            .for_each(|row| packed.extend_from_slice(&solution.packed[row * row_bytes..][..row_bytes]));
-                        packed
+                        let mut ordered = Vec::with_capacity(packed.len());
+                        order.iter().for_each(|row| ordered.extend_from_slice(&packed[row * row_bytes..][..row_bytes]));
+                        ordered
                     }
-                    _ => solution.packed,
+                    _ => packed,
                 };
                 self.quantized[1] += bytes.len() as u64;
                 self.behind.hand_over(Piece { tensor: tensor.gguf.clone(), offset, bytes })?;
                 lap(&mut self.seconds.write, started);
                 if all {
-                    matrix = Some(solution.restored);
+                    matrix = Some(solution.dequantized);
                 } else {
                     let whole = restored.get_or_insert_with(|| Array2::zeros((linear.rows, linear.cols)));
-                    let host = backend.download(&solution.restored)?;
+                    let host = backend.download(&solution.dequantized)?;
                     for at in 0..linear.rows.min(part.rows.as_ref().map_or(linear.rows, Vec::len)) {
                         let row = part.rows.as_ref().map_or(at, |rows| rows[at]);
                         match part.transposed {
@@ -711,12 +722,9 @@ fn plain_report(linear: &Linear, ty: GgmlType) -> LinearReport {
         name: linear.module.clone(),
         method: "rtn".to_owned(),
         ty: Some(ty.name),
-        bits: layout.map_or((ty.block_bytes * 8) as u8, |layout| match layout.levels {
-            Levels::Uniform { codes, .. } => (16 - (codes - 1).leading_zeros()) as u8,
-            Levels::Table(_) => 4,
-        }),
-        group_size: layout.map_or(1, |layout| layout.group as i64),
-        symmetric: layout.is_none_or(|layout| !layout.has_min),
+        bits: layout.map_or((ty.block_bytes * 8) as u8, |encoding| encoding.levels.bits()),
+        group_size: layout.map_or(1, |encoding| encoding.group() as i64),
+        symmetric: layout.is_none_or(|encoding| !encoding.has_min()),
         tokens: 0,
         prior: None,
         dead_inputs: None,

@@ -333,15 +333,15 @@ impl Encoding {
 
     /// Integers of `bits` bits; each block stores its zero, `min_zero` at least.
     pub const fn asymmetric(bits: u8, block: Block, scale: Float, min_zero: u8) -> Encoding {
-        Encoding {
-            offset: Offset::Zero { min: min_zero },
-            ..Encoding::scaled(Levels::unsigned(bits), block, scale)
-        }
+        Encoding { offset: Offset::Zero { min: min_zero }, ..Encoding::scaled(Levels::unsigned(bits), block, scale) }
     }
 
     /// MLX's: `scale · code + bias` in groups of `group` columns; the bias is the min with its sign turned.
     pub const fn mlx(bits: u8, group: usize, scale: Float) -> Encoding {
-        Encoding { offset: Offset::Min(scale), ..Encoding::scaled(Levels::unsigned(bits), Block::Columns(group), scale) }
+        Encoding {
+            offset: Offset::Min(scale),
+            ..Encoding::scaled(Levels::unsigned(bits), Block::Columns(group), scale)
+        }
     }
 
     /// E4M3 with a scale in single precision for each block.
@@ -500,8 +500,7 @@ pub const PRESETS: &[(&str, Encoding)] = &[
 ];
 
 /// Four bits, two of them exponent and one mantissa: the codes of MXFP4 and NVFP4.
-pub static E2M1: [f32; 16] =
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
+pub static E2M1: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
 
 /// bitsandbytes' table of 16 levels, each as likely as the others for normally distributed weights (QLoRA, arXiv:2305.14314).
 pub static NF4: [f32; 16] = [
@@ -614,7 +613,10 @@ mod tests {
                 assert_eq!(Float::E8M0.round(1.51 * power), 2.0 * power);
             }
         }
-        assert_eq!([0.0, -3.0, 1e-45, f32::MAX].map(|x| Float::E8M0.round(x)), [2f32.powi(-127), 2f32.powi(-127), 2f32.powi(-127), 2f32.powi(127)]);
+        assert_eq!(
+            [0.0, -3.0, 1e-45, f32::MAX].map(|x| Float::E8M0.round(x)),
+            [2f32.powi(-127), 2f32.powi(-127), 2f32.powi(-127), 2f32.powi(127)]
+        );
     }
 
     #[test]

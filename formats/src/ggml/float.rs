@@ -6,9 +6,12 @@ use crate::tensor::{Dtype, widen};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-pub(super) const F32: GgmlType = plain_type(0, "F32", 4, Float::F32, |bytes, out| plain(Dtype::F32, bytes, out), to_f32);
-pub(super) const F16: GgmlType = plain_type(1, "F16", 2, Float::F16, |bytes, out| plain(Dtype::F16, bytes, out), to_f16);
-pub(super) const BF16: GgmlType = plain_type(30, "BF16", 2, Float::BF16, |bytes, out| plain(Dtype::BF16, bytes, out), to_bf16);
+pub(super) const F32: GgmlType =
+    plain_type(0, "F32", 4, Float::F32, |bytes, out| plain(Dtype::F32, bytes, out), to_f32);
+pub(super) const F16: GgmlType =
+    plain_type(1, "F16", 2, Float::F16, |bytes, out| plain(Dtype::F16, bytes, out), to_f16);
+pub(super) const BF16: GgmlType =
+    plain_type(30, "BF16", 2, Float::BF16, |bytes, out| plain(Dtype::BF16, bytes, out), to_bf16);
 
 const fn plain_type(
     id: u32,

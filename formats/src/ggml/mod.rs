@@ -143,11 +143,7 @@ impl GgmlType {
             encoding: Encoding { store: Store::Ggml(id), ..B::ENCODING },
             decode: decode_blocks::<B>,
             encode: None,
-            blocks: Some(Blocks {
-                pack: pack_blocks::<B>,
-                unpack: unpack_blocks::<B>,
-                judge: judge_blocks::<B>,
-            }),
+            blocks: Some(Blocks { pack: pack_blocks::<B>, unpack: unpack_blocks::<B>, judge: judge_blocks::<B> }),
         }
     }
 

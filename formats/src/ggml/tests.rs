@@ -131,7 +131,8 @@ fn codes_and_scales_at_their_ends_keep_to_their_bits() {
         for at in 0..ty.block_len {
             let mut codes = vec![0; ty.block_len];
             codes[at] = (layout.levels.count() - 1) as u8;
-            let mut block = BlockScales { d: 1.0, m: if layout.has_min() { 2.0 } else { 0.0 }, ..BlockScales::default() };
+            let mut block =
+                BlockScales { d: 1.0, m: if layout.has_min() { 2.0 } else { 0.0 }, ..BlockScales::default() };
             block.scales[..groups].fill(if layout.sub().is_some() { sub.low } else { 0 });
             if layout.sub().is_some() {
                 block.scales[at % groups] = sub.high;

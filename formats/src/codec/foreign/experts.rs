@@ -9,8 +9,8 @@
 
 use std::ops::Range;
 
-use crate::encoding::E2M1;
 use super::{Foreign, Layout, TensorLookup, need, power};
+use crate::encoding::E2M1;
 use crate::error::{Error, Result};
 use crate::tensor::{Dtype, TensorView};
 
