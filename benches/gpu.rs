@@ -12,9 +12,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use formats::ggml::GgmlType;
-use formats::{Dtype, ScalePrecision, Scheme, ShardedWriter, TensorSpec, WordLayout};
+use formats::{Dtype, Float, Scheme, ShardedWriter, TensorSpec, WordLayout};
 use kernels::cuda::{Card, Matrix, cards};
-use kernels::{Activation, AttentionShape, Backend, Cuda, FitKind, GridSpec, Result};
+use kernels::{Activation, AttentionShape, Backend, Cuda, FitKind, GridSpec, Packing, Result};
 use ndarray::Array2;
 use quantc::{demo, families};
 use rayon::prelude::*;
@@ -163,13 +163,12 @@ fn table() -> Result<()> {
         let bytes = (4 * rows * cols) as f64;
         for (name, symmetric) in [("symmetric", true), ("with zeros", false)] {
             let scheme = Scheme { bits: 4, group: Some(128), symmetric };
-            let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, cols);
+            let spec = GridSpec::of(scheme.encoding(Float::F16, 0), cols);
             let name = format!("scale search, {rows} × {cols}, {name}");
             let line = Line { name: &name, work: bytes, peak: MEMORY, unit: "TB/s" };
             measure(&cuda, &line, || cuda.fit(&weight, &spec, FitKind::Weighted(&energy)))?;
         }
-        let spec =
-            GridSpec::contiguous(Scheme { bits: 4, group: Some(128), symmetric: true }, ScalePrecision::F16, 0, cols);
+        let spec = GridSpec::of(Scheme { bits: 4, group: Some(128), symmetric: true }.encoding(Float::F16, 0), cols);
         let grid = cuda.fit(&weight, &spec, FitKind::Weighted(&energy))?;
         let name = format!("sweep, {rows} × {cols}");
         let line = Line { name: &name, work: (rows * cols * cols) as f64, peak: F32, unit: "TFLOP/s" };
@@ -194,32 +193,33 @@ fn table() -> Result<()> {
             let line = Line { name: &name, work: (rows * cols * cols) as f64, peak: F32, unit: "TFLOP/s" };
             measure(cuda, &line, || cuda.quadratic(&weight, &gram))?;
         }
-        let name = format!("restoring, {rows} × {cols}");
+        let name = format!("dequantizing, {rows} × {cols}");
         let line = Line { name: &name, work: (5 * rows * cols) as f64, peak: MEMORY, unit: "TB/s" };
-        measure(&cuda, &line, || cuda.restore(&codes, &grid))?;
+        measure(&cuda, &line, || cuda.dequantize(&codes, &grid))?;
         for (name, layout) in
             [("rows", WordLayout::Rows), ("GPTQ", WordLayout::RowsTransposed), ("AWQ", WordLayout::Awq)]
         {
             let name = format!("packing and its way to the host, {rows} × {cols}, {name}");
             let line = Line { name: &name, work: (rows * cols / 2) as f64, peak: BUS, unit: "TB/s" };
-            measure(&cuda, &line, || cuda.pack(&codes, 4, layout))?;
+            measure(&cuda, &line, || cuda.pack(&codes, Packing::Words { bits: 4, layout }))?;
         }
         drop(codes);
         let ty = GgmlType::from_name("Q4_K").expect("a type");
+        let spec = GridSpec::of(ty.encoding(), cols);
         let name = format!("Q4_K: search, {rows} × {cols}");
         let line = Line { name: &name, work: bytes, peak: MEMORY, unit: "TB/s" };
-        measure(&cuda, &line, || cuda.fit_blocks(&weight, ty, Some(&energy)))?;
-        let grid = cuda.fit_blocks(&weight, ty, Some(&energy))?;
+        measure(&cuda, &line, || cuda.fit(&weight, &spec, FitKind::Weighted(&energy)))?;
+        let grid = cuda.fit(&weight, &spec, FitKind::Weighted(&energy))?;
         let name = format!("Q4_K: sweep, {rows} × {cols}");
         let line = Line { name: &name, work: (rows * cols * cols) as f64, peak: F32, unit: "TFLOP/s" };
-        measure(&cuda, &line, || cuda.sweep_blocks(&weight, &factor, &grid))?;
-        let mut codes = cuda.sweep_blocks(&weight, &factor, &grid)?.codes;
+        measure(&cuda, &line, || cuda.sweep(&[(&weight, &grid)], &factor))?;
+        let mut codes = cuda.sweep(&[(&weight, &grid)], &factor)?.remove(0).codes;
         let name = format!("Q4_K: refinement, {rows} × {cols}");
         let line = Line { name: &name, work: 8.0 * (rows * cols * cols) as f64, peak: F32, unit: "TFLOP/s" };
-        measure(&cuda, &line, || cuda.refine_blocks(&weight, &gram, 0.05, &mut grid.clone(), &mut codes))?;
+        measure(&cuda, &line, || cuda.refine(&weight, &gram, 0.05, &mut grid.clone(), &mut codes))?;
         let name = format!("Q4_K: packing and its way to the host, {rows} × {cols}");
         let line = Line { name: &name, work: (rows * cols / 256 * 144) as f64, peak: BUS, unit: "TB/s" };
-        measure(&cuda, &line, || cuda.pack_blocks(&codes, &grid))?;
+        measure(&cuda, &line, || cuda.pack(&codes, Packing::Blocks(&grid)))?;
     }
     let [p, q] = [upload(1024, 128_256, 12)?, upload(1024, 128_256, 13)?];
     let line =

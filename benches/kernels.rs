@@ -13,7 +13,7 @@ use std::cell::LazyCell;
 
 use criterion::{BatchSize, SamplingMode, Throughput, criterion_group, criterion_main};
 use formats::ggml::{GgmlType, TYPES};
-use formats::{ScalePrecision, Scheme};
+use formats::{Float, Scheme};
 use kernels::ops::{activation, bf16};
 use kernels::{Activation, AttentionShape, Backend, Cpu, Factor, FitKind, Grid, GridSpec, Result, cpu};
 use ndarray::Array2;
@@ -177,7 +177,7 @@ fn factor(c: &mut Criterion) {
 
 /// 4 bits in groups of 64.
 fn spec(symmetric: bool, cols: usize) -> GridSpec {
-    GridSpec::contiguous(Scheme { bits: 4, group: Some(64), symmetric }, ScalePrecision::F16, 0, cols)
+    GridSpec::of(Scheme { bits: 4, group: Some(64), symmetric }.encoding(Float::F16, 0), cols)
 }
 
 fn grid(weight: &Array2<f32>) -> Grid {
@@ -238,13 +238,16 @@ fn blocks(c: &mut Criterion) {
     let cpu = Cpu::exact();
     let types = || TYPES.iter().filter(|ty| ty.layout().is_some());
     let weight = || matrix(rows, cols, 4);
-    let fitted = |ty: &GgmlType| cpu.fit_blocks(&weight(), *ty, Some(&importance)).expect("shapes fit");
+    let fit = |ty: &GgmlType, weight: &Array2<f32>, importance: Option<&[f32]>| {
+        cpu.fit(weight, &GridSpec::of(ty.encoding(), cols), importance.map_or(FitKind::MinMax, FitKind::Weighted))
+    };
+    let fitted = |ty: &GgmlType| fit(ty, &weight(), Some(&importance)).expect("shapes fit");
     let mut group = c.benchmark_group("fit blocks");
     group.sample_size(10);
     for ty in types() {
         for (name, importance) in [("", None), (", importance", Some(&*importance))] {
             let name = format!("{}{name}", ty.name);
-            measure(&mut group, &name, work.clone(), weight, |weight| cpu.fit_blocks(weight, *ty, importance));
+            measure(&mut group, &name, work.clone(), weight, |weight| fit(ty, weight, importance));
         }
     }
     group.finish();
@@ -252,7 +255,7 @@ fn blocks(c: &mut Criterion) {
     group.sample_size(10);
     for ty in types() {
         let make = || (weight(), fitted(ty));
-        measure(&mut group, ty.name, work.clone(), make, |(weight, grid)| cpu.round_blocks(weight, grid));
+        measure(&mut group, ty.name, work.clone(), make, |(weight, grid)| cpu.round(weight, grid));
     }
     group.finish();
     let mut group = c.benchmark_group("refine blocks");
@@ -261,12 +264,13 @@ fn blocks(c: &mut Criterion) {
     for ty in types() {
         let make = || {
             let (weight, grid) = (weight(), fitted(ty));
-            let swept = cpu.sweep_blocks(&weight, &factored(&gram).expect("definite"), &grid).expect("shapes fit");
+            let swept =
+                cpu.sweep(&[(&weight, &grid)], &factored(&gram).expect("definite")).expect("shapes fit").remove(0);
             (weight, grid, swept.codes)
         };
         measure(&mut group, ty.name, work.clone(), make, |(weight, grid, codes)| {
             let (mut grid, mut codes) = (grid.clone(), codes.clone());
-            cpu.refine_blocks(weight, &gram, 0.05, &mut grid, &mut codes)
+            cpu.refine(weight, &gram, 0.05, &mut grid, &mut codes)
         });
     }
 }

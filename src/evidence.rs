@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use calibration::statistics::Statistics;
-use formats::{Dtype, GgmlType, ScalePrecision};
+use formats::{Dtype, Float, GgmlType};
 use kernels::{Backend, Grid};
 use ndarray::Array2;
 
@@ -118,12 +118,13 @@ pub fn lost_in_grid(
     tensor: &str,
     values: impl FnOnce() -> Result<[Array2<f32>; 2]>,
 ) -> Result<usize> {
-    let scheme = grid.spec.scheme;
+    let scheme = grid.spec.encoding.scheme().expect("integers in groups");
+    let precision = grid.spec.encoding.precision();
     let top = if scheme.symmetric { scheme.midpoint() } else { scheme.max_code() };
-    let (largest, small) = match grid.spec.precision {
-        ScalePrecision::F32 => (f32::MAX, 0.0),
-        ScalePrecision::F16 => (LARGEST_HALF, f32::from(top) * STEP),
-        ScalePrecision::BF16 => (65280.0, f32::from(top) * STEP),
+    let (largest, small) = match precision {
+        Float::F16 => (LARGEST_HALF, f32::from(top) * STEP),
+        Float::BF16 => (65280.0, f32::from(top) * STEP),
+        wide => (wide.largest(), 0.0),
     };
     // Written so that a NaN is beyond.
     if !grid.scales.iter().all(|scale| scale.abs() < largest) {
@@ -140,8 +141,7 @@ pub fn lost_in_grid(
     let tiny = |scale: &f32| scale.abs() <= small;
     // Runtimes dequantize into the type of the scales.
     let widest = f32::from(scheme.max_code());
-    let may_overflow = grid.spec.precision == ScalePrecision::F16
-        && grid.scales.iter().any(|scale| scale.abs() * widest >= LARGEST_HALF);
+    let may_overflow = precision == Float::F16 && grid.scales.iter().any(|scale| scale.abs() * widest >= LARGEST_HALF);
     if !may_overflow && !grid.scales.iter().any(tiny) {
         return Ok(0);
     }
@@ -256,10 +256,10 @@ fn starved_experts(linears: &[LinearReport]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use calibration::solvers::{Gptq, Observer, Solver, solve_blocks};
+    use calibration::solvers::{Asked, Gptq, Observer, Rtn, Solver};
     use calibration::statistics::Needs;
     use formats::ggml::TYPES;
-    use kernels::Cpu;
+    use kernels::{Cpu, GridSpec};
 
     use super::*;
 
@@ -279,18 +279,25 @@ mod tests {
         let inputs = backend.input(noise(64, 256)).unwrap();
         let statistics = Statistics::gather(&backend, 256, Needs::Hessian, |see| see(&inputs))
             .map_err(|e: kernels::Error| Error::from(e))?;
-        let solver = Gptq { observer: Observer::Imatrix, damp: 0.05, act_order: true, desc_act: false };
+        let solver = Gptq { observer: Observer::Imatrix, damp: 0.05, act_order: true, desc_act: false, refine: true };
         let shared = match sweep {
             true => solver.share(&backend, Some(&statistics))?,
             false => calibration::solvers::Shared { statistics: None, factor: None, fallback: None },
         };
         let importance = statistics.importance();
         let weight = backend.upload(weight.clone())?;
-        let solution = solve_blocks(&backend, &shared, &weight, ty, sweep.then_some(&importance[..]))?;
+        let spec = GridSpec::of(ty.encoding(), 256);
+        let one = [Asked { weight: &weight, spec, importance: sweep.then_some(&importance[..]) }];
+        let mut solution = match sweep {
+            true => solver.solve(&backend, &shared, &one)?,
+            false => Rtn { observer: Observer::MinMax }.solve(&backend, &shared, &one)?,
+        }
+        .remove(0);
+        let packed = solution.rows(&backend)?;
         let asked = || Ok(backend.download(&weight)?.iter().copied().collect());
-        let lost = lost_in_blocks(ty, &solution.packed, Path::new("in"), ["the.weight", "blk.0.x.weight"], asked)?;
+        let lost = lost_in_blocks(ty, &packed, Path::new("in"), ["the.weight", "blk.0.x.weight"], asked)?;
         let mut held = vec![0.0; 8 * 256];
-        ty.dequantize(&solution.packed, &mut held)?;
+        ty.dequantize(&packed, &mut held)?;
         let (mut whole, mut error) = (0.0, 0.0);
         for (x, y) in weight.iter().zip(&held) {
             assert!(y.is_finite(), "{ty}: {y} for {x}");

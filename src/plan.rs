@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use formats::codec::{ConfigFiles, QuantizedModule};
 use formats::tensor::is_float;
-use formats::{Codec, Dtype, ScalePrecision, Scheme, TensorSpec};
+use formats::{Codec, Dtype, Float, Scheme, TensorSpec};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -32,7 +32,7 @@ pub struct Plan {
     /// Type of scales in the file.
     pub scale_dtype: Dtype,
     /// Precision that scales are searched in.
-    pub precision: ScalePrecision,
+    pub precision: Float,
     /// Type of tensors that are written but not quantized.
     pub float_dtype: Dtype,
     /// config.json's addition and files beside it.
@@ -136,9 +136,9 @@ impl Plan {
         let scale_dtype = codec.scale_dtype(model_dtype);
         let precision = match (model_dtype, scale_dtype) {
             // Runtimes may cast scales to the model's type: choose scales that survive that.
-            (Dtype::BF16, _) | (_, Dtype::BF16) => ScalePrecision::BF16,
-            (_, Dtype::F32) => ScalePrecision::F32,
-            _ => ScalePrecision::F16,
+            (Dtype::BF16, _) | (_, Dtype::BF16) => Float::BF16,
+            (_, Dtype::F32) => Float::F32,
+            _ => Float::F16,
         };
         // Transformers unpacks experts to the type of their scales, and not every class of its multiplies matrices of two types:
         // the scales are chosen as before, for vLLM runs such a model in float16, and written in the model's type.

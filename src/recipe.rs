@@ -321,32 +321,17 @@ impl Recipe {
         // Where a code has eight bits or a value none, there is nothing left to gain from data.
         let coarse = !matches!(mix.name, "Q8_0" | "F16" | "BF16" | "F32");
         let method = match request.method.as_deref() {
-            Some(name) => match named("method", Method::ALL, name)? {
-                method @ (Method::Rtn | Method::Gptq) => method,
-                other => {
-                    return Err(Error::usage(format!(
-                        "method {} is not for GGUF files; there are rtn, gptq",
-                        other.name()
-                    )));
-                }
-            },
+            Some(name) => named("method", Method::ALL, name)?,
             None if request.imatrix.is_some() || !coarse => Method::Rtn,
             None => Method::Gptq,
         };
+        let known = request.imatrix.is_some() || request.save_imatrix.is_some() || method != Method::Rtn;
         let observer = match request.observer.as_deref() {
-            Some(name) => match named("observer", Observer::ALL, name)? {
-                Observer::Imatrix => "imatrix",
-                Observer::Mse if method == Method::Rtn => "mse",
-                _ => {
-                    return Err(Error::usage(format!(
-                        "observer {name} is not for GGUF files with method {}: there are mse (for rtn) and imatrix",
-                        method.name()
-                    )));
-                }
-            },
-            None if method == Method::Rtn && request.save_imatrix.is_none() && request.imatrix.is_none() => "mse",
-            None => "imatrix",
+            Some(name) => named("observer", Observer::ALL, name)?,
+            None if known => Observer::Imatrix,
+            None => Observer::MinMax,
         };
+        let observer = Observer::ALL.iter().find(|(_, o)| *o == observer).expect("in the list").0;
         let split_max_size = request.split_max_size.as_deref().map(parse_size).transpose()?;
         let gguf = GgufRecipe {
             mix: mix.name,

@@ -1,12 +1,11 @@
-//! Uniform grids: a group of consecutive weights shares one scale and one zero.
+//! Schemes: what users call the encodings by integers whose groups have scales (and zeros) of their own.
 
-use half::{bf16, f16};
 use serde::{Deserialize, Serialize};
 
 /// How a weight matrix is divided into groups and how wide each code is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Scheme {
-    /// Width of one code: 2, 3, 4 or 8.
+    /// Width of one code, 2 to 8.
     pub bits: u8,
     /// Columns that share one scale; `None` is one scale per row ("channel").
     pub group: Option<usize>,
@@ -56,32 +55,5 @@ impl Scheme {
     /// Groups in a row of `cols` values.
     pub fn groups(&self, cols: usize) -> usize {
         cols.div_ceil(self.group_width(cols).max(1))
-    }
-}
-
-/// The precision in which scales are stored, and therefore searched.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ScalePrecision {
-    /// IEEE half.
-    F16,
-    /// bfloat16, limited to what half can hold too, so that a runtime may keep the scale in either.
-    BF16,
-    /// Single precision.
-    F32,
-}
-
-impl ScalePrecision {
-    /// The nearest value that the file can hold; finite input stays finite, and a nonzero scale may become zero.
-    pub fn round(self, scale: f32) -> f32 {
-        match self {
-            ScalePrecision::F32 => scale,
-            ScalePrecision::F16 => f16::from_f32(scale.clamp(-65504.0, 65504.0)).to_f32(),
-            ScalePrecision::BF16 => {
-                let r = bf16::from_f32(scale.clamp(-65280.0, 65280.0)).to_f32();
-                // Below half's normal range bf16 keeps bits that half drops.
-                if r.abs() < 6.103_515_6e-5 { f16::from_f32(r).to_f32() } else { r }
-            }
-        }
     }
 }

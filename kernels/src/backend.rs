@@ -1,7 +1,7 @@
 //! What quantc asks of a device: few, whole operations.
 
 use formats::ggml::{BlockScales, GgmlType};
-use formats::{Dtype, ScalePrecision, Scheme, WordLayout};
+use formats::{Dtype, Encoding, WordLayout};
 use ndarray::Array2;
 
 use crate::Result;
@@ -112,68 +112,56 @@ impl ActivationRounding {
     }
 }
 
-/// A grid to be fitted: what the file format allows.
+/// A grid to be fitted: how the weight is represented, and which columns go together.
 #[derive(Clone, Debug)]
 pub struct GridSpec {
-    /// Width, grouping and symmetry.
-    pub scheme: Scheme,
-    /// Precision the scales are stored in.
-    pub precision: ScalePrecision,
-    /// Smallest zero the file can hold (GPTQ's v1 files cannot hold 0).
-    pub min_zero: u8,
+    /// What codes stand for, and how scales are stored.
+    pub encoding: Encoding,
     /// `[cols]`: the group of each column.
     pub group_of: Vec<u32>,
 }
 
 impl GridSpec {
     /// Groups of consecutive columns, in a row of `cols`.
-    pub fn contiguous(scheme: Scheme, precision: ScalePrecision, min_zero: u8, cols: usize) -> GridSpec {
-        let width = scheme.group_width(cols);
-        GridSpec { scheme, precision, min_zero, group_of: (0..cols).map(|col| (col / width) as u32).collect() }
+    pub fn of(encoding: Encoding, cols: usize) -> GridSpec {
+        let width = encoding.group_width(cols);
+        GridSpec { encoding, group_of: (0..cols).map(|col| (col / width) as u32).collect() }
     }
 
     /// Number of groups in a row.
     pub fn groups(&self) -> usize {
-        self.scheme.groups(self.group_of.len())
+        self.encoding.groups(self.group_of.len())
     }
 }
 
-/// Scales and zeros of every group of a weight matrix, fixed before the codes are chosen.
+/// Scales and zeros or minima of every group of a weight matrix, fixed before the codes are chosen.
 #[derive(Clone, Debug)]
 pub struct Grid {
     /// What it was fitted to.
     pub spec: GridSpec,
     /// Rows of the weight matrix.
     pub rows: usize,
-    /// `[rows, groups]`, exactly representable in the stored precision.
+    /// `[rows, groups]`: what levels are multiplied by. Exactly what the file says: its own value, or what the integers in `blocks` give.
     pub scales: Vec<f32>,
-    /// `[rows, groups]`.
+    /// `[rows, groups]`: the code of 0; the same everywhere where none is stored. Empty in blocks of ggml.
     pub zeros: Vec<u8>,
-}
-
-/// The scales of every block of a weight matrix in one of ggml's types, fixed before the codes are chosen.
-#[derive(Clone, Debug)]
-pub struct BlockGrid {
-    /// The type; it has a layout.
-    pub ty: GgmlType,
-    /// Rows of the weight matrix.
-    pub rows: usize,
-    /// Its columns, whole blocks.
-    pub cols: usize,
-    /// `[rows, blocks]`, as the file stores them.
-    pub blocks: Vec<BlockScales>,
-    /// `[rows, groups]`: what they give each group.
-    pub scales: Vec<f32>,
-    /// `[rows, groups]`; a weight is `scale · level − min`.
+    /// `[rows, groups]`: what is taken off; zeros where nothing is. Only in blocks of ggml.
     pub mins: Vec<f32>,
+    /// `[rows, blocks]` as the file stores them, in blocks of ggml.
+    pub blocks: Vec<BlockScales>,
 }
 
-impl BlockGrid {
-    /// Expands the blocks' scales.
+impl Grid {
+    /// Integers with these scales and zeros of every group.
+    pub fn of_integers(spec: GridSpec, rows: usize, scales: Vec<f32>, zeros: Vec<u8>) -> Grid {
+        Grid { spec, rows, scales, zeros, mins: Vec::new(), blocks: Vec::new() }
+    }
+
+    /// Expands the scales of blocks of one of ggml's types.
     ///
     /// # Panics
-    /// If the type has no layout: a mistake of the caller.
-    pub fn new(ty: GgmlType, rows: usize, cols: usize, blocks: Vec<BlockScales>) -> BlockGrid {
+    /// If the type has no codes: a mistake of the caller.
+    pub fn of_blocks(ty: GgmlType, rows: usize, cols: usize, blocks: Vec<BlockScales>) -> Grid {
         let per_block = ty.groups_per_block();
         let (mut scales, mut mins) = (vec![0.0; blocks.len() * per_block], vec![0.0; blocks.len() * per_block]);
         for ((block, scales), mins) in
@@ -181,18 +169,41 @@ impl BlockGrid {
         {
             ty.expand(block, scales, mins);
         }
-        BlockGrid { ty, rows, cols, blocks, scales, mins }
+        Grid { spec: GridSpec::of(ty.encoding(), cols), rows, scales, zeros: Vec::new(), mins, blocks }
+    }
+
+    /// Columns of the weight matrix.
+    pub fn cols(&self) -> usize {
+        self.spec.group_of.len()
     }
 }
 
+/// How codes are to lie.
+#[derive(Clone, Copy, Debug)]
+pub enum Packing<'a> {
+    /// In 32-bit words of their own, little-endian.
+    Words {
+        /// Bits of a code.
+        bits: u8,
+        /// Their order.
+        layout: WordLayout,
+    },
+    /// In the blocks of one of ggml's types, together with these scales.
+    Blocks(&'a Grid),
+}
+
 /// How the scale of a group is chosen.
+///
+/// Ranges of ggml's blocks are never taken as they are: what spans a superblock's groups says nothing of the integers between. So the
+/// first is a search there, too, and the last one by the Hessian's diagonal.
 #[derive(Debug)]
 pub enum FitKind<'a, M> {
-    /// From the smallest and the largest weight.
+    /// From the smallest and the largest weight. In ggml's blocks the search where each weight counts by its own size.
     MinMax,
-    /// The scale (and zero) of least `Σ h_j (w_j − ŵ_j)²`; `h` is `[cols]`, all ones for plain squared error.
+    /// The scale (and zero or min) of least `Σ h_j (w_j − ŵ_j)²`; `h` is `[cols]`, all ones for plain squared error.
     Weighted(&'a [f32]),
-    /// Range shrunk in steps to the least `eᵀ H_gg e`; `H` is `[cols, cols]`, its lower triangle is read.
+    /// Range shrunk in steps to the least `eᵀ H_gg e`; `H` is `[cols, cols]`, its lower triangle is read. In ggml's blocks the weighted
+    /// search by its diagonal.
     BlockHessian(&'a M),
 }
 
@@ -482,47 +493,37 @@ pub trait Backend: Sync {
     /// Columns of zero energy get a unit pivot and no feedback. Fails when the matrix is not positive definite.
     fn factor(&self, gram: &Self::Matrix, order: Vec<u32>, damp: f64) -> Result<Factor<Self::Matrix>>;
 
-    /// Chooses scales and zeros for every group of `weight`.
+    /// Chooses scales, and zeros or minima, for every group of `weight`.
+    ///
+    /// Integers with scales of their own are searched as [`ops::fit`](crate::ops::fit) says, ggml's blocks as
+    /// [`ops::blocks`](crate::ops::blocks) does. Fails for other encodings, and where blocks do not divide the rows.
     fn fit(&self, weight: &Self::Matrix, spec: &GridSpec, kind: FitKind<'_, Self::Matrix>) -> Result<Grid>;
     /// Rounds every weight to the nearest code of its group's grid.
     fn round(&self, weight: &Self::Matrix, grid: &Grid) -> Result<Self::Codes>;
-    /// Rounds weights that read one input column by column, each column's error spread over the columns not yet done.
+    /// Rounds weights that read one input column by column, each column's error spread over the columns not yet done. Each has a grid of
+    /// its own, in whatever encoding.
     fn sweep(
         &self,
         targets: &[(&Self::Matrix, &Grid)],
         factor: &Factor<Self::Matrix>,
     ) -> Result<Vec<Swept<Self::Codes>>>;
-    /// The reals that codes stand for.
-    fn restore(&self, codes: &Self::Codes, grid: &Grid) -> Result<Self::Matrix>;
-    /// Codes of `bits` bits as files hold them.
-    fn pack(&self, codes: &Self::Codes, bits: u8, layout: WordLayout) -> Result<Vec<u32>>;
-    /// Copies codes to the host.
-    fn download_codes(&self, codes: &Self::Codes) -> Result<Array2<u8>>;
-
-    /// Chooses the scales of every block of `weight` for the least `Σ h_j (w_j − ŵ_j)²`; `importance` is `[cols]`.
-    fn fit_blocks(&self, weight: &Self::Matrix, ty: GgmlType, importance: Option<&[f32]>) -> Result<BlockGrid>;
-    /// As [`round`](Self::round).
-    fn round_blocks(&self, weight: &Self::Matrix, grid: &BlockGrid) -> Result<Self::Codes>;
-    /// As [`sweep`](Self::sweep), of one weight.
-    fn sweep_blocks(
-        &self,
-        target: &Self::Matrix,
-        factor: &Factor<Self::Matrix>,
-        grid: &BlockGrid,
-    ) -> Result<Swept<Self::Codes>>;
-    /// As [`restore`](Self::restore).
-    fn restore_blocks(&self, codes: &Self::Codes, grid: &BlockGrid) -> Result<Self::Matrix>;
-    /// Codes of blocks as files hold them.
-    fn pack_blocks(&self, codes: &Self::Codes, grid: &BlockGrid) -> Result<Vec<u8>>;
     /// Moves scales and codes of a swept matrix wherever its loss falls; returns the loss, as [`Swept::loss`].
-    fn refine_blocks(
+    ///
+    /// `gram` and `damp` are those of the sweep's [`factor`](Self::factor).
+    fn refine(
         &self,
         target: &Self::Matrix,
         gram: &Self::Matrix,
         damp: f64,
-        grid: &mut BlockGrid,
+        grid: &mut Grid,
         codes: &mut Self::Codes,
     ) -> Result<f64>;
+    /// The reals that codes stand for.
+    fn dequantize(&self, codes: &Self::Codes, grid: &Grid) -> Result<Self::Matrix>;
+    /// Codes as files hold them.
+    fn pack(&self, codes: &Self::Codes, packing: Packing<'_>) -> Result<Vec<u8>>;
+    /// Copies codes to the host.
+    fn download_codes(&self, codes: &Self::Codes) -> Result<Array2<u8>>;
 
     /// Loss of `logits` `[tokens, vocabulary]` against the next tokens.
     fn token_loss(&self, logits: &Self::Matrix, targets: &[u32]) -> Result<TokenLoss>;

@@ -1,8 +1,9 @@
 //! What operations demand of what they are given, the same on every device.
 
+use formats::GgmlType;
 use ndarray::Array2;
 
-use crate::backend::{AttentionShape, BlockGrid, RopeLayout};
+use crate::backend::{AttentionShape, Grid, GridSpec, RopeLayout};
 use crate::{Error, Result};
 
 /// So many of something.
@@ -73,14 +74,57 @@ pub(crate) fn expect_attention(
     sinks.map_or(Ok(()), |sinks| expect("attention", "sinks", heads, sinks.len()))
 }
 
-/// Codes `[rows, cols]` of the blocks of a grid.
-pub(crate) fn expect_blocks(op: &'static str, [rows, cols]: [usize; 2], grid: &BlockGrid) -> Result<()> {
-    expect(op, "rows", grid.rows, rows)?;
-    expect(op, "columns", grid.cols, cols)?;
-    expect_multiple(op, grid.ty.block_len, cols)?;
-    expect(op, "blocks", rows * (cols / grid.ty.block_len), grid.blocks.len())?;
-    if grid.ty.layout().is_none() {
-        return Err(Error::Shape { op, expected: "a type with blocks".to_owned(), found: grid.ty.to_string() });
+/// Rows of `cols` values that the encoding of a grid can be fitted to.
+pub(crate) fn expect_spec(op: &'static str, cols: usize, spec: &GridSpec) -> Result<()> {
+    expect(op, "columns", spec.group_of.len(), cols)?;
+    let encoding = &spec.encoding;
+    match encoding.ggml_type() {
+        Some(ty) if ty.layout().is_none() || ty.row_bytes(cols).is_none() => {
+            let expected = format!("rows of whole blocks of {ty}, {} weights each", ty.block_len);
+            Err(Error::Shape { op, expected, found: cols.to_string() })
+        }
+        None if encoding.scheme().is_none() => {
+            let expected = "integers with scales of their own, or a type of ggml's".to_owned();
+            Err(Error::Shape { op, expected, found: format!("{encoding:?}") })
+        }
+        _ => Ok(()),
     }
-    Ok(())
+}
+
+/// A grid of a matrix `[rows, cols]` that has all it should.
+pub(crate) fn expect_grid(op: &'static str, [rows, cols]: [usize; 2], grid: &Grid) -> Result<()> {
+    expect(op, "rows", grid.rows, rows)?;
+    expect_spec(op, cols, &grid.spec)?;
+    let groups = rows * grid.spec.groups();
+    expect(op, "scales", groups, grid.scales.len())?;
+    match grid.spec.encoding.ggml_type() {
+        None => expect(op, "zeros", groups, grid.zeros.len()),
+        Some(ty) => {
+            expect(op, "mins", groups, grid.mins.len())?;
+            expect(op, "blocks", rows * (cols / ty.block_len), grid.blocks.len())
+        }
+    }
+}
+
+/// A grid of one of ggml's types.
+pub(crate) fn expect_type(op: &'static str, grid: &Grid) -> Result<GgmlType> {
+    let missing =
+        || Error::Shape { op, expected: "a type of ggml's".to_owned(), found: format!("{:?}", grid.spec.encoding) };
+    grid.spec.encoding.ggml_type().ok_or_else(missing)
+}
+
+/// Codes `[rows, cols]` of a target of that shape and their grid, and a Hessian of its columns.
+pub(crate) fn expect_refined(
+    op: &'static str,
+    [rows, cols]: [usize; 2],
+    gram: [usize; 2],
+    codes: [usize; 2],
+    grid: &Grid,
+) -> Result<()> {
+    expect(op, "features", cols, gram[1])?;
+    expect(op, "rows of the Hessian", cols, gram[0])?;
+    expect_grid(op, [rows, cols], grid)?;
+    expect(op, "rows of codes", rows, codes[0])?;
+    expect(op, "columns of codes", cols, codes[1])?;
+    expect_type(op, grid).map(drop)
 }

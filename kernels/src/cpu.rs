@@ -1,18 +1,19 @@
 //! The CPU: host matrices, rayon's threads, SIMD chosen at run time.
 
-use formats::WordLayout;
-use formats::ggml::GgmlType;
-use ndarray::{Array2, Axis, s};
+use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
 use crate::backend::{
-    Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
+    Activation, ActivationRounding, AttentionShape, Backend, Factor, FitKind, Grid, GridSpec, NormKind, Packing,
     RopeLayout, Swept, TokenComparison, TokenLoss,
 };
-use crate::checks::{expect, expect_attention, expect_blocks, expect_limit, expect_multiple, expect_rotation};
+use crate::checks::{
+    expect, expect_attention, expect_grid, expect_limit, expect_multiple, expect_refined, expect_rotation, expect_spec,
+    expect_type,
+};
 use crate::ops::{
-    activation, add, attention, bf16, blocks, factor, fit, gram, heads, linear, loss, norm, refine, restore, rope,
-    round, round_activations, scaled, softcap, sweep,
+    activation, add, attention, bf16, dequantize, factor, fit, gram, heads, linear, loss, norm, refine, rope, round,
+    round_activations, scaled, softcap, sweep,
 };
 use crate::simd::{Level, level};
 use crate::{Error, Result};
@@ -445,7 +446,7 @@ impl Backend for Cpu {
         gram: &Array2<f32>,
     ) -> Result<f64> {
         expect("scaled_rounding_loss", "factors", weight.ncols(), t.len())?;
-        expect("scaled_rounding_loss", "columns", spec.group_of.len(), weight.ncols())?;
+        expect_spec("scaled_rounding_loss", weight.ncols(), spec)?;
         self.quadratic(&scaled::run(weight.view(), t, spec), gram)
     }
 
@@ -454,24 +455,23 @@ impl Backend for Cpu {
     }
 
     fn fit(&self, weight: &Array2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f32>>) -> Result<Grid> {
-        expect("fit", "columns", spec.group_of.len(), weight.ncols())?;
+        expect_spec("fit", weight.ncols(), spec)?;
         match &kind {
             FitKind::Weighted(h) => expect("fit", "importances", weight.ncols(), h.len())?,
             FitKind::BlockHessian(h) => expect("fit", "features", weight.ncols(), h.ncols())?,
             FitKind::MinMax => {}
         }
-        Ok(fit::run(weight.slice(s![.., ..]), spec, kind))
+        Ok(fit::run(weight.view(), spec, kind))
     }
 
     fn round(&self, weight: &Array2<f32>, grid: &Grid) -> Result<Array2<u8>> {
-        expect("round", "rows", grid.rows, weight.nrows())?;
-        expect("round", "columns", grid.spec.group_of.len(), weight.ncols())?;
+        expect_grid("round", self.shape(weight), grid)?;
         Ok(as_shaped(round::run(weight.view(), grid), weight))
     }
 
     fn sweep(&self, targets: &[(&Array2<f32>, &Grid)], factor: &Factor<Array2<f32>>) -> Result<Vec<Swept<Array2<u8>>>> {
         let one = |&(target, grid): &(&Array2<f32>, &Grid)| {
-            expect("sweep", "rows", grid.rows, target.nrows())?;
+            expect_grid("sweep", self.shape(target), grid)?;
             expect("sweep", "columns", factor.order.len(), target.ncols())?;
             let Swept { codes, loss } = sweep::run(target.view(), factor, grid);
             Ok(Swept { codes: as_shaped(codes, target), loss })
@@ -479,78 +479,44 @@ impl Backend for Cpu {
         targets.iter().map(one).collect()
     }
 
-    fn restore(&self, codes: &Array2<u8>, grid: &Grid) -> Result<Array2<f32>> {
-        expect("restore", "rows", grid.rows, codes.nrows())?;
-        expect("restore", "columns", grid.spec.group_of.len(), codes.ncols())?;
-        Ok(restore::run(codes.view(), grid))
-    }
-
-    fn pack(&self, codes: &Array2<u8>, bits: u8, layout: WordLayout) -> Result<Vec<u32>> {
-        let packed = layout.pack(codes.as_slice().expect("contiguous"), codes.dim().into(), bits);
-        packed.map_err(|error| Error::Shape {
-            op: "pack",
-            expected: "codes that fit".to_owned(),
-            found: error.to_string(),
-        })
-    }
-
-    fn download_codes(&self, codes: &Array2<u8>) -> Result<Array2<u8>> {
-        Ok(codes.clone())
-    }
-
-    fn fit_blocks(&self, weight: &Array2<f32>, ty: GgmlType, importance: Option<&[f32]>) -> Result<BlockGrid> {
-        if ty.layout().is_none() || ty.row_bytes(weight.ncols()).is_none() {
-            let expected = format!("rows of whole blocks of {ty}, {} weights each", ty.block_len);
-            return Err(Error::Shape { op: "fit_blocks", expected, found: weight.ncols().to_string() });
-        }
-        if let Some(importance) = importance {
-            expect("fit_blocks", "importances", weight.ncols(), importance.len())?;
-        }
-        Ok(blocks::fit(weight.view(), ty, importance))
-    }
-
-    fn round_blocks(&self, weight: &Array2<f32>, grid: &BlockGrid) -> Result<Array2<u8>> {
-        expect("round_blocks", "rows", grid.rows, weight.nrows())?;
-        expect("round_blocks", "columns", grid.cols, weight.ncols())?;
-        Ok(as_shaped(blocks::round(weight.view(), grid), weight))
-    }
-
-    fn sweep_blocks(
-        &self,
-        target: &Array2<f32>,
-        factor: &Factor<Array2<f32>>,
-        grid: &BlockGrid,
-    ) -> Result<Swept<Array2<u8>>> {
-        expect("sweep_blocks", "rows", grid.rows, target.nrows())?;
-        expect("sweep_blocks", "columns", grid.cols, target.ncols())?;
-        expect("sweep_blocks", "columns", factor.order.len(), target.ncols())?;
-        let Swept { codes, loss } = sweep::run_blocks(target.view(), factor, grid);
-        Ok(Swept { codes: as_shaped(codes, target), loss })
-    }
-
-    fn restore_blocks(&self, codes: &Array2<u8>, grid: &BlockGrid) -> Result<Array2<f32>> {
-        expect_blocks("restore_blocks", codes.dim().into(), grid)?;
-        Ok(restore::run_blocks(codes.view(), grid))
-    }
-
-    fn pack_blocks(&self, codes: &Array2<u8>, grid: &BlockGrid) -> Result<Vec<u8>> {
-        expect_blocks("pack_blocks", codes.dim().into(), grid)?;
-        Ok(restore::pack_blocks(codes.view(), grid))
-    }
-
-    fn refine_blocks(
+    fn refine(
         &self,
         target: &Array2<f32>,
         gram: &Array2<f32>,
         damp: f64,
-        grid: &mut BlockGrid,
+        grid: &mut Grid,
         codes: &mut Array2<u8>,
     ) -> Result<f64> {
-        expect("refine_blocks", "rows", grid.rows, target.nrows())?;
-        expect("refine_blocks", "columns", grid.cols, target.ncols())?;
-        expect("refine_blocks", "features", gram.ncols(), target.ncols())?;
-        expect("refine_blocks", "codes", target.len(), codes.len())?;
+        expect_refined("refine", self.shape(target), self.shape(gram), codes.dim().into(), grid)?;
         Ok(refine::run(target.view(), gram.view(), damp, grid, codes.as_slice_mut().expect("contiguous")))
+    }
+
+    fn dequantize(&self, codes: &Array2<u8>, grid: &Grid) -> Result<Array2<f32>> {
+        expect_grid("dequantize", codes.dim().into(), grid)?;
+        Ok(dequantize::run(codes.view(), grid))
+    }
+
+    fn pack(&self, codes: &Array2<u8>, packing: Packing<'_>) -> Result<Vec<u8>> {
+        match packing {
+            Packing::Words { bits, layout } => {
+                let words = layout.pack(codes.as_slice().expect("contiguous"), codes.dim().into(), bits);
+                let words = words.map_err(|error| Error::Shape {
+                    op: "pack",
+                    expected: "codes that fit".to_owned(),
+                    found: error.to_string(),
+                })?;
+                Ok(words.into_iter().flat_map(u32::to_le_bytes).collect())
+            }
+            Packing::Blocks(grid) => {
+                expect_grid("pack", codes.dim().into(), grid)?;
+                expect_type("pack", grid)?;
+                Ok(dequantize::pack_blocks(codes.view(), grid))
+            }
+        }
+    }
+
+    fn download_codes(&self, codes: &Array2<u8>) -> Result<Array2<u8>> {
+        Ok(codes.clone())
     }
 
     fn token_loss(&self, logits: &Array2<f32>, targets: &[u32]) -> Result<TokenLoss> {

@@ -12,7 +12,7 @@ pub mod ops;
 pub mod simd;
 
 pub use backend::{
-    Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
+    Activation, ActivationRounding, AttentionShape, Backend, Factor, FitKind, Grid, GridSpec, NormKind, Packing,
     RopeLayout, Swept, TokenComparison, TokenLoss,
 };
 pub use cpu::Cpu;

@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::forward::{Chunk, Inputs, Supply, Weight, ready, run_block};
 use crate::graph::{Attention, Block, Layer, Linear, Mlp, Norm, Projections, Stored};
 use crate::report::SmoothingReport;
+use crate::targets::plain_grid;
 
 impl<B: Backend> Walk<'_, '_, B> {
     /// Rescales the channels of a block so that it is easier to quantize, and leaves its function as it is.
@@ -190,7 +191,7 @@ impl<B: Backend> Walk<'_, '_, B> {
 
     /// The grid on which the leading target's codes of a linear lie, or one like it; `None` for one that gets no codes.
     fn grid(&self, linear: &Linear) -> Option<GridSpec> {
-        self.tasks[self.lead].target.placements(linear).first()?.encoding.grid(linear.cols)
+        plain_grid(&self.tasks[self.lead].target.placements(linear).first()?.encoding, linear.cols)
     }
 }
 

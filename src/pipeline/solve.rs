@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use calibration::samples::Samples;
-use calibration::solvers::{Gptq, Rtn, Shared, Solver, solve_blocks};
+use calibration::solvers::{Asked, Gptq, Observer, Rtn, Shared, Solver};
 use calibration::statistics::Statistics;
-use formats::{Imatrix, ImatrixEntry};
-use kernels::Backend;
+use formats::{Encoding, Imatrix, ImatrixEntry};
+use kernels::{Backend, GridSpec};
 use ndarray::Array2;
 
 use super::observe::Observed;
@@ -21,7 +21,7 @@ use crate::output::behind::Behind;
 use crate::recipe::Recipe;
 use crate::report::{LinearReport, Stages};
 use crate::rest::Lost;
-use crate::targets::{Encoding, Placement, Sink, Solved, Target, Write};
+use crate::targets::{Placement, Sink, Solved, Target, Write, described};
 use crate::words::called;
 
 /// What decides how a Hessian is factored, and what it is gathered for: targets with equal ones share the factor.
@@ -39,7 +39,6 @@ pub struct Task<'a, B: Backend> {
     pub target: &'a dyn Target<B>,
     /// What it writes into.
     pub sink: &'a dyn Sink<B>,
-    solver: Box<dyn Solver<B>>,
     /// What was seen before every tensor of a GGUF file, where an imatrix is to be written.
     collected: BTreeMap<String, ImatrixEntry>,
     /// What was done.
@@ -62,27 +61,26 @@ pub struct Work<'w, 'a, B: Backend> {
     pub leads: bool,
 }
 
-fn solver<B: Backend>(recipe: &Recipe) -> Box<dyn Solver<B>> {
-    let observer = recipe.observer();
+fn solver<B: Backend>(recipe: &Recipe, observer: Observer) -> Box<dyn Solver<B>> {
     if recipe.method.sweeps() {
         let (damp, act_order, desc_act) = (recipe.damp, recipe.act_order, recipe.desc_act);
-        Box::new(Gptq { observer, damp, act_order, desc_act })
+        Box::new(Gptq { observer, damp, act_order, desc_act, refine: true })
     } else {
         Box::new(Rtn { observer })
     }
 }
 
 /// A matrix that is to be solved: the linear's own, or rows of it.
-enum Asked<'m, M> {
+enum Wanted<'m, M> {
     Whole(&'m M),
     Part(M),
 }
 
-impl<M> Asked<'_, M> {
+impl<M> Wanted<'_, M> {
     fn matrix(&self) -> &M {
         match self {
-            Asked::Whole(matrix) => matrix,
-            Asked::Part(matrix) => matrix,
+            Wanted::Whole(matrix) => matrix,
+            Wanted::Part(matrix) => matrix,
         }
     }
 }
@@ -103,7 +101,7 @@ impl<'a, B: Backend> Task<'a, B> {
     /// Nothing is done yet.
     pub fn new(target: &'a dyn Target<B>, sink: &'a dyn Sink<B>) -> Task<'a, B> {
         let (collected, done, lost) = (BTreeMap::new(), Done::default(), Vec::new());
-        Task { target, sink, solver: solver(target.recipe()), collected, done, lost }
+        Task { target, sink, collected, done, lost }
     }
 
     /// What was done, with the times that are `shared` with other targets.
@@ -118,7 +116,8 @@ impl<'a, B: Backend> Task<'a, B> {
     pub fn key(&self, group: &[&Linear]) -> Option<ShareKey> {
         let recipe = self.target.recipe();
         let any = group.iter().any(|linear| !self.target.placements(linear).is_empty());
-        let codes = group.iter().flat_map(|linear| self.target.placements(linear)).any(|p| p.encoding.has_codes());
+        let codes =
+            group.iter().flat_map(|linear| self.target.placements(linear)).any(|p| p.encoding.levels.count() > 0);
         let sweeps = recipe.method.sweeps() && codes;
         let damp = if sweeps { recipe.damp.to_bits() } else { 0 };
         let ordered = sweeps && (recipe.act_order || recipe.desc_act);
@@ -129,7 +128,10 @@ impl<'a, B: Backend> Task<'a, B> {
     pub fn share<'s>(&self, backend: &B, group: &[&Linear], seen: &'s Observed<B>) -> Result<Shared<'s, B>> {
         let statistics = seen.of(self.target.needs());
         match self.key(group) {
-            Some(ShareKey { sweeps: true, .. }) => Ok(self.solver.share(backend, statistics)?),
+            Some(ShareKey { sweeps: true, .. }) => {
+                let recipe = self.target.recipe();
+                Ok(solver::<B>(recipe, recipe.observer()).share(backend, statistics)?)
+            }
             _ => Ok(Shared { statistics, factor: None, fallback: None }),
         }
     }
@@ -177,7 +179,7 @@ impl<'a, B: Backend> Task<'a, B> {
                 held.push(None);
                 continue;
             }
-            let solved: Vec<(Asked<'_, B::Matrix>, Solved<B>)> = solved.by_ref().take(placements.len()).collect();
+            let solved: Vec<(Wanted<'_, B::Matrix>, Solved<B>)> = solved.by_ref().take(placements.len()).collect();
             let found = self.look(work, linear, placements, &solved, shared)?;
             let own = weights(&mut [linear].into_iter()) / all;
             let fallbacks = [self.target.fallback(linear), shared.and_then(|shared| shared.fallback.clone())];
@@ -216,45 +218,73 @@ impl<'a, B: Backend> Task<'a, B> {
         placements: &[Vec<Placement>],
         statistics: Option<&Statistics<B>>,
         shared: Option<&Shared<'_, B>>,
-    ) -> Result<Vec<(Asked<'m, B::Matrix>, Solved<B>)>> {
+    ) -> Result<Vec<(Wanted<'m, B::Matrix>, Solved<B>)>> {
         let Some(shared) = shared else { return Ok(Vec::new()) };
         let mut all = Vec::new();
         for ((linear, weight), placements) in group.iter().zip(loaded).zip(placements) {
             for (at, placement) in placements.iter().enumerate() {
-                all.push((*linear, at, placement, asked(backend, linear, &weight.matrix, placement)?));
+                let importance = self.importance(linear, at, placement, statistics)?;
+                all.push((placement, importance, wanted(backend, linear, &weight.matrix, placement)?));
             }
         }
-        let grids: Vec<_> = all
-            .iter()
-            .filter_map(|(linear, _, placement, asked)| match placement.encoding {
-                Encoding::Grid { .. } => Some((asked.matrix(), placement.encoding.grid(linear.cols)?)),
-                Encoding::Ggml(_) => None,
-            })
-            .collect();
-        // On grids those that read one input are swept side by side.
-        let mut grids =
-            if grids.is_empty() { Vec::new() } else { self.solver.solve(backend, shared, &grids)? }.into_iter();
         let alone = Shared { statistics: None, factor: None, fallback: None };
-        let mut solved = Vec::new();
-        for (linear, at, placement, asked) in all {
-            let solution = match placement.encoding {
-                Encoding::Grid { .. } => Solved::Grid(grids.next().expect("one for each")),
-                Encoding::Ggml(ty) => {
-                    let importance = match self.target.importance(linear, at)? {
-                        Some(read) => Some(read),
-                        None if self.target.takes_importance() => None,
-                        // Columns of what is turned round are no inputs of the linear.
-                        None => {
-                            statistics.filter(|s| !placement.transposed && s.count > 0.0).map(Statistics::importance)
-                        }
-                    };
-                    let by = if placement.transposed { &alone } else { shared };
-                    Solved::Blocks(solve_blocks(backend, by, asked.matrix(), ty, importance.as_deref())?)
-                }
+        let mut solutions: Vec<Option<Solved<B>>> = all.iter().map(|_| None).collect();
+        // Those that are solved alike are swept side by side.
+        let kinds: Vec<(Observer, bool)> =
+            all.iter().map(|(placement, importance, _)| self.kind(placement, importance.is_some())).collect();
+        for (first, (observer, transposed)) in kinds.iter().enumerate() {
+            if kinds[..first].contains(&(*observer, *transposed)) {
+                continue;
+            }
+            let alike: Vec<usize> = (0..all.len()).filter(|at| kinds[*at] == kinds[first]).collect();
+            let ask = |at: &usize| {
+                let (placement, importance, wanted) = &all[*at];
+                let weight = wanted.matrix();
+                let spec = GridSpec::of(placement.encoding, backend.shape(weight)[1]);
+                Asked { weight, spec, importance: importance.as_deref() }
             };
-            solved.push((asked, solution));
+            let asked: Vec<Asked<'_, B>> = alike.iter().map(ask).collect();
+            let found = match transposed {
+                true => Rtn { observer: *observer }.solve(backend, &alone, &asked)?,
+                false => solver(self.target.recipe(), *observer).solve(backend, shared, &asked)?,
+            };
+            for (at, mut solution) in alike.into_iter().zip(found) {
+                let blocks = all[at].0.encoding.ggml_type().is_some();
+                let rows = blocks.then(|| solution.rows(backend)).transpose()?;
+                solutions[at] = Some(Solved { solution, rows });
+            }
         }
-        Ok(solved)
+        let found = all.into_iter().zip(solutions);
+        Ok(found.map(|((_, _, wanted), solved)| (wanted, solved.expect("one for each"))).collect())
+    }
+
+    /// What the columns of a placement count, where that is not left to the observer.
+    fn importance(
+        &self,
+        linear: &Linear,
+        at: usize,
+        placement: &Placement,
+        statistics: Option<&Statistics<B>>,
+    ) -> Result<Option<Vec<f32>>> {
+        if let Some(read) = self.target.importance(linear, at)? {
+            return Ok(Some(read));
+        }
+        // Columns of what is turned round are no inputs of the linear.
+        let seen = statistics.filter(|s| !placement.transposed && s.count > 0.0 && !self.target.takes_importance());
+        let blocks = placement.encoding.ggml_type().is_some();
+        Ok(seen.filter(|_| blocks).map(Statistics::importance))
+    }
+
+    /// How the scales of a placement are chosen, and whether it is looked at by itself.
+    fn kind(&self, placement: &Placement, importance: bool) -> (Observer, bool) {
+        let observer = match self.target.recipe().observer() {
+            // Nothing is known of its columns.
+            Observer::Imatrix | Observer::Clip if placement.encoding.ggml_type().is_some() && !importance => {
+                Observer::MinMax
+            }
+            observer => observer,
+        };
+        (observer, placement.transposed)
     }
 
     /// How good the solutions of a linear are; fails where no scale holds its values.
@@ -263,40 +293,33 @@ impl<'a, B: Backend> Task<'a, B> {
         work: &Work<'_, 'a, B>,
         linear: &Linear,
         placements: &[Placement],
-        solved: &[(Asked<'_, B::Matrix>, Solved<B>)],
+        solved: &[(Wanted<'_, B::Matrix>, Solved<B>)],
         shared: Option<&Shared<'_, B>>,
     ) -> Result<Found> {
         let backend = work.backend;
         let file = work.source.file_of(&linear.weight());
         let mut found = Found::default();
-        for (at, (placement, (asked, solved))) in placements.iter().zip(solved).enumerate() {
-            let asked = asked.matrix();
-            let (loss, error, damp) = match solved {
-                Solved::Grid(solution) => {
-                    found.lost += lost_in_grid(&solution.grid, file, &linear.weight(), || {
-                        Ok([backend.download(asked)?, backend.download(&solution.restored)?])
-                    })?;
-                    (solution.proxy_loss, solution.relative_error, solution.damp)
-                }
-                Solved::Blocks(solution) => {
-                    let Encoding::Ggml(ty) = placement.encoding else { unreachable!("solved as blocks") };
-                    let names = [&*linear.weight(), &*self.target.called(linear, at)];
-                    found.lost += lost_in_blocks(ty, &solution.packed, file, names, || {
-                        Ok(backend.download(asked)?.iter().copied().collect())
-                    })?;
-                    (solution.proxy_loss, solution.relative_error, solution.damp)
-                }
-            };
-            if let Some(loss) = loss {
+        for (at, (placement, (wanted, Solved { solution, rows }))) in placements.iter().zip(solved).enumerate() {
+            let wanted = wanted.matrix();
+            if let (Some(ty), Some(rows)) = (placement.encoding.ggml_type(), rows) {
+                let names = [&*linear.weight(), &*self.target.called(linear, at)];
+                found.lost +=
+                    lost_in_blocks(ty, rows, file, names, || Ok(backend.download(wanted)?.iter().copied().collect()))?;
+            } else if let Some(grid) = solution.grid() {
+                found.lost += lost_in_grid(grid, file, &linear.weight(), || {
+                    Ok([backend.download(wanted)?, backend.download(&solution.dequantized)?])
+                })?;
+            }
+            if let Some(loss) = solution.proxy_loss {
                 *found.proxy_loss.get_or_insert(0.0) += loss;
             }
-            if let Some(error) = error {
+            if let Some(error) = solution.relative_error {
                 found.relative_error = Some(found.relative_error.map_or(error, |other| other.max(error)));
             }
             let factored = shared.is_some_and(|shared| shared.factor.is_some());
-            if factored && !placement.transposed && placement.encoding.has_codes() {
+            if factored && !placement.transposed && placement.encoding.levels.count() > 0 {
                 found.swept = true;
-                found.damp = damp;
+                found.damp = solution.damp;
             }
         }
         Ok(found)
@@ -309,17 +332,14 @@ impl<'a, B: Backend> Task<'a, B> {
         linear: &Linear,
         weight: &Weight<B::Matrix>,
         placements: &[Placement],
-        solved: Vec<(Asked<'_, B::Matrix>, Solved<B>)>,
+        solved: Vec<(Wanted<'_, B::Matrix>, Solved<B>)>,
     ) -> Result<Option<B::Matrix>> {
         let backend = work.backend;
         let (mut matrix, mut whole) = (None, None);
         for (at, (placement, (_, mut solved))) in placements.iter().zip(solved).enumerate() {
             if work.leads {
                 let empty = backend.zeros(1, 1)?;
-                let restored = match &mut solved {
-                    Solved::Grid(solution) => std::mem::replace(&mut solution.restored, empty),
-                    Solved::Blocks(solution) => std::mem::replace(&mut solution.restored, empty),
-                };
+                let restored = std::mem::replace(&mut solved.solution.dequantized, empty);
                 if placement.is_whole(linear) {
                     matrix = Some(restored);
                 } else {
@@ -387,27 +407,27 @@ impl<'a, B: Backend> Task<'a, B> {
 }
 
 /// The matrix of a placement.
-fn asked<'m, B: Backend>(
+fn wanted<'m, B: Backend>(
     backend: &B,
     linear: &Linear,
     matrix: &'m B::Matrix,
     placement: &Placement,
-) -> Result<Asked<'m, B::Matrix>> {
+) -> Result<Wanted<'m, B::Matrix>> {
     // A linear that is all there is needs no copy, whatever the order of its rows.
     if placement.is_whole(linear) {
-        return Ok(Asked::Whole(matrix));
+        return Ok(Wanted::Whole(matrix));
     }
     let own = placement.rows.as_ref().map(|rows| backend.select_rows(matrix, rows)).transpose()?;
     if !placement.transposed {
-        return Ok(own.map_or(Asked::Whole(matrix), Asked::Part));
+        return Ok(own.map_or(Wanted::Whole(matrix), Wanted::Part));
     }
     let host = backend.download(own.as_ref().unwrap_or(matrix))?;
-    Ok(Asked::Part(backend.upload(host.reversed_axes().as_standard_layout().into_owned())?))
+    Ok(Wanted::Part(backend.upload(host.reversed_axes().as_standard_layout().into_owned())?))
 }
 
 /// What a report says of a linear that was only rounded.
 fn blank(linear: &Linear, encoding: &Encoding) -> LinearReport {
-    let (ty, bits, group_size, symmetric) = encoding.described();
+    let (ty, bits, group_size, symmetric) = described(encoding);
     LinearReport {
         name: linear.module.clone(),
         method: "rtn".to_owned(),

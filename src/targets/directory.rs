@@ -10,7 +10,7 @@ use formats::{Dtype, Follower, PackedWeight, ShardedWriter};
 use kernels::Backend;
 use serde_json::Value;
 
-use super::{Encoding, Folded, Notes, Papers, Placement, Sink, Solved, Target, Write};
+use super::{Folded, Notes, Papers, Placement, Sink, Solved, Target, Write};
 use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, front_matter};
 use crate::error::{Error, Result};
 use crate::forward::Weight;
@@ -74,8 +74,8 @@ impl<B: Backend> Target<B> for Directory {
 
     fn placements(&self, linear: &Linear) -> Vec<Placement> {
         let Some(scheme) = self.plan.schemes.get(&linear.module) else { return Vec::new() };
-        let (precision, min_zero) = (self.plan.precision, self.plan.codec.min_zero());
-        vec![Placement::whole(Encoding::Grid { scheme: *scheme, precision, min_zero })]
+        let min_zero = if scheme.symmetric { 0 } else { self.plan.codec.min_zero() };
+        vec![Placement::whole(scheme.encoding(self.plan.precision, min_zero))]
     }
 
     fn called(&self, linear: &Linear, _: usize) -> String {
@@ -179,8 +179,7 @@ impl<B: Backend> Sink<B> for Files<'_> {
         solved: Solved<B>,
         bias: Option<&[f32]>,
     ) -> Result<Write<'_>> {
-        let Solved::Grid(solution) = solved else { unreachable!("codecs hold grids") };
-        let weight = solution.packed(backend, self.plan.codec.word_layout())?;
+        let weight = solved.solution.packed(backend, self.plan.codec.word_layout())?;
         let (module, tensor) = (linear.module.clone(), linear.weight());
         // Only where it is not written as a tensor of its own.
         let bias = bias.filter(|_| matches!(linear.stored, Stored::Slice { .. })).map(<[f32]>::to_vec);

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use calibration::solvers::{BlockSolution, pack_rows, searched};
+use calibration::solvers::{Observer, pack_rows, searched};
 use calibration::statistics::Needs;
 use formats::container::gguf::MetadataValue;
 use formats::{Dtype, Follower, GgmlType, GgufTensor, GgufWriter, Imatrix, TensorView};
@@ -13,7 +13,7 @@ use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
 use super::tokens::check;
-use super::{Encoding, Folded, ImportancePlace, Notes, Papers, Placement, Rounded, Sink, Solved, Target, Words, Write};
+use super::{Folded, ImportancePlace, Notes, Papers, Placement, Rounded, Sink, Solved, Target, Words, Write};
 use crate::checkpoint::Checkpoint;
 use crate::dialect::metadata::{About, ImportanceSource, Metadata, metadata};
 use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part, Source};
@@ -303,7 +303,7 @@ impl<B: Backend> Target<B> for Gguf {
         let placement = |place: &Place| {
             let (tensor, ty) = &self.plan.tensors[place.tensor];
             let Part { rows, transposed, .. } = &tensor.parts()[place.part];
-            Placement { encoding: Encoding::Ggml(*ty), rows: rows.clone(), transposed: *transposed }
+            Placement { encoding: ty.encoding(), rows: rows.clone(), transposed: *transposed }
         };
         self.places(linear).iter().map(placement).collect()
     }
@@ -366,7 +366,7 @@ impl<B: Backend> Target<B> for Gguf {
         };
         let first = writer.files().next().expect("at least one file").to_path_buf();
         self.first.get_or_init(|| first);
-        Ok(Box::new(File { plan: &self.plan, source, writer }))
+        Ok(Box::new(File { plan: &self.plan, source, observer: self.recipe.observer(), writer }))
     }
 
     fn complete(&self, _: &Checkpoint) -> Result<()> {
@@ -421,10 +421,21 @@ impl<B: Backend> Target<B> for Gguf {
 struct File<'a> {
     plan: &'a GgufPlan,
     source: &'a Checkpoint,
+    observer: Observer,
     writer: GgufWriter,
 }
 
 impl File<'_> {
+    /// What the columns of a part count where its scales are searched.
+    fn importance(&self, tensor: &ExportTensor, ty: GgmlType, part: usize) -> Result<Option<Vec<f32>>> {
+        let alike = || vec![1.0; tensor.parts()[part].extents()[1]];
+        match &self.plan.imatrix {
+            _ if ty.layout().is_none() => Ok(None),
+            Some(imatrix) => importance_of(imatrix, tensor, part),
+            None => Ok((self.observer == Observer::Mse).then(alike)),
+        }
+    }
+
     /// Writes every tensor that is not a linear of a block, and is `wanted` by the names of what it is made of.
     fn write_rest<B: Backend>(
         &self,
@@ -447,10 +458,7 @@ impl File<'_> {
                 Source::Parts(parts) => {
                     let (mut first, mut lost) = (0, 0);
                     for (index, part) in parts.iter().enumerate() {
-                        let importance = match &self.plan.imatrix {
-                            Some(imatrix) if ty.layout().is_some() => importance_of(imatrix, tensor, index)?,
-                            _ => None,
-                        };
+                        let importance = self.importance(tensor, *ty, index)?;
                         let place = (tensor, part, first);
                         let values = folded.and_then(|folded| folded.values(&part.from.tensor()));
                         lost += self.write_part(backend, place, *ty, importance.as_deref(), values)?;
@@ -555,7 +563,7 @@ impl<B: Backend> Sink<B> for File<'_> {
     }
 
     fn put(&self, _: &B, linear: &Linear, placement: usize, solved: Solved<B>, _: Option<&[f32]>) -> Result<Write<'_>> {
-        let Solved::Blocks(BlockSolution { packed, .. }) = solved else { unreachable!("GGUF holds blocks") };
+        let packed = solved.rows.expect("GGUF holds rows");
         let place = self.plan.by_module[&linear.module][placement];
         let tensor = &self.plan.tensors[place.tensor].0;
         let part = &tensor.parts()[place.part];
@@ -579,14 +587,11 @@ impl<B: Backend> Sink<B> for File<'_> {
         let mut lost = 0;
         for place in places {
             let (tensor, ty) = &self.plan.tensors[place.tensor];
-            let importance = match &self.plan.imatrix {
-                Some(imatrix) => importance_of(imatrix, tensor, place.part)?,
-                None => None,
-            };
+            let importance = self.importance(tensor, *ty, place.part)?;
             let part = &tensor.parts()[place.part];
             lost += self.write_part(backend, (tensor, part, place.first), *ty, importance.as_deref(), None)?;
         }
-        Ok(Some(Rounded { lost, encoding: Encoding::Ggml(self.plan.tensors[places[0].tensor].1) }))
+        Ok(Some(Rounded { lost, encoding: self.plan.tensors[places[0].tensor].1.encoding() }))
     }
 
     fn after(&self, backend: &B, folded: &Folded) -> Result<Vec<Lost>> {

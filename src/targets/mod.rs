@@ -12,10 +12,10 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use calibration::solvers::{BlockSolution, Solution};
+use calibration::solvers::Solution;
 use calibration::statistics::Needs;
-use formats::ggml::Levels;
-use formats::{Dtype, Follower, GgmlType, ScalePrecision, Scheme};
+use formats::encoding::{Block, Offset};
+use formats::{Dtype, Encoding, Float, Follower, Scheme};
 use kernels::{Backend, GridSpec};
 
 use crate::checkpoint::Checkpoint;
@@ -31,68 +31,34 @@ pub use directory::{Directory, copy_side_files, write_config};
 pub use gguf::Gguf;
 pub use requested::{Output, Requested, requested, resolved};
 
-/// How weights are represented.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Encoding {
-    /// Codes on uniform grids with scales and zeros of their own.
-    Grid {
-        /// Width, grouping and symmetry.
-        scheme: Scheme,
-        /// Precision of the scales.
-        precision: ScalePrecision,
-        /// Smallest zero that the file can hold.
-        min_zero: u8,
-    },
-    /// One of ggml's types, plain ones among them.
-    Ggml(GgmlType),
+/// The name of ggml's type where it is one, the width of a code (of a value where there are none), columns per scale (−1 for a row), and
+/// whether the levels lie around 0.
+pub fn described(encoding: &Encoding) -> (Option<&'static str>, u8, i64, bool) {
+    let ty = encoding.ggml_type();
+    let bits = match (encoding.levels.bits(), ty) {
+        (0, Some(ty)) => (ty.block_bytes * 8) as u8,
+        (bits, _) => bits,
+    };
+    let group = match encoding.block {
+        Block::Row | Block::Matrix if ty.is_some() => 1,
+        Block::Row | Block::Matrix => -1,
+        _ => encoding.group() as i64,
+    };
+    (ty.map(|ty| ty.name), bits, group, !encoding.has_min() && !matches!(encoding.offset, Offset::Zero { .. }))
 }
 
-impl Encoding {
-    /// Whether there are codes at all, which a sweep can choose.
-    pub fn has_codes(&self) -> bool {
-        match self {
-            Encoding::Grid { .. } => true,
-            Encoding::Ggml(ty) => ty.layout().is_some(),
-        }
+/// The plain grid on which channel scales are searched: the encoding's own, or one with as many codes in as large groups; `None` for
+/// numbers without codes.
+pub fn plain_grid(encoding: &Encoding, cols: usize) -> Option<GridSpec> {
+    if encoding.levels.count() == 0 {
+        return None;
     }
-
-    /// The name of the type where it has one, the width of a code, columns per scale (−1 for a row), and whether grids are symmetric.
-    pub fn described(&self) -> (Option<&'static str>, u8, i64, bool) {
-        match self {
-            Encoding::Grid { scheme, .. } => {
-                (None, scheme.bits, scheme.group.map_or(-1, |group| group as i64), scheme.symmetric)
-            }
-            Encoding::Ggml(ty) => {
-                let Some(layout) = ty.layout() else { return (Some(ty.name), (ty.block_bytes * 8) as u8, 1, true) };
-                (Some(ty.name), bits(&layout.levels), layout.group as i64, !layout.has_min)
-            }
-        }
+    if encoding.scheme().is_some() {
+        return Some(GridSpec::of(*encoding, cols));
     }
-
-    /// The plain grid on which channel scales are searched: its own, or one with as many codes and as large groups; `None` for numbers
-    /// without codes.
-    pub fn grid(&self, cols: usize) -> Option<GridSpec> {
-        match self {
-            Encoding::Grid { scheme, precision, min_zero } => {
-                let min_zero = if scheme.symmetric { 0 } else { *min_zero };
-                Some(GridSpec::contiguous(*scheme, *precision, min_zero, cols))
-            }
-            Encoding::Ggml(ty) => {
-                let layout = ty.layout()?;
-                let scheme = Scheme {
-                    bits: bits(&layout.levels),
-                    group: Some(layout.group).filter(|group| *group < cols),
-                    symmetric: !layout.has_min,
-                };
-                Some(GridSpec::contiguous(scheme, ScalePrecision::F16, 0, cols))
-            }
-        }
-    }
-}
-
-/// Bits that a code of so many levels needs.
-fn bits(levels: &Levels) -> u8 {
-    (16 - (levels.count() as u16 - 1).leading_zeros()) as u8
+    let group = Some(encoding.group_width(cols)).filter(|group| *group < cols);
+    let scheme = Scheme { bits: encoding.levels.bits(), group, symmetric: !encoding.has_min() };
+    Some(GridSpec::of(scheme.encoding(Float::F16, 0), cols))
 }
 
 /// A part of a linear's weight as the output holds it: one for the whole weight, or one for each tensor that its rows go to.
@@ -119,11 +85,11 @@ impl Placement {
 }
 
 /// What was found for a placement.
-pub enum Solved<B: Backend> {
-    /// Codes on a grid.
-    Grid(Solution<B>),
-    /// Rows of blocks.
-    Blocks(BlockSolution<B>),
+pub struct Solved<B: Backend> {
+    /// The codes, what they stand for, and how good they are.
+    pub solution: Solution<B>,
+    /// Rows of blocks as a file of ggml's holds them, where they are such.
+    pub rows: Option<Vec<u8>>,
 }
 
 /// Tensors besides the weights of linears that a transform changes.

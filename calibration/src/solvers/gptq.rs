@@ -5,7 +5,7 @@
 
 use kernels::{Backend, Error, Grid, GridSpec, Result, Swept};
 
-use super::{Observer, Shared, Solution, Solver, finish, round};
+use super::{Asked, Observer, Shared, Solution, Solver, finish, round};
 use crate::statistics::{Needs, Statistics};
 
 /// GPTQ's settings.
@@ -19,10 +19,12 @@ pub struct Gptq {
     pub act_order: bool,
     /// Groups follow the processing order, as `g_idx` in the file; else they are runs of consecutive columns.
     pub desc_act: bool,
+    /// After the sweep, scales and codes are moved once more wherever the loss falls (see `kernels::ops::refine`).
+    pub refine: bool,
 }
 
 /// Steps of tenfold damping that are tried before the sweep is given up.
-const LADDER: [f64; 4] = [1.0, 10.0, 100.0, 1000.0];
+const DAMPINGS: [f64; 4] = [1.0, 10.0, 100.0, 1000.0];
 
 impl<B: Backend> Solver<B> for Gptq {
     fn id(&self) -> &'static str {
@@ -40,7 +42,7 @@ impl<B: Backend> Solver<B> for Gptq {
         if self.act_order || self.desc_act {
             order.sort_by(|a, b| energy[*b as usize].total_cmp(&energy[*a as usize]));
         }
-        for step in LADDER {
+        for step in DAMPINGS {
             match backend.factor(gram, order.clone(), self.damp.max(1e-6) * step) {
                 Ok(factor) => {
                     let fallback = (step > 1.0).then(|| {
@@ -56,30 +58,47 @@ impl<B: Backend> Solver<B> for Gptq {
         Ok(Shared { statistics, factor: None, fallback })
     }
 
-    fn solve(
-        &self,
-        backend: &B,
-        shared: &Shared<'_, B>,
-        weights: &[(&B::Matrix, GridSpec)],
-    ) -> Result<Vec<Solution<B>>> {
-        let fit = |(weight, spec): &(&B::Matrix, GridSpec)| {
-            let mut spec = spec.clone();
-            if let (true, Some(factor)) = (self.desc_act, &shared.factor) {
-                let width = spec.scheme.group_width(factor.order.len());
-                for (position, col) in factor.order.iter().enumerate() {
-                    spec.group_of[*col as usize] = (position / width) as u32;
-                }
-            }
-            self.observer.fit(backend, weight, &spec, shared.statistics)
-        };
-        let grids = weights.iter().map(fit).collect::<Result<Vec<Grid>>>()?;
+    fn solve(&self, backend: &B, shared: &Shared<'_, B>, asked: &[Asked<'_, B>]) -> Result<Vec<Solution<B>>> {
+        let asked: Vec<Asked<'_, B>> = asked.iter().map(|one| self.grouped(one, shared)).collect();
+        // Values without codes have nothing to sweep.
+        let sweepable = |one: &Asked<'_, B>| one.spec.encoding.levels.count() > 0;
         let Some(factor) = &shared.factor else {
-            return weights.iter().zip(grids).map(|((weight, _), grid)| round(backend, shared, weight, grid)).collect();
+            return asked.iter().map(|one| round(backend, shared, one, self.observer)).collect();
         };
-        let targets: Vec<(&B::Matrix, &Grid)> = weights.iter().zip(&grids).map(|((w, _), grid)| (*w, grid)).collect();
-        let swept = backend.sweep(&targets, factor)?;
-        let all = weights.iter().zip(grids).zip(swept);
-        all.map(|(((weight, _), grid), Swept { codes, loss })| finish(backend, shared, weight, grid, codes, Some(loss)))
-            .collect()
+        let grids = asked.iter().filter(|one| sweepable(one));
+        let grids =
+            grids.map(|one| self.observer.fit(backend, one, shared.statistics)).collect::<Result<Vec<Grid>>>()?;
+        let weights = asked.iter().filter(|one| sweepable(one)).map(|one| one.weight);
+        let targets: Vec<(&B::Matrix, &Grid)> = weights.zip(&grids).collect();
+        let mut swept = backend.sweep(&targets, factor)?.into_iter().zip(grids);
+        let one = |one: &Asked<'_, B>| {
+            if !sweepable(one) {
+                return round(backend, shared, one, self.observer);
+            }
+            let (Swept { mut codes, mut loss }, mut grid) = swept.next().expect("one for each");
+            let blocks = grid.spec.encoding.ggml_type().is_some();
+            let gram = shared.statistics.and_then(|s| s.gram.as_ref());
+            if let Some(gram) = gram.filter(|_| self.refine && blocks) {
+                loss = backend.refine(one.weight, gram, factor.damp, &mut grid, &mut codes)?;
+            }
+            finish(backend, shared, one.weight, grid, codes, Some(loss))
+        };
+        asked.iter().map(one).collect()
+    }
+}
+
+impl Gptq {
+    /// With the groups that the weight will have: of `desc_act` they follow the order in which columns are processed.
+    fn grouped<'a, B: Backend>(&self, asked: &Asked<'a, B>, shared: &Shared<'_, B>) -> Asked<'a, B> {
+        let mut asked = asked.clone();
+        let GridSpec { encoding, group_of } = &mut asked.spec;
+        // ggml's groups are where they are.
+        if let (true, Some(factor), None) = (self.desc_act, &shared.factor, encoding.ggml_type()) {
+            let width = encoding.group_width(factor.order.len());
+            for (position, col) in factor.order.iter().enumerate() {
+                group_of[*col as usize] = (position / width) as u32;
+            }
+        }
+        asked
     }
 }

@@ -1,32 +1,38 @@
-//! Solvers: one float weight matrix and what is known of its input → codes on a grid.
+//! Solvers: float weight matrices and what is known of their input → codes on a grid.
 //!
-//! A solver is one file. All of them choose a [`Grid`] first, in the precision the file stores, and codes second.
+//! A solver is one file. All of them choose a [`Grid`] first, in the precision the file stores, and codes second; which encoding the grid
+//! is of, integers in groups or ggml's superblocks, makes no difference to them.
 
-mod blocks;
 mod gptq;
+mod rows;
 mod rtn;
 #[cfg(test)]
 mod tests;
 
-use formats::{PackedWeight, WordLayout};
-use kernels::{Backend, Factor, FitKind, Grid, GridSpec, Result};
+use formats::{GgmlType, PackedWeight, WordLayout};
+use kernels::{Backend, Factor, FitKind, Grid, GridSpec, Packing, Result};
 
-pub use blocks::{BlockSolution, pack_rows, searched, solve_blocks};
 pub use gptq::Gptq;
+pub use rows::{pack_rows, searched};
 pub use rtn::Rtn;
 
 use crate::statistics::{Needs, Statistics};
 
 /// How the scale of a group is chosen.
+///
+/// Every one takes every encoding. What differs for ggml's blocks is said beside each: their scales are integers of a superblock's, which
+/// no range decides, so that all but the first are searches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Observer {
-    /// From the smallest and the largest weight.
+    /// From the smallest and the largest weight. In ggml's blocks what ggml's own encoder does without a search, or, for the types that it
+    /// searches, the search where each weight counts by its own size.
     MinMax,
     /// Least squared error of the weights.
     Mse,
     /// Least squared error, each channel weighted by the mean square of its input.
     Imatrix,
-    /// Range clipped to the least error of the group's output (AWQ's clip search).
+    /// Range clipped to the least error of the group's output (AWQ's clip search). In ggml's blocks the same search as for `Imatrix`: it
+    /// clips as it finds scales, and the error of an output is its diagonal part.
     Clip,
 }
 
@@ -48,26 +54,53 @@ impl Observer {
         }
     }
 
-    /// Fits the grid of `weight`.
+    /// Fits the grid of a weight.
     ///
     /// # Panics
-    /// If the statistics it [`needs`](Self::needs) were not gathered: a mistake of the caller.
+    /// If the statistics it [`needs`](Self::needs) were not gathered, and no importance was given instead: a mistake of the caller.
     pub fn fit<B: Backend>(
         self,
         backend: &B,
-        weight: &B::Matrix,
-        spec: &GridSpec,
+        asked: &Asked<'_, B>,
         statistics: Option<&Statistics<B>>,
     ) -> Result<Grid> {
+        let Asked { weight, spec, importance } = asked;
         let known = || statistics.expect("statistics for an observer that needs them");
-        match self {
-            Observer::MinMax => backend.fit(weight, spec, FitKind::MinMax),
-            Observer::Mse => backend.fit(weight, spec, FitKind::Weighted(&vec![1.0; spec.group_of.len()])),
-            Observer::Imatrix => backend.fit(weight, spec, FitKind::Weighted(&known().importance())),
-            Observer::Clip => {
+        match (self, importance) {
+            (Observer::MinMax, _) => backend.fit(weight, spec, FitKind::MinMax),
+            (Observer::Mse, _) => backend.fit(weight, spec, FitKind::Weighted(&vec![1.0; spec.group_of.len()])),
+            (Observer::Imatrix, Some(importance)) => backend.fit(weight, spec, FitKind::Weighted(importance)),
+            (Observer::Imatrix, None) => backend.fit(weight, spec, FitKind::Weighted(&known().importance())),
+            // Blocks have nothing but the diagonal to go by, which is what an importance says.
+            (Observer::Clip, Some(importance)) if spec.encoding.ggml_type().is_some() => {
+                backend.fit(weight, spec, FitKind::Weighted(importance))
+            }
+            (Observer::Clip, _) => {
                 backend.fit(weight, spec, FitKind::BlockHessian(known().gram.as_ref().expect("a Hessian")))
             }
         }
+    }
+
+    /// The type whose rows ggml encodes without a search, where that is what was asked for.
+    fn encoder(self, spec: &GridSpec) -> Option<GgmlType> {
+        let by_size = self == Observer::MinMax;
+        spec.encoding.ggml_type().filter(|ty| !searched(*ty, !by_size))
+    }
+}
+
+/// A weight to be quantized.
+pub struct Asked<'a, B: Backend> {
+    /// `[out, in]`.
+    pub weight: &'a B::Matrix,
+    /// How it is to be represented.
+    pub spec: GridSpec,
+    /// `[in]`: what each channel counts, in place of what the statistics say (an importance matrix out of a file).
+    pub importance: Option<&'a [f32]>,
+}
+
+impl<B: Backend> Clone for Asked<'_, B> {
+    fn clone(&self) -> Self {
+        Asked { weight: self.weight, spec: self.spec.clone(), importance: self.importance }
     }
 }
 
@@ -81,14 +114,19 @@ pub struct Shared<'a, B: Backend> {
     pub fallback: Option<String>,
 }
 
-/// The codes of one linear, and how good they are.
+/// What was chosen for a weight.
+enum Chosen<B: Backend> {
+    /// Codes on the device, and their grid.
+    Codes(B::Codes, Grid),
+    /// Rows as a file of ggml's holds them, by ggml's own encoder.
+    Rows(Vec<u8>),
+}
+
+/// One linear, quantized, and how good it is.
 pub struct Solution<B: Backend> {
-    /// On the device.
-    pub codes: B::Codes,
-    /// Their scales and zeros.
-    pub grid: Grid,
-    /// What they stand for, on the device.
-    pub restored: B::Matrix,
+    chosen: Chosen<B>,
+    /// What the codes stand for, on the device.
+    pub dequantized: B::Matrix,
     /// `tr((W − Ŵ) H (W − Ŵ)ᵀ)` under the undamped Hessian, when that is known.
     pub proxy_loss: Option<f64>,
     /// The proxy loss as a share of `tr(W H Wᵀ)`: the relative squared error of the layer's output.
@@ -100,15 +138,39 @@ pub struct Solution<B: Backend> {
 }
 
 impl<B: Backend> Solution<B> {
-    /// Its codes as files hold them, and its grid.
+    /// Scales and zeros or minima; `None` where ggml's own encoder chose the rows, or values are stored as they are.
+    pub fn grid(&self) -> Option<&Grid> {
+        match &self.chosen {
+            Chosen::Codes(_, grid) => Some(grid),
+            Chosen::Rows(_) => None,
+        }
+    }
+
+    /// The codes of integers in groups as files hold them, and their grid.
+    ///
+    /// # Panics
+    /// If the weight is in one of ggml's types, whose codes and scales lie together: a mistake of the caller.
     pub fn packed(self, backend: &B, layout: WordLayout) -> Result<PackedWeight> {
-        let Grid { spec: GridSpec { scheme, group_of, .. }, rows, scales, zeros } = self.grid;
-        let cols = group_of.len();
-        let words = backend.pack(&self.codes, scheme.bits, layout)?;
+        let Chosen::Codes(codes, grid) = self.chosen else { panic!("integers in groups have codes") };
+        let Grid { spec: GridSpec { encoding, group_of }, rows, scales, zeros, .. } = grid;
+        let (cols, scheme) = (group_of.len(), encoding.scheme().expect("integers in groups"));
+        let bytes = backend.pack(&codes, Packing::Words { bits: scheme.bits, layout })?;
+        let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
+        let words = bytes.chunks_exact(4).map(word).collect();
         let width = scheme.group_width(cols);
         let contiguous = group_of.iter().enumerate().all(|(col, group)| col / width == *group as usize);
         let group_of = (!contiguous).then_some(group_of);
         Ok(PackedWeight { rows, cols, scheme, words, scales, zeros, group_of })
+    }
+
+    /// Rows of blocks as a file of ggml's holds them.
+    ///
+    /// Fails if the weight is in none of ggml's types.
+    pub fn rows(&mut self, backend: &B) -> Result<Vec<u8>> {
+        match &mut self.chosen {
+            Chosen::Codes(codes, grid) => backend.pack(codes, Packing::Blocks(grid)),
+            Chosen::Rows(rows) => Ok(std::mem::take(rows)),
+        }
     }
 }
 
@@ -120,19 +182,26 @@ pub trait Solver<B: Backend>: Sync {
     fn needs(&self) -> Needs;
     /// Derives, once, what all linears that read one input share.
     fn share<'a>(&self, backend: &B, statistics: Option<&'a Statistics<B>>) -> Result<Shared<'a, B>>;
-    /// Quantizes weight matrices `[out, in]` that read one input, each on a grid of its own.
-    fn solve(
-        &self,
-        backend: &B,
-        shared: &Shared<'_, B>,
-        weights: &[(&B::Matrix, GridSpec)],
-    ) -> Result<Vec<Solution<B>>>;
+    /// Quantizes weight matrices that read one input, each on a grid of its own and in an encoding of its own.
+    ///
+    /// Fails where blocks do not divide the rows.
+    fn solve(&self, backend: &B, shared: &Shared<'_, B>, asked: &[Asked<'_, B>]) -> Result<Vec<Solution<B>>>;
 }
 
-/// Rounds every weight to the nearest code of its grid.
-fn round<B: Backend>(backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, grid: Grid) -> Result<Solution<B>> {
-    let codes = backend.round(weight, &grid)?;
-    finish(backend, shared, weight, grid, codes, None)
+/// Rounds every weight to the nearest code of the grid that an observer chooses.
+fn round<B: Backend>(
+    backend: &B,
+    shared: &Shared<'_, B>,
+    asked: &Asked<'_, B>,
+    observer: Observer,
+) -> Result<Solution<B>> {
+    if let Some(ty) = observer.encoder(&asked.spec) {
+        let (rows, dequantized) = rows::encode(backend, asked.weight, ty)?;
+        return measured(backend, shared, asked.weight, Chosen::Rows(rows), dequantized, None);
+    }
+    let grid = observer.fit(backend, asked, shared.statistics)?;
+    let codes = backend.round(asked.weight, &grid)?;
+    finish(backend, shared, asked.weight, grid, codes, None)
 }
 
 /// Puts codes and grid together, and measures them when the Hessian is known.
@@ -146,11 +215,22 @@ fn finish<B: Backend>(
     codes: B::Codes,
     swept: Option<f64>,
 ) -> Result<Solution<B>> {
-    let restored = backend.restore(&codes, &grid)?;
-    let [proxy_loss, relative_error] = measure(backend, shared, weight, &restored, swept)?;
+    let dequantized = backend.dequantize(&codes, &grid)?;
+    measured(backend, shared, weight, Chosen::Codes(codes, grid), dequantized, swept)
+}
+
+fn measured<B: Backend>(
+    backend: &B,
+    shared: &Shared<'_, B>,
+    weight: &B::Matrix,
+    chosen: Chosen<B>,
+    dequantized: B::Matrix,
+    swept: Option<f64>,
+) -> Result<Solution<B>> {
+    let [proxy_loss, relative_error] = measure(backend, shared, weight, &dequantized, swept)?;
     let damp = shared.factor.as_ref().map(|f| f.damp);
     let fallback = shared.fallback.clone();
-    Ok(Solution { codes, grid, restored, proxy_loss, relative_error, damp, fallback })
+    Ok(Solution { chosen, dequantized, proxy_loss, relative_error, damp, fallback })
 }
 
 /// The proxy loss and the relative error, where the Hessian is known.
@@ -158,11 +238,11 @@ fn measure<B: Backend>(
     backend: &B,
     shared: &Shared<'_, B>,
     weight: &B::Matrix,
-    restored: &B::Matrix,
+    dequantized: &B::Matrix,
     swept: Option<f64>,
 ) -> Result<[Option<f64>; 2]> {
     let Some(gram) = shared.statistics.and_then(|s| s.gram.as_ref()) else { return Ok([None, None]) };
-    let error = backend.difference(weight, restored)?;
+    let error = backend.difference(weight, dequantized)?;
     let lost = match swept.zip(shared.factor.as_ref()) {
         Some((loss, factor)) => {
             // What damping added to the diagonal comes off again; a column without energy had a pivot of 1.

@@ -1,8 +1,8 @@
 //! Round to nearest: every weight on its own.
 
-use kernels::{Backend, GridSpec, Result};
+use kernels::{Backend, Result};
 
-use super::{Observer, Shared, Solution, Solver, round};
+use super::{Asked, Observer, Shared, Solution, Solver, round};
 use crate::statistics::{Needs, Statistics};
 
 /// Rounds to the nearest code of a grid that `observer` chooses.
@@ -25,16 +25,7 @@ impl<B: Backend> Solver<B> for Rtn {
         Ok(Shared { statistics, factor: None, fallback: None })
     }
 
-    fn solve(
-        &self,
-        backend: &B,
-        shared: &Shared<'_, B>,
-        weights: &[(&B::Matrix, GridSpec)],
-    ) -> Result<Vec<Solution<B>>> {
-        let one = |(weight, spec): &(&B::Matrix, GridSpec)| {
-            let grid = self.observer.fit(backend, weight, spec, shared.statistics)?;
-            round(backend, shared, weight, grid)
-        };
-        weights.iter().map(one).collect()
+    fn solve(&self, backend: &B, shared: &Shared<'_, B>, asked: &[Asked<'_, B>]) -> Result<Vec<Solution<B>>> {
+        asked.iter().map(|one| round(backend, shared, one, self.observer)).collect()
     }
 }

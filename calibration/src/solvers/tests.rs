@@ -1,6 +1,6 @@
 //! The solvers on a fixture whose input channels are correlated and of very different energy.
 
-use formats::{ScalePrecision, Scheme};
+use formats::{Float, GgmlType, Scheme};
 use kernels::{Backend, Cpu, GridSpec};
 use ndarray::Array2;
 
@@ -52,11 +52,11 @@ fn solve(solver: &dyn Solver<Cpu>, scheme: Scheme) -> Solution<Cpu> {
     let (w, x) = fixture();
     let statistics = statistics(&x);
     let shared = solver.share(&Cpu::default(), Some(&statistics)).unwrap();
-    let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, w.ncols());
-    solver.solve(&Cpu::default(), &shared, &[(&w, spec)]).unwrap().remove(0)
+    let spec = GridSpec::of(scheme.encoding(Float::F16, 0), w.ncols());
+    solver.solve(&Cpu::default(), &shared, &[Asked { weight: &w, spec, importance: None }]).unwrap().remove(0)
 }
 
-const GPTQ: Gptq = Gptq { observer: Observer::Imatrix, damp: 0.05, act_order: true, desc_act: false };
+const GPTQ: Gptq = Gptq { observer: Observer::Imatrix, damp: 0.05, act_order: true, desc_act: false, refine: false };
 
 #[test]
 fn each_refinement_lowers_the_loss() {
@@ -78,9 +78,9 @@ fn each_refinement_lowers_the_loss() {
 fn the_reported_loss_is_the_output_error() {
     let (w, x) = fixture();
     let solution = solve(&GPTQ, Scheme { bits: 4, group: Some(16), symmetric: false });
-    let restored = &solution.restored;
+    let dequantized = &solution.dequantized;
     let energy = |m: &Array2<f32>| m.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
-    let (lost, whole) = (energy(&x.dot(&(&w - restored).t())), energy(&x.dot(&w.t())));
+    let (lost, whole) = (energy(&x.dot(&(&w - dequantized).t())), energy(&x.dot(&w.t())));
     assert!((solution.proxy_loss.unwrap() - lost).abs() < 1e-3 * lost);
     assert!((solution.relative_error.unwrap() - lost / whole).abs() < 1e-3 * lost / whole);
 }
@@ -103,15 +103,22 @@ fn weights_that_are_solved_together_are_solved_as_alone() {
     let cpu = Cpu::default();
     let others = [w.slice(ndarray::s![..7, ..]).to_owned(), &w * 0.5];
     let scheme = |bits| Scheme { bits, group: Some(16), symmetric: false };
-    let spec = |bits| GridSpec::contiguous(scheme(bits), ScalePrecision::F16, 0, w.ncols());
-    let weights = [(&w, spec(4)), (&others[0], spec(3)), (&others[1], spec(4))];
+    let spec = |bits| GridSpec::of(scheme(bits).encoding(Float::F16, 0), w.ncols());
+    let ggml = GridSpec::of(GgmlType::from_name("Q4_0").unwrap().encoding(), w.ncols());
+    let asked = |weight, spec| Asked { weight, spec, importance: None };
+    let weights = [asked(&w, spec(4)), asked(&others[0], spec(3)), asked(&others[1], spec(4)), asked(&others[1], ggml)];
     for solver in [&GPTQ as &dyn Solver<Cpu>, &Rtn { observer: Observer::MinMax }] {
         let shared = solver.share(&cpu, Some(&statistics)).unwrap();
         let together = solver.solve(&cpu, &shared, &weights).unwrap();
-        assert_eq!(together.len(), 3);
-        for (together, weight) in together.into_iter().zip(weights.clone()) {
-            let alone = solver.solve(&cpu, &shared, &[weight]).unwrap().remove(0);
-            assert_eq!((together.proxy_loss, &together.restored), (alone.proxy_loss, &alone.restored));
+        assert_eq!(together.len(), 4);
+        for (mut together, weight) in together.into_iter().zip(weights.clone()) {
+            let blocks = weight.spec.encoding.ggml_type().is_some();
+            let mut alone = solver.solve(&cpu, &shared, &[weight]).unwrap().remove(0);
+            assert_eq!((together.proxy_loss, &together.dequantized), (alone.proxy_loss, &alone.dequantized));
+            if blocks {
+                assert!(together.rows(&cpu).unwrap() == alone.rows(&cpu).unwrap());
+                continue;
+            }
             let [together, alone] = [together, alone].map(|one| one.packed(&cpu, WordLayout::Rows).unwrap());
             assert!(together == alone);
         }
@@ -133,7 +140,7 @@ fn a_hopeless_hessian_is_reported_not_hidden() {
 fn awq_scales_help_rounding_and_keep_the_function() {
     let (w, x) = fixture();
     let statistics = statistics(&x);
-    let spec = GridSpec::contiguous(Scheme { bits: 3, group: Some(32), symmetric: false }, ScalePrecision::F16, 0, 64);
+    let spec = GridSpec::of(Scheme { bits: 3, group: Some(32), symmetric: false }.encoding(Float::F16, 0), 64);
     let slot = Slot { readers: vec![(&w, &spec)], statistics: &statistics, tie: Tie::Free };
     let found = Awq { rows: 96, ..Awq::default() }.scales(&Cpu::default(), &slot).unwrap();
     assert!(found.alpha > 0.0 && found.loss[1] < 0.9 * found.loss[0], "{found:?}");

@@ -1,6 +1,7 @@
 //! Which blocks have scales that stand for no numbers, or for too few of them, found without a look at the codes.
 
-use super::{Block, GgmlType, Layout, ScaleKind, blocks_of};
+use super::{Block, GgmlType, blocks_of};
+use crate::encoding::{Float, Scale};
 
 /// What is the matter with blocks, or with runs of [`GgmlType::span`] values where there are none.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -60,20 +61,20 @@ impl GgmlType {
 super::over_blocks! {
     /// [`GgmlType::scale_faults`] of the type whose blocks are `B`.
     fn judge_each<B: Block>(bytes: &[u8], faults: &mut ScaleFaults) {
-        let Layout { levels, sub, scale, has_min, .. } = B::LAYOUT;
+        let (levels, has_min) = (B::ENCODING.levels, B::ENCODING.has_min());
         let top = (0..levels.count()).fold(0.0f32, |top, code| top.max(levels.level(code as u8).abs()));
-        let (largest, small) = match (scale, sub) {
+        let (largest, small) = match B::ENCODING.scale {
             // At 2^125 a level of 12 is infinite.
-            (ScaleKind::E8M0, _) => (4.253_529_6e37, f32::MIN_POSITIVE),
+            Scale::Own(Float::E8M0) => (4.253_529_6e37, f32::MIN_POSITIVE),
             // Integers between a block's scale and those of its groups find their place beside a coarse one.
-            (ScaleKind::F16, Some(_)) => (65504.0, 8.0 * STEP),
+            Scale::Sub { .. } => (65504.0, 8.0 * STEP),
             // Rounded, it moves the outermost level by half a step and more.
-            (ScaleKind::F16, None) => (65504.0, top * STEP),
+            _ => (65504.0, top * STEP),
         };
         for (index, block) in blocks_of::<B>(bytes).iter().enumerate() {
             let mut codes = [0; 256];
             let scales = block.unpack(&mut codes[..B::LEN]);
-            let (d, m) = (scales.d.abs(), if *has_min { scales.m.abs() } else { 0.0 });
+            let (d, m) = (scales.d.abs(), if has_min { scales.m.abs() } else { 0.0 });
             // Written so that a NaN is beyond.
             if !(d < largest && m < largest) {
                 faults.beyond = faults.beyond.or(Some(index));
@@ -109,16 +110,16 @@ mod tests {
             };
             let usual = (0.25, 0.0);
             assert_eq!(judged([usual; 3]), ScaleFaults::default(), "{ty}");
-            let halves = layout.scale == ScaleKind::F16;
+            let halves = layout.precision() == Float::F16;
             let large: &[f32] = if halves { &[65504.0, f32::INFINITY, f32::NAN] } else { &[1e38, f32::INFINITY] };
             for &d in large {
                 assert_eq!(judged([usual, (d, 0.0), (d, 0.0)]).beyond, Some(1), "{ty}: {d}");
             }
-            if layout.has_min {
+            if layout.has_min() {
                 assert_eq!(judged([usual, usual, (0.25, 1e6)]).beyond, Some(2), "{ty}");
             }
             let small: &[f32] = if halves { &[0.0, STEP, -STEP] } else { &[0.0] };
-            for &d in small.iter().filter(|d| **d >= 0.0 || !layout.has_min) {
+            for &d in small.iter().filter(|d| **d >= 0.0 || !layout.has_min()) {
                 let faults = judged([(d, 0.0), usual, (d, 0.0)]);
                 assert_eq!((faults.beyond, faults.tiny), (None, vec![0, 2]), "{ty}: {d}");
             }

@@ -1,22 +1,28 @@
 //! The types that are not quantized.
 
 use super::{EncodeFn, GgmlType};
+use crate::encoding::{Encoding, Float, Store};
 use crate::tensor::{Dtype, widen};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-pub(super) const F32: GgmlType = plain_type(0, "F32", 4, |bytes, out| plain(Dtype::F32, bytes, out), to_f32);
-pub(super) const F16: GgmlType = plain_type(1, "F16", 2, |bytes, out| plain(Dtype::F16, bytes, out), to_f16);
-pub(super) const BF16: GgmlType = plain_type(30, "BF16", 2, |bytes, out| plain(Dtype::BF16, bytes, out), to_bf16);
+pub(super) const F32: GgmlType =
+    plain_type(0, "F32", 4, Float::F32, |bytes, out| plain(Dtype::F32, bytes, out), to_f32);
+pub(super) const F16: GgmlType =
+    plain_type(1, "F16", 2, Float::F16, |bytes, out| plain(Dtype::F16, bytes, out), to_f16);
+pub(super) const BF16: GgmlType =
+    plain_type(30, "BF16", 2, Float::BF16, |bytes, out| plain(Dtype::BF16, bytes, out), to_bf16);
 
 const fn plain_type(
     id: u32,
     name: &'static str,
     block_bytes: usize,
+    values: Float,
     decode: fn(&[u8], &mut [f32]),
     encode: EncodeFn,
 ) -> GgmlType {
-    GgmlType { id, name, block_len: 1, block_bytes, decode, encode: Some(encode), blocks: None }
+    let encoding = Encoding { store: Store::Ggml(id), ..Encoding::plain(values) };
+    GgmlType { id, name, block_len: 1, block_bytes, encoding, decode, encode: Some(encode), blocks: None }
 }
 
 fn plain(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {

@@ -1,12 +1,17 @@
 //! IQ4_NL: 32 weights, `y = d · LEVELS[q]` with unevenly spaced levels; nibbles in the order of Q4_0.
 
+use crate::encoding::reals;
+
 use super::simple::{join_nibbles, split_nibbles};
-use super::{Block, BlockScales, GgmlType, Layout, Levels, ScaleKind, half, to_half};
+use super::{Block, BlockScales, Encoding, GgmlType, Levels, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::of::<BlockIQ4NL>(20, "IQ4_NL");
 
 /// The levels of IQ4_NL and IQ4_XS.
 pub(super) static LEVELS: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// The same as reals.
+pub(super) static TABLE: [f32; 16] = reals(&LEVELS);
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -20,8 +25,7 @@ const _: () = assert!(size_of::<BlockIQ4NL>() == 18);
 // SAFETY: bytes only.
 unsafe impl Block for BlockIQ4NL {
     const LEN: usize = 32;
-    const LAYOUT: &'static Layout =
-        &Layout { group: 32, levels: Levels::Table(&LEVELS), has_min: false, sub: None, scale: ScaleKind::F16 };
+    const ENCODING: Encoding = Encoding::ggml(Levels::Table(&TABLE), 32);
 
     #[inline(always)]
     fn decode(&self, out: &mut [f32]) {

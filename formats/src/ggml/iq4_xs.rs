@@ -3,9 +3,9 @@
 //! The low four bits of `ls` of group `g` are the nibble `g % 2` of `scales_l[g / 2]`, its high two bits `2g, 2g + 1` of
 //! `scales_h`. Each group has 16 bytes of nibbles in the order of Q4_0; levels are those of IQ4_NL.
 
-use super::iq4_nl::{LEVELS, look_up};
+use super::iq4_nl::{LEVELS, TABLE, look_up};
 use super::simple::{join_nibbles, split_nibbles};
-use super::{Block, BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales, half, to_half};
+use super::{Block, BlockScales, Encoding, GgmlType, Levels, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::of::<BlockIQ4XS>(23, "IQ4_XS");
 
@@ -32,13 +32,7 @@ impl BlockIQ4XS {
 // SAFETY: bytes only.
 unsafe impl Block for BlockIQ4XS {
     const LEN: usize = 256;
-    const LAYOUT: &'static Layout = &Layout {
-        group: 32,
-        levels: Levels::Table(&LEVELS),
-        has_min: false,
-        sub: Some(SubScales { low: -32, high: 31, max_min: 0 }),
-        scale: ScaleKind::F16,
-    };
+    const ENCODING: Encoding = Encoding::superblocks(Levels::Table(&TABLE), 32, -32, 31);
 
     #[inline(always)]
     fn decode(&self, out: &mut [f32]) {

@@ -1,6 +1,6 @@
 //! ggml's storage types: rows cut into blocks of 32 or 256 weights, each block with its own scales.
 //!
-//! One small file a type, one line in [`TYPES`]. What the codes of a type stand for is data ([`Layout`]), so that whoever
+//! One small file a type, one line in [`TYPES`]. What the codes of a type stand for is data ([`Encoding`]), so that whoever
 //! chooses scales need not know where their bits lie. Products are taken in `f32` in the order ggml takes them, so that
 //! values are bit for bit the same.
 
@@ -30,10 +30,11 @@ use std::fmt;
 
 use half::f16;
 
+use crate::encoding::{Encoding, Float, Levels, Offset, Scale, Store};
 use crate::error::{Error, Result};
 pub use faults::ScaleFaults;
 use faults::judge_blocks;
-pub use layout::{BlockScales, Layout, Levels, ScaleKind, SubScales};
+pub use layout::BlockScales;
 
 /// A storage type.
 #[derive(Clone, Copy)]
@@ -46,6 +47,7 @@ pub struct GgmlType {
     pub block_len: usize,
     /// Bytes in a block.
     pub block_bytes: usize,
+    encoding: Encoding,
     decode: fn(&[u8], &mut [f32]),
     encode: Option<EncodeFn>,
     /// `None` for the types that store values as they are.
@@ -58,7 +60,6 @@ type EncodeFn = fn(&[f32], &mut [u8]);
 /// What a type with scales can do, on slices whose lengths were checked.
 #[derive(Clone, Copy)]
 struct Blocks {
-    layout: &'static Layout,
     pack: fn(&[BlockScales], &[u8], &mut [u8]),
     unpack: fn(&[u8], &mut [BlockScales], &mut [u8]),
     judge: fn(&[u8]) -> ScaleFaults,
@@ -139,14 +140,10 @@ impl GgmlType {
             name,
             block_len: B::LEN,
             block_bytes: size_of::<B>(),
+            encoding: Encoding { store: Store::Ggml(id), ..B::ENCODING },
             decode: decode_blocks::<B>,
             encode: None,
-            blocks: Some(Blocks {
-                layout: B::LAYOUT,
-                pack: pack_blocks::<B>,
-                unpack: unpack_blocks::<B>,
-                judge: judge_blocks::<B>,
-            }),
+            blocks: Some(Blocks { pack: pack_blocks::<B>, unpack: unpack_blocks::<B>, judge: judge_blocks::<B> }),
         }
     }
 
@@ -186,8 +183,8 @@ unsafe trait Block: Copy {
     /// Weights in a block.
     const LEN: usize;
 
-    /// What the codes stand for.
-    const LAYOUT: &'static Layout;
+    /// What the codes stand for; where they lie is filled in with the type's number.
+    const ENCODING: Encoding;
 
     /// Writes the block's reals into `out`, which holds `LEN`.
     ///
@@ -197,15 +194,17 @@ unsafe trait Block: Copy {
         let mut codes = [0; 256];
         let codes = &mut codes[..Self::LEN];
         let block = self.unpack(codes);
-        let Layout { group, levels, has_min, sub, .. } = *Self::LAYOUT;
-        let Levels::Uniform { offset, .. } = levels else { unreachable!("types with a table have their own") };
+        let (group, has_min, sub) = const { (Self::ENCODING.group(), Self::ENCODING.has_min(), Self::ENCODING.sub()) };
+        let Levels::Integer { zero, .. } = Self::ENCODING.levels else {
+            unreachable!("types with a table have their own")
+        };
         for (index, (out, codes)) in out.chunks_exact_mut(group).zip(codes.chunks_exact(group)).enumerate() {
             let (scale, min) = match sub {
                 None => (block.d, block.m),
                 Some(_) => (block.d * f32::from(block.scales[index]), block.m * f32::from(block.mins[index])),
             };
             for (out, &code) in out.iter_mut().zip(codes) {
-                let product = scale * (i32::from(code) - i32::from(offset)) as f32;
+                let product = scale * (i32::from(code) - i32::from(zero)) as f32;
                 *out = if has_min { product - min } else { product };
             }
         }

@@ -3,13 +3,18 @@
 //! Codes are 4-bit floats of two exponent bits and one mantissa bit. The levels are twice their values, to be integers;
 //! that is why the exponent's bias is 128, not 127.
 
+use crate::encoding::reals;
+
 use super::iq4_nl::look_up;
 use super::simple::{join_nibbles, peak, split_nibbles};
-use super::{Block, BlockScales, Encode, GgmlType, Layout, Levels, ScaleKind};
+use super::{Block, BlockScales, Encode, Encoding, Float, GgmlType, Levels, Scale};
 
 pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockMXFP4>(39, "MXFP4");
 
 static LEVELS: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// The same as reals.
+static TABLE: [f32; 16] = reals(&LEVELS);
 
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -23,8 +28,7 @@ const _: () = assert!(size_of::<BlockMXFP4>() == 17);
 // SAFETY: bytes only.
 unsafe impl Block for BlockMXFP4 {
     const LEN: usize = 32;
-    const LAYOUT: &'static Layout =
-        &Layout { group: 32, levels: Levels::Table(&LEVELS), has_min: false, sub: None, scale: ScaleKind::E8M0 };
+    const ENCODING: Encoding = Encoding { scale: Scale::Own(Float::E8M0), ..Encoding::ggml(Levels::Table(&TABLE), 32) };
 
     #[inline(always)]
     fn decode(&self, out: &mut [f32]) {

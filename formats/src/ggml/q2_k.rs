@@ -3,7 +3,7 @@
 //! `scales[g]` holds `sc` of group `g` in its low nibble and `mn` in its high one. Weight `i = 128·h + 32·j + l` has its
 //! code in bits `2j, 2j + 1` of `qs[32·h + l]`.
 
-use super::{Block, BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales, half, to_half};
+use super::{Block, BlockScales, Encoding, GgmlType, Levels, Offset, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::of::<BlockQ2K>(10, "Q2_K");
 
@@ -21,13 +21,7 @@ const _: () = assert!(size_of::<BlockQ2K>() == 84);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ2K {
     const LEN: usize = 256;
-    const LAYOUT: &'static Layout = &Layout {
-        group: 16,
-        levels: Levels::Uniform { codes: 4, offset: 0 },
-        has_min: true,
-        sub: Some(SubScales { low: 0, high: 15, max_min: 15 }),
-        scale: ScaleKind::F16,
-    };
+    const ENCODING: Encoding = Encoding::superblocks(Levels::unsigned(2), 16, 0, 15).with(Offset::SubMin { max: 15 });
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

@@ -5,7 +5,7 @@
 //! next of byte `8 + g % 4`.
 
 use super::q2_k::{join_pairs, split_pairs};
-use super::{Block, BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales, half, to_half};
+use super::{Block, BlockScales, Encoding, GgmlType, Levels, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::of::<BlockQ3K>(11, "Q3_K");
 
@@ -23,13 +23,7 @@ const _: () = assert!(size_of::<BlockQ3K>() == 110);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ3K {
     const LEN: usize = 256;
-    const LAYOUT: &'static Layout = &Layout {
-        group: 16,
-        levels: Levels::Uniform { codes: 8, offset: 4 },
-        has_min: false,
-        sub: Some(SubScales { low: -32, high: 31, max_min: 0 }),
-        scale: ScaleKind::F16,
-    };
+    const ENCODING: Encoding = Encoding::superblocks(Levels::signed(3), 16, -32, 31);
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

@@ -1,7 +1,7 @@
 //! Q4_0: 32 weights, `y = d · (q − 8)`; byte `j` holds weights `j` (low nibble) and `j + 16`.
 
 use super::simple::{cut, inverse, join_nibbles, signed_peak, split_nibbles};
-use super::{Block, BlockScales, Encode, GgmlType, Layout, Levels, ScaleKind, half, to_half};
+use super::{Block, BlockScales, Encode, Encoding, GgmlType, Levels, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockQ4_0>(2, "Q4_0");
 
@@ -17,13 +17,7 @@ const _: () = assert!(size_of::<BlockQ4_0>() == 18);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ4_0 {
     const LEN: usize = 32;
-    const LAYOUT: &'static Layout = &Layout {
-        group: 32,
-        levels: Levels::Uniform { codes: 16, offset: 8 },
-        has_min: false,
-        sub: None,
-        scale: ScaleKind::F16,
-    };
+    const ENCODING: Encoding = Encoding::ggml(Levels::signed(4), 32);
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

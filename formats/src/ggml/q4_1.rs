@@ -1,7 +1,7 @@
 //! Q4_1: 32 weights, `y = d · q + m`; nibbles in the order of Q4_0.
 
 use super::simple::{cut, extremes, inverse, join_nibbles, split_nibbles};
-use super::{Block, BlockScales, Encode, GgmlType, Layout, Levels, ScaleKind, half, to_half};
+use super::{Block, BlockScales, Encode, Encoding, Float, GgmlType, Levels, Offset, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockQ4_1>(3, "Q4_1");
 
@@ -18,13 +18,7 @@ const _: () = assert!(size_of::<BlockQ4_1>() == 20);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ4_1 {
     const LEN: usize = 32;
-    const LAYOUT: &'static Layout = &Layout {
-        group: 32,
-        levels: Levels::Uniform { codes: 16, offset: 0 },
-        has_min: true,
-        sub: None,
-        scale: ScaleKind::F16,
-    };
+    const ENCODING: Encoding = Encoding::ggml(Levels::unsigned(4), 32).with(Offset::Min(Float::F16));
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

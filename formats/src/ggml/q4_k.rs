@@ -7,7 +7,7 @@
 //! qs[32·p..]     low nibbles: group 2p, high nibbles: group 2p + 1
 //! ```
 
-use super::{Block, BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales, half, to_half};
+use super::{Block, BlockScales, Encoding, GgmlType, Levels, Offset, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::of::<BlockQ4K>(12, "Q4_K");
 
@@ -25,13 +25,7 @@ const _: () = assert!(size_of::<BlockQ4K>() == 144);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ4K {
     const LEN: usize = 256;
-    const LAYOUT: &'static Layout = &Layout {
-        group: 32,
-        levels: Levels::Uniform { codes: 16, offset: 0 },
-        has_min: true,
-        sub: Some(SubScales { low: 0, high: 63, max_min: 63 }),
-        scale: ScaleKind::F16,
-    };
+    const ENCODING: Encoding = Encoding::superblocks(Levels::unsigned(4), 32, 0, 63).with(Offset::SubMin { max: 63 });
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

@@ -1,7 +1,7 @@
 //! Q5_0: 32 weights, `y = d · (q − 16)`; low four bits as in Q4_0, bit `j` of `qh` is bit 4 of weight `j`.
 
 use super::simple::{cut, inverse, join_fives, signed_peak, split_fives};
-use super::{Block, BlockScales, Encode, GgmlType, Layout, Levels, ScaleKind, half, to_half};
+use super::{Block, BlockScales, Encode, Encoding, GgmlType, Levels, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockQ5_0>(6, "Q5_0");
 
@@ -18,13 +18,7 @@ const _: () = assert!(size_of::<BlockQ5_0>() == 22);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ5_0 {
     const LEN: usize = 32;
-    const LAYOUT: &'static Layout = &Layout {
-        group: 32,
-        levels: Levels::Uniform { codes: 32, offset: 16 },
-        has_min: false,
-        sub: None,
-        scale: ScaleKind::F16,
-    };
+    const ENCODING: Encoding = Encoding::ggml(Levels::signed(5), 32);
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

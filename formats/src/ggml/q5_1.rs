@@ -1,7 +1,7 @@
 //! Q5_1: 32 weights, `y = d · q + m`; codes as in Q5_0.
 
 use super::simple::{cut, extremes, inverse, join_fives, split_fives};
-use super::{Block, BlockScales, Encode, GgmlType, Layout, Levels, ScaleKind, half, to_half};
+use super::{Block, BlockScales, Encode, Encoding, Float, GgmlType, Levels, Offset, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockQ5_1>(7, "Q5_1");
 
@@ -19,13 +19,7 @@ const _: () = assert!(size_of::<BlockQ5_1>() == 24);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ5_1 {
     const LEN: usize = 32;
-    const LAYOUT: &'static Layout = &Layout {
-        group: 32,
-        levels: Levels::Uniform { codes: 32, offset: 0 },
-        has_min: true,
-        sub: None,
-        scale: ScaleKind::F16,
-    };
+    const ENCODING: Encoding = Encoding::ggml(Levels::unsigned(5), 32).with(Offset::Min(Float::F16));
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

@@ -3,7 +3,7 @@
 //! Scales, mins and the low four bits of the codes lie as in Q4_K; bit `g` of `qh[l]` is bit 4 of weight `l` of group `g`.
 
 use super::q4_k::{join_halves, join_scales, split_halves, split_scales};
-use super::{Block, BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales, half, to_half};
+use super::{Block, BlockScales, Encoding, GgmlType, Levels, Offset, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::of::<BlockQ5K>(13, "Q5_K");
 
@@ -22,13 +22,7 @@ const _: () = assert!(size_of::<BlockQ5K>() == 176);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ5K {
     const LEN: usize = 256;
-    const LAYOUT: &'static Layout = &Layout {
-        group: 32,
-        levels: Levels::Uniform { codes: 32, offset: 0 },
-        has_min: true,
-        sub: Some(SubScales { low: 0, high: 63, max_min: 63 }),
-        scale: ScaleKind::F16,
-    };
+    const ENCODING: Encoding = Encoding::superblocks(Levels::unsigned(5), 32, 0, 63).with(Offset::SubMin { max: 63 });
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

@@ -3,7 +3,7 @@
 //! Weight `i = 128·h + 32·j + l` has its low four bits in `ql[64·h + 32·(j % 2) + l]`, the low nibble for `j < 2`, and its
 //! high two in bits `2j, 2j + 1` of `qh[32·h + l]`.
 
-use super::{Block, BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales, half, to_half};
+use super::{Block, BlockScales, Encoding, GgmlType, Levels, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::of::<BlockQ6K>(14, "Q6_K");
 
@@ -21,13 +21,7 @@ const _: () = assert!(size_of::<BlockQ6K>() == 210);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ6K {
     const LEN: usize = 256;
-    const LAYOUT: &'static Layout = &Layout {
-        group: 16,
-        levels: Levels::Uniform { codes: 64, offset: 32 },
-        has_min: false,
-        sub: Some(SubScales { low: -128, high: 127, max_min: 0 }),
-        scale: ScaleKind::F16,
-    };
+    const ENCODING: Encoding = Encoding::superblocks(Levels::signed(6), 16, -128, 127);
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

@@ -1,7 +1,7 @@
 //! Q8_0: 32 weights, `y = d · q` with signed bytes `q`.
 
 use super::simple::{inverse, peak, round};
-use super::{Block, BlockScales, Encode, GgmlType, Layout, Levels, ScaleKind, half, to_half};
+use super::{Block, BlockScales, Encode, Encoding, GgmlType, Levels, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockQ8_0>(8, "Q8_0");
 
@@ -17,13 +17,7 @@ const _: () = assert!(size_of::<BlockQ8_0>() == 34);
 // SAFETY: bytes only.
 unsafe impl Block for BlockQ8_0 {
     const LEN: usize = 32;
-    const LAYOUT: &'static Layout = &Layout {
-        group: 32,
-        levels: Levels::Uniform { codes: 256, offset: 128 },
-        has_min: false,
-        sub: None,
-        scale: ScaleKind::F16,
-    };
+    const ENCODING: Encoding = Encoding::ggml(Levels::signed(8), 32);
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

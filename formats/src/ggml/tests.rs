@@ -1,6 +1,7 @@
 //! Parity with gguf-py and ggml (`tests/make_gguf_vectors.py` says how the vectors came about), and what holds for all types.
 
 use super::*;
+use crate::encoding::SubScales;
 use serde_json::Value;
 
 fn json(name: &str) -> Value {
@@ -66,7 +67,7 @@ fn layouts_say_what_decoding_does() {
     for ty in TYPES.iter().filter(|ty| ty.layout().is_some()) {
         let layout = ty.layout().unwrap();
         let groups = ty.groups_per_block();
-        assert_eq!(groups * layout.group, ty.block_len, "{ty}");
+        assert_eq!(groups * layout.group(), ty.block_len, "{ty}");
         let bytes = Random(7).bytes(BLOCKS * ty.block_bytes);
         let mut blocks = vec![BlockScales::default(); BLOCKS];
         let mut codes = vec![0; BLOCKS * ty.block_len];
@@ -77,7 +78,7 @@ fn layouts_say_what_decoding_does() {
         let mut compared = 0;
         for (index, block) in blocks.iter().enumerate() {
             ty.expand(block, &mut scales, &mut mins);
-            if let Some(sub) = layout.sub {
+            if let Some(sub) = layout.sub() {
                 assert!(block.scales[..groups].iter().all(|s| (sub.low..=sub.high).contains(s)), "{ty}: {block:?}");
                 assert!(block.mins[..groups].iter().all(|&m| m <= sub.max_min), "{ty}: {block:?}");
             }
@@ -86,7 +87,7 @@ fn layouts_say_what_decoding_does() {
             }
             for i in 0..ty.block_len {
                 let at = index * ty.block_len + i;
-                let value = scales[i / layout.group] * layout.levels.level(codes[at]) - mins[i / layout.group];
+                let value = scales[i / layout.group()] * layout.levels.level(codes[at]) - mins[i / layout.group()];
                 assert_eq!(value.to_bits(), values[at].to_bits(), "{ty}, block {index}, weight {i}: {value}");
                 compared += 1;
             }
@@ -126,13 +127,14 @@ fn codes_and_scales_at_their_ends_keep_to_their_bits() {
     for ty in TYPES.iter().filter(|ty| ty.layout().is_some()) {
         let layout = ty.layout().unwrap();
         let groups = ty.groups_per_block();
-        let sub = layout.sub.unwrap_or(SubScales { low: 0, high: 0, max_min: 0 });
+        let sub = layout.sub().unwrap_or(SubScales { low: 0, high: 0, max_min: 0 });
         for at in 0..ty.block_len {
             let mut codes = vec![0; ty.block_len];
             codes[at] = (layout.levels.count() - 1) as u8;
-            let mut block = BlockScales { d: 1.0, m: if layout.has_min { 2.0 } else { 0.0 }, ..BlockScales::default() };
-            block.scales[..groups].fill(if layout.sub.is_some() { sub.low } else { 0 });
-            if layout.sub.is_some() {
+            let mut block =
+                BlockScales { d: 1.0, m: if layout.has_min() { 2.0 } else { 0.0 }, ..BlockScales::default() };
+            block.scales[..groups].fill(if layout.sub().is_some() { sub.low } else { 0 });
+            if layout.sub().is_some() {
                 block.scales[at % groups] = sub.high;
                 block.mins[at * 7 % groups] = sub.max_min;
             }

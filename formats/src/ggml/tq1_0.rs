@@ -10,18 +10,12 @@
 //! ```
 
 use super::simple::{inverse, peak, round};
-use super::{Block, BlockScales, Encode, GgmlType, Layout, Levels, ScaleKind, half, to_half};
+use super::{Block, BlockScales, Encode, Encoding, GgmlType, Levels, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockTQ1>(34, "TQ1_0");
 
 /// What both ternary types stand for.
-pub(super) static TERNARY: Layout = Layout {
-    group: 256,
-    levels: Levels::Uniform { codes: 3, offset: 1 },
-    has_min: false,
-    sub: None,
-    scale: ScaleKind::F16,
-};
+pub(super) const TERNARY: Encoding = Encoding::ggml(Levels::Integer { codes: 3, zero: 1 }, 256);
 
 const POWERS: [u8; 5] = [1, 3, 9, 27, 81];
 
@@ -38,7 +32,7 @@ const _: () = assert!(size_of::<BlockTQ1>() == 54);
 // SAFETY: bytes only.
 unsafe impl Block for BlockTQ1 {
     const LEN: usize = 256;
-    const LAYOUT: &'static Layout = &TERNARY;
+    const ENCODING: Encoding = TERNARY;
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

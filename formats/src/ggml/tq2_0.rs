@@ -2,7 +2,7 @@
 
 use super::q2_k::{join_pairs, split_pairs};
 use super::tq1_0::{TERNARY, ternary};
-use super::{Block, BlockScales, Encode, GgmlType, Layout, half, to_half};
+use super::{Block, BlockScales, Encode, Encoding, GgmlType, half, to_half};
 
 pub(super) const TYPE: GgmlType = GgmlType::with_encoder::<BlockTQ2>(35, "TQ2_0");
 
@@ -18,7 +18,7 @@ const _: () = assert!(size_of::<BlockTQ2>() == 66);
 // SAFETY: bytes only.
 unsafe impl Block for BlockTQ2 {
     const LEN: usize = 256;
-    const LAYOUT: &'static Layout = &TERNARY;
+    const ENCODING: Encoding = TERNARY;
 
     #[inline(always)]
     fn pack(scales: &BlockScales, codes: &[u8]) -> Self {

@@ -164,9 +164,9 @@ __device__ __forceinline__ float nearest_integer(float x) { return (x + 12582912
 // Within limits; NaN stays NaN, as Rust's clamp leaves it.
 __device__ __forceinline__ float limited(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
-// The levels of a block type, as `ladder_of` packs them: from low to high evenly, where a code is level + offset; or up to sixteen
+// The levels of a block type, as `level_set_of` packs them: from low to high evenly, where a code is level + offset; or up to sixteen
 // of a table: where one gives way to the next, and by how much.
-struct Ladder {
+struct LevelSet {
     int even;
     float low, high, offset;
     float first;
@@ -175,11 +175,11 @@ struct Ladder {
 };
 
 // The level nearest to `x`.
-__device__ __forceinline__ float nearest_level(const Ladder &ladder, float x) {
-    if (ladder.even) return limited(nearest_integer(x), ladder.low, ladder.high);
-    float level = ladder.first;
+__device__ __forceinline__ float nearest_level(const LevelSet &set, float x) {
+    if (set.even) return limited(nearest_integer(x), set.low, set.high);
+    float level = set.first;
 #pragma unroll
-    for (int i = 0; i < 15; i++) level += x > ladder.middles[i] ? ladder.steps[i] : 0.0f;
+    for (int i = 0; i < 15; i++) level += x > set.middles[i] ? set.steps[i] : 0.0f;
     return level;
 }
 

@@ -23,8 +23,7 @@ mod tests;
 
 use std::sync::Arc;
 
-use formats::ggml::GgmlType;
-use formats::{Dtype, WordLayout};
+use formats::Dtype;
 use ndarray::Array2;
 
 pub use self::card::{Card, Found, cards};
@@ -36,10 +35,10 @@ use self::memory::{Memory, Pinned};
 pub use self::profile::Profile;
 pub use self::simulated::Simulated;
 use crate::backend::{
-    Activation, ActivationRounding, AttentionShape, Backend, BlockGrid, Factor, FitKind, Grid, GridSpec, NormKind,
+    Activation, ActivationRounding, AttentionShape, Backend, Factor, FitKind, Grid, GridSpec, NormKind, Packing,
     RopeLayout, Swept, TokenComparison, TokenLoss,
 };
-use crate::checks::{expect, expect_blocks, expect_multiple};
+use crate::checks::{expect, expect_grid, expect_multiple, expect_refined, expect_spec, expect_type};
 use crate::{Error, Result};
 
 /// What all kernels share, before each module's own source.
@@ -600,59 +599,54 @@ impl Backend for Cuda {
     }
 
     fn fit(&self, weight: &Matrix, spec: &GridSpec, kind: FitKind<'_, Matrix>) -> Result<Grid> {
-        self.fitted(weight, spec, kind)
+        expect_spec("fit", weight.cols, spec)?;
+        match &kind {
+            FitKind::Weighted(h) => expect("fit", "importances", weight.cols, h.len())?,
+            FitKind::BlockHessian(h) => expect("fit", "features", weight.cols, h.cols)?,
+            FitKind::MinMax => {}
+        }
+        let Some(ty) = spec.encoding.ggml_type() else { return self.fitted(weight, spec, kind) };
+        match kind {
+            FitKind::MinMax => self.fitted_blocks(weight, ty, None),
+            FitKind::Weighted(h) => self.fitted_blocks(weight, ty, Some(h)),
+            FitKind::BlockHessian(h) => self.fitted_blocks(weight, ty, Some(&self.diagonal_of(h)?)),
+        }
     }
 
     fn round(&self, weight: &Matrix, grid: &Grid) -> Result<Codes> {
-        self.rounded_codes(weight, grid)
+        expect_grid("round", [weight.rows, weight.cols], grid)?;
+        match grid.spec.encoding.ggml_type() {
+            Some(_) => self.rounded_blocks(weight, grid),
+            None => self.rounded_codes(weight, grid),
+        }
     }
 
     fn sweep(&self, targets: &[(&Matrix, &Grid)], factor: &Factor<Matrix>) -> Result<Vec<Swept<Codes>>> {
         self.swept(targets, factor)
     }
 
-    fn restore(&self, codes: &Codes, grid: &Grid) -> Result<Matrix> {
-        self.restored(codes, grid)
+    fn refine(&self, target: &Matrix, gram: &Matrix, damp: f64, grid: &mut Grid, codes: &mut Codes) -> Result<f64> {
+        self.refined(target, gram, damp, grid, codes)
     }
 
-    fn pack(&self, codes: &Codes, bits: u8, layout: WordLayout) -> Result<Vec<u32>> {
-        self.packed_words(codes, bits, layout)
+    fn dequantize(&self, codes: &Codes, grid: &Grid) -> Result<Matrix> {
+        expect_grid("dequantize", [codes.rows, codes.cols], grid)?;
+        match grid.spec.encoding.ggml_type() {
+            Some(_) => self.dequantized_blocks(codes, grid),
+            None => self.dequantized(codes, grid),
+        }
+    }
+
+    fn pack(&self, codes: &Codes, packing: Packing<'_>) -> Result<Vec<u8>> {
+        match packing {
+            Packing::Words { bits, layout } => self.packed_words(codes, bits, layout),
+            Packing::Blocks(grid) => self.packed_blocks(codes, grid),
+        }
     }
 
     fn download_codes(&self, codes: &Codes) -> Result<Array2<u8>> {
         let values = self.fetch(&codes.buffer, codes.rows * codes.cols)?;
         Ok(Array2::from_shape_vec((codes.rows, codes.cols), values).expect("as long as its shape says"))
-    }
-
-    fn fit_blocks(&self, weight: &Matrix, ty: GgmlType, importance: Option<&[f32]>) -> Result<BlockGrid> {
-        self.fitted_blocks(weight, ty, importance)
-    }
-
-    fn round_blocks(&self, weight: &Matrix, grid: &BlockGrid) -> Result<Codes> {
-        self.rounded_blocks(weight, grid)
-    }
-
-    fn sweep_blocks(&self, target: &Matrix, factor: &Factor<Matrix>, grid: &BlockGrid) -> Result<Swept<Codes>> {
-        self.swept_blocks(target, factor, grid)
-    }
-
-    fn restore_blocks(&self, codes: &Codes, grid: &BlockGrid) -> Result<Matrix> {
-        self.restored_blocks(codes, grid)
-    }
-
-    fn pack_blocks(&self, codes: &Codes, grid: &BlockGrid) -> Result<Vec<u8>> {
-        self.packed_blocks(codes, grid)
-    }
-
-    fn refine_blocks(
-        &self,
-        target: &Matrix,
-        gram: &Matrix,
-        damp: f64,
-        grid: &mut BlockGrid,
-        codes: &mut Codes,
-    ) -> Result<f64> {
-        self.refined_blocks(target, gram, damp, grid, codes)
     }
 
     fn token_loss(&self, logits: &Matrix, targets: &[u32]) -> Result<TokenLoss> {

@@ -3,8 +3,8 @@
 use formats::WordLayout;
 use formats::bits::packed_words;
 
-use super::{Arg, Codes, Cuda, Module, at, expect_blocks};
-use crate::backend::BlockGrid;
+use super::{Arg, Codes, Cuda, Module, at, expect_grid, expect_type};
+use crate::backend::Grid;
 use crate::{Error, Result};
 
 pub(super) static PACK: Module = Module { name: "pack", source: include_str!("../ops/pack.cu") };
@@ -13,7 +13,7 @@ pub(super) static PACK: Module = Module { name: "pack", source: include_str!("..
 const GROUPS: usize = 16;
 
 impl Cuda {
-    pub(super) fn packed_words(&self, codes: &Codes, bits: u8, layout: WordLayout) -> Result<Vec<u32>> {
+    pub(super) fn packed_words(&self, codes: &Codes, bits: u8, layout: WordLayout) -> Result<Vec<u8>> {
         let (rows, cols) = (codes.rows, codes.cols);
         let count = layout.words([rows, cols], bits).map_err(|error| {
             let expected = "codes that the layout has room for".to_owned();
@@ -37,16 +37,16 @@ impl Cuda {
             args.extend([i32::from(bits), less, awq.into(), (!by_rows).into()].map(Arg::Int));
             self.each(&PACK, "pack_words", count, &args)?;
         }
-        self.fetch(&out, count)
+        self.fetch(&out, 4 * count)
     }
 
     /// As [`GgmlType::pack`](formats::GgmlType::pack) does.
-    pub(super) fn packed_blocks(&self, codes: &Codes, grid: &BlockGrid) -> Result<Vec<u8>> {
-        expect_blocks("pack_blocks", [codes.rows, codes.cols], grid)?;
-        let (ty, blocks) = (grid.ty, &grid.blocks);
+    pub(super) fn packed_blocks(&self, codes: &Codes, grid: &Grid) -> Result<Vec<u8>> {
+        expect_grid("pack", [codes.rows, codes.cols], grid)?;
+        let (ty, blocks) = (expect_type("pack", grid)?, &grid.blocks);
         let heads: Vec<f32> = blocks.iter().flat_map(|block| [block.d, block.m]).collect();
         let heads = self.send(&heads)?;
-        let subs = match ty.layout().and_then(|layout| layout.sub) {
+        let subs = match ty.encoding().sub() {
             None => None,
             Some(_) => {
                 let mut all = Vec::with_capacity(blocks.len() * 2 * GROUPS);

@@ -1,12 +1,12 @@
 //! Scales and codes of integer grids.
 
-use formats::ScalePrecision;
+use formats::Float;
 
 use super::memory::Buffer;
-use super::{Arg, Codes, Cuda, Matrix, Module, at, expect};
+use super::{Arg, Codes, Cuda, Matrix, Module, at, expect, expect_spec};
 use crate::Result;
-use crate::backend::{FitKind, Grid, GridSpec};
-use crate::ops::fit::{candidates, floor};
+use crate::backend::{Backend, FitKind, Grid, GridSpec};
+use crate::ops::fit::{Rules, candidates, floor};
 
 pub(super) static SEARCH: Module =
     Module { name: "search", source: concat!(include_str!("../ops/grids.cuh"), include_str!("../ops/fit.cu")) };
@@ -50,21 +50,26 @@ impl Groups {
     }
 }
 
+/// What `round_scale` of `common.cuh` calls a precision.
+pub(super) fn number_of(precision: Float) -> i32 {
+    match precision {
+        Float::F16 => 0,
+        Float::BF16 => 1,
+        Float::F32 => 2,
+        Float::E4M3 | Float::E8M0 => unreachable!("checked with the encoding"),
+    }
+}
+
 /// `RULES_ARGUMENTS` of the kernels: what the file allows, and which scales are tried.
 fn rules(spec: &GridSpec) -> [Arg; 8] {
-    let scheme = spec.scheme;
-    let (from, to, steps) = candidates(scheme);
-    let precision = match spec.precision {
-        ScalePrecision::F16 => 0,
-        ScalePrecision::BF16 => 1,
-        ScalePrecision::F32 => 2,
-    };
+    let rules = Rules::of(&spec.encoding);
+    let (from, to, steps) = candidates(&rules);
     [
-        scheme.symmetric.into(),
-        precision.into(),
-        f32::from(scheme.max_code()).into(),
-        f32::from(scheme.midpoint()).into(),
-        f32::from(spec.min_zero).into(),
+        rules.symmetric.into(),
+        number_of(rules.precision).into(),
+        f32::from(rules.max).into(),
+        f32::from(rules.midpoint).into(),
+        f32::from(rules.min_zero).into(),
         Arg::Float(from),
         Arg::Float(to),
         Arg::Int(steps as i32),
@@ -93,15 +98,10 @@ impl Cuda {
     }
 
     pub(super) fn fitted(&self, weight: &Matrix, spec: &GridSpec, kind: FitKind<'_, Matrix>) -> Result<Grid> {
-        expect("fit", "columns", spec.group_of.len(), weight.cols)?;
-        match &kind {
-            FitKind::Weighted(h) => expect("fit", "importances", weight.cols, h.len())?,
-            FitKind::BlockHessian(h) => expect("fit", "features", weight.cols, h.cols)?,
-            FitKind::MinMax => {}
-        }
         let count = weight.rows * spec.groups();
+        let grid = |scales, zeros| Grid::of_integers(spec.clone(), weight.rows, scales, zeros);
         if count == 0 {
-            return Ok(Grid { spec: spec.clone(), rows: weight.rows, scales: Vec::new(), zeros: Vec::new() });
+            return Ok(grid(Vec::new(), Vec::new()));
         }
         let groups = self.groups(spec)?;
         let (scales, zeros) = (self.buffer::<f32>(count)?, self.buffer::<u8>(count)?);
@@ -125,8 +125,7 @@ impl Cuda {
         if let Some(hessian) = hessian {
             self.clip_groups(weight, spec, &groups, &clipped, hessian, [&scales, &zeros])?;
         }
-        let (scales, zeros) = (self.fetch(&scales, count)?, self.fetch(&zeros, count)?);
-        Ok(Grid { spec: spec.clone(), rows: weight.rows, scales, zeros })
+        Ok(grid(self.fetch(&scales, count)?, self.fetch(&zeros, count)?))
     }
 
     /// The groups of `list` by the search, or from their range without an importance.
@@ -227,8 +226,6 @@ impl Cuda {
     }
 
     pub(super) fn rounded_codes(&self, weight: &Matrix, grid: &Grid) -> Result<Codes> {
-        expect("round", "rows", grid.rows, weight.rows)?;
-        expect("round", "columns", grid.spec.group_of.len(), weight.cols)?;
         let count = weight.rows * weight.cols;
         let codes = self.buffer::<u8>(count)?;
         if count > 0 {
@@ -243,7 +240,7 @@ impl Cuda {
                 (count as i64).into(),
                 (weight.cols as i32).into(),
                 (grid.spec.groups() as i32).into(),
-                f32::from(grid.spec.scheme.max_code()).into(),
+                f32::from(grid.spec.encoding.max_code()).into(),
             ];
             self.each(&SEARCH, "round_groups", count.div_ceil(4), &args)?;
         }
@@ -253,7 +250,17 @@ impl Cuda {
     /// `W − Ŵ diag(t)⁻¹` for the min-max rounding `Ŵ` of `W diag(t)`.
     pub(super) fn scaled_rounding_error(&self, weight: &Matrix, t: &[f32], spec: &GridSpec) -> Result<Matrix> {
         expect("scaled_rounding_loss", "factors", weight.cols, t.len())?;
-        expect("scaled_rounding_loss", "columns", spec.group_of.len(), weight.cols)?;
+        expect_spec("scaled_rounding_loss", weight.cols, spec)?;
+        if spec.encoding.ggml_type().is_some() {
+            // Blocks are searched, not spanned: step by step.
+            let mut scaled = self.copy(weight)?;
+            self.scale_sides(&mut scaled, &[], t)?;
+            let grid = self.fit(&scaled, spec, FitKind::MinMax)?;
+            let values = self.dequantize(&self.round(&scaled, &grid)?, &grid)?;
+            let mut error = self.subtracted(&scaled, &values)?;
+            self.scale_sides(&mut error, &[], &t.iter().map(|t| 1.0 / t).collect::<Vec<f32>>())?;
+            return Ok(error);
+        }
         let error = self.matrix(weight.rows, weight.cols)?;
         if weight.rows * weight.cols == 0 {
             return Ok(error);
@@ -287,10 +294,8 @@ impl Cuda {
     }
 
     /// The reals that codes stand for.
-    pub(super) fn restored(&self, codes: &Codes, grid: &Grid) -> Result<Matrix> {
+    pub(super) fn dequantized(&self, codes: &Codes, grid: &Grid) -> Result<Matrix> {
         let (rows, cols) = (codes.rows, codes.cols);
-        expect("restore", "rows", grid.rows, rows)?;
-        expect("restore", "columns", grid.spec.group_of.len(), cols)?;
         let out = self.matrix(rows, cols)?;
         if rows * cols == 0 {
             return Ok(out);
@@ -308,7 +313,7 @@ impl Cuda {
                 (cols as i32).into(),
                 (grid.spec.groups() as i32).into(),
             ];
-            self.each(&SEARCH, "restore_groups", rows * cols, &args)?;
+            self.each(&SEARCH, "dequantize_groups", rows * cols, &args)?;
         }
         Ok(out)
     }

@@ -2,14 +2,17 @@
 
 use std::ops::Range;
 
-use formats::ggml::{BlockScales, Layout, ScaleKind};
+use formats::ggml::BlockScales;
+use formats::{Encoding, Float};
 use rayon::prelude::*;
 
-use super::blocks::ladder_of;
+use super::blocks::level_set_of;
 use super::factor::{Halves, operand, pinned, transposed};
-use super::{Arg, Buffer, Codes, Cuda, Matrix, Module, Operand, Product, Real, THREADS, expect, expect_blocks};
-use crate::backend::{BlockGrid, Factor, Grid, Swept};
-use crate::ops::blocks::codes_of;
+use super::{
+    Arg, Buffer, Codes, Cuda, Matrix, Module, Operand, Product, Real, THREADS, expect, expect_grid, expect_refined,
+};
+use crate::backend::{Factor, Grid, Swept};
+use crate::ops::levels::codes_of;
 use crate::{Error, Result};
 
 pub(super) static SWEEP: Module = Module { name: "sweep", source: include_str!("../ops/sweep.cu") };
@@ -39,7 +42,6 @@ enum Offsets<'a> {
 
 /// How values are rounded, the same in all parts of a sweep.
 struct Points<'a> {
-    op: &'static str,
     groups: usize,
     /// `[cols]`.
     group_of: &'a [u32],
@@ -50,7 +52,7 @@ enum Kind {
     /// To codes up to this one.
     Codes(f32),
     /// To levels; the code of each, at `level + 128`.
-    Levels { ladder: Vec<u8>, codes: Vec<u8> },
+    Levels { set: Vec<u8>, codes: Vec<u8> },
 }
 
 /// Rows of a part that are swept together with others, and where they lie among them.
@@ -106,46 +108,36 @@ fn plain(at: u64, offset: usize, stride: usize) -> Operand {
 }
 
 impl Cuda {
-    /// Weights whose grids have the same codes and groups are swept side by side, as far as they fit.
+    /// Weights whose grids have the same levels and groups are swept side by side, as far as they fit.
     pub(super) fn swept(&self, targets: &[(&Matrix, &Grid)], factor: &Factor<Matrix>) -> Result<Vec<Swept<Codes>>> {
         let mut all = Vec::with_capacity(targets.len());
         let alike = |a: &&(&Matrix, &Grid), b: &&(&Matrix, &Grid)| {
             let (a, b) = (&a.1.spec, &b.1.spec);
-            a.scheme.max_code() == b.scheme.max_code() && a.groups() == b.groups() && a.group_of == b.group_of
+            let same = match (a.encoding.ggml_type(), b.encoding.ggml_type()) {
+                (None, None) => a.encoding.max_code() == b.encoding.max_code(),
+                (a, b) => a == b,
+            };
+            same && a.groups() == b.groups() && a.group_of == b.group_of
         };
         let targets: Vec<&(&Matrix, &Grid)> = targets.iter().collect();
         for same in targets.chunk_by(alike) {
+            let spec = &same[0].1.spec;
+            let blocks = spec.encoding.ggml_type().is_some();
             let mut parts = Vec::with_capacity(same.len());
             for (target, grid) in same {
-                expect("sweep", "rows", grid.rows, target.rows)?;
+                expect_grid("sweep", [target.rows, target.cols], grid)?;
                 expect("sweep", "columns", factor.order.len(), target.cols)?;
-                expect("sweep", "zeros", grid.scales.len(), grid.zeros.len())?;
-                parts.push(Part { target, scales: &grid.scales, offsets: Offsets::Zeros(&grid.zeros) });
+                let offsets = if blocks { Offsets::Mins(&grid.mins) } else { Offsets::Zeros(&grid.zeros) };
+                parts.push(Part { target, scales: &grid.scales, offsets });
             }
-            let spec = &same[0].1.spec;
-            let kind = Kind::Codes(f32::from(spec.scheme.max_code()));
-            let points = Points { op: "sweep", groups: spec.groups(), group_of: &spec.group_of, kind };
+            let kind = match blocks {
+                false => Kind::Codes(f32::from(spec.encoding.max_code())),
+                true => Kind::Levels { set: level_set_of(&spec.encoding), codes: codes_of(&spec.encoding).to_vec() },
+            };
+            let points = Points { groups: spec.groups(), group_of: &spec.group_of, kind };
             all.extend(self.sweep_parts(&parts, factor, &points)?);
         }
         Ok(all)
-    }
-
-    pub(super) fn swept_blocks(
-        &self,
-        target: &Matrix,
-        factor: &Factor<Matrix>,
-        grid: &BlockGrid,
-    ) -> Result<Swept<Codes>> {
-        expect("sweep_blocks", "rows", grid.rows, target.rows)?;
-        expect("sweep_blocks", "columns", grid.cols, target.cols)?;
-        expect("sweep_blocks", "columns", factor.order.len(), target.cols)?;
-        expect("sweep_blocks", "mins", grid.scales.len(), grid.mins.len())?;
-        let layout = grid.ty.layout().expect("a type with codes");
-        let group_of: Vec<u32> = (0..grid.cols).map(|col| (col / layout.group) as u32).collect();
-        let kind = Kind::Levels { ladder: ladder_of(layout), codes: codes_of(layout).to_vec() };
-        let points = Points { op: "sweep_blocks", groups: grid.cols / layout.group, group_of: &group_of, kind };
-        let part = Part { target, scales: &grid.scales, offsets: Offsets::Mins(&grid.mins) };
-        Ok(self.sweep_parts(&[part], factor, &points)?.remove(0))
     }
 
     /// Sweeps targets of one width, each on its own scales.
@@ -156,17 +148,17 @@ impl Cuda {
         points: &Points<'_>,
     ) -> Result<Vec<Swept<Codes>>> {
         let (n, groups) = (factor.order.len(), points.groups);
-        expect(points.op, "groups of columns", n, points.group_of.len())?;
-        expect(points.op, "pivots", n, factor.pivots.len())?;
-        expect(points.op, "rows of the factor", n, factor.unit.rows)?;
-        expect(points.op, "columns of the factor", n, factor.unit.cols)?;
+        expect("sweep", "groups of columns", n, points.group_of.len())?;
+        expect("sweep", "pivots", n, factor.pivots.len())?;
+        expect("sweep", "rows of the factor", n, factor.unit.rows)?;
+        expect("sweep", "columns of the factor", n, factor.unit.cols)?;
         for part in parts {
-            expect(points.op, "scales", part.target.rows * groups, part.scales.len())?;
+            expect("sweep", "scales", part.target.rows * groups, part.scales.len())?;
         }
         let outside = |values: &[u32], end: usize| values.iter().find(|x| **x as usize >= end).copied();
         if let Some(found) = outside(&factor.order, n).or(outside(points.group_of, groups)) {
             let expected = format!("columns below {n} and groups below {groups}");
-            return Err(Error::Shape { op: points.op, expected, found: found.to_string() });
+            return Err(Error::Shape { op: "sweep", expected, found: found.to_string() });
         }
         let codes = |part: &Part<'_>| {
             let (rows, cols) = (part.target.rows, n);
@@ -187,16 +179,16 @@ impl Cuda {
         let (n, groups) = (factor.order.len(), points.groups);
         let group_at: Vec<u32> = factor.order.iter().map(|col| points.group_of[*col as usize]).collect();
         let (order, group_at, pivots) = (self.send(&factor.order)?, self.send(&group_at)?, self.send(&factor.pivots)?);
-        let (ladder, table) = match &points.kind {
+        let (set, table) = match &points.kind {
             Kind::Codes(_) => (None, None),
-            Kind::Levels { ladder, codes } => (Some(self.send(ladder)?), Some(self.send(codes)?)),
+            Kind::Levels { set, codes } => (Some(self.send(set)?), Some(self.send(codes)?)),
         };
         let [columns, feedback] = [self.buffer::<f32>(n * height)?, self.buffer::<f32>(n * height)?];
         let (errors, grid) = (self.buffer::<f32>(PANEL * height)?, self.buffer::<f32>(4 * groups * height)?);
         let codes = self.buffer::<u8>(n * height)?;
         let lost = self.cleared::<f64>(rounds.len() * height)?;
         let (order, group_at, pivots) = (order.pin()?, group_at.pin()?, pivots.pin()?);
-        let ladder = ladder.as_ref().map(Buffer::pin).transpose()?;
+        let set = set.as_ref().map(Buffer::pin).transpose()?;
         // What hands the errors of a panel on, and those errors, as sums of two of bfloat16 where the card multiplies them so.
         let unit_halves = self.halves(factor.unit.buffer.pin_to_read()?.at, n * n)?;
         let error_halves = self.room_of_halves(PANEL * height)?;
@@ -217,10 +209,10 @@ impl Cuda {
             let units = Halves::of(&unit, unit_halves.as_ref());
             for start in (0..n).step_by(PANEL) {
                 let width = PANEL.min(n - start);
-                let (kernel, rounding) = match (&points.kind, &ladder) {
-                    (Kind::Levels { .. }, Some(ladder)) => ("sweep_levels", ladder.arg()),
+                let (kernel, rounding) = match (&points.kind, &set) {
+                    (Kind::Levels { .. }, Some(set)) => ("sweep_levels", set.arg()),
                     (Kind::Codes(max), _) => ("sweep_codes", (*max).into()),
-                    _ => unreachable!("levels have a ladder"),
+                    _ => unreachable!("levels have a set"),
                 };
                 let args = [
                     columns.arg(),
@@ -325,22 +317,18 @@ impl Cuda {
         self.grid(&SWEEP, "codes_to_rows", [cols.div_ceil(32), rows.div_ceil(32), 1], THREADS, 0, &args)
     }
 
-    pub(super) fn refined_blocks(
+    pub(super) fn refined(
         &self,
         target: &Matrix,
         gram: &Matrix,
         damp: f64,
-        grid: &mut BlockGrid,
+        grid: &mut Grid,
         codes: &mut Codes,
     ) -> Result<f64> {
-        let (op, rows, n) = ("refine_blocks", target.rows, target.cols);
-        expect(op, "rows", grid.rows, rows)?;
-        expect(op, "columns", grid.cols, n)?;
-        expect(op, "features", gram.cols, n)?;
-        expect(op, "rows of the Hessian", gram.cols, gram.rows)?;
-        expect_blocks(op, [codes.rows, codes.cols], grid)?;
-        let per_row = n / grid.ty.block_len;
-        let layout = grid.ty.layout().expect("a type with codes");
+        let (rows, n) = (target.rows, target.cols);
+        expect_refined("refine", [rows, n], [gram.rows, gram.cols], [codes.rows, codes.cols], grid)?;
+        let ty = grid.spec.encoding.ggml_type().expect("checked");
+        let (encoding, per_row) = (&ty.encoding(), n / ty.block_len);
         if rows * n == 0 {
             return Ok(0.0);
         }
@@ -354,20 +342,20 @@ impl Cuda {
         let work = Refinement {
             cuda: self,
             hessian,
-            layout,
+            encoding,
             n,
             height,
-            width: grid.ty.block_len,
-            ladder: self.send(&ladder_of(layout))?,
+            width: ty.block_len,
+            set: self.send(&level_set_of(encoding))?,
             levels: self.buffer::<u8>(n * height)?,
             errors: self.buffer::<f32>(n * height)?,
             pull: self.buffer::<f32>(n * height)?,
             steps: self.buffer::<f32>(SPAN * height)?,
-            factors: self.buffer::<f32>(2 * (n / layout.group) * height)?,
-            grid: self.buffer::<f32>(4 * (n / layout.group) * height)?,
+            factors: self.buffer::<f32>(2 * (n / encoding.group()) * height)?,
+            grid: self.buffer::<f32>(4 * (n / encoding.group()) * height)?,
             curvature: self.buffer::<f64>(3 * per_row * height)?,
         };
-        let (level_of, code_of) = (self.send(&levels_of(layout))?, self.send(&codes_of(layout)[..])?);
+        let (level_of, code_of) = (self.send(&levels_of(encoding))?, self.send(&codes_of(encoding)[..])?);
         let chunks = rows.div_ceil(height);
         let (sent, losses) = (&codes.buffer, self.buffer::<f64>(chunks * height)?);
         // [chunks][blocks][height] of scales and mins.
@@ -406,7 +394,7 @@ impl Cuda {
                 (block.d, block.m) = (found[from], found[from + 1]);
             }
         }
-        *grid = BlockGrid::new(grid.ty, rows, n, blocks);
+        *grid = Grid::of_blocks(ty, rows, n, blocks);
         Ok(self.fetch::<f64>(&losses, rows)?.iter().sum())
     }
 }
@@ -417,9 +405,9 @@ const SPAN: usize = 256;
 const CODES: usize = 64;
 
 /// The level of each code; of those that the type has not, 0.
-fn levels_of(layout: &Layout) -> Vec<u8> {
+fn levels_of(encoding: &Encoding) -> Vec<u8> {
     let mut levels: Vec<u8> =
-        (0..layout.levels.count()).map(|code| (layout.levels.level(code as u8) as i8).cast_unsigned()).collect();
+        (0..encoding.levels.count()).map(|code| (encoding.levels.level(code as u8) as i8).cast_unsigned()).collect();
     levels.resize(256, 0);
     levels
 }
@@ -439,12 +427,12 @@ struct Chunk<'a> {
 struct Refinement<'a> {
     cuda: &'a Cuda,
     hessian: Matrix,
-    layout: &'a Layout,
+    encoding: &'a Encoding,
     n: usize,
     height: usize,
     /// Columns of a block.
     width: usize,
-    ladder: Buffer,
+    set: Buffer,
     levels: Buffer,
     /// What is missing: target minus value.
     errors: Buffer,
@@ -459,16 +447,16 @@ struct Refinement<'a> {
 
 impl Refinement<'_> {
     fn groups(&self) -> usize {
-        self.n / self.layout.group
+        self.n / self.encoding.group()
     }
 
     fn per_block(&self) -> usize {
-        self.width / self.layout.group
+        self.width / self.encoding.group()
     }
 
     fn group_shift(&self) -> Arg {
-        debug_assert!(self.layout.group.is_power_of_two(), "columns are found in their groups by shifts");
-        (self.layout.group.trailing_zeros() as i32).into()
+        debug_assert!(self.encoding.group().is_power_of_two(), "columns are found in their groups by shifts");
+        (self.encoding.group().trailing_zeros() as i32).into()
     }
 
     /// Brings rows to the device in the shape that the rest wants.
@@ -483,7 +471,7 @@ impl Refinement<'_> {
             });
             cuda.send(&out)
         };
-        let subs = match self.layout.sub {
+        let subs = match self.encoding.sub() {
             Some(_) => Some((bytes(&|b, i| b.scales[i].cast_unsigned())?, bytes(&|b, i| b.mins[i])?)),
             None => None,
         };
@@ -499,7 +487,7 @@ impl Refinement<'_> {
             super::at(subs.as_ref().map(|(scales, _)| scales)),
             super::at(subs.as_ref().map(|(_, mins)| mins)),
             ends.arg(),
-            self.layout.has_min.into(),
+            self.encoding.has_min().into(),
             (chunk.rows as i32).into(),
             (self.groups() as i32).into(),
             (per_block as i32).into(),
@@ -517,7 +505,7 @@ impl Refinement<'_> {
             at(codes.at, chunk.first * n, 1),
             level_of.arg(),
             grid.arg(),
-            (self.layout.group as i32).into(),
+            (self.encoding.group() as i32).into(),
             (chunk.rows as i32).into(),
             (n as i32).into(),
             (height as i32).into(),
@@ -570,7 +558,7 @@ impl Refinement<'_> {
     /// One exact move of every block's scale and min.
     fn move_scales(&self, ends: u64) -> Result<()> {
         // A power of two has no room to move.
-        if self.layout.scale == ScaleKind::E8M0 {
+        if self.encoding.precision() == Float::E8M0 {
             return Ok(());
         }
         let (cuda, n, height, width) = (self.cuda, self.n, self.height, self.width);
@@ -587,7 +575,7 @@ impl Refinement<'_> {
             (n as i32).into(),
             (height as i32).into(),
         ];
-        let kernel = if self.layout.has_min { "curvatures_with_min" } else { "curvatures" };
+        let kernel = if self.encoding.has_min() { "curvatures_with_min" } else { "curvatures" };
         let shape = [height.div_ceil(ROW_THREADS as usize), n / width, 1];
         cuda.grid(&REFINE, kernel, shape, ROW_THREADS, 0, &args)?;
         for start in (0..n).step_by(SPAN) {
@@ -606,8 +594,8 @@ impl Refinement<'_> {
                     (first as i32).into(),
                     (width as i32).into(),
                     self.group_shift(),
-                    self.layout.has_min.into(),
-                    self.layout.sub.is_some().into(),
+                    self.encoding.has_min().into(),
+                    self.encoding.sub().is_some().into(),
                     (height as i32).into(),
                 ];
                 cuda.blocks(&REFINE, "move_block", height / 32, THREADS, 0, &args)?;
@@ -625,7 +613,7 @@ impl Refinement<'_> {
         let (cuda, n, height) = (self.cuda, self.n, self.height);
         let (levels, errors, steps, pull) =
             (self.levels.pin()?, self.errors.pin()?, self.steps.pin()?, self.pull.pin()?);
-        let (hessian, grid, ladder) = (self.hessian.buffer.pin()?, self.grid.pin()?, self.ladder.pin()?);
+        let (hessian, grid, set) = (self.hessian.buffer.pin()?, self.grid.pin()?, self.set.pin()?);
         for start in (0..n).step_by(SPAN) {
             let end = n.min(start + SPAN);
             for first in (start..end).step_by(CODES) {
@@ -637,7 +625,7 @@ impl Refinement<'_> {
                     pull.arg(),
                     hessian.arg(),
                     grid.arg(),
-                    ladder.arg(),
+                    set.arg(),
                     (first as i32).into(),
                     ((last - first) as i32).into(),
                     self.group_shift(),

@@ -5,7 +5,7 @@
 
 #define LANES 16
 
-// What a type is beside its ladder, and which scales are tried.
+// What a type is beside its set, and which scales are tried.
 struct Layout {
     int groups;  // of a block
     int has_min, has_sub;
@@ -24,7 +24,7 @@ __device__ __forceinline__ float nearest_half(float x) { return round_scale(PREC
 template <int G>
 struct Tile {
     float x[G], h[G];
-    Ladder ladder;
+    LevelSet set;
 
     // Σ of K terms over the weights.
     template <int K, class F>
@@ -56,7 +56,7 @@ struct Tile {
     __device__ __forceinline__ float cost(float scale, float min) const {
         float inverse = inverse_of(scale), out[1];
         sums<1>(out, [&](float *to, float x, float h) {
-            float e = x - (scale * nearest_level(ladder, (x + min) * inverse) - min);
+            float e = x - (scale * nearest_level(set, (x + min) * inverse) - min);
             to[0] = h * e * e;
         });
         return out[0];
@@ -65,7 +65,7 @@ struct Tile {
     // Σ h level, Σ h level² and Σ h x level.
     __device__ __forceinline__ void plane(float *out, float min, float inverse) const {
         sums<3>(out, [&](float *to, float x, float h) {
-            float level = nearest_level(ladder, (x + min) * inverse), hl = h * level;
+            float level = nearest_level(set, (x + min) * inverse), hl = h * level;
             to[0] = hl;
             to[1] = hl * level;
             to[2] = hl * x;
@@ -94,16 +94,16 @@ struct Tile {
     __device__ __forceinline__ float signed_scale(const Layout &layout) const {
         float low, high, best = -INFINITE, found = 0.0f;
         extremes(&low, &high);
-        float size = fmaxf(fabsf(low), fabsf(high)) / fmaxf(fabsf(ladder.low), ladder.high);
+        float size = fmaxf(fabsf(low), fabsf(high)) / fmaxf(fabsf(set.low), set.high);
         // Levels that reach as far up as down need no other sign.
-        int signs = -ladder.low == ladder.high ? 1 : 2, tries = (layout.steps + 1) * signs;
+        int signs = -set.low == set.high ? 1 : 2, tries = (layout.steps + 1) * signs;
         for (int number = 0; number < tries; number++) {
             int step = number / signs;
             float sign = number % signs ? -1.0f : 1.0f;
             float share = layout.from + (layout.to - layout.from) * (float)step / (float)layout.steps;
             float inverse = sign / (size * share), out[2];
             sums<2>(out, [&](float *to, float x, float h) {
-                float level = nearest_level(ladder, x * inverse);
+                float level = nearest_level(set, x * inverse);
                 to[0] = h * x * level;
                 to[1] = h * level * level;
             });
@@ -126,7 +126,7 @@ struct Tile {
         }
         whole(sum);
         double weight = sum[0], first = sum[1];
-        float span = (high - low) / ladder.high;
+        float span = (high - low) / set.high;
         *scale = span;
         *min = -low;
         float best = cost(*scale, *min), to = fminf(layout.to, 1.05f);
@@ -282,11 +282,11 @@ __device__ __forceinline__ void weigh(Tile<G> &tile, int groups) {
 
 template <int G, bool EVEN>
 __device__ __forceinline__ void fit(
-    float *d, float *m, i8 *scales, u8 *mins, const float *weight, const float *importance, const Ladder *ladder, i64 groups,
+    float *d, float *m, i8 *scales, u8 *mins, const float *weight, const float *importance, const LevelSet *set, i64 groups,
     int cols, const Layout &layout) {
     Tile<G> tile;
-    tile.ladder = *ladder;
-    tile.ladder.even = EVEN;
+    tile.set = *set;
+    tile.set.even = EVEN;
     i64 index = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     bool real = index < groups;
     // Lanes without a group of their own keep the others company.
@@ -338,10 +338,10 @@ __device__ __forceinline__ void fit(
 
 #define FIT(name, width, even)                                                                                               \
     KERNEL(name)(                                                                                                            \
-        float *d, float *m, i8 *scales, u8 *mins, const float *weight, const float *importance, const Ladder *ladder,        \
+        float *d, float *m, i8 *scales, u8 *mins, const float *weight, const float *importance, const LevelSet *set,        \
         i64 groups, int cols, LAYOUT_ARGUMENTS) {                                                                            \
         Layout layout = LAYOUT_OF_ARGUMENTS;                                                                                 \
-        fit<width, even>(d, m, scales, mins, weight, importance, ladder, groups, cols, layout);                              \
+        fit<width, even>(d, m, scales, mins, weight, importance, set, groups, cols, layout);                              \
     }                                                                                                                        \
     EXPORT(name)
 FIT(fit_blocks_even_16, 16, true)
@@ -358,9 +358,9 @@ __device__ __forceinline__ float sum_half_warp(float value) {
 // Blocks of long groups and of powers of two: half a warp each, lane l has the weights l, l + 16, …
 #define SINGLE_CHUNKS 16
 KERNEL(fit_blocks_singly)(
-    float *d, const float *weight, const float *importance, const Ladder *given, i64 blocks, int cols, int block_len, int power,
+    float *d, const float *weight, const float *importance, const LevelSet *given, i64 blocks, int cols, int block_len, int power,
     float from, float to, int steps) {
-    Ladder ladder = *given;
+    LevelSet set = *given;
     i64 index = ((i64)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
     int lane = threadIdx.x % LANES, chunks = block_len / LANES;
     bool real = index < blocks;
@@ -393,7 +393,7 @@ KERNEL(fit_blocks_singly)(
     float found = 0.0f;
     if (power) {
         // Rounded to single precision before its floor is taken, as the CPU's is.
-        int plain = (int)floorf((float)log2((double)(reach / ladder.high)));
+        int plain = (int)floorf((float)log2((double)(reach / set.high)));
         float least = INFINITE;
         for (int exponent = plain - 1; exponent <= plain + 1; exponent++) {
             // Neither end of the byte's range: 2^-127 and below are subnormal.
@@ -401,7 +401,7 @@ KERNEL(fit_blocks_singly)(
 #pragma unroll
             for (int i = 0; i < SINGLE_CHUNKS; i++)
                 if (i < chunks) {
-                    float e = x[i] - (own * nearest_level(ladder, (x[i] + 0.0f) * inverse) - 0.0f);
+                    float e = x[i] - (own * nearest_level(set, (x[i] + 0.0f) * inverse) - 0.0f);
                     sum += h[i] * e * e;
                 }
             sum = sum_half_warp(sum);
@@ -412,15 +412,15 @@ KERNEL(fit_blocks_singly)(
         }
     } else {
         float best = -INFINITE;
-        int signs = -ladder.low == ladder.high ? 1 : 2;
+        int signs = -set.low == set.high ? 1 : 2;
         for (int number = 0; number < (steps + 1) * signs; number++) {
             float share = from + (to - from) * (float)(number / signs) / (float)steps;
-            float size = reach / fmaxf(fabsf(ladder.low), ladder.high) * share;
+            float size = reach / fmaxf(fabsf(set.low), set.high) * share;
             float inverse = (number % signs ? -1.0f : 1.0f) / size, cross = 0.0f, square = 0.0f;
 #pragma unroll
             for (int i = 0; i < SINGLE_CHUNKS; i++)
                 if (i < chunks) {
-                    float level = nearest_level(ladder, x[i] * inverse);
+                    float level = nearest_level(set, x[i] * inverse);
                     cross += h[i] * x[i] * level;
                     square += h[i] * level * level;
                 }
@@ -439,9 +439,9 @@ EXPORT(fit_blocks_singly)
 
 // Codes, four to a thread; `mins` is null for types without. `level_codes` has the code of each level at level + 128.
 KERNEL(round_blocks)(
-    u8 *codes, const float *weight, const float *scales, const float *mins, const Ladder *given, const u8 *level_codes,
+    u8 *codes, const float *weight, const float *scales, const float *mins, const LevelSet *given, const u8 *level_codes,
     i64 count, int group) {
-    Ladder ladder = *given;
+    LevelSet set = *given;
     for (i64 first = 4 * global_index(); first < count; first += 4 * global_stride()) {
         i64 at = first / group;
         float inverse = inverse_of(scales[at]), min = mins ? mins[at] : 0.0f;
@@ -450,8 +450,8 @@ KERNEL(round_blocks)(
         u32 all = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            float level = nearest_level(ladder, (values[i] + min) * inverse);
-            u32 code = ladder.even ? (u32)(int)(level + ladder.offset) & 255 : level_codes[(int)(level + 128.0f) & 255];
+            float level = nearest_level(set, (values[i] + min) * inverse);
+            u32 code = set.even ? (u32)(int)(level + set.offset) & 255 : level_codes[(int)(level + 128.0f) & 255];
             all |= code << 8 * i;
         }
         *(u32 *)(codes + first) = all;
@@ -460,7 +460,7 @@ KERNEL(round_blocks)(
 EXPORT(round_blocks)
 
 // The reals that codes stand for.
-KERNEL(restore_blocks)(
+KERNEL(dequantize_blocks)(
     float *out, const u8 *codes, const float *scales, const float *mins, const float *levels, i64 count, int group) {
     for (i64 first = 4 * global_index(); first < count; first += 4 * global_stride()) {
         i64 at = first / group;
@@ -475,4 +475,4 @@ KERNEL(restore_blocks)(
         *(float4 *)(out + first) = make_float4(values[0], values[1], values[2], values[3]);
     }
 }
-EXPORT(restore_blocks)
+EXPORT(dequantize_blocks)

@@ -5,134 +5,19 @@
 //! the block stores, both neighbours of each tried for several scales of the block, so that the second rounding is part
 //! of the search; a last least-squares fit moves the block's scale and min under the codes that were found.
 //!
-//! Types are told apart by their [`Layout`] alone.
+//! Types are told apart by their [`Encoding`] alone.
 
-use formats::ScalePrecision;
-use formats::ggml::{BlockScales, GgmlType, Layout, Levels, ScaleKind, SubScales};
+use formats::encoding::SubScales;
+use formats::ggml::{BlockScales, GgmlType};
+use formats::{Encoding, Float};
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
+use super::levels::{AnyLevels, LevelSet, codes_of};
 use super::round::inverse;
-use crate::backend::BlockGrid;
+use crate::backend::Grid;
 use crate::simd::{LANES, sum_lanes};
 use crate::simd_fn;
-
-/// The levels of a type, ascending.
-pub trait Ladder: Copy {
-    /// The level nearest to `x`.
-    fn nearest(self, x: f32) -> f32;
-    /// The smallest and the largest level.
-    fn range(self) -> [f32; 2];
-    /// The code of a level; `codes` is [`codes_of`] the layout.
-    fn code(self, level: f32, codes: &[u8; 256]) -> u8;
-}
-
-/// Evenly spaced levels.
-#[derive(Clone, Copy, Debug)]
-pub struct Even {
-    /// The smallest level.
-    pub low: f32,
-    /// The largest.
-    pub high: f32,
-    /// The code of the level 0.
-    pub offset: f32,
-}
-
-impl Ladder for Even {
-    #[inline(always)]
-    fn nearest(self, x: f32) -> f32 {
-        x.round_ties_even().clamp(self.low, self.high)
-    }
-
-    #[inline(always)]
-    fn range(self) -> [f32; 2] {
-        [self.low, self.high]
-    }
-
-    #[inline(always)]
-    fn code(self, level: f32, _: &[u8; 256]) -> u8 {
-        (level + self.offset) as i32 as u8
-    }
-}
-
-/// Sixteen levels of a table, or fewer: where one gives way to the next, and by how much.
-#[derive(Clone, Copy, Debug)]
-pub struct Uneven {
-    /// The smallest level.
-    pub first: f32,
-    /// The largest.
-    pub last: f32,
-    /// Between each level and the next; infinite where there are fewer.
-    pub middles: [f32; 15],
-    /// From each level to the next.
-    pub steps: [f32; 15],
-}
-
-impl Ladder for Uneven {
-    #[inline(always)]
-    fn nearest(self, x: f32) -> f32 {
-        let mut level = self.first;
-        for i in 0..15 {
-            level += if x > self.middles[i] { self.steps[i] } else { 0.0 };
-        }
-        level
-    }
-
-    #[inline(always)]
-    fn range(self) -> [f32; 2] {
-        [self.first, self.last]
-    }
-
-    #[inline(always)]
-    fn code(self, level: f32, codes: &[u8; 256]) -> u8 {
-        codes[usize::from((level + 128.0) as i32 as u8)]
-    }
-}
-
-/// A type's levels in the form that rounding wants.
-#[derive(Clone, Copy, Debug)]
-pub enum Rungs {
-    /// Evenly spaced.
-    Even(Even),
-    /// Of a table.
-    Uneven(Uneven),
-}
-
-impl Rungs {
-    /// The levels of a layout.
-    pub fn of(layout: &Layout) -> Rungs {
-        match layout.levels {
-            // The lowest of 256 levels has no counterpart above, and no encoder uses it.
-            Levels::Uniform { codes, offset } => {
-                let lowest = if codes == 256 { 1 } else { 0 };
-                let [low, high, offset] = [lowest - offset, codes as i16 - 1 - offset, offset].map(f32::from);
-                Rungs::Even(Even { low, high, offset })
-            }
-            Levels::Table(table) => {
-                let mut sorted = *table;
-                sorted.sort_unstable();
-                let mut levels = sorted.to_vec();
-                levels.dedup();
-                let levels: Vec<f32> = levels.into_iter().map(f32::from).collect();
-                let (mut middles, mut steps) = ([f32::INFINITY; 15], [0.0; 15]);
-                for (i, pair) in levels.windows(2).enumerate() {
-                    (middles[i], steps[i]) = (0.5 * (pair[0] + pair[1]), pair[1] - pair[0]);
-                }
-                Rungs::Uneven(Uneven { first: levels[0], last: levels[levels.len() - 1], middles, steps })
-            }
-        }
-    }
-}
-
-/// The code of each level, at `level + 128`.
-pub fn codes_of(layout: &Layout) -> [u8; 256] {
-    let mut codes = [0; 256];
-    // Downwards, so that of two codes for one level the first stays.
-    for code in (0..layout.levels.count()).rev() {
-        codes[(layout.levels.level(code as u8) + 128.0) as usize] = code as u8;
-    }
-    codes
-}
 
 /// Groups whose blocks are one task.
 const TASK: usize = 16 * LANES;
@@ -140,20 +25,21 @@ const TASK: usize = 16 * LANES;
 /// Fits every block of `weight` `[rows, cols]`; `importance` is `[cols]`.
 ///
 /// # Panics
-/// If the type has no layout or its blocks do not divide a row: mistakes of the caller.
-pub fn fit(weight: ArrayView2<f32>, ty: GgmlType, importance: Option<&[f32]>) -> BlockGrid {
+/// If the type has no encoding or its blocks do not divide a row: mistakes of the caller.
+pub fn fit(weight: ArrayView2<f32>, ty: GgmlType, importance: Option<&[f32]>) -> Grid {
     let (rows, cols) = weight.dim();
-    let layout = ty.layout().expect("a type with codes");
+    let encoding = &ty.encoding();
     let per_row = cols / ty.block_len;
     assert_eq!(per_row * ty.block_len, cols, "whole blocks in a row");
     let importance = importance.map(floor);
-    let task = Task { layout, rungs: Rungs::of(layout), block_len: ty.block_len, importance: importance.as_deref() };
+    let task =
+        Task { encoding, set: AnyLevels::of(encoding), block_len: ty.block_len, importance: importance.as_deref() };
     let data = weight.to_slice().expect("a contiguous matrix");
     let mut blocks = vec![BlockScales::default(); rows * per_row];
     let at_once = TASK / ty.groups_per_block();
     let pieces = blocks.par_chunks_mut(at_once).zip(data.par_chunks(at_once * ty.block_len));
     pieces.enumerate().for_each(|(index, (blocks, x))| fit_blocks(x, index * at_once % per_row.max(1), &task, blocks));
-    BlockGrid::new(ty, rows, cols, blocks)
+    Grid::of_blocks(ty, rows, cols, blocks)
 }
 
 /// Keeps channels that were never active from vanishing out of the search.
@@ -166,33 +52,33 @@ pub(crate) fn floor(importance: &[f32]) -> Vec<f32> {
 }
 
 /// Levels of every weight as codes, `[rows, cols]`.
-pub fn round(weight: ArrayView2<f32>, grid: &BlockGrid) -> Vec<u8> {
+pub fn round(weight: ArrayView2<f32>, grid: &Grid) -> Vec<u8> {
     let cols = weight.ncols();
-    let layout = grid.ty.layout().expect("a type with codes");
-    let (rungs, codes, groups) = (Rungs::of(layout), codes_of(layout), cols / layout.group);
+    let encoding = &grid.spec.encoding;
+    let (set, codes, groups) = (AnyLevels::of(encoding), codes_of(encoding), cols / encoding.group());
     let data = weight.to_slice().expect("a contiguous matrix");
     let mut out = vec![0u8; data.len()];
     out.par_chunks_exact_mut(cols).zip(data.par_chunks_exact(cols)).enumerate().with_min_len(4).for_each(
         |(row, (out, x))| {
             let (scales, mins) = (&grid.scales[row * groups..][..groups], &grid.mins[row * groups..][..groups]);
-            round_row(x, scales, mins, layout.group, &rungs, &codes, out);
+            round_row(x, scales, mins, encoding.group(), &set, &codes, out);
         },
     );
     out
 }
 
 simd_fn! {
-    fn round_row(x: &[f32], scales: &[f32], mins: &[f32], group: usize, rungs: &Rungs, codes: &[u8; 256], out: &mut [u8]) {
-        match *rungs {
-            Rungs::Even(ladder) => round_groups(ladder, x, scales, mins, group, codes, out),
-            Rungs::Uneven(ladder) => round_groups(ladder, x, scales, mins, group, codes, out),
+    fn round_row(x: &[f32], scales: &[f32], mins: &[f32], group: usize, set: &AnyLevels, codes: &[u8; 256], out: &mut [u8]) {
+        match *set {
+            AnyLevels::Even(set) => round_groups(set, x, scales, mins, group, codes, out),
+            AnyLevels::Table(set) => round_groups(set, x, scales, mins, group, codes, out),
         }
     }
 }
 
 #[inline(always)]
-fn round_groups<L: Ladder>(
-    ladder: L,
+fn round_groups<L: LevelSet>(
+    set: L,
     x: &[f32],
     scales: &[f32],
     mins: &[f32],
@@ -205,18 +91,18 @@ fn round_groups<L: Ladder>(
         for (x, out) in x.chunks_exact(LANES).zip(out.chunks_exact_mut(LANES)) {
             let mut levels = [0.0; LANES];
             for lane in 0..LANES {
-                levels[lane] = ladder.nearest((x[lane] + min) * inverse);
+                levels[lane] = set.nearest((x[lane] + min) * inverse);
             }
             for lane in 0..LANES {
-                out[lane] = ladder.code(levels[lane], codes);
+                out[lane] = set.code(levels[lane], codes);
             }
         }
     }
 }
 
 struct Task<'a> {
-    layout: &'a Layout,
-    rungs: Rungs,
+    encoding: &'a Encoding,
+    set: AnyLevels,
     block_len: usize,
     /// Of every column.
     importance: Option<&'a [f32]>,
@@ -224,12 +110,12 @@ struct Task<'a> {
 
 simd_fn! {
     fn fit_blocks(x: &[f32], first: usize, task: &Task<'_>, blocks: &mut [BlockScales]) {
-        match (task.rungs, task.layout.scale, task.layout.group) {
-            (Rungs::Even(ladder), ScaleKind::F16, 16) => fit_tiles::<_, 16>(ladder, x, first, task, blocks),
-            (Rungs::Even(ladder), ScaleKind::F16, 32) => fit_tiles::<_, 32>(ladder, x, first, task, blocks),
-            (Rungs::Uneven(ladder), ScaleKind::F16, 32) => fit_tiles::<_, 32>(ladder, x, first, task, blocks),
-            (Rungs::Even(ladder), _, _) => fit_singly(ladder, x, first, task, blocks),
-            (Rungs::Uneven(ladder), _, _) => fit_singly(ladder, x, first, task, blocks),
+        match (task.set, task.encoding.precision(), task.encoding.group()) {
+            (AnyLevels::Even(set), Float::F16, 16) => fit_tiles::<_, 16>(set, x, first, task, blocks),
+            (AnyLevels::Even(set), Float::F16, 32) => fit_tiles::<_, 32>(set, x, first, task, blocks),
+            (AnyLevels::Table(set), Float::F16, 32) => fit_tiles::<_, 32>(set, x, first, task, blocks),
+            (AnyLevels::Even(set), _, _) => fit_singly(set, x, first, task, blocks),
+            (AnyLevels::Table(set), _, _) => fit_singly(set, x, first, task, blocks),
         }
     }
 }
@@ -252,14 +138,14 @@ impl Task<'_> {
 
 /// Blocks one after the other: those of long groups and of powers of two.
 #[inline(always)]
-fn fit_singly<L: Ladder>(ladder: L, x: &[f32], first: usize, task: &Task<'_>, blocks: &mut [BlockScales]) {
+fn fit_singly<L: LevelSet>(set: L, x: &[f32], first: usize, task: &Task<'_>, blocks: &mut [BlockScales]) {
     let mut own = [0.0f32; 256];
     for (index, (x, block)) in x.chunks_exact(task.block_len).zip(blocks).enumerate() {
         let h = task.weigh(x, first + index, &mut own);
-        *block = match (task.layout.scale, task.layout.sub, task.layout.has_min) {
-            (ScaleKind::E8M0, ..) => power_of_two(ladder, x, h),
-            (ScaleKind::F16, None, false) => {
-                let d = ScalePrecision::F16.round(signed(ladder, task.layout.levels.count(), x, h));
+        *block = match (task.encoding.precision(), task.encoding.sub(), task.encoding.has_min()) {
+            (Float::E8M0, ..) => power_of_two(set, x, h),
+            (Float::F16, None, false) => {
+                let d = Float::F16.round(signed(set, task.encoding.levels.count(), x, h));
                 BlockScales { d, ..BlockScales::default() }
             }
             _ => unreachable!("groups with scales of their own have 16 or 32 weights"),
@@ -277,7 +163,7 @@ struct Tile<const G: usize> {
 
 /// What is summed over the weights of a group.
 trait Sums<const K: usize> {
-    fn term<L: Ladder>(&self, ladder: L, x: f32, h: f32) -> [f32; K];
+    fn term<L: LevelSet>(&self, set: L, x: f32, h: f32) -> [f32; K];
 }
 
 /// Under the levels that a scale gives: `h x level` and `h level²`.
@@ -303,16 +189,16 @@ struct Loss {
 
 impl Sums<2> for Moments {
     #[inline(always)]
-    fn term<L: Ladder>(&self, ladder: L, x: f32, h: f32) -> [f32; 2] {
-        let level = ladder.nearest(x * self.inverse);
+    fn term<L: LevelSet>(&self, set: L, x: f32, h: f32) -> [f32; 2] {
+        let level = set.nearest(x * self.inverse);
         [h * x * level, h * level * level]
     }
 }
 
 impl Sums<3> for Plane {
     #[inline(always)]
-    fn term<L: Ladder>(&self, ladder: L, x: f32, h: f32) -> [f32; 3] {
-        let level = ladder.nearest((x + self.min) * self.inverse);
+    fn term<L: LevelSet>(&self, set: L, x: f32, h: f32) -> [f32; 3] {
+        let level = set.nearest((x + self.min) * self.inverse);
         let hl = h * level;
         [hl, hl * level, hl * x]
     }
@@ -320,15 +206,15 @@ impl Sums<3> for Plane {
 
 impl Sums<2> for Whole {
     #[inline(always)]
-    fn term<L: Ladder>(&self, _: L, x: f32, h: f32) -> [f32; 2] {
+    fn term<L: LevelSet>(&self, _: L, x: f32, h: f32) -> [f32; 2] {
         [h, h * x]
     }
 }
 
 impl Sums<1> for Loss {
     #[inline(always)]
-    fn term<L: Ladder>(&self, ladder: L, x: f32, h: f32) -> [f32; 1] {
-        let e = x - (self.scale * ladder.nearest((x + self.min) * self.inverse) - self.min);
+    fn term<L: LevelSet>(&self, set: L, x: f32, h: f32) -> [f32; 1] {
+        let e = x - (self.scale * set.nearest((x + self.min) * self.inverse) - self.min);
         [h * e * e]
     }
 }
@@ -342,24 +228,24 @@ fn add<const K: usize>(mut a: [f32; K], b: [f32; K]) -> [f32; K] {
 impl<const G: usize> Tile<G> {
     /// The sums of one lane, added in the order of [`sum_lanes`].
     #[inline(always)]
-    fn sums<L: Ladder, S: Sums<K>, const K: usize>(&self, ladder: L, lane: usize, of: S) -> [f32; K] {
-        let quarter = |tile, i| Self::quarter(tile, ladder, lane, &of, i);
+    fn sums<L: LevelSet, S: Sums<K>, const K: usize>(&self, set: L, lane: usize, of: S) -> [f32; K] {
+        let quarter = |tile, i| Self::quarter(tile, set, lane, &of, i);
         add(add(quarter(self, 0), quarter(self, 2)), add(quarter(self, 1), quarter(self, 3)))
     }
 
     #[inline(always)]
-    fn quarter<L: Ladder, S: Sums<K>, const K: usize>(&self, ladder: L, lane: usize, of: &S, i: usize) -> [f32; K] {
-        let (a, b) = (self.column(ladder, lane, of, i), self.column(ladder, lane, of, i + 8));
-        let (c, d) = (self.column(ladder, lane, of, i + 4), self.column(ladder, lane, of, i + 12));
+    fn quarter<L: LevelSet, S: Sums<K>, const K: usize>(&self, set: L, lane: usize, of: &S, i: usize) -> [f32; K] {
+        let (a, b) = (self.column(set, lane, of, i), self.column(set, lane, of, i + 8));
+        let (c, d) = (self.column(set, lane, of, i + 4), self.column(set, lane, of, i + 12));
         add(add(a, b), add(c, d))
     }
 
     #[inline(always)]
-    fn column<L: Ladder, S: Sums<K>, const K: usize>(&self, ladder: L, lane: usize, of: &S, i: usize) -> [f32; K] {
-        let first = of.term(ladder, self.x[i][lane], self.h[i][lane]);
+    fn column<L: LevelSet, S: Sums<K>, const K: usize>(&self, set: L, lane: usize, of: &S, i: usize) -> [f32; K] {
+        let first = of.term(set, self.x[i][lane], self.h[i][lane]);
         match G {
             16 => first,
-            _ => add(first, of.term(ladder, self.x[i + 16][lane], self.h[i + 16][lane])),
+            _ => add(first, of.term(set, self.x[i + 16][lane], self.h[i + 16][lane])),
         }
     }
 
@@ -377,19 +263,19 @@ impl<const G: usize> Tile<G> {
 
     /// What scales and mins cost.
     #[inline(always)]
-    fn cost<L: Ladder>(&self, ladder: L, scale: &[f32; LANES], min: &[f32; LANES]) -> [f32; LANES] {
+    fn cost<L: LevelSet>(&self, set: L, scale: &[f32; LANES], min: &[f32; LANES]) -> [f32; LANES] {
         let mut costs = [0.0; LANES];
         for lane in 0..LANES {
             let of = Loss { scale: scale[lane], min: min[lane], inverse: inverse(scale[lane]) };
-            [costs[lane]] = self.sums(ladder, lane, of);
+            [costs[lane]] = self.sums(set, lane, of);
         }
         costs
     }
 
     /// [`signed`] of each lane.
     #[inline(always)]
-    fn signed<L: Ladder>(&self, ladder: L, count: usize) -> [f32; LANES] {
-        let [low, high] = ladder.range();
+    fn signed<L: LevelSet>(&self, set: L, count: usize) -> [f32; LANES] {
+        let [low, high] = set.range();
         let (from, to, steps) = candidates(count as f32);
         let ends = self.extremes();
         let mut size = [0.0; LANES];
@@ -403,7 +289,7 @@ impl<const G: usize> Tile<G> {
             for sign in [1.0, -1.0].into_iter().take(both) {
                 for lane in 0..LANES {
                     let of = Moments { inverse: sign / (size[lane] * share) };
-                    let [cross, square] = self.sums(ladder, lane, of);
+                    let [cross, square] = self.sums(set, lane, of);
                     let better = size[lane] > 0.0 && square > 0.0 && cross * cross > best[lane] * square;
                     best[lane] = if better { cross * cross / square } else { best[lane] };
                     found[lane] = if better { cross / square } else { found[lane] };
@@ -415,27 +301,27 @@ impl<const G: usize> Tile<G> {
 
     /// Scale and min of the best grid of each lane; mins below 0 only where the type has them (`any`).
     #[inline(always)]
-    fn with_min<L: Ladder>(&self, ladder: L, any: bool) -> [[f32; LANES]; 2] {
+    fn with_min<L: LevelSet>(&self, set: L, any: bool) -> [[f32; LANES]; 2] {
         let [mut low, mut high] = self.extremes();
-        let [_, top] = ladder.range();
+        let [_, top] = set.range();
         let [mut weight, mut first] = [[0.0f32; LANES]; 2];
         let (mut span, mut found) = ([0.0; LANES], [[0.0; LANES]; 2]);
         for lane in 0..LANES {
             if !any {
                 (low[lane], high[lane]) = (low[lane].min(0.0), high[lane].max(0.0));
             }
-            [weight[lane], first[lane]] = self.sums(ladder, lane, Whole);
+            [weight[lane], first[lane]] = self.sums(set, lane, Whole);
             span[lane] = (high[lane] - low[lane]) / top;
             (found[0][lane], found[1][lane]) = (span[lane], -low[lane]);
         }
-        let mut best = self.cost(ladder, &found[0], &found[1]);
+        let mut best = self.cost(set, &found[0], &found[1]);
         let (from, to, steps) = candidates(top + 1.0);
         for step in 0..=steps {
             let share = from + (to.min(1.05) - from) * step as f32 / steps as f32;
             let [mut a, mut b, mut c] = [[0.0f32; LANES]; 3];
             for lane in 0..LANES {
                 let of = Plane { min: -low[lane], inverse: 1.0 / (span[lane] * share) };
-                [a[lane], b[lane], c[lane]] = self.sums(ladder, lane, of);
+                [a[lane], b[lane], c[lane]] = self.sums(set, lane, of);
             }
             let [mut scale, mut min] = [[0.0; LANES]; 2];
             for lane in 0..LANES {
@@ -449,7 +335,7 @@ impl<const G: usize> Tile<G> {
                 scale[lane] = if determinant > 0.0 && s > 0.0 { s as f32 } else { f32::NAN };
                 min[lane] = m as f32;
             }
-            let cost = self.cost(ladder, &scale, &min);
+            let cost = self.cost(set, &scale, &min);
             for lane in 0..LANES {
                 let better = cost[lane] < best[lane];
                 best[lane] = if better { cost[lane] } else { best[lane] };
@@ -469,14 +355,14 @@ impl<const G: usize> Tile<G> {
 
 /// Blocks whose groups have `G` weights, as many at once as there are lanes for their groups.
 #[inline(always)]
-fn fit_tiles<L: Ladder, const G: usize>(
-    ladder: L,
+fn fit_tiles<L: LevelSet, const G: usize>(
+    set: L,
     x: &[f32],
     first: usize,
     task: &Task<'_>,
     blocks: &mut [BlockScales],
 ) {
-    let Task { layout, block_len, .. } = *task;
+    let Task { encoding, block_len, .. } = *task;
     let per_block = block_len / G;
     let mut own = [0.0f32; 256];
     let mut tile = Tile::<G> { x: [[0.0; LANES]; G], h: [[1.0; LANES]; G] };
@@ -491,18 +377,18 @@ fn fit_tiles<L: Ladder, const G: usize>(
                 }
             }
         }
-        let [scales, mins] = match layout.has_min {
-            true => tile.with_min(ladder, layout.sub.is_none()),
-            false => [tile.signed(ladder, layout.levels.count()), [0.0; LANES]],
+        let [scales, mins] = match encoding.has_min() {
+            true => tile.with_min(set, encoding.sub().is_none()),
+            false => [tile.signed(set, encoding.levels.count()), [0.0; LANES]],
         };
-        match layout.sub {
+        match encoding.sub() {
             Some(sub) => {
-                let all = Blocks { tile: &tile, scales, mins, sub, has_min: layout.has_min, count: blocks.len() };
-                two_stages(ladder, &all, blocks);
+                let all = Blocks { tile: &tile, scales, mins, sub, has_min: encoding.has_min(), count: blocks.len() };
+                two_stages(set, &all, blocks);
             }
             None => {
                 for (block, (d, m)) in blocks.iter_mut().zip(scales.iter().zip(&mins)) {
-                    let (d, m) = (ScalePrecision::F16.round(*d), ScalePrecision::F16.round(*m));
+                    let (d, m) = (Float::F16.round(*d), Float::F16.round(*m));
                     *block = BlockScales { d, m, ..BlockScales::default() };
                 }
             }
@@ -512,12 +398,12 @@ fn fit_tiles<L: Ladder, const G: usize>(
 
 /// What one scale and min cost: `Σ h (x − scale · level + min)²`.
 #[inline(always)]
-fn cost<L: Ladder>(ladder: L, x: &[f32], h: &[f32], scale: f32, min: f32) -> f32 {
+fn cost<L: LevelSet>(set: L, x: &[f32], h: &[f32], scale: f32, min: f32) -> f32 {
     let inverse = inverse(scale);
     let mut lanes = [0.0f32; LANES];
     for (x, h) in x.chunks_exact(LANES).zip(h.chunks_exact(LANES)) {
         for lane in 0..LANES {
-            let e = x[lane] - (scale * ladder.nearest((x[lane] + min) * inverse) - min);
+            let e = x[lane] - (scale * set.nearest((x[lane] + min) * inverse) - min);
             lanes[lane] += h[lane] * e * e;
         }
     }
@@ -540,12 +426,12 @@ pub(crate) fn candidates(levels: f32) -> (f32, f32, usize) {
 
 /// The scale of the best grid without a min, of either sign.
 #[inline(always)]
-fn signed<L: Ladder>(ladder: L, count: usize, x: &[f32], h: &[f32]) -> f32 {
+fn signed<L: LevelSet>(set: L, count: usize, x: &[f32], h: &[f32]) -> f32 {
     let reach = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
     if reach == 0.0 {
         return 0.0;
     }
-    let [low, high] = ladder.range();
+    let [low, high] = set.range();
     let (from, to, steps) = candidates(count as f32);
     let (mut best, mut found) = (f32::NEG_INFINITY, 0.0);
     // The longer side of the levels takes the largest weight, whatever its sign.
@@ -557,7 +443,7 @@ fn signed<L: Ladder>(ladder: L, count: usize, x: &[f32], h: &[f32]) -> f32 {
             let (mut cross, mut square) = ([0.0f32; LANES], [0.0f32; LANES]);
             for (x, h) in x.chunks_exact(LANES).zip(h.chunks_exact(LANES)) {
                 for lane in 0..LANES {
-                    let level = ladder.nearest(x[lane] * inverse);
+                    let level = set.nearest(x[lane] * inverse);
                     cross[lane] += h[lane] * x[lane] * level;
                     square[lane] += h[lane] * level * level;
                 }
@@ -573,18 +459,18 @@ fn signed<L: Ladder>(ladder: L, count: usize, x: &[f32], h: &[f32]) -> f32 {
 
 /// A block whose scale is a power of two.
 #[inline(always)]
-fn power_of_two<L: Ladder>(ladder: L, x: &[f32], h: &[f32]) -> BlockScales {
+fn power_of_two<L: LevelSet>(set: L, x: &[f32], h: &[f32]) -> BlockScales {
     let reach = x.iter().fold(0.0f32, |m, x| m.max(x.abs()));
     if reach == 0.0 {
         return BlockScales::default();
     }
-    let [_, high] = ladder.range();
+    let [_, high] = set.range();
     let plain = (reach / high).log2().floor() as i32;
     let mut found = (f32::INFINITY, 0.0);
     for exponent in plain - 1..=plain + 1 {
         // Neither end of the byte's range: 2^-127 and below are subnormal.
         let d = f32::from_bits((exponent.clamp(-126, 126) + 127).cast_unsigned() << 23);
-        let cost = cost(ladder, x, h, d, 0.0);
+        let cost = cost(set, x, h, d, 0.0);
         if cost < found.0 {
             found = (cost, d);
         }
@@ -619,7 +505,7 @@ impl<const G: usize> Blocks<'_, G> {
 
     /// Tries a scale and a min of each block, which keeps what it has if they cost more or are no numbers.
     #[inline(always)]
-    fn consider<L: Ladder>(&self, ladder: L, d: &[f32; LANES], m: &[f32; LANES], best: &mut Held) {
+    fn consider<L: LevelSet>(&self, set: L, d: &[f32; LANES], m: &[f32; LANES], best: &mut Held) {
         let (low, high) = (f32::from(self.sub.low), f32::from(self.sub.high));
         let [mut of_scale, mut of_min, mut wanted, mut deep] = [[0.0f32; LANES]; 4];
         for lane in 0..LANES {
@@ -643,7 +529,7 @@ impl<const G: usize> Blocks<'_, G> {
                 (whole_scale[lane], whole_min[lane]) = (near(wanted[lane], scale_up), near(deep[lane], min_up));
                 (a[lane], b[lane]) = (of_scale[lane] * whole_scale[lane], of_min[lane] * whole_min[lane]);
             }
-            let cost = self.tile.cost(ladder, &a, &b);
+            let cost = self.tile.cost(set, &a, &b);
             for lane in 0..LANES {
                 let better = cost[lane] < least[lane];
                 least[lane] = if better { cost[lane] } else { least[lane] };
@@ -667,12 +553,12 @@ impl<const G: usize> Blocks<'_, G> {
 /// Halves nearest to values.
 #[inline(always)]
 fn halves(values: [f32; LANES]) -> [f32; LANES] {
-    values.map(|value| ScalePrecision::F16.round(value))
+    values.map(|value| Float::F16.round(value))
 }
 
 /// Blocks whose groups' scales (and mins) are small integers times the block's.
 #[inline(always)]
-fn two_stages<L: Ladder, const G: usize>(ladder: L, all: &Blocks<'_, G>, blocks: &mut [BlockScales]) {
+fn two_stages<L: LevelSet, const G: usize>(set: L, all: &Blocks<'_, G>, blocks: &mut [BlockScales]) {
     let Blocks { tile, scales, mins, sub, has_min, count } = all;
     let mut best = [(f32::INFINITY, BlockScales::default()); LANES];
     let [mut widest, mut deepest] = [[0.0f32; LANES]; 2];
@@ -696,7 +582,7 @@ fn two_stages<L: Ladder, const G: usize>(ladder: L, all: &Blocks<'_, G>, blocks:
     for [of_d, of_m] in stretches {
         for end in ends {
             let (d, m) = (halves(widest.map(|w| w / end * of_d)), halves(deepest.map(|m| m * of_m)));
-            all.consider(ladder, &d, &m, &mut best);
+            all.consider(set, &d, &m, &mut best);
         }
     }
     // Least squares of the block's scale and min under the codes they gave.
@@ -712,8 +598,8 @@ fn two_stages<L: Ladder, const G: usize>(ladder: L, all: &Blocks<'_, G>, blocks:
         let [mut hl, mut hll, mut hlx, mut hs, mut hx] = [[0.0f32; LANES]; 5];
         for lane in 0..LANES {
             [hl[lane], hll[lane], hlx[lane]] =
-                tile.sums(ladder, lane, Plane { min: min[lane], inverse: inverse(scale[lane]) });
-            [hs[lane], hx[lane]] = tile.sums(ladder, lane, Whole);
+                tile.sums(set, lane, Plane { min: min[lane], inverse: inverse(scale[lane]) });
+            [hs[lane], hx[lane]] = tile.sums(set, lane, Whole);
         }
         let [mut moved_d, mut moved_m] = [[f32::NAN; LANES]; 2];
         for index in 0..*count {
@@ -744,14 +630,14 @@ fn two_stages<L: Ladder, const G: usize>(ladder: L, all: &Blocks<'_, G>, blocks:
             let block = lane / Blocks::<G>::GROUPS;
             (scale[lane], min[lane]) = (moved_d[block] * s[lane], moved_m[block] * m[lane]);
         }
-        let cost = tile.cost(ladder, &scale, &min);
+        let cost = tile.cost(set, &scale, &min);
         for index in (0..*count).filter(|index| !done[*index]) {
             let total = cost[Blocks::<G>::lanes(index)].iter().fold(0.0, |total, cost| total + cost);
             if total < best[index].0 {
                 best[index] = (total, BlockScales { d: moved_d[index], m: moved_m[index], ..held[index].1 });
             }
         }
-        all.consider(ladder, &moved_d, &moved_m, &mut best);
+        all.consider(set, &moved_d, &moved_m, &mut best);
         for index in 0..*count {
             done[index] |= best[index].0 >= held[index].0;
         }

@@ -324,11 +324,11 @@ KERNEL(scaled_error_long)(
 EXPORT(scaled_error_long)
 
 // The reals that codes stand for.
-KERNEL(restore_groups)(
+KERNEL(dequantize_groups)(
     float *out, const u8 *codes, const float *scales, const u8 *zeros, const u32 *group_of, i64 count, int cols, int groups) {
     for (i64 i = global_index(); i < count; i += global_stride()) {
         i64 at = i / cols * groups + group_of[i % cols];
         out[i] = scales[at] * (float)((int)codes[i] - (int)zeros[at]);
     }
 }
-EXPORT(restore_groups)
+EXPORT(dequantize_groups)

@@ -4,10 +4,11 @@
 //! them, symmetric grids in both orientations (the longer tail gets the extra level), integer zeros near every split of
 //! the clipped range; the best candidate's scale is then solved by least squares, rounded, and kept if it is better.
 
-use formats::{ScalePrecision, Scheme};
+use formats::{Encoding, Float, Offset};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
+use super::blocks;
 use super::round::{code, inverse};
 use crate::backend::{FitKind, Grid, GridSpec};
 use crate::simd::{LANES, sum_lanes};
@@ -17,7 +18,22 @@ use crate::simd_fn;
 const WIDEST_BLOCK: usize = 256;
 
 /// Fits every group of `weight` `[rows, cols]`.
+///
+/// # Panics
+/// If the encoding is neither one of integers with scales of their own nor one of ggml's: a mistake of the caller.
 pub fn run(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f32>>) -> Grid {
+    if let Some(ty) = spec.encoding.ggml_type() {
+        return match kind {
+            FitKind::MinMax => blocks::fit(weight, ty, None),
+            FitKind::Weighted(h) => blocks::fit(weight, ty, Some(h)),
+            FitKind::BlockHessian(h) => blocks::fit(weight, ty, Some(&h.diag().to_vec())),
+        };
+    }
+    integers(weight, spec, kind)
+}
+
+fn integers(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f32>>) -> Grid {
+    let rules = Rules::of(&spec.encoding);
     let (rows, cols, groups) = (weight.nrows(), weight.ncols(), spec.groups());
     let mut columns: Vec<Vec<usize>> = vec![Vec::new(); groups];
     for (col, group) in spec.group_of.iter().enumerate() {
@@ -58,7 +74,7 @@ pub fn run(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f3
                     let padded = columns.len().next_multiple_of(LANES);
                     x.clear();
                     x.extend(columns.iter().map(|&c| row[c]));
-                    let problem = Problem { spec, range: Range::of(x) };
+                    let problem = Problem { rules: &rules, range: Range::of(x) };
                     (scales[group], zeros[group]) = match kind {
                         FitKind::MinMax => problem.min_max(1.0),
                         FitKind::BlockHessian(_) if columns.len() <= WIDEST_BLOCK => clip(x, &blocks[group], &problem),
@@ -73,7 +89,7 @@ pub fn run(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f3
                 }
             },
         );
-    Grid { spec: spec.clone(), rows, scales, zeros }
+    Grid::of_integers(spec.clone(), rows, scales, zeros)
 }
 
 /// Keeps never-active columns from vanishing out of the search: at least a small part of the mean.
@@ -88,9 +104,41 @@ pub(crate) fn floor(mut importance: Vec<f32>) -> Vec<f32> {
     importance
 }
 
+/// What integers with scales of their own allow.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rules {
+    /// Whether all groups have the same zero.
+    pub(crate) symmetric: bool,
+    /// What scales are stored in.
+    pub(crate) precision: Float,
+    /// The largest code.
+    pub(crate) max: u8,
+    /// The zero that all groups have, the middle.
+    pub(crate) midpoint: u8,
+    /// The smallest zero.
+    pub(crate) min_zero: u8,
+    bits: u8,
+}
+
+impl Rules {
+    /// Those of an encoding.
+    pub(crate) fn of(encoding: &Encoding) -> Rules {
+        let scheme = encoding.scheme().expect("integers with scales of their own");
+        let min_zero = if let Offset::Zero { min } = encoding.offset { min } else { 0 };
+        Rules {
+            symmetric: scheme.symmetric,
+            precision: encoding.precision(),
+            max: scheme.max_code(),
+            midpoint: scheme.midpoint(),
+            min_zero,
+            bits: scheme.bits,
+        }
+    }
+}
+
 /// Scales that are tried, as shares of the one that spans the range: from, to, and in how many steps.
-pub(crate) fn candidates(scheme: Scheme) -> (f32, f32, usize) {
-    match (scheme.symmetric, scheme.bits) {
+pub(crate) fn candidates(rules: &Rules) -> (f32, f32, usize) {
+    match (rules.symmetric, rules.bits) {
         (true, 2) => (0.40, 1.60, 28),
         (true, 3) => (0.45, 1.30, 28),
         (true, 4) => (0.55, 1.15, 28),
@@ -118,13 +166,13 @@ impl Range {
 
 /// One group to be fitted.
 pub(super) struct Problem<'a> {
-    pub(super) spec: &'a GridSpec,
+    pub(super) rules: &'a Rules,
     pub(super) range: Range,
 }
 
 impl Problem<'_> {
     pub(super) fn max_code(&self) -> f32 {
-        f32::from(self.spec.scheme.max_code())
+        f32::from(self.rules.max)
     }
 
     /// The grid that spans the range shrunk by `shrink`.
@@ -132,13 +180,13 @@ impl Problem<'_> {
     pub(super) fn min_max(&self, shrink: f32) -> (f32, u8) {
         let Range { low, high } = self.range;
         let max = self.max_code();
-        if self.spec.scheme.symmetric {
-            let scale = self.spec.precision.round(2.0 * high.max(-low) * shrink / max);
-            (scale, self.spec.scheme.midpoint())
+        if self.rules.symmetric {
+            let scale = self.rules.precision.round(2.0 * high.max(-low) * shrink / max);
+            (scale, self.rules.midpoint)
         } else {
-            let scale = self.spec.precision.round((high - low) * shrink / max);
+            let scale = self.rules.precision.round((high - low) * shrink / max);
             let zero = (-low * shrink * inverse(scale)).round_ties_even();
-            (scale, zero.clamp(f32::from(self.spec.min_zero), max) as u8)
+            (scale, zero.clamp(f32::from(self.rules.min_zero), max) as u8)
         }
     }
 }
@@ -221,7 +269,7 @@ struct Best {
 
 impl Best {
     #[inline(always)]
-    fn consider(&mut self, x: &[f32], h: &[f32], scale: f32, zero: f32, max: f32, precision: ScalePrecision) {
+    fn consider(&mut self, x: &[f32], h: &[f32], scale: f32, zero: f32, max: f32, precision: Float) {
         let scale = precision.round(scale);
         let loss = evaluate(x, h, scale, zero, max);
         if loss < self.loss {
@@ -234,24 +282,24 @@ simd_fn! {
     /// `x` and `h` are padded with zeros to whole lanes.
     fn search(x: &[f32], h: &[f32], problem: &Problem<'_>) -> (f32, u8) {
         let Range { low, high } = problem.range;
-        let (max, precision, scheme) = (problem.max_code(), problem.spec.precision, problem.spec.scheme);
+        let (max, precision, rules) = (problem.max_code(), problem.rules.precision, problem.rules);
         if low == 0.0 && high == 0.0 {
             return problem.min_max(1.0);
         }
         let (scale, zero) = problem.min_max(1.0);
         let zero = f32::from(zero);
         let mut best = Best { loss: evaluate(x, h, scale, zero, max), scale, zero };
-        if scheme.symmetric {
-            let (half, reach) = (f32::from(scheme.midpoint()), high.max(-low));
-            let (from, to, steps) = candidates(scheme);
+        if rules.symmetric {
+            let (half, reach) = (f32::from(rules.midpoint), high.max(-low));
+            let (from, to, steps) = candidates(rules);
             for step in 0..=steps {
                 let size = reach / half * (from + (to - from) * step as f32 / steps as f32);
                 best.consider(x, h, size, half, max, precision);
                 best.consider(x, h, -size, half, max, precision);
             }
         } else {
-            let lowest_zero = f32::from(problem.spec.min_zero);
-            let (from, _, steps) = candidates(scheme);
+            let lowest_zero = f32::from(rules.min_zero);
+            let (from, _, steps) = candidates(rules);
             for step in 0..=steps {
                 let shrink = 1.0 - (1.0 - from) * step as f32 / steps as f32;
                 let size = (high - low) * shrink / max;
@@ -267,8 +315,8 @@ simd_fn! {
         for _ in 0..3 {
             let solved = least_squares(x, h, best.scale, best.zero, max);
             best.consider(x, h, solved, best.zero, max, precision);
-            if !scheme.symmetric {
-                let lowest_zero = f32::from(problem.spec.min_zero);
+            if !rules.symmetric {
+                let lowest_zero = f32::from(rules.min_zero);
                 for step in [-1.0, 1.0] {
                     let zero = (best.zero + step).clamp(lowest_zero, max);
                     best.consider(x, h, best.scale, zero, max, precision);
@@ -281,6 +329,8 @@ simd_fn! {
 
 #[cfg(test)]
 mod tests {
+    use formats::Scheme;
+
     use super::super::testing::Noise;
     use super::*;
 
@@ -305,7 +355,7 @@ mod tests {
         for bits in [2, 3, 4, 8] {
             for symmetric in [true, false] {
                 let scheme = Scheme { bits, group: Some(32), symmetric };
-                let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, 64);
+                let spec = GridSpec::of(scheme.encoding(Float::F16, 0), 64);
                 let plain = loss(&weight, &run(weight.view(), &spec, FitKind::MinMax), &h);
                 let grid = run(weight.view(), &spec, FitKind::Weighted(&h));
                 let found = loss(&weight, &grid, &h);
@@ -317,7 +367,7 @@ mod tests {
                         let part = weight.slice(ndarray::s![row..row + 1, group * 32..group * 32 + 32]).to_owned();
                         let h = &h[group * 32..][..32];
                         let reach = part.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-                        let spec = GridSpec::contiguous(Scheme { group: None, ..scheme }, ScalePrecision::F16, 0, 32);
+                        let spec = GridSpec::of(Scheme { group: None, ..scheme }.encoding(Float::F16, 0), 32);
                         let mut least = f64::INFINITY;
                         let zeros: Vec<u8> = match (symmetric, bits) {
                             (true, _) => vec![scheme.midpoint()],
@@ -327,10 +377,10 @@ mod tests {
                         for zero in zeros {
                             for step in 1..=120 {
                                 for sign in [1.0, -1.0] {
-                                    let scale = ScalePrecision::F16
+                                    let scale = Float::F16
                                         .round(sign * reach * 2.4 / f32::from(scheme.max_code()) * step as f32 / 120.0);
                                     let (scales, zeros) = (vec![scale], vec![zero]);
-                                    let grid = Grid { spec: spec.clone(), rows: 1, scales, zeros };
+                                    let grid = Grid::of_integers(spec.clone(), 1, scales, zeros);
                                     least = least.min(loss(&part, &grid, h));
                                 }
                             }
@@ -354,7 +404,7 @@ mod tests {
         x.column_mut(3).mapv_inplace(|x| x * 0.01);
         let gram = super::super::gram::reference(x.view());
         let scheme = Scheme { bits: 3, group: Some(16), symmetric: false };
-        let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, 32);
+        let spec = GridSpec::of(scheme.encoding(Float::F16, 0), 32);
         let error = |kind: FitKind<'_, Array2<f32>>| {
             let grid = run(weight.view(), &spec, kind);
             let codes = super::super::round::run(weight.view(), &grid);
@@ -372,7 +422,7 @@ mod tests {
         let weight = Array2::from_shape_fn((1, 32), |(_, c)| if c < 16 { 0.0 } else { c as f32 });
         for kind in [FitKind::MinMax, FitKind::Weighted(&[1.0; 32])] {
             let scheme = Scheme { bits: 4, group: Some(16), symmetric: false };
-            let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 1, 32);
+            let spec = GridSpec::of(scheme.encoding(Float::F16, 1), 32);
             let grid = run(weight.view(), &spec, kind);
             assert!(grid.zeros.iter().all(|z| *z >= 1));
             let codes = super::super::round::run(weight.view(), &grid);

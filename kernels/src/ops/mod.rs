@@ -5,10 +5,13 @@ pub mod add;
 pub mod attention;
 pub mod bf16;
 pub mod blocks;
+pub mod dequantize;
+pub mod encoded;
 pub mod factor;
 pub mod fit;
 pub mod gram;
 pub mod heads;
+pub mod levels;
 pub mod linear;
 pub mod loss;
 pub mod low_rank;
@@ -16,7 +19,6 @@ pub mod norm;
 #[cfg(test)]
 mod plain;
 pub mod refine;
-pub mod restore;
 pub mod rope;
 pub mod round;
 pub mod round_activations;
@@ -92,7 +94,10 @@ pub(crate) unsafe fn gemm<T: 'static>(
 pub(crate) mod testing {
     //! Small helpers for the tests of the operations.
 
+    use formats::GgmlType;
     use ndarray::Array2;
+
+    use crate::{Backend, FitKind, GridSpec};
 
     /// A repeatable stream of numbers, roughly normal.
     pub struct Noise(pub u64);
@@ -113,12 +118,24 @@ pub(crate) mod testing {
     }
 
     /// What packed blocks stand for, read back as a file's would be.
-    pub fn restored(grid: &crate::BlockGrid, codes: &[u8]) -> Vec<f32> {
-        let mut bytes = vec![0; grid.ty.row_bytes(codes.len()).unwrap()];
-        grid.ty.pack(&grid.blocks, codes, &mut bytes);
+    pub fn dequantized(grid: &crate::Grid, codes: &[u8]) -> Vec<f32> {
+        let ty = grid.spec.encoding.ggml_type().unwrap();
+        let mut bytes = vec![0; ty.row_bytes(codes.len()).unwrap()];
+        ty.pack(&grid.blocks, codes, &mut bytes);
         let mut out = vec![0.0; codes.len()];
-        grid.ty.dequantize(&bytes, &mut out).unwrap();
+        ty.dequantize(&bytes, &mut out).unwrap();
         out
+    }
+
+    /// Scales of a type's blocks, without importance or with.
+    pub fn fit_blocks<B: Backend>(
+        backend: &B,
+        weight: &B::Matrix,
+        ty: GgmlType,
+        importance: Option<&[f32]>,
+    ) -> crate::Result<crate::Grid> {
+        let spec = GridSpec::of(ty.encoding(), backend.shape(weight)[1]);
+        backend.fit(weight, &spec, importance.map_or(FitKind::MinMax, FitKind::Weighted))
     }
 
     pub fn close(found: &[f32], expected: &[f32], tolerance: f32) {

@@ -1,26 +1,26 @@
 //! The search, the sweep and the refinement of block types once more, one value after another in `f64`. The fast forms
 //! are held to it, and to themselves on every instruction set.
 
-use formats::ggml::{BlockScales, GgmlType, Layout, ScaleKind, TYPES};
-use formats::{ScalePrecision, Scheme};
+use formats::ggml::{BlockScales, GgmlType, TYPES};
+use formats::{Encoding, Float, Scheme};
 use ndarray::{Array2, ArrayView2};
 
-use super::testing::{Noise, restored};
+use super::testing::{Noise, dequantized};
 use super::{blocks, factor, fit, gram, refine, round, sweep};
 use crate::simd::testing::same_at_every_level;
-use crate::{BlockGrid, FitKind, Grid, GridSpec};
+use crate::{FitKind, Grid, GridSpec};
 
 /// The types that have codes.
-fn types() -> impl Iterator<Item = (GgmlType, &'static Layout)> {
-    TYPES.iter().filter_map(|ty| ty.layout().map(|layout| (*ty, layout)))
+fn types() -> impl Iterator<Item = (GgmlType, &'static Encoding)> {
+    TYPES.iter().filter_map(|ty| ty.layout().map(|encoding| (*ty, encoding)))
 }
 
 /// The levels that an encoder uses, ascending.
-fn levels(layout: &Layout) -> Vec<f64> {
+fn levels(encoding: &Encoding) -> Vec<f64> {
     // Of 256 codes the lowest has no counterpart above.
-    let first = usize::from(layout.levels.count() == 256);
+    let first = usize::from(encoding.levels.count() == 256);
     let mut levels: Vec<f64> =
-        (first..layout.levels.count()).map(|code| layout.levels.level(code as u8).into()).collect();
+        (first..encoding.levels.count()).map(|code| encoding.levels.level(code as u8).into()).collect();
     levels.sort_by(f64::total_cmp);
     levels.dedup();
     levels
@@ -33,7 +33,7 @@ fn nearest(levels: &[f64], x: f64) -> f64 {
 }
 
 fn half(x: f64) -> f64 {
-    ScalePrecision::F16.round(x as f32).into()
+    Float::F16.round(x as f32).into()
 }
 
 /// One group of weights with what their squared errors count.
@@ -130,28 +130,28 @@ impl<'a> Group<'a> {
         best.1
     }
 
-    fn scales(self, layout: &Layout, any: bool) -> [f64; 2] {
-        if layout.has_min { self.scale_and_min(any) } else { [self.scale(layout.levels.count()), 0.0] }
+    fn scales(self, encoding: &Encoding, any: bool) -> [f64; 2] {
+        if encoding.has_min() { self.scale_and_min(any) } else { [self.scale(encoding.levels.count()), 0.0] }
     }
 
     /// A block of one group.
-    fn one_stage(self, layout: &Layout) -> BlockScales {
-        let [d, m] = match layout.scale {
-            ScaleKind::F16 => self.scales(layout, true).map(half),
+    fn one_stage(self, encoding: &Encoding) -> BlockScales {
+        let [d, m] = match encoding.precision() {
             // All of them.
-            ScaleKind::E8M0 if self.span() == [0.0, 0.0] => [0.0; 2],
-            ScaleKind::E8M0 => {
+            Float::E8M0 if self.span() == [0.0, 0.0] => [0.0; 2],
+            Float::E8M0 => {
                 let all = (-126..=126).map(|e| 2f64.powi(e));
                 [all.min_by(|a, b| self.cost(*a, 0.0).total_cmp(&self.cost(*b, 0.0))).unwrap(), 0.0]
             }
+            _ => self.scales(encoding, true).map(half),
         };
         BlockScales { d: d as f32, m: m as f32, ..BlockScales::default() }
     }
 
     /// A block of groups whose scales are small integers.
-    fn two_stages(self, layout: &Layout) -> BlockScales {
-        let sub = layout.sub.unwrap();
-        let wanted: Vec<[f64; 2]> = self.parts(layout.group).map(|group| group.scales(layout, false)).collect();
+    fn two_stages(self, encoding: &Encoding) -> BlockScales {
+        let sub = encoding.sub().unwrap();
+        let wanted: Vec<[f64; 2]> = self.parts(encoding.group()).map(|group| group.scales(encoding, false)).collect();
         let widest = wanted.iter().fold(0.0f64, |w, [s, _]| if s.abs() > w.abs() { *s } else { w });
         let deepest = wanted.iter().fold(0.0f64, |w, [_, m]| w.max(*m));
         if widest == 0.0 && deepest == 0.0 {
@@ -168,7 +168,7 @@ impl<'a> Group<'a> {
             let (d, m) = (half(d), half(m));
             let mut block = BlockScales { d: d as f32, m: m as f32, ..BlockScales::default() };
             let mut total = 0.0;
-            for (index, (group, [scale, min])) in self.parts(layout.group).zip(&wanted).enumerate() {
+            for (index, (group, [scale, min])) in self.parts(encoding.group()).zip(&wanted).enumerate() {
                 let mut least = f64::INFINITY;
                 for s in options(*scale, d, low, high) {
                     for b in options(*min, m, 0.0, max_min) {
@@ -191,7 +191,7 @@ impl<'a> Group<'a> {
                 tried.push([widest / low * stretch, m * stretch]);
             }
         }
-        if !fine && layout.has_min {
+        if !fine && encoding.has_min() {
             tried.extend([[widest / high * 1.04, m], [widest / high, m * 1.04]]);
         }
         let mut best = tried.iter().map(|[d, m]| assigned(*d, *m)).reduce(better).unwrap();
@@ -200,13 +200,13 @@ impl<'a> Group<'a> {
             let (d, m) = (f64::from(block.d), f64::from(block.m));
             let factors = |index: usize| [f64::from(block.scales[index]), f64::from(block.mins[index])];
             let [mut aa, mut ab, mut bb, mut ax, mut bx] = [0.0; 5];
-            for (index, group) in self.parts(layout.group).enumerate() {
+            for (index, group) in self.parts(encoding.group()).enumerate() {
                 let [s, b] = factors(index);
                 let [l, ll, lx, one, x] = group.sums(d * s, m * b);
                 (aa, ab, bb, ax, bx) = (aa + s * s * ll, ab + s * b * l, bb + b * b * one, ax + s * lx, bx + b * x);
             }
             let determinant = aa * bb - ab * ab;
-            let [d, m] = match layout.has_min {
+            let [d, m] = match encoding.has_min() {
                 true if determinant > 1e-9 * aa * bb => [ax * bb - bx * ab, ax * ab - bx * aa].map(|x| x / determinant),
                 false if aa > 0.0 => [ax / aa, 0.0],
                 _ => break,
@@ -215,7 +215,7 @@ impl<'a> Group<'a> {
                 break;
             }
             let moved = BlockScales { d: half(d) as f32, m: half(m) as f32, ..block };
-            let total = self.parts(layout.group).enumerate().map(|(index, group)| {
+            let total = self.parts(encoding.group()).enumerate().map(|(index, group)| {
                 let [s, b] = factors(index);
                 group.cost(half(d) * s, half(m) * b)
             });
@@ -228,37 +228,37 @@ impl<'a> Group<'a> {
     }
 
     /// What the block's scales cost it.
-    fn cost_of(self, ty: GgmlType, layout: &Layout, block: &BlockScales) -> f64 {
+    fn cost_of(self, ty: GgmlType, encoding: &Encoding, block: &BlockScales) -> f64 {
         let (mut scales, mut mins) = ([0.0; 16], [0.0; 16]);
         let groups = ty.groups_per_block();
         ty.expand(block, &mut scales[..groups], &mut mins[..groups]);
-        let parts = self.parts(layout.group).zip(scales.iter().zip(&mins));
+        let parts = self.parts(encoding.group()).zip(scales.iter().zip(&mins));
         parts.map(|(group, (scale, min))| group.cost(f64::from(*scale), f64::from(*min))).sum()
     }
 
     /// The least cost over a lattice of the block's scale and min, each group with the best integers for them.
-    fn exhaustive(self, layout: &Layout) -> f64 {
+    fn exhaustive(self, encoding: &Encoding) -> f64 {
         let groups = |d: f64, m: f64| -> f64 {
-            let Some(sub) = layout.sub else { return self.cost(d, m) };
+            let Some(sub) = encoding.sub() else { return self.cost(d, m) };
             let best = |group: Group<'_>| {
                 let scales = (sub.low..=sub.high).flat_map(|s| (0..=sub.max_min).map(move |b| (s, b)));
                 scales.map(|(s, b)| group.cost(d * f64::from(s), m * f64::from(b))).fold(f64::INFINITY, f64::min)
             };
-            self.parts(layout.group).map(best).sum()
+            self.parts(encoding.group()).map(best).sum()
         };
         let [low, high] = self.span();
         let levels = self.levels[self.levels.len() - 1].max(-self.levels[0]);
         let [scales, mins] =
-            layout.sub.map_or([1.0, 1.0], |sub| [sub.high.into(), i16::from(sub.max_min)].map(f64::from));
-        if layout.has_min {
+            encoding.sub().map_or([1.0, 1.0], |sub| [sub.high.into(), i16::from(sub.max_min)].map(f64::from));
+        if encoding.has_min() {
             let (d, m) = ((high - low) / levels / scales, -low / mins);
-            let steps = if layout.sub.is_some_and(|sub| sub.high > 15) { 6 } else { 40 };
+            let steps = if encoding.sub().is_some_and(|sub| sub.high > 15) { 6 } else { 40 };
             let part = |step: i32| 0.5 + 0.7 * f64::from(step) / f64::from(steps);
             let lattice = (0..=steps).flat_map(|i| (0..=steps).map(move |j| [i, j].map(part)));
             return lattice.map(|[a, b]| groups(half(d * a), half(m * b))).fold(f64::INFINITY, f64::min);
         }
         let d = high.max(-low) / levels / scales;
-        let steps = if layout.sub.is_some() { 60 } else { 400 };
+        let steps = if encoding.sub().is_some() { 60 } else { 400 };
         let lattice =
             (-steps..=steps).filter(|step| *step != 0).map(|step| d * 1.7 * f64::from(step) / f64::from(steps));
         lattice.map(|d| groups(half(d), 0.0)).fold(f64::INFINITY, f64::min)
@@ -268,19 +268,19 @@ impl<'a> Group<'a> {
 /// The blocks of one row.
 struct Blocks {
     ty: GgmlType,
-    layout: &'static Layout,
+    encoding: &'static Encoding,
     blocks: Vec<BlockScales>,
 }
 
 impl Blocks {
     /// What a column's block multiplies its scale and min by.
     fn factors(&self, col: usize) -> [f64; 2] {
-        let (block, group) = (&self.blocks[col / self.ty.block_len], col % self.ty.block_len / self.layout.group);
-        let [s, b] = match self.layout.sub {
+        let (block, group) = (&self.blocks[col / self.ty.block_len], col % self.ty.block_len / self.encoding.group());
+        let [s, b] = match self.encoding.sub() {
             Some(_) => [f64::from(block.scales[group]), f64::from(block.mins[group])],
             None => [1.0, 1.0],
         };
-        [s, if self.layout.has_min { b } else { 0.0 }]
+        [s, if self.encoding.has_min() { b } else { 0.0 }]
     }
 
     /// Scale and min of a column.
@@ -316,7 +316,7 @@ impl Row<'_> {
 
     /// Each block's scale and min to where the loss is least while all else stays.
     fn move_scales(&mut self) {
-        if self.grid.layout.scale == ScaleKind::E8M0 {
+        if self.grid.encoding.precision() == Float::E8M0 {
             return;
         }
         for index in 0..self.grid.blocks.len() {
@@ -344,7 +344,7 @@ impl Row<'_> {
                 moves.push([d + (ug * vv - vg * uv) / determinant, m + (vg * uu - ug * uv) / determinant]);
             }
             let allowed = |[new_d, new_m]: &[f64; 2]| {
-                (0.25..=2.0).contains(&(new_d / d)) && (self.grid.layout.sub.is_none() || *new_m >= 0.0)
+                (0.25..=2.0).contains(&(new_d / d)) && (self.grid.encoding.sub().is_none() || *new_m >= 0.0)
             };
             let change = |[new_d, new_m]: [f64; 2]| {
                 let (s, t) = (new_d - d, new_m - m);
@@ -358,7 +358,7 @@ impl Row<'_> {
 
     /// Each code to where the loss is least while the others stay.
     fn move_codes(&mut self) {
-        let all = levels(self.grid.layout);
+        let all = levels(self.grid.encoding);
         for col in 0..self.target.len() {
             let (energy, [scale, min]) = (self.hessian[[col, col]], self.grid.of(col));
             if energy > 0.0 && scale != 0.0 {
@@ -416,7 +416,7 @@ pub fn inverse_upper(gram: &Array2<f32>, order: &[u32], damp: f64) -> Vec<Vec<f6
 
 /// GPTQ as its paper states it: levels left to right in `order`, errors spread right by the inverse Hessian's factor.
 fn sweep_row(target: &[f64], grid: &Blocks, order: &[u32], inverse_upper: &[Vec<f64>]) -> (Vec<f64>, f64) {
-    let all = levels(grid.layout);
+    let all = levels(grid.encoding);
     let mut wanted: Vec<f64> = order.iter().map(|col| target[*col as usize]).collect();
     let (mut found, mut loss) = (vec![0.0; target.len()], 0.0);
     for (p, col) in order.iter().enumerate() {
@@ -455,13 +455,13 @@ fn every_instruction_set_gives_the_same_blocks() {
     for (ty, _) in types() {
         for importance in [None, Some(&*energy)] {
             let fitted = same_at_every_level(&format!("the search for {ty}"), || {
-                let BlockGrid { blocks, scales, mins, .. } = blocks::fit(weight.view(), ty, importance);
+                let Grid { blocks, scales, mins, .. } = blocks::fit(weight.view(), ty, importance);
                 (blocks, scales, mins)
             });
-            let grid = BlockGrid::new(ty, ROWS, COLS, fitted.0);
+            let grid = Grid::of_blocks(ty, ROWS, COLS, fitted.0);
             same_at_every_level(&format!("rounding to {ty}"), || blocks::round(weight.view(), &grid));
             let swept = same_at_every_level(&format!("the sweep of {ty}"), || {
-                let swept = sweep::run_blocks(weight.view(), &factor, &grid);
+                let swept = sweep::run(weight.view(), &factor, &grid);
                 (swept.codes, swept.loss)
             });
             same_at_every_level(&format!("the refinement of {ty}"), || {
@@ -480,14 +480,14 @@ fn every_instruction_set_gives_the_same_groups() {
     let factor = factor::run(hessian.view(), (0..COLS as u32).rev().collect(), 0.05).unwrap();
     for (bits, symmetric) in [(2, false), (3, true), (4, false), (8, true)] {
         let scheme = Scheme { bits, group: Some(64), symmetric };
-        let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, COLS);
+        let spec = GridSpec::of(scheme.encoding(Float::F16, 0), COLS);
         for by_energy in [false, true] {
             let (scales, zeros) = same_at_every_level(&format!("the search for {scheme:?}"), || {
                 let kind = if by_energy { FitKind::Weighted(&energy) } else { FitKind::BlockHessian(&hessian) };
                 let grid = fit::run(weight.view(), &spec, kind);
                 (grid.scales, grid.zeros)
             });
-            let grid = Grid { spec: spec.clone(), rows: ROWS, scales, zeros };
+            let grid = Grid::of_integers(spec.clone(), ROWS, scales, zeros);
             same_at_every_level(&format!("rounding to {scheme:?}"), || round::run(weight.view(), &grid));
             same_at_every_level(&format!("the sweep of {scheme:?}"), || {
                 let swept = sweep::run(weight.view(), &factor, &grid);
@@ -502,12 +502,12 @@ fn the_search_and_rounding_lose_what_plain_loops_lose() {
     let (weight, hessian) = problem();
     let mean = f64::from(hessian.diag().mean().unwrap());
     let energy: Vec<f64> = hessian.diag().iter().map(|h| (f64::from(*h) / mean).max(1e-3)).collect();
-    for (ty, layout) in types() {
-        let all = levels(layout);
+    for (ty, encoding) in types() {
+        let all = levels(encoding);
         for importance in [false, true] {
             let energies: Vec<f32> = hessian.diag().to_vec();
             let grid = blocks::fit(weight.view(), ty, importance.then_some(&*energies));
-            let values = restored(&grid, &blocks::round(weight.view(), &grid));
+            let values = dequantized(&grid, &blocks::round(weight.view(), &grid));
             let (mut other, mut found_sum, mut plain_sum, mut rounded) = (0, 0.0, 0.0, 0.0);
             for (index, block) in grid.blocks.iter().enumerate() {
                 let at = index * ty.block_len..(index + 1) * ty.block_len;
@@ -518,8 +518,9 @@ fn the_search_and_rounding_lose_what_plain_loops_lose() {
                     false => x.iter().map(|x| spread + x.abs()).collect(),
                 };
                 let group = Group { levels: &all, x, h: &h };
-                let plain = if layout.sub.is_some() { group.two_stages(layout) } else { group.one_stage(layout) };
-                let [found, expected] = [block, &plain].map(|block| group.cost_of(ty, layout, block));
+                let plain =
+                    if encoding.sub().is_some() { group.two_stages(encoding) } else { group.one_stage(encoding) };
+                let [found, expected] = [block, &plain].map(|block| group.cost_of(ty, encoding, block));
                 other += usize::from((found - expected).abs() > 1e-3 * expected);
                 (found_sum, plain_sum) = (found_sum + found, plain_sum + expected);
                 let errors = x.iter().zip(&h).zip(&values[at]);
@@ -539,8 +540,8 @@ fn the_search_comes_near_an_exhaustive_one() {
     let mut noise = Noise(61);
     let h: Vec<f32> = (0..COLS).map(|_| noise.next().powi(2) + 0.05).collect();
     let mean = h.iter().sum::<f32>() / COLS as f32;
-    for (ty, layout) in types().filter(|(_, layout)| layout.scale == ScaleKind::F16) {
-        let all = levels(layout);
+    for (ty, encoding) in types().filter(|(_, encoding)| encoding.precision() == Float::F16) {
+        let all = levels(encoding);
         let grid = blocks::fit(weight.view(), ty, Some(&h));
         let (mut found, mut least) = (0.0, 0.0);
         for (index, block) in grid.blocks.iter().enumerate().take(256 / ty.block_len) {
@@ -548,8 +549,8 @@ fn the_search_comes_near_an_exhaustive_one() {
             let x = &wide(weight.view())[at.clone()];
             let h: Vec<f64> = at.map(|i| f64::from(h[i % COLS] / mean)).collect();
             let group = Group { levels: &all, x, h: &h };
-            found += group.cost_of(ty, layout, block);
-            least += group.exhaustive(layout);
+            found += group.cost_of(ty, encoding, block);
+            least += group.exhaustive(encoding);
         }
         // The more levels, the more ragged a function of the scale is the loss, and no list of candidates finds its bottom.
         let slack = match all.len() {
@@ -569,15 +570,15 @@ fn the_sweep_chooses_what_the_textbook_chooses() {
     let order: Vec<u32> = (0..COLS as u32).rev().collect();
     let factor = factor::run(alive.view(), order.clone(), 0.05).unwrap();
     let upper = inverse_upper(&alive, &order, 0.05);
-    for (ty, layout) in types() {
+    for (ty, encoding) in types() {
         let grid = blocks::fit(weight.view(), ty, None);
-        let swept = sweep::run_blocks(weight.view(), &factor, &grid);
+        let swept = sweep::run(weight.view(), &factor, &grid);
         let (mut different, mut loss) = (0, 0.0);
         for (row, blocks) in grid.blocks.chunks(COLS / ty.block_len).enumerate() {
             let target = wide(weight.slice(ndarray::s![row..row + 1, ..]));
-            let plain = Blocks { ty, layout, blocks: blocks.to_vec() };
+            let plain = Blocks { ty, encoding, blocks: blocks.to_vec() };
             let (expected, lost) = sweep_row(&target, &plain, &order, &upper);
-            let found = swept.codes[row * COLS..][..COLS].iter().map(|c| f64::from(layout.levels.level(*c)));
+            let found = swept.codes[row * COLS..][..COLS].iter().map(|c| f64::from(encoding.levels.level(*c)));
             different += found.zip(&expected).filter(|(found, expected)| found != *expected).count();
             loss += lost;
         }
@@ -593,18 +594,18 @@ fn refinement_moves_where_plain_loops_move() {
     let mut damped = hessian.mapv(f64::from);
     damped.diag_mut().iter_mut().for_each(|h| *h *= 1.05);
     let factor = factor::run(hessian.view(), (0..COLS as u32).rev().collect(), 0.05).unwrap();
-    for (ty, layout) in types() {
+    for (ty, encoding) in types() {
         let mut grid = blocks::fit(weight.view(), ty, None);
-        let mut codes = sweep::run_blocks(weight.view(), &factor, &grid).codes;
+        let mut codes = sweep::run(weight.view(), &factor, &grid).codes;
         let (before, start) = (grid.clone(), codes.clone());
         let loss = refine::run(weight.view(), hessian.view(), 0.05, &mut grid, &mut codes);
         let (mut other_codes, mut other_blocks, mut plain) = (0, 0, 0.0);
         for row in 0..ROWS {
             let per_row = COLS / ty.block_len;
-            let level = |code: &u8| f64::from(layout.levels.level(*code));
+            let level = |code: &u8| f64::from(encoding.levels.level(*code));
             let blocks = before.blocks[row * per_row..][..per_row].to_vec();
             let mut one = Row {
-                grid: Blocks { ty, layout, blocks },
+                grid: Blocks { ty, encoding, blocks },
                 hessian: &damped,
                 target: wide(weight.slice(ndarray::s![row..row + 1, ..])),
                 levels: start[row * COLS..][..COLS].iter().map(level).collect(),

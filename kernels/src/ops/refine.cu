@@ -249,10 +249,10 @@ struct RefinePanel {
 // One round over the codes of `width` columns from `start`, each to where the loss is least while the others stay. Blocks of 128
 // threads, 32 rows. `steps` [width][height] is what errors change by; of the pull only the panel's own follows.
 KERNEL(move_codes)(
-    u8 *levels, float *errors, float *steps, float *pull, const float *hessian, const float4 *grid, const Ladder *table, int start,
+    u8 *levels, float *errors, float *steps, float *pull, const float *hessian, const float4 *grid, const LevelSet *table, int start,
     int width, int group_shift, int n, int height) {
     __shared__ RefinePanel panel;
-    Ladder ladder = *table;
+    LevelSet set = *table;
     int within = threadIdx.x % WARP, part = within / 8;
     int row = blockIdx.x * 32 + threadIdx.x / WARP * 8 + within % 8;
     // The pull of the column at hand comes first, the others follow in a ring.
@@ -296,7 +296,7 @@ KERNEL(move_codes)(
 #pragma unroll
         for (int owner = 0; owner < REFINE_LANES; owner++) {
             float wanted = own.x * level - own.z + f[0] * inverse;
-            float found = nearest_level(ladder, (wanted + own.z) * own.y);
+            float found = nearest_level(set, (wanted + own.z) * own.y);
             found = stays ? level : found;
             float change = own.x * (level - found);
             if (owner == part) {

@@ -6,15 +6,14 @@
 //!
 //! Cyclic coordinate descent over codes is QuantEase's (Behdin et al. 2023, arXiv:2309.01885).
 
-use formats::ScalePrecision;
-use formats::ggml::{Layout, ScaleKind};
+use formats::{Encoding, Float};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
-use super::blocks::{Ladder, Rungs, codes_of};
 use super::gemm;
+use super::levels::{AnyLevels, LevelSet, codes_of};
 use super::round::inverse;
-use crate::{BlockGrid, simd_fn};
+use crate::{Grid, simd_fn};
 
 /// Rows that one task carries, and columns of a panel of codes.
 const ROWS: usize = 64;
@@ -28,22 +27,23 @@ type Lane = [f32; ROWS];
 /// energy counts with a weight of 1 and stays as it is.
 ///
 /// # Panics
-/// If the type has no layout or shapes differ: mistakes of the caller.
-pub fn run(target: ArrayView2<f32>, gram: ArrayView2<f32>, damp: f64, grid: &mut BlockGrid, codes: &mut [u8]) -> f64 {
+/// If it is none of ggml's types or shapes differ: mistakes of the caller.
+pub fn run(target: ArrayView2<f32>, gram: ArrayView2<f32>, damp: f64, grid: &mut Grid, codes: &mut [u8]) -> f64 {
     let (rows, n) = target.dim();
-    assert!(gram.dim() == (n, n) && grid.cols == n && codes.len() == rows * n, "checked by the caller");
-    let layout = grid.ty.layout().expect("a type with codes");
-    let block_len = grid.ty.block_len;
+    assert!(gram.dim() == (n, n) && grid.cols() == n && codes.len() == rows * n, "checked by the caller");
+    let ty = grid.spec.encoding.ggml_type().expect("a type of ggml's");
+    let (encoding, block_len) = (&ty.encoding(), ty.block_len);
     let hessian = whole(gram, damp);
     let target = target.to_slice().expect("a contiguous matrix");
-    let setup = Setup { hessian: &hessian, n, layout, block_len, rungs: Rungs::of(layout), codes: codes_of(layout) };
+    let setup =
+        Setup { hessian: &hessian, n, encoding, block_len, set: AnyLevels::of(encoding), codes: codes_of(encoding) };
     let losses: Vec<f64> = codes
         .par_chunks_mut(ROWS * n)
         .zip(grid.blocks.par_chunks_mut(ROWS * (n / block_len)))
         .zip(target.par_chunks(ROWS * n))
         .map(|((codes, blocks), target)| Rows::new(&setup, target, codes, blocks).refine())
         .collect();
-    *grid = BlockGrid::new(grid.ty, rows, n, std::mem::take(&mut grid.blocks));
+    *grid = Grid::of_blocks(ty, rows, n, std::mem::take(&mut grid.blocks));
     losses.iter().sum()
 }
 
@@ -63,9 +63,9 @@ fn whole(gram: ArrayView2<f32>, damp: f64) -> Array2<f32> {
 struct Setup<'a> {
     hessian: &'a Array2<f32>,
     n: usize,
-    layout: &'a Layout,
+    encoding: &'a Encoding,
     block_len: usize,
-    rungs: Rungs,
+    set: AnyLevels,
     /// The code of each level, at `level + 128`.
     codes: [u8; 256],
 }
@@ -97,7 +97,7 @@ impl<'a> Rows<'a> {
         let mut this = Rows { setup, rows, out, blocks, levels: zero(), errors: zero(), pull: zero() };
         for row in 0..rows {
             for col in 0..n {
-                this.levels[col][row] = setup.layout.levels.level(this.out[row * n + col]);
+                this.levels[col][row] = setup.encoding.levels.level(this.out[row * n + col]);
             }
         }
         for col in 0..n {
@@ -114,7 +114,7 @@ impl<'a> Rows<'a> {
     /// Scale and min of a column's group, for every row.
     fn grid(&self, col: usize) -> (Lane, Lane) {
         let (mut scales, mut mins) = ([0.0; ROWS], [0.0; ROWS]);
-        let (block, group) = (col / self.setup.block_len, col % self.setup.block_len / self.setup.layout.group);
+        let (block, group) = (col / self.setup.block_len, col % self.setup.block_len / self.setup.encoding.group());
         let per_row = self.setup.n / self.setup.block_len;
         for row in 0..self.rows {
             let at = &self.blocks[row * per_row + block];
@@ -127,7 +127,7 @@ impl<'a> Rows<'a> {
     /// What a block's scale and min are multiplied by in a group.
     #[inline(always)]
     fn factors(&self, block: &formats::ggml::BlockScales, group: usize) -> [f32; 2] {
-        match (self.setup.layout.sub, self.setup.layout.has_min) {
+        match (self.setup.encoding.sub(), self.setup.encoding.has_min()) {
             (Some(_), true) => [f32::from(block.scales[group]), f32::from(block.mins[group])],
             (Some(_), false) => [f32::from(block.scales[group]), 0.0],
             (None, true) => [1.0, 1.0],
@@ -179,12 +179,12 @@ impl<'a> Rows<'a> {
     /// One exact move of every block's scale and min.
     fn move_scales(&mut self) {
         // A power of two has no room to move.
-        if self.setup.layout.scale == ScaleKind::E8M0 {
+        if self.setup.encoding.precision() == Float::E8M0 {
             return;
         }
-        let (n, width, group) = (self.setup.n, self.setup.block_len, self.setup.layout.group);
+        let (n, width, group) = (self.setup.n, self.setup.block_len, self.setup.encoding.group());
         let per_row = n / width;
-        let has_min = self.setup.layout.has_min;
+        let has_min = self.setup.encoding.has_min();
         let zero = || vec![[0.0f32; ROWS]; width];
         let (mut u, mut v, mut hu, mut hv) = (zero(), zero(), zero(), zero());
         for block in 0..per_row {
@@ -228,12 +228,11 @@ impl<'a> Rows<'a> {
                 let (d, m) = (at.d, at.m);
                 let mut best = (0.0f64, d, m);
                 let mut consider = |new_d: f64, new_m: f64| {
-                    let (new_d, new_m) =
-                        (ScalePrecision::F16.round(new_d as f32), ScalePrecision::F16.round(new_m as f32));
+                    let (new_d, new_m) = (Float::F16.round(new_d as f32), Float::F16.round(new_m as f32));
                     // Far moves say that the quadratic is flat there, not that the scale was wrong.
                     let near = new_d / d;
                     if !((0.25..=2.0).contains(&near) && new_m.is_finite())
-                        || (self.setup.layout.sub.is_some() && new_m < 0.0)
+                        || (self.setup.encoding.sub().is_some() && new_m < 0.0)
                     {
                         return;
                     }
@@ -281,7 +280,7 @@ impl<'a> Rows<'a> {
                 }
                 let (scales, mins) = self.grid(col);
                 descend(
-                    &self.setup.rungs,
+                    &self.setup.set,
                     [&scales, &mins, &scales.map(inverse)],
                     1.0 / h[col],
                     &mut self.levels[col],
@@ -303,7 +302,7 @@ impl<'a> Rows<'a> {
 simd_fn! {
     /// Moves one column's codes and the pull of its panel; `step` is what the errors change by.
     fn descend(
-        rungs: &Rungs,
+        set: &AnyLevels,
         grid: [&Lane; 3],
         inverse_energy: f32,
         levels: &mut Lane,
@@ -313,9 +312,9 @@ simd_fn! {
         at: usize,
     ) {
         let pull = panel[at];
-        match *rungs {
-            Rungs::Even(ladder) => nearest(ladder, grid, inverse_energy, &pull, levels, step),
-            Rungs::Uneven(ladder) => nearest(ladder, grid, inverse_energy, &pull, levels, step),
+        match *set {
+            AnyLevels::Even(set) => nearest(set, grid, inverse_energy, &pull, levels, step),
+            AnyLevels::Table(set) => nearest(set, grid, inverse_energy, &pull, levels, step),
         }
         let step = *step;
         for (h, lane) in ahead.iter().zip(panel) {
@@ -327,8 +326,8 @@ simd_fn! {
 }
 
 #[inline(always)]
-fn nearest<L: Ladder>(
-    ladder: L,
+fn nearest<L: LevelSet>(
+    set: L,
     [scales, mins, inverses]: [&Lane; 3],
     inverse_energy: f32,
     pull: &Lane,
@@ -338,7 +337,7 @@ fn nearest<L: Ladder>(
     for row in 0..ROWS {
         let value = scales[row] * levels[row] - mins[row];
         let wanted = value + pull[row] * inverse_energy;
-        let level = ladder.nearest((wanted + mins[row]) * inverses[row]);
+        let level = set.nearest((wanted + mins[row]) * inverses[row]);
         // A group without a scale has nowhere to go.
         let level = if inverses[row] == 0.0 { levels[row] } else { level };
         step[row] = scales[row] * (levels[row] - level);
@@ -350,7 +349,7 @@ fn nearest<L: Ladder>(
 mod tests {
     use formats::ggml::TYPES;
 
-    use super::super::testing::{Noise, restored};
+    use super::super::testing::{Noise, dequantized};
     use super::super::{blocks, factor, gram, sweep};
     use super::*;
 
@@ -364,15 +363,15 @@ mod tests {
         let weight = noise.matrix(70, 256);
         let factor = factor::run(hessian.view(), (0..256).rev().collect(), 0.05).unwrap();
         for ty in TYPES.iter().filter(|t| t.layout().is_some()) {
-            let trace = |grid: &BlockGrid, codes: &[u8]| {
-                let e = &weight - &Array2::from_shape_vec((70, 256), restored(grid, codes)).unwrap();
+            let trace = |grid: &Grid, codes: &[u8]| {
+                let e = &weight - &Array2::from_shape_vec((70, 256), dequantized(grid, codes)).unwrap();
                 let mut damped = hessian.clone();
                 damped.diag_mut().iter_mut().for_each(|d| *d *= 1.05);
                 damped[[7, 7]] = 1.0;
                 gram::quadratic(e.view(), damped.view())
             };
             let mut grid = blocks::fit(weight.view(), *ty, None);
-            let swept = sweep::run_blocks(weight.view(), &factor, &grid);
+            let swept = sweep::run(weight.view(), &factor, &grid);
             let mut codes = swept.codes.clone();
             let loss = run(weight.view(), hessian.view(), 0.05, &mut grid, &mut codes);
             let found = trace(&grid, &codes);

@@ -5,6 +5,7 @@ use std::ops::Range;
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
+use super::blocks;
 use crate::Grid;
 use crate::simd_fn;
 
@@ -24,7 +25,7 @@ pub fn inverse(scale: f32) -> f32 {
 /// The plain loop; takes groups in any order.
 pub fn reference(weight: ArrayView2<f32>, grid: &Grid) -> Vec<u8> {
     let groups = grid.spec.groups();
-    let max = f32::from(grid.spec.scheme.max_code());
+    let max = f32::from(grid.spec.encoding.max_code());
     let code = |((row, col), w): ((usize, usize), &f32)| {
         let at = row * groups + grid.spec.group_of[col] as usize;
         code(*w, inverse(grid.scales[at]), f32::from(grid.zeros[at]), max) as u8
@@ -45,8 +46,15 @@ pub(super) fn runs(group_of: &[u32]) -> Vec<(Range<usize>, usize)> {
 
 /// Codes `[rows, cols]` of `weight` on `grid`.
 pub fn run(weight: ArrayView2<f32>, grid: &Grid) -> Vec<u8> {
+    match grid.spec.encoding.ggml_type() {
+        Some(_) => blocks::round(weight, grid),
+        None => integers(weight, grid),
+    }
+}
+
+fn integers(weight: ArrayView2<f32>, grid: &Grid) -> Vec<u8> {
     let (cols, groups) = (weight.ncols(), grid.spec.groups());
-    let max = f32::from(grid.spec.scheme.max_code());
+    let max = f32::from(grid.spec.encoding.max_code());
     let runs = runs(&grid.spec.group_of);
     let mut codes = vec![0u8; weight.len()];
     let data = weight.to_slice().expect("a contiguous matrix");
@@ -69,7 +77,7 @@ simd_fn! {
 
 #[cfg(test)]
 mod tests {
-    use formats::{ScalePrecision, Scheme};
+    use formats::{Float, Scheme};
 
     use super::super::testing::Noise;
     use super::*;
@@ -80,7 +88,7 @@ mod tests {
         let mut noise = Noise(24);
         for (bits, group, cols) in [(2, Some(32), 96), (3, Some(32), 64), (4, None, 77), (8, Some(128), 256)] {
             let scheme = Scheme { bits, group, symmetric: false };
-            let mut spec = GridSpec::contiguous(scheme, ScalePrecision::F32, 0, cols);
+            let mut spec = GridSpec::of(scheme.encoding(Float::F32, 0), cols);
             for order in 0..3 {
                 match order {
                     0 => {}
@@ -95,7 +103,7 @@ mod tests {
                 let mut scales: Vec<f32> = (0..rows * groups).map(|_| noise.next() * 0.2).collect();
                 scales[1] = 0.0;
                 let zeros = (0..rows * groups).map(|i| (i * 7) as u8 & scheme.max_code()).collect();
-                let grid = Grid { spec: spec.clone(), rows, scales, zeros };
+                let grid = Grid::of_integers(spec.clone(), rows, scales, zeros);
                 let mut weight = noise.matrix(rows, cols);
                 // Ties, and what no code is near to.
                 weight[[1, 3]] = grid.scales[groups] * 0.5;

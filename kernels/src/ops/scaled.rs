@@ -5,7 +5,8 @@ use std::ops::Range;
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
-use super::fit::{self, Problem};
+use super::dequantize;
+use super::fit::{self, Problem, Rules};
 use super::round::{self, code, inverse};
 use crate::backend::{FitKind, GridSpec};
 use crate::simd::LANES;
@@ -15,10 +16,10 @@ use crate::simd_fn;
 pub fn reference(weight: ArrayView2<f32>, t: &[f32], spec: &GridSpec) -> Array2<f32> {
     let mut error = Array2::from_shape_fn(weight.dim(), |(row, col)| weight[[row, col]] * t[col]);
     let grid = fit::run(error.view(), spec, FitKind::MinMax);
-    let codes = round::run(error.view(), &grid);
-    for (((row, col), e), code) in error.indexed_iter_mut().zip(codes) {
-        let at = row * spec.groups() + spec.group_of[col] as usize;
-        *e = (*e - grid.scales[at] * (f32::from(code) - f32::from(grid.zeros[at]))) / t[col];
+    let codes = Array2::from_shape_vec(weight.dim(), round::run(error.view(), &grid)).expect("a code a weight");
+    let values = dequantize::run(codes.view(), &grid);
+    for (((_, col), e), value) in error.indexed_iter_mut().zip(&values) {
+        *e = (*e - value) / t[col];
     }
     error
 }
@@ -26,25 +27,27 @@ pub fn reference(weight: ArrayView2<f32>, t: &[f32], spec: &GridSpec) -> Array2<
 /// The same, a row at a time, without a grid in memory; the same bits.
 pub fn run(weight: ArrayView2<f32>, t: &[f32], spec: &GridSpec) -> Array2<f32> {
     let runs = round::runs(&spec.group_of);
-    if runs.len() != spec.groups() {
+    // ggml's blocks are searched, not spanned, and groups that lie apart have no range of their own in a row.
+    if spec.encoding.ggml_type().is_some() || runs.len() != spec.groups() {
         return reference(weight, t, spec);
     }
     let (rows, cols) = weight.dim();
+    let rules = Rules::of(&spec.encoding);
     let mut error = vec![0.0f32; rows * cols];
     let data = weight.to_slice().expect("a contiguous matrix");
     let tasks = error.par_chunks_exact_mut(cols.max(1)).zip(data.par_chunks_exact(cols.max(1)));
-    tasks.with_min_len(4).for_each(|(error, row)| error_row(row, t, &runs, spec, error));
+    tasks.with_min_len(4).for_each(|(error, row)| error_row(row, t, &runs, &rules, error));
     Array2::from_shape_vec((rows, cols), error).expect("the shape of the weight")
 }
 
 simd_fn! {
-    fn error_row(w: &[f32], t: &[f32], runs: &[(Range<usize>, usize)], spec: &GridSpec, error: &mut [f32]) {
+    fn error_row(w: &[f32], t: &[f32], runs: &[(Range<usize>, usize)], rules: &Rules, error: &mut [f32]) {
         for (columns, _) in runs {
             let (w, t, error) = (&w[columns.clone()], &t[columns.clone()], &mut error[columns.clone()]);
             for ((e, w), t) in error.iter_mut().zip(w).zip(t) {
                 *e = w * t;
             }
-            let problem = Problem { spec, range: range(error) };
+            let problem = Problem { rules, range: range(error) };
             let (scale, zero) = problem.min_max(1.0);
             let (inverse, zero, max) = (inverse(scale), f32::from(zero), problem.max_code());
             for (e, t) in error.iter_mut().zip(t) {
@@ -76,7 +79,7 @@ fn range(x: &[f32]) -> fit::Range {
 
 #[cfg(test)]
 mod tests {
-    use formats::{ScalePrecision, Scheme};
+    use formats::{Float, Scheme};
 
     use super::super::testing::Noise;
     use super::*;
@@ -86,7 +89,7 @@ mod tests {
         let mut noise = Noise(25);
         for (group, cols, symmetric) in [(Some(32), 96, true), (Some(64), 128, false), (None, 77, false)] {
             let scheme = Scheme { bits: 3, group, symmetric };
-            let mut spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 1, cols);
+            let mut spec = GridSpec::of(scheme.encoding(Float::F16, 1), cols);
             let mut weight = noise.matrix(9, cols);
             weight.row_mut(4).fill(0.0);
             // One side only: the range still holds 0.

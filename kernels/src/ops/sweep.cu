@@ -66,9 +66,9 @@ struct Codes {
 
 // or levels, of which 128 more is kept.
 struct Levels {
-    Ladder ladder;
+    LevelSet set;
     __device__ __forceinline__ float nearest(float x, float4 grid, int *code) const {
-        float level = nearest_level(ladder, (x + grid.z) * grid.y);
+        float level = nearest_level(set, (x + grid.z) * grid.y);
         *code = (int)(level + 128.0f);
         return grid.x * level - grid.z;
     }
@@ -219,8 +219,8 @@ EXPORT(sweep_codes)
 
 KERNEL(sweep_levels)(
     const float *target, const float *feedback, const float *unit, const double *pivots, const u32 *order, const u32 *groups,
-    const float4 *grid, u8 *codes, float *errors, double *loss, int start, int width, int n, int height, const Ladder *ladder) {
+    const float4 *grid, u8 *codes, float *errors, double *loss, int start, int width, int n, int height, const LevelSet *set) {
     Sweep s = {target, feedback, unit, pivots, order, groups, grid, codes, errors, loss, start, width, n, height};
-    sweep_columns(s, Levels{*ladder});
+    sweep_columns(s, Levels{*set});
 }
 EXPORT(sweep_levels)

@@ -15,11 +15,11 @@
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
-use super::blocks::{Ladder, Rungs, codes_of};
 use super::gemm;
+use super::levels::{AnyLevels, LevelSet, codes_of};
 use super::round::{code, inverse};
 use crate::backend::Swept;
-use crate::{BlockGrid, Factor, Grid, simd_fn};
+use crate::{Factor, Grid, simd_fn};
 
 /// Rows that one task carries, and columns of a panel.
 const ROWS: usize = 64;
@@ -39,7 +39,7 @@ pub fn reference(target: ArrayView2<f32>, order: &[u32], inverse_upper: &[Vec<f6
             let col = order[p] as usize;
             let at = row * groups + grid.spec.group_of[col] as usize;
             let (scale, zero) = (grid.scales[at], f32::from(grid.zeros[at]));
-            let max = f32::from(grid.spec.scheme.max_code());
+            let max = f32::from(grid.spec.encoding.max_code());
             let code = code(w[p] as f32, inverse(scale), zero, max);
             swept.codes[row * cols + col] = code as u8;
             let error = (w[p] - f64::from(scale * (code - zero))) / inverse_upper[p][p];
@@ -53,41 +53,29 @@ pub fn reference(target: ArrayView2<f32>, order: &[u32], inverse_upper: &[Vec<f6
 }
 
 /// Codes `[rows, cols]` in the original column order, and the loss.
+///
+/// # Panics
+/// If the encoding is neither one of integers with scales of their own nor one of ggml's: a mistake of the caller.
 pub fn run(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, grid: &Grid) -> Swept<Vec<u8>> {
-    let max = f32::from(grid.spec.scheme.max_code());
-    let zero = |at: usize| f32::from(grid.zeros[at]);
-    sweep(
-        target,
-        factor,
-        &Points {
-            groups: grid.spec.groups(),
-            group_of: &grid.spec.group_of,
-            scales: &grid.scales,
-            zero: &zero,
-            mins: &[],
-            rungs: Chosen::Codes(max),
-        },
-    )
-}
-
-/// The same on the blocks of one of ggml's types.
-pub fn run_blocks(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, grid: &BlockGrid) -> Swept<Vec<u8>> {
-    let layout = grid.ty.layout().expect("a type with codes");
-    let group_of: Vec<u32> = (0..grid.cols).map(|col| (col / layout.group) as u32).collect();
-    let mut swept = sweep(
-        target,
-        factor,
-        &Points {
-            groups: grid.cols / layout.group,
-            group_of: &group_of,
-            scales: &grid.scales,
-            zero: &|_| 0.0,
-            mins: &grid.mins,
-            rungs: Chosen::Levels(Rungs::of(layout)),
-        },
-    );
-    let codes = codes_of(layout);
-    swept.codes.par_chunks_mut(1 << 14).for_each(|part| part.iter_mut().for_each(|c| *c = codes[usize::from(*c)]));
+    let encoding = &grid.spec.encoding;
+    let zero = |at: usize| grid.zeros.get(at).copied().map_or(0.0, f32::from);
+    let kept = match encoding.ggml_type() {
+        None => Kept::Codes(f32::from(encoding.max_code())),
+        Some(_) => Kept::Levels(AnyLevels::of(encoding)),
+    };
+    let points = Points {
+        groups: grid.spec.groups(),
+        group_of: &grid.spec.group_of,
+        scales: &grid.scales,
+        zero: &zero,
+        mins: &grid.mins,
+        kept,
+    };
+    let mut swept = sweep(target, factor, &points);
+    if let Kept::Levels(_) = points.kept {
+        let codes = codes_of(encoding);
+        swept.codes.par_chunks_mut(1 << 14).for_each(|part| part.iter_mut().for_each(|c| *c = codes[usize::from(*c)]));
+    }
     swept
 }
 
@@ -102,15 +90,15 @@ struct Points<'a> {
     zero: &'a (dyn Fn(usize) -> f32 + Sync),
     /// `[rows, groups]`, or empty.
     mins: &'a [f32],
-    rungs: Chosen,
+    kept: Kept,
 }
 
 /// What is kept of a chosen value.
-enum Chosen {
+enum Kept {
     /// Its code, up to this one.
     Codes(f32),
     /// Its level, 128 added.
-    Levels(Rungs),
+    Levels(AnyLevels),
 }
 
 fn sweep(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, points: &Points<'_>) -> Swept<Vec<u8>> {
@@ -203,7 +191,7 @@ impl Scratch {
                     &self.target[p],
                     &now[p - start],
                     [&self.scales[group], &self.inverses[group], &self.zeros[group], &self.mins[group]],
-                    &points.rungs,
+                    &points.kept,
                     factor.pivots[p],
                     &mut self.errors[p],
                     &mut self.codes[p],
@@ -228,7 +216,7 @@ simd_fn! {
         target: &Lane,
         feedback: &Lane,
         grid: [&Lane; 4],
-        rungs: &Chosen,
+        kept: &Kept,
         pivot: f64,
         errors: &mut Lane,
         codes: &mut [u8; ROWS],
@@ -237,8 +225,8 @@ simd_fn! {
         later: &mut [Lane],
     ) {
         let [scales, inverses, zeros, mins] = grid;
-        match *rungs {
-            Chosen::Codes(max) => {
+        match *kept {
+            Kept::Codes(max) => {
                 for row in 0..ROWS {
                     let wanted = target[row] + feedback[row];
                     let code = code(wanted, inverses[row], zeros[row], max);
@@ -249,11 +237,11 @@ simd_fn! {
                     loss[row] += missed * missed * pivot;
                 }
             }
-            Chosen::Levels(Rungs::Even(ladder)) => {
-                nearest(ladder, target, feedback, [scales, inverses, mins], pivot, errors, codes, loss);
+            Kept::Levels(AnyLevels::Even(set)) => {
+                nearest(set, target, feedback, [scales, inverses, mins], pivot, errors, codes, loss);
             }
-            Chosen::Levels(Rungs::Uneven(ladder)) => {
-                nearest(ladder, target, feedback, [scales, inverses, mins], pivot, errors, codes, loss);
+            Kept::Levels(AnyLevels::Table(set)) => {
+                nearest(set, target, feedback, [scales, inverses, mins], pivot, errors, codes, loss);
             }
         }
         let errors = *errors;
@@ -266,8 +254,8 @@ simd_fn! {
 }
 
 #[inline(always)]
-fn nearest<L: Ladder>(
-    ladder: L,
+fn nearest<L: LevelSet>(
+    set: L,
     target: &Lane,
     feedback: &Lane,
     [scales, inverses, mins]: [&Lane; 3],
@@ -278,7 +266,7 @@ fn nearest<L: Ladder>(
 ) {
     for row in 0..ROWS {
         let wanted = target[row] + feedback[row];
-        let level = ladder.nearest((wanted + mins[row]) * inverses[row]);
+        let level = set.nearest((wanted + mins[row]) * inverses[row]);
         let value = scales[row] * level - mins[row];
         errors[row] = target[row] - value;
         codes[row] = (level + 128.0) as i32 as u8;
@@ -289,11 +277,11 @@ fn nearest<L: Ladder>(
 
 #[cfg(test)]
 mod tests {
-    use formats::{ScalePrecision, Scheme};
+    use formats::{Float, Scheme};
     use ndarray::Array2;
 
     use super::super::plain::inverse_upper;
-    use super::super::testing::{Noise, restored};
+    use super::super::testing::{Noise, dequantized};
     use super::*;
     use crate::ops::{blocks, factor, fit, gram, round};
     use crate::{FitKind, GridSpec};
@@ -312,7 +300,7 @@ mod tests {
             let hessian = gram::reference(x.view());
             let weight = noise.matrix(rows, cols);
             let scheme = Scheme { bits, group, symmetric };
-            let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, cols);
+            let spec = GridSpec::of(scheme.encoding(Float::F16, 0), cols);
             let grid = fit::run(weight.view(), &spec, FitKind::MinMax);
             let mut order: Vec<u32> = (0..cols as u32).collect();
             order.sort_by(|a, b| hessian[[*b as usize, *b as usize]].total_cmp(&hessian[[*a as usize, *a as usize]]));
@@ -348,15 +336,15 @@ mod tests {
         let hessian = gram::reference(x.view());
         let weight = noise.matrix(70, 256);
         let factor = factor::run(hessian.view(), (0..256).rev().collect(), 0.05).unwrap();
-        let trace = |grid: &BlockGrid, codes: &[u8]| {
-            let e = &weight - &Array2::from_shape_vec((70, 256), restored(grid, codes)).unwrap();
+        let trace = |grid: &Grid, codes: &[u8]| {
+            let e = &weight - &Array2::from_shape_vec((70, 256), dequantized(grid, codes)).unwrap();
             let mut damped = hessian.clone();
             damped.diag_mut().iter_mut().for_each(|d| *d *= 1.05);
             gram::quadratic(e.view(), damped.view())
         };
         for ty in formats::ggml::TYPES.iter().filter(|t| t.layout().is_some()) {
             let grid = blocks::fit(weight.view(), *ty, None);
-            let swept = run_blocks(weight.view(), &factor, &grid);
+            let swept = run(weight.view(), &factor, &grid);
             let (found, plain) = (trace(&grid, &swept.codes), trace(&grid, &blocks::round(weight.view(), &grid)));
             assert!((found - swept.loss).abs() <= 2e-3 * found, "{ty}: {found}, and the sweep says {}", swept.loss);
             assert!(found < plain, "{ty}: {found}, rounding {plain}");
@@ -365,20 +353,20 @@ mod tests {
         let ty = formats::ggml::GgmlType::from_name("Q4_0").unwrap();
         let grid = blocks::fit(weight.view(), ty, None);
         let scheme = Scheme { bits: 4, group: Some(32), symmetric: true };
-        let same = Grid {
-            spec: GridSpec::contiguous(scheme, ScalePrecision::F16, 0, 256),
-            rows: 70,
-            scales: grid.scales.clone(),
-            zeros: vec![8; grid.scales.len()],
-        };
-        assert_eq!(run_blocks(weight.view(), &factor, &grid).codes, run(weight.view(), &factor, &same).codes);
+        let same = Grid::of_integers(
+            GridSpec::of(scheme.encoding(Float::F16, 0), 256),
+            70,
+            grid.scales.clone(),
+            vec![8; grid.scales.len()],
+        );
+        assert_eq!(run(weight.view(), &factor, &grid).codes, run(weight.view(), &factor, &same).codes);
     }
 
     #[test]
     fn without_correlation_the_sweep_only_rounds() {
         let mut noise = Noise(10);
         let weight = noise.matrix(66, 70);
-        let spec = GridSpec::contiguous(Scheme { bits: 3, group: None, symmetric: false }, ScalePrecision::F32, 0, 70);
+        let spec = GridSpec::of(Scheme { bits: 3, group: None, symmetric: false }.encoding(Float::F32, 0), 70);
         let grid = fit::run(weight.view(), &spec, FitKind::MinMax);
         let diagonal = Array2::from_diag(&ndarray::Array1::from_shape_simple_fn(70, || noise.next().abs() + 0.1));
         let factor = factor::run(diagonal.view(), (0..70).collect(), 0.0).unwrap();

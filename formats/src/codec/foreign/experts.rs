@@ -9,7 +9,8 @@
 
 use std::ops::Range;
 
-use super::{E2M1, Foreign, Layout, TensorLookup, need, power};
+use super::{Foreign, Layout, TensorLookup, need, power};
+use crate::encoding::E2M1;
 use crate::error::{Error, Result};
 use crate::tensor::{Dtype, TensorView};
 

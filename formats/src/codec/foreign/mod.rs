@@ -97,9 +97,6 @@ fn power(code: u8) -> f32 {
     f32::from_bits(if code == 0 { 0x0040_0000 } else { u32::from(code) << 23 })
 }
 
-/// The numbers that a nibble of type E2M1 stands for.
-const E2M1: [f32; 16] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
-
 /// Values `range` of a tensor of scales, in whatever type.
 fn scales(view: &TensorView<'_>, range: Range<usize>, out: &mut Vec<f32>) -> Result<()> {
     let bytes = view.dtype.bitsize() / 8;

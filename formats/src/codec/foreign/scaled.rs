@@ -11,7 +11,8 @@
 
 use std::ops::Range;
 
-use super::{E2M1, Foreign, Layout, TensorLookup, are_scales, e4m3, e5m2, need, scales};
+use super::{Foreign, Layout, TensorLookup, are_scales, e4m3, e5m2, need, scales};
+use crate::encoding::E2M1;
 use crate::error::{Error, Result};
 use crate::tensor::{Dtype, TensorView};
 

@@ -3,11 +3,12 @@
 use formats::ggml::{GgmlType, TYPES};
 use ndarray::Array2;
 
-use super::super::blocks::ladder_of;
+use super::super::blocks::level_set_of;
 use super::on_all;
-use crate::backend::Backend;
-use crate::ops::blocks::{self, Ladder, Rungs};
-use crate::ops::testing::{Noise, restored};
+use crate::backend::{Backend, Packing};
+use crate::ops::blocks;
+use crate::ops::levels::{AnyLevels, LevelSet};
+use crate::ops::testing::{Noise, dequantized, fit_blocks};
 
 fn types() -> impl Iterator<Item = GgmlType> {
     TYPES.iter().copied().filter(|ty| ty.layout().is_some())
@@ -40,27 +41,27 @@ fn weights(noise: &mut Noise, rows: usize, cols: usize) -> Array2<f32> {
 }
 
 #[test]
-fn ladders_have_the_cpus_levels() {
+fn level_sets_are_the_cpus() {
     for ty in types() {
-        let layout = ty.layout().unwrap();
-        let words: Vec<[u8; 4]> = ladder_of(layout).chunks_exact(4).map(|b| b.try_into().unwrap()).collect();
+        let encoding = ty.layout().unwrap();
+        let words: Vec<[u8; 4]> = level_set_of(encoding).chunks_exact(4).map(|b| b.try_into().unwrap()).collect();
         let numbers: Vec<f32> = words.iter().map(|w| f32::from_ne_bytes(*w)).collect();
         let even = i32::from_ne_bytes(words[0]);
         let levels = || (-300..300).map(|i| i as f32 * 0.5);
-        match Rungs::of(layout) {
-            Rungs::Even(ladder) => {
-                assert_eq!((even, &numbers[1..3]), (1, &ladder.range()[..]));
+        match AnyLevels::of(encoding) {
+            AnyLevels::Even(set) => {
+                assert_eq!((even, &numbers[1..3]), (1, &set.range()[..]));
                 for x in levels() {
-                    let level = ladder.nearest(x);
+                    let level = set.nearest(x);
                     assert_eq!(level, x.round_ties_even().clamp(numbers[1], numbers[2]));
-                    assert_eq!(ladder.code(level, &[0; 256]), (level + numbers[3]) as u8);
+                    assert_eq!(set.code(level, &[0; 256]), (level + numbers[3]) as u8);
                 }
             }
-            Rungs::Uneven(ladder) => {
-                assert_eq!((even, &numbers[1..3]), (0, &ladder.range()[..]));
+            AnyLevels::Table(set) => {
+                assert_eq!((even, &numbers[1..3]), (0, &set.range()[..]));
                 for x in levels() {
                     let steps = numbers[5..20].iter().zip(&numbers[20..]).filter(|(middle, _)| x > **middle);
-                    assert_eq!(ladder.nearest(x), steps.fold(numbers[4], |level, (_, step)| level + step), "{ty} {x}");
+                    assert_eq!(set.nearest(x), steps.fold(numbers[4], |level, (_, step)| level + step), "{ty} {x}");
                 }
             }
         }
@@ -80,7 +81,7 @@ fn fits_are_the_cpus() {
             h[3] = 0.0;
             for importance in [None, Some(&h[..]), Some(&vec![0.0; cols][..])] {
                 let found = on_all(|cuda| {
-                    cuda.fit_blocks(&cuda.upload(weight.clone()).unwrap(), ty, importance).unwrap().blocks
+                    fit_blocks(cuda, &cuda.upload(weight.clone()).unwrap(), ty, importance).unwrap().blocks
                 });
                 let Some(found) = found else { return };
                 let expected = blocks::fit(weight.view(), ty, importance).blocks;
@@ -94,7 +95,7 @@ fn fits_are_the_cpus() {
 }
 
 #[test]
-fn codes_are_the_cpus_and_restore_to_what_files_hold() {
+fn codes_are_the_cpus_and_dequantize_to_what_files_hold() {
     let mut noise = Noise(72);
     for ty in types() {
         let mut weight = weights(&mut noise, 3, 512);
@@ -106,14 +107,14 @@ fn codes_are_the_cpus_and_restore_to_what_files_hold() {
             weight[[0, col]] = value;
         }
         let found = on_all(|cuda| {
-            let codes = cuda.round_blocks(&cuda.upload(weight.clone()).unwrap(), &grid).unwrap();
-            let restored = cuda.download(&cuda.restore_blocks(&codes, &grid).unwrap()).unwrap();
-            (cuda.download_codes(&codes).unwrap(), restored)
+            let codes = cuda.round(&cuda.upload(weight.clone()).unwrap(), &grid).unwrap();
+            let values = cuda.download(&cuda.dequantize(&codes, &grid).unwrap()).unwrap();
+            (cuda.download_codes(&codes).unwrap(), values)
         });
         let Some((codes, found)) = found else { return };
         let codes = codes.as_slice().unwrap();
         assert_eq!(codes, blocks::round(weight.view(), &grid), "{ty}");
-        assert_eq!(found.as_slice().unwrap(), restored(&grid, codes), "{ty}");
+        assert_eq!(found.as_slice().unwrap(), dequantized(&grid, codes), "{ty}");
     }
 }
 
@@ -122,21 +123,21 @@ fn shapes_are_checked_and_nothing_is_no_work() {
     on_all(|cuda| {
         let ty = GgmlType::from_name("Q4_K").unwrap();
         let (right, wrong) = (cuda.zeros(2, 256).unwrap(), cuda.zeros(2, 128).unwrap());
-        let grid = cuda.fit_blocks(&right, ty, None).unwrap();
+        let grid = fit_blocks(cuda, &right, ty, None).unwrap();
         assert_eq!(grid.blocks.len(), 2);
-        assert!(cuda.fit_blocks(&wrong, ty, None).is_err());
-        assert!(cuda.fit_blocks(&right, GgmlType::from_name("F16").unwrap(), None).is_err());
-        assert!(cuda.fit_blocks(&right, ty, Some(&[1.0; 128])).is_err());
-        assert!(cuda.round_blocks(&wrong, &grid).is_err());
-        assert!(cuda.round_blocks(&cuda.zeros(1, 256).unwrap(), &grid).is_err());
+        assert!(fit_blocks(cuda, &wrong, ty, None).is_err());
+        assert!(fit_blocks(cuda, &right, GgmlType::from_name("F16").unwrap(), None).is_err());
+        assert!(fit_blocks(cuda, &right, ty, Some(&[1.0; 128])).is_err());
+        assert!(cuda.round(&wrong, &grid).is_err());
+        assert!(cuda.round(&cuda.zeros(1, 256).unwrap(), &grid).is_err());
         for shape in [(2, 255), (1, 256)] {
             let codes = cuda.send_codes(&Array2::zeros(shape)).unwrap();
-            assert!(cuda.pack_blocks(&codes, &grid).is_err());
-            assert!(cuda.restore_blocks(&codes, &grid).is_err());
+            assert!(cuda.pack(&codes, Packing::Blocks(&grid)).is_err());
+            assert!(cuda.dequantize(&codes, &grid).is_err());
         }
-        let none = cuda.fit_blocks(&cuda.zeros(0, 256).unwrap(), ty, None).unwrap();
+        let none = fit_blocks(cuda, &cuda.zeros(0, 256).unwrap(), ty, None).unwrap();
         assert!(none.blocks.is_empty());
-        let codes = cuda.round_blocks(&cuda.zeros(0, 256).unwrap(), &none).unwrap();
+        let codes = cuda.round(&cuda.zeros(0, 256).unwrap(), &none).unwrap();
         assert!(cuda.download_codes(&codes).unwrap().is_empty());
     });
 }

@@ -1,23 +1,19 @@
 //! Packed codes, byte for byte those of the codecs.
 
-use formats::ggml::{BlockScales, Levels, ScaleKind, TYPES};
+use formats::ggml::{BlockScales, TYPES};
 use formats::grid::Scheme;
-use formats::{Codec, Dtype, GgmlType, QuantizedWeight, WordLayout, codec};
+use formats::{Codec, Dtype, Float, GgmlType, QuantizedWeight, WordLayout, codec};
 use ndarray::Array2;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use super::on_all;
-use crate::backend::{Backend, BlockGrid};
-
-fn words(bytes: &[u8]) -> Vec<u32> {
-    bytes.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
-}
+use crate::backend::{Backend, Grid, GridSpec, Packing};
 
 /// What the device makes of codes `[rows, cols]`; nothing without a device.
-fn packed(codes: &[u8], rows: usize, cols: usize, bits: u8, layout: WordLayout) -> Option<Vec<u32>> {
+fn packed(codes: &[u8], rows: usize, cols: usize, bits: u8, layout: WordLayout) -> Option<Vec<u8>> {
     let codes = Array2::from_shape_vec((rows, cols), codes.to_vec()).unwrap();
-    on_all(|cuda| cuda.pack(&cuda.send_codes(&codes).unwrap(), bits, layout).unwrap())
+    on_all(|cuda| cuda.pack(&cuda.send_codes(&codes).unwrap(), Packing::Words { bits, layout }).unwrap())
 }
 
 /// Packs the parts of a weight that hold codes and compares them with what its codec writes.
@@ -28,7 +24,7 @@ fn check(id: &str, weight: &QuantizedWeight, parts: &[(&str, bool, WordLayout)])
         let (values, cols) = if zeros { (&weight.zeros, weight.groups()) } else { (&weight.codes, weight.cols) };
         let Some(found) = packed(values, weight.rows, cols, weight.scheme.bits, layout) else { return };
         let context = format!("{name} of {id}, {} × {} at {} bits", weight.rows, weight.cols, weight.scheme.bits);
-        assert_eq!(found, words(expected.get(name).unwrap().data), "{context}");
+        assert_eq!(found, expected.get(name).unwrap().data, "{context}");
     }
 }
 
@@ -85,8 +81,7 @@ fn words_are_those_of_awq() {
 
 /// Scales of a block, those at the ends of what a half holds among them.
 fn scales(ty: &GgmlType) -> impl Strategy<Value = BlockScales> + use<> {
-    let layout = ty.layout().unwrap();
-    let kind = layout.scale;
+    let encoding = ty.layout().unwrap();
     let real = prop_oneof![
         -1.0f32..1.0,
         -8e4f32..8e4,
@@ -98,9 +93,13 @@ fn scales(ty: &GgmlType) -> impl Strategy<Value = BlockScales> + use<> {
         let power = if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 };
         f32::from_bits(power.saturating_add_signed(beside))
     });
-    let d = if kind == ScaleKind::E8M0 { prop_oneof![power, -1.0f32..1.0].boxed() } else { real.clone().boxed() };
-    let (low, high, max_min) = layout.sub.map_or((0, 0, 0), |sub| (sub.low, sub.high, sub.max_min));
-    let m = if layout.has_min { real.boxed() } else { Just(0.0).boxed() };
+    let d = if encoding.precision() == Float::E8M0 {
+        prop_oneof![power, -1.0f32..1.0].boxed()
+    } else {
+        real.clone().boxed()
+    };
+    let (low, high, max_min) = encoding.sub().map_or((0, 0, 0), |sub| (sub.low, sub.high, sub.max_min));
+    let m = if encoding.has_min() { real.boxed() } else { Just(0.0).boxed() };
     (d, m, prop::array::uniform16(low..=high), prop::array::uniform16(0..=max_min))
         .prop_map(|(d, m, scales, mins)| BlockScales { d, m, scales, mins })
 }
@@ -109,10 +108,7 @@ fn scales(ty: &GgmlType) -> impl Strategy<Value = BlockScales> + use<> {
 fn blocks_are_those_of_ggml_in_every_type() {
     let mut seen = 0;
     for ty in TYPES.iter().filter(|ty| ty.layout().is_some()) {
-        let top = match ty.layout().unwrap().levels {
-            Levels::Uniform { codes, .. } => (codes - 1) as u8,
-            Levels::Table(_) => 15,
-        };
+        let top = ty.encoding().max_code();
         let (rows, per_row) = (3, 5);
         let strategy = (
             prop::collection::vec(scales(ty), rows * per_row),
@@ -123,9 +119,9 @@ fn blocks_are_those_of_ggml_in_every_type() {
             proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
         );
         let tested = runner.run(&strategy, |(blocks, codes)| {
-            let grid = BlockGrid::new(*ty, rows, per_row * ty.block_len, blocks);
-            let shaped = Array2::from_shape_vec((rows, grid.cols), codes.clone()).unwrap();
-            let found = on_all(|cuda| cuda.pack_blocks(&cuda.send_codes(&shaped).unwrap(), &grid).unwrap());
+            let grid = Grid::of_blocks(*ty, rows, per_row * ty.block_len, blocks);
+            let shaped = Array2::from_shape_vec((rows, grid.cols()), codes.clone()).unwrap();
+            let found = on_all(|cuda| cuda.pack(&cuda.send_codes(&shaped).unwrap(), Packing::Blocks(&grid)).unwrap());
             let mut expected = vec![0; rows * per_row * ty.block_bytes];
             ty.pack(&grid.blocks, &codes, &mut expected);
             prop_assert!(found.is_none_or(|found| found == expected), "{ty}");
@@ -140,22 +136,29 @@ fn blocks_are_those_of_ggml_in_every_type() {
 #[test]
 fn what_cannot_be_packed_is_refused_and_nothing_is_no_work() {
     on_all(|cuda| {
-        let words =
-            |rows, cols, bits, layout| cuda.pack(&cuda.send_codes(&Array2::zeros((rows, cols))).unwrap(), bits, layout);
+        let words = |rows, cols, bits, layout| {
+            cuda.pack(&cuda.send_codes(&Array2::zeros((rows, cols))).unwrap(), Packing::Words { bits, layout })
+        };
         assert!(words(0, 8, 4, WordLayout::Rows).unwrap().is_empty());
         assert!(words(8, 0, 4, WordLayout::Awq).unwrap().is_empty());
-        assert_eq!(words(8, 8, 8, WordLayout::Rows).unwrap(), [0; 16]);
+        assert_eq!(words(8, 8, 8, WordLayout::Rows).unwrap(), [0; 64]);
         words(8, 8, 9, WordLayout::Rows).unwrap_err();
         words(8, 8, 0, WordLayout::Rows).unwrap_err();
         words(8, 8, 3, WordLayout::Awq).unwrap_err();
         words(4, 8, 4, WordLayout::Awq).unwrap_err();
         let ty = GgmlType::from_name("Q8_0").unwrap();
-        let grid = BlockGrid::new(ty, 1, 64, vec![BlockScales::default(); 2]);
+        let grid = Grid::of_blocks(ty, 1, 64, vec![BlockScales::default(); 2]);
         let codes = cuda.send_codes(&Array2::zeros((1, 64))).unwrap();
-        assert_eq!(cuda.pack_blocks(&codes, &grid).unwrap().len(), 68);
-        cuda.pack_blocks(&codes, &BlockGrid { cols: 63, ..grid.clone() }).unwrap_err();
-        cuda.pack_blocks(&codes, &BlockGrid { rows: 2, ..grid.clone() }).unwrap_err();
-        let empty = BlockGrid { rows: 0, blocks: Vec::new(), ..grid };
-        assert!(cuda.pack_blocks(&cuda.send_codes(&Array2::zeros((0, 64))).unwrap(), &empty).unwrap().is_empty());
+        assert_eq!(cuda.pack(&codes, Packing::Blocks(&grid)).unwrap().len(), 68);
+        cuda.pack(&codes, Packing::Blocks(&Grid { spec: GridSpec::of(ty.encoding(), 63), ..grid.clone() }))
+            .unwrap_err();
+        cuda.pack(&codes, Packing::Blocks(&Grid { rows: 2, ..grid.clone() })).unwrap_err();
+        let integers = GridSpec::of(Scheme { bits: 4, group: Some(32), symmetric: true }.encoding(Float::F16, 0), 64);
+        let integers = Grid::of_integers(integers, 1, vec![1.0; 2], vec![8; 2]);
+        cuda.pack(&codes, Packing::Blocks(&integers)).unwrap_err();
+        let empty = Grid::of_blocks(ty, 0, 64, Vec::new());
+        assert!(
+            cuda.pack(&cuda.send_codes(&Array2::zeros((0, 64))).unwrap(), Packing::Blocks(&empty)).unwrap().is_empty()
+        );
     });
 }

@@ -1,6 +1,6 @@
 //! Integer grids: scales, zeros and codes are those of the CPU, to the bit.
 
-use formats::{ScalePrecision, Scheme};
+use formats::{Float, Scheme};
 use ndarray::Array2;
 
 use super::on_all;
@@ -9,9 +9,9 @@ use crate::ops::testing::Noise;
 use crate::ops::{fit, gram, round, scaled};
 
 /// Specs of all kinds, from rows of one group to groups that lie apart.
-fn specs(bits: u8, symmetric: bool, precision: ScalePrecision, group: Option<usize>, cols: usize) -> Vec<GridSpec> {
+fn specs(bits: u8, symmetric: bool, precision: Float, group: Option<usize>, cols: usize) -> Vec<GridSpec> {
     let scheme = Scheme { bits, group, symmetric };
-    let spec = GridSpec::contiguous(scheme, precision, u8::from(!symmetric), cols);
+    let spec = GridSpec::of(scheme.encoding(precision, u8::from(!symmetric)), cols);
     let mut apart = spec.clone();
     // No two neighbours alike, but for rows of one group; as many columns in each as before.
     let mut left: Vec<usize> =
@@ -52,7 +52,7 @@ fn same(found: Grid, expected: Grid, what: &str) {
 #[test]
 fn fits_are_the_cpus() {
     let mut noise = Noise(61);
-    let precisions = [ScalePrecision::F16, ScalePrecision::BF16, ScalePrecision::F32];
+    let precisions = [Float::F16, Float::BF16, Float::F32];
     let mut number = 0;
     for bits in [2, 3, 4, 8] {
         for symmetric in [true, false] {
@@ -72,8 +72,8 @@ fn fits_are_the_cpus() {
                             FitKind::MinMax => FitKind::MinMax,
                             _ => FitKind::Weighted(&h),
                         };
-                        let what = format!("{:?} {}", spec.scheme, number);
-                        let found = Grid { spec: spec.clone(), rows, scales, zeros };
+                        let what = format!("{:?} {}", spec.encoding, number);
+                        let found = Grid::of_integers(spec.clone(), rows, scales, zeros);
                         same(found, fit::run(weight.view(), &spec, host), &what);
                     }
                 }
@@ -85,7 +85,7 @@ fn fits_are_the_cpus() {
 #[test]
 fn fits_of_long_groups_are_the_cpus() {
     let mut noise = Noise(62);
-    let (half, single) = (ScalePrecision::F16, ScalePrecision::F32);
+    let (half, single) = (Float::F16, Float::F32);
     for (bits, symmetric, precision, rows, group, cols, size) in [
         (4, true, half, 4, None, 300, 1.0),
         (3, false, single, 7, None, 515, 1.0),
@@ -107,8 +107,8 @@ fn fits_of_long_groups_are_the_cpus() {
             });
             let Some(found) = found else { return };
             for ((scales, zeros), kind) in found.into_iter().zip([FitKind::MinMax, FitKind::Weighted(&h)]) {
-                let found = Grid { spec: spec.clone(), rows, scales, zeros };
-                same(found, fit::run(weight.view(), &spec, kind), &format!("{:?}", spec.scheme));
+                let found = Grid::of_integers(spec.clone(), rows, scales, zeros);
+                same(found, fit::run(weight.view(), &spec, kind), &format!("{:?}", spec.encoding));
             }
         }
     }
@@ -137,7 +137,7 @@ fn clipping_is_the_cpus() {
                 hessian[[i, j]] = f32::NAN;
             }
         }
-        for spec in specs(bits, symmetric, ScalePrecision::BF16, group, cols) {
+        for spec in specs(bits, symmetric, Float::BF16, group, cols) {
             let found = on_all(|cuda| {
                 let hessian = cuda.upload(hessian.clone()).unwrap();
                 let weight = cuda.upload(weight.clone()).unwrap();
@@ -145,11 +145,11 @@ fn clipping_is_the_cpus() {
                 (grid.scales, grid.zeros)
             });
             let Some((scales, zeros)) = found else { return };
-            let found = Grid { spec: spec.clone(), rows, scales, zeros };
+            let found = Grid::of_integers(spec.clone(), rows, scales, zeros);
             let expected = fit::run(weight.view(), &spec, FitKind::BlockHessian(&hessian));
             let plain = fit::run(weight.view(), &spec, FitKind::MinMax);
-            assert!(expected.scales != plain.scales, "{:?}: nothing was clipped", spec.scheme);
-            same(found, expected, &format!("{:?}", spec.scheme));
+            assert!(expected.scales != plain.scales, "{:?}: nothing was clipped", spec.encoding);
+            same(found, expected, &format!("{:?}", spec.encoding));
         }
     }
 }
@@ -160,14 +160,14 @@ fn codes_are_the_nearest() {
     for (rows, bits, group, cols) in
         [(5, 2, Some(32), 96), (3, 3, Some(20), 47), (4, 4, None, 77), (2, 8, Some(128), 256), (1, 4, Some(1), 1)]
     {
-        for spec in specs(bits, false, ScalePrecision::F32, group, cols) {
+        for spec in specs(bits, false, Float::F32, group, cols) {
             let groups = spec.groups();
             let mut scales: Vec<f32> = (0..rows * groups).map(|_| noise.next() * 0.2).collect();
             if rows > 1 {
                 scales[groups] = 0.0;
             }
-            let zeros = (0..rows * groups).map(|i| (i * 7) as u8 & spec.scheme.max_code()).collect();
-            let grid = Grid { spec: spec.clone(), rows, scales, zeros };
+            let zeros = (0..rows * groups).map(|i| (i * 7) as u8 & spec.encoding.max_code()).collect();
+            let grid = Grid::of_integers(spec.clone(), rows, scales, zeros);
             let mut weight = noise.matrix(rows, cols);
             // Ties, and what no code is near to.
             weight[[0, 0]] = grid.scales[0] * 1.5;
@@ -179,16 +179,16 @@ fn codes_are_the_nearest() {
             }
             let found = on_all(|cuda| {
                 let codes = cuda.round(&cuda.upload(weight.clone()).unwrap(), &grid).unwrap();
-                let restored = cuda.download(&cuda.restore(&codes, &grid).unwrap()).unwrap();
-                (cuda.download_codes(&codes).unwrap(), restored)
+                let dequantized = cuda.download(&cuda.dequantize(&codes, &grid).unwrap()).unwrap();
+                (cuda.download_codes(&codes).unwrap(), dequantized)
             });
-            let Some((codes, restored)) = found else { return };
-            assert_eq!(codes.as_slice().unwrap(), round::reference(weight.view(), &grid), "{:?}", spec.scheme);
+            let Some((codes, dequantized)) = found else { return };
+            assert_eq!(codes.as_slice().unwrap(), round::reference(weight.view(), &grid), "{:?}", spec.encoding);
             let plain = Array2::from_shape_fn((rows, cols), |(row, col)| {
                 let at = row * groups + spec.group_of[col] as usize;
                 grid.scales[at] * (f32::from(codes[[row, col]]) - f32::from(grid.zeros[at]))
             });
-            assert_eq!(restored, plain);
+            assert_eq!(dequantized, plain);
         }
     }
 }
@@ -205,13 +205,13 @@ fn errors_of_scaled_weights_are_the_cpus() {
     ] {
         let weight = weights(&mut noise, 9, cols);
         let t: Vec<f32> = (0..cols).map(|_| noise.next().exp()).collect();
-        for spec in specs(3, symmetric, ScalePrecision::F16, group, cols) {
+        for spec in specs(3, symmetric, Float::F16, group, cols) {
             let found = on_all(|cuda| {
                 let weight = cuda.upload(weight.clone()).unwrap();
                 cuda.download(&cuda.scaled_rounding_error(&weight, &t, &spec).unwrap()).unwrap()
             });
             let Some(found) = found else { return };
-            assert_eq!(found, scaled::reference(weight.view(), &t, &spec), "{:?}", spec.scheme);
+            assert_eq!(found, scaled::reference(weight.view(), &t, &spec), "{:?}", spec.encoding);
         }
     }
 }
@@ -220,7 +220,7 @@ fn errors_of_scaled_weights_are_the_cpus() {
 fn shapes_are_checked_and_nothing_is_no_work() {
     on_all(|cuda| {
         let scheme = Scheme { bits: 4, group: Some(4), symmetric: true };
-        let spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, 8);
+        let spec = GridSpec::of(scheme.encoding(Float::F16, 0), 8);
         let (right, wrong) = (cuda.zeros(2, 8).unwrap(), cuda.zeros(2, 7).unwrap());
         let grid = cuda.fit(&right, &spec, FitKind::MinMax).unwrap();
         assert_eq!((grid.scales.len(), &grid.zeros[..]), (4, &[8u8; 4][..]));
@@ -230,8 +230,8 @@ fn shapes_are_checked_and_nothing_is_no_work() {
         assert!(cuda.round(&wrong, &grid).is_err());
         assert!(cuda.round(&cuda.zeros(3, 8).unwrap(), &grid).is_err());
         assert!(cuda.scaled_rounding_error(&right, &[1.0; 7], &spec).is_err());
-        assert!(cuda.restore(&cuda.send_codes(&Array2::zeros((3, 8))).unwrap(), &grid).is_err());
-        assert!(cuda.restore(&cuda.send_codes(&Array2::zeros((2, 7))).unwrap(), &grid).is_err());
+        assert!(cuda.dequantize(&cuda.send_codes(&Array2::zeros((3, 8))).unwrap(), &grid).is_err());
+        assert!(cuda.dequantize(&cuda.send_codes(&Array2::zeros((2, 7))).unwrap(), &grid).is_err());
         let none = cuda.fit(&cuda.zeros(0, 8).unwrap(), &spec, FitKind::MinMax).unwrap();
         let codes = cuda.round(&cuda.zeros(0, 8).unwrap(), &none).unwrap();
         assert!(none.scales.is_empty() && cuda.download_codes(&codes).unwrap().is_empty());

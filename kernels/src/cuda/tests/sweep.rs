@@ -2,14 +2,14 @@
 
 use std::ops::RangeInclusive;
 
-use formats::{ScalePrecision, Scheme};
+use formats::{Float, Scheme};
 use ndarray::Array2;
 
 use super::super::{Card, Cuda, Matrix};
 use super::on_all;
 use crate::backend::Backend;
-use crate::ops::blocks::{Even, Rungs};
-use crate::ops::testing::Noise;
+use crate::ops::levels::{AnyLevels, EvenLevels};
+use crate::ops::testing::{Noise, fit_blocks};
 use crate::ops::{gram, round};
 use crate::{Cpu, Error, Factor, FitKind, Grid, GridSpec, Swept};
 
@@ -79,7 +79,7 @@ fn value_in(grid: &Grid) -> impl Fn(usize, usize, u8) -> f64 {
 }
 
 fn check_grid(target: &Array2<f32>, grid: &Grid, factor: &Factor<Array2<f32>>, swept: &Swept<Array2<u8>>, what: &str) {
-    check_swept(target, &value_in(grid), 0..=grid.spec.scheme.max_code(), factor, swept, what);
+    check_swept(target, &value_in(grid), 0..=grid.spec.encoding.max_code(), factor, swept, what);
 }
 
 /// Nearly all rows are those of the CPU to the bit: a tie is rare, and is felt in its own row only.
@@ -132,7 +132,7 @@ fn codes_are_those_of_the_cpu() {
     ] {
         let hessian = hessian(&mut noise, cols);
         let target = noise.matrix(rows, cols);
-        let mut spec = GridSpec::contiguous(Scheme { bits, group, symmetric }, ScalePrecision::F16, 0, cols);
+        let mut spec = GridSpec::of(Scheme { bits, group, symmetric }.encoding(Float::F16, 0), cols);
         if cols == 320 {
             // No two neighbours alike.
             let groups = spec.groups() as u32;
@@ -170,7 +170,7 @@ fn a_tie_may_fall_either_way_and_nothing_else_may() {
     let (mut noise, cpu) = (Noise(19), Cpu::exact());
     let (rows, cols) = (2, 64);
     let mut target = noise.matrix(rows, cols);
-    let spec = GridSpec::contiguous(Scheme { bits: 4, group: None, symmetric: false }, ScalePrecision::F16, 0, cols);
+    let spec = GridSpec::of(Scheme { bits: 4, group: None, symmetric: false }.encoding(Float::F16, 0), cols);
     let grid = cpu.fit(&target, &spec, FitKind::MinMax).unwrap();
     let factor = cpu.factor(&hessian(&mut noise, cols), scattered(cols), 0.05).unwrap();
     let value = value_in(&grid);
@@ -224,7 +224,7 @@ fn more_rows_than_are_swept_at_a_time() {
     let (mut noise, cpu) = (Noise(11), Cpu::exact());
     let hessian = hessian(&mut noise, 9);
     let target = noise.matrix(16_500, 9);
-    let spec = GridSpec::contiguous(Scheme { bits: 4, group: None, symmetric: false }, ScalePrecision::F16, 0, 9);
+    let spec = GridSpec::of(Scheme { bits: 4, group: None, symmetric: false }.encoding(Float::F16, 0), 9);
     let grid = cpu.fit(&target, &spec, FitKind::MinMax).unwrap();
     let factor = cpu.factor(&hessian, scattered(9), 0.05).unwrap();
     let expected = cpu.sweep(&[(&target, &grid)], &factor).unwrap().remove(0);
@@ -240,7 +240,7 @@ fn weights_that_are_swept_together_are_swept_as_alone() {
     for (cols, heights) in [(160, [33, 1, 64, 0, 7]), (9, [40, 9000, 9000, 31, 16_500])] {
         let factor = cpu.factor(&hessian(&mut noise, cols), scattered(cols), 0.05).unwrap();
         let scheme = |index| Scheme { bits: if index == 2 { 3 } else { 4 }, group: None, symmetric: false };
-        let spec = |index| GridSpec::contiguous(scheme(index), ScalePrecision::F16, 0, cols);
+        let spec = |index| GridSpec::of(scheme(index).encoding(Float::F16, 0), cols);
         let targets = heights.map(|rows| noise.matrix(rows, cols));
         let grids: Vec<Grid> = targets
             .iter()
@@ -277,24 +277,24 @@ fn blocks_are_swept_as_on_the_cpu() {
     let target = noise.matrix(40, 256);
     let factor = cpu.factor(&hessian, scattered(256), 0.05).unwrap();
     for ty in formats::ggml::TYPES.iter().filter(|t| t.layout().is_some()) {
-        let grid = cpu.fit_blocks(&target, *ty, None).unwrap();
-        let expected = cpu.sweep_blocks(&target, &factor, &grid).unwrap();
+        let grid = fit_blocks(&cpu, &target, *ty, None).unwrap();
+        let expected = cpu.sweep(&[(&target, &grid)], &factor).unwrap().remove(0);
         let found = on_all(|cuda| {
             let target = cuda.upload(target.clone()).unwrap();
-            let swept = cuda.sweep_blocks(&target, &on_device(cuda, &factor), &grid).unwrap();
+            let swept = cuda.sweep(&[(&target, &grid)], &on_device(cuda, &factor)).unwrap().remove(0);
             (cuda.download_codes(&swept.codes).unwrap(), swept.loss)
         });
         let Some((codes, loss)) = found else { return };
         mostly_the_same(&codes, &expected.codes, ty.name);
-        let layout = ty.layout().unwrap();
+        let encoding = ty.layout().unwrap();
         let value = |row: usize, col: usize, code: u8| {
-            let at = (row * 256 + col) / layout.group;
-            f64::from(grid.scales[at]) * f64::from(layout.levels.level(code)) - f64::from(grid.mins[at])
+            let at = (row * 256 + col) / encoding.group();
+            f64::from(grid.scales[at]) * f64::from(encoding.levels.level(code)) - f64::from(grid.mins[at])
         };
-        let all = (layout.levels.count() - 1) as u8;
-        let allowed = match Rungs::of(layout) {
-            Rungs::Even(Even { low, offset, .. }) => (low + offset) as u8..=all,
-            Rungs::Uneven(_) => 0..=all,
+        let all = (encoding.levels.count() - 1) as u8;
+        let allowed = match AnyLevels::of(encoding) {
+            AnyLevels::Even(EvenLevels { low, offset, .. }) => (low + offset) as u8..=all,
+            AnyLevels::Table(_) => 0..=all,
         };
         check_swept(&target, &value, allowed, &factor, &Swept { codes, loss }, ty.name);
     }
@@ -317,17 +317,17 @@ fn refinement_is_that_of_the_cpu() {
         let n = hessian.nrows();
         let target = noise.matrix(rows, n);
         let factor = cpu.factor(hessian, scattered(n), 0.05).unwrap();
-        let mut grid = cpu.fit_blocks(&target, *ty, None).unwrap();
+        let mut grid = fit_blocks(&cpu, &target, *ty, None).unwrap();
         // A block without a scale.
         grid.blocks[3].d = 0.0;
-        let start = crate::BlockGrid::new(*ty, rows, n, grid.blocks.clone());
-        let swept = cpu.sweep_blocks(&target, &factor, &start).unwrap();
+        let start = Grid::of_blocks(*ty, rows, n, grid.blocks.clone());
+        let swept = cpu.sweep(&[(&target, &start)], &factor).unwrap().remove(0);
         let (mut expected, mut expected_codes) = (start.clone(), swept.codes.clone());
-        let expected_loss = cpu.refine_blocks(&target, hessian, 0.05, &mut expected, &mut expected_codes).unwrap();
+        let expected_loss = cpu.refine(&target, hessian, 0.05, &mut expected, &mut expected_codes).unwrap();
         let found = on_all(|cuda| {
             let [target, hessian] = [&target, hessian].map(|m| cuda.upload(m.clone()).unwrap());
             let (mut grid, mut codes) = (start.clone(), cuda.send_codes(&swept.codes).unwrap());
-            let loss = cuda.refine_blocks(&target, &hessian, 0.05, &mut grid, &mut codes).unwrap();
+            let loss = cuda.refine(&target, &hessian, 0.05, &mut grid, &mut codes).unwrap();
             (loss, cuda.download_codes(&codes).unwrap(), grid.blocks, grid.scales, grid.mins)
         });
         let Some((loss, codes, blocks, scales, mins)) = found else { return };
@@ -344,14 +344,14 @@ fn refinement_is_that_of_the_cpu() {
         let pairs: Vec<_> = same_rows.flat_map(|((a, b), _)| a.iter().zip(b)).collect();
         let apart = pairs.iter().filter(|(a, b)| !near(a.d, b.d) || !near(a.m, b.m)).count();
         assert!(apart * 100 <= pairs.len(), "{ty}: {apart} of {} blocks", pairs.len());
-        let again = crate::BlockGrid::new(*ty, rows, n, blocks);
+        let again = Grid::of_blocks(*ty, rows, n, blocks);
         assert!(again.scales == scales && again.mins == mins, "{ty}: scales are not those of the blocks");
         if ty.name == "MXFP4" {
             assert!(again.blocks == start.blocks, "powers of two stay");
         }
         // The loss is that of what comes back.
         let error = &target
-            - &Array2::from_shape_vec((rows, n), crate::ops::testing::restored(&again, codes.as_slice().unwrap()))
+            - &Array2::from_shape_vec((rows, n), crate::ops::testing::dequantized(&again, codes.as_slice().unwrap()))
                 .unwrap();
         let mut damped = hessian.clone();
         damped.diag_mut().iter_mut().for_each(|d| *d *= 1.05);
@@ -367,14 +367,14 @@ fn more_rows_than_are_refined_at_a_time() {
     let hessian = hessian(&mut noise, 32);
     let target = noise.matrix(16_400, 32);
     let ty = formats::ggml::GgmlType::from_name("Q4_1").unwrap();
-    let start = cpu.fit_blocks(&target, ty, None).unwrap();
-    let rounded = cpu.round_blocks(&target, &start).unwrap();
+    let start = fit_blocks(&cpu, &target, ty, None).unwrap();
+    let rounded = cpu.round(&target, &start).unwrap();
     let (mut expected, mut expected_codes) = (start.clone(), rounded.clone());
-    let expected_loss = cpu.refine_blocks(&target, &hessian, 0.01, &mut expected, &mut expected_codes).unwrap();
+    let expected_loss = cpu.refine(&target, &hessian, 0.01, &mut expected, &mut expected_codes).unwrap();
     let found = on_all(|cuda| {
         let [target, hessian] = [&target, &hessian].map(|m| cuda.upload(m.clone()).unwrap());
         let (mut grid, mut codes) = (start.clone(), cuda.send_codes(&rounded).unwrap());
-        let loss = cuda.refine_blocks(&target, &hessian, 0.01, &mut grid, &mut codes).unwrap();
+        let loss = cuda.refine(&target, &hessian, 0.01, &mut grid, &mut codes).unwrap();
         (loss, cuda.download_codes(&codes).unwrap(), grid.scales)
     });
     let Some((loss, codes, scales)) = found else { return };
@@ -390,7 +390,7 @@ fn what_does_not_fit_is_refused() {
     let target = Noise(3).matrix(3, 64);
     let hessian = hessian(&mut Noise(4), 64);
     let factor = cpu.factor(&hessian, (0..64).collect(), 0.05).unwrap();
-    let spec = GridSpec::contiguous(Scheme { bits: 4, group: Some(32), symmetric: false }, ScalePrecision::F16, 0, 64);
+    let spec = GridSpec::of(Scheme { bits: 4, group: Some(32), symmetric: false }.encoding(Float::F16, 0), 64);
     let grid = cpu.fit(&target, &spec, FitKind::MinMax).unwrap();
     on_all(|cuda| {
         let on_device = |order: Vec<u32>| Factor { order, ..on_device(cuda, &factor) };
@@ -408,20 +408,20 @@ fn what_does_not_fit_is_refused() {
         refused(&good, &Grid { spec, ..grid.clone() });
 
         let ty = formats::ggml::GgmlType::from_name("Q4_0").unwrap();
-        let blocks = cpu.fit_blocks(&Noise(3).matrix(3, 64), ty, None).unwrap();
+        let blocks = fit_blocks(&cpu, &Noise(3).matrix(3, 64), ty, None).unwrap();
         let refused = |gram: [usize; 2], rows: usize, codes: [usize; 2]| {
             let mut codes = cuda.send_codes(&Array2::zeros(codes)).unwrap();
-            let mut grid = crate::BlockGrid { rows, ..blocks.clone() };
+            let mut grid = Grid { rows, ..blocks.clone() };
             let gram = cuda.zeros(gram[0], gram[1]).unwrap();
-            let result = cuda.refine_blocks(&target, &gram, 0.1, &mut grid, &mut codes);
-            assert!(matches!(result, Err(Error::Shape { op: "refine_blocks", .. })), "{result:?}");
+            let result = cuda.refine(&target, &gram, 0.1, &mut grid, &mut codes);
+            assert!(matches!(result, Err(Error::Shape { op: "refine", .. })), "{result:?}");
         };
         refused([64, 64], 2, [3, 64]);
         refused([64, 64], 3, [2, 64]);
         refused([64, 64], 3, [3, 32]);
         refused([63, 64], 3, [3, 64]);
         refused([63, 63], 3, [3, 64]);
-        let swept = cuda.sweep_blocks(&target, &good, &crate::BlockGrid { rows: 2, ..blocks.clone() });
-        assert!(matches!(swept, Err(Error::Shape { op: "sweep_blocks", .. })), "{swept:?}");
+        let swept = cuda.sweep(&[(&target, &Grid { rows: 2, ..blocks.clone() })], &good);
+        assert!(matches!(swept, Err(Error::Shape { op: "sweep", .. })), "{swept:?}");
     });
 }

@@ -3,11 +3,11 @@
 use formats::ggml::TYPES;
 use ndarray::Array2;
 
-use super::super::testing::{Noise, restored};
+use super::super::testing::{Noise, dequantized};
 use super::*;
 
-fn loss(weight: &Array2<f32>, restored: &[f32], h: &[f32]) -> f64 {
-    let errors = weight.iter().zip(restored).zip(h.iter().cycle());
+fn loss(weight: &Array2<f32>, dequantized: &[f32], h: &[f32]) -> f64 {
+    let errors = weight.iter().zip(dequantized).zip(h.iter().cycle());
     errors.map(|((w, r), h)| f64::from(*h) * f64::from(w - r).powi(2)).sum()
 }
 
@@ -17,21 +17,21 @@ fn rounding_is_to_the_nearest_value_that_the_file_can_hold() {
     let mut noise = Noise(40);
     let weight = noise.matrix(3, 512);
     for ty in TYPES.iter().filter(|t| t.layout().is_some()) {
-        let layout = ty.layout().unwrap();
+        let encoding = ty.layout().unwrap();
         let grid = fit(weight.view(), *ty, None);
         let codes = round(weight.view(), &grid);
-        let values = restored(&grid, &codes);
-        let groups = 512 / layout.group;
+        let values = dequantized(&grid, &codes);
+        let groups = 512 / encoding.group();
         for (i, (w, value)) in weight.iter().zip(&values).enumerate() {
             let (row, col) = (i / 512, i % 512);
-            let at = row * groups + col / layout.group;
-            let nearest = (0..layout.levels.count())
-                .map(|code| grid.scales[at] * layout.levels.level(code as u8) - grid.mins[at])
+            let at = row * groups + col / encoding.group();
+            let nearest = (0..encoding.levels.count())
+                .map(|code| grid.scales[at] * encoding.levels.level(code as u8) - grid.mins[at])
                 .map(|v| (w - v).abs())
                 .fold(f32::INFINITY, f32::min);
             let found = (w - value).abs();
             // The lowest of 256 levels is never used.
-            let slack = if layout.levels.count() == 256 { grid.scales[at].abs() } else { 1e-5 };
+            let slack = if encoding.levels.count() == 256 { grid.scales[at].abs() } else { 1e-5 };
             assert!(found <= nearest + slack, "{ty} at {i}: {found}, nearest {nearest}");
         }
     }
@@ -45,7 +45,7 @@ fn the_search_beats_the_plain_encoder_and_uses_the_importance() {
     for ty in TYPES.iter().filter(|t| t.layout().is_some()) {
         let of = |importance: Option<&[f32]>| {
             let grid = fit(weight.view(), *ty, importance);
-            loss(&weight, &restored(&grid, &round(weight.view(), &grid)), &h)
+            loss(&weight, &dequantized(&grid, &round(weight.view(), &grid)), &h)
         };
         let (without, with) = (of(None), of(Some(&h)));
         assert!(with < without * 1.0001, "{ty}: {with} after {without}");
@@ -66,7 +66,7 @@ fn zeros_and_constants_survive() {
         for value in [0.0f32, 0.25, -0.25] {
             let weight = Array2::from_elem((1, 256), value);
             let grid = fit(weight.view(), *ty, Some(&vec![0.0; 256]));
-            let values = restored(&grid, &round(weight.view(), &grid));
+            let values = dequantized(&grid, &round(weight.view(), &grid));
             assert!(
                 values.iter().all(|v| (v - value).abs() <= 0.02 * value.abs()),
                 "{ty}: {value} became {}",

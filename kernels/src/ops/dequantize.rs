@@ -5,13 +5,21 @@ use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
 use super::round::runs;
-use crate::backend::{BlockGrid, Grid};
+use crate::backend::Grid;
 
 /// Rows that a task takes at least.
 const ROWS: usize = 8;
 
-/// `scale · (code − zero)` of codes `[rows, cols]`.
+/// The reals of codes `[rows, cols]`.
 pub fn run(codes: ArrayView2<u8>, grid: &Grid) -> Array2<f32> {
+    match grid.spec.encoding.ggml_type() {
+        Some(_) => levels(codes, grid),
+        None => integers(codes, grid),
+    }
+}
+
+/// `scale · (code − zero)`.
+fn integers(codes: ArrayView2<u8>, grid: &Grid) -> Array2<f32> {
     let groups = grid.spec.groups();
     let runs = runs(&grid.spec.group_of);
     by_rows(codes, |row, codes, out: &mut [f32]| {
@@ -25,18 +33,18 @@ pub fn run(codes: ArrayView2<u8>, grid: &Grid) -> Array2<f32> {
     })
 }
 
-/// `scale · level − min` of codes `[rows, cols]`.
-pub fn run_blocks(codes: ArrayView2<u8>, grid: &BlockGrid) -> Array2<f32> {
-    let layout = grid.ty.layout().expect("a type with codes");
-    let levels: [f32; 256] = std::array::from_fn(|code| match code < layout.levels.count() {
-        true => layout.levels.level(code as u8),
+/// `scale · level − min`.
+fn levels(codes: ArrayView2<u8>, grid: &Grid) -> Array2<f32> {
+    let encoding = &grid.spec.encoding;
+    let levels: [f32; 256] = std::array::from_fn(|code| match code < encoding.levels.count() {
+        true => encoding.levels.level(code as u8),
         false => 0.0,
     });
-    let groups = grid.cols / layout.group;
+    let groups = grid.cols() / encoding.group();
     by_rows(codes, |row, codes, out: &mut [f32]| {
         let scales = &grid.scales[row * groups..][..groups];
         let mins = &grid.mins[row * groups..][..groups];
-        let parts = codes.chunks_exact(layout.group).zip(out.chunks_exact_mut(layout.group));
+        let parts = codes.chunks_exact(encoding.group()).zip(out.chunks_exact_mut(encoding.group()));
         for ((codes, out), (scale, min)) in parts.zip(scales.iter().zip(mins)) {
             for (out, code) in out.iter_mut().zip(codes) {
                 *out = scale * levels[usize::from(*code)] - min;
@@ -46,8 +54,12 @@ pub fn run_blocks(codes: ArrayView2<u8>, grid: &BlockGrid) -> Array2<f32> {
 }
 
 /// Codes `[rows, cols]` as [`GgmlType::pack`] packs them.
-pub fn pack_blocks(codes: ArrayView2<u8>, grid: &BlockGrid) -> Vec<u8> {
-    let GgmlType { block_len, block_bytes, .. } = grid.ty;
+///
+/// # Panics
+/// If the grid is not one of ggml's types: a mistake of the caller.
+pub fn pack_blocks(codes: ArrayView2<u8>, grid: &Grid) -> Vec<u8> {
+    let ty = grid.spec.encoding.ggml_type().expect("a type of ggml's");
+    let GgmlType { block_len, block_bytes, .. } = ty;
     let (cols, per_row) = (codes.ncols(), codes.ncols() / block_len);
     let mut packed = vec![0u8; codes.nrows() * per_row * block_bytes];
     if packed.is_empty() {
@@ -58,7 +70,7 @@ pub fn pack_blocks(codes: ArrayView2<u8>, grid: &BlockGrid) -> Vec<u8> {
         .zip(grid.blocks.par_chunks_exact(per_row))
         .zip(codes.to_slice().expect("contiguous codes").par_chunks_exact(cols))
         .with_min_len(ROWS)
-        .for_each(|((packed, blocks), codes)| grid.ty.pack(blocks, codes, packed));
+        .for_each(|((packed, blocks), codes)| ty.pack(blocks, codes, packed));
     packed
 }
 
@@ -73,7 +85,7 @@ fn by_rows(codes: ArrayView2<u8>, work: impl Fn(usize, &[u8], &mut [f32]) + Sync
 
 #[cfg(test)]
 mod tests {
-    use formats::{QuantizedWeight, ScalePrecision, Scheme};
+    use formats::{Float, QuantizedWeight, Scheme};
 
     use super::super::testing::Noise;
     use super::super::{blocks, round};
@@ -86,7 +98,7 @@ mod tests {
         for (bits, group, cols, scattered) in [(4, Some(32), 96, false), (3, None, 77, false), (8, Some(32), 64, true)]
         {
             let scheme = Scheme { bits, group, symmetric: false };
-            let mut spec = GridSpec::contiguous(scheme, ScalePrecision::F16, 0, cols);
+            let mut spec = GridSpec::of(scheme.encoding(Float::F16, 0), cols);
             let groups = spec.groups() as u32;
             if scattered {
                 spec.group_of.iter_mut().zip(0..).for_each(|(group, col)| *group = col % groups);
@@ -94,7 +106,7 @@ mod tests {
             let (rows, count) = (5, 5 * spec.groups());
             let scales: Vec<f32> = (0..count).map(|_| noise.next()).collect();
             let zeros: Vec<u8> = (0..count).map(|i| (i * 3) as u8 & scheme.max_code()).collect();
-            let grid = Grid { spec: spec.clone(), rows, scales: scales.clone(), zeros: zeros.clone() };
+            let grid = Grid::of_integers(spec.clone(), rows, scales.clone(), zeros.clone());
             let codes = round::run(noise.matrix(rows, cols).view(), &grid);
             let group_of = scattered.then_some(spec.group_of);
             let weight = QuantizedWeight { rows, cols, scheme, codes: codes.clone(), scales, zeros, group_of };
@@ -113,7 +125,7 @@ mod tests {
             let packed = pack_blocks(codes.view(), &grid);
             let mut expected = vec![0.0; 9 * 512];
             ty.dequantize(&packed, &mut expected).unwrap();
-            let found = run_blocks(codes.view(), &grid);
+            let found = run(codes.view(), &grid);
             assert_eq!(found.as_slice().unwrap(), expected, "{ty}");
         }
     }
