@@ -592,10 +592,8 @@ mod tests {
             ("unknown_tensors = 'keep'", "--unknown-tensors `keep` is not known; there are copy, drop, refuse"),
             ("pure = true", "--pure is for GGUF files"),
             ("format = 'gguf'\nscheme = 'W4A16'", "scheme `W4A16` is not one of GGUF's"),
-            ("format = 'gguf'\nmethod = 'awq'", "method awq is not for GGUF files"),
             ("format = 'gguf'\ngroup_size = 64", "--group-size is not for GGUF files"),
             ("format = 'gguf'\nsplit_max_size = '5'", "is not a size"),
-            ("format = 'gguf'\nobserver = 'clip'", "observer clip is not for GGUF files"),
         ] {
             let found = resolve(toml).unwrap_err();
             assert!(found.to_string().contains(expected), "{found}");
