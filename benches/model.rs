@@ -175,7 +175,7 @@ fn gptq(c: &mut Criterion) {
             let mut progress = Progress::new(true);
             let out = output.path().join("out");
             let places = [model.folder.path(), &out];
-            let target = target(&model.graph, &model.source, recipe.clone(), places, false).expect("fits");
+            let target = target(&model.graph, &model.source, recipe.clone(), places, false, None).expect("fits");
             quantize(&Cpu::default(), &model.graph, &model.source, &[&*target], 0, Some(&samples), &mut progress)
         },
     );

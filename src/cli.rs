@@ -34,6 +34,8 @@ pub enum Command {
     Convert(Convert),
     /// Write a checkpoint merged with a LoRA adapter.
     Merge(Merge),
+    /// Remove what interrupted runs have left in a folder.
+    Clean(Clean),
     /// List what can compute: the CPU, and NVIDIA GPUs with their memory.
     Devices(Devices),
 }
@@ -51,7 +53,7 @@ impl Command {
             Command::Convert(args) => vec![args.output.clone()],
             Command::Merge(args) => vec![args.output.clone()],
             Command::Demo(args) => args.export.iter().cloned().collect(),
-            Command::Eval(_) | Command::Inspect(_) | Command::Devices(_) => Vec::new(),
+            Command::Eval(_) | Command::Inspect(_) | Command::Clean(_) | Command::Devices(_) => Vec::new(),
         }
     }
 
@@ -63,7 +65,7 @@ impl Command {
             Command::Merge(args) => Some(&args.model),
             Command::Eval(args) => Some(&args.model),
             Command::Inspect(args) => Some(&args.path),
-            Command::Demo(_) | Command::Devices(_) => None,
+            Command::Demo(_) | Command::Clean(_) | Command::Devices(_) => None,
         }
     }
 }
@@ -186,6 +188,16 @@ fn bytes(text: &str) -> Result<u64> {
     }
 }
 
+/// `quantc clean`.
+#[derive(Debug, Args)]
+pub struct Clean {
+    /// The folder that outputs were to be written into.
+    pub folder: PathBuf,
+    /// List it, with sizes, and remove nothing.
+    #[arg(long)]
+    pub list: bool,
+}
+
 /// `quantc devices`.
 #[derive(Debug, Args)]
 pub struct Devices {
@@ -244,6 +256,15 @@ pub struct Quantize {
     /// Replace an existing output.
     #[arg(long)]
     pub force: bool,
+    /// Begin afresh, though an interrupted run of the same command has finished some blocks.
+    #[arg(long)]
+    pub no_resume: bool,
+    /// Remove what interrupted runs have finished of the outputs, and do nothing else.
+    #[arg(long)]
+    pub discard: bool,
+    /// Wait for another run that is writing to the same place, instead of being refused.
+    #[arg(long)]
+    pub wait: bool,
     /// Flags for the computation.
     #[command(flatten)]
     pub compute: Compute,

@@ -42,7 +42,7 @@ fn rewrite(
     force: bool,
 ) -> Result<Vec<String>> {
     let source = Checkpoint::open(input)?;
-    let staging = Staging::folder_for(output, Some(input), force)?;
+    let staging = Staging::folder_for(output, Some(input), force, None)?;
     let beside = source.beside(&["config.json"])?;
     let target = dtype.unwrap_or(source.dtype());
     let layout = Layout::of(&source);
@@ -72,7 +72,7 @@ fn rewrite(
     };
     specs.extend(layout.stacks.iter().map(stack_spec));
     staging.check_space(bytes_of(&specs) + beside.bytes())?;
-    let writer = weight_writer(staging.folder(), specs.clone())?;
+    let writer = weight_writer(staging.folder(), specs.clone(), false)?;
     let mut lost = Vec::new();
     for spec in &specs {
         let share = if let Some(stack) = layout.stacks.get(&spec.name) {

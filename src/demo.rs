@@ -26,7 +26,7 @@ const CALIBRATION: &str = include_str!("demo/calibration.txt");
 
 /// Writes the built-in model to `folder`, which must not exist yet or be empty; it appears there whole.
 pub fn export(folder: &Path) -> Result<()> {
-    let staging = Staging::folder_for(folder, None, false)?;
+    let staging = Staging::folder_for(folder, None, false, None)?;
     FILES.iter().try_for_each(|(name, content)| staging.write(name, content))?;
     staging.commit().map(drop)
 }

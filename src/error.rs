@@ -49,6 +49,20 @@ impl Error {
         move |source| Error::Io { path, doing, source }
     }
 
+    /// Whether the same command may well succeed later: a full disk, a file that could not be written or read, memory that could not be
+    /// had.
+    pub fn may_pass(&self) -> bool {
+        use std::error::Error as _;
+        // What we find fault with ourselves has no number of the system's.
+        let by_system = |source: &std::io::Error| source.raw_os_error().is_some();
+        match self {
+            Error::Io { source, .. } => by_system(source),
+            Error::Format(error) => error.source().and_then(|source| source.downcast_ref()).is_some_and(by_system),
+            Error::Device(error) => matches!(error, kernels::Error::Device(_)),
+            Error::Usage(_) | Error::Failed(_) => false,
+        }
+    }
+
     /// 2 for a request that cannot be met, 1 for everything else.
     pub fn exit_code(&self) -> u8 {
         match self {

@@ -6,6 +6,7 @@ use std::time::Instant;
 use calibration::samples::{SampleSource, Samples, needed, windows};
 use calibration::statistics::Needs;
 use kernels::Backend;
+use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -14,7 +15,7 @@ use crate::families;
 use crate::graph::{Graph, Linear};
 use crate::memory::{self, Device, Expected, Free, Tokens, Work, peak_memory};
 use crate::output::hashing::{Hashing, hash_beside, hashed};
-use crate::output::{Place, SideOutput, check_apart, check_beside, check_place};
+use crate::output::{Before, Place, SideOutput, check_apart, check_beside, check_place};
 use crate::pipeline::{Written, quantize};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
@@ -55,6 +56,10 @@ pub struct Job<'a> {
     pub verification: Option<Verification>,
     /// Replace existing outputs.
     pub force: bool,
+    /// What an interrupted run has finished is not gone on with.
+    pub afresh: bool,
+    /// Another run at the same place is waited for, instead of being refused.
+    pub waits: bool,
 }
 
 /// What every run has before its work begins.
@@ -97,7 +102,7 @@ impl<'a> Job<'a> {
         force: bool,
     ) -> Job<'a> {
         let outputs = vec![Output { path: output.to_path_buf(), recipe, report: None }];
-        Job { model, outputs, lead: 0, independent: false, verification, force }
+        Job { model, outputs, lead: 0, independent: false, verification, force, afresh: false, waits: false }
     }
 
     /// Runs a job with one output.
@@ -126,26 +131,43 @@ impl<'a> Job<'a> {
             )));
         }
         let hashing = Some(hash_beside(source.files()));
+        let key = self.key(backend, &source);
+        let before = Before { key: &key, afresh: self.afresh, waits: self.waits };
         let targets = self
             .outputs
             .iter()
             .map(|output| {
                 let places = [self.model, &output.path];
-                target(&graph, &source, output.recipe.clone(), places, self.force)
+                target(&graph, &source, output.recipe.clone(), places, self.force, Some(before))
             })
             .collect::<Result<Vec<Box<dyn Target<B>>>>>()?;
         check_together(&targets)?;
         let mut run = Run { started, source: &source, graph: &graph, held_out: None, hashing, inputs: Vec::new() };
         let (said, groups) = self.prepare((Device::of(backend), progress), &mut run, &targets)?;
         let prepare = started.elapsed().as_secs_f64();
+        let reports =
+            self.make(backend, &mut run, (&said, &groups, prepare), &targets, progress).inspect_err(|error| {
+                targets.iter().for_each(|target| target.staging().keep_finished(error.may_pass()));
+            })?;
+        self.commit(targets, reports)
+    }
 
+    /// Writes all outputs into their staging folders, and measures them.
+    fn make<B: Backend>(
+        &self,
+        backend: &B,
+        run: &mut Run<'_>,
+        (said, groups, prepare): (&Said, &[Group], f64),
+        targets: &[Box<dyn Target<B>>],
+        progress: &mut Progress,
+    ) -> Result<Vec<Report>> {
         let mut written: Vec<Option<Written>> = targets.iter().map(|_| None).collect();
-        for group in &groups {
+        for group in groups {
             let together: Vec<&dyn Target<B>> = group.members.iter().map(|index| &*targets[*index]).collect();
             let samples = group.samples.as_ref();
-            let all = quantize(backend, &graph, &source, &together, 0, samples, progress)?;
+            let all = quantize(backend, run.graph, run.source, &together, 0, samples, progress)?;
             for (index, one) in group.members.iter().zip(all) {
-                targets[*index].complete(&source)?;
+                targets[*index].complete(run.source)?;
                 written[*index] = Some(one);
             }
         }
@@ -157,18 +179,48 @@ impl<'a> Job<'a> {
                 notes.push(note);
             }
             let written = written.expect("in a group");
-            reports.push(self.finish(
-                backend,
-                &mut run,
-                (&**target, index),
-                (group, prepare),
-                written,
-                notes,
-                progress,
-            )?);
+            reports.push(self.finish(backend, run, (&**target, index), (group, prepare), written, notes, progress)?);
         }
         run.source.check_unchanged()?;
-        self.commit(targets, reports)
+        Ok(reports)
+    }
+
+    /// Who this run is: another process with the same key would write the same bytes, and may go on where this one ends.
+    fn key<B: Backend>(&self, backend: &B, source: &Checkpoint) -> Value {
+        let own = std::env::current_exe().ok();
+        let files = |folder: &Path| -> Vec<PathBuf> {
+            let listed = std::fs::read_dir(folder).into_iter().flatten();
+            let mut files: Vec<PathBuf> = listed.filter_map(|entry| Some(entry.ok()?.path())).collect();
+            files.sort();
+            files
+        };
+        let looked_at = |paths: Vec<PathBuf>| {
+            let named = |path: &PathBuf| Some((path.file_name()?.to_string_lossy().into_owned(), stamp(path)));
+            paths.iter().filter_map(named).collect::<Map<String, Value>>()
+        };
+        let mut model = files(source.path());
+        model.extend(source.files());
+        let outputs = self.outputs.iter().map(|Output { path, recipe, .. }| {
+            let imatrix = recipe.gguf.as_ref().and_then(|gguf| gguf.imatrix.as_deref());
+            let place = Place::resolve(path).map_or_else(|_| path.clone(), |place| place.path());
+            let made = json!({
+                "recipe": recipe,
+                "adapter": recipe.adapter.as_deref().map(|adapter| looked_at(files(adapter))),
+                "calibration": stamp(Path::new(&recipe.calibration)),
+                "imatrix": imatrix.map(stamp),
+            });
+            (place.display().to_string(), made)
+        });
+        json!({
+            "quantc": concat!(env!("CARGO_PKG_VERSION")),
+            "program": own.as_deref().map(stamp),
+            "device": backend.relaxed().name(),
+            "model": looked_at(model),
+            "output": outputs.collect::<Map<String, Value>>(),
+            "outputs": self.outputs.iter().map(|output| output.path.display().to_string()).collect::<Vec<String>>(),
+            "lead": self.lead,
+            "independent": self.independent,
+        })
     }
 
     /// Moves everything into place, once all of it is there.
@@ -546,6 +598,13 @@ impl Said {
         notes.extend(more);
         notes
     }
+}
+
+/// Size and time of a file, by which it is known again; null where there is none.
+fn stamp(path: &Path) -> Value {
+    let Ok(metadata) = std::fs::metadata(path) else { return Value::Null };
+    let modified = metadata.modified().ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
+    json!([metadata.len(), modified.map(|time| time.as_nanos().to_string())])
 }
 
 /// Fails where outputs that fit onto a disk one by one do not fit together.

@@ -10,10 +10,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use calibration::samples::GUARDED;
 use clap::Parser;
 use formats::Dtype;
-use quantc::cli::{Cli, Command, Compute, Engine, Eval, Quantize};
+use quantc::cli::{Clean, Cli, Command, Compute, Engine, Eval, Quantize};
 use quantc::job::{Job, Verification, fewer_windows};
 use quantc::memory::{self, Device, Free, Tokens};
-use quantc::output::{Place, remove_made, sweep};
+use quantc::output::{self, Place, Unfinished, remove_made, sweep, unfinished};
 use quantc::progress::Progress;
 use quantc::recipe::{Request, named, unknown_tensors};
 use quantc::report::{Activations, Limits, Protocol, Report};
@@ -47,6 +47,9 @@ fn main() -> ExitCode {
         // What cannot be removed is removed by the next run.
         places.iter().for_each(|place| drop(sweep(place)));
         remove_made(&missing);
+    }
+    if end != End::Code(0) {
+        places.iter().flat_map(unfinished).for_each(|left| tell(&format!("note: {}", continued(&left))));
     }
     if let Some(sentence) = end.sentence(cli.command.subject().unwrap_or(Path::new("quantc"))) {
         tell(&format!("error: {sentence}"));
@@ -134,6 +137,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             notes.iter().for_each(|note| tell(&format!("note: {note}")));
             Ok(0)
         }
+        Command::Clean(args) => Ok(clean(&args).map(|()| 0)?),
         Command::Devices(args) => {
             let devices = devices::devices();
             match args.json {
@@ -199,6 +203,14 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let (mut progress, engine) = start(&args.compute)?;
     let file = args.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
     let asked = requested(args.request, file, args.output, &args.target)?;
+    if args.discard {
+        for one in &asked {
+            for left in output::discard(&Place::resolve(&one.path)?)? {
+                say(&format!("{}: {} finished blocks were removed\n", one.path.display(), left.blocks))?;
+            }
+        }
+        return Ok(0);
+    }
     let limits = Limits { max_ppl_ratio: args.max_ppl_ratio, max_kld: args.max_kld, min_top1: args.min_top1 };
     limits.check()?;
     let verification = match args.verify_text.as_deref() {
@@ -222,7 +234,8 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     }
     let paths: Vec<PathBuf> = outputs.iter().map(|output| output.path.clone()).collect();
     let (independent, force) = (args.independent, args.force);
-    let job = Job { model: &args.model, outputs, lead, independent, verification, force };
+    let (afresh, waits) = (args.no_resume, args.wait);
+    let job = Job { model: &args.model, outputs, lead, independent, verification, force, afresh, waits };
     let reports = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
     drop(progress);
     if let Some(profile) = engine.profile() {
@@ -272,6 +285,29 @@ fn table(all: &[(&Path, &Report)]) -> String {
         );
     }
     text
+}
+
+/// How to go on with what was finished, and how not to.
+fn continued(left: &Unfinished) -> String {
+    format!(
+        "{} finished blocks are kept ({:.1} MB): the same command goes on after them, and with --discard it removes them",
+        left.blocks,
+        left.bytes as f64 / 1e6
+    )
+}
+
+/// Removes, or lists, what interrupted runs have left in a folder.
+fn clean(args: &Clean) -> Result<(), Error> {
+    let found = output::clean(&args.folder, args.list)?;
+    for left in &found {
+        let done = if args.list { "" } else { ", removed" };
+        let (folder, megabytes) = (left.folder.display(), left.bytes as f64 / 1e6);
+        say(&format!("{folder}: {} finished blocks, {megabytes:.1} MB{done}\n", left.blocks))?;
+    }
+    if found.is_empty() {
+        say(&format!("{}: no interrupted run has left anything\n", args.folder.display()))?;
+    }
+    Ok(())
 }
 
 /// Prints what a quantization did.

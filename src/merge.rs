@@ -38,7 +38,7 @@ fn write(
 ) -> Result<(Checkpoint, Vec<String>)> {
     let source = Checkpoint::open_with(model, Some(adapter))?;
     check_place(output, adapter)?;
-    let staging = Staging::folder_for(output, Some(model), force)?;
+    let staging = Staging::folder_for(output, Some(model), force, None)?;
     let beside = source.beside(&["config.json"])?;
     let spec = |entry: &crate::weights::Entry| {
         let dtype = match entry.dtype {
@@ -52,7 +52,7 @@ fn write(
     let kept = source.entries().iter().filter(|entry| !matches!(strays.get(&entry.name), Some(Fate::Dropped(_))));
     let specs: Vec<TensorSpec> = kept.map(spec).collect();
     staging.check_space(bytes_of(&specs) + beside.bytes())?;
-    let writer = weight_writer(staging.folder(), specs.clone())?;
+    let writer = weight_writer(staging.folder(), specs.clone(), false)?;
     let mut lost = Vec::new();
     for spec in &specs {
         if !matches!(strays.get(&spec.name), Some(fate) if stray::copied(&source, &spec.name, fate, &writer)?) {

@@ -9,7 +9,7 @@ use formats::{Dtype, ShardedWriter};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::evidence::{lost_in_halves, share_of};
-use crate::graph::{Graph, Linear};
+use crate::graph::{Block, Linear};
 use crate::plan::Plan;
 use crate::report::Fate;
 use crate::stray;
@@ -58,11 +58,11 @@ pub fn rest(plan: &Plan) -> Vec<Rest<'_>> {
     all.map(|(index, (name, fate))| Rest { index, name, fate, dtype: types[&name[..]] }).collect()
 }
 
-/// Tensors besides weights of linears that a transform may change.
-pub fn touched(graph: &Graph) -> HashSet<String> {
-    let norms = graph.blocks.iter().flat_map(|block| &block.steps).filter_map(|step| step.pre.as_ref());
+/// Tensors of a block besides weights of linears that a transform may change.
+pub fn touched(block: &Block) -> HashSet<String> {
+    let norms = block.steps.iter().filter_map(|step| step.pre.as_ref());
     let names = norms.flat_map(|norm| norm.weights.iter().cloned().chain(norm.bias.clone()));
-    names.chain(graph.linears().filter_map(Linear::bias)).collect()
+    names.chain(block.linears().into_iter().filter_map(Linear::bias)).collect()
 }
 
 /// Copies tensors until somebody says that it is over.

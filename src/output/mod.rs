@@ -5,6 +5,8 @@
 
 pub mod behind;
 pub mod hashing;
+pub mod journal;
+mod left;
 mod place;
 mod staging;
 mod switch;
@@ -15,9 +17,10 @@ use formats::{ShardedWriter, TensorSpec};
 
 use crate::error::{Error, Result};
 
+pub use left::{Before, Unfinished, clean, discard, sweep, unfinished};
 pub use place::{Place, SideOutput, check_apart, check_beside, check_place};
 use staging::without_hidden_names;
-pub use staging::{Staging, remove_made, sweep};
+pub use staging::{Staging, remove_made};
 
 /// Bytes of one file of weights.
 const SHARD_BYTES: u64 = 5_000_000_000;
@@ -27,10 +30,13 @@ pub fn bytes_of(specs: &[TensorSpec]) -> u64 {
     specs.iter().filter_map(TensorSpec::bytes).map(|bytes| bytes as u64).sum()
 }
 
-/// Lays out the weight files of a Hugging Face directory in `folder`.
-pub fn weight_writer(folder: &Path, specs: Vec<TensorSpec>) -> Result<ShardedWriter> {
+/// Lays out the weight files of a Hugging Face directory in `folder`, or takes up those that an earlier process has laid out.
+pub fn weight_writer(folder: &Path, specs: Vec<TensorSpec>, taken_up: bool) -> Result<ShardedWriter> {
     let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
-    Ok(ShardedWriter::create(folder, specs, SHARD_BYTES, &metadata)?)
+    Ok(match taken_up {
+        true => ShardedWriter::take_up(folder, specs, SHARD_BYTES, &metadata)?,
+        false => ShardedWriter::create(folder, specs, SHARD_BYTES, &metadata)?,
+    })
 }
 
 impl Error {

@@ -3,19 +3,22 @@
 //! The folder has a name of its own and is locked for as long as its process lives. So a later run can tell what an earlier one
 //! left behind from what another one is writing, and [`sweep`]s the former.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::journal::{self, Journal};
+use super::left::{Before, HOLDER, Left, look};
 use super::place::{
     LONGEST_NAME, MARK, Place, belongs_to, check_place, check_space, check_takes_files, is_mount_point, is_part,
     mounted_within, stem,
 };
-use super::switch::{Switch, exchange, finish, is_under_way, rename_new, sync_folder, sync_tree};
+use super::switch::{Switch, exchange, is_under_way, rename_new, sync_folder, sync_tree};
 use crate::error::{Error, Result};
 
 /// Letters that make the name of a staging folder unlike any other.
-const RANDOM: usize = 8;
+pub(super) const RANDOM: usize = 8;
 
 /// Bytes that the names of a GGUF file's parts and of its report have more than its own.
 const PART: usize = 15;
@@ -61,6 +64,10 @@ pub struct Staging {
     made: Vec<PathBuf>,
     notes: Vec<String>,
     committed: bool,
+    /// What is finished, of a run that can be gone on with.
+    journal: Option<Journal>,
+    /// Whether finished blocks stay where the run ends without an output.
+    keeps: AtomicBool,
     /// Held until this goes; `None` on file systems without locks.
     _lock: Option<File>,
 }
@@ -70,7 +77,7 @@ impl Staging {
     ///
     /// Fails when `target` holds something and `force` is not given, is the input or holds it or lies inside it, or, with
     /// `force`, is something else than an earlier output. An empty folder is as good as none.
-    pub fn folder_for(target: &Path, input: Option<&Path>, force: bool) -> Result<Staging> {
+    pub fn folder_for(target: &Path, input: Option<&Path>, force: bool, before: Option<Before<'_>>) -> Result<Staging> {
         let place = Place::resolve(target)?;
         input.map_or(Ok(()), |input| check_place(target, input))?;
         let (path, shown) = (place.path(), target.display());
@@ -80,7 +87,7 @@ impl Staging {
                  (--scheme F16 or BF16 without quantizing), and a folder needs another name"
             )));
         }
-        let notes = sweep(&place)?;
+        let (notes, left) = look(&place, target, before)?;
         if path.exists() {
             if !path.is_dir() {
                 return Err(Error::usage(format!("{shown}: is a file, and a folder is to be written")));
@@ -108,13 +115,13 @@ impl Staging {
             }
         }
         let found = force.then(|| vec![(path.clone(), number(&path))]);
-        Self::begin(target, place, Kind::Folder, found, notes)
+        Self::begin(target, place, Kind::Folder, found, (notes, left), before)
     }
 
     /// Begins a GGUF file, or the parts of one, which are called `NAME-00001-of-00003.gguf`.
     ///
     /// Fails when it (or a part of it) exists and `force` is not given, is the input, or, with `force`, is no GGUF file.
-    pub fn gguf(target: &Path, input: Option<&Path>, force: bool) -> Result<Staging> {
+    pub fn gguf(target: &Path, input: Option<&Path>, force: bool, before: Option<Before<'_>>) -> Result<Staging> {
         let place = Place::resolve(target)?;
         input.map_or(Ok(()), |input| check_place(target, input))?;
         let (path, shown) = (place.path(), target.display());
@@ -134,7 +141,7 @@ impl Staging {
                 place.name.len()
             )));
         }
-        let mut notes = sweep(&place)?;
+        let (mut notes, left) = look(&place, target, before)?;
         let mut there = Vec::new();
         if place.parent.is_dir() {
             for name in entries(&place.parent).map_err(Error::io(&place.parent, "list"))? {
@@ -165,7 +172,7 @@ impl Staging {
         }
         there.push(place.parent.join(format!("{}.report.json", place.name)));
         let found = force.then(|| there.iter().map(|there| (there.clone(), number(there))).collect());
-        Self::begin(target, place, Kind::Gguf, found, notes)
+        Self::begin(target, place, Kind::Gguf, found, (notes, left), before)
     }
 
     fn begin(
@@ -173,11 +180,35 @@ impl Staging {
         place: Place,
         kind: Kind,
         found: Option<Vec<(PathBuf, Number)>>,
-        notes: Vec<String>,
+        (mut notes, left): (Vec<String>, Option<Left>),
+        before: Option<Before<'_>>,
     ) -> Result<Staging> {
         let made = place.missing_parents();
         let inside = kind == Kind::Folder && is_mount_point(&place.path());
         let home = if inside { place.path() } else { place.parent.clone() };
+        if let Some(Left { folder, lock, finished }) = left {
+            notes.push(format!(
+                "{}: goes on after {} blocks that an interrupted run had finished",
+                target.display(),
+                finished.len()
+            ));
+            let journal = Some(Journal::go_on(&folder, finished)?);
+            let _ = fs::write(folder.join(HOLDER), std::process::id().to_string());
+            return Ok(Staging {
+                shown: target.to_path_buf(),
+                place,
+                kind,
+                folder,
+                inside,
+                found,
+                made,
+                notes,
+                committed: false,
+                journal,
+                keeps: AtomicBool::new(true),
+                _lock: Some(lock),
+            });
+        }
         let create = || -> std::io::Result<(PathBuf, Option<File>)> {
             fs::create_dir_all(&home)?;
             loop {
@@ -200,7 +231,7 @@ impl Staging {
             remove_made(&made);
             Error::io(&home, "create a folder in")(error)
         })?;
-        Ok(Staging {
+        let mut staging = Staging {
             shown: target.to_path_buf(),
             place,
             kind,
@@ -210,8 +241,15 @@ impl Staging {
             made,
             notes,
             committed: false,
+            journal: None,
+            keeps: AtomicBool::new(false),
             _lock: lock,
-        })
+        };
+        if let Some(before) = before {
+            staging.journal = Some(Journal::begin(&staging.folder, before.key)?);
+            let _ = fs::write(staging.folder.join(HOLDER), std::process::id().to_string());
+        }
+        Ok(staging)
     }
 
     /// Where to write.
@@ -227,6 +265,21 @@ impl Staging {
     /// What the user should know of what was found at the place.
     pub fn notes(&self) -> &[String] {
         &self.notes
+    }
+
+    /// What is finished of it, and more is added to; `None` of outputs that are always made in one go.
+    pub fn journal(&self) -> Option<&Journal> {
+        self.journal.as_ref()
+    }
+
+    /// Whether an earlier run has laid out its files.
+    pub fn goes_on(&self) -> bool {
+        self.journal.as_ref().is_some_and(|journal| !journal.finished().is_empty())
+    }
+
+    /// Finished blocks stay, or go, where the run ends without an output from now on.
+    pub fn keep_finished(&self, keeps: bool) {
+        self.keeps.store(keeps, Ordering::Relaxed);
     }
 
     /// Fails when an output of so many bytes does not fit on the disk.
@@ -280,6 +333,11 @@ impl Staging {
     pub fn commit(mut self) -> Result<Vec<String>> {
         let path = self.place.path();
         sync_tree(&self.folder).map_err(Error::io(&self.folder, "flush"))?;
+        if self.journal.take().is_some() {
+            let journal = self.folder.join(journal::NAME);
+            fs::remove_file(&journal).map_err(Error::io(&journal, "remove"))?;
+            let _ = fs::remove_file(self.folder.join(HOLDER));
+        }
         let moved = match self.kind {
             Kind::Folder if !self.inside => self.switch_folder(&path),
             _ => self.switch_files(&path),
@@ -378,7 +436,9 @@ impl Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        if !self.committed {
+        let stays = self.keeps.load(Ordering::Relaxed)
+            && journal::read(&self.folder).is_some_and(|(_, finished)| !finished.is_empty());
+        if !self.committed && !stays {
             let _ = fs::remove_dir_all(&self.folder);
             remove_made(&self.made);
         }
@@ -386,7 +446,7 @@ impl Drop for Staging {
 }
 
 /// Removes a folder with everything in it, also where its owner has locked it against himself.
-fn remove_tree(folder: &Path) -> std::io::Result<()> {
+pub(super) fn remove_tree(folder: &Path) -> std::io::Result<()> {
     let removed = fs::remove_dir_all(folder);
     #[cfg(unix)]
     if removed.as_ref().is_err_and(|error| error.kind() == ErrorKind::PermissionDenied) {
@@ -411,7 +471,7 @@ fn open_up(folder: &Path) -> std::io::Result<()> {
 }
 
 /// What is said of a hidden folder that stays.
-fn stays(error: &std::io::Error) -> String {
+pub(super) fn stays(error: &std::io::Error) -> String {
     format!("holds what an earlier output or run has left and cannot be removed ({error}); remove it")
 }
 
@@ -433,7 +493,7 @@ fn entries(folder: &Path) -> std::io::Result<Vec<String>> {
 }
 
 /// How the names of all staging folders of an output begin.
-fn hidden_prefix(name: &str) -> String {
+pub(super) fn hidden_prefix(name: &str) -> String {
     let mut kept = name.len().min(LONGEST_NAME - 1 - MARK.len() - RANDOM);
     while !name.is_char_boundary(kept) {
         kept -= 1;
@@ -442,7 +502,7 @@ fn hidden_prefix(name: &str) -> String {
 }
 
 /// Where a folder that is replaced waits on file systems that cannot exchange two names.
-fn aside_of(place: &Place) -> PathBuf {
+pub(super) fn aside_of(place: &Place) -> PathBuf {
     let hidden = hidden_prefix(&place.name);
     place.parent.join(hidden.replace(MARK, ".replaced"))
 }
@@ -457,59 +517,6 @@ fn lock(folder: &Path) -> std::io::Result<Option<File>> {
         opened => opened?,
     };
     Ok(file.try_lock().is_ok().then_some(file))
-}
-
-/// Removes what runs that are gone have left of an output, or completes the switch that one of them had begun; returns what was
-/// done, each in one sentence. Staging folders of runs that are at work are not touched.
-pub fn sweep(place: &Place) -> Result<Vec<String>> {
-    let (path, prefix, mut notes, mut busy) = (place.path(), hidden_prefix(&place.name), Vec::new(), false);
-    for home in [&place.parent, &path] {
-        let Ok(listed) = fs::read_dir(home) else { continue };
-        let mut left: Vec<PathBuf> = listed
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(|path| {
-                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) && path.is_dir()
-            })
-            .collect();
-        left.sort();
-        for folder in left {
-            let held = match File::open(&folder) {
-                Ok(file) => match file.try_lock() {
-                    Ok(()) => Some(file),
-                    Err(TryLockError::WouldBlock | TryLockError::Error(_)) => None,
-                },
-                Err(_) => None,
-            };
-            let Some(_held) = held else {
-                busy = true;
-                continue;
-            };
-            let finished = finish(&folder).map_err(Error::io(&path, "finish replacing"))?;
-            let removed = remove_tree(&folder);
-            if finished {
-                notes.push(format!(
-                    "{}: finished putting into place what an interrupted run had written",
-                    path.display()
-                ));
-            }
-            match removed {
-                Ok(()) if finished => {}
-                Ok(()) => notes.push(format!("{}: removed what an interrupted run had left", folder.display())),
-                Err(error) => notes.push(format!("{}: {}", folder.display(), stays(&error))),
-            }
-        }
-    }
-    let aside = aside_of(place);
-    if aside.exists() && !busy {
-        if path.exists() {
-            fs::remove_dir_all(&aside).map_err(Error::io(&aside, "remove"))?;
-            notes.push(format!("{}: removed what an interrupted run had replaced", aside.display()));
-        } else {
-            fs::rename(&aside, &path).map_err(Error::io(&path, "move back"))?;
-            notes.push(format!("{}: an interrupted run had moved it aside, and it is back", path.display()));
-        }
-    }
-    Ok(notes)
 }
 
 /// `told` with the names of staging folders of `target` replaced by the output's own, of which alone the user knows; `single` says

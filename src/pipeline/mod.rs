@@ -20,7 +20,7 @@ mod fold;
 mod observe;
 mod solve;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
@@ -32,8 +32,8 @@ use self::observe::{Observed, Observer};
 use self::solve::Task;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, ready, run_block};
-use crate::graph::{Graph, Linear};
+use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, load_bias, ready, run_block};
+use crate::graph::{Block, Graph, Linear};
 use crate::output::behind::{Behind, behind, beside};
 use crate::output::hashing::{Hashing, flushed, hash_written};
 use crate::progress::Progress;
@@ -80,7 +80,10 @@ pub fn quantize<B: Backend>(
     progress.start("quantizing", targets.iter().map(|target| target.linears()).sum());
     let ahead = Ahead::new(backend, source);
     let leader = targets[lead].recipe();
-    let names = if leader.method.smooths() { touched(graph) } else { HashSet::new() };
+    let names: HashSet<String> = match leader.method.smooths() {
+        true => graph.blocks.iter().flat_map(touched).collect(),
+        false => HashSet::new(),
+    };
     let early = |over: &AtomicBool| {
         let copied = |sink: &Box<dyn Sink<B> + '_>| sink.beside(&|name| names.contains(name), over);
         sinks.iter().map(copied).collect::<Result<Vec<_>>>()
@@ -153,12 +156,15 @@ impl<B: Backend> Walk<'_, '_, B> {
         let (ahead, backend, source) = (self.ahead, self.backend, self.source);
         let smooths = self.tasks[self.lead].target.recipe().method.smooths();
         self.before()?;
+        let finished = self.take_up(graph)?;
         match samples {
             None => ahead.blocks(
                 &graph.blocks,
                 || Ok(()),
                 |(), _, block| block.linears().try_for_each(|linear| self.round(linear)),
             )?,
+            // All that is left is to look at what was written.
+            Some(_) if finished == graph.blocks.len() => {}
             Some(samples) => {
                 let begin = || {
                     let chunks = embed(backend, graph, source, &samples.sequences)?;
@@ -166,6 +172,9 @@ impl<B: Backend> Walk<'_, '_, B> {
                     Ok(chunks)
                 };
                 ahead.blocks(&graph.blocks, begin, |chunks, index, block| {
+                    if index < finished {
+                        return run_block(backend, block, &mut Again { walk: &mut self }, chunks);
+                    }
                     if smooths {
                         self.smooth(block, chunks)?;
                     }
@@ -173,10 +182,12 @@ impl<B: Backend> Walk<'_, '_, B> {
                     run_block(backend, block, &mut self, chunks)?;
                     self.prepared.clear();
                     self.observer.forget_layer();
-                    Ok(())
+                    self.finish(block)
                 })?;
-                self.tasks.iter().try_for_each(|task| task.save_importance(samples))?;
             }
+        }
+        if let Some(samples) = samples {
+            self.tasks.iter().try_for_each(|task| task.save_importance(samples))?;
         }
         self.end(started)
     }
@@ -191,12 +202,65 @@ impl<B: Backend> Walk<'_, '_, B> {
         Ok(())
     }
 
-    /// Writes what a transform may have changed, and ends.
-    fn end(mut self, started: Instant) -> Result<Vec<(Done, Vec<Lost>)>> {
+    /// Takes the first blocks as an earlier process has left them, as many as every target has; their number.
+    fn take_up(&mut self, graph: &Graph) -> Result<usize> {
+        let blocks = self.tasks.iter().map(|task| task.journal().map_or(0, |journal| journal.finished().len()));
+        let finished = blocks.min().unwrap_or(0).min(graph.blocks.len());
+        for block in &graph.blocks[..finished] {
+            for linear in block.linears() {
+                self.tasks.iter().try_for_each(|task| task.sink.keep_written(linear))?;
+            }
+        }
+        if let Some(journal) = self.tasks[self.lead].journal() {
+            for (name, bits) in journal.finished()[..finished].iter().flat_map(|block| &block.folded) {
+                self.folded.change(name.clone(), bits.iter().copied().map(f32::from_bits).collect());
+            }
+        }
         for task in &mut self.tasks {
-            let lost = timed(&mut task.done.seconds.write, || task.sink.after(self.backend, &self.folded))?;
+            task.take_up(finished, self.progress);
+        }
+        graph.blocks[..finished].iter().try_for_each(|block| self.write_folded(block))?;
+        Ok(finished)
+    }
+
+    /// Writes what a transform has changed of a block.
+    fn write_folded(&mut self, block: &Block) -> Result<()> {
+        let names = touched(block);
+        for task in &mut self.tasks {
+            let (backend, folded) = (self.backend, &self.folded);
+            let lost = timed(&mut task.done.seconds.write, || {
+                task.sink.write_folded(backend, folded, &|name| names.contains(name))
+            })?;
             task.lost.extend(lost);
         }
+        Ok(())
+    }
+
+    /// A block is finished: says so in the journals, once all of it is on the disk.
+    fn finish(&mut self, block: &Block) -> Result<()> {
+        self.write_folded(block)?;
+        let names = touched(block);
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
+        let folded: BTreeMap<String, Vec<u32>> = names
+            .into_iter()
+            .filter_map(|name| Some((bits(self.folded.values(&name)?), name)))
+            .map(|(v, n)| (n, v))
+            .collect();
+        for task in &mut self.tasks {
+            let block = task.finished(&folded);
+            let (sink, journal) = (task.sink, task.journal());
+            if let Some(journal) = journal {
+                self.behind.hand_over(Box::new(move || {
+                    sink.sync()?;
+                    journal.add(&block)
+                }))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends.
+    fn end(self, started: Instant) -> Result<Vec<(Done, Vec<Lost>)>> {
         let mut shared = Stages { observe: self.observer.seconds, ..self.shared };
         let own = |task: &Task<'_, B>| task.done.seconds.factor + task.done.seconds.solve + task.done.seconds.write;
         let others: f64 = self.tasks.iter().map(own).sum();
@@ -337,11 +401,44 @@ impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
     }
 }
 
+/// Runs a block that an earlier process has finished, with what the leading target's file holds of it.
+struct Again<'w, 'h, 'a, B: Backend> {
+    walk: &'w mut Walk<'h, 'a, B>,
+}
+
+impl<B: Backend> Supply<B> for Again<'_, '_, '_, B> {
+    fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
+        self.walk.vector(name)
+    }
+
+    fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
+        let (backend, source) = (self.walk.backend, self.walk.source);
+        let sink = self.walk.tasks[self.walk.lead].sink;
+        let mut weights = Vec::new();
+        for linear in group {
+            let Some(matrix) = timed(&mut self.walk.shared.load, || sink.held(backend, linear))? else {
+                weights.extend(ready(backend, linear, self.walk.load(linear)?)?);
+                continue;
+            };
+            let bias = match linear.bias().and_then(|name| self.walk.folded.values(&name)) {
+                Some(changed) => Some(changed.to_vec()),
+                None => load_bias(source, linear)?,
+            };
+            weights.extend(ready(backend, linear, Weight { matrix, bias, rounding: None })?);
+        }
+        Ok(weights)
+    }
+
+    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
+        self.walk.router(linear)
+    }
+}
+
 /// One line for a linear.
 pub fn describe(report: &LinearReport) -> String {
     let error = report.relative_error.map_or(String::new(), |e| format!("  error {:.4} %", 100.0 * e));
     let fallback = report.fallback.as_ref().map_or(String::new(), |f| format!("  {f}"));
     let LinearReport { name, bits, group_size, method, seconds, .. } = report;
-    let kind = report.ty.map_or_else(|| format!("w{bits} g{group_size}"), str::to_owned);
+    let kind = report.ty.clone().unwrap_or_else(|| format!("w{bits} g{group_size}"));
     format!("{name:44} {method} {kind}{error}  {seconds:.2} s{fallback}")
 }

@@ -18,6 +18,7 @@ use crate::evidence::{check_measured, dead_inputs, lost_in_blocks, lost_in_grid,
 use crate::forward::Weight;
 use crate::graph::Linear;
 use crate::output::behind::Behind;
+use crate::output::journal::{Finished, Journal};
 use crate::recipe::Recipe;
 use crate::report::{LinearReport, Stages};
 use crate::rest::Lost;
@@ -41,6 +42,9 @@ pub struct Task<'a, B: Backend> {
     pub sink: &'a dyn Sink<B>,
     /// What was seen before every tensor of a GGUF file, where an imatrix is to be written.
     collected: BTreeMap<String, ImatrixEntry>,
+    /// What the journal has of it: entries of `done`, and what was collected since.
+    journaled: [usize; 3],
+    new: BTreeMap<String, ImatrixEntry>,
     /// What was done.
     pub done: Done,
     /// Tensors beside the linears that lose values.
@@ -101,7 +105,7 @@ impl<'a, B: Backend> Task<'a, B> {
     /// Nothing is done yet.
     pub fn new(target: &'a dyn Target<B>, sink: &'a dyn Sink<B>) -> Task<'a, B> {
         let (collected, done, lost) = (BTreeMap::new(), Done::default(), Vec::new());
-        Task { target, sink, collected, done, lost }
+        Task { target, sink, collected, journaled: [0; 3], new: BTreeMap::new(), done, lost }
     }
 
     /// What was done, with the times that are `shared` with other targets.
@@ -382,13 +386,55 @@ impl<'a, B: Backend> Task<'a, B> {
                 }
                 let (matrices, width) = (place.matrices, place.width);
                 let entry = self
-                    .collected
+                    .new
                     .entry(place.tensor)
                     .or_insert_with(|| ImatrixEntry { sums: vec![0.0; matrices * width], counts: vec![0.0; matrices] });
                 entry.sums[place.matrix * width..][..width].copy_from_slice(&energy);
                 entry.counts[place.matrix] = statistics.count as f32;
             }
         }
+    }
+
+    /// Where it is said what is finished.
+    pub fn journal(&self) -> Option<&'a Journal> {
+        self.target.staging().journal()
+    }
+
+    /// What is new since the last block, with the tensors that were folded in it.
+    pub fn finished(&mut self, folded: &BTreeMap<String, Vec<u32>>) -> Finished {
+        let [linears, smoothings, lost] = self.journaled;
+        let done = &self.done;
+        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
+        let importance = self.new.iter().map(|(name, entry)| (name.clone(), [bits(&entry.sums), bits(&entry.counts)]));
+        let block = Finished {
+            linears: done.linears[linears..].to_vec(),
+            smoothings: done.smoothings[smoothings..].to_vec(),
+            lost: done.lost[lost..].to_vec(),
+            folded: folded.clone(),
+            importance: importance.collect(),
+        };
+        self.journaled = [done.linears.len(), done.smoothings.len(), done.lost.len()];
+        self.collected.append(&mut self.new);
+        block
+    }
+
+    /// Takes the first blocks as an earlier process has left them.
+    pub fn take_up(&mut self, blocks: usize, progress: &crate::progress::Progress) {
+        let finished = self.journal().map_or(&[][..], |journal| &journal.finished()[..blocks]);
+        for block in finished {
+            let done = &mut self.done;
+            done.linears.extend(block.linears.iter().cloned());
+            done.smoothings.extend(block.smoothings.iter().cloned());
+            done.lost.extend(block.lost.iter().cloned());
+            block.linears.iter().for_each(|_| progress.step());
+            let values = |bits: &[u32]| bits.iter().copied().map(f32::from_bits).collect();
+            for (name, [sums, counts]) in &block.importance {
+                let entry = ImatrixEntry { sums: values(sums), counts: values(counts) };
+                self.collected.insert(name.clone(), entry);
+            }
+        }
+        let done = &self.done;
+        self.journaled = [done.linears.len(), done.smoothings.len(), done.lost.len()];
     }
 
     /// Writes the imatrix, if one is to be written.
@@ -428,6 +474,7 @@ fn wanted<'m, B: Backend>(
 /// What a report says of a linear that was only rounded.
 fn blank(linear: &Linear, encoding: &Encoding) -> LinearReport {
     let (ty, bits, group_size, symmetric) = described(encoding);
+    let ty = ty.map(str::to_owned);
     LinearReport {
         name: linear.module.clone(),
         method: "rtn".to_owned(),

@@ -6,7 +6,7 @@ mod card;
 mod quality;
 
 use calibration::samples::SampleSource;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::recipe::Recipe;
 
@@ -68,15 +68,15 @@ pub struct AdapterReport {
 }
 
 /// What became of one linear.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct LinearReport {
     /// The module.
     pub name: String,
     /// The method that chose its codes.
     pub method: String,
     /// The type of its blocks, in a GGUF file.
-    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
-    pub ty: Option<&'static str>,
+    #[serde(rename = "type", default, skip_serializing_if = "Option::is_none")]
+    pub ty: Option<String>,
     /// Width of a code.
     pub bits: u8,
     /// Columns per scale; −1 for a whole row.
@@ -86,10 +86,10 @@ pub struct LinearReport {
     /// Calibration tokens that its input was seen on.
     pub tokens: usize,
     /// Share of what is known of an expert's input that came from tokens of the other experts.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prior: Option<f64>,
     /// Share of its input's channels that were 0 for all of these tokens.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dead_inputs: Option<f64>,
     /// Relative damping that was used.
     pub damp: Option<f64>,
@@ -100,14 +100,14 @@ pub struct LinearReport {
     /// Share of the output's energy that is lost.
     pub relative_error: Option<f64>,
     /// Share of its weights that are too small for the scales that the file stores, and lost.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<f64>,
     /// Time to choose its codes.
     pub seconds: f64,
 }
 
 /// Channel scales that were folded into the model before it was quantized.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SmoothingReport {
     /// What the scales were divided out of.
     pub producer: String,

@@ -1,14 +1,16 @@
 //! A Hugging Face directory: safetensors files with `quantization_config` in config.json, and everything that lies beside the weights.
 
+use std::collections::HashMap;
 use std::io::{Read, Write as _};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use calibration::statistics::Needs;
 use formats::container::file;
-use formats::{Dtype, Follower, PackedWeight, ShardedWriter};
+use formats::{Dtype, Follower, PackedWeight, ShardedWriter, TensorSpec, TensorView};
 use kernels::Backend;
-use serde_json::Value;
+use ndarray::Array2;
+use serde_json::{Value, json};
 
 use super::{Folded, Notes, Papers, Placement, Sink, Solved, Target, Write};
 use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, front_matter};
@@ -16,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::forward::Weight;
 use crate::graph::{Graph, Linear, Stored};
 use crate::json;
-use crate::output::{Staging, bytes_of, weight_writer};
+use crate::output::{Before, Staging, bytes_of, weight_writer};
 use crate::plan::Plan;
 use crate::recipe::Recipe;
 use crate::report::{Fate, TensorReport};
@@ -40,9 +42,10 @@ impl Directory {
         model: &Path,
         output: &Path,
         force: bool,
+        before: Option<Before<'_>>,
     ) -> Result<Directory> {
         let plan = Plan::new(graph, source, &recipe)?;
-        let staging = Staging::folder_for(output, Some(model), force)?;
+        let staging = Staging::folder_for(output, Some(model), force, before)?;
         let mut own = vec!["config.json", "report.json", "README.md"];
         own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
         let beside = source.beside(&own)?;
@@ -91,7 +94,8 @@ impl<B: Backend> Target<B> for Directory {
     }
 
     fn open<'a>(&'a self, source: &'a Checkpoint) -> Result<Box<dyn Sink<B> + 'a>> {
-        let writer = weight_writer(self.staging.folder(), self.plan.outputs.clone())?;
+        let goes_on = self.staging.goes_on();
+        let writer = weight_writer(self.staging.folder(), self.plan.outputs.clone(), goes_on)?;
         Ok(Box::new(Files { plan: &self.plan, source, rest: rest(&self.plan), writer }))
     }
 
@@ -205,9 +209,9 @@ impl<B: Backend> Sink<B> for Files<'_> {
         Ok(lost.map(|share| (name, share)))
     }
 
-    fn after(&self, _: &B, folded: &Folded) -> Result<Vec<Lost>> {
+    fn write_folded(&self, _: &B, folded: &Folded, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Lost>> {
         let mut all = Vec::new();
-        for rest in self.rest.iter().filter(|rest| folded.touches(rest.name)) {
+        for rest in self.rest.iter().filter(|rest| folded.touches(rest.name) && wanted(rest.name)) {
             let lost = match folded.values(rest.name) {
                 Some(values) => write_floats(self.source, &self.writer, rest.name, rest.dtype, values)?,
                 None => rest.copy(self.source, &self.writer)?,
@@ -215,6 +219,46 @@ impl<B: Backend> Sink<B> for Files<'_> {
             all.extend(rest.lost(lost));
         }
         Ok(all)
+    }
+
+    fn keep_written(&self, linear: &Linear) -> Result<()> {
+        let Linear { module, rows, cols, .. } = linear;
+        match self.plan.schemes.get(module) {
+            Some(scheme) => {
+                let parts = self.plan.codec.layout(*rows, *cols, scheme, self.plan.scale_dtype);
+                parts.iter().try_for_each(|(part, ..)| self.writer.keep(&format!("{module}.{part}")))?;
+            }
+            None if self.plan.unstacked(linear) => self.writer.keep(&format!("{module}.weight"))?,
+            None => return Ok(()),
+        }
+        match &linear.stored {
+            Stored::Slice { bias: Some(_), .. } => Ok(self.writer.keep(&format!("{module}.bias"))?),
+            _ => Ok(()),
+        }
+    }
+
+    fn held(&self, backend: &B, linear: &Linear) -> Result<Option<B::Matrix>> {
+        let Linear { module, rows, cols, .. } = linear;
+        let Some(scheme) = self.plan.schemes.get(module) else { return Ok(None) };
+        let mut parts = HashMap::new();
+        for (part, dtype, shape) in self.plan.codec.layout(*rows, *cols, scheme, self.plan.scale_dtype) {
+            let name = format!("{module}.{part}");
+            let size = TensorSpec { name: name.clone(), dtype, shape: shape.clone() }.bytes().expect("planned");
+            let mut data = vec![0; size];
+            self.writer.read_part(&name, 0, &mut data)?;
+            parts.insert(part.to_owned(), (dtype, shape, data));
+        }
+        let config = json!({"quantization_config": self.plan.config.quantization_config});
+        let reader = formats::codec::read_quantization(&config)?.expect("it is there");
+        let declared = reader.declared(module)?.expect("planned");
+        let part = |name: &str| parts.get(name).map(|(dtype, shape, data)| TensorView { dtype: *dtype, shape, data });
+        let weight = self.plan.codec.decode(&part, &declared).map_err(|error| error.in_tensor(module))?;
+        let values = Array2::from_shape_vec((*rows, *cols), weight.dequantize()).expect("one value a weight");
+        Ok(Some(backend.upload(values)?))
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(self.writer.sync()?)
     }
 
     fn finish(self: Box<Self>) -> Box<dyn FnOnce() -> formats::Result<()> + Send> {

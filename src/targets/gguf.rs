@@ -24,7 +24,7 @@ use crate::forward::{load_bias, load_matrix};
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::importance::{check_importance, importance_of};
 use crate::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
-use crate::output::Staging;
+use crate::output::{Before, Staging};
 use crate::plan::check_tensors;
 use crate::recipe::{GgufRecipe, Recipe};
 use crate::report::{Fate, TensorReport};
@@ -259,9 +259,10 @@ impl Gguf {
         model: &Path,
         output: &Path,
         force: bool,
+        before: Option<Before<'_>>,
     ) -> Result<Gguf> {
         let plan = GgufPlan::new(graph, source, &recipe)?;
-        let staging = Staging::gguf(output, Some(model), force)?;
+        let staging = Staging::gguf(output, Some(model), force, before)?;
         staging.check_space(plan.bytes())?;
         if let Some(path) = recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref()) {
             staging.check_another(path, Some(model), force)?;
@@ -360,9 +361,12 @@ impl<B: Backend> Target<B> for Gguf {
         let tensors = self.plan.tensors.iter().map(spec).collect();
         let path = self.staging.folder().join(self.staging.name());
         let metadata = self.plan.metadata.clone();
-        let writer = match self.settings().split_max_size {
+        let most = self.settings().split_max_size;
+        let path = if most.is_some() { path.with_extension("") } else { path };
+        let writer = match most {
+            _ if self.staging.goes_on() => GgufWriter::take_up(path, most, metadata, tensors)?,
             None => GgufWriter::create(path, metadata, tensors)?,
-            Some(limit) => GgufWriter::create_split(path.with_extension(""), limit, metadata, tensors)?,
+            Some(most) => GgufWriter::create_split(path, most, metadata, tensors)?,
         };
         let first = writer.files().next().expect("at least one file").to_path_buf();
         self.first.get_or_init(|| first);
@@ -594,9 +598,42 @@ impl<B: Backend> Sink<B> for File<'_> {
         Ok(Some(Rounded { lost, encoding: self.plan.tensors[places[0].tensor].1.encoding() }))
     }
 
-    fn after(&self, backend: &B, folded: &Folded) -> Result<Vec<Lost>> {
-        let touched = |tensor: &ExportTensor| tensor.parts().iter().any(|part| folded.touches(&part.from.tensor()));
+    fn write_folded(&self, backend: &B, folded: &Folded, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Lost>> {
+        let touched = |tensor: &ExportTensor| {
+            let mut names = tensor.parts().iter().map(|part| part.from.tensor());
+            names.any(|name| folded.touches(&name) && wanted(&name))
+        };
         self.write_rest(backend, Some(folded), &touched)
+    }
+
+    fn keep_written(&self, linear: &Linear) -> Result<()> {
+        let places = &self.plan.by_module[&linear.module];
+        Ok(places.iter().try_for_each(|place| self.writer.keep(&self.plan.tensors[place.tensor].0.gguf))?)
+    }
+
+    fn held(&self, backend: &B, linear: &Linear) -> Result<Option<B::Matrix>> {
+        let mut whole = Array2::zeros((linear.rows, linear.cols));
+        for place in &self.plan.by_module[&linear.module] {
+            let (tensor, ty) = &self.plan.tensors[place.tensor];
+            let part = &tensor.parts()[place.part];
+            let [rows, width] = part.extents();
+            let row_bytes = ty.row_bytes(width).expect("by the mix");
+            let mut packed = vec![0; rows * row_bytes];
+            self.writer.read_part(&tensor.gguf, (place.first * row_bytes) as u64, &mut packed)?;
+            let mut values = vec![0.0; rows * width];
+            ty.dequantize(&packed, &mut values)?;
+            let values = Array2::from_shape_vec((rows, width), values).expect("one value a weight");
+            let all = if part.transposed { width } else { rows };
+            for at in 0..all {
+                let row = part.rows.as_ref().map_or(at, |rows| rows[at]);
+                whole.row_mut(row).assign(&if part.transposed { values.column(at) } else { values.row(at) });
+            }
+        }
+        Ok(Some(backend.upload(whole)?))
+    }
+
+    fn sync(&self) -> Result<()> {
+        Ok(self.writer.sync()?)
     }
 
     fn finish(self: Box<Self>) -> Box<dyn FnOnce() -> formats::Result<()> + Send> {

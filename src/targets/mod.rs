@@ -22,7 +22,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::forward::Weight;
 use crate::graph::{Graph, Linear};
-use crate::output::Staging;
+use crate::output::{Before, Staging};
 use crate::recipe::Recipe;
 use crate::report::TensorReport;
 use crate::rest::Lost;
@@ -177,8 +177,14 @@ pub trait Sink<B: Backend>: Sync {
         let _ = (backend, linear);
         Ok(None)
     }
-    /// Writes what was [`folded`](Folded), and whatever else is left.
-    fn after(&self, backend: &B, folded: &Folded) -> Result<Vec<Lost>>;
+    /// Writes those of the tensors that may be [`Folded`] which are `wanted`.
+    fn write_folded(&self, backend: &B, folded: &Folded, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Lost>>;
+    /// Takes a linear as an earlier process has written it.
+    fn keep_written(&self, linear: &Linear) -> Result<()>;
+    /// What the file holds of a linear that was taken so; `None` where that is what the input holds.
+    fn held(&self, backend: &B, linear: &Linear) -> Result<Option<B::Matrix>>;
+    /// Waits until what is written so far is on the disk.
+    fn sync(&self) -> Result<()>;
     /// What waits until everything is on the disk.
     fn finish(self: Box<Self>) -> Box<dyn FnOnce() -> formats::Result<()> + Send>;
 }
@@ -294,9 +300,10 @@ pub fn target<B: Backend>(
     recipe: Recipe,
     [model, output]: [&Path; 2],
     force: bool,
+    before: Option<Before<'_>>,
 ) -> Result<Box<dyn Target<B>>> {
     Ok(match recipe.gguf {
-        Some(_) => Box::new(Gguf::new(graph, source, recipe, model, output, force)?),
-        None => Box::new(Directory::new(graph, source, recipe, model, output, force)?),
+        Some(_) => Box::new(Gguf::new(graph, source, recipe, model, output, force, before)?),
+        None => Box::new(Directory::new(graph, source, recipe, model, output, force, before)?),
     })
 }

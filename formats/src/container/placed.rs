@@ -16,6 +16,8 @@ pub(super) struct PlacedFiles {
     files: Vec<(PathBuf, File)>,
     slots: HashMap<String, Slot>,
     shared: Arc<Shared>,
+    /// Files are there already, laid out by an earlier process.
+    taken_up: bool,
 }
 
 #[derive(Debug)]
@@ -127,15 +129,26 @@ impl Drop for PlacedFiles {
 }
 
 impl PlacedFiles {
+    /// Files that an earlier process has laid out alike, and not finished.
+    pub fn taken_up() -> PlacedFiles {
+        let mut files = PlacedFiles::default();
+        files.taken_up = true;
+        files
+    }
+
     /// Creates a file of `len` bytes that starts with `header` and is zero elsewhere; fails if there is one already.
     pub fn create(&mut self, path: &Path, header: &[u8], len: u64) -> Result<()> {
         let create = || -> std::io::Result<File> {
-            let file = File::create_new(path)?;
+            if self.taken_up {
+                return take_up(path, header, len);
+            }
+            let file = File::options().read(true).write(true).create_new(true).open(path)?;
             file.set_len(len)?;
             write_all_at(&file, header, 0)?;
             Ok(file)
         };
-        let file = create().map_err(|e| Error::io("create", e).in_file(path))?;
+        let doing = if self.taken_up { "take up" } else { "create" };
+        let file = create().map_err(|e| Error::io(doing, e).in_file(path))?;
         self.files.push((path.to_path_buf(), file));
         self.shared.state().files.push(Extent { len, slots: Vec::new(), next: 0 });
         Ok(())
@@ -208,6 +221,33 @@ impl PlacedFiles {
         Ok(())
     }
 
+    /// Takes a tensor of a file that was taken up as it is there.
+    pub fn keep(&self, name: &str) -> Result<()> {
+        let slot = self.slot(name)?;
+        let size = slot.range.end - slot.range.start;
+        slot.written.store(size, Ordering::Relaxed);
+        slot.landed.store(size, Ordering::Release);
+        let extent = &mut self.shared.state().files[slot.file];
+        extent.slots[slot.index].1 = true;
+        extent.advance();
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// Reads what is there of a tensor, `offset` bytes from its start.
+    pub fn read_part(&self, name: &str, offset: u64, data: &mut [u8]) -> Result<()> {
+        let slot = self.slot(name)?;
+        let (path, file) = &self.files[slot.file];
+        debug_assert!(offset + data.len() as u64 <= slot.range.end - slot.range.start);
+        read_exact_at(file, data, slot.range.start + offset)
+            .map_err(|e| Error::io(format!("read {} bytes", data.len()), e).in_tensor(name).in_file(path))
+    }
+
+    /// Waits until what is written so far is on the disk.
+    pub fn sync(&self) -> Result<()> {
+        self.files.iter().try_for_each(|(path, file)| file.sync_data().map_err(|e| Error::io("flush", e).in_file(path)))
+    }
+
     fn slot(&self, name: &str) -> Result<&Slot> {
         self.slots.get(name).ok_or_else(|| Error::invalid("the tensor was not announced").in_tensor(name))
     }
@@ -233,6 +273,34 @@ impl PlacedFiles {
     pub fn redirect(&mut self, to: File) {
         self.files.last_mut().expect("a file").1 = to;
     }
+}
+
+/// Opens a file that was laid out before.
+fn take_up(path: &Path, header: &[u8], len: u64) -> std::io::Result<File> {
+    let file = File::options().read(true).write(true).open(path)?;
+    let mut found = vec![0; header.len()];
+    if file.metadata()?.len() != len || read_exact_at(&file, &mut found, 0).is_err() || found != header {
+        return Err(std::io::Error::other("it was laid out otherwise"));
+    }
+    Ok(file)
+}
+
+#[cfg(unix)]
+fn read_exact_at(file: &File, data: &mut [u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, data, offset)
+}
+
+#[cfg(windows)]
+fn read_exact_at(file: &File, mut data: &mut [u8], mut offset: u64) -> std::io::Result<()> {
+    while !data.is_empty() {
+        let n = std::os::windows::fs::FileExt::seek_read(file, data, offset)?;
+        if n == 0 {
+            return Err(std::io::ErrorKind::UnexpectedEof.into());
+        }
+        data = &mut data[n..];
+        offset += n as u64;
+    }
+    Ok(())
 }
 
 #[cfg(unix)]
@@ -298,6 +366,38 @@ mod tests {
             follower.read_to_end(&mut rest).unwrap();
             assert_eq!([b"head", &rest[..]].concat(), expected);
         });
+        files.finish().unwrap();
+    }
+
+    #[test]
+    fn what_was_laid_out_alike_is_taken_up_and_tensors_are_kept_or_written_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (files, expected) = laid_out(dir.path());
+        files.write("a", &[1; 10]).unwrap();
+        files.write_part("b", 0, &[9; 5]).unwrap();
+        files.sync().unwrap();
+        drop(files);
+        let mut files = PlacedFiles::taken_up();
+        let path = dir.path().join("f");
+        for (header, len) in [(&b"Head"[..], 30), (b"head", 31), (&[0; 40], 30)] {
+            let told = PlacedFiles::taken_up().create(&path, header, len).unwrap_err().to_string();
+            assert!(told.contains("laid out otherwise"), "{told}");
+        }
+        assert!(PlacedFiles::taken_up().create(&dir.path().join("g"), b"head", 30).is_err());
+        files.create(&path, b"head", 30).unwrap();
+        files.place("a", 4..14);
+        files.place("empty", 16..16);
+        files.place("b", 16..26);
+        files.keep("a").unwrap();
+        let mut found = [0; 4];
+        files.read_part("a", 6, &mut found).unwrap();
+        assert_eq!(found, [1; 4]);
+        assert!(files.write_part("a", 0, &[3; 5]).is_err(), "what is kept is not written again");
+        let mut follower = files.follow().unwrap().pop().unwrap();
+        files.write("b", &[2; 10]).unwrap();
+        let mut read = Vec::new();
+        follower.read_to_end(&mut read).unwrap();
+        assert_eq!(read, expected);
         files.finish().unwrap();
     }
 

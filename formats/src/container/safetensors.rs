@@ -224,7 +224,29 @@ impl ShardedWriter {
         shard_bytes: u64,
         metadata: &BTreeMap<String, String>,
     ) -> Result<ShardedWriter> {
-        let dir = dir.as_ref();
+        Self::lay_out(dir.as_ref(), specs, shard_bytes, metadata, PlacedFiles::default())
+    }
+
+    /// Takes up what [`create`](Self::create) has laid out with the same arguments in another process, which did not finish. Nothing
+    /// counts as written but what is [kept](Self::keep).
+    ///
+    /// Fails where files are missing or laid out otherwise.
+    pub fn take_up(
+        dir: impl AsRef<Path>,
+        specs: Vec<TensorSpec>,
+        shard_bytes: u64,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<ShardedWriter> {
+        Self::lay_out(dir.as_ref(), specs, shard_bytes, metadata, PlacedFiles::taken_up())
+    }
+
+    fn lay_out(
+        dir: &Path,
+        specs: Vec<TensorSpec>,
+        shard_bytes: u64,
+        metadata: &BTreeMap<String, String>,
+        mut files: PlacedFiles,
+    ) -> Result<ShardedWriter> {
         let mut metadata = metadata.clone();
         metadata.entry("format".into()).or_insert_with(|| "pt".into());
 
@@ -248,7 +270,6 @@ impl ShardedWriter {
             total = total.checked_add(bytes).ok_or_else(|| Error::invalid("the tensors overflow a file"))?;
         }
 
-        let mut files = PlacedFiles::default();
         let mut weight_map = Map::new();
         let count = shards.len();
         for (index, mut shard) in shards.into_iter().enumerate() {
@@ -319,6 +340,21 @@ impl ShardedWriter {
     /// Writes part of a tensor, `offset` bytes from its start; the parts must cover it once.
     pub fn write_part(&self, name: &str, offset: u64, data: &[u8]) -> Result<()> {
         self.files.write_part(name, offset, data)
+    }
+
+    /// Takes a tensor as it is in files that were taken up.
+    pub fn keep(&self, name: &str) -> Result<()> {
+        self.files.keep(name)
+    }
+
+    /// Reads what is there of a tensor, `offset` bytes from its start.
+    pub fn read_part(&self, name: &str, offset: u64, data: &mut [u8]) -> Result<()> {
+        self.files.read_part(name, offset, data)
+    }
+
+    /// Waits until what is written so far is on the disk.
+    pub fn sync(&self) -> Result<()> {
+        self.files.sync()
     }
 
     /// Checks that every tensor was written and waits until the files are on disk.

@@ -1,4 +1,5 @@
 use super::*;
+use crate::output::sweep;
 
 /// The names in a folder, hidden ones too.
 fn listed(folder: &Path) -> Vec<String> {
@@ -13,11 +14,11 @@ fn a_file_replaces_itself_and_nothing_beside_it() {
     let room = tempfile::tempdir().unwrap();
     let at = |name: &str| room.path().join(name);
     let write = |names: &[&str], content: &[u8], force| -> Result<()> {
-        let staging = Staging::gguf(&at("m.gguf"), None, force)?;
+        let staging = Staging::gguf(&at("m.gguf"), None, force, None)?;
         names.iter().try_for_each(|name| staging.write(name, content))?;
         staging.commit().map(drop)
     };
-    drop(Staging::gguf(&at("m.gguf"), None, false).unwrap());
+    drop(Staging::gguf(&at("m.gguf"), None, false, None).unwrap());
     assert!(listed(room.path()).is_empty());
     fs::write(at("m-other.gguf"), b"GGUF").unwrap();
     let parts = ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"];
@@ -34,7 +35,7 @@ fn a_file_replaces_itself_and_nothing_beside_it() {
     assert_eq!(fs::read(at(parts[1])).unwrap(), b"GGUF again");
     fs::write(at("m.gguf"), b"letter").unwrap();
     assert!(write(&["m.gguf"], b"GGUF", true).unwrap_err().to_string().contains("this is none"));
-    let own = Staging::gguf(&at("m-other.gguf"), Some(&at("m-other.gguf")), true).err().unwrap();
+    let own = Staging::gguf(&at("m-other.gguf"), Some(&at("m-other.gguf")), true, None).err().unwrap();
     assert!(own.to_string().contains("may not be the input"));
 }
 
@@ -46,17 +47,17 @@ fn only_a_model_directory_is_replaced() {
     fs::write(out.join("config.json"), b"{}").unwrap();
     fs::write(out.join("thesis.txt"), b"dear").unwrap();
     let refused = |words: &str| {
-        let error = Staging::folder_for(&out, None, true).err().unwrap().to_string();
+        let error = Staging::folder_for(&out, None, true, None).err().unwrap().to_string();
         assert!(error.contains(words), "{error}");
     };
     refused("this has no weights");
     fs::write(out.join("model.safetensors"), b"").unwrap();
-    drop(Staging::folder_for(&out, None, true).unwrap());
+    drop(Staging::folder_for(&out, None, true, None).unwrap());
     fs::create_dir(out.join(".git")).unwrap();
     refused("this holds .git");
     assert_eq!(fs::read(out.join("thesis.txt")).unwrap(), b"dear");
     // What is called as staging folders are would be swept by the next run.
-    let hidden = Staging::folder_for(&room.path().join(".out.partial-abcdefgh"), None, false).err().unwrap();
+    let hidden = Staging::folder_for(&room.path().join(".out.partial-abcdefgh"), None, false, None).err().unwrap();
     assert!(hidden.to_string().contains("unfinished outputs"));
 }
 
@@ -66,7 +67,7 @@ fn where_the_model_cannot_be_moved_the_earlier_report_is_still_there() {
     let at = |name: &str| room.path().join(name);
     fs::write(at("m.gguf"), b"GGUF").unwrap();
     fs::write(at("m.gguf.report.json"), b"old").unwrap();
-    let mut staging = Staging::gguf(&at("m.gguf"), None, true).unwrap();
+    let mut staging = Staging::gguf(&at("m.gguf"), None, true, None).unwrap();
     staging.write("m.gguf", b"GGUF").unwrap();
     staging.write("m.gguf.report.json", b"new").unwrap();
     // No file replaces a folder, so the last step fails.
@@ -83,7 +84,7 @@ fn what_would_stop_another_file_is_told_beforehand() {
     let room = tempfile::tempdir().unwrap();
     let at = |name: &str| room.path().join(name);
     fs::write(at("in.gguf"), b"GGUF").unwrap();
-    let staging = Staging::gguf(&at("m.gguf"), Some(&at("in.gguf")), false).unwrap();
+    let staging = Staging::gguf(&at("m.gguf"), Some(&at("in.gguf")), false, None).unwrap();
     let check = |name: &str, force| staging.check_another(&at(name), Some(&at("in.gguf")), force);
     fs::write(at("old.gguf"), b"GGUF").unwrap();
     fs::write(at("letter"), b"dear").unwrap();
@@ -121,19 +122,20 @@ fn nothing_appears_until_it_is_committed_and_nothing_else_is_replaced() {
     let room = tempfile::tempdir().unwrap();
     let at = |name: &str| room.path().join(name);
     fs::create_dir(at("in")).unwrap();
-    let message = |target: &Path, force| Staging::folder_for(target, Some(&at("in")), force).err().unwrap().to_string();
+    let message =
+        |target: &Path, force| Staging::folder_for(target, Some(&at("in")), force, None).err().unwrap().to_string();
     assert!(message(&at("in"), true).contains("may not be the input"));
     assert!(message(&at("in/out"), true).contains("may not be the input"));
     assert!(message(room.path(), true).contains("may not be the input"));
     assert!(message(&at("in/../in/deep/out"), true).contains("may not be the input"));
 
-    let staging = Staging::folder_for(&at("a/b/out"), Some(&at("in")), false).unwrap();
+    let staging = Staging::folder_for(&at("a/b/out"), Some(&at("in")), false, None).unwrap();
     staging.write("config.json", b"1").unwrap();
     drop(staging);
     assert_eq!(listed(room.path()), ["in"], "folders made for the output go with it");
 
     let write = |content: &[u8], force| -> Result<()> {
-        let staging = Staging::folder_for(&at("a/out"), Some(&at("in")), force)?;
+        let staging = Staging::folder_for(&at("a/out"), Some(&at("in")), force, None)?;
         staging.write("config.json", content)?;
         staging.write("model.safetensors", content)?;
         staging.commit().map(drop)
@@ -159,7 +161,7 @@ fn what_appears_during_the_run_stays_and_so_does_the_work() {
     let at = |name: &str| room.path().join(name);
     for (number, kept) in ["out.finished", "out.finished-2"].into_iter().enumerate() {
         let _ = fs::remove_dir_all(at("out"));
-        let staging = Staging::folder_for(&at("out"), None, false).unwrap();
+        let staging = Staging::folder_for(&at("out"), None, false, None).unwrap();
         staging.write("config.json", b"new").unwrap();
         fs::create_dir(at("out")).unwrap();
         fs::write(at("out/letter"), b"dear").unwrap();
@@ -176,7 +178,7 @@ fn what_appears_during_the_run_stays_and_so_does_the_work() {
             fs::write(at("out/config.json"), b"old").unwrap();
             fs::write(at("out/model.safetensors"), b"old").unwrap();
         }
-        let staging = Staging::folder_for(&at("out"), None, true).unwrap();
+        let staging = Staging::folder_for(&at("out"), None, true, None).unwrap();
         staging.write("config.json", b"new").unwrap();
         if begun_with_one {
             fs::rename(at("out"), at("elsewhere")).unwrap();
@@ -187,12 +189,12 @@ fn what_appears_during_the_run_stays_and_so_does_the_work() {
         assert_eq!(listed(&at("out")), ["letter"]);
         fs::remove_dir_all(at("out")).unwrap();
     }
-    let staging = Staging::gguf(&at("f.gguf"), None, true).unwrap();
+    let staging = Staging::gguf(&at("f.gguf"), None, true, None).unwrap();
     staging.write("f.gguf", b"GGUF new").unwrap();
     fs::write(at("f.gguf"), b"dear").unwrap();
     assert!(staging.commit().unwrap_err().to_string().contains("something appeared there"));
     assert_eq!(fs::read(at("f.gguf")).unwrap(), b"dear");
-    let staging = Staging::gguf(&at("m.gguf"), None, false).unwrap();
+    let staging = Staging::gguf(&at("m.gguf"), None, false, None).unwrap();
     staging.write("m.gguf", b"GGUF new").unwrap();
     fs::write(at("m.gguf"), b"dear").unwrap();
     assert!(staging.commit().unwrap_err().to_string().ends_with("m.gguf.finished"));
@@ -210,10 +212,10 @@ fn what_a_run_that_is_gone_has_left_is_swept_and_what_one_at_work_holds_is_not()
         fs::create_dir(at(left)).unwrap();
         fs::write(at(left).join("model.safetensors"), b"half").unwrap();
     }
-    let first = Staging::folder_for(&at("out"), None, false).unwrap();
+    let first = Staging::folder_for(&at("out"), None, false, None).unwrap();
     assert_eq!(first.notes().len(), 2, "{:?}", first.notes());
     assert!(first.notes()[0].ends_with(".out.partial-123: removed what an interrupted run had left"));
-    let second = Staging::folder_for(&at("out"), None, false).unwrap();
+    let second = Staging::folder_for(&at("out"), None, false, None).unwrap();
     assert!(second.notes().is_empty() && first.folder().exists());
     assert_eq!(listed(room.path()).len(), 3, "another output's stays");
     drop((first, second));
@@ -238,7 +240,7 @@ fn links_stay_links_and_modes_follow_the_umask() {
     let at = |name: &str| room.path().join(name);
     fs::create_dir(at("disk")).unwrap();
     symlink("disk", at("link")).unwrap();
-    let staging = Staging::folder_for(&at("link"), None, false).unwrap();
+    let staging = Staging::folder_for(&at("link"), None, false, None).unwrap();
     staging.write("config.json", b"{}").unwrap();
     staging.commit().unwrap();
     assert!(fs::symlink_metadata(at("link")).unwrap().is_symlink());

@@ -71,11 +71,35 @@ impl GgufWriter {
         metadata: Vec<(String, MetadataValue)>,
         tensors: Vec<GgufTensor>,
     ) -> Result<GgufWriter> {
-        let path = path.as_ref();
+        Self::lay_out(path.as_ref(), metadata, tensors, PlacedFiles::default())
+    }
+
+    /// Takes up what [`create`](Self::create), or with `max_bytes` [`create_split`](Self::create_split), has laid out with the same
+    /// arguments in another process, which did not finish. Nothing counts as written but what is [kept](Self::keep).
+    ///
+    /// Fails where files are missing or laid out otherwise.
+    pub fn take_up(
+        path: impl AsRef<Path>,
+        max_bytes: Option<u64>,
+        metadata: Vec<(String, MetadataValue)>,
+        tensors: Vec<GgufTensor>,
+    ) -> Result<GgufWriter> {
+        match max_bytes {
+            None => Self::lay_out(path.as_ref(), metadata, tensors, PlacedFiles::taken_up()),
+            Some(most) => Self::lay_out_split(path.as_ref(), most, metadata, tensors, PlacedFiles::taken_up()),
+        }
+    }
+
+    fn lay_out(
+        path: &Path,
+        metadata: Vec<(String, MetadataValue)>,
+        tensors: Vec<GgufTensor>,
+        files: PlacedFiles,
+    ) -> Result<GgufWriter> {
         let in_file = |error: Error| error.in_file(path);
         check_metadata(&metadata).map_err(in_file)?;
         let sizes = check_tensors(&tensors).map_err(in_file)?;
-        let mut writer = GgufWriter { files: PlacedFiles::default(), total: 0 };
+        let mut writer = GgufWriter { files, total: 0 };
         writer.add(path, &metadata, &tensors, &sizes)?;
         Ok(writer)
     }
@@ -90,7 +114,16 @@ impl GgufWriter {
         metadata: Vec<(String, MetadataValue)>,
         tensors: Vec<GgufTensor>,
     ) -> Result<GgufWriter> {
-        let stem = stem.as_ref();
+        Self::lay_out_split(stem.as_ref(), max_bytes, metadata, tensors, PlacedFiles::default())
+    }
+
+    fn lay_out_split(
+        stem: &Path,
+        max_bytes: u64,
+        metadata: Vec<(String, MetadataValue)>,
+        tensors: Vec<GgufTensor>,
+        files: PlacedFiles,
+    ) -> Result<GgufWriter> {
         let in_file = |error: Error| error.in_file(split_path(stem, 1, 1));
         check_metadata(&metadata).map_err(in_file)?;
         let sizes = check_tensors(&tensors).map_err(in_file)?;
@@ -108,7 +141,7 @@ impl GgufWriter {
             let why = format!("{} files of {max_bytes} bytes are more than can be numbered", starts.len());
             return Err(in_file(Error::invalid(why)));
         };
-        let mut writer = GgufWriter { files: PlacedFiles::default(), total: 0 };
+        let mut writer = GgufWriter { files, total: 0 };
         let mut metadata = metadata;
         for number in 0..count {
             let from = starts[usize::from(number)];
@@ -174,6 +207,21 @@ impl GgufWriter {
     /// Writes part of a tensor, `offset` bytes from its start; the parts must cover it once.
     pub fn write_at(&self, name: &str, offset: u64, data: &[u8]) -> Result<()> {
         self.files.write_part(name, offset, data)
+    }
+
+    /// Takes a tensor as it is in files that were taken up.
+    pub fn keep(&self, name: &str) -> Result<()> {
+        self.files.keep(name)
+    }
+
+    /// Reads what is there of a tensor, `offset` bytes from its start.
+    pub fn read_part(&self, name: &str, offset: u64, data: &mut [u8]) -> Result<()> {
+        self.files.read_part(name, offset, data)
+    }
+
+    /// Waits until what is written so far is on the disk.
+    pub fn sync(&self) -> Result<()> {
+        self.files.sync()
     }
 
     /// Checks that every tensor was written and waits until the files are on disk.
