@@ -62,7 +62,7 @@ pub fn rest(plan: &Plan) -> Vec<Rest<'_>> {
 pub fn touched(block: &Block) -> HashSet<String> {
     let norms = block.steps.iter().filter_map(|step| step.pre.as_ref());
     let names = norms.flat_map(|norm| norm.weights.iter().cloned().chain(norm.bias.clone()));
-    names.chain(block.linears().into_iter().filter_map(Linear::bias)).collect()
+    names.chain(block.linears().filter_map(Linear::bias)).collect()
 }
 
 /// Copies tensors until somebody says that it is over.

@@ -85,8 +85,7 @@ pub fn quantize<B: Backend>(
         false => HashSet::new(),
     };
     let early = |over: &AtomicBool| {
-        let copied = |sink: &Box<dyn Sink<B> + '_>| sink.beside(&|name| names.contains(name), over);
-        sinks.iter().map(copied).collect::<Result<Vec<_>>>()
+        sinks.iter().map(|sink| sink.beside(&|name| names.contains(name), over)).collect::<Result<Vec<_>>>()
     };
     let progress = &*progress;
     let run = || {

@@ -89,6 +89,9 @@ impl<M> Wanted<'_, M> {
     }
 }
 
+/// A matrix with what was found for it.
+type Answer<'m, B> = (Wanted<'m, <B as Backend>::Matrix>, Solved<B>);
+
 /// What was found of one linear, put together of its placements.
 #[derive(Default)]
 struct Found {
@@ -183,7 +186,7 @@ impl<'a, B: Backend> Task<'a, B> {
                 held.push(None);
                 continue;
             }
-            let solved: Vec<(Wanted<'_, B::Matrix>, Solved<B>)> = solved.by_ref().take(placements.len()).collect();
+            let solved: Vec<Answer<'_, B>> = solved.by_ref().take(placements.len()).collect();
             let found = self.look(work, linear, placements, &solved, shared)?;
             let own = weights(&mut [linear].into_iter()) / all;
             let fallbacks = [self.target.fallback(linear), shared.and_then(|shared| shared.fallback.clone())];
@@ -222,7 +225,7 @@ impl<'a, B: Backend> Task<'a, B> {
         placements: &[Vec<Placement>],
         statistics: Option<&Statistics<B>>,
         shared: Option<&Shared<'_, B>>,
-    ) -> Result<Vec<(Wanted<'m, B::Matrix>, Solved<B>)>> {
+    ) -> Result<Vec<Answer<'m, B>>> {
         let Some(shared) = shared else { return Ok(Vec::new()) };
         let mut all = Vec::new();
         for ((linear, weight), placements) in group.iter().zip(loaded).zip(placements) {
@@ -297,7 +300,7 @@ impl<'a, B: Backend> Task<'a, B> {
         work: &Work<'_, 'a, B>,
         linear: &Linear,
         placements: &[Placement],
-        solved: &[(Wanted<'_, B::Matrix>, Solved<B>)],
+        solved: &[Answer<'_, B>],
         shared: Option<&Shared<'_, B>>,
     ) -> Result<Found> {
         let backend = work.backend;
@@ -336,7 +339,7 @@ impl<'a, B: Backend> Task<'a, B> {
         linear: &Linear,
         weight: &Weight<B::Matrix>,
         placements: &[Placement],
-        solved: Vec<(Wanted<'_, B::Matrix>, Solved<B>)>,
+        solved: Vec<Answer<'_, B>>,
     ) -> Result<Option<B::Matrix>> {
         let backend = work.backend;
         let (mut matrix, mut whole) = (None, None);

@@ -117,7 +117,7 @@ pub struct Shared<'a, B: Backend> {
 /// What was chosen for a weight.
 enum Chosen<B: Backend> {
     /// Codes on the device, and their grid.
-    Codes(B::Codes, Grid),
+    Codes(B::Codes, Box<Grid>),
     /// Rows as a file of ggml's holds them, by ggml's own encoder.
     Rows(Vec<u8>),
 }
@@ -152,7 +152,7 @@ impl<B: Backend> Solution<B> {
     /// If the weight is in one of ggml's types, whose codes and scales lie together: a mistake of the caller.
     pub fn packed(self, backend: &B, layout: WordLayout) -> Result<PackedWeight> {
         let Chosen::Codes(codes, grid) = self.chosen else { panic!("integers in groups have codes") };
-        let Grid { spec: GridSpec { encoding, group_of }, rows, scales, zeros, .. } = grid;
+        let Grid { spec: GridSpec { encoding, group_of }, rows, scales, zeros, .. } = *grid;
         let (cols, scheme) = (group_of.len(), encoding.scheme().expect("integers in groups"));
         let bytes = backend.pack(&codes, Packing::Words { bits: scheme.bits, layout })?;
         let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
@@ -216,7 +216,7 @@ fn finish<B: Backend>(
     swept: Option<f64>,
 ) -> Result<Solution<B>> {
     let dequantized = backend.dequantize(&codes, &grid)?;
-    measured(backend, shared, weight, Chosen::Codes(codes, grid), dequantized, swept)
+    measured(backend, shared, weight, Chosen::Codes(codes, Box::new(grid)), dequantized, swept)
 }
 
 fn measured<B: Backend>(
