@@ -39,7 +39,7 @@ use crate::output::hashing::{Hashing, flushed, hash_written};
 use crate::progress::Progress;
 use crate::report::{LinearReport, SmoothingReport, Stages};
 use crate::rest::{Lost, touched};
-use crate::targets::{Folded, Sink, Target, Write};
+use crate::targets::{Folded, Target, Write};
 
 /// What the walk did for one target.
 pub struct Written {
