@@ -25,7 +25,7 @@ pub static MODULES: &[&Module] = &[
     &super::losses::LOSS,
     &super::forward::ROUNDING,
     &super::blocks::BLOCKS,
-    &super::sweep::REFINE,
+    &super::refine::REFINE,
     &super::search::CLIP,
 ];
 

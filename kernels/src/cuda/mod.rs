@@ -15,6 +15,7 @@ mod losses;
 mod memory;
 mod pack;
 mod profile;
+mod refine;
 mod search;
 mod simulated;
 mod sweep;

@@ -1,29 +1,20 @@
-//! The sweep over columns, and the refinement after it.
-
-use std::ops::Range;
-
-use formats::ggml::BlockScales;
-use formats::{Encoding, Float};
-use rayon::prelude::*;
+//! The sweep over columns.
 
 use super::blocks::level_set_of;
 use super::factor::{Halves, operand, pinned, transposed};
-use super::{
-    Arg, Buffer, Codes, Cuda, Matrix, Module, Operand, Product, Real, THREADS, expect, expect_grid, expect_refined,
-};
+use super::{Arg, Buffer, Codes, Cuda, Matrix, Module, Operand, Product, Real, THREADS, expect, expect_grid};
 use crate::backend::{Factor, Grid, Swept};
 use crate::ops::levels::codes_of;
 use crate::{Error, Result};
 
 pub(super) static SWEEP: Module = Module { name: "sweep", source: include_str!("../ops/sweep.cu") };
-pub(super) static REFINE: Module = Module { name: "refine", source: include_str!("../ops/refine.cu") };
 
 /// Rows that are at work at a time: enough for every device, so few that they leave room for the rest.
 pub(super) const CHUNK: usize = 16384;
 /// Columns of a panel of the sweep, rows and threads of its blocks.
 const PANEL: usize = 128;
-const ROWS: usize = 32;
-const ROW_THREADS: u32 = 128;
+pub(super) const ROWS: usize = 32;
+pub(super) const ROW_THREADS: u32 = 128;
 
 /// A target, the scales of its groups, and what they are scales of.
 struct Part<'a> {
@@ -99,11 +90,11 @@ fn rounds(parts: impl Iterator<Item = usize>) -> Vec<Vec<Share>> {
     rounds
 }
 
-fn at(base: u64, offset: usize, bytes: usize) -> Arg {
+pub(super) fn at(base: u64, offset: usize, bytes: usize) -> Arg {
     Arg::At(base + (offset * bytes) as u64)
 }
 
-fn plain(at: u64, offset: usize, stride: usize) -> Operand {
+pub(super) fn plain(at: u64, offset: usize, stride: usize) -> Operand {
     Operand { at: at + 4 * offset as u64, stride, transposed: false }
 }
 
@@ -252,7 +243,15 @@ impl Cuda {
             }
             for share in round {
                 let from = codes.at + share.at as u64;
-                self.to_rows(&out[share.part].buffer, share.first, from, table.as_ref(), share.rows, n, height)?;
+                self.to_rows(
+                    &out[share.part].buffer,
+                    share.first,
+                    from,
+                    [table.as_ref(), None],
+                    share.rows,
+                    n,
+                    height,
+                )?;
             }
         }
         let lost = self.fetch::<f64>(&lost, rounds.len() * height)?;
@@ -294,352 +293,28 @@ impl Cuda {
         self.grid(&SWEEP, "columns_of", [cols.div_ceil(32), rows.div_ceil(32), 1], THREADS, 0, &args)
     }
 
-    /// Codes in columns to the rows from `first` on.
-    fn to_rows(
+    /// Codes in columns to the rows from `first` on, through a table of codes and to the columns of an order, where there are these.
+    pub(super) fn to_rows(
         &self,
         to: &Buffer,
         first: usize,
         from: u64,
-        table: Option<&Buffer>,
+        [table, order]: [Option<&Buffer>; 2],
         rows: usize,
         cols: usize,
         height: usize,
     ) -> Result<()> {
         let (to, table) = (to.pin()?, table.map(Buffer::pin).transpose()?);
+        let order = order.map(Buffer::pin).transpose()?;
         let args = [
             at(to.at, first * cols, 1),
             Arg::At(from),
             super::at(table.as_ref()),
+            super::at(order.as_ref()),
             (rows as i32).into(),
             (cols as i32).into(),
             (height as i32).into(),
         ];
         self.grid(&SWEEP, "codes_to_rows", [cols.div_ceil(32), rows.div_ceil(32), 1], THREADS, 0, &args)
-    }
-
-    pub(super) fn refined(
-        &self,
-        target: &Matrix,
-        gram: &Matrix,
-        damp: f64,
-        grid: &mut Grid,
-        codes: &mut Codes,
-    ) -> Result<f64> {
-        let (rows, n) = (target.rows, target.cols);
-        expect_refined("refine", [rows, n], [gram.rows, gram.cols], [codes.rows, codes.cols], grid)?;
-        let ty = grid.spec.encoding.ggml_type().expect("checked");
-        let (encoding, per_row) = (&ty.encoding(), n / ty.block_len);
-        if rows * n == 0 {
-            return Ok(0.0);
-        }
-        let hessian = self.matrix(n, n)?;
-        {
-            let (hessian, gram) = (hessian.buffer.pin()?, gram.buffer.pin_to_read()?);
-            let args = [hessian.arg(), gram.arg(), (1.0 + damp).into(), (n as i32).into()];
-            self.grid(&REFINE, "damped_whole", [n.div_ceil(32), n.div_ceil(32), 1], THREADS, 0, &args)?;
-        }
-        let height = CHUNK.min(rows.next_multiple_of(ROWS));
-        let work = Refinement {
-            cuda: self,
-            hessian,
-            encoding,
-            n,
-            height,
-            width: ty.block_len,
-            set: self.send(&level_set_of(encoding))?,
-            levels: self.buffer::<u8>(n * height)?,
-            errors: self.buffer::<f32>(n * height)?,
-            pull: self.buffer::<f32>(n * height)?,
-            steps: self.buffer::<f32>(SPAN * height)?,
-            factors: self.buffer::<f32>(2 * (n / encoding.group()) * height)?,
-            grid: self.buffer::<f32>(4 * (n / encoding.group()) * height)?,
-            curvature: self.buffer::<f64>(3 * per_row * height)?,
-        };
-        let (level_of, code_of) = (self.send(&levels_of(encoding))?, self.send(&codes_of(encoding)[..])?);
-        let chunks = rows.div_ceil(height);
-        let (sent, losses) = (&codes.buffer, self.buffer::<f64>(chunks * height)?);
-        // [chunks][blocks][height] of scales and mins.
-        let ends = self.buffer::<f32>(2 * chunks * per_row * height)?;
-        for (chunk, first) in (0..rows).step_by(height).enumerate() {
-            let some = height.min(rows - first);
-            let blocks = &grid.blocks[first * per_row..][..some * per_row];
-            // What else is pinned meanwhile must not push it out.
-            let pinned = ends.pin()?;
-            let own = pinned.at + (8 * chunk * per_row * height) as u64;
-            work.start(&Chunk { target, codes: sent, level_of: &level_of, first, rows: some, blocks, ends: own })?;
-            work.move_scales(own)?;
-            work.move_codes(own)?;
-            work.move_scales(own)?;
-            {
-                let (losses, errors, pull) = (losses.pin()?, work.errors.pin()?, work.pull.pin()?);
-                let hessian = work.hessian.buffer.pin()?;
-                let args = [
-                    at(losses.at, chunk * height, 8),
-                    errors.arg(),
-                    pull.arg(),
-                    hessian.arg(),
-                    (n as i32).into(),
-                    (height as i32).into(),
-                ];
-                self.blocks(&REFINE, "refined_loss", height / 32, THREADS, 0, &args)?;
-            }
-            self.to_rows(sent, first, work.levels.pin()?.at, Some(&code_of), some, n, height)?;
-        }
-        let found = self.fetch::<f32>(&ends, 2 * chunks * per_row * height)?;
-        let mut blocks = std::mem::take(&mut grid.blocks);
-        for (row, blocks) in blocks.chunks_exact_mut(per_row).enumerate() {
-            let (chunk, within) = (row / height, row % height);
-            for (index, block) in blocks.iter_mut().enumerate() {
-                let from = 2 * ((chunk * per_row + index) * height + within);
-                (block.d, block.m) = (found[from], found[from + 1]);
-            }
-        }
-        *grid = Grid::of_blocks(ty, rows, n, blocks);
-        Ok(self.fetch::<f64>(&losses, rows)?.iter().sum())
-    }
-}
-
-/// Columns whose changes reach the rest of the pull together, in one product.
-const SPAN: usize = 256;
-/// Columns of a panel of codes.
-const CODES: usize = 64;
-
-/// The level of each code; of those that the type has not, 0.
-fn levels_of(encoding: &Encoding) -> Vec<u8> {
-    let mut levels: Vec<u8> =
-        (0..encoding.levels.count()).map(|code| (encoding.levels.level(code as u8) as i8).cast_unsigned()).collect();
-    levels.resize(256, 0);
-    levels
-}
-
-/// Rows that are refined together, and where their blocks' scales and mins lie.
-struct Chunk<'a> {
-    target: &'a Matrix,
-    codes: &'a Buffer,
-    level_of: &'a Buffer,
-    first: usize,
-    rows: usize,
-    blocks: &'a [BlockScales],
-    ends: u64,
-}
-
-/// What a refinement works in; columns one after the other, rows side by side.
-struct Refinement<'a> {
-    cuda: &'a Cuda,
-    hessian: Matrix,
-    encoding: &'a Encoding,
-    n: usize,
-    height: usize,
-    /// Columns of a block.
-    width: usize,
-    set: Buffer,
-    levels: Buffer,
-    /// What is missing: target minus value.
-    errors: Buffer,
-    /// `H` times that.
-    pull: Buffer,
-    /// `[SPAN]` columns of what errors have changed by.
-    steps: Buffer,
-    factors: Buffer,
-    grid: Buffer,
-    curvature: Buffer,
-}
-
-impl Refinement<'_> {
-    fn groups(&self) -> usize {
-        self.n / self.encoding.group()
-    }
-
-    fn per_block(&self) -> usize {
-        self.width / self.encoding.group()
-    }
-
-    fn group_shift(&self) -> Arg {
-        debug_assert!(self.encoding.group().is_power_of_two(), "columns are found in their groups by shifts");
-        (self.encoding.group().trailing_zeros() as i32).into()
-    }
-
-    /// Brings rows to the device in the shape that the rest wants.
-    fn start(&self, chunk: &Chunk<'_>) -> Result<()> {
-        let (cuda, n, height) = (self.cuda, self.n, self.height);
-        let ends: Vec<f32> = chunk.blocks.iter().flat_map(|block| [block.d, block.m]).collect();
-        let per_block = self.per_block();
-        let bytes = |of: &(dyn Fn(&BlockScales, usize) -> u8 + Sync)| {
-            let mut out = vec![0u8; chunk.blocks.len() * per_block];
-            out.par_chunks_exact_mut(per_block).zip(chunk.blocks).for_each(|(out, block)| {
-                out.iter_mut().enumerate().for_each(|(i, out)| *out = of(block, i));
-            });
-            cuda.send(&out)
-        };
-        let subs = match self.encoding.sub() {
-            Some(_) => Some((bytes(&|b, i| b.scales[i].cast_unsigned())?, bytes(&|b, i| b.mins[i])?)),
-            None => None,
-        };
-        let ends = cuda.send(&ends)?;
-        let subs = match &subs {
-            Some((scales, mins)) => Some((scales.pin()?, mins.pin()?)),
-            None => None,
-        };
-        let (ends, factors, grid) = (ends.pin()?, self.factors.pin()?, self.grid.pin()?);
-        let args = [
-            factors.arg(),
-            Arg::At(chunk.ends),
-            super::at(subs.as_ref().map(|(scales, _)| scales)),
-            super::at(subs.as_ref().map(|(_, mins)| mins)),
-            ends.arg(),
-            self.encoding.has_min().into(),
-            (chunk.rows as i32).into(),
-            (self.groups() as i32).into(),
-            (per_block as i32).into(),
-            (height as i32).into(),
-        ];
-        cuda.each(&REFINE, "block_columns", self.groups() * height, &args)?;
-        self.expand(chunk.ends)?;
-        let (target, codes) = (chunk.target.buffer.pin_to_read()?, chunk.codes.pin()?);
-        let (level_of, levels, errors, pull) =
-            (chunk.level_of.pin()?, self.levels.pin()?, self.errors.pin()?, self.pull.pin()?);
-        let args = [
-            levels.arg(),
-            errors.arg(),
-            at(target.at, chunk.first * n, 4),
-            at(codes.at, chunk.first * n, 1),
-            level_of.arg(),
-            grid.arg(),
-            (self.encoding.group() as i32).into(),
-            (chunk.rows as i32).into(),
-            (n as i32).into(),
-            (height as i32).into(),
-        ];
-        cuda.grid(&REFINE, "errors_of", [n.div_ceil(32), height / 32, 1], THREADS, 0, &args)?;
-        let hessian = self.hessian.buffer.pin()?;
-        cuda.device().product(&Product {
-            real: Real::F32,
-            shape: [n, height, n],
-            a: plain(hessian.at, 0, n),
-            b: plain(errors.at, 0, height),
-            c: plain(pull.at, 0, height),
-            alpha: 1.0,
-            beta: 0.0,
-        })
-    }
-
-    /// Scale and min of every group.
-    fn expand(&self, ends: u64) -> Result<()> {
-        let (grid, factors) = (self.grid.pin()?, self.factors.pin()?);
-        let args = [
-            grid.arg(),
-            factors.arg(),
-            Arg::At(ends),
-            (self.groups() as i32).into(),
-            (self.per_block() as i32).into(),
-            (self.height as i32).into(),
-        ];
-        self.cuda.each(&REFINE, "expand_columns", self.groups() * self.height, &args)
-    }
-
-    /// Adds `H · steps` of the columns `changed`, which lie in `steps` from `skip` on, to the pull of the columns `of`.
-    fn add_pull(&self, of: Range<usize>, changed: Range<usize>, skip: usize) -> Result<()> {
-        if of.is_empty() || changed.is_empty() {
-            return Ok(());
-        }
-        let (n, height) = (self.n, self.height);
-        let (hessian, steps, pull) = (self.hessian.buffer.pin()?, self.steps.pin()?, self.pull.pin()?);
-        self.cuda.device().product(&Product {
-            real: Real::F32,
-            shape: [of.len(), height, changed.len()],
-            a: plain(hessian.at, of.start * n + changed.start, n),
-            b: plain(steps.at, skip * height, height),
-            c: plain(pull.at, of.start * height, height),
-            alpha: 1.0,
-            beta: 1.0,
-        })
-    }
-
-    /// One exact move of every block's scale and min.
-    fn move_scales(&self, ends: u64) -> Result<()> {
-        // A power of two has no room to move.
-        if self.encoding.precision() == Float::E8M0 {
-            return Ok(());
-        }
-        let (cuda, n, height, width) = (self.cuda, self.n, self.height, self.width);
-        let (levels, factors, hessian) = (self.levels.pin()?, self.factors.pin()?, self.hessian.buffer.pin()?);
-        let (curvature, errors) = (self.curvature.pin()?, self.errors.pin()?);
-        let (pull, steps) = (self.pull.pin()?, self.steps.pin()?);
-        let args = [
-            curvature.arg(),
-            levels.arg(),
-            factors.arg(),
-            hessian.arg(),
-            (width as i32).into(),
-            self.group_shift(),
-            (n as i32).into(),
-            (height as i32).into(),
-        ];
-        let kernel = if self.encoding.has_min() { "curvatures_with_min" } else { "curvatures" };
-        let shape = [height.div_ceil(ROW_THREADS as usize), n / width, 1];
-        cuda.grid(&REFINE, kernel, shape, ROW_THREADS, 0, &args)?;
-        for start in (0..n).step_by(SPAN) {
-            let end = n.min(start + SPAN);
-            for first in (start..end).step_by(width) {
-                let block = first / width;
-                let args = [
-                    at(ends, block * height, 8),
-                    errors.arg(),
-                    at(steps.at, (first - start) * height, 4),
-                    pull.arg(),
-                    levels.arg(),
-                    factors.arg(),
-                    at(curvature.at, block * height, 8),
-                    ((n / width * height) as i64).into(),
-                    (first as i32).into(),
-                    (width as i32).into(),
-                    self.group_shift(),
-                    self.encoding.has_min().into(),
-                    self.encoding.sub().is_some().into(),
-                    (height as i32).into(),
-                ];
-                cuda.blocks(&REFINE, "move_block", height / 32, THREADS, 0, &args)?;
-                self.add_pull(start..end, first..first + width, first - start)?;
-            }
-            self.add_pull(0..start, start..end, 0)?;
-            self.add_pull(end..n, start..end, 0)?;
-        }
-        Ok(())
-    }
-
-    /// One round over all codes, each to where the loss is least while the others stay.
-    fn move_codes(&self, ends: u64) -> Result<()> {
-        self.expand(ends)?;
-        let (cuda, n, height) = (self.cuda, self.n, self.height);
-        let (levels, errors, steps, pull) =
-            (self.levels.pin()?, self.errors.pin()?, self.steps.pin()?, self.pull.pin()?);
-        let (hessian, grid, set) = (self.hessian.buffer.pin()?, self.grid.pin()?, self.set.pin()?);
-        for start in (0..n).step_by(SPAN) {
-            let end = n.min(start + SPAN);
-            for first in (start..end).step_by(CODES) {
-                let last = end.min(first + CODES);
-                let args = [
-                    levels.arg(),
-                    errors.arg(),
-                    at(steps.at, (first - start) * height, 4),
-                    pull.arg(),
-                    hessian.arg(),
-                    grid.arg(),
-                    set.arg(),
-                    (first as i32).into(),
-                    ((last - first) as i32).into(),
-                    self.group_shift(),
-                    (n as i32).into(),
-                    (height as i32).into(),
-                ];
-                cuda.blocks(&REFINE, "move_codes", height / ROWS, ROW_THREADS, 0, &args)?;
-                // The panel's own pull is up to date already.
-                self.add_pull(start..first, first..last, first - start)?;
-                self.add_pull(last..end, first..last, first - start)?;
-            }
-            self.add_pull(0..start, start..end, 0)?;
-            self.add_pull(end..n, start..end, 0)?;
-        }
-        Ok(())
     }
 }

@@ -3,6 +3,19 @@
 //! The search matters as much as the sweep: a sweep cannot repair a scale. Candidates are tried as the file will hold
 //! them, symmetric grids in both orientations (the longer tail gets the extra level), integer zeros near every split of
 //! the clipped range; the best candidate's scale is then solved by least squares, rounded, and kept if it is better.
+//!
+//! ```text
+//! best = the grid that spans the group's range, widened to hold 0
+//! for each share of that range:                 # from `candidates`: the fewer levels, the more clipping pays
+//!     for each place of the grid:               # symmetric: scale and −scale; else zeros that cut at either end
+//!         scale = share as the file stores it
+//!         best  = it, if Σ h (x − scale · (code − zero))² is less
+//! three times:                                  # from the best one to the bottom of its own valley
+//!     scale = Σ h x c / Σ h c², c = code − zero # least squares for the codes that it gives, stored, kept if better
+//!     zero ± 1 with the same scale              # kept if better
+//! ```
+//!
+//! ggml's blocks, whose scales are integers of a superblock's, are searched by `blocks.rs`.
 
 use formats::{Encoding, Float, Offset};
 use ndarray::{Array2, ArrayView2};
@@ -92,7 +105,7 @@ fn integers(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f
     Grid::of_integers(spec.clone(), rows, scales, zeros)
 }
 
-/// Keeps never-active columns from vanishing out of the search: at least a small part of the mean.
+/// The importance of a group's columns; keeps never-active ones from vanishing out of the search: at least a small part of the mean.
 pub(crate) fn floor(mut importance: Vec<f32>) -> Vec<f32> {
     let mean = importance.iter().map(|x| f64::from(*x)).sum::<f64>() / importance.len().max(1) as f64;
     if mean <= 0.0 || !mean.is_finite() {

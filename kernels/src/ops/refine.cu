@@ -1,6 +1,8 @@
-// After the sweep: moves the blocks' scales, then single codes, wherever the loss falls. Matrices lie with their columns one after
-// the other, rows side by side, as in the sweep: [n][height], `height` a multiple of 32 and rows beyond the last without effect.
-// Levels are kept with 128 added.
+// After the sweep: moves scales, then single codes, wherever the loss falls, as refine.rs says. Matrices lie with their columns one
+// after the other, rows side by side, as in the sweep: [n][height], `height` a multiple of 32 and rows beyond the last without effect.
+//
+// Columns that share a stored scale are a unit: a block of ggml's, or a group of integers. Of each weight a byte is kept: of ggml's
+// types its level with 128 added, of integers its code. `order` is the column at each position, null where all are where they were.
 
 // Columns of a panel of codes; four lanes carry a row, each every fourth column.
 #define REFINE_PANEL 64
@@ -27,6 +29,17 @@ KERNEL(damped_whole)(float *to, const float *gram, double factor, int n) {
 }
 EXPORT(damped_whole)
 
+// The same with columns in order.
+KERNEL(damped_ordered)(float *to, const float *gram, const u32 *order, double factor, int n) {
+    i64 count = (i64)n * n;
+    for (i64 i = global_index(); i < count; i += global_stride()) {
+        int row = (int)order[i / n], col = (int)order[i % n];
+        float value = gram[row > col ? (i64)row * n + col : (i64)col * n + row];
+        to[i] = row == col ? (float)((double)fmaxf(value, 0.0f) * factor) : value;
+    }
+}
+EXPORT(damped_ordered)
+
 // [groups][height] of what a block's scale and min are multiplied by in a group, and [blocks][height] of scales and mins. `scales`
 // and `mins` are [rows, groups], or nothing where groups have none of their own; `ends` is [rows, blocks].
 KERNEL(block_columns)(
@@ -48,7 +61,7 @@ KERNEL(block_columns)(
 }
 EXPORT(block_columns)
 
-// [groups][height] of scale, its inverse, and min.
+// [groups][height] of scale, its inverse, and min or zero.
 KERNEL(expand_columns)(float4 *grid, const float2 *factors, const float2 *blocks, int groups, int per_block, int height) {
     i64 count = (i64)groups * height;
     for (i64 i = global_index(); i < count; i += global_stride()) {
@@ -60,54 +73,61 @@ KERNEL(expand_columns)(float4 *grid, const float2 *factors, const float2 *blocks
 }
 EXPORT(expand_columns)
 
-// Levels and errors from codes and targets [rows, n]; `table` holds each code's level. Blocks of 256 threads take 32 × 32 values.
+// Bytes and errors from codes and targets [rows, n]; `table` holds the byte of each code, `groups` the group of each position. Blocks of
+// 256 threads take 32 × 32 values.
 KERNEL(errors_of)(
-    u8 *levels, float *errors, const float *target, const u8 *codes, const i8 *table, const float4 *grid, int group, int rows,
-    int n, int height) {
+    u8 *levels, float *errors, const float *target, const u8 *codes, const u8 *table, const float4 *grid, const u32 *groups,
+    const u32 *order, int integers, int rows, int n, int height) {
     __shared__ float targets[32][33];
-    __shared__ i8 found[32][33];
+    __shared__ u8 found[32][33];
     int x = threadIdx.x % 32, y = threadIdx.x / 32, col = blockIdx.x * 32, row = blockIdx.y * 32;
     for (int i = y; i < 32; i += 8) {
         bool some = row + i < rows && col + x < n;
-        i64 from = (i64)(row + i) * n + col + x;
+        i64 from = (i64)(row + i) * n + (some && order ? (int)order[col + x] : col + x);
         targets[i][x] = some ? target[from] : 0.0f;
-        found[i][x] = some ? table[codes[from]] : 0;
+        found[i][x] = some ? table[codes[from]] : table[0];
     }
     __syncthreads();
     for (int i = y; i < 32; i += 8) {
         if (col + i >= n) continue;
         i64 to = (i64)(col + i) * height + row + x;
-        float4 at = grid[(i64)((col + i) / group) * height + row + x];
-        int level = found[x][i];
-        levels[to] = (u8)(level + 128);
-        errors[to] = targets[x][i] - (at.x * (float)level - at.z);
+        float4 at = grid[(i64)groups[col + i] * height + row + x];
+        float level = (float)found[x][i];
+        levels[to] = found[x][i];
+        errors[to] = targets[x][i] - (integers ? at.x * (level - at.z) : at.x * (level - 128.0f) - at.z);
     }
 }
 EXPORT(errors_of)
 
-struct Blocks {
+// One unit: its first position, and its groups.
+struct Unit {
     const u8 *levels;
     const float2 *factors;
-    int first, group_shift, height;
+    // Scale and zero of a unit of integers, in columns; null of a block.
+    const float2 *ends;
+    int first, group, group_shift, height;
 };
 
-// What a column's error changes by with its block's scale, and with its min.
-__device__ __forceinline__ float2 slopes(const Blocks &b, int col, int row) {
-    int at = b.first + col;
-    float2 factor = b.factors[(i64)(at >> b.group_shift) * b.height + row];
-    return make_float2(factor.x * (float)((int)b.levels[(i64)at * b.height + row] - 128), -factor.y);
+// What a value changes by with its unit's scale, and with its offset.
+__device__ __forceinline__ float2 slopes(const Unit &b, int col, int row) {
+    float level = (float)b.levels[(i64)(b.first + col) * b.height + row];
+    if (b.ends) return make_float2(level - b.ends[row].y, -1.0f);
+    float2 factor = b.factors[(i64)(b.group + (col >> b.group_shift)) * b.height + row];
+    return make_float2(factor.x * (level - 128.0f), -factor.y);
 }
 
-// uᵀHu, uᵀHv and vᵀHv of each block's slopes, to three tables [blocks][height]. Blocks of 128 threads, one a row; blockIdx.y is the
-// block.
+// uᵀHu, uᵀHv and vᵀHv of each unit's slopes, to three tables [units][height]. Blocks of 128 threads, one a row; blockIdx.y is the
+// unit, whose positions begin at `starts`. `ends` is null for ggml's blocks, whose groups have `1 << group_shift` columns.
 template <bool MIN>
 __device__ __forceinline__ void curvatures_of(
-    double *out, const u8 *levels, const float2 *factors, const float *hessian, int width, int group_shift, int n, int height) {
+    double *out, const u8 *levels, const float2 *factors, const float2 *ends, const float *hessian, const u32 *starts, int group_shift,
+    int n, int height) {
     __shared__ float4 tile[REFINE_TILE][REFINE_TILE / 4];
-    int row = blockIdx.x * blockDim.x + threadIdx.x;
+    int row = blockIdx.x * blockDim.x + threadIdx.x, unit = blockIdx.y;
+    int first = (int)starts[unit], width = (int)starts[unit + 1] - first;
     bool mine = row < height;
     row = mine ? row : height - 1;
-    Blocks b = {levels, factors, (int)blockIdx.y * width, group_shift, height};
+    Unit b = {levels, factors, ends ? ends + (i64)unit * height : ends, first, first >> group_shift, group_shift, height};
     double uu = 0.0, uv = 0.0, vv = 0.0;
     for (int top = 0; top < width; top += REFINE_TILE) {
         float hu[REFINE_TILE], hv[REFINE_TILE];
@@ -117,12 +137,15 @@ __device__ __forceinline__ void curvatures_of(
             __syncthreads();
             float *flat = (float *)tile;
             for (int i = threadIdx.x; i < REFINE_TILE * REFINE_TILE; i += blockDim.x) {
-                i64 from = b.first + left + i / REFINE_TILE, to = b.first + top + i % REFINE_TILE;
-                flat[i] = hessian[from * n + to];
+                int from = left + i / REFINE_TILE, to = top + i % REFINE_TILE;
+                // A unit need not be whole tiles.
+                bool inside = from < width && to < width;
+                flat[i] = inside ? hessian[(i64)(first + from) * n + first + to] : 0.0f;
             }
             __syncthreads();
+            int most = width - left < REFINE_TILE ? width - left : REFINE_TILE;
 #pragma unroll 2
-            for (int j = 0; j < REFINE_TILE; j++) {
+            for (int j = 0; j < most; j++) {
                 float2 s = slopes(b, left + j, row);
 #pragma unroll
                 for (int i = 0; i < REFINE_TILE / 4; i++) {
@@ -142,6 +165,7 @@ __device__ __forceinline__ void curvatures_of(
         }
 #pragma unroll
         for (int i = 0; i < REFINE_TILE; i++) {
+            if (top + i >= width) continue;
             float2 s = slopes(b, top + i, row);
             uu += (double)(s.x * hu[i]);
             if (MIN) {
@@ -151,7 +175,7 @@ __device__ __forceinline__ void curvatures_of(
         }
     }
     if (mine) {
-        i64 at = (i64)blockIdx.y * height + row, table = (i64)gridDim.y * height;
+        i64 at = (i64)unit * height + row, table = (i64)gridDim.y * height;
         out[at] = uu;
         out[table + at] = uv;
         out[2 * table + at] = vv;
@@ -159,43 +183,91 @@ __device__ __forceinline__ void curvatures_of(
 }
 
 KERNEL(curvatures)(
-    double *out, const u8 *levels, const float2 *factors, const float *hessian, int width, int group_shift, int n, int height) {
-    curvatures_of<false>(out, levels, factors, hessian, width, group_shift, n, height);
+    double *out, const u8 *levels, const float2 *factors, const float2 *ends, const float *hessian, const u32 *starts, int group_shift,
+    int n, int height) {
+    curvatures_of<false>(out, levels, factors, ends, hessian, starts, group_shift, n, height);
 }
 EXPORT(curvatures)
 
-KERNEL(curvatures_with_min)(
-    double *out, const u8 *levels, const float2 *factors, const float *hessian, int width, int group_shift, int n, int height) {
-    curvatures_of<true>(out, levels, factors, hessian, width, group_shift, n, height);
+KERNEL(curvatures_with_offset)(
+    double *out, const u8 *levels, const float2 *factors, const float2 *ends, const float *hessian, const u32 *starts, int group_shift,
+    int n, int height) {
+    curvatures_of<true>(out, levels, factors, ends, hessian, starts, group_shift, n, height);
 }
-EXPORT(curvatures_with_min)
+EXPORT(curvatures_with_offset)
 
-// A move of a block's scale and min, and what it changes the loss by.
+// A move of a unit's scale and offset, what it changes the loss by, and how far it goes along both slopes.
 struct Move {
     double change;
-    float2 to;
+    float2 to, steps;
 };
 
-__device__ __forceinline__ void consider(
-    Move &best, float2 from, double d, double m, double uu, double uv, double vv, double ug, double vg, bool sub) {
-    float new_d = round_scale(PRECISION_F16, (float)d), new_m = round_scale(PRECISION_F16, (float)m);
-    // Far moves say that the quadratic is flat there, not that the scale was wrong.
-    float near = new_d / from.x;
-    if (!(near >= 0.25f && near <= 2.0f && fabsf(new_m) < INFINITE) || (sub && new_m < 0.0f)) return;
-    double s = (double)new_d - (double)from.x, t = (double)new_m - (double)from.y;
-    double change = s * s * uu + 2.0 * s * t * uv + t * t * vv - 2.0 * (s * ug + t * vg);
-    if (change < best.change) best = Move{change, make_float2(new_d, new_m)};
+// What a unit's loss looks like around where it is.
+struct Curve {
+    double uu, uv, vv, ug, vg;
+    __device__ __forceinline__ double change(double s, double t) const {
+        return s * s * uu + 2.0 * s * t * uv + t * t * vv - 2.0 * (s * ug + t * vg);
+    }
+};
+
+// Far moves say that the quadratic is flat there, not that the scale was wrong.
+__device__ __forceinline__ bool is_near(float now, float before) {
+    float share = now / before;
+    return share >= 0.25f && share <= 2.0f;
 }
 
-// One exact move of a block's scale and min in every row. Blocks of 256 threads: 32 rows, every eighth column of the block each.
-// `blocks` and `curvature` begin at the block, the latter's tables lie `table` apart; `steps` [width][height] is what errors change by.
-KERNEL(move_block)(
-    float2 *blocks, float *errors, float *steps, const float *pull, const u8 *levels, const float2 *factors,
-    const double *curvature, i64 table, int first, int width, int group_shift, int has_min, int has_sub, int height) {
+__device__ __forceinline__ void consider(Move &best, const Curve &curve, float2 from, double d, double m, bool sub) {
+    float new_d = round_scale(PRECISION_F16, (float)d), new_m = round_scale(PRECISION_F16, (float)m);
+    if (!(is_near(new_d, from.x) && fabsf(new_m) < INFINITE) || (sub && new_m < 0.0f)) return;
+    double change = curve.change((double)new_d - (double)from.x, (double)new_m - (double)from.y);
+    if (change < best.change)
+        best = Move{change, make_float2(new_d, new_m), make_float2(new_d - from.x, new_m - from.y)};
+}
+
+// A block of ggml's.
+__device__ __forceinline__ Move move_of_block(const Curve &curve, float2 from, bool has_min, bool sub) {
+    Move best = {0.0, from, make_float2(0.0f, 0.0f)};
+    double uu = curve.uu, uv = curve.uv, vv = curve.vv, ug = curve.ug, vg = curve.vg;
+    if (uu > 0.0 && from.x != 0.0f) {
+        consider(best, curve, from, (double)from.x + ug / uu, (double)from.y, sub);
+        double determinant = uu * vv - uv * uv;
+        if (has_min && determinant > 1e-6 * uu * vv) {
+            double s = (ug * vv - vg * uv) / determinant, t = (vg * uu - ug * uv) / determinant;
+            consider(best, curve, from, (double)from.x + s, (double)from.y + t, sub);
+        }
+    }
+    return best;
+}
+
+// A group of integers, whose zero stays or moves by one.
+__device__ __forceinline__ Move move_of_integers(
+    const Curve &curve, float2 from, int precision, bool symmetric, float min_zero, float max) {
+    Move best = {0.0, from, make_float2(0.0f, 0.0f)};
+    for (int turn = 0; turn < (symmetric ? 1 : 3); turn++) {
+        double k = turn == 0 ? 0.0 : turn == 1 ? -1.0 : 1.0;
+        float zero = from.y + (float)k;
+        double curvature = curve.uu + 2.0 * k * curve.uv + k * k * curve.vv;
+        bool allowed = turn == 0 || (zero >= min_zero && zero <= max);
+        if (!(allowed && curvature > 0.0 && from.x != 0.0f)) continue;
+        double wanted = ((double)from.x * (curve.uu + k * curve.uv) + curve.ug + k * curve.vg) / curvature;
+        float scale = round_scale(precision, (float)wanted);
+        if (!is_near(scale, from.x)) continue;
+        double s = (double)scale - (double)from.x, t = (double)scale * k, change = curve.change(s, t);
+        if (change < best.change) best = Move{change, make_float2(scale, zero), make_float2((float)s, (float)t)};
+    }
+    return best;
+}
+
+// One exact move of a unit's scale and offset in every row. Blocks of 256 threads: 32 rows, every eighth column of the unit each.
+// `ends` and `curvature` begin at the unit, the latter's tables lie `table` apart; `steps` [width][height] is what errors change by.
+KERNEL(move_unit)(
+    float2 *ends, float *errors, float *steps, const float *pull, const u8 *levels, const float2 *factors, const double *curvature,
+    i64 table, int first, int width, int group_shift, int has_min, int has_sub, int integers, int precision, int symmetric,
+    float min_zero, float max, int height) {
     __shared__ double sums[2][8][32];
     __shared__ float2 moves[32];
     int lane = threadIdx.x % 32, part = threadIdx.x / 32, row = blockIdx.x * 32 + lane;
-    Blocks b = {levels, factors, first, group_shift, height};
+    Unit b = {levels, factors, integers ? ends : 0, first, first >> group_shift, group_shift, height};
     double ug = 0.0, vg = 0.0;
 #pragma unroll 4
     for (int col = part; col < width; col += 8) {
@@ -206,26 +278,19 @@ KERNEL(move_block)(
     }
     sums[0][part][lane] = ug;
     sums[1][part][lane] = vg;
+    float2 from = ends[row];
     __syncthreads();
+    Move best = {0.0, from, make_float2(0.0f, 0.0f)};
     if (part == 0) {
         ug = vg = 0.0;
         for (int i = 0; i < 8; i++) {
             ug += sums[0][i][lane];
             vg += sums[1][i][lane];
         }
-        double uu = curvature[row], uv = curvature[table + row], vv = curvature[2 * table + row];
-        float2 from = blocks[row];
-        Move best = {0.0, from};
-        if (uu > 0.0 && from.x != 0.0f) {
-            consider(best, from, (double)from.x + ug / uu, (double)from.y, uu, uv, vv, ug, vg, has_sub);
-            double determinant = uu * vv - uv * uv;
-            if (has_min && determinant > 1e-6 * uu * vv) {
-                double s = (ug * vv - vg * uv) / determinant, t = (vg * uu - ug * uv) / determinant;
-                consider(best, from, (double)from.x + s, (double)from.y + t, uu, uv, vv, ug, vg, has_sub);
-            }
-        }
-        blocks[row] = best.to;
-        moves[lane] = make_float2(best.to.x - from.x, best.to.y - from.y);
+        Curve curve = {curvature[row], curvature[table + row], curvature[2 * table + row], ug, vg};
+        best = integers ? move_of_integers(curve, from, precision, symmetric, min_zero, max)
+                        : move_of_block(curve, from, has_min, has_sub);
+        moves[lane] = best.steps;
     }
     __syncthreads();
     float2 move = moves[lane];
@@ -236,8 +301,11 @@ KERNEL(move_block)(
         errors[(i64)(first + col) * height + row] += step;
         steps[(i64)col * height + row] = step;
     }
+    // Slopes are those of the zero as it was.
+    __syncthreads();
+    if (part == 0) ends[row] = best.to;
 }
-EXPORT(move_block)
+EXPORT(move_unit)
 
 // What a block knows of its panel of the Hessian.
 struct RefinePanel {
@@ -246,13 +314,34 @@ struct RefinePanel {
     float inverse[REFINE_PANEL];
 };
 
+// What a value of a group may become: levels,
+struct RefinedLevels {
+    LevelSet set;
+    __device__ __forceinline__ float of(u8 byte) const { return (float)((int)byte - 128); }
+    __device__ __forceinline__ u8 byte(float level) const { return (u8)((int)level + 128); }
+    __device__ __forceinline__ float value(float level, float4 own) const { return own.x * level - own.z; }
+    __device__ __forceinline__ float nearest(float x, float4 own) const { return nearest_level(set, (x + own.z) * own.y); }
+};
+
+// or codes up to the largest.
+struct RefinedCodes {
+    float max;
+    __device__ __forceinline__ float of(u8 byte) const { return (float)byte; }
+    __device__ __forceinline__ u8 byte(float code) const { return (u8)(int)code; }
+    __device__ __forceinline__ float value(float code, float4 own) const { return own.x * (code - own.z); }
+    __device__ __forceinline__ float nearest(float x, float4 own) const {
+        return limited(nearest_integer(x * own.y) + own.z, 0.0f, max);
+    }
+};
+
 // One round over the codes of `width` columns from `start`, each to where the loss is least while the others stay. Blocks of 128
-// threads, 32 rows. `steps` [width][height] is what errors change by; of the pull only the panel's own follows.
-KERNEL(move_codes)(
-    u8 *levels, float *errors, float *steps, float *pull, const float *hessian, const float4 *grid, const LevelSet *table, int start,
-    int width, int group_shift, int n, int height) {
+// threads, 32 rows. `steps` [width][height] is what errors change by; of the pull only the panel's own follows. `groups` is the group of
+// each position.
+template <class Points>
+__device__ __forceinline__ void move_panel(
+    const Points &points, u8 *levels, float *errors, float *steps, float *pull, const float *hessian, const float4 *grid,
+    const u32 *groups, int start, int width, int n, int height) {
     __shared__ RefinePanel panel;
-    LevelSet set = *table;
     int within = threadIdx.x % WARP, part = within / 8;
     int row = blockIdx.x * 32 + threadIdx.x / WARP * 8 + within % 8;
     // The pull of the column at hand comes first, the others follow in a ring.
@@ -287,16 +376,16 @@ KERNEL(move_codes)(
         float level = 0.0f, moved = 0.0f;
         float4 own = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (p < width) {
-            level = (float)((int)levels[at] - 128);
-            own = grid[(i64)((start + p) >> group_shift) * height + row];
+            level = points.of(levels[at]);
+            own = grid[(i64)groups[start + p] * height + row];
         }
         float inverse = panel.inverse[p];
         // A group without a scale has nowhere to go.
         bool stays = own.y == 0.0f || inverse == 0.0f;
 #pragma unroll
         for (int owner = 0; owner < REFINE_LANES; owner++) {
-            float wanted = own.x * level - own.z + f[0] * inverse;
-            float found = nearest_level(set, (wanted + own.z) * own.y);
+            float wanted = points.value(level, own) + f[0] * inverse;
+            float found = points.nearest(wanted, own);
             found = stays ? level : found;
             float change = own.x * (level - found);
             if (owner == part) {
@@ -318,7 +407,7 @@ KERNEL(move_codes)(
             }
         }
         if (p < width) {
-            levels[at] = (u8)((int)level + 128);
+            levels[at] = points.byte(level);
             errors[at] += moved;
             steps[(i64)p * height + row] = moved;
         }
@@ -328,6 +417,19 @@ KERNEL(move_codes)(
         int p = REFINE_LANES * i + part;
         if (p < width) pull[(i64)(start + p) * height + row] = f[i];
     }
+}
+
+KERNEL(move_levels)(
+    u8 *levels, float *errors, float *steps, float *pull, const float *hessian, const float4 *grid, const u32 *groups, int start,
+    int width, int n, int height, const LevelSet *set) {
+    move_panel(RefinedLevels{*set}, levels, errors, steps, pull, hessian, grid, groups, start, width, n, height);
+}
+EXPORT(move_levels)
+
+KERNEL(move_codes)(
+    u8 *levels, float *errors, float *steps, float *pull, const float *hessian, const float4 *grid, const u32 *groups, int start,
+    int width, int n, int height, float max) {
+    move_panel(RefinedCodes{max}, levels, errors, steps, pull, hessian, grid, groups, start, width, n, height);
 }
 EXPORT(move_codes)
 

@@ -1,19 +1,39 @@
-//! After the sweep: moves the blocks' scales, then single codes, wherever the layer's output comes nearer.
+//! After the sweep: moves scales, then single codes, wherever the layer's output comes nearer.
 //!
 //! A sweep fixes codes one by one on scales that were chosen without it. With the codes at hand the loss
-//! `tr((T − Ŵ) H (T − Ŵ)ᵀ)` is quadratic in each block's scale and min, and in each single value: both are solved exactly, rounded
+//! `tr((T − Ŵ) H (T − Ŵ)ᵀ)` is quadratic in each stored scale and offset, and in each single value: both are solved exactly, rounded
 //! to what the file holds, and kept if the loss falls. So it never rises.
+//!
+//! ```text
+//! e = t − ŵ;  g = H e                          # the loss is Σ e g, its slope along a change of ŵ is −2 g
+//! move_scales
+//! repeat:  move_codes;  move_scales
+//!
+//! move_scales: for each unit, the columns that share what the file stores as one scale (and zero or min):
+//!     u, v  = what its values change by with the scale, with the offset
+//!     change(s, t) = s² uᵀHu + 2 s t uᵀHv + t² vᵀHv − 2 (s uᵀg + t vᵀg)
+//!     take the stored scale and offset of the least change, if that is below 0;  e and g follow
+//! move_codes: for each column p:
+//!     ŵ[p]  = the value nearest to ŵ[p] + g[p] / H[p, p];  e and g follow
+//! ```
+//!
+//! A unit of ggml's is a block or superblock, whose groups' integers stay; of integers in groups it is a group, whose zero is an integer
+//! itself and moves by one. Columns whose groups lie apart (`desc_act`) are brought together first.
 //!
 //! Cyclic coordinate descent over codes is QuantEase's (Behdin et al. 2023, arXiv:2309.01885).
 
+use std::ops::Range;
+
+use formats::ggml::BlockScales;
 use formats::{Encoding, Float};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
+use super::fit::Rules;
 use super::gemm;
 use super::levels::{AnyLevels, LevelSet, codes_of};
-use super::round::inverse;
-use crate::{Grid, simd_fn};
+use super::round::{code, inverse};
+use crate::{Grid, GridSpec, simd_fn};
 
 /// Rows that one task carries, and columns of a panel of codes.
 const ROWS: usize = 64;
@@ -27,47 +47,141 @@ type Lane = [f32; ROWS];
 /// energy counts with a weight of 1 and stays as it is.
 ///
 /// # Panics
-/// If it is none of ggml's types or shapes differ: mistakes of the caller.
+/// If the encoding is neither one of integers with scales of their own nor one of ggml's, or shapes differ: mistakes of the caller.
 pub fn run(target: ArrayView2<f32>, gram: ArrayView2<f32>, damp: f64, grid: &mut Grid, codes: &mut [u8]) -> f64 {
     let (rows, n) = target.dim();
     assert!(gram.dim() == (n, n) && grid.cols() == n && codes.len() == rows * n, "checked by the caller");
-    let ty = grid.spec.encoding.ggml_type().expect("a type of ggml's");
-    let (encoding, block_len) = (&ty.encoding(), ty.block_len);
-    let hessian = whole(gram, damp);
+    if rows * n == 0 {
+        return 0.0;
+    }
+    let Units { order, ranges } = units(&grid.spec);
+    let unit_of = ranges.iter().enumerate().flat_map(|(unit, range)| vec![unit; range.len()]).collect();
+    let ty = grid.spec.encoding.ggml_type();
+    let encoding = grid.spec.encoding;
+    let kind = match ty {
+        Some(_) => Kind::Blocks { encoding: &encoding, set: AnyLevels::of(&encoding), codes: codes_of(&encoding) },
+        None => Kind::Integers(Rules::of(&encoding)),
+    };
+    let hessian = whole(gram, damp, order.as_deref());
+    let setup = Setup { hessian, n, order, units: ranges, unit_of, turns: turns(&encoding), kind };
     let target = target.to_slice().expect("a contiguous matrix");
-    let setup =
-        Setup { hessian: &hessian, n, encoding, block_len, set: AnyLevels::of(encoding), codes: codes_of(encoding) };
+    let per_task = ROWS * setup.units.len();
+    let stored: Vec<Stored<'_>> = match ty {
+        Some(_) => grid.blocks.chunks_mut(per_task).map(Stored::Blocks).collect(),
+        None => {
+            let zeros = grid.zeros.chunks_mut(per_task);
+            grid.scales.chunks_mut(per_task).zip(zeros).map(|(scales, zeros)| Stored::Integers(scales, zeros)).collect()
+        }
+    };
     let losses: Vec<f64> = codes
         .par_chunks_mut(ROWS * n)
-        .zip(grid.blocks.par_chunks_mut(ROWS * (n / block_len)))
+        .zip(stored)
         .zip(target.par_chunks(ROWS * n))
-        .map(|((codes, blocks), target)| Rows::new(&setup, target, codes, blocks).refine())
+        .map(|((codes, stored), target)| Rows::new(&setup, target, codes, stored).refine())
         .collect();
-    *grid = Grid::of_blocks(ty, rows, n, std::mem::take(&mut grid.blocks));
+    if let Some(ty) = ty {
+        *grid = Grid::of_blocks(ty, rows, n, std::mem::take(&mut grid.blocks));
+    }
     losses.iter().sum()
 }
 
-/// Both triangles, damped.
-fn whole(gram: ArrayView2<f32>, damp: f64) -> Array2<f32> {
+/// How often codes are moved, and scales after them. Integers in groups have a scale for few values, which a second round follows.
+pub(crate) fn turns(encoding: &Encoding) -> usize {
+    if encoding.ggml_type().is_some() { 1 } else { 2 }
+}
+
+/// Columns that share what the file stores as one scale.
+pub(crate) struct Units {
+    /// The column at each position, unless all are where they were.
+    pub(crate) order: Option<Vec<u32>>,
+    /// The positions of each.
+    pub(crate) ranges: Vec<Range<usize>>,
+}
+
+/// The units of a row, in the order of the grid's blocks or groups.
+pub(crate) fn units(spec: &GridSpec) -> Units {
+    let n = spec.group_of.len();
+    if let Some(ty) = spec.encoding.ggml_type() {
+        let ranges = (0..n).step_by(ty.block_len).map(|first| first..first + ty.block_len).collect();
+        return Units { order: None, ranges };
+    }
+    // Stable, so that columns of a group keep their order.
+    let mut order: Vec<u32> = (0..n as u32).collect();
+    order.sort_by_key(|col| spec.group_of[*col as usize]);
+    let mut ranges = vec![0..0; spec.groups()];
+    for (position, col) in order.iter().enumerate() {
+        let range = &mut ranges[spec.group_of[*col as usize] as usize];
+        *range = if range.end == 0 { position..position + 1 } else { range.start..position + 1 };
+    }
+    let moved = order.iter().zip(0..).any(|(col, position)| *col != position);
+    Units { order: moved.then_some(order), ranges }
+}
+
+/// Both triangles, damped, with columns in order.
+fn whole(gram: ArrayView2<f32>, damp: f64, order: Option<&[u32]>) -> Array2<f32> {
     let n = gram.nrows();
+    let of = |position: usize| order.map_or(position, |order| order[position] as usize);
     let mut h = Array2::zeros((n, n));
     h.as_slice_mut().expect("a new matrix").par_chunks_exact_mut(n).enumerate().for_each(|(i, row)| {
+        let at = of(i);
         for (j, value) in row.iter_mut().enumerate() {
-            *value = if i > j { gram[[i, j]] } else { gram[[j, i]] };
+            let other = of(j);
+            *value = if at > other { gram[[at, other]] } else { gram[[other, at]] };
         }
         row[i] = (f64::from(row[i].max(0.0)) * (1.0 + damp)) as f32;
     });
     h
 }
 
+/// What codes stand for.
+enum Kind<'a> {
+    /// `scale · level − min` of levels, from the scales of ggml's blocks; `codes` has the code of each level at `level + 128`.
+    Blocks { encoding: &'a Encoding, set: AnyLevels, codes: [u8; 256] },
+    /// `scale · (code − zero)`.
+    Integers(Rules),
+}
+
+/// Scales of some rows as the grid holds them.
+enum Stored<'a> {
+    Blocks(&'a mut [BlockScales]),
+    Integers(&'a mut [f32], &'a mut [u8]),
+}
+
+impl Stored<'_> {
+    /// Scale, and min or zero.
+    fn at(&self, index: usize) -> [f32; 2] {
+        match self {
+            Stored::Blocks(blocks) => [blocks[index].d, blocks[index].m],
+            Stored::Integers(scales, zeros) => [scales[index], zeros[index].into()],
+        }
+    }
+
+    fn set(&mut self, index: usize, [scale, offset]: [f32; 2]) {
+        match self {
+            Stored::Blocks(blocks) => (blocks[index].d, blocks[index].m) = (scale, offset),
+            Stored::Integers(scales, zeros) => (scales[index], zeros[index]) = (scale, offset as u8),
+        }
+    }
+}
+
 struct Setup<'a> {
-    hessian: &'a Array2<f32>,
+    /// `[n, n]`, both triangles, damped.
+    hessian: Array2<f32>,
     n: usize,
-    encoding: &'a Encoding,
-    block_len: usize,
-    set: AnyLevels,
-    /// The code of each level, at `level + 128`.
-    codes: [u8; 256],
+    /// The column at each position.
+    order: Option<Vec<u32>>,
+    units: Vec<Range<usize>>,
+    /// The unit of each position.
+    unit_of: Vec<usize>,
+    /// How often codes are moved.
+    turns: usize,
+    kind: Kind<'a>,
+}
+
+impl Setup<'_> {
+    fn column(&self, position: usize) -> usize {
+        self.order.as_ref().map_or(position, |order| order[position] as usize)
+    }
 }
 
 /// Some rows at work; columns one after the other, rows side by side.
@@ -75,8 +189,8 @@ struct Rows<'a> {
     setup: &'a Setup<'a>,
     rows: usize,
     out: &'a mut [u8],
-    blocks: &'a mut [formats::ggml::BlockScales],
-    /// The level of each weight.
+    stored: Stored<'a>,
+    /// The level of each weight; of integers the code.
     levels: Vec<Lane>,
     /// What is missing: target minus value.
     errors: Vec<Lane>,
@@ -85,53 +199,77 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    fn new(
-        setup: &'a Setup<'a>,
-        target: &[f32],
-        out: &'a mut [u8],
-        blocks: &'a mut [formats::ggml::BlockScales],
-    ) -> Self {
+    fn new(setup: &'a Setup<'a>, target: &[f32], out: &'a mut [u8], stored: Stored<'a>) -> Self {
         let n = setup.n;
         let rows = target.len() / n;
         let zero = || vec![[0.0; ROWS]; n];
-        let mut this = Rows { setup, rows, out, blocks, levels: zero(), errors: zero(), pull: zero() };
+        let mut this = Rows { setup, rows, out, stored, levels: zero(), errors: zero(), pull: zero() };
         for row in 0..rows {
-            for col in 0..n {
-                this.levels[col][row] = setup.encoding.levels.level(this.out[row * n + col]);
+            for at in 0..n {
+                let code = this.out[row * n + setup.column(at)];
+                this.levels[at][row] = match &setup.kind {
+                    Kind::Blocks { encoding, .. } => encoding.levels.level(code),
+                    Kind::Integers(_) => code.into(),
+                };
             }
         }
-        for col in 0..n {
-            let (scales, mins) = this.grid(col);
+        for at in 0..n {
+            let (scales, offsets) = this.grid(at);
             for row in 0..rows {
-                let value = scales[row] * this.levels[col][row] - mins[row];
-                this.errors[col][row] = target[row * n + col] - value;
+                let level = this.levels[at][row];
+                let value = match &setup.kind {
+                    Kind::Blocks { .. } => scales[row] * level - offsets[row],
+                    Kind::Integers(_) => scales[row] * (level - offsets[row]),
+                };
+                this.errors[at][row] = target[row * n + setup.column(at)] - value;
             }
         }
         this.add_pull(0, n, None);
         this
     }
 
-    /// Scale and min of a column's group, for every row.
-    fn grid(&self, col: usize) -> (Lane, Lane) {
-        let (mut scales, mut mins) = ([0.0; ROWS], [0.0; ROWS]);
-        let (block, group) = (col / self.setup.block_len, col % self.setup.block_len / self.setup.encoding.group());
-        let per_row = self.setup.n / self.setup.block_len;
+    /// Scale of a position's group, and its min or zero, for every row.
+    fn grid(&self, at: usize) -> (Lane, Lane) {
+        let (mut scales, mut offsets) = ([0.0; ROWS], [0.0; ROWS]);
+        let unit = self.setup.unit_of[at];
         for row in 0..self.rows {
-            let at = &self.blocks[row * per_row + block];
-            let [a, b] = self.factors(at, group);
-            (scales[row], mins[row]) = (at.d * a, at.m * b);
+            let [d, m] = self.stored.at(row * self.setup.units.len() + unit);
+            let [a, b] = self.factors(row, at);
+            (scales[row], offsets[row]) = (d * a, m * b);
         }
-        (scales, mins)
+        (scales, offsets)
     }
 
-    /// What a block's scale and min are multiplied by in a group.
+    /// What a unit's scale and offset are multiplied by in a position's group.
     #[inline(always)]
-    fn factors(&self, block: &formats::ggml::BlockScales, group: usize) -> [f32; 2] {
-        match (self.setup.encoding.sub(), self.setup.encoding.has_min()) {
+    fn factors(&self, row: usize, at: usize) -> [f32; 2] {
+        let (Kind::Blocks { encoding, .. }, Stored::Blocks(blocks)) = (&self.setup.kind, &self.stored) else {
+            return [1.0, 1.0];
+        };
+        let unit = self.setup.unit_of[at];
+        let group = (at - self.setup.units[unit].start) / encoding.group();
+        let block = &blocks[row * self.setup.units.len() + unit];
+        match (encoding.sub(), encoding.has_min()) {
             (Some(_), true) => [f32::from(block.scales[group]), f32::from(block.mins[group])],
             (Some(_), false) => [f32::from(block.scales[group]), 0.0],
             (None, true) => [1.0, 1.0],
             (None, false) => [1.0, 0.0],
+        }
+    }
+
+    /// What a value changes by with its unit's scale, and with its offset: with a min, or with `scale · zero`.
+    #[inline(always)]
+    fn slopes(&self, row: usize, at: usize) -> [f32; 2] {
+        let level = self.levels[at][row];
+        match &self.setup.kind {
+            Kind::Blocks { .. } => {
+                let [a, b] = self.factors(row, at);
+                [a * level, -b]
+            }
+            Kind::Integers(_) => {
+                let [_, zero] = self.stored.at(row * self.setup.units.len() + self.setup.unit_of[at]);
+                [level - zero, -1.0]
+            }
         }
     }
 
@@ -157,53 +295,61 @@ impl<'a> Rows<'a> {
 
     fn refine(mut self) -> f64 {
         self.move_scales();
-        self.move_codes();
-        self.move_scales();
+        for _ in 0..self.setup.turns {
+            self.move_codes();
+            self.move_scales();
+        }
         let n = self.setup.n;
         let mut loss = 0.0;
-        for row in 0..self.rows {
-            for col in 0..n {
-                self.out[row * n + col] = self.setup.codes[(self.levels[col][row] + 128.0) as usize];
+        for at in 0..n {
+            let col = self.setup.column(at);
+            for row in 0..self.rows {
+                let level = self.levels[at][row];
+                self.out[row * n + col] = match &self.setup.kind {
+                    Kind::Blocks { codes, .. } => codes[(level + 128.0) as usize],
+                    Kind::Integers(_) => level as u8,
+                };
             }
         }
-        for col in 0..n {
-            let dead = self.setup.hessian[[col, col]] <= 0.0;
+        for at in 0..n {
+            let dead = self.setup.hessian[[at, at]] <= 0.0;
             for row in 0..self.rows {
-                let (e, g) = (f64::from(self.errors[col][row]), f64::from(self.pull[col][row]));
+                let (e, g) = (f64::from(self.errors[at][row]), f64::from(self.pull[at][row]));
                 loss += if dead { e * e } else { e * g };
             }
         }
         loss
     }
 
-    /// One exact move of every block's scale and min.
+    /// One exact move of every unit's scale and offset.
     fn move_scales(&mut self) {
-        // A power of two has no room to move.
-        if self.setup.encoding.precision() == Float::E8M0 {
-            return;
-        }
-        let (n, width, group) = (self.setup.n, self.setup.block_len, self.setup.encoding.group());
-        let per_row = n / width;
-        let has_min = self.setup.encoding.has_min();
-        let zero = || vec![[0.0f32; ROWS]; width];
+        let setup = self.setup;
+        let two = match &setup.kind {
+            // A power of two has no room to move.
+            Kind::Blocks { encoding, .. } if encoding.precision() == Float::E8M0 => return,
+            Kind::Blocks { encoding, .. } => encoding.has_min(),
+            Kind::Integers(rules) => !rules.symmetric,
+        };
+        let n = setup.n;
+        let widest = setup.units.iter().map(Range::len).max().unwrap_or(0);
+        let zero = || vec![[0.0f32; ROWS]; widest];
         let (mut u, mut v, mut hu, mut hv) = (zero(), zero(), zero(), zero());
-        for block in 0..per_row {
-            let first = block * width;
+        for (unit, range) in setup.units.iter().enumerate() {
+            let (first, width) = (range.start, range.len());
             for col in 0..width {
                 for row in 0..self.rows {
-                    let [a, b] = self.factors(&self.blocks[row * per_row + block], col / group);
-                    (u[col][row], v[col][row]) = (a * self.levels[first + col][row], -b);
+                    [u[col][row], v[col][row]] = self.slopes(row, first + col);
                 }
             }
-            for (image, of) in [(&mut hu, &u), (&mut hv, &v)].into_iter().take(1 + usize::from(has_min)) {
-                // SAFETY: the block's own square of `H`; both buffers hold `width` lanes.
+            for (image, of) in [(&mut hu, &u), (&mut hv, &v)].into_iter().take(1 + usize::from(two)) {
+                // SAFETY: the unit's own square of `H`; both buffers hold `width` lanes.
                 unsafe {
                     gemm(
                         [width, ROWS, width],
                         image.as_mut_ptr().cast::<f32>(),
                         [ROWS, 1],
                         false,
-                        self.setup.hessian.as_ptr().add(first * n + first),
+                        setup.hessian.as_ptr().add(first * n + first),
                         [n, 1],
                         of.as_ptr().cast::<f32>(),
                         [ROWS, 1],
@@ -213,46 +359,25 @@ impl<'a> Rows<'a> {
             }
             let mut moves = [[0.0f32; 2]; ROWS];
             for row in 0..self.rows {
-                let [mut uu, mut uv, mut vv, mut ug, mut vg] = [0.0f64; 5];
+                let mut curve = Curve::default();
                 for col in 0..width {
                     let (a, b, g) = (u[col][row], v[col][row], self.pull[first + col][row]);
-                    uu += f64::from(a * hu[col][row]);
-                    ug += f64::from(a * g);
-                    if has_min {
-                        uv += f64::from(b * hu[col][row]);
-                        vv += f64::from(b * hv[col][row]);
-                        vg += f64::from(b * g);
+                    curve.uu += f64::from(a * hu[col][row]);
+                    curve.ug += f64::from(a * g);
+                    if two {
+                        curve.uv += f64::from(b * hu[col][row]);
+                        curve.vv += f64::from(b * hv[col][row]);
+                        curve.vg += f64::from(b * g);
                     }
                 }
-                let at = &mut self.blocks[row * per_row + block];
-                let (d, m) = (at.d, at.m);
-                let mut best = (0.0f64, d, m);
-                let mut consider = |new_d: f64, new_m: f64| {
-                    let (new_d, new_m) = (Float::F16.round(new_d as f32), Float::F16.round(new_m as f32));
-                    // Far moves say that the quadratic is flat there, not that the scale was wrong.
-                    let near = new_d / d;
-                    if !((0.25..=2.0).contains(&near) && new_m.is_finite())
-                        || (self.setup.encoding.sub().is_some() && new_m < 0.0)
-                    {
-                        return;
-                    }
-                    let (s, t) = (f64::from(new_d) - f64::from(d), f64::from(new_m) - f64::from(m));
-                    let change = s * s * uu + 2.0 * s * t * uv + t * t * vv - 2.0 * (s * ug + t * vg);
-                    if change < best.0 {
-                        best = (change, new_d, new_m);
-                    }
+                let index = row * setup.units.len() + unit;
+                let from = self.stored.at(index);
+                let best = match &setup.kind {
+                    Kind::Blocks { encoding, .. } => curve.of_block(from, two, encoding.sub().is_some()),
+                    Kind::Integers(rules) => curve.of_integers(from, rules),
                 };
-                if uu > 0.0 && d != 0.0 {
-                    consider(f64::from(d) + ug / uu, f64::from(m));
-                    let determinant = uu * vv - uv * uv;
-                    if has_min && determinant > 1e-6 * uu * vv {
-                        let s = (ug * vv - vg * uv) / determinant;
-                        let t = (vg * uu - ug * uv) / determinant;
-                        consider(f64::from(d) + s, f64::from(m) + t);
-                    }
-                }
-                (at.d, at.m) = (best.1, best.2);
-                moves[row] = [best.1 - d, best.2 - m];
+                self.stored.set(index, best.to);
+                moves[row] = best.steps;
             }
             for col in 0..width {
                 for row in 0..self.rows {
@@ -261,35 +386,39 @@ impl<'a> Rows<'a> {
                     u[col][row] = step;
                 }
             }
-            self.add_pull(first, width, Some(&u));
+            self.add_pull(first, width, Some(&u[..width]));
         }
     }
 
     /// One round over all codes, each to where the loss is least while the others stay.
     fn move_codes(&mut self) {
         let n = self.setup.n;
+        let nearest = match &self.setup.kind {
+            Kind::Blocks { set, .. } => Nearest::Level(*set),
+            Kind::Integers(rules) => Nearest::Code(rules.max.into()),
+        };
         let mut steps = vec![[0.0f32; ROWS]; PANEL];
         for start in (0..n).step_by(PANEL) {
             let count = PANEL.min(n - start);
-            for col in start..start + count {
-                let h = &self.setup.hessian.as_slice().expect("a new matrix")[col * n..][..n];
-                let step = &mut steps[col - start];
+            for at in start..start + count {
+                let h = &self.setup.hessian.as_slice().expect("a new matrix")[at * n..][..n];
+                let step = &mut steps[at - start];
                 *step = [0.0; ROWS];
-                if h[col] <= 0.0 {
+                if h[at] <= 0.0 {
                     continue;
                 }
-                let (scales, mins) = self.grid(col);
+                let (scales, offsets) = self.grid(at);
                 descend(
-                    &self.setup.set,
-                    [&scales, &mins, &scales.map(inverse)],
-                    1.0 / h[col],
-                    &mut self.levels[col],
+                    &nearest,
+                    [&scales, &offsets, &scales.map(inverse)],
+                    1.0 / h[at],
+                    &mut self.levels[at],
                     step,
                     &h[start..start + count],
                     &mut self.pull[start..start + count],
-                    col - start,
+                    at - start,
                 );
-                self.errors[col].iter_mut().zip(&*step).for_each(|(e, s)| *e += s);
+                self.errors[at].iter_mut().zip(&*step).for_each(|(e, s)| *e += s);
             }
             // The panel's own lanes are up to date already: put them aside while the others follow.
             let own = self.pull[start..start + count].to_vec();
@@ -299,10 +428,109 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// The loss of a unit of one row as its scale and offset move: by `s² uu + 2 s t uv + t² vv − 2 (s ug + t vg)`.
+#[derive(Clone, Copy, Debug, Default)]
+struct Curve {
+    uu: f64,
+    uv: f64,
+    vv: f64,
+    ug: f64,
+    vg: f64,
+}
+
+/// A move, and what it changes the loss by.
+struct Move {
+    change: f64,
+    /// Scale and offset as they are stored.
+    to: [f32; 2],
+    /// How far along both slopes.
+    steps: [f32; 2],
+}
+
+impl Move {
+    fn none(from: [f32; 2]) -> Move {
+        Move { change: 0.0, to: from, steps: [0.0; 2] }
+    }
+}
+
+/// Far moves say that the quadratic is flat there, not that the scale was wrong.
+fn is_near(new: f32, old: f32) -> bool {
+    (0.25..=2.0).contains(&(new / old))
+}
+
+impl Curve {
+    fn change(&self, s: f64, t: f64) -> f64 {
+        s * s * self.uu + 2.0 * s * t * self.uv + t * t * self.vv - 2.0 * (s * self.ug + t * self.vg)
+    }
+
+    /// The best scale and min of a block of ggml's; superblocks have no min below 0.
+    fn of_block(&self, from: [f32; 2], has_min: bool, sub: bool) -> Move {
+        let [d, m] = from;
+        let mut best = Move::none(from);
+        let mut consider = |new_d: f64, new_m: f64| {
+            let (new_d, new_m) = (Float::F16.round(new_d as f32), Float::F16.round(new_m as f32));
+            if !(is_near(new_d, d) && new_m.is_finite()) || sub && new_m < 0.0 {
+                return;
+            }
+            let change = self.change(f64::from(new_d) - f64::from(d), f64::from(new_m) - f64::from(m));
+            if change < best.change {
+                best = Move { change, to: [new_d, new_m], steps: [new_d - d, new_m - m] };
+            }
+        };
+        let Curve { uu, uv, vv, ug, vg } = *self;
+        if uu > 0.0 && d != 0.0 {
+            consider(f64::from(d) + ug / uu, f64::from(m));
+            let determinant = uu * vv - uv * uv;
+            if has_min && determinant > 1e-6 * uu * vv {
+                let s = (ug * vv - vg * uv) / determinant;
+                let t = (vg * uu - ug * uv) / determinant;
+                consider(f64::from(d) + s, f64::from(m) + t);
+            }
+        }
+        best
+    }
+
+    /// The best scale and zero of a group of integers: the zero stays, or moves by one.
+    ///
+    /// With the zero moved by `k` the values are `d' (code − zero − k)`, which is `d' − d` along `u` and `d' k` along `v`: a parabola in `d'`.
+    fn of_integers(&self, from: [f32; 2], rules: &Rules) -> Move {
+        let [d, zero] = from;
+        let mut best = Move::none(from);
+        let Curve { uu, uv, vv, ug, vg } = *self;
+        let shifts: &[f64] = if rules.symmetric { &[0.0] } else { &[0.0, -1.0, 1.0] };
+        for &k in shifts {
+            let new_zero = zero + k as f32;
+            let curvature = uu + 2.0 * k * uv + k * k * vv;
+            let allowed = (f32::from(rules.min_zero)..=f32::from(rules.max)).contains(&new_zero) || k == 0.0;
+            if !(allowed && curvature > 0.0 && d != 0.0) {
+                continue;
+            }
+            let wanted = (f64::from(d) * (uu + k * uv) + ug + k * vg) / curvature;
+            let new_d = rules.precision.round(wanted as f32);
+            if !is_near(new_d, d) {
+                continue;
+            }
+            let (s, t) = (f64::from(new_d) - f64::from(d), f64::from(new_d) * k);
+            let change = self.change(s, t);
+            if change < best.change {
+                best = Move { change, to: [new_d, new_zero], steps: [s as f32, t as f32] };
+            }
+        }
+        best
+    }
+}
+
+/// What a value may become.
+enum Nearest {
+    Level(AnyLevels),
+    /// Codes up to this one.
+    Code(f32),
+}
+
 simd_fn! {
     /// Moves one column's codes and the pull of its panel; `step` is what the errors change by.
     fn descend(
-        set: &AnyLevels,
+        nearest: &Nearest,
         grid: [&Lane; 3],
         inverse_energy: f32,
         levels: &mut Lane,
@@ -312,9 +540,10 @@ simd_fn! {
         at: usize,
     ) {
         let pull = panel[at];
-        match *set {
-            AnyLevels::Even(set) => nearest(set, grid, inverse_energy, &pull, levels, step),
-            AnyLevels::Table(set) => nearest(set, grid, inverse_energy, &pull, levels, step),
+        match *nearest {
+            Nearest::Level(AnyLevels::Even(set)) => nearest_level(set, grid, inverse_energy, &pull, levels, step),
+            Nearest::Level(AnyLevels::Table(set)) => nearest_level(set, grid, inverse_energy, &pull, levels, step),
+            Nearest::Code(max) => nearest_code(max, grid, inverse_energy, &pull, levels, step),
         }
         let step = *step;
         for (h, lane) in ahead.iter().zip(panel) {
@@ -326,7 +555,7 @@ simd_fn! {
 }
 
 #[inline(always)]
-fn nearest<L: LevelSet>(
+fn nearest_level<L: LevelSet>(
     set: L,
     [scales, mins, inverses]: [&Lane; 3],
     inverse_energy: f32,
@@ -345,38 +574,23 @@ fn nearest<L: LevelSet>(
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use formats::ggml::TYPES;
-
-    use super::super::testing::{Noise, dequantized};
-    use super::super::{blocks, factor, gram, sweep};
-    use super::*;
-
-    #[test]
-    fn the_loss_falls_and_is_what_it_is_said_to_be() {
-        let mut noise = Noise(50);
-        let mixing = noise.matrix(256, 256);
-        let mut x = noise.matrix(600, 256).dot(&mixing);
-        x.column_mut(7).fill(0.0);
-        let hessian = gram::reference(x.view());
-        let weight = noise.matrix(70, 256);
-        let factor = factor::run(hessian.view(), (0..256).rev().collect(), 0.05).unwrap();
-        for ty in TYPES.iter().filter(|t| t.layout().is_some()) {
-            let trace = |grid: &Grid, codes: &[u8]| {
-                let e = &weight - &Array2::from_shape_vec((70, 256), dequantized(grid, codes)).unwrap();
-                let mut damped = hessian.clone();
-                damped.diag_mut().iter_mut().for_each(|d| *d *= 1.05);
-                damped[[7, 7]] = 1.0;
-                gram::quadratic(e.view(), damped.view())
-            };
-            let mut grid = blocks::fit(weight.view(), *ty, None);
-            let swept = sweep::run(weight.view(), &factor, &grid);
-            let mut codes = swept.codes.clone();
-            let loss = run(weight.view(), hessian.view(), 0.05, &mut grid, &mut codes);
-            let found = trace(&grid, &codes);
-            assert!((found - loss).abs() <= 2e-3 * found, "{ty}: {found}, and it says {loss}");
-            assert!(found < 0.995 * swept.loss, "{ty}: {found} after {}", swept.loss);
-        }
+#[inline(always)]
+fn nearest_code(
+    max: f32,
+    [scales, zeros, inverses]: [&Lane; 3],
+    inverse_energy: f32,
+    pull: &Lane,
+    codes: &mut Lane,
+    step: &mut Lane,
+) {
+    for row in 0..ROWS {
+        let wanted = scales[row] * (codes[row] - zeros[row]) + pull[row] * inverse_energy;
+        let found = code(wanted, inverses[row], zeros[row], max);
+        let found = if inverses[row] == 0.0 { codes[row] } else { found };
+        step[row] = scales[row] * (codes[row] - found);
+        codes[row] = found;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -21,8 +21,8 @@ KERNEL(columns_of)(float *to, const float *from, int rows, int cols, int height)
 }
 EXPORT(columns_of)
 
-// The way back, through a table if there is one. [cols][height] → [rows, cols].
-KERNEL(codes_to_rows)(u8 *to, const u8 *from, const u8 *table, int rows, int cols, int height) {
+// The way back, through a table if there is one, to the column of each position unless `order` is null. [cols][height] → [rows, cols].
+KERNEL(codes_to_rows)(u8 *to, const u8 *from, const u8 *table, const u32 *order, int rows, int cols, int height) {
     __shared__ u8 tile[32][33];
     int x = threadIdx.x % 32, y = threadIdx.x / 32, col = blockIdx.x * 32, row = blockIdx.y * 32;
     for (int i = y; i < 32; i += 8)
@@ -31,7 +31,7 @@ KERNEL(codes_to_rows)(u8 *to, const u8 *from, const u8 *table, int rows, int col
     for (int i = y; i < 32; i += 8)
         if (row + i < rows && col + x < cols) {
             u8 code = tile[x][i];
-            to[(i64)(row + i) * cols + col + x] = table ? table[code] : code;
+            to[(i64)(row + i) * cols + (order ? (int)order[col + x] : col + x)] = table ? table[code] : code;
         }
 }
 EXPORT(codes_to_rows)

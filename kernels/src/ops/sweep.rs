@@ -148,6 +148,7 @@ impl Scratch {
             lanes.clear();
             lanes.resize(groups, [0.0; ROWS]);
         }
+        // Rows side by side, columns in processing order: a column of 64 rows is a few vector registers, and no step depends on another row.
         for row in 0..rows {
             let target = &target[row * n..][..n];
             for (lane, &col) in self.target.iter_mut().zip(&factor.order) {
@@ -162,11 +163,14 @@ impl Scratch {
             }
         }
         let unit = factor.unit.as_slice().expect("a contiguous matrix");
+        // In double precision, as sums over thousands of columns are compared between candidates and with the loss after refinement.
         let mut loss = [0.0f64; ROWS];
         for start in (0..n).step_by(PANEL) {
             let width = PANEL.min(n - start);
             self.feedback.clear();
             self.feedback.resize(width, [0.0; ROWS]);
+            // What all panels before feed back to this one is one product, which is where the time goes; within the panel each column
+            // feeds the next ones at once.
             if start > 0 {
                 // SAFETY: `unit` is [n, n], `errors` holds `start` finished columns, `feedback` has `width`.
                 unsafe {
@@ -231,6 +235,7 @@ simd_fn! {
                     let wanted = target[row] + feedback[row];
                     let code = code(wanted, inverses[row], zeros[row], max);
                     let value = scales[row] * (code - zeros[row]);
+                    // Against the target, not against what was wanted: what was fed back is in the errors before it already.
                     errors[row] = target[row] - value;
                     codes[row] = code as i32 as u8;
                     let missed = f64::from(wanted - value);

@@ -362,6 +362,60 @@ fn refinement_is_that_of_the_cpu() {
 }
 
 #[test]
+fn refinement_of_integers_is_that_of_the_cpu() {
+    let (mut noise, cpu) = (Noise(53), Cpu::exact());
+    for (rows, cols, group, bits, symmetric, apart) in [
+        (37, 96, Some(32), 4, true, false),
+        (40, 61, Some(24), 3, false, false),
+        (33, 77, None, 4, false, false),
+        (35, 64, Some(16), 2, false, true),
+        (9, 320, Some(64), 4, false, false),
+    ] {
+        let mixing = noise.matrix(cols, cols);
+        let mut x = noise.matrix(2 * cols + 8, cols).dot(&mixing);
+        x.column_mut(7).fill(0.0);
+        let mut hessian = gram::reference(x.view());
+        (0..cols).for_each(|i| (i + 1..cols).for_each(|j| hessian[[i, j]] = f32::NAN));
+        let target = noise.matrix(rows, cols);
+        let mut spec = GridSpec::of(Scheme { bits, group, symmetric }.encoding(Float::F16, 1), cols);
+        let groups = spec.groups();
+        if apart {
+            spec.group_of.iter_mut().zip(0..).for_each(|(group, col)| *group = col % groups as u32);
+        }
+        let mut start = cpu.fit(&target, &spec, FitKind::MinMax).unwrap();
+        start.scales[groups] = 0.0;
+        let factor = cpu.factor(&hessian, scattered(cols), 0.05).unwrap();
+        let swept = cpu.sweep(&[(&target, &start)], &factor).unwrap().remove(0);
+        let (mut expected, mut expected_codes) = (start.clone(), swept.codes.clone());
+        let expected_loss = cpu.refine(&target, &hessian, 0.05, &mut expected, &mut expected_codes).unwrap();
+        let found = on_all(|cuda| {
+            let [target, hessian] = [&target, &hessian].map(|m| cuda.upload(m.clone()).unwrap());
+            let (mut grid, mut codes) = (start.clone(), cuda.send_codes(&swept.codes).unwrap());
+            let loss = cuda.refine(&target, &hessian, 0.05, &mut grid, &mut codes).unwrap();
+            (loss, cuda.download_codes(&codes).unwrap(), grid.scales, grid.zeros)
+        });
+        let Some((loss, codes, scales, zeros)) = found else { return };
+        let what = format!("{rows} x {cols}, {bits} bits, groups of {group:?}");
+        assert!((loss - expected_loss).abs() <= 2e-3 * expected_loss, "{what}: {loss}, not {expected_loss}");
+        assert!(loss < 0.999 * swept.loss, "{what}: {loss} after {}", swept.loss);
+        mostly_the_same(&codes, &expected_codes, &what);
+        let apart = scales.iter().zip(&expected.scales).filter(|(a, b)| (*a - *b).abs() > 2e-3 * b.abs()).count();
+        assert!(apart * 12 <= scales.len(), "{what}: {apart} of {} scales", scales.len());
+        let apart = zeros.iter().zip(&expected.zeros).filter(|(a, b)| a != b).count();
+        assert!(apart * 12 <= zeros.len(), "{what}: {apart} of {} zeros", zeros.len());
+        assert_eq!(scales[groups], 0.0, "{what}");
+        // The loss is that of what comes back.
+        let grid = Grid::of_integers(spec, rows, scales, zeros);
+        let error = &target - &cpu.dequantize(&codes, &grid).unwrap();
+        let mut damped = hessian.clone();
+        damped.diag_mut().iter_mut().for_each(|d| *d *= 1.05);
+        damped[[7, 7]] = 1.0;
+        let trace = gram::quadratic(error.view(), damped.view());
+        assert!((trace - loss).abs() <= 2e-3 * trace, "{what}: {trace}, and it says {loss}");
+    }
+}
+
+#[test]
 fn more_rows_than_are_refined_at_a_time() {
     let (mut noise, cpu) = (Noise(51), Cpu::exact());
     let hessian = hessian(&mut noise, 32);

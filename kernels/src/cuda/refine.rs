@@ -1,0 +1,447 @@
+//! The refinement after a sweep: scales and codes are moved wherever the loss falls.
+
+use std::ops::Range;
+
+use formats::ggml::BlockScales;
+use formats::{Encoding, Float};
+use rayon::prelude::*;
+
+use super::blocks::level_set_of;
+use super::search::number_of;
+use super::sweep::{CHUNK, ROW_THREADS, ROWS, at, plain};
+use super::{Arg, Buffer, Codes, Cuda, Matrix, Module, Product, Real, THREADS, expect_refined};
+use crate::Result;
+use crate::backend::Grid;
+use crate::ops::fit::Rules;
+use crate::ops::levels::codes_of;
+use crate::ops::refine::{Units, turns, units};
+
+pub(super) static REFINE: Module = Module { name: "refine", source: include_str!("../ops/refine.cu") };
+
+/// Columns whose changes reach the rest of the pull together, in one product; more where a unit is wider.
+const SPAN: usize = 256;
+/// Columns of a panel of codes.
+const CODES: usize = 64;
+
+/// What codes stand for.
+enum Kind {
+    /// Levels of ggml's blocks, of which 128 more is kept.
+    Blocks(Encoding),
+    /// `scale · (code − zero)`.
+    Integers(Rules),
+}
+
+impl Cuda {
+    pub(super) fn refined(
+        &self,
+        target: &Matrix,
+        gram: &Matrix,
+        damp: f64,
+        grid: &mut Grid,
+        codes: &mut Codes,
+    ) -> Result<f64> {
+        let (rows, n) = (target.rows, target.cols);
+        expect_refined("refine", [rows, n], [gram.rows, gram.cols], [codes.rows, codes.cols], grid)?;
+        if rows * n == 0 {
+            return Ok(0.0);
+        }
+        let (encoding, ty) = (grid.spec.encoding, grid.spec.encoding.ggml_type());
+        let Units { order, ranges } = units(&grid.spec);
+        let order = order.as_ref().map(|order| self.send(order)).transpose()?;
+        // The group of each position: of blocks smaller than their unit.
+        let group_of: Vec<u32> = match ty {
+            Some(_) => grid.spec.group_of.clone(),
+            None => (0..).zip(&ranges).flat_map(|(unit, range)| vec![unit; range.len()]).collect(),
+        };
+        let kind = match ty {
+            Some(_) => Kind::Blocks(encoding),
+            None => Kind::Integers(Rules::of(&encoding)),
+        };
+        let groups = grid.spec.groups();
+        let height = CHUNK.min(rows.next_multiple_of(ROWS));
+        let widest = ranges.iter().map(Range::len).max().unwrap_or(0);
+        let starts: Vec<u32> = ranges.iter().map(|range| range.start as u32).chain([n as u32]).collect();
+        let (byte_of, code_of, set) = match &kind {
+            Kind::Blocks(encoding) => {
+                (bytes_of_codes(encoding), Some(codes_of(encoding)), Some(level_set_of(encoding)))
+            }
+            Kind::Integers(_) => ((0..=255).collect(), None, None),
+        };
+        let work = Refinement {
+            cuda: self,
+            hessian: self.damped(gram, damp, order.as_ref())?,
+            n,
+            height,
+            groups,
+            group_of: self.send(&group_of)?,
+            starts: self.send(&starts)?,
+            byte_of: self.send(&byte_of)?,
+            set: set.map(|set| self.send(&set)).transpose()?,
+            levels: self.buffer::<u8>(n * height)?,
+            errors: self.buffer::<f32>(n * height)?,
+            pull: self.buffer::<f32>(n * height)?,
+            steps: self.buffer::<f32>(SPAN.max(widest) * height)?,
+            factors: self.buffer::<f32>(2 * groups * height)?,
+            grid: self.buffer::<f32>(4 * groups * height)?,
+            curvature: self.buffer::<f64>(3 * ranges.len() * height)?,
+            order,
+            units: ranges,
+            kind,
+        };
+        let code_of = code_of.map(|codes| self.send(&codes[..])).transpose()?;
+        let per_row = work.units.len();
+        let chunks = rows.div_ceil(height);
+        let losses = self.buffer::<f64>(chunks * height)?;
+        // [chunks][units][height] of scales and offsets.
+        let ends = self.buffer::<f32>(2 * chunks * per_row * height)?;
+        for (chunk, first) in (0..rows).step_by(height).enumerate() {
+            let some = height.min(rows - first);
+            // What else is pinned meanwhile must not push it out.
+            let pinned = ends.pin()?;
+            let own = pinned.at + (8 * chunk * per_row * height) as u64;
+            work.start(target, &codes.buffer, grid, first..first + some, own)?;
+            work.move_scales(own)?;
+            for _ in 0..turns(&encoding) {
+                work.move_codes(own)?;
+                work.move_scales(own)?;
+            }
+            {
+                let (losses, errors, pull) = (losses.pin()?, work.errors.pin()?, work.pull.pin()?);
+                let hessian = work.hessian.buffer.pin()?;
+                let args = [
+                    at(losses.at, chunk * height, 8),
+                    errors.arg(),
+                    pull.arg(),
+                    hessian.arg(),
+                    (n as i32).into(),
+                    (height as i32).into(),
+                ];
+                self.blocks(&REFINE, "refined_loss", height / 32, THREADS, 0, &args)?;
+            }
+            let through = [code_of.as_ref(), work.order.as_ref()];
+            self.to_rows(&codes.buffer, first, work.levels.pin()?.at, through, some, n, height)?;
+        }
+        let found = self.fetch::<f32>(&ends, 2 * chunks * per_row * height)?;
+        let end = |row: usize, unit: usize| {
+            let from = 2 * ((row / height * per_row + unit) * height + row % height);
+            [found[from], found[from + 1]]
+        };
+        for row in 0..rows {
+            for unit in 0..per_row {
+                let (index, [scale, offset]) = (row * per_row + unit, end(row, unit));
+                match ty {
+                    Some(_) => (grid.blocks[index].d, grid.blocks[index].m) = (scale, offset),
+                    None => (grid.scales[index], grid.zeros[index]) = (scale, offset as u8),
+                }
+            }
+        }
+        if let Some(ty) = ty {
+            *grid = Grid::of_blocks(ty, rows, n, std::mem::take(&mut grid.blocks));
+        }
+        Ok(self.fetch::<f64>(&losses, rows)?.iter().sum())
+    }
+
+    /// Both triangles of the Hessian, damped, with columns in order.
+    fn damped(&self, gram: &Matrix, damp: f64, order: Option<&Buffer>) -> Result<Matrix> {
+        let n = gram.cols;
+        let whole = self.matrix(n, n)?;
+        {
+            let (to, from) = (whole.buffer.pin()?, gram.buffer.pin_to_read()?);
+            match order {
+                None => {
+                    let args = [to.arg(), from.arg(), (1.0 + damp).into(), (n as i32).into()];
+                    self.grid(&REFINE, "damped_whole", [n.div_ceil(32), n.div_ceil(32), 1], THREADS, 0, &args)?;
+                }
+                Some(order) => {
+                    let order = order.pin()?;
+                    let args = [to.arg(), from.arg(), order.arg(), (1.0 + damp).into(), (n as i32).into()];
+                    self.each(&REFINE, "damped_ordered", n * n, &args)?;
+                }
+            }
+        }
+        Ok(whole)
+    }
+}
+
+/// What is kept of each code, its level with 128 added; of those that the type has not, that of 0.
+fn bytes_of_codes(encoding: &Encoding) -> Vec<u8> {
+    let levels = &encoding.levels;
+    let mut bytes: Vec<u8> = (0..levels.count()).map(|code| (levels.level(code as u8) + 128.0) as u8).collect();
+    bytes.resize(256, 128);
+    bytes
+}
+
+/// What a refinement works in; columns one after the other, rows side by side.
+struct Refinement<'a> {
+    cuda: &'a Cuda,
+    hessian: Matrix,
+    n: usize,
+    height: usize,
+    groups: usize,
+    units: Vec<Range<usize>>,
+    kind: Kind,
+    /// The column at each position.
+    order: Option<Buffer>,
+    /// The group of each position, and the first position of each unit.
+    group_of: Buffer,
+    starts: Buffer,
+    /// What is kept of each code.
+    byte_of: Buffer,
+    set: Option<Buffer>,
+    levels: Buffer,
+    /// What is missing: target minus value.
+    errors: Buffer,
+    /// `H` times that.
+    pull: Buffer,
+    /// Columns of what errors have changed by.
+    steps: Buffer,
+    factors: Buffer,
+    grid: Buffer,
+    curvature: Buffer,
+}
+
+impl Refinement<'_> {
+    fn per_unit(&self) -> usize {
+        self.groups / self.units.len()
+    }
+
+    fn group_shift(&self) -> Arg {
+        match &self.kind {
+            Kind::Blocks(encoding) => {
+                debug_assert!(encoding.group().is_power_of_two(), "columns are found in their groups by shifts");
+                (encoding.group().trailing_zeros() as i32).into()
+            }
+            // A unit is one group.
+            Kind::Integers(_) => 31.into(),
+        }
+    }
+
+    fn has_offset(&self) -> bool {
+        match &self.kind {
+            Kind::Blocks(encoding) => encoding.has_min(),
+            Kind::Integers(rules) => !rules.symmetric,
+        }
+    }
+
+    /// Brings rows to the device in the shape that the rest wants.
+    fn start(&self, target: &Matrix, codes: &Buffer, grid: &Grid, rows: Range<usize>, to: u64) -> Result<()> {
+        let (cuda, n, height) = (self.cuda, self.n, self.height);
+        let (per_row, per_unit) = (self.units.len(), self.per_unit());
+        let own = rows.start * per_row..rows.end * per_row;
+        let integers = matches!(self.kind, Kind::Integers(_));
+        let ends: Vec<f32> = match integers {
+            false => grid.blocks[own.clone()].iter().flat_map(|block| [block.d, block.m]).collect(),
+            true => own.clone().flat_map(|index| [grid.scales[index], f32::from(grid.zeros[index])]).collect(),
+        };
+        let bytes = |of: &(dyn Fn(&BlockScales, usize) -> u8 + Sync)| {
+            let blocks = &grid.blocks[own.clone()];
+            let mut out = vec![0u8; blocks.len() * per_unit];
+            out.par_chunks_exact_mut(per_unit).zip(blocks).for_each(|(out, block)| {
+                out.iter_mut().enumerate().for_each(|(i, out)| *out = of(block, i));
+            });
+            cuda.send(&out)
+        };
+        let subs = match &self.kind {
+            Kind::Blocks(encoding) if encoding.sub().is_some() => {
+                Some((bytes(&|b, i| b.scales[i].cast_unsigned())?, bytes(&|b, i| b.mins[i])?))
+            }
+            _ => None,
+        };
+        let ends = cuda.send(&ends)?;
+        let subs = match &subs {
+            Some((scales, mins)) => Some((scales.pin()?, mins.pin()?)),
+            None => None,
+        };
+        let (ends, factors, expanded) = (ends.pin()?, self.factors.pin()?, self.grid.pin()?);
+        let args = [
+            factors.arg(),
+            Arg::At(to),
+            super::at(subs.as_ref().map(|(scales, _)| scales)),
+            super::at(subs.as_ref().map(|(_, mins)| mins)),
+            ends.arg(),
+            // A zero is taken as it is, whether it moves or not.
+            (integers || self.has_offset()).into(),
+            (rows.len() as i32).into(),
+            (self.groups as i32).into(),
+            (per_unit as i32).into(),
+            (height as i32).into(),
+        ];
+        cuda.each(&REFINE, "block_columns", self.groups * height, &args)?;
+        self.expand(to)?;
+        let (target, codes) = (target.buffer.pin_to_read()?, codes.pin()?);
+        let (byte_of, levels, errors, pull) =
+            (self.byte_of.pin()?, self.levels.pin()?, self.errors.pin()?, self.pull.pin()?);
+        let (group_of, order) = (self.group_of.pin()?, self.order.as_ref().map(Buffer::pin).transpose()?);
+        let args = [
+            levels.arg(),
+            errors.arg(),
+            at(target.at, rows.start * n, 4),
+            at(codes.at, rows.start * n, 1),
+            byte_of.arg(),
+            expanded.arg(),
+            group_of.arg(),
+            super::at(order.as_ref()),
+            integers.into(),
+            (rows.len() as i32).into(),
+            (n as i32).into(),
+            (height as i32).into(),
+        ];
+        cuda.grid(&REFINE, "errors_of", [n.div_ceil(32), height / 32, 1], THREADS, 0, &args)?;
+        let hessian = self.hessian.buffer.pin()?;
+        cuda.device().product(&Product {
+            real: Real::F32,
+            shape: [n, height, n],
+            a: plain(hessian.at, 0, n),
+            b: plain(errors.at, 0, height),
+            c: plain(pull.at, 0, height),
+            alpha: 1.0,
+            beta: 0.0,
+        })
+    }
+
+    /// Scale and offset of every group.
+    fn expand(&self, ends: u64) -> Result<()> {
+        let (grid, factors) = (self.grid.pin()?, self.factors.pin()?);
+        let args = [
+            grid.arg(),
+            factors.arg(),
+            Arg::At(ends),
+            (self.groups as i32).into(),
+            (self.per_unit() as i32).into(),
+            (self.height as i32).into(),
+        ];
+        self.cuda.each(&REFINE, "expand_columns", self.groups * self.height, &args)
+    }
+
+    /// Adds `H · steps` of the columns `changed`, which lie in `steps` from `skip` on, to the pull of the columns `of`.
+    fn add_pull(&self, of: Range<usize>, changed: Range<usize>, skip: usize) -> Result<()> {
+        if of.is_empty() || changed.is_empty() {
+            return Ok(());
+        }
+        let (n, height) = (self.n, self.height);
+        let (hessian, steps, pull) = (self.hessian.buffer.pin()?, self.steps.pin()?, self.pull.pin()?);
+        self.cuda.device().product(&Product {
+            real: Real::F32,
+            shape: [of.len(), height, changed.len()],
+            a: plain(hessian.at, of.start * n + changed.start, n),
+            b: plain(steps.at, skip * height, height),
+            c: plain(pull.at, of.start * height, height),
+            alpha: 1.0,
+            beta: 1.0,
+        })
+    }
+
+    /// One exact move of every unit's scale and offset.
+    fn move_scales(&self, ends: u64) -> Result<()> {
+        let (has_min, has_sub, rules) = match &self.kind {
+            // A power of two has no room to move.
+            Kind::Blocks(encoding) if encoding.precision() == Float::E8M0 => return Ok(()),
+            Kind::Blocks(encoding) => (encoding.has_min(), encoding.sub().is_some(), None),
+            Kind::Integers(rules) => (false, false, Some(rules)),
+        };
+        let (cuda, n, height) = (self.cuda, self.n, self.height);
+        let (levels, factors, hessian) = (self.levels.pin()?, self.factors.pin()?, self.hessian.buffer.pin()?);
+        let (curvature, errors, starts) = (self.curvature.pin()?, self.errors.pin()?, self.starts.pin()?);
+        let (pull, steps) = (self.pull.pin()?, self.steps.pin()?);
+        let args = [
+            curvature.arg(),
+            levels.arg(),
+            factors.arg(),
+            Arg::At(if rules.is_some() { ends } else { 0 }),
+            hessian.arg(),
+            starts.arg(),
+            self.group_shift(),
+            (n as i32).into(),
+            (height as i32).into(),
+        ];
+        let kernel = if self.has_offset() { "curvatures_with_offset" } else { "curvatures" };
+        let shape = [height.div_ceil(ROW_THREADS as usize), self.units.len(), 1];
+        cuda.grid(&REFINE, kernel, shape, ROW_THREADS, 0, &args)?;
+        for some in self.spans() {
+            let span = self.units[some.start].start..self.units[some.end - 1].end;
+            for (index, unit) in some.clone().zip(&self.units[some]) {
+                let skip = unit.start - span.start;
+                let args = [
+                    at(ends, index * height, 8),
+                    errors.arg(),
+                    at(steps.at, skip * height, 4),
+                    pull.arg(),
+                    levels.arg(),
+                    factors.arg(),
+                    at(curvature.at, index * height, 8),
+                    ((self.units.len() * height) as i64).into(),
+                    (unit.start as i32).into(),
+                    (unit.len() as i32).into(),
+                    self.group_shift(),
+                    has_min.into(),
+                    has_sub.into(),
+                    rules.is_some().into(),
+                    rules.map_or(0, |rules| number_of(rules.precision)).into(),
+                    rules.is_none_or(|rules| rules.symmetric).into(),
+                    rules.map_or(0.0, |rules| f32::from(rules.min_zero)).into(),
+                    rules.map_or(0.0, |rules| f32::from(rules.max)).into(),
+                    (height as i32).into(),
+                ];
+                cuda.blocks(&REFINE, "move_unit", height / 32, THREADS, 0, &args)?;
+                self.add_pull(span.clone(), unit.clone(), skip)?;
+            }
+            self.add_pull(0..span.start, span.clone(), 0)?;
+            self.add_pull(span.end..n, span, 0)?;
+        }
+        Ok(())
+    }
+
+    /// Units whose changes reach the rest together.
+    fn spans(&self) -> Vec<Range<usize>> {
+        let mut spans: Vec<Range<usize>> = Vec::new();
+        for (index, unit) in self.units.iter().enumerate() {
+            match spans.last_mut().filter(|span| unit.end - self.units[span.start].start <= SPAN) {
+                Some(span) => span.end = index + 1,
+                None => spans.push(index..index + 1),
+            }
+        }
+        spans
+    }
+
+    /// One round over all codes, each to where the loss is least while the others stay.
+    fn move_codes(&self, ends: u64) -> Result<()> {
+        self.expand(ends)?;
+        let (cuda, n, height) = (self.cuda, self.n, self.height);
+        let (levels, errors, steps, pull) =
+            (self.levels.pin()?, self.errors.pin()?, self.steps.pin()?, self.pull.pin()?);
+        let (hessian, grid, group_of) = (self.hessian.buffer.pin()?, self.grid.pin()?, self.group_of.pin()?);
+        let set = self.set.as_ref().map(Buffer::pin).transpose()?;
+        let (kernel, rounding) = match (&self.kind, &set) {
+            (Kind::Integers(rules), _) => ("move_codes", Arg::Float(rules.max.into())),
+            (Kind::Blocks(_), Some(set)) => ("move_levels", set.arg()),
+            _ => unreachable!("blocks have levels"),
+        };
+        for start in (0..n).step_by(SPAN) {
+            let end = n.min(start + SPAN);
+            for first in (start..end).step_by(CODES) {
+                let last = end.min(first + CODES);
+                let args = [
+                    levels.arg(),
+                    errors.arg(),
+                    at(steps.at, (first - start) * height, 4),
+                    pull.arg(),
+                    hessian.arg(),
+                    grid.arg(),
+                    group_of.arg(),
+                    (first as i32).into(),
+                    ((last - first) as i32).into(),
+                    (n as i32).into(),
+                    (height as i32).into(),
+                    rounding,
+                ];
+                cuda.blocks(&REFINE, kernel, height / ROWS, ROW_THREADS, 0, &args)?;
+                // The panel's own pull is up to date already.
+                self.add_pull(start..first, first..last, first - start)?;
+                self.add_pull(last..end, first..last, first - start)?;
+            }
+            self.add_pull(0..start, start..end, 0)?;
+            self.add_pull(end..n, start..end, 0)?;
+        }
+        Ok(())
+    }
+}
