@@ -26,6 +26,7 @@ mod matrix;
 mod pipeline;
 mod readme;
 mod records;
+mod said_of_weights;
 mod sentencepiece;
 mod spelling;
 mod stray;

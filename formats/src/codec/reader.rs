@@ -15,6 +15,7 @@ pub struct QuantizationReader {
     method: String,
     rules: Rules,
     activations: bool,
+    cache: bool,
 }
 
 #[derive(Debug)]
@@ -68,7 +69,7 @@ const METHODS: &str = "compressed-tensors, gptq, awq, fp8, fbgemm_fp8, bitsandby
 pub const QUANTIZATION_KEYS: &[&str] = &["quantization_config", "compression_config", "quantization"];
 
 /// What a config.json, or a whole quantize_config.json, says of quantization.
-fn declaration(config_json: &Value) -> Option<&Value> {
+pub(super) fn declaration(config_json: &Value) -> Option<&Value> {
     let object = config_json.as_object()?;
     // Of a model in a wrapper, which may say it inside.
     let places = [Some(object), object.get("text_config").and_then(Value::as_object)];
@@ -125,12 +126,17 @@ pub fn read_quantization(config_json: &Value) -> Result<Option<QuantizationReade
         ))),
     }?;
     let groups = config.get("config_groups").and_then(Value::as_object);
-    let quantizes = |group: &Value| group.get("input_activations").is_some_and(|v| !v.is_null());
+    let there = |of: &Map<String, Value>, key: &str| of.get(key).is_some_and(|v| !v.is_null());
+    let quantizes = |group: &Value| {
+        let sides = ["input_activations", "output_activations"];
+        group.as_object().is_some_and(|group| sides.iter().any(|side| there(group, side)))
+    };
     // fp8 says so by its name; one that is kept for weights alone has no scheme for activations.
     let activations = groups.is_some_and(|groups| groups.values().any(quantizes))
         || method == "fbgemm_fp8"
         || method == "fp8" && config.get("activation_scheme").is_none_or(|v| !v.is_null());
-    Ok(Some(QuantizationReader { method: method.to_owned(), rules, activations }))
+    let cache = there(config, "kv_cache_scheme");
+    Ok(Some(QuantizationReader { method: method.to_owned(), rules, activations, cache }))
 }
 
 impl QuantizationReader {
@@ -142,6 +148,11 @@ impl QuantizationReader {
     /// Whether runtimes round activations too, which reading the weights says nothing of.
     pub fn quantizes_activations(&self) -> bool {
         self.activations
+    }
+
+    /// Whether runtimes round keys and values that they keep, too.
+    pub fn quantizes_cache(&self) -> bool {
+        self.cache
     }
 
     /// The codec of this checkpoint; `None` when it has another library's layouts alone.
@@ -458,6 +469,11 @@ fn gptq(config: &Map<String, Value>) -> Result<Rules> {
             )));
         }
     };
+    if get(config, "is_marlin_format", "a boolean", Value::as_bool)? == Some(true) {
+        return Err(Error::unsupported(
+            "GPTQ codes in the order of Marlin (is_marlin_format) cannot be read; take the checkpoint it was made from",
+        ));
+    }
     if let Some(other) = get(config, "pack_dtype", "a string", Value::as_str)?.filter(|d| *d != "int32") {
         return Err(Error::unsupported(format!("GPTQ codes packed in {other} cannot be read, only int32")));
     }

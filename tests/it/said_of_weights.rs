@@ -1,0 +1,56 @@
+//! What config.json and files beside it say of the weights, and what becomes of it.
+
+use serde_json::{Value, json};
+
+use crate::harness::{Room, Run};
+
+fn json_of(path: &std::path::Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+fn quantize(room: &Room, out: &str) -> Run {
+    room.run(["quantize", "model", "-o", out, "--method", "rtn", "--group-size", "32", "--verify-text", "none"])
+}
+
+fn rotated(location: &str) -> Value {
+    json!({"config_groups": {"R4": {"type": "hadamard", "apply": [
+        {"targets": ["re:.*down_proj$"], "location": location, "inverse": false, "ignore": []},
+    ]}}})
+}
+
+#[test]
+fn rotations_at_run_time_are_refused_wherever_a_model_is_read() {
+    let room = Room::new();
+    let plain = room.model();
+    let original = json_of(&plain.path("config.json"));
+    quantize(&room, "packed").succeeds();
+    let packed = room.path("packed");
+    let written = json_of(&packed.join("config.json"));
+    let with = |transforms: Value| {
+        let mut config = written.clone();
+        config["quantization_config"]["transform_config"] = transforms;
+        std::fs::write(packed.join("config.json"), config.to_string()).unwrap();
+    };
+    with(rotated("input"));
+    let words = ["packed/config.json: ", "transform_config", "`R4`, at input", "take the model it was made from"];
+    for command in [
+        &["convert", "packed", "-o", "out"][..],
+        &["quantize", "packed", "-o", "out", "--method", "rtn", "--group-size", "32", "--verify-text", "none"],
+        &["quantize", "packed", "-o", "out.gguf", "--scheme", "Q8_0", "--verify-text", "none"],
+        &["eval", "packed"],
+        &["inspect", "packed"],
+    ] {
+        room.run(command).refuses(1, &words);
+    }
+    for nothing in [json!(null), json!({}), rotated("weight_input")] {
+        with(nothing);
+        room.run(["inspect", "packed"]).succeeds();
+    }
+    // Weights that are stored as plain numbers are rotated as well.
+    plain.config(|config| {
+        *config = original;
+        config["quantization_config"] =
+            json!({"quant_method": "compressed-tensors", "transform_config": rotated("output")});
+    });
+    room.run(["inspect", "model"]).refuses(1, &["model/config.json: ", "`R4`, at output"]);
+}
