@@ -70,6 +70,7 @@ impl Checkpoint {
         let (tensors, renamed) = names::as_the_architecture_has(tensors, &config, path)?;
         refuse_mlx(&tensors)?;
         refuse_named_weights(&config, &tensors, path)?;
+        remarks.extend(forget_named_weights(&mut config));
 
         // Whether or not the weights are stored as it says.
         check_run_time(&config).map_err(|error| error.in_file(&config_path))?;
@@ -136,6 +137,16 @@ fn refuse_named_weights(config: &Value, tensors: &SafetensorsSet, path: &Path) -
          model.safetensors (or its index model.safetensors.index.json), and take the key out",
         path.join("config.json").display()
     )))
+}
+
+/// Takes the name of the weights' file out of config.json, for outputs have files of their own; a note where that was another name.
+fn forget_named_weights(config: &mut Value) -> Option<String> {
+    let named = config.as_object_mut()?.shift_remove("transformers_weights")?;
+    let named = named.as_str().filter(|name| !name.starts_with("model.safetensors"))?;
+    Some(format!(
+        "config.json says in transformers_weights that the weights are in {named}: what is written has model.safetensors (or shards with \
+         an index), where every runtime looks, and the key is left out"
+    ))
 }
 
 /// A note on what a quantized checkpoint says of how runtimes round activations and the cache of keys and values.

@@ -54,3 +54,21 @@ fn rotations_at_run_time_are_refused_wherever_a_model_is_read() {
     });
     room.run(["inspect", "model"]).refuses(1, &["model/config.json: ", "`R4`, at output"]);
 }
+
+#[test]
+fn the_name_of_the_weights_file_stays_behind() {
+    let room = Room::new();
+    let model = room.model();
+    std::fs::rename(model.path("model.safetensors"), model.path("w8.safetensors")).unwrap();
+    model.config(|config| config["transformers_weights"] = json!("w8.safetensors"));
+    for (out, run) in
+        [("converted", room.run(["convert", "model", "-o", "converted"])), ("packed", quantize(&room, "packed"))]
+    {
+        run.succeeds();
+        let told = run.stderr();
+        assert!(told.contains("transformers_weights that the weights are in w8.safetensors"), "{told}");
+        assert!(!told.contains("vLLM look for"), "{told}");
+        assert!(room.path(out).join("model.safetensors").exists());
+        assert_eq!(json_of(&room.path(out).join("config.json")).get("transformers_weights"), None, "{out}");
+    }
+}

@@ -283,7 +283,8 @@ fn without_index(dir: &Path) -> Result<(Vec<String>, Option<String>)> {
         return match others.len() {
             0 => {
                 let note = format!(
-                    "{}: {first} was read, the only safetensors file of a model there; transformers and vLLM look for {SINGLE_FILE}",
+                    "{}: {first} was read, the only safetensors file of a model there; transformers looks for {SINGLE_FILE} unless \
+                     config.json names another",
                     dir.display()
                 );
                 Ok((found, Some(note)))
