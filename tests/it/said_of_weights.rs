@@ -72,3 +72,22 @@ fn the_name_of_the_weights_file_stays_behind() {
         assert_eq!(json_of(&room.path(out).join("config.json")).get("transformers_weights"), None, "{out}");
     }
 }
+
+#[test]
+fn a_tied_head_alone_is_the_embedding() {
+    let room = Room::new();
+    let model = room.model();
+    quantize(&room, "tied").succeeds();
+    model.weights(|header, _| {
+        let embedding = header.remove("model.embed_tokens.weight").unwrap();
+        header.insert("lm_head.weight".to_owned(), embedding);
+    });
+    let run = quantize(&room, "out");
+    run.succeeds();
+    assert!(run.stderr().contains("`lm_head.weight` to `model.embed_tokens.weight`"), "{}", run.stderr());
+    let bytes = |out: &str| std::fs::read(room.path(out).join("model.safetensors")).unwrap();
+    assert!(bytes("out") == bytes("tied"), "the same weights make the same file");
+    // A model that is not tied lacks its embedding.
+    model.config(|config| config["tie_word_embeddings"] = json!(false));
+    quantize(&room, "other").refuses(1, &["model.embed_tokens.weight", "missing"]);
+}
