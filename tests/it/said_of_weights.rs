@@ -91,3 +91,13 @@ fn a_tied_head_alone_is_the_embedding() {
     model.config(|config| config["tie_word_embeddings"] = json!(false));
     quantize(&room, "other").refuses(1, &["model.embed_tokens.weight", "missing"]);
 }
+
+#[test]
+fn an_index_with_a_byte_order_mark_is_told_like_other_files() {
+    let room = Room::new();
+    let model = room.model();
+    std::fs::rename(model.path("model.safetensors"), model.path("shard.safetensors")).unwrap();
+    std::fs::write(model.path("model.safetensors.index.json"), "\u{feff}{\"weight_map\": {}}").unwrap();
+    room.run(["inspect", "model"])
+        .refuses(1, &["model.safetensors.index.json: it begins with a byte order mark", "without one"]);
+}

@@ -239,6 +239,9 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
     if let Some(why) = stand_in(&bytes) {
         return Err(Error::malformed(why).in_file(index));
     }
+    if let Some(why) = file::misencoded(&bytes) {
+        return Err(Error::malformed(why).in_file(index));
+    }
     let value: Value = serde_json::from_slice(&bytes)
         .map_err(|e| Error::malformed(format!("the index is not JSON: {e}")).in_file(index))?;
     let weight_map = value
