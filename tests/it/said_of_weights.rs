@@ -101,3 +101,16 @@ fn an_index_with_a_byte_order_mark_is_told_like_other_files() {
     room.run(["inspect", "model"])
         .refuses(1, &["model.safetensors.index.json: it begins with a byte order mark", "without one"]);
 }
+
+#[test]
+fn leftovers_of_bitsandbytes_are_called_so() {
+    let room = Room::new();
+    let model = room.model();
+    model.config(|config| config["quantization_config"] = json!({"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"}));
+    let run = room.run(["inspect", "model"]);
+    run.succeeds();
+    assert!(
+        run.stderr().contains("calls the weights quantized (bitsandbytes)")
+            || run.stdout().contains("quantized (bitsandbytes)")
+    );
+}

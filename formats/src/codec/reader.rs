@@ -94,6 +94,10 @@ pub fn declared_method(config_json: &Value) -> Option<&str> {
         None if config.contains_key("config_groups") => "compressed-tensors",
         // MLX writes what it says there once more under the key that others read.
         None if config_json.get("quantization").is_some_and(Value::is_object) => "mlx",
+        // As transformers knows it, which wrote no method at first.
+        None if ["load_in_4bit", "load_in_8bit"].iter().any(|key| config.get(*key) == Some(&Value::Bool(true))) => {
+            "bitsandbytes"
+        }
         None => "gptq",
     })
 }
@@ -562,6 +566,8 @@ mod tests {
             assert!(told.starts_with("the weights are packed by MLX") && told.contains("--dequantize"), "{told}");
         }
         assert_eq!(declared_method(&json!({"quantization_config": mlx})), Some("gptq"));
+        let four = json!({"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"});
+        assert_eq!(declared_method(&json!({"quantization_config": four})), Some("bitsandbytes"));
         assert_eq!(
             declared_method(&json!({"text_config": {"quantization_config": {"quant_method": "awq"}}})),
             Some("awq")
