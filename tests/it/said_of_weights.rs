@@ -114,3 +114,18 @@ fn leftovers_of_bitsandbytes_are_called_so() {
             || run.stdout().contains("quantized (bitsandbytes)")
     );
 }
+
+#[test]
+fn torchs_short_names_of_types_are_understood() {
+    for (name, told) in [("half", "F16"), ("torch.half", "F16"), ("float", "F32"), ("double", "F32")] {
+        let room = Room::new();
+        let model = room.model();
+        model.config(|config| {
+            config.as_object_mut().unwrap().shift_remove("torch_dtype");
+            config["dtype"] = json!(name);
+        });
+        let run = room.run(["convert", "model", "-o", "out", "--dtype", "f32"]);
+        run.succeeds();
+        assert!(run.stderr().contains(&format!("says that the weights are {told}")), "{name}: {}", run.stderr());
+    }
+}
