@@ -676,8 +676,8 @@ fn directory_entries(
 fn dtype_named(name: &str) -> Option<Dtype> {
     match name.strip_prefix("torch.").unwrap_or(name) {
         // What has doubles is read as singles.
-        "float32" | "float64" => Some(Dtype::F32),
-        "float16" => Some(Dtype::F16),
+        "float32" | "float" | "float64" | "double" => Some(Dtype::F32),
+        "float16" | "half" => Some(Dtype::F16),
         "bfloat16" => Some(Dtype::BF16),
         _ => None,
     }

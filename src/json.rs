@@ -34,14 +34,7 @@ pub fn read_json(path: &Path) -> crate::error::Result<Option<Value>> {
 
 /// Parses a file. Fails, with what is wrong in words, for what Python refuses too, and for keys with half a surrogate pair.
 pub fn parse(bytes: &[u8]) -> Result<Value, String> {
-    if bytes.starts_with(b"\xEF\xBB\xBF") {
-        return Err(
-            "it begins with a byte order mark, which Python's json refuses; save it as UTF-8 without one".into()
-        );
-    }
-    if bytes.starts_with(b"\xFF\xFE") || bytes.starts_with(b"\xFE\xFF") {
-        return Err("it is UTF-16; save it as UTF-8 without a byte order mark".into());
-    }
+    file::misencoded(bytes).map_or(Ok(()), |why| Err(why.to_owned()))?;
     let plain = replace(bytes, |token| {
         let text = serde_json::to_string(token).expect("a string");
         Some(format!("{{{}:{text}}}", serde_json::to_string(VERBATIM).expect("a string")))

@@ -255,6 +255,11 @@ impl Adapter {
                 factors: OnceLock::new(),
             };
             if let Some(bias) = &parts.bias {
+                if !settings.bias {
+                    let why = "lora_bias is not set in adapter_config.json, and PEFT leaves such a tensor out then: set it if the adapter \
+                               was trained with it, or take these tensors out of the file";
+                    return Err(located(bias, why.to_owned()));
+                }
                 let name = format!("{}.bias", entry.name.strip_suffix(".weight").unwrap_or(&entry.name));
                 let own = entries.iter().find(|e| e.name == name && e.shape == [outputs]);
                 if own.is_none() || found.is_none() {

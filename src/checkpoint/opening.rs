@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use formats::codec::{QUANTIZATION_KEYS, QuantizationReader, declared_method};
+use formats::codec::{QUANTIZATION_KEYS, QuantizationReader, check_run_time, declared_method};
 use formats::{Dtype, SafetensorsSet, read_quantization};
 use serde_json::{Value, json};
 
@@ -70,7 +70,10 @@ impl Checkpoint {
         let (tensors, renamed) = names::as_the_architecture_has(tensors, &config, path)?;
         refuse_mlx(&tensors)?;
         refuse_named_weights(&config, &tensors, path)?;
+        remarks.extend(forget_named_weights(&mut config));
 
+        // Whether or not the weights are stored as it says.
+        check_run_time(&config).map_err(|error| error.in_file(&config_path))?;
         let mut quantization = match read_quantization(&config) {
             Ok(quantization) => quantization,
             Err(_) if is_left_over(&config, &tensors) => {
@@ -95,7 +98,7 @@ impl Checkpoint {
             refuse_scales_of_plain_weights(reader, &tensors)?;
             remarks.extend(left_over(&config));
         }
-        remarks.extend(quantization.as_ref().and_then(|reader| left_to_runtimes(reader, &tensors, &config)));
+        remarks.extend(quantization.as_ref().and_then(|reader| left_to_runtimes(reader, &tensors)));
         if let Some(key) = QUANTIZATION_KEYS.iter().find(|key| config.get(**key) == Some(&json!({}))) {
             remarks.push(format!("config.json has an empty {key}, which transformers fails on: it was left out"));
         }
@@ -136,21 +139,30 @@ fn refuse_named_weights(config: &Value, tensors: &SafetensorsSet, path: &Path) -
     )))
 }
 
+/// Takes the name of the weights' file out of config.json, for outputs have files of their own; a note where that was another name.
+fn forget_named_weights(config: &mut Value) -> Option<String> {
+    let named = config.as_object_mut()?.shift_remove("transformers_weights")?;
+    let named = named.as_str().filter(|name| !name.starts_with("model.safetensors"))?;
+    Some(format!(
+        "config.json says in transformers_weights that the weights are in {named}: what is written has model.safetensors (or shards with \
+         an index), where every runtime looks, and the key is left out"
+    ))
+}
+
 /// A note on what a quantized checkpoint says of how runtimes round activations and the cache of keys and values.
-fn left_to_runtimes(reader: &QuantizationReader, tensors: &SafetensorsSet, config: &Value) -> Option<String> {
+fn left_to_runtimes(reader: &QuantizationReader, tensors: &SafetensorsSet) -> Option<String> {
     let mut names = tensors.tensors().map(|spec| spec.name.as_str()).filter(|name| reader.is_for_runtimes(name));
     let first = names.next();
-    let scheme = config.pointer("/quantization_config/kv_cache_scheme").filter(|scheme| !scheme.is_null());
-    let what = match (first, scheme) {
-        (Some(first), scheme) => {
-            let also = if scheme.is_some() { " and its kv_cache_scheme" } else { "" };
+    let what = match (first, reader.quantizes_cache()) {
+        (Some(first), cache) => {
+            let also = if cache { " and its kv_cache_scheme" } else { "" };
             format!(
                 "its {} scales for activations or the cache of keys and values (`{first}`){also}",
                 names.count() + 1
             )
         }
-        (None, Some(_)) => "its kv_cache_scheme".to_owned(),
-        (None, None) => return None,
+        (None, true) => "its kv_cache_scheme".to_owned(),
+        (None, false) => return None,
     };
     Some(format!("the checkpoint is quantized, and {what} were left out: weights alone are taken"))
 }

@@ -72,7 +72,8 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
             (true, _) => Ok(config.get(key).map(|_| config.positive(key, default)).transpose()?.map(|cap| cap as f32)),
         }
     };
-    let softcap = cap("attn_logit_softcapping", 50.0)?;
+    // The class of Gemma 3 keeps the setting and attends without it, in transformers, vLLM and llama.cpp; a note tells.
+    let softcap = if third { None } else { cap("attn_logit_softcapping", 50.0)? };
     let pattern = if third { config.optional_count("sliding_window_pattern")?.unwrap_or(6) } else { 2 };
     let local = sliding(config, base.layers, |layer| (layer + 1) % pattern != 0)?;
     let window = window_of(config, &local)?;
@@ -106,4 +107,30 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
     let mut graph = base.graph(config, family, blocks)?;
     graph.head.softcap = cap("final_logit_softcapping", 30.0)?;
     scaled(graph)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn only_gemma_2_caps_its_scores() {
+        let caps = |family: &Family| {
+            let config = json!({
+                "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8, "attn_logit_softcapping": 5.0,
+                "final_logit_softcapping": 7.0, "model_type": family.model_types[0],
+            });
+            let settings = crate::families::settings(&config).unwrap();
+            let graph = (family.build)(&Config(&settings.values)).unwrap();
+            let crate::graph::Layer::Attention(attention) = &graph.blocks[0].steps[0].layer else {
+                panic!("attention first")
+            };
+            (attention.shape.softcap, graph.head.softcap)
+        };
+        assert_eq!(caps(&GEMMA2), (Some(5.0), Some(7.0)));
+        assert_eq!(caps(&GEMMA3), (None, Some(7.0)));
+    }
 }

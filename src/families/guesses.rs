@@ -43,6 +43,15 @@ pub(super) fn notes(class: &str, settings: &Map<String, Value>) -> Vec<String> {
             "config.json has an empty no_rope_layers, which transformers 5 fails on: no_rope_layer_interval counts"
                 .to_owned(),
         ),
+        "gemma3_text" => {
+            if let Some(cap) = said("attn_logit_softcapping") {
+                notes.push(format!(
+                    "config.json has {} for attn_logit_softcapping, which transformers 5 does not apply to a `gemma3_text`: scores are not \
+                     capped, as in vLLM and llama.cpp",
+                    shown(cap)
+                ));
+            }
+        }
         "exaone4" if types.is_none() => {
             let letters = said("sliding_window_pattern").filter(|pattern| pattern.is_string());
             let (what, taken) = match (null("sliding_window"), letters) {
@@ -132,6 +141,13 @@ mod tests {
             assert_eq!(note.is_some(), told.is_some(), "{outer} {class} {text}: {note:?}");
             assert!(note.unwrap_or_default().contains(told.unwrap_or_default()), "{outer} {class}");
         }
+    }
+
+    #[test]
+    fn a_cap_that_gemma_3_does_not_apply_is_told() {
+        let of = |class: &str, cap: Value| notes(class, json!({"attn_logit_softcapping": cap}).as_object().unwrap());
+        assert!(of("gemma3_text", json!(50.0))[0].contains("50.0 for attn_logit_softcapping"));
+        assert!(of("gemma3_text", Value::Null).is_empty() && of("gemma2", json!(50.0)).is_empty());
     }
 
     #[test]

@@ -20,6 +20,8 @@ pub struct Names {
     layers: String,
     /// Every tensor.
     tensors: HashSet<String>,
+    /// Whether the head is the embedding.
+    tied: bool,
     /// Whether the class is that of the model without a head, which has no prefix.
     base: bool,
 }
@@ -38,6 +40,7 @@ pub fn names(config: &Value, tensors: usize) -> Option<Names> {
         prefix: format!("{prefix}."),
         embedding: embedding.to_owned(),
         head: graph.head.linear.module.clone(),
+        tied: graph.head.tied,
         layers: first[..first.rfind('.')? + 1].to_owned(),
         tensors: graph.tensors().into_iter().map(|(name, _)| name).collect(),
         base: is_base(config),
@@ -47,6 +50,29 @@ pub fn names(config: &Value, tensors: usize) -> Option<Names> {
 impl Names {
     /// What each of a file's tensors is called by runtimes.
     pub fn of(&self, stored: &[String]) -> Vec<String> {
+        match self.only_head(stored) {
+            None => self.of_prefix(stored),
+            Some(at) => {
+                let mut names = stored.to_vec();
+                names[at] = format!("{}{}", self.prefix, self.embedding);
+                self.of_prefix(&names)
+            }
+        }
+    }
+
+    /// Where the head's weight stands in a file of a tied model that has it and no embedding, as `safetensors.torch.save_model` leaves
+    /// it: transformers takes either for both.
+    fn only_head(&self, stored: &[String]) -> Option<usize> {
+        let Names { embedding, head, tied, .. } = self;
+        let is_embedding =
+            |name: &String| name.strip_suffix(&embedding[..]).is_some_and(|own| own.is_empty() || own.ends_with('.'));
+        if !tied || stored.iter().any(is_embedding) {
+            return None;
+        }
+        stored.iter().position(|name| name.strip_suffix(".weight") == Some(head))
+    }
+
+    fn of_prefix(&self, stored: &[String]) -> Vec<String> {
         let Names { prefix, head, .. } = self;
         let Some(own) = self.own_prefix(stored) else { return stored.to_vec() };
         let weight = format!("{head}.weight");

@@ -210,6 +210,9 @@ fn an_adapter_with_biases_for_linears_without_is_refused_by_the_setting() {
     let words =
         ["lora_B.bias", "lora_bias is set", "no `model.layers.0.self_attn.o_proj.bias`", "train the adapter without"];
     room.run(["merge", "model", "--adapter", "adapter", "-o", "out"]).refuses(1, &words);
+    adapter(&room.path("adapter"), &json!({"lora_bias": false}), &borrowed(&tensors));
+    let words = ["lora_B.bias", "lora_bias is not set", "PEFT leaves such a tensor out"];
+    room.run(["merge", "model", "--adapter", "adapter", "-o", "out"]).refuses(1, &words);
 }
 
 #[test]

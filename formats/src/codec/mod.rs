@@ -8,6 +8,7 @@ mod foreign;
 mod gptq;
 mod names;
 mod reader;
+mod transforms;
 
 use serde_json::Value;
 
@@ -23,6 +24,7 @@ pub use compressed_tensors::CompressedTensors;
 pub use foreign::{Foreign, TensorLookup};
 pub use gptq::Gptq;
 pub use reader::{QUANTIZATION_KEYS, QuantizationReader, declared_method, read_quantization};
+pub use transforms::check_run_time;
 
 /// Every codec, by preference.
 pub const CODECS: &[&dyn Codec] = &[&CompressedTensors, &Gptq, &Awq];

@@ -15,6 +15,7 @@ pub struct QuantizationReader {
     method: String,
     rules: Rules,
     activations: bool,
+    cache: bool,
 }
 
 #[derive(Debug)]
@@ -68,7 +69,7 @@ const METHODS: &str = "compressed-tensors, gptq, awq, fp8, fbgemm_fp8, bitsandby
 pub const QUANTIZATION_KEYS: &[&str] = &["quantization_config", "compression_config", "quantization"];
 
 /// What a config.json, or a whole quantize_config.json, says of quantization.
-fn declaration(config_json: &Value) -> Option<&Value> {
+pub(super) fn declaration(config_json: &Value) -> Option<&Value> {
     let object = config_json.as_object()?;
     // Of a model in a wrapper, which may say it inside.
     let places = [Some(object), object.get("text_config").and_then(Value::as_object)];
@@ -93,6 +94,10 @@ pub fn declared_method(config_json: &Value) -> Option<&str> {
         None if config.contains_key("config_groups") => "compressed-tensors",
         // MLX writes what it says there once more under the key that others read.
         None if config_json.get("quantization").is_some_and(Value::is_object) => "mlx",
+        // As transformers knows it, which wrote no method at first.
+        None if ["load_in_4bit", "load_in_8bit"].iter().any(|key| config.get(*key) == Some(&Value::Bool(true))) => {
+            "bitsandbytes"
+        }
         None => "gptq",
     })
 }
@@ -125,12 +130,17 @@ pub fn read_quantization(config_json: &Value) -> Result<Option<QuantizationReade
         ))),
     }?;
     let groups = config.get("config_groups").and_then(Value::as_object);
-    let quantizes = |group: &Value| group.get("input_activations").is_some_and(|v| !v.is_null());
+    let there = |of: &Map<String, Value>, key: &str| of.get(key).is_some_and(|v| !v.is_null());
+    let quantizes = |group: &Value| {
+        let sides = ["input_activations", "output_activations"];
+        group.as_object().is_some_and(|group| sides.iter().any(|side| there(group, side)))
+    };
     // fp8 says so by its name; one that is kept for weights alone has no scheme for activations.
     let activations = groups.is_some_and(|groups| groups.values().any(quantizes))
         || method == "fbgemm_fp8"
         || method == "fp8" && config.get("activation_scheme").is_none_or(|v| !v.is_null());
-    Ok(Some(QuantizationReader { method: method.to_owned(), rules, activations }))
+    let cache = there(config, "kv_cache_scheme");
+    Ok(Some(QuantizationReader { method: method.to_owned(), rules, activations, cache }))
 }
 
 impl QuantizationReader {
@@ -142,6 +152,11 @@ impl QuantizationReader {
     /// Whether runtimes round activations too, which reading the weights says nothing of.
     pub fn quantizes_activations(&self) -> bool {
         self.activations
+    }
+
+    /// Whether runtimes round keys and values that they keep, too.
+    pub fn quantizes_cache(&self) -> bool {
+        self.cache
     }
 
     /// The codec of this checkpoint; `None` when it has another library's layouts alone.
@@ -458,6 +473,11 @@ fn gptq(config: &Map<String, Value>) -> Result<Rules> {
             )));
         }
     };
+    if get(config, "is_marlin_format", "a boolean", Value::as_bool)? == Some(true) {
+        return Err(Error::unsupported(
+            "GPTQ codes in the order of Marlin (is_marlin_format) cannot be read; take the checkpoint it was made from",
+        ));
+    }
     if let Some(other) = get(config, "pack_dtype", "a string", Value::as_str)?.filter(|d| *d != "int32") {
         return Err(Error::unsupported(format!("GPTQ codes packed in {other} cannot be read, only int32")));
     }
@@ -546,6 +566,8 @@ mod tests {
             assert!(told.starts_with("the weights are packed by MLX") && told.contains("--dequantize"), "{told}");
         }
         assert_eq!(declared_method(&json!({"quantization_config": mlx})), Some("gptq"));
+        let four = json!({"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"});
+        assert_eq!(declared_method(&json!({"quantization_config": four})), Some("bitsandbytes"));
         assert_eq!(
             declared_method(&json!({"text_config": {"quantization_config": {"quant_method": "awq"}}})),
             Some("awq")

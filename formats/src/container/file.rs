@@ -36,6 +36,17 @@ pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
+/// Why Python's json does not read these bytes, whatever they say: by how they are encoded.
+pub fn misencoded(bytes: &[u8]) -> Option<&'static str> {
+    match bytes {
+        [0xEF, 0xBB, 0xBF, ..] => {
+            Some("it begins with a byte order mark, which Python's json refuses; save it as UTF-8 without one")
+        }
+        [0xFF, 0xFE, ..] | [0xFE, 0xFF, ..] => Some("it is UTF-16; save it as UTF-8 without a byte order mark"),
+        _ => None,
+    }
+}
+
 /// [`read`] of a file in UTF-8.
 pub fn read_text(path: &Path, limit: u64) -> Result<String> {
     String::from_utf8(read(path, limit)?).map_err(|_| Error::new(ErrorKind::InvalidData, "it is not UTF-8 text"))

@@ -239,6 +239,9 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
     if let Some(why) = stand_in(&bytes) {
         return Err(Error::malformed(why).in_file(index));
     }
+    if let Some(why) = file::misencoded(&bytes) {
+        return Err(Error::malformed(why).in_file(index));
+    }
     let value: Value = serde_json::from_slice(&bytes)
         .map_err(|e| Error::malformed(format!("the index is not JSON: {e}")).in_file(index))?;
     let weight_map = value
@@ -283,7 +286,8 @@ fn without_index(dir: &Path) -> Result<(Vec<String>, Option<String>)> {
         return match others.len() {
             0 => {
                 let note = format!(
-                    "{}: {first} was read, the only safetensors file of a model there; transformers and vLLM look for {SINGLE_FILE}",
+                    "{}: {first} was read, the only safetensors file of a model there; transformers looks for {SINGLE_FILE} unless \
+                     config.json names another",
                     dir.display()
                 );
                 Ok((found, Some(note)))

@@ -24,6 +24,8 @@ pub(super) struct Settings {
     pub(super) layers: Option<Vec<i64>>,
     pub(super) keep_tied: bool,
     pub(super) dora: bool,
+    /// Whether factors have biases; PEFT reads none without.
+    pub(super) bias: bool,
     pub(super) ranks: Vec<(Regex, f64)>,
     pub(super) alphas: Vec<(Regex, f64)>,
     /// The model that it was trained on.
@@ -123,6 +125,7 @@ impl Settings {
             rank,
             alpha,
             root: flag("use_rslora")?,
+            bias: set("lora_bias"),
             layers: match config.get("layers_to_transform") {
                 Some(Value::Array(layers)) => layers.iter().map(Value::as_i64).collect(),
                 Some(one) => one.as_i64().map(|layer| vec![layer]),
