@@ -108,6 +108,8 @@ pub struct Recipe {
     pub damp: f64,
     /// Columns by falling energy.
     pub act_order: bool,
+    /// Scales and codes are moved once more after the sweep.
+    pub refine: bool,
     /// Groups in processing order.
     pub desc_act: bool,
     /// Every token counts as sent to every expert of a mixture.
@@ -151,6 +153,7 @@ impl Given {
         let keys = [
             ("damp", request.damp.is_some()),
             ("act_order", request.act_order.is_some()),
+            ("refine", request.refine.is_some()),
             ("calibration", request.calibration.is_some()),
             ("samples", request.samples.is_some()),
             ("seq_len", request.seq_len.is_some()),
@@ -249,6 +252,7 @@ impl Recipe {
             observer: Observer::ALL.iter().find(|(_, o)| *o == observer).expect("in the list").0,
             damp,
             act_order: request.act_order.unwrap_or(true),
+            refine: request.refine.unwrap_or(true),
             desc_act,
             moe_all_experts: request.moe_all_experts.unwrap_or(false),
             ignore: request.ignore.unwrap_or_default(),
@@ -281,7 +285,7 @@ impl Recipe {
         };
         if !self.method.sweeps() {
             let why = format!("method {method} does not sweep the columns of a Hessian");
-            leave(&["damp", "act_order", "desc_act"], why);
+            leave(&["damp", "act_order", "refine", "desc_act"], why);
         }
         if self.needs() == Needs::Nothing {
             let why = match self.gguf.as_ref().is_some_and(|gguf| gguf.imatrix.is_some()) {
@@ -539,37 +543,37 @@ mod tests {
         for (toml, keys, notes) in [
             ("", String::new(), &[][..]),
             ("method = 'awq+gptq'\ndamp = 0.1\nsamples = 3", String::new(), &[]),
-            ("method = 'rtn'", format!("damp act_order desc_act {data}"), &[]),
+            ("method = 'rtn'", format!("damp act_order refine desc_act {data}"), &[]),
             (
                 "method = 'rtn'\ndamp = 0.1\nact_order = true\nsamples = 3",
-                format!("damp act_order desc_act {data}"),
+                format!("damp act_order refine desc_act {data}"),
                 &[
                     "damp, act_order have no effect: method rtn does not sweep the columns of a Hessian",
                     "samples has no effect: method rtn with observer minmax is done without calibration",
                 ],
             ),
-            ("method = 'rtn'\nobserver = 'imatrix'\nsamples = 3", "damp act_order desc_act".to_owned(), &[]),
+            ("method = 'rtn'\nobserver = 'imatrix'\nsamples = 3", "damp act_order refine desc_act".to_owned(), &[]),
             (
                 "method = 'awq'\ndamp = 0.1",
-                "damp act_order desc_act".to_owned(),
+                "damp act_order refine desc_act".to_owned(),
                 &["damp has no effect: method awq does not sweep the columns of a Hessian"],
             ),
             ("format = 'gguf'\ndamp = 0.1\nseed = 3", String::new(), &[]),
             (
                 "format = 'gguf'\nscheme = 'Q8_0'\nseed = 3",
-                format!("damp act_order desc_act {data}"),
-                &["seed has no effect: method rtn with observer mse is done without calibration"],
+                format!("damp act_order refine desc_act {data}"),
+                &["seed has no effect: method rtn with observer minmax is done without calibration"],
             ),
             (
                 "format = 'gguf'\nimatrix = 'i.gguf'\nseq_len = 3\nmoe_all_experts = true",
-                format!("damp act_order desc_act {data}"),
+                format!("damp act_order refine desc_act {data}"),
                 &[
                     "seq_len, moe_all_experts have no effect: the importance of inputs is that of the imatrix, and nothing is calibrated",
                 ],
             ),
             (
                 "format = 'gguf'\nmethod = 'rtn'\nsave_imatrix = 'i'\nseed = 3",
-                "damp act_order desc_act".to_owned(),
+                "damp act_order refine desc_act".to_owned(),
                 &[],
             ),
         ] {

@@ -67,8 +67,8 @@ pub struct Work<'w, 'a, B: Backend> {
 
 fn solver<B: Backend>(recipe: &Recipe, observer: Observer) -> Box<dyn Solver<B>> {
     if recipe.method.sweeps() {
-        let (damp, act_order, desc_act) = (recipe.damp, recipe.act_order, recipe.desc_act);
-        Box::new(Gptq { observer, damp, act_order, desc_act, refine: true })
+        let Recipe { damp, act_order, desc_act, refine, .. } = *recipe;
+        Box::new(Gptq { observer, damp, act_order, desc_act, refine })
     } else {
         Box::new(Rtn { observer })
     }

@@ -97,6 +97,9 @@ request! {
         /// Sweep columns by falling energy (true) or from left to right (false). [default: true]
         #[arg(long, value_name = "BOOL")]
         pub act_order: Option<bool>,
+        /// Move scales and codes once more after the sweep, wherever the error of the output falls (true), or not (false). [default: true]
+        #[arg(long, value_name = "BOOL")]
+        pub refine: Option<bool>,
         /// Put groups in processing order and store g_idx (GPTQ only; vLLM and SGLang refuse such files).
         #[arg(long, num_args = 0, default_missing_value = "true")]
         pub desc_act: Option<bool>,

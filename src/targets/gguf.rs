@@ -126,7 +126,7 @@ impl GgufPlan {
         );
         let mut idle = Vec::new();
         if assigned.iter().all(|assigned| assigned.ty.block_len == 1) {
-            idle.extend(["observer", "imatrix", "damp", "act_order"]);
+            idle.extend(["observer", "imatrix", "damp", "act_order", "refine"]);
             if let (Some(path), true) = (&settings.imatrix, imatrix.take().is_some()) {
                 let path = path.display();
                 notices.push(format!("{path} was not used: {} rounds nothing by the importance of inputs", mix.name));
