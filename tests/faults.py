@@ -2,7 +2,8 @@
 """Kills runs at random moments and lets system calls fail, and looks at what is left.
 
 However a run ends, its output must be the old one or a new one, whole; beside it lie only the staging folder of a killed run, which
-the next run removes, and nothing else; and the exit code is 0, 1, 2, 3, or that of the signal that the run was asked to end by.
+the next run removes or goes on with, and nothing else; and the exit code is 0, 1, 2, 3, or that of the signal that the run was asked to
+end by. Where blocks were finished, the same command goes on after them: what it writes must be what an undisturbed run does.
 
     python3 tests/faults.py --quantc target/release/quantc                  300 kills, 200 faults; strace is needed for the faults
     python3 tests/faults.py --quantc target/release/quantc --kills 30 --faults 20
@@ -20,11 +21,23 @@ import sys
 import tempfile
 import time
 
+TEXT = pathlib.Path(__file__).resolve().parent.parent / "src/demo/calibration.txt"
 FOLDER = "quantize model -o out --method rtn --verify-text none --group-size 64 --force"
 SINGLE = "quantize model -o out.gguf --scheme Q8_0 --method rtn --verify-text none --force"
 PARTS = "quantize model -o out.gguf --scheme Q8_0 --method rtn --verify-text none --split-max-size 2M --force"
 CONVERT = "convert model -o out --dtype f32 --force"
-KINDS = {"folder": FOLDER, "convert": CONVERT, "one file": SINGLE, "parts": PARTS}
+# Calibrated runs, whose finished blocks stay.
+CALIBRATED = f"--samples 12 --seq-len 256 --calibration {TEXT} --verify-text none --force"
+GPTQ = f"quantize model -o out --format gptq --method awq+gptq --group-size 64 {CALIBRATED}"
+PACKED = f"quantize model -o out --method gptq --scheme W4A16_ASYM --group-size 64 {CALIBRATED}"
+BLOCKS = f"quantize model -o out.gguf --scheme Q5_K_S --method awq+gptq {CALIBRATED}"
+SPLIT = f"quantize model -o out.gguf --scheme Q5_K_S --split-max-size 2M {CALIBRATED}"
+KINDS = {
+    "folder": FOLDER, "convert": CONVERT, "one file": SINGLE, "parts": PARTS,
+    "calibrated folder": GPTQ, "calibrated codes": PACKED, "calibrated file": BLOCKS, "calibrated parts": SPLIT,
+}
+# What makes an earlier output of the same kind that is told apart by its bytes.
+EARLIER = {"64": "128", "f32": "f16", "Q8_0": "Q4_0", "Q5_K_S": "Q4_0", "awq+gptq": "rtn", "gptq": "rtn"}
 
 # What fails, and how; none of these is met by a program that only computes.
 FAULTS = [
@@ -47,6 +60,12 @@ def outputs(room):
     return found
 
 
+def finished_blocks(folder):
+    """Whole lines of a journal after the first, which says whose it is."""
+    journal = folder / ".quantc-journal"
+    return max(0, journal.read_bytes().count(b"\n") - 1) if journal.exists() else 0
+
+
 class Kind:
     """One way to write an output: what it gives, and how long it takes."""
 
@@ -58,12 +77,8 @@ class Kind:
         self.seconds = time.monotonic() - started
         self.new = outputs(room)
         self.clear()
-        # An earlier output of the same kind that is told apart by its bytes.
-        earlier = [word if word != "Q8_0" else "Q4_0" for word in self.words]
-        if name == "folder":
-            earlier = [word if word != "64" else "128" for word in earlier]
-        if name == "convert":
-            earlier = [word if word != "f32" else "f16" for word in earlier]
+        self.resumes = name.startswith("calibrated")
+        earlier = [EARLIER.get(word, word) if before != "--format" else word for before, word in zip(["", *self.words], self.words)]
         subprocess.run([quantc, *earlier], cwd=room, check=True, capture_output=True)
         self.old = outputs(room)
         assert self.old != self.new
@@ -89,7 +104,7 @@ class Kind:
         found, hidden = outputs(self.room), [p for p in self.room.iterdir() if p.name.startswith(".")]
         # Parts of an earlier output with another number of them are somebody's files, and stay.
         allowed = [{**self.old, **self.new} if had_old else self.new, self.old if had_old else {}]
-        if not killed and hidden:
+        if not killed and hidden and not (self.resumes and all(finished_blocks(folder) for folder in hidden)):
             raise AssertionError(f"{self.name}, {what}: left {[p.name for p in hidden]}")
         # A switch of several files that was cut short is written down, and the next run does the rest.
         under_way = any((folder / ".switch.json").exists() for folder in hidden)
@@ -111,6 +126,13 @@ def kill(kind, number, generator):
     # Half of the kills near the end, where files are moved.
     late = generator.random() < 0.5
     wait = kind.seconds * (generator.uniform(0.8, 1.1) if late else generator.uniform(0.0, 1.0))
+    if kind.resumes and generator.random() < 0.3:
+        # Twice in a row.
+        first = subprocess.Popen([kind.quantc, *kind.words], cwd=kind.room, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(kind.seconds * generator.uniform(0.3, 0.9))
+        first.kill()
+        first.wait()
+        time.sleep(0.2)
     process = subprocess.Popen(
         [kind.quantc, *kind.words], cwd=kind.room, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
