@@ -129,7 +129,7 @@ fn solver<B: Backend>(recipe: &Recipe) -> Box<dyn Solver<B>> {
     let observer: Observer = recipe.observer();
     if recipe.method.sweeps() {
         let (damp, act_order, desc_act) = (recipe.damp, recipe.act_order, recipe.desc_act);
-        Box::new(Gptq { observer, damp, act_order, desc_act, refine: false })
+        Box::new(Gptq { observer, damp, act_order, desc_act, refine: true })
     } else {
         Box::new(Rtn { observer })
     }

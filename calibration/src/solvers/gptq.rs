@@ -76,9 +76,8 @@ impl<B: Backend> Solver<B> for Gptq {
                 return round(backend, shared, one, self.observer);
             }
             let (Swept { mut codes, mut loss }, mut grid) = swept.next().expect("one for each");
-            let blocks = grid.spec.encoding.ggml_type().is_some();
             let gram = shared.statistics.and_then(|s| s.gram.as_ref());
-            if let Some(gram) = gram.filter(|_| self.refine && blocks) {
+            if let Some(gram) = gram.filter(|_| self.refine) {
                 loss = backend.refine(one.weight, gram, factor.damp, &mut grid, &mut codes)?;
             }
             finish(backend, shared, one.weight, grid, codes, Some(loss))
