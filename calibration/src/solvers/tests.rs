@@ -153,3 +153,85 @@ fn awq_scales_help_rounding_and_keep_the_function() {
     let largest = before.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     assert!(before.iter().zip(&after).all(|(a, b)| (a - b).abs() < 1e-4 * largest));
 }
+
+/// A weight of whole superblocks, and inputs of very different energy.
+fn wide() -> (Array2<f32>, Array2<f32>) {
+    let mut noise = Noise(2);
+    let mixing = noise.matrix(40, 256);
+    let mut x = noise.matrix(700, 40).dot(&mixing) + noise.matrix(700, 256);
+    x.columns_mut().into_iter().enumerate().for_each(|(col, mut values)| values *= 0.2 + 0.05 * (col % 37) as f32);
+    (noise.matrix(24, 256), x)
+}
+
+fn solve_in(solver: &dyn Solver<Cpu>, ty: &str, importance: Option<&[f32]>) -> Solution<Cpu> {
+    let (w, x) = wide();
+    let statistics = statistics(&x);
+    let shared = solver.share(&Cpu::default(), Some(&statistics)).unwrap();
+    let spec = GridSpec::of(GgmlType::from_name(ty).unwrap().encoding(), 256);
+    solver.solve(&Cpu::default(), &shared, &[Asked { weight: &w, spec, importance }]).unwrap().remove(0)
+}
+
+#[test]
+fn every_observer_serves_every_type_of_ggml() {
+    for ty in ["Q4_0", "Q5_1", "Q8_0", "Q2_K", "Q4_K", "IQ4_NL", "IQ4_XS", "TQ2_0", "MXFP4", "F16"] {
+        let solved = |observer| {
+            let mut solution = solve_in(&Rtn { observer }, ty, None);
+            let mut held = vec![0.0; solution.dequantized.len()];
+            let ty = GgmlType::from_name(ty).unwrap();
+            ty.dequantize(&solution.rows(&Cpu::default()).unwrap(), &mut held).unwrap();
+            assert_eq!(solution.dequantized.as_slice().unwrap(), held, "{ty}: rows hold something else");
+            solution.relative_error.unwrap()
+        };
+        let [plain, mse, weighted, clipped] =
+            Observer::ALL.iter().map(|(_, observer)| solved(*observer)).collect::<Vec<_>>()[..]
+        else {
+            panic!("four observers")
+        };
+        assert!(weighted < 1.02 * mse && weighted < 1.02 * plain, "{ty}: {plain} {mse} {weighted}");
+        assert!((clipped / weighted - 1.0).abs() < 0.01, "{ty}: {weighted} clipped {clipped}");
+        let swept = solve_in(&GPTQ, ty, None).relative_error.unwrap();
+        assert!(swept < 0.9 * weighted || ty == "F16", "{ty}: {weighted} swept {swept}");
+    }
+}
+
+#[test]
+fn an_importance_takes_the_place_of_what_was_seen() {
+    let (even, imatrix, mse) = (vec![1.0; 256], Rtn { observer: Observer::Imatrix }, Rtn { observer: Observer::Mse });
+    for ty in ["Q4_0", "Q4_K"] {
+        let rows =
+            |solver: &dyn Solver<Cpu>, importance| solve_in(solver, ty, importance).rows(&Cpu::default()).unwrap();
+        assert!(rows(&imatrix, Some(&even)) == rows(&mse, None));
+        assert!(rows(&imatrix, None) != rows(&mse, None), "{ty}: what was seen counts for nothing");
+    }
+    let (w, x) = fixture();
+    let statistics = statistics(&x);
+    let shared = Shared { statistics: Some(&statistics), factor: None, fallback: None };
+    let spec = GridSpec::of(Scheme { bits: 4, group: Some(32), symmetric: false }.encoding(Float::F16, 0), 64);
+    let scales = |solver: &dyn Solver<Cpu>, importance| {
+        let asked = Asked { weight: &w, spec: spec.clone(), importance };
+        solver.solve(&Cpu::default(), &shared, &[asked]).unwrap()[0].grid().unwrap().scales.clone()
+    };
+    assert!(scales(&imatrix, Some(&even[..64])) == scales(&mse, None) && scales(&imatrix, None) != scales(&mse, None));
+}
+
+#[test]
+fn refinement_lowers_the_loss_of_integers_and_of_blocks() {
+    for (bits, symmetric, desc_act) in
+        [(2, false, false), (3, true, false), (4, false, true), (4, true, false), (8, false, false)]
+    {
+        let scheme = Scheme { bits, group: Some(16), symmetric };
+        let of = |refine| solve(&Gptq { desc_act, refine, ..GPTQ }, scheme);
+        let (before, after) = (of(false), of(true));
+        let [before, refined] = [&before, &after].map(|one| one.relative_error.unwrap());
+        assert!(refined < 0.99 * before, "{scheme:?}, desc_act {desc_act}: {refined} after {before}");
+        // What is said of it is true of what it stands for.
+        let (w, x) = fixture();
+        let energy = |m: &Array2<f32>| m.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>();
+        let lost = energy(&x.dot(&(&w - &after.dequantized).t())) / energy(&x.dot(&w.t()));
+        assert!((refined - lost).abs() < 2e-3 * lost, "{scheme:?}: {refined}, and it loses {lost}");
+    }
+    for ty in ["Q4_0", "Q4_K"] {
+        let of = |refine| solve_in(&Gptq { refine, ..GPTQ }, ty, None).relative_error.unwrap();
+        assert!(of(true) < 0.99 * of(false), "{ty}");
+    }
+}
