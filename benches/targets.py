@@ -17,7 +17,7 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TARGETS = ("compressed-tensors:W4A16:g64", "gguf:Q4_K_M", "gptq:W4A16:g128")
+TARGETS = ("compressed-tensors:W4A16:g64", "gguf:Q4_K_M", "awq:W4A16_ASYM:g64")
 
 
 def measured(command):
