@@ -52,7 +52,7 @@ DEMO = "demo"
 # latent attention, an image part that is not run.
 DEFAULT = (
     "qwen2_plain", "qwen2_tied", "phi3_plain", "gpt2_plain", "mixtral_plain", "granitemoe_plain", "gpt_oss_mxfp4",
-    "deepseek_v2_lite", "gemma3_vision",
+    "deepseek_v3_plain", "gemma3_vision",
 )
 METHODS = ("rtn", "awq", "gptq", "awq+gptq")
 OBSERVERS = ("minmax", "mse", "imatrix", "clip")
@@ -114,7 +114,7 @@ def tensor_bytes(name, shape, dtype, center, amplitude):
 
 
 def write_family(name, folder):
-    """The tiny checkpoint `name` with a tokenizer of words, and a text of them."""
+    """The tiny checkpoint `name` with a tokenizer of bytes, and a text."""
     folder.mkdir()
     shutil.copy(FAMILIES / name / "config.json", folder)
     header, data, digest = {}, [], hashlib.sha256()
@@ -133,17 +133,20 @@ def write_family(name, folder):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(head)) + head + b"".join(data))
     config = json.loads((folder / "config.json").read_text())
     size = config.get("text_config", config)["vocab_size"]
+    # A token for each of the first bytes, in GPT-2's alphabet: GGUF knows no tokenizer of words.
+    letters = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x1000)][:size]
+    bytes_of = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     tokenizer = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
-        "model": {"type": "WordLevel", "vocab": {f"w{id}": id for id in range(size)}, "unk_token": "w0"},
+        "pre_tokenizer": bytes_of, "post_processor": None, "decoder": bytes_of,
+        "model": {"type": "BPE", "vocab": {chr(letter): id for id, letter in enumerate(letters)}, "merges": []},
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    state, words = 1, []
+    state, text = 1, []
     for _ in range(2048):
         state = (state * 6364136223846793005 + 1442695040888963407) % 2**64
-        words.append(f"w{(state >> 33) % size}")
-    (folder / "text.txt").write_text(" ".join(words))
+        text.append(chr(0x21 + (state >> 33) % min(size, 0x7F - 0x21)))
+    (folder / "text.txt").write_text("".join(text))
 
 
 def suffix(format):
