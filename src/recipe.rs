@@ -8,7 +8,7 @@ use formats::Scheme;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::mixes::{MIXES, Mix};
+use crate::mixes::{MIXES, Mix, parse_type};
 
 mod patterns;
 mod request;
@@ -164,6 +164,16 @@ impl Given {
     }
 }
 
+/// What a recipe says of a linear in particular.
+pub enum Said<'r> {
+    /// It stays as it is.
+    Ignored,
+    /// It has settings of its own.
+    Otherwise(&'r Override),
+    /// Nothing.
+    Nothing,
+}
+
 /// What only a GGUF file has.
 #[derive(Clone, Debug, Serialize)]
 pub struct GgufRecipe {
@@ -316,11 +326,19 @@ impl Recipe {
                 "--{flag} is not for GGUF files: the scheme's types decide; see --tensor-type"
             )));
         }
-        if let Some(change) = request.overrides.iter().find(|o| !o.ignore) {
-            return Err(Error::usage(format!(
-                "override `{}`: GGUF's types are set with tensor_type = [\"PATTERN=TYPE\"]",
-                change.pattern
-            )));
+        for Override { pattern, ignore, scheme, bits, group_size, symmetric } in &request.overrides {
+            let ours = bits.is_none() && group_size.is_none() && symmetric.is_none();
+            match scheme {
+                Some(name) if ours => {
+                    parse_type(name).map_err(|e| Error::usage(format!("override `{pattern}`: {e}")))?;
+                }
+                None if ours && *ignore => {}
+                _ => {
+                    return Err(Error::usage(format!(
+                        "override `{pattern}`: in a GGUF file a linear is left as it is (ignore = true), or has a type (scheme = \"Q6_K\")"
+                    )));
+                }
+            }
         }
         // Where a code has eight bits or a value none, there is nothing left to gain from data.
         let coarse = !matches!(mix.name, "Q8_0" | "F16" | "BF16" | "F32");
@@ -406,8 +424,8 @@ impl Recipe {
         named("observer", Observer::ALL, self.observer).expect("resolved")
     }
 
-    /// The scheme of a linear, or `None` when it stays as it is; `hits` counts the matches of each pattern.
-    pub fn scheme_of(&self, module: &str, patterns: &mut Patterns) -> Result<Option<Scheme>> {
+    /// What is said of a linear in particular; each pattern counts its matches.
+    pub fn said_of(&self, module: &str, patterns: &mut Patterns) -> Said<'_> {
         let mut ignored = false;
         for (pattern, hits) in &mut patterns.ignore {
             if pattern.matches(module) {
@@ -415,29 +433,30 @@ impl Recipe {
                 ignored = true;
             }
         }
-        let mut scheme = Some(self.scheme);
-        let mut decided = false;
+        let mut first = None;
         for ((pattern, hits), change_to) in patterns.overrides.iter_mut().zip(&self.overrides) {
             if pattern.matches(module) {
                 *hits += 1;
-                if !decided {
-                    decided = true;
-                    let Override { scheme: name, bits, group_size, symmetric, .. } = change_to;
-                    scheme = match change_to.ignore {
-                        true => None,
-                        false => Some(change(
-                            self.scheme,
-                            name.as_deref(),
-                            *bits,
-                            *group_size,
-                            *symmetric,
-                            &change_to.pattern,
-                        )?),
-                    };
-                }
+                first = first.or(Some(change_to));
             }
         }
-        Ok(if ignored { None } else { scheme })
+        match first {
+            _ if ignored => Said::Ignored,
+            Some(change_to) if change_to.ignore => Said::Ignored,
+            Some(change_to) => Said::Otherwise(change_to),
+            None => Said::Nothing,
+        }
+    }
+
+    /// The scheme of a linear, or `None` when it stays as it is.
+    pub fn scheme_of(&self, module: &str, patterns: &mut Patterns) -> Result<Option<Scheme>> {
+        match self.said_of(module, patterns) {
+            Said::Ignored => Ok(None),
+            Said::Nothing => Ok(Some(self.scheme)),
+            Said::Otherwise(Override { scheme, bits, group_size, symmetric, pattern, .. }) => {
+                change(self.scheme, scheme.as_deref(), *bits, *group_size, *symmetric, pattern).map(Some)
+            }
+        }
     }
 
     /// The recipe's patterns, ready to match. Fails on a bad regular expression.
@@ -598,6 +617,8 @@ mod tests {
             ("format = 'gguf'\nscheme = 'W4A16'", "scheme `W4A16` is not one of GGUF's"),
             ("format = 'gguf'\ngroup_size = 64", "--group-size is not for GGUF files"),
             ("format = 'gguf'\nsplit_max_size = '5'", "is not a size"),
+            ("format = 'gguf'\n[[override]]\nmatch = 'x'\nbits = 4", "override `x`: in a GGUF file"),
+            ("format = 'gguf'\n[[override]]\nmatch = 'x'\nscheme = 'W4A16'", "override `x`: `W4A16` is no type"),
         ] {
             let found = resolve(toml).unwrap_err();
             assert!(found.to_string().contains(expected), "{found}");

@@ -26,7 +26,7 @@ use crate::importance::{check_importance, importance_of};
 use crate::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
 use crate::output::{Before, Staging};
 use crate::plan::check_tensors;
-use crate::recipe::{GgufRecipe, Recipe};
+use crate::recipe::{GgufRecipe, Recipe, Said};
 use crate::report::{Fate, TensorReport};
 use crate::rest::Lost;
 use crate::stray::Strays;
@@ -84,14 +84,18 @@ impl GgufPlan {
         let mut patterns = recipe.patterns()?;
         let plain = if source.dtype() == formats::Dtype::F16 { "F16" } else { "BF16" };
         for linear in graph.linears().chain([&graph.head.linear]) {
-            let ignored = recipe.scheme_of(&linear.module, &mut patterns)?.is_none();
-            for place in places.get(&linear.module).into_iter().flatten().filter(|_| ignored) {
-                let exact = format!("^{}$={plain}", plan.tensors[place.tensor].gguf.replace('.', "\\."));
+            let ty = match recipe.said_of(&linear.module, &mut patterns) {
+                Said::Ignored => plain,
+                Said::Otherwise(change_to) => change_to.scheme.as_deref().expect("resolved"),
+                Said::Nothing => continue,
+            };
+            for place in places.get(&linear.module).into_iter().flatten() {
+                let exact = format!("^{}$={ty}", plan.tensors[place.tensor].gguf.replace('.', "\\."));
                 overrides.tensors.insert(0, TensorOverride::parse(&exact)?);
             }
         }
         // The embedding serves as the head.
-        if graph.head.tied && recipe.scheme_of(&graph.head.linear.module, &mut patterns)?.is_none() {
+        if graph.head.tied && matches!(recipe.said_of(&graph.head.linear.module, &mut patterns), Said::Ignored) {
             overrides.tensors.insert(0, TensorOverride::parse(&format!("^token_embd\\.weight$={plain}"))?);
         }
         patterns.check_hits()?;

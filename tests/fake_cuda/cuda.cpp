@@ -10,6 +10,7 @@
 // positive), FAKE_CUDA_COMPILES (milliseconds that each module takes), FAKE_CUDA_COUNTS (a file for how often what was called). A
 // function of a stream after the first is called by its name and the stream's number, as cuMemcpyHtoDAsync@1.
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -418,20 +419,25 @@ static void multiply(bool ta, bool tb, int m, int n, int k, T alpha, const void 
     enqueue(library_stream, [=] {
         const In *left = (const In *)a, *right = (const In *)b;
         T *out = (T *)c;
+        // A column of the result at a time, whose elements lie side by side and are each summed in the same order.
+        std::vector<T> all((size_t)k * m), sums(m), some(m);
+        for (int p = 0; p < k; p++)
+            for (int i = 0; i < m; i++) all[(size_t)p * m + i] = widen(ta ? left[(size_t)i * lda + p] : left[(size_t)p * lda + i]);
         for (int j = 0; j < n; j++) {
-            for (int i = 0; i < m; i++) {
-                T sum = 0;
-                for (int part = 0; part < parts; part++) {
-                    T some = 0;
-                    for (int p = (int)((long)k * part / parts); p < (int)((long)k * (part + 1) / parts); p++) {
-                        T x = widen(ta ? left[(size_t)i * lda + p] : left[(size_t)p * lda + i]);
-                        T y = widen(tb ? right[(size_t)p * ldb + j] : right[(size_t)j * ldb + p]);
-                        some += x * y;
-                    }
-                    sum += some;
+            std::fill(sums.begin(), sums.end(), T(0));
+            for (int part = 0; part < parts; part++) {
+                std::fill(some.begin(), some.end(), T(0));
+                for (int p = (int)((long)k * part / parts); p < (int)((long)k * (part + 1) / parts); p++) {
+                    T y = widen(tb ? right[(size_t)p * ldb + j] : right[(size_t)j * ldb + p]);
+                    const T *x = &all[(size_t)p * m];
+                    T *to = some.data();
+                    for (int i = 0; i < m; i++) to[i] += x[i] * y;
                 }
+                for (int i = 0; i < m; i++) sums[i] += some[i];
+            }
+            for (int i = 0; i < m; i++) {
                 T &to = out[(size_t)j * ldc + i];
-                to = alpha * sum + (beta == 0 ? 0 : beta * to);
+                to = alpha * sums[i] + (beta == 0 ? 0 : beta * to);
             }
         }
     });

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::Room;
+use crate::harness::{Room, TEXT};
 
 /// A run of a second or so that uses everything: calibration, solving, writing, verification.
 const QUICK: &[&str] = &["--samples", "4", "--seq-len", "64", "--verify-windows", "1"];
@@ -11,7 +11,11 @@ const DOWN: &str = "model.layers.1.mlp.down_proj.weight";
 
 /// `quantize model -o out` with these arguments.
 fn quantize(args: &[&str]) -> Vec<String> {
-    ["quantize", "model", "-o", "out"].iter().chain(QUICK).chain(args).map(|arg| (*arg).to_owned()).collect()
+    let mut all: Vec<&str> = ["quantize", "model", "-o", "out"].iter().chain(QUICK).chain(args).copied().collect();
+    if !args.contains(&"--calibration") {
+        all.extend(["--calibration", TEXT]);
+    }
+    all.into_iter().map(str::to_owned).collect()
 }
 
 #[test]

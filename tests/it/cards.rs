@@ -8,7 +8,7 @@ use std::process::Command;
 use serde_json::Value;
 
 use crate::cuda::{ALL, Imitated, SOLVER, imitation, model_of, small_model};
-use crate::harness::Room;
+use crate::harness::{Room, TEXT};
 
 /// Makes libraries of these names that are the imitation's, as packages have them: known by their names once they are loaded. Each
 /// notes when it is.
@@ -57,7 +57,7 @@ const CUDA_13: [&str; 6] = [
 /// A run of the small model over so many sequences of so many tokens.
 fn run_over<'a>(sequences: &'a str, tokens: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     let args = ["quantize", "model", "-o", "out", "--force", "--group-size", "64", "--verify-text", "none"];
-    [&args[..], &["--samples", sequences, "--seq-len", tokens], more].concat()
+    [&args[..], &["--samples", sequences, "--seq-len", tokens, "--calibration", TEXT], more].concat()
 }
 
 /// The same over little.

@@ -11,7 +11,7 @@ use formats::{Dtype, SafetensorsFile, ShardedWriter, TensorSpec};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use crate::harness::Room;
+use crate::harness::{Room, TEXT};
 
 /// Where the imitation lies, built once for what it is made of; nothing without a C++ compiler.
 pub fn imitation() -> Option<&'static Path> {
@@ -52,7 +52,7 @@ pub fn imitation() -> Option<&'static Path> {
             std::os::unix::fs::symlink(&library, &link).unwrap();
         }
         let own = folder.join(format!("{}.so", std::process::id()));
-        let options = ["-std=c++17", "-O2", "-fPIC", "-shared", "-o"];
+        let options = ["-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-o"];
         let made = Command::new("c++").args(options).arg(&own).arg(&source).arg("-ldl").output().unwrap();
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         std::fs::rename(&own, &library).unwrap();
@@ -94,7 +94,8 @@ impl Imitated<'_> {
 /// Folders of libraries: what is needed, and cuSOLVER as well.
 pub const ALL: &str = "all";
 pub const SOLVER: &str = "solver";
-const QUICK: [&str; 8] = ["--samples", "2", "--seq-len", "32", "--group-size", "64", "--verify-text", "none"];
+const QUICK: [&str; 10] =
+    ["--samples", "2", "--seq-len", "32", "--group-size", "64", "--verify-text", "none", "--calibration", TEXT];
 
 /// Libraries that are there, what is imitated, the device that is asked for; the exit code, and parts of what is said.
 type Case = (&'static str, &'static [(&'static str, &'static str)], &'static str, i32, &'static [&'static str]);
@@ -261,6 +262,7 @@ fn a_gpu_gives_what_the_cpu_gives_and_the_same_with_little_memory() {
     small_model(&room);
     let quantize = |out: &'static str, more: &[&'static str]| {
         let args = [&["quantize", "model", "-o", out, "--group-size", "64", "--verify-text", "none"], more].concat();
+        let args = if more.contains(&"mse") { args } else { [&args[..], &["--calibration", TEXT]].concat() };
         let ran = imitated.run(ALL, &[], &args);
         assert_eq!(ran.code, 0, "{}", ran.err);
         let report: Value =
@@ -324,7 +326,7 @@ fn factorizations_of_a_library_are_those_of_our_own() {
     model_of(&room, 1);
     let quantize = |libraries, settings: &[(&str, &str)], out: &'static str| {
         let args = ["quantize", "model", "-o", out, "--samples", "16", "--seq-len", "32", "--group-size", "64"];
-        imitated.run(libraries, settings, &[&args[..], &["--verify-text", "none"]].concat())
+        imitated.run(libraries, settings, &[&args[..], &["--verify-text", "none", "--calibration", TEXT]].concat())
     };
     let report = |out: &str| -> Value {
         serde_json::from_slice(&std::fs::read(room.path(out).join("report.json")).unwrap()).unwrap()
@@ -365,7 +367,7 @@ fn weights_go_ahead_and_change_nothing() {
     };
     // A block has 0.295 MB. Where there is no memory for what goes ahead, nothing does.
     let none = [("FAKE_CUDA_FAIL", "cuMemAllocAsync@1"), ("FAKE_CUDA_ERROR", "2")];
-    let quick = ["--samples", "2", "--seq-len", "32", "--verify-text", "none"];
+    let quick = ["--samples", "2", "--seq-len", "32", "--verify-text", "none", "--calibration", TEXT];
     let cases: [(&str, &[&str]); 3] = [
         ("gptq", &["--group-size", "64"]),
         ("rtn", &["--method", "rtn", "--group-size", "64"]),

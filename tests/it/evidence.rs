@@ -14,12 +14,12 @@ use serde_json::{Value, json};
 use crate::adapter::{adapter, borrowed, product};
 use crate::families::checkpoint;
 use crate::gguf_families::spell;
-use crate::harness::{Model, Room};
+use crate::harness::{Model, Room, TEXT};
 
 const DOWN: &str = "model.layers.1.mlp.down_proj.weight";
 
 fn quantize(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
-    let defaults: Request = toml::from_str("samples = 4\nseq_len = 64").unwrap();
+    let defaults: Request = toml::from_str(&format!("samples = 4\nseq_len = 64\ncalibration = '{TEXT}'")).unwrap();
     let request: Request = toml::from_str(toml).unwrap();
     let recipe = Recipe::resolve(request.or(defaults))?;
     let job = Job::one(model, output, recipe, None, true);

@@ -249,7 +249,7 @@ fn the_tie_of_head_and_embedding_is_what_the_files_have() {
         ((None, Some(yes)), None, (yes, Some(yes))),
         ((no, Some(yes)), Some(false), (yes, Some(yes))),
     ];
-    for (flags, head, written) in cases {
+    for (index, (flags, head, written)) in cases.iter().enumerate() {
         let label = format!("{flags:?} {head:?}");
         let room = Room::new();
         let model = room.model();
@@ -278,19 +278,10 @@ fn the_tie_of_head_and_embedding_is_what_the_files_have() {
             }
         }
         if *head == Some(true) {
-            room.run([
-                "quantize",
-                "model",
-                "-o",
-                "m.gguf",
-                "--scheme",
-                "Q8_0",
-                "--method",
-                "rtn",
-                "--verify-windows",
-                "1",
-            ])
-            .succeeds();
+            // The file is the same in all cases; that it can be measured is seen once.
+            let measured = if index == 0 { ["--verify-windows", "1"] } else { ["--verify-text", "none"] };
+            let args = ["quantize", "model", "-o", "m.gguf", "--scheme", "Q8_0", "--method", "rtn"];
+            room.run(args.iter().chain(&measured)).succeeds();
             let file = formats::GgufFile::open(room.path("m.gguf")).unwrap();
             assert!(file.get("output.weight").is_some(), "{label}: the head is in the GGUF file");
         }

@@ -79,8 +79,10 @@ fn the_same_bytes_for_any_number_of_threads() {
     let bytes = |threads: usize, name: &str| {
         let path = room.path().join(name);
         let pool = rayon_pool(threads);
-        pool.install(|| run(&model, &path, &format!("scheme = 'Q4_K_M'\nsamples = 2\ncalibration = '{TEXT}'")))
-            .unwrap();
+        pool.install(|| {
+            run(&model, &path, &format!("scheme = 'Q4_K_M'\nsamples = 2\nseq_len = 64\ncalibration = '{TEXT}'"))
+        })
+        .unwrap();
         std::fs::read(path).unwrap()
     };
     let first = bytes(1, "a.gguf");
@@ -119,7 +121,8 @@ fn types_are_chosen_by_name_and_by_hand() {
         assert_eq!(error.exit_code(), 2, "{error}");
     }
     assert!(!room.path().join("n.gguf").exists());
-    let report = run(&model, &room.path().join("p.gguf"), "scheme = 'Q8_0'\npre = 'no-such-pre'").unwrap();
+    let named = format!("scheme = 'Q8_0'\npre = 'no-such-pre'\ncalibration = '{TEXT}'");
+    let report = run(&model, &room.path().join("p.gguf"), &named).unwrap();
     assert!(report.notes.iter().any(|note| note.contains("`no-such-pre` is no pre-tokenizer")), "{:?}", report.notes);
 }
 

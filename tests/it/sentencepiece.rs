@@ -7,7 +7,7 @@ use quantc::Checkpoint;
 use quantc::text::ModelText;
 use serde_json::{Value, json};
 
-use crate::harness::Room;
+use crate::harness::{Room, TEXT};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sentencepiece")
@@ -67,7 +67,8 @@ fn ids_are_those_of_sentencepiece_and_transformers() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-const QUICK: &[&str] = &["--samples", "4", "--seq-len", "64", "--verify-windows", "1", "--quiet"];
+const QUICK: &[&str] =
+    &["--samples", "4", "--seq-len", "64", "--verify-windows", "1", "--quiet", "--calibration", TEXT];
 
 #[test]
 fn a_model_with_it_is_calibrated_measured_and_written() {

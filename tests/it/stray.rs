@@ -378,7 +378,8 @@ fn doubles_are_read_as_singles() {
     }
     for room in [&room, &single] {
         room.run(["convert", "model", "-o", "plain"]).succeeds();
-        room.run(["quantize", "model", "-o", "out.gguf", "--scheme", "Q8_0", "--verify-windows", "1"]).succeeds();
+        let args = ["quantize", "model", "-o", "out.gguf", "--scheme", "Q8_0", "--verify-windows", "1"];
+        room.run(args.iter().chain(&["--calibration", TEXT])).succeeds();
     }
     assert!(read(&room.path("plain")) == read(&single.path("plain")));
     assert!(std::fs::read(room.path("out.gguf")).unwrap() == std::fs::read(single.path("out.gguf")).unwrap());
@@ -462,7 +463,8 @@ fn a_model_without_a_head_is_quantized_with_data_and_its_hidden_states_are_compa
                 weights.push(codes.map(|(_, tensor)| tensor).collect::<Vec<_>>());
             }
         }
-        room.run(["quantize", "model", "-o", "m.gguf", "--scheme", "Q8_0", "--verify-windows", "1"]).succeeds();
+        let args = ["quantize", "model", "-o", "m.gguf", "--scheme", "Q8_0", "--verify-windows", "1"];
+        room.run(args.iter().chain(&["--calibration", TEXT])).succeeds();
         let file = formats::GgufFile::open(room.path("m.gguf")).unwrap();
         assert_eq!(file.count("llama.pooling_type").unwrap(), Some(3));
         assert!(file.get("output.weight").is_none());

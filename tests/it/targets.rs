@@ -161,3 +161,29 @@ fn targets_that_cannot_be_are_refused_before_any_work() {
     room.run(args).refuses(1, &["text.txt"]);
     assert_eq!(room.names(), [&before[..], &["text.txt".to_owned()]].concat());
 }
+
+#[test]
+fn one_language_of_patterns_serves_every_format() {
+    let room = Room::new();
+    room.model();
+    let recipe = "ignore = ['model.layers.0.self_attn.o_proj']\n[[target]]\npath = 'ct'\ngroup_size = 64\n\
+         [[target.override]]\nmatch = 're:.*down_proj'\nbits = 8\n\
+         [[target]]\npath = 'm.gguf'\n[[target.override]]\nmatch = 're:.*down_proj'\nscheme = 'Q6_K'\n";
+    room.file("recipe.toml", recipe);
+    room.run([&["quantize", "model", "--recipe", "recipe.toml"][..], FEW].concat()).succeeds();
+    let of = |path: &str, key: &str| -> Vec<(String, String)> {
+        let report = report(&room.path(path));
+        let linears = report["linears"].as_array().unwrap().clone();
+        linears.iter().map(|one| (one["name"].as_str().unwrap().to_owned(), one[key].to_string())).collect()
+    };
+    let (codes, blocks) = (of("ct", "bits"), of("m.gguf", "type"));
+    assert_eq!((codes.len(), blocks.len()), (27, 28), "a GGUF file's report names what stays, too");
+    for (name, bits) in codes {
+        assert_eq!(bits, if name.ends_with("down_proj") { "8" } else { "4" }, "{name}");
+    }
+    for (name, ty) in blocks {
+        let stays = name == "model.layers.0.self_attn.o_proj";
+        assert!(!stays || ty == "\"BF16\"", "{name}: {ty}");
+        assert!(!name.ends_with("down_proj") || ty == "\"Q6_K\"", "{name}: {ty}");
+    }
+}
