@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use calibration::solvers::Observer;
 use calibration::statistics::Needs;
-use formats::Scheme;
+use formats::encoding::PRESETS;
+use formats::{Codec, Encoding, Scheme};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -98,8 +99,9 @@ pub fn named<T: Copy>(what: &str, table: &[(&str, T)], name: &str) -> Result<T> 
 pub struct Recipe {
     /// Output layout.
     pub format: String,
-    /// Width and grouping.
-    pub scheme: Scheme,
+    /// How weights are represented, where no exception says otherwise.
+    #[serde(rename = "scheme", serialize_with = "as_scheme")]
+    pub encoding: Encoding,
     /// Method.
     pub method: Method,
     /// How scales are chosen, by the name users type.
@@ -194,10 +196,10 @@ impl Recipe {
         if format == "gguf" {
             return Recipe::resolve_gguf(request);
         }
-        if formats::codec::codec(&format).is_none() {
+        let Some(codec) = formats::codec::codec(&format) else {
             let known: Vec<&str> = formats::CODECS.iter().map(|codec| codec.id()).collect();
             return Err(Error::usage(format!("format `{format}` is not known; there are {}, gguf", known.join(", "))));
-        }
+        };
         let only_gguf = [
             ("tensor-type", request.tensor_type.is_some()),
             ("output-tensor-type", request.output_tensor_type.is_some()),
@@ -212,8 +214,9 @@ impl Recipe {
             return Err(Error::usage(format!("--{flag} is for GGUF files, and the format is {format}")));
         }
         let default = if format == "awq" { "W4A16_ASYM" } else { "W4A16" };
-        let base = Scheme::preset(default).expect("a preset");
-        let scheme = change(
+        let base = Scheme::preset(default).expect("a preset").into();
+        let encoding = change(
+            codec,
             base,
             request.scheme.as_deref(),
             request.bits,
@@ -221,11 +224,24 @@ impl Recipe {
             request.symmetric,
             "the request",
         )?;
-        let method = named("method", Method::ALL, request.method.as_deref().unwrap_or("gptq"))?;
+        // Eight bits of which four are exponent leave nothing to search.
+        let (usual, floats) = if encoding.is_searched() { ("gptq", None) } else { ("rtn", encoding.name()) };
+        let method = named("method", Method::ALL, request.method.as_deref().unwrap_or(usual))?;
+        if let Some(name) = floats.filter(|_| method != Method::Rtn) {
+            return Err(Error::usage(format!(
+                "{name} rounds each weight to the nearest value, which --method {} has no part in: say --method rtn, or leave it out",
+                method.name()
+            )));
+        }
         let observer = match &request.observer {
             Some(name) => named("observer", Observer::ALL, name)?,
             None => method.observer(),
         };
+        if let Some(name) = floats.filter(|_| observer != Observer::MinMax) {
+            return Err(Error::usage(format!(
+                "the scales of {name} follow from the largest weight of each row: --observer has no part in that, leave it out"
+            )));
+        }
         let damp = request.damp.unwrap_or(0.05);
         if !(damp.is_finite() && (0.0..=10.0).contains(&damp)) {
             return Err(Error::usage(format!("damping {damp} is not between 0 and 10")));
@@ -247,7 +263,7 @@ impl Recipe {
         let given = Given::of(&request);
         let recipe = Recipe {
             format,
-            scheme,
+            encoding,
             method,
             observer: Observer::ALL.iter().find(|(_, o)| *o == observer).expect("in the list").0,
             damp,
@@ -370,14 +386,19 @@ impl Recipe {
 
     /// The mix of a GGUF file; else width and group as a scheme's name says them.
     pub fn scheme_name(&self) -> String {
-        let Scheme { bits, group, symmetric } = self.scheme;
-        match &self.gguf {
-            Some(gguf) => gguf.mix.to_owned(),
-            None => {
-                let group = group.map_or("row".to_owned(), |group| format!("g{group}"));
-                format!("W{bits}A16{} {group}", if symmetric { "" } else { "_ASYM" })
+        match (&self.gguf, self.encoding.weight_scheme()) {
+            (Some(gguf), _) => gguf.mix.to_owned(),
+            (None, Some(scheme)) => {
+                let group = scheme.group.map_or("row".to_owned(), |group| format!("g{group}"));
+                format!("{} {group}", scheme.name())
             }
+            (None, None) => called(&self.encoding),
         }
+    }
+
+    /// The scheme's name without its groups.
+    pub fn width(&self) -> String {
+        self.encoding.weight_scheme().map_or_else(|| called(&self.encoding), |scheme| scheme.name())
     }
 
     /// Whether another recipe looks at the same text in the same way.
@@ -406,8 +427,8 @@ impl Recipe {
         named("observer", Observer::ALL, self.observer).expect("resolved")
     }
 
-    /// The scheme of a linear, or `None` when it stays as it is; `hits` counts the matches of each pattern.
-    pub fn scheme_of(&self, module: &str, patterns: &mut Patterns) -> Result<Option<Scheme>> {
+    /// How a linear is represented, or `None` when it stays as it is; `hits` counts the matches of each pattern.
+    pub fn encoding_of(&self, module: &str, patterns: &mut Patterns) -> Result<Option<Encoding>> {
         let mut ignored = false;
         for (pattern, hits) in &mut patterns.ignore {
             if pattern.matches(module) {
@@ -415,7 +436,7 @@ impl Recipe {
                 ignored = true;
             }
         }
-        let mut scheme = Some(self.scheme);
+        let mut encoding = Some(self.encoding);
         let mut decided = false;
         for ((pattern, hits), change_to) in patterns.overrides.iter_mut().zip(&self.overrides) {
             if pattern.matches(module) {
@@ -423,10 +444,11 @@ impl Recipe {
                 if !decided {
                     decided = true;
                     let Override { scheme: name, bits, group_size, symmetric, .. } = change_to;
-                    scheme = match change_to.ignore {
+                    encoding = match change_to.ignore {
                         true => None,
                         false => Some(change(
-                            self.scheme,
+                            formats::codec::codec(&self.format).expect("resolved"),
+                            self.encoding,
                             name.as_deref(),
                             *bits,
                             *group_size,
@@ -437,7 +459,7 @@ impl Recipe {
                 }
             }
         }
-        Ok(if ignored { None } else { scheme })
+        Ok(if ignored { None } else { encoding })
     }
 
     /// The recipe's patterns, ready to match. Fails on a bad regular expression.
@@ -468,22 +490,65 @@ fn parse_size(text: &str) -> Result<u64> {
     }
 }
 
+/// An encoding's name among the presets.
+fn called(encoding: &Encoding) -> String {
+    encoding.name().unwrap_or("its own encoding").to_owned()
+}
+
+/// Integers of weights alone as their width and grouping, anything else by its name.
+fn as_scheme<S: serde::Serializer>(encoding: &Encoding, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    match encoding.weight_scheme() {
+        Some(scheme) => scheme.serialize(serializer),
+        None => serializer.serialize_str(&called(encoding)),
+    }
+}
+
+/// The preset of this name that a codec writes besides the schemes of integers.
+pub fn preset(codec: &dyn Codec, name: &str) -> Option<Encoding> {
+    let known = codec.presets().iter().find(|known| known.eq_ignore_ascii_case(name))?;
+    PRESETS.iter().find(|(preset, _)| preset == known).map(|(_, encoding)| *encoding)
+}
+
 fn change(
-    base: Scheme,
+    codec: &dyn Codec,
+    base: Encoding,
     name: Option<&str>,
     bits: Option<u8>,
     group_size: Option<i64>,
     symmetric: Option<bool>,
     place: &str,
-) -> Result<Scheme> {
-    let mut scheme = base;
+) -> Result<Encoding> {
+    let keys = [("bits", bits.is_some()), ("group-size", group_size.is_some()), ("symmetric", symmetric.is_some())];
+    let whole = match name {
+        Some(name) => preset(codec, name),
+        None => Some(base).filter(|base| base.weight_scheme().is_none()),
+    };
+    if let Some(whole) = whole {
+        return match keys.iter().find(|(_, given)| *given) {
+            Some((key, _)) => Err(Error::usage(format!(
+                "{} fixes width, scales and zeros: --{key} in {place} is not for it; leave it out, or name another scheme",
+                called(&whole)
+            ))),
+            None => Ok(whole),
+        };
+    }
+    // Beside one that has no groups a preset has its own.
+    let inherited = base.weight_scheme().filter(|_| place != "the request");
+    let mut scheme = inherited.or(base.weight_scheme()).or(Scheme::preset("W4A16")).expect("a preset");
     if let Some(name) = name {
+        if let Some(other) = formats::CODECS.iter().find(|other| preset(**other, name).is_some()) {
+            return Err(Error::usage(format!(
+                "scheme `{name}` is one of {}, and the format is {}: write that, or name another scheme",
+                other.id(),
+                codec.id()
+            )));
+        }
         let preset = Scheme::preset(name).ok_or_else(|| {
             Error::usage(format!(
                 "scheme `{name}` is not known; there are W4A16, W4A16_ASYM, W8A16, W3A16 and W2A16 (each also with _ASYM)"
             ))
         })?;
-        scheme = Scheme { group: if place == "the request" { preset.group } else { base.group }, ..preset };
+        scheme = Scheme { group: inherited.map_or(preset.group, |base| base.group), ..preset };
     }
     if let Some(bits) = bits {
         if ![2, 3, 4, 8].contains(&bits) {
@@ -505,7 +570,7 @@ fn change(
     if let Some(symmetric) = symmetric {
         scheme.symmetric = symmetric;
     }
-    Ok(scheme)
+    Ok(scheme.into())
 }
 
 #[cfg(test)]
@@ -523,7 +588,7 @@ mod tests {
         )
         .unwrap();
         let mut patterns = recipe.patterns().unwrap();
-        let mut of = |module: &str| recipe.scheme_of(module, &mut patterns).unwrap();
+        let mut of = |module: &str| recipe.encoding_of(module, &mut patterns).unwrap().map(|encoding| encoding.scheme().unwrap());
         assert_eq!(of("layers.0.up_proj"), Some(Scheme { bits: 4, group: Some(64), symmetric: false }));
         assert_eq!(of("layers.1.down_proj"), Some(Scheme { bits: 8, group: Some(64), symmetric: false }));
         assert_eq!(of("x.layers.1.up_proj"), None);

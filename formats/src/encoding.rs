@@ -438,6 +438,42 @@ impl Encoding {
         self.levels.count().saturating_sub(1) as u8
     }
 
+    /// The code of 0 where all blocks have the same and none is stored; 0 of levels in a table.
+    pub const fn fixed_zero(&self) -> Option<u8> {
+        match (self.offset, self.levels) {
+            (Offset::None, Levels::Integer { zero, .. }) => Some(zero),
+            (Offset::None, _) => Some(0),
+            _ => None,
+        }
+    }
+
+    /// The same with scales in `scale`, and zeros of `min_zero` at least where they are stored.
+    pub const fn stored_in(self, scale: Float, min_zero: u8) -> Encoding {
+        let offset = if let Offset::Zero { .. } = self.offset { Offset::Zero { min: min_zero } } else { self.offset };
+        let scale = if let Scale::Own(_) = self.scale { Scale::Own(scale) } else { self.scale };
+        Encoding { scale, offset, ..self }
+    }
+
+    /// As a configuration tells it, which does not say in which precision scales are stored.
+    pub const fn told(self) -> Encoding {
+        self.stored_in(Float::F32, 0)
+    }
+
+    /// The scheme of integers that only weights are rounded to.
+    pub fn weight_scheme(&self) -> Option<Scheme> {
+        self.scheme().filter(|_| self.activation.is_none())
+    }
+
+    /// Whether scales are searched and columns swept: integers in groups and ggml's blocks with codes. Others are rounded as they are.
+    pub fn is_searched(&self) -> bool {
+        self.levels.count() > 0 && (self.scheme().is_some() || self.ggml_type().is_some())
+    }
+
+    /// The name it has among [`PRESETS`], with scales in whatever precision.
+    pub fn name(&self) -> Option<&'static str> {
+        PRESETS.iter().find(|(_, preset)| preset.told() == self.told()).map(|(name, _)| *name)
+    }
+
     /// The scheme of integers with scales of their own, in groups of columns or rows; `None` of anything else.
     pub fn scheme(&self) -> Option<Scheme> {
         let Levels::Integer { codes, .. } = self.levels else { return None };
@@ -453,6 +489,13 @@ impl Encoding {
         };
         let whole = codes.is_power_of_two() && matches!(self.scale, Scale::Own(_)) && self.global.is_none();
         whole.then_some(Scheme { bits: self.levels.bits(), group, symmetric })
+    }
+}
+
+impl From<Scheme> for Encoding {
+    /// As a configuration tells it.
+    fn from(scheme: Scheme) -> Encoding {
+        scheme.encoding(Float::F32, 0)
     }
 }
 

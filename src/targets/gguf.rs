@@ -84,14 +84,14 @@ impl GgufPlan {
         let mut patterns = recipe.patterns()?;
         let plain = if source.dtype() == formats::Dtype::F16 { "F16" } else { "BF16" };
         for linear in graph.linears().chain([&graph.head.linear]) {
-            let ignored = recipe.scheme_of(&linear.module, &mut patterns)?.is_none();
+            let ignored = recipe.encoding_of(&linear.module, &mut patterns)?.is_none();
             for place in places.get(&linear.module).into_iter().flatten().filter(|_| ignored) {
                 let exact = format!("^{}$={plain}", plan.tensors[place.tensor].gguf.replace('.', "\\."));
                 overrides.tensors.insert(0, TensorOverride::parse(&exact)?);
             }
         }
         // The embedding serves as the head.
-        if graph.head.tied && recipe.scheme_of(&graph.head.linear.module, &mut patterns)?.is_none() {
+        if graph.head.tied && recipe.encoding_of(&graph.head.linear.module, &mut patterns)?.is_none() {
             overrides.tensors.insert(0, TensorOverride::parse(&format!("^token_embd\\.weight$={plain}"))?);
         }
         patterns.check_hits()?;

@@ -60,7 +60,7 @@ fn every_layout_holds_what_was_solved_and_reads_back_as_it() {
     {
         let output = room.path().join(format!("out-{index}"));
         let recipe = request(toml);
-        let (bits, smooths) = (recipe.scheme.bits, recipe.method.smooths());
+        let (bits, smooths) = (recipe.encoding.levels.bits(), recipe.method.smooths());
         let report = run(&model, &output, recipe, true).unwrap();
         let helped = |s: &SmoothingReport| s.alpha > 0.0 && s.loss_ratio < 1.0;
         assert_eq!(report.smoothings.iter().any(helped), smooths, "{toml}: {:?}", report.smoothings);

@@ -153,14 +153,14 @@ impl<B: Backend> Solution<B> {
     pub fn packed(self, backend: &B, layout: WordLayout) -> Result<PackedWeight> {
         let Chosen::Codes(codes, grid) = self.chosen else { panic!("integers in groups have codes") };
         let Grid { spec: GridSpec { encoding, group_of }, rows, scales, zeros, .. } = *grid;
-        let (cols, scheme) = (group_of.len(), encoding.scheme().expect("integers in groups"));
-        let bytes = backend.pack(&codes, Packing::Words { bits: scheme.bits, layout })?;
+        let (cols, bits) = (group_of.len(), encoding.levels.bits());
+        let bytes = backend.pack(&codes, Packing::Words { bits, layout })?;
         let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
         let words = bytes.chunks_exact(4).map(word).collect();
-        let width = scheme.group_width(cols);
+        let width = encoding.group_width(cols);
         let contiguous = group_of.iter().enumerate().all(|(col, group)| col / width == *group as usize);
         let group_of = (!contiguous).then_some(group_of);
-        Ok(PackedWeight { rows, cols, scheme, words, scales, zeros, group_of })
+        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, group_of })
     }
 
     /// Rows of blocks as a file of ggml's holds them.
