@@ -135,6 +135,7 @@ impl Plan {
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &encodings)?);
         config.notes.extend(uneven_experts(graph, &encodings));
+        config.notes.extend(rounded_inputs(&encodings));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
         }
@@ -211,6 +212,21 @@ impl Plan {
         config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
         Ok(Plan { codec, encodings, unquantized, fates, unstacked, outputs, scale_dtype, float_dtype, config })
     }
+}
+
+/// What to say where runtimes round what linears read.
+fn rounded_inputs(encodings: &HashMap<String, Encoding>) -> Option<String> {
+    let mut names: Vec<&str> =
+        encodings.values().filter(|e| e.activation.is_some()).map(|e| e.name().unwrap_or("this scheme")).collect();
+    names.sort_unstable();
+    names.dedup();
+    (!names.is_empty()).then(|| {
+        format!(
+            "runtimes round the inputs of linears in {} to 8 bits, token by token, which is not imitated here: what is measured is the \
+             loss from the weights alone",
+            names.join(" and ")
+        )
+    })
 }
 
 /// What to say of a mixture whose experts are not all quantized alike: runtimes keep them in one stack.

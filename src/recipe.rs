@@ -599,6 +599,24 @@ mod tests {
     }
 
     #[test]
+    fn schemes_with_rounded_inputs_go_beside_others() {
+        let recipe = resolve(
+            "scheme = 'w8a8'\n[[override]]\nmatch = 'down_proj'\nscheme = 'FP8_DYNAMIC'\n[[override]]\nmatch = 'o_proj'\nscheme = 'W4A16'",
+        )
+        .unwrap();
+        let mut patterns = recipe.patterns().unwrap();
+        let mut of = |module: &str| recipe.encoding_of(module, &mut patterns).unwrap().unwrap();
+        let preset = |name| PRESETS.iter().find(|(known, _)| *known == name).unwrap().1;
+        assert_eq!(of("layers.0.up_proj"), preset("W8A8"));
+        assert_eq!(of("layers.0.down_proj"), preset("FP8_DYNAMIC"));
+        assert_eq!(of("layers.0.o_proj"), Scheme::preset("W4A16").unwrap().into());
+        assert_eq!((recipe.method, recipe.scheme_name()), (Method::Gptq, "W8A8".to_owned()));
+        assert_eq!(serde_json::to_value(&recipe).unwrap()["scheme"], "W8A8");
+        let floats = resolve("scheme = 'FP8_DYNAMIC'").unwrap();
+        assert_eq!((floats.method, floats.needs()), (Method::Rtn, Needs::Nothing));
+    }
+
+    #[test]
     fn what_has_no_effect_is_told_where_it_was_asked_for() {
         let idle = |toml: &str| {
             let recipe = resolve(toml).unwrap();
@@ -652,6 +670,14 @@ mod tests {
             ("format = 'exl2'", "format `exl2` is not known"),
             ("scheme = 'W5A16'", "scheme `W5A16` is not known"),
             ("bits = 5", "5 bits"),
+            ("scheme = 'W8A8'\nbits = 4", "W8A8 fixes width, scales and zeros: --bits in the request is not for it"),
+            ("scheme = 'W8A8'\ngroup_size = 64", "--group-size in the request"),
+            ("scheme = 'fp8_dynamic'\nsymmetric = false", "FP8_DYNAMIC fixes width, scales and zeros: --symmetric"),
+            ("format = 'gptq'\nscheme = 'W8A8'", "scheme `W8A8` is one of compressed-tensors, and the format is gptq"),
+            ("format = 'awq'\nscheme = 'FP8_DYNAMIC'", "scheme `FP8_DYNAMIC` is one of compressed-tensors"),
+            ("format = 'gguf'\nscheme = 'W8A8'", "scheme `W8A8` is not one of GGUF's"),
+            ("scheme = 'FP8_DYNAMIC'\nmethod = 'gptq'", "which --method gptq has no part in"),
+            ("scheme = 'FP8_DYNAMIC'\nobserver = 'mse'", "--observer has no part in that"),
             ("group_size = 0", "group size 0"),
             ("method = 'magic'", "method `magic` is not known; there are rtn, awq, gptq, awq+gptq"),
             ("damp = -1.0", "damping -1"),

@@ -1,7 +1,7 @@
 //! What runtimes are known not to load, so that a report says it before anyone tries. Measured by `tests/runtimes/families.py`
 //! with transformers 5.23 and GPTQModel 7.7, which also fails when a note here is no longer true.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use formats::Encoding;
 

@@ -79,6 +79,18 @@ pub fn round_e4m3(x: f32) -> f32 {
     ((x / quantum).round_ties_even() * quantum).clamp(-448.0, 448.0)
 }
 
+/// The code of the nearest value of E4M3, which is its byte; as [`round_e4m3`] rounds.
+pub fn code_e4m3(x: f32) -> u8 {
+    let value = round_e4m3(x);
+    let magnitude = value.abs();
+    let code = match magnitude < 0.015_625 {
+        // Below the smallest power of two that is stored as one they lie 2⁻⁹ apart.
+        true => (magnitude * 512.0) as u8,
+        false => ((magnitude.to_bits() >> 20) - (120 << 3)) as u8,
+    };
+    code | if value.is_sign_negative() { 0x80 } else { 0 }
+}
+
 /// The levels that codes stand for.
 #[derive(Clone, Copy, Debug)]
 pub enum Levels {
@@ -660,6 +672,15 @@ mod tests {
             [0.0, -3.0, 1e-45, f32::MAX].map(|x| Float::E8M0.round(x)),
             [2f32.powi(-127), 2f32.powi(-127), 2f32.powi(-127), 2f32.powi(127)]
         );
+    }
+
+    #[test]
+    fn every_value_of_e4m3_has_its_code() {
+        for (code, value) in E4M3.iter().enumerate().filter(|(_, value)| value.is_finite()) {
+            assert_eq!(usize::from(code_e4m3(*value)), code, "{value}");
+        }
+        // Ties go to the even code.
+        assert_eq!([1.0625, 1.1875, -1e9, 0.000_976_562_5, -0.0001].map(code_e4m3), [0x38, 0x3a, 0xfe, 0, 0x80]);
     }
 
     #[test]

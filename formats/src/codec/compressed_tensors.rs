@@ -394,6 +394,7 @@ fn unpack_padded(packed: &[u8], rows: usize, cols: usize, bits: u8) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::codec::testing::{Vector, any_weight, check_round_trip};
+    use crate::encoding::PRESETS;
     use crate::grid::Scheme;
     use proptest::prelude::*;
 
@@ -484,6 +485,59 @@ mod tests {
             let declared = Declared { encoding: scheme.into(), zeros_minus_one: false };
             prop_assert_eq!(CompressedTensors.decode(&|name| parts.get(name), &declared).unwrap(), weight);
         }
+    }
+
+    /// Of runtimes that round inputs too: a byte a code, rows of any width.
+    #[test]
+    fn bytes_hold_codes_of_eight_bits() {
+        for (name, dtype, byte) in [("W8A8", Dtype::I8, 0x80), ("FP8_DYNAMIC", Dtype::F8_E4M3, 0)] {
+            let encoding = PRESETS.iter().find(|(known, _)| *known == name).unwrap().1.told();
+            for cols in [1, 7, 64] {
+                let codes = (0..3 * cols).map(|i| (i * 37 % 127) as u8).collect();
+                let zeros = vec![encoding.fixed_zero().unwrap(); 3];
+                let scales = vec![0.5, 0.25, 2.0];
+                let weight = QuantizedWeight { rows: 3, cols, encoding, codes, scales, zeros, group_of: None };
+                let parts = CompressedTensors.encode(&weight, Dtype::BF16).unwrap();
+                let stored = parts.get("weight").unwrap();
+                assert_eq!((stored.dtype, stored.shape, stored.data[0]), (dtype, &[3, cols][..], byte));
+                assert_eq!(parts.get("weight_scale").unwrap().shape, [3, 1]);
+                let declared = Declared { encoding, zeros_minus_one: false };
+                let back = CompressedTensors.decode(&|name| parts.get(name), &declared).unwrap();
+                assert_eq!(back, weight, "{name}");
+                let level = encoding.levels.level(weight.codes[cols]);
+                assert_eq!(back.dequantize()[cols], 0.25 * level, "{name}");
+                // Whoever reads them without knowing the encoding reads the same.
+                let config = CompressedTensors.config(
+                    &[QuantizedModule { name: "a.0.x", encoding, desc_act: false, loaded: &[] }],
+                    &[],
+                );
+                let config = json!({"quantization_config": config.unwrap().quantization_config});
+                let reader = crate::codec::read_quantization(&config).unwrap().unwrap();
+                assert_eq!(reader.declared("a.0.x").unwrap(), Some(declared));
+                assert!(reader.quantizes_activations());
+                let lookup = |name: &str| name.strip_prefix("a.0.x.").and_then(|part| parts.get(part));
+                let foreign = reader.foreign("a.0.x.weight", &lookup).unwrap().unwrap();
+                let mut values = vec![0.0; 3 * cols];
+                foreign.read(&lookup, 0..3, &mut values).unwrap();
+                assert_eq!(values, weight.dequantize(), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_mix_of_formats_says_so() {
+        let preset = |name| PRESETS.iter().find(|(known, _)| *known == name).unwrap().1;
+        let module = |name, encoding| QuantizedModule { name, encoding, desc_act: false, loaded: &[] };
+        let four = Scheme { bits: 4, group: Some(32), symmetric: true }.into();
+        let modules = [module("a.0.x", preset("W8A8")), module("a.0.y", preset("FP8_DYNAMIC")), module("a.0.z", four)];
+        let config = CompressedTensors.config(&modules, &[]).unwrap().quantization_config;
+        assert_eq!(config["format"], "mixed-precision");
+        let groups = config["config_groups"].as_object().unwrap();
+        let formats: Vec<&Value> = groups.values().map(|group| &group["format"]).collect();
+        assert_eq!(formats, ["int-quantized", "float-quantized", "pack-quantized"]);
+        let inputs = &groups["group_0"]["input_activations"];
+        assert_eq!((&inputs["type"], &inputs["strategy"], &inputs["dynamic"]), (&json!("int"), &json!("token"), &json!(true)));
+        assert_eq!(groups["group_1"]["weights"]["type"], "float");
     }
 
     #[test]
