@@ -24,7 +24,7 @@ fn weight(bits: u8) -> QuantizedWeight {
     QuantizedWeight {
         rows: SIDE,
         cols: SIDE,
-        scheme,
+        encoding: scheme.into(),
         codes: noise(SIDE * SIDE, 1).iter().map(code).collect(),
         scales: vec![0.0625; grids],
         // GPTQ cannot store a zero of 0.
@@ -47,7 +47,7 @@ fn pack(c: &mut Criterion) {
             };
             let name = format!("{} W{bits}", codec.id());
             measure(&mut group, &name, WORK, make, |(weight, parts)| {
-                let declared = Declared { scheme: weight.scheme, zeros_minus_one: codec.id() == "gptq" };
+                let declared = Declared { encoding: weight.encoding, zeros_minus_one: codec.id() == "gptq" };
                 match packing {
                     true => codec.encode(weight, Dtype::F16).map(drop),
                     false => codec.decode(&|part| parts.get(part), &declared).map(drop),

@@ -191,7 +191,8 @@ impl Checkpoint {
         match (&self.source, entry.dtype) {
             (_, StoredType::Plain(dtype)) => dtype.to_string(),
             (_, StoredType::Ggml(ty)) => ty.name.to_owned(),
-            (_, StoredType::Quantized { codec, scheme }) => {
+            (_, StoredType::Quantized { codec, encoding }) => {
+                let scheme = encoding.scheme().expect("packed codes are integers");
                 let group = scheme.group.map_or("per row".to_owned(), |g| format!("group {g}"));
                 format!("{codec} {} {group}", scheme.name())
             }
@@ -666,7 +667,7 @@ fn directory_entries(
         entries.push(Entry {
             name: format!("{module}.weight"),
             shape: shape.to_vec(),
-            dtype: StoredType::Quantized { codec, scheme: declared.scheme },
+            dtype: StoredType::Quantized { codec, encoding: declared.encoding },
             stored_bytes: bytes,
         });
     }

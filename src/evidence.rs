@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use calibration::statistics::Statistics;
+use formats::encoding::Levels;
 use formats::{Dtype, Float, GgmlType};
 use kernels::{Backend, Grid};
 use ndarray::Array2;
@@ -118,12 +119,19 @@ pub fn lost_in_grid(
     tensor: &str,
     values: impl FnOnce() -> Result<[Array2<f32>; 2]>,
 ) -> Result<usize> {
-    let scheme = grid.spec.encoding.scheme().expect("integers in groups");
-    let precision = grid.spec.encoding.precision();
-    let top = if scheme.symmetric { scheme.midpoint() } else { scheme.max_code() };
+    let encoding = &grid.spec.encoding;
+    let (precision, bits) = (encoding.precision(), encoding.levels.bits());
+    // The largest level, and the largest that a weight can be off the zero of its group.
+    let (top, widest) = match (encoding.fixed_zero(), encoding.levels) {
+        (_, Levels::Table(table)) => {
+            let largest = table.iter().filter(|x| x.is_finite()).fold(0.0f32, |m, x| m.max(x.abs()));
+            (largest, largest)
+        }
+        (zero, _) => (f32::from(zero.unwrap_or(encoding.max_code())), f32::from(encoding.max_code())),
+    };
     let (largest, small) = match precision {
-        Float::F16 => (LARGEST_HALF, f32::from(top) * STEP),
-        Float::BF16 => (65280.0, f32::from(top) * STEP),
+        Float::F16 => (LARGEST_HALF, top * STEP),
+        Float::BF16 => (65280.0, top * STEP),
         wide => (wide.largest(), 0.0),
     };
     // Written so that a NaN is beyond.
@@ -135,12 +143,11 @@ pub fn lost_in_grid(
              --ignore {module}",
             input.display(),
             peak(weight.as_slice().expect("contiguous")),
-            scheme.bits
+            bits
         )));
     }
     let tiny = |scale: &f32| scale.abs() <= small;
     // Runtimes dequantize into the type of the scales.
-    let widest = f32::from(scheme.max_code());
     let may_overflow = precision == Float::F16 && grid.scales.iter().any(|scale| scale.abs() * widest >= LARGEST_HALF);
     if !may_overflow && !grid.scales.iter().any(tiny) {
         return Ok(0);
@@ -157,7 +164,8 @@ pub fn lost_in_grid(
     let groups = grid.spec.groups();
     let mut columns = vec![Vec::new(); groups];
     grid.spec.group_of.iter().enumerate().for_each(|(col, group)| columns[*group as usize].push(col));
-    let most = tolerated(1 << scheme.bits);
+    // Levels of a float are a share of their size apart, those of four bits of mantissa 2⁻⁴ at the most.
+    let most = if encoding.is_searched() { tolerated(1 << bits) } else { 4e-3 };
     let mut lost = 0;
     for (index, _) in grid.scales.iter().enumerate().filter(|(_, scale)| tiny(scale)) {
         let (row, columns) = (index / groups, &columns[index % groups]);

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use formats::codec::{ConfigFiles, QuantizedModule};
 use formats::tensor::is_float;
-use formats::{Codec, Dtype, Float, Scheme, TensorSpec};
+use formats::{Codec, Dtype, Encoding, Float, TensorSpec};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -19,8 +19,8 @@ use crate::weights::StoredType;
 pub struct Plan {
     /// How weights are laid out.
     pub codec: &'static dyn Codec,
-    /// The scheme of each quantized linear, by module.
-    pub schemes: HashMap<String, Scheme>,
+    /// How each quantized linear is represented, by module.
+    pub encodings: HashMap<String, Encoding>,
     /// Linears of the blocks that stay as they are.
     pub unquantized: Vec<String>,
     /// Every input tensor, in file order.
@@ -31,8 +31,6 @@ pub struct Plan {
     pub outputs: Vec<TensorSpec>,
     /// Type of scales in the file.
     pub scale_dtype: Dtype,
-    /// Precision that scales are searched in.
-    pub precision: Float,
     /// Type of tensors that are written but not quantized.
     pub float_dtype: Dtype,
     /// config.json's addition and files beside it.
@@ -50,26 +48,36 @@ impl Plan {
         let strays = Strays::new(graph, source, recipe.unknown_tensors);
         let others = other_linears(graph, source, &strays, codec.goes_by_class())?;
         for module in others.iter().chain([&graph.head.linear.module]) {
-            recipe.scheme_of(module, &mut patterns)?;
+            recipe.encoding_of(module, &mut patterns)?;
         }
-        let mut schemes = HashMap::new();
+        let model_dtype = source.dtype();
+        let float_dtype = if matches!(model_dtype, Dtype::F16 | Dtype::BF16) { model_dtype } else { Dtype::F32 };
+        let scale_dtype = codec.scale_dtype(model_dtype);
+        let precision = match (model_dtype, scale_dtype) {
+            // Runtimes may cast scales to the model's type: choose scales that survive that.
+            (Dtype::BF16, _) | (_, Dtype::BF16) => Float::BF16,
+            (_, Dtype::F32) => Float::F32,
+            _ => Float::F16,
+        };
+        let mut encodings = HashMap::new();
         let mut modules = Vec::new();
         let mut unquantized = Vec::new();
         let mut refusals = Vec::new();
         for linear in graph.linears() {
-            match recipe.scheme_of(&linear.module, &mut patterns)? {
+            match recipe.encoding_of(&linear.module, &mut patterns)? {
                 None => unquantized.push(linear.module.clone()),
-                Some(scheme) => {
+                Some(encoding) => {
+                    let encoding = encoding.stored_in(precision, codec.min_zero());
                     if linear.stored == Stored::Transposed && codec.id() != "gptq" {
                         refusals.push((
                             linear.weight(),
                             "runtimes look for linears, and this is a `Conv1D`; write gptq or gguf".to_owned(),
                         ));
-                    } else if let Err(why) = codec.supports(linear.rows, linear.cols, &scheme, recipe.desc_act) {
+                    } else if let Err(why) = codec.supports(linear.rows, linear.cols, &encoding, recipe.desc_act) {
                         refusals.push((linear.weight(), why));
                     }
-                    modules.push((linear.module.clone(), scheme));
-                    schemes.insert(linear.module.clone(), scheme);
+                    modules.push((linear.module.clone(), encoding));
+                    encodings.insert(linear.module.clone(), encoding);
                 }
             }
         }
@@ -117,32 +125,24 @@ impl Plan {
         let listed: Vec<QuantizedModule<'_>> = modules
             .iter()
             .zip(&names)
-            .map(|((name, scheme), loaded)| QuantizedModule {
+            .map(|((name, encoding), loaded)| QuantizedModule {
                 name,
-                scheme: *scheme,
+                encoding: *encoding,
                 desc_act: recipe.desc_act,
                 loaded,
             })
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
-        config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &schemes)?);
-        config.notes.extend(uneven_experts(graph, &schemes));
+        config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &encodings)?);
+        config.notes.extend(uneven_experts(graph, &encodings));
+        config.notes.extend(rounded_inputs(&encodings));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
         }
 
-        let model_dtype = source.dtype();
-        let float_dtype = if matches!(model_dtype, Dtype::F16 | Dtype::BF16) { model_dtype } else { Dtype::F32 };
-        let scale_dtype = codec.scale_dtype(model_dtype);
-        let precision = match (model_dtype, scale_dtype) {
-            // Runtimes may cast scales to the model's type: choose scales that survive that.
-            (Dtype::BF16, _) | (_, Dtype::BF16) => Float::BF16,
-            (_, Dtype::F32) => Float::F32,
-            _ => Float::F16,
-        };
         // Transformers unpacks experts to the type of their scales, and not every class of its multiplies matrices of two types:
         // the scales are chosen as before, for vLLM runs such a model in float16, and written in the model's type.
-        let of_experts = graph.opaque && schemes.keys().any(|module| is_expert(module));
+        let of_experts = graph.opaque && encodings.keys().any(|module| is_expert(module));
         let scale_dtype = match (of_experts, codec.id()) {
             (true, "compressed-tensors") if float_dtype == Dtype::F32 => {
                 config.notes.push(
@@ -165,13 +165,13 @@ impl Plan {
             let readers = stored.get(&entry.name).map_or(&[][..], |readers| readers);
             let is_weight = readers.first().is_some_and(|linear| linear.weight() == entry.name);
             let stacked = matches!(readers.first(), Some(Linear { stored: Stored::Slice { .. }, .. }));
-            let planned = |linear: &&Linear| schemes.contains_key(&linear.module);
+            let planned = |linear: &&Linear| encodings.contains_key(&linear.module);
             let fate = if readers.iter().any(planned) && (is_weight || stacked) {
                 for linear in readers {
                     let Linear { module, rows, cols, .. } = linear;
-                    match schemes.get(module) {
-                        Some(scheme) if is_weight => {
-                            for (part, dtype, shape) in codec.layout(*rows, *cols, scheme, scale_dtype) {
+                    match encodings.get(module) {
+                        Some(encoding) if is_weight => {
+                            for (part, dtype, shape) in codec.layout(*rows, *cols, encoding, scale_dtype) {
                                 outputs.push(TensorSpec { name: format!("{module}.{part}"), dtype, shape });
                             }
                         }
@@ -210,18 +210,33 @@ impl Plan {
             fates.push((entry.name.clone(), fate));
         }
         config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
-        Ok(Plan { codec, schemes, unquantized, fates, unstacked, outputs, scale_dtype, precision, float_dtype, config })
+        Ok(Plan { codec, encodings, unquantized, fates, unstacked, outputs, scale_dtype, float_dtype, config })
     }
 }
 
+/// What to say where runtimes round what linears read.
+fn rounded_inputs(encodings: &HashMap<String, Encoding>) -> Option<String> {
+    let mut names: Vec<&str> =
+        encodings.values().filter(|e| e.activation.is_some()).map(|e| e.name().unwrap_or("this scheme")).collect();
+    names.sort_unstable();
+    names.dedup();
+    (!names.is_empty()).then(|| {
+        format!(
+            "runtimes round the inputs of linears in {} to 8 bits, token by token, which is not imitated here: what is measured is the \
+             loss from the weights alone",
+            names.join(" and ")
+        )
+    })
+}
+
 /// What to say of a mixture whose experts are not all quantized alike: runtimes keep them in one stack.
-fn uneven_experts(graph: &Graph, schemes: &HashMap<String, Scheme>) -> Option<String> {
+fn uneven_experts(graph: &Graph, encodings: &HashMap<String, Encoding>) -> Option<String> {
     let mixtures = graph.blocks.iter().flat_map(|block| block.steps.iter().map(move |step| (block, step)));
     let uneven = |layer: &Layer| {
         let Layer::Moe(moe) = layer else { return false };
         let of = |mlp: &Mlp| {
             let linears = mlp.inputs.iter().chain([&mlp.down]);
-            linears.map(|linear| schemes.get(&linear.module).copied()).collect::<Vec<_>>()
+            linears.map(|linear| encodings.get(&linear.module).copied()).collect::<Vec<_>>()
         };
         moe.experts.windows(2).any(|pair| of(&pair[0]) != of(&pair[1]))
     };
@@ -247,7 +262,7 @@ fn check_named(
         for name in module.loaded {
             hidden |= reader.declared(name)?.is_none();
         }
-        if hidden || reader.declared(module.name)?.map(|declared| declared.scheme) != Some(module.scheme) {
+        if hidden || reader.declared(module.name)?.map(|declared| declared.encoding) != Some(module.encoding.told()) {
             return Err(Error::usage(format!(
                 "{} leaves linears out by their names, and could not but leave out `{}` as well, which is quantized; give --ignore \
                  for it, or write another --format",

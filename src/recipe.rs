@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use calibration::solvers::Observer;
 use calibration::statistics::Needs;
-use formats::Scheme;
+use formats::encoding::PRESETS;
+use formats::{Codec, Encoding, Scheme};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -98,8 +99,9 @@ pub fn named<T: Copy>(what: &str, table: &[(&str, T)], name: &str) -> Result<T> 
 pub struct Recipe {
     /// Output layout.
     pub format: String,
-    /// Width and grouping.
-    pub scheme: Scheme,
+    /// How weights are represented, where no exception says otherwise.
+    #[serde(rename = "scheme", serialize_with = "as_scheme")]
+    pub encoding: Encoding,
     /// Method.
     pub method: Method,
     /// How scales are chosen, by the name users type.
@@ -204,10 +206,10 @@ impl Recipe {
         if format == "gguf" {
             return Recipe::resolve_gguf(request);
         }
-        if formats::codec::codec(&format).is_none() {
+        let Some(codec) = formats::codec::codec(&format) else {
             let known: Vec<&str> = formats::CODECS.iter().map(|codec| codec.id()).collect();
             return Err(Error::usage(format!("format `{format}` is not known; there are {}, gguf", known.join(", "))));
-        }
+        };
         let only_gguf = [
             ("tensor-type", request.tensor_type.is_some()),
             ("output-tensor-type", request.output_tensor_type.is_some()),
@@ -222,8 +224,9 @@ impl Recipe {
             return Err(Error::usage(format!("--{flag} is for GGUF files, and the format is {format}")));
         }
         let default = if format == "awq" { "W4A16_ASYM" } else { "W4A16" };
-        let base = Scheme::preset(default).expect("a preset");
-        let scheme = change(
+        let base = Scheme::preset(default).expect("a preset").into();
+        let encoding = change(
+            codec,
             base,
             request.scheme.as_deref(),
             request.bits,
@@ -231,11 +234,24 @@ impl Recipe {
             request.symmetric,
             "the request",
         )?;
-        let method = named("method", Method::ALL, request.method.as_deref().unwrap_or("gptq"))?;
+        // Eight bits of which four are exponent leave nothing to search.
+        let (usual, floats) = if encoding.is_searched() { ("gptq", None) } else { ("rtn", encoding.name()) };
+        let method = named("method", Method::ALL, request.method.as_deref().unwrap_or(usual))?;
+        if let Some(name) = floats.filter(|_| method != Method::Rtn) {
+            return Err(Error::usage(format!(
+                "{name} rounds each weight to the nearest value, which --method {} has no part in: say --method rtn, or leave it out",
+                method.name()
+            )));
+        }
         let observer = match &request.observer {
             Some(name) => named("observer", Observer::ALL, name)?,
             None => method.observer(),
         };
+        if let Some(name) = floats.filter(|_| observer != Observer::MinMax) {
+            return Err(Error::usage(format!(
+                "the scales of {name} follow from the largest weight of each row: --observer has no part in that, leave it out"
+            )));
+        }
         let damp = request.damp.unwrap_or(0.05);
         if !(damp.is_finite() && (0.0..=10.0).contains(&damp)) {
             return Err(Error::usage(format!("damping {damp} is not between 0 and 10")));
@@ -257,7 +273,7 @@ impl Recipe {
         let given = Given::of(&request);
         let recipe = Recipe {
             format,
-            scheme,
+            encoding,
             method,
             observer: Observer::ALL.iter().find(|(_, o)| *o == observer).expect("in the list").0,
             damp,
@@ -388,14 +404,19 @@ impl Recipe {
 
     /// The mix of a GGUF file; else width and group as a scheme's name says them.
     pub fn scheme_name(&self) -> String {
-        let Scheme { bits, group, symmetric } = self.scheme;
-        match &self.gguf {
-            Some(gguf) => gguf.mix.to_owned(),
-            None => {
-                let group = group.map_or("row".to_owned(), |group| format!("g{group}"));
-                format!("W{bits}A16{} {group}", if symmetric { "" } else { "_ASYM" })
+        match (&self.gguf, self.encoding.weight_scheme()) {
+            (Some(gguf), _) => gguf.mix.to_owned(),
+            (None, Some(scheme)) => {
+                let group = scheme.group.map_or("row".to_owned(), |group| format!("g{group}"));
+                format!("{} {group}", scheme.name())
             }
+            (None, None) => called(&self.encoding),
         }
+    }
+
+    /// The scheme's name without its groups.
+    pub fn width(&self) -> String {
+        self.encoding.weight_scheme().map_or_else(|| called(&self.encoding), |scheme| scheme.name())
     }
 
     /// Whether another recipe looks at the same text in the same way.
@@ -448,13 +469,14 @@ impl Recipe {
         }
     }
 
-    /// The scheme of a linear, or `None` when it stays as it is.
-    pub fn scheme_of(&self, module: &str, patterns: &mut Patterns) -> Result<Option<Scheme>> {
+    /// How a linear is represented, or `None` when it stays as it is.
+    pub fn encoding_of(&self, module: &str, patterns: &mut Patterns) -> Result<Option<Encoding>> {
         match self.said_of(module, patterns) {
             Said::Ignored => Ok(None),
-            Said::Nothing => Ok(Some(self.scheme)),
+            Said::Nothing => Ok(Some(self.encoding)),
             Said::Otherwise(Override { scheme, bits, group_size, symmetric, pattern, .. }) => {
-                change(self.scheme, scheme.as_deref(), *bits, *group_size, *symmetric, pattern).map(Some)
+                let codec = formats::codec::codec(&self.format).expect("resolved");
+                change(codec, self.encoding, scheme.as_deref(), *bits, *group_size, *symmetric, pattern).map(Some)
             }
         }
     }
@@ -487,22 +509,65 @@ fn parse_size(text: &str) -> Result<u64> {
     }
 }
 
+/// An encoding's name among the presets.
+fn called(encoding: &Encoding) -> String {
+    encoding.name().unwrap_or("its own encoding").to_owned()
+}
+
+/// Integers of weights alone as their width and grouping, anything else by its name.
+fn as_scheme<S: serde::Serializer>(encoding: &Encoding, serializer: S) -> std::result::Result<S::Ok, S::Error> {
+    match encoding.weight_scheme() {
+        Some(scheme) => scheme.serialize(serializer),
+        None => serializer.serialize_str(&called(encoding)),
+    }
+}
+
+/// The preset of this name that a codec writes besides the schemes of integers.
+pub fn preset(codec: &dyn Codec, name: &str) -> Option<Encoding> {
+    let known = codec.presets().iter().find(|known| known.eq_ignore_ascii_case(name))?;
+    PRESETS.iter().find(|(preset, _)| preset == known).map(|(_, encoding)| *encoding)
+}
+
 fn change(
-    base: Scheme,
+    codec: &dyn Codec,
+    base: Encoding,
     name: Option<&str>,
     bits: Option<u8>,
     group_size: Option<i64>,
     symmetric: Option<bool>,
     place: &str,
-) -> Result<Scheme> {
-    let mut scheme = base;
+) -> Result<Encoding> {
+    let keys = [("bits", bits.is_some()), ("group-size", group_size.is_some()), ("symmetric", symmetric.is_some())];
+    let whole = match name {
+        Some(name) => preset(codec, name),
+        None => Some(base).filter(|base| base.weight_scheme().is_none()),
+    };
+    if let Some(whole) = whole {
+        return match keys.iter().find(|(_, given)| *given) {
+            Some((key, _)) => Err(Error::usage(format!(
+                "{} fixes width, scales and zeros: --{key} in {place} is not for it; leave it out, or name another scheme",
+                called(&whole)
+            ))),
+            None => Ok(whole),
+        };
+    }
+    // Beside one that has no groups a preset has its own.
+    let inherited = base.weight_scheme().filter(|_| place != "the request");
+    let mut scheme = inherited.or(base.weight_scheme()).or(Scheme::preset("W4A16")).expect("a preset");
     if let Some(name) = name {
+        if let Some(other) = formats::CODECS.iter().find(|other| preset(**other, name).is_some()) {
+            return Err(Error::usage(format!(
+                "scheme `{name}` is one of {}, and the format is {}: write that, or name another scheme",
+                other.id(),
+                codec.id()
+            )));
+        }
         let preset = Scheme::preset(name).ok_or_else(|| {
             Error::usage(format!(
                 "scheme `{name}` is not known; there are W4A16, W4A16_ASYM, W8A16, W3A16 and W2A16 (each also with _ASYM)"
             ))
         })?;
-        scheme = Scheme { group: if place == "the request" { preset.group } else { base.group }, ..preset };
+        scheme = Scheme { group: inherited.map_or(preset.group, |base| base.group), ..preset };
     }
     if let Some(bits) = bits {
         if ![2, 3, 4, 8].contains(&bits) {
@@ -524,7 +589,7 @@ fn change(
     if let Some(symmetric) = symmetric {
         scheme.symmetric = symmetric;
     }
-    Ok(scheme)
+    Ok(scheme.into())
 }
 
 #[cfg(test)]
@@ -542,7 +607,9 @@ mod tests {
         )
         .unwrap();
         let mut patterns = recipe.patterns().unwrap();
-        let mut of = |module: &str| recipe.scheme_of(module, &mut patterns).unwrap();
+        let mut of = |module: &str| {
+            recipe.encoding_of(module, &mut patterns).unwrap().map(|encoding| encoding.scheme().unwrap())
+        };
         assert_eq!(of("layers.0.up_proj"), Some(Scheme { bits: 4, group: Some(64), symmetric: false }));
         assert_eq!(of("layers.1.down_proj"), Some(Scheme { bits: 8, group: Some(64), symmetric: false }));
         assert_eq!(of("x.layers.1.up_proj"), None);
@@ -550,6 +617,24 @@ mod tests {
         patterns.check_hits().unwrap();
         let unmatched = recipe.patterns().unwrap().check_hits().unwrap_err().to_string();
         assert!(unmatched.contains("`o_proj` matches no linear"), "{unmatched}");
+    }
+
+    #[test]
+    fn schemes_with_rounded_inputs_go_beside_others() {
+        let recipe = resolve(
+            "scheme = 'w8a8'\n[[override]]\nmatch = 'down_proj'\nscheme = 'FP8_DYNAMIC'\n[[override]]\nmatch = 'o_proj'\nscheme = 'W4A16'",
+        )
+        .unwrap();
+        let mut patterns = recipe.patterns().unwrap();
+        let mut of = |module: &str| recipe.encoding_of(module, &mut patterns).unwrap().unwrap();
+        let preset = |name| PRESETS.iter().find(|(known, _)| *known == name).unwrap().1;
+        assert_eq!(of("layers.0.up_proj"), preset("W8A8"));
+        assert_eq!(of("layers.0.down_proj"), preset("FP8_DYNAMIC"));
+        assert_eq!(of("layers.0.o_proj"), Scheme::preset("W4A16").unwrap().into());
+        assert_eq!((recipe.method, recipe.scheme_name()), (Method::Gptq, "W8A8".to_owned()));
+        assert_eq!(serde_json::to_value(&recipe).unwrap()["scheme"], "W8A8");
+        let floats = resolve("scheme = 'FP8_DYNAMIC'").unwrap();
+        assert_eq!((floats.method, floats.needs()), (Method::Rtn, Needs::Nothing));
     }
 
     #[test]
@@ -606,6 +691,14 @@ mod tests {
             ("format = 'exl2'", "format `exl2` is not known"),
             ("scheme = 'W5A16'", "scheme `W5A16` is not known"),
             ("bits = 5", "5 bits"),
+            ("scheme = 'W8A8'\nbits = 4", "W8A8 fixes width, scales and zeros: --bits in the request is not for it"),
+            ("scheme = 'W8A8'\ngroup_size = 64", "--group-size in the request"),
+            ("scheme = 'fp8_dynamic'\nsymmetric = false", "FP8_DYNAMIC fixes width, scales and zeros: --symmetric"),
+            ("format = 'gptq'\nscheme = 'W8A8'", "scheme `W8A8` is one of compressed-tensors, and the format is gptq"),
+            ("format = 'awq'\nscheme = 'FP8_DYNAMIC'", "scheme `FP8_DYNAMIC` is one of compressed-tensors"),
+            ("format = 'gguf'\nscheme = 'W8A8'", "scheme `W8A8` is not one of GGUF's"),
+            ("scheme = 'FP8_DYNAMIC'\nmethod = 'gptq'", "which --method gptq has no part in"),
+            ("scheme = 'FP8_DYNAMIC'\nobserver = 'mse'", "--observer has no part in that"),
             ("group_size = 0", "group size 0"),
             ("method = 'magic'", "method `magic` is not known; there are rtn, awq, gptq, awq+gptq"),
             ("damp = -1.0", "damping -1"),

@@ -1,9 +1,9 @@
 //! What runtimes are known not to load, so that a report says it before anyone tries. Measured by `tests/runtimes/families.py`
 //! with transformers 5.23 and GPTQModel 7.7, which also fails when a note here is no longer true.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
-use formats::Scheme;
+use formats::Encoding;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -141,17 +141,17 @@ pub fn is_expert(module: &str) -> bool {
     module.contains(".experts.")
 }
 
-/// Notes on the runtimes that will not load `graph` in the layout `codec` with these schemes: what happens, and who does.
+/// Notes on the runtimes that will not load `graph` in the layout `codec` with these encodings: what happens, and who does.
 pub fn notes(
     graph: &Graph,
     source: &Checkpoint,
     loading: &Loading,
     codec: &str,
-    schemes: &HashMap<String, Scheme>,
+    encodings: &HashMap<String, Encoding>,
 ) -> Result<Vec<String>> {
     let model_type = settings(source.config())?.model_type;
     let layers = || graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
-    let quantized = |linear: &Linear| schemes.contains_key(&linear.module);
+    let quantized = |linear: &Linear| encodings.contains_key(&linear.module);
     let experts = layers().any(|layer| match layer {
         Layer::Moe(moe) => moe.experts.iter().any(|expert| expert.inputs.iter().chain([&expert.down]).any(quantized)),
         Layer::Opaque(linears) => linears.iter().any(|linear| is_expert(&linear.module) && quantized(linear)),
@@ -162,10 +162,9 @@ pub fn notes(
         codec,
         experts,
         mixed: experts && layers().any(|layer| matches!(layer, Layer::Mlp(_))),
-        asymmetric: schemes.values().any(|scheme| !scheme.symmetric),
+        asymmetric: encodings.values().any(|encoding| encoding.fixed_zero().is_none()),
         wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && *what != FURTHER),
     };
-    let all: HashSet<&Scheme> = schemes.values().collect();
     let packed = codec == "compressed-tensors";
     let refused =
         packed && graph.opaque && loading.refuses_packed(source.entries().iter().map(|entry| &entry.name[..]));
@@ -173,9 +172,13 @@ pub fn notes(
         types.contains(&&model_type[..]) || type_of(source.config()).is_some_and(|outer| types.contains(&outer))
     };
     let any = |types: &[&str]| packed && !refused && is_one(types);
-    let dequantized = match all.len() {
-        0 | 1 => "with CompressedTensorsConfig(dequantize=True) it loads",
-        _ => "it unpacks files of one scheme with CompressedTensorsConfig(dequantize=True), and this one has several",
+    let mut all = encodings.values();
+    let one = all.next().is_none_or(|first| all.all(|other| other == first));
+    let dequantized = match one {
+        true => "with CompressedTensorsConfig(dequantize=True) it loads",
+        false => {
+            "it unpacks files of one scheme with CompressedTensorsConfig(dequantize=True), and this one has several"
+        }
     };
     let unknown = any(ASK_FOR_WEIGHTS).then(|| {
         format!(

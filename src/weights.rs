@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use formats::{Dtype, GgmlType, GgufFile, Scheme, TensorView};
+use formats::{Dtype, Encoding, GgmlType, GgufFile, TensorView};
 use serde_json::Value;
 
 /// One tensor of a checkpoint.
@@ -27,8 +27,8 @@ pub enum StoredType {
     Quantized {
         /// The codec's id: `compressed-tensors`, `gptq` or `awq`.
         codec: &'static str,
-        /// Width and grouping.
-        scheme: Scheme,
+        /// What codes stand for.
+        encoding: Encoding,
     },
     /// As codes and scales in a layout that is only read: fp8, bitsandbytes, MXFP4.
     Foreign,

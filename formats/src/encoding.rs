@@ -79,6 +79,18 @@ pub fn round_e4m3(x: f32) -> f32 {
     ((x / quantum).round_ties_even() * quantum).clamp(-448.0, 448.0)
 }
 
+/// The code of the nearest value of E4M3, which is its byte; as [`round_e4m3`] rounds.
+pub fn code_e4m3(x: f32) -> u8 {
+    let value = round_e4m3(x);
+    let magnitude = value.abs();
+    let code = match magnitude < 0.015_625 {
+        // Below the smallest power of two that is stored as one they lie 2⁻⁹ apart.
+        true => (magnitude * 512.0) as u8,
+        false => ((magnitude.to_bits() >> 20) - (120 << 3)) as u8,
+    };
+    code | if value.is_sign_negative() { 0x80 } else { 0 }
+}
+
 /// The levels that codes stand for.
 #[derive(Clone, Copy, Debug)]
 pub enum Levels {
@@ -438,6 +450,42 @@ impl Encoding {
         self.levels.count().saturating_sub(1) as u8
     }
 
+    /// The code of 0 where all blocks have the same and none is stored; 0 of levels in a table.
+    pub const fn fixed_zero(&self) -> Option<u8> {
+        match (self.offset, self.levels) {
+            (Offset::None, Levels::Integer { zero, .. }) => Some(zero),
+            (Offset::None, _) => Some(0),
+            _ => None,
+        }
+    }
+
+    /// The same with scales in `scale`, and zeros of `min_zero` at least where they are stored.
+    pub const fn stored_in(self, scale: Float, min_zero: u8) -> Encoding {
+        let offset = if let Offset::Zero { .. } = self.offset { Offset::Zero { min: min_zero } } else { self.offset };
+        let scale = if let Scale::Own(_) = self.scale { Scale::Own(scale) } else { self.scale };
+        Encoding { scale, offset, ..self }
+    }
+
+    /// As a configuration tells it, which does not say in which precision scales are stored.
+    pub const fn told(self) -> Encoding {
+        self.stored_in(Float::F32, 0)
+    }
+
+    /// The scheme of integers that only weights are rounded to.
+    pub fn weight_scheme(&self) -> Option<Scheme> {
+        self.scheme().filter(|_| self.activation.is_none())
+    }
+
+    /// Whether scales are searched and columns swept: integers in groups and ggml's blocks with codes. Others are rounded as they are.
+    pub fn is_searched(&self) -> bool {
+        self.levels.count() > 0 && (self.scheme().is_some() || self.ggml_type().is_some())
+    }
+
+    /// The name it has among [`PRESETS`], with scales in whatever precision.
+    pub fn name(&self) -> Option<&'static str> {
+        PRESETS.iter().find(|(_, preset)| preset.told() == self.told()).map(|(name, _)| *name)
+    }
+
     /// The scheme of integers with scales of their own, in groups of columns or rows; `None` of anything else.
     pub fn scheme(&self) -> Option<Scheme> {
         let Levels::Integer { codes, .. } = self.levels else { return None };
@@ -453,6 +501,13 @@ impl Encoding {
         };
         let whole = codes.is_power_of_two() && matches!(self.scale, Scale::Own(_)) && self.global.is_none();
         whole.then_some(Scheme { bits: self.levels.bits(), group, symmetric })
+    }
+}
+
+impl From<Scheme> for Encoding {
+    /// As a configuration tells it.
+    fn from(scheme: Scheme) -> Encoding {
+        scheme.encoding(Float::F32, 0)
     }
 }
 
@@ -617,6 +672,15 @@ mod tests {
             [0.0, -3.0, 1e-45, f32::MAX].map(|x| Float::E8M0.round(x)),
             [2f32.powi(-127), 2f32.powi(-127), 2f32.powi(-127), 2f32.powi(127)]
         );
+    }
+
+    #[test]
+    fn every_value_of_e4m3_has_its_code() {
+        for (code, value) in E4M3.iter().enumerate().filter(|(_, value)| value.is_finite()) {
+            assert_eq!(usize::from(code_e4m3(*value)), code, "{value}");
+        }
+        // Ties go to the even code.
+        assert_eq!([1.0625, 1.1875, -1e9, 0.000_976_562_5, -0.0001].map(code_e4m3), [0x38, 0x3a, 0xfe, 0, 0x80]);
     }
 
     #[test]

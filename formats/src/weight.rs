@@ -1,23 +1,24 @@
 //! One quantized linear, independent of any file format.
 
+use crate::encoding::{Encoding, Levels};
 use crate::error::{Error, Result};
-use crate::grid::Scheme;
 use crate::words::WordLayout;
 
-/// A weight matrix `[rows, cols]` (`[out, in]`) on uniform grids: `w = scale · (code − zero)`.
+/// A weight matrix `[rows, cols]` (`[out, in]`) with a scale for each group of a row: `w = scale · (code − zero)` on integers, and
+/// `w = scale · level` on levels of a table.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedWeight {
     /// Output features.
     pub rows: usize,
     /// Input features.
     pub cols: usize,
-    /// Width and grouping of the codes.
-    pub scheme: Scheme,
-    /// `[rows, cols]`, each in `0..=scheme.max_code()`.
+    /// What codes stand for, and which share a scale.
+    pub encoding: Encoding,
+    /// `[rows, cols]`, each in `0..=encoding.max_code()`.
     pub codes: Vec<u8>,
     /// `[rows, groups]`, already rounded to the precision they are stored in; may be negative or 0.
     pub scales: Vec<f32>,
-    /// `[rows, groups]`; all `scheme.midpoint()` when symmetric.
+    /// `[rows, groups]`; all [`Encoding::fixed_zero`] where none are stored.
     pub zeros: Vec<u8>,
     /// `[cols]`: the group of each column, when groups are not runs of consecutive columns (`desc_act`).
     pub group_of: Option<Vec<u32>>,
@@ -26,14 +27,14 @@ pub struct QuantizedWeight {
 impl QuantizedWeight {
     /// Groups in a row.
     pub fn groups(&self) -> usize {
-        self.scheme.groups(self.cols)
+        self.encoding.groups(self.cols)
     }
 
     /// The group of column `col`.
     pub fn group_of(&self, col: usize) -> usize {
         match &self.group_of {
             Some(map) => map[col] as usize,
-            None => col / self.scheme.group_width(self.cols),
+            None => col / self.encoding.group_width(self.cols),
         }
     }
 
@@ -45,10 +46,19 @@ impl QuantizedWeight {
         let codes = &self.codes[row * self.cols..][..self.cols];
         match &self.group_of {
             None => {
-                let width = self.scheme.group_width(self.cols);
+                let width = self.encoding.group_width(self.cols);
                 for (group, (out, codes)) in out.chunks_mut(width).zip(codes.chunks(width)).enumerate() {
                     let (scale, zero) = (scales[group], i32::from(zeros[group]));
-                    out.iter_mut().zip(codes).for_each(|(o, code)| *o = scale * (i32::from(*code) - zero) as f32);
+                    match self.encoding.levels {
+                        Levels::Table(table) => {
+                            out.iter_mut().zip(codes).for_each(|(o, code)| *o = scale * table[usize::from(*code)]);
+                        }
+                        _ => {
+                            out.iter_mut()
+                                .zip(codes)
+                                .for_each(|(o, code)| *o = scale * (i32::from(*code) - zero) as f32);
+                        }
+                    }
                 }
             }
             Some(map) => {
@@ -62,15 +72,16 @@ impl QuantizedWeight {
 
     /// The same with its codes packed.
     ///
-    /// Fails when a code does not fit in the scheme's width, or the layout has no room for such codes.
+    /// Fails when a code does not fit in the encoding's width, or the layout has no room for such codes.
     pub fn packed(&self, layout: WordLayout) -> Result<PackedWeight> {
-        let QuantizedWeight { rows, cols, scheme, .. } = *self;
-        if let Some(code) = self.codes.iter().find(|&&code| code > scheme.max_code()) {
-            return Err(Error::invalid(format!("code {code} does not fit in {} bits", scheme.bits)));
+        let QuantizedWeight { rows, cols, encoding, .. } = *self;
+        let bits = encoding.levels.bits();
+        if let Some(code) = self.codes.iter().find(|&&code| code > encoding.max_code()) {
+            return Err(Error::invalid(format!("code {code} does not fit in {bits} bits")));
         }
-        let words = layout.pack(&self.codes, [rows, cols], scheme.bits)?;
+        let words = layout.pack(&self.codes, [rows, cols], bits)?;
         let (scales, zeros, group_of) = (self.scales.clone(), self.zeros.clone(), self.group_of.clone());
-        Ok(PackedWeight { rows, cols, scheme, words, scales, zeros, group_of })
+        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, group_of })
     }
 
     /// The reals `[rows, cols]` that the codes stand for.
@@ -90,13 +101,13 @@ pub struct PackedWeight {
     pub rows: usize,
     /// Input features.
     pub cols: usize,
-    /// Width and grouping of the codes.
-    pub scheme: Scheme,
+    /// What codes stand for, and which share a scale.
+    pub encoding: Encoding,
     /// The codes, in the layout that [`Codec::word_layout`](crate::Codec::word_layout) asks for.
     pub words: Vec<u32>,
     /// `[rows, groups]`, already rounded to the precision they are stored in; may be negative or 0.
     pub scales: Vec<f32>,
-    /// `[rows, groups]`; all `scheme.midpoint()` when symmetric.
+    /// `[rows, groups]`; all [`Encoding::fixed_zero`] where none are stored.
     pub zeros: Vec<u8>,
     /// `[cols]`: the group of each column, when groups are not runs of consecutive columns (`desc_act`).
     pub group_of: Option<Vec<u32>>,
@@ -105,6 +116,6 @@ pub struct PackedWeight {
 impl PackedWeight {
     /// Groups in a row.
     pub fn groups(&self) -> usize {
-        self.scheme.groups(self.cols)
+        self.encoding.groups(self.cols)
     }
 }

@@ -26,7 +26,7 @@ fn weight(scheme: Scheme) -> QuantizedWeight {
     QuantizedWeight {
         rows,
         cols,
-        scheme,
+        encoding: scheme.into(),
         codes: (0..rows * cols).map(|i| (i * 7 % (max + 1)) as u8).collect(),
         scales: (0..rows * groups).map(|i| i as f32 / 64.0 - 0.25).collect(),
         zeros: (0..rows * groups)
@@ -48,7 +48,9 @@ fn check_quantized(codec: &dyn Codec, scheme: Scheme) {
         .map(|(part, t)| (TensorSpec { name: format!("{module}.{part}"), dtype: t.dtype, shape: t.shape }, t.data))
         .collect();
     tensors.push(plain("model.norm.weight", Dtype::F16, &[2], &[1.0, -2.0]));
-    let files = codec.config(&[QuantizedModule { name: module, scheme, desc_act: false, loaded: &[] }], &[]).unwrap();
+    let files = codec
+        .config(&[QuantizedModule { name: module, encoding: scheme.into(), desc_act: false, loaded: &[] }], &[])
+        .unwrap();
     let config =
         json!({"model_type": "llama", "torch_dtype": "bfloat16", "quantization_config": files.quantization_config});
     write(dir.path(), &config, &tensors);

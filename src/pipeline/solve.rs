@@ -123,8 +123,7 @@ impl<'a, B: Backend> Task<'a, B> {
     pub fn key(&self, group: &[&Linear]) -> Option<ShareKey> {
         let recipe = self.target.recipe();
         let any = group.iter().any(|linear| !self.target.placements(linear).is_empty());
-        let codes =
-            group.iter().flat_map(|linear| self.target.placements(linear)).any(|p| p.encoding.levels.count() > 0);
+        let codes = group.iter().flat_map(|linear| self.target.placements(linear)).any(|p| p.encoding.is_searched());
         let sweeps = recipe.method.sweeps() && codes;
         let damp = if sweeps { recipe.damp.to_bits() } else { 0 };
         let ordered = sweeps && (recipe.act_order || recipe.desc_act);
@@ -324,7 +323,7 @@ impl<'a, B: Backend> Task<'a, B> {
                 found.relative_error = Some(found.relative_error.map_or(error, |other| other.max(error)));
             }
             let factored = shared.is_some_and(|shared| shared.factor.is_some());
-            if factored && !placement.transposed && placement.encoding.levels.count() > 0 {
+            if factored && !placement.transposed && placement.encoding.is_searched() {
                 found.swept = true;
                 found.damp = solution.damp;
             }

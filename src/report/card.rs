@@ -22,15 +22,19 @@ impl Report {
 
     /// The model card. Depends on nothing that changes between equal runs.
     pub fn card(&self) -> String {
-        let Recipe { format, scheme, method, .. } = &self.recipe;
-        let group = scheme.group.map_or("one scale per row".to_owned(), |g| format!("groups of {g}"));
+        let Recipe { format, encoding, method, .. } = &self.recipe;
+        let group = match encoding.group() {
+            0 => "one scale per row".to_owned(),
+            group => format!("groups of {group}"),
+        };
+        let scheme = self.recipe.width();
         let name = one_line(&self.name);
         let mut card = format!(
             "# {name}, {} ({})\n\nQuantized with {} to the {format} layout: {}, {group}, method {}.\n\n",
-            scheme.name(),
+            scheme,
             method.name(),
             self.tool,
-            scheme.name(),
+            scheme,
             method.name()
         );
         card += &format!(

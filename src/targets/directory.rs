@@ -76,9 +76,7 @@ impl<B: Backend> Target<B> for Directory {
     }
 
     fn placements(&self, linear: &Linear) -> Vec<Placement> {
-        let Some(scheme) = self.plan.schemes.get(&linear.module) else { return Vec::new() };
-        let min_zero = if scheme.symmetric { 0 } else { self.plan.codec.min_zero() };
-        vec![Placement::whole(scheme.encoding(self.plan.precision, min_zero))]
+        self.plan.encodings.get(&linear.module).map(|encoding| Placement::whole(*encoding)).into_iter().collect()
     }
 
     fn called(&self, linear: &Linear, _: usize) -> String {
@@ -90,7 +88,7 @@ impl<B: Backend> Target<B> for Directory {
     }
 
     fn linears(&self) -> usize {
-        self.plan.schemes.len()
+        self.plan.encodings.len()
     }
 
     fn open<'a>(&'a self, source: &'a Checkpoint) -> Result<Box<dyn Sink<B> + 'a>> {
@@ -131,8 +129,9 @@ impl<B: Backend> Target<B> for Directory {
     }
 
     fn quantized(&self, graph: &Graph, reopened: &Checkpoint) -> [u64; 2] {
-        let planned = graph.linears().filter(|linear| self.plan.schemes.contains_key(&linear.module));
-        let entries = reopened.entries().iter().filter(|e| matches!(e.dtype, StoredType::Quantized { .. }));
+        let planned = graph.linears().filter(|linear| self.plan.encodings.contains_key(&linear.module));
+        let entries =
+            reopened.entries().iter().filter(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign));
         [planned.map(|linear| (linear.rows * linear.cols) as u64).sum(), entries.map(|entry| entry.stored_bytes).sum()]
     }
 
@@ -223,9 +222,9 @@ impl<B: Backend> Sink<B> for Files<'_> {
 
     fn keep_written(&self, linear: &Linear) -> Result<()> {
         let Linear { module, rows, cols, .. } = linear;
-        match self.plan.schemes.get(module) {
-            Some(scheme) => {
-                let parts = self.plan.codec.layout(*rows, *cols, scheme, self.plan.scale_dtype);
+        match self.plan.encodings.get(module) {
+            Some(encoding) => {
+                let parts = self.plan.codec.layout(*rows, *cols, encoding, self.plan.scale_dtype);
                 parts.iter().try_for_each(|(part, ..)| self.writer.keep(&format!("{module}.{part}")))?;
             }
             None if self.plan.unstacked(linear) => self.writer.keep(&format!("{module}.weight"))?,
@@ -239,9 +238,9 @@ impl<B: Backend> Sink<B> for Files<'_> {
 
     fn held(&self, backend: &B, linear: &Linear) -> Result<Option<B::Matrix>> {
         let Linear { module, rows, cols, .. } = linear;
-        let Some(scheme) = self.plan.schemes.get(module) else { return Ok(None) };
+        let Some(encoding) = self.plan.encodings.get(module) else { return Ok(None) };
         let mut parts = HashMap::new();
-        for (part, dtype, shape) in self.plan.codec.layout(*rows, *cols, scheme, self.plan.scale_dtype) {
+        for (part, dtype, shape) in self.plan.codec.layout(*rows, *cols, encoding, self.plan.scale_dtype) {
             let name = format!("{module}.{part}");
             let size = TensorSpec { name: name.clone(), dtype, shape: shape.clone() }.bytes().expect("planned");
             let mut data = vec![0; size];

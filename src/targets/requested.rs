@@ -6,7 +6,7 @@ use formats::Scheme;
 
 use crate::error::{Error, Result};
 use crate::mixes::Mix;
-use crate::recipe::{Recipe, Request};
+use crate::recipe::{Recipe, Request, preset};
 
 /// One thing to be written.
 #[derive(Clone, Debug)]
@@ -146,7 +146,9 @@ fn for_format(base: Request, format: &str) -> Request {
         request.scheme = request.scheme.filter(ours);
         (request.bits, request.group_size, request.symmetric, request.desc_act) = (None, None, None, None);
     } else {
-        let ours = |name: &String| Scheme::preset(name).is_some();
+        let codec = formats::codec::codec(format);
+        let special = |name: &String| codec.is_some_and(|codec| preset(codec, name).is_some());
+        let ours = |name: &String| Scheme::preset(name).is_some() || special(name);
         request.scheme = request.scheme.filter(ours);
         (request.tensor_type, request.output_tensor_type, request.token_embedding_type) = (None, None, None);
         (request.pure, request.pre, request.imatrix, request.save_imatrix) = (None, None, None, None);
@@ -220,7 +222,7 @@ mod tests {
         let of = |toml: &str| {
             let all = requested(Request::default(), toml::from_str(toml).unwrap(), None, &[])?;
             let (outputs, lead) = resolved(all, None)?;
-            let of = |output: Output| (output.recipe.format, output.recipe.scheme.bits, output.path);
+            let of = |output: Output| (output.recipe.format, output.recipe.encoding.levels.bits(), output.path);
             Ok::<_, Error>((outputs.into_iter().map(of).collect::<Vec<_>>(), lead))
         };
         let (outputs, lead) =

@@ -62,6 +62,9 @@ CASES = [
     case("ct", "ct-w4-g128", "transformers", f"{CT} --scheme W4A16 --group-size 128", "float32"),
     case("ct", "ct-w4-channel", "transformers", f"{CT} --scheme W4A16 --group-size -1", "float32"),
     case("ct", "ct-w8-g64", "transformers", f"{CT} --scheme W8A16 --group-size 64", "float32"),
+    # Unpacked, for else the runtime rounds inputs as well; in the scales' own type, as below.
+    case("ct", "ct-w8a8", "transformers", f"{CT} --scheme W8A8", "bfloat16", dequantize=True),
+    case("ct", "ct-fp8-dynamic", "transformers", f"{CT} --scheme FP8_DYNAMIC", "bfloat16", dequantize=True),
     case("ct", "ct-w3-g64", "transformers", f"{CT} --scheme W3A16 --group-size 64", "float32"),
     case("ct", "ct-w2-g32", "transformers", f"{CT} --scheme W2A16 --group-size 32", "float32"),
     # The default path of transformers 5.23 expects zero points unpacked; with dequantize=True it reads them as they are, but

@@ -60,8 +60,8 @@ impl<B: Backend> Solver<B> for Gptq {
 
     fn solve(&self, backend: &B, shared: &Shared<'_, B>, asked: &[Asked<'_, B>]) -> Result<Vec<Solution<B>>> {
         let asked: Vec<Asked<'_, B>> = asked.iter().map(|one| self.grouped(one, shared)).collect();
-        // Values without codes have nothing to sweep.
-        let sweepable = |one: &Asked<'_, B>| one.spec.encoding.levels.count() > 0;
+        // Values without codes have nothing to sweep, nor has what is rounded as it is.
+        let sweepable = |one: &Asked<'_, B>| one.spec.encoding.is_searched();
         let Some(factor) = &shared.factor else {
             return asked.iter().map(|one| round(backend, shared, one, self.observer)).collect();
         };

@@ -11,6 +11,7 @@ use serde_json::json;
 use super::names;
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
 use super::{check_group, check_weight, exact_scales, expect_shape, part, words_shape};
+use crate::encoding::Encoding;
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::tensor::{Dtype, Tensor};
@@ -26,7 +27,10 @@ impl Codec for Awq {
         "awq"
     }
 
-    fn supports(&self, rows: usize, cols: usize, scheme: &Scheme, desc_act: bool) -> Result<(), String> {
+    fn supports(&self, rows: usize, cols: usize, encoding: &Encoding, desc_act: bool) -> Result<(), String> {
+        let Some(scheme) = encoding.weight_scheme() else {
+            return Err("AWQ stores integers of weights alone; write compressed-tensors".into());
+        };
         if scheme.bits != 4 {
             return Err(format!("AWQ stores 4 bits only, not {}; write compressed-tensors or GPTQ", scheme.bits));
         }
@@ -38,17 +42,17 @@ impl Codec for Awq {
                 "AWQ stores multiples of 8 rows only, not {rows}; leave the linear out or write compressed-tensors"
             ));
         }
-        check_group(cols, scheme)
+        check_group(cols, encoding)
     }
 
     fn layout(
         &self,
         rows: usize,
         cols: usize,
-        scheme: &Scheme,
+        encoding: &Encoding,
         scale_dtype: Dtype,
     ) -> Vec<(&'static str, Dtype, Vec<usize>)> {
-        let groups = scheme.groups(cols);
+        let groups = encoding.groups(cols);
         vec![
             ("qweight", Dtype::I32, vec![cols, rows / 8]),
             ("qzeros", Dtype::I32, vec![groups, rows / 8]),
@@ -70,15 +74,15 @@ impl Codec for Awq {
 
     fn encode_packed(&self, weight: PackedWeight, scale_dtype: Dtype) -> Result<Parts> {
         check_weight(&weight, self.word_layout())?;
-        let PackedWeight { rows, cols, scheme, .. } = weight;
-        self.supports(rows, cols, &scheme, weight.group_of.is_some()).map_err(Error::invalid)?;
+        let PackedWeight { rows, cols, encoding, .. } = weight;
+        self.supports(rows, cols, &encoding, weight.group_of.is_some()).map_err(Error::invalid)?;
         let groups = weight.groups();
         let data = [
             from_words(&weight.words),
-            from_words(&self.word_layout().pack(&weight.zeros, [rows, groups], scheme.bits)?),
+            from_words(&self.word_layout().pack(&weight.zeros, [rows, groups], encoding.levels.bits())?),
             exact_scales(scale_dtype, &transpose(&weight.scales, rows, groups))?,
         ];
-        let parts = self.layout(rows, cols, &scheme, scale_dtype).into_iter().zip(data);
+        let parts = self.layout(rows, cols, &encoding, scale_dtype).into_iter().zip(data);
         Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
     }
 
@@ -88,7 +92,7 @@ impl Codec for Awq {
     }
 
     fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
-        let scheme = declared.scheme;
+        let scheme = super::gptq::integers(&declared.encoding);
         let [rows, cols] = self.shape(parts, declared)?;
         let packed = part(parts, "qweight")?;
         let words = rows / 8;
@@ -109,7 +113,7 @@ impl Codec for Awq {
         };
         let symmetric = scheme.symmetric && zeros.iter().all(|&zero| zero == scheme.midpoint());
         let scheme = Scheme { symmetric, ..scheme };
-        Ok(QuantizedWeight { rows, cols, scheme, codes, scales, zeros, group_of: None })
+        Ok(QuantizedWeight { rows, cols, encoding: scheme.into(), codes, scales, zeros, group_of: None })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -121,17 +125,18 @@ impl Codec for Awq {
         let Some(first) = modules.first() else {
             return Err(Error::invalid("an AWQ checkpoint needs at least one quantized linear"));
         };
-        let key = |m: &QuantizedModule<'_>| (m.scheme.bits, m.scheme.group);
+        let scheme_of = |m: &QuantizedModule<'_>| super::gptq::integers(&m.encoding);
+        let key = |m: &QuantizedModule<'_>| (m.encoding.levels.bits(), m.encoding.block);
         if let Some(other) = modules.iter().find(|module| key(module) != key(first)) {
             return Err(Error::unsupported(format!(
                 "AWQ stores one scheme for the whole model, but {} has {} with group {} and {} has {} with group {}; \
                  write compressed-tensors, or give every linear the same scheme",
                 first.name,
-                first.scheme.name(),
-                super::gptq::group_size(&first.scheme),
+                scheme_of(first).name(),
+                super::gptq::group_size(&scheme_of(first)),
                 other.name,
-                other.scheme.name(),
-                super::gptq::group_size(&other.scheme)
+                scheme_of(other).name(),
+                super::gptq::group_size(&scheme_of(other))
             )));
         }
         let lm_head = modules.iter().any(|module| module.name == "lm_head");
@@ -153,8 +158,8 @@ impl Codec for Awq {
         }
         let quantization_config = json!({
             "quant_method": "awq",
-            "bits": first.scheme.bits,
-            "group_size": super::gptq::group_size(&first.scheme),
+            "bits": first.encoding.levels.bits(),
+            "group_size": super::gptq::group_size(&scheme_of(first)),
             "zero_point": true,
             "version": "gemm",
             "lm_head": lm_head,
@@ -196,7 +201,7 @@ mod tests {
         let weight = QuantizedWeight {
             rows,
             cols,
-            scheme,
+            encoding: scheme.into(),
             codes: v.ints("codes_out_in").iter().map(|c| *c as u8).collect(),
             scales: transpose(&v.floats("scales"), groups, rows),
             zeros: transpose(&zeros, groups, rows),
@@ -206,7 +211,8 @@ mod tests {
         for (name, found) in &parts.0 {
             assert!(*found == v.tensor(name), "{name}");
         }
-        let back = Awq.decode(&|name| parts.get(name), &Declared { scheme, zeros_minus_one: false }).unwrap();
+        let back =
+            Awq.decode(&|name| parts.get(name), &Declared { encoding: scheme.into(), zeros_minus_one: false }).unwrap();
         assert_eq!(back, weight);
         let mut row = vec![0.0; cols];
         back.dequantize_row(0, &mut row);
@@ -226,7 +232,8 @@ mod tests {
     #[test]
     fn one_scheme_only() {
         let scheme = Scheme { bits: 4, group: Some(64), symmetric: false };
-        let module = |name, scheme| QuantizedModule { name, scheme, desc_act: false, loaded: &[] };
+        let module =
+            |name, scheme: Scheme| QuantizedModule { name, encoding: scheme.into(), desc_act: false, loaded: &[] };
         let same = [module("a.0.x", scheme), module("a.1.x", scheme)];
         let config = |others: &[&str]| {
             let others: Vec<String> = others.iter().map(|s| s.to_string()).collect();

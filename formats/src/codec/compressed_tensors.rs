@@ -1,10 +1,19 @@
-//! compressed-tensors `pack-quantized`: vLLM's own weight-only integer layout.
+//! compressed-tensors: vLLM's own layouts.
 //!
 //! ```text
+//! pack-quantized       integers, of weights alone
 //! weight_packed      I32 [rows, ⌈cols·b/32⌉]    each row a bit stream of codes
 //! weight_scale       F16|BF16|F32 [rows, groups]
 //! weight_shape       I64 [2] = rows, cols
 //! weight_zero_point  I32 [⌈rows·b/32⌉, groups]  only when asymmetric; each column a bit stream of zeros
+//!
+//! int-quantized        8 bits, for runtimes that round each token to 8 bits too
+//! weight             I8 [rows, cols]             codes less 128
+//! weight_scale       F16|BF16|F32 [rows, 1]
+//!
+//! float-quantized      E4M3, for runtimes that round each token to E4M3 too
+//! weight             F8_E4M3 [rows, cols]
+//! weight_scale       F16|BF16|F32 [rows, 1]
 //! ```
 //!
 //! The library thinks in signed codes `−2^(b−1)..` and stores them plus `2^(b−1)`, which is our unsigned code.
@@ -15,16 +24,60 @@ use super::names::{self, NameSet, Selection};
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
 use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, unpack_rows, words_shape};
 use crate::bits::{packed_words, unpack};
+use crate::encoding::{Activation, Block, E4M3, Encoding, Levels, Offset};
 use crate::error::{Error, Result};
-use crate::grid::Scheme;
-use crate::tensor::{Dtype, Tensor};
+use crate::tensor::{Dtype, Tensor, TensorView};
 use crate::weight::{PackedWeight, QuantizedWeight};
 use crate::words::{WordLayout, from_words, to_words, transpose};
 
 /// The version of the compressed-tensors library whose layout is written.
 const VERSION: &str = "0.20.0";
 
-/// The `pack-quantized` format of compressed-tensors.
+/// One of the library's formats.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Format {
+    Packed,
+    Int,
+    Float,
+}
+
+impl Format {
+    /// The one that holds an encoding.
+    fn of(encoding: &Encoding) -> Option<Format> {
+        let rows = encoding.block == Block::Row && encoding.offset == Offset::None && encoding.global.is_none();
+        let (eight, floats) = (encoding.levels == Levels::signed(8), encoding.levels == Levels::Table(&E4M3));
+        match encoding.activation {
+            None => encoding.scheme().map(|_| Format::Packed),
+            Some(inputs) if rows && eight && inputs == Activation::INT8_TOKEN => Some(Format::Int),
+            Some(inputs) if rows && floats && inputs == Activation::FP8_TOKEN => Some(Format::Float),
+            Some(_) => None,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Format::Packed => "pack-quantized",
+            Format::Int => "int-quantized",
+            Format::Float => "float-quantized",
+        }
+    }
+
+    /// What a code is stored as where each has a byte of its own: the type, and what is added.
+    fn bytes(self) -> Option<(Dtype, u8)> {
+        match self {
+            Format::Packed => None,
+            Format::Int => Some((Dtype::I8, 128)),
+            Format::Float => Some((Dtype::F8_E4M3, 0)),
+        }
+    }
+}
+
+/// Whether it can be written, so that what a configuration says of it tells all there is to know.
+pub(super) fn is_written(encoding: &Encoding) -> bool {
+    Format::of(encoding).is_some()
+}
+
+/// The layouts of compressed-tensors.
 #[derive(Clone, Copy, Debug)]
 pub struct CompressedTensors;
 
@@ -33,33 +86,43 @@ impl Codec for CompressedTensors {
         "compressed-tensors"
     }
 
-    fn supports(&self, _rows: usize, cols: usize, scheme: &Scheme, desc_act: bool) -> Result<(), String> {
-        if !(2..=8).contains(&scheme.bits) {
-            return Err(format!("compressed-tensors packs 2 to 8 bits, not {}", scheme.bits));
+    fn presets(&self) -> &'static [&'static str] {
+        &["W8A8", "FP8_DYNAMIC"]
+    }
+
+    fn supports(&self, _rows: usize, cols: usize, encoding: &Encoding, desc_act: bool) -> Result<(), String> {
+        if Format::of(encoding).is_none() {
+            return Err("compressed-tensors is written with integers of weights alone, W8A8 and FP8_DYNAMIC".into());
+        }
+        if !(2..=8).contains(&encoding.levels.bits()) {
+            return Err(format!("compressed-tensors packs 2 to 8 bits, not {}", encoding.levels.bits()));
         }
         if desc_act {
             return Err(
                 "compressed-tensors no longer stores reordered groups (desc_act); write GPTQ, or leave it out".into()
             );
         }
-        check_group(cols, scheme)
+        check_group(cols, encoding)
     }
 
     fn layout(
         &self,
         rows: usize,
         cols: usize,
-        scheme: &Scheme,
+        encoding: &Encoding,
         scale_dtype: Dtype,
     ) -> Vec<(&'static str, Dtype, Vec<usize>)> {
-        let groups = scheme.groups(cols);
+        let (groups, bits) = (encoding.groups(cols), encoding.levels.bits());
+        if let Some((dtype, _)) = Format::of(encoding).and_then(Format::bytes) {
+            return vec![("weight", dtype, vec![rows, cols]), ("weight_scale", scale_dtype, vec![rows, groups])];
+        }
         let mut layout = vec![
-            ("weight_packed", Dtype::I32, vec![rows, packed_words(cols, scheme.bits)]),
+            ("weight_packed", Dtype::I32, vec![rows, packed_words(cols, bits)]),
             ("weight_scale", scale_dtype, vec![rows, groups]),
             ("weight_shape", Dtype::I64, vec![2]),
         ];
-        if !scheme.symmetric {
-            layout.push(("weight_zero_point", Dtype::I32, vec![packed_words(rows, scheme.bits), groups]));
+        if encoding.fixed_zero().is_none() {
+            layout.push(("weight_zero_point", Dtype::I32, vec![packed_words(rows, bits), groups]));
         }
         layout
     }
@@ -78,34 +141,48 @@ impl Codec for CompressedTensors {
 
     fn encode_packed(&self, weight: PackedWeight, scale_dtype: Dtype) -> Result<Parts> {
         check_weight(&weight, self.word_layout())?;
-        let PackedWeight { rows, cols, scheme, .. } = weight;
+        let PackedWeight { rows, cols, encoding, .. } = weight;
         if weight.group_of.is_some() {
             return Err(Error::invalid("compressed-tensors cannot store reordered groups"));
         }
         let groups = weight.groups();
-        let mut data = vec![
-            from_words(&weight.words),
-            exact_scales(scale_dtype, &weight.scales)?,
-            [rows as i64, cols as i64].iter().flat_map(|extent| extent.to_le_bytes()).collect(),
-        ];
-        if !scheme.symmetric {
-            let zeros = WordLayout::ColumnsTransposed.pack(&weight.zeros, [rows, groups], scheme.bits)?;
+        let mut data = vec![from_words(&weight.words), exact_scales(scale_dtype, &weight.scales)?];
+        match Format::of(&encoding).and_then(Format::bytes) {
+            Some((_, less)) => {
+                // Words end with their row, and bytes do not.
+                let rows = data[0].chunks_exact(packed_words(cols, 8).max(1) * 4);
+                data[0] = rows.flat_map(|row| row[..cols].iter().map(|code| code.wrapping_sub(less))).collect();
+            }
+            None => data.push([rows as i64, cols as i64].iter().flat_map(|extent| extent.to_le_bytes()).collect()),
+        }
+        if encoding.fixed_zero().is_none() {
+            let zeros = WordLayout::ColumnsTransposed.pack(&weight.zeros, [rows, groups], encoding.levels.bits())?;
             data.push(from_words(&zeros));
         }
-        let layout = self.layout(rows, cols, &scheme, scale_dtype);
+        let layout = self.layout(rows, cols, &encoding, scale_dtype);
         let parts = layout.into_iter().zip(data);
         Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
     }
 
-    fn shape(&self, parts: &PartLookup<'_, '_>, _declared: &Declared) -> Result<[usize; 2]> {
-        stored_shape(parts)
+    fn shape(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<[usize; 2]> {
+        match bytes_of(parts, &declared.encoding) {
+            Some((dtype, _)) => bytes_shape(&part(parts, "weight")?, dtype),
+            None => stored_shape(parts),
+        }
     }
 
     fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
-        let scheme = declared.scheme;
-        let bits = scheme.bits;
-        let [rows, cols] = stored_shape(parts)?;
-        let groups = scheme.groups(cols);
+        let encoding = declared.encoding;
+        let bits = encoding.levels.bits();
+        let [rows, cols] = self.shape(parts, declared)?;
+        let groups = encoding.groups(cols);
+        if let Some((_, less)) = bytes_of(parts, &encoding) {
+            let codes = part(parts, "weight")?.data.iter().map(|byte| byte.wrapping_add(less)).collect();
+            let scale = part(parts, "weight_scale")?;
+            expect_shape(&scale, "weight_scale", &[rows, groups])?;
+            let zeros = vec![encoding.fixed_zero().expect("no zeros are stored"); rows * groups];
+            return Ok(QuantizedWeight { rows, cols, encoding, codes, scales: scale.to_f32()?, zeros, group_of: None });
+        }
 
         let packed = part(parts, "weight_packed")?;
         let [packed_rows, words] = words_shape(&packed, "weight_packed")?;
@@ -131,15 +208,16 @@ impl Codec for CompressedTensors {
             expect_shape(&scale, "weight_scale", &[rows, groups])?;
         }
 
-        let zeros = match parts("weight_zero_point") {
+        let half = 1u8 << (bits - 1);
+        let zeros = match (parts("weight_zero_point"), encoding.fixed_zero()) {
             // Older versions stored zeros beside symmetric codes too, all of them 0.
-            _ if scheme.symmetric => vec![scheme.midpoint(); rows * groups],
-            None => return Err(Error::missing("its part weight_zero_point, which an asymmetric scheme needs,")),
-            Some(zero) if zero.dtype == Dtype::I8 => {
+            (_, Some(zero)) => vec![zero; rows * groups],
+            (None, _) => return Err(Error::missing("its part weight_zero_point, which an asymmetric scheme needs,")),
+            (Some(zero), _) if zero.dtype == Dtype::I8 => {
                 expect_shape(&zero, "weight_zero_point", &[rows, groups])?;
-                zero.data.iter().map(|&z| z.wrapping_add(scheme.midpoint()) & scheme.max_code()).collect()
+                zero.data.iter().map(|&z| z.wrapping_add(half) & encoding.max_code()).collect()
             }
-            Some(zero) => {
+            (Some(zero), _) => {
                 words_shape(&zero, "weight_zero_point")?;
                 let words = packed_words(rows, bits);
                 let (words, padded) = if zero.shape == [rows.div_ceil(per_word), groups] && zero.shape[0] != words {
@@ -162,11 +240,11 @@ impl Codec for CompressedTensors {
         let group_of = match parts("weight_g_idx") {
             Some(map) if map.data.iter().any(|&b| b != 0xff) => {
                 map.expect("weight_g_idx", Dtype::I32, &[cols])?;
-                group_map(to_words(map.data), &scheme, groups)?
+                group_map(to_words(map.data), &encoding, groups)?
             }
             _ => None,
         };
-        Ok(QuantizedWeight { rows, cols, scheme, codes, scales, zeros, group_of })
+        Ok(QuantizedWeight { rows, cols, encoding, codes, scales, zeros, group_of })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -178,23 +256,39 @@ impl Codec for CompressedTensors {
     }
 
     fn config(&self, modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Result<ConfigFiles> {
-        let selections = names::by_scheme(modules, unquantized_linears);
+        let selections = names::by_encoding(modules, unquantized_linears);
+        let format = |encoding: &Encoding| match Format::of(encoding) {
+            Some(format) => Ok(format),
+            None => Err(Error::unsupported("compressed-tensors has no format for an encoding among these")),
+        };
+        let mut formats = Vec::new();
         let mut groups = Map::new();
-        for (index, Selection { scheme, names, .. }) in selections.iter().enumerate() {
+        for (index, Selection { encoding, names, .. }) in selections.iter().enumerate() {
             let targets = match selections.len() {
                 1 => vec!["Linear".to_string()],
                 _ => names.targets(),
             };
-            let strategy = if scheme.group.is_some() { "group" } else { "channel" };
+            let format = format(encoding)?.name();
+            formats.push(format);
+            let group_size = Some(encoding.group()).filter(|width| *width > 0);
+            let strategy = if group_size.is_some() { "group" } else { "channel" };
+            let kind = |levels: &Levels| if matches!(levels, Levels::Integer { .. }) { "int" } else { "float" };
+            let inputs = encoding.activation.map(|activation| {
+                json!({
+                    "num_bits": activation.levels.bits(), "type": kind(&activation.levels), "symmetric": true,
+                    "strategy": "token", "group_size": null, "dynamic": activation.dynamic,
+                })
+            });
             let group = json!({
                 "targets": targets,
                 // Without its own format a loader guesses one from the widths.
-                "format": "pack-quantized",
+                "format": format,
                 "weights": {
-                    "num_bits": scheme.bits, "type": "int", "symmetric": scheme.symmetric, "strategy": strategy,
-                    "group_size": scheme.group, "dynamic": false,
+                    "num_bits": encoding.levels.bits(), "type": kind(&encoding.levels),
+                    "symmetric": encoding.fixed_zero().is_some(), "strategy": strategy, "group_size": group_size,
+                    "dynamic": false,
                 },
-                "input_activations": null,
+                "input_activations": inputs,
                 "output_activations": null,
             });
             groups.insert(format!("group_{index}"), group);
@@ -213,7 +307,7 @@ impl Codec for CompressedTensors {
             ignore.push("lm_head".into());
         }
         let mut notes = Vec::new();
-        if modules.iter().any(|module| !module.scheme.symmetric) {
+        if modules.iter().any(|module| module.encoding.fixed_zero().is_none()) {
             notes.push(match groups.len() {
                 1 => "transformers loads asymmetric compressed-tensors only with CompressedTensorsConfig(dequantize=True); vLLM loads them \
                       as they are"
@@ -223,9 +317,15 @@ impl Codec for CompressedTensors {
                     .into(),
             });
         }
+        formats.dedup();
+        let whole = match formats[..] {
+            [] => Format::Packed.name(),
+            [one] => one,
+            _ => "mixed-precision",
+        };
         let quantization_config = json!({
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": whole,
             // Without this transformers leaves the linears at random values, silently.
             "quantization_status": "compressed",
             "version": VERSION,
@@ -238,6 +338,22 @@ impl Codec for CompressedTensors {
         });
         Ok(ConfigFiles { quantization_config, files: Vec::new(), notes })
     }
+}
+
+/// How a weight is stored that is not packed, though it might be for runtimes that round inputs as well.
+fn bytes_of(parts: &PartLookup<'_, '_>, encoding: &Encoding) -> Option<(Dtype, u8)> {
+    Format::of(encoding).and_then(Format::bytes).filter(|_| parts("weight_packed").is_none())
+}
+
+/// The extents of a matrix of bytes; fails unless it is one.
+fn bytes_shape(weight: &TensorView<'_>, dtype: Dtype) -> Result<[usize; 2]> {
+    if weight.dtype != dtype {
+        return Err(Error::mismatch("the type of weight", dtype, weight.dtype));
+    }
+    weight
+        .shape
+        .try_into()
+        .map_err(|_| Error::mismatch("the shape of weight", "a matrix", format_args!("{:?}", weight.shape)))
 }
 
 fn stored_shape(parts: &PartLookup<'_, '_>) -> Result<[usize; 2]> {
@@ -278,6 +394,8 @@ fn unpack_padded(packed: &[u8], rows: usize, cols: usize, bits: u8) -> Vec<u8> {
 mod tests {
     use super::*;
     use crate::codec::testing::{Vector, any_weight, check_round_trip};
+    use crate::encoding::PRESETS;
+    use crate::grid::Scheme;
     use proptest::prelude::*;
 
     /// Encodes the library's codes and compares with the library's bytes, then decodes those.
@@ -303,21 +421,21 @@ mod tests {
         let weight = QuantizedWeight {
             rows,
             cols,
-            scheme,
+            encoding: scheme.into(),
             codes: v.ints("codes").iter().map(|c| (c + half) as u8).collect(),
             scales: v.floats("weight_scale"),
             zeros,
             group_of: None,
         };
         let parts = CompressedTensors.encode(&weight, Dtype::BF16).unwrap();
-        let names = CompressedTensors.layout(rows, cols, &scheme, Dtype::BF16);
+        let names = CompressedTensors.layout(rows, cols, &scheme.into(), Dtype::BF16);
         for ((name, dtype, shape), (found_name, found)) in names.iter().zip(&parts.0) {
             assert_eq!((name, dtype, shape), (found_name, &found.dtype, &found.shape), "{vector}");
             let expected = v.tensor(name);
             assert_eq!(found.shape, expected.shape, "{vector} {name}");
             assert_eq!(found.data, expected.data, "{vector} {name}");
         }
-        let declared = Declared { scheme, zeros_minus_one: false };
+        let declared = Declared { encoding: scheme.into(), zeros_minus_one: false };
         let back = CompressedTensors.decode(&|name| parts.get(name), &declared).unwrap();
         assert_eq!(back, weight, "{vector}");
         // The library multiplied in bfloat16.
@@ -345,7 +463,8 @@ mod tests {
 
         #[test]
         fn the_padded_layout_of_older_versions_is_read(weight in any_weight(prop::sample::select(vec![3u8, 5, 6, 7]), 1usize..40, 32usize..140, 0)) {
-            let &QuantizedWeight { rows, cols, scheme, .. } = &weight;
+            let &QuantizedWeight { rows, cols, encoding, .. } = &weight;
+            let scheme = encoding.scheme().unwrap();
             let per_word = 32 / usize::from(scheme.bits);
             let words = cols.div_ceil(per_word);
             prop_assume!(words != packed_words(cols, scheme.bits));
@@ -363,9 +482,63 @@ mod tests {
                 let zeros = transpose(&pad(&transpose(&weight.zeros, rows, groups), rows), groups, zero_words);
                 parts.0[3].1 = Tensor { dtype: Dtype::I32, shape: vec![zero_words, groups], data: from_words(&zeros) };
             }
-            let declared = Declared { scheme, zeros_minus_one: false };
+            let declared = Declared { encoding: scheme.into(), zeros_minus_one: false };
             prop_assert_eq!(CompressedTensors.decode(&|name| parts.get(name), &declared).unwrap(), weight);
         }
+    }
+
+    /// Of runtimes that round inputs too: a byte a code, rows of any width.
+    #[test]
+    fn bytes_hold_codes_of_eight_bits() {
+        for (name, dtype, byte) in [("W8A8", Dtype::I8, 0x80), ("FP8_DYNAMIC", Dtype::F8_E4M3, 0)] {
+            let encoding = PRESETS.iter().find(|(known, _)| *known == name).unwrap().1.told();
+            for cols in [1, 7, 64] {
+                let codes = (0..3 * cols).map(|i| (i * 37 % 127) as u8).collect();
+                let zeros = vec![encoding.fixed_zero().unwrap(); 3];
+                let scales = vec![0.5, 0.25, 2.0];
+                let weight = QuantizedWeight { rows: 3, cols, encoding, codes, scales, zeros, group_of: None };
+                let parts = CompressedTensors.encode(&weight, Dtype::BF16).unwrap();
+                let stored = parts.get("weight").unwrap();
+                assert_eq!((stored.dtype, stored.shape, stored.data[0]), (dtype, &[3, cols][..], byte));
+                assert_eq!(parts.get("weight_scale").unwrap().shape, [3, 1]);
+                let declared = Declared { encoding, zeros_minus_one: false };
+                let back = CompressedTensors.decode(&|name| parts.get(name), &declared).unwrap();
+                assert_eq!(back, weight, "{name}");
+                let level = encoding.levels.level(weight.codes[cols]);
+                assert_eq!(back.dequantize()[cols], 0.25 * level, "{name}");
+                // Whoever reads them without knowing the encoding reads the same.
+                let config = CompressedTensors
+                    .config(&[QuantizedModule { name: "a.0.x", encoding, desc_act: false, loaded: &[] }], &[]);
+                let config = json!({"quantization_config": config.unwrap().quantization_config});
+                let reader = crate::codec::read_quantization(&config).unwrap().unwrap();
+                assert_eq!(reader.declared("a.0.x").unwrap(), Some(declared));
+                assert!(reader.quantizes_activations());
+                let lookup = |name: &str| name.strip_prefix("a.0.x.").and_then(|part| parts.get(part));
+                let foreign = reader.foreign("a.0.x.weight", &lookup).unwrap().unwrap();
+                let mut values = vec![0.0; 3 * cols];
+                foreign.read(&lookup, 0..3, &mut values).unwrap();
+                assert_eq!(values, weight.dequantize(), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_mix_of_formats_says_so() {
+        let preset = |name| PRESETS.iter().find(|(known, _)| *known == name).unwrap().1;
+        let module = |name, encoding| QuantizedModule { name, encoding, desc_act: false, loaded: &[] };
+        let four = Scheme { bits: 4, group: Some(32), symmetric: true }.into();
+        let modules = [module("a.0.x", preset("W8A8")), module("a.0.y", preset("FP8_DYNAMIC")), module("a.0.z", four)];
+        let config = CompressedTensors.config(&modules, &[]).unwrap().quantization_config;
+        assert_eq!(config["format"], "mixed-precision");
+        let groups = config["config_groups"].as_object().unwrap();
+        let formats: Vec<&Value> = groups.values().map(|group| &group["format"]).collect();
+        assert_eq!(formats, ["int-quantized", "float-quantized", "pack-quantized"]);
+        let inputs = &groups["group_0"]["input_activations"];
+        assert_eq!(
+            (&inputs["type"], &inputs["strategy"], &inputs["dynamic"]),
+            (&json!("int"), &json!("token"), &json!(true))
+        );
+        assert_eq!(groups["group_1"]["weights"]["type"], "float");
     }
 
     #[test]
@@ -374,7 +547,7 @@ mod tests {
         let weight = QuantizedWeight {
             rows: 8,
             cols: 64,
-            scheme,
+            encoding: scheme.into(),
             codes: vec![3; 512],
             scales: vec![0.5; 16],
             zeros: vec![9; 16],
@@ -384,7 +557,7 @@ mod tests {
         let check = |spoil: &dyn Fn(&mut Parts), message: &str| {
             let mut parts = good.clone();
             spoil(&mut parts);
-            let declared = Declared { scheme, zeros_minus_one: false };
+            let declared = Declared { encoding: scheme.into(), zeros_minus_one: false };
             let error = CompressedTensors.decode(&|name| parts.get(name), &declared).unwrap_err();
             assert_eq!(error.to_string(), message);
         };
@@ -404,7 +577,12 @@ mod tests {
     #[test]
     fn config_of_one_scheme_targets_linear_and_always_ignores_the_head() {
         let scheme = Scheme { bits: 4, group: None, symmetric: true };
-        let modules = [QuantizedModule { name: "model.layers.0.mlp.up_proj", scheme, desc_act: false, loaded: &[] }];
+        let modules = [QuantizedModule {
+            name: "model.layers.0.mlp.up_proj",
+            encoding: scheme.into(),
+            desc_act: false,
+            loaded: &[],
+        }];
         let files = CompressedTensors.config(&modules, &["model.layers.0.mlp.down_proj".into()]).unwrap();
         let config = files.quantization_config;
         assert_eq!(config["config_groups"]["group_0"]["targets"], json!(["Linear"]));

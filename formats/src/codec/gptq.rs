@@ -13,6 +13,7 @@ use super::names::{self, NameSet};
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
 use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, unpack_rows, words_shape};
 use crate::bits::packed_words;
+use crate::encoding::Encoding;
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::tensor::{Dtype, Tensor};
@@ -28,7 +29,10 @@ impl Codec for Gptq {
         "gptq"
     }
 
-    fn supports(&self, rows: usize, cols: usize, scheme: &Scheme, _desc_act: bool) -> Result<(), String> {
+    fn supports(&self, rows: usize, cols: usize, encoding: &Encoding, _desc_act: bool) -> Result<(), String> {
+        let Some(scheme) = encoding.weight_scheme() else {
+            return Err("GPTQ stores integers of weights alone; write compressed-tensors".into());
+        };
         if !matches!(scheme.bits, 2 | 3 | 4 | 8) {
             return Err(format!("GPTQ stores 2, 3, 4 or 8 bits, not {}", scheme.bits));
         }
@@ -39,16 +43,17 @@ impl Codec for Gptq {
                 ));
             }
         }
-        check_group(cols, scheme)
+        check_group(cols, encoding)
     }
 
     fn layout(
         &self,
         rows: usize,
         cols: usize,
-        scheme: &Scheme,
+        encoding: &Encoding,
         scale_dtype: Dtype,
     ) -> Vec<(&'static str, Dtype, Vec<usize>)> {
+        let scheme = integers(encoding);
         let groups = scheme.groups(cols);
         vec![
             ("qweight", Dtype::I32, vec![packed_words(cols, scheme.bits), rows]),
@@ -73,15 +78,15 @@ impl Codec for Gptq {
 
     fn encode_packed(&self, weight: PackedWeight, scale_dtype: Dtype) -> Result<Parts> {
         check_weight(&weight, self.word_layout())?;
-        let PackedWeight { rows, cols, scheme, .. } = weight;
-        self.supports(rows, cols, &scheme, weight.group_of.is_some()).map_err(Error::invalid)?;
+        let PackedWeight { rows, cols, encoding, .. } = weight;
+        self.supports(rows, cols, &encoding, weight.group_of.is_some()).map_err(Error::invalid)?;
         let groups = weight.groups();
         if weight.zeros.contains(&0) {
             return Err(Error::invalid("GPTQ version 1 cannot store a zero of 0; zeros must be at least 1"));
         }
 
-        let zeros = WordLayout::ColumnsLessOne.pack(&weight.zeros, [rows, groups], scheme.bits)?;
-        let width = scheme.group_width(cols);
+        let zeros = WordLayout::ColumnsLessOne.pack(&weight.zeros, [rows, groups], encoding.levels.bits())?;
+        let width = encoding.group_width(cols);
         let map = weight.group_of.unwrap_or_else(|| (0..cols).map(|col| (col / width) as u32).collect());
         let data = [
             from_words(&weight.words),
@@ -89,12 +94,12 @@ impl Codec for Gptq {
             exact_scales(scale_dtype, &transpose(&weight.scales, rows, groups))?,
             from_words(&map),
         ];
-        let parts = self.layout(rows, cols, &scheme, scale_dtype).into_iter().zip(data);
+        let parts = self.layout(rows, cols, &encoding, scale_dtype).into_iter().zip(data);
         Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
     }
 
     fn shape(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<[usize; 2]> {
-        let bits = usize::from(declared.scheme.bits);
+        let bits = usize::from(declared.encoding.levels.bits());
         let [words, rows] = words_shape(&part(parts, "qweight")?, "qweight")?;
         if !(words * 32).is_multiple_of(bits) {
             return Err(Error::mismatch(format!("the height of qweight at {bits} bits"), "whole codes", words));
@@ -103,7 +108,7 @@ impl Codec for Gptq {
     }
 
     fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
-        let mut scheme = declared.scheme;
+        let mut scheme = integers(&declared.encoding);
         let bits = scheme.bits;
         let [rows, cols] = self.shape(parts, declared)?;
         let packed = part(parts, "qweight")?;
@@ -128,11 +133,11 @@ impl Codec for Gptq {
         let group_of = match parts("g_idx") {
             Some(map) => {
                 map.expect("g_idx", Dtype::I32, &[cols])?;
-                group_map(to_words(map.data), &scheme, groups)?
+                group_map(to_words(map.data), &declared.encoding, groups)?
             }
             None => None,
         };
-        Ok(QuantizedWeight { rows, cols, scheme, codes, scales, zeros, group_of })
+        Ok(QuantizedWeight { rows, cols, encoding: scheme.into(), codes, scales, zeros, group_of })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -140,7 +145,7 @@ impl Codec for Gptq {
     }
 
     fn config(&self, modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Result<ConfigFiles> {
-        let selections = names::by_scheme(modules, unquantized_linears);
+        let selections = names::by_encoding(modules, unquantized_linears);
         let Some(base) = selections.first() else {
             return Err(Error::invalid("a GPTQ checkpoint needs at least one quantized linear"));
         };
@@ -157,8 +162,8 @@ impl Codec for Gptq {
         for other in &selections[1..] {
             for pattern in other.names.patterns() {
                 let settings = json!({
-                    "bits": other.scheme.bits, "group_size": group_size(&other.scheme),
-                    "sym": other.scheme.symmetric, "desc_act": other.desc_act,
+                    "bits": other.scheme().bits, "group_size": group_size(&other.scheme()),
+                    "sym": other.scheme().symmetric, "desc_act": other.desc_act,
                 });
                 dynamic.insert(format!("+:{pattern}"), settings);
             }
@@ -191,20 +196,20 @@ impl Codec for Gptq {
                     .into(),
             );
         }
-        if selections.iter().any(|s| !matches!(s.scheme.bits, 4 | 8) || !s.scheme.symmetric) {
+        if selections.iter().any(|s| !matches!(s.scheme().bits, 4 | 8) || !s.scheme().symmetric) {
             notes.push("vLLM and SGLang load GPTQ only when symmetric with 4 or 8 bits; transformers and GPTQModel load the rest".into());
         }
-        if selections.iter().any(|s| s.desc_act && s.scheme.group.is_some()) {
+        if selections.iter().any(|s| s.desc_act && s.scheme().group.is_some()) {
             notes.push("vLLM and SGLang refuse desc_act with groups; transformers and GPTQModel load it".into());
         }
 
         let lm_head = modules.iter().any(|module| module.name == "lm_head");
         let mut config = json!({
             "quant_method": "gptq",
-            "bits": base.scheme.bits,
-            "group_size": group_size(&base.scheme),
+            "bits": base.scheme().bits,
+            "group_size": group_size(&base.scheme()),
             "desc_act": base.desc_act,
-            "sym": base.scheme.symmetric,
+            "sym": base.scheme().symmetric,
             "lm_head": lm_head,
             "checkpoint_format": "gptq",
             "pack_dtype": "int32",
@@ -221,6 +226,11 @@ impl Codec for Gptq {
         let text = serde_json::to_vec_pretty(&config).expect("a JSON value");
         Ok(ConfigFiles { quantization_config: config, files: vec![("quantize_config.json".into(), text)], notes })
     }
+}
+
+/// The integers of a weight that [`Codec::supports`] accepts.
+pub(super) fn integers(encoding: &Encoding) -> Scheme {
+    encoding.scheme().expect("integers in groups")
 }
 
 /// The group in a file's terms, where −1 is one scale per row.
@@ -249,7 +259,7 @@ mod tests {
         let weight = QuantizedWeight {
             rows,
             cols,
-            scheme,
+            encoding: scheme.into(),
             codes: v.ints("codes_out_in").iter().map(|c| *c as u8).collect(),
             scales: transpose(&v.floats("scales"), groups, rows),
             zeros: transpose(&zeros, groups, rows),
@@ -265,11 +275,12 @@ mod tests {
             assert!(*found == expected, "{vector} {name}");
         }
         let v2 = v.tensor("qzeros_v2");
-        let read_v1 = Gptq.decode(&|name| parts.get(name), &Declared { scheme, zeros_minus_one: true }).unwrap();
+        let read_v1 =
+            Gptq.decode(&|name| parts.get(name), &Declared { encoding: scheme.into(), zeros_minus_one: true }).unwrap();
         let read_v2 = Gptq
             .decode(
                 &|name| if name == "qzeros" { Some(v2.view()) } else { parts.get(name) },
-                &Declared { scheme, zeros_minus_one: false },
+                &Declared { encoding: scheme.into(), zeros_minus_one: false },
             )
             .unwrap();
         assert_eq!(read_v1, weight, "{vector}");
@@ -311,7 +322,7 @@ mod tests {
         let mut weight = QuantizedWeight {
             rows: 32,
             cols: 64,
-            scheme,
+            encoding: scheme.into(),
             codes: vec![3; 2048],
             scales: vec![0.5; 64],
             zeros: vec![9; 64],
@@ -322,12 +333,12 @@ mod tests {
         let message = Gptq.encode(&weight, Dtype::F16).unwrap_err().to_string();
         assert_eq!(message, "GPTQ version 1 cannot store a zero of 0; zeros must be at least 1");
         assert_eq!(
-            Gptq.supports(48, 64, &scheme, false).unwrap_err(),
+            Gptq.supports(48, 64, &scheme.into(), false).unwrap_err(),
             "GPTQ stores multiples of 32 rows only, not 48; leave the linear out or write compressed-tensors"
         );
         let mut spoiled = parts.clone();
         spoiled.0[3].1.data[..4].copy_from_slice(&7u32.to_le_bytes());
-        let declared = Declared { scheme, zeros_minus_one: true };
+        let declared = Declared { encoding: scheme.into(), zeros_minus_one: true };
         let message = Gptq.decode(&|name| spoiled.get(name), &declared).unwrap_err().to_string();
         assert_eq!(message, "g_idx puts a column in group 7, but there are 2");
         // Without g_idx the groups are runs of columns.
@@ -339,7 +350,8 @@ mod tests {
     fn config_states_what_is_mixed_and_who_cannot_read_it() {
         let four = Scheme { bits: 4, group: Some(64), symmetric: true };
         let eight = Scheme { bits: 8, ..four };
-        let module = |name, scheme| QuantizedModule { name, scheme, desc_act: false, loaded: &[] };
+        let module =
+            |name, scheme: Scheme| QuantizedModule { name, encoding: scheme.into(), desc_act: false, loaded: &[] };
         let modules = [
             module("model.layers.0.mlp.up_proj", four),
             module("model.layers.0.mlp.down_proj", eight),

@@ -13,8 +13,8 @@ mod transforms;
 use serde_json::Value;
 
 use crate::bits;
+use crate::encoding::{Block, Encoding};
 use crate::error::{Error, Result};
-use crate::grid::Scheme;
 use crate::tensor::{Dtype, Tensor, TensorView, narrow};
 use crate::weight::{PackedWeight, QuantizedWeight};
 use crate::words::WordLayout;
@@ -53,8 +53,8 @@ pub type PartLookup<'a, 'd> = dyn Fn(&str) -> Option<TensorView<'d>> + 'a;
 pub struct QuantizedModule<'a> {
     /// The module's name, without `.weight`.
     pub name: &'a str,
-    /// Width and grouping.
-    pub scheme: Scheme,
+    /// How its weight is represented.
+    pub encoding: Encoding,
     /// Groups follow the order of importance instead of the columns (GPTQ's `desc_act`).
     pub desc_act: bool,
     /// Other names by which runtimes know it, which must not be taken for those of linears that are left as they were.
@@ -70,8 +70,8 @@ impl<'a> QuantizedModule<'a> {
 /// What a checkpoint's configuration says about one module.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Declared {
-    /// Width and grouping.
-    pub scheme: Scheme,
+    /// How its weight is represented, as far as that is told ([`Encoding::told`]).
+    pub encoding: Encoding,
     /// Zeros are stored minus one (GPTQ v1).
     pub zeros_minus_one: bool,
 }
@@ -92,15 +92,20 @@ pub trait Codec: Sync {
     /// `compressed-tensors`, `gptq` or `awq`; also the `quant_method` in config.json.
     fn id(&self) -> &'static str;
 
-    /// Why a `[rows, cols]` linear cannot be written with this scheme, and what would fit, before any work is done.
-    fn supports(&self, rows: usize, cols: usize, scheme: &Scheme, desc_act: bool) -> Result<(), String>;
+    /// Names of [`PRESETS`](crate::encoding::PRESETS) that it can write besides the schemes of integers.
+    fn presets(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    /// Why a `[rows, cols]` linear cannot be written in this encoding, and what would fit, before any work is done.
+    fn supports(&self, rows: usize, cols: usize, encoding: &Encoding, desc_act: bool) -> Result<(), String>;
 
     /// Name, type and shape of each part, for a linear that [`Codec::supports`] accepts.
     fn layout(
         &self,
         rows: usize,
         cols: usize,
-        scheme: &Scheme,
+        encoding: &Encoding,
         scale_dtype: Dtype,
     ) -> Vec<(&'static str, Dtype, Vec<usize>)>;
 
@@ -128,7 +133,7 @@ pub trait Codec: Sync {
     /// Reads a weight back; `parts` looks a local name up. Parts that do not fit each other are an error.
     fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight>;
 
-    /// Every local name this codec may write or read.
+    /// Every local name that tells of a weight in codes; the first is there of each. What is stored as `weight` is told by its type.
     fn part_names(&self) -> &'static [&'static str];
 
     /// Whether runtimes look for codes of every module of a class, so that one without has to be left out by name even where
@@ -146,8 +151,8 @@ pub trait Codec: Sync {
 }
 
 /// Fails unless the group divides the row; names the sizes that would.
-fn check_group(cols: usize, scheme: &Scheme) -> Result<(), String> {
-    let Some(group) = scheme.group else { return Ok(()) };
+fn check_group(cols: usize, encoding: &Encoding) -> Result<(), String> {
+    let Block::Columns(group) = encoding.block else { return Ok(()) };
     if group > 0 && cols.is_multiple_of(group) {
         return Ok(());
     }
@@ -160,11 +165,12 @@ fn check_group(cols: usize, scheme: &Scheme) -> Result<(), String> {
     Err(format!("a row of {cols} values does not split into groups of {group}; {advice}"))
 }
 
-/// Fails unless the lengths agree and every zero is within the scheme's width.
+/// Fails unless the lengths agree and every zero is within the encoding's width.
 fn check_weight(weight: &PackedWeight, layout: WordLayout) -> Result<()> {
-    let PackedWeight { rows, cols, scheme, words, scales, zeros, group_of } = weight;
+    let PackedWeight { rows, cols, encoding, words, scales, zeros, group_of } = weight;
+    let bits = encoding.levels.bits();
     let grids = rows * weight.groups();
-    let packed = layout.words([*rows, *cols], scheme.bits)?;
+    let packed = layout.words([*rows, *cols], bits)?;
     for (what, found, expected) in
         [("words", words.len(), packed), ("scales", scales.len(), grids), ("zeros", zeros.len(), grids)]
     {
@@ -172,11 +178,11 @@ fn check_weight(weight: &PackedWeight, layout: WordLayout) -> Result<()> {
             return Err(Error::mismatch(format!("the number of {what}"), expected, found));
         }
     }
-    if let Some(zero) = zeros.iter().find(|&&zero| zero > scheme.max_code()) {
-        return Err(Error::invalid(format!("zero {zero} does not fit in {} bits", scheme.bits)));
+    if let Some(zero) = zeros.iter().find(|&&zero| zero > encoding.max_code()) {
+        return Err(Error::invalid(format!("zero {zero} does not fit in {bits} bits")));
     }
-    if scheme.symmetric && zeros.iter().any(|&zero| zero != scheme.midpoint()) {
-        return Err(Error::invalid(format!("a symmetric grid has a zero other than {}", scheme.midpoint())));
+    if let Some(fixed) = encoding.fixed_zero().filter(|fixed| zeros.iter().any(|zero| zero != fixed)) {
+        return Err(Error::invalid(format!("a symmetric grid has a zero other than {fixed}")));
     }
     if let Some(map) = group_of {
         if map.len() != *cols {
@@ -237,14 +243,14 @@ fn expect_shape(part: &TensorView<'_>, name: &str, shape: &[usize]) -> Result<()
 }
 
 /// The columns' groups in the form [`QuantizedWeight`] keeps them: `None` when they are runs of `group` columns.
-fn group_map(map: Vec<u32>, scheme: &Scheme, groups: usize) -> Result<Option<Vec<u32>>> {
+fn group_map(map: Vec<u32>, encoding: &Encoding, groups: usize) -> Result<Option<Vec<u32>>> {
     if let Some(found) = map.iter().find(|&&group| group as usize >= groups) {
         return Err(Error::malformed(format!(
             "g_idx puts a column in group {}, but there are {groups}",
             *found as i32
         )));
     }
-    let width = scheme.group_width(map.len()).max(1);
+    let width = encoding.group_width(map.len()).max(1);
     let in_order = map.iter().enumerate().all(|(col, &group)| group as usize == col / width);
     Ok(if in_order { None } else { Some(map) })
 }
@@ -254,6 +260,7 @@ pub(crate) mod testing {
     //! Reading the golden vectors, and random weights.
 
     use super::*;
+    use crate::grid::Scheme;
     use half::f16;
     use proptest::prelude::*;
 
@@ -335,7 +342,7 @@ pub(crate) mod testing {
                 QuantizedWeight {
                     rows,
                     cols,
-                    scheme,
+                    encoding: scheme.into(),
                     codes: (0..rows * cols).map(|_| (next() % (max + 1)) as u8).collect(),
                     scales: (0..rows * groups)
                         .map(|_| f16::from_bits((next() % 0xf000) as u16))
@@ -359,22 +366,22 @@ pub(crate) mod testing {
     /// Encodes, checks the announced layout, decodes, and compares.
     pub fn check_round_trip(codec: &dyn Codec, weight: &QuantizedWeight) {
         let desc_act = weight.group_of.is_some();
-        codec.supports(weight.rows, weight.cols, &weight.scheme, desc_act).unwrap();
+        codec.supports(weight.rows, weight.cols, &weight.encoding, desc_act).unwrap();
         let parts = codec.encode(weight, Dtype::F16).unwrap();
-        let layout = codec.layout(weight.rows, weight.cols, &weight.scheme, Dtype::F16);
+        let layout = codec.layout(weight.rows, weight.cols, &weight.encoding, Dtype::F16);
         let found: Vec<_> = parts.0.iter().map(|(name, t)| (*name, t.dtype, t.shape.clone())).collect();
         assert_eq!(found, layout);
         for (name, tensor) in &parts.0 {
             assert_eq!(Some(tensor.data.len()), crate::tensor::byte_len(tensor.dtype, &tensor.shape), "{name}");
             assert!(codec.part_names().contains(name));
         }
-        let declared = Declared { scheme: weight.scheme, zeros_minus_one: codec.id() == "gptq" };
+        let declared = Declared { encoding: weight.encoding, zeros_minus_one: codec.id() == "gptq" };
         assert_eq!(codec.shape(&|name| parts.get(name), &declared).unwrap(), [weight.rows, weight.cols]);
         let back = codec.decode(&|name| parts.get(name), &declared).unwrap();
         assert!(
             &back == weight,
             "decode(encode(w)) differs for {:?} [{}, {}]",
-            weight.scheme,
+            weight.encoding,
             weight.rows,
             weight.cols
         );
@@ -384,10 +391,11 @@ pub(crate) mod testing {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::grid::Scheme;
 
     #[test]
     fn group_advice_names_what_fits() {
-        let scheme = Scheme { bits: 4, group: Some(128), symmetric: true };
+        let scheme = Encoding::from(Scheme { bits: 4, group: Some(128), symmetric: true });
         assert_eq!(check_group(256, &scheme), Ok(()));
         assert_eq!(
             check_group(576, &scheme).unwrap_err(),
@@ -398,7 +406,7 @@ mod tests {
             "a row of 172 values does not split into groups of 128; \
              no group size of 32 or more fits; one scale per row (group size -1) would"
         );
-        assert!(check_group(128, &Scheme { group: Some(0), ..scheme }).is_err());
+        assert!(check_group(128, &Encoding { block: Block::Columns(0), ..scheme }).is_err());
     }
 
     #[test]

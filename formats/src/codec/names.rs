@@ -3,15 +3,16 @@
 use std::collections::BTreeMap;
 
 use super::QuantizedModule;
+use crate::encoding::Encoding;
 use crate::grid::Scheme;
 
 /// Linears that vLLM merges into one, and what it calls the result.
 const FUSED: &[(&str, &[&str])] =
     &[("qkv_proj", &["q_proj", "k_proj", "v_proj"]), ("gate_up_proj", &["gate_proj", "up_proj"])];
 
-/// All modules of one scheme.
+/// All modules of one encoding.
 pub(super) struct Selection {
-    pub scheme: Scheme,
+    pub encoding: Encoding,
     pub desc_act: bool,
     pub names: NameSet,
 }
@@ -26,14 +27,24 @@ pub(super) struct NameSet {
     wrapped: bool,
 }
 
-/// The modules grouped by scheme, the scheme with the most modules first.
-pub(super) fn by_scheme(modules: &[QuantizedModule<'_>], others: &[String]) -> Vec<Selection> {
+impl Selection {
+    /// The integers that it is of.
+    ///
+    /// # Panics
+    /// If it is of anything else, which the caller's [`Codec::supports`](super::Codec::supports) refuses.
+    pub fn scheme(&self) -> Scheme {
+        self.encoding.scheme().expect("integers in groups")
+    }
+}
+
+/// The modules grouped by encoding, the encoding with the most modules first.
+pub(super) fn by_encoding(modules: &[QuantizedModule<'_>], others: &[String]) -> Vec<Selection> {
     let (components, others): (Vec<&str>, Vec<&str>) = others.iter().map(String::as_str).partition(|n| is_component(n));
     let all: Vec<&str> = modules.iter().map(|m| m.name).chain(others).collect();
     let wrapped = !components.is_empty();
-    let mut keys: Vec<((Scheme, bool), Vec<&str>)> = Vec::new();
+    let mut keys: Vec<((Encoding, bool), Vec<&str>)> = Vec::new();
     for module in modules {
-        let key = (module.scheme, module.desc_act);
+        let key = (module.encoding, module.desc_act);
         match keys.iter_mut().find(|(k, _)| *k == key) {
             Some((_, names)) => names.push(module.name),
             None => keys.push((key, vec![module.name])),
@@ -41,7 +52,11 @@ pub(super) fn by_scheme(modules: &[QuantizedModule<'_>], others: &[String]) -> V
     }
     keys.sort_by_key(|(_, names)| std::cmp::Reverse(names.len()));
     keys.into_iter()
-        .map(|((scheme, desc_act), names)| Selection { scheme, desc_act, names: NameSet::new(&names, &all, wrapped) })
+        .map(|((encoding, desc_act), names)| Selection {
+            encoding,
+            desc_act,
+            names: NameSet::new(&names, &all, wrapped),
+        })
         .collect()
 }
 

@@ -3,8 +3,10 @@
 use fancy_regex::Regex;
 use serde_json::{Map, Value};
 
+use super::compressed_tensors::is_written;
 use super::foreign::Library;
 use super::{Awq, Codec, CompressedTensors, Declared, Foreign, Gptq, PartLookup, TensorLookup};
+use crate::encoding::{Activation, Block, Encoding};
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::weight::QuantizedWeight;
@@ -44,9 +46,9 @@ enum Rules {
 #[derive(Clone, Copy, Debug)]
 enum Weights {
     /// `pack-quantized`.
-    Packed(Scheme),
-    /// Another format; the blocks that share a scale, where they are declared.
-    Foreign(Option<[usize; 2]>),
+    Packed(Encoding),
+    /// Another format: the blocks that share a scale, where they are declared, and the encoding, where it is one that is written too.
+    Foreign(Option<[usize; 2]>, Option<Encoding>),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -190,7 +192,7 @@ impl QuantizationReader {
             Rules::CompressedTensors { .. } => {
                 let Some((module, "weight" | "weight_packed")) = stored.rsplit_once('.') else { return Ok(None) };
                 let block = match self.weights(module)? {
-                    Some(Weights::Foreign(block)) => block,
+                    Some(Weights::Foreign(block, _)) => block,
                     _ => None,
                 };
                 (Library::CompressedTensors, block)
@@ -244,7 +246,9 @@ impl QuantizationReader {
     pub fn declared(&self, module: &str) -> Result<Option<Declared>> {
         match &self.rules {
             Rules::CompressedTensors { .. } => Ok(match self.weights(module)? {
-                Some(Weights::Packed(scheme)) => Some(Declared { scheme, zeros_minus_one: false }),
+                Some(Weights::Packed(encoding) | Weights::Foreign(_, Some(encoding))) => {
+                    Some(Declared { encoding, zeros_minus_one: false })
+                }
                 _ => None,
             }),
             Rules::Gptq { base, dynamic, zeros_minus_one } => {
@@ -255,11 +259,11 @@ impl QuantizationReader {
                         break;
                     }
                 }
-                Ok(settings.map(|s| Declared { scheme: s.scheme, zeros_minus_one: *zeros_minus_one }))
+                Ok(settings.map(|s| Declared { encoding: s.scheme.into(), zeros_minus_one: *zeros_minus_one }))
             }
             Rules::Awq { scheme, skip } => {
                 let skipped = skip.iter().any(|part| module.contains(part.as_str()));
-                Ok((!skipped).then_some(Declared { scheme: *scheme, zeros_minus_one: false }))
+                Ok((!skipped).then_some(Declared { encoding: (*scheme).into(), zeros_minus_one: false }))
             }
             Rules::Foreign { .. } => Ok(None),
         }
@@ -401,7 +405,7 @@ fn compressed_tensors(config: &Map<String, Value>) -> Result<Rules> {
             let targets =
                 targets.ok_or_else(|| Error::mismatch(format!("config_groups.{name}"), "a list of names", group))?;
             let targets = targets.into_iter().map(Target::new).collect::<Result<_>>()?;
-            groups.push((targets, Weights::Packed(scheme)));
+            groups.push((targets, Weights::Packed(scheme.into())));
             continue;
         }
         let group =
@@ -424,16 +428,45 @@ fn compressed_tensors(config: &Map<String, Value>) -> Result<Rules> {
         let targets = strings(group, "targets").map_err(in_group)?;
         let targets = targets.iter().map(|t| Target::new(t)).collect::<Result<Vec<_>>>()?;
         let Some(weights) = get(group, "weights", "an object", Value::as_object).map_err(in_group)? else { continue };
+        let activation = group.get("input_activations").and_then(Value::as_object).and_then(activation_args);
         let weights = match packed {
-            true => Weights::Packed(weight_args(weights).map_err(in_group)?),
+            true => Weights::Packed(Encoding { activation, ..weight_args(weights).map_err(in_group)?.into() }),
             false => {
-                Weights::Foreign(get(weights, "block_structure", "two positive numbers", block).map_err(in_group)?)
+                let block = get(weights, "block_structure", "two positive numbers", block).map_err(in_group)?;
+                Weights::Foreign(
+                    block,
+                    plain_args(weights).map(|encoding| Encoding { activation, ..encoding }).filter(is_written),
+                )
             }
         };
         groups.push((targets, weights));
     }
     let ignore = strings(config, "ignore")?.iter().map(|t| Target::new(t)).collect::<Result<_>>()?;
     Ok(Rules::CompressedTensors { groups, ignore })
+}
+
+/// What is said of inputs, where it is a way of rounding that is known.
+fn activation_args(args: &Map<String, Value>) -> Option<Activation> {
+    let is = |key: &str, value: Value| args.get(key) == Some(&value);
+    let known = is("num_bits", 8.into()) && is("strategy", "token".into()) && is("dynamic", true.into());
+    let known = known && args.get("symmetric").is_none_or(|value| *value == Value::Bool(true));
+    match args.get("type").and_then(Value::as_str) {
+        Some("int") | None if known => Some(Activation::INT8_TOKEN),
+        Some("float") if known => Some(Activation::FP8_TOKEN),
+        _ => None,
+    }
+}
+
+/// What is said of weights of eight bits with a scale for each row.
+fn plain_args(args: &Map<String, Value>) -> Option<Encoding> {
+    let is = |key: &str, value: Value| args.get(key) == Some(&value);
+    let known = is("num_bits", 8.into()) && is("strategy", "channel".into());
+    let known = known && args.get("symmetric").is_none_or(|value| *value == Value::Bool(true));
+    match args.get("type").and_then(Value::as_str) {
+        Some("int") | None if known => Some(Scheme { bits: 8, group: None, symmetric: true }.into()),
+        Some("float") if known => Some(Encoding::fp8(Block::Row)),
+        _ => None,
+    }
 }
 
 fn weight_args(args: &Map<String, Value>) -> Result<Scheme> {
@@ -550,7 +583,7 @@ mod tests {
     }
 
     fn scheme_of(reader: &QuantizationReader, module: &str) -> Option<(u8, Option<usize>, bool)> {
-        reader.declared(module).unwrap().map(|d| (d.scheme.bits, d.scheme.group, d.scheme.symmetric))
+        reader.declared(module).unwrap().map(|d| d.encoding.scheme().unwrap()).map(|s| (s.bits, s.group, s.symmetric))
     }
 
     #[test]
@@ -715,13 +748,23 @@ mod tests {
             }
             let listed: Vec<_> = modules
                 .iter()
-                .map(|(name, scheme)| QuantizedModule { name, scheme: *scheme, desc_act: false, loaded: &[] })
+                .map(|(name, scheme)| QuantizedModule {
+                    name,
+                    encoding: (*scheme).into(),
+                    desc_act: false,
+                    loaded: &[],
+                })
                 .collect();
             let files = codec.config(&listed, &left).unwrap();
             let r = reader(files.quantization_config);
             assert_eq!(r.codec().unwrap().id(), codec.id());
             for (name, scheme) in &modules {
-                assert_eq!(r.declared(name).unwrap().unwrap().scheme, *scheme, "{} {name}", codec.id());
+                assert_eq!(
+                    r.declared(name).unwrap().unwrap().encoding,
+                    Encoding::from(*scheme),
+                    "{} {name}",
+                    codec.id()
+                );
             }
             for name in &left {
                 // GPTQ and AWQ leave the head out by convention.

@@ -9,6 +9,7 @@ pub mod dequantize;
 pub mod encoded;
 pub mod factor;
 pub mod fit;
+pub mod floats;
 pub mod gram;
 pub mod heads;
 pub mod levels;

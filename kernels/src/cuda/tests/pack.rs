@@ -22,8 +22,9 @@ fn check(id: &str, weight: &QuantizedWeight, parts: &[(&str, bool, WordLayout)])
     let expected = codec.encode(weight, Dtype::F16).unwrap();
     for &(name, zeros, layout) in parts {
         let (values, cols) = if zeros { (&weight.zeros, weight.groups()) } else { (&weight.codes, weight.cols) };
-        let Some(found) = packed(values, weight.rows, cols, weight.scheme.bits, layout) else { return };
-        let context = format!("{name} of {id}, {} × {} at {} bits", weight.rows, weight.cols, weight.scheme.bits);
+        let Some(found) = packed(values, weight.rows, cols, weight.encoding.levels.bits(), layout) else { return };
+        let context =
+            format!("{name} of {id}, {} × {} at {} bits", weight.rows, weight.cols, weight.encoding.levels.bits());
         assert_eq!(found, expected.get(name).unwrap().data, "{context}");
     }
 }
@@ -40,7 +41,7 @@ fn weight(rows: usize, cols: usize, bits: u8, group: usize) -> QuantizedWeight {
     QuantizedWeight {
         rows,
         cols,
-        scheme,
+        encoding: scheme.into(),
         codes: (0..rows * cols).map(|_| next(0)).collect(),
         scales: vec![0.5; rows * groups],
         zeros: (0..rows * groups).map(|_| next(1)).collect(),
