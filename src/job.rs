@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use calibration::samples::{SampleSource, Samples, needed, windows};
 use calibration::statistics::Needs;
+use formats::Imatrix;
 use kernels::Backend;
 use serde_json::{Map, Value, json};
 
@@ -84,6 +85,9 @@ struct Group {
     expected: Option<u64>,
 }
 
+/// A report, and an imatrix that is to be written with its output.
+type Made = (Report, Option<(PathBuf, Imatrix)>);
+
 /// What was found of one output.
 struct Outcome {
     quality: Option<Quality>,
@@ -160,7 +164,7 @@ impl<'a> Job<'a> {
         (said, groups, prepare): (&Said, &[Group], f64),
         targets: &[Box<dyn Target<B>>],
         progress: &mut Progress,
-    ) -> Result<Vec<Report>> {
+    ) -> Result<Vec<Made>> {
         let mut written: Vec<Option<Written>> = targets.iter().map(|_| None).collect();
         for group in groups {
             let together: Vec<&dyn Target<B>> = group.members.iter().map(|index| &*targets[*index]).collect();
@@ -178,8 +182,10 @@ impl<'a> Job<'a> {
             if let Some(note) = self.follows(group, index) {
                 notes.push(note);
             }
-            let written = written.expect("in a group");
-            reports.push(self.finish(backend, run, (&**target, index), (group, prepare), written, notes, progress)?);
+            let mut written = written.expect("in a group");
+            let imatrix = written.imatrix.take();
+            let report = self.finish(backend, run, (&**target, index), (group, prepare), written, notes, progress)?;
+            reports.push((report, imatrix));
         }
         run.source.check_unchanged()?;
         Ok(reports)
@@ -214,7 +220,8 @@ impl<'a> Job<'a> {
         json!({
             "quantc": concat!(env!("CARGO_PKG_VERSION")),
             "program": own.as_deref().map(stamp),
-            "device": backend.relaxed().name(),
+            // Results do not depend on the number of threads.
+            "device": backend.relaxed().name().split(", ").filter(|part| !part.contains(" thread")).collect::<Vec<_>>(),
             "model": looked_at(model),
             "output": outputs.collect::<Map<String, Value>>(),
             "outputs": self.outputs.iter().map(|output| output.path.display().to_string()).collect::<Vec<String>>(),
@@ -224,9 +231,9 @@ impl<'a> Job<'a> {
     }
 
     /// Moves everything into place, once all of it is there.
-    fn commit<B: Backend>(self, targets: Vec<Box<dyn Target<B>>>, mut reports: Vec<Report>) -> Result<Vec<Report>> {
+    fn commit<B: Backend>(self, targets: Vec<Box<dyn Target<B>>>, mut reports: Vec<Made>) -> Result<Vec<Report>> {
         let mut copies = Vec::new();
-        for ((output, target), report) in self.outputs.iter().zip(&targets).zip(&reports) {
+        for ((output, target), (report, _)) in self.outputs.iter().zip(&targets).zip(&reports) {
             let json = serde_json::to_vec_pretty(report).expect("a report is plain data");
             let (staging, Papers { report: name, card }) = (target.staging(), target.papers());
             staging.write(&name, &json)?;
@@ -235,9 +242,14 @@ impl<'a> Job<'a> {
             }
             copies.push(output.report.as_deref().map(|path| SideOutput::write(path, &json)).transpose()?);
         }
-        for (target, report) in targets.into_iter().zip(&mut reports) {
+        for (target, (report, imatrix)) in targets.into_iter().zip(&mut reports) {
+            // Right before the model, so that a run that is killed while it measures finds its place free.
+            if let Some((path, imatrix)) = imatrix {
+                imatrix.write(path)?;
+            }
             report.notes.extend(target.into_staging().commit()?);
         }
+        let reports = reports.into_iter().map(|(report, _)| report).collect();
         copies.into_iter().flatten().try_for_each(SideOutput::appear)?;
         Ok(reports)
     }
@@ -263,6 +275,11 @@ impl<'a> Job<'a> {
             inputs.iter().filter(|input| input.is_file()).try_for_each(|input| check_place(&output.path, input))?;
             self.outputs[..index].iter().try_for_each(|other| check_apart(&other.path, &output.path))?;
             let Some(path) = &output.report else { continue };
+            let place = |path: &Path| Place::resolve(path).ok();
+            let same = |other: &Output| other.report.as_deref().is_some_and(|other| place(other) == place(path));
+            if self.outputs[..index].iter().any(same) {
+                return Err(Error::usage(format!("{}: is to hold the reports of two targets", path.display())));
+            }
             self.outputs.iter().try_for_each(|output| check_beside("--report", path, &inputs, &output.path))?;
             let saved = output.recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref());
             if saved.is_some_and(|saved| Place::resolve(saved).ok() == Place::resolve(path).ok()) {

@@ -48,7 +48,8 @@ fn main() -> ExitCode {
         places.iter().for_each(|place| drop(sweep(place)));
         remove_made(&missing);
     }
-    if end != End::Code(0) {
+    // A request that could not be met is not to be given again as it is.
+    if ![End::Code(0), End::Code(2)].contains(&end) {
         places.iter().flat_map(unfinished).for_each(|left| tell(&format!("note: {}", continued(&left))));
     }
     if let Some(sentence) = end.sentence(cli.command.subject().unwrap_or(Path::new("quantc"))) {
@@ -205,9 +206,14 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let asked = requested(args.request, file, args.output, &args.target)?;
     if args.discard {
         for one in &asked {
-            for left in output::discard(&Place::resolve(&one.path)?)? {
-                say(&format!("{}: {} finished blocks were removed\n", one.path.display(), left.blocks))?;
-            }
+            let gone = output::discard(&Place::resolve(&one.path)?)?;
+            let blocks: usize = gone.iter().map(|left| left.blocks).sum();
+            let told = if gone.is_empty() {
+                "nothing was left by a run that is gone".to_owned()
+            } else {
+                format!("{blocks} finished blocks were removed")
+            };
+            say(&format!("{}: {told}\n", one.path.display()))?;
         }
         return Ok(0);
     }

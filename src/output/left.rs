@@ -220,10 +220,19 @@ fn remove(folder: PathBuf) -> Result<Option<Unfinished>> {
     Ok(left)
 }
 
-/// Whether a folder is called as a staging folder, by [`hidden_prefix`] and some letters.
+/// Whether a folder is called as a staging folder, by [`hidden_prefix`] and some letters, and holds what such a folder does.
 fn is_staging(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let letters = name.strip_prefix('.').and_then(|name| name.rsplit_once(MARK)).map(|(_, letters)| letters);
-    path.is_dir()
-        && letters.is_some_and(|letters| letters.len() == RANDOM && letters.bytes().all(|b| b.is_ascii_alphanumeric()))
+    let is_called =
+        letters.is_some_and(|letters| letters.len() == RANDOM && letters.bytes().all(|b| b.is_ascii_alphanumeric()));
+    let is_folder = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
+    is_called && is_folder && {
+        let names = fs::read_dir(path).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.file_name()));
+        let names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+        let ours = [journal::NAME, HOLDER, "config.json"];
+        let is_ours =
+            |name: &String| ours.contains(&&name[..]) || name.ends_with(".safetensors") || name.ends_with(".gguf");
+        names.is_empty() || names.iter().any(is_ours)
+    }
 }

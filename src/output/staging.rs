@@ -277,6 +277,15 @@ impl Staging {
         self.journal.as_ref().is_some_and(|journal| !journal.finished().is_empty())
     }
 
+    /// What to say where the files of an earlier run cannot be taken up; they go with this one.
+    pub fn damaged(&self, error: Error) -> Error {
+        let blocks = self.journal.as_ref().map_or(0, |journal| journal.finished().len());
+        Error::failed(format!(
+            "{}: {blocks} finished blocks of an interrupted run cannot be gone on with ({error}) and are removed; the same command begins afresh",
+            self.shown.display()
+        ))
+    }
+
     /// Finished blocks stay, or go, where the run ends without an output from now on.
     pub fn keep_finished(&self, keeps: bool) {
         self.keeps.store(keeps, Ordering::Relaxed);

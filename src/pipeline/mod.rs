@@ -21,11 +21,13 @@ mod observe;
 mod solve;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use calibration::samples::Samples;
 use calibration::statistics::Needs;
+use formats::Imatrix;
 use kernels::Backend;
 
 use self::observe::{Observed, Observer};
@@ -45,9 +47,14 @@ use crate::targets::{Folded, Target, Write};
 pub struct Written {
     /// What it did.
     pub done: Done,
+    /// The imatrix that is to be written, and where.
+    pub imatrix: Option<(PathBuf, Imatrix)>,
     /// Waits until the weights are on disk; their hashes.
     pub flushing: Hashing,
 }
+
+/// What each task did and lost, and the imatrices.
+type Walked = (Vec<(Done, Vec<Lost>)>, Vec<Option<(PathBuf, Imatrix)>>);
 
 /// What was done for one target, as far as it has got.
 #[derive(Debug, Default)]
@@ -110,14 +117,14 @@ pub fn quantize<B: Backend>(
             },
         )
     };
-    let (done, early) = beside(early, run)?;
-    let all = done.into_iter().zip(early).zip(sinks).zip(hashing);
-    let written = all.map(|((((mut done, late), early), sink), hashing)| {
+    let ((done, imatrices), early) = beside(early, run)?;
+    let all = done.into_iter().zip(imatrices).zip(early).zip(sinks).zip(hashing);
+    let written = all.map(|(((((mut done, late), imatrix), early), sink), hashing)| {
         let mut lost: Vec<Lost> = early.into_iter().chain(late).collect();
         lost.sort_by_key(|lost| lost.index);
         done.lost.extend(lost.into_iter().map(|lost| (lost.name, lost.share)));
         let finish = sink.finish();
-        Written { done, flushing: flushed(finish, hashing) }
+        Written { done, imatrix, flushing: flushed(finish, hashing) }
     });
     Ok(written.collect())
 }
@@ -150,7 +157,7 @@ fn timed<T>(stage: &mut f64, f: impl FnOnce() -> Result<T>) -> Result<T> {
 }
 
 impl<B: Backend> Walk<'_, '_, B> {
-    fn run(mut self, graph: &Graph, samples: Option<&Samples>) -> Result<Vec<(Done, Vec<Lost>)>> {
+    fn run(mut self, graph: &Graph, samples: Option<&Samples>) -> Result<Walked> {
         let started = Instant::now();
         let (ahead, backend, source) = (self.ahead, self.backend, self.source);
         let smooths = self.tasks[self.lead].target.recipe().method.smooths();
@@ -185,10 +192,8 @@ impl<B: Backend> Walk<'_, '_, B> {
                 })?;
             }
         }
-        if let Some(samples) = samples {
-            self.tasks.iter().try_for_each(|task| task.save_importance(samples))?;
-        }
-        self.end(started)
+        let imatrices = self.tasks.iter().map(|task| task.imatrix(samples?)).collect();
+        Ok((self.end(started)?, imatrices))
     }
 
     fn before(&mut self) -> Result<()> {

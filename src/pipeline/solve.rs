@@ -1,6 +1,7 @@
 //! What is done for one target: its solutions of linears whose input is known, its report, its imatrix.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use calibration::samples::Samples;
@@ -439,10 +440,9 @@ impl<'a, B: Backend> Task<'a, B> {
         self.journaled = [done.linears.len(), done.smoothings.len(), done.lost.len()];
     }
 
-    /// Writes the imatrix, if one is to be written.
-    pub fn save_importance(&self, samples: &Samples) -> Result<()> {
-        let recipe = self.target.recipe();
-        let Some(path) = recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref()) else { return Ok(()) };
+    /// The imatrix that is to be written, and where.
+    pub fn imatrix(&self, samples: &Samples) -> Option<(PathBuf, Imatrix)> {
+        let path = self.target.recipe().gguf.as_ref().and_then(|gguf| gguf.save_imatrix.clone())?;
         let imatrix = Imatrix {
             entries: self.collected.clone(),
             datasets: vec![called(&samples.source.name).to_owned()],
@@ -450,7 +450,7 @@ impl<'a, B: Backend> Task<'a, B> {
             chunk_size: samples.source.seq_len as u32,
             ..Imatrix::default()
         };
-        Ok(imatrix.write(path)?)
+        Some((path, imatrix))
     }
 }
 

@@ -93,7 +93,8 @@ impl<B: Backend> Target<B> for Directory {
 
     fn open<'a>(&'a self, source: &'a Checkpoint) -> Result<Box<dyn Sink<B> + 'a>> {
         let goes_on = self.staging.goes_on();
-        let writer = weight_writer(self.staging.folder(), self.plan.outputs.clone(), goes_on)?;
+        let writer = weight_writer(self.staging.folder(), self.plan.outputs.clone(), goes_on)
+            .map_err(|error| if goes_on { self.staging.damaged(error) } else { error })?;
         Ok(Box::new(Files { plan: &self.plan, source, rest: rest(&self.plan), writer }))
     }
 

@@ -368,7 +368,8 @@ impl<B: Backend> Target<B> for Gguf {
         let most = self.settings().split_max_size;
         let path = if most.is_some() { path.with_extension("") } else { path };
         let writer = match most {
-            _ if self.staging.goes_on() => GgufWriter::take_up(path, most, metadata, tensors)?,
+            _ if self.staging.goes_on() => GgufWriter::take_up(path, most, metadata, tensors)
+                .map_err(|error| self.staging.damaged(error.into()))?,
             None => GgufWriter::create(path, metadata, tensors)?,
             Some(most) => GgufWriter::create_split(path, most, metadata, tensors)?,
         };
