@@ -59,7 +59,9 @@ pub fn run(target: ArrayView2<f32>, gram: ArrayView2<f32>, damp: f64, grid: &mut
     let ty = grid.spec.encoding.ggml_type();
     let encoding = grid.spec.encoding;
     let kind = match ty {
-        Some(_) => Kind::Blocks { encoding: &encoding, set: AnyLevels::of(&encoding), codes: codes_of(&encoding) },
+        Some(_) => {
+            Kind::Blocks { encoding: &encoding, set: AnyLevels::of(&encoding), codes: Box::new(codes_of(&encoding)) }
+        }
         None => Kind::Integers(Rules::of(&encoding)),
     };
     let hessian = whole(gram, damp, order.as_deref());
@@ -136,7 +138,7 @@ fn whole(gram: ArrayView2<f32>, damp: f64, order: Option<&[u32]>) -> Array2<f32>
 /// What codes stand for.
 enum Kind<'a> {
     /// `scale · level − min` of levels, from the scales of ggml's blocks; `codes` has the code of each level at `level + 128`.
-    Blocks { encoding: &'a Encoding, set: AnyLevels, codes: [u8; 256] },
+    Blocks { encoding: &'a Encoding, set: AnyLevels, codes: Box<[u8; 256]> },
     /// `scale · (code − zero)`.
     Integers(Rules),
 }
