@@ -80,6 +80,7 @@ def quantc_job(options, folder, environ):
         out = folder / "quantc"
         shutil.rmtree(out, ignore_errors=True)
         command = [options.quantc, "quantize", options.model, "-o", out, "--format", "compressed-tensors", "--method", "gptq"]
+        command += ["--refine", options.refine]
         command += ["--scheme", f"W{options.bits}A16", "--group-size", options.group_size]
         command += ["--calibration", folder / "calibration.jsonl", "--samples", options.samples, "--seq-len", options.seq_len]
         command += ["--threads", options.threads, "--device", options.device, "--verify-text", "none", "--quiet"]
@@ -132,6 +133,7 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: the first GPU, for all three")
     parser.add_argument("--repeat", type=int, default=3, help="runs of quantc; the median counts")
     parser.add_argument("--peer-batch", type=int, default=1, help="sequences a batch for the peers (1 is their own default)")
+    parser.add_argument("--refine", choices=["true", "false"], default="true", help="whether quantc refines after the sweep; no peer does")
     parser.add_argument("--only", default="quantc,GPTQModel,llm-compressor")
     parser.add_argument("--quality", type=pathlib.Path, help="evaluate each artifact on this text")
     parser.add_argument("--quality-context", type=int, default=512)
