@@ -41,9 +41,18 @@ fn kill_after(room: &Room, flags: &[&str], outputs: usize, blocks: usize, signal
         assert!(waiting.elapsed() < Duration::from_secs(300), "the run does not get so far");
         std::thread::sleep(Duration::from_millis(2));
     }
+    let children = format!("/proc/{0}/task/{0}/children", run.id());
+    let workers = std::fs::read_to_string(children).unwrap_or_default();
     let signal = format!("-{signal}");
     assert!(Command::new("kill").args([&signal, &run.id().to_string()]).status().unwrap().success());
-    run.wait_with_output().unwrap()
+    let output = run.wait_with_output().unwrap();
+    // A worker whose watcher was killed ends a moment later, and holds its lock until then.
+    let lives =
+        |worker: &str| std::fs::read_to_string(format!("/proc/{worker}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
+    while workers.split_whitespace().any(lives) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    output
 }
 
 fn told(output: &Output) -> String {
