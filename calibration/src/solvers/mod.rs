@@ -213,7 +213,7 @@ fn round<B: Backend>(
         return measured(backend, shared, asked.weight, Chosen::Rows(rows), dequantized, None);
     }
     if asked.spec.encoding.levels.count() > 0 && !asked.spec.encoding.is_searched() {
-        let (codes, grid) = kernels::ops::floats::run(backend.download(asked.weight)?.view(), &asked.spec);
+        let (codes, grid) = kernels::round_floats(backend.download(asked.weight)?.view(), &asked.spec);
         let matrix = Array2::from_shape_vec((grid.rows, grid.cols()), codes).expect("one code a weight");
         let level = |((row, _), code): ((usize, usize), &u8)| grid.scales[row] * grid.spec.encoding.levels.level(*code);
         let values = matrix.indexed_iter().map(level).collect();
