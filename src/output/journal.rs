@@ -12,8 +12,8 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
-use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -45,6 +45,7 @@ pub struct Finished {
 /// The journal of an output that is being written.
 #[derive(Debug)]
 pub struct Journal {
+    path: PathBuf,
     file: Mutex<File>,
     /// What an earlier process has finished.
     finished: Vec<Finished>,
@@ -60,35 +61,42 @@ impl Journal {
             Ok(file)
         };
         let file = create().map_err(Error::io(&path, "write"))?;
-        Ok(Journal { file: Mutex::new(file), finished: Vec::new() })
+        Ok(Journal { path, file: Mutex::new(file), finished: Vec::new() })
     }
 
     /// Goes on with one that [`read`] has found.
     pub fn go_on(folder: &Path, finished: Vec<Finished>) -> Result<Journal> {
         let path = folder.join(NAME);
-        let text = fs::read(&path).map_err(Error::io(&path, "read"))?;
-        // A line that was cut off would spoil the next one.
-        let whole =
-            text.split_inclusive(|byte| *byte == b'\n').take(1 + finished.len()).map(<[u8]>::len).sum::<usize>();
-        let open = || {
-            let file = File::options().append(true).open(&path)?;
-            file.set_len(whole as u64)?;
-            Ok(file)
-        };
-        let file = open().map_err(Error::io(&path, "write"))?;
-        Ok(Journal { file: Mutex::new(file), finished })
+        let file = File::options().append(true).open(&path).map_err(Error::io(&path, "write"))?;
+        Ok(Journal { path, file: Mutex::new(file), finished })
     }
 
     /// Blocks that an earlier process has finished.
-    pub fn finished(&self) -> &[Finished] {
-        &self.finished
+    pub fn finished(&self) -> usize {
+        self.finished.len()
+    }
+
+    /// Takes the first of them as finished, and forgets the others, for they are done again: the next block that is added comes after
+    /// these.
+    pub fn take_up(&self, blocks: usize) -> Result<&[Finished]> {
+        let kept = || {
+            let text = fs::read(&self.path)?;
+            let lines = text.split_inclusive(|byte| *byte == b'\n').take(1 + blocks);
+            self.lock().set_len(lines.map(<[u8]>::len).sum::<usize>() as u64)
+        };
+        kept().map_err(Error::io(&self.path, "write"))?;
+        Ok(&self.finished[..blocks])
     }
 
     /// Another block is finished; its weights are on the disk. Waits until that is on the disk, too.
     pub fn add(&self, block: &Finished) -> Result<()> {
         let line = serde_json::to_string(block).expect("plain data") + "\n";
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
-        file.write_all(line.as_bytes()).and_then(|()| file.sync_data()).map_err(Error::io(NAME, "write"))
+        let mut file = self.lock();
+        file.write_all(line.as_bytes()).and_then(|()| file.sync_data()).map_err(Error::io(&self.path, "write"))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, File> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -161,12 +169,28 @@ mod tests {
                 continue;
             };
             assert_eq!((&found, finished.len()), (&key, lines - 1));
+            let count = finished.len();
             let journal = Journal::go_on(dir.path(), finished).unwrap();
+            assert_eq!((journal.finished(), journal.take_up(count).unwrap().len()), (count, count));
             journal.add(&block("c")).unwrap();
             let (_, finished) = read(dir.path()).unwrap();
             assert_eq!(finished.len(), lines);
             assert_eq!(finished.last().unwrap().folded, block("c").folded);
         }
+    }
+
+    /// Of several outputs one may have a block more than another; all go on after those that all have.
+    #[test]
+    fn blocks_that_are_done_again_are_no_longer_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let block = |name: &str| Finished { lost: vec![(name.to_owned(), 0.5)], ..Finished::default() };
+        let journal = Journal::begin(dir.path(), &json!({})).unwrap();
+        ["a", "b", "c"].iter().for_each(|name| journal.add(&block(name)).unwrap());
+        let journal = Journal::go_on(dir.path(), read(dir.path()).unwrap().1).unwrap();
+        assert_eq!(journal.take_up(1).unwrap()[0].lost[0].0, "a");
+        journal.add(&block("d")).unwrap();
+        let names: Vec<String> = read(dir.path()).unwrap().1.into_iter().map(|block| block.lost[0].0.clone()).collect();
+        assert_eq!(names, ["a", "d"]);
     }
 
     #[test]

@@ -71,28 +71,30 @@ fn hold(folder: &Path) -> Option<File> {
     }
 }
 
+/// A staging folder that another run is writing, opened. One that cannot be opened, or on a file system without locks, is none.
+fn busy(place: &Place) -> Option<(PathBuf, File)> {
+    let of = |(folder, _)| {
+        let file = File::open(&folder).ok()?;
+        matches!(file.try_lock(), Err(TryLockError::WouldBlock)).then_some((folder, file))
+    };
+    staged(place).into_iter().filter(|(_, held)| held.is_none()).find_map(of)
+}
+
 /// Puts in order what is at the place of an output before a run begins: as [`sweep`], but for what the run can go on with.
 pub(super) fn look(place: &Place, shown: &Path, before: Option<Before<'_>>) -> Result<(Vec<String>, Option<Left>)> {
     let Some(Before { key, afresh, waits }) = before else {
         return Ok((put_in_order(place, &mut |_| false)?, None));
     };
-    loop {
-        let Some((folder, _)) = staged(place).into_iter().find(|(_, held)| held.is_none()) else { break };
-        // It has no lock on file systems without any.
-        let Ok(file) = File::open(&folder) else { continue };
-        match file.try_lock() {
-            Err(TryLockError::WouldBlock) if waits => drop(file.lock()),
-            Err(TryLockError::WouldBlock) => {
-                let who = fs::read_to_string(folder.join(HOLDER)).unwrap_or_default();
-                let who = if who.is_empty() { String::new() } else { format!(" (process {})", who.trim()) };
-                return Err(Error::usage(format!(
-                    "{}: another run{who} is writing there; give another place, or --wait for its end",
-                    shown.display()
-                )));
-            }
-            Err(TryLockError::Error(_)) => break,
-            Ok(()) => {}
+    while let Some((folder, file)) = busy(place) {
+        if !waits {
+            let who = fs::read_to_string(folder.join(HOLDER)).unwrap_or_default();
+            let who = if who.is_empty() { String::new() } else { format!(" (process {})", who.trim()) };
+            return Err(Error::usage(format!(
+                "{}: another run{who} is writing there; give another place, or --wait for its end",
+                shown.display()
+            )));
         }
+        file.lock().map_err(Error::io(&folder, "wait for"))?;
     }
     let (mut left, mut others) = (None, Vec::new());
     let mut notes = put_in_order(place, &mut |folder| {

@@ -274,12 +274,12 @@ impl Staging {
 
     /// Whether an earlier run has laid out its files.
     pub fn goes_on(&self) -> bool {
-        self.journal.as_ref().is_some_and(|journal| !journal.finished().is_empty())
+        self.journal.as_ref().is_some_and(|journal| journal.finished() > 0)
     }
 
     /// What to say where the files of an earlier run cannot be taken up; they go with this one.
     pub fn damaged(&self, error: Error) -> Error {
-        let blocks = self.journal.as_ref().map_or(0, |journal| journal.finished().len());
+        let blocks = self.journal.as_ref().map_or(0, Journal::finished);
         Error::failed(format!(
             "{}: {blocks} finished blocks of an interrupted run cannot be gone on with ({error}) and are removed; the same command begins afresh",
             self.shown.display()

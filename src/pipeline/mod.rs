@@ -38,6 +38,7 @@ use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, load_b
 use crate::graph::{Block, Graph, Linear};
 use crate::output::behind::{Behind, behind, beside};
 use crate::output::hashing::{Hashing, flushed, hash_written};
+use crate::output::journal::Journal;
 use crate::progress::Progress;
 use crate::report::{LinearReport, SmoothingReport, Stages};
 use crate::rest::{Lost, touched};
@@ -208,20 +209,19 @@ impl<B: Backend> Walk<'_, '_, B> {
 
     /// Takes the first blocks as an earlier process has left them, as many as every target has; their number.
     fn take_up(&mut self, graph: &Graph) -> Result<usize> {
-        let blocks = self.tasks.iter().map(|task| task.journal().map_or(0, |journal| journal.finished().len()));
+        let blocks = self.tasks.iter().map(|task| task.journal().map_or(0, Journal::finished));
         let finished = blocks.min().unwrap_or(0).min(graph.blocks.len());
         for block in &graph.blocks[..finished] {
             for linear in block.linears() {
                 self.tasks.iter().try_for_each(|task| task.sink.keep_written(linear))?;
             }
         }
-        if let Some(journal) = self.tasks[self.lead].journal() {
-            for (name, bits) in journal.finished()[..finished].iter().flat_map(|block| &block.folded) {
+        for (index, task) in self.tasks.iter_mut().enumerate() {
+            let blocks = task.take_up(finished, self.progress)?;
+            // The stream has seen what the leading one's file holds.
+            for (name, bits) in blocks.iter().filter(|_| index == self.lead).flat_map(|block| &block.folded) {
                 self.folded.change(name.clone(), bits.iter().copied().map(f32::from_bits).collect());
             }
-        }
-        for task in &mut self.tasks {
-            task.take_up(finished, self.progress);
         }
         graph.blocks[..finished].iter().try_for_each(|block| self.write_folded(block))?;
         Ok(finished)

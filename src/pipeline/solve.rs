@@ -421,9 +421,10 @@ impl<'a, B: Backend> Task<'a, B> {
         block
     }
 
-    /// Takes the first blocks as an earlier process has left them.
-    pub fn take_up(&mut self, blocks: usize, progress: &crate::progress::Progress) {
-        let finished = self.journal().map_or(&[][..], |journal| &journal.finished()[..blocks]);
+    /// Takes the first blocks as an earlier process has left them, and gives what it said of them.
+    pub fn take_up(&mut self, blocks: usize, progress: &crate::progress::Progress) -> Result<&'a [Finished]> {
+        let Some(journal) = self.journal() else { return Ok(&[]) };
+        let finished = journal.take_up(blocks)?;
         for block in finished {
             let done = &mut self.done;
             done.linears.extend(block.linears.iter().cloned());
@@ -438,6 +439,7 @@ impl<'a, B: Backend> Task<'a, B> {
         }
         let done = &self.done;
         self.journaled = [done.linears.len(), done.smoothings.len(), done.lost.len()];
+        Ok(finished)
     }
 
     /// The imatrix that is to be written, and where.
