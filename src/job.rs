@@ -69,7 +69,7 @@ struct Run<'a> {
     source: &'a Checkpoint,
     graph: &'a Graph,
     held_out: Option<HeldOut>,
-    /// Bytes of its weight files, and their hashes.
+    /// Its weight files while they are hashed, and once that is waited for.
     hashing: Option<Hashing>,
     inputs: Vec<FileReport>,
 }
@@ -145,7 +145,7 @@ impl<'a> Job<'a> {
                 target(&graph, &source, output.recipe.clone(), places, self.force, Some(before))
             })
             .collect::<Result<Vec<Box<dyn Target<B>>>>>()?;
-        check_together(&targets)?;
+        check_space(&targets)?;
         let mut run = Run { started, source: &source, graph: &graph, held_out: None, hashing, inputs: Vec::new() };
         let (said, groups) = self.prepare((Device::of(backend), progress), &mut run, &targets)?;
         let prepare = started.elapsed().as_secs_f64();
@@ -161,7 +161,7 @@ impl<'a> Job<'a> {
         &self,
         backend: &B,
         run: &mut Run<'_>,
-        (said, groups, prepare): (&Said, &[Group], f64),
+        (said, groups, prepare): (&Remarks, &[Group], f64),
         targets: &[Box<dyn Target<B>>],
         progress: &mut Progress,
     ) -> Result<Vec<Made>> {
@@ -218,7 +218,7 @@ impl<'a> Job<'a> {
             (place.display().to_string(), made)
         });
         json!({
-            "quantc": concat!(env!("CARGO_PKG_VERSION")),
+            "quantc": env!("CARGO_PKG_VERSION"),
             "program": own.as_deref().map(stamp),
             // Results do not depend on the number of threads.
             "device": backend.relaxed().name().split(", ").filter(|part| !part.contains(" thread")).collect::<Vec<_>>(),
@@ -342,7 +342,7 @@ impl<'a> Job<'a> {
         (device, progress): (Device, &Progress),
         run: &mut Run<'_>,
         targets: &[Box<dyn Target<B>>],
-    ) -> Result<(Said, Vec<Group>)> {
+    ) -> Result<(Remarks, Vec<Group>)> {
         let (source, graph) = (run.source, run.graph);
         let calibrates = targets.iter().any(|target| target.needs() > Needs::Nothing);
         let groups = self.groups(targets);
@@ -357,7 +357,7 @@ impl<'a> Job<'a> {
         if calibrates || self.verification.is_some() {
             families::check_runnable(graph, source)?;
         }
-        let mut said = Said::of_model(graph, source);
+        let mut said = Remarks::of_model(graph, source);
         let tokenizer = source.tokenizer();
         said.tokenizer = source.notes_on(&tokenizer);
         let text = match calibrates || self.verification.is_some() {
@@ -563,7 +563,7 @@ impl<'a> Job<'a> {
 }
 
 /// What there is to say before the work, whichever output it is.
-struct Said {
+struct Remarks {
     model: Vec<String>,
     /// Components that are no part of the language model.
     aside: Vec<String>,
@@ -572,8 +572,8 @@ struct Said {
     held_out: Vec<String>,
 }
 
-impl Said {
-    fn of_model(graph: &Graph, source: &Checkpoint) -> Said {
+impl Remarks {
+    fn of_model(graph: &Graph, source: &Checkpoint) -> Remarks {
         let mut model = source.notices();
         if graph.opaque {
             let bytes = |module: &str| source.entry(&format!("{module}.weight")).map_or(0, |entry| entry.stored_bytes);
@@ -588,7 +588,7 @@ impl Said {
         model.extend(families::cannot_run(graph));
         let prefixes = graph.aside.iter().map(|(prefix, _)| prefix.trim_end_matches('.').to_owned());
         let aside = if graph.opaque { Vec::new() } else { prefixes.collect() };
-        Said { model, aside, experts: graph.has_experts(), tokenizer: Vec::new(), held_out: Vec::new() }
+        Remarks { model, aside, experts: graph.has_experts(), tokenizer: Vec::new(), held_out: Vec::new() }
     }
 
     /// All that is to be said of a target, with what was said of its calibration text.
@@ -624,9 +624,9 @@ fn stamp(path: &Path) -> Value {
     json!([metadata.len(), modified.map(|time| time.as_nanos().to_string())])
 }
 
-/// Fails where outputs that fit onto a disk one by one do not fit together.
-fn check_together<B: Backend>(targets: &[Box<dyn Target<B>>]) -> Result<()> {
-    for (index, target) in targets.iter().enumerate().skip(1) {
+/// Fails where the disks have no room for all outputs together.
+fn check_space<B: Backend>(targets: &[Box<dyn Target<B>>]) -> Result<()> {
+    for (index, target) in targets.iter().enumerate() {
         let together = targets[..=index].iter().filter(|other| other.staging().is_beside(target.staging()));
         target.staging().check_space(together.map(|other| other.bytes()).sum())?;
     }

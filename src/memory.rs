@@ -66,6 +66,8 @@ pub struct Work {
     pub needs: Needs,
     /// Whether Hessians are factored, which takes them once more in doubles.
     pub sweeps: bool,
+    /// After a sweep scales and codes are moved, by a whole damped Hessian.
+    pub refines: bool,
     /// Each block is first run as it is.
     pub smooths: bool,
 }
@@ -73,7 +75,8 @@ pub struct Work {
 impl Work {
     /// That of a recipe which needs this of its inputs.
     pub fn of(recipe: &Recipe, needs: Needs) -> Work {
-        Work { needs, sweeps: recipe.method.sweeps(), smooths: recipe.method.smooths() }
+        let (sweeps, smooths) = (recipe.method.sweeps(), recipe.method.smooths());
+        Work { needs, sweeps, refines: sweeps && recipe.refine, smooths }
     }
 
     /// What two recipes take that are worked off together.
@@ -81,6 +84,7 @@ impl Work {
         Work {
             needs: self.needs.max(other.needs),
             sweeps: self.sweeps || other.sweeps,
+            refines: self.refines || other.refines,
             smooths: self.smooths || other.smooths,
         }
     }
@@ -165,7 +169,8 @@ fn solving(block: &Block, device: Device, work: Work) -> u64 {
             // As it was, as it will be, its codes, and codes of others that wait to be written.
             let largest = group.iter().map(|linear| f32s(linear)).max().unwrap_or(0);
             let solved = group.iter().map(|linear| f32s(linear) / 4 * device.input).sum::<u64>();
-            let solving = 2 * largest + largest / 4 * 2 + solved;
+            let refining = if work.refines { 4 * (first.cols as u64).pow(2) } else { 0 };
+            let solving = 2 * largest + largest / 4 * 2 + solved + refining;
             most = most.max(ready + of_inputs + factoring.max(factor + solving));
             all += group.iter().map(|linear| f32s(linear)).sum::<u64>();
             // An expert's are let go before the next one.

@@ -172,7 +172,7 @@ pub enum Said<'r> {
     Ignored,
     /// It has settings of its own.
     Otherwise(&'r Override),
-    /// Nothing.
+    /// No pattern matches it.
     Nothing,
 }
 

@@ -60,7 +60,7 @@ impl Float {
         }
     }
 
-    /// The largest value.
+    /// The largest value that it can hold.
     pub const fn largest(self) -> f32 {
         match self {
             Float::F32 => f32::MAX,
@@ -174,7 +174,7 @@ pub enum Block {
     Flat(usize),
     /// So many rows by so many columns; at the far edges fewer.
     Tile([usize; 2]),
-    /// The whole matrix.
+    /// All values of the matrix together.
     Matrix,
 }
 
@@ -214,9 +214,9 @@ pub enum Scale {
     Sub {
         /// Consecutive blocks of a row that form a superblock.
         blocks: usize,
-        /// The smallest integer.
+        /// The smallest that a block's integer can be.
         low: i8,
-        /// The largest.
+        /// The largest that it can be.
         high: i8,
         /// The precision of the superblock's scale.
         of: Float,
@@ -230,14 +230,14 @@ pub enum Offset {
     None,
     /// The code of 0, one for each block; `min` is the smallest that the file can hold (GPTQ's first version cannot hold 0).
     Zero {
-        /// The smallest.
+        /// The smallest zero that the file can hold.
         min: u8,
     },
     /// A real minimum of each block, in this precision.
     Min(Float),
     /// An integer of each block, from 0 to `max`, times the minimum of its superblock, which is stored as its scale is.
     SubMin {
-        /// The largest integer.
+        /// The largest that a block's integer can be.
         max: u8,
     },
 }
@@ -309,7 +309,7 @@ pub struct Encoding {
 pub struct SubScales {
     /// The smallest that a block's scale can be.
     pub low: i8,
-    /// The largest.
+    /// The largest that it can be.
     pub high: i8,
     /// The largest that a block's min can be, from 0; 0 where there are no mins.
     pub max_min: u8,
@@ -445,7 +445,7 @@ impl Encoding {
         }
     }
 
-    /// Largest code.
+    /// Largest code; 0 without codes.
     pub const fn max_code(&self) -> u8 {
         self.levels.count().saturating_sub(1) as u8
     }

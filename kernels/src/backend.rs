@@ -185,7 +185,7 @@ pub enum Packing<'a> {
     Words {
         /// Bits of a code.
         bits: u8,
-        /// Their order.
+        /// Which bits of which word hold each code.
         layout: WordLayout,
     },
     /// In the blocks of one of ggml's types, together with these scales.

@@ -12,7 +12,7 @@ fn open(name: &str) -> (Checkpoint, Graph) {
     (source, graph)
 }
 
-const GPTQ: Work = Work { needs: Needs::Hessian, sweeps: true, smooths: false };
+const GPTQ: Work = Work { needs: Needs::Hessian, sweeps: true, refines: false, smooths: false };
 
 /// A CPU that rounds to bfloat16 or not.
 fn device(input: u64) -> Device {
@@ -28,6 +28,9 @@ fn what_is_counted_grows_with_what_is_asked() {
     let inner = graph.blocks[0].linears().map(|linear| linear.cols).max().unwrap();
     let token = (4 * graph.hidden + 4 + 2 * inner) as u64;
     assert_eq!(bytes(GPTQ, 200, 512) - bytes(GPTQ, 100, 512), 100 * 512 * token);
+    // While a linear is refined its whole Hessian is there once more, in single precision.
+    let refined = Work { refines: true, ..GPTQ };
+    assert!(solving(&graph.blocks[0], device(2), refined) > solving(&graph.blocks[0], device(2), GPTQ));
     let awq = Work { smooths: true, ..GPTQ };
     assert!(bytes(awq, 200, 512) - bytes(awq, 100, 512) > 100 * 512 * token);
     assert!(calibrating(&graph, device(4), GPTQ, Some(Tokens::of(100, 512))) > bytes(GPTQ, 100, 512));

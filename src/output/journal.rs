@@ -30,7 +30,7 @@ pub type Key = Value;
 /// One finished block of a target.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Finished {
-    /// Its quantized linears.
+    /// Its quantized linears, in the order of the work.
     pub linears: Vec<LinearReport>,
     /// Channel scales that were folded into it.
     pub smoothings: Vec<SmoothingReport>,

@@ -26,9 +26,9 @@ pub struct Before<'k> {
 /// Blocks that a run has finished which is at work no more.
 #[derive(Debug)]
 pub struct Unfinished {
-    /// The staging folder.
+    /// Where it lies, hidden beside the output's place.
     pub folder: PathBuf,
-    /// Finished blocks.
+    /// How many there are; 0 where a run ended before the first.
     pub blocks: usize,
     /// Bytes on the disk.
     pub bytes: u64,
@@ -36,11 +36,11 @@ pub struct Unfinished {
 
 /// What is gone on with.
 pub(super) struct Left {
-    /// The staging folder.
+    /// Where the earlier run has staged it.
     pub folder: PathBuf,
     /// Held for whoever goes on.
     pub lock: File,
-    /// What is finished.
+    /// Its finished blocks, in order.
     pub finished: Vec<journal::Finished>,
 }
 

@@ -186,29 +186,6 @@ impl Staging {
         let made = place.missing_parents();
         let inside = kind == Kind::Folder && is_mount_point(&place.path());
         let home = if inside { place.path() } else { place.parent.clone() };
-        if let Some(Left { folder, lock, finished }) = left {
-            notes.push(format!(
-                "{}: goes on after {} blocks that an interrupted run had finished",
-                target.display(),
-                finished.len()
-            ));
-            let journal = Some(Journal::go_on(&folder, finished)?);
-            let _ = fs::write(folder.join(HOLDER), std::process::id().to_string());
-            return Ok(Staging {
-                shown: target.to_path_buf(),
-                place,
-                kind,
-                folder,
-                inside,
-                found,
-                made,
-                notes,
-                committed: false,
-                journal,
-                keeps: AtomicBool::new(true),
-                _lock: Some(lock),
-            });
-        }
         let create = || -> std::io::Result<(PathBuf, Option<File>)> {
             fs::create_dir_all(&home)?;
             loop {
@@ -227,11 +204,31 @@ impl Staging {
                 }
             }
         };
-        let (folder, lock) = create().map_err(|error| {
-            remove_made(&made);
-            Error::io(&home, "create a folder in")(error)
-        })?;
-        let mut staging = Staging {
+        let goes_on = left.is_some();
+        let (folder, lock, journal) = match left {
+            Some(Left { folder, lock, finished }) => {
+                notes.push(format!(
+                    "{}: goes on after {} blocks that an interrupted run had finished",
+                    target.display(),
+                    finished.len()
+                ));
+                let journal = Journal::go_on(&folder, finished)?;
+                (folder, Some(lock), Some(journal))
+            }
+            None => {
+                let (folder, lock) = create().map_err(|error| {
+                    remove_made(&made);
+                    Error::io(&home, "create a folder in")(error)
+                })?;
+                let journal = before.map(|before| Journal::begin(&folder, before.key)).transpose()?;
+                (folder, lock, journal)
+            }
+        };
+        if journal.is_some() {
+            // Who is refused wants to know by whom; nothing else hangs on it.
+            let _ = fs::write(folder.join(HOLDER), std::process::id().to_string());
+        }
+        Ok(Staging {
             shown: target.to_path_buf(),
             place,
             kind,
@@ -241,15 +238,10 @@ impl Staging {
             made,
             notes,
             committed: false,
-            journal: None,
-            keeps: AtomicBool::new(false),
+            journal,
+            keeps: AtomicBool::new(goes_on),
             _lock: lock,
-        };
-        if let Some(before) = before {
-            staging.journal = Some(Journal::begin(&staging.folder, before.key)?);
-            let _ = fs::write(staging.folder.join(HOLDER), std::process::id().to_string());
-        }
-        Ok(staging)
+        })
     }
 
     /// Where to write.

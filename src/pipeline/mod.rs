@@ -46,7 +46,7 @@ use crate::targets::{Folded, Target, Write};
 
 /// What the walk did for one target.
 pub struct Written {
-    /// What it did.
+    /// What stands of it in the report.
     pub done: Done,
     /// The imatrix that is to be written, and where.
     pub imatrix: Option<(PathBuf, Imatrix)>,
@@ -161,7 +161,7 @@ impl<B: Backend> Walk<'_, '_, B> {
     fn run(mut self, graph: &Graph, samples: Option<&Samples>) -> Result<Walked> {
         let started = Instant::now();
         let (ahead, backend, source) = (self.ahead, self.backend, self.source);
-        let smooths = self.tasks[self.lead].target.recipe().method.smooths();
+        let smooths = self.smooths();
         self.before()?;
         let finished = self.take_up(graph)?;
         match samples {
@@ -220,38 +220,38 @@ impl<B: Backend> Walk<'_, '_, B> {
             let blocks = task.take_up(finished, self.progress)?;
             // The stream has seen what the leading one's file holds.
             for (name, bits) in blocks.iter().filter(|_| index == self.lead).flat_map(|block| &block.folded) {
-                self.folded.change(name.clone(), bits.iter().copied().map(f32::from_bits).collect());
+                self.folded.change(name.clone(), solve::values(bits));
             }
         }
-        graph.blocks[..finished].iter().try_for_each(|block| self.write_folded(block))?;
+        if self.smooths() {
+            graph.blocks[..finished].iter().try_for_each(|block| self.write_folded(&touched(block)))?;
+        }
         Ok(finished)
     }
 
-    /// Writes what a transform has changed of a block.
-    fn write_folded(&mut self, block: &Block) -> Result<()> {
-        let names = touched(block);
+    /// Writes what a transform may have changed of a block.
+    fn write_folded(&mut self, names: &HashSet<String>) -> Result<()> {
+        let (backend, folded) = (self.backend, &self.folded);
         for task in &mut self.tasks {
-            let (backend, folded) = (self.backend, &self.folded);
-            let lost = timed(&mut task.done.seconds.write, || {
-                task.sink.write_folded(backend, folded, &|name| names.contains(name))
-            })?;
-            task.lost.extend(lost);
+            let write = || task.sink.write_folded(backend, folded, &|name| names.contains(name));
+            task.lost.extend(timed(&mut task.done.seconds.write, write)?);
         }
         Ok(())
     }
 
     /// A block is finished: says so in the journals, once all of it is on the disk.
     fn finish(&mut self, block: &Block) -> Result<()> {
-        self.write_folded(block)?;
-        let names = touched(block);
-        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect();
-        let folded: BTreeMap<String, Vec<u32>> = names
-            .into_iter()
-            .filter_map(|name| Some((bits(self.folded.values(&name)?), name)))
-            .map(|(v, n)| (n, v))
-            .collect();
-        for task in &mut self.tasks {
-            let block = task.finished(&folded);
+        let mut folded = BTreeMap::new();
+        if self.smooths() {
+            let names = touched(block);
+            self.write_folded(&names)?;
+            folded.extend(
+                names.into_iter().filter_map(|name| Some((name.clone(), solve::bits(self.folded.values(&name)?)))),
+            );
+        }
+        for (index, task) in self.tasks.iter_mut().enumerate() {
+            let folded = if index == self.lead { std::mem::take(&mut folded) } else { BTreeMap::new() };
+            let block = task.finished(folded);
             let (sink, journal) = (task.sink, task.journal());
             if let Some(journal) = journal {
                 self.behind.hand_over(Box::new(move || {
@@ -263,10 +263,15 @@ impl<B: Backend> Walk<'_, '_, B> {
         Ok(())
     }
 
-    /// Ends.
+    /// Whether channel scales are folded into the model, which the leading target decides.
+    fn smooths(&self) -> bool {
+        self.tasks[self.lead].target.recipe().method.smooths()
+    }
+
+    /// Gives what was done, with the seconds that all targets share, and what is left of them as those of running the model.
     fn end(self, started: Instant) -> Result<Vec<(Done, Vec<Lost>)>> {
         let mut shared = Stages { observe: self.observer.seconds, ..self.shared };
-        let own = |task: &Task<'_, B>| task.done.seconds.factor + task.done.seconds.solve + task.done.seconds.write;
+        let own = |task: &Task<'_, B>| task.done.seconds.solve + task.done.seconds.write;
         let others: f64 = self.tasks.iter().map(own).sum();
         shared.forward =
             started.elapsed().as_secs_f64() - shared.load - shared.observe - shared.smooth - shared.factor - others;
@@ -286,8 +291,8 @@ impl<B: Backend> Walk<'_, '_, B> {
     /// Quantizes a linear whose input nobody looks at.
     fn round(&mut self, linear: &Linear) -> Result<()> {
         let mut left = Vec::new();
-        for (index, task) in self.tasks.iter_mut().enumerate() {
-            if !task.round(self.backend, linear, self.progress)? {
+        for index in self.all() {
+            if !self.tasks[index].round(self.backend, linear, self.progress)? {
                 left.push(index);
             }
         }
@@ -297,8 +302,7 @@ impl<B: Backend> Walk<'_, '_, B> {
         Ok(())
     }
 
-    /// Quantizes and writes the planned linears of a group, that of the leading target last so that nothing waits in memory; returns what
-    /// the leading target's file will hold of each.
+    /// Quantizes and writes the planned linears of a group for these tasks; returns what the leading target's file will hold of each.
     fn quantize(&mut self, group: &[&Linear], seen: &Observed<B>, tasks: &[usize]) -> Result<Vec<Weight<B::Weight>>> {
         let backend = self.backend;
         for index in tasks {
@@ -313,7 +317,7 @@ impl<B: Backend> Walk<'_, '_, B> {
                 continue;
             }
             let task = &self.tasks[tasks[at]];
-            let shared = timed(&mut self.shared.factor, || task.share(backend, group, seen))?;
+            let shared = timed(&mut self.shared.factor, || task.share(backend, *key, seen))?;
             factored.push((*key, shared));
         }
         let of = |key: &Option<solve::ShareKey>| {
@@ -331,16 +335,15 @@ impl<B: Backend> Walk<'_, '_, B> {
             let (now, later) = rest.split_at(rest.iter().take_while(fits).count().max(1));
             rest = later;
             let mut loaded = now.iter().map(|linear| self.load(linear)).collect::<Result<Vec<_>>>()?;
-            let order = (0..tasks.len()).filter(|at| tasks[*at] != self.lead);
-            for at in order.chain((0..tasks.len()).filter(|at| tasks[*at] == self.lead)) {
+            for (index, key) in tasks.iter().zip(&shares) {
                 let work = solve::Work {
                     backend,
                     source: self.source,
                     behind: self.behind,
                     progress: self.progress,
-                    leads: tasks[at] == self.lead,
+                    leads: *index == self.lead,
                 };
-                let held = self.tasks[tasks[at]].quantize(&work, now, &loaded, seen, of(&shares[at]))?;
+                let held = self.tasks[*index].quantize(&work, now, &loaded, seen, of(key))?;
                 for (weight, held) in loaded.iter_mut().zip(held) {
                     if let Some(held) = held {
                         weight.matrix = held;
@@ -354,8 +357,10 @@ impl<B: Backend> Walk<'_, '_, B> {
         Ok(weights)
     }
 
+    /// All tasks, that of the leading target last: what the stream will see of a weight need not wait while others are solved.
     fn all(&self) -> Vec<usize> {
-        (0..self.tasks.len()).collect()
+        let others = (0..self.tasks.len()).filter(|index| *index != self.lead);
+        others.chain([self.lead]).collect()
     }
 
     /// Whether anybody wants to know what linears read.

@@ -30,7 +30,7 @@ pub struct Observer<'a, B: Backend> {
 pub struct Observed<B: Backend>(Vec<(Needs, Statistics<B>)>);
 
 impl<B: Backend> Observed<B> {
-    /// Nothing.
+    /// Of an input that nobody looks at.
     pub fn nothing() -> Observed<B> {
         Observed(Vec::new())
     }

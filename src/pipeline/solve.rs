@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use calibration::samples::Samples;
 use calibration::solvers::{Asked, Gptq, Observer, Rtn, Shared, Solver};
-use calibration::statistics::Statistics;
+use calibration::statistics::{Needs, Statistics};
 use formats::{Encoding, Imatrix, ImatrixEntry};
 use kernels::{Backend, GridSpec};
 use ndarray::Array2;
@@ -20,6 +20,7 @@ use crate::forward::Weight;
 use crate::graph::Linear;
 use crate::output::behind::Behind;
 use crate::output::journal::{Finished, Journal};
+use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::{LinearReport, Stages};
 use crate::rest::Lost;
@@ -29,7 +30,7 @@ use crate::words::called;
 /// What decides how a Hessian is factored, and what it is gathered for: targets with equal ones share the factor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ShareKey {
-    needs: calibration::statistics::Needs,
+    needs: Needs,
     sweeps: bool,
     damp: u64,
     ordered: bool,
@@ -37,7 +38,7 @@ pub struct ShareKey {
 
 /// A target at work.
 pub struct Task<'a, B: Backend> {
-    /// The target.
+    /// How linears are represented in it, and what it is made by.
     pub target: &'a dyn Target<B>,
     /// What it writes into.
     pub sink: &'a dyn Sink<B>,
@@ -46,7 +47,7 @@ pub struct Task<'a, B: Backend> {
     /// What the journal has of it: entries of `done`, and what was collected since.
     journaled: [usize; 3],
     new: BTreeMap<String, ImatrixEntry>,
-    /// What was done.
+    /// What was done for it so far.
     pub done: Done,
     /// Tensors beside the linears that lose values.
     pub lost: Vec<Lost>,
@@ -54,14 +55,14 @@ pub struct Task<'a, B: Backend> {
 
 /// What solving takes besides the weights.
 pub struct Work<'w, 'a, B: Backend> {
-    /// The device.
+    /// Where weights and Hessians are.
     pub backend: &'a B,
     /// Where the weights come from, for messages.
     pub source: &'a Checkpoint,
-    /// Who writes.
+    /// Where packed weights are handed over, to be written in order while the next ones are solved.
     pub behind: &'w Behind<Write<'a>>,
-    /// Who is told.
-    pub progress: &'w crate::progress::Progress,
+    /// Steps by one for each linear.
+    pub progress: &'w Progress,
     /// Whether the stream sees what this target holds.
     pub leads: bool,
 }
@@ -120,31 +121,29 @@ impl<'a, B: Backend> Task<'a, B> {
         (self.done, self.lost)
     }
 
-    /// How the Hessian of linears is factored for it; `None` where none of them gets codes.
+    /// How the Hessian of linears is factored for it; `None` where all of them stay as they are.
     pub fn key(&self, group: &[&Linear]) -> Option<ShareKey> {
         let recipe = self.target.recipe();
-        let any = group.iter().any(|linear| !self.target.placements(linear).is_empty());
-        let codes = group.iter().flat_map(|linear| self.target.placements(linear)).any(|p| p.encoding.is_searched());
-        let sweeps = recipe.method.sweeps() && codes;
+        let mut placements = group.iter().flat_map(|linear| self.target.placements(linear)).peekable();
+        placements.peek()?;
+        let sweeps = recipe.method.sweeps() && placements.any(|placement| placement.encoding.is_searched());
         let damp = if sweeps { recipe.damp.to_bits() } else { 0 };
         let ordered = sweeps && (recipe.act_order || recipe.desc_act);
-        any.then_some(ShareKey { needs: self.target.needs(), sweeps, damp, ordered })
+        Some(ShareKey { needs: self.target.needs(), sweeps, damp, ordered })
     }
 
-    /// Factors what was seen.
-    pub fn share<'s>(&self, backend: &B, group: &[&Linear], seen: &'s Observed<B>) -> Result<Shared<'s, B>> {
-        let statistics = seen.of(self.target.needs());
-        match self.key(group) {
-            Some(ShareKey { sweeps: true, .. }) => {
-                let recipe = self.target.recipe();
-                Ok(solver::<B>(recipe, recipe.observer()).share(backend, statistics)?)
-            }
-            _ => Ok(Shared { statistics, factor: None, fallback: None }),
+    /// Factors what was seen, as the key says.
+    pub fn share<'s>(&self, backend: &B, key: ShareKey, seen: &'s Observed<B>) -> Result<Shared<'s, B>> {
+        let statistics = seen.of(key.needs);
+        if !key.sweeps {
+            return Ok(Shared { statistics, factor: None, fallback: None });
         }
+        let recipe = self.target.recipe();
+        Ok(solver::<B>(recipe, recipe.observer()).share(backend, statistics)?)
     }
 
     /// Rounds a linear in the target's own way, if it has one.
-    pub fn round(&mut self, backend: &B, linear: &Linear, progress: &crate::progress::Progress) -> Result<bool> {
+    pub fn round(&mut self, backend: &B, linear: &Linear, progress: &Progress) -> Result<bool> {
         let started = Instant::now();
         let Some(rounded) = self.sink.round(backend, linear)? else { return Ok(false) };
         let seconds = started.elapsed().as_secs_f64();
@@ -155,7 +154,7 @@ impl<'a, B: Backend> Task<'a, B> {
             seconds,
             ..blank(linear, &rounded.encoding)
         };
-        self.record(report, progress)?;
+        self.record(report, progress);
         Ok(true)
     }
 
@@ -172,7 +171,7 @@ impl<'a, B: Backend> Task<'a, B> {
         let backend = work.backend;
         let statistics = seen.of(self.target.needs());
         let started = Instant::now();
-        let placements: Vec<Vec<Placement>> = group.iter().map(|linear| self.target.placements(linear)).collect();
+        let placements: Vec<&[Placement]> = group.iter().map(|linear| self.target.placements(linear)).collect();
         let mut solved = self.solve(backend, group, loaded, &placements, statistics, shared)?.into_iter();
         let seconds = started.elapsed().as_secs_f64();
         self.done.seconds.solve += seconds;
@@ -211,7 +210,7 @@ impl<'a, B: Backend> Task<'a, B> {
             let started = Instant::now();
             held.push(self.put(work, linear, weight, placements, solved)?);
             self.done.seconds.write += started.elapsed().as_secs_f64();
-            self.record(report, work.progress)?;
+            self.record(report, work.progress);
         }
         Ok(held)
     }
@@ -222,7 +221,7 @@ impl<'a, B: Backend> Task<'a, B> {
         backend: &B,
         group: &[&Linear],
         loaded: &'m [Weight<B::Matrix>],
-        placements: &[Vec<Placement>],
+        placements: &[&[Placement]],
         statistics: Option<&Statistics<B>>,
         shared: Option<&Shared<'_, B>>,
     ) -> Result<Vec<Answer<'m, B>>> {
@@ -351,14 +350,7 @@ impl<'a, B: Backend> Task<'a, B> {
                     matrix = Some(restored);
                 } else {
                     let whole = whole.get_or_insert_with(|| Array2::zeros((linear.rows, linear.cols)));
-                    let host = backend.download(&restored)?;
-                    for at in 0..linear.rows.min(placement.rows.as_ref().map_or(linear.rows, Vec::len)) {
-                        let row = placement.rows.as_ref().map_or(at, |rows| rows[at]);
-                        match placement.transposed {
-                            true => whole.row_mut(row).assign(&host.column(at)),
-                            false => whole.row_mut(row).assign(&host.row(at)),
-                        }
-                    }
+                    placement.place(backend.download(&restored)?.view(), whole);
                 }
             }
             work.behind.hand_over(self.sink.put(backend, linear, at, solved, weight.bias.as_deref())?)?;
@@ -370,12 +362,10 @@ impl<'a, B: Backend> Task<'a, B> {
         }
     }
 
-    fn record(&mut self, report: LinearReport, progress: &crate::progress::Progress) -> Result<()> {
-        check_measured(&report)?;
+    fn record(&mut self, report: LinearReport, progress: &Progress) {
         progress.line(|| describe(&report));
         progress.step();
         self.done.linears.push(report);
-        Ok(())
     }
 
     /// Remembers what was seen before the tensors that linears go to, for an imatrix.
@@ -403,17 +393,16 @@ impl<'a, B: Backend> Task<'a, B> {
         self.target.staging().journal()
     }
 
-    /// What is new since the last block, with the tensors that were folded in it.
-    pub fn finished(&mut self, folded: &BTreeMap<String, Vec<u32>>) -> Finished {
+    /// What is new since the last block, with the tensors that were folded in it where it leads.
+    pub fn finished(&mut self, folded: BTreeMap<String, Vec<u32>>) -> Finished {
         let [linears, smoothings, lost] = self.journaled;
         let done = &self.done;
-        let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
         let importance = self.new.iter().map(|(name, entry)| (name.clone(), [bits(&entry.sums), bits(&entry.counts)]));
         let block = Finished {
             linears: done.linears[linears..].to_vec(),
             smoothings: done.smoothings[smoothings..].to_vec(),
             lost: done.lost[lost..].to_vec(),
-            folded: folded.clone(),
+            folded,
             importance: importance.collect(),
         };
         self.journaled = [done.linears.len(), done.smoothings.len(), done.lost.len()];
@@ -422,7 +411,7 @@ impl<'a, B: Backend> Task<'a, B> {
     }
 
     /// Takes the first blocks as an earlier process has left them, and gives what it said of them.
-    pub fn take_up(&mut self, blocks: usize, progress: &crate::progress::Progress) -> Result<&'a [Finished]> {
+    pub fn take_up(&mut self, blocks: usize, progress: &Progress) -> Result<&'a [Finished]> {
         let Some(journal) = self.journal() else { return Ok(&[]) };
         let finished = journal.take_up(blocks)?;
         for block in finished {
@@ -431,7 +420,6 @@ impl<'a, B: Backend> Task<'a, B> {
             done.smoothings.extend(block.smoothings.iter().cloned());
             done.lost.extend(block.lost.iter().cloned());
             block.linears.iter().for_each(|_| progress.step());
-            let values = |bits: &[u32]| bits.iter().copied().map(f32::from_bits).collect();
             for (name, [sums, counts]) in &block.importance {
                 let entry = ImatrixEntry { sums: values(sums), counts: values(counts) };
                 self.collected.insert(name.clone(), entry);
@@ -454,6 +442,16 @@ impl<'a, B: Backend> Task<'a, B> {
         };
         Some((path, imatrix))
     }
+}
+
+/// Values as a journal holds them, so that they come back as they were.
+pub fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
+/// What a journal holds as such.
+pub fn values(bits: &[u32]) -> Vec<f32> {
+    bits.iter().copied().map(f32::from_bits).collect()
 }
 
 /// The matrix of a placement.

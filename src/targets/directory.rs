@@ -5,7 +5,7 @@ use std::io::{Read, Write as _};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use calibration::statistics::Needs;
+use formats::codec::{QuantizationReader, read_quantization};
 use formats::container::file;
 use formats::{Dtype, Follower, PackedWeight, ShardedWriter, TensorSpec, TensorView};
 use kernels::Backend;
@@ -29,12 +29,14 @@ use crate::weights::StoredType;
 pub struct Directory {
     recipe: Recipe,
     plan: Plan,
+    /// Of every linear that it quantizes, by module.
+    placements: HashMap<String, [Placement; 1]>,
     staging: Staging,
     beside: Beside,
 }
 
 impl Directory {
-    /// Decides. Fails as [`Plan::new`] and [`Staging::folder_for`] do, and where the disk has no room.
+    /// Decides. Fails as [`Plan::new`] and [`Staging::folder_for`] do.
     pub fn new(
         graph: &Graph,
         source: &Checkpoint,
@@ -49,18 +51,15 @@ impl Directory {
         let mut own = vec!["config.json", "report.json", "README.md"];
         own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
         let beside = source.beside(&own)?;
-        staging.check_space(bytes_of(&plan.outputs) + beside.bytes())?;
-        Ok(Directory { recipe, plan, staging, beside })
+        let placements =
+            plan.encodings.iter().map(|(module, encoding)| (module.clone(), [Placement::whole(*encoding)]));
+        Ok(Directory { placements: placements.collect(), recipe, plan, staging, beside })
     }
 }
 
 impl<B: Backend> Target<B> for Directory {
     fn recipe(&self) -> &Recipe {
         &self.recipe
-    }
-
-    fn needs(&self) -> Needs {
-        self.recipe.needs()
     }
 
     fn staging(&self) -> &Staging {
@@ -75,8 +74,8 @@ impl<B: Backend> Target<B> for Directory {
         bytes_of(&self.plan.outputs) + self.beside.bytes()
     }
 
-    fn placements(&self, linear: &Linear) -> Vec<Placement> {
-        self.plan.encodings.get(&linear.module).map(|encoding| Placement::whole(*encoding)).into_iter().collect()
+    fn placements(&self, linear: &Linear) -> &[Placement] {
+        self.placements.get(&linear.module).map_or(&[], |one| one)
     }
 
     fn called(&self, linear: &Linear, _: usize) -> String {
@@ -95,7 +94,9 @@ impl<B: Backend> Target<B> for Directory {
         let goes_on = self.staging.goes_on();
         let writer = weight_writer(self.staging.folder(), self.plan.outputs.clone(), goes_on)
             .map_err(|error| if goes_on { self.staging.damaged(error) } else { error })?;
-        Ok(Box::new(Files { plan: &self.plan, source, rest: rest(&self.plan), writer }))
+        let config = json!({"quantization_config": self.plan.config.quantization_config});
+        let reader = if goes_on { read_quantization(&config)? } else { None };
+        Ok(Box::new(Files { plan: &self.plan, source, rest: rest(&self.plan), writer, reader }))
     }
 
     /// config.json, the codec's files, the tokenizer and everything else that belongs to the model.
@@ -152,6 +153,8 @@ struct Files<'a> {
     source: &'a Checkpoint,
     rest: Vec<Rest<'a>>,
     writer: ShardedWriter,
+    /// How its weights are read back, where an earlier process has written some.
+    reader: Option<QuantizationReader>,
 }
 
 impl Files<'_> {
@@ -248,8 +251,7 @@ impl<B: Backend> Sink<B> for Files<'_> {
             self.writer.read_part(&name, 0, &mut data)?;
             parts.insert(part.to_owned(), (dtype, shape, data));
         }
-        let config = json!({"quantization_config": self.plan.config.quantization_config});
-        let reader = formats::codec::read_quantization(&config)?.expect("it is there");
+        let reader = self.reader.as_ref().expect("of files that were taken up");
         let declared = reader.declared(module)?.expect("planned");
         let part = |name: &str| parts.get(name).map(|(dtype, shape, data)| TensorView { dtype: *dtype, shape, data });
         let weight = self.plan.codec.decode(&part, &declared).map_err(|error| error.in_tensor(module))?;

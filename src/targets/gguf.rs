@@ -9,7 +9,7 @@ use calibration::statistics::Needs;
 use formats::container::gguf::MetadataValue;
 use formats::{Dtype, Follower, GgmlType, GgufTensor, GgufWriter, Imatrix, TensorView};
 use kernels::Backend;
-use ndarray::{Array2, Axis};
+use ndarray::{Array2, ArrayView2, Axis};
 use rayon::prelude::*;
 
 use super::tokens::check;
@@ -38,6 +38,8 @@ pub struct GgufPlan {
     pub tensors: Vec<(ExportTensor, GgmlType)>,
     /// Where each linear of the blocks goes, by module.
     by_module: HashMap<String, Vec<Place>>,
+    /// The same as whoever solves sees it.
+    placements: HashMap<String, Vec<Placement>>,
     /// Types that do not fit a tensor's rows and were replaced, by module.
     fallbacks: HashMap<String, String>,
     /// Everything but tensors.
@@ -181,8 +183,17 @@ impl GgufPlan {
         let strays = Strays::new(graph, source, recipe.unknown_tensors);
         let fates = fates(&strays, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
         notices.extend(strays.notes(fates.iter().map(|one| (&*one.name, &one.fate)), false));
-        let tensors = plan.tensors.into_iter().zip(assigned).map(|(tensor, assigned)| (tensor, assigned.ty)).collect();
-        Ok(GgufPlan { tensors, by_module, fallbacks, metadata: written.metadata, notices, fates, imatrix, idle })
+        let tensors: Vec<(ExportTensor, GgmlType)> =
+            plan.tensors.into_iter().zip(assigned).map(|(tensor, assigned)| (tensor, assigned.ty)).collect();
+        let placement = |place: &Place| {
+            let (tensor, ty) = &tensors[place.tensor];
+            let Part { rows, transposed, .. } = &tensor.parts()[place.part];
+            Placement { encoding: ty.encoding(), rows: rows.clone(), transposed: *transposed }
+        };
+        let of = |(module, places): (&String, &Vec<Place>)| (module.clone(), places.iter().map(placement).collect());
+        let placements = by_module.iter().map(of).collect();
+        let metadata = written.metadata;
+        Ok(GgufPlan { tensors, by_module, placements, fallbacks, metadata, notices, fates, imatrix, idle })
     }
 
     /// Bytes of all tensors.
@@ -255,7 +266,7 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Decides. Fails as [`GgufPlan::new`] and [`Staging::gguf`] do, and where the disk has no room.
+    /// Decides. Fails as [`GgufPlan::new`] and [`Staging::gguf`] do.
     pub fn new(
         graph: &Graph,
         source: &Checkpoint,
@@ -267,7 +278,6 @@ impl Gguf {
     ) -> Result<Gguf> {
         let plan = GgufPlan::new(graph, source, &recipe)?;
         let staging = Staging::gguf(output, Some(model), force, before)?;
-        staging.check_space(plan.bytes())?;
         if let Some(path) = recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref()) {
             staging.check_another(path, Some(model), force)?;
         }
@@ -288,10 +298,6 @@ impl<B: Backend> Target<B> for Gguf {
         &self.recipe
     }
 
-    fn needs(&self) -> Needs {
-        self.recipe.needs()
-    }
-
     fn staging(&self) -> &Staging {
         &self.staging
     }
@@ -304,13 +310,8 @@ impl<B: Backend> Target<B> for Gguf {
         self.plan.bytes()
     }
 
-    fn placements(&self, linear: &Linear) -> Vec<Placement> {
-        let placement = |place: &Place| {
-            let (tensor, ty) = &self.plan.tensors[place.tensor];
-            let Part { rows, transposed, .. } = &tensor.parts()[place.part];
-            Placement { encoding: ty.encoding(), rows: rows.clone(), transposed: *transposed }
-        };
-        self.places(linear).iter().map(placement).collect()
+    fn placements(&self, linear: &Linear) -> &[Placement] {
+        &self.plan.placements[&linear.module]
     }
 
     fn importance(&self, linear: &Linear, placement: usize) -> Result<Option<Vec<f32>>> {
@@ -618,21 +619,16 @@ impl<B: Backend> Sink<B> for File<'_> {
 
     fn held(&self, backend: &B, linear: &Linear) -> Result<Option<B::Matrix>> {
         let mut whole = Array2::zeros((linear.rows, linear.cols));
-        for place in &self.plan.by_module[&linear.module] {
+        let places = &self.plan.by_module[&linear.module];
+        for (place, placement) in places.iter().zip(&self.plan.placements[&linear.module]) {
             let (tensor, ty) = &self.plan.tensors[place.tensor];
-            let part = &tensor.parts()[place.part];
-            let [rows, width] = part.extents();
+            let [rows, width] = tensor.parts()[place.part].extents();
             let row_bytes = ty.row_bytes(width).expect("by the mix");
             let mut packed = vec![0; rows * row_bytes];
             self.writer.read_part(&tensor.gguf, (place.first * row_bytes) as u64, &mut packed)?;
             let mut values = vec![0.0; rows * width];
             ty.dequantize(&packed, &mut values)?;
-            let values = Array2::from_shape_vec((rows, width), values).expect("one value a weight");
-            let all = if part.transposed { width } else { rows };
-            for at in 0..all {
-                let row = part.rows.as_ref().map_or(at, |rows| rows[at]);
-                whole.row_mut(row).assign(&if part.transposed { values.column(at) } else { values.row(at) });
-            }
+            placement.place(ArrayView2::from_shape((rows, width), &values).expect("one value a weight"), &mut whole);
         }
         Ok(Some(backend.upload(whole)?))
     }

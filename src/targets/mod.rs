@@ -17,6 +17,7 @@ use calibration::statistics::Needs;
 use formats::encoding::{Block, Offset};
 use formats::{Dtype, Encoding, Float, Follower, Scheme};
 use kernels::{Backend, GridSpec};
+use ndarray::{Array2, ArrayView2, Axis};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -78,6 +79,15 @@ impl Placement {
         Placement { encoding, rows: None, transposed: false }
     }
 
+    /// Puts the values of a part, as the output holds it, where they are in the linear's matrix.
+    pub fn place(&self, part: ArrayView2<'_, f32>, whole: &mut Array2<f32>) {
+        let lanes = part.axis_iter(Axis(usize::from(self.transposed)));
+        for (at, lane) in lanes.enumerate() {
+            let row = self.rows.as_ref().map_or(at, |rows| rows[at]);
+            whole.row_mut(row).assign(&lane);
+        }
+    }
+
     /// Whether every row of the linear is in it, in whatever order, with its own columns.
     pub fn is_whole(&self, linear: &Linear) -> bool {
         !self.transposed && self.rows.as_ref().is_none_or(|rows| rows.len() == linear.rows)
@@ -93,7 +103,6 @@ pub struct Solved<B: Backend> {
 }
 
 /// Tensors besides the weights of linears that a transform changes.
-#[derive(Default)]
 pub struct Folded {
     names: HashSet<String>,
     changed: HashMap<String, Vec<f32>>,
@@ -137,7 +146,7 @@ pub struct ImportancePlace {
     pub width: usize,
     /// Rows that the tensor has, one for each of its matrices.
     pub matrices: usize,
-    /// Which of them.
+    /// Which of its matrices it is, counted from 0.
     pub matrix: usize,
 }
 
@@ -194,7 +203,9 @@ pub trait Target<B: Backend>: Sync {
     /// What it is made by.
     fn recipe(&self) -> &Recipe;
     /// What has to be known of the inputs.
-    fn needs(&self) -> Needs;
+    fn needs(&self) -> Needs {
+        self.recipe().needs()
+    }
     /// Where it is written.
     fn staging(&self) -> &Staging;
     /// The same, to be moved into place.
@@ -202,7 +213,7 @@ pub trait Target<B: Backend>: Sync {
     /// Bytes that it will take.
     fn bytes(&self) -> u64;
     /// The parts that a linear is written in; none where it stays as it is.
-    fn placements(&self, linear: &Linear) -> Vec<Placement>;
+    fn placements(&self, linear: &Linear) -> &[Placement];
     /// Importance of the columns of a placement that was read from a file.
     fn importance(&self, linear: &Linear, placement: usize) -> Result<Option<Vec<f32>>> {
         let _ = (linear, placement);
@@ -268,7 +279,7 @@ pub struct Words<'a> {
 
 /// The held-out text in the original's tokens, as far as it is looked at.
 pub struct HeldOut {
-    /// The ids.
+    /// Ids of the text from its start, as many as were asked for if it has them.
     pub ids: Vec<u32>,
     /// How many ids were asked for; the text has no more where there are fewer.
     pub asked: usize,
@@ -276,10 +287,9 @@ pub struct HeldOut {
     pub windows: Vec<Vec<u32>>,
 }
 
-/// Notes of a target.
-#[derive(Default)]
+/// What a target has to say, beside what there is to say of model and texts.
 pub struct Notes {
-    /// Said first.
+    /// Said before all else: who will not load it.
     pub before: Vec<String>,
     /// Said after what there is to say of the texts; not twice.
     pub after: Vec<String>,

@@ -21,9 +21,9 @@ pub struct Output {
 
 /// One output that is asked for.
 pub struct Requested {
-    /// Where it goes.
+    /// A directory, or for GGUF a file.
     pub path: PathBuf,
-    /// What it is.
+    /// Its own settings, completed by those that are said for all.
     pub request: Request,
     /// Whether its weights are what the stream sees; the first one's are where none says so.
     pub leads: bool,

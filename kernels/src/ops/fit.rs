@@ -124,11 +124,11 @@ pub(crate) struct Rules {
     pub(crate) symmetric: bool,
     /// What scales are stored in.
     pub(crate) precision: Float,
-    /// The largest code.
+    /// The largest code that its bits hold.
     pub(crate) max: u8,
     /// The zero that all groups have, the middle.
     pub(crate) midpoint: u8,
-    /// The smallest zero.
+    /// The smallest zero that the file can hold.
     pub(crate) min_zero: u8,
     bits: u8,
 }

@@ -5,7 +5,7 @@
 
 use formats::{Encoding, Levels};
 
-/// Levels, ascending.
+/// What rounding asks of the levels of an encoding.
 pub trait LevelSet: Copy {
     /// The level nearest to `x`.
     fn nearest(self, x: f32) -> f32;
@@ -15,12 +15,12 @@ pub trait LevelSet: Copy {
     fn code(self, level: f32, codes: &[u8; 256]) -> u8;
 }
 
-/// Evenly spaced levels.
+/// Every integer from one to another.
 #[derive(Clone, Copy, Debug)]
 pub struct EvenLevels {
-    /// The smallest level.
+    /// The level of the smallest code.
     pub low: f32,
-    /// The largest.
+    /// The level of the largest code.
     pub high: f32,
     /// The code of the level 0.
     pub offset: f32,
@@ -46,9 +46,9 @@ impl LevelSet for EvenLevels {
 /// Sixteen levels of a table, or fewer: where one gives way to the next, and by how much.
 #[derive(Clone, Copy, Debug)]
 pub struct TableLevels {
-    /// The smallest level.
+    /// The level that all smaller values are rounded to.
     pub first: f32,
-    /// The largest.
+    /// The level that all larger values are rounded to.
     pub last: f32,
     /// Between each level and the next; infinite where there are fewer.
     pub middles: [f32; 15],
@@ -80,9 +80,9 @@ impl LevelSet for TableLevels {
 /// The levels of any encoding.
 #[derive(Clone, Copy, Debug)]
 pub enum AnyLevels {
-    /// Evenly spaced.
+    /// Integers one apart.
     Even(EvenLevels),
-    /// Of a table.
+    /// Those of a table, of integers: steps between them are added up, which is exact for these alone.
     Table(TableLevels),
 }
 
