@@ -4,8 +4,8 @@ use crate::encoding::{Encoding, Levels};
 use crate::error::{Error, Result};
 use crate::words::WordLayout;
 
-/// A weight matrix `[rows, cols]` (`[out, in]`) with a scale for each group of a row: `w = scale · (code − zero)` on integers, and
-/// `w = scale · level` on levels of a table.
+/// A weight matrix `[rows, cols]` (`[out, in]`) with a scale for each group of a row: `w = scale · (code − zero)` on integers,
+/// `w = scale · level` on levels of a table, and `− min` where there is one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedWeight {
     /// Output features.
@@ -20,6 +20,8 @@ pub struct QuantizedWeight {
     pub scales: Vec<f32>,
     /// `[rows, groups]`; all [`Encoding::fixed_zero`] where none are stored.
     pub zeros: Vec<u8>,
+    /// `[rows, groups]`: what is taken off, already rounded; empty unless the encoding [has a min](Encoding::has_min).
+    pub mins: Vec<f32>,
     /// `[cols]`: the group of each column, when groups are not runs of consecutive columns (`desc_act`).
     pub group_of: Option<Vec<u32>>,
 }
@@ -59,6 +61,9 @@ impl QuantizedWeight {
                                 .for_each(|(o, code)| *o = scale * (i32::from(*code) - zero) as f32);
                         }
                     }
+                    if let Some(min) = self.mins.get(row * groups + group) {
+                        out.iter_mut().for_each(|o| *o -= min);
+                    }
                 }
             }
             Some(map) => {
@@ -81,7 +86,7 @@ impl QuantizedWeight {
         }
         let words = layout.pack(&self.codes, [rows, cols], bits)?;
         let (scales, zeros, group_of) = (self.scales.clone(), self.zeros.clone(), self.group_of.clone());
-        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, group_of })
+        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, mins: self.mins.clone(), group_of })
     }
 
     /// The reals `[rows, cols]` that the codes stand for.
@@ -109,6 +114,8 @@ pub struct PackedWeight {
     pub scales: Vec<f32>,
     /// `[rows, groups]`; all [`Encoding::fixed_zero`] where none are stored.
     pub zeros: Vec<u8>,
+    /// `[rows, groups]`: what is taken off, already rounded; empty unless the encoding [has a min](Encoding::has_min).
+    pub mins: Vec<f32>,
     /// `[cols]`: the group of each column, when groups are not runs of consecutive columns (`desc_act`).
     pub group_of: Option<Vec<u32>>,
 }

@@ -32,6 +32,7 @@ fn weight(scheme: Scheme) -> QuantizedWeight {
         zeros: (0..rows * groups)
             .map(|i| if scheme.symmetric { scheme.midpoint() } else { 1 + (i % max) as u8 })
             .collect(),
+        mins: Vec::new(),
         group_of: None,
     }
 }

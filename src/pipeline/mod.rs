@@ -326,6 +326,7 @@ impl<B: Backend> Walk<'_, '_, B> {
         };
         let mut weights = Vec::new();
         let mut rest = group;
+        let reach = self.reach(group, tasks)?;
         while !rest.is_empty() {
             let mut rows = 0;
             let fits = |linear: &&&Linear| {
@@ -342,6 +343,7 @@ impl<B: Backend> Walk<'_, '_, B> {
                     behind: self.behind,
                     progress: self.progress,
                     leads: *index == self.lead,
+                    reach,
                 };
                 let held = self.tasks[*index].quantize(&work, now, &loaded, seen, of(key))?;
                 for (weight, held) in loaded.iter_mut().zip(held) {
@@ -355,6 +357,21 @@ impl<B: Backend> Walk<'_, '_, B> {
             }
         }
         Ok(weights)
+    }
+
+    /// The largest magnitude of linears that read one input, where one of these tasks has a scale that they have in common: runtimes fuse
+    /// q, k and v, and gate and up, and keep one such scale of what they have fused.
+    fn reach(&mut self, group: &[&Linear], tasks: &[usize]) -> Result<Option<f32>> {
+        let mut reach = None;
+        for linear in group {
+            let mut placements = tasks.iter().flat_map(|index| self.tasks[*index].target.placements(linear));
+            if placements.any(|placement| placement.encoding.global.is_some()) {
+                let weight = self.load(linear)?;
+                let values = self.backend.download(&weight.matrix)?;
+                reach = Some(values.iter().fold(reach.unwrap_or(0.0f32), |reach, x| reach.max(x.abs())));
+            }
+        }
+        Ok(reach)
     }
 
     /// All tasks, that of the leading target last: what the stream will see of a weight need not wait while others are solved.

@@ -113,7 +113,16 @@ impl Codec for Awq {
         };
         let symmetric = scheme.symmetric && zeros.iter().all(|&zero| zero == scheme.midpoint());
         let scheme = Scheme { symmetric, ..scheme };
-        Ok(QuantizedWeight { rows, cols, encoding: scheme.into(), codes, scales, zeros, group_of: None })
+        Ok(QuantizedWeight {
+            rows,
+            cols,
+            encoding: scheme.into(),
+            codes,
+            scales,
+            zeros,
+            mins: Vec::new(),
+            group_of: None,
+        })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -205,6 +214,7 @@ mod tests {
             codes: v.ints("codes_out_in").iter().map(|c| *c as u8).collect(),
             scales: transpose(&v.floats("scales"), groups, rows),
             zeros: transpose(&zeros, groups, rows),
+            mins: Vec::new(),
             group_of: None,
         };
         let parts = Awq.encode(&weight, Dtype::F16).unwrap();

@@ -167,13 +167,17 @@ fn check_group(cols: usize, encoding: &Encoding) -> Result<(), String> {
 
 /// Fails unless the lengths agree and every zero is within the encoding's width.
 fn check_weight(weight: &PackedWeight, layout: WordLayout) -> Result<()> {
-    let PackedWeight { rows, cols, encoding, words, scales, zeros, group_of } = weight;
+    let PackedWeight { rows, cols, encoding, words, scales, zeros, mins, group_of } = weight;
     let bits = encoding.levels.bits();
     let grids = rows * weight.groups();
     let packed = layout.words([*rows, *cols], bits)?;
-    for (what, found, expected) in
-        [("words", words.len(), packed), ("scales", scales.len(), grids), ("zeros", zeros.len(), grids)]
-    {
+    let of_mins = if encoding.has_min() { grids } else { 0 };
+    for (what, found, expected) in [
+        ("words", words.len(), packed),
+        ("scales", scales.len(), grids),
+        ("zeros", zeros.len(), grids),
+        ("mins", mins.len(), of_mins),
+    ] {
         if found != expected {
             return Err(Error::mismatch(format!("the number of {what}"), expected, found));
         }
@@ -357,6 +361,7 @@ pub(crate) mod testing {
                             }
                         })
                         .collect(),
+                    mins: Vec::new(),
                     group_of: None,
                 }
             },
