@@ -478,10 +478,18 @@ impl Encoding {
         }
     }
 
-    /// The same with scales in `scale`, and zeros of `min_zero` at least where they are stored.
+    /// The same with scales (and real minima) in `scale`, where it does not fix eight bits for them, and zeros of `min_zero` at least where
+    /// they are stored.
     pub const fn stored_in(self, scale: Float, min_zero: u8) -> Encoding {
-        let offset = if let Offset::Zero { .. } = self.offset { Offset::Zero { min: min_zero } } else { self.offset };
-        let scale = if let Scale::Own(_) = self.scale { Scale::Own(scale) } else { self.scale };
+        let offset = match self.offset {
+            Offset::Zero { .. } => Offset::Zero { min: min_zero },
+            Offset::Min(_) => Offset::Min(scale),
+            other => other,
+        };
+        let scale = match self.scale {
+            Scale::Own(Float::F16 | Float::BF16 | Float::F32) => Scale::Own(scale),
+            other => other,
+        };
         Encoding { scale, offset, ..self }
     }
 
@@ -571,8 +579,8 @@ pub const PRESETS: &[(&str, Encoding)] = &[
     ("FP8_DYNAMIC", Encoding::fp8(Block::Row).beside(Activation::FP8_TOKEN)),
     ("FP8_BLOCK", Encoding::fp8(Block::Tile([128, 128])).beside(Activation::FP8_BLOCK)),
     ("NF4", Encoding::NF4),
-    ("MXFP4", Encoding::MXFP4),
-    ("NVFP4", Encoding::NVFP4),
+    ("MXFP4A16", Encoding::MXFP4),
+    ("NVFP4A16", Encoding::NVFP4),
     ("MLX4_32", Encoding::mlx(4, 32, Float::BF16)),
     ("MLX4_64", Encoding::mlx(4, 64, Float::BF16)),
     ("MLX4_128", Encoding::mlx(4, 128, Float::F16)),

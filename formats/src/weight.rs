@@ -22,6 +22,8 @@ pub struct QuantizedWeight {
     pub zeros: Vec<u8>,
     /// `[rows, groups]`: what is taken off, already rounded; empty unless the encoding [has a min](Encoding::has_min).
     pub mins: Vec<f32>,
+    /// What every stored scale is multiplied by, which `scales` has been already; `None` without one.
+    pub global: Option<f32>,
     /// `[cols]`: the group of each column, when groups are not runs of consecutive columns (`desc_act`).
     pub group_of: Option<Vec<u32>>,
 }
@@ -86,7 +88,17 @@ impl QuantizedWeight {
         }
         let words = layout.pack(&self.codes, [rows, cols], bits)?;
         let (scales, zeros, group_of) = (self.scales.clone(), self.zeros.clone(), self.group_of.clone());
-        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, mins: self.mins.clone(), group_of })
+        Ok(PackedWeight {
+            rows,
+            cols,
+            encoding,
+            words,
+            scales,
+            zeros,
+            mins: self.mins.clone(),
+            global: self.global,
+            group_of,
+        })
     }
 
     /// The reals `[rows, cols]` that the codes stand for.
@@ -116,6 +128,8 @@ pub struct PackedWeight {
     pub zeros: Vec<u8>,
     /// `[rows, groups]`: what is taken off, already rounded; empty unless the encoding [has a min](Encoding::has_min).
     pub mins: Vec<f32>,
+    /// What every stored scale is multiplied by, which `scales` has been already; `None` without one.
+    pub global: Option<f32>,
     /// `[cols]`: the group of each column, when groups are not runs of consecutive columns (`desc_act`).
     pub group_of: Option<Vec<u32>>,
 }

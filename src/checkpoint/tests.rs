@@ -33,6 +33,7 @@ fn weight(scheme: Scheme) -> QuantizedWeight {
             .map(|i| if scheme.symmetric { scheme.midpoint() } else { 1 + (i % max) as u8 })
             .collect(),
         mins: Vec::new(),
+        global: None,
         group_of: None,
     }
 }

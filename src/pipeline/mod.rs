@@ -168,7 +168,9 @@ impl<B: Backend> Walk<'_, '_, B> {
             None => ahead.blocks(
                 &graph.blocks,
                 || Ok(()),
-                |(), _, block| block.linears().try_for_each(|linear| self.round(linear)),
+                |(), _, block| {
+                    block.steps.iter().flat_map(|step| step.layer.fused()).try_for_each(|group| self.round(&group))
+                },
             )?,
             // All that is left is to look at what was written.
             Some(_) if finished == graph.blocks.len() => {}
@@ -288,22 +290,32 @@ impl<B: Backend> Walk<'_, '_, B> {
         }
     }
 
-    /// Quantizes a linear whose input nobody looks at.
-    fn round(&mut self, linear: &Linear) -> Result<()> {
-        let mut left = Vec::new();
-        for index in self.all() {
-            if !self.tasks[index].round(self.backend, linear, self.progress)? {
-                left.push(index);
+    /// Quantizes linears whose input, which they read together, nobody looks at.
+    fn round(&mut self, group: &[&Linear]) -> Result<()> {
+        let reach = self.reach(group, &self.all())?;
+        for linear in group {
+            let mut left = Vec::new();
+            for index in self.all() {
+                if !self.tasks[index].round(self.backend, linear, self.progress)? {
+                    left.push(index);
+                }
             }
-        }
-        if !left.is_empty() {
-            self.quantize(&[linear], &Observed::nothing(), &left)?;
+            if !left.is_empty() {
+                self.quantize(&[linear], &Observed::nothing(), &left, reach)?;
+            }
         }
         Ok(())
     }
 
-    /// Quantizes and writes the planned linears of a group for these tasks; returns what the leading target's file will hold of each.
-    fn quantize(&mut self, group: &[&Linear], seen: &Observed<B>, tasks: &[usize]) -> Result<Vec<Weight<B::Weight>>> {
+    /// Quantizes and writes the planned linears of a group for these tasks, which may have a scale in common for weights that go up to
+    /// `reach`; returns what the leading target's file will hold of each.
+    fn quantize(
+        &mut self,
+        group: &[&Linear],
+        seen: &Observed<B>,
+        tasks: &[usize],
+        reach: Option<f32>,
+    ) -> Result<Vec<Weight<B::Weight>>> {
         let backend = self.backend;
         for index in tasks {
             self.tasks[*index].collect(group, seen);
@@ -326,7 +338,6 @@ impl<B: Backend> Walk<'_, '_, B> {
         };
         let mut weights = Vec::new();
         let mut rest = group;
-        let reach = self.reach(group, tasks)?;
         while !rest.is_empty() {
             let mut rows = 0;
             let fits = |linear: &&&Linear| {
@@ -366,8 +377,10 @@ impl<B: Backend> Walk<'_, '_, B> {
         for linear in group {
             let mut placements = tasks.iter().flat_map(|index| self.tasks[*index].target.placements(linear));
             if placements.any(|placement| placement.encoding.global.is_some()) {
-                let weight = self.load(linear)?;
-                let values = self.backend.download(&weight.matrix)?;
+                let values = match self.prepared.get(&linear.module) {
+                    Some(weight) => self.backend.download(&weight.matrix)?,
+                    None => self.backend.download(&self.ahead.plain().load(linear)?.matrix)?,
+                };
                 reach = Some(values.iter().fold(reach.unwrap_or(0.0f32), |reach, x| reach.max(x.abs())));
             }
         }
@@ -402,7 +415,8 @@ impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
             true => self.observer.observe(group[0], inputs)?,
             false => Observed::nothing(),
         };
-        self.quantize(group, &seen, &self.all())
+        let (all, reach) = (self.all(), self.reach(group, &self.all())?);
+        self.quantize(group, &seen, &all, reach)
     }
 
     fn expert(
@@ -415,7 +429,8 @@ impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
             true => self.observer.observe_expert(group[0], inputs, others)?,
             false => Observed::nothing(),
         };
-        self.quantize(group, &seen, &self.all())
+        let (all, reach) = (self.all(), self.reach(group, &self.all())?);
+        self.quantize(group, &seen, &all, reach)
     }
 
     fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {

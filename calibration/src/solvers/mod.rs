@@ -156,7 +156,7 @@ impl<B: Backend> Solution<B> {
         };
         let bits = grid.spec.encoding.levels.bits();
         let bytes = backend.pack(&codes, Packing::Words { bits, layout })?;
-        let Grid { spec: GridSpec { encoding, group_of, .. }, rows, scales, mut zeros, mut mins, .. } = *grid;
+        let Grid { spec: GridSpec { encoding, group_of, global }, rows, scales, mut zeros, mut mins, .. } = *grid;
         let cols = group_of.len();
         if zeros.is_empty() {
             zeros = vec![0; scales.len()];
@@ -169,7 +169,7 @@ impl<B: Backend> Solution<B> {
         let width = encoding.group_width(cols);
         let contiguous = group_of.iter().enumerate().all(|(col, group)| col / width == *group as usize);
         let group_of = (!contiguous).then_some(group_of);
-        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, mins, group_of })
+        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, mins, global, group_of })
     }
 
     /// Rows of blocks as a file of ggml's holds them.

@@ -167,7 +167,7 @@ fn check_group(cols: usize, encoding: &Encoding) -> Result<(), String> {
 
 /// Fails unless the lengths agree and every zero is within the encoding's width.
 fn check_weight(weight: &PackedWeight, layout: WordLayout) -> Result<()> {
-    let PackedWeight { rows, cols, encoding, words, scales, zeros, mins, group_of } = weight;
+    let PackedWeight { rows, cols, encoding, words, scales, zeros, mins, group_of, .. } = weight;
     let bits = encoding.levels.bits();
     let grids = rows * weight.groups();
     let packed = layout.words([*rows, *cols], bits)?;
@@ -362,6 +362,7 @@ pub(crate) mod testing {
                         })
                         .collect(),
                     mins: Vec::new(),
+                    global: None,
                     group_of: None,
                 }
             },

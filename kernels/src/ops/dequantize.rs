@@ -115,6 +115,7 @@ mod tests {
                 scales,
                 zeros,
                 mins: Vec::new(),
+                global: None,
                 group_of,
             };
             let found = run(ArrayView2::from_shape((rows, cols), &codes).unwrap(), &grid);

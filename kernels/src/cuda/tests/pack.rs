@@ -46,6 +46,7 @@ fn weight(rows: usize, cols: usize, bits: u8, group: usize) -> QuantizedWeight {
         scales: vec![0.5; rows * groups],
         zeros: (0..rows * groups).map(|_| next(1)).collect(),
         mins: Vec::new(),
+        global: None,
         group_of: None,
     }
 }
