@@ -9,7 +9,8 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use formats::codec::{Foreign, QuantizationReader};
-use formats::{Dtype, GgufFile, QuantizedWeight, SafetensorsSet, TensorView};
+use formats::{Dtype, Encoding, GgufFile, QuantizedWeight, SafetensorsSet, TensorView};
+use kernels::ActivationRounding;
 use serde_json::Value;
 
 use self::adapter::{Adapter, Change};
@@ -128,6 +129,22 @@ impl Checkpoint {
         self.adapter.as_ref().map_or(Ok(()), Adapter::check_unchanged)
     }
 
+    /// How the configuration says that a weight with codes is represented, where it says all there is to know.
+    pub fn declared(&self, weight: &str) -> Option<Encoding> {
+        let Source::Directory { quantization: Some(reader), .. } = &self.source else { return None };
+        let with_codes = matches!(self.entry(weight)?.dtype, StoredType::Quantized { .. } | StoredType::Foreign);
+        let declared = with_codes.then(|| reader.declared(weight.strip_suffix(".weight")?).ok()?)?;
+        declared.map(|declared| declared.encoding)
+    }
+
+    /// Whether runtimes round what linears read in a way that is known.
+    pub fn rounds_inputs(&self) -> bool {
+        let rounded = |entry: &Entry| {
+            self.declared(&entry.name).is_some_and(|encoding| ActivationRounding::beside(&encoding).is_some())
+        };
+        self.gguf().is_none() && self.entries.iter().any(rounded)
+    }
+
     /// What opening it found out: what is otherwise than a path, config.json or an index says it, how settings were read, and what an
     /// adapter does. Every command passes it on.
     pub fn remarks(&self) -> Vec<String> {
@@ -138,6 +155,7 @@ impl Checkpoint {
         }
         if let Source::Directory { quantization: Some(reader), .. } = &self.source
             && reader.quantizes_activations()
+            && !self.rounds_inputs()
             && self.entries.iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign))
         {
             remarks.push(format!(

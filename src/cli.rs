@@ -296,8 +296,9 @@ pub struct Eval {
     /// papers (all tokens but the first of each window) or llama.cpp (the second half of each window).
     #[arg(long, value_name = "PROTOCOL", default_value = "papers")]
     pub protocol: String,
-    /// What linears and attention of the model read: exact, or of a GGUF file runtime: rounded as llama.cpp rounds it on a CPU.
-    /// [default: runtime for a GGUF file with --protocol llama.cpp and no reference, else exact]
+    /// What linears and attention of the model read: exact, or runtime: of a GGUF file rounded as llama.cpp rounds it on a CPU, of W8A8 and
+    /// FP8_DYNAMIC token by token as vLLM does. [default: runtime for W8A8 and FP8_DYNAMIC, and for a GGUF file with --protocol llama.cpp
+    /// and no reference, else exact]
     #[arg(long, value_name = "ACTIVATIONS")]
     pub activations: Option<String>,
     /// Print JSON.

@@ -20,12 +20,10 @@ use crate::output::{Before, Place, SideOutput, check_apart, check_beside, check_
 use crate::pipeline::{Written, quantize};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::report::{
-    Activations, BitsPerWeight, FileReport, HiddenStates, Limits, Protocol, Quality, Report, Seconds, Verdict,
-};
+use crate::report::{BitsPerWeight, FileReport, HiddenStates, Limits, Protocol, Quality, Report, Seconds, Verdict};
 use crate::targets::{HeldOut, Output, Papers, Target, Words, target};
 use crate::text::{ModelText, load_text};
-use crate::verify::{compare_hidden, evaluate};
+use crate::verify::{compare_hidden, declared_activations, evaluate};
 
 /// Tokens of the held-out text, if it has so many, on which a tokenizer that was written is compared with the original's.
 const COMPARED: usize = 1 << 16;
@@ -479,8 +477,9 @@ impl<'a> Job<'a> {
         if run.graph.head.missing {
             return Ok((None, Some(compare_hidden(backend, reopened, run.source, windows, progress)?)));
         }
+        let activations = declared_activations(reopened);
         let mut quality =
-            evaluate(backend, reopened, Some(run.source), windows, Protocol::Papers, Activations::Exact, progress)?;
+            evaluate(backend, reopened, Some(run.source), windows, Protocol::Papers, activations, progress)?;
         quality.model = output.display().to_string();
         Ok((Some(quality), None))
     }

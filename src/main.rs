@@ -20,7 +20,7 @@ use quantc::report::{Activations, Limits, Protocol, Report};
 use quantc::supervisor::{self, End};
 use quantc::targets::{requested, resolved};
 use quantc::text::{HELD_OUT, ModelText, load_text};
-use quantc::verify::evaluate;
+use quantc::verify::{declared_activations, evaluate};
 use quantc::words::tell;
 use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, stray, with_backend};
 
@@ -349,7 +349,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
         None if protocol == Protocol::LlamaCpp && model.gguf().is_some() && args.reference.is_none() => {
             Activations::Runtime
         }
-        None => Activations::Exact,
+        None => declared_activations(&model),
     };
     let reference_adapter = args.reference_adapter.as_deref();
     let reference = args.reference.as_deref().map(|path| Checkpoint::open_with(path, reference_adapter)).transpose()?;

@@ -222,8 +222,8 @@ fn rounded_inputs(encodings: &HashMap<String, Encoding>) -> Option<String> {
     names.dedup();
     (!names.is_empty()).then(|| {
         format!(
-            "runtimes round the inputs of linears in {} to 8 bits, token by token, which is not imitated here: what is measured is the \
-             loss from the weights alone",
+            "runtimes round the inputs of linears in {} to 8 bits, token by token, and so does the measurement (quantc eval --activations \
+             exact leaves it out)",
             names.join(" and ")
         )
     })

@@ -78,8 +78,7 @@ struct Side<'a, B: Backend> {
 
 /// Evaluates `model`, beside `reference` if there is one, on `windows` of equal length.
 ///
-/// `activations` are those of the model. Fails where they are a runtime's and the model is no GGUF file, of which alone it is
-/// known what its runtime rounds.
+/// `activations` are those of the model. Fails where they are a runtime's of which it is not known what it rounds.
 pub fn evaluate<B: Backend>(
     backend: &B,
     model: &Checkpoint,
@@ -89,9 +88,12 @@ pub fn evaluate<B: Backend>(
     activations: Activations,
     progress: &mut Progress,
 ) -> Result<Quality> {
-    if activations == Activations::Runtime && model.gguf().is_none() {
+    if activations == Activations::Runtime && model.gguf().is_none() && !model.rounds_inputs() {
         let path = model.path().display();
-        return Err(Error::usage(format!("--activations runtime is for GGUF files, and {path} is none")));
+        return Err(Error::usage(format!(
+            "--activations runtime is for GGUF files, and for checkpoints whose configuration says that runtimes round each token (W8A8, \
+             FP8_DYNAMIC); {path} is neither"
+        )));
     }
     let context = windows.first().map_or(0, Vec::len);
     let scored = protocol.scored(context.max(1));
@@ -228,6 +230,11 @@ fn check_logits(
     }
 }
 
+/// What a model's linears read where nobody says anything else: rounded where that is part of its scheme.
+pub fn declared_activations(model: &Checkpoint) -> Activations {
+    if model.rounds_inputs() { Activations::Runtime } else { Activations::Exact }
+}
+
 /// Compares the normed hidden states of `model` and `reference` on `windows` of equal length.
 pub fn compare_hidden<B: Backend>(
     backend: &B,
@@ -244,7 +251,8 @@ pub fn compare_hidden<B: Backend>(
     for windows in windows.chunks(batch) {
         let mut sides = Vec::new();
         for (graph, source) in graphs.iter().zip([reference, model]) {
-            sides.push(final_hidden(backend, graph, source, windows, Activations::Exact, &|| progress.step())?);
+            let own = if std::ptr::eq(source, model) { declared_activations(source) } else { Activations::Exact };
+            sides.push(final_hidden(backend, graph, source, windows, own, &|| progress.step())?);
         }
         for (ours, theirs) in sides[1].iter().zip(&sides[0]) {
             let [ours, theirs] = [backend.download(ours)?, backend.download(theirs)?];

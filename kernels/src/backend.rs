@@ -1,7 +1,7 @@
 //! What quantc asks of a device: few, whole operations.
 
-use formats::ggml::{BlockScales, GgmlType};
-use formats::{Dtype, Encoding, WordLayout};
+use formats::ggml::BlockScales;
+use formats::{Dtype, Encoding, Float, Levels, WordLayout};
 use ndarray::Array2;
 
 use crate::Result;
@@ -77,7 +77,7 @@ pub enum Activation {
     },
 }
 
-/// How a runtime that keeps weights in a ggml type rounds what it multiplies them with.
+/// How a runtime rounds what it multiplies weights with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ActivationRounding {
     /// Each value to half precision.
@@ -88,26 +88,35 @@ pub enum ActivationRounding {
     Q8_0,
     /// Blocks of 256 values to 8 bits, with a scale in single precision.
     Q8K,
+    /// Each token to 8 bits, with a scale in single precision.
+    Int8Token,
+    /// Each token to E4M3, with a scale in single precision.
+    Fp8Token,
 }
 
 impl ActivationRounding {
-    /// That of ggml's CPU backend beside a weight of type `ty`; `None` where nothing is rounded.
-    pub fn beside(ty: GgmlType) -> Option<ActivationRounding> {
-        match (ty.name, ty.block_len) {
-            ("F16", _) => Some(ActivationRounding::F16),
-            ("BF16", _) => Some(ActivationRounding::Bf16),
-            (_, 32) => Some(ActivationRounding::Q8_0),
-            (_, 256) => Some(ActivationRounding::Q8K),
-            _ => None,
+    /// That beside a weight in this encoding: ggml's CPU backend's for its types, vLLM's for others; `None` where nothing is rounded, or in
+    /// a way that is not known.
+    pub fn beside(encoding: &Encoding) -> Option<ActivationRounding> {
+        const KNOWN: [(formats::encoding::Activation, ActivationRounding); 4] = [
+            (formats::encoding::Activation::Q8_0, ActivationRounding::Q8_0),
+            (formats::encoding::Activation::Q8_K, ActivationRounding::Q8K),
+            (formats::encoding::Activation::INT8_TOKEN, ActivationRounding::Int8Token),
+            (formats::encoding::Activation::FP8_TOKEN, ActivationRounding::Fp8Token),
+        ];
+        match (encoding.levels, encoding.activation) {
+            (Levels::Plain(Float::F16), _) => Some(ActivationRounding::F16),
+            (Levels::Plain(Float::BF16), _) => Some(ActivationRounding::Bf16),
+            (_, activation) => KNOWN.iter().find(|(known, _)| Some(*known) == activation).map(|(_, kind)| *kind),
         }
     }
 
-    /// Features that are rounded together.
+    /// Features that are rounded together in blocks; 1 where they are rounded one by one, or all of a token together.
     pub fn block_len(self) -> usize {
         match self {
-            ActivationRounding::F16 | ActivationRounding::Bf16 => 1,
             ActivationRounding::Q8_0 => 32,
             ActivationRounding::Q8K => 256,
+            _ => 1,
         }
     }
 }

@@ -5,7 +5,6 @@ use kernels::{ActivationRounding, Backend};
 use super::{Chunk, LoadedNorm, Run, Supply, product};
 use crate::error::Result;
 use crate::graph::{Attention, Latent, Linear, Projections, Temperature};
-use crate::report::Activations;
 
 /// Queries, keys and values of a chunk.
 type Qkv<'a, M> = Box<dyn Fn(&[Chunk<M>], usize) -> Result<[M; 3]> + 'a>;
@@ -25,7 +24,7 @@ pub(super) fn run<B: Backend>(
         Some(norms) => Some((LoadedNorm::of(&norms.q, supply)?, LoadedNorm::of(&norms.k, supply)?, norms)),
         None => None,
     };
-    let activations = supply.activations();
+    let rounds_cache = supply.rounds_cache();
     let sinks = attention.sinks.as_ref().map(|name| supply.vector(name)).transpose()?;
     let longest = chunks.iter().flat_map(|chunk| &chunk.lengths).copied().max().unwrap_or(0);
     let table = attention.rope.as_ref().map(|rope| rope.table(longest));
@@ -71,7 +70,7 @@ pub(super) fn run<B: Backend>(
             let factors: Vec<f32> = chunk.lengths.iter().flat_map(|length| (0..*length).map(warm)).collect();
             backend.scale(&mut q, &factors, &[])?;
         }
-        if activations == Activations::Runtime {
+        if rounds_cache {
             // As a cache in half precision keeps them.
             backend.round_values(&mut k, ActivationRounding::F16)?;
             backend.round_values(&mut v, ActivationRounding::F16)?;

@@ -10,7 +10,7 @@ mod head;
 mod mlp;
 mod moe;
 
-use formats::{Dtype, GgmlType};
+use formats::{Dtype, Encoding, Float};
 use kernels::{ActivationRounding, Backend};
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
@@ -30,12 +30,14 @@ impl Activations {
         if self == Activations::Exact {
             return None;
         }
-        match source.entry(name)?.dtype {
-            StoredType::Ggml(ty) => ActivationRounding::beside(ty),
-            StoredType::Plain(Dtype::F16) => GgmlType::from_name("F16").and_then(ActivationRounding::beside),
-            StoredType::Plain(Dtype::BF16) => GgmlType::from_name("BF16").and_then(ActivationRounding::beside),
-            _ => None,
-        }
+        let encoding = match source.entry(name)?.dtype {
+            // llama.cpp's; of other files nobody says what runtimes do beside values as they are.
+            StoredType::Ggml(ty) => ty.encoding(),
+            StoredType::Plain(Dtype::F16) if source.gguf().is_some() => Encoding::plain(Float::F16),
+            StoredType::Plain(Dtype::BF16) if source.gguf().is_some() => Encoding::plain(Float::BF16),
+            _ => source.declared(name)?,
+        };
+        ActivationRounding::beside(&encoding)
     }
 }
 
@@ -106,9 +108,9 @@ pub trait Supply<B: Backend> {
     }
     /// The weight of a linear that is never quantized.
     fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>>;
-    /// What linears and attention read.
-    fn activations(&self) -> Activations {
-        Activations::Exact
+    /// Whether attention reads keys and values as llama.cpp's cache holds them.
+    fn rounds_cache(&self) -> bool {
+        false
     }
     /// Whether the output of this step is still needed; the last step of a calibration is not.
     fn needs_output(&self, last_step: bool) -> bool {
@@ -399,8 +401,8 @@ impl<B: Backend> Supply<B> for Plain<'_, B> {
         Ok(ready(self.backend, linear, self.load(linear)?)?.remove(0))
     }
 
-    fn activations(&self) -> Activations {
-        self.activations
+    fn rounds_cache(&self) -> bool {
+        self.activations == Activations::Runtime && self.source.gguf().is_some()
     }
 }
 

@@ -82,7 +82,7 @@ pub fn quality_table(quality: &Quality) -> String {
     };
     let rounded = match quality.activations {
         Activations::Exact => "",
-        Activations::Runtime => ", activations rounded as llama.cpp does",
+        Activations::Runtime => ", inputs of linears rounded as the runtime does",
     };
     let Quality { tokens, context, .. } = quality;
     let mut table = format!("| {tokens} tokens, context {context}, protocol {protocol}{rounded} | |\n|---|---|\n");

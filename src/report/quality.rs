@@ -26,8 +26,8 @@ impl Protocol {
 pub enum Activations {
     /// What was computed.
     Exact,
-    /// What llama.cpp keeps of it on a CPU: the input of each linear rounded as its weight's type in the file demands
-    /// (`kernels::ActivationRounding::beside`), keys and values as its cache holds them, in half precision.
+    /// What a runtime keeps of it: the input of each linear rounded as its weight's encoding demands
+    /// (`kernels::ActivationRounding::beside`), and, of a GGUF file, keys and values as llama.cpp's cache holds them, in half precision.
     Runtime,
 }
 

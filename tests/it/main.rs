@@ -27,6 +27,7 @@ mod pipeline;
 mod readme;
 mod records;
 mod resume;
+mod rounded_inputs;
 mod said_of_weights;
 mod sentencepiece;
 mod spelling;

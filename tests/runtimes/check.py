@@ -63,8 +63,8 @@ CASES = [
     case("ct", "ct-w4-channel", "transformers", f"{CT} --scheme W4A16 --group-size -1", "float32"),
     case("ct", "ct-w8-g64", "transformers", f"{CT} --scheme W8A16 --group-size 64", "float32"),
     # Unpacked, for else the runtime rounds inputs as well; in the scales' own type, as below.
-    case("ct", "ct-w8a8", "transformers", f"{CT} --scheme W8A8", "bfloat16", dequantize=True),
-    case("ct", "ct-fp8-dynamic", "transformers", f"{CT} --scheme FP8_DYNAMIC", "bfloat16", dequantize=True),
+    case("ct", "ct-w8a8", "transformers", f"{CT} --scheme W8A8", "bfloat16", dequantize=True, exact=True),
+    case("ct", "ct-fp8-dynamic", "transformers", f"{CT} --scheme FP8_DYNAMIC", "bfloat16", dequantize=True, exact=True),
     # A four-bit float of three bits times an eight-bit one of four, and a power of two: exact in bfloat16.
     case("ct", "ct-nvfp4a16", "transformers", f"{CT} --scheme NVFP4A16", "bfloat16", dequantize=True),
     case("ct", "ct-w3-g64", "transformers", f"{CT} --scheme W3A16 --group-size 64", "float32"),
@@ -82,6 +82,8 @@ CASES = [
     case("awq", "awq-w4-g128", "transformers", f"{AWQ} --group-size 128", "float16"),
     case("vllm", "ct-w4-g128", "vllm", f"{CT} --scheme W4A16 --group-size 128", "float16"),
     case("vllm", "ct-w4-asym-g64", "vllm", f"{CT} --scheme W4A16_ASYM --group-size 64", "float16"),
+    # vLLM rounds the inputs of linears, and so does the reference here.
+    case("vllm", "ct-w8a8", "vllm", f"{CT} --scheme W8A8", "bfloat16", rounds="int8"),
     case("vllm", "gptq-w4-g128", "vllm", f"{GPTQ} --scheme W4A16 --group-size 128", "float16"),
     case("vllm", "awq-w4-g128", "vllm", f"{AWQ} --group-size 128", "float16"),
 ]
@@ -151,6 +153,23 @@ def load_reference(folder):
     return model.eval()
 
 
+def round_inputs(model, kind):
+    """Have every linear but the head read what vLLM makes of its input: each token to 8 bits, with a scale in single precision."""
+    import torch
+
+    def rounded(_, inputs):
+        x = inputs[0].float()
+        largest = x.abs().amax(-1, keepdim=True)
+        if kind == "int8":
+            return (torch.round(x * (127 / largest)) * (largest / 127),)
+        scale = (largest / 448).clamp(min=1 / (448 * 512))
+        return ((x / scale).to(torch.float8_e4m3fn).float() * scale,)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            module.register_forward_pre_hook(rounded)
+
+
 def refuse_bad_loading(folder, info, model):
     """A tensor that the runtime did not find is filled at random, without an exception: look at its loading report."""
     tied = set(getattr(model, "_tied_weights_keys", None) or [])
@@ -209,6 +228,8 @@ def run_vllm(job, item):
 
     windows, short = windows_of(job, item["artifact"]), 64
     reference = load_reference(item["reference"])
+    if item.get("rounds"):
+        round_inputs(reference, item["rounds"])
     vocabulary = reference.config.vocab_size
     llm = LLM(
         item["artifact"],
@@ -294,6 +315,7 @@ def artifact(options, item, folder):
     known = json.loads(judged.read_text()) if judged.exists() else {}
     if known.get("asked") != wanted:
         flags = ["--text", options.text, "--context", options.context, "--windows", options.windows]
+        flags += ["--activations", "exact"] if item.get("exact") else []
         known = json.loads(quantc(options.quantc, "eval", out, *flags, "--json")) | {"asked": wanted}
         judged.write_text(json.dumps(known, indent=1))
     return {**item, "artifact": str(out), "reference": str(twin), "quantc_perplexity": known["perplexity"]}

@@ -103,6 +103,11 @@ impl Cuda {
                 let brain = kind == ActivationRounding::Bf16;
                 self.each(&ROUNDING, "round_to_halves", count, &[to.arg(), brain.into(), (count as i64).into()])
             }
+            ActivationRounding::Int8Token | ActivationRounding::Fp8Token => {
+                let floats = kind == ActivationRounding::Fp8Token;
+                let args = [to.arg(), (x.rows as i64).into(), (x.cols as i32).into(), floats.into()];
+                self.each(&ROUNDING, "round_tokens", x.rows * 32, &args)
+            }
             ActivationRounding::Q8_0 | ActivationRounding::Q8K => {
                 let (blocks, half) = (count / length, kind == ActivationRounding::Q8_0);
                 let args = [to.arg(), (blocks as i64).into(), (length as i32).into(), half.into()];

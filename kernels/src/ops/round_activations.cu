@@ -20,6 +20,31 @@ KERNEL(round_to_bytes)(float *x, i64 blocks, int length, int half) {
 }
 EXPORT(round_to_bytes)
 
+// Rows of `length` values, a warp each: to 8 bits, or to E4M3.
+KERNEL(round_tokens)(float *x, i64 rows, int length, int floats) {
+    int lane = threadIdx.x % WARP;
+    i64 warps = global_stride() / WARP;
+    for (i64 row = global_index() / WARP; row < rows; row += warps) {
+        float *values = x + row * length;
+        float largest = 0.0f;
+        for (int i = lane; i < length; i += WARP) {
+            float size = fabsf(values[i]);
+            largest = size > largest ? size : largest;
+        }
+        largest = warp_max(largest);
+        if (floats) {
+            float d = fmaxf(largest / 448.0f, 1.0f / (448.0f * 512.0f));
+            for (int i = lane; i < length; i += WARP) values[i] = d * round_e4m3(values[i] / d);
+        } else {
+            float d = largest / 127.0f, inverse = 127.0f / largest;
+            // Of zeros, or of numbers so small that nothing is left of them.
+            if (!(fabsf(inverse) < INFINITE)) d = inverse = 0.0f;
+            for (int i = lane; i < length; i += WARP) values[i] = d * rintf(values[i] * inverse);
+        }
+    }
+}
+EXPORT(round_tokens)
+
 KERNEL(round_to_halves)(float *x, int brain, i64 count) {
     for (i64 i = global_index(); i < count; i += global_stride())
         x[i] = brain ? from_bf16(to_bf16(x[i])) : from_f16(to_f16(x[i]));

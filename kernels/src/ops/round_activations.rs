@@ -1,10 +1,15 @@
-//! What ggml's CPU backend makes of an activation before it multiplies it with a weight: 16 bits, or blocks of 8.
+//! What a runtime makes of an activation before it multiplies it with a weight: 16 bits, or 8 for a block or a token.
 //!
 //! `x` is `[tokens, features]`, each row on its own, blocks of consecutive features. With `a` the largest magnitude of a
 //! block a value becomes `d · round(x · 127 / a)`, halves to even as ggml's vector forms have it, and `d` is `a / 127`,
 //! which `Q8_0` and `Q8_1` store as f16 and `Q8_K` as f32. (`Q8_1` also stores a block's sum as f16, which is not
 //! followed.) Source: `quantize_row_q8_0`, `quantize_row_q8_K_ref` and `type_traits_cpu` in llama.cpp's ggml.
+//!
+//! vLLM rounds token by token: to 8 bits as above, with `d = a / 127` in single precision, and to E4M3 as `d · e4m3(x / d)` with
+//! `d = a / 448`, at least `1 / (448 · 512)`. Source: `dynamic_scaled_int8_quant` and `dynamic_per_token_scaled_fp8_quant` in its csrc.
+//! (The library compressed-tensors, which transformers calls, divides by 127.5 where vLLM divides by 127.)
 
+use formats::encoding::round_e4m3;
 use half::{bf16, f16};
 use ndarray::Array2;
 use rayon::prelude::*;
@@ -14,6 +19,8 @@ use crate::simd_fn;
 
 /// Values that a task rounds at a time: whole blocks of every kind.
 const TASK: usize = 1 << 14;
+/// vLLM divides by no smaller scale than this.
+const SMALLEST_FP8_SCALE: f32 = 1.0 / (448.0 * 512.0);
 
 /// One row, value by value.
 ///
@@ -30,7 +37,17 @@ pub fn reference(row: &[f32], kind: ActivationRounding) -> Vec<f32> {
         let scaled = |x: &f32| if inverse.is_finite() { d * (x * inverse).round_ties_even() } else { x * 0.0 };
         values.iter().map(scaled).collect()
     };
+    let largest = row.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
     match kind {
+        ActivationRounding::Int8Token => {
+            let (d, inverse) = (largest / 127.0, 127.0 / largest);
+            let code = |x: &f32| if inverse.is_finite() { d * (x * inverse).round_ties_even() } else { x * 0.0 };
+            row.iter().map(code).collect()
+        }
+        ActivationRounding::Fp8Token => {
+            let d = (largest / 448.0).max(SMALLEST_FP8_SCALE);
+            row.iter().map(|x| d * round_e4m3(x / d)).collect()
+        }
         ActivationRounding::F16 => row.iter().map(|x| f16::from_f32(*x).to_f32()).collect(),
         ActivationRounding::Bf16 => row.iter().map(|x| bf16::from_f32(*x).to_f32()).collect(),
         ActivationRounding::Q8_0 | ActivationRounding::Q8K => {
@@ -46,6 +63,10 @@ pub fn reference(row: &[f32], kind: ActivationRounding) -> Vec<f32> {
 pub fn run(x: &mut Array2<f32>, kind: ActivationRounding) {
     let width = x.ncols();
     assert!(width.is_multiple_of(kind.block_len()), "whole blocks of {kind:?}");
+    if let ActivationRounding::Int8Token | ActivationRounding::Fp8Token = kind {
+        let rows = x.as_slice_mut().expect("contiguous").par_chunks_exact_mut(width.max(1));
+        return rows.with_min_len(8).for_each(|row| token(row, kind == ActivationRounding::Fp8Token));
+    }
     // Rows are whole blocks, so that what is cut into blocks may as well be all of them.
     let values = x.as_slice_mut().expect("contiguous");
     values.par_chunks_mut(TASK).for_each(|part| match kind {
@@ -53,7 +74,20 @@ pub fn run(x: &mut Array2<f32>, kind: ActivationRounding) {
         ActivationRounding::Bf16 => part.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()),
         ActivationRounding::Q8_0 => blocks::<32>(part, true),
         ActivationRounding::Q8K => blocks::<256>(part, false),
+        ActivationRounding::Int8Token | ActivationRounding::Fp8Token => unreachable!("rows of their own"),
     });
+}
+
+fn token(row: &mut [f32], floats: bool) {
+    let whole = row.len() / 16 * 16;
+    let (lanes, rest) = row.split_at(whole);
+    let largest = rest.iter().fold(largest(lanes), |largest, x| if x.abs() > largest { x.abs() } else { largest });
+    if floats {
+        return scale_floats(row, (largest / 448.0).max(SMALLEST_FP8_SCALE));
+    }
+    let [d, inverse] = [largest / 127.0, 127.0 / largest];
+    let [d, inverse] = if inverse.is_finite() { [d, inverse] } else { [0.0, 0.0] };
+    scale(row, d, inverse);
 }
 
 fn blocks<const LEN: usize>(values: &mut [f32], half: bool) {
@@ -88,8 +122,17 @@ simd_fn! {
     }
 }
 
+simd_fn! {
+    fn scale_floats(row: &mut [f32], d: f32) {
+        for x in row {
+            *x = d * round_e4m3(*x / d);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use formats::encoding::{E4M3, PRESETS};
     use formats::ggml::TYPES;
     use proptest::prelude::*;
 
@@ -97,12 +140,18 @@ mod tests {
     use super::*;
     use crate::simd::testing::same_at_every_level;
 
-    const KINDS: [ActivationRounding; 4] =
-        [ActivationRounding::F16, ActivationRounding::Bf16, ActivationRounding::Q8_0, ActivationRounding::Q8K];
+    const KINDS: [ActivationRounding; 6] = [
+        ActivationRounding::F16,
+        ActivationRounding::Bf16,
+        ActivationRounding::Q8_0,
+        ActivationRounding::Q8K,
+        ActivationRounding::Int8Token,
+        ActivationRounding::Fp8Token,
+    ];
 
     #[test]
     fn every_type_is_multiplied_with_what_ggml_multiplies_it_with() {
-        use ActivationRounding::{Bf16, F16, Q8_0, Q8K};
+        use ActivationRounding::{Bf16, F16, Fp8Token, Int8Token, Q8_0, Q8K};
         for ty in TYPES {
             let expected = match ty.name {
                 "F32" => None,
@@ -112,7 +161,13 @@ mod tests {
                 "Q2_K" | "Q3_K" | "Q4_K" | "Q5_K" | "Q6_K" | "IQ4_XS" | "TQ1_0" | "TQ2_0" => Some(Q8K),
                 other => panic!("look {other} up in type_traits_cpu"),
             };
-            assert_eq!(ActivationRounding::beside(*ty), expected, "{ty}");
+            assert_eq!(ActivationRounding::beside(&ty.encoding()), expected, "{ty}");
+        }
+        for (name, expected) in
+            [("W8A8", Some(Int8Token)), ("FP8_DYNAMIC", Some(Fp8Token)), ("W4A16", None), ("FP8", None)]
+        {
+            let encoding = PRESETS.iter().find(|(known, _)| *known == name).unwrap().1;
+            assert_eq!(ActivationRounding::beside(&encoding), expected, "{name}");
         }
     }
 
@@ -151,6 +206,26 @@ mod tests {
                     prop_assert_eq!(found.to_vec(), reference(row.as_slice().unwrap(), kind));
                 }
             }
+        }
+    }
+
+    /// What a token keeps are 255 levels around 0, or E4M3's numbers, times a scale that its largest value decides.
+    #[test]
+    fn a_token_keeps_levels_of_its_own() {
+        let row: Vec<f32> = (0..77).map(|i| (i as f32 - 30.0) * 0.031).collect();
+        let largest = row.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        for (found, x) in reference(&row, ActivationRounding::Int8Token).iter().zip(&row) {
+            let code = found / (largest / 127.0);
+            assert!(
+                (code - code.round()).abs() < 1e-4 && (found - x).abs() <= 0.5001 * largest / 127.0,
+                "{x}: {found}"
+            );
+        }
+        for (found, x) in reference(&row, ActivationRounding::Fp8Token).iter().zip(&row) {
+            let level = found / (largest / 448.0);
+            let near =
+                E4M3.iter().filter(|level| level.is_finite()).map(|other| (other - level).abs()).fold(1e9, f32::min);
+            assert!(near <= 1e-5 * level.abs() && (found - x).abs() <= x.abs() / 15.9 + 1e-5, "{x}: {found}");
         }
     }
 

@@ -202,12 +202,12 @@ fn what_does_not_fit_is_put_aside_and_comes_back() {
 
 #[test]
 fn activations_are_rounded_as_on_the_cpu() {
-    use crate::backend::ActivationRounding::{Bf16, F16, Q8_0, Q8K};
+    use crate::backend::ActivationRounding::{Bf16, F16, Fp8Token, Int8Token, Q8_0, Q8K};
     let mut noise = Noise(6);
     let mut x = noise.matrix(3, 512);
     x.row_mut(1).fill(0.0);
     x[[2, 5]] = 1e-30;
-    for kind in [F16, Bf16, Q8_0, Q8K] {
+    for kind in [F16, Bf16, Q8_0, Q8K, Int8Token, Fp8Token] {
         for rounds in [false, true] {
             let found = on_all(|cuda| {
                 let cuda = if rounds { cuda.relaxed() } else { cuda.clone() };
