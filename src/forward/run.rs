@@ -53,6 +53,9 @@ pub(super) enum Computed<B: Backend> {
     Routes(Vec<Routed>),
 }
 
+/// Values of chunks, by both.
+type Store<B> = HashMap<(usize, usize), Rc<Computed<B>>>;
+
 /// What an operation takes besides values.
 pub(super) enum Loaded<'b, B: Backend> {
     Nothing,
@@ -95,8 +98,7 @@ pub(super) struct Run<'r, 'b, B: Backend> {
     norms: Vec<Rc<LoadedNorm<'b>>>,
     /// What is to be kept, and not yet computed.
     pending: Vec<usize>,
-    /// By value and chunk.
-    kept: RefCell<HashMap<(usize, usize), Rc<Computed<B>>>>,
+    kept: RefCell<Store<B>>,
 }
 
 impl<'b, B: Backend> Run<'_, 'b, B> {
