@@ -314,6 +314,9 @@ pub struct Eval {
 pub struct Inspect {
     /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file.
     pub path: PathBuf,
+    /// Show what the blocks compute, one of each kind, and not the tensors; with --json both.
+    #[arg(long)]
+    pub program: bool,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,

@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result};
+use crate::families;
+use crate::program::{Shown, shown};
 use crate::weights::Entry;
 use crate::words::one_line;
 
@@ -25,6 +28,9 @@ pub struct Inspection {
     pub types: Vec<TypeShare>,
     /// Every tensor.
     pub tensors: Vec<TensorInfo>,
+    /// What blocks compute, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub program: Option<Vec<Shown>>,
 }
 
 /// All tensors stored in one way.
@@ -101,12 +107,29 @@ pub fn inspect(checkpoint: &Checkpoint) -> Inspection {
             })
             .collect(),
         tensors,
+        program: None,
     }
 }
 
+/// What the blocks of a model compute, one of each kind.
+///
+/// Fails for a family that is not known, of which only the linears are.
+pub fn program(checkpoint: &Checkpoint) -> Result<Vec<Shown>> {
+    let graph = families::graph_of(checkpoint)?;
+    shown(&graph.blocks).ok_or_else(|| {
+        Error::failed(format!(
+            "{}: what its blocks compute is not known, for its family is none of docs/models.md: leave out --program",
+            checkpoint.path().display()
+        ))
+    })
+}
+
 impl Inspection {
-    /// For people.
+    /// For people: the program where there is one, the tensors otherwise.
     pub fn text(&self) -> String {
+        if let Some(program) = &self.program {
+            return program.iter().map(Shown::text).collect::<Vec<_>>().join("\n");
+        }
         let mut text = format!(
             "{}: {}, {:.2} million parameters, {:.2} MB, {:.2} bits per weight\n\n",
             self.path,

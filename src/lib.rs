@@ -28,6 +28,7 @@ pub mod output;
 pub mod pipeline;
 pub mod plan;
 mod probe;
+pub mod program;
 pub mod progress;
 pub mod recipe;
 pub mod report;

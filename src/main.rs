@@ -120,7 +120,10 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         Command::Inspect(args) => {
             let checkpoint = Checkpoint::open(&args.path)?;
             checkpoint.remarks().iter().for_each(|note| tell(&format!("note: {note}")));
-            let inspection = inspect::inspect(&checkpoint);
+            let mut inspection = inspect::inspect(&checkpoint);
+            if args.program {
+                inspection.program = Some(inspect::program(&checkpoint)?);
+            }
             match args.json {
                 true => say(&format!("{}\n", serde_json::to_string_pretty(&inspection)?))?,
                 false => say(&inspection.text())?,

@@ -14,7 +14,8 @@ pub use self::free::Free;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::forward;
-use crate::graph::{Block, Graph, Layer, Linear, Mlp, Projections};
+use crate::graph::{Block, Graph, Layer, Linear};
+use crate::program::{Kept, Kind, Lifetimes, Operation, Program, Value};
 use crate::recipe::Recipe;
 use crate::verify;
 
@@ -194,38 +195,37 @@ struct Running {
 fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tokens) -> Running {
     let (all, hidden) = (tokens.all(), graph.hidden as u64);
     let chunk = tokens.length.max(device.at_once as u64).min(all);
-    let kept = |mlp: &Mlp| {
-        let values = all.saturating_mul(mlp.inner() as u64);
-        if values <= device.kept_values { values * input } else { 0 }
-    };
-    let of_step = |layer: &Layer| match layer {
-        Layer::Attention(attention) => {
-            let (heads, kv) = (attention.shape.heads as u64, attention.shape.kv_heads as u64);
-            let (dim, value) = (attention.shape.head_dim as u64, attention.shape.value_dim as u64);
-            let latent = match &attention.projections {
-                Projections::Direct(_) => 0,
-                Projections::Latent(latent) => {
-                    let queries = latent.q.get(1).map_or(0, |q| q.cols as u64);
-                    input * (queries + latent.kv_b.cols as u64) + 4 * (latent.kv_a.rows as u64)
-                }
-            };
-            (all.saturating_mul(input * heads * value + latent), (4 + input) * (heads * dim + kv * (dim + value)))
+    // Nothing runs a block of which only the linears are known.
+    let Some(program) = Program::of(block) else { return Running { kept: 0, chunk: chunk.saturating_mul(8 * hidden) } };
+    let experts = program.values.iter().filter_map(|value| value.expert).max().map_or(1, |last| last as u64 + 1);
+    let chosen = program.operations.iter().find_map(|operation| match operation.kind {
+        Kind::Route(router) => Some(router.top_k as u64),
+        _ => None,
+    });
+    let kept = |value: &Value| {
+        let values = all.saturating_mul(value.width as u64);
+        let bytes = match value.maker.map(|at| &program.operations[at].kind) {
+            // A number of the token and a weight.
+            Some(Kind::Route(_)) => 12,
+            _ if value.multiplied => input,
+            _ => 4,
+        };
+        match (value.kept, value.expert) {
+            (Kept::Room, _) if values > device.kept_values => 0,
+            // Twice an expert's share of the tokens.
+            (_, Some(_)) => values.min(values.saturating_mul(2 * chosen.unwrap_or(1)) / experts).saturating_mul(bytes),
+            _ => values.saturating_mul(bytes),
         }
-        Layer::Mlp(mlp) => (kept(mlp), 8 * mlp.inner() as u64),
-        Layer::Moe(moe) => {
-            // Twice an expert's share of the tokens, and all of them through what every token takes.
-            let (count, chosen) = (moe.experts.len().max(1) as u64, moe.router.top_k as u64);
-            let inner = moe.experts.iter().map(Mlp::inner).max().unwrap_or(0) as u64;
-            let own = all.min(all.saturating_mul(2 * chosen) / count).saturating_mul(inner * input);
-            let shared = moe.shared.as_ref().map_or(0, |(shared, _)| kept(shared));
-            (own.max(shared).saturating_add(all.saturating_mul(4 * hidden + 12 * chosen)), 8 * inner)
-        }
-        Layer::Opaque(_) => (0, 0),
     };
-    let steps: Vec<(u64, u64)> = block.steps.iter().map(|step| of_step(&step.layer)).collect();
-    let before = if block.parallel { all.saturating_mul(4 * hidden) } else { 0 };
-    let kept = steps.iter().map(|step| step.0).max().unwrap_or(0).saturating_add(before);
-    let wide = steps.iter().map(|step| step.1).max().unwrap_or(0);
+    let wide = |operation: &Operation<'_>| match operation.kind {
+        Kind::Attention { .. } => {
+            (4 + input) * operation.reads.iter().map(|v| program.values[*v].width as u64).sum::<u64>()
+        }
+        Kind::Activate(_) => 8 * program.values[operation.makes[0]].width as u64,
+        _ => 0,
+    };
+    let kept = Lifetimes::of(&program, true).most(&program, kept);
+    let wide = program.operations.iter().map(wide).max().unwrap_or(0);
     Running { kept, chunk: chunk.saturating_mul(8 * hidden + wide) }
 }
 

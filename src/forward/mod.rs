@@ -5,10 +5,10 @@
 //! sees what all operators before it will really produce, and the model is run once.
 
 mod ahead;
-mod attention;
 mod head;
-mod mlp;
-mod moe;
+mod operate;
+mod route;
+mod run;
 
 use formats::{Dtype, Encoding, Float};
 use kernels::{ActivationRounding, Backend};
@@ -17,10 +17,11 @@ use rayon::prelude::*;
 
 pub use self::ahead::Ahead;
 pub use self::head::{LoadedHead, kept};
+pub use self::run::run_block;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::check_runnable;
-use crate::graph::{Block, Graph, Layer, Linear, Norm, Step, Stored};
+use crate::graph::{Graph, Linear, Norm, Stored};
 use crate::report::Activations;
 use crate::weights::StoredType;
 
@@ -112,9 +113,8 @@ pub trait Supply<B: Backend> {
     fn rounds_cache(&self) -> bool {
         false
     }
-    /// Whether the output of this step is still needed; the last step of a calibration is not.
-    fn needs_output(&self, last_step: bool) -> bool {
-        let _ = last_step;
+    /// Whether what a block leaves in the stream is still needed; of the last one of a calibration it is not.
+    fn needs_output(&self) -> bool {
         true
     }
 }
@@ -170,87 +170,6 @@ pub fn embed<B: Backend>(
         chunks.push(Chunk { hidden: backend.upload(hidden)?, lengths: now.iter().map(Vec::len).collect() });
     }
     Ok(chunks)
-}
-
-/// Runs one block over all chunks.
-pub fn run_block<B: Backend>(
-    backend: &B,
-    block: &Block,
-    supply: &mut dyn Supply<B>,
-    chunks: &mut [Chunk<B::Matrix>],
-) -> Result<()> {
-    let before = match block.parallel {
-        true => Some(chunks.iter().map(|chunk| backend.copy(&chunk.hidden)).collect::<kernels::Result<Vec<_>>>()?),
-        false => None,
-    };
-    for (index, step) in block.steps.iter().enumerate() {
-        let last = index + 1 == block.steps.len();
-        let pre = step.pre.as_ref().map(|norm| LoadedNorm::of(norm, supply)).transpose()?;
-        let post = step.post.as_ref().map(|norm| LoadedNorm::of(norm, supply)).transpose()?;
-        let run = Run { backend, block, step, pre, post, before: before.as_deref(), last };
-        match &step.layer {
-            Layer::Attention(attention) => attention::run(&run, attention, supply, chunks)?,
-            Layer::Mlp(mlp) => mlp::run(&run, mlp, supply, chunks)?,
-            Layer::Moe(moe) => moe::run(&run, moe, supply, chunks)?,
-            Layer::Opaque(_) => unreachable!("refused when the sequences were embedded"),
-        }
-    }
-    Ok(())
-}
-
-/// One step that is being run.
-struct Run<'r, B: Backend> {
-    backend: &'r B,
-    block: &'r Block,
-    step: &'r Step,
-    pre: Option<LoadedNorm<'r>>,
-    post: Option<LoadedNorm<'r>>,
-    /// What a parallel block was given.
-    before: Option<&'r [B::Matrix]>,
-    last: bool,
-}
-
-impl<B: Backend> Run<'_, B> {
-    /// What the step reads of a chunk.
-    fn source<'a>(&'a self, chunks: &'a [Chunk<B::Matrix>], index: usize) -> &'a B::Matrix {
-        self.before.map_or(&chunks[index].hidden, |before| &before[index])
-    }
-
-    /// Normed.
-    fn norm(&self, x: &B::Matrix) -> Result<B::Matrix> {
-        match &self.pre {
-            Some(norm) => norm.apply(self.backend, x),
-            None => Ok(self.backend.copy(x)?),
-        }
-    }
-
-    /// Normed, ready to be multiplied.
-    fn input(&self, chunks: &[Chunk<B::Matrix>], index: usize) -> Result<B::Input> {
-        let source = self.source(chunks, index);
-        match &self.pre {
-            Some(norm) => norm.input(self.backend, source),
-            None => Ok(self.backend.input(self.backend.copy(source)?)?),
-        }
-    }
-
-    /// Ends the step for one chunk.
-    fn add(&self, x: &B::Input, weight: &Weight<B::Weight>, hidden: &mut B::Matrix) -> Result<()> {
-        if self.post.is_none() && self.step.scale == 1.0 {
-            let rounded = rounded(self.backend, x, weight.rounding)?;
-            let x = rounded.as_ref().unwrap_or(x);
-            return Ok(self.backend.add_linear(x, &weight.matrix, weight.bias(), hidden)?);
-        }
-        self.add_output(product(self.backend, x, weight)?, hidden)
-    }
-
-    /// Ends the step for one chunk, of which the layer's output is given.
-    fn add_output(&self, output: B::Matrix, hidden: &mut B::Matrix) -> Result<()> {
-        let output = match &self.post {
-            Some(norm) => norm.apply(self.backend, &output)?,
-            None => output,
-        };
-        Ok(self.backend.add_scaled(&output, self.step.scale, hidden)?)
-    }
 }
 
 /// A normalisation with its weight.

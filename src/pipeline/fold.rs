@@ -7,14 +7,15 @@ use std::collections::HashMap;
 use std::time::Instant;
 
 use calibration::statistics::{Needs, Statistics};
-use calibration::transforms::{Awq, Slot, Tie};
+use calibration::transforms::{Awq, Slot as Scaled, Tie};
 use formats::tensor::{narrow, widen};
 use kernels::{Backend, GridSpec};
 
 use super::Walk;
 use crate::error::Result;
 use crate::forward::{Chunk, Inputs, Supply, Weight, ready, run_block};
-use crate::graph::{Attention, Block, Layer, Linear, Mlp, Norm, Projections, Stored};
+use crate::graph::{Block, Linear, Norm, Stored};
+use crate::program::{Producer, Program, Slot};
 use crate::report::SmoothingReport;
 use crate::targets::plain_grid;
 
@@ -34,61 +35,18 @@ impl<B: Backend> Walk<'_, '_, B> {
             let weight = self.load(linear)?;
             self.prepared.insert(linear.module.clone(), weight);
         }
-        self.smooth_norms(block, &statistics)?;
-        for step in &block.steps {
-            match &step.layer {
-                Layer::Attention(attention) => self.smooth_attention(attention, &statistics)?,
-                Layer::Mlp(mlp) => self.smooth_mlp(mlp, &statistics)?,
-                Layer::Moe(moe) => {
-                    for mlp in moe.experts.iter().chain(moe.shared.as_ref().map(|(shared, _)| shared)) {
-                        self.smooth_mlp(mlp, &statistics)?;
-                    }
+        let program = Program::of(block).expect("refused when the sequences were embedded");
+        for Slot { producer, readers } in program.slots() {
+            match producer {
+                Producer::Norm(norm) => self.smooth_norm(norm, &readers, &statistics)?,
+                Producer::Linear { linear, part, heads } => {
+                    let tie = heads.map_or(Tie::Free, |(head_dim, repeat)| Tie::Heads { head_dim, repeat });
+                    self.smooth_linear(linear, part, &readers, tie, &statistics)?;
                 }
-                Layer::Opaque(_) => {}
             }
         }
         self.shared.smooth += started.elapsed().as_secs_f64();
         Ok(())
-    }
-
-    /// Folds scales into the norms of a block, each with all the linears that read it.
-    ///
-    /// A mixture's input is left alone: its router, which is never quantized, would be rounded once more.
-    fn smooth_norms(&mut self, block: &Block, seen: &HashMap<String, Statistics<B>>) -> Result<()> {
-        let mut slots: Vec<(&Norm, Vec<&Linear>)> = Vec::new();
-        for step in &block.steps {
-            let Some(norm) = step.pre.as_ref().filter(|norm| norm.weights.len() == 1) else { continue };
-            let readers = match &step.layer {
-                Layer::Moe(_) | Layer::Opaque(_) => continue,
-                layer => layer.linears().swap_remove(0),
-            };
-            match slots.iter_mut().find(|(other, _)| other.weights == norm.weights) {
-                Some((_, all)) => all.extend(readers),
-                None => slots.push((norm, readers)),
-            }
-        }
-        slots.into_iter().try_for_each(|(norm, readers)| self.smooth_norm(norm, &readers, seen))
-    }
-
-    fn smooth_attention(&mut self, attention: &Attention, seen: &HashMap<String, Statistics<B>>) -> Result<()> {
-        let Attention { projections: Projections::Direct(linears), o, shape, clip: None, .. } = attention else {
-            return Ok(());
-        };
-        let v = linears.last().expect("values come last");
-        let repeat = shape.heads / shape.kv_heads;
-        let tie = match repeat {
-            1 => Tie::Free,
-            _ => Tie::Heads { head_dim: shape.value_dim, repeat },
-        };
-        self.smooth_linear(v, o, tie, seen)
-    }
-
-    fn smooth_mlp(&mut self, mlp: &Mlp, seen: &HashMap<String, Statistics<B>>) -> Result<()> {
-        // What is gated may be scaled, what is activated may not.
-        if !mlp.gated() || matches!(mlp.activation, kernels::Activation::SwigluOai { .. }) {
-            return Ok(());
-        }
-        self.smooth_linear(mlp.inputs.last().expect("gated"), &mlp.down, Tie::Free, seen)
     }
 
     /// Folds scales of the inputs of `readers` into the normalisation before them.
@@ -105,11 +63,12 @@ impl<B: Backend> Walk<'_, '_, B> {
         Ok(())
     }
 
-    /// Folds scales of the input of `reader` into the output rows of the last part of `producer`.
+    /// Folds scales of the inputs of `readers` into the output rows of a part of `producer`.
     fn smooth_linear(
         &mut self,
         producer: &Linear,
-        reader: &Linear,
+        part: usize,
+        readers: &[&Linear],
         tie: Tie,
         seen: &HashMap<String, Statistics<B>>,
     ) -> Result<()> {
@@ -121,9 +80,9 @@ impl<B: Backend> Walk<'_, '_, B> {
         if let Stored::Slice { bias: Some(_), .. } = producer.stored {
             return Ok(());
         }
-        let Some(scales) = self.smooth_readers(&[reader], tie, &producer.module, seen)? else { return Ok(()) };
+        let Some(scales) = self.smooth_readers(readers, tie, &producer.module, seen)? else { return Ok(()) };
         let mut inverse = vec![1.0; producer.rows];
-        match producer.split.rows(producer.split.parts() - 1) {
+        match producer.split.rows(part) {
             Some(rows) => rows.into_iter().zip(&scales).for_each(|(row, t)| inverse[row] = 1.0 / t),
             None => inverse.iter_mut().zip(&scales).for_each(|(row, t)| *row = 1.0 / t),
         }
@@ -157,7 +116,7 @@ impl<B: Backend> Walk<'_, '_, B> {
             }
         }
         let weights = readers.iter().map(|l| &self.prepared[&l.module].matrix);
-        let slot = Slot { readers: weights.zip(&specs).collect(), statistics, tie };
+        let slot = Scaled { readers: weights.zip(&specs).collect(), statistics, tie };
         let found = Awq::default().scales(self.backend, &slot)?;
         self.tasks[self.lead].done.smoothings.push(SmoothingReport {
             producer: producer.to_owned(),
@@ -222,7 +181,7 @@ impl<B: Backend> Supply<B> for FloatPass<'_, '_, '_, B> {
         self.walk.router(linear)
     }
 
-    fn needs_output(&self, last_step: bool) -> bool {
-        !last_step
+    fn needs_output(&self) -> bool {
+        false
     }
 }

@@ -437,8 +437,8 @@ impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
         Supply::<B>::router(&mut Plain::exact(self.backend, self.source), linear)
     }
 
-    fn needs_output(&self, last_step: bool) -> bool {
-        !(self.final_block && last_step)
+    fn needs_output(&self) -> bool {
+        !self.final_block
     }
 }
 

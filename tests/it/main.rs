@@ -24,6 +24,7 @@ mod llama_cpp;
 mod loading;
 mod matrix;
 mod pipeline;
+mod program;
 mod readme;
 mod records;
 mod resume;

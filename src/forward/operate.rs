@@ -1,0 +1,237 @@
+//! What each operation of a program does to one chunk.
+
+use std::rc::Rc;
+
+use kernels::{Activation, ActivationRounding, Backend};
+
+use super::route::{Routed, choose, sigmoid};
+use super::run::{Computed, Loaded, Place, Read, Run};
+use super::{LoadedNorm, Weight, product};
+use crate::error::Result;
+use crate::graph::Temperature;
+use crate::program::{Expert, Kind, Operation};
+
+impl<B: Backend> Computed<B> {
+    pub fn matrix(&self) -> &B::Matrix {
+        let Computed::Matrix(matrix) = self else { unreachable!("read as a matrix") };
+        matrix
+    }
+
+    pub fn input(&self) -> &B::Input {
+        let Computed::Input(input) = self else { unreachable!("read by linears alone") };
+        input
+    }
+
+    pub fn routed(&self, expert: Expert) -> &Routed {
+        let Computed::Routes(routes) = self else { unreachable!("read as routes") };
+        &routes[expert.index]
+    }
+}
+
+impl<B: Backend> Read<'_, B> {
+    fn matrix(&self) -> &B::Matrix {
+        match self {
+            Read::Stream(stream) => stream,
+            Read::Value(value) => value.matrix(),
+        }
+    }
+}
+
+impl<'b, B: Backend> Run<'_, 'b, B> {
+    /// A matrix that may be changed: the value itself where nobody else has it.
+    pub fn own(&self, read: Read<'_, B>) -> Result<B::Matrix> {
+        Ok(match read {
+            Read::Stream(stream) => self.backend.copy(stream)?,
+            Read::Value(value) => match Rc::try_unwrap(value) {
+                Ok(Computed::Matrix(matrix)) => matrix,
+                Ok(_) => unreachable!("read as a matrix"),
+                Err(shared) => self.backend.copy(shared.matrix())?,
+            },
+        })
+    }
+
+    /// What linears read.
+    fn multiplied(&self, read: Read<'_, B>) -> Result<Rc<Computed<B>>> {
+        Ok(match read {
+            Read::Value(value) if matches!(*value, Computed::Input(_)) => value,
+            other => Rc::new(Computed::Input(self.backend.input(self.own(other)?)?)),
+        })
+    }
+
+    fn weights(&self, at: usize) -> &[Weight<B::Weight>] {
+        let Loaded::Weights(weights) = &self.loaded[at] else { unreachable!("there as long as they are used") };
+        weights
+    }
+
+    fn loaded_norm(&self, at: usize) -> &LoadedNorm<'b> {
+        let Loaded::Norm(norm) = &self.loaded[at] else { unreachable!("loaded where the norm stands") };
+        norm
+    }
+
+    fn vector(&self, at: usize) -> Option<&[f32]> {
+        let Loaded::Vector(vector) = &self.loaded[at] else { unreachable!("loaded where it is used") };
+        vector.as_deref()
+    }
+
+    /// Does an operation for one chunk; what it makes, of linears only what is asked for.
+    pub fn operate(
+        &self,
+        at: usize,
+        reads: Vec<Read<'_, B>>,
+        place: Place<'_>,
+        asked: &dyn Fn(&usize) -> bool,
+    ) -> Result<Vec<(usize, Rc<Computed<B>>)>> {
+        let (backend, program) = (self.backend, self.program);
+        let operation = &program.operations[at];
+        let lengths = &self.chunks[place.index].lengths;
+        let mut reads = reads.into_iter();
+        let mut next = || reads.next().expect("as many as it reads");
+        let matrices = match &operation.kind {
+            Kind::Norm(_) => {
+                let (x, norm) = (next(), self.loaded_norm(at));
+                if program.values[operation.makes[0]].multiplied {
+                    let input = norm.input(backend, x.matrix())?;
+                    return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(input)))]);
+                }
+                vec![norm.apply(backend, x.matrix())?]
+            }
+            Kind::HeadNorm { norm, head_dim } => {
+                let mut x = self.own(next())?;
+                let LoadedNorm { weight, bias, .. } = self.loaded_norm(at);
+                backend.norm_heads(&mut x, *head_dim, norm.kind, weight, bias.as_deref(), norm.eps)?;
+                vec![x]
+            }
+            Kind::Linear { .. } => {
+                let x = self.multiplied(next())?;
+                let parts = operation.makes.iter().zip(self.weights(at)).filter(|(value, _)| asked(value));
+                let made = parts.map(|(value, weight)| Ok((*value, product(backend, x.input(), weight)?)));
+                return made.map(|made| made.and_then(|(value, y)| self.made(value, y))).collect();
+            }
+            Kind::JoinHeads { heads } => {
+                let (own, shared) = (next(), next());
+                // The shared part is rotated once a head: the layout says where in a head it lies.
+                vec![backend.join_heads(own.matrix(), shared.matrix(), *heads)?]
+            }
+            Kind::Clamp(limit) => self.each(operation, next, |x| Ok(backend.clamp(x, *limit)?))?,
+            Kind::Rope { layout, .. } => {
+                let Loaded::Angles(cos, sin) = &self.loaded[at] else { unreachable!("made where it stands") };
+                self.each(operation, next, |x| Ok(backend.rope(x, cos, sin, layout, lengths)?))?
+            }
+            Kind::Warm(Temperature { floor, scale, first }) => {
+                let warm = |position: usize| 1.0 + scale * (((position + first) as f32 / floor).floor() + 1.0).ln();
+                let factors: Vec<f32> = lengths.iter().flat_map(|length| (0..*length).map(warm)).collect();
+                self.each(operation, next, |x| Ok(backend.scale(x, &factors, &[])?))?
+            }
+            Kind::Attention { shape, .. } => {
+                let [q, mut k, mut v] = [self.own(next())?, self.own(next())?, self.own(next())?];
+                if self.rounds_cache {
+                    // As a cache in half precision keeps them.
+                    backend.round_values(&mut k, ActivationRounding::F16)?;
+                    backend.round_values(&mut v, ActivationRounding::F16)?;
+                }
+                let mixed = backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?;
+                return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(mixed)))]);
+            }
+            Kind::Activate(activation) => {
+                let x = self.multiplied(next())?;
+                let weights = self.weights(program.values[operation.reads[0]].maker.expect("linears make it"));
+                let inner = activate(backend, weights, *activation, x.input())?;
+                return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(inner)))]);
+            }
+            Kind::Route(router) => {
+                let logits = backend.download(next().matrix())?;
+                let mut routes = vec![Routed::default(); logits.ncols()];
+                for (row, logits) in logits.rows().into_iter().enumerate() {
+                    for (expert, weight) in choose(router, logits, self.vector(at)) {
+                        routes[expert].rows.push(row);
+                        routes[expert].weights.push(weight);
+                    }
+                }
+                return Ok(vec![(operation.makes[0], Rc::new(Computed::Routes(routes)))]);
+            }
+            Kind::Tokens => {
+                let (x, routes) = (next(), next());
+                let rows = place.rows.unwrap_or_else(|| &routed(&routes, operation).rows);
+                vec![backend.select_rows(x.matrix(), rows)?]
+            }
+            Kind::Weigh => {
+                let (x, routes) = (self.own(next())?, next());
+                let mut x = x;
+                // Others have no weight here.
+                if place.rows.is_none() {
+                    backend.scale(&mut x, &routed(&routes, operation).weights, &[])?;
+                }
+                vec![x]
+            }
+            Kind::Zeros => {
+                let [rows, cols] = backend.shape(&self.chunks[place.index].hidden);
+                vec![backend.zeros(rows, cols)?]
+            }
+            Kind::Share => {
+                let (mut y, logits) = (self.own(next())?, next());
+                let share: Vec<f32> = backend.download(logits.matrix())?.iter().map(|x| sigmoid(*x)).collect();
+                backend.scale(&mut y, &share, &[])?;
+                vec![y]
+            }
+            Kind::Scatter { .. } | Kind::Sum | Kind::Add { .. } => unreachable!("done where they stand"),
+        };
+        operation.makes.iter().zip(matrices).map(|(value, matrix)| self.made(*value, matrix)).collect()
+    }
+
+    /// Does the same to everything that an operation reads.
+    fn each<'m>(
+        &self,
+        operation: &Operation<'b>,
+        mut next: impl FnMut() -> Read<'m, B>,
+        change: impl Fn(&mut B::Matrix) -> Result<()>,
+    ) -> Result<Vec<B::Matrix>>
+    where
+        B: 'm,
+    {
+        let changed = operation.reads.iter().map(|_| {
+            let mut x = self.own(next())?;
+            change(&mut x)?;
+            Ok(x)
+        });
+        changed.collect()
+    }
+
+    /// A value that was made, in the form in which it is read.
+    fn made(&self, value: usize, matrix: B::Matrix) -> Result<(usize, Rc<Computed<B>>)> {
+        Ok((
+            value,
+            Rc::new(match self.program.values[value].multiplied {
+                true => Computed::Input(self.backend.input(matrix)?),
+                false => Computed::Matrix(matrix),
+            }),
+        ))
+    }
+}
+
+/// The tokens of an operation's expert.
+fn routed<'r, B: Backend>(routes: &'r Read<'_, B>, operation: &Operation<'_>) -> &'r Routed {
+    let (Read::Value(routes), Some(expert)) = (routes, operation.expert) else { unreachable!("of an expert") };
+    routes.routed(expert)
+}
+
+/// What linears make, activated.
+fn activate<B: Backend>(
+    backend: &B,
+    weights: &[Weight<B::Weight>],
+    activation: Activation,
+    x: &B::Input,
+) -> Result<B::Input> {
+    // Types of gate and up differ only where somebody asked for that: what both read is then rounded for one after the other.
+    let mut kinds: Vec<_> = weights.iter().filter_map(|weight| weight.rounding).collect();
+    kinds.dedup();
+    let mut kept = None;
+    for kind in kinds {
+        kept = Some(backend.round_activations(kept.as_ref().unwrap_or(x), kind)?);
+    }
+    let x = kept.as_ref().unwrap_or(x);
+    Ok(match weights {
+        [gate, up] => backend.gated(x, [&gate.matrix, &up.matrix], [gate.bias(), up.bias()], activation)?,
+        [up, ..] => backend.activated(x, &up.matrix, up.bias(), activation)?,
+        [] => unreachable!("a feed-forward layer has an input"),
+    })
+}

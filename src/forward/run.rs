@@ -1,0 +1,368 @@
+//! Runs a block's program over all chunks.
+//!
+//! Values are computed chunk by chunk where they are used, each time from what is kept and the stream. What the program says to keep is
+//! computed for all chunks before the next step, and let go after its last use.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::rc::Rc;
+
+use kernels::Backend;
+use ndarray::Array2;
+
+use super::route::Routed;
+use super::{Chunk, LoadedNorm, Others, Supply, Weight};
+use crate::error::Result;
+use crate::graph::{Block, Linear, Norm};
+use crate::program::{Expert, Kept, Kind, Lifetimes, Operation, Program};
+
+/// Runs one block over all chunks.
+pub fn run_block<B: Backend>(
+    backend: &B,
+    block: &Block,
+    supply: &mut dyn Supply<B>,
+    chunks: &mut [Chunk<B::Matrix>],
+) -> Result<()> {
+    let program = Program::of(block).expect("refused when the sequences were embedded");
+    let lives = Lifetimes::of(&program, supply.needs_output());
+    let loaded = program.operations.iter().map(|_| Loaded::Nothing).collect();
+    let rounds_cache = supply.rounds_cache();
+    let run = Run {
+        backend,
+        block,
+        program: &program,
+        lives: &lives,
+        rounds_cache,
+        chunks,
+        stream: Program::STREAM,
+        loaded,
+        norms: Vec::new(),
+        pending: Vec::new(),
+        kept: RefCell::default(),
+    };
+    run.all(supply)
+}
+
+/// A value of one chunk.
+pub(super) enum Computed<B: Backend> {
+    Matrix(B::Matrix),
+    /// As products read it.
+    Input(B::Input),
+    /// For each expert.
+    Routes(Vec<Routed>),
+}
+
+/// Values of chunks, by both.
+type Store<B> = HashMap<(usize, usize), Rc<Computed<B>>>;
+
+/// What an operation takes besides values.
+pub(super) enum Loaded<'b, B: Backend> {
+    Nothing,
+    Weights(Vec<Weight<B::Weight>>),
+    Norm(Rc<LoadedNorm<'b>>),
+    Vector(Option<Vec<f32>>),
+    /// Cosines and sines.
+    Angles(Array2<f32>, Array2<f32>),
+}
+
+/// For which tokens something is computed, and when.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'p> {
+    /// The chunk.
+    pub index: usize,
+    /// Tokens that are looked at in place of an expert's own.
+    pub rows: Option<&'p [usize]>,
+    /// What is kept until this time may be taken; none while somebody only looks.
+    time: Option<usize>,
+}
+
+/// What an operation reads.
+pub(super) enum Read<'m, B: Backend> {
+    Stream(&'m B::Matrix),
+    Value(Rc<Computed<B>>),
+}
+
+/// One block that is being run.
+pub(super) struct Run<'r, 'b, B: Backend> {
+    pub backend: &'r B,
+    block: &'b Block,
+    pub program: &'r Program<'b>,
+    lives: &'r Lifetimes,
+    pub rounds_cache: bool,
+    pub chunks: &'r mut [Chunk<B::Matrix>],
+    /// The value that chunks hold.
+    stream: usize,
+    /// Of each operation.
+    pub loaded: Vec<Loaded<'b, B>>,
+    norms: Vec<Rc<LoadedNorm<'b>>>,
+    /// What is to be kept, and not yet computed.
+    pending: Vec<usize>,
+    kept: RefCell<Store<B>>,
+}
+
+impl<'b, B: Backend> Run<'_, 'b, B> {
+    fn all(mut self, supply: &mut dyn Supply<B>) -> Result<()> {
+        let program = self.program;
+        for (at, operation) in program.operations.iter().enumerate() {
+            if operation.kind.is_step() {
+                self.keep_pending(2 * at)?;
+                self.forget(2 * at);
+            }
+            match &operation.kind {
+                Kind::Linear { linears, fixed: true } => {
+                    self.loaded[at] = Loaded::Weights(vec![supply.router(linears[0])?]);
+                }
+                Kind::Linear { linears, fixed: false } => {
+                    self.loaded[at] = Loaded::Weights(self.stage(at, linears, supply)?);
+                }
+                kind if kind.adds() => {
+                    if self.lives.needed[at] {
+                        (0..self.chunks.len()).try_for_each(|index| self.add(at, index))?;
+                        if let Kind::Add { .. } = kind {
+                            self.stream = operation.makes[0];
+                        }
+                    }
+                }
+                kind => self.loaded[at] = self.load(kind, supply)?,
+            }
+            if operation.kind.is_step() {
+                self.forget(2 * at + 1);
+            }
+            if self.lives.needed[at] && !operation.kind.adds() {
+                let kept =
+                    |value: &&usize| program.values[**value].kept == Kept::Always && self.lives.until[**value] > 0;
+                self.pending.extend(operation.makes.iter().filter(kept));
+            }
+        }
+        Ok(())
+    }
+
+    /// Loads what an operation takes besides values and weights.
+    fn load(&mut self, kind: &Kind<'b>, supply: &mut dyn Supply<B>) -> Result<Loaded<'b, B>> {
+        Ok(match kind {
+            Kind::Norm(norm) | Kind::HeadNorm { norm, .. } => Loaded::Norm(self.norm(norm, supply)?),
+            Kind::Attention { sinks, .. } => Loaded::Vector(sinks.map(|name| supply.vector(name)).transpose()?),
+            Kind::Route(router) => {
+                let correction = router.correction.as_ref();
+                Loaded::Vector(correction.map(|(name, _)| supply.vector(name)).transpose()?)
+            }
+            Kind::Rope { rope, .. } => {
+                let longest = self.chunks.iter().flat_map(|chunk| &chunk.lengths).copied().max().unwrap_or(0);
+                let (cos, sin) = rope.table(longest);
+                Loaded::Angles(cos, sin)
+            }
+            _ => Loaded::Nothing,
+        })
+    }
+
+    /// A norm, which is loaded once for all who use it.
+    fn norm(&mut self, norm: &'b Norm, supply: &mut dyn Supply<B>) -> Result<Rc<LoadedNorm<'b>>> {
+        if let Some(known) = self.norms.iter().find(|known| std::ptr::eq(known.norm, norm)) {
+            return Ok(known.clone());
+        }
+        let loaded = Rc::new(LoadedNorm::of(norm, supply)?);
+        self.norms.push(loaded.clone());
+        Ok(loaded)
+    }
+
+    /// Asks for the weights of linears, and shows their input.
+    fn stage(&self, at: usize, linears: &[&Linear], supply: &mut dyn Supply<B>) -> Result<Vec<Weight<B::Weight>>> {
+        let operation = &self.program.operations[at];
+        let x = operation.reads[0];
+        let value = &self.program.values[x];
+        let tokens: usize = self.chunks.iter().flat_map(|chunk| &chunk.lengths).sum();
+        let keeps = value.kept == Kept::Room && tokens * value.width <= self.backend.kept_values();
+        let inputs = |see: &mut dyn FnMut(&B::Input) -> Result<()>| {
+            let mut here = (0..self.chunks.len()).filter(|index| self.is_here(operation.expert, *index));
+            here.try_for_each(|index| {
+                let found = self.input(x, Place { index, rows: None, time: None })?;
+                see(found.input())?;
+                // Kept as soon as it is there and has been seen: what is put aside for want of room is then written once and read once.
+                if keeps {
+                    self.kept.borrow_mut().insert((x, index), found);
+                }
+                Ok(())
+            })
+        };
+        if operation.expert.is_none() {
+            return supply.linears(linears, &inputs);
+        }
+        let others = Others {
+            inputs: &|count, see| {
+                (0..self.chunks.len()).try_for_each(|index| match &self.spread(count, index)[..] {
+                    [] => Ok(()),
+                    rows => see(self.input(x, Place { index, rows: Some(rows), time: None })?.input()),
+                })
+            },
+            // What none of an expert's own weights has changed.
+            shared: (value.kept == Kept::Never).then_some(&self.block.name[..]),
+        };
+        supply.expert(linears, &inputs, &others)
+    }
+
+    /// About `count` tokens of all chunks, evenly spread: those of one chunk.
+    fn spread(&self, count: usize, index: usize) -> Vec<usize> {
+        let tokens = |chunk: &Chunk<B::Matrix>| chunk.lengths.iter().sum::<usize>();
+        let total: usize = self.chunks.iter().map(tokens).sum();
+        let step = total.div_ceil(count.clamp(1, total.max(1))).max(1);
+        let before: usize = self.chunks[..index].iter().map(tokens).sum();
+        (0..tokens(&self.chunks[index])).filter(|row| (before + row).is_multiple_of(step)).collect()
+    }
+
+    /// Whether any token of a chunk goes to an expert.
+    fn is_here(&self, expert: Option<Expert>, index: usize) -> bool {
+        expert.is_none_or(|expert| !self.routed(expert, index).routed(expert).rows.is_empty())
+    }
+
+    /// What says which tokens of a chunk go where.
+    fn routed(&self, expert: Expert, index: usize) -> Rc<Computed<B>> {
+        self.kept.borrow()[&(expert.routes, index)].clone()
+    }
+
+    /// Computes what is to be kept of what was defined so far.
+    fn keep_pending(&mut self, time: usize) -> Result<()> {
+        let pending = std::mem::take(&mut self.pending);
+        let Some(first) = pending.first() else { return Ok(()) };
+        // Those of different experts are never waiting together.
+        let expert = self.program.maker(*first).and_then(|maker| maker.expert);
+        for index in 0..self.chunks.len() {
+            if self.is_here(expert, index) {
+                let found = self.compute(&pending, Place { index, rows: None, time: Some(time) })?;
+                self.kept.borrow_mut().extend(pending.iter().map(|value| (*value, index)).zip(found));
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets go what nobody needs after this time.
+    fn forget(&mut self, time: usize) {
+        let Lifetimes { until, weights_until, .. } = self.lives;
+        self.kept.borrow_mut().retain(|(value, _), _| until[*value] > time);
+        for (loaded, until) in self.loaded.iter_mut().zip(weights_until) {
+            if *until <= time && matches!(loaded, Loaded::Weights(_)) {
+                *loaded = Loaded::Nothing;
+            }
+        }
+    }
+
+    /// Does an operation that adds to what is kept, or to the stream, for one chunk.
+    fn add(&mut self, at: usize, index: usize) -> Result<()> {
+        let operation = &self.program.operations[at];
+        let place = Place { index, rows: None, time: Some(2 * at + 1) };
+        let (old, new) = (operation.reads[0], operation.makes[0]);
+        if let Kind::Add { scale } = operation.kind {
+            return self.add_to_stream(operation, scale, place);
+        }
+        let sum = self.kept.borrow_mut().remove(&(old, index)).expect("kept");
+        let mut sum = self.own(Read::Value(sum))?;
+        if self.is_here(operation.expert, index) {
+            let y = self.compute(&operation.reads[1..2], place)?.remove(0);
+            match (&operation.kind, operation.expert) {
+                (Kind::Scatter { weighed }, Some(expert)) => {
+                    let routes = self.routed(expert, index);
+                    let Routed { rows, weights } = routes.routed(expert);
+                    let ones = vec![1.0; rows.len()];
+                    let weights = if *weighed { weights } else { &ones };
+                    self.backend.add_rows(y.matrix(), rows, weights, &mut sum)?;
+                }
+                _ => self.backend.add_scaled(y.matrix(), 1.0, &mut sum)?,
+            }
+        }
+        self.kept.borrow_mut().insert((new, index), Rc::new(Computed::Matrix(sum)));
+        Ok(())
+    }
+
+    fn add_to_stream(&mut self, operation: &Operation<'b>, scale: f32, place: Place<'_>) -> Result<()> {
+        let (backend, index) = (self.backend, place.index);
+        let old = operation.reads[0];
+        let operands = self.program.operands(operation);
+        let y = self.compute(&operands, place)?.remove(0);
+        if self.lives.from[old].is_some() {
+            let copy = backend.copy(&self.chunks[index].hidden)?;
+            self.kept.borrow_mut().insert((old, index), Rc::new(Computed::Matrix(copy)));
+        }
+        let hidden = &mut self.chunks[index].hidden;
+        match operands[..] == [operation.reads[1]] {
+            true => backend.add_scaled(y.matrix(), scale, hidden)?,
+            false => {
+                let Loaded::Weights(weights) =
+                    &self.loaded[self.program.values[operation.reads[1]].maker.expect("made")]
+                else {
+                    unreachable!("the weights are there as long as they are used")
+                };
+                let rounded = super::rounded(backend, y.input(), weights[0].rounding)?;
+                let x = rounded.as_ref().unwrap_or(y.input());
+                backend.add_linear(x, &weights[0].matrix, weights[0].bias(), hidden)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A value as products read it.
+    fn input(&self, value: usize, place: Place<'_>) -> Result<Rc<Computed<B>>> {
+        match self.stream_at(value, place.index) {
+            Some(stream) => Ok(Rc::new(Computed::Input(self.backend.input(self.backend.copy(stream)?)?))),
+            None => Ok(self.compute(&[value], place)?.remove(0)),
+        }
+    }
+
+    /// The stream of a chunk, if that is what a value is.
+    fn stream_at(&self, value: usize, index: usize) -> Option<&B::Matrix> {
+        (value == self.stream).then(|| &self.chunks[index].hidden)
+    }
+
+    /// Computes values of a chunk, and whatever they are made of that is not kept.
+    fn compute(&self, wanted: &[usize], place: Place<'_>) -> Result<Vec<Rc<Computed<B>>>> {
+        let mut there = HashMap::new();
+        let mut operations = BTreeMap::new();
+        wanted.iter().for_each(|value| self.gather(*value, place, &mut there, &mut operations));
+        // How many are still to read each.
+        let mut readers: HashMap<usize, usize> = HashMap::new();
+        operations.values().flatten().chain(wanted).for_each(|value| *readers.entry(*value).or_default() += 1);
+        let mut take = |value: usize, there: &mut HashMap<usize, Rc<Computed<B>>>| {
+            let left = readers.get_mut(&value).expect("counted");
+            *left -= 1;
+            let found = if *left == 0 { there.remove(&value) } else { there.get(&value).cloned() };
+            found.expect("computed")
+        };
+        for (at, operands) in &operations {
+            let read = |value: &usize| match self.stream_at(*value, place.index) {
+                Some(stream) => Read::Stream(stream),
+                None => Read::Value(take(*value, &mut there)),
+            };
+            let reads = operands.iter().map(read).collect();
+            let asked = |value: &usize| wanted.contains(value) || operations.values().flatten().any(|v| v == value);
+            there.extend(self.operate(*at, reads, place, &asked)?);
+        }
+        Ok(wanted.iter().map(|value| take(*value, &mut there)).collect())
+    }
+
+    /// Finds what is to be done for a value, with what it reads, and takes what is kept.
+    fn gather(
+        &self,
+        value: usize,
+        place: Place<'_>,
+        there: &mut HashMap<usize, Rc<Computed<B>>>,
+        operations: &mut BTreeMap<usize, Vec<usize>>,
+    ) {
+        if there.contains_key(&value) || self.stream_at(value, place.index).is_some() {
+            return;
+        }
+        let key = (value, place.index);
+        // What is kept of an expert is of its own tokens.
+        if place.rows.is_none() || self.program.values[value].expert.is_none() {
+            let last = place.time == Some(self.lives.until[value]);
+            let mut kept = self.kept.borrow_mut();
+            if let Some(found) = if last { kept.remove(&key) } else { kept.get(&key).cloned() } {
+                there.insert(value, found);
+                return;
+            }
+        }
+        let at = self.program.values[value].maker.expect("the stream is there");
+        if !operations.contains_key(&at) {
+            let operands = self.program.operands(&self.program.operations[at]);
+            operands.iter().for_each(|operand| self.gather(*operand, place, there, operations));
+            operations.insert(at, operands);
+        }
+    }
+}

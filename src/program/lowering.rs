@@ -1,0 +1,218 @@
+//! From layers to operations.
+
+use super::{Expert, Kept, Kind, Operation, Program, Value};
+use crate::graph::{Attention, Block, HeadNorms, Latent, Layer, Linear, Mlp, Moe, Norm, Projections, Step};
+
+impl<'b> Program<'b> {
+    /// What a block does; `None` for one of an unknown family, of which only the linears are known.
+    pub fn of(block: &'b Block) -> Option<Program<'b>> {
+        let hidden = block.steps.iter().find_map(|step| match &step.layer {
+            Layer::Attention(attention) => Some(attention.o.rows),
+            Layer::Mlp(mlp) => Some(mlp.down.rows),
+            Layer::Moe(moe) => Some(moe.router.linear.cols),
+            Layer::Opaque(_) => None,
+        })?;
+        let program = Program { values: Vec::new(), operations: Vec::new() };
+        let mut lowering = Lowering { program, hidden, expert: None };
+        let mut stream = lowering.value("h", hidden, None);
+        for step in &block.steps {
+            let source = if block.parallel { Program::STREAM } else { stream };
+            stream = lowering.step(step, source, stream)?;
+        }
+        Some(lowering.end())
+    }
+}
+
+struct Lowering<'b> {
+    program: Program<'b>,
+    /// Width of the stream.
+    hidden: usize,
+    /// Whose operations are being added.
+    expert: Option<Expert>,
+}
+
+impl<'b> Lowering<'b> {
+    fn value(&mut self, name: &'static str, width: usize, maker: Option<usize>) -> usize {
+        let values = &mut self.program.values;
+        let expert = self.expert.map(|expert| expert.index);
+        // Names of an expert are its own. Its values are the last ones, so that the search ends soon.
+        let own = values.iter().rev().take_while(|value| expert.is_none() || value.expert == expert);
+        let number = 1 + own.filter(|value| value.expert == expert && value.name == name).count();
+        values.push(Value { name, number, width, expert, kept: Kept::Never, maker, multiplied: false });
+        values.len() - 1
+    }
+
+    fn operation(&mut self, kind: Kind<'b>, reads: &[usize], makes: &[(&'static str, usize)]) -> Vec<usize> {
+        let at = self.program.operations.len();
+        let made: Vec<usize> = makes.iter().map(|(name, width)| self.value(name, *width, Some(at))).collect();
+        let operation = Operation { kind, reads: reads.to_vec(), makes: made.clone(), expert: self.expert };
+        self.program.operations.push(operation);
+        made
+    }
+
+    /// An operation that makes one value.
+    fn one(&mut self, kind: Kind<'b>, reads: &[usize], name: &'static str, width: usize) -> usize {
+        self.operation(kind, reads, &[(name, width)])[0]
+    }
+
+    /// An operation on values that makes one of the same name and width of each.
+    fn each(&mut self, kind: Kind<'b>, reads: &mut [usize]) {
+        let makes: Vec<_> =
+            reads.iter().map(|v| (self.program.values[*v].name, self.program.values[*v].width)).collect();
+        let made = self.operation(kind, reads, &makes);
+        reads.copy_from_slice(&made);
+    }
+
+    fn linears(&mut self, linears: Vec<&'b Linear>, fixed: bool, x: usize, names: &[&'static str]) -> Vec<usize> {
+        let widths = linears.iter().flat_map(|linear| match linear.split.lengths.is_empty() {
+            true => vec![linear.rows],
+            false => linear.split.lengths.iter().map(|length| linear.split.times * length).collect(),
+        });
+        let makes: Vec<_> = names.iter().copied().zip(widths).collect();
+        self.operation(Kind::Linear { linears, fixed }, &[x], &makes)
+    }
+
+    fn keep(&mut self, value: usize, kept: Kept) {
+        self.program.values[value].kept = kept;
+    }
+
+    fn norm(&mut self, norm: Option<&'b Norm>, x: usize, name: &'static str) -> usize {
+        let width = self.program.values[x].width;
+        norm.map_or(x, |norm| self.one(Kind::Norm(norm), &[x], name, width))
+    }
+
+    /// `source` is what the step reads, `stream` what it adds to.
+    fn step(&mut self, step: &'b Step, source: usize, stream: usize) -> Option<usize> {
+        let y = match &step.layer {
+            Layer::Attention(attention) => {
+                let x = self.norm(step.pre.as_ref(), source, "x");
+                self.attention(attention, x)
+            }
+            Layer::Mlp(mlp) => {
+                let x = self.norm(step.pre.as_ref(), source, "x");
+                self.mlp(mlp, x, Kept::Room)
+            }
+            Layer::Moe(moe) => self.mixture(moe, step.pre.as_ref(), source),
+            Layer::Opaque(_) => return None,
+        };
+        let y = self.norm(step.post.as_ref(), y, "y");
+        Some(self.one(Kind::Add { scale: step.scale }, &[stream, y], "h", self.hidden))
+    }
+
+    fn attention(&mut self, attention: &'b Attention, x: usize) -> usize {
+        let Attention { projections, o, shape, rope, layout, norms, clip, sinks, temperature } = attention;
+        let mut qkv: [usize; 3] = match projections {
+            Projections::Direct(linears) => {
+                let made = self.linears(linears.iter().collect(), false, x, &["q", "k", "v"]);
+                made.try_into().expect("queries, keys and values")
+            }
+            Projections::Latent(latent) => self.latent(latent, shape.heads, x),
+        };
+        let norms = |after: bool| norms.as_ref().filter(|norms| norms.after_rope == after);
+        self.head_norms(norms(false), shape.head_dim, &mut qkv);
+        if let Some(limit) = clip {
+            self.each(Kind::Clamp(*limit), &mut qkv);
+        }
+        if let Some(rope) = rope {
+            self.each(Kind::Rope { rope, layout: *layout }, &mut qkv[..2]);
+        }
+        self.head_norms(norms(true), shape.head_dim, &mut qkv);
+        if let Some(temperature) = temperature {
+            self.each(Kind::Warm(*temperature), &mut qkv[..1]);
+        }
+        let kind = Kind::Attention { shape: *shape, sinks: sinks.as_deref() };
+        let mixed = self.one(kind, &qkv, "mix", shape.heads * shape.value_dim);
+        // It costs more than any product, and the weights before it can go once it is there.
+        self.keep(mixed, Kept::Always);
+        self.linears(vec![o], false, mixed, &["y"])[0]
+    }
+
+    fn head_norms(&mut self, norms: Option<&'b HeadNorms>, head_dim: usize, qkv: &mut [usize; 3]) {
+        let Some(HeadNorms { q, k, per_head, .. }) = norms else { return };
+        for (at, norm) in [q, k].into_iter().enumerate() {
+            let kind = if *per_head { Kind::HeadNorm { norm, head_dim } } else { Kind::Norm(norm) };
+            self.each(kind, &mut qkv[at..=at]);
+        }
+    }
+
+    fn latent(&mut self, latent: &'b Latent, heads: usize, x: usize) -> [usize; 3] {
+        let Latent { q, q_norm, kv_a, kv_norm, kv_b } = latent;
+        let first = if q.len() == 1 { "q" } else { "cq" };
+        let made = self.linears(vec![&q[0], kv_a], false, x, &[first, "ckv", "kr"]);
+        let [mut queries, latent, rotated] = made.try_into().expect("queries, a latent and a part of keys");
+        let queries_latent = (q.len() > 1).then(|| self.norm(q_norm.as_ref(), queries, "cq"));
+        let latent = self.norm(Some(kv_norm), latent, "ckv");
+        // Each of them is small, and all are made of one product with the input.
+        queries_latent.into_iter().chain([latent, rotated]).for_each(|value| self.keep(value, Kept::Always));
+        if let Some(queries_latent) = queries_latent {
+            queries = self.linears(vec![&q[1]], false, queries_latent, &["q"])[0];
+        }
+        let made = self.linears(vec![kv_b], false, latent, &["k", "v"]);
+        let width = self.program.values[made[0]].width + heads * self.program.values[rotated].width;
+        let keys = self.one(Kind::JoinHeads { heads }, &[made[0], rotated], "k", width);
+        [queries, keys, made[1]]
+    }
+
+    fn mlp(&mut self, mlp: &'b Mlp, x: usize, kept: Kept) -> usize {
+        let names: &[&str] = if mlp.gated() { &["gate", "up"] } else { &["up"] };
+        let made = self.linears(mlp.inputs.iter().collect(), false, x, names);
+        let inner = self.one(Kind::Activate(mlp.activation), &made, "a", mlp.inner());
+        self.keep(inner, kept);
+        self.linears(vec![&mlp.down], false, inner, &["y"])[0]
+    }
+
+    fn mixture(&mut self, moe: &'b Moe, pre: Option<&'b Norm>, source: usize) -> usize {
+        let Moe { router, experts, shared, weigh_input } = moe;
+        let x = self.norm(pre, source, "x");
+        let logits = self.linears(vec![&router.linear], true, x, &["logits"])[0];
+        let routes = self.one(Kind::Route(router), &[logits], "routes", router.top_k);
+        let mut sum = self.one(Kind::Zeros, &[], "sum", self.hidden);
+        [routes, sum].into_iter().for_each(|value| self.keep(value, Kept::Always));
+        for (index, expert) in experts.iter().enumerate() {
+            self.expert = Some(Expert { index, routes });
+            // Rows are normed one by one: those of one expert need no others.
+            let own = self.one(Kind::Tokens, &[source, routes], "t", self.hidden);
+            let mut x = self.norm(pre, own, "x");
+            if *weigh_input {
+                x = self.one(Kind::Weigh, &[x, routes], "x", self.hidden);
+            }
+            // Both uses follow at once, and the tokens of one expert are few.
+            let y = self.mlp(expert, x, Kept::Always);
+            let kind = Kind::Scatter { weighed: !weigh_input };
+            let expert = self.expert.take();
+            sum = self.add_to_sum(kind, &[sum, y, routes]);
+            self.program.operations.last_mut().expect("just added").expert = expert;
+        }
+        if let Some((shared, gate)) = shared {
+            let mut y = self.mlp(shared, x, Kept::Room);
+            if let Some(gate) = gate {
+                let logit = self.linears(vec![gate], true, x, &["logits"])[0];
+                y = self.one(Kind::Share, &[y, logit], "y", self.hidden);
+            }
+            sum = self.add_to_sum(Kind::Sum, &[sum, y]);
+        }
+        sum
+    }
+
+    /// What comes of it stands where the sum stood, and is called as it was.
+    fn add_to_sum(&mut self, kind: Kind<'b>, reads: &[usize]) -> usize {
+        let sum = self.one(kind, reads, "sum", self.hidden);
+        self.program.values[sum].number = 1;
+        self.keep(sum, Kept::Always);
+        sum
+    }
+
+    /// Says of every value who reads it.
+    fn end(self) -> Program<'b> {
+        let mut program = self.program;
+        let mut others = vec![false; program.values.len()];
+        for operation in &program.operations {
+            let product = matches!(operation.kind, Kind::Linear { .. });
+            for value in &operation.reads {
+                program.values[*value].multiplied = product && !others[*value];
+                others[*value] |= !product;
+            }
+        }
+        program
+    }
+}

@@ -1,0 +1,213 @@
+//! A block's computation as data: operations on named values, in the order in which they are done.
+//!
+//! `forward` runs it, `memory` counts what it keeps, `pipeline` finds in it where channel scales can go, and `inspect` shows it.
+
+mod lifetimes;
+mod lowering;
+mod shown;
+mod slots;
+#[cfg(test)]
+mod tests;
+
+use kernels::{Activation, AttentionShape, RopeLayout};
+
+pub use self::lifetimes::Lifetimes;
+pub use self::shown::{Shown, ShownOperation, ShownValue, shown};
+pub use self::slots::{Producer, Slot};
+use crate::graph::{Linear, Norm, Rope, Router, Temperature};
+
+/// What a block does.
+#[derive(Clone, Debug)]
+pub struct Program<'b> {
+    /// Every value, the stream that the block is given first.
+    pub values: Vec<Value>,
+    /// What is done, in order: an operation reads what those before it make.
+    pub operations: Vec<Operation<'b>>,
+}
+
+/// Something that is computed for each token.
+#[derive(Clone, Debug)]
+pub struct Value {
+    /// What it is called.
+    pub name: &'static str,
+    /// Which of those of this name it is, from 1.
+    pub number: usize,
+    /// Numbers of one token.
+    pub width: usize,
+    /// The expert whose tokens have it; `None` for all tokens.
+    pub expert: Option<usize>,
+    /// Whether it is kept from where it is made to where it is used.
+    pub kept: Kept,
+    /// The operation that makes it; `None` for the stream that the block is given.
+    pub maker: Option<usize>,
+    /// Nothing but linears reads it.
+    pub multiplied: bool,
+}
+
+/// Whether a value is there for all tokens at once. Others are computed chunk by chunk where they are used, and again where they are used
+/// again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// It is cheaply computed, or used once.
+    Never,
+    /// Where there is room for it.
+    Room,
+    /// Always.
+    Always,
+}
+
+/// One operation.
+#[derive(Clone, Debug)]
+pub struct Operation<'b> {
+    /// What it does.
+    pub kind: Kind<'b>,
+    /// Numbers of the values that it reads.
+    pub reads: Vec<usize>,
+    /// Numbers of the values that it makes.
+    pub makes: Vec<usize>,
+    /// Whose tokens it is done for; `None` for all.
+    pub expert: Option<Expert>,
+}
+
+/// One of the experts of a mixture.
+#[derive(Clone, Copy, Debug)]
+pub struct Expert {
+    /// Which.
+    pub index: usize,
+    /// The value that says which tokens are its own.
+    pub routes: usize,
+}
+
+/// What an operation does.
+#[derive(Clone, Debug)]
+pub enum Kind<'b> {
+    /// Normalises all values of a token together.
+    Norm(&'b Norm),
+    /// Normalises each head by itself.
+    HeadNorm {
+        /// With its weight.
+        norm: &'b Norm,
+        /// Values of a head.
+        head_dim: usize,
+    },
+    /// Multiplies one value by the weights of several linears; each part of each makes one value. A stage, as these linears are
+    /// calibrated together.
+    Linear {
+        /// The linears.
+        linears: Vec<&'b Linear>,
+        /// They are never quantized.
+        fixed: bool,
+    },
+    /// Puts the part of the keys that all heads share beside each head's own.
+    JoinHeads {
+        /// How many there are.
+        heads: usize,
+    },
+    /// Limits the size of the values.
+    Clamp(f32),
+    /// Rotates by the position.
+    Rope {
+        /// How far.
+        rope: &'b Rope,
+        /// Which values.
+        layout: RopeLayout,
+    },
+    /// Multiplies queries by what grows with the position.
+    Warm(Temperature),
+    /// Causal softmax attention of queries, keys and values.
+    Attention {
+        /// Heads, scale and mask.
+        shape: AttentionShape,
+        /// Tensor of one logit a head that takes part in the softmax and has no value.
+        sinks: Option<&'b str>,
+    },
+    /// `act(gate) · up`, or `act(up)` of a single value.
+    Activate(Activation),
+    /// Chooses experts by logits.
+    Route(&'b Router),
+    /// The tokens of an expert.
+    Tokens,
+    /// Multiplies the tokens of an expert by its weight in each.
+    Weigh,
+    /// A sum of nothing, as wide as the stream.
+    Zeros,
+    /// Adds the output of an expert to its tokens.
+    Scatter {
+        /// Times its weight in each.
+        weighed: bool,
+    },
+    /// Multiplies by the sigmoid of one logit a token.
+    Share,
+    /// Adds one value to another.
+    Sum,
+    /// Adds a value to the stream.
+    Add {
+        /// Times this.
+        scale: f32,
+    },
+}
+
+impl Kind<'_> {
+    /// Whether something happens where it stands, to all chunks: weights are asked for, or something is added to what is kept. Everything
+    /// else is done where its value is used.
+    pub fn is_step(&self) -> bool {
+        matches!(self, Kind::Linear { .. }) || self.adds()
+    }
+
+    /// Whether it changes what is kept of its first value, which becomes what it makes.
+    pub fn adds(&self) -> bool {
+        matches!(self, Kind::Scatter { .. } | Kind::Sum | Kind::Add { .. })
+    }
+}
+
+impl Operation<'_> {
+    /// The names of the tensors that it needs.
+    pub fn tensors(&self) -> Vec<String> {
+        match &self.kind {
+            Kind::Norm(norm) | Kind::HeadNorm { norm, .. } => norm.weights.iter().chain(&norm.bias).cloned().collect(),
+            Kind::Linear { linears, .. } => {
+                linears.iter().flat_map(|linear| linear.tensors()).map(|(name, _)| name).collect()
+            }
+            Kind::Attention { sinks, .. } => sinks.iter().map(|name| (*name).to_owned()).collect(),
+            Kind::Route(router) => router.correction.iter().map(|(name, _)| name.clone()).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+impl<'b> Program<'b> {
+    /// The stream that the block is given.
+    pub const STREAM: usize = 0;
+
+    /// The operation that makes a value.
+    pub fn maker(&self, value: usize) -> Option<&Operation<'b>> {
+        Some(&self.operations[self.values[value].maker?])
+    }
+
+    /// The values that have to be there for an operation: those that it reads, or what the linears read whose output it takes as one with
+    /// theirs.
+    pub fn operands(&self, operation: &Operation<'b>) -> Vec<usize> {
+        let Operation { kind, reads, .. } = operation;
+        let product = |value: usize| self.maker(value).filter(|maker| matches!(maker.kind, Kind::Linear { .. }));
+        match kind {
+            Kind::Activate(_) => product(reads[0]).expect("linears make what is gated").reads.clone(),
+            Kind::Add { scale } => match product(reads[1]) {
+                Some(last) if *scale == 1.0 => last.reads.clone(),
+                _ => vec![reads[1]],
+            },
+            _ => reads.clone(),
+        }
+    }
+
+    /// The linear and the part of it that make a value.
+    pub fn made_by(&self, value: usize) -> Option<(&'b Linear, usize)> {
+        let Operation { kind: Kind::Linear { linears, .. }, makes, .. } = self.maker(value)? else { return None };
+        let place = makes.iter().position(|made| *made == value)?;
+        linears.iter().flat_map(|linear| (0..linear.split.parts()).map(move |part| (*linear, part))).nth(place)
+    }
+
+    /// Whether a value is the stream, at whatever point.
+    pub fn is_stream(&self, value: usize) -> bool {
+        self.maker(value).is_none_or(|maker| matches!(maker.kind, Kind::Add { .. }))
+    }
+}

@@ -1,0 +1,280 @@
+//! A program as people and scripts read it.
+
+use kernels::{Activation, NormKind};
+use serde::Serialize;
+
+use super::{Kept, Kind, Operation, Program, Value};
+use crate::graph::{Block, Norm, RopeScaling, Scoring};
+use crate::words::{listed, one_line};
+
+/// What some blocks do that are alike.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Shown {
+    /// The prefixes of their tensors.
+    pub blocks: Vec<String>,
+    /// What is done, in order.
+    pub operations: Vec<ShownOperation>,
+}
+
+/// One operation; of alike ones on several experts that of the first.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ShownOperation {
+    /// What is computed, as in `linear(x)`.
+    pub expression: String,
+    /// The values that it reads.
+    pub reads: Vec<String>,
+    /// The values that it makes.
+    pub makes: Vec<ShownValue>,
+    /// Numbers of a token that linears read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input: Option<usize>,
+    /// What else decides about it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub details: Vec<String>,
+    /// Its tensors, without the prefix of the block.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tensors: Vec<String>,
+    /// It is done for each of so many experts, and is shown for the first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub experts: Option<usize>,
+    #[serde(skip)]
+    expert: Option<usize>,
+}
+
+/// A value that is made.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ShownValue {
+    /// What it is called.
+    pub name: String,
+    /// Numbers of one token.
+    pub width: usize,
+    /// Whether it is kept for all tokens: `always`, or where there is `room`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept: Option<&'static str>,
+}
+
+/// What blocks do, those that do the same together; `None` if there is one of which only the linears are known.
+pub fn shown(blocks: &[Block]) -> Option<Vec<Shown>> {
+    let mut found: Vec<Shown> = Vec::new();
+    for block in blocks {
+        let operations = operations(block)?;
+        match found.iter_mut().find(|known| known.operations == operations) {
+            Some(known) => known.blocks.push(block.name.clone()),
+            None => found.push(Shown { blocks: vec![block.name.clone()], operations }),
+        }
+    }
+    Some(found)
+}
+
+fn operations(block: &Block) -> Option<Vec<ShownOperation>> {
+    let program = Program::of(block)?;
+    let inside = |name: String| match name.strip_prefix(&block.name).and_then(|name| name.strip_prefix('.')) {
+        Some(inside) => inside.to_owned(),
+        None => name,
+    };
+    let show = |operation| {
+        let mut shown = program.show(operation);
+        shown.tensors = shown.tensors.into_iter().map(inside).collect();
+        shown
+    };
+    let all: Vec<ShownOperation> = program.operations.iter().map(show).collect();
+    let of = |index: usize| all.iter().filter(move |operation| operation.expert == Some(index));
+    let experts = all.iter().filter_map(|operation| operation.expert).max().map_or(0, |last| last + 1);
+    let alike = |a: &ShownOperation, b: &ShownOperation| {
+        (&a.expression, &a.reads, &a.makes, &a.details) == (&b.expression, &b.reads, &b.makes, &b.details)
+    };
+    let all_alike =
+        (1..experts).all(|index| of(index).count() == of(0).count() && of(index).zip(of(0)).all(|(a, b)| alike(a, b)));
+    if !all_alike {
+        return Some(all);
+    }
+    let first = all.into_iter().filter(|operation| operation.expert.unwrap_or(0) == 0);
+    Some(
+        first
+            .map(|mut operation| {
+                operation.experts = operation.expert.map(|_| experts);
+                operation
+            })
+            .collect(),
+    )
+}
+
+impl Program<'_> {
+    fn name(&self, value: usize) -> String {
+        let Value { name, number, expert, .. } = &self.values[value];
+        let number = if *number == 1 { String::new() } else { number.to_string() };
+        format!("{name}{number}{}", if expert.is_some() { "[e]" } else { "" })
+    }
+
+    fn show(&self, operation: &Operation<'_>) -> ShownOperation {
+        let reads: Vec<String> = operation.reads.iter().map(|value| self.name(*value)).collect();
+        let makes = operation.makes.iter().map(|value| ShownValue {
+            name: self.name(*value),
+            width: self.values[*value].width,
+            kept: match self.values[*value].kept {
+                Kept::Never => None,
+                Kept::Room => Some("room"),
+                Kept::Always => Some("always"),
+            },
+        });
+        let (expression, details) = said(operation, &reads);
+        let tensors = operation.tensors();
+        let expert = operation.expert.map(|expert| expert.index);
+        let input = match operation.kind {
+            Kind::Linear { .. } => Some(self.values[operation.reads[0]].width),
+            _ => None,
+        };
+        ShownOperation { expression, makes: makes.collect(), reads, input, details, tensors, experts: None, expert }
+    }
+}
+
+/// What an operation computes, and what else decides about it.
+fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
+    let call = |name: &str| format!("{name}({})", reads.join(", "));
+    let only = |expression: String| (expression, Vec::new());
+    match &operation.kind {
+        Kind::Norm(norm) => (call("norm"), said_of_norm(norm)),
+        Kind::HeadNorm { norm, head_dim } => {
+            let mut details = said_of_norm(norm);
+            details.push(format!("heads of {head_dim}"));
+            (call("head_norm"), details)
+        }
+        Kind::Linear { fixed, .. } => {
+            let details = if *fixed { vec!["never quantized".to_owned()] } else { Vec::new() };
+            (call("linear"), details)
+        }
+        Kind::JoinHeads { heads } => (call("join_heads"), vec![format!("{heads} heads")]),
+        Kind::Clamp(limit) => (call("clamp"), vec![format!("to ±{limit}")]),
+        Kind::Rope { rope, layout } => {
+            let pairs = if layout.interleaved { "neighbours" } else { "halves" };
+            let turned = 2 * rope.inverse_frequencies.len();
+            let mut details = vec![format!("theta {}", rope.theta), format!("{turned} of {} a head", layout.head_dim)];
+            if layout.first > 0 {
+                details.push(format!("from {}", layout.first));
+            }
+            details.push(pairs.to_owned());
+            if rope.scaling != RopeScaling::None {
+                // The name alone: LongRoPE has as many factors as pairs.
+                let name = format!("{:?}", rope.scaling);
+                let name = name.split([' ', '(']).next().unwrap_or_default().to_lowercase();
+                details.push(format!("scaling {name}"));
+            }
+            (call("rope"), details)
+        }
+        Kind::Warm(warm) => {
+            let details = vec![format!("scale {}", warm.scale), format!("floor {}", warm.floor)];
+            (call("temperature"), details)
+        }
+        Kind::Attention { shape, .. } => {
+            let mut details = vec![format!("{} heads", shape.heads)];
+            if shape.kv_heads != shape.heads {
+                details.push(format!("{} of keys and values", shape.kv_heads));
+            }
+            details.push(format!("scale {}", shape.scale));
+            details.extend(shape.window.map(|window| format!("window {window}")));
+            details.extend(shape.chunk.map(|chunk| format!("chunk {chunk}")));
+            details.extend(shape.softcap.map(|cap| format!("softcap {cap}")));
+            (call("attention"), details)
+        }
+        Kind::Activate(activation) => {
+            let name = match activation {
+                Activation::Silu => "silu",
+                Activation::Gelu => "gelu",
+                Activation::GeluTanh => "gelu_tanh",
+                Activation::Relu => "relu",
+                Activation::Relu2 => "relu2",
+                Activation::SwigluOai { alpha, limit } => {
+                    let details = vec![format!("alpha {alpha}"), format!("limit {limit}")];
+                    return (call("swiglu_oai"), details);
+                }
+            };
+            only(match reads {
+                [gate, up] => format!("{name}({gate}) * {up}"),
+                _ => call(name),
+            })
+        }
+        Kind::Route(router) => {
+            let mut details = vec![format!("{} of {} experts", router.top_k, router.linear.rows)];
+            let scoring = match router.scoring {
+                Scoring::Softmax => "softmax",
+                Scoring::Sigmoid => "sigmoid",
+            };
+            details.push(scoring.to_owned());
+            details.extend(router.groups.map(|groups| format!("{} of {} groups", groups.kept, groups.count)));
+            if router.renormalize {
+                details.push("renormalized".to_owned());
+            }
+            if router.scale != 1.0 {
+                details.push(format!("scale {}", router.scale));
+            }
+            (call("route"), details)
+        }
+        Kind::Tokens => only(format!("{}[{}]", reads[0], reads[1])),
+        Kind::Weigh => only(format!("{} * weight({})", reads[0], reads[1])),
+        Kind::Zeros => only("0".to_owned()),
+        Kind::Scatter { weighed: true } => only(format!("{} + weight({}) * {}", reads[0], reads[2], reads[1])),
+        Kind::Scatter { weighed: false } | Kind::Sum => only(format!("{} + {}", reads[0], reads[1])),
+        Kind::Share => only(format!("{} * sigmoid({})", reads[0], reads[1])),
+        Kind::Add { scale } if *scale != 1.0 => only(format!("{} + {scale} * {}", reads[0], reads[1])),
+        Kind::Add { .. } => only(format!("{} + {}", reads[0], reads[1])),
+    }
+}
+
+fn said_of_norm(norm: &Norm) -> Vec<String> {
+    let kind = match norm.kind {
+        NormKind::Rms => "rms",
+        NormKind::Layer => "layer",
+    };
+    let mut details = vec![kind.to_owned(), format!("eps {:e}", norm.eps)];
+    if norm.offset != 0.0 {
+        details.push(format!("weight + {}", norm.offset));
+    }
+    details
+}
+
+impl ShownOperation {
+    /// Makes, expression, shapes and tensors.
+    fn columns(&self) -> [String; 4] {
+        let makes: Vec<&str> = self.makes.iter().map(|value| &value.name[..]).collect();
+        let shape = |ShownValue { name, width, kept }: &ShownValue| match kept {
+            None => format!("{name} {width}"),
+            Some("room") => format!("{name} {width} (kept where there is room)"),
+            Some(_) => format!("{name} {width} (kept)"),
+        };
+        let shapes: Vec<String> = self.makes.iter().map(shape).collect();
+        let inputs = self.input.map_or(String::new(), |input| format!("[in {input}] "));
+        let details = self.details.iter().map(|detail| format!("; {detail}"));
+        let shapes = format!("{inputs}{}{}", shapes.join(", "), details.collect::<String>());
+        [makes.join(", "), self.expression.clone(), shapes, self.tensors.join(" ")]
+    }
+}
+
+impl Shown {
+    /// For people: an operation a line, in columns.
+    pub fn text(&self) -> String {
+        let names: Vec<&str> = self.blocks.iter().map(|name| &name[..]).collect();
+        let count = if names.len() == 1 { "1 block".to_owned() } else { format!("{} blocks", names.len()) };
+        let mut text = format!("{count}: {}\n", one_line(&listed(&names)));
+        let rows: Vec<[String; 4]> = self.operations.iter().map(ShownOperation::columns).collect();
+        let indent = |operation: &ShownOperation| if operation.experts.is_some() { 2 } else { 0 };
+        let widest = |column: usize| {
+            let width = |(row, operation): (&[String; 4], &ShownOperation)| {
+                row[column].chars().count() + if column == 0 { indent(operation) } else { 0 }
+            };
+            rows.iter().zip(&self.operations).map(width).max().unwrap_or(0)
+        };
+        let [first, second, third] = [widest(0), widest(1), widest(2)];
+        let mut experts = None;
+        for (row, operation) in rows.iter().zip(&self.operations) {
+            if let (Some(count), None) = (operation.experts, experts) {
+                text += &format!("  for each of {count} experts e, with the tensors of the first\n");
+            }
+            experts = operation.experts;
+            let [makes, expression, shapes, tensors] = row;
+            let makes = format!("{}{makes}", " ".repeat(indent(operation)));
+            let line = format!("  {makes:first$} = {expression:second$}  {shapes:third$}  {tensors}");
+            text += &format!("{}\n", one_line(line.trim_end()));
+        }
+        text
+    }
+}
