@@ -29,6 +29,7 @@ fn weight(bits: u8) -> QuantizedWeight {
         scales: vec![0.0625; grids],
         // GPTQ cannot store a zero of 0.
         zeros: noise(grids, 2).iter().map(|x| code(x).max(1)).collect(),
+        mins: Vec::new(),
         group_of: None,
     }
 }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use calibration::solvers::Observer;
 use calibration::statistics::Needs;
+use formats::codec::scheme_of;
 use formats::encoding::PRESETS;
 use formats::{Codec, Encoding, Scheme};
 use serde::{Deserialize, Serialize};
@@ -223,8 +224,7 @@ impl Recipe {
         if let Some((flag, _)) = only_gguf.iter().find(|(_, given)| *given) {
             return Err(Error::usage(format!("--{flag} is for GGUF files, and the format is {format}")));
         }
-        let default = if format == "awq" { "W4A16_ASYM" } else { "W4A16" };
-        let base = Scheme::preset(default).expect("a preset").into();
+        let base = codec.encoding(codec.usual()).expect("the usual one");
         let encoding = change(
             codec,
             base,
@@ -404,7 +404,7 @@ impl Recipe {
 
     /// The mix of a GGUF file; else width and group as a scheme's name says them.
     pub fn scheme_name(&self) -> String {
-        match (&self.gguf, self.encoding.weight_scheme()) {
+        match (&self.gguf, scheme_of(&self.encoding)) {
             (Some(gguf), _) => gguf.mix.to_owned(),
             (None, Some(scheme)) => {
                 let group = scheme.group.map_or("row".to_owned(), |group| format!("g{group}"));
@@ -416,7 +416,7 @@ impl Recipe {
 
     /// The scheme's name without its groups.
     pub fn width(&self) -> String {
-        self.encoding.weight_scheme().map_or_else(|| called(&self.encoding), |scheme| scheme.name())
+        scheme_of(&self.encoding).map_or_else(|| called(&self.encoding), |scheme| scheme.name())
     }
 
     /// Whether another recipe looks at the same text in the same way.
@@ -516,7 +516,7 @@ fn called(encoding: &Encoding) -> String {
 
 /// Integers of weights alone as their width and grouping, anything else by its name.
 fn as_scheme<S: serde::Serializer>(encoding: &Encoding, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-    match encoding.weight_scheme() {
+    match scheme_of(encoding) {
         Some(scheme) => scheme.serialize(serializer),
         None => serializer.serialize_str(&called(encoding)),
     }
@@ -540,7 +540,7 @@ fn change(
     let keys = [("bits", bits.is_some()), ("group-size", group_size.is_some()), ("symmetric", symmetric.is_some())];
     let whole = match name {
         Some(name) => preset(codec, name),
-        None => Some(base).filter(|base| base.weight_scheme().is_none()),
+        None => Some(base).filter(|base| scheme_of(base).is_none()),
     };
     if let Some(whole) = whole {
         return match keys.iter().find(|(_, given)| *given) {
@@ -552,8 +552,8 @@ fn change(
         };
     }
     // Beside one that has no groups a preset has its own.
-    let inherited = base.weight_scheme().filter(|_| place != "the request");
-    let mut scheme = inherited.or(base.weight_scheme()).or(Scheme::preset("W4A16")).expect("a preset");
+    let inherited = scheme_of(&base).filter(|_| place != "the request");
+    let mut scheme = scheme_of(&base).unwrap_or(codec.usual());
     if let Some(name) = name {
         if let Some(other) = formats::CODECS.iter().find(|other| preset(**other, name).is_some()) {
             return Err(Error::usage(format!(
@@ -567,7 +567,7 @@ fn change(
                 "scheme `{name}` is not known; there are W4A16, W4A16_ASYM, W8A16, W3A16 and W2A16 (each also with _ASYM)"
             ))
         })?;
-        scheme = Scheme { group: inherited.map_or(preset.group, |base| base.group), ..preset };
+        scheme = Scheme { group: inherited.map_or(codec.usual().group, |base| base.group), ..preset };
     }
     if let Some(bits) = bits {
         if ![2, 3, 4, 8].contains(&bits) {
@@ -587,9 +587,21 @@ fn change(
         };
     }
     if let Some(symmetric) = symmetric {
+        if !has_symmetry(codec) {
+            return Err(Error::usage(format!(
+                "{} stores an offset for each group whatever the scheme: --symmetric in {place} is not for it, leave it out",
+                codec.id()
+            )));
+        }
         scheme.symmetric = symmetric;
     }
-    Ok(scheme.into())
+    codec.encoding(scheme).map_err(|why| Error::usage(format!("{place}: {why}")))
+}
+
+/// Whether a codec tells symmetric schemes from others.
+pub fn has_symmetry(codec: &dyn Codec) -> bool {
+    let of = |symmetric| codec.encoding(Scheme { symmetric, ..codec.usual() });
+    of(true) != of(false)
 }
 
 #[cfg(test)]

@@ -459,9 +459,13 @@ impl Encoding {
         }
     }
 
-    /// The same with scales in `scale`, and zeros of `min_zero` at least where they are stored.
+    /// The same with scales and real minima in `scale`, and zeros of `min_zero` at least where they are stored.
     pub const fn stored_in(self, scale: Float, min_zero: u8) -> Encoding {
-        let offset = if let Offset::Zero { .. } = self.offset { Offset::Zero { min: min_zero } } else { self.offset };
+        let offset = match self.offset {
+            Offset::Zero { .. } => Offset::Zero { min: min_zero },
+            Offset::Min(_) => Offset::Min(scale),
+            offset => offset,
+        };
         let scale = if let Scale::Own(_) = self.scale { Scale::Own(scale) } else { self.scale };
         Encoding { scale, offset, ..self }
     }

@@ -173,7 +173,7 @@ impl<B: Backend> Solution<B> {
         let width = encoding.group_width(cols);
         let contiguous = group_of.iter().enumerate().all(|(col, group)| col / width == *group as usize);
         let group_of = (!contiguous).then_some(group_of);
-        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, group_of })
+        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, mins: Vec::new(), group_of })
     }
 
     /// Rows of blocks as a file of ggml's holds them.

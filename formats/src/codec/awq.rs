@@ -27,6 +27,10 @@ impl Codec for Awq {
         "awq"
     }
 
+    fn usual(&self) -> Scheme {
+        Scheme { bits: 4, group: Some(128), symmetric: false }
+    }
+
     fn supports(&self, rows: usize, cols: usize, encoding: &Encoding, desc_act: bool) -> Result<(), String> {
         let Some(scheme) = encoding.weight_scheme() else {
             return Err("AWQ stores integers of weights alone; write compressed-tensors".into());
@@ -113,7 +117,16 @@ impl Codec for Awq {
         };
         let symmetric = scheme.symmetric && zeros.iter().all(|&zero| zero == scheme.midpoint());
         let scheme = Scheme { symmetric, ..scheme };
-        Ok(QuantizedWeight { rows, cols, encoding: scheme.into(), codes, scales, zeros, group_of: None })
+        Ok(QuantizedWeight {
+            rows,
+            cols,
+            encoding: scheme.into(),
+            codes,
+            scales,
+            zeros,
+            mins: Vec::new(),
+            group_of: None,
+        })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -205,6 +218,7 @@ mod tests {
             codes: v.ints("codes_out_in").iter().map(|c| *c as u8).collect(),
             scales: transpose(&v.floats("scales"), groups, rows),
             zeros: transpose(&zeros, groups, rows),
+            mins: Vec::new(),
             group_of: None,
         };
         let parts = Awq.encode(&weight, Dtype::F16).unwrap();

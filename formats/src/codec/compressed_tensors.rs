@@ -181,7 +181,16 @@ impl Codec for CompressedTensors {
             let scale = part(parts, "weight_scale")?;
             expect_shape(&scale, "weight_scale", &[rows, groups])?;
             let zeros = vec![encoding.fixed_zero().expect("no zeros are stored"); rows * groups];
-            return Ok(QuantizedWeight { rows, cols, encoding, codes, scales: scale.to_f32()?, zeros, group_of: None });
+            return Ok(QuantizedWeight {
+                rows,
+                cols,
+                encoding,
+                codes,
+                scales: scale.to_f32()?,
+                zeros,
+                mins: Vec::new(),
+                group_of: None,
+            });
         }
 
         let packed = part(parts, "weight_packed")?;
@@ -244,7 +253,7 @@ impl Codec for CompressedTensors {
             }
             _ => None,
         };
-        Ok(QuantizedWeight { rows, cols, encoding, codes, scales, zeros, group_of })
+        Ok(QuantizedWeight { rows, cols, encoding, codes, scales, zeros, mins: Vec::new(), group_of })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -425,6 +434,7 @@ mod tests {
             codes: v.ints("codes").iter().map(|c| (c + half) as u8).collect(),
             scales: v.floats("weight_scale"),
             zeros,
+            mins: Vec::new(),
             group_of: None,
         };
         let parts = CompressedTensors.encode(&weight, Dtype::BF16).unwrap();
@@ -496,7 +506,8 @@ mod tests {
                 let codes = (0..3 * cols).map(|i| (i * 37 % 127) as u8).collect();
                 let zeros = vec![encoding.fixed_zero().unwrap(); 3];
                 let scales = vec![0.5, 0.25, 2.0];
-                let weight = QuantizedWeight { rows: 3, cols, encoding, codes, scales, zeros, group_of: None };
+                let weight =
+                    QuantizedWeight { rows: 3, cols, encoding, codes, scales, zeros, mins: Vec::new(), group_of: None };
                 let parts = CompressedTensors.encode(&weight, Dtype::BF16).unwrap();
                 let stored = parts.get("weight").unwrap();
                 assert_eq!((stored.dtype, stored.shape, stored.data[0]), (dtype, &[3, cols][..], byte));
@@ -551,6 +562,7 @@ mod tests {
             codes: vec![3; 512],
             scales: vec![0.5; 16],
             zeros: vec![9; 16],
+            mins: Vec::new(),
             group_of: None,
         };
         let good = CompressedTensors.encode(&weight, Dtype::F16).unwrap();

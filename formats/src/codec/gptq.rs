@@ -137,7 +137,7 @@ impl Codec for Gptq {
             }
             None => None,
         };
-        Ok(QuantizedWeight { rows, cols, encoding: scheme.into(), codes, scales, zeros, group_of })
+        Ok(QuantizedWeight { rows, cols, encoding: scheme.into(), codes, scales, zeros, mins: Vec::new(), group_of })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -263,6 +263,7 @@ mod tests {
             codes: v.ints("codes_out_in").iter().map(|c| *c as u8).collect(),
             scales: transpose(&v.floats("scales"), groups, rows),
             zeros: transpose(&zeros, groups, rows),
+            mins: Vec::new(),
             group_of: v.value("desc_act").as_bool().unwrap().then(|| map.clone()),
         };
         let parts = Gptq.encode(&weight, Dtype::F16).unwrap();
@@ -326,6 +327,7 @@ mod tests {
             codes: vec![3; 2048],
             scales: vec![0.5; 64],
             zeros: vec![9; 64],
+            mins: Vec::new(),
             group_of: None,
         };
         let parts = Gptq.encode(&weight, Dtype::F16).unwrap();

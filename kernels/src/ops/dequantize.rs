@@ -109,8 +109,16 @@ mod tests {
             let grid = Grid::of_integers(spec.clone(), rows, scales.clone(), zeros.clone());
             let codes = round::run(noise.matrix(rows, cols).view(), &grid);
             let group_of = scattered.then_some(spec.group_of);
-            let weight =
-                QuantizedWeight { rows, cols, encoding: scheme.into(), codes: codes.clone(), scales, zeros, group_of };
+            let weight = QuantizedWeight {
+                rows,
+                cols,
+                encoding: scheme.into(),
+                codes: codes.clone(),
+                scales,
+                zeros,
+                mins: Vec::new(),
+                group_of,
+            };
             let found = run(ArrayView2::from_shape((rows, cols), &codes).unwrap(), &grid);
             assert_eq!(found.as_slice().unwrap(), weight.dequantize(), "{scheme:?}");
         }

@@ -45,6 +45,7 @@ fn weight(rows: usize, cols: usize, bits: u8, group: usize) -> QuantizedWeight {
         codes: (0..rows * cols).map(|_| next(0)).collect(),
         scales: vec![0.5; rows * groups],
         zeros: (0..rows * groups).map(|_| next(1)).collect(),
+        mins: Vec::new(),
         group_of: None,
     }
 }
