@@ -169,7 +169,7 @@ impl Plan {
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &encodings)?);
-        config.notes.extend(uneven_experts(graph, &encodings));
+        config.notes.extend(uneven_experts(graph, &encodings, codec));
         config.notes.extend(rounded_inputs(&encodings));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
@@ -296,7 +296,7 @@ fn rounded_inputs(encodings: &HashMap<String, Encoding>) -> Option<String> {
 }
 
 /// What to say of a mixture whose experts are not all quantized alike: runtimes keep them in one stack.
-fn uneven_experts(graph: &Graph, encodings: &HashMap<String, Encoding>) -> Option<String> {
+fn uneven_experts(graph: &Graph, encodings: &HashMap<String, Encoding>, codec: &dyn Codec) -> Option<String> {
     let mixtures = graph.blocks.iter().flat_map(|block| block.steps.iter().map(move |step| (block, step)));
     let uneven = |layer: &Layer| {
         let Layer::Moe(moe) = layer else { return false };
@@ -307,8 +307,12 @@ fn uneven_experts(graph: &Graph, encodings: &HashMap<String, Encoding>) -> Optio
         moe.experts.windows(2).any(|pair| of(&pair[0]) != of(&pair[1]))
     };
     let (block, _) = mixtures.into_iter().find(|(_, step)| uneven(&step.layer))?;
+    let (who, keep, load) = match codec.id() {
+        "mlx" => ("mlx-lm", "keeps", "does"),
+        _ => ("transformers and vLLM", "keep", "do"),
+    };
     Some(format!(
-        "the experts of `{}` are not all quantized alike: transformers and vLLM keep them in one stack and do not load that; give --ignore \
+        "the experts of `{}` are not all quantized alike: {who} {keep} them in one stack and {load} not load that; give --ignore \
          or a scheme for all experts of a layer",
         block.name
     ))

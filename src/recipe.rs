@@ -650,6 +650,24 @@ mod tests {
     }
 
     #[test]
+    fn schemes_of_mlx_are_groups_with_an_offset() {
+        for (toml, bits, group) in [
+            ("", 4, 64),
+            ("scheme = 'W4A16'", 4, 64),
+            ("scheme = 'w8a16_asym'\ngroup_size = 32", 8, 32),
+            ("bits = 8\ngroup_size = 128", 8, 128),
+        ] {
+            let recipe = resolve(&format!("format = 'mlx'\n{toml}")).unwrap();
+            assert_eq!(recipe.encoding, Encoding::mlx(bits, group, formats::Float::F32), "{toml}");
+            assert_eq!(recipe.scheme_name(), format!("W{bits}A16_ASYM g{group}"));
+        }
+        let recipe = resolve("format = 'mlx'\ngroup_size = 32\n[[override]]\nmatch = 'down_proj'\nbits = 8").unwrap();
+        let of = recipe.encoding_of("layers.0.down_proj", &mut recipe.patterns().unwrap()).unwrap();
+        assert_eq!(of, Some(Encoding::mlx(8, 32, formats::Float::F32)));
+        assert_eq!(serde_json::to_value(&recipe).unwrap()["scheme"]["group"], 32);
+    }
+
+    #[test]
     fn what_has_no_effect_is_told_where_it_was_asked_for() {
         let idle = |toml: &str| {
             let recipe = resolve(toml).unwrap();
@@ -712,6 +730,8 @@ mod tests {
             ("scheme = 'FP8_DYNAMIC'\nmethod = 'gptq'", "which --method gptq has no part in"),
             ("scheme = 'FP8_DYNAMIC'\nobserver = 'mse'", "--observer has no part in that"),
             ("group_size = 0", "group size 0"),
+            ("format = 'mlx'\nscheme = 'W3A16'", "the request: MLX is written with 4 or 8 bits, not 3"),
+            ("format = 'mlx'\nsymmetric = true", "mlx stores an offset for each group whatever the scheme"),
             ("method = 'magic'", "method `magic` is not known; there are rtn, awq, gptq, awq+gptq"),
             ("damp = -1.0", "damping -1"),
             ("method = 'rtn'\ndesc_act = true", "--desc-act needs"),

@@ -1,4 +1,4 @@
-//! A Hugging Face directory: safetensors files with `quantization_config` in config.json, and everything that lies beside the weights.
+//! A Hugging Face directory: safetensors files, what config.json says of their quantization, and everything that lies beside the weights.
 
 use std::collections::HashMap;
 use std::io::{Read, Write as _};
