@@ -22,7 +22,7 @@ fn config(folder: &Path) -> Value {
 /// returns what the packed weights stand for.
 fn pack(room: &Room) -> HashMap<String, Vec<f32>> {
     let model = room.model();
-    let source = Checkpoint::open(room.path("model")).unwrap();
+    let source = Checkpoint::open(&room.path("model")).unwrap();
     let (mut tensors, mut values, mut modules) = (Vec::new(), HashMap::new(), Vec::new());
     for entry in source.entries() {
         let (&[rows, cols], module) = (&entry.shape[..], entry.name.strip_suffix(".weight").unwrap()) else {
@@ -87,7 +87,7 @@ fn what_mlx_packed_is_a_model_like_any_other() {
     assert_eq!(kind("model.norm.weight"), "BF16");
 
     room.run(["convert", "model", "-o", "plain", "--dtype", "f32"]).succeeds();
-    let plain = Checkpoint::open(room.path("plain")).unwrap();
+    let plain = Checkpoint::open(&room.path("plain")).unwrap();
     for (name, values) in &values {
         assert!(plain.load(name).unwrap() == *values, "{name}");
     }
@@ -131,7 +131,7 @@ fn embedding_and_head_are_written_as_mlx_has_them() {
         room.run([&["quantize", "model", "-o", out, "--format", "mlx"], flags, &few].concat()).succeeds();
         let report = std::fs::read(room.path(out).join("report.json")).unwrap();
         let report: Value = serde_json::from_slice(&report).unwrap();
-        (config(&room.path(out)), report, Checkpoint::open(room.path(out)).unwrap())
+        (config(&room.path(out)), report, Checkpoint::open(&room.path(out)).unwrap())
     };
     let kinds = |checkpoint: &Checkpoint| -> Vec<String> {
         let entries = checkpoint.entries().iter().filter(|entry| entry.shape.len() == 2);

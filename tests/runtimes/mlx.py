@@ -48,7 +48,7 @@ WHOLE = {
     "w4-g64, down_proj w8-g32": ["--recipe", "mixed.toml"],
 }
 MIXED = "[[override]]\nmatch = 'down_proj'\nbits = 8\ngroup_size = 32\n"
-CONTEXT, WINDOWS = 256, 8
+CONTEXT, WINDOWS = 128, 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
