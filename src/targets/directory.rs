@@ -17,6 +17,7 @@ use super::{Folded, Notes, Papers, Placement, Sink, Solved, Target, Write, in_pi
 use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, front_matter};
 use crate::error::{Error, Result};
 use crate::evidence::{lost_in_grid, share_of};
+use crate::families::spelt_out;
 use crate::forward::Weight;
 use crate::graph::{Graph, Linear, Stored};
 use crate::json;
@@ -108,6 +109,10 @@ impl<B: Backend> Target<B> for Directory {
     /// config.json, the codec's files, the tokenizer and everything else that belongs to the model.
     fn complete(&self, source: &Checkpoint) -> Result<()> {
         let mut config = source.config().clone();
+        // mlx-lm has defaults of its own, and takes what newer keys say of rotary positions for nothing.
+        if self.plan.codec.id() == "mlx" {
+            config = spelt_out(&config);
+        }
         if let Value::Object(config) = &mut config {
             if let Value::Object(said) = self.plan.config.of(self.plan.codec) {
                 config.extend(said);

@@ -160,7 +160,10 @@ fn embedding_and_head_are_written_as_mlx_has_them() {
         assert_eq!(report["bpw"]["quantized"], 4.5);
     }
 
-    room.file("recipe.toml", "[[override]]\nmatch = 'model.embed_tokens'\nbits = 8\n[[override]]\nmatch = 'down_proj'\ngroup_size = 32");
+    room.file(
+        "recipe.toml",
+        "[[override]]\nmatch = 'model.embed_tokens'\nbits = 8\n[[override]]\nmatch = 'down_proj'\ngroup_size = 32",
+    );
     let (said, _, written) = quantize("mixed", &["--recipe", "recipe.toml", "--method", "rtn"]);
     assert_eq!(said["quantization"]["model.embed_tokens"], json!({"group_size": 64, "bits": 8, "mode": "affine"}));
     assert_eq!(said["quantization"][WHERE], json!({"group_size": 32, "bits": 4, "mode": "affine"}));
