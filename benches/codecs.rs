@@ -30,6 +30,7 @@ fn weight(bits: u8) -> QuantizedWeight {
         // GPTQ cannot store a zero of 0.
         zeros: noise(grids, 2).iter().map(|x| code(x).max(1)).collect(),
         mins: Vec::new(),
+        global: None,
         group_of: None,
     }
 }

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use calibration::statistics::Statistics;
-use formats::encoding::Levels;
+use formats::encoding::{E4M3, Levels};
 use formats::{Dtype, Float, GgmlType};
 use kernels::{Backend, Grid};
 use ndarray::Array2;
@@ -165,7 +165,7 @@ pub fn lost_in_grid(
     let mut columns = vec![Vec::new(); groups];
     grid.spec.group_of.iter().enumerate().for_each(|(col, group)| columns[*group as usize].push(col));
     // Levels of a float are a share of their size apart, those of four bits of mantissa 2⁻⁴ at the most.
-    let most = if encoding.is_searched() { tolerated(1 << bits) } else { 4e-3 };
+    let most = if encoding.levels == Levels::Table(&E4M3) { 4e-3 } else { tolerated(1 << bits) };
     let mut lost = 0;
     for (index, _) in grid.scales.iter().enumerate().filter(|(_, scale)| tiny(scale)) {
         let (row, columns) = (index / groups, &columns[index % groups]);

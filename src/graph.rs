@@ -525,6 +525,13 @@ impl Layer {
         }
     }
 
+    /// The same, as far as runtimes may fuse them into one: of a layer that is not known, those of one parent and one width.
+    pub fn fused(&self) -> Vec<Vec<&Linear>> {
+        let Layer::Opaque(linears) = self else { return self.linears() };
+        let of = |linear: &Linear| (linear.module.rsplit_once('.').map(|(parent, _)| parent.to_owned()), linear.cols);
+        linears.chunk_by(|a, b| of(a) == of(b)).map(|group| group.iter().collect()).collect()
+    }
+
     /// Its linears that never are.
     pub fn routers(&self) -> Vec<&Linear> {
         match self {

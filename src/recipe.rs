@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use calibration::solvers::Observer;
 use calibration::statistics::Needs;
 use formats::codec::scheme_of;
-use formats::encoding::PRESETS;
-use formats::{Codec, Encoding, Scheme};
+use formats::encoding::{E4M3, PRESETS};
+use formats::{Codec, Encoding, Levels, Scheme};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -234,24 +234,13 @@ impl Recipe {
             request.symmetric,
             "the request",
         )?;
-        // Eight bits of which four are exponent leave nothing to search.
-        let (usual, floats) = if encoding.is_searched() { ("gptq", None) } else { ("rtn", encoding.name()) };
+        // Of eight bits of which four are exponent rounding loses so little that a calibration is not asked of everyone.
+        let usual = if encoding.levels == Levels::Table(&E4M3) { "rtn" } else { "gptq" };
         let method = named("method", Method::ALL, request.method.as_deref().unwrap_or(usual))?;
-        if let Some(name) = floats.filter(|_| method != Method::Rtn) {
-            return Err(Error::usage(format!(
-                "{name} rounds each weight to the nearest value, which --method {} has no part in: say --method rtn, or leave it out",
-                method.name()
-            )));
-        }
         let observer = match &request.observer {
             Some(name) => named("observer", Observer::ALL, name)?,
             None => method.observer(),
         };
-        if let Some(name) = floats.filter(|_| observer != Observer::MinMax) {
-            return Err(Error::usage(format!(
-                "the scales of {name} follow from the largest weight of each row: --observer has no part in that, leave it out"
-            )));
-        }
         let damp = request.damp.unwrap_or(0.05);
         if !(damp.is_finite() && (0.0..=10.0).contains(&damp)) {
             return Err(Error::usage(format!("damping {damp} is not between 0 and 10")));
@@ -727,8 +716,6 @@ mod tests {
             ("format = 'gptq'\nscheme = 'W8A8'", "scheme `W8A8` is one of compressed-tensors, and the format is gptq"),
             ("format = 'awq'\nscheme = 'FP8_DYNAMIC'", "scheme `FP8_DYNAMIC` is one of compressed-tensors"),
             ("format = 'gguf'\nscheme = 'W8A8'", "scheme `W8A8` is not one of GGUF's"),
-            ("scheme = 'FP8_DYNAMIC'\nmethod = 'gptq'", "which --method gptq has no part in"),
-            ("scheme = 'FP8_DYNAMIC'\nobserver = 'mse'", "--observer has no part in that"),
             ("group_size = 0", "group size 0"),
             ("format = 'mlx'\nscheme = 'W3A16'", "the request: MLX is written with 4 or 8 bits, not 3"),
             ("format = 'mlx'\nsymmetric = true", "mlx stores an offset for each group whatever the scheme"),

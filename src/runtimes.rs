@@ -240,7 +240,7 @@ fn mlx_lm(facts: &Facts<'_>) -> Option<&'static str> {
             "mlx-lm 0.32 fills this family's experts from stacks alone and does not load them one by one; leave them as they are with \
              --ignore",
         ),
-        "ernie4_5_moe" | "minimax_m2" if facts.experts => Some(
+        "ernie4_5_moe" | "minimax_m2" | "qwen3_moe" if facts.experts => Some(
             "mlx-lm 0.32 stacks this family's experts without their scales and does not load them; leave them as they are with --ignore",
         ),
         "deepseek_v3" => Some(

@@ -73,6 +73,7 @@ impl Float {
 }
 
 /// The nearest value of E4M3, ties to the even code; beyond ±448 that.
+#[inline]
 pub fn round_e4m3(x: f32) -> f32 {
     // Three bits of mantissa: values lie 2⁻³ of their power of two apart, at least 2⁻⁹.
     let quantum = (f32::from_bits(x.to_bits() & 0x7f80_0000) * 0.125).max(0.001_953_125);
@@ -80,6 +81,7 @@ pub fn round_e4m3(x: f32) -> f32 {
 }
 
 /// The code of the nearest value of E4M3, which is its byte; as [`round_e4m3`] rounds.
+#[inline]
 pub fn code_e4m3(x: f32) -> u8 {
     let value = round_e4m3(x);
     let magnitude = value.abs();
@@ -423,6 +425,23 @@ impl Encoding {
         cols.div_ceil(self.group_width(cols).max(1))
     }
 
+    /// Columns of a row of `cols` that share what the file stores as one scale: a group, or all groups of a superblock.
+    pub const fn unit_width(&self, cols: usize) -> usize {
+        match self.scale {
+            Scale::Sub { blocks, .. } => blocks * self.group_width(cols),
+            Scale::Own(_) | Scale::One => self.group_width(cols),
+        }
+    }
+
+    /// Rows of a matrix of `rows` that have their scales in common.
+    pub const fn block_height(&self, rows: usize) -> usize {
+        match self.block {
+            Block::Tile([height, _]) => height,
+            Block::Matrix => rows,
+            Block::Row | Block::Columns(_) | Block::Flat(_) => 1,
+        }
+    }
+
     /// Whether a real minimum is subtracted.
     pub const fn has_min(&self) -> bool {
         matches!(self.offset, Offset::Min(_) | Offset::SubMin { .. })
@@ -459,14 +478,18 @@ impl Encoding {
         }
     }
 
-    /// The same with scales and real minima in `scale`, and zeros of `min_zero` at least where they are stored.
+    /// The same with scales (and real minima) in `scale`, where it does not fix eight bits for them, and zeros of `min_zero` at least where
+    /// they are stored.
     pub const fn stored_in(self, scale: Float, min_zero: u8) -> Encoding {
         let offset = match self.offset {
             Offset::Zero { .. } => Offset::Zero { min: min_zero },
             Offset::Min(_) => Offset::Min(scale),
-            offset => offset,
+            other => other,
         };
-        let scale = if let Scale::Own(_) = self.scale { Scale::Own(scale) } else { self.scale };
+        let scale = match self.scale {
+            Scale::Own(Float::F16 | Float::BF16 | Float::F32) => Scale::Own(scale),
+            other => other,
+        };
         Encoding { scale, offset, ..self }
     }
 
@@ -480,9 +503,15 @@ impl Encoding {
         self.scheme().filter(|_| self.activation.is_none())
     }
 
-    /// Whether scales are searched and columns swept: integers in groups and ggml's blocks with codes. Others are rounded as they are.
-    pub fn is_searched(&self) -> bool {
-        self.levels.count() > 0 && (self.scheme().is_some() || self.ggml_type().is_some())
+    /// Whether there are codes, whose scales are searched and whose columns are swept; else values are stored as they are.
+    pub const fn has_codes(&self) -> bool {
+        self.levels.count() > 0
+    }
+
+    /// Whether it is a [scheme](Self::scheme) of integers in tensors of their own, which have their operations to themselves; all others are
+    /// worked on as blocks.
+    pub fn is_integers(&self) -> bool {
+        self.store == Store::Apart && self.scheme().is_some()
     }
 
     /// The name it has among [`PRESETS`], with scales in whatever precision.
@@ -550,8 +579,8 @@ pub const PRESETS: &[(&str, Encoding)] = &[
     ("FP8_DYNAMIC", Encoding::fp8(Block::Row).beside(Activation::FP8_TOKEN)),
     ("FP8_BLOCK", Encoding::fp8(Block::Tile([128, 128])).beside(Activation::FP8_BLOCK)),
     ("NF4", Encoding::NF4),
-    ("MXFP4", Encoding::MXFP4),
-    ("NVFP4", Encoding::NVFP4),
+    ("MXFP4A16", Encoding::MXFP4),
+    ("NVFP4A16", Encoding::NVFP4),
     ("MLX4_32", Encoding::mlx(4, 32, Float::BF16)),
     ("MLX4_64", Encoding::mlx(4, 64, Float::BF16)),
     ("MLX4_128", Encoding::mlx(4, 128, Float::F16)),

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::words::WordLayout;
 
 /// A weight matrix `[rows, cols]` (`[out, in]`) with a scale for each group of a row: `w = scale · (code − zero)` on integers,
-/// `w = scale · code − min` where each group has a real minimum, and `w = scale · level` on levels of a table.
+/// `w = scale · level` on levels of a table, and `− min` where there is one.
 #[derive(Clone, Debug, PartialEq)]
 pub struct QuantizedWeight {
     /// Output features.
@@ -18,11 +18,12 @@ pub struct QuantizedWeight {
     pub codes: Vec<u8>,
     /// `[rows, groups]`, already rounded to the precision they are stored in; may be negative or 0.
     pub scales: Vec<f32>,
-    /// `[rows, groups]`; all [`Encoding::fixed_zero`] where none are stored, and of no meaning beside `mins`.
+    /// `[rows, groups]`; all [`Encoding::fixed_zero`] where none are stored.
     pub zeros: Vec<u8>,
-    /// `[rows, groups]`, already rounded to the precision they are stored in; empty where there is no
-    /// [`Offset::Min`](crate::encoding::Offset::Min).
+    /// `[rows, groups]`: what is taken off, already rounded; empty unless the encoding [has a min](Encoding::has_min).
     pub mins: Vec<f32>,
+    /// What every stored scale is multiplied by, which `scales` has been already; `None` without one.
+    pub global: Option<f32>,
     /// `[cols]`: the group of each column, when groups are not runs of consecutive columns (`desc_act`).
     pub group_of: Option<Vec<u32>>,
 }
@@ -45,31 +46,32 @@ impl QuantizedWeight {
     pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         let groups = self.groups();
         let scales = &self.scales[row * groups..][..groups];
+        let zeros = &self.zeros[row * groups..][..groups];
         let codes = &self.codes[row * self.cols..][..self.cols];
-        let zero = |group: usize| i32::from(self.zeros[row * groups + group]);
         match &self.group_of {
             None => {
                 let width = self.encoding.group_width(self.cols);
                 for (group, (out, codes)) in out.chunks_mut(width).zip(codes.chunks(width)).enumerate() {
-                    let scale = scales[group];
-                    let both = out.iter_mut().zip(codes);
+                    let (scale, zero) = (scales[group], i32::from(zeros[group]));
                     match self.encoding.levels {
-                        _ if !self.mins.is_empty() => {
-                            let min = self.mins[row * groups + group];
-                            both.for_each(|(o, code)| *o = scale * f32::from(*code) - min);
+                        Levels::Table(table) => {
+                            out.iter_mut().zip(codes).for_each(|(o, code)| *o = scale * table[usize::from(*code)]);
                         }
-                        Levels::Table(table) => both.for_each(|(o, code)| *o = scale * table[usize::from(*code)]),
                         _ => {
-                            let zero = zero(group);
-                            both.for_each(|(o, code)| *o = scale * (i32::from(*code) - zero) as f32);
+                            out.iter_mut()
+                                .zip(codes)
+                                .for_each(|(o, code)| *o = scale * (i32::from(*code) - zero) as f32);
                         }
+                    }
+                    if let Some(min) = self.mins.get(row * groups + group) {
+                        out.iter_mut().for_each(|o| *o -= min);
                     }
                 }
             }
             Some(map) => {
                 for ((o, code), group) in out.iter_mut().zip(codes).zip(map) {
                     let group = *group as usize;
-                    *o = scales[group] * (i32::from(*code) - zero(group)) as f32;
+                    *o = scales[group] * (i32::from(*code) - i32::from(zeros[group])) as f32;
                 }
             }
         }
@@ -86,7 +88,17 @@ impl QuantizedWeight {
         }
         let words = layout.pack(&self.codes, [rows, cols], bits)?;
         let (scales, zeros, group_of) = (self.scales.clone(), self.zeros.clone(), self.group_of.clone());
-        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, mins: self.mins.clone(), group_of })
+        Ok(PackedWeight {
+            rows,
+            cols,
+            encoding,
+            words,
+            scales,
+            zeros,
+            mins: self.mins.clone(),
+            global: self.global,
+            group_of,
+        })
     }
 
     /// The reals `[rows, cols]` that the codes stand for.
@@ -112,11 +124,12 @@ pub struct PackedWeight {
     pub words: Vec<u32>,
     /// `[rows, groups]`, already rounded to the precision they are stored in; may be negative or 0.
     pub scales: Vec<f32>,
-    /// `[rows, groups]`; all [`Encoding::fixed_zero`] where none are stored, and of no meaning beside `mins`.
+    /// `[rows, groups]`; all [`Encoding::fixed_zero`] where none are stored.
     pub zeros: Vec<u8>,
-    /// `[rows, groups]`, already rounded to the precision they are stored in; empty where there is no
-    /// [`Offset::Min`](crate::encoding::Offset::Min).
+    /// `[rows, groups]`: what is taken off, already rounded; empty unless the encoding [has a min](Encoding::has_min).
     pub mins: Vec<f32>,
+    /// What every stored scale is multiplied by, which `scales` has been already; `None` without one.
+    pub global: Option<f32>,
     /// `[cols]`: the group of each column, when groups are not runs of consecutive columns (`desc_act`).
     pub group_of: Option<Vec<u32>>,
 }

@@ -119,13 +119,16 @@ pub struct GridSpec {
     pub encoding: Encoding,
     /// `[cols]`: the group of each column.
     pub group_of: Vec<u32>,
+    /// What all scales of the matrix are multiplied by, where the encoding has a global scale: a power of two
+    /// ([`global_scale`](crate::global_scale)). Without one the matrix gets its own.
+    pub global: Option<f32>,
 }
 
 impl GridSpec {
     /// Groups of consecutive columns, in a row of `cols`.
     pub fn of(encoding: Encoding, cols: usize) -> GridSpec {
         let width = encoding.group_width(cols);
-        GridSpec { encoding, group_of: (0..cols).map(|col| (col / width) as u32).collect() }
+        GridSpec { encoding, group_of: (0..cols).map(|col| (col / width.max(1)) as u32).collect(), global: None }
     }
 
     /// Number of groups in a row.
@@ -143,11 +146,11 @@ pub struct Grid {
     pub rows: usize,
     /// `[rows, groups]`: what levels are multiplied by. Exactly what the file says: its own value, or what the integers in `blocks` give.
     pub scales: Vec<f32>,
-    /// `[rows, groups]`: the code of 0; the same everywhere where none is stored. Empty in blocks of ggml.
+    /// `[rows, groups]`: the code of 0 of [integers](Encoding::scheme); the same everywhere where none is stored. Empty of others.
     pub zeros: Vec<u8>,
-    /// `[rows, groups]`: what is taken off; zeros where nothing is. Only in blocks of ggml.
+    /// `[rows, groups]`: what is taken off; zeros where nothing is. Empty of integers.
     pub mins: Vec<f32>,
-    /// `[rows, blocks]` as the file stores them, in blocks of ggml.
+    /// `[rows, blocks]`: what columns that share a stored scale have of it. Empty of integers.
     pub blocks: Vec<BlockScales>,
 }
 
@@ -157,19 +160,17 @@ impl Grid {
         Grid { spec, rows, scales, zeros, mins: Vec::new(), blocks: Vec::new() }
     }
 
-    /// Expands the scales of blocks of one of ggml's types.
-    ///
-    /// # Panics
-    /// If the type has no codes: a mistake of the caller.
-    pub fn of_blocks(ty: GgmlType, rows: usize, cols: usize, blocks: Vec<BlockScales>) -> Grid {
-        let per_block = ty.groups_per_block();
+    /// Expands the scales of blocks: of ggml's types, or of levels with scales of their own.
+    pub fn of_blocks(spec: GridSpec, rows: usize, blocks: Vec<BlockScales>) -> Grid {
+        let cols = spec.group_of.len();
+        let per_block = spec.encoding.unit_width(cols).div_ceil(spec.encoding.group_width(cols).max(1)).max(1);
         let (mut scales, mut mins) = (vec![0.0; blocks.len() * per_block], vec![0.0; blocks.len() * per_block]);
         for ((block, scales), mins) in
             blocks.iter().zip(scales.chunks_exact_mut(per_block)).zip(mins.chunks_exact_mut(per_block))
         {
-            ty.expand(block, scales, mins);
+            block.expand(&spec.encoding, scales, mins);
         }
-        Grid { spec: GridSpec::of(ty.encoding(), cols), rows, scales, zeros: Vec::new(), mins, blocks }
+        Grid { spec, rows, scales, zeros: Vec::new(), mins, blocks }
     }
 
     /// Columns of the weight matrix.

@@ -1,6 +1,7 @@
 //! What operations demand of what they are given, the same on every device.
 
 use formats::GgmlType;
+use formats::encoding::Block;
 use ndarray::Array2;
 
 use crate::backend::{AttentionShape, Grid, GridSpec, RopeLayout};
@@ -78,14 +79,18 @@ pub(crate) fn expect_attention(
 pub(crate) fn expect_spec(op: &'static str, cols: usize, spec: &GridSpec) -> Result<()> {
     expect(op, "columns", spec.group_of.len(), cols)?;
     let encoding = &spec.encoding;
-    match encoding.ggml_type() {
-        Some(ty) if ty.layout().is_none() || ty.row_bytes(cols).is_none() => {
-            let expected = format!("rows of whole blocks of {ty}, {} weights each", ty.block_len);
-            Err(Error::Shape { op, expected, found: cols.to_string() })
+    let wrong = |expected: String| Err(Error::Shape { op, expected, found: format!("{cols} columns") });
+    match (encoding.ggml_type(), encoding.block) {
+        _ if !encoding.has_codes() => {
+            let found = format!("{encoding:?}");
+            Err(Error::Shape { op, expected: "an encoding with codes".to_owned(), found })
         }
-        None if encoding.scheme().is_none() => {
-            let expected = "integers with scales of their own, or a type of ggml's".to_owned();
-            Err(Error::Shape { op, expected, found: format!("{encoding:?}") })
+        (Some(ty), _) if ty.row_bytes(cols).is_none() => {
+            wrong(format!("rows of whole blocks of {ty}, {} weights each", ty.block_len))
+        }
+        // A block that goes on in the next row is no group of columns.
+        (None, Block::Flat(len)) if len == 0 || !cols.is_multiple_of(len) => {
+            wrong(format!("rows of whole blocks of {len} weights"))
         }
         _ => Ok(()),
     }
@@ -97,11 +102,12 @@ pub(crate) fn expect_grid(op: &'static str, [rows, cols]: [usize; 2], grid: &Gri
     expect_spec(op, cols, &grid.spec)?;
     let groups = rows * grid.spec.groups();
     expect(op, "scales", groups, grid.scales.len())?;
-    match grid.spec.encoding.ggml_type() {
-        None => expect(op, "zeros", groups, grid.zeros.len()),
-        Some(ty) => {
+    match grid.spec.encoding.is_integers() {
+        true => expect(op, "zeros", groups, grid.zeros.len()),
+        false => {
             expect(op, "mins", groups, grid.mins.len())?;
-            expect(op, "blocks", rows * (cols / ty.block_len), grid.blocks.len())
+            let units = cols.div_ceil(grid.spec.encoding.unit_width(cols).max(1));
+            expect(op, "blocks", rows * units, grid.blocks.len())
         }
     }
 }

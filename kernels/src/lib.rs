@@ -18,7 +18,7 @@ pub use backend::{
 pub use cpu::Cpu;
 pub use cuda::Cuda;
 pub use error::Error;
-pub use ops::floats::run as round_floats;
+pub use ops::apart::global_scale;
 
 /// What a device operation returns.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -34,6 +34,7 @@ fn weight(codec: &dyn Codec, scheme: Scheme) -> QuantizedWeight {
             .map(|i| if scheme.symmetric { scheme.midpoint() } else { 1 + (i % max) as u8 })
             .collect(),
         mins: if encoding.has_min() { (0..rows * groups).map(|i| 0.5 - i as f32 / 32.0).collect() } else { Vec::new() },
+        global: None,
         group_of: None,
     }
 }

@@ -168,7 +168,9 @@ impl<B: Backend> Walk<'_, '_, B> {
             None => ahead.blocks(
                 &graph.blocks,
                 || Ok(()),
-                |(), _, block| block.linears().try_for_each(|linear| self.round(linear)),
+                |(), _, block| {
+                    block.steps.iter().flat_map(|step| step.layer.fused()).try_for_each(|group| self.round(&group))
+                },
             )?,
             // All that is left is to look at what was written.
             Some(_) if finished == graph.blocks.len() => {}
@@ -288,22 +290,32 @@ impl<B: Backend> Walk<'_, '_, B> {
         }
     }
 
-    /// Quantizes a linear whose input nobody looks at.
-    fn round(&mut self, linear: &Linear) -> Result<()> {
-        let mut left = Vec::new();
-        for index in self.all() {
-            if !self.tasks[index].round(self.backend, linear, self.progress)? {
-                left.push(index);
+    /// Quantizes linears whose input, which they read together, nobody looks at.
+    fn round(&mut self, group: &[&Linear]) -> Result<()> {
+        let reach = self.reach(group, &self.all())?;
+        for linear in group {
+            let mut left = Vec::new();
+            for index in self.all() {
+                if !self.tasks[index].round(self.backend, linear, self.progress)? {
+                    left.push(index);
+                }
             }
-        }
-        if !left.is_empty() {
-            self.quantize(&[linear], &Observed::nothing(), &left)?;
+            if !left.is_empty() {
+                self.quantize(&[linear], &Observed::nothing(), &left, reach)?;
+            }
         }
         Ok(())
     }
 
-    /// Quantizes and writes the planned linears of a group for these tasks; returns what the leading target's file will hold of each.
-    fn quantize(&mut self, group: &[&Linear], seen: &Observed<B>, tasks: &[usize]) -> Result<Vec<Weight<B::Weight>>> {
+    /// Quantizes and writes the planned linears of a group for these tasks, which may have a scale in common for weights that go up to
+    /// `reach`; returns what the leading target's file will hold of each.
+    fn quantize(
+        &mut self,
+        group: &[&Linear],
+        seen: &Observed<B>,
+        tasks: &[usize],
+        reach: Option<f32>,
+    ) -> Result<Vec<Weight<B::Weight>>> {
         let backend = self.backend;
         for index in tasks {
             self.tasks[*index].collect(group, seen);
@@ -342,6 +354,7 @@ impl<B: Backend> Walk<'_, '_, B> {
                     behind: self.behind,
                     progress: self.progress,
                     leads: *index == self.lead,
+                    reach,
                 };
                 let held = self.tasks[*index].quantize(&work, now, &loaded, seen, of(key))?;
                 for (weight, held) in loaded.iter_mut().zip(held) {
@@ -355,6 +368,23 @@ impl<B: Backend> Walk<'_, '_, B> {
             }
         }
         Ok(weights)
+    }
+
+    /// The largest magnitude of linears that read one input, where one of these tasks has a scale that they have in common: runtimes fuse
+    /// q, k and v, and gate and up, and keep one such scale of what they have fused.
+    fn reach(&mut self, group: &[&Linear], tasks: &[usize]) -> Result<Option<f32>> {
+        let mut reach = None;
+        for linear in group {
+            let mut placements = tasks.iter().flat_map(|index| self.tasks[*index].target.placements(linear));
+            if placements.any(|placement| placement.encoding.global.is_some()) {
+                let values = match self.prepared.get(&linear.module) {
+                    Some(weight) => self.backend.download(&weight.matrix)?,
+                    None => self.backend.download(&self.ahead.plain().load(linear)?.matrix)?,
+                };
+                reach = Some(values.iter().fold(reach.unwrap_or(0.0f32), |reach, x| reach.max(x.abs())));
+            }
+        }
+        Ok(reach)
     }
 
     /// All tasks, that of the leading target last: what the stream will see of a weight need not wait while others are solved.
@@ -385,7 +415,8 @@ impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
             true => self.observer.observe(group[0], inputs)?,
             false => Observed::nothing(),
         };
-        self.quantize(group, &seen, &self.all())
+        let (all, reach) = (self.all(), self.reach(group, &self.all())?);
+        self.quantize(group, &seen, &all, reach)
     }
 
     fn expert(
@@ -398,7 +429,8 @@ impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
             true => self.observer.observe_expert(group[0], inputs, others)?,
             false => Observed::nothing(),
         };
-        self.quantize(group, &seen, &self.all())
+        let (all, reach) = (self.all(), self.reach(group, &self.all())?);
+        self.quantize(group, &seen, &all, reach)
     }
 
     fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {

@@ -65,6 +65,8 @@ pub struct Work<'w, 'a, B: Backend> {
     pub progress: &'w Progress,
     /// Whether the stream sees what this target holds.
     pub leads: bool,
+    /// The largest magnitude of all linears that read the input, where a scale is common to them.
+    pub reach: Option<f32>,
 }
 
 fn solver<B: Backend>(recipe: &Recipe, observer: Observer) -> Box<dyn Solver<B>> {
@@ -126,7 +128,7 @@ impl<'a, B: Backend> Task<'a, B> {
         let recipe = self.target.recipe();
         let mut placements = group.iter().flat_map(|linear| self.target.placements(linear)).peekable();
         placements.peek()?;
-        let sweeps = recipe.method.sweeps() && placements.any(|placement| placement.encoding.is_searched());
+        let sweeps = recipe.method.sweeps() && placements.any(|placement| placement.encoding.has_codes());
         let damp = if sweeps { recipe.damp.to_bits() } else { 0 };
         let ordered = sweeps && (recipe.act_order || recipe.desc_act);
         Some(ShareKey { needs: self.target.needs(), sweeps, damp, ordered })
@@ -172,7 +174,7 @@ impl<'a, B: Backend> Task<'a, B> {
         let statistics = seen.of(self.target.needs());
         let started = Instant::now();
         let placements: Vec<&[Placement]> = group.iter().map(|linear| self.target.placements(linear)).collect();
-        let mut solved = self.solve(backend, group, loaded, &placements, statistics, shared)?.into_iter();
+        let mut solved = self.solve(work, group, loaded, &placements, statistics, shared)?.into_iter();
         let seconds = started.elapsed().as_secs_f64();
         self.done.seconds.solve += seconds;
         let weights = |all: &mut dyn Iterator<Item = &&Linear>| all.map(|l| l.rows * l.cols).sum::<usize>() as f64;
@@ -218,7 +220,7 @@ impl<'a, B: Backend> Task<'a, B> {
     /// A solution for every placement of every linear.
     fn solve<'m>(
         &self,
-        backend: &B,
+        work: &Work<'_, 'a, B>,
         group: &[&Linear],
         loaded: &'m [Weight<B::Matrix>],
         placements: &[&[Placement]],
@@ -226,6 +228,7 @@ impl<'a, B: Backend> Task<'a, B> {
         shared: Option<&Shared<'_, B>>,
     ) -> Result<Vec<Answer<'m, B>>> {
         let Some(shared) = shared else { return Ok(Vec::new()) };
+        let backend = work.backend;
         let mut all = Vec::new();
         for ((linear, weight), placements) in group.iter().zip(loaded).zip(placements) {
             for (at, placement) in placements.iter().enumerate() {
@@ -246,7 +249,9 @@ impl<'a, B: Backend> Task<'a, B> {
             let ask = |at: &usize| {
                 let (placement, importance, wanted) = &all[*at];
                 let weight = wanted.matrix();
-                let spec = GridSpec::of(placement.encoding, backend.shape(weight)[1]);
+                let mut spec = GridSpec::of(placement.encoding, backend.shape(weight)[1]);
+                let global = |reach| kernels::global_scale(&placement.encoding, reach);
+                spec.global = placement.encoding.global.and(work.reach).map(global);
                 Asked { weight, spec, importance: importance.as_deref() }
             };
             let asked: Vec<Asked<'_, B>> = alike.iter().map(ask).collect();
@@ -323,7 +328,7 @@ impl<'a, B: Backend> Task<'a, B> {
                 found.relative_error = Some(found.relative_error.map_or(error, |other| other.max(error)));
             }
             let factored = shared.is_some_and(|shared| shared.factor.is_some());
-            if factored && !placement.transposed && placement.encoding.is_searched() {
+            if factored && !placement.transposed && placement.encoding.has_codes() {
                 found.swept = true;
                 found.damp = solution.damp;
             }

@@ -72,7 +72,7 @@ request! {
         /// compressed-tensors]
         #[arg(long, value_name = "FORMAT")]
         pub format: Option<String>,
-        /// W4A16, W8A16, W3A16 or W2A16, each also with _ASYM; groups of 128. For compressed-tensors also W8A8 and FP8_DYNAMIC. For GGUF a mix as llama-quantize names it:
+        /// W4A16, W8A16, W3A16 or W2A16, each also with _ASYM; groups of 128. For compressed-tensors also W8A8, FP8_DYNAMIC and NVFP4A16. For GGUF a mix as llama-quantize names it:
         /// Q4_K_M, Q5_K_S, Q6_K, Q8_0, IQ4_XS, F16 … [default: W4A16, Q4_K_M]
         #[arg(long, value_name = "SCHEME")]
         pub scheme: Option<String>,

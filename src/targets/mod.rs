@@ -56,7 +56,7 @@ pub fn plain_grid(encoding: &Encoding, cols: usize) -> Option<GridSpec> {
     if encoding.levels.count() == 0 {
         return None;
     }
-    if encoding.scheme().is_some() {
+    if encoding.scheme().is_some() || encoding.ggml_type().is_none() {
         return Some(GridSpec::of(*encoding, cols));
     }
     let group = Some(encoding.group_width(cols)).filter(|group| *group < cols);

@@ -53,10 +53,15 @@ fn every_layout_holds_what_was_solved_and_reads_back_as_it() {
         "format = 'compressed-tensors'\nscheme = 'W8A8'",
         "format = 'compressed-tensors'\nscheme = 'W8A8'\nmethod = 'awq+gptq'",
         "format = 'compressed-tensors'\nscheme = 'FP8_DYNAMIC'",
+        "format = 'compressed-tensors'\nscheme = 'FP8_DYNAMIC'\nmethod = 'gptq'",
+        "format = 'compressed-tensors'\nscheme = 'NVFP4A16'",
+        "format = 'compressed-tensors'\nscheme = 'NVFP4A16'\nmethod = 'awq+gptq'",
         "format = 'gptq'\ngroup_size = 128",
         "format = 'gptq'\nscheme = 'W4A16_ASYM'\ngroup_size = 64\nmethod = 'awq+gptq'",
         "format = 'gptq'\nscheme = 'W3A16'\ngroup_size = 32\ndesc_act = true",
         "format = 'awq'\ngroup_size = 64\nmethod = 'awq'",
+        "format = 'mlx'\ngroup_size = 32",
+        "format = 'mlx'\nscheme = 'W8A16'\nmethod = 'awq+gptq'",
     ]
     .iter()
     .enumerate()
@@ -87,6 +92,29 @@ fn every_layout_holds_what_was_solved_and_reads_back_as_it() {
         let again = run(plain.path(), &room.path().join("again"), request("method = 'rtn'\ngroup_size = 64"), false);
         again.unwrap();
         std::fs::remove_dir_all(room.path().join("again")).unwrap();
+    }
+}
+
+/// Runtimes keep one global scale of the linears that they fuse, and it is exact in every precision.
+#[test]
+fn linears_with_one_input_have_one_global_scale() {
+    let room = tempfile::tempdir().unwrap();
+    let output = room.path().join("out");
+    run(&model(room.path()), &output, request("scheme = 'NVFP4A16'\nmethod = 'rtn'"), false).unwrap();
+    let bytes = weights(&output);
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let global = |name: String| {
+        let view = tensors.tensor(&format!("{name}.weight_global_scale")).unwrap();
+        assert_eq!(view.shape(), [1]);
+        f32::from_le_bytes(view.data().try_into().unwrap())
+    };
+    for layer in 0..4 {
+        for group in
+            [&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"][..], &["mlp.gate_proj", "mlp.up_proj"]]
+        {
+            let own: Vec<f32> = group.iter().map(|name| global(format!("model.layers.{layer}.{name}"))).collect();
+            assert!(own.iter().all(|scale| *scale == own[0] && scale.to_bits() & 0x7f_ffff == 0), "{own:?}");
+        }
     }
 }
 

@@ -65,6 +65,8 @@ CASES = [
     # Unpacked, for else the runtime rounds inputs as well; in the scales' own type, as below.
     case("ct", "ct-w8a8", "transformers", f"{CT} --scheme W8A8", "bfloat16", dequantize=True),
     case("ct", "ct-fp8-dynamic", "transformers", f"{CT} --scheme FP8_DYNAMIC", "bfloat16", dequantize=True),
+    # A four-bit float of three bits times an eight-bit one of four, and a power of two: exact in bfloat16.
+    case("ct", "ct-nvfp4a16", "transformers", f"{CT} --scheme NVFP4A16", "bfloat16", dequantize=True),
     case("ct", "ct-w3-g64", "transformers", f"{CT} --scheme W3A16 --group-size 64", "float32"),
     case("ct", "ct-w2-g32", "transformers", f"{CT} --scheme W2A16 --group-size 32", "float32"),
     # The default path of transformers 5.23 expects zero points unpacked; with dequantize=True it reads them as they are, but

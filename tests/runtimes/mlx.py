@@ -106,7 +106,7 @@ def in_mlx(item):
         plain = pathlib.Path(item["plain"])
         (plain / "config.json").write_text(json.dumps(config))
         plain = logits(load_model(plain)[0])
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return {"own": f"{type(error).__name__}: {error}"}
     model, _ = load_model(pathlib.Path(item["artifact"]))
     other = float(np.abs(plain - expected["logits"]).max() / largest)
@@ -122,7 +122,8 @@ def worker(path):
             print(f"==== {item['name']}", flush=True)
             try:
                 answer = {"reference": reference, "mlx": in_mlx}[job["process"]](item)
-            except Exception as error:
+            # Where a package is missing that a model asks for, mlx-lm ends the process.
+            except (Exception, SystemExit) as error:
                 traceback.print_exc()
                 answer = {"error": f"{type(error).__name__}: {error}"}
             out.write(json.dumps(answer | {"name": item["name"]}) + "\n")

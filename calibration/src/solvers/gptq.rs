@@ -60,8 +60,8 @@ impl<B: Backend> Solver<B> for Gptq {
 
     fn solve(&self, backend: &B, shared: &Shared<'_, B>, asked: &[Asked<'_, B>]) -> Result<Vec<Solution<B>>> {
         let asked: Vec<Asked<'_, B>> = asked.iter().map(|one| self.grouped(one, shared)).collect();
-        // Values without codes have nothing to sweep, nor has what is rounded as it is.
-        let sweepable = |one: &Asked<'_, B>| one.spec.encoding.is_searched();
+        // Values without codes have nothing to sweep.
+        let sweepable = |one: &Asked<'_, B>| one.spec.encoding.has_codes();
         let Some(factor) = &shared.factor else {
             return asked.iter().map(|one| round(backend, shared, one, self.observer)).collect();
         };
@@ -90,9 +90,9 @@ impl Gptq {
     /// With the groups that the weight will have: of `desc_act` they follow the order in which columns are processed.
     fn grouped<'a, B: Backend>(&self, asked: &Asked<'a, B>, shared: &Shared<'_, B>) -> Asked<'a, B> {
         let mut asked = asked.clone();
-        let GridSpec { encoding, group_of } = &mut asked.spec;
-        // ggml's groups are where they are.
-        if let (true, Some(factor), None) = (self.desc_act, &shared.factor, encoding.ggml_type()) {
+        let GridSpec { encoding, group_of, .. } = &mut asked.spec;
+        // Groups of others are where they are.
+        if let (true, Some(factor), true) = (self.desc_act, &shared.factor, encoding.is_integers()) {
             let width = encoding.group_width(factor.order.len());
             for (position, col) in factor.order.iter().enumerate() {
                 group_of[*col as usize] = (position / width) as u32;

@@ -11,7 +11,6 @@ mod tests;
 
 use formats::{GgmlType, PackedWeight, WordLayout};
 use kernels::{Backend, Factor, FitKind, Grid, GridSpec, Packing, Result};
-use ndarray::Array2;
 
 pub use gptq::Gptq;
 pub use rows::{pack_rows, searched};
@@ -119,8 +118,6 @@ pub struct Shared<'a, B: Backend> {
 enum Chosen<B: Backend> {
     /// Codes on the device, and their grid.
     Codes(B::Codes, Box<Grid>),
-    /// Codes that were chosen on the host, and their grid.
-    Host(Vec<u8>, Box<Grid>),
     /// Rows as a file of ggml's holds them, by ggml's own encoder.
     Rows(Vec<u8>),
 }
@@ -144,7 +141,7 @@ impl<B: Backend> Solution<B> {
     /// Scales and zeros or minima; `None` where ggml's own encoder chose the rows, or values are stored as they are.
     pub fn grid(&self) -> Option<&Grid> {
         match &self.chosen {
-            Chosen::Codes(_, grid) | Chosen::Host(_, grid) => Some(grid),
+            Chosen::Codes(_, grid) => Some(grid),
             Chosen::Rows(_) => None,
         }
     }
@@ -154,26 +151,25 @@ impl<B: Backend> Solution<B> {
     /// # Panics
     /// If the weight is in one of ggml's types, whose codes and scales lie together: a mistake of the caller.
     pub fn packed(self, backend: &B, layout: WordLayout) -> Result<PackedWeight> {
-        let (bytes, grid) = match self.chosen {
-            Chosen::Codes(codes, grid) => {
-                let bits = grid.spec.encoding.levels.bits();
-                (backend.pack(&codes, Packing::Words { bits, layout })?, grid)
-            }
-            Chosen::Host(codes, grid) => {
-                let (shape, bits) = ([grid.rows, grid.cols()], grid.spec.encoding.levels.bits());
-                let words = layout.pack(&codes, shape, bits).expect("codes that fit");
-                (words.iter().flat_map(|word| word.to_le_bytes()).collect(), grid)
-            }
-            Chosen::Rows(_) => panic!("codes and scales of ggml's types lie together"),
+        let Chosen::Codes(codes, grid) = self.chosen else {
+            panic!("codes and scales of ggml's types lie together");
         };
-        let Grid { spec: GridSpec { encoding, group_of }, rows, scales, zeros, .. } = *grid;
+        let bits = grid.spec.encoding.levels.bits();
+        let bytes = backend.pack(&codes, Packing::Words { bits, layout })?;
+        let Grid { spec: GridSpec { encoding, group_of, global }, rows, scales, mut zeros, mut mins, .. } = *grid;
         let cols = group_of.len();
+        if zeros.is_empty() {
+            zeros = vec![0; scales.len()];
+        }
+        if !encoding.has_min() {
+            mins.clear();
+        }
         let word = |bytes: &[u8]| u32::from_le_bytes(bytes.try_into().expect("four bytes"));
         let words = bytes.chunks_exact(4).map(word).collect();
         let width = encoding.group_width(cols);
         let contiguous = group_of.iter().enumerate().all(|(col, group)| col / width == *group as usize);
         let group_of = (!contiguous).then_some(group_of);
-        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, mins: Vec::new(), group_of })
+        Ok(PackedWeight { rows, cols, encoding, words, scales, zeros, mins, global, group_of })
     }
 
     /// Rows of blocks as a file of ggml's holds them.
@@ -182,7 +178,7 @@ impl<B: Backend> Solution<B> {
     pub fn rows(&mut self, backend: &B) -> Result<Vec<u8>> {
         match &mut self.chosen {
             Chosen::Codes(codes, grid) => backend.pack(codes, Packing::Blocks(grid)),
-            Chosen::Rows(rows) | Chosen::Host(rows, _) => Ok(std::mem::take(rows)),
+            Chosen::Rows(rows) => Ok(std::mem::take(rows)),
         }
     }
 }
@@ -211,15 +207,6 @@ fn round<B: Backend>(
     if let Some(ty) = observer.encoder(&asked.spec) {
         let (rows, dequantized) = rows::encode(backend, asked.weight, ty)?;
         return measured(backend, shared, asked.weight, Chosen::Rows(rows), dequantized, None);
-    }
-    if asked.spec.encoding.levels.count() > 0 && !asked.spec.encoding.is_searched() {
-        let (codes, grid) = kernels::round_floats(backend.download(asked.weight)?.view(), &asked.spec);
-        let matrix = Array2::from_shape_vec((grid.rows, grid.cols()), codes).expect("one code a weight");
-        let level = |((row, _), code): ((usize, usize), &u8)| grid.scales[row] * grid.spec.encoding.levels.level(*code);
-        let values = matrix.indexed_iter().map(level).collect();
-        let values = Array2::from_shape_vec(matrix.raw_dim(), values).expect("one value a weight");
-        let chosen = Chosen::Host(matrix.into_raw_vec_and_offset().0, Box::new(grid));
-        return measured(backend, shared, asked.weight, chosen, backend.upload(values)?, None);
     }
     let grid = observer.fit(backend, asked, shared.statistics)?;
     let codes = backend.round(asked.weight, &grid)?;

@@ -125,6 +125,7 @@ impl Codec for Awq {
             scales,
             zeros,
             mins: Vec::new(),
+            global: None,
             group_of: None,
         })
     }
@@ -219,6 +220,7 @@ mod tests {
             scales: transpose(&v.floats("scales"), groups, rows),
             zeros: transpose(&zeros, groups, rows),
             mins: Vec::new(),
+            global: None,
             group_of: None,
         };
         let parts = Awq.encode(&weight, Dtype::F16).unwrap();

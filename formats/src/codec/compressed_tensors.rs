@@ -14,6 +14,11 @@
 //! float-quantized      E4M3, for runtimes that round each token to E4M3 too
 //! weight             F8_E4M3 [rows, cols]
 //! weight_scale       F16|BF16|F32 [rows, 1]
+//!
+//! nvfp4-pack-quantized E2M1, of weights alone
+//! weight_packed      U8 [rows, cols/2]           two codes a byte, the low half first
+//! weight_scale       F8_E4M3 [rows, cols/16]
+//! weight_global_scale  F32 [1]                   divides the scales
 //! ```
 //!
 //! The library thinks in signed codes `−2^(b−1)..` and stores them plus `2^(b−1)`, which is our unsigned code.
@@ -24,7 +29,7 @@ use super::names::{self, NameSet, Selection};
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
 use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, unpack_rows, words_shape};
 use crate::bits::{packed_words, unpack};
-use crate::encoding::{Activation, Block, E4M3, Encoding, Levels, Offset};
+use crate::encoding::{Activation, Block, E4M3, Encoding, Float, Levels, Offset, code_e4m3};
 use crate::error::{Error, Result};
 use crate::tensor::{Dtype, Tensor, TensorView};
 use crate::weight::{PackedWeight, QuantizedWeight};
@@ -39,6 +44,7 @@ enum Format {
     Packed,
     Int,
     Float,
+    Nvfp4,
 }
 
 impl Format {
@@ -47,6 +53,7 @@ impl Format {
         let rows = encoding.block == Block::Row && encoding.offset == Offset::None && encoding.global.is_none();
         let (eight, floats) = (encoding.levels == Levels::signed(8), encoding.levels == Levels::Table(&E4M3));
         match encoding.activation {
+            None if *encoding == Encoding::NVFP4 => Some(Format::Nvfp4),
             None => encoding.scheme().map(|_| Format::Packed),
             Some(inputs) if rows && eight && inputs == Activation::INT8_TOKEN => Some(Format::Int),
             Some(inputs) if rows && floats && inputs == Activation::FP8_TOKEN => Some(Format::Float),
@@ -59,13 +66,14 @@ impl Format {
             Format::Packed => "pack-quantized",
             Format::Int => "int-quantized",
             Format::Float => "float-quantized",
+            Format::Nvfp4 => "nvfp4-pack-quantized",
         }
     }
 
     /// What a code is stored as where each has a byte of its own: the type, and what is added.
     fn bytes(self) -> Option<(Dtype, u8)> {
         match self {
-            Format::Packed => None,
+            Format::Packed | Format::Nvfp4 => None,
             Format::Int => Some((Dtype::I8, 128)),
             Format::Float => Some((Dtype::F8_E4M3, 0)),
         }
@@ -87,12 +95,14 @@ impl Codec for CompressedTensors {
     }
 
     fn presets(&self) -> &'static [&'static str] {
-        &["W8A8", "FP8_DYNAMIC"]
+        &["W8A8", "FP8_DYNAMIC", "NVFP4A16"]
     }
 
     fn supports(&self, _rows: usize, cols: usize, encoding: &Encoding, desc_act: bool) -> Result<(), String> {
         if Format::of(encoding).is_none() {
-            return Err("compressed-tensors is written with integers of weights alone, W8A8 and FP8_DYNAMIC".into());
+            return Err(
+                "compressed-tensors is written with integers of weights alone, W8A8, FP8_DYNAMIC and NVFP4A16".into()
+            );
         }
         if !(2..=8).contains(&encoding.levels.bits()) {
             return Err(format!("compressed-tensors packs 2 to 8 bits, not {}", encoding.levels.bits()));
@@ -115,6 +125,13 @@ impl Codec for CompressedTensors {
         let (groups, bits) = (encoding.groups(cols), encoding.levels.bits());
         if let Some((dtype, _)) = Format::of(encoding).and_then(Format::bytes) {
             return vec![("weight", dtype, vec![rows, cols]), ("weight_scale", scale_dtype, vec![rows, groups])];
+        }
+        if Format::of(encoding) == Some(Format::Nvfp4) {
+            return vec![
+                ("weight_packed", Dtype::U8, vec![rows, cols / 2]),
+                ("weight_scale", Dtype::F8_E4M3, vec![rows, groups]),
+                ("weight_global_scale", Dtype::F32, vec![1]),
+            ];
         }
         let mut layout = vec![
             ("weight_packed", Dtype::I32, vec![rows, packed_words(cols, bits)]),
@@ -146,6 +163,16 @@ impl Codec for CompressedTensors {
             return Err(Error::invalid("compressed-tensors cannot store reordered groups"));
         }
         let groups = weight.groups();
+        if Format::of(&encoding) == Some(Format::Nvfp4) {
+            let global = weight.global.unwrap_or(1.0);
+            // Words of eight codes are groups of four bytes, and a row is whole groups of sixteen.
+            let data =
+                [from_words(&weight.words), eighths(&weight.scales, global)?, (1.0 / global).to_le_bytes().to_vec()];
+            let parts = self.layout(rows, cols, &encoding, scale_dtype).into_iter().zip(data);
+            return Ok(Parts(
+                parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect(),
+            ));
+        }
         let mut data = vec![from_words(&weight.words), exact_scales(scale_dtype, &weight.scales)?];
         match Format::of(&encoding).and_then(Format::bytes) {
             Some((_, less)) => {
@@ -167,6 +194,10 @@ impl Codec for CompressedTensors {
     fn shape(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<[usize; 2]> {
         match bytes_of(parts, &declared.encoding) {
             Some((dtype, _)) => bytes_shape(&part(parts, "weight")?, dtype),
+            None if Format::of(&declared.encoding) == Some(Format::Nvfp4) => {
+                let [rows, pairs] = bytes_shape(&part(parts, "weight_packed")?, Dtype::U8)?;
+                Ok([rows, 2 * pairs])
+            }
             None => stored_shape(parts),
         }
     }
@@ -189,10 +220,14 @@ impl Codec for CompressedTensors {
                 scales: scale.to_f32()?,
                 zeros,
                 mins: Vec::new(),
+                global: None,
                 group_of: None,
             });
         }
 
+        if Format::of(&encoding) == Some(Format::Nvfp4) {
+            return nvfp4(parts, [rows, cols], encoding);
+        }
         let packed = part(parts, "weight_packed")?;
         let [packed_rows, words] = words_shape(&packed, "weight_packed")?;
         if packed_rows != rows {
@@ -253,11 +288,11 @@ impl Codec for CompressedTensors {
             }
             _ => None,
         };
-        Ok(QuantizedWeight { rows, cols, encoding, codes, scales, zeros, mins: Vec::new(), group_of })
+        Ok(QuantizedWeight { rows, cols, encoding, codes, scales, zeros, mins: Vec::new(), global: None, group_of })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
-        &["weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"]
+        &["weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale"]
     }
 
     fn goes_by_class(&self) -> bool {
@@ -280,7 +315,11 @@ impl Codec for CompressedTensors {
             let format = format(encoding)?.name();
             formats.push(format);
             let group_size = Some(encoding.group()).filter(|width| *width > 0);
-            let strategy = if group_size.is_some() { "group" } else { "channel" };
+            let strategy = match group_size {
+                Some(_) if encoding.global.is_some() => "tensor_group",
+                Some(_) => "group",
+                None => "channel",
+            };
             let kind = |levels: &Levels| if matches!(levels, Levels::Integer { .. }) { "int" } else { "float" };
             let inputs = encoding.activation.map(|activation| {
                 json!({
@@ -288,7 +327,7 @@ impl Codec for CompressedTensors {
                     "strategy": "token", "group_size": null, "dynamic": activation.dynamic,
                 })
             });
-            let group = json!({
+            let mut group = json!({
                 "targets": targets,
                 // Without its own format a loader guesses one from the widths.
                 "format": format,
@@ -300,6 +339,10 @@ impl Codec for CompressedTensors {
                 "input_activations": inputs,
                 "output_activations": null,
             });
+            if encoding.precision() == Float::E4M3 {
+                let name = Value::from("torch.float8_e4m3fn");
+                (group["weights"]["scale_dtype"], group["weights"]["zp_dtype"]) = (name.clone(), name);
+            }
             groups.insert(format!("group_{index}"), group);
         }
         // What is left in every layer is named once for all, so that layers are meant too that share one layer's tensors.
@@ -347,6 +390,43 @@ impl Codec for CompressedTensors {
         });
         Ok(ConfigFiles { quantization_config, files: Vec::new(), notes })
     }
+}
+
+/// Scales as bytes of E4M3, over the global one; fails unless every one survives unchanged.
+fn eighths(scales: &[f32], global: f32) -> Result<Vec<u8>> {
+    let code = |scale: &f32| {
+        let code = code_e4m3(scale / global);
+        if E4M3[usize::from(code)] * global != *scale {
+            return Err(Error::invalid(format!("scale {scale} is no E4M3 number times the global scale {global}")));
+        }
+        Ok(code)
+    };
+    scales.iter().map(code).collect()
+}
+
+fn nvfp4(parts: &PartLookup<'_, '_>, [rows, cols]: [usize; 2], encoding: Encoding) -> Result<QuantizedWeight> {
+    let groups = encoding.groups(cols);
+    let (packed, scale, global) =
+        (part(parts, "weight_packed")?, part(parts, "weight_scale")?, part(parts, "weight_global_scale")?);
+    if !cols.is_multiple_of(16) {
+        return Err(Error::mismatch("the columns of weight_packed", "a multiple of 16", cols));
+    }
+    scale.expect("weight_scale", Dtype::F8_E4M3, &[rows, groups])?;
+    global.expect("weight_global_scale", Dtype::F32, &[1])?;
+    let divisor = global.to_f32()?[0];
+    let mut scales = scale.to_f32()?;
+    scales.iter_mut().for_each(|scale| *scale /= divisor);
+    Ok(QuantizedWeight {
+        rows,
+        cols,
+        encoding,
+        codes: unpack_rows(packed.data, rows, cols, 4),
+        scales,
+        zeros: vec![0; rows * groups],
+        mins: Vec::new(),
+        global: Some(1.0 / divisor),
+        group_of: None,
+    })
 }
 
 /// How a weight is stored that is not packed, though it might be for runtimes that round inputs as well.
@@ -435,6 +515,7 @@ mod tests {
             scales: v.floats("weight_scale"),
             zeros,
             mins: Vec::new(),
+            global: None,
             group_of: None,
         };
         let parts = CompressedTensors.encode(&weight, Dtype::BF16).unwrap();
@@ -497,6 +578,59 @@ mod tests {
         }
     }
 
+    /// Pairs of codes, scales of eight bits and one of all, as the library has them; another global scale than a power of two is read too.
+    #[test]
+    fn nvfp4_is_the_librarys() {
+        let v = Vector::load("ct_nvfp4");
+        let bytes = |key: &str| v.ints(key).iter().map(|byte| *byte as u8).collect::<Vec<u8>>();
+        let theirs = v.floats("weight_global_scale")[0];
+        let parts = |global: f32| {
+            Parts(vec![
+                ("weight_packed", Tensor { dtype: Dtype::U8, shape: vec![16, 32], data: bytes("weight_packed") }),
+                (
+                    "weight_scale",
+                    Tensor { dtype: Dtype::F8_E4M3, shape: vec![16, 4], data: bytes("weight_scale_bytes") },
+                ),
+                (
+                    "weight_global_scale",
+                    Tensor { dtype: Dtype::F32, shape: vec![1], data: global.to_le_bytes().to_vec() },
+                ),
+            ])
+        };
+        let declared = Declared { encoding: Encoding::NVFP4, zeros_minus_one: false };
+        let read = |parts: &Parts| CompressedTensors.decode(&|name| parts.get(name), &declared).unwrap();
+        let mut row = vec![0.0; 64];
+        read(&parts(theirs)).dequantize_row(0, &mut row);
+        // The vector's values are divided after the product, the library's own before it: a difference in the last bit, and none below.
+        for (ours, theirs) in row.iter().zip(v.floats("dequant_f32_first_row")) {
+            assert!((ours - theirs).abs() <= 1e-7 * theirs.abs(), "{ours} and {theirs}");
+        }
+        // What is written has a power of two, and comes back as it was.
+        let ours = parts(1024.0);
+        let weight = read(&ours);
+        assert_eq!(CompressedTensors.encode(&weight, Dtype::BF16).unwrap(), ours);
+        let layout = CompressedTensors.layout(16, 64, &Encoding::NVFP4, Dtype::BF16);
+        let found: Vec<_> = ours.0.iter().map(|(name, t)| (*name, t.dtype, t.shape.clone())).collect();
+        assert_eq!(found, layout);
+        let mut spoilt = weight.clone();
+        spoilt.scales[3] *= 1.01;
+        let error = CompressedTensors.encode(&spoilt, Dtype::BF16).unwrap_err().to_string();
+        assert!(error.contains("is no E4M3 number"), "{error}");
+
+        let module = QuantizedModule { name: "a.0.x", encoding: Encoding::NVFP4, desc_act: false, loaded: &[] };
+        let config = CompressedTensors.config(&[module], &[]).unwrap().quantization_config;
+        let weights = &config["config_groups"]["group_0"]["weights"];
+        assert_eq!((&config["format"], &weights["strategy"]), (&json!("nvfp4-pack-quantized"), &json!("tensor_group")));
+        assert_eq!(weights["scale_dtype"], "torch.float8_e4m3fn");
+        let reader = crate::codec::read_quantization(&json!({"quantization_config": config})).unwrap().unwrap();
+        assert_eq!(reader.declared("a.0.x").unwrap(), Some(declared));
+        let lookup = |name: &str| name.strip_prefix("a.0.x.").and_then(|part| ours.get(part));
+        let foreign = reader.foreign("a.0.x.weight_packed", &lookup).unwrap().unwrap();
+        let mut values = vec![0.0; 16 * 64];
+        foreign.read(&lookup, 0..16, &mut values).unwrap();
+        assert_eq!(values, weight.dequantize());
+    }
+
     /// Of runtimes that round inputs too: a byte a code, rows of any width.
     #[test]
     fn bytes_hold_codes_of_eight_bits() {
@@ -506,8 +640,17 @@ mod tests {
                 let codes = (0..3 * cols).map(|i| (i * 37 % 127) as u8).collect();
                 let zeros = vec![encoding.fixed_zero().unwrap(); 3];
                 let scales = vec![0.5, 0.25, 2.0];
-                let weight =
-                    QuantizedWeight { rows: 3, cols, encoding, codes, scales, zeros, mins: Vec::new(), group_of: None };
+                let weight = QuantizedWeight {
+                    rows: 3,
+                    cols,
+                    encoding,
+                    codes,
+                    scales,
+                    zeros,
+                    mins: Vec::new(),
+                    global: None,
+                    group_of: None,
+                };
                 let parts = CompressedTensors.encode(&weight, Dtype::BF16).unwrap();
                 let stored = parts.get("weight").unwrap();
                 assert_eq!((stored.dtype, stored.shape, stored.data[0]), (dtype, &[3, cols][..], byte));
@@ -563,6 +706,7 @@ mod tests {
             scales: vec![0.5; 16],
             zeros: vec![9; 16],
             mins: Vec::new(),
+            global: None,
             group_of: None,
         };
         let good = CompressedTensors.encode(&weight, Dtype::F16).unwrap();

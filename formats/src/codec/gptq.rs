@@ -137,7 +137,17 @@ impl Codec for Gptq {
             }
             None => None,
         };
-        Ok(QuantizedWeight { rows, cols, encoding: scheme.into(), codes, scales, zeros, mins: Vec::new(), group_of })
+        Ok(QuantizedWeight {
+            rows,
+            cols,
+            encoding: scheme.into(),
+            codes,
+            scales,
+            zeros,
+            mins: Vec::new(),
+            global: None,
+            group_of,
+        })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -264,6 +274,7 @@ mod tests {
             scales: transpose(&v.floats("scales"), groups, rows),
             zeros: transpose(&zeros, groups, rows),
             mins: Vec::new(),
+            global: None,
             group_of: v.value("desc_act").as_bool().unwrap().then(|| map.clone()),
         };
         let parts = Gptq.encode(&weight, Dtype::F16).unwrap();
@@ -328,6 +339,7 @@ mod tests {
             scales: vec![0.5; 64],
             zeros: vec![9; 64],
             mins: Vec::new(),
+            global: None,
             group_of: None,
         };
         let parts = Gptq.encode(&weight, Dtype::F16).unwrap();

@@ -251,7 +251,8 @@ impl Mlx {
         let codes = unpack_rows(of("weight")?.1, rows, cols, encoding.levels.bits());
         let (scales, mut mins) = (floats("scales")?, floats("biases")?);
         mins.iter_mut().for_each(|bias| *bias = 0.0 - *bias);
-        Ok(QuantizedWeight { rows, cols, encoding, codes, scales, zeros: Vec::new(), mins, group_of: None })
+        let zeros = vec![0; scales.len()];
+        Ok(QuantizedWeight { rows, cols, encoding, codes, scales, zeros, mins, global: None, group_of: None })
     }
 }
 

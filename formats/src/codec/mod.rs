@@ -14,7 +14,7 @@ mod transforms;
 use serde_json::Value;
 
 use crate::bits;
-use crate::encoding::{Block, Encoding, Offset};
+use crate::encoding::{Block, Encoding};
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::tensor::{Dtype, Tensor, TensorView, narrow};
@@ -229,23 +229,20 @@ fn check_group(cols: usize, encoding: &Encoding) -> Result<(), String> {
 
 /// Fails unless the lengths agree and every zero is within the encoding's width.
 fn check_weight(weight: &PackedWeight, layout: WordLayout) -> Result<()> {
-    let PackedWeight { rows, cols, encoding, words, scales, zeros, mins, group_of } = weight;
+    let PackedWeight { rows, cols, encoding, words, scales, zeros, mins, group_of, .. } = weight;
     let bits = encoding.levels.bits();
     let grids = rows * weight.groups();
     let packed = layout.words([*rows, *cols], bits)?;
-    let has_mins = matches!(encoding.offset, Offset::Min(_));
+    let of_mins = if encoding.has_min() { grids } else { 0 };
     for (what, found, expected) in [
         ("words", words.len(), packed),
         ("scales", scales.len(), grids),
-        ("zeros", if has_mins { grids } else { zeros.len() }, grids),
-        ("mins", mins.len(), if has_mins { grids } else { 0 }),
+        ("zeros", zeros.len(), grids),
+        ("mins", mins.len(), of_mins),
     ] {
         if found != expected {
             return Err(Error::mismatch(format!("the number of {what}"), expected, found));
         }
-    }
-    if has_mins {
-        return Ok(());
     }
     if let Some(zero) = zeros.iter().find(|&&zero| zero > encoding.max_code()) {
         return Err(Error::invalid(format!("zero {zero} does not fit in {bits} bits")));
@@ -432,6 +429,7 @@ pub(crate) mod testing {
                         })
                         .collect(),
                     mins: Vec::new(),
+                    global: None,
                     group_of: None,
                 }
             },

@@ -444,10 +444,10 @@ fn compressed_tensors(config: &Map<String, Value>) -> Result<Rules> {
             true => Weights::Packed(Encoding { activation, ..weight_args(weights).map_err(in_group)?.into() }),
             false => {
                 let block = get(weights, "block_structure", "two positive numbers", block).map_err(in_group)?;
-                Weights::Foreign(
-                    block,
-                    plain_args(weights).map(|encoding| Encoding { activation, ..encoding }).filter(is_written),
-                )
+                // Of inputs that are rounded in another way it is none of those that are written.
+                let told = activation.is_some() || group.get("input_activations").is_none_or(Value::is_null);
+                let encoding = plain_args(weights).filter(|encoding| told || encoding.global.is_none());
+                Weights::Foreign(block, encoding.map(|encoding| Encoding { activation, ..encoding }).filter(is_written))
             }
         };
         groups.push((targets, weights));
@@ -468,9 +468,12 @@ fn activation_args(args: &Map<String, Value>) -> Option<Activation> {
     }
 }
 
-/// What is said of weights of eight bits with a scale for each row.
+/// What is said of weights of eight bits with a scale for each row, and of NVFP4.
 fn plain_args(args: &Map<String, Value>) -> Option<Encoding> {
     let is = |key: &str, value: Value| args.get(key) == Some(&value);
+    if is("num_bits", 4.into()) && is("type", "float".into()) && is("strategy", "tensor_group".into()) {
+        return is("group_size", 16.into()).then_some(Encoding::NVFP4);
+    }
     let known = is("num_bits", 8.into()) && is("strategy", "channel".into());
     let known = known && args.get("symmetric").is_none_or(|value| *value == Value::Bool(true));
     match args.get("type").and_then(Value::as_str) {

@@ -3,7 +3,7 @@
 use super::{Blocks, GgmlType};
 use crate::encoding::Encoding;
 
-/// The scale fields of one block as the file stores them.
+/// The scale fields of one block, the columns that share a stored scale, as the file stores them.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct BlockScales {
     /// The block's scale; what the block cannot hold is rounded when packed.
@@ -14,6 +14,26 @@ pub struct BlockScales {
     pub scales: [i8; 16],
     /// Integer mins of the groups; unused where blocks have scales of their own.
     pub mins: [u8; 16],
+}
+
+impl BlockScales {
+    /// Writes the scale and the min of each group of the block, in an encoding with codes.
+    pub fn expand(&self, encoding: &Encoding, scales: &mut [f32], mins: &mut [f32]) {
+        match encoding.sub() {
+            None => {
+                scales.fill(self.d);
+                mins.fill(self.m);
+            }
+            Some(_) => {
+                for (scale, &code) in scales.iter_mut().zip(&self.scales) {
+                    *scale = self.d * f32::from(code);
+                }
+                for (min, &code) in mins.iter_mut().zip(&self.mins) {
+                    *min = if encoding.has_min() { self.m * f32::from(code) } else { 0.0 };
+                }
+            }
+        }
+    }
 }
 
 impl GgmlType {
@@ -59,20 +79,7 @@ impl GgmlType {
         let encoding = self.layout().expect("a type with codes");
         let groups = self.groups_per_block();
         assert_eq!((scales.len(), mins.len()), (groups, groups), "groups in a block of {self}");
-        match encoding.sub() {
-            None => {
-                scales.fill(block.d);
-                mins.fill(block.m);
-            }
-            Some(_) => {
-                for (scale, &code) in scales.iter_mut().zip(&block.scales) {
-                    *scale = block.d * f32::from(code);
-                }
-                for (min, &code) in mins.iter_mut().zip(&block.mins) {
-                    *min = if encoding.has_min() { block.m * f32::from(code) } else { 0.0 };
-                }
-            }
-        }
+        block.expand(encoding, scales, mins);
     }
 
     fn checked(&self, blocks: usize, codes: usize, bytes: usize) -> Blocks {

@@ -5,29 +5,29 @@ use formats::ggml::{BlockScales, GgmlType};
 use formats::{Encoding, Float, Levels};
 
 use super::memory::Buffer;
+use super::search::number_of;
 use super::{Arg, Codes, Cuda, Matrix, Module, at};
 use crate::Result;
-use crate::backend::Grid;
+use crate::backend::{Grid, GridSpec};
+use crate::ops::apart::{Stored, global_scale};
 use crate::ops::blocks::{candidates, floor};
-use crate::ops::levels::{AnyLevels, EvenLevels, TableLevels, codes_of};
+use crate::ops::levels::{AnyLevels, EvenLevels, LevelSet, TableLevels, codes_of, levels_of};
 
 pub(super) static BLOCKS: Module = Module { name: "blocks", source: include_str!("../ops/blocks.cu") };
 
-/// A encoding's levels as `struct LevelSet` of `common.cuh`.
+pub(super) static APART: Module = Module { name: "apart", source: include_str!("../ops/apart.cu") };
+
+/// An encoding's levels as `struct LevelSet` of `common.cuh`.
 pub(super) fn level_set_of(encoding: &Encoding) -> Vec<u8> {
-    let (even, numbers) = match AnyLevels::of(encoding) {
-        AnyLevels::Even(EvenLevels { low, high, offset }) => {
-            let mut numbers = vec![low, high, offset, 0.0];
-            numbers.extend([f32::INFINITY; 15].into_iter().chain([0.0; 15]));
-            (1i32, numbers)
+    let (kind, mut numbers) = match AnyLevels::of(encoding) {
+        AnyLevels::Even(EvenLevels { low, high, offset }) => (1i32, vec![low, high, offset]),
+        AnyLevels::Table(TableLevels { levels, middles }) => {
+            (0, [levels[0], levels[15], 0.0].into_iter().chain(levels).chain(middles).collect())
         }
-        AnyLevels::Table(TableLevels { first, last, middles, steps }) => {
-            let mut numbers = vec![first, last, 0.0, first];
-            numbers.extend(middles.into_iter().chain(steps));
-            (0, numbers)
-        }
+        AnyLevels::Float(set) => (2, vec![set.range()[0], set.range()[1], 0.0]),
     };
-    even.to_ne_bytes().into_iter().chain(numbers.into_iter().flat_map(f32::to_ne_bytes)).collect()
+    numbers.resize(3 + 16 + 15, 0.0);
+    kind.to_ne_bytes().into_iter().chain(numbers.into_iter().flat_map(f32::to_ne_bytes)).collect()
 }
 
 /// `LAYOUT_ARGUMENTS` of the kernels but for the candidates: groups of a block, what is stored of them.
@@ -62,7 +62,7 @@ impl Cuda {
         let encoding = &ty.encoding();
         let (blocks, per_block) = (weight.rows * weight.cols / ty.block_len, ty.groups_per_block());
         if blocks == 0 {
-            return Ok(Grid::of_blocks(ty, weight.rows, weight.cols, Vec::new()));
+            return Ok(Grid::of_blocks(GridSpec::of(*encoding, weight.cols), weight.rows, Vec::new()));
         }
         let groups = blocks * per_block;
         let kernel = match (encoding.precision(), encoding.levels, encoding.group()) {
@@ -126,7 +126,52 @@ impl Cuda {
                 block.mins[..per_block].copy_from_slice(mins);
             }
         }
-        Ok(Grid::of_blocks(ty, weight.rows, weight.cols, all))
+        Ok(Grid::of_blocks(GridSpec::of(*encoding, weight.cols), weight.rows, all))
+    }
+
+    /// Scales that blocks store themselves, as `apart.rs` chooses them.
+    pub(super) fn fitted_apart(&self, weight: &Matrix, spec: &GridSpec, importance: Option<&[f32]>) -> Result<Grid> {
+        let (encoding, rows, cols) = (&spec.encoding, weight.rows, weight.cols);
+        let mut spec = spec.clone();
+        if encoding.global.is_some() && spec.global.is_none() {
+            let values = self.fetch::<f32>(&weight.buffer, rows * cols)?;
+            let reach = values.iter().fold(0.0f32, |reach, x| reach.max(x.abs()));
+            spec.global = Some(global_scale(encoding, reach));
+        }
+        let groups = spec.groups();
+        if rows * groups == 0 {
+            return Ok(Grid::of_blocks(spec, rows, Vec::new()));
+        }
+        let height = encoding.block_height(rows);
+        let blocks = rows.div_ceil(height) * groups;
+        let stored = Stored::of(encoding, spec.global);
+        let d = self.buffer::<f32>(rows * groups)?;
+        let m = stored.min.map(|_| self.buffer::<f32>(rows * groups)).transpose()?;
+        {
+            let searched = importance.is_some();
+            let importance = importance.map(|importance| self.send(&floor(importance))).transpose()?;
+            let set = self.send(&level_set_of(encoding))?;
+            let (x, d, set) = (weight.buffer.pin_to_read()?, d.pin()?, set.pin()?);
+            let [importance, m] = [&importance, &m].map(|b| b.as_ref().map(Buffer::pin).transpose());
+            let (importance, m) = (importance?, m?);
+            let mut args =
+                vec![d.arg(), at(m.as_ref()), x.arg(), at(importance.as_ref()), set.arg(), (blocks as i64).into()];
+            args.extend([rows, cols, groups, encoding.group_width(cols), height].map(|count| Arg::Int(count as i32)));
+            args.push(searched.into());
+            args.extend([stored.scale, stored.min.unwrap_or(Float::F32)].map(|of| Arg::Int(number_of(of))));
+            args.extend([Arg::Int(stored.min.is_some().into()), Arg::Float(stored.global)]);
+            args.extend(tries(encoding.levels.count()));
+            self.blocks(&APART, "fit_apart", (blocks * 16).div_ceil(128), 128, 0, &args)?;
+        }
+        let mut all: Vec<BlockScales> = self
+            .fetch::<f32>(&d, rows * groups)?
+            .into_iter()
+            .map(|d| BlockScales { d, ..BlockScales::default() })
+            .collect();
+        if let Some(m) = &m {
+            all.iter_mut().zip(self.fetch::<f32>(m, rows * groups)?).for_each(|(block, m)| block.m = m);
+        }
+        Ok(Grid::of_blocks(spec, rows, all))
     }
 
     pub(super) fn rounded_blocks(&self, weight: &Matrix, grid: &Grid) -> Result<Codes> {
@@ -145,9 +190,11 @@ impl Cuda {
                 pins.3.arg(),
                 pins.4.arg(),
                 (count as i64).into(),
-                (encoding.group() as i32).into(),
+                (weight.cols as i32).into(),
+                (grid.spec.groups() as i32).into(),
+                (encoding.group_width(weight.cols) as i32).into(),
             ];
-            self.each(&BLOCKS, "round_blocks", count / 4, &args)?;
+            self.each(&BLOCKS, "round_blocks", count.div_ceil(4), &args)?;
         }
         Ok(Codes { buffer: codes, rows: weight.rows, cols: weight.cols })
     }
@@ -165,12 +212,8 @@ impl Cuda {
             return Ok(out);
         }
         {
-            let mut levels = vec![0.0f32; 256];
-            for (code, level) in levels.iter_mut().enumerate().take(encoding.levels.count()) {
-                *level = encoding.levels.level(code as u8);
-            }
             let (scales, mins) = self.send_scales(grid, encoding)?;
-            let levels = self.send(&levels)?;
+            let levels = self.send(&levels_of(encoding))?;
             let mins = mins.as_ref().map(Buffer::pin).transpose()?;
             let pins = (out.buffer.pin()?, codes.buffer.pin_to_read()?, scales.pin()?, levels.pin()?);
             let args = [
@@ -180,9 +223,11 @@ impl Cuda {
                 at(mins.as_ref()),
                 pins.3.arg(),
                 (count as i64).into(),
-                (encoding.group() as i32).into(),
+                (grid.cols() as i32).into(),
+                (grid.spec.groups() as i32).into(),
+                (encoding.group_width(grid.cols()) as i32).into(),
             ];
-            self.each(&BLOCKS, "dequantize_blocks", count / 4, &args)?;
+            self.each(&BLOCKS, "dequantize_blocks", count.div_ceil(4), &args)?;
         }
         Ok(out)
     }

@@ -108,10 +108,26 @@ __device__ __forceinline__ float from_f16(u16 x) {
 #define PRECISION_F16 0
 #define PRECISION_BF16 1
 #define PRECISION_F32 2
+#define PRECISION_E4M3 3
+#define PRECISION_E8M0 4
+
+// The nearest value of E4M3, ties to the even code; beyond ±448 that.
+__device__ __forceinline__ float round_e4m3(float x) {
+    // Three bits of mantissa: values lie 2⁻³ of their power of two apart, at least 2⁻⁹.
+    float quantum = fmaxf(__uint_as_float(__float_as_uint(x) & 0x7f800000u) * 0.125f, 0.001953125f);
+    float value = rintf(x / quantum) * quantum;
+    return value > 448.0f ? 448.0f : value < -448.0f ? -448.0f : value;
+}
 
 // The nearest value that the file can hold; finite input stays finite.
 __device__ __forceinline__ float round_scale(int precision, float scale) {
     if (precision == PRECISION_F32) return scale;
+    if (precision == PRECISION_E4M3) return round_e4m3(scale);
+    if (precision == PRECISION_E8M0) {
+        float positive = scale > 0.0f ? scale < 3.402823466e38f ? scale : 3.402823466e38f : 0.0f;
+        u32 exponent = (__float_as_uint(positive) + (1u << 22)) >> 23;
+        return __uint_as_float(exponent == 0 ? 1u << 22 : (exponent < 254 ? exponent : 254u) << 23);
+    }
     if (precision == PRECISION_F16) {
         float limited = scale > 65504.0f ? 65504.0f : scale < -65504.0f ? -65504.0f : scale;
         return from_f16(to_f16(limited));
@@ -164,23 +180,40 @@ __device__ __forceinline__ float nearest_integer(float x) { return (x + 12582912
 // Within limits; NaN stays NaN, as Rust's clamp leaves it.
 __device__ __forceinline__ float limited(float x, float low, float high) { return x < low ? low : x > high ? high : x; }
 
-// The levels of a block type, as `level_set_of` packs them: from low to high evenly, where a code is level + offset; or up to sixteen
-// of a table: where one gives way to the next, and by how much.
+// The levels of an encoding, as `level_set_of` packs them: from low to high evenly, where a code is level + offset; up to sixteen of a
+// table, in order, and where one gives way to the next; or the values of E4M3.
+#define LEVELS_TABLE 0
+#define LEVELS_EVEN 1
+#define LEVELS_FLOAT 2
 struct LevelSet {
-    int even;
+    int kind;
     float low, high, offset;
-    float first;
+    float levels[16];
     float middles[15];
-    float steps[15];
 };
 
 // The level nearest to `x`.
 __device__ __forceinline__ float nearest_level(const LevelSet &set, float x) {
-    if (set.even) return limited(nearest_integer(x), set.low, set.high);
-    float level = set.first;
+    if (set.kind == LEVELS_EVEN) return limited(nearest_integer(x), set.low, set.high);
+    if (set.kind == LEVELS_FLOAT) return round_e4m3(x);
+    float level = set.levels[0];
 #pragma unroll
-    for (int i = 0; i < 15; i++) level += x > set.middles[i] ? set.steps[i] : 0.0f;
+    for (int i = 0; i < 15; i++) level = x > set.middles[i] ? set.levels[i + 1] : level;
     return level;
+}
+
+// The byte that is kept of a level: its code, or of a table its place among the sorted levels.
+__device__ __forceinline__ u32 kept_of(const LevelSet &set, float level) {
+    if (set.kind == LEVELS_EVEN) return (u32)(int)(level + set.offset) & 255;
+    if (set.kind == LEVELS_FLOAT) {
+        float size = fabsf(level);
+        u32 code = size < 0.015625f ? (u32)(int)(size * 512.0f) : (__float_as_uint(size) >> 20) - (120u << 3);
+        return code | (__float_as_uint(level) >> 31 << 7);
+    }
+    u32 rank = 0;
+#pragma unroll
+    for (int i = 0; i < 15; i++) rank += level > set.middles[i] ? 1 : 0;
+    return rank;
 }
 
 // The sum, or the largest, over a warp, in every lane; in one fixed order.

@@ -25,6 +25,7 @@ pub static MODULES: &[&Module] = &[
     &super::losses::LOSS,
     &super::forward::ROUNDING,
     &super::blocks::BLOCKS,
+    &super::blocks::APART,
     &super::refine::REFINE,
     &super::search::CLIP,
 ];

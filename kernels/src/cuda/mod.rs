@@ -606,19 +606,26 @@ impl Backend for Cuda {
             FitKind::BlockHessian(h) => expect("fit", "features", weight.cols, h.cols)?,
             FitKind::MinMax => {}
         }
-        let Some(ty) = spec.encoding.ggml_type() else { return self.fitted(weight, spec, kind) };
+        let ty = spec.encoding.ggml_type();
+        if spec.encoding.is_integers() {
+            return self.fitted(weight, spec, kind);
+        }
+        let blocks = |importance: Option<&[f32]>| match ty {
+            Some(ty) => self.fitted_blocks(weight, ty, importance),
+            None => self.fitted_apart(weight, spec, importance),
+        };
         match kind {
-            FitKind::MinMax => self.fitted_blocks(weight, ty, None),
-            FitKind::Weighted(h) => self.fitted_blocks(weight, ty, Some(h)),
-            FitKind::BlockHessian(h) => self.fitted_blocks(weight, ty, Some(&self.diagonal_of(h)?)),
+            FitKind::MinMax => blocks(None),
+            FitKind::Weighted(h) => blocks(Some(h)),
+            FitKind::BlockHessian(h) => blocks(Some(&self.diagonal_of(h)?)),
         }
     }
 
     fn round(&self, weight: &Matrix, grid: &Grid) -> Result<Codes> {
         expect_grid("round", [weight.rows, weight.cols], grid)?;
-        match grid.spec.encoding.ggml_type() {
-            Some(_) => self.rounded_blocks(weight, grid),
-            None => self.rounded_codes(weight, grid),
+        match grid.spec.encoding.is_integers() {
+            true => self.rounded_codes(weight, grid),
+            false => self.rounded_blocks(weight, grid),
         }
     }
 
@@ -632,9 +639,9 @@ impl Backend for Cuda {
 
     fn dequantize(&self, codes: &Codes, grid: &Grid) -> Result<Matrix> {
         expect_grid("dequantize", [codes.rows, codes.cols], grid)?;
-        match grid.spec.encoding.ggml_type() {
-            Some(_) => self.dequantized_blocks(codes, grid),
-            None => self.dequantized(codes, grid),
+        match grid.spec.encoding.is_integers() {
+            true => self.dequantized(codes, grid),
+            false => self.dequantized_blocks(codes, grid),
         }
     }
 

@@ -2,8 +2,8 @@
 
 use std::ops::Range;
 
+use formats::Encoding;
 use formats::ggml::BlockScales;
-use formats::{Encoding, Float};
 use rayon::prelude::*;
 
 use super::blocks::level_set_of;
@@ -12,9 +12,10 @@ use super::sweep::{CHUNK, ROW_THREADS, ROWS, at, plain};
 use super::{Arg, Buffer, Codes, Cuda, Matrix, Module, Product, Real, THREADS, expect_refined};
 use crate::Result;
 use crate::backend::Grid;
+use crate::ops::apart::Stored;
 use crate::ops::fit::Rules;
-use crate::ops::levels::codes_of;
-use crate::ops::refine::{Units, turns, units};
+use crate::ops::levels::{AnyLevels, LevelSet, codes_of, levels_of, with_levels};
+use crate::ops::refine::{Units, moves_scales, turns, units};
 
 pub(super) static REFINE: Module = Module { name: "refine", source: include_str!("../ops/refine.cu") };
 
@@ -25,8 +26,8 @@ const CODES: usize = 64;
 
 /// What codes stand for.
 enum Kind {
-    /// Levels of ggml's blocks, of which 128 more is kept.
-    Blocks(Encoding),
+    /// `scale · level − min`, with stored scales of blocks.
+    Blocks(Encoding, Stored),
     /// `scale · (code − zero)`.
     Integers(Rules),
 }
@@ -45,24 +46,25 @@ impl Cuda {
         if rows * n == 0 {
             return Ok(0.0);
         }
-        let (encoding, ty) = (grid.spec.encoding, grid.spec.encoding.ggml_type());
+        let encoding = grid.spec.encoding;
+        let blocks = !encoding.is_integers();
         let Units { order, ranges } = units(&grid.spec);
         let order = order.as_ref().map(|order| self.send(order)).transpose()?;
         // The group of each position: of blocks smaller than their unit.
-        let group_of: Vec<u32> = match ty {
-            Some(_) => grid.spec.group_of.clone(),
-            None => (0..).zip(&ranges).flat_map(|(unit, range)| vec![unit; range.len()]).collect(),
+        let group_of: Vec<u32> = match blocks {
+            true => grid.spec.group_of.clone(),
+            false => (0..).zip(&ranges).flat_map(|(unit, range)| vec![unit; range.len()]).collect(),
         };
-        let kind = match ty {
-            Some(_) => Kind::Blocks(encoding),
-            None => Kind::Integers(Rules::of(&encoding)),
+        let kind = match blocks {
+            true => Kind::Blocks(encoding, Stored::of(&encoding, grid.spec.global)),
+            false => Kind::Integers(Rules::of(&encoding)),
         };
         let groups = grid.spec.groups();
         let height = CHUNK.min(rows.next_multiple_of(ROWS));
         let widest = ranges.iter().map(Range::len).max().unwrap_or(0);
         let starts: Vec<u32> = ranges.iter().map(|range| range.start as u32).chain([n as u32]).collect();
         let (byte_of, code_of, set) = match &kind {
-            Kind::Blocks(encoding) => {
+            Kind::Blocks(encoding, _) => {
                 (bytes_of_codes(encoding), Some(codes_of(encoding)), Some(level_set_of(encoding)))
             }
             Kind::Integers(_) => ((0..=255).collect(), None, None),
@@ -76,6 +78,7 @@ impl Cuda {
             group_of: self.send(&group_of)?,
             starts: self.send(&starts)?,
             byte_of: self.send(&byte_of)?,
+            values: self.send(&values_of(&encoding))?,
             set: set.map(|set| self.send(&set)).transpose()?,
             levels: self.buffer::<u8>(n * height)?,
             errors: self.buffer::<f32>(n * height)?,
@@ -129,14 +132,14 @@ impl Cuda {
         for row in 0..rows {
             for unit in 0..per_row {
                 let (index, [scale, offset]) = (row * per_row + unit, end(row, unit));
-                match ty {
-                    Some(_) => (grid.blocks[index].d, grid.blocks[index].m) = (scale, offset),
-                    None => (grid.scales[index], grid.zeros[index]) = (scale, offset as u8),
+                match blocks {
+                    true => (grid.blocks[index].d, grid.blocks[index].m) = (scale, offset),
+                    false => (grid.scales[index], grid.zeros[index]) = (scale, offset as u8),
                 }
             }
         }
-        if let Some(ty) = ty {
-            *grid = Grid::of_blocks(ty, rows, n, std::mem::take(&mut grid.blocks));
+        if blocks {
+            *grid = Grid::of_blocks(grid.spec.clone(), rows, std::mem::take(&mut grid.blocks));
         }
         Ok(self.fetch::<f64>(&losses, rows)?.iter().sum())
     }
@@ -163,12 +166,16 @@ impl Cuda {
     }
 }
 
-/// What is kept of each code, its level with 128 added; of those that the type has not, that of 0.
+/// What is kept of each code; of those that the encoding has not, that of 0.
 fn bytes_of_codes(encoding: &Encoding) -> Vec<u8> {
-    let levels = &encoding.levels;
-    let mut bytes: Vec<u8> = (0..levels.count()).map(|code| (levels.level(code as u8) + 128.0) as u8).collect();
-    bytes.resize(256, 128);
-    bytes
+    let levels = levels_of(encoding);
+    with_levels!(AnyLevels::of(encoding), set => levels.iter().map(|level| set.keep(*level)).collect())
+}
+
+/// The level of each byte that is kept.
+fn values_of(encoding: &Encoding) -> Vec<f32> {
+    let levels = levels_of(encoding);
+    codes_of(encoding).iter().map(|code| levels[usize::from(*code)]).collect()
 }
 
 /// What a refinement works in; columns one after the other, rows side by side.
@@ -185,8 +192,9 @@ struct Refinement<'a> {
     /// The group of each position, and the first position of each unit.
     group_of: Buffer,
     starts: Buffer,
-    /// What is kept of each code.
+    /// What is kept of each code, and the level of that.
     byte_of: Buffer,
+    values: Buffer,
     set: Option<Buffer>,
     levels: Buffer,
     /// What is missing: target minus value.
@@ -207,18 +215,18 @@ impl Refinement<'_> {
 
     fn group_shift(&self) -> Arg {
         match &self.kind {
-            Kind::Blocks(encoding) => {
+            Kind::Blocks(encoding, _) if encoding.sub().is_some() => {
                 debug_assert!(encoding.group().is_power_of_two(), "columns are found in their groups by shifts");
                 (encoding.group().trailing_zeros() as i32).into()
             }
             // A unit is one group.
-            Kind::Integers(_) => 31.into(),
+            Kind::Blocks(..) | Kind::Integers(_) => 31.into(),
         }
     }
 
     fn has_offset(&self) -> bool {
         match &self.kind {
-            Kind::Blocks(encoding) => encoding.has_min(),
+            Kind::Blocks(encoding, _) => encoding.has_min(),
             Kind::Integers(rules) => !rules.symmetric,
         }
     }
@@ -242,7 +250,7 @@ impl Refinement<'_> {
             cuda.send(&out)
         };
         let subs = match &self.kind {
-            Kind::Blocks(encoding) if encoding.sub().is_some() => {
+            Kind::Blocks(encoding, _) if encoding.sub().is_some() => {
                 Some((bytes(&|b, i| b.scales[i].cast_unsigned())?, bytes(&|b, i| b.mins[i])?))
             }
             _ => None,
@@ -272,6 +280,7 @@ impl Refinement<'_> {
         let (byte_of, levels, errors, pull) =
             (self.byte_of.pin()?, self.levels.pin()?, self.errors.pin()?, self.pull.pin()?);
         let (group_of, order) = (self.group_of.pin()?, self.order.as_ref().map(Buffer::pin).transpose()?);
+        let values = self.values.pin()?;
         let args = [
             levels.arg(),
             errors.arg(),
@@ -281,6 +290,7 @@ impl Refinement<'_> {
             expanded.arg(),
             group_of.arg(),
             super::at(order.as_ref()),
+            values.arg(),
             integers.into(),
             (rows.len() as i32).into(),
             (n as i32).into(),
@@ -333,19 +343,21 @@ impl Refinement<'_> {
 
     /// One exact move of every unit's scale and offset.
     fn move_scales(&self, ends: u64) -> Result<()> {
-        let (has_min, has_sub, rules) = match &self.kind {
-            // A power of two has no room to move.
-            Kind::Blocks(encoding) if encoding.precision() == Float::E8M0 => return Ok(()),
-            Kind::Blocks(encoding) => (encoding.has_min(), encoding.sub().is_some(), None),
-            Kind::Integers(rules) => (false, false, Some(rules)),
+        let (has_min, has_sub, stored, rules) = match &self.kind {
+            Kind::Blocks(encoding, _) if !moves_scales(encoding) => return Ok(()),
+            Kind::Blocks(encoding, stored) => (encoding.has_min(), encoding.sub().is_some(), *stored, None),
+            Kind::Integers(rules) => {
+                (false, false, Stored { scale: rules.precision, min: None, global: 1.0 }, Some(rules))
+            }
         };
         let (cuda, n, height) = (self.cuda, self.n, self.height);
         let (levels, factors, hessian) = (self.levels.pin()?, self.factors.pin()?, self.hessian.buffer.pin()?);
         let (curvature, errors, starts) = (self.curvature.pin()?, self.errors.pin()?, self.starts.pin()?);
-        let (pull, steps) = (self.pull.pin()?, self.steps.pin()?);
+        let (pull, steps, values) = (self.pull.pin()?, self.steps.pin()?, self.values.pin()?);
         let args = [
             curvature.arg(),
             levels.arg(),
+            values.arg(),
             factors.arg(),
             Arg::At(if rules.is_some() { ends } else { 0 }),
             hessian.arg(),
@@ -367,16 +379,20 @@ impl Refinement<'_> {
                     at(steps.at, skip * height, 4),
                     pull.arg(),
                     levels.arg(),
+                    values.arg(),
                     factors.arg(),
                     at(curvature.at, index * height, 8),
                     ((self.units.len() * height) as i64).into(),
+                    (index as i32).into(),
                     (unit.start as i32).into(),
                     (unit.len() as i32).into(),
                     self.group_shift(),
                     has_min.into(),
                     has_sub.into(),
                     rules.is_some().into(),
-                    rules.map_or(0, |rules| number_of(rules.precision)).into(),
+                    number_of(stored.scale).into(),
+                    stored.min.map_or(0, number_of).into(),
+                    stored.global.into(),
                     rules.is_none_or(|rules| rules.symmetric).into(),
                     rules.map_or(0.0, |rules| f32::from(rules.min_zero)).into(),
                     rules.map_or(0.0, |rules| f32::from(rules.max)).into(),
@@ -411,16 +427,17 @@ impl Refinement<'_> {
             (self.levels.pin()?, self.errors.pin()?, self.steps.pin()?, self.pull.pin()?);
         let (hessian, grid, group_of) = (self.hessian.buffer.pin()?, self.grid.pin()?, self.group_of.pin()?);
         let set = self.set.as_ref().map(Buffer::pin).transpose()?;
+        let values = self.values.pin()?;
         let (kernel, rounding) = match (&self.kind, &set) {
-            (Kind::Integers(rules), _) => ("move_codes", Arg::Float(rules.max.into())),
-            (Kind::Blocks(_), Some(set)) => ("move_levels", set.arg()),
+            (Kind::Integers(rules), _) => ("move_codes", vec![Arg::Float(rules.max.into())]),
+            (Kind::Blocks(..), Some(set)) => ("move_levels", vec![set.arg(), values.arg()]),
             _ => unreachable!("blocks have levels"),
         };
         for start in (0..n).step_by(SPAN) {
             let end = n.min(start + SPAN);
             for first in (start..end).step_by(CODES) {
                 let last = end.min(first + CODES);
-                let args = [
+                let mut args = vec![
                     levels.arg(),
                     errors.arg(),
                     at(steps.at, (first - start) * height, 4),
@@ -432,8 +449,8 @@ impl Refinement<'_> {
                     ((last - first) as i32).into(),
                     (n as i32).into(),
                     (height as i32).into(),
-                    rounding,
                 ];
+                args.extend(rounding.iter().copied());
                 cuda.blocks(&REFINE, kernel, height / ROWS, ROW_THREADS, 0, &args)?;
                 // The panel's own pull is up to date already.
                 self.add_pull(start..first, first..last, first - start)?;

@@ -56,7 +56,8 @@ pub(super) fn number_of(precision: Float) -> i32 {
         Float::F16 => 0,
         Float::BF16 => 1,
         Float::F32 => 2,
-        Float::E4M3 | Float::E8M0 => unreachable!("checked with the encoding"),
+        Float::E4M3 => 3,
+        Float::E8M0 => 4,
     }
 }
 
@@ -251,7 +252,7 @@ impl Cuda {
     pub(super) fn scaled_rounding_error(&self, weight: &Matrix, t: &[f32], spec: &GridSpec) -> Result<Matrix> {
         expect("scaled_rounding_loss", "factors", weight.cols, t.len())?;
         expect_spec("scaled_rounding_loss", weight.cols, spec)?;
-        if spec.encoding.ggml_type().is_some() {
+        if !spec.encoding.is_integers() {
             // Blocks are searched, not spanned: step by step.
             let mut scaled = self.copy(weight)?;
             self.scale_sides(&mut scaled, &[], t)?;

@@ -104,16 +104,16 @@ impl Cuda {
         let mut all = Vec::with_capacity(targets.len());
         let alike = |a: &&(&Matrix, &Grid), b: &&(&Matrix, &Grid)| {
             let (a, b) = (&a.1.spec, &b.1.spec);
-            let same = match (a.encoding.ggml_type(), b.encoding.ggml_type()) {
-                (None, None) => a.encoding.max_code() == b.encoding.max_code(),
-                (a, b) => a == b,
+            let same = match (a.encoding.is_integers(), b.encoding.is_integers()) {
+                (true, true) => a.encoding.max_code() == b.encoding.max_code(),
+                (a_is, b_is) => a_is == b_is && a.encoding.levels == b.encoding.levels,
             };
             same && a.groups() == b.groups() && a.group_of == b.group_of
         };
         let targets: Vec<&(&Matrix, &Grid)> = targets.iter().collect();
         for same in targets.chunk_by(alike) {
             let spec = &same[0].1.spec;
-            let blocks = spec.encoding.ggml_type().is_some();
+            let blocks = !spec.encoding.is_integers();
             let mut parts = Vec::with_capacity(same.len());
             for (target, grid) in same {
                 expect_grid("sweep", [target.rows, target.cols], grid)?;

@@ -286,7 +286,7 @@ __device__ __forceinline__ void fit(
     int cols, const Layout &layout) {
     Tile<G> tile;
     tile.set = *set;
-    tile.set.even = EVEN;
+    tile.set.kind = EVEN ? LEVELS_EVEN : LEVELS_TABLE;
     i64 index = (i64)blockIdx.x * blockDim.x + threadIdx.x;
     bool real = index < groups;
     // Lanes without a group of their own keep the others company.
@@ -437,42 +437,49 @@ KERNEL(fit_blocks_singly)(
 }
 EXPORT(fit_blocks_singly)
 
-// Codes, four to a thread; `mins` is null for types without. `level_codes` has the code of each level at level + 128.
+// Where scale and min of a value lie among [rows, groups].
+__device__ __forceinline__ i64 group_at(i64 index, int cols, int groups, int width) {
+    return index / cols * groups + (int)(index % cols) / width;
+}
+
+// Codes, four to a thread; `mins` is null for encodings without. `kept_codes` has the code of each byte that is kept of a level.
 KERNEL(round_blocks)(
-    u8 *codes, const float *weight, const float *scales, const float *mins, const LevelSet *given, const u8 *level_codes,
-    i64 count, int group) {
+    u8 *codes, const float *weight, const float *scales, const float *mins, const LevelSet *given, const u8 *kept_codes, i64 count,
+    int cols, int groups, int width) {
     LevelSet set = *given;
+    // Then four neighbours lie in one group.
+    bool together = cols % 4 == 0 && width % 4 == 0;
     for (i64 first = 4 * global_index(); first < count; first += 4 * global_stride()) {
-        i64 at = first / group;
+        i64 at = group_at(first, cols, groups, width);
         float inverse = inverse_of(scales[at]), min = mins ? mins[at] : 0.0f;
-        float4 x = *(const float4 *)(weight + first);
-        float values[4] = {x.x, x.y, x.z, x.w};
-        u32 all = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            float level = nearest_level(set, (values[i] + min) * inverse);
-            u32 code = set.even ? (u32)(int)(level + set.offset) & 255 : level_codes[(int)(level + 128.0f) & 255];
-            all |= code << 8 * i;
+            if (first + i >= count) break;
+            if (i > 0 && !together) {
+                at = group_at(first + i, cols, groups, width);
+                inverse = inverse_of(scales[at]);
+                min = mins ? mins[at] : 0.0f;
+            }
+            float level = nearest_level(set, (weight[first + i] + min) * inverse);
+            codes[first + i] = kept_codes[kept_of(set, level)];
         }
-        *(u32 *)(codes + first) = all;
     }
 }
 EXPORT(round_blocks)
 
 // The reals that codes stand for.
 KERNEL(dequantize_blocks)(
-    float *out, const u8 *codes, const float *scales, const float *mins, const float *levels, i64 count, int group) {
+    float *out, const u8 *codes, const float *scales, const float *mins, const float *levels, i64 count, int cols, int groups, int width) {
+    bool together = cols % 4 == 0 && width % 4 == 0;
     for (i64 first = 4 * global_index(); first < count; first += 4 * global_stride()) {
-        i64 at = first / group;
-        float scale = scales[at];
-        u32 all = *(const u32 *)(codes + first);
-        float values[4];
+        i64 at = group_at(first, cols, groups, width);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            values[i] = scale * levels[all >> 8 * i & 255];
-            if (mins) values[i] -= mins[at];
+            if (first + i >= count) break;
+            if (i > 0 && !together) at = group_at(first + i, cols, groups, width);
+            float value = scales[at] * levels[codes[first + i]];
+            out[first + i] = mins ? value - mins[at] : value;
         }
-        *(float4 *)(out + first) = make_float4(values[0], values[1], values[2], values[3]);
     }
 }
 EXPORT(dequantize_blocks)

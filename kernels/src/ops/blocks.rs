@@ -13,9 +13,9 @@ use formats::{Encoding, Float};
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
-use super::levels::{AnyLevels, LevelSet, codes_of};
+use super::levels::{AnyLevels, LevelSet, codes_of, with_levels};
 use super::round::inverse;
-use crate::backend::Grid;
+use crate::backend::{Grid, GridSpec};
 use crate::simd::{LANES, sum_lanes};
 use crate::simd_fn;
 
@@ -39,7 +39,7 @@ pub fn fit(weight: ArrayView2<f32>, ty: GgmlType, importance: Option<&[f32]>) ->
     let at_once = TASK / ty.groups_per_block();
     let pieces = blocks.par_chunks_mut(at_once).zip(data.par_chunks(at_once * ty.block_len));
     pieces.enumerate().for_each(|(index, (blocks, x))| fit_blocks(x, index * at_once % per_row.max(1), &task, blocks));
-    Grid::of_blocks(ty, rows, cols, blocks)
+    Grid::of_blocks(GridSpec::of(*encoding, cols), rows, blocks)
 }
 
 /// Keeps channels that were never active from vanishing out of the search.
@@ -51,51 +51,46 @@ pub(crate) fn floor(importance: &[f32]) -> Vec<f32> {
     importance.iter().map(|x| (*x / mean as f32).max(1e-3)).collect()
 }
 
-/// Levels of every weight as codes, `[rows, cols]`.
+/// The code of every weight, `[rows, cols]`: that of the nearest level of its group.
 pub fn round(weight: ArrayView2<f32>, grid: &Grid) -> Vec<u8> {
     let cols = weight.ncols();
     let encoding = &grid.spec.encoding;
-    let (set, codes, groups) = (AnyLevels::of(encoding), codes_of(encoding), cols / encoding.group());
+    let (set, codes, groups) = (AnyLevels::of(encoding), codes_of(encoding), grid.spec.groups());
+    let width = encoding.group_width(cols).max(1);
     let data = weight.to_slice().expect("a contiguous matrix");
     let mut out = vec![0u8; data.len()];
-    out.par_chunks_exact_mut(cols).zip(data.par_chunks_exact(cols)).enumerate().with_min_len(4).for_each(
-        |(row, (out, x))| {
-            let (scales, mins) = (&grid.scales[row * groups..][..groups], &grid.mins[row * groups..][..groups]);
-            round_row(x, scales, mins, encoding.group(), &set, &codes, out);
-        },
-    );
+    let rows = out.par_chunks_exact_mut(cols.max(1)).zip(data.par_chunks_exact(cols.max(1)));
+    rows.enumerate().with_min_len(4).for_each(|(row, (out, x))| {
+        let (scales, mins) = (&grid.scales[row * groups..][..groups], &grid.mins[row * groups..][..groups]);
+        round_row(x, scales, mins, width, &set, out);
+        out.iter_mut().for_each(|byte| *byte = codes[usize::from(*byte)]);
+    });
     out
 }
 
 simd_fn! {
-    fn round_row(x: &[f32], scales: &[f32], mins: &[f32], group: usize, set: &AnyLevels, codes: &[u8; 256], out: &mut [u8]) {
-        match *set {
-            AnyLevels::Even(set) => round_groups(set, x, scales, mins, group, codes, out),
-            AnyLevels::Table(set) => round_groups(set, x, scales, mins, group, codes, out),
-        }
+    fn round_row(x: &[f32], scales: &[f32], mins: &[f32], group: usize, set: &AnyLevels, out: &mut [u8]) {
+        with_levels!(*set, set => round_groups(set, x, scales, mins, group, out))
     }
 }
 
 #[inline(always)]
-fn round_groups<L: LevelSet>(
-    set: L,
-    x: &[f32],
-    scales: &[f32],
-    mins: &[f32],
-    group: usize,
-    codes: &[u8; 256],
-    out: &mut [u8],
-) {
-    for (((x, out), scale), min) in x.chunks_exact(group).zip(out.chunks_exact_mut(group)).zip(scales).zip(mins) {
+fn round_groups<L: LevelSet>(set: L, x: &[f32], scales: &[f32], mins: &[f32], group: usize, out: &mut [u8]) {
+    for (((x, out), scale), min) in x.chunks(group).zip(out.chunks_mut(group)).zip(scales).zip(mins) {
         let inverse = inverse(*scale);
+        let whole = x.len() / LANES * LANES;
         for (x, out) in x.chunks_exact(LANES).zip(out.chunks_exact_mut(LANES)) {
             let mut levels = [0.0; LANES];
             for lane in 0..LANES {
                 levels[lane] = set.nearest((x[lane] + min) * inverse);
             }
             for lane in 0..LANES {
-                out[lane] = set.code(levels[lane], codes);
+                out[lane] = set.keep(levels[lane]);
             }
+        }
+        // A row need not be whole lanes.
+        for (x, out) in x[whole..].iter().zip(&mut out[whole..]) {
+            *out = set.keep(set.nearest((x + min) * inverse));
         }
     }
 }
@@ -114,8 +109,7 @@ simd_fn! {
             (AnyLevels::Even(set), Float::F16, 16) => fit_tiles::<_, 16>(set, x, first, task, blocks),
             (AnyLevels::Even(set), Float::F16, 32) => fit_tiles::<_, 32>(set, x, first, task, blocks),
             (AnyLevels::Table(set), Float::F16, 32) => fit_tiles::<_, 32>(set, x, first, task, blocks),
-            (AnyLevels::Even(set), _, _) => fit_singly(set, x, first, task, blocks),
-            (AnyLevels::Table(set), _, _) => fit_singly(set, x, first, task, blocks),
+            (levels, _, _) => with_levels!(levels, set => fit_singly(set, x, first, task, blocks)),
         }
     }
 }

@@ -4,6 +4,7 @@ use formats::ggml::GgmlType;
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
+use super::levels::levels_of;
 use super::round::runs;
 use crate::backend::Grid;
 
@@ -12,9 +13,9 @@ const ROWS: usize = 8;
 
 /// The reals of codes `[rows, cols]`.
 pub fn run(codes: ArrayView2<u8>, grid: &Grid) -> Array2<f32> {
-    match grid.spec.encoding.ggml_type() {
-        Some(_) => levels(codes, grid),
-        None => integers(codes, grid),
+    match grid.spec.encoding.is_integers() {
+        true => integers(codes, grid),
+        false => levels(codes, grid),
     }
 }
 
@@ -36,15 +37,12 @@ fn integers(codes: ArrayView2<u8>, grid: &Grid) -> Array2<f32> {
 /// `scale · level − min`.
 fn levels(codes: ArrayView2<u8>, grid: &Grid) -> Array2<f32> {
     let encoding = &grid.spec.encoding;
-    let levels: [f32; 256] = std::array::from_fn(|code| match code < encoding.levels.count() {
-        true => encoding.levels.level(code as u8),
-        false => 0.0,
-    });
-    let groups = grid.cols() / encoding.group();
+    let levels = levels_of(encoding);
+    let (groups, width) = (grid.spec.groups(), encoding.group_width(grid.cols()).max(1));
     by_rows(codes, |row, codes, out: &mut [f32]| {
         let scales = &grid.scales[row * groups..][..groups];
         let mins = &grid.mins[row * groups..][..groups];
-        let parts = codes.chunks_exact(encoding.group()).zip(out.chunks_exact_mut(encoding.group()));
+        let parts = codes.chunks(width).zip(out.chunks_mut(width));
         for ((codes, out), (scale, min)) in parts.zip(scales.iter().zip(mins)) {
             for (out, code) in out.iter_mut().zip(codes) {
                 *out = scale * levels[usize::from(*code)] - min;
@@ -117,6 +115,7 @@ mod tests {
                 scales,
                 zeros,
                 mins: Vec::new(),
+                global: None,
                 group_of,
             };
             let found = run(ArrayView2::from_shape((rows, cols), &codes).unwrap(), &grid);

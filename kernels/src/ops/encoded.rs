@@ -229,7 +229,7 @@ mod tests {
             let gained = if ty.name == "TQ1_0" { 0.375 } else { 0.0 };
             assert_eq!(bits(ty.name) - gained, expected, "{ty}");
         }
-        assert_eq!([bits("W4A16"), bits("W4A16_ASYM"), bits("NF4"), bits("NVFP4")], [4.125, 4.15625, 4.5, 4.5]);
+        assert_eq!([bits("W4A16"), bits("W4A16_ASYM"), bits("NF4"), bits("NVFP4A16")], [4.125, 4.15625, 4.5, 4.5]);
         assert_eq!([bits("FP8_BLOCK"), bits("MLX4_64")], [8.0 + 32.0 / 16384.0, 4.5]);
     }
 

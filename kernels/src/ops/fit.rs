@@ -15,14 +15,15 @@
 //!     zero ± 1 with the same scale              # kept if better
 //! ```
 //!
-//! ggml's blocks, whose scales are integers of a superblock's, are searched by `blocks.rs`.
+//! ggml's blocks, whose scales are integers of a superblock's, are searched by `blocks.rs`; levels of tables, and those with a real
+//! minimum, by `apart.rs`.
 
 use formats::{Encoding, Float, Offset};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
-use super::blocks;
 use super::round::{code, inverse};
+use super::{apart, blocks};
 use crate::backend::{FitKind, Grid, GridSpec};
 use crate::simd::{LANES, sum_lanes};
 use crate::simd_fn;
@@ -33,7 +34,7 @@ const WIDEST_BLOCK: usize = 256;
 /// Fits every group of `weight` `[rows, cols]`.
 ///
 /// # Panics
-/// If the encoding is neither one of integers with scales of their own nor one of ggml's: a mistake of the caller.
+/// If the encoding has no codes, or rows are not whole blocks of one of ggml's types: mistakes of the caller.
 pub fn run(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f32>>) -> Grid {
     if let Some(ty) = spec.encoding.ggml_type() {
         return match kind {
@@ -42,7 +43,14 @@ pub fn run(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f3
             FitKind::BlockHessian(h) => blocks::fit(weight, ty, Some(&h.diag().to_vec())),
         };
     }
-    integers(weight, spec, kind)
+    if spec.encoding.is_integers() {
+        return integers(weight, spec, kind);
+    }
+    match kind {
+        FitKind::MinMax => apart::fit(weight, spec, None),
+        FitKind::Weighted(h) => apart::fit(weight, spec, Some(h)),
+        FitKind::BlockHessian(h) => apart::fit(weight, spec, Some(&h.diag().to_vec())),
+    }
 }
 
 fn integers(weight: ArrayView2<f32>, spec: &GridSpec, kind: FitKind<'_, Array2<f32>>) -> Grid {

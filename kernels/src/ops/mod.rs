@@ -2,6 +2,7 @@
 
 pub mod activation;
 pub mod add;
+pub mod apart;
 pub mod attention;
 pub mod bf16;
 pub mod blocks;
@@ -9,7 +10,6 @@ pub mod dequantize;
 pub mod encoded;
 pub mod factor;
 pub mod fit;
-pub mod floats;
 pub mod gram;
 pub mod heads;
 pub mod levels;
@@ -118,9 +118,16 @@ pub(crate) mod testing {
         }
     }
 
-    /// What packed blocks stand for, read back as a file's would be.
+    /// What codes on a grid stand for: of ggml's blocks read back as a file's would be, of others value by value.
     pub fn dequantized(grid: &crate::Grid, codes: &[u8]) -> Vec<f32> {
-        let ty = grid.spec.encoding.ggml_type().unwrap();
+        let Some(ty) = grid.spec.encoding.ggml_type() else {
+            let (cols, groups) = (grid.cols(), grid.spec.groups());
+            let value = |(at, code): (usize, &u8)| {
+                let group = at / cols * groups + grid.spec.group_of[at % cols] as usize;
+                grid.scales[group] * grid.spec.encoding.levels.level(*code) - grid.mins[group]
+            };
+            return codes.iter().enumerate().map(value).collect();
+        };
         let mut bytes = vec![0; ty.row_bytes(codes.len()).unwrap()];
         ty.pack(&grid.blocks, codes, &mut bytes);
         let mut out = vec![0.0; codes.len()];

@@ -458,7 +458,7 @@ fn every_instruction_set_gives_the_same_blocks() {
                 let Grid { blocks, scales, mins, .. } = blocks::fit(weight.view(), ty, importance);
                 (blocks, scales, mins)
             });
-            let grid = Grid::of_blocks(ty, ROWS, COLS, fitted.0);
+            let grid = Grid::of_blocks(GridSpec::of(ty.encoding(), COLS), ROWS, fitted.0);
             same_at_every_level(&format!("rounding to {ty}"), || blocks::round(weight.view(), &grid));
             let swept = same_at_every_level(&format!("the sweep of {ty}"), || {
                 let swept = sweep::run(weight.view(), &factor, &grid);

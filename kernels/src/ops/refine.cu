@@ -1,8 +1,8 @@
 // After the sweep: moves scales, then single codes, wherever the loss falls, as refine.rs says. Matrices lie with their columns one
 // after the other, rows side by side, as in the sweep: [n][height], `height` a multiple of 32 and rows beyond the last without effect.
 //
-// Columns that share a stored scale are a unit: a block of ggml's, or a group of integers. Of each weight a byte is kept: of ggml's
-// types its level with 128 added, of integers its code. `order` is the column at each position, null where all are where they were.
+// Columns that share a stored scale are a unit: a block of ggml's, or a group. Of each weight a byte is kept: of integers its code, of other
+// levels what `kept_of` says; `values` has the level of each such byte. `order` is the column at each position, null where all are where they were.
 
 // Columns of a panel of codes; four lanes carry a row, each every fourth column.
 #define REFINE_PANEL 64
@@ -77,7 +77,7 @@ EXPORT(expand_columns)
 // 256 threads take 32 × 32 values.
 KERNEL(errors_of)(
     u8 *levels, float *errors, const float *target, const u8 *codes, const u8 *table, const float4 *grid, const u32 *groups,
-    const u32 *order, int integers, int rows, int n, int height) {
+    const u32 *order, const float *values, int integers, int rows, int n, int height) {
     __shared__ float targets[32][33];
     __shared__ u8 found[32][33];
     int x = threadIdx.x % 32, y = threadIdx.x / 32, col = blockIdx.x * 32, row = blockIdx.y * 32;
@@ -92,16 +92,21 @@ KERNEL(errors_of)(
         if (col + i >= n) continue;
         i64 to = (i64)(col + i) * height + row + x;
         float4 at = grid[(i64)groups[col + i] * height + row + x];
-        float level = (float)found[x][i];
+        float level = integers ? (float)found[x][i] : values[found[x][i]];
         levels[to] = found[x][i];
-        errors[to] = targets[x][i] - (integers ? at.x * (level - at.z) : at.x * (level - 128.0f) - at.z);
+        errors[to] = targets[x][i] - (integers ? at.x * (level - at.z) : at.x * level - at.z);
     }
 }
 EXPORT(errors_of)
 
+// The shift of a unit that is one group, whatever its width.
+#define ONE_GROUP 31
+
 // One unit: its first position, and its groups.
 struct Unit {
     const u8 *levels;
+    // The level of each byte.
+    const float *values;
     const float2 *factors;
     // Scale and zero of a unit of integers, in columns; null of a block.
     const float2 *ends;
@@ -110,24 +115,27 @@ struct Unit {
 
 // What a value changes by with its unit's scale, and with its offset.
 __device__ __forceinline__ float2 slopes(const Unit &b, int col, int row) {
-    float level = (float)b.levels[(i64)(b.first + col) * b.height + row];
-    if (b.ends) return make_float2(level - b.ends[row].y, -1.0f);
+    u8 byte = b.levels[(i64)(b.first + col) * b.height + row];
+    if (b.ends) return make_float2((float)byte - b.ends[row].y, -1.0f);
     float2 factor = b.factors[(i64)(b.group + (col >> b.group_shift)) * b.height + row];
-    return make_float2(factor.x * (level - 128.0f), -factor.y);
+    return make_float2(factor.x * b.values[byte], -factor.y);
 }
 
 // uᵀHu, uᵀHv and vᵀHv of each unit's slopes, to three tables [units][height]. Blocks of 128 threads, one a row; blockIdx.y is the
 // unit, whose positions begin at `starts`. `ends` is null for ggml's blocks, whose groups have `1 << group_shift` columns.
 template <bool MIN>
 __device__ __forceinline__ void curvatures_of(
-    double *out, const u8 *levels, const float2 *factors, const float2 *ends, const float *hessian, const u32 *starts, int group_shift,
+    double *out, const u8 *levels, const float *values, const float2 *factors, const float2 *ends, const float *hessian, const u32 *starts, int group_shift,
+   
     int n, int height) {
     __shared__ float4 tile[REFINE_TILE][REFINE_TILE / 4];
     int row = blockIdx.x * blockDim.x + threadIdx.x, unit = blockIdx.y;
     int first = (int)starts[unit], width = (int)starts[unit + 1] - first;
     bool mine = row < height;
     row = mine ? row : height - 1;
-    Unit b = {levels, factors, ends ? ends + (i64)unit * height : ends, first, first >> group_shift, group_shift, height};
+    // Where a unit is one group nothing is shifted.
+    int first_group = group_shift == ONE_GROUP ? unit : first >> group_shift;
+    Unit b = {levels, values, factors, ends ? ends + (i64)unit * height : ends, first, first_group, group_shift, height};
     double uu = 0.0, uv = 0.0, vv = 0.0;
     for (int top = 0; top < width; top += REFINE_TILE) {
         float hu[REFINE_TILE], hv[REFINE_TILE];
@@ -183,16 +191,18 @@ __device__ __forceinline__ void curvatures_of(
 }
 
 KERNEL(curvatures)(
-    double *out, const u8 *levels, const float2 *factors, const float2 *ends, const float *hessian, const u32 *starts, int group_shift,
+    double *out, const u8 *levels, const float *values, const float2 *factors, const float2 *ends, const float *hessian, const u32 *starts, int group_shift,
+   
     int n, int height) {
-    curvatures_of<false>(out, levels, factors, ends, hessian, starts, group_shift, n, height);
+    curvatures_of<false>(out, levels, values, factors, ends, hessian, starts, group_shift, n, height);
 }
 EXPORT(curvatures)
 
 KERNEL(curvatures_with_offset)(
-    double *out, const u8 *levels, const float2 *factors, const float2 *ends, const float *hessian, const u32 *starts, int group_shift,
+    double *out, const u8 *levels, const float *values, const float2 *factors, const float2 *ends, const float *hessian, const u32 *starts, int group_shift,
+   
     int n, int height) {
-    curvatures_of<true>(out, levels, factors, ends, hessian, starts, group_shift, n, height);
+    curvatures_of<true>(out, levels, values, factors, ends, hessian, starts, group_shift, n, height);
 }
 EXPORT(curvatures_with_offset)
 
@@ -216,24 +226,32 @@ __device__ __forceinline__ bool is_near(float now, float before) {
     return share >= 0.25f && share <= 2.0f;
 }
 
-__device__ __forceinline__ void consider(Move &best, const Curve &curve, float2 from, double d, double m, bool sub) {
-    float new_d = round_scale(PRECISION_F16, (float)d), new_m = round_scale(PRECISION_F16, (float)m);
+// How scales and mins are stored.
+struct Stored {
+    int scale, min;
+    float global;
+};
+
+__device__ __forceinline__ void consider(
+    Move &best, const Curve &curve, float2 from, const Stored &stored, double d, double m, bool has_min, bool sub) {
+    float new_d = round_scale(stored.scale, (float)d / stored.global) * stored.global;
+    float new_m = has_min ? round_scale(stored.min, (float)m) : 0.0f;
     if (!(is_near(new_d, from.x) && fabsf(new_m) < INFINITE) || (sub && new_m < 0.0f)) return;
     double change = curve.change((double)new_d - (double)from.x, (double)new_m - (double)from.y);
     if (change < best.change)
         best = Move{change, make_float2(new_d, new_m), make_float2(new_d - from.x, new_m - from.y)};
 }
 
-// A block of ggml's.
-__device__ __forceinline__ Move move_of_block(const Curve &curve, float2 from, bool has_min, bool sub) {
+// A block.
+__device__ __forceinline__ Move move_of_block(const Curve &curve, float2 from, const Stored &stored, bool has_min, bool sub) {
     Move best = {0.0, from, make_float2(0.0f, 0.0f)};
     double uu = curve.uu, uv = curve.uv, vv = curve.vv, ug = curve.ug, vg = curve.vg;
     if (uu > 0.0 && from.x != 0.0f) {
-        consider(best, curve, from, (double)from.x + ug / uu, (double)from.y, sub);
+        consider(best, curve, from, stored, (double)from.x + ug / uu, (double)from.y, has_min, sub);
         double determinant = uu * vv - uv * uv;
         if (has_min && determinant > 1e-6 * uu * vv) {
             double s = (ug * vv - vg * uv) / determinant, t = (vg * uu - ug * uv) / determinant;
-            consider(best, curve, from, (double)from.x + s, (double)from.y + t, sub);
+            consider(best, curve, from, stored, (double)from.x + s, (double)from.y + t, has_min, sub);
         }
     }
     return best;
@@ -261,13 +279,13 @@ __device__ __forceinline__ Move move_of_integers(
 // One exact move of a unit's scale and offset in every row. Blocks of 256 threads: 32 rows, every eighth column of the unit each.
 // `ends` and `curvature` begin at the unit, the latter's tables lie `table` apart; `steps` [width][height] is what errors change by.
 KERNEL(move_unit)(
-    float2 *ends, float *errors, float *steps, const float *pull, const u8 *levels, const float2 *factors, const double *curvature,
-    i64 table, int first, int width, int group_shift, int has_min, int has_sub, int integers, int precision, int symmetric,
-    float min_zero, float max, int height) {
+    float2 *ends, float *errors, float *steps, const float *pull, const u8 *levels, const float *values, const float2 *factors,
+    const double *curvature, i64 table, int unit, int first, int width, int group_shift, int has_min, int has_sub, int integers,
+    int precision, int min_precision, float global, int symmetric, float min_zero, float max, int height) {
     __shared__ double sums[2][8][32];
     __shared__ float2 moves[32];
     int lane = threadIdx.x % 32, part = threadIdx.x / 32, row = blockIdx.x * 32 + lane;
-    Unit b = {levels, factors, integers ? ends : 0, first, first >> group_shift, group_shift, height};
+    Unit b = {levels, values, factors, integers ? ends : 0, first, group_shift == ONE_GROUP ? unit : first >> group_shift, group_shift, height};
     double ug = 0.0, vg = 0.0;
 #pragma unroll 4
     for (int col = part; col < width; col += 8) {
@@ -289,7 +307,7 @@ KERNEL(move_unit)(
         }
         Curve curve = {curvature[row], curvature[table + row], curvature[2 * table + row], ug, vg};
         best = integers ? move_of_integers(curve, from, precision, symmetric, min_zero, max)
-                        : move_of_block(curve, from, has_min, has_sub);
+                        : move_of_block(curve, from, Stored{precision, min_precision, global}, has_min, has_sub);
         moves[lane] = best.steps;
     }
     __syncthreads();
@@ -317,8 +335,9 @@ struct RefinePanel {
 // What a value of a group may become: levels,
 struct RefinedLevels {
     LevelSet set;
-    __device__ __forceinline__ float of(u8 byte) const { return (float)((int)byte - 128); }
-    __device__ __forceinline__ u8 byte(float level) const { return (u8)((int)level + 128); }
+    const float *values;
+    __device__ __forceinline__ float of(u8 byte) const { return values[byte]; }
+    __device__ __forceinline__ u8 byte(float level) const { return (u8)kept_of(set, level); }
     __device__ __forceinline__ float value(float level, float4 own) const { return own.x * level - own.z; }
     __device__ __forceinline__ float nearest(float x, float4 own) const { return nearest_level(set, (x + own.z) * own.y); }
 };
@@ -421,8 +440,8 @@ __device__ __forceinline__ void move_panel(
 
 KERNEL(move_levels)(
     u8 *levels, float *errors, float *steps, float *pull, const float *hessian, const float4 *grid, const u32 *groups, int start,
-    int width, int n, int height, const LevelSet *set) {
-    move_panel(RefinedLevels{*set}, levels, errors, steps, pull, hessian, grid, groups, start, width, n, height);
+    int width, int n, int height, const LevelSet *set, const float *values) {
+    move_panel(RefinedLevels{*set, values}, levels, errors, steps, pull, hessian, grid, groups, start, width, n, height);
 }
 EXPORT(move_levels)
 

@@ -18,7 +18,7 @@
 //! ```
 //!
 //! A unit of ggml's is a block or superblock, whose groups' integers stay; of integers in groups it is a group, whose zero is an integer
-//! itself and moves by one. Columns whose groups lie apart (`desc_act`) are brought together first.
+//! itself and moves by one; of other levels it is a group with its scale and min. Columns whose groups lie apart (`desc_act`) are brought together first.
 //!
 //! Cyclic coordinate descent over codes is QuantEase's (Behdin et al. 2023, arXiv:2309.01885).
 
@@ -29,9 +29,10 @@ use formats::{Encoding, Float};
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
+use super::apart::Stored;
 use super::fit::Rules;
 use super::gemm;
-use super::levels::{AnyLevels, LevelSet, codes_of};
+use super::levels::{AnyLevels, LevelSet, codes_of, with_levels};
 use super::round::{code, inverse};
 use crate::{Grid, GridSpec, simd_fn};
 
@@ -47,7 +48,7 @@ type Lane = [f32; ROWS];
 /// energy counts with a weight of 1 and stays as it is.
 ///
 /// # Panics
-/// If the encoding is neither one of integers with scales of their own nor one of ggml's, or shapes differ: mistakes of the caller.
+/// If the encoding has no codes, or shapes differ: mistakes of the caller.
 pub fn run(target: ArrayView2<f32>, gram: ArrayView2<f32>, damp: f64, grid: &mut Grid, codes: &mut [u8]) -> f64 {
     let (rows, n) = target.dim();
     assert!(gram.dim() == (n, n) && grid.cols() == n && codes.len() == rows * n, "checked by the caller");
@@ -56,40 +57,47 @@ pub fn run(target: ArrayView2<f32>, gram: ArrayView2<f32>, damp: f64, grid: &mut
     }
     let Units { order, ranges } = units(&grid.spec);
     let unit_of = ranges.iter().enumerate().flat_map(|(unit, range)| vec![unit; range.len()]).collect();
-    let ty = grid.spec.encoding.ggml_type();
     let encoding = grid.spec.encoding;
-    let kind = match ty {
-        Some(_) => {
-            Kind::Blocks { encoding: &encoding, set: AnyLevels::of(&encoding), codes: Box::new(codes_of(&encoding)) }
-        }
-        None => Kind::Integers(Rules::of(&encoding)),
+    let kind = match encoding.is_integers() {
+        false => Kind::Blocks {
+            encoding: &encoding,
+            stored: Stored::of(&encoding, grid.spec.global),
+            set: AnyLevels::of(&encoding),
+            codes: Box::new(codes_of(&encoding)),
+        },
+        true => Kind::Integers(Rules::of(&encoding)),
     };
     let hessian = whole(gram, damp, order.as_deref());
     let setup = Setup { hessian, n, order, units: ranges, unit_of, turns: turns(&encoding), kind };
     let target = target.to_slice().expect("a contiguous matrix");
     let per_task = ROWS * setup.units.len();
-    let stored: Vec<Stored<'_>> = match ty {
-        Some(_) => grid.blocks.chunks_mut(per_task).map(Stored::Blocks).collect(),
-        None => {
+    let ends: Vec<Ends<'_>> = match encoding.is_integers() {
+        false => grid.blocks.chunks_mut(per_task).map(Ends::Blocks).collect(),
+        true => {
             let zeros = grid.zeros.chunks_mut(per_task);
-            grid.scales.chunks_mut(per_task).zip(zeros).map(|(scales, zeros)| Stored::Integers(scales, zeros)).collect()
+            grid.scales.chunks_mut(per_task).zip(zeros).map(|(scales, zeros)| Ends::Integers(scales, zeros)).collect()
         }
     };
     let losses: Vec<f64> = codes
         .par_chunks_mut(ROWS * n)
-        .zip(stored)
+        .zip(ends)
         .zip(target.par_chunks(ROWS * n))
-        .map(|((codes, stored), target)| Rows::new(&setup, target, codes, stored).refine())
+        .map(|((codes, ends), target)| Rows::new(&setup, target, codes, ends).refine())
         .collect();
-    if let Some(ty) = ty {
-        *grid = Grid::of_blocks(ty, rows, n, std::mem::take(&mut grid.blocks));
+    if !encoding.is_integers() {
+        *grid = Grid::of_blocks(grid.spec.clone(), rows, std::mem::take(&mut grid.blocks));
     }
     losses.iter().sum()
 }
 
-/// How often codes are moved, and scales after them. Integers in groups have a scale for few values, which a second round follows.
+/// How often codes are moved, and scales after them. Groups with a scale of their own have it for few values, which a second round follows.
 pub(crate) fn turns(encoding: &Encoding) -> usize {
     if encoding.ggml_type().is_some() { 1 } else { 2 }
+}
+
+/// Whether scales move: a power of two has no room to, and what rows have in common is not one row's to change.
+pub(crate) fn moves_scales(encoding: &Encoding) -> bool {
+    encoding.precision() != Float::E8M0 && encoding.block_height(2) == 1
 }
 
 /// Columns that share what the file stores as one scale.
@@ -103,9 +111,9 @@ pub(crate) struct Units {
 /// The units of a row, in the order of the grid's blocks or groups.
 pub(crate) fn units(spec: &GridSpec) -> Units {
     let n = spec.group_of.len();
-    if let Some(ty) = spec.encoding.ggml_type() {
-        let ranges = (0..n).step_by(ty.block_len).map(|first| first..first + ty.block_len).collect();
-        return Units { order: None, ranges };
+    if !spec.encoding.is_integers() {
+        let width = spec.encoding.unit_width(n).max(1);
+        return Units { order: None, ranges: (0..n).step_by(width).map(|first| first..n.min(first + width)).collect() };
     }
     // Stable, so that columns of a group keep their order.
     let mut order: Vec<u32> = (0..n as u32).collect();
@@ -137,31 +145,31 @@ fn whole(gram: ArrayView2<f32>, damp: f64, order: Option<&[u32]>) -> Array2<f32>
 
 /// What codes stand for.
 enum Kind<'a> {
-    /// `scale · level − min` of levels, from the scales of ggml's blocks; `codes` has the code of each level at `level + 128`.
-    Blocks { encoding: &'a Encoding, set: AnyLevels, codes: Box<[u8; 256]> },
+    /// `scale · level − min`, from the stored scales of blocks; `codes` has the code of each byte that is kept of a level.
+    Blocks { encoding: &'a Encoding, stored: Stored, set: AnyLevels, codes: Box<[u8; 256]> },
     /// `scale · (code − zero)`.
     Integers(Rules),
 }
 
 /// Scales of some rows as the grid holds them.
-enum Stored<'a> {
+enum Ends<'a> {
     Blocks(&'a mut [BlockScales]),
     Integers(&'a mut [f32], &'a mut [u8]),
 }
 
-impl Stored<'_> {
+impl Ends<'_> {
     /// Scale, and min or zero.
     fn at(&self, index: usize) -> [f32; 2] {
         match self {
-            Stored::Blocks(blocks) => [blocks[index].d, blocks[index].m],
-            Stored::Integers(scales, zeros) => [scales[index], zeros[index].into()],
+            Ends::Blocks(blocks) => [blocks[index].d, blocks[index].m],
+            Ends::Integers(scales, zeros) => [scales[index], zeros[index].into()],
         }
     }
 
     fn set(&mut self, index: usize, [scale, offset]: [f32; 2]) {
         match self {
-            Stored::Blocks(blocks) => (blocks[index].d, blocks[index].m) = (scale, offset),
-            Stored::Integers(scales, zeros) => (scales[index], zeros[index]) = (scale, offset as u8),
+            Ends::Blocks(blocks) => (blocks[index].d, blocks[index].m) = (scale, offset),
+            Ends::Integers(scales, zeros) => (scales[index], zeros[index]) = (scale, offset as u8),
         }
     }
 }
@@ -191,7 +199,7 @@ struct Rows<'a> {
     setup: &'a Setup<'a>,
     rows: usize,
     out: &'a mut [u8],
-    stored: Stored<'a>,
+    ends: Ends<'a>,
     /// The level of each weight; of integers the code.
     levels: Vec<Lane>,
     /// What is missing: target minus value.
@@ -201,11 +209,11 @@ struct Rows<'a> {
 }
 
 impl<'a> Rows<'a> {
-    fn new(setup: &'a Setup<'a>, target: &[f32], out: &'a mut [u8], stored: Stored<'a>) -> Self {
+    fn new(setup: &'a Setup<'a>, target: &[f32], out: &'a mut [u8], ends: Ends<'a>) -> Self {
         let n = setup.n;
         let rows = target.len() / n;
         let zero = || vec![[0.0; ROWS]; n];
-        let mut this = Rows { setup, rows, out, stored, levels: zero(), errors: zero(), pull: zero() };
+        let mut this = Rows { setup, rows, out, ends, levels: zero(), errors: zero(), pull: zero() };
         for row in 0..rows {
             for at in 0..n {
                 let code = this.out[row * n + setup.column(at)];
@@ -235,7 +243,7 @@ impl<'a> Rows<'a> {
         let (mut scales, mut offsets) = ([0.0; ROWS], [0.0; ROWS]);
         let unit = self.setup.unit_of[at];
         for row in 0..self.rows {
-            let [d, m] = self.stored.at(row * self.setup.units.len() + unit);
+            let [d, m] = self.ends.at(row * self.setup.units.len() + unit);
             let [a, b] = self.factors(row, at);
             (scales[row], offsets[row]) = (d * a, m * b);
         }
@@ -245,11 +253,11 @@ impl<'a> Rows<'a> {
     /// What a unit's scale and offset are multiplied by in a position's group.
     #[inline(always)]
     fn factors(&self, row: usize, at: usize) -> [f32; 2] {
-        let (Kind::Blocks { encoding, .. }, Stored::Blocks(blocks)) = (&self.setup.kind, &self.stored) else {
+        let (Kind::Blocks { encoding, .. }, Ends::Blocks(blocks)) = (&self.setup.kind, &self.ends) else {
             return [1.0, 1.0];
         };
         let unit = self.setup.unit_of[at];
-        let group = (at - self.setup.units[unit].start) / encoding.group();
+        let group = (at - self.setup.units[unit].start) / encoding.group_width(self.setup.n).max(1);
         let block = &blocks[row * self.setup.units.len() + unit];
         match (encoding.sub(), encoding.has_min()) {
             (Some(_), true) => [f32::from(block.scales[group]), f32::from(block.mins[group])],
@@ -269,7 +277,7 @@ impl<'a> Rows<'a> {
                 [a * level, -b]
             }
             Kind::Integers(_) => {
-                let [_, zero] = self.stored.at(row * self.setup.units.len() + self.setup.unit_of[at]);
+                let [_, zero] = self.ends.at(row * self.setup.units.len() + self.setup.unit_of[at]);
                 [level - zero, -1.0]
             }
         }
@@ -308,7 +316,7 @@ impl<'a> Rows<'a> {
             for row in 0..self.rows {
                 let level = self.levels[at][row];
                 self.out[row * n + col] = match &self.setup.kind {
-                    Kind::Blocks { codes, .. } => codes[(level + 128.0) as usize],
+                    Kind::Blocks { set, codes, .. } => codes[usize::from(with_levels!(*set, set => set.keep(level)))],
                     Kind::Integers(_) => level as u8,
                 };
             }
@@ -327,8 +335,7 @@ impl<'a> Rows<'a> {
     fn move_scales(&mut self) {
         let setup = self.setup;
         let two = match &setup.kind {
-            // A power of two has no room to move.
-            Kind::Blocks { encoding, .. } if encoding.precision() == Float::E8M0 => return,
+            Kind::Blocks { encoding, .. } if !moves_scales(encoding) => return,
             Kind::Blocks { encoding, .. } => encoding.has_min(),
             Kind::Integers(rules) => !rules.symmetric,
         };
@@ -373,12 +380,12 @@ impl<'a> Rows<'a> {
                     }
                 }
                 let index = row * setup.units.len() + unit;
-                let from = self.stored.at(index);
+                let from = self.ends.at(index);
                 let best = match &setup.kind {
-                    Kind::Blocks { encoding, .. } => curve.of_block(from, two, encoding.sub().is_some()),
+                    Kind::Blocks { encoding, stored, .. } => curve.of_block(from, *stored, encoding.sub().is_some()),
                     Kind::Integers(rules) => curve.of_integers(from, rules),
                 };
-                self.stored.set(index, best.to);
+                self.ends.set(index, best.to);
                 moves[row] = best.steps;
             }
             for col in 0..width {
@@ -465,12 +472,12 @@ impl Curve {
         s * s * self.uu + 2.0 * s * t * self.uv + t * t * self.vv - 2.0 * (s * self.ug + t * self.vg)
     }
 
-    /// The best scale and min of a block of ggml's; superblocks have no min below 0.
-    fn of_block(&self, from: [f32; 2], has_min: bool, sub: bool) -> Move {
+    /// The best scale and min of a block; superblocks have no min below 0.
+    fn of_block(&self, from: [f32; 2], stored: Stored, sub: bool) -> Move {
         let [d, m] = from;
         let mut best = Move::none(from);
         let mut consider = |new_d: f64, new_m: f64| {
-            let (new_d, new_m) = (Float::F16.round(new_d as f32), Float::F16.round(new_m as f32));
+            let (new_d, new_m) = (stored.round(new_d as f32), stored.round_min(new_m as f32));
             if !(is_near(new_d, d) && new_m.is_finite()) || sub && new_m < 0.0 {
                 return;
             }
@@ -483,7 +490,7 @@ impl Curve {
         if uu > 0.0 && d != 0.0 {
             consider(f64::from(d) + ug / uu, f64::from(m));
             let determinant = uu * vv - uv * uv;
-            if has_min && determinant > 1e-6 * uu * vv {
+            if stored.min.is_some() && determinant > 1e-6 * uu * vv {
                 let s = (ug * vv - vg * uv) / determinant;
                 let t = (vg * uu - ug * uv) / determinant;
                 consider(f64::from(d) + s, f64::from(m) + t);
@@ -543,8 +550,9 @@ simd_fn! {
     ) {
         let pull = panel[at];
         match *nearest {
-            Nearest::Level(AnyLevels::Even(set)) => nearest_level(set, grid, inverse_energy, &pull, levels, step),
-            Nearest::Level(AnyLevels::Table(set)) => nearest_level(set, grid, inverse_energy, &pull, levels, step),
+            Nearest::Level(set) => {
+                with_levels!(set, set => nearest_level(set, grid, inverse_energy, &pull, levels, step));
+            }
             Nearest::Code(max) => nearest_code(max, grid, inverse_energy, &pull, levels, step),
         }
         let step = *step;

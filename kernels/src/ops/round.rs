@@ -46,9 +46,9 @@ pub(super) fn runs(group_of: &[u32]) -> Vec<(Range<usize>, usize)> {
 
 /// Codes `[rows, cols]` of `weight` on `grid`.
 pub fn run(weight: ArrayView2<f32>, grid: &Grid) -> Vec<u8> {
-    match grid.spec.encoding.ggml_type() {
-        Some(_) => blocks::round(weight, grid),
-        None => integers(weight, grid),
+    match grid.spec.encoding.is_integers() {
+        true => integers(weight, grid),
+        false => blocks::round(weight, grid),
     }
 }
 

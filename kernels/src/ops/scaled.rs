@@ -27,8 +27,8 @@ pub fn reference(weight: ArrayView2<f32>, t: &[f32], spec: &GridSpec) -> Array2<
 /// The same, a row at a time, without a grid in memory; the same bits.
 pub fn run(weight: ArrayView2<f32>, t: &[f32], spec: &GridSpec) -> Array2<f32> {
     let runs = round::runs(&spec.group_of);
-    // ggml's blocks are searched, not spanned, and groups that lie apart have no range of their own in a row.
-    if spec.encoding.ggml_type().is_some() || runs.len() != spec.groups() {
+    // Levels of other kinds have no such short way, and groups that lie apart have no range of their own in a row.
+    if !spec.encoding.is_integers() || runs.len() != spec.groups() {
         return reference(weight, t, spec);
     }
     let (rows, cols) = weight.dim();

@@ -64,12 +64,12 @@ struct Codes {
     }
 };
 
-// or levels, of which 128 more is kept.
+// or levels, each kept as a byte that stands for it.
 struct Levels {
     LevelSet set;
     __device__ __forceinline__ float nearest(float x, float4 grid, int *code) const {
         float level = nearest_level(set, (x + grid.z) * grid.y);
-        *code = (int)(level + 128.0f);
+        *code = (int)kept_of(set, level);
         return grid.x * level - grid.z;
     }
 };

@@ -16,7 +16,7 @@ use ndarray::ArrayView2;
 use rayon::prelude::*;
 
 use super::gemm;
-use super::levels::{AnyLevels, LevelSet, codes_of};
+use super::levels::{AnyLevels, LevelSet, codes_of, with_levels};
 use super::round::{code, inverse};
 use crate::backend::Swept;
 use crate::{Factor, Grid, simd_fn};
@@ -55,13 +55,13 @@ pub fn reference(target: ArrayView2<f32>, order: &[u32], inverse_upper: &[Vec<f6
 /// Codes `[rows, cols]` in the original column order, and the loss.
 ///
 /// # Panics
-/// If the encoding is neither one of integers with scales of their own nor one of ggml's: a mistake of the caller.
+/// If the encoding has no codes: a mistake of the caller.
 pub fn run(target: ArrayView2<f32>, factor: &Factor<ndarray::Array2<f32>>, grid: &Grid) -> Swept<Vec<u8>> {
     let encoding = &grid.spec.encoding;
     let zero = |at: usize| grid.zeros.get(at).copied().map_or(0.0, f32::from);
-    let kept = match encoding.ggml_type() {
-        None => Kept::Codes(f32::from(encoding.max_code())),
-        Some(_) => Kept::Levels(AnyLevels::of(encoding)),
+    let kept = match encoding.is_integers() {
+        true => Kept::Codes(f32::from(encoding.max_code())),
+        false => Kept::Levels(AnyLevels::of(encoding)),
     };
     let points = Points {
         groups: grid.spec.groups(),
@@ -97,7 +97,7 @@ struct Points<'a> {
 enum Kept {
     /// Its code, up to this one.
     Codes(f32),
-    /// Its level, 128 added.
+    /// The byte that stands for its level.
     Levels(AnyLevels),
 }
 
@@ -242,12 +242,9 @@ simd_fn! {
                     loss[row] += missed * missed * pivot;
                 }
             }
-            Kept::Levels(AnyLevels::Even(set)) => {
+            Kept::Levels(set) => with_levels!(set, set => {
                 nearest(set, target, feedback, [scales, inverses, mins], pivot, errors, codes, loss);
-            }
-            Kept::Levels(AnyLevels::Table(set)) => {
-                nearest(set, target, feedback, [scales, inverses, mins], pivot, errors, codes, loss);
-            }
+            }),
         }
         let errors = *errors;
         for (u, lane) in ahead.iter().zip(later) {
@@ -274,7 +271,7 @@ fn nearest<L: LevelSet>(
         let level = set.nearest((wanted + mins[row]) * inverses[row]);
         let value = scales[row] * level - mins[row];
         errors[row] = target[row] - value;
-        codes[row] = (level + 128.0) as i32 as u8;
+        codes[row] = set.keep(level);
         let missed = f64::from(wanted - value);
         loss[row] += missed * missed * pivot;
     }

@@ -71,7 +71,8 @@ fn any_weight() -> impl Strategy<Value = QuantizedWeight> {
         let (scales, mins) = (halves(rows * groups), halves(rows * groups));
         let encoding = Encoding::mlx(bits, group, Float::F16);
         let codes = (0..rows * groups * group).map(|_| (next() & u32::from(encoding.max_code())) as u8).collect();
-        QuantizedWeight { rows, cols: groups * group, encoding, codes, scales, zeros: Vec::new(), mins, group_of: None }
+        let (cols, zeros) = (groups * group, vec![0; rows * groups]);
+        QuantizedWeight { rows, cols, encoding, codes, scales, zeros, mins, global: None, group_of: None }
     })
 }
 
@@ -93,6 +94,7 @@ fn some_rows_alone_are_those_rows_of_all() {
         rows: 1,
         codes: all.codes[2 * all.cols..].to_vec(),
         scales: all.scales[2 * groups..].to_vec(),
+        zeros: vec![0; groups],
         mins: all.mins[2 * groups..].to_vec(),
         ..all.clone()
     };

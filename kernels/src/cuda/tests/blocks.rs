@@ -1,14 +1,16 @@
 //! ggml's block types: scales, mins and codes are those of the CPU, to the bit.
 
+use formats::Encoding;
+use formats::encoding::{Block, PRESETS};
 use formats::ggml::{GgmlType, TYPES};
 use ndarray::Array2;
 
 use super::super::blocks::level_set_of;
 use super::on_all;
-use crate::backend::{Backend, Packing};
-use crate::ops::blocks;
+use crate::backend::{Backend, FitKind, GridSpec, Packing};
 use crate::ops::levels::{AnyLevels, LevelSet};
 use crate::ops::testing::{Noise, dequantized, fit_blocks};
+use crate::ops::{blocks, fit, round};
 
 fn types() -> impl Iterator<Item = GgmlType> {
     TYPES.iter().copied().filter(|ty| ty.layout().is_some())
@@ -40,32 +42,76 @@ fn weights(noise: &mut Noise, rows: usize, cols: usize) -> Array2<f32> {
     weight
 }
 
+/// Encodings whose blocks store scales of their own.
+pub(super) fn apart() -> impl Iterator<Item = (&'static str, Encoding)> {
+    PRESETS.iter().copied().filter(|(_, encoding)| !encoding.is_integers())
+}
+
 #[test]
 fn level_sets_are_the_cpus() {
-    for ty in types() {
-        let encoding = ty.layout().unwrap();
-        let words: Vec<[u8; 4]> = level_set_of(encoding).chunks_exact(4).map(|b| b.try_into().unwrap()).collect();
+    for (name, encoding) in types().map(|ty| (ty.name, ty.encoding())).chain(apart()) {
+        let words: Vec<[u8; 4]> = level_set_of(&encoding).chunks_exact(4).map(|b| b.try_into().unwrap()).collect();
         let numbers: Vec<f32> = words.iter().map(|w| f32::from_ne_bytes(*w)).collect();
-        let even = i32::from_ne_bytes(words[0]);
+        let kind = i32::from_ne_bytes(words[0]);
         let levels = || (-300..300).map(|i| i as f32 * 0.5);
-        match AnyLevels::of(encoding) {
+        match AnyLevels::of(&encoding) {
             AnyLevels::Even(set) => {
-                assert_eq!((even, &numbers[1..3]), (1, &set.range()[..]));
+                assert_eq!((kind, &numbers[1..3]), (1, &set.range()[..]));
                 for x in levels() {
                     let level = set.nearest(x);
                     assert_eq!(level, x.round_ties_even().clamp(numbers[1], numbers[2]));
-                    assert_eq!(set.code(level, &[0; 256]), (level + numbers[3]) as u8);
+                    assert_eq!(set.keep(level), (level + numbers[3]) as u8);
                 }
             }
             AnyLevels::Table(set) => {
-                assert_eq!((even, &numbers[1..3]), (0, &set.range()[..]));
+                assert_eq!((kind, &numbers[1..3]), (0, &set.range()[..]));
                 for x in levels() {
-                    let steps = numbers[5..20].iter().zip(&numbers[20..]).filter(|(middle, _)| x > **middle);
-                    assert_eq!(set.nearest(x), steps.fold(numbers[4], |level, (_, step)| level + step), "{ty} {x}");
+                    let above = numbers[20..].iter().filter(|middle| x > **middle).count();
+                    assert_eq!(set.nearest(x), numbers[4 + above], "{name} {x}");
                 }
             }
+            AnyLevels::Float(set) => assert_eq!((kind, &numbers[1..3]), (2, &set.range()[..])),
         }
         assert_eq!(words.len(), 35);
+    }
+}
+
+/// Rows that are no whole lanes, a last tile that is smaller, few blocks and more than a warp of them.
+#[test]
+fn scales_of_their_own_are_the_cpus() {
+    let mut noise = Noise(73);
+    for (name, encoding) in apart() {
+        let shapes = match encoding.block {
+            Block::Row | Block::Matrix => [(1, 77), (5, 130)],
+            Block::Tile(_) => [(3, 77), (131, 130)],
+            _ => [(1, 128), (3, 256)],
+        };
+        for (rows, cols) in shapes {
+            let weight = weights(&mut noise, rows, cols);
+            let mut h: Vec<f32> = (0..cols).map(|_| noise.next().powi(2)).collect();
+            h[3] = 0.0;
+            let spec = GridSpec::of(encoding, cols);
+            for importance in [None, Some(&h[..])] {
+                let kind = || importance.map_or(FitKind::MinMax, FitKind::Weighted);
+                let of = importance.is_some();
+                let expected = fit::run(weight.view(), &spec, importance.map_or(FitKind::MinMax, FitKind::Weighted));
+                let found = on_all(|cuda| {
+                    let weight = cuda.upload(weight.clone()).unwrap();
+                    let grid = cuda.fit(&weight, &spec, kind()).unwrap();
+                    let codes = cuda.round(&weight, &grid).unwrap();
+                    let values = cuda.download(&cuda.dequantize(&codes, &grid).unwrap()).unwrap();
+                    (grid.blocks, grid.spec.global, cuda.download_codes(&codes).unwrap(), values)
+                });
+                let Some((blocks, global, codes, values)) = found else { return };
+                assert_eq!(global, expected.spec.global, "{name}");
+                for (index, (found, expected)) in blocks.iter().zip(&expected.blocks).enumerate() {
+                    assert_eq!(found, expected, "{name}, block {index} of {rows} rows, {of}");
+                }
+                let codes = codes.as_slice().unwrap();
+                assert_eq!(codes, round::run(weight.view(), &expected), "{name}");
+                assert_eq!(values.as_slice().unwrap(), dequantized(&expected, codes), "{name}");
+            }
+        }
     }
 }
 

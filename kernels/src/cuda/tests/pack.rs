@@ -46,6 +46,7 @@ fn weight(rows: usize, cols: usize, bits: u8, group: usize) -> QuantizedWeight {
         scales: vec![0.5; rows * groups],
         zeros: (0..rows * groups).map(|_| next(1)).collect(),
         mins: Vec::new(),
+        global: None,
         group_of: None,
     }
 }
@@ -121,7 +122,7 @@ fn blocks_are_those_of_ggml_in_every_type() {
             proptest::test_runner::TestRng::deterministic_rng(proptest::test_runner::RngAlgorithm::ChaCha),
         );
         let tested = runner.run(&strategy, |(blocks, codes)| {
-            let grid = Grid::of_blocks(*ty, rows, per_row * ty.block_len, blocks);
+            let grid = Grid::of_blocks(GridSpec::of(ty.encoding(), per_row * ty.block_len), rows, blocks);
             let shaped = Array2::from_shape_vec((rows, grid.cols()), codes.clone()).unwrap();
             let found = on_all(|cuda| cuda.pack(&cuda.send_codes(&shaped).unwrap(), Packing::Blocks(&grid)).unwrap());
             let mut expected = vec![0; rows * per_row * ty.block_bytes];
@@ -149,7 +150,7 @@ fn what_cannot_be_packed_is_refused_and_nothing_is_no_work() {
         words(8, 8, 3, WordLayout::Awq).unwrap_err();
         words(4, 8, 4, WordLayout::Awq).unwrap_err();
         let ty = GgmlType::from_name("Q8_0").unwrap();
-        let grid = Grid::of_blocks(ty, 1, 64, vec![BlockScales::default(); 2]);
+        let grid = Grid::of_blocks(GridSpec::of(ty.encoding(), 64), 1, vec![BlockScales::default(); 2]);
         let codes = cuda.send_codes(&Array2::zeros((1, 64))).unwrap();
         assert_eq!(cuda.pack(&codes, Packing::Blocks(&grid)).unwrap().len(), 68);
         cuda.pack(&codes, Packing::Blocks(&Grid { spec: GridSpec::of(ty.encoding(), 63), ..grid.clone() }))
@@ -158,7 +159,7 @@ fn what_cannot_be_packed_is_refused_and_nothing_is_no_work() {
         let integers = GridSpec::of(Scheme { bits: 4, group: Some(32), symmetric: true }.encoding(Float::F16, 0), 64);
         let integers = Grid::of_integers(integers, 1, vec![1.0; 2], vec![8; 2]);
         cuda.pack(&codes, Packing::Blocks(&integers)).unwrap_err();
-        let empty = Grid::of_blocks(ty, 0, 64, Vec::new());
+        let empty = Grid::of_blocks(GridSpec::of(ty.encoding(), 64), 0, Vec::new());
         assert!(
             cuda.pack(&cuda.send_codes(&Array2::zeros((0, 64))).unwrap(), Packing::Blocks(&empty)).unwrap().is_empty()
         );

@@ -2,7 +2,7 @@
 
 use std::ops::RangeInclusive;
 
-use formats::{Float, Scheme};
+use formats::{Encoding, Float, Scheme};
 use ndarray::Array2;
 
 use super::super::{Card, Cuda, Matrix};
@@ -270,14 +270,20 @@ fn weights_that_are_swept_together_are_swept_as_alone() {
     }
 }
 
+/// ggml's types, and encodings whose blocks store scales of their own.
+fn encodings() -> impl Iterator<Item = (&'static str, Encoding)> {
+    let types = formats::ggml::TYPES.iter().filter(|ty| ty.layout().is_some());
+    types.map(|ty| (ty.name, ty.encoding())).chain(super::blocks::apart())
+}
+
 #[test]
 fn blocks_are_swept_as_on_the_cpu() {
     let (mut noise, cpu) = (Noise(15), Cpu::exact());
     let hessian = hessian(&mut noise, 256);
     let target = noise.matrix(40, 256);
     let factor = cpu.factor(&hessian, scattered(256), 0.05).unwrap();
-    for ty in formats::ggml::TYPES.iter().filter(|t| t.layout().is_some()) {
-        let grid = fit_blocks(&cpu, &target, *ty, None).unwrap();
+    for (name, encoding) in encodings() {
+        let grid = cpu.fit(&target, &GridSpec::of(encoding, 256), FitKind::MinMax).unwrap();
         let expected = cpu.sweep(&[(&target, &grid)], &factor).unwrap().remove(0);
         let found = on_all(|cuda| {
             let target = cuda.upload(target.clone()).unwrap();
@@ -285,18 +291,17 @@ fn blocks_are_swept_as_on_the_cpu() {
             (cuda.download_codes(&swept.codes).unwrap(), swept.loss)
         });
         let Some((codes, loss)) = found else { return };
-        mostly_the_same(&codes, &expected.codes, ty.name);
-        let encoding = ty.layout().unwrap();
+        mostly_the_same(&codes, &expected.codes, name);
         let value = |row: usize, col: usize, code: u8| {
-            let at = (row * 256 + col) / encoding.group();
+            let at = row * grid.spec.groups() + col / encoding.group_width(256);
             f64::from(grid.scales[at]) * f64::from(encoding.levels.level(code)) - f64::from(grid.mins[at])
         };
         let all = (encoding.levels.count() - 1) as u8;
-        let allowed = match AnyLevels::of(encoding) {
+        let allowed = match AnyLevels::of(&encoding) {
             AnyLevels::Even(EvenLevels { low, offset, .. }) => (low + offset) as u8..=all,
-            AnyLevels::Table(_) => 0..=all,
+            AnyLevels::Table(_) | AnyLevels::Float(_) => 0..=all,
         };
-        check_swept(&target, &value, allowed, &factor, &Swept { codes, loss }, ty.name);
+        check_swept(&target, &value, allowed, &factor, &Swept { codes, loss }, name);
     }
 }
 
@@ -312,15 +317,18 @@ fn refinement_is_that_of_the_cpu() {
         (0..n).for_each(|i| (i + 1..n).for_each(|j| hessian[[i, j]] = f32::NAN));
         hessian
     });
-    for (index, ty) in formats::ggml::TYPES.iter().filter(|t| t.layout().is_some()).enumerate() {
-        let (hessian, rows) = if ty.block_len == 32 { (&narrow, 37 - index) } else { (&wide, 33 - index) };
+    for (index, (ty, encoding)) in encodings().enumerate() {
+        // Superblocks are wider than the narrow one's rows are whole ones of; groups of 64 and 128 are so of the wide one alone.
+        let is_narrow = matches!(encoding.unit_width(288), 16 | 32 | 288);
+        let (hessian, rows) = if is_narrow { (&narrow, 37 - index % 20) } else { (&wide, 33 - index % 20) };
         let n = hessian.nrows();
+        let spec = GridSpec::of(encoding, n);
         let target = noise.matrix(rows, n);
         let factor = cpu.factor(hessian, scattered(n), 0.05).unwrap();
-        let mut grid = fit_blocks(&cpu, &target, *ty, None).unwrap();
+        let mut grid = cpu.fit(&target, &spec, FitKind::MinMax).unwrap();
         // A block without a scale.
         grid.blocks[3].d = 0.0;
-        let start = Grid::of_blocks(*ty, rows, n, grid.blocks.clone());
+        let start = Grid::of_blocks(grid.spec.clone(), rows, grid.blocks.clone());
         let swept = cpu.sweep(&[(&target, &start)], &factor).unwrap().remove(0);
         let (mut expected, mut expected_codes) = (start.clone(), swept.codes.clone());
         let expected_loss = cpu.refine(&target, hessian, 0.05, &mut expected, &mut expected_codes).unwrap();
@@ -334,20 +342,20 @@ fn refinement_is_that_of_the_cpu() {
         assert!((loss - expected_loss).abs() <= 1e-3 * expected_loss, "{ty}: {loss}, not {expected_loss}");
         assert!(loss < 0.999 * swept.loss, "{ty}: {loss} after {}", swept.loss);
         // A tie that falls the other way is felt in all of its row, in codes and in scales, and in no other.
-        mostly_the_same(&codes, &expected_codes, ty.name);
+        mostly_the_same(&codes, &expected_codes, ty);
         let alike: Vec<bool> = codes.outer_iter().zip(expected_codes.outer_iter()).map(|(a, b)| a == b).collect();
         let moved = codes.iter().zip(&swept.codes).filter(|(a, b)| a != b).count();
         assert!(moved > codes.len() / 100, "{ty}: {moved} codes moved");
         let near = |a: f32, b: f32| (a - b).abs() <= 2e-3 * b.abs() + 1e-7;
-        let (found, wanted) = (blocks.chunks(n / ty.block_len), expected.blocks.chunks(n / ty.block_len));
+        let (found, wanted) = (blocks.chunks(blocks.len() / rows), expected.blocks.chunks(blocks.len() / rows));
         let same_rows = found.zip(wanted).zip(&alike).filter(|(_, alike)| **alike);
         let pairs: Vec<_> = same_rows.flat_map(|((a, b), _)| a.iter().zip(b)).collect();
         let apart = pairs.iter().filter(|(a, b)| !near(a.d, b.d) || !near(a.m, b.m)).count();
         assert!(apart * 100 <= pairs.len(), "{ty}: {apart} of {} blocks", pairs.len());
-        let again = Grid::of_blocks(*ty, rows, n, blocks);
+        let again = Grid::of_blocks(start.spec.clone(), rows, blocks);
         assert!(again.scales == scales && again.mins == mins, "{ty}: scales are not those of the blocks");
-        if ty.name == "MXFP4" {
-            assert!(again.blocks == start.blocks, "powers of two stay");
+        if !crate::ops::refine::moves_scales(&encoding) {
+            assert!(again.blocks == start.blocks, "{ty}: powers of two stay, and what rows share");
         }
         // The loss is that of what comes back.
         let error = &target
