@@ -406,7 +406,7 @@ fn packed_weights_that_are_not_read_say_whose_they_are() {
         (
             json!({"quantization": {"group_size": 32, "bits": 4}}),
             packed,
-            &["model/model.safetensors", module, "biases"],
+            &["model/model.safetensors", module, "scales is BF16 [2, 1], expected floats"],
         ),
         (json!({}), packed, &["model/model.safetensors", &weight, "packed by MLX", "lacks the `quantization`"]),
         (
