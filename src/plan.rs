@@ -255,7 +255,10 @@ impl Plan {
     }
 }
 
-/// Module, extents and encoding of the embedding, and of a head with a tensor of its own; `None` of one that stays as it is.
+/// Module and extents of what stands at an end, and how it is to be represented; `None` where it stays as it is.
+type AskedEnd = (String, [usize; 2], Option<Encoding>);
+
+/// The embedding, and a head with a tensor of its own.
 ///
 /// An embedding that serves as the head is what is said of either, of the embedding first.
 fn ends_of(
@@ -263,7 +266,7 @@ fn ends_of(
     recipe: &Recipe,
     of_head: Option<Encoding>,
     patterns: &mut Patterns,
-) -> Result<Vec<(String, [usize; 2], Option<Encoding>)>> {
+) -> Result<Vec<AskedEnd>> {
     let mut ends = Vec::new();
     if let Some(module) = graph.embedding.tensor.strip_suffix(".weight") {
         let of_both = graph.head.tied && !graph.head.missing;
