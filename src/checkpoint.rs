@@ -210,7 +210,7 @@ impl Checkpoint {
             (_, StoredType::Plain(dtype)) => dtype.to_string(),
             (_, StoredType::Ggml(ty)) => ty.name.to_owned(),
             (_, StoredType::Quantized { codec, encoding }) => {
-                let scheme = encoding.scheme().expect("packed codes are integers");
+                let scheme = formats::codec::scheme_of(&encoding).expect("packed codes are integers");
                 let group = scheme.group.map_or("per row".to_owned(), |g| format!("group {g}"));
                 format!("{codec} {} {group}", scheme.name())
             }
@@ -403,10 +403,11 @@ impl Checkpoint {
                 let view = tensors.get(name).expect("an entry");
                 widen_rows(&view, rows, out).map_err(|e| self.locate(e, name))?;
             }
-            (Source::Directory { .. }, StoredType::Quantized { .. }) => {
-                let weight = self.codes(name)?.expect("a quantized entry");
-                let targets = rows.iter().zip(out.chunks_exact_mut(width));
-                targets.for_each(|(&row, out)| weight.dequantize_row(row as usize, out));
+            (Source::Directory { tensors, quantization, .. }, StoredType::Quantized { .. }) => {
+                let reader = quantization.as_ref().expect("of a quantized entry");
+                let module = module_of(name);
+                let read = reader.read_rows(module, &|part| tensors.get(&format!("{module}.{part}")), rows, out);
+                read.map_err(|e| self.locate(e, name))?;
             }
             (Source::Directory { tensors, foreign, .. }, StoredType::Foreign) => {
                 for (&row, out) in rows.iter().zip(out.chunks_exact_mut(width)) {

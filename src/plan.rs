@@ -9,7 +9,7 @@ use formats::{Codec, Dtype, Encoding, Float, TensorSpec};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Layer, Linear, Mlp, Stored};
-use crate::recipe::Recipe;
+use crate::recipe::{Patterns, Recipe, Said};
 use crate::report::Fate;
 use crate::runtimes::{self, is_expert};
 use crate::stray::{Strays, lookalike};
@@ -21,6 +21,8 @@ pub struct Plan {
     pub codec: &'static dyn Codec,
     /// How each quantized linear is represented, by module.
     pub encodings: HashMap<String, Encoding>,
+    /// The embedding and the head, where the layout holds them.
+    pub ends: Vec<End>,
     /// Linears of the blocks that stay as they are.
     pub unquantized: Vec<String>,
     /// Every input tensor, in file order.
@@ -37,6 +39,20 @@ pub struct Plan {
     pub config: ConfigFiles,
 }
 
+/// A matrix at either end of the model that is quantized: the embedding, or a head of its own.
+pub struct End {
+    /// Its place among all tensors of the input.
+    pub index: usize,
+    /// Its name without `.weight`.
+    pub module: String,
+    /// The tensor of the input.
+    pub tensor: String,
+    /// Rows, one for each token, and columns.
+    pub shape: [usize; 2],
+    /// How it is represented.
+    pub encoding: Encoding,
+}
+
 impl Plan {
     /// Decides. Fails when a tensor is missing, misshapen or unexplained, a pattern matches nothing, or the layout cannot
     /// hold what the recipe wants.
@@ -47,9 +63,10 @@ impl Plan {
         // To patterns the head, routers and other components' linears are linears, though they are not quantized here.
         let strays = Strays::new(graph, source, recipe.unknown_tensors);
         let others = other_linears(graph, source, &strays, codec.goes_by_class())?;
-        for module in others.iter().chain([&graph.head.linear.module]) {
+        for module in &others {
             recipe.encoding_of(module, &mut patterns)?;
         }
+        let of_head = recipe.encoding_of(&graph.head.linear.module, &mut patterns)?;
         let model_dtype = source.dtype();
         let float_dtype = if matches!(model_dtype, Dtype::F16 | Dtype::BF16) { model_dtype } else { Dtype::F32 };
         let scale_dtype = codec.scale_dtype(model_dtype);
@@ -81,10 +98,26 @@ impl Plan {
                 }
             }
         }
+        let (mut ends, mut plain_ends) = (Vec::new(), Vec::new());
+        if codec.holds_ends() && !graph.opaque {
+            for (module, shape, asked) in ends_of(graph, recipe, of_head, &mut patterns)? {
+                let Some(encoding) = asked else {
+                    plain_ends.push(module);
+                    continue;
+                };
+                let encoding = encoding.stored_in(precision, codec.min_zero());
+                let tensor = format!("{module}.weight");
+                if let Err(why) = codec.supports(shape[0], shape[1], &encoding, recipe.desc_act) {
+                    refusals.push((tensor.clone(), why));
+                }
+                ends.push(End { index: 0, module, tensor, shape, encoding });
+            }
+        }
         patterns.check_hits()?;
         if modules.is_empty() {
             return Err(Error::usage("the recipe leaves no linear to quantize"));
         }
+        modules.extend(ends.iter().map(|end| (end.module.clone(), end.encoding)));
         if let Some((tensor, why)) = refusals.first() {
             let others = match refusals.len() {
                 1 => String::new(),
@@ -101,7 +134,9 @@ impl Plan {
         let hides = |name: &String| codec.id() == "awq" && modules.iter().any(|(own, _)| own.contains(&**name));
         let alone = others.iter().filter(|name| !aside(name)).filter(|name| graph.opaque || !hides(name));
         let mut left: Vec<String> = unquantized.iter().chain(alone).chain(&components).cloned().collect();
-        if !graph.head.tied && !left.contains(&graph.head.linear.module) {
+        left.extend(plain_ends);
+        let packed = ends.iter().any(|end| end.module == graph.head.linear.module);
+        if !graph.head.tied && !packed && !left.contains(&graph.head.linear.module) {
             left.push(graph.head.linear.module.clone());
         }
         let model_type = crate::families::settings(source.config())?.model_type;
@@ -134,7 +169,7 @@ impl Plan {
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &encodings)?);
-        config.notes.extend(uneven_experts(graph, &encodings));
+        config.notes.extend(uneven_experts(graph, &encodings, codec));
         config.notes.extend(rounded_inputs(&encodings));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
@@ -166,7 +201,13 @@ impl Plan {
             let is_weight = readers.first().is_some_and(|linear| linear.weight() == entry.name);
             let stacked = matches!(readers.first(), Some(Linear { stored: Stored::Slice { .. }, .. }));
             let planned = |linear: &&Linear| encodings.contains_key(&linear.module);
-            let fate = if readers.iter().any(planned) && (is_weight || stacked) {
+            let fate = if let Some(end) = ends.iter_mut().find(|end| end.tensor == entry.name) {
+                end.index = fates.len();
+                for (part, dtype, shape) in codec.layout(end.shape[0], end.shape[1], &end.encoding, scale_dtype) {
+                    outputs.push(TensorSpec { name: format!("{}.{part}", end.module), dtype, shape });
+                }
+                Fate::Quantized
+            } else if readers.iter().any(planned) && (is_weight || stacked) {
                 for linear in readers {
                     let Linear { module, rows, cols, .. } = linear;
                     match encodings.get(module) {
@@ -210,8 +251,36 @@ impl Plan {
             fates.push((entry.name.clone(), fate));
         }
         config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
-        Ok(Plan { codec, encodings, unquantized, fates, unstacked, outputs, scale_dtype, float_dtype, config })
+        Ok(Plan { codec, encodings, ends, unquantized, fates, unstacked, outputs, scale_dtype, float_dtype, config })
     }
+}
+
+/// Module and extents of what stands at an end, and how it is to be represented; `None` where it stays as it is.
+type AskedEnd = (String, [usize; 2], Option<Encoding>);
+
+/// The embedding, and a head with a tensor of its own.
+///
+/// An embedding that serves as the head is what is said of either, of the embedding first.
+fn ends_of(
+    graph: &Graph,
+    recipe: &Recipe,
+    of_head: Option<Encoding>,
+    patterns: &mut Patterns,
+) -> Result<Vec<AskedEnd>> {
+    let mut ends = Vec::new();
+    if let Some(module) = graph.embedding.tensor.strip_suffix(".weight") {
+        let of_both = graph.head.tied && !graph.head.missing;
+        let asked = match recipe.said_of(module, patterns) {
+            Said::Nothing if of_both => of_head,
+            _ => recipe.encoding_of(module, patterns)?,
+        };
+        ends.push((module.to_owned(), [graph.vocabulary, graph.hidden], asked));
+    }
+    let head = &graph.head.linear;
+    if !graph.head.tied && head.stored == Stored::Plain {
+        ends.push((head.module.clone(), [head.rows, head.cols], of_head));
+    }
+    Ok(ends)
 }
 
 /// What to say where runtimes round what linears read.
@@ -230,7 +299,7 @@ fn rounded_inputs(encodings: &HashMap<String, Encoding>) -> Option<String> {
 }
 
 /// What to say of a mixture whose experts are not all quantized alike: runtimes keep them in one stack.
-fn uneven_experts(graph: &Graph, encodings: &HashMap<String, Encoding>) -> Option<String> {
+fn uneven_experts(graph: &Graph, encodings: &HashMap<String, Encoding>, codec: &dyn Codec) -> Option<String> {
     let mixtures = graph.blocks.iter().flat_map(|block| block.steps.iter().map(move |step| (block, step)));
     let uneven = |layer: &Layer| {
         let Layer::Moe(moe) = layer else { return false };
@@ -241,8 +310,12 @@ fn uneven_experts(graph: &Graph, encodings: &HashMap<String, Encoding>) -> Optio
         moe.experts.windows(2).any(|pair| of(&pair[0]) != of(&pair[1]))
     };
     let (block, _) = mixtures.into_iter().find(|(_, step)| uneven(&step.layer))?;
+    let (who, keep, load) = match codec.id() {
+        "mlx" => ("mlx-lm", "keeps", "does"),
+        _ => ("transformers and vLLM", "keep", "do"),
+    };
     Some(format!(
-        "the experts of `{}` are not all quantized alike: transformers and vLLM keep them in one stack and do not load that; give --ignore \
+        "the experts of `{}` are not all quantized alike: {who} {keep} them in one stack and {load} not load that; give --ignore \
          or a scheme for all experts of a layer",
         block.name
     ))
@@ -255,8 +328,7 @@ fn check_named(
     left: &[String],
     codec: &dyn Codec,
 ) -> Result<()> {
-    let whole = serde_json::json!({"quantization_config": config.quantization_config});
-    let reader = formats::codec::read_quantization(&whole)?.expect("it is there");
+    let reader = formats::codec::read_quantization(&config.of(codec))?.expect("it is there");
     for module in quantized {
         let mut hidden = false;
         for name in module.loaded {

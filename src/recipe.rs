@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use calibration::solvers::Observer;
 use calibration::statistics::Needs;
+use formats::codec::scheme_of;
 use formats::encoding::{E4M3, PRESETS};
 use formats::{Codec, Encoding, Levels, Scheme};
 use serde::{Deserialize, Serialize};
@@ -223,8 +224,7 @@ impl Recipe {
         if let Some((flag, _)) = only_gguf.iter().find(|(_, given)| *given) {
             return Err(Error::usage(format!("--{flag} is for GGUF files, and the format is {format}")));
         }
-        let default = if format == "awq" { "W4A16_ASYM" } else { "W4A16" };
-        let base = Scheme::preset(default).expect("a preset").into();
+        let base = codec.encoding(codec.usual()).expect("the usual one");
         let encoding = change(
             codec,
             base,
@@ -393,7 +393,7 @@ impl Recipe {
 
     /// The mix of a GGUF file; else width and group as a scheme's name says them.
     pub fn scheme_name(&self) -> String {
-        match (&self.gguf, self.encoding.weight_scheme()) {
+        match (&self.gguf, scheme_of(&self.encoding)) {
             (Some(gguf), _) => gguf.mix.to_owned(),
             (None, Some(scheme)) => {
                 let group = scheme.group.map_or("row".to_owned(), |group| format!("g{group}"));
@@ -405,7 +405,7 @@ impl Recipe {
 
     /// The scheme's name without its groups.
     pub fn width(&self) -> String {
-        self.encoding.weight_scheme().map_or_else(|| called(&self.encoding), |scheme| scheme.name())
+        scheme_of(&self.encoding).map_or_else(|| called(&self.encoding), |scheme| scheme.name())
     }
 
     /// Whether another recipe looks at the same text in the same way.
@@ -505,7 +505,7 @@ fn called(encoding: &Encoding) -> String {
 
 /// Integers of weights alone as their width and grouping, anything else by its name.
 fn as_scheme<S: serde::Serializer>(encoding: &Encoding, serializer: S) -> std::result::Result<S::Ok, S::Error> {
-    match encoding.weight_scheme() {
+    match scheme_of(encoding) {
         Some(scheme) => scheme.serialize(serializer),
         None => serializer.serialize_str(&called(encoding)),
     }
@@ -529,7 +529,7 @@ fn change(
     let keys = [("bits", bits.is_some()), ("group-size", group_size.is_some()), ("symmetric", symmetric.is_some())];
     let whole = match name {
         Some(name) => preset(codec, name),
-        None => Some(base).filter(|base| base.weight_scheme().is_none()),
+        None => Some(base).filter(|base| scheme_of(base).is_none()),
     };
     if let Some(whole) = whole {
         return match keys.iter().find(|(_, given)| *given) {
@@ -541,8 +541,8 @@ fn change(
         };
     }
     // Beside one that has no groups a preset has its own.
-    let inherited = base.weight_scheme().filter(|_| place != "the request");
-    let mut scheme = inherited.or(base.weight_scheme()).or(Scheme::preset("W4A16")).expect("a preset");
+    let inherited = scheme_of(&base).filter(|_| place != "the request");
+    let mut scheme = scheme_of(&base).unwrap_or(codec.usual());
     if let Some(name) = name {
         if let Some(other) = formats::CODECS.iter().find(|other| preset(**other, name).is_some()) {
             return Err(Error::usage(format!(
@@ -556,7 +556,7 @@ fn change(
                 "scheme `{name}` is not known; there are W4A16, W4A16_ASYM, W8A16, W3A16 and W2A16 (each also with _ASYM)"
             ))
         })?;
-        scheme = Scheme { group: inherited.map_or(preset.group, |base| base.group), ..preset };
+        scheme = Scheme { group: inherited.map_or(codec.usual().group, |base| base.group), ..preset };
     }
     if let Some(bits) = bits {
         if ![2, 3, 4, 8].contains(&bits) {
@@ -576,9 +576,21 @@ fn change(
         };
     }
     if let Some(symmetric) = symmetric {
+        if !has_symmetry(codec) {
+            return Err(Error::usage(format!(
+                "{} stores an offset for each group whatever the scheme: --symmetric in {place} is not for it, leave it out",
+                codec.id()
+            )));
+        }
         scheme.symmetric = symmetric;
     }
-    Ok(scheme.into())
+    codec.encoding(scheme).map_err(|why| Error::usage(format!("{place}: {why}")))
+}
+
+/// Whether a codec tells symmetric schemes from others.
+pub fn has_symmetry(codec: &dyn Codec) -> bool {
+    let of = |symmetric| codec.encoding(Scheme { symmetric, ..codec.usual() });
+    of(true) != of(false)
 }
 
 #[cfg(test)]
@@ -624,6 +636,24 @@ mod tests {
         assert_eq!(serde_json::to_value(&recipe).unwrap()["scheme"], "W8A8");
         let floats = resolve("scheme = 'FP8_DYNAMIC'").unwrap();
         assert_eq!((floats.method, floats.needs()), (Method::Rtn, Needs::Nothing));
+    }
+
+    #[test]
+    fn schemes_of_mlx_are_groups_with_an_offset() {
+        for (toml, bits, group) in [
+            ("", 4, 64),
+            ("scheme = 'W4A16'", 4, 64),
+            ("scheme = 'w8a16_asym'\ngroup_size = 32", 8, 32),
+            ("bits = 8\ngroup_size = 128", 8, 128),
+        ] {
+            let recipe = resolve(&format!("format = 'mlx'\n{toml}")).unwrap();
+            assert_eq!(recipe.encoding, Encoding::mlx(bits, group, formats::Float::F32), "{toml}");
+            assert_eq!(recipe.scheme_name(), format!("W{bits}A16_ASYM g{group}"));
+        }
+        let recipe = resolve("format = 'mlx'\ngroup_size = 32\n[[override]]\nmatch = 'down_proj'\nbits = 8").unwrap();
+        let of = recipe.encoding_of("layers.0.down_proj", &mut recipe.patterns().unwrap()).unwrap();
+        assert_eq!(of, Some(Encoding::mlx(8, 32, formats::Float::F32)));
+        assert_eq!(serde_json::to_value(&recipe).unwrap()["scheme"]["group"], 32);
     }
 
     #[test]
@@ -687,6 +717,8 @@ mod tests {
             ("format = 'awq'\nscheme = 'FP8_DYNAMIC'", "scheme `FP8_DYNAMIC` is one of compressed-tensors"),
             ("format = 'gguf'\nscheme = 'W8A8'", "scheme `W8A8` is not one of GGUF's"),
             ("group_size = 0", "group size 0"),
+            ("format = 'mlx'\nscheme = 'W3A16'", "the request: MLX is written with 4 or 8 bits, not 3"),
+            ("format = 'mlx'\nsymmetric = true", "mlx stores an offset for each group whatever the scheme"),
             ("method = 'magic'", "method `magic` is not known; there are rtn, awq, gptq, awq+gptq"),
             ("damp = -1.0", "damping -1"),
             ("method = 'rtn'\ndesc_act = true", "--desc-act needs"),

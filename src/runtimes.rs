@@ -1,5 +1,5 @@
 //! What runtimes are known not to load, so that a report says it before anyone tries. Measured by `tests/runtimes/families.py`
-//! with transformers 5.23 and GPTQModel 7.7, which also fails when a note here is no longer true.
+//! with transformers 5.23 and GPTQModel 7.7, and by `tests/runtimes/mlx.py`, which also fail when a note here is no longer true.
 
 use std::collections::HashMap;
 
@@ -205,7 +205,7 @@ pub fn notes(
         };
         format!("transformers splits, joins or turns {first}")
     });
-    let known = [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned);
+    let known = [transformers(&facts), gptqmodel(&facts), mlx_lm(&facts)].into_iter().flatten().map(str::to_owned);
     Ok(known.chain([unknown, own, changed, stays].into_iter().flatten()).collect())
 }
 
@@ -227,6 +227,24 @@ fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
         ("awq", "gpt_neox" | "starcoder2") => Some(
             "transformers asks AWQ files of this family for scales of an activation, which only AutoAWQ's own scaling has, \
              and leaves them at random values; compressed-tensors loads",
+        ),
+        _ => None,
+    }
+}
+
+fn mlx_lm(facts: &Facts<'_>) -> Option<&'static str> {
+    match facts.family {
+        _ if facts.codec != "mlx" => None,
+        "arcee" | "ministral" | "hunyuan_v1_moe" => Some("mlx-lm 0.32 does not know models of this type"),
+        "gpt_oss" | "granitemoe" | "llama4" if facts.experts => Some(
+            "mlx-lm 0.32 fills this family's experts from stacks alone and does not load them one by one; leave them as they are with \
+             --ignore",
+        ),
+        "ernie4_5_moe" | "minimax_m2" | "qwen3_moe" if facts.experts => Some(
+            "mlx-lm 0.32 stacks this family's experts without their scales and does not load them; leave them as they are with --ignore",
+        ),
+        "deepseek_v3" => Some(
+            "mlx-lm 0.32 takes `kv_b_proj` of this family apart as it loads it and rounds the parts anew; --ignore kv_b_proj keeps it as it is",
         ),
         _ => None,
     }

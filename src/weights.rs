@@ -25,7 +25,7 @@ pub enum StoredType {
     Plain(Dtype),
     /// As codes and scales.
     Quantized {
-        /// The codec's id: `compressed-tensors`, `gptq` or `awq`.
+        /// The codec's id: `compressed-tensors`, `gptq`, `awq` or `mlx`.
         codec: &'static str,
         /// What codes stand for.
         encoding: Encoding,

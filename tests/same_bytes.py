@@ -60,6 +60,7 @@ SCHEMES = {
     "compressed-tensors": ("W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16_ASYM", "W4A16 --group-size -1"),
     "gptq": ("W4A16", "W4A16_ASYM", "W8A16", "W3A16", "W2A16", "W4A16 --desc-act", "W4A16_ASYM --act-order false"),
     "awq": ("W4A16_ASYM", "W4A16"),
+    "mlx": ("W4A16", "W8A16 --group-size 32"),
     "gguf": (
         "Q4_K_M", "Q8_0", "Q2_K", "Q3_K_L", "Q5_K_S", "Q6_K", "IQ4_XS", "IQ4_NL", "Q4_0", "Q5_1", "F16", "BF16", "TQ1_0", "TQ2_0",
         "MXFP4_MOE",

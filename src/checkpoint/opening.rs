@@ -68,7 +68,6 @@ impl Checkpoint {
         let tensors = SafetensorsSet::open(path).map_err(|error| place::explain_missing(path, error))?;
         tensors.files().iter().try_for_each(|file| place::check_complete(file.path()))?;
         let (tensors, renamed) = names::as_the_architecture_has(tensors, &config, path)?;
-        refuse_mlx(&tensors)?;
         refuse_named_weights(&config, &tensors, path)?;
         remarks.extend(forget_named_weights(&mut config));
 
@@ -89,6 +88,10 @@ impl Checkpoint {
             && let Some(separate_config) = read_json(&separate)?
         {
             quantization = read_quantization(&separate_config).map_err(|e| e.in_file(&separate))?;
+        }
+
+        if quantization.as_ref().and_then(QuantizationReader::codec).is_none_or(|codec| codec.id() != "mlx") {
+            refuse_untold_mlx(&tensors)?;
         }
 
         let (entries, foreign) = directory_entries(&tensors, quantization.as_ref())?;
@@ -219,8 +222,8 @@ fn is_plain(name: &str, dtype: Dtype) -> bool {
     if float { !PARTS.contains(&last) } else { BUFFERS.contains(&last) || last.ends_with("_index") }
 }
 
-/// Fails for weights that MLX packed, whether or not config.json says so.
-fn refuse_mlx(tensors: &SafetensorsSet) -> Result<()> {
+/// Fails for weights that MLX packed, of which config.json does not say how.
+fn refuse_untold_mlx(tensors: &SafetensorsSet) -> Result<()> {
     let packed = |name: &str| {
         let module = name.strip_suffix(".weight")?;
         tensors.get(&format!("{module}.scales")).map(|_| ())
@@ -228,8 +231,8 @@ fn refuse_mlx(tensors: &SafetensorsSet) -> Result<()> {
     match tensors.tensors().find(|spec| spec.dtype == Dtype::U32 && packed(&spec.name).is_some()) {
         None => Ok(()),
         Some(spec) => {
-            let why = "the weight is packed by MLX, which is not read; take the model it was made from, or have MLX unpack \
-                       it: mlx_lm.convert --dequantize";
+            let why = "the weight is packed by MLX, and config.json lacks the `quantization` that says with how many bits and in \
+                       which groups; take the config.json that belongs to it, or the model it was made from";
             let file = tensors.file_of(&spec.name).expect("listed");
             Err(formats::Error::unsupported(why).in_tensor(&spec.name).in_file(file).into())
         }

@@ -19,20 +19,21 @@ fn write(dir: &Path, config: &Value, tensors: &[(TensorSpec, Vec<u8>)]) {
     writer.finish().unwrap();
 }
 
-fn weight(scheme: Scheme) -> QuantizedWeight {
+fn weight(codec: &dyn Codec, scheme: Scheme) -> QuantizedWeight {
     let (rows, cols) = (32, 64);
+    let encoding = codec.encoding(scheme).unwrap();
     let groups = scheme.groups(cols);
     let max = usize::from(scheme.max_code());
     QuantizedWeight {
         rows,
         cols,
-        encoding: scheme.into(),
+        encoding,
         codes: (0..rows * cols).map(|i| (i * 7 % (max + 1)) as u8).collect(),
         scales: (0..rows * groups).map(|i| i as f32 / 64.0 - 0.25).collect(),
         zeros: (0..rows * groups)
             .map(|i| if scheme.symmetric { scheme.midpoint() } else { 1 + (i % max) as u8 })
             .collect(),
-        mins: Vec::new(),
+        mins: if encoding.has_min() { (0..rows * groups).map(|i| 0.5 - i as f32 / 32.0).collect() } else { Vec::new() },
         global: None,
         group_of: None,
     }
@@ -41,7 +42,7 @@ fn weight(scheme: Scheme) -> QuantizedWeight {
 /// A directory as each codec's runtime would load it, opened again.
 fn check_quantized(codec: &dyn Codec, scheme: Scheme) {
     let dir = tempfile::tempdir().unwrap();
-    let weight = weight(scheme);
+    let weight = weight(codec, scheme);
     let module = "model.layers.0.mlp.up_proj";
     let parts = codec.encode(&weight, Dtype::F16).unwrap();
     let mut tensors: Vec<_> = parts
@@ -51,10 +52,11 @@ fn check_quantized(codec: &dyn Codec, scheme: Scheme) {
         .collect();
     tensors.push(plain("model.norm.weight", Dtype::F16, &[2], &[1.0, -2.0]));
     let files = codec
-        .config(&[QuantizedModule { name: module, encoding: scheme.into(), desc_act: false, loaded: &[] }], &[])
+        .config(&[QuantizedModule { name: module, encoding: weight.encoding, desc_act: false, loaded: &[] }], &[])
         .unwrap();
-    let config =
-        json!({"model_type": "llama", "torch_dtype": "bfloat16", "quantization_config": files.quantization_config});
+    let mut config = files.of(codec);
+    config["model_type"] = "llama".into();
+    config["torch_dtype"] = "bfloat16".into();
     write(dir.path(), &config, &tensors);
 
     let name = format!("{module}.weight");
@@ -71,7 +73,8 @@ fn check_quantized(codec: &dyn Codec, scheme: Scheme) {
     assert!(checkpoint.load(&name).unwrap() == weight.dequantize());
     checkpoint.release(&name);
     let read = checkpoint.quantized(&name).unwrap().unwrap();
-    assert!(read.codes == weight.codes && read.scales == weight.scales && read.zeros == weight.zeros);
+    assert!(read.codes == weight.codes && read.scales == weight.scales && read.mins == weight.mins);
+    assert!(read.zeros == weight.zeros || weight.encoding.has_min());
     let mut rows = vec![0.0; 128];
     checkpoint.load_rows(&name, &[31, 0], &mut rows).unwrap();
     assert!(rows[..64] == weight.dequantize()[31 * 64..] && rows[64..] == weight.dequantize()[..64]);
@@ -87,6 +90,8 @@ fn every_codec_is_read_back() {
         ("gptq", 4, true, Some(32)),
         ("gptq", 8, false, None),
         ("awq", 4, false, Some(32)),
+        ("mlx", 4, false, Some(32)),
+        ("mlx", 8, false, Some(64)),
     ] {
         check_quantized(codec(id).unwrap(), Scheme { bits, group, symmetric });
     }

@@ -27,6 +27,7 @@ mod renames;
 pub mod rope;
 mod smollm3;
 mod spelling;
+mod spelt_out;
 mod stablelm;
 mod strict;
 pub mod tying;
@@ -34,6 +35,7 @@ mod unknown;
 
 pub use names::{component, names};
 pub use renames::Loading;
+pub use spelt_out::spelt_out;
 pub use unknown::{changed_modules, plain_modules};
 
 use serde_json::Value;

@@ -1,25 +1,28 @@
-//! A Hugging Face directory: safetensors files with `quantization_config` in config.json, and everything that lies beside the weights.
+//! A Hugging Face directory: safetensors files, what config.json says of their quantization, and everything that lies beside the weights.
 
 use std::collections::HashMap;
 use std::io::{Read, Write as _};
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use calibration::solvers::{Asked, Observer, Rtn, Shared, Solver};
 use formats::codec::{QuantizationReader, read_quantization};
 use formats::container::file;
 use formats::{Dtype, Follower, PackedWeight, ShardedWriter, TensorSpec, TensorView};
-use kernels::Backend;
+use kernels::{Backend, GridSpec};
 use ndarray::Array2;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::{Folded, Notes, Papers, Placement, Sink, Solved, Target, Write};
+use super::{Folded, Notes, Papers, Placement, Sink, Solved, Target, Write, in_pieces};
 use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, front_matter};
 use crate::error::{Error, Result};
+use crate::evidence::{lost_in_grid, share_of};
+use crate::families::spelt_out;
 use crate::forward::Weight;
 use crate::graph::{Graph, Linear, Stored};
 use crate::json;
 use crate::output::{Before, Staging, bytes_of, weight_writer};
-use crate::plan::Plan;
+use crate::plan::{End, Plan};
 use crate::recipe::Recipe;
 use crate::report::{Fate, TensorReport};
 use crate::rest::{Lost, Rest, copied, rest, write_floats};
@@ -94,16 +97,26 @@ impl<B: Backend> Target<B> for Directory {
         let goes_on = self.staging.goes_on();
         let writer = weight_writer(self.staging.folder(), self.plan.outputs.clone(), goes_on)
             .map_err(|error| if goes_on { self.staging.damaged(error) } else { error })?;
-        let config = json!({"quantization_config": self.plan.config.quantization_config});
-        let reader = if goes_on { read_quantization(&config)? } else { None };
-        Ok(Box::new(Files { plan: &self.plan, source, rest: rest(&self.plan), writer, reader }))
+        let reader = if goes_on { read_quantization(&self.plan.config.of(self.plan.codec))? } else { None };
+        // Nothing is known of the inputs of what stands at the ends.
+        let observer = match self.recipe.observer() {
+            Observer::MinMax => Observer::MinMax,
+            _ => Observer::Mse,
+        };
+        Ok(Box::new(Files { plan: &self.plan, source, rest: rest(&self.plan), writer, reader, observer }))
     }
 
     /// config.json, the codec's files, the tokenizer and everything else that belongs to the model.
     fn complete(&self, source: &Checkpoint) -> Result<()> {
         let mut config = source.config().clone();
+        // mlx-lm has defaults of its own, and takes what newer keys say of rotary positions for nothing.
+        if self.plan.codec.id() == "mlx" {
+            config = spelt_out(&config);
+        }
         if let Value::Object(config) = &mut config {
-            config.insert("quantization_config".to_owned(), self.plan.config.quantization_config.clone());
+            if let Value::Object(said) = self.plan.config.of(self.plan.codec) {
+                config.extend(said);
+            }
             singles(config);
             if let Some(Value::Object(text)) = config.get_mut("text_config") {
                 singles(text);
@@ -132,9 +145,11 @@ impl<B: Backend> Target<B> for Directory {
 
     fn quantized(&self, graph: &Graph, reopened: &Checkpoint) -> [u64; 2] {
         let planned = graph.linears().filter(|linear| self.plan.encodings.contains_key(&linear.module));
+        let ends = self.plan.ends.iter().map(|end| end.shape);
+        let planned = planned.map(|linear| [linear.rows, linear.cols]).chain(ends);
         let entries =
             reopened.entries().iter().filter(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign));
-        [planned.map(|linear| (linear.rows * linear.cols) as u64).sum(), entries.map(|entry| entry.stored_bytes).sum()]
+        [planned.map(|[rows, cols]| (rows * cols) as u64).sum(), entries.map(|entry| entry.stored_bytes).sum()]
     }
 
     fn papers(&self) -> Papers {
@@ -155,6 +170,8 @@ struct Files<'a> {
     writer: ShardedWriter,
     /// How its weights are read back, where an earlier process has written some.
     reader: Option<QuantizationReader>,
+    /// How scales of the embedding and the head are chosen.
+    observer: Observer,
 }
 
 impl Files<'_> {
@@ -166,11 +183,48 @@ impl Files<'_> {
         }
         Ok(())
     }
+
+    /// Rounds and writes the embedding or the head, in pieces. Returns what it loses.
+    fn round_end<B: Backend>(&self, backend: &B, end: &End) -> Result<Option<Lost>> {
+        let Files { plan: Plan { codec, scale_dtype, .. }, source, .. } = self;
+        let End { index, module, tensor, shape, encoding } = end;
+        let [rows, cols] = *shape;
+        let (solver, alone) =
+            (Rtn { observer: self.observer }, Shared { statistics: None, factor: None, fallback: None });
+        let lost = in_pieces(backend, *shape, |values, range| {
+            values.resize(range.len() * cols, 0.0);
+            source.load_rows(tensor, &(range.start as u32..range.end as u32).collect::<Vec<u32>>(), values)?;
+            let matrix = Array2::from_shape_vec((range.len(), cols), std::mem::take(values)).expect("whole rows");
+            let matrix = backend.upload(matrix)?;
+            let asked = Asked { weight: &matrix, spec: GridSpec::of(*encoding, cols), importance: None };
+            let solution = solver.solve(backend, &alone, &[asked])?.pop().expect("one for each");
+            let lost = solution.grid().map_or(Ok(0), |grid| {
+                lost_in_grid(grid, source.file_of(tensor), tensor, || {
+                    Ok([backend.download(&matrix)?, backend.download(&solution.dequantized)?])
+                })
+            })?;
+            let packed = solution.packed(backend, codec.word_layout())?;
+            let parts = codec.encode_packed(packed, *scale_dtype).map_err(|e| Error::from(e.in_tensor(tensor)))?;
+            for (part, piece) in &parts.0 {
+                let offset = piece.data.len() / range.len() * range.start;
+                self.writer.write_part(&format!("{module}.{part}"), offset as u64, &piece.data)?;
+            }
+            Ok(lost)
+        })?;
+        source.release(tensor);
+        Ok(share_of(lost, rows * cols).map(|share| Lost { index: *index, name: tensor.clone(), share }))
+    }
 }
 
 impl<B: Backend> Sink<B> for Files<'_> {
     fn follow(&self) -> Result<Vec<Follower>> {
         Ok(self.writer.follow()?)
+    }
+
+    // No transform changes what stands at the ends.
+    fn before(&self, backend: &B, _: &dyn Fn(&str) -> bool) -> Result<Vec<Lost>> {
+        let lost = self.plan.ends.iter().map(|end| self.round_end(backend, end)).collect::<Result<Vec<_>>>()?;
+        Ok(lost.into_iter().flatten().collect())
     }
 
     // Embedding and head are the most of what stays, and are on the disk long before the last linear is solved.

@@ -10,10 +10,11 @@ use formats::container::gguf::MetadataValue;
 use formats::{Dtype, Follower, GgmlType, GgufTensor, GgufWriter, Imatrix, TensorView};
 use kernels::Backend;
 use ndarray::{Array2, ArrayView2, Axis};
-use rayon::prelude::*;
 
 use super::tokens::check;
-use super::{Folded, ImportancePlace, Notes, Papers, Placement, Rounded, Sink, Solved, Target, Words, Write};
+use super::{
+    Folded, ImportancePlace, Notes, Papers, Placement, Rounded, Sink, Solved, Target, Words, Write, in_pieces,
+};
 use crate::checkpoint::Checkpoint;
 use crate::dialect::metadata::{About, ImportanceSource, Metadata, metadata};
 use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part, Source};
@@ -512,11 +513,9 @@ impl File<'_> {
         } else {
             load_part(source, part, changed)?
         };
-        let piece = (backend.weights_at_once() / cols.max(1)).max(1);
         let searched = searched(ty, importance.is_some());
-        let one = |values: &mut Vec<f32>, index: usize| {
-            let first = index * piece;
-            let count = piece.min(rows - first);
+        let lost = in_pieces(backend, [rows, cols], |values, range| {
+            let (first, count) = (range.start, range.len());
             let offset = ((start + first) * row_bytes) as u64;
             if let Some(raw) = same {
                 let data = &raw.data[first * row_bytes..][..count * row_bytes];
@@ -529,7 +528,7 @@ impl File<'_> {
             values.resize(count * cols, 0.0);
             if by_rows {
                 let of = |row: usize| part.rows.as_ref().map_or(row, |rows| rows[row]) as u32;
-                source.load_rows(&name, &(first..first + count).map(of).collect::<Vec<u32>>(), values)?;
+                source.load_rows(&name, &range.map(of).collect::<Vec<u32>>(), values)?;
             } else {
                 values.copy_from_slice(&loaded[first * cols..][..count * cols]);
             }
@@ -552,10 +551,8 @@ impl File<'_> {
                 (packed, lost)
             };
             writer.write_at(&tensor.gguf, offset, &packed)?;
-            Ok::<usize, Error>(lost)
-        };
-        let pieces = (0..rows.div_ceil(piece)).into_par_iter().map_init(Vec::new, one);
-        let lost = pieces.try_reduce(|| 0, |a, b| Ok(a + b))?;
+            Ok(lost)
+        })?;
         source.release(&name);
         Ok(lost)
     }

@@ -9,6 +9,7 @@ mod requested;
 mod tokens;
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -18,6 +19,7 @@ use formats::encoding::{Block, Offset};
 use formats::{Dtype, Encoding, Float, Follower, Scheme};
 use kernels::{Backend, GridSpec};
 use ndarray::{Array2, ArrayView2, Axis};
+use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -92,6 +94,20 @@ impl Placement {
     pub fn is_whole(&self, linear: &Linear) -> bool {
         !self.transposed && self.rows.as_ref().is_none_or(|rows| rows.len() == linear.rows)
     }
+}
+
+/// Does pieces of whole rows of a matrix on all threads, each with a buffer that it may leave to the next; `one` gets the rows of a piece.
+/// Returns the sum of what the pieces return.
+fn in_pieces<B: Backend>(
+    backend: &B,
+    [rows, cols]: [usize; 2],
+    one: impl Fn(&mut Vec<f32>, Range<usize>) -> Result<usize> + Sync,
+) -> Result<usize> {
+    let piece = (backend.weights_at_once() / cols.max(1)).max(1);
+    let range = |index: usize| index * piece..rows.min((index + 1) * piece);
+    let pieces =
+        (0..rows.div_ceil(piece)).into_par_iter().map_init(Vec::new, |values, index| one(values, range(index)));
+    pieces.try_reduce(|| 0, |a, b| Ok(a + b))
 }
 
 /// What was found for a placement.

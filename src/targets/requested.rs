@@ -6,7 +6,7 @@ use formats::Scheme;
 
 use crate::error::{Error, Result};
 use crate::mixes::Mix;
-use crate::recipe::{Recipe, Request, preset};
+use crate::recipe::{Recipe, Request, has_symmetry, preset};
 
 /// One thing to be written.
 #[derive(Clone, Debug)]
@@ -154,6 +154,7 @@ fn for_format(base: Request, format: &str) -> Request {
         (request.pure, request.pre, request.imatrix, request.save_imatrix) = (None, None, None, None);
         request.split_max_size = None;
         request.desc_act = request.desc_act.filter(|_| format == "gptq");
+        request.symmetric = request.symmetric.filter(|_| codec.is_none_or(has_symmetry));
     }
     request
 }
@@ -212,6 +213,12 @@ mod tests {
             (None, Some(true), Some(8))
         );
         assert_eq!((&all[0].request.scheme, &all[1].request.scheme), (&Some("W4A16".to_owned()), &None));
+        // What has an offset in any case takes no symmetry.
+        let base: Request = toml::from_str("symmetric = false\ngroup_size = 32").unwrap();
+        let both = ["gptq=a".to_owned(), "mlx:W8A16=b".to_owned()];
+        let all = requested(Request::default(), base, None, &both).unwrap();
+        assert_eq!([all[0].request.symmetric, all[1].request.symmetric], [Some(false), None]);
+        assert_eq!([all[0].request.group_size, all[1].request.group_size], [Some(32); 2]);
         let base: Request = toml::from_str("desc_act = true").unwrap();
         let told = requested(Request::default(), base, None, &texts).err().unwrap().to_string();
         assert!(told.contains("desc_act is said for all targets"), "{told}");

@@ -397,14 +397,18 @@ fn packed_weights_that_are_not_read_say_whose_they_are() {
     let module = "model.layers.9.mlp.up_proj";
     let part = |name: &str| format!("{module}.{name}");
     let (weight, scales, w_q, scale) = (part("weight"), part("scales"), part("W_q"), part("weight_scale"));
-    let mlx =
-        json!({"quantization": {"group_size": 64, "bits": 4}, "quantization_config": {"group_size": 64, "bits": 4}});
+    let mlx = json!({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}});
     let frozen = json!({"quantization_config": {"quant_method": "compressed-tensors", "quantization_status": "frozen",
         "config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 8}}}}});
     let packed: &[(&str, &str, &[usize], usize)] = &[(&weight, "U32", &[2, 2], 16), (&scales, "BF16", &[2, 1], 4)];
     let cases: &[Case<'_>] = &[
-        (mlx, packed, &["model/model.safetensors", &weight, "packed by MLX", "mlx_lm.convert --dequantize"]),
-        (json!({}), packed, &[&weight, "packed by MLX"]),
+        (mlx, packed, &["model/config.json", "packed by MLX in mode \"mxfp4\"", "mlx_lm.convert --dequantize"]),
+        (
+            json!({"quantization": {"group_size": 32, "bits": 4}}),
+            packed,
+            &["model/model.safetensors", module, "scales is BF16 [2, 1], expected floats"],
+        ),
+        (json!({}), packed, &["model/model.safetensors", &weight, "packed by MLX", "lacks the `quantization`"]),
         (
             json!({"quantization_config": {"quant_method": "hqq"}}),
             &[(&w_q, "U8", &[2, 2], 4)],

@@ -23,6 +23,7 @@ mod inputs;
 mod llama_cpp;
 mod loading;
 mod matrix;
+mod mlx;
 mod pipeline;
 mod program;
 mod readme;

@@ -60,6 +60,8 @@ fn every_layout_holds_what_was_solved_and_reads_back_as_it() {
         "format = 'gptq'\nscheme = 'W4A16_ASYM'\ngroup_size = 64\nmethod = 'awq+gptq'",
         "format = 'gptq'\nscheme = 'W3A16'\ngroup_size = 32\ndesc_act = true",
         "format = 'awq'\ngroup_size = 64\nmethod = 'awq'",
+        "format = 'mlx'\ngroup_size = 32",
+        "format = 'mlx'\nscheme = 'W8A16'\nmethod = 'awq+gptq'",
     ]
     .iter()
     .enumerate()

@@ -102,6 +102,7 @@ fn a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes() {
         (&["-o", "out", "--method", "awq+gptq", "--group-size", "64"][..], &["out"][..]),
         (&["-o", "out.gguf", "--split-max-size", "1M", "--save-imatrix", "importance.gguf"], &["out", "importance"]),
         (&["--target", "gguf:Q3_K_S=out.gguf", "--target", "gptq:W3A16:g32=two", "--desc-act"], &["out", "two"]),
+        (&["-o", "out", "--format", "mlx"], &["out"]),
     ] {
         let room = Room::new();
         room.model();

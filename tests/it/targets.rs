@@ -32,6 +32,7 @@ const TARGETS: &[(&str, &str, &[&str])] = &[
     ("gguf:Q4_K_S", "k.gguf", &["--scheme", "Q4_K_S"]),
     ("gptq:W3A16:g32", "gptq", &["--format", "gptq", "--scheme", "W3A16", "--group-size", "32"]),
     ("awq", "awq", &["--format", "awq"]),
+    ("mlx:W4A16:g64", "mlx", &["--format", "mlx", "--scheme", "W4A16", "--group-size", "64"]),
 ];
 
 #[test]

@@ -27,6 +27,10 @@ impl Codec for Awq {
         "awq"
     }
 
+    fn usual(&self) -> Scheme {
+        Scheme { bits: 4, group: Some(128), symmetric: false }
+    }
+
     fn supports(&self, rows: usize, cols: usize, encoding: &Encoding, desc_act: bool) -> Result<(), String> {
         let Some(scheme) = encoding.weight_scheme() else {
             return Err("AWQ stores integers of weights alone; write compressed-tensors".into());

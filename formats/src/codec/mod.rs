@@ -6,6 +6,7 @@ mod awq;
 mod compressed_tensors;
 mod foreign;
 mod gptq;
+mod mlx;
 mod names;
 mod reader;
 mod transforms;
@@ -15,6 +16,7 @@ use serde_json::Value;
 use crate::bits;
 use crate::encoding::{Block, Encoding};
 use crate::error::{Error, Result};
+use crate::grid::Scheme;
 use crate::tensor::{Dtype, Tensor, TensorView, narrow};
 use crate::weight::{PackedWeight, QuantizedWeight};
 use crate::words::WordLayout;
@@ -23,15 +25,21 @@ pub use awq::Awq;
 pub use compressed_tensors::CompressedTensors;
 pub use foreign::{Foreign, TensorLookup};
 pub use gptq::Gptq;
+pub use mlx::Mlx;
 pub use reader::{QUANTIZATION_KEYS, QuantizationReader, declared_method, read_quantization};
 pub use transforms::check_run_time;
 
 /// Every codec, by preference.
-pub const CODECS: &[&dyn Codec] = &[&CompressedTensors, &Gptq, &Awq];
+pub const CODECS: &[&dyn Codec] = &[&CompressedTensors, &Gptq, &Awq, &Mlx];
 
 /// The codec with this [`Codec::id`].
 pub fn codec(id: &str) -> Option<&'static dyn Codec> {
     CODECS.iter().copied().find(|codec| codec.id() == id)
+}
+
+/// The scheme that a codec makes an encoding of; `None` of presets and of ggml's types.
+pub fn scheme_of(encoding: &Encoding) -> Option<Scheme> {
+    CODECS.iter().find_map(|codec| codec.scheme(encoding))
 }
 
 /// The tensors of one quantized linear, by local name (`weight_packed`, `qweight`, …).
@@ -87,10 +95,44 @@ pub struct ConfigFiles {
     pub notes: Vec<String>,
 }
 
+impl ConfigFiles {
+    /// What `codec` adds to config.json.
+    pub fn of(&self, codec: &dyn Codec) -> Value {
+        let keys = codec.config_keys().iter();
+        Value::Object(keys.map(|key| ((*key).to_owned(), self.quantization_config.clone())).collect())
+    }
+}
+
 /// A file layout for quantized linears.
 pub trait Codec: Sync {
-    /// `compressed-tensors`, `gptq` or `awq`; also the `quant_method` in config.json.
+    /// `compressed-tensors`, `gptq`, `awq` or `mlx`; also the `quant_method` in config.json, where that says one.
     fn id(&self) -> &'static str;
+
+    /// The keys of config.json that its configuration stands under.
+    fn config_keys(&self) -> &'static [&'static str] {
+        &["quantization_config"]
+    }
+
+    /// The scheme that is written where nobody asks for another.
+    fn usual(&self) -> Scheme {
+        Scheme { bits: 4, group: Some(128), symmetric: true }
+    }
+
+    /// How integers of this width in such groups are represented; where they cannot be, why, and what can.
+    fn encoding(&self, scheme: Scheme) -> Result<Encoding, String> {
+        Ok(scheme.into())
+    }
+
+    /// The scheme that [`Codec::encoding`] makes an encoding of; `None` of presets.
+    fn scheme(&self, encoding: &Encoding) -> Option<Scheme> {
+        encoding.weight_scheme()
+    }
+
+    /// Whether runtimes read the embedding and the head in it as they read linears, so that these are quantized too. Its parts lie row by
+    /// row then, and parts of some rows are what [`Codec::encode_packed`] makes of those rows alone.
+    fn holds_ends(&self) -> bool {
+        false
+    }
 
     /// Names of [`PRESETS`](crate::encoding::PRESETS) that it can write besides the schemes of integers.
     fn presets(&self) -> &'static [&'static str] {
@@ -132,6 +174,26 @@ pub trait Codec: Sync {
 
     /// Reads a weight back; `parts` looks a local name up. Parts that do not fit each other are an error.
     fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight>;
+
+    /// Writes the reals of some rows into `out` (`[rows.len(), cols]`), in the order that is asked for.
+    ///
+    /// Fails as [`Codec::decode`] does.
+    ///
+    /// # Panics
+    /// When there is no such row, or `out` has another length.
+    fn dequantize_rows(
+        &self,
+        parts: &PartLookup<'_, '_>,
+        declared: &Declared,
+        rows: &[u32],
+        out: &mut [f32],
+    ) -> Result<()> {
+        let weight = self.decode(parts, declared)?;
+        rows.iter()
+            .zip(out.chunks_exact_mut(weight.cols.max(1)))
+            .for_each(|(&row, out)| weight.dequantize_row(row as usize, out));
+        Ok(())
+    }
 
     /// Every local name that tells of a weight in codes; the first is there of each. What is stored as `weight` is told by its type.
     fn part_names(&self) -> &'static [&'static str];
@@ -201,14 +263,19 @@ fn check_weight(weight: &PackedWeight, layout: WordLayout) -> Result<()> {
 
 /// Scales as bytes; fails unless every one survives unchanged.
 fn exact_scales(dtype: Dtype, scales: &[f32]) -> Result<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(scales.len() * dtype.bitsize() / 8);
-    narrow(dtype, scales, &mut bytes)?;
-    let mut back = vec![0.0; scales.len()];
+    exact("scale", dtype, scales)
+}
+
+/// Numbers as bytes, each called `what`; fails unless every one survives unchanged.
+fn exact(what: &str, dtype: Dtype, values: &[f32]) -> Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(values.len() * dtype.bitsize() / 8);
+    narrow(dtype, values, &mut bytes)?;
+    let mut back = vec![0.0; values.len()];
     crate::tensor::widen(dtype, &bytes, &mut back)?;
-    if let Some(at) = (0..scales.len()).find(|&i| scales[i] != back[i]) {
+    if let Some(at) = (0..values.len()).find(|&i| values[i] != back[i]) {
         return Err(Error::invalid(format!(
-            "scale {} at index {at} is not a {dtype} number (the nearest is {}); round scales before fitting codes to them",
-            scales[at], back[at]
+            "{what} {} at index {at} is not a {dtype} number (the nearest is {}); round {what}s before fitting codes to them",
+            values[at], back[at]
         )));
     }
     Ok(bytes)

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use super::compressed_tensors::is_written;
 use super::foreign::Library;
-use super::{Awq, Codec, CompressedTensors, Declared, Foreign, Gptq, PartLookup, TensorLookup};
+use super::{Awq, Codec, CompressedTensors, Declared, Foreign, Gptq, Mlx, PartLookup, TensorLookup, mlx};
 use crate::encoding::{Activation, Block, Encoding};
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
@@ -35,6 +35,8 @@ enum Rules {
         scheme: Scheme,
         skip: Vec<String>,
     },
+    /// The encoding of all modules, and of those that are named.
+    Mlx(mlx::Said),
     /// Told by the parts that are there.
     Foreign {
         library: Library,
@@ -122,10 +124,7 @@ pub fn read_quantization(config_json: &Value) -> Result<Option<QuantizationReade
         }
         "bitsandbytes" => Ok(Rules::Foreign { library: Library::BitsAndBytes, block: None }),
         "mxfp4" => Ok(Rules::Foreign { library: Library::Mxfp4, block: None }),
-        "mlx" => Err(Error::unsupported(
-            "the weights are packed by MLX, which is not read; take the model it was made from, or have MLX unpack it: \
-             mlx_lm.convert --dequantize",
-        )),
+        "mlx" => mlx::said(config).map(Rules::Mlx),
         other => Err(Error::unsupported(format!(
             "quant_method `{other}` is not one that can be read ({METHODS}); take the model it was made from, or save it \
              with plain weights by the library that packed it"
@@ -167,6 +166,7 @@ impl QuantizationReader {
             Rules::CompressedTensors { .. } => Some(&CompressedTensors),
             Rules::Gptq { .. } => Some(&Gptq),
             Rules::Awq { .. } => Some(&Awq),
+            Rules::Mlx(_) => Some(&Mlx),
             Rules::Foreign { .. } => None,
         }
     }
@@ -265,6 +265,10 @@ impl QuantizationReader {
                 let skipped = skip.iter().any(|part| module.contains(part.as_str()));
                 Ok((!skipped).then_some(Declared { encoding: (*scheme).into(), zeros_minus_one: false }))
             }
+            Rules::Mlx((base, modules)) => {
+                let own = modules.get(module).copied();
+                Ok(own.unwrap_or(Some(*base)).map(|encoding| Declared { encoding, zeros_minus_one: false }))
+            }
             Rules::Foreign { .. } => Ok(None),
         }
     }
@@ -299,6 +303,13 @@ impl QuantizationReader {
         }
         let declared = self.declared_with_codes(module)?;
         self.declared_codec().decode(parts, &declared).map(Some).map_err(|error| error.in_tensor(module))
+    }
+
+    /// Writes the reals of some rows of a module that has codes into `out` (`[rows.len(), cols]`); these rows are there.
+    pub fn read_rows(&self, module: &str, parts: &PartLookup<'_, '_>, rows: &[u32], out: &mut [f32]) -> Result<()> {
+        let declared = self.declared_with_codes(module)?;
+        let read = self.declared_codec().dequantize_rows(parts, &declared, rows, out);
+        read.map_err(|error| error.in_tensor(module))
     }
 }
 
@@ -598,8 +609,7 @@ mod tests {
             json!({"text_config": {}, "quantization": mlx, "quantization_config": mlx}),
         ] {
             assert_eq!(declared_method(&config), Some("mlx"));
-            let told = read_quantization(&config).unwrap_err().to_string();
-            assert!(told.starts_with("the weights are packed by MLX") && told.contains("--dequantize"), "{told}");
+            assert_eq!(read_quantization(&config).unwrap().unwrap().codec().unwrap().id(), "mlx");
         }
         assert_eq!(declared_method(&json!({"quantization_config": mlx})), Some("gptq"));
         let four = json!({"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"});
@@ -737,6 +747,11 @@ mod tests {
             "mlp.up_proj",
         ];
         for codec in CODECS {
+            // What the layout makes of the schemes, or of its own.
+            let [four, eight] = [four, eight].map(|scheme| match codec.id() {
+                "mlx" => codec.encoding(Scheme { group: Some(32), ..scheme }).unwrap(),
+                _ => Encoding::from(scheme),
+            });
             let mut modules = Vec::new();
             let mut left = vec!["lm_head".to_string()];
             for layer in 0..12 {
@@ -751,27 +766,17 @@ mod tests {
             }
             let listed: Vec<_> = modules
                 .iter()
-                .map(|(name, scheme)| QuantizedModule {
-                    name,
-                    encoding: (*scheme).into(),
-                    desc_act: false,
-                    loaded: &[],
-                })
+                .map(|(name, encoding)| QuantizedModule { name, encoding: *encoding, desc_act: false, loaded: &[] })
                 .collect();
             let files = codec.config(&listed, &left).unwrap();
-            let r = reader(files.quantization_config);
+            let r = read_quantization(&files.of(*codec)).unwrap().unwrap();
             assert_eq!(r.codec().unwrap().id(), codec.id());
-            for (name, scheme) in &modules {
-                assert_eq!(
-                    r.declared(name).unwrap().unwrap().encoding,
-                    Encoding::from(*scheme),
-                    "{} {name}",
-                    codec.id()
-                );
+            for (name, encoding) in &modules {
+                assert_eq!(r.declared(name).unwrap().unwrap().encoding, *encoding, "{} {name}", codec.id());
             }
             for name in &left {
                 // GPTQ and AWQ leave the head out by convention.
-                if name != "lm_head" || codec.id() == "compressed-tensors" {
+                if name != "lm_head" || !matches!(codec.id(), "gptq" | "awq") {
                     assert_eq!(r.declared(name).unwrap(), None, "{} {name}", codec.id());
                 }
             }

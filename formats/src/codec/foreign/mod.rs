@@ -120,4 +120,6 @@ fn are_scales(dtype: Dtype) -> bool {
 }
 
 #[cfg(test)]
+pub(super) mod testing;
+#[cfg(test)]
 mod tests;

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
+use super::testing::tensor;
 use super::*;
 use crate::codec::read_quantization;
 use crate::tensor::Tensor;
@@ -13,15 +14,6 @@ struct Case {
     tensors: BTreeMap<String, Tensor>,
     name: String,
     values: Tensor,
-}
-
-fn tensor(value: &Value) -> Tensor {
-    let hex = value["data"].as_str().unwrap();
-    Tensor {
-        dtype: serde_json::from_value(value["dtype"].clone()).unwrap(),
-        shape: serde_json::from_value(value["shape"].clone()).unwrap(),
-        data: (0..hex.len()).step_by(2).map(|i| u8::from_str_radix(&hex[i..i + 2], 16).unwrap()).collect(),
-    }
 }
 
 fn cases() -> Vec<Case> {
