@@ -31,7 +31,11 @@ fn weight(codec: &dyn Codec, scheme: Scheme) -> QuantizedWeight {
         codes: (0..rows * cols).map(|i| (i * 7 % (max + 1)) as u8).collect(),
         scales: (0..rows * groups).map(|i| i as f32 / 64.0 - 0.25).collect(),
         zeros: (0..rows * groups)
-            .map(|i| if scheme.symmetric { scheme.midpoint() } else { 1 + (i % max) as u8 })
+            .map(|i| match (encoding.has_min(), scheme.symmetric) {
+                (true, _) => 0,
+                (false, true) => scheme.midpoint(),
+                (false, false) => 1 + (i % max) as u8,
+            })
             .collect(),
         mins: if encoding.has_min() { (0..rows * groups).map(|i| 0.5 - i as f32 / 32.0).collect() } else { Vec::new() },
         global: None,
@@ -73,8 +77,8 @@ fn check_quantized(codec: &dyn Codec, scheme: Scheme) {
     assert!(checkpoint.load(&name).unwrap() == weight.dequantize());
     checkpoint.release(&name);
     let read = checkpoint.quantized(&name).unwrap().unwrap();
-    assert!(read.codes == weight.codes && read.scales == weight.scales && read.mins == weight.mins);
-    assert!(read.zeros == weight.zeros || weight.encoding.has_min());
+    assert!(read.codes == weight.codes && read.scales == weight.scales);
+    assert!(read.mins == weight.mins && read.zeros == weight.zeros);
     let mut rows = vec![0.0; 128];
     checkpoint.load_rows(&name, &[31, 0], &mut rows).unwrap();
     assert!(rows[..64] == weight.dequantize()[31 * 64..] && rows[64..] == weight.dequantize()[..64]);
