@@ -30,11 +30,13 @@ CONVERT = "convert model -o out --dtype f32 --force"
 CALIBRATED = f"--samples 12 --seq-len 256 --calibration {TEXT} --verify-text none --force"
 GPTQ = f"quantize model -o out --format gptq --method awq+gptq --group-size 64 {CALIBRATED}"
 PACKED = f"quantize model -o out --method gptq --scheme W4A16_ASYM --group-size 64 {CALIBRATED}"
+ENDS = f"quantize model -o out --format mlx --group-size 64 {CALIBRATED}"
+FLOATS = f"quantize model -o out --scheme NVFP4A16 --method gptq {CALIBRATED}"
 BLOCKS = f"quantize model -o out.gguf --scheme Q5_K_S --method awq+gptq {CALIBRATED}"
 SPLIT = f"quantize model -o out.gguf --scheme Q5_K_S --split-max-size 2M {CALIBRATED}"
 KINDS = {
     "folder": FOLDER, "convert": CONVERT, "one file": SINGLE, "parts": PARTS,
-    "calibrated folder": GPTQ, "calibrated codes": PACKED, "calibrated file": BLOCKS, "calibrated parts": SPLIT,
+    "calibrated folder": GPTQ, "calibrated codes": PACKED, "calibrated ends": ENDS, "calibrated floats": FLOATS, "calibrated file": BLOCKS, "calibrated parts": SPLIT,
 }
 # What makes an earlier output of the same kind that is told apart by its bytes.
 EARLIER = {"64": "128", "f32": "f16", "Q8_0": "Q4_0", "Q5_K_S": "Q4_0", "awq+gptq": "rtn", "gptq": "rtn"}
