@@ -205,13 +205,12 @@ impl<'a> Job<'a> {
         let mut model = files(source.path());
         model.extend(source.files());
         let outputs = self.outputs.iter().map(|Output { path, recipe, .. }| {
-            let imatrix = recipe.gguf.as_ref().and_then(|gguf| gguf.imatrix.as_deref());
             let place = Place::resolve(path).map_or_else(|_| path.clone(), |place| place.path());
             let made = json!({
                 "recipe": recipe,
                 "adapter": recipe.adapter.as_deref().map(|adapter| looked_at(files(adapter))),
                 "calibration": stamp(Path::new(&recipe.calibration)),
-                "imatrix": imatrix.map(stamp),
+                "imatrix": recipe.imatrix.as_deref().map(stamp),
             });
             (place.display().to_string(), made)
         });
@@ -272,6 +271,12 @@ impl<'a> Job<'a> {
             // A file that is read may not be replaced, nor a folder that it lies in.
             inputs.iter().filter(|input| input.is_file()).try_for_each(|input| check_place(&output.path, input))?;
             self.outputs[..index].iter().try_for_each(|other| check_apart(&other.path, &output.path))?;
+            let saved = output.recipe.save_imatrix.as_deref();
+            if let Some(saved) = saved {
+                // A GGUF file tells by itself what it is called.
+                let folders = self.outputs.iter().filter(|output| output.recipe.gguf.is_none());
+                { folders }.try_for_each(|folder| check_apart(&folder.path, saved))?;
+            }
             let Some(path) = &output.report else { continue };
             let place = |path: &Path| Place::resolve(path).ok();
             let same = |other: &Output| other.report.as_deref().is_some_and(|other| place(other) == place(path));
@@ -279,7 +284,6 @@ impl<'a> Job<'a> {
                 return Err(Error::usage(format!("{}: is to hold the reports of two targets", path.display())));
             }
             self.outputs.iter().try_for_each(|output| check_beside("--report", path, &inputs, &output.path))?;
-            let saved = output.recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref());
             if saved.is_some_and(|saved| Place::resolve(saved).ok() == Place::resolve(path).ok()) {
                 return Err(Error::usage(format!(
                     "--report {}: is what --save-imatrix names too; choose another place",
@@ -294,7 +298,7 @@ impl<'a> Job<'a> {
     fn inputs(&self) -> Vec<&Path> {
         let mut all = vec![self.model];
         for Output { recipe, .. } in &self.outputs {
-            let imatrix = recipe.gguf.as_ref().and_then(|gguf| gguf.imatrix.as_deref());
+            let imatrix = recipe.imatrix.as_deref();
             all.push(Path::new(&recipe.calibration));
             all.extend([recipe.adapter.as_deref(), recipe.file.as_deref(), imatrix].into_iter().flatten());
         }

@@ -134,6 +134,12 @@ pub struct Recipe {
     pub seed: u64,
     /// Exceptions.
     pub overrides: Vec<Override>,
+    /// Where importance is read from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub imatrix: Option<PathBuf>,
+    /// Where importance is written to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub save_imatrix: Option<PathBuf>,
     /// What only a GGUF file has; its presence says that one is to be written.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gguf: Option<GgufRecipe>,
@@ -162,6 +168,7 @@ impl Given {
             ("seq_len", request.seq_len.is_some()),
             ("seed", request.seed.is_some()),
             ("moe_all_experts", request.moe_all_experts == Some(true)),
+            ("imatrix", request.imatrix.is_some()),
         ];
         Given(keys.into_iter().filter(|(_, given)| *given).map(|(key, _)| key).collect())
     }
@@ -192,10 +199,6 @@ pub struct GgufRecipe {
     pub pure: bool,
     /// The pre-tokenizer's name.
     pub pre: Option<String>,
-    /// Where importance is read from.
-    pub imatrix: Option<PathBuf>,
-    /// Where importance is written to.
-    pub save_imatrix: Option<PathBuf>,
     /// Bytes of tensors in one file.
     pub split_max_size: Option<u64>,
 }
@@ -217,8 +220,6 @@ impl Recipe {
             ("token-embedding-type", request.token_embedding_type.is_some()),
             ("pure", request.pure == Some(true)),
             ("pre", request.pre.is_some()),
-            ("imatrix", request.imatrix.is_some()),
-            ("save-imatrix", request.save_imatrix.is_some()),
             ("split-max-size", request.split_max_size.is_some()),
         ];
         if let Some((flag, _)) = only_gguf.iter().find(|(_, given)| *given) {
@@ -235,10 +236,13 @@ impl Recipe {
             "the request",
         )?;
         // Of eight bits of which four are exponent rounding loses so little that a calibration is not asked of everyone.
-        let usual = if encoding.levels == Levels::Table(&E4M3) { "rtn" } else { "gptq" };
+        let fine = encoding.levels == Levels::Table(&E4M3);
+        let usual = if fine || request.imatrix.is_some() { "rtn" } else { "gptq" };
         let method = named("method", Method::ALL, request.method.as_deref().unwrap_or(usual))?;
+        let collected = request.save_imatrix.is_some() && method == Method::Rtn;
         let observer = match &request.observer {
             Some(name) => named("observer", Observer::ALL, name)?,
+            None if request.imatrix.is_some() || collected => Observer::Imatrix,
             None => method.observer(),
         };
         let damp = request.damp.unwrap_or(0.05);
@@ -278,6 +282,8 @@ impl Recipe {
             seq_len: request.seq_len.unwrap_or(2048),
             seed: request.seed.unwrap_or(0),
             overrides: request.overrides,
+            imatrix: request.imatrix,
+            save_imatrix: request.save_imatrix,
             gguf: None,
             idle: Vec::new(),
             notes: Vec::new(),
@@ -302,8 +308,11 @@ impl Recipe {
             let why = format!("method {method} does not sweep the columns of a Hessian");
             leave(&["damp", "act_order", "refine", "desc_act"], why);
         }
+        if self.imatrix.is_some() && !self.takes_imatrix() {
+            leave(&["imatrix"], format!("observer {} does not go by the importance of inputs", self.observer));
+        }
         if self.needs() == Needs::Nothing {
-            let why = match self.gguf.as_ref().is_some_and(|gguf| gguf.imatrix.is_some()) {
+            let why = match self.takes_imatrix() {
                 true => "the importance of inputs is that of the imatrix, and nothing is calibrated".to_owned(),
                 false => format!("method {method} with observer {} is done without calibration", self.observer),
             };
@@ -367,8 +376,6 @@ impl Recipe {
             token_embedding_type: request.token_embedding_type.clone(),
             pure: request.pure.unwrap_or(false),
             pre: request.pre.clone(),
-            imatrix: request.imatrix.clone(),
-            save_imatrix: request.save_imatrix.clone(),
             split_max_size,
         };
         let given = Given::of(&request);
@@ -382,8 +389,6 @@ impl Recipe {
             token_embedding_type: None,
             pure: None,
             pre: None,
-            imatrix: None,
-            save_imatrix: None,
             split_max_size: None,
             ..request
         };
@@ -418,15 +423,17 @@ impl Recipe {
 
     /// What has to be known of the inputs.
     pub fn needs(&self) -> Needs {
-        let gguf = self.gguf.as_ref();
-        let (reads, writes) =
-            (gguf.is_some_and(|gguf| gguf.imatrix.is_some()), gguf.is_some_and(|gguf| gguf.save_imatrix.is_some()));
         match self.method {
             method if method.smooths() || method.sweeps() => Needs::Hessian,
-            _ if writes => self.observer().needs().max(Needs::Moments),
-            _ if reads => Needs::Nothing,
+            _ if self.save_imatrix.is_some() => self.observer().needs().max(Needs::Moments),
+            _ if self.takes_imatrix() => Needs::Nothing,
             _ => self.observer().needs(),
         }
+    }
+
+    /// Whether the importance that is read from a file decides anything. The blocks of a GGUF file have nothing else to go by.
+    pub fn takes_imatrix(&self) -> bool {
+        self.imatrix.is_some() && (self.gguf.is_some() || self.observer() == Observer::Imatrix)
     }
 
     /// How scales are chosen.
@@ -699,6 +706,18 @@ mod tests {
                 "damp act_order refine desc_act".to_owned(),
                 &[],
             ),
+            (
+                "imatrix = 'i.gguf'\nseq_len = 3",
+                format!("damp act_order refine desc_act {data}"),
+                &["seq_len has no effect: the importance of inputs is that of the imatrix, and nothing is calibrated"],
+            ),
+            (
+                "imatrix = 'i.gguf'\nobserver = 'clip'",
+                "damp act_order refine desc_act imatrix".to_owned(),
+                &["imatrix has no effect: observer clip does not go by the importance of inputs"],
+            ),
+            ("imatrix = 'i.gguf'\nmethod = 'gptq'\nsamples = 3", String::new(), &[]),
+            ("method = 'rtn'\nsave_imatrix = 'i'\nseed = 3", "damp act_order refine desc_act".to_owned(), &[]),
         ] {
             assert_eq!(idle(toml), (keys, notes.iter().map(|note| (*note).to_owned()).collect()), "{toml}");
         }

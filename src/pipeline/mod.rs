@@ -396,7 +396,10 @@ impl<B: Backend> Walk<'_, '_, B> {
     /// Whether anybody wants to know what linears read.
     fn wanted(&self, group: &[&Linear]) -> bool {
         let wants = |task: &Task<'_, B>| {
-            task.target.needs() > Needs::Nothing && group.iter().any(|l| !task.target.placements(l).is_empty())
+            // An imatrix has entries for linears that stay as they are, too.
+            let of =
+                |l: &&Linear| !task.target.placements(l).is_empty() || !task.target.importance_places(l).is_empty();
+            task.target.needs() > Needs::Nothing && group.iter().any(of)
         };
         self.tasks.iter().any(wants)
     }

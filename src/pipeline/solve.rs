@@ -42,7 +42,7 @@ pub struct Task<'a, B: Backend> {
     pub target: &'a dyn Target<B>,
     /// What it writes into.
     pub sink: &'a dyn Sink<B>,
-    /// What was seen before every tensor of a GGUF file, where an imatrix is to be written.
+    /// What was seen before every linear, by llama.cpp's names, where an imatrix is to be written.
     collected: BTreeMap<String, ImatrixEntry>,
     /// What the journal has of it: entries of `done`, and what was collected since.
     journaled: [usize; 3],
@@ -293,6 +293,8 @@ impl<'a, B: Backend> Task<'a, B> {
             Observer::Imatrix | Observer::Clip if placement.encoding.ggml_type().is_some() && !importance => {
                 Observer::MinMax
             }
+            // Where a file is silent, all of them count alike.
+            Observer::Imatrix if !importance && self.target.takes_importance() => Observer::Mse,
             observer => observer,
         };
         (observer, placement.transposed)
@@ -437,7 +439,7 @@ impl<'a, B: Backend> Task<'a, B> {
 
     /// The imatrix that is to be written, and where.
     pub fn imatrix(&self, samples: &Samples) -> Option<(PathBuf, Imatrix)> {
-        let path = self.target.recipe().gguf.as_ref().and_then(|gguf| gguf.save_imatrix.clone())?;
+        let path = self.target.recipe().save_imatrix.clone()?;
         let imatrix = Imatrix {
             entries: self.collected.clone(),
             datasets: vec![called(&samples.source.name).to_owned()],

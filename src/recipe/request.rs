@@ -85,10 +85,11 @@ request! {
         /// Symmetric grids (true) or grids with a zero point (false), instead of the scheme's.
         #[arg(long, value_name = "BOOL")]
         pub symmetric: Option<bool>,
-        /// rtn, awq, gptq or awq+gptq. [default: gptq]
+        /// rtn, awq, gptq or awq+gptq. [default: gptq; rtn with --imatrix]
         #[arg(long, value_name = "METHOD")]
         pub method: Option<String>,
-        /// How scales are chosen: minmax, mse, imatrix or clip. [default: minmax for rtn, clip for awq, imatrix for gptq]
+        /// How scales are chosen: minmax, mse, imatrix or clip. [default: minmax for rtn, clip for awq, imatrix for gptq and
+        /// where an imatrix is read or, with rtn, written]
         #[arg(long, value_name = "OBSERVER")]
         pub observer: Option<String>,
         /// Relative damping of the Hessian. [default: 0.05]
@@ -142,10 +143,10 @@ request! {
         /// GGUF: the pre-tokenizer's name, when it is not recognised.
         #[arg(long, value_name = "NAME")]
         pub pre: Option<String>,
-        /// GGUF: take the importance of inputs from llama.cpp's .gguf or .dat instead of from calibration.
+        /// Take the importance of inputs from llama.cpp's .gguf or .dat instead of from calibration.
         #[arg(long, value_name = "FILE")]
         pub imatrix: Option<PathBuf>,
-        /// GGUF: write the importance of inputs as llama-quantize reads it.
+        /// Write the importance of inputs as llama-quantize reads it.
         #[arg(long, value_name = "FILE")]
         pub save_imatrix: Option<PathBuf>,
         /// GGUF: bytes of tensors in one file at most, as 500M or 5G.

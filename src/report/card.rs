@@ -12,8 +12,7 @@ impl Report {
         if !model.is_empty() {
             note = note.replace(&format!("{model}{}", std::path::MAIN_SEPARATOR), "").replace(model, "the model");
         }
-        let imatrix = self.recipe.gguf.iter().filter_map(|gguf| gguf.imatrix.as_ref());
-        let others = imatrix.chain(self.recipe.adapter.as_ref()).map(|path| path.display().to_string());
+        let others = self.recipe.imatrix.iter().chain(&self.recipe.adapter).map(|path| path.display().to_string());
         for path in others.chain([self.recipe.calibration.clone()]) {
             note = note.replace(&path, called(&path));
         }

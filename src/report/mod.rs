@@ -222,13 +222,8 @@ fn with_mix<S: serde::Serializer>(recipe: &Recipe, serializer: S) -> Result<S::O
     if let Some(gguf) = &recipe.gguf {
         value["scheme"] = gguf.mix.into();
     }
-    for key in &recipe.idle {
-        // The key of what only a GGUF file has may be among them.
-        for place in ["", "/gguf"] {
-            if let Some(place) = value.pointer_mut(place).and_then(serde_json::Value::as_object_mut) {
-                place.shift_remove(*key);
-            }
-        }
+    if let Some(said) = value.as_object_mut() {
+        recipe.idle.iter().for_each(|key| drop(said.shift_remove(*key)));
     }
     value.serialize(serializer)
 }

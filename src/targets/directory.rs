@@ -20,6 +20,7 @@ use crate::evidence::{lost_in_grid, share_of};
 use crate::families::spelt_out;
 use crate::forward::Weight;
 use crate::graph::{Graph, Linear, Stored};
+use crate::importance::{Importance, ImportancePlace};
 use crate::json;
 use crate::output::{Before, Staging, bytes_of, weight_writer};
 use crate::plan::{End, Plan};
@@ -34,6 +35,10 @@ pub struct Directory {
     plan: Plan,
     /// Of every linear that it quantizes, by module.
     placements: HashMap<String, [Placement; 1]>,
+    /// Importance that is read from a file, or written to one.
+    importance: Importance,
+    /// What there is to say of the one that was read.
+    said: Vec<String>,
     staging: Staging,
     beside: Beside,
 }
@@ -50,13 +55,18 @@ impl Directory {
         before: Option<Before<'_>>,
     ) -> Result<Directory> {
         let plan = Plan::new(graph, source, &recipe)?;
+        let importance = Importance::of_graph(&recipe, graph)?;
+        let said = importance.check(graph, true)?;
         let staging = Staging::folder_for(output, Some(model), force, before)?;
+        if let Some(path) = recipe.save_imatrix.as_deref() {
+            staging.check_another(path, Some(model), force)?;
+        }
         let mut own = vec!["config.json", "report.json", "README.md"];
         own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
         let beside = source.beside(&own)?;
         let placements =
             plan.encodings.iter().map(|(module, encoding)| (module.clone(), [Placement::whole(*encoding)]));
-        Ok(Directory { placements: placements.collect(), recipe, plan, staging, beside })
+        Ok(Directory { placements: placements.collect(), recipe, plan, importance, said, staging, beside })
     }
 }
 
@@ -81,6 +91,18 @@ impl<B: Backend> Target<B> for Directory {
         self.placements.get(&linear.module).map_or(&[], |one| one)
     }
 
+    fn importance(&self, linear: &Linear, _: usize) -> Result<Option<Vec<f32>>> {
+        self.importance.of_whole(&linear.module)
+    }
+
+    fn importance_places(&self, linear: &Linear) -> Vec<ImportancePlace> {
+        self.importance.to_write(&linear.module)
+    }
+
+    fn takes_importance(&self) -> bool {
+        self.importance.file().is_some()
+    }
+
     fn called(&self, linear: &Linear, _: usize) -> String {
         linear.weight()
     }
@@ -98,12 +120,13 @@ impl<B: Backend> Target<B> for Directory {
         let writer = weight_writer(self.staging.folder(), self.plan.outputs.clone(), goes_on)
             .map_err(|error| if goes_on { self.staging.damaged(error) } else { error })?;
         let reader = if goes_on { read_quantization(&self.plan.config.of(self.plan.codec))? } else { None };
-        // Nothing is known of the inputs of what stands at the ends.
+        // Of the inputs of what stands at the ends nothing is known but what an imatrix says.
         let observer = match self.recipe.observer() {
             Observer::MinMax => Observer::MinMax,
             _ => Observer::Mse,
         };
-        Ok(Box::new(Files { plan: &self.plan, source, rest: rest(&self.plan), writer, reader, observer }))
+        let (plan, importance) = (&self.plan, &self.importance);
+        Ok(Box::new(Files { plan, importance, source, rest: rest(plan), writer, reader, observer }))
     }
 
     /// config.json, the codec's files, the tokenizer and everything else that belongs to the model.
@@ -135,7 +158,8 @@ impl<B: Backend> Target<B> for Directory {
     }
 
     fn notes(&self) -> Notes {
-        Notes { before: self.plan.config.notes.clone(), after: self.beside.notes.clone() }
+        let after = self.beside.notes.iter().chain(&self.said).cloned().collect();
+        Notes { before: self.plan.config.notes.clone(), after }
     }
 
     fn tensors(&self) -> Vec<TensorReport> {
@@ -165,12 +189,13 @@ impl<B: Backend> Target<B> for Directory {
 /// The weight files while they are written.
 struct Files<'a> {
     plan: &'a Plan,
+    importance: &'a Importance,
     source: &'a Checkpoint,
     rest: Vec<Rest<'a>>,
     writer: ShardedWriter,
     /// How its weights are read back, where an earlier process has written some.
     reader: Option<QuantizationReader>,
-    /// How scales of the embedding and the head are chosen.
+    /// How scales of the embedding and the head are chosen where no imatrix has them.
     observer: Observer,
 }
 
@@ -189,14 +214,20 @@ impl Files<'_> {
         let Files { plan: Plan { codec, scale_dtype, .. }, source, .. } = self;
         let End { index, module, tensor, shape, encoding } = end;
         let [rows, cols] = *shape;
-        let (solver, alone) =
-            (Rtn { observer: self.observer }, Shared { statistics: None, factor: None, fallback: None });
+        // The head is a linear, the embedding a tensor.
+        let importance = match self.importance.of_whole(module)? {
+            None => self.importance.of_whole(tensor)?,
+            found => found,
+        };
+        let observer = if importance.is_some() { Observer::Imatrix } else { self.observer };
+        let (solver, alone) = (Rtn { observer }, Shared { statistics: None, factor: None, fallback: None });
         let lost = in_pieces(backend, *shape, |values, range| {
             values.resize(range.len() * cols, 0.0);
             source.load_rows(tensor, &(range.start as u32..range.end as u32).collect::<Vec<u32>>(), values)?;
             let matrix = Array2::from_shape_vec((range.len(), cols), std::mem::take(values)).expect("whole rows");
             let matrix = backend.upload(matrix)?;
-            let asked = Asked { weight: &matrix, spec: GridSpec::of(*encoding, cols), importance: None };
+            let asked =
+                Asked { weight: &matrix, spec: GridSpec::of(*encoding, cols), importance: importance.as_deref() };
             let solution = solver.solve(backend, &alone, &[asked])?.pop().expect("one for each");
             let lost = solution.grid().map_or(Ok(0), |grid| {
                 lost_in_grid(grid, source.file_of(tensor), tensor, || {

@@ -7,14 +7,12 @@ use std::sync::OnceLock;
 use calibration::solvers::{Observer, pack_rows, searched};
 use calibration::statistics::Needs;
 use formats::container::gguf::MetadataValue;
-use formats::{Dtype, Follower, GgmlType, GgufTensor, GgufWriter, Imatrix, TensorView};
+use formats::{Dtype, Follower, GgmlType, GgufTensor, GgufWriter, TensorView};
 use kernels::Backend;
 use ndarray::{Array2, ArrayView2, Axis};
 
 use super::tokens::check;
-use super::{
-    Folded, ImportancePlace, Notes, Papers, Placement, Rounded, Sink, Solved, Target, Words, Write, in_pieces,
-};
+use super::{Folded, Notes, Papers, Placement, Rounded, Sink, Solved, Target, Words, Write, in_pieces};
 use crate::checkpoint::Checkpoint;
 use crate::dialect::metadata::{About, ImportanceSource, Metadata, metadata};
 use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part, Source};
@@ -23,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::evidence::{lost_in_blocks, share_of};
 use crate::forward::{load_bias, load_matrix};
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
-use crate::importance::{check_importance, importance_of};
+use crate::importance::{Importance, ImportancePlace};
 use crate::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
 use crate::output::{Before, Staging};
 use crate::plan::check_tensors;
@@ -49,8 +47,8 @@ pub struct GgufPlan {
     pub notices: Vec<String>,
     /// What becomes of every input tensor.
     fates: Vec<TensorReport>,
-    /// Importance that was read from a file.
-    imatrix: Option<Imatrix>,
+    /// Importance that is read from a file, or written to one.
+    importance: Importance,
     /// Keys of the recipe that the types of the tensors leave without effect.
     pub idle: Vec<&'static str>,
 }
@@ -75,8 +73,8 @@ impl GgufPlan {
         check_tensors(graph, source)?;
         let plan = names::plan(graph)?;
         let places = places(&plan);
-        let mut imatrix = settings.imatrix.as_ref().map(Imatrix::read).transpose()?;
-        let importance = imatrix.is_some() || recipe.needs() > Needs::Nothing;
+        let mut importance = Importance::new(recipe, &plan)?;
+        let weighted = importance.file().is_some() || recipe.needs() > Needs::Nothing;
 
         let mut overrides = Overrides {
             tensors: settings.tensor_type.iter().map(|t| TensorOverride::parse(t)).collect::<Result<_>>()?,
@@ -113,7 +111,7 @@ impl GgufPlan {
         };
         let infos: Vec<TensorInfo<'_>> =
             plan.tensors.iter().map(|t| TensorInfo { name: &t.gguf, shape: &t.shape }).collect();
-        let assigned = assign(mix, &model, &infos, importance, &overrides)?;
+        let assigned = assign(mix, &model, &infos, weighted, &overrides)?;
 
         let (mut by_module, mut fallbacks, mut notices) = (HashMap::new(), HashMap::new(), Vec::new());
         let mut made = HashSet::new();
@@ -134,7 +132,7 @@ impl GgufPlan {
         let mut idle = Vec::new();
         if assigned.iter().all(|assigned| assigned.ty.block_len == 1) {
             idle.extend(["observer", "imatrix", "damp", "act_order", "refine"]);
-            if let (Some(path), true) = (&settings.imatrix, imatrix.take().is_some()) {
+            if let (Some(path), true) = (&recipe.imatrix, importance.forget()) {
                 let path = path.display();
                 notices.push(format!("{path} was not used: {} rounds nothing by the importance of inputs", mix.name));
             }
@@ -143,18 +141,12 @@ impl GgufPlan {
                 notices.push(format!("method {method} has no effect: {} rounds nothing by the inputs", mix.name));
             }
         }
-        if let Some(imatrix) = &imatrix {
-            let linears =
-                graph.linears().flat_map(|linear| by_module[&linear.module].iter().map(move |at| (linear, at)));
-            let linears = linears.map(|(linear, at)| (&*linear.module, &plan.tensors[at.tensor], at.part));
-            let known = plan.tensors.iter().map(|tensor| &*tensor.gguf).collect();
-            let path = settings.imatrix.as_deref().expect("read");
-            notices.extend(check_importance(imatrix, path, linears, &known)?);
-        }
+        notices.extend(importance.check(graph, false)?);
 
-        let collected = (importance && (imatrix.is_some() || settings.imatrix.is_none())).then(|| match &imatrix {
+        let file = importance.file();
+        let collected = (weighted && (file.is_some() || recipe.imatrix.is_none())).then(|| match file {
             Some(imatrix) => ImportanceSource {
-                file: called(&settings.imatrix.as_ref().expect("read").display().to_string()).to_owned(),
+                file: called(&recipe.imatrix.as_ref().expect("read").display().to_string()).to_owned(),
                 dataset: imatrix.datasets.first().cloned(),
                 entries: imatrix.entries.len() as u32,
                 chunks: Some(imatrix.chunk_count),
@@ -194,7 +186,7 @@ impl GgufPlan {
         let of = |(module, places): (&String, &Vec<Place>)| (module.clone(), places.iter().map(placement).collect());
         let placements = by_module.iter().map(of).collect();
         let metadata = written.metadata;
-        Ok(GgufPlan { tensors, by_module, placements, fallbacks, metadata, notices, fates, imatrix, idle })
+        Ok(GgufPlan { tensors, by_module, placements, fallbacks, metadata, notices, fates, importance, idle })
     }
 
     /// Bytes of all tensors.
@@ -279,7 +271,7 @@ impl Gguf {
     ) -> Result<Gguf> {
         let plan = GgufPlan::new(graph, source, &recipe)?;
         let staging = Staging::gguf(output, Some(model), force, before)?;
-        if let Some(path) = recipe.gguf.as_ref().and_then(|gguf| gguf.save_imatrix.as_deref()) {
+        if let Some(path) = recipe.save_imatrix.as_deref() {
             staging.check_another(path, Some(model), force)?;
         }
         Ok(Gguf { recipe, plan, staging, first: OnceLock::new() })
@@ -316,30 +308,15 @@ impl<B: Backend> Target<B> for Gguf {
     }
 
     fn importance(&self, linear: &Linear, placement: usize) -> Result<Option<Vec<f32>>> {
-        let place = self.places(linear)[placement];
-        let Some(imatrix) = &self.plan.imatrix else { return Ok(None) };
-        importance_of(imatrix, &self.plan.tensors[place.tensor].0, place.part)
+        self.plan.importance.of_part(&linear.module, placement)
     }
 
     fn importance_places(&self, linear: &Linear) -> Vec<ImportancePlace> {
-        if self.settings().save_imatrix.is_none() {
-            return Vec::new();
-        }
-        let of = |place: &Place| {
-            let tensor = &self.plan.tensors[place.tensor].0;
-            // Columns of what is turned round are no inputs of the linear.
-            if tensor.parts()[place.part].transposed {
-                return None;
-            }
-            let ([_, width], matrices) = (tensor.extents(), tensor.matrices());
-            let matrix = if matrices > 1 { place.part } else { 0 };
-            Some(ImportancePlace { tensor: tensor.gguf.clone(), width, matrices, matrix })
-        };
-        self.places(linear).iter().filter_map(of).collect()
+        self.plan.importance.to_write(&linear.module)
     }
 
     fn takes_importance(&self) -> bool {
-        self.plan.imatrix.is_some()
+        self.plan.importance.file().is_some()
     }
 
     fn called(&self, linear: &Linear, placement: usize) -> String {
@@ -440,9 +417,9 @@ impl File<'_> {
     /// What the columns of a part count where its scales are searched.
     fn importance(&self, tensor: &ExportTensor, ty: GgmlType, part: usize) -> Result<Option<Vec<f32>>> {
         let alike = || vec![1.0; tensor.parts()[part].extents()[1]];
-        match &self.plan.imatrix {
+        match self.plan.importance.file() {
             _ if ty.layout().is_none() => Ok(None),
-            Some(imatrix) => importance_of(imatrix, tensor, part),
+            Some(_) => self.plan.importance.at(&ImportancePlace::of(tensor, part)),
             None => Ok((self.observer == Observer::Mse).then(alike)),
         }
     }

@@ -25,6 +25,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::forward::Weight;
 use crate::graph::{Graph, Linear};
+use crate::importance::ImportancePlace;
 use crate::output::{Before, Staging};
 use crate::recipe::Recipe;
 use crate::report::TensorReport;
@@ -154,18 +155,6 @@ pub struct Rounded {
     pub encoding: Encoding,
 }
 
-/// A row of an imatrix.
-pub struct ImportancePlace {
-    /// The tensor of a GGUF file whose inputs it is of.
-    pub tensor: String,
-    /// Values in a row.
-    pub width: usize,
-    /// Rows that the tensor has, one for each of its matrices.
-    pub matrices: usize,
-    /// Which of its matrices it is, counted from 0.
-    pub matrix: usize,
-}
-
 /// Something to be written behind the rest of the work.
 pub type Write<'a> = Box<dyn FnOnce() -> Result<()> + Send + 'a>;
 
@@ -231,19 +220,11 @@ pub trait Target<B: Backend>: Sync {
     /// The parts that a linear is written in; none where it stays as it is.
     fn placements(&self, linear: &Linear) -> &[Placement];
     /// Importance of the columns of a placement that was read from a file.
-    fn importance(&self, linear: &Linear, placement: usize) -> Result<Option<Vec<f32>>> {
-        let _ = (linear, placement);
-        Ok(None)
-    }
+    fn importance(&self, linear: &Linear, placement: usize) -> Result<Option<Vec<f32>>>;
     /// Where an imatrix keeps what the inputs of a linear look like, if one is to be written.
-    fn importance_places(&self, linear: &Linear) -> Vec<ImportancePlace> {
-        let _ = linear;
-        Vec::new()
-    }
+    fn importance_places(&self, linear: &Linear) -> Vec<ImportancePlace>;
     /// Whether importance is read from a file, so that none is taken from what is seen.
-    fn takes_importance(&self) -> bool {
-        false
-    }
+    fn takes_importance(&self) -> bool;
     /// What a placement of a linear is called in the file.
     fn called(&self, linear: &Linear, placement: usize) -> String;
     /// What was decided for a linear in place of what was asked for.

@@ -151,8 +151,7 @@ fn for_format(base: Request, format: &str) -> Request {
         let ours = |name: &String| Scheme::preset(name).is_some() || special(name);
         request.scheme = request.scheme.filter(ours);
         (request.tensor_type, request.output_tensor_type, request.token_embedding_type) = (None, None, None);
-        (request.pure, request.pre, request.imatrix, request.save_imatrix) = (None, None, None, None);
-        request.split_max_size = None;
+        (request.pure, request.pre, request.split_max_size) = (None, None, None);
         request.desc_act = request.desc_act.filter(|_| format == "gptq");
         request.symmetric = request.symmetric.filter(|_| codec.is_none_or(has_symmetry));
     }

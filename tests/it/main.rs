@@ -19,6 +19,7 @@ mod golden;
 mod guesses;
 mod harness;
 mod hostile;
+mod imatrix;
 mod inputs;
 mod llama_cpp;
 mod loading;
