@@ -14,7 +14,9 @@ use std::time::Instant;
 use formats::ggml::GgmlType;
 use formats::{Dtype, Float, Scheme, ShardedWriter, TensorSpec, WordLayout};
 use kernels::cuda::{Card, Matrix, cards};
-use kernels::{Activation, AttentionShape, Backend, Cuda, FitKind, GridSpec, Packing, Result};
+use kernels::{
+    Activation, AttentionShape, Cuda, FitKind, Forward, GridSpec, Measure, Memory, Packing, Quantize, Result,
+};
 use ndarray::Array2;
 use quantc::{demo, families};
 use rayon::prelude::*;

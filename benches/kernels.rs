@@ -15,7 +15,9 @@ use criterion::{BatchSize, SamplingMode, Throughput, criterion_group, criterion_
 use formats::ggml::{GgmlType, TYPES};
 use formats::{Float, Scheme};
 use kernels::ops::{activation, bf16};
-use kernels::{Activation, AttentionShape, Backend, Cpu, Factor, FitKind, Grid, GridSpec, Result, cpu};
+use kernels::{
+    Activation, AttentionShape, Cpu, Factor, FitKind, Forward, Grid, GridSpec, Measure, Memory, Quantize, Result, cpu,
+};
 use ndarray::Array2;
 
 use common::{Criterion, measure, noise};

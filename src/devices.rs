@@ -1,6 +1,6 @@
 //! What there is to compute on.
 
-use kernels::{Backend, Cpu, cuda};
+use kernels::{Cpu, Memory, cuda};
 use serde::Serialize;
 
 /// One GPU.

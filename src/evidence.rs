@@ -6,7 +6,7 @@ use std::path::Path;
 use calibration::statistics::Statistics;
 use formats::encoding::{E4M3, Levels};
 use formats::{Dtype, Float, GgmlType};
-use kernels::{Backend, Grid};
+use kernels::{Grid, Quantize};
 use ndarray::Array2;
 
 use crate::error::{Error, Result};
@@ -23,12 +23,12 @@ const STEP: f32 = 5.960_464_5e-8;
 const TOLD: f64 = 0.01;
 
 /// The share of what is known of an expert's input that came from tokens of the other experts; `None` where none did.
-pub fn prior_share<B: Backend>(statistics: &Statistics<B>) -> Option<f64> {
+pub fn prior_share<B: Quantize>(statistics: &Statistics<B>) -> Option<f64> {
     (statistics.count > statistics.tokens as f64).then(|| 1.0 - statistics.tokens as f64 / statistics.count)
 }
 
 /// The share of an input's channels that were 0 for every token that was looked at; `None` where none were.
-pub fn dead_inputs<B: Backend>(statistics: &Statistics<B>) -> Option<f64> {
+pub fn dead_inputs<B: Quantize>(statistics: &Statistics<B>) -> Option<f64> {
     let energy = statistics.energy();
     let dead = energy.iter().filter(|energy| **energy == 0.0).count();
     (dead > 0 && statistics.count > 0.0).then(|| dead as f64 / energy.len() as f64)

@@ -1,6 +1,6 @@
 //! What the input of a linear looked like over the calibration tokens.
 
-use kernels::Backend;
+use kernels::Quantize;
 
 /// How much of the input a method wants to see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -16,7 +16,7 @@ pub enum Needs {
 }
 
 /// Moments of the input of one or more linears that read the same activation.
-pub struct Statistics<B: Backend> {
+pub struct Statistics<B: Quantize> {
     /// Tokens seen.
     pub tokens: usize,
     /// Tokens seen, and those that [`blend`](Self::blend) counted as seen.
@@ -28,7 +28,7 @@ pub struct Statistics<B: Backend> {
     energy: Vec<f64>,
 }
 
-impl<B: Backend> Statistics<B> {
+impl<B: Quantize> Statistics<B> {
     /// Gathers what is needed of an input of `cols` channels; `inputs` hands it over piece by piece, `[tokens, cols]`.
     ///
     /// Fails as the inputs do, or the backend.

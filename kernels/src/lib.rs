@@ -1,7 +1,7 @@
-//! Number crunching on a device, behind one small trait; every operation beside its scalar reference.
+//! Number crunching on a device, behind one small trait for each purpose; every operation beside its scalar reference.
 //!
 //! An operation is one file under [`ops`]: it states the shapes, holds the plain-loop reference and the fast CPU form.
-//! [`Backend`] is what the rest of the program sees. No file, no model name and no policy belongs here.
+//! [`Backend`], which is all of these, is what the rest of the program sees. No file, no model name and no policy belongs here.
 
 pub mod backend;
 mod checks;
@@ -12,8 +12,8 @@ pub mod ops;
 pub mod simd;
 
 pub use backend::{
-    Activation, ActivationRounding, AttentionShape, Backend, Factor, FitKind, Grid, GridSpec, NormKind, Packing,
-    RopeLayout, Swept, TokenComparison, TokenLoss,
+    Activation, ActivationRounding, AttentionShape, Backend, Factor, FitKind, Forward, Grid, GridSpec, Measure, Memory,
+    NormKind, Packing, Quantize, RopeLayout, Swept, TokenComparison, TokenLoss,
 };
 pub use cpu::Cpu;
 pub use cuda::Cuda;

@@ -5,7 +5,7 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use kernels::Backend;
+use kernels::Memory;
 
 use super::Plain;
 use crate::checkpoint::Checkpoint;
@@ -15,7 +15,7 @@ use crate::report::Activations;
 use crate::weights::RawTensor;
 
 /// Weights on their way to a device; on one to which nothing need be sent, the file's.
-pub struct Ahead<'a, B: Backend> {
+pub struct Ahead<'a, B: Memory> {
     backend: &'a B,
     source: &'a Checkpoint,
     /// Bytes that may be on their way at a time, where the device wants any to be.
@@ -23,7 +23,7 @@ pub struct Ahead<'a, B: Backend> {
     road: Road<B::Stored>,
 }
 
-impl<'a, B: Backend> Ahead<'a, B> {
+impl<'a, B: Memory> Ahead<'a, B> {
     /// Nothing is sent before [`blocks`](Self::blocks).
     pub fn new(backend: &'a B, source: &'a Checkpoint) -> Ahead<'a, B> {
         Ahead { backend, source, most: backend.sends_ahead(), road: Road::new() }

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use kernels::ops::widen;
-use kernels::{ActivationRounding, Backend};
+use kernels::{ActivationRounding, Forward};
 use ndarray::Array2;
 use rayon::prelude::*;
 
@@ -21,7 +21,7 @@ const KEPT: usize = 256 << 20;
 const ROWS: usize = 256;
 
 /// The output projection of a model.
-pub struct LoadedHead<'a, B: Backend> {
+pub struct LoadedHead<'a, B: Forward> {
     rows: Rows<'a, B>,
     vocabulary: usize,
     bias: Option<Vec<f32>>,
@@ -31,7 +31,7 @@ pub struct LoadedHead<'a, B: Backend> {
 }
 
 /// Where its rows are.
-enum Rows<'a, B: Backend> {
+enum Rows<'a, B: Forward> {
     /// On the device.
     Here(B::Weight),
     /// In the file, from which they are widened a few at a time, as often as they are used.
@@ -51,7 +51,7 @@ pub fn kept(graph: &Graph, source: Option<&Checkpoint>) -> u64 {
     if plain || bytes > KEPT { 0 } else { bytes as u64 }
 }
 
-impl<'a, B: Backend> LoadedHead<'a, B> {
+impl<'a, B: Forward> LoadedHead<'a, B> {
     /// Loads it as far as it is to be in memory. Fails on values that are not finite.
     pub fn of(backend: &B, graph: &Graph, source: &'a Checkpoint, activations: Activations) -> Result<Self> {
         let (head, name) = (&graph.head, tensor(graph));

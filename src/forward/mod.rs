@@ -11,7 +11,7 @@ mod route;
 mod run;
 
 use formats::{Dtype, Encoding, Float};
-use kernels::{ActivationRounding, Backend};
+use kernels::{ActivationRounding, Forward};
 use ndarray::{Array2, Axis};
 use rayon::prelude::*;
 
@@ -67,12 +67,12 @@ impl<M> Weight<M> {
 }
 
 /// What a linear of this rounding reads of `x`; `None` for `x` itself.
-fn rounded<B: Backend>(backend: &B, x: &B::Input, rounding: Option<ActivationRounding>) -> Result<Option<B::Input>> {
+fn rounded<B: Forward>(backend: &B, x: &B::Input, rounding: Option<ActivationRounding>) -> Result<Option<B::Input>> {
     Ok(rounding.map(|kind| backend.round_activations(x, kind)).transpose()?)
 }
 
 /// `x wᵀ + bias`, of `x` as the weight's linear reads it.
-fn product<B: Backend>(backend: &B, x: &B::Input, weight: &Weight<B::Weight>) -> Result<B::Matrix> {
+fn product<B: Forward>(backend: &B, x: &B::Input, weight: &Weight<B::Weight>) -> Result<B::Matrix> {
     let rounded = rounded(backend, x, weight.rounding)?;
     Ok(backend.linear(rounded.as_ref().unwrap_or(x), &weight.matrix, weight.bias())?)
 }
@@ -92,7 +92,7 @@ pub struct Others<'a, I> {
 }
 
 /// Where weights come from.
-pub trait Supply<B: Backend> {
+pub trait Supply<B: Forward> {
     /// A small tensor: of a normalisation, say.
     fn vector(&mut self, name: &str) -> Result<Vec<f32>>;
     /// The weights of linears that read one input, a weight for each part of them.
@@ -125,7 +125,7 @@ const ROWS: usize = 256;
 /// Embeds sequences, grouped into chunks.
 ///
 /// Fails on a sequence longer than the model has learned positions for.
-pub fn embed<B: Backend>(
+pub fn embed<B: Forward>(
     backend: &B,
     graph: &Graph,
     source: &Checkpoint,
@@ -180,7 +180,7 @@ struct LoadedNorm<'n> {
 }
 
 impl<'n> LoadedNorm<'n> {
-    fn of<B: Backend>(norm: &'n Norm, supply: &mut dyn Supply<B>) -> Result<LoadedNorm<'n>> {
+    fn of<B: Forward>(norm: &'n Norm, supply: &mut dyn Supply<B>) -> Result<LoadedNorm<'n>> {
         let mut weight = Vec::new();
         for name in &norm.weights {
             weight.extend(supply.vector(name)?);
@@ -195,18 +195,18 @@ impl<'n> LoadedNorm<'n> {
         Ok(LoadedNorm { norm, weight, bias })
     }
 
-    fn apply<B: Backend>(&self, backend: &B, x: &B::Matrix) -> Result<B::Matrix> {
+    fn apply<B: Forward>(&self, backend: &B, x: &B::Matrix) -> Result<B::Matrix> {
         Ok(backend.norm(x, self.norm.kind, &self.weight, self.bias.as_deref(), self.norm.eps)?)
     }
 
     /// Normed, as products read it.
-    fn input<B: Backend>(&self, backend: &B, x: &B::Matrix) -> Result<B::Input> {
+    fn input<B: Forward>(&self, backend: &B, x: &B::Matrix) -> Result<B::Input> {
         Ok(backend.norm_input(x, self.norm.kind, &self.weight, self.bias.as_deref(), self.norm.eps)?)
     }
 }
 
 /// Brings a weight into the form that products read, one for each part of its linear.
-pub fn ready<B: Backend>(backend: &B, linear: &Linear, weight: Weight<B::Matrix>) -> Result<Vec<Weight<B::Weight>>> {
+pub fn ready<B: Forward>(backend: &B, linear: &Linear, weight: Weight<B::Matrix>) -> Result<Vec<Weight<B::Weight>>> {
     if linear.split.rows(0).is_none() {
         let Weight { matrix, bias, rounding } = weight;
         return Ok(vec![Weight { matrix: backend.weight(matrix)?, bias, rounding }]);
@@ -221,7 +221,7 @@ pub fn ready<B: Backend>(backend: &B, linear: &Linear, weight: Weight<B::Matrix>
 }
 
 /// Loads weights from a checkpoint as they are.
-pub struct Plain<'a, B: Backend> {
+pub struct Plain<'a, B: Forward> {
     /// Where to upload to.
     pub backend: &'a B,
     /// Where from.
@@ -232,7 +232,7 @@ pub struct Plain<'a, B: Backend> {
     pub ahead: Option<&'a Ahead<'a, B>>,
 }
 
-impl<'a, B: Backend> Plain<'a, B> {
+impl<'a, B: Forward> Plain<'a, B> {
     /// Weights that are multiplied with what was computed.
     pub fn exact(backend: &'a B, source: &'a Checkpoint) -> Plain<'a, B> {
         Plain { backend, source, activations: Activations::Exact, ahead: None }
@@ -303,7 +303,7 @@ pub fn load_bias(source: &Checkpoint, linear: &Linear) -> Result<Option<Vec<f32>
     }
 }
 
-impl<B: Backend> Supply<B> for Plain<'_, B> {
+impl<B: Forward> Supply<B> for Plain<'_, B> {
     fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
         self.source.load(name)
     }
@@ -326,7 +326,7 @@ impl<B: Backend> Supply<B> for Plain<'_, B> {
 }
 
 /// The last hidden states of sequences, normed, in chunks of whole sequences; `step` is told of every block done.
-pub fn final_hidden<B: Backend>(
+pub fn final_hidden<B: Forward>(
     backend: &B,
     graph: &Graph,
     source: &Checkpoint,

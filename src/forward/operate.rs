@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use kernels::{Activation, ActivationRounding, Backend};
+use kernels::{Activation, ActivationRounding, Forward};
 
 use super::route::{Routed, choose, sigmoid};
 use super::run::{Computed, Loaded, Place, Read, Run};
@@ -11,7 +11,7 @@ use crate::error::Result;
 use crate::graph::Temperature;
 use crate::program::{Expert, Kind, Operation};
 
-impl<B: Backend> Computed<B> {
+impl<B: Forward> Computed<B> {
     pub fn matrix(&self) -> &B::Matrix {
         let Computed::Matrix(matrix) = self else { unreachable!("read as a matrix") };
         matrix
@@ -28,7 +28,7 @@ impl<B: Backend> Computed<B> {
     }
 }
 
-impl<B: Backend> Read<'_, B> {
+impl<B: Forward> Read<'_, B> {
     fn matrix(&self) -> &B::Matrix {
         match self {
             Read::Stream(stream) => stream,
@@ -37,7 +37,7 @@ impl<B: Backend> Read<'_, B> {
     }
 }
 
-impl<'b, B: Backend> Run<'_, 'b, B> {
+impl<'b, B: Forward> Run<'_, 'b, B> {
     /// A matrix that may be changed: the value itself where nobody else has it.
     pub fn own(&self, read: Read<'_, B>) -> Result<B::Matrix> {
         Ok(match read {
@@ -209,13 +209,13 @@ impl<'b, B: Backend> Run<'_, 'b, B> {
 }
 
 /// The tokens of an operation's expert.
-fn routed<'r, B: Backend>(routes: &'r Read<'_, B>, operation: &Operation<'_>) -> &'r Routed {
+fn routed<'r, B: Forward>(routes: &'r Read<'_, B>, operation: &Operation<'_>) -> &'r Routed {
     let (Read::Value(routes), Some(expert)) = (routes, operation.expert) else { unreachable!("of an expert") };
     routes.routed(expert)
 }
 
 /// What linears make, activated.
-fn activate<B: Backend>(
+fn activate<B: Forward>(
     backend: &B,
     weights: &[Weight<B::Weight>],
     activation: Activation,

@@ -7,7 +7,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
 
-use kernels::Backend;
+use kernels::Forward;
 use ndarray::Array2;
 
 use super::route::Routed;
@@ -17,7 +17,7 @@ use crate::graph::{Block, Linear, Norm};
 use crate::program::{Expert, Kept, Kind, Lifetimes, Operation, Program};
 
 /// Runs one block over all chunks.
-pub fn run_block<B: Backend>(
+pub fn run_block<B: Forward>(
     backend: &B,
     block: &Block,
     supply: &mut dyn Supply<B>,
@@ -44,7 +44,7 @@ pub fn run_block<B: Backend>(
 }
 
 /// A value of one chunk.
-pub(super) enum Computed<B: Backend> {
+pub(super) enum Computed<B: Forward> {
     Matrix(B::Matrix),
     /// As products read it.
     Input(B::Input),
@@ -56,7 +56,7 @@ pub(super) enum Computed<B: Backend> {
 type Store<B> = HashMap<(usize, usize), Rc<Computed<B>>>;
 
 /// What an operation takes besides values.
-pub(super) enum Loaded<'b, B: Backend> {
+pub(super) enum Loaded<'b, B: Forward> {
     Nothing,
     Weights(Vec<Weight<B::Weight>>),
     Norm(Rc<LoadedNorm<'b>>),
@@ -77,13 +77,13 @@ pub(super) struct Place<'p> {
 }
 
 /// What an operation reads.
-pub(super) enum Read<'m, B: Backend> {
+pub(super) enum Read<'m, B: Forward> {
     Stream(&'m B::Matrix),
     Value(Rc<Computed<B>>),
 }
 
 /// One block that is being run.
-pub(super) struct Run<'r, 'b, B: Backend> {
+pub(super) struct Run<'r, 'b, B: Forward> {
     pub backend: &'r B,
     block: &'b Block,
     pub program: &'r Program<'b>,
@@ -100,7 +100,7 @@ pub(super) struct Run<'r, 'b, B: Backend> {
     kept: RefCell<Store<B>>,
 }
 
-impl<'b, B: Backend> Run<'_, 'b, B> {
+impl<'b, B: Forward> Run<'_, 'b, B> {
     fn all(mut self, supply: &mut dyn Supply<B>) -> Result<()> {
         let program = self.program;
         for (at, operation) in program.operations.iter().enumerate() {

@@ -8,7 +8,7 @@ use calibration::samples::Samples;
 use calibration::solvers::{Asked, Gptq, Observer, Rtn, Shared, Solver};
 use calibration::statistics::{Needs, Statistics};
 use formats::{Encoding, Imatrix, ImatrixEntry};
-use kernels::{Backend, GridSpec};
+use kernels::{Backend, GridSpec, Memory};
 use ndarray::Array2;
 
 use super::observe::Observed;
@@ -94,7 +94,7 @@ impl<M> Wanted<'_, M> {
 }
 
 /// A matrix with what was found for it.
-type Answer<'m, B> = (Wanted<'m, <B as Backend>::Matrix>, Solved<B>);
+type Answer<'m, B> = (Wanted<'m, <B as Memory>::Matrix>, Solved<B>);
 
 /// What was found of one linear, put together of its placements.
 #[derive(Default)]

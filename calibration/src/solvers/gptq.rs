@@ -3,7 +3,7 @@
 //! Frantar et al. 2022, arXiv:2210.17323. Columns go by falling energy (act-order) on groups fixed beforehand, so that
 //! the order leaves no trace in the file; scales are searched with the input's energy as weights.
 
-use kernels::{Backend, Error, Grid, GridSpec, Result, Swept};
+use kernels::{Error, Grid, GridSpec, Quantize, Result, Swept};
 
 use super::{Asked, Observer, Shared, Solution, Solver, finish, round};
 use crate::statistics::{Needs, Statistics};
@@ -26,7 +26,7 @@ pub struct Gptq {
 /// Steps of tenfold damping that are tried before the sweep is given up.
 const DAMPINGS: [f64; 4] = [1.0, 10.0, 100.0, 1000.0];
 
-impl<B: Backend> Solver<B> for Gptq {
+impl<B: Quantize> Solver<B> for Gptq {
     fn id(&self) -> &'static str {
         "gptq"
     }
@@ -88,7 +88,7 @@ impl<B: Backend> Solver<B> for Gptq {
 
 impl Gptq {
     /// With the groups that the weight will have: of `desc_act` they follow the order in which columns are processed.
-    fn grouped<'a, B: Backend>(&self, asked: &Asked<'a, B>, shared: &Shared<'_, B>) -> Asked<'a, B> {
+    fn grouped<'a, B: Quantize>(&self, asked: &Asked<'a, B>, shared: &Shared<'_, B>) -> Asked<'a, B> {
         let mut asked = asked.clone();
         let GridSpec { encoding, group_of, .. } = &mut asked.spec;
         // Groups of others are where they are.

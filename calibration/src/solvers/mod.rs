@@ -10,7 +10,7 @@ mod rtn;
 mod tests;
 
 use formats::{GgmlType, PackedWeight, WordLayout};
-use kernels::{Backend, Factor, FitKind, Grid, GridSpec, Packing, Result};
+use kernels::{Factor, FitKind, Grid, GridSpec, Packing, Quantize, Result};
 
 pub use gptq::Gptq;
 pub use rows::{pack_rows, searched};
@@ -58,7 +58,7 @@ impl Observer {
     ///
     /// # Panics
     /// If the statistics it [`needs`](Self::needs) were not gathered, and no importance was given instead: a mistake of the caller.
-    pub fn fit<B: Backend>(
+    pub fn fit<B: Quantize>(
         self,
         backend: &B,
         asked: &Asked<'_, B>,
@@ -89,7 +89,7 @@ impl Observer {
 }
 
 /// A weight to be quantized.
-pub struct Asked<'a, B: Backend> {
+pub struct Asked<'a, B: Quantize> {
     /// `[out, in]`.
     pub weight: &'a B::Matrix,
     /// How it is to be represented.
@@ -98,14 +98,14 @@ pub struct Asked<'a, B: Backend> {
     pub importance: Option<&'a [f32]>,
 }
 
-impl<B: Backend> Clone for Asked<'_, B> {
+impl<B: Quantize> Clone for Asked<'_, B> {
     fn clone(&self) -> Self {
         Asked { weight: self.weight, spec: self.spec.clone(), importance: self.importance }
     }
 }
 
 /// What linears that read one input share: its statistics, and whatever a solver derives from them.
-pub struct Shared<'a, B: Backend> {
+pub struct Shared<'a, B: Quantize> {
     /// Absent for solvers that need nothing.
     pub statistics: Option<&'a Statistics<B>>,
     /// The factored Hessian, for the solvers that sweep.
@@ -115,7 +115,7 @@ pub struct Shared<'a, B: Backend> {
 }
 
 /// What was chosen for a weight.
-enum Chosen<B: Backend> {
+enum Chosen<B: Quantize> {
     /// Codes on the device, and their grid.
     Codes(B::Codes, Box<Grid>),
     /// Rows as a file of ggml's holds them, by ggml's own encoder.
@@ -123,7 +123,7 @@ enum Chosen<B: Backend> {
 }
 
 /// One linear, quantized, and how good it is.
-pub struct Solution<B: Backend> {
+pub struct Solution<B: Quantize> {
     chosen: Chosen<B>,
     /// What the codes stand for, on the device.
     pub dequantized: B::Matrix,
@@ -137,7 +137,7 @@ pub struct Solution<B: Backend> {
     pub fallback: Option<String>,
 }
 
-impl<B: Backend> Solution<B> {
+impl<B: Quantize> Solution<B> {
     /// Scales and zeros or minima; `None` where ggml's own encoder chose the rows, or values are stored as they are.
     pub fn grid(&self) -> Option<&Grid> {
         match &self.chosen {
@@ -184,7 +184,7 @@ impl<B: Backend> Solution<B> {
 }
 
 /// Chooses codes and scales for linears.
-pub trait Solver<B: Backend>: Sync {
+pub trait Solver<B: Quantize>: Sync {
     /// The name users type.
     fn id(&self) -> &'static str;
     /// What must be known of a linear's input.
@@ -198,7 +198,7 @@ pub trait Solver<B: Backend>: Sync {
 }
 
 /// Rounds every weight to the nearest code of the grid that an observer chooses.
-fn round<B: Backend>(
+fn round<B: Quantize>(
     backend: &B,
     shared: &Shared<'_, B>,
     asked: &Asked<'_, B>,
@@ -216,7 +216,7 @@ fn round<B: Backend>(
 /// Puts codes and grid together, and measures them when the Hessian is known.
 ///
 /// A sweep has measured them already: `swept` is its loss, under the damped Hessian.
-fn finish<B: Backend>(
+fn finish<B: Quantize>(
     backend: &B,
     shared: &Shared<'_, B>,
     weight: &B::Matrix,
@@ -228,7 +228,7 @@ fn finish<B: Backend>(
     measured(backend, shared, weight, Chosen::Codes(codes, Box::new(grid)), dequantized, swept)
 }
 
-fn measured<B: Backend>(
+fn measured<B: Quantize>(
     backend: &B,
     shared: &Shared<'_, B>,
     weight: &B::Matrix,
@@ -243,7 +243,7 @@ fn measured<B: Backend>(
 }
 
 /// The proxy loss and the relative error, where the Hessian is known.
-fn measure<B: Backend>(
+fn measure<B: Quantize>(
     backend: &B,
     shared: &Shared<'_, B>,
     weight: &B::Matrix,

@@ -1,7 +1,7 @@
 //! Rows of ggml's types without a solver: by ggml's own encoder where that does not search, else on searched scales.
 
 use formats::GgmlType;
-use kernels::{Backend, Error, FitKind, GridSpec, Packing, Result};
+use kernels::{Error, FitKind, GridSpec, Packing, Quantize, Result};
 use ndarray::Array2;
 use rayon::prelude::*;
 
@@ -9,7 +9,7 @@ use rayon::prelude::*;
 ///
 /// Without `importance` `[in]`, types that ggml encodes without a search are encoded as ggml does, and Q8_0 always. Fails when blocks do
 /// not divide the rows.
-pub fn pack_rows<B: Backend>(
+pub fn pack_rows<B: Quantize>(
     backend: &B,
     weight: &B::Matrix,
     ty: GgmlType,
@@ -31,7 +31,7 @@ pub fn searched(ty: GgmlType, importance: bool) -> bool {
 }
 
 /// Rows by ggml's own encoder, and what they stand for, on the device.
-pub(super) fn encode<B: Backend>(backend: &B, weight: &B::Matrix, ty: GgmlType) -> Result<(Vec<u8>, B::Matrix)> {
+pub(super) fn encode<B: Quantize>(backend: &B, weight: &B::Matrix, ty: GgmlType) -> Result<(Vec<u8>, B::Matrix)> {
     let [rows, cols] = backend.shape(weight);
     let packed = encode_rows(backend, weight, ty)?;
     let mut values = vec![0.0f32; rows * cols];
@@ -45,7 +45,7 @@ pub(super) fn encode<B: Backend>(backend: &B, weight: &B::Matrix, ty: GgmlType) 
     Ok((packed, backend.upload(Array2::from_shape_vec((rows, cols), values).expect("one value a weight"))?))
 }
 
-fn encode_rows<B: Backend>(backend: &B, weight: &B::Matrix, ty: GgmlType) -> Result<Vec<u8>> {
+fn encode_rows<B: Quantize>(backend: &B, weight: &B::Matrix, ty: GgmlType) -> Result<Vec<u8>> {
     let [rows, cols] = backend.shape(weight);
     let row_bytes = ty.row_bytes(cols).ok_or_else(|| Error::Shape {
         op: "pack_rows",

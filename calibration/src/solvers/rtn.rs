@@ -1,6 +1,6 @@
 //! Round to nearest: every weight on its own.
 
-use kernels::{Backend, Result};
+use kernels::{Quantize, Result};
 
 use super::{Asked, Observer, Shared, Solution, Solver, round};
 use crate::statistics::{Needs, Statistics};
@@ -12,7 +12,7 @@ pub struct Rtn {
     pub observer: Observer,
 }
 
-impl<B: Backend> Solver<B> for Rtn {
+impl<B: Quantize> Solver<B> for Rtn {
     fn id(&self) -> &'static str {
         "rtn"
     }

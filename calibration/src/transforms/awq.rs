@@ -4,7 +4,7 @@
 //! here the exact second moments of the input are at hand, so that the error of the layers' outputs is
 //! `tr(e H eᵀ)`, without any tokens. Heads that share a value head share their scales, so that v → o works under GQA too.
 
-use kernels::{Backend, Result};
+use kernels::{Quantize, Result};
 
 use super::{Slot, SlotScales};
 
@@ -28,7 +28,7 @@ impl Awq {
     ///
     /// # Panics
     /// If the slot's statistics lack the Hessian: a mistake of the caller.
-    pub fn scales<B: Backend>(&self, backend: &B, slot: &Slot<'_, B>) -> Result<SlotScales> {
+    pub fn scales<B: Quantize>(&self, backend: &B, slot: &Slot<'_, B>) -> Result<SlotScales> {
         let gram = slot.statistics.gram.as_ref().expect("a Hessian");
         let magnitude = slot.tie.reduce(&slot.statistics.magnitude());
         let readers = slot

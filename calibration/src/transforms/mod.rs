@@ -4,12 +4,12 @@ mod awq;
 
 pub use awq::Awq;
 
-use kernels::{Backend, GridSpec};
+use kernels::{GridSpec, Quantize};
 
 use crate::statistics::Statistics;
 
 /// One place where a scale per channel can be folded into whatever produces the channels.
-pub struct Slot<'a, B: Backend> {
+pub struct Slot<'a, B: Quantize> {
     /// The linears that read these channels, each with the grid it will be rounded on.
     pub readers: Vec<(&'a B::Matrix, &'a GridSpec)>,
     /// The channels' statistics, with their Hessian.

@@ -2,7 +2,7 @@
 
 use super::{Arg, Cuda, Matrix, Module, Operands, Rounded, at};
 use crate::Result;
-use crate::backend::{AttentionShape, Backend};
+use crate::backend::{AttentionShape, Memory};
 use crate::checks::expect_attention;
 
 pub(super) static ATTENTION: Module = Module { name: "attention", source: include_str!("../ops/attention.cu") };

@@ -19,7 +19,7 @@ pub static MODULES: &[&Module] = &[
     &super::forward::POINTWISE,
     &super::forward::NORM,
     &super::forward::ROPE,
-    &super::factor::GRAM,
+    &super::quantize::GRAM,
     &super::factor::FACTOR,
     &super::pack::PACK,
     &super::losses::LOSS,

@@ -1,22 +1,14 @@
-//! Second moments, and their factorization.
+//! The factorization of second moments.
 
-use super::{Arg, Buffer, Cuda, Matrix, Module, Operand, Operands, Pinned, Product, Real, THREADS, expect};
-use crate::backend::Factor;
+use super::quantize::GRAM;
+use super::{Arg, Buffer, Cuda, Matrix, Module, Operand, Pinned, Product, Real, THREADS, expect};
+use crate::backend::{Factor, Quantize};
 use crate::{Error, Result};
 
-pub(super) static GRAM: Module = Module { name: "gram", source: include_str!("../ops/gram.cu") };
 pub(super) static FACTOR: Module = Module { name: "factor", source: include_str!("../ops/factor.cu") };
 
-/// Tokens whose products are summed in one product: so few that the order of sums is that of cards which run no more at a time.
-const TOKENS: usize = 2048;
-/// Tokens that one block sums up in `column_moments`.
-const MOMENT_TOKENS: usize = 512;
 /// Most rows or columns of a panel that one product takes.
 const PANEL: usize = 2048;
-/// Rows of errors whose image is held at a time.
-const IMAGE_ROWS: usize = 16384;
-/// Partial sums of a reduction to one number, the same on every device.
-const PARTS: usize = 512;
 /// Side of the blocks that `factor_block` factors.
 const BLOCK: usize = 64;
 
@@ -68,7 +60,7 @@ pub(super) fn pinned(halves: &[Buffer; 2]) -> Result<[Pinned<'_>; 2]> {
 }
 
 /// Rows of a panel of a triangle: so many that products are large, so few that little lies above the diagonal.
-fn panel(n: usize) -> usize {
+pub(super) fn panel(n: usize) -> usize {
     n.div_ceil(4).next_multiple_of(64).clamp(128, PANEL)
 }
 
@@ -81,67 +73,6 @@ pub(super) fn transposed(at: u64, stride: usize) -> Operand {
 }
 
 impl Cuda {
-    pub(super) fn accumulate(&self, x: &Operands, gram: &mut Matrix) -> Result<()> {
-        let [tokens, n] = x.shape();
-        expect("add_gram", "features", gram.cols, n)?;
-        expect("add_gram", "rows of the Hessian", gram.cols, gram.rows)?;
-        let (from, to) = (x.pin()?, gram.buffer.pin()?);
-        let (real, side) = (x.real(), panel(n));
-        let at = |token: usize, col: usize| from.at + ((token * n + col) * real.bytes()) as u64;
-        for token in (0..tokens).step_by(TOKENS) {
-            for row in (0..n).step_by(side) {
-                let height = side.min(n - row);
-                self.device().product(&Product {
-                    real,
-                    shape: [height, row + height, TOKENS.min(tokens - token)],
-                    a: transposed(at(token, row), n),
-                    b: operand(at(token, 0), n),
-                    c: operand(to.at + 4 * (row * n) as u64, n),
-                    alpha: 1.0,
-                    beta: 1.0,
-                })?;
-            }
-        }
-        Ok(())
-    }
-
-    pub(super) fn moments(&self, x: &Operands, magnitude: &mut [f64], energy: &mut [f64]) -> Result<()> {
-        let [tokens, cols] = x.shape();
-        expect("add_moments", "features", magnitude.len(), cols)?;
-        expect("add_moments", "features", energy.len(), cols)?;
-        let chunks = tokens.div_ceil(MOMENT_TOKENS);
-        // Magnitudes, then energies.
-        let (parts, sums) = (self.buffer::<f32>(2 * chunks * cols)?, self.buffer::<f64>(2 * cols)?);
-        {
-            let (parts, sums, from) = (parts.pin()?, sums.pin()?, x.pin()?);
-            let half = |i: usize| (parts.at + (4 * i * chunks * cols) as u64, sums.at + (8 * i * cols) as u64);
-            let args =
-                [Arg::At(half(0).0), Arg::At(half(1).0), from.arg(), (tokens as i64).into(), (cols as i32).into()];
-            let kernel = if x.real() == Real::Bf16 { "column_moments_rounded" } else { "column_moments" };
-            let block = 128;
-            self.grid(&GRAM, kernel, [cols.div_ceil(block), chunks, 1], block as u32, 0, &args)?;
-            for i in 0..2 {
-                let (part, sum) = half(i);
-                let args = [Arg::At(sum), Arg::At(part), (chunks as i32).into(), (cols as i64).into()];
-                self.each(&GRAM, "sum_parts", cols, &args)?;
-            }
-        }
-        let found = self.fetch::<f64>(&sums, 2 * cols)?;
-        let (sizes, squares) = found.split_at(cols);
-        magnitude.iter_mut().zip(sizes).for_each(|(sum, x)| *sum += x);
-        energy.iter_mut().zip(squares).for_each(|(sum, x)| *sum += x);
-        Ok(())
-    }
-
-    pub(super) fn diagonal_of(&self, matrix: &Matrix) -> Result<Vec<f32>> {
-        let count = matrix.rows.min(matrix.cols);
-        let out = self.buffer::<f32>(count)?;
-        let (to, from) = (out.pin()?, matrix.buffer.pin_to_read()?);
-        let args = [to.arg(), from.arg(), (count as i32).into(), (matrix.cols as i64).into()];
-        self.each(&GRAM, "diagonal", count, &args)?;
-        self.fetch(&out, count)
-    }
-
     /// On cards whose tensor cores make up for it, products of single precision are three of bfloat16: each operand's nearest, and
     /// what that leaves. Sums agree to 2⁻¹⁶ of their terms: far below what is asked of a loss, and of the errors that a sweep hands
     /// on, which are themselves of weights that were rounded to half a step.
@@ -186,77 +117,6 @@ impl Cuda {
             self.device().product(&Product { real: Real::Bf16, a, b, beta, ..product })?;
         }
         Ok(())
-    }
-
-    pub(super) fn trace(&self, e: &Matrix, gram: &Matrix) -> Result<f64> {
-        expect("quadratic", "features", gram.cols, e.cols)?;
-        expect("quadratic", "rows of the Hessian", gram.cols, gram.rows)?;
-        let (rows, n, side) = (e.rows, e.cols, panel(e.cols));
-        let (heights, panels) = (rows.div_ceil(IMAGE_ROWS), n.div_ceil(side));
-        let sums = self.cleared::<f64>(heights * panels * PARTS)?;
-        {
-            let image = self.buffer::<f32>(rows.min(IMAGE_ROWS) * side)?;
-            let square = self.buffer::<f32>(side * side)?;
-            let (e, gram, sums) = (e.buffer.pin_to_read()?, gram.buffer.pin_to_read()?, sums.pin()?);
-            let (image, square) = (image.pin()?, square.pin()?);
-            let (errors, energies) = (self.halves(e.at, rows * n)?, self.halves(gram.at, n * n)?);
-            let errors = errors.as_ref().map(pinned).transpose()?;
-            let energies = energies.as_ref().map(pinned).transpose()?;
-            let (errors, energies) = (Halves::of(&e, errors.as_ref()), Halves::of(&gram, energies.as_ref()));
-            let at = |base: u64, row: usize, col: usize| base + 4 * (row * n + col) as u64;
-            for (index, col) in (0..n).step_by(side).enumerate() {
-                let width = side.min(n - col);
-                let corner = Arg::At(at(gram.at, col, col));
-                let args = [square.arg(), corner, (width as i32).into(), (n as i64).into()];
-                self.each(&GRAM, "whole_square", width * width, &args)?;
-                let corners = self.halves(square.at, width * width)?;
-                let corners = corners.as_ref().map(pinned).transpose()?;
-                let corners = Halves::of(&square, corners.as_ref());
-                for (chunk, row) in (0..rows).step_by(IMAGE_ROWS).enumerate() {
-                    let height = IMAGE_ROWS.min(rows - row);
-                    let mut product = Product {
-                        real: Real::F32,
-                        shape: [height, width, width],
-                        a: operand(0, n),
-                        b: operand(0, width),
-                        c: operand(image.at, width),
-                        alpha: 1.0,
-                        beta: 0.0,
-                    };
-                    self.multiply_split(product, [errors, corners], [row * n + col, 0])?;
-                    if col > 0 {
-                        // What lies left of the diagonal square counts for its mirror image too.
-                        product.shape = [height, width, col];
-                        product.b = transposed(0, n);
-                        (product.alpha, product.beta) = (2.0, 1.0);
-                        self.multiply_split(product, [errors, energies], [row * n, col * n])?;
-                    }
-                    let args = [
-                        Arg::At(sums.at + (8 * (index * heights + chunk) * PARTS) as u64),
-                        Arg::At(at(e.at, row, col)),
-                        (n as i64).into(),
-                        image.arg(),
-                        (width as i64).into(),
-                        (height as i64).into(),
-                        (width as i32).into(),
-                    ];
-                    self.blocks(&GRAM, "dot_rows", height.min(PARTS), THREADS, 0, &args)?;
-                }
-            }
-        }
-        Ok(self.fetch::<f64>(&sums, heights * panels * PARTS)?.iter().sum())
-    }
-
-    pub(super) fn weighted_energy(&self, e: &Matrix, weights: &[f64]) -> Result<f64> {
-        expect("weighted_square", "weights", e.cols, weights.len())?;
-        let parts = e.rows.min(PARTS);
-        let (sums, weights) = (self.buffer::<f64>(parts)?, self.send(weights)?);
-        {
-            let (sums, from, weights) = (sums.pin()?, e.buffer.pin_to_read()?, weights.pin()?);
-            let args = [sums.arg(), from.arg(), weights.arg(), (e.rows as i64).into(), (e.cols as i32).into()];
-            self.blocks(&GRAM, "weigh_squares", parts, THREADS, 0, &args)?;
-        }
-        Ok(self.fetch::<f64>(&sums, parts)?.iter().sum())
     }
 
     /// The precision of factors outside the blocks on their diagonals. Most cards have 1/32 or 1/64 as many units for doubles as for
@@ -308,7 +168,7 @@ impl Cuda {
                 self.blocks(&FACTOR, kernels.unit_of, n, THREADS, 0, &args)?;
                 answer
             };
-            diagonal = self.diagonal_of(gram)?;
+            diagonal = self.diagonal(gram)?;
             if diagonal.iter().any(|x| !x.is_finite()) {
                 return Err(Error::NonFinite("the Hessian"));
             }

@@ -2,8 +2,8 @@
 
 use ndarray::Array2;
 
-use super::{Arg, Cuda, Matrix, Module, Operand, Operands, Pinned, Product, Rounded, at, expect, expect_multiple};
-use crate::backend::{Activation, ActivationRounding, NormKind, RopeLayout};
+use super::{Cuda, Matrix, Module, Operand, Operands, Pinned, Product, Rounded, at, expect, expect_multiple};
+use crate::backend::{Activation, ActivationRounding, AttentionShape, Forward, Memory, NormKind, RopeLayout};
 use crate::checks::{expect_limit, expect_rotation};
 use crate::ops::add::sources;
 use crate::{Error, Result};
@@ -40,7 +40,7 @@ fn check_product(op: &'static str, x: &Operands, weight: &Operands, bias: Option
 }
 
 /// A norm of slices.
-pub(super) struct Norm<'a> {
+struct Norm<'a> {
     /// Values of a slice.
     width: usize,
     kind: NormKind,
@@ -51,7 +51,7 @@ pub(super) struct Norm<'a> {
 
 impl<'a> Norm<'a> {
     /// That of whole rows of `x`. Fails unless there is a weight for each of its columns and, where there are biases, one of these.
-    pub(super) fn of_rows(
+    fn of_rows(
         op: &'static str,
         x: &Matrix,
         kind: NormKind,
@@ -68,56 +68,8 @@ impl<'a> Norm<'a> {
 }
 
 impl Cuda {
-    /// Rounds to bfloat16.
-    pub(super) fn narrowed(&self, x: &Matrix) -> Result<Operands> {
-        let count = x.rows * x.cols;
-        let out = Rounded { buffer: self.buffer::<u16>(count)?, rows: x.rows, cols: x.cols };
-        let pins = (out.buffer.pin()?, x.buffer.pin_to_read()?);
-        let args = [pins.0.arg(), pins.1.arg(), (count as i64).into()];
-        self.each(&POINTWISE, "narrow", count, &args)?;
-        drop(pins);
-        Ok(Operands::Rounded(out))
-    }
-
-    pub(super) fn rounded_activations(&self, x: &Operands, kind: ActivationRounding) -> Result<Operands> {
-        let [rows, cols] = x.shape();
-        let (mut out, count) = (self.matrix(rows, cols)?, rows * cols);
-        {
-            let (to, from) = (out.buffer.pin()?, x.pin()?);
-            let stored = if x.real() == super::Real::Bf16 { 1 } else { 2 };
-            self.each(&POINTWISE, "widen", count, &[to.arg(), from.arg(), stored.into(), (count as i64).into()])?;
-        }
-        self.rounded_values(&mut out, kind)?;
-        match x {
-            Operands::Whole(_) => Ok(Operands::Whole(out)),
-            Operands::Rounded(_) => self.narrowed(&out),
-        }
-    }
-
-    pub(super) fn rounded_values(&self, x: &mut Matrix, kind: ActivationRounding) -> Result<()> {
-        let (count, length) = (x.rows * x.cols, kind.block_len());
-        expect_multiple("round_values", length, x.cols)?;
-        let to = x.buffer.pin()?;
-        match kind {
-            ActivationRounding::F16 | ActivationRounding::Bf16 => {
-                let brain = kind == ActivationRounding::Bf16;
-                self.each(&ROUNDING, "round_to_halves", count, &[to.arg(), brain.into(), (count as i64).into()])
-            }
-            ActivationRounding::Int8Token | ActivationRounding::Fp8Token => {
-                let floats = kind == ActivationRounding::Fp8Token;
-                let args = [to.arg(), (x.rows as i64).into(), (x.cols as i32).into(), floats.into()];
-                self.each(&ROUNDING, "round_tokens", x.rows * 32, &args)
-            }
-            ActivationRounding::Q8_0 | ActivationRounding::Q8K => {
-                let (blocks, half) = (count / length, kind == ActivationRounding::Q8_0);
-                let args = [to.arg(), (blocks as i64).into(), (length as i32).into(), half.into()];
-                self.each(&ROUNDING, "round_to_bytes", blocks * 32, &args)
-            }
-        }
-    }
-
     /// `y ← x wᵀ + bias + keep · y`.
-    pub(super) fn multiply(
+    fn multiply(
         &self,
         op: &'static str,
         x: &Operands,
@@ -192,45 +144,6 @@ impl Cuda {
         Ok(narrow.map_or(Operands::Whole(gate), Operands::Rounded))
     }
 
-    pub(super) fn gated_product(
-        &self,
-        x: &Operands,
-        [gate, up]: [&Operands; 2],
-        biases: [Option<&[f32]>; 2],
-        activation: Activation,
-    ) -> Result<Operands> {
-        check_product("gated", x, gate, biases[0])?;
-        check_product("gated", x, up, biases[1])?;
-        expect("gated", "output features", gate.shape()[0], up.shape()[0])?;
-        if let Activation::SwigluOai { limit, .. } = activation {
-            expect_limit("gated", limit)?;
-        }
-        let (tokens, outs) = (x.shape()[0], gate.shape()[0]);
-        let mut products = [self.matrix(tokens, outs)?, self.matrix(tokens, outs)?];
-        for (weight, y) in [gate, up].into_iter().zip(&mut products) {
-            self.multiply("gated", x, weight, None, y, 0.0)?;
-        }
-        let [gate, up] = products;
-        self.activate(x.real(), gate, Some(up), biases, activation)
-    }
-
-    pub(super) fn activated_product(
-        &self,
-        x: &Operands,
-        weight: &Operands,
-        bias: Option<&[f32]>,
-        activation: Activation,
-    ) -> Result<Operands> {
-        check_product("activated", x, weight, bias)?;
-        if let Activation::SwigluOai { .. } = activation {
-            let (expected, found) = ("a function of one value".to_owned(), format!("{activation:?}"));
-            return Err(Error::Shape { op: "activated", expected, found });
-        }
-        let mut y = self.matrix(x.shape()[0], weight.shape()[0])?;
-        self.multiply("activated", x, weight, None, &mut y, 0.0)?;
-        self.activate(x.real(), y, None, [bias, None], activation)
-    }
-
     /// Norms slices of `width` from `x` to `y`, which is memory of as many values, of single precision or, where it is `rounded`, of
     /// bfloat16; `weight` repeats.
     fn norm_into(&self, x: &Pinned<'_>, y: &Pinned<'_>, rounded: bool, count: usize, norm: &Norm<'_>) -> Result<()> {
@@ -256,24 +169,133 @@ impl Cuda {
         self.blocks(&NORM, kernel, count / width, threads_for(width), 0, &args)
     }
 
-    pub(super) fn normed(&self, x: &Matrix, norm: &Norm<'_>) -> Result<Matrix> {
+    fn normed(&self, x: &Matrix, norm: &Norm<'_>) -> Result<Matrix> {
         let y = self.matrix(x.rows, x.cols)?;
         self.norm_into(&x.buffer.pin_to_read()?, &y.buffer.pin()?, false, x.rows * x.cols, norm)?;
         Ok(y)
     }
+}
 
-    /// Normed, as products read it.
-    pub(super) fn normed_input(&self, x: &Matrix, norm: &Norm<'_>) -> Result<Operands> {
+impl Forward for Cuda {
+    type Weight = Operands;
+
+    fn round_values(&self, x: &mut Matrix, kind: ActivationRounding) -> Result<()> {
+        let (count, length) = (x.rows * x.cols, kind.block_len());
+        expect_multiple("round_values", length, x.cols)?;
+        let to = x.buffer.pin()?;
+        match kind {
+            ActivationRounding::F16 | ActivationRounding::Bf16 => {
+                let brain = kind == ActivationRounding::Bf16;
+                self.each(&ROUNDING, "round_to_halves", count, &[to.arg(), brain.into(), (count as i64).into()])
+            }
+            ActivationRounding::Int8Token | ActivationRounding::Fp8Token => {
+                let floats = kind == ActivationRounding::Fp8Token;
+                let args = [to.arg(), (x.rows as i64).into(), (x.cols as i32).into(), floats.into()];
+                self.each(&ROUNDING, "round_tokens", x.rows * 32, &args)
+            }
+            ActivationRounding::Q8_0 | ActivationRounding::Q8K => {
+                let (blocks, half) = (count / length, kind == ActivationRounding::Q8_0);
+                let args = [to.arg(), (blocks as i64).into(), (length as i32).into(), half.into()];
+                self.each(&ROUNDING, "round_to_bytes", blocks * 32, &args)
+            }
+        }
+    }
+
+    fn round_activations(&self, x: &Operands, kind: ActivationRounding) -> Result<Operands> {
+        let [rows, cols] = x.shape();
+        let (mut out, count) = (self.matrix(rows, cols)?, rows * cols);
+        {
+            let (to, from) = (out.buffer.pin()?, x.pin()?);
+            let stored = if x.real() == super::Real::Bf16 { 1 } else { 2 };
+            self.each(&POINTWISE, "widen", count, &[to.arg(), from.arg(), stored.into(), (count as i64).into()])?;
+        }
+        self.round_values(&mut out, kind)?;
+        match x {
+            Operands::Whole(_) => Ok(Operands::Whole(out)),
+            Operands::Rounded(_) => self.narrowed(&out),
+        }
+    }
+
+    fn weight(&self, matrix: Matrix) -> Result<Operands> {
+        self.input(matrix)
+    }
+
+    fn linear(&self, x: &Operands, weight: &Operands, bias: Option<&[f32]>) -> Result<Matrix> {
+        let mut y = self.matrix(x.shape()[0], weight.shape()[0])?;
+        self.multiply("linear", x, weight, bias, &mut y, 0.0)?;
+        Ok(y)
+    }
+
+    fn add_linear(&self, x: &Operands, weight: &Operands, bias: Option<&[f32]>, y: &mut Matrix) -> Result<()> {
+        self.multiply("add_linear", x, weight, bias, y, 1.0)
+    }
+
+    fn gated(
+        &self,
+        x: &Operands,
+        [gate, up]: [&Operands; 2],
+        biases: [Option<&[f32]>; 2],
+        activation: Activation,
+    ) -> Result<Operands> {
+        check_product("gated", x, gate, biases[0])?;
+        check_product("gated", x, up, biases[1])?;
+        expect("gated", "output features", gate.shape()[0], up.shape()[0])?;
+        if let Activation::SwigluOai { limit, .. } = activation {
+            expect_limit("gated", limit)?;
+        }
+        let (tokens, outs) = (x.shape()[0], gate.shape()[0]);
+        let mut products = [self.matrix(tokens, outs)?, self.matrix(tokens, outs)?];
+        for (weight, y) in [gate, up].into_iter().zip(&mut products) {
+            self.multiply("gated", x, weight, None, y, 0.0)?;
+        }
+        let [gate, up] = products;
+        self.activate(x.real(), gate, Some(up), biases, activation)
+    }
+
+    fn activated(
+        &self,
+        x: &Operands,
+        weight: &Operands,
+        bias: Option<&[f32]>,
+        activation: Activation,
+    ) -> Result<Operands> {
+        check_product("activated", x, weight, bias)?;
+        if let Activation::SwigluOai { .. } = activation {
+            let (expected, found) = ("a function of one value".to_owned(), format!("{activation:?}"));
+            return Err(Error::Shape { op: "activated", expected, found });
+        }
+        let mut y = self.matrix(x.shape()[0], weight.shape()[0])?;
+        self.multiply("activated", x, weight, None, &mut y, 0.0)?;
+        self.activate(x.real(), y, None, [bias, None], activation)
+    }
+
+    fn rms_norm(&self, x: &Matrix, weight: &[f32], eps: f32) -> Result<Matrix> {
+        self.normed(x, &Norm::of_rows("rms_norm", x, NormKind::Rms, weight, None, eps)?)
+    }
+
+    fn layer_norm(&self, x: &Matrix, weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Result<Matrix> {
+        self.normed(x, &Norm::of_rows("layer_norm", x, NormKind::Layer, weight, bias, eps)?)
+    }
+
+    fn norm_input(
+        &self,
+        x: &Matrix,
+        kind: NormKind,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+    ) -> Result<Operands> {
+        let norm = Norm::of_rows("norm_input", x, kind, weight, bias, eps)?;
         if !self.rounds() {
-            return Ok(Operands::Whole(self.normed(x, norm)?));
+            return Ok(Operands::Whole(self.normed(x, &norm)?));
         }
         let count = x.rows * x.cols;
         let y = Rounded { buffer: self.buffer::<u16>(count)?, rows: x.rows, cols: x.cols };
-        self.norm_into(&x.buffer.pin_to_read()?, &y.buffer.pin()?, true, count, norm)?;
+        self.norm_into(&x.buffer.pin_to_read()?, &y.buffer.pin()?, true, count, &norm)?;
         Ok(Operands::Rounded(y))
     }
 
-    pub(super) fn norm_slices(
+    fn norm_heads(
         &self,
         x: &mut Matrix,
         head_dim: usize,
@@ -290,7 +312,7 @@ impl Cuda {
         self.norm_into(&pin, &pin, false, x.rows * x.cols, &norm)
     }
 
-    pub(super) fn rotate(
+    fn rope(
         &self,
         x: &mut Matrix,
         cos: &Array2<f32>,
@@ -320,53 +342,19 @@ impl Cuda {
         self.each(&ROPE, "rope", x.rows * heads * half, &args)
     }
 
-    pub(super) fn gather_rows(&self, matrix: &Matrix, rows: &[usize]) -> Result<Matrix> {
-        if let Some(row) = rows.iter().find(|row| **row >= matrix.rows) {
-            let expected = format!("rows below {}", matrix.rows);
-            return Err(Error::Shape { op: "select_rows", expected, found: row.to_string() });
-        }
-        let out = self.matrix(rows.len(), matrix.cols)?;
-        let indices: Vec<u32> = rows.iter().map(|row| *row as u32).collect();
-        let indices = self.send(&indices)?;
-        let pins = (out.buffer.pin()?, matrix.buffer.pin_to_read()?, indices.pin()?);
-        let args = [pins.0.arg(), pins.1.arg(), pins.2.arg(), (rows.len() as i64).into(), (matrix.cols as i32).into()];
-        self.each(&POINTWISE, "select_rows", rows.len() * matrix.cols, &args)?;
-        drop(pins);
-        Ok(out)
+    fn attention(
+        &self,
+        q: &Matrix,
+        k: &Matrix,
+        v: &Matrix,
+        sinks: Option<&[f32]>,
+        shape: &AttentionShape,
+        lengths: &[usize],
+    ) -> Result<Operands> {
+        self.attend(q, k, v, sinks, shape, lengths)
     }
 
-    pub(super) fn scale_sides(&self, matrix: &mut Matrix, rows: &[f32], cols: &[f32]) -> Result<()> {
-        for (side, factors, length) in [("rows", rows, matrix.rows), ("columns", cols, matrix.cols)] {
-            if !factors.is_empty() {
-                expect("scale", side, length, factors.len())?;
-            }
-        }
-        let sent = |factors: &[f32]| (!factors.is_empty()).then(|| self.send(factors)).transpose();
-        let (rows, cols) = (sent(rows)?, sent(cols)?);
-        let (rows, cols) = (rows.as_ref().map(|b| b.pin()).transpose()?, cols.as_ref().map(|b| b.pin()).transpose()?);
-        let count = matrix.rows * matrix.cols;
-        let pinned = matrix.buffer.pin()?;
-        let args = [
-            pinned.arg(),
-            at(rows.as_ref()),
-            at(cols.as_ref()),
-            (matrix.rows as i64).into(),
-            (matrix.cols as i32).into(),
-        ];
-        self.each(&POINTWISE, "scale_sides", count, &args)
-    }
-
-    pub(super) fn all_finite(&self, matrix: &Matrix) -> Result<bool> {
-        let flag = self.cleared::<i32>(1)?;
-        let count = matrix.rows * matrix.cols;
-        let pins = (flag.pin()?, matrix.buffer.pin_to_read()?);
-        let args = [pins.0.arg(), pins.1.arg(), (count as i64).into()];
-        self.each(&POINTWISE, "find_not_finite", count, &args)?;
-        drop(pins);
-        Ok(self.fetch::<i32>(&flag, 1)?[0] == 0)
-    }
-
-    pub(super) fn joined(&self, own: &Matrix, shared: &Matrix, heads: usize) -> Result<Matrix> {
+    fn join_heads(&self, own: &Matrix, shared: &Matrix, heads: usize) -> Result<Matrix> {
         expect_multiple("join_heads", heads, own.cols)?;
         expect("join_heads", "tokens", own.rows, shared.rows)?;
         let (a, b) = (own.cols / heads, shared.cols);
@@ -386,27 +374,18 @@ impl Cuda {
         Ok(out)
     }
 
-    pub(super) fn capped(&self, x: &mut Matrix, cap: f32) -> Result<()> {
+    fn softcap(&self, x: &mut Matrix, cap: f32) -> Result<()> {
         let count = x.rows * x.cols;
         self.each(&POINTWISE, "softcap", count, &[x.buffer.pin()?.arg(), cap.into(), (count as i64).into()])
     }
 
-    pub(super) fn clamped(&self, x: &mut Matrix, limit: f32) -> Result<()> {
+    fn clamp(&self, x: &mut Matrix, limit: f32) -> Result<()> {
         expect_limit("clamp", limit)?;
         let count = x.rows * x.cols;
         self.each(&POINTWISE, "clamp_all", count, &[x.buffer.pin()?.arg(), limit.into(), (count as i64).into()])
     }
 
-    pub(super) fn add_multiple(&self, x: &Matrix, factor: f32, y: &mut Matrix) -> Result<()> {
-        expect("add_scaled", "tokens", y.rows, x.rows)?;
-        expect("add_scaled", "features", y.cols, x.cols)?;
-        let count = x.rows * x.cols;
-        let pins = (y.buffer.pin()?, x.buffer.pin_to_read()?);
-        let args = [pins.0.arg(), pins.1.arg(), factor.into(), (count as i64).into()];
-        self.each(&POINTWISE, "add_scaled", count, &args)
-    }
-
-    pub(super) fn scatter_rows(&self, x: &Matrix, rows: &[usize], weights: &[f32], y: &mut Matrix) -> Result<()> {
+    fn add_rows(&self, x: &Matrix, rows: &[usize], weights: &[f32], y: &mut Matrix) -> Result<()> {
         expect("add_rows", "rows", x.rows, rows.len())?;
         expect("add_rows", "weights", x.rows, weights.len())?;
         expect("add_rows", "features", y.cols, x.cols)?;
@@ -421,16 +400,5 @@ impl Cuda {
         let args =
             [pins.0.arg(), pins.1.arg(), pins.2.arg(), pins.3.arg(), (x.rows as i64).into(), (x.cols as i32).into()];
         self.each(&POINTWISE, "add_rows", x.rows * x.cols, &args)
-    }
-
-    pub(super) fn subtracted(&self, a: &Matrix, b: &Matrix) -> Result<Matrix> {
-        expect("difference", "rows", a.rows, b.rows)?;
-        expect("difference", "columns", a.cols, b.cols)?;
-        let (out, count) = (self.matrix(a.rows, a.cols)?, a.rows * a.cols);
-        let pins = (out.buffer.pin()?, a.buffer.pin_to_read()?, b.buffer.pin_to_read()?);
-        let args = [pins.0.arg(), pins.1.arg(), pins.2.arg(), Arg::Long(count as i64)];
-        self.each(&POINTWISE, "difference", count, &args)?;
-        drop(pins);
-        Ok(out)
     }
 }

@@ -2,15 +2,15 @@
 
 use super::{Cuda, Matrix, Module, expect};
 use crate::Result;
-use crate::backend::{TokenComparison, TokenLoss};
+use crate::backend::{Measure, TokenComparison, TokenLoss};
 
 pub(super) static LOSS: Module = Module { name: "loss", source: include_str!("../ops/loss.cu") };
 
 /// Threads of a row.
 const ROW: u32 = 256;
 
-impl Cuda {
-    pub(super) fn token_losses(&self, logits: &Matrix, targets: &[u32]) -> Result<TokenLoss> {
+impl Measure for Cuda {
+    fn token_loss(&self, logits: &Matrix, targets: &[u32]) -> Result<TokenLoss> {
         expect("token_loss", "targets", logits.rows, targets.len())?;
         let (nll, argmax) = (self.buffer::<f64>(logits.rows)?, self.buffer::<u32>(logits.rows)?);
         let wanted = self.send(targets)?;
@@ -21,7 +21,7 @@ impl Cuda {
         Ok(TokenLoss { nll: self.fetch(&nll, logits.rows)?, argmax: self.fetch(&argmax, logits.rows)? })
     }
 
-    pub(super) fn compared(&self, reference: &Matrix, model: &Matrix, targets: &[u32]) -> Result<TokenComparison> {
+    fn compare(&self, reference: &Matrix, model: &Matrix, targets: &[u32]) -> Result<TokenComparison> {
         expect("compare", "targets", model.rows, targets.len())?;
         expect("compare", "rows", reference.rows, model.rows)?;
         expect("compare", "logits", reference.cols, model.cols)?;
@@ -31,8 +31,8 @@ impl Cuda {
         self.blocks(&LOSS, "divergence", model.rows, ROW, 0, &args)?;
         drop(pins);
         Ok(TokenComparison {
-            reference: self.token_losses(reference, targets)?,
-            model: self.token_losses(model, targets)?,
+            reference: self.token_loss(reference, targets)?,
+            model: self.token_loss(model, targets)?,
             kld: self.fetch(&kld, model.rows)?,
         })
     }

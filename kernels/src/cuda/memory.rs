@@ -18,7 +18,7 @@ const FRESH: u64 = 32;
 
 /// A device's memory, as far as one backend may use it.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(super) struct Pool {
     pub device: Arc<dyn Device>,
     budget: u64,
     ledger: Mutex<Ledger>,
@@ -70,9 +70,9 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-impl Memory {
-    pub fn new(device: Arc<dyn Device>, budget: u64) -> Memory {
-        Memory { device, budget, ledger: Mutex::default(), road: Mutex::default(), clock: AtomicU64::new(0) }
+impl Pool {
+    pub fn new(device: Arc<dyn Device>, budget: u64) -> Pool {
+        Pool { device, budget, ledger: Mutex::default(), road: Mutex::default(), clock: AtomicU64::new(0) }
     }
 
     pub fn budget(&self) -> u64 {
@@ -179,7 +179,7 @@ enum Place {
 
 #[derive(Debug)]
 struct Slot {
-    memory: Arc<Memory>,
+    memory: Arc<Pool>,
     bytes: usize,
     place: Mutex<Place>,
     pins: AtomicUsize,
@@ -190,7 +190,7 @@ struct Slot {
 }
 
 impl Slot {
-    fn at(memory: &Arc<Memory>, at: Address, bytes: usize) -> Arc<Slot> {
+    fn at(memory: &Arc<Pool>, at: Address, bytes: usize) -> Arc<Slot> {
         let used = AtomicU64::new(memory.clock.fetch_add(1, Ordering::Relaxed));
         let place = Mutex::new(Place::Device(at, None));
         Arc::new(Slot {
@@ -263,7 +263,7 @@ pub struct Buffer(Arc<Slot>);
 
 impl Buffer {
     /// Uninitialized.
-    pub(super) fn new(memory: &Arc<Memory>, bytes: usize) -> Result<Buffer> {
+    pub(super) fn new(memory: &Arc<Pool>, bytes: usize) -> Result<Buffer> {
         // Nothing is never asked for: an address is wanted all the same.
         let bytes = bytes.max(16);
         let slot = Slot::at(memory, memory.allocate(bytes)?, bytes);
@@ -274,7 +274,7 @@ impl Buffer {
     }
 
     /// Sends bytes ahead, while the device is at other work; `None` where there is no room now.
-    pub(super) fn ahead(memory: &Arc<Memory>, bytes: &[u8]) -> Result<Option<Buffer>> {
+    pub(super) fn ahead(memory: &Arc<Pool>, bytes: &[u8]) -> Result<Option<Buffer>> {
         let _road = lock(&memory.road);
         let size = bytes.len().max(16);
         let Some(at) = memory.allocate_ahead(size)? else { return Ok(None) };

@@ -5,7 +5,7 @@ use formats::Float;
 use super::memory::Buffer;
 use super::{Arg, Codes, Cuda, Matrix, Module, at, expect, expect_spec};
 use crate::Result;
-use crate::backend::{Backend, FitKind, Grid, GridSpec};
+use crate::backend::{FitKind, Grid, GridSpec, Memory, Quantize};
 use crate::ops::fit::{Rules, candidates, floor};
 
 pub(super) static SEARCH: Module =
@@ -115,7 +115,7 @@ impl Cuda {
             all.partition(|group| hessian.is_some() && (1..=WIDEST_BLOCK).contains(&groups.width(*group)));
         let importance = match (&kind, hessian) {
             (FitKind::Weighted(h), _) => Some(h.to_vec()),
-            (_, Some(hessian)) if !searched.is_empty() => Some(self.diagonal_of(hessian)?),
+            (_, Some(hessian)) if !searched.is_empty() => Some(self.diagonal(hessian)?),
             _ => None,
         };
         let importance = importance.map(|importance| {
@@ -255,11 +255,11 @@ impl Cuda {
         if !spec.encoding.is_integers() {
             // Blocks are searched, not spanned: step by step.
             let mut scaled = self.copy(weight)?;
-            self.scale_sides(&mut scaled, &[], t)?;
+            self.scale(&mut scaled, &[], t)?;
             let grid = self.fit(&scaled, spec, FitKind::MinMax)?;
             let values = self.dequantize(&self.round(&scaled, &grid)?, &grid)?;
-            let mut error = self.subtracted(&scaled, &values)?;
-            self.scale_sides(&mut error, &[], &t.iter().map(|t| 1.0 / t).collect::<Vec<f32>>())?;
+            let mut error = self.difference(&scaled, &values)?;
+            self.scale(&mut error, &[], &t.iter().map(|t| 1.0 / t).collect::<Vec<f32>>())?;
             return Ok(error);
         }
         let error = self.matrix(weight.rows, weight.cols)?;

@@ -98,7 +98,7 @@ pub(crate) mod testing {
     use formats::GgmlType;
     use ndarray::Array2;
 
-    use crate::{Backend, FitKind, GridSpec};
+    use crate::{FitKind, GridSpec, Quantize};
 
     /// A repeatable stream of numbers, roughly normal.
     pub struct Noise(pub u64);
@@ -136,7 +136,7 @@ pub(crate) mod testing {
     }
 
     /// Scales of a type's blocks, without importance or with.
-    pub fn fit_blocks<B: Backend>(
+    pub fn fit_blocks<B: Quantize>(
         backend: &B,
         weight: &B::Matrix,
         ty: GgmlType,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use formats::Dtype;
 
 use super::on_all;
-use crate::backend::Backend;
+use crate::backend::Memory;
 use crate::cuda::{Cuda, Device, Simulated};
 use crate::ops::testing::Noise;
 

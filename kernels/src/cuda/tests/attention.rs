@@ -4,7 +4,7 @@ use ndarray::Array2;
 
 use super::super::{Cuda, Operands};
 use super::on_all;
-use crate::backend::{AttentionShape, Backend};
+use crate::backend::{AttentionShape, Forward, Memory};
 use crate::ops::attention;
 use crate::ops::testing::{Noise, close};
 

@@ -7,7 +7,7 @@ use ndarray::Array2;
 
 use super::super::blocks::level_set_of;
 use super::on_all;
-use crate::backend::{Backend, FitKind, GridSpec, Packing};
+use crate::backend::{FitKind, GridSpec, Memory, Packing, Quantize};
 use crate::ops::levels::{AnyLevels, LevelSet};
 use crate::ops::testing::{Noise, dequantized, fit_blocks};
 use crate::ops::{blocks, fit, round};

@@ -4,7 +4,7 @@ use ndarray::Array2;
 
 use super::super::{Card, Real};
 use super::{devices, on_all, on_these, simulated};
-use crate::backend::Backend;
+use crate::backend::{Memory, Quantize};
 use crate::ops::gram;
 use crate::ops::testing::Noise;
 use crate::{Cpu, Error};

@@ -3,7 +3,7 @@
 use ndarray::Array2;
 
 use super::on_all;
-use crate::backend::{Activation, Backend, NormKind, RopeLayout};
+use crate::backend::{Activation, Forward, Memory, NormKind, RopeLayout};
 use crate::ops::testing::{Noise, close};
 use crate::ops::{activation, norm, rope};
 

@@ -1,7 +1,7 @@
 //! Losses of tokens.
 
 use super::on_all;
-use crate::backend::Backend;
+use crate::backend::{Measure, Memory};
 use crate::ops::loss;
 use crate::ops::testing::Noise;
 

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use super::on_all;
-use crate::backend::{Backend, Grid, GridSpec, Packing};
+use crate::backend::{Grid, GridSpec, Packing, Quantize};
 
 /// What the device makes of codes `[rows, cols]`; nothing without a device.
 fn packed(codes: &[u8], rows: usize, cols: usize, bits: u8, layout: WordLayout) -> Option<Vec<u8>> {

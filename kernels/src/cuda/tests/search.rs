@@ -4,7 +4,7 @@ use formats::{Float, Scheme};
 use ndarray::Array2;
 
 use super::on_all;
-use crate::backend::{Backend, FitKind, Grid, GridSpec};
+use crate::backend::{FitKind, Grid, GridSpec, Memory, Quantize};
 use crate::ops::testing::Noise;
 use crate::ops::{fit, gram, round, scaled};
 

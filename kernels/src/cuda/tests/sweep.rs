@@ -7,7 +7,7 @@ use ndarray::Array2;
 
 use super::super::{Card, Cuda, Matrix};
 use super::on_all;
-use crate::backend::Backend;
+use crate::backend::{Memory, Quantize};
 use crate::ops::levels::{AnyLevels, EvenLevels};
 use crate::ops::testing::{Noise, fit_blocks};
 use crate::ops::{gram, round};

@@ -1,0 +1,259 @@
+//! Running a model: products, norms, rotations, attention.
+
+use formats::{Encoding, Float, Levels};
+use ndarray::Array2;
+
+use super::Memory;
+use crate::Result;
+
+/// Shape and masking of one attention layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Values per head of the queries and the keys.
+    pub head_dim: usize,
+    /// Values per head of the values and of the result; differs from `head_dim` in multi-head latent attention.
+    pub value_dim: usize,
+    /// Factor on the scores, usually `head_dim^-1/2`; positive.
+    pub scale: f32,
+    /// A token sees itself and `window − 1` tokens before it; `None` sees all before it. Not 0.
+    pub window: Option<usize>,
+    /// A sequence falls into blocks of so many positions, and a token sees none before its block's (Llama 4). Not 0.
+    pub chunk: Option<usize>,
+    /// Scores become `cap · tanh(score / cap)` before the softmax (Gemma 2); positive.
+    pub softcap: Option<f32>,
+}
+
+impl AttentionShape {
+    /// The first position that the token at `position` sees; the last is its own.
+    pub fn first_seen(&self, position: usize) -> usize {
+        let window = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
+        window.max(self.chunk.map_or(0, |chunk| position / chunk * chunk))
+    }
+}
+
+/// How a slice of values is normalised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormKind {
+    /// By its root mean square.
+    Rms,
+    /// By its mean and standard deviation.
+    Layer,
+}
+
+/// Which values of each head rotary position embedding turns, and which two turn together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RopeLayout {
+    /// Values per head.
+    pub head_dim: usize,
+    /// Where the part that turns begins in a head; it is twice as wide as the tables of angles.
+    pub first: usize,
+    /// Neighbours turn together (GPT-J, Cohere, DeepSeek), else the halves of the part (most Hugging Face checkpoints).
+    pub interleaved: bool,
+}
+
+/// The function between the linears of a feed-forward layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    /// `x · σ(x)`.
+    Silu,
+    /// `x · Φ(x)`, `Φ` the normal distribution.
+    Gelu,
+    /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`.
+    GeluTanh,
+    /// `max(x, 0)`.
+    Relu,
+    /// `max(x, 0)²`.
+    Relu2,
+    /// `g · σ(alpha · g) · (u + 1)` with `g = min(gate, limit)` and `u` in `±limit` (gpt-oss); only as a gate.
+    SwigluOai {
+        /// Slope of the sigmoid.
+        alpha: f32,
+        /// Largest gate, and largest size of the other.
+        limit: f32,
+    },
+}
+
+/// How a runtime rounds what it multiplies weights with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ActivationRounding {
+    /// Each value to half precision.
+    F16,
+    /// Each value to bfloat16.
+    Bf16,
+    /// Blocks of 32 values to 8 bits, with a scale in half precision.
+    Q8_0,
+    /// Blocks of 256 values to 8 bits, with a scale in single precision.
+    Q8K,
+    /// Each token to 8 bits, with a scale in single precision.
+    Int8Token,
+    /// Each token to E4M3, with a scale in single precision.
+    Fp8Token,
+}
+
+impl ActivationRounding {
+    /// That beside a weight in this encoding: ggml's CPU backend's for its types, vLLM's for others; `None` where nothing is rounded, or in
+    /// a way that is not known.
+    pub fn beside(encoding: &Encoding) -> Option<ActivationRounding> {
+        const KNOWN: [(formats::encoding::Activation, ActivationRounding); 4] = [
+            (formats::encoding::Activation::Q8_0, ActivationRounding::Q8_0),
+            (formats::encoding::Activation::Q8_K, ActivationRounding::Q8K),
+            (formats::encoding::Activation::INT8_TOKEN, ActivationRounding::Int8Token),
+            (formats::encoding::Activation::FP8_TOKEN, ActivationRounding::Fp8Token),
+        ];
+        match (encoding.levels, encoding.activation) {
+            (Levels::Plain(Float::F16), _) => Some(ActivationRounding::F16),
+            (Levels::Plain(Float::BF16), _) => Some(ActivationRounding::Bf16),
+            (_, activation) => KNOWN.iter().find(|(known, _)| Some(*known) == activation).map(|(_, kind)| *kind),
+        }
+    }
+
+    /// Features that are rounded together in blocks; 1 where they are rounded one by one, or all of a token together.
+    pub fn block_len(self) -> usize {
+        match self {
+            ActivationRounding::Q8_0 => 32,
+            ActivationRounding::Q8K => 256,
+            _ => 1,
+        }
+    }
+}
+
+/// What a model's operators do. Activations are `[tokens, features]`, weights `[out, in]`.
+pub trait Forward: Memory {
+    /// A linear layer's weight in the form that products read it in.
+    type Weight: Send + Sync;
+
+    /// Leaves of `x` what is left once a runtime has rounded it; each row on its own.
+    ///
+    /// Fails unless its features are whole blocks of `kind`.
+    fn round_values(&self, x: &mut Self::Matrix, kind: ActivationRounding) -> Result<()>;
+    /// The same of what is multiplied.
+    fn round_activations(&self, x: &Self::Input, kind: ActivationRounding) -> Result<Self::Input>;
+
+    /// A weight `[out, in]`, ready to be multiplied.
+    fn weight(&self, matrix: Self::Matrix) -> Result<Self::Weight>;
+    /// `y = x wᵀ + bias`.
+    fn linear(&self, x: &Self::Input, weight: &Self::Weight, bias: Option<&[f32]>) -> Result<Self::Matrix>;
+    /// [`linear`](Self::linear) of a weight `[outs, in]` that need not be in memory whole: `rows` writes those from the given one on, and
+    /// is asked more than once where that takes less. Each `at_once` tokens, 256 at most, get the values that they get alone.
+    fn linear_by_rows(
+        &self,
+        x: &Self::Input,
+        outs: usize,
+        rows: &(dyn Fn(usize, &mut [f32]) + Sync),
+        bias: Option<&[f32]>,
+        at_once: usize,
+    ) -> Result<Self::Matrix> {
+        let _ = at_once;
+        let mut whole = Array2::zeros((outs, self.input_shape(x)[1]));
+        rows(0, whole.as_slice_mut().expect("contiguous"));
+        self.linear(x, &self.weight(self.upload(whole)?)?, bias)
+    }
+    /// `y ← y + x wᵀ + bias`.
+    fn add_linear(
+        &self,
+        x: &Self::Input,
+        weight: &Self::Weight,
+        bias: Option<&[f32]>,
+        y: &mut Self::Matrix,
+    ) -> Result<()>;
+    /// `act(x gᵀ + bias) · (x uᵀ + bias)` for `[gate, up]`.
+    fn gated(
+        &self,
+        x: &Self::Input,
+        weights: [&Self::Weight; 2],
+        biases: [Option<&[f32]>; 2],
+        activation: Activation,
+    ) -> Result<Self::Input>;
+    /// `act(x wᵀ + bias)`: a feed-forward layer without a gate.
+    ///
+    /// Fails for [`Activation::SwigluOai`], which is only a gate.
+    fn activated(
+        &self,
+        x: &Self::Input,
+        weight: &Self::Weight,
+        bias: Option<&[f32]>,
+        activation: Activation,
+    ) -> Result<Self::Input>;
+
+    /// `x / rms(x) · weight` per row, `rms² = mean(x²) + eps`.
+    fn rms_norm(&self, x: &Self::Matrix, weight: &[f32], eps: f32) -> Result<Self::Matrix>;
+    /// `(x − mean) / √(variance + eps) · weight + bias` per row.
+    fn layer_norm(&self, x: &Self::Matrix, weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Result<Self::Matrix>;
+    /// Each row's norm; root mean squares have no `bias`.
+    fn norm(
+        &self,
+        x: &Self::Matrix,
+        kind: NormKind,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+    ) -> Result<Self::Matrix> {
+        match kind {
+            NormKind::Rms => self.rms_norm(x, weight, eps),
+            NormKind::Layer => self.layer_norm(x, weight, bias, eps),
+        }
+    }
+    /// [`input`](Self::input) of a [`norm`](Self::norm), where products are all that read it.
+    fn norm_input(
+        &self,
+        x: &Self::Matrix,
+        kind: NormKind,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+    ) -> Result<Self::Input> {
+        self.input(self.norm(x, kind, weight, bias, eps)?)
+    }
+    /// Normalises every `head_dim` values of each row in place.
+    ///
+    /// `weight` and `bias` are `[head_dim]`, shared by the heads, or as wide as `x`, one for each head.
+    fn norm_heads(
+        &self,
+        x: &mut Self::Matrix,
+        head_dim: usize,
+        kind: NormKind,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+    ) -> Result<()>;
+
+    /// Rotates pairs of values of each head by the angles of its token's position.
+    ///
+    /// `cos` and `sin` are `[positions, pairs]`; `lengths` are the sequences that `x`'s rows consist of.
+    fn rope(
+        &self,
+        x: &mut Self::Matrix,
+        cos: &Array2<f32>,
+        sin: &Array2<f32>,
+        layout: &RopeLayout,
+        lengths: &[usize],
+    ) -> Result<()>;
+    /// Causal softmax attention of each sequence.
+    ///
+    /// `q` is `[tokens, heads·head_dim]`, `k` `[tokens, kv_heads·head_dim]`, `v` `[tokens, kv_heads·value_dim]`, the
+    /// result `[tokens, heads·value_dim]`. `sinks` `[heads]` are logits that take part in each query's softmax and have
+    /// no value (gpt-oss).
+    fn attention(
+        &self,
+        q: &Self::Matrix,
+        k: &Self::Matrix,
+        v: &Self::Matrix,
+        sinks: Option<&[f32]>,
+        shape: &AttentionShape,
+        lengths: &[usize],
+    ) -> Result<Self::Input>;
+
+    /// `[tokens, heads·(a + b)]`: each head's own `a` values of `own` `[tokens, heads·a]`, then those of `shared`
+    /// `[tokens, b]`, which all heads have in common (the keys of multi-head latent attention).
+    fn join_heads(&self, own: &Self::Matrix, shared: &Self::Matrix, heads: usize) -> Result<Self::Matrix>;
+    /// `x ← cap · tanh(x / cap)`.
+    fn softcap(&self, x: &mut Self::Matrix, cap: f32) -> Result<()>;
+    /// Limits every value to `−limit ..= limit`.
+    fn clamp(&self, x: &mut Self::Matrix, limit: f32) -> Result<()>;
+    /// `y[rows[i]] ← y[rows[i]] + weights[i] · x[i]` for every row of `x`; `rows` are distinct.
+    fn add_rows(&self, x: &Self::Matrix, rows: &[usize], weights: &[f32], y: &mut Self::Matrix) -> Result<()>;
+}

@@ -1,0 +1,218 @@
+//! Running a model.
+
+use ndarray::Array2;
+use rayon::prelude::*;
+
+use super::{Cpu, Input, Weight, flat};
+use crate::backend::{Activation, ActivationRounding, AttentionShape, Forward, Memory, NormKind, RopeLayout};
+use crate::checks::{expect, expect_attention, expect_limit, expect_multiple, expect_rotation};
+use crate::ops::{activation, add, attention, bf16, heads, linear, norm, rope, round_activations, softcap};
+use crate::{Error, Result};
+
+fn check_product(op: &'static str, x: &Input, weight: &Weight, bias: Option<&[f32]>) -> Result<()> {
+    let [outs, cols] = weight.shape();
+    expect(op, "input features", cols, x.shape()[1])?;
+    bias.map_or(Ok(()), |bias| expect(op, "bias values", outs, bias.len()))
+}
+
+/// Operands of one product that were made by the exact and by the relaxed backend.
+fn mixed(op: &'static str) -> Error {
+    Error::Shape { op, expected: "operands of one precision".to_owned(), found: "two".to_owned() }
+}
+
+impl Forward for Cpu {
+    type Weight = Weight;
+
+    fn round_values(&self, x: &mut Array2<f32>, kind: ActivationRounding) -> Result<()> {
+        expect_multiple("round_values", kind.block_len(), x.ncols())?;
+        round_activations::run(x, kind);
+        Ok(())
+    }
+
+    fn round_activations(&self, x: &Input, kind: ActivationRounding) -> Result<Input> {
+        let mut values = x.values();
+        self.round_values(&mut values, kind)?;
+        Ok(match x {
+            Input::Whole(_) => Input::Whole(values),
+            Input::Rounded(_) => Input::Rounded(bf16::Rows::of(values.view())),
+        })
+    }
+
+    fn weight(&self, matrix: Array2<f32>) -> Result<Weight> {
+        Ok(if self.rounds() { Weight::Rounded(bf16::Panels::of(matrix.view())) } else { Weight::Whole(matrix) })
+    }
+
+    fn linear(&self, x: &Input, weight: &Weight, bias: Option<&[f32]>) -> Result<Array2<f32>> {
+        check_product("linear", x, weight, bias)?;
+        match (x, weight) {
+            (Input::Rounded(x), Weight::Rounded(w)) => Ok(bf16::linear(x, w, bias)),
+            (Input::Whole(x), Weight::Whole(w)) => Ok(linear::run(x.view(), w.view(), bias)),
+            _ => Err(mixed("linear")),
+        }
+    }
+
+    fn linear_by_rows(
+        &self,
+        x: &Input,
+        outs: usize,
+        rows: &(dyn Fn(usize, &mut [f32]) + Sync),
+        bias: Option<&[f32]>,
+        at_once: usize,
+    ) -> Result<Array2<f32>> {
+        bias.map_or(Ok(()), |bias| expect("linear_by_rows", "bias values", outs, bias.len()))?;
+        match x {
+            Input::Whole(x) => Ok(linear::run_by_rows(x.view(), outs, rows, bias, at_once)),
+            Input::Rounded(x) => {
+                let mut whole = Array2::zeros((outs, x.shape()[1]));
+                rows(0, flat(&mut whole));
+                Ok(bf16::linear(x, &bf16::Panels::of(whole.view()), bias))
+            }
+        }
+    }
+
+    fn add_linear(&self, x: &Input, weight: &Weight, bias: Option<&[f32]>, y: &mut Array2<f32>) -> Result<()> {
+        check_product("add_linear", x, weight, bias)?;
+        expect("add_linear", "tokens", x.shape()[0], y.nrows())?;
+        expect("add_linear", "output features", weight.shape()[0], y.ncols())?;
+        match (x, weight) {
+            (Input::Rounded(x), Weight::Rounded(w)) => bf16::add_linear(x, w, bias, y),
+            (Input::Whole(x), Weight::Whole(w)) => {
+                let product = linear::run(x.view(), w.view(), bias);
+                add::run(flat(y), product.as_slice().expect("contiguous"));
+            }
+            _ => return Err(mixed("add_linear")),
+        }
+        Ok(())
+    }
+
+    fn gated(
+        &self,
+        x: &Input,
+        [gate, up]: [&Weight; 2],
+        biases: [Option<&[f32]>; 2],
+        activation: Activation,
+    ) -> Result<Input> {
+        check_product("gated", x, gate, biases[0])?;
+        check_product("gated", x, up, biases[1])?;
+        expect("gated", "output features", gate.shape()[0], up.shape()[0])?;
+        if let Activation::SwigluOai { limit, .. } = activation {
+            expect_limit("gated", limit)?;
+        }
+        match (x, gate, up) {
+            (Input::Rounded(x), Weight::Rounded(gate), Weight::Rounded(up)) => {
+                Ok(Input::Rounded(bf16::gated(x, [gate, up], biases, activation)))
+            }
+            (Input::Whole(x), Weight::Whole(gate), Weight::Whole(up)) => {
+                let mut gate = linear::run(x.view(), gate.view(), biases[0]);
+                let up = linear::run(x.view(), up.view(), biases[1]);
+                activation::gate(activation, flat(&mut gate), up.as_slice().expect("contiguous"));
+                Ok(Input::Whole(gate))
+            }
+            _ => Err(mixed("gated")),
+        }
+    }
+
+    fn activated(&self, x: &Input, weight: &Weight, bias: Option<&[f32]>, activation: Activation) -> Result<Input> {
+        check_product("activated", x, weight, bias)?;
+        if let Activation::SwigluOai { .. } = activation {
+            let (expected, found) = ("a function of one value".to_owned(), format!("{activation:?}"));
+            return Err(Error::Shape { op: "activated", expected, found });
+        }
+        match (x, weight) {
+            (Input::Rounded(x), Weight::Rounded(w)) => Ok(Input::Rounded(bf16::activated(x, w, bias, activation))),
+            (Input::Whole(x), Weight::Whole(w)) => {
+                let mut y = linear::run(x.view(), w.view(), bias);
+                activation::run(activation, flat(&mut y));
+                Ok(Input::Whole(y))
+            }
+            _ => Err(mixed("activated")),
+        }
+    }
+
+    fn rms_norm(&self, x: &Array2<f32>, weight: &[f32], eps: f32) -> Result<Array2<f32>> {
+        expect("rms_norm", "features", weight.len(), x.ncols())?;
+        Ok(norm::run(x.view(), NormKind::Rms, weight, None, eps))
+    }
+
+    fn layer_norm(&self, x: &Array2<f32>, weight: &[f32], bias: Option<&[f32]>, eps: f32) -> Result<Array2<f32>> {
+        expect("layer_norm", "features", weight.len(), x.ncols())?;
+        bias.map_or(Ok(()), |bias| expect("layer_norm", "bias values", x.ncols(), bias.len()))?;
+        Ok(norm::run(x.view(), NormKind::Layer, weight, bias, eps))
+    }
+
+    fn norm_heads(
+        &self,
+        x: &mut Array2<f32>,
+        head_dim: usize,
+        kind: NormKind,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+    ) -> Result<()> {
+        expect_multiple("norm_heads", head_dim, x.ncols())?;
+        for values in [Some(weight), bias].into_iter().flatten().filter(|values| values.len() != head_dim) {
+            expect("norm_heads", "weights", x.ncols(), values.len())?;
+        }
+        norm::heads(x, head_dim, kind, weight, bias, eps);
+        Ok(())
+    }
+
+    fn rope(
+        &self,
+        x: &mut Array2<f32>,
+        cos: &Array2<f32>,
+        sin: &Array2<f32>,
+        layout: &RopeLayout,
+        lengths: &[usize],
+    ) -> Result<()> {
+        expect_rotation([x.nrows(), x.ncols()], cos, sin, layout, lengths)?;
+        rope::run(x, cos, sin, layout, lengths);
+        Ok(())
+    }
+
+    fn attention(
+        &self,
+        q: &Array2<f32>,
+        k: &Array2<f32>,
+        v: &Array2<f32>,
+        sinks: Option<&[f32]>,
+        shape: &AttentionShape,
+        lengths: &[usize],
+    ) -> Result<Input> {
+        expect_attention([q, k, v].map(|m| [m.nrows(), m.ncols()]), sinks, shape, lengths)?;
+        if self.rounds() && attention::can_round(shape) {
+            return Ok(Input::Rounded(attention::rounded(q.view(), k.view(), v.view(), sinks, shape, lengths)));
+        }
+        self.input(attention::run(q.view(), k.view(), v.view(), sinks, shape, lengths))
+    }
+
+    fn join_heads(&self, own: &Array2<f32>, shared: &Array2<f32>, heads: usize) -> Result<Array2<f32>> {
+        expect_multiple("join_heads", heads, own.ncols())?;
+        expect("join_heads", "tokens", own.nrows(), shared.nrows())?;
+        Ok(heads::run(own.view(), shared.view(), heads))
+    }
+
+    fn softcap(&self, x: &mut Array2<f32>, cap: f32) -> Result<()> {
+        softcap::run(flat(x), cap);
+        Ok(())
+    }
+
+    fn clamp(&self, x: &mut Array2<f32>, limit: f32) -> Result<()> {
+        expect_limit("clamp", limit)?;
+        flat(x).par_chunks_mut(1 << 14).for_each(|part| part.iter_mut().for_each(|x| *x = x.clamp(-limit, limit)));
+        Ok(())
+    }
+
+    fn add_rows(&self, x: &Array2<f32>, rows: &[usize], weights: &[f32], y: &mut Array2<f32>) -> Result<()> {
+        expect("add_rows", "rows", x.nrows(), rows.len())?;
+        expect("add_rows", "weights", x.nrows(), weights.len())?;
+        expect("add_rows", "features", y.ncols(), x.ncols())?;
+        let sources = add::sources(rows, y.nrows()).map_err(|row| Error::Shape {
+            op: "add_rows",
+            expected: format!("distinct rows below {}", y.nrows()),
+            found: row.to_string(),
+        })?;
+        add::rows(x.view(), &sources, weights, y);
+        Ok(())
+    }
+}
