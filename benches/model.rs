@@ -12,7 +12,7 @@ use calibration::samples::{SampleSource, Samples, windows};
 use criterion::{BatchSize, SamplingMode, Throughput, criterion_group, criterion_main};
 use formats::tensor::narrow;
 use formats::{Dtype, ShardedWriter, TensorSpec};
-use kernels::{Cpu, Forward, Memory, cpu};
+use kernels::{Cpu, Memory, cpu};
 use quantc::forward::{Inputs, Plain, Supply, Weight, embed, ready, run_block};
 use quantc::graph::{Graph, Linear};
 use quantc::pipeline::quantize;

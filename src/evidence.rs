@@ -269,6 +269,8 @@ mod tests {
     use formats::ggml::TYPES;
     use kernels::{Cpu, GridSpec};
 
+    use kernels::Memory as _;
+
     use super::*;
 
     /// Repeatable numbers around 0, more of them small than large.

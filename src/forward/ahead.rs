@@ -5,7 +5,7 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use kernels::Memory;
+use kernels::Forward;
 
 use super::Plain;
 use crate::checkpoint::Checkpoint;
@@ -15,7 +15,7 @@ use crate::report::Activations;
 use crate::weights::RawTensor;
 
 /// Weights on their way to a device; on one to which nothing need be sent, the file's.
-pub struct Ahead<'a, B: Memory> {
+pub struct Ahead<'a, B: Forward> {
     backend: &'a B,
     source: &'a Checkpoint,
     /// Bytes that may be on their way at a time, where the device wants any to be.
@@ -23,7 +23,7 @@ pub struct Ahead<'a, B: Memory> {
     road: Road<B::Stored>,
 }
 
-impl<'a, B: Memory> Ahead<'a, B> {
+impl<'a, B: Forward> Ahead<'a, B> {
     /// Nothing is sent before [`blocks`](Self::blocks).
     pub fn new(backend: &'a B, source: &'a Checkpoint) -> Ahead<'a, B> {
         Ahead { backend, source, most: backend.sends_ahead(), road: Road::new() }

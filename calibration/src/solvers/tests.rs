@@ -1,7 +1,7 @@
 //! The solvers on a fixture whose input channels are correlated and of very different energy.
 
 use formats::{Float, GgmlType, Scheme};
-use kernels::{Cpu, GridSpec, Memory, Quantize};
+use kernels::{Cpu, GridSpec, Memory};
 use ndarray::Array2;
 
 use super::*;
