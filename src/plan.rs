@@ -250,6 +250,7 @@ impl Plan {
             };
             fates.push((entry.name.clone(), fate));
         }
+        config.notes.extend(runtimes::unknown_to_mlx(codec.id(), &fates));
         config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
         Ok(Plan { codec, encodings, ends, unquantized, fates, unstacked, outputs, scale_dtype, float_dtype, config })
     }

@@ -9,6 +9,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::families::{FURTHER, Loading, changed_modules, settings, type_of};
 use crate::graph::{Graph, Layer, Linear};
+use crate::report::Fate;
 
 /// Models whose classes in transformers ask linears for their weights before these are unpacked: as they compute, measured by
 /// `tests/runtimes/unknown.py` (but for mt5, whose class is umt5's but for where positions are), or as they are made, measured by
@@ -274,4 +275,15 @@ fn gptqmodel(facts: &Facts<'_>) -> Option<&'static str> {
         _ if facts.wrapped => Some("GPTQModel 7.7 may look for the language model under other names than this file's"),
         _ => None,
     }
+}
+/// What to say of tensors that go over though no rule names them, of a format whose loader takes none that its classes do not know.
+pub fn unknown_to_mlx(codec: &str, fates: &[(String, Fate)]) -> Option<String> {
+    let aside: Vec<&str> =
+        fates.iter().filter(|(_, fate)| matches!(fate, Fate::Aside(_))).map(|(name, _)| name.as_str()).collect();
+    let first = aside.first().filter(|_| codec == "mlx")?;
+    let count = aside.len();
+    Some(format!(
+        "mlx-lm refuses files with tensors that its model class does not know, and {count} of these are copied (`{first}`): give \
+         --unknown-tensors drop if it is to load the output"
+    ))
 }

@@ -170,3 +170,24 @@ fn embedding_and_head_are_written_as_mlx_has_them() {
     let expected = ["mlx W4A16_ASYM group 32", "mlx W4A16_ASYM group 64", "mlx W8A16_ASYM group 64"];
     assert_eq!(kinds(&written), expected);
 }
+
+/// Tensors that no rule names go over, and mlx-lm takes no file with them.
+#[test]
+fn tensors_that_mlx_lm_does_not_know_are_told() {
+    let room = Room::new();
+    let model = room.model();
+    let flags = ["quantize", "model", "--format", "mlx", "--method", "rtn", "--verify-text", "none"];
+    let plain = room.run(flags.into_iter().chain(["-o", "plain"]));
+    plain.succeeds();
+    assert!(!plain.stderr().contains("--unknown-tensors drop"), "{}", plain.stderr());
+    model.weights(|header, data| {
+        let begin = data.len();
+        data.extend([0; 8]);
+        let stray = serde_json::json!({"dtype": "F32", "shape": [2], "data_offsets": [begin, begin + 8]});
+        header.insert("v_head.summary.bias".to_owned(), stray);
+    });
+    let told = room.run(flags.into_iter().chain(["-o", "out"]));
+    told.succeeds();
+    let note = "1 of these are copied (`v_head.summary.bias`): give --unknown-tensors drop";
+    assert!(told.stderr().contains(note), "{}", told.stderr());
+}
