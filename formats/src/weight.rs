@@ -29,6 +29,18 @@ pub struct QuantizedWeight {
 }
 
 impl QuantizedWeight {
+    /// Codes `[rows, cols]` with a scale and a zero for each group, which are runs of columns; nothing else is taken off, and nothing
+    /// multiplies the scales.
+    pub fn of_codes(
+        [rows, cols]: [usize; 2],
+        encoding: Encoding,
+        codes: Vec<u8>,
+        scales: Vec<f32>,
+        zeros: Vec<u8>,
+    ) -> QuantizedWeight {
+        QuantizedWeight { rows, cols, encoding, codes, scales, zeros, mins: Vec::new(), global: None, group_of: None }
+    }
+
     /// Groups in a row.
     pub fn groups(&self) -> usize {
         self.encoding.groups(self.cols)

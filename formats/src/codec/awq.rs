@@ -14,7 +14,7 @@ use super::{check_group, check_weight, exact_scales, expect_shape, part, words_s
 use crate::encoding::Encoding;
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
-use crate::tensor::{Dtype, Tensor};
+use crate::tensor::Dtype;
 use crate::weight::{PackedWeight, QuantizedWeight};
 use crate::words::{AWQ_ORDER, WordLayout, from_words, to_words, transpose};
 
@@ -86,8 +86,7 @@ impl Codec for Awq {
             from_words(&self.word_layout().pack(&weight.zeros, [rows, groups], encoding.levels.bits())?),
             exact_scales(scale_dtype, &transpose(&weight.scales, rows, groups))?,
         ];
-        let parts = self.layout(rows, cols, &encoding, scale_dtype).into_iter().zip(data);
-        Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
+        Ok(Parts::of(self.layout(rows, cols, &encoding, scale_dtype), data))
     }
 
     fn shape(&self, parts: &PartLookup<'_, '_>, _declared: &Declared) -> Result<[usize; 2]> {
@@ -117,17 +116,7 @@ impl Codec for Awq {
         };
         let symmetric = scheme.symmetric && zeros.iter().all(|&zero| zero == scheme.midpoint());
         let scheme = Scheme { symmetric, ..scheme };
-        Ok(QuantizedWeight {
-            rows,
-            cols,
-            encoding: scheme.into(),
-            codes,
-            scales,
-            zeros,
-            mins: Vec::new(),
-            global: None,
-            group_of: None,
-        })
+        Ok(QuantizedWeight::of_codes([rows, cols], scheme.into(), codes, scales, zeros))
     }
 
     fn part_names(&self) -> &'static [&'static str] {

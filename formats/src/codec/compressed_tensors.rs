@@ -31,7 +31,7 @@ use super::{check_group, check_weight, exact_scales, expect_shape, group_map, pa
 use crate::bits::{packed_words, unpack};
 use crate::encoding::{Activation, Block, E4M3, Encoding, Float, Levels, Offset, code_e4m3};
 use crate::error::{Error, Result};
-use crate::tensor::{Dtype, Tensor, TensorView};
+use crate::tensor::{Dtype, TensorView};
 use crate::weight::{PackedWeight, QuantizedWeight};
 use crate::words::{WordLayout, from_words, to_words, transpose};
 
@@ -168,10 +168,7 @@ impl Codec for CompressedTensors {
             // Words of eight codes are groups of four bytes, and a row is whole groups of sixteen.
             let data =
                 [from_words(&weight.words), eighths(&weight.scales, global)?, (1.0 / global).to_le_bytes().to_vec()];
-            let parts = self.layout(rows, cols, &encoding, scale_dtype).into_iter().zip(data);
-            return Ok(Parts(
-                parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect(),
-            ));
+            return Ok(Parts::of(self.layout(rows, cols, &encoding, scale_dtype), data));
         }
         let mut data = vec![from_words(&weight.words), exact_scales(scale_dtype, &weight.scales)?];
         match Format::of(&encoding).and_then(Format::bytes) {
@@ -186,9 +183,7 @@ impl Codec for CompressedTensors {
             let zeros = WordLayout::ColumnsTransposed.pack(&weight.zeros, [rows, groups], encoding.levels.bits())?;
             data.push(from_words(&zeros));
         }
-        let layout = self.layout(rows, cols, &encoding, scale_dtype);
-        let parts = layout.into_iter().zip(data);
-        Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
+        Ok(Parts::of(self.layout(rows, cols, &encoding, scale_dtype), data))
     }
 
     fn shape(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<[usize; 2]> {
@@ -212,17 +207,7 @@ impl Codec for CompressedTensors {
             let scale = part(parts, "weight_scale")?;
             expect_shape(&scale, "weight_scale", &[rows, groups])?;
             let zeros = vec![encoding.fixed_zero().expect("no zeros are stored"); rows * groups];
-            return Ok(QuantizedWeight {
-                rows,
-                cols,
-                encoding,
-                codes,
-                scales: scale.to_f32()?,
-                zeros,
-                mins: Vec::new(),
-                global: None,
-                group_of: None,
-            });
+            return Ok(QuantizedWeight::of_codes([rows, cols], encoding, codes, scale.to_f32()?, zeros));
         }
 
         if Format::of(&encoding) == Some(Format::Nvfp4) {
@@ -288,7 +273,8 @@ impl Codec for CompressedTensors {
             }
             _ => None,
         };
-        Ok(QuantizedWeight { rows, cols, encoding, codes, scales, zeros, mins: Vec::new(), global: None, group_of })
+        let weight = QuantizedWeight::of_codes([rows, cols], encoding, codes, scales, zeros);
+        Ok(QuantizedWeight { group_of, ..weight })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -416,17 +402,9 @@ fn nvfp4(parts: &PartLookup<'_, '_>, [rows, cols]: [usize; 2], encoding: Encodin
     let divisor = global.to_f32()?[0];
     let mut scales = scale.to_f32()?;
     scales.iter_mut().for_each(|scale| *scale /= divisor);
-    Ok(QuantizedWeight {
-        rows,
-        cols,
-        encoding,
-        codes: unpack_rows(packed.data, rows, cols, 4),
-        scales,
-        zeros: vec![0; rows * groups],
-        mins: Vec::new(),
-        global: Some(1.0 / divisor),
-        group_of: None,
-    })
+    let codes = unpack_rows(packed.data, rows, cols, 4);
+    let weight = QuantizedWeight::of_codes([rows, cols], encoding, codes, scales, vec![0; rows * groups]);
+    Ok(QuantizedWeight { global: Some(1.0 / divisor), ..weight })
 }
 
 /// How a weight is stored that is not packed, though it might be for runtimes that round inputs as well.
@@ -485,6 +463,7 @@ mod tests {
     use crate::codec::testing::{Vector, any_weight, check_round_trip};
     use crate::encoding::PRESETS;
     use crate::grid::Scheme;
+    use crate::tensor::Tensor;
     use proptest::prelude::*;
 
     /// Encodes the library's codes and compares with the library's bytes, then decodes those.

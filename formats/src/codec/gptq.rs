@@ -16,7 +16,7 @@ use crate::bits::packed_words;
 use crate::encoding::Encoding;
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
-use crate::tensor::{Dtype, Tensor};
+use crate::tensor::Dtype;
 use crate::weight::{PackedWeight, QuantizedWeight};
 use crate::words::{WordLayout, from_words, to_words, transpose};
 
@@ -94,8 +94,7 @@ impl Codec for Gptq {
             exact_scales(scale_dtype, &transpose(&weight.scales, rows, groups))?,
             from_words(&map),
         ];
-        let parts = self.layout(rows, cols, &encoding, scale_dtype).into_iter().zip(data);
-        Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
+        Ok(Parts::of(self.layout(rows, cols, &encoding, scale_dtype), data))
     }
 
     fn shape(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<[usize; 2]> {
@@ -137,17 +136,8 @@ impl Codec for Gptq {
             }
             None => None,
         };
-        Ok(QuantizedWeight {
-            rows,
-            cols,
-            encoding: scheme.into(),
-            codes,
-            scales,
-            zeros,
-            mins: Vec::new(),
-            global: None,
-            group_of,
-        })
+        let weight = QuantizedWeight::of_codes([rows, cols], scheme.into(), codes, scales, zeros);
+        Ok(QuantizedWeight { group_of, ..weight })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -252,6 +242,7 @@ pub(super) fn group_size(scheme: &Scheme) -> i64 {
 mod tests {
     use super::*;
     use crate::codec::testing::{Vector, any_weight, check_round_trip};
+    use crate::tensor::Tensor;
     use proptest::prelude::*;
 
     /// Encodes GPTQModel's codes and compares with its bytes, then decodes those in both versions.

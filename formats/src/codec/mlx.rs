@@ -19,7 +19,7 @@ use crate::bits::packed_words;
 use crate::encoding::{Block, Encoding, Float};
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
-use crate::tensor::{Dtype, Tensor, TensorView};
+use crate::tensor::{Dtype, TensorView};
 use crate::weight::{PackedWeight, QuantizedWeight};
 use crate::words::{WordLayout, from_words};
 
@@ -127,8 +127,7 @@ impl Codec for Mlx {
             exact_scales(scale_dtype, &weight.scales)?,
             exact("bias", scale_dtype, &biases)?,
         ];
-        let parts = self.layout(rows, cols, &encoding, scale_dtype).into_iter().zip(data);
-        Ok(Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect()))
+        Ok(Parts::of(self.layout(rows, cols, &encoding, scale_dtype), data))
     }
 
     fn shape(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<[usize; 2]> {
@@ -252,7 +251,7 @@ impl Mlx {
         let (scales, mut mins) = (floats("scales")?, floats("biases")?);
         mins.iter_mut().for_each(|bias| *bias = 0.0 - *bias);
         let zeros = vec![0; scales.len()];
-        Ok(QuantizedWeight { rows, cols, encoding, codes, scales, zeros, mins, global: None, group_of: None })
+        Ok(QuantizedWeight { mins, ..QuantizedWeight::of_codes([rows, cols], encoding, codes, scales, zeros) })
     }
 }
 

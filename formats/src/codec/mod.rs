@@ -47,6 +47,12 @@ pub fn scheme_of(encoding: &Encoding) -> Option<Scheme> {
 pub struct Parts(pub Vec<(&'static str, Tensor)>);
 
 impl Parts {
+    /// Those of a [layout](Codec::layout), with the bytes of each in its order.
+    fn of(layout: Vec<(&'static str, Dtype, Vec<usize>)>, data: impl IntoIterator<Item = Vec<u8>>) -> Parts {
+        let parts = layout.into_iter().zip(data);
+        Parts(parts.map(|((name, dtype, shape), data)| (name, Tensor { dtype, shape, data })).collect())
+    }
+
     /// The part of this local name.
     pub fn get(&self, suffix: &str) -> Option<TensorView<'_>> {
         self.0.iter().find(|(name, _)| *name == suffix).map(|(_, tensor)| tensor.view())

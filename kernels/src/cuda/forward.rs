@@ -188,14 +188,16 @@ impl Forward for Cuda {
                 let brain = kind == ActivationRounding::Bf16;
                 self.each(&ROUNDING, "round_to_halves", count, &[to.arg(), brain.into(), (count as i64).into()])
             }
-            ActivationRounding::Int8Token | ActivationRounding::Fp8Token => {
-                let floats = kind == ActivationRounding::Fp8Token;
-                let args = [to.arg(), (x.rows as i64).into(), (x.cols as i32).into(), floats.into()];
-                self.each(&ROUNDING, "round_tokens", x.rows * 32, &args)
-            }
-            ActivationRounding::Q8_0 | ActivationRounding::Q8K => {
-                let (blocks, half) = (count / length, kind == ActivationRounding::Q8_0);
-                let args = [to.arg(), (blocks as i64).into(), (length as i32).into(), half.into()];
+            _ => {
+                // The number of `SCALE_…` in the kernel, and the values that share a scale.
+                let (scale, length) = match kind {
+                    ActivationRounding::Q8_0 => (0, length),
+                    ActivationRounding::Q8K => (1, length),
+                    ActivationRounding::Int8Token => (2, x.cols.max(1)),
+                    _ => (3, x.cols.max(1)),
+                };
+                let blocks = count / length;
+                let args = [to.arg(), (blocks as i64).into(), (length as i32).into(), i32::into(scale)];
                 self.each(&ROUNDING, "round_to_bytes", blocks * 32, &args)
             }
         }

@@ -30,29 +30,31 @@ pub fn reference(row: &[f32], kind: ActivationRounding) -> Vec<f32> {
     assert!(row.len().is_multiple_of(kind.block_len()), "whole blocks of {kind:?}");
     let block = |values: &[f32]| -> Vec<f32> {
         let largest = values.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
-        let (d, inverse) = match kind {
-            ActivationRounding::Q8K => (1.0 / (127.0 / largest), 127.0 / largest),
-            _ => (f16::from_f32(largest / 127.0).to_f32(), 127.0 / largest),
+        let inverse = 127.0 / largest;
+        let d = match kind {
+            ActivationRounding::Fp8Token => {
+                let d = (largest / 448.0).max(SMALLEST_FP8_SCALE);
+                return values.iter().map(|x| d * round_e4m3(x / d)).collect();
+            }
+            ActivationRounding::Q8_0 => f16::from_f32(largest / 127.0).to_f32(),
+            ActivationRounding::Q8K => 1.0 / inverse,
+            _ => largest / 127.0,
         };
         let scaled = |x: &f32| if inverse.is_finite() { d * (x * inverse).round_ties_even() } else { x * 0.0 };
         values.iter().map(scaled).collect()
     };
-    let largest = row.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
     match kind {
-        ActivationRounding::Int8Token => {
-            let (d, inverse) = (largest / 127.0, 127.0 / largest);
-            let code = |x: &f32| if inverse.is_finite() { d * (x * inverse).round_ties_even() } else { x * 0.0 };
-            row.iter().map(code).collect()
-        }
-        ActivationRounding::Fp8Token => {
-            let d = (largest / 448.0).max(SMALLEST_FP8_SCALE);
-            row.iter().map(|x| d * round_e4m3(x / d)).collect()
-        }
         ActivationRounding::F16 => row.iter().map(|x| f16::from_f32(*x).to_f32()).collect(),
         ActivationRounding::Bf16 => row.iter().map(|x| bf16::from_f32(*x).to_f32()).collect(),
-        ActivationRounding::Q8_0 | ActivationRounding::Q8K => {
-            row.chunks_exact(kind.block_len()).flat_map(block).collect()
-        }
+        _ => row.chunks_exact(block_len(kind, row.len())).flat_map(block).collect(),
+    }
+}
+
+/// Values of a row of `width` that are rounded together: of a token all.
+fn block_len(kind: ActivationRounding, width: usize) -> usize {
+    match kind {
+        ActivationRounding::Int8Token | ActivationRounding::Fp8Token => width.max(1),
+        _ => kind.block_len(),
     }
 }
 
@@ -63,42 +65,30 @@ pub fn reference(row: &[f32], kind: ActivationRounding) -> Vec<f32> {
 pub fn run(x: &mut Array2<f32>, kind: ActivationRounding) {
     let width = x.ncols();
     assert!(width.is_multiple_of(kind.block_len()), "whole blocks of {kind:?}");
-    if let ActivationRounding::Int8Token | ActivationRounding::Fp8Token = kind {
-        let rows = x.as_slice_mut().expect("contiguous").par_chunks_exact_mut(width.max(1));
-        return rows.with_min_len(8).for_each(|row| token(row, kind == ActivationRounding::Fp8Token));
-    }
     // Rows are whole blocks, so that what is cut into blocks may as well be all of them.
+    let length = block_len(kind, width);
     let values = x.as_slice_mut().expect("contiguous");
-    values.par_chunks_mut(TASK).for_each(|part| match kind {
+    values.par_chunks_mut((TASK / length).max(1) * length).for_each(|part| match kind {
         ActivationRounding::F16 => part.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),
         ActivationRounding::Bf16 => part.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()),
-        ActivationRounding::Q8_0 => blocks::<32>(part, true),
-        ActivationRounding::Q8K => blocks::<256>(part, false),
-        ActivationRounding::Int8Token | ActivationRounding::Fp8Token => unreachable!("rows of their own"),
+        _ => part.chunks_exact_mut(length).for_each(|block| round_block(block, kind)),
     });
 }
 
-fn token(row: &mut [f32], floats: bool) {
-    let whole = row.len() / 16 * 16;
-    let (lanes, rest) = row.split_at(whole);
+fn round_block(block: &mut [f32], kind: ActivationRounding) {
+    // A token need not be whole lanes.
+    let (lanes, rest) = block.split_at(block.len() / 16 * 16);
     let largest = rest.iter().fold(largest(lanes), |largest, x| if x.abs() > largest { x.abs() } else { largest });
-    if floats {
-        return scale_floats(row, (largest / 448.0).max(SMALLEST_FP8_SCALE));
-    }
-    let [d, inverse] = [largest / 127.0, 127.0 / largest];
+    let inverse = 127.0 / largest;
+    let d = match kind {
+        ActivationRounding::Fp8Token => return scale_floats(block, (largest / 448.0).max(SMALLEST_FP8_SCALE)),
+        ActivationRounding::Q8_0 => f16::from_f32(largest / 127.0).to_f32(),
+        ActivationRounding::Q8K => 1.0 / inverse,
+        _ => largest / 127.0,
+    };
+    // Of zeros, or of numbers so small that nothing is left of them. What is not a number stays that.
     let [d, inverse] = if inverse.is_finite() { [d, inverse] } else { [0.0, 0.0] };
-    scale(row, d, inverse);
-}
-
-fn blocks<const LEN: usize>(values: &mut [f32], half: bool) {
-    for block in values.chunks_exact_mut(LEN) {
-        let largest = largest(block);
-        let inverse = 127.0 / largest;
-        let d = if half { f16::from_f32(largest / 127.0).to_f32() } else { 1.0 / inverse };
-        // Of zeros, or of numbers so small that nothing is left of them. What is not a number stays that.
-        let [d, inverse] = if inverse.is_finite() { [d, inverse] } else { [0.0, 0.0] };
-        scale(block, d, inverse);
-    }
+    scale(block, d, inverse);
 }
 
 simd_fn! {
