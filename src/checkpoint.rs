@@ -133,7 +133,7 @@ impl Checkpoint {
     pub fn declared(&self, weight: &str) -> Option<Encoding> {
         let Source::Directory { quantization: Some(reader), .. } = &self.source else { return None };
         let with_codes = matches!(self.entry(weight)?.dtype, StoredType::Quantized { .. } | StoredType::Foreign);
-        let declared = with_codes.then(|| reader.declared(weight.strip_suffix(".weight")?).ok()?)?;
+        let declared = with_codes.then(|| reader.declared(module_of(weight)).ok()?)?;
         declared.map(|declared| declared.encoding)
     }
 
@@ -142,7 +142,9 @@ impl Checkpoint {
         let rounded = |entry: &Entry| {
             self.declared(&entry.name).is_some_and(|encoding| ActivationRounding::beside(&encoding).is_some())
         };
-        self.gguf().is_none() && self.entries.iter().any(rounded)
+        // Else every module would be looked up for nothing.
+        let said = matches!(&self.source, Source::Directory { quantization: Some(reader), .. } if reader.quantizes_activations());
+        said && self.entries.iter().any(rounded)
     }
 
     /// What opening it found out: what is otherwise than a path, config.json or an index says it, how settings were read, and what an

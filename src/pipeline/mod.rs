@@ -292,12 +292,13 @@ impl<B: Backend> Walk<'_, '_, B> {
 
     /// Quantizes linears whose input, which they read together, nobody looks at.
     fn round(&mut self, group: &[&Linear]) -> Result<()> {
-        let reach = self.reach(group, &self.all())?;
+        let all = self.all();
+        let reach = self.reach(group, &all)?;
         for linear in group {
             let mut left = Vec::new();
-            for index in self.all() {
-                if !self.tasks[index].round(self.backend, linear, self.progress)? {
-                    left.push(index);
+            for index in &all {
+                if !self.tasks[*index].round(self.backend, linear, self.progress)? {
+                    left.push(*index);
                 }
             }
             if !left.is_empty() {
@@ -418,7 +419,8 @@ impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
             true => self.observer.observe(group[0], inputs)?,
             false => Observed::nothing(),
         };
-        let (all, reach) = (self.all(), self.reach(group, &self.all())?);
+        let all = self.all();
+        let reach = self.reach(group, &all)?;
         self.quantize(group, &seen, &all, reach)
     }
 
@@ -432,7 +434,8 @@ impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
             true => self.observer.observe_expert(group[0], inputs, others)?,
             false => Observed::nothing(),
         };
-        let (all, reach) = (self.all(), self.reach(group, &self.all())?);
+        let all = self.all();
+        let reach = self.reach(group, &all)?;
         self.quantize(group, &seen, &all, reach)
     }
 

@@ -20,7 +20,7 @@ use formats::{Encoding, Float};
 use ndarray::ArrayView2;
 use rayon::prelude::*;
 
-use super::blocks::candidates;
+use super::blocks::{candidates, cost};
 use super::levels::{AnyLevels, LevelSet, with_levels};
 use super::round::inverse;
 use crate::backend::{Grid, GridSpec};
@@ -94,6 +94,7 @@ pub fn fit(weight: ArrayView2<f32>, spec: &GridSpec, importance: Option<&[f32]>)
     let importance = importance.map_or_else(|| vec![1.0; cols], super::blocks::floor);
     let (width, groups) = (encoding.group_width(cols).max(1), spec.groups());
     let height = encoding.block_height(rows).max(1);
+    let data = weight.to_slice().expect("a contiguous matrix");
     let mut blocks = vec![BlockScales::default(); rows * groups];
     blocks.par_chunks_mut((height * groups).max(1)).enumerate().for_each_init(
         || (Vec::new(), Vec::new()),
@@ -104,7 +105,7 @@ pub fn fit(weight: ArrayView2<f32>, spec: &GridSpec, importance: Option<&[f32]>)
                 x.clear();
                 h.clear();
                 for row in of.clone() {
-                    x.extend(weight.row(row).iter().skip(columns.start).take(columns.len()));
+                    x.extend_from_slice(&data[row * cols..][columns.clone()]);
                     h.extend_from_slice(&importance[columns.clone()]);
                 }
                 let found = fit_block(x, h, &task);
@@ -157,25 +158,11 @@ impl Best {
     #[inline(always)]
     fn consider<L: LevelSet>(&mut self, set: L, x: &[f32], h: &[f32], stored: Stored, scale: f32, min: f32) {
         let (d, m) = (stored.round(scale), stored.round_min(min));
-        let loss = loss(set, x, h, d, m);
+        let loss = cost(set, x, h, d, m);
         if loss < self.loss {
             *self = Best { loss, d, m };
         }
     }
-}
-
-/// `Σ h (x − scale · level + min)²`.
-#[inline(always)]
-fn loss<L: LevelSet>(set: L, x: &[f32], h: &[f32], scale: f32, min: f32) -> f32 {
-    let inverse = inverse(scale);
-    let mut lanes = [0.0f32; LANES];
-    for (x, h) in x.chunks_exact(LANES).zip(h.chunks_exact(LANES)) {
-        for lane in 0..LANES {
-            let e = x[lane] - (scale * set.nearest((x[lane] + min) * inverse) - min);
-            lanes[lane] += h[lane] * e * e;
-        }
-    }
-    sum_lanes(lanes)
 }
 
 /// Scale and min of least squares for the levels that a scale and a min give, `x ≈ s · level − m`; `None` where they say nothing.
@@ -213,7 +200,7 @@ simd_fn! {
 #[inline(always)]
 fn search_in<L: LevelSet>(set: L, x: &[f32], h: &[f32], low: f32, high: f32, task: &Task) -> BlockScales {
     let BlockScales { d, m, .. } = from_range(low, high, task);
-    let mut best = Best { loss: loss(set, x, h, d, m), d, m };
+    let mut best = Best { loss: cost(set, x, h, d, m), d, m };
     let ([bottom, top], stored) = (set.range(), task.stored);
     if best.loss > 0.0 && high - low > 0.0 {
         let (from, to, steps) = candidates(task.count as f32);

@@ -447,22 +447,28 @@ KERNEL(round_blocks)(
     u8 *codes, const float *weight, const float *scales, const float *mins, const LevelSet *given, const u8 *kept_codes, i64 count,
     int cols, int groups, int width) {
     LevelSet set = *given;
-    // Then four neighbours lie in one group.
+    // Then four neighbours lie in one group, and the last ones are four.
     bool together = cols % 4 == 0 && width % 4 == 0;
     for (i64 first = 4 * global_index(); first < count; first += 4 * global_stride()) {
+        int some = count - first < 4 ? (int)(count - first) : 4;
+        float values[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (together) {
+            float4 four = *(const float4 *)(weight + first);
+            values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
+        } else
+            for (int i = 0; i < some; i++) values[i] = weight[first + i];
         i64 at = group_at(first, cols, groups, width);
-        float inverse = inverse_of(scales[at]), min = mins ? mins[at] : 0.0f;
+        u32 all = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (first + i >= count) break;
-            if (i > 0 && !together) {
-                at = group_at(first + i, cols, groups, width);
-                inverse = inverse_of(scales[at]);
-                min = mins ? mins[at] : 0.0f;
-            }
-            float level = nearest_level(set, (weight[first + i] + min) * inverse);
-            codes[first + i] = kept_codes[kept_of(set, level)];
+            if (!together && i > 0 && i < some) at = group_at(first + i, cols, groups, width);
+            float min = mins ? mins[at] : 0.0f;
+            all |= (u32)kept_codes[kept_of(set, nearest_level(set, (values[i] + min) * inverse_of(scales[at])))] << 8 * i;
         }
+        if (together)
+            *(u32 *)(codes + first) = all;
+        else
+            for (int i = 0; i < some; i++) codes[first + i] = (u8)(all >> 8 * i);
     }
 }
 EXPORT(round_blocks)
@@ -472,14 +478,24 @@ KERNEL(dequantize_blocks)(
     float *out, const u8 *codes, const float *scales, const float *mins, const float *levels, i64 count, int cols, int groups, int width) {
     bool together = cols % 4 == 0 && width % 4 == 0;
     for (i64 first = 4 * global_index(); first < count; first += 4 * global_stride()) {
+        int some = count - first < 4 ? (int)(count - first) : 4;
+        u32 all = 0;
+        if (together)
+            all = *(const u32 *)(codes + first);
+        else
+            for (int i = 0; i < some; i++) all |= (u32)codes[first + i] << 8 * i;
         i64 at = group_at(first, cols, groups, width);
+        float values[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            if (first + i >= count) break;
-            if (i > 0 && !together) at = group_at(first + i, cols, groups, width);
-            float value = scales[at] * levels[codes[first + i]];
-            out[first + i] = mins ? value - mins[at] : value;
+            if (!together && i > 0 && i < some) at = group_at(first + i, cols, groups, width);
+            values[i] = scales[at] * levels[all >> 8 * i & 255];
+            if (mins) values[i] -= mins[at];
         }
+        if (together)
+            *(float4 *)(out + first) = make_float4(values[0], values[1], values[2], values[3]);
+        else
+            for (int i = 0; i < some; i++) out[first + i] = values[i];
     }
 }
 EXPORT(dequantize_blocks)

@@ -392,7 +392,7 @@ fn fit_tiles<L: LevelSet, const G: usize>(
 
 /// What one scale and min cost: `Σ h (x − scale · level + min)²`.
 #[inline(always)]
-fn cost<L: LevelSet>(set: L, x: &[f32], h: &[f32], scale: f32, min: f32) -> f32 {
+pub(super) fn cost<L: LevelSet>(set: L, x: &[f32], h: &[f32], scale: f32, min: f32) -> f32 {
     let inverse = inverse(scale);
     let mut lanes = [0.0f32; LANES];
     for (x, h) in x.chunks_exact(LANES).zip(h.chunks_exact(LANES)) {
