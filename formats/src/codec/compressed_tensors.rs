@@ -25,8 +25,9 @@
 
 use serde_json::{Map, Value, json};
 
+use super::foreign::scaled;
 use super::names::{self, NameSet, Selection};
-use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
+use super::{Codec, ConfigFiles, Declared, Foreign, PartLookup, Parts, QuantizedModule};
 use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, unpack_rows, words_shape};
 use crate::bits::{packed_words, unpack};
 use crate::encoding::{Activation, Block, E4M3, Encoding, Float, Levels, Offset, code_e4m3};
@@ -187,12 +188,8 @@ impl Codec for CompressedTensors {
     }
 
     fn shape(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<[usize; 2]> {
-        match bytes_of(parts, &declared.encoding) {
-            Some((dtype, _)) => bytes_shape(&part(parts, "weight")?, dtype),
-            None if Format::of(&declared.encoding) == Some(Format::Nvfp4) => {
-                let [rows, pairs] = bytes_shape(&part(parts, "weight_packed")?, Dtype::U8)?;
-                Ok([rows, 2 * pairs])
-            }
+        match plain(parts, &declared.encoding)? {
+            Some(stored) => stored.matrix(),
             None => stored_shape(parts),
         }
     }
@@ -200,19 +197,11 @@ impl Codec for CompressedTensors {
     fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
         let encoding = declared.encoding;
         let bits = encoding.levels.bits();
-        let [rows, cols] = self.shape(parts, declared)?;
+        if let Some(stored) = plain(parts, &encoding)? {
+            return stored.weight(&by_name(parts), encoding);
+        }
+        let [rows, cols] = stored_shape(parts)?;
         let groups = encoding.groups(cols);
-        if let Some((_, less)) = bytes_of(parts, &encoding) {
-            let codes = part(parts, "weight")?.data.iter().map(|byte| byte.wrapping_add(less)).collect();
-            let scale = part(parts, "weight_scale")?;
-            expect_shape(&scale, "weight_scale", &[rows, groups])?;
-            let zeros = vec![encoding.fixed_zero().expect("no zeros are stored"); rows * groups];
-            return Ok(QuantizedWeight::of_codes([rows, cols], encoding, codes, scale.to_f32()?, zeros));
-        }
-
-        if Format::of(&encoding) == Some(Format::Nvfp4) {
-            return nvfp4(parts, [rows, cols], encoding);
-        }
         let packed = part(parts, "weight_packed")?;
         let [packed_rows, words] = words_shape(&packed, "weight_packed")?;
         if packed_rows != rows {
@@ -390,37 +379,27 @@ fn eighths(scales: &[f32], global: f32) -> Result<Vec<u8>> {
     scales.iter().map(code).collect()
 }
 
-fn nvfp4(parts: &PartLookup<'_, '_>, [rows, cols]: [usize; 2], encoding: Encoding) -> Result<QuantizedWeight> {
-    let groups = encoding.groups(cols);
-    let (packed, scale, global) =
-        (part(parts, "weight_packed")?, part(parts, "weight_scale")?, part(parts, "weight_global_scale")?);
-    if !cols.is_multiple_of(16) {
-        return Err(Error::mismatch("the columns of weight_packed", "a multiple of 16", cols));
-    }
-    scale.expect("weight_scale", Dtype::F8_E4M3, &[rows, groups])?;
-    global.expect("weight_global_scale", Dtype::F32, &[1])?;
-    let divisor = global.to_f32()?[0];
-    let mut scales = scale.to_f32()?;
-    scales.iter_mut().for_each(|scale| *scale /= divisor);
-    let codes = unpack_rows(packed.data, rows, cols, 4);
-    let weight = QuantizedWeight::of_codes([rows, cols], encoding, codes, scales, vec![0; rows * groups]);
-    Ok(QuantizedWeight { global: Some(1.0 / divisor), ..weight })
+/// Finds a weight in plain types; `None` of a packed one, as which 8 bits may be stored for runtimes that round inputs, too.
+fn plain(parts: &PartLookup<'_, '_>, encoding: &Encoding) -> Result<Option<Foreign>> {
+    let stored = match Format::of(encoding) {
+        Some(Format::Nvfp4) => "weight_packed",
+        Some(Format::Int | Format::Float) if parts("weight_packed").is_none() => "weight",
+        _ => return Ok(None),
+    };
+    let view = part(parts, stored)?;
+    let found = scaled::compressed_tensors(&format!("{MODULE}.{stored}"), &view, None, &by_name(parts))?;
+    found.map_or_else(
+        || Err(Error::mismatch(format!("the type of {stored}"), "one of codes", view.dtype)),
+        |found| Ok(Some(found)),
+    )
 }
 
-/// How a weight is stored that is not packed, though it might be for runtimes that round inputs as well.
-fn bytes_of(parts: &PartLookup<'_, '_>, encoding: &Encoding) -> Option<(Dtype, u8)> {
-    Format::of(encoding).and_then(Format::bytes).filter(|_| parts("weight_packed").is_none())
-}
+/// Stands for the name of the module, which a codec is not told.
+const MODULE: &str = "module";
 
-/// The extents of a matrix of bytes; fails unless it is one.
-fn bytes_shape(weight: &TensorView<'_>, dtype: Dtype) -> Result<[usize; 2]> {
-    if weight.dtype != dtype {
-        return Err(Error::mismatch("the type of weight", dtype, weight.dtype));
-    }
-    weight
-        .shape
-        .try_into()
-        .map_err(|_| Error::mismatch("the shape of weight", "a matrix", format_args!("{:?}", weight.shape)))
+/// The parts by whole names.
+fn by_name<'d>(parts: &PartLookup<'_, 'd>) -> impl Fn(&str) -> Option<TensorView<'d>> {
+    move |name| name.strip_prefix(MODULE)?.strip_prefix('.').and_then(parts)
 }
 
 fn stored_shape(parts: &PartLookup<'_, '_>) -> Result<[usize; 2]> {

@@ -5,12 +5,14 @@
 
 mod bitsandbytes;
 mod experts;
-mod scaled;
+pub(super) mod scaled;
 
 use std::ops::Range;
 
+use crate::encoding::Encoding;
 use crate::error::{Error, Result};
 use crate::tensor::{Dtype, TensorView, e4m3, e5m2, widen};
+use crate::weight::QuantizedWeight;
 
 /// Looks a tensor of the checkpoint up by its whole name.
 pub type TensorLookup<'a, 'd> = dyn Fn(&str) -> Option<TensorView<'d>> + 'a;
@@ -67,6 +69,20 @@ impl Foreign {
             Library::Mxfp4 => experts::find(stored, &view, tensors),
         }
         .map_err(|error| error.in_tensor(stored))
+    }
+
+    /// Rows and columns; fails unless it is a matrix.
+    pub(super) fn matrix(&self) -> Result<[usize; 2]> {
+        let shape = self.shape[..].try_into();
+        shape.map_err(|_| Error::mismatch("its shape", "a matrix", format_args!("{:?}", self.shape)))
+    }
+
+    /// The codes and scales of a matrix in this encoding; fails when they are stored in another, or in a layout without codes of their own.
+    pub(super) fn weight(&self, tensors: &TensorLookup<'_, '_>, encoding: Encoding) -> Result<QuantizedWeight> {
+        match &self.layout {
+            Layout::Scaled(scaled) => scaled.weight(&self.parts, tensors, self.matrix()?, encoding),
+            _ => Err(Error::unsupported(format!("codes cannot be taken from {}", self.kind))),
+        }
     }
 
     /// The values of slices `range` along the first extent, into `out`, row-major. Fails when the parts hold no numbers.

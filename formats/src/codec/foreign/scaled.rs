@@ -11,10 +11,11 @@
 
 use std::ops::Range;
 
-use super::{Foreign, Layout, TensorLookup, are_scales, e4m3, e5m2, need, scales};
-use crate::encoding::E2M1;
+use super::{Foreign, Layout, TensorLookup, are_scales, e5m2, need, scales};
+use crate::encoding::{E2M1, E4M3, Encoding, Levels};
 use crate::error::{Error, Result};
 use crate::tensor::{Dtype, TensorView};
+use crate::weight::QuantizedWeight;
 
 /// How scales lie over the matrices.
 #[derive(Debug)]
@@ -52,6 +53,16 @@ impl Values {
         }
     }
 
+    /// What the codes stand for, and what makes a byte a code; `None` where no encoding has them.
+    fn levels(self) -> Option<(Levels, u8)> {
+        match self {
+            Values::E4m3 => Some((Levels::Table(&E4M3), 0)),
+            Values::Int8 => Some((Levels::signed(8), 0x80)),
+            Values::E2m1 => Some((Levels::Table(&E2M1), 0)),
+            Values::E5m2 => None,
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Values::E4m3 => "fp8",
@@ -85,7 +96,7 @@ pub(super) fn float8(
 }
 
 /// What `compressed-tensors` writes in plain types, and its packed 4-bit floats.
-pub(super) fn compressed_tensors(
+pub(in crate::codec) fn compressed_tensors(
     stored: &str,
     view: &TensorView<'_>,
     block: Option<[usize; 2]>,
@@ -212,6 +223,50 @@ fn build(
 }
 
 impl Scaled {
+    /// Codes and scales of a matrix `[rows, cols]` in `encoding`, whose groups are runs of columns and which stores no zeros.
+    pub(super) fn weight(
+        &self,
+        parts: &[String],
+        tensors: &TensorLookup<'_, '_>,
+        [rows, cols]: [usize; 2],
+        encoding: Encoding,
+    ) -> Result<QuantizedWeight> {
+        let (codes, scale) = (need(tensors, &parts[0])?, need(tensors, &parts[1])?);
+        let Some((_, turn)) = self.values.levels().filter(|(levels, _)| *levels == encoding.levels) else {
+            return Err(Error::mismatch(
+                format!("the type of {}", parts[0]),
+                "that of the declared codes",
+                codes.dtype,
+            ));
+        };
+        if let Some(zeros) = parts.get(2).filter(|_| self.zeros) {
+            return Err(Error::unsupported(format!("{zeros} stands beside codes that are declared symmetric")));
+        }
+        let groups = encoding.groups(cols);
+        if scale.shape.iter().product::<usize>() != rows * groups {
+            return Err(Error::mismatch(
+                format!("the shape of {}", parts[1]),
+                format_args!("[{rows}, {groups}]"),
+                format_args!("{:?}", scale.shape),
+            ));
+        }
+        let mut scale_values = Vec::new();
+        scales(&scale, 0..rows * groups, &mut scale_values)?;
+        let mut global = None;
+        if self.global {
+            let divisor = need(tensors, &parts[2])?.to_f32()?[0];
+            scale_values.iter_mut().for_each(|scale| *scale /= divisor);
+            global = Some(1.0 / divisor);
+        }
+        let codes = match self.values {
+            Values::E2m1 => codes.data.iter().flat_map(|byte| [byte & 15, byte >> 4]).collect(),
+            _ => codes.data.iter().map(|byte| byte ^ turn).collect(),
+        };
+        let zeros = vec![encoding.fixed_zero().unwrap_or(0); rows * groups];
+        let weight = QuantizedWeight::of_codes([rows, cols], encoding, codes, scale_values, zeros);
+        Ok(QuantizedWeight { global, ..weight })
+    }
+
     /// Slices `range` of `slice` values each.
     pub(super) fn read(
         &self,
@@ -229,11 +284,9 @@ impl Scaled {
         }
         let mut table = [0.0f32; 256];
         for (code, value) in (0..=255u8).zip(&mut table) {
-            *value = match self.values {
-                Values::E4m3 => e4m3(code),
-                Values::E5m2 => e5m2(code),
-                Values::Int8 => f32::from(code as i8),
-                Values::E2m1 => E2M1[usize::from(code & 15)],
+            *value = match self.values.levels() {
+                Some((levels, turn)) => levels.level((code ^ turn) & (levels.count() - 1) as u8),
+                None => e5m2(code),
             };
         }
         let ([rows, cols], [height, width], [grid_rows, grid_cols]) = (self.extent, self.block, self.grid);
