@@ -7,6 +7,7 @@ end by. Where blocks were finished, the same command goes on after them: what it
 
     python3 tests/faults.py --quantc target/release/quantc                  300 kills, 200 faults; strace is needed for the faults
     python3 tests/faults.py --quantc target/release/quantc --kills 30 --faults 20
+    python3 tests/faults.py --quantc target/release/quantc --kills 0 --faults 0 --full 1    the disk is full from every write on
 """
 
 import argparse
@@ -180,19 +181,51 @@ def fault(kind, number, generator):
     kind.check(what, had_old, killed=removing)
 
 
+WRITES = ("write", "pwrite64", "ftruncate", "copy_file_range", "sendfile", "fallocate")
+
+
+def full(kind, every):
+    """Lets the disk be full from one write of a run on, for one write in `every`, and then runs the same command with room again."""
+    kind.clear()
+    trace = kind.room / ".trace"
+    kind.run(["strace", "-f", "-qq", "-o", str(trace), "-e", "trace=" + ",".join(WRITES)]).check_returncode()
+    # Of writes to terminals and pipes there are none that matter to the output.
+    calls = [line.split(maxsplit=1)[1] for line in trace.read_text().splitlines()]
+    counts = {call: sum(line.startswith(call + "(") for line in calls) for call in WRITES}
+    for call, count in counts.items():
+        for first in range(1, count + 1, every):
+            kind.clear()
+            run = kind.run(["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={call}:error=ENOSPC:when={first}+"])
+            what = f"full from {call} {first} of {count} on"
+            if run.returncode not in (0, 1):
+                raise AssertionError(f"{kind.name}, {what}: exit code {run.returncode}: {run.stderr}")
+            if run.returncode == 1 and "No space left" not in run.stderr and call in ("pwrite64", "ftruncate"):
+                raise AssertionError(f"{kind.name}, {what}: the message does not say it: {run.stderr}")
+            found = outputs(kind.room)
+            if found not in (kind.new, {}) or (run.returncode == 0) != (found == kind.new):
+                raise AssertionError(f"{kind.name}, {what}: exit code {run.returncode}, and there is {sorted(found)}: {run.stderr}")
+            after = kind.run()
+            left = [p.name for p in kind.room.iterdir() if p.name.startswith(".")]
+            if after.returncode or left or outputs(kind.room) != kind.new:
+                raise AssertionError(f"{kind.name}, {what}: with room again: {left} {sorted(outputs(kind.room))} {after.stderr}")
+    return sum(len(range(1, count + 1, every)) for count in counts.values())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quantc", required=True)
     parser.add_argument("--kills", type=int, default=300)
     parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--full", type=int, help="fill the disk at one write in so many")
+    parser.add_argument("--kind", help="only kinds whose name holds this")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     quantc = str(pathlib.Path(args.quantc).resolve())
-    if args.faults and not shutil.which("strace"):
-        sys.exit("strace is needed for --faults")
+    if (args.faults or args.full) and not shutil.which("strace"):
+        sys.exit("strace is needed for --faults and --full")
     room = pathlib.Path(tempfile.mkdtemp())
     subprocess.run([quantc, "demo", "--export", str(room / "model")], check=True, capture_output=True)
-    kinds = [Kind(quantc, room, name, words) for name, words in KINDS.items()]
+    kinds = [Kind(quantc, room, name, words) for name, words in KINDS.items() if (args.kind or "") in name]
     generator, failures = random.Random(args.seed), []
     for what, count in ((kill, args.kills), (fault, args.faults)):
         for number in range(count):
@@ -201,6 +234,12 @@ def main():
             except AssertionError as error:
                 failures.append(str(error))
                 print(f"FAILED {error}", flush=True)
+    for kind in kinds if args.full else []:
+        try:
+            print(f"{kind.name}: {full(kind, args.full)} writes failed", flush=True)
+        except AssertionError as error:
+            failures.append(str(error))
+            print(f"FAILED {error}", flush=True)
     shutil.rmtree(room)
     print(f"{args.kills} kills and {args.faults} faults: {len(failures)} failed")
     sys.exit(bool(failures))
