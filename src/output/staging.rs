@@ -327,13 +327,18 @@ impl Staging {
             .map_err(|error| Error::usage(format!("{shown}: its folder takes no file ({error}); choose another place")))
     }
 
+    /// Waits until everything that was written is on the disk.
+    pub fn flush(&self) -> Result<()> {
+        sync_tree(&self.folder).map_err(Error::io(&self.folder, "flush"))
+    }
+
     /// Moves the output to its place in one step, once everything is on the disk; with `force` in place of what is there.
     ///
     /// What has appeared there since the run began stays, and the finished output is kept beside it. Returns notes on what could
     /// not be removed.
     pub fn commit(mut self) -> Result<Vec<String>> {
         let path = self.place.path();
-        sync_tree(&self.folder).map_err(Error::io(&self.folder, "flush"))?;
+        self.flush()?;
         if self.journal.take().is_some() {
             let journal = self.folder.join(journal::NAME);
             fs::remove_file(&journal).map_err(Error::io(&journal, "remove"))?;
