@@ -30,7 +30,19 @@ const BELOW_THE_BAR: u8 = 3;
 /// Threads that are started for each core at the most.
 const MOST_THREADS: usize = 4;
 
+/// Bytes of the stack that everything but the work of further threads has.
+const STACK: usize = 16 << 20;
+
 fn main() -> ExitCode {
+    // The first thread has what a limit of the shell (ulimit -s) leaves it, which may be too little for reading the command line.
+    match std::thread::Builder::new().stack_size(STACK).spawn(begin) {
+        Ok(thread) => thread.join().unwrap_or(ExitCode::FAILURE),
+        Err(_) => begin(),
+    }
+}
+
+/// Reads the command line and either works or watches over the process that does; the exit code.
+fn begin() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::harness::{Room, TEXT};
+use crate::harness::{Room, TEXT, children};
 
 /// A run that takes far longer than any test waits.
 const LONG: &[&str] = &["quantize", "model", "-o", "out", "--samples", "100000", "--seq-len", "128"];
@@ -49,9 +49,8 @@ fn start(room: &Room) -> AtWork {
 impl AtWork {
     /// The process that works; the other one watches it.
     fn worker(&self) -> u32 {
-        let id = self.child.id();
-        let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
-        children.trim().parse().expect("one child")
+        let [worker] = children(self.child.id())[..] else { panic!("one child") };
+        worker
     }
 
     fn end(self) -> Output {
@@ -463,4 +462,12 @@ fn what_finds_no_room_for_its_stack_is_not_called_a_damaged_file() {
     let run = room.shell(&format!("ulimit -v 300000; exec {} {QUICK} {ON_TEXT}", env!("CARGO_BIN_EXE_quantc")));
     run.refuses(1, &["model/tokenizer.json: there is no thread to work with it on", "more memory"]);
     assert_eq!(room.names(), ["model"]);
+}
+
+#[test]
+fn a_small_limit_on_stacks_is_not_met() {
+    let room = Room::new();
+    room.model();
+    let run = room.shell(&format!("ulimit -s 128; exec {} {QUICK} {ON_TEXT}", env!("CARGO_BIN_EXE_quantc")));
+    run.succeeds();
 }

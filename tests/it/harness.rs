@@ -102,6 +102,13 @@ impl Model {
     }
 }
 
+/// Processes that a process has started, whichever of its threads did; none where it is gone.
+pub fn children(process: u32) -> Vec<u32> {
+    let tasks = std::fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten();
+    let listed = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("children")).ok());
+    listed.flat_map(|list| list.split_whitespace().map(|id| id.parse().unwrap()).collect::<Vec<u32>>()).collect()
+}
+
 /// How a run ended.
 pub struct Run(Output);
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::harness::{Room, TEXT};
+use crate::harness::{Room, TEXT, children};
 
 /// Long enough that it does not end before it is killed.
 const SLOW: &[&str] = &["--samples", "48", "--seq-len", "256", "--calibration", TEXT, "--verify-text", "none"];
@@ -59,15 +59,14 @@ fn kill_once(room: &Room, flags: &[&str], outputs: usize, blocks: usize, signal:
         assert!(waiting.elapsed() < Duration::from_secs(300), "the run does not get so far");
         std::thread::sleep(Duration::from_millis(2));
     }
-    let children = format!("/proc/{0}/task/{0}/children", run.id());
-    let workers = std::fs::read_to_string(children).unwrap_or_default();
+    let workers = children(run.id());
     let signal = format!("-{signal}");
     assert!(Command::new("kill").args([&signal, &run.id().to_string()]).status().unwrap().success());
     let output = run.wait_with_output().unwrap();
     // A worker whose watcher was killed ends a moment later, and holds its lock until then.
     let lives =
-        |worker: &str| std::fs::read_to_string(format!("/proc/{worker}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
-    while workers.split_whitespace().any(lives) {
+        |worker: &u32| std::fs::read_to_string(format!("/proc/{worker}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
+    while workers.iter().any(lives) {
         std::thread::sleep(Duration::from_millis(5));
     }
     output
