@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use formats::codec::{Foreign, QuantizationReader};
-use formats::{Dtype, Encoding, GgufFile, QuantizedWeight, SafetensorsSet, TensorView};
+use formats::{Dtype, Encoding, GgufFile, PackedWeight, QuantizedWeight, SafetensorsSet, TensorView, WordLayout};
 use kernels::ActivationRounding;
 use serde_json::Value;
 
@@ -443,7 +443,17 @@ impl Checkpoint {
         if self.change(name).is_some() { Ok(None) } else { self.codes(name) }
     }
 
+    /// The same with the codes in words as they lie in the file.
+    pub fn packed(&self, name: &str) -> Result<Option<(PackedWeight, WordLayout)>> {
+        if self.change(name).is_some() { Ok(None) } else { self.words(name) }
+    }
+
     fn codes(&self, name: &str) -> Result<Option<QuantizedWeight>> {
+        let unpacked = |(weight, layout): (PackedWeight, _)| weight.unpacked(layout).map_err(|e| self.locate(e, name));
+        self.words(name)?.map(unpacked).transpose()
+    }
+
+    fn words(&self, name: &str) -> Result<Option<(PackedWeight, WordLayout)>> {
         let entry = self.expect(name)?;
         match (&self.source, entry.dtype) {
             (Source::Directory { tensors, quantization: Some(reader), .. }, StoredType::Quantized { .. }) => {

@@ -151,4 +151,24 @@ impl PackedWeight {
     pub fn groups(&self) -> usize {
         self.encoding.groups(self.cols)
     }
+
+    /// Words of codes `[rows, cols]` with a scale and a zero for each group, as [`QuantizedWeight::of_codes`].
+    pub fn of_words(
+        [rows, cols]: [usize; 2],
+        encoding: Encoding,
+        words: Vec<u32>,
+        scales: Vec<f32>,
+        zeros: Vec<u8>,
+    ) -> PackedWeight {
+        PackedWeight { rows, cols, encoding, words, scales, zeros, mins: Vec::new(), global: None, group_of: None }
+    }
+
+    /// The same with a byte for each code.
+    ///
+    /// Fails when the layout has no room for such codes, or there are more or fewer words than it takes.
+    pub fn unpacked(self, layout: WordLayout) -> Result<QuantizedWeight> {
+        let PackedWeight { rows, cols, encoding, words, scales, zeros, mins, global, group_of } = self;
+        let codes = layout.unpack(&words, [rows, cols], encoding.levels.bits())?;
+        Ok(QuantizedWeight { rows, cols, encoding, codes, scales, zeros, mins, global, group_of })
+    }
 }

@@ -40,6 +40,33 @@ impl WordLayout {
         })
     }
 
+    /// The codes `[rows, cols]` that words hold: what [`pack`](Self::pack) packed.
+    ///
+    /// Fails where the layout has no room for such codes, or there are more or fewer words.
+    pub fn unpack(self, words: &[u32], [rows, cols]: [usize; 2], bits: u8) -> Result<Vec<u8>> {
+        let count = self.words([rows, cols], bits)?;
+        if words.len() != count {
+            return Err(Error::mismatch("the number of words", count, words.len()));
+        }
+        Ok(match self {
+            WordLayout::Rows => unpack_rows(words, rows, cols, bits),
+            WordLayout::RowsTransposed => {
+                unpack_rows(&transpose(words, bits::packed_words(cols, bits), rows), rows, cols, bits)
+            }
+            WordLayout::ColumnsLessOne => {
+                let mut codes = transpose(&unpack_rows(words, cols, rows, bits), cols, rows);
+                let low = u8::MAX >> (8 - bits);
+                codes.iter_mut().for_each(|code| *code = code.wrapping_add(1) & low);
+                codes
+            }
+            WordLayout::ColumnsTransposed => {
+                let columns = transpose(words, bits::packed_words(rows, bits), cols);
+                transpose(&unpack_rows(&columns, cols, rows, bits), cols, rows)
+            }
+            WordLayout::Awq => unpack_awq(words, rows, cols),
+        })
+    }
+
     /// Packs `codes` `[rows, cols]`, each below `2^bits`.
     ///
     /// Fails where the layout has no room for such codes, or there are more or fewer.
@@ -83,6 +110,37 @@ fn pack_rows(codes: &[u8], cols: usize, bits: u8) -> Vec<u32> {
         }
     }
     words
+}
+
+/// The codes of rows that were packed into whole words each.
+fn unpack_rows(words: &[u32], rows: usize, cols: usize, bits: u8) -> Vec<u8> {
+    let row_words = bits::packed_words(cols, bits);
+    let mut codes = vec![0; rows * cols];
+    if row_words > 0 {
+        let mut packed = vec![0; 4 * row_words];
+        for (codes, words) in codes.chunks_exact_mut(cols).zip(words.chunks_exact(row_words)) {
+            for (bytes, word) in packed.chunks_exact_mut(4).zip(words) {
+                bytes.copy_from_slice(&word.to_le_bytes());
+            }
+            bits::unpack(&packed, bits, codes);
+        }
+    }
+    codes
+}
+
+fn unpack_awq(words: &[u32], rows: usize, cols: usize) -> Vec<u8> {
+    let words = transpose(words, cols, rows / 8);
+    let mut codes = vec![0; rows * cols];
+    if cols > 0 {
+        for (codes, words) in codes.chunks_exact_mut(8 * cols).zip(words.chunks_exact(cols)) {
+            for (k, row) in AWQ_ORDER.into_iter().enumerate() {
+                for (code, word) in codes[row * cols..][..cols].iter_mut().zip(words) {
+                    *code = (word >> (4 * k) & 15) as u8;
+                }
+            }
+        }
+    }
+    codes
 }
 
 fn pack_awq(codes: &[u8], rows: usize, cols: usize) -> Vec<u32> {
@@ -159,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn as_many_words_as_are_said() {
+    fn words_are_as_many_as_are_said_and_hold_the_codes() {
         let layouts = [
             WordLayout::Rows,
             WordLayout::RowsTransposed,
@@ -170,8 +228,11 @@ mod tests {
         for shape @ [rows, cols] in [[0, 5], [8, 0], [8, 33], [16, 7]] {
             for (layout, bits) in layouts.into_iter().flat_map(|layout| [(layout, 3), (layout, 4)]) {
                 if let Ok(words) = layout.words(shape, bits) {
-                    let packed = layout.pack(&vec![1; rows * cols], shape, bits).unwrap();
+                    let codes: Vec<u8> = (0..rows * cols).map(|i| (i * 37 % (1 << bits)) as u8).collect();
+                    let packed = layout.pack(&codes, shape, bits).unwrap();
                     assert_eq!(packed.len(), words, "{layout:?} of {shape:?} at {bits} bits");
+                    assert_eq!(layout.unpack(&packed, shape, bits).unwrap(), codes, "{layout:?} of {shape:?}");
+                    layout.unpack(&vec![0; words + 1], shape, bits).unwrap_err();
                 }
             }
         }

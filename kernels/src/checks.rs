@@ -112,6 +112,11 @@ pub(crate) fn expect_grid(op: &'static str, [rows, cols]: [usize; 2], grid: &Gri
     }
 }
 
+/// What a layout of words says of codes that it has no room for.
+pub(crate) fn no_room(op: &'static str, error: &formats::Error) -> Error {
+    Error::Shape { op, expected: "codes that the layout has room for".to_owned(), found: error.to_string() }
+}
+
 /// A grid of one of ggml's types.
 pub(crate) fn expect_type(op: &'static str, grid: &Grid) -> Result<GgmlType> {
     let missing =

@@ -20,13 +20,13 @@ pub struct Ahead<'a, B: Forward> {
     source: &'a Checkpoint,
     /// Bytes that may be on their way at a time, where the device wants any to be.
     most: Option<u64>,
-    road: Road<B::Stored>,
+    queue: Queue<B::Stored>,
 }
 
 impl<'a, B: Forward> Ahead<'a, B> {
     /// Nothing is sent before [`blocks`](Self::blocks).
     pub fn new(backend: &'a B, source: &'a Checkpoint) -> Ahead<'a, B> {
-        Ahead { backend, source, most: backend.sends_ahead(), road: Road::new() }
+        Ahead { backend, source, most: backend.sends_ahead(), queue: Queue::new() }
     }
 
     /// Runs `work`, beside which is sent what it [announces](Self::announce).
@@ -34,7 +34,7 @@ impl<'a, B: Forward> Ahead<'a, B> {
     /// Fails if sending does; everything is over when this returns.
     fn beside<R>(&self, work: impl FnOnce() -> Result<R>) -> Result<R> {
         let Some(most) = self.most else { return work() };
-        self.road.beside(most, |name, shape| self.send(name, shape), work)
+        self.queue.beside(most, |name, shape| self.send(name, shape), work)
     }
 
     /// A block begins, and this one follows: has its weights read from disk, and sent unless they take too much of the device.
@@ -51,7 +51,7 @@ impl<'a, B: Forward> Ahead<'a, B> {
         if coming.iter().map(|(_, _, bytes)| bytes).sum::<u64>() > most {
             coming.clear();
         }
-        self.road.announce(coming);
+        self.queue.announce(coming);
     }
 
     /// Runs `begin`, and `work` on what it gives for each block and its number, while the next block's weights go ahead.
@@ -79,7 +79,7 @@ impl<'a, B: Forward> Ahead<'a, B> {
 
     /// A weight that was sent, or is being sent; `None` for one that is to be loaded.
     pub(super) fn take(&self, name: &str) -> Result<Option<B::Stored>> {
-        if self.most.is_some() { self.road.take(name) } else { Ok(None) }
+        if self.most.is_some() { self.queue.take(name) } else { Ok(None) }
     }
 
     fn send(&self, name: &str, shape: [usize; 2]) -> Result<Option<B::Stored>> {
@@ -100,7 +100,7 @@ pub(super) fn stored<'s>(source: &'s Checkpoint, linear: &Linear) -> Option<(Raw
 }
 
 /// One weight.
-struct Parcel<S> {
+struct Transfer<S> {
     name: String,
     shape: [usize; 2],
     bytes: u64,
@@ -115,9 +115,9 @@ enum State<S> {
     Sent(S),
 }
 
-/// Parcels in the order in which they are wanted.
-struct Parcels<S> {
-    all: Vec<Parcel<S>>,
+/// Transfers in the order in which they are wanted.
+struct Transfers<S> {
+    all: Vec<Transfer<S>>,
     /// Announcements so far.
     blocks: usize,
     /// Why no more are sent, until somebody was told.
@@ -127,35 +127,35 @@ struct Parcels<S> {
 }
 
 /// What two threads share: one sends, the other takes.
-struct Road<S> {
-    parcels: Mutex<Parcels<S>>,
+struct Queue<S> {
+    transfers: Mutex<Transfers<S>>,
     changed: Condvar,
 }
 
-/// Closes a road whatever becomes of the thread that has it.
-struct Closing<'r, S>(&'r Road<S>);
+/// Closes a queue whatever becomes of the thread that has it.
+struct Closing<'r, S>(&'r Queue<S>);
 
 impl<S> Drop for Closing<'_, S> {
     fn drop(&mut self) {
-        let mut parcels = self.0.lock();
-        parcels.closed = true;
-        parcels.all.retain(|parcel| matches!(parcel.state, State::Sent(_)));
+        let mut transfers = self.0.lock();
+        transfers.closed = true;
+        transfers.all.retain(|transfer| matches!(transfer.state, State::Sent(_)));
         self.0.changed.notify_all();
     }
 }
 
-impl<S> Road<S> {
-    fn new() -> Road<S> {
-        let parcels = Parcels { all: Vec::new(), blocks: 0, error: None, closed: true };
-        Road { parcels: Mutex::new(parcels), changed: Condvar::new() }
+impl<S> Queue<S> {
+    fn new() -> Queue<S> {
+        let transfers = Transfers { all: Vec::new(), blocks: 0, error: None, closed: true };
+        Queue { transfers: Mutex::new(transfers), changed: Condvar::new() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Parcels<S>> {
-        self.parcels.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Transfers<S>> {
+        self.transfers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wait<'g>(&self, parcels: MutexGuard<'g, Parcels<S>>) -> MutexGuard<'g, Parcels<S>> {
-        self.changed.wait(parcels).unwrap_or_else(PoisonError::into_inner)
+    fn wait<'g>(&self, transfers: MutexGuard<'g, Transfers<S>>) -> MutexGuard<'g, Transfers<S>> {
+        self.changed.wait(transfers).unwrap_or_else(PoisonError::into_inner)
     }
 
     fn beside<R>(
@@ -178,40 +178,40 @@ impl<S> Road<S> {
             }
             work()
         });
-        let mut parcels = self.lock();
-        let (unused, error) = (std::mem::take(&mut parcels.all), parcels.error.take());
-        drop((parcels, unused));
+        let mut transfers = self.lock();
+        let (unused, error) = (std::mem::take(&mut transfers.all), transfers.error.take());
+        drop((transfers, unused));
         match error {
             Some(error) => done.and(Err(error)),
             None => done,
         }
     }
 
-    /// Sends until the road is closed.
+    /// Sends until the queue is closed.
     fn serve(&self, most: u64, send: impl Fn(&str, [usize; 2]) -> Result<Option<S>>) {
         let _closing = Closing(self);
-        let mut parcels = self.lock();
-        while !parcels.closed {
-            let on_the_way = parcels.all.iter().filter(|parcel| !matches!(parcel.state, State::Waiting));
-            let room = most.saturating_sub(on_the_way.map(|parcel| parcel.bytes).sum());
-            let next = parcels.all.iter_mut().find(|parcel| matches!(parcel.state, State::Waiting));
-            let Some(parcel) = next.filter(|parcel| parcel.bytes <= room) else {
-                parcels = self.wait(parcels);
+        let mut transfers = self.lock();
+        while !transfers.closed {
+            let on_the_way = transfers.all.iter().filter(|transfer| !matches!(transfer.state, State::Waiting));
+            let room = most.saturating_sub(on_the_way.map(|transfer| transfer.bytes).sum());
+            let next = transfers.all.iter_mut().find(|transfer| matches!(transfer.state, State::Waiting));
+            let Some(transfer) = next.filter(|transfer| transfer.bytes <= room) else {
+                transfers = self.wait(transfers);
                 continue;
             };
-            parcel.state = State::Leaving;
-            let (name, shape, block) = (parcel.name.clone(), parcel.shape, parcel.block);
-            drop(parcels);
+            transfer.state = State::Leaving;
+            let (name, shape, block) = (transfer.name.clone(), transfer.shape, transfer.block);
+            drop(transfers);
             let sent = send(&name, shape);
-            parcels = self.lock();
-            let place = parcels.all.iter().position(|parcel| parcel.block == block && parcel.name == name);
+            transfers = self.lock();
+            let place = transfers.all.iter().position(|transfer| transfer.block == block && transfer.name == name);
             match (sent, place) {
-                (Ok(Some(sent)), Some(place)) => parcels.all[place].state = State::Sent(sent),
-                (Ok(None), Some(place)) => drop(parcels.all.remove(place)),
+                (Ok(Some(sent)), Some(place)) => transfers.all[place].state = State::Sent(sent),
+                (Ok(None), Some(place)) => drop(transfers.all.remove(place)),
                 // Nobody wants it any more.
                 (Ok(_), None) => {}
                 (Err(error), _) => {
-                    parcels.error = Some(error);
+                    transfers.error = Some(error);
                     return;
                 }
             }
@@ -221,35 +221,35 @@ impl<S> Road<S> {
 
     /// Names what will be wanted next, and forgets what was wanted before the block that begins now.
     fn announce(&self, coming: Vec<(String, [usize; 2], u64)>) {
-        let mut parcels = self.lock();
-        parcels.blocks += 1;
-        let block = parcels.blocks;
-        let (kept, unused) = std::mem::take(&mut parcels.all).into_iter().partition(|p| p.block + 1 >= block);
-        parcels.all = kept;
-        if !parcels.closed {
+        let mut transfers = self.lock();
+        transfers.blocks += 1;
+        let block = transfers.blocks;
+        let (kept, unused) = std::mem::take(&mut transfers.all).into_iter().partition(|p| p.block + 1 >= block);
+        transfers.all = kept;
+        if !transfers.closed {
             for (name, shape, bytes) in coming {
-                if parcels.all.iter().all(|parcel| parcel.name != name) {
-                    parcels.all.push(Parcel { name, shape, bytes, block, state: State::Waiting });
+                if transfers.all.iter().all(|transfer| transfer.name != name) {
+                    transfers.all.push(Transfer { name, shape, bytes, block, state: State::Waiting });
                 }
             }
         }
-        drop(parcels);
+        drop(transfers);
         drop(unused);
         self.changed.notify_all();
     }
 
     fn take(&self, name: &str) -> Result<Option<S>> {
-        let mut parcels = self.lock();
+        let mut transfers = self.lock();
         loop {
-            if let Some(error) = parcels.error.take() {
+            if let Some(error) = transfers.error.take() {
                 return Err(error);
             }
-            let Some(place) = parcels.all.iter().position(|parcel| parcel.name == name) else { return Ok(None) };
-            if let State::Leaving = parcels.all[place].state {
-                parcels = self.wait(parcels);
+            let Some(place) = transfers.all.iter().position(|transfer| transfer.name == name) else { return Ok(None) };
+            if let State::Leaving = transfers.all[place].state {
+                transfers = self.wait(transfers);
                 continue;
             }
-            let taken = parcels.all.remove(place);
+            let taken = transfers.all.remove(place);
             self.changed.notify_all();
             return Ok(match taken.state {
                 State::Sent(sent) => Some(sent),
@@ -282,67 +282,67 @@ mod tests {
         }
     }
 
-    impl<S> Road<S> {
-        fn name(&self, parcels: &[(&str, u64)]) {
-            self.announce(parcels.iter().map(|(name, bytes)| ((*name).to_owned(), [1, 1], *bytes)).collect());
+    impl<S> Queue<S> {
+        fn name(&self, transfers: &[(&str, u64)]) {
+            self.announce(transfers.iter().map(|(name, bytes)| ((*name).to_owned(), [1, 1], *bytes)).collect());
         }
 
-        fn wait_until(&self, done: impl Fn(&[Parcel<S>]) -> bool) {
-            let mut parcels = self.lock();
-            while !done(&parcels.all) {
-                parcels = self.wait(parcels);
+        fn wait_until(&self, done: impl Fn(&[Transfer<S>]) -> bool) {
+            let mut transfers = self.lock();
+            while !done(&transfers.all) {
+                transfers = self.wait(transfers);
             }
         }
     }
 
-    fn sent<S>(parcels: &[Parcel<S>]) -> usize {
-        parcels.iter().filter(|p| matches!(p.state, State::Sent(_))).count()
+    fn sent<S>(transfers: &[Transfer<S>]) -> usize {
+        transfers.iter().filter(|p| matches!(p.state, State::Sent(_))).count()
     }
 
     #[test]
     fn what_is_announced_is_sent_and_what_is_not_used_is_dropped() {
         let living = AtomicUsize::new(0);
-        let road = Road::<Sent<'_>>::new();
+        let queue = Queue::<Sent<'_>>::new();
         let send = |name: &str, _: [usize; 2]| Ok((name != "refused").then(|| Sent::new(name, &living)));
         let work = || {
-            road.name(&[("a", 4), ("refused", 2), ("b", 4), ("a", 4)]);
-            road.wait_until(|all| all.len() == 2 && sent(all) == 2);
-            assert_eq!(road.take("a")?.unwrap().0, "a");
-            assert!(road.take("a")?.is_none() && road.take("refused")?.is_none() && road.take("other")?.is_none());
+            queue.name(&[("a", 4), ("refused", 2), ("b", 4), ("a", 4)]);
+            queue.wait_until(|all| all.len() == 2 && sent(all) == 2);
+            assert_eq!(queue.take("a")?.unwrap().0, "a");
+            assert!(queue.take("a")?.is_none() && queue.take("refused")?.is_none() && queue.take("other")?.is_none());
             // Those of the block that begins stay, and the others go with the next one.
-            road.name(&[("c", 1)]);
-            road.wait_until(|all| sent(all) == 2);
-            road.name(&[("d", 100), ("e", 1)]);
-            road.wait_until(|all| all.len() == 3 && sent(all) == 1);
+            queue.name(&[("c", 1)]);
+            queue.wait_until(|all| sent(all) == 2);
+            queue.name(&[("d", 100), ("e", 1)]);
+            queue.wait_until(|all| all.len() == 3 && sent(all) == 1);
             assert_eq!(living.load(Ordering::SeqCst), 1);
             // One that is too large for now is loaded by whoever needs it.
-            assert!(road.take("d")?.is_none());
-            road.wait_until(|all| sent(all) == 2);
-            Ok(road.take("c")?.unwrap().0.clone())
+            assert!(queue.take("d")?.is_none());
+            queue.wait_until(|all| sent(all) == 2);
+            Ok(queue.take("c")?.unwrap().0.clone())
         };
-        assert_eq!(road.beside(10, send, work).unwrap(), "c");
+        assert_eq!(queue.beside(10, send, work).unwrap(), "c");
         assert_eq!(living.load(Ordering::SeqCst), 0);
     }
 
     #[test]
     fn no_more_is_on_the_way_than_may_be() {
         let living = AtomicUsize::new(0);
-        let (road, most) = (Road::<Sent<'_>>::new(), AtomicUsize::new(0));
+        let (queue, most) = (Queue::<Sent<'_>>::new(), AtomicUsize::new(0));
         let send = |name: &str, _: [usize; 2]| {
             most.fetch_max(living.load(Ordering::SeqCst) + 1, Ordering::SeqCst);
             Ok(Some(Sent::new(name, &living)))
         };
         let names: Vec<String> = (0..50).map(|i| i.to_string()).collect();
-        let parcels: Vec<(&str, u64)> = names.iter().map(|name| (&name[..], 3)).collect();
+        let transfers: Vec<(&str, u64)> = names.iter().map(|name| (&name[..], 3)).collect();
         let work = || {
-            road.name(&parcels);
+            queue.name(&transfers);
             for name in &names {
-                road.wait_until(|all| sent(all) > 0);
-                assert_eq!(road.take(name)?.unwrap().0, *name);
+                queue.wait_until(|all| sent(all) > 0);
+                assert_eq!(queue.take(name)?.unwrap().0, *name);
             }
             Ok(())
         };
-        road.beside(10, send, work).unwrap();
+        queue.beside(10, send, work).unwrap();
         assert!((1..=4).contains(&most.load(Ordering::SeqCst)), "{most:?}");
     }
 
@@ -352,21 +352,21 @@ mod tests {
             if name == "bad" { Err(Error::failed("the device is lost")) } else { Ok(Some(())) }
         };
         // Told to whoever wants a weight next, whichever it is.
-        let road = Road::new();
+        let queue = Queue::new();
         let work = || {
-            road.name(&[("good", 1), ("bad", 1), ("never", 1)]);
-            road.wait_until(|all| all.len() < 3);
-            road.take("good").map(drop)
+            queue.name(&[("good", 1), ("bad", 1), ("never", 1)]);
+            queue.wait_until(|all| all.len() < 3);
+            queue.take("good").map(drop)
         };
-        assert_eq!(road.beside(10, lost, work).unwrap_err().to_string(), "the device is lost");
+        assert_eq!(queue.beside(10, lost, work).unwrap_err().to_string(), "the device is lost");
         // Told at the end if nobody wants one.
         let work = || {
-            road.name(&[("bad", 1)]);
-            road.wait_until(<[_]>::is_empty);
-            road.name(&[("later", 1)]);
+            queue.name(&[("bad", 1)]);
+            queue.wait_until(<[_]>::is_empty);
+            queue.name(&[("later", 1)]);
             Ok(())
         };
-        assert_eq!(road.beside(10, lost, work).unwrap_err().to_string(), "the device is lost");
+        assert_eq!(queue.beside(10, lost, work).unwrap_err().to_string(), "the device is lost");
         // The work's own error is told, and ends the sending: of what is being sent only that.
         let (begin, begun) = channel();
         let (go, gone) = channel::<()>();
@@ -376,21 +376,21 @@ mod tests {
             let _ = gone.recv();
             Ok(Some(()))
         };
-        let here = &road;
+        let here = &queue;
         let work = move || -> Result<()> {
             here.name(&[("a", 1), ("b", 1)]);
             begun.recv().unwrap();
             go.send(()).unwrap();
             Err(Error::failed("enough"))
         };
-        let told = road.beside(10, slow, work).unwrap_err().to_string();
-        assert!(told == "enough" && road.lock().all.is_empty(), "{told}");
+        let told = queue.beside(10, slow, work).unwrap_err().to_string();
+        assert!(told == "enough" && queue.lock().all.is_empty(), "{told}");
         // A sender that panics takes nobody with it who waits.
         let (begin, begun) = channel();
         let work = || {
-            road.name(&[("a", 1)]);
+            queue.name(&[("a", 1)]);
             begun.recv().unwrap();
-            assert!(road.take("a")?.is_none());
+            assert!(queue.take("a")?.is_none());
             Ok(())
         };
         let panics = move |_: &str, _: [usize; 2]| -> Result<Option<()>> {
@@ -398,7 +398,7 @@ mod tests {
             std::thread::sleep(std::time::Duration::from_millis(20));
             panic!("on purpose")
         };
-        let run = std::panic::AssertUnwindSafe(|| road.beside(10, panics, work));
+        let run = std::panic::AssertUnwindSafe(|| queue.beside(10, panics, work));
         std::panic::catch_unwind(run).unwrap_err();
     }
 }

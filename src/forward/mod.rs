@@ -242,7 +242,11 @@ impl<'a, B: Forward> Plain<'a, B> {
     pub fn load(&self, linear: &Linear) -> Result<Weight<B::Matrix>> {
         let bias = load_bias(self.source, linear)?;
         let rounding = self.activations.rounding(self.source, &linear.weight());
-        let matrix = match self.stored(linear)? {
+        let as_it_lies = match self.stored(linear)? {
+            None => self.packed(linear)?,
+            found => found,
+        };
+        let matrix = match as_it_lies {
             Some(matrix) => matrix,
             None => self.backend.upload(load_matrix(self.source, linear)?)?,
         };
@@ -261,6 +265,19 @@ impl<'a, B: Forward> Plain<'a, B> {
         };
         let Some(matrix) = matrix else { return Ok(None) };
         self.source.release(&name);
+        Ok(self.backend.is_finite(&matrix)?.then_some(matrix))
+    }
+
+    /// A weight that lies in the file in codes of its own, whose reals the device makes; one that is not finite as above.
+    fn packed(&self, linear: &Linear) -> Result<Option<B::Matrix>> {
+        let name = linear.weight();
+        let Some((weight, layout)) =
+            (linear.stored == Stored::Plain).then(|| self.source.packed(&name)).transpose()?.flatten()
+        else {
+            return Ok(None);
+        };
+        self.source.release(&name);
+        let matrix = self.backend.upload_packed(weight, layout)?;
         Ok(self.backend.is_finite(&matrix)?.then_some(matrix))
     }
 }

@@ -339,9 +339,9 @@ impl<B: Backend> Sink<B> for Files<'_> {
         let reader = self.reader.as_ref().expect("of files that were taken up");
         let declared = reader.declared(module)?.expect("planned");
         let part = |name: &str| parts.get(name).map(|(dtype, shape, data)| TensorView { dtype: *dtype, shape, data });
-        let weight = self.plan.codec.decode(&part, &declared).map_err(|error| error.in_tensor(module))?;
-        let values = Array2::from_shape_vec((*rows, *cols), weight.dequantize()).expect("one value a weight");
-        Ok(Some(backend.upload(values)?))
+        let codec = self.plan.codec;
+        let weight = codec.decode_packed(&part, &declared).map_err(|error| error.in_tensor(module))?;
+        Ok(Some(backend.upload_packed(weight, codec.word_layout())?))
     }
 
     fn sync(&self) -> Result<()> {

@@ -15,8 +15,8 @@ use crate::encoding::Encoding;
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::tensor::Dtype;
-use crate::weight::{PackedWeight, QuantizedWeight};
-use crate::words::{AWQ_ORDER, WordLayout, from_words, to_words, transpose};
+use crate::weight::PackedWeight;
+use crate::words::{WordLayout, from_words, to_words, transpose};
 
 /// The AWQ layout of AutoAWQ, version `gemm`.
 #[derive(Clone, Copy, Debug)]
@@ -94,13 +94,10 @@ impl Codec for Awq {
         Ok([words * 8, cols])
     }
 
-    fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
+    fn decode_packed(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<PackedWeight> {
         let scheme = super::gptq::integers(&declared.encoding);
         let [rows, cols] = self.shape(parts, declared)?;
-        let packed = part(parts, "qweight")?;
-        let words = rows / 8;
-        let codes = unpack_outputs(&to_words(packed.data), rows, cols);
-
+        let words = to_words(part(parts, "qweight")?.data);
         let groups = scheme.groups(cols);
         let scale = part(parts, "scales")?;
         expect_shape(&scale, "scales", &[groups, rows])?;
@@ -108,15 +105,15 @@ impl Codec for Awq {
         let zeros = match parts("qzeros") {
             Some(zeros) => {
                 words_shape(&zeros, "qzeros")?;
-                expect_shape(&zeros, "qzeros", &[groups, words])?;
-                unpack_outputs(&to_words(zeros.data), rows, groups)
+                expect_shape(&zeros, "qzeros", &[groups, rows / 8])?;
+                self.word_layout().unpack(&to_words(zeros.data), [rows, groups], scheme.bits)?
             }
             None if scheme.symmetric => vec![scheme.midpoint(); rows * groups],
             None => return Err(Error::missing("its part qzeros")),
         };
         let symmetric = scheme.symmetric && zeros.iter().all(|&zero| zero == scheme.midpoint());
         let scheme = Scheme { symmetric, ..scheme };
-        Ok(QuantizedWeight::of_codes([rows, cols], scheme.into(), codes, scales, zeros))
+        Ok(PackedWeight::of_words([rows, cols], scheme.into(), words, scales, zeros))
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -172,26 +169,11 @@ impl Codec for Awq {
     }
 }
 
-/// The codes `[rows, cols]` of `[cols, rows/8]` words.
-fn unpack_outputs(words: &[u32], rows: usize, cols: usize) -> Vec<u8> {
-    let words = transpose(words, cols, rows / 8);
-    let mut codes = vec![0; rows * cols];
-    if cols > 0 {
-        for (codes, words) in codes.chunks_exact_mut(8 * cols).zip(words.chunks_exact(cols)) {
-            for (k, row) in AWQ_ORDER.into_iter().enumerate() {
-                for (code, word) in codes[row * cols..][..cols].iter_mut().zip(words) {
-                    *code = (word >> (4 * k) & 15) as u8;
-                }
-            }
-        }
-    }
-    codes
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::codec::testing::{Vector, any_weight, check_round_trip};
+    use crate::weight::QuantizedWeight;
     use proptest::prelude::*;
 
     #[test]

@@ -28,12 +28,12 @@ use serde_json::{Map, Value, json};
 use super::foreign::scaled;
 use super::names::{self, NameSet, Selection};
 use super::{Codec, ConfigFiles, Declared, Foreign, PartLookup, Parts, QuantizedModule};
-use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, unpack_rows, words_shape};
+use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, words_shape};
 use crate::bits::{packed_words, unpack};
 use crate::encoding::{Activation, Block, E4M3, Encoding, Float, Levels, Offset, code_e4m3};
 use crate::error::{Error, Result};
 use crate::tensor::{Dtype, TensorView};
-use crate::weight::{PackedWeight, QuantizedWeight};
+use crate::weight::PackedWeight;
 use crate::words::{WordLayout, from_words, to_words, transpose};
 
 /// The version of the compressed-tensors library whose layout is written.
@@ -194,11 +194,11 @@ impl Codec for CompressedTensors {
         }
     }
 
-    fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
+    fn decode_packed(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<PackedWeight> {
         let encoding = declared.encoding;
         let bits = encoding.levels.bits();
         if let Some(stored) = plain(parts, &encoding)? {
-            return stored.weight(&by_name(parts), encoding);
+            return stored.weight(&by_name(parts), encoding)?.packed(self.word_layout());
         }
         let [rows, cols] = stored_shape(parts)?;
         let groups = encoding.groups(cols);
@@ -209,10 +209,10 @@ impl Codec for CompressedTensors {
         }
         // Versions before 0.18 kept ⌊32/b⌋ codes in a word; with 2, 4 and 8 bits that is the same.
         let per_word = 32 / usize::from(bits);
-        let codes = if words == packed_words(cols, bits) {
-            unpack_rows(packed.data, rows, cols, bits)
+        let words = if words == packed_words(cols, bits) {
+            to_words(packed.data)
         } else if words == cols.div_ceil(per_word) {
-            unpack_padded(packed.data, rows, cols, bits)
+            WordLayout::Rows.pack(&unpack_padded(packed.data, rows, cols, bits), [rows, cols], bits)?
         } else {
             let expected = format!("{} (or, padded, {})", packed_words(cols, bits), cols.div_ceil(per_word));
             return Err(Error::mismatch("the number of words in a row of weight_packed", expected, words));
@@ -244,13 +244,14 @@ impl Codec for CompressedTensors {
                     expect_shape(&zero, "weight_zero_point", &[words, groups])?;
                     (words, false)
                 };
-                let by_group = from_words(&transpose(&to_words(zero.data), words, groups));
-                let by_group = if padded {
-                    unpack_padded(&by_group, groups, rows, bits)
-                } else {
-                    unpack_rows(&by_group, groups, rows, bits)
-                };
-                transpose(&by_group, groups, rows)
+                let stored = to_words(zero.data);
+                match padded {
+                    true => {
+                        let by_group = from_words(&transpose(&stored, words, groups));
+                        transpose(&unpack_padded(&by_group, groups, rows, bits), groups, rows)
+                    }
+                    false => WordLayout::ColumnsTransposed.unpack(&stored, [rows, groups], bits)?,
+                }
             }
         };
 
@@ -262,8 +263,8 @@ impl Codec for CompressedTensors {
             }
             _ => None,
         };
-        let weight = QuantizedWeight::of_codes([rows, cols], encoding, codes, scales, zeros);
-        Ok(QuantizedWeight { group_of, ..weight })
+        let weight = PackedWeight::of_words([rows, cols], encoding, words, scales, zeros);
+        Ok(PackedWeight { group_of, ..weight })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -443,6 +444,7 @@ mod tests {
     use crate::encoding::PRESETS;
     use crate::grid::Scheme;
     use crate::tensor::Tensor;
+    use crate::weight::QuantizedWeight;
     use proptest::prelude::*;
 
     /// Encodes the library's codes and compares with the library's bytes, then decodes those.

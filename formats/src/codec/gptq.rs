@@ -11,13 +11,13 @@ use serde_json::{Map, Value, json};
 
 use super::names::{self, NameSet};
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
-use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, unpack_rows, words_shape};
+use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, words_shape};
 use crate::bits::packed_words;
 use crate::encoding::Encoding;
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::tensor::Dtype;
-use crate::weight::{PackedWeight, QuantizedWeight};
+use crate::weight::PackedWeight;
 use crate::words::{WordLayout, from_words, to_words, transpose};
 
 /// The GPTQ layout of AutoGPTQ and GPTQModel.
@@ -106,14 +106,11 @@ impl Codec for Gptq {
         Ok([rows, words * 32 / bits])
     }
 
-    fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
+    fn decode_packed(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<PackedWeight> {
         let mut scheme = integers(&declared.encoding);
         let bits = scheme.bits;
         let [rows, cols] = self.shape(parts, declared)?;
-        let packed = part(parts, "qweight")?;
-        let words = packed_words(cols, bits);
-        let codes = unpack_rows(&from_words(&transpose(&to_words(packed.data), words, rows)), rows, cols, bits);
-
+        let words = to_words(part(parts, "qweight")?.data);
         let groups = scheme.groups(cols);
         let scale = part(parts, "scales")?;
         expect_shape(&scale, "scales", &[groups, rows])?;
@@ -122,10 +119,11 @@ impl Codec for Gptq {
         let qzeros = part(parts, "qzeros")?;
         words_shape(&qzeros, "qzeros")?;
         expect_shape(&qzeros, "qzeros", &[groups, packed_words(rows, bits)])?;
-        let mut zeros = transpose(&unpack_rows(qzeros.data, groups, rows, bits), groups, rows);
-        if declared.zeros_minus_one {
-            zeros.iter_mut().for_each(|zero| *zero = zero.wrapping_add(1) & scheme.max_code());
-        }
+        let qzeros = to_words(qzeros.data);
+        let zeros = match declared.zeros_minus_one {
+            true => WordLayout::ColumnsLessOne.unpack(&qzeros, [rows, groups], bits)?,
+            false => transpose(&WordLayout::Rows.unpack(&qzeros, [groups, rows], bits)?, groups, rows),
+        };
         // Kernels for symmetric checkpoints ignore the zeros, the others use them; believe what is stored.
         scheme.symmetric &= zeros.iter().all(|&zero| zero == scheme.midpoint());
 
@@ -136,8 +134,8 @@ impl Codec for Gptq {
             }
             None => None,
         };
-        let weight = QuantizedWeight::of_codes([rows, cols], scheme.into(), codes, scales, zeros);
-        Ok(QuantizedWeight { group_of, ..weight })
+        let weight = PackedWeight::of_words([rows, cols], scheme.into(), words, scales, zeros);
+        Ok(PackedWeight { group_of, ..weight })
     }
 
     fn part_names(&self) -> &'static [&'static str] {
@@ -243,6 +241,7 @@ mod tests {
     use super::*;
     use crate::codec::testing::{Vector, any_weight, check_round_trip};
     use crate::tensor::Tensor;
+    use crate::weight::QuantizedWeight;
     use proptest::prelude::*;
 
     /// Encodes GPTQModel's codes and compares with its bytes, then decodes those in both versions.

@@ -14,14 +14,14 @@ use std::collections::HashMap;
 use serde_json::{Map, Value, json};
 
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
-use super::{check_weight, exact, exact_scales, names, part, unpack_rows};
+use super::{check_weight, exact, exact_scales, names, part};
 use crate::bits::packed_words;
 use crate::encoding::{Block, Encoding, Float};
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
 use crate::tensor::{Dtype, TensorView};
-use crate::weight::{PackedWeight, QuantizedWeight};
-use crate::words::{WordLayout, from_words};
+use crate::weight::PackedWeight;
+use crate::words::{WordLayout, from_words, to_words};
 
 /// The affine layout of MLX.
 #[derive(Clone, Copy, Debug)]
@@ -163,7 +163,7 @@ impl Codec for Mlx {
         Ok([rows, cols])
     }
 
-    fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
+    fn decode_packed(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<PackedWeight> {
         let [rows, cols] = self.shape(parts, declared)?;
         self.rows(parts, declared, [rows, cols], 0, rows)
     }
@@ -179,7 +179,7 @@ impl Codec for Mlx {
         let mut done = 0;
         // Runs of rows that follow each other.
         for run in rows.chunk_by(|a, b| a + 1 == *b) {
-            let weight = self.rows(parts, declared, shape, run[0] as usize, run.len())?;
+            let weight = self.rows(parts, declared, shape, run[0] as usize, run.len())?.unpacked(self.word_layout())?;
             for row in 0..run.len() {
                 weight.dequantize_row(row, &mut out[(done + row) * shape[1]..][..shape[1]]);
             }
@@ -234,7 +234,7 @@ impl Mlx {
         [all, cols]: [usize; 2],
         first: usize,
         rows: usize,
-    ) -> Result<QuantizedWeight> {
+    ) -> Result<PackedWeight> {
         let of = |name: &str| -> Result<(Dtype, &[u8])> {
             let TensorView { dtype, data, .. } = part(parts, name)?;
             let row = data.len() / all.max(1);
@@ -247,11 +247,11 @@ impl Mlx {
             Ok::<Vec<f32>, Error>(values)
         };
         let encoding = declared.encoding;
-        let codes = unpack_rows(of("weight")?.1, rows, cols, encoding.levels.bits());
+        let words = to_words(of("weight")?.1);
         let (scales, mut mins) = (floats("scales")?, floats("biases")?);
         mins.iter_mut().for_each(|bias| *bias = 0.0 - *bias);
         let zeros = vec![0; scales.len()];
-        Ok(QuantizedWeight { mins, ..QuantizedWeight::of_codes([rows, cols], encoding, codes, scales, zeros) })
+        Ok(PackedWeight { mins, ..PackedWeight::of_words([rows, cols], encoding, words, scales, zeros) })
     }
 }
 

@@ -13,7 +13,6 @@ mod transforms;
 
 use serde_json::Value;
 
-use crate::bits;
 use crate::encoding::{Block, Encoding};
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
@@ -178,8 +177,14 @@ pub trait Codec: Sync {
     /// Rows and columns of a stored weight, without reading its codes.
     fn shape(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<[usize; 2]>;
 
-    /// Reads a weight back; `parts` looks a local name up. Parts that do not fit each other are an error.
-    fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight>;
+    /// Reads a weight back whose codes stay packed as [`Codec::word_layout`] says; `parts` looks a local name up. Parts that do not fit
+    /// each other are an error.
+    fn decode_packed(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<PackedWeight>;
+
+    /// Reads a weight back. Fails as [`Codec::decode_packed`] does.
+    fn decode(&self, parts: &PartLookup<'_, '_>, declared: &Declared) -> Result<QuantizedWeight> {
+        self.decode_packed(parts, declared)?.unpacked(self.word_layout())
+    }
 
     /// Writes the reals of some rows into `out` (`[rows.len(), cols]`), in the order that is asked for.
     ///
@@ -285,18 +290,6 @@ fn exact(what: &str, dtype: Dtype, values: &[f32]) -> Result<Vec<u8>> {
         )));
     }
     Ok(bytes)
-}
-
-/// The codes of `rows` rows that were packed into whole words each.
-fn unpack_rows(packed: &[u8], rows: usize, cols: usize, bits: u8) -> Vec<u8> {
-    let row_bytes = 4 * bits::packed_words(cols, bits);
-    let mut codes = vec![0; rows * cols];
-    if row_bytes > 0 {
-        for (codes, packed) in codes.chunks_exact_mut(cols).zip(packed.chunks_exact(row_bytes)) {
-            bits::unpack(packed, bits, codes);
-        }
-    }
-    codes
 }
 
 /// The part of this name, or an error that names it.

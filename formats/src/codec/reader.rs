@@ -9,7 +9,8 @@ use super::{Awq, Codec, CompressedTensors, Declared, Foreign, Gptq, Mlx, PartLoo
 use crate::encoding::{Activation, Block, Encoding};
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
-use crate::weight::QuantizedWeight;
+use crate::weight::PackedWeight;
+use crate::words::WordLayout;
 
 /// What a checkpoint says about how its modules are quantized.
 #[derive(Debug)]
@@ -295,14 +296,15 @@ impl QuantizationReader {
         })
     }
 
-    /// Reads a module; `None` when `parts` has no codes for it. Codes for a module that the configuration leaves out
-    /// are an error.
-    pub fn read(&self, module: &str, parts: &PartLookup<'_, '_>) -> Result<Option<QuantizedWeight>> {
+    /// Reads a module, and says how its words lie; `None` when `parts` has no codes for it. Codes for a module that the configuration
+    /// leaves out are an error.
+    pub fn read(&self, module: &str, parts: &PartLookup<'_, '_>) -> Result<Option<(PackedWeight, WordLayout)>> {
         if self.main_part().and_then(parts).is_none() {
             return Ok(None);
         }
-        let declared = self.declared_with_codes(module)?;
-        self.declared_codec().decode(parts, &declared).map(Some).map_err(|error| error.in_tensor(module))
+        let (declared, codec) = (self.declared_with_codes(module)?, self.declared_codec());
+        let read = codec.decode_packed(parts, &declared).map_err(|error| error.in_tensor(module))?;
+        Ok(Some((read, codec.word_layout())))
     }
 
     /// Writes the reals of some rows of a module that has codes into `out` (`[rows.len(), cols]`); these rows are there.

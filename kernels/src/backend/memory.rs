@@ -1,9 +1,10 @@
 //! Matrices on a device: how they get there and back, and what room they have.
 
-use formats::Dtype;
+use formats::{Dtype, PackedWeight, WordLayout};
 use ndarray::Array2;
 
 use crate::Result;
+use crate::checks::no_room;
 
 /// One device and what lies on it. Matrices are `f32`, row-major, resident on the device; activations are `[tokens, features]`.
 pub trait Memory: Sync {
@@ -62,6 +63,13 @@ pub trait Memory: Sync {
 
     /// Copies a host matrix to the device.
     fn upload(&self, host: Array2<f32>) -> Result<Self::Matrix>;
+    /// The reals `[rows, cols]` of a weight whose codes lie in words as files hold them; fails where `layout` has no room for such codes,
+    /// or their number is another.
+    fn upload_packed(&self, weight: PackedWeight, layout: WordLayout) -> Result<Self::Matrix> {
+        let weight = weight.unpacked(layout).map_err(|error| no_room("upload_packed", &error))?;
+        let values = Array2::from_shape_vec((weight.rows, weight.cols), weight.dequantize());
+        self.upload(values.expect("one value for each code"))
+    }
     /// Copies a device matrix to the host.
     fn download(&self, matrix: &Self::Matrix) -> Result<Array2<f32>>;
     /// A matrix of zeros.

@@ -1,11 +1,11 @@
 //! Matrices on the device: how they get there and back.
 
-use formats::Dtype;
+use formats::{Dtype, PackedWeight, WordLayout};
 use ndarray::Array2;
 
 use super::forward::POINTWISE;
 use super::{Arg, Buffer, Codes, Cuda, Matrix, Operands, Rounded, Stored, at, expect};
-use crate::backend::Memory;
+use crate::backend::{Grid, GridSpec, Memory, Quantize};
 use crate::{Error, Result};
 
 /// How the kernel that widens a stored matrix calls its type; `None` for one that it does not know.
@@ -125,6 +125,23 @@ impl Memory for Cuda {
         let (rows, cols) = host.dim();
         let host = host.as_standard_layout();
         Ok(Matrix { buffer: self.send(host.as_slice().expect("standard layout"))?, rows, cols })
+    }
+
+    fn upload_packed(&self, weight: PackedWeight, layout: WordLayout) -> Result<Matrix> {
+        let PackedWeight { rows, cols, encoding, words, scales, zeros, mins, global, group_of } = weight;
+        let codes = self.unpacked_words(&words, [rows, cols], encoding.levels.bits(), layout)?;
+        let mut spec = GridSpec { global, ..GridSpec::of(encoding, cols) };
+        if let Some(group_of) = group_of {
+            spec.group_of = group_of;
+        }
+        match encoding.is_integers() {
+            true => self.dequantize(&codes, &Grid::of_integers(spec, rows, scales, zeros)),
+            false => {
+                // The integers of blocks are not asked for: what is stored is what levels are multiplied by.
+                let grid = Grid { spec, rows, scales, zeros: Vec::new(), mins, blocks: Vec::new() };
+                self.dequantized_blocks(&codes, &grid)
+            }
+        }
     }
 
     fn download(&self, matrix: &Matrix) -> Result<Array2<f32>> {

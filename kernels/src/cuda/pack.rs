@@ -1,43 +1,88 @@
-//! Codes as files hold them, packed where they are, so that only the packed bytes leave the device.
+//! Codes as files hold them, packed and unpacked where they are, so that only the packed bytes leave the device or come to it.
 
 use formats::WordLayout;
 use formats::bits::packed_words;
 
-use super::{Arg, Codes, Cuda, Module, at, expect_grid, expect_type};
+use super::{Arg, Codes, Cuda, Module, at, expect, expect_grid, expect_type};
+use crate::Result;
 use crate::backend::Grid;
-use crate::{Error, Result};
+use crate::checks::no_room;
 
 pub(super) static PACK: Module = Module { name: "pack", source: include_str!("../ops/pack.cu") };
 
 /// Groups in a block, at most.
 const GROUPS: usize = 16;
 
-impl Cuda {
-    pub(super) fn packed_words(&self, codes: &Codes, bits: u8, layout: WordLayout) -> Result<Vec<u8>> {
-        let (rows, cols) = (codes.rows, codes.cols);
-        let count = layout.words([rows, cols], bits).map_err(|error| {
-            let expected = "codes that the layout has room for".to_owned();
-            Error::Shape { op: "pack", expected, found: error.to_string() }
-        })?;
+/// How codes `[rows, cols]` fall into streams of bits, and these into words; steps are in codes and in words.
+struct Streams {
+    /// Streams, codes of each, and words of each.
+    counts: [usize; 3],
+    /// From a stream to the next, and from a code to the next.
+    codes: [usize; 2],
+    /// From a stream to the next, and from a word to the next.
+    words: [usize; 2],
+    /// Rows are streams; else columns are.
+    by_rows: bool,
+}
+
+impl Streams {
+    fn of(layout: WordLayout, [rows, cols]: [usize; 2], bits: u8) -> Streams {
         let by_rows = matches!(layout, WordLayout::Rows | WordLayout::RowsTransposed);
         let (streams, length) = if by_rows { (rows, cols) } else { (cols, rows) };
-        let [stream_step, code_step] = if by_rows { [cols, 1] } else { [1, cols] };
-        let words = packed_words(length, bits);
+        let codes = if by_rows { [cols, 1] } else { [1, cols] };
+        let count = packed_words(length, bits);
         let transposed = matches!(layout, WordLayout::RowsTransposed | WordLayout::ColumnsTransposed);
-        let [stream_words, word_step] = if transposed { [1, streams] } else { [words, 1] };
+        let words = if transposed { [1, streams] } else { [count, 1] };
+        Streams { counts: [streams, length, count], codes, words, by_rows }
+    }
+
+    /// What both kernels are told of them, after their buffers.
+    fn args(&self, layout: WordLayout, bits: u8, streams_first: bool) -> Vec<Arg> {
+        let steps = self.counts.into_iter().chain(self.codes).chain(self.words);
+        let mut args: Vec<Arg> = steps.map(|n| Arg::Long(n as i64)).collect();
+        let (less, awq) = (layout == WordLayout::ColumnsLessOne, layout == WordLayout::Awq);
+        args.extend([i32::from(bits), less.into(), awq.into(), streams_first.into()].map(Arg::Int));
+        args
+    }
+}
+
+impl Cuda {
+    pub(super) fn packed_words(&self, codes: &Codes, bits: u8, layout: WordLayout) -> Result<Vec<u8>> {
+        let shape = [codes.rows, codes.cols];
+        let count = layout.words(shape, bits).map_err(|error| no_room("pack", &error))?;
+        let streams = Streams::of(layout, shape, bits);
         let out = self.buffer::<u32>(count)?;
         {
             let (to, from) = (out.pin()?, codes.buffer.pin()?);
-            let steps = [streams, length, words, stream_step, code_step, stream_words, word_step];
             let mut args = vec![to.arg(), from.arg()];
-            args.extend(steps.map(|n| Arg::Long(n as i64)));
-            let less = i32::from(layout == WordLayout::ColumnsLessOne);
             // Neighbours read neighbours.
-            let awq = layout == WordLayout::Awq;
-            args.extend([i32::from(bits), less, awq.into(), (!by_rows).into()].map(Arg::Int));
+            args.extend(streams.args(layout, bits, !streams.by_rows));
             self.each(&PACK, "pack_words", count, &args)?;
         }
         self.fetch(&out, 4 * count)
+    }
+
+    /// Codes `[rows, cols]` of words that lie as [`WordLayout::unpack`] reads them.
+    pub(super) fn unpacked_words(
+        &self,
+        words: &[u32],
+        shape: [usize; 2],
+        bits: u8,
+        layout: WordLayout,
+    ) -> Result<Codes> {
+        let count = layout.words(shape, bits).map_err(|error| no_room("upload_packed", &error))?;
+        expect("upload_packed", "words", count, words.len())?;
+        let streams = Streams::of(layout, shape, bits);
+        let [rows, cols] = shape;
+        let codes = Codes { buffer: self.buffer::<u8>(rows * cols)?, rows, cols };
+        let words = self.send(words)?;
+        let (to, from) = (codes.buffer.pin()?, words.pin()?);
+        let mut args = vec![to.arg(), from.arg()];
+        // Neighbours write neighbours.
+        args.extend(streams.args(layout, bits, !streams.by_rows));
+        self.each(&PACK, "unpack_words", rows * cols, &args)?;
+        drop(to);
+        Ok(codes)
     }
 
     /// As [`GgmlType::pack`](formats::GgmlType::pack) does.

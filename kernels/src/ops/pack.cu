@@ -1,10 +1,10 @@
 // Codes as files hold them, one code a byte until then.
 
-// Streams of codes of `bits` bits, each stream `length` codes long and packed into whole words of 32 bits. Code `k` of stream `s`
-// lies at `s * stream_step + k * code_step`, word `w` at `s * stream_words + w * word_step`. `first_stream` says which of the two
-// neighbouring threads share: words of one stream, or streams.
+// Streams of codes of `bits` bits, each stream `length` codes long and packed into `words` whole words of 32 bits. Code `k` of stream `s`
+// lies at `s * stream_step + k * code_step`, word `w` at `s * stream_words + w * word_step`. `streams_first` says whether neighbouring
+// threads have neighbouring streams, or what follows in one.
 //
-// With `awq`, eight codes of a word lie in AWQ's order. `less` is subtracted from each code.
+// With `awq`, eight codes of a word lie in AWQ's order. `less` is subtracted from each code as it is packed.
 KERNEL(pack_words)(
     u32 *out, const u8 *codes, i64 streams, i64 length, i64 words, i64 stream_step, i64 code_step, i64 stream_words, i64 word_step,
     int bits, int less, int awq, int streams_first) {
@@ -29,6 +29,32 @@ KERNEL(pack_words)(
     }
 }
 EXPORT(pack_words)
+
+// The other way round: a thread for each code.
+KERNEL(unpack_words)(
+    u8 *codes, const u32 *packed, i64 streams, i64 length, i64 words, i64 stream_step, i64 code_step, i64 stream_words, i64 word_step,
+    int bits, int less, int awq, int streams_first) {
+    i64 count = streams * length;
+    u32 mask = (1u << bits) - 1;
+    for (i64 i = global_index(); i < count; i += global_stride()) {
+        i64 stream = streams_first ? i % streams : i / length, k = streams_first ? i / streams : i % length;
+        const u32 *from = packed + stream * stream_words;
+        u32 code;
+        if (awq) {
+            // Codes 0 2 4 6 1 3 5 7 are nibbles 0 to 7.
+            int j = (int)(k % 2 * 4 + k % 8 / 2);
+            code = from[k / 8 * word_step] >> (4 * j);
+        } else {
+            i64 word = k * bits / 32;
+            int shift = (int)(k * bits % 32);
+            code = from[word * word_step] >> shift;
+            // It may end in the next word.
+            if (shift + bits > 32) code |= from[(word + 1) * word_step] << (32 - shift);
+        }
+        codes[stream * stream_step + k * code_step] = (u8)((code + (u32)less) & mask);
+    }
+}
+EXPORT(unpack_words)
 
 // ggml's block types, by their numbers in files.
 #define Q4_0 2

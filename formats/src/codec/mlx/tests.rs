@@ -9,6 +9,7 @@ use crate::codec::read_quantization;
 use crate::codec::testing::check_round_trip;
 use crate::encoding::Levels;
 use crate::tensor::Tensor;
+use crate::weight::QuantizedWeight;
 
 const DECLARED: fn(u8, usize) -> Declared =
     |bits, group| Declared { encoding: Encoding::mlx(bits, group, Float::F32), zeros_minus_one: false };

@@ -1,14 +1,16 @@
 //! Packed codes, byte for byte those of the codecs.
 
+use formats::codec::Declared;
 use formats::ggml::{BlockScales, TYPES};
 use formats::grid::Scheme;
-use formats::{Codec, Dtype, Float, GgmlType, QuantizedWeight, WordLayout, codec};
+use formats::{Codec, Dtype, Encoding, Float, GgmlType, PackedWeight, QuantizedWeight, WordLayout, codec};
 use ndarray::Array2;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
 use super::on_all;
-use crate::backend::{Grid, GridSpec, Packing, Quantize};
+use crate::Cpu;
+use crate::backend::{Grid, GridSpec, Memory, Packing, Quantize};
 
 /// What the device makes of codes `[rows, cols]`; nothing without a device.
 fn packed(codes: &[u8], rows: usize, cols: usize, bits: u8, layout: WordLayout) -> Option<Vec<u8>> {
@@ -27,6 +29,26 @@ fn check(id: &str, weight: &QuantizedWeight, parts: &[(&str, bool, WordLayout)])
             format!("{name} of {id}, {} × {} at {} bits", weight.rows, weight.cols, weight.encoding.levels.bits());
         assert_eq!(found, expected.get(name).unwrap().data, "{context}");
     }
+}
+
+/// Sends what a codec reads of its own parts, in words, and compares with the reals of the codes.
+fn check_unpacked(id: &str, weight: &QuantizedWeight) {
+    let codec: &dyn Codec = codec::codec(id).unwrap();
+    let parts = codec.encode(weight, Dtype::F16).unwrap();
+    let declared = Declared { encoding: weight.encoding, zeros_minus_one: id == "gptq" };
+    let stored = codec.decode_packed(&|name| parts.get(name), &declared).unwrap();
+    let found = on_all(|cuda| {
+        let layout = codec.word_layout();
+        let matrix = cuda.upload_packed(stored.clone(), layout).unwrap();
+        let short = PackedWeight { words: stored.words[1..].to_vec(), ..stored.clone() };
+        cuda.upload_packed(short, layout).map(|_| ()).unwrap_err();
+        cuda.download(&matrix).unwrap()
+    });
+    let Some(found) = found else { return };
+    let encoding = weight.encoding;
+    assert_eq!(found.as_slice().unwrap(), weight.dequantize(), "{id}, {encoding:?} [{}, {}]", weight.rows, weight.cols);
+    let host = Cpu::default().upload_packed(stored, codec.word_layout()).unwrap();
+    assert_eq!(host.as_slice().unwrap(), weight.dequantize(), "{id}, {encoding:?}, on the host");
 }
 
 /// Some codes and zeros, every one of them below `2^bits`.
@@ -80,6 +102,33 @@ fn words_are_those_of_awq() {
         let parts = [("qweight", false, WordLayout::Awq), ("qzeros", true, WordLayout::Awq)];
         check("awq", &weight(rows, cols, 4, group), &parts);
     }
+}
+
+#[test]
+fn what_was_packed_is_unpacked_where_it_is_needed() {
+    for bits in 2..=8 {
+        for (rows, cols, group) in [(1, 1, 1), (3, 7, 7), (37, 97, 97), (33, 64, 16)] {
+            check_unpacked("compressed-tensors", &weight(rows, cols, bits, group));
+        }
+        if [2, 3, 4, 8].contains(&bits) {
+            check_unpacked("gptq", &weight(64, 160, bits, 32));
+            let group_of = Some((0..160).map(|col| (col * 7 % 5) as u32).collect());
+            check_unpacked("gptq", &QuantizedWeight { group_of, ..weight(32, 160, bits, 32) });
+        }
+    }
+    check_unpacked("awq", &weight(24, 37, 4, 37));
+    check_unpacked("awq", &weight(64, 96, 4, 32));
+    for bits in [4, 8] {
+        let mut mlx = weight(9, 128, bits, 64);
+        mlx.encoding = Encoding::mlx(bits, 64, Float::F16);
+        mlx.mins = (0..mlx.scales.len()).map(|i| i as f32 * 0.25 - 1.0).collect();
+        mlx.zeros.fill(0);
+        check_unpacked("mlx", &mlx);
+    }
+    let mut floats = weight(5, 48, 4, 16);
+    (floats.encoding, floats.global) = (Encoding::NVFP4, Some(0.5));
+    floats.zeros.fill(0);
+    check_unpacked("compressed-tensors", &floats);
 }
 
 /// Scales of a block, those at the ends of what a half holds among them.
