@@ -26,12 +26,18 @@ pub fn open(path: &Path) -> Result<File> {
 
 /// The content of a plain file of at most `limit` bytes.
 ///
-/// What the system says of a file's length is not relied on: those below /proc have none, and some of them no end.
+/// A file that the system says is longer is not read at all. That it is not longer is not relied on: those below /proc have no length,
+/// and some of them no end.
 pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let too_large = || Error::new(ErrorKind::FileTooLarge, format!("it is larger than {} MiB", limit >> 20));
+    let file = open(path)?;
+    if file.metadata()?.len() > limit {
+        return Err(too_large());
+    }
     let mut bytes = Vec::new();
-    open(path)?.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > limit {
-        return Err(Error::new(ErrorKind::FileTooLarge, format!("it is larger than {} MiB", limit >> 20)));
+        return Err(too_large());
     }
     Ok(bytes)
 }
