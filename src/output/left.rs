@@ -53,7 +53,8 @@ fn staged(place: &Place) -> Vec<(PathBuf, Option<File>)> {
         let mut left: Vec<PathBuf> = listed
             .filter_map(|entry| Some(entry.ok()?.path()))
             .filter(|path| {
-                path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix)) && path.is_dir()
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                name.strip_prefix(&*prefix).is_some_and(are_ours) && path.is_dir()
             })
             .collect();
         left.sort();
@@ -222,12 +223,16 @@ fn remove(folder: PathBuf) -> Result<Option<Unfinished>> {
     Ok(left)
 }
 
+/// Whether the end of a name is one that staging folders have, so that a folder which somebody called `.out.partial-old` is his.
+fn are_ours(letters: &str) -> bool {
+    letters.len() == RANDOM && letters.bytes().all(|letter| letter.is_ascii_alphanumeric())
+}
+
 /// Whether a folder is called as a staging folder, by [`hidden_prefix`] and some letters, and holds what such a folder does.
 fn is_staging(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let letters = name.strip_prefix('.').and_then(|name| name.rsplit_once(MARK)).map(|(_, letters)| letters);
-    let is_called =
-        letters.is_some_and(|letters| letters.len() == RANDOM && letters.bytes().all(|b| b.is_ascii_alphanumeric()));
+    let is_called = letters.is_some_and(are_ours);
     let is_folder = fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_dir());
     is_called && is_folder && {
         let names = fs::read_dir(path).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.file_name()));

@@ -208,18 +208,18 @@ fn what_appears_during_the_run_stays_and_so_does_the_work() {
 fn what_a_run_that_is_gone_has_left_is_swept_and_what_one_at_work_holds_is_not() {
     let room = tempfile::tempdir().unwrap();
     let at = |name: &str| room.path().join(name);
-    for left in [".out.partial-123", ".out.partial-aBcDeFgH", ".other.partial-1"] {
+    for left in [".out.partial-A1234567", ".out.partial-aBcDeFgH", ".out.partial-old"] {
         fs::create_dir(at(left)).unwrap();
         fs::write(at(left).join("model.safetensors"), b"half").unwrap();
     }
     let first = Staging::folder_for(&at("out"), None, false, None).unwrap();
     assert_eq!(first.notes().len(), 2, "{:?}", first.notes());
-    assert!(first.notes()[0].ends_with(".out.partial-123: removed what an interrupted run had left"));
+    assert!(first.notes()[0].ends_with(".out.partial-A1234567: removed what an interrupted run had left"));
     let second = Staging::folder_for(&at("out"), None, false, None).unwrap();
     assert!(second.notes().is_empty() && first.folder().exists());
-    assert_eq!(listed(room.path()).len(), 3, "another output's stays");
+    assert_eq!(listed(room.path()).len(), 3, "what somebody else called so stays");
     drop((first, second));
-    assert_eq!(listed(room.path()), [".other.partial-1"]);
+    assert_eq!(listed(room.path()), [".out.partial-old"]);
 
     // Between the two steps of a file system that cannot exchange names.
     let place = Place::resolve(&at("out")).unwrap();
@@ -229,7 +229,7 @@ fn what_a_run_that_is_gone_has_left_is_swept_and_what_one_at_work_holds_is_not()
     assert_eq!(fs::read(at("out/config.json")).unwrap(), b"old");
     fs::create_dir(aside_of(&place)).unwrap();
     assert!(sweep(&place).unwrap()[0].contains("had replaced"));
-    assert_eq!(listed(room.path()), [".other.partial-1", "out"]);
+    assert_eq!(listed(room.path()), [".out.partial-old", "out"]);
 }
 
 #[test]
