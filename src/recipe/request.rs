@@ -68,12 +68,12 @@ request! {
     #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
     #[serde(deny_unknown_fields)]
     pub struct Request {
-        /// Layout of the output: compressed-tensors, gptq, awq or gguf. [default: gguf if OUT ends in .gguf, else
+        /// Layout of the output: compressed-tensors, gptq, awq, mlx or gguf. [default: gguf if OUT ends in .gguf, else
         /// compressed-tensors]
         #[arg(long, value_name = "FORMAT")]
         pub format: Option<String>,
-        /// W4A16, W8A16, W3A16 or W2A16, each also with _ASYM; groups of 128. For compressed-tensors also W8A8, FP8_DYNAMIC and NVFP4A16. For GGUF a mix as llama-quantize names it:
-        /// Q4_K_M, Q5_K_S, Q6_K, Q8_0, IQ4_XS, F16 … [default: W4A16, Q4_K_M]
+        /// W4A16, W8A16, W3A16 or W2A16, each also with _ASYM; groups of 128. For compressed-tensors also W8A8, FP8_DYNAMIC and
+        /// NVFP4A16. For GGUF a mix as llama-quantize names it: Q4_K_M, Q5_K_S, Q6_K, Q8_0, IQ4_XS, F16 … [default: W4A16, Q4_K_M]
         #[arg(long, value_name = "SCHEME")]
         pub scheme: Option<String>,
         /// Width of a code, instead of the scheme's: 2, 3, 4 or 8.
@@ -116,7 +116,7 @@ request! {
         /// A LoRA adapter (PEFT's directory) to merge first; quality is measured against the merged model.
         #[arg(long, value_name = "DIR")]
         pub adapter: Option<PathBuf>,
-        /// Calibration text: .txt, .jsonl, .json, or a bundled preset. [default: mixed]
+        /// Calibration text: .txt, .jsonl, .json, .csv, .tsv, .parquet, or a bundled preset. [default: mixed]
         #[arg(long, value_name = "FILE|PRESET")]
         pub calibration: Option<String>,
         /// Calibration sequences. [default: 128]
