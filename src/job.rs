@@ -356,7 +356,8 @@ impl<'a> Job<'a> {
             let any = members.iter().any(|index| targets[*index].needs() > Needs::Nothing);
             let tokens = if any { recipe.samples.saturating_mul(recipe.seq_len) } else { 0 };
             let tokens = tokens.min(device.at_once.max(recipe.seq_len));
-            check_room(device.room, graph, [sweeps, self.verification.is_some()], tokens)?;
+            let needs = OnDevice { sweeps, measures: self.verification.is_some(), tokens };
+            device.room.map_or(Ok(()), |room| check_room(room, graph, &needs))?;
         }
         if calibrates || self.verification.is_some() {
             families::check_runnable(graph, source)?;
@@ -682,10 +683,20 @@ impl Verification {
     }
 }
 
+/// What a run does on its device.
+struct OnDevice {
+    /// It sweeps, and so factors Hessians.
+    sweeps: bool,
+    /// It measures what was written.
+    measures: bool,
+    /// Tokens that go through an operator together.
+    tokens: usize,
+}
+
 /// Refuses a model of which not even one operator's work on so many tokens fits into the device's memory; what is more than that is
 /// put aside on the host while it is not used.
-fn check_room(room: Option<u64>, graph: &Graph, [sweeps, measures]: [bool; 2], tokens: usize) -> Result<()> {
-    let Some(room) = room else { return Ok(()) };
+fn check_room(room: u64, graph: &Graph, needs: &OnDevice) -> Result<()> {
+    let OnDevice { sweeps, measures, tokens } = *needs;
     // The Hessian, its factorization in doubles and the factor; the target, its errors and what feeds back.
     let solving = |linear: &Linear| {
         let (rows, cols) = (linear.rows as u64, linear.cols as u64);
