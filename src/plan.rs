@@ -8,6 +8,7 @@ use formats::{Codec, Dtype, Encoding, Float, TensorSpec};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::families::{self, Loading};
 use crate::graph::{Graph, Layer, Linear, Mlp, Stored};
 use crate::recipe::{Patterns, Recipe, Said};
 use crate::report::Fate;
@@ -66,7 +67,6 @@ impl Plan {
         for module in &others {
             recipe.encoding_of(module, &mut patterns)?;
         }
-        let of_head = recipe.encoding_of(&graph.head.linear.module, &mut patterns)?;
         let model_dtype = source.dtype();
         let float_dtype = if matches!(model_dtype, Dtype::F16 | Dtype::BF16) { model_dtype } else { Dtype::F32 };
         let scale_dtype = codec.scale_dtype(model_dtype);
@@ -76,6 +76,73 @@ impl Plan {
             (_, Dtype::F32) => Float::F32,
             _ => Float::F16,
         };
+        let mut chosen = Chosen::of(graph, recipe, codec, precision, patterns)?;
+        let Named { left, loaded, loading } = Named::of(graph, source, codec, &others, &chosen)?;
+        let listed: Vec<QuantizedModule<'_>> = chosen
+            .modules
+            .iter()
+            .zip(&loaded)
+            .map(|((name, encoding), loaded)| QuantizedModule {
+                name,
+                encoding: *encoding,
+                desc_act: recipe.desc_act,
+                loaded,
+            })
+            .collect();
+        let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
+        config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &chosen.encodings)?);
+        config.notes.extend(uneven_experts(graph, &chosen.encodings, codec));
+        config.notes.extend(rounded_inputs(&chosen.encodings));
+        if graph.opaque {
+            check_named(&config, &listed, &left, codec)?;
+        }
+
+        // Transformers unpacks experts to the type of their scales, and not every class of its multiplies matrices of two types:
+        // the scales are chosen as before, for vLLM runs such a model in float16, and written in the model's type.
+        let of_experts = graph.opaque && chosen.encodings.keys().any(|module| is_expert(module));
+        let scale_dtype = match (of_experts, codec.id()) {
+            (true, "compressed-tensors") if float_dtype == Dtype::F32 => {
+                config.notes.push(
+                    "scales are float32, as the model is: transformers unpacks experts to that type, so load it with dtype=\"auto\"".to_owned(),
+                );
+                Dtype::F32
+            }
+            _ => scale_dtype,
+        };
+        let layout = Layout { codec, scale_dtype, float_dtype };
+        let Outputs { fates, outputs, unstacked } = Outputs::of(graph, source, &strays, layout, &mut chosen)?;
+        let Chosen { encodings, unquantized, ends, .. } = chosen;
+        config.notes.extend(runtimes::unknown_to_mlx(codec.id(), &fates));
+        config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
+        Ok(Plan { codec, encodings, ends, unquantized, fates, unstacked, outputs, scale_dtype, float_dtype, config })
+    }
+}
+
+/// What the recipe wants of the linears of the blocks and of the ends, as the layout holds it.
+struct Chosen {
+    /// How each quantized linear of the blocks is represented, by module.
+    encodings: HashMap<String, Encoding>,
+    /// All modules with codes: linears of the blocks, then the ends.
+    modules: Vec<(String, Encoding)>,
+    /// Linears of the blocks that stay as they are.
+    unquantized: Vec<String>,
+    ends: Vec<End>,
+    /// Ends that stay as they are in a layout that could hold their codes.
+    plain_ends: Vec<String>,
+}
+
+impl Chosen {
+    /// Asks the recipe; scales are chosen so that they survive storage in `precision`.
+    ///
+    /// Fails when a pattern has matched nothing, here or before, no linear is left, or the layout cannot hold what the recipe wants.
+    fn of(
+        graph: &Graph,
+        recipe: &Recipe,
+        codec: &dyn Codec,
+        precision: Float,
+        mut patterns: Patterns,
+    ) -> Result<Chosen> {
+        let of_head = recipe.encoding_of(&graph.head.linear.module, &mut patterns)?;
         let mut encodings = HashMap::new();
         let mut modules = Vec::new();
         let mut unquantized = Vec::new();
@@ -125,6 +192,24 @@ impl Plan {
             };
             return Err(Error::usage(format!("tensor `{tensor}`{others}: {} cannot hold it: {why}", codec.id())));
         }
+        Ok(Chosen { encodings, modules, unquantized, ends, plain_ends })
+    }
+}
+
+/// The names by which a configuration says what has codes and what has none.
+struct Named {
+    /// Linears that stay as they are, and other components as a whole, whose names end in a dot.
+    left: Vec<String>,
+    /// For each module with codes what it is called once transformers has loaded it, where that differs.
+    loaded: Vec<Vec<String>>,
+    /// How transformers renames what it loads, where that differs.
+    loading: Loading,
+}
+
+impl Named {
+    /// `others` are the linears outside the blocks and ends. Fails where the family is not known.
+    fn of(graph: &Graph, source: &Checkpoint, codec: &dyn Codec, others: &[String], chosen: &Chosen) -> Result<Named> {
+        let Chosen { modules, unquantized, ends, plain_ends, .. } = chosen;
         // Other components as a whole, for runtimes call what is in them otherwise than files do.
         let aside =
             |name: &String| graph.aside.iter().any(|(prefix, _)| !prefix.is_empty() && name.starts_with(prefix));
@@ -134,18 +219,18 @@ impl Plan {
         let hides = |name: &String| codec.id() == "awq" && modules.iter().any(|(own, _)| own.contains(&**name));
         let alone = others.iter().filter(|name| !aside(name)).filter(|name| graph.opaque || !hides(name));
         let mut left: Vec<String> = unquantized.iter().chain(alone).chain(&components).cloned().collect();
-        left.extend(plain_ends);
+        left.extend(plain_ends.iter().cloned());
         let packed = ends.iter().any(|end| end.module == graph.head.linear.module);
         if !graph.head.tied && !packed && !left.contains(&graph.head.linear.module) {
             left.push(graph.head.linear.module.clone());
         }
-        let model_type = crate::families::settings(source.config())?.model_type;
-        let mut loading = crate::families::Loading::default();
-        let mut names: Vec<Vec<String>> = vec![Vec::new(); modules.len()];
-        if graph.opaque || crate::families::type_of(source.config()) != Some(&model_type[..]) {
-            loading = crate::families::Loading::of(source.config());
-            names = modules.iter().map(|(name, _)| loading.names(name)).collect();
-            let packed: Vec<&String> = modules.iter().map(|(name, _)| name).chain(names.iter().flatten()).collect();
+        let model_type = families::settings(source.config())?.model_type;
+        let mut loading = Loading::default();
+        let mut loaded: Vec<Vec<String>> = vec![Vec::new(); modules.len()];
+        if graph.opaque || families::type_of(source.config()) != Some(&model_type[..]) {
+            loading = Loading::of(source.config());
+            loaded = modules.iter().map(|(name, _)| loading.names(name)).collect();
+            let packed: Vec<&String> = modules.iter().map(|(name, _)| name).chain(loaded.iter().flatten()).collect();
             let alone = left
                 .iter()
                 .filter(|name| !name.ends_with('.'))
@@ -154,39 +239,66 @@ impl Plan {
             let inside = others.iter().filter(|name| aside(name)).flat_map(|name| loading.names(name));
             let inside = inside.filter_map(|name| as_component(name, &components, &packed));
             let mut known: HashSet<String> = packed.iter().copied().chain(&left).cloned().collect();
-            let loaded: Vec<String> = alone.chain(inside).filter(|name| known.insert(name.clone())).collect();
-            left.extend(loaded);
+            let more: Vec<String> = alone.chain(inside).filter(|name| known.insert(name.clone())).collect();
+            left.extend(more);
         }
-        let listed: Vec<QuantizedModule<'_>> = modules
-            .iter()
-            .zip(&names)
-            .map(|((name, encoding), loaded)| QuantizedModule {
-                name,
-                encoding: *encoding,
-                desc_act: recipe.desc_act,
-                loaded,
-            })
-            .collect();
-        let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
-        config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &encodings)?);
-        config.notes.extend(uneven_experts(graph, &encodings, codec));
-        config.notes.extend(rounded_inputs(&encodings));
-        if graph.opaque {
-            check_named(&config, &listed, &left, codec)?;
-        }
+        Ok(Named { left, loaded, loading })
+    }
+}
 
-        // Transformers unpacks experts to the type of their scales, and not every class of its multiplies matrices of two types:
-        // the scales are chosen as before, for vLLM runs such a model in float16, and written in the model's type.
-        let of_experts = graph.opaque && encodings.keys().any(|module| is_expert(module));
-        let scale_dtype = match (of_experts, codec.id()) {
-            (true, "compressed-tensors") if float_dtype == Dtype::F32 => {
-                config.notes.push(
-                    "scales are float32, as the model is: transformers unpacks experts to that type, so load it with dtype=\"auto\"".to_owned(),
-                );
-                Dtype::F32
-            }
-            _ => scale_dtype,
-        };
+/// How tensors are laid out in the file.
+#[derive(Clone, Copy)]
+struct Layout<'c> {
+    codec: &'c dyn Codec,
+    /// Type of scales.
+    scale_dtype: Dtype,
+    /// Type of tensors that are written but not quantized.
+    float_dtype: Dtype,
+}
+
+impl Layout<'_> {
+    /// The tensors of a matrix with codes: codes, scales and whatever else the layout has.
+    fn packed(self, module: &str, [rows, cols]: [usize; 2], encoding: &Encoding) -> Vec<TensorSpec> {
+        let parts = self.codec.layout(rows, cols, encoding, self.scale_dtype).into_iter();
+        parts.map(|(part, dtype, shape)| TensorSpec { name: format!("{module}.{part}"), dtype, shape }).collect()
+    }
+
+    /// The tensors of a linear's weight out of a stack, of codes or, without an encoding, as it is.
+    fn weight(self, linear: &Linear, encoding: Option<&Encoding>) -> Vec<TensorSpec> {
+        let Linear { module, rows, cols, .. } = linear;
+        match encoding {
+            Some(encoding) => self.packed(module, [*rows, *cols], encoding),
+            None => vec![TensorSpec {
+                name: format!("{module}.weight"),
+                dtype: self.float_dtype,
+                shape: vec![*rows, *cols],
+            }],
+        }
+    }
+
+    /// The tensor of a linear's bias out of a stack.
+    fn bias(self, linear: &Linear) -> TensorSpec {
+        TensorSpec { name: format!("{}.bias", linear.module), dtype: self.float_dtype, shape: vec![linear.rows] }
+    }
+}
+
+/// What becomes of each tensor of the input, and the tensors that are written; see the fields of [`Plan`].
+struct Outputs {
+    fates: Vec<(String, Fate)>,
+    outputs: Vec<TensorSpec>,
+    unstacked: HashSet<String>,
+}
+
+impl Outputs {
+    /// Goes through the input in file order, and notes where in it the ends are. Fails when a tensor is unexplained.
+    fn of(
+        graph: &Graph,
+        source: &Checkpoint,
+        strays: &Strays<'_>,
+        layout: Layout<'_>,
+        chosen: &mut Chosen,
+    ) -> Result<Outputs> {
+        let Chosen { encodings, ends, .. } = chosen;
         // The linears of every tensor: one, or the experts that are stacked in it.
         let mut stored: HashMap<String, Vec<&Linear>> = HashMap::new();
         for linear in graph.linears() {
@@ -203,27 +315,13 @@ impl Plan {
             let planned = |linear: &&Linear| encodings.contains_key(&linear.module);
             let fate = if let Some(end) = ends.iter_mut().find(|end| end.tensor == entry.name) {
                 end.index = fates.len();
-                for (part, dtype, shape) in codec.layout(end.shape[0], end.shape[1], &end.encoding, scale_dtype) {
-                    outputs.push(TensorSpec { name: format!("{}.{part}", end.module), dtype, shape });
-                }
+                outputs.extend(layout.packed(&end.module, end.shape, &end.encoding));
                 Fate::Quantized
             } else if readers.iter().any(planned) && (is_weight || stacked) {
                 for linear in readers {
-                    let Linear { module, rows, cols, .. } = linear;
-                    match encodings.get(module) {
-                        Some(encoding) if is_weight => {
-                            for (part, dtype, shape) in codec.layout(*rows, *cols, encoding, scale_dtype) {
-                                outputs.push(TensorSpec { name: format!("{module}.{part}"), dtype, shape });
-                            }
-                        }
-                        None if is_weight => {
-                            let (name, shape) = (format!("{module}.weight"), vec![*rows, *cols]);
-                            outputs.push(TensorSpec { name, dtype: float_dtype, shape });
-                        }
-                        _ => {
-                            let (name, shape) = (format!("{module}.bias"), vec![*rows]);
-                            outputs.push(TensorSpec { name, dtype: float_dtype, shape });
-                        }
+                    match is_weight {
+                        true => outputs.extend(layout.weight(linear, encodings.get(&linear.module))),
+                        false => outputs.push(layout.bias(linear)),
                     }
                 }
                 if stacked {
@@ -233,7 +331,7 @@ impl Plan {
             } else if known.contains(&entry.name) {
                 outputs.push(TensorSpec {
                     name: entry.name.clone(),
-                    dtype: copied_dtype(entry.dtype, float_dtype),
+                    dtype: copied_dtype(entry.dtype, layout.float_dtype),
                     shape: entry.shape.clone(),
                 });
                 Fate::Copied
@@ -242,7 +340,7 @@ impl Plan {
                 if let Fate::Aside(_) = fate {
                     let dtype = match entry.dtype {
                         StoredType::Plain(dtype) => dtype,
-                        _ => float_dtype,
+                        _ => layout.float_dtype,
                     };
                     outputs.push(TensorSpec { name: entry.name.clone(), dtype, shape: entry.shape.clone() });
                 }
@@ -250,9 +348,7 @@ impl Plan {
             };
             fates.push((entry.name.clone(), fate));
         }
-        config.notes.extend(runtimes::unknown_to_mlx(codec.id(), &fates));
-        config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
-        Ok(Plan { codec, encodings, ends, unquantized, fates, unstacked, outputs, scale_dtype, float_dtype, config })
+        Ok(Outputs { fates, outputs, unstacked })
     }
 }
 

@@ -1,5 +1,7 @@
 //! Measures a checkpoint on held-out text: perplexity, and divergence from the model it was made of.
 
+use std::ops::Range;
+
 use formats::Dtype;
 use kernels::{Backend, TokenComparison};
 
@@ -38,7 +40,7 @@ fn tokens_at_once(vocabulary: usize) -> usize {
 
 impl Protocol {
     /// Positions of a window of `context` tokens whose next token is scored.
-    fn scored(self, context: usize) -> std::ops::Range<usize> {
+    fn scored(self, context: usize) -> Range<usize> {
         match self {
             Protocol::Papers => 0..context - 1,
             Protocol::LlamaCpp => context / 2..context - 1,
@@ -100,6 +102,36 @@ pub fn evaluate<B: Backend>(
     if scored.is_empty() {
         return Err(Error::usage(format!("a context of {context} tokens leaves none to score")));
     }
+    let sides = sides(backend, model, reference, windows, activations)?;
+    let batch = batch(context);
+    let blocks: usize = sides.iter().map(|side| side.graph.blocks.len()).sum();
+    progress.start("evaluating", windows.len().div_ceil(batch) * blocks);
+    let mut all = TokenComparison::default();
+    for windows in windows.chunks(batch) {
+        let mut normed = Vec::new();
+        for side in &sides {
+            normed
+                .push(final_hidden(backend, &side.graph, side.source, windows, side.activations, &|| progress.step())?);
+        }
+        compare_windows(backend, &sides, &normed, windows, scored.clone(), &mut all)?;
+    }
+    check_logits(&all, sides[sides.len() - 1].graph.vocabulary, model, reference)?;
+    let quality = Quality { activations, ..summarize(model, reference, &all, [context, windows.len()], protocol) };
+    quality.check()?;
+    Ok(quality)
+}
+
+/// The reference, if there is one, and then the model, with the heads that both need.
+///
+/// Fails for a model that cannot be run or has no head, for tokens that it does not have, and for vocabularies of two sizes.
+fn sides<'a, B: Backend>(
+    backend: &'a B,
+    model: &'a Checkpoint,
+    reference: Option<&'a Checkpoint>,
+    windows: &[Vec<u32>],
+    activations: Activations,
+) -> Result<Vec<Side<'a, B>>> {
+    let largest = windows.iter().flatten().max().copied().unwrap_or(0) as usize;
     let mut sides = Vec::new();
     for source in reference.into_iter().chain([model]) {
         let graph = families::graph_of(source)?;
@@ -111,7 +143,6 @@ pub fn evaluate<B: Backend>(
                 source.path().display()
             )));
         }
-        let largest = windows.iter().flatten().max().copied().unwrap_or(0) as usize;
         if largest >= graph.vocabulary {
             return Err(Error::failed(format!(
                 "{}: the tokenizer gives token {largest}, and the model has {}",
@@ -141,47 +172,47 @@ pub fn evaluate<B: Backend>(
             side.head = Some(LoadedHead::of(backend, &side.graph, side.source, side.activations)?);
         }
     }
-    let batch = batch(context);
-    let blocks: usize = sides.iter().map(|side| side.graph.blocks.len()).sum();
-    progress.start("evaluating", windows.len().div_ceil(batch) * blocks);
-    let mut all = TokenComparison::default();
-    for windows in windows.chunks(batch) {
-        let mut normed = Vec::new();
-        for side in &sides {
-            normed
-                .push(final_hidden(backend, &side.graph, side.source, windows, side.activations, &|| progress.step())?);
-        }
-        let per_pass = tokens_at_once(sides[0].graph.vocabulary);
-        let together =
-            sides.iter().filter_map(|side| side.head.as_ref()).map(|h| h.products_at_once(per_pass, TOGETHER));
-        let step = per_pass * together.min().unwrap_or(1);
-        for (index, window) in windows.iter().enumerate() {
-            for start in scored.clone().step_by(step) {
-                let end = scored.end.min(start + step);
-                let rows: Vec<usize> = (start..end).collect();
-                let targets = &window[start + 1..=end];
-                let logits = |side: usize| -> Result<B::Matrix> {
-                    let (chunk, offset) = locate(&normed[side], index, context, backend.tokens_at_once());
-                    let rows: Vec<usize> = rows.iter().map(|row| row + offset).collect();
-                    let head = sides[side].head.as_ref().or(sides[last].head.as_ref()).expect("loaded");
-                    head.logits(backend, backend.select_rows(chunk, &rows)?, per_pass)
-                };
-                let found = match last {
-                    0 => TokenComparison { model: backend.token_loss(&logits(0)?, targets)?, ..Default::default() },
-                    _ => backend.compare(&logits(0)?, &logits(1)?, targets)?,
-                };
-                for (all, found) in [(&mut all.model, found.model), (&mut all.reference, found.reference)] {
-                    all.nll.extend(found.nll);
-                    all.argmax.extend(found.argmax);
-                }
-                all.kld.extend(found.kld);
+    Ok(sides)
+}
+
+/// Adds what the sides make of the positions `scored` of each window to `all`, window after window.
+///
+/// `normed` has the hidden states of each side before the head, in the chunks in which they were computed.
+fn compare_windows<B: Backend>(
+    backend: &B,
+    sides: &[Side<'_, B>],
+    normed: &[Vec<B::Matrix>],
+    windows: &[Vec<u32>],
+    scored: Range<usize>,
+    all: &mut TokenComparison,
+) -> Result<()> {
+    let last = sides.len() - 1;
+    let per_pass = tokens_at_once(sides[0].graph.vocabulary);
+    let together = sides.iter().filter_map(|side| side.head.as_ref()).map(|h| h.products_at_once(per_pass, TOGETHER));
+    let step = per_pass * together.min().unwrap_or(1);
+    for (index, window) in windows.iter().enumerate() {
+        for start in scored.clone().step_by(step) {
+            let end = scored.end.min(start + step);
+            let rows: Vec<usize> = (start..end).collect();
+            let targets = &window[start + 1..=end];
+            let logits = |side: usize| -> Result<B::Matrix> {
+                let (chunk, offset) = locate(&normed[side], index, window.len(), backend.tokens_at_once());
+                let rows: Vec<usize> = rows.iter().map(|row| row + offset).collect();
+                let head = sides[side].head.as_ref().or(sides[last].head.as_ref()).expect("loaded");
+                head.logits(backend, backend.select_rows(chunk, &rows)?, per_pass)
+            };
+            let found = match last {
+                0 => TokenComparison { model: backend.token_loss(&logits(0)?, targets)?, ..Default::default() },
+                _ => backend.compare(&logits(0)?, &logits(1)?, targets)?,
+            };
+            for (all, found) in [(&mut all.model, found.model), (&mut all.reference, found.reference)] {
+                all.nll.extend(found.nll);
+                all.argmax.extend(found.argmax);
             }
+            all.kld.extend(found.kld);
         }
     }
-    check_logits(&all, sides[last].graph.vocabulary, model, reference)?;
-    let quality = Quality { activations, ..summarize(model, reference, &all, [context, windows.len()], protocol) };
-    quality.check()?;
-    Ok(quality)
+    Ok(())
 }
 
 /// Fails on logits that are no numbers, of which nothing can be said; the original's are looked at first.

@@ -25,8 +25,12 @@ use crate::output::hashing::hash_file;
 use crate::report::AdapterReport;
 use crate::weights::Entry;
 
+mod matching;
+mod notices;
 mod settings;
 
+use matching::{Matching, Model};
+use notices::Merged;
 use settings::Settings;
 
 /// The name of a head of its own, which a model with a tied one lacks.
@@ -85,212 +89,38 @@ impl Adapter {
     ///
     /// Fails on kinds other than LoRA and on every tensor that finds no place in the model.
     pub fn open(folder: &Path, model: &Path, config: &mut Value, entries: &mut Vec<Entry>) -> Result<Adapter> {
-        if folder.is_file() {
-            return Err(Error::failed(format!(
-                "{}: a file; --adapter takes the directory that PEFT's save_pretrained wrote",
-                folder.display()
-            )));
-        }
-        let config_path = folder.join("adapter_config.json");
-        let settings = match read_json(&config_path)? {
-            Some(Value::Object(settings)) => settings,
-            Some(_) => return Err(Error::failed(format!("{}: not a JSON object", config_path.display()))),
-            None => {
-                return Err(Error::failed(format!(
-                    "{}: adapter_config.json is missing; --adapter takes a directory that PEFT's save_pretrained wrote",
-                    folder.display()
-                )));
-            }
-        };
-        let settings = Value::Object(settings);
-        if let Some(error) = mlx_adapter(folder, &settings) {
-            return Err(error);
-        }
-        let Value::Object(settings) = settings else { unreachable!("made above") };
-        let settings =
-            Settings::read(&settings).map_err(|why| Error::failed(format!("{}: {why}", config_path.display())))?;
-        let path = folder.join("adapter_model.safetensors");
-        if !path.exists() && folder.join("adapter_model.bin").exists() {
-            return Err(Error::failed(format!(
-                "{}: adapter_model.bin is a PyTorch pickle, which is not read; convert it once with PEFT: \
-                 PeftModel.from_pretrained(model, \"{}\").save_pretrained(OUT)",
-                folder.display(),
-                folder.display()
-            )));
-        }
-        let file = SafetensorsFile::open(&path)?;
-        if file.tensors().len() == 0 {
-            return Err(Error::failed(format!(
-                "{}: it holds no tensor, so there is nothing to merge; the adapter was saved by something that left its weights out",
-                path.display()
-            )));
-        }
+        let settings = read_settings(folder)?;
+        let file = open_weights(folder)?;
         let (modules, replacing) = sort_parts(&file);
         let original = config.get("_name_or_path").and_then(Value::as_str).map(str::to_owned);
-        let finder = Finder::new(entries);
-        let located = |name: &str, why: String| Error::failed(format!("{}: tensor `{name}`: {why}", path.display()));
-
-        let mut changes: HashMap<String, Change> = HashMap::new();
-        let mut pending = Vec::new();
-        for (module, parts) in &modules {
-            let any = parts.a.as_ref().or(parts.b.as_ref()).or(parts.magnitude.as_ref()).or(parts.bias.as_ref());
-            let any = any.expect("a module has a part");
-            let (Some(a), Some(b)) = (&parts.a, &parts.b) else {
-                return Err(located(any, format!("of the module `{module}` only one of the two factors is there")));
-            };
-            match (settings.dora, &parts.magnitude) {
-                (true, None) => {
-                    let why = format!(
-                        "adapter_config.json says use_dora, and the module `{module}` has no lora_magnitude_vector; the adapter is incomplete"
-                    );
-                    return Err(located(a, why));
-                }
-                (false, Some(magnitude)) => {
-                    let why = "it is a magnitude of DoRA, and adapter_config.json does not say use_dora; set it to true, or remove the \
-                               magnitudes";
-                    return Err(located(magnitude, why.into()));
-                }
-                _ => {}
-            }
-            if let Some(layer) = module.split('.').find_map(|part| part.parse::<i64>().ok())
-                && settings.layers.as_ref().is_some_and(|layers| !layers.contains(&layer))
-            {
-                let why = format!(
-                    "it is of layer {layer}, and layers_to_transform in adapter_config.json lists other layers: PEFT would leave it \
-                     out; remove one of the two"
-                );
-                return Err(located(a, why));
-            }
-            let target = format!("{module}.weight");
-            let found = finder.find(&target).map_err(|why| located(a, why))?;
-            pending.push((module, parts, a, b, target, found));
-        }
-        let mut replaced = 0;
-        let mut heads: BTreeMap<String, &str> = BTreeMap::new();
-        for (target, tensor) in &replacing {
-            let view = file.get(tensor).expect("listed");
-            match finder.find(target).map_err(|why| located(tensor, why))? {
-                Some(index) => {
-                    let entry = &entries[index];
-                    if entry.shape != view.shape {
-                        return Err(located(tensor, misfit(view.shape, entry, model)));
-                    }
-                    changes.entry(entry.name.clone()).or_default().replaced = Some(tensor.clone());
-                    replaced += 1;
-                }
-                None => drop(heads.insert(target.clone(), tensor)),
-            }
-        }
-
-        // A tied head has no tensor; an adapter of its own gives it one.
         let stored_head = entries.iter().position(|e| is_head(&e.name));
         let tied = families::tied(config).unwrap_or(stored_head.is_none());
-        let embedding = |shape: &[usize]| {
-            let mut found = entries.iter().filter(|e| e.shape == shape && !e.name.split('.').any(is_number));
-            found.next().filter(|_| found.next().is_none()).map(|e| e.name.clone())
-        };
-        // A `Conv1D` stores its columns first, which its bias tells where the matrix is not square.
-        let columns_first = entries.iter().any(|entry| {
-            let bias = entry.name.strip_suffix("weight").map(|module| format!("{module}bias"));
-            let bias = bias.and_then(|bias| entries.iter().find(|entry| entry.name == bias));
-            matches!(&entry.shape[..], [rows, cols] if rows != cols && bias.is_some_and(|bias| bias.shape == [*cols]))
-        });
-        let mut new_head: Option<(String, Change)> = None;
-        for (target, tensor) in heads {
-            let shape = file.get(tensor).expect("listed").shape.to_vec();
-            match embedding(&shape).filter(|_| tied && is_head(&target)) {
-                Some(base) => {
-                    let change = Change { base: Some(base), replaced: Some(tensor.to_owned()), ..Change::default() };
-                    new_head = Some((target, change));
-                    replaced += 1;
-                }
-                None => return Err(located(tensor, homeless(&target, model))),
-            }
-        }
-        let mut count = 0;
-        for (module, parts, a, b, target, found) in pending {
-            let [a_shape, b_shape] = [a, b].map(|name| file.get(name).expect("listed").shape.to_vec());
-            let (&[rank, inputs], &[outputs, b_rank]) = (&a_shape[..], &b_shape[..]) else {
-                return Err(located(a, format!("its shape {a_shape:?} is not that of a matrix")));
-            };
-            if b_rank != rank {
-                return Err(located(b, format!("its rank is {b_rank}, and that of {a} {rank}")));
-            }
-            let base = embedding(&[outputs, inputs]).filter(|_| tied && is_head(&target));
-            let entry = match (&found, base) {
-                (Some(index), _) => &entries[*index],
-                (None, Some(_)) if settings.keep_tied => continue,
-                (None, Some(base)) => {
-                    let (_, change) = new_head.get_or_insert_with(|| (target.clone(), Change::default()));
-                    change.base = Some(base.clone());
-                    entries.iter().find(|e| e.name == base).expect("found")
-                }
-                (None, None) => return Err(located(a, homeless(&target, model))),
-            };
-            let straight = entry.shape == [outputs, inputs] && !parts.embedding;
-            let turned = entry.shape == [inputs, outputs];
-            let transposed = match (straight, turned) {
-                // PEFT takes the flag back for linears, and sets it for GPT-2's.
-                (true, true) => columns_first,
-                (true, false) => false,
-                (false, true) => true,
-                (false, false) => {
-                    return Err(located(a, misfit(&[outputs, inputs], entry, model)));
-                }
-            };
-            if let Some(magnitude) = &parts.magnitude {
-                let len: usize = file.get(magnitude).expect("listed").shape.iter().product();
-                if len != outputs {
-                    return Err(located(magnitude, format!("it has {len} values, expected {outputs}")));
-                }
-            }
-            let scale = settings.scale(module, rank).map_err(|why| located(a, why))?;
-            let product = Product {
-                a: a.clone(),
-                b: b.clone(),
-                rank,
-                scale,
-                transposed,
-                magnitude: parts.magnitude.clone(),
-                factors: OnceLock::new(),
-            };
-            if let Some(bias) = &parts.bias {
-                if !settings.bias {
-                    let why = "lora_bias is not set in adapter_config.json, and PEFT leaves such a tensor out then: set it if the adapter \
-                               was trained with it, or take these tensors out of the file";
-                    return Err(located(bias, why.to_owned()));
-                }
-                let name = format!("{}.bias", entry.name.strip_suffix(".weight").unwrap_or(&entry.name));
-                let own = entries.iter().find(|e| e.name == name && e.shape == [outputs]);
-                if own.is_none() || found.is_none() {
-                    let why = format!(
-                        "lora_bias is set in adapter_config.json, and the model has no `{name}` of {outputs} values to add it to; \
-                         PEFT does not merge it either: train the adapter without lora_bias"
-                    );
-                    return Err(located(bias, why));
-                }
-                changes.entry(name).or_default().added = Some((bias.clone(), scale));
-            }
-            match found {
-                Some(_) => changes.entry(entry.name.clone()).or_default().product = Some(product),
-                None => new_head.as_mut().expect("made above").1.product = Some(product),
-            }
-            count += 1;
-        }
+        let to = Model { path: model, entries, tied };
+        let Matching { mut changes, new_head, modules: count, replaced, .. } =
+            Matching::of(&settings, &file, &modules, &replacing, to)?;
 
         let vocabulary = families::vocabulary(config)?;
         let untied = tied && untie(&file, &settings, entries, [stored_head, vocabulary], &mut changes, new_head);
         if untied {
             tying::set(config, false);
         }
-        let notices = settings.notices(model, &original, &file, &modules, &replacing, entries);
+        let merged = Merged {
+            settings: &settings,
+            file: &file,
+            modules: &modules,
+            replacing: &replacing,
+            model,
+            original: original.as_deref(),
+            entries,
+        };
+        let notices = merged.notices();
         let kind = match (settings.root, settings.dora) {
             (false, false) => "lora",
             (true, false) => "rslora",
             (false, true) => "dora",
             (true, true) => "rsdora",
         };
-        let sha256 = hash_file(&path)?.sha256;
+        let sha256 = hash_file(file.path())?.sha256;
         let report = AdapterReport { path: folder.display().to_string(), kind, sha256, modules: count, replaced };
         Ok(Adapter { file, changes, report, untied, notices })
     }
@@ -425,6 +255,51 @@ impl Adapter {
     }
 }
 
+/// Reads adapter_config.json. Fails for what is no adapter of PEFT's, and for one of a kind that is not merged here.
+fn read_settings(folder: &Path) -> Result<Settings> {
+    if folder.is_file() {
+        return Err(Error::failed(format!(
+            "{}: a file; --adapter takes the directory that PEFT's save_pretrained wrote",
+            folder.display()
+        )));
+    }
+    let path = folder.join("adapter_config.json");
+    let Some(config) = read_json(&path)? else {
+        return Err(Error::failed(format!(
+            "{}: adapter_config.json is missing; --adapter takes a directory that PEFT's save_pretrained wrote",
+            folder.display()
+        )));
+    };
+    let Value::Object(settings) = &config else {
+        return Err(Error::failed(format!("{}: not a JSON object", path.display())));
+    };
+    match mlx_adapter(folder, &config) {
+        Some(error) => Err(error),
+        None => Settings::read(settings).map_err(|why| Error::failed(format!("{}: {why}", path.display()))),
+    }
+}
+
+/// Opens adapter_model.safetensors. Fails for an adapter that is saved otherwise, and for one without tensors.
+fn open_weights(folder: &Path) -> Result<SafetensorsFile> {
+    let path = folder.join("adapter_model.safetensors");
+    if !path.exists() && folder.join("adapter_model.bin").exists() {
+        return Err(Error::failed(format!(
+            "{}: adapter_model.bin is a PyTorch pickle, which is not read; convert it once with PEFT: \
+             PeftModel.from_pretrained(model, \"{}\").save_pretrained(OUT)",
+            folder.display(),
+            folder.display()
+        )));
+    }
+    let file = SafetensorsFile::open(&path)?;
+    if file.tensors().len() == 0 {
+        return Err(Error::failed(format!(
+            "{}: it holds no tensor, so there is nothing to merge; the adapter was saved by something that left its weights out",
+            path.display()
+        )));
+    }
+    Ok(file)
+}
+
 /// Says so when the folder is an adapter of MLX, whose configuration is `config`.
 pub(crate) fn mlx_adapter(folder: &Path, config: &Value) -> Option<Error> {
     let own = config.get("peft_type").is_none()
@@ -497,20 +372,6 @@ fn is_number(segment: &str) -> bool {
     segment.bytes().all(|b| b.is_ascii_digit())
 }
 
-fn misfit(shape: &[usize], entry: &Entry, model: &Path) -> String {
-    format!(
-        "it is made for a weight of shape {shape:?}, and `{}` in {} has {:?}; the adapter belongs to another model, or to \
-         this one with a vocabulary that was resized, which has to be saved whole first",
-        entry.name,
-        model.display(),
-        entry.shape
-    )
-}
-
-fn homeless(target: &str, model: &Path) -> String {
-    format!("{} has no `{target}` that it could change; the adapter belongs to another model", model.display())
-}
-
 /// Divides the adapter's tensors into factors by module and tensors brought whole, by the name they have in the model.
 fn sort_parts(file: &SafetensorsFile) -> (BTreeMap<String, Parts>, BTreeMap<String, String>) {
     let mut modules: BTreeMap<String, Parts> = BTreeMap::new();
@@ -540,48 +401,4 @@ fn sort_parts(file: &SafetensorsFile) -> (BTreeMap<String, Parts>, BTreeMap<Stri
         }
     }
     (modules, replacing)
-}
-
-/// Finds the model's tensor for a name that may have been given in another wrapper.
-struct Finder<'a> {
-    exact: HashMap<&'a str, usize>,
-    by_tail: HashMap<&'a str, Vec<(usize, Vec<&'a str>)>>,
-}
-
-/// The segments before the first list (`layers.0`), sorted, and everything from there on; without a list the last two.
-fn split(name: &str) -> (Vec<&str>, &str) {
-    let starts: Vec<usize> = std::iter::once(0).chain(name.match_indices('.').map(|(at, _)| at + 1)).collect();
-    let segments: Vec<&str> = name.split('.').collect();
-    let tail = segments.iter().position(|s| is_number(s)).unwrap_or(segments.len().saturating_sub(1)).saturating_sub(1);
-    let mut outer = segments[..tail].to_vec();
-    outer.sort_unstable();
-    (outer, &name[starts[tail]..])
-}
-
-impl<'a> Finder<'a> {
-    fn new(entries: &'a [Entry]) -> Self {
-        let mut by_tail: HashMap<&str, Vec<(usize, Vec<&str>)>> = HashMap::new();
-        for (index, entry) in entries.iter().enumerate() {
-            let (outer, tail) = split(&entry.name);
-            by_tail.entry(tail).or_default().push((index, outer));
-        }
-        Finder { exact: entries.iter().enumerate().map(|(index, e)| (e.name.as_str(), index)).collect(), by_tail }
-    }
-
-    /// Fails when several tensors could be meant.
-    fn find(&self, name: &str) -> Result<Option<usize>, String> {
-        if let Some(index) = self.exact.get(name) {
-            return Ok(Some(*index));
-        }
-        let (outer, tail) = split(name);
-        let Some(candidates) = self.by_tail.get(tail) else { return Ok(None) };
-        let same: Vec<_> = candidates.iter().filter(|(_, other)| *other == outer).collect();
-        match (&same[..], &candidates[..]) {
-            ([(index, _)], _) | ([], [(index, _)]) => Ok(Some(*index)),
-            _ => Err(format!(
-                "{} tensors of the model end in `{tail}`, and it cannot be told which it changes",
-                candidates.len()
-            )),
-        }
-    }
 }

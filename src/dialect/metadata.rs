@@ -127,57 +127,13 @@ pub fn metadata(
 /// What they say is read back and compared with the model: an architecture has no setting for what differs then.
 fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan) -> Result<()> {
     let architecture = Architecture::named(plan.architecture).expect("of the plan");
-    let cannot = |what: String| names::cannot(architecture.id, what);
-    let steps = || graph.blocks.iter().flat_map(|block| &block.steps);
-    let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
-    let Some(first) = attention.first() else { return Err(cannot("a model without attention".to_owned())) };
-    let dense: Vec<&Mlp> =
-        steps().filter_map(|step| if let Layer::Mlp(mlp) = &step.layer { Some(mlp) } else { None }).collect();
-    let sparse: Vec<&Moe> =
-        steps().filter_map(|step| if let Layer::Moe(moe) = &step.layer { Some(moe) } else { None }).collect();
-    let moe = sparse.first();
-    let expert = moe.and_then(|moe| moe.experts.first()).map(Mlp::inner);
-    let Some(inner) = dense.first().map(|mlp| mlp.inner()).or(expert) else {
-        return Err(cannot("a model without feed-forward layers".to_owned()));
-    };
-    if attention.len() != graph.blocks.len() || dense.len() + sparse.len() != graph.blocks.len() {
-        return Err(cannot("blocks without one attention and one feed-forward layer each".to_owned()));
-    }
-    let many = first.shape;
-    match architecture.id {
-        "olmoe" if many.kv_heads != many.heads => {
-            return Err(cannot(format!("{} heads that share {} keys", many.heads, many.kv_heads)));
-        }
-        // By the number of layers llama.cpp tells whether queries are made through a latent.
-        "deepseek2" => {
-            let layers = graph.blocks.len();
-            let lite = matches!(layers, 26 | 27) || layers == 48 && graph.vocabulary == 128256;
-            let direct = matches!(&first.projections, Projections::Latent(latent) if latent.q.len() == 1);
-            if lite != direct {
-                let how = if direct { "without" } else { "through" };
-                return Err(cannot(format!("queries made {how} a latent in a model of {layers} layers")));
-            }
-        }
-        _ => {}
-    }
-    let eps = graph.final_norm.eps;
-    let norms = steps().flat_map(|step| step.pre.iter().chain(&step.post).chain(step.layer.norms()));
-    if norms.into_iter().any(|norm| norm.eps != eps) {
-        return Err(cannot("norms with different epsilons".to_owned()));
-    }
-    let shape = first.shape;
+    let id = architecture.id;
+    let key = |name: &str| format!("{id}.{name}");
+    let layers = Layers::of(graph, id)?;
+    let (attention, first) = (&layers.attention, layers.first);
     let context = match &graph.embedding.positions {
         Some((_, rows)) => *rows,
-        None => {
-            let longest = longest_context(config)?;
-            let context = longest.unwrap_or(UNKNOWN_CONTEXT);
-            if longest.is_none() || families::settings(config)?.left_out.contains("max_position_embeddings") {
-                out.notice(format!(
-                    "config.json has no max_position_embeddings: the file says a context of {context} tokens"
-                ));
-            }
-            context
-        }
+        None => context_of(out, config)?,
     };
     let windows: Vec<Option<usize>> = attention.iter().map(|a| a.shape.window.or(a.shape.chunk)).collect();
     let window = windows.iter().flatten().min().copied();
@@ -187,57 +143,29 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         ));
     }
 
-    if dense.iter().any(|mlp| mlp.activation == Activation::Gelu) {
+    if layers.dense.iter().any(|mlp| mlp.activation == Activation::Gelu) {
         out.notice("llama.cpp approximates GELU: logits differ a little from the original's");
     }
 
-    let id = architecture.id;
-    let key = |name: &str| format!("{id}.{name}");
-    let latent = match &first.projections {
-        Projections::Latent(latent) => {
-            let Latent { q, kv_b, .. } = &**latent;
-            Some((q.first().filter(|_| q.len() > 1).map(|q| q.rows), kv_b.cols))
-        }
-        Projections::Direct(_) => None,
-    };
     out.count(key("vocab_size"), graph.vocabulary)?;
     out.count(key("context_length"), context)?;
     out.count(key("embedding_length"), graph.hidden)?;
     out.count(key("block_count"), graph.blocks.len())?;
-    out.count(key("feed_forward_length"), inner)?;
-    out.count(key("attention.head_count"), shape.heads)?;
+    out.count(key("feed_forward_length"), layers.inner)?;
+    out.count(key("attention.head_count"), first.shape.heads)?;
     let rotated = attention.iter().find_map(|a| a.rope.as_ref()).map(|rope| 2 * rope.inverse_frequencies.len());
-    match latent {
-        None => {
-            out.count(key("attention.head_count_kv"), shape.kv_heads)?;
-            out.count(key("attention.key_length"), shape.head_dim)?;
-            out.count(key("attention.value_length"), shape.value_dim)?;
-        }
-        // Queries meet the latent itself, which all heads share.
-        Some((q, latent)) => {
-            let shared = latent + rotated.unwrap_or(0);
-            out.count(key("attention.head_count_kv"), 1)?;
-            out.count(key("attention.key_length"), shared)?;
-            out.count(key("attention.value_length"), latent)?;
-            out.count(key("attention.key_length_mla"), shape.head_dim)?;
-            out.count(key("attention.value_length_mla"), shape.value_dim)?;
-            out.count(key("attention.kv_lora_rank"), latent)?;
-            if let Some(q) = q {
-                out.count(key("attention.q_lora_rank"), q)?;
-            }
-        }
-    }
+    heads(out, first, rotated.unwrap_or(0), key)?;
     out.float(
         key(match graph.final_norm.kind {
             NormKind::Rms => "attention.layer_norm_rms_epsilon",
             NormKind::Layer => "attention.layer_norm_epsilon",
         }),
-        eps,
+        graph.final_norm.eps,
     );
     if let Some(rotated) = rotated {
         out.count(key("rope.dimension_count"), rotated)?;
     }
-    rope(out, &attention, architecture, context)?;
+    rope(out, attention, architecture, context)?;
     if architecture.windows {
         // Only where there are windows: their absence is how the largest models are told from the others.
         if let Some(window) = window.filter(|_| id != "llama4") {
@@ -250,15 +178,135 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         }
     }
     if id == "qwen2vl" {
-        let text = families::settings(config)?.values;
-        let list = text["rope_parameters"]["mrope_section"].as_array();
-        let sections = list.map(|list| list.iter().filter_map(integer).chain([0; 4]).take(4));
-        let Some(sections) = sections else {
-            return Err(cannot("a model whose config.json has no mrope_section".to_owned()));
-        };
-        let sections = sections.map(|section| MetadataValue::I32(section as i32)).collect();
-        out.metadata.push((key("rope.dimension_sections"), metadata_array(sections, GGUFValueType::I32)?));
+        sections(out, config, key("rope.dimension_sections"))?;
     }
+    factors(out, graph, first, id);
+    experts(out, graph, &layers, id)?;
+    read_back(out, graph, architecture, plan)
+}
+
+/// The layers of a model in an architecture of GGUF, which has one attention and one feed-forward layer in each block.
+struct Layers<'g> {
+    /// The attention of each block.
+    attention: Vec<&'g Attention>,
+    /// The first block's attention, whose shape is written for all.
+    first: &'g Attention,
+    /// Feed-forward layers without experts.
+    dense: Vec<&'g Mlp>,
+    /// Mixtures of experts.
+    sparse: Vec<&'g Moe>,
+    /// Width of feed-forward layers; of an expert where all layers are mixtures.
+    inner: usize,
+    /// Width of an expert.
+    expert: Option<usize>,
+}
+
+impl<'g> Layers<'g> {
+    /// Fails for what an architecture has no setting for: other layers than one of each kind in a block, norms with different
+    /// epsilons, and what llama.cpp takes for granted of architecture `id`.
+    fn of(graph: &'g Graph, id: &'static str) -> Result<Layers<'g>> {
+        let cannot = |what: String| names::cannot(id, what);
+        let steps = || graph.blocks.iter().flat_map(|block| &block.steps);
+        let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
+        let Some(&first) = attention.first() else { return Err(cannot("a model without attention".to_owned())) };
+        let dense: Vec<&Mlp> =
+            steps().filter_map(|step| if let Layer::Mlp(mlp) = &step.layer { Some(mlp) } else { None }).collect();
+        let sparse: Vec<&Moe> =
+            steps().filter_map(|step| if let Layer::Moe(moe) = &step.layer { Some(moe) } else { None }).collect();
+        let moe = sparse.first();
+        let expert = moe.and_then(|moe| moe.experts.first()).map(Mlp::inner);
+        let Some(inner) = dense.first().map(|mlp| mlp.inner()).or(expert) else {
+            return Err(cannot("a model without feed-forward layers".to_owned()));
+        };
+        if attention.len() != graph.blocks.len() || dense.len() + sparse.len() != graph.blocks.len() {
+            return Err(cannot("blocks without one attention and one feed-forward layer each".to_owned()));
+        }
+        let many = first.shape;
+        match id {
+            "olmoe" if many.kv_heads != many.heads => {
+                return Err(cannot(format!("{} heads that share {} keys", many.heads, many.kv_heads)));
+            }
+            // By the number of layers llama.cpp tells whether queries are made through a latent.
+            "deepseek2" => {
+                let layers = graph.blocks.len();
+                let lite = matches!(layers, 26 | 27) || layers == 48 && graph.vocabulary == 128256;
+                let direct = matches!(&first.projections, Projections::Latent(latent) if latent.q.len() == 1);
+                if lite != direct {
+                    let how = if direct { "without" } else { "through" };
+                    return Err(cannot(format!("queries made {how} a latent in a model of {layers} layers")));
+                }
+            }
+            _ => {}
+        }
+        let eps = graph.final_norm.eps;
+        let norms = steps().flat_map(|step| step.pre.iter().chain(&step.post).chain(step.layer.norms()));
+        if norms.into_iter().any(|norm| norm.eps != eps) {
+            return Err(cannot("norms with different epsilons".to_owned()));
+        }
+        Ok(Layers { first, attention, dense, sparse, inner, expert })
+    }
+}
+
+/// The context of a model that computes its positions, which config.json alone knows; a guess is a notice.
+fn context_of(out: &mut Written, config: &Value) -> Result<usize> {
+    let longest = longest_context(config)?;
+    let context = longest.unwrap_or(UNKNOWN_CONTEXT);
+    if longest.is_none() || families::settings(config)?.left_out.contains("max_position_embeddings") {
+        out.notice(format!("config.json has no max_position_embeddings: the file says a context of {context} tokens"));
+    }
+    Ok(context)
+}
+
+/// Numbers and widths of heads, of which `rotated` values are rotated by position.
+fn heads(out: &mut Written, first: &Attention, rotated: usize, key: impl Fn(&str) -> String) -> Result<()> {
+    let shape = first.shape;
+    let latent = match &first.projections {
+        Projections::Latent(latent) => {
+            let Latent { q, kv_b, .. } = &**latent;
+            Some((q.first().filter(|_| q.len() > 1).map(|q| q.rows), kv_b.cols))
+        }
+        Projections::Direct(_) => None,
+    };
+    match latent {
+        None => {
+            out.count(key("attention.head_count_kv"), shape.kv_heads)?;
+            out.count(key("attention.key_length"), shape.head_dim)?;
+            out.count(key("attention.value_length"), shape.value_dim)?;
+        }
+        // Queries meet the latent itself, which all heads share.
+        Some((q, latent)) => {
+            let shared = latent + rotated;
+            out.count(key("attention.head_count_kv"), 1)?;
+            out.count(key("attention.key_length"), shared)?;
+            out.count(key("attention.value_length"), latent)?;
+            out.count(key("attention.key_length_mla"), shape.head_dim)?;
+            out.count(key("attention.value_length_mla"), shape.value_dim)?;
+            out.count(key("attention.kv_lora_rank"), latent)?;
+            if let Some(q) = q {
+                out.count(key("attention.q_lora_rank"), q)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// How many rotary frequencies each kind of position has: time, height and width of an image, which are the same in a text.
+fn sections(out: &mut Written, config: &Value, key: String) -> Result<()> {
+    let text = families::settings(config)?.values;
+    let list = text["rope_parameters"]["mrope_section"].as_array();
+    let sections = list.map(|list| list.iter().filter_map(integer).chain([0; 4]).take(4));
+    let Some(sections) = sections else {
+        return Err(names::cannot("qwen2vl", "a model whose config.json has no mrope_section".to_owned()));
+    };
+    let sections = sections.map(|section| MetadataValue::I32(section as i32)).collect();
+    out.metadata.push((key, metadata_array(sections, GGUFValueType::I32)?));
+    Ok(())
+}
+
+/// What attention scores, logits and residuals are multiplied by or capped at.
+fn factors(out: &mut Written, graph: &Graph, first: &Attention, id: &str) {
+    let key = |name: &str| format!("{id}.{name}");
+    let shape = first.shape;
     if let Some(cap) = shape.softcap {
         out.float(key("attn_logit_softcapping"), cap);
     }
@@ -284,7 +332,14 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         "gptneox" | "stablelm" => out.flag(key("use_parallel_residual"), graph.blocks[0].parallel),
         _ => {}
     }
-    if let (Some(moe), Some(expert)) = (moe, expert) {
+}
+
+/// Number, width and routing of experts, where there are some.
+fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static str) -> Result<()> {
+    let key = |name: &str| format!("{id}.{name}");
+    let cannot = |what: String| names::cannot(id, what);
+    let Layers { sparse, inner, expert, .. } = layers;
+    if let (Some(moe), Some(expert)) = (sparse.first(), *expert) {
         out.count(key("expert_count"), moe.experts.len())?;
         out.count(key("expert_used_count"), moe.router.top_k)?;
         if !matches!(id, "llama" | "granitemoe" | "olmoe") {
@@ -316,10 +371,15 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         }
     } else if id == "deepseek2" {
         out.count(key("leading_dense_block_count"), graph.blocks.len())?;
-        out.count(key("expert_feed_forward_length"), inner)?;
+        out.count(key("expert_feed_forward_length"), *inner)?;
         out.count(key("expert_shared_count"), 0)?;
     }
+    Ok(())
+}
 
+/// Fails unless reading what was written gives this model again.
+fn read_back(out: &Written, graph: &Graph, architecture: &'static Architecture, plan: &ExportPlan) -> Result<()> {
+    let cannot = |what: String| names::cannot(architecture.id, what);
     let factors = plan.tensors.iter().filter_map(|tensor| match &tensor.source {
         // Llama 3's are made of the settings that they stand for.
         Source::Values(values) if tensor.gguf != ROPE_FREQS => Some((tensor.gguf.clone(), values.clone())),

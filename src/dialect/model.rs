@@ -11,11 +11,11 @@ use formats::{Dtype, GgmlType, GgufFile, TensorView};
 use serde_json::{Map, Value};
 
 use crate::dialect::architectures::{ARCHITECTURES, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
-use crate::dialect::names::{From, Part, plan};
+use crate::dialect::names::{ExportTensor, From, Part, plan};
 use crate::dialect::settings::Settings;
 use crate::error::{Error, Result};
 use crate::families;
-use crate::graph::Stored;
+use crate::graph::{Graph, Stored};
 use crate::weights::{Entry, StoredType};
 use crate::words::listed;
 
@@ -55,26 +55,13 @@ struct Piece {
 }
 
 impl GgufModel {
+    /// Reads a file's settings and finds where each tensor of the checkpoint lies in it.
+    ///
+    /// Fails for a file that holds no model, an architecture or settings that cannot be read, and tensors of other shapes than
+    /// the settings give.
     pub fn open(path: &Path) -> Result<GgufModel> {
         let file = GgufFile::open(path)?;
-        let other = match file.string("general.type")? {
-            Some("imatrix") => Some("an importance matrix; give it to quantize with --imatrix"),
-            Some("adapter") => Some("an adapter of llama.cpp; give the folder that PEFT saved with --adapter"),
-            Some("mmproj") => Some("what makes tokens of images; give the GGUF file of the model that it belongs to"),
-            _ => None,
-        };
-        if let Some(other) = other {
-            return Err(Error::failed(format!("{}: this is no model but {other}", path.display())));
-        }
-        let id = file.require("general.architecture", file.string("general.architecture")?)?;
-        let Some(architecture) = Architecture::named(id) else {
-            let known: Vec<&str> = ARCHITECTURES.iter().map(|architecture| architecture.id).collect();
-            return Err(Error::failed(format!(
-                "{}: GGUF architecture `{id}` is not one that can be read ({})",
-                path.display(),
-                known.join(", ")
-            )));
-        };
+        let architecture = architecture(&file, path)?;
         let dtype = stored_dtype(file.tensors());
         let settings = settings(&file, architecture)?;
         let mut config = settings.config().map_err(|error| error.in_file(path))?;
@@ -82,112 +69,29 @@ impl GgufModel {
         let mut notes: Vec<String> = unread(path, &settings.unread()).into_iter().collect();
         if let Some(window) = settings.unused_window().map_err(|error| error.in_file(path))? {
             notes.push(format!(
-                "{}: its sliding window of {window} tokens is left out, as llama.cpp leaves it out for architecture {id}: beyond {window} \
+                "{}: its sliding window of {window} tokens is left out, as llama.cpp leaves it out for architecture {}: beyond {window} \
                  tokens the model attends to more than it was trained with",
-                path.display()
+                path.display(),
+                architecture.id
             ));
         }
 
         let graph = families::build(&config).map_err(|error| Error::failed(format!("{}: {error}", path.display())))?;
         let planned = plan(&graph).map_err(|error| Error::failed(format!("{}: {error}", path.display())))?;
         let stored = super::fused::as_stored(planned.tensors, &file);
-        let shapes: HashMap<String, Vec<usize>> = graph.tensors().into_iter().collect();
-        let mut tensors: HashMap<String, Mapped> = HashMap::new();
-        let (mut order, mut seen) = (Vec::new(), HashSet::new());
-        let mut known: HashMap<String, Vec<String>> = HashMap::new();
-        // Tensors that the file lacks wholly or in part, where that is as good as zeros, and the file's names of what is not there.
-        let (mut zeroed, mut absent) = (BTreeSet::new(), Vec::new());
-        for tensor in &stored {
-            let Some(view) = file.get(&tensor.gguf).filter(|_| !tensor.parts().is_empty()) else {
-                // Loaders add each bias that is there, and config.json has one word for all of a kind.
-                if architecture.asks_for_bias(&tensor.gguf) == Need::May && !tensor.parts().is_empty() {
-                    for source in tensor.parts().iter().map(|part| part.from.tensor()) {
-                        let shape = shapes.get(&source).cloned().unwrap_or_else(|| tensor.shape.clone());
-                        let nothing = Mapped { shape, pieces: Vec::new(), rows: None };
-                        tensors.entry(source.clone()).or_insert(nothing);
-                        zeroed.insert(source);
-                    }
-                    absent.push(&tensor.gguf);
-                }
-                continue;
-            };
-            let shapes_differ = view.shape.iter().product::<usize>() != tensor.shape.iter().product::<usize>()
-                || view.shape.last() != tensor.shape.last();
-            if shapes_differ {
-                let error =
-                    formats::Error::mismatch("its shape", format!("{:?}", tensor.shape), format!("{:?}", view.shape));
-                return Err(error.in_tensor(&tensor.gguf).in_file(path).into());
-            }
-            let scale = scale_of(&tensor.gguf).and_then(|scale| Some((file.get(&scale)?, scale)));
-            let factor = match &scale {
-                None => 1.0,
-                Some((view, scale)) => factor(view).map_err(|error| error.in_tensor(scale).in_file(path))?,
-            };
-            let (mut first, mut column) = (0, 0);
-            let mut sources = Vec::new();
-            for part in tensor.parts() {
-                let source = part.from.tensor();
-                let shape = shapes.get(&source).cloned().unwrap_or_else(|| tensor.shape.clone());
-                let piece = Piece { name: tensor.gguf.clone(), first, column, part: part.clone(), factor };
-                match view.shape.len() {
-                    1 => column += part.extents()[1],
-                    _ => first += part.extents()[0],
-                }
-                tensors
-                    .entry(source.clone())
-                    .or_insert_with(|| Mapped { shape, pieces: Vec::new(), rows: None })
-                    .pieces
-                    .push(piece);
-                if !sources.contains(&source) {
-                    sources.push(source);
-                }
-            }
-            known.insert(tensor.gguf.clone(), sources);
-            known.extend(scale.map(|(_, scale)| (scale, Vec::new())));
-        }
-        for spec in file.tensors().iter().filter(|spec| ![ROPE_FREQS, ROPE_LONG, ROPE_SHORT].contains(&&spec.name[..]))
-        {
-            match known.get(&spec.name[..]) {
-                Some(sources) => {
-                    order.extend(sources.iter().filter(|source| seen.insert((*source).clone())).cloned());
-                }
-                // An unknown tensor keeps its name, for whoever accounts for tensors to refuse.
-                None => {
-                    let part = Part {
-                        from: From::Tensor(spec.name.clone(), spec.shape.clone()),
-                        rows: None,
-                        transposed: false,
-                        offset: 0.0,
-                    };
-                    let piece = Piece { name: spec.name.clone(), first: 0, column: 0, part, factor: 1.0 };
-                    let mapped = Mapped { shape: spec.shape.clone(), pieces: vec![piece], rows: None };
-                    tensors.insert(spec.name.clone(), mapped);
-                    order.push(spec.name.clone());
-                }
-            }
-        }
-        if let Some(first) = absent.first() {
-            let more = if absent.len() > 1 { format!(" and {} more", absent.len() - 1) } else { String::new() };
+        let mut mapping = Mapping::of(&file, &graph, &stored, architecture).map_err(|error| error.in_file(path))?;
+        let order = mapping.order();
+        if let Some(first) = mapping.absent.first() {
+            let others = mapping.absent.len() - 1;
+            let more = if others > 0 { format!(" and {others} more") } else { String::new() };
             notes.push(format!(
                 "{}: some layers or linears have biases and others none, which config.json has no word for: `{first}`{more} became zeros",
                 path.display()
             ));
         }
-        order.extend(zeroed.iter().filter(|source| seen.insert((*source).clone())).cloned());
-        for (name, mapped) in &mut tensors {
-            mapped.rows = mapped.by_row();
-            if zeroed.contains(name) {
-                continue;
-            }
-            let covered: usize = mapped.pieces.iter().map(|piece| piece.part.extents().iter().product::<usize>()).sum();
-            let values: usize = mapped.shape.iter().product();
-            if covered != values {
-                let error = formats::Error::mismatch("the values that the file has of it", values, covered);
-                return Err(error.in_tensor(name).in_file(path).into());
-            }
-        }
-        let splitting: Vec<String> = super::tokenizer::rebuilt::notes(&file).into_iter().collect();
-        let notes = [notes, splitting].concat();
+        mapping.check_covered().map_err(|error| error.in_file(path))?;
+        let tensors = mapping.tensors;
+        notes.extend(super::tokenizer::rebuilt::notes(&file));
         Ok(GgufModel { file, config, dtype, tensors, order, notes })
     }
 
@@ -349,6 +253,142 @@ impl GgufModel {
     }
 }
 
+/// Where the tensors of a checkpoint lie in a file, while it is being found.
+struct Mapping<'s> {
+    file: &'s GgufFile,
+    /// Shapes of the tensors that the model needs.
+    shapes: HashMap<String, Vec<usize>>,
+    /// Tensors of the checkpoint by their Hugging Face names.
+    tensors: HashMap<String, Mapped>,
+    /// For each tensor of the file that the model has a use for, the tensors of the checkpoint that are made of it.
+    known: HashMap<String, Vec<String>>,
+    /// Tensors of the checkpoint that the file lacks wholly or in part, where that is as good as zeros.
+    zeroed: BTreeSet<String>,
+    /// The file's names of what is not there of these.
+    absent: Vec<&'s str>,
+}
+
+impl<'s> Mapping<'s> {
+    /// Looks up every tensor that a file of this model has, in the order of the plan. Fails for a tensor of another shape.
+    fn of(
+        file: &'s GgufFile,
+        graph: &Graph,
+        stored: &'s [ExportTensor],
+        architecture: &Architecture,
+    ) -> formats::Result<Mapping<'s>> {
+        let mut mapping = Mapping {
+            file,
+            shapes: graph.tensors().into_iter().collect(),
+            tensors: HashMap::new(),
+            known: HashMap::new(),
+            zeroed: BTreeSet::new(),
+            absent: Vec::new(),
+        };
+        for tensor in stored.iter().filter(|tensor| !tensor.parts().is_empty()) {
+            match file.get(&tensor.gguf) {
+                Some(view) => mapping.locate(tensor, &view)?,
+                // Loaders add each bias that is there, and config.json has one word for all of a kind.
+                None if architecture.asks_for_bias(&tensor.gguf) == Need::May => mapping.zero(tensor),
+                None => {}
+            }
+        }
+        Ok(mapping)
+    }
+
+    /// Cuts a tensor of the file into the pieces that the checkpoint's tensors are made of.
+    fn locate(&mut self, tensor: &ExportTensor, view: &GgufView<'_>) -> formats::Result<()> {
+        let shapes_differ = view.shape.iter().product::<usize>() != tensor.shape.iter().product::<usize>()
+            || view.shape.last() != tensor.shape.last();
+        if shapes_differ {
+            let error =
+                formats::Error::mismatch("its shape", format!("{:?}", tensor.shape), format!("{:?}", view.shape));
+            return Err(error.in_tensor(&tensor.gguf));
+        }
+        let scale = scale_of(&tensor.gguf).and_then(|scale| Some((self.file.get(&scale)?, scale)));
+        let factor = match &scale {
+            None => 1.0,
+            Some((view, scale)) => factor(view).map_err(|error| error.in_tensor(scale))?,
+        };
+        let (mut first, mut column) = (0, 0);
+        let mut sources = Vec::new();
+        for part in tensor.parts() {
+            let source = part.from.tensor();
+            let piece = Piece { name: tensor.gguf.clone(), first, column, part: part.clone(), factor };
+            match view.shape.len() {
+                1 => column += part.extents()[1],
+                _ => first += part.extents()[0],
+            }
+            self.entry(tensor, &source).pieces.push(piece);
+            if !sources.contains(&source) {
+                sources.push(source);
+            }
+        }
+        self.known.insert(tensor.gguf.clone(), sources);
+        self.known.extend(scale.map(|(_, scale)| (scale, Vec::new())));
+        Ok(())
+    }
+
+    /// Takes what a tensor that the file lacks would hold for zeros.
+    fn zero(&mut self, tensor: &'s ExportTensor) {
+        for source in tensor.parts().iter().map(|part| part.from.tensor()) {
+            self.entry(tensor, &source);
+            self.zeroed.insert(source);
+        }
+        self.absent.push(&tensor.gguf);
+    }
+
+    /// The tensor of the checkpoint of which `tensor` holds a part, without pieces where it is new.
+    fn entry(&mut self, tensor: &ExportTensor, source: &str) -> &mut Mapped {
+        self.tensors.entry(source.to_owned()).or_insert_with(|| {
+            let shape = self.shapes.get(source).unwrap_or(&tensor.shape).clone();
+            Mapped { shape, pieces: Vec::new(), rows: None }
+        })
+    }
+
+    /// Names of the checkpoint's tensors in the order in which the file begins each, then those that are zeros.
+    ///
+    /// An unknown tensor of the file is taken over under its own name, for whoever accounts for tensors to refuse.
+    fn order(&mut self) -> Vec<String> {
+        let (mut order, mut seen) = (Vec::new(), HashSet::new());
+        let specs = self.file.tensors().iter();
+        for spec in specs.filter(|spec| ![ROPE_FREQS, ROPE_LONG, ROPE_SHORT].contains(&&spec.name[..])) {
+            let Some(sources) = self.known.get(&spec.name[..]) else {
+                let part = Part {
+                    from: From::Tensor(spec.name.clone(), spec.shape.clone()),
+                    rows: None,
+                    transposed: false,
+                    offset: 0.0,
+                };
+                let piece = Piece { name: spec.name.clone(), first: 0, column: 0, part, factor: 1.0 };
+                let mapped = Mapped { shape: spec.shape.clone(), pieces: vec![piece], rows: None };
+                self.tensors.insert(spec.name.clone(), mapped);
+                order.push(spec.name.clone());
+                continue;
+            };
+            order.extend(sources.iter().filter(|source| seen.insert((*source).clone())).cloned());
+        }
+        order.extend(self.zeroed.iter().filter(|source| seen.insert((*source).clone())).cloned());
+        order
+    }
+
+    /// Finds the rows of each tensor. Fails for one of which the file has more or fewer values than its shape says.
+    fn check_covered(&mut self) -> formats::Result<()> {
+        for (name, mapped) in &mut self.tensors {
+            mapped.rows = mapped.by_row();
+            if self.zeroed.contains(name) {
+                continue;
+            }
+            let covered: usize = mapped.pieces.iter().map(|piece| piece.part.extents().iter().product::<usize>()).sum();
+            let values: usize = mapped.shape.iter().product();
+            if covered != values {
+                let error = formats::Error::mismatch("the values that the file has of it", values, covered);
+                return Err(error.in_tensor(name));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Mapped {
     /// Where each row lies, of a matrix that is made of rows of the file.
     fn by_row(&self) -> Option<Vec<(u32, u32)>> {
@@ -401,6 +441,28 @@ fn place(part: &Part, [row, col]: [usize; 2]) -> usize {
         From::Tensor(_, shape) if shape.len() < 2 => of(col),
         From::Tensor(..) => of(row) * part.from.extents()[1] + col,
     }
+}
+
+/// The architecture that a file names. Fails for one that is not known, and for a file that holds something else than a model.
+fn architecture(file: &GgufFile, path: &Path) -> Result<&'static Architecture> {
+    let other = match file.string("general.type")? {
+        Some("imatrix") => Some("an importance matrix; give it to quantize with --imatrix"),
+        Some("adapter") => Some("an adapter of llama.cpp; give the folder that PEFT saved with --adapter"),
+        Some("mmproj") => Some("what makes tokens of images; give the GGUF file of the model that it belongs to"),
+        _ => None,
+    };
+    if let Some(other) = other {
+        return Err(Error::failed(format!("{}: this is no model but {other}", path.display())));
+    }
+    let id = file.require("general.architecture", file.string("general.architecture")?)?;
+    Architecture::named(id).ok_or_else(|| {
+        let known: Vec<&str> = ARCHITECTURES.iter().map(|architecture| architecture.id).collect();
+        Error::failed(format!(
+            "{}: GGUF architecture `{id}` is not one that can be read ({})",
+            path.display(),
+            known.join(", ")
+        ))
+    })
 }
 
 /// The tensor with what llama.cpp multiplies a linear's output by, before its bias.

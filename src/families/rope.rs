@@ -33,7 +33,8 @@ fn rotation(config: &Config<'_>, own: Config<'_>, head_dim: usize) -> Result<Arc
             "config.json: {rotated} of {head_dim} values of a head are rotated, and it must be an even number of them"
         )));
     }
-    scaled(config, own, theta, rotated).map(Arc::new)
+    let kind = own.text("rope_type")?;
+    Scaling { config, own, kind, theta, rotated }.rope().map(Arc::new)
 }
 
 /// Frequencies of the whole head, of which only the first `partial` turn.
@@ -78,135 +79,174 @@ pub fn warmth(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
-fn scaled(config: &Config<'_>, scaling: Config<'_>, theta: f64, rotated: usize) -> Result<Rope> {
-    let mut rope = unscaled(theta, rotated);
-    let kind = scaling.text("rope_type")?;
-    let positive = |config: &Config<'_>, key: &str| -> Result<Option<f64>> {
-        match config.get(key) {
+/// How the rotation of a model's heads is scaled to longer texts.
+struct Scaling<'a> {
+    /// The model's settings.
+    config: &'a Config<'a>,
+    /// The settings of the rotation.
+    own: Config<'a>,
+    /// Its `rope_type`.
+    kind: &'a str,
+    /// Base of the frequencies.
+    theta: f64,
+    /// Values of a head that are rotated, two for each frequency.
+    rotated: usize,
+}
+
+impl Scaling<'_> {
+    /// The rotation of this kind. Fails for a kind that is not known, and for settings that it needs and that are not there.
+    fn rope(&self) -> Result<Rope> {
+        let mut rope = unscaled(self.theta, self.rotated);
+        rope.scaling = match self.kind {
+            "default" => RopeScaling::None,
+            "linear" => {
+                let factor = self.needed("factor")? as f32;
+                rope.inverse_frequencies.iter_mut().for_each(|f| *f /= factor);
+                RopeScaling::Linear { factor }
+            }
+            "dynamic" => {
+                let original = self.config.count("max_position_embeddings")?;
+                RopeScaling::Dynamic { factor: self.needed("factor")? as f32, original }
+            }
+            "llama3" => self.llama3(&mut rope)?,
+            "yarn" => self.yarn(&mut rope)?,
+            "longrope" => self.longrope(&mut rope)?,
+            other => {
+                return Err(Error::failed(format!(
+                    "config.json: rope scaling `{other}` is not supported, only default, linear, dynamic, llama3, yarn, longrope and proportional"
+                )));
+            }
+        };
+        Ok(rope)
+    }
+
+    /// A setting of the rotation, where it is there. Fails for one that is not a positive number.
+    fn positive(&self, key: &str) -> Result<Option<f64>> {
+        match self.own.get(key) {
             None => Ok(None),
-            Some(_) => Some(config.number(key, f64::NAN)?)
+            Some(_) => Some(self.own.number(key, f64::NAN)?)
                 .filter(|x| x.is_finite() && *x > 0.0)
                 .map(Some)
-                .ok_or_else(|| Error::failed(format!("config.json: rope scaling `{kind}` lacks a positive {key}"))),
+                .ok_or_else(|| self.lacks(key)),
         }
-    };
-    let needed = |key: &str| -> Result<f64> {
-        positive(&scaling, key)?
-            .ok_or_else(|| Error::failed(format!("config.json: rope scaling `{kind}` lacks a positive {key}")))
-    };
-    let original = || scaling.count("original_max_position_embeddings");
-    let factor_or_ratio = |original: usize| -> Result<f64> {
-        match positive(&scaling, "factor")? {
+    }
+
+    /// The same of a setting that has to be there.
+    fn needed(&self, key: &str) -> Result<f64> {
+        self.positive(key)?.ok_or_else(|| self.lacks(key))
+    }
+
+    fn lacks(&self, key: &str) -> Error {
+        Error::failed(format!("config.json: rope scaling `{}` lacks a positive {key}", self.kind))
+    }
+
+    /// Tokens of the longest text that the model was trained with before.
+    fn original(&self) -> Result<usize> {
+        self.own.count("original_max_position_embeddings")
+    }
+
+    /// How many times longer texts may be than `original`.
+    fn factor_or_ratio(&self, original: usize) -> Result<f64> {
+        match self.positive("factor")? {
             Some(factor) => Ok(factor),
-            None => Ok(config.count("max_position_embeddings")? as f64 / original as f64),
+            None => Ok(self.config.count("max_position_embeddings")? as f64 / original as f64),
         }
-    };
-    let divide = |rope: &mut Rope, factor: f32| rope.inverse_frequencies.iter_mut().for_each(|f| *f /= factor);
-    rope.scaling = match kind {
-        "default" => RopeScaling::None,
-        "linear" => {
-            let factor = needed("factor")? as f32;
-            divide(&mut rope, factor);
-            RopeScaling::Linear { factor }
-        }
-        "dynamic" => {
-            let original = config.count("max_position_embeddings")?;
-            RopeScaling::Dynamic { factor: needed("factor")? as f32, original }
-        }
-        "llama3" => {
-            let factor = needed("factor")? as f32;
-            let low = needed("low_freq_factor")? as f32;
-            let high = needed("high_freq_factor")? as f32;
-            let original = original()? as f32;
-            for f in &mut rope.inverse_frequencies {
-                let wavelength = 2.0 * std::f32::consts::PI / *f;
-                *f = if wavelength > original / low {
-                    *f / factor
-                } else if wavelength < original / high {
-                    *f
-                } else {
-                    let smooth = (original / wavelength - low) / (high - low);
-                    (1.0 - smooth) * (*f / factor) + smooth * *f
-                };
-            }
-            RopeScaling::Llama3 { factor, low, high, original }
-        }
-        "yarn" => {
-            let original = original()?;
-            let factor = factor_or_ratio(original)?;
-            let mscale = scaling.number("mscale", 0.0)?;
-            let mscale_all_dim = scaling.number("mscale_all_dim", 0.0)?;
-            let magnitude = match positive(&scaling, "attention_factor")? {
-                Some(factor) => factor,
-                None if mscale != 0.0 && mscale_all_dim != 0.0 => {
-                    warmth(factor, mscale) / warmth(factor, mscale_all_dim)
-                }
-                None => warmth(factor, 1.0),
+    }
+
+    /// Divides long wavelengths by a factor, leaves short ones, and blends between the two.
+    fn llama3(&self, rope: &mut Rope) -> Result<RopeScaling> {
+        let factor = self.needed("factor")? as f32;
+        let low = self.needed("low_freq_factor")? as f32;
+        let high = self.needed("high_freq_factor")? as f32;
+        let original = self.original()? as f32;
+        for f in &mut rope.inverse_frequencies {
+            let wavelength = 2.0 * std::f32::consts::PI / *f;
+            *f = if wavelength > original / low {
+                *f / factor
+            } else if wavelength < original / high {
+                *f
+            } else {
+                let smooth = (original / wavelength - low) / (high - low);
+                (1.0 - smooth) * (*f / factor) + smooth * *f
             };
-            // To Python a zero is none.
-            let beta = |key: &str, usual: f64| match scaling.number(key, 0.0)? {
-                0.0 => Ok(usual),
-                _ => needed(key),
-            };
-            let (beta_fast, beta_slow) = (beta("beta_fast", 32.0)?, beta("beta_slow", 1.0)?);
-            let turns = |turns: f64| {
-                let circle = turns * 2.0 * std::f64::consts::PI;
-                rotated as f64 * (original as f64 / circle).ln() / (2.0 * theta.ln())
-            };
-            let (mut low, mut high) = (turns(beta_fast), turns(beta_slow));
-            if scaling.flag("truncate", true)? {
-                (low, high) = (low.floor(), high.ceil());
-            }
-            (low, high) = (low.max(0.0), high.min(rotated as f64 - 1.0));
-            if low == high {
-                high += 0.001;
-            }
-            for (i, f) in rope.inverse_frequencies.iter_mut().enumerate() {
-                let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0) as f32;
-                *f = *f / factor as f32 * ramp + *f * (1.0 - ramp);
-            }
-            rope.magnitude = magnitude as f32;
-            RopeScaling::Yarn {
-                factor: factor as f32,
-                original,
-                beta_fast: beta_fast as f32,
-                beta_slow: beta_slow as f32,
-                mscale_all_dim: mscale_all_dim as f32,
-            }
         }
-        "longrope" => {
-            let original = original()?;
-            let factor = factor_or_ratio(original)?;
-            let list = |key: &str| -> Result<Vec<f32>> {
-                let list = scaling.get(key).and_then(|v| v.as_array());
-                let numbers = list.map(|list| list.iter().filter_map(real).map(|x| x as f32).collect());
-                numbers
-                    .filter(|found: &Vec<f32>| found.len() == rotated / 2 && found.iter().all(|x| *x > 0.0))
-                    .ok_or_else(|| {
-                        Error::failed(format!(
-                            "config.json: rope scaling `{kind}` needs {} positive numbers in {key}",
-                            rotated / 2
-                        ))
-                    })
-            };
-            let (short, long) = (list("short_factor")?, list("long_factor")?);
-            let magnitude = match positive(&scaling, "attention_factor")? {
-                Some(factor) => factor,
-                None if factor <= 1.0 => 1.0,
-                None => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
-            };
-            rope.magnitude = magnitude as f32;
-            let of = powers(theta, rotated).zip(&short).map(|(power, factor)| 1.0 / (factor * power));
-            rope.inverse_frequencies = of.collect();
-            RopeScaling::Long { short, long, original }
+        Ok(RopeScaling::Llama3 { factor, low, high, original })
+    }
+
+    /// Divides the frequencies that turn seldom in the original context, along a ramp, and warms attention.
+    fn yarn(&self, rope: &mut Rope) -> Result<RopeScaling> {
+        let original = self.original()?;
+        let factor = self.factor_or_ratio(original)?;
+        let mscale = self.own.number("mscale", 0.0)?;
+        let mscale_all_dim = self.own.number("mscale_all_dim", 0.0)?;
+        let magnitude = match self.positive("attention_factor")? {
+            Some(factor) => factor,
+            None if mscale != 0.0 && mscale_all_dim != 0.0 => warmth(factor, mscale) / warmth(factor, mscale_all_dim),
+            None => warmth(factor, 1.0),
+        };
+        // To Python a zero is none.
+        let beta = |key: &str, usual: f64| match self.own.number(key, 0.0)? {
+            0.0 => Ok(usual),
+            _ => self.needed(key),
+        };
+        let (beta_fast, beta_slow) = (beta("beta_fast", 32.0)?, beta("beta_slow", 1.0)?);
+        let turns = |turns: f64| {
+            let circle = turns * 2.0 * std::f64::consts::PI;
+            self.rotated as f64 * (original as f64 / circle).ln() / (2.0 * self.theta.ln())
+        };
+        let (mut low, mut high) = (turns(beta_fast), turns(beta_slow));
+        if self.own.flag("truncate", true)? {
+            (low, high) = (low.floor(), high.ceil());
         }
-        other => {
-            return Err(Error::failed(format!(
-                "config.json: rope scaling `{other}` is not supported, only default, linear, dynamic, llama3, yarn, longrope and proportional"
-            )));
+        (low, high) = (low.max(0.0), high.min(self.rotated as f64 - 1.0));
+        if low == high {
+            high += 0.001;
         }
-    };
-    Ok(rope)
+        for (i, f) in rope.inverse_frequencies.iter_mut().enumerate() {
+            let ramp = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0) as f32;
+            *f = *f / factor as f32 * ramp + *f * (1.0 - ramp);
+        }
+        rope.magnitude = magnitude as f32;
+        Ok(RopeScaling::Yarn {
+            factor: factor as f32,
+            original,
+            beta_fast: beta_fast as f32,
+            beta_slow: beta_slow as f32,
+            mscale_all_dim: mscale_all_dim as f32,
+        })
+    }
+
+    /// Divides each frequency by a factor of its own, of which there are two lists: for texts within the original context, which
+    /// are those of the rotation, and for longer ones.
+    fn longrope(&self, rope: &mut Rope) -> Result<RopeScaling> {
+        let original = self.original()?;
+        let factor = self.factor_or_ratio(original)?;
+        let (short, long) = (self.factors("short_factor")?, self.factors("long_factor")?);
+        let magnitude = match self.positive("attention_factor")? {
+            Some(factor) => factor,
+            None if factor <= 1.0 => 1.0,
+            None => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
+        };
+        rope.magnitude = magnitude as f32;
+        let of = powers(self.theta, self.rotated).zip(&short).map(|(power, factor)| 1.0 / (factor * power));
+        rope.inverse_frequencies = of.collect();
+        Ok(RopeScaling::Long { short, long, original })
+    }
+
+    /// One positive factor for each frequency.
+    fn factors(&self, key: &str) -> Result<Vec<f32>> {
+        let list = self.own.get(key).and_then(|v| v.as_array());
+        let numbers = list.map(|list| list.iter().filter_map(real).map(|x| x as f32).collect());
+        numbers.filter(|found: &Vec<f32>| found.len() == self.rotated / 2 && found.iter().all(|x| *x > 0.0)).ok_or_else(
+            || {
+                Error::failed(format!(
+                    "config.json: rope scaling `{}` needs {} positive numbers in {key}",
+                    self.kind,
+                    self.rotated / 2
+                ))
+            },
+        )
+    }
 }
 
 #[cfg(test)]

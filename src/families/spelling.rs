@@ -255,6 +255,8 @@ fn name_type(own: &mut Map<String, Value>) -> String {
     found.as_str().unwrap_or_default().to_owned()
 }
 
+/// The rotation of all layers of `class`, from `own`, the settings that are its own, and those `outside`. Fails for settings that
+/// the class cannot have.
 fn flat(
     class: &str,
     rotation: &Rotation,
@@ -262,22 +264,9 @@ fn flat(
     outside: &Outside,
     notes: &mut Vec<String>,
 ) -> Result<Map<String, Value>> {
-    let nested = ["full_attention", "sliding_attention"];
-    if let Some(kind) = nested.iter().find(|kind| own.get(**kind).is_some_and(Value::is_object)) {
-        if strict::has_setting(class, "layer_types") {
-            return Err(Error::failed(format!(
-                "config.json: rope_parameters has settings for `{kind}` alone, and models of the type `{class}` have one rotation for \
-                 all layers; write them without `{kind}` around them"
-            )));
-        }
-        own.retain(|key, _| !nested.contains(&&key[..]));
-        notes.push(format!(
-            "config.json has rope_parameters for types of layers, which transformers does not read for `{class}`: what stands beside \
-             them or outside counts, or else its defaults"
-        ));
-    }
+    leave_out_layered(class, &mut own, notes)?;
     let named = |name: &'static str, value: &'_ Option<Value>| said(value).cloned().map(|value| (name, value));
-    let (theta, mut partial) = match rotation.form {
+    let (theta, partial) = match rotation.form {
         Form::NeoX => {
             if let Some((key, value)) =
                 named("rope_theta", &outside.theta).or(named("partial_rotary_factor", &outside.partial))
@@ -292,7 +281,36 @@ fn flat(
         _ => (named("rope_theta", &outside.theta), named("partial_rotary_factor", &outside.partial)),
     };
     fill(&mut own, "rope_theta", theta.as_ref().map(|(n, v)| (*n, v)), Some(rotation.theta.into()), notes);
-    let kind = match (name_type(&mut own), rotation.form) {
+    let kind = kind_of(class, rotation.form, &mut own, notes);
+    share(class, rotation, &mut own, Share { kind: &kind, outside, partial }, notes)?;
+    if ["llama3", "yarn", "longrope"].contains(&kind.as_str()) {
+        original_context(&mut own, outside, notes);
+    }
+    Ok(own)
+}
+
+/// Takes away settings for types of layers, which `class` does not tell apart. Fails for a class that has such types.
+fn leave_out_layered(class: &str, own: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<()> {
+    let nested = ["full_attention", "sliding_attention"];
+    if let Some(kind) = nested.iter().find(|kind| own.get(**kind).is_some_and(Value::is_object)) {
+        if strict::has_setting(class, "layer_types") {
+            return Err(Error::failed(format!(
+                "config.json: rope_parameters has settings for `{kind}` alone, and models of the type `{class}` have one rotation for \
+                 all layers; write them without `{kind}` around them"
+            )));
+        }
+        own.retain(|key, _| !nested.contains(&&key[..]));
+        notes.push(format!(
+            "config.json has rope_parameters for types of layers, which transformers does not read for `{class}`: what stands beside \
+             them or outside counts, or else its defaults"
+        ));
+    }
+    Ok(())
+}
+
+/// Settles `rope_type`: the kind that is meant, by its name of today.
+fn kind_of(class: &str, form: Form, own: &mut Map<String, Value>, notes: &mut Vec<String>) -> String {
+    let kind = match (name_type(own), form) {
         // Its configurations of the first days.
         (kind, Form::Long) if kind == "yarn" => "longrope".to_owned(),
         (kind, Form::Long) if kind == "su" => {
@@ -305,12 +323,32 @@ fn flat(
             }
             "longrope".to_owned()
         }
-        // Of a text all kinds of position are the same.
+        // In a text the positions of all kinds are the same.
         (kind, _) if kind == "mrope" && class.ends_with("vl_text") => "default".to_owned(),
         (kind, _) => kind,
     };
     own.insert("rope_type".to_owned(), kind.clone().into());
-    match rotation.partial {
+    kind
+}
+
+/// What is said of the share of each head that is rotated.
+struct Share<'a> {
+    /// The `rope_type`.
+    kind: &'a str,
+    outside: &'a Outside,
+    /// The setting outside that is the share, and its value.
+    partial: Option<(&'static str, Value)>,
+}
+
+/// Settles `partial_rotary_factor`. Fails for a scaled rotation of a part of each head in a class that rotates all of it.
+fn share(
+    class: &str,
+    rotation: &Rotation,
+    own: &mut Map<String, Value>,
+    Share { kind, outside, mut partial }: Share<'_>,
+    notes: &mut Vec<String>,
+) -> Result<()> {
+    let default = match rotation.partial {
         Some(default) => {
             if class == "minimax_m2" && outside.partial.is_none() {
                 let dim = said(&outside.dim).and_then(real).zip(outside.head_dim);
@@ -318,20 +356,10 @@ fn flat(
             }
             // A null is no share, and that is all of a head.
             let nulled = rotation.form == Form::Flat && outside.partial == Some(Value::Null);
-            let default = if nulled { 1.0 } else { default };
-            fill(
-                &mut own,
-                "partial_rotary_factor",
-                partial.as_ref().map(|(n, v)| (*n, v)),
-                Some(default.into()),
-                notes,
-            );
+            if nulled { 1.0 } else { default }
         }
         // This kind is the same in every class.
-        None if kind == "proportional" => {
-            let share = partial.as_ref().map(|(name, value)| (*name, value));
-            fill(&mut own, "partial_rotary_factor", share, Some(1.0.into()), notes);
-        }
+        None if kind == "proportional" => 1.0,
         None => {
             let inside = own.remove("partial_rotary_factor").filter(|v| !v.is_null());
             if let Some(share) = inside.or(partial.map(|(_, value)| value)).filter(|share| real(share) != Some(1.0)) {
@@ -346,25 +374,30 @@ fn flat(
                     shown(&share)
                 ));
             }
+            return Ok(());
         }
+    };
+    let partial = partial.as_ref().map(|(name, value)| (*name, value));
+    fill(own, "partial_rotary_factor", partial, Some(default.into()), notes);
+    Ok(())
+}
+
+/// Settles `original_max_position_embeddings`: that outside counts, or else that inside, or else the model's context.
+fn original_context(own: &mut Map<String, Value>, outside: &Outside, notes: &mut Vec<String>) {
+    let key = "original_max_position_embeddings";
+    let inside = own.get(key).filter(|v| !v.is_null());
+    if let (Some(outer), Some(inner)) = (&outside.original, inside)
+        && !same(outer, inner)
+    {
+        notes.push(format!(
+            "config.json has {key} {} outside the settings of rotary positions and {} inside: {} is taken, as transformers does",
+            shown(outer),
+            shown(inner),
+            shown(outer)
+        ));
     }
-    if ["llama3", "yarn", "longrope"].contains(&kind.as_str()) {
-        let key = "original_max_position_embeddings";
-        let inside = own.get(key).filter(|v| !v.is_null());
-        if let (Some(outer), Some(inner)) = (&outside.original, inside)
-            && !same(outer, inner)
-        {
-            notes.push(format!(
-                "config.json has {key} {} outside the settings of rotary positions and {} inside: {} is taken, as transformers does",
-                shown(outer),
-                shown(inner),
-                shown(outer)
-            ));
-        }
-        let found = outside.original.as_ref().or(inside).unwrap_or(&outside.context).clone();
-        own.insert(key.to_owned(), found);
-    }
-    Ok(own)
+    let found = outside.original.as_ref().or(inside).unwrap_or(&outside.context).clone();
+    own.insert(key.to_owned(), found);
 }
 
 fn layered(

@@ -8,7 +8,7 @@ use super::route::{Routed, choose, sigmoid};
 use super::run::{Computed, Loaded, Place, Read, Run};
 use super::{LoadedNorm, Weight, product};
 use crate::error::Result;
-use crate::graph::Temperature;
+use crate::graph::{Router, Temperature};
 use crate::program::{Expert, Kind, Operation};
 
 impl<B: Forward> Computed<B> {
@@ -139,14 +139,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(inner)))]);
             }
             Kind::Route(router) => {
-                let logits = backend.download(next().matrix())?;
-                let mut routes = vec![Routed::default(); logits.ncols()];
-                for (row, logits) in logits.rows().into_iter().enumerate() {
-                    for (expert, weight) in choose(router, logits, self.vector(at)) {
-                        routes[expert].rows.push(row);
-                        routes[expert].weights.push(weight);
-                    }
-                }
+                let routes = self.routes(router, next().matrix(), self.vector(at))?;
                 return Ok(vec![(operation.makes[0], Rc::new(Computed::Routes(routes)))]);
             }
             Kind::Tokens => {
@@ -155,8 +148,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![backend.select_rows(x.matrix(), rows)?]
             }
             Kind::Weigh => {
-                let (x, routes) = (self.own(next())?, next());
-                let mut x = x;
+                let (mut x, routes) = (self.own(next())?, next());
                 // Others have no weight here.
                 if place.rows.is_none() {
                     backend.scale(&mut x, &routed(&routes, operation).weights, &[])?;
@@ -176,6 +168,19 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             Kind::Scatter { .. } | Kind::Sum | Kind::Add { .. } => unreachable!("done where they stand"),
         };
         operation.makes.iter().zip(matrices).map(|(value, matrix)| self.made(*value, matrix)).collect()
+    }
+
+    /// The tokens of each expert and their weights, from the router's `logits` `[tokens, experts]` and its correction of each expert.
+    fn routes(&self, router: &Router, logits: &B::Matrix, correction: Option<&[f32]>) -> Result<Vec<Routed>> {
+        let logits = self.backend.download(logits)?;
+        let mut routes = vec![Routed::default(); logits.ncols()];
+        for (row, logits) in logits.rows().into_iter().enumerate() {
+            for (expert, weight) in choose(router, logits, correction) {
+                routes[expert].rows.push(row);
+                routes[expert].weights.push(weight);
+            }
+        }
+        Ok(routes)
     }
 
     /// Does the same to everything that an operation reads.

@@ -14,7 +14,7 @@ use ndarray::{Array2, ArrayView2, Axis};
 use super::tokens::check;
 use super::{Folded, Notes, Papers, Placement, Rounded, Sink, Solved, Target, Words, Write, in_pieces};
 use crate::checkpoint::Checkpoint;
-use crate::dialect::metadata::{About, ImportanceSource, Metadata, metadata};
+use crate::dialect::metadata::{About, ImportanceSource, Metadata, Written, metadata};
 use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part, Source};
 use crate::dialect::tokenizer::tokenizer;
 use crate::error::{Error, Result};
@@ -50,7 +50,7 @@ pub struct GgufPlan {
     /// Importance that is read from a file, or written to one.
     importance: Importance,
     /// Keys of the recipe that the types of the tensors leave without effect.
-    pub idle: Vec<&'static str>,
+    pub idle: &'static [&'static str],
 }
 
 /// A part of a tensor of the file that a linear makes.
@@ -76,42 +76,10 @@ impl GgufPlan {
         let mut importance = Importance::new(recipe, &plan)?;
         let weighted = importance.file().is_some() || recipe.needs() > Needs::Nothing;
 
-        let mut overrides = Overrides {
-            tensors: settings.tensor_type.iter().map(|t| TensorOverride::parse(t)).collect::<Result<_>>()?,
-            output: settings.output_tensor_type.as_deref().map(parse_type).transpose().map_err(Error::usage)?,
-            embedding: settings.token_embedding_type.as_deref().map(parse_type).transpose().map_err(Error::usage)?,
-            pure: settings.pure,
-        };
-        let mut patterns = recipe.patterns()?;
-        let plain = if source.dtype() == formats::Dtype::F16 { "F16" } else { "BF16" };
-        for linear in graph.linears().chain([&graph.head.linear]) {
-            let ty = match recipe.said_of(&linear.module, &mut patterns) {
-                Said::Ignored => plain,
-                Said::Otherwise(change_to) => change_to.scheme.as_deref().expect("resolved"),
-                Said::Nothing => continue,
-            };
-            for place in places.get(&linear.module).into_iter().flatten() {
-                let exact = format!("^{}$={ty}", plan.tensors[place.tensor].gguf.replace('.', "\\."));
-                overrides.tensors.insert(0, TensorOverride::parse(&exact)?);
-            }
-        }
-        // The embedding serves as the head.
-        if graph.head.tied && matches!(recipe.said_of(&graph.head.linear.module, &mut patterns), Said::Ignored) {
-            overrides.tensors.insert(0, TensorOverride::parse(&format!("^token_embd\\.weight$={plain}"))?);
-        }
-        patterns.check_hits()?;
-        let shape = graph.blocks.iter().find_map(|block| block.attention()).map(|attention| attention.shape);
-        let shape = shape.expect("names::plan has seen attention");
-        let model = ModelShape {
-            architecture: plan.architecture,
-            layers: graph.blocks.len(),
-            heads: shape.heads,
-            kv_heads: shape.kv_heads,
-            experts: graph.blocks.iter().flat_map(|block| &block.steps).find_map(experts).unwrap_or(0),
-        };
         let infos: Vec<TensorInfo<'_>> =
             plan.tensors.iter().map(|t| TensorInfo { name: &t.gguf, shape: &t.shape }).collect();
-        let assigned = assign(mix, &model, &infos, weighted, &overrides)?;
+        let overrides = overrides(graph, source, recipe, &plan, &places)?;
+        let assigned = assign(mix, &model_shape(graph, &plan), &infos, weighted, &overrides)?;
 
         let (mut by_module, mut fallbacks, mut notices) = (HashMap::new(), HashMap::new(), Vec::new());
         let mut made = HashSet::new();
@@ -129,49 +97,16 @@ impl GgufPlan {
         notices.extend(
             others.filter_map(|(_, (t, a))| a.fallback.as_ref().map(|why| format!("tensor `{}`: {why}", t.gguf))),
         );
-        let mut idle = Vec::new();
-        if assigned.iter().all(|assigned| assigned.ty.block_len == 1) {
-            idle.extend(["observer", "imatrix", "damp", "act_order", "refine"]);
-            if let (Some(path), true) = (&recipe.imatrix, importance.forget()) {
-                let path = path.display();
-                notices.push(format!("{path} was not used: {} rounds nothing by the importance of inputs", mix.name));
-            }
-            if recipe.method.sweeps() {
-                let method = recipe.method.name();
-                notices.push(format!("method {method} has no effect: {} rounds nothing by the inputs", mix.name));
-            }
+        let plain = assigned.iter().all(|assigned| assigned.ty.block_len == 1);
+        let idle = if plain { IDLE_OF_PLAIN } else { &[] };
+        if plain {
+            notices.extend(unused_inputs(recipe, mix, &mut importance));
         }
         notices.extend(importance.check(graph, false)?);
 
-        let file = importance.file();
-        let collected = (weighted && (file.is_some() || recipe.imatrix.is_none())).then(|| match file {
-            Some(imatrix) => ImportanceSource {
-                file: called(&recipe.imatrix.as_ref().expect("read").display().to_string()).to_owned(),
-                dataset: imatrix.datasets.first().cloned(),
-                entries: imatrix.entries.len() as u32,
-                chunks: Some(imatrix.chunk_count),
-            },
-            None => ImportanceSource {
-                file: "collected while quantizing".to_owned(),
-                dataset: Some(called(&recipe.calibration).to_owned()),
-                entries: made.len() as u32,
-                chunks: u32::try_from(recipe.samples).ok(),
-            },
-        });
-        let mut written =
-            metadata(graph, source.config(), &plan, &About::of(source), mix.file_type, collected.as_ref())?;
-        if let Some(pooling) = source.pooling() {
-            let key = format!("{}.pooling_type", plan.architecture);
-            written.metadata.push((key, MetadataValue::U32(pooling)));
-        }
-        let words = tokenizer(source, graph.vocabulary, settings.pre.as_deref())?;
-        if let Some(name) = words.name {
-            let own = written.metadata.iter_mut().find(|(key, _)| key == "general.name");
-            own.into_iter().for_each(|(_, value)| *value = MetadataValue::String(name.clone()));
-        }
-        written.metadata.extend(words.metadata);
+        let collected = importance_source(recipe, &importance, made.len()).filter(|_| weighted);
+        let written = written(graph, source, &plan, settings, collected.as_ref())?;
         notices.extend(written.notices);
-        notices.extend(words.notices);
 
         let strays = Strays::new(graph, source, recipe.unknown_tensors);
         let fates = fates(&strays, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
@@ -197,12 +132,120 @@ impl GgufPlan {
     }
 }
 
-/// The experts of a mixture.
-fn experts(step: &Step) -> Option<usize> {
-    match &step.layer {
+/// Keys of a recipe that have no effect where all tensors have types without blocks.
+const IDLE_OF_PLAIN: &[&str] = &["observer", "imatrix", "damp", "act_order", "refine"];
+
+/// Forgets an importance matrix that is of no use to types without blocks, and says of it and of the method that they are not used.
+fn unused_inputs(recipe: &Recipe, mix: &Mix, importance: &mut Importance) -> Vec<String> {
+    let mut notices = Vec::new();
+    if let (Some(path), true) = (&recipe.imatrix, importance.forget()) {
+        let path = path.display();
+        notices.push(format!("{path} was not used: {} rounds nothing by the importance of inputs", mix.name));
+    }
+    if recipe.method.sweeps() {
+        let method = recipe.method.name();
+        notices.push(format!("method {method} has no effect: {} rounds nothing by the inputs", mix.name));
+    }
+    notices
+}
+
+/// The types that the recipe gives tensors in place of the mix's: by their names, and those of modules that it leaves out or gives
+/// another scheme. Fails for a type that is not known and for a pattern that matches nothing.
+fn overrides(
+    graph: &Graph,
+    source: &Checkpoint,
+    recipe: &Recipe,
+    plan: &ExportPlan,
+    places: &HashMap<String, Vec<Place>>,
+) -> Result<Overrides> {
+    let settings = recipe.gguf.as_ref().expect("a recipe for a GGUF file");
+    let mut overrides = Overrides {
+        tensors: settings.tensor_type.iter().map(|t| TensorOverride::parse(t)).collect::<Result<_>>()?,
+        output: settings.output_tensor_type.as_deref().map(parse_type).transpose().map_err(Error::usage)?,
+        embedding: settings.token_embedding_type.as_deref().map(parse_type).transpose().map_err(Error::usage)?,
+        pure: settings.pure,
+    };
+    let mut patterns = recipe.patterns()?;
+    let plain = if source.dtype() == Dtype::F16 { "F16" } else { "BF16" };
+    for linear in graph.linears().chain([&graph.head.linear]) {
+        let ty = match recipe.said_of(&linear.module, &mut patterns) {
+            Said::Ignored => plain,
+            Said::Otherwise(change_to) => change_to.scheme.as_deref().expect("resolved"),
+            Said::Nothing => continue,
+        };
+        for place in places.get(&linear.module).into_iter().flatten() {
+            let exact = format!("^{}$={ty}", plan.tensors[place.tensor].gguf.replace('.', "\\."));
+            overrides.tensors.insert(0, TensorOverride::parse(&exact)?);
+        }
+    }
+    // The embedding serves as the head.
+    if graph.head.tied && matches!(recipe.said_of(&graph.head.linear.module, &mut patterns), Said::Ignored) {
+        overrides.tensors.insert(0, TensorOverride::parse(&format!("^token_embd\\.weight$={plain}"))?);
+    }
+    patterns.check_hits()?;
+    Ok(overrides)
+}
+
+/// What the mixes' rules ask of a model.
+fn model_shape<'p>(graph: &Graph, plan: &'p ExportPlan) -> ModelShape<'p> {
+    let shape = graph.blocks.iter().find_map(|block| block.attention()).map(|attention| attention.shape);
+    let shape = shape.expect("names::plan has seen attention");
+    let experts = |step: &Step| match &step.layer {
         Layer::Moe(moe) => Some(moe.experts.len()),
         _ => None,
+    };
+    ModelShape {
+        architecture: plan.architecture,
+        layers: graph.blocks.len(),
+        heads: shape.heads,
+        kv_heads: shape.kv_heads,
+        experts: graph.blocks.iter().flat_map(|block| &block.steps).find_map(experts).unwrap_or(0),
     }
+}
+
+/// Where the importance of inputs comes from: a file, or what is collected for `entries` tensors.
+///
+/// None where the recipe has a file that is not used.
+fn importance_source(recipe: &Recipe, importance: &Importance, entries: usize) -> Option<ImportanceSource> {
+    match (importance.file(), &recipe.imatrix) {
+        (Some(imatrix), path) => Some(ImportanceSource {
+            file: called(&path.as_ref().expect("read").display().to_string()).to_owned(),
+            dataset: imatrix.datasets.first().cloned(),
+            entries: imatrix.entries.len() as u32,
+            chunks: Some(imatrix.chunk_count),
+        }),
+        (None, None) => Some(ImportanceSource {
+            file: "collected while quantizing".to_owned(),
+            dataset: Some(called(&recipe.calibration).to_owned()),
+            entries: entries as u32,
+            chunks: u32::try_from(recipe.samples).ok(),
+        }),
+        (None, Some(_)) => None,
+    }
+}
+
+/// Everything that the file says beside its tensors: the model, then its tokenizer. Fails as [`metadata`] and [`tokenizer`] do.
+fn written(
+    graph: &Graph,
+    source: &Checkpoint,
+    plan: &ExportPlan,
+    settings: &GgufRecipe,
+    importance: Option<&ImportanceSource>,
+) -> Result<Written> {
+    let mix = Mix::parse(settings.mix).expect("resolved");
+    let mut written = metadata(graph, source.config(), plan, &About::of(source), mix.file_type, importance)?;
+    if let Some(pooling) = source.pooling() {
+        let key = format!("{}.pooling_type", plan.architecture);
+        written.metadata.push((key, MetadataValue::U32(pooling)));
+    }
+    let words = tokenizer(source, graph.vocabulary, settings.pre.as_deref())?;
+    if let Some(name) = words.name {
+        let own = written.metadata.iter_mut().find(|(key, _)| key == "general.name");
+        own.into_iter().for_each(|(_, value)| *value = MetadataValue::String(name.clone()));
+    }
+    written.metadata.extend(words.metadata);
+    written.notices.extend(words.notices);
+    Ok(written)
 }
 
 /// Where the weight of every module goes.
@@ -389,7 +432,7 @@ impl<B: Backend> Target<B> for Gguf {
     }
 
     fn idle(&self) -> Vec<&'static str> {
-        self.plan.idle.clone()
+        self.plan.idle.to_vec()
     }
 
     fn papers(&self) -> Papers {

@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 /// Lines that no file may reach.
 const LONGEST: usize = 800;
 
+/// Lines of the longest function, from its name to its closing brace.
+const LONGEST_FUNCTION: usize = 100;
+
 /// Each room, the rooms to its left, and what its code may not name.
 const ROOMS: &[(&str, &[&str], &[&str])] = &[
     ("formats", &[], &["rayon", "std::thread", "tokenizers::", "anyhow"]),
@@ -44,17 +47,21 @@ fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// Lines of a Rust file before its tests, without comments; nothing of a file that is a test altogether.
-fn code(path: &Path) -> Vec<(usize, String)> {
+/// Lines of a Rust file before its tests, with their numbers; nothing of a file that is a test altogether.
+fn before_tests(path: &Path) -> Vec<(usize, String)> {
     let is_test = ["tests.rs", "golden.rs"].iter().any(|name| path.ends_with(name))
         || path.parent().is_some_and(|p| p.ends_with("tests"));
     let text = if is_test { String::new() } else { read(path) };
     let before_tests = text.lines().enumerate().take_while(|(_, line)| !line.starts_with("mod tests {"));
     let without_helpers = before_tests.take_while(|(_, line)| !line.starts_with("pub(crate) mod testing"));
-    without_helpers
-        .filter(|(_, line)| !line.trim_start().starts_with("//"))
-        .map(|(index, line)| (index + 1, line.to_owned()))
-        .collect()
+    without_helpers.map(|(index, line)| (index + 1, line.to_owned())).collect()
+}
+
+/// The same without comments.
+fn code(path: &Path) -> Vec<(usize, String)> {
+    let mut lines = before_tests(path);
+    lines.retain(|(_, line)| !line.trim_start().starts_with("//"));
+    lines
 }
 
 fn sources() -> Vec<PathBuf> {
@@ -202,7 +209,7 @@ fn one_place_picks_the_device_and_one_the_family() {
             assert!(!device || own || is("src/cli.rs"), "{place}: the device is picked in cli.rs");
             let family =
                 line.contains("\"model_type\"") && !line.contains("json!") && path.starts_with(root().join("src"));
-            let may = is("src/families/mod.rs") || is("src/inspect.rs") || is("src/dialect/settings.rs");
+            let may = is("src/families/mod.rs") || is("src/inspect.rs") || is("src/dialect/settings/config.rs");
             assert!(!family || may, "{place}: the family is looked up in families/mod.rs");
         }
     }
@@ -232,6 +239,66 @@ fn files_are_short_enough_to_be_read() {
     }
     assert!(longest.0 > 100, "no sources were found");
     eprintln!("the longest file is {}, {} lines", longest.1.display(), longest.0);
+}
+
+/// The name of the function that a line begins, and how far the line is indented.
+fn function_of(line: &str) -> Option<(&str, &str)> {
+    let item = line.trim_start();
+    let (before, after) = item.split_once("fn ")?;
+    let qualifies = |word: &str| {
+        ["const", "async", "unsafe", "extern", "default", "pub"].contains(&word) || word.starts_with(['"', '('])
+    };
+    let before = before.replace("pub(", "pub (");
+    let name = &after[..after.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(after.len())];
+    (before.split_whitespace().all(qualifies) && !name.is_empty()).then(|| (name, &line[..line.len() - item.len()]))
+}
+
+/// The functions with a body in lines of code: the number of the line that each begins on, its name, and how many lines it takes.
+///
+/// The formatter puts the brace that closes a function as far from the margin as the function begins.
+fn functions(lines: &[(usize, String)]) -> Vec<(usize, &str, usize)> {
+    let mut found = Vec::new();
+    for (index, (number, line)) in lines.iter().enumerate() {
+        let Some((name, margin)) = function_of(line) else { continue };
+        let outside = |line: &str| line.strip_prefix(margin).is_some_and(|rest| !rest.starts_with(' '));
+        let mut rest = lines[index..].iter().map(|(_, line)| line.as_str()).enumerate();
+        let signature = rest.find(|(_, line)| outside(line) && line.ends_with(['{', '}', ';']));
+        let length = match signature {
+            Some((_, line)) if line.ends_with('{') => {
+                let (last, _) = rest.find(|(_, line)| line.strip_prefix(margin) == Some("}")).expect("a closing brace");
+                last + 1
+            }
+            Some((last, line)) if line.ends_with('}') => last + 1,
+            _ => continue,
+        };
+        found.push((*number, name, length));
+    }
+    found
+}
+
+#[test]
+fn functions_are_short_enough_to_be_read() {
+    let (mut long, mut seen) = (Vec::new(), 0);
+    for path in sources() {
+        let lines = before_tests(&path);
+        for (number, name, length) in functions(&lines) {
+            seen += 1;
+            if length > LONGEST_FUNCTION {
+                long.push(format!("{}:{number}: `{name}` has {length} lines", path.display()));
+            }
+        }
+    }
+    assert!(seen > 2500, "only {seen} functions were found");
+    assert!(long.is_empty(), "divide what is longer than {LONGEST_FUNCTION} lines:\n{}", long.join("\n"));
+}
+
+#[test]
+fn functions_are_told_from_what_only_looks_like_them() {
+    let text = "impl A {\n    fn none(&self);\n    fn wide(\n        a: u8,\n    ) -> u8;\n    pub(super) unsafe fn short() {}\n    \
+                pub const fn long(\n        a: u8,\n    ) -> u8\n    where\n        A: B,\n    {\n        if a > 1 {\n        }\n        \
+                // fn comment\n        let of: fn (u8) -> u8 = f;\n    }\n}\nfn last() {\n}\n";
+    let lines: Vec<(usize, String)> = text.lines().enumerate().map(|(i, line)| (i + 1, line.to_owned())).collect();
+    assert_eq!(functions(&lines), [(6, "short", 1), (7, "long", 11), (19, "last", 2)]);
 }
 
 #[test]

@@ -48,6 +48,51 @@ pub fn select(
             "a sequence of {seq_len} tokens holds no text; give --seq-len {least} or more"
         )));
     }
+    let documents = usable(text)?;
+    // Each stage has a generator of its own, so that none depends on how often another one drew.
+    let mut random = SplitMix64(seed);
+    let [places, cuts, mut last] = [(); 3].map(|()| SplitMix64(random.next()));
+    let mut order: Vec<usize> = (0..documents.len()).collect();
+    random.shuffle(&mut order);
+    let Renderings { mut rendered, tally } = Renderings::of(order.iter().map(|index| documents[*index]), chat)?;
+    if let (true, Some(chat)) = (rendered.is_empty(), chat) {
+        return Err(tally.nothing_left(&text.name, documents.len(), chat));
+    }
+
+    // One window more for the partial one that is dropped, and the marks repeated at the head of each.
+    let needed = count.saturating_add(1).saturating_mul(seq_len.saturating_add(tokenizer.prefix().len()));
+    rendered.retain(|one| !one.text.is_empty());
+    if rendered.is_empty() {
+        return Err(SampleError::Empty { name: text.name.clone() });
+    }
+    let wanted = Wanted { count, seq_len, needed };
+    let (mut windows, tokens) = enough_windows(&rendered, tokenizer, wanted, places, cuts)?;
+    if windows.is_empty() {
+        return Err(SampleError::TooShort { name: text.name.clone(), found: tokens, needed: seq_len });
+    }
+    last.shuffle(&mut windows);
+    windows.truncate(count);
+    let source = SampleSource {
+        name: text.name.clone(),
+        text_sha256: text.sha256.clone(),
+        tokens_sha256: sha256_ids(&windows),
+        documents: documents.len(),
+        refused: tally.refused,
+        refusal: tally.refusal.map(|error| error.to_string()),
+        unwritten: tally.unwritten,
+        templated: tally.templated,
+        untemplated: tally.untemplated,
+        tokens: windows.len() * seq_len,
+        sequences: windows.len(),
+        requested: count,
+        seq_len,
+        seed,
+    };
+    Ok(Samples { sequences: windows, source })
+}
+
+/// The documents of a text that say something. Fails where none does, and where more than half of the records were left out.
+fn usable(text: &Text) -> Result<Vec<&Document>, SampleError> {
     let documents: Vec<&Document> = text.documents.iter().filter(|document| !document.is_blank()).collect();
     if documents.is_empty() {
         return Err(SampleError::Empty { name: text.name.clone() });
@@ -61,90 +106,110 @@ pub fn select(
             problem: format!("the text is blank; {} of {found} records cannot be used", lost + count),
         });
     }
-    // Each stage has a generator of its own, so that none depends on how often another one drew.
-    let mut random = SplitMix64(seed);
-    let [places, cuts, mut last] = [(); 3].map(|()| SplitMix64(random.next()));
-    let mut order: Vec<usize> = (0..documents.len()).collect();
-    random.shuffle(&mut order);
-    let mut rendered: Vec<Rendered<'_>> = Vec::with_capacity(order.len());
-    let (mut refused, mut refusal, mut templated, mut untemplated, mut unwritten) = (0, None, 0, 0, 0);
-    for &index in &order {
-        match render(documents[index], chat) {
-            Ok(one) if one.marked && !is_written(documents[index], &one.text) => unwritten += 1,
-            Ok(one) => {
-                templated += usize::from(one.marked);
-                untemplated += usize::from(!one.marked && !matches!(documents[index], Document::Plain(_)));
-                rendered.push(one);
-            }
-            Err(error @ SampleError::Endless { .. }) => return Err(error),
-            Err(error) => {
-                refused += 1;
-                refusal.get_or_insert(error);
+    Ok(documents)
+}
+
+/// Documents as strings, in the order in which they were asked for, and what became of the others.
+struct Renderings<'a> {
+    rendered: Vec<Rendered<'a>>,
+    tally: Rendering,
+}
+
+/// How many documents went through the chat template, and how many it did not take.
+#[derive(Default)]
+struct Rendering {
+    /// Conversations that the template wrote.
+    templated: usize,
+    /// Conversations that are read as plain text, for the model has no template.
+    untemplated: usize,
+    /// Conversations of which the template wrote nothing.
+    unwritten: usize,
+    /// Conversations that the template refused.
+    refused: usize,
+    /// Why it refused the first of these.
+    refusal: Option<SampleError>,
+}
+
+impl<'a> Renderings<'a> {
+    /// Renders documents one after the other. Fails for a template that does not end.
+    fn of(
+        documents: impl Iterator<Item = &'a Document>,
+        chat: Option<&ChatTemplate>,
+    ) -> Result<Renderings<'a>, SampleError> {
+        let (mut rendered, mut tally) = (Vec::new(), Rendering::default());
+        for document in documents {
+            match render(document, chat) {
+                Ok(one) if one.marked && !is_written(document, &one.text) => tally.unwritten += 1,
+                Ok(one) => {
+                    tally.templated += usize::from(one.marked);
+                    tally.untemplated += usize::from(!one.marked && !matches!(document, Document::Plain(_)));
+                    rendered.push(one);
+                }
+                Err(error @ SampleError::Endless { .. }) => return Err(error),
+                Err(error) => {
+                    tally.refused += 1;
+                    tally.refusal.get_or_insert(error);
+                }
             }
         }
+        Ok(Renderings { rendered, tally })
     }
-    if let (true, Some(chat)) = (rendered.is_empty(), chat) {
-        let name = &text.name;
-        let problem = match (&refusal, unwritten) {
+}
+
+impl Rendering {
+    /// Why a text of so many documents has none that can be used.
+    fn nothing_left(&self, name: &str, documents: usize, chat: &ChatTemplate) -> SampleError {
+        let Rendering { refused, refusal, unwritten, .. } = self;
+        let problem = match (refusal, unwritten) {
             (Some(SampleError::Template { problem, .. }), 0) => {
                 format!("all {refused} conversations of {name} are refused: {problem}")
             }
-            (_, 0) => return Err(SampleError::Empty { name: name.clone() }),
+            (_, 0) => return SampleError::Empty { name: name.to_owned() },
             (refusal, _) => {
                 let others = match refusal {
                     Some(SampleError::Template { problem, .. }) => format!(" and refuses {refused}: {problem}"),
                     _ => String::new(),
                 };
                 format!(
-                    "it writes nothing of what is said in {unwritten} of the {} conversations of {name}{others}; are their roles those it \
-                     is written for?",
-                    documents.len()
+                    "it writes nothing of what is said in {unwritten} of the {documents} conversations of {name}{others}; are their roles \
+                     those it is written for?"
                 )
             }
         };
-        return Err(SampleError::Template { file: chat.file().to_owned(), problem });
+        SampleError::Template { file: chat.file().to_owned(), problem }
     }
+}
 
-    // One window more for the partial one that is dropped, and the marks repeated at the head of each.
-    let needed = count.saturating_add(1).saturating_mul(seq_len.saturating_add(tokenizer.prefix().len()));
-    rendered.retain(|one| !one.text.is_empty());
-    if rendered.is_empty() {
-        return Err(SampleError::Empty { name: text.name.clone() });
-    }
+/// The sequences that are asked for.
+#[derive(Clone, Copy)]
+struct Wanted {
+    count: usize,
+    /// Tokens of each.
+    seq_len: usize,
+    /// Tokens of all, with what is lost at the ends.
+    needed: usize,
+}
+
+/// Windows of a text of which no more is tokenized than gives enough of them, and how many tokens that were.
+fn enough_windows(
+    rendered: &[Rendered<'_>],
+    tokenizer: &Tokenizer,
+    Wanted { count, seq_len, needed }: Wanted,
+    places: SplitMix64,
+    cuts: SplitMix64,
+) -> Result<(Vec<Vec<u32>>, usize), SampleError> {
     let total: usize = rendered.iter().map(|one| one.text.len()).sum();
     let mut budget = needed.saturating_mul(BYTES_PER_TOKEN).max(ALWAYS_WHOLE);
-    let (mut windows, tokens) = loop {
+    loop {
         let whole = budget >= total;
-        let documents = tokenize(&rendered, tokenizer, if whole { None } else { Some(budget) }, seq_len, places)?;
+        let documents = tokenize(rendered, tokenizer, if whole { None } else { Some(budget) }, seq_len, places)?;
         let tokens: usize = documents.iter().map(|document| document.ids.len()).sum();
         let windows = cut(&documents, tokenizer.prefix(), needed, seq_len, cuts);
         if whole || windows.len() >= count {
-            break (windows, tokens);
+            return Ok((windows, tokens));
         }
         budget = budget.saturating_mul(4);
-    };
-    if windows.is_empty() {
-        return Err(SampleError::TooShort { name: text.name.clone(), found: tokens, needed: seq_len });
     }
-    last.shuffle(&mut windows);
-    windows.truncate(count);
-    let source = SampleSource {
-        name: text.name.clone(),
-        text_sha256: text.sha256.clone(),
-        tokens_sha256: sha256_ids(&windows),
-        documents: documents.len(),
-        refused,
-        refusal: refusal.map(|error| error.to_string()),
-        unwritten,
-        templated,
-        untemplated,
-        tokens: windows.len() * seq_len,
-        sequences: windows.len(),
-        requested: count,
-        seq_len,
-        seed,
-    };
-    Ok(Samples { sequences: windows, source })
 }
 
 /// How many ids of an evaluation text its windows take: no more need be known of it.

@@ -19,63 +19,12 @@ pub(super) fn strip(text: &str) -> &str {
     text.trim_matches(is_space)
 }
 
-/// The method's value; `None` for one that is not here.
+/// The value of `text.method(args)`; `None` for a method that is not here. Fails as Python does, and where Python's answer is not known.
 pub(super) fn method(text: &str, method: &str, args: &[Value]) -> Result<Option<Value>, Error> {
-    let all = |is: fn(char) -> bool| -> Result<bool, Error> {
-        let () = from_args(args)?;
-        Ok(!text.is_empty() && text.chars().all(is))
-    };
-    // Of letters beyond ASCII, Python's tables know more kinds than Rust's.
-    let ascii = |is: fn(char) -> bool| match text.is_ascii() {
-        true => all(is),
-        false => Err(wrong(format!("{method} of letters beyond ASCII is not known here"))),
-    };
-    Ok(Some(match method {
-        "partition" | "rpartition" => {
-            let (separator,): (&str,) = from_args(args)?;
-            if separator.is_empty() {
-                return Err(wrong("empty separator"));
-            }
-            let found = if method == "partition" { text.split_once(separator) } else { text.rsplit_once(separator) };
-            let parts = match found {
-                Some((before, after)) => [before, separator, after],
-                None if method == "partition" => [text, "", ""],
-                None => ["", "", text],
-            };
-            Value::from(Tuple::from(parts.map(Value::from)))
-        }
-        "startswith" | "endswith" => {
-            let (what, start, end): (&Value, Option<i64>, Option<i64>) = from_args(args)?;
-            let within = within(text, start, end).map(|(_, within)| within);
-            let is = |what: &Value| -> Result<bool, Error> {
-                let what = what.as_str().ok_or_else(|| wrong(format!("{method} takes a string or a tuple of them")))?;
-                Ok(within.is_some_and(|text| match method {
-                    "startswith" => text.starts_with(what),
-                    _ => text.ends_with(what),
-                }))
-            };
-            Value::from(if what.is_tuple() {
-                let mut found = false;
-                for what in what.try_iter()? {
-                    found |= is(&what)?;
-                }
-                found
-            } else {
-                is(what)?
-            })
-        }
-        "find" | "rfind" | "index" | "rindex" => {
-            let (what, start, end): (&str, Option<i64>, Option<i64>) = from_args(args)?;
-            let found = within(text, start, end).and_then(|(before, within)| {
-                let at = if method.starts_with('r') { within.rfind(what) } else { within.find(what) };
-                at.map(|at| before + within[..at].chars().count())
-            });
-            match found {
-                Some(at) => Value::from(at),
-                None if method.ends_with("find") => Value::from(-1),
-                None => return Err(wrong("substring not found")),
-            }
-        }
+    let value = match method {
+        "partition" | "rpartition" => partition(text, method, args)?,
+        "startswith" | "endswith" => affix(text, method, args)?,
+        "find" | "rfind" | "index" | "rindex" => find(text, method, args)?,
         "count" => {
             let (what, start, end): (&str, Option<i64>, Option<i64>) = from_args(args)?;
             Value::from(within(text, start, end).map_or(0, |(_, within)| within.matches(what).count()))
@@ -89,44 +38,14 @@ pub(super) fn method(text: &str, method: &str, args: &[Value]) -> Result<Option<
                 _ => text.trim_end_matches(is),
             })
         }
-        "split" => {
-            let (places, names): (&[Value], Kwargs) = from_args(args)?;
-            let separator = place(places, &names, 0, "sep")?;
-            let most = place(places, &names, 1, "maxsplit")?;
-            names.assert_all_used()?;
-            let most = most.map(i64::try_from).transpose()?.and_then(|most| usize::try_from(most).ok());
-            let most = most.unwrap_or(usize::MAX);
-            match separator.as_ref().filter(|separator| !separator.is_none()) {
-                None => words(text, most).into_iter().map(Value::from).collect(),
-                Some(separator) => {
-                    let separator = separator.as_str().ok_or_else(|| wrong("split takes a string or none"))?;
-                    if separator.is_empty() {
-                        return Err(wrong("empty separator"));
-                    }
-                    text.splitn(most.saturating_add(1), separator).map(Value::from).collect()
-                }
-            }
-        }
+        "split" => split(text, args)?,
         "splitlines" => {
             let (places, names): (&[Value], Kwargs) = from_args(args)?;
             let keep = place(places, &names, 0, "keepends")?.is_some_and(|keep| keep.is_true());
             names.assert_all_used()?;
             lines(text, keep).into_iter().map(Value::from).collect()
         }
-        "title" => {
-            let () = from_args(args)?;
-            let mut inside = false;
-            let mut out = String::with_capacity(text.len());
-            for c in text.chars() {
-                match (is_cased(c), inside) {
-                    (true, true) => out.extend(c.to_lowercase()),
-                    (true, false) => out.push(title(c)?),
-                    (false, _) => out.push(c),
-                }
-                inside = is_cased(c);
-            }
-            Value::from(out)
-        }
+        "title" => titled(text, args)?,
         "capitalize" => {
             let () = from_args(args)?;
             let mut chars = text.chars();
@@ -140,55 +59,164 @@ pub(super) fn method(text: &str, method: &str, args: &[Value]) -> Result<Option<
                 false => return Err(wrong("casefold of letters beyond ASCII is not known here")),
             }
         }
-        "expandtabs" => {
-            let (size,): (Option<usize>,) = from_args(args)?;
-            let size = size.unwrap_or(8).min(1 << 10);
-            let (mut out, mut column) = (String::new(), 0);
-            for c in text.chars() {
-                let spaces = if size == 0 { 0 } else { size - column % size };
-                match c {
-                    '\t' => {
-                        out.extend(std::iter::repeat_n(' ', spaces));
-                        column += spaces;
-                    }
-                    _ => {
-                        out.push(c);
-                        column = if matches!(c, '\n' | '\r') { 0 } else { column + 1 };
-                    }
-                }
-            }
-            Value::from(out)
-        }
-        "isspace" => Value::from(all(is_space)?),
-        "isprintable" => Value::from(text.is_empty() || all(printed::is_printable)?),
-        "isdigit" | "isdecimal" | "isnumeric" => Value::from(ascii(|c| c.is_ascii_digit())?),
-        "isidentifier" => {
-            let starts = |c: char| c.is_alphabetic() || c == '_';
-            Value::from(all(|c| c.is_alphanumeric() || c == '_')? && text.starts_with(starts))
-        }
-        "join" => {
-            let (items,): (&Value,) = from_args(args)?;
-            let mut joined = String::new();
-            for (index, item) in items.try_iter()?.enumerate() {
-                let item = item.as_str().map(str::to_owned).ok_or_else(|| {
-                    wrong(format!("join: item {index} is a {}, and Python joins strings alone", item.kind()))
-                })?;
-                joined.push_str(if index > 0 { text } else { "" });
-                joined.push_str(&item);
-                if joined.len() > WIDEST {
-                    return Err(wrong(format!("join makes more than {WIDEST} bytes")));
-                }
-            }
-            Value::from(joined)
-        }
+        "expandtabs" => expand_tabs(text, args)?,
+        "join" => join(text, args)?,
         "format" => {
             let (places, names): (&[Value], Kwargs) = from_args(args)?;
             let named = names.args().map(|name| names.peek::<Value>(name)).collect::<Result<Vec<_>, _>>()?;
             printable("format", places.iter().chain(&named))?;
             return Ok(None);
         }
+        _ => return is_of_kind(text, method, args),
+    };
+    Ok(Some(value))
+}
+
+/// `str.isspace` and others that ask for a kind of character; `None` for a method that is not here.
+fn is_of_kind(text: &str, method: &str, args: &[Value]) -> Result<Option<Value>, Error> {
+    let all = |is: fn(char) -> bool| -> Result<bool, Error> {
+        let () = from_args(args)?;
+        Ok(!text.is_empty() && text.chars().all(is))
+    };
+    let is = match method {
+        "isspace" => all(is_space)?,
+        "isprintable" => text.is_empty() || all(printed::is_printable)?,
+        "isdigit" | "isdecimal" | "isnumeric" => match text.is_ascii() {
+            true => all(|c| c.is_ascii_digit())?,
+            // Of letters beyond ASCII, Python's tables know more kinds than Rust's.
+            false => return Err(wrong(format!("{method} of letters beyond ASCII is not known here"))),
+        },
+        "isidentifier" => {
+            let starts = |c: char| c.is_alphabetic() || c == '_';
+            all(|c| c.is_alphanumeric() || c == '_')? && text.starts_with(starts)
+        }
         _ => return Ok(None),
+    };
+    Ok(Some(Value::from(is)))
+}
+
+/// `str.partition` and `str.rpartition`.
+fn partition(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
+    let (separator,): (&str,) = from_args(args)?;
+    if separator.is_empty() {
+        return Err(wrong("empty separator"));
+    }
+    let found = if method == "partition" { text.split_once(separator) } else { text.rsplit_once(separator) };
+    let parts = match found {
+        Some((before, after)) => [before, separator, after],
+        None if method == "partition" => [text, "", ""],
+        None => ["", "", text],
+    };
+    Ok(Value::from(Tuple::from(parts.map(Value::from))))
+}
+
+/// `str.startswith` and `str.endswith`, of one string or any of a tuple.
+fn affix(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
+    let (what, start, end): (&Value, Option<i64>, Option<i64>) = from_args(args)?;
+    let within = within(text, start, end).map(|(_, within)| within);
+    let is = |what: &Value| -> Result<bool, Error> {
+        let what = what.as_str().ok_or_else(|| wrong(format!("{method} takes a string or a tuple of them")))?;
+        Ok(within.is_some_and(|text| match method {
+            "startswith" => text.starts_with(what),
+            _ => text.ends_with(what),
+        }))
+    };
+    Ok(Value::from(if what.is_tuple() {
+        let mut found = false;
+        for what in what.try_iter()? {
+            found |= is(&what)?;
+        }
+        found
+    } else {
+        is(what)?
     }))
+}
+
+/// `str.find`, `str.index` and the two from the right; places are counted in characters.
+fn find(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
+    let (what, start, end): (&str, Option<i64>, Option<i64>) = from_args(args)?;
+    let found = within(text, start, end).and_then(|(before, within)| {
+        let at = if method.starts_with('r') { within.rfind(what) } else { within.find(what) };
+        at.map(|at| before + within[..at].chars().count())
+    });
+    match found {
+        Some(at) => Ok(Value::from(at)),
+        None if method.ends_with("find") => Ok(Value::from(-1)),
+        None => Err(wrong("substring not found")),
+    }
+}
+
+/// `str.split`.
+fn split(text: &str, args: &[Value]) -> Result<Value, Error> {
+    let (places, names): (&[Value], Kwargs) = from_args(args)?;
+    let separator = place(places, &names, 0, "sep")?;
+    let most = place(places, &names, 1, "maxsplit")?;
+    names.assert_all_used()?;
+    let most = most.map(i64::try_from).transpose()?.and_then(|most| usize::try_from(most).ok());
+    let most = most.unwrap_or(usize::MAX);
+    let Some(separator) = separator.as_ref().filter(|separator| !separator.is_none()) else {
+        return Ok(words(text, most).into_iter().map(Value::from).collect());
+    };
+    let separator = separator.as_str().ok_or_else(|| wrong("split takes a string or none"))?;
+    if separator.is_empty() {
+        return Err(wrong("empty separator"));
+    }
+    Ok(text.splitn(most.saturating_add(1), separator).map(Value::from).collect())
+}
+
+/// `str.title`.
+fn titled(text: &str, args: &[Value]) -> Result<Value, Error> {
+    let () = from_args(args)?;
+    let mut inside = false;
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match (is_cased(c), inside) {
+            (true, true) => out.extend(c.to_lowercase()),
+            (true, false) => out.push(title(c)?),
+            (false, _) => out.push(c),
+        }
+        inside = is_cased(c);
+    }
+    Ok(Value::from(out))
+}
+
+/// `str.expandtabs`, with tabs of 1024 characters at most.
+fn expand_tabs(text: &str, args: &[Value]) -> Result<Value, Error> {
+    let (size,): (Option<usize>,) = from_args(args)?;
+    let size = size.unwrap_or(8).min(1 << 10);
+    let (mut out, mut column) = (String::new(), 0);
+    for c in text.chars() {
+        let spaces = if size == 0 { 0 } else { size - column % size };
+        match c {
+            '\t' => {
+                out.extend(std::iter::repeat_n(' ', spaces));
+                column += spaces;
+            }
+            _ => {
+                out.push(c);
+                column = if matches!(c, '\n' | '\r') { 0 } else { column + 1 };
+            }
+        }
+    }
+    Ok(Value::from(out))
+}
+
+/// `str.join` of strings, up to [`WIDEST`] bytes.
+fn join(text: &str, args: &[Value]) -> Result<Value, Error> {
+    let (items,): (&Value,) = from_args(args)?;
+    let mut joined = String::new();
+    for (index, item) in items.try_iter()?.enumerate() {
+        let item = item
+            .as_str()
+            .map(str::to_owned)
+            .ok_or_else(|| wrong(format!("join: item {index} is a {}, and Python joins strings alone", item.kind())))?;
+        joined.push_str(if index > 0 { text } else { "" });
+        joined.push_str(&item);
+        if joined.len() > WIDEST {
+            return Err(wrong(format!("join makes more than {WIDEST} bytes")));
+        }
+    }
+    Ok(Value::from(joined))
 }
 
 /// The longest text that is joined (64 MiB).

@@ -11,7 +11,7 @@ use super::search::number_of;
 use super::sweep::{CHUNK, ROW_THREADS, ROWS, at, plain};
 use super::{Arg, Buffer, Codes, Cuda, Matrix, Module, Product, Real, THREADS, expect_refined};
 use crate::Result;
-use crate::backend::Grid;
+use crate::backend::{Grid, GridSpec};
 use crate::ops::apart::Stored;
 use crate::ops::fit::Rules;
 use crate::ops::levels::{AnyLevels, LevelSet, codes_of, levels_of, with_levels};
@@ -33,6 +33,8 @@ enum Kind {
 }
 
 impl Cuda {
+    /// Refines the codes and the grid of all rows, some rows at a time; returns the loss `Σ eᵀ H e` that is left. As
+    /// [`crate::ops::refine`] does it. Fails for shapes that do not fit each other.
     pub(super) fn refined(
         &self,
         target: &Matrix,
@@ -47,52 +49,12 @@ impl Cuda {
             return Ok(0.0);
         }
         let encoding = grid.spec.encoding;
-        let blocks = !encoding.is_integers();
-        let Units { order, ranges } = units(&grid.spec);
-        let order = order.as_ref().map(|order| self.send(order)).transpose()?;
-        // The group of each position: of blocks smaller than their unit.
-        let group_of: Vec<u32> = match blocks {
-            true => grid.spec.group_of.clone(),
-            false => (0..).zip(&ranges).flat_map(|(unit, range)| vec![unit; range.len()]).collect(),
+        let work = Refinement::new(self, gram, damp, &grid.spec, CHUNK.min(rows.next_multiple_of(ROWS)))?;
+        let code_of = match work.kind {
+            Kind::Blocks(..) => Some(self.send(&codes_of(&encoding)[..])?),
+            Kind::Integers(_) => None,
         };
-        let kind = match blocks {
-            true => Kind::Blocks(encoding, Stored::of(&encoding, grid.spec.global)),
-            false => Kind::Integers(Rules::of(&encoding)),
-        };
-        let groups = grid.spec.groups();
-        let height = CHUNK.min(rows.next_multiple_of(ROWS));
-        let widest = ranges.iter().map(Range::len).max().unwrap_or(0);
-        let starts: Vec<u32> = ranges.iter().map(|range| range.start as u32).chain([n as u32]).collect();
-        let (byte_of, code_of, set) = match &kind {
-            Kind::Blocks(encoding, _) => {
-                (bytes_of_codes(encoding), Some(codes_of(encoding)), Some(level_set_of(encoding)))
-            }
-            Kind::Integers(_) => ((0..=255).collect(), None, None),
-        };
-        let work = Refinement {
-            cuda: self,
-            hessian: self.damped(gram, damp, order.as_ref())?,
-            n,
-            height,
-            groups,
-            group_of: self.send(&group_of)?,
-            starts: self.send(&starts)?,
-            byte_of: self.send(&byte_of)?,
-            values: self.send(&values_of(&encoding))?,
-            set: set.map(|set| self.send(&set)).transpose()?,
-            levels: self.buffer::<u8>(n * height)?,
-            errors: self.buffer::<f32>(n * height)?,
-            pull: self.buffer::<f32>(n * height)?,
-            steps: self.buffer::<f32>(SPAN.max(widest) * height)?,
-            factors: self.buffer::<f32>(2 * groups * height)?,
-            grid: self.buffer::<f32>(4 * groups * height)?,
-            curvature: self.buffer::<f64>(3 * ranges.len() * height)?,
-            order,
-            units: ranges,
-            kind,
-        };
-        let code_of = code_of.map(|codes| self.send(&codes[..])).transpose()?;
-        let per_row = work.units.len();
+        let (height, per_row) = (work.height, work.units.len());
         let chunks = rows.div_ceil(height);
         let losses = self.buffer::<f64>(chunks * height)?;
         // [chunks][units][height] of scales and offsets.
@@ -108,39 +70,11 @@ impl Cuda {
                 work.move_codes(own)?;
                 work.move_scales(own)?;
             }
-            {
-                let (losses, errors, pull) = (losses.pin()?, work.errors.pin()?, work.pull.pin()?);
-                let hessian = work.hessian.buffer.pin()?;
-                let args = [
-                    at(losses.at, chunk * height, 8),
-                    errors.arg(),
-                    pull.arg(),
-                    hessian.arg(),
-                    (n as i32).into(),
-                    (height as i32).into(),
-                ];
-                self.blocks(&REFINE, "refined_loss", height / 32, THREADS, 0, &args)?;
-            }
+            work.write_losses(&losses, chunk)?;
             let through = [code_of.as_ref(), work.order.as_ref()];
             self.to_rows(&codes.buffer, first, work.levels.pin()?.at, through, some, n, height)?;
         }
-        let found = self.fetch::<f32>(&ends, 2 * chunks * per_row * height)?;
-        let end = |row: usize, unit: usize| {
-            let from = 2 * ((row / height * per_row + unit) * height + row % height);
-            [found[from], found[from + 1]]
-        };
-        for row in 0..rows {
-            for unit in 0..per_row {
-                let (index, [scale, offset]) = (row * per_row + unit, end(row, unit));
-                match blocks {
-                    true => (grid.blocks[index].d, grid.blocks[index].m) = (scale, offset),
-                    false => (grid.scales[index], grid.zeros[index]) = (scale, offset as u8),
-                }
-            }
-        }
-        if blocks {
-            *grid = Grid::of_blocks(grid.spec.clone(), rows, std::mem::take(&mut grid.blocks));
-        }
+        work.keep(&self.fetch::<f32>(&ends, 2 * chunks * per_row * height)?, rows, grid);
         Ok(self.fetch::<f64>(&losses, rows)?.iter().sum())
     }
 
@@ -208,7 +142,91 @@ struct Refinement<'a> {
     curvature: Buffer,
 }
 
-impl Refinement<'_> {
+impl<'a> Refinement<'a> {
+    /// Makes room for `height` rows at a time, and brings what is the same for every row to the device.
+    fn new(cuda: &'a Cuda, gram: &Matrix, damp: f64, spec: &GridSpec, height: usize) -> Result<Refinement<'a>> {
+        let encoding = spec.encoding;
+        let blocks = !encoding.is_integers();
+        let n = gram.cols;
+        let Units { order, ranges } = units(spec);
+        let order = order.as_ref().map(|order| cuda.send(order)).transpose()?;
+        // The group of each position: of blocks smaller than their unit.
+        let group_of: Vec<u32> = match blocks {
+            true => spec.group_of.clone(),
+            false => (0..).zip(&ranges).flat_map(|(unit, range)| vec![unit; range.len()]).collect(),
+        };
+        let kind = match blocks {
+            true => Kind::Blocks(encoding, Stored::of(&encoding, spec.global)),
+            false => Kind::Integers(Rules::of(&encoding)),
+        };
+        let groups = spec.groups();
+        let widest = ranges.iter().map(Range::len).max().unwrap_or(0);
+        let starts: Vec<u32> = ranges.iter().map(|range| range.start as u32).chain([n as u32]).collect();
+        let (byte_of, set) = match &kind {
+            Kind::Blocks(encoding, _) => (bytes_of_codes(encoding), Some(level_set_of(encoding))),
+            Kind::Integers(_) => ((0..=255).collect(), None),
+        };
+        Ok(Refinement {
+            cuda,
+            hessian: cuda.damped(gram, damp, order.as_ref())?,
+            n,
+            height,
+            groups,
+            group_of: cuda.send(&group_of)?,
+            starts: cuda.send(&starts)?,
+            byte_of: cuda.send(&byte_of)?,
+            values: cuda.send(&values_of(&encoding))?,
+            set: set.map(|set| cuda.send(&set)).transpose()?,
+            levels: cuda.buffer::<u8>(n * height)?,
+            errors: cuda.buffer::<f32>(n * height)?,
+            pull: cuda.buffer::<f32>(n * height)?,
+            steps: cuda.buffer::<f32>(SPAN.max(widest) * height)?,
+            factors: cuda.buffer::<f32>(2 * groups * height)?,
+            grid: cuda.buffer::<f32>(4 * groups * height)?,
+            curvature: cuda.buffer::<f64>(3 * ranges.len() * height)?,
+            order,
+            units: ranges,
+            kind,
+        })
+    }
+
+    /// Writes the loss of each row of a chunk to its place among those of all rows.
+    fn write_losses(&self, losses: &Buffer, chunk: usize) -> Result<()> {
+        let (losses, errors, pull) = (losses.pin()?, self.errors.pin()?, self.pull.pin()?);
+        let hessian = self.hessian.buffer.pin()?;
+        let args = [
+            at(losses.at, chunk * self.height, 8),
+            errors.arg(),
+            pull.arg(),
+            hessian.arg(),
+            (self.n as i32).into(),
+            (self.height as i32).into(),
+        ];
+        self.cuda.blocks(&REFINE, "refined_loss", self.height / 32, THREADS, 0, &args)
+    }
+
+    /// Takes scales and offsets, `[chunks][units][height]` of pairs, over into the grid.
+    fn keep(&self, ends: &[f32], rows: usize, grid: &mut Grid) {
+        let (height, per_row) = (self.height, self.units.len());
+        let end = |row: usize, unit: usize| {
+            let from = 2 * ((row / height * per_row + unit) * height + row % height);
+            [ends[from], ends[from + 1]]
+        };
+        let blocks = matches!(self.kind, Kind::Blocks(..));
+        for row in 0..rows {
+            for unit in 0..per_row {
+                let (index, [scale, offset]) = (row * per_row + unit, end(row, unit));
+                match blocks {
+                    true => (grid.blocks[index].d, grid.blocks[index].m) = (scale, offset),
+                    false => (grid.scales[index], grid.zeros[index]) = (scale, offset as u8),
+                }
+            }
+        }
+        if blocks {
+            *grid = Grid::of_blocks(grid.spec.clone(), rows, std::mem::take(&mut grid.blocks));
+        }
+    }
+
     fn per_unit(&self) -> usize {
         self.groups / self.units.len()
     }

@@ -150,9 +150,7 @@ pub fn rounded(
     lengths: &[usize],
 ) -> Rows {
     assert!(can_round(shape), "checked by the caller");
-    let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, softcap, .. } = *shape;
-    let (q_cols, k_cols, v_cols) = (heads * head_dim, kv_heads * head_dim, kv_heads * value_dim);
-    let (depth, wide) = (head_dim / 2, value_dim.next_multiple_of(PANEL));
+    let AttentionShape { heads, kv_heads, value_dim, .. } = *shape;
     let mut out = Rows::zeros(q.nrows(), heads * value_dim);
     let [q, k, v] = [q, k, v].map(|m| m.to_slice().expect("a contiguous matrix"));
     let mut sequences = Vec::new();
@@ -161,117 +159,170 @@ pub fn rounded(
     for &length in lengths {
         for head in 0..heads {
             let sequence = sequences.len() + head / (heads / kv_heads);
-            tasks.extend((0..length).step_by(QUERIES).rev().map(|query| (start, length, sequence, head, query)));
+            let of = |query| Task { start, length, sequence, head, query };
+            tasks.extend((0..length).step_by(QUERIES).rev().map(of));
         }
-        sequences.extend((0..kv_heads).map(|head| (start, length, head)));
+        sequences.extend((0..kv_heads).map(|head| Sequence { start, length, head }));
         start += length;
     }
-    // Keys as `[panel][pair of the head][32 keys]`, values as `[32 of the head][pair of keys][32]`.
-    let packed: Vec<[Vec<u32>; 2]> = sequences
-        .into_par_iter()
-        .map(|(start, length, head)| {
-            let padded = length.next_multiple_of(PANEL);
-            let (mut keys, mut values) = (vec![0u32; padded * depth], vec![0u32; padded / 2 * wide]);
-            let mut lanes = [vec![0.0f32; wide], vec![0.0f32; wide]];
-            for token in 0..length {
-                let panel = &mut keys[token / PANEL * PANEL * depth..][..PANEL * depth];
-                pack_row::<PANEL>(&k[(start + token) * k_cols + head * head_dim..][..head_dim], token % PANEL, panel);
-                let value = &v[(start + token) * v_cols + head * value_dim..][..value_dim];
-                lanes[token % 2][..value_dim].copy_from_slice(value);
-                if token % 2 == 1 || token + 1 == length {
-                    if token % 2 == 0 {
-                        lanes[1].fill(0.0);
-                    }
-                    for (panel, (first, second)) in
-                        lanes[0].chunks_exact(PANEL).zip(lanes[1].chunks_exact(PANEL)).enumerate()
-                    {
-                        let at = (panel * padded / 2 + token / 2) * PANEL;
-                        join(first, second, &mut values[at..][..PANEL]);
-                    }
-                }
-            }
-            [keys, values]
-        })
-        .collect();
+    let packed: Vec<Packed> = sequences.into_par_iter().map(|sequence| Packed::of(k, v, sequence, shape)).collect();
     let (target, stride) = out.parts_mut();
     let target = Shared::new(target);
-    #[derive(Default)]
-    struct Scratch {
-        queries: Vec<u32>,
-        scores: Vec<f32>,
-        weights: Vec<u32>,
-        mixed: Vec<f32>,
-    }
-    tasks.into_par_iter().with_max_len(4).for_each_init(
-        Scratch::default,
-        |scratch, (start, length, sequence, head, query)| {
-            let [keys, values] = &packed[sequence];
-            let padded = length.next_multiple_of(PANEL);
-            let count = QUERIES.min(length - query);
-            let first = shape.first_seen(query) / PANEL * PANEL;
-            // Capped scores are scaled before, others in the softmax.
-            let (before, within) = if softcap.is_some() { (scale, 1.0) } else { (1.0, scale) };
-            let sink = sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head] / within);
-            let seen = (query + count).next_multiple_of(PANEL) - first;
-            let Scratch { queries, scores, weights, mixed } = scratch;
-            queries.clear();
-            queries.resize(QUERIES * depth, 0);
-            scores.resize(QUERIES * seen, 0.0);
-            weights.resize(QUERIES * seen / 2, 0);
-            mixed.resize(QUERIES * wide, 0.0);
-            for (row, out) in queries.chunks_exact_mut(depth).enumerate().take(count) {
-                round_pairs(&q[(start + query + row) * q_cols + head * head_dim..][..head_dim], out);
-            }
-            let mut sums = [0.0f32; QUERIES];
-            // SAFETY: the scratch holds whole tiles, and each task writes its own queries of its own head.
-            unsafe {
-                for col in (0..seen).step_by(PANEL) {
-                    let keys = &keys[(first + col) * depth..][..PANEL * depth];
-                    for row in (0..count).step_by(8) {
-                        let c = scores.as_mut_ptr().add(row * seen + col);
-                        bf16::tile::<2>(
-                            queries.as_ptr().add(row * depth),
-                            [depth, 1],
-                            keys,
-                            c,
-                            seen,
-                            [8, PANEL],
-                            false,
-                        );
-                    }
-                }
-                for (row, (scores, weights)) in
-                    scores.chunks_exact_mut(seen).zip(weights.chunks_exact_mut(seen / 2)).enumerate().take(count)
-                {
-                    let [begin, end] =
-                        [shape.first_seen(query + row), query + row + 1].map(|position| position - first);
-                    scores[..begin].fill(0.0);
-                    scores[end..].fill(0.0);
-                    if let Some(cap) = softcap {
-                        softcap::scaled(&mut scores[begin..end], before, cap);
-                    }
-                    sums[row] = exponents(&mut scores[begin..end], within, sink);
-                    round_pairs(scores, weights);
-                }
-                for col in (0..wide).step_by(PANEL) {
-                    let values = &values[(col / PANEL * padded / 2 + first / 2) * PANEL..][..seen / 2 * PANEL];
-                    for row in (0..count).step_by(8) {
-                        let a = weights.as_ptr().add(row * (seen / 2));
-                        let c = mixed.as_mut_ptr().add(row * wide + col);
-                        bf16::tile::<2>(a, [seen / 2, 1], values, c, wide, [8, PANEL], false);
-                    }
-                }
-                for (row, mixed) in mixed.chunks_exact_mut(wide).enumerate().take(count) {
-                    let at = (start + query + row) * stride + head * value_dim / 2;
-                    let out = std::slice::from_raw_parts_mut(target.at(at), value_dim / 2);
-                    let whole = 1.0 / sums[row];
-                    mixed.iter_mut().for_each(|x| *x *= whole);
-                    round_pairs(&mixed[..value_dim], out);
-                }
-            }
-        },
-    );
+    tasks.into_par_iter().with_max_len(4).for_each_init(Scratch::default, |scratch, task| {
+        scratch.mix(q, &packed[task.sequence], &task, sinks, shape);
+        let wide = value_dim.next_multiple_of(PANEL);
+        let rows = scratch.mixed.chunks_exact_mut(wide).zip(&scratch.sums).enumerate();
+        for (row, (mixed, sum)) in rows.take(task.count()) {
+            let at = (task.start + task.query + row) * stride + task.head * value_dim / 2;
+            // SAFETY: the target holds all tokens, and each task writes its own queries of its own head.
+            let out = unsafe { std::slice::from_raw_parts_mut(target.at(at), value_dim / 2) };
+            let whole = 1.0 / sum;
+            mixed.iter_mut().for_each(|x| *x *= whole);
+            round_pairs(&mixed[..value_dim], out);
+        }
+    });
     out
+}
+
+/// One head of the keys and values of one sequence.
+struct Sequence {
+    /// Its first token.
+    start: usize,
+    length: usize,
+    head: usize,
+}
+
+/// A few queries of one head.
+struct Task {
+    /// The first token of its sequence.
+    start: usize,
+    length: usize,
+    /// Which of the sequences of keys and values it sees.
+    sequence: usize,
+    head: usize,
+    /// The first query, counted in the sequence.
+    query: usize,
+}
+
+impl Task {
+    /// How many queries it has.
+    fn count(&self) -> usize {
+        QUERIES.min(self.length - self.query)
+    }
+}
+
+/// Keys and values of a [`Sequence`] as products of bfloat16 read them, up to a whole panel of tokens.
+struct Packed {
+    /// `[panel][pair of the head][32 keys]`.
+    keys: Vec<u32>,
+    /// `[32 of the head][pair of keys][32]`.
+    values: Vec<u32>,
+}
+
+impl Packed {
+    fn of(k: &[f32], v: &[f32], sequence: Sequence, shape: &AttentionShape) -> Packed {
+        let AttentionShape { kv_heads, head_dim, value_dim, .. } = *shape;
+        let Sequence { start, length, head } = sequence;
+        let (depth, wide) = (head_dim / 2, value_dim.next_multiple_of(PANEL));
+        let padded = length.next_multiple_of(PANEL);
+        let (mut keys, mut values) = (vec![0u32; padded * depth], vec![0u32; padded / 2 * wide]);
+        let mut lanes = [vec![0.0f32; wide], vec![0.0f32; wide]];
+        for token in 0..length {
+            let panel = &mut keys[token / PANEL * PANEL * depth..][..PANEL * depth];
+            let key = &k[((start + token) * kv_heads + head) * head_dim..][..head_dim];
+            pack_row::<PANEL>(key, token % PANEL, panel);
+            let value = &v[((start + token) * kv_heads + head) * value_dim..][..value_dim];
+            lanes[token % 2][..value_dim].copy_from_slice(value);
+            if token % 2 == 1 || token + 1 == length {
+                if token % 2 == 0 {
+                    lanes[1].fill(0.0);
+                }
+                for (panel, (first, second)) in
+                    lanes[0].chunks_exact(PANEL).zip(lanes[1].chunks_exact(PANEL)).enumerate()
+                {
+                    let at = (panel * padded / 2 + token / 2) * PANEL;
+                    join(first, second, &mut values[at..][..PANEL]);
+                }
+            }
+        }
+        Packed { keys, values }
+    }
+}
+
+/// What a [`Task`] works in.
+#[derive(Default)]
+struct Scratch {
+    /// Queries, rounded, `[QUERIES, pairs of the head]`.
+    queries: Vec<u32>,
+    /// Scores and then their exponents, `[QUERIES, keys]`.
+    scores: Vec<f32>,
+    /// The exponents, rounded, `[QUERIES, pairs of keys]`.
+    weights: Vec<u32>,
+    /// Sums of values with these weights, `[QUERIES, width of a value, up to a whole panel]`.
+    mixed: Vec<f32>,
+    /// The sum of the weights of each query, that of the sink included.
+    sums: Vec<f32>,
+}
+
+impl Scratch {
+    /// Sums the values that the queries of a task see, each by the exponent of its score, into `mixed`; `sums` is what divides them.
+    fn mix(&mut self, q: &[f32], packed: &Packed, task: &Task, sinks: Option<&[f32]>, shape: &AttentionShape) {
+        let AttentionShape { heads, head_dim, value_dim, scale, softcap, .. } = *shape;
+        let Packed { keys, values } = packed;
+        let Task { start, length, head, query, .. } = *task;
+        let (depth, wide) = (head_dim / 2, value_dim.next_multiple_of(PANEL));
+        let padded = length.next_multiple_of(PANEL);
+        let count = task.count();
+        let first = shape.first_seen(query) / PANEL * PANEL;
+        // Capped scores are scaled before, others in the softmax.
+        let (before, within) = if softcap.is_some() { (scale, 1.0) } else { (1.0, scale) };
+        let sink = sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head] / within);
+        let seen = (query + count).next_multiple_of(PANEL) - first;
+        let Scratch { queries, scores, weights, mixed, sums } = self;
+        queries.clear();
+        queries.resize(QUERIES * depth, 0);
+        scores.resize(QUERIES * seen, 0.0);
+        weights.resize(QUERIES * seen / 2, 0);
+        mixed.resize(QUERIES * wide, 0.0);
+        sums.resize(QUERIES, 0.0);
+        for (row, out) in queries.chunks_exact_mut(depth).enumerate().take(count) {
+            round_pairs(&q[((start + query + row) * heads + head) * head_dim..][..head_dim], out);
+        }
+        for col in (0..seen).step_by(PANEL) {
+            let keys = &keys[(first + col) * depth..][..PANEL * depth];
+            for row in (0..count).step_by(8) {
+                // SAFETY: the scratch holds whole tiles.
+                unsafe {
+                    let a = queries.as_ptr().add(row * depth);
+                    let c = scores.as_mut_ptr().add(row * seen + col);
+                    bf16::tile::<2>(a, [depth, 1], keys, c, seen, [8, PANEL], false);
+                }
+            }
+        }
+        for (row, (scores, weights)) in
+            scores.chunks_exact_mut(seen).zip(weights.chunks_exact_mut(seen / 2)).enumerate().take(count)
+        {
+            let [begin, end] = [shape.first_seen(query + row), query + row + 1].map(|position| position - first);
+            scores[..begin].fill(0.0);
+            scores[end..].fill(0.0);
+            if let Some(cap) = softcap {
+                softcap::scaled(&mut scores[begin..end], before, cap);
+            }
+            sums[row] = exponents(&mut scores[begin..end], within, sink);
+            round_pairs(scores, weights);
+        }
+        for col in (0..wide).step_by(PANEL) {
+            let values = &values[(col / PANEL * padded / 2 + first / 2) * PANEL..][..seen / 2 * PANEL];
+            for row in (0..count).step_by(8) {
+                // SAFETY: the scratch holds whole tiles.
+                unsafe {
+                    let a = weights.as_ptr().add(row * (seen / 2));
+                    let c = mixed.as_mut_ptr().add(row * wide + col);
+                    bf16::tile::<2>(a, [seen / 2, 1], values, c, wide, [8, PANEL], false);
+                }
+            }
+        }
+    }
 }
 
 simd_fn! {

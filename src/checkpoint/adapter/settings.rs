@@ -1,16 +1,9 @@
-//! adapter_config.json: what bears on merging, and what is told of an adapter.
-
-use std::collections::{BTreeMap, HashSet};
-use std::path::Path;
+//! adapter_config.json: what bears on merging.
 
 use fancy_regex::Regex;
-use formats::SafetensorsFile;
 use serde_json::{Map, Value};
 
-use super::Parts;
 use crate::json::{self, integer};
-use crate::weights::Entry;
-use crate::words::listed;
 
 /// What to do with an adapter that is not merged here.
 const WITH_PEFT: &str = "merge it with PEFT (merge_and_unload, then save_pretrained) and give the model that comes out";
@@ -30,10 +23,11 @@ pub(super) struct Settings {
     pub(super) alphas: Vec<(Regex, f64)>,
     /// The model that it was trained on.
     pub(super) base: Option<String>,
-    /// Modules that it was to have factors for, and to bring whole; by their ends, or a pattern for all of the name.
     /// Modules that `targets` fit and that are left alone.
     pub(super) excluded: Vec<(String, Regex)>,
+    /// Modules that it was to have factors for; by their ends, or a pattern for all of the name, as in the other two.
     pub(super) targets: Vec<(String, Regex)>,
+    /// Modules that it was to bring whole.
     pub(super) saved: Vec<(String, Regex)>,
 }
 
@@ -142,141 +136,13 @@ impl Settings {
         })
     }
 
-    /// What the user should know of an adapter of these parts.
-    pub(super) fn notices(
-        &self,
-        model: &Path,
-        original: &Option<String>,
-        file: &SafetensorsFile,
-        modules: &BTreeMap<String, Parts>,
-        replacing: &BTreeMap<String, String>,
-        entries: &[Entry],
-    ) -> Vec<String> {
-        let mut notices = Vec::new();
-        let linears: HashSet<&str> = entries
-            .iter()
-            .filter(|entry| entry.shape.len() == 2)
-            .filter_map(|entry| entry.name.strip_suffix(".weight"))
-            .collect();
-        // PEFT looks a module up by the model's own name for it, and nowhere else. A head that is the embedding is a module without
-        // a tensor.
-        let known = |module: &str| linears.contains(module) || module == "lm_head";
-        let strange: HashSet<&str> = modules.keys().map(String::as_str).filter(|module| !known(module)).collect();
-        let foreign = |name: &&str| {
-            let module = name.strip_prefix("base_model.model.").and_then(|name| Some(name.split_once(".lora_")?.0));
-            !name.starts_with("base_model.model.")
-                || name.contains("_orig_mod.")
-                || module.is_some_and(|module| strange.contains(module.replace(".base_layer", "").as_str()))
-        };
-        let names: Vec<&str> = file.tensors().map(|spec| spec.name.as_str()).collect();
-        if let Some(first) = names.iter().copied().find(|name| foreign(name)) {
-            notices.push(format!(
-                "{} of the adapter's {} tensors, such as `{first}`, are not called as PEFT calls them, and it would leave them out; they \
-                 were merged all the same",
-                names.iter().filter(|name| foreign(name)).count(),
-                names.len()
-            ));
-        }
-        let in_layers = |module: &str| {
-            let layer = module.split('.').find_map(|part| part.parse::<i64>().ok());
-            self.layers.as_ref().is_none_or(|layers| layer.is_some_and(|layer| layers.contains(&layer)))
-        };
-        let among = |list: &[(String, Regex)], module: &str| {
-            list.iter().any(|(_, regex)| regex.is_match(module).unwrap_or(false))
-        };
-        let fits = |module: &str| among(&self.targets, module) && !among(&self.excluded, module);
-        let unnamed: Vec<&str> = modules
-            .keys()
-            .map(String::as_str)
-            .filter(|module| linears.contains(module) && !self.targets.is_empty() && !fits(module))
-            .collect();
-        if !unnamed.is_empty() {
-            notices.push(format!(
-                "adapter_config.json does not name {} of the adapter's {} modules ({}) in target_modules, or excludes them, and PEFT would \
-                 leave them out; they were merged all the same",
-                unnamed.len(),
-                modules.len(),
-                listed(&unnamed)
-            ));
-        }
-        let has = |module: &str| modules.contains_key(module);
-        // Of a target without any factors, and of modules under other names, is told elsewhere.
-        if strange.is_empty() {
-            let mut absent: Vec<&str> =
-                linears.iter().copied().filter(|module| fits(module) && in_layers(module) && !has(module)).collect();
-            absent.sort_unstable();
-            let partly = |module: &&str| {
-                let tail = module.rsplit('.').next().unwrap_or_default();
-                modules.keys().any(|other| other.rsplit('.').next() == Some(tail))
-            };
-            absent.retain(partly);
-            if !absent.is_empty() {
-                notices.push(format!(
-                    "the adapter has no factors for {} of the modules that target_modules names ({}); they stay as the model has them",
-                    absent.len(),
-                    listed(&absent)
-                ));
-            }
-        }
-        let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
-        if let Some(base) = self.base.as_deref().filter(|base| !base.is_empty()) {
-            let wanted = last(base);
-            let place = model.canonicalize().unwrap_or_else(|_| model.to_path_buf());
-            // A cache of the hub calls a model's folder models--OWNER--NAME.
-            let mut parts = place.iter().map(|part| part.to_string_lossy().to_ascii_lowercase());
-            let named = original.as_deref().is_some_and(|name| last(name) == wanted);
-            if !named
-                && !parts.any(|part| part.rsplit("--").next() == Some(&*wanted) || part == format!("{wanted}.gguf"))
-            {
-                notices.push(format!(
-                    "the adapter was trained on `{base}`, and by its name {} may be another model; shapes fit, and nothing else tells",
-                    model.display()
-                ));
-            }
-        }
-        let zero = |name: &Option<String>| {
-            let data = name.as_ref().and_then(|name| file.get(name)).map(|view| view.data);
-            data.is_some_and(|data| data.iter().all(|byte| *byte == 0))
-        };
-        let idle: Vec<&str> = modules
-            .iter()
-            .filter(|(module, parts)| {
-                let alpha = Self::first(&self.alphas, module).unwrap_or(self.alpha);
-                parts.magnitude.is_none() && (alpha == 0.0 || zero(&parts.a) || zero(&parts.b))
-            })
-            .map(|(module, _)| module.as_str())
-            .collect();
-        if !idle.is_empty() {
-            notices.push(format!(
-                "{} of the adapter's {} modules ({}) change nothing: a factor or lora_alpha is 0; it may never have been trained",
-                idle.len(),
-                modules.len(),
-                listed(&idle)
-            ));
-        }
-        for (key, what, wanted) in
-            [("target_modules", "factors", &self.targets), ("modules_to_save", "tensors", &self.saved)]
-        {
-            let has = |regex: &Regex| {
-                // A block that is saved whole gives tensors of what is inside it.
-                let whole = replacing.keys().flat_map(|name| name.match_indices('.').map(|(dot, _)| &name[..dot]));
-                modules.keys().map(String::as_str).chain(whole).any(|name| regex.is_match(name).unwrap_or(true))
-            };
-            let absent: Vec<&str> =
-                wanted.iter().filter(|(_, regex)| !has(regex)).map(|(name, _)| name.as_str()).collect();
-            if !absent.is_empty() {
-                notices.push(format!(
-                    "adapter_config.json lists {} in {key}, and the adapter has no {what} for {}; they stay as the model has them",
-                    listed(&absent),
-                    if absent.len() == 1 { "it" } else { "them" }
-                ));
-            }
-        }
-        notices
-    }
-
     fn first(patterns: &[(Regex, f64)], module: &str) -> Option<f64> {
         patterns.iter().find(|(regex, _)| regex.is_match(module).unwrap_or(false)).map(|(_, value)| *value)
+    }
+
+    /// `lora_alpha`, or what alpha_pattern says of a module.
+    pub(super) fn alpha_of(&self, module: &str) -> f64 {
+        Self::first(&self.alphas, module).unwrap_or(self.alpha)
     }
 
     /// The factor of a module's product, whose factors are of rank `found`.
@@ -285,7 +151,7 @@ impl Settings {
         if rank != found as f64 {
             return Err(format!("its rank is {found}, and adapter_config.json says {rank}"));
         }
-        let alpha = Self::first(&self.alphas, module).unwrap_or(self.alpha);
+        let alpha = self.alpha_of(module);
         Ok((alpha / if self.root { rank.sqrt() } else { rank }) as f32)
     }
 }

@@ -1,0 +1,183 @@
+//! What is told of an adapter that was merged: where PEFT would do otherwise, and what changed nothing.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
+
+use fancy_regex::Regex;
+use formats::SafetensorsFile;
+
+use super::Parts;
+use super::settings::Settings;
+use crate::weights::Entry;
+use crate::words::listed;
+
+/// An adapter that was merged, and the model that it was merged into.
+pub(super) struct Merged<'a> {
+    pub(super) settings: &'a Settings,
+    pub(super) file: &'a SafetensorsFile,
+    /// The adapter's factors by module.
+    pub(super) modules: &'a BTreeMap<String, Parts>,
+    /// The adapter's tensors that took the place of the model's, by the model's names.
+    pub(super) replacing: &'a BTreeMap<String, String>,
+    /// Where the model is.
+    pub(super) model: &'a Path,
+    /// What the model's config.json calls it.
+    pub(super) original: Option<&'a str>,
+    /// The model's tensors.
+    pub(super) entries: &'a [Entry],
+}
+
+impl Merged<'_> {
+    /// What the user should know, one sentence each.
+    pub(super) fn notices(&self) -> Vec<String> {
+        let linears: HashSet<&str> = self
+            .entries
+            .iter()
+            .filter(|entry| entry.shape.len() == 2)
+            .filter_map(|entry| entry.name.strip_suffix(".weight"))
+            .collect();
+        // PEFT looks a module up by the model's own name for it, and nowhere else. A head that is the embedding is a module without
+        // a tensor.
+        let known = |module: &str| linears.contains(module) || module == "lm_head";
+        let strange: HashSet<&str> = self.modules.keys().map(String::as_str).filter(|module| !known(module)).collect();
+        // Of a target without any factors, and of modules under other names, is told elsewhere.
+        let without_factors = if strange.is_empty() { self.without_factors(&linears) } else { None };
+        let of_modules = [self.foreign_names(&strange), self.unnamed(&linears), without_factors];
+        let of_values = [self.other_base(), self.idle()];
+        let listed = [
+            self.listed_in_vain("target_modules", "factors", &self.settings.targets),
+            self.listed_in_vain("modules_to_save", "tensors", &self.settings.saved),
+        ];
+        of_modules.into_iter().chain(of_values).chain(listed).flatten().collect()
+    }
+
+    /// Tensors whose names PEFT would not look for: `strange` are the modules that the model has under other names.
+    fn foreign_names(&self, strange: &HashSet<&str>) -> Option<String> {
+        let foreign = |name: &&str| {
+            let module = name.strip_prefix("base_model.model.").and_then(|name| Some(name.split_once(".lora_")?.0));
+            !name.starts_with("base_model.model.")
+                || name.contains("_orig_mod.")
+                || module.is_some_and(|module| strange.contains(module.replace(".base_layer", "").as_str()))
+        };
+        let names: Vec<&str> = self.file.tensors().map(|spec| spec.name.as_str()).collect();
+        let first = names.iter().copied().find(|name| foreign(name))?;
+        Some(format!(
+            "{} of the adapter's {} tensors, such as `{first}`, are not called as PEFT calls them, and it would leave them out; they \
+             were merged all the same",
+            names.iter().filter(|name| foreign(name)).count(),
+            names.len()
+        ))
+    }
+
+    /// Whether PEFT would look for factors of a module.
+    fn is_target(&self, module: &str) -> bool {
+        let among = |list: &[(String, Regex)]| list.iter().any(|(_, regex)| regex.is_match(module).unwrap_or(false));
+        among(&self.settings.targets) && !among(&self.settings.excluded)
+    }
+
+    /// Modules with factors that adapter_config.json does not name.
+    fn unnamed(&self, linears: &HashSet<&str>) -> Option<String> {
+        let unnamed: Vec<&str> = self
+            .modules
+            .keys()
+            .map(String::as_str)
+            .filter(|module| linears.contains(module) && !self.settings.targets.is_empty() && !self.is_target(module))
+            .collect();
+        (!unnamed.is_empty()).then(|| {
+            format!(
+                "adapter_config.json does not name {} of the adapter's {} modules ({}) in target_modules, or excludes them, and PEFT would \
+                 leave them out; they were merged all the same",
+                unnamed.len(),
+                self.modules.len(),
+                listed(&unnamed)
+            )
+        })
+    }
+
+    /// Linears without factors, of a target that others have factors of.
+    fn without_factors(&self, linears: &HashSet<&str>) -> Option<String> {
+        let in_layers = |module: &str| {
+            let layer = module.split('.').find_map(|part| part.parse::<i64>().ok());
+            self.settings.layers.as_ref().is_none_or(|layers| layer.is_some_and(|layer| layers.contains(&layer)))
+        };
+        let has = |module: &str| self.modules.contains_key(module);
+        let mut absent: Vec<&str> = linears
+            .iter()
+            .copied()
+            .filter(|module| self.is_target(module) && in_layers(module) && !has(module))
+            .collect();
+        absent.sort_unstable();
+        let partly = |module: &&str| {
+            let tail = module.rsplit('.').next().unwrap_or_default();
+            self.modules.keys().any(|other| other.rsplit('.').next() == Some(tail))
+        };
+        absent.retain(partly);
+        (!absent.is_empty()).then(|| {
+            format!(
+                "the adapter has no factors for {} of the modules that target_modules names ({}); they stay as the model has them",
+                absent.len(),
+                listed(&absent)
+            )
+        })
+    }
+
+    /// A model whose name is not that of the one that the adapter was trained on.
+    fn other_base(&self) -> Option<String> {
+        let last = |name: &str| name.trim_end_matches('/').rsplit('/').next().unwrap_or_default().to_ascii_lowercase();
+        let base = self.settings.base.as_deref().filter(|base| !base.is_empty())?;
+        let wanted = last(base);
+        let place = self.model.canonicalize().unwrap_or_else(|_| self.model.to_path_buf());
+        // A cache of the hub calls a model's folder models--OWNER--NAME.
+        let mut parts = place.iter().map(|part| part.to_string_lossy().to_ascii_lowercase());
+        let named = self.original.is_some_and(|name| last(name) == wanted);
+        let other =
+            !named && !parts.any(|part| part.rsplit("--").next() == Some(&*wanted) || part == format!("{wanted}.gguf"));
+        other.then(|| {
+            format!(
+                "the adapter was trained on `{base}`, and by its name {} may be another model; shapes fit, and nothing else tells",
+                self.model.display()
+            )
+        })
+    }
+
+    /// Modules whose product is zero.
+    fn idle(&self) -> Option<String> {
+        let zero = |name: &Option<String>| {
+            let data = name.as_ref().and_then(|name| self.file.get(name)).map(|view| view.data);
+            data.is_some_and(|data| data.iter().all(|byte| *byte == 0))
+        };
+        let idle: Vec<&str> = self
+            .modules
+            .iter()
+            .filter(|(module, parts)| {
+                parts.magnitude.is_none() && (self.settings.alpha_of(module) == 0.0 || zero(&parts.a) || zero(&parts.b))
+            })
+            .map(|(module, _)| module.as_str())
+            .collect();
+        (!idle.is_empty()).then(|| {
+            format!(
+                "{} of the adapter's {} modules ({}) change nothing: a factor or lora_alpha is 0; it may never have been trained",
+                idle.len(),
+                self.modules.len(),
+                listed(&idle)
+            )
+        })
+    }
+
+    /// Modules that setting `key` lists, and that the adapter has no tensor for; `what` such tensors are called.
+    fn listed_in_vain(&self, key: &str, what: &str, wanted: &[(String, Regex)]) -> Option<String> {
+        let has = |regex: &Regex| {
+            // A block that is saved whole gives tensors of what is inside it.
+            let whole = self.replacing.keys().flat_map(|name| name.match_indices('.').map(|(dot, _)| &name[..dot]));
+            self.modules.keys().map(String::as_str).chain(whole).any(|name| regex.is_match(name).unwrap_or(true))
+        };
+        let absent: Vec<&str> = wanted.iter().filter(|(_, regex)| !has(regex)).map(|(name, _)| name.as_str()).collect();
+        (!absent.is_empty()).then(|| {
+            format!(
+                "adapter_config.json lists {} in {key}, and the adapter has no {what} for {}; they stay as the model has them",
+                listed(&absent),
+                if absent.len() == 1 { "it" } else { "them" }
+            )
+        })
+    }
+}

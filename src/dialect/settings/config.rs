@@ -1,0 +1,470 @@
+//! config.json, put together part by part: what every model says, then what only models of its type say.
+
+use formats::container::gguf::MetadataValue;
+use serde_json::{Map, Value, json};
+
+use super::{Result, Settings, integer, required};
+use crate::dialect::architectures::Need;
+
+/// The numbers that every architecture has, most of them under keys of the same names.
+struct Hyperparameters {
+    /// Width of hidden states.
+    hidden: usize,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    /// Whether keys and values are made of a latent, as DeepSeek's are.
+    latent: bool,
+    /// Tokens of the longest text.
+    context: usize,
+    /// Values of a head.
+    head_dim: usize,
+    /// How many of them are rotated by position.
+    rotated: usize,
+    /// Experts of a mixture.
+    experts: Option<usize>,
+    /// Width of feed-forward layers.
+    inner: usize,
+    /// Epsilon of the norms.
+    eps: f64,
+    /// Base of rotary frequencies.
+    theta: f64,
+}
+
+/// The value of `layer_types`: whether a layer sees a window alone or the whole text.
+fn layer_types(local: &[bool]) -> Value {
+    local.iter().map(|local| if *local { "sliding_attention" } else { "full_attention" }).collect()
+}
+
+impl Settings {
+    /// config.json. Fails for what is missing or cannot be said there.
+    pub fn config(&self) -> Result<Value> {
+        self.check_sayable()?;
+        let model = self.hyperparameters()?;
+        let Hyperparameters { hidden, layers, heads, kv_heads, latent, context, head_dim, inner, eps, .. } = model;
+        let scaling = self.rope_scaling(model.theta, latent)?;
+        let (model_type, class, activation) = self.class(model.experts.is_some())?;
+        let tied = !self.has("output.weight");
+        let embedding = self.tensors.get("token_embd.weight");
+        let mut config = json!({
+            "architectures": [class], "model_type": model_type, "vocab_size": embedding.and_then(|shape| shape.first()),
+        });
+        let object = config.as_object_mut().expect("an object");
+        let mut set = |values: Value| object.extend(values.as_object().cloned().unwrap_or_default());
+        if model_type == "gpt2" {
+            set(json!({
+                "n_embd": hidden, "n_head": heads, "n_layer": layers, "n_positions": context, "n_inner": inner,
+                "layer_norm_epsilon": eps, "activation_function": activation, "tie_word_embeddings": tied,
+            }));
+            return Ok(config);
+        }
+        set(json!({
+            "hidden_act": activation,
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "max_position_embeddings": context,
+            "num_attention_heads": heads,
+            "num_hidden_layers": layers,
+            "num_key_value_heads": kv_heads,
+            "tie_word_embeddings": tied,
+        }));
+        if !latent {
+            set(json!({"head_dim": head_dim}));
+        }
+        set(self.epsilon(model_type, eps)?);
+        set(self.rotary_share(model_type, &model)?);
+        set(self.positions(model_type, model.theta, scaling.as_ref())?);
+        set(self.biases(model_type));
+        if model_type.starts_with("granite") {
+            set(self.multipliers(head_dim)?);
+        }
+        set(self.of_type(model_type, activation, &model)?);
+        set(self.mixture(model_type, &model)?);
+        Ok(config)
+    }
+
+    /// Fails for flags that change what is computed and have no key in any config.json.
+    fn check_sayable(&self) -> Result<()> {
+        let id = self.architecture.id;
+        if self.flag("attention.causal")? == Some(false) {
+            return Err(self.unsupported(format!(
+                "`{}` is false: attention to what comes later in the text can be neither computed nor written here; take the model \
+                 as it is, or have llama-quantize quantize it",
+                self.key("attention.causal")
+            )));
+        }
+        let finetuned = self.flag("rope.scaling.finetuned")?;
+        if (id, finetuned) == ("granite", Some(false)) {
+            return Err(self.unsupported(format!(
+                "`{}` is false, by which llama.cpp runs a granite model without positions, and config.json has no word for that",
+                self.key("rope.scaling.finetuned")
+            )));
+        }
+        Ok(())
+    }
+
+    /// Fails for the first key that is missing, and for values of another width than keys.
+    fn hyperparameters(&self) -> Result<Hyperparameters> {
+        let id = self.architecture.id;
+        let hidden = self.required("embedding_length")?;
+        let layers = self.required("block_count")?;
+        let heads = self.required("attention.head_count")?;
+        let kv_heads = self.count("attention.head_count_kv")?.unwrap_or(heads).max(1);
+        let latent = self.count("attention.kv_lora_rank")?.is_some() && id == "deepseek2";
+        let context = self.required("context_length")?;
+        required::check(self)?;
+        let head_dim = match latent {
+            true => self.required("attention.key_length_mla")?,
+            false => self.count("attention.key_length")?.unwrap_or(hidden / heads),
+        };
+        if !latent && let Some(value) = self.count("attention.value_length")?.filter(|value| *value != head_dim) {
+            return Err(self.unsupported(format!("keys of {head_dim} values and values of {value} cannot be read")));
+        }
+        let rotated = self.count("rope.dimension_count")?.unwrap_or(head_dim);
+        let experts = self.count("expert_count")?.filter(|n| *n > 0);
+        let inner = self.required("feed_forward_length")?;
+        let eps = self.float(required::epsilon(id))?;
+        let eps = eps.ok_or_else(|| formats::Error::missing(self.key(required::epsilon(id))))?;
+        let theta = self.float("rope.freq_base")?.unwrap_or(10000.0);
+        // There a stretched context is a larger base.
+        let alpha = match id {
+            "hunyuan-dense" => self.float("rope.scaling.alpha")?.filter(|alpha| *alpha > 0.0),
+            _ => None,
+        };
+        let power = head_dim as f64 / (head_dim as f64 - 2.0);
+        let theta = alpha.map_or(theta, |alpha| theta * alpha.powf(power));
+        Ok(Hyperparameters {
+            hidden,
+            layers,
+            heads,
+            kv_heads,
+            latent,
+            context,
+            head_dim,
+            rotated,
+            experts,
+            inner,
+            eps,
+            theta,
+        })
+    }
+
+    /// Tokens that layers with a window attend to, where there are such layers.
+    fn window(&self) -> Result<Option<usize>> {
+        Ok(self.count("attention.sliding_window")?.filter(|window| *window > 0))
+    }
+
+    /// Whether one of these modules has a bias in any layer.
+    fn biased(&self, modules: &[&str]) -> bool {
+        self.tensors
+            .keys()
+            .filter_map(|name| name.strip_prefix("blk.")?.strip_suffix(".bias")?.split_once('.'))
+            .any(|(_, module)| modules.contains(&module))
+    }
+
+    /// The norms' epsilon, under the key that this type has for it. Fails where it has none and another than the usual epsilon.
+    fn epsilon(&self, model_type: &str, eps: f64) -> Result<Value> {
+        let norm = match model_type {
+            "phi" | "gpt_neox" | "stablelm" | "cohere" | "cohere2" => Some("layer_norm_eps"),
+            "starcoder2" => Some("norm_epsilon"),
+            "nemotron" => Some("norm_eps"),
+            "olmo" => None,
+            _ => Some("rms_norm_eps"),
+        };
+        match norm {
+            Some(key) => Ok(Value::Object(Map::from_iter([(key.to_owned(), eps.into())]))),
+            None if eps as f32 != 1e-5 => {
+                Err(self.unsupported(format!("norms without weights have an epsilon of 1e-5, not {eps}")))
+            }
+            None => Ok(json!({})),
+        }
+    }
+
+    /// Which share of a head's values is rotated. Fails for a type that rotates whole heads, where the file does not.
+    fn rotary_share(&self, model_type: &str, model: &Hyperparameters) -> Result<Value> {
+        let Hyperparameters { rotated, head_dim, latent, .. } = *model;
+        if rotated != head_dim && !latent {
+            // Multiplied by the width of a head it is truncated.
+            let share = rotated as f64 / head_dim as f64;
+            let share = if (head_dim as f64 * share) as usize == rotated { share } else { share + 1e-9 };
+            Ok(match model_type {
+                "gpt_neox" => json!({"rotary_pct": share}),
+                "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" => {
+                    json!({"partial_rotary_factor": share})
+                }
+                _ => {
+                    return Err(
+                        self.unsupported(format!("rotating {rotated} of {head_dim} values of a head cannot be read"))
+                    );
+                }
+            })
+        } else if matches!(model_type, "phi" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe") {
+            Ok(json!({"partial_rotary_factor": 1.0}))
+        } else if model_type == "gpt_neox" {
+            Ok(json!({"rotary_pct": 1.0}))
+        } else {
+            Ok(json!({}))
+        }
+    }
+
+    /// Base and scaling of rotary frequencies. Fails for scaled positions of several kinds.
+    fn positions(&self, model_type: &str, theta: f64, scaling: Option<&Value>) -> Result<Value> {
+        let with_base = || {
+            let mut parameters = scaling.cloned().unwrap_or(json!({"rope_type": "default"}));
+            parameters["rope_theta"] = theta.into();
+            parameters
+        };
+        match model_type {
+            "ministral3" => {
+                let mut all = with_base();
+                if let Some(scale) = self.float("attention.temperature_scale")?.filter(|scale| *scale != 0.0) {
+                    all["llama_4_scaling_beta"] = scale.into();
+                }
+                return Ok(json!({"rope_parameters": all}));
+            }
+            // Layers with a window have frequencies of their own.
+            "gemma3_text" | "olmo3" => {
+                let near = match model_type {
+                    "olmo3" => theta,
+                    _ => self.float("rope.freq_base_swa")?.unwrap_or(10000.0),
+                };
+                return Ok(json!({"rope_parameters": {
+                    "full_attention": with_base(),
+                    "sliding_attention": {"rope_type": "default", "rope_theta": near},
+                }}));
+            }
+            _ => {}
+        }
+        let mut values = match model_type {
+            "gpt_neox" => json!({"rotary_emb_base": theta}),
+            _ => json!({"rope_theta": theta}),
+        };
+        match (scaling, model_type) {
+            (_, "qwen2_vl") => {
+                // In a text the positions of all kinds are the same.
+                let name = "rope.dimension_sections";
+                let sections: Vec<usize> = match self.look(name) {
+                    Some(MetadataValue::Array(list)) => list.iter().filter_map(integer).take(3).collect(),
+                    _ => return Err(formats::Error::missing(format!("metadata key `{}`", self.key(name)))),
+                };
+                if scaling.is_some() {
+                    return Err(self.unsupported("scaled positions of several kinds cannot be read"));
+                }
+                values["rope_scaling"] = json!({"type": "mrope", "mrope_section": sections});
+            }
+            (Some(scaling), _) => {
+                // This family's configurations have it outside, where it counts.
+                if let (Some(original), "phi3") = (scaling.get("original_max_position_embeddings"), model_type) {
+                    values["original_max_position_embeddings"] = original.clone();
+                }
+                values["rope_scaling"] = scaling.clone();
+            }
+            // Where nothing is said of scaling this family's usual one is meant.
+            (None, "gpt_oss") => values["rope_scaling"] = json!({"rope_type": "default"}),
+            (None, _) => {}
+        }
+        Ok(values)
+    }
+
+    /// Which linears have biases.
+    fn biases(&self, model_type: &str) -> Value {
+        let of_output = if self.architecture.o_bias == Need::May { "attn_output" } else { "attn_qkv" };
+        let biases = self.biased(&["attn_q", "attn_k", "attn_v", "attn_qkv", of_output]);
+        match model_type {
+            "llama" | "mixtral" | "granite" | "granitemoe" | "smollm3" | "nemotron" => {
+                json!({"attention_bias": biases, "mlp_bias": self.biased(&["ffn_up", "ffn_gate", "ffn_down"])})
+            }
+            "qwen3" | "qwen3_moe" | "gemma" | "gemma2" | "gemma3_text" | "olmo" | "olmo2" | "olmo3" | "cohere"
+            | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" | "seed_oss" | "arcee"
+            | "hunyuan_v1_dense" | "glm4_moe" => {
+                json!({"attention_bias": biases})
+            }
+            "starcoder2" => json!({"use_bias": true}),
+            "stablelm" => {
+                // The norm decides.
+                self.look("use_parallel_residual");
+                json!({
+                    "use_qkv_bias": biases,
+                    "use_parallel_residual": !self.has("blk.0.ffn_norm.weight"),
+                    "qk_layernorm": self.has("blk.0.attn_q_norm.weight"),
+                })
+            }
+            "qwen2_moe" => json!({"qkv_bias": biases}),
+            _ => json!({}),
+        }
+    }
+
+    /// Granite's factors: of attention's scores, the embedding, what blocks add and the logits.
+    fn multipliers(&self, head_dim: usize) -> Result<Value> {
+        let factor = |name: &str| Ok::<f64, formats::Error>(self.float(name)?.filter(|x| *x != 0.0).unwrap_or(1.0));
+        let scale = self.float("attention.scale")?.filter(|x| *x != 0.0);
+        Ok(json!({
+            "attention_multiplier": scale.unwrap_or((head_dim as f64).powf(-0.5)),
+            "embedding_multiplier": factor("embedding_scale")?,
+            "residual_multiplier": factor("residual_scale")?,
+            "logits_scaling": factor("logit_scale")?,
+        }))
+    }
+
+    /// Keys that only a model of this type has, but for a mixture's.
+    fn of_type(&self, model_type: &str, activation: &str, model: &Hyperparameters) -> Result<Value> {
+        let Hyperparameters { hidden, layers, heads, head_dim, .. } = *model;
+        let window = self.window()?;
+        let heads_27b = matches!((model_type, layers), ("gemma2", 46) | ("gemma3_text", 62));
+        Ok(match model_type {
+            "gemma2" | "gemma3_text" => {
+                let third = model_type == "gemma3_text";
+                let scalar = if heads_27b { hidden / heads } else { head_dim };
+                let cap = |name: &str| self.float(name);
+                let local = match (third, window) {
+                    (true, None) => vec![false; layers],
+                    _ => self.local(layers, if third { 6 } else { 2 })?,
+                };
+                json!({
+                    "query_pre_attn_scalar": scalar,
+                    "sliding_window": window.unwrap_or(4096),
+                    "layer_types": layer_types(&local),
+                    "attn_logit_softcapping": if third { None } else { Some(cap("attn_logit_softcapping")?.unwrap_or(50.0)) },
+                    "final_logit_softcapping": match (cap("final_logit_softcapping")?, third) {
+                        (found, true) => found.filter(|cap| *cap != 0.0),
+                        (found, false) => Some(found.unwrap_or(30.0)),
+                    },
+                    "hidden_activation": activation,
+                })
+            }
+            "gemma" => json!({"hidden_activation": activation}),
+            "olmo" => json!({"clip_qkv": self.float("attention.clamp_kqv")?.filter(|clip| *clip > 0.0)}),
+            "olmo3" => json!({"sliding_window": window, "layer_types": layer_types(&self.local(layers, 4)?)}),
+            "gpt_neox" => json!({"use_parallel_residual": self.flag("use_parallel_residual")?.unwrap_or(true)}),
+            "cohere" => json!({
+                "logit_scale": self.float("logit_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
+                "use_qk_norm": layers >= 64,
+            }),
+            "cohere2" => json!({
+                "logit_scale": self.float("logit_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
+                "sliding_window": window,
+                "layer_types": layer_types(&self.local(layers, 4)?),
+            }),
+            "smollm3" => json!({"no_rope_layer_interval": 4, "use_sliding_window": false}),
+            // Windows, and with them layers without positions, are used in the largest model only.
+            "exaone4" => {
+                let window = (layers == 64).then(|| window.unwrap_or(4096));
+                let local = if window.is_some() { self.local(layers, 4)? } else { vec![false; layers] };
+                json!({"sliding_window": window, "layer_types": layer_types(&local)})
+            }
+            _ => json!({}),
+        })
+    }
+
+    /// Keys of the types that have experts, DeepSeek's latent attention among them.
+    fn mixture(&self, model_type: &str, model: &Hyperparameters) -> Result<Value> {
+        let Hyperparameters { layers, experts, inner, .. } = *model;
+        let window = self.window()?;
+        let used = || self.required("expert_used_count");
+        let expert_inner =
+            || -> Result<usize> { Ok(self.count("expert_feed_forward_length")?.filter(|n| *n > 0).unwrap_or(inner)) };
+        Ok(match model_type {
+            "glm4_moe" => json!({
+                "moe_intermediate_size": expert_inner()?,
+                "n_routed_experts": experts,
+                "n_shared_experts": self.count("expert_shared_count")?.filter(|count| *count > 0),
+                "num_experts_per_tok": used()?,
+                "first_k_dense_replace": self.count("leading_dense_block_count")?.unwrap_or(0),
+                "norm_topk_prob": self.flag("expert_weights_norm")?.unwrap_or(false),
+                "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
+                "use_qk_norm": self.has("blk.0.attn_q_norm.weight"),
+            }),
+            "mixtral" | "granitemoe" => json!({"num_local_experts": experts, "num_experts_per_tok": used()?}),
+            "olmoe" => json!({"num_experts": experts, "num_experts_per_tok": used()?, "norm_topk_prob": false}),
+            "qwen2_moe" | "qwen3_moe" => json!({
+                "num_experts": experts,
+                "num_experts_per_tok": used()?,
+                "moe_intermediate_size": match self.count("expert_feed_forward_length")?.filter(|n| *n > 0) {
+                    Some(width) => width,
+                    None => inner / used()?,
+                },
+                "norm_topk_prob": model_type == "qwen3_moe",
+                "shared_expert_intermediate_size": match model_type {
+                    "qwen2_moe" => Some(self.count("expert_shared_feed_forward_length")?.unwrap_or(inner)),
+                    _ => None,
+                },
+                "decoder_sparse_step": 1,
+                "mlp_only_layers": [],
+            }),
+            "gpt_oss" => json!({
+                "num_local_experts": experts,
+                "num_experts_per_tok": used()?,
+                "intermediate_size": expert_inner()?,
+                "sliding_window": window,
+                "layer_types": layer_types(&self.local(layers, 2)?),
+            }),
+            "llama4_text" => {
+                let unlimited = self.count("attention.sliding_window")? == Some(0);
+                let local = if unlimited { vec![true; layers] } else { self.local(layers, 4)? };
+                json!({
+                    "num_local_experts": experts,
+                    "num_experts_per_tok": used()?,
+                    "intermediate_size": expert_inner()?,
+                    "intermediate_size_mlp": inner,
+                    "interleave_moe_layer_step": self.required("interleave_moe_layer_step")?,
+                    "attention_chunk_size": if unlimited { None } else { Some(8192) },
+                    "no_rope_layers": local.iter().map(|local| u8::from(*local)).collect::<Vec<_>>(),
+                    "use_qk_norm": experts != Some(128),
+                    "attn_temperature_tuning": !unlimited,
+                    "floor_scale": 8192,
+                    "attn_scale": 0.1,
+                })
+            }
+            "deepseek_v2" | "deepseek_v3" => self.deepseek(model)?,
+            _ => json!({}),
+        })
+    }
+
+    /// Latent attention and experts of DeepSeek V2 and V3, in groups where the file has them. Fails for routing that transformers has
+    /// no model for.
+    fn deepseek(&self, model: &Hyperparameters) -> Result<Value> {
+        let Hyperparameters { layers, head_dim, rotated, experts, inner, .. } = *model;
+        let third = self.sigmoid(false)?;
+        let nope = head_dim.checked_sub(rotated).filter(|nope| *nope > 0).ok_or_else(|| {
+            self.unsupported(format!("rotating {rotated} of {head_dim} values of a head cannot be read"))
+        })?;
+        let groups = self.count("expert_group_count")?.filter(|count| *count > 1);
+        if groups.is_some() && !third {
+            return Err(self.unsupported(format!(
+                "`{}` without sigmoids that choose experts: llama.cpp ranks groups by their two best experts then, and no model of \
+                 transformers does; if the model is DeepSeek V3 or made from it, set `{}` to 2, else quantize the checkpoint that the file \
+                 was made from",
+                self.key("expert_group_count"),
+                self.key("expert_gating_func")
+            )));
+        }
+        // A mixture's correction may be left out of the file.
+        let dense = self.count("leading_dense_block_count")?.unwrap_or(0);
+        let corrected = self.has(&format!("blk.{}.exp_probs_b.bias", layers - 1));
+        if third && !corrected && experts.is_some() && dense < layers {
+            return Err(self.unsupported("sigmoid routing without a correction cannot be read"));
+        }
+        Ok(json!({
+            "num_key_value_heads": self.required("attention.head_count")?,
+            "qk_nope_head_dim": nope,
+            "qk_rope_head_dim": rotated,
+            "v_head_dim": self.required("attention.value_length_mla")?,
+            "kv_lora_rank": self.required("attention.kv_lora_rank")?,
+            "q_lora_rank": self.count("attention.q_lora_rank")?.filter(|rank| *rank > 0),
+            "intermediate_size": inner,
+            "moe_intermediate_size": self.required("expert_feed_forward_length")?,
+            "n_routed_experts": experts,
+            "n_shared_experts": self.count("expert_shared_count")?.filter(|count| *count > 0),
+            "num_experts_per_tok": self.count("expert_used_count")?,
+            "first_k_dense_replace": dense,
+            "moe_layer_freq": 1,
+            "norm_topk_prob": self.flag("expert_weights_norm")?.unwrap_or(false),
+            "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
+            "n_group": groups.unwrap_or(1),
+            "topk_group": self.count("expert_group_used_count")?.filter(|_| groups.is_some()).unwrap_or(1),
+            "topk_method": if third { "noaux_tc" } else { "greedy" },
+            "scoring_func": if third { "sigmoid" } else { "softmax" },
+            "rope_interleave": true,
+        }))
+    }
+}
