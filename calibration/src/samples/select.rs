@@ -112,12 +112,12 @@ fn usable(text: &Text) -> Result<Vec<&Document>, SampleError> {
 /// Documents as strings, in the order in which they were asked for, and what became of the others.
 struct Renderings<'a> {
     rendered: Vec<Rendered<'a>>,
-    tally: Rendering,
+    tally: RenderTally,
 }
 
 /// How many documents went through the chat template, and how many it did not take.
 #[derive(Default)]
-struct Rendering {
+struct RenderTally {
     /// Conversations that the template wrote.
     templated: usize,
     /// Conversations that are read as plain text, for the model has no template.
@@ -136,7 +136,7 @@ impl<'a> Renderings<'a> {
         documents: impl Iterator<Item = &'a Document>,
         chat: Option<&ChatTemplate>,
     ) -> Result<Renderings<'a>, SampleError> {
-        let (mut rendered, mut tally) = (Vec::new(), Rendering::default());
+        let (mut rendered, mut tally) = (Vec::new(), RenderTally::default());
         for document in documents {
             match render(document, chat) {
                 Ok(one) if one.marked && !is_written(document, &one.text) => tally.unwritten += 1,
@@ -156,10 +156,10 @@ impl<'a> Renderings<'a> {
     }
 }
 
-impl Rendering {
+impl RenderTally {
     /// Why a text of so many documents has none that can be used.
     fn nothing_left(&self, name: &str, documents: usize, chat: &ChatTemplate) -> SampleError {
-        let Rendering { refused, refusal, unwritten, .. } = self;
+        let RenderTally { refused, refusal, unwritten, .. } = self;
         let problem = match (refusal, unwritten) {
             (Some(SampleError::Template { problem, .. }), 0) => {
                 format!("all {refused} conversations of {name} are refused: {problem}")
