@@ -14,6 +14,7 @@ pub(crate) mod architectures;
 pub(crate) mod called;
 mod fused;
 pub mod metadata;
+pub(crate) mod mlx;
 pub(crate) mod model;
 pub mod names;
 mod rope;

@@ -1,17 +1,30 @@
 //! config.json for a reader that has defaults of its own, and knows rotary positions by the older keys alone: mlx-lm.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
-use super::{settings, text_part};
+use super::rope::{self, warmth};
+use super::{is_known, settings, text_part};
+use crate::json::{integer, real};
 
 /// The same settings with nothing left to defaults, and what is said of rotary positions in the older keys too. Nothing is said that
 /// would change what those take from it who read as transformers does.
 pub fn spelt_out(config: &Value) -> Value {
-    let mut told = Told { config: config.clone(), inner: text_part(config).inner };
+    let part = text_part(config);
+    let mut told = Told { config: config.clone(), inner: part.inner, known: is_known(config) };
     let Ok(settings) = settings(config) else { return told.config };
     for key in &settings.left_out {
         told.say(key, settings.values[key].clone());
     }
+    told.say("tie_word_embeddings", settings.values["tie_word_embeddings"].clone());
+    // A setting that transformers calls otherwise now.
+    if part.model_type == "qwen3_moe" {
+        told.say("num_experts", settings.values["num_local_experts"].clone());
+    }
+    // The size of the embedding is looked for outside there.
+    if part.wrapper.is_some_and(|wrapper| wrapper.model_type == "gemma3") && told.config.get("vocab_size").is_none() {
+        told.config["vocab_size"] = settings.values["vocab_size"].clone();
+    }
+    told.pattern(&part.model_type, &settings.values);
     let Some(rotary) = settings.values["rope_parameters"].as_object() else { return told.config };
     let of = |kind: &str| rotary.get(kind).and_then(Value::as_object);
     let far = of("full_attention").unwrap_or(rotary);
@@ -27,20 +40,53 @@ pub fn spelt_out(config: &Value) -> Value {
         told.say("rope_local_base_freq", number(near, "rope_theta"));
     }
     let mut scaling = far.clone();
-    scaling.retain(|key, _| !["rope_theta", "partial_rotary_factor"].contains(&&key[..]));
-    if scaling.get("rope_type").is_some_and(|kind| kind != "default") {
-        told.say("rope_scaling", scaling.into());
-    } else {
+    scaling.retain(|key, value| !["rope_theta", "partial_rotary_factor"].contains(&&key[..]) && !value.is_null());
+    match scaling.get("rope_type").and_then(Value::as_str) {
+        Some(kind) if kind != "default" => {
+            let kind = kind.to_owned();
+            if part.model_type == "phi3" {
+                told.say("original_max_position_embeddings", number(far, "original_max_position_embeddings"));
+            }
+            // Some classes know its older name alone, and some ask for a number with a point.
+            scaling.entry("type").or_insert_with(|| kind.clone().into());
+            if let Some(factor) = scaling.get("factor").and_then(real) {
+                scaling.insert("factor".to_owned(), factor.into());
+            }
+            if kind == "yarn" {
+                warm(&mut scaling, far, &settings.values);
+            }
+            told.replace("rope_scaling", scaling.into());
+        }
         // For some models it has to be there.
-        told.part().entry("rope_scaling").or_insert(Value::Null);
+        _ => drop(told.part().entry("rope_scaling").or_insert(Value::Null)),
     }
     told.config
+}
+
+/// Says YaRN's factors in the words that are read: `attention_factor` is not, and `mscale` is, whatever stands beside it.
+fn warm(scaling: &mut Map<String, Value>, far: &Map<String, Value>, settings: &Value) {
+    let context = settings["max_position_embeddings"].clone();
+    let original = scaling.get("original_max_position_embeddings").and_then(integer);
+    if let (None, Some(context), Some(original @ 1..)) = (scaling.get("factor"), integer(&context), original) {
+        scaling.insert("factor".to_owned(), (context as f64 / original as f64).into());
+    }
+    let Ok(rope) = rope::of(&far.clone().into(), &context, 64) else { return };
+    let number = |key: &str, usual: f64| scaling.get(key).and_then(real).unwrap_or(usual);
+    let (factor, all) = (number("factor", 1.0), number("mscale_all_dim", 0.0));
+    let taken = warmth(factor, number("mscale", 1.0)) / warmth(factor, all);
+    let meant = f64::from(rope.magnitude);
+    if factor > 1.0 && (taken / meant - 1.0).abs() > 1e-6 {
+        let mscale = (meant * warmth(factor, all) - 1.0) / (0.1 * factor.ln());
+        scaling.insert("mscale".to_owned(), mscale.into());
+    }
 }
 
 struct Told {
     config: Value,
     /// Whether the language model's settings are in `text_config`.
     inner: bool,
+    /// Whether the family is known, so that what is taken from settings can be compared.
+    known: bool,
 }
 
 impl Told {
@@ -54,15 +100,78 @@ impl Told {
         if self.part().get(key).is_some_and(|said| !said.is_null()) || value.is_null() {
             return !value.is_null();
         }
-        let taken = |config: &Value| settings(config).map(|settings| (settings.values, settings.notes)).ok();
-        let before = (self.config.clone(), taken(&self.config));
+        self.replace(key, value)
+    }
+
+    /// Says it in place of what is said, if nobody would take something else from it.
+    fn replace(&mut self, key: &str, value: Value) -> bool {
+        let before = self.config.clone();
         self.part().insert(key.to_owned(), value);
-        let same = taken(&self.config) == before.1;
+        let same = !self.known || taken_alike(&before, &self.config);
         if !same {
-            self.config = before.0;
+            self.config = before;
         }
         same
     }
+
+    /// Which layers see a window only, as a number or as letters: some classes know no list.
+    fn pattern(&mut self, model_type: &str, settings: &Value) {
+        let Some(list) = settings["layer_types"].as_array().filter(|list| !list.is_empty()) else { return };
+        let local: Vec<bool> = list.iter().map(|kind| *kind == "sliding_attention").collect();
+        let said = self.part().get("sliding_window_pattern").cloned().unwrap_or_default();
+        let fits = |every: usize| local.iter().enumerate().all(|(at, local)| *local == !(at + 1).is_multiple_of(every));
+        match model_type {
+            "gemma3_text" | "cohere2" if said.is_null() => {
+                let usual = if model_type == "cohere2" { 4 } else { 6 };
+                let every = (1..=local.len()).chain([usual]).find(|every| fits(*every));
+                every.into_iter().for_each(|every| {
+                    self.part().insert("sliding_window_pattern".to_owned(), every.into());
+                });
+            }
+            "exaone4" if !said.is_string() => {
+                let windowed = local.contains(&true) && !settings["sliding_window"].is_null();
+                let letters: String = local.iter().map(|local| if *local { 'L' } else { 'G' }).collect();
+                let pattern = if windowed { letters.into() } else { json!(null) };
+                self.part().insert("sliding_window_pattern".to_owned(), pattern);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Whether the same is taken from two configurations, with the same notes.
+fn taken_alike(a: &Value, b: &Value) -> bool {
+    let (Ok(mut a), Ok(mut b)) = (settings(a), settings(b)) else { return false };
+    let (one, other) = (a.values["rope_parameters"].take(), b.values["rope_parameters"].take());
+    let context = a.values["max_position_embeddings"].clone();
+    a.notes == b.notes && a.values == b.values && (one == other || turn_alike(&one, &other, &context))
+}
+
+/// Whether positions are rotated alike, for all layers or for each kind of them.
+fn turn_alike(a: &Value, b: &Value, context: &Value) -> bool {
+    let kinds = ["full_attention", "sliding_attention"];
+    if kinds.iter().any(|kind| a.get(*kind).is_some()) {
+        return kinds.iter().all(|kind| turn_alike(&a[*kind], &b[*kind], context));
+    }
+    if a == b {
+        return true;
+    }
+    // As many pairs as it has factors for.
+    let pairs = a["long_factor"].as_array().map_or(32, Vec::len);
+    let of = |parameters: &Value| {
+        let mut whole = parameters.clone();
+        whole["partial_rotary_factor"] = json!(1.0);
+        rope::of(&whole, context, 2 * pairs).ok()
+    };
+    let near = |a: f32, b: f32| (a - b).abs() <= 1e-5 * a.abs();
+    let (Some(one), Some(other)) = (of(a), of(b)) else { return false };
+    let frequencies = one.inverse_frequencies.iter().zip(&other.inverse_frequencies);
+    a.get("partial_rotary_factor") == b.get("partial_rotary_factor")
+        && a.get("llama_4_scaling_beta") == b.get("llama_4_scaling_beta")
+        && a.get("alpha") == b.get("alpha")
+        && near(one.magnitude, other.magnitude)
+        && one.scaling == other.scaling
+        && frequencies.into_iter().all(|(a, b)| near(*a, *b))
 }
 
 #[cfg(test)]
