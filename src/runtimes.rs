@@ -306,11 +306,16 @@ fn gptqmodel(facts: &Facts<'_>) -> Option<&'static str> {
         _ => None,
     }
 }
+
 /// What to say of tensors that go over though no rule names them, of a format whose loader takes none that its classes do not know.
-pub fn unknown_to_mlx(codec: &str, fates: &[(String, Fate)]) -> Option<String> {
-    let aside: Vec<&str> =
-        fates.iter().filter(|(_, fate)| matches!(fate, Fate::Aside(_))).map(|(name, _)| name.as_str()).collect();
-    let first = aside.first().filter(|_| codec == "mlx")?;
+pub fn unknown_to_mlx(graph: &Graph, source: &Checkpoint, codec: &str, fates: &[(String, Fate)]) -> Option<String> {
+    let model_type = type_of(source.config()).unwrap_or_default();
+    if codec != "mlx" || !mlx::knows(model_type) {
+        return None;
+    }
+    let aside = fates.iter().filter(|(_, fate)| matches!(fate, Fate::Aside(_))).map(|(name, _)| name.as_str());
+    let aside: Vec<&str> = aside.filter(|name| !mlx::leaves_out(model_type, name, graph.blocks.len())).collect();
+    let first = aside.first()?;
     let count = aside.len();
     Some(format!(
         "mlx-lm refuses files with tensors that its model class does not know, and {count} of these are copied (`{first}`): give \

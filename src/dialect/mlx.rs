@@ -35,13 +35,12 @@ struct Class {
 enum Fixed {
     Flag(bool),
     Count(u32),
-    Number(f64),
     Null,
     /// So many times `hidden_size`.
     Wide(u32),
 }
 
-use Fixed::{Count, Flag, Null, Number, Wide};
+use Fixed::{Count, Flag, Null, Wide};
 
 /// Which output projection it asks for.
 enum Head {
@@ -267,7 +266,6 @@ const CLASSES: &[Class] = &[
             ("no_rope_layers", Null),
             ("no_rope_layer_interval", Count(4)),
             ("moe_layers", Null),
-            ("floor_scale", Number(8192.0)),
         ],
         head: Head::Own,
         windows: Windows::Chunks,
@@ -313,6 +311,20 @@ pub fn knows(model_type: &str) -> bool {
 /// Whether that class takes quantized experts that are written one by one.
 pub fn stacks_experts(model_type: &str) -> bool {
     STACKS.contains(&model_type)
+}
+
+/// Whether its class leaves out a tensor that is no part of the language model, as it loads a file.
+pub fn leaves_out(model_type: &str, name: &str, layers: usize) -> bool {
+    let begins = |parts: &[&str]| parts.iter().any(|part| name.starts_with(part));
+    match model_type {
+        "gemma3" => begins(&["vision_tower.", "multi_modal_projector."]),
+        "mistral3" | "llava" => name.contains("vision_tower") || name.contains("multi_modal_projector"),
+        "llama4" => name.contains("vision_model") || name.contains("multi_modal_projector"),
+        "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl" => begins(&["visual.", "vision_tower.", "model.visual."]),
+        "glm4_moe" => begins(&[&format!("model.layers.{layers}.")]),
+        "ernie4_5_moe" => ["mtp_block.", "mtp_linear_proj.", "mtp_hidden_norm.", "mtp_emb_norm."].iter().any(|part| name.contains(part)),
+        _ => false,
+    }
 }
 
 /// What to say of mlx-lm, which is given `config` and a model of which `tensors` are written: notes, or a refusal where it would compute
@@ -361,7 +373,7 @@ pub fn notes(config: &Value, graph: &Graph) -> Result<Vec<String>> {
 }
 
 fn not_loaded(why: &str) -> String {
-    format!("mlx-lm 0.32 does not load this output: {why}; give another --format, as compressed-tensors or gguf, for other runtimes")
+    format!("mlx-lm 0.32 does not run this output: {why}; give another --format, as compressed-tensors or gguf, for other runtimes")
 }
 
 /// What differs so little, or so late in a text, that the output is of use.
@@ -401,29 +413,38 @@ fn told(graph: &Graph, class: &Class, config: &Value) -> Result<Vec<String>> {
     Ok(told)
 }
 
-/// What no setting says of a class.
+/// Families whose classes read `rope_traditional`, which says that neighbours are rotated together.
+#[rustfmt::skip]
+const TRADITIONAL: &[&str] = &[
+    "llama", "mistral", "smollm3", "seed_oss", "qwen2", "qwen2_vl", "gemma", "gemma2", "phi3", "olmo2", "mixtral", "qwen2_moe", "olmoe", "glm4",
+];
+
+/// What a class does by settings that are none of transformers', or by none at all.
 fn correct(graph: &mut Graph, class: &Class, written: &Value) {
-    let experts = |graph: &mut Graph, change: &mut dyn FnMut(&mut crate::graph::Moe)| {
-        for step in graph.blocks.iter_mut().flat_map(|block| &mut block.steps) {
-            if let Layer::Moe(moe) = &mut step.layer {
-                change(moe);
-            }
-        }
-    };
-    match class.families[0] {
-        // The correction of its router is left out as the files are read.
-        "ernie4_5" => {
-            graph.head.linear.bias = false;
-            experts(graph, &mut |moe| moe.router.correction = None);
-        }
-        "phi" => graph.head.linear.bias = true,
-        // The norm of queries and keys is asked for where it has none to load.
-        "hunyuan_v1_dense" if written.get("use_qk_norm").is_some_and(|said| *said == false) => {
-            graph.blocks.iter_mut().flat_map(|block| &mut block.steps).for_each(|step| {
-                if let Layer::Attention(attention) = &mut step.layer {
+    let family = graph.family;
+    let said = |key: &str| text(written).get(key).and_then(Value::as_bool);
+    for step in graph.blocks.iter_mut().flat_map(|block| &mut block.steps) {
+        match &mut step.layer {
+            Layer::Attention(attention) => {
+                if let Some(neighbours) = said("rope_traditional").filter(|_| TRADITIONAL.contains(&family)) {
+                    attention.layout.interleaved = neighbours;
+                }
+                if family == "hunyuan_v1_dense" && said("use_qk_norm") == Some(false) {
                     attention.norms = None;
                 }
-            });
+            }
+            Layer::Mlp(mlp) if ["olmo2", "dots1"].contains(&family) && said("mlp_bias") == Some(true) => {
+                mlp.inputs.iter_mut().chain([&mut mlp.down]).for_each(|linear| linear.bias = true);
+            }
+            // The correction of the router is left out as the files are read.
+            Layer::Moe(moe) if family == "ernie4_5_moe" => moe.router.correction = None,
+            _ => {}
+        }
+    }
+    match class.families[0] {
+        "ernie4_5" => graph.head.linear.bias = false,
+        "cohere" | "cohere2" if said("layer_norm_bias") == Some(true) => {
+            graph.final_norm.bias = Some("model.norm.bias".to_owned());
         }
         _ => {}
     }
@@ -434,6 +455,18 @@ fn text(config: &Value) -> &Value {
     config.get("text_config").filter(|part| part.is_object()).unwrap_or(config)
 }
 
+/// Which layers the class takes for those that see a window only, where it goes by a list; `None` where it has none to go by.
+fn local(class: &Class, text: &Value) -> Option<Vec<bool>> {
+    match text.get("layer_types").and_then(Value::as_array) {
+        Some(types) => Some(types.iter().map(|kind| *kind == "sliding_attention").collect()),
+        None if class.windows == Windows::Mixed => {
+            let layers = text.get("num_hidden_layers").and_then(integer)?;
+            Some((1..=layers).map(|layer| layer % 4 != 0).collect())
+        }
+        None => None,
+    }
+}
+
 /// Windows of all layers, as the class has them; none where they are in the settings already; `None` where it knows none.
 fn windows(class: &Class, written: &Value) -> Option<Option<Vec<Option<usize>>>> {
     match class.windows {
@@ -441,10 +474,8 @@ fn windows(class: &Class, written: &Value) -> Option<Option<Vec<Option<usize>>>>
         Windows::Every | Windows::Letters | Windows::Chunks => Some(None),
         Windows::Types | Windows::Mixed => {
             let text = text(written);
-            let types = text.get("layer_types")?.as_array()?;
-            let local: Vec<bool> = types.iter().map(|kind| *kind == "sliding_attention").collect();
             let window = text.get("sliding_window").and_then(integer).map(|window| window as usize);
-            Some(Some(local.into_iter().map(|local| window.filter(|_| local)).collect()))
+            Some(Some(local(class, text)?.into_iter().map(|local| window.filter(|_| local)).collect()))
         }
     }
 }
@@ -471,7 +502,6 @@ fn taken(class: &Class, written: &Value, graph: &Graph) -> std::result::Result<V
         let value = match fixed {
             Flag(flag) => json!(flag),
             Count(count) => json!(count),
-            Number(number) => json!(number),
             Null => Value::Null,
             Wide(times) => json!(hidden * i64::from(*times)),
         };
@@ -494,15 +524,14 @@ fn taken(class: &Class, written: &Value, graph: &Graph) -> std::result::Result<V
     match class.windows {
         Windows::Never | Windows::Chunks => {}
         Windows::Types | Windows::Mixed => {
-            let types = text.get("layer_types").and_then(Value::as_array);
-            let has = |kind: &str| types.is_none_or(|types| types.iter().any(|own| *own == kind));
+            let has = |kind: bool| local(class, text).is_none_or(|local| local.contains(&kind));
             let lacks = match class.windows {
-                _ if !has("full_attention") => Some("full_attention"),
-                Windows::Mixed if !has("sliding_attention") => Some("sliding_attention"),
+                _ if !has(false) => Some("full_attention"),
+                Windows::Mixed if !has(true) => Some("sliding_attention"),
                 _ => None,
             };
             if let Some(kind) = lacks {
-                return Err(format!("its class looks for a layer of {kind} in layer_types of config.json, and there is none"));
+                return Err(format!("its class looks for a layer of {kind} (layer_types of config.json), and there is none"));
             }
         }
         Windows::Every => {

@@ -24,6 +24,14 @@ pub fn spelt_out(config: &Value) -> Value {
     if part.wrapper.is_some_and(|wrapper| wrapper.model_type == "gemma3") && told.config.get("vocab_size").is_none() {
         told.config["vocab_size"] = settings.values["vocab_size"].clone();
     }
+    let width = ["hidden_size", "num_attention_heads"].map(|key| integer(&settings.values[key]).unwrap_or(0));
+    let asked = ["cohere2", "ernie4_5", "ernie4_5_moe", "exaone4", "glm4_moe", "llama4_text", "qwen3_moe"];
+    if let ([hidden @ 1.., heads @ 1..], true) = (width, asked.contains(&&part.model_type[..]))
+        && hidden % heads == 0
+        && settings.values.get("head_dim").is_none_or(Value::is_null)
+    {
+        told.part().insert("head_dim".to_owned(), (hidden / heads).into());
+    }
     told.pattern(&part.model_type, &settings.values);
     let Some(rotary) = settings.values["rope_parameters"].as_object() else { return told.config };
     let of = |kind: &str| rotary.get(kind).and_then(Value::as_object);
@@ -55,7 +63,7 @@ pub fn spelt_out(config: &Value) -> Value {
             if kind == "yarn" {
                 warm(&mut scaling, far, &settings.values);
             }
-            told.replace("rope_scaling", scaling.into());
+            told.scaling(scaling);
         }
         // For some models it has to be there.
         _ => drop(told.part().entry("rope_scaling").or_insert(Value::Null)),
@@ -100,11 +108,6 @@ impl Told {
         if self.part().get(key).is_some_and(|said| !said.is_null()) || value.is_null() {
             return !value.is_null();
         }
-        self.replace(key, value)
-    }
-
-    /// Says it in place of what is said, if nobody would take something else from it.
-    fn replace(&mut self, key: &str, value: Value) -> bool {
         let before = self.config.clone();
         self.part().insert(key.to_owned(), value);
         let same = !self.known || taken_alike(&before, &self.config);
@@ -112,6 +115,24 @@ impl Told {
             self.config = before;
         }
         same
+    }
+
+    /// Says how positions are stretched, in `rope_parameters` too where these are there.
+    fn scaling(&mut self, scaling: Map<String, Value>) {
+        let before = self.config.clone();
+        if let Some(Value::Object(own)) = self.part().get_mut("rope_parameters") {
+            let own = match own.get_mut("full_attention") {
+                Some(Value::Object(far)) => far,
+                _ => own,
+            };
+            for key in ["factor", "mscale"] {
+                scaling.get(key).into_iter().for_each(|value| drop(own.insert(key.to_owned(), value.clone())));
+            }
+        }
+        self.part().insert("rope_scaling".to_owned(), scaling.into());
+        if self.known && !taken_alike(&before, &self.config) {
+            self.config = before;
+        }
     }
 
     /// Which layers see a window only, as a number or as letters: some classes know no list.
@@ -203,6 +224,70 @@ mod tests {
         assert_eq!([&told["rope_theta"], &told["rope_local_base_freq"]], [&json!(1e6), &json!(2e4)]);
         let unknown = json!({"model_type": "something", "rope_theta": null});
         assert_eq!(spelt_out(&unknown), unknown);
+    }
+
+    #[test]
+    fn families_that_are_not_known_are_told_of_in_the_older_keys_too() {
+        let rope = json!({"rope_type": "yarn", "factor": 2, "rope_theta": 1e7, "partial_rotary_factor": 0.25});
+        let told = spelt_out(&json!({"model_type": "qwen3_next", "rope_parameters": rope}));
+        assert_eq!([&told["rope_theta"], &told["partial_rotary_factor"]], [&json!(1e7), &json!(0.25)]);
+        assert_eq!(told["rope_scaling"], json!({"rope_type": "yarn", "type": "yarn", "factor": 2.0}));
+    }
+
+    fn decoder(model_type: &str, key: &str, value: Value) -> Value {
+        let mut config = json!({
+            "model_type": model_type, "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 4, "intermediate_size": 96,
+            "vocab_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 256,
+        });
+        config[key] = value;
+        config
+    }
+
+    #[test]
+    fn the_type_of_a_scaling_has_its_older_name_too() {
+        let factors = [1.0; 8];
+        let rope = json!({
+            "rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors,
+            "original_max_position_embeddings": 64,
+        });
+        let told = spelt_out(&decoder("phi3", "rope_parameters", rope));
+        assert_eq!([&told["rope_scaling"]["type"], &told["original_max_position_embeddings"]], [&json!("longrope"), &json!(64)]);
+    }
+
+    #[test]
+    fn the_warmth_of_yarn_is_said_as_it_is_read() {
+        for (key, also) in [("rope_parameters", None), ("rope_scaling", None), ("rope_parameters", Some(0.5))] {
+            let mut rope = json!({
+                "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 1.5, "rope_theta": 1e4,
+            });
+            if let Some(all) = also {
+                rope["mscale_all_dim"] = json!(all);
+            }
+            let config = decoder("llama", key, rope);
+            let scaling = spelt_out(&config)["rope_scaling"].clone();
+            let number = |key: &str| scaling[key].as_f64().unwrap_or(0.0);
+            let taken = warmth(4.0, number("mscale")) / warmth(4.0, number("mscale_all_dim"));
+            assert!((taken - 1.5).abs() < 1e-6, "{scaling}");
+            assert_eq!(scaling["attention_factor"], 1.5);
+        }
+    }
+
+    #[test]
+    fn a_pattern_is_said_where_no_list_is_read() {
+        let of = |kinds: &str| -> Value {
+            let name = |kind| if kind == 'L' { "sliding_attention" } else { "full_attention" };
+            kinds.chars().map(name).collect()
+        };
+        let said = |model_type: &str, kinds: &str| {
+            let mut config = decoder(model_type, "layer_types", of(kinds));
+            config["sliding_window"] = json!(8);
+            spelt_out(&config)["sliding_window_pattern"].clone()
+        };
+        assert_eq!(said("gemma3_text", "LGLG"), 2);
+        assert_eq!(said("gemma3_text", "LLLL"), 6);
+        assert_eq!(said("cohere2", "LLGL"), 3);
+        assert_eq!(said("gemma3_text", "GLLG"), Value::Null);
+        assert_eq!(said("exaone4", "LLGG"), "LLGG");
     }
 
     #[test]

@@ -58,7 +58,11 @@ pub fn select(
         return Err(SampleError::Record {
             name: text.name.clone(),
             place: place.clone(),
-            problem: format!("the text is blank; {} of {found} records cannot be used", lost + count),
+            problem: format!(
+                "the text is blank; {} of {found} records cannot be used, and fewer than half may be left out: mend them, or take them out \
+                 of the file",
+                lost + count
+            ),
         });
     }
     // Each stage has a generator of its own, so that none depends on how often another one drew.
