@@ -262,11 +262,7 @@ const CLASSES: &[Class] = &[
     },
     Class {
         families: &["llama4"],
-        fixed: &[
-            ("no_rope_layers", Null),
-            ("no_rope_layer_interval", Count(4)),
-            ("moe_layers", Null),
-        ],
+        fixed: &[("no_rope_layers", Null), ("no_rope_layer_interval", Count(4)), ("moe_layers", Null)],
         head: Head::Own,
         windows: Windows::Chunks,
         ..PLAIN
@@ -322,7 +318,9 @@ pub fn leaves_out(model_type: &str, name: &str, layers: usize) -> bool {
         "llama4" => name.contains("vision_model") || name.contains("multi_modal_projector"),
         "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl" => begins(&["visual.", "vision_tower.", "model.visual."]),
         "glm4_moe" => begins(&[&format!("model.layers.{layers}.")]),
-        "ernie4_5_moe" => ["mtp_block.", "mtp_linear_proj.", "mtp_hidden_norm.", "mtp_emb_norm."].iter().any(|part| name.contains(part)),
+        "ernie4_5_moe" => ["mtp_block.", "mtp_linear_proj.", "mtp_hidden_norm.", "mtp_emb_norm."]
+            .iter()
+            .any(|part| name.contains(part)),
         _ => false,
     }
 }
@@ -373,7 +371,9 @@ pub fn notes(config: &Value, graph: &Graph) -> Result<Vec<String>> {
 }
 
 fn not_loaded(why: &str) -> String {
-    format!("mlx-lm 0.32 does not run this output: {why}; give another --format, as compressed-tensors or gguf, for other runtimes")
+    format!(
+        "mlx-lm 0.32 does not run this output: {why}; give another --format, as compressed-tensors or gguf, for other runtimes"
+    )
 }
 
 /// What differs so little, or so late in a text, that the output is of use.
@@ -531,7 +531,9 @@ fn taken(class: &Class, written: &Value, graph: &Graph) -> std::result::Result<V
                 _ => None,
             };
             if let Some(kind) = lacks {
-                return Err(format!("its class looks for a layer of {kind} (layer_types of config.json), and there is none"));
+                return Err(format!(
+                    "its class looks for a layer of {kind} (layer_types of config.json), and there is none"
+                ));
             }
         }
         Windows::Every => {
@@ -552,7 +554,9 @@ fn taken(class: &Class, written: &Value, graph: &Graph) -> std::result::Result<V
             if pattern.is_null() || letters.is_empty() && pattern.is_string() {
                 set(&mut values, "sliding_window", Value::Null);
             } else if !letters.contains('L') || !letters.contains('G') {
-                return Err("its class reads sliding_window_pattern of config.json as letters, with an L and a G".to_owned());
+                return Err(
+                    "its class reads sliding_window_pattern of config.json as letters, with an L and a G".to_owned()
+                );
             } else if values.get("sliding_window").is_none_or(Value::is_null) {
                 let all = values.get("max_position_embeddings").cloned().unwrap_or(json!(1 << 20));
                 set(&mut values, "sliding_window", all);
@@ -561,8 +565,15 @@ fn taken(class: &Class, written: &Value, graph: &Graph) -> std::result::Result<V
     }
     let rotary = rotary(class, text, &values, graph)?;
     values.retain(|key, _| {
-        !["rope_scaling", "rope_theta", "rotary_emb_base", "rotary_pct", "partial_rotary_factor", "rope_local_base_freq"]
-            .contains(&&key[..])
+        ![
+            "rope_scaling",
+            "rope_theta",
+            "rotary_emb_base",
+            "rotary_pct",
+            "partial_rotary_factor",
+            "rope_local_base_freq",
+        ]
+        .contains(&&key[..])
     });
     set(&mut values, "rope_parameters", rotary);
     Ok(values.into())
@@ -590,12 +601,11 @@ fn rotary(
         named("type").or(named("rope_type")).unwrap_or("default").to_owned()
     };
     let plain = || json!({"rope_type": "default"});
-    let by_its_older_name = |scaling: &Map<String, Value>, keys: &[&str]| {
-        match keys.iter().find(|key| !scaling.contains_key(**key)) {
+    let by_its_older_name =
+        |scaling: &Map<String, Value>, keys: &[&str]| match keys.iter().find(|key| !scaling.contains_key(**key)) {
             Some(key) => Err(format!("its class asks for {key} in rope_scaling of config.json")),
             None => Ok(()),
-        }
-    };
+        };
     let mut turned = match (class.positions, scaling) {
         (Positions::Theta | Positions::Base, _) => plain(),
         (Positions::Scaled | Positions::Local | Positions::Near, None) => plain(),
@@ -630,7 +640,9 @@ fn rotary(
             match &kind_of(scaling)[..] {
                 "linear" if applied => scaled("linear", scaling, context, graph)?,
                 "linear" => plain(),
-                other => return Err(format!("its class knows rope_scaling of the type linear alone, and this is {other}")),
+                other => {
+                    return Err(format!("its class knows rope_scaling of the type linear alone, and this is {other}"));
+                }
             }
         }
         (Positions::Yarn, None) => {
@@ -662,12 +674,7 @@ fn rotary(
 }
 
 /// What its function for all kinds of scaling takes.
-fn scaled(
-    kind: &str,
-    scaling: &Map<String, Value>,
-    context: i64,
-    graph: &Graph,
-) -> std::result::Result<Value, String> {
+fn scaled(kind: &str, scaling: &Map<String, Value>, context: i64, graph: &Graph) -> std::result::Result<Value, String> {
     let needed = |key: &str| {
         scaling
             .get(key)
@@ -726,15 +733,15 @@ fn long(scaling: &Map<String, Value>, original: Value, context: i64, graph: &Gra
 /// has.
 fn other_tensors(original: &Graph, other: &Graph, graph: &Graph, wrapped: bool) -> Option<String> {
     let [usual, own] = [original, graph].map(|graph| &graph.embedding.tensor);
+    if usual != own && !wrapped {
+        return Some(format!("its class looks for `{usual}`, which this model calls `{own}`"));
+    }
     if graph.head.missing && !other.head.tied {
         return Some(format!(
             "its class of `{}` models asks for an output projection (`{}`), and this model has none",
             graph.family,
             other.head.linear.weight()
         ));
-    }
-    if usual != own && !wrapped {
-        return Some(format!("its class looks for `{usual}`, which this model calls `{own}`"));
     }
     let tensors = |graph: &Graph| graph.tensors().into_iter().collect::<std::collections::BTreeMap<_, _>>();
     let (written, asked) = (tensors(original), tensors(other));

@@ -30,7 +30,11 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
         return Some(format!("logits that are multiplied by {}", graph.head.scale));
     }
     if graph.head.softcap != other.head.softcap {
-        return Some(format!("logits {}, where it has them {},", capped(graph.head.softcap), capped(other.head.softcap)));
+        return Some(format!(
+            "logits {}, where it has them {},",
+            capped(graph.head.softcap),
+            capped(other.head.softcap)
+        ));
     }
     if !norm(Some(&graph.final_norm), Some(&other.final_norm)) {
         return Some("the last norm".to_owned());
@@ -96,11 +100,7 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
         });
     }
     if softcap != b.shape.softcap {
-        return Some(format!(
-            "attention scores {}, where it has them {},",
-            capped(softcap),
-            capped(b.shape.softcap)
-        ));
+        return Some(format!("attention scores {}, where it has them {},", capped(softcap), capped(b.shape.softcap)));
     }
     match (&a.rope, &b.rope) {
         (None, None) => {}
@@ -157,12 +157,15 @@ fn turned(a: &Rope, b: &Rope) -> String {
         return format!("rotary positions with rope_theta {}, where it has {},", a.theta, b.theta);
     }
     match (&a.scaling, &b.scaling) {
-        (RopeScaling::Yarn { beta_fast, beta_slow, .. }, _) => {
+        (RopeScaling::Yarn { beta_fast, beta_slow, .. }, other) => {
             let attention = match near(a.magnitude, b.magnitude) {
                 true => String::new(),
                 false => format!(" and attention_factor {}, where it has {},", a.magnitude, b.magnitude),
             };
-            let bounds = if bounds_are_rounded(a) { ", truncate false" } else { "" };
+            let same_turns = matches!(other, RopeScaling::Yarn { beta_fast: fast, beta_slow: slow, .. }
+                if (fast, slow) == (beta_fast, beta_slow));
+            let apart = a.inverse_frequencies.iter().zip(&b.inverse_frequencies).any(|(a, b)| !near(*a, *b));
+            let bounds = if same_turns && apart { ", truncate false" } else { "" };
             format!("YaRN with beta_fast {beta_fast}, beta_slow {beta_slow}{bounds}{attention}")
         }
         (one, other) if kind(one) != kind(other) => {
@@ -196,7 +199,9 @@ fn same_rope(a: &Rope, b: &Rope, reader: Reader) -> bool {
         }
         (RopeScaling::Long { .. }, _) | (_, RopeScaling::Long { .. }) => false,
         // Beyond the first context the base grows; what reads GGUF files has no word for that, which a notice tells.
-        (RopeScaling::Dynamic { .. }, _) | (_, RopeScaling::Dynamic { .. }) if !reader.converted => a.scaling == b.scaling,
+        (RopeScaling::Dynamic { .. }, _) | (_, RopeScaling::Dynamic { .. }) if !reader.converted => {
+            a.scaling == b.scaling
+        }
         _ => true,
     };
     let rounded = (reader.converted && bounds_are_rounded(a)).then(|| truncated(a)).flatten();
@@ -241,7 +246,13 @@ fn mlp(a: &Mlp, b: &Mlp) -> Option<String> {
     let same = a.gated() == b.gated() && activation(a.activation) == activation(b.activation);
     (!same).then(|| {
         let gate = |mlp: &Mlp| if mlp.gated() { "a gate of" } else { "no gate and" };
-        format!("a feed-forward layer with {} {}, where it has {} {},", gate(a), named(a.activation), gate(b), named(b.activation))
+        format!(
+            "a feed-forward layer with {} {}, where it has {} {},",
+            gate(a),
+            named(a.activation),
+            gate(b),
+            named(b.activation)
+        )
     })
 }
 

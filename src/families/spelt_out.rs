@@ -24,9 +24,10 @@ pub fn spelt_out(config: &Value) -> Value {
     if part.wrapper.is_some_and(|wrapper| wrapper.model_type == "gemma3") && told.config.get("vocab_size").is_none() {
         told.config["vocab_size"] = settings.values["vocab_size"].clone();
     }
-    let width = ["hidden_size", "num_attention_heads"].map(|key| integer(&settings.values[key]).unwrap_or(0));
+    let [hidden, heads] = ["hidden_size", "num_attention_heads"].map(|key| integer(&settings.values[key]).unwrap_or(0));
     let asked = ["cohere2", "ernie4_5", "ernie4_5_moe", "exaone4", "glm4_moe", "llama4_text", "qwen3_moe"];
-    if let ([hidden @ 1.., heads @ 1..], true) = (width, asked.contains(&&part.model_type[..]))
+    if asked.contains(&&part.model_type[..])
+        && heads > 0
         && hidden % heads == 0
         && settings.values.get("head_dim").is_none_or(Value::is_null)
     {
@@ -251,7 +252,10 @@ mod tests {
             "original_max_position_embeddings": 64,
         });
         let told = spelt_out(&decoder("phi3", "rope_parameters", rope));
-        assert_eq!([&told["rope_scaling"]["type"], &told["original_max_position_embeddings"]], [&json!("longrope"), &json!(64)]);
+        assert_eq!(
+            [&told["rope_scaling"]["type"], &told["original_max_position_embeddings"]],
+            [&json!("longrope"), &json!(64)]
+        );
     }
 
     #[test]
