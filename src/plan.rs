@@ -112,7 +112,7 @@ impl Plan {
         let layout = Layout { codec, scale_dtype, float_dtype };
         let Outputs { fates, outputs, unstacked } = Outputs::of(graph, source, &strays, layout, &mut chosen)?;
         let Chosen { encodings, unquantized, ends, .. } = chosen;
-        config.notes.extend(runtimes::unknown_to_mlx(codec.id(), &fates));
+        config.notes.extend(runtimes::unknown_to_mlx(graph, source, codec.id(), &fates));
         config.notes.extend(strays.notes(fates.iter().map(|(name, fate)| (&**name, fate)), true));
         Ok(Plan { codec, encodings, ends, unquantized, fates, unstacked, outputs, scale_dtype, float_dtype, config })
     }
@@ -505,10 +505,17 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
     for (name, shape) in graph.tensors() {
         let Some(entry) = source.entry(&name) else { return Err(missing(graph, source, &name, &shape)) };
         if entry.shape != shape {
+            let (says, take) = match source.gguf().is_some() {
+                true => ("the metadata", "download the file again"),
+                false => (
+                    "config.json",
+                    "take the config.json that was published with these weights, or set its sizes (as vocab_size, hidden_size, \
+                     intermediate_size, num_attention_heads, num_key_value_heads, head_dim) to what the tensors have",
+                ),
+            };
             return Err(Error::failed(format!(
-                "{place}: tensor `{name}` has shape {:?}, and {} says {shape:?}",
-                entry.shape,
-                if source.gguf().is_some() { "the metadata" } else { "config.json" }
+                "{place}: tensor `{name}` has shape {:?}, and by {says} it would be {shape:?}; {take}",
+                entry.shape
             )));
         }
         let StoredType::Plain(dtype) = entry.dtype else { continue };

@@ -4,8 +4,10 @@
 use std::collections::HashMap;
 
 use formats::Encoding;
+use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
+use crate::dialect::mlx;
 use crate::error::Result;
 use crate::families::{FURTHER, Loading, changed_modules, settings, type_of};
 use crate::graph::{Graph, Layer, Linear};
@@ -206,7 +208,8 @@ pub fn notes(
         };
         format!("transformers splits, joins or turns {first}")
     });
-    let known = [transformers(&facts), gptqmodel(&facts), mlx_lm(&facts)].into_iter().flatten().map(str::to_owned);
+    let known = [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned);
+    let known = known.chain(mlx_lm(&facts, graph, source.config())?);
     Ok(known.chain([unknown, own, changed, stays].into_iter().flatten()).collect())
 }
 
@@ -233,22 +236,49 @@ fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
     }
 }
 
-fn mlx_lm(facts: &Facts<'_>) -> Option<&'static str> {
-    match facts.family {
-        _ if facts.codec != "mlx" => None,
-        "arcee" | "ministral" | "hunyuan_v1_moe" => Some("mlx-lm 0.32 does not know models of this type"),
-        "gpt_oss" | "granitemoe" | "llama4" if facts.experts => Some(
+/// What mlx-lm does with a model: whether it loads it by its type and by how its experts are written, and then by what it computes.
+fn mlx_lm(facts: &Facts<'_>, graph: &Graph, config: &Value) -> Result<Vec<String>> {
+    if facts.codec != "mlx" {
+        return Ok(Vec::new());
+    }
+    let model_type = type_of(config).unwrap_or_default();
+    if !mlx::knows(model_type) {
+        return Ok(vec![format!(
+            "mlx-lm 0.32 does not know models of this type (`{model_type}`) and does not load this output; give another --format, as \
+             compressed-tensors or gguf, for other runtimes"
+        )]);
+    }
+    let experts = match facts.family {
+        "gpt_oss" => Some(
+            "mlx-lm 0.32 loads this family's experts from MXFP4 alone and does not load this output; give another --format, as \
+             compressed-tensors",
+        ),
+        "granitemoe" | "llama4" if facts.experts => Some(
             "mlx-lm 0.32 fills this family's experts from stacks alone and does not load them one by one; leave them as they are with \
              --ignore",
         ),
-        "ernie4_5_moe" | "minimax_m2" | "qwen3_moe" if facts.experts => Some(
+        _ if facts.experts && !mlx::stacks_experts(model_type) => Some(
             "mlx-lm 0.32 stacks this family's experts without their scales and does not load them; leave them as they are with --ignore",
         ),
-        "deepseek_v3" => Some(
-            "mlx-lm 0.32 takes `kv_b_proj` of this family apart as it loads it and rounds the parts anew; --ignore kv_b_proj keeps it as it is",
-        ),
         _ => None,
+    };
+    if let Some(experts) = experts {
+        return Ok(vec![experts.to_owned()]);
     }
+    if graph.opaque {
+        return Ok(vec![format!(
+            "it is not known here what models of the type `{model_type}` compute, and so not whether mlx-lm computes the same: compare its \
+             answers with the original's"
+        )]);
+    }
+    let mut notes = mlx::notes(config, graph)?;
+    if facts.family == "deepseek_v3" {
+        notes.push(
+            "mlx-lm 0.32 takes `kv_b_proj` of this family apart as it loads it and rounds the parts anew; --ignore kv_b_proj keeps it as it is"
+                .to_owned(),
+        );
+    }
+    Ok(notes)
 }
 
 fn gptqmodel(facts: &Facts<'_>) -> Option<&'static str> {
@@ -276,11 +306,16 @@ fn gptqmodel(facts: &Facts<'_>) -> Option<&'static str> {
         _ => None,
     }
 }
+
 /// What to say of tensors that go over though no rule names them, of a format whose loader takes none that its classes do not know.
-pub fn unknown_to_mlx(codec: &str, fates: &[(String, Fate)]) -> Option<String> {
-    let aside: Vec<&str> =
-        fates.iter().filter(|(_, fate)| matches!(fate, Fate::Aside(_))).map(|(name, _)| name.as_str()).collect();
-    let first = aside.first().filter(|_| codec == "mlx")?;
+pub fn unknown_to_mlx(graph: &Graph, source: &Checkpoint, codec: &str, fates: &[(String, Fate)]) -> Option<String> {
+    let model_type = type_of(source.config()).unwrap_or_default();
+    if codec != "mlx" || !mlx::knows(model_type) {
+        return None;
+    }
+    let aside = fates.iter().filter(|(_, fate)| matches!(fate, Fate::Aside(_))).map(|(name, _)| name.as_str());
+    let aside: Vec<&str> = aside.filter(|name| !mlx::leaves_out(model_type, name, graph.blocks.len())).collect();
+    let first = aside.first()?;
     let count = aside.len();
     Some(format!(
         "mlx-lm refuses files with tensors that its model class does not know, and {count} of these are copied (`{first}`): give \

@@ -7,6 +7,7 @@
 //! | settings | `settings`, with `rope` | `metadata`, with `same` |
 //! | tokenizer | `tokenizer::rebuilt` | `tokenizer`, with `tokenizer::pretokenizer` |
 //! | what a model's name brings about | `called` | the same |
+//! | what mlx-lm takes from a config.json | `mlx`, with `same` | |
 //!
 //! Reading goes by what writing would have given: `model` looks for the tensors that `names::plan` lists. Nothing here writes a file.
 
@@ -14,6 +15,7 @@ pub(crate) mod architectures;
 pub(crate) mod called;
 mod fused;
 pub mod metadata;
+pub(crate) mod mlx;
 pub(crate) mod model;
 pub mod names;
 mod rope;

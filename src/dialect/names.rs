@@ -152,7 +152,10 @@ pub fn plan(graph: &Graph) -> Result<ExportPlan> {
 
 /// A refusal of what an architecture has no place for.
 pub(super) fn cannot(architecture: &str, what: impl std::fmt::Display) -> Error {
-    Error::usage(format!("{what} cannot be written as GGUF's architecture `{architecture}`, as llama.cpp reads it"))
+    Error::usage(format!(
+        "{what} cannot be written as GGUF's architecture `{architecture}`, as llama.cpp reads it; give another --format, as \
+         compressed-tensors"
+    ))
 }
 
 struct Lister {

@@ -2,15 +2,22 @@
 
 use kernels::{Activation, AttentionShape};
 
-use crate::dialect::architectures::Architecture;
 use crate::families::rope::unscaled;
-use crate::graph::{Attention, Graph, Layer, Mlp, Moe, Norm, Projections, Rope, RopeScaling};
+use crate::graph::{Attention, Graph, Layer, Mlp, Moe, Norm, Projections, Rope, RopeScaling, Temperature};
 
-/// What the file cannot say of `graph`, where what was read back from it is `other`; `None` where nothing is lost that
-/// matters.
+/// How a reader takes a model.
+#[derive(Clone, Copy)]
+pub(super) struct Reader {
+    /// Whether windows count; elsewhere they are ignored.
+    pub windows: bool,
+    /// Whether it is given a tensor of rotary factors and rows of heads in the order of its own rotation, as in a GGUF file.
+    pub converted: bool,
+}
+
+/// What the reader cannot be told of `graph`, where what it takes is `other`; `None` where nothing is lost that matters.
 ///
-/// Windows that the architecture ignores do not count, nor does the difference between GELU and its approximation.
-pub(super) fn difference(graph: &Graph, other: &Graph, architecture: &Architecture) -> Option<String> {
+/// Windows that it ignores do not count, nor does the difference between GELU and its approximation.
+pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option<String> {
     let sizes =
         |g: &Graph| (g.hidden, g.vocabulary, g.blocks.len(), g.embedding.positions.as_ref().map(|(_, rows)| *rows));
     if sizes(graph) != sizes(other) {
@@ -24,8 +31,9 @@ pub(super) fn difference(graph: &Graph, other: &Graph, architecture: &Architectu
     }
     if graph.head.softcap != other.head.softcap {
         return Some(format!(
-            "logits with a cap of {:?}, where the architecture has {:?},",
-            graph.head.softcap, other.head.softcap
+            "logits {}, where it has them {},",
+            capped(graph.head.softcap),
+            capped(other.head.softcap)
         ));
     }
     if !norm(Some(&graph.final_norm), Some(&other.final_norm)) {
@@ -50,7 +58,7 @@ pub(super) fn difference(graph: &Graph, other: &Graph, architecture: &Architectu
                 return Some(in_block("norms of this kind or in these places".to_owned()));
             }
             match (&step.layer, &other.layer) {
-                (Layer::Attention(a), Layer::Attention(b)) => attention(a, b, architecture),
+                (Layer::Attention(a), Layer::Attention(b)) => attention(a, b, reader),
                 (Layer::Mlp(a), Layer::Mlp(b)) => mlp(a, b),
                 (Layer::Moe(a), Layer::Moe(b)) => moe(a, b),
                 (Layer::Moe(_), _) => Some("a mixture of experts".to_owned()),
@@ -76,7 +84,7 @@ fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
     }
 }
 
-fn attention(a: &Attention, b: &Attention, architecture: &Architecture) -> Option<String> {
+fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
     let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap } = a.shape;
     if (heads, kv_heads, head_dim, value_dim) != (b.shape.heads, b.shape.kv_heads, b.shape.head_dim, b.shape.value_dim)
     {
@@ -85,21 +93,25 @@ fn attention(a: &Attention, b: &Attention, architecture: &Architecture) -> Optio
     if !near(scale, b.shape.scale) {
         return Some(format!("an attention scale of {scale} with heads of {head_dim} values"));
     }
-    if architecture.windows && (window, chunk) != (b.shape.window, b.shape.chunk) {
+    if reader.windows && (window, chunk) != (b.shape.window, b.shape.chunk) {
         return Some(match window.or(chunk) {
             Some(window) => format!("attention within {window} tokens"),
             None => "attention to all tokens".to_owned(),
         });
     }
     if softcap != b.shape.softcap {
-        return Some(format!("scores with a cap of {softcap:?}"));
+        return Some(format!("attention scores {}, where it has them {},", capped(softcap), capped(b.shape.softcap)));
     }
     match (&a.rope, &b.rope) {
         (None, None) => {}
-        (Some(rope), Some(other)) if same_rope(rope, other) => {}
-        (None, _) => return Some("attention without positions".to_owned()),
-        (_, None) => return Some("positions".to_owned()),
-        _ => return Some("this scaling of rotary frequencies".to_owned()),
+        (Some(rope), Some(other)) if same_rope(rope, other, reader) => {}
+        (None, _) => return Some("attention without rotary positions (NoPE)".to_owned()),
+        (Some(_), None) => return Some("attention with rotary positions, where it has none,".to_owned()),
+        (Some(rope), Some(other)) => return Some(turned(rope, other)),
+    }
+    if !reader.converted && a.rope.is_some() && a.layout.interleaved != b.layout.interleaved {
+        let of = |neighbours| if neighbours { "neighbours" } else { "halves" };
+        return Some(format!("rotating {} of heads together", of(a.layout.interleaved)));
     }
     let latent = matches!(a.projections, Projections::Latent(_));
     if a.layout.first != b.layout.first || latent != matches!(b.projections, Projections::Latent(_)) {
@@ -115,17 +127,69 @@ fn attention(a: &Attention, b: &Attention, architecture: &Architecture) -> Optio
         return Some("norms of queries and keys of this kind".to_owned());
     }
     if a.clip != b.clip {
-        return Some(format!("queries, keys and values that are clamped to {:?}", a.clip));
+        return Some(match a.clip {
+            Some(clip) => format!("queries, keys and values that are clamped to {clip}"),
+            None => "queries, keys and values that are not clamped".to_owned(),
+        });
     }
     if a.sinks.is_some() != b.sinks.is_some() {
         return Some("attention with sinks".to_owned());
     }
-    (a.temperature != b.temperature).then(|| format!("queries with a temperature of {:?}", a.temperature))
+    (a.temperature != b.temperature).then(|| match a.temperature {
+        Some(Temperature { floor, scale, .. }) => {
+            format!("queries that grow with their positions (by {scale}, beyond {floor} tokens)")
+        }
+        None => "queries that do not grow with their positions".to_owned(),
+    })
 }
 
-fn same_rope(a: &Rope, b: &Rope) -> bool {
+fn capped(cap: Option<f32>) -> String {
+    cap.map_or("without a cap".to_owned(), |cap| format!("with a cap of {cap}"))
+}
+
+/// How positions are rotated, where a reader would rotate them otherwise: what differs, by its key in config.json.
+fn turned(a: &Rope, b: &Rope) -> String {
+    let [one, two] = [a, b].map(|rope| 2 * rope.inverse_frequencies.len());
+    if one != two {
+        return format!("rotary positions in {one} values of each head, where it rotates {two},");
+    }
+    if a.theta != b.theta {
+        return format!("rotary positions with rope_theta {}, where it has {},", a.theta, b.theta);
+    }
+    match (&a.scaling, &b.scaling) {
+        (RopeScaling::Yarn { beta_fast, beta_slow, .. }, other) => {
+            let attention = match near(a.magnitude, b.magnitude) {
+                true => String::new(),
+                false => format!(" and attention_factor {}, where it has {},", a.magnitude, b.magnitude),
+            };
+            let same_turns = matches!(other, RopeScaling::Yarn { beta_fast: fast, beta_slow: slow, .. }
+                if (fast, slow) == (beta_fast, beta_slow));
+            let apart = a.inverse_frequencies.iter().zip(&b.inverse_frequencies).any(|(a, b)| !near(*a, *b));
+            let bounds = if same_turns && apart { ", truncate false" } else { "" };
+            format!("YaRN with beta_fast {beta_fast}, beta_slow {beta_slow}{bounds}{attention}")
+        }
+        (one, other) if kind(one) != kind(other) => {
+            format!("rotary positions of the rope_type {}, where it has {},", kind(one), kind(other))
+        }
+        (one, _) => format!("rotary positions of the rope_type {} with these settings", kind(one)),
+    }
+}
+
+fn kind(scaling: &RopeScaling) -> &'static str {
+    match scaling {
+        RopeScaling::None => "default",
+        RopeScaling::Linear { .. } => "linear",
+        RopeScaling::Dynamic { .. } => "dynamic",
+        RopeScaling::Llama3 { .. } => "llama3",
+        RopeScaling::Yarn { .. } => "yarn",
+        RopeScaling::Proportional => "proportional",
+        RopeScaling::Long { .. } => "longrope",
+    }
+}
+
+fn same_rope(a: &Rope, b: &Rope, reader: Reader) -> bool {
     // A tensor holds its factors.
-    if matches!(a.scaling, RopeScaling::Llama3 { .. }) {
+    if reader.converted && matches!(a.scaling, RopeScaling::Llama3 { .. }) {
         return a.theta == b.theta && a.inverse_frequencies.len() == b.inverse_frequencies.len();
     }
     let scaling = match (&a.scaling, &b.scaling) {
@@ -134,9 +198,13 @@ fn same_rope(a: &Rope, b: &Rope) -> bool {
             equal(short, s) && equal(long, l) && original == o
         }
         (RopeScaling::Long { .. }, _) | (_, RopeScaling::Long { .. }) => false,
+        // Beyond the first context the base grows; what reads GGUF files has no word for that, which a notice tells.
+        (RopeScaling::Dynamic { .. }, _) | (_, RopeScaling::Dynamic { .. }) if !reader.converted => {
+            a.scaling == b.scaling
+        }
         _ => true,
     };
-    let rounded = bounds_are_rounded(a).then(|| truncated(a)).flatten();
+    let rounded = (reader.converted && bounds_are_rounded(a)).then(|| truncated(a)).flatten();
     let frequencies = rounded.as_ref().unwrap_or(&a.inverse_frequencies);
     scaling
         && near(a.magnitude, b.magnitude)
@@ -176,7 +244,28 @@ fn mlp(a: &Mlp, b: &Mlp) -> Option<String> {
         return Some(format!("a feed-forward layer of width {}", a.inner()));
     }
     let same = a.gated() == b.gated() && activation(a.activation) == activation(b.activation);
-    (!same).then(|| format!("a feed-forward layer with {:?}", a.activation))
+    (!same).then(|| {
+        let gate = |mlp: &Mlp| if mlp.gated() { "a gate of" } else { "no gate and" };
+        format!(
+            "a feed-forward layer with {} {}, where it has {} {},",
+            gate(a),
+            named(a.activation),
+            gate(b),
+            named(b.activation)
+        )
+    })
+}
+
+/// What config.json calls it.
+pub(super) fn named(activation: Activation) -> &'static str {
+    match activation {
+        Activation::Silu => "silu",
+        Activation::Gelu => "gelu",
+        Activation::GeluTanh => "gelu_pytorch_tanh",
+        Activation::Relu => "relu",
+        Activation::Relu2 => "relu2",
+        Activation::SwigluOai { .. } => "gpt-oss's clamped swiglu",
+    }
 }
 
 fn moe(a: &Moe, b: &Moe) -> Option<String> {

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde_json::{Value, json};
+
 use super::Config;
 use crate::error::{Error, Result};
 use crate::graph::{Rope, RopeScaling};
@@ -15,6 +17,12 @@ pub fn rope(config: &Config<'_>, head_dim: usize) -> Result<Arc<Rope>> {
 /// The rotation in layers of one kind (`full_attention`, `sliding_attention`), where the family tells them apart.
 pub fn of_kind(config: &Config<'_>, kind: &str, head_dim: usize) -> Result<Arc<Rope>> {
     rotation(config, needed_object(&needed_object(config, "rope_parameters")?, kind)?, head_dim)
+}
+
+/// The rotation that `parameters` alone say, `rope_parameters` in one spelling, in a context of so many tokens.
+pub fn of(parameters: &Value, context: &Value, head_dim: usize) -> Result<Arc<Rope>> {
+    let config = json!({"max_position_embeddings": context});
+    rotation(&Config(&config), Config(parameters), head_dim)
 }
 
 fn needed_object<'a>(config: &Config<'a>, key: &str) -> Result<Config<'a>> {

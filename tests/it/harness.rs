@@ -68,6 +68,11 @@ impl Room {
 pub struct Model(PathBuf);
 
 impl Model {
+    /// A model that is somewhere else.
+    pub fn at(folder: &Path) -> Model {
+        Model(folder.to_owned())
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }

@@ -25,6 +25,7 @@ mod llama_cpp;
 mod loading;
 mod matrix;
 mod mlx;
+mod mlx_lm;
 mod pipeline;
 mod program;
 mod readme;

@@ -12,6 +12,9 @@ For each checkpoint of tests/fixtures/families:
 4. it loads the plain weights too, with the artifact's settings: what mlx-lm does not run, or runs otherwise than transformers, though
    nothing is quantized, is its own affair, and the table says so.
 
+The same is done with what such checkpoints become by other settings (`VARIANTS`), with the bare class of one, and with a family that quantc
+does not know. Where a report has a note that mlx-lm computes something otherwise, it may; where it has none, it may not.
+
 Then the built-in model, with 8 bits and with its down projections alone in 8, beside `quantc eval`.
 
     python3 tests/runtimes/mlx.py                                   # all; a few minutes once the packages are there
@@ -19,7 +22,8 @@ Then the built-in model, with 8 bits and with its down projections alone in 8, b
     python3 tests/runtimes/mlx.py --docs docs/runtimes.md           # all, and the table into the documentation
     python3 tests/runtimes/mlx.py --pythons PYTHON MLX_PYTHON       # with transformers and torch, and with mlx-lm
 
-A file that mlx-lm cannot load is no failure if a note of its report says so; a note about a file that it does load is one. Exit code 0:
+A file that mlx-lm cannot run is no failure if a note of its report says so; such a note about a file that it does run is one, and so is a
+model that it runs otherwise than transformers without a note. Exit code 0:
 all is as quantc says; 1: it is not; 2: could not start.
 """
 
@@ -48,6 +52,37 @@ WHOLE = {
     "w4-g64": [],
     "w8-g32": ["--scheme", "W8A16", "--group-size", "32"],
     "w4-g64, down_proj w8-g32": ["--recipe", "mixed.toml"],
+}
+LAYERS = {"L": "sliding_attention", "G": "full_attention"}
+
+
+def layers(kinds):
+    return [LAYERS[kind] for kind in kinds]
+
+
+def yarn(**more):
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4} | more
+    return {"rope_scaling": None, "rope_theta": None, "rope_parameters": rope}
+
+
+LINEAR = {"rope_scaling": None, "rope_theta": None, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}
+# What a checkpoint becomes by other settings, where `None` leaves one out; a bare model has the names of its class and no head.
+VARIANTS = {
+    "llama_gelu": ("llama_rope_linear", {"hidden_act": "gelu_pytorch_tanh"}),
+    "llama_biases_of_mlp_left_out": ("llama_rope_linear", {"mlp_bias": False}),
+    "llama_windowed_types": ("llama_rope_linear", {"layer_types": layers("LG"), "sliding_window": 8}),
+    "llama_yarn_warm": ("llama_rope_linear", yarn(attention_factor=1.5, beta_fast=16)),
+    "llama_yarn_mscale_alone": ("llama_rope_linear", yarn(mscale=0.7)),
+    "llama_bare": ("llama_rope_linear", {"architectures": ["LlamaModel"]}),
+    "cohere2_two": ("cohere2_plain", {"layer_types": layers("LGL"), "sliding_window_pattern": None}),
+    "cohere2_own": ("cohere2_plain", {"layer_types": layers("GLL"), "sliding_window_pattern": None}),
+    "exaone4_own": ("exaone4_hybrid", {"layer_types": layers("LLGG"), "sliding_window_pattern": 4}),
+    "gemma3_text_own": ("gemma3_text_linear", {"layer_types": layers("GLL"), "sliding_window_pattern": 2}),
+    "gemma3_text_capped": ("gemma3_text_plain", {"final_logit_softcapping": 7.0}),
+    "mixtral_linear": ("mixtral_plain", LINEAR),
+    "nemotron_linear": ("nemotron_plain", LINEAR),
+    "qwen2_moe_linear": ("qwen2_moe_plain", LINEAR),
+    "qwen2_moe_renormalized": ("qwen2_moe_plain", {"norm_topk_prob": True}),
 }
 MIXED = "[[override]]\nmatch = 'down_proj'\nbits = 8\ngroup_size = 32\n"
 CONTEXT, WINDOWS = 128, 4
@@ -189,23 +224,48 @@ def run_job(python, process, items, options):
     return found
 
 
+def vary(options, name):
+    """Writes a variant beside the checkpoint that it is made of."""
+    of, settings = VARIANTS[name]
+    folder = options.folder / name
+    shutil.copytree(options.folder / of, folder)
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    if config["architectures"][0].endswith("Model"):
+        path = folder / "model.safetensors"
+        data = path.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        # What is computed is left out.
+        names = {"lm_head.weight": "model.rotary_emb.inv_freq"}
+        header = {names.get(k, k.removeprefix("model.")): v for k, v in header.items()}
+        header = json.dumps(header).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+NOT_RUN = "does not run", "does not load", "refuses files"
+OTHERWISE = "ignores the sliding window", "logits differ a little", "takes LongRoPE's long factors"
+ANEW = "rounds the parts anew"
+
+
 def outcome(made, expected, found):
     """What stands in the table, and what is wrong with it if anything is."""
     if "refused" in made:
         return made["refused"], None
-    told = [note for note in made["notes"] if "mlx-lm" in note]
+    told = {kinds: [note for note in made["notes"] if any(kind in note for kind in kinds)] for kinds in (NOT_RUN, OTHERWISE, (ANEW,))}
     if "error" in expected:
         return f"not tried: {expected['error']}", None if "image processor" in expected["error"] else expected["error"]
-    if "own" in found:
-        return f"mlx-lm does not run the plain model: {found['own']}", None
-    if "error" in found:
-        problem = found["error"]
-    elif not found["difference"] <= TOLERANCE:  # nor is NaN
+    problem = found.get("own") or found.get("error")
+    if not problem and not found["difference"] <= TOLERANCE:  # nor is NaN
         problem = f"logits differ by {found['difference']:.1e} of the largest"
-    else:
-        otherwise = f"as the plain model, which it runs otherwise than transformers (by {found['other']:.0e})"
-        return "agrees" if found["other"] <= TOLERANCE else otherwise, f"a note says otherwise: {told[0]}" if told else None
-    return f"no: {problem}", None if told else problem
+    if problem:
+        return f"no: {problem}", None if told[NOT_RUN] or told[(ANEW,)] else f"not said: {problem}"
+    if told[NOT_RUN]:
+        return "agrees", f"a note says otherwise: {told[NOT_RUN][0]}"
+    if found["other"] <= TOLERANCE:
+        return "agrees", None
+    otherwise = f"runs it otherwise than transformers (by {found['other']:.0e})"
+    return f"{otherwise}, as a note says", None if told[OTHERWISE] else f"not said: {otherwise}"
 
 
 def short(text):
@@ -240,7 +300,8 @@ def main():
         sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != HERE]
         return worker(options.worker)
 
-    known = sorted(p.name for p in (FIXTURES / "families").iterdir() if p.is_dir() and p.name != "gpt_oss_mxfp4")
+    fixtures = sorted(p.name for p in (FIXTURES / "families").iterdir() if p.is_dir() and p.name != "gpt_oss_mxfp4")
+    known = [*fixtures, *VARIANTS]
     names = options.names or known
     if unknown := {*names} - {*known}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
@@ -261,8 +322,10 @@ def main():
     options.folder.mkdir(exist_ok=True)
     wrong, lines = [], ["| family | mlx-lm |", "|---|---|"]
     try:
-        write = [own, FIXTURES / "make_families.py", "--write", options.folder, *names]
+        bases = sorted({VARIANTS[name][0] if name in VARIANTS else name for name in names})
+        write = [own, FIXTURES / "make_families.py", "--write", options.folder, *bases]
         subprocess.run([str(part) for part in write], check=True)
+        [vary(options, name) for name in names if name in VARIANTS]
         made = {name: artifact(options, name) for name in names}
         items = [one["item"] for one in made.values() if "item" in one]
         expected = run_job(own, "reference", items, options)
@@ -270,7 +333,7 @@ def main():
         cells = collections.defaultdict(dict)
         for name in names:
             cell, problem = outcome(made[name], expected.get(name, {}), found.get(name, {}))
-            config = json.loads((FIXTURES / "families" / name / "config.json").read_text())
+            config = json.loads((options.folder / name / "config.json").read_text())
             family = config["model_type"] + (" (vision)" if "text_config" in config else "")
             cells[family][name] = short(cell)
             if problem:

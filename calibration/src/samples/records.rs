@@ -71,7 +71,10 @@ impl Records {
             // The commonest reason is the one to mend; among equals the first.
             let told = if most.count > first.count { most } else { first };
             let of = if self.found > 1 {
-                format!("; {lost} of {} records cannot be used", self.found)
+                format!(
+                    "; {lost} of {} records cannot be used, and fewer than half may be left out: mend them, or take them out of the file",
+                    self.found
+                )
             } else {
                 String::new()
             };

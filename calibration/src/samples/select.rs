@@ -103,7 +103,11 @@ fn usable(text: &Text) -> Result<Vec<&Document>, SampleError> {
         return Err(SampleError::Record {
             name: text.name.clone(),
             place: place.clone(),
-            problem: format!("the text is blank; {} of {found} records cannot be used", lost + count),
+            problem: format!(
+                "the text is blank; {} of {found} records cannot be used, and fewer than half may be left out: mend them, or take them out \
+                 of the file",
+                lost + count
+            ),
         });
     }
     Ok(documents)

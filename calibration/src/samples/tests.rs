@@ -271,13 +271,13 @@ fn a_file_of_useless_records_is_refused_with_the_first() {
     let cases = [
         (
             "{\"text\": \"a\"}\n{\"text\": ",
-            "a.jsonl, line 2: not JSON (EOF while parsing a value); each line must be one JSON object; 1 of 2 records cannot be used",
+            "a.jsonl, line 2: not JSON (EOF while parsing a value); each line must be one JSON object; 1 of 2 records cannot be used, and fewer than half may be left out: mend them, or take them out of the file",
         ),
         ("\n[1]", "a.jsonl, record 1: expected a JSON object, found a number"),
         ("{\"text\": 3}", "a.jsonl, record 1: `text` must be a string, found a number"),
         (
             "{\"body\": \"x\"}\n{\"text\": null}\n{\"text\": null}",
-            "a.jsonl, line 2: `text` is null; 3 of 3 records cannot be used",
+            "a.jsonl, line 2: `text` is null; 3 of 3 records cannot be used, and fewer than half may be left out: mend them, or take them out of the file",
         ),
         ("{\"text\": \" \"}", "a.jsonl: the text is empty"),
         ("{\"text\": \" \"}\n{\"text\": \"\"}", "a.jsonl: the text is empty"),
@@ -666,11 +666,11 @@ fn blank_records_count_among_those_of_no_use_in_calibration() {
     assert!(calibrate(lines(5, 0, 5)).is_ok());
     assert_eq!(
         calibrate(lines(6, 0, 5)).unwrap_err(),
-        "a.jsonl, line 6: the text is blank; 6 of 11 records cannot be used"
+        "a.jsonl, line 6: the text is blank; 6 of 11 records cannot be used, and fewer than half may be left out: mend them, or take them out of the file"
     );
     assert_eq!(
         calibrate(lines(3, 3, 5)).unwrap_err(),
-        "a.jsonl, line 6: the text is blank; 6 of 11 records cannot be used"
+        "a.jsonl, line 6: the text is blank; 6 of 11 records cannot be used, and fewer than half may be left out: mend them, or take them out of the file"
     );
     // Evaluation has them all as blank lines.
     assert_eq!(text("a.jsonl", lines(6, 0, 1)).plain().unwrap(), format!("w1 w2 w3 w4{}", "\n\n".repeat(6)));
