@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use calibration::samples::{SampleSource, Samples, needed, windows};
+use calibration::samples::{SampleSource, Samples, Text, needed, windows};
 use calibration::statistics::Needs;
 use formats::Imatrix;
 use kernels::Backend;
@@ -382,34 +382,17 @@ impl<'a> Job<'a> {
             let samples = match (work.needs > Needs::Nothing, &text) {
                 (true, Some(text)) => {
                     let longest = families::longest_context(source.config())?.unwrap_or(usize::MAX);
-                    let seq_len = recipe.seq_len.min(longest);
-                    if seq_len < recipe.seq_len {
-                        notes.push(format!("sequences were cut to the model's {seq_len} positions"));
-                    }
                     let calibration = load_text(&recipe.calibration)?;
+                    let asked = Tokens::of(recipe.samples, recipe.seq_len.min(longest));
                     // Tokenizing much takes long: what cannot be had is told before.
-                    expect(Some(memory::at_least(Tokens::of(recipe.samples, seq_len), calibration.bytes())))?;
-                    let samples = text.select(&calibration, recipe.samples, seq_len, recipe.seed)?;
-                    notes.extend(calibration.without_blank());
-                    notes.extend(calibration.notes);
-                    notes.extend(weak_conversations(&samples.source, text.without_default()));
-                    if samples.source.sequences < recipe.samples {
-                        notes.push(format!(
-                            "the calibration text gives {} sequences of {seq_len} tokens, {} were asked for",
-                            samples.source.sequences, recipe.samples
-                        ));
-                    }
-                    let width = graph.linears().map(|l| l.cols).max().unwrap_or(0);
-                    if work.sweeps && samples.source.tokens < 2 * width {
-                        notes.push(format!(
-                            "{} calibration tokens are few for inputs of {width} features; the Hessians lean on their damping",
-                            samples.source.tokens
-                        ));
-                    }
-                    Some(samples)
+                    expect(Some(memory::at_least(asked, calibration.bytes())))?;
+                    Some(draw(text, calibration, recipe, longest, &mut notes)?)
                 }
                 _ => None,
             };
+            if let Some(samples) = samples.as_ref().filter(|_| work.sweeps) {
+                notes.extend(few_tokens(graph, samples.source.tokens));
+            }
             let tokens = samples.as_ref().map(|samples| Tokens::of(samples.source.sequences, samples.source.seq_len));
             all.push((Group { members, samples, notes, expected: None }, expect(tokens)?));
         }
@@ -681,6 +664,41 @@ impl Verification {
         notes.extend(fewer_windows(&held_out.name, windows.len(), context, self.windows));
         Ok(HeldOut { ids, asked, windows })
     }
+}
+
+/// Draws the calibration sequences that a recipe asks for, none longer than the model's `longest`; notes say what falls short of it.
+fn draw(
+    text: &ModelText,
+    calibration: Text,
+    recipe: &Recipe,
+    longest: usize,
+    notes: &mut Vec<String>,
+) -> Result<Samples> {
+    let seq_len = recipe.seq_len.min(longest);
+    if seq_len < recipe.seq_len {
+        notes.push(format!("sequences were cut to the model's {seq_len} positions"));
+    }
+    let samples = text.select(&calibration, recipe.samples, seq_len, recipe.seed)?;
+    notes.extend(calibration.without_blank());
+    notes.extend(calibration.notes);
+    notes.extend(weak_conversations(&samples.source, text.without_default()));
+    if samples.source.sequences < recipe.samples {
+        notes.push(format!(
+            "the calibration text gives {} sequences of {seq_len} tokens, {} were asked for",
+            samples.source.sequences, recipe.samples
+        ));
+    }
+    Ok(samples)
+}
+
+/// What to say where so many tokens hardly determine the Hessian of the widest input.
+fn few_tokens(graph: &Graph, tokens: usize) -> Option<String> {
+    let width = graph.linears().map(|linear| linear.cols).max().unwrap_or(0);
+    (tokens < 2 * width).then(|| {
+        format!(
+            "{tokens} calibration tokens are few for inputs of {width} features; the Hessians lean on their damping"
+        )
+    })
 }
 
 /// What a run does on its device.
