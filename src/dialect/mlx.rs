@@ -400,6 +400,13 @@ fn told(graph: &Graph, class: &Class, config: &Value) -> Result<Vec<String>> {
             class.activation
         ));
     }
+    if graph.head.missing {
+        told.push(
+            "this model has no output projection, and mlx-lm takes the embedding for one: its hidden states are right, and what it generates \
+             means nothing"
+                .to_owned(),
+        );
+    }
     let long = attention().find_map(|attention| match &attention.rope.as_ref()?.scaling {
         RopeScaling::Long { short, long, original } if short != long => Some(*original),
         _ => None,
@@ -485,7 +492,7 @@ fn taken(class: &Class, written: &Value, graph: &Graph) -> std::result::Result<V
     let settings = families::settings(written).map_err(|error| error.to_string())?;
     let text = text(written);
     let mut values = settings.values.as_object().cloned().unwrap_or_default();
-    values.insert("model_type".to_owned(), settings.model_type.clone().into());
+    values.extend(json!({"model_type": settings.model_type}).as_object().cloned().unwrap_or_default());
     if let Some(key) = class.needed.iter().find(|key| text.get(**key).is_none_or(Value::is_null)) {
         return Err(format!("its class of `{}` models asks for {key}, which config.json does not say", graph.family));
     }

@@ -244,7 +244,7 @@ def vary(options, name):
 
 
 NOT_RUN = "does not run", "does not load", "refuses files"
-OTHERWISE = "ignores the sliding window", "logits differ a little", "takes LongRoPE's long factors"
+OTHERWISE = "takes the embedding for one", "ignores the sliding window", "logits differ a little", "takes LongRoPE's long factors"
 ANEW = "rounds the parts anew"
 
 
