@@ -141,7 +141,7 @@ impl Told {
         let Some(list) = settings["layer_types"].as_array().filter(|list| !list.is_empty()) else { return };
         let local: Vec<bool> = list.iter().map(|kind| *kind == "sliding_attention").collect();
         let said = self.part().get("sliding_window_pattern").cloned().unwrap_or_default();
-        let fits = |every: usize| local.iter().enumerate().all(|(at, local)| *local == !(at + 1).is_multiple_of(every));
+        let fits = |every: usize| local.iter().enumerate().all(|(at, local)| *local != (at + 1).is_multiple_of(every));
         match model_type {
             "gemma3_text" | "cohere2" if said.is_null() => {
                 let usual = if model_type == "cohere2" { 4 } else { 6 };
@@ -210,7 +210,7 @@ mod tests {
         });
         let told = spelt_out(&config);
         assert_eq!(told["rope_theta"], 5e5);
-        assert_eq!(told["rope_scaling"], json!({"rope_type": "linear", "factor": 2.0}));
+        assert_eq!(told["rope_scaling"], json!({"rope_type": "linear", "type": "linear", "factor": 2.0}));
         assert_eq!((&told["rms_norm_eps"], &told["rope_parameters"]), (&json!(1e-6), &config["rope_parameters"]));
         let plain =
             json!({"model_type": "gpt_neox", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}});
@@ -251,7 +251,9 @@ mod tests {
             "rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors,
             "original_max_position_embeddings": 64,
         });
-        let told = spelt_out(&decoder("phi3", "rope_parameters", rope));
+        let mut config = decoder("phi3", "rope_parameters", rope);
+        config["original_max_position_embeddings"] = json!(64);
+        let told = spelt_out(&config);
         assert_eq!(
             [&told["rope_scaling"]["type"], &told["original_max_position_embeddings"]],
             [&json!("longrope"), &json!(64)]
@@ -302,9 +304,17 @@ mod tests {
             let Ok(text) = std::fs::read(entry.unwrap().path().join("config.json")) else { continue };
             let config: Value = serde_json::from_slice(&text).unwrap();
             let told = spelt_out(&config);
-            let [before, after] = [&config, &told].map(|config| settings(config).unwrap());
-            assert_eq!(before.values, after.values);
+            let [mut before, mut after] = [&config, &told].map(|config| settings(config).unwrap());
             assert_eq!(before.notes, after.notes);
+            let context = before.values["max_position_embeddings"].clone();
+            let [one, other] = [&mut before, &mut after].map(|settings| settings.values["rope_parameters"].take());
+            assert!(turn_alike(&one, &other, &context), "{one} {other}");
+            // These follow from what stands beside them.
+            for settings in [&mut before, &mut after] {
+                let values = settings.values.as_object_mut().unwrap();
+                values.retain(|key, _| !["sliding_window_pattern", "head_dim"].contains(&&key[..]));
+            }
+            assert_eq!(before.values, after.values);
             changed += usize::from(told != config);
         }
         assert!(changed > 50, "{changed}");
