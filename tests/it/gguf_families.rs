@@ -61,7 +61,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("gemma2_plain", "an attention scale of 0.20412415 with heads of 32 values"),
     ("gemma2_uncapped", "logits without a cap, where it has them with a cap of 30, cannot"),
     ("gemma3_text_plain", "an attention scale of 0.2236068 with heads of 32 values"),
-    ("gpt2_inner", "a feed-forward layer with Relu"),
+    ("gpt2_inner", "a feed-forward layer with no gate and relu"),
     ("gpt_oss_mxfp4", "YaRN with beta_fast"),
     ("gpt_oss_plain", "YaRN with beta_fast"),
     ("llama4_text_every_layer", "attention within 8 tokens"),
