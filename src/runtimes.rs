@@ -267,8 +267,8 @@ fn mlx_lm(facts: &Facts<'_>, graph: &Graph, config: &Value) -> Result<Vec<String
     }
     if graph.opaque {
         return Ok(vec![format!(
-            "it is not known here what models of the type `{model_type}` compute, and so not whether mlx-lm computes the same: compare its \
-             answers with the original's"
+            "it is not known here what models of the type `{model_type}` compute, and so neither whether mlx-lm loads this output nor \
+             whether it computes the same: load it, and compare its answers with the original's"
         )]);
     }
     let mut notes = mlx::notes(config, graph)?;
@@ -310,7 +310,8 @@ fn gptqmodel(facts: &Facts<'_>) -> Option<&'static str> {
 /// What to say of tensors that go over though no rule names them, of a format whose loader takes none that its classes do not know.
 pub fn unknown_to_mlx(graph: &Graph, source: &Checkpoint, codec: &str, fates: &[(String, Fate)]) -> Option<String> {
     let model_type = type_of(source.config()).unwrap_or_default();
-    if codec != "mlx" || !mlx::knows(model_type) {
+    // Of models that are not known everything but linears goes over so.
+    if codec != "mlx" || !mlx::knows(model_type) || graph.opaque {
         return None;
     }
     let aside = fates.iter().filter(|(_, fate)| matches!(fate, Fate::Aside(_))).map(|(name, _)| name.as_str());

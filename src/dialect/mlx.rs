@@ -331,6 +331,13 @@ pub fn notes(config: &Value, graph: &Graph) -> Result<Vec<String>> {
     let Some(class) = CLASSES.iter().find(|class| class.families.contains(&graph.family)) else {
         return Ok(Vec::new());
     };
+    if let Some(why) = &graph.unrunnable {
+        return Err(Error::usage(format!(
+            "{why}, and mlx-lm's class of `{}` models would load the output and compute something else; give another --format, as \
+             compressed-tensors",
+            graph.family
+        )));
+    }
     let mut original = families::build(config)?;
     // The prefix is the wrapper's where there is one, and its class looks for it.
     let wrapped = config.get("text_config").is_some() || graph.aside.iter().any(|(prefix, _)| prefix.contains("vis"));

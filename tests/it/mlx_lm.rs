@@ -149,6 +149,14 @@ fn every_family_is_told_or_refused_where_mlx_lm_does_otherwise() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
+/// Embedding models attend both ways, which no class of mlx-lm does.
+#[test]
+fn what_attends_both_ways_is_refused() {
+    with("qwen2_tied", json!({"is_causal": false}), Refused("is_causal is false"));
+    let both = json!({"use_bidirectional_attention": true});
+    with("gemma3_text_plain", both, Refused("use_bidirectional_attention is true"));
+}
+
 #[test]
 fn another_activation_is_refused() {
     let gelu = || json!({"hidden_act": "gelu_pytorch_tanh"});
