@@ -505,9 +505,14 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
     for (name, shape) in graph.tensors() {
         let Some(entry) = source.entry(&name) else { return Err(missing(graph, source, &name, &shape)) };
         if entry.shape != shape {
-            let (says, take) = match source.gguf().is_some() {
-                true => ("the metadata", "download the file again"),
-                false => (
+            let (says, take) = match (source.gguf().is_some(), entry.dtype) {
+                (true, _) => ("the metadata", "download the file again"),
+                (_, StoredType::Quantized { .. }) => (
+                    "config.json",
+                    "take the config.json that was published with these weights: how wide codes are stands in its quantization_config, and \
+                     the shape follows from that, too",
+                ),
+                _ => (
                     "config.json",
                     "take the config.json that was published with these weights, or set its sizes (as vocab_size, hidden_size, \
                      intermediate_size, num_attention_heads, num_key_value_heads, head_dim) to what the tensors have",
@@ -535,7 +540,7 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
             if let Some(scale) = scales.iter().find(|scale| source.entry(scale).is_some()) {
                 return Err(Error::failed(format!(
                     "{place}: tensor `{name}` is of type {dtype} and has scales in `{scale}`, and config.json lacks the \
-                     quantization_config that says how they are meant"
+                     quantization_config that says how they are meant; take the config.json that was published with these weights"
                 )));
             }
         }

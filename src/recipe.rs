@@ -558,6 +558,13 @@ fn change(
                 codec.id()
             )));
         }
+        if Mix::parse(name).is_some() {
+            return Err(Error::usage(format!(
+                "scheme `{name}` is one of gguf, and the format is {}: write that (--format gguf, or an output that ends in .gguf), or name \
+                 another scheme",
+                codec.id()
+            )));
+        }
         let preset = Scheme::preset(name).ok_or_else(|| {
             Error::usage(format!(
                 "scheme `{name}` is not known; there are W4A16, W4A16_ASYM, W8A16, W3A16 and W2A16 (each also with _ASYM)"

@@ -135,6 +135,8 @@ struct Facts<'a> {
     mixed: bool,
     /// Whether a quantized linear has a zero point.
     asymmetric: bool,
+    /// Whether keys and values that are made through a latent have codes.
+    latent: bool,
     /// Whether the model is a part of a larger one.
     wrapped: bool,
 }
@@ -166,6 +168,7 @@ pub fn notes(
         experts,
         mixed: experts && layers().any(|layer| matches!(layer, Layer::Mlp(_))),
         asymmetric: encodings.values().any(|encoding| encoding.fixed_zero().is_none()),
+        latent: graph.family == "deepseek_v3" && encodings.keys().any(|module| module.ends_with("kv_b_proj")),
         wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && *what != FURTHER),
     };
     let packed = codec == "compressed-tensors";
@@ -272,7 +275,7 @@ fn mlx_lm(facts: &Facts<'_>, graph: &Graph, config: &Value) -> Result<Vec<String
         )]);
     }
     let mut notes = mlx::notes(config, graph)?;
-    if facts.family == "deepseek_v3" {
+    if facts.latent {
         notes.push(
             "mlx-lm 0.32 takes `kv_b_proj` of this family apart as it loads it and rounds the parts anew; --ignore kv_b_proj keeps it as it is"
                 .to_owned(),

@@ -17,11 +17,11 @@ const FLAG: &str = "tie_word_embeddings";
 /// so; if none does, config.json stays as it is, for whoever needs the head to miss it.
 pub fn settled(source: &dyn Weights) -> Option<(Value, String)> {
     let config = source.config();
-    let (head, embedding, tied) = match published(source) {
-        Ok(graph) => (graph.head.linear.weight(), graph.embedding.tensor, graph.head.tied),
+    let (head, embedding, tied, missing) = match published(source) {
+        Ok(graph) => (graph.head.linear.weight(), graph.embedding.tensor, graph.head.tied, graph.head.missing),
         Err(_) => {
             let (head, embedding) = by_name(source)?;
-            (head, embedding, self::tied(config).unwrap_or(false))
+            (head, embedding, self::tied(config).unwrap_or(false), false)
         }
     };
     let inner = config.get("text_config").filter(|inner| inner.is_object());
@@ -46,6 +46,7 @@ pub fn settled(source: &dyn Weights) -> Option<(Value, String)> {
     set(&mut settled, truth);
     let why = match (truth, said_otherwise) {
         (false, _) => format!("`{head}` is stored and is not the embedding, though config.json ties the two"),
+        (true, true) if missing => "the model has no head, and config.json says that it has one of its own".to_owned(),
         (true, true) => "config.json ties the head to the embedding in one place and not in another".to_owned(),
         (true, false) => {
             "config.json ties the head to the embedding in one of the two places where runtimes look".to_owned()

@@ -220,7 +220,11 @@ impl Staging {
                     remove_made(&made);
                     Error::io(&home, "create a folder in")(error)
                 })?;
-                let journal = before.map(|before| Journal::begin(&folder, before.key)).transpose()?;
+                let begun = before.map(|before| Journal::begin(&folder, before.key)).transpose();
+                let journal = begun.inspect_err(|_| {
+                    let _ = fs::remove_dir_all(&folder);
+                    remove_made(&made);
+                })?;
                 (folder, lock, journal)
             }
         };

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use super::names;
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
-use super::{check_group, check_weight, exact_scales, expect_shape, part, words_shape};
+use super::{check_group, check_weight, exact_scales, expect_scales, expect_shape, part, words_shape};
 use crate::encoding::Encoding;
 use crate::error::{Error, Result};
 use crate::grid::Scheme;
@@ -100,7 +100,7 @@ impl Codec for Awq {
         let words = to_words(part(parts, "qweight")?.data);
         let groups = scheme.groups(cols);
         let scale = part(parts, "scales")?;
-        expect_shape(&scale, "scales", &[groups, rows])?;
+        expect_scales(&scale, "scales", &[groups, rows], &declared.encoding)?;
         let scales = transpose(&scale.to_f32()?, groups, rows);
         let zeros = match parts("qzeros") {
             Some(zeros) => {

@@ -28,7 +28,7 @@ use serde_json::{Map, Value, json};
 use super::foreign::scaled;
 use super::names::{self, NameSet, Selection};
 use super::{Codec, ConfigFiles, Declared, Foreign, PartLookup, Parts, QuantizedModule};
-use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, words_shape};
+use super::{check_group, check_weight, exact_scales, expect_scales, expect_shape, group_map, part, words_shape};
 use crate::bits::{packed_words, unpack};
 use crate::encoding::{Activation, Block, E4M3, Encoding, Float, Levels, Offset, code_e4m3};
 use crate::error::{Error, Result};
@@ -223,7 +223,7 @@ impl Codec for CompressedTensors {
         if scales.len() == 1 && groups == 1 {
             scales = vec![scales[0]; rows];
         } else if scales.len() != rows * groups {
-            expect_shape(&scale, "weight_scale", &[rows, groups])?;
+            expect_scales(&scale, "weight_scale", &[rows, groups], &encoding)?;
         }
 
         let half = 1u8 << (bits - 1);

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::names::{self, NameSet};
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
-use super::{check_group, check_weight, exact_scales, expect_shape, group_map, part, words_shape};
+use super::{check_group, check_weight, exact_scales, expect_scales, expect_shape, group_map, part, words_shape};
 use crate::bits::packed_words;
 use crate::encoding::Encoding;
 use crate::error::{Error, Result};
@@ -113,7 +113,7 @@ impl Codec for Gptq {
         let words = to_words(part(parts, "qweight")?.data);
         let groups = scheme.groups(cols);
         let scale = part(parts, "scales")?;
-        expect_shape(&scale, "scales", &[groups, rows])?;
+        expect_scales(&scale, "scales", &[groups, rows], &declared.encoding)?;
         let scales = transpose(&scale.to_f32()?, groups, rows);
 
         let qzeros = part(parts, "qzeros")?;

@@ -312,6 +312,18 @@ fn expect_shape(part: &TensorView<'_>, name: &str, shape: &[usize]) -> Result<()
     part.expect(name, part.dtype, shape)
 }
 
+/// Fails unless the part of scales has this shape, which follows from the encoding's groups.
+fn expect_scales(part: &TensorView<'_>, name: &str, shape: &[usize], encoding: &Encoding) -> Result<()> {
+    if part.shape == shape {
+        return part.expect(name, part.dtype, shape);
+    }
+    let width = encoding.group();
+    let said = if width == 0 { "without a group_size".to_owned() } else { format!("with the group_size {width}") };
+    let expected =
+        format!("{shape:?} {said} of quantization_config; take the config.json that was published with these weights");
+    Err(Error::mismatch(format!("the shape of {name}"), expected, format_args!("{:?}", part.shape)))
+}
+
 /// The columns' groups in the form [`QuantizedWeight`] keeps them: `None` when they are runs of `group` columns.
 fn group_map(map: Vec<u32>, encoding: &Encoding, groups: usize) -> Result<Option<Vec<u32>>> {
     if let Some(found) = map.iter().find(|&&group| group as usize >= groups) {

@@ -117,7 +117,8 @@ impl SafetensorsSet {
         let place = index.display();
         let mut notes = Vec::new();
         if let Some(names) = some_of(&missing) {
-            notes.push(format!("{place} names {names}, and no shard holds them"));
+            let them = if missing.len() == 1 { "it" } else { "them" };
+            notes.push(format!("{place} names {names}, and no shard holds {them}"));
         }
         if let Some(names) = some_of(&elsewhere) {
             notes.push(format!("{place} places {names} in another shard than the one that holds them"));

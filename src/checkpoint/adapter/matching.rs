@@ -93,7 +93,12 @@ impl<'m> Matching<'m> {
         let any = parts.a.as_ref().or(parts.b.as_ref()).or(parts.magnitude.as_ref()).or(parts.bias.as_ref());
         let any = any.expect("a module has a part");
         let (Some(a), Some(b)) = (&parts.a, &parts.b) else {
-            return Err(self.refused(any, format!("of the module `{module}` only one of the two factors is there")));
+            let (there, missing) = if parts.a.is_some() { ("lora_A", "lora_B") } else { ("lora_B", "lora_A") };
+            let why = match parts.a.is_some() || parts.b.is_some() {
+                true => format!("of the module `{module}` {there} is there and {missing} is not"),
+                false => format!("of the module `{module}` neither lora_A nor lora_B is there"),
+            };
+            return Err(self.refused(any, format!("{why}; copy the whole adapter again, or save it anew")));
         };
         match (self.settings.dora, &parts.magnitude) {
             (true, None) => {
