@@ -230,7 +230,7 @@ fn what_cannot_be_merged_is_told_in_a_sentence() {
     let message = told(json!({}), &product("base_model.model.model.layers.0.self_attn.o_proj", 4, [48, 32]));
     assert!(message.contains("made for a weight of shape [48, 32]"), "{message}");
     let message = told(json!({}), &good[..1]);
-    assert!(message.contains("only one of the two factors"), "{message}");
+    assert!(message.contains("lora_A is there and lora_B is not"), "{message}");
     let resized = vec![("base_model.model.model.embed_tokens.weight".to_owned(), vec![97, 32], vec![0.0; 97 * 32])];
     assert!(told(json!({}), &resized).contains("vocabulary that was resized"));
     let unknown = vec![("base_model.model.score.weight".to_owned(), vec![2, 32], vec![0.0; 64])];

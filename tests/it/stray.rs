@@ -307,7 +307,7 @@ fn an_index_and_shards_that_do_not_agree_are_read_as_runtimes_do() {
     let ghost = |_: &mut [Tensors; 2], map: &mut BTreeMap<String, Value>| {
         map.insert("ghost.weight".to_owned(), "part-a.safetensors".into());
     };
-    check(&ghost, &["model.safetensors.index.json names `ghost.weight`, and no shard holds them"]);
+    check(&ghost, &["model.safetensors.index.json names `ghost.weight`, and no shard holds it"]);
     check(
         &|_, map| drop(map.remove(DOWN)),
         &["does not name `model.layers.1.mlp.down_proj.weight`, read from the shards"],
