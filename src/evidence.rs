@@ -19,8 +19,11 @@ const LARGEST_HALF: f32 = 65504.0;
 /// The smallest half above 0.
 const STEP: f32 = 5.960_464_5e-8;
 
-/// What there is to tell of a linear's or another tensor's lost weights, from this share of them on.
+/// What there is to tell of a tensor's lost values, from this share of them on.
 const TOLD: f64 = 0.01;
+
+/// The same of weights with scales, which are lost by whole groups: a single row that others make up for can count for much.
+const TOLD_OF_GROUPS: f64 = 1e-4;
 
 /// The share of what is known of an expert's input that came from tokens of the other experts; `None` where none did.
 pub fn prior_share<B: Quantize>(statistics: &Statistics<B>) -> Option<f64> {
@@ -104,8 +107,9 @@ pub fn too_small(lost: &[(String, f64)]) -> Option<String> {
 fn told_too_small(shares: &[(&str, f64)], place: &str, or: &str) -> Option<String> {
     let most = shares.iter().map(|(_, share)| *share).reduce(f64::max)?;
     let names: Vec<&str> = shares.iter().map(|(name, _)| *name).collect();
+    let digits = if most < TOLD { 2 } else { 0 };
     Some(format!(
-        "the weights of {} tensors ({}) are too small for {place}: up to {:.0} % of them are lost, or {or}",
+        "the weights of {} tensors ({}) are too small for {place}: up to {:.digits$} % of them are lost, or {or}",
         names.len(),
         listed(&names),
         100.0 * most
@@ -224,7 +228,7 @@ pub fn notes(linears: &[LinearReport], others: &[(String, f64)]) -> Vec<String> 
     for (fallback, names) in fallbacks {
         notes.push(format!("{} of {all} linears ({}): {fallback}", names.len(), listed(&names)));
     }
-    let lost = |share: Option<f64>| share.filter(|share| *share >= TOLD);
+    let lost = |share: Option<f64>| share.filter(|share| *share >= TOLD_OF_GROUPS);
     let mut shares: Vec<(&str, f64)> =
         linears.iter().filter_map(|linear| Some((linear.name.as_str(), lost(linear.lost)?))).collect();
     shares.extend(others.iter().filter_map(|(name, share)| Some((name.as_str(), lost(Some(*share))?))));

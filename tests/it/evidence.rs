@@ -418,6 +418,11 @@ fn adapters_that_lack_something_are_refused_or_told() {
             &good,
             &["does not name 1 of the adapter's 1 modules"],
         ),
+        (
+            json!({"target_modules": "all-linear", "exclude_modules": ".*_proj"}),
+            &good,
+            &["or excludes them, and PEFT would leave them out"],
+        ),
         (json!({}), &wrapped, &["are not called as PEFT calls them"]),
     ] {
         let found = open(settings.clone(), tensors).unwrap();
@@ -528,6 +533,25 @@ fn plain_halves_that_are_too_small_or_too_large_are_told() {
     // 1e10, which it cannot hold.
     fill(0x5015);
     convert("f16").refuses(1, &["model.safetensors", DOWN, "F16's largest", "--dtype bf16 or f32"]);
+}
+
+/// One row in several hundred may be what another one makes up for.
+#[test]
+fn a_single_row_that_is_too_small_for_its_scales_is_told() {
+    const UP: &str = "model.layers.1.mlp.up_proj";
+    let room = Room::new();
+    room.model().weights(|header, data| {
+        let tensor = &header[&format!("{UP}.weight")];
+        let ends: Vec<usize> = serde_json::from_value(tensor["data_offsets"].clone()).unwrap();
+        let row = 2 * tensor["shape"][1].as_u64().unwrap() as usize;
+        data[ends[0]..ends[0] + row].chunks_exact_mut(2).for_each(|at| at.copy_from_slice(&0x2edcu16.to_le_bytes()));
+    });
+    for more in ["-o out --group-size 64", "-o out.gguf --scheme Q8_0", "-o out-mlx --format mlx"] {
+        let run = room.run(format!("quantize model {more} --method rtn --verify-text none").split_whitespace());
+        run.succeeds();
+        let words = format!("the weights of 1 tensors (`{UP}`) are too small for scales in half precision: up to 0.");
+        assert!(run.stderr().contains(&words), "{more}: {}", run.stderr());
+    }
 }
 
 #[test]

@@ -69,10 +69,9 @@ impl Merged<'_> {
         ))
     }
 
-    /// Whether PEFT would look for factors of a module.
+    /// Whether PEFT would look for factors of a module that adapter_config.json names.
     fn is_target(&self, module: &str) -> bool {
-        let among = |list: &[(String, Regex)]| list.iter().any(|(_, regex)| regex.is_match(module).unwrap_or(false));
-        among(&self.settings.targets) && !among(&self.settings.excluded)
+        is_among(&self.settings.targets, module) && !is_among(&self.settings.excluded, module)
     }
 
     /// Modules with factors that adapter_config.json does not name.
@@ -81,7 +80,11 @@ impl Merged<'_> {
             .modules
             .keys()
             .map(String::as_str)
-            .filter(|module| linears.contains(module) && !self.settings.targets.is_empty() && !self.is_target(module))
+            .filter(|module| match self.settings.targets.is_empty() {
+                // All linears are meant.
+                true => linears.contains(module) && is_among(&self.settings.excluded, module),
+                false => linears.contains(module) && !self.is_target(module),
+            })
             .collect();
         (!unnamed.is_empty()).then(|| {
             format!(
@@ -180,4 +183,9 @@ impl Merged<'_> {
             )
         })
     }
+}
+
+/// Whether a module is one of those that a list of adapter_config.json means.
+fn is_among(list: &[(String, Regex)], module: &str) -> bool {
+    list.iter().any(|(_, regex)| regex.is_match(module).unwrap_or(false))
 }
