@@ -104,8 +104,17 @@ KERNEL(fit_apart)(
     float top_level = block.set.high, most = fmaxf(block.set.high, -block.set.low), reach = fmaxf(fabsf(high), fabsf(low));
     Best best = {0.0f, 0.0f, 0.0f};
     if (!(low == 0.0f && high == 0.0f)) {
-        best.d = has_min ? block.stored((high - low) / top_level) : block.stored(reach / most);
-        best.m = has_min ? block.stored_min(-low) : 0.0f;
+        float span = (high - low) / top_level;
+        if (has_min && span > 0.0f) {
+            // A level stands for zero.
+            bool below = -low > high;
+            float far = below ? -low : high, steps = rintf(far / span);
+            best.d = block.stored(far / steps);
+            best.m = block.stored_min(best.d * (below ? steps : top_level - steps));
+        } else {
+            best.d = has_min ? block.stored(span) : block.stored(reach / most);
+            best.m = has_min ? block.stored_min(-low) : 0.0f;
+        }
     }
     if (searched) {
         best.loss = loss_of(block, best.d, best.m);

@@ -140,10 +140,29 @@ fn from_range(low: f32, high: f32, task: &Task) -> BlockScales {
         return BlockScales::default();
     }
     let (d, m) = match stored.min {
-        Some(_) => (stored.round((high - low) / top), stored.round_min(-low)),
+        Some(_) => through_zero(low, high, top, stored),
         None => (stored.round(high.abs().max(low.abs()) / top.max(-bottom)), 0.0),
     };
     BlockScales { d, m, ..BlockScales::default() }
+}
+
+/// A scale and a min of levels from 0 to `top` for values from `low` to `high`, so that a level stands for zero, as `mlx.core.quantize`
+/// has it: weights that are exactly zero are so for a reason, and their input may be large.
+///
+/// ```text
+/// steps = ⌊far / ((high − low) / top)⌉        far: the end that is further from zero
+/// scale = far / steps                         zero is that many steps from it
+/// ```
+fn through_zero(low: f32, high: f32, top: f32, stored: Stored) -> (f32, f32) {
+    let span = (high - low) / top;
+    if span <= 0.0 {
+        return (stored.round(span), stored.round_min(-low));
+    }
+    let below = -low > high;
+    let far = if below { -low } else { high };
+    let steps = (far / span).round_ties_even();
+    let d = stored.round(far / steps);
+    (d, stored.round_min(d * if below { steps } else { top - steps }))
 }
 
 /// The best scale and min found so far.

@@ -104,7 +104,7 @@ pub fn quantize(weight: ArrayView2<f32>, encoding: &Encoding) -> Encoded {
     out
 }
 
-/// Scale and offset of a block of this range: what is taken off is its lower end where that is stored.
+/// Scale and offset of a block of this range: what is taken off is its lower end where that is stored, or near it.
 fn wanted([low, high]: [f64; 2], encoding: &Encoding) -> [f64; 2] {
     let count = encoding.levels.count();
     let largest = (0..count).map(|code| encoding.levels.level(code as u8).abs()).filter(|level| level.is_finite());
@@ -115,6 +115,13 @@ fn wanted([low, high]: [f64; 2], encoding: &Encoding) -> [f64; 2] {
             Levels::Integer { .. } => [2.0 * high.max(-low) / (count as f64 - 1.0), 0.0],
             _ => [high.max(-low) / largest, 0.0],
         },
+        // One of the levels is zero, and the end that is further from it is kept.
+        Offset::Min(_) if high > low => {
+            let far = high.max(-low);
+            let steps = (far * largest / (high - low)).round_ties_even();
+            let zero = if -low > high { steps } else { largest - steps };
+            [far / steps, far / steps * zero]
+        }
         Offset::Zero { .. } | Offset::Min(_) | Offset::SubMin { .. } => [(high - low) / largest, -low],
     }
 }

@@ -17,6 +17,25 @@ fn weighted(weight: &Array2<f32>, values: &[f32], h: &[f32]) -> f64 {
     terms.map(|(at, (x, value))| f64::from(h[at % cols]) * f64::from(x - value).powi(2)).sum()
 }
 
+/// As MLX's own function has it: a weight that is exactly zero is so for a reason, and its input may be large.
+#[test]
+fn a_range_with_a_min_has_a_level_for_zero() {
+    let mut noise = Noise(52);
+    for bits in [4, 8] {
+        let encoding = Encoding::mlx(bits, 32, Float::F16);
+        let mut weight = noise.matrix(40, 64);
+        weight.column_mut(5).fill(0.0);
+        // Most of them on one side, and all.
+        weight.rows_mut().into_iter().take(20).for_each(|mut row| row.iter_mut().for_each(|x| *x = x.abs()));
+        let grid = fit::run(weight.view(), &GridSpec::of(encoding, 64), FitKind::MinMax);
+        let values = dequantized(&grid, &round::run(weight.view(), &grid));
+        for (row, values) in values.chunks_exact(64).enumerate() {
+            let step = grid.scales[2 * row];
+            assert!(values[5].abs() <= 0.1 * step, "{bits} bits, row {row}: {} beside a step of {step}", values[5]);
+        }
+    }
+}
+
 #[test]
 fn grids_from_ranges_are_those_of_the_plain_loop() {
     let mut noise = Noise(51);
