@@ -197,7 +197,7 @@ const CLASSES: &[Class] = &[
     },
     Class { families: &["glm"], positions: Positions::Theta, ..PLAIN },
     Class {
-        families: &["glm4"],
+        families: &["glm4", "glm4_moe"],
         head: Head::Own,
         positions: Positions::Theta,
         share: Some("partial_rotary_factor"),
@@ -246,13 +246,6 @@ const CLASSES: &[Class] = &[
     },
     Class { families: &["deepseek_v3"], fixed: &[("rope_interleave", Flag(true))], head: Head::Own, ..PLAIN },
     Class { families: &["dots1"], fixed: &[("attention_bias", Flag(false))], ..PLAIN },
-    Class {
-        families: &["glm4_moe"],
-        head: Head::Own,
-        positions: Positions::Theta,
-        share: Some("partial_rotary_factor"),
-        ..PLAIN
-    },
     Class {
         families: &["minimax_m2"],
         needed: &["shared_intermediate_size"],
@@ -349,29 +342,19 @@ pub fn notes(config: &Value, graph: &Graph) -> Result<Vec<String>> {
         Err(why) => Ok(vec![not_loaded(&why)]),
         Ok(taken) => {
             let mut other = families::build(&taken)?;
-            correct(&mut other, class, &written);
+            correct(&mut other, &written);
             if let Some(why) = other_tensors(&original, &other, graph, wrapped) {
                 return Ok(vec![not_loaded(&why)]);
             }
-            let windows = windows(class, &written);
-            let reader = Reader { windows: windows.is_some(), converted: false };
-            if let Some(Some(windows)) = windows {
-                for (block, window) in other.blocks.iter_mut().zip(windows) {
-                    if let Some(attention) = block.steps.iter_mut().find_map(|step| match &mut step.layer {
-                        Layer::Attention(attention) => Some(attention),
-                        _ => None,
-                    }) {
-                        attention.shape.window = window;
-                    }
-                }
-            }
+            let windows = set_windows(&mut other, class, families::text_settings(&written));
+            let reader = Reader { windows, converted: false };
             match same::difference(&original, &other, reader) {
                 Some(what) => Err(Error::usage(format!(
                     "{what} cannot be written for mlx-lm, whose class of `{}` models would load the output and compute something else; give \
                      another --format, as compressed-tensors or gguf",
                     graph.family
                 ))),
-                None => Ok(told(&original, class, config)?),
+                None => told(&original, class, windows, config),
             }
         }
     }
@@ -383,15 +366,13 @@ fn not_loaded(why: &str) -> String {
     )
 }
 
-/// What differs so little, or so late in a text, that the output is of use.
-fn told(graph: &Graph, class: &Class, config: &Value) -> Result<Vec<String>> {
+/// What differs so little, or so late in a text, that the output is of use; `windows` says whether the class has those of this model.
+fn told(graph: &Graph, class: &Class, windows: bool, config: &Value) -> Result<Vec<String>> {
     let attention = || graph.blocks.iter().filter_map(|block| block.attention());
     let mut told = Vec::new();
     let context = longest_context(config)?.unwrap_or(usize::MAX);
     let window = attention().filter_map(|attention| attention.shape.window).min();
-    if let Some(window) = window.filter(|window| *window < context && class.windows != Windows::Every)
-        && windows(class, &spelt_out(config)).is_none()
-    {
+    if let Some(window) = window.filter(|window| *window < context && !windows) {
         told.push(format!(
             "mlx-lm ignores the sliding window of {window} tokens in models of this type: beyond {window} tokens the model attends to more \
              than it was trained with, so keep texts shorter or give another --format, as compressed-tensors"
@@ -434,9 +415,9 @@ const TRADITIONAL: &[&str] = &[
 ];
 
 /// What a class does by settings that are none of transformers', or by none at all.
-fn correct(graph: &mut Graph, class: &Class, written: &Value) {
+fn correct(graph: &mut Graph, written: &Value) {
     let family = graph.family;
-    let said = |key: &str| text(written).get(key).and_then(Value::as_bool);
+    let said = |key: &str| families::text_settings(written).get(key).and_then(Value::as_bool);
     for step in graph.blocks.iter_mut().flat_map(|block| &mut block.steps) {
         match &mut step.layer {
             Layer::Attention(attention) => {
@@ -455,18 +436,13 @@ fn correct(graph: &mut Graph, class: &Class, written: &Value) {
             _ => {}
         }
     }
-    match class.families[0] {
-        "ernie4_5" => graph.head.linear.bias = false,
+    match family {
+        "ernie4_5" | "ernie4_5_moe" => graph.head.linear.bias = false,
         "cohere" | "cohere2" if said("layer_norm_bias") == Some(true) => {
             graph.final_norm.bias = Some("model.norm.bias".to_owned());
         }
         _ => {}
     }
-}
-
-/// The language model's part of config.json.
-fn text(config: &Value) -> &Value {
-    config.get("text_config").filter(|part| part.is_object()).unwrap_or(config)
 }
 
 /// Which layers the class takes for those that see a window only, where it goes by a list; `None` where it has none to go by.
@@ -481,23 +457,29 @@ fn local(class: &Class, text: &Value) -> Option<Vec<bool>> {
     }
 }
 
-/// Windows of all layers, as the class has them; none where they are in the settings already; `None` where it knows none.
-fn windows(class: &Class, written: &Value) -> Option<Option<Vec<Option<usize>>>> {
-    match class.windows {
-        Windows::Never => None,
-        Windows::Every | Windows::Letters | Windows::Chunks => Some(None),
-        Windows::Types | Windows::Mixed => {
-            let text = text(written);
-            let window = text.get("sliding_window").and_then(integer).map(|window| window as usize);
-            Some(Some(local(class, text)?.into_iter().map(|local| window.filter(|_| local)).collect()))
+/// Gives the layers of a model the windows that the class has for them, where these do not follow from its settings; whether it has any.
+fn set_windows(graph: &mut Graph, class: &Class, text: &Value) -> bool {
+    let listed = match class.windows {
+        Windows::Never => return false,
+        Windows::Every | Windows::Letters | Windows::Chunks => return true,
+        Windows::Types | Windows::Mixed => local(class, text),
+    };
+    let Some(listed) = listed else { return false };
+    let window = text.get("sliding_window").and_then(integer).map(|window| window as usize);
+    for (block, local) in graph.blocks.iter_mut().zip(listed) {
+        for step in &mut block.steps {
+            if let Layer::Attention(attention) = &mut step.layer {
+                attention.shape.window = window.filter(|_| local);
+            }
         }
     }
+    true
 }
 
 /// The settings that a class goes by, in Hugging Face's terms, or why it cannot be made of what is written.
 fn taken(class: &Class, written: &Value, graph: &Graph) -> std::result::Result<Value, String> {
     let settings = families::settings(written).map_err(|error| error.to_string())?;
-    let text = text(written);
+    let text = families::text_settings(written);
     let mut values = settings.values.as_object().cloned().unwrap_or_default();
     values.extend(json!({"model_type": settings.model_type}).as_object().cloned().unwrap_or_default());
     if let Some(key) = class.needed.iter().find(|key| text.get(**key).is_none_or(Value::is_null)) {
@@ -615,9 +597,9 @@ fn rotary(
         named("type").or(named("rope_type")).unwrap_or("default").to_owned()
     };
     let plain = || json!({"rope_type": "default"});
-    let by_its_older_name =
-        |scaling: &Map<String, Value>, keys: &[&str]| match keys.iter().find(|key| !scaling.contains_key(**key)) {
-            Some(key) => Err(format!("its class asks for {key} in rope_scaling of config.json")),
+    let asks =
+        |place: &str, of: &Map<String, Value>, keys: &[&str]| match keys.iter().find(|key| !of.contains_key(**key)) {
+            Some(key) => Err(format!("its class asks for {key} in {place} of config.json")),
             None => Ok(()),
         };
     let mut turned = match (class.positions, scaling) {
@@ -630,8 +612,8 @@ fn rotary(
             let Some(own) = own else {
                 return Err("its class asks for rope_parameters in config.json".to_owned());
             };
-            by_its_older_name(own, &["llama_4_scaling_beta", "original_max_position_embeddings", "rope_theta"])
-                .map_err(|why| why.replace("rope_scaling", "rope_parameters"))?;
+            let keys = ["llama_4_scaling_beta", "original_max_position_embeddings", "rope_theta"];
+            asks("rope_parameters", own, &keys)?;
             let mut turned = scaled(&kind_of(own), own, context, graph)?;
             for key in ["llama_4_scaling_beta", "original_max_position_embeddings"] {
                 turned[key] = own[key].clone();
@@ -640,7 +622,7 @@ fn rotary(
         }
         (Positions::Long | Positions::Linear { .. } | Positions::Alpha, None) => plain(),
         (Positions::Long, Some(scaling)) => {
-            by_its_older_name(scaling, &["long_factor", "type"])?;
+            asks("rope_scaling", scaling, &["long_factor", "type"])?;
             match &kind_of(scaling)[..] {
                 "longrope" | "su" => {
                     let original = said("original_max_position_embeddings").cloned().unwrap_or(json!(4096));
@@ -650,7 +632,7 @@ fn rotary(
             }
         }
         (Positions::Linear { applied }, Some(scaling)) => {
-            by_its_older_name(scaling, &["factor", "type"])?;
+            asks("rope_scaling", scaling, &["factor", "type"])?;
             match &kind_of(scaling)[..] {
                 "linear" if applied => scaled("linear", scaling, context, graph)?,
                 "linear" => plain(),
@@ -664,7 +646,7 @@ fn rotary(
         }
         (Positions::Yarn, Some(scaling)) => scaled("yarn", scaling, context, graph)?,
         (Positions::Alpha, Some(scaling)) => {
-            by_its_older_name(scaling, &["alpha", "factor", "type"])?;
+            asks("rope_scaling", scaling, &["alpha", "factor", "type"])?;
             json!({"rope_type": "dynamic", "alpha": scaling["alpha"], "factor": scaling["factor"]})
         }
     };

@@ -2,7 +2,7 @@
 
 use kernels::{Activation, AttentionShape};
 
-use crate::families::rope::unscaled;
+use crate::families::rope::{all_near, near, unscaled};
 use crate::graph::{Attention, Graph, Layer, Mlp, Moe, Norm, Projections, Rope, RopeScaling, Temperature};
 
 /// How a reader takes a model.
@@ -67,10 +67,6 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
             .map(in_block)
         })
     })
-}
-
-fn near(a: f32, b: f32) -> bool {
-    (a - b).abs() <= 1e-5 * a.abs().max(b.abs())
 }
 
 fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
@@ -164,8 +160,8 @@ fn turned(a: &Rope, b: &Rope) -> String {
             };
             let same_turns = matches!(other, RopeScaling::Yarn { beta_fast: fast, beta_slow: slow, .. }
                 if (fast, slow) == (beta_fast, beta_slow));
-            let apart = a.inverse_frequencies.iter().zip(&b.inverse_frequencies).any(|(a, b)| !near(*a, *b));
-            let bounds = if same_turns && apart { ", truncate false" } else { "" };
+            let alike = all_near(&a.inverse_frequencies, &b.inverse_frequencies);
+            let bounds = if same_turns && !alike { ", truncate false" } else { "" };
             format!("YaRN with beta_fast {beta_fast}, beta_slow {beta_slow}{bounds}{attention}")
         }
         (one, other) if kind(one) != kind(other) => {
@@ -194,8 +190,7 @@ fn same_rope(a: &Rope, b: &Rope, reader: Reader) -> bool {
     }
     let scaling = match (&a.scaling, &b.scaling) {
         (RopeScaling::Long { short, long, original }, RopeScaling::Long { short: s, long: l, original: o }) => {
-            let equal = |a: &[f32], b: &[f32]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| near(*a, *b));
-            equal(short, s) && equal(long, l) && original == o
+            all_near(short, s) && all_near(long, l) && original == o
         }
         (RopeScaling::Long { .. }, _) | (_, RopeScaling::Long { .. }) => false,
         // Beyond the first context the base grows; what reads GGUF files has no word for that, which a notice tells.
@@ -206,15 +201,12 @@ fn same_rope(a: &Rope, b: &Rope, reader: Reader) -> bool {
     };
     let rounded = (reader.converted && bounds_are_rounded(a)).then(|| truncated(a)).flatten();
     let frequencies = rounded.as_ref().unwrap_or(&a.inverse_frequencies);
-    scaling
-        && near(a.magnitude, b.magnitude)
-        && frequencies.len() == b.inverse_frequencies.len()
-        && frequencies.iter().zip(&b.inverse_frequencies).all(|(a, b)| near(*a, *b))
+    scaling && near(a.magnitude, b.magnitude) && all_near(frequencies, &b.inverse_frequencies)
 }
 
 /// Whether YaRN's bounds are not whole pairs, as llama.cpp has them.
 pub(super) fn bounds_are_rounded(rope: &Rope) -> bool {
-    truncated(rope).is_some_and(|whole| whole.iter().zip(&rope.inverse_frequencies).any(|(a, b)| !near(*a, *b)))
+    truncated(rope).is_some_and(|whole| !all_near(&whole, &rope.inverse_frequencies))
 }
 
 /// The frequencies of YaRN with bounds of whole pairs and the usual numbers of turns.

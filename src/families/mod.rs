@@ -170,6 +170,11 @@ fn text_part(config: &Value) -> TextPart {
     TextPart { wrapper, model_type, inner: part.is_some() }
 }
 
+/// The part of config.json that has the settings of the language model: all of it, or `text_config` of a wrapper.
+pub fn text_settings(config: &Value) -> &Value {
+    if text_part(config).inner { &config["text_config"] } else { config }
+}
+
 /// The settings of the language model that `config` (config.json) describes, in one spelling: what every reader takes.
 ///
 /// Fails for what is of another kind than it must be, as far as it is looked at. Of a family that is not in the list they

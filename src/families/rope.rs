@@ -25,6 +25,16 @@ pub fn of(parameters: &Value, context: &Value, head_dim: usize) -> Result<Arc<Ro
     rotation(&Config(&config), Config(parameters), head_dim)
 }
 
+/// Whether two settings or factors of a rotation are one but for rounding in single precision.
+pub fn near(a: f32, b: f32) -> bool {
+    (a - b).abs() <= 1e-5 * a.abs().max(b.abs())
+}
+
+/// The same of as many factors each.
+pub fn all_near(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| near(*a, *b))
+}
+
 fn needed_object<'a>(config: &Config<'a>, key: &str) -> Result<Config<'a>> {
     config.object(key)?.ok_or_else(|| Error::failed(format!("config.json: {key} must be an object, found nothing")))
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::rope::{self, warmth};
+use super::rope::{self, all_near, near, warmth};
 use super::{is_known, settings, text_part};
 use crate::json::{integer, real};
 
@@ -185,15 +185,11 @@ fn turn_alike(a: &Value, b: &Value, context: &Value) -> bool {
         whole["partial_rotary_factor"] = json!(1.0);
         rope::of(&whole, context, 2 * pairs).ok()
     };
-    let near = |a: f32, b: f32| (a - b).abs() <= 1e-5 * a.abs();
     let (Some(one), Some(other)) = (of(a), of(b)) else { return false };
-    let frequencies = one.inverse_frequencies.iter().zip(&other.inverse_frequencies);
-    a.get("partial_rotary_factor") == b.get("partial_rotary_factor")
-        && a.get("llama_4_scaling_beta") == b.get("llama_4_scaling_beta")
-        && a.get("alpha") == b.get("alpha")
+    ["partial_rotary_factor", "llama_4_scaling_beta", "alpha"].iter().all(|key| a.get(*key) == b.get(*key))
         && near(one.magnitude, other.magnitude)
         && one.scaling == other.scaling
-        && frequencies.into_iter().all(|(a, b)| near(*a, *b))
+        && all_near(&one.inverse_frequencies, &other.inverse_frequencies)
 }
 
 #[cfg(test)]
