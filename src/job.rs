@@ -239,8 +239,10 @@ impl<'a> Job<'a> {
             }
             copies.push(output.report.as_deref().map(|path| SideOutput::write(path, &json)).transpose()?);
         }
-        // Before any of them moves, so that what takes long, and what a full disk refuses, does not come between two moves.
-        targets.iter().try_for_each(|target| target.staging().flush())?;
+        if targets.len() > 1 {
+            // Before any of them moves, so that what takes long, and what a full disk refuses, does not come between two moves.
+            targets.iter().try_for_each(|target| target.staging().flush())?;
+        }
         for (target, (report, imatrix)) in targets.into_iter().zip(&mut reports) {
             // Right before the model, so that a run that is killed while it measures finds its place free.
             if let Some((path, imatrix)) = imatrix {

@@ -204,35 +204,24 @@ impl Staging {
                 }
             }
         };
-        let goes_on = left.is_some();
-        let (folder, lock, journal) = match left {
+        let (folder, lock, finished) = match left {
             Some(Left { folder, lock, finished }) => {
                 notes.push(format!(
                     "{}: goes on after {} blocks that an interrupted run had finished",
                     target.display(),
                     finished.len()
                 ));
-                let journal = Journal::go_on(&folder, finished)?;
-                (folder, Some(lock), Some(journal))
+                (folder, Some(lock), Some(finished))
             }
             None => {
                 let (folder, lock) = create().map_err(|error| {
                     remove_made(&made);
                     Error::io(&home, "create a folder in")(error)
                 })?;
-                let begun = before.map(|before| Journal::begin(&folder, before.key)).transpose();
-                let journal = begun.inspect_err(|_| {
-                    let _ = fs::remove_dir_all(&folder);
-                    remove_made(&made);
-                })?;
-                (folder, lock, journal)
+                (folder, lock, None)
             }
         };
-        if journal.is_some() {
-            // Who is refused wants to know by whom; nothing else hangs on it.
-            let _ = fs::write(folder.join(HOLDER), std::process::id().to_string());
-        }
-        Ok(Staging {
+        let mut staging = Staging {
             shown: target.to_path_buf(),
             place,
             kind,
@@ -242,10 +231,20 @@ impl Staging {
             made,
             notes,
             committed: false,
-            journal,
-            keeps: AtomicBool::new(goes_on),
+            journal: None,
+            keeps: AtomicBool::new(finished.is_some()),
             _lock: lock,
-        })
+        };
+        // From here on the folder goes with the staging, if that is not to stay.
+        staging.journal = match (finished, before) {
+            (Some(finished), _) => Some(Journal::go_on(&staging.folder, finished)?),
+            (None, before) => before.map(|before| Journal::begin(&staging.folder, before.key)).transpose()?,
+        };
+        if staging.journal.is_some() {
+            // Who is refused wants to know by whom; nothing else hangs on it.
+            let _ = staging.write(HOLDER, std::process::id().to_string().as_bytes());
+        }
+        Ok(staging)
     }
 
     /// Where to write.
