@@ -270,12 +270,11 @@ impl<'a, B: Forward> Plain<'a, B> {
 
     /// A weight that lies in the file in codes of its own, whose reals the device makes; one that is not finite as above.
     fn packed(&self, linear: &Linear) -> Result<Option<B::Matrix>> {
-        let name = linear.weight();
-        let Some((weight, layout)) =
-            (linear.stored == Stored::Plain).then(|| self.source.packed(&name)).transpose()?.flatten()
-        else {
+        if linear.stored != Stored::Plain {
             return Ok(None);
-        };
+        }
+        let name = linear.weight();
+        let Some((weight, layout)) = self.source.packed(&name)? else { return Ok(None) };
         self.source.release(&name);
         let matrix = self.backend.upload_packed(weight, layout)?;
         Ok(self.backend.is_finite(&matrix)?.then_some(matrix))

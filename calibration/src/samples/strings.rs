@@ -95,7 +95,7 @@ fn is_of_kind(text: &str, method: &str, args: &[Value]) -> Result<Option<Value>,
     Ok(Some(Value::from(is)))
 }
 
-/// `str.partition` and `str.rpartition`.
+/// `str.partition` and `str.rpartition`: what lies before the separator, the separator, and what lies behind it. Fails for an empty one.
 fn partition(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
     let (separator,): (&str,) = from_args(args)?;
     if separator.is_empty() {
@@ -146,7 +146,7 @@ fn find(text: &str, method: &str, args: &[Value]) -> Result<Value, Error> {
     }
 }
 
-/// `str.split`.
+/// `str.split` at a separator, or at white space without one, into `maxsplit + 1` parts at most. Fails for an empty separator.
 fn split(text: &str, args: &[Value]) -> Result<Value, Error> {
     let (places, names): (&[Value], Kwargs) = from_args(args)?;
     let separator = place(places, &names, 0, "sep")?;
@@ -164,7 +164,7 @@ fn split(text: &str, args: &[Value]) -> Result<Value, Error> {
     Ok(text.splitn(most.saturating_add(1), separator).map(Value::from).collect())
 }
 
-/// `str.title`.
+/// `str.title`: the first letter of each run of letters as a title has it, the others small.
 fn titled(text: &str, args: &[Value]) -> Result<Value, Error> {
     let () = from_args(args)?;
     let mut inside = false;
@@ -277,7 +277,7 @@ fn words(text: &str, most: usize) -> Vec<&str> {
     found
 }
 
-/// `str.splitlines`.
+/// `str.splitlines`: lines with or without what ends them, by every end of a line that Unicode has.
 fn lines(text: &str, keep: bool) -> Vec<&str> {
     const ENDS: &[char] = &['\n', '\r', '\x0b', '\x0c', '\x1c', '\x1d', '\x1e', '\u{85}', '\u{2028}', '\u{2029}'];
     let mut found = Vec::new();
