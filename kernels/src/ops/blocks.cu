@@ -456,7 +456,9 @@ KERNEL(round_blocks)(
             float4 four = *(const float4 *)(weight + first);
             values[0] = four.x, values[1] = four.y, values[2] = four.z, values[3] = four.w;
         } else
-            for (int i = 0; i < some; i++) values[i] = weight[first + i];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (i < some) values[i] = weight[first + i];
         i64 at = group_at(first, cols, groups, width);
         u32 all = 0;
 #pragma unroll
@@ -495,7 +497,9 @@ KERNEL(dequantize_blocks)(
         if (together)
             *(float4 *)(out + first) = make_float4(values[0], values[1], values[2], values[3]);
         else
-            for (int i = 0; i < some; i++) out[first + i] = values[i];
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                if (i < some) out[first + i] = values[i];
     }
 }
 EXPORT(dequantize_blocks)
