@@ -16,7 +16,7 @@ use crate::families;
 use crate::graph::{Graph, Linear};
 use crate::memory::{self, Device, Expected, Free, Tokens, Work, peak_memory};
 use crate::output::hashing::{Hashing, hash_beside, hashed};
-use crate::output::{Before, Place, SideOutput, check_apart, check_beside, check_place};
+use crate::output::{Before, Place, SideOutput, Staging, check_apart, check_beside, check_place};
 use crate::pipeline::{Written, quantize};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
@@ -135,23 +135,35 @@ impl<'a> Job<'a> {
         let hashing = Some(hash_beside(source.files()));
         let key = self.key(backend, &source);
         let before = Before { key: &key, afresh: self.afresh, waits: self.waits };
-        let targets = self
-            .outputs
-            .iter()
-            .map(|output| {
-                let places = [self.model, &output.path];
-                target(&graph, &source, output.recipe.clone(), places, self.force, Some(before))
-            })
-            .collect::<Result<Vec<Box<dyn Target<B>>>>>()?;
-        check_space(&targets)?;
+        let targets = self.targets(&graph, &source)?;
+        let stagings =
+            self.outputs.iter().map(|output| self.staging(output, before)).collect::<Result<Vec<Staging>>>()?;
+        check_space(&targets, &stagings)?;
+        let both: Vec<(&dyn Target<B>, &Staging)> = targets.iter().map(|target| &**target).zip(&stagings).collect();
         let mut run = Run { started, source: &source, graph: &graph, held_out: None, hashing, inputs: Vec::new() };
         let (said, groups) = self.prepare((Device::of(backend), progress), &mut run, &targets)?;
         let prepare = started.elapsed().as_secs_f64();
         let reports =
-            self.make(backend, &mut run, (&said, &groups, prepare), &targets, progress).inspect_err(|error| {
-                targets.iter().for_each(|target| target.staging().keep_finished(error.may_pass()));
+            self.make(backend, &mut run, (&said, &groups, prepare), &both, progress).inspect_err(|error| {
+                stagings.iter().for_each(|staging| staging.keep_finished(error.may_pass()));
             })?;
-        self.commit(targets, reports)
+        drop(run);
+        self.commit(targets, stagings, reports)
+    }
+
+    /// What each output will hold of every tensor.
+    fn targets<B: Backend>(&self, graph: &Graph, source: &Checkpoint) -> Result<Vec<Box<dyn Target<B>>>> {
+        self.outputs.iter().map(|output| target(graph, source, output.recipe.clone())).collect()
+    }
+
+    /// Takes an output's place.
+    fn staging(&self, output: &Output, before: Before<'_>) -> Result<Staging> {
+        let begin = if output.recipe.gguf.is_some() { Staging::gguf } else { Staging::folder_for };
+        let staging = begin(&output.path, Some(self.model), self.force, Some(before))?;
+        if let Some(path) = output.recipe.save_imatrix.as_deref() {
+            staging.check_another(path, Some(self.model), self.force)?;
+        }
+        Ok(staging)
     }
 
     /// Writes all outputs into their staging folders, and measures them.
@@ -160,29 +172,30 @@ impl<'a> Job<'a> {
         backend: &B,
         run: &mut Run<'_>,
         (said, groups, prepare): (&Remarks, &[Group], f64),
-        targets: &[Box<dyn Target<B>>],
+        targets: &[(&dyn Target<B>, &Staging)],
         progress: &mut Progress,
     ) -> Result<Vec<Made>> {
         let mut written: Vec<Option<Written>> = targets.iter().map(|_| None).collect();
         for group in groups {
-            let together: Vec<&dyn Target<B>> = group.members.iter().map(|index| &*targets[*index]).collect();
+            let together: Vec<_> = group.members.iter().map(|index| targets[*index]).collect();
             let samples = group.samples.as_ref();
             let all = quantize(backend, run.graph, run.source, &together, 0, samples, progress)?;
             for (index, one) in group.members.iter().zip(all) {
-                targets[*index].complete(run.source)?;
+                let (target, staging) = targets[*index];
+                target.complete(run.source, staging)?;
                 written[*index] = Some(one);
             }
         }
         let mut reports = Vec::new();
-        for (index, (target, written)) in targets.iter().zip(written).enumerate() {
+        for (index, (both, written)) in targets.iter().zip(written).enumerate() {
             let group = groups.iter().find(|group| group.members.contains(&index)).expect("in a group");
-            let mut notes = said.of(&**target, &group.notes);
+            let mut notes = said.of(both.0, &group.notes);
             if let Some(note) = self.follows(group, index) {
                 notes.push(note);
             }
             let mut written = written.expect("in a group");
             let imatrix = written.imatrix.take();
-            let report = self.finish(backend, run, (&**target, index), (group, prepare), written, notes, progress)?;
+            let report = self.finish(backend, run, (*both, index), (group, prepare), written, notes, progress)?;
             reports.push((report, imatrix));
         }
         run.source.check_unchanged()?;
@@ -228,27 +241,33 @@ impl<'a> Job<'a> {
     }
 
     /// Moves everything into place, once all of it is there.
-    fn commit<B: Backend>(self, targets: Vec<Box<dyn Target<B>>>, mut reports: Vec<Made>) -> Result<Vec<Report>> {
+    fn commit<B: Backend>(
+        self,
+        targets: Vec<Box<dyn Target<B>>>,
+        stagings: Vec<Staging>,
+        mut reports: Vec<Made>,
+    ) -> Result<Vec<Report>> {
         let mut copies = Vec::new();
-        for ((output, target), (report, _)) in self.outputs.iter().zip(&targets).zip(&reports) {
+        for (((output, target), staging), (report, _)) in self.outputs.iter().zip(&targets).zip(&stagings).zip(&reports)
+        {
             let json = serde_json::to_vec_pretty(report).expect("a report is plain data");
-            let (staging, Papers { report: name, card }) = (target.staging(), target.papers());
+            let Papers { report: name, card } = target.papers(staging.name());
             staging.write(&name, &json)?;
             if let Some(front) = card {
                 staging.write("README.md", (front + &report.card()).as_bytes())?;
             }
             copies.push(output.report.as_deref().map(|path| SideOutput::write(path, &json)).transpose()?);
         }
-        if targets.len() > 1 {
+        if stagings.len() > 1 {
             // Before any of them moves, so that what takes long, and what a full disk refuses, does not come between two moves.
-            targets.iter().try_for_each(|target| target.staging().flush())?;
+            stagings.iter().try_for_each(Staging::flush)?;
         }
-        for (target, (report, imatrix)) in targets.into_iter().zip(&mut reports) {
+        for (staging, (report, imatrix)) in stagings.into_iter().zip(&mut reports) {
             // Right before the model, so that a run that is killed while it measures finds its place free.
             if let Some((path, imatrix)) = imatrix {
                 imatrix.write(path)?;
             }
-            report.notes.extend(target.into_staging().commit()?);
+            report.notes.extend(staging.commit()?);
         }
         let reports = reports.into_iter().map(|(report, _)| report).collect();
         copies.into_iter().flatten().try_for_each(SideOutput::appear)?;
@@ -433,27 +452,26 @@ impl<'a> Job<'a> {
         &self,
         backend: &B,
         run: &mut Run<'_>,
-        (target, index): (&dyn Target<B>, usize),
+        ((target, staging), index): ((&dyn Target<B>, &Staging), usize),
         (group, prepare): (&Group, f64),
         written: Written,
         mut notes: Vec<String>,
         progress: &mut Progress,
     ) -> Result<Report> {
         let verifying = Instant::now();
-        let reopened = target.reopen()?;
+        let reopened = target.reopen(staging)?;
         let output = &self.outputs[index].path;
         let (quality, hidden_states) = self.measure(backend, run, output, &reopened, progress)?;
         let held_out = self.verification.as_ref().map(|v| &v.text[..]).zip(run.held_out.as_ref());
         let words = Words { vocabulary: run.graph.vocabulary, held_out, output };
         notes.extend(target.check_tokenizer(run.source, &reopened, &words)?);
-        let quantized = target.quantized(run.graph, &reopened);
         let verify = verifying.elapsed().as_secs_f64();
         drop(reopened);
         let outcome = Outcome { quality, hidden_states, notes, verify };
         if let Some(hashing) = run.hashing.take() {
             run.inputs = hashed(hashing)?;
         }
-        self.report(backend, run, target, (group, prepare), written, (outcome, quantized))
+        self.report(backend, run, (target, staging), (group, prepare), written, outcome)
     }
 
     /// Measures what was written beside the original.
@@ -480,10 +498,10 @@ impl<'a> Job<'a> {
         &self,
         backend: &B,
         run: &Run<'_>,
-        target: &dyn Target<B>,
+        (target, staging): (&dyn Target<B>, &Staging),
         (group, prepare): (&Group, f64),
         written: Written,
-        (outcome, quantized): (Outcome, [u64; 2]),
+        outcome: Outcome,
     ) -> Result<Report> {
         let verdict = match (&outcome.quality, &self.verification) {
             (Some(Quality { beside: Some(beside), .. }), Some(v)) if v.limits.any() => {
@@ -515,7 +533,7 @@ impl<'a> Job<'a> {
         let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
         let outputs = hashed(written.flushing)?;
         let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
-        let [weights, bytes] = quantized;
+        let [weights, bytes] = target.quantized(run.graph);
         Ok(Report {
             tool: concat!("quantc ", env!("CARGO_PKG_VERSION")).to_owned(),
             device: backend.name(),
@@ -537,7 +555,7 @@ impl<'a> Job<'a> {
             hidden_states: outcome.hidden_states,
             verdict,
             notes,
-            interrupted: target.staging().notes().to_vec(),
+            interrupted: staging.notes().to_vec(),
             linears: done.linears,
             smoothings: done.smoothings,
             tensors: target.tensors(),
@@ -616,10 +634,14 @@ fn stamp(path: &Path) -> Value {
 }
 
 /// Fails where the disks have no room for all outputs together.
-fn check_space<B: Backend>(targets: &[Box<dyn Target<B>>]) -> Result<()> {
-    for (index, target) in targets.iter().enumerate() {
-        let together = targets[..=index].iter().filter(|other| other.staging().is_beside(target.staging()));
-        target.staging().check_space(together.map(|other| other.bytes()).sum())?;
+fn check_space<B: Backend>(targets: &[Box<dyn Target<B>>], stagings: &[Staging]) -> Result<()> {
+    let bytes = |(target, staging): (&Box<dyn Target<B>>, &Staging)| -> Result<u64> {
+        Ok(target.files(staging.name())?.iter().map(|(_, bytes)| bytes).sum::<u64>() + target.beside())
+    };
+    let bytes = targets.iter().zip(stagings).map(bytes).collect::<Result<Vec<u64>>>()?;
+    for (index, staging) in stagings.iter().enumerate() {
+        let together = stagings[..=index].iter().zip(&bytes).filter(|(other, _)| other.is_beside(staging));
+        staging.check_space(together.map(|(_, bytes)| bytes).sum())?;
     }
     Ok(())
 }

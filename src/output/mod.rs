@@ -11,6 +11,7 @@ mod place;
 mod staging;
 mod switch;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use formats::{ShardedWriter, TensorSpec};
@@ -32,11 +33,21 @@ pub fn bytes_of(specs: &[TensorSpec]) -> u64 {
 
 /// Lays out the weight files of a Hugging Face directory in `folder`, or takes up those that an earlier process has laid out.
 pub fn weight_writer(folder: &Path, specs: Vec<TensorSpec>, taken_up: bool) -> Result<ShardedWriter> {
-    let metadata = [("format".to_owned(), "pt".to_owned())].into_iter().collect();
     Ok(match taken_up {
-        true => ShardedWriter::take_up(folder, specs, SHARD_BYTES, &metadata)?,
-        false => ShardedWriter::create(folder, specs, SHARD_BYTES, &metadata)?,
+        true => ShardedWriter::take_up(folder, specs, SHARD_BYTES, &format())?,
+        false => ShardedWriter::create(folder, specs, SHARD_BYTES, &format())?,
     })
+}
+
+/// Names and bytes of the files that [`weight_writer`] would lay out.
+pub fn weight_files(specs: Vec<TensorSpec>) -> Result<Vec<(String, u64)>> {
+    let files = ShardedWriter::sizes(specs, SHARD_BYTES, &format())?;
+    Ok(files.into_iter().map(|(path, bytes)| (path.display().to_string(), bytes)).collect())
+}
+
+/// What such a file says of itself.
+fn format() -> BTreeMap<String, String> {
+    [("format".to_owned(), "pt".to_owned())].into_iter().collect()
 }
 
 impl Error {

@@ -38,6 +38,7 @@ use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, load_b
 use crate::graph::{Block, Graph, Linear};
 use crate::output::behind::{Behind, behind, beside};
 use crate::output::hashing::{Hashing, flushed, hash_written};
+use crate::output::Staging;
 use crate::output::journal::Journal;
 use crate::progress::Progress;
 use crate::report::{LinearReport, SmoothingReport, Stages};
@@ -77,17 +78,17 @@ pub fn quantize<B: Backend>(
     backend: &B,
     graph: &Graph,
     source: &Checkpoint,
-    targets: &[&dyn Target<B>],
+    targets: &[(&dyn Target<B>, &Staging)],
     lead: usize,
     samples: Option<&Samples>,
     progress: &mut Progress,
 ) -> Result<Vec<Written>> {
-    let sinks = targets.iter().map(|target| target.open(source)).collect::<Result<Vec<_>>>()?;
+    let sinks = targets.iter().map(|(target, staging)| target.open(source, staging)).collect::<Result<Vec<_>>>()?;
     let hashing = sinks.iter().map(|sink| Ok(hash_written(sink.follow()?))).collect::<Result<Vec<_>>>()?;
     let backend = &backend.relaxed();
-    progress.start("quantizing", targets.iter().map(|target| target.linears()).sum());
+    progress.start("quantizing", targets.iter().map(|(target, _)| target.linears()).sum());
     let ahead = Ahead::new(backend, source);
-    let leader = targets[lead].recipe();
+    let leader = targets[lead].0.recipe();
     let names: HashSet<String> = match leader.method.smooths() {
         true => graph.blocks.iter().flat_map(touched).collect(),
         false => HashSet::new(),
@@ -100,15 +101,17 @@ pub fn quantize<B: Backend>(
         behind(
             |write: Write<'_>| write(),
             |hand| {
+                let both = targets.iter().zip(&sinks);
+                let tasks = both.map(|((target, staging), sink)| Task::new(*target, staging.journal(), &**sink)).collect();
                 let walk = Walk {
                     backend,
                     source,
                     ahead: &ahead,
-                    tasks: targets.iter().zip(&sinks).map(|(target, sink)| Task::new(*target, &**sink)).collect(),
+                    tasks,
                     lead,
                     behind: hand,
                     progress,
-                    observer: Observer::new(backend, source, targets.iter().map(|target| target.needs()), leader),
+                    observer: Observer::new(backend, source, targets.iter().map(|(target, _)| target.needs()), leader),
                     prepared: HashMap::new(),
                     folded: Folded::of(names.clone()),
                     final_block: false,
@@ -211,7 +214,7 @@ impl<B: Backend> Walk<'_, '_, B> {
 
     /// Takes the first blocks as an earlier process has left them, as many as every target has; their number.
     fn take_up(&mut self, graph: &Graph) -> Result<usize> {
-        let blocks = self.tasks.iter().map(|task| task.journal().map_or(0, Journal::finished));
+        let blocks = self.tasks.iter().map(|task| task.journal.map_or(0, Journal::finished));
         let finished = blocks.min().unwrap_or(0).min(graph.blocks.len());
         for block in &graph.blocks[..finished] {
             for linear in block.linears() {
@@ -254,7 +257,7 @@ impl<B: Backend> Walk<'_, '_, B> {
         for (index, task) in self.tasks.iter_mut().enumerate() {
             let folded = if index == self.lead { std::mem::take(&mut folded) } else { BTreeMap::new() };
             let block = task.finished(folded);
-            let (sink, journal) = (task.sink, task.journal());
+            let (sink, journal) = (task.sink, task.journal);
             if let Some(journal) = journal {
                 self.behind.hand_over(Box::new(move || {
                     sink.sync()?;

@@ -40,6 +40,8 @@ pub struct ShareKey {
 pub struct Task<'a, B: Backend> {
     /// How linears are represented in it, and what it is made by.
     pub target: &'a dyn Target<B>,
+    /// Where it is said what is finished, of a run that can be gone on with.
+    pub journal: Option<&'a Journal>,
     /// What it writes into.
     pub sink: &'a dyn Sink<B>,
     /// What was seen before every linear, by llama.cpp's names, where an imatrix is to be written.
@@ -110,9 +112,9 @@ struct Found {
 
 impl<'a, B: Backend> Task<'a, B> {
     /// Nothing is done yet.
-    pub fn new(target: &'a dyn Target<B>, sink: &'a dyn Sink<B>) -> Task<'a, B> {
+    pub fn new(target: &'a dyn Target<B>, journal: Option<&'a Journal>, sink: &'a dyn Sink<B>) -> Task<'a, B> {
         let (collected, done, lost) = (BTreeMap::new(), Done::default(), Vec::new());
-        Task { target, sink, collected, journaled: [0; 3], new: BTreeMap::new(), done, lost }
+        Task { target, journal, sink, collected, journaled: [0; 3], new: BTreeMap::new(), done, lost }
     }
 
     /// What was done, with the times that are `shared` with other targets.
@@ -395,11 +397,6 @@ impl<'a, B: Backend> Task<'a, B> {
         }
     }
 
-    /// Where it is said what is finished.
-    pub fn journal(&self) -> Option<&'a Journal> {
-        self.target.staging().journal()
-    }
-
     /// What is new since the last block, with the tensors that were folded in it where it leads.
     pub fn finished(&mut self, folded: BTreeMap<String, Vec<u32>>) -> Finished {
         let [linears, smoothings, lost] = self.journaled;
@@ -419,7 +416,7 @@ impl<'a, B: Backend> Task<'a, B> {
 
     /// Takes the first blocks as an earlier process has left them, and gives what it said of them.
     pub fn take_up(&mut self, blocks: usize, progress: &Progress) -> Result<&'a [Finished]> {
-        let Some(journal) = self.journal() else { return Ok(&[]) };
+        let Some(journal) = self.journal else { return Ok(&[]) };
         let finished = journal.take_up(blocks)?;
         for block in finished {
             let done = &mut self.done;

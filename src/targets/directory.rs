@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use calibration::solvers::{Asked, Observer, Rtn, Shared, Solver};
 use formats::codec::{QuantizationReader, read_quantization};
 use formats::container::file;
-use formats::{Dtype, Follower, PackedWeight, ShardedWriter, TensorSpec, TensorView};
+use formats::{Dtype, Encoding, Follower, PackedWeight, ShardedWriter, TensorSpec, TensorView};
 use kernels::{Backend, GridSpec};
 use ndarray::Array2;
 use serde_json::Value;
@@ -22,12 +22,11 @@ use crate::forward::Weight;
 use crate::graph::{Graph, Linear, Stored};
 use crate::importance::{Importance, ImportancePlace};
 use crate::json;
-use crate::output::{Before, Staging, bytes_of, weight_writer};
+use crate::output::{Staging, bytes_of, weight_files, weight_writer};
 use crate::plan::{End, Plan};
 use crate::recipe::Recipe;
 use crate::report::{Fate, TensorReport};
 use crate::rest::{Lost, Rest, copied, rest, write_floats};
-use crate::weights::StoredType;
 
 /// A directory that will be written.
 pub struct Directory {
@@ -39,34 +38,21 @@ pub struct Directory {
     importance: Importance,
     /// What there is to say of the one that was read.
     said: Vec<String>,
-    staging: Staging,
     beside: Beside,
 }
 
 impl Directory {
-    /// Decides. Fails as [`Plan::new`] and [`Staging::folder_for`] do.
-    pub fn new(
-        graph: &Graph,
-        source: &Checkpoint,
-        recipe: Recipe,
-        model: &Path,
-        output: &Path,
-        force: bool,
-        before: Option<Before<'_>>,
-    ) -> Result<Directory> {
+    /// Decides. Fails as [`Plan::new`] does.
+    pub fn new(graph: &Graph, source: &Checkpoint, recipe: Recipe) -> Result<Directory> {
         let plan = Plan::new(graph, source, &recipe)?;
         let importance = Importance::of_graph(&recipe, graph)?;
         let said = importance.check(graph, true)?;
-        let staging = Staging::folder_for(output, Some(model), force, before)?;
-        if let Some(path) = recipe.save_imatrix.as_deref() {
-            staging.check_another(path, Some(model), force)?;
-        }
         let mut own = vec!["config.json", "report.json", "README.md"];
         own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
         let beside = source.beside(&own)?;
         let placements =
             plan.encodings.iter().map(|(module, encoding)| (module.clone(), [Placement::whole(*encoding)]));
-        Ok(Directory { placements: placements.collect(), recipe, plan, importance, said, staging, beside })
+        Ok(Directory { placements: placements.collect(), recipe, plan, importance, said, beside })
     }
 }
 
@@ -75,16 +61,12 @@ impl<B: Backend> Target<B> for Directory {
         &self.recipe
     }
 
-    fn staging(&self) -> &Staging {
-        &self.staging
+    fn files(&self, _: &str) -> Result<Vec<(String, u64)>> {
+        weight_files(self.plan.outputs.clone())
     }
 
-    fn into_staging(self: Box<Self>) -> Staging {
-        self.staging
-    }
-
-    fn bytes(&self) -> u64 {
-        bytes_of(&self.plan.outputs) + self.beside.bytes()
+    fn beside(&self) -> u64 {
+        self.beside.bytes()
     }
 
     fn placements(&self, linear: &Linear) -> &[Placement] {
@@ -115,10 +97,10 @@ impl<B: Backend> Target<B> for Directory {
         self.plan.encodings.len()
     }
 
-    fn open<'a>(&'a self, source: &'a Checkpoint) -> Result<Box<dyn Sink<B> + 'a>> {
-        let goes_on = self.staging.goes_on();
-        let writer = weight_writer(self.staging.folder(), self.plan.outputs.clone(), goes_on)
-            .map_err(|error| if goes_on { self.staging.damaged(error) } else { error })?;
+    fn open<'a>(&'a self, source: &'a Checkpoint, staging: &'a Staging) -> Result<Box<dyn Sink<B> + 'a>> {
+        let goes_on = staging.goes_on();
+        let writer = weight_writer(staging.folder(), self.plan.outputs.clone(), goes_on)
+            .map_err(|error| if goes_on { staging.damaged(error) } else { error })?;
         let reader = if goes_on { read_quantization(&self.plan.config.of(self.plan.codec))? } else { None };
         // Of the inputs of what stands at the ends nothing is known but what an imatrix says.
         let observer = match self.recipe.observer() {
@@ -130,7 +112,7 @@ impl<B: Backend> Target<B> for Directory {
     }
 
     /// config.json, the codec's files, the tokenizer and everything else that belongs to the model.
-    fn complete(&self, source: &Checkpoint) -> Result<()> {
+    fn complete(&self, source: &Checkpoint, staging: &Staging) -> Result<()> {
         let mut config = source.config().clone();
         // mlx-lm has defaults of its own, and takes what newer keys say of rotary positions for nothing.
         if self.plan.codec.id() == "mlx" {
@@ -146,15 +128,15 @@ impl<B: Backend> Target<B> for Directory {
             }
         }
         debug_assert!(self.plan.fates.iter().any(|(_, fate)| *fate == Fate::Quantized));
-        write_config(&config, &self.staging)?;
+        write_config(&config, staging)?;
         for (name, content) in &self.plan.config.files {
-            self.staging.write(name, content)?;
+            staging.write(name, content)?;
         }
-        copy_side_files(&self.beside, &self.staging)
+        copy_side_files(&self.beside, staging)
     }
 
-    fn reopen(&self) -> Result<Checkpoint> {
-        Checkpoint::open_strictly(self.staging.folder())
+    fn reopen(&self, staging: &Staging) -> Result<Checkpoint> {
+        Checkpoint::open_strictly(staging.folder())
     }
 
     fn notes(&self) -> Notes {
@@ -167,16 +149,19 @@ impl<B: Backend> Target<B> for Directory {
         self.plan.fates.iter().map(report).collect()
     }
 
-    fn quantized(&self, graph: &Graph, reopened: &Checkpoint) -> [u64; 2] {
-        let planned = graph.linears().filter(|linear| self.plan.encodings.contains_key(&linear.module));
-        let ends = self.plan.ends.iter().map(|end| end.shape);
-        let planned = planned.map(|linear| [linear.rows, linear.cols]).chain(ends);
-        let entries =
-            reopened.entries().iter().filter(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign));
-        [planned.map(|[rows, cols]| (rows * cols) as u64).sum(), entries.map(|entry| entry.stored_bytes).sum()]
+    fn quantized(&self, graph: &Graph) -> [u64; 2] {
+        let Plan { codec, encodings, ends, scale_dtype, .. } = &self.plan;
+        let linears = graph.linears().filter_map(|l| Some(([l.rows, l.cols], encodings.get(&l.module)?)));
+        let ends = ends.iter().map(|end| (end.shape, &end.encoding));
+        let bytes = |([rows, cols], encoding): ([usize; 2], &Encoding)| {
+            let parts = codec.layout(rows, cols, encoding, *scale_dtype).into_iter();
+            let specs = parts.map(|(part, dtype, shape)| TensorSpec { name: part.to_owned(), dtype, shape });
+            [(rows * cols) as u64, bytes_of(&specs.collect::<Vec<_>>())]
+        };
+        linears.chain(ends).map(bytes).fold([0, 0], |[weights, all], [more, bytes]| [weights + more, all + bytes])
     }
 
-    fn papers(&self) -> Papers {
+    fn papers(&self, _: &str) -> Papers {
         let card = Some(card_licence(&self.beside).unwrap_or_default());
         Papers { report: "report.json".to_owned(), card }
     }

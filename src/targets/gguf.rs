@@ -23,7 +23,7 @@ use crate::forward::{load_bias, load_matrix};
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::importance::{Importance, ImportancePlace};
 use crate::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
-use crate::output::{Before, Staging};
+use crate::output::Staging;
 use crate::plan::check_tensors;
 use crate::recipe::{GgufRecipe, Recipe, Said};
 use crate::report::{Fate, TensorReport};
@@ -122,13 +122,6 @@ impl GgufPlan {
         let placements = by_module.iter().map(of).collect();
         let metadata = written.metadata;
         Ok(GgufPlan { tensors, by_module, placements, fallbacks, metadata, notices, fates, importance, idle })
-    }
-
-    /// Bytes of all tensors.
-    pub fn bytes(&self) -> u64 {
-        let rows = |tensor: &ExportTensor| tensor.shape[..tensor.shape.len() - 1].iter().product::<usize>();
-        let of = |tensor: &ExportTensor, ty: &GgmlType| Some(rows(tensor) * ty.row_bytes(*tensor.shape.last()?)?);
-        self.tensors.iter().filter_map(|(tensor, ty)| of(tensor, ty)).map(|bytes| bytes as u64).sum()
     }
 }
 
@@ -296,28 +289,27 @@ fn fates(strays: &Strays<'_>, source: &Checkpoint, plan: &ExportPlan, types: &[G
 pub struct Gguf {
     recipe: Recipe,
     plan: GgufPlan,
-    staging: Staging,
     /// The file to open, or the first of its parts, once they are laid out.
     first: OnceLock<PathBuf>,
 }
 
 impl Gguf {
-    /// Decides. Fails as [`GgufPlan::new`] and [`Staging::gguf`] do.
-    pub fn new(
-        graph: &Graph,
-        source: &Checkpoint,
-        recipe: Recipe,
-        model: &Path,
-        output: &Path,
-        force: bool,
-        before: Option<Before<'_>>,
-    ) -> Result<Gguf> {
+    /// Decides. Fails as [`GgufPlan::new`] does.
+    pub fn new(graph: &Graph, source: &Checkpoint, recipe: Recipe) -> Result<Gguf> {
         let plan = GgufPlan::new(graph, source, &recipe)?;
-        let staging = Staging::gguf(output, Some(model), force, before)?;
-        if let Some(path) = recipe.save_imatrix.as_deref() {
-            staging.check_another(path, Some(model), force)?;
-        }
-        Ok(Gguf { recipe, plan, staging, first: OnceLock::new() })
+        Ok(Gguf { recipe, plan, first: OnceLock::new() })
+    }
+
+    /// What a writer is told of the tensors, and what it is to be called: of parts, what their names begin with.
+    fn laid_out(&self, path: &Path) -> (PathBuf, Vec<GgufTensor>) {
+        let spec = |(tensor, ty): &(ExportTensor, GgmlType)| GgufTensor {
+            name: tensor.gguf.clone(),
+            ty: *ty,
+            shape: tensor.shape.clone(),
+        };
+        let split = self.settings().split_max_size.is_some();
+        let path = if split { path.with_extension("") } else { path.to_path_buf() };
+        (path, self.plan.tensors.iter().map(spec).collect())
     }
 
     fn settings(&self) -> &GgufRecipe {
@@ -334,16 +326,10 @@ impl<B: Backend> Target<B> for Gguf {
         &self.recipe
     }
 
-    fn staging(&self) -> &Staging {
-        &self.staging
-    }
-
-    fn into_staging(self: Box<Self>) -> Staging {
-        self.staging
-    }
-
-    fn bytes(&self) -> u64 {
-        self.plan.bytes()
+    fn files(&self, name: &str) -> Result<Vec<(String, u64)>> {
+        let (path, tensors) = self.laid_out(Path::new(name));
+        let files = GgufWriter::sizes(path, self.settings().split_max_size, self.plan.metadata.clone(), tensors)?;
+        Ok(files.into_iter().map(|(path, bytes)| (path.display().to_string(), bytes)).collect())
     }
 
     fn placements(&self, linear: &Linear) -> &[Placement] {
@@ -378,20 +364,13 @@ impl<B: Backend> Target<B> for Gguf {
         self.plan.by_module.len()
     }
 
-    fn open<'a>(&'a self, source: &'a Checkpoint) -> Result<Box<dyn Sink<B> + 'a>> {
-        let spec = |(tensor, ty): &(ExportTensor, GgmlType)| GgufTensor {
-            name: tensor.gguf.clone(),
-            ty: *ty,
-            shape: tensor.shape.clone(),
-        };
-        let tensors = self.plan.tensors.iter().map(spec).collect();
-        let path = self.staging.folder().join(self.staging.name());
+    fn open<'a>(&'a self, source: &'a Checkpoint, staging: &'a Staging) -> Result<Box<dyn Sink<B> + 'a>> {
+        let (path, tensors) = self.laid_out(&staging.folder().join(staging.name()));
         let metadata = self.plan.metadata.clone();
         let most = self.settings().split_max_size;
-        let path = if most.is_some() { path.with_extension("") } else { path };
         let writer = match most {
-            _ if self.staging.goes_on() => GgufWriter::take_up(path, most, metadata, tensors)
-                .map_err(|error| self.staging.damaged(error.into()))?,
+            _ if staging.goes_on() => GgufWriter::take_up(path, most, metadata, tensors)
+                .map_err(|error| staging.damaged(error.into()))?,
             None => GgufWriter::create(path, metadata, tensors)?,
             Some(most) => GgufWriter::create_split(path, most, metadata, tensors)?,
         };
@@ -400,11 +379,11 @@ impl<B: Backend> Target<B> for Gguf {
         Ok(Box::new(File { plan: &self.plan, source, observer: self.recipe.observer(), writer }))
     }
 
-    fn complete(&self, _: &Checkpoint) -> Result<()> {
+    fn complete(&self, _: &Checkpoint, _: &Staging) -> Result<()> {
         Ok(())
     }
 
-    fn reopen(&self) -> Result<Checkpoint> {
+    fn reopen(&self, _: &Staging) -> Result<Checkpoint> {
         Checkpoint::open(self.first.get().expect("opened before"))
     }
 
@@ -416,7 +395,7 @@ impl<B: Backend> Target<B> for Gguf {
         self.plan.fates.clone()
     }
 
-    fn quantized(&self, graph: &Graph, _: &Checkpoint) -> [u64; 2] {
+    fn quantized(&self, graph: &Graph) -> [u64; 2] {
         let bytes = |linear: &Linear| -> usize {
             let of = |place: &Place| {
                 let (tensor, ty) = &self.plan.tensors[place.tensor];
@@ -435,8 +414,8 @@ impl<B: Backend> Target<B> for Gguf {
         self.plan.idle.to_vec()
     }
 
-    fn papers(&self) -> Papers {
-        Papers { report: format!("{}.report.json", self.staging.name()), card: None }
+    fn papers(&self, name: &str) -> Papers {
+        Papers { report: format!("{name}.report.json"), card: None }
     }
 
     fn carries_others(&self) -> bool {

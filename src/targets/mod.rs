@@ -26,7 +26,7 @@ use crate::error::Result;
 use crate::forward::Weight;
 use crate::graph::{Graph, Linear};
 use crate::importance::ImportancePlace;
-use crate::output::{Before, Staging};
+use crate::output::Staging;
 use crate::recipe::Recipe;
 use crate::report::TensorReport;
 use crate::rest::Lost;
@@ -211,12 +211,12 @@ pub trait Target<B: Backend>: Sync {
     fn needs(&self) -> Needs {
         self.recipe().needs()
     }
-    /// Where it is written.
-    fn staging(&self) -> &Staging;
-    /// The same, to be moved into place.
-    fn into_staging(self: Box<Self>) -> Staging;
-    /// Bytes that it will take.
-    fn bytes(&self) -> u64;
+    /// Names and bytes of the files that hold its weights, an index of them included, where the output is called `name`.
+    fn files(&self, name: &str) -> Result<Vec<(String, u64)>>;
+    /// Bytes of what is copied beside them.
+    fn beside(&self) -> u64 {
+        0
+    }
     /// The parts that a linear is written in; none where it stays as it is.
     fn placements(&self, linear: &Linear) -> &[Placement];
     /// Importance of the columns of a placement that was read from a file.
@@ -237,23 +237,23 @@ pub trait Target<B: Backend>: Sync {
     /// Linears that it quantizes.
     fn linears(&self) -> usize;
     /// Lays its files out.
-    fn open<'a>(&'a self, source: &'a Checkpoint) -> Result<Box<dyn Sink<B> + 'a>>;
+    fn open<'a>(&'a self, source: &'a Checkpoint, staging: &'a Staging) -> Result<Box<dyn Sink<B> + 'a>>;
     /// Writes what lies beside the weights, once these are written.
-    fn complete(&self, source: &Checkpoint) -> Result<()>;
+    fn complete(&self, source: &Checkpoint, staging: &Staging) -> Result<()>;
     /// Opens what was written.
-    fn reopen(&self) -> Result<Checkpoint>;
+    fn reopen(&self, staging: &Staging) -> Result<Checkpoint>;
     /// What there is to say before the work, of how it will be loaded, and after all else has been said.
     fn notes(&self) -> Notes;
     /// What becomes of every tensor of the input.
     fn tensors(&self) -> Vec<TensorReport>;
     /// Weights in its quantized linears, and the bytes that they take.
-    fn quantized(&self, graph: &Graph, reopened: &Checkpoint) -> [u64; 2];
+    fn quantized(&self, graph: &Graph) -> [u64; 2];
     /// Keys of the recipe that turned out to have no effect.
     fn idle(&self) -> Vec<&'static str> {
         Vec::new()
     }
-    /// The report's name in the staging folder, and a card's front matter where there is to be one.
-    fn papers(&self) -> Papers;
+    /// The report's name beside an output called `name`, and a card's front matter where there is to be one.
+    fn papers(&self, name: &str) -> Papers;
     /// Whether tensors besides the language model's are carried over.
     fn carries_others(&self) -> bool;
     /// Compares a tokenizer that was written anew with the original's. Returns what there is to say of it; fails where other tokens
@@ -300,17 +300,10 @@ pub struct Papers {
     pub card: Option<String>,
 }
 
-/// Decides what a recipe makes of the model at a path, at another.
-pub fn target<B: Backend>(
-    graph: &Graph,
-    source: &Checkpoint,
-    recipe: Recipe,
-    [model, output]: [&Path; 2],
-    force: bool,
-    before: Option<Before<'_>>,
-) -> Result<Box<dyn Target<B>>> {
+/// Decides what a recipe makes of a model; nothing is written.
+pub fn target<B: Backend>(graph: &Graph, source: &Checkpoint, recipe: Recipe) -> Result<Box<dyn Target<B>>> {
     Ok(match recipe.gguf {
-        Some(_) => Box::new(Gguf::new(graph, source, recipe, model, output, force, before)?),
-        None => Box::new(Directory::new(graph, source, recipe, model, output, force, before)?),
+        Some(_) => Box::new(Gguf::new(graph, source, recipe)?),
+        None => Box::new(Directory::new(graph, source, recipe)?),
     })
 }

@@ -16,8 +16,21 @@ pub(super) struct PlacedFiles {
     files: Vec<(PathBuf, File)>,
     slots: HashMap<String, Slot>,
     shared: Arc<Shared>,
-    /// Files are there already, laid out by an earlier process.
-    taken_up: bool,
+    laid_out: LaidOut,
+    /// Of files that are only counted, their bytes.
+    counted: Vec<(PathBuf, u64)>,
+}
+
+/// Where the files come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum LaidOut {
+    /// They are created.
+    #[default]
+    Anew,
+    /// They are there already, laid out by an earlier process.
+    Before,
+    /// They are nowhere: only their sizes are asked for.
+    Counted,
 }
 
 #[derive(Debug)]
@@ -132,14 +145,31 @@ impl PlacedFiles {
     /// Files that an earlier process has laid out alike, and not finished.
     pub fn taken_up() -> PlacedFiles {
         let mut files = PlacedFiles::default();
-        files.taken_up = true;
+        files.laid_out = LaidOut::Before;
         files
+    }
+
+    /// Files that are never made, whose sizes alone are asked for.
+    pub fn counted() -> PlacedFiles {
+        let mut files = PlacedFiles::default();
+        files.laid_out = LaidOut::Counted;
+        files
+    }
+
+    /// The files that were only counted, with their bytes.
+    pub fn sizes(&self) -> Vec<(PathBuf, u64)> {
+        self.counted.clone()
     }
 
     /// Creates a file of `len` bytes that starts with `header` and is zero elsewhere; fails if there is one already.
     pub fn create(&mut self, path: &Path, header: &[u8], len: u64) -> Result<()> {
+        if self.laid_out == LaidOut::Counted {
+            self.counted.push((path.to_path_buf(), len));
+            return Ok(());
+        }
+        let taken_up = self.laid_out == LaidOut::Before;
         let create = || -> std::io::Result<File> {
-            if self.taken_up {
+            if taken_up {
                 return take_up(path, header, len);
             }
             let file = File::options().read(true).write(true).create_new(true).open(path)?;
@@ -147,16 +177,28 @@ impl PlacedFiles {
             write_all_at(&file, header, 0)?;
             Ok(file)
         };
-        let doing = if self.taken_up { "take up" } else { "create" };
+        let doing = if taken_up { "take up" } else { "create" };
         let file = create().map_err(|e| Error::io(doing, e).in_file(path))?;
         self.files.push((path.to_path_buf(), file));
         self.shared.state().files.push(Extent { len, slots: Vec::new(), next: 0 });
         Ok(())
     }
 
+    /// Writes a file beside them, whole.
+    pub fn write_beside(&mut self, path: &Path, content: &[u8]) -> Result<()> {
+        if self.laid_out == LaidOut::Counted {
+            self.counted.push((path.to_path_buf(), content.len() as u64));
+            return Ok(());
+        }
+        std::fs::write(path, content).map_err(|e| Error::io("write", e).in_file(path))
+    }
+
     /// Gives a tensor these bytes of the file created last, behind those of the tensor placed before it; false when the
     /// name has a place already.
     pub fn place(&mut self, name: &str, range: Range<u64>) -> bool {
+        if self.laid_out == LaidOut::Counted {
+            return true;
+        }
         let file = self.files.len() - 1;
         let index = {
             let extent = &mut self.shared.state().files[file];

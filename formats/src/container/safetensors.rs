@@ -240,6 +240,17 @@ impl ShardedWriter {
         Self::lay_out(dir.as_ref(), specs, shard_bytes, metadata, PlacedFiles::taken_up())
     }
 
+    /// Names and bytes of the files that [`create`](Self::create) would make with the same arguments, their index included.
+    ///
+    /// Fails as it does, but for what a disk may refuse.
+    pub fn sizes(
+        specs: Vec<TensorSpec>,
+        shard_bytes: u64,
+        metadata: &BTreeMap<String, String>,
+    ) -> Result<Vec<(PathBuf, u64)>> {
+        Ok(Self::lay_out(Path::new(""), specs, shard_bytes, metadata, PlacedFiles::counted())?.files.sizes())
+    }
+
     fn lay_out(
         dir: &Path,
         specs: Vec<TensorSpec>,
@@ -312,7 +323,7 @@ impl ShardedWriter {
                 "metadata": {"total_size": total}, "weight_map": sorted.into_iter().collect::<Map<_, _>>(),
             });
             let text = serde_json::to_vec_pretty(&index).expect("a JSON value");
-            std::fs::write(&path, text).map_err(|e| Error::io("write", e).in_file(&path))?;
+            files.write_beside(&path, &text)?;
         }
         Ok(ShardedWriter { files, total })
     }

@@ -1,7 +1,7 @@
 //! Writes GGUF version 3: laid out before its data is known, whole or split as llama.cpp splits.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use gguf_rs_lib::format::{GGUFHeader, GGUFValueType, MetadataArray, MetadataValue, TensorInfo};
 
@@ -88,6 +88,24 @@ impl GgufWriter {
             None => Self::lay_out(path.as_ref(), metadata, tensors, PlacedFiles::taken_up()),
             Some(most) => Self::lay_out_split(path.as_ref(), most, metadata, tensors, PlacedFiles::taken_up()),
         }
+    }
+
+    /// Names and bytes of the files that [`create`](Self::create), or with `max_bytes` [`create_split`](Self::create_split), would make
+    /// with the same arguments.
+    ///
+    /// Fails as they do, but for what a disk may refuse.
+    pub fn sizes(
+        path: impl AsRef<Path>,
+        max_bytes: Option<u64>,
+        metadata: Vec<(String, MetadataValue)>,
+        tensors: Vec<GgufTensor>,
+    ) -> Result<Vec<(PathBuf, u64)>> {
+        let (path, files) = (path.as_ref(), PlacedFiles::counted());
+        let laid_out = match max_bytes {
+            None => Self::lay_out(path, metadata, tensors, files),
+            Some(most) => Self::lay_out_split(path, most, metadata, tensors, files),
+        };
+        Ok(laid_out?.files.sizes())
     }
 
     fn lay_out(
