@@ -26,6 +26,8 @@ pub enum Command {
     Demo(Demo),
     /// Quantize a checkpoint, reopen the result, and measure it against the original.
     Quantize(Box<Quantize>),
+    /// Say what quantize would make of a checkpoint, and what that takes: sizes, memory, time, and who can serve it. Reads no weights.
+    Plan(Box<Plan>),
     /// Measure perplexity, and divergence from a reference.
     Eval(Eval),
     /// Show what is in a checkpoint.
@@ -53,7 +55,9 @@ impl Command {
             Command::Convert(args) => vec![args.output.clone()],
             Command::Merge(args) => vec![args.output.clone()],
             Command::Demo(args) => args.export.iter().cloned().collect(),
-            Command::Eval(_) | Command::Inspect(_) | Command::Clean(_) | Command::Devices(_) => Vec::new(),
+            Command::Plan(_) | Command::Eval(_) | Command::Inspect(_) | Command::Clean(_) | Command::Devices(_) => {
+                Vec::new()
+            }
         }
     }
 
@@ -61,6 +65,7 @@ impl Command {
     pub fn subject(&self) -> Option<&Path> {
         match self {
             Command::Quantize(args) => Some(&args.model),
+            Command::Plan(args) => Some(&args.run.model),
             Command::Convert(args) => Some(&args.input),
             Command::Merge(args) => Some(&args.model),
             Command::Eval(args) => Some(&args.model),
@@ -268,6 +273,32 @@ pub struct Quantize {
     /// Flags for the computation.
     #[command(flatten)]
     pub compute: Compute,
+}
+
+/// `quantc plan`.
+#[derive(Debug, Args)]
+pub struct Plan {
+    /// The run that is planned. An output need not be named.
+    #[command(flatten)]
+    pub run: Quantize,
+    /// Tokens of a sequence that is served. [default: what the model takes, up to 8192]
+    #[arg(long, value_name = "N")]
+    pub context: Option<u64>,
+    /// Sequences that are served at a time.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub batch: u64,
+    /// The program that is to serve the output: vllm, sglang, llama.cpp, transformers or mlx. Says what it would not load.
+    #[arg(long = "for", value_name = "RUNTIME")]
+    pub runtime: Option<String>,
+    /// The GPUs that are to serve it, by generation, card or compute capability: ampere, l40s, 9.0.
+    #[arg(long, value_name = "GPU", requires = "runtime")]
+    pub gpu: Option<String>,
+    /// GPUs that the model is to be divided among.
+    #[arg(long, value_name = "N", requires = "runtime", default_value_t = 1)]
+    pub tensor_parallel: usize,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `quantc eval`.

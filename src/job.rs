@@ -1,5 +1,9 @@
 //! One whole run: open, plan, walk, reopen, verify, report, move into place.
 
+mod pace;
+mod planned;
+mod planning;
+
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -24,6 +28,11 @@ use crate::report::{BitsPerWeight, FileReport, HiddenStates, Limits, Protocol, Q
 use crate::targets::{HeldOut, Output, Papers, Target, Words, target};
 use crate::text::{ModelText, load_text};
 use crate::verify::{compare_hidden, declared_activations, evaluate};
+
+pub use planned::{
+    Planned, PlannedFile, PlannedFold, PlannedLinear, PlannedOutput, PlannedPart, PlannedSeconds, Serving, Takes,
+};
+pub use planning::Asked;
 
 /// Tokens of the held-out text, if it has so many, on which a tokenizer that was written is compared with the original's.
 const COMPARED: usize = 1 << 16;
@@ -70,6 +79,13 @@ struct Run<'a> {
     /// Its weight files while they are hashed, and once that is waited for.
     hashing: Option<Hashing>,
     inputs: Vec<FileReport>,
+}
+
+impl<'a> Run<'a> {
+    /// One whose files are not hashed.
+    fn of(source: &'a Checkpoint, graph: &'a Graph) -> Run<'a> {
+        Run { started: Instant::now(), source, graph, held_out: None, hashing: None, inputs: Vec::new() }
+    }
 }
 
 /// Outputs that are calibrated together, and what that takes.
@@ -126,12 +142,7 @@ impl<'a> Job<'a> {
         self.check_places()?;
         let source = Checkpoint::open_with(self.model, self.adapter()?)?;
         let graph = families::graph_of(&source)?;
-        if graph.head.missing && self.verification.as_ref().is_some_and(|v| v.limits.any()) {
-            return Err(Error::usage(format!(
-                "{}: the model has no output projection, as its architectures say: drop the limits on what it would predict",
-                self.model.display()
-            )));
-        }
+        self.check_limits(&graph)?;
         let hashing = Some(hash_beside(source.files()));
         let key = self.key(backend, &source);
         let before = Before { key: &key, afresh: self.afresh, waits: self.waits };
@@ -140,7 +151,7 @@ impl<'a> Job<'a> {
             self.outputs.iter().map(|output| self.staging(output, before)).collect::<Result<Vec<Staging>>>()?;
         check_space(&targets, &stagings)?;
         let both: Vec<(&dyn Target<B>, &Staging)> = targets.iter().map(|target| &**target).zip(&stagings).collect();
-        let mut run = Run { started, source: &source, graph: &graph, held_out: None, hashing, inputs: Vec::new() };
+        let mut run = Run { started, hashing, ..Run::of(&source, &graph) };
         let (said, groups) = self.prepare((Device::of(backend), progress), &mut run, &targets)?;
         let prepare = started.elapsed().as_secs_f64();
         let reports =
@@ -149,6 +160,17 @@ impl<'a> Job<'a> {
             })?;
         drop(run);
         self.commit(targets, stagings, reports)
+    }
+
+    /// Fails where limits are set on what a model without an output projection would predict.
+    fn check_limits(&self, graph: &Graph) -> Result<()> {
+        if graph.head.missing && self.verification.as_ref().is_some_and(|v| v.limits.any()) {
+            return Err(Error::usage(format!(
+                "{}: the model has no output projection, as its architectures say: drop the limits on what it would predict",
+                self.model.display()
+            )));
+        }
+        Ok(())
     }
 
     /// What each output will hold of every tensor.
@@ -372,12 +394,7 @@ impl<'a> Job<'a> {
         let calibrates = targets.iter().any(|target| target.needs() > Needs::Nothing);
         let groups = self.groups(targets);
         for members in &groups {
-            let recipe = &self.outputs[members[0]].recipe;
-            let sweeps = members.iter().any(|index| self.outputs[*index].recipe.method.sweeps());
-            let any = members.iter().any(|index| targets[*index].needs() > Needs::Nothing);
-            let tokens = if any { recipe.samples.saturating_mul(recipe.seq_len) } else { 0 };
-            let tokens = tokens.min(device.at_once.max(recipe.seq_len));
-            let needs = OnDevice { sweeps, measures: self.verification.is_some(), tokens };
+            let needs = OnDevice::of(self, targets, device, members, self.verification.is_some());
             device.room.map_or(Ok(()), |room| check_room(room, graph, &needs))?;
         }
         if calibrates || self.verification.is_some() {
@@ -530,7 +547,7 @@ impl<'a> Job<'a> {
         if !run.graph.has_experts() {
             recipe.idle.push("moe_all_experts");
         }
-        let parameters: u64 = run.graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum();
+        let parameters = parameters(run.graph);
         let outputs = hashed(written.flushing)?;
         let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
         let [weights, bytes] = target.quantized(run.graph);
@@ -735,24 +752,49 @@ struct OnDevice {
     tokens: usize,
 }
 
-/// Refuses a model of which not even one operator's work on so many tokens fits into the device's memory; what is more than that is
-/// put aside on the host while it is not used.
-fn check_room(room: u64, graph: &Graph, needs: &OnDevice) -> Result<()> {
+impl OnDevice {
+    /// What a run does for these of its outputs.
+    fn of<B: Backend>(
+        job: &Job<'_>,
+        targets: &[Box<dyn Target<B>>],
+        device: Device,
+        members: &[usize],
+        measures: bool,
+    ) -> OnDevice {
+        let recipe = &job.outputs[members[0]].recipe;
+        let sweeps = members.iter().any(|index| job.outputs[*index].recipe.method.sweeps());
+        let any = members.iter().any(|index| targets[*index].needs() > Needs::Nothing);
+        let tokens = if any { recipe.samples.saturating_mul(recipe.seq_len) } else { 0 };
+        OnDevice { sweeps, measures, tokens: tokens.min(device.at_once.max(recipe.seq_len)) }
+    }
+}
+
+/// Parameters in all tensors of a model.
+fn parameters(graph: &Graph) -> u64 {
+    graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum()
+}
+
+/// Bytes of a device's memory without which not even one operator's work on so many tokens can be done, and the largest linear; what is more
+/// than that is put aside on the host while it is not used.
+fn room_of<'g>(graph: &'g Graph, needs: &OnDevice) -> (u64, Option<&'g Linear>) {
     let OnDevice { sweeps, measures, tokens } = *needs;
     // The Hessian, its factorization in doubles and the factor; the target, its errors and what feeds back.
     let solving = |linear: &Linear| {
         let (rows, cols) = (linear.rows as u64, linear.cols as u64);
         16 * rows * cols + if sweeps { 16 * cols * cols } else { 0 }
     };
-    let Some(largest) = graph.linears().max_by_key(|linear| solving(linear)) else { return Ok(()) };
+    let Some(largest) = graph.linears().max_by_key(|linear| solving(linear)) else { return (0, None) };
     let widest = graph.linears().map(|linear| linear.rows.max(linear.cols)).max().unwrap_or(0);
     // Two products of a gate, and what they become.
     let running = (tokens as u64).saturating_mul(12 * widest as u64);
     let head = if measures { 4 * (graph.vocabulary * graph.hidden) as u64 } else { 0 };
-    let wanted = solving(largest).max(running).max(head);
-    if wanted <= room {
-        return Ok(());
-    }
+    (solving(largest).max(running).max(head), Some(largest))
+}
+
+/// Refuses a model that a device has no [room](room_of) for.
+fn check_room(room: u64, graph: &Graph, needs: &OnDevice) -> Result<()> {
+    let (wanted, largest) = room_of(graph, needs);
+    let Some(largest) = largest.filter(|_| wanted > room) else { return Ok(()) };
     Err(Error::usage(format!(
         "`{}` takes {:.2} GB of the GPU's memory and {:.2} GB may be used: give more with --gpu-memory, or run with --device cpu",
         largest.module,

@@ -34,6 +34,7 @@ pub mod recipe;
 pub mod report;
 mod rest;
 pub mod runtimes;
+pub mod serving;
 pub mod stray;
 pub mod supervisor;
 pub mod targets;

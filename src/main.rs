@@ -10,15 +10,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use calibration::samples::GUARDED;
 use clap::Parser;
 use formats::Dtype;
-use quantc::cli::{Clean, Cli, Command, Compute, Engine, Eval, Quantize};
-use quantc::job::{Job, Verification, fewer_windows};
+use quantc::cli::{Clean, Cli, Command, Compute, Engine, Eval, Plan, Quantize};
+use quantc::job::{Asked, Job, Verification, fewer_windows};
 use quantc::memory::{self, Device, Free, Tokens};
+use quantc::mixes::Mix;
 use quantc::output::{self, Place, Unfinished, remove_made, sweep, unfinished};
 use quantc::progress::Progress;
 use quantc::recipe::{Request, named, unknown_tensors};
 use quantc::report::{Activations, Limits, Protocol, Report};
+use quantc::serving::{Gpu, Runtime};
 use quantc::supervisor::{self, End};
-use quantc::targets::{requested, resolved};
+use quantc::targets::{Output, Requested, requested, resolved};
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{declared_activations, evaluate};
 use quantc::words::tell;
@@ -128,6 +130,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             Ok(0)
         }
         Command::Quantize(args) => quantize(*args),
+        Command::Plan(args) => plan(*args),
         Command::Eval(args) => eval(args),
         Command::Inspect(args) => {
             let checkpoint = Checkpoint::open(&args.path)?;
@@ -218,7 +221,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     at_least_one("--verify-windows", args.verify_windows)?;
     let (mut progress, engine) = start(&args.compute)?;
     let file = args.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
-    let asked = requested(args.request, file, args.output, &args.target)?;
+    let asked = requested(args.request.clone(), file, args.output.clone(), &args.target)?;
     if args.discard {
         for one in &asked {
             let gone = output::discard(&Place::resolve(&one.path)?)?;
@@ -232,27 +235,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         }
         return Ok(0);
     }
-    let limits = Limits { max_ppl_ratio: args.max_ppl_ratio, max_kld: args.max_kld, min_top1: args.min_top1 };
-    limits.check()?;
-    let verification = match args.verify_text.as_deref() {
-        Some("none") if limits.any() => {
-            return Err(
-                Error::usage("limits on the quality need a text to measure it on: drop --verify-text none").into()
-            );
-        }
-        Some("none") => None,
-        text => Some(Verification {
-            text: text.unwrap_or(HELD_OUT).to_owned(),
-            context: 2048,
-            windows: Some(args.verify_windows.unwrap_or(8)),
-            limits,
-        }),
-    };
-    let (mut outputs, lead) = resolved(asked, args.recipe.as_deref())?;
-    if verification.is_none() && args.verify_windows.is_some() {
-        let note = "verify_windows has no effect: nothing is measured, as --verify-text none says";
-        outputs.iter_mut().for_each(|output| output.recipe.notes.push(note.to_owned()));
-    }
+    let (outputs, lead, verification) = what_is_asked(&args, asked)?;
     let paths: Vec<PathBuf> = outputs.iter().map(|output| output.path.clone()).collect();
     let (independent, force) = (args.independent, args.force);
     let (afresh, waits) = (args.no_resume, args.wait);
@@ -280,6 +263,65 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         code = BELOW_THE_BAR;
     }
     if code > 0 { Ok(code) } else { Ok(said.map(|()| 0)?) }
+}
+
+/// The recipes of what is asked for, which of them leads, and what is to be measured.
+fn what_is_asked(args: &Quantize, asked: Vec<Requested>) -> Result<(Vec<Output>, usize, Option<Verification>), Error> {
+    let limits = Limits { max_ppl_ratio: args.max_ppl_ratio, max_kld: args.max_kld, min_top1: args.min_top1 };
+    limits.check()?;
+    let verification = match args.verify_text.as_deref() {
+        Some("none") if limits.any() => {
+            return Err(Error::usage("limits on the quality need a text to measure it on: drop --verify-text none"));
+        }
+        Some("none") => None,
+        text => Some(Verification {
+            text: text.unwrap_or(HELD_OUT).to_owned(),
+            context: 2048,
+            windows: Some(args.verify_windows.unwrap_or(8)),
+            limits,
+        }),
+    };
+    let (mut outputs, lead) = resolved(asked, args.recipe.as_deref())?;
+    if verification.is_none() && args.verify_windows.is_some() {
+        let note = "verify_windows has no effect: nothing is measured, as --verify-text none says";
+        outputs.iter_mut().for_each(|output| output.recipe.notes.push(note.to_owned()));
+    }
+    Ok((outputs, lead, verification))
+}
+
+/// Says what a run would do. Exit code 2 where the runtime that was named refuses what it would write.
+fn plan(args: Plan) -> anyhow::Result<u8> {
+    let Plan { mut run, context, batch, runtime, gpu, tensor_parallel, json } = args;
+    at_least_one("--verify-windows", run.verify_windows)?;
+    at_least_one("--tensor-parallel", Some(tensor_parallel))?;
+    at_least_one("--batch", usize::try_from(batch).ok())?;
+    at_least_one("--context", context.and_then(|context| usize::try_from(context).ok()))?;
+    let runtime = runtime.as_deref().map(Runtime::parse).transpose()?;
+    let gpu = gpu.as_deref().map(Gpu::parse).transpose()?;
+    let (progress, engine) = start(&run.compute)?;
+    let file = run.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
+    let named = run.output.is_some() || !run.target.is_empty() || !file.target.is_empty();
+    let output = run.output.take().or_else(|| (!named).then(|| nameless(&run.request.clone().or(file.clone()))));
+    let asked = requested(run.request.clone(), file, output, &run.target)?;
+    let (outputs, lead, verification) = what_is_asked(&run, asked)?;
+    let (independent, force) = (run.independent, run.force);
+    let job = Job { model: &run.model, outputs, lead, independent, verification, force, afresh: true, waits: false };
+    let asked = Asked { context, batch, runtime, gpu, tensor_parallel, named, tries: true };
+    let mut progress = progress;
+    progress.say_no_more();
+    let planned = with_backend!(&engine, backend => job.plan(backend, &asked, &progress))?;
+    match json {
+        true => say(&format!("{}\n", serde_json::to_string_pretty(&planned)?))?,
+        false => say(&planned.text())?,
+    }
+    Ok(if planned.refused() { 2 } else { 0 })
+}
+
+/// What an output without a place is called: as a file where a file would be written.
+fn nameless(request: &Request) -> PathBuf {
+    let gguf = request.format.as_deref().is_some_and(|format| format.eq_ignore_ascii_case("gguf"));
+    let mix = request.format.is_none() && request.scheme.as_deref().is_some_and(|name| Mix::parse(name).is_some());
+    PathBuf::from(if gguf || mix { "model.gguf" } else { "model" })
 }
 
 /// What was made of a model, a line for each output.

@@ -13,8 +13,10 @@ use crate::graph::{Graph, Layer, Linear, Mlp, Stored};
 use crate::recipe::{Patterns, Recipe, Said};
 use crate::report::Fate;
 use crate::runtimes::{self, is_expert};
+use crate::serving::unequal;
 use crate::stray::{Strays, lookalike};
 use crate::weights::StoredType;
+use crate::words::listed;
 
 /// The whole plan.
 pub struct Plan {
@@ -92,6 +94,7 @@ impl Plan {
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &chosen.encodings)?);
         config.notes.extend(uneven_experts(graph, &chosen.encodings, codec));
+        config.notes.extend(uneven_fused(graph, &chosen.encodings, codec));
         config.notes.extend(rounded_inputs(&chosen.encodings));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
@@ -415,6 +418,23 @@ fn uneven_experts(graph: &Graph, encodings: &HashMap<String, Encoding>, codec: &
         "the experts of `{}` are not all quantized alike: {who} {keep} them in one stack and {load} not load that; give --ignore \
          or a scheme for all experts of a layer",
         block.name
+    ))
+}
+
+/// What to say where linears that vLLM and SGLang load as one matrix are not held alike; of experts it is said elsewhere.
+fn uneven_fused(graph: &Graph, encodings: &HashMap<String, Encoding>, codec: &dyn Codec) -> Option<String> {
+    if codec.id() == "mlx" {
+        return None;
+    }
+    let (group, count) = unequal(graph, |linear| encodings.get(&linear.module).copied().into_iter().collect())?;
+    let modules: Vec<&str> = group.iter().map(|linear| &*linear.module).collect();
+    if modules.iter().any(|module| is_expert(module)) {
+        return None;
+    }
+    let more = if count > 1 { format!(", as {} more such groups do", count - 1) } else { String::new() };
+    Some(format!(
+        "{} have several schemes{more}: vLLM and SGLang load them as one matrix and refuse that; transformers does not",
+        listed(&modules)
     ))
 }
 

@@ -288,21 +288,26 @@ pub fn is_mount_point(path: &Path) -> bool {
 
 /// Fails when fewer than `bytes` are free on the file system of `folder`, which exists.
 pub fn check_space(folder: &Path, shown: &Path, bytes: u64) -> Result<()> {
-    #[cfg(unix)]
-    if let Ok(disk) = rustix::fs::statvfs(folder) {
-        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
-        if free < bytes {
-            return Err(Error::failed(format!(
-                "{}: the output takes {:.1} MB and only {:.1} MB are free on its disk; make room, or choose another place",
-                shown.display(),
-                bytes as f64 / 1e6,
-                free as f64 / 1e6
-            )));
-        }
+    match free_space(folder) {
+        Some(free) if free < bytes => Err(Error::failed(format!(
+            "{}: the output takes {:.1} MB and only {:.1} MB are free on its disk; make room, or choose another place",
+            shown.display(),
+            bytes as f64 / 1e6,
+            free as f64 / 1e6
+        ))),
+        _ => Ok(()),
     }
+}
+
+/// Bytes that this user may still write on the disk of a folder; `None` where the system does not tell.
+pub fn free_space(folder: &Path) -> Option<u64> {
+    #[cfg(unix)]
+    return rustix::fs::statvfs(folder).ok().map(|disk| disk.f_bavail.saturating_mul(disk.f_frsize));
     #[cfg(not(unix))]
-    let _ = (folder, shown, bytes);
-    Ok(())
+    {
+        let _ = folder;
+        None
+    }
 }
 
 #[cfg(test)]

@@ -49,6 +49,103 @@ fn number(path: &Path) -> Number {
     }
 }
 
+/// The place of a folder. Fails for one that is called as a file is, and for the input's.
+fn named_folder(target: &Path, input: Option<&Path>) -> Result<Place> {
+    let place = Place::resolve(target)?;
+    input.map_or(Ok(()), |input| check_place(target, input))?;
+    if place.path().extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf")) {
+        let shown = target.display();
+        return Err(Error::usage(format!(
+            "{shown}: is the name of a GGUF file, and a folder would be written; `quantc quantize MODEL -o {shown}` writes such a file \
+             (--scheme F16 or BF16 without quantizing), and a folder needs another name"
+        )));
+    }
+    Ok(place)
+}
+
+/// Fails where something is at a folder's place that may not be replaced.
+fn check_folder(place: &Place, target: &Path, force: bool) -> Result<()> {
+    let (path, shown) = (place.path(), target.display());
+    if !path.exists() {
+        return Ok(());
+    }
+    if !path.is_dir() {
+        return Err(Error::usage(format!("{shown}: is a file, and a folder is to be written")));
+    }
+    let there = entries(&path).map_err(Error::io(&path, "list"))?;
+    if there.is_empty() {
+        return Ok(());
+    }
+    if !force {
+        return Err(Error::usage(format!("{shown}: exists already; --force replaces it")));
+    }
+    if !path.join("config.json").exists() {
+        return Err(Error::usage(format!(
+            "{shown}: --force replaces a model directory, and this is none (it has no config.json)"
+        )));
+    }
+    if let Some(why) = no_model_directory(&there) {
+        return Err(Error::usage(format!(
+            "{shown}: --force replaces a model directory with all that is in it, and this {why}; choose another place, or remove it"
+        )));
+    }
+    mounted_within(&path).map_or(Ok(()), |inner| {
+        Err(Error::usage(format!(
+            "{shown}: something else is mounted at {}, and --force would remove it; unmount it first",
+            inner.display()
+        )))
+    })
+}
+
+/// The place of a GGUF file. Fails where no file can appear under that name, and for the input's.
+fn named_file(target: &Path, input: Option<&Path>) -> Result<Place> {
+    let place = Place::resolve(target)?;
+    input.map_or(Ok(()), |input| check_place(target, input))?;
+    let (path, shown) = (place.path(), target.display());
+    check_file(&path, &shown)?;
+    if let Some(mounted) = [path.clone(), place.parent.join(format!("{}.report.json", place.name))]
+        .into_iter()
+        .find(|path| path.is_file() && is_mount_point(path))
+    {
+        return Err(Error::usage(format!(
+            "{shown}: {} is mounted as a single file, which no other file can take the place of; mount the folder that is to hold it",
+            mounted.display()
+        )));
+    }
+    if place.name.len() + PART > LONGEST_NAME {
+        return Err(Error::usage(format!(
+            "{shown}: its name has {} bytes, which leaves no room for the names of its parts and its report; choose a shorter one",
+            place.name.len()
+        )));
+    }
+    Ok(place)
+}
+
+/// An earlier file at the place, and the parts of one. Fails where one is not to be replaced.
+fn files_there(place: &Place, input: Option<&Path>, force: bool) -> Result<Vec<PathBuf>> {
+    let mut there = Vec::new();
+    if place.parent.is_dir() {
+        for name in entries(&place.parent).map_err(Error::io(&place.parent, "list"))? {
+            if name == place.name || is_part(&name, stem(&place.name)) {
+                there.push(place.parent.join(name));
+            }
+        }
+    }
+    if let (Some(first), false) = (there.first(), force) {
+        return Err(Error::usage(format!("{}: exists already; --force replaces it", first.display())));
+    }
+    for path in &there {
+        check_replaced(path)?;
+        if input.is_some_and(|input| path.canonicalize().ok() == input.canonicalize().ok()) {
+            return Err(Error::usage(format!(
+                "{}: the output may not be the input; choose another place",
+                path.display()
+            )));
+        }
+    }
+    Ok(there)
+}
+
 /// An output being written; removed unless it is [committed](Staging::commit).
 pub struct Staging {
     /// As the user called it, for messages.
@@ -78,90 +175,31 @@ impl Staging {
     /// Fails when `target` holds something and `force` is not given, is the input or holds it or lies inside it, or, with
     /// `force`, is something else than an earlier output. An empty folder is as good as none.
     pub fn folder_for(target: &Path, input: Option<&Path>, force: bool, before: Option<Before<'_>>) -> Result<Staging> {
-        let place = Place::resolve(target)?;
-        input.map_or(Ok(()), |input| check_place(target, input))?;
-        let (path, shown) = (place.path(), target.display());
-        if path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf")) {
-            return Err(Error::usage(format!(
-                "{shown}: is the name of a GGUF file, and a folder would be written; `quantc quantize MODEL -o {shown}` writes such a file \
-                 (--scheme F16 or BF16 without quantizing), and a folder needs another name"
-            )));
-        }
+        let place = named_folder(target, input)?;
         let (notes, left) = look(&place, target, before)?;
-        if path.exists() {
-            if !path.is_dir() {
-                return Err(Error::usage(format!("{shown}: is a file, and a folder is to be written")));
-            }
-            let there = entries(&path).map_err(Error::io(&path, "list"))?;
-            let empty = there.is_empty();
-            if !empty && !force {
-                return Err(Error::usage(format!("{shown}: exists already; --force replaces it")));
-            }
-            if !empty && !path.join("config.json").exists() {
-                return Err(Error::usage(format!(
-                    "{shown}: --force replaces a model directory, and this is none (it has no config.json)"
-                )));
-            }
-            if let (false, Some(why)) = (empty, no_model_directory(&there)) {
-                return Err(Error::usage(format!(
-                    "{shown}: --force replaces a model directory with all that is in it, and this {why}; choose another place, or remove it"
-                )));
-            }
-            if let (false, Some(inner)) = (empty, mounted_within(&path)) {
-                return Err(Error::usage(format!(
-                    "{shown}: something else is mounted at {}, and --force would remove it; unmount it first",
-                    inner.display()
-                )));
-            }
-        }
+        check_folder(&place, target, force)?;
+        let path = place.path();
         let found = force.then(|| vec![(path.clone(), number(&path))]);
         Self::begin(target, place, Kind::Folder, found, (notes, left), before)
+    }
+
+    /// Fails as [`folder_for`](Self::folder_for) or, for a `single` file, [`gguf`](Self::gguf) would, and begins nothing.
+    pub fn check(target: &Path, input: Option<&Path>, force: bool, single: bool) -> Result<()> {
+        if single {
+            let place = named_file(target, input)?;
+            return files_there(&place, input, force).map(drop);
+        }
+        check_folder(&named_folder(target, input)?, target, force)
     }
 
     /// Begins a GGUF file, or the parts of one, which are called `NAME-00001-of-00003.gguf`.
     ///
     /// Fails when it (or a part of it) exists and `force` is not given, is the input, or, with `force`, is no GGUF file.
     pub fn gguf(target: &Path, input: Option<&Path>, force: bool, before: Option<Before<'_>>) -> Result<Staging> {
-        let place = Place::resolve(target)?;
-        input.map_or(Ok(()), |input| check_place(target, input))?;
-        let (path, shown) = (place.path(), target.display());
-        check_file(&path, &shown)?;
-        if let Some(mounted) = [path.clone(), place.parent.join(format!("{}.report.json", place.name))]
-            .into_iter()
-            .find(|path| path.is_file() && is_mount_point(path))
-        {
-            return Err(Error::usage(format!(
-                "{shown}: {} is mounted as a single file, which no other file can take the place of; mount the folder that is to hold it",
-                mounted.display()
-            )));
-        }
-        if place.name.len() + PART > LONGEST_NAME {
-            return Err(Error::usage(format!(
-                "{shown}: its name has {} bytes, which leaves no room for the names of its parts and its report; choose a shorter one",
-                place.name.len()
-            )));
-        }
+        let place = named_file(target, input)?;
         let (mut notes, left) = look(&place, target, before)?;
-        let mut there = Vec::new();
-        if place.parent.is_dir() {
-            for name in entries(&place.parent).map_err(Error::io(&place.parent, "list"))? {
-                if name == place.name || is_part(&name, stem(&place.name)) {
-                    there.push(place.parent.join(name));
-                }
-            }
-        }
-        if let (Some(first), false) = (there.first(), force) {
-            return Err(Error::usage(format!("{}: exists already; --force replaces it", first.display())));
-        }
-        for path in &there {
-            check_replaced(path)?;
-            if input.is_some_and(|input| path.canonicalize().ok() == input.canonicalize().ok()) {
-                return Err(Error::usage(format!(
-                    "{}: the output may not be the input; choose another place",
-                    path.display()
-                )));
-            }
-        }
+        let mut there = files_there(&place, input, force)?;
+        let path = place.path();
         let parts: Vec<&PathBuf> = there.iter().filter(|there| **there != path).collect();
         if let Some(first) = parts.first() {
             notes.push(format!(

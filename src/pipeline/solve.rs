@@ -71,7 +71,8 @@ pub struct Work<'w, 'a, B: Backend> {
     pub reach: Option<f32>,
 }
 
-fn solver<B: Backend>(recipe: &Recipe, observer: Observer) -> Box<dyn Solver<B>> {
+/// What chooses codes as a recipe says, with scales as `observer` does.
+pub fn solver<B: Backend>(recipe: &Recipe, observer: Observer) -> Box<dyn Solver<B>> {
     if recipe.method.sweeps() {
         let Recipe { damp, act_order, desc_act, refine, .. } = *recipe;
         Box::new(Gptq { observer, damp, act_order, desc_act, refine })

@@ -73,6 +73,10 @@ impl<B: Backend> Target<B> for Directory {
         self.placements.get(&linear.module).map_or(&[], |one| one)
     }
 
+    fn ends(&self) -> Vec<(String, [usize; 2], Encoding)> {
+        self.plan.ends.iter().map(|end| (end.tensor.clone(), end.shape, end.encoding)).collect()
+    }
+
     fn importance(&self, linear: &Linear, _: usize) -> Result<Option<Vec<f32>>> {
         self.importance.of_whole(&linear.module)
     }

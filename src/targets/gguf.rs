@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use calibration::solvers::{Observer, pack_rows, searched};
 use calibration::statistics::Needs;
 use formats::container::gguf::MetadataValue;
-use formats::{Dtype, Follower, GgmlType, GgufTensor, GgufWriter, TensorView};
+use formats::{Dtype, Encoding, Follower, GgmlType, GgufTensor, GgufWriter, TensorView};
 use kernels::Backend;
 use ndarray::{Array2, ArrayView2, Axis};
 
@@ -336,6 +336,16 @@ impl<B: Backend> Target<B> for Gguf {
         &self.plan.placements[&linear.module]
     }
 
+    fn ends(&self) -> Vec<(String, [usize; 2], Encoding)> {
+        let made: HashSet<usize> = self.plan.by_module.values().flatten().map(|place| place.tensor).collect();
+        let others = self.plan.tensors.iter().enumerate().filter(|(index, _)| !made.contains(index));
+        let end = |(_, (tensor, ty)): (usize, &(ExportTensor, GgmlType))| {
+            let [rows, cols] = tensor.shape[..] else { return None };
+            (ty.block_len > 1).then(|| (tensor.gguf.clone(), [rows, cols], ty.encoding()))
+        };
+        others.filter_map(end).collect()
+    }
+
     fn importance(&self, linear: &Linear, placement: usize) -> Result<Option<Vec<f32>>> {
         self.plan.importance.of_part(&linear.module, placement)
     }
@@ -369,8 +379,9 @@ impl<B: Backend> Target<B> for Gguf {
         let metadata = self.plan.metadata.clone();
         let most = self.settings().split_max_size;
         let writer = match most {
-            _ if staging.goes_on() => GgufWriter::take_up(path, most, metadata, tensors)
-                .map_err(|error| staging.damaged(error.into()))?,
+            _ if staging.goes_on() => {
+                GgufWriter::take_up(path, most, metadata, tensors).map_err(|error| staging.damaged(error.into()))?
+            }
             None => GgufWriter::create(path, metadata, tensors)?,
             Some(most) => GgufWriter::create_split(path, most, metadata, tensors)?,
         };

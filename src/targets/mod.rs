@@ -219,6 +219,9 @@ pub trait Target<B: Backend>: Sync {
     }
     /// The parts that a linear is written in; none where it stays as it is.
     fn placements(&self, linear: &Linear) -> &[Placement];
+    /// Matrices beside the linears of the blocks that are quantized, the embedding and the head: their names in the file, rows and columns,
+    /// and how they are represented.
+    fn ends(&self) -> Vec<(String, [usize; 2], Encoding)>;
     /// Importance of the columns of a placement that was read from a file.
     fn importance(&self, linear: &Linear, placement: usize) -> Result<Option<Vec<f32>>>;
     /// Where an imatrix keeps what the inputs of a linear look like, if one is to be written.

@@ -27,6 +27,7 @@ mod matrix;
 mod mlx;
 mod mlx_lm;
 mod pipeline;
+mod plan;
 mod program;
 mod readme;
 mod records;

@@ -7,7 +7,7 @@ use std::path::Path;
 use kernels::Cpu;
 use quantc::Checkpoint;
 use quantc::convert::convert;
-use quantc::job::{Job, Verification};
+use quantc::job::{Asked, Job, Verification};
 use quantc::progress::Progress;
 use quantc::recipe::UnknownTensors;
 use quantc::recipe::{Recipe, Request};
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use crate::families::checkpoint;
 use crate::golden::{golden, logits};
+use crate::plan::check;
 
 /// Gives a checkpoint a tokenizer of words, and writes a text of them.
 pub fn speak(folder: &Path) {
@@ -47,7 +48,10 @@ fn quantize(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
     let limits = Limits::default();
     let verification = Some(Verification { text, context: 24, windows: Some(16), limits });
     let job = Job::one(model, output, recipe, verification, false);
-    job.run_one(&Cpu::exact(), &mut Progress::new(true))
+    let planned = job.plan(&Cpu::exact(), &Asked { named: true, ..Asked::default() }, &Progress::new(true))?;
+    let report = job.run_one(&Cpu::exact(), &mut Progress::new(true))?;
+    check(&planned.outputs[0], &report);
+    Ok(report)
 }
 
 fn divergence(report: &Report) -> f64 {
