@@ -3,6 +3,8 @@
 mod pace;
 mod planned;
 mod planning;
+mod remarks;
+mod room;
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -17,7 +19,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::evidence;
 use crate::families;
-use crate::graph::{Graph, Linear};
+use crate::graph::Graph;
 use crate::memory::{self, Device, Expected, Free, Tokens, Work, peak_memory};
 use crate::output::hashing::{Hashing, hash_beside, hashed};
 use crate::output::{Before, Place, SideOutput, Staging, check_apart, check_beside, check_place};
@@ -33,6 +35,8 @@ pub use planned::{
     Planned, PlannedFile, PlannedFold, PlannedLinear, PlannedOutput, PlannedPart, PlannedSeconds, Serving, Takes,
 };
 pub use planning::Asked;
+use remarks::Remarks;
+use room::{OnDevice, check_room};
 
 /// Tokens of the held-out text, if it has so many, on which a tokenizer that was written is compared with the original's.
 const COMPARED: usize = 1 << 16;
@@ -588,61 +592,6 @@ impl<'a> Job<'a> {
     }
 }
 
-/// What there is to say before the work, whichever output it is.
-struct Remarks {
-    model: Vec<String>,
-    /// Components that are no part of the language model.
-    aside: Vec<String>,
-    experts: bool,
-    tokenizer: Vec<String>,
-    held_out: Vec<String>,
-}
-
-impl Remarks {
-    fn of_model(graph: &Graph, source: &Checkpoint) -> Remarks {
-        let mut model = source.notices();
-        if graph.opaque {
-            let bytes = |module: &str| source.entry(&format!("{module}.weight")).map_or(0, |entry| entry.stored_bytes);
-            let found: u64 = graph.linears().map(|linear| bytes(&linear.module)).sum();
-            let all: u64 = source.entries().iter().map(|entry| entry.stored_bytes).sum();
-            model.push(format!(
-                "the model's type is not known: {} linears were found by name and shape, {:.0} % of its bytes, and nothing could be measured",
-                graph.linears().count(),
-                100.0 * found as f64 / all.max(1) as f64
-            ));
-        }
-        model.extend(families::cannot_run(graph));
-        let prefixes = graph.aside.iter().map(|(prefix, _)| prefix.trim_end_matches('.').to_owned());
-        let aside = if graph.opaque { Vec::new() } else { prefixes.collect() };
-        Remarks { model, aside, experts: graph.has_experts(), tokenizer: Vec::new(), held_out: Vec::new() }
-    }
-
-    /// All that is to be said of a target, with what was said of its calibration text.
-    fn of<B: Backend>(&self, target: &dyn Target<B>, calibration: &[String]) -> Vec<String> {
-        let (recipe, own) = (target.recipe(), target.notes());
-        let calibrates = target.needs() > Needs::Nothing;
-        let mut notes = own.before;
-        notes.extend(self.model.iter().cloned());
-        if !self.aside.is_empty() {
-            let done = if target.carries_others() { "copied as they are" } else { "left out" };
-            notes.push(format!("not part of the language model, and {done}: {}", self.aside.join(", ")));
-        }
-        notes.extend(self.tokenizer.iter().cloned());
-        notes.extend(recipe.notes.iter().cloned());
-        if recipe.moe_all_experts && !self.experts && calibrates {
-            notes.push("moe_all_experts has no effect: the model is no mixture of experts".to_owned());
-        }
-        if calibrates {
-            notes.extend(calibration.iter().cloned());
-        }
-        notes.extend(self.held_out.iter().cloned());
-        // What there is to say of a tokenizer, reading its files for the texts has said too.
-        let more: Vec<String> = own.after.into_iter().filter(|note| !notes.contains(note)).collect();
-        notes.extend(more);
-        notes
-    }
-}
-
 /// Size and time of a file, by which it is known again; null where there is none.
 fn stamp(path: &Path) -> Value {
     let Ok(metadata) = std::fs::metadata(path) else { return Value::Null };
@@ -742,63 +691,7 @@ fn few_tokens(graph: &Graph, tokens: usize) -> Option<String> {
     })
 }
 
-/// What a run does on its device.
-struct OnDevice {
-    /// It sweeps, and so factors Hessians.
-    sweeps: bool,
-    /// It measures what was written.
-    measures: bool,
-    /// Tokens that go through an operator together.
-    tokens: usize,
-}
-
-impl OnDevice {
-    /// What a run does for these of its outputs.
-    fn of<B: Backend>(
-        job: &Job<'_>,
-        targets: &[Box<dyn Target<B>>],
-        device: Device,
-        members: &[usize],
-        measures: bool,
-    ) -> OnDevice {
-        let recipe = &job.outputs[members[0]].recipe;
-        let sweeps = members.iter().any(|index| job.outputs[*index].recipe.method.sweeps());
-        let any = members.iter().any(|index| targets[*index].needs() > Needs::Nothing);
-        let tokens = if any { recipe.samples.saturating_mul(recipe.seq_len) } else { 0 };
-        OnDevice { sweeps, measures, tokens: tokens.min(device.at_once.max(recipe.seq_len)) }
-    }
-}
-
 /// Parameters in all tensors of a model.
 fn parameters(graph: &Graph) -> u64 {
     graph.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>() as u64).sum()
-}
-
-/// Bytes of a device's memory without which not even one operator's work on so many tokens can be done, and the largest linear; what is more
-/// than that is put aside on the host while it is not used.
-fn room_of<'g>(graph: &'g Graph, needs: &OnDevice) -> (u64, Option<&'g Linear>) {
-    let OnDevice { sweeps, measures, tokens } = *needs;
-    // The Hessian, its factorization in doubles and the factor; the target, its errors and what feeds back.
-    let solving = |linear: &Linear| {
-        let (rows, cols) = (linear.rows as u64, linear.cols as u64);
-        16 * rows * cols + if sweeps { 16 * cols * cols } else { 0 }
-    };
-    let Some(largest) = graph.linears().max_by_key(|linear| solving(linear)) else { return (0, None) };
-    let widest = graph.linears().map(|linear| linear.rows.max(linear.cols)).max().unwrap_or(0);
-    // Two products of a gate, and what they become.
-    let running = (tokens as u64).saturating_mul(12 * widest as u64);
-    let head = if measures { 4 * (graph.vocabulary * graph.hidden) as u64 } else { 0 };
-    (solving(largest).max(running).max(head), Some(largest))
-}
-
-/// Refuses a model that a device has no [room](room_of) for.
-fn check_room(room: u64, graph: &Graph, needs: &OnDevice) -> Result<()> {
-    let (wanted, largest) = room_of(graph, needs);
-    let Some(largest) = largest.filter(|_| wanted > room) else { return Ok(()) };
-    Err(Error::usage(format!(
-        "`{}` takes {:.2} GB of the GPU's memory and {:.2} GB may be used: give more with --gpu-memory, or run with --device cpu",
-        largest.module,
-        wanted as f64 / 1e9,
-        room as f64 / 1e9
-    )))
 }

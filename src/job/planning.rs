@@ -10,7 +10,9 @@ use kernels::Backend;
 
 use super::pace::{Pace, Walk};
 use super::planned::{Planned, PlannedFile, PlannedFold, PlannedLinear, PlannedOutput, PlannedPart, Serving, Takes};
-use super::{Group, Job, OnDevice, Remarks, Run, parameters, room_of};
+use super::remarks::Remarks;
+use super::room::{OnDevice, room_of};
+use super::{Group, Job, Run, parameters};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::families;
