@@ -539,7 +539,7 @@ impl Checkpoint {
     pub fn files(&self) -> Vec<PathBuf> {
         match &self.source {
             Source::Directory { tensors, .. } => tensors.files().iter().map(|file| file.path().to_path_buf()).collect(),
-            Source::Gguf(model) => vec![model.file().path().to_path_buf()],
+            Source::Gguf(model) => model.file().paths().to_vec(),
         }
     }
 

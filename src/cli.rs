@@ -32,6 +32,10 @@ pub enum Command {
     Eval(Eval),
     /// Show what is in a checkpoint.
     Inspect(Inspect),
+    /// Find out whether a checkpoint is whole: hashes, tensors, configuration, tokenizer.
+    Check(Check),
+    /// Say what differs between two checkpoints, in whatever formats they are.
+    Diff(Diff),
     /// Rewrite any readable checkpoint as plain safetensors.
     Convert(Convert),
     /// Write a checkpoint merged with a LoRA adapter.
@@ -55,9 +59,13 @@ impl Command {
             Command::Convert(args) => vec![args.output.clone()],
             Command::Merge(args) => vec![args.output.clone()],
             Command::Demo(args) => args.export.iter().cloned().collect(),
-            Command::Plan(_) | Command::Eval(_) | Command::Inspect(_) | Command::Clean(_) | Command::Devices(_) => {
-                Vec::new()
-            }
+            Command::Plan(_)
+            | Command::Eval(_)
+            | Command::Inspect(_)
+            | Command::Check(_)
+            | Command::Diff(_)
+            | Command::Clean(_)
+            | Command::Devices(_) => Vec::new(),
         }
     }
 
@@ -70,6 +78,8 @@ impl Command {
             Command::Merge(args) => Some(&args.model),
             Command::Eval(args) => Some(&args.model),
             Command::Inspect(args) => Some(&args.path),
+            Command::Check(args) => Some(&args.path),
+            Command::Diff(args) => Some(&args.a),
             Command::Demo(_) | Command::Clean(_) | Command::Devices(_) => None,
         }
     }
@@ -348,6 +358,28 @@ pub struct Inspect {
     /// Show what the blocks compute, one of each kind, and not the tensors; with --json both.
     #[arg(long)]
     pub program: bool,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `quantc check`.
+#[derive(Debug, Args)]
+pub struct Check {
+    /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file.
+    pub path: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `quantc diff`.
+#[derive(Debug, Args)]
+pub struct Diff {
+    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file.
+    pub a: PathBuf,
+    /// What it is compared with.
+    pub b: PathBuf,
     /// Print JSON.
     #[arg(long)]
     pub json: bool,

@@ -5,12 +5,14 @@
 
 #![forbid(unsafe_code)]
 
+pub mod check;
 pub mod checkpoint;
 pub mod cli;
 pub mod convert;
 pub mod demo;
 pub mod devices;
 pub mod dialect;
+pub mod diff;
 pub mod error;
 mod evidence;
 pub mod families;

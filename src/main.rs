@@ -24,7 +24,9 @@ use quantc::targets::{Output, Requested, requested, resolved};
 use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{declared_activations, evaluate};
 use quantc::words::tell;
-use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, stray, with_backend};
+use quantc::{
+    Checkpoint, Error, check, convert, demo, devices, diff, families, inspect, merge, report, stray, with_backend,
+};
 
 /// The output is there, and its quality is below the limits.
 const BELOW_THE_BAR: u8 = 3;
@@ -142,6 +144,24 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             match args.json {
                 true => say(&format!("{}\n", serde_json::to_string_pretty(&inspection)?))?,
                 false => say(&inspection.text())?,
+            }
+            Ok(0)
+        }
+        Command::Check(args) => {
+            let checked = check::check(&args.path)?;
+            checked.notes.iter().for_each(|note| tell(&format!("note: {note}")));
+            match args.json {
+                true => say(&format!("{}\n", serde_json::to_string_pretty(&checked)?))?,
+                false => say(&checked.text())?,
+            }
+            checked.faults.iter().for_each(|fault| tell(&format!("error: {fault}")));
+            Ok(u8::from(!checked.faults.is_empty()))
+        }
+        Command::Diff(args) => {
+            let diff = diff::diff(&args.a, &args.b)?;
+            match args.json {
+                true => say(&format!("{}\n", serde_json::to_string_pretty(&diff)?))?,
+                false => say(&diff.text())?,
             }
             Ok(0)
         }

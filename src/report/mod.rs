@@ -4,6 +4,7 @@
 
 mod card;
 mod quality;
+mod read;
 
 use calibration::samples::SampleSource;
 use serde::{Deserialize, Serialize};
@@ -12,6 +13,7 @@ use crate::recipe::Recipe;
 
 pub use card::quality_table;
 pub use quality::{Activations, Beside, HiddenStates, Limits, Protocol, Quality};
+pub use read::{read_report, report_of};
 
 /// A file and what is in it.
 #[derive(Clone, Debug, Serialize)]

@@ -21,6 +21,7 @@ mod harness;
 mod hostile;
 mod imatrix;
 mod inputs;
+mod kept;
 mod llama_cpp;
 mod loading;
 mod matrix;

@@ -19,6 +19,8 @@ pub struct GgufFile {
     path: PathBuf,
     /// One for each file.
     parts: Vec<Bytes>,
+    /// Where these are.
+    paths: Vec<PathBuf>,
     metadata: BTreeMap<String, MetadataValue>,
     tensors: Vec<GgufSpec>,
     by_name: HashMap<String, usize>,
@@ -121,6 +123,7 @@ impl GgufFile {
             self.metadata = header.metadata;
         }
         self.parts.push(bytes);
+        self.paths.push(path.to_path_buf());
         Ok(split)
     }
 
@@ -170,6 +173,11 @@ impl GgufFile {
             return Err(Error::mismatch(what, tensors, self.tensors.len()).in_file(&first));
         }
         Ok(())
+    }
+
+    /// The files, one or all that a model is split into.
+    pub fn paths(&self) -> &[PathBuf] {
+        &self.paths
     }
 
     /// The path it was opened from.
