@@ -30,6 +30,7 @@ mod sentence;
 mod tokenizer;
 
 pub use beside::{Beside, ORIGINAL_CARD, SideFile, front_matter};
+pub(crate) use place::resolve;
 
 /// An opened checkpoint.
 #[derive(Debug)]

@@ -6,6 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use kernels::{Cpu, Cuda, cuda};
 use std::sync::Arc;
 
+use crate::build::Project;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::recipe::Request;
@@ -32,6 +33,8 @@ pub enum Command {
     Eval(Eval),
     /// Show what is in a checkpoint.
     Inspect(Inspect),
+    /// Make what a project (quantc.toml) names and is out of date, and nothing else.
+    Build(Build),
     /// Find out whether a checkpoint is whole: hashes, tensors, configuration, tokenizer.
     Check(Check),
     /// Say what differs between two checkpoints, in whatever formats they are.
@@ -59,6 +62,10 @@ impl Command {
             Command::Convert(args) => vec![args.output.clone()],
             Command::Merge(args) => vec![args.output.clone()],
             Command::Demo(args) => args.export.iter().cloned().collect(),
+            Command::Build(args) => {
+                let project = Project::read(&args.project);
+                project.into_iter().flat_map(|project| project.outputs).map(|output| output.path).collect()
+            }
             Command::Plan(_)
             | Command::Eval(_)
             | Command::Inspect(_)
@@ -80,7 +87,7 @@ impl Command {
             Command::Inspect(args) => Some(&args.path),
             Command::Check(args) => Some(&args.path),
             Command::Diff(args) => Some(&args.a),
-            Command::Demo(_) | Command::Clean(_) | Command::Devices(_) => None,
+            Command::Demo(_) | Command::Build(_) | Command::Clean(_) | Command::Devices(_) => None,
         }
     }
 }
@@ -361,6 +368,29 @@ pub struct Inspect {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `quantc build`.
+#[derive(Debug, Args)]
+pub struct Build {
+    /// The project.
+    #[arg(default_value = "quantc.toml", value_name = "FILE")]
+    pub project: PathBuf,
+    /// Make nothing, and fail (exit code 1) where something is out of date.
+    #[arg(long, conflicts_with = "force")]
+    pub check: bool,
+    /// Hash every file, also those that look as they did.
+    #[arg(long)]
+    pub verify: bool,
+    /// Replace what lies at a target's place though no build has made it.
+    #[arg(long)]
+    pub force: bool,
+    /// Print the JSON Schema of the project file, and do nothing else.
+    #[arg(long)]
+    pub schema: bool,
+    /// Flags for the computation.
+    #[command(flatten)]
+    pub compute: Compute,
 }
 
 /// `quantc check`.

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use calibration::samples::GUARDED;
 use clap::Parser;
 use formats::Dtype;
-use quantc::cli::{Clean, Cli, Command, Compute, Engine, Eval, Plan, Quantize};
+use quantc::cli::{Build, Clean, Cli, Command, Compute, Engine, Eval, Plan, Quantize};
 use quantc::job::{Asked, Job, Verification, fewer_windows};
 use quantc::memory::{self, Device, Free, Tokens};
 use quantc::mixes::Mix;
@@ -25,7 +25,8 @@ use quantc::text::{HELD_OUT, ModelText, load_text};
 use quantc::verify::{declared_activations, evaluate};
 use quantc::words::tell;
 use quantc::{
-    Checkpoint, Error, check, convert, demo, devices, diff, families, inspect, merge, report, stray, with_backend,
+    Checkpoint, Error, build, check, convert, demo, devices, diff, families, inspect, merge, report, stray,
+    with_backend,
 };
 
 /// The output is there, and its quality is below the limits.
@@ -147,6 +148,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
             }
             Ok(0)
         }
+        Command::Build(args) => build(args),
         Command::Check(args) => {
             let checked = check::check(&args.path)?;
             checked.notes.iter().for_each(|note| tell(&format!("note: {note}")));
@@ -262,20 +264,25 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let job = Job { model: &args.model, outputs, lead, independent, verification, force, afresh, waits };
     let reports = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
     drop(progress);
+    let made: Vec<(&Path, &Report)> = paths.iter().map(PathBuf::as_path).zip(&reports).collect();
+    conclude(&engine, &made, args.compute.quiet)
+}
+
+/// Says what was made of a model; the exit code.
+fn conclude(engine: &Engine, all: &[(&Path, &Report)], quiet: bool) -> anyhow::Result<u8> {
     if let Some(profile) = engine.profile() {
         profile.trim_end().lines().for_each(tell);
     }
     // The outputs are there: what cannot be printed any more does not change what was found of them.
     let mut said = Ok(());
-    let all: Vec<(&Path, &Report)> = paths.iter().map(PathBuf::as_path).zip(&reports).collect();
-    if !args.compute.quiet {
+    if !quiet {
         said = all.iter().try_for_each(|(path, report)| summarize(report, path));
         if all.len() > 1 {
-            said = said.and_then(|()| say(&table(&all)));
+            said = said.and_then(|()| say(&table(all)));
         }
     }
     let mut code = 0;
-    for (path, report) in &all {
+    for (path, report) in all {
         let Some(verdict) = report.verdict.as_ref().filter(|verdict| !verdict.passed) else { continue };
         for missed in &verdict.missed {
             tell(&format!("error: {missed}; the output was kept in {}", path.display()));
@@ -283,6 +290,38 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
         code = BELOW_THE_BAR;
     }
     if code > 0 { Ok(code) } else { Ok(said.map(|()| 0)?) }
+}
+
+/// Makes what is out of date of a project. Exit code 3 where a target misses its limits, now or when it was made.
+fn build(args: Build) -> anyhow::Result<u8> {
+    if args.schema {
+        say(&format!("{}\n", serde_json::to_string_pretty(&build::schema())?))?;
+        return Ok(0);
+    }
+    let project = build::Build::open(&args.project, args.verify)?;
+    let mut code = 0;
+    for standing in project.standings() {
+        let (path, state) = (standing.path.display(), standing.stale.as_deref());
+        if !args.compute.quiet {
+            say(&format!("{path}: {}\n", state.map_or("up to date".to_owned(), |why| format!("out of date: {why}"))))?;
+        }
+        for missed in &standing.missed {
+            tell(&format!("error: {path}: {missed}, as it was found when it was made"));
+            code = BELOW_THE_BAR;
+        }
+    }
+    if args.check {
+        return Ok(if project.is_up_to_date() { code } else { 1 });
+    }
+    if project.is_up_to_date() {
+        project.remember()?;
+        return Ok(code);
+    }
+    let (mut progress, engine) = start(&args.compute)?;
+    let made = with_backend!(&engine, backend => project.make(backend, args.force, &mut progress))?;
+    drop(progress);
+    let made: Vec<(&Path, &Report)> = made.iter().map(|(path, report)| (path.as_path(), report)).collect();
+    Ok(conclude(&engine, &made, args.compute.quiet)?.max(code))
 }
 
 /// The recipes of what is asked for, which of them leads, and what is to be measured.

@@ -16,7 +16,7 @@ mod patterns;
 mod request;
 
 pub use patterns::{Pattern, Patterns};
-pub use request::{Override, Request};
+pub use request::{Override, Request, toml_error};
 
 /// A quantization method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use formats::container::file;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -65,7 +66,7 @@ impl<T> Setting for Vec<T> {
 
 request! {
     /// What a user asks for; every setting may come from `recipe.toml`, and a flag goes before the file.
-    #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
+    #[derive(Args, Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
     #[serde(deny_unknown_fields)]
     pub struct Request {
         /// Layout of the output: compressed-tensors, gptq, awq, mlx or gguf. [default: gguf if OUT ends in .gguf, else
@@ -173,7 +174,7 @@ request! {
 }
 
 /// Other settings for linears that match a pattern.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Override {
     /// Which linears: a module name, the end of one, or `re:` and a regular expression.
@@ -196,18 +197,21 @@ impl Request {
     /// Reads `recipe.toml`. Unknown keys are errors.
     pub fn read(path: &Path) -> Result<Request> {
         let text = file::read_text(path, file::DESCRIPTION).map_err(Error::io(path, "read"))?;
-        toml::from_str(&text).map_err(|e| {
-            let line = e.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
-            let found = text.lines().nth(line - 1).unwrap_or_default().trim();
-            let mut why = e.message().replace('\n', ", ");
-            // The names of Rust's types tell nothing to who writes TOML.
-            for whole in ["u8", "usize", "i64", "u64"] {
-                why = why.replace(&format!("expected {whole}"), "expected a whole number");
-            }
-            why = why.replace("expected f64", "expected a number");
-            Error::usage(format!("{}, line {line}, `{found}`: {why}", path.display()))
-        })
+        toml::from_str(&text).map_err(|error| toml_error(path, &text, error))
     }
+}
+
+/// What to say of a file that is not the TOML that it should be: the line, and why.
+pub fn toml_error(path: &Path, text: &str, error: toml::de::Error) -> Error {
+    let line = error.span().map_or(1, |span| text[..span.start.min(text.len())].matches('\n').count() + 1);
+    let found = text.lines().nth(line - 1).unwrap_or_default().trim();
+    let mut why = error.message().replace('\n', ", ");
+    // The names of Rust's types tell nothing to who writes TOML.
+    for whole in ["u8", "usize", "i64", "u64"] {
+        why = why.replace(&format!("expected {whole}"), "expected a whole number");
+    }
+    why = why.replace("expected f64", "expected a number");
+    Error::usage(format!("{}, line {line}, `{found}`: {why}", path.display()))
 }
 
 #[cfg(test)]

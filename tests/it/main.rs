@@ -5,6 +5,7 @@ mod bad_input;
 mod beside;
 mod both_ways;
 mod bounds;
+mod build;
 mod cards;
 mod configurations;
 mod cuda;

@@ -1,0 +1,309 @@
+//! A project of models that are built: what is out of date is made again, and nothing else.
+//!
+//! ```text
+//! for each target of quantc.toml:
+//!     out of date, where the lock does not know it, or its recipe, the program, a file that was read or a file that was written is another
+//! made together: the targets that are out of date, and with them the one that leads, which makes the inputs that they are calibrated on
+//! the lock ← what was read and written, with hashes
+//! ```
+
+mod lock;
+mod project;
+
+use std::path::{Path, PathBuf};
+
+use kernels::Backend;
+use serde_json::{Value, json};
+
+use crate::checkpoint::resolve;
+use crate::error::{Error, Result};
+use crate::job::Job;
+use crate::output::{Place, Staging};
+use crate::progress::Progress;
+use crate::report::{FileReport, Report};
+use crate::targets::Output;
+
+pub use lock::{Lock, Locked, Seen, Stamp, files_in};
+pub use project::{Project, schema};
+
+/// The program, as locks name it.
+pub const TOOL: &str = concat!("quantc ", env!("CARGO_PKG_VERSION"));
+
+/// Where a target stands.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Standing {
+    /// Its place, as the project says it.
+    pub path: PathBuf,
+    /// Why it has to be made; `None` where it is up to date.
+    pub stale: Option<String>,
+    /// Limits that it missed when it was made.
+    pub missed: Vec<String>,
+}
+
+/// A project with what is known of its targets.
+pub struct Build {
+    project: Project,
+    lock: Lock,
+    /// One for each output.
+    standings: Vec<Standing>,
+    /// Files have been touched, and are as they were.
+    touched: bool,
+}
+
+impl Build {
+    /// Reads a project and its lock and looks at every file that a target was made of, and at what was made. With `hashes` every file is
+    /// hashed, whatever it looks like.
+    ///
+    /// Fails as [`Project::read`] and [`Lock::read`] do, and where a model is not there.
+    pub fn open(path: &Path, hashes: bool) -> Result<Build> {
+        let project = Project::read(path)?;
+        let lock = Lock::read(&project.lock())?;
+        let mut build = Build { project, lock, standings: Vec::new(), touched: false };
+        for index in 0..build.project.outputs.len() {
+            let standing = build.stand(index, hashes)?;
+            build.standings.push(standing);
+        }
+        Ok(build)
+    }
+
+    /// Where each target stands, in the project's order.
+    pub fn standings(&self) -> &[Standing] {
+        &self.standings
+    }
+
+    /// Whether there is nothing to be made.
+    pub fn is_up_to_date(&self) -> bool {
+        self.standings.iter().all(|standing| standing.stale.is_none())
+    }
+
+    /// The folder that paths in the lock are seen from.
+    fn folder(&self) -> &Path {
+        self.project.path.parent().unwrap_or(Path::new(""))
+    }
+
+    /// A path as the lock calls it.
+    fn called(&self, path: &Path) -> String {
+        path.strip_prefix(self.folder()).unwrap_or(path).display().to_string()
+    }
+
+    fn stand(&mut self, index: usize, hashes: bool) -> Result<Standing> {
+        let output = &self.project.outputs[index];
+        let (path, name) = (output.path.clone(), self.called(&output.path));
+        let standing =
+            |stale: Option<String>, missed: &[String]| Standing { path: path.clone(), stale, missed: missed.to_vec() };
+        let Some(locked) = self.lock.target(&name) else {
+            return Ok(standing(Some("it was never made".to_owned()), &[]));
+        };
+        if locked.tool != TOOL {
+            let why = format!("it was made by {}, and this is {TOOL}", locked.tool);
+            return Ok(standing(Some(why), &[]));
+        }
+        if let Some(why) = self.other_recipe(index, &locked.recipe) {
+            return Ok(standing(Some(why), &[]));
+        }
+        let inputs: Vec<String> = self.inputs(output)?.iter().map(|file| self.called(file)).collect();
+        let known = |input: &Stamp| inputs.contains(&input.path);
+        if let Some(gone) = locked.inputs.iter().find(|input| !known(input)) {
+            return Ok(standing(Some(format!("{} is not read any more", gone.path)), &[]));
+        }
+        if let Some(new) = inputs.iter().find(|path| !locked.inputs.iter().any(|input| input.path == **path)) {
+            return Ok(standing(Some(format!("{new} is new")), &[]));
+        }
+        let mut renewed = locked.clone();
+        for stamp in renewed.inputs.iter_mut().chain(&mut renewed.outputs) {
+            match stamp.compare(&self.folder().join(&stamp.path), hashes)? {
+                Seen::Same => {}
+                Seen::Touched(now) => *stamp = now,
+                Seen::Changed => return Ok(standing(Some(format!("{} is not what it was", stamp.path)), &[])),
+            }
+        }
+        if renewed != *locked {
+            self.touched = true;
+            let missed = renewed.missed.clone();
+            if let Some(locked) = self.lock.targets.iter_mut().find(|target| target.path == name) {
+                *locked = renewed;
+            }
+            return Ok(standing(None, &missed));
+        }
+        Ok(standing(None, &locked.missed.clone()))
+    }
+
+    /// All that a target is made by, apart from files.
+    fn recipe(&self, index: usize) -> Value {
+        let project = &self.project;
+        let output = &project.outputs[index];
+        let leader = &project.outputs[project.lead];
+        let led = index != project.lead && !project.independent;
+        let measured = project.verification.as_ref().map(|verification| {
+            json!({"text": self.called(Path::new(&verification.text)), "windows": verification.windows, "limits": verification.limits})
+        });
+        json!({
+            "model": self.called(&project.model),
+            "recipe": output.recipe,
+            "independent": project.independent,
+            "inputs made by": led.then(|| self.called(&leader.path)),
+            "whose recipe is": led.then_some(&leader.recipe),
+            "measured": measured,
+        })
+    }
+
+    /// What is asked for otherwise than when the target was made.
+    fn other_recipe(&self, index: usize, locked: &str) -> Option<String> {
+        let now = self.recipe(index);
+        let before: Value = serde_json::from_str(locked).ok()?;
+        if before == now {
+            return None;
+        }
+        let mut paths = Vec::new();
+        differing(&before, &now, "", &mut paths);
+        let first = paths.first().cloned().unwrap_or_default();
+        let more = if paths.len() > 1 { format!(", and {} more settings", paths.len() - 1) } else { String::new() };
+        Some(format!("{first}{more}"))
+    }
+
+    /// Every file that a target is made of.
+    fn inputs(&self, output: &Output) -> Result<Vec<PathBuf>> {
+        let project = &self.project;
+        let (model, _) = resolve(&project.model)?;
+        let mut all = if model.is_file() { parts_of(&model)? } else { files_in(&model)? };
+        let recipe = &output.recipe;
+        if let Some(adapter) = &recipe.adapter {
+            all.extend(files_in(adapter)?);
+        }
+        let texts = [Some(&*recipe.calibration), project.verification.as_ref().map(|v| &*v.text)];
+        let texts = texts.into_iter().flatten().map(PathBuf::from).filter(|path| path.is_file());
+        all.extend(texts.chain(recipe.imatrix.clone()));
+        // A project may lie in the model's folder, and then changes as it is built.
+        let own = [self.project.path.clone(), self.project.lock()];
+        let outputs: Vec<&PathBuf> = project.outputs.iter().map(|output| &output.path).collect();
+        all.retain(|file| !own.contains(file) && !outputs.iter().any(|output| file.starts_with(output)));
+        all.sort();
+        all.dedup();
+        Ok(all)
+    }
+
+    /// Makes what is out of date, and remembers it; the places that were written, with their reports.
+    ///
+    /// Fails where something lies at a target's place that no build has made, unless `force` replaces it; and as a run does, after which the
+    /// lock is as before.
+    pub fn make<B: Backend>(
+        mut self,
+        backend: &B,
+        force: bool,
+        progress: &mut Progress,
+    ) -> Result<Vec<(PathBuf, Report)>> {
+        let redone = self.redone();
+        if redone.is_empty() {
+            return self.remember().map(|()| Vec::new());
+        }
+        let project = &self.project;
+        let outputs: Vec<Output> = redone.iter().map(|index| project.outputs[*index].clone()).collect();
+        for output in outputs.iter().filter(|output| !force && self.lock.target(&self.called(&output.path)).is_none()) {
+            Staging::check(&output.path, Some(&project.model), false, output.recipe.gguf.is_some())?;
+        }
+        let lead = redone.iter().position(|index| *index == project.lead).unwrap_or(0);
+        // As they are before the work: what changes while it is done is found changed by the next build.
+        let mut inputs = Vec::new();
+        for output in &outputs {
+            inputs.push(self.inputs(output)?);
+        }
+        let job = Job {
+            model: &project.model,
+            outputs: outputs.clone(),
+            lead,
+            independent: project.independent,
+            verification: project.verification.clone(),
+            force: true,
+            afresh: false,
+            waits: false,
+        };
+        let reports = job.run(backend, progress)?;
+        for ((index, report), inputs) in redone.iter().zip(&reports).zip(inputs) {
+            let locked = self.locked(*index, report, &inputs)?;
+            self.lock.targets.retain(|target| target.path != locked.path);
+            self.lock.targets.push(locked);
+        }
+        // In the project's order, without what is no target any more.
+        let order: Vec<String> = self.project.outputs.iter().map(|output| self.called(&output.path)).collect();
+        self.lock.targets.retain(|target| order.contains(&target.path));
+        self.lock.targets.sort_by_key(|target| order.iter().position(|path| *path == target.path));
+        self.lock.write(&self.project.lock())?;
+        Ok(outputs.into_iter().map(|output| output.path).zip(reports).collect())
+    }
+
+    /// Remembers how files look that were touched and are as they were, so that they need not be hashed again.
+    pub fn remember(&self) -> Result<()> {
+        if self.touched { self.lock.write(&self.project.lock()) } else { Ok(()) }
+    }
+
+    /// Which outputs a run has to make: those that are out of date, and the leading one with them where it makes their inputs.
+    fn redone(&self) -> Vec<usize> {
+        let project = &self.project;
+        let stale = |index: &usize| self.standings[*index].stale.is_some();
+        let mut redone: Vec<usize> = (0..project.outputs.len()).filter(stale).collect();
+        if !redone.is_empty() && !project.independent && !redone.contains(&project.lead) {
+            redone.push(project.lead);
+            redone.sort_unstable();
+        }
+        redone
+    }
+
+    fn locked(&self, index: usize, report: &Report, inputs: &[PathBuf]) -> Result<Locked> {
+        let output = &self.project.outputs[index];
+        let stamps = |files: &[PathBuf], known: &[FileReport]| -> Result<Vec<Stamp>> {
+            files.iter().map(|file| Stamp::of(file, self.called(file), known)).collect()
+        };
+        let written = match output.path.is_dir() {
+            true => files_in(&output.path)?,
+            false => {
+                let place = Place::resolve(&output.path)?;
+                let mut files: Vec<PathBuf> = report.outputs.iter().map(|file| place.parent.join(&file.name)).collect();
+                files.push(place.parent.join(format!("{}.report.json", place.name)));
+                files
+            }
+        };
+        Ok(Locked {
+            path: self.called(&output.path),
+            tool: TOOL.to_owned(),
+            recipe: self.recipe(index).to_string(),
+            missed: report.verdict.as_ref().map_or(Vec::new(), |verdict| verdict.missed.clone()),
+            inputs: stamps(inputs, &report.inputs)?,
+            outputs: stamps(&written, &report.outputs)?,
+        })
+    }
+}
+
+/// A GGUF file and the others that its model is split into.
+fn parts_of(file: &Path) -> Result<Vec<PathBuf>> {
+    let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let Some((stem, rest)) = name.split_once("-00001-of-") else { return Ok(vec![file.to_path_buf()]) };
+    let ending = format!("-of-{rest}");
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(Error::io(folder, "list"))? {
+        let other = entry.map_err(Error::io(folder, "list"))?.file_name().to_string_lossy().into_owned();
+        if other.starts_with(&format!("{stem}-")) && other.ends_with(&ending) {
+            found.push(file.with_file_name(other));
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Collects what differs between two values: its path, and both of them.
+fn differing(before: &Value, now: &Value, path: &str, found: &mut Vec<String>) {
+    match (before, now) {
+        (Value::Object(one), Value::Object(other)) => {
+            let mut keys: Vec<&String> = one.keys().chain(other.keys()).collect();
+            keys.sort();
+            keys.dedup();
+            for key in keys {
+                let null = Value::Null;
+                let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+                differing(one.get(key).unwrap_or(&null), other.get(key).unwrap_or(&null), &path, found);
+            }
+        }
+        _ if before != now => found.push(format!("{path} was {before} and is {now}")),
+        _ => {}
+    }
+}

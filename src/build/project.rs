@@ -1,0 +1,172 @@
+//! `quantc.toml`: a model, what is to be made of it, and how good that has to be.
+
+use std::path::{Path, PathBuf};
+
+use formats::container::file;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::job::Verification;
+use crate::recipe::{Request, toml_error};
+use crate::report::Limits;
+use crate::targets::{Output, requested, resolved};
+use crate::text::HELD_OUT;
+
+/// The version of the file's form that is read.
+pub const VERSION: u32 = 1;
+
+/// What stands in the file beside what a recipe may say.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+pub struct Settings {
+    /// The version of the file's form: 1.
+    pub version: u32,
+    /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file; seen from this file's folder.
+    pub model: PathBuf,
+    /// Held-out text to measure the outputs on, or "none". A bundled text where it is not said.
+    pub verify_text: Option<String>,
+    /// Windows of up to 2048 tokens to measure: 8 where it is not said.
+    pub verify_windows: Option<usize>,
+    /// The most that the perplexity may be, as a ratio to the original's.
+    pub max_ppl_ratio: Option<f64>,
+    /// The most that the mean KL divergence from the original may be, in nats.
+    pub max_kld: Option<f64>,
+    /// The least share of tokens that output and original predict alike, from 0 to 1.
+    pub min_top1: Option<f64>,
+    /// Calibrate every target by itself, as if it were the only one.
+    #[serde(default)]
+    pub independent: bool,
+}
+
+/// The names of these settings.
+const OWN: &[&str] =
+    &["version", "model", "verify_text", "verify_windows", "max_ppl_ratio", "max_kld", "min_top1", "independent"];
+
+/// The whole file, as its JSON Schema describes it.
+#[derive(JsonSchema)]
+#[expect(
+    dead_code,
+    reason = "read by its schema alone: serde refuses unknown keys only of parts that are not flattened"
+)]
+pub struct File {
+    #[serde(flatten)]
+    settings: Settings,
+    #[serde(flatten)]
+    recipe: Request,
+}
+
+/// The schema of the file.
+pub fn schema() -> serde_json::Value {
+    let mut schema = schemars::schema_for!(File).to_value();
+    schema["title"] = "quantc.toml".into();
+    schema
+}
+
+/// A file that was read.
+pub struct Project {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The model.
+    pub model: PathBuf,
+    /// What is to be made of it.
+    pub outputs: Vec<Output>,
+    /// The output whose weights the stream sees.
+    pub lead: usize,
+    /// Every output is calibrated on a stream of its own.
+    pub independent: bool,
+    /// What to measure.
+    pub verification: Option<Verification>,
+}
+
+impl Project {
+    /// Reads the file, in which paths are seen from its own folder.
+    ///
+    /// Fails where it is none of the version that is known, says what is not known, or asks for what cannot be made.
+    pub fn read(path: &Path) -> Result<Project> {
+        let text = file::read_text(path, file::DESCRIPTION).map_err(Error::io(path, "read"))?;
+        let mut recipe: toml::Table = toml::from_str(&text).map_err(|error| toml_error(path, &text, error))?;
+        let mut own = toml::Table::new();
+        for key in OWN {
+            if let Some(value) = recipe.remove(*key) {
+                own.insert((*key).to_owned(), value);
+            }
+        }
+        let shown = path.display();
+        match own.get("version").map(|version| version.as_integer()) {
+            Some(Some(version)) if version == i64::from(VERSION) => {}
+            Some(_) => {
+                return Err(Error::usage(format!(
+                    "{shown}: its version is {}, and this program reads version {VERSION}; take the quantc that it was written for",
+                    own["version"]
+                )));
+            }
+            None => return Err(Error::usage(format!("{shown}: says no version; begin it with version = {VERSION}"))),
+        }
+        let wrong = |error: toml::de::Error| Error::usage(format!("{shown}: {}", error.message().replace('\n', ", ")));
+        let settings: Settings = own.try_into().map_err(wrong)?;
+        // The text is read once more where it is wrong, so that the message has the line.
+        let request: Request = match recipe.try_into() {
+            Ok(request) => request,
+            Err(error) => return Err(wrong(error)),
+        };
+        Project::of(path, settings, request)
+    }
+
+    fn of(path: &Path, settings: Settings, mut request: Request) -> Result<Project> {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let within = |path: &Path| if folder == Path::new(".") { path.to_path_buf() } else { folder.join(path) };
+        settle(&mut request, &within);
+        let limits =
+            Limits { max_ppl_ratio: settings.max_ppl_ratio, max_kld: settings.max_kld, min_top1: settings.min_top1 };
+        limits.check()?;
+        let text = settings
+            .verify_text
+            .map(|text| if within(Path::new(&text)).is_file() { shown(&within(Path::new(&text))) } else { text });
+        let verification = match text.as_deref() {
+            Some("none") if limits.any() => {
+                return Err(Error::usage(format!(
+                    "{}: limits on the quality need a text to measure it on: drop verify_text = \"none\"",
+                    path.display()
+                )));
+            }
+            Some("none") => None,
+            text => Some(Verification {
+                text: text.unwrap_or(HELD_OUT).to_owned(),
+                context: 2048,
+                windows: Some(settings.verify_windows.unwrap_or(8).max(1)),
+                limits,
+            }),
+        };
+        if request.target.is_empty() {
+            return Err(Error::usage(format!(
+                "{}: names no output; say [[target]] with a path, and as many of them as you like",
+                path.display()
+            )));
+        }
+        let asked = requested(Request::default(), request, None, &[])?;
+        let (outputs, lead) = resolved(asked, None)?;
+        let model = within(&settings.model);
+        Ok(Project { path: path.to_path_buf(), model, outputs, lead, independent: settings.independent, verification })
+    }
+
+    /// Where it is kept what was made, and of what.
+    pub fn lock(&self) -> PathBuf {
+        self.path.with_extension("lock")
+    }
+}
+
+fn shown(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// Makes paths of a request those that they are seen from elsewhere. Names of bundled texts are no paths.
+fn settle(request: &mut Request, within: &dyn Fn(&Path) -> PathBuf) {
+    let Request { adapter, imatrix, save_imatrix, report, path, .. } = request;
+    for path in [adapter, imatrix, save_imatrix, report, path].into_iter().flatten() {
+        *path = within(path);
+    }
+    if let Some(text) = request.calibration.as_mut().filter(|text| within(Path::new(&**text)).exists()) {
+        *text = shown(&within(Path::new(&**text)));
+    }
+    request.target.iter_mut().for_each(|target| settle(target, within));
+}
