@@ -36,9 +36,9 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, load_bias, ready, run_block};
 use crate::graph::{Block, Graph, Linear};
+use crate::output::Staging;
 use crate::output::behind::{Behind, behind, beside};
 use crate::output::hashing::{Hashing, flushed, hash_written};
-use crate::output::Staging;
 use crate::output::journal::Journal;
 use crate::progress::Progress;
 use crate::report::{LinearReport, SmoothingReport, Stages};
@@ -102,7 +102,8 @@ pub fn quantize<B: Backend>(
             |write: Write<'_>| write(),
             |hand| {
                 let both = targets.iter().zip(&sinks);
-                let tasks = both.map(|((target, staging), sink)| Task::new(*target, staging.journal(), &**sink)).collect();
+                let tasks =
+                    both.map(|((target, staging), sink)| Task::new(*target, staging.journal(), &**sink)).collect();
                 let walk = Walk {
                     backend,
                     source,

@@ -369,8 +369,9 @@ impl<B: Backend> Target<B> for Gguf {
         let metadata = self.plan.metadata.clone();
         let most = self.settings().split_max_size;
         let writer = match most {
-            _ if staging.goes_on() => GgufWriter::take_up(path, most, metadata, tensors)
-                .map_err(|error| staging.damaged(error.into()))?,
+            _ if staging.goes_on() => {
+                GgufWriter::take_up(path, most, metadata, tensors).map_err(|error| staging.damaged(error.into()))?
+            }
             None => GgufWriter::create(path, metadata, tensors)?,
             Some(most) => GgufWriter::create_split(path, most, metadata, tensors)?,
         };
