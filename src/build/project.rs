@@ -6,6 +6,7 @@ use formats::container::file;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::cached;
 use crate::error::{Error, Result};
 use crate::job::Verification;
 use crate::recipe::{Request, toml_error};
@@ -146,6 +147,7 @@ impl Project {
         let asked = requested(Request::default(), request, None, &[])?;
         let (outputs, lead) = resolved(asked, None)?;
         let model = within(&settings.model);
+        let model = cached(&settings.model)?.filter(|_| !model.exists()).unwrap_or(model);
         Ok(Project { path: path.to_path_buf(), model, outputs, lead, independent: settings.independent, verification })
     }
 
