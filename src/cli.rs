@@ -9,9 +9,11 @@ use std::sync::Arc;
 use crate::build::Project;
 use crate::error::{Error, Result};
 use crate::memory;
+use crate::output::check_beside;
 use crate::recipe::Request;
-use crate::recipe::headings::{CALIBRATION, COMPUTATION, OUTPUT, VERIFICATION};
+use crate::recipe::headings::{CALIBRATION, COMPUTATION, OUTPUT, PIPELINE, VERIFICATION};
 use crate::report::Limits;
+use crate::report::gates::{Earlier, share};
 
 /// Quantizes language models for the runtimes that serve them, and proves that they are still themselves.
 #[derive(Debug, Parser)]
@@ -272,7 +274,7 @@ pub struct Demo {
 }
 
 /// Limits on the quality, beside a reference.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Bounds {
     /// Fail (exit code 3) above this perplexity ratio.
     #[arg(long, help_heading = VERIFICATION, value_name = "R")]
@@ -283,12 +285,63 @@ pub struct Bounds {
     /// Fail (exit code 3) below this share of equal top tokens, from 0 to 1.
     #[arg(long, help_heading = VERIFICATION, value_name = "P")]
     pub min_top1: Option<f64>,
+    /// An earlier output, or its report.json, with the same text: the perplexity ratio and the mean KL divergence may not be worse.
+    #[arg(long, help_heading = VERIFICATION, value_name = "OUT|REPORT")]
+    pub baseline: Option<PathBuf>,
+    /// How much worse than the baseline's they may be, as 5% or 0.05. [default: 0]
+    #[arg(long, help_heading = VERIFICATION, value_name = "SHARE", requires = "baseline")]
+    pub max_regression: Option<String>,
 }
 
 impl Bounds {
-    /// The limits, as they were given.
-    pub fn limits(&self) -> Limits {
-        Limits { max_ppl_ratio: self.max_ppl_ratio, max_kld: self.max_kld, min_top1: self.min_top1 }
+    /// The limits, as they were given and as a baseline sets them.
+    ///
+    /// Fails where the baseline has no report, or says nothing of quality.
+    pub fn limits(&self) -> Result<Limits> {
+        let limits = Limits { max_ppl_ratio: self.max_ppl_ratio, max_kld: self.max_kld, min_top1: self.min_top1 };
+        let regression = self.max_regression.as_deref().map(|text| share("--max-regression", text)).transpose()?;
+        match &self.baseline {
+            Some(baseline) => limits.relative(baseline, regression.unwrap_or(0.0)),
+            None => Ok(limits),
+        }
+    }
+}
+
+/// What a pipeline reads of a run.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Gates {
+    /// Write JUnit XML here: for each output a test that it was written, and one for each limit.
+    #[arg(long, help_heading = PIPELINE, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
+    /// Append a summary in Markdown to this file. [default: in GitHub Actions the summary of its step]
+    #[arg(long, help_heading = PIPELINE, value_name = "FILE")]
+    pub summary: Option<PathBuf>,
+    /// Print one JSON object a line instead of text: stages, progress, outputs with their figures, the end.
+    #[arg(long, help_heading = PIPELINE)]
+    pub events: bool,
+}
+
+/// Whether this is a step of GitHub Actions.
+pub fn in_github() -> bool {
+    std::env::var_os("GITHUB_ACTIONS").is_some_and(|value| value == "true")
+}
+
+impl Gates {
+    /// Where a summary goes, if anywhere.
+    pub fn summary(&self) -> Option<PathBuf> {
+        let step = || std::env::var_os("GITHUB_STEP_SUMMARY").filter(|path| in_github() && !path.is_empty());
+        self.summary.clone().or_else(|| step().map(PathBuf::from))
+    }
+
+    /// What was measured of the outputs that lie at these places now.
+    ///
+    /// Fails where what is to be written would replace the model or an output.
+    pub fn before(&self, model: &Path, places: &[PathBuf]) -> Result<Vec<Option<Earlier>>> {
+        for (flag, file) in [("--junit", &self.junit), ("--summary", &self.summary)] {
+            let Some(file) = file else { continue };
+            places.iter().try_for_each(|place| check_beside(flag, file, &[model], place))?;
+        }
+        Ok(places.iter().map(|place| Earlier::at(place)).collect())
     }
 }
 
@@ -322,6 +375,9 @@ pub struct Quantize {
     /// Limits on the quality.
     #[command(flatten)]
     pub limits: Bounds,
+    /// For pipelines.
+    #[command(flatten)]
+    pub gates: Gates,
     /// Replace an existing output.
     #[arg(long, help_heading = OUTPUT)]
     pub force: bool,
@@ -439,6 +495,9 @@ pub struct Build {
     /// Print the JSON Schema of the project file, and do nothing else.
     #[arg(long)]
     pub schema: bool,
+    /// For pipelines.
+    #[command(flatten)]
+    pub gates: Gates,
     /// Flags for the computation.
     #[command(flatten)]
     pub compute: Compute,

@@ -12,13 +12,14 @@ use calibration::samples::GUARDED;
 use clap::Parser;
 use formats::Dtype;
 use quantc::checkpoint::cached;
-use quantc::cli::{Build, Clean, Cli, Command, Compute, Engine, Eval, Plan, Quantize};
+use quantc::cli::{self, Build, Clean, Cli, Command, Compute, Engine, Eval, Gates, Plan, Quantize};
 use quantc::eval::Evaluation;
 use quantc::job::{Asked, Job, Verification};
 use quantc::mixes::Mix;
-use quantc::output::{self, Place, Unfinished, remove_made, sweep, unfinished};
-use quantc::progress::Progress;
+use quantc::output::{self, Place, SideOutput, Unfinished, remove_made, sweep, unfinished};
+use quantc::progress::{Listener, Progress};
 use quantc::recipe::{Request, named, unknown_tensors};
+use quantc::report::gates::{Earlier, annotation};
 use quantc::report::{Activations, Protocol, Report};
 use quantc::serving::{Gpu, Runtime};
 use quantc::supervisor::{self, End};
@@ -219,6 +220,32 @@ fn say(text: &str) -> Result<(), Error> {
     }
 }
 
+/// What a pipeline is told while a run is under way, and after it.
+trait Told {
+    /// Who prints events, where these are asked for.
+    fn listener(&self) -> Option<Listener>;
+    /// Writes what a pipeline reads of the outputs.
+    fn write(&self, all: &[(&Path, &Report)], earlier: &[Option<Earlier>]) -> Result<(), Error>;
+}
+
+impl Told for Gates {
+    fn listener(&self) -> Option<Listener> {
+        // Whoever cannot be told any more is told at the end.
+        self.events.then(|| Box::new(|event: &serde_json::Value| drop(say(&format!("{event}\n")))) as Listener)
+    }
+
+    fn write(&self, all: &[(&Path, &Report)], earlier: &[Option<Earlier>]) -> Result<(), Error> {
+        if let Some(path) = &self.junit {
+            SideOutput::write(path, report::gates::junit(all).as_bytes())?.appear()?;
+        }
+        let Some(path) = self.summary() else { return Ok(()) };
+        let mut file =
+            std::fs::File::options().create(true).append(true).open(&path).map_err(Error::io(&path, "open"))?;
+        let text = report::gates::summary(all, earlier);
+        std::io::Write::write_all(&mut file, text.as_bytes()).map_err(Error::io(&path, "write"))
+    }
+}
+
 /// Sets the threads up, the display, and the device.
 fn start(compute: &Compute) -> anyhow::Result<(Progress, Engine)> {
     at_least_one("--threads", compute.threads)?;
@@ -247,7 +274,8 @@ fn at_least_one(flag: &str, count: Option<usize>) -> Result<(), Error> {
 
 fn quantize(args: Quantize) -> anyhow::Result<u8> {
     at_least_one("--verify-windows", args.verify_windows)?;
-    let (mut progress, engine) = start(&args.compute)?;
+    let (progress, engine) = start(&args.compute)?;
+    let mut progress = progress.listened(args.gates.listener());
     let file = args.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
     let asked = requested(args.request.clone(), file, args.output.clone(), &args.target)?;
     if args.discard {
@@ -267,21 +295,29 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let paths: Vec<PathBuf> = outputs.iter().map(|output| output.path.clone()).collect();
     let (independent, force) = (args.independent, args.force);
     let (afresh, waits) = (args.no_resume, args.wait);
+    let earlier = args.gates.before(&args.model, &paths)?;
     let job = Job { model: &args.model, outputs, lead, independent, verification, force, afresh, waits };
     let reports = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
     drop(progress);
     let made: Vec<(&Path, &Report)> = paths.iter().map(PathBuf::as_path).zip(&reports).collect();
-    conclude(&engine, &made, &args.compute)
+    conclude(&engine, &made, &earlier, (&args.compute, &args.gates))
 }
 
 /// Says what was made of a model; the exit code.
-fn conclude(engine: &Engine, all: &[(&Path, &Report)], compute: &Compute) -> anyhow::Result<u8> {
+fn conclude(
+    engine: &Engine,
+    all: &[(&Path, &Report)],
+    earlier: &[Option<Earlier>],
+    (compute, gates): (&Compute, &Gates),
+) -> anyhow::Result<u8> {
     if let Some(profile) = engine.profile() {
         profile.trim_end().lines().for_each(tell);
     }
     // The outputs are there: what cannot be printed any more does not change what was found of them.
     let mut said = Ok(());
-    if !compute.quiet {
+    if gates.events {
+        said = all.iter().try_for_each(|(path, report)| say(&format!("{}\n", report.event(path))));
+    } else if !compute.quiet {
         said = all.iter().try_for_each(|(path, report)| summarize(report, path, compute.verbose));
         match all {
             [(path, report)] => {
@@ -295,10 +331,15 @@ fn conclude(engine: &Engine, all: &[(&Path, &Report)], compute: &Compute) -> any
     for (path, report) in all {
         let Some(verdict) = report.verdict.as_ref().filter(|verdict| !verdict.passed) else { continue };
         for missed in &verdict.missed {
-            tell(&format!("error: {missed}; the output was kept in {}", path.display()));
+            let told = format!("{missed}; the output was kept in {}", path.display());
+            tell(&format!("error: {told}"));
+            if cli::in_github() {
+                tell(&annotation("error", "quantc", &told));
+            }
         }
         code = BELOW_THE_BAR;
     }
+    gates.write(all, earlier)?;
     if code > 0 { Ok(code) } else { Ok(said.map(|()| 0)?) }
 }
 
@@ -312,7 +353,7 @@ fn build(args: Build) -> anyhow::Result<u8> {
     let mut code = 0;
     for standing in project.standings() {
         let (path, state) = (standing.path.display(), standing.stale.as_deref());
-        if !args.compute.quiet {
+        if !args.compute.quiet && !args.gates.events {
             say(&format!("{path}: {}\n", state.map_or("up to date".to_owned(), |why| format!("out of date: {why}"))))?;
         }
         for missed in &standing.missed {
@@ -327,16 +368,19 @@ fn build(args: Build) -> anyhow::Result<u8> {
         project.remember()?;
         return Ok(code);
     }
-    let (mut progress, engine) = start(&args.compute)?;
+    let (progress, engine) = start(&args.compute)?;
+    let mut progress = progress.listened(args.gates.listener());
+    let places = project.redone_places();
+    let earlier = args.gates.before(&args.project, &places)?;
     let made = with_backend!(&engine, backend => project.make(backend, args.force, &mut progress))?;
     drop(progress);
     let made: Vec<(&Path, &Report)> = made.iter().map(|(path, report)| (path.as_path(), report)).collect();
-    Ok(conclude(&engine, &made, &args.compute)?.max(code))
+    Ok(conclude(&engine, &made, &earlier, (&args.compute, &args.gates))?.max(code))
 }
 
 /// The recipes of what is asked for, which of them leads, and what is to be measured.
 fn what_is_asked(args: &Quantize, asked: Vec<Requested>) -> Result<(Vec<Output>, usize, Option<Verification>), Error> {
-    let limits = args.limits.limits();
+    let limits = args.limits.limits()?;
     limits.check()?;
     let verification = match args.verify_text.as_deref() {
         Some("none") if limits.any() => {
@@ -481,7 +525,7 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
         windows: args.windows,
         protocol: named("protocol", Protocol::ALL, &args.protocol)?,
         activations: args.activations.map(|name| named("activations", Activations::ALL, &name)).transpose()?,
-        limits: args.limits.limits(),
+        limits: args.limits.limits()?,
     };
     let found = with_backend!(&engine, backend => asked.run(backend, &mut progress))?;
     drop(progress);

@@ -5,6 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use serde_json::{Value, json};
 
 use crate::words::{one_line, tell};
 
@@ -21,7 +22,14 @@ pub struct Progress {
     verbose: bool,
     bar: ProgressBar,
     stage: Mutex<Stage>,
+    listener: Option<Listener>,
 }
+
+/// Who is told what happens, as one JSON object for each event.
+pub type Listener = Box<dyn Fn(&Value) + Send + Sync>;
+
+/// What lies between two events of progress.
+const EVENTS: Duration = Duration::from_millis(500);
 
 /// What is at work.
 struct Stage {
@@ -33,11 +41,35 @@ struct Stage {
     started: Instant,
     /// The last line, after the start.
     told: Duration,
+    /// The last event.
+    heard: Duration,
 }
 
 impl Stage {
     fn begin(what: String, all: u64) -> Stage {
-        Stage { what, part: String::new(), all, done: 0, started: Instant::now(), told: Duration::ZERO }
+        Stage {
+            what,
+            part: String::new(),
+            all,
+            done: 0,
+            started: Instant::now(),
+            told: Duration::ZERO,
+            heard: Duration::ZERO,
+        }
+    }
+
+    /// The event that is to be told when the stage is so old; `None` where the last one was not long ago.
+    fn event(&mut self, age: Duration) -> Option<Value> {
+        let over = self.done >= self.all;
+        if age < self.heard + EVENTS && !over {
+            return None;
+        }
+        self.heard = age;
+        let share = self.done as f64 / self.all.max(1) as f64;
+        let left = left(age, share).map(|left| left.as_secs_f64());
+        Some(
+            json!({"event": "progress", "stage": self.what, "part": self.part, "done": share.min(1.0), "seconds_left": left}),
+        )
     }
 
     fn name(&self) -> String {
@@ -78,12 +110,18 @@ impl Progress {
     pub fn new(quiet: bool) -> Progress {
         let terminal = !quiet && std::io::stderr().is_terminal();
         let (bar, stage) = (ProgressBar::hidden(), Mutex::new(Stage::begin(String::new(), 0)));
-        Progress { says: !quiet, terminal, verbose: false, bar, stage }
+        Progress { says: !quiet, terminal, verbose: false, bar, stage, listener: None }
     }
 
     /// The same, with a line for each linear where there is a bar.
     pub fn verbose(mut self, verbose: bool) -> Progress {
         self.verbose = verbose;
+        self
+    }
+
+    /// The same, and tells `listener` of every stage and how far it is.
+    pub fn listened(mut self, listener: Option<Listener>) -> Progress {
+        self.listener = listener;
         self
     }
 
@@ -105,6 +143,9 @@ impl Progress {
             self.bar.set_style(style);
             self.bar.enable_steady_tick(Duration::from_millis(200));
         }
+        if let Some(listener) = &self.listener {
+            listener(&json!({"event": "stage", "stage": what}));
+        }
         *self.stage() = Stage::begin(what, work);
     }
 
@@ -121,6 +162,11 @@ impl Progress {
         let mut stage = self.stage();
         stage.done += work;
         let age = stage.started.elapsed();
+        if let Some(listener) = &self.listener
+            && let Some(event) = stage.event(age)
+        {
+            listener(&event);
+        }
         if self.says
             && !self.terminal
             && let Some(line) = stage.line(age)

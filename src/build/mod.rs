@@ -236,6 +236,11 @@ impl Build {
         if self.touched { self.lock.write(&self.project.lock()) } else { Ok(()) }
     }
 
+    /// The places of the outputs that [`make`](Self::make) writes, in its order.
+    pub fn redone_places(&self) -> Vec<PathBuf> {
+        self.redone().into_iter().map(|index| self.project.outputs[index].path.clone()).collect()
+    }
+
     /// Which outputs a run has to make: those that are out of date, and the leading one with them where it makes their inputs.
     fn redone(&self) -> Vec<usize> {
         let project = &self.project;

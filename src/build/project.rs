@@ -34,14 +34,14 @@ pub struct Settings {
     pub max_kld: Option<f64>,
     /// The least share of tokens that output and original predict alike, from 0 to 1.
     pub min_top1: Option<f64>,
+    /// An earlier output, or its report.json: the perplexity ratio and the mean KL divergence may not be worse.
+    pub baseline: Option<PathBuf>,
+    /// How much worse than the baseline's they may be, as a share: 0 where it is not said.
+    pub max_regression: Option<f64>,
     /// Calibrate every target by itself, as if it were the only one.
     #[serde(default)]
     pub independent: bool,
 }
-
-/// The names of these settings.
-const OWN: &[&str] =
-    &["version", "model", "verify_text", "verify_windows", "max_ppl_ratio", "max_kld", "min_top1", "independent"];
 
 /// The whole file, as its JSON Schema describes it.
 #[derive(JsonSchema)]
@@ -87,9 +87,10 @@ impl Project {
         let text = file::read_text(path, file::DESCRIPTION).map_err(Error::io(path, "read"))?;
         let mut recipe: toml::Table = toml::from_str(&text).map_err(|error| toml_error(path, &text, error))?;
         let mut own = toml::Table::new();
-        for key in OWN {
-            if let Some(value) = recipe.remove(*key) {
-                own.insert((*key).to_owned(), value);
+        let known = serde_json::to_value(Settings::default()).expect("plain data");
+        for key in known.as_object().into_iter().flatten().map(|(key, _)| key) {
+            if let Some(value) = recipe.remove(key) {
+                own.insert(key.clone(), value);
             }
         }
         let shown = path.display();
@@ -119,6 +120,10 @@ impl Project {
         settle(&mut request, &within);
         let limits =
             Limits { max_ppl_ratio: settings.max_ppl_ratio, max_kld: settings.max_kld, min_top1: settings.min_top1 };
+        let limits = match &settings.baseline {
+            Some(baseline) => limits.relative(&within(baseline), settings.max_regression.unwrap_or(0.0).max(0.0))?,
+            None => limits,
+        };
         limits.check()?;
         let text = settings
             .verify_text

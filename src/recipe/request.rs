@@ -24,6 +24,8 @@ pub mod headings {
     pub const VERIFICATION: &str = "Verification and limits";
     /// What only GGUF files have.
     pub const GGUF: &str = "GGUF";
+    /// What a pipeline reads of a run.
+    pub const PIPELINE: &str = "Pipelines";
     /// Where and how it is computed.
     pub const COMPUTATION: &str = "Computation";
 }

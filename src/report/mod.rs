@@ -3,6 +3,7 @@
 //! What stands in a report is declared here, whoever finds it out.
 
 mod card;
+pub mod gates;
 mod quality;
 mod read;
 

@@ -14,6 +14,7 @@ mod eval;
 mod evidence;
 mod families;
 mod folders;
+mod gates;
 mod gguf;
 mod gguf_families;
 mod gguf_inputs;

@@ -1,0 +1,252 @@
+//! What a pipeline reads of a run: JUnit XML, a summary in Markdown, annotations, and limits that an earlier report sets.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use super::{Beside, Limits, Report, read_report};
+use crate::error::{Error, Result};
+
+/// What was measured of an earlier output, as far as a later one is compared with it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Earlier {
+    /// Perplexity over the reference's.
+    pub perplexity_ratio: f64,
+    /// Mean divergence from the reference, in nats.
+    pub kld_mean: f64,
+    /// Share of tokens on which both would say the same.
+    pub top1_agreement: f64,
+    /// Bytes of its weight files.
+    pub bytes: u64,
+}
+
+impl Earlier {
+    /// What a report says; `None` where it says nothing of quality.
+    pub fn of(report: &Value) -> Option<Earlier> {
+        let number = |name: &str| report["quality"][name].as_f64();
+        let files = report["outputs"].as_array()?;
+        Some(Earlier {
+            perplexity_ratio: number("perplexity_ratio")?,
+            kld_mean: number("kld_mean")?,
+            top1_agreement: number("top1_agreement")?,
+            bytes: files.iter().filter_map(|file| file["bytes"].as_u64()).sum(),
+        })
+    }
+
+    /// What is known of an output that lies at a place now; `None` where there is none, or nothing was measured of it.
+    pub fn at(place: &Path) -> Option<Earlier> {
+        Earlier::of(&read_report(place).ok()??)
+    }
+}
+
+/// A share, as `5%` or `0.05`. Fails for anything else, and below 0.
+pub fn share(flag: &str, text: &str) -> Result<f64> {
+    let (number, of) = text.trim().strip_suffix('%').map_or((text.trim(), 1.0), |number| (number.trim_end(), 100.0));
+    match number.parse::<f64>() {
+        Ok(number) if number >= 0.0 && number.is_finite() => Ok(number / of),
+        _ => Err(Error::usage(format!("{flag} `{text}`: say a share, as 5% or 0.05"))),
+    }
+}
+
+impl Limits {
+    /// These limits, and those that an earlier report sets: its mean KL divergence may grow by this share, and the perplexity too.
+    ///
+    /// `baseline` is the report, or the output beside which it lies. Fails where there is none, or it says nothing of quality.
+    pub fn relative(self, baseline: &Path, regression: f64) -> Result<Limits> {
+        let shown = baseline.display();
+        let is_report = baseline.is_file() && baseline.extension().is_some_and(|ending| ending == "json");
+        let report: Option<Value> = match is_report {
+            true => {
+                let bytes = std::fs::read(baseline).map_err(Error::io(baseline, "read"))?;
+                let report = serde_json::from_slice(&bytes);
+                Some(report.map_err(|error| Error::usage(format!("{shown}: is no report of quantc: {error}")))?)
+            }
+            false => read_report(baseline)?,
+        };
+        let report = report.ok_or_else(|| {
+            Error::usage(format!(
+                "--baseline {shown}: there is no report; give a report.json, or an output beside which one lies"
+            ))
+        })?;
+        let earlier = Earlier::of(&report).ok_or_else(|| {
+            Error::usage(format!("--baseline {shown}: says nothing of quality; make it without --verify-text none"))
+        })?;
+        let tighter = |limit: Option<f64>, other: f64| Some(limit.map_or(other, |limit| limit.min(other)));
+        Ok(Limits {
+            max_kld: tighter(self.max_kld, earlier.kld_mean * (1.0 + regression)),
+            max_ppl_ratio: tighter(self.max_ppl_ratio, earlier.perplexity_ratio * (1.0 + regression)),
+            ..self
+        })
+    }
+
+    /// Each limit in words, and what there is to say where it was missed.
+    pub fn checks(&self, quality: &Beside) -> Vec<(String, Option<String>)> {
+        let single = [
+            (
+                self.max_ppl_ratio,
+                "perplexity ratio at most",
+                Limits { max_ppl_ratio: self.max_ppl_ratio, ..Limits::default() },
+            ),
+            (self.max_kld, "mean KL divergence at most", Limits { max_kld: self.max_kld, ..Limits::default() }),
+            (self.min_top1, "top-1 agreement at least", Limits { min_top1: self.min_top1, ..Limits::default() }),
+        ];
+        let check = |(limit, what, alone): (Option<f64>, &str, Limits)| {
+            Some((format!("{what} {:.6}", limit?), alone.missed(quality).into_iter().next()))
+        };
+        single.into_iter().filter_map(check).collect()
+    }
+}
+
+impl Report {
+    /// What is told of an output at a place, as an event.
+    pub fn event(&self, place: &Path) -> Value {
+        json!({
+            "event": "output",
+            "path": place.display().to_string(),
+            "format": self.recipe.format,
+            "scheme": self.recipe.scheme_name(),
+            "bpw": self.bpw,
+            "files": self.outputs,
+            "quality": self.quality,
+            "verdict": self.verdict,
+            "notes": self.notes,
+            "seconds": self.seconds.total,
+        })
+    }
+}
+
+/// A text as it stands in XML, without the signs that XML has no way to write.
+fn escaped(text: &str) -> String {
+    let mut out = String::new();
+    for c in text.chars() {
+        match c {
+            '&' => out += "&amp;",
+            '<' => out += "&lt;",
+            '>' => out += "&gt;",
+            '"' => out += "&quot;",
+            '\n' | '\t' => out.push(' '),
+            c if c.is_control() || matches!(c, '\u{fffe}' | '\u{ffff}') => out.push('\u{fffd}'),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// JUnit XML of outputs: for each one test that it was written, and one for each limit.
+pub fn junit(outputs: &[(&Path, &Report)]) -> String {
+    let (mut cases, mut tests, mut failures, mut seconds) = (String::new(), 0, 0, 0.0);
+    for (path, report) in outputs {
+        let class = escaped(&path.display().to_string());
+        let mut checks = vec![("written".to_owned(), None)];
+        if let (Some(verdict), Some(beside)) =
+            (&report.verdict, report.quality.as_ref().and_then(|q| q.beside.as_ref()))
+        {
+            checks.extend(verdict.limits.checks(beside));
+        }
+        for (index, (name, missed)) in checks.into_iter().enumerate() {
+            let time = if index == 0 { report.seconds.total } else { 0.0 };
+            let name = escaped(&name);
+            cases += &format!("    <testcase classname=\"{class}\" name=\"{name}\" time=\"{time:.3}\"");
+            match missed {
+                None => cases += "/>\n",
+                Some(why) => {
+                    let why = escaped(&why);
+                    cases +=
+                        &format!(">\n      <failure message=\"{why}\">{class}: {why}</failure>\n    </testcase>\n");
+                    failures += 1;
+                }
+            }
+            tests += 1;
+        }
+        seconds += report.seconds.total;
+    }
+    format!(
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuites>\n  <testsuite name=\"quantc\" tests=\"{tests}\" failures=\"{failures}\" \
+         errors=\"0\" time=\"{seconds:.3}\">\n{cases}  </testsuite>\n</testsuites>\n"
+    )
+}
+
+/// A text as it stands in a cell of a Markdown table.
+fn cell(text: &str) -> String {
+    let mut out = String::new();
+    for c in text.chars() {
+        match c {
+            '|' | '`' | '*' | '_' | '[' | ']' | '<' | '>' | '\\' | '#' => out.extend(['\\', c]),
+            '\n' | '\r' => out.push(' '),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+/// A summary in Markdown: of each output verdict and figures, and how these differ from what lay at its place before.
+pub fn summary(outputs: &[(&Path, &Report)], earlier: &[Option<Earlier>]) -> String {
+    let mut text = String::from(
+        "### quantc\n\n| output | verdict | bits per weight | MB | perplexity ratio | KL divergence, mean | top-1 agreement |\n\
+         |---|---|---:|---:|---:|---:|---:|\n",
+    );
+    let mut missed = String::new();
+    for ((path, report), before) in outputs.iter().zip(earlier) {
+        let name = cell(&path.display().to_string());
+        let bytes: u64 = report.outputs.iter().map(|file| file.bytes).sum();
+        let with = |now: String, change: Option<f64>| match change {
+            Some(change) if change.is_finite() && change != 0.0 => format!("{now} ({change:+.2} %)"),
+            Some(_) => format!("{now} (same)"),
+            None => now,
+        };
+        let of = |now: f64, before: f64| 100.0 * (now / before - 1.0);
+        let quality = report.quality.as_ref().and_then(|quality| quality.beside.as_ref());
+        let figure = |get: fn(&Beside) -> f64, then: fn(&Earlier) -> f64, digits: usize| {
+            quality.map_or("–".to_owned(), |beside| {
+                with(format!("{:.digits$}", get(beside)), before.as_ref().map(|before| of(get(beside), then(before))))
+            })
+        };
+        let verdict = match &report.verdict {
+            None => "written",
+            Some(verdict) if verdict.passed => "✅ limits kept",
+            Some(_) => "❌ limits missed",
+        };
+        text += &format!(
+            "| {name} | {verdict} | {:.2} | {} | {} | {} | {} |\n",
+            report.bpw.quantized,
+            with(format!("{:.2}", bytes as f64 / 1e6), before.map(|before| of(bytes as f64, before.bytes as f64))),
+            figure(|b| b.perplexity_ratio, |e| e.perplexity_ratio, 4),
+            figure(|b| b.kld_mean, |e| e.kld_mean, 5),
+            figure(|b| b.top1_agreement, |e| e.top1_agreement, 4),
+        );
+        for why in report.verdict.iter().flat_map(|verdict| &verdict.missed) {
+            missed += &format!("- {name}: {}\n", cell(why));
+        }
+    }
+    if earlier.iter().any(Option::is_some) {
+        text += "\nIn brackets the change from the output that was there before.\n";
+    }
+    if missed.is_empty() { text } else { format!("{text}\n{missed}") }
+}
+
+/// A line by which GitHub Actions marks a run: `level` is error, warning or notice.
+pub fn annotation(level: &str, title: &str, text: &str) -> String {
+    let value = |text: &str| text.replace('%', "%25").replace('\r', "%0D").replace('\n', "%0A");
+    let property = |text: &str| value(text).replace(':', "%3A").replace(',', "%2C");
+    format!("::{level} title={}::{}", property(title), value(text))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shares_are_read_as_people_write_them() {
+        assert_eq!([share("x", "5%").unwrap(), share("x", "0.05").unwrap(), share("x", " 5 % ").unwrap()], [0.05; 3]);
+        for text in ["", "%", "-1%", "five", "inf"] {
+            assert_eq!(share("--max-regression", text).unwrap_err().exit_code(), 2, "{text}");
+        }
+    }
+
+    #[test]
+    fn names_break_neither_xml_nor_tables_nor_commands() {
+        assert_eq!(escaped("a<b>&\"c\u{1}\n"), "a&lt;b&gt;&amp;&quot;c\u{fffd} ");
+        assert_eq!(cell("a|b\n`c`"), "a\\|b \\`c\\`");
+        assert_eq!(annotation("error", "a:b,c", "50 %\nnext"), "::error title=a%3Ab%2Cc::50 %25%0Anext");
+    }
+}
