@@ -60,6 +60,10 @@ pub enum Command {
     /// Remove what interrupted runs have left in a folder.
     #[command(after_help = "Examples:\n  quantc clean FOLDER --list\n  quantc clean FOLDER")]
     Clean(Clean),
+    /// Print what makes a shell complete the program's words.
+    Completions(Completions),
+    /// Write manual pages.
+    Man(Man),
     /// List what can compute: the CPU, and NVIDIA GPUs with their memory.
     #[command(after_help = "Examples:\n  quantc devices --json")]
     Devices(Devices),
@@ -88,6 +92,8 @@ impl Command {
             | Command::Check(_)
             | Command::Diff(_)
             | Command::Clean(_)
+            | Command::Completions(_)
+            | Command::Man(_)
             | Command::Devices(_) => Vec::new(),
         }
     }
@@ -103,7 +109,12 @@ impl Command {
             Command::Inspect(args) => vec![&mut args.path],
             Command::Check(args) => vec![&mut args.path],
             Command::Diff(args) => vec![&mut args.a, &mut args.b],
-            Command::Demo(_) | Command::Build(_) | Command::Clean(_) | Command::Devices(_) => Vec::new(),
+            Command::Demo(_)
+            | Command::Build(_)
+            | Command::Clean(_)
+            | Command::Completions(_)
+            | Command::Man(_)
+            | Command::Devices(_) => Vec::new(),
         }
     }
 
@@ -118,7 +129,12 @@ impl Command {
             Command::Inspect(args) => Some(&args.path),
             Command::Check(args) => Some(&args.path),
             Command::Diff(args) => Some(&args.a),
-            Command::Demo(_) | Command::Build(_) | Command::Clean(_) | Command::Devices(_) => None,
+            Command::Demo(_)
+            | Command::Build(_)
+            | Command::Clean(_)
+            | Command::Completions(_)
+            | Command::Man(_)
+            | Command::Devices(_) => None,
         }
     }
 }
@@ -252,6 +268,21 @@ pub struct Clean {
     /// List it, with sizes, and remove nothing.
     #[arg(long)]
     pub list: bool,
+}
+
+/// `quantc completions`.
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell.
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// `quantc man`.
+#[derive(Debug, Args)]
+pub struct Man {
+    /// The folder to write them into, which exists; one page for the program and one for each command.
+    pub folder: PathBuf,
 }
 
 /// `quantc devices`.

@@ -1,10 +1,11 @@
 //! Shows what is in a checkpoint.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
+use crate::dialect::names::{self, ExportTensor};
 use crate::error::{Error, Result};
 use crate::families;
 use crate::program::{Shown, shown};
@@ -28,6 +29,9 @@ pub struct Inspection {
     pub types: Vec<TypeShare>,
     /// Every tensor.
     pub tensors: Vec<TensorInfo>,
+    /// Whether it is a GGUF file.
+    #[serde(skip)]
+    pub single: bool,
     /// What blocks compute, where that was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub program: Option<Vec<Shown>>,
@@ -54,6 +58,9 @@ pub struct TypeShare {
 pub struct TensorInfo {
     /// Its name.
     pub name: String,
+    /// What GGUF calls it, as --tensor-type wants it; none of a model that GGUF has not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gguf: Option<String>,
     /// Its extents.
     pub shape: Vec<usize>,
     /// How it is stored.
@@ -77,12 +84,14 @@ fn values(entry: &Entry) -> u64 {
 pub fn inspect(checkpoint: &Checkpoint) -> Inspection {
     let mut types: BTreeMap<String, (usize, u64, u64)> = BTreeMap::new();
     let mut tensors = Vec::new();
+    let mut called = names_in_gguf(checkpoint);
     for entry in checkpoint.entries() {
         let (kind, count) = (checkpoint.kind(entry), values(entry));
         let share = types.entry(kind.clone()).or_default();
         *share = (share.0 + 1, share.1 + count, share.2 + entry.stored_bytes);
         tensors.push(TensorInfo {
             name: entry.name.clone(),
+            gguf: called.remove(&entry.name),
             shape: entry.shape.clone(),
             kind,
             bytes: entry.stored_bytes,
@@ -107,8 +116,19 @@ pub fn inspect(checkpoint: &Checkpoint) -> Inspection {
             })
             .collect(),
         tensors,
+        single: checkpoint.gguf().is_some(),
         program: None,
     }
+}
+
+/// What GGUF calls the tensors of a checkpoint, by their names in it; nothing of a model that GGUF has not.
+fn names_in_gguf(checkpoint: &Checkpoint) -> HashMap<String, String> {
+    let planned = families::graph_of(checkpoint).and_then(|graph| names::plan(&graph));
+    let tensors = planned.map_or(Vec::new(), |plan| plan.tensors);
+    let named = |tensor: &ExportTensor| -> Vec<(String, String)> {
+        tensor.parts().iter().map(|part| (part.from.tensor().to_owned(), tensor.gguf.clone())).collect()
+    };
+    tensors.iter().flat_map(named).collect()
 }
 
 /// What the blocks of a model compute, one of each kind.
@@ -145,10 +165,15 @@ impl Inspection {
             );
         }
         text += "\n";
+        // Of a GGUF file under the names that it has itself.
         for tensor in &self.tensors {
+            let name = match &tensor.gguf {
+                Some(gguf) if self.single => one_line(gguf),
+                _ => one_line(&tensor.name),
+            };
             text += &format!(
                 "{:<56} {:<16} {:<44} {:>7.3} bpw\n",
-                one_line(&tensor.name),
+                name,
                 format!("{:?}", tensor.shape),
                 tensor.kind,
                 tensor.bpw

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use calibration::samples::GUARDED;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use formats::Dtype;
 use quantc::checkpoint::cached;
 use quantc::cli::{self, Build, Clean, Cli, Command, Compute, Engine, Eval, Gates, Plan, Quantize};
@@ -186,6 +186,17 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
             Ok(0)
         }
         Command::Clean(args) => Ok(clean(&args).map(|()| 0)?),
+        Command::Completions(args) => {
+            let mut script = Vec::new();
+            clap_complete::generate(args.shell, &mut Cli::command(), "quantc", &mut script);
+            say(&String::from_utf8_lossy(&script))?;
+            Ok(0)
+        }
+        Command::Man(args) => {
+            // Each is known by its whole name, as `man quantc-quantize` wants it.
+            clap_mangen::generate_to(Cli::command(), &args.folder).map_err(Error::io(&args.folder, "write into"))?;
+            Ok(0)
+        }
         Command::Devices(args) => {
             let devices = devices::devices();
             match args.json {

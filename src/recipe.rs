@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use calibration::solvers::Observer;
 use calibration::statistics::Needs;
 use formats::codec::scheme_of;
+use formats::container::file;
 use formats::encoding::{E4M3, PRESETS};
 use formats::{Codec, Encoding, Levels, Scheme};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::mixes::{Mix, parse_type};
+use crate::mixes::{Mix, TensorOverride, parse_type};
 use crate::words::nearest;
 
 mod near;
@@ -221,6 +222,7 @@ impl Recipe {
         };
         let only_gguf = [
             ("tensor-type", request.tensor_type.is_some()),
+            ("tensor-type-file", request.tensor_type_file.is_some()),
             ("output-tensor-type", request.output_tensor_type.is_some()),
             ("token-embedding-type", request.token_embedding_type.is_some()),
             ("pure", request.pure == Some(true)),
@@ -374,7 +376,7 @@ impl Recipe {
         let split_max_size = request.split_max_size.as_deref().map(parse_size).transpose()?;
         let gguf = GgufRecipe {
             mix: mix.name,
-            tensor_type: request.tensor_type.clone().unwrap_or_default(),
+            tensor_type: tensor_types(&request)?,
             output_tensor_type: request.output_tensor_type.clone(),
             token_embedding_type: request.token_embedding_type.clone(),
             pure: request.pure.unwrap_or(false),
@@ -388,6 +390,7 @@ impl Recipe {
             observer: None,
             method: Some(method.name().to_owned()),
             tensor_type: None,
+            tensor_type_file: None,
             output_tensor_type: None,
             token_embedding_type: None,
             pure: None,
@@ -519,6 +522,21 @@ fn as_scheme<S: serde::Serializer>(encoding: &Encoding, serializer: S) -> std::r
         Some(scheme) => scheme.serialize(serializer),
         None => serializer.serialize_str(&called(encoding)),
     }
+}
+
+/// The types that are asked for by name, those of the flags before those of a file.
+fn tensor_types(request: &Request) -> Result<Vec<String>> {
+    let mut all = request.tensor_type.clone().unwrap_or_default();
+    let Some(path) = &request.tensor_type_file else { return Ok(all) };
+    let text = file::read_text(path, file::DESCRIPTION).map_err(Error::io(path, "read"))?;
+    for setting in text.split_whitespace() {
+        TensorOverride::parse(setting).map_err(|error| Error::usage(format!("{}: {error}", path.display())))?;
+        all.push(setting.to_owned());
+    }
+    if all.is_empty() {
+        return Err(Error::usage(format!("{}: names no type; say PATTERN=TYPE, one a line", path.display())));
+    }
+    Ok(all)
 }
 
 /// The preset of this name that a codec writes besides the schemes of integers.

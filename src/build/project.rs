@@ -168,8 +168,8 @@ fn shown(path: &Path) -> String {
 
 /// Makes paths of a request those that they are seen from elsewhere. Names of bundled texts are no paths.
 fn settle(request: &mut Request, within: &dyn Fn(&Path) -> PathBuf) {
-    let Request { adapter, imatrix, save_imatrix, report, path, .. } = request;
-    for path in [adapter, imatrix, save_imatrix, report, path].into_iter().flatten() {
+    let Request { adapter, imatrix, save_imatrix, tensor_type_file, report, path, .. } = request;
+    for path in [adapter, imatrix, save_imatrix, tensor_type_file, report, path].into_iter().flatten() {
         *path = within(path);
     }
     if let Some(text) = request.calibration.as_mut().filter(|text| within(Path::new(&**text)).exists()) {

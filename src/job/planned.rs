@@ -228,8 +228,20 @@ impl PlannedLinear {
         let mut parts: Vec<String> = self.parts.iter().map(PlannedPart::said).collect();
         parts.dedup();
         let said = if parts.is_empty() { "as it is".to_owned() } else { parts.join(" and ") };
+        let own = |part: &PlannedPart| part.name != self.name && part.name != format!("{}.weight", self.name);
+        let mut files: Vec<String> =
+            self.parts.iter().filter(|part| own(part)).map(|part| starred(&part.name)).collect();
+        files.dedup();
+        let said = if files.is_empty() { said } else { format!("{said}, as {}", files.join(" and ")) };
         said + &self.fallback.as_ref().map_or(String::new(), |why| format!(" ({why})"))
     }
+}
+
+/// A name with stars for the numbers in it.
+fn starred(name: &str) -> String {
+    let is_number = |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_digit());
+    let parts: Vec<&str> = name.split('.').map(|part| if is_number(part) { "*" } else { part }).collect();
+    parts.join(".")
 }
 
 /// A name without the numbers in it, and how often it comes, with what is said of it, in the order of the first.
@@ -237,9 +249,7 @@ fn collapsed(all: impl Iterator<Item = (String, String)>) -> Vec<(String, String
     let mut found: Vec<(String, String, usize)> = Vec::new();
     let mut at: BTreeMap<(String, String), usize> = BTreeMap::new();
     for (name, said) in all {
-        let is_number = |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_digit());
-        let name: Vec<&str> = name.split('.').map(|part| if is_number(part) { "*" } else { part }).collect();
-        let key = (name.join("."), said);
+        let key = (starred(&name), said);
         match at.get(&key) {
             Some(at) => found[*at].2 += 1,
             None => {

@@ -153,6 +153,9 @@ request! {
         /// GGUF: PATTERN=TYPE, a type for tensors whose name in the file matches. Repeatable.
         #[arg(long, help_heading = GGUF, value_name = "PATTERN=TYPE")]
         pub tensor_type: Option<Vec<String>>,
+        /// GGUF: a file of such settings, one a line, as llama-quantize reads it; those of --tensor-type go before it.
+        #[arg(long, help_heading = GGUF, value_name = "FILE")]
+        pub tensor_type_file: Option<PathBuf>,
         /// GGUF: the type of the output projection.
         #[arg(long, help_heading = GGUF, value_name = "TYPE")]
         pub output_tensor_type: Option<String>,

@@ -150,7 +150,8 @@ fn for_format(base: Request, format: &str) -> Request {
         let special = |name: &String| codec.is_some_and(|codec| preset(codec, name).is_some());
         let ours = |name: &String| Scheme::preset(name).is_some() || special(name);
         request.scheme = request.scheme.filter(ours);
-        (request.tensor_type, request.output_tensor_type, request.token_embedding_type) = (None, None, None);
+        (request.tensor_type, request.tensor_type_file) = (None, None);
+        (request.output_tensor_type, request.token_embedding_type) = (None, None);
         (request.pure, request.pre, request.split_max_size) = (None, None, None);
         request.desc_act = request.desc_act.filter(|_| format == "gptq");
         request.symmetric = request.symmetric.filter(|_| codec.is_none_or(has_symmetry));

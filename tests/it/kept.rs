@@ -102,3 +102,64 @@ fn differences_are_told_by_tensor_setting_and_quality() {
     assert!(tensors.iter().all(|tensor| apart(tensor) < 0.01), "{text}");
     room.run(["diff", "a", "nowhere"]).refuses(1, &["nowhere"]);
 }
+
+#[test]
+fn names_are_those_that_a_tensor_type_wants_and_may_stand_in_a_file() {
+    let room = Room::new();
+    room.model();
+    quantize(&room, &["-o", "m.gguf", "--scheme", "Q8_0"]);
+    let said = room.run(["inspect", "m.gguf"]).stdout();
+    assert!(said.contains("blk.0.attn_q.weight") && !said.contains("q_proj"), "{said}");
+    let found: Value = serde_json::from_str(&room.run(["inspect", "model", "--json"]).stdout()).unwrap();
+    let tensor =
+        found["tensors"].as_array().unwrap().iter().find(|t| t["name"] == "model.layers.0.mlp.down_proj.weight");
+    assert_eq!(tensor.unwrap()["gguf"], "blk.0.ffn_down.weight");
+    // As llama-quantize reads it; a flag goes before it.
+    room.file("types.txt", "blk\\.0\\.attn_q\\.weight=q6_k\nffn_down=q5_k token_embd=q8_0\n");
+    quantize(
+        &room,
+        &[
+            "-o",
+            "t.gguf",
+            "--scheme",
+            "Q4_K_S",
+            "--tensor-type-file",
+            "types.txt",
+            "--tensor-type",
+            "blk.1.ffn_down=q4_0",
+        ],
+    );
+    let said = room.run(["inspect", "t.gguf"]).stdout();
+    for (name, ty) in [
+        ("blk.0.attn_q.weight", "Q6_K"),
+        ("blk.1.attn_q.weight", "Q4_K"),
+        ("blk.0.ffn_down.weight", "Q5_K"),
+        ("blk.1.ffn_down.weight", "Q4_0"),
+        ("token_embd.weight", "Q8_0"),
+    ] {
+        let line = said.lines().find(|line| line.starts_with(name)).unwrap();
+        assert!(line.contains(ty), "{line}");
+    }
+    room.file("wrong.txt", "ffn_down=q99");
+    room.run(["quantize", "model", "-o", "x.gguf", "--tensor-type-file", "wrong.txt"])
+        .refuses(2, &["wrong.txt", "q99"]);
+    room.file("wrong.txt", "\n");
+    room.run(["quantize", "model", "-o", "x.gguf", "--tensor-type-file", "wrong.txt"]).refuses(2, &["names no type"]);
+    room.run(["quantize", "model", "-o", "x", "--tensor-type-file", "types.txt"]).refuses(2, &["tensor-type-file"]);
+}
+
+#[test]
+fn shells_and_man_know_the_commands() {
+    let room = Room::new();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let done = room.run(["completions", shell]);
+        done.succeeds();
+        assert!(done.stdout().contains("max-kld") && done.stdout().contains("tensor-parallel"), "{shell}");
+    }
+    std::fs::create_dir(room.path("man")).unwrap();
+    room.run(["man", "man"]).succeeds();
+    let page = std::fs::read_to_string(room.path("man/quantc-quantize.1")).unwrap();
+    assert!(page.contains("max\\-kld") && room.path("man/quantc.1").exists(), "{page}");
+    room.run(["man", "nowhere"]).refuses(1, &["nowhere"]);
+    assert_eq!(room.run(["completions", "sh"]).code(), Some(2));
+}
