@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::recipe::Request;
-use crate::recipe::headings::{CALIBRATION, COMPUTATION, OUTPUT, VERIFICATION};
+use crate::recipe::headings::{COMPUTATION, OUTPUT, VERIFICATION};
 use crate::report::Limits;
 
 /// Quantizes language models for the runtimes that serve them, and proves that they are still themselves.
@@ -36,7 +36,7 @@ pub enum Command {
     #[command(
         after_help = "Examples:\n  quantc eval OUT --reference MODEL\n  quantc eval A B C --reference MODEL --max-kld 0.05"
     )]
-    Eval(Eval),
+    Eval(Box<Eval>),
     /// Show what is in a checkpoint.
     #[command(after_help = "Examples:\n  quantc inspect MODEL\n  quantc inspect m.gguf --json")]
     Inspect(Inspect),
@@ -280,7 +280,7 @@ pub struct Quantize {
     #[arg(long, help_heading = OUTPUT, value_name = "FORMAT[:SCHEME[:gN]]=PATH")]
     pub target: Vec<String>,
     /// Calibrate every target by itself, as if it were the only one.
-    #[arg(long, help_heading = CALIBRATION)]
+    #[arg(long, help_heading = OUTPUT)]
     pub independent: bool,
     /// What may also stand in a recipe.
     #[command(flatten)]

@@ -17,7 +17,6 @@ mod near;
 mod patterns;
 mod request;
 
-pub use near::place_of_another;
 pub use patterns::{Pattern, Patterns};
 pub use request::{Override, Request, headings};
 
