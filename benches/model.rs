@@ -15,6 +15,7 @@ use formats::{Dtype, ShardedWriter, TensorSpec};
 use kernels::{Cpu, Memory, cpu};
 use quantc::forward::{Inputs, Plain, Supply, Weight, embed, ready, run_block};
 use quantc::graph::{Graph, Linear};
+use quantc::output::Staging;
 use quantc::pipeline::quantize;
 use quantc::progress::Progress;
 use quantc::recipe::{Recipe, Request};
@@ -174,9 +175,10 @@ fn gptq(c: &mut Criterion) {
             let output = tempfile::tempdir_in(model.folder.path()).expect("a folder");
             let mut progress = Progress::new(true);
             let out = output.path().join("out");
-            let places = [model.folder.path(), &out];
-            let target = target(&model.graph, &model.source, recipe.clone(), places, false, None).expect("fits");
-            quantize(&Cpu::default(), &model.graph, &model.source, &[&*target], 0, Some(&samples), &mut progress)
+            let target = target(&model.graph, &model.source, recipe.clone()).expect("fits");
+            let staging = Staging::folder_for(&out, Some(model.folder.path()), false, None).expect("a free place");
+            let targets = [(&*target, &staging)];
+            quantize(&Cpu::default(), &model.graph, &model.source, &targets, 0, Some(&samples), &mut progress)
         },
     );
 }

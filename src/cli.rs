@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::memory;
 use crate::output::check_beside;
 use crate::recipe::Request;
-use crate::recipe::headings::{CALIBRATION, COMPUTATION, OUTPUT, PIPELINE, VERIFICATION};
+use crate::recipe::headings::{COMPUTATION, OUTPUT, PIPELINE, VERIFICATION};
 use crate::report::Limits;
 use crate::report::gates::{Earlier, share};
 
@@ -41,7 +41,7 @@ pub enum Command {
     #[command(
         after_help = "Examples:\n  quantc eval OUT --reference MODEL\n  quantc eval A B C --reference MODEL --max-kld 0.05"
     )]
-    Eval(Eval),
+    Eval(Box<Eval>),
     /// Show what is in a checkpoint.
     #[command(after_help = "Examples:\n  quantc inspect MODEL\n  quantc inspect m.gguf --json")]
     Inspect(Inspect),
@@ -389,7 +389,7 @@ pub struct Quantize {
     #[arg(long, help_heading = OUTPUT, value_name = "FORMAT[:SCHEME[:gN]]=PATH")]
     pub target: Vec<String>,
     /// Calibrate every target by itself, as if it were the only one.
-    #[arg(long, help_heading = CALIBRATION)]
+    #[arg(long, help_heading = OUTPUT)]
     pub independent: bool,
     /// What may also stand in a recipe.
     #[command(flatten)]

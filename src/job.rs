@@ -621,10 +621,11 @@ fn stamp(path: &Path) -> Value {
 
 /// Fails where the disks have no room for all outputs together.
 fn check_space<B: Backend>(targets: &[Box<dyn Target<B>>], stagings: &[Staging]) -> Result<()> {
-    let bytes = |(target, staging): (&Box<dyn Target<B>>, &Staging)| -> Result<u64> {
+    let bytes = |target: &dyn Target<B>, staging: &Staging| -> Result<u64> {
         Ok(target.files(staging.name())?.iter().map(|(_, bytes)| bytes).sum::<u64>() + target.beside())
     };
-    let bytes = targets.iter().zip(stagings).map(bytes).collect::<Result<Vec<u64>>>()?;
+    let both = targets.iter().zip(stagings);
+    let bytes = both.map(|(target, staging)| bytes(&**target, staging)).collect::<Result<Vec<u64>>>()?;
     for (index, staging) in stagings.iter().enumerate() {
         let together = stagings[..=index].iter().zip(&bytes).filter(|(other, _)| other.is_beside(staging));
         staging.check_space(together.map(|(_, bytes)| bytes).sum())?;

@@ -141,7 +141,7 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
         }
         Command::Quantize(args) => quantize(*args),
         Command::Plan(args) => plan(*args),
-        Command::Eval(args) => eval(args),
+        Command::Eval(args) => eval(*args),
         Command::Inspect(args) => {
             let checkpoint = Checkpoint::open(&args.path)?;
             checkpoint.remarks().iter().for_each(|note| tell(&format!("note: {note}")));

@@ -18,7 +18,6 @@ mod near;
 mod patterns;
 mod request;
 
-pub use near::place_of_another;
 pub use patterns::{Pattern, Patterns};
 pub use request::{Override, Request, headings, toml_error};
 

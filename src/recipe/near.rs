@@ -1,7 +1,5 @@
 //! What a request that cannot be met was near to, as the flags that would do it.
 
-use std::path::Path;
-
 use formats::{Codec, Scheme};
 
 use super::preset;
@@ -79,16 +77,4 @@ pub(super) fn no_format(name: &str) -> Error {
     let meant = nearest(name, known.iter().copied());
     let meant = meant.map_or(String::new(), |format| format!("did you mean --format {format}? "));
     Error::usage(format!("format `{name}` is not known; {meant}there are {}", known.join(", ")))
-}
-
-/// Why a directory is not written under the name of a GGUF file; `None` where the two agree.
-pub fn place_of_another(path: &Path, format: &str) -> Option<Error> {
-    let single = path.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("gguf"));
-    (single && format != "gguf").then(|| {
-        Error::usage(format!(
-            "{}: names a GGUF file, and --format {format} writes a directory: leave --format out for a GGUF file, or say {} for the directory",
-            path.display(),
-            path.with_extension("").display()
-        ))
-    })
 }

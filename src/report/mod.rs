@@ -168,7 +168,7 @@ impl Verdict {
     /// What becomes of limits beside what was measured; `None` where there are none.
     pub fn of(limits: Limits, quality: &Beside) -> Option<Verdict> {
         let missed = limits.missed(quality);
-        limits.any().then(|| Verdict { limits, passed: missed.is_empty(), missed })
+        limits.any().then_some(Verdict { limits, passed: missed.is_empty(), missed })
     }
 }
 

@@ -113,7 +113,7 @@ pub fn fused(graph: &Graph) -> Vec<Vec<&Linear>> {
 }
 
 /// The first group of [`fused`] linears that are not all held alike, and how many such groups there are.
-pub fn unequal<'g>(graph: &'g Graph, of: impl Fn(&Linear) -> Vec<Encoding>) -> Option<(Vec<&'g Linear>, usize)> {
+pub fn unequal(graph: &Graph, of: impl Fn(&Linear) -> Vec<Encoding>) -> Option<(Vec<&Linear>, usize)> {
     let differs = |group: &Vec<&Linear>| group.windows(2).any(|pair| of(pair[0]) != of(pair[1]));
     let mut groups = fused(graph).into_iter().filter(differs);
     let first = groups.next()?;

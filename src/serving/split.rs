@@ -44,11 +44,11 @@ fn refusal(held: &Held<'_>, runtime: Runtime, parts: usize) -> Option<String> {
     layers().find_map(|layer| match layer {
         Layer::Attention(attention) => {
             let shape = attention.shape;
-            if shape.heads % parts != 0 {
+            if !shape.heads.is_multiple_of(parts) {
                 return Some(format!("{} heads are not divided by {parts}", shape.heads));
             }
             // Fewer heads than GPUs are copied to several.
-            if shape.kv_heads % parts != 0 && parts % shape.kv_heads != 0 {
+            if !shape.kv_heads.is_multiple_of(parts) && !parts.is_multiple_of(shape.kv_heads) {
                 let heads = shape.kv_heads;
                 return Some(format!(
                     "{heads} heads of keys and values are not divided by {parts}, and do not divide it"
@@ -74,7 +74,7 @@ fn inner(held: &Held<'_>, runtime: Runtime, mlp: &Mlp, parts: usize) -> Option<S
 /// Of a linear that is cut by columns.
 fn by_columns(held: &Held<'_>, runtime: Runtime, linear: &Linear, parts: usize) -> Option<String> {
     let Linear { module, cols, .. } = linear;
-    if cols % parts != 0 {
+    if !cols.is_multiple_of(parts) {
         return Some(format!("the {cols} inputs of `{module}` are not divided by {parts}"));
     }
     let group = held.of(linear).iter().map(|encoding| group_of(encoding, *cols)).max()?;
@@ -91,7 +91,7 @@ fn by_columns(held: &Held<'_>, runtime: Runtime, linear: &Linear, parts: usize) 
 /// Of one that is cut by rows, of which `inner` belong to one of its parts. AWQ packs eight rows into a word.
 fn by_rows(held: &Held<'_>, linear: &Linear, inner: usize, parts: usize) -> Option<String> {
     let module = &linear.module;
-    if inner % parts != 0 {
+    if !inner.is_multiple_of(parts) {
         return Some(format!("the {inner} outputs of `{module}` are not divided by {parts}"));
     }
     let packed = held.format == "awq" && !held.of(linear).is_empty();

@@ -6,7 +6,7 @@ use formats::Scheme;
 
 use crate::error::{Error, Result};
 use crate::mixes::Mix;
-use crate::recipe::{Recipe, Request, has_symmetry, place_of_another, preset};
+use crate::recipe::{Recipe, Request, has_symmetry, preset};
 
 /// One thing to be written.
 #[derive(Clone, Debug)]
@@ -178,7 +178,6 @@ pub fn resolved(requested: Vec<Requested>, file: Option<&Path>) -> Result<(Vec<O
     let lead = requested.iter().position(|one| one.leads).unwrap_or(0);
     let resolve = |Requested { path, request, report, .. }: Requested| {
         let mut recipe = Recipe::resolve(request)?;
-        place_of_another(&path, &recipe.format).map_or(Ok(()), Err)?;
         recipe.file = file.map(Path::to_path_buf);
         Ok(Output { path, recipe, report })
     };

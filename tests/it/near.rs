@@ -25,7 +25,7 @@ fn near_misses_are_answered_with_what_works() {
         ("-o out --scheme fp8dynamic", 2, &["did you mean --scheme FP8_DYNAMIC?"]),
         ("-o out --bits 5", 2, &["codes have 2, 3, 4 or 8", "--scheme Q5_K_M -o NAME.gguf"]),
         ("-o m.gguf --bits 6", 2, &["for about 6 bits say --scheme Q6_K"]),
-        ("-o m.gguf --format awq", 2, &["m.gguf: names a GGUF file", "leave --format out", "say m for the directory"]),
+        ("-o m.gguf --format awq", 2, &["m.gguf: is the name of a GGUF file", "`quantc quantize MODEL -o m.gguf`"]),
         ("-o out --method gtpq", 2, &["did you mean --method gptq?", "there are rtn, awq, gptq, awq+gptq"]),
         ("-o out --format compressed_tensors", 2, &["did you mean --format compressed-tensors?"]),
         ("-o out --format ggfu", 2, &["did you mean --format gguf?"]),
@@ -95,7 +95,7 @@ fn help_is_in_sections_and_ends_with_examples() {
     };
     let quantize = help("quantize");
     let mut from = 0;
-    for heading in ["Output", "Calibration", "Scheme", "Method", "GGUF", "Verification and limits", "Computation"] {
+    for heading in ["Output", "Scheme", "Method", "Calibration", "GGUF", "Verification and limits", "Computation"] {
         assert!(quantize.contains(&format!("\n{heading}:\n")), "{heading}: {quantize}");
     }
     // Whatever is no help and no version has a section.
