@@ -242,7 +242,9 @@ fn prose(help: &str) -> String {
     let mut text = String::new();
     for character in help.chars() {
         code ^= character == '`';
-        if !code && "_*<[]".contains(character) {
+        // An underscore within a word is no mark of emphasis.
+        let within = character == '_' && text.ends_with(char::is_alphanumeric);
+        if !code && !within && "_*<[]".contains(character) {
             text.push('\\');
         }
         text.push(character);
@@ -252,20 +254,23 @@ fn prose(help: &str) -> String {
 
 /// One argument of a command, as an entry of a list.
 fn argument(argument: &clap::Arg) -> String {
-    let value = argument.get_action().takes_values().then(|| {
-        let names = argument.get_value_names().unwrap_or_default();
-        names.iter().map(|name| format!("<{name}>")).collect::<Vec<_>>().join(" ")
-    });
-    let value = value.unwrap_or_default();
+    let takes_values = argument.get_num_args().is_some_and(|range| range.takes_values());
+    let named = argument.get_value_names().filter(|_| takes_values).unwrap_or_default();
+    let value = named.iter().map(|name| format!("<{name}>")).collect::<Vec<_>>().join(" ");
     let mut names: Vec<String> = argument.get_short().map(|short| format!("`-{short}`")).into_iter().collect();
     match argument.get_long() {
         Some(long) => names.push(format!("`{}`", format!("--{long} {value}").trim_end())),
         None => names.push(format!("`{value}`")),
     }
     let help = argument.get_long_help().or(argument.get_help()).map(ToString::to_string).unwrap_or_default();
+    // A default that depends on other flags stands in the help itself, in clap's manner.
+    let (help, own) = help.split_once(" [default: ").unwrap_or((&help, ""));
     let mut entry = format!("- {}: {}", names.join(", "), prose(help.trim_end_matches('.')).replace("\n\n", ". "));
+    if !own.is_empty() {
+        write!(entry, ". Default: {}", prose(own.trim_end_matches(']'))).unwrap();
+    }
     let words = |values: Vec<String>| values.iter().map(|v| format!("`{v}`")).collect::<Vec<_>>().join(", ");
-    if argument.get_action().takes_values() {
+    if takes_values {
         let possible: Vec<String> =
             argument.get_possible_values().iter().map(|value| value.get_name().to_owned()).collect();
         let default: Vec<String> =
