@@ -331,6 +331,9 @@ fn reference() -> String {
                 write!(page, "\n**{heading}**\n\n{list}").unwrap();
             }
         }
+        if let Some(after) = command.get_after_long_help().or(command.get_after_help()) {
+            write!(page, "\n```text\n{}\n```\n", after.to_string().trim_end()).unwrap();
+        }
         seen.push((name, own));
     }
     page
