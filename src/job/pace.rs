@@ -13,7 +13,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
-use calibration::solvers::{Asked, Observer, Rtn, Solver};
+use calibration::solvers::{Asked, Observer, Rtn, Shared, Solver};
 use calibration::statistics::{Needs, Statistics};
 use calibration::transforms::Awq;
 use formats::Encoding;
@@ -109,7 +109,8 @@ impl<'a, B: Backend> Pace<'a, B> {
                     for placement in target.placements(linear) {
                         let rows = placement.rows.as_ref().map_or(linear.rows, Vec::len);
                         let recipe = target.recipe();
-                        seconds.solve += self.codes(backend, recipe, &placement.encoding, [rows, linear.cols])?;
+                        let asked = (recipe, &placement.encoding, tokens.is_some());
+                        seconds.solve += self.codes(backend, asked, [rows, linear.cols])?;
                     }
                 }
             }
@@ -236,10 +237,19 @@ impl<'a, B: Backend> Pace<'a, B> {
         Ok(one / (cols as f64).powi(3))
     }
 
-    /// Seconds of choosing the codes of a weight as a recipe says.
-    fn codes(&mut self, backend: &B, recipe: &Recipe, encoding: &Encoding, [rows, cols]: [usize; 2]) -> Result<f64> {
-        let observer = recipe.observer();
-        let key = format!("{:?} {:?} {} {encoding:?}", recipe.method, observer, recipe.refine);
+    /// Seconds of choosing the codes of a weight as a recipe says, with or without having `seen` its inputs.
+    fn codes(
+        &mut self,
+        backend: &B,
+        (recipe, encoding, seen): (&Recipe, &Encoding, bool),
+        [rows, cols]: [usize; 2],
+    ) -> Result<f64> {
+        let observer = match recipe.observer() {
+            // What is not seen is read from a file, or every input counts alike.
+            Observer::Imatrix | Observer::Clip if !seen => Observer::Mse,
+            observer => observer,
+        };
+        let key = format!("{:?} {:?} {} {seen} {encoding:?}", recipe.method, observer, recipe.refine);
         let of = |[a, b]: [f64; 2]| rows as f64 * cols as f64 * (a + b * cols as f64);
         if let Some(known) = self.codes.get(&key) {
             return Ok(of(*known));
@@ -250,7 +260,7 @@ impl<'a, B: Backend> Pace<'a, B> {
         let mut found = [0.0; 2];
         for (found, width) in found.iter_mut().zip(widths) {
             let solver = solver::<B>(recipe, observer);
-            *found = self.choosing(backend, &*solver, encoding, [rows.min(ROWS), width])?;
+            *found = self.choosing(backend, &*solver, (encoding, seen), [rows.min(ROWS), width])?;
         }
         let [near, far] = widths.map(|width| width as f64);
         let slope = if far > near { ((found[1] - found[0]) / (far - near)).max(0.0) } else { 0.0 };
@@ -266,7 +276,8 @@ impl<'a, B: Backend> Pace<'a, B> {
             Some([one, _]) => *one,
             None => {
                 let solver = Rtn { observer: Observer::Mse };
-                let one = self.choosing(backend, &solver, encoding, [ROWS.min(rows), cols.min(4 * COLUMNS)])?;
+                let one =
+                    self.choosing(backend, &solver, (encoding, false), [ROWS.min(rows), cols.min(4 * COLUMNS)])?;
                 self.codes.insert(key, [one, 0.0]);
                 one
             }
@@ -275,10 +286,20 @@ impl<'a, B: Backend> Pace<'a, B> {
     }
 
     /// Seconds for one weight of a matrix of this shape.
-    fn choosing(&mut self, backend: &B, solver: &dyn Solver<B>, encoding: &Encoding, shape: [usize; 2]) -> Result<f64> {
+    fn choosing(
+        &mut self,
+        backend: &B,
+        solver: &dyn Solver<B>,
+        (encoding, seen): (&Encoding, bool),
+        shape: [usize; 2],
+    ) -> Result<f64> {
         let weight = backend.upload(self.random(shape))?;
-        let seen = self.statistics(backend, shape[1], solver.needs().max(Needs::Hessian))?;
-        let shared = solver.share(backend, Some(&seen))?;
+        let needs = solver.needs().max(Needs::Hessian);
+        let seen = seen.then(|| self.statistics(backend, shape[1], needs)).transpose()?;
+        let shared = match &seen {
+            Some(seen) => solver.share(backend, Some(seen))?,
+            None => Shared { statistics: None, factor: None, fallback: None },
+        };
         let one = self.tried(|| {
             let importance =
                 Some(&vec![1.0; shape[1]][..]).filter(|_| encoding.ggml_type().is_some()).map(<[f32]>::to_vec);
