@@ -94,9 +94,10 @@ fn blocks(document: &str) -> Vec<Block> {
     found
 }
 
-/// Commands of a block, lines continued with a backslash joined.
+/// Commands of a block, lines continued with a backslash joined, without what is said of them in a column of its own.
 fn commands(block: &Block) -> Vec<String> {
-    block.text.replace("\\\n", " ").lines().map(|line| line.trim().to_owned()).collect()
+    let command = |line: &str| line.trim().split("  ").next().unwrap_or_default().to_owned();
+    block.text.replace("\\\n  ", " ").lines().map(command).collect()
 }
 
 /// The words of a command up to the first thing that only a shell understands.
