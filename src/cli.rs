@@ -35,7 +35,8 @@ pub enum Command {
         after_help = "Examples:\n  quantc quantize MODEL -o OUT                  W4A16 for vLLM, calibrated with GPTQ and measured\n  quantc quantize MODEL -o m.gguf --scheme Q4_K_M   a GGUF file for llama.cpp and Ollama"
     )]
     Quantize(Box<Quantize>),
-    /// Say what quantize would make of a checkpoint, and what that takes: sizes, memory, time, and who can serve it. Reads no weights.
+    /// Say what quantize would do, without doing it: what becomes of every tensor, sizes, memory, time, and whether the result can be
+    /// served. Reads no weights.
     Plan(Box<Plan>),
     /// Measure perplexity, and divergence from a reference.
     #[command(
@@ -64,7 +65,7 @@ pub enum Command {
     Completions(Completions),
     /// Write manual pages.
     Man(Man),
-    /// List what can compute: the CPU, and NVIDIA GPUs with their memory.
+    /// List the devices that can compute: the CPU, and NVIDIA GPUs with their memory.
     #[command(after_help = "Examples:\n  quantc devices --json")]
     Devices(Devices),
 }
@@ -142,7 +143,7 @@ impl Command {
 /// Flags that every command that computes has.
 #[derive(Clone, Debug, Args)]
 pub struct Compute {
-    /// Threads; all cores by default. Results do not depend on it.
+    /// Number of threads. All cores by default; results do not depend on it.
     #[arg(long, help_heading = COMPUTATION, value_name = "N")]
     pub threads: Option<usize>,
     /// Where to compute: cpu, cuda, cuda:N for GPU number N, or auto for a GPU if one can be used.
@@ -151,14 +152,13 @@ pub struct Compute {
     /// Memory of the GPU to use, as 8GiB or 500MB; most of what is free by default. What does not fit waits in the host's.
     #[arg(long, help_heading = COMPUTATION, value_name = "SIZE")]
     pub gpu_memory: Option<String>,
-    /// Matrix products of the calibration: f32, or auto for bfloat16 inputs on CPUs where that is faster. Measuring is
-    /// always f32.
+    /// Type in which calibration multiplies: f32, or auto for bfloat16 on CPUs where that is faster. Measuring is always in f32.
     #[arg(long, help_heading = COMPUTATION, value_name = "TYPE", default_value = "auto", value_parser = ["auto", "f32"])]
     pub math: String,
     /// GPU: wait for each operation, and print where the time went at the end.
     #[arg(long, help_heading = COMPUTATION)]
     pub profile: bool,
-    /// No progress, no summary; errors only.
+    /// Print errors only: no progress and no summary.
     #[arg(long, help_heading = COMPUTATION, short)]
     pub quiet: bool,
     /// On a terminal every note, and a line for each linear.
@@ -307,13 +307,13 @@ pub struct Demo {
 /// Limits on the quality, beside a reference.
 #[derive(Clone, Debug, Args)]
 pub struct Bounds {
-    /// Fail (exit code 3) above this perplexity ratio.
+    /// Exit with code 3 if the perplexity is more than R times the original's.
     #[arg(long, help_heading = VERIFICATION, value_name = "R")]
     pub max_ppl_ratio: Option<f64>,
-    /// Fail (exit code 3) above this mean KL divergence, in nats.
+    /// Exit with code 3 if the mean KL divergence from the original is above K nats.
     #[arg(long, help_heading = VERIFICATION, value_name = "K")]
     pub max_kld: Option<f64>,
-    /// Fail (exit code 3) below this share of equal top tokens, from 0 to 1.
+    /// Exit with code 3 if both models name the same top token in less than this share of positions, from 0 to 1.
     #[arg(long, help_heading = VERIFICATION, value_name = "P")]
     pub min_top1: Option<f64>,
     /// An earlier output, or its report.json, with the same text: the perplexity ratio and the mean KL divergence may not be worse.
@@ -381,7 +381,7 @@ impl Gates {
 pub struct Quantize {
     /// A Hugging Face directory, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
     pub model: PathBuf,
-    /// The directory to write; for GGUF the file. The short form of one --target.
+    /// Where to write: a directory, or for GGUF a file. The same as a single --target.
     #[arg(long, help_heading = OUTPUT, short, value_name = "OUT")]
     pub output: Option<PathBuf>,
     /// One of several outputs from one calibration, as compressed-tensors:W4A16=OUT, gptq:W4A16:g64=OUT or gguf:Q4_K_M=m.gguf. Repeatable;
@@ -394,13 +394,14 @@ pub struct Quantize {
     /// What may also stand in a recipe.
     #[command(flatten)]
     pub request: Request,
-    /// A recipe.toml with any of these settings, and exceptions for some linears; flags go before it.
+    /// A recipe.toml with any of these settings, and exceptions for some linears. If a flag and the file give the same setting,
+    /// the flag counts.
     #[arg(long, help_heading = OUTPUT, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
     /// Held-out text to measure the output on; `none` to skip. [default: a bundled text]
     #[arg(long, help_heading = VERIFICATION, value_name = "FILE|none")]
     pub verify_text: Option<String>,
-    /// Windows of up to 2048 tokens to measure. [default: 8]
+    /// Number of windows, of up to 2048 tokens each, to measure. [default: 8]
     #[arg(long, help_heading = VERIFICATION, value_name = "N")]
     pub verify_windows: Option<usize>,
     /// Limits on the quality.
@@ -432,19 +433,20 @@ pub struct Plan {
     /// The run that is planned. An output need not be named.
     #[command(flatten)]
     pub run: Quantize,
-    /// Tokens of a sequence that is served. [default: what the model takes, up to 8192]
+    /// Tokens of each sequence that is served. [default: what the model takes, up to 8192]
     #[arg(long, value_name = "N")]
     pub context: Option<u64>,
-    /// Sequences that are served at a time.
+    /// Number of sequences that are served at the same time.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub batch: u64,
-    /// The program that is to serve the output: vllm, sglang, llama.cpp, transformers or mlx. Says what it would not load.
+    /// The program that is to serve the output: vllm, sglang, llama.cpp, transformers or mlx. Says what it would not load, and
+    /// exits with code 2 then.
     #[arg(long = "for", value_name = "RUNTIME")]
     pub runtime: Option<String>,
     /// The GPUs that are to serve it, by generation, card or compute capability: ampere, l40s, 9.0.
     #[arg(long, value_name = "GPU", requires = "runtime")]
     pub gpu: Option<String>,
-    /// GPUs that the model is to be divided among.
+    /// Number of GPUs among which the model is divided.
     #[arg(long, value_name = "N", requires = "runtime", default_value_t = 1)]
     pub tensor_parallel: usize,
     /// Print JSON.
@@ -461,7 +463,7 @@ pub struct Eval {
     /// A LoRA adapter to merge into the model.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// The model that each is measured beside: the one it was made of, as a rule.
+    /// The original model, to compare with.
     #[arg(long, value_name = "MODEL")]
     pub reference: Option<PathBuf>,
     /// A LoRA adapter to merge into the reference.
@@ -473,15 +475,15 @@ pub struct Eval {
     /// Tokens of a window; cut down to the model's positions.
     #[arg(long, value_name = "N", default_value_t = 2048)]
     pub context: usize,
-    /// Windows at most; all by default.
+    /// Number of windows to measure at most. All by default.
     #[arg(long, value_name = "N")]
     pub windows: Option<usize>,
     /// papers (all tokens but the first of each window) or llama.cpp (the second half of each window).
     #[arg(long, value_name = "PROTOCOL", default_value = "papers")]
     pub protocol: String,
-    /// What linears and attention of the model read: exact, or runtime: of a GGUF file rounded as llama.cpp rounds it on a CPU, of W8A8 and
-    /// FP8_DYNAMIC token by token as vLLM does. [default: runtime for W8A8 and FP8_DYNAMIC, and for a GGUF file with --protocol llama.cpp
-    /// and no reference, else exact]
+    /// exact measures the weights alone. runtime also rounds what linears and attention read, as the runtime does: llama.cpp on
+    /// a CPU for GGUF files, vLLM for W8A8 and FP8_DYNAMIC. [default: runtime for W8A8 and FP8_DYNAMIC, and for a GGUF file with
+    /// --protocol llama.cpp and no reference, else exact]
     #[arg(long, value_name = "ACTIVATIONS")]
     pub activations: Option<String>,
     /// Limits on the quality, which need --reference.
@@ -500,7 +502,7 @@ pub struct Eval {
 pub struct Inspect {
     /// A Hugging Face directory, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
     pub path: PathBuf,
-    /// Show what the blocks compute, one of each kind, and not the tensors; with --json both.
+    /// Show what the model computes, one block of each kind, instead of the tensors. With --json, show both.
     #[arg(long)]
     pub program: bool,
     /// Print JSON.

@@ -337,7 +337,12 @@ impl Serving {
                 size(half),
                 size(byte)
             );
-            text += "    a card of     cache in 16 bits            cache in 8 bits\n";
+            let cards = if self.tensor_parallel == 1 {
+                "a card of ".to_owned()
+            } else {
+                format!("{} cards of", self.tensor_parallel)
+            };
+            text += &format!("    {cards:<13} cache in 16 bits            cache in 8 bits\n");
             let of = |fits: bool, most: u64| match (fits, most) {
                 (_, 0) => "does not fit".to_owned(),
                 (true, most) => format!("fits, up to {most} tokens"),

@@ -223,7 +223,7 @@ fn serving<B: Backend>(
             encodings.insert(&linear.module, held);
         }
     }
-    let held = Held { graph, format: &recipe.format, encodings };
+    let held = Held { graph, format: &recipe.format, desc_act: recipe.desc_act, encodings };
     let mut findings = asked.runtime.map_or(Vec::new(), |runtime| lint(&held, runtime, asked.gpu));
     let parallel = asked.tensor_parallel.max(1);
     let divides = asked.runtime.filter(|runtime| matches!(runtime, Runtime::Vllm | Runtime::Sglang));
@@ -241,10 +241,9 @@ fn serving<B: Backend>(
         batch,
         cache_16_bit: cache(CacheType::Half),
         cache_8_bit: cache(CacheType::Byte),
-        cards: if graph.opaque {
-            Vec::new()
-        } else {
-            fits(graph, weights, [context, longest.unwrap_or(1 << 20)], batch, gguf)
+        cards: match graph.opaque {
+            true => Vec::new(),
+            false => fits(graph, weights, [context, longest.unwrap_or(1 << 20)], batch, gguf, parallel),
         },
         runtime: asked.runtime.map(Runtime::name),
         findings,

@@ -98,13 +98,14 @@ request! {
         /// NVFP4A16. For GGUF a mix as llama-quantize names it: Q4_K_M, Q5_K_S, Q6_K, Q8_0, IQ4_XS, F16 … [default: W4A16, Q4_K_M]
         #[arg(long, help_heading = SCHEME, value_name = "SCHEME")]
         pub scheme: Option<String>,
-        /// Width of a code, instead of the scheme's: 2, 3, 4 or 8.
+        /// Bits of a code, in place of what the scheme says: 2, 3, 4 or 8.
         #[arg(long, help_heading = SCHEME, value_name = "N")]
         pub bits: Option<u8>,
-        /// Columns per scale, instead of the scheme's: 32, 64, 128, or -1 for one scale per row.
+        /// Weights of a row that share a scale: 32, 64, 128, or -1 for the whole row; in place of what the scheme says.
         #[arg(long, help_heading = SCHEME, value_name = "N", allow_negative_numbers = true)]
         pub group_size: Option<i64>,
-        /// Symmetric grids (true) or grids with a zero point (false), instead of the scheme's.
+        /// Whether the zero is the middle code (true), or chosen for each group and stored (false); in place of what the scheme
+        /// says.
         #[arg(long, help_heading = SCHEME, value_name = "BOOL")]
         pub symmetric: Option<bool>,
         /// rtn, awq, gptq or awq+gptq. [default: gptq; rtn with --imatrix]
@@ -114,16 +115,18 @@ request! {
         /// where an imatrix is read or, with rtn, written]
         #[arg(long, help_heading = METHOD, value_name = "OBSERVER")]
         pub observer: Option<String>,
-        /// Relative damping of the Hessian. [default: 0.05]
+        /// Share of itself that is added to each diagonal entry of the Hessian. [default: 0.05]
         #[arg(long, help_heading = METHOD, value_name = "SHARE")]
         pub damp: Option<f64>,
-        /// Sweep columns by falling energy (true) or from left to right (false). [default: true]
+        /// Whether GPTQ goes through the columns by falling importance (true) or from left to right (false). [default: true]
         #[arg(long, help_heading = METHOD, value_name = "BOOL")]
         pub act_order: Option<bool>,
-        /// Move scales and codes once more after the sweep, wherever the error of the output falls (true), or not (false). [default: true]
+        /// Whether scales and codes are changed once more after GPTQ, wherever that lowers the error of the output. [default:
+        /// true]
         #[arg(long, help_heading = METHOD, value_name = "BOOL")]
         pub refine: Option<bool>,
-        /// Put groups in processing order and store g_idx (GPTQ only; vLLM and SGLang refuse such files).
+        /// Form groups in the order in which columns are quantized, and store that order as g_idx (GPTQ only; vLLM and SGLang
+        /// refuse such files).
         #[arg(long, help_heading = METHOD, num_args = 0, default_missing_value = "true")]
         pub desc_act: Option<bool>,
         /// Calibrate every expert of a mixture on all tokens, as llm-compressor does, instead of on those sent to it.
@@ -132,7 +135,7 @@ request! {
         /// Linears to leave as they are: a module, the end of its name, or re: and a regular expression. Repeatable.
         #[arg(long, help_heading = SCHEME, value_name = "PATTERN")]
         pub ignore: Option<Vec<String>>,
-        /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. A GGUF file holds none. [default: copy]
+        /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. A GGUF file never holds any. [default: copy]
         #[arg(long, help_heading = SCHEME, value_name = "copy|drop|refuse")]
         pub unknown_tensors: Option<String>,
         /// A LoRA adapter (PEFT's directory) to merge first; quality is measured against the merged model.
@@ -141,13 +144,13 @@ request! {
         /// Calibration text: .txt, .jsonl, .json, .csv, .tsv, .parquet, or a bundled preset. [default: mixed]
         #[arg(long, help_heading = CALIBRATION, value_name = "FILE|PRESET")]
         pub calibration: Option<String>,
-        /// Calibration sequences. [default: 128]
+        /// Number of calibration sequences. [default: 128]
         #[arg(long, help_heading = CALIBRATION, value_name = "N")]
         pub samples: Option<usize>,
-        /// Tokens of each. [default: 2048]
+        /// Tokens of each calibration sequence. [default: 2048]
         #[arg(long, help_heading = CALIBRATION, value_name = "N")]
         pub seq_len: Option<usize>,
-        /// Seed of their selection. [default: 0]
+        /// Seed with which the calibration sequences are chosen. [default: 0]
         #[arg(long, help_heading = CALIBRATION, value_name = "N")]
         pub seed: Option<u64>,
         /// GGUF: PATTERN=TYPE, a type for tensors whose name in the file matches. Repeatable.
@@ -162,7 +165,7 @@ request! {
         /// GGUF: the type of the token embedding.
         #[arg(long, help_heading = GGUF, value_name = "TYPE")]
         pub token_embedding_type: Option<String>,
-        /// GGUF: one type for everything, no mix.
+        /// GGUF: give all tensors one type, without the exceptions of the mix.
         #[arg(long, help_heading = GGUF, num_args = 0, default_missing_value = "true")]
         pub pure: Option<bool>,
         /// GGUF: the pre-tokenizer's name, when it is not recognised.
@@ -171,10 +174,10 @@ request! {
         /// Take the importance of inputs from llama.cpp's .gguf or .dat instead of from calibration.
         #[arg(long, help_heading = CALIBRATION, value_name = "FILE")]
         pub imatrix: Option<PathBuf>,
-        /// Write the importance of inputs as llama-quantize reads it.
+        /// Write the importance of the inputs to this file, in the form that llama-quantize reads.
         #[arg(long, help_heading = CALIBRATION, value_name = "FILE")]
         pub save_imatrix: Option<PathBuf>,
-        /// GGUF: bytes of tensors in one file at most, as 500M or 5G.
+        /// GGUF: write several files, each with at most this many bytes of tensors, as 500M or 5G.
         #[arg(long, help_heading = GGUF, value_name = "SIZE")]
         pub split_max_size: Option<String>,
         /// Settings for some linears; the first match wins. They have no flag.

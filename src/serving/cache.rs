@@ -72,10 +72,18 @@ pub struct Fit {
     pub context_8_bit: u64,
 }
 
-/// What fits on cards of the usual sizes: `weights` bytes with caches for `batch` sequences of `context` tokens, of at most `longest`.
-pub fn fits(graph: &Graph, weights: u64, [context, longest]: [u64; 2], batch: u64, gguf: bool) -> Vec<Fit> {
+/// What fits on so many cards of each of the usual sizes: `weights` bytes with caches for `batch` sequences of `context` tokens, of at most
+/// `longest`.
+pub fn fits(
+    graph: &Graph,
+    weights: u64,
+    [context, longest]: [u64; 2],
+    batch: u64,
+    gguf: bool,
+    cards: usize,
+) -> Vec<Fit> {
     let fit = |gib: u64| {
-        let room = ((gib << 30) as f64 * USABLE) as u64;
+        let room = ((gib << 30) as f64 * USABLE * cards as f64) as u64;
         let left = room.checked_sub(weights);
         let takes = |context: u64, ty| cache_bytes(graph, context, batch, ty, gguf);
         let fits = |context: u64, ty| left.zip(takes(context, ty)).is_some_and(|(left, takes)| takes <= left);

@@ -76,6 +76,8 @@ pub struct Held<'a> {
     pub graph: &'a Graph,
     /// The layout, as users type it.
     pub format: &'a str,
+    /// Whether groups follow the order in which columns were quantized, which GPTQ's `g_idx` says.
+    pub desc_act: bool,
     /// Of each linear, by module, the encodings of its parts; one that stays as it is is not in it.
     pub encodings: HashMap<&'a str, Vec<Encoding>>,
 }

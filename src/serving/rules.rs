@@ -82,6 +82,12 @@ pub fn lint(held: &Held<'_>, runtime: Runtime, gpu: Option<Gpu>) -> Vec<Finding>
         return [vec![finding], of_encodings(held, runtime, gpu)].concat();
     }
     let mut all = of_encodings(held, runtime, gpu);
+    let grouped = || held.encodings.values().flatten().any(|encoding| encoding.group() > 0);
+    if held.desc_act && matches!(runtime, Runtime::Vllm | Runtime::Sglang) && grouped() {
+        all.push(Finding::refused(format!(
+            "{name} refuses desc_act with groups: leave --desc-act out, or give --group-size -1"
+        )));
+    }
     if let (Runtime::Vllm | Runtime::Sglang, true) = (runtime, format != "gguf") {
         let of = |linear: &crate::graph::Linear| held.of(linear).to_vec();
         all.extend(unequal(held.graph, of).map(|(group, count)| {

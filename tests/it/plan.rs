@@ -143,6 +143,9 @@ fn what_a_run_would_refuse_is_refused_and_what_a_runtime_would_is_told() {
         0,
         &["told: GPUs of compute capability 8.0 do not multiply FP8"],
     );
+    let order = ["--for", "vllm", "--format", "gptq", "--group-size", "64", "--desc-act"];
+    told(&order, 2, &["refused: vLLM refuses desc_act with groups"]);
+    told(&["--for", "sglang", "--tensor-parallel", "2"], 0, &["2 cards of    cache in 16 bits"]);
     told(&["--context", "100000"], 0, &["told: the model takes 512 tokens, and --context says 100000"]);
 }
 
