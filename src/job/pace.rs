@@ -157,7 +157,7 @@ impl<'a, B: Backend> Pace<'a, B> {
         let tokens = (windows.count * windows.length) as f64;
         let blocks = self.forward(backend, [tokens, windows.length as f64])?;
         let shape = [graph.vocabulary, graph.hidden];
-        let head = self.product(backend, [graph.vocabulary.min(4096), graph.hidden])? * (shape[0] * shape[1]) as f64;
+        let head = self.product(backend, shape)? * (shape[0] * shape[1]) as f64;
         let logits = self.random([16, graph.vocabulary]);
         let logits = backend.upload(logits)?;
         let compared = self.tried(|| backend.compare(&logits, &logits, &[0; 16]).map(drop))? / 16.0;
@@ -180,8 +180,8 @@ impl<'a, B: Backend> Pace<'a, B> {
 
     fn product(&mut self, backend: &B, [rows, cols]: [usize; 2]) -> Result<f64> {
         // Of large ones a part, which is as fast.
-        let [rows, cols] = [rows.min(4096), cols.min(4096)];
-        let tokens = backend.tokens_at_once().clamp(1, 512);
+        let [rows, cols] = [rows.min(2 * COLUMNS), cols.min(2 * COLUMNS)];
+        let tokens = backend.tokens_at_once().clamp(1, 256);
         let weight = backend.weight(backend.upload(self.random([rows, cols]))?)?;
         let input = backend.input(backend.upload(self.random([tokens, cols]))?)?;
         let one = self.tried(|| settled(backend, &backend.linear(&input, &weight, None)?))?;
@@ -276,8 +276,7 @@ impl<'a, B: Backend> Pace<'a, B> {
             Some([one, _]) => *one,
             None => {
                 let solver = Rtn { observer: Observer::Mse };
-                let one =
-                    self.choosing(backend, &solver, (encoding, false), [ROWS.min(rows), cols.min(4 * COLUMNS)])?;
+                let one = self.choosing(backend, &solver, (encoding, false), [ROWS.min(rows), cols.min(COLUMNS)])?;
                 self.codes.insert(key, [one, 0.0]);
                 one
             }
