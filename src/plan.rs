@@ -2,17 +2,17 @@
 
 use std::collections::{HashMap, HashSet};
 
-use formats::codec::{ConfigFiles, QuantizedModule};
+use formats::codec::{ConfigFiles, QuantizedModule, is_expert};
 use formats::tensor::is_float;
 use formats::{Codec, Dtype, Encoding, Float, TensorSpec};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::{self, Loading};
-use crate::graph::{Graph, Layer, Linear, Mlp, Stored};
+use crate::graph::{Graph, Linear, Stored};
 use crate::recipe::{Patterns, Recipe, Said};
 use crate::report::Fate;
-use crate::runtimes::{self, is_expert};
+use crate::runtimes::{self, experts};
 use crate::serving::unequal;
 use crate::stray::{Strays, lookalike};
 use crate::weights::StoredType;
@@ -93,7 +93,7 @@ impl Plan {
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &chosen.encodings)?);
-        config.notes.extend(uneven_experts(graph, &chosen.encodings, codec));
+        config.notes.extend(experts::uneven(graph, &chosen.encodings, codec)?);
         config.notes.extend(uneven_fused(graph, &chosen.encodings, codec));
         config.notes.extend(rounded_inputs(&chosen.encodings));
         if graph.opaque {
@@ -396,29 +396,6 @@ fn rounded_inputs(encodings: &HashMap<String, Encoding>) -> Option<String> {
             names.join(" and ")
         )
     })
-}
-
-/// What to say of a mixture whose experts are not all quantized alike: runtimes keep them in one stack.
-fn uneven_experts(graph: &Graph, encodings: &HashMap<String, Encoding>, codec: &dyn Codec) -> Option<String> {
-    let mixtures = graph.blocks.iter().flat_map(|block| block.steps.iter().map(move |step| (block, step)));
-    let uneven = |layer: &Layer| {
-        let Layer::Moe(moe) = layer else { return false };
-        let of = |mlp: &Mlp| {
-            let linears = mlp.inputs.iter().chain([&mlp.down]);
-            linears.map(|linear| encodings.get(&linear.module).copied()).collect::<Vec<_>>()
-        };
-        moe.experts.windows(2).any(|pair| of(&pair[0]) != of(&pair[1]))
-    };
-    let (block, _) = mixtures.into_iter().find(|(_, step)| uneven(&step.layer))?;
-    let (who, keep, load) = match codec.id() {
-        "mlx" => ("mlx-lm", "keeps", "does"),
-        _ => ("transformers and vLLM", "keep", "do"),
-    };
-    Some(format!(
-        "the experts of `{}` are not all quantized alike: {who} {keep} them in one stack and {load} not load that; give --ignore \
-         or a scheme for all experts of a layer",
-        block.name
-    ))
 }
 
 /// What to say where linears that vLLM and SGLang load as one matrix are not held alike; of experts it is said elsewhere.

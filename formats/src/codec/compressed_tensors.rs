@@ -81,6 +81,91 @@ impl Format {
     }
 }
 
+/// A target that no module has. Transformers takes the first group with a regular expression in whose text there is `experts` for
+/// that of all experts.
+const NO_EXPERTS: &str = "re:^$experts";
+
+/// Whether transformers takes the group with this target for that of the experts.
+fn names_experts(target: &String) -> bool {
+    target.starts_with("re:") && target.contains("experts")
+}
+
+/// How the experts of a model are held.
+struct Experts {
+    /// Each encoding among them with how many linears have it.
+    encodings: Vec<(Encoding, usize)>,
+    /// Whether there are experts at all.
+    any: bool,
+    /// Whether each has a byte for a weight, or is left as it is.
+    bytes: bool,
+}
+
+impl Experts {
+    fn of(modules: &[QuantizedModule<'_>], left: &[String]) -> Experts {
+        let mut encodings: Vec<(Encoding, usize)> = Vec::new();
+        for module in modules.iter().filter(|module| names::is_expert(module.name)) {
+            match encodings.iter_mut().find(|(encoding, _)| *encoding == module.encoding) {
+                Some((_, count)) => *count += 1,
+                None => encodings.push((module.encoding, 1)),
+            }
+        }
+        let bytes = encodings.iter().all(|(encoding, _)| Format::of(encoding).is_some_and(|f| f.bytes().is_some()));
+        let any = !encodings.is_empty() || left.iter().any(|name| names::is_expert(name));
+        Experts { encodings, any, bytes }
+    }
+
+    /// How far in front the group of an encoding has to stand; 0 where no expert has it.
+    fn rank(&self, encoding: &Encoding) -> usize {
+        let count = self.encodings.iter().find(|(own, _)| own == encoding).map_or(0, |(_, count)| *count);
+        // By a group of eight-bit floats transformers reads everything that has a byte for a weight, and plain weights too.
+        let floats = count > 0 && self.bytes && Format::of(encoding) == Some(Format::Float);
+        if floats { usize::MAX } else { count }
+    }
+
+    /// Whether a group has to be made up so that transformers reads the experts: it multiplies what has a byte for a weight by its
+    /// scales, and takes plain weights as they are, where it takes them for eight-bit floats, and else looks for packed ones.
+    fn need_bytes(&self, first: Option<&Encoding>) -> bool {
+        self.any && self.bytes && !first.is_some_and(|first| self.rank(first) == usize::MAX)
+    }
+}
+
+/// The format of an encoding, and a group of the configuration that gives it to these targets.
+fn group(encoding: &Encoding, targets: &[String]) -> Result<(&'static str, Value)> {
+    let Some(format) = Format::of(encoding) else {
+        return Err(Error::unsupported("compressed-tensors has no format for an encoding among these"));
+    };
+    let group_size = Some(encoding.group()).filter(|width| *width > 0);
+    let strategy = match group_size {
+        Some(_) if encoding.global.is_some() => "tensor_group",
+        Some(_) => "group",
+        None => "channel",
+    };
+    let kind = |levels: &Levels| if matches!(levels, Levels::Integer { .. }) { "int" } else { "float" };
+    let inputs = encoding.activation.map(|activation| {
+        json!({
+            "num_bits": activation.levels.bits(), "type": kind(&activation.levels), "symmetric": true,
+            "strategy": "token", "group_size": null, "dynamic": activation.dynamic,
+        })
+    });
+    let mut group = json!({
+        "targets": targets,
+        // Without its own format a loader guesses one from the widths.
+        "format": format.name(),
+        "weights": {
+            "num_bits": encoding.levels.bits(), "type": kind(&encoding.levels),
+            "symmetric": encoding.fixed_zero().is_some(), "strategy": strategy, "group_size": group_size,
+            "dynamic": false,
+        },
+        "input_activations": inputs,
+        "output_activations": null,
+    });
+    if encoding.precision() == Float::E4M3 {
+        let name = Value::from("torch.float8_e4m3fn");
+        (group["weights"]["scale_dtype"], group["weights"]["zp_dtype"]) = (name.clone(), name);
+    }
+    Ok((format.name(), group))
+}
+
 /// Whether it can be written, so that what a configuration says of it tells all there is to know.
 pub(super) fn is_written(encoding: &Encoding) -> bool {
     Format::of(encoding).is_some()
@@ -276,51 +361,31 @@ impl Codec for CompressedTensors {
     }
 
     fn config(&self, modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Result<ConfigFiles> {
-        let selections = names::by_encoding(modules, unquantized_linears);
-        let format = |encoding: &Encoding| match Format::of(encoding) {
-            Some(format) => Ok(format),
-            None => Err(Error::unsupported("compressed-tensors has no format for an encoding among these")),
-        };
+        let mut selections = names::by_encoding(modules, unquantized_linears);
+        let experts = Experts::of(modules, unquantized_linears);
+        // Transformers reads all experts by the first group that names some: theirs has to stand before that of shared experts.
+        selections.sort_by_key(|selection| std::cmp::Reverse(experts.rank(&selection.encoding)));
         let mut formats = Vec::new();
-        let mut groups = Map::new();
+        let mut groups = Vec::new();
         for (index, Selection { encoding, names, .. }) in selections.iter().enumerate() {
-            let targets = match selections.len() {
+            let mut targets = match selections.len() {
                 1 => vec!["Linear".to_string()],
                 _ => names.targets(),
             };
-            let format = format(encoding)?.name();
-            formats.push(format);
-            let group_size = Some(encoding.group()).filter(|width| *width > 0);
-            let strategy = match group_size {
-                Some(_) if encoding.global.is_some() => "tensor_group",
-                Some(_) => "group",
-                None => "channel",
-            };
-            let kind = |levels: &Levels| if matches!(levels, Levels::Integer { .. }) { "int" } else { "float" };
-            let inputs = encoding.activation.map(|activation| {
-                json!({
-                    "num_bits": activation.levels.bits(), "type": kind(&activation.levels), "symmetric": true,
-                    "strategy": "token", "group_size": null, "dynamic": activation.dynamic,
-                })
-            });
-            let mut group = json!({
-                "targets": targets,
-                // Without its own format a loader guesses one from the widths.
-                "format": format,
-                "weights": {
-                    "num_bits": encoding.levels.bits(), "type": kind(&encoding.levels),
-                    "symmetric": encoding.fixed_zero().is_some(), "strategy": strategy, "group_size": group_size,
-                    "dynamic": false,
-                },
-                "input_activations": inputs,
-                "output_activations": null,
-            });
-            if encoding.precision() == Float::E4M3 {
-                let name = Value::from("torch.float8_e4m3fn");
-                (group["weights"]["scale_dtype"], group["weights"]["zp_dtype"]) = (name.clone(), name);
+            if index == 0 && selections.len() > 1 && experts.rank(encoding) > 0 && !targets.iter().any(names_experts) {
+                targets.push(NO_EXPERTS.to_owned());
             }
-            groups.insert(format!("group_{index}"), group);
+            let (format, group) = group(encoding, &targets)?;
+            formats.push(format);
+            groups.push(group);
         }
+        let several = groups.len() > 1;
+        if experts.need_bytes(selections.first().map(|first| &first.encoding)) {
+            let floats = Encoding::fp8(Block::Row).beside(Activation::FP8_TOKEN);
+            groups.insert(0, group(&floats, &[NO_EXPERTS.to_owned()])?.1);
+        }
+        let groups: Map<String, Value> =
+            groups.into_iter().enumerate().map(|(index, group)| (format!("group_{index}"), group)).collect();
         // What is left in every layer is named once for all, so that layers are meant too that share one layer's tensors.
         let (components, left): (Vec<&str>, Vec<&str>) = unquantized_linears
             .iter()
@@ -336,11 +401,11 @@ impl Codec for CompressedTensors {
         }
         let mut notes = Vec::new();
         if modules.iter().any(|module| module.encoding.fixed_zero().is_none()) {
-            notes.push(match groups.len() {
-                1 => "transformers loads asymmetric compressed-tensors only with CompressedTensorsConfig(dequantize=True); vLLM loads them \
+            notes.push(match several {
+                false => "transformers loads asymmetric compressed-tensors only with CompressedTensorsConfig(dequantize=True); vLLM loads them \
                       as they are"
                     .into(),
-                _ => "transformers does not load compressed-tensors of several schemes where one is asymmetric, with \
+                true => "transformers does not load compressed-tensors of several schemes where one is asymmetric, with \
                       CompressedTensorsConfig(dequantize=True) neither; vLLM loads them as they are"
                     .into(),
             });
@@ -362,7 +427,7 @@ impl Codec for CompressedTensors {
             "ignore": ignore,
             "sparsity_config": {},
             "transform_config": {},
-            "config_groups": Value::Object(groups),
+            "config_groups": groups,
         });
         Ok(ConfigFiles { quantization_config, files: Vec::new(), notes })
     }
