@@ -315,7 +315,9 @@ impl Outputs {
             let readers = stored.get(&entry.name).map_or(&[][..], |readers| readers);
             let is_weight = readers.first().is_some_and(|linear| linear.weight() == entry.name);
             let stacked = matches!(readers.first(), Some(Linear { stored: Stored::Slice { .. }, .. }));
-            let planned = |linear: &&Linear| encodings.contains_key(&linear.module);
+            // Beside packed linears transformers has Llama 4's experts one by one, and finds none in a stack.
+            let apart = stacked && layout.codec.id() == "compressed-tensors" && graph.family == "llama4";
+            let planned = |linear: &&Linear| apart || encodings.contains_key(&linear.module);
             let fate = if let Some(end) = ends.iter_mut().find(|end| end.tensor == entry.name) {
                 end.index = fates.len();
                 outputs.extend(layout.packed(&end.module, end.shape, &end.encoding));
@@ -481,7 +483,7 @@ pub fn other_linears(graph: &Graph, source: &Checkpoint, strays: &Strays<'_>, cl
 }
 
 impl Plan {
-    /// Whether a linear that stays as it is leaves its stack, because others of the stack are quantized.
+    /// Whether a linear that stays as it is leaves its stack, because others of the stack are quantized or a runtime wants it so.
     pub fn unstacked(&self, linear: &Linear) -> bool {
         matches!(linear.stored, Stored::Slice { .. }) && self.unstacked.contains(&linear.weight())
     }

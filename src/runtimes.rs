@@ -5,8 +5,8 @@ pub mod experts;
 
 use std::collections::HashMap;
 
-use formats::Encoding;
 use formats::codec::is_expert;
+use formats::{Dtype, Encoding};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
@@ -215,9 +215,29 @@ pub fn notes(
         };
         format!("transformers splits, joins or turns {first}")
     });
+    // The library unpacks these to bfloat16, whatever the model is in.
+    let dtype = source.dtype();
+    let halves = packed && dtype != Dtype::BF16 && encodings.values().any(|encoding| encoding.global.is_some());
+    let halves = halves.then(|| {
+        let or = if one { ", or as it is with CompressedTensorsConfig(dequantize=True)" } else { "" };
+        format!(
+            "transformers unpacks NVFP4A16 to bfloat16 and fails at the first product where the rest of the model has another type, as \
+             this one ({dtype}): load it with dtype=torch.bfloat16{or}"
+        )
+    });
+    // vLLM skips biases for which its class has no place.
+    let biased = |layer: &Layer| {
+        !matches!(layer, Layer::Attention(_)) && layer.linears().into_iter().flatten().any(|linear| linear.bias)
+    };
+    let lost = facts.family == "deepseek_v2" && codec != "mlx" && layers().any(biased);
+    let lost = lost.then(|| {
+        "vLLM leaves out the biases of this family's feed-forward layers (mlp_bias in config.json), without a word; transformers \
+         computes with them"
+            .to_owned()
+    });
     let known = [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned);
     let known = known.chain(mlx_lm(&facts, graph, source.config())?);
-    Ok(known.chain([unknown, own, changed, stays].into_iter().flatten()).collect())
+    Ok(known.chain([unknown, own, changed, stays, halves, lost].into_iter().flatten()).collect())
 }
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use formats::codec::is_expert;
+use formats::codec::{is_expert, scheme_of};
 use formats::{Codec, Encoding};
 
 use crate::error::{Error, Result};
@@ -102,7 +102,11 @@ fn between_layers(graph: &Graph, mixtures: &[Mixture<'_>]) -> String {
     let first = &mixtures[0];
     let other = mixtures.iter().find(|other| of(other) != of(first)).unwrap_or(first);
     let held = |mixture: &Mixture<'_>| match of(mixture) {
-        Some(encoding) => encoding.name().map_or("otherwise".to_owned(), |name| format!("in {name}")),
+        Some(encoding) => {
+            let name = scheme_of(&encoding).map(|scheme| scheme.name());
+            let name = name.or(encoding.name().map(str::to_owned));
+            name.map_or("otherwise".to_owned(), |name| format!("in {name}"))
+        }
         None => "as they are".to_owned(),
     };
     let mut held = [held(first), held(other)];
