@@ -493,7 +493,11 @@ fn foreign(path: &Path, keys: &[&str], architecture: &str) -> Option<String> {
     let is_known = |key: &str| key.split_once('.').is_some_and(|(kind, _)| known.contains(&kind));
     let others: Vec<&str> = keys.iter().copied().filter(|key| !is_known(key)).collect();
     (!others.is_empty()).then(|| {
-        format!("{}: keys that are not known here are left out of what is written ({})", path.display(), listed(&others))
+        format!(
+            "{}: keys that are not known here are left out of what is written ({})",
+            path.display(),
+            listed(&others)
+        )
     })
 }
 

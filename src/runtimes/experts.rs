@@ -75,8 +75,8 @@ pub fn uneven(graph: &Graph, encodings: &HashMap<String, Encoding>, codec: &dyn 
             mixture.at
         ))),
         Some(mixture) if graph.opaque => Ok(Some(format!(
-            "the experts of `{}` are not all quantized alike: where transformers and vLLM keep them in one stack they do not load that; \
-             give all experts of the model one scheme, or write another --format",
+            "the experts of `{}` are not all quantized alike: where transformers and vLLM keep them in one stack they fail, or load \
+             wrong weights without a word; give all experts of the model one scheme, or write another --format",
             mixture.at
         ))),
         Some(mixture) => Err(Error::usage(format!(

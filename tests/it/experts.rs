@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::families::checkpoint;
-use crate::harness::{Room, Run};
+use crate::harness::{Model, Room, Run};
 
 const EXPERTS: &str = r"re:.*\.experts\.\d.*";
 
@@ -160,4 +160,70 @@ fn experts_of_llama_4_that_stay_as_they_are_leave_their_stack() {
         // The stack has the matrix turned.
         assert!((0..rows * cols).all(|i| first[i] == stack[i % cols * rows + i / cols]));
     }
+}
+
+/// As transformers keeps them, and writes them where it is asked not to take them apart.
+#[test]
+fn experts_in_the_stacks_of_transformers_are_read() {
+    let tokens = [(3..40).collect::<Vec<u32>>()];
+    for family in ["qwen3_moe_plain", "deepseek_v2_lite"] {
+        let model = checkpoint(family);
+        let usual = crate::golden::logits(model.path(), &tokens).unwrap();
+        let room = Room::new();
+        let recipe = "scheme = 'W4A16'\ngroup_size = 32";
+        quantize(&room, &model, recipe).succeeds();
+        let packed = || {
+            let file = formats::SafetensorsFile::open(room.path("out/model.safetensors")).unwrap();
+            let tensor = |spec: &formats::TensorSpec| (spec.name.clone(), file.get(&spec.name).unwrap().data.to_vec());
+            file.tensors().map(tensor).collect::<std::collections::BTreeMap<String, Vec<u8>>>()
+        };
+        let one_by_one = packed();
+        stack(&Model::at(model.path()));
+        assert!(crate::golden::logits(model.path(), &tokens).unwrap() == usual, "{family}");
+        quantize(&room, &model, recipe).succeeds();
+        assert!(packed() == one_by_one, "{family}");
+        // What stays as it is leaves its stack too, so that vLLM finds it.
+        quantize(&room, &model, &format!("{recipe}\nignore = ['{EXPERTS}']")).succeeds();
+        assert!(packed().keys().any(|name| name.ends_with("experts.0.down_proj.weight")), "{family}");
+        room.run(["convert", "out", "-o", "plain"]).succeeds();
+    }
+}
+
+/// Puts the experts of a model in bfloat16 into stacks.
+fn stack(model: &Model) {
+    model.weights(|header, data| {
+        let at = |name: &str| name.split_once(".experts.").map(|(at, _)| at.to_owned());
+        let layers: std::collections::BTreeSet<String> = header.keys().filter_map(|name| at(name)).collect();
+        for layer in layers {
+            let mut stacks = [Vec::new(), Vec::new()];
+            let mut shapes = [Value::Null, Value::Null];
+            for index in 0.. {
+                let part = |name: &str| format!("{layer}.experts.{index}.{name}_proj.weight");
+                if !header.contains_key(&part("gate")) {
+                    shapes.iter_mut().for_each(|shape| shape[0] = json!(index));
+                    break;
+                }
+                for (which, name) in [(0, "gate"), (0, "up"), (1, "down")] {
+                    let entry = header.remove(&part(name)).unwrap();
+                    let [from, to] = [0, 1].map(|i| entry["data_offsets"][i].as_u64().unwrap() as usize);
+                    stacks[which].extend_from_slice(&data[from..to]);
+                    let rows = entry["shape"][0].as_u64().unwrap() * if which == 0 { 2 } else { 1 };
+                    shapes[which] = json!([0, rows, entry["shape"][1]]);
+                }
+            }
+            for ((stack, shape), name) in stacks.into_iter().zip(shapes).zip(["gate_up", "down"]) {
+                let entry =
+                    json!({"dtype": "BF16", "shape": shape, "data_offsets": [data.len(), data.len() + stack.len()]});
+                header.insert(format!("{layer}.experts.{name}_proj"), entry);
+                data.extend(stack);
+            }
+        }
+        // Files have no gaps.
+        let old = std::mem::take(data);
+        for (_, entry) in header.iter_mut().filter(|(name, _)| *name != "__metadata__") {
+            let [from, to] = [0, 1].map(|i| entry["data_offsets"][i].as_u64().unwrap() as usize);
+            entry["data_offsets"] = json!([data.len(), data.len() + to - from]);
+            data.extend_from_slice(&old[from..to]);
+        }
+    });
 }

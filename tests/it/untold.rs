@@ -375,7 +375,8 @@ fn biases_that_a_class_does_not_read_are_none() {
     // One that reads it needs them.
     let folder = checkpoint("llama_rope_linear");
     Model::at(folder.path()).config(|config| config["attention_bias"] = json!(true));
-    room.run(["inspect", folder.path().to_str().unwrap()]).refuses(1, &["q_proj.bias", "missing"]);
+    let path = folder.path().to_str().unwrap();
+    room.run(["convert", path, "-o", "other"]).refuses(1, &["q_proj.bias", "missing"]);
 }
 
 /// Transformers reads `mlp_bias` of DeepSeek V2 for dense layers and shared experts, vLLM for none.
@@ -388,7 +389,7 @@ fn biases_of_feed_forward_layers_of_deepseek_v2_are_its_own() {
     let run = || room.run(["quantize", path, "-o", "out", "--force"].iter().chain(&RTN));
     silent(&run(), "mlp_bias");
     model.config(|config| config["mlp_bias"] = json!(true));
-    room.run(["inspect", path]).refuses(1, &["bias` is missing"]);
+    room.run(["convert", path, "-o", "other"]).refuses(1, &["bias` is missing"]);
     let graph = |path: &std::path::Path| quantc::families::graph_of(&Checkpoint::open(path).unwrap()).unwrap();
     let tensors = graph(folder.path()).tensors();
     let biases: Vec<(&str, usize)> = tensors
@@ -434,7 +435,7 @@ fn a_stray_width_of_heads_is_no_fault() {
 #[test]
 fn parts_that_are_not_there_are_not_told() {
     let room = Room::new();
-    for (name, there) in [("deepseek_v3_plain", false), ("glm4_moe_plain", false), ("deepseek_v3_further", true)] {
+    for (name, there) in [("deepseek_v3_plain", false), ("glm4_moe_grouped", false), ("deepseek_v3_further", true)] {
         let folder = checkpoint(name);
         Model::at(folder.path()).config(|config| config["num_nextn_predict_layers"] = json!(1));
         let path = folder.path().to_str().unwrap();
@@ -450,10 +451,11 @@ fn nvfp4_beside_another_type_is_told() {
     let room = Room::new();
     for (dtype, told) in [(Dtype::F16, true), (Dtype::F32, true), (Dtype::BF16, false)] {
         let tensors = [("model.layers.0.mlp.up_proj.weight".to_owned(), vec![64, 64])];
-        write_as(dtype, &room.path("model"), &json!({"model_type": "unheard_of"}), &tensors);
+        let name = format!("{dtype}");
+        write_as(dtype, &room.path(&name), &json!({"model_type": "unheard_of"}), &tensors);
         let run = room.run([
             "quantize",
-            "model",
+            &name,
             "-o",
             "out",
             "--force",
@@ -467,4 +469,48 @@ fn nvfp4_beside_another_type_is_told() {
         run.succeeds();
         assert_eq!(run.stderr().contains("load it with dtype=torch.bfloat16"), told, "{}", run.stderr());
     }
+}
+
+#[test]
+fn gguf_files_without_a_tokenizer_or_with_keys_of_their_own_are_told() {
+    let room = changed(|keys, _| keys.push(key("foo.bar", MetadataValue::String("x".into()))));
+    notes(&room.run(["convert", "x.gguf", "-o", "out"]), &["x.gguf", "keys that are not known here", "`foo.bar`"]);
+    silent(&room.run(["convert", "m.gguf", "-o", "other"]), "keys that are not known here");
+    let room = changed(|keys, _| keys.retain(|(key, _)| !key.starts_with("tokenizer.")));
+    let run = room.run(["quantize", "x.gguf", "-o", "y.gguf", "--scheme", "Q8_0", "--verify-text", "none"]);
+    run.refuses(1, &["x.gguf: the file holds no tokenizer", "take a file that has one"]);
+}
+
+/// vLLM looks for what AWQ's library once wrote beside config.json.
+#[test]
+fn the_file_of_awq_beside_config_json_is_read() {
+    let room = Room::new();
+    room.model();
+    let run = ["quantize", "model", "-o", "awq", "--format", "awq"];
+    room.run(run.iter().chain(&RTN)).succeeds();
+    let model = Model::at(&room.path("awq"));
+    room.run(["convert", "awq", "-o", "usual"]).succeeds();
+    model.config(|config| drop(config.as_object_mut().unwrap().shift_remove("quantization_config")));
+    room.run(["convert", "awq", "-o", "none"]).refuses(1, &["says how these codes are meant is missing"]);
+    let settings = json!({"w_bit": 4, "q_group_size": 32, "zero_point": true, "version": "GEMM"});
+    std::fs::write(model.path("quant_config.json"), settings.to_string()).unwrap();
+    room.run(["convert", "awq", "-o", "beside"]).succeeds();
+    let bytes = |folder: &str| std::fs::read(room.path(folder).join("model.safetensors")).unwrap();
+    assert!(bytes("usual") == bytes("beside"));
+    std::fs::write(model.path("quant_config.json"), settings.to_string().replace("GEMM", "GEMV")).unwrap();
+    room.run(["convert", "awq", "-o", "gemv"]).refuses(1, &["AWQ version `GEMV`", "take the model it was made from"]);
+}
+
+#[test]
+fn plain_weights_of_compressed_tensors_are_called_so() {
+    let room = Room::new();
+    let model = room.model();
+    let group = json!({"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}});
+    model.config(|config| {
+        config["quantization_config"] =
+            json!({"quant_method": "compressed-tensors", "format": "dense", "config_groups": {"group_0": group}});
+    });
+    add_zeros(&model, &[("model.layers.0.self_attn.q_proj.weight_scale", 1)]);
+    room.run(["convert", "model", "-o", "out"])
+        .refuses(1, &["the weights are plain", "take the model it was made from"]);
 }

@@ -82,12 +82,11 @@ impl Format {
 }
 
 /// A target that no module has. Transformers takes the first group with a regular expression in whose text there is `experts` for
-/// that of all experts.
+/// that of all experts, and else the first with the name of a class or module.
 const NO_EXPERTS: &str = "re:^$experts";
 
-/// Whether transformers takes the group with this target for that of the experts.
-fn names_experts(target: &String) -> bool {
-    target.starts_with("re:") && target.contains("experts")
+fn is_pattern(target: &str) -> bool {
+    target.starts_with("re:")
 }
 
 /// How the experts of a model are held.
@@ -122,18 +121,28 @@ impl Experts {
         if floats { usize::MAX } else { count }
     }
 
-    /// Whether a group has to be made up so that transformers reads the experts: it multiplies what has a byte for a weight by its
-    /// scales, and takes plain weights as they are, where it takes them for eight-bit floats, and else looks for packed ones.
-    fn need_bytes(&self, first: Option<&Encoding>) -> bool {
-        self.any && self.bytes && !first.is_some_and(|first| self.rank(first) == usize::MAX)
+    /// Whether transformers takes the group by which it can read all of them for theirs: it multiplies what has a byte for a weight by
+    /// its scales, and takes plain weights as they are, where it takes them for eight-bit floats, and else looks for packed ones.
+    fn are_read_by(&self, groups: &[(Encoding, Vec<String>)]) -> bool {
+        let named = groups
+            .iter()
+            .find(|(_, targets)| targets.iter().any(|target| is_pattern(target) && target.contains("experts")));
+        let by_class = || groups.iter().find(|(_, targets)| targets.iter().any(|target| !is_pattern(target)));
+        let Some((encoding, _)) = named.or_else(by_class).or(groups.first()) else { return false };
+        match self.bytes {
+            true => Format::of(encoding) == Some(Format::Float),
+            false => self.rank(encoding) > 0,
+        }
     }
 }
 
-/// The format of an encoding, and a group of the configuration that gives it to these targets.
-fn group(encoding: &Encoding, targets: &[String]) -> Result<(&'static str, Value)> {
-    let Some(format) = Format::of(encoding) else {
-        return Err(Error::unsupported("compressed-tensors has no format for an encoding among these"));
-    };
+fn format_of(encoding: &Encoding) -> Result<&'static str> {
+    let format = Format::of(encoding).map(Format::name);
+    format.ok_or_else(|| Error::unsupported("compressed-tensors has no format for an encoding among these"))
+}
+
+/// A group of the configuration that gives an encoding to these targets.
+fn group(encoding: &Encoding, targets: &[String]) -> Result<Value> {
     let group_size = Some(encoding.group()).filter(|width| *width > 0);
     let strategy = match group_size {
         Some(_) if encoding.global.is_some() => "tensor_group",
@@ -150,7 +159,7 @@ fn group(encoding: &Encoding, targets: &[String]) -> Result<(&'static str, Value
     let mut group = json!({
         "targets": targets,
         // Without its own format a loader guesses one from the widths.
-        "format": format.name(),
+        "format": format_of(encoding)?,
         "weights": {
             "num_bits": encoding.levels.bits(), "type": kind(&encoding.levels),
             "symmetric": encoding.fixed_zero().is_some(), "strategy": strategy, "group_size": group_size,
@@ -163,7 +172,7 @@ fn group(encoding: &Encoding, targets: &[String]) -> Result<(&'static str, Value
         let name = Value::from("torch.float8_e4m3fn");
         (group["weights"]["scale_dtype"], group["weights"]["zp_dtype"]) = (name.clone(), name);
     }
-    Ok((format.name(), group))
+    Ok(group)
 }
 
 /// Whether it can be written, so that what a configuration says of it tells all there is to know.
@@ -365,27 +374,29 @@ impl Codec for CompressedTensors {
         let experts = Experts::of(modules, unquantized_linears);
         // Transformers reads all experts by the first group that names some: theirs has to stand before that of shared experts.
         selections.sort_by_key(|selection| std::cmp::Reverse(experts.rank(&selection.encoding)));
-        let mut formats = Vec::new();
-        let mut groups = Vec::new();
-        for (index, Selection { encoding, names, .. }) in selections.iter().enumerate() {
-            let mut targets = match selections.len() {
-                1 => vec!["Linear".to_string()],
-                _ => names.targets(),
-            };
-            if index == 0 && selections.len() > 1 && experts.rank(encoding) > 0 && !targets.iter().any(names_experts) {
-                targets.push(NO_EXPERTS.to_owned());
-            }
-            let (format, group) = group(encoding, &targets)?;
-            formats.push(format);
-            groups.push(group);
-        }
+        let mut groups: Vec<(Encoding, Vec<String>)> = selections
+            .iter()
+            .map(|Selection { encoding, names, .. }| match selections.len() {
+                1 => (*encoding, vec!["Linear".to_owned()]),
+                _ => (*encoding, names.targets()),
+            })
+            .collect();
+        let mut formats = groups.iter().map(|(encoding, _)| format_of(encoding)).collect::<Result<Vec<_>>>()?;
         let several = groups.len() > 1;
-        if experts.need_bytes(selections.first().map(|first| &first.encoding)) {
-            let floats = Encoding::fp8(Block::Row).beside(Activation::FP8_TOKEN);
-            groups.insert(0, group(&floats, &[NO_EXPERTS.to_owned()])?.1);
+        if experts.any && !experts.are_read_by(&groups) {
+            match experts.bytes {
+                true => {
+                    let floats = Encoding::fp8(Block::Row).beside(Activation::FP8_TOKEN);
+                    groups.insert(0, (floats, vec![NO_EXPERTS.to_owned()]));
+                }
+                false => groups[0].1.push(NO_EXPERTS.to_owned()),
+            }
         }
-        let groups: Map<String, Value> =
-            groups.into_iter().enumerate().map(|(index, group)| (format!("group_{index}"), group)).collect();
+        let groups: Map<String, Value> = groups
+            .iter()
+            .enumerate()
+            .map(|(index, (encoding, targets))| Ok((format!("group_{index}"), group(encoding, targets)?)))
+            .collect::<Result<_>>()?;
         // What is left in every layer is named once for all, so that layers are meant too that share one layer's tensors.
         let (components, left): (Vec<&str>, Vec<&str>) = unquantized_linears
             .iter()
