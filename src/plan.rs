@@ -2,17 +2,17 @@
 
 use std::collections::{HashMap, HashSet};
 
-use formats::codec::{ConfigFiles, QuantizedModule};
+use formats::codec::{ConfigFiles, QuantizedModule, is_expert};
 use formats::tensor::is_float;
 use formats::{Codec, Dtype, Encoding, Float, TensorSpec};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::{self, Loading};
-use crate::graph::{Graph, Layer, Linear, Mlp, Stored};
+use crate::graph::{Graph, Linear, Stored};
 use crate::recipe::{Patterns, Recipe, Said};
 use crate::report::Fate;
-use crate::runtimes::{self, is_expert};
+use crate::runtimes::{self, experts};
 use crate::serving::unequal;
 use crate::stray::{Strays, lookalike};
 use crate::weights::StoredType;
@@ -93,7 +93,7 @@ impl Plan {
             .collect();
         let mut config = codec.config(&listed, &left).map_err(|e| Error::usage(e.to_string()))?;
         config.notes.extend(runtimes::notes(graph, source, &loading, codec.id(), &chosen.encodings)?);
-        config.notes.extend(uneven_experts(graph, &chosen.encodings, codec));
+        config.notes.extend(experts::uneven(graph, &chosen.encodings, codec)?);
         config.notes.extend(uneven_fused(graph, &chosen.encodings, codec));
         config.notes.extend(rounded_inputs(&chosen.encodings));
         if graph.opaque {
@@ -315,7 +315,10 @@ impl Outputs {
             let readers = stored.get(&entry.name).map_or(&[][..], |readers| readers);
             let is_weight = readers.first().is_some_and(|linear| linear.weight() == entry.name);
             let stacked = matches!(readers.first(), Some(Linear { stored: Stored::Slice { .. }, .. }));
-            let planned = |linear: &&Linear| encodings.contains_key(&linear.module);
+            // Beside packed linears transformers has Llama 4's experts one by one, and finds none in a stack; others it takes from either.
+            let by_stack = matches!(graph.family, "gpt_oss" | "granitemoe");
+            let apart = stacked && layout.codec.id() == "compressed-tensors" && !by_stack;
+            let planned = |linear: &&Linear| apart || encodings.contains_key(&linear.module);
             let fate = if let Some(end) = ends.iter_mut().find(|end| end.tensor == entry.name) {
                 end.index = fates.len();
                 outputs.extend(layout.packed(&end.module, end.shape, &end.encoding));
@@ -396,29 +399,6 @@ fn rounded_inputs(encodings: &HashMap<String, Encoding>) -> Option<String> {
             names.join(" and ")
         )
     })
-}
-
-/// What to say of a mixture whose experts are not all quantized alike: runtimes keep them in one stack.
-fn uneven_experts(graph: &Graph, encodings: &HashMap<String, Encoding>, codec: &dyn Codec) -> Option<String> {
-    let mixtures = graph.blocks.iter().flat_map(|block| block.steps.iter().map(move |step| (block, step)));
-    let uneven = |layer: &Layer| {
-        let Layer::Moe(moe) = layer else { return false };
-        let of = |mlp: &Mlp| {
-            let linears = mlp.inputs.iter().chain([&mlp.down]);
-            linears.map(|linear| encodings.get(&linear.module).copied()).collect::<Vec<_>>()
-        };
-        moe.experts.windows(2).any(|pair| of(&pair[0]) != of(&pair[1]))
-    };
-    let (block, _) = mixtures.into_iter().find(|(_, step)| uneven(&step.layer))?;
-    let (who, keep, load) = match codec.id() {
-        "mlx" => ("mlx-lm", "keeps", "does"),
-        _ => ("transformers and vLLM", "keep", "do"),
-    };
-    Some(format!(
-        "the experts of `{}` are not all quantized alike: {who} {keep} them in one stack and {load} not load that; give --ignore \
-         or a scheme for all experts of a layer",
-        block.name
-    ))
 }
 
 /// What to say where linears that vLLM and SGLang load as one matrix are not held alike; of experts it is said elsewhere.
@@ -504,7 +484,7 @@ pub fn other_linears(graph: &Graph, source: &Checkpoint, strays: &Strays<'_>, cl
 }
 
 impl Plan {
-    /// Whether a linear that stays as it is leaves its stack, because others of the stack are quantized.
+    /// Whether a linear that stays as it is leaves its stack, because others of the stack are quantized or a runtime wants it so.
     pub fn unstacked(&self, linear: &Linear) -> bool {
         matches!(linear.stored, Stored::Slice { .. }) && self.unstacked.contains(&linear.weight())
     }

@@ -1,9 +1,12 @@
 //! What runtimes are known not to load, so that a report says it before anyone tries. Measured by `tests/runtimes/families.py`
 //! with transformers 5.23 and GPTQModel 7.7, and by `tests/runtimes/mlx.py`, which also fail when a note here is no longer true.
 
+pub mod experts;
+
 use std::collections::HashMap;
 
-use formats::Encoding;
+use formats::codec::is_expert;
+use formats::{Dtype, Encoding};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
@@ -133,17 +136,16 @@ struct Facts<'a> {
     experts: bool,
     /// Whether some layers are mixtures and others are not.
     mixed: bool,
+    /// Whether experts are in NVFP4.
+    global: bool,
+    /// Whether what computes is known here.
+    known: bool,
     /// Whether a quantized linear has a zero point.
     asymmetric: bool,
     /// Whether keys and values that are made through a latent have codes.
     latent: bool,
     /// Whether the model is a part of a larger one.
     wrapped: bool,
-}
-
-/// Whether the name of a module, in a model that is not known, says that it is in an expert.
-pub fn is_expert(module: &str) -> bool {
-    module.contains(".experts.")
 }
 
 /// Notes on the runtimes that will not load `graph` in the layout `codec` with these encodings: what happens, and who does.
@@ -166,6 +168,8 @@ pub fn notes(
         family: graph.family,
         codec,
         experts,
+        global: encodings.iter().any(|(module, encoding)| encoding.global.is_some() && is_expert(module)),
+        known: !graph.opaque,
         mixed: experts && layers().any(|layer| matches!(layer, Layer::Mlp(_))),
         asymmetric: encodings.values().any(|encoding| encoding.fixed_zero().is_none()),
         latent: graph.family == "deepseek_v3" && encodings.keys().any(|module| module.ends_with("kv_b_proj")),
@@ -211,9 +215,29 @@ pub fn notes(
         };
         format!("transformers splits, joins or turns {first}")
     });
+    // The library unpacks these to bfloat16, whatever the model is in.
+    let dtype = source.dtype();
+    let halves = packed && dtype != Dtype::BF16 && encodings.values().any(|encoding| encoding.global.is_some());
+    let halves = halves.then(|| {
+        let or = if one { ", or as it is with CompressedTensorsConfig(dequantize=True)" } else { "" };
+        format!(
+            "transformers unpacks NVFP4A16 to bfloat16 and fails at the first product where the rest of the model has another type, as \
+             this one ({dtype}): load it with dtype=torch.bfloat16{or}"
+        )
+    });
+    // vLLM skips biases for which its class has no place.
+    let biased = |layer: &Layer| {
+        !matches!(layer, Layer::Attention(_)) && layer.linears().into_iter().flatten().any(|linear| linear.bias)
+    };
+    let lost = facts.family == "deepseek_v2" && codec != "mlx" && layers().any(biased);
+    let lost = lost.then(|| {
+        "vLLM leaves out the biases of this family's feed-forward layers (mlp_bias in config.json), without a word; transformers \
+         computes with them"
+            .to_owned()
+    });
     let known = [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned);
     let known = known.chain(mlx_lm(&facts, graph, source.config())?);
-    Ok(known.chain([unknown, own, changed, stays].into_iter().flatten()).collect())
+    Ok(known.chain([unknown, own, changed, stays, halves, lost].into_iter().flatten()).collect())
 }
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
@@ -226,6 +250,16 @@ fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
         ("compressed-tensors", family) if facts.experts && facts.asymmetric && family != "llama4" => {
             Some("transformers does not unpack asymmetric experts; vLLM does, and symmetric ones load in both")
         }
+        ("compressed-tensors", family) if facts.global && family != "llama4" => Some(match facts.known {
+            true => {
+                "transformers does not read the global scales of experts in NVFP4A16 and would load wrong weights, thousands of times too \
+                 large, without a word; vLLM loads them; for transformers give the experts another scheme (W4A16, FP8_DYNAMIC), or --ignore"
+            }
+            false => {
+                "where transformers keeps this model's experts in stacks it does not read their global scales in NVFP4A16 and would load \
+                 wrong weights, without a word; for transformers give the experts another scheme (W4A16, FP8_DYNAMIC), or --ignore"
+            }
+        }),
         ("gptq" | "awq", _) if facts.experts => Some(
             "transformers keeps experts in stacks and does not fill them from GPTQ or AWQ: it would load wrong weights; \
              vLLM loads experts one by one",

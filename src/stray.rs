@@ -9,7 +9,7 @@ use formats::ShardedWriter;
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::families::graph_of;
+use crate::families::{graph_of, settings};
 use crate::graph::{Graph, Linear, Stored};
 use crate::mixes::block_number;
 use crate::recipe::UnknownTensors;
@@ -22,6 +22,8 @@ const BEYOND: &str = "a layer beyond those that config.json counts";
 const BEYOND_COUNT: &str = "a block beyond those that `block_count` counts";
 const FURTHER: &str = "a part that predicts further tokens";
 const BIAS: &str = "a bias that config.json says there is none of";
+const UNREAD: &str =
+    "a bias that transformers leaves out in models of this type, whatever config.json says, and other runtimes may add";
 const HEAD: &str = "an output for something else than tokens";
 const CACHE: &str = "a scale for the cache of keys and values";
 const BUFFER: &str = "a buffer that runtimes compute";
@@ -29,7 +31,8 @@ const TWIN: &str = "another tensor for a weight that is there, and transformers 
 const OTHER: &str = "of a name that means nothing in this model";
 
 /// Every reason, which no rule of a family shares.
-const REASONS: &[&str] = &[ADAPTER, LEFTOVER, BEYOND, BEYOND_COUNT, FURTHER, BIAS, HEAD, CACHE, BUFFER, TWIN, OTHER];
+const REASONS: &[&str] =
+    &[ADAPTER, LEFTOVER, BEYOND, BEYOND_COUNT, FURTHER, BIAS, UNREAD, HEAD, CACHE, BUFFER, TWIN, OTHER];
 
 /// Parts of names that PEFT gives what it trains.
 const ADAPTERS: &[&str] =
@@ -156,7 +159,10 @@ impl<'a> Strays<'a> {
             () if parts.iter().any(|part| *part == "mtp" || part.starts_with("mtp_") || *part == "nextn") => FURTHER,
             () if beyond => BEYOND,
             () if gguf && block_number(name).is_some_and(|block| block >= self.graph.blocks.len()) => BEYOND_COUNT,
-            () if last == "bias" && self.linears.contains_key(module) => BIAS,
+            () if last == "bias" && self.linears.contains_key(module) => match promises_biases(self.source) {
+                true => UNREAD,
+                false => BIAS,
+            },
             () if any(HEADS) || gguf && parts[0] == "cls" => HEAD,
             () if ["k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale"].contains(&last) => CACHE,
             () if any(BUFFERS) => BUFFER,
@@ -217,6 +223,12 @@ impl<'a> Strays<'a> {
         }
         notes
     }
+}
+
+/// Whether config.json has a flag for biases set, whoever reads it.
+fn promises_biases(source: &Checkpoint) -> bool {
+    let flags = ["attention_bias", "mlp_bias", "qkv_bias", "use_bias", "bias"];
+    settings(source.config()).is_ok_and(|settings| flags.iter().any(|flag| settings.values[*flag] == true))
 }
 
 /// Copies a tensor that no rule names as its bytes are: nobody computes with it, and a mask may well be infinite. Says whether

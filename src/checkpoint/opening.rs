@@ -81,12 +81,17 @@ impl Checkpoint {
             }
             Err(error) => return Err(error.in_file(&config_path).into()),
         };
-        let separate = path.join("quantize_config.json");
+        // GPTQ's and AWQ's libraries once wrote it beside config.json, where vLLM looks for it.
+        let [gptq, awq] = ["quantize_config.json", "quant_config.json"].map(|name| path.join(name));
+        let separate = if gptq.exists() { gptq } else { awq };
         let has_codes = |name: &str| name.ends_with(".qweight") || name.ends_with(".weight_packed");
         if quantization.is_none()
             && tensors.tensors().any(|spec| has_codes(&spec.name))
-            && let Some(separate_config) = read_json(&separate)?
+            && let Some(mut separate_config) = read_json(&separate)?
         {
+            if separate_config.get("w_bit").is_some() {
+                separate_config["quant_method"] = json!("awq");
+            }
             quantization = read_quantization(&separate_config).map_err(|e| e.in_file(&separate))?;
         }
 

@@ -67,6 +67,7 @@ impl GgufModel {
         let mut config = settings.config().map_err(|error| error.in_file(path))?;
         finish_config(&mut config, &file, dtype)?;
         let mut notes: Vec<String> = unread(path, &settings.unread()).into_iter().collect();
+        notes.extend(foreign(path, &file.keys(), architecture.id));
         if let Some(window) = settings.unused_window().map_err(|error| error.in_file(path))? {
             notes.push(format!(
                 "{}: its sliding window of {window} tokens is left out, as llama.cpp leaves it out for architecture {}: beyond {window} \
@@ -484,6 +485,20 @@ fn factor(view: &GgufView<'_>) -> formats::Result<f32> {
         true => Ok(value[0]),
         false => Err(formats::Error::malformed(format!("the scale {} is not a finite number", value[0]))),
     }
+}
+
+/// What to say of keys of no kind that llama.cpp writes: no output has them.
+fn foreign(path: &Path, keys: &[&str], architecture: &str) -> Option<String> {
+    let known = ["general", "tokenizer", "split", "quantize", "imatrix", architecture];
+    let is_known = |key: &str| key.split_once('.').is_some_and(|(kind, _)| known.contains(&kind));
+    let others: Vec<&str> = keys.iter().copied().filter(|key| !is_known(key)).collect();
+    (!others.is_empty()).then(|| {
+        format!(
+            "{}: keys that are not known here are left out of what is written ({})",
+            path.display(),
+            listed(&others)
+        )
+    })
 }
 
 /// What to say of settings that nothing here goes by.

@@ -79,6 +79,12 @@ pub fn tokenizer(source: &dyn Weights, rows: usize, pre: Option<&str>) -> Result
 fn copied(file: &formats::GgufFile, rows: usize, pre: Option<&str>) -> Result<Written> {
     let mut out = Written::default();
     let count = file.strings("tokenizer.ggml.tokens")?.map_or(0, |tokens| tokens.len());
+    if count == 0 {
+        return Err(Error::failed(format!(
+            "{}: the file holds no tokenizer (`tokenizer.ggml.tokens`), without which llama.cpp loads no model: take a file that has one",
+            file.path().display()
+        )));
+    }
     if count != rows {
         let error =
             formats::Error::mismatch("the number of tokens", format!("{rows}, as the embedding has rows"), count);

@@ -28,6 +28,8 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
     let latent = config.count("kv_lora_rank")?;
     let q_latent = config.optional_count("q_lora_rank")?;
     let bias = config.flag("attention_bias", false)?;
+    // Transformers reads it for V2 alone, and for no routed expert.
+    let mlp_bias = !third && config.flag("mlp_bias", false)?;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let rope = rope(config, rotated)?;
@@ -79,8 +81,14 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
         attention.shape.scale = scale;
         let module = format!("{at}.mlp");
         let feed_forward = match experts.filter(|_| layer >= dense) {
-            None => Layer::Mlp(base.gated(&module, inner, act, false)),
-            Some(experts) => Layer::Moe(moe(&base, config, &module, experts, act, third, third)?),
+            None => Layer::Mlp(base.gated(&module, inner, act, mlp_bias)),
+            Some(experts) => {
+                let mut moe = moe(&base, config, &module, experts, act, third, third)?;
+                if let Some((shared, _)) = &mut moe.shared {
+                    shared.inputs.iter_mut().chain([&mut shared.down]).for_each(|linear| linear.bias = mlp_bias);
+                }
+                Layer::Moe(moe)
+            }
         };
         Ok(base.usual_block(at, attention, feed_forward))
     })?;

@@ -5,7 +5,7 @@ use kernels::{Activation, NormKind};
 use super::build::{Base, activation, activation_of, block, pre};
 use super::rope::rope;
 use super::{Config, Family};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::graph::{Block, DropRule, Graph, Layer, Linear, Split, Stored};
 
 /// GPT-2.
@@ -81,6 +81,9 @@ fn gpt_neox(config: &Config<'_>) -> Result<Graph> {
     base.norm_bias = true;
     base.eps = config.positive("layer_norm_eps", 1e-5)? as f32;
     base.kv_heads = base.heads;
+    // A width of heads that config.json has beside these is that of the rotation alone.
+    let turning = base.head_dim;
+    base.head_dim = base.hidden / base.heads;
     base.blocks = "gpt_neox.layers";
     base.embedding = "gpt_neox.embed_in";
     base.final_norm = "gpt_neox.final_layer_norm";
@@ -89,7 +92,16 @@ fn gpt_neox(config: &Config<'_>) -> Result<Graph> {
     let act = activation(config, Activation::Gelu)?;
     let bias = config.flag("attention_bias", true)?;
     let parallel = config.flag("use_parallel_residual", true)?;
-    let rope = rope(config, base.head_dim)?;
+    let rope = rope(config, turning)?;
+    if base.hidden % base.heads != 0 || 2 * rope.inverse_frequencies.len() > base.head_dim {
+        return Err(Error::failed(format!(
+            "config.json: head_dim {turning} has {} values of a head rotated, and {} heads of {} values cannot be: take head_dim out of \
+             config.json",
+            2 * rope.inverse_frequencies.len(),
+            base.heads,
+            base.head_dim
+        )));
+    }
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let qkv = Linear {

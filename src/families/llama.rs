@@ -52,13 +52,15 @@ fn build(config: &Config<'_>, family: &'static str, windowed: bool) -> Result<Gr
         "mistral" | "ministral" => sliding(config, base.layers, |_| true)?,
         _ => vec![true; base.layers],
     };
-    let qkv_bias = config.flag("attention_bias", family == "seed_oss")?;
+    // Mistral's classes have no biases, whatever config.json says.
+    let reads_biases = !matches!(family, "mistral" | "ministral" | "ministral3");
+    let qkv_bias = reads_biases && config.flag("attention_bias", family == "seed_oss")?;
     let o_bias = match family {
         "seed_oss" => config.flag("attention_out_bias", false)?,
         "helium" => false,
         _ => qkv_bias,
     };
-    let mlp_bias = config.flag("mlp_bias", false)?;
+    let mlp_bias = reads_biases && config.flag("mlp_bias", false)?;
     let rope = rope(config, base.head_dim)?;
     let temperature = if family == "ministral3" { temperature(config)? } else { None };
     let blocks = base.each(|layer| {

@@ -347,6 +347,7 @@ pub fn published(source: &dyn Weights) -> Result<Graph> {
     }
     let mut graph = build(source.config()).map_err(located)?;
     names::adopt(&mut graph, source);
+    moe::from_stacks(&mut graph, source);
     if headless(&graph, source) {
         graph.head.linear.bias = false;
         (graph.head.tied, graph.head.missing) = (true, true);

@@ -8,6 +8,7 @@ use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
 use crate::graph::{Graph, Layer, Linear, Mlp, Moe, Router, Scoring, Split, Stored};
+use crate::weights::Weights;
 
 /// Mixtral.
 pub const MIXTRAL: Family = Family { id: "mixtral", model_types: &["mixtral"], build: mixtral };
@@ -72,6 +73,24 @@ pub fn stacked(
         }
     };
     (0..experts).map(expert).collect()
+}
+
+/// Takes experts from stacks where a checkpoint has them as transformers keeps them in memory, and not one by one:
+/// `experts.gate_up_proj`, `[experts, 2·inner, hidden]`, and `experts.down_proj`, `[experts, hidden, inner]`.
+pub(super) fn from_stacks(graph: &mut Graph, source: &dyn Weights) {
+    for step in graph.blocks.iter_mut().flat_map(|block| &mut block.steps) {
+        let Layer::Moe(moe) = &mut step.layer else { continue };
+        let Some(Mlp { inputs, down, activation }) = moe.experts.first() else { continue };
+        let ([gate, _], Some(module)) = (&inputs[..], down.module.strip_suffix(".0.down_proj")) else { continue };
+        let tensors = ["gate_up_proj", "down_proj"].map(|name| format!("{module}.{name}"));
+        let there = |name: &str| source.entry(name).is_some();
+        if down.stored != Stored::Plain || down.bias || there(&down.weight()) || !tensors.iter().all(|name| there(name))
+        {
+            continue;
+        }
+        let (sizes, halves) = ([moe.experts.len(), gate.cols, gate.rows], Split::of(&[gate.rows; 2]));
+        moe.experts = stacked(module, tensors, [None, None], sizes, false, halves, *activation);
+    }
 }
 
 /// Granite's experts, stacked as linears are.

@@ -35,7 +35,10 @@ impl Remarks {
             ));
         }
         model.extend(families::cannot_run(graph));
-        let prefixes = graph.aside.iter().map(|(prefix, _)| prefix.trim_end_matches('.').to_owned());
+        // config.json may count layers for further tokens that the file does not hold.
+        let there = |prefix: &str| source.entries().iter().any(|entry| entry.name.starts_with(prefix));
+        let prefixes = graph.aside.iter().filter(|(prefix, _)| there(prefix));
+        let prefixes = prefixes.map(|(prefix, _)| prefix.trim_end_matches('.').to_owned());
         let aside = if graph.opaque { Vec::new() } else { prefixes.collect() };
         Remarks { model, aside, experts: graph.has_experts(), tokenizer: Vec::new(), held_out: Vec::new() }
     }

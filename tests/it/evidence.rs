@@ -491,9 +491,11 @@ fn experts_that_are_not_quantized_alike_are_told() {
         let report = quantize(room.path(), &outputs.path("out"), &format!("method = 'rtn'\ngroup_size = 32\n{toml}"));
         report.unwrap().notes.join("; ")
     };
-    assert!(!notes("").contains("not all quantized alike"));
-    let told = notes("ignore = ['re:.*experts\\.0\\..*']");
-    assert!(told.contains("the experts of `model.layers.0` are not all quantized alike"), "{told}");
+    let ignore = "ignore = ['re:.*experts\\.0\\..*']";
+    assert!(!notes("format = 'gptq'").contains("not all quantized alike"));
+    let told = notes(&format!("format = 'gptq'\n{ignore}"));
+    let at = "`model.layers.0.block_sparse_moe`";
+    assert!(told.contains(&format!("the experts of {at} are not all quantized alike")), "{told}");
 }
 
 #[test]

@@ -12,6 +12,7 @@ mod cuda;
 mod endings;
 mod eval;
 mod evidence;
+mod experts;
 mod families;
 mod folders;
 mod gates;

@@ -6,8 +6,9 @@ use quantc::Checkpoint;
 use quantc::weights::StoredType;
 use serde_json::{Value, json};
 
+use crate::families::checkpoint;
 use crate::gguf_inputs::{changed, floats, key, rewrite};
-use crate::harness::{Room, Run};
+use crate::harness::{Model, Room, Run};
 use crate::unknown::write_as;
 
 const RTN: [&str; 6] = ["--method", "rtn", "--verify-text", "none", "--group-size", "32"];
@@ -344,4 +345,172 @@ fn a_bias_may_stand_alone_in_a_gguf_file() {
     run.succeeds();
     let (_, told) = with(&[]);
     assert!(!told.contains("zeros"), "{told}");
+}
+
+/// Appends tensors of zeros, in bfloat16.
+fn add_zeros(model: &Model, names: &[(&str, usize)]) {
+    model.weights(|header, data| {
+        for (name, length) in names {
+            let entry =
+                json!({"dtype": "BF16", "shape": [length], "data_offsets": [data.len(), data.len() + 2 * length]});
+            data.resize(data.len() + 2 * length, 0);
+            header.insert((*name).to_owned(), entry);
+        }
+    });
+}
+
+/// Transformers' classes of these read no flag for biases: there are none, whatever config.json says.
+#[test]
+fn biases_that_a_class_does_not_read_are_none() {
+    let room = Room::new();
+    for name in ["mistral_grouped", "ministral_layers", "ministral3_plain"] {
+        let folder = checkpoint(name);
+        let model = Model::at(folder.path());
+        let path = folder.path().to_str().unwrap();
+        model.config(|config| (config["attention_bias"], config["mlp_bias"]) = (json!(true), json!(true)));
+        silent(&room.run(["convert", path, "-o", "out", "--force"]), "bias");
+        add_zeros(&model, &[("model.layers.0.mlp.up_proj.bias", 96)]);
+        notes(&room.run(["convert", path, "-o", "out", "--force"]), &["mlp.up_proj.bias", "transformers leaves out"]);
+    }
+    // One that reads it needs them.
+    let folder = checkpoint("llama_rope_linear");
+    Model::at(folder.path()).config(|config| config["attention_bias"] = json!(true));
+    let path = folder.path().to_str().unwrap();
+    room.run(["convert", path, "-o", "other"]).refuses(1, &["q_proj.bias", "missing"]);
+}
+
+/// Transformers reads `mlp_bias` of DeepSeek V2 for dense layers and shared experts, vLLM for none.
+#[test]
+fn biases_of_feed_forward_layers_of_deepseek_v2_are_its_own() {
+    let room = Room::new();
+    let folder = checkpoint("deepseek_v2_lite");
+    let model = Model::at(folder.path());
+    let path = folder.path().to_str().unwrap();
+    let run = || room.run(["quantize", path, "-o", "out", "--force"].iter().chain(&RTN));
+    silent(&run(), "mlp_bias");
+    model.config(|config| config["mlp_bias"] = json!(true));
+    room.run(["convert", path, "-o", "other"]).refuses(1, &["bias` is missing"]);
+    let graph = |path: &std::path::Path| quantc::families::graph_of(&Checkpoint::open(path).unwrap()).unwrap();
+    let tensors = graph(folder.path()).tensors();
+    let biases: Vec<(&str, usize)> = tensors
+        .iter()
+        .filter(|(name, _)| name.ends_with("proj.bias"))
+        .map(|(name, shape)| (&name[..], shape[0]))
+        .collect();
+    assert!(
+        biases.iter().all(|(name, _)| !name.contains(".experts."))
+            && biases.iter().any(|(name, _)| name.contains("shared"))
+    );
+    add_zeros(&model, &biases);
+    notes(&run(), &["vLLM leaves out the biases", "mlp_bias"]);
+}
+
+/// Transformers rotates as many values of GPT-NeoX's heads as are the part of this width, and cuts heads by their number.
+#[test]
+fn a_stray_width_of_heads_is_no_fault() {
+    let with = |folder: &std::path::Path, head_dim: Value, part: Option<f64>| {
+        Model::at(folder).config(|config| {
+            config["head_dim"] = head_dim;
+            if let Some(part) = part {
+                config["rope_parameters"]["partial_rotary_factor"] = json!(part);
+            }
+        });
+        crate::golden::logits(folder, &[(3..40).collect()]).map_err(|e| e.to_string())
+    };
+    let folder = checkpoint("gpt_neox_sequential");
+    let usual = with(folder.path(), Value::Null, Some(0.5)).unwrap();
+    assert!(with(folder.path(), json!(32), Some(0.25)).unwrap() == usual);
+    assert!(with(folder.path(), json!(32), Some(0.5)).unwrap() != usual);
+    assert!(with(folder.path(), json!(64), Some(0.5)).unwrap_err().contains("take head_dim out of config.json"));
+    // No width makes any family fall over.
+    for name in crate::families::names() {
+        for width in [2, 6, 8, 10, 64] {
+            let folder = checkpoint(&name);
+            let _ = with(folder.path(), json!(width), None);
+        }
+    }
+}
+
+/// config.json may count layers for further tokens that the file does not hold.
+#[test]
+fn parts_that_are_not_there_are_not_told() {
+    let room = Room::new();
+    for (name, there) in [("deepseek_v3_plain", false), ("glm4_moe_grouped", false), ("deepseek_v3_further", true)] {
+        let folder = checkpoint(name);
+        Model::at(folder.path()).config(|config| config["num_nextn_predict_layers"] = json!(1));
+        let path = folder.path().to_str().unwrap();
+        let run = room.run(["quantize", path, "-o", "out", "--force"].iter().chain(&RTN));
+        run.succeeds();
+        assert_eq!(run.stderr().contains("not part of the language model"), there, "{name}: {}", run.stderr());
+    }
+}
+
+/// compressed-tensors unpacks NVFP4 to bfloat16, whatever the model is in.
+#[test]
+fn nvfp4_beside_another_type_is_told() {
+    let room = Room::new();
+    for (dtype, told) in [(Dtype::F16, true), (Dtype::F32, true), (Dtype::BF16, false)] {
+        let tensors = [("model.layers.0.mlp.up_proj.weight".to_owned(), vec![64, 64])];
+        let name = format!("{dtype}");
+        write_as(dtype, &room.path(&name), &json!({"model_type": "unheard_of"}), &tensors);
+        let run = room.run([
+            "quantize",
+            &name,
+            "-o",
+            "out",
+            "--force",
+            "--scheme",
+            "NVFP4A16",
+            "--method",
+            "rtn",
+            "--verify-text",
+            "none",
+        ]);
+        run.succeeds();
+        assert_eq!(run.stderr().contains("load it with dtype=torch.bfloat16"), told, "{}", run.stderr());
+    }
+}
+
+#[test]
+fn gguf_files_without_a_tokenizer_or_with_keys_of_their_own_are_told() {
+    let room = changed(|keys, _| keys.push(key("foo.bar", MetadataValue::String("x".into()))));
+    notes(&room.run(["convert", "x.gguf", "-o", "out"]), &["x.gguf", "keys that are not known here", "`foo.bar`"]);
+    silent(&room.run(["convert", "m.gguf", "-o", "other"]), "keys that are not known here");
+    let room = changed(|keys, _| keys.retain(|(key, _)| !key.starts_with("tokenizer.")));
+    let run = room.run(["quantize", "x.gguf", "-o", "y.gguf", "--scheme", "Q8_0", "--verify-text", "none"]);
+    run.refuses(1, &["x.gguf: the file holds no tokenizer", "take a file that has one"]);
+}
+
+/// vLLM looks for what AWQ's library once wrote beside config.json.
+#[test]
+fn the_file_of_awq_beside_config_json_is_read() {
+    let room = Room::new();
+    room.model();
+    let run = ["quantize", "model", "-o", "awq", "--format", "awq"];
+    room.run(run.iter().chain(&RTN)).succeeds();
+    let model = Model::at(&room.path("awq"));
+    room.run(["convert", "awq", "-o", "usual"]).succeeds();
+    model.config(|config| drop(config.as_object_mut().unwrap().shift_remove("quantization_config")));
+    room.run(["convert", "awq", "-o", "none"]).refuses(1, &["says how these codes are meant is missing"]);
+    let settings = json!({"w_bit": 4, "q_group_size": 32, "zero_point": true, "version": "GEMM"});
+    std::fs::write(model.path("quant_config.json"), settings.to_string()).unwrap();
+    room.run(["convert", "awq", "-o", "beside"]).succeeds();
+    let bytes = |folder: &str| std::fs::read(room.path(folder).join("model.safetensors")).unwrap();
+    assert!(bytes("usual") == bytes("beside"));
+    std::fs::write(model.path("quant_config.json"), settings.to_string().replace("GEMM", "GEMV")).unwrap();
+    room.run(["convert", "awq", "-o", "gemv"]).refuses(1, &["AWQ version `GEMV`", "take the model it was made from"]);
+}
+
+#[test]
+fn plain_weights_of_compressed_tensors_are_called_so() {
+    let room = Room::new();
+    let model = room.model();
+    let group = json!({"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}});
+    model.config(|config| {
+        config["quantization_config"] =
+            json!({"quant_method": "compressed-tensors", "format": "dense", "config_groups": {"group_0": group}});
+    });
+    add_zeros(&model, &[("model.layers.0.self_attn.q_proj.weight_scale", 1)]);
+    room.run(["convert", "model", "-o", "out"])
+        .refuses(1, &["the weights are plain", "take the model it was made from"]);
 }

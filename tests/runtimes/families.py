@@ -46,6 +46,12 @@ LAYOUTS = {
     "ct-asym": f"--format compressed-tensors --scheme W4A16_ASYM {COMMON}",
     "gptq": f"--format gptq --scheme W4A16 {COMMON}",
     "awq": f"--format awq --scheme W4A16_ASYM {COMMON}",
+    # Of mixtures: experts as they are, experts of a byte for a weight, experts with a scale over their scales, and experts of one
+    # layer as they are.
+    "ct-attention": rf"--format compressed-tensors --scheme W4A16 --ignore re:.*\.experts\.\d.* {COMMON}",
+    "ct-w8a8": "--format compressed-tensors --scheme W8A8 --method rtn --verify-text none --quiet",
+    "ct-nvfp4": "--format compressed-tensors --scheme NVFP4A16 --method rtn --verify-text none --quiet",
+    "ct-layers": rf"--format compressed-tensors --scheme W4A16 --ignore re:.*layers\.1\..*\.experts\.\d.* {COMMON}",
 }
 # layout: what is written. runtime: its name in quantc's notes. rounds: the type that its kernel rounds weights to, which
 # may be that of the scales.
@@ -59,9 +65,20 @@ COLUMNS = {
     "awq": Column("awq", "transformers", "AWQ: transformers", "f16", 1e-3, "transformers"),
     "awq-own": Column("awq", "GPTQModel", "AWQ: GPTQModel", "f16", 2e-2, "gptqmodel"),
     "vllm": Column("ct", "vLLM", "compressed-tensors: vLLM", "f32", 3e-2, "vllm"),
+    "ct-attention": Column("ct-attention", "transformers", "experts as they are: transformers", "f32", 1e-3, "transformers"),
+    # Linears are unpacked in the type of their scales, and experts in single precision.
+    "ct-w8a8": Column("ct-w8a8", "transformers", "W8A8: transformers", "scales", 1e-2, "transformers"),
+    "ct-nvfp4": Column("ct-nvfp4", "transformers", "NVFP4A16: transformers", "f32", 1e-3, "transformers"),
+    "ct-layers": Column("ct-layers", "transformers", "experts of a layer as they are: transformers", "f32", 1e-3, "transformers"),
 }
+# What is tried of these with each of EXPERTS, and with no other checkpoint.
+OF_EXPERTS = ["ct-attention", "ct-w8a8", "ct-nvfp4", "ct-layers"]
+EXPERTS = ["mixtral_plain", "qwen3_moe_mixed", "deepseek_v2_lite", "llama4_text_every_layer"]
 USUAL = "ct,ct-asym,gptq,gptq-own,awq,awq-own"
-FAST = "ct,ct-asym", ["qwen2_plain", "gemma3_vision", "phi3_plain", "mixtral_plain", "qwen3_moe_mixed", "gpt_neox_plain"]
+FAST = (
+    ",".join(["ct", "ct-asym", *OF_EXPERTS]),
+    ["qwen2_plain", "gemma3_vision", "phi3_plain", "gpt_neox_sequential", *EXPERTS],
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +212,7 @@ def measured(item, ids, idle):
         return in_gptqmodel(folder, ids)
     if column == "vllm":
         return in_vllm(folder, ids)
-    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if column == "ct-asym" else {}
+    options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if column in ("ct-asym", "ct-w8a8", "ct-nvfp4") else {}
     if column in ("gptq", "awq"):
         options["device_map"] = "cpu"
     model = loaded(folder, idle, **options)
@@ -307,6 +324,8 @@ def outcome(column, made, found):
     # What a note says how to load is loaded so here.
     runtime = COLUMNS[column].runtime
     told = [note for note in made["notes"] if re.search(rf"{runtime}(?! loads| does[,;])", note) and "only with" not in note]
+    # What is said of a tokenizer says nothing of weights.
+    told = [note for note in told if "tokenizer" not in note]
     if "an't load image processor" in found.get("error", ""):
         return "not tried: asks for an image processor", None
     if "error" in found:
@@ -394,13 +413,14 @@ def main():
             pythons[process] = cpu_torch.environment(options.venv.resolve() / venv, TORCH[venv], wanted)
         write = [pythons["transformers"], FIXTURES / "make_families.py", "--write", folder, *names]
         subprocess.run([str(part) for part in write], check=True)
-        layouts = sorted({COLUMNS[c].layout for c in options.only})
-        made = {(n, layout): artifacts(options, folder, n, layout) for n in names for layout in layouts}
+        tried = {(n, c) for n in names for c in options.only if c not in OF_EXPERTS or n in EXPERTS}
+        wanted = sorted({(n, COLUMNS[c].layout) for n, c in tried})
+        made = {(n, layout): artifacts(options, folder, n, layout) for n, layout in wanted}
         say(f"{len(made)} artifacts after {time.time() - started:.0f} s")
         found = {}
         for process in processes:
             columns = [c for c in options.only if COLUMNS[c].process == process]
-            pairs = [(n, c, COLUMNS[c]) for n in names for c in columns]
+            pairs = [(n, c, COLUMNS[c]) for n in names for c in columns if (n, c) in tried]
             items = [
                 {
                     "name": n, "column": c, "layout": column.layout, "artifact": out, "original": str(folder / n),
@@ -416,6 +436,9 @@ def main():
             shutil.rmtree(folder, ignore_errors=True)
     for name in names:
         for column in options.only:
+            if (name, column) not in tried:
+                cells[name, column] = "not tried"
+                continue
             of = made[name, COLUMNS[column].layout]
             cells[name, column], problem = outcome(column, of, found.get((name, column)))
             rows.append({"checkpoint": name, "column": column, "cell": cells[name, column], **of, **found.get((name, column), {})})

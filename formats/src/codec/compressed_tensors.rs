@@ -81,6 +81,100 @@ impl Format {
     }
 }
 
+/// A target that no module has. Transformers takes the first group with a regular expression in whose text there is `experts` for
+/// that of all experts, and else the first with the name of a class or module.
+const NO_EXPERTS: &str = "re:^$experts";
+
+fn is_pattern(target: &str) -> bool {
+    target.starts_with("re:")
+}
+
+/// How the experts of a model are held.
+struct Experts {
+    /// Each encoding among them with how many linears have it.
+    encodings: Vec<(Encoding, usize)>,
+    /// Whether there are experts at all.
+    any: bool,
+    /// Whether each has a byte for a weight, or is left as it is.
+    bytes: bool,
+}
+
+impl Experts {
+    fn of(modules: &[QuantizedModule<'_>], left: &[String]) -> Experts {
+        let mut encodings: Vec<(Encoding, usize)> = Vec::new();
+        for module in modules.iter().filter(|module| names::is_expert(module.name)) {
+            match encodings.iter_mut().find(|(encoding, _)| *encoding == module.encoding) {
+                Some((_, count)) => *count += 1,
+                None => encodings.push((module.encoding, 1)),
+            }
+        }
+        let bytes = encodings.iter().all(|(encoding, _)| Format::of(encoding).is_some_and(|f| f.bytes().is_some()));
+        let any = !encodings.is_empty() || left.iter().any(|name| names::is_expert(name));
+        Experts { encodings, any, bytes }
+    }
+
+    /// How far in front the group of an encoding has to stand; 0 where no expert has it.
+    fn rank(&self, encoding: &Encoding) -> usize {
+        let count = self.encodings.iter().find(|(own, _)| own == encoding).map_or(0, |(_, count)| *count);
+        // By a group of eight-bit floats transformers reads everything that has a byte for a weight, and plain weights too.
+        let floats = count > 0 && self.bytes && Format::of(encoding) == Some(Format::Float);
+        if floats { usize::MAX } else { count }
+    }
+
+    /// Whether transformers takes the group by which it can read all of them for theirs: it multiplies what has a byte for a weight by
+    /// its scales, and takes plain weights as they are, where it takes them for eight-bit floats, and else looks for packed ones.
+    fn are_read_by(&self, groups: &[(Encoding, Vec<String>)]) -> bool {
+        let named = groups
+            .iter()
+            .find(|(_, targets)| targets.iter().any(|target| is_pattern(target) && target.contains("experts")));
+        let by_class = || groups.iter().find(|(_, targets)| targets.iter().any(|target| !is_pattern(target)));
+        let Some((encoding, _)) = named.or_else(by_class).or(groups.first()) else { return false };
+        match self.bytes {
+            true => Format::of(encoding) == Some(Format::Float),
+            false => self.rank(encoding) > 0,
+        }
+    }
+}
+
+fn format_of(encoding: &Encoding) -> Result<&'static str> {
+    let format = Format::of(encoding).map(Format::name);
+    format.ok_or_else(|| Error::unsupported("compressed-tensors has no format for an encoding among these"))
+}
+
+/// A group of the configuration that gives an encoding to these targets.
+fn group(encoding: &Encoding, targets: &[String]) -> Result<Value> {
+    let group_size = Some(encoding.group()).filter(|width| *width > 0);
+    let strategy = match group_size {
+        Some(_) if encoding.global.is_some() => "tensor_group",
+        Some(_) => "group",
+        None => "channel",
+    };
+    let kind = |levels: &Levels| if matches!(levels, Levels::Integer { .. }) { "int" } else { "float" };
+    let inputs = encoding.activation.map(|activation| {
+        json!({
+            "num_bits": activation.levels.bits(), "type": kind(&activation.levels), "symmetric": true,
+            "strategy": "token", "group_size": null, "dynamic": activation.dynamic,
+        })
+    });
+    let mut group = json!({
+        "targets": targets,
+        // Without its own format a loader guesses one from the widths.
+        "format": format_of(encoding)?,
+        "weights": {
+            "num_bits": encoding.levels.bits(), "type": kind(&encoding.levels),
+            "symmetric": encoding.fixed_zero().is_some(), "strategy": strategy, "group_size": group_size,
+            "dynamic": false,
+        },
+        "input_activations": inputs,
+        "output_activations": null,
+    });
+    if encoding.precision() == Float::E4M3 {
+        let name = Value::from("torch.float8_e4m3fn");
+        (group["weights"]["scale_dtype"], group["weights"]["zp_dtype"]) = (name.clone(), name);
+    }
+    Ok(group)
+}
+
 /// Whether it can be written, so that what a configuration says of it tells all there is to know.
 pub(super) fn is_written(encoding: &Encoding) -> bool {
     Format::of(encoding).is_some()
@@ -276,51 +370,33 @@ impl Codec for CompressedTensors {
     }
 
     fn config(&self, modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Result<ConfigFiles> {
-        let selections = names::by_encoding(modules, unquantized_linears);
-        let format = |encoding: &Encoding| match Format::of(encoding) {
-            Some(format) => Ok(format),
-            None => Err(Error::unsupported("compressed-tensors has no format for an encoding among these")),
-        };
-        let mut formats = Vec::new();
-        let mut groups = Map::new();
-        for (index, Selection { encoding, names, .. }) in selections.iter().enumerate() {
-            let targets = match selections.len() {
-                1 => vec!["Linear".to_string()],
-                _ => names.targets(),
-            };
-            let format = format(encoding)?.name();
-            formats.push(format);
-            let group_size = Some(encoding.group()).filter(|width| *width > 0);
-            let strategy = match group_size {
-                Some(_) if encoding.global.is_some() => "tensor_group",
-                Some(_) => "group",
-                None => "channel",
-            };
-            let kind = |levels: &Levels| if matches!(levels, Levels::Integer { .. }) { "int" } else { "float" };
-            let inputs = encoding.activation.map(|activation| {
-                json!({
-                    "num_bits": activation.levels.bits(), "type": kind(&activation.levels), "symmetric": true,
-                    "strategy": "token", "group_size": null, "dynamic": activation.dynamic,
-                })
-            });
-            let mut group = json!({
-                "targets": targets,
-                // Without its own format a loader guesses one from the widths.
-                "format": format,
-                "weights": {
-                    "num_bits": encoding.levels.bits(), "type": kind(&encoding.levels),
-                    "symmetric": encoding.fixed_zero().is_some(), "strategy": strategy, "group_size": group_size,
-                    "dynamic": false,
-                },
-                "input_activations": inputs,
-                "output_activations": null,
-            });
-            if encoding.precision() == Float::E4M3 {
-                let name = Value::from("torch.float8_e4m3fn");
-                (group["weights"]["scale_dtype"], group["weights"]["zp_dtype"]) = (name.clone(), name);
+        let mut selections = names::by_encoding(modules, unquantized_linears);
+        let experts = Experts::of(modules, unquantized_linears);
+        // Transformers reads all experts by the first group that names some: theirs has to stand before that of shared experts.
+        selections.sort_by_key(|selection| std::cmp::Reverse(experts.rank(&selection.encoding)));
+        let mut groups: Vec<(Encoding, Vec<String>)> = selections
+            .iter()
+            .map(|Selection { encoding, names, .. }| match selections.len() {
+                1 => (*encoding, vec!["Linear".to_owned()]),
+                _ => (*encoding, names.targets()),
+            })
+            .collect();
+        let mut formats = groups.iter().map(|(encoding, _)| format_of(encoding)).collect::<Result<Vec<_>>>()?;
+        let several = groups.len() > 1;
+        if experts.any && !experts.are_read_by(&groups) {
+            match experts.bytes {
+                true => {
+                    let floats = Encoding::fp8(Block::Row).beside(Activation::FP8_TOKEN);
+                    groups.insert(0, (floats, vec![NO_EXPERTS.to_owned()]));
+                }
+                false => groups[0].1.push(NO_EXPERTS.to_owned()),
             }
-            groups.insert(format!("group_{index}"), group);
         }
+        let groups: Map<String, Value> = groups
+            .iter()
+            .enumerate()
+            .map(|(index, (encoding, targets))| Ok((format!("group_{index}"), group(encoding, targets)?)))
+            .collect::<Result<_>>()?;
         // What is left in every layer is named once for all, so that layers are meant too that share one layer's tensors.
         let (components, left): (Vec<&str>, Vec<&str>) = unquantized_linears
             .iter()
@@ -336,11 +412,11 @@ impl Codec for CompressedTensors {
         }
         let mut notes = Vec::new();
         if modules.iter().any(|module| module.encoding.fixed_zero().is_none()) {
-            notes.push(match groups.len() {
-                1 => "transformers loads asymmetric compressed-tensors only with CompressedTensorsConfig(dequantize=True); vLLM loads them \
+            notes.push(match several {
+                false => "transformers loads asymmetric compressed-tensors only with CompressedTensorsConfig(dequantize=True); vLLM loads them \
                       as they are"
                     .into(),
-                _ => "transformers does not load compressed-tensors of several schemes where one is asymmetric, with \
+                true => "transformers does not load compressed-tensors of several schemes where one is asymmetric, with \
                       CompressedTensorsConfig(dequantize=True) neither; vLLM loads them as they are"
                     .into(),
             });
@@ -362,7 +438,7 @@ impl Codec for CompressedTensors {
             "ignore": ignore,
             "sparsity_config": {},
             "transform_config": {},
-            "config_groups": Value::Object(groups),
+            "config_groups": groups,
         });
         Ok(ConfigFiles { quantization_config, files: Vec::new(), notes })
     }

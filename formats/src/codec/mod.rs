@@ -25,6 +25,7 @@ pub use compressed_tensors::CompressedTensors;
 pub use foreign::{Foreign, TensorLookup};
 pub use gptq::Gptq;
 pub use mlx::Mlx;
+pub use names::is_expert;
 pub use reader::{QUANTIZATION_KEYS, QuantizationReader, declared_method, read_quantization};
 pub use transforms::check_run_time;
 

@@ -72,6 +72,11 @@ pub(super) fn tail(name: &str) -> Option<&str> {
     None
 }
 
+/// Whether the name of a module says that it is in an expert of a mixture; experts that all tokens pass are not among these.
+pub fn is_expert(module: &str) -> bool {
+    module.contains(".experts.")
+}
+
 /// Whether a name stands for all modules under it.
 pub(super) fn is_component(name: &str) -> bool {
     name.ends_with('.')

@@ -431,6 +431,12 @@ fn compressed_tensors(config: &Map<String, Value>) -> Result<Rules> {
         let packed = match format {
             None | Some("pack-quantized") => true,
             Some(format) if PLAIN_FORMATS.contains(&format) => false,
+            Some("dense") => {
+                return Err(Error::unsupported(format!(
+                    "the format of {name} is `dense`: the weights are plain, and were to be rounded as the model runs; take the model it \
+                     was made from, or take quantization_config out of config.json, and what is there is taken as it is"
+                )));
+            }
             Some(other) => {
                 return Err(Error::unsupported(format!(
                     "the compressed-tensors format `{other}` of {name} is not one that can be read (pack-quantized, {})",
@@ -572,7 +578,10 @@ fn awq(config: &Map<String, Value>) -> Result<Rules> {
         None => get(config, "format", "a string", Value::as_str)?.unwrap_or("gemm"),
     };
     if !version.eq_ignore_ascii_case("gemm") {
-        return Err(Error::unsupported(format!("AWQ version `{version}` is not one that can be read (gemm)")));
+        return Err(Error::unsupported(format!(
+            "AWQ version `{version}` is not one that can be read (gemm): take the model it was made from, or one that AutoAWQ packed with \
+             version=\"GEMM\""
+        )));
     }
     let bits = get_bits(config, &["bits", "w_bit"])?.unwrap_or(4);
     if bits != 4 {
@@ -710,7 +719,7 @@ mod tests {
         );
         assert_eq!(
             refused(json!({"quant_method": "awq", "version": "gemv"})),
-            "AWQ version `gemv` is not one that can be read (gemm)"
+            "AWQ version `gemv` is not one that can be read (gemm): take the model it was made from, or one that AutoAWQ packed with version=\"GEMM\""
         );
         assert_eq!(
             refused(json!({"config_groups": {"g": {"targets": [], "format": "marlin-24"}}})),
