@@ -183,6 +183,22 @@ impl Checkpoint {
     /// is itself quantized.
     pub fn notices(&self) -> Vec<String> {
         let mut notices = self.remarks();
+        if let Some(how) = self.quantized_as() {
+            notices.push(format!(
+                "{} is itself quantized ({how}): it is the reference that is measured against, with its weights dequantized",
+                self.path.display()
+            ));
+        }
+        notices
+    }
+
+    /// What it is to what was made of it: the original, or a mere reference where it is itself quantized.
+    pub fn role(&self) -> &'static str {
+        if self.quantized_as().is_some() { "the reference" } else { "the original" }
+    }
+
+    /// How its weights are quantized, as `Q4_K and others` with the way that holds most bytes first; `None` for plain numbers.
+    pub fn quantized_as(&self) -> Option<String> {
         let mut kinds: BTreeMap<String, u64> = BTreeMap::new();
         for entry in &self.entries {
             let plain = match entry.dtype {
@@ -196,14 +212,8 @@ impl Checkpoint {
         }
         let mut kinds: Vec<(String, u64)> = kinds.into_iter().collect();
         kinds.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
-        if let Some((first, _)) = kinds.first() {
-            let others = if kinds.len() > 1 { " and others" } else { "" };
-            notices.push(format!(
-                "{} is itself quantized ({first}{others}): its dequantized weights were taken as the original, also for whatever is measured",
-                self.path.display()
-            ));
-        }
-        notices
+        let (first, _) = kinds.first()?;
+        Some(format!("{first}{}", if kinds.len() > 1 { " and others" } else { "" }))
     }
 
     /// How a tensor is stored, as `BF16`, `Q4_K`, `gptq W4A16 group 128` or `fp8 in blocks of 128x128`.

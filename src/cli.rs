@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::recipe::Request;
+use crate::report::Limits;
 
 /// Quantizes language models for the runtimes that serve them, and proves that they are still themselves.
 #[derive(Debug, Parser)]
@@ -68,7 +69,7 @@ impl Command {
             Command::Plan(args) => Some(&args.run.model),
             Command::Convert(args) => Some(&args.input),
             Command::Merge(args) => Some(&args.model),
-            Command::Eval(args) => Some(&args.model),
+            Command::Eval(args) => args.models.first().map(PathBuf::as_path),
             Command::Inspect(args) => Some(&args.path),
             Command::Demo(_) | Command::Clean(_) | Command::Devices(_) => None,
         }
@@ -222,6 +223,27 @@ pub struct Demo {
     pub compute: Compute,
 }
 
+/// Limits on the quality, beside a reference.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Bounds {
+    /// Fail (exit code 3) above this perplexity ratio.
+    #[arg(long, value_name = "R")]
+    pub max_ppl_ratio: Option<f64>,
+    /// Fail (exit code 3) above this mean KL divergence, in nats.
+    #[arg(long, value_name = "K")]
+    pub max_kld: Option<f64>,
+    /// Fail (exit code 3) below this share of equal top tokens, from 0 to 1.
+    #[arg(long, value_name = "P")]
+    pub min_top1: Option<f64>,
+}
+
+impl Bounds {
+    /// The limits, as they were given.
+    pub fn limits(&self) -> Limits {
+        Limits { max_ppl_ratio: self.max_ppl_ratio, max_kld: self.max_kld, min_top1: self.min_top1 }
+    }
+}
+
 /// `quantc quantize`.
 #[derive(Debug, Args)]
 pub struct Quantize {
@@ -249,15 +271,9 @@ pub struct Quantize {
     /// Windows of up to 2048 tokens to measure. [default: 8]
     #[arg(long, value_name = "N")]
     pub verify_windows: Option<usize>,
-    /// Fail (exit code 3) above this perplexity ratio.
-    #[arg(long, value_name = "R")]
-    pub max_ppl_ratio: Option<f64>,
-    /// Fail (exit code 3) above this mean KL divergence, in nats.
-    #[arg(long, value_name = "K")]
-    pub max_kld: Option<f64>,
-    /// Fail (exit code 3) below this share of equal top tokens, from 0 to 1.
-    #[arg(long, value_name = "P")]
-    pub min_top1: Option<f64>,
+    /// Limits on the quality.
+    #[command(flatten)]
+    pub limits: Bounds,
     /// Replace an existing output.
     #[arg(long)]
     pub force: bool,
@@ -304,12 +320,13 @@ pub struct Plan {
 /// `quantc eval`.
 #[derive(Debug, Args)]
 pub struct Eval {
-    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file.
-    pub model: PathBuf,
+    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file. Several give one table.
+    #[arg(value_name = "MODEL", required = true)]
+    pub models: Vec<PathBuf>,
     /// A LoRA adapter to merge into the model.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// The model it was made of.
+    /// The model that each is measured beside: the one it was made of, as a rule.
     #[arg(long, value_name = "MODEL")]
     pub reference: Option<PathBuf>,
     /// A LoRA adapter to merge into the reference.
@@ -332,7 +349,10 @@ pub struct Eval {
     /// and no reference, else exact]
     #[arg(long, value_name = "ACTIVATIONS")]
     pub activations: Option<String>,
-    /// Print JSON.
+    /// Limits on the quality, which need --reference.
+    #[command(flatten)]
+    pub limits: Bounds,
+    /// Print JSON: an object for one model, a list of them for several.
     #[arg(long)]
     pub json: bool,
     /// Flags for the computation.

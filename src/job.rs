@@ -525,10 +525,7 @@ impl<'a> Job<'a> {
         outcome: Outcome,
     ) -> Result<Report> {
         let verdict = match (&outcome.quality, &self.verification) {
-            (Some(Quality { beside: Some(beside), .. }), Some(v)) if v.limits.any() => {
-                let missed = v.limits.missed(beside);
-                Some(Verdict { limits: v.limits, passed: missed.is_empty(), missed })
-            }
+            (Some(Quality { beside: Some(beside), .. }), Some(v)) => Verdict::of(v.limits, beside),
             _ => None,
         };
         let (done, mut notes) = (written.done, outcome.notes);

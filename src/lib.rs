@@ -12,6 +12,7 @@ pub mod demo;
 pub mod devices;
 pub mod dialect;
 pub mod error;
+pub mod eval;
 mod evidence;
 pub mod families;
 pub mod forward;

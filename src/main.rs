@@ -11,20 +11,19 @@ use calibration::samples::GUARDED;
 use clap::Parser;
 use formats::Dtype;
 use quantc::cli::{Clean, Cli, Command, Compute, Engine, Eval, Plan, Quantize};
-use quantc::job::{Asked, Job, Verification, fewer_windows};
-use quantc::memory::{self, Device, Free, Tokens};
+use quantc::eval::Evaluation;
+use quantc::job::{Asked, Job, Verification};
 use quantc::mixes::Mix;
 use quantc::output::{self, Place, Unfinished, remove_made, sweep, unfinished};
 use quantc::progress::Progress;
 use quantc::recipe::{Request, named, unknown_tensors};
-use quantc::report::{Activations, Limits, Protocol, Report};
+use quantc::report::{Activations, Protocol, Report};
 use quantc::serving::{Gpu, Runtime};
 use quantc::supervisor::{self, End};
 use quantc::targets::{Output, Requested, requested, resolved};
-use quantc::text::{HELD_OUT, ModelText, load_text};
-use quantc::verify::{declared_activations, evaluate};
-use quantc::words::tell;
-use quantc::{Checkpoint, Error, convert, demo, devices, families, inspect, merge, report, stray, with_backend};
+use quantc::text::HELD_OUT;
+use quantc::words::{self, tell};
+use quantc::{Checkpoint, Error, convert, demo, devices, inspect, merge, report, with_backend};
 
 /// The output is there, and its quality is below the limits.
 const BELOW_THE_BAR: u8 = 3;
@@ -267,7 +266,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
 
 /// The recipes of what is asked for, which of them leads, and what is to be measured.
 fn what_is_asked(args: &Quantize, asked: Vec<Requested>) -> Result<(Vec<Output>, usize, Option<Verification>), Error> {
-    let limits = Limits { max_ppl_ratio: args.max_ppl_ratio, max_kld: args.max_kld, min_top1: args.min_top1 };
+    let limits = args.limits.limits();
     limits.check()?;
     let verification = match args.verify_text.as_deref() {
         Some("none") if limits.any() => {
@@ -326,28 +325,24 @@ fn nameless(request: &Request) -> PathBuf {
 
 /// What was made of a model, a line for each output.
 fn table(all: &[(&Path, &Report)]) -> String {
-    let width = all.iter().map(|(path, _)| path.display().to_string().chars().count()).max().unwrap_or(0).max(6);
-    let mut text = format!(
-        "\n{:<width$} {:<18} {:<12} {:>6} {:>9} {:>11} {:>10} {:>8}\n",
-        "output", "format", "scheme", "bpw", "MB", "perplexity", "KL, mean", "top-1"
-    );
+    let names = ["output", "format", "scheme", "bpw", "MB", "perplexity", "KL, mean", "top-1"];
+    let mut rows = vec![names.map(str::to_owned).to_vec()];
     for (path, report) in all {
         let quality = report.quality.as_ref();
         let beside = quality.and_then(|quality| quality.beside.as_ref());
         let of = |value: Option<String>| value.unwrap_or_else(|| "–".to_owned());
-        text += &format!(
-            "{:<width$} {:<18} {:<12} {:>6.2} {:>9.2} {:>11} {:>10} {:>8}\n",
+        rows.push(vec![
             path.display().to_string(),
-            report.recipe.format,
+            report.recipe.format.clone(),
             report.recipe.scheme_name(),
-            report.bpw.quantized,
-            report.outputs.iter().map(|file| file.bytes).sum::<u64>() as f64 / 1e6,
+            format!("{:.2}", report.bpw.quantized),
+            format!("{:.2}", report.outputs.iter().map(|file| file.bytes).sum::<u64>() as f64 / 1e6),
             of(quality.map(|quality| format!("{:.3}", quality.perplexity))),
             of(beside.map(|beside| format!("{:.4}", beside.kld_mean))),
             of(beside.map(|beside| format!("{:.1} %", 100.0 * beside.top1_agreement))),
-        );
+        ]);
     }
-    text
+    format!("\n{}", words::table(&rows, 3))
 }
 
 /// How to go on with what was finished, and how not to.
@@ -390,7 +385,7 @@ fn summarize(report: &Report, output: &Path) -> Result<(), Error> {
         report.peak_memory_bytes.unwrap_or(0) as f64 / 1e6,
         if fallbacks > 0 { format!(", {fallbacks} with a fallback (see report.json)") } else { String::new() }
     ))?;
-    report.quality.as_ref().map_or(Ok(()), |quality| say(&report::quality_table(quality)))
+    report.quality.as_ref().map_or(Ok(()), |quality| say(&report::quality_text(quality)))
 }
 
 fn eval(args: Eval) -> anyhow::Result<u8> {
@@ -399,84 +394,37 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     }
     at_least_one("--windows", args.windows)?;
     let (mut progress, engine) = start(&args.compute)?;
-    let protocol = named("protocol", Protocol::ALL, &args.protocol)?;
-    let model = Checkpoint::open_with(&args.model, args.adapter.as_deref())?;
-    let activations = match &args.activations {
-        Some(name) => named("activations", Activations::ALL, name)?,
-        None if protocol == Protocol::LlamaCpp && model.gguf().is_some() && args.reference.is_none() => {
-            Activations::Runtime
-        }
-        None => declared_activations(&model),
+    let asked = Evaluation {
+        models: &args.models,
+        adapter: args.adapter.as_deref(),
+        reference: args.reference.as_deref(),
+        reference_adapter: args.reference_adapter.as_deref(),
+        text: args.text.as_deref(),
+        context: args.context,
+        windows: args.windows,
+        protocol: named("protocol", Protocol::ALL, &args.protocol)?,
+        activations: args.activations.map(|name| named("activations", Activations::ALL, &name)).transpose()?,
+        limits: args.limits.limits(),
     };
-    let reference_adapter = args.reference_adapter.as_deref();
-    let reference = args.reference.as_deref().map(|path| Checkpoint::open_with(path, reference_adapter)).transpose()?;
-    let mut remarks: Vec<String> = Vec::new();
-    for checkpoint in [Some(&model), reference.as_ref()].into_iter().flatten() {
-        for note in [checkpoint.remarks(), stray::left_out(checkpoint)?].concat() {
-            if !remarks.contains(&note) {
-                remarks.push(note);
-            }
-        }
-    }
-    let mut text = load_text(args.text.as_deref().unwrap_or(HELD_OUT)).map_err(Error::from)?;
-    let tokenizer = model.tokenizer();
-    if !args.compute.quiet {
-        remarks.extend(model.notes_on(&tokenizer));
-    }
-    let tokenizer = ModelText::of(&model, tokenizer?)?;
-    let context = args.context.min(families::longest_context(model.config())?.unwrap_or(usize::MAX));
-    let needed = calibration::samples::needed(context, args.windows);
-    let ids = tokenizer.first_ids(&text, needed).map_err(Error::from)?;
-    if let Some(reference) = &reference {
-        let own = ModelText::open(reference)?.first_ids(&text, needed).map_err(Error::from)?;
-        if own != ids {
-            return Err(Error::failed(format!(
-                "{} and {} turn the text into different tokens: they cannot be compared",
-                args.model.display(),
-                reference.path().display()
-            ))
-            .into());
-        }
-    }
-    let bos = match protocol {
-        Protocol::Papers => None,
-        Protocol::LlamaCpp => tokenizer.tokenizer.added_bos(),
-    };
-    let windows = calibration::samples::windows(&text.name, &ids, context, args.windows, bos)
-        .map_err(|e| Error::from(quantc::text::TextError::from(e)))?;
-    remarks.extend(fewer_windows(&text.name, windows.len(), context, args.windows));
-    let notes = std::mem::take(&mut text.notes);
-    drop((text, tokenizer, ids));
-    let device = with_backend!(&engine, backend => Device::of(backend));
-    if device.room.is_none() {
-        let models: Vec<_> = [Some(&model), reference.as_ref()].into_iter().filter(Option::is_some).collect();
-        let tokens = Tokens::of(windows.len(), windows.first().map_or(0, Vec::len));
-        let graph = families::graph_of(&model)?;
-        let expected = memory::nothing(Free::now()).and_measuring(&graph, device, &models, tokens, "--context")?;
-        progress.say(&expected.line(&[format!("measuring {} windows of {} tokens", tokens.count, tokens.length)]));
-    }
-    let quality = with_backend!(&engine, backend => evaluate(
-        backend,
-        &model,
-        reference.as_ref(),
-        &windows,
-        protocol,
-        activations,
-        &mut progress
-    ))?;
+    let found = with_backend!(&engine, backend => asked.run(backend, &mut progress))?;
     drop(progress);
     if let Some(profile) = engine.profile() {
         profile.trim_end().lines().for_each(tell);
     }
-    for note in notes.iter().filter(|_| !args.compute.quiet) {
-        tell(&format!("note: {note}"));
-    }
+    let notes = |notes: &[String]| {
+        let shown = notes.iter().filter(|_| !args.compute.quiet);
+        shown.for_each(|note| tell(&format!("note: {note}")));
+    };
+    notes(&found.notes);
     match args.json {
-        true => say(&format!("{}\n", serde_json::to_string_pretty(&quality)?))?,
-        false => say(&report::quality_table(&quality))?,
+        true => say(&format!("{}\n", serde_json::to_string_pretty(&found.json()?)?))?,
+        false => say(&found.text())?,
     }
-    if !args.compute.quiet {
-        remarks.iter().for_each(|note| tell(&format!("note: {note}")));
+    notes(&found.remarks);
+    let mut code = 0;
+    for missed in found.missed() {
+        tell(&format!("error: {missed}"));
+        code = BELOW_THE_BAR;
     }
-    Ok(0)
+    Ok(code)
 }

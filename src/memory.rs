@@ -244,7 +244,8 @@ pub fn measuring(graph: &Graph, device: Device, models: &[Option<&Checkpoint>], 
     let blocks = graph.blocks.iter().map(block).max().unwrap_or(0);
     let stream = batch.all().saturating_mul(4 * graph.hidden as u64 * models);
     let together = (verify::logits_at_once(graph.vocabulary) as u64).min(windows.length);
-    let logits = (4 * models * graph.vocabulary as u64).saturating_mul(together);
+    // Of the reference, and of one of the others after another.
+    let logits = (4 * models.min(2) * graph.vocabulary as u64).saturating_mul(together);
     // The ids of the text, and of each window.
     let ids = windows.all().saturating_mul(8);
     [stream, blocks.max(logits), heads, ids].into_iter().fold(BASE, u64::saturating_add)

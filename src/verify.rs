@@ -70,17 +70,26 @@ impl Quality {
     }
 }
 
+/// A model that is measured, and what its linears and attention read.
+#[derive(Clone, Copy, Debug)]
+pub struct Measured<'a> {
+    /// The model.
+    pub model: &'a Checkpoint,
+    /// What they read.
+    pub activations: Activations,
+}
+
 /// One model that is being evaluated.
 struct Side<'a, B: Backend> {
     graph: Graph,
     source: &'a Checkpoint,
     activations: Activations,
+    /// None where that of another side, `head_of`, is the same.
     head: Option<LoadedHead<'a, B>>,
+    head_of: usize,
 }
 
-/// Evaluates `model`, beside `reference` if there is one, on `windows` of equal length.
-///
-/// `activations` are those of the model. Fails where they are a runtime's of which it is not known what it rounds.
+/// Evaluates one model as [`evaluate_all`] does.
 pub fn evaluate<B: Backend>(
     backend: &B,
     model: &Checkpoint,
@@ -90,8 +99,25 @@ pub fn evaluate<B: Backend>(
     activations: Activations,
     progress: &mut Progress,
 ) -> Result<Quality> {
-    if activations == Activations::Runtime && model.gguf().is_none() && !model.rounds_inputs() {
-        let path = model.path().display();
+    let models = [Measured { model, activations }];
+    Ok(evaluate_all(backend, &models, reference, windows, protocol, progress)?.remove(0))
+}
+
+/// Evaluates `models`, beside `reference` if there is one, on `windows` of equal length; what is found of each, in their order, is what is
+/// found of it alone. The reference runs once for all.
+///
+/// Fails where activations are a runtime's of which it is not known what it rounds.
+pub fn evaluate_all<B: Backend>(
+    backend: &B,
+    models: &[Measured<'_>],
+    reference: Option<&Checkpoint>,
+    windows: &[Vec<u32>],
+    protocol: Protocol,
+    progress: &mut Progress,
+) -> Result<Vec<Quality>> {
+    let rounds = |one: &Measured<'_>| one.model.gguf().is_some() || one.model.rounds_inputs();
+    if let Some(one) = models.iter().find(|one| one.activations == Activations::Runtime && !rounds(one)) {
+        let path = one.model.path().display();
         return Err(Error::usage(format!(
             "--activations runtime is for GGUF files, and for checkpoints whose configuration says that runtimes round each token (W8A8, \
              FP8_DYNAMIC); {path} is neither"
@@ -102,11 +128,11 @@ pub fn evaluate<B: Backend>(
     if scored.is_empty() {
         return Err(Error::usage(format!("a context of {context} tokens leaves none to score")));
     }
-    let sides = sides(backend, model, reference, windows, activations)?;
+    let sides = sides(backend, models, reference, windows)?;
     let batch = batch(context);
     let blocks: usize = sides.iter().map(|side| side.graph.blocks.len()).sum();
     progress.start("evaluating", windows.len().div_ceil(batch) * blocks);
-    let mut all = TokenComparison::default();
+    let mut all: Vec<TokenComparison> = models.iter().map(|_| TokenComparison::default()).collect();
     for windows in windows.chunks(batch) {
         let mut normed = Vec::new();
         for side in &sides {
@@ -115,25 +141,30 @@ pub fn evaluate<B: Backend>(
         }
         compare_windows(backend, &sides, &normed, windows, scored.clone(), &mut all)?;
     }
-    check_logits(&all, sides[sides.len() - 1].graph.vocabulary, model, reference)?;
-    let quality = Quality { activations, ..summarize(model, reference, &all, [context, windows.len()], protocol) };
-    quality.check()?;
-    Ok(quality)
+    let vocabulary = sides[0].graph.vocabulary;
+    let quality = |(one, all): (&Measured<'_>, &TokenComparison)| {
+        check_logits(all, vocabulary, one.model, reference)?;
+        let found = summarize(one.model, reference, all, [context, windows.len()], protocol);
+        let quality = Quality { activations: one.activations, ..found };
+        quality.check()?;
+        Ok(quality)
+    };
+    models.iter().zip(&all).map(quality).collect()
 }
 
-/// The reference, if there is one, and then the model, with the heads that both need.
+/// The reference, if there is one, and then the models, with the heads that they need.
 ///
 /// Fails for a model that cannot be run or has no head, for tokens that it does not have, and for vocabularies of two sizes.
 fn sides<'a, B: Backend>(
     backend: &'a B,
-    model: &'a Checkpoint,
+    models: &[Measured<'a>],
     reference: Option<&'a Checkpoint>,
     windows: &[Vec<u32>],
-    activations: Activations,
 ) -> Result<Vec<Side<'a, B>>> {
     let largest = windows.iter().flatten().max().copied().unwrap_or(0) as usize;
-    let mut sides = Vec::new();
-    for source in reference.into_iter().chain([model]) {
+    let mut sides: Vec<Side<'a, B>> = Vec::new();
+    let reference = reference.map(|model| Measured { model, activations: Activations::Exact });
+    for Measured { model: source, activations } in reference.into_iter().chain(models.iter().copied()) {
         let graph = families::graph_of(source)?;
         families::check_runnable(&graph, source)?;
         check_tensors(&graph, source)?;
@@ -150,32 +181,32 @@ fn sides<'a, B: Backend>(
                 graph.vocabulary
             )));
         }
-        let activations = if std::ptr::eq(source, model) { activations } else { Activations::Exact };
-        sides.push(Side::<B> { graph, source, activations, head: None });
+        if let Some(first) = sides.first().filter(|first| first.graph.vocabulary != graph.vocabulary) {
+            return Err(Error::failed(format!(
+                "{} has a vocabulary of {} and {} one of {}: they cannot be compared",
+                first.source.path().display(),
+                first.graph.vocabulary,
+                source.path().display(),
+                graph.vocabulary
+            )));
+        }
+        sides.push(Side { graph, source, activations, head: None, head_of: 0 });
     }
-    if let [a, b] = &sides[..]
-        && a.graph.vocabulary != b.graph.vocabulary
-    {
-        return Err(Error::failed(format!(
-            "{} has a vocabulary of {} and {} one of {}: they cannot be compared",
-            a.source.path().display(),
-            a.graph.vocabulary,
-            b.source.path().display(),
-            b.graph.vocabulary
-        )));
-    }
-    // A head that both share is kept once.
-    let shared = matches!(&sides[..], [a, b] if a.activations == b.activations && same_head(a, b));
-    let last = sides.len() - 1;
-    for (index, side) in sides.iter_mut().enumerate() {
-        if !shared || index == last {
+    for index in 0..sides.len() {
+        // A head that several share is kept once.
+        let (before, own) = (&sides[..index], &sides[index]);
+        let same = |other: &Side<'_, B>| other.activations == own.activations && same_head(other, own);
+        let head_of = before.iter().position(same).unwrap_or(index);
+        sides[index].head_of = head_of;
+        if head_of == index {
+            let side = &mut sides[index];
             side.head = Some(LoadedHead::of(backend, &side.graph, side.source, side.activations)?);
         }
     }
     Ok(sides)
 }
 
-/// Adds what the sides make of the positions `scored` of each window to `all`, window after window.
+/// Adds what the sides make of the positions `scored` of each window to what is known of each model, window after window.
 ///
 /// `normed` has the hidden states of each side before the head, in the chunks in which they were computed.
 fn compare_windows<B: Backend>(
@@ -184,9 +215,9 @@ fn compare_windows<B: Backend>(
     normed: &[Vec<B::Matrix>],
     windows: &[Vec<u32>],
     scored: Range<usize>,
-    all: &mut TokenComparison,
+    all: &mut [TokenComparison],
 ) -> Result<()> {
-    let last = sides.len() - 1;
+    let first = sides.len() - all.len();
     let per_pass = tokens_at_once(sides[0].graph.vocabulary);
     let together = sides.iter().filter_map(|side| side.head.as_ref()).map(|h| h.products_at_once(per_pass, TOGETHER));
     let step = per_pass * together.min().unwrap_or(1);
@@ -198,24 +229,28 @@ fn compare_windows<B: Backend>(
             let logits = |side: usize| -> Result<B::Matrix> {
                 let (chunk, offset) = locate(&normed[side], index, window.len(), backend.tokens_at_once());
                 let rows: Vec<usize> = rows.iter().map(|row| row + offset).collect();
-                let head = sides[side].head.as_ref().or(sides[last].head.as_ref()).expect("loaded");
+                let head = sides[sides[side].head_of].head.as_ref().expect("loaded");
                 head.logits(backend, backend.select_rows(chunk, &rows)?, per_pass)
             };
-            let found = match last {
-                0 => TokenComparison { model: backend.token_loss(&logits(0)?, targets)?, ..Default::default() },
-                _ => backend.compare(&logits(0)?, &logits(1)?, targets)?,
-            };
-            for (all, found) in [(&mut all.model, found.model), (&mut all.reference, found.reference)] {
-                all.nll.extend(found.nll);
-                all.argmax.extend(found.argmax);
+            let reference = (first > 0).then(|| logits(0)).transpose()?;
+            for (model, all) in all.iter_mut().enumerate() {
+                let own = logits(first + model)?;
+                let found = match &reference {
+                    None => TokenComparison { model: backend.token_loss(&own, targets)?, ..Default::default() },
+                    Some(reference) => backend.compare(reference, &own, targets)?,
+                };
+                for (all, found) in [(&mut all.model, found.model), (&mut all.reference, found.reference)] {
+                    all.nll.extend(found.nll);
+                    all.argmax.extend(found.argmax);
+                }
+                all.kld.extend(found.kld);
             }
-            all.kld.extend(found.kld);
         }
     }
     Ok(())
 }
 
-/// Fails on logits that are no numbers, of which nothing can be said; the original's are looked at first.
+/// Fails on logits that are no numbers, of which nothing can be said; the reference's are looked at first.
 fn check_logits(
     all: &TokenComparison,
     vocabulary: usize,
@@ -245,7 +280,8 @@ fn check_logits(
         }
     }
     if let (Some(at), Some(reference)) = (broken(&all.reference.nll), reference) {
-        return refuse(reference, at, "the original is broken, and nothing can be measured beside it");
+        let what = format!("{} is broken, and nothing can be measured beside it", reference.role());
+        return refuse(reference, at, &what);
     }
     if let Some(at) = broken(&all.model.nll) {
         return refuse(model, at, "the model is broken");
@@ -345,6 +381,7 @@ fn summarize(
         let same = all.model.argmax.iter().zip(&all.reference.argmax).filter(|(a, b)| a == b).count();
         Beside {
             reference: reference.path().display().to_string(),
+            reference_quantized: reference.quantized_as(),
             reference_perplexity: base.exp(),
             perplexity_ratio: difference.exp(),
             perplexity_ratio_stderr: difference.exp() * difference_error,

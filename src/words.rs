@@ -37,6 +37,25 @@ pub fn listed(names: &[&str]) -> String {
     }
 }
 
+/// Rows of cells as lines of aligned columns, two spaces apart: the first `left` columns begin where they begin, the others end where they
+/// end. Cells are on one line each; the rows are equally long.
+pub fn table(rows: &[Vec<String>], left: usize) -> String {
+    let rows: Vec<Vec<String>> = rows.iter().map(|row| row.iter().map(|cell| one_line(cell)).collect()).collect();
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let mut text = String::new();
+    for row in &rows {
+        let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, width))| match column < left {
+            true => format!("{cell:<width$}"),
+            false => format!("{cell:>width$}"),
+        });
+        text += cells.collect::<Vec<_>>().join("  ").trim_end();
+        text.push('\n');
+    }
+    text
+}
+
 /// Prints a line to standard error, as far as anybody listens there.
 pub fn tell(line: &str) {
     use std::io::Write;
@@ -46,6 +65,14 @@ pub fn tell(line: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn columns_are_aligned() {
+        let rows = [["model", "KL"], ["a", "0.5"], ["größer", "10.25"]].map(|row| row.map(str::to_owned).to_vec());
+        assert_eq!(table(&rows, 1), "model      KL\na         0.5\ngrößer  10.25\n");
+        assert_eq!(table(&rows, 2), "model   KL\na       0.5\ngrößer  10.25\n");
+        assert_eq!(table(&[], 1), "");
+    }
 
     #[test]
     fn names_are_without_places_and_steer_nothing() {

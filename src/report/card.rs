@@ -1,8 +1,8 @@
 //! The model card: a report for people.
 
-use super::{Activations, AdapterReport, Protocol, Quality, Report};
+use super::{AdapterReport, Quality, Report};
 use crate::recipe::Recipe;
-use crate::words::{called, one_line};
+use crate::words::{called, one_line, table};
 
 impl Report {
     /// A note without the places of the run's files, which differ between machines.
@@ -37,7 +37,7 @@ impl Report {
             method.name()
         );
         card += &format!(
-            "- size: {:.2} bits per weight of the file ({:.2} of the quantized linears), original {:.2}\n",
+            "- size: {:.2} bits per weight of the file ({:.2} of the quantized linears), the model as it was given {:.2}\n",
             self.bpw.file, self.bpw.quantized, self.bpw.original_file
         );
         if let Some(AdapterReport { path, kind, sha256, modules, replaced }) = &self.adapter {
@@ -63,7 +63,7 @@ impl Report {
         card += &format!("- {} linears quantized, {fallbacks} with a fallback\n", self.linears.len());
         if let Some(quality) = &self.quality {
             card += "\n## Quality, measured on the files in this directory\n\n";
-            card += &quality_table(quality);
+            card += &quality_markdown(quality);
         }
         for note in &self.notes {
             card += &format!("\n> {}\n", one_line(&self.without_places(note)));
@@ -73,22 +73,17 @@ impl Report {
     }
 }
 
-/// A markdown table of one evaluation.
-pub fn quality_table(quality: &Quality) -> String {
-    let protocol = match quality.protocol {
-        Protocol::Papers => "papers",
-        Protocol::LlamaCpp => "llama.cpp",
-    };
-    let rounded = match quality.activations {
-        Activations::Exact => "",
-        Activations::Runtime => ", inputs of linears rounded as the runtime does",
-    };
-    let Quality { tokens, context, .. } = quality;
-    let mut table = format!("| {tokens} tokens, context {context}, protocol {protocol}{rounded} | |\n|---|---|\n");
-    let mut row = |what: &str, value: String| table += &format!("| {what} | {value} |\n");
+/// What was measured in one evaluation, and what was found.
+fn rows(quality: &Quality) -> Vec<[String; 2]> {
+    let mut rows = vec![[quality.how(true), String::new()]];
+    let mut row = |what: &str, value: String| rows.push([what.to_owned(), value]);
     row("perplexity", format!("{:.4} ± {:.4}", quality.perplexity, quality.perplexity_stderr));
     if let Some(b) = &quality.beside {
-        row("perplexity of the original", format!("{:.4}", b.reference_perplexity));
+        let reference = match &b.reference_quantized {
+            Some(how) => format!("perplexity of the reference, itself quantized ({how})"),
+            None => "perplexity of the original".to_owned(),
+        };
+        row(&reference, format!("{:.4}", b.reference_perplexity));
         row("ratio", format!("{:.5} ± {:.5}", b.perplexity_ratio, b.perplexity_ratio_stderr));
         row("KL divergence, mean", format!("{:.5} ± {:.5}", b.kld_mean, b.kld_stderr));
         row(
@@ -96,6 +91,25 @@ pub fn quality_table(quality: &Quality) -> String {
             format!("{:.5} / {:.4} / {:.3}", b.kld_median, b.kld_p99, b.kld_max),
         );
         row("same top token", format!("{:.2} %", 100.0 * b.top1_agreement));
+    }
+    rows
+}
+
+/// One evaluation as a table for people.
+pub fn quality_text(quality: &Quality) -> String {
+    let rows = rows(quality);
+    let found: Vec<Vec<String>> = rows[1..].iter().map(|row| row.to_vec()).collect();
+    format!("{}\n{}", rows[0][0], table(&found, 2))
+}
+
+/// One evaluation as a Markdown table.
+fn quality_markdown(quality: &Quality) -> String {
+    let mut table = String::new();
+    for (index, [what, value]) in rows(quality).iter().enumerate() {
+        table += &format!("| {} | {value} |\n", one_line(what));
+        if index == 0 {
+            table += "|---|---|\n";
+        }
     }
     table
 }

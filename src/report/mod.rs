@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::recipe::Recipe;
 
-pub use card::quality_table;
+pub use card::quality_text;
 pub use quality::{Activations, Beside, HiddenStates, Limits, Protocol, Quality};
 
 /// A file and what is in it.
@@ -158,6 +158,14 @@ pub struct Verdict {
     pub passed: bool,
     /// What was missed.
     pub missed: Vec<String>,
+}
+
+impl Verdict {
+    /// What becomes of limits beside what was measured; `None` where there are none.
+    pub fn of(limits: Limits, quality: &Beside) -> Option<Verdict> {
+        let missed = limits.missed(quality);
+        limits.any().then(|| Verdict { limits, passed: missed.is_empty(), missed })
+    }
 }
 
 /// Everything about one run.

@@ -60,11 +60,27 @@ pub struct Quality {
     pub beside: Option<Beside>,
 }
 
+impl Quality {
+    /// What was measured, in a line; with what linears read where that is `shared` by all that the line is said of.
+    pub fn how(&self, shared: bool) -> String {
+        let (protocol, _) = Protocol::ALL.iter().find(|(_, known)| *known == self.protocol).expect("in the list");
+        let rounded = match (self.activations, shared) {
+            (Activations::Runtime, true) => ", inputs of linears rounded as the runtime does",
+            (_, true) => "",
+            (_, false) => ", inputs of some models' linears rounded as the runtime does",
+        };
+        format!("{} tokens, context {}, protocol {protocol}{rounded}", self.tokens, self.context)
+    }
+}
+
 /// A model beside its reference, on the same tokens.
 #[derive(Clone, Debug, Serialize)]
 pub struct Beside {
     /// The reference checkpoint.
     pub reference: String,
+    /// How it is stored where it is itself quantized, as `Q4_K and others`: it is the reference then, and no original.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reference_quantized: Option<String>,
     /// Its perplexity.
     pub reference_perplexity: f64,
     /// Perplexity over the reference's.
@@ -185,6 +201,7 @@ mod tests {
     fn limits_name_what_was_missed() {
         let quality = Beside {
             reference: String::new(),
+            reference_quantized: None,
             reference_perplexity: 10.0,
             perplexity_ratio: 1.1,
             perplexity_ratio_stderr: 0.0,

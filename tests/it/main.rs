@@ -9,6 +9,7 @@ mod cards;
 mod configurations;
 mod cuda;
 mod endings;
+mod eval;
 mod evidence;
 mod families;
 mod folders;
