@@ -23,6 +23,7 @@ use crate::weights::{Entry, RawTensor, StoredType, Weights};
 mod about;
 mod adapter;
 mod beside;
+mod hub;
 mod names;
 mod opening;
 mod place;
@@ -30,6 +31,7 @@ mod sentence;
 mod tokenizer;
 
 pub use beside::{Beside, ORIGINAL_CARD, SideFile, front_matter};
+pub use hub::{cached, hub_name};
 
 /// An opened checkpoint.
 #[derive(Debug)]

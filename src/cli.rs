@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::recipe::Request;
+use crate::recipe::headings::{COMPUTATION, OUTPUT, VERIFICATION};
 use crate::report::Limits;
 
 /// Quantizes language models for the runtimes that serve them, and proves that they are still themselves.
@@ -24,22 +25,34 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Quantize the built-in model with every method, verify each, and print a table.
+    #[command(after_help = "Examples:\n  quantc demo\n  quantc demo --export model")]
     Demo(Demo),
     /// Quantize a checkpoint, reopen the result, and measure it against the original.
+    #[command(
+        after_help = "Examples:\n  quantc quantize MODEL -o OUT                  W4A16 for vLLM, calibrated with GPTQ and measured\n  quantc quantize MODEL -o m.gguf --scheme Q4_K_M   a GGUF file for llama.cpp and Ollama"
+    )]
     Quantize(Box<Quantize>),
     /// Say what quantize would make of a checkpoint, and what that takes: sizes, memory, time, and who can serve it. Reads no weights.
     Plan(Box<Plan>),
     /// Measure perplexity, and divergence from a reference.
-    Eval(Eval),
+    #[command(
+        after_help = "Examples:\n  quantc eval OUT --reference MODEL\n  quantc eval A B C --reference MODEL --max-kld 0.05"
+    )]
+    Eval(Box<Eval>),
     /// Show what is in a checkpoint.
+    #[command(after_help = "Examples:\n  quantc inspect MODEL\n  quantc inspect m.gguf --json")]
     Inspect(Inspect),
     /// Rewrite any readable checkpoint as plain safetensors.
+    #[command(after_help = "Examples:\n  quantc convert m.gguf -o OUT --dtype bf16")]
     Convert(Convert),
     /// Write a checkpoint merged with a LoRA adapter.
+    #[command(after_help = "Examples:\n  quantc merge MODEL --adapter ADAPTER -o OUT")]
     Merge(Merge),
     /// Remove what interrupted runs have left in a folder.
+    #[command(after_help = "Examples:\n  quantc clean FOLDER --list\n  quantc clean FOLDER")]
     Clean(Clean),
     /// List what can compute: the CPU, and NVIDIA GPUs with their memory.
+    #[command(after_help = "Examples:\n  quantc devices --json")]
     Devices(Devices),
 }
 
@@ -62,6 +75,19 @@ impl Command {
         }
     }
 
+    /// Where the command looks for models.
+    pub fn models_mut(&mut self) -> Vec<&mut PathBuf> {
+        match self {
+            Command::Quantize(args) => vec![&mut args.model],
+            Command::Plan(args) => vec![&mut args.run.model],
+            Command::Convert(args) => vec![&mut args.input],
+            Command::Merge(args) => vec![&mut args.model],
+            Command::Eval(args) => args.models.iter_mut().chain(&mut args.reference).collect(),
+            Command::Inspect(args) => vec![&mut args.path],
+            Command::Demo(_) | Command::Clean(_) | Command::Devices(_) => Vec::new(),
+        }
+    }
+
     /// The model that the command reads, if it reads one.
     pub fn subject(&self) -> Option<&Path> {
         match self {
@@ -80,24 +106,27 @@ impl Command {
 #[derive(Clone, Debug, Args)]
 pub struct Compute {
     /// Threads; all cores by default. Results do not depend on it.
-    #[arg(long, value_name = "N")]
+    #[arg(long, help_heading = COMPUTATION, value_name = "N")]
     pub threads: Option<usize>,
     /// Where to compute: cpu, cuda, cuda:N for GPU number N, or auto for a GPU if one can be used.
-    #[arg(long, value_name = "DEVICE", default_value = "auto")]
+    #[arg(long, help_heading = COMPUTATION, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
     /// Memory of the GPU to use, as 8GiB or 500MB; most of what is free by default. What does not fit waits in the host's.
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, help_heading = COMPUTATION, value_name = "SIZE")]
     pub gpu_memory: Option<String>,
     /// Matrix products of the calibration: f32, or auto for bfloat16 inputs on CPUs where that is faster. Measuring is
     /// always f32.
-    #[arg(long, value_name = "TYPE", default_value = "auto", value_parser = ["auto", "f32"])]
+    #[arg(long, help_heading = COMPUTATION, value_name = "TYPE", default_value = "auto", value_parser = ["auto", "f32"])]
     pub math: String,
     /// GPU: wait for each operation, and print where the time went at the end.
-    #[arg(long)]
+    #[arg(long, help_heading = COMPUTATION)]
     pub profile: bool,
     /// No progress, no summary; errors only.
-    #[arg(long, short)]
+    #[arg(long, help_heading = COMPUTATION, short)]
     pub quiet: bool,
+    /// On a terminal every note, and a line for each linear.
+    #[arg(long, help_heading = COMPUTATION, short, conflicts_with = "quiet")]
+    pub verbose: bool,
 }
 
 impl Compute {
@@ -227,13 +256,13 @@ pub struct Demo {
 #[derive(Clone, Copy, Debug, Args)]
 pub struct Bounds {
     /// Fail (exit code 3) above this perplexity ratio.
-    #[arg(long, value_name = "R")]
+    #[arg(long, help_heading = VERIFICATION, value_name = "R")]
     pub max_ppl_ratio: Option<f64>,
     /// Fail (exit code 3) above this mean KL divergence, in nats.
-    #[arg(long, value_name = "K")]
+    #[arg(long, help_heading = VERIFICATION, value_name = "K")]
     pub max_kld: Option<f64>,
     /// Fail (exit code 3) below this share of equal top tokens, from 0 to 1.
-    #[arg(long, value_name = "P")]
+    #[arg(long, help_heading = VERIFICATION, value_name = "P")]
     pub min_top1: Option<f64>,
 }
 
@@ -247,44 +276,44 @@ impl Bounds {
 /// `quantc quantize`.
 #[derive(Debug, Args)]
 pub struct Quantize {
-    /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file.
+    /// A Hugging Face directory, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
     pub model: PathBuf,
     /// The directory to write; for GGUF the file. The short form of one --target.
-    #[arg(long, short, value_name = "OUT")]
+    #[arg(long, help_heading = OUTPUT, short, value_name = "OUT")]
     pub output: Option<PathBuf>,
     /// One of several outputs from one calibration, as compressed-tensors:W4A16=OUT, gptq:W4A16:g64=OUT or gguf:Q4_K_M=m.gguf. Repeatable;
     /// the other flags complete it. The first leads: the inputs of each layer are those that its weights make.
-    #[arg(long, value_name = "FORMAT[:SCHEME[:gN]]=PATH")]
+    #[arg(long, help_heading = OUTPUT, value_name = "FORMAT[:SCHEME[:gN]]=PATH")]
     pub target: Vec<String>,
     /// Calibrate every target by itself, as if it were the only one.
-    #[arg(long)]
+    #[arg(long, help_heading = OUTPUT)]
     pub independent: bool,
     /// What may also stand in a recipe.
     #[command(flatten)]
     pub request: Request,
     /// A recipe.toml with any of these settings, and exceptions for some linears; flags go before it.
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = OUTPUT, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
     /// Held-out text to measure the output on; `none` to skip. [default: a bundled text]
-    #[arg(long, value_name = "FILE|none")]
+    #[arg(long, help_heading = VERIFICATION, value_name = "FILE|none")]
     pub verify_text: Option<String>,
     /// Windows of up to 2048 tokens to measure. [default: 8]
-    #[arg(long, value_name = "N")]
+    #[arg(long, help_heading = VERIFICATION, value_name = "N")]
     pub verify_windows: Option<usize>,
     /// Limits on the quality.
     #[command(flatten)]
     pub limits: Bounds,
     /// Replace an existing output.
-    #[arg(long)]
+    #[arg(long, help_heading = OUTPUT)]
     pub force: bool,
     /// Begin afresh, though an interrupted run of the same command has finished some blocks.
-    #[arg(long)]
+    #[arg(long, help_heading = OUTPUT)]
     pub no_resume: bool,
     /// Remove what interrupted runs have finished of the outputs, and do nothing else.
-    #[arg(long)]
+    #[arg(long, help_heading = OUTPUT)]
     pub discard: bool,
     /// Wait for another run that is writing to the same place, instead of being refused.
-    #[arg(long)]
+    #[arg(long, help_heading = OUTPUT)]
     pub wait: bool,
     /// Flags for the computation.
     #[command(flatten)]
@@ -320,7 +349,7 @@ pub struct Plan {
 /// `quantc eval`.
 #[derive(Debug, Args)]
 pub struct Eval {
-    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file. Several give one table.
+    /// A Hugging Face directory, quantized or not, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache. Several give one table.
     #[arg(value_name = "MODEL", required = true)]
     pub models: Vec<PathBuf>,
     /// A LoRA adapter to merge into the model.
@@ -363,7 +392,7 @@ pub struct Eval {
 /// `quantc inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file.
+    /// A Hugging Face directory, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
     pub path: PathBuf,
     /// Show what the blocks compute, one of each kind, and not the tensors; with --json both.
     #[arg(long)]
@@ -376,7 +405,7 @@ pub struct Inspect {
 /// `quantc convert`.
 #[derive(Debug, Args)]
 pub struct Convert {
-    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file.
+    /// A Hugging Face directory, quantized or not, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
     pub input: PathBuf,
     /// The directory to write.
     #[arg(long, short, value_name = "OUT")]
@@ -395,7 +424,7 @@ pub struct Convert {
 /// `quantc merge`.
 #[derive(Debug, Args)]
 pub struct Merge {
-    /// A Hugging Face directory, quantized or not, a model's folder of a hub cache, or a GGUF file.
+    /// A Hugging Face directory, quantized or not, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
     pub model: PathBuf,
     /// The LoRA adapter, a directory that PEFT wrote.
     #[arg(long, value_name = "DIR")]

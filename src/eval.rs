@@ -108,7 +108,12 @@ impl Evaluation<'_> {
         }
         let mut found = Vec::new();
         for together in asked.chunks(at_once) {
-            found.extend(evaluate_all(backend, together, reference, windows, self.protocol, progress)?);
+            let called = match together {
+                [_] if asked.len() == 1 => "the model".to_owned(),
+                [one] => one.model.path().display().to_string(),
+                all => format!("{} models", all.len()),
+            };
+            found.extend(evaluate_all(backend, &called, together, reference, windows, self.protocol, progress)?);
         }
         let entry = |(quality, model): (Quality, &Checkpoint)| Entry {
             verdict: quality.beside.as_ref().and_then(|beside| Verdict::of(self.limits, beside)),

@@ -10,6 +10,7 @@ use kernels::{Grid, Quantize};
 use ndarray::Array2;
 
 use crate::error::{Error, Result};
+use crate::mixes::is_substitution;
 use crate::report::LinearReport;
 use crate::words::listed;
 
@@ -219,7 +220,9 @@ pub fn notes(linears: &[LinearReport], others: &[(String, f64)]) -> Vec<String> 
     };
     let mut fallbacks: Vec<(&str, Vec<&str>)> = Vec::new();
     for linear in linears {
-        let Some(fallback) = linear.fallback.as_deref() else { continue };
+        let fallback: Vec<&str> = linear.fallback.iter().flat_map(|all| all.split("; ")).collect();
+        // Of types that others take the place of the target says all in one sentence.
+        let Some(fallback) = fallback.into_iter().find(|one| !is_substitution(one)) else { continue };
         match fallbacks.iter_mut().find(|(known, _)| *known == fallback) {
             Some((_, names)) => names.push(&linear.name),
             None => fallbacks.push((fallback, vec![&linear.name])),

@@ -16,6 +16,7 @@ use kernels::Backend;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Checkpoint;
+use crate::cost::{Cost, longer, of_measuring};
 use crate::error::{Error, Result};
 use crate::evidence;
 use crate::families;
@@ -279,8 +280,8 @@ impl<'a> Job<'a> {
             let json = serde_json::to_vec_pretty(report).expect("a report is plain data");
             let Papers { report: name, card } = target.papers(staging.name());
             staging.write(&name, &json)?;
-            if let Some(front) = card {
-                staging.write("README.md", (front + &report.card()).as_bytes())?;
+            if let Some(original) = card {
+                staging.write("README.md", report.card(&original).as_bytes())?;
             }
             copies.push(output.report.as_deref().map(|path| SideOutput::write(path, &json)).transpose()?);
         }
@@ -459,13 +460,35 @@ impl<'a> Job<'a> {
                 let written = if single { None } else { Some(source) };
                 expected = expected.and_measuring(graph, device, &[Some(source), written], windows, "--verify-text")?;
             }
+            let longer = self.measures_longer(run, &group, targets);
             if host {
-                progress.say(&expected.line(&what));
+                progress.say(&(expected.line(&what) + &longer.map_or(String::new(), |longer| format!("; {longer}"))));
+            } else if let Some(longer) = longer {
+                progress.say(&longer);
             }
             group.expected = host.then_some(expected.bytes);
             groups.push(group);
         }
         Ok((said, groups))
+    }
+
+    /// What to say where measuring the outputs of a group takes longer than making them, and some time at all.
+    fn measures_longer<B: Backend>(
+        &self,
+        run: &Run<'_>,
+        group: &Group,
+        targets: &[Box<dyn Target<B>>],
+    ) -> Option<String> {
+        let HeldOut { windows, .. } = run.held_out.as_ref()?;
+        let tokens = group.samples.as_ref().map_or(0, |samples| samples.source.tokens);
+        let costs = group.members.iter().enumerate().map(|(at, index)| {
+            let cost = Cost::of(&self.outputs[*index].recipe, targets[*index].needs(), tokens);
+            if at == 0 { cost.total(run.graph) } else { cost.beside().total(run.graph) }
+        });
+        let measured = windows.iter().map(|window| window.len() as u64).sum();
+        // Of the output and of the original.
+        let measuring = 2 * group.members.len() as u64 * of_measuring(run.graph, measured);
+        longer(costs.sum(), measuring, windows.len())
     }
 
     /// Measures an output beside the original, and reports.

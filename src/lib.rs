@@ -8,6 +8,7 @@
 pub mod checkpoint;
 pub mod cli;
 pub mod convert;
+mod cost;
 pub mod demo;
 pub mod devices;
 pub mod dialect;

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::io::IsTerminal;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -10,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use calibration::samples::GUARDED;
 use clap::Parser;
 use formats::Dtype;
+use quantc::checkpoint::cached;
 use quantc::cli::{Clean, Cli, Command, Compute, Engine, Eval, Plan, Quantize};
 use quantc::eval::Evaluation;
 use quantc::job::{Asked, Job, Verification};
@@ -27,6 +29,9 @@ use quantc::{Checkpoint, Error, convert, demo, devices, inspect, merge, report, 
 
 /// The output is there, and its quality is below the limits.
 const BELOW_THE_BAR: u8 = 3;
+
+/// Notes of one output that a terminal shows.
+const NOTES: usize = 12;
 
 /// Threads that are started for each core at the most.
 const MOST_THREADS: usize = 4;
@@ -114,7 +119,12 @@ fn work(cli: Cli) -> u8 {
     }
 }
 
-fn run(cli: Cli) -> anyhow::Result<u8> {
+fn run(mut cli: Cli) -> anyhow::Result<u8> {
+    for model in cli.command.models_mut() {
+        if let Some(found) = cached(model)? {
+            *model = found;
+        }
+    }
     match cli.command {
         Command::Demo(args) => {
             if let Some(folder) = args.export {
@@ -130,7 +140,7 @@ fn run(cli: Cli) -> anyhow::Result<u8> {
         }
         Command::Quantize(args) => quantize(*args),
         Command::Plan(args) => plan(*args),
-        Command::Eval(args) => eval(args),
+        Command::Eval(args) => eval(*args),
         Command::Inspect(args) => {
             let checkpoint = Checkpoint::open(&args.path)?;
             checkpoint.remarks().iter().for_each(|note| tell(&format!("note: {note}")));
@@ -208,7 +218,7 @@ fn start(compute: &Compute) -> anyhow::Result<(Progress, Engine)> {
     if !compute.quiet {
         left.into_iter().chain(fewer).for_each(|note| tell(&format!("note: {note}")));
     }
-    Ok((Progress::new(compute.quiet), engine))
+    Ok((Progress::new(compute.quiet).verbose(compute.verbose), engine))
 }
 
 /// Fails where a flag that counts says 0.
@@ -248,9 +258,13 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let mut said = Ok(());
     let all: Vec<(&Path, &Report)> = paths.iter().map(PathBuf::as_path).zip(&reports).collect();
     if !args.compute.quiet {
-        said = all.iter().try_for_each(|(path, report)| summarize(report, path));
-        if all.len() > 1 {
-            said = said.and_then(|()| say(&table(&all)));
+        said = all.iter().try_for_each(|(path, report)| summarize(report, path, args.compute.verbose));
+        match &all[..] {
+            [(path, report)] => {
+                let command = report.runs(&path.display().to_string());
+                said = said.and_then(|()| command.map_or(Ok(()), |command| say(&format!("run it: {command}\n"))));
+            }
+            all => said = said.and_then(|()| say(&table(all))),
         }
     }
     let mut code = 0;
@@ -368,12 +382,19 @@ fn clean(args: &Clean) -> Result<(), Error> {
     Ok(())
 }
 
+/// Prints notes; on a terminal a few of them, unless all are wanted, and where the others are.
+fn notes(all: &[String], verbose: bool, others: &str) {
+    let shown = match std::io::stderr().is_terminal() && !verbose {
+        true => words::shortened(all, NOTES, others),
+        false => all.to_vec(),
+    };
+    shown.iter().for_each(|note| tell(&format!("note: {note}")));
+}
+
 /// Prints what a quantization did.
-fn summarize(report: &Report, output: &Path) -> Result<(), Error> {
-    for note in report.interrupted.iter().chain(&report.notes) {
-        tell(&format!("note: {note}"));
-    }
-    let fallbacks = report.linears.iter().filter(|l| l.fallback.is_some()).count();
+fn summarize(report: &Report, output: &Path, verbose: bool) -> Result<(), Error> {
+    notes(&[&report.interrupted[..], &report.notes].concat(), verbose, "all are in the report, and -v shows them");
+    let fallbacks = report.fallbacks();
     say(&format!(
         "{}: {} linears, {:.2} bits per weight ({:.2} of the file), {:.1} s on {}, peak {:.0} MB{}\n",
         output.display(),
@@ -411,16 +432,17 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
     if let Some(profile) = engine.profile() {
         profile.trim_end().lines().for_each(tell);
     }
-    let notes = |notes: &[String]| {
-        let shown = notes.iter().filter(|_| !args.compute.quiet);
-        shown.for_each(|note| tell(&format!("note: {note}")));
-    };
-    notes(&found.notes);
+    let Compute { quiet, verbose, .. } = args.compute;
+    if !quiet {
+        notes(&found.notes, verbose, "-v shows all");
+    }
     match args.json {
         true => say(&format!("{}\n", serde_json::to_string_pretty(&found.json()?)?))?,
         false => say(&found.text())?,
     }
-    notes(&found.remarks);
+    if !quiet {
+        notes(&found.remarks, verbose, "-v shows all");
+    }
     let mut code = 0;
     for missed in found.missed() {
         tell(&format!("error: {missed}"));

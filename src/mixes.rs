@@ -259,6 +259,36 @@ pub fn parse_type(name: &str) -> Result<GgmlType, String> {
     })
 }
 
+/// Why a type takes the place of another, as [`Assigned::fallback`] says it.
+const SPLIT: &str = "do not split into blocks of";
+
+/// Whether what was done in place of what was asked for is one of llama.cpp's own substitutions of types, and nothing that went wrong.
+pub fn is_substitution(fallback: &str) -> bool {
+    fallback.contains(SPLIT)
+}
+
+/// What there is to say of all tensors that do not have the type that the mix names, in one sentence; `None` where there are none.
+pub fn substitutions<'a>(assigned: impl Iterator<Item = &'a Assigned>) -> Option<String> {
+    let mut kinds: Vec<(&str, usize)> = Vec::new();
+    let mut all = 0;
+    for fallback in assigned.filter_map(|assigned| assigned.fallback.as_deref()) {
+        let kind = fallback.split_once(':').map_or(fallback, |(kind, _)| kind);
+        match kinds.iter_mut().find(|(known, _)| *known == kind) {
+            Some((_, count)) => *count += 1,
+            None => kinds.push((kind, 1)),
+        }
+        all += 1;
+    }
+    let kinds: Vec<String> = kinds.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+    let tensors = if all == 1 { "1 tensor has" } else { &format!("{all} tensors have") };
+    (all > 0).then(|| {
+        format!(
+            "{tensors} rows that do not split into the blocks of the mix's type, and took what llama-quantize takes then: {}",
+            kinds.join(", ")
+        )
+    })
+}
+
 /// The type of one tensor.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Assigned {
@@ -361,12 +391,8 @@ impl Chooser<'_> {
                 "Q2_K_S needs to know which weights matter: calibrate, or give --imatrix; Q2_K does without",
             ));
         }
-        let fallback = replaced.map(|wanted| {
-            format!(
-                "{ty} in place of {wanted}: rows of {width} values do not split into blocks of {}",
-                wanted.block_len
-            )
-        });
+        let fallback = replaced
+            .map(|wanted| format!("{ty} in place of {wanted}: rows of {width} values {SPLIT} {}", wanted.block_len));
         Ok(Assigned { ty, fallback })
     }
 

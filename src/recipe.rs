@@ -10,13 +10,15 @@ use formats::{Codec, Encoding, Levels, Scheme};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::mixes::{MIXES, Mix, parse_type};
+use crate::mixes::{Mix, parse_type};
+use crate::words::nearest;
 
+mod near;
 mod patterns;
 mod request;
 
 pub use patterns::{Pattern, Patterns};
-pub use request::{Override, Request};
+pub use request::{Override, Request, headings};
 
 /// A quantization method.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,7 +92,10 @@ pub fn named<T: Copy>(what: &str, table: &[(&str, T)], name: &str) -> Result<T> 
         Some((_, value)) => Ok(*value),
         None => {
             let known: Vec<&str> = table.iter().map(|(name, _)| *name).collect();
-            Err(Error::usage(format!("{what} `{name}` is not known; there are {}", known.join(", "))))
+            let flag = what.trim_start_matches('-');
+            let meant = nearest(name, known.iter().copied());
+            let meant = meant.map_or(String::new(), |meant| format!("did you mean --{flag} {meant}? "));
+            Err(Error::usage(format!("{what} `{name}` is not known; {meant}there are {}", known.join(", "))))
         }
     }
 }
@@ -211,8 +216,7 @@ impl Recipe {
             return Recipe::resolve_gguf(request);
         }
         let Some(codec) = formats::codec::codec(&format) else {
-            let known: Vec<&str> = formats::CODECS.iter().map(|codec| codec.id()).collect();
-            return Err(Error::usage(format!("format `{format}` is not known; there are {}, gguf", known.join(", "))));
+            return Err(near::no_format(&format));
         };
         let only_gguf = [
             ("tensor-type", request.tensor_type.is_some()),
@@ -325,10 +329,7 @@ impl Recipe {
     /// The same for a GGUF file.
     fn resolve_gguf(request: Request) -> Result<Recipe> {
         let name = request.scheme.as_deref().unwrap_or("Q4_K_M");
-        let mix = Mix::parse(name).ok_or_else(|| {
-            let known: Vec<&str> = MIXES.iter().map(|mix| mix.name).collect();
-            Error::usage(format!("scheme `{name}` is not one of GGUF's; there are {}", known.join(", ")))
-        })?;
+        let mix = Mix::parse(name).ok_or_else(|| near::no_mix(name))?;
         let not_gguf = [
             ("bits", request.bits.is_some()),
             ("group-size", request.group_size.is_some()),
@@ -337,7 +338,8 @@ impl Recipe {
         ];
         if let Some((flag, _)) = not_gguf.iter().find(|(_, given)| *given) {
             return Err(Error::usage(format!(
-                "--{flag} is not for GGUF files: the scheme's types decide; see --tensor-type"
+                "--{flag} is not for GGUF files: the scheme's types decide; see --tensor-type{}",
+                near::mix_for_bits(request.bits)
             )));
         }
         for Override { pattern, ignore, scheme, bits, group_size, symmetric } in &request.overrides {
@@ -551,30 +553,15 @@ fn change(
     let inherited = scheme_of(&base).filter(|_| place != "the request");
     let mut scheme = scheme_of(&base).unwrap_or(codec.usual());
     if let Some(name) = name {
-        if let Some(other) = formats::CODECS.iter().find(|other| preset(**other, name).is_some()) {
-            return Err(Error::usage(format!(
-                "scheme `{name}` is one of {}, and the format is {}: write that, or name another scheme",
-                other.id(),
-                codec.id()
-            )));
-        }
-        if Mix::parse(name).is_some() {
-            return Err(Error::usage(format!(
-                "scheme `{name}` is one of gguf, and the format is {}: write that (--format gguf, or an output that ends in .gguf), or name \
-                 another scheme",
-                codec.id()
-            )));
-        }
-        let preset = Scheme::preset(name).ok_or_else(|| {
-            Error::usage(format!(
-                "scheme `{name}` is not known; there are W4A16, W4A16_ASYM, W8A16, W3A16 and W2A16 (each also with _ASYM)"
-            ))
-        })?;
+        let preset = Scheme::preset(name).ok_or_else(|| near::no_scheme(codec, name))?;
         scheme = Scheme { group: inherited.map_or(codec.usual().group, |base| base.group), ..preset };
     }
     if let Some(bits) = bits {
         if ![2, 3, 4, 8].contains(&bits) {
-            return Err(Error::usage(format!("{bits} bits in {place}: codes have 2, 3, 4 or 8")));
+            return Err(Error::usage(format!(
+                "{bits} bits in {place}: codes have 2, 3, 4 or 8{}",
+                near::bits_of_gguf(bits)
+            )));
         }
         scheme.bits = bits;
     }

@@ -6,7 +6,8 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use calibration::samples::{
-    ChatTemplate, Document, SampleError, Samples, Text, Tokenizer, TokenizerConfig, parse_txt, preset, read, select,
+    ChatTemplate, Document, PRESETS, SampleError, Samples, Text, Tokenizer, TokenizerConfig, parse_txt, preset, read,
+    select,
 };
 
 use formats::container::file;
@@ -16,6 +17,7 @@ use crate::error::Error;
 use crate::families;
 use crate::supervisor::within;
 use crate::tokenizer::{TokenizerFiles, other_tokenizer};
+use crate::words::nearest;
 
 pub use crate::tokenizer::TextError;
 
@@ -42,7 +44,7 @@ pub fn load_text(path_or_preset: &str) -> Result<Text, TextError> {
     }
     let path = Path::new(path_or_preset);
     let bytes = file::read(path, LONGEST).map_err(|error| match error.kind() {
-        ErrorKind::NotFound => TextError::Missing { name: path_or_preset.to_owned() },
+        ErrorKind::NotFound => TextError::Missing { name: path_or_preset.to_owned(), hint: meant(path) },
         _ if path.is_dir() => TextError::Folder { path: path.to_owned(), hint: texts_in(path) },
         _ => TextError::Io { path: path.to_owned(), error },
     })?;
@@ -53,9 +55,32 @@ pub fn load_text(path_or_preset: &str) -> Result<Text, TextError> {
     Ok(text)
 }
 
+/// Endings of files that are read as texts.
+const ENDINGS: &[&str] = &["jsonl", "json", "ndjson", "parquet", "csv", "tsv", "txt", "raw"];
+
+/// What may be meant by a text that is not there: a bundled one, or a text in the same folder, with or without its ending.
+fn meant(path: &Path) -> String {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let listed = std::fs::read_dir(folder.unwrap_or(Path::new("."))).into_iter().flatten();
+    let mut files: Vec<String> = listed.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
+    files.retain(|file| file.rsplit_once('.').is_some_and(|(_, ending)| ENDINGS.contains(&ending)));
+    files.sort();
+    let stem = |file: &str| file.rsplit_once('.').map_or(file, |(stem, _)| stem).to_owned();
+    let stems: Vec<String> = files.iter().map(|file| stem(file)).collect();
+    let bundled = if folder.is_none() { [PRESETS, &[HELD_OUT]].concat() } else { Vec::new() };
+    let whole = nearest(name, bundled.iter().copied().chain(files.iter().map(String::as_str)));
+    let found = whole.or_else(|| {
+        let found = nearest(name, stems.iter().map(String::as_str))?;
+        let at = stems.iter().position(|stem| stem == found)?;
+        (stems.iter().filter(|stem| *stem == found).count() == 1).then(|| files[at].as_str())
+    });
+    let shown = |found: &str| folder.map_or(PathBuf::from(found), |folder| folder.join(found)).display().to_string();
+    found.map_or(String::new(), |found| format!("did you mean {}? ", shown(found)))
+}
+
 /// The first texts in a folder, as the end of a sentence.
 fn texts_in(folder: &Path) -> String {
-    const ENDINGS: &[&str] = &["jsonl", "json", "ndjson", "parquet", "csv", "tsv", "txt", "raw"];
     let is_text = |path: &PathBuf| {
         let ending = path.extension().and_then(|ending| ending.to_str()).map(str::to_lowercase);
         ending.is_some_and(|ending| ENDINGS.contains(&&*ending))

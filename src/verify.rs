@@ -6,10 +6,11 @@ use formats::Dtype;
 use kernels::{Backend, TokenComparison};
 
 use crate::checkpoint::Checkpoint;
+use crate::cost::{of_block, of_head, of_measuring};
 use crate::error::{Error, Result};
 use crate::families;
 use crate::forward::{LoadedHead, final_hidden};
-use crate::graph::Graph;
+use crate::graph::{Block, Graph};
 use crate::plan::check_tensors;
 use crate::progress::Progress;
 use crate::report::{Activations, Beside, HiddenStates, Protocol, Quality};
@@ -100,15 +101,16 @@ pub fn evaluate<B: Backend>(
     progress: &mut Progress,
 ) -> Result<Quality> {
     let models = [Measured { model, activations }];
-    Ok(evaluate_all(backend, &models, reference, windows, protocol, progress)?.remove(0))
+    Ok(evaluate_all(backend, "the output", &models, reference, windows, protocol, progress)?.remove(0))
 }
 
 /// Evaluates `models`, beside `reference` if there is one, on `windows` of equal length; what is found of each, in their order, is what is
-/// found of it alone. The reference runs once for all.
+/// found of it alone. The reference runs once for all. `called` is what the progress calls the models.
 ///
 /// Fails where activations are a runtime's of which it is not known what it rounds.
 pub fn evaluate_all<B: Backend>(
     backend: &B,
+    called: &str,
     models: &[Measured<'_>],
     reference: Option<&Checkpoint>,
     windows: &[Vec<u32>],
@@ -130,16 +132,20 @@ pub fn evaluate_all<B: Backend>(
     }
     let sides = sides(backend, models, reference, windows)?;
     let batch = batch(context);
-    let blocks: usize = sides.iter().map(|side| side.graph.blocks.len()).sum();
-    progress.start("evaluating", windows.len().div_ceil(batch) * blocks);
+    let beside = reference.map_or(String::new(), |reference| format!(" beside {}", reference.role()));
+    let tokens = (windows.len() * context) as u64;
+    let work = sides.iter().map(|side| of_measuring(&side.graph, tokens)).sum();
+    progress.start(format!("measuring {called}{beside}"), work);
     let mut all: Vec<TokenComparison> = models.iter().map(|_| TokenComparison::default()).collect();
-    for windows in windows.chunks(batch) {
+    for (index, together) in windows.chunks(batch).enumerate() {
+        progress.part(part(index * batch, together.len(), windows.len()));
         let mut normed = Vec::new();
-        for side in &sides {
-            normed
-                .push(final_hidden(backend, &side.graph, side.source, windows, side.activations, &|| progress.step())?);
+        let tokens = (together.len() * context) as u64;
+        for Side { graph, source, activations, .. } in &sides {
+            let step = |block: &Block| progress.step(of_block(block, tokens));
+            normed.push(final_hidden(backend, graph, source, together, *activations, &step)?);
         }
-        compare_windows(backend, &sides, &normed, windows, scored.clone(), &mut all)?;
+        compare_windows(backend, &sides, &normed, together, scored.clone(), &mut all, progress)?;
     }
     let vocabulary = sides[0].graph.vocabulary;
     let quality = |(one, all): (&Measured<'_>, &TokenComparison)| {
@@ -150,6 +156,14 @@ pub fn evaluate_all<B: Backend>(
         Ok(quality)
     };
     models.iter().zip(&all).map(quality).collect()
+}
+
+/// Which windows are at work: so many after the first `before`.
+fn part(before: usize, count: usize, all: usize) -> String {
+    match count {
+        1 => format!("window {} of {all}", before + 1),
+        _ => format!("windows {} to {} of {all}", before + 1, before + count),
+    }
 }
 
 /// The reference, if there is one, and then the models, with the heads that they need.
@@ -216,6 +230,7 @@ fn compare_windows<B: Backend>(
     windows: &[Vec<u32>],
     scored: Range<usize>,
     all: &mut [TokenComparison],
+    progress: &Progress,
 ) -> Result<()> {
     let first = sides.len() - all.len();
     let per_pass = tokens_at_once(sides[0].graph.vocabulary);
@@ -246,6 +261,7 @@ fn compare_windows<B: Backend>(
                 all.kld.extend(found.kld);
             }
         }
+        sides.iter().for_each(|side| progress.step(of_head(&side.graph, window.len() as u64)));
     }
     Ok(())
 }
@@ -313,13 +329,19 @@ pub fn compare_hidden<B: Backend>(
     let graphs = [families::graph_of(reference)?, families::graph_of(model)?];
     check_tensors(&graphs[1], model)?;
     let batch = batch(windows.first().map_or(1, Vec::len));
-    progress.start("evaluating", windows.len().div_ceil(batch) * 2 * graphs[0].blocks.len());
+    let all: u64 = windows.iter().map(|window| window.len() as u64).sum();
+    progress.start(
+        format!("comparing hidden states of the output and {}", reference.role()),
+        graphs.iter().flat_map(|graph| &graph.blocks).map(|block| of_block(block, all)).sum(),
+    );
     let (mut tokens, mut sum, mut lowest, mut squares) = (0, 0.0, f64::INFINITY, [0.0; 2]);
-    for windows in windows.chunks(batch) {
-        let mut sides = Vec::new();
+    for (index, together) in windows.chunks(batch).enumerate() {
+        progress.part(part(index * batch, together.len(), windows.len()));
+        let (mut sides, count) = (Vec::new(), together.iter().map(|window| window.len() as u64).sum());
         for (graph, source) in graphs.iter().zip([reference, model]) {
             let own = if std::ptr::eq(source, model) { declared_activations(source) } else { Activations::Exact };
-            sides.push(final_hidden(backend, graph, source, windows, own, &|| progress.step())?);
+            let step = |block: &Block| progress.step(of_block(block, count));
+            sides.push(final_hidden(backend, graph, source, together, own, &step)?);
         }
         for (ours, theirs) in sides[1].iter().zip(&sides[0]) {
             let [ours, theirs] = [backend.download(ours)?, backend.download(theirs)?];

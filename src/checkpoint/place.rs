@@ -7,6 +7,7 @@ use formats::container::stand_in::{LOOKED_AT, another, stand_in};
 use serde_json::Value;
 
 use super::adapter::mlx_adapter;
+use super::hub;
 use crate::error::{Error, Result};
 use crate::json::read_json;
 
@@ -19,18 +20,14 @@ const ADAPTER_WEIGHTS: &[&str] = &["adapter_model.safetensors", "adapters.safete
 /// Endings of downloads that are not complete.
 const UNFINISHED: &[&str] = &[".incomplete", ".part", ".crdownload", ".aria2", ".download"];
 
-/// What a model is called on a hub, where that is what stands in a path's place: an address, or an owner and a name.
-fn id_on_a_hub(path: &Path) -> Option<String> {
+/// What to do about a model that is not there, where what stands in a path's place is a name on a hub or an address of one.
+fn download(path: &Path) -> Option<String> {
     let text = path.to_str()?;
-    let id = match text.split_once("://") {
-        Some((_, address)) => address.split_once('/')?.1,
-        None if path.parent().is_some_and(Path::exists) => return None,
-        None => text,
+    let Some((_, address)) = text.split_once("://") else {
+        return if path.parent().is_some_and(Path::exists) { None } else { hub::download(path) };
     };
-    let parts: Vec<&str> = id.trim_end_matches('/').split('/').collect();
-    let [owner, name, ..] = parts[..] else { return None };
-    let is_name = |part: &str| !part.is_empty() && !part.starts_with(['.', '-', '~']);
-    (is_name(owner) && is_name(name) && (parts.len() == 2 || text.contains("://"))).then(|| format!("{owner}/{name}"))
+    let id: Vec<&str> = address.split('/').skip(1).take(2).collect();
+    hub::download(Path::new(&id.join("/")))
 }
 
 /// The folder or file that `path` means: of a hub cache its snapshot, with a note on which, else the path itself.
@@ -38,11 +35,10 @@ fn id_on_a_hub(path: &Path) -> Option<String> {
 /// Fails when there is nothing, and for a hub cache whose snapshot cannot be told.
 pub(crate) fn resolve(path: &Path) -> Result<(PathBuf, Option<String>)> {
     check_link(path)?;
-    let metadata = std::fs::metadata(path).map_err(|error| match id_on_a_hub(path) {
-        Some(id) if error.kind() == std::io::ErrorKind::NotFound => Error::failed(format!(
-            "{}: cannot open: {error}; models are read from the disk: fetch it first, as `hf download {id} --local-dir FOLDER` does",
-            path.display()
-        )),
+    let metadata = std::fs::metadata(path).map_err(|error| match download(path) {
+        Some(what) if error.kind() == std::io::ErrorKind::NotFound => {
+            Error::failed(format!("{}: cannot open: {error}; models are read from the disk: {what}", path.display()))
+        }
         _ => Error::io(path, "open")(error),
     })?;
     let itself = || Ok((path.to_path_buf(), None));

@@ -21,7 +21,7 @@ pub use self::run::run_block;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::check_runnable;
-use crate::graph::{Graph, Linear, Norm, Stored};
+use crate::graph::{Block, Graph, Linear, Norm, Stored};
 use crate::report::Activations;
 use crate::weights::StoredType;
 
@@ -348,14 +348,14 @@ pub fn final_hidden<B: Forward>(
     source: &Checkpoint,
     sequences: &[Vec<u32>],
     activations: Activations,
-    step: &dyn Fn(),
+    step: &dyn Fn(&Block),
 ) -> Result<Vec<B::Matrix>> {
     let ahead = Ahead::new(backend, source);
     let mut plain = Plain { activations, ..ahead.plain() };
     let begin = || embed(backend, graph, source, sequences);
     let chunks = ahead.blocks(&graph.blocks, begin, |chunks, _, block| {
         run_block(backend, block, &mut plain, chunks)?;
-        step();
+        step(block);
         Ok(())
     })?;
     let norm = LoadedNorm::of::<B>(&graph.final_norm, &mut plain)?;

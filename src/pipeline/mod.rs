@@ -35,6 +35,7 @@ use kernels::Backend;
 use self::observe::{Observed, Observer};
 use self::solve::Task;
 use crate::checkpoint::Checkpoint;
+use crate::cost::Cost;
 use crate::error::Result;
 use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, load_bias, ready, run_block};
 use crate::graph::{Block, Graph, Linear};
@@ -88,7 +89,9 @@ pub fn quantize<B: Backend>(
     let sinks = targets.iter().map(|(target, staging)| target.open(source, staging)).collect::<Result<Vec<_>>>()?;
     let hashing = sinks.iter().map(|sink| Ok(hash_written(sink.follow()?))).collect::<Result<Vec<_>>>()?;
     let backend = &backend.relaxed();
-    progress.start("quantizing", targets.iter().map(|(target, _)| target.linears()).sum());
+    let costs: Vec<HashMap<String, u64>> =
+        (0..targets.len()).map(|index| costs(graph, targets[index].0, index == lead, samples)).collect();
+    progress.start("quantizing", costs.iter().flat_map(HashMap::values).sum());
     let ahead = Ahead::new(backend, source);
     let leader = targets[lead].0.recipe();
     let names: HashSet<String> = match leader.method.smooths() {
@@ -103,9 +106,10 @@ pub fn quantize<B: Backend>(
         behind(
             |write: Write<'_>| write(),
             |hand| {
-                let both = targets.iter().zip(&sinks);
+                let all = targets.iter().zip(&sinks).zip(costs);
                 let tasks =
-                    both.map(|((target, staging), sink)| Task::new(*target, staging.journal(), &**sink)).collect();
+                    all.map(|(((target, staging), sink), costs)| Task::new(*target, staging.journal(), &**sink, costs));
+                let tasks = tasks.collect();
                 let walk = Walk {
                     backend,
                     source,
@@ -134,6 +138,22 @@ pub fn quantize<B: Backend>(
         Written { done, imatrix, flushing: flushed(finish, hashing) }
     });
     Ok(written.collect())
+}
+
+/// What each linear takes that a target quantizes, by module; what all targets share is the leading one's.
+fn costs<B: Backend>(
+    graph: &Graph,
+    target: &dyn Target<B>,
+    leads: bool,
+    samples: Option<&Samples>,
+) -> HashMap<String, u64> {
+    let tokens = samples.map_or(0, |samples| samples.source.tokens);
+    let cost = Cost::of(target.recipe(), target.needs(), tokens);
+    let mut costs = if leads { cost } else { cost.beside() }.of_linears(graph);
+    for linear in graph.linears().filter(|linear| target.placements(linear).is_empty()) {
+        costs.remove(&linear.module);
+    }
+    costs
 }
 
 /// The state of a walk. As a [`Supply`] it quantizes linears as their inputs become known.

@@ -1,6 +1,6 @@
 //! What is done for one target: its solutions of linears whose input is known, its report, its imatrix.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -44,6 +44,8 @@ pub struct Task<'a, B: Backend> {
     pub journal: Option<&'a Journal>,
     /// What it writes into.
     pub sink: &'a dyn Sink<B>,
+    /// What each of its linears takes, by module, for the progress.
+    costs: HashMap<String, u64>,
     /// What was seen before every linear, by llama.cpp's names, where an imatrix is to be written.
     collected: BTreeMap<String, ImatrixEntry>,
     /// What the journal has of it: entries of `done`, and what was collected since.
@@ -113,9 +115,14 @@ struct Found {
 
 impl<'a, B: Backend> Task<'a, B> {
     /// Nothing is done yet.
-    pub fn new(target: &'a dyn Target<B>, journal: Option<&'a Journal>, sink: &'a dyn Sink<B>) -> Task<'a, B> {
+    pub fn new(
+        target: &'a dyn Target<B>,
+        journal: Option<&'a Journal>,
+        sink: &'a dyn Sink<B>,
+        costs: HashMap<String, u64>,
+    ) -> Task<'a, B> {
         let (collected, done, lost) = (BTreeMap::new(), Done::default(), Vec::new());
-        Task { target, journal, sink, collected, journaled: [0; 3], new: BTreeMap::new(), done, lost }
+        Task { target, journal, sink, costs, collected, journaled: [0; 3], new: BTreeMap::new(), done, lost }
     }
 
     /// What was done, with the times that are `shared` with other targets.
@@ -374,7 +381,7 @@ impl<'a, B: Backend> Task<'a, B> {
 
     fn record(&mut self, report: LinearReport, progress: &Progress) {
         progress.line(|| describe(&report));
-        progress.step();
+        progress.step(self.costs.get(&report.name).copied().unwrap_or(0));
         self.done.linears.push(report);
     }
 
@@ -424,7 +431,8 @@ impl<'a, B: Backend> Task<'a, B> {
             done.linears.extend(block.linears.iter().cloned());
             done.smoothings.extend(block.smoothings.iter().cloned());
             done.lost.extend(block.lost.iter().cloned());
-            block.linears.iter().for_each(|_| progress.step());
+            let costs = block.linears.iter().filter_map(|linear| self.costs.get(&linear.name));
+            progress.skip(costs.sum());
             for (name, [sums, counts]) in &block.importance {
                 let entry = ImatrixEntry { sums: values(sums), counts: values(counts) };
                 self.collected.insert(name.clone(), entry);

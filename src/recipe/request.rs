@@ -6,7 +6,26 @@ use clap::Args;
 use formats::container::file;
 use serde::{Deserialize, Serialize};
 
+use self::headings::{CALIBRATION, GGUF, METHOD, OUTPUT, SCHEME};
 use crate::error::{Error, Result};
+
+/// Under which headings the flags of `quantc quantize` stand in its help.
+pub mod headings {
+    /// What is written, and where.
+    pub const OUTPUT: &str = "Output";
+    /// How weights are represented.
+    pub const SCHEME: &str = "Scheme";
+    /// How codes are chosen.
+    pub const METHOD: &str = "Method";
+    /// What is seen of the model's inputs.
+    pub const CALIBRATION: &str = "Calibration";
+    /// What is measured, and what it has to keep.
+    pub const VERIFICATION: &str = "Verification and limits";
+    /// What only GGUF files have.
+    pub const GGUF: &str = "GGUF";
+    /// Where and how it is computed.
+    pub const COMPUTATION: &str = "Computation";
+}
 
 /// Declares what can be asked for: each setting once, as flag of `quantc quantize` and as key of `recipe.toml`. What it says of itself is
 /// the help of the flag.
@@ -70,94 +89,94 @@ request! {
     pub struct Request {
         /// Layout of the output: compressed-tensors, gptq, awq, mlx or gguf. [default: gguf if OUT ends in .gguf, else
         /// compressed-tensors]
-        #[arg(long, value_name = "FORMAT")]
+        #[arg(long, help_heading = OUTPUT, value_name = "FORMAT")]
         pub format: Option<String>,
         /// W4A16, W8A16, W3A16 or W2A16, each also with _ASYM; groups of 128. For compressed-tensors also W8A8, FP8_DYNAMIC and
         /// NVFP4A16. For GGUF a mix as llama-quantize names it: Q4_K_M, Q5_K_S, Q6_K, Q8_0, IQ4_XS, F16 … [default: W4A16, Q4_K_M]
-        #[arg(long, value_name = "SCHEME")]
+        #[arg(long, help_heading = SCHEME, value_name = "SCHEME")]
         pub scheme: Option<String>,
         /// Width of a code, instead of the scheme's: 2, 3, 4 or 8.
-        #[arg(long, value_name = "N")]
+        #[arg(long, help_heading = SCHEME, value_name = "N")]
         pub bits: Option<u8>,
         /// Columns per scale, instead of the scheme's: 32, 64, 128, or -1 for one scale per row.
-        #[arg(long, value_name = "N", allow_negative_numbers = true)]
+        #[arg(long, help_heading = SCHEME, value_name = "N", allow_negative_numbers = true)]
         pub group_size: Option<i64>,
         /// Symmetric grids (true) or grids with a zero point (false), instead of the scheme's.
-        #[arg(long, value_name = "BOOL")]
+        #[arg(long, help_heading = SCHEME, value_name = "BOOL")]
         pub symmetric: Option<bool>,
         /// rtn, awq, gptq or awq+gptq. [default: gptq; rtn with --imatrix]
-        #[arg(long, value_name = "METHOD")]
+        #[arg(long, help_heading = METHOD, value_name = "METHOD")]
         pub method: Option<String>,
         /// How scales are chosen: minmax, mse, imatrix or clip. [default: minmax for rtn, clip for awq, imatrix for gptq and
         /// where an imatrix is read or, with rtn, written]
-        #[arg(long, value_name = "OBSERVER")]
+        #[arg(long, help_heading = METHOD, value_name = "OBSERVER")]
         pub observer: Option<String>,
         /// Relative damping of the Hessian. [default: 0.05]
-        #[arg(long, value_name = "SHARE")]
+        #[arg(long, help_heading = METHOD, value_name = "SHARE")]
         pub damp: Option<f64>,
         /// Sweep columns by falling energy (true) or from left to right (false). [default: true]
-        #[arg(long, value_name = "BOOL")]
+        #[arg(long, help_heading = METHOD, value_name = "BOOL")]
         pub act_order: Option<bool>,
         /// Move scales and codes once more after the sweep, wherever the error of the output falls (true), or not (false). [default: true]
-        #[arg(long, value_name = "BOOL")]
+        #[arg(long, help_heading = METHOD, value_name = "BOOL")]
         pub refine: Option<bool>,
         /// Put groups in processing order and store g_idx (GPTQ only; vLLM and SGLang refuse such files).
-        #[arg(long, num_args = 0, default_missing_value = "true")]
+        #[arg(long, help_heading = METHOD, num_args = 0, default_missing_value = "true")]
         pub desc_act: Option<bool>,
         /// Calibrate every expert of a mixture on all tokens, as llm-compressor does, instead of on those sent to it.
-        #[arg(long, num_args = 0, default_missing_value = "true")]
+        #[arg(long, help_heading = CALIBRATION, num_args = 0, default_missing_value = "true")]
         pub moe_all_experts: Option<bool>,
         /// Linears to leave as they are: a module, the end of its name, or re: and a regular expression. Repeatable.
-        #[arg(long, value_name = "PATTERN")]
+        #[arg(long, help_heading = SCHEME, value_name = "PATTERN")]
         pub ignore: Option<Vec<String>>,
         /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. A GGUF file holds none. [default: copy]
-        #[arg(long, value_name = "copy|drop|refuse")]
+        #[arg(long, help_heading = SCHEME, value_name = "copy|drop|refuse")]
         pub unknown_tensors: Option<String>,
         /// A LoRA adapter (PEFT's directory) to merge first; quality is measured against the merged model.
-        #[arg(long, value_name = "DIR")]
+        #[arg(long, help_heading = CALIBRATION, value_name = "DIR")]
         pub adapter: Option<PathBuf>,
         /// Calibration text: .txt, .jsonl, .json, .csv, .tsv, .parquet, or a bundled preset. [default: mixed]
-        #[arg(long, value_name = "FILE|PRESET")]
+        #[arg(long, help_heading = CALIBRATION, value_name = "FILE|PRESET")]
         pub calibration: Option<String>,
         /// Calibration sequences. [default: 128]
-        #[arg(long, value_name = "N")]
+        #[arg(long, help_heading = CALIBRATION, value_name = "N")]
         pub samples: Option<usize>,
         /// Tokens of each. [default: 2048]
-        #[arg(long, value_name = "N")]
+        #[arg(long, help_heading = CALIBRATION, value_name = "N")]
         pub seq_len: Option<usize>,
         /// Seed of their selection. [default: 0]
-        #[arg(long, value_name = "N")]
+        #[arg(long, help_heading = CALIBRATION, value_name = "N")]
         pub seed: Option<u64>,
         /// GGUF: PATTERN=TYPE, a type for tensors whose name in the file matches. Repeatable.
-        #[arg(long, value_name = "PATTERN=TYPE")]
+        #[arg(long, help_heading = GGUF, value_name = "PATTERN=TYPE")]
         pub tensor_type: Option<Vec<String>>,
         /// GGUF: the type of the output projection.
-        #[arg(long, value_name = "TYPE")]
+        #[arg(long, help_heading = GGUF, value_name = "TYPE")]
         pub output_tensor_type: Option<String>,
         /// GGUF: the type of the token embedding.
-        #[arg(long, value_name = "TYPE")]
+        #[arg(long, help_heading = GGUF, value_name = "TYPE")]
         pub token_embedding_type: Option<String>,
         /// GGUF: one type for everything, no mix.
-        #[arg(long, num_args = 0, default_missing_value = "true")]
+        #[arg(long, help_heading = GGUF, num_args = 0, default_missing_value = "true")]
         pub pure: Option<bool>,
         /// GGUF: the pre-tokenizer's name, when it is not recognised.
-        #[arg(long, value_name = "NAME")]
+        #[arg(long, help_heading = GGUF, value_name = "NAME")]
         pub pre: Option<String>,
         /// Take the importance of inputs from llama.cpp's .gguf or .dat instead of from calibration.
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, help_heading = CALIBRATION, value_name = "FILE")]
         pub imatrix: Option<PathBuf>,
         /// Write the importance of inputs as llama-quantize reads it.
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, help_heading = CALIBRATION, value_name = "FILE")]
         pub save_imatrix: Option<PathBuf>,
         /// GGUF: bytes of tensors in one file at most, as 500M or 5G.
-        #[arg(long, value_name = "SIZE")]
+        #[arg(long, help_heading = GGUF, value_name = "SIZE")]
         pub split_max_size: Option<String>,
         /// Settings for some linears; the first match wins. They have no flag.
         #[arg(skip)]
         #[serde(default, rename = "override")]
         pub overrides: Vec<Override>,
         /// Write the report here as well.
-        #[arg(long, value_name = "FILE")]
+        #[arg(long, help_heading = OUTPUT, value_name = "FILE")]
         pub report: Option<PathBuf>,
         /// Of a target: where it goes. With flags it is -o, or part of --target.
         #[arg(skip)]

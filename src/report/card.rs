@@ -1,16 +1,56 @@
 //! The model card: a report for people.
 
-use super::{AdapterReport, Quality, Report};
+use super::{AdapterReport, Limits, Quality, Report, Verdict};
 use crate::recipe::Recipe;
 use crate::words::{called, one_line, table};
 
+/// What a model card says of the model that its own was made of.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Original {
+    /// Lines of the front matter that name its licence, as its own card has them.
+    pub license: Vec<String>,
+    /// What it is called on a hub, as `org/name`, where that is known.
+    pub base: Option<String>,
+}
+
+impl Recipe {
+    /// The command by which a runtime takes what was written to `place`.
+    pub fn runs(&self, place: &str) -> String {
+        match &self.format[..] {
+            "gguf" => format!("llama-cli -m {place}"),
+            "mlx" => format!("mlx_lm.generate --model {place} --prompt \"Hello\""),
+            _ => format!("vllm serve {place}"),
+        }
+    }
+}
+
 impl Report {
+    /// The command by which a runtime takes what was written to `place`; `None` where it generates nothing, and where a note says that the
+    /// runtime does not take it.
+    pub fn runs(&self, place: &str) -> Option<String> {
+        let runtime = match &self.recipe.format[..] {
+            "gguf" => "llama.cpp",
+            "mlx" => "mlx-lm",
+            _ => "vLLM",
+        };
+        let refusals = ["not load", "refuse", "does not run", "does not find", "no output projection", "is not known"];
+        let unsaid = |note: &String| {
+            (note.contains(runtime) || note.contains("no output projection") || note.contains("type is not known"))
+                && refusals.iter().any(|refusal| note.contains(refusal))
+        };
+        (!self.notes.iter().any(unsaid)).then(|| self.recipe.runs(place))
+    }
+
     /// A note without the places of the run's files, which differ between machines.
     fn without_places(&self, note: &str) -> String {
         let mut note = note.to_owned();
-        let model = self.model.trim_end_matches(std::path::MAIN_SEPARATOR);
-        if !model.is_empty() {
-            note = note.replace(&format!("{model}{}", std::path::MAIN_SEPARATOR), "").replace(model, "the model");
+        let separator = std::path::MAIN_SEPARATOR;
+        let model = self.model.trim_end_matches(separator);
+        // A name alone says nothing of a place, and may be a word of the note.
+        if model.contains(separator) {
+            note = note.replace(&format!("{model}{separator}"), "").replace(model, "the model");
+        } else if let Some(rest) = note.strip_prefix(model).filter(|rest| rest.starts_with([separator, ' ', ':'])) {
+            note = rest.strip_prefix(separator).map_or_else(|| format!("the model{rest}"), str::to_owned);
         }
         let others = self.recipe.imatrix.iter().chain(&self.recipe.adapter).map(|path| path.display().to_string());
         for path in others.chain([self.recipe.calibration.clone()]) {
@@ -19,8 +59,37 @@ impl Report {
         note
     }
 
+    /// The front matter, in YAML.
+    fn front(&self, original: &Original) -> String {
+        let Recipe { format, encoding, method, .. } = &self.recipe;
+        let mut front = vec!["---".to_owned()];
+        front.extend(original.license.iter().cloned());
+        if let Some(base) = &original.base {
+            front.push(format!("base_model: {base}"));
+            front.push("base_model_relation: quantized".to_owned());
+        }
+        front.push(format!("library_name: {}", if format == "mlx" { "mlx" } else { "transformers" }));
+        front.push("tags:".to_owned());
+        let bits = encoding.levels.bits();
+        let scheme = self.recipe.width().to_lowercase();
+        let mut tags = vec![format.clone(), method.name().to_owned()];
+        tags.extend((bits > 0).then(|| format!("{bits}-bit")));
+        tags.push(scheme);
+        tags.push("quantc".to_owned());
+        // The format may be called as the method is.
+        let mut told: Vec<String> = Vec::new();
+        tags.into_iter().for_each(|tag| {
+            if !told.contains(&tag) {
+                told.push(tag);
+            }
+        });
+        front.extend(told.into_iter().map(|tag| format!("- {tag}")));
+        front.push("---\n\n".to_owned());
+        front.join("\n")
+    }
+
     /// The model card. Depends on nothing that changes between equal runs.
-    pub fn card(&self) -> String {
+    pub fn card(&self, original: &Original) -> String {
         let Recipe { format, encoding, method, .. } = &self.recipe;
         let group = match encoding.group() {
             0 => "one scale per row".to_owned(),
@@ -28,48 +97,112 @@ impl Report {
         };
         let scheme = self.recipe.width();
         let name = one_line(&self.name);
-        let mut card = format!(
-            "# {name}, {} ({})\n\nQuantized with {} to the {format} layout: {}, {group}, method {}.\n\n",
-            scheme,
-            method.name(),
-            self.tool,
-            scheme,
-            method.name()
-        );
+        let base = original.base.as_ref().map_or(String::new(), |base| format!(" It was made of {base}."));
+        let mut card = self.front(original)
+            + &format!(
+                "# {name}, {scheme} ({})\n\nThe language model {name}, quantized with {} to the {format} layout: {scheme}, {group}, method \
+                 {}.{base}\n\n",
+                method.name(),
+                self.tool,
+                method.name()
+            );
         card += &format!(
             "- size: {:.2} bits per weight of the file ({:.2} of the quantized linears), the model as it was given {:.2}\n",
             self.bpw.file, self.bpw.quantized, self.bpw.original_file
         );
-        if let Some(AdapterReport { path, kind, sha256, modules, replaced }) = &self.adapter {
-            let name = one_line(called(path));
+        if let Some(command) = self.runs("PATH") {
             card += &format!(
-                "- merged with the {kind} adapter {name} (sha256 {sha256}): {modules} modules, {replaced} tensors replaced\n"
+                "\n## How to use it\n\n```sh\n{command}\n```\n\nPATH is this folder, or the repository that it lies in.\n"
             );
         }
-        match &self.calibration {
-            Some(c) => {
-                card += &format!(
-                    "- calibrated on {} sequences of {} tokens of `{}` (seed {}; token ids sha256 {})\n",
-                    c.sequences,
-                    c.seq_len,
-                    one_line(called(&c.name)),
-                    c.seed,
-                    c.tokens_sha256
-                );
-            }
-            None => card += "- no calibration data was used\n",
-        }
-        let fallbacks = self.linears.iter().filter(|l| l.fallback.is_some()).count();
-        card += &format!("- {} linears quantized, {fallbacks} with a fallback\n", self.linears.len());
+        card += "\n## How it was made\n\n";
+        card += &self.made().iter().map(|line| format!("- {line}\n")).collect::<String>();
         if let Some(quality) = &self.quality {
             card += "\n## Quality, measured on the files in this directory\n\n";
             card += &quality_markdown(quality);
+            card += &self.verdict.as_ref().map_or(String::new(), |verdict| format!("\n{}\n", verdict.sentence()));
         }
-        for note in &self.notes {
-            card += &format!("\n> {}\n", one_line(&self.without_places(note)));
+        let mut notes = self.notes.iter().map(|note| one_line(&self.without_places(note))).peekable();
+        if notes.peek().is_some() {
+            card += "\n## Notes\n";
         }
+        notes.for_each(|note| card += &format!("\n> {note}\n"));
         card += "\nDetails of every tensor: report.json.\n";
         card
+    }
+
+    /// The recipe in words, a line for each part of it.
+    fn made(&self) -> Vec<String> {
+        let recipe = &self.recipe;
+        let mut made = Vec::new();
+        if let Some(AdapterReport { path, kind, sha256, modules, replaced }) = &self.adapter {
+            let name = one_line(called(path));
+            made.push(format!(
+                "merged with the {kind} adapter {name} (sha256 {sha256}): {modules} modules, {replaced} tensors replaced"
+            ));
+        }
+        let idle = |key: &str| recipe.idle.contains(&key);
+        let mut how = format!("method {}, scales chosen by {}", recipe.method.name(), recipe.observer);
+        if !idle("damp") {
+            let order = if recipe.act_order { "columns by falling energy" } else { "columns from left to right" };
+            let refined =
+                if recipe.refine && !idle("refine") { ", scales and codes moved once more after it" } else { "" };
+            how += &format!(", damping {}, {order}{refined}", recipe.damp);
+        }
+        if recipe.desc_act {
+            how += ", groups in processing order (desc_act)";
+        }
+        if recipe.moe_all_experts && !idle("moe_all_experts") {
+            how += ", every expert calibrated on all tokens";
+        }
+        made.push(how);
+        made.push(match &self.calibration {
+            Some(c) => format!(
+                "calibrated on {} sequences of {} tokens of `{}` (seed {}; token ids sha256 {})",
+                c.sequences,
+                c.seq_len,
+                one_line(called(&c.name)),
+                c.seed,
+                c.tokens_sha256
+            ),
+            None => "no calibration data was used".to_owned(),
+        });
+        if let Some(imatrix) = recipe.imatrix.as_ref().filter(|_| !idle("imatrix")) {
+            let path = imatrix.display().to_string();
+            made.push(format!("importance of inputs from {}", one_line(called(&path))));
+        }
+        let listed = |patterns: Vec<&str>| patterns.iter().map(|p| format!("`{}`", one_line(p))).collect::<Vec<_>>();
+        let ignored = recipe.overrides.iter().filter(|o| o.ignore).map(|o| &o.pattern[..]);
+        let ignored = listed(recipe.ignore.iter().map(|p| &p[..]).chain(ignored).collect());
+        if !ignored.is_empty() {
+            made.push(format!("left as they are: {}", ignored.join(", ")));
+        }
+        let others = listed(recipe.overrides.iter().filter(|o| !o.ignore).map(|o| &o.pattern[..]).collect());
+        if !others.is_empty() {
+            made.push(format!("settings of their own: {}", others.join(", ")));
+        }
+        made.push(match self.fallbacks() {
+            0 => format!("{} linears quantized", self.linears.len()),
+            fallbacks => format!("{} linears quantized, {fallbacks} with a fallback", self.linears.len()),
+        });
+        made
+    }
+}
+
+impl Verdict {
+    /// What was asked for, and whether it was kept.
+    fn sentence(&self) -> String {
+        let Limits { max_ppl_ratio, max_kld, min_top1 } = self.limits;
+        let asked: Vec<String> = [
+            max_ppl_ratio.map(|limit| format!("a perplexity ratio of at most {limit}")),
+            max_kld.map(|limit| format!("a mean KL divergence of at most {limit}")),
+            min_top1.map(|limit| format!("a share of equal top tokens of at least {limit}")),
+        ]
+        .into_iter()
+        .flatten()
+        .collect();
+        let found = if self.passed { "kept".to_owned() } else { format!("missed: {}", self.missed.join(", ")) };
+        format!("Limits: {}; {found}.", asked.join(", "))
     }
 }
 

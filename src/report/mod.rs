@@ -8,9 +8,10 @@ mod quality;
 use calibration::samples::SampleSource;
 use serde::{Deserialize, Serialize};
 
+use crate::mixes::is_substitution;
 use crate::recipe::Recipe;
 
-pub use card::quality_text;
+pub use card::{Original, quality_text};
 pub use quality::{Activations, Beside, HiddenStates, Limits, Protocol, Quality};
 
 /// A file and what is in it.
@@ -164,7 +165,7 @@ impl Verdict {
     /// What becomes of limits beside what was measured; `None` where there are none.
     pub fn of(limits: Limits, quality: &Beside) -> Option<Verdict> {
         let missed = limits.missed(quality);
-        limits.any().then(|| Verdict { limits, passed: missed.is_empty(), missed })
+        limits.any().then_some(Verdict { limits, passed: missed.is_empty(), missed })
     }
 }
 
@@ -221,6 +222,16 @@ pub struct Report {
     pub expected_memory_bytes: Option<u64>,
     /// Largest resident set of the process, mapped files included.
     pub peak_memory_bytes: Option<u64>,
+}
+
+impl Report {
+    /// Linears of which something went otherwise than asked; that a type's blocks do not divide their rows is not counted.
+    pub fn fallbacks(&self) -> usize {
+        let told = |linear: &&LinearReport| {
+            linear.fallback.iter().flat_map(|all| all.split("; ")).any(|one| !is_substitution(one))
+        };
+        self.linears.iter().filter(told).count()
+    }
 }
 
 /// A recipe that says what was done: without what had no effect, and with the mix in place of a width and a group, of which it has no

@@ -14,7 +14,7 @@ use ndarray::Array2;
 use serde_json::Value;
 
 use super::{Folded, Notes, Papers, Placement, Sink, Solved, Target, Write, in_pieces};
-use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, front_matter};
+use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, front_matter, hub_name};
 use crate::error::{Error, Result};
 use crate::evidence::{lost_in_grid, share_of};
 use crate::families::spelt_out;
@@ -25,7 +25,7 @@ use crate::json;
 use crate::output::{Staging, bytes_of, weight_files, weight_writer};
 use crate::plan::{End, Plan};
 use crate::recipe::Recipe;
-use crate::report::{Fate, TensorReport};
+use crate::report::{Fate, Original, TensorReport};
 use crate::rest::{Lost, Rest, copied, rest, write_floats};
 
 /// A directory that will be written.
@@ -39,6 +39,8 @@ pub struct Directory {
     /// What there is to say of the one that was read.
     said: Vec<String>,
     beside: Beside,
+    /// What the input is called on a hub, where that is known.
+    base: Option<String>,
 }
 
 impl Directory {
@@ -52,7 +54,8 @@ impl Directory {
         let beside = source.beside(&own)?;
         let placements =
             plan.encodings.iter().map(|(module, encoding)| (module.clone(), [Placement::whole(*encoding)]));
-        Ok(Directory { placements: placements.collect(), recipe, plan, importance, said, beside })
+        let base = hub_name(source.path());
+        Ok(Directory { placements: placements.collect(), recipe, plan, importance, said, beside, base })
     }
 }
 
@@ -166,7 +169,7 @@ impl<B: Backend> Target<B> for Directory {
     }
 
     fn papers(&self, _: &str) -> Papers {
-        let card = Some(card_licence(&self.beside).unwrap_or_default());
+        let card = Some(Original { license: card_licence(&self.beside).unwrap_or_default(), base: self.base.clone() });
         Papers { report: "report.json".to_owned(), card }
     }
 
@@ -390,14 +393,12 @@ fn copy_file(from: &Path, identity: &file::Identity, to: &Path) -> Result<()> {
     }
 }
 
-/// The front matter for a model card: the licence that the original's card names.
-fn card_licence(beside: &Beside) -> Option<String> {
+/// The lines of the front matter that name the licence, where the original's card has them.
+fn card_licence(beside: &Beside) -> Option<Vec<String>> {
     let (_, file) = beside.files.iter().find(|(name, _)| name == Path::new(ORIGINAL_CARD))?;
     let SideFile::Copy(path, _) = file else { return None };
     let front = front_matter(path)?;
-    let said = front
-        .lines()
-        .filter(|line| ["license:", "license_name:", "license_link:"].iter().any(|key| line.starts_with(key)));
-    let said: Vec<&str> = said.collect();
-    (!said.is_empty()).then(|| format!("---\n{}\n---\n\n", said.join("\n")))
+    let keys = ["license:", "license_name:", "license_link:"];
+    let said = front.lines().filter(|line| keys.iter().any(|key| line.starts_with(key)));
+    Some(said.map(str::to_owned).collect())
 }

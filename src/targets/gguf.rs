@@ -22,7 +22,7 @@ use crate::evidence::{lost_in_blocks, share_of};
 use crate::forward::{load_bias, load_matrix};
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::importance::{Importance, ImportancePlace};
-use crate::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type};
+use crate::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type, substitutions};
 use crate::output::Staging;
 use crate::plan::check_tensors;
 use crate::recipe::{GgufRecipe, Recipe, Said};
@@ -93,10 +93,7 @@ impl GgufPlan {
             }
             by_module.insert(linear.module.clone(), places);
         }
-        let others = plan.tensors.iter().zip(&assigned).enumerate().filter(|(index, _)| !made.contains(index));
-        notices.extend(
-            others.filter_map(|(_, (t, a))| a.fallback.as_ref().map(|why| format!("tensor `{}`: {why}", t.gguf))),
-        );
+        notices.extend(substitutions(assigned.iter()));
         let plain = assigned.iter().all(|assigned| assigned.ty.block_len == 1);
         let idle = if plain { IDLE_OF_PLAIN } else { &[] };
         if plain {

@@ -28,7 +28,7 @@ use crate::graph::{Graph, Linear};
 use crate::importance::ImportancePlace;
 use crate::output::Staging;
 use crate::recipe::Recipe;
-use crate::report::TensorReport;
+use crate::report::{Original, TensorReport};
 use crate::rest::Lost;
 
 pub use directory::{Directory, copy_side_files, write_config};
@@ -255,7 +255,7 @@ pub trait Target<B: Backend>: Sync {
     fn idle(&self) -> Vec<&'static str> {
         Vec::new()
     }
-    /// The report's name beside an output called `name`, and a card's front matter where there is to be one.
+    /// The report's name beside an output called `name`, and what a card says of the input where there is to be one.
     fn papers(&self, name: &str) -> Papers;
     /// Whether tensors besides the language model's are carried over.
     fn carries_others(&self) -> bool;
@@ -299,8 +299,8 @@ pub struct Notes {
 pub struct Papers {
     /// The report's name in the staging folder.
     pub report: String,
-    /// What a model card begins with; `None` where there is no card.
-    pub card: Option<String>,
+    /// What a model card says of the input; `None` where there is no card.
+    pub card: Option<Original>,
 }
 
 /// Decides what a recipe makes of a model; nothing is written.

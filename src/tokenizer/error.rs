@@ -10,10 +10,12 @@ use crate::error::Error;
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
     /// There is neither a file nor a preset of this name.
-    #[error("{name}: no such file; give a text (.txt, .jsonl, .json, .csv, .tsv, .parquet) or a bundled preset: {presets}", presets = PRESETS.join(", "))]
+    #[error("{name}: no such file; {hint}give a text (.txt, .jsonl, .json, .csv, .tsv, .parquet) or a bundled preset: {presets}", presets = PRESETS.join(", "))]
     Missing {
         /// What the user gave.
         name: String,
+        /// What could be meant, as a question that ends with a space, or empty.
+        hint: String,
     },
     /// The file is there, and reading it failed.
     #[error("{path}: cannot be read: {error}", path = path.display())]

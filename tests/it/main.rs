@@ -27,6 +27,8 @@ mod loading;
 mod matrix;
 mod mlx;
 mod mlx_lm;
+mod model_cards;
+mod near;
 mod pipeline;
 mod plan;
 mod program;
