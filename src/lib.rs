@@ -7,6 +7,7 @@
 
 pub mod checkpoint;
 pub mod cli;
+pub mod compare;
 pub mod convert;
 mod cost;
 pub mod demo;

@@ -6,6 +6,7 @@ mod beside;
 mod both_ways;
 mod bounds;
 mod cards;
+mod compare;
 mod configurations;
 mod cuda;
 mod endings;
