@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
 use kernels::{Cpu, Cuda, cuda};
 use std::sync::Arc;
 
@@ -43,6 +43,11 @@ pub enum Command {
         after_help = "Examples:\n  quantc eval OUT --reference MODEL\n  quantc eval A B C --reference MODEL --max-kld 0.05"
     )]
     Eval(Box<Eval>),
+    /// Compare schemes: quantize a model by each, measure what was written beside the original, and report it all.
+    #[command(
+        after_help = "Examples:\n  quantc compare MODEL --scheme W4A16 --scheme Q4_K_M --report DIR\n  quantc compare MODEL --scheme W4A16 --also OTHER --tasks questions.jsonl --report DIR"
+    )]
+    Compare(Box<Compare>),
     /// Show what is in a checkpoint.
     #[command(after_help = "Examples:\n  quantc inspect MODEL\n  quantc inspect m.gguf --json")]
     Inspect(Inspect),
@@ -89,6 +94,7 @@ impl Command {
             }
             Command::Plan(_)
             | Command::Eval(_)
+            | Command::Compare(_)
             | Command::Inspect(_)
             | Command::Check(_)
             | Command::Diff(_)
@@ -107,6 +113,7 @@ impl Command {
             Command::Merge(args) => vec![&mut args.model],
             Command::Eval(args) => args.models.iter_mut().chain(&mut args.reference).collect(),
             Command::Plan(args) => vec![&mut args.run.model],
+            Command::Compare(args) => std::iter::once(&mut args.model).chain(&mut args.also).collect(),
             Command::Inspect(args) => vec![&mut args.path],
             Command::Check(args) => vec![&mut args.path],
             Command::Diff(args) => vec![&mut args.a, &mut args.b],
@@ -127,6 +134,7 @@ impl Command {
             Command::Convert(args) => Some(&args.input),
             Command::Merge(args) => Some(&args.model),
             Command::Eval(args) => args.models.first().map(PathBuf::as_path),
+            Command::Compare(args) => Some(&args.model),
             Command::Inspect(args) => Some(&args.path),
             Command::Check(args) => Some(&args.path),
             Command::Diff(args) => Some(&args.a),
@@ -495,6 +503,91 @@ pub struct Eval {
     /// Flags for the computation.
     #[command(flatten)]
     pub compute: Compute,
+}
+
+/// `quantc compare`.
+#[derive(Debug, Args)]
+pub struct Compare {
+    /// A Hugging Face directory, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
+    pub model: PathBuf,
+    /// A checkpoint of the same model that was made elsewhere. Repeatable.
+    #[arg(long, help_heading = OUTPUT, value_name = "PATH")]
+    pub also: Vec<PathBuf>,
+    /// The schemes, the folder of the report, and the flags of calibration.
+    #[command(flatten)]
+    pub schemes: Schemes,
+    /// A recipe.toml with settings for all schemes, and exceptions for some linears; flags go before it.
+    #[arg(long, help_heading = OUTPUT, value_name = "FILE")]
+    pub recipe: Option<PathBuf>,
+    /// Calibrate every scheme by itself, as if it were the only one.
+    #[arg(long, help_heading = OUTPUT)]
+    pub independent: bool,
+    /// Leave what the schemes made in the folder of the report, under work.
+    #[arg(long, help_heading = OUTPUT)]
+    pub keep: bool,
+    /// Text to measure on; a bundled one by default. Short texts of several domains are measured in any case.
+    #[arg(long, help_heading = VERIFICATION, value_name = "FILE")]
+    pub text: Option<String>,
+    /// Tokens of a window; cut down to the model's positions.
+    #[arg(long, help_heading = VERIFICATION, value_name = "N", default_value_t = 2048)]
+    pub context: usize,
+    /// Windows of each text at most; all by default.
+    #[arg(long, help_heading = VERIFICATION, value_name = "N")]
+    pub windows: Option<usize>,
+    /// Questions with choices, a JSON record a line, as lm-evaluation-harness has them; none to skip. [default: bundled ones]
+    #[arg(long, help_heading = VERIFICATION, value_name = "FILE|none")]
+    pub tasks: Option<String>,
+    /// Flags for the computation.
+    #[command(flatten)]
+    pub compute: Compute,
+}
+
+/// What `quantize` takes of calibration, with `--scheme` as often as there are schemes and a folder as `--report`.
+#[derive(Debug)]
+pub struct Schemes {
+    /// Each as `FORMAT[:SCHEME[:gN]]`, or a scheme alone.
+    pub schemes: Vec<String>,
+    /// The folder of the report.
+    pub report: PathBuf,
+    /// What is said for all.
+    pub request: Request,
+}
+
+impl FromArgMatches for Schemes {
+    fn from_arg_matches(matches: &ArgMatches) -> clap::error::Result<Schemes> {
+        let schemes = matches.get_many::<String>("scheme").into_iter().flatten().cloned().collect();
+        let mut request = Request::from_arg_matches(matches)?;
+        request.scheme = None;
+        Ok(Schemes { schemes, report: request.report.take().unwrap_or_default(), request })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> clap::error::Result<()> {
+        *self = Schemes::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl Args for Schemes {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        Request::augment_args(command)
+            .mut_arg("scheme", |flag| {
+                flag.action(ArgAction::Append).value_name("[FORMAT:]SCHEME[:gN]").help(
+                    "What to make of the model, as W4A16, Q4_K_M or gptq:W4A16:g64. Repeatable; the other flags complete it. The first \
+                     leads: the inputs of each layer are those that its weights make",
+                )
+            })
+            .mut_arg("report", |flag| {
+                flag.value_name("DIR").required(true).help(
+                    "The folder of the report: compare.html, compare.md, compare.csv and compare.json, and rows that are finished, which a \
+                     later call reuses",
+                )
+            })
+            .mut_arg("save_imatrix", |flag| flag.hide(true))
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        Schemes::augment_args(command)
+    }
 }
 
 /// `quantc inspect`.

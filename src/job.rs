@@ -1,5 +1,6 @@
 //! One whole run: open, plan, walk, reopen, verify, report, move into place.
 
+pub mod key;
 mod pace;
 mod planned;
 mod planning;
@@ -13,7 +14,7 @@ use calibration::samples::{SampleSource, Samples, Text, needed, windows};
 use calibration::statistics::Needs;
 use formats::Imatrix;
 use kernels::Backend;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::cost::{Cost, longer, of_measuring};
@@ -231,40 +232,28 @@ impl<'a> Job<'a> {
 
     /// Who this run is: another process with the same key would write the same bytes, and may go on where this one ends.
     fn key<B: Backend>(&self, backend: &B, source: &Checkpoint) -> Value {
-        let own = std::env::current_exe().ok();
-        let files = |folder: &Path| -> Vec<PathBuf> {
-            let listed = std::fs::read_dir(folder).into_iter().flatten();
-            let mut files: Vec<PathBuf> = listed.filter_map(|entry| Some(entry.ok()?.path())).collect();
-            files.sort();
-            files
-        };
-        let looked_at = |paths: Vec<PathBuf>| {
-            let named = |path: &PathBuf| Some((path.file_name()?.to_string_lossy().into_owned(), stamp(path)));
-            paths.iter().filter_map(named).collect::<Map<String, Value>>()
-        };
-        let mut model = files(source.path());
-        model.extend(source.files());
         let outputs = self.outputs.iter().map(|Output { path, recipe, .. }| {
             let place = Place::resolve(path).map_or_else(|_| path.clone(), |place| place.path());
-            let made = json!({
-                "recipe": recipe,
-                "adapter": recipe.adapter.as_deref().map(|adapter| looked_at(files(adapter))),
-                "calibration": stamp(Path::new(&recipe.calibration)),
-                "imatrix": recipe.imatrix.as_deref().map(stamp),
-            });
-            (place.display().to_string(), made)
+            (place.display().to_string(), key::of_recipe(recipe))
         });
-        json!({
-            "quantc": env!("CARGO_PKG_VERSION"),
-            "program": own.as_deref().map(stamp),
-            // Results do not depend on the number of threads.
-            "device": backend.relaxed().name().split(", ").filter(|part| !part.contains(" thread")).collect::<Vec<_>>(),
-            "model": looked_at(model),
-            "output": outputs.collect::<Map<String, Value>>(),
-            "outputs": self.outputs.iter().map(|output| output.path.display().to_string()).collect::<Vec<String>>(),
-            "lead": self.lead,
-            "independent": self.independent,
-        })
+        let mut whole = key::of_program(backend);
+        whole["model"] = key::of_model(source);
+        whole["output"] = Value::Object(outputs.collect());
+        whole["outputs"] = self.outputs.iter().map(|output| output.path.display().to_string()).collect();
+        whole["lead"] = self.lead.into();
+        whole["independent"] = self.independent.into();
+        whole
+    }
+
+    /// Of each output the one whose weights make the inputs that it is calibrated on: itself where it leads, or looks at no text.
+    pub fn leads<B: Backend>(&self, graph: &Graph, source: &Checkpoint) -> Result<Vec<usize>> {
+        let targets = self.targets::<B>(graph, source)?;
+        let mut leads: Vec<usize> = (0..targets.len()).collect();
+        for group in self.groups(&targets) {
+            let followers = group.iter().filter(|index| targets[**index].needs() > Needs::Nothing);
+            followers.for_each(|index| leads[*index] = group[0]);
+        }
+        Ok(leads)
     }
 
     /// Moves everything into place, once all of it is there.
@@ -610,13 +599,6 @@ impl<'a> Job<'a> {
             peak_memory_bytes: peak_memory(),
         })
     }
-}
-
-/// Size and time of a file, by which it is known again; null where there is none.
-fn stamp(path: &Path) -> Value {
-    let Ok(metadata) = std::fs::metadata(path) else { return Value::Null };
-    let modified = metadata.modified().ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
-    json!([metadata.len(), modified.map(|time| time.as_nanos().to_string())])
 }
 
 /// Fails where the disks have no room for all outputs together.

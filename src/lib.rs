@@ -9,6 +9,7 @@ pub mod build;
 pub mod check;
 pub mod checkpoint;
 pub mod cli;
+pub mod compare;
 pub mod convert;
 mod cost;
 pub mod demo;

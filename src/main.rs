@@ -12,7 +12,8 @@ use calibration::samples::GUARDED;
 use clap::{CommandFactory, Parser};
 use formats::Dtype;
 use quantc::checkpoint::cached;
-use quantc::cli::{self, Build, Clean, Cli, Command, Compute, Engine, Eval, Gates, Plan, Quantize};
+use quantc::cli::{self, Build, Clean, Cli, Command, Compare, Compute, Engine, Eval, Gates, Plan, Quantize};
+use quantc::compare::{self, Comparison};
 use quantc::eval::Evaluation;
 use quantc::job::{Asked, Job, Verification};
 use quantc::mixes::Mix;
@@ -23,7 +24,7 @@ use quantc::report::gates::{Earlier, annotation};
 use quantc::report::{Activations, Protocol, Report};
 use quantc::serving::{Gpu, Runtime};
 use quantc::supervisor::{self, End};
-use quantc::targets::{Output, Requested, requested, resolved};
+use quantc::targets::{Output, Requested, requested, resolved, schemes};
 use quantc::text::HELD_OUT;
 use quantc::words::{self, tell};
 use quantc::{Checkpoint, Error, build, check, convert, demo, devices, diff, inspect, merge, report, with_backend};
@@ -142,6 +143,7 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
         Command::Quantize(args) => quantize(*args),
         Command::Plan(args) => plan(*args),
         Command::Eval(args) => eval(*args),
+        Command::Compare(args) => compare(*args),
         Command::Inspect(args) => {
             let checkpoint = Checkpoint::open(&args.path)?;
             checkpoint.remarks().iter().for_each(|note| tell(&format!("note: {note}")));
@@ -281,6 +283,14 @@ fn start(compute: &Compute) -> anyhow::Result<(Progress, Engine)> {
 /// Fails where a flag that counts says 0.
 fn at_least_one(flag: &str, count: Option<usize>) -> Result<(), Error> {
     if count == Some(0) { Err(Error::usage(format!("{flag} must be at least 1"))) } else { Ok(()) }
+}
+
+/// Fails for windows in which nothing is predicted.
+fn check_windows(context: usize, windows: Option<usize>) -> Result<(), Error> {
+    if context < 2 {
+        return Err(Error::usage("--context must be at least 2: the first token of a window is not predicted"));
+    }
+    at_least_one("--windows", windows)
 }
 
 fn quantize(args: Quantize) -> anyhow::Result<u8> {
@@ -521,10 +531,7 @@ fn summarize(report: &Report, output: &Path, verbose: bool) -> Result<(), Error>
 }
 
 fn eval(args: Eval) -> anyhow::Result<u8> {
-    if args.context < 2 {
-        return Err(Error::usage("--context must be at least 2: the first token of a window is not predicted").into());
-    }
-    at_least_one("--windows", args.windows)?;
+    check_windows(args.context, args.windows)?;
     let (mut progress, engine) = start(&args.compute)?;
     let asked = Evaluation {
         models: &args.models,
@@ -560,4 +567,45 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
         code = BELOW_THE_BAR;
     }
     Ok(code)
+}
+
+/// Compares schemes. Exit code 1 where a row failed; the report tells of the others all the same.
+fn compare(args: Compare) -> anyhow::Result<u8> {
+    check_windows(args.context, args.windows)?;
+    let (mut progress, engine) = start(&args.compute)?;
+    let file = args.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
+    let names = args.schemes.schemes;
+    let mut outputs = schemes(args.schemes.request, file, &names)?;
+    outputs.iter_mut().for_each(|output| output.recipe.file = args.recipe.clone());
+    let asked = compare::Asked {
+        text: args.text.as_deref(),
+        context: args.context,
+        windows: args.windows,
+        tasks: args.tasks.as_deref(),
+    };
+    let comparison = Comparison {
+        model: &args.model,
+        schemes: names.into_iter().zip(outputs).collect(),
+        also: &args.also,
+        report: &args.schemes.report,
+        keep: args.keep,
+        independent: args.independent,
+        asked,
+    };
+    let table = with_backend!(&engine, backend => comparison.run(backend, &mut progress))?;
+    drop(progress);
+    if let Some(profile) = engine.profile() {
+        profile.trim_end().lines().for_each(tell);
+    }
+    let mut said = Ok(());
+    if !args.compute.quiet {
+        table.said().iter().for_each(|note| tell(&format!("note: {note}")));
+        said = say(&format!("{}report: {}\n", table.text(), args.schemes.report.join("compare.html").display()));
+    }
+    let mut code = 0;
+    for (name, why) in table.failed() {
+        tell(&format!("error: {name}: {why}"));
+        code = 1;
+    }
+    if code > 0 { Ok(code) } else { Ok(said.map(|()| 0)?) }
 }

@@ -243,12 +243,28 @@ pub fn measuring(graph: &Graph, device: Device, models: &[Option<&Checkpoint>], 
     };
     let blocks = graph.blocks.iter().map(block).max().unwrap_or(0);
     let stream = batch.all().saturating_mul(4 * graph.hidden as u64 * models);
-    let together = (verify::logits_at_once(graph.vocabulary) as u64).min(windows.length);
+    let together = (verify::logits_at_once(graph.vocabulary) as u64).min(windows.length.max(device.at_once as u64));
     // Of the reference, and of one of the others after another.
     let logits = (4 * models.min(2) * graph.vocabulary as u64).saturating_mul(together);
     // The ids of the text, and of each window.
     let ids = windows.all().saturating_mul(8);
     [stream, blocks.max(logits), heads, ids].into_iter().fold(BASE, u64::saturating_add)
+}
+
+/// How many of the models fit into memory together beside the reference, at least one; all where the device's memory is not the host's.
+pub fn fitting(
+    graph: &Graph,
+    device: Device,
+    reference: &Checkpoint,
+    models: &[&Checkpoint],
+    windows: Tokens,
+) -> usize {
+    let Some(free) = Free::now().filter(|_| device.room.is_none()) else { return models.len() };
+    let fits = |count: u64| {
+        let sides: Vec<_> = models[..count as usize].iter().copied().chain([reference]).map(Some).collect();
+        measuring(graph, device, &sides, windows) as f64 * SLACK <= free.bytes as f64
+    };
+    largest(models.len() as u64, fits).max(1) as usize
 }
 
 /// What a run will take, if it can be had.

@@ -155,7 +155,7 @@ impl ModelText {
         let chat = if plain { None } else { self.chat()? };
         let samples = select(text, &self.tokenizer, chat.as_ref(), count, seq_len, seed)
             .map_err(|error| TextError::of_model(&self.folder, error))?;
-        samples.sequences.iter().try_for_each(|sequence| self.check_ids(sequence))?;
+        samples.sequences.iter().try_for_each(|sequence| self.check(sequence))?;
         Ok(samples)
     }
 
@@ -170,11 +170,12 @@ impl ModelText {
         let plain = text.plain().ok_or_else(|| TextError::NotPlain { name: text.name.clone() })?;
         let mut ids = self.tokenizer.begin(&plain, true, least)?.ids;
         ids.truncate(least);
-        self.check_ids(&ids)?;
+        self.check(&ids)?;
         Ok(ids)
     }
 
-    fn check_ids(&self, ids: &[u32]) -> Result<(), TextError> {
+    /// Fails on ids that the model has no row for.
+    pub fn check(&self, ids: &[u32]) -> Result<(), TextError> {
         let Some(rows) = self.rows else { return Ok(()) };
         match ids.iter().find(|&&id| u64::from(id) >= rows) {
             Some(&id) => Err(TextError::Foreign { folder: self.folder.clone(), id, rows }),

@@ -9,7 +9,7 @@ use crate::checkpoint::Checkpoint;
 use crate::cost::{of_block, of_head, of_measuring};
 use crate::error::{Error, Result};
 use crate::families;
-use crate::forward::{LoadedHead, final_hidden};
+use crate::forward::{LoadedHead, final_hidden, together};
 use crate::graph::{Block, Graph};
 use crate::plan::check_tensors;
 use crate::progress::Progress;
@@ -130,32 +130,93 @@ pub fn evaluate_all<B: Backend>(
     if scored.is_empty() {
         return Err(Error::usage(format!("a context of {context} tokens leaves none to score")));
     }
-    let sides = sides(backend, models, reference, windows)?;
-    let batch = batch(context);
-    let beside = reference.map_or(String::new(), |reference| format!(" beside {}", reference.role()));
-    let tokens = (windows.len() * context) as u64;
-    let work = sides.iter().map(|side| of_measuring(&side.graph, tokens)).sum();
-    progress.start(format!("measuring {called}{beside}"), work);
-    let mut all: Vec<TokenComparison> = models.iter().map(|_| TokenComparison::default()).collect();
-    for (index, together) in windows.chunks(batch).enumerate() {
-        progress.part(part(index * batch, together.len(), windows.len()));
-        let mut normed = Vec::new();
-        let tokens = (together.len() * context) as u64;
-        for Side { graph, source, activations, .. } in &sides {
-            let step = |block: &Block| progress.step(of_block(block, tokens));
-            normed.push(final_hidden(backend, graph, source, together, *activations, &step)?);
-        }
-        compare_windows(backend, &sides, &normed, together, scored.clone(), &mut all, progress)?;
-    }
-    let vocabulary = sides[0].graph.vocabulary;
-    let quality = |(one, all): (&Measured<'_>, &TokenComparison)| {
-        check_logits(all, vocabulary, one.model, reference)?;
-        let found = summarize(one.model, reference, all, [context, windows.len()], protocol);
+    let scored = vec![scored; windows.len()];
+    let found = token_by_token(backend, called, models, reference, windows, &scored, false, progress)?;
+    let of = |(one, found): (&Measured<'_>, &Found)| {
+        found.quality(*one, reference, &found.tokens, [context, windows.len()], protocol)
+    };
+    models.iter().zip(&found).map(of).collect()
+}
+
+/// Where a model would say another token than its reference.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Flip {
+    /// Which of the scored tokens, all windows counted through.
+    pub at: usize,
+    /// What the reference would say, and what the model would.
+    pub tokens: [u32; 2],
+    /// The probabilities of both by the reference, and by the model.
+    pub probabilities: [[f64; 2]; 2],
+}
+
+/// What was found of one model, token by token.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// The scored tokens of the windows, one window after the other. Without a reference only the model's own losses.
+    pub tokens: TokenComparison,
+    /// Where both differ, if that was asked for.
+    pub flips: Vec<Flip>,
+    /// Size of the vocabulary.
+    vocabulary: usize,
+}
+
+impl Found {
+    /// What is found of some of the tokens, those of so many windows of one length (`[length, count]`).
+    ///
+    /// Fails on logits that are no numbers.
+    pub fn quality(
+        &self,
+        one: Measured<'_>,
+        reference: Option<&Checkpoint>,
+        tokens: &TokenComparison,
+        windows: [usize; 2],
+        protocol: Protocol,
+    ) -> Result<Quality> {
+        check_logits(tokens, self.vocabulary, one.model, reference)?;
+        let found = summarize(one.model, reference, tokens, windows, protocol);
         let quality = Quality { activations: one.activations, ..found };
         quality.check()?;
         Ok(quality)
+    }
+}
+
+/// Runs `models`, and the reference once for all, through windows of whatever lengths. Of each window the positions `scored` are, those
+/// whose next token is looked at; `flips` says whether to find out about where models and reference differ. `called` is what the progress
+/// calls the models.
+pub fn token_by_token<B: Backend>(
+    backend: &B,
+    called: &str,
+    models: &[Measured<'_>],
+    reference: Option<&Checkpoint>,
+    windows: &[Vec<u32>],
+    scored: &[Range<usize>],
+    flips: bool,
+    progress: &mut Progress,
+) -> Result<Vec<Found>> {
+    let sides = sides(backend, models, reference, windows)?;
+    let beside = reference.map_or(String::new(), |reference| format!(" beside {}", reference.role()));
+    let count = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>() as u64;
+    let looked_at = scored.iter().map(Range::len).sum::<usize>() as u64;
+    let work = |side: &Side<'_, B>| {
+        let Side { graph, .. } = side;
+        of_measuring(graph, count(windows)) - of_head(graph, count(windows)) + of_head(graph, looked_at)
     };
-    models.iter().zip(&all).map(quality).collect()
+    let work = sides.iter().map(work).sum();
+    progress.start(format!("measuring {called}{beside}"), work);
+    let vocabulary = sides[0].graph.vocabulary;
+    let mut all: Vec<Found> = models.iter().map(|_| Found { vocabulary, ..Found::default() }).collect();
+    for batch in together(windows, BATCH_TOKENS) {
+        progress.part(part(batch.start, batch.len(), windows.len()));
+        let windows = &windows[batch.clone()];
+        let mut normed = Vec::new();
+        let tokens = count(windows);
+        for Side { graph, source, activations, .. } in &sides {
+            let step = |block: &Block| progress.step(of_block(block, tokens));
+            normed.push(final_hidden(backend, graph, source, windows, *activations, &step)?);
+        }
+        compare_windows(backend, &sides, &normed, (windows, &scored[batch]), flips, &mut all, progress)?;
+    }
+    Ok(all)
 }
 
 /// Which windows are at work: so many after the first `before`.
@@ -220,6 +281,29 @@ fn sides<'a, B: Backend>(
     Ok(sides)
 }
 
+/// Positions of one chunk whose logits are looked at together.
+struct Piece {
+    chunk: usize,
+    rows: Vec<usize>,
+    targets: Vec<u32>,
+}
+
+/// The positions `scored` of each window, in their order, no more than `most` of one chunk together.
+fn pieces(windows: &[Vec<u32>], scored: &[Range<usize>], at_once: usize, most: usize) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    for (chunk, range) in together(windows, at_once).enumerate() {
+        let (mut offset, mut rows, mut targets) = (0, Vec::new(), Vec::new());
+        for (window, scored) in windows[range.clone()].iter().zip(&scored[range]) {
+            rows.extend(scored.clone().map(|row| offset + row));
+            targets.extend(scored.clone().map(|row| window[row + 1]));
+            offset += window.len();
+        }
+        let both = rows.chunks(most).zip(targets.chunks(most));
+        pieces.extend(both.map(|(rows, targets)| Piece { chunk, rows: rows.to_vec(), targets: targets.to_vec() }));
+    }
+    pieces
+}
+
 /// Adds what the sides make of the positions `scored` of each window to what is known of each model, window after window.
 ///
 /// `normed` has the hidden states of each side before the head, in the chunks in which they were computed.
@@ -227,43 +311,68 @@ fn compare_windows<B: Backend>(
     backend: &B,
     sides: &[Side<'_, B>],
     normed: &[Vec<B::Matrix>],
-    windows: &[Vec<u32>],
-    scored: Range<usize>,
-    all: &mut [TokenComparison],
+    (windows, scored): (&[Vec<u32>], &[Range<usize>]),
+    flips: bool,
+    all: &mut [Found],
     progress: &Progress,
 ) -> Result<()> {
     let first = sides.len() - all.len();
     let per_pass = tokens_at_once(sides[0].graph.vocabulary);
-    let together = sides.iter().filter_map(|side| side.head.as_ref()).map(|h| h.products_at_once(per_pass, TOGETHER));
-    let step = per_pass * together.min().unwrap_or(1);
-    for (index, window) in windows.iter().enumerate() {
-        for start in scored.clone().step_by(step) {
-            let end = scored.end.min(start + step);
-            let rows: Vec<usize> = (start..end).collect();
-            let targets = &window[start + 1..=end];
-            let logits = |side: usize| -> Result<B::Matrix> {
-                let (chunk, offset) = locate(&normed[side], index, window.len(), backend.tokens_at_once());
-                let rows: Vec<usize> = rows.iter().map(|row| row + offset).collect();
-                let head = sides[sides[side].head_of].head.as_ref().expect("loaded");
-                head.logits(backend, backend.select_rows(chunk, &rows)?, per_pass)
+    let at_once = sides.iter().filter_map(|side| side.head.as_ref()).map(|h| h.products_at_once(per_pass, TOGETHER));
+    let most = per_pass * at_once.min().unwrap_or(1);
+    for Piece { chunk, rows, targets } in pieces(windows, scored, backend.tokens_at_once(), most) {
+        let logits = |side: usize| -> Result<B::Matrix> {
+            let head = sides[sides[side].head_of].head.as_ref().expect("loaded");
+            head.logits(backend, backend.select_rows(&normed[side][chunk], &rows)?, per_pass)
+        };
+        let reference = (first > 0).then(|| logits(0)).transpose()?;
+        for (model, all) in all.iter_mut().enumerate() {
+            let own = logits(first + model)?;
+            let found = match &reference {
+                None => TokenComparison { model: backend.token_loss(&own, &targets)?, ..Default::default() },
+                Some(reference) => backend.compare(reference, &own, &targets)?,
             };
-            let reference = (first > 0).then(|| logits(0)).transpose()?;
-            for (model, all) in all.iter_mut().enumerate() {
-                let own = logits(first + model)?;
-                let found = match &reference {
-                    None => TokenComparison { model: backend.token_loss(&own, targets)?, ..Default::default() },
-                    Some(reference) => backend.compare(reference, &own, targets)?,
-                };
-                for (all, found) in [(&mut all.model, found.model), (&mut all.reference, found.reference)] {
-                    all.nll.extend(found.nll);
-                    all.argmax.extend(found.argmax);
-                }
-                all.kld.extend(found.kld);
+            if let (true, Some(reference)) = (flips, &reference) {
+                all.flips.extend(differing(backend, [reference, &own], &found, all.tokens.model.nll.len())?);
             }
+            for (all, found) in [(&mut all.tokens.model, found.model), (&mut all.tokens.reference, found.reference)] {
+                all.nll.extend(found.nll);
+                all.argmax.extend(found.argmax);
+            }
+            all.tokens.kld.extend(found.kld);
         }
-        sides.iter().for_each(|side| progress.step(of_head(&side.graph, window.len() as u64)));
+        sides.iter().for_each(|side| progress.step(of_head(&side.graph, rows.len() as u64)));
     }
     Ok(())
+}
+
+/// Where the two would say different tokens, of the logits of the reference and the model; `before` tokens were scored before these.
+fn differing<B: Backend>(
+    backend: &B,
+    logits: [&B::Matrix; 2],
+    found: &TokenComparison,
+    before: usize,
+) -> Result<Vec<Flip>> {
+    let (said, would_say) = (&found.reference.argmax, &found.model.argmax);
+    let rows: Vec<usize> = (0..said.len()).filter(|row| said[*row] != would_say[*row]).collect();
+    if rows.is_empty() {
+        return Ok(Vec::new());
+    }
+    let tokens: Vec<[u32; 2]> = rows.iter().map(|row| [said[*row], would_say[*row]]).collect();
+    let mut flips: Vec<Flip> = rows
+        .iter()
+        .zip(&tokens)
+        .map(|(row, tokens)| Flip { at: before + row, tokens: *tokens, probabilities: [[0.0; 2]; 2] })
+        .collect();
+    for (side, logits) in logits.into_iter().enumerate() {
+        let logits = backend.select_rows(logits, &rows)?;
+        for which in 0..2 {
+            let of: Vec<u32> = tokens.iter().map(|tokens| tokens[which]).collect();
+            let loss = backend.token_loss(&logits, &of)?;
+            flips.iter_mut().zip(loss.nll).for_each(|(flip, nll)| flip.probabilities[side][which] = (-nll).exp());
+        }
+    }
+    Ok(flips)
 }
 
 /// Fails on logits that are no numbers, of which nothing can be said; the reference's are looked at first.
@@ -367,13 +476,6 @@ pub fn compare_hidden<B: Backend>(
     Ok(HiddenStates { tokens, cosine_mean: sum / f64::from(tokens.max(1) as u32), cosine_min: lowest, relative_error })
 }
 
-/// The chunk that holds a window, and the row it starts at.
-fn locate<M>(chunks: &[M], window: usize, context: usize, at_once: usize) -> (&M, usize) {
-    // All windows are equally long, so that every chunk but the last holds the same number of them.
-    let per_chunk = (at_once / context).max(1);
-    (&chunks[window / per_chunk], window % per_chunk * context)
-}
-
 fn same_head<B: Backend>(a: &Side<'_, B>, b: &Side<'_, B>) -> bool {
     let name = |side: &Side<'_, B>| match side.graph.head.tied {
         true => side.graph.embedding.tensor.clone(),
@@ -428,8 +530,8 @@ fn summarize(
     }
 }
 
-/// Mean and its standard error.
-fn mean(values: &[f64]) -> (f64, f64) {
+/// The mean of some values and its standard error, values taken as independent; 0 of none.
+pub fn mean(values: &[f64]) -> (f64, f64) {
     let count = values.len().max(1) as f64;
     let mean = values.iter().sum::<f64>() / count;
     let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (count - 1.0).max(1.0);

@@ -10,6 +10,8 @@ mod operate;
 mod route;
 mod run;
 
+use std::ops::Range;
+
 use formats::{Dtype, Encoding, Float};
 use kernels::{ActivationRounding, Forward};
 use ndarray::{Array2, Axis};
@@ -122,6 +124,22 @@ pub trait Supply<B: Forward> {
 /// Rows of the embedding that one thread reads at a time.
 const ROWS: usize = 256;
 
+/// Sequences that follow each other and have `most` tokens together, or are one of more, from the first to the last.
+pub fn together(sequences: &[Vec<u32>], most: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let mut tokens = 0;
+        let fits = |sequence: &&Vec<u32>| {
+            tokens += sequence.len();
+            tokens <= most
+        };
+        let count = sequences[start..].iter().take_while(fits).count().max(1);
+        let range = start..sequences.len().min(start + count);
+        start = range.end;
+        (!range.is_empty()).then_some(range)
+    })
+}
+
 /// Embeds sequences, grouped into chunks.
 ///
 /// Fails on a sequence longer than the model has learned positions for.
@@ -140,19 +158,7 @@ pub fn embed<B: Forward>(
         )));
     }
     let mut chunks = Vec::new();
-    let mut rest = sequences;
-    while !rest.is_empty() {
-        let mut tokens = 0;
-        let count = rest
-            .iter()
-            .take_while(|s| {
-                tokens += s.len();
-                tokens <= backend.tokens_at_once()
-            })
-            .count()
-            .max(1);
-        let (now, later) = rest.split_at(count);
-        rest = later;
+    for now in together(sequences, backend.tokens_at_once()).map(|range| &sequences[range]) {
         let ids: Vec<u32> = now.iter().flatten().copied().collect();
         let mut hidden = vec![0.0; ids.len() * graph.hidden];
         let rows = hidden.par_chunks_mut((ROWS * graph.hidden).max(1)).zip(ids.par_chunks(ROWS));

@@ -33,7 +33,7 @@ use crate::rest::Lost;
 
 pub use directory::{Directory, copy_side_files, write_config};
 pub use gguf::Gguf;
-pub use requested::{Output, Requested, requested, resolved};
+pub use requested::{Output, Requested, requested, resolved, schemes};
 
 /// The name of ggml's type where it is one, the width of a code (of a value where there are none), columns per scale (−1 for a row), and
 /// whether the levels lie around 0.

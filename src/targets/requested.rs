@@ -42,6 +42,11 @@ fn parse(text: &str) -> Result<(Request, PathBuf)> {
     if path.is_empty() {
         return Err(wrong("it names no place"));
     }
+    Ok((parts(what, &wrong)?, PathBuf::from(path)))
+}
+
+/// Reads `FORMAT[:SCHEME[:gN]]`.
+fn parts(what: &str, wrong: &dyn Fn(&str) -> Error) -> Result<Request> {
     let mut parts = what.split(':');
     let mut request = Request { format: parts.next().map(str::to_owned), ..Request::default() };
     if request.format.as_deref() == Some("") {
@@ -56,7 +61,44 @@ fn parse(text: &str) -> Result<(Request, PathBuf)> {
             _ => return Err(wrong(&format!("`{part}` is no scheme and no group size"))),
         }
     }
-    Ok((request, PathBuf::from(path)))
+    Ok(request)
+}
+
+/// Reads `FORMAT[:SCHEME[:gN]]`, or `SCHEME[:gN]` alone, whose format is gguf for a mix of ggml's types and `usual` for others.
+fn scheme(text: &str, usual: Option<&str>) -> Result<Request> {
+    let wrong = |why: &str| {
+        Error::usage(format!(
+            "--scheme `{text}`: {why}; say FORMAT[:SCHEME[:gN]], as gptq:W4A16:g64, or a scheme alone, as W4A16 or Q4_K_M"
+        ))
+    };
+    let first = text.split(':').next().unwrap_or_default().to_ascii_lowercase();
+    if first == "gguf" || first.is_empty() || formats::codec::codec(&first).is_some() {
+        return parts(text, &wrong);
+    }
+    let mix = Mix::parse(&first).is_some();
+    parts(&format!("{}:{text}", if mix { "gguf" } else { usual.unwrap_or("compressed-tensors") }), &wrong)
+}
+
+/// What `--scheme` asks for, each completed by the other flags and the recipe. The outputs have no place yet.
+///
+/// Fails for a recipe with targets of its own.
+pub fn schemes(flags: Request, file: Request, texts: &[String]) -> Result<Vec<Output>> {
+    if file.path.is_some() || !file.target.is_empty() {
+        return Err(Error::usage("the recipe names places to write to: say what to compare with --scheme"));
+    }
+    let base = flags.or(file);
+    let usual = base.format.clone();
+    let all = texts.iter().map(|text| scheme(text, usual.as_deref())).collect::<Result<Vec<Request>>>()?;
+    let formats: Vec<String> = all.iter().map(|request| format_of(request, Path::new(""))).collect();
+    let base = Request { format: None, ..base };
+    if !formats.is_empty() {
+        check_of_use(&base, &formats)?;
+    }
+    let complete = |(request, format): (Request, String)| {
+        let request = Request { format: Some(format.clone()), ..request.or(for_format(base.clone(), &format)) };
+        Ok(Output { path: PathBuf::new(), recipe: Recipe::resolve(request)?, report: None })
+    };
+    all.into_iter().zip(formats).map(complete).collect()
 }
 
 /// The format of a request for this path.
@@ -200,6 +242,26 @@ mod tests {
             let told = of(text).unwrap_err();
             assert!(told.to_string().contains(text) && told.exit_code() == 2, "{told}");
         }
+    }
+
+    #[test]
+    fn a_scheme_needs_no_format() {
+        let of = |text: &str, usual| scheme(text, usual).map(|r| (r.format.unwrap(), r.scheme, r.group_size));
+        assert_eq!(of("W4A16", None).unwrap(), ("compressed-tensors".into(), Some("W4A16".into()), None));
+        assert_eq!(of("W4A16:g64", Some("gptq")).unwrap(), ("gptq".into(), Some("W4A16".into()), Some(64)));
+        assert_eq!(of("q4_k_m", Some("gptq")).unwrap(), ("gguf".into(), Some("q4_k_m".into()), None));
+        assert_eq!(of("awq:g32", None).unwrap(), ("awq".into(), None, Some(32)));
+        for text in ["", ":W4A16", "W4A16:", "W4A16:W8A16", "gguf::"] {
+            let told = of(text, None).unwrap_err();
+            assert!(told.to_string().contains("--scheme") && told.exit_code() == 2, "{told}");
+        }
+        let base: Request = toml::from_str("group_size = 64\npure = true\nsamples = 8").unwrap();
+        let texts = ["W4A16", "Q8_0"].map(str::to_owned);
+        let all = schemes(base, Request::default(), &texts).unwrap();
+        assert_eq!((all[0].recipe.samples, all[0].recipe.encoding.group()), (8, 64));
+        assert!(all[1].recipe.gguf.is_some());
+        let told = schemes(toml::from_str("desc_act = true").unwrap(), Request::default(), &texts).unwrap_err();
+        assert!(told.to_string().contains("desc_act is said for all targets"), "{told}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod both_ways;
 mod bounds;
 mod build;
 mod cards;
+mod compare;
 mod configurations;
 mod cuda;
 mod endings;
