@@ -1,10 +1,11 @@
 //! Whether a checkpoint is whole: its files have the bytes that its report says, and everything in it can be read and is what its
 //! configuration calls for.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
 use crate::convert::fates;
@@ -72,7 +73,13 @@ pub fn check(path: &Path) -> Result<Checked> {
         }
     }
     match source.tokenizer() {
-        Ok(None) => notes.push("it has no tokenizer".to_owned()),
+        Ok(None) => match read_report(path)? {
+            // Calibrating and measuring take one.
+            Some(report) if report["calibration"].is_object() || report["quality"].is_object() => {
+                faults.push("it has no tokenizer, and had one when it was written".to_owned());
+            }
+            _ => notes.push("it has no tokenizer".to_owned()),
+        },
         tokenizer => faults.extend(
             tokenizer
                 .map_err(|error| error.to_string())
@@ -89,11 +96,23 @@ fn check_files(source: &Checkpoint, faults: &mut Vec<String>, notes: &mut Vec<St
     if report.is_none() {
         notes.push("no report lies beside it, so that nothing says which bytes its files should have".to_owned());
     }
-    let said = |name: &str| {
-        let outputs = report.as_ref()?["outputs"].as_array()?;
-        outputs.iter().find(|file| file["name"] == *name).cloned()
-    };
     let paths = source.files();
+    let outputs = || report.as_ref()?["outputs"].as_array();
+    let own = |path: &PathBuf| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    // Files that somebody has given other names are in the same order as they were.
+    let known = |file: &Value| paths.iter().any(|path| file["name"] == *own(path));
+    let renamed = outputs().is_some_and(|outputs| outputs.len() == paths.len() && !outputs.iter().any(known));
+    if renamed {
+        notes.push("its files have other names than the report says; they are compared in order".to_owned());
+    }
+    let said = |name: &str| {
+        let at = paths.iter().position(|path| own(path) == name).filter(|_| renamed);
+        outputs()?
+            .iter()
+            .enumerate()
+            .find(|(index, file)| Some(*index) == at || file["name"] == *name)
+            .map(|(_, file)| file.clone())
+    };
     let looked: Vec<Result<CheckedFile>> = paths
         .par_iter()
         .map(|path| {
@@ -125,7 +144,7 @@ fn check_files(source: &Checkpoint, faults: &mut Vec<String>, notes: &mut Vec<St
         }
         files.push(file);
     }
-    for file in report.iter().filter_map(|report| report["outputs"].as_array()).flatten() {
+    for file in outputs().into_iter().flatten().filter(|_| !renamed) {
         let name = file["name"].as_str().unwrap_or_default();
         if !files.iter().any(|found| found.name == name) {
             faults.push(format!("{name}: the report says it was written, and it is not there"));
@@ -182,6 +201,12 @@ fn parts_alone<'n>(names: impl Iterator<Item = &'n str>) -> Option<String> {
 }
 
 impl Checked {
+    /// What is found of one that cannot even be opened.
+    pub fn broken(path: &Path, fault: String) -> Checked {
+        let path = path.display().to_string();
+        Checked { path, files: Vec::new(), tensors: 0, values: 0, faults: vec![fault], notes: Vec::new() }
+    }
+
     /// For people.
     pub fn text(&self) -> String {
         let hashed = self.files.iter().filter(|file| file.sha256.is_some()).count();

@@ -337,7 +337,8 @@ impl Bounds {
     ///
     /// Fails where the baseline has no report, or says nothing of quality.
     pub fn limits(&self) -> Result<Limits> {
-        let limits = Limits { max_ppl_ratio: self.max_ppl_ratio, max_kld: self.max_kld, min_top1: self.min_top1 };
+        let Bounds { max_ppl_ratio, max_kld, min_top1, .. } = *self;
+        let limits = Limits { max_ppl_ratio, max_kld, min_top1, baseline: None };
         let regression = self.max_regression.as_deref().map(|text| share("--max-regression", text)).transpose()?;
         match &self.baseline {
             Some(baseline) => limits.relative(baseline, regression.unwrap_or(0.0)),
@@ -375,10 +376,18 @@ impl Gates {
     /// What was measured of the outputs that lie at these places now.
     ///
     /// Fails where what is to be written would replace the model or an output.
-    pub fn before(&self, model: &Path, places: &[PathBuf]) -> Result<Vec<Option<Earlier>>> {
+    pub fn before(&self, inputs: &[&Path], places: &[PathBuf]) -> Result<Vec<Option<Earlier>>> {
         for (flag, file) in [("--junit", &self.junit), ("--summary", &self.summary)] {
             let Some(file) = file else { continue };
-            places.iter().try_for_each(|place| check_beside(flag, file, &[model], place))?;
+            places.iter().try_for_each(|place| check_beside(flag, file, inputs, place))?;
+        }
+        if let Some(file) = self.summary() {
+            // Nothing is worse to find out at the end.
+            std::fs::File::options()
+                .create(true)
+                .append(true)
+                .open(&file)
+                .map_err(Error::io(&file, "append a summary to"))?;
         }
         Ok(places.iter().map(|place| Earlier::at(place)).collect())
     }
@@ -618,6 +627,9 @@ pub struct Build {
     /// Replace what lies at a target's place though no build has made it.
     #[arg(long)]
     pub force: bool,
+    /// Wait for another run that is writing to a target's place, instead of being refused.
+    #[arg(long)]
+    pub wait: bool,
     /// Print the JSON Schema of the project file, and do nothing else.
     #[arg(long)]
     pub schema: bool,

@@ -116,7 +116,7 @@ impl Evaluation<'_> {
             found.extend(evaluate_all(backend, &called, together, reference, windows, self.protocol, progress)?);
         }
         let entry = |(quality, model): (Quality, &Checkpoint)| Entry {
-            verdict: quality.beside.as_ref().and_then(|beside| Verdict::of(self.limits, beside)),
+            verdict: quality.beside.as_ref().and_then(|_| Verdict::of(self.limits, &quality)),
             size: Size::of(model),
             quality,
         };
@@ -132,7 +132,7 @@ impl Evaluation<'_> {
         self.limits.check()?;
         if self.limits.any() && self.reference.is_none() {
             return Err(Error::usage(
-                "limits on the quality are kept or missed beside a reference: give --reference MODEL with --max-ppl-ratio, --max-kld and \
+                "limits on the quality are kept or missed beside a reference: give --reference MODEL with --max-ppl-ratio, --max-kld, --baseline and \
                  --min-top1",
             ));
         }

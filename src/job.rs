@@ -537,7 +537,7 @@ impl<'a> Job<'a> {
         outcome: Outcome,
     ) -> Result<Report> {
         let verdict = match (&outcome.quality, &self.verification) {
-            (Some(Quality { beside: Some(beside), .. }), Some(v)) => Verdict::of(v.limits, beside),
+            (Some(quality), Some(v)) if quality.beside.is_some() => Verdict::of(v.limits, quality),
             _ => None,
         };
         let (done, mut notes) = (written.done, outcome.notes);

@@ -12,7 +12,7 @@ use calibration::samples::GUARDED;
 use clap::{CommandFactory, Parser};
 use formats::Dtype;
 use quantc::checkpoint::cached;
-use quantc::cli::{self, Build, Clean, Cli, Command, Compare, Compute, Engine, Eval, Gates, Plan, Quantize};
+use quantc::cli::{self, Build, Clean, Cli, Command, Compare, Compute, Engine, Eval, Gates, Inspect, Plan, Quantize};
 use quantc::compare::{self, Comparison};
 use quantc::eval::Evaluation;
 use quantc::job::{Asked, Job, Verification};
@@ -20,14 +20,16 @@ use quantc::mixes::Mix;
 use quantc::output::{self, Place, SideOutput, Unfinished, remove_made, sweep, unfinished};
 use quantc::progress::{Listener, Progress};
 use quantc::recipe::{Request, named, unknown_tensors};
-use quantc::report::gates::{Earlier, annotation};
+use quantc::report::gates::{Case, Earlier, annotation};
 use quantc::report::{Activations, Protocol, Report};
 use quantc::serving::{Gpu, Runtime};
 use quantc::supervisor::{self, End};
 use quantc::targets::{Output, Requested, requested, resolved, schemes};
 use quantc::text::HELD_OUT;
 use quantc::words::{self, tell};
-use quantc::{Checkpoint, Error, build, check, convert, demo, devices, diff, inspect, merge, report, with_backend};
+use quantc::{
+    Checkpoint, Error, build, check, convert, demo, devices, diff, inspect as inspection, merge, report, with_backend,
+};
 
 /// The output is there, and its quality is below the limits.
 const BELOW_THE_BAR: u8 = 3;
@@ -140,26 +142,23 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
             }
             Ok(0)
         }
-        Command::Quantize(args) => quantize(*args),
+        Command::Quantize(args) => {
+            let (gates, model) = (args.gates.clone(), args.model.display().to_string());
+            told(&gates, model, || quantize(*args))
+        }
         Command::Plan(args) => plan(*args),
         Command::Eval(args) => eval(*args),
         Command::Compare(args) => compare(*args),
-        Command::Inspect(args) => {
-            let checkpoint = Checkpoint::open(&args.path)?;
-            checkpoint.remarks().iter().for_each(|note| tell(&format!("note: {note}")));
-            let mut inspection = inspect::inspect(&checkpoint);
-            if args.program {
-                inspection.program = Some(inspect::program(&checkpoint)?);
-            }
-            match args.json {
-                true => say(&format!("{}\n", serde_json::to_string_pretty(&inspection)?))?,
-                false => say(&inspection.text())?,
-            }
-            Ok(0)
+        Command::Inspect(args) => inspect(&args),
+        Command::Build(args) => {
+            let (gates, project) = (args.gates.clone(), args.project.display().to_string());
+            told(&gates, project, || build(args))
         }
-        Command::Build(args) => build(args),
         Command::Check(args) => {
-            let checked = check::check(&args.path)?;
+            let checked = match check::check(&args.path) {
+                Err(error) if args.json && args.path.exists() => check::Checked::broken(&args.path, error.to_string()),
+                checked => checked?,
+            };
             checked.notes.iter().for_each(|note| tell(&format!("note: {note}")));
             match args.json {
                 true => say(&format!("{}\n", serde_json::to_string_pretty(&checked)?))?,
@@ -233,12 +232,32 @@ fn say(text: &str) -> Result<(), Error> {
     }
 }
 
+/// Shows what is in a checkpoint.
+fn inspect(args: &Inspect) -> anyhow::Result<u8> {
+    let checkpoint = Checkpoint::open(&args.path)?;
+    checkpoint.remarks().iter().for_each(|note| tell(&format!("note: {note}")));
+    let mut inspection = inspection::inspect(&checkpoint);
+    if args.program {
+        inspection.program = Some(inspection::program(&checkpoint)?);
+    }
+    match args.json {
+        true => say(&format!("{}\n", serde_json::to_string_pretty(&inspection)?))?,
+        false => say(&inspection.text())?,
+    }
+    Ok(0)
+}
+
 /// What a pipeline is told while a run is under way, and after it.
 trait Told {
     /// Who prints events, where these are asked for.
     fn listener(&self) -> Option<Listener>;
     /// Writes what a pipeline reads of the outputs.
-    fn write(&self, all: &[(&Path, &Report)], earlier: &[Option<Earlier>]) -> Result<(), Error>;
+    fn write(&self, all: &[(&Path, &Report)], earlier: &[Option<Earlier>]) -> Result<(), Error> {
+        let cases: Vec<Case> = all.iter().map(|(path, report)| Case::of(path, report)).collect();
+        self.write_all(&cases, &report::gates::summary(all, earlier))
+    }
+    /// Writes JUnit XML and a summary, as far as they are asked for.
+    fn write_all(&self, cases: &[Case], summary: &str) -> Result<(), Error>;
 }
 
 impl Told for Gates {
@@ -247,16 +266,49 @@ impl Told for Gates {
         self.events.then(|| Box::new(|event: &serde_json::Value| drop(say(&format!("{event}\n")))) as Listener)
     }
 
-    fn write(&self, all: &[(&Path, &Report)], earlier: &[Option<Earlier>]) -> Result<(), Error> {
+    fn write_all(&self, cases: &[Case], summary: &str) -> Result<(), Error> {
         if let Some(path) = &self.junit {
-            SideOutput::write(path, report::gates::junit(all).as_bytes())?.appear()?;
+            SideOutput::write(path, report::gates::junit(cases).as_bytes())?.appear()?;
         }
         let Some(path) = self.summary() else { return Ok(()) };
         let mut file =
             std::fs::File::options().create(true).append(true).open(&path).map_err(Error::io(&path, "open"))?;
-        let text = report::gates::summary(all, earlier);
-        std::io::Write::write_all(&mut file, text.as_bytes()).map_err(Error::io(&path, "write"))
+        std::io::Write::write_all(&mut file, summary.as_bytes()).map_err(Error::io(&path, "write"))
     }
+}
+
+/// Whether a run that failed, perhaps before it looked at where it writes, may leave JUnit XML here: where nothing lies or JUnit XML does,
+/// and not in the model.
+fn is_free_for_junit(path: &Path, model: &Path) -> bool {
+    let free = !path.exists() || std::fs::read(path).is_ok_and(|content| content.starts_with(b"<?xml"));
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let within =
+        |folder: &Path, model: &Path| Some(folder.canonicalize().ok()?.starts_with(model.canonicalize().ok()?));
+    free && !within(folder, model).unwrap_or(false)
+}
+
+/// Does what pipelines are told the end of: an event with the exit code, and where it failed, a failure in JUnit XML.
+fn told(gates: &Gates, input: String, work: impl FnOnce() -> anyhow::Result<u8>) -> anyhow::Result<u8> {
+    let done = work();
+    if let Err(error) = &done {
+        let case =
+            Case { output: input.clone(), seconds: 0.0, checks: vec![("written".to_owned(), Some(error.to_string()))] };
+        if let Some(path) = gates.junit.as_ref().filter(|path| is_free_for_junit(path, Path::new(&input))) {
+            // What made the run fail is what is told.
+            let _ = SideOutput::write(path, report::gates::junit(&[case]).as_bytes()).and_then(SideOutput::appear);
+        }
+    }
+    if gates.events {
+        let failed = |error: &anyhow::Error| error.downcast_ref::<Error>().map_or(1, Error::exit_code);
+        let code = done.as_ref().map_or_else(failed, |code| *code);
+        let error = done.as_ref().err().map(ToString::to_string);
+        let event = serde_json::json!({"event": "end", "exit_code": code, "error": error});
+        let said = say(&format!("{event}\n"));
+        if done.is_ok() {
+            said?;
+        }
+    }
+    done
 }
 
 /// Sets the threads up, the display, and the device.
@@ -316,7 +368,7 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let paths: Vec<PathBuf> = outputs.iter().map(|output| output.path.clone()).collect();
     let (independent, force) = (args.independent, args.force);
     let (afresh, waits) = (args.no_resume, args.wait);
-    let earlier = args.gates.before(&args.model, &paths)?;
+    let earlier = args.gates.before(&[&args.model], &paths)?;
     let job = Job { model: &args.model, outputs, lead, independent, verification, force, afresh, waits };
     let reports = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
     drop(progress);
@@ -371,29 +423,43 @@ fn build(args: Build) -> anyhow::Result<u8> {
         return Ok(0);
     }
     let project = build::Build::open(&args.project, args.verify)?;
+    let own = project.inputs_and_lock();
+    let own: Vec<&Path> = own.iter().map(PathBuf::as_path).collect();
+    let all: Vec<PathBuf> = project.standings().iter().map(|standing| standing.path.clone()).collect();
+    args.gates.before(&own, &all)?;
     let mut code = 0;
+    let mut cases = Vec::new();
     for standing in project.standings() {
-        let (path, state) = (standing.path.display(), standing.stale.as_deref());
-        if !args.compute.quiet && !args.gates.events {
-            say(&format!("{path}: {}\n", state.map_or("up to date".to_owned(), |why| format!("out of date: {why}"))))?;
+        let path = standing.path.display();
+        if args.gates.events {
+            say(&format!("{}\n", standing.event()))?;
+        } else if !args.compute.quiet {
+            let why = standing.stale.as_ref();
+            say(&format!("{path}: {}\n", why.map_or("up to date".to_owned(), |why| format!("out of date: {why}"))))?;
         }
+        let mut checks = vec![("up to date".to_owned(), standing.stale.clone())];
         for missed in &standing.missed {
             tell(&format!("error: {path}: {missed}, as it was found when it was made"));
+            checks.push(("limits".to_owned(), Some(missed.clone())));
             code = BELOW_THE_BAR;
         }
+        cases.push(Case { output: path.to_string(), seconds: 0.0, checks });
     }
-    if args.check {
-        return Ok(if project.is_up_to_date() { code } else { 1 });
-    }
-    if project.is_up_to_date() {
-        project.remember()?;
+    if args.check || project.is_up_to_date() {
+        args.gates.write_all(&cases, &report::gates::standing(&cases))?;
+        if !project.is_up_to_date() {
+            return Ok(1);
+        }
+        if !args.check {
+            project.remember()?;
+        }
         return Ok(code);
     }
     let (progress, engine) = start(&args.compute)?;
     let mut progress = progress.listened(args.gates.listener());
-    let places = project.redone_places();
-    let earlier = args.gates.before(&args.project, &places)?;
-    let made = with_backend!(&engine, backend => project.make(backend, args.force, &mut progress))?;
+    let earlier = args.gates.before(&own, &project.redone_places())?;
+    let how = (args.force, args.wait);
+    let made = with_backend!(&engine, backend => project.make(backend, how, &mut progress))?;
     drop(progress);
     let made: Vec<(&Path, &Report)> = made.iter().map(|(path, report)| (path.as_path(), report)).collect();
     Ok(conclude(&engine, &made, &earlier, (&args.compute, &args.gates))?.max(code))

@@ -40,6 +40,13 @@ pub struct Standing {
     pub missed: Vec<String>,
 }
 
+impl Standing {
+    /// What is told of it, as an event.
+    pub fn event(&self) -> Value {
+        json!({"event": "target", "path": self.path.display().to_string(), "stale": self.stale, "missed": self.missed})
+    }
+}
+
 /// A project with what is known of its targets.
 pub struct Build {
     project: Project,
@@ -89,43 +96,47 @@ impl Build {
     fn stand(&mut self, index: usize, hashes: bool) -> Result<Standing> {
         let output = &self.project.outputs[index];
         let (path, name) = (output.path.clone(), self.called(&output.path));
-        let standing =
-            |stale: Option<String>, missed: &[String]| Standing { path: path.clone(), stale, missed: missed.to_vec() };
+        let limits = self.project.verification.as_ref().map(|verification| verification.limits).unwrap_or_default();
+        let standing = |stale: Option<String>, quality: Option<[f64; 3]>| Standing {
+            path: path.clone(),
+            stale,
+            missed: quality.map_or(Vec::new(), |quality| limits.missed_by(quality)),
+        };
         let Some(locked) = self.lock.target(&name) else {
-            return Ok(standing(Some("it was never made".to_owned()), &[]));
+            return Ok(standing(Some("it was never made".to_owned()), None));
         };
         if locked.tool != TOOL {
             let why = format!("it was made by {}, and this is {TOOL}", locked.tool);
-            return Ok(standing(Some(why), &[]));
+            return Ok(standing(Some(why), None));
         }
         if let Some(why) = self.other_recipe(index, &locked.recipe) {
-            return Ok(standing(Some(why), &[]));
+            return Ok(standing(Some(why), None));
         }
         let inputs: Vec<String> = self.inputs(output)?.iter().map(|file| self.called(file)).collect();
         let known = |input: &Stamp| inputs.contains(&input.path);
         if let Some(gone) = locked.inputs.iter().find(|input| !known(input)) {
-            return Ok(standing(Some(format!("{} is not read any more", gone.path)), &[]));
+            return Ok(standing(Some(format!("{} is not read any more", gone.path)), None));
         }
         if let Some(new) = inputs.iter().find(|path| !locked.inputs.iter().any(|input| input.path == **path)) {
-            return Ok(standing(Some(format!("{new} is new")), &[]));
+            return Ok(standing(Some(format!("{new} is new")), None));
         }
         let mut renewed = locked.clone();
         for stamp in renewed.inputs.iter_mut().chain(&mut renewed.outputs) {
             match stamp.compare(&self.folder().join(&stamp.path), hashes)? {
                 Seen::Same => {}
                 Seen::Touched(now) => *stamp = now,
-                Seen::Changed => return Ok(standing(Some(format!("{} is not what it was", stamp.path)), &[])),
+                Seen::Changed => return Ok(standing(Some(format!("{} is not what it was", stamp.path)), None)),
             }
         }
         if renewed != *locked {
             self.touched = true;
-            let missed = renewed.missed.clone();
+            let quality = renewed.quality;
             if let Some(locked) = self.lock.targets.iter_mut().find(|target| target.path == name) {
                 *locked = renewed;
             }
-            return Ok(standing(None, &missed));
+            return Ok(standing(None, quality));
         }
-        Ok(standing(None, &locked.missed.clone()))
+        Ok(standing(None, locked.quality))
     }
 
     /// All that a target is made by, apart from files.
@@ -134,15 +145,15 @@ impl Build {
         let output = &project.outputs[index];
         let leader = &project.outputs[project.lead];
         let led = index != project.lead && !project.independent;
-        let measured = project.verification.as_ref().map(|verification| {
-            json!({"text": self.called(Path::new(&verification.text)), "windows": verification.windows, "limits": verification.limits})
-        });
+        let measured = project.verification.as_ref().map(
+            |verification| json!({"text": self.called(Path::new(&verification.text)), "windows": verification.windows}),
+        );
         json!({
             "model": self.called(&project.model),
             "recipe": output.recipe,
             "independent": project.independent,
-            "inputs made by": led.then(|| self.called(&leader.path)),
-            "whose recipe is": led.then_some(&leader.recipe),
+            "leading target": led.then(|| self.called(&leader.path)),
+            "leading target's recipe": led.then_some(&leader.recipe),
             "measured": measured,
         })
     }
@@ -189,7 +200,7 @@ impl Build {
     pub fn make<B: Backend>(
         mut self,
         backend: &B,
-        force: bool,
+        (force, waits): (bool, bool),
         progress: &mut Progress,
     ) -> Result<Vec<(PathBuf, Report)>> {
         let redone = self.redone();
@@ -201,6 +212,7 @@ impl Build {
         for output in outputs.iter().filter(|output| !force && self.lock.target(&self.called(&output.path)).is_none()) {
             Staging::check(&output.path, Some(&project.model), false, output.recipe.gguf.is_some())?;
         }
+        Lock::check_place(&self.project.lock())?;
         let lead = redone.iter().position(|index| *index == project.lead).unwrap_or(0);
         // As they are before the work: what changes while it is done is found changed by the next build.
         let mut inputs = Vec::new();
@@ -215,7 +227,7 @@ impl Build {
             verification: project.verification.clone(),
             force: true,
             afresh: false,
-            waits: false,
+            waits,
         };
         let reports = job.run(backend, progress)?;
         for ((index, report), inputs) in redone.iter().zip(&reports).zip(inputs) {
@@ -234,6 +246,11 @@ impl Build {
     /// Remembers how files look that were touched and are as they were, so that they need not be hashed again.
     pub fn remember(&self) -> Result<()> {
         if self.touched { self.lock.write(&self.project.lock()) } else { Ok(()) }
+    }
+
+    /// Files that are read, and the lock: nothing else may be written over them.
+    pub fn inputs_and_lock(&self) -> [PathBuf; 3] {
+        [self.project.model.clone(), self.project.path.clone(), self.project.lock()]
     }
 
     /// The places of the outputs that [`make`](Self::make) writes, in its order.
@@ -271,7 +288,11 @@ impl Build {
             path: self.called(&output.path),
             tool: TOOL.to_owned(),
             recipe: self.recipe(index).to_string(),
-            missed: report.verdict.as_ref().map_or(Vec::new(), |verdict| verdict.missed.clone()),
+            quality: report
+                .quality
+                .as_ref()
+                .and_then(|quality| quality.beside.as_ref())
+                .map(|beside| [beside.perplexity_ratio, beside.kld_mean, beside.top1_agreement]),
             inputs: stamps(inputs, &report.inputs)?,
             outputs: stamps(&written, &report.outputs)?,
         })

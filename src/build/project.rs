@@ -9,8 +9,10 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::cached;
 use crate::error::{Error, Result};
 use crate::job::Verification;
+use crate::output::Place;
 use crate::recipe::{Request, toml_error};
 use crate::report::Limits;
+use crate::report::gates::share;
 use crate::targets::{Output, requested, resolved};
 use crate::text::HELD_OUT;
 
@@ -36,8 +38,8 @@ pub struct Settings {
     pub min_top1: Option<f64>,
     /// An earlier output, or its report.json: the perplexity ratio and the mean KL divergence may not be worse.
     pub baseline: Option<PathBuf>,
-    /// How much worse than the baseline's they may be, as a share: 0 where it is not said.
-    pub max_regression: Option<f64>,
+    /// How much worse than the baseline's they may be, as "5%" or "0.05": 0 where it is not said.
+    pub max_regression: Option<String>,
     /// Calibrate every target by itself, as if it were the only one.
     #[serde(default)]
     pub independent: bool,
@@ -109,7 +111,10 @@ impl Project {
         // The text is read once more where it is wrong, so that the message has the line.
         let request: Request = match recipe.try_into() {
             Ok(request) => request,
-            Err(error) => return Err(wrong(error)),
+            Err(error) => {
+                let own: Vec<&str> = known.as_object().into_iter().flatten().map(|(key, _)| &**key).collect();
+                return Err(Error::usage(format!("{}; the project's own keys are {}", wrong(error), own.join(", "))));
+            }
         };
         Project::of(path, settings, request)
     }
@@ -118,10 +123,18 @@ impl Project {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let within = |path: &Path| if folder == Path::new(".") { path.to_path_buf() } else { folder.join(path) };
         settle(&mut request, &within);
-        let limits =
-            Limits { max_ppl_ratio: settings.max_ppl_ratio, max_kld: settings.max_kld, min_top1: settings.min_top1 };
+        let limits = Limits {
+            max_ppl_ratio: settings.max_ppl_ratio,
+            max_kld: settings.max_kld,
+            min_top1: settings.min_top1,
+            baseline: None,
+        };
         let limits = match &settings.baseline {
-            Some(baseline) => limits.relative(&within(baseline), settings.max_regression.unwrap_or(0.0).max(0.0))?,
+            Some(baseline) => {
+                let regression =
+                    settings.max_regression.as_deref().map(|text| share("max_regression", text)).transpose()?;
+                limits.relative(&within(baseline), regression.unwrap_or(0.0))?
+            }
             None => limits,
         };
         limits.check()?;
@@ -151,6 +164,22 @@ impl Project {
         }
         let asked = requested(Request::default(), request, None, &[])?;
         let (outputs, lead) = resolved(asked, None)?;
+        let lock = path.with_extension("lock");
+        for output in &outputs {
+            let written = [Some(&output.path), output.report.as_ref(), output.recipe.save_imatrix.as_ref()];
+            for place in written.into_iter().flatten() {
+                let same = |own: &Path| {
+                    Place::resolve(place).ok().is_some_and(|place| Place::resolve(own).ok() == Some(place))
+                };
+                if same(path) || same(&lock) {
+                    return Err(Error::usage(format!(
+                        "{}: {} would be written over the project or its lock; choose another place",
+                        path.display(),
+                        place.display()
+                    )));
+                }
+            }
+        }
         let model = within(&settings.model);
         let model = cached(&settings.model)?.filter(|_| !model.exists()).unwrap_or(model);
         Ok(Project { path: path.to_path_buf(), model, outputs, lead, independent: settings.independent, verification })

@@ -1,7 +1,7 @@
 //! A run as far as it goes without reading weights: what it decides, what it takes, and what serving its outputs will take.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use calibration::statistics::Needs;
 use formats::Encoding;
@@ -18,7 +18,7 @@ use crate::error::Result;
 use crate::families;
 use crate::graph::{Graph, Linear};
 use crate::memory::{Device, Free, Tokens};
-use crate::output::{Place, Staging};
+use crate::output::{Place, Staging, check_space, free_space};
 use crate::program::{Producer, Program};
 use crate::progress::Progress;
 use crate::report::BitsPerWeight;
@@ -76,6 +76,9 @@ impl Job<'_> {
         let windows = windows.map(|text| Tokens::of(text.windows.len(), text.windows.first().map_or(0, Vec::len)));
         let bytes = source.files().iter().filter_map(|file| Some(std::fs::metadata(file).ok()?.len())).sum::<u64>();
         let written: u64 = outputs.iter().map(|output| output.bytes + output.beside_bytes).sum();
+        if asked.named {
+            self.check_planned_space(&outputs)?;
+        }
         let walk = |group: &Group| Walk {
             targets: group.members.iter().map(|index| &*targets[*index]).collect(),
             tokens: group.samples.as_ref().map(|s| Tokens::of(s.source.sequences, s.source.seq_len)),
@@ -108,6 +111,18 @@ impl Job<'_> {
             },
             seconds,
         })
+    }
+
+    /// Fails where the disk has no room for the outputs, as a run does.
+    fn check_planned_space(&self, outputs: &[PlannedOutput]) -> Result<()> {
+        let mut all: HashMap<PathBuf, u64> = HashMap::new();
+        for (output, planned) in self.outputs.iter().zip(outputs) {
+            let Some(folder) = folder_of(&output.path) else { continue };
+            let bytes = all.entry(folder.clone()).or_default();
+            *bytes += planned.bytes + planned.beside_bytes;
+            check_space(&folder, &output.path, *bytes)?;
+        }
+        Ok(())
     }
 
     fn planned<B: Backend>(
@@ -252,9 +267,12 @@ fn serving<B: Backend>(
     })
 }
 
+/// The folder that an output would be written into, or the nearest one around it that there is.
+fn folder_of(path: &Path) -> Option<PathBuf> {
+    Some(Place::resolve(path).ok()?.parent.ancestors().find(|folder| folder.is_dir())?.to_path_buf())
+}
+
 /// Bytes that are free where an output would be written.
 fn free_beside(path: &Path) -> Option<u64> {
-    let place = Place::resolve(path).ok()?;
-    let folder = place.parent.ancestors().find(|folder| folder.is_dir())?;
-    crate::output::free_space(folder)
+    free_space(&folder_of(path)?)
 }

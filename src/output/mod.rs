@@ -19,7 +19,7 @@ use formats::{ShardedWriter, TensorSpec};
 use crate::error::{Error, Result};
 
 pub use left::{Before, Unfinished, clean, discard, sweep, unfinished};
-pub use place::{Place, SideOutput, check_apart, check_beside, check_place, free_space};
+pub use place::{Place, SideOutput, check_apart, check_beside, check_place, check_space, free_space};
 use staging::without_hidden_names;
 pub use staging::{Staging, remove_made};
 

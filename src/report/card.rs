@@ -192,7 +192,7 @@ impl Report {
 impl Verdict {
     /// What was asked for, and whether it was kept.
     fn sentence(&self) -> String {
-        let Limits { max_ppl_ratio, max_kld, min_top1 } = self.limits;
+        let Limits { max_ppl_ratio, max_kld, min_top1, .. } = self.limits;
         let asked: Vec<String> = [
             max_ppl_ratio.map(|limit| format!("a perplexity ratio of at most {limit}")),
             max_kld.map(|limit| format!("a mean KL divergence of at most {limit}")),

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Beside, Limits, Report, read_report};
+use super::{Limits, Measured, Quality, Report, read_report};
 use crate::error::{Error, Result};
 
 /// What was measured of an earlier output, as far as a later one is compared with it.
@@ -71,29 +71,56 @@ impl Limits {
         let earlier = Earlier::of(&report).ok_or_else(|| {
             Error::usage(format!("--baseline {shown}: says nothing of quality; make it without --verify-text none"))
         })?;
+        let number = |name: &str| report["quality"][name].as_u64().unwrap_or(0) as usize;
+        let baseline =
+            Some(Measured { context: number("context"), windows: number("windows"), tokens: number("tokens") });
         let tighter = |limit: Option<f64>, other: f64| Some(limit.map_or(other, |limit| limit.min(other)));
         Ok(Limits {
             max_kld: tighter(self.max_kld, earlier.kld_mean * (1.0 + regression)),
             max_ppl_ratio: tighter(self.max_ppl_ratio, earlier.perplexity_ratio * (1.0 + regression)),
+            baseline,
             ..self
         })
     }
 
     /// Each limit in words, and what there is to say where it was missed.
-    pub fn checks(&self, quality: &Beside) -> Vec<(String, Option<String>)> {
+    pub fn checks(&self, quality: &Quality) -> Vec<(String, Option<String>)> {
+        let none = Limits::default();
         let single = [
-            (
-                self.max_ppl_ratio,
-                "perplexity ratio at most",
-                Limits { max_ppl_ratio: self.max_ppl_ratio, ..Limits::default() },
-            ),
-            (self.max_kld, "mean KL divergence at most", Limits { max_kld: self.max_kld, ..Limits::default() }),
-            (self.min_top1, "top-1 agreement at least", Limits { min_top1: self.min_top1, ..Limits::default() }),
+            (self.max_ppl_ratio, "perplexity ratio at most", Limits { max_ppl_ratio: self.max_ppl_ratio, ..none }),
+            (self.max_kld, "mean KL divergence at most", Limits { max_kld: self.max_kld, ..none }),
+            (self.min_top1, "top-1 agreement at least", Limits { min_top1: self.min_top1, ..none }),
         ];
         let check = |(limit, what, alone): (Option<f64>, &str, Limits)| {
-            Some((format!("{what} {:.6}", limit?), alone.missed(quality).into_iter().next()))
+            Some((format!("{what} {}", limit?), alone.missed(quality).into_iter().next()))
         };
-        single.into_iter().filter_map(check).collect()
+        let mut all: Vec<_> = single.into_iter().filter_map(check).collect();
+        if self.baseline.is_some() {
+            let alone = Limits { baseline: self.baseline, ..none };
+            all.push(("measured as the baseline".to_owned(), alone.missed(quality).into_iter().next()));
+        }
+        all
+    }
+}
+
+/// What JUnit is told of one output.
+pub struct Case {
+    /// The output.
+    pub output: String,
+    /// How long it took.
+    pub seconds: f64,
+    /// What was tested, and what there is to say where it failed.
+    pub checks: Vec<(String, Option<String>)>,
+}
+
+impl Case {
+    /// That of an output that was written.
+    pub fn of(path: &Path, report: &Report) -> Case {
+        let mut checks = vec![("written".to_owned(), None)];
+        if let (Some(verdict), Some(quality)) = (&report.verdict, &report.quality) {
+            checks.extend(verdict.limits.checks(quality));
+        }
+        Case { output: path.display().to_string(), seconds: report.seconds.total, checks }
     }
 }
 
@@ -132,25 +159,19 @@ fn escaped(text: &str) -> String {
     out
 }
 
-/// JUnit XML of outputs: for each one test that it was written, and one for each limit.
-pub fn junit(outputs: &[(&Path, &Report)]) -> String {
+/// JUnit XML of outputs.
+pub fn junit(outputs: &[Case]) -> String {
     let (mut cases, mut tests, mut failures, mut seconds) = (String::new(), 0, 0, 0.0);
-    for (path, report) in outputs {
-        let class = escaped(&path.display().to_string());
-        let mut checks = vec![("written".to_owned(), None)];
-        if let (Some(verdict), Some(beside)) =
-            (&report.verdict, report.quality.as_ref().and_then(|q| q.beside.as_ref()))
-        {
-            checks.extend(verdict.limits.checks(beside));
-        }
-        for (index, (name, missed)) in checks.into_iter().enumerate() {
-            let time = if index == 0 { report.seconds.total } else { 0.0 };
-            let name = escaped(&name);
+    for case in outputs {
+        let class = escaped(&case.output);
+        for (index, (name, missed)) in case.checks.iter().enumerate() {
+            let time = if index == 0 { case.seconds } else { 0.0 };
+            let name = escaped(name);
             cases += &format!("    <testcase classname=\"{class}\" name=\"{name}\" time=\"{time:.3}\"");
             match missed {
                 None => cases += "/>\n",
                 Some(why) => {
-                    let why = escaped(&why);
+                    let why = escaped(why);
                     cases +=
                         &format!(">\n      <failure message=\"{why}\">{class}: {why}</failure>\n    </testcase>\n");
                     failures += 1;
@@ -158,12 +179,26 @@ pub fn junit(outputs: &[(&Path, &Report)]) -> String {
             }
             tests += 1;
         }
-        seconds += report.seconds.total;
+        seconds += case.seconds;
     }
     format!(
         "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuites>\n  <testsuite name=\"quantc\" tests=\"{tests}\" failures=\"{failures}\" \
          errors=\"0\" time=\"{seconds:.3}\">\n{cases}  </testsuite>\n</testsuites>\n"
     )
+}
+
+/// A summary in Markdown of targets that were not made: up to date or not, and what they miss.
+pub fn standing(targets: &[Case]) -> String {
+    let mut text = String::from("### quantc\n\n| output | state |\n|---|---|\n");
+    for case in targets {
+        let missed: Vec<&String> = case.checks.iter().filter_map(|(_, missed)| missed.as_ref()).collect();
+        let state = match missed[..] {
+            [] => "✅ up to date".to_owned(),
+            _ => format!("❌ {}", cell(&missed.iter().map(|why| why.as_str()).collect::<Vec<_>>().join("; "))),
+        };
+        text += &format!("| {} | {state} |\n", cell(&case.output));
+    }
+    text
 }
 
 /// A text as it stands in a cell of a Markdown table.
@@ -196,7 +231,7 @@ pub fn summary(outputs: &[(&Path, &Report)], earlier: &[Option<Earlier>]) -> Str
         };
         let of = |now: f64, before: f64| 100.0 * (now / before - 1.0);
         let quality = report.quality.as_ref().and_then(|quality| quality.beside.as_ref());
-        let figure = |get: fn(&Beside) -> f64, then: fn(&Earlier) -> f64, digits: usize| {
+        let figure = |get: fn(&super::Beside) -> f64, then: fn(&Earlier) -> f64, digits: usize| {
             quality.map_or("–".to_owned(), |beside| {
                 with(format!("{:.digits$}", get(beside)), before.as_ref().map(|before| of(get(beside), then(before))))
             })

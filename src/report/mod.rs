@@ -14,7 +14,7 @@ use crate::mixes::is_substitution;
 use crate::recipe::Recipe;
 
 pub use card::{Original, quality_text};
-pub use quality::{Activations, Beside, HiddenStates, Limits, Protocol, Quality};
+pub use quality::{Activations, Beside, HiddenStates, Limits, Measured, Protocol, Quality};
 pub use read::{read_report, report_of};
 
 /// A file and what is in it.
@@ -166,7 +166,7 @@ pub struct Verdict {
 
 impl Verdict {
     /// What becomes of limits beside what was measured; `None` where there are none.
-    pub fn of(limits: Limits, quality: &Beside) -> Option<Verdict> {
+    pub fn of(limits: Limits, quality: &Quality) -> Option<Verdict> {
         let missed = limits.missed(quality);
         limits.any().then_some(Verdict { limits, passed: missed.is_empty(), missed })
     }

@@ -123,6 +123,20 @@ pub struct Limits {
     pub max_kld: Option<f64>,
     /// Least share of tokens on which both would say the same.
     pub min_top1: Option<f64>,
+    /// What the baseline was measured on that set some of them, which is what has to be measured again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baseline: Option<Measured>,
+}
+
+/// What something was measured on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Tokens of a window.
+    pub context: usize,
+    /// Windows.
+    pub windows: usize,
+    /// Tokens scored.
+    pub tokens: usize,
 }
 
 impl Limits {
@@ -144,7 +158,26 @@ impl Limits {
     }
 
     /// What was missed, one sentence each.
-    pub fn missed(&self, quality: &Beside) -> Vec<String> {
+    pub fn missed(&self, quality: &Quality) -> Vec<String> {
+        let Some(beside) = &quality.beside else { return Vec::new() };
+        let mut missed = self.missed_by([beside.perplexity_ratio, beside.kld_mean, beside.top1_agreement]);
+        let Quality { context, windows, tokens, .. } = *quality;
+        let own = Measured { context, windows, tokens };
+        missed.extend(self.baseline.filter(|baseline| *baseline != own).map(|baseline| {
+            let of = |measured: Measured| {
+                format!("{} tokens in {} windows of {}", measured.tokens, measured.windows, measured.context)
+            };
+            format!(
+                "the baseline was measured on {}, and this on {}: measure both on the same text",
+                of(baseline),
+                of(own)
+            )
+        }));
+        missed
+    }
+
+    /// What perplexity ratio, mean KL divergence and top-1 agreement miss, one sentence each.
+    pub fn missed_by(&self, [ratio, kld, top1]: [f64; 3]) -> Vec<String> {
         let mut missed = Vec::new();
         let mut check = |what: &str, found: f64, limit: Option<f64>, most: bool| {
             if let Some(limit) = limit
@@ -155,9 +188,9 @@ impl Limits {
                 missed.push(format!("{what} is {found:.5}, {side} the limit of {limit}"));
             }
         };
-        check("the perplexity ratio", quality.perplexity_ratio, self.max_ppl_ratio, true);
-        check("the mean KL divergence", quality.kld_mean, self.max_kld, true);
-        check("the top-1 agreement", quality.top1_agreement, self.min_top1, false);
+        check("the perplexity ratio", ratio, self.max_ppl_ratio, true);
+        check("the mean KL divergence", kld, self.max_kld, true);
+        check("the top-1 agreement", top1, self.min_top1, false);
         missed
     }
 }
@@ -170,7 +203,7 @@ mod tests {
     fn limits_that_mean_nothing_are_refused() {
         let limits = |[max_ppl_ratio, max_kld, min_top1]: [f64; 3]| {
             let [max_ppl_ratio, max_kld, min_top1] = [max_ppl_ratio, max_kld, min_top1].map(Some);
-            Limits { max_ppl_ratio, max_kld, min_top1 }.check()
+            Limits { max_ppl_ratio, max_kld, min_top1, baseline: None }.check()
         };
         for good in [[1.01, 0.0, 0.0], [0.5, 7.0, 1.0]] {
             limits(good).unwrap();
@@ -212,9 +245,28 @@ mod tests {
             kld_max: 0.0,
             top1_agreement: 0.9,
         };
-        let limits = Limits { max_ppl_ratio: Some(1.2), max_kld: Some(0.1), min_top1: Some(0.95) };
+        let limits = Limits { max_ppl_ratio: Some(1.2), max_kld: Some(0.1), min_top1: Some(0.95), baseline: None };
+        let quality = Quality {
+            model: String::new(),
+            perplexity: 11.0,
+            perplexity_stderr: 0.0,
+            tokens: 7,
+            context: 8,
+            windows: 1,
+            protocol: Protocol::Papers,
+            activations: Activations::Exact,
+            beside: Some(quality),
+        };
         let missed = limits.missed(&quality);
         assert_eq!(missed.len(), 2, "{missed:?}");
+        // A baseline has to be measured on as much.
+        let same = Measured { context: 8, windows: 1, tokens: 7 };
+        let on = |baseline: Measured| Limits { baseline: Some(baseline), ..Limits::default() }.missed(&quality);
+        assert_eq!(on(same), Vec::<String>::new());
+        assert!(
+            on(Measured { windows: 2, ..same })[0]
+                .contains("7 tokens in 2 windows of 8, and this on 7 tokens in 1 windows")
+        );
         assert!(missed[1].contains("top-1 agreement is 0.90000, below the limit of 0.95"));
     }
 }
