@@ -32,7 +32,7 @@ impl Mixture<'_> {
 /// The mixtures of a model, in the order of its layers.
 fn mixtures<'g>(graph: &'g Graph, encodings: &HashMap<String, Encoding>) -> Vec<Mixture<'g>> {
     let mut found: Vec<Mixture<'g>> = Vec::new();
-    for Linear { module, .. } in graph.linears().into_iter().filter(|linear| is_expert(&linear.module)) {
+    for Linear { module, .. } in graph.linears().filter(|linear| is_expert(&linear.module)) {
         let Some((at, rest)) = module.split_once(".experts.") else { continue };
         let name = rest.split_once('.').map_or(rest, |(_, name)| name);
         let linear = (name, encodings.get(module).copied());
