@@ -561,6 +561,17 @@ mod tests {
     }
 
     #[test]
+    fn positions_of_windows_of_any_lengths_are_found_in_their_chunks() {
+        let windows: Vec<Vec<u32>> = [vec![1, 2, 3], vec![4, 5], vec![6, 7, 8, 9], vec![10, 11]].into();
+        let scored = [0..2, 0..1, 2..3, 0..1];
+        let all: Vec<_> = pieces(&windows, &scored, 5, 2).into_iter().map(|p| (p.chunk, p.rows, p.targets)).collect();
+        // Two windows fill the first chunk, and the others have one each.
+        let expected =
+            [(0, vec![0, 1], vec![2, 3]), (0, vec![3], vec![5]), (1, vec![2], vec![9]), (2, vec![0], vec![11])];
+        assert_eq!(all, expected);
+    }
+
+    #[test]
     fn protocols_score_what_they_say() {
         assert_eq!(Protocol::Papers.scored(8), 0..7);
         assert_eq!(Protocol::LlamaCpp.scored(8), 4..7);

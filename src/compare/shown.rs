@@ -55,7 +55,8 @@ impl Table {
         let text = first.map_or(String::new(), |found| {
             let figures = &found.text;
             let (tokens, context, windows) = (figures.tokens, figures.context, figures.windows);
-            format!("{tokens} tokens of {}, in {windows} windows of {context}", one_line(&self.text))
+            let windows = if windows == 1 { "a window".to_owned() } else { format!("{windows} windows") };
+            format!("{tokens} tokens of {}, in {windows} of {context}", one_line(&self.text))
         });
         let tasks =
             self.tasks.as_ref().map(|name| format!("; {} questions ({})", self.questions.len(), one_line(name)));

@@ -123,6 +123,34 @@ fn figures_are_those_of_eval_and_a_second_call_does_no_work() {
 }
 
 #[test]
+fn a_scheme_that_comes_later_is_what_it_would_have_been() {
+    let room = Room::new();
+    room.model();
+    let (first, second) = (["--scheme", "W3A16:g32"], ["--scheme", "gptq:W4A16:g64"]);
+    let rest = ["--tasks", "none", "--independent"];
+    let figures = || {
+        let table = table(&room);
+        let found = &row(&table, "gptq:W4A16:g64")["found"];
+        (found["text"].clone(), found["beside"].clone())
+    };
+    compare(&room, &[&first[..], &rest[..2]].concat()).succeeds();
+    let lead = kept(&room);
+    compare(&room, &[&first[..], &second, &rest[..2]].concat()).succeeds();
+    assert!(lead.iter().all(|row| kept(&room).contains(row)), "the one that leads is as it was");
+    let later = figures();
+    std::fs::remove_dir_all(room.path("report")).unwrap();
+    compare(&room, &[&first[..], &second, &rest[..2]].concat()).succeeds();
+    assert_eq!(figures(), later);
+    assert_eq!(later.1, "W3A16:g32");
+    // By itself it is another one, and its row is not taken for that.
+    compare(&room, &[&first[..], &second, &rest].concat()).succeeds();
+    assert!(figures().0 != later.0 && figures().1.is_null(), "{:?}", figures());
+    let alone = figures();
+    compare(&room, &[&second[..], &rest[..2]].concat()).succeeds();
+    assert_eq!(figures(), alone);
+}
+
+#[test]
 fn what_fails_is_told_and_the_others_go_on() {
     let room = Room::new();
     room.model();
