@@ -141,7 +141,46 @@ fn limits_that_were_missed_are_told_by_every_build() {
         "{}",
         again.stderr()
     );
-    assert_eq!(build(&room, &["--check"]).code(), Some(3));
+    assert_eq!(build(&room, &["--check", "--junit", "j.xml"]).code(), Some(3));
+    let junit = std::fs::read_to_string(room.path("j.xml")).unwrap();
+    assert!(junit.contains("failures=\"2\"") && junit.contains("name=\"up to date\""), "{junit}");
+    // Another limit is held against what was measured, and nothing is made again.
+    edit(&room, |text| text.replace("1e-9", "1e9"));
+    build(&room, &["--check", "--events", "--summary", "s.md"]).succeeds();
+    assert!(std::fs::read_to_string(room.path("s.md")).unwrap().contains("| out/ct | ✅ up to date |"));
+    assert_eq!(written(&room, "out/m.gguf"), before);
+}
+
+#[test]
+fn nothing_is_written_over_the_project_its_lock_or_the_model() {
+    let room = project();
+    let text = std::fs::read_to_string(room.path("quantc.toml")).unwrap();
+    for (line, place) in [
+        ("path = 'out/ct'\nreport = 'quantc.toml'", "quantc.toml"),
+        ("path = 'out/ct'\nreport = 'quantc.lock'", "quantc.lock"),
+        ("path = 'out/ct'\nsave_imatrix = 'quantc.lock'", "quantc.lock"),
+        ("path = 'quantc.lock'", "quantc.lock"),
+    ] {
+        room.file("quantc.toml", text.replace("path = 'out/ct'", line));
+        build(&room, &[]).refuses(2, &[place, "choose another place"]);
+    }
+    room.file("quantc.toml", &text);
+    let config = std::fs::read(room.path("model/config.json")).unwrap();
+    for flag in ["--junit", "--summary"] {
+        for place in ["model/config.json", "model/new.xml", "quantc.toml", "quantc.lock/x"] {
+            build(&room, &[flag, place]).refuses(2, &[flag]);
+        }
+        room.run(["quantize", "nowhere", "-o", "x", flag, "model/config.json"])
+            .code()
+            .map(|code| assert_ne!(code, 0))
+            .unwrap();
+    }
+    assert!(std::fs::read(room.path("model/config.json")).unwrap() == config);
+    assert_eq!(std::fs::read_to_string(room.path("quantc.toml")).unwrap(), text);
+    assert!(!room.path("quantc.lock").exists() && !room.path("out").exists());
+    // A lock that is none does not hang the next build.
+    assert!(std::process::Command::new("mkfifo").arg(room.path("quantc.lock")).status().unwrap().success());
+    build(&room, &["--check"]).refuses(1, &["quantc.lock", "remove it"]);
 }
 
 #[test]
@@ -163,6 +202,10 @@ fn what_cannot_be_built_is_refused_before_any_work() {
     refused(
         "version = 1\nmodel = 'model'\nverify_text = 'none'\nmax_kld = 1\n[[target]]\npath = 'x'",
         &["drop verify_text"],
+    );
+    refused(
+        "version = 1\nmodel = 'model'\nbaseline = 'x'\nmax_regression = '-1'\n[[target]]\npath = 'x'",
+        &["max_regression `-1`"],
     );
     room.run(["build", "nowhere.toml"]).refuses(1, &["nowhere.toml"]);
 }

@@ -21,7 +21,7 @@ fn limits_are_tests_in_junit_and_lines_of_a_summary() {
     assert_eq!(done.code(), Some(3), "{}", done.stderr());
     let junit = std::fs::read_to_string(room.path("j.xml")).unwrap();
     assert!(junit.contains("tests=\"3\" failures=\"1\""), "{junit}");
-    assert!(junit.contains("classname=\"a&lt;&amp;&gt;\" name=\"mean KL divergence at most 0.000000\""), "{junit}");
+    assert!(junit.contains("classname=\"a&lt;&amp;&gt;\" name=\"mean KL divergence at most 0.0000001\""), "{junit}");
     assert!(junit.contains("<failure message=\"the mean KL divergence is"), "{junit}");
     let summary = std::fs::read_to_string(room.path("s.md")).unwrap();
     assert!(summary.contains("❌ limits missed") && summary.contains("the mean KL divergence is"), "{summary}");
@@ -74,6 +74,12 @@ fn events_are_one_json_object_a_line() {
     let [output] = of("output")[..] else { panic!("{said}") };
     assert_eq!((output["path"].as_str(), output["scheme"].as_str()), (Some("out"), Some("W4A16 g128")));
     assert!(output["quality"]["kld_mean"].as_f64().unwrap() > 0.0 && output["files"][0]["sha256"].is_string());
+    assert_eq!(events.last().unwrap(), &serde_json::json!({"event": "end", "exit_code": 0, "error": null}));
+    // A run that fails says so, too.
+    let done = room.run(quantize(&["-o", "x", "--format", "mlx", "--bits", "3", "--events", "--junit", "j.xml"]));
+    let end: Value = serde_json::from_str(done.stdout().lines().last().unwrap()).unwrap();
+    assert_eq!((done.code(), end["exit_code"].as_i64(), end["error"].is_string()), (Some(2), Some(2), true));
+    assert!(std::fs::read_to_string(room.path("j.xml")).unwrap().contains("failures=\"1\""));
     // Nobody reads on.
     let line = format!(
         "\"{}\" quantize model -o full --method rtn --verify-text none --events > /dev/full",
@@ -141,5 +147,5 @@ fn the_action_and_the_example_for_gitlab_run() {
     room.file("quantc.toml", &project);
     assert_eq!(runner(&room, gitlab, &[]), 0);
     let summary = std::fs::read_to_string(room.path("quantc-summary.md")).unwrap();
-    assert!(summary.contains("(same)"), "{summary}");
+    assert!(summary.contains("✅ up to date"), "{summary}");
 }

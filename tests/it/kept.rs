@@ -48,6 +48,22 @@ fn what_was_written_is_whole_in_every_format_and_stays_so_until_it_is_touched() 
         assert_eq!(done.code(), Some(1), "{path}: {}{}", done.stdout(), done.stderr());
         words.iter().for_each(|word| assert!(done.stderr().contains(word), "{path}: {word} in {}", done.stderr()));
     };
+    // Under another name it is the same.
+    std::fs::copy(room.path("m.gguf"), room.path("prod.gguf")).unwrap();
+    std::fs::copy(room.path("m.gguf.report.json"), room.path("prod.gguf.report.json")).unwrap();
+    let done = room.run(["check", "prod.gguf"]);
+    done.succeeds();
+    assert!(
+        done.stdout().contains("hashes as the report says") && done.stderr().contains("have other names"),
+        "{}",
+        done.stderr()
+    );
+    // Half a file is told as JSON, too.
+    let half = std::fs::read(room.path("m.gguf")).unwrap();
+    room.file("half.gguf", &half[..half.len() / 2]);
+    let done = room.run(["check", "half.gguf", "--json"]);
+    let found: Value = serde_json::from_str(&done.stdout()).unwrap();
+    assert_eq!((done.code(), found["faults"].as_array().unwrap().len()), (Some(1), 1));
     // A bit of a file, a missing one, another's configuration.
     let touched = room.path("m.gguf");
     let mut bytes = std::fs::read(&touched).unwrap();

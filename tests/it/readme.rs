@@ -96,8 +96,10 @@ fn blocks(document: &str) -> Vec<Block> {
 
 /// Commands of a block, lines continued with a backslash joined, without what is said of them in a column of its own.
 fn commands(block: &Block) -> Vec<String> {
+    let joined: Vec<&str> =
+        block.text.split("\\\n").map(|piece| piece.trim_start_matches(' ').trim_end_matches(' ')).collect();
     let command = |line: &str| line.trim().split("  ").next().unwrap_or_default().to_owned();
-    block.text.replace("\\\n  ", " ").lines().map(command).collect()
+    joined.join(" ").lines().map(command).collect()
 }
 
 /// The words of a command up to the first thing that only a shell understands.
