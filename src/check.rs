@@ -16,19 +16,16 @@ use crate::report::{Fate, read_report};
 use crate::text::ModelText;
 use crate::weights::Entry;
 
-/// Values of a tensor that are read at a time.
-const AT_ONCE: usize = 1 << 22;
-
 /// What was found of a checkpoint.
 #[derive(Clone, Debug, Serialize)]
 pub struct Checked {
-    /// Where it is.
+    /// The path that was checked.
     pub path: String,
     /// Its files of weights.
     pub files: Vec<CheckedFile>,
     /// Tensors that were read, all of them.
     pub tensors: usize,
-    /// Values in these.
+    /// Values in all of them, zero points and scales not counted.
     pub values: u64,
     /// What is wrong; nothing where it is whole.
     pub faults: Vec<String>,
@@ -39,9 +36,9 @@ pub struct Checked {
 /// A file of weights.
 #[derive(Clone, Debug, Serialize)]
 pub struct CheckedFile {
-    /// Its name.
+    /// Its name, without the folder.
     pub name: String,
-    /// Its bytes.
+    /// Its size in bytes, headers included.
     pub bytes: u64,
     /// SHA-256 of its content, where a report says what it should be.
     pub sha256: Option<String>,
@@ -155,21 +152,14 @@ fn check_files(source: &Checkpoint, faults: &mut Vec<String>, notes: &mut Vec<St
 
 /// Reads all values of a tensor, a piece at a time, which fails where one is not finite.
 fn read(source: &Checkpoint, entry: &Entry) -> Result<u64> {
-    let values = entry.shape.iter().product::<usize>();
     // Integers that are no weights (positions, masks) have no values to be read as such.
-    if source.raw(&entry.name).is_some_and(|raw| !formats::tensor::is_float(raw.dtype)) {
-        return Ok(values as u64);
+    if source.raw(&entry.name).is_none_or(|raw| formats::tensor::is_float(raw.dtype)) {
+        for piece in entry.pieces() {
+            source.load_piece(entry, piece)?;
+        }
+        source.release(&entry.name);
     }
-    let count = entry.shape.first().copied().unwrap_or(0);
-    if entry.shape.len() < 2 || count == 0 {
-        return source.load(&entry.name).map(|values| values.len() as u64);
-    }
-    let at_once = (AT_ONCE / (values / count).max(1)).clamp(1, count);
-    for first in (0..count).step_by(at_once) {
-        source.load_slices(&entry.name, first..count.min(first + at_once))?;
-    }
-    source.release(&entry.name);
-    Ok(values as u64)
+    Ok(entry.shape.iter().product::<usize>() as u64)
 }
 
 /// Local names of what packed weights are made of.

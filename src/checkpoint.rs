@@ -328,6 +328,14 @@ impl Checkpoint {
         Ok(values)
     }
 
+    /// One of the [`pieces`](Entry::pieces) of a tensor, whatever the number of its extents.
+    pub fn load_piece(&self, entry: &Entry, piece: Range<usize>) -> Result<Vec<f32>> {
+        match entry.shape.len() {
+            0 | 1 => self.load(&entry.name),
+            _ => self.load_slices(&entry.name, piece),
+        }
+    }
+
     fn change(&self, name: &str) -> Option<(&Adapter, &Change)> {
         let adapter = self.adapter.as_ref()?;
         Some((adapter, adapter.change(name)?))
@@ -554,6 +562,14 @@ impl Checkpoint {
             Source::Directory { tensors, .. } => tensors.files().iter().map(|file| file.path().to_path_buf()).collect(),
             Source::Gguf(model) => model.file().paths().to_vec(),
         }
+    }
+
+    /// Bytes of the weight files, headers included.
+    ///
+    /// Fails where one is gone.
+    pub fn file_bytes(&self) -> Result<u64> {
+        let bytes = |file: PathBuf| Ok(std::fs::metadata(&file).map_err(Error::io(&file, "look at"))?.len());
+        self.files().into_iter().map(bytes).sum()
     }
 
     fn expect(&self, name: &str) -> Result<&Entry> {

@@ -11,10 +11,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::report::read_report;
 use crate::weights::Entry;
-use crate::words::one_line;
-
-/// Values of a tensor that are compared at a time.
-const AT_ONCE: usize = 1 << 22;
+use crate::words::{counted, one_line, starred};
 
 /// What differs between two checkpoints, A and B.
 #[derive(Clone, Debug, Serialize)]
@@ -40,7 +37,7 @@ pub struct Diff {
 /// A tensor that differs.
 #[derive(Clone, Debug, Serialize)]
 pub struct Differing {
-    /// Its name.
+    /// Its Hugging Face name, whatever the formats.
     pub name: String,
     /// How A holds it; none where A has it not.
     pub a: Option<HeldAs>,
@@ -54,7 +51,7 @@ pub struct Differing {
 /// How a tensor is held.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct HeldAs {
-    /// Its shape.
+    /// Its shape, `[out, in]` for a linear.
     pub shape: Vec<usize>,
     /// How it is represented.
     #[serde(rename = "type")]
@@ -132,22 +129,11 @@ fn relative_error([a, b]: [&Checkpoint; 2], entry: &Entry) -> Result<Option<f64>
         let bytes = |side: &Checkpoint| side.raw(name).map(|raw| raw.data.to_vec());
         return Ok((bytes(a) == bytes(b)).then_some(0.0));
     }
-    let count = entry.shape.first().copied().unwrap_or(0);
-    let width = entry.shape.iter().skip(1).product::<usize>().max(1);
     let (mut apart, mut all) = (0.0f64, 0.0f64);
-    let mut add = |one: Vec<f32>, other: Vec<f32>| {
-        for (x, y) in one.into_iter().zip(other) {
+    for piece in entry.pieces() {
+        for (x, y) in a.load_piece(entry, piece.clone())?.into_iter().zip(b.load_piece(entry, piece)?) {
             apart += f64::from(x - y).powi(2);
             all += f64::from(x).powi(2);
-        }
-    };
-    if entry.shape.len() < 2 || count == 0 {
-        add(a.load(name)?, b.load(name)?);
-    } else {
-        let at_once = (AT_ONCE / width).clamp(1, count);
-        for first in (0..count).step_by(at_once) {
-            let range = first..count.min(first + at_once);
-            add(a.load_slices(name, range.clone())?, b.load_slices(name, range)?);
         }
     }
     Ok(Some(if apart == 0.0 { 0.0 } else { (apart / all.max(f64::MIN_POSITIVE)).sqrt() }))
@@ -207,8 +193,6 @@ impl Diff {
     fn tensor_lines(&self) -> String {
         let mut lines: Vec<(String, String, usize, f64)> = Vec::new();
         for tensor in &self.tensors {
-            let number = |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_digit());
-            let name: Vec<&str> = tensor.name.split('.').map(|part| if number(part) { "*" } else { part }).collect();
             let said = match (&tensor.a, &tensor.b) {
                 (Some(a), None) => format!("{} only in A", a.kind),
                 (None, Some(b)) => format!("{} only in B", b.kind),
@@ -217,19 +201,17 @@ impl Diff {
                 (Some(a), _) => format!("{}, other values", a.kind),
                 (None, None) => String::new(),
             };
-            let (name, error) = (name.join("."), tensor.relative_error.unwrap_or(0.0));
+            let (name, error) = (starred(&tensor.name), tensor.relative_error.unwrap_or(0.0));
             match lines.iter_mut().find(|(other, also, ..)| *other == name && *also == said) {
                 Some((.., count, most)) => (*count, *most) = (*count + 1, most.max(error)),
                 None => lines.push((name, said, 1, error)),
             }
         }
-        let width = lines.iter().map(|(name, ..)| name.chars().count()).max().unwrap_or(0);
-        let line = |(name, said, count, error): &(String, String, usize, f64)| {
-            let times = if *count > 1 { format!("{count} × ") } else { String::new() };
-            let error = if *error > 0.0 { format!(", up to {:.3} % apart", 100.0 * error) } else { String::new() };
-            format!("  {times:>8}{:<width$}  {said}{error}\n", one_line(name))
+        let with_error = |(name, said, count, error): (String, String, usize, f64)| {
+            let error = if error > 0.0 { format!(", up to {:.3} % apart", 100.0 * error) } else { String::new() };
+            (name, said + &error, count)
         };
-        lines.iter().map(line).collect()
+        counted(&lines.into_iter().map(with_error).collect::<Vec<_>>())
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the weights of a model are called and how they are stored, whatever files they come from.
 
+use std::ops::Range;
 use std::path::Path;
 
 use formats::{Dtype, Encoding, GgmlType, GgufFile, TensorView};
@@ -16,6 +17,23 @@ pub struct Entry {
     pub dtype: StoredType,
     /// Bytes in the file, all parts together.
     pub stored_bytes: u64,
+}
+
+/// Values of a tensor that are read at a time where it is looked at as a whole.
+const AT_ONCE: usize = 1 << 22;
+
+impl Entry {
+    /// Runs of slices along the first extent that are read at a time, some millions of values each; vectors are read whole.
+    pub fn pieces(&self) -> Vec<Range<usize>> {
+        let count = self.shape.first().copied().unwrap_or(0);
+        let at_once = match self.shape.len() {
+            0 | 1 => count,
+            _ => AT_ONCE / self.shape[1..].iter().product::<usize>().max(1),
+        };
+        let at_once = at_once.clamp(1, count.max(1));
+        // What has no extents, or nothing in one, is a piece too.
+        (0..count.div_ceil(at_once).max(1)).map(|piece| piece * at_once..count.min((piece + 1) * at_once)).collect()
+    }
 }
 
 /// How a tensor is stored.
@@ -58,4 +76,21 @@ pub trait Weights {
     fn release(&self, name: &str);
     /// The file itself where it is a GGUF file.
     fn gguf(&self) -> Option<&GgufFile>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_cover_every_slice_once() {
+        let of = |shape: &[usize]| {
+            let dtype = StoredType::Plain(Dtype::F32);
+            Entry { name: String::new(), shape: shape.to_vec(), dtype, stored_bytes: 0 }.pieces()
+        };
+        assert_eq!([of(&[]), of(&[0, 8]), of(&[AT_ONCE + 1])].map(|pieces| pieces.len()), [1; 3]);
+        let pieces = of(&[5, AT_ONCE / 2]);
+        assert_eq!(pieces, [0..2, 2..4, 4..5]);
+        assert_eq!(of(&[3, 2 * AT_ONCE]).len(), 3, "one slice at a time where it is larger");
+    }
 }

@@ -129,6 +129,23 @@ pub fn table(rows: &[Vec<String>], left: usize) -> String {
     text
 }
 
+/// The name of a tensor or module with stars for the numbers in it: `model.layers.*.mlp`.
+pub fn starred(name: &str) -> String {
+    let is_number = |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_digit());
+    let parts: Vec<&str> = name.split('.').map(|part| if is_number(part) { "*" } else { part }).collect();
+    parts.join(".")
+}
+
+/// Indented lines of names, how often each comes where that is more than once, and what is said of them, in columns.
+pub fn counted(all: &[(String, String, usize)]) -> String {
+    let width = all.iter().map(|(name, ..)| name.chars().count()).max().unwrap_or(0);
+    let line = |(name, said, count): &(String, String, usize)| {
+        let times = if *count > 1 { format!("{count} × ") } else { String::new() };
+        format!("  {times:>8}{:<width$}  {said}\n", one_line(name))
+    };
+    all.iter().map(line).collect()
+}
+
 /// Prints a line to standard error, as far as anybody listens there.
 pub fn tell(line: &str) {
     use std::io::Write;

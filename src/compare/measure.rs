@@ -154,11 +154,7 @@ fn flips(found: &Found, material: &Material) -> Vec<ShownFlip> {
 fn files(model: &Checkpoint, graph: &Graph) -> Result<Files> {
     let values = |shape: &[usize]| shape.iter().product::<usize>() as u64;
     let parameters: u64 = graph.tensors().iter().map(|(_, shape)| values(shape)).sum();
-    let files = model.files();
-    let sizes = files.iter().map(|file| std::fs::metadata(file).map_err(Error::io(file, "read")));
-    let written = sizes.collect::<Result<Vec<_>>>()?.iter().map(std::fs::Metadata::len).sum::<u64>();
-    // Of a file in parts the first alone is named.
-    let bytes = written.max(model.entries().iter().map(|entry| entry.stored_bytes).sum());
+    let bytes = model.file_bytes()?;
     let ends = [graph.embedding.tensor.clone(), graph.head.linear.weight()];
     let (mut quantized, mut tensors) = ([0, 0], Vec::new());
     for entry in model.entries() {

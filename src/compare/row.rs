@@ -10,6 +10,7 @@ use super::numbers::Histogram;
 use super::tasks::Tasks;
 use crate::error::{Error, Result};
 use crate::output::SideOutput;
+use crate::output::hashing::hex;
 
 /// Where a row is from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,29 +92,29 @@ pub struct Figures {
     pub tokens: usize,
     /// Tokens of a window.
     pub context: usize,
-    /// Windows.
+    /// Windows, of `context` tokens each.
     pub windows: usize,
     /// `exp` of the mean negative log-likelihood.
     pub perplexity: f64,
-    /// Its standard error.
+    /// Standard error of the perplexity, tokens taken as independent.
     pub perplexity_stderr: f64,
     /// Perplexity over the original's.
     pub ratio: f64,
-    /// Its standard error.
+    /// Standard error of the ratio, from the difference token by token.
     pub ratio_stderr: f64,
     /// Mean `KL(original ‖ model)` in nats.
     pub kld_mean: f64,
-    /// Its standard error.
+    /// Standard error of the mean divergence, in nats.
     pub kld_stderr: f64,
-    /// Median.
+    /// Median of the divergences, in nats.
     pub kld_median: f64,
-    /// 99th percentile.
+    /// 99th percentile of the divergences, in nats.
     pub kld_p99: f64,
-    /// Largest.
+    /// The largest divergence, in nats.
     pub kld_max: f64,
     /// Share of tokens on which both would say the same.
     pub top1: f64,
-    /// Its standard error.
+    /// Standard error of that share, tokens taken as independent.
     pub top1_stderr: f64,
 }
 
@@ -158,13 +159,13 @@ pub struct LinearError {
 /// How a tensor is stored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Stored {
-    /// Its name.
+    /// Its Hugging Face name, whatever the format.
     pub name: String,
-    /// How.
+    /// How it is stored, as `quantc inspect` says it.
     pub kind: String,
-    /// Values in it.
+    /// Number of values.
     pub values: u64,
-    /// Bits per value.
+    /// Stored bits per value, scales and zero points included.
     pub bpw: f64,
 }
 
@@ -185,7 +186,7 @@ impl LinearError {
 
 /// SHA-256 of a value as it is written, lower-case hex.
 pub fn digest(value: &Value) -> String {
-    Sha256::digest(value.to_string()).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(value.to_string()))
 }
 
 /// Something that is found again by what it was made of.

@@ -11,6 +11,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families;
 use crate::job::fewer_windows;
+use crate::output::hashing::hex;
 use crate::text::{HELD_OUT, ModelText, TextError, load_text};
 
 /// The texts of domains, with what they are called; `texts/README.md` says where they are from.
@@ -32,7 +33,7 @@ pub struct Asked<'a> {
     pub text: Option<&'a str>,
     /// Tokens of a window; cut down to what the model can take.
     pub context: usize,
-    /// Windows at most.
+    /// Windows of each text at most; all where it is not said.
     pub windows: Option<usize>,
     /// A file of questions, or `none`; the bundled ones without.
     pub tasks: Option<&'a str>,
@@ -70,7 +71,7 @@ pub struct Part {
     pub name: String,
     /// Tokens of a window.
     pub context: usize,
-    /// How many windows.
+    /// Number of windows, all of `context` tokens.
     pub windows: usize,
     /// Which of all scored tokens are its own.
     pub tokens: Range<usize>,
@@ -79,7 +80,7 @@ pub struct Part {
 /// The first window of a text.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct Passage {
-    /// The domain.
+    /// The domain's name, one of [`DOMAINS`].
     pub domain: String,
     /// Its tokens as they are written.
     pub tokens: Vec<String>,
@@ -163,6 +164,6 @@ impl Material {
             number(question.gold);
             question.choices.iter().for_each(|choice| number(choice.chars().count()));
         }
-        all.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&all.finalize())
     }
 }

@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::memory::gigabytes;
 use crate::report::{BitsPerWeight, Fate, TensorReport};
 use crate::serving::{Finding, Fit, Splits};
-use crate::words::one_line;
+use crate::words::{counted, one_line, starred};
 
 /// A run that was planned.
 #[derive(Clone, Debug, Serialize)]
@@ -16,7 +16,7 @@ pub struct Planned {
     pub tool: String,
     /// The device it would run on.
     pub device: String,
-    /// The input.
+    /// The path of the input.
     pub model: String,
     /// What it calls itself.
     pub name: String,
@@ -28,7 +28,7 @@ pub struct Planned {
     pub bytes: u64,
     /// Whether the output projection is the embedding, which is stored once.
     pub tied: bool,
-    /// Each output.
+    /// Each output, in the order in which they were asked for.
     pub outputs: Vec<PlannedOutput>,
     /// What the run takes of the machine.
     pub takes: Takes,
@@ -41,7 +41,7 @@ pub struct Planned {
 pub struct PlannedOutput {
     /// Where it would be written; none where no place was named.
     pub path: Option<String>,
-    /// The layout.
+    /// The layout, as `--format` names it.
     pub format: String,
     /// The scheme, or a GGUF file's mix.
     pub scheme: String,
@@ -49,11 +49,11 @@ pub struct PlannedOutput {
     pub method: &'static str,
     /// The files that hold its weights, with an index of them where there are several.
     pub files: Vec<PlannedFile>,
-    /// Bytes of these.
+    /// Bytes of these files, headers and index included.
     pub bytes: u64,
     /// Bytes of everything that is copied beside them, config.json and report apart.
     pub beside_bytes: u64,
-    /// Size.
+    /// Bits per weight: of the quantized linears, of the files, and of the original's.
     pub bpw: BitsPerWeight,
     /// Every linear of the blocks.
     pub linears: Vec<PlannedLinear>,
@@ -97,9 +97,9 @@ pub struct Serving {
 /// A file and its size.
 #[derive(Clone, Debug, Serialize)]
 pub struct PlannedFile {
-    /// Its name.
+    /// Its name, without the folder.
     pub name: String,
-    /// Its bytes.
+    /// Its size in bytes, exactly.
     pub bytes: u64,
 }
 
@@ -237,13 +237,6 @@ impl PlannedLinear {
     }
 }
 
-/// A name with stars for the numbers in it.
-fn starred(name: &str) -> String {
-    let is_number = |part: &str| !part.is_empty() && part.chars().all(|c| c.is_ascii_digit());
-    let parts: Vec<&str> = name.split('.').map(|part| if is_number(part) { "*" } else { part }).collect();
-    parts.join(".")
-}
-
 /// A name without the numbers in it, and how often it comes, with what is said of it, in the order of the first.
 fn collapsed(all: impl Iterator<Item = (String, String)>) -> Vec<(String, String, usize)> {
     let mut found: Vec<(String, String, usize)> = Vec::new();
@@ -259,16 +252,6 @@ fn collapsed(all: impl Iterator<Item = (String, String)>) -> Vec<(String, String
         }
     }
     found
-}
-
-/// Such lines, in columns.
-fn lines(all: Vec<(String, String, usize)>) -> String {
-    let width = all.iter().map(|(name, ..)| name.chars().count()).max().unwrap_or(0);
-    let line = |(name, said, count): &(String, String, usize)| {
-        let times = if *count > 1 { format!("{count} × ") } else { String::new() };
-        format!("  {times:>8}{:<width$}  {said}\n", one_line(name))
-    };
-    all.iter().map(line).collect()
 }
 
 impl PlannedOutput {
@@ -287,15 +270,15 @@ impl PlannedOutput {
             text += &format!("  {:<44} {:>14} bytes\n", one_line(&file.name), file.bytes);
         }
         let shape = |linear: &PlannedLinear| format!("{:?} {}", linear.shape, linear.said());
-        text += &lines(collapsed(self.linears.iter().map(|linear| (linear.name.clone(), shape(linear)))));
-        text += &lines(collapsed(self.ends.iter().map(|linear| (linear.name.clone(), shape(linear)))));
+        text += &counted(&collapsed(self.linears.iter().map(|linear| (linear.name.clone(), shape(linear)))));
+        text += &counted(&collapsed(self.ends.iter().map(|linear| (linear.name.clone(), shape(linear)))));
         let kept = self.tensors.iter().filter(|tensor| tensor.fate != Fate::Quantized);
-        text += &lines(collapsed(kept.map(|tensor| (tensor.name.clone(), fate(tensor)))));
+        text += &counted(&collapsed(kept.map(|tensor| (tensor.name.clone(), fate(tensor)))));
         if !self.folds.is_empty() {
             text += "  folded, so that the model computes the same:\n";
             let folds =
                 self.folds.iter().map(|fold| (fold.producer.clone(), format!("scales of {}", short(&fold.readers))));
-            text += &lines(collapsed(folds));
+            text += &counted(&collapsed(folds));
         }
         text += &self.serving.text();
         for note in &self.notes {

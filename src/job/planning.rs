@@ -74,7 +74,7 @@ impl Job<'_> {
         }
         let windows = run.held_out.as_ref();
         let windows = windows.map(|text| Tokens::of(text.windows.len(), text.windows.first().map_or(0, Vec::len)));
-        let bytes = source.files().iter().filter_map(|file| Some(std::fs::metadata(file).ok()?.len())).sum::<u64>();
+        let bytes = source.file_bytes()?;
         let written: u64 = outputs.iter().map(|output| output.bytes + output.beside_bytes).sum();
         if asked.named {
             self.check_planned_space(&outputs)?;
@@ -143,7 +143,7 @@ impl Job<'_> {
         let bytes = files.iter().map(|file| file.bytes).sum();
         // An index says where tensors are, and holds none.
         let weights: u64 = files.iter().filter(|file| !file.name.ends_with(".json")).map(|file| file.bytes).sum();
-        let stored: u64 = source.files().iter().filter_map(|file| Some(std::fs::metadata(file).ok()?.len())).sum();
+        let stored = source.file_bytes()?;
         let [values, packed] = target.quantized(graph);
         let all = parameters(graph) as f64;
         let linears = graph.linears().map(|linear| planned_linear(target, linear));

@@ -81,6 +81,11 @@ pub fn hash_file(path: &Path) -> Result<FileReport> {
     Ok(report)
 }
 
+/// Bytes as lower-case hex.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 fn hash(path: &Path, file: &mut impl Read) -> Result<FileReport> {
     let mut hash = Sha256::new();
     // Small enough to be hashed out of the nearest caches.
@@ -95,7 +100,7 @@ fn hash(path: &Path, file: &mut impl Read) -> Result<FileReport> {
         bytes += read as u64;
     }
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    Ok(FileReport { name, bytes, sha256: hash.finalize().iter().map(|b| format!("{b:02x}")).collect() })
+    Ok(FileReport { name, bytes, sha256: hex(&hash.finalize()) })
 }
 
 #[cfg(test)]
