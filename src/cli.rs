@@ -13,7 +13,7 @@ use crate::output::check_beside;
 use crate::recipe::Request;
 use crate::recipe::headings::{COMPUTATION, OUTPUT, PIPELINE, VERIFICATION};
 use crate::report::Limits;
-use crate::report::gates::{Earlier, share};
+use crate::report::gates::share;
 
 /// Quantizes language models for the runtimes that serve them, and proves that they are still themselves.
 #[derive(Debug, Parser)]
@@ -373,24 +373,21 @@ impl Gates {
         self.summary.clone().or_else(|| step().map(PathBuf::from))
     }
 
-    /// What was measured of the outputs that lie at these places now.
-    ///
-    /// Fails where what is to be written would replace the model or an output.
-    pub fn before(&self, inputs: &[&Path], places: &[PathBuf]) -> Result<Vec<Option<Earlier>>> {
+    /// Fails where what is to be written would replace an input or an output, or cannot be appended to.
+    pub fn check(&self, inputs: &[&Path], places: &[PathBuf]) -> Result<()> {
         for (flag, file) in [("--junit", &self.junit), ("--summary", &self.summary)] {
             let Some(file) = file else { continue };
             places.iter().try_for_each(|place| check_beside(flag, file, inputs, place))?;
         }
-        if let Some(file) = self.summary() {
-            // Nothing is worse to find out at the end.
-            std::fs::File::options()
-                .create(true)
-                .append(true)
-                .open(&file)
-                .map_err(Error::io(&file, "append a summary to"))?;
-        }
-        Ok(places.iter().map(|place| Earlier::at(place)).collect())
+        // Nothing is worse to find out at the end.
+        self.summary().map_or(Ok(()), |file| appended(&file).map(drop))
     }
+}
+
+/// Opens a file that a summary is appended to; one that is not there is made.
+pub fn appended(path: &Path) -> Result<std::fs::File> {
+    let file = std::fs::File::options().create(true).append(true).open(path);
+    file.map_err(Error::io(path, "append a summary to"))
 }
 
 /// `quantc quantize`.

@@ -32,7 +32,7 @@ pub struct Evaluation<'a> {
     pub text: Option<&'a str>,
     /// Tokens of a window; cut down to what the models can take.
     pub context: usize,
-    /// Windows at most.
+    /// Windows at most; all that the text gives where it is not said.
     pub windows: Option<usize>,
     /// Which tokens are scored.
     pub protocol: Protocol,
@@ -65,7 +65,7 @@ pub struct Size {
     pub bytes: u64,
 }
 
-/// What was found.
+/// What was found of every model, in the order in which they were named.
 pub struct Found {
     /// Of each model, in the order in which they were asked for.
     pub models: Vec<Entry>,

@@ -30,7 +30,7 @@ use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::{BitsPerWeight, FileReport, HiddenStates, Limits, Protocol, Quality, Report, Seconds, Verdict};
 use crate::targets::{HeldOut, Output, Papers, Target, Words, target};
-use crate::text::{ModelText, load_text};
+use crate::text::{HELD_OUT, ModelText, load_text};
 use crate::verify::{compare_hidden, declared_activations, evaluate};
 
 pub use planned::{
@@ -54,6 +54,28 @@ pub struct Verification {
     pub windows: Option<usize>,
     /// Limits on the result.
     pub limits: Limits,
+}
+
+impl Verification {
+    /// What is asked for: on a text, a bundled one where none is named, or on nothing where it is called `none`; in 8 windows of up to 2048
+    /// tokens where their number is not said.
+    ///
+    /// Fails where limits are set and nothing is to be measured, with what to drop: `said`.
+    pub fn asked(
+        text: Option<&str>,
+        windows: Option<usize>,
+        limits: Limits,
+        said: &str,
+    ) -> Result<Option<Verification>> {
+        if text != Some("none") {
+            let text = text.unwrap_or(HELD_OUT).to_owned();
+            return Ok(Some(Verification { text, context: 2048, windows: Some(windows.unwrap_or(8)), limits }));
+        }
+        if limits.any() {
+            return Err(Error::usage(format!("limits on the quality need a text to measure it on: drop {said}")));
+        }
+        Ok(None)
+    }
 }
 
 /// One run over a model.

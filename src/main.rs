@@ -25,7 +25,6 @@ use quantc::report::{Activations, Protocol, Report};
 use quantc::serving::{Gpu, Runtime};
 use quantc::supervisor::{self, End};
 use quantc::targets::{Output, Requested, requested, resolved, schemes};
-use quantc::text::HELD_OUT;
 use quantc::words::{self, tell};
 use quantc::{
     Checkpoint, Error, build, check, convert, demo, devices, diff, inspect as inspection, merge, report, with_backend,
@@ -105,7 +104,7 @@ fn work(cli: Cli) -> u8 {
                 Some(error) => tell(&format!("error: {error}")),
                 None => tell(&format!("error: {error:#}")),
             }
-            error.downcast_ref::<Error>().map_or(1, Error::exit_code)
+            code_of(&error)
         }
         Err(_) => {
             let what = panicked.lock().unwrap_or_else(PoisonError::into_inner).replace('\n', " ");
@@ -160,19 +159,13 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
                 checked => checked?,
             };
             checked.notes.iter().for_each(|note| tell(&format!("note: {note}")));
-            match args.json {
-                true => say(&format!("{}\n", serde_json::to_string_pretty(&checked)?))?,
-                false => say(&checked.text())?,
-            }
+            show(args.json, &checked, || checked.text())?;
             checked.faults.iter().for_each(|fault| tell(&format!("error: {fault}")));
             Ok(u8::from(!checked.faults.is_empty()))
         }
         Command::Diff(args) => {
             let diff = diff::diff(&args.a, &args.b)?;
-            match args.json {
-                true => say(&format!("{}\n", serde_json::to_string_pretty(&diff)?))?,
-                false => say(&diff.text())?,
-            }
+            show(args.json, &diff, || diff.text())?;
             Ok(0)
         }
         Command::Convert(args) => {
@@ -200,10 +193,7 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
         }
         Command::Devices(args) => {
             let devices = devices::devices();
-            match args.json {
-                true => say(&format!("{}\n", serde_json::to_string_pretty(&devices)?))?,
-                false => say(&devices.text())?,
-            }
+            show(args.json, &devices, || devices.text())?;
             Ok(0)
         }
         Command::Merge(args) => {
@@ -220,6 +210,17 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
             Ok(0)
         }
     }
+}
+
+/// Prints what was found, as JSON or for people.
+fn show(json: bool, found: &impl serde::Serialize, text: impl FnOnce() -> String) -> anyhow::Result<()> {
+    let text = if json { serde_json::to_string_pretty(found)? + "\n" } else { text() };
+    Ok(say(&text)?)
+}
+
+/// The exit code of a run that ended with this error.
+fn code_of(error: &anyhow::Error) -> u8 {
+    error.downcast_ref::<Error>().map_or(1, Error::exit_code)
 }
 
 /// Prints to standard output. A reader that has closed the pipe has seen enough; any other failure is one of the run.
@@ -240,41 +241,24 @@ fn inspect(args: &Inspect) -> anyhow::Result<u8> {
     if args.program {
         inspection.program = Some(inspection::program(&checkpoint)?);
     }
-    match args.json {
-        true => say(&format!("{}\n", serde_json::to_string_pretty(&inspection)?))?,
-        false => say(&inspection.text())?,
-    }
+    show(args.json, &inspection, || inspection.text())?;
     Ok(0)
 }
 
-/// What a pipeline is told while a run is under way, and after it.
-trait Told {
-    /// Who prints events, where these are asked for.
-    fn listener(&self) -> Option<Listener>;
-    /// Writes what a pipeline reads of the outputs.
-    fn write(&self, all: &[(&Path, &Report)], earlier: &[Option<Earlier>]) -> Result<(), Error> {
-        let cases: Vec<Case> = all.iter().map(|(path, report)| Case::of(path, report)).collect();
-        self.write_all(&cases, &report::gates::summary(all, earlier))
-    }
-    /// Writes JUnit XML and a summary, as far as they are asked for.
-    fn write_all(&self, cases: &[Case], summary: &str) -> Result<(), Error>;
+/// Who prints events, where these are asked for.
+fn listener(gates: &Gates) -> Option<Listener> {
+    // Whoever cannot be told any more is told at the end.
+    gates.events.then(|| Box::new(|event: &serde_json::Value| drop(say(&format!("{event}\n")))) as Listener)
 }
 
-impl Told for Gates {
-    fn listener(&self) -> Option<Listener> {
-        // Whoever cannot be told any more is told at the end.
-        self.events.then(|| Box::new(|event: &serde_json::Value| drop(say(&format!("{event}\n")))) as Listener)
+/// Writes JUnit XML and a summary, as far as they are asked for.
+fn write_for_pipelines(gates: &Gates, cases: &[Case], summary: &str) -> Result<(), Error> {
+    if let Some(path) = &gates.junit {
+        SideOutput::write(path, report::gates::junit(cases).as_bytes())?.appear()?;
     }
-
-    fn write_all(&self, cases: &[Case], summary: &str) -> Result<(), Error> {
-        if let Some(path) = &self.junit {
-            SideOutput::write(path, report::gates::junit(cases).as_bytes())?.appear()?;
-        }
-        let Some(path) = self.summary() else { return Ok(()) };
-        let mut file =
-            std::fs::File::options().create(true).append(true).open(&path).map_err(Error::io(&path, "open"))?;
-        std::io::Write::write_all(&mut file, summary.as_bytes()).map_err(Error::io(&path, "write"))
-    }
+    let Some(path) = gates.summary() else { return Ok(()) };
+    let mut file = cli::appended(&path)?;
+    std::io::Write::write_all(&mut file, summary.as_bytes()).map_err(Error::io(&path, "write"))
 }
 
 /// Whether a run that failed, perhaps before it looked at where it writes, may leave JUnit XML here: where nothing lies or JUnit XML does,
@@ -299,8 +283,7 @@ fn told(gates: &Gates, input: String, work: impl FnOnce() -> anyhow::Result<u8>)
         }
     }
     if gates.events {
-        let failed = |error: &anyhow::Error| error.downcast_ref::<Error>().map_or(1, Error::exit_code);
-        let code = done.as_ref().map_or_else(failed, |code| *code);
+        let code = done.as_ref().map_or_else(code_of, |code| *code);
         let error = done.as_ref().err().map(ToString::to_string);
         let event = serde_json::json!({"event": "end", "exit_code": code, "error": error});
         let said = say(&format!("{event}\n"));
@@ -348,7 +331,7 @@ fn check_windows(context: usize, windows: Option<usize>) -> Result<(), Error> {
 fn quantize(args: Quantize) -> anyhow::Result<u8> {
     at_least_one("--verify-windows", args.verify_windows)?;
     let (progress, engine) = start(&args.compute)?;
-    let mut progress = progress.listened(args.gates.listener());
+    let mut progress = progress.listened(listener(&args.gates));
     let file = args.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
     let asked = requested(args.request.clone(), file, args.output.clone(), &args.target)?;
     if args.discard {
@@ -368,7 +351,8 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let paths: Vec<PathBuf> = outputs.iter().map(|output| output.path.clone()).collect();
     let (independent, force) = (args.independent, args.force);
     let (afresh, waits) = (args.no_resume, args.wait);
-    let earlier = args.gates.before(&[&args.model], &paths)?;
+    args.gates.check(&[&args.model], &paths)?;
+    let earlier: Vec<_> = paths.iter().map(|path| Earlier::at(path)).collect();
     let job = Job { model: &args.model, outputs, lead, independent, verification, force, afresh, waits };
     let reports = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
     drop(progress);
@@ -412,7 +396,8 @@ fn conclude(
         }
         code = BELOW_THE_BAR;
     }
-    gates.write(all, earlier)?;
+    let cases: Vec<Case> = all.iter().map(|(path, report)| Case::of(path, report)).collect();
+    write_for_pipelines(gates, &cases, &report::gates::summary(all, earlier))?;
     if code > 0 { Ok(code) } else { Ok(said.map(|()| 0)?) }
 }
 
@@ -426,7 +411,7 @@ fn build(args: Build) -> anyhow::Result<u8> {
     let own = project.inputs_and_lock();
     let own: Vec<&Path> = own.iter().map(PathBuf::as_path).collect();
     let all: Vec<PathBuf> = project.standings().iter().map(|standing| standing.path.clone()).collect();
-    args.gates.before(&own, &all)?;
+    args.gates.check(&own, &all)?;
     let mut code = 0;
     let mut cases = Vec::new();
     for standing in project.standings() {
@@ -446,7 +431,7 @@ fn build(args: Build) -> anyhow::Result<u8> {
         cases.push(Case { output: path.to_string(), seconds: 0.0, checks });
     }
     if args.check || project.is_up_to_date() {
-        args.gates.write_all(&cases, &report::gates::standing(&cases))?;
+        write_for_pipelines(&args.gates, &cases, &report::gates::standing(&cases))?;
         if !project.is_up_to_date() {
             return Ok(1);
         }
@@ -456,8 +441,8 @@ fn build(args: Build) -> anyhow::Result<u8> {
         return Ok(code);
     }
     let (progress, engine) = start(&args.compute)?;
-    let mut progress = progress.listened(args.gates.listener());
-    let earlier = args.gates.before(&own, &project.redone_places())?;
+    let mut progress = progress.listened(listener(&args.gates));
+    let earlier: Vec<_> = project.redone_places().iter().map(|place| Earlier::at(place)).collect();
     let how = (args.force, args.wait);
     let made = with_backend!(&engine, backend => project.make(backend, how, &mut progress))?;
     drop(progress);
@@ -469,18 +454,8 @@ fn build(args: Build) -> anyhow::Result<u8> {
 fn what_is_asked(args: &Quantize, asked: Vec<Requested>) -> Result<(Vec<Output>, usize, Option<Verification>), Error> {
     let limits = args.limits.limits()?;
     limits.check()?;
-    let verification = match args.verify_text.as_deref() {
-        Some("none") if limits.any() => {
-            return Err(Error::usage("limits on the quality need a text to measure it on: drop --verify-text none"));
-        }
-        Some("none") => None,
-        text => Some(Verification {
-            text: text.unwrap_or(HELD_OUT).to_owned(),
-            context: 2048,
-            windows: Some(args.verify_windows.unwrap_or(8)),
-            limits,
-        }),
-    };
+    let (text, windows) = (args.verify_text.as_deref(), args.verify_windows);
+    let verification = Verification::asked(text, windows, limits, "--verify-text none")?;
     let (mut outputs, lead) = resolved(asked, args.recipe.as_deref())?;
     if verification.is_none() && args.verify_windows.is_some() {
         let note = "verify_windows has no effect: nothing is measured, as --verify-text none says";
@@ -510,10 +485,7 @@ fn plan(args: Plan) -> anyhow::Result<u8> {
     let mut progress = progress;
     progress.say_no_more();
     let planned = with_backend!(&engine, backend => job.plan(backend, &asked, &progress))?;
-    match json {
-        true => say(&format!("{}\n", serde_json::to_string_pretty(&planned)?))?,
-        false => say(&planned.text())?,
-    }
+    show(json, &planned, || planned.text())?;
     Ok(if planned.refused() { 2 } else { 0 })
 }
 

@@ -41,7 +41,7 @@ struct Stage {
     started: Instant,
     /// The last line, after the start.
     told: Duration,
-    /// The last event.
+    /// When the last event was told, after the start.
     heard: Duration,
 }
 

@@ -19,7 +19,7 @@ const VERSION: u32 = 1;
 /// Bytes of a lock at the most: a hundred files of each of thousands of targets.
 const LARGEST: u64 = 1 << 28;
 
-/// What was built.
+/// What a project's targets were made of and by; of one that was never built there are none.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Lock {
@@ -43,10 +43,10 @@ pub struct Locked {
     /// Perplexity ratio, mean KL divergence and top-1 agreement, where they were measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quality: Option<[f64; 3]>,
-    /// What was read.
+    /// Every file that was read, weights, tokenizer and texts alike.
     #[serde(rename = "input")]
     pub inputs: Vec<Stamp>,
-    /// What was written.
+    /// Every file at the target's place, report included.
     #[serde(rename = "output")]
     pub outputs: Vec<Stamp>,
 }
@@ -57,7 +57,7 @@ pub struct Locked {
 pub struct Stamp {
     /// Where it is, seen from the lock's folder.
     pub path: String,
-    /// Its size.
+    /// Its size in bytes.
     pub bytes: u64,
     /// When it was written, in nanoseconds since 1970.
     pub modified: String,

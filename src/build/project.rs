@@ -14,7 +14,6 @@ use crate::recipe::{Request, toml_error};
 use crate::report::Limits;
 use crate::report::gates::share;
 use crate::targets::{Output, requested, resolved};
-use crate::text::HELD_OUT;
 
 /// The version of the file's form that is read.
 pub const VERSION: u32 = 1;
@@ -67,9 +66,9 @@ pub fn schema() -> serde_json::Value {
 
 /// A file that was read.
 pub struct Project {
-    /// Where it is.
+    /// The `quantc.toml`; paths in it are seen from its folder.
     pub path: PathBuf,
-    /// The model.
+    /// The model, as it is found from where the program runs.
     pub model: PathBuf,
     /// What is to be made of it.
     pub outputs: Vec<Output>,
@@ -77,7 +76,7 @@ pub struct Project {
     pub lead: usize,
     /// Every output is calibrated on a stream of its own.
     pub independent: bool,
-    /// What to measure.
+    /// What to measure of every output; `None` where `verify_text` is `none`.
     pub verification: Option<Verification>,
 }
 
@@ -141,21 +140,9 @@ impl Project {
         let text = settings
             .verify_text
             .map(|text| if within(Path::new(&text)).is_file() { shown(&within(Path::new(&text))) } else { text });
-        let verification = match text.as_deref() {
-            Some("none") if limits.any() => {
-                return Err(Error::usage(format!(
-                    "{}: limits on the quality need a text to measure it on: drop verify_text = \"none\"",
-                    path.display()
-                )));
-            }
-            Some("none") => None,
-            text => Some(Verification {
-                text: text.unwrap_or(HELD_OUT).to_owned(),
-                context: 2048,
-                windows: Some(settings.verify_windows.unwrap_or(8).max(1)),
-                limits,
-            }),
-        };
+        let windows = settings.verify_windows.map(|windows| windows.max(1));
+        let verification = Verification::asked(text.as_deref(), windows, limits, "verify_text = \"none\"")
+            .map_err(|error| Error::usage(format!("{}: {error}", path.display())))?;
         if request.target.is_empty() {
             return Err(Error::usage(format!(
                 "{}: names no output; say [[target]] with a path, and as many of them as you like",

@@ -54,7 +54,7 @@ pub struct Comparison<'a> {
     pub asked: Asked<'a>,
 }
 
-/// What was found.
+/// All rows with what they have in common, as `compare.json` holds it.
 #[derive(Debug, Serialize)]
 pub struct Table {
     /// Name and version of the program.
@@ -84,7 +84,7 @@ pub struct Table {
 pub struct AskedQuestion {
     /// What goes before the answer.
     pub prompt: String,
-    /// The answers.
+    /// The answers to choose from, in the file's order.
     pub choices: Vec<String>,
     /// Which of them is right.
     pub gold: usize,

@@ -41,7 +41,7 @@ pub struct Choice {
 pub struct Tasks {
     /// Share of right answers.
     pub accuracy: f64,
-    /// Its standard error.
+    /// Standard error of that share, questions taken as independent.
     pub accuracy_stderr: f64,
     /// That share less the original's.
     pub difference: f64,
@@ -57,7 +57,7 @@ pub struct Tasks {
     pub tokens: usize,
     /// Mean KL divergence from the original on them, in nats.
     pub kld_mean: f64,
-    /// Its standard error.
+    /// Standard error of that mean, in nats.
     pub kld_stderr: f64,
     /// Share of them before which both would say the same token.
     pub top1: f64,

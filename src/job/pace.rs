@@ -48,7 +48,7 @@ pub struct Walk<'a, B: Backend> {
     pub needs: Needs,
 }
 
-/// Tries and counts.
+/// Tries each kind of work on a device, and counts what a model needs of it.
 pub struct Pace<'a, B: Backend> {
     backend: &'a B,
     graph: &'a Graph,

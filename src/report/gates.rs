@@ -105,7 +105,7 @@ impl Limits {
 
 /// What JUnit is told of one output.
 pub struct Case {
-    /// The output.
+    /// The output's place, which becomes the name of the class.
     pub output: String,
     /// How long it took.
     pub seconds: f64,

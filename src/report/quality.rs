@@ -133,9 +133,9 @@ pub struct Limits {
 pub struct Measured {
     /// Tokens of a window.
     pub context: usize,
-    /// Windows.
+    /// Windows, of `context` tokens each.
     pub windows: usize,
-    /// Tokens scored.
+    /// Tokens whose prediction was scored, over all windows.
     pub tokens: usize,
 }
 

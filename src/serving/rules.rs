@@ -75,13 +75,11 @@ impl std::fmt::Display for Gpu {
 /// What `runtime`, on a GPU of this generation if one is named, will not do with an output.
 pub fn lint(held: &Held<'_>, runtime: Runtime, gpu: Option<Gpu>) -> Vec<Finding> {
     let (format, name) = (held.format, runtime.name());
-    if let Some(finding) = of_format(format, runtime) {
-        if finding.refused {
-            return vec![finding];
-        }
-        return [vec![finding], of_encodings(held, runtime, gpu)].concat();
+    let mut all: Vec<Finding> = of_format(format, runtime).into_iter().collect();
+    if all.iter().any(|finding| finding.refused) {
+        return all;
     }
-    let mut all = of_encodings(held, runtime, gpu);
+    all.extend(of_encodings(held, runtime, gpu));
     let grouped = || held.encodings.values().flatten().any(|encoding| encoding.group() > 0);
     if held.desc_act && matches!(runtime, Runtime::Vllm | Runtime::Sglang) && grouped() {
         all.push(Finding::refused(format!(
