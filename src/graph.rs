@@ -475,13 +475,24 @@ impl Rope {
         }
     }
 
-    /// Cosines and sines `[positions, rotated / 2]`.
-    pub fn table(&self, positions: usize) -> (Array2<f32>, Array2<f32>) {
-        let frequencies = self.frequencies(positions);
-        let angle = |(position, i): (usize, usize)| position as f32 * frequencies[i];
-        let shape = (positions, frequencies.len());
-        let of = |f: fn(f32) -> f32| Array2::from_shape_fn(shape, |at| f(angle(at)) * self.magnitude);
-        (of(f32::cos), of(f32::sin))
+    /// Cosines and sines `[tokens, rotated / 2]` of sequences of these lengths that lie one behind the other, each turned as if it were alone: the
+    /// frequencies of some kinds of scaling depend on the length.
+    pub fn table(&self, lengths: &[usize]) -> (Array2<f32>, Array2<f32>) {
+        let shape = (lengths.iter().sum(), self.inverse_frequencies.len());
+        let (mut cos, mut sin) = (Array2::zeros(shape), Array2::zeros(shape));
+        let mut start = 0;
+        for length in lengths {
+            let frequencies = self.frequencies(*length);
+            for position in 0..*length {
+                for (i, frequency) in frequencies.iter().enumerate() {
+                    let angle = position as f32 * frequency;
+                    cos[(start + position, i)] = angle.cos() * self.magnitude;
+                    sin[(start + position, i)] = angle.sin() * self.magnitude;
+                }
+            }
+            start += length;
+        }
+        (cos, sin)
     }
 }
 

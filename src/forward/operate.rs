@@ -113,10 +113,16 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![backend.join_heads(own.matrix(), shared.matrix(), *heads)?]
             }
             Kind::Clamp(limit) => self.each(operation, next, |x| Ok(backend.clamp(x, *limit)?))?,
-            Kind::Rope { layout, .. } => {
-                let Loaded::Angles(cos, sin) = &self.loaded[at] else { unreachable!("made where it stands") };
-                self.each(operation, next, |x| Ok(backend.rope(x, cos, sin, layout, lengths)?))?
-            }
+            Kind::Rope { rope, layout } => match &self.loaded[at] {
+                Loaded::Angles(cos, sin) => {
+                    self.each(operation, next, |x| Ok(backend.rope(x, cos, sin, layout, lengths)?))?
+                }
+                _ => {
+                    let (cos, sin) = rope.table(lengths);
+                    let whole = [lengths.iter().sum()];
+                    self.each(operation, next, |x| Ok(backend.rope(x, &cos, &sin, layout, &whole)?))?
+                }
+            },
             Kind::Warm(Temperature { floor, scale, first }) => {
                 let warm = |position: usize| 1.0 + scale * (((position + first) as f32 / floor).floor() + 1.0).ln();
                 let factors: Vec<f32> = lengths.iter().flat_map(|length| (0..*length).map(warm)).collect();

@@ -61,7 +61,7 @@ pub(super) enum Loaded<'b, B: Forward> {
     Weights(Vec<Weight<B::Weight>>),
     Norm(Rc<LoadedNorm<'b>>),
     Vector(Option<Vec<f32>>),
-    /// Cosines and sines.
+    /// Cosines and sines of every position, of whatever sequence.
     Angles(Array2<f32>, Array2<f32>),
 }
 
@@ -147,8 +147,16 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 Loaded::Vector(correction.map(|(name, _)| supply.vector(name)).transpose()?)
             }
             Kind::Rope { rope, .. } => {
-                let longest = self.chunks.iter().flat_map(|chunk| &chunk.lengths).copied().max().unwrap_or(0);
-                let (cos, sin) = rope.table(longest);
+                let mut lengths: Vec<usize> = self.chunks.iter().flat_map(|chunk| &chunk.lengths).copied().collect();
+                lengths.sort_unstable();
+                lengths.dedup();
+                let longest = lengths.last().copied().unwrap_or(0);
+                let frequencies = rope.frequencies(longest);
+                if lengths.iter().any(|length| rope.frequencies(*length) != frequencies) {
+                    // Every chunk makes its own.
+                    return Ok(Loaded::Nothing);
+                }
+                let (cos, sin) = rope.table(&[longest]);
                 Loaded::Angles(cos, sin)
             }
             _ => Loaded::Nothing,

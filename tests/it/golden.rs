@@ -85,3 +85,23 @@ fn every_family_has_the_logits_of_transformers() {
         .collect();
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), names.len(), wrong.join("\n"));
 }
+
+/// Some kinds of scaling turn by the length of a sequence: neighbours in a batch do not count.
+#[test]
+fn sequences_of_unequal_lengths_are_run_as_if_each_were_alone() {
+    for name in ["llama_rope_dynamic", "phi3_longrope_long", "llama_rope_longrope", "qwen2_plain"] {
+        let (whole, expected) = golden(&crate::families::folder().join(name));
+        let room = crate::families::checkpoint(name);
+        let short = whole[0][..9].to_vec();
+        let alone = logits(room.path(), std::slice::from_ref(&short)).unwrap();
+        let mut batch = whole.clone();
+        batch.insert(0, short);
+        let found = logits(room.path(), &batch).unwrap();
+        let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        let apart = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / largest;
+        assert_eq!(found.len(), alone.len() + expected.len());
+        let (first, rest) = found.split_at(alone.len());
+        assert!(apart(first, &alone) < 1e-5, "{name}: {}", apart(first, &alone));
+        assert!(apart(rest, &expected) < 1e-4, "{name}: {}", apart(rest, &expected));
+    }
+}
