@@ -201,7 +201,15 @@ fn evaluation(c: &mut Criterion) {
             || (),
             |()| {
                 let (cpu, mut progress) = (Cpu::default(), Progress::new(true));
-                evaluate(&cpu, &model, reference, &windows, Protocol::Papers, Activations::Exact, &mut progress)
+                evaluate(
+                    &cpu,
+                    &model,
+                    reference.map(Into::into),
+                    &windows,
+                    Protocol::Papers,
+                    Activations::Exact,
+                    &mut progress,
+                )
             },
         );
     }

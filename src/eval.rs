@@ -10,12 +10,13 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families;
 use crate::job::fewer_windows;
+use crate::job::key::kept_of;
 use crate::memory::{self, Device, Expected, Free, Tokens};
 use crate::progress::Progress;
 use crate::report::{Activations, Limits, Protocol, Quality, Verdict, quality_text};
 use crate::stray;
 use crate::text::{HELD_OUT, ModelText, TextError, load_text};
-use crate::verify::{Measured, declared_activations, evaluate_all};
+use crate::verify::{Measured, Reference, declared_activations, evaluate_all};
 use crate::words::table;
 
 /// What is to be measured, and how.
@@ -106,6 +107,8 @@ impl Evaluation<'_> {
         if at_once < asked.len() && reference.is_some() {
             progress.say("the memory is too small for all models at once: the reference runs again for each of them");
         }
+        let kept = reference.map(|model| kept_of(backend, model, None)).transpose()?.flatten();
+        let beside = reference.map(|model| Reference { model, kept: kept.as_ref() });
         let mut found = Vec::new();
         for together in asked.chunks(at_once) {
             let called = match together {
@@ -113,7 +116,7 @@ impl Evaluation<'_> {
                 [one] => one.model.path().display().to_string(),
                 all => format!("{} models", all.len()),
             };
-            found.extend(evaluate_all(backend, &called, together, reference, windows, self.protocol, progress)?);
+            found.extend(evaluate_all(backend, &called, together, beside, windows, self.protocol, progress)?);
         }
         let entry = |(quality, model): (Quality, &Checkpoint)| Entry {
             verdict: quality.beside.as_ref().and_then(|_| Verdict::of(self.limits, &quality)),

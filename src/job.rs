@@ -31,7 +31,7 @@ use crate::recipe::Recipe;
 use crate::report::{BitsPerWeight, FileReport, HiddenStates, Limits, Protocol, Quality, Report, Seconds, Verdict};
 use crate::targets::{HeldOut, Output, Papers, Target, Words, target};
 use crate::text::{HELD_OUT, ModelText, load_text};
-use crate::verify::{compare_hidden, declared_activations, evaluate};
+use crate::verify::{Reference, compare_hidden, declared_activations, evaluate};
 
 pub use planned::{
     Planned, PlannedFile, PlannedFold, PlannedLinear, PlannedOutput, PlannedPart, PlannedSeconds, Serving, Takes,
@@ -516,6 +516,9 @@ impl<'a> Job<'a> {
         let verifying = Instant::now();
         let reopened = target.reopen(staging)?;
         let output = &self.outputs[index].path;
+        if let Some(hashing) = run.hashing.take() {
+            run.inputs = hashed(hashing)?;
+        }
         let (quality, hidden_states) = self.measure(backend, run, output, &reopened, progress)?;
         let held_out = self.verification.as_ref().map(|v| &v.text[..]).zip(run.held_out.as_ref());
         let words = Words { vocabulary: run.graph.vocabulary, held_out, output };
@@ -523,9 +526,6 @@ impl<'a> Job<'a> {
         let verify = verifying.elapsed().as_secs_f64();
         drop(reopened);
         let outcome = Outcome { quality, hidden_states, notes, verify };
-        if let Some(hashing) = run.hashing.take() {
-            run.inputs = hashed(hashing)?;
-        }
         self.report(backend, run, (target, staging), (group, prepare), written, outcome)
     }
 
@@ -543,8 +543,10 @@ impl<'a> Job<'a> {
             return Ok((None, Some(compare_hidden(backend, reopened, run.source, windows, progress)?)));
         }
         let activations = declared_activations(reopened);
+        let kept = key::kept_of(backend, run.source, Some(&run.inputs))?;
+        let original = Reference { model: run.source, kept: kept.as_ref() };
         let mut quality =
-            evaluate(backend, reopened, Some(run.source), windows, Protocol::Papers, activations, progress)?;
+            evaluate(backend, reopened, Some(original), windows, Protocol::Papers, activations, progress)?;
         quality.model = output.display().to_string();
         Ok((Some(quality), None))
     }

@@ -1,5 +1,7 @@
 //! Measures a checkpoint on held-out text: perplexity, and divergence from the model it was made of.
 
+mod kept;
+
 use std::ops::Range;
 
 use formats::Dtype;
@@ -14,6 +16,8 @@ use crate::graph::{Block, Graph};
 use crate::plan::check_tensors;
 use crate::progress::Progress;
 use crate::report::{Activations, Beside, HiddenStates, Protocol, Quality};
+
+pub use kept::KeptStates;
 
 /// Tokens that go through the model before the next ones are taken up.
 const BATCH_TOKENS: usize = 16_384;
@@ -80,6 +84,21 @@ pub struct Measured<'a> {
     pub activations: Activations,
 }
 
+/// The model beside which others are measured.
+#[derive(Clone, Copy)]
+pub struct Reference<'a> {
+    /// The model.
+    pub model: &'a Checkpoint,
+    /// Where what it leaves of a text is kept for later runs.
+    pub kept: Option<&'a KeptStates>,
+}
+
+impl<'a> From<&'a Checkpoint> for Reference<'a> {
+    fn from(model: &'a Checkpoint) -> Reference<'a> {
+        Reference { model, kept: None }
+    }
+}
+
 /// One model that is being evaluated.
 struct Side<'a, B: Backend> {
     graph: Graph,
@@ -94,7 +113,7 @@ struct Side<'a, B: Backend> {
 pub fn evaluate<B: Backend>(
     backend: &B,
     model: &Checkpoint,
-    reference: Option<&Checkpoint>,
+    reference: Option<Reference<'_>>,
     windows: &[Vec<u32>],
     protocol: Protocol,
     activations: Activations,
@@ -112,7 +131,7 @@ pub fn evaluate_all<B: Backend>(
     backend: &B,
     called: &str,
     models: &[Measured<'_>],
-    reference: Option<&Checkpoint>,
+    reference: Option<Reference<'_>>,
     windows: &[Vec<u32>],
     protocol: Protocol,
     progress: &mut Progress,
@@ -133,7 +152,13 @@ pub fn evaluate_all<B: Backend>(
     let scored = vec![scored; windows.len()];
     let found = token_by_token(backend, called, models, reference, windows, &scored, false, progress)?;
     let of = |(one, found): (&Measured<'_>, &Found)| {
-        found.quality(*one, reference, &found.tokens, [context, windows.len()], protocol)
+        found.quality(
+            *one,
+            reference.map(|reference| reference.model),
+            &found.tokens,
+            [context, windows.len()],
+            protocol,
+        )
     };
     models.iter().zip(&found).map(of).collect()
 }
@@ -187,21 +212,36 @@ pub fn token_by_token<B: Backend>(
     backend: &B,
     called: &str,
     models: &[Measured<'_>],
-    reference: Option<&Checkpoint>,
+    reference: Option<Reference<'_>>,
     windows: &[Vec<u32>],
     scored: &[Range<usize>],
     flips: bool,
     progress: &mut Progress,
 ) -> Result<Vec<Found>> {
+    let kept = reference.and_then(|reference| reference.kept);
+    let reference = reference.map(|reference| reference.model);
     let sides = sides(backend, models, reference, windows)?;
     let beside = reference.map_or(String::new(), |reference| format!(" beside {}", reference.role()));
+    // Of these windows nothing but logits is computed once more of the reference.
+    let known = |windows: &[Vec<u32>]| kept.is_some_and(|kept| kept.knows(backend, windows));
     let count = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>() as u64;
     let looked_at = scored.iter().map(Range::len).sum::<usize>() as u64;
     let work = |side: &Side<'_, B>| {
         let Side { graph, .. } = side;
         of_measuring(graph, count(windows)) - of_head(graph, count(windows)) + of_head(graph, looked_at)
     };
-    let work = sides.iter().map(work).sum();
+    let saved: u64 = together(windows, BATCH_TOKENS)
+        .map(|range| &windows[range])
+        .filter(|windows| known(windows))
+        .map(|windows| sides[0].graph.blocks.iter().map(|block| of_block(block, count(windows))).sum::<u64>())
+        .sum();
+    let work = sides.iter().map(work).sum::<u64>() - saved;
+    if let Some(reference) = reference.filter(|_| saved > 0) {
+        progress.say(&format!(
+            "{} is not run again: what it made of the text is known from an earlier run",
+            reference.role()
+        ));
+    }
     progress.start(format!("measuring {called}{beside}"), work);
     let vocabulary = sides[0].graph.vocabulary;
     let mut all: Vec<Found> = models.iter().map(|_| Found { vocabulary, ..Found::default() }).collect();
@@ -210,9 +250,18 @@ pub fn token_by_token<B: Backend>(
         let windows = &windows[batch.clone()];
         let mut normed = Vec::new();
         let tokens = count(windows);
-        for Side { graph, source, activations, .. } in &sides {
+        for (index, Side { graph, source, activations, .. }) in sides.iter().enumerate() {
+            let kept = kept.filter(|_| index == 0);
+            if let Some(known) = kept.and_then(|kept| kept.take(backend, windows)) {
+                normed.push(known);
+                continue;
+            }
             let step = |block: &Block| progress.step(of_block(block, tokens));
-            normed.push(final_hidden(backend, graph, source, windows, *activations, &step)?);
+            let found = final_hidden(backend, graph, source, windows, *activations, &step)?;
+            if let Some(kept) = kept {
+                kept.keep(backend, windows, &found);
+            }
+            normed.push(found);
         }
         compare_windows(backend, &sides, &normed, (windows, &scored[batch]), flips, &mut all, progress)?;
     }

@@ -14,7 +14,7 @@ use crate::graph::Graph;
 use crate::memory::{self, Device, Tokens};
 use crate::progress::Progress;
 use crate::report::{Activations, Protocol, Quality};
-use crate::verify::{Found, Measured, declared_activations, token_by_token};
+use crate::verify::{Found, Measured, Reference, declared_activations, token_by_token};
 use crate::weights::StoredType;
 
 /// What was measured of a model, and of the original by the way.
@@ -25,17 +25,17 @@ pub type Pair = [Measurement; 2];
 /// Fails where the original itself cannot be measured.
 pub fn measure<B: Backend>(
     backend: &B,
-    (source, graph): (&Checkpoint, &Graph),
+    (original, graph): (Reference<'_>, &Graph),
     models: &[&Checkpoint],
     material: &Material,
     progress: &mut Progress,
 ) -> Vec<Result<Pair>> {
     let longest = material.sequences.iter().map(Vec::len).max().unwrap_or(0);
     let tokens = material.sequences.iter().map(Vec::len).sum::<usize>().div_ceil(longest.max(1));
-    let at_once = memory::fitting(graph, Device::of(backend), source, models, Tokens::of(tokens, longest));
+    let at_once = memory::fitting(graph, Device::of(backend), original.model, models, Tokens::of(tokens, longest));
     let mut all = Vec::new();
     for together in models.chunks(at_once) {
-        let mut walk = |models: &[&Checkpoint]| walk(backend, (source, graph), models, material, progress);
+        let mut walk = |models: &[&Checkpoint]| walk(backend, (original, graph), models, material, progress);
         match walk(together) {
             Ok(found) => all.extend(found),
             Err(error) if together.len() == 1 => all.push(Err(error)),
@@ -52,7 +52,7 @@ pub fn measure<B: Backend>(
 
 fn walk<B: Backend>(
     backend: &B,
-    (source, graph): (&Checkpoint, &Graph),
+    (original, graph): (Reference<'_>, &Graph),
     models: &[&Checkpoint],
     material: &Material,
     progress: &mut Progress,
@@ -64,8 +64,8 @@ fn walk<B: Backend>(
         [one] => one.model.path().display().to_string(),
         all => format!("{} models", all.len()),
     };
-    let found = token_by_token(backend, &called, &sides, Some(source), sequences, scored, true, progress)?;
-    Ok(sides.iter().zip(&found).map(|(side, found)| pair(*side, source, graph, found, material)).collect())
+    let found = token_by_token(backend, &called, &sides, Some(original), sequences, scored, true, progress)?;
+    Ok(sides.iter().zip(&found).map(|(side, found)| pair(*side, original.model, graph, found, material)).collect())
 }
 
 fn pair(one: Measured<'_>, source: &Checkpoint, graph: &Graph, found: &Found, material: &Material) -> Result<Pair> {

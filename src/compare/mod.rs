@@ -26,6 +26,7 @@ use crate::output::{self, SideOutput, check_place};
 use crate::progress::Progress;
 use crate::report::Report;
 use crate::targets::{Output, target};
+use crate::verify::{KeptStates, Reference};
 use crate::words::called;
 
 use measure::measure;
@@ -116,6 +117,8 @@ struct Common<'a> {
     material: &'a Material,
     /// Program, device, model and texts.
     key: Value,
+    /// Where what the original leaves of the texts is kept.
+    kept: Option<KeptStates>,
 }
 
 impl Comparison<'_> {
@@ -141,7 +144,8 @@ impl Comparison<'_> {
             "adapter": adapter.as_ref().map(|_| key::of_recipe(&self.schemes[0].1.recipe)["adapter"].clone()),
             "measured": material.digest,
         });
-        let common = Common { source: &source, graph: &graph, material: &material, key };
+        let kept = key::kept_of(backend, &source, None)?;
+        let common = Common { source: &source, graph: &graph, material: &material, key, kept };
         std::fs::create_dir_all(self.report).map_err(Error::io(self.report, "create"))?;
         let folder = self.report.join("rows");
         let (work, mut places) = (self.report.join("work"), Vec::new());
@@ -394,7 +398,8 @@ impl Comparison<'_> {
             }
         }
         let models: Vec<&Checkpoint> = open.iter().map(|(_, model, _)| model).collect();
-        let sides = (common.source, common.graph);
+        let beside = Reference { model: common.source, kept: common.kept.as_ref() };
+        let sides = (beside, common.graph);
         let found = measure(backend, sides, &models, common.material, progress);
         for ((wanted, _, made), found) in open.iter_mut().zip(found) {
             let [mut own, reference] = match found {

@@ -2,13 +2,13 @@
 
 use std::rc::Rc;
 
-use kernels::{Activation, ActivationRounding, Forward};
+use kernels::{Activation, ActivationRounding, Forward, RopeLayout};
 
 use super::route::{Routed, choose, sigmoid};
 use super::run::{Computed, Loaded, Place, Read, Run};
 use super::{LoadedNorm, Weight, product};
 use crate::error::Result;
-use crate::graph::{Router, Temperature};
+use crate::graph::{Rope, Router, Temperature};
 use crate::program::{Expert, Kind, Operation};
 
 impl<B: Forward> Computed<B> {
@@ -113,16 +113,10 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![backend.join_heads(own.matrix(), shared.matrix(), *heads)?]
             }
             Kind::Clamp(limit) => self.each(operation, next, |x| Ok(backend.clamp(x, *limit)?))?,
-            Kind::Rope { rope, layout } => match &self.loaded[at] {
-                Loaded::Angles(cos, sin) => {
-                    self.each(operation, next, |x| Ok(backend.rope(x, cos, sin, layout, lengths)?))?
-                }
-                _ => {
-                    let (cos, sin) = rope.table(lengths);
-                    let whole = [lengths.iter().sum()];
-                    self.each(operation, next, |x| Ok(backend.rope(x, &cos, &sin, layout, &whole)?))?
-                }
-            },
+            Kind::Rope { rope, layout } => {
+                let turn = |x: &mut B::Matrix| self.turn(at, x, rope, layout, lengths);
+                self.each(operation, next, turn)?
+            }
             Kind::Warm(Temperature { floor, scale, first }) => {
                 let warm = |position: usize| 1.0 + scale * (((position + first) as f32 / floor).floor() + 1.0).ln();
                 let factors: Vec<f32> = lengths.iter().flat_map(|length| (0..*length).map(warm)).collect();
@@ -187,6 +181,16 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             }
         }
         Ok(routes)
+    }
+
+    /// Turns the heads of sequences of these lengths.
+    fn turn(&self, at: usize, x: &mut B::Matrix, rope: &Rope, layout: &RopeLayout, lengths: &[usize]) -> Result<()> {
+        if let Loaded::Angles(cos, sin) = &self.loaded[at] {
+            return Ok(self.backend.rope(x, cos, sin, layout, lengths)?);
+        }
+        // As of one sequence: each row of the table belongs to one token.
+        let (cos, sin) = rope.table(lengths);
+        Ok(self.backend.rope(x, &cos, &sin, layout, &[lengths.iter().sum()])?)
     }
 
     /// Does the same to everything that an operation reads.

@@ -6,7 +6,11 @@ use kernels::Backend;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::output::hashing::{hash_beside, hashed};
 use crate::recipe::Recipe;
+use crate::report::FileReport;
+use crate::verify::KeptStates;
 
 /// The program, and the device it computes on: another build or another device may give other figures.
 pub fn of_program<B: Backend>(backend: &B) -> Value {
@@ -24,6 +28,28 @@ pub fn of_model(source: &Checkpoint) -> Value {
     let mut all = files(source.path());
     all.extend(source.files());
     looked_at(all)
+}
+
+/// Where the hidden states of a model are kept, which depend, besides the tokens, on the program, the device, and what stands in all files, of
+/// which those of the `weights` may be hashed already. Times do not count here: in some stores all files have the same.
+///
+/// Fails where a file cannot be read, or was written to since the model was opened.
+pub fn kept_of<B: Backend>(
+    backend: &B,
+    source: &Checkpoint,
+    weights: Option<&[FileReport]>,
+) -> Result<Option<KeptStates>> {
+    let described = files(source.path()).into_iter().filter(|file| file.extension().is_some_and(|kind| kind == "json"));
+    let adapter = source.adapter().map_or_else(Vec::new, |adapter| files(Path::new(&adapter.path)));
+    let beside = hash_beside(described.chain(adapter).filter(|file| file.is_file()).collect());
+    let own = match weights {
+        Some(_) => None,
+        None => Some(hashed(hash_beside(source.files()))?),
+    };
+    let beside = hashed(beside)?;
+    source.check_unchanged()?;
+    let weights = weights.or(own.as_deref());
+    Ok(KeptStates::of(json!({ "program": of_program(backend), "weights": weights, "beside": beside })))
 }
 
 /// What a recipe says, and the files that it names.

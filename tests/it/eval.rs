@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::harness::Room;
+use crate::harness::{Model, Room};
 
 /// What every measurement here takes.
 const MEASURE: [&str; 4] = ["--context", "64", "--windows", "2"];
@@ -110,4 +110,55 @@ fn a_quantized_reference_is_not_called_the_original() {
     let card = std::fs::read_to_string(room.path("out/README.md")).unwrap();
     assert!(!(run.stdout() + &run.stderr()).contains("original"), "{}{}", run.stdout(), run.stderr());
     assert!(!card.contains("original"), "{card}");
+}
+
+/// The original's run is kept by the content of its files, for quantize, eval and compare alike, and what is measured is the same with it.
+#[test]
+fn the_original_runs_once_for_many_measurements() {
+    let room = room();
+    let cache = room.path("cache");
+    let again = "is not run again";
+    let eval = |more: &[&str]| {
+        let measure = if more.len() > 2 { &MEASURE[..2] } else { &MEASURE };
+        let run = room.run_keeping(cache.clone(), [&["eval", "w8", "--json"][..], measure, more].concat());
+        run.succeeds();
+        (run.stderr().contains(again), serde_json::from_str::<Value>(&run.stdout()).unwrap())
+    };
+    let kept = || std::fs::read_dir(cache.join("originals")).map_or(0, |files| files.count());
+    let (known, first) = eval(&["--reference", "model"]);
+    assert!(!known && kept() == 1);
+    let (known, second) = eval(&["--reference", "model"]);
+    assert!(known && first == second, "{first} {second}");
+    // Another process of the same kind, in another place.
+    let copied = room.shell("cp -r model copy && touch copy/*");
+    copied.succeeds();
+    let (known, mut moved) = eval(&["--reference", "copy"]);
+    moved["reference"] = first["reference"].clone();
+    assert!(known && moved == first, "{moved}");
+    // What was kept is damaged: it is computed again.
+    let file = std::fs::read_dir(cache.join("originals")).unwrap().next().unwrap().unwrap().path();
+    let mut bytes = std::fs::read(&file).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    assert_eq!(eval(&["--reference", "model"]).1, first);
+    // Other weights under the same name, of the same size; other text.
+    Model::at(&room.path("copy")).config(|config| config["rms_norm_eps"] = 0.5.into());
+    let (known, other) = eval(&["--reference", "copy"]);
+    assert!(!known && other["kld_mean"] != first["kld_mean"] && kept() == 2, "{other}");
+    assert!(!eval(&["--reference", "model", "--windows", "1"]).0);
+    // A run of quantization takes what eval kept, and says the same as without.
+    let quantize = |cache: &str| {
+        let quick = ["--method", "rtn", "--verify-windows", "2", "--report", "report.json", "--force"];
+        let run = room.run_keeping(room.path(cache), ["quantize", "model", "-o", "out"].iter().chain(&quick));
+        run.succeeds();
+        let report: Value = serde_json::from_slice(&std::fs::read(room.path("report.json")).unwrap()).unwrap();
+        (run.stderr().contains(again), report["quality"].clone())
+    };
+    let (fresh, first) = quantize("other");
+    let (known, second) = quantize("other");
+    assert!(!fresh && known && first == second);
+    // A cache that cannot be had is done without.
+    room.file("none", "");
+    assert_eq!(quantize("none"), (false, first));
 }

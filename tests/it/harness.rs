@@ -43,8 +43,13 @@ impl Room {
 
     /// Runs `quantc` in this folder.
     pub fn run<A: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Run {
-        let output = Command::new(env!("CARGO_BIN_EXE_quantc")).args(args).current_dir(self.0.path()).output().unwrap();
-        Run(output)
+        self.run_keeping(Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"), args)
+    }
+
+    /// Runs `quantc` in this folder, with a cache folder of its own.
+    pub fn run_keeping<A: AsRef<std::ffi::OsStr>>(&self, cache: PathBuf, args: impl IntoIterator<Item = A>) -> Run {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quantc"));
+        Run(command.args(args).env("QUANTC_CACHE", cache).current_dir(self.0.path()).output().unwrap())
     }
 
     /// Runs a line of sh in this folder.

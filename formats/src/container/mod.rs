@@ -1,5 +1,6 @@
 //! File types that hold tensors, and what lies beside them: checked wholly when opened, then handed out as plain views.
 
+pub mod cache;
 pub mod file;
 pub mod gguf;
 pub mod imatrix;

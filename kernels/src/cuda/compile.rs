@@ -6,6 +6,7 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use cudarc::nvrtc::sys;
+use formats::container::cache;
 use sha2::{Digest, Sha256};
 
 use super::device::Module;
@@ -314,14 +315,6 @@ pub fn compile(module: &Module, capability: u32, report: bool) -> Result<Compile
     }
 }
 
-/// Where compiled kernels are kept: `QUANTC_CACHE`, or the user's cache folder.
-fn cache_folder() -> Option<PathBuf> {
-    let named = std::env::var_os("QUANTC_CACHE").map(PathBuf::from);
-    let cache = || std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
-    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    named.or_else(|| Some(cache().or_else(home)?.join("quantc"))).map(|folder| folder.join("kernels"))
-}
-
 /// What makes two images equal: the source, how it is compiled and for which card, and the compiler.
 fn key(module: &Module, options: &[String], version: (i32, i32)) -> String {
     let mut hash = Sha256::new();
@@ -336,51 +329,25 @@ fn key(module: &Module, options: &[String], version: (i32, i32)) -> String {
 /// The image of a module for a card: from the cache, or compiled and put there. A cache that cannot be written is done without.
 pub fn cached(module: &Module, capability: u32) -> Result<Vec<u8>> {
     let key = key(module, &options_for(&target_for(capability, &targets()?)?), version()?);
-    let path = cache_folder().map(|folder| folder.join(format!("{}-sm{capability}-{key}.bin", module.name)));
-    if let Some(image) = path.as_ref().and_then(|path| read_checked(path)) {
+    let path = cache::folder("kernels").map(|folder| folder.join(format!("{}-sm{capability}-{key}.bin", module.name)));
+    if let Some(image) = path.as_ref().and_then(|path| {
+        cache::read(path, |content| {
+            let mut image = Vec::new();
+            content.read_to_end(&mut image).map(|_| image)
+        })
+    }) {
         return Ok(image);
     }
     let image = compile(module, capability, false)?.image;
     if let Some(path) = path {
-        let _ = write_checked(&path, &image);
+        let _ = cache::write(&path, |file| file.write_all(&image));
     }
     Ok(image)
-}
-
-/// A file that ends with the hash of what is before it.
-fn read_checked(path: &Path) -> Option<Vec<u8>> {
-    let mut bytes = std::fs::read(path).ok()?;
-    let split = bytes.len().checked_sub(32)?;
-    let hash = bytes.split_off(split);
-    (Sha256::digest(&bytes).as_slice() == hash).then_some(bytes)
-}
-
-fn write_checked(path: &Path, image: &[u8]) -> std::io::Result<()> {
-    std::fs::create_dir_all(path.parent().expect("in a folder"))?;
-    let own = path
-        .with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()).replace(['(', ')'], ""));
-    std::fs::write(&own, [image, &Sha256::digest(image)].concat())?;
-    std::fs::rename(&own, path)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_damaged_image_is_not_taken() {
-        let folder = std::env::temp_dir().join(format!("quantc-cache-{}", std::process::id()));
-        let path = folder.join("kernels").join("image.bin");
-        write_checked(&path, b"machine code").unwrap();
-        assert_eq!(read_checked(&path).unwrap(), b"machine code");
-        let mut bytes = std::fs::read(&path).unwrap();
-        bytes[3] ^= 1;
-        std::fs::write(&path, bytes).unwrap();
-        assert!(read_checked(&path).is_none());
-        std::fs::write(&path, b"short").unwrap();
-        assert!(read_checked(&path).is_none());
-        std::fs::remove_dir_all(folder).unwrap();
-    }
 
     #[test]
     fn a_key_names_source_options_and_compiler() {
