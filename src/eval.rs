@@ -45,6 +45,7 @@ pub struct Evaluation<'a> {
 
 /// What was found of one model.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Entry {
     /// How good it is.
     #[serde(flatten)]
@@ -59,6 +60,7 @@ pub struct Entry {
 
 /// How large a model is.
 #[derive(Clone, Copy, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Size {
     /// Bits per weight over all of its tensors.
     pub bpw: f64,
@@ -67,7 +69,9 @@ pub struct Size {
 }
 
 /// What was found of every model, in the order in which they were named.
-pub struct Found {
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Evaluated {
     /// Of each model, in the order in which they were asked for.
     pub models: Vec<Entry>,
     /// The size of the reference.
@@ -90,7 +94,7 @@ impl Evaluation<'_> {
     ///
     /// Fails for limits without a reference, for one adapter with several models, and for models that make other tokens of the text than
     /// the rest, all before anything runs.
-    pub fn run<B: Backend>(&self, backend: &B, progress: &mut Progress) -> Result<Found> {
+    pub fn run<B: Backend>(&self, backend: &B, progress: &mut Progress) -> Result<Evaluated> {
         self.check()?;
         let (mut notes, mut remarks) = (Vec::new(), Vec::new());
         let opened = self.open(&mut notes, &mut remarks)?;
@@ -123,7 +127,7 @@ impl Evaluation<'_> {
             size: Size::of(model),
             quality,
         };
-        Ok(Found {
+        Ok(Evaluated {
             models: found.into_iter().zip(models).map(entry).collect(),
             reference: reference.map(Size::of),
             notes,
@@ -222,6 +226,7 @@ impl Evaluation<'_> {
 
 impl Size {
     /// That of a checkpoint.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn of(model: &Checkpoint) -> Size {
         let values = |shape: &[usize]| shape.iter().product::<usize>() as u64;
         let bytes = model.entries().iter().map(|entry| entry.stored_bytes).sum::<u64>();
@@ -230,7 +235,7 @@ impl Size {
     }
 }
 
-impl Found {
+impl Evaluated {
     /// For people: all that is known of one model; of several a table, with a line for the reference and one for each model.
     pub fn text(&self) -> String {
         match &self.models[..] {
@@ -243,6 +248,7 @@ impl Found {
     /// For programs: an object for one model, and a list of such, each with its size, for several.
     ///
     /// Fails where a number cannot be written.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn json(&self) -> serde_json::Result<Value> {
         let [Entry { quality, verdict, .. }] = &self.models[..] else { return serde_json::to_value(&self.models) };
         let mut value = serde_json::to_value(quality)?;
