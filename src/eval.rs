@@ -109,7 +109,7 @@ impl Evaluation<'_> {
             progress.say(&expected.line(&[format!("measuring {} windows of {tokens} tokens", windows.len())]));
         }
         if at_once < asked.len() && reference.is_some() {
-            progress.say("the memory is too small for all models at once: the reference runs again for each of them");
+            progress.say(&format!("the memory is too small for all models at once: {at_once} at a time are measured"));
         }
         let kept = reference.map(|model| kept_of(backend, model, None)).transpose()?.flatten();
         let beside = reference.map(|model| Reference { model, kept: kept.as_ref() });
@@ -208,19 +208,14 @@ impl Evaluation<'_> {
         }
         let tokens = Tokens::of(windows.len(), windows.first().map_or(0, Vec::len));
         let graphs = models.iter().map(|model| families::graph_of(model)).collect::<Result<Vec<_>>>()?;
-        let of = |models: &[Checkpoint], graph| {
-            let sides: Vec<_> = models.iter().chain(reference).map(Some).collect();
-            memory::nothing(Free::now()).and_measuring(graph, device, &sides, tokens, "--context")
-        };
-        match of(models, &graphs[0]) {
-            Ok(expected) => Ok((models.len(), Some(expected))),
-            Err(error) if models.len() == 1 => Err(error),
-            Err(_) => {
-                let each = models.iter().zip(&graphs).map(|(model, graph)| of(std::slice::from_ref(model), graph));
-                let each = each.collect::<Result<Vec<_>>>()?;
-                Ok((1, each.into_iter().max_by_key(|expected| expected.bytes)))
-            }
-        }
+        let all: Vec<&Checkpoint> = models.iter().collect();
+        let at_once = memory::fitting(&graphs[0], device, reference.as_ref(), &all, tokens);
+        let expected = all.chunks(at_once).zip(graphs.chunks(at_once)).map(|(models, graphs)| {
+            let sides: Vec<_> = models.iter().copied().chain(reference).map(Some).collect();
+            memory::nothing(Free::now()).and_measuring(&graphs[0], device, &sides, tokens, "--context")
+        });
+        let expected = expected.collect::<Result<Vec<_>>>()?;
+        Ok((at_once, expected.into_iter().max_by_key(|expected| expected.bytes)))
     }
 }
 

@@ -325,7 +325,10 @@ fn conclude(
         match all {
             [(path, report)] => {
                 let command = report.runs(&path.display().to_string());
-                said = said.and_then(|()| command.map_or(Ok(()), |command| say(&format!("run it: {command}\n"))));
+                let ollama =
+                    report.ollama(&path.display().to_string()).map(|command| format!("in Ollama: {command}\n"));
+                let told = command.map(|command| format!("run it: {command}\n")).into_iter().chain(ollama);
+                said = said.and_then(|()| told.into_iter().try_for_each(|line| say(&line)));
             }
             all => said = said.and_then(|()| say(&table(all))),
         }

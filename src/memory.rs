@@ -255,13 +255,13 @@ pub fn measuring(graph: &Graph, device: Device, models: &[Option<&Checkpoint>], 
 pub fn fitting(
     graph: &Graph,
     device: Device,
-    reference: &Checkpoint,
+    reference: Option<&Checkpoint>,
     models: &[&Checkpoint],
     windows: Tokens,
 ) -> usize {
     let Some(free) = Free::now().filter(|_| device.room.is_none()) else { return models.len() };
     let fits = |count: u64| {
-        let sides: Vec<_> = models[..count as usize].iter().copied().chain([reference]).map(Some).collect();
+        let sides: Vec<_> = models[..count as usize].iter().copied().chain(reference).map(Some).collect();
         measuring(graph, device, &sides, windows) as f64 * SLACK <= free.bytes as f64
     };
     largest(models.len() as u64, fits).max(1) as usize

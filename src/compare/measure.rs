@@ -32,7 +32,8 @@ pub fn measure<B: Backend>(
 ) -> Vec<Result<Pair>> {
     let longest = material.sequences.iter().map(Vec::len).max().unwrap_or(0);
     let tokens = material.sequences.iter().map(Vec::len).sum::<usize>().div_ceil(longest.max(1));
-    let at_once = memory::fitting(graph, Device::of(backend), original.model, models, Tokens::of(tokens, longest));
+    let at_once =
+        memory::fitting(graph, Device::of(backend), Some(original.model), models, Tokens::of(tokens, longest));
     let mut all = Vec::new();
     for together in models.chunks(at_once) {
         let mut walk = |models: &[&Checkpoint]| walk(backend, (original, graph), models, material, progress);

@@ -42,6 +42,23 @@ impl Report {
         (!self.notes.iter().any(unsaid)).then(|| self.recipe.runs(place))
     }
 
+    /// The commands by which Ollama takes a GGUF file that was written to `place`; `None` for what it does not read: other formats, files in
+    /// parts, and what llama.cpp does not run.
+    #[cfg_attr(doc, doc(hidden))]
+    pub fn ollama(&self, place: &str) -> Option<String> {
+        if self.recipe.format != "gguf" || self.outputs.len() > 1 {
+            return None;
+        }
+        self.runs(place)?;
+        let path = std::path::Path::new(place);
+        // A name without a folder would be one of a model in Ollama's library.
+        let from = if path.is_absolute() || place.starts_with('.') { place.to_owned() } else { format!("./{place}") };
+        let letter =
+            |c: char| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c.to_ascii_lowercase() } else { '-' };
+        let name: String = path.file_stem()?.to_string_lossy().chars().map(letter).collect();
+        Some(format!("echo 'FROM {from}' > Modelfile && ollama create {name} -f Modelfile && ollama run {name}"))
+    }
+
     /// A note without the places of the run's files, which differ between machines.
     fn without_places(&self, note: &str) -> String {
         let mut note = note.to_owned();

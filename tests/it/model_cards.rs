@@ -131,7 +131,11 @@ fn substituted_types_are_one_line_and_no_failure() {
     let report: Value = serde_json::from_slice(&std::fs::read(room.path("m.gguf.report.json")).unwrap()).unwrap();
     let fallback = report["linears"][0]["fallback"].as_str().unwrap();
     assert!(fallback.contains(" in place of ") && fallback.contains("do not split into blocks of 256"), "{fallback}");
-    assert!(run.stdout().lines().last().unwrap() == "run it: llama-cli -m m.gguf", "{}", run.stdout());
+    let told = run.stdout();
+    let last: Vec<&str> = told.lines().rev().take(2).collect();
+    assert_eq!(last[1], "run it: llama-cli -m m.gguf", "{told}");
+    let ollama = "in Ollama: echo 'FROM ./m.gguf' > Modelfile && ollama create m -f Modelfile && ollama run m";
+    assert_eq!(last[0], ollama, "{told}");
 }
 
 #[test]
