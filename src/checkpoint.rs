@@ -674,7 +674,7 @@ fn module_of(name: &str) -> &str {
 fn directory_entries(
     tensors: &SafetensorsSet,
     quantization: Option<&QuantizationReader>,
-) -> Result<(Vec<Entry>, HashMap<String, Foreign>)> {
+) -> Result<(Vec<Entry>, HashMap<String, Foreign>, Vec<String>)> {
     let located = |e: formats::Error, name: &str| e.in_tensor(name).in_file(tensors.file_of(name).expect("listed"));
     let lookup = |name: &str| tensors.get(name);
     let (mut foreign, mut by_values, mut others) = (HashMap::new(), HashMap::new(), HashSet::new());
@@ -688,6 +688,11 @@ fn directory_entries(
     }
     let mut entries: Vec<Entry> = Vec::new();
     let mut modules: HashMap<&str, usize> = HashMap::new();
+    let mut beside_codes: Vec<&str> = Vec::new();
+    let codes_of = |module: &str| {
+        let part = quantization?.main_part().filter(|part| *part != "weight")?;
+        tensors.get(&format!("{module}.{part}"))
+    };
     for spec in tensors.tensors() {
         let bytes = spec.bytes().unwrap_or(0) as u64;
         if let Some(name) = by_values.get(spec.name.as_str()) {
@@ -711,6 +716,10 @@ fn directory_entries(
                 let why = formats::Error::missing("the quantization_config that says how these codes are meant");
                 return Err(located(why, &spec.name).into());
             }
+            if spec.name.strip_suffix(".weight").and_then(codes_of).is_some() {
+                beside_codes.push(&spec.name);
+                continue;
+            }
             let (name, shape) = (spec.name.clone(), spec.shape.clone());
             entries.push(Entry { name, shape, dtype: StoredType::Plain(spec.dtype), stored_bytes: bytes });
             continue;
@@ -731,7 +740,14 @@ fn directory_entries(
             stored_bytes: bytes,
         });
     }
-    Ok((entries, foreign))
+    let note = beside_codes.first().map(|first| {
+        format!(
+            "{} plain weights beside the codes of the same linears (`{first}`) were left out: config.json says that the codes count, and runtimes \
+             read these",
+            beside_codes.len()
+        )
+    });
+    Ok((entries, foreign, note.into_iter().collect()))
 }
 
 fn dtype_named(name: &str) -> Option<Dtype> {

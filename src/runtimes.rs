@@ -148,6 +148,18 @@ struct Facts<'a> {
     wrapped: bool,
 }
 
+/// How many stacks of layers a model is made of, as an encoder and a decoder are.
+fn stacks(graph: &Graph) -> usize {
+    let stack = |block: &crate::graph::Block| {
+        let parts = block.name.split('.').take_while(|part| part.parse::<usize>().is_err());
+        parts.collect::<Vec<_>>().join(".")
+    };
+    let mut all: Vec<String> = graph.blocks.iter().map(stack).collect();
+    all.sort();
+    all.dedup();
+    all.len()
+}
+
 /// Notes on the runtimes that will not load `graph` in the layout `codec` with these encodings: what happens, and who does.
 pub fn notes(
     graph: &Graph,
@@ -196,6 +208,13 @@ pub fn notes(
              no attribute 'weight'); {dequantized}"
         )
     });
+    // It unpacks when the model as a whole is called for the first time.
+    let apart = packed && !refused && graph.opaque && unknown.is_none() && stacks(graph) > 1;
+    let apart = apart.then(|| {
+        format!(
+            "transformers unpacks this output when the model as a whole is first called; what calls a part of it before, such as generate() of an              encoder and decoder or get_text_features(), fails ('Linear' object has no attribute 'weight'); {dequantized}"
+        )
+    });
     let own = any(OWN_LINEARS).then(|| {
         format!("transformers fills the linears of this model from plain weights alone and would leave them at random values; {dequantized}")
     });
@@ -237,7 +256,7 @@ pub fn notes(
     });
     let known = [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned);
     let known = known.chain(mlx_lm(&facts, graph, source.config())?);
-    Ok(known.chain([unknown, own, changed, stays, halves, lost].into_iter().flatten()).collect())
+    Ok(known.chain([unknown, apart, own, changed, stays, halves, lost].into_iter().flatten()).collect())
 }
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {

@@ -99,7 +99,8 @@ impl Checkpoint {
             refuse_untold_mlx(&tensors)?;
         }
 
-        let (entries, foreign) = directory_entries(&tensors, quantization.as_ref())?;
+        let (entries, foreign, beside) = directory_entries(&tensors, quantization.as_ref())?;
+        remarks.extend(beside);
         let declared_dtype = ["dtype", "torch_dtype"].iter().find_map(|key| dtype_named(config.get(key)?.as_str()?));
         let quantized = entries.iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign));
         if let (Some(reader), false) = (&quantization, quantized) {

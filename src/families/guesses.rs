@@ -39,6 +39,10 @@ pub(super) fn notes(class: &str, settings: &Map<String, Value>) -> Vec<String> {
         ));
     }
     match class {
+        "hunyuan_v1_dense" | "hunyuan_v1_moe" if said("head_dim").is_none() => notes.push(
+            "config.json has no head_dim, which transformers 5 fails on for this family: hidden_size divided by num_attention_heads is taken"
+                .to_owned(),
+        ),
         "smollm3" if said("no_rope_layers").and_then(Value::as_array).is_some_and(Vec::is_empty) => notes.push(
             "config.json has an empty no_rope_layers, which transformers 5 fails on: no_rope_layer_interval counts"
                 .to_owned(),

@@ -186,6 +186,15 @@ pub fn settings(config: &Value) -> Result<Settings> {
     let said = |place: &serde_json::Map<String, Value>| place.get("tie_word_embeddings").and_then(Value::as_bool);
     let (above, below) = (config.as_object().and_then(said), part.and_then(said));
     let mut settings = spelling::settled(&model_type, text)?;
+    if wrapper.is_none()
+        && !inner
+        && family_of(&model_type).is_some()
+        && config.get("text_config").is_some_and(Value::is_object)
+    {
+        settings.notes.push(format!(
+            "config.json has a text_config beside the settings of a `{model_type}`, which transformers 5 fails on: it is not looked at"
+        ));
+    }
     // Those of a Mistral make it a Ministral to transformers, but not inside a wrapper.
     if let (Some(_), "mistral", Some(values)) = (part, model_type.as_str(), settings.values.as_object_mut()) {
         values.remove("layer_types");

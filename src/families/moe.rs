@@ -81,7 +81,8 @@ pub(super) fn from_stacks(graph: &mut Graph, source: &dyn Weights) {
     for step in graph.blocks.iter_mut().flat_map(|block| &mut block.steps) {
         let Layer::Moe(moe) = &mut step.layer else { continue };
         let Some(Mlp { inputs, down, activation }) = moe.experts.first() else { continue };
-        let ([gate, _], Some(module)) = (&inputs[..], down.module.strip_suffix(".0.down_proj")) else { continue };
+        let ([gate, up], Some((module, _))) = (&inputs[..], down.module.rsplit_once(".0.")) else { continue };
+        let names = [gate, up, down].map(|linear| last_part(&linear.module).to_owned());
         let tensors = ["gate_up_proj", "down_proj"].map(|name| format!("{module}.{name}"));
         let there = |name: &str| source.entry(name).is_some();
         if down.stored != Stored::Plain || down.bias || there(&down.weight()) || !tensors.iter().all(|name| there(name))
@@ -89,8 +90,21 @@ pub(super) fn from_stacks(graph: &mut Graph, source: &dyn Weights) {
             continue;
         }
         let (sizes, halves) = ([moe.experts.len(), gate.cols, gate.rows], Split::of(&[gate.rows; 2]));
-        moe.experts = stacked(module, tensors, [None, None], sizes, false, halves, *activation);
+        let mut experts = stacked(module, tensors, [None, None], sizes, false, halves, *activation);
+        // One by one they are called as the family calls them, w1 and the like.
+        for Mlp { inputs, down, .. } in &mut experts {
+            for (linear, name) in inputs.iter_mut().chain([down]).zip(&names) {
+                let (before, _) = linear.module.rsplit_once('.').expect("named within its expert");
+                linear.module = format!("{before}.{name}");
+            }
+        }
+        moe.experts = experts;
     }
+}
+
+/// What stands behind the last dot.
+fn last_part(module: &str) -> &str {
+    module.rsplit('.').next().unwrap_or(module)
 }
 
 /// Granite's experts, stacked as linears are.

@@ -24,7 +24,12 @@ pub struct Names {
     tied: bool,
     /// Whether the class is that of the model without a head, which has no prefix.
     base: bool,
+    /// The family's files call mixtures otherwise than transformers does in memory.
+    mixtures: bool,
 }
+
+/// What mixtures are called in memory, and in the files of some families.
+const MIXTURES: [&str; 2] = [".mlp.", ".block_sparse_moe."];
 
 /// The names that config.json promises for a file of so many tensors; `None` for a model of an unknown family, of one that is
 /// wrapped, or with settings that make none.
@@ -33,7 +38,12 @@ pub fn names(config: &Value, tensors: usize) -> Option<Names> {
     if is_wrapped(config) || too_many_layers(&settings.values, tensors).is_some() {
         return None;
     }
-    let graph = (family_of(&settings.model_type)?.build)(&Config(&settings.values)).ok()?;
+    let mut graph = (family_of(&settings.model_type)?.build)(&Config(&settings.values)).ok()?;
+    if let Some(own) = prefix_of_class(config) {
+        let (usual, _) = graph.embedding.tensor.split_once('.')?;
+        let usual = format!("{usual}.");
+        graph.rename(&|name| name.strip_prefix(&usual).map_or_else(|| name.to_owned(), |rest| format!("{own}.{rest}")));
+    }
     let (prefix, embedding) = graph.embedding.tensor.split_once('.')?;
     let first = &graph.blocks.first()?.name;
     Some(Names {
@@ -44,20 +54,28 @@ pub fn names(config: &Value, tensors: usize) -> Option<Names> {
         layers: first[..first.rfind('.')? + 1].to_owned(),
         tensors: graph.tensors().into_iter().map(|(name, _)| name).collect(),
         base: is_base(config),
+        mixtures: {
+            let tensors = graph.tensors();
+            let [some, all] = MIXTURES.map(|what| tensors.iter().any(|(name, _)| name.contains(what)));
+            all && !some
+        },
     })
 }
 
 impl Names {
     /// What each of a file's tensors is called by runtimes.
     pub fn of(&self, stored: &[String]) -> Vec<String> {
-        match self.only_head(stored) {
-            None => self.of_prefix(stored),
-            Some(at) => {
-                let mut names = stored.to_vec();
-                names[at] = format!("{}{}", self.prefix, self.embedding);
-                self.of_prefix(&names)
-            }
+        let mut names = stored.to_vec();
+        if let Some(at) = self.only_head(stored) {
+            names[at] = format!("{}{}", self.prefix, self.embedding);
         }
+        let mut names = self.of_prefix(&names);
+        if self.mixtures {
+            // As transformers saves them where it is told to leave names as they are.
+            let [memory, file] = MIXTURES;
+            names.iter_mut().for_each(|name| *name = name.replacen(memory, file, 1));
+        }
+        names
     }
 
     /// Where the head's weight stands in a file of a tied model that has it and no embedding, as `safetensors.torch.save_model` leaves
@@ -114,6 +132,17 @@ impl Names {
     }
 }
 
+/// Types whose classes for questions (`LlamaForQuestionAnswering`) call the model otherwise than all others of the type do.
+const ASKED: &[&str] =
+    &["arcee", "exaone4", "llama", "ministral", "nemotron", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3"];
+
+/// What the names of the model below the head begin with in the class that config.json names, where that is not its family's usual prefix.
+fn prefix_of_class(config: &Value) -> Option<&'static str> {
+    let class = config.get("architectures")?.get(0)?.as_str()?;
+    let model_type = config.get("model_type")?.as_str()?;
+    (class.ends_with("ForQuestionAnswering") && ASKED.contains(&model_type)).then_some("transformer")
+}
+
 /// Whether a model is the language part of one that also sees or hears.
 fn is_wrapped(config: &Value) -> bool {
     ["text_config", "vision_config"].iter().any(|key| config.get(key).is_some())
@@ -132,7 +161,9 @@ pub(super) fn adopt(graph: &mut Graph, source: &dyn Weights) {
     let embedding = graph.embedding.tensor.clone();
     let (prefix, leaf) = embedding.split_once('.').map_or(("", &embedding[..]), |(prefix, leaf)| (prefix, leaf));
     let bare = is_base(source.config()) && source.entry(leaf).is_some();
-    if !(wrapped || bare) {
+    let own = prefix_of_class(source.config());
+    let asked = own.is_some_and(|own| source.entry(&format!("{own}.{leaf}")).is_some());
+    if !(wrapped || bare || asked) {
         return;
     }
     if source.entry(&embedding).is_none() {
@@ -215,6 +246,10 @@ mod tests {
         assert_eq!(renamed("LlamaModel", &bare), bare);
         assert_eq!(renamed("LlamaModel", &USUAL), USUAL);
         assert_eq!(renamed("LlamaModel", &["a.norm.weight", "a.embed_tokens.weight"])[0], "model.norm.weight");
+        let asked = USUAL.map(|name| name.replace("model.", "transformer.")).to_vec();
+        let asked: Vec<&str> = asked.iter().map(|name| &name[..]).collect();
+        assert_eq!(renamed("LlamaForQuestionAnswering", &asked), asked);
+        assert_eq!(renamed("LlamaForQuestionAnswering", &USUAL), asked);
         // What belongs to nothing that the family has keeps its name, and so does all where no one can tell.
         let stray = ["embed_tokens.weight", "score.weight", "layers.7.extra"];
         assert_eq!(renamed(causal, &stray), ["model.embed_tokens.weight", "score.weight", "model.layers.7.extra"]);

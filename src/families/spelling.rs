@@ -280,6 +280,13 @@ fn flat(
         }
         _ => (named("rope_theta", &outside.theta), named("partial_rotary_factor", &outside.partial)),
     };
+    let nulls = [own.get("rope_theta"), outside.theta.as_ref()];
+    if theta.is_none() && said(&own.get("rope_theta").cloned()).is_none() && nulls.contains(&Some(&Value::Null)) {
+        notes.push(format!(
+            "config.json has null for rope_theta, which transformers 5 fails on: {} is taken",
+            shown(&rotation.theta.into())
+        ));
+    }
     fill(&mut own, "rope_theta", theta.as_ref().map(|(n, v)| (*n, v)), Some(rotation.theta.into()), notes);
     let kind = kind_of(class, rotation.form, &mut own, notes);
     share(class, rotation, &mut own, Share { kind: &kind, outside, partial }, notes)?;

@@ -85,6 +85,10 @@ const HEADS: &[&str] = &[
     "language_model.lm_head",
 ];
 
+/// Those of models that are parts of others, as `decoder.lm_head` of an encoder-decoder made of two models.
+const INNER_HEADS: &[&str] =
+    &["lm_head", "lm_head.decoder", "output_projection", "embed_out", "cls.predictions.decoder"];
+
 /// A graph that names linears and cannot be run. Fails when there are none.
 pub fn graph(source: &dyn Weights) -> Result<Graph> {
     let finder = Finder::new(source);
@@ -201,11 +205,25 @@ pub fn plain_modules(graph: &Graph, source: &dyn Weights, classes: bool) -> Vec<
         modules.extend(HEADS.iter().filter(|head| !in_layers(head)).map(|head| (*head).to_owned()));
     }
     if classes {
+        modules.extend(inner_heads(graph, source));
         modules.extend(Loading::of(source.config()).tied().iter().map(|head| (*head).to_owned()));
     }
     let mut seen = HashSet::new();
     modules.retain(|module| !quantizable.contains(&module[..]) && seen.insert(module.clone()));
     modules
+}
+
+/// Heads that parts of a model which say something may have, where none is stored in them.
+fn inner_heads(graph: &Graph, source: &dyn Weights) -> Vec<String> {
+    let mut parts: Vec<&str> = graph.blocks.iter().filter_map(|block| Some(block.name.split_once('.')?.0)).collect();
+    parts.dedup();
+    let says = |part: &&str| !part.contains("encoder") && !["model", "transformer"].contains(part);
+    let names = parts.into_iter().filter(says).filter_map(|part| {
+        let heads: Vec<String> = INNER_HEADS.iter().map(|head| format!("{part}.{head}")).collect();
+        let stored = heads.iter().any(|head| source.entry(&format!("{head}.weight")).is_some());
+        (!stored).then_some(heads)
+    });
+    names.flatten().collect()
 }
 
 /// Linears of the language model's blocks that stay as they are for what transformers does to their matrices as it loads them.
