@@ -14,7 +14,7 @@ use crate::recipe::{Patterns, Recipe, Said};
 use crate::report::Fate;
 use crate::runtimes::{self, experts};
 use crate::serving::unequal;
-use crate::stray::{Strays, lookalike};
+use crate::stray::{Lookalike, Strays, lookalike};
 use crate::weights::StoredType;
 use crate::words::listed;
 
@@ -563,12 +563,18 @@ fn missing(graph: &Graph, source: &Checkpoint, name: &str, shape: &[usize]) -> E
     if let Some((shard, index)) = source.promised(name) {
         let index = index.file_name().unwrap_or_default().to_string_lossy();
         text += &format!("; {index} places it in {shard}, which does not hold it");
-    } else if let Some(other) = lookalike(graph, source, name, shape) {
-        text += &format!(
-            "; `{other}` has that shape and is not part of a {} model: if it is the same under another name, rename it or mend \
-             config.json",
-            graph.family
-        );
+    } else if let Some(Lookalike { name: other, same_shape }) = lookalike(graph, source, name, shape) {
+        let family = graph.family;
+        text += &match same_shape {
+            true => format!(
+                "; `{other}` has that shape and is not part of a {family} model: if it is the same under another name, rename it or mend \
+                 config.json"
+            ),
+            false => format!(
+                "; in its place the file has `{other}`, which is not part of a {family} model as runtimes read it: load the model with what \
+                 wrote it and save it with transformers' save_pretrained(), or take the config.json that belongs to the weights"
+            ),
+        };
     } else if name == graph.head.linear.weight() {
         text += "; get the file that holds it, or set tie_word_embeddings to true in config.json (where it is false, null or \
                  not there) if the embedding serves as the head, and where there is none name the class without it in \

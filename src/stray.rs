@@ -258,18 +258,36 @@ pub fn left_out(source: &Checkpoint) -> Result<Vec<String>> {
     Ok(strays.notes(fates.iter().map(|(name, fate)| (*name, fate)), true))
 }
 
-/// The tensor that a missing one may be under another name: of its shape, in its layer, unknown, and the most alike.
-pub fn lookalike<'a>(graph: &'a Graph, source: &'a Checkpoint, name: &str, shape: &[usize]) -> Option<&'a str> {
-    let numbers = |name: &str| name.split('.').filter_map(|part| part.parse::<usize>().ok()).collect::<Vec<_>>();
-    let own = numbers(name);
+/// What may stand in a file in the place of a tensor that is missing.
+pub struct Lookalike<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Whether it has the shape of what is missing, and so may be it.
+    pub same_shape: bool,
+}
+
+/// The tensor that a missing one may be under another name or a part of: unknown, in its layer, in its module if there is one, of its shape
+/// if there is one, and of those the most alike.
+pub fn lookalike<'a>(graph: &'a Graph, source: &'a Checkpoint, name: &str, shape: &[usize]) -> Option<Lookalike<'a>> {
+    let layer = |name: &str| name.split('.').find_map(|part| part.parse::<usize>().ok());
     let alike = |other: &str| {
         let (a, b) = (name.split('.').collect::<Vec<_>>(), other.split('.').collect::<Vec<_>>());
         let first = a.iter().zip(&b).take_while(|(a, b)| a == b).count();
         first + a.iter().rev().zip(b.iter().rev()).take_while(|(a, b)| a == b).count()
     };
+    // `model.layers.0.self_attn` of `model.layers.0.self_attn.q_proj.weight`, and the mixture of an expert's.
+    let module = |name: &'_ str| {
+        let of_layer = name.split('.').position(|part| part.parse::<usize>().is_ok()).map_or(0, |at| at + 2);
+        name.split('.').take(of_layer).collect::<Vec<_>>().join(".")
+    };
     let strays = Strays::new(graph, source, UnknownTensors::Refuse);
-    let found = strays.entries().filter(|entry| entry.shape == shape && numbers(&entry.name) == own);
+    let found = strays.entries().filter(|entry| layer(&entry.name) == layer(name));
+    let found = found.map(|entry| {
+        let here = layer(name).is_some() && module(&entry.name) == module(name);
+        (here, entry.shape == shape, &*entry.name)
+    });
+    let found: Vec<(bool, bool, &str)> = found.filter(|(here, same, _)| *here || *same).collect();
     // Of equals the first.
-    let found: Vec<&str> = found.map(|entry| &*entry.name).collect();
-    found.into_iter().rev().max_by_key(|other| alike(other))
+    let best = found.into_iter().rev().max_by_key(|(here, same, other)| (*here, *same, alike(other)))?;
+    Some(Lookalike { name: best.2, same_shape: best.1 })
 }

@@ -155,6 +155,11 @@ impl Checkpoint {
         None
     }
 
+    /// generation_config.json of a directory; null where there is none that can be read.
+    pub fn generation(&self) -> Value {
+        read_json(&self.path().join("generation_config.json")).ok().flatten().unwrap_or_default()
+    }
+
     /// What each file of settings has as eos_token_id.
     fn stop_settings(&self) -> [(&'static str, Vec<Value>); 2] {
         let of = |json: &Value| {
@@ -166,8 +171,7 @@ impl Checkpoint {
                 one => vec![one.clone()],
             }
         };
-        let generation = read_json(&self.path().join("generation_config.json")).ok().flatten().unwrap_or_default();
-        [("generation_config.json", of(&generation)), ("config.json", of(self.config()))]
+        [("generation_config.json", of(&self.generation())), ("config.json", of(self.config()))]
     }
 
     /// Values of eos_token_id that no model gives.

@@ -20,6 +20,7 @@ pub(crate) mod model;
 pub mod names;
 mod rope;
 pub(crate) mod same;
+pub mod sampling;
 pub(crate) mod settings;
 pub mod tokenizer;
 

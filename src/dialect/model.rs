@@ -8,7 +8,7 @@ use std::path::Path;
 
 use formats::container::gguf::{GgufSpec, GgufView};
 use formats::{Dtype, GgmlType, GgufFile, TensorView};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::dialect::architectures::{ARCHITECTURES, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 use crate::dialect::names::{ExportTensor, From, Part, plan};
@@ -244,7 +244,7 @@ impl GgufModel {
     }
 
     pub fn generation_config(&self) -> Value {
-        let mut config = Map::new();
+        let mut config = super::sampling::read(&self.file);
         for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
             if let Some(id) = self.config.get(key) {
                 config.insert(key.into(), id.clone());

@@ -16,6 +16,7 @@ use super::{Folded, Notes, Papers, Placement, Rounded, Sink, Solved, Target, Wor
 use crate::checkpoint::Checkpoint;
 use crate::dialect::metadata::{About, ImportanceSource, Metadata, Written, metadata};
 use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part, Source};
+use crate::dialect::sampling;
 use crate::dialect::tokenizer::tokenizer;
 use crate::error::{Error, Result};
 use crate::evidence::{lost_in_blocks, share_of};
@@ -232,6 +233,13 @@ fn written(
     if let Some(name) = words.name {
         let own = written.metadata.iter_mut().find(|(key, _)| key == "general.name");
         own.into_iter().for_each(|(_, value)| *value = MetadataValue::String(name.clone()));
+    }
+    match source.gguf() {
+        Some(file) => {
+            let carried = sampling::carried(file, &written.metadata);
+            written.metadata.extend(carried);
+        }
+        None => written.metadata.extend(sampling::written(&source.generation())),
     }
     written.metadata.extend(words.metadata);
     written.notices.extend(words.notices);
