@@ -73,6 +73,20 @@ pub enum Command {
 }
 
 impl Command {
+    /// Where the command writes a log, if it does.
+    pub fn log(&self) -> Option<&Path> {
+        let compute = match self {
+            Command::Quantize(args) => &args.compute,
+            Command::Plan(args) => &args.run.compute,
+            Command::Eval(args) => &args.compute,
+            Command::Compare(args) => &args.compute,
+            Command::Build(args) => &args.compute,
+            Command::Demo(args) => &args.compute,
+            _ => return None,
+        };
+        compute.log.as_deref()
+    }
+
     /// What the command writes, as far as its words and its recipe say.
     pub fn outputs(&self) -> Vec<PathBuf> {
         match self {
@@ -163,6 +177,10 @@ pub struct Compute {
     /// GPU: wait for each operation, and print where the time went at the end.
     #[arg(long, help_heading = COMPUTATION)]
     pub profile: bool,
+    /// Write a log here: decisions, stages, every linear and window, timings, each with its time and level. A log that is there is
+    /// continued.
+    #[arg(long, help_heading = COMPUTATION, value_name = "FILE")]
+    pub log: Option<PathBuf>,
     /// Print errors only: no progress and no summary.
     #[arg(long, help_heading = COMPUTATION, short)]
     pub quiet: bool,

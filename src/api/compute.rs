@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::sync::Arc;
 
-use kernels::{Cpu, Cuda, cuda};
+use kernels::{Cpu, Cuda, Memory, cuda};
 use serde::{Deserialize, Serialize};
 
 use super::at_least_one;
@@ -177,6 +177,8 @@ impl Compute {
         let run = |progress: &mut Progress| {
             let (engine, left) = self.engine()?;
             left.into_iter().for_each(|note| progress.say(&format!("note: {note}")));
+            let name = crate::with_backend!(&engine, backend => backend.name());
+            tracing::info!("computing on {name}");
             let done = work(&engine, progress)?;
             engine.profile().into_iter().for_each(|profile| progress.print(&profile));
             Ok(done)
