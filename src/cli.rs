@@ -73,6 +73,20 @@ pub enum Command {
 }
 
 impl Command {
+    /// Where the command writes a log, if it does.
+    pub fn log(&self) -> Option<&Path> {
+        let compute = match self {
+            Command::Quantize(args) => &args.compute,
+            Command::Plan(args) => &args.run.compute,
+            Command::Eval(args) => &args.compute,
+            Command::Compare(args) => &args.compute,
+            Command::Build(args) => &args.compute,
+            Command::Demo(args) => &args.compute,
+            _ => return None,
+        };
+        compute.log.as_deref()
+    }
+
     /// What the command writes, as far as its words and its recipe say.
     pub fn outputs(&self) -> Vec<PathBuf> {
         match self {
@@ -163,6 +177,10 @@ pub struct Compute {
     /// GPU: wait for each operation, and print where the time went at the end.
     #[arg(long, help_heading = COMPUTATION)]
     pub profile: bool,
+    /// Write a log here: decisions, stages, every linear and window, timings, each with its time and level. A log that is there is
+    /// continued.
+    #[arg(long, help_heading = COMPUTATION, value_name = "FILE")]
+    pub log: Option<PathBuf>,
     /// Print errors only: no progress and no summary.
     #[arg(long, help_heading = COMPUTATION, short)]
     pub quiet: bool,
@@ -318,7 +336,7 @@ pub struct Quantize {
     /// What may also stand in a recipe.
     #[command(flatten)]
     pub request: Request,
-    /// A recipe.toml with any of these settings, and exceptions for some linears. If a flag and the file give the same setting,
+    /// A recipe.toml with any of these settings, and exceptions for some linears, or a recipe.yaml of llm-compressor. If a flag and the file give the same setting,
     /// the flag counts.
     #[arg(long, help_heading = OUTPUT, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
@@ -473,7 +491,7 @@ pub struct Compare {
     /// The schemes, the folder of the report, and the flags of calibration.
     #[command(flatten)]
     pub schemes: Schemes,
-    /// A recipe.toml with settings for all schemes, and exceptions for some linears; flags go before it.
+    /// A recipe.toml with settings for all schemes, and exceptions for some linears, or a recipe.yaml of llm-compressor; flags go before it.
     #[arg(long, help_heading = OUTPUT, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
     /// Calibrate every scheme by itself, as if it were the only one.

@@ -32,6 +32,7 @@ use crate::report::{BitsPerWeight, FileReport, HiddenStates, Limits, Protocol, Q
 use crate::targets::{HeldOut, Output, Papers, Target, Words, target};
 use crate::text::{HELD_OUT, ModelText, load_text};
 use crate::verify::{Reference, compare_hidden, declared_activations, evaluate};
+use crate::words::one_line;
 
 pub use planned::{
     Planned, PlannedFile, PlannedFold, PlannedLinear, PlannedOutput, PlannedPart, PlannedSeconds, Serving, Takes,
@@ -161,7 +162,9 @@ impl<'a> Job<'a> {
     pub fn run<B: Backend>(self, backend: &B, progress: &mut Progress) -> Result<Vec<Report>> {
         let outputs: Vec<(PathBuf, bool)> =
             self.outputs.iter().map(|output| (output.path.clone(), output.recipe.gguf.is_some())).collect();
+        tracing::info!("reading {}", self.model.display());
         self.work(backend, progress)
+            .inspect(|reports| outputs.iter().zip(reports).for_each(|((path, _), report)| log(path, report)))
             .map_err(|error| outputs.iter().fold(error, |error, (output, single)| error.of_output(output, *single)))
     }
 
@@ -623,6 +626,23 @@ impl<'a> Job<'a> {
             expected_memory_bytes: group.expected,
             peak_memory_bytes: peak_memory(),
         })
+    }
+}
+
+/// Puts into the log what was made.
+fn log(output: &Path, report: &Report) {
+    let shown = output.display();
+    let Seconds { prepare, verify, total, stages } = report.seconds;
+    tracing::info!(bpw = report.bpw.quantized, linears = report.linears.len(), "{shown} is written");
+    tracing::info!(prepare, verify, total, "{shown}: {stages:?}");
+    if let Some(quality) = &report.quality {
+        let beside = quality.beside.as_ref();
+        let (kld, top1) = (beside.map(|beside| beside.kld_mean), beside.map(|beside| beside.top1_agreement));
+        tracing::info!(perplexity = quality.perplexity, kld, top1, "{shown} is measured");
+    }
+    report.interrupted.iter().chain(&report.notes).for_each(|note| tracing::info!("{shown}: {}", one_line(note)));
+    for missed in report.verdict.iter().flat_map(|verdict| &verdict.missed) {
+        tracing::warn!("{shown}: {missed}");
     }
 }
 

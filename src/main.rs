@@ -87,6 +87,7 @@ fn work(cli: Cli) -> u8 {
     match std::panic::catch_unwind(AssertUnwindSafe(|| run(cli))) {
         Ok(Ok(code)) => code,
         Ok(Err(error)) => {
+            tracing::error!("{}", words::one_line(&error.to_string()));
             // Ours say their cause themselves; the chain would say it twice.
             match error.downcast_ref::<Error>() {
                 Some(error) => tell(&format!("error: {error}")),
@@ -110,7 +111,31 @@ fn work(cli: Cli) -> u8 {
     }
 }
 
+/// Opens a log for all that is done from now on.
+///
+/// Fails where something else lies at its place.
+fn log(path: &Path) -> Result<(), Error> {
+    use std::io::Read;
+    let (open, read) = (Error::io(path, "write a log to"), Error::io(path, "read"));
+    let mut file = std::fs::File::options().create(true).read(true).append(true).open(path).map_err(open)?;
+    let mut start = Vec::new();
+    (&mut file).take(64).read_to_end(&mut start).map_err(read)?;
+    // A log begins with a time, and then says whose it is.
+    if !start.is_empty() && !(start[0].is_ascii_digit() && String::from_utf8_lossy(&start).contains(" INFO quantc:")) {
+        return Err(Error::usage(format!(
+            "--log {}: is there already, and is no log: name another file",
+            path.display()
+        )));
+    }
+    let writer = Mutex::new(file);
+    tracing_subscriber::fmt().with_max_level(tracing::Level::DEBUG).with_ansi(false).with_writer(writer).init();
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    tracing::info!("quantc {} {}", env!("CARGO_PKG_VERSION"), words::one_line(&words.join(" ")));
+    Ok(())
+}
+
 fn run(mut cli: Cli) -> anyhow::Result<u8> {
+    cli.command.log().map_or(Ok(()), log)?;
     for model in cli.command.models_mut() {
         *model = quantc::locate(model)?;
     }
@@ -356,7 +381,8 @@ fn build(args: Build) -> anyhow::Result<u8> {
         say(&format!("{}\n", serde_json::to_string_pretty(&build::schema())?))?;
         return Ok(0);
     }
-    let project = build::Build::open(&args.project, args.verify)?;
+    let data = args.compute.data()?;
+    let project = build::Build::open(&args.project, data.means(), args.verify)?;
     let own = project.inputs_and_lock();
     let own: Vec<&Path> = own.iter().map(PathBuf::as_path).collect();
     let all: Vec<PathBuf> = project.standings().iter().map(|standing| standing.path.clone()).collect();
@@ -389,7 +415,7 @@ fn build(args: Build) -> anyhow::Result<u8> {
         }
         return Ok(code);
     }
-    let (progress, compute) = start(&args.compute, args.compute.data()?)?;
+    let (progress, compute) = start(&args.compute, data)?;
     let mut progress = progress.listened(listener(&args.gates));
     let earlier: Vec<_> = project.redone_places().iter().map(|place| Earlier::at(place)).collect();
     let how = (args.force, args.wait);

@@ -226,7 +226,9 @@ impl Progress {
     pub fn start(&mut self, what: impl Into<String>, work: u64) -> Result<()> {
         self.check()?;
         self.bar.finish_and_clear();
+        self.log_end();
         let what = what.into();
+        tracing::info!(work, "{what} begins");
         if self.terminal {
             let style = ProgressStyle::with_template("{msg} {bar:32} {percent} %  {elapsed}{left}");
             let style = style.expect("a valid template").with_key(
@@ -254,6 +256,7 @@ impl Progress {
     pub fn part(&self, part: impl Into<String>) {
         let mut stage = self.stage();
         stage.part = part.into();
+        tracing::debug!("{}", stage.name());
         self.bar.set_message(stage.name());
     }
 
@@ -294,6 +297,7 @@ impl Progress {
     /// A line before the work, whatever standard error is.
     #[cfg_attr(doc, doc(hidden))]
     pub fn say(&self, text: &str) {
+        tracing::info!("{}", one_line(text));
         if self.says {
             tell(text);
         }
@@ -315,6 +319,15 @@ impl Progress {
         }
     }
 
+    /// The stage that was at work is over.
+    fn log_end(&self) {
+        let stage = self.stage();
+        if !stage.what.is_empty() {
+            let seconds = stage.started.elapsed().as_secs_f64();
+            tracing::info!(seconds, done = stage.done, work = stage.all, "{} ends", stage.what);
+        }
+    }
+
     fn stage(&self) -> MutexGuard<'_, Stage> {
         self.stage.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -323,6 +336,7 @@ impl Progress {
 impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
+        self.log_end();
     }
 }
 

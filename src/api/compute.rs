@@ -3,10 +3,11 @@
 use std::str::FromStr;
 use std::sync::Arc;
 
-use kernels::{Cpu, Cuda, cuda};
+use kernels::{Cpu, Cuda, Memory, cuda};
 use serde::{Deserialize, Serialize};
 
 use super::at_least_one;
+use crate::build::Means;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::progress::Progress;
@@ -142,6 +143,17 @@ impl Compute {
         Ok((Compute { threads: None, ..self }, fewer))
     }
 
+    /// What of it changes what is written.
+    #[cfg_attr(doc, doc(hidden))]
+    pub fn means(&self) -> Means {
+        let device = match self.device.0 {
+            Kind::Auto => None,
+            Kind::Cpu => Some("cpu"),
+            Kind::Cuda(_) => Some("cuda"),
+        };
+        Means { device, math: if self.math == Math::F32 { "f32" } else { "auto" } }
+    }
+
     /// How many threads to start; a note where that is fewer than were asked for.
     fn threads(&self) -> Result<(usize, Option<String>)> {
         at_least_one("--threads", self.threads.map(|threads| threads as u64))?;
@@ -165,6 +177,8 @@ impl Compute {
         let run = |progress: &mut Progress| {
             let (engine, left) = self.engine()?;
             left.into_iter().for_each(|note| progress.say(&format!("note: {note}")));
+            let name = crate::with_backend!(&engine, backend => backend.name());
+            tracing::info!("computing on {name}");
             let done = work(&engine, progress)?;
             engine.profile().into_iter().for_each(|profile| progress.print(&profile));
             Ok(done)

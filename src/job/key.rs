@@ -7,7 +7,9 @@ use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
+use crate::output::Look;
 use crate::output::hashing::{hash_beside, hashed};
+
 use crate::recipe::Recipe;
 use crate::report::FileReport;
 use crate::verify::KeptStates;
@@ -76,9 +78,7 @@ fn looked_at(paths: Vec<PathBuf>) -> Value {
     Value::Object(paths.iter().filter_map(named).collect::<Map<String, Value>>())
 }
 
-/// Size and time of a file, by which it is known again; null where there is none.
+/// Size and time of a file; null where there is none.
 fn stamp(path: &Path) -> Value {
-    let Ok(metadata) = std::fs::metadata(path) else { return Value::Null };
-    let modified = metadata.modified().ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
-    json!([metadata.len(), modified.map(|time| time.as_nanos().to_string())])
+    Look::of(path).map_or(Value::Null, |look| json!([look.bytes, look.modified]))
 }

@@ -381,6 +381,10 @@ impl<'a, B: Backend> Task<'a, B> {
 
     fn record(&mut self, report: LinearReport, progress: &Progress) -> Result<()> {
         progress.line(|| describe(&report));
+        match &report.fallback {
+            Some(_) => tracing::warn!(tokens = report.tokens, damp = report.damp, "{}", describe(&report)),
+            None => tracing::debug!(tokens = report.tokens, damp = report.damp, "{}", describe(&report)),
+        }
         let cost = self.costs.get(&report.name).copied().unwrap_or(0);
         self.done.linears.push(report);
         progress.step(cost)

@@ -149,3 +149,35 @@ fn the_action_and_the_example_for_gitlab_run() {
     let summary = std::fs::read_to_string(room.path("quantc-summary.md")).unwrap();
     assert!(summary.contains("✅ up to date"), "{summary}");
 }
+
+#[test]
+fn a_log_tells_what_was_done_and_replaces_nothing() {
+    let room = Room::new();
+    room.model();
+    let words =
+        ["quantize", "model", "-o", "out", "--method", "rtn", "--group-size", "64", "--verify-windows", "1", "--force"];
+    let quiet = |more: &[&str]| room.run([&words[..], &["-q"], more].concat());
+    quiet(&[]).succeeds();
+    let run = quiet(&["--log", "run.log"]);
+    run.succeeds();
+    assert!(run.stdout().is_empty() && run.stderr().is_empty(), "{}{}", run.stdout(), run.stderr());
+    let log = std::fs::read_to_string(room.path("run.log")).unwrap();
+    for told in [
+        " INFO quantc: quantc 0.",
+        "INFO quantc::api::compute: computing on CPU",
+        "INFO quantc::progress: quantizing begins",
+        "DEBUG quantc::pipeline::solve: model.layers.0.self_attn.q_proj",
+        "INFO quantc::progress: measuring the model beside the original ends seconds=",
+        "INFO quantc::job: out is measured perplexity=",
+    ] {
+        assert!(log.contains(told), "no `{told}` in:\n{log}");
+    }
+    assert_eq!(log.matches("quantc::pipeline::solve: ").count(), 28, "a line for each linear");
+    // It goes on where it was, and takes no other file's place.
+    room.run(["plan", "nowhere", "--log", "run.log"]).refuses(1, &["nowhere"]);
+    let both = std::fs::read_to_string(room.path("run.log")).unwrap();
+    assert!(both.starts_with(&log) && both.contains("ERROR quantc: nowhere"), "{both}");
+    let config = std::fs::read(room.path("model/config.json")).unwrap();
+    quiet(&["--log", "model/config.json"]).refuses(2, &["--log model/config.json", "is no log"]);
+    assert_eq!(std::fs::read(room.path("model/config.json")).unwrap(), config);
+}
