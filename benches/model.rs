@@ -141,7 +141,8 @@ fn block(c: &mut Criterion) {
 fn gptq(c: &mut Criterion) {
     const SEQUENCES: usize = 16;
     let model = Model::new();
-    let request = Request { bits: Some(4), group_size: Some(64), ..Request::default() };
+    let mut request = Request::default();
+    (request.bits, request.group_size) = (Some(4), Some(64));
     let recipe = Recipe::resolve(request).expect("valid");
     let samples = Samples {
         sequences: model.sequences(SEQUENCES),

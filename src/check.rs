@@ -18,6 +18,7 @@ use crate::weights::Entry;
 
 /// What was found of a checkpoint.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Checked {
     /// The path that was checked.
     pub path: String,
@@ -35,6 +36,7 @@ pub struct Checked {
 
 /// A file of weights.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct CheckedFile {
     /// Its name, without the folder.
     pub name: String,
@@ -192,6 +194,7 @@ fn parts_alone<'n>(names: impl Iterator<Item = &'n str>) -> Option<String> {
 
 impl Checked {
     /// What is found of one that cannot even be opened.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn broken(path: &Path, fault: String) -> Checked {
         let path = path.display().to_string();
         Checked { path, files: Vec::new(), tensors: 0, values: 0, faults: vec![fault], notes: Vec::new() }

@@ -3,17 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use clap::{ArgAction, ArgMatches, Args, FromArgMatches, Parser, Subcommand};
-use kernels::{Cpu, Cuda, cuda};
-use std::sync::Arc;
 
+use crate::api::{self, Evaluate, Job, Math, Serve};
 use crate::build::Project;
 use crate::error::{Error, Result};
-use crate::memory;
 use crate::output::check_beside;
 use crate::recipe::Request;
 use crate::recipe::headings::{COMPUTATION, OUTPUT, PIPELINE, VERIFICATION};
-use crate::report::Limits;
-use crate::report::gates::share;
+use crate::report::gates;
 
 /// Quantizes language models for the runtimes that serve them, and proves that they are still themselves.
 #[derive(Debug, Parser)]
@@ -175,96 +172,14 @@ pub struct Compute {
 }
 
 impl Compute {
-    /// The engine that was asked for, and for `auto` why a GPU that is there was left.
+    /// The same as data.
     ///
-    /// Fails where a GPU was asked for and cannot be used.
-    pub fn engine(&self) -> Result<(Engine, Option<String>)> {
-        let exact = self.math == "f32";
-        let budget = self.gpu_memory.as_deref().map(bytes).transpose()?;
-        let cpu = || Engine::Cpu(if exact { Cpu::exact() } else { Cpu::default() });
-        let gpu = |ordinal: usize| -> Result<Engine> {
-            let card = cuda::Card::open(ordinal)?;
-            let card = Arc::new(if self.profile { card.profiled() } else { card });
-            let cuda = Cuda::new(card.clone(), budget)?.with_host(memory::Free::now().map_or(0, |free| free.bytes / 2));
-            Ok(Engine::Cuda(if exact { cuda.exact() } else { cuda }, card))
-        };
-        match self.device.split_once(':') {
-            None if self.device == "cpu" && budget.is_some() => {
-                Err(Error::usage("--gpu-memory is for a GPU, and --device is cpu"))
-            }
-            None if self.device == "cpu" => Ok((cpu(), None)),
-            None if self.device == "cuda" => Ok((gpu(0)?, None)),
-            None if self.device == "auto" => match cuda::cards() {
-                // No driver, or no card: nothing is missed.
-                Err(_) => Ok((cpu(), None)),
-                Ok(cards) => match cards.iter().find(|card| card.unusable.is_none()).map(|card| gpu(card.ordinal)) {
-                    Some(Ok(engine)) => Ok((engine, None)),
-                    Some(Err(error)) => Ok((cpu(), Some(format!("{} is not used: {error}", cards[0].name)))),
-                    None => {
-                        let why = cards.first().and_then(|card| Some((card.name.clone(), card.unusable.clone()?)));
-                        Ok((cpu(), why.map(|(name, why)| format!("{name} is not used: {why}"))))
-                    }
-                },
-            },
-            Some(("cuda", number)) if number.parse::<usize>().is_ok() => {
-                Ok((gpu(number.parse().expect("a number"))?, None))
-            }
-            _ => Err(Error::usage(format!(
-                "--device `{}` is not known: there are auto, cpu, cuda and cuda:N",
-                self.device
-            ))),
-        }
-    }
-}
-
-/// What computes.
-pub enum Engine {
-    /// The CPU.
-    Cpu(Cpu),
-    /// A GPU, and the card behind it.
-    Cuda(Cuda, Arc<cuda::Card>),
-}
-
-impl Engine {
-    /// Where a GPU's time went, if that was asked for, and how much was copied to it in no time.
-    pub fn profile(&self) -> Option<String> {
-        match self {
-            Engine::Cpu(_) => None,
-            Engine::Cuda(cuda, card) => {
-                let ahead = cuda.usage().ahead as f64 / 1e6;
-                Some(format!("{}sent ahead {ahead:.3} MB\n", card.profile()?.text()))
-            }
-        }
-    }
-}
-
-/// Runs an expression with the backend of an engine.
-#[macro_export]
-macro_rules! with_backend {
-    ($engine:expr, $backend:ident => $work:expr) => {
-        match $engine {
-            $crate::cli::Engine::Cpu($backend) => $work,
-            $crate::cli::Engine::Cuda($backend, _) => $work,
-        }
-    };
-}
-
-/// Bytes, as `8GiB`, `8G` or `500MB`: powers of 1024 with an i, of 1000 without.
-fn bytes(text: &str) -> Result<u64> {
-    let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(split);
-    let unit = match unit.trim().to_ascii_lowercase().as_str() {
-        "g" | "gb" => 1_000_000_000,
-        "gi" | "gib" => 1 << 30,
-        "m" | "mb" => 1_000_000,
-        "k" | "kb" => 1_000,
-        "ki" | "kib" => 1 << 10,
-        "mi" | "mib" => 1 << 20,
-        _ => 0,
-    };
-    match number.parse::<f64>() {
-        Ok(number) if number > 0.0 && number < 1e6 && unit > 0 => Ok((number * unit as f64) as u64),
-        _ => Err(Error::usage(format!("--gpu-memory `{text}` is not a size; say 8GiB or 500MB"))),
+    /// Fails for a device that is not known.
+    pub fn data(&self) -> Result<api::Compute> {
+        let mut data = api::Compute::on(self.device.parse()?);
+        (data.threads, data.gpu_memory, data.profile) = (self.threads, self.gpu_memory.clone(), self.profile);
+        data.math = if self.math == "f32" { Math::F32 } else { Math::Auto };
+        Ok(data)
     }
 }
 
@@ -333,17 +248,12 @@ pub struct Bounds {
 }
 
 impl Bounds {
-    /// The limits, as they were given and as a baseline sets them.
-    ///
-    /// Fails where the baseline has no report, or says nothing of quality.
-    pub fn limits(&self) -> Result<Limits> {
-        let Bounds { max_ppl_ratio, max_kld, min_top1, .. } = *self;
-        let limits = Limits { max_ppl_ratio, max_kld, min_top1, baseline: None };
-        let regression = self.max_regression.as_deref().map(|text| share("--max-regression", text)).transpose()?;
-        match &self.baseline {
-            Some(baseline) => limits.relative(baseline, regression.unwrap_or(0.0)),
-            None => Ok(limits),
-        }
+    /// The same as data.
+    pub fn data(&self) -> gates::Bounds {
+        let mut data = gates::Bounds::default();
+        (data.max_ppl_ratio, data.max_kld, data.min_top1) = (self.max_ppl_ratio, self.max_kld, self.min_top1);
+        (data.baseline, data.max_regression) = (self.baseline.clone(), self.max_regression.clone());
+        data
     }
 }
 
@@ -441,6 +351,21 @@ pub struct Quantize {
     pub compute: Compute,
 }
 
+impl Quantize {
+    /// The same as data.
+    ///
+    /// Fails for a device that is not known.
+    pub fn data(&self) -> Result<Job> {
+        let mut job = Job::of(&self.model, self.request.clone());
+        (job.output, job.targets, job.recipe) = (self.output.clone(), self.target.clone(), self.recipe.clone());
+        (job.verify_text, job.verify_windows) = (self.verify_text.clone(), self.verify_windows);
+        (job.independent, job.force, job.no_resume, job.wait) =
+            (self.independent, self.force, self.no_resume, self.wait);
+        (job.bounds, job.compute) = (self.limits.data(), self.compute.data()?);
+        Ok(job)
+    }
+}
+
 /// `quantc plan`.
 #[derive(Debug, Args)]
 pub struct Plan {
@@ -466,6 +391,17 @@ pub struct Plan {
     /// Print JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+impl Plan {
+    /// What is asked about serving, as data.
+    pub fn serve(&self) -> Serve {
+        let mut serve = Serve::default();
+        (serve.context, serve.batch, serve.tensor_parallel) =
+            (self.context, Some(self.batch), Some(self.tensor_parallel));
+        (serve.runtime, serve.gpu) = (self.runtime.clone(), self.gpu.clone());
+        serve
+    }
 }
 
 /// `quantc eval`.
@@ -511,6 +447,21 @@ pub struct Eval {
     pub compute: Compute,
 }
 
+impl Eval {
+    /// The same as data.
+    ///
+    /// Fails for a device that is not known.
+    pub fn data(&self) -> Result<Evaluate> {
+        let mut ask = Evaluate::new(&self.models);
+        (ask.adapter, ask.reference) = (self.adapter.clone(), self.reference.clone());
+        (ask.reference_adapter, ask.text) = (self.reference_adapter.clone(), self.text.clone());
+        (ask.context, ask.windows) = (self.context, self.windows);
+        (ask.protocol, ask.activations) = (self.protocol.clone(), self.activations.clone());
+        (ask.bounds, ask.compute) = (self.limits.data(), self.compute.data()?);
+        Ok(ask)
+    }
+}
+
 /// `quantc compare`.
 #[derive(Debug, Args)]
 pub struct Compare {
@@ -546,6 +497,21 @@ pub struct Compare {
     /// Flags for the computation.
     #[command(flatten)]
     pub compute: Compute,
+}
+
+impl Compare {
+    /// The same as data.
+    ///
+    /// Fails for a device that is not known.
+    pub fn data(&self) -> Result<api::Compare> {
+        let Schemes { schemes, report, request } = &self.schemes;
+        let mut ask = api::Compare::new(&self.model, schemes, report);
+        (ask.also, ask.request, ask.recipe) = (self.also.clone(), request.clone(), self.recipe.clone());
+        (ask.text, ask.context, ask.windows) = (self.text.clone(), self.context, self.windows);
+        (ask.tasks, ask.independent, ask.keep) = (self.tasks.clone(), self.independent, self.keep);
+        ask.compute = self.compute.data()?;
+        Ok(ask)
+    }
 }
 
 /// What `quantize` takes of calibration, with `--scheme` as often as there are schemes and a folder as `--report`.

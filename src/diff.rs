@@ -15,6 +15,7 @@ use crate::words::{counted, one_line, starred};
 
 /// What differs between two checkpoints, A and B.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Diff {
     /// Where A is.
     pub a: String,
@@ -36,6 +37,7 @@ pub struct Diff {
 
 /// A tensor that differs.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Differing {
     /// Its Hugging Face name, whatever the formats.
     pub name: String,
@@ -50,6 +52,7 @@ pub struct Differing {
 
 /// How a tensor is held.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct HeldAs {
     /// Its shape, `[out, in]` for a linear.
     pub shape: Vec<usize>,

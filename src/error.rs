@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 /// The result of everything in this crate that can fail.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// A failure, told in one sentence.
+/// A failure, told in one sentence that names files and tensors, and what to do.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The request cannot be met as it was made: exit code 2.
     #[error("{0}")]
@@ -14,10 +15,15 @@ pub enum Error {
     /// The work could not be done: exit code 1.
     #[error("{0}")]
     Failed(String),
+    /// The work was stopped by who had asked for it: exit code 1.
+    #[error("the work was stopped before it was done")]
+    Cancelled,
     /// A file or tensor is not what it should be: exit code 1.
+    #[cfg_attr(doc, doc(hidden))]
     #[error(transparent)]
     Format(#[from] formats::Error),
     /// The device failed: exit code 1.
+    #[cfg_attr(doc, doc(hidden))]
     #[error(transparent)]
     Device(#[from] kernels::Error),
     /// The operating system refused: exit code 1.
@@ -34,23 +40,26 @@ pub enum Error {
 
 impl Error {
     /// A request that cannot be met as it was made.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn usage(why: impl Into<String>) -> Error {
         Error::Usage(why.into())
     }
 
     /// Work that could not be done.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn failed(why: impl Into<String>) -> Error {
         Error::Failed(why.into())
     }
 
     /// Names the path and the attempt that `source` belongs to; for `map_err`.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn io(path: impl AsRef<Path>, doing: &'static str) -> impl FnOnce(std::io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
         move |source| Error::Io { path, doing, source }
     }
 
-    /// Whether the same command may well succeed later: a full disk, a file that could not be written or read, memory that could not be
-    /// had.
+    /// Whether the same request may well succeed later: a full disk, a file that could not be written or read, memory that could not be
+    /// had, work that was stopped.
     pub fn may_pass(&self) -> bool {
         use std::error::Error as _;
         // What we find fault with ourselves has no number of the system's.
@@ -58,6 +67,7 @@ impl Error {
         match self {
             Error::Io { source, .. } => by_system(source),
             Error::Format(error) => error.source().and_then(|source| source.downcast_ref()).is_some_and(by_system),
+            Error::Cancelled => true,
             Error::Device(error) => matches!(error, kernels::Error::Device(_)),
             Error::Usage(_) | Error::Failed(_) => false,
         }

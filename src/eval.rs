@@ -44,6 +44,7 @@ pub struct Evaluation<'a> {
 
 /// What was found of one model.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Entry {
     /// How good it is.
     #[serde(flatten)]
@@ -58,6 +59,7 @@ pub struct Entry {
 
 /// How large a model is.
 #[derive(Clone, Copy, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Size {
     /// Bits per weight over all of its tensors.
     pub bpw: f64,
@@ -66,7 +68,9 @@ pub struct Size {
 }
 
 /// What was found of every model, in the order in which they were named.
-pub struct Found {
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Evaluated {
     /// Of each model, in the order in which they were asked for.
     pub models: Vec<Entry>,
     /// The size of the reference.
@@ -89,7 +93,7 @@ impl Evaluation<'_> {
     ///
     /// Fails for limits without a reference, for one adapter with several models, and for models that make other tokens of the text than
     /// the rest, all before anything runs.
-    pub fn run<B: Backend>(&self, backend: &B, progress: &mut Progress) -> Result<Found> {
+    pub fn run<B: Backend>(&self, backend: &B, progress: &mut Progress) -> Result<Evaluated> {
         self.check()?;
         let (mut notes, mut remarks) = (Vec::new(), Vec::new());
         let opened = self.open(&mut notes, &mut remarks)?;
@@ -120,7 +124,7 @@ impl Evaluation<'_> {
             size: Size::of(model),
             quality,
         };
-        Ok(Found {
+        Ok(Evaluated {
             models: found.into_iter().zip(models).map(entry).collect(),
             reference: reference.map(Size::of),
             notes,
@@ -219,6 +223,7 @@ impl Evaluation<'_> {
 
 impl Size {
     /// That of a checkpoint.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn of(model: &Checkpoint) -> Size {
         let values = |shape: &[usize]| shape.iter().product::<usize>() as u64;
         let bytes = model.entries().iter().map(|entry| entry.stored_bytes).sum::<u64>();
@@ -227,7 +232,7 @@ impl Size {
     }
 }
 
-impl Found {
+impl Evaluated {
     /// For people: all that is known of one model; of several a table, with a line for the reference and one for each model.
     pub fn text(&self) -> String {
         match &self.models[..] {
@@ -240,6 +245,7 @@ impl Found {
     /// For programs: an object for one model, and a list of such, each with its size, for several.
     ///
     /// Fails where a number cannot be written.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn json(&self) -> serde_json::Result<Value> {
         let [Entry { quality, verdict, .. }] = &self.models[..] else { return serde_json::to_value(&self.models) };
         let mut value = serde_json::to_value(quality)?;

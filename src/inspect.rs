@@ -14,6 +14,7 @@ use crate::words::one_line;
 
 /// A checkpoint's content.
 #[derive(Debug, Serialize)]
+#[non_exhaustive]
 pub struct Inspection {
     /// Where it is.
     pub path: String,
@@ -33,12 +34,17 @@ pub struct Inspection {
     #[serde(skip)]
     pub single: bool,
     /// What blocks compute, where that was asked for.
+    #[cfg_attr(doc, doc(hidden))]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub program: Option<Vec<Shown>>,
+    /// What there is to say of it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 /// All tensors stored in one way.
 #[derive(Debug, Serialize)]
+#[non_exhaustive]
 pub struct TypeShare {
     /// The way.
     #[serde(rename = "type")]
@@ -55,6 +61,7 @@ pub struct TypeShare {
 
 /// One tensor.
 #[derive(Debug, Serialize)]
+#[non_exhaustive]
 pub struct TensorInfo {
     /// Its name.
     pub name: String,
@@ -118,6 +125,7 @@ pub fn inspect(checkpoint: &Checkpoint) -> Inspection {
         tensors,
         single: checkpoint.gguf().is_some(),
         program: None,
+        notes: checkpoint.remarks(),
     }
 }
 

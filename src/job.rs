@@ -181,6 +181,7 @@ impl<'a> Job<'a> {
         let both: Vec<(&dyn Target<B>, &Staging)> = targets.iter().map(|target| &**target).zip(&stagings).collect();
         let mut run = Run { started, hashing, ..Run::of(&source, &graph) };
         let (said, groups) = self.prepare((Device::of(backend), progress), &mut run, &targets)?;
+        progress.check()?;
         let prepare = started.elapsed().as_secs_f64();
         let reports =
             self.make(backend, &mut run, (&said, &groups, prepare), &both, progress).inspect_err(|error| {

@@ -11,33 +11,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use calibration::samples::GUARDED;
 use clap::{CommandFactory, Parser};
 use formats::Dtype;
-use quantc::checkpoint::cached;
-use quantc::cli::{self, Build, Clean, Cli, Command, Compare, Compute, Engine, Eval, Gates, Inspect, Plan, Quantize};
-use quantc::compare::{self, Comparison};
-use quantc::eval::Evaluation;
-use quantc::job::{Asked, Job, Verification};
-use quantc::mixes::Mix;
+use quantc::cli::{self, Build, Clean, Cli, Command, Compare, Compute, Eval, Gates, Inspect, Plan, Quantize};
 use quantc::output::{self, Place, SideOutput, Unfinished, remove_made, sweep, unfinished};
-use quantc::progress::{Listener, Progress};
-use quantc::recipe::{Request, named, unknown_tensors};
+use quantc::progress::{Listener, Progress, Update};
+use quantc::recipe::unknown_tensors;
+use quantc::report::Report;
 use quantc::report::gates::{Case, Earlier, annotation};
-use quantc::report::{Activations, Protocol, Report};
-use quantc::serving::{Gpu, Runtime};
 use quantc::supervisor::{self, End};
-use quantc::targets::{Output, Requested, requested, resolved, schemes};
 use quantc::words::{self, tell};
-use quantc::{
-    Checkpoint, Error, build, check, convert, demo, devices, diff, inspect as inspection, merge, report, with_backend,
-};
+use quantc::{Error, build, check, convert, demo, devices, merge, report, with_backend};
 
 /// The output is there, and its quality is below the limits.
 const BELOW_THE_BAR: u8 = 3;
 
 /// Notes of one output that a terminal shows.
 const NOTES: usize = 12;
-
-/// Threads that are started for each core at the most.
-const MOST_THREADS: usize = 4;
 
 /// Bytes of the stack that everything but the work of further threads has.
 const STACK: usize = 16 << 20;
@@ -124,18 +112,20 @@ fn work(cli: Cli) -> u8 {
 
 fn run(mut cli: Cli) -> anyhow::Result<u8> {
     for model in cli.command.models_mut() {
-        if let Some(found) = cached(model)? {
-            *model = found;
-        }
+        *model = quantc::locate(model)?;
     }
     match cli.command {
         Command::Demo(args) => {
             if let Some(folder) = args.export {
-                demo::export(&folder)?;
+                quantc::demo_model(&folder)?;
                 return Ok(0);
             }
-            let (mut progress, engine) = start(&args.compute)?;
-            let table = with_backend!(&engine, backend => demo::run(backend, &mut progress))?;
+            let (mut progress, compute) = start(&args.compute, args.compute.data()?)?;
+            let table = compute.run(
+                &mut progress,
+                |engine, progress| with_backend!(engine, backend => demo::run(backend, progress)),
+            )?;
+            drop(progress);
             if !args.compute.quiet {
                 say(&table)?;
             }
@@ -154,7 +144,7 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
             told(&gates, project, || build(args))
         }
         Command::Check(args) => {
-            let checked = match check::check(&args.path) {
+            let checked = match quantc::check(&args.path) {
                 Err(error) if args.json && args.path.exists() => check::Checked::broken(&args.path, error.to_string()),
                 checked => checked?,
             };
@@ -164,7 +154,7 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
             Ok(u8::from(!checked.faults.is_empty()))
         }
         Command::Diff(args) => {
-            let diff = diff::diff(&args.a, &args.b)?;
+            let diff = quantc::diff(&args.a, &args.b)?;
             show(args.json, &diff, || diff.text())?;
             Ok(0)
         }
@@ -235,12 +225,8 @@ fn say(text: &str) -> Result<(), Error> {
 
 /// Shows what is in a checkpoint.
 fn inspect(args: &Inspect) -> anyhow::Result<u8> {
-    let checkpoint = Checkpoint::open(&args.path)?;
-    checkpoint.remarks().iter().for_each(|note| tell(&format!("note: {note}")));
-    let mut inspection = inspection::inspect(&checkpoint);
-    if args.program {
-        inspection.program = Some(inspection::program(&checkpoint)?);
-    }
+    let inspection = quantc::inspect(&args.path, args.program)?;
+    inspection.notes.iter().for_each(|note| tell(&format!("note: {note}")));
     show(args.json, &inspection, || inspection.text())?;
     Ok(0)
 }
@@ -248,7 +234,7 @@ fn inspect(args: &Inspect) -> anyhow::Result<u8> {
 /// Who prints events, where these are asked for.
 fn listener(gates: &Gates) -> Option<Listener> {
     // Whoever cannot be told any more is told at the end.
-    gates.events.then(|| Box::new(|event: &serde_json::Value| drop(say(&format!("{event}\n")))) as Listener)
+    gates.events.then(|| Box::new(|update: &Update| drop(say(&format!("{}\n", update.event())))) as Listener)
 }
 
 /// Writes JUnit XML and a summary, as far as they are asked for.
@@ -294,82 +280,42 @@ fn told(gates: &Gates, input: String, work: impl FnOnce() -> anyhow::Result<u8>)
     done
 }
 
-/// Sets the threads up, the display, and the device.
-fn start(compute: &Compute) -> anyhow::Result<(Progress, Engine)> {
-    at_least_one("--threads", compute.threads)?;
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = compute.threads.unwrap_or(cores);
-    let most = threads.min(cores * MOST_THREADS);
-    if let Err(error) = rayon::ThreadPoolBuilder::new().num_threads(most).build_global() {
-        // Its cause stands in its own words already.
-        anyhow::bail!(
-            "cannot start {most} threads: {error}; allow this process more of them (ulimit -u) or more memory, or give fewer --threads"
-        );
-    }
-    let (engine, left) = compute.engine()?;
-    let fewer = (most < threads)
-        .then(|| format!("--threads {threads} is more than {cores} cores can use; {most} were started"));
-    if !compute.quiet {
-        left.into_iter().chain(fewer).for_each(|note| tell(&format!("note: {note}")));
-    }
-    Ok((Progress::new(compute.quiet).verbose(compute.verbose), engine))
-}
-
-/// Fails where a flag that counts says 0.
-fn at_least_one(flag: &str, count: Option<usize>) -> Result<(), Error> {
-    if count == Some(0) { Err(Error::usage(format!("{flag} must be at least 1"))) } else { Ok(()) }
-}
-
-/// Fails for windows in which nothing is predicted.
-fn check_windows(context: usize, windows: Option<usize>) -> Result<(), Error> {
-    if context < 2 {
-        return Err(Error::usage("--context must be at least 2: the first token of a window is not predicted"));
-    }
-    at_least_one("--windows", windows)
+/// The display, and where it is computed: on threads that are the whole process's.
+fn start(compute: &Compute, data: quantc::Compute) -> Result<(Progress, quantc::Compute), Error> {
+    let (data, fewer) = data.of_process()?;
+    let progress = Progress::new(compute.quiet).verbose(compute.verbose);
+    fewer.into_iter().for_each(|note| progress.say(&format!("note: {note}")));
+    Ok((progress, data))
 }
 
 fn quantize(args: Quantize) -> anyhow::Result<u8> {
-    at_least_one("--verify-windows", args.verify_windows)?;
-    let (progress, engine) = start(&args.compute)?;
-    let mut progress = progress.listened(listener(&args.gates));
-    let file = args.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
-    let asked = requested(args.request.clone(), file, args.output.clone(), &args.target)?;
+    let mut job = args.data()?;
     if args.discard {
-        for one in &asked {
-            let gone = output::discard(&Place::resolve(&one.path)?)?;
-            let blocks: usize = gone.iter().map(|left| left.blocks).sum();
-            let told = if gone.is_empty() {
-                "nothing was left by a run that is gone".to_owned()
-            } else {
-                format!("{blocks} finished blocks were removed")
+        for (path, blocks) in job.discard()? {
+            let told = match blocks {
+                0 => "nothing was left by a run that is gone".to_owned(),
+                _ => format!("{blocks} finished blocks were removed"),
             };
-            say(&format!("{}: {told}\n", one.path.display()))?;
+            say(&format!("{}: {told}\n", path.display()))?;
         }
         return Ok(0);
     }
-    let (outputs, lead, verification) = what_is_asked(&args, asked)?;
-    let paths: Vec<PathBuf> = outputs.iter().map(|output| output.path.clone()).collect();
-    let (independent, force) = (args.independent, args.force);
-    let (afresh, waits) = (args.no_resume, args.wait);
+    let paths = job.outputs()?;
     args.gates.check(&[&args.model], &paths)?;
     let earlier: Vec<_> = paths.iter().map(|path| Earlier::at(path)).collect();
-    let job = Job { model: &args.model, outputs, lead, independent, verification, force, afresh, waits };
-    let reports = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
-    drop(progress);
+    let (progress, compute) = start(&args.compute, job.compute)?;
+    job.compute = compute;
+    let reports = job.run(progress.listened(listener(&args.gates)))?;
     let made: Vec<(&Path, &Report)> = paths.iter().map(PathBuf::as_path).zip(&reports).collect();
-    conclude(&engine, &made, &earlier, (&args.compute, &args.gates))
+    conclude(&made, &earlier, (&args.compute, &args.gates))
 }
 
 /// Says what was made of a model; the exit code.
 fn conclude(
-    engine: &Engine,
     all: &[(&Path, &Report)],
     earlier: &[Option<Earlier>],
     (compute, gates): (&Compute, &Gates),
 ) -> anyhow::Result<u8> {
-    if let Some(profile) = engine.profile() {
-        profile.trim_end().lines().for_each(tell);
-    }
     // The outputs are there: what cannot be printed any more does not change what was found of them.
     let mut said = Ok(());
     if gates.events {
@@ -440,60 +386,27 @@ fn build(args: Build) -> anyhow::Result<u8> {
         }
         return Ok(code);
     }
-    let (progress, engine) = start(&args.compute)?;
+    let (progress, compute) = start(&args.compute, args.compute.data()?)?;
     let mut progress = progress.listened(listener(&args.gates));
     let earlier: Vec<_> = project.redone_places().iter().map(|place| Earlier::at(place)).collect();
     let how = (args.force, args.wait);
-    let made = with_backend!(&engine, backend => project.make(backend, how, &mut progress))?;
+    let made = compute.run(
+        &mut progress,
+        |engine, progress| with_backend!(engine, backend => project.make(backend, how, progress)),
+    )?;
     drop(progress);
     let made: Vec<(&Path, &Report)> = made.iter().map(|(path, report)| (path.as_path(), report)).collect();
-    Ok(conclude(&engine, &made, &earlier, (&args.compute, &args.gates))?.max(code))
-}
-
-/// The recipes of what is asked for, which of them leads, and what is to be measured.
-fn what_is_asked(args: &Quantize, asked: Vec<Requested>) -> Result<(Vec<Output>, usize, Option<Verification>), Error> {
-    let limits = args.limits.limits()?;
-    limits.check()?;
-    let (text, windows) = (args.verify_text.as_deref(), args.verify_windows);
-    let verification = Verification::asked(text, windows, limits, "--verify-text none")?;
-    let (mut outputs, lead) = resolved(asked, args.recipe.as_deref())?;
-    if verification.is_none() && args.verify_windows.is_some() {
-        let note = "verify_windows has no effect: nothing is measured, as --verify-text none says";
-        outputs.iter_mut().for_each(|output| output.recipe.notes.push(note.to_owned()));
-    }
-    Ok((outputs, lead, verification))
+    Ok(conclude(&made, &earlier, (&args.compute, &args.gates))?.max(code))
 }
 
 /// Says what a run would do. Exit code 2 where the runtime that was named refuses what it would write.
 fn plan(args: Plan) -> anyhow::Result<u8> {
-    let Plan { mut run, context, batch, runtime, gpu, tensor_parallel, json } = args;
-    at_least_one("--verify-windows", run.verify_windows)?;
-    at_least_one("--tensor-parallel", Some(tensor_parallel))?;
-    at_least_one("--batch", usize::try_from(batch).ok())?;
-    at_least_one("--context", context.and_then(|context| usize::try_from(context).ok()))?;
-    let runtime = runtime.as_deref().map(Runtime::parse).transpose()?;
-    let gpu = gpu.as_deref().map(Gpu::parse).transpose()?;
-    let (progress, engine) = start(&run.compute)?;
-    let file = run.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
-    let named = run.output.is_some() || !run.target.is_empty() || !file.target.is_empty();
-    let output = run.output.take().or_else(|| (!named).then(|| nameless(&run.request.clone().or(file.clone()))));
-    let asked = requested(run.request.clone(), file, output, &run.target)?;
-    let (outputs, lead, verification) = what_is_asked(&run, asked)?;
-    let (independent, force) = (run.independent, run.force);
-    let job = Job { model: &run.model, outputs, lead, independent, verification, force, afresh: true, waits: false };
-    let asked = Asked { context, batch, runtime, gpu, tensor_parallel, named, tries: true };
-    let mut progress = progress;
-    progress.say_no_more();
-    let planned = with_backend!(&engine, backend => job.plan(backend, &asked, &progress))?;
-    show(json, &planned, || planned.text())?;
+    let mut job = args.run.data()?;
+    let (progress, compute) = start(&args.run.compute, job.compute)?;
+    job.compute = compute;
+    let planned = job.plan(&args.serve(), progress)?;
+    show(args.json, &planned, || planned.text())?;
     Ok(if planned.refused() { 2 } else { 0 })
-}
-
-/// What an output without a place is called: as a file where a file would be written.
-fn nameless(request: &Request) -> PathBuf {
-    let gguf = request.format.as_deref().is_some_and(|format| format.eq_ignore_ascii_case("gguf"));
-    let mix = request.format.is_none() && request.scheme.as_deref().is_some_and(|name| Mix::parse(name).is_some());
-    PathBuf::from(if gguf || mix { "model.gguf" } else { "model" })
 }
 
 /// What was made of a model, a line for each output.
@@ -569,25 +482,10 @@ fn summarize(report: &Report, output: &Path, verbose: bool) -> Result<(), Error>
 }
 
 fn eval(args: Eval) -> anyhow::Result<u8> {
-    check_windows(args.context, args.windows)?;
-    let (mut progress, engine) = start(&args.compute)?;
-    let asked = Evaluation {
-        models: &args.models,
-        adapter: args.adapter.as_deref(),
-        reference: args.reference.as_deref(),
-        reference_adapter: args.reference_adapter.as_deref(),
-        text: args.text.as_deref(),
-        context: args.context,
-        windows: args.windows,
-        protocol: named("protocol", Protocol::ALL, &args.protocol)?,
-        activations: args.activations.map(|name| named("activations", Activations::ALL, &name)).transpose()?,
-        limits: args.limits.limits()?,
-    };
-    let found = with_backend!(&engine, backend => asked.run(backend, &mut progress))?;
-    drop(progress);
-    if let Some(profile) = engine.profile() {
-        profile.trim_end().lines().for_each(tell);
-    }
+    let mut ask = args.data()?;
+    let (progress, compute) = start(&args.compute, ask.compute)?;
+    ask.compute = compute;
+    let found = ask.run(progress)?;
     let Compute { quiet, verbose, .. } = args.compute;
     if !quiet {
         notes(&found.notes, verbose, "-v shows all");
@@ -609,32 +507,10 @@ fn eval(args: Eval) -> anyhow::Result<u8> {
 
 /// Compares schemes. Exit code 1 where a row failed; the report tells of the others all the same.
 fn compare(args: Compare) -> anyhow::Result<u8> {
-    check_windows(args.context, args.windows)?;
-    let (mut progress, engine) = start(&args.compute)?;
-    let file = args.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
-    let names = args.schemes.schemes;
-    let mut outputs = schemes(args.schemes.request, file, &names)?;
-    outputs.iter_mut().for_each(|output| output.recipe.file = args.recipe.clone());
-    let asked = compare::Asked {
-        text: args.text.as_deref(),
-        context: args.context,
-        windows: args.windows,
-        tasks: args.tasks.as_deref(),
-    };
-    let comparison = Comparison {
-        model: &args.model,
-        schemes: names.into_iter().zip(outputs).collect(),
-        also: &args.also,
-        report: &args.schemes.report,
-        keep: args.keep,
-        independent: args.independent,
-        asked,
-    };
-    let table = with_backend!(&engine, backend => comparison.run(backend, &mut progress))?;
-    drop(progress);
-    if let Some(profile) = engine.profile() {
-        profile.trim_end().lines().for_each(tell);
-    }
+    let mut ask = args.data()?;
+    let (progress, compute) = start(&args.compute, ask.compute)?;
+    ask.compute = compute;
+    let table = ask.run(progress)?;
     let mut said = Ok(());
     if !args.compute.quiet {
         table.said().iter().for_each(|note| tell(&format!("note: {note}")));

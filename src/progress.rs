@@ -1,12 +1,15 @@
 //! What the user sees while work is under way: a bar on a terminal and else a line now and then, and what it will take.
 
 use std::io::IsTerminal;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressState, ProgressStyle};
+use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::error::{Error, Result};
 use crate::words::{one_line, tell};
 
 /// What lies between two lines where standard error is no terminal.
@@ -15,18 +18,77 @@ const BETWEEN: Duration = Duration::from_secs(15);
 /// What has to be seen of a stage before it is said when it will end: so long, and such a share of it.
 const SEEN: (Duration, f64) = (Duration::from_secs(3), 0.01);
 
-/// A progress display; silent when it is asked to be.
+/// How a run tells how far it is, and by what it is stopped.
+///
+/// A library has [`Progress::silent`], which prints nothing, or [`Progress::told`], which calls back; both may be given a [`Cancel`].
 pub struct Progress {
     says: bool,
+    prints: bool,
     terminal: bool,
     verbose: bool,
     bar: ProgressBar,
     stage: Mutex<Stage>,
     listener: Option<Listener>,
+    cancel: Cancel,
 }
 
-/// Who is told what happens, as one JSON object for each event.
-pub type Listener = Box<dyn Fn(&Value) + Send + Sync>;
+/// Who is told how far the work is.
+#[cfg_attr(doc, doc(hidden))]
+pub type Listener = Box<dyn Fn(&Update) + Send + Sync>;
+
+/// How far the work is. A new stage is told when it begins, and then every half second or less often.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct Update {
+    /// What is done, as `quantizing` or `measuring the model`.
+    pub stage: String,
+    /// Where in it the work is, as `window 3 of 8`; empty where that has no name.
+    pub part: String,
+    /// Whether the stage begins with this.
+    pub begins: bool,
+    /// Work of the stage that is done, in a unit of its own.
+    pub done: u64,
+    /// All work of the stage, in the same unit.
+    pub total: u64,
+    /// Seconds until the stage ends, where that can be said yet.
+    pub seconds_left: Option<f64>,
+}
+
+impl Update {
+    /// The event that `--events` prints.
+    #[cfg_attr(doc, doc(hidden))]
+    pub fn event(&self) -> Value {
+        if self.begins {
+            return json!({"event": "stage", "stage": self.stage});
+        }
+        let share = (self.done as f64 / self.total.max(1) as f64).min(1.0);
+        json!({"event": "progress", "stage": self.stage, "part": self.part, "done": share, "seconds_left": self.seconds_left})
+    }
+}
+
+/// Stops a run from another thread, or from its own callback.
+///
+/// Every clone is the same flag. A run looks at it after each linear and each block of a model, fails with [`Error::Cancelled`], and leaves
+/// no output; blocks that are finished are kept, and the same run goes on after them.
+#[derive(Clone, Debug, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+impl Cancel {
+    /// A flag that is not set.
+    pub fn new() -> Cancel {
+        Cancel::default()
+    }
+
+    /// Stops the runs that look at this flag. It cannot be taken back.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it was set.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+}
 
 /// What lies between two events of progress.
 const EVENTS: Duration = Duration::from_millis(500);
@@ -58,18 +120,22 @@ impl Stage {
         }
     }
 
-    /// The event that is to be told when the stage is so old; `None` where the last one was not long ago.
-    fn event(&mut self, age: Duration) -> Option<Value> {
+    /// What is to be told when the stage is so old; `None` where the last update was not long ago.
+    fn update(&mut self, age: Duration) -> Option<Update> {
         let over = self.done >= self.all;
         if age < self.heard + EVENTS && !over {
             return None;
         }
         self.heard = age;
         let share = self.done as f64 / self.all.max(1) as f64;
-        let left = left(age, share).map(|left| left.as_secs_f64());
-        Some(
-            json!({"event": "progress", "stage": self.what, "part": self.part, "done": share.min(1.0), "seconds_left": left}),
-        )
+        Some(Update {
+            stage: self.what.clone(),
+            part: self.part.clone(),
+            begins: false,
+            done: self.done.min(self.all),
+            total: self.all,
+            seconds_left: left(age, share).map(|left| left.as_secs_f64()),
+        })
     }
 
     fn name(&self) -> String {
@@ -106,27 +172,59 @@ fn time(length: Duration) -> String {
 }
 
 impl Progress {
-    /// A display for `quiet` or not.
+    /// Prints nothing.
+    pub fn silent() -> Progress {
+        let mut silent = Progress::new(true);
+        silent.prints = false;
+        silent
+    }
+
+    /// Prints nothing, and calls `listener` with every stage and how far it is. It is called by the threads that work, so it should return
+    /// soon; what it panics with ends the run.
+    pub fn told(listener: impl Fn(&Update) + Send + Sync + 'static) -> Progress {
+        Progress::silent().listened(Some(Box::new(listener)))
+    }
+
+    /// The same, and stops where `cancel` is set.
+    #[must_use]
+    pub fn stopped_by(mut self, cancel: &Cancel) -> Progress {
+        self.cancel = cancel.clone();
+        self
+    }
+
+    /// A display on standard error, for `quiet` or not, as the program has it.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn new(quiet: bool) -> Progress {
         let terminal = !quiet && std::io::stderr().is_terminal();
         let (bar, stage) = (ProgressBar::hidden(), Mutex::new(Stage::begin(String::new(), 0)));
-        Progress { says: !quiet, terminal, verbose: false, bar, stage, listener: None }
+        let cancel = Cancel::new();
+        Progress { says: !quiet, prints: true, terminal, verbose: false, bar, stage, listener: None, cancel }
     }
 
     /// The same, with a line for each linear where there is a bar.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn verbose(mut self, verbose: bool) -> Progress {
         self.verbose = verbose;
         self
     }
 
     /// The same, and tells `listener` of every stage and how far it is.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn listened(mut self, listener: Option<Listener>) -> Progress {
         self.listener = listener;
         self
     }
 
-    /// Starts a stage of so much work, in a unit of its own.
-    pub fn start(&mut self, what: impl Into<String>, work: u64) {
+    /// Fails where the work is to stop.
+    #[cfg_attr(doc, doc(hidden))]
+    pub fn check(&self) -> Result<()> {
+        if self.cancel.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
+
+    /// Starts a stage of so much work, in a unit of its own. Fails where the work is to stop.
+    #[cfg_attr(doc, doc(hidden))]
+    pub fn start(&mut self, what: impl Into<String>, work: u64) -> Result<()> {
+        self.check()?;
         self.bar.finish_and_clear();
         let what = what.into();
         if self.terminal {
@@ -144,38 +242,43 @@ impl Progress {
             self.bar.enable_steady_tick(Duration::from_millis(200));
         }
         if let Some(listener) = &self.listener {
-            listener(&json!({"event": "stage", "stage": what}));
+            let (stage, part) = (what.clone(), String::new());
+            listener(&Update { stage, part, begins: true, done: 0, total: work, seconds_left: None });
         }
         *self.stage() = Stage::begin(what, work);
+        self.check()
     }
 
     /// The work goes on with a part of the stage, as `window 3 of 8`.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn part(&self, part: impl Into<String>) {
         let mut stage = self.stage();
         stage.part = part.into();
         self.bar.set_message(stage.name());
     }
 
-    /// So much work is done.
-    pub fn step(&self, work: u64) {
+    /// So much work is done. Fails where the rest is not to be done.
+    #[cfg_attr(doc, doc(hidden))]
+    pub fn step(&self, work: u64) -> Result<()> {
         self.bar.inc(work);
         let mut stage = self.stage();
         stage.done += work;
         let age = stage.started.elapsed();
-        if let Some(listener) = &self.listener
-            && let Some(event) = stage.event(age)
-        {
-            listener(&event);
+        let update = self.listener.as_ref().and_then(|_| stage.update(age));
+        let line = if self.says && !self.terminal { stage.line(age) } else { None };
+        // Who is told may take long, or panic.
+        drop(stage);
+        if let (Some(listener), Some(update)) = (&self.listener, update) {
+            listener(&update);
         }
-        if self.says
-            && !self.terminal
-            && let Some(line) = stage.line(age)
-        {
+        if let Some(line) = line {
             tell(&line);
         }
+        self.check()
     }
 
     /// So much of the work was done before, and says nothing of how long the rest takes.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn skip(&self, work: u64) {
         let mut stage = self.stage();
         stage.all = stage.all.saturating_sub(work);
@@ -183,18 +286,29 @@ impl Progress {
     }
 
     /// Says nothing more, before and in the work, of several runs that are told together; a bar there still is.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn say_no_more(&mut self) {
         self.says = false;
     }
 
     /// A line before the work, whatever standard error is.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn say(&self, text: &str) {
         if self.says {
             tell(text);
         }
     }
 
+    /// Lines that were asked for by themselves, however quiet the rest is; a library prints nothing.
+    #[cfg_attr(doc, doc(hidden))]
+    pub fn print(&self, text: &str) {
+        if self.prints {
+            text.trim_end().lines().for_each(tell);
+        }
+    }
+
     /// A line above the bar, for who wants to see everything.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn line(&self, text: impl FnOnce() -> String) {
         if self.terminal && self.verbose {
             self.bar.println(one_line(&text()));
@@ -230,6 +344,27 @@ mod tests {
         assert_eq!(stage.line(seconds(60)).unwrap(), "quantizing: window 3 of 8, 25 % done, about 3 min 0 s left");
         stage.done = 1000;
         assert_eq!(stage.line(seconds(90)), None, "it is over");
+    }
+
+    #[test]
+    fn a_callback_hears_of_stages_and_may_stop_them() {
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let (cancel, ears) = (Cancel::new(), heard.clone());
+        let stop = cancel.clone();
+        let listener = move |update: &Update| {
+            if update.done == 7 {
+                stop.cancel();
+            }
+            ears.lock().unwrap().push((update.begins, update.done, update.total));
+        };
+        let mut progress = Progress::told(listener).stopped_by(&cancel);
+        progress.start("measuring", 10).unwrap();
+        progress.skip(3);
+        progress.step(5).unwrap();
+        let error = progress.step(2).unwrap_err();
+        assert!(matches!(error, Error::Cancelled) && error.may_pass(), "{error}");
+        assert!(progress.start("more", 1).is_err());
+        assert_eq!(*heard.lock().unwrap(), [(true, 0, 10), (false, 7, 7)]);
     }
 
     #[test]

@@ -202,7 +202,7 @@ pub fn token_by_token<B: Backend>(
         of_measuring(graph, count(windows)) - of_head(graph, count(windows)) + of_head(graph, looked_at)
     };
     let work = sides.iter().map(work).sum();
-    progress.start(format!("measuring {called}{beside}"), work);
+    progress.start(format!("measuring {called}{beside}"), work)?;
     let vocabulary = sides[0].graph.vocabulary;
     let mut all: Vec<Found> = models.iter().map(|_| Found { vocabulary, ..Found::default() }).collect();
     for batch in together(windows, BATCH_TOKENS) {
@@ -341,7 +341,7 @@ fn compare_windows<B: Backend>(
             }
             all.tokens.kld.extend(found.kld);
         }
-        sides.iter().for_each(|side| progress.step(of_head(&side.graph, rows.len() as u64)));
+        sides.iter().try_for_each(|side| progress.step(of_head(&side.graph, rows.len() as u64)))?;
     }
     Ok(())
 }
@@ -442,7 +442,7 @@ pub fn compare_hidden<B: Backend>(
     progress.start(
         format!("comparing hidden states of the output and {}", reference.role()),
         graphs.iter().flat_map(|graph| &graph.blocks).map(|block| of_block(block, all)).sum(),
-    );
+    )?;
     let (mut tokens, mut sum, mut lowest, mut squares) = (0, 0.0, f64::INFINITY, [0.0; 2]);
     for (index, together) in windows.chunks(batch).enumerate() {
         progress.part(part(index * batch, together.len(), windows.len()));

@@ -11,8 +11,7 @@ use crate::error::{Error, Result};
 use crate::job::Verification;
 use crate::output::Place;
 use crate::recipe::{Request, toml_error};
-use crate::report::Limits;
-use crate::report::gates::share;
+use crate::report::gates::Bounds;
 use crate::targets::{Output, requested, resolved};
 
 /// The version of the file's form that is read.
@@ -29,16 +28,9 @@ pub struct Settings {
     pub verify_text: Option<String>,
     /// Windows of up to 2048 tokens to measure: 8 where it is not said.
     pub verify_windows: Option<usize>,
-    /// The most that the perplexity may be, as a ratio to the original's.
-    pub max_ppl_ratio: Option<f64>,
-    /// The most that the mean KL divergence from the original may be, in nats.
-    pub max_kld: Option<f64>,
-    /// The least share of tokens that output and original predict alike, from 0 to 1.
-    pub min_top1: Option<f64>,
-    /// An earlier output, or its report.json: the perplexity ratio and the mean KL divergence may not be worse.
-    pub baseline: Option<PathBuf>,
-    /// How much worse than the baseline's they may be, as "5%" or "0.05": 0 where it is not said.
-    pub max_regression: Option<String>,
+    /// Limits on the quality.
+    #[serde(flatten)]
+    pub bounds: Bounds,
     /// Calibrate every target by itself, as if it were the only one.
     #[serde(default)]
     pub independent: bool,
@@ -122,21 +114,7 @@ impl Project {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let within = |path: &Path| if folder == Path::new(".") { path.to_path_buf() } else { folder.join(path) };
         settle(&mut request, &within);
-        let limits = Limits {
-            max_ppl_ratio: settings.max_ppl_ratio,
-            max_kld: settings.max_kld,
-            min_top1: settings.min_top1,
-            baseline: None,
-        };
-        let limits = match &settings.baseline {
-            Some(baseline) => {
-                let regression =
-                    settings.max_regression.as_deref().map(|text| share("max_regression", text)).transpose()?;
-                limits.relative(&within(baseline), regression.unwrap_or(0.0))?
-            }
-            None => limits,
-        };
-        limits.check()?;
+        let limits = settings.bounds.limits(&within)?;
         let text = settings
             .verify_text
             .map(|text| if within(Path::new(&text)).is_file() { shown(&within(Path::new(&text))) } else { text });
@@ -149,7 +127,7 @@ impl Project {
                 path.display()
             )));
         }
-        let asked = requested(Request::default(), request, None, &[])?;
+        let asked = requested(request, None, &[])?;
         let (outputs, lead) = resolved(asked, None)?;
         let lock = path.with_extension("lock");
         for output in &outputs {

@@ -30,10 +30,12 @@ use crate::words::called;
 
 use measure::measure;
 use numbers::pareto;
-use row::{Kept, LinearError, Row, slug};
+use row::{Kept, slug};
 use texts::Material;
 
-pub use row::{Domain, Figures, Files, Measurement, Origin, ShownFlip, Stored};
+pub use numbers::Histogram;
+pub use row::{Domain, Figures, Files, LinearError, Measurement, Origin, Row, ShownFlip, Stored};
+pub use tasks::Tasks;
 pub use texts::{Asked, DOMAINS, Passage};
 
 /// What is to be compared.
@@ -56,7 +58,8 @@ pub struct Comparison<'a> {
 
 /// All rows with what they have in common, as `compare.json` holds it.
 #[derive(Debug, Serialize)]
-pub struct Table {
+#[non_exhaustive]
+pub struct Compared {
     /// Name and version of the program.
     pub tool: String,
     /// The device it ran on.
@@ -81,6 +84,7 @@ pub struct Table {
 
 /// A question of the table.
 #[derive(Debug, Serialize)]
+#[non_exhaustive]
 pub struct AskedQuestion {
     /// What goes before the answer.
     pub prompt: String,
@@ -122,7 +126,7 @@ impl Comparison<'_> {
     /// Quantizes, measures, and writes the report. A row that fails says so, and the others go on.
     ///
     /// Fails where nothing can be compared: for a model that cannot be read or measured, and for places that cannot be written.
-    pub fn run<B: Backend>(mut self, backend: &B, progress: &mut Progress) -> Result<Table> {
+    pub fn run<B: Backend>(mut self, backend: &B, progress: &mut Progress) -> Result<Compared> {
         self.check()?;
         let adapter = self.schemes.first().and_then(|(_, output)| output.recipe.adapter.clone());
         let source = Checkpoint::open_with(self.model, adapter.as_deref())?;
@@ -468,7 +472,7 @@ impl Comparison<'_> {
         Ok(())
     }
 
-    fn table(&self, device: String, source: &Checkpoint, material: Material, wanted: Vec<Wanted>) -> Table {
+    fn table(&self, device: String, source: &Checkpoint, material: Material, wanted: Vec<Wanted>) -> Compared {
         let mut rows: Vec<Row> = wanted.into_iter().map(|wanted| wanted.row).collect();
         let pair = |row: &Row| row.found.as_ref().map(|found| (found.files.bytes as f64, found.text.kld_mean));
         let front = pareto(&rows.iter().map(pair).collect::<Vec<_>>());
@@ -477,7 +481,7 @@ impl Comparison<'_> {
             let tasks::Question { prompt, choices, gold } = question;
             AskedQuestion { prompt, choices, gold }
         };
-        Table {
+        Compared {
             tool: concat!("quantc ", env!("CARGO_PKG_VERSION")).to_owned(),
             device,
             model: source.name(),
@@ -492,7 +496,7 @@ impl Comparison<'_> {
     }
 
     /// Writes the report in all its forms, each of which appears whole.
-    fn write(&self, table: &Table) -> Result<()> {
+    fn write(&self, table: &Compared) -> Result<()> {
         let json = serde_json::to_string_pretty(table).map_err(|e| Error::failed(e.to_string()))?;
         let forms =
             [("md", table.markdown()), ("csv", table.csv()), ("html", page::page(table)?), ("json", json + "\n")];
@@ -541,7 +545,7 @@ fn opened(path: &Path) -> Result<Checkpoint> {
     Checkpoint::open(part.as_deref().unwrap_or(path))
 }
 
-impl Table {
+impl Compared {
     /// Rows of which there is nothing to say, and why.
     pub fn failed(&self) -> impl Iterator<Item = (&str, &str)> {
         self.rows.iter().filter_map(|row| Some((&row.name[..], row.failed.as_deref()?)))

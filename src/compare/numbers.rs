@@ -14,6 +14,7 @@ pub fn share_stderr(share: f64, of: usize) -> f64 {
 
 /// How divergences are distributed: counts in bins of equal width of the logarithm.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Histogram {
     /// Below the first bin.
     pub below: usize,
@@ -25,11 +26,14 @@ pub struct Histogram {
 
 impl Histogram {
     /// The decimal logarithms at which the bins begin and end, in nats.
+    #[cfg_attr(doc, doc(hidden))]
     pub const RANGE: [i32; 2] = [-6, 1];
     /// Bins of a decade.
+    #[cfg_attr(doc, doc(hidden))]
     pub const PER_DECADE: i32 = 4;
 
     /// That of some divergences.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn of(values: &[f64]) -> Histogram {
         let bins = (Self::RANGE[1] - Self::RANGE[0]) * Self::PER_DECADE;
         let mut histogram = Histogram { below: 0, counts: vec![0; bins as usize], above: 0 };

@@ -1,6 +1,6 @@
 //! The report as one page that needs nothing but a browser.
 
-use super::Table;
+use super::Compared;
 use crate::error::{Error, Result};
 
 /// The page, into which the table goes as JSON.
@@ -10,7 +10,7 @@ const PAGE: &str = include_str!("page.html");
 const PLACE: &str = "{\"the table\": \"goes here\"}";
 
 /// The page of a table. Whatever models and texts hold, it ends no script and no comment of the page.
-pub fn page(table: &Table) -> Result<String> {
+pub fn page(table: &Compared) -> Result<String> {
     let json = serde_json::to_string(table).map_err(|e| Error::failed(e.to_string()))?;
     Ok(PAGE.replacen(PLACE, &harmless(&json), 1))
 }

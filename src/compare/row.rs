@@ -15,6 +15,7 @@ use crate::output::hashing::hex;
 /// Where a row is from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Origin {
     /// The model that everything is made of.
     Original,
@@ -26,6 +27,7 @@ pub enum Origin {
 
 /// One line of the table, and all that lies behind it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Row {
     /// The scheme as it was asked for, or what the checkpoint is called.
     pub name: String,
@@ -44,6 +46,7 @@ pub struct Row {
 
 /// What was measured of a model, on the files of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Measurement {
     /// Its files.
     #[serde(flatten)]
@@ -72,6 +75,7 @@ pub struct Measurement {
 
 /// The files of a model, as far as nothing runs.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Files {
     /// Where it is, or was.
     pub path: String,
@@ -87,6 +91,7 @@ pub struct Files {
 
 /// Figures on one text.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Figures {
     /// Tokens that were scored.
     pub tokens: usize,
@@ -120,6 +125,7 @@ pub struct Figures {
 
 /// Figures on the text of a domain.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Domain {
     /// The domain.
     pub name: String,
@@ -130,6 +136,7 @@ pub struct Domain {
 
 /// A token of a passage before which the model would say another than the original.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ShownFlip {
     /// Which passage.
     pub passage: usize,
@@ -143,6 +150,7 @@ pub struct ShownFlip {
 
 /// The error of a linear.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct LinearError {
     /// The module.
     pub name: String,
@@ -158,6 +166,7 @@ pub struct LinearError {
 
 /// How a tensor is stored.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Stored {
     /// Its Hugging Face name, whatever the format.
     pub name: String,
@@ -171,6 +180,7 @@ pub struct Stored {
 
 impl LinearError {
     /// That of a linear called `name`, of whose name the first number is the layer's.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn of(name: &str, relative_error: Option<f64>, bits: u8) -> LinearError {
         let parts: Vec<&str> = name.split('.').collect();
         let at = parts.iter().position(|part| part.parse::<usize>().is_ok());

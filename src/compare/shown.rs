@@ -1,6 +1,6 @@
 //! The table for a terminal, as Markdown and as CSV.
 
-use super::Table;
+use super::Compared;
 use super::row::{Measurement, Origin, Row};
 use crate::words::{one_line, table};
 
@@ -48,8 +48,9 @@ fn nats(value: f64) -> String {
     }
 }
 
-impl Table {
+impl Compared {
     /// What was measured, in a line.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn how(&self) -> String {
         let first = self.rows.iter().find_map(|row| row.found.as_ref());
         let text = first.map_or(String::new(), |found| {
@@ -138,6 +139,7 @@ impl Table {
     }
 
     /// As Markdown.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn markdown(&self) -> String {
         let mut text = format!("# Comparison of {}\n\n{}.\n\n", escaped(&self.model), escaped(&self.how()));
         text += &markdown(&self.main(), 2);
@@ -161,6 +163,7 @@ impl Table {
     }
 
     /// What there is to say of the texts, and of each row.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn said(&self) -> Vec<String> {
         let mut said = self.notes.clone();
         for row in &self.rows {
@@ -174,6 +177,7 @@ impl Table {
     }
 
     /// As CSV, a line for each row, with every figure unrounded.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn csv(&self) -> String {
         let domains: Vec<&str> = self.passages.iter().map(|passage| &passage.domain[..]).collect();
         let mut heading = vec!["name".to_owned(), "origin".to_owned(), "pareto".to_owned(), "failed".to_owned()];

@@ -38,6 +38,7 @@ pub struct Choice {
 
 /// What a model makes of the questions.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Tasks {
     /// Share of right answers.
     pub accuracy: f64,

@@ -79,6 +79,7 @@ pub struct Part {
 
 /// The first window of a text.
 #[derive(Clone, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
+#[non_exhaustive]
 pub struct Passage {
     /// The domain's name, one of [`DOMAINS`].
     pub domain: String,

@@ -347,22 +347,21 @@ impl<B: Forward> Supply<B> for Plain<'_, B> {
     }
 }
 
-/// The last hidden states of sequences, normed, in chunks of whole sequences; `step` is told of every block done.
+/// The last hidden states of sequences, normed, in chunks of whole sequences; `step` is told of every block done, and may end the work.
 pub fn final_hidden<B: Forward>(
     backend: &B,
     graph: &Graph,
     source: &Checkpoint,
     sequences: &[Vec<u32>],
     activations: Activations,
-    step: &dyn Fn(&Block),
+    step: &dyn Fn(&Block) -> Result<()>,
 ) -> Result<Vec<B::Matrix>> {
     let ahead = Ahead::new(backend, source);
     let mut plain = Plain { activations, ..ahead.plain() };
     let begin = || embed(backend, graph, source, sequences);
     let chunks = ahead.blocks(&graph.blocks, begin, |chunks, _, block| {
         run_block(backend, block, &mut plain, chunks)?;
-        step(block);
-        Ok(())
+        step(block)
     })?;
     let norm = LoadedNorm::of::<B>(&graph.final_norm, &mut plain)?;
     chunks.iter().map(|chunk| norm.apply(backend, &chunk.hidden)).collect()

@@ -11,6 +11,7 @@ use crate::words::{counted, one_line, starred};
 
 /// A run that was planned.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Planned {
     /// Name and version of the program.
     pub tool: String,
@@ -38,6 +39,7 @@ pub struct Planned {
 
 /// One output of a planned run.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct PlannedOutput {
     /// Where it would be written; none where no place was named.
     pub path: Option<String>,
@@ -71,6 +73,7 @@ pub struct PlannedOutput {
 
 /// What serving an output takes.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Serving {
     /// Tokens of a sequence that were asked for.
     pub context: u64,
@@ -96,6 +99,7 @@ pub struct Serving {
 
 /// A file and its size.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct PlannedFile {
     /// Its name, without the folder.
     pub name: String,
@@ -105,6 +109,7 @@ pub struct PlannedFile {
 
 /// What becomes of a linear.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct PlannedLinear {
     /// The module.
     pub name: String,
@@ -119,6 +124,7 @@ pub struct PlannedLinear {
 
 /// A part of a linear as it is written.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct PlannedPart {
     /// What the file calls it.
     pub name: String,
@@ -135,6 +141,7 @@ pub struct PlannedPart {
 
 /// A fold of channel scales.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct PlannedFold {
     /// The norm or linear that makes the channels.
     pub producer: String,
@@ -144,6 +151,7 @@ pub struct PlannedFold {
 
 /// What a run takes of the machine.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Takes {
     /// Bytes of the host's memory at the most, mapped files apart; none where a GPU's own memory is what counts.
     pub memory: Option<u64>,
@@ -161,6 +169,7 @@ pub struct Takes {
 
 /// How long the parts of a run take.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
+#[non_exhaustive]
 pub struct PlannedSeconds {
     /// Running the model while it is quantized.
     pub forward: f64,

@@ -53,6 +53,7 @@ fn format() -> BTreeMap<String, String> {
 impl Error {
     /// Names the files of `output` as they will be called; while they are written they lie in a hidden folder, of which
     /// the user knows nothing. `single` says that the output is a file, or its parts, and no folder.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn of_output(self, output: &Path, single: bool) -> Error {
         let told = self.to_string();
         let named = without_hidden_names(&told, output, single);

@@ -91,7 +91,7 @@ pub fn quantize<B: Backend>(
     let backend = &backend.relaxed();
     let costs: Vec<HashMap<String, u64>> =
         (0..targets.len()).map(|index| costs(graph, targets[index].0, index == lead, samples)).collect();
-    progress.start("quantizing", costs.iter().flat_map(HashMap::values).sum());
+    progress.start("quantizing", costs.iter().flat_map(HashMap::values).sum())?;
     let ahead = Ahead::new(backend, source);
     let leader = targets[lead].0.recipe();
     let names: HashSet<String> = match leader.method.smooths() {

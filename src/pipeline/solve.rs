@@ -166,7 +166,7 @@ impl<'a, B: Backend> Task<'a, B> {
             seconds,
             ..blank(linear, &rounded.encoding)
         };
-        self.record(report, progress);
+        self.record(report, progress)?;
         Ok(true)
     }
 
@@ -222,7 +222,7 @@ impl<'a, B: Backend> Task<'a, B> {
             let started = Instant::now();
             held.push(self.put(work, linear, weight, placements, solved)?);
             self.done.seconds.write += started.elapsed().as_secs_f64();
-            self.record(report, work.progress);
+            self.record(report, work.progress)?;
         }
         Ok(held)
     }
@@ -379,10 +379,11 @@ impl<'a, B: Backend> Task<'a, B> {
         }
     }
 
-    fn record(&mut self, report: LinearReport, progress: &Progress) {
+    fn record(&mut self, report: LinearReport, progress: &Progress) -> Result<()> {
         progress.line(|| describe(&report));
-        progress.step(self.costs.get(&report.name).copied().unwrap_or(0));
+        let cost = self.costs.get(&report.name).copied().unwrap_or(0);
         self.done.linears.push(report);
+        progress.step(cost)
     }
 
     /// Remembers what was seen before the tensors that linears go to, for an imatrix.

@@ -87,8 +87,9 @@ impl<T> Setting for Vec<T> {
 
 request! {
     /// What a user asks for; every setting may come from `recipe.toml`, and a flag goes before the file.
-    #[derive(Args, Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
+    #[derive(Args, Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
     #[serde(deny_unknown_fields)]
+    #[non_exhaustive]
     pub struct Request {
         /// Layout of the output: compressed-tensors, gptq, awq, mlx or gguf. [default: gguf if OUT ends in .gguf, else
         /// compressed-tensors]

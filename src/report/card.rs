@@ -27,6 +27,7 @@ impl Recipe {
 impl Report {
     /// The command by which a runtime takes what was written to `place`; `None` where it generates nothing, and where a note says that the
     /// runtime does not take it.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn runs(&self, place: &str) -> Option<String> {
         let runtime = match &self.recipe.format[..] {
             "gguf" => "llama.cpp",
@@ -89,6 +90,7 @@ impl Report {
     }
 
     /// The model card. Depends on nothing that changes between equal runs.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn card(&self, original: &Original) -> String {
         let Recipe { format, encoding, method, .. } = &self.recipe;
         let group = match encoding.group() {

@@ -1,7 +1,9 @@
 //! What a pipeline reads of a run: JUnit XML, a summary in Markdown, annotations, and limits that an earlier report sets.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::{Limits, Measured, Quality, Report, read_report};
@@ -48,10 +50,46 @@ pub fn share(flag: &str, text: &str) -> Result<f64> {
     }
 }
 
+/// What limits are asked for: numbers, and what an earlier output kept.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+#[non_exhaustive]
+pub struct Bounds {
+    /// The most that the perplexity may be, as a ratio to the original's.
+    pub max_ppl_ratio: Option<f64>,
+    /// The most that the mean KL divergence from the original may be, in nats.
+    pub max_kld: Option<f64>,
+    /// The least share of tokens that output and original predict alike, from 0 to 1.
+    pub min_top1: Option<f64>,
+    /// An earlier output, or its report.json: the perplexity ratio and the mean KL divergence may not be worse.
+    pub baseline: Option<PathBuf>,
+    /// How much worse than the baseline's they may be, as "5%" or "0.05": 0 where it is not said.
+    pub max_regression: Option<String>,
+}
+
+impl Bounds {
+    /// The limits, as they were given and as a baseline sets them, which is read where `within` finds it.
+    ///
+    /// Fails where nothing could keep or miss a limit, and where the baseline has no report, or says nothing of quality.
+    #[cfg_attr(doc, doc(hidden))]
+    pub fn limits(&self, within: &dyn Fn(&Path) -> PathBuf) -> Result<Limits> {
+        let Bounds { max_ppl_ratio, max_kld, min_top1, .. } = *self;
+        let limits = Limits { max_ppl_ratio, max_kld, min_top1, baseline: None };
+        let regression = self.max_regression.as_deref().map(|text| share("--max-regression", text)).transpose()?;
+        let limits = match &self.baseline {
+            Some(baseline) => limits.relative(&within(baseline), regression.unwrap_or(0.0))?,
+            None => limits,
+        };
+        limits.check()?;
+        Ok(limits)
+    }
+}
+
 impl Limits {
     /// These limits, and those that an earlier report sets: its mean KL divergence may grow by this share, and the perplexity too.
     ///
     /// `baseline` is the report, or the output beside which it lies. Fails where there is none, or it says nothing of quality.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn relative(self, baseline: &Path, regression: f64) -> Result<Limits> {
         let shown = baseline.display();
         let is_report = baseline.is_file() && baseline.extension().is_some_and(|ending| ending == "json");
@@ -84,6 +122,7 @@ impl Limits {
     }
 
     /// Each limit in words, and what there is to say where it was missed.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn checks(&self, quality: &Quality) -> Vec<(String, Option<String>)> {
         let none = Limits::default();
         let single = [
@@ -126,6 +165,7 @@ impl Case {
 
 impl Report {
     /// What is told of an output at a place, as an event.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn event(&self, place: &Path) -> Value {
         json!({
             "event": "output",

@@ -19,6 +19,7 @@ pub use read::{read_report, report_of};
 
 /// A file and what is in it.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct FileReport {
     /// Its name.
     pub name: String,
@@ -31,6 +32,7 @@ pub struct FileReport {
 /// What happens to one input tensor.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Fate {
     /// Becomes codes.
     Quantized,
@@ -46,6 +48,7 @@ pub enum Fate {
 
 /// What becomes of a tensor of the input.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct TensorReport {
     /// Its name.
     pub name: String,
@@ -58,6 +61,7 @@ pub struct TensorReport {
 
 /// What was merged, for the report.
 #[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct AdapterReport {
     /// Its directory.
     pub path: String,
@@ -73,6 +77,7 @@ pub struct AdapterReport {
 
 /// What became of one linear.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct LinearReport {
     /// The module.
     pub name: String,
@@ -112,6 +117,7 @@ pub struct LinearReport {
 
 /// Channel scales that were folded into the model before it was quantized.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct SmoothingReport {
     /// What the scales were divided out of.
     pub producer: String,
@@ -125,6 +131,7 @@ pub struct SmoothingReport {
 
 /// Seconds by stage.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
+#[non_exhaustive]
 pub struct Stages {
     /// Reading and widening weights.
     pub load: f64,
@@ -144,6 +151,7 @@ pub struct Stages {
 
 /// Bits per weight.
 #[derive(Clone, Copy, Debug, Serialize)]
+#[non_exhaustive]
 pub struct BitsPerWeight {
     /// Of the quantized linears alone, scales and zeros included.
     pub quantized: f64,
@@ -155,6 +163,7 @@ pub struct BitsPerWeight {
 
 /// Whether the limits were kept.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Verdict {
     /// What was asked for.
     pub limits: Limits,
@@ -166,6 +175,7 @@ pub struct Verdict {
 
 impl Verdict {
     /// What becomes of limits beside what was measured; `None` where there are none.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn of(limits: Limits, quality: &Quality) -> Option<Verdict> {
         let missed = limits.missed(quality);
         limits.any().then_some(Verdict { limits, passed: missed.is_empty(), missed })
@@ -174,6 +184,7 @@ impl Verdict {
 
 /// Everything about one run.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Report {
     /// Name and version of the program.
     pub tool: String,
@@ -193,9 +204,11 @@ pub struct Report {
     /// Its weight files.
     pub inputs: Vec<FileReport>,
     /// What was asked for and had an effect, defaults filled in; the scheme of a GGUF file is its mix.
+    #[cfg_attr(doc, doc(hidden))]
     #[serde(serialize_with = "with_mix")]
     pub recipe: Recipe,
     /// The calibration text, if one was used.
+    #[cfg_attr(doc, doc(hidden))]
     pub calibration: Option<SampleSource>,
     /// The weight files that were written.
     pub outputs: Vec<FileReport>,
@@ -252,6 +265,7 @@ fn with_mix<S: serde::Serializer>(recipe: &Recipe, serializer: S) -> Result<S::O
 
 /// Where the time went.
 #[derive(Clone, Copy, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Seconds {
     /// By stage of the compilation.
     #[serde(flatten)]

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 
 /// Which tokens of a window are scored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub enum Protocol {
     /// All but the first, as in the papers on GPTQ and its successors.
     #[serde(rename = "papers")]
@@ -17,12 +18,14 @@ pub enum Protocol {
 
 impl Protocol {
     /// Every protocol, with the name users type.
+    #[cfg_attr(doc, doc(hidden))]
     pub const ALL: &[(&str, Protocol)] = &[("papers", Protocol::Papers), ("llama.cpp", Protocol::LlamaCpp)];
 }
 
 /// What linears and attention read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Activations {
     /// What was computed.
     Exact,
@@ -33,11 +36,13 @@ pub enum Activations {
 
 impl Activations {
     /// Every kind, with the name users type.
+    #[cfg_attr(doc, doc(hidden))]
     pub const ALL: &[(&str, Activations)] = &[("exact", Activations::Exact), ("runtime", Activations::Runtime)];
 }
 
 /// How good a model is, alone or beside its reference.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Quality {
     /// The checkpoint.
     pub model: String,
@@ -62,6 +67,7 @@ pub struct Quality {
 
 impl Quality {
     /// What was measured, in a line; with what linears read where that is `shared` by all that the line is said of.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn how(&self, shared: bool) -> String {
         let (protocol, _) = Protocol::ALL.iter().find(|(_, known)| *known == self.protocol).expect("in the list");
         let rounded = match (self.activations, shared) {
@@ -75,6 +81,7 @@ impl Quality {
 
 /// A model beside its reference, on the same tokens.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Beside {
     /// The reference checkpoint.
     pub reference: String,
@@ -103,6 +110,7 @@ pub struct Beside {
 
 /// How far the hidden states of a model without an output projection are from those of its reference.
 #[derive(Clone, Copy, Debug, Serialize)]
+#[non_exhaustive]
 pub struct HiddenStates {
     /// Tokens that were compared.
     pub tokens: usize,
@@ -116,6 +124,7 @@ pub struct HiddenStates {
 
 /// Limits that a quantized model must keep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[non_exhaustive]
 pub struct Limits {
     /// Largest perplexity over the reference's.
     pub max_ppl_ratio: Option<f64>,
@@ -130,6 +139,7 @@ pub struct Limits {
 
 /// What something was measured on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Measured {
     /// Tokens of a window.
     pub context: usize,
@@ -141,11 +151,13 @@ pub struct Measured {
 
 impl Limits {
     /// Whether there is any.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn any(&self) -> bool {
         *self != Limits::default()
     }
 
     /// Fails on limits that nothing could keep, or nothing could miss: a usage error.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn check(&self) -> Result<()> {
         let check = |flag: &str, limit: Option<f64>, range: &str, allowed: fn(f64) -> bool| match limit {
             // Written so that a NaN is outside of every range.
@@ -158,6 +170,7 @@ impl Limits {
     }
 
     /// What was missed, one sentence each.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn missed(&self, quality: &Quality) -> Vec<String> {
         let Some(beside) = &quality.beside else { return Vec::new() };
         let mut missed = self.missed_by([beside.perplexity_ratio, beside.kld_mean, beside.top1_agreement]);
@@ -177,6 +190,7 @@ impl Limits {
     }
 
     /// What perplexity ratio, mean KL divergence and top-1 agreement miss, one sentence each.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn missed_by(&self, [ratio, kld, top1]: [f64; 3]) -> Vec<String> {
         let mut missed = Vec::new();
         let mut check = |what: &str, found: f64, limit: Option<f64>, most: bool| {

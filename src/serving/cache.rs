@@ -59,6 +59,7 @@ pub fn cache_bytes(graph: &Graph, context: u64, batch: u64, ty: CacheType, gguf:
 
 /// What a card of one size has room for.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Fit {
     /// Its memory in GiB.
     pub gib: u64,

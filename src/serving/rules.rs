@@ -15,6 +15,7 @@ use crate::words::listed;
 
 /// Something that a runtime or a GPU will not do with an output.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Finding {
     /// Whether the output does not load or run at all; otherwise it does so in another way than one may expect.
     pub refused: bool,

@@ -14,6 +14,7 @@ const MOST: usize = 64;
 
 /// Among how many GPUs an output can be divided.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Splits {
     /// Every number that works, ascending, up to 64.
     pub works: Vec<usize>,
@@ -25,6 +26,7 @@ pub struct Splits {
 
 impl Splits {
     /// What to say where the number that was asked for does not work.
+    #[cfg_attr(doc, doc(hidden))]
     pub fn finding(&self, asked: usize) -> Option<Finding> {
         let why = self.refused.as_ref()?;
         let text = format!("it cannot be divided among {asked} GPUs: {why}; {} is the most that works", self.largest);

@@ -108,18 +108,13 @@ fn format_of(request: &Request, path: &Path) -> String {
     request.format.clone().unwrap_or_else(|| usual.to_owned()).to_ascii_lowercase()
 }
 
-/// Brings together what flags and recipe ask for: `output` of `-o`, the texts of `--target`, and `[[target]]` tables, each completed by
-/// the other flags and the rest of the recipe.
+/// Brings together what is asked for: `output` of `-o`, the texts of `--target`, and `[[target]]` tables, each completed by the rest of the
+/// request.
 ///
 /// Fails where there is no output, or two ways to ask for one are mixed.
-pub fn requested(
-    flags: Request,
-    mut file: Request,
-    output: Option<PathBuf>,
-    targets: &[String],
-) -> Result<Vec<Requested>> {
-    let tables = std::mem::take(&mut file.target);
-    if let (Some(path), true) = (&file.path, output.is_none()) {
+pub fn requested(mut base: Request, output: Option<PathBuf>, targets: &[String]) -> Result<Vec<Requested>> {
+    let tables = std::mem::take(&mut base.target);
+    if let (Some(path), true) = (&base.path, output.is_none()) {
         return Err(Error::usage(format!(
             "path = \"{}\" stands outside of a [[target]]: give -o, or put it into one",
             path.display()
@@ -131,7 +126,7 @@ pub fn requested(
         ));
     }
     if let Some(path) = output {
-        let mut request = flags.or(file);
+        let mut request = base;
         request.format = Some(format_of(&request, &path));
         let (leads, report) = (true, request.report.take());
         return Ok(vec![Requested { path, request, leads, report }]);
@@ -141,7 +136,6 @@ pub fn requested(
             "there is no output: give -o OUT, or --target FORMAT[:SCHEME[:gN]]=PATH as often as you like",
         ));
     }
-    let base = flags.or(file);
     let mut all = Vec::new();
     for text in targets {
         let (request, path) = parse(text)?;
@@ -268,7 +262,7 @@ mod tests {
     fn what_is_said_for_all_goes_to_those_that_take_it() {
         let base: Request = toml::from_str("scheme = 'W4A16'\ngroup_size = 64\npure = true\nsamples = 8").unwrap();
         let texts = ["compressed-tensors=a".to_owned(), "gguf=b.gguf".to_owned()];
-        let all = requested(Request::default(), base, None, &texts).unwrap();
+        let all = requested(base, None, &texts).unwrap();
         assert_eq!((all[0].request.group_size, all[0].request.pure, all[0].request.samples), (Some(64), None, Some(8)));
         assert_eq!(
             (all[1].request.group_size, all[1].request.pure, all[1].request.samples),
@@ -278,18 +272,18 @@ mod tests {
         // What has an offset in any case takes no symmetry.
         let base: Request = toml::from_str("symmetric = false\ngroup_size = 32").unwrap();
         let both = ["gptq=a".to_owned(), "mlx:W8A16=b".to_owned()];
-        let all = requested(Request::default(), base, None, &both).unwrap();
+        let all = requested(base, None, &both).unwrap();
         assert_eq!([all[0].request.symmetric, all[1].request.symmetric], [Some(false), None]);
         assert_eq!([all[0].request.group_size, all[1].request.group_size], [Some(32); 2]);
         let base: Request = toml::from_str("desc_act = true").unwrap();
-        let told = requested(Request::default(), base, None, &texts).err().unwrap().to_string();
+        let told = requested(base, None, &texts).err().unwrap().to_string();
         assert!(told.contains("desc_act is said for all targets"), "{told}");
     }
 
     #[test]
     fn tables_are_targets_and_one_may_lead() {
         let of = |toml: &str| {
-            let all = requested(Request::default(), toml::from_str(toml).unwrap(), None, &[])?;
+            let all = requested(toml::from_str(toml).unwrap(), None, &[])?;
             let (outputs, lead) = resolved(all, None)?;
             let of = |output: Output| (output.recipe.format, output.recipe.encoding.levels.bits(), output.path);
             Ok::<_, Error>((outputs.into_iter().map(of).collect::<Vec<_>>(), lead))

@@ -205,7 +205,7 @@ fn what_cannot_be_built_is_refused_before_any_work() {
     );
     refused(
         "version = 1\nmodel = 'model'\nbaseline = 'x'\nmax_regression = '-1'\n[[target]]\npath = 'x'",
-        &["max_regression `-1`"],
+        &["--max-regression `-1`"],
     );
     room.run(["build", "nowhere.toml"]).refuses(1, &["nowhere.toml"]);
 }

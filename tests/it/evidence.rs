@@ -303,12 +303,9 @@ fn a_broken_original_is_named_and_nothing_is_written() {
 fn what_cannot_be_measured_passes_no_limit() {
     let room = Room::new();
     broken(&room);
-    let verification = Verification {
-        text: "held-out".into(),
-        context: 64,
-        windows: Some(1),
-        limits: Limits { max_kld: Some(1e9), ..Limits::default() },
-    };
+    let mut limits = Limits::default();
+    limits.max_kld = Some(1e9);
+    let verification = Verification { text: "held-out".into(), context: 64, windows: Some(1), limits };
     let recipe = Recipe::resolve(toml::from_str("method = 'rtn'").unwrap()).unwrap();
     let (model, output): (PathBuf, PathBuf) = (room.path("model"), room.path("out"));
     let job = Job::one(&model, &output, recipe, Some(verification), false);

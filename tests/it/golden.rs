@@ -38,7 +38,7 @@ pub fn logits(folder: &Path, sequences: &[Vec<u32>]) -> quantc::Result<Vec<f32>>
             Strays::new(&graph, &source, UnknownTensors::Refuse).fate(&entry.name)?;
         }
     }
-    let hidden = forward::final_hidden(&cpu, &graph, &source, sequences, Activations::Exact, &|_| ())?;
+    let hidden = forward::final_hidden(&cpu, &graph, &source, sequences, Activations::Exact, &|_| Ok(()))?;
     let head = forward::LoadedHead::of(&cpu, &graph, &source, Activations::Exact)?;
     let mut found = Vec::new();
     for chunk in hidden {

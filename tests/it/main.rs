@@ -1,6 +1,7 @@
 //! What a user sees, and parity with other programs.
 
 mod adapter;
+mod api;
 mod bad_input;
 mod beside;
 mod both_ways;

@@ -27,12 +27,10 @@ fn request(toml: &str) -> Recipe {
 }
 
 fn run(model: &Path, output: &Path, recipe: Recipe, measure: bool) -> quantc::Result<Report> {
-    let verification = measure.then(|| Verification {
-        text: "held-out".to_owned(),
-        context: 128,
-        windows: Some(4),
-        limits: Limits { max_kld: Some(1e-9), ..Limits::default() },
-    });
+    let mut limits = Limits::default();
+    limits.max_kld = Some(1e-9);
+    let verification =
+        measure.then(|| Verification { text: "held-out".to_owned(), context: 128, windows: Some(4), limits });
     let job = Job::one(model, output, recipe, verification, false);
     job.run_one(&Cpu::default(), &mut Progress::new(true))
 }

@@ -225,7 +225,7 @@ fn one_place_picks_the_device_and_one_the_family() {
             assert!(!line.contains("anyhow") || is("src/main.rs"), "{place}: anyhow belongs to main.rs");
             let device = ["&Cpu", "kernels::Cpu", "&Cuda", "kernels::Cuda"].iter().any(|name| line.contains(name));
             let own = path.starts_with(root().join("kernels"));
-            assert!(!device || own || is("src/cli.rs"), "{place}: the device is picked in cli.rs");
+            assert!(!device || own || is("src/api/compute.rs"), "{place}: the device is picked in api/compute.rs");
             let family =
                 line.contains("\"model_type\"") && !line.contains("json!") && path.starts_with(root().join("src"));
             let may = is("src/families/mod.rs") || is("src/inspect.rs") || is("src/dialect/settings/config.rs");

@@ -1,0 +1,86 @@
+//! What programs and other languages call: everything that the command line does with models, with requests and results that are plain data.
+//!
+//! ```text
+//! Job, Evaluate, Compare, Serve      what is asked for: public fields, and serde from the keys of recipes and quantc.toml
+//!   └─ Compute                       where it is computed: device, threads, memory
+//!   └─ Progress, Cancel              how it is watched, and stopped
+//! Report, Planned, Evaluated, …      what was found: serde to the JSON that the commands print
+//! ```
+//!
+//! The program's commands are calls of what stands here. Flags, exit codes and printing are theirs; whatever else a run needs (opening
+//! models, looking into Hugging Face's cache, choosing the device, limits on the quality) is done here, once for all callers.
+
+mod compare;
+mod compute;
+mod evaluate;
+mod job;
+mod keys;
+
+use std::path::{Path, PathBuf};
+
+use crate::check::Checked;
+use crate::checkpoint::{Checkpoint, cached};
+use crate::diff::Diff;
+use crate::error::{Error, Result};
+use crate::inspect::Inspection;
+use crate::{check as checking, demo, diff as differences, inspect as inspection};
+
+pub use compare::Compare;
+pub use compute::{Compute, Device, Engine, Math};
+pub use evaluate::Evaluate;
+pub use job::{Job, Serve};
+
+/// Where a model lies: the path itself, or for a name of a hub as `org/name` or `org/name@revision` its folder in Hugging Face's cache.
+/// Nothing is fetched.
+///
+/// Fails where the cache has the model, and not that revision of it. That a path leads nowhere is told by whoever opens it.
+pub fn locate(model: &Path) -> Result<PathBuf> {
+    Ok(cached(model)?.unwrap_or_else(|| model.to_path_buf()))
+}
+
+/// Shows what is in a checkpoint, of which no weights are read. With `program` also what the model computes, one block of each kind.
+///
+/// Fails where it cannot be opened, and with `program` for a family that is not known.
+pub fn inspect(model: &Path, program: bool) -> Result<Inspection> {
+    let checkpoint = Checkpoint::open(&locate(model)?)?;
+    let mut found = inspection::inspect(&checkpoint);
+    if program {
+        found.program = Some(inspection::program(&checkpoint)?);
+    }
+    Ok(found)
+}
+
+/// Finds out whether a checkpoint is whole: hashes of its files, where a report says them, every tensor, its configuration, its tokenizer.
+/// What is wrong is told in the result.
+///
+/// Fails where it cannot be opened at all.
+pub fn check(model: &Path) -> Result<Checked> {
+    checking::check(&locate(model)?)
+}
+
+/// Says what differs between two checkpoints, in whatever formats they are. Reads all tensors that both have.
+///
+/// Fails where one cannot be opened, or a tensor of it not be read.
+pub fn diff(a: &Path, b: &Path) -> Result<Diff> {
+    differences::diff(&locate(a)?, &locate(b)?)
+}
+
+/// Writes the small built-in model to `folder`, for trials and tests, as a Hugging Face checkpoint.
+///
+/// Fails where something lies there already.
+pub fn demo_model(folder: &Path) -> Result<()> {
+    demo::export(folder)
+}
+
+/// Fails where a setting that counts says 0.
+fn at_least_one(flag: &str, count: Option<u64>) -> Result<()> {
+    if count == Some(0) { Err(Error::usage(format!("{flag} must be at least 1"))) } else { Ok(()) }
+}
+
+/// Fails for windows in which nothing is predicted.
+fn check_windows(context: usize, windows: Option<usize>) -> Result<()> {
+    if context < 2 {
+        return Err(Error::usage("--context must be at least 2: the first token of a window is not predicted"));
+    }
+    at_least_one("--windows", windows.map(|windows| windows as u64))
+}
