@@ -38,14 +38,17 @@ struct Answer {
 
 impl Answer {
     fn of(found: &impl Serialize) -> Result<Answer, Error> {
-        let found = serde_json::to_value(found).map_err(|error| Error::Failed(error.to_string()))?;
-        Ok(Answer { code: 0, found, why: Vec::new() })
+        Ok(Answer { code: 0, found: serde_json::to_value(found).map_err(no_json)?, why: Vec::new() })
     }
 
     /// The same, with this code if there is a reason for it.
     fn unless(self, code: u8, why: Vec<String>) -> Answer {
         Answer { code: if why.is_empty() { 0 } else { code }, why, ..self }
     }
+}
+
+fn no_json(error: serde_json::Error) -> Error {
+    Error::Failed(error.to_string())
 }
 
 /// A request from its keys. Fails for one that is not known, and for a value of another type.
@@ -66,7 +69,7 @@ fn quantize(keys: Map<String, Value>, progress: Progress) -> Result<Answer, Erro
 }
 
 fn plan(mut keys: Map<String, Value>, progress: Progress) -> Result<Answer, Error> {
-    let own = serde_json::to_value(Serve::default()).map_err(|error| Error::Failed(error.to_string()))?;
+    let own = serde_json::to_value(Serve::default()).map_err(no_json)?;
     let own = own.as_object().into_iter().flatten();
     let serve = own.filter_map(|(key, _)| Some((key.clone(), keys.remove(key)?))).collect();
     let (serve, job): (Serve, Job) = (read(serve)?, read(keys)?);
@@ -75,8 +78,8 @@ fn plan(mut keys: Map<String, Value>, progress: Progress) -> Result<Answer, Erro
 
 fn evaluate(keys: Map<String, Value>, progress: Progress) -> Result<Answer, Error> {
     let found = read::<Evaluate>(keys)?.run(progress)?;
-    let missed = found.missed().map(|missed| missed.to_string()).collect();
-    Ok(Answer::of(&found.json()?)?.unless(LIMITS_MISSED, missed))
+    let missed = found.missed().collect();
+    Ok(Answer::of(&found.json().map_err(no_json)?)?.unless(LIMITS_MISSED, missed))
 }
 
 fn compare(keys: Map<String, Value>, progress: Progress) -> Result<Answer, Error> {

@@ -93,7 +93,11 @@ fn the_python_module_knows_the_root_of_the_crate_alone() {
                 for name in rooms_of(&line[at + "quantc::".len()..]) {
                     let inner = root().join("src").join(format!("{name}.rs")).exists();
                     let called = line[at..].starts_with(&format!("quantc::{name}("));
-                    assert!(!inner || called, "{}:{number}: `quantc::{name}` is no part of the library", path.display());
+                    assert!(
+                        !inner || called,
+                        "{}:{number}: `quantc::{name}` is no part of the library",
+                        path.display()
+                    );
                 }
             }
         }

@@ -6,7 +6,7 @@ the command prints as JSON: plain dicts and lists. A setting that is not known i
     import quantc
 
     report = quantc.quantize("model", "model-w4", scheme="W4A16", group_size=64)
-    print(report["quality"]["beside"]["kld_mean"])
+    print(report["quality"]["kld_mean"])
 
 The work runs in this process, without the interpreter's lock, on all cores or as many `threads` as are given. Ctrl-C stops it after the
 linear that is at work; no output appears, and the same call goes on after the blocks that are finished.

@@ -33,7 +33,7 @@ def test_quantize_returns_the_report(model, tmp_path):
         model, tmp_path / "out", scheme="W4A16", max_kld=10.0, progress=lambda *told: seen.append(told), **QUICK
     )
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["verdict"]["passed"] and report["recipe"]["group_size"] == 64
+    assert report["verdict"]["passed"] and report["recipe"]["scheme"]["group"] == 64
     stages = {stage for stage, _, _ in seen}
     assert "quantizing" in stages and len(stages) > 1
     assert all(0 <= share <= 1 and (left is None or left >= 0) for _, share, left in seen)
@@ -42,7 +42,7 @@ def test_quantize_returns_the_report(model, tmp_path):
 def test_several_outputs_give_a_list(model, tmp_path):
     target = [{"path": str(tmp_path / "a")}, {"path": str(tmp_path / "b"), "bits": 3}]
     reports = quantc.quantize(model, target=target, method="rtn", verify_text="none", group_size=64)
-    assert [report["recipe"]["bits"] for report in reports] == [4, 3]
+    assert [report["recipe"]["scheme"]["bits"] for report in reports] == [4, 3]
     assert left_in(tmp_path) == ["a", "b"]
 
 
@@ -92,7 +92,7 @@ def test_plan_writes_nothing(model, tmp_path, monkeypatch):
 def test_evaluate_one_and_several(model):
     settings = {"context": 64, "windows": 2, "device": "cpu"}
     alone = quantc.evaluate(model, reference=model, **settings)
-    assert alone["beside"]["kld_mean"] < 1e-6
+    assert alone["kld_mean"] < 1e-6
     both = quantc.evaluate([model, str(model)], reference=model, **settings)
     assert [one["perplexity"] for one in both] == [alone["perplexity"]] * 2
     with pytest.raises(quantc.LimitsError) as caught:
@@ -163,7 +163,7 @@ def test_two_calls_in_threads_do_not_see_each_other(model, tmp_path):
         counted += 1
         time.sleep(0.01)
     assert counted > 3
-    assert {name: report["recipe"]["bits"] for name, report in reports.items()} == {"out3": 3, "out4": 4}
+    assert {name: report["recipe"]["scheme"]["bits"] for name, report in reports.items()} == {"out3": 3, "out4": 4}
     alone = quantc.quantize(model, tmp_path / "alone", bits=3, threads=1, **QUICK)
     assert alone["outputs"] and digest(tmp_path / "alone") == digest(tmp_path / "out3")
 
