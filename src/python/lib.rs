@@ -51,9 +51,21 @@ fn no_json(error: serde_json::Error) -> Error {
     Error::Failed(error.to_string())
 }
 
-/// A request from its keys. Fails for one that is not known, and for a value of another type.
+/// A request from its keys. Fails for one that is not known, and for a value of another type; the message names the key.
 fn read<T: DeserializeOwned>(keys: Map<String, Value>) -> Result<T, Error> {
-    serde_json::from_value(Value::Object(keys)).map_err(|error| Error::Usage(error.to_string()))
+    let whole = |keys: Map<String, Value>| serde_json::from_value::<T>(Value::Object(keys));
+    whole(keys.clone()).map_err(|error| {
+        // What is said of a value does not say whose it is, so each is read by itself.
+        let alone =
+            |(key, value)| Some((key, whole(Map::from_iter([(String::clone(key), Value::clone(value))])).err()?));
+        let (key, error) = keys.iter().find_map(alone).map_or((None, error), |(key, error)| (Some(key), error));
+        // The names of Rust's types tell nothing to who writes Python.
+        let whole = ["u8", "u32", "u64", "usize", "i64"].map(|kind| format!("expected {kind}"));
+        let why = whole.iter().fold(error.to_string(), |why, kind| why.replace(kind, "expected a whole number"));
+        let why = why.replace("expected f64", "expected a number");
+        let named = key.filter(|key| !why.contains(&format!("`{key}`")));
+        Error::Usage(named.map_or(why.clone(), |key| format!("`{key}`: {why}")))
+    })
 }
 
 fn quantize(keys: Map<String, Value>, progress: Progress) -> Result<Answer, Error> {

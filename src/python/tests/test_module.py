@@ -63,7 +63,8 @@ def test_failures_are_told_apart(model, tmp_path):
         ({"ignore": [object()]}, "quantize"),
         ({"device": "tpu"}, "auto, cpu, cuda"),
         ({"threads": 0}, "at least 1"),
-        ({"samples": "many"}, "many"),
+        ({"samples": "many"}, '`samples`: .*"many", expected a whole number'),
+        ({"group_size": 64, "damp": [1]}, "`damp`: .*expected a number"),
     ]:
         with pytest.raises(quantc.UsageError, match=words):
             quantc.quantize(model, tmp_path / "out", **wrong)
