@@ -318,7 +318,7 @@ pub struct Quantize {
     /// What may also stand in a recipe.
     #[command(flatten)]
     pub request: Request,
-    /// A recipe.toml with any of these settings, and exceptions for some linears. If a flag and the file give the same setting,
+    /// A recipe.toml with any of these settings, and exceptions for some linears, or a recipe.yaml of llm-compressor. If a flag and the file give the same setting,
     /// the flag counts.
     #[arg(long, help_heading = OUTPUT, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
@@ -473,7 +473,7 @@ pub struct Compare {
     /// The schemes, the folder of the report, and the flags of calibration.
     #[command(flatten)]
     pub schemes: Schemes,
-    /// A recipe.toml with settings for all schemes, and exceptions for some linears; flags go before it.
+    /// A recipe.toml with settings for all schemes, and exceptions for some linears, or a recipe.yaml of llm-compressor; flags go before it.
     #[arg(long, help_heading = OUTPUT, value_name = "FILE")]
     pub recipe: Option<PathBuf>,
     /// Calibrate every scheme by itself, as if it were the only one.

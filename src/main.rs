@@ -353,7 +353,8 @@ fn build(args: Build) -> anyhow::Result<u8> {
         say(&format!("{}\n", serde_json::to_string_pretty(&build::schema())?))?;
         return Ok(0);
     }
-    let project = build::Build::open(&args.project, args.verify)?;
+    let data = args.compute.data()?;
+    let project = build::Build::open(&args.project, data.means(), args.verify)?;
     let own = project.inputs_and_lock();
     let own: Vec<&Path> = own.iter().map(PathBuf::as_path).collect();
     let all: Vec<PathBuf> = project.standings().iter().map(|standing| standing.path.clone()).collect();
@@ -386,7 +387,7 @@ fn build(args: Build) -> anyhow::Result<u8> {
         }
         return Ok(code);
     }
-    let (progress, compute) = start(&args.compute, args.compute.data()?)?;
+    let (progress, compute) = start(&args.compute, data)?;
     let mut progress = progress.listened(listener(&args.gates));
     let earlier: Vec<_> = project.redone_places().iter().map(|place| Earlier::at(place)).collect();
     let how = (args.force, args.wait);

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::mixes::{Mix, TensorOverride, parse_type};
 use crate::words::nearest;
 
+mod llm_compressor;
 mod near;
 mod patterns;
 mod request;

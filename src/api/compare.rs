@@ -11,7 +11,6 @@ use crate::error::{Error, Result};
 use crate::progress::Progress;
 use crate::recipe::Request;
 use crate::targets::schemes;
-use crate::with_backend;
 
 /// Schemes that a model is quantized by, each measured beside the original, and a report of it all.
 ///

@@ -7,6 +7,7 @@ use kernels::{Cpu, Cuda, cuda};
 use serde::{Deserialize, Serialize};
 
 use super::at_least_one;
+use crate::build::Means;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::progress::Progress;
@@ -140,6 +141,17 @@ impl Compute {
         let (most, fewer) = self.threads()?;
         rayon::ThreadPoolBuilder::new().num_threads(most).build_global().map_err(|error| no_threads(most, &error))?;
         Ok((Compute { threads: None, ..self }, fewer))
+    }
+
+    /// What of it changes what is written.
+    #[cfg_attr(doc, doc(hidden))]
+    pub fn means(&self) -> Means {
+        let device = match self.device.0 {
+            Kind::Auto => None,
+            Kind::Cpu => Some("cpu"),
+            Kind::Cuda(_) => Some("cuda"),
+        };
+        Means { device, math: if self.math == Math::F32 { "f32" } else { "auto" } }
     }
 
     /// How many threads to start; a note where that is fewer than were asked for.

@@ -12,7 +12,6 @@ use crate::progress::Progress;
 use crate::recipe::named;
 use crate::report::gates::Bounds;
 use crate::report::{Activations, Protocol};
-use crate::with_backend;
 
 /// Models whose perplexity is to be measured, and their divergence from a reference.
 ///

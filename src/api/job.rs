@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::keys::keyed;
-use super::{Compute, at_least_one, locate};
+use super::{Compute, at_least_one, at_most, locate};
 use crate::error::{Error, Result};
 use crate::job::{self, Asked, Planned, Verification};
 use crate::mixes::Mix;
@@ -16,7 +16,12 @@ use crate::report::Report;
 use crate::report::gates::Bounds;
 use crate::serving::{Gpu, Runtime};
 use crate::targets::{Output, requested, resolved};
-use crate::with_backend;
+
+/// Tokens of a sequence at the most: a hundred times what any model takes, and so few that bytes of caches can be counted.
+const MOST_TOKENS: u64 = 1 << 28;
+
+/// Sequences at a time at the most.
+const MOST_SEQUENCES: u64 = 1 << 16;
 
 /// A model that is to be quantized, and all that can be said about that.
 ///
@@ -140,6 +145,8 @@ impl Job {
         at_least_one("--tensor-parallel", tensor_parallel.map(|count| count as u64))?;
         at_least_one("--batch", batch)?;
         at_least_one("--context", context)?;
+        at_most("--context", context, MOST_TOKENS)?;
+        at_most("--batch", batch, MOST_SEQUENCES)?;
         let runtime = runtime.as_deref().map(Runtime::parse).transpose()?;
         let gpu = gpu.as_deref().map(Gpu::parse).transpose()?;
         let named = self.is_named()?;

@@ -10,8 +10,11 @@
 //! The program's commands are calls of what stands here. Flags, exit codes and printing are theirs; whatever else a run needs (opening
 //! models, looking into Hugging Face's cache, choosing the device, limits on the quality) is done here, once for all callers.
 
-mod compare;
+// Its macro is used by the others.
+#[macro_use]
 mod compute;
+
+mod compare;
 mod evaluate;
 mod job;
 mod keys;
@@ -75,6 +78,14 @@ pub fn demo_model(folder: &Path) -> Result<()> {
 /// Fails where a setting that counts says 0.
 fn at_least_one(flag: &str, count: Option<u64>) -> Result<()> {
     if count == Some(0) { Err(Error::usage(format!("{flag} must be at least 1"))) } else { Ok(()) }
+}
+
+/// Fails where a setting that counts says more than anybody means.
+fn at_most(flag: &str, count: Option<u64>, most: u64) -> Result<()> {
+    match count.filter(|count| *count > most) {
+        Some(count) => Err(Error::usage(format!("{flag} {count}: {most} is the most that is counted with"))),
+        None => Ok(()),
+    }
 }
 
 /// Fails for windows in which nothing is predicted.

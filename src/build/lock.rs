@@ -10,6 +10,7 @@ use formats::container::file;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::output::Look;
 use crate::output::hashing::hash_file;
 use crate::report::FileReport;
 
@@ -40,6 +41,12 @@ pub struct Locked {
     pub tool: String,
     /// All that it was made by, as JSON with its keys in order.
     pub recipe: String,
+    /// The kind of device that it was made on, `cpu` or `cuda`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
+    /// The type in which it was calibrated, as `--math` says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub math: Option<String>,
     /// Perplexity ratio, mean KL divergence and top-1 agreement, where they were measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quality: Option<[f64; 3]>,
@@ -67,17 +74,6 @@ pub struct Stamp {
     pub sha256: String,
 }
 
-/// Size, time and number of a file; `None` where there is none.
-fn look(path: &Path) -> Option<(u64, String, u64)> {
-    let metadata = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
-    let modified = metadata.modified().ok()?.duration_since(std::time::UNIX_EPOCH).map_or(0, |time| time.as_nanos());
-    #[cfg(unix)]
-    let inode = std::os::unix::fs::MetadataExt::ino(&metadata);
-    #[cfg(not(unix))]
-    let inode = 0;
-    Some((metadata.len(), modified.to_string(), inode))
-}
-
 /// How a file compares with what it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Seen {
@@ -92,8 +88,8 @@ pub enum Seen {
 impl Stamp {
     /// A file as it is now; `path` is how it is called in the lock. `known` has hashes that need not be made again, by file name.
     pub fn of(file: &Path, path: String, known: &[FileReport]) -> Result<Stamp> {
-        let looked = || look(file).ok_or_else(|| Error::failed(format!("{}: is not there any more", file.display())));
-        let (bytes, modified, inode) = looked()?;
+        let gone = || Error::failed(format!("{}: is not there any more", file.display()));
+        let Look { bytes, modified, inode } = Look::of(file).ok_or_else(gone)?;
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         let known = known.iter().find(|known| known.name == name && known.bytes == bytes);
         let sha256 = match known {
@@ -105,7 +101,7 @@ impl Stamp {
 
     /// Whether a file is still this one. With `hashes` it is hashed whatever it looks like.
     pub fn compare(&self, file: &Path, hashes: bool) -> Result<Seen> {
-        let Some((bytes, modified, inode)) = look(file) else { return Ok(Seen::Changed) };
+        let Some(Look { bytes, modified, inode }) = Look::of(file) else { return Ok(Seen::Changed) };
         let alike = bytes == self.bytes && modified == self.modified && inode == self.inode;
         if alike && !hashes {
             return Ok(Seen::Same);
@@ -233,6 +229,8 @@ mod tests {
             path: "out".into(),
             tool: "quantc 0".into(),
             recipe: "{\"a\":\"\\\"\"}".into(),
+            device: Some("cpu".into()),
+            math: None,
             quality: Some([1.0, 0.25, 0.5]),
             inputs: vec![stamp.clone()],
             outputs: vec![stamp],

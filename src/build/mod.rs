@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use crate::checkpoint::resolve;
 use crate::error::{Error, Result};
 use crate::job::Job;
+use crate::memory::Device;
 use crate::output::{Place, Staging};
 use crate::progress::Progress;
 use crate::report::{FileReport, Report};
@@ -47,9 +48,19 @@ impl Standing {
     }
 }
 
+/// With what a build computes, as far as that changes what is written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Means {
+    /// The kind of device, `cpu` or `cuda`; `None` where any will do.
+    pub device: Option<&'static str>,
+    /// The type in which calibration multiplies, as `--math` says it.
+    pub math: &'static str,
+}
+
 /// A project with what is known of its targets.
 pub struct Build {
     project: Project,
+    means: Means,
     lock: Lock,
     /// One for each output.
     standings: Vec<Standing>,
@@ -62,10 +73,10 @@ impl Build {
     /// hashed, whatever it looks like.
     ///
     /// Fails as [`Project::read`] and [`Lock::read`] do, and where a model is not there.
-    pub fn open(path: &Path, hashes: bool) -> Result<Build> {
+    pub fn open(path: &Path, means: Means, hashes: bool) -> Result<Build> {
         let project = Project::read(path)?;
         let lock = Lock::read(&project.lock())?;
-        let mut build = Build { project, lock, standings: Vec::new(), touched: false };
+        let mut build = Build { project, means, lock, standings: Vec::new(), touched: false };
         for index in 0..build.project.outputs.len() {
             let standing = build.stand(index, hashes)?;
             build.standings.push(standing);
@@ -107,6 +118,9 @@ impl Build {
         };
         if locked.tool != TOOL {
             let why = format!("it was made by {}, and this is {TOOL}", locked.tool);
+            return Ok(standing(Some(why), None));
+        }
+        if let Some(why) = self.other_means(locked) {
             return Ok(standing(Some(why), None));
         }
         if let Some(why) = self.other_recipe(index, &locked.recipe) {
@@ -156,6 +170,15 @@ impl Build {
             "leading target's recipe": led.then_some(&leader.recipe),
             "measured": measured,
         })
+    }
+
+    /// What it would be computed with otherwise than when the target was made.
+    fn other_means(&self, locked: &Locked) -> Option<String> {
+        let (device, math) = (locked.device.as_deref().unwrap_or("cpu"), locked.math.as_deref().unwrap_or("auto"));
+        match self.means.device.filter(|asked| *asked != device) {
+            Some(asked) => Some(format!("--device was {device} and is {asked}")),
+            None => (math != self.means.math).then(|| format!("--math was {math} and is {}", self.means.math)),
+        }
     }
 
     /// What is asked for otherwise than when the target was made.
@@ -230,8 +253,10 @@ impl Build {
             waits,
         };
         let reports = job.run(backend, progress)?;
+        let device = if Device::of(backend).room.is_some() { "cuda" } else { "cpu" };
         for ((index, report), inputs) in redone.iter().zip(&reports).zip(inputs) {
-            let locked = self.locked(*index, report, &inputs)?;
+            let mut locked = self.locked(*index, report, &inputs)?;
+            (locked.device, locked.math) = (Some(device.to_owned()), Some(self.means.math.to_owned()));
             self.lock.targets.retain(|target| target.path != locked.path);
             self.lock.targets.push(locked);
         }
@@ -249,8 +274,10 @@ impl Build {
     }
 
     /// Files that are read, and the lock: nothing else may be written over them.
-    pub fn inputs_and_lock(&self) -> [PathBuf; 3] {
-        [self.project.model.clone(), self.project.path.clone(), self.project.lock()]
+    pub fn inputs_and_lock(&self) -> Vec<PathBuf> {
+        let recipe = self.project.outputs.first().and_then(|output| output.recipe.file.clone());
+        let own = [self.project.model.clone(), self.project.path.clone(), self.project.lock()];
+        own.into_iter().chain(recipe).collect()
     }
 
     /// The places of the outputs that [`make`](Self::make) writes, in its order.
@@ -288,6 +315,8 @@ impl Build {
             path: self.called(&output.path),
             tool: TOOL.to_owned(),
             recipe: self.recipe(index).to_string(),
+            device: None,
+            math: None,
             quality: report
                 .quality
                 .as_ref()

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use formats::container::file;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use toml::Spanned;
+use toml::de::DeTable;
 
 use crate::checkpoint::cached;
 use crate::error::{Error, Result};
@@ -28,12 +30,12 @@ pub struct Settings {
     pub verify_text: Option<String>,
     /// Windows of up to 2048 tokens to measure: 8 where it is not said.
     pub verify_windows: Option<usize>,
-    /// Limits on the quality.
-    #[serde(flatten)]
-    pub bounds: Bounds,
     /// Calibrate every target by itself, as if it were the only one.
     #[serde(default)]
     pub independent: bool,
+    /// A recipe.toml, or a recipe.yaml of llm-compressor, with settings that this file does not have; paths in it are seen from this file's
+    /// folder, too.
+    pub recipe: Option<PathBuf>,
 }
 
 /// The whole file, as its JSON Schema describes it.
@@ -46,7 +48,27 @@ pub struct File {
     #[serde(flatten)]
     settings: Settings,
     #[serde(flatten)]
+    bounds: Bounds,
+    #[serde(flatten)]
     recipe: Request,
+}
+
+/// The keys of settings, in the order in which they are declared.
+fn keys(of: &impl Serialize) -> Vec<String> {
+    let all = serde_json::to_value(of).expect("plain data");
+    all.as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect()
+}
+
+/// The text with spaces in place of all keys but those that are `wanted`, and of their values: every line is still where it was.
+fn only(text: &str, table: &Spanned<DeTable<'_>>, wanted: &dyn Fn(&str) -> bool) -> String {
+    let mut left = text.as_bytes().to_vec();
+    let others = table.get_ref().iter().filter(|(key, _)| !wanted(key.get_ref()));
+    for (key, value) in others {
+        let all = [key.span(), value.span()];
+        let (start, end) = (all[0].start.min(all[1].start), all[0].end.max(all[1].end));
+        left[start..end].iter_mut().filter(|byte| **byte != b'\n').for_each(|byte| *byte = b' ');
+    }
+    String::from_utf8(left).expect("spaces in place of whole values")
 }
 
 /// The schema of the file.
@@ -78,43 +100,39 @@ impl Project {
     /// Fails where it is none of the version that is known, says what is not known, or asks for what cannot be made.
     pub fn read(path: &Path) -> Result<Project> {
         let text = file::read_text(path, file::DESCRIPTION).map_err(Error::io(path, "read"))?;
-        let mut recipe: toml::Table = toml::from_str(&text).map_err(|error| toml_error(path, &text, error))?;
-        let mut own = toml::Table::new();
-        let known = serde_json::to_value(Settings::default()).expect("plain data");
-        for key in known.as_object().into_iter().flatten().map(|(key, _)| key) {
-            if let Some(value) = recipe.remove(key) {
-                own.insert(key.clone(), value);
-            }
-        }
+        let wrong = |error| toml_error(path, &text, error);
+        let table = DeTable::parse(&text).map_err(wrong)?;
         let shown = path.display();
-        match own.get("version").map(|version| version.as_integer()) {
-            Some(Some(version)) if version == i64::from(VERSION) => {}
-            Some(_) => {
+        match table.get_ref().get("version").map(|version| version.get_ref()) {
+            Some(version) if version.as_integer().is_some_and(|version| version.as_str() == VERSION.to_string()) => {}
+            Some(version) => {
+                let found = version.as_integer().map_or("no number".to_owned(), |version| version.as_str().to_owned());
                 return Err(Error::usage(format!(
-                    "{shown}: its version is {}, and this program reads version {VERSION}; take the quantc that it was written for",
-                    own["version"]
+                    "{shown}: its version is {found}, and this program reads version {VERSION}; take the quantc that it was written for"
                 )));
             }
             None => return Err(Error::usage(format!("{shown}: says no version; begin it with version = {VERSION}"))),
         }
-        let wrong = |error: toml::de::Error| Error::usage(format!("{shown}: {}", error.message().replace('\n', ", ")));
-        let settings: Settings = own.try_into().map_err(wrong)?;
-        // The text is read once more where it is wrong, so that the message has the line.
-        let request: Request = match recipe.try_into() {
-            Ok(request) => request,
-            Err(error) => {
-                let own: Vec<&str> = known.as_object().into_iter().flatten().map(|(key, _)| &**key).collect();
-                return Err(Error::usage(format!("{}; the project's own keys are {}", wrong(error), own.join(", "))));
-            }
-        };
-        Project::of(path, settings, request)
+        let (own, bounds) = (keys(&Settings::default()), keys(&Bounds::default()));
+        let settings = toml::from_str(&only(&text, &table, &|key| own.iter().any(|own| own == key))).map_err(wrong)?;
+        let limits = toml::from_str(&only(&text, &table, &|key| bounds.iter().any(|own| own == key))).map_err(wrong)?;
+        let rest = |key: &str| !own.iter().any(|own| own == key) && !bounds.iter().any(|own| own == key);
+        let request: Request = toml::from_str(&only(&text, &table, &rest)).map_err(|error| {
+            let own: Vec<&str> = own.iter().chain(&bounds).map(|key| &**key).collect();
+            Error::usage(format!("{}; the project's own keys are {}", wrong(error), own.join(", ")))
+        })?;
+        Project::of(path, settings, &limits, request)
     }
 
-    fn of(path: &Path, settings: Settings, mut request: Request) -> Result<Project> {
+    fn of(path: &Path, settings: Settings, bounds: &Bounds, mut request: Request) -> Result<Project> {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let within = |path: &Path| if folder == Path::new(".") { path.to_path_buf() } else { folder.join(path) };
+        let recipe = settings.recipe.as_deref().map(within);
+        if let Some(recipe) = &recipe {
+            request = request.or(Request::read(recipe)?);
+        }
         settle(&mut request, &within);
-        let limits = settings.bounds.limits(&within)?;
+        let limits = bounds.limits(&within)?;
         let text = settings
             .verify_text
             .map(|text| if within(Path::new(&text)).is_file() { shown(&within(Path::new(&text))) } else { text });
@@ -128,7 +146,7 @@ impl Project {
             )));
         }
         let asked = requested(request, None, &[])?;
-        let (outputs, lead) = resolved(asked, None)?;
+        let (outputs, lead) = resolved(asked, recipe.as_deref())?;
         let lock = path.with_extension("lock");
         for output in &outputs {
             let written = [Some(&output.path), output.report.as_ref(), output.recipe.save_imatrix.as_ref()];

@@ -6,6 +6,7 @@ use kernels::Backend;
 use serde_json::{Map, Value, json};
 
 use crate::checkpoint::Checkpoint;
+use crate::output::Look;
 use crate::recipe::Recipe;
 
 /// The program, and the device it computes on: another build or another device may give other figures.
@@ -50,9 +51,7 @@ fn looked_at(paths: Vec<PathBuf>) -> Value {
     Value::Object(paths.iter().filter_map(named).collect::<Map<String, Value>>())
 }
 
-/// Size and time of a file, by which it is known again; null where there is none.
+/// Size and time of a file; null where there is none.
 fn stamp(path: &Path) -> Value {
-    let Ok(metadata) = std::fs::metadata(path) else { return Value::Null };
-    let modified = metadata.modified().ok().and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok());
-    json!([metadata.len(), modified.map(|time| time.as_nanos().to_string())])
+    Look::of(path).map_or(Value::Null, |look| json!([look.bytes, look.modified]))
 }

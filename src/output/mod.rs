@@ -7,6 +7,7 @@ pub mod behind;
 pub mod hashing;
 pub mod journal;
 mod left;
+mod look;
 mod place;
 mod staging;
 mod switch;
@@ -19,6 +20,7 @@ use formats::{ShardedWriter, TensorSpec};
 use crate::error::{Error, Result};
 
 pub use left::{Before, Unfinished, clean, discard, sweep, unfinished};
+pub use look::Look;
 pub use place::{Place, SideOutput, check_apart, check_beside, check_place, check_space, free_space};
 use staging::without_hidden_names;
 pub use staging::{Staging, remove_made};

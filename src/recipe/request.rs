@@ -8,7 +8,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use self::headings::{CALIBRATION, GGUF, METHOD, OUTPUT, SCHEME};
+use super::llm_compressor;
 use crate::error::{Error, Result};
+use crate::words::one_line;
 
 /// Under which headings the flags of `quantc quantize` stand in its help.
 pub mod headings {
@@ -222,9 +224,14 @@ pub struct Override {
 }
 
 impl Request {
-    /// Reads `recipe.toml`. Unknown keys are errors.
+    /// Reads `recipe.toml`, or a `recipe.yaml` of llm-compressor. Unknown keys are errors.
     pub fn read(path: &Path) -> Result<Request> {
         let text = file::read_text(path, file::DESCRIPTION).map_err(Error::io(path, "read"))?;
+        let ending = path.extension().unwrap_or_default().to_ascii_lowercase();
+        if ending == "yaml" || ending == "yml" {
+            return llm_compressor::read(&text)
+                .map_err(|why| Error::usage(format!("{}: {}", path.display(), one_line(&why))));
+        }
         toml::from_str(&text).map_err(|error| toml_error(path, &text, error))
     }
 }

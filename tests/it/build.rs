@@ -198,7 +198,17 @@ fn what_cannot_be_built_is_refused_before_any_work() {
     refused("version = 2\nmodel = 'model'", &["its version is 2", "reads version 1"]);
     refused("version = 1", &["model"]);
     refused("version = 1\nmodel = 'model'", &["names no output", "[[target]]"]);
-    refused("version = 1\nmodel = 'model'\n[[target]]\npath = 'x'\nbit = 4", &["bit"]);
+    refused("version = 1\nmodel = 'model'\n[[target]]\npath = 'x'\nbit = 4", &["line 5, `bit = 4`", "own keys"]);
+    refused(
+        "version = 1\nmodel = 'model'\n\nverify_windows = 'x' # many\n[[target]]\npath = 'x'",
+        &["line 4, `verify_windows = 'x'"],
+    );
+    refused("version = 1\nmodel = 'model'\nmax_kld = 'x'\n[[target]]\npath = 'x'", &["line 3, `max_kld = 'x'`"]);
+    refused(
+        "version = 1\nmodel = 'model'\nscheme = \"\"\"\nx\"\"\"\nbits = 'x'\n[[target]]\npath = 'x'",
+        &["line 5, `bits = 'x'`"],
+    );
+    refused("version = 1\nmodel = 'model'\nshceme = 'W4A16'\n[[target]]\npath = 'x'", &["line 3, `shceme = 'W4A16'`"]);
     refused(
         "version = 1\nmodel = 'model'\nverify_text = 'none'\nmax_kld = 1\n[[target]]\npath = 'x'",
         &["drop verify_text"],
@@ -208,6 +218,36 @@ fn what_cannot_be_built_is_refused_before_any_work() {
         &["--max-regression `-1`"],
     );
     room.run(["build", "nowhere.toml"]).refuses(1, &["nowhere.toml"]);
+}
+
+/// What a target is computed with belongs to it, unless whoever builds does not mind.
+#[test]
+fn another_device_or_type_is_another_target() {
+    let room = project();
+    edit(&room, |text| {
+        text.replace("method = 'gptq'", "method = 'rtn'").replace("verify_text = 'text.txt'", "verify_text = 'none'")
+    });
+    edit(&room, |text| {
+        text.replace("verify_windows = 1\n", "recipe = 'recipe.yaml'\n").replace("group_size = 64\n", "")
+    });
+    let yaml = "a_stage: {a_modifiers: {QuantizationModifier: {config_groups: {g: {targets: [Linear], weights: {num_bits: 8, type: int, \
+                strategy: group, group_size: 32}}}}}}";
+    room.file("recipe.yaml", yaml);
+    edit(&room, |text| text.split("[[target]]\npath = 'out/m.gguf'").next().unwrap().to_owned());
+    build(&room, &["--device", "cpu"]).succeeds();
+    let report: Value = serde_json::from_slice(&std::fs::read(room.path("out/ct/report.json")).unwrap()).unwrap();
+    assert_eq!([&report["linears"][0]["bits"], &report["linears"][0]["group_size"]], [8, 32]);
+    build(&room, &["--check"]).succeeds();
+    build(&room, &["--check", "--device", "cpu"]).succeeds();
+    let told = |flags: &[&str], why: &str| {
+        let run = build(&room, &[&["--check"], flags].concat());
+        assert_eq!(run.code(), Some(1));
+        assert!(run.stdout().contains(why), "{}", run.stdout());
+    };
+    told(&["--math", "f32"], "out of date: --math was auto and is f32");
+    told(&["--device", "cuda"], "out of date: --device was cpu and is cuda");
+    room.file("recipe.yaml", yaml.replace("32", "64"));
+    told(&[], "out of date: recipe.");
 }
 
 /// The schema that is committed is the program's own; QUANTC_RENEW=1 writes it.

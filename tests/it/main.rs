@@ -29,6 +29,7 @@ mod imatrix;
 mod inputs;
 mod kept;
 mod llama_cpp;
+mod llm_compressor;
 mod loading;
 mod matrix;
 mod mlx;

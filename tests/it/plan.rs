@@ -146,6 +146,9 @@ fn what_a_run_would_refuse_is_refused_and_what_a_runtime_would_is_told() {
     let order = ["--for", "vllm", "--format", "gptq", "--group-size", "64", "--desc-act"];
     told(&order, 2, &["refused: vLLM refuses desc_act with groups"]);
     told(&["--for", "sglang", "--tensor-parallel", "2"], 0, &["2 cards of    cache in 16 bits"]);
+    for (flag, count) in [("--context", "18446744073709551615"), ("--batch", "18446744073709551615")] {
+        room.run([&["plan", "model", flag, count], FEW].concat()).refuses(2, &[flag, "the most that is counted with"]);
+    }
     told(&["--context", "100000"], 0, &["told: the model takes 512 tokens, and --context says 100000"]);
 }
 
