@@ -75,10 +75,20 @@ fn pinned(bytes: usize) -> Result<*mut c_void> {
     }
 }
 
+/// A program without a dynamic loader, as for musl, loads no library, whatever is installed.
+const LINKED_STATICALLY: bool = cfg!(all(unix, target_feature = "crt-static"));
+
 /// Starts the driver.
 ///
-/// Fails with one sentence if there is none, or an old one.
+/// Fails with one sentence if there is none, or an old one, and in a program that can load nothing.
 fn start() -> Result<()> {
+    if LINKED_STATICALLY {
+        return Err(Error::Device(
+            "this quantc is linked statically and cannot load NVIDIA's libraries: take the build for glibc \
+             (x86_64-unknown-linux-gnu), or run with --device cpu"
+                .to_owned(),
+        ));
+    }
     if !["cuda", "nvcuda"].into_iter().any(compile::load_by_name) {
         return Err(Error::Device(
             "no NVIDIA driver is installed (libcuda.so.1 is not there): install one, or run with --device cpu"
