@@ -22,6 +22,7 @@ mod evidence;
 pub mod families;
 pub mod forward;
 pub mod graph;
+pub mod hub;
 
 mod importance;
 pub mod inspect;

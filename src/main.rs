@@ -11,10 +11,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use calibration::samples::GUARDED;
 use clap::{CommandFactory, Parser};
 use formats::Dtype;
-use quantc::checkpoint::cached;
-use quantc::cli::{self, Build, Clean, Cli, Command, Compare, Compute, Engine, Eval, Gates, Inspect, Plan, Quantize};
+use quantc::cli::{
+    self, Build, Clean, Cli, Command, Compare, Compute, Convert, Engine, Eval, Gates, Inspect, Merge, Plan, PushTo, Quantize,
+};
 use quantc::compare::{self, Comparison};
 use quantc::eval::Evaluation;
+use quantc::hub::{self, Found, Reads};
 use quantc::job::{Asked, Job, Verification};
 use quantc::mixes::Mix;
 use quantc::output::{self, Place, SideOutput, Unfinished, remove_made, sweep, unfinished};
@@ -123,11 +125,11 @@ fn work(cli: Cli) -> u8 {
 }
 
 fn run(mut cli: Cli) -> anyhow::Result<u8> {
-    for model in cli.command.models_mut() {
-        if let Some(found) = cached(model)? {
-            *model = found;
-        }
-    }
+    let mut progress = Progress::new(cli.command.quiet());
+    let reads = if matches!(cli.command, Command::Plan(_) | Command::Inspect(_)) { Reads::Headers } else { Reads::Whole };
+    // What is there of them stays as long as the command works.
+    let _found = find(cli.command.models_mut(), reads, &mut progress)?;
+    drop(progress);
     match cli.command {
         Command::Demo(args) => {
             if let Some(folder) = args.export {
@@ -168,16 +170,10 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
             show(args.json, &diff, || diff.text())?;
             Ok(0)
         }
-        Command::Convert(args) => {
-            let dtype = args.dtype.map(|name| match name.as_str() {
-                "f16" => Dtype::F16,
-                "bf16" => Dtype::BF16,
-                _ => Dtype::F32,
-            });
-            let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
-            let notes = convert::convert(&args.input, &args.output, dtype, unknown, args.force)?;
-            notes.iter().for_each(|note| tell(&format!("note: {note}")));
-            Ok(0)
+        Command::Convert(args) => convert(args),
+        Command::Push(args) => {
+            let push = hub::Push::new(&args.repository, args.private)?;
+            pushed(&push, &[args.path], args.quiet)
         }
         Command::Clean(args) => Ok(clean(&args).map(|()| 0)?),
         Command::Completions(args) => {
@@ -196,20 +192,69 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
             show(args.json, &devices, || devices.text())?;
             Ok(0)
         }
-        Command::Merge(args) => {
-            let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
-            let (merged, notes) = merge::merge(&args.model, &args.adapter, &args.output, unknown, args.force)?;
-            if let (Some(adapter), false) = (merged.adapter(), args.quiet) {
-                let (output, kind) = (args.output.display(), adapter.kind);
-                say(&format!(
-                    "{output}: {kind}, {} modules merged, {} tensors replaced\n",
-                    adapter.modules, adapter.replaced
-                ))?;
-                notes.iter().for_each(|note| tell(&format!("note: {note}")));
-            }
-            Ok(0)
+        Command::Merge(args) => merge(args),
+    }
+}
+
+/// Finds models that are called as a hub calls them; those that had to be brought here live as long as what is returned.
+fn find(models: Vec<&mut PathBuf>, reads: Reads, progress: &mut Progress) -> Result<Vec<Found>, Error> {
+    let mut all = Vec::new();
+    for model in models {
+        if let Some(found) = hub::find(model, reads, progress)? {
+            found.note.iter().for_each(|note| progress.say(&format!("note: {note}")));
+            model.clone_from(&found.place);
+            all.push(found);
         }
     }
+    Ok(all)
+}
+
+/// Pushes outputs that are whole; the exit code.
+fn pushed(push: &hub::Push, outputs: &[PathBuf], quiet: bool) -> anyhow::Result<u8> {
+    let message = format!("Upload what {} made", build::TOOL);
+    let address = push.push(outputs, &message, &mut Progress::new(quiet)).map_err(|error| {
+        let again: Vec<String> = outputs.iter().map(|output| push.command(output)).collect();
+        Error::failed(format!("{error}; what was to be pushed is whole on this disk, and {} tries again", again.join(" and ")))
+    })?;
+    if !quiet {
+        say(&format!("pushed: {address}\n"))?;
+    }
+    Ok(0)
+}
+
+/// Where outputs are to be pushed, if anywhere: found out before any work.
+fn push_of(asked: &PushTo) -> Result<Option<hub::Push>, Error> {
+    asked.push_to.as_deref().map(|to| hub::Push::new(to, asked.push_private)).transpose()
+}
+
+/// Writes plain safetensors.
+fn convert(args: Convert) -> anyhow::Result<u8> {
+    let dtype = args.dtype.map(|name| match name.as_str() {
+        "f16" => Dtype::F16,
+        "bf16" => Dtype::BF16,
+        _ => Dtype::F32,
+    });
+    let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
+    let push = push_of(&args.push)?;
+    let notes = convert::convert(&args.input, &args.output, dtype, unknown, args.force)?;
+    notes.iter().for_each(|note| tell(&format!("note: {note}")));
+    push.map_or(Ok(0), |push| pushed(&push, &[args.output], false))
+}
+
+/// Writes a model merged with an adapter.
+fn merge(args: Merge) -> anyhow::Result<u8> {
+    let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
+    let push = push_of(&args.push)?;
+    let (merged, notes) = merge::merge(&args.model, &args.adapter, &args.output, unknown, args.force)?;
+    if let (Some(adapter), false) = (merged.adapter(), args.quiet) {
+        let (output, kind) = (args.output.display(), adapter.kind);
+        say(&format!(
+            "{output}: {kind}, {} modules merged, {} tensors replaced\n",
+            adapter.modules, adapter.replaced
+        ))?;
+        notes.iter().for_each(|note| tell(&format!("note: {note}")));
+    }
+    push.map_or(Ok(0), |push| pushed(&push, &[args.output], args.quiet))
 }
 
 /// Prints what was found, as JSON or for people.
@@ -328,7 +373,7 @@ fn check_windows(context: usize, windows: Option<usize>) -> Result<(), Error> {
     at_least_one("--windows", windows)
 }
 
-fn quantize(args: Quantize) -> anyhow::Result<u8> {
+fn quantize(mut args: Quantize) -> anyhow::Result<u8> {
     at_least_one("--verify-windows", args.verify_windows)?;
     let (progress, engine) = start(&args.compute)?;
     let mut progress = progress.listened(listener(&args.gates));
@@ -352,12 +397,38 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     let (independent, force) = (args.independent, args.force);
     let (afresh, waits) = (args.no_resume, args.wait);
     args.gates.check(&[&args.model], &paths)?;
+    let push = push_of(&args.push)?;
+    let single = |output: &Output| output.recipe.gguf.is_some();
+    if push.is_some() && outputs.len() > 1 && !outputs.iter().all(single) {
+        return Err(Error::usage("--push-to takes one output, or several GGUF files: push each of these with quantc push").into());
+    }
+    let job = Job { model: Path::new(""), outputs, lead, independent, verification, force, afresh, waits };
+    // What would be refused is refused before much is downloaded.
+    if let Some(sketch) = hub::find(&args.model, Reads::Headers, &mut progress)?
+        && !sketch.is_whole()
+    {
+        let asked = Asked { named: true, ..Asked::default() };
+        with_backend!(&engine, backend => Job { model: &sketch.place, ..job.clone() }.plan(backend, &asked, &progress))?;
+    }
+    let _found = find(vec![&mut args.model], Reads::Whole, &mut progress)?;
     let earlier: Vec<_> = paths.iter().map(|path| Earlier::at(path)).collect();
-    let job = Job { model: &args.model, outputs, lead, independent, verification, force, afresh, waits };
-    let reports = with_backend!(&engine, backend => job.run(backend, &mut progress))?;
+    let reports = with_backend!(&engine, backend => Job { model: &args.model, ..job }.run(backend, &mut progress))?;
     drop(progress);
     let made: Vec<(&Path, &Report)> = paths.iter().map(PathBuf::as_path).zip(&reports).collect();
-    conclude(&engine, &made, &earlier, (&args.compute, &args.gates))
+    let code = conclude(&engine, &made, &earlier, (&args.compute, &args.gates))?;
+    let Some(push) = push else { return Ok(code) };
+    // A file in parts is called by the first of them.
+    let first = |(path, report): (&PathBuf, &Report)| match report.outputs.first() {
+        Some(file) if !path.exists() => path.with_file_name(&file.name),
+        _ => path.clone(),
+    };
+    let made: Vec<PathBuf> = paths.iter().zip(&reports).map(first).collect();
+    if code != 0 {
+        let all: Vec<String> = made.iter().map(|path| push.command(path)).collect();
+        tell(&format!("error: nothing was pushed, as limits are missed; {} pushes it all the same", all.join(" and ")));
+        return Ok(code);
+    }
+    pushed(&push, &made, args.compute.quiet || args.gates.events)
 }
 
 /// Says what was made of a model; the exit code.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use formats::container::file;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::is_commit;
 use crate::error::{Error, Result};
 use crate::output::hashing::hash_file;
 use crate::report::FileReport;
@@ -51,15 +52,16 @@ pub struct Locked {
     pub outputs: Vec<Stamp>,
 }
 
-/// A file as it was.
+/// A file as it was. One of a model on a hub is called `org/name@COMMIT/PATH`, wherever the cache lies, and has neither time nor number: the
+/// commit and its hash say which it is on every machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stamp {
-    /// Where it is, seen from the lock's folder.
+    /// Where it is, seen from the lock's folder, or what it is called on a hub.
     pub path: String,
     /// Its size in bytes.
     pub bytes: u64,
-    /// When it was written, in nanoseconds since 1970.
+    /// When it was written, in nanoseconds since 1970; 0 for one of a hub.
     pub modified: String,
     /// Its number on its disk; 0 where the system has none.
     pub inode: u64,
@@ -78,6 +80,11 @@ fn look(path: &Path) -> Option<(u64, String, u64)> {
     Some((metadata.len(), modified.to_string(), inode))
 }
 
+/// Whether a lock calls a file as one of a model on a hub.
+fn is_of_hub(path: &str) -> bool {
+    path.split_once('@').and_then(|(_, rest)| rest.split_once('/')).is_some_and(|(commit, _)| is_commit(commit))
+}
+
 /// How a file compares with what it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Seen {
@@ -93,7 +100,10 @@ impl Stamp {
     /// A file as it is now; `path` is how it is called in the lock. `known` has hashes that need not be made again, by file name.
     pub fn of(file: &Path, path: String, known: &[FileReport]) -> Result<Stamp> {
         let looked = || look(file).ok_or_else(|| Error::failed(format!("{}: is not there any more", file.display())));
-        let (bytes, modified, inode) = looked()?;
+        let (bytes, modified, inode) = match looked()? {
+            (bytes, ..) if is_of_hub(&path) => (bytes, "0".to_owned(), 0),
+            looks => looks,
+        };
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         let known = known.iter().find(|known| known.name == name && known.bytes == bytes);
         let sha256 = match known {
@@ -106,6 +116,12 @@ impl Stamp {
     /// Whether a file is still this one. With `hashes` it is hashed whatever it looks like.
     pub fn compare(&self, file: &Path, hashes: bool) -> Result<Seen> {
         let Some((bytes, modified, inode)) = look(file) else { return Ok(Seen::Changed) };
+        if is_of_hub(&self.path) {
+            // The cache calls a large file by its hash.
+            let called = std::fs::read_link(file).ok().is_some_and(|blob| blob.ends_with(&self.sha256));
+            let same = bytes == self.bytes && (called && !hashes || hash_file(file)?.sha256 == self.sha256);
+            return Ok(if same { Seen::Same } else { Seen::Changed });
+        }
         let alike = bytes == self.bytes && modified == self.modified && inode == self.inode;
         if alike && !hashes {
             return Ok(Seen::Same);
