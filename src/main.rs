@@ -12,7 +12,8 @@ use calibration::samples::GUARDED;
 use clap::{CommandFactory, Parser};
 use formats::Dtype;
 use quantc::cli::{
-    self, Build, Clean, Cli, Command, Compare, Compute, Convert, Engine, Eval, Gates, Inspect, Merge, Plan, PushTo, Quantize,
+    self, Build, Clean, Cli, Command, Compare, Compute, Convert, Engine, Eval, Gates, Inspect, Merge, Plan, PushTo,
+    Quantize,
 };
 use quantc::compare::{self, Comparison};
 use quantc::eval::Evaluation;
@@ -126,7 +127,8 @@ fn work(cli: Cli) -> u8 {
 
 fn run(mut cli: Cli) -> anyhow::Result<u8> {
     let mut progress = Progress::new(cli.command.quiet());
-    let reads = if matches!(cli.command, Command::Plan(_) | Command::Inspect(_)) { Reads::Headers } else { Reads::Whole };
+    let reads =
+        if matches!(cli.command, Command::Plan(_) | Command::Inspect(_)) { Reads::Headers } else { Reads::Whole };
     // What is there of them stays as long as the command works.
     let _found = find(cli.command.models_mut(), reads, &mut progress)?;
     drop(progress);
@@ -214,7 +216,10 @@ fn pushed(push: &hub::Push, outputs: &[PathBuf], quiet: bool) -> anyhow::Result<
     let message = format!("Upload what {} made", build::TOOL);
     let address = push.push(outputs, &message, &mut Progress::new(quiet)).map_err(|error| {
         let again: Vec<String> = outputs.iter().map(|output| push.command(output)).collect();
-        Error::failed(format!("{error}; what was to be pushed is whole on this disk, and {} tries again", again.join(" and ")))
+        Error::failed(format!(
+            "{error}; what was to be pushed is whole on this disk, and {} tries again",
+            again.join(" and ")
+        ))
     })?;
     if !quiet {
         say(&format!("pushed: {address}\n"))?;
@@ -248,10 +253,7 @@ fn merge(args: Merge) -> anyhow::Result<u8> {
     let (merged, notes) = merge::merge(&args.model, &args.adapter, &args.output, unknown, args.force)?;
     if let (Some(adapter), false) = (merged.adapter(), args.quiet) {
         let (output, kind) = (args.output.display(), adapter.kind);
-        say(&format!(
-            "{output}: {kind}, {} modules merged, {} tensors replaced\n",
-            adapter.modules, adapter.replaced
-        ))?;
+        say(&format!("{output}: {kind}, {} modules merged, {} tensors replaced\n", adapter.modules, adapter.replaced))?;
         notes.iter().for_each(|note| tell(&format!("note: {note}")));
     }
     push.map_or(Ok(0), |push| pushed(&push, &[args.output], args.quiet))
@@ -400,7 +402,10 @@ fn quantize(mut args: Quantize) -> anyhow::Result<u8> {
     let push = push_of(&args.push)?;
     let single = |output: &Output| output.recipe.gguf.is_some();
     if push.is_some() && outputs.len() > 1 && !outputs.iter().all(single) {
-        return Err(Error::usage("--push-to takes one output, or several GGUF files: push each of these with quantc push").into());
+        return Err(Error::usage(
+            "--push-to takes one output, or several GGUF files: push each of these with quantc push",
+        )
+        .into());
     }
     let job = Job { model: Path::new(""), outputs, lead, independent, verification, force, afresh, waits };
     // What would be refused is refused before much is downloaded.

@@ -208,8 +208,8 @@ impl Build {
     fn inputs(&self, output: &Output) -> Result<Vec<PathBuf>> {
         let project = &self.project;
         let mut all = Vec::new();
-        if project.hub.is_none() || project.model.exists() {
-            let (model, _) = resolve(&project.model)?;
+        if let Some(model) = self.model() {
+            let (model, _) = resolve(model)?;
             all = if model.is_file() { parts_of(&model)? } else { files_in(&model)? };
         }
         let recipe = &output.recipe;
@@ -244,7 +244,7 @@ impl Build {
         }
         let outputs: Vec<Output> = redone.iter().map(|index| self.project.outputs[*index].clone()).collect();
         for output in outputs.iter().filter(|output| !force && self.lock.target(&self.called(&output.path)).is_none()) {
-            Staging::check(&output.path, Some(&self.project.model), false, output.recipe.gguf.is_some())?;
+            Staging::check(&output.path, self.model(), false, output.recipe.gguf.is_some())?;
         }
         Lock::check_place(&self.project.lock())?;
         self.bring(progress)?;
@@ -282,7 +282,7 @@ impl Build {
     /// Downloads a model on a hub that is not on this disk.
     fn bring(&mut self, progress: &mut Progress) -> Result<()> {
         let Some(name) = &self.project.hub else { return Ok(()) };
-        if !self.project.model.exists() {
+        if self.model().is_none() {
             let found = hub::find(Path::new(&format!("hf://{name}")), hub::Reads::Whole, progress)?;
             self.project.model = found.expect("hf:// is no path").place;
         }
@@ -295,9 +295,15 @@ impl Build {
         if self.touched { self.lock.write(&self.project.lock()) } else { Ok(()) }
     }
 
+    /// The model, where it is on this disk.
+    fn model(&self) -> Option<&Path> {
+        Some(&*self.project.model).filter(|model| self.project.hub.is_none() || model.exists())
+    }
+
     /// Files that are read, and the lock: nothing else may be written over them.
-    pub fn inputs_and_lock(&self) -> [PathBuf; 3] {
-        [self.project.model.clone(), self.project.path.clone(), self.project.lock()]
+    pub fn inputs_and_lock(&self) -> Vec<PathBuf> {
+        let model = self.model().map(Path::to_owned);
+        model.into_iter().chain([self.project.path.clone(), self.project.lock()]).collect()
     }
 
     /// The places of the outputs that [`make`](Self::make) writes, in its order.

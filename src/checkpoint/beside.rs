@@ -408,7 +408,11 @@ pub fn goes_along(path: &str, bytes: u64) -> bool {
     let reason = file_reason(name, bytes, folders.is_empty(), false);
     // How the weights of an older quantization are stored is read from these files.
     let stays = reason.is_some_and(|reason| reason != Reason::Quantization);
-    !hidden && !picture && !stays && bytes <= LARGEST && folders.split('/').all(|folder| folder_reason(folder).is_none())
+    !hidden
+        && !picture
+        && !stays
+        && bytes <= LARGEST
+        && folders.split('/').all(|folder| folder_reason(folder).is_none())
 }
 
 /// Why a folder of this name, in lower case, stays behind as a whole.

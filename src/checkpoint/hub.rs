@@ -63,7 +63,8 @@ impl HubName {
             None => (text, None),
         };
         let (owner, name) = id.split_once('/')?;
-        let fits = is_name(owner) && is_name(name) && revision.is_none_or(stays_inside) && file.is_none_or(stays_inside);
+        let fits =
+            is_name(owner) && is_name(name) && revision.is_none_or(stays_inside) && file.is_none_or(stays_inside);
         let owned = |text: Option<&str>| text.map(str::to_owned);
         fits.then(|| HubName { id: id.to_owned(), revision: owned(revision), file: owned(file) })
     }
@@ -76,7 +77,9 @@ impl HubName {
         let Some(text) = path.to_str() else { return Ok(None) };
         if text.starts_with("hf://") {
             let wrong = || {
-                Error::usage(format!("{text}: not a model on a hub: say hf://org/name, with @revision or :Q4_K_M after it"))
+                Error::usage(format!(
+                    "{text}: not a model on a hub: say hf://org/name, with @revision or :Q4_K_M after it"
+                ))
             };
             return HubName::parse(text).ok_or_else(wrong).map(Some);
         }
@@ -245,7 +248,9 @@ pub fn gguf_files(names: &[String], wanted: Option<&str>) -> std::result::Result
     let alike = |parts: &&Vec<String>| {
         let Some(wanted) = &wanted else { return true };
         let first = stem(&parts[0]).to_lowercase();
-        let ends = |part: &str| part.strip_suffix(&wanted[..]).is_some_and(|rest| rest.is_empty() || rest.ends_with(['-', '.', '_']));
+        let ends = |part: &str| {
+            part.strip_suffix(&wanted[..]).is_some_and(|rest| rest.is_empty() || rest.ends_with(['-', '.', '_']))
+        };
         first.split('/').any(ends)
     };
     let mut found: Vec<&Vec<String>> = models.iter().filter(exactly).collect();
@@ -312,7 +317,9 @@ mod tests {
         assert_eq!(of("a/b@refs/pr/1"), named("a/b", Some("refs/pr/1"), None));
         assert_eq!(of("a/b:Q4_K_M"), named("a/b", None, Some("Q4_K_M")));
         assert_eq!(of("a/b@v1:q/m.gguf"), named("a/b", Some("v1"), Some("q/m.gguf")));
-        for path in ["model", "/a/b", "./a/b", "../a", "a/b/c", "a/", "a/b@", "a/b@../x", "a b/c", "~/a", "a/b:", "a/b:../x"] {
+        for path in
+            ["model", "/a/b", "./a/b", "../a", "a/b/c", "a/", "a/b@", "a/b@../x", "a b/c", "~/a", "a/b:", "a/b:../x"]
+        {
             assert_eq!(of(path), None, "{path}");
         }
     }

@@ -120,7 +120,13 @@ impl Client {
     }
 
     /// Sends a request and follows redirects; an answer that is a success.
-    pub fn send(&self, method: &str, url: &str, headers: &[(&str, &str)], sent: Sent<'_>) -> Result<Response<ureq::Body>, Fault> {
+    pub fn send(
+        &self,
+        method: &str,
+        url: &str,
+        headers: &[(&str, &str)],
+        sent: Sent<'_>,
+    ) -> Result<Response<ureq::Body>, Fault> {
         let mut url = url.to_owned();
         let (bytes, mut stream) = match sent {
             Sent::Nothing => (None, None),
@@ -152,7 +158,9 @@ impl Client {
                 _ => return Err(status_of(answer)),
             }
         }
-        Err(Fault::Other(Error::failed(format!("{url}: the hub redirects in circles; try again later, or check HF_ENDPOINT"))))
+        Err(Fault::Other(Error::failed(format!(
+            "{url}: the hub redirects in circles; try again later, or check HF_ENDPOINT"
+        ))))
     }
 
     fn run(&self, url: &str, request: Builder, body: impl AsSendBody) -> Result<Response<ureq::Body>, Fault> {
@@ -178,11 +186,18 @@ impl Client {
 
     /// What the hub answers in JSON, and the address of the answer's next part.
     pub fn json(&self, method: &str, url: &str, body: Option<&Value>) -> Result<(Value, Option<String>), Fault> {
-        self.patiently(|| self.json_once(method, url, body.map(|body| ("application/json", body.to_string().into_bytes()))))
+        self.patiently(|| {
+            self.json_once(method, url, body.map(|body| ("application/json", body.to_string().into_bytes())))
+        })
     }
 
     /// The same, of bytes of a type, and once only.
-    pub fn json_once(&self, method: &str, url: &str, body: Option<(&str, Vec<u8>)>) -> Result<(Value, Option<String>), Fault> {
+    pub fn json_once(
+        &self,
+        method: &str,
+        url: &str,
+        body: Option<(&str, Vec<u8>)>,
+    ) -> Result<(Value, Option<String>), Fault> {
         let sent = body.as_ref().map_or(Sent::Nothing, |(kind, bytes)| Sent::Bytes(kind, bytes));
         let answer = self.send(method, url, &[("accept", "application/json")], sent)?;
         let next = header(answer.headers(), "link").and_then(next_of).map(|next| self.as_mirrored(&joined(url, next)));
@@ -208,21 +223,31 @@ impl Client {
                  work with what is on this disk"
             ),
             Fault::Lost(why) => {
-                format!("{doing}: the connection broke {TRIES} times: {why}; try again, and it goes on where it stopped")
+                format!(
+                    "{doing}: the connection broke {TRIES} times: {why}; try again, and it goes on where it stopped"
+                )
             }
             Fault::Status { code, message, .. } if code == "GatedRepo" => {
                 let token = match with {
                     true => "with the account of your token (HF_TOKEN)".to_owned(),
                     false => format!("and set HF_TOKEN to a token of that account from {tokens}"),
                 };
-                format!("{doing}: {id} is open only to those who accept its licence{}: accept it at {endpoint}/{id} {token}", after(&message))
+                format!(
+                    "{doing}: {id} is open only to those who accept its licence{}: accept it at {endpoint}/{id} {token}",
+                    after(&message)
+                )
             }
             Fault::Status { code, .. } if code == "RevisionNotFound" => {
                 format!("{doing}: {id} has no such branch, tag or commit; {endpoint}/{id}/commits/main lists them")
             }
-            Fault::Status { code, .. } if code == "EntryNotFound" => format!("{doing}: the file is not there any more; try again"),
+            Fault::Status { code, .. } if code == "EntryNotFound" => {
+                format!("{doing}: the file is not there any more; try again")
+            }
             Fault::Status { status: 401, message, .. } if with => {
-                format!("{doing}: the hub does not know your token{}: set HF_TOKEN to a valid one from {tokens}, or check the name {id}", after(&message))
+                format!(
+                    "{doing}: the hub does not know your token{}: set HF_TOKEN to a valid one from {tokens}, or check the name {id}",
+                    after(&message)
+                )
             }
             Fault::Status { status: 401, .. } => format!(
                 "{doing}: the hub has no public {id}: check the name, or set HF_TOKEN to a token from {tokens} where it is private"
@@ -236,7 +261,11 @@ impl Client {
                 format!("{doing}: the hub has no {id}: check the name{private}")
             }
             Fault::Status { status, message, .. } => {
-                let later = if status == 429 || status >= 500 { "; try again later, and it goes on where it stopped" } else { "" };
+                let later = if status == 429 || status >= 500 {
+                    "; try again later, and it goes on where it stopped"
+                } else {
+                    ""
+                };
                 format!("{doing}: the hub answered {status}{}{later}", after(&message))
             }
         })
@@ -268,7 +297,10 @@ fn joined(base: &str, to: &str) -> String {
         _ if to.contains("://") && !to.starts_with('/') => to.to_owned(),
         _ if to.starts_with("//") => format!("{scheme}:{to}"),
         _ if to.starts_with('/') => format!("{}{to}", &base[..origin(base).len()]),
-        _ => format!("{}/{to}", base.split(['?', '#']).next().unwrap_or(base).rsplit_once('/').map_or(base, |(folder, _)| folder)),
+        _ => format!(
+            "{}/{to}",
+            base.split(['?', '#']).next().unwrap_or(base).rsplit_once('/').map_or(base, |(folder, _)| folder)
+        ),
     }
 }
 
@@ -290,7 +322,9 @@ pub fn fault_of(url: &str, error: &ureq::Error) -> Fault {
     let host = origin(url);
     let why = format!("{host}: {error}");
     match error {
-        E::HostNotFound | E::ConnectionFailed | E::Timeout(Timeout::Resolve | Timeout::Connect) => Fault::Unreachable(why),
+        E::HostNotFound | E::ConnectionFailed | E::Timeout(Timeout::Resolve | Timeout::Connect) => {
+            Fault::Unreachable(why)
+        }
         E::Timeout(_) => Fault::Lost(format!("{host}: nothing came for too long ({error})")),
         E::Io(source) if source.kind() == std::io::ErrorKind::ConnectionRefused => Fault::Unreachable(why),
         E::Io(_) | E::Protocol(_) | E::BodyStalled => Fault::Lost(why),

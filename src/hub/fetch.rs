@@ -64,7 +64,10 @@ impl Fetch<'_> {
         let found = weights_of(&self.snapshot(), &names).into_iter().map(|name| {
             let file = self.listing.files.iter().find(|file| file.path == name);
             file.cloned().ok_or_else(|| {
-                Error::failed(format!("{}: its index names {name}, and the hub does not have it; tell who published the model", self.name))
+                Error::failed(format!(
+                    "{}: its index names {name}, and the hub does not have it; tell who published the model",
+                    self.name
+                ))
             })
         });
         found.collect()
@@ -114,13 +117,20 @@ impl Fetch<'_> {
             let metadata = std::fs::metadata(self.snapshot().join(&file.path));
             metadata.is_ok_and(|metadata| metadata.len() == file.bytes)
         };
-        let missing: Vec<&Listed> = files.iter().filter(|file| !there(file)).collect();
+        // Files of the same content come once.
+        let mut missing: Vec<Vec<&Listed>> = Vec::new();
+        for file in files.iter().filter(|file| !there(file)) {
+            match missing.iter_mut().find(|alike| alike[0].blob == file.blob) {
+                Some(alike) => alike.push(file),
+                None => missing.push(vec![file]),
+            }
+        }
         if missing.is_empty() {
             return Ok(());
         }
         let blobs = self.root().join("blobs");
         std::fs::create_dir_all(&blobs).map_err(Error::io(&blobs, "create"))?;
-        let bytes = missing.iter().map(|file| file.bytes).sum();
+        let bytes = missing.iter().map(|alike| alike[0].bytes).sum();
         self.check_space(&blobs, &missing)?;
         let commit = &self.listing.commit[..7];
         progress.say(&format!(
@@ -134,9 +144,10 @@ impl Fetch<'_> {
         let (next, failed) = (AtomicUsize::new(0), Mutex::new(None));
         let work = || {
             loop {
-                let file = missing.get(next.fetch_add(1, Ordering::Relaxed));
-                let Some(file) = file.filter(|_| failed.lock().unwrap_or_else(PoisonError::into_inner).is_none()) else { return };
-                if let Err(error) = self.file(file, &blobs, progress) {
+                let alike = missing.get(next.fetch_add(1, Ordering::Relaxed));
+                let goes_on = failed.lock().unwrap_or_else(PoisonError::into_inner).is_none();
+                let Some(alike) = alike.filter(|_| goes_on) else { return };
+                if let Err(error) = self.content(alike, &blobs, progress) {
                     failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                 }
             }
@@ -149,9 +160,10 @@ impl Fetch<'_> {
     }
 
     /// Fails where the disk has no room for what is still to come.
-    fn check_space(&self, blobs: &Path, files: &[&Listed]) -> Result<()> {
+    fn check_space(&self, blobs: &Path, files: &[Vec<&Listed>]) -> Result<()> {
         let size = |path: PathBuf| std::fs::metadata(path).map_or(0, |metadata| metadata.len());
-        let comes = |file: &&Listed| {
+        let comes = |alike: &Vec<&Listed>| {
+            let file = alike[0];
             let there = size(blobs.join(&file.blob)).max(size(blobs.join(format!("{}.incomplete", file.blob))));
             file.bytes.saturating_sub(there)
         };
@@ -169,8 +181,9 @@ impl Fetch<'_> {
         }
     }
 
-    /// Fetches a file, checks it and gives it its name.
-    fn file(&self, file: &Listed, blobs: &Path, progress: &Progress) -> Result<()> {
+    /// Fetches what these files hold, checks it and gives it their names.
+    fn content(&self, alike: &[&Listed], blobs: &Path, progress: &Progress) -> Result<()> {
+        let file = alike[0];
         let blob = blobs.join(&file.blob);
         let _lock = self.lock(file, progress)?;
         let is_whole = || std::fs::metadata(&blob).is_ok_and(|metadata| metadata.len() == file.bytes);
@@ -195,8 +208,11 @@ impl Fetch<'_> {
             })?;
             std::fs::rename(&incomplete, &blob).map_err(Error::io(&blob, "move a finished download to"))?;
         }
-        let place = self.snapshot().join(&file.path);
-        link(&blob, &place, file.path.split('/').count()).map_err(Error::io(&place, "link"))
+        for file in alike {
+            let place = self.snapshot().join(&file.path);
+            link(&blob, &place, file.path.split('/').count()).map_err(Error::io(&place, "link"))?;
+        }
+        Ok(())
     }
 
     /// Waits until no other process fetches this file. Where a disk knows no locks there is none.
@@ -221,14 +237,17 @@ impl Fetch<'_> {
         let failed = |doing: &'static str| {
             let cache = self.cache.display().to_string();
             move |error: std::io::Error| match error.kind() {
-                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => Fault::Other(Error::failed(format!(
-                    "the disk of {cache} is full; make room and try again, and it goes on where it stopped, or set HF_HUB_CACHE to a folder on \
+                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                    Fault::Other(Error::failed(format!(
+                        "the disk of {cache} is full; make room and try again, and it goes on where it stopped, or set HF_HUB_CACHE to a folder on \
                      another disk"
-                ))),
+                    )))
+                }
                 _ => Fault::Other(Error::io(incomplete, doing)(error)),
             }
         };
-        let mut into = File::options().create(true).truncate(false).write(true).open(incomplete).map_err(failed("open"))?;
+        let mut into =
+            File::options().create(true).truncate(false).write(true).open(incomplete).map_err(failed("open"))?;
         let mut have = into.seek(SeekFrom::End(0)).map_err(failed("read"))?;
         if have > file.bytes {
             into.set_len(0).and_then(|()| into.rewind()).map_err(failed("write"))?;
@@ -241,7 +260,8 @@ impl Fetch<'_> {
         if have == file.bytes {
             return Ok(());
         }
-        let url = self.client.at(&format!("/{}/resolve/{}/{}", self.name.id, self.listing.commit, quoted(&file.path, true)));
+        let url =
+            self.client.at(&format!("/{}/resolve/{}/{}", self.name.id, self.listing.commit, quoted(&file.path, true)));
         let range = format!("bytes={have}-");
         let headers: &[(&str, &str)] = if have > 0 { &[("range", &range)] } else { &[] };
         let answer = match self.client.send("GET", &url, headers, Sent::Nothing) {
@@ -284,7 +304,8 @@ impl Fetch<'_> {
 
     /// The beginning of a file: so many bytes of it from a place on.
     pub fn beginning(&self, file: &Listed, from: u64, count: u64) -> Result<Vec<u8>> {
-        let url = self.client.at(&format!("/{}/resolve/{}/{}", self.name.id, self.listing.commit, quoted(&file.path, true)));
+        let url =
+            self.client.at(&format!("/{}/resolve/{}/{}", self.name.id, self.listing.commit, quoted(&file.path, true)));
         let range = format!("bytes={from}-{}", (from + count).min(file.bytes).saturating_sub(1));
         let read = || {
             let answer = self.client.send("GET", &url, &[("range", &range)], Sent::Nothing)?;
@@ -292,10 +313,14 @@ impl Fetch<'_> {
             let mut reader = answer.into_body().into_with_config().limit(u64::MAX).reader();
             let mut bytes = Vec::new();
             let taken = std::io::copy(&mut reader.by_ref().take(skipped), &mut std::io::sink());
-            taken.and_then(|_| reader.take(count).read_to_end(&mut bytes)).map_err(|error| fault_of(&url, &ureq::Error::from(error)))?;
+            taken
+                .and_then(|_| reader.take(count).read_to_end(&mut bytes))
+                .map_err(|error| fault_of(&url, &ureq::Error::from(error)))?;
             Ok(bytes)
         };
-        self.client.patiently(read).map_err(|fault| self.client.told(fault, &format!("{}: {}", self.name, file.path), &self.name.id))
+        self.client
+            .patiently(read)
+            .map_err(|fault| self.client.told(fault, &format!("{}: {}", self.name, file.path), &self.name.id))
     }
 }
 
@@ -319,7 +344,8 @@ fn check(file: &Listed, place: &Path) -> std::result::Result<(), String> {
     Ok(())
 }
 
-/// Gives a blob the name `place`, which lies `depth` folders deep in the snapshots: as a link, and where a disk has none by moving it.
+/// Gives a blob the name `place`, which lies `depth` folders deep in the snapshots: as a link, and where a disk has none as a second name or a
+/// copy.
 fn link(blob: &Path, place: &Path, depth: usize) -> std::io::Result<()> {
     let folder = place.parent().expect("it lies in a snapshot");
     std::fs::create_dir_all(folder)?;
@@ -336,8 +362,8 @@ fn link(blob: &Path, place: &Path, depth: usize) -> std::io::Result<()> {
             return std::fs::rename(&beside, place);
         }
     }
-    let _ = depth;
-    std::fs::rename(blob, place)
+    let _ = (depth, std::fs::remove_file(place));
+    std::fs::hard_link(blob, place).or_else(|_| std::fs::copy(blob, place).map(drop))
 }
 
 #[cfg(test)]

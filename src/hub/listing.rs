@@ -102,31 +102,39 @@ pub fn wanted(name: &HubName, listing: &Listing) -> Result<Wanted> {
     let is_folder = at_top("config.json") && names.iter().any(|name| name == "config.json") && at_top(".safetensors");
     let named = |path: &&Listed, paths: &[String]| paths.contains(&path.path);
     if name.file.is_none() && (is_folder || names.iter().any(|name| name == INDEX)) {
-        let side = |file: &&Listed| ["config.json", INDEX].contains(&&file.path[..]) || goes_along(&file.path, file.bytes);
+        let side =
+            |file: &&Listed| ["config.json", INDEX].contains(&&file.path[..]) || goes_along(&file.path, file.bytes);
         return Ok(Wanted::Folder(listing.files.iter().filter(side).cloned().collect()));
     }
     let id = &name.id;
-    let among = |files: &[String]| files.iter().take(40).map(|file| format!("{id}:{file}")).collect::<Vec<_>>().join(", ");
+    let among =
+        |files: &[String]| files.iter().take(40).map(|file| format!("{id}:{file}")).collect::<Vec<_>>().join(", ");
     match (gguf_files(&names, name.file.as_deref()), &name.file) {
         (Ok(parts), _) => Ok(Wanted::Gguf(listing.files.iter().filter(|file| named(file, &parts)).cloned().collect())),
         (Err(files), Some(file)) if files.is_empty() => {
             Err(Error::failed(format!("{name}: {id} holds no GGUF file, so that :{file} means nothing; leave it out")))
         }
-        (Err(files), Some(file)) => {
-            Err(Error::failed(format!("{name}: :{file} is not the name or type of one GGUF file; say one of {}", among(&files))))
-        }
+        (Err(files), Some(file)) => Err(Error::failed(format!(
+            "{name}: :{file} is not the name or type of one GGUF file; say one of {}",
+            among(&files)
+        ))),
         (Err(files), None) if !files.is_empty() => Err(Error::failed(format!(
             "{name}: {id} holds {} GGUF models; say which, by its type after a colon, as {id}:Q4_K_M, or by its name: {}",
             files.len(),
             among(&files)
         ))),
         (Err(_), None) => {
-            let shown: Vec<&str> = names.iter().map(String::as_str).filter(|name| !name.starts_with('.')).take(12).collect();
+            let shown: Vec<&str> =
+                names.iter().map(String::as_str).filter(|name| !name.starts_with('.')).take(12).collect();
             let pickles = names.iter().any(|name| [".bin", ".pth", ".pt"].iter().any(|ending| name.ends_with(ending)));
             let adapter = names.iter().any(|name| name == "adapter_config.json");
             let why = match () {
-                () if adapter => "it is an adapter; give the model that it was made for, and the downloaded folder with --adapter",
-                () if pickles => "PyTorch pickles are not read, as opening one can run what it contains; save the model as safetensors once, with transformers",
+                () if adapter => {
+                    "it is an adapter; give the model that it was made for, and the downloaded folder with --adapter"
+                }
+                () if pickles => {
+                    "PyTorch pickles are not read, as opening one can run what it contains; save the model as safetensors once, with transformers"
+                }
                 () => "a model has config.json and safetensors files, or is a GGUF file",
             };
             Err(Error::failed(format!("{name}: nothing was downloaded: {why}; {id} holds {}", shown.join(", "))))
@@ -198,7 +206,10 @@ mod tests {
         let told = of("a/b:Q5_K_M", &files).unwrap_err();
         assert!(told.contains(":Q5_K_M is not the name or type of one"), "{told}");
         let told = of("a/b", &[("config.json", 1), ("pytorch_model.bin", 9)]).unwrap_err();
-        assert!(told.contains("pickles are not read") && told.contains("holds config.json, pytorch_model.bin"), "{told}");
+        assert!(
+            told.contains("pickles are not read") && told.contains("holds config.json, pytorch_model.bin"),
+            "{told}"
+        );
         let told = of("a/b", &[("adapter_config.json", 1), ("adapter_model.safetensors", 9)]).unwrap_err();
         assert!(told.contains("it is an adapter"), "{told}");
         let told = of("a/b:Q8_0", &[("config.json", 1), ("model.safetensors", 9)]).unwrap_err();
@@ -210,7 +221,9 @@ mod tests {
         let entry = |path: &str, oid: &str| serde_json::json!({"type": "file", "path": path, "oid": oid, "size": 3});
         let sha1 = "0123456789abcdef0123456789abcdef01234567";
         assert!(listed(&entry("a/b.json", sha1)).is_some());
-        for (path, oid) in [("../b", sha1), ("/b", sha1), ("a//b", sha1), ("a\\..\\b", sha1), ("b", "../../x"), ("b", "")] {
+        for (path, oid) in
+            [("../b", sha1), ("/b", sha1), ("a//b", sha1), ("a\\..\\b", sha1), ("b", "../../x"), ("b", "")]
+        {
             assert_eq!(listed(&entry(path, oid)), None, "{path} {oid}");
         }
         let large = serde_json::json!({"type": "file", "path": "m", "oid": sha1, "size": 130, "lfs": {"oid": sha1.repeat(2)[..64], "size": 9}});

@@ -77,7 +77,7 @@ pub fn find(path: &Path, reads: Reads, progress: &mut Progress) -> Result<Option
         cached => cached,
     };
     let is_path = !path.starts_with("hf:") && path.parent().is_some_and(Path::exists);
-    if cached.is_none() && is_path {
+    if is_path {
         return Ok(None);
     }
     if let Some(variable) = settings.offline {

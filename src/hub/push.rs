@@ -57,7 +57,9 @@ impl Push {
         let settings = Settings::of_environment()?;
         let Settings { endpoint, offline, token, .. } = &settings;
         if let Some(variable) = offline {
-            return Err(Error::usage(format!("nothing can be pushed to {id}, as {variable} forbids the network; unset it")));
+            return Err(Error::usage(format!(
+                "nothing can be pushed to {id}, as {variable} forbids the network; unset it"
+            )));
         }
         let tokens = format!("{endpoint}/settings/tokens");
         if token.is_none() {
@@ -69,12 +71,16 @@ impl Push {
         let who = match client.json("GET", &client.at("/api/whoami-v2"), None) {
             Ok((who, _)) => who,
             Err(Fault::Status { status: 401 | 403, .. }) => {
-                return Err(Error::usage(format!("the hub does not know your token, so that nothing can be pushed to {id}: take a valid one from {tokens}")));
+                return Err(Error::usage(format!(
+                    "the hub does not know your token, so that nothing can be pushed to {id}: take a valid one from {tokens}"
+                )));
             }
             Err(fault) => return Err(client.told(fault, &format!("asking who may push to {id}"), id)),
         };
         if who["auth"]["accessToken"]["role"] == "read" {
-            return Err(Error::usage(format!("your token may only read, and pushing to {id} writes: make one that may at {tokens}")));
+            return Err(Error::usage(format!(
+                "your token may only read, and pushing to {id} writes: make one that may at {tokens}"
+            )));
         }
         Ok(Push { client, endpoint: endpoint.clone(), id: id.to_owned(), private })
     }
@@ -102,7 +108,13 @@ impl Push {
             self.ask(part).map_err(told)?;
         }
         let bytes = files.iter().filter(|file| file.large).map(|file| file.bytes).sum();
-        progress.say(&format!("pushing {} files ({:.1} MB) to {}/{}", files.len(), bytes as f64 / 1e6, self.endpoint, self.id));
+        progress.say(&format!(
+            "pushing {} files ({:.1} MB) to {}/{}",
+            files.len(),
+            bytes as f64 / 1e6,
+            self.endpoint,
+            self.id
+        ));
         if !stale.is_empty() {
             progress.say(&format!("the commit removes weights of an earlier one: {}", stale.join(", ")));
         }
@@ -133,7 +145,10 @@ impl Push {
         if self.private {
             let (info, _) = self.client.json("GET", &self.client.at(&format!("/api/models/{}", self.id)), None)?;
             if info["private"] != true {
-                let why = format!("{} is public, and was to be private; nothing was uploaded: change it in its settings, or push without --push-private", self.id);
+                let why = format!(
+                    "{} is public, and was to be private; nothing was uploaded: change it in its settings, or push without --push-private",
+                    self.id
+                );
                 return Err(Fault::Other(Error::failed(why)));
             }
         }
@@ -187,7 +202,8 @@ impl Push {
             "ref": {"name": "main"},
         });
         let url = self.client.at(&format!("/{}.git/info/lfs/objects/batch", self.id));
-        let answer = self.client.patiently(|| self.client.json_once("POST", &url, Some((LFS, asked.to_string().into_bytes()))));
+        let answer =
+            self.client.patiently(|| self.client.json_once("POST", &url, Some((LFS, asked.to_string().into_bytes()))));
         let (answer, _) = answer?;
         for object in answer["objects"].as_array().into_iter().flatten() {
             let Some(file) = files.iter().find(|file| object["oid"] == file.sha256.as_str()) else { continue };
@@ -217,7 +233,12 @@ impl Push {
 
     /// Uploads a file as the hub says: as a whole, or in parts that it then puts together.
     fn put(&self, file: &Going, action: &Value, progress: &Progress) -> Result<(), Fault> {
-        let strange = || Fault::Other(Error::failed(format!("{}: the hub's answer does not say where to upload it; try again later", file.path)));
+        let strange = || {
+            Fault::Other(Error::failed(format!(
+                "{}: the hub's answer does not say where to upload it; try again later",
+                file.path
+            )))
+        };
         let url = self.client.as_mirrored(action["href"].as_str().ok_or_else(strange)?);
         let number = |value: &Value| value.as_u64().or_else(|| value.as_str()?.parse().ok());
         let Some(size) = number(&action["header"]["chunk_size"]).filter(|size| *size > 0) else {
@@ -243,7 +264,14 @@ impl Push {
     }
 
     /// Uploads a part of a file; what the answer calls it.
-    fn part(&self, file: &Going, url: &str, from: u64, bytes: u64, progress: &Progress) -> Result<Option<String>, Fault> {
+    fn part(
+        &self,
+        file: &Going,
+        url: &str,
+        from: u64,
+        bytes: u64,
+        progress: &Progress,
+    ) -> Result<Option<String>, Fault> {
         let mut told = 0;
         self.client.patiently(|| {
             let mut open = File::open(&file.place).map_err(Error::io(&file.place, "open"))?;

@@ -40,14 +40,22 @@ impl Settings {
     /// Fails for an address that is none, for a token that cannot be sent, and where no variable says where a cache may lie.
     pub fn of_environment() -> Result<Settings> {
         let endpoint = said("HF_ENDPOINT").unwrap_or_else(|| HUB.to_owned()).trim_end_matches('/').to_owned();
-        if !["http://", "https://"].iter().any(|scheme| endpoint.strip_prefix(scheme).is_some_and(|host| !host.is_empty())) {
-            return Err(Error::usage(format!("HF_ENDPOINT is `{endpoint}`, which is no address; say {HUB}, or that of a mirror")));
+        if !["http://", "https://"]
+            .iter()
+            .any(|scheme| endpoint.strip_prefix(scheme).is_some_and(|host| !host.is_empty()))
+        {
+            return Err(Error::usage(format!(
+                "HF_ENDPOINT is `{endpoint}`, which is no address; say {HUB}, or that of a mirror"
+            )));
         }
         let place = said("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(hub_home()?.join("token")));
-        let filed = || Some(file::read_text(&place?, 1 << 16).ok()?.trim().to_owned()).filter(|token| !token.is_empty());
+        let filed =
+            || Some(file::read_text(&place?, 1 << 16).ok()?.trim().to_owned()).filter(|token| !token.is_empty());
         let token = said("HF_TOKEN").or_else(|| said("HUGGING_FACE_HUB_TOKEN")).or_else(filed);
         if token.as_ref().is_some_and(|token| !token.bytes().all(|byte| byte.is_ascii_graphic())) {
-            return Err(Error::usage("the token in HF_TOKEN, or in its file, has letters that no token has; copy it once more"));
+            return Err(Error::usage(
+                "the token in HF_TOKEN, or in its file, has letters that no token has; copy it once more",
+            ));
         }
         let yes = |name: &&&'static str| {
             said(name).is_some_and(|value| ["1", "ON", "YES", "TRUE"].contains(&&value.to_ascii_uppercase()[..]))

@@ -33,7 +33,10 @@ pub fn sketch(fetch: &Fetch<'_>, wanted: &Wanted, progress: &mut Progress) -> Re
         return Ok(None);
     }
     let weights = fetch.weights()?;
-    let room = tempfile::Builder::new().prefix("quantc-").tempdir().map_err(Error::io(std::env::temp_dir(), "create a folder in"))?;
+    let room = tempfile::Builder::new()
+        .prefix("quantc-")
+        .tempdir()
+        .map_err(Error::io(std::env::temp_dir(), "create a folder in"))?;
     // As it would lie in the cache, so that it is known by its name.
     let place = room.path().join(fetch.name.folder()).join("snapshots").join(&fetch.listing.commit);
     for file in side {
@@ -79,7 +82,9 @@ fn copy(from: &Path, to: &Path, name: &str) -> Result<()> {
 fn hollow(fetch: &Fetch<'_>, file: &Listed, folder: &Path) -> Result<()> {
     let mut head = fetch.beginning(file, 0, FIRST)?;
     let length = head.first_chunk::<8>().map(|bytes| u64::from_le_bytes(*bytes)).filter(|length| *length <= LARGEST);
-    let wrong = || Error::failed(format!("{}: {}: not a safetensors file; tell who published the model", fetch.name, file.path));
+    let wrong = || {
+        Error::failed(format!("{}: {}: not a safetensors file; tell who published the model", fetch.name, file.path))
+    };
     let end = length.ok_or_else(wrong)? + 8;
     if end > head.len() as u64 {
         head.extend(fetch.beginning(file, head.len() as u64, end - head.len() as u64)?);
