@@ -316,21 +316,28 @@ pub fn quoted(text: &str, slashes: bool) -> String {
     text.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
+/// Who answers is not known to be whom it says.
+fn insecure(why: &str) -> Fault {
+    Fault::Other(Error::failed(format!(
+        "no secure connection can be made to {why}; check the system's certificates (SSL_CERT_FILE names others), its clock and proxies"
+    )))
+}
+
 /// What kept a request from being answered.
 pub fn fault_of(url: &str, error: &ureq::Error) -> Fault {
     use ureq::{Error as E, Timeout};
     let host = origin(url);
     let why = format!("{host}: {error}");
+    let by_tls = |source: &std::io::Error| source.get_ref().is_some_and(|inner| inner.is::<rustls::Error>());
     match error {
+        E::Io(source) if by_tls(source) => insecure(&why),
         E::HostNotFound | E::ConnectionFailed | E::Timeout(Timeout::Resolve | Timeout::Connect) => {
             Fault::Unreachable(why)
         }
         E::Timeout(_) => Fault::Lost(format!("{host}: nothing came for too long ({error})")),
         E::Io(source) if source.kind() == std::io::ErrorKind::ConnectionRefused => Fault::Unreachable(why),
         E::Io(_) | E::Protocol(_) | E::BodyStalled => Fault::Lost(why),
-        E::Rustls(_) | E::Tls(_) => Fault::Other(Error::failed(format!(
-            "{host}: no secure connection can be made: {error}; check the system's certificates (SSL_CERT_FILE names others) and its clock"
-        ))),
+        E::Rustls(_) | E::Tls(_) => insecure(&why),
         _ => Fault::Unreachable(why),
     }
 }

@@ -258,7 +258,8 @@ fn the_token_goes_to_the_hub_and_to_nobody_else() {
     fails(&with(&room, &|_| {}), 1, &["the hub has no public org/small", "HF_TOKEN"]);
     hub.asked();
     let file = room.file("elsewhere", format!("{TOKEN}\n"));
-    let ways: [&dyn Fn(&Room, &mut Command); 3] = [
+    type Way<'a> = &'a dyn Fn(&Room, &mut Command);
+    let ways: [Way<'_>; 3] = [
         &|_, command| _ = command.env("HF_TOKEN", TOKEN),
         &|_, command| _ = command.env("HF_TOKEN_PATH", &file),
         &|room, _| drop(room.file("hf/token", TOKEN)),
