@@ -491,6 +491,11 @@ fn a_lock_knows_a_hubs_model_by_its_commit_on_every_machine() {
     hub.asked();
     run(&hub, &there, "build --check").succeeds();
     run(&hub, &there, "build --check --verify").succeeds();
+    // What it looks like here does not go into the lock.
+    let timeless = |lock: &str| lock.matches("inode = 0\n").count();
+    run(&hub, &there, "build").succeeds();
+    let now = std::fs::read_to_string(there.path("quantc.lock")).unwrap();
+    assert!(timeless(&lock) > 3 && timeless(&now) == timeless(&lock), "{now}");
     assert!(hub.asked().is_empty());
     // A file of the commit that is not what it was, and a branch that has gone on.
     std::fs::remove_file(snapshot.join("config.json")).unwrap();
