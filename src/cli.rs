@@ -60,6 +60,9 @@ pub enum Command {
     /// Write a checkpoint merged with a LoRA adapter.
     #[command(after_help = "Examples:\n  quantc merge MODEL --adapter ADAPTER -o OUT")]
     Merge(Merge),
+    /// Push a finished output to the Hugging Face hub.
+    #[command(after_help = "Examples:\n  quantc push OUT ORG/NAME\n  quantc push m-Q4_K_M.gguf ORG/NAME --private")]
+    Push(Push),
     /// Remove what interrupted runs have left in a folder.
     #[command(after_help = "Examples:\n  quantc clean FOLDER --list\n  quantc clean FOLDER")]
     Clean(Clean),
@@ -109,27 +112,7 @@ impl Command {
             | Command::Inspect(_)
             | Command::Check(_)
             | Command::Diff(_)
-            | Command::Clean(_)
-            | Command::Completions(_)
-            | Command::Man(_)
-            | Command::Devices(_) => Vec::new(),
-        }
-    }
-
-    /// Where the command looks for models.
-    pub fn models_mut(&mut self) -> Vec<&mut PathBuf> {
-        match self {
-            Command::Quantize(args) => vec![&mut args.model],
-            Command::Convert(args) => vec![&mut args.input],
-            Command::Merge(args) => vec![&mut args.model],
-            Command::Eval(args) => args.models.iter_mut().chain(&mut args.reference).collect(),
-            Command::Plan(args) => vec![&mut args.run.model],
-            Command::Compare(args) => std::iter::once(&mut args.model).chain(&mut args.also).collect(),
-            Command::Inspect(args) => vec![&mut args.path],
-            Command::Check(args) => vec![&mut args.path],
-            Command::Diff(args) => vec![&mut args.a, &mut args.b],
-            Command::Demo(_)
-            | Command::Build(_)
+            | Command::Push(_)
             | Command::Clean(_)
             | Command::Completions(_)
             | Command::Man(_)
@@ -151,6 +134,7 @@ impl Command {
             Command::Diff(args) => Some(&args.a),
             Command::Demo(_)
             | Command::Build(_)
+            | Command::Push(_)
             | Command::Clean(_)
             | Command::Completions(_)
             | Command::Man(_)
@@ -321,7 +305,7 @@ pub fn appended(path: &Path) -> Result<std::fs::File> {
 /// `quantc quantize`.
 #[derive(Debug, Args)]
 pub struct Quantize {
-    /// A Hugging Face directory, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
+    /// A Hugging Face directory, a GGUF file, or org/name[@revision] of a model on the Hugging Face hub.
     pub model: PathBuf,
     /// Where to write: a directory, or for GGUF a file. The same as a single --target.
     #[arg(long, help_heading = OUTPUT, short, value_name = "OUT")]
@@ -364,6 +348,9 @@ pub struct Quantize {
     /// Wait for another run that is writing to the same place, instead of being refused.
     #[arg(long, help_heading = OUTPUT)]
     pub wait: bool,
+    /// Where to push the output.
+    #[command(flatten)]
+    pub push: PushTo,
     /// Flags for the computation.
     #[command(flatten)]
     pub compute: Compute,
@@ -382,6 +369,33 @@ impl Quantize {
         (job.bounds, job.compute) = (self.limits.data(), self.compute.data()?);
         Ok(job)
     }
+}
+
+/// Where an output is to be pushed.
+#[derive(Clone, Debug, Default, Args)]
+pub struct PushTo {
+    /// Push the output to this repository of the Hugging Face hub once it is whole and within its limits; needs HF_TOKEN.
+    #[arg(long, help_heading = OUTPUT, value_name = "ORG/NAME")]
+    pub push_to: Option<String>,
+    /// Make the repository a private one; refuse one that is public.
+    #[arg(long, help_heading = OUTPUT, requires = "push_to")]
+    pub push_private: bool,
+}
+
+/// `quantc push`.
+#[derive(Debug, Args)]
+pub struct Push {
+    /// The output: a directory, or a GGUF file with its other parts and its report.
+    pub path: PathBuf,
+    /// The repository of the hub; it is made where there is none.
+    #[arg(value_name = "ORG/NAME")]
+    pub repository: String,
+    /// Make the repository a private one; refuse one that is public.
+    #[arg(long)]
+    pub private: bool,
+    /// No progress; errors only.
+    #[arg(long, short)]
+    pub quiet: bool,
 }
 
 /// `quantc plan`.
@@ -425,7 +439,7 @@ impl Plan {
 /// `quantc eval`.
 #[derive(Debug, Args)]
 pub struct Eval {
-    /// A Hugging Face directory, quantized or not, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache. Several give one table.
+    /// A Hugging Face directory, quantized or not, a GGUF file, or org/name[@revision] of a model on the Hugging Face hub. Several give one table.
     #[arg(value_name = "MODEL", required = true)]
     pub models: Vec<PathBuf>,
     /// A LoRA adapter to merge into the model.
@@ -483,7 +497,7 @@ impl Eval {
 /// `quantc compare`.
 #[derive(Debug, Args)]
 pub struct Compare {
-    /// A Hugging Face directory, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
+    /// A Hugging Face directory, a GGUF file, or org/name[@revision] of a model on the Hugging Face hub.
     pub model: PathBuf,
     /// A checkpoint of the same model that was made elsewhere. Repeatable.
     #[arg(long, help_heading = OUTPUT, value_name = "PATH")]
@@ -583,7 +597,7 @@ impl Args for Schemes {
 /// `quantc inspect`.
 #[derive(Debug, Args)]
 pub struct Inspect {
-    /// A Hugging Face directory, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
+    /// A Hugging Face directory, a GGUF file, or org/name[@revision] of a model on the Hugging Face hub.
     pub path: PathBuf,
     /// Show what the model computes, one block of each kind, instead of the tensors. With --json, show both.
     #[arg(long)]
@@ -647,7 +661,7 @@ pub struct Diff {
 /// `quantc convert`.
 #[derive(Debug, Args)]
 pub struct Convert {
-    /// A Hugging Face directory, quantized or not, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
+    /// A Hugging Face directory, quantized or not, a GGUF file, or org/name[@revision] of a model on the Hugging Face hub.
     pub input: PathBuf,
     /// The directory to write.
     #[arg(long, short, value_name = "OUT")]
@@ -661,12 +675,15 @@ pub struct Convert {
     /// Replace an existing output.
     #[arg(long)]
     pub force: bool,
+    /// Where to push the output.
+    #[command(flatten)]
+    pub push: PushTo,
 }
 
 /// `quantc merge`.
 #[derive(Debug, Args)]
 pub struct Merge {
-    /// A Hugging Face directory, quantized or not, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache.
+    /// A Hugging Face directory, quantized or not, a GGUF file, or org/name[@revision] of a model on the Hugging Face hub.
     pub model: PathBuf,
     /// The LoRA adapter, a directory that PEFT wrote.
     #[arg(long, value_name = "DIR")]
@@ -683,4 +700,7 @@ pub struct Merge {
     /// No summary; errors only.
     #[arg(long, short)]
     pub quiet: bool,
+    /// Where to push the output.
+    #[command(flatten)]
+    pub push: PushTo,
 }

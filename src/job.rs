@@ -80,6 +80,7 @@ impl Verification {
 }
 
 /// One run over a model.
+#[derive(Clone, Debug)]
 pub struct Job<'a> {
     /// The input.
     pub model: &'a Path,

@@ -41,6 +41,8 @@ pub mod families;
 pub mod forward;
 #[cfg_attr(doc, doc(hidden))]
 pub mod graph;
+#[cfg_attr(doc, doc(hidden))]
+pub mod hub;
 mod importance;
 #[cfg_attr(doc, doc(hidden))]
 pub mod inspect;
@@ -90,7 +92,7 @@ pub mod weights;
 #[cfg_attr(doc, doc(hidden))]
 pub mod words;
 
-pub use api::{Compare, Compute, Device, Evaluate, Job, Math, Serve, check, demo_model, diff, inspect, locate};
+pub use api::{Compare, Compute, Device, Evaluate, Job, Located, Math, Serve, check, demo_model, diff, inspect};
 pub use check::Checked;
 #[cfg_attr(doc, doc(hidden))]
 pub use checkpoint::Checkpoint;

@@ -11,7 +11,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use calibration::samples::GUARDED;
 use clap::{CommandFactory, Parser};
 use formats::Dtype;
-use quantc::cli::{self, Build, Clean, Cli, Command, Compare, Compute, Eval, Gates, Inspect, Plan, Quantize};
+use quantc::cli::{
+    self, Build, Clean, Cli, Command, Compare, Compute, Convert, Eval, Gates, Inspect, Merge, Plan, PushTo, Quantize,
+};
+use quantc::hub;
 use quantc::output::{self, Place, SideOutput, Unfinished, remove_made, sweep, unfinished};
 use quantc::progress::{Listener, Progress, Update};
 use quantc::recipe::unknown_tensors;
@@ -134,11 +137,8 @@ fn log(path: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn run(mut cli: Cli) -> anyhow::Result<u8> {
+fn run(cli: Cli) -> anyhow::Result<u8> {
     cli.command.log().map_or(Ok(()), log)?;
-    for model in cli.command.models_mut() {
-        *model = quantc::locate(model)?;
-    }
     match cli.command {
         Command::Demo(args) => {
             if let Some(folder) = args.export {
@@ -183,16 +183,10 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
             show(args.json, &diff, || diff.text())?;
             Ok(0)
         }
-        Command::Convert(args) => {
-            let dtype = args.dtype.map(|name| match name.as_str() {
-                "f16" => Dtype::F16,
-                "bf16" => Dtype::BF16,
-                _ => Dtype::F32,
-            });
-            let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
-            let notes = convert::convert(&args.input, &args.output, dtype, unknown, args.force)?;
-            notes.iter().for_each(|note| tell(&format!("note: {note}")));
-            Ok(0)
+        Command::Convert(args) => convert(args),
+        Command::Push(args) => {
+            let push = hub::Push::new(&args.repository, args.private)?;
+            pushed(&push, &[args.path], args.quiet)
         }
         Command::Clean(args) => Ok(clean(&args).map(|()| 0)?),
         Command::Completions(args) => {
@@ -211,20 +205,58 @@ fn run(mut cli: Cli) -> anyhow::Result<u8> {
             show(args.json, &devices, || devices.text())?;
             Ok(0)
         }
-        Command::Merge(args) => {
-            let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
-            let (merged, notes) = merge::merge(&args.model, &args.adapter, &args.output, unknown, args.force)?;
-            if let (Some(adapter), false) = (merged.adapter(), args.quiet) {
-                let (output, kind) = (args.output.display(), adapter.kind);
-                say(&format!(
-                    "{output}: {kind}, {} modules merged, {} tensors replaced\n",
-                    adapter.modules, adapter.replaced
-                ))?;
-                notes.iter().for_each(|note| tell(&format!("note: {note}")));
-            }
-            Ok(0)
-        }
+        Command::Merge(args) => merge(args),
     }
+}
+
+/// Pushes outputs that are whole; the exit code.
+fn pushed(push: &hub::Push, outputs: &[PathBuf], quiet: bool) -> anyhow::Result<u8> {
+    let message = format!("Upload what {} made", build::TOOL);
+    let address = push.push(outputs, &message, &mut Progress::new(quiet)).map_err(|error| {
+        let again: Vec<String> = outputs.iter().map(|output| push.command(output)).collect();
+        Error::failed(format!(
+            "{error}; what was to be pushed is whole on this disk, and {} tries again",
+            again.join(" and ")
+        ))
+    })?;
+    if !quiet {
+        say(&format!("pushed: {address}\n"))?;
+    }
+    Ok(0)
+}
+
+/// Where outputs are to be pushed, if anywhere: found out before any work.
+fn push_of(asked: &PushTo) -> Result<Option<hub::Push>, Error> {
+    asked.push_to.as_deref().map(|to| hub::Push::new(to, asked.push_private)).transpose()
+}
+
+/// Writes plain safetensors.
+fn convert(args: Convert) -> anyhow::Result<u8> {
+    let dtype = args.dtype.map(|name| match name.as_str() {
+        "f16" => Dtype::F16,
+        "bf16" => Dtype::BF16,
+        _ => Dtype::F32,
+    });
+    let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
+    let push = push_of(&args.push)?;
+    let input = quantc::Located::whole(&args.input, &mut Progress::new(false))?;
+    let notes = convert::convert(input.path(), &args.output, dtype, unknown, args.force)?;
+    notes.iter().for_each(|note| tell(&format!("note: {note}")));
+    push.map_or(Ok(0), |push| pushed(&push, &[args.output], false))
+}
+
+/// Writes a model merged with an adapter.
+fn merge(args: Merge) -> anyhow::Result<u8> {
+    let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
+    let push = push_of(&args.push)?;
+    let model = quantc::Located::whole(&args.model, &mut Progress::new(args.quiet))?;
+    let (merged, notes) = merge::merge(model.path(), &args.adapter, &args.output, unknown, args.force)?;
+    if let (Some(adapter), false) = (merged.adapter(), args.quiet) {
+        let (output, kind) = (args.output.display(), adapter.kind);
+        say(&format!("{output}: {kind}, {} modules merged, {} tensors replaced\n", adapter.modules, adapter.replaced))?;
+        notes.iter().for_each(|note| tell(&format!("note: {note}")));
+    }
+    push.map_or(Ok(0), |push| pushed(&push, &[args.output], args.quiet))
 }
 
 /// Prints what was found, as JSON or for people.
@@ -327,12 +359,33 @@ fn quantize(args: Quantize) -> anyhow::Result<u8> {
     }
     let paths = job.outputs()?;
     args.gates.check(&[&args.model], &paths)?;
+    let push = push_of(&args.push)?;
+    let single = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "gguf");
+    if push.is_some() && paths.len() > 1 && !paths.iter().all(single) {
+        return Err(Error::usage(
+            "--push-to takes one output, or several GGUF files: push each of these with quantc push",
+        )
+        .into());
+    }
     let earlier: Vec<_> = paths.iter().map(|path| Earlier::at(path)).collect();
     let (progress, compute) = start(&args.compute, job.compute)?;
     job.compute = compute;
     let reports = job.run(progress.listened(listener(&args.gates)))?;
     let made: Vec<(&Path, &Report)> = paths.iter().map(PathBuf::as_path).zip(&reports).collect();
-    conclude(&made, &earlier, (&args.compute, &args.gates))
+    let code = conclude(&made, &earlier, (&args.compute, &args.gates))?;
+    let Some(push) = push else { return Ok(code) };
+    // A file in parts is called by the first of them.
+    let first = |(path, report): (&PathBuf, &Report)| match report.outputs.first() {
+        Some(file) if !path.exists() => path.with_file_name(&file.name),
+        _ => path.clone(),
+    };
+    let made: Vec<PathBuf> = paths.iter().zip(&reports).map(first).collect();
+    if code != 0 {
+        let all: Vec<String> = made.iter().map(|path| push.command(path)).collect();
+        tell(&format!("error: nothing was pushed, as limits are missed; {} pushes it all the same", all.join(" and ")));
+        return Ok(code);
+    }
+    pushed(&push, &made, args.compute.quiet || args.gates.events)
 }
 
 /// Says what was made of a model; the exit code.

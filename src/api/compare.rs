@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::keys::keyed;
-use super::{Compute, check_windows, locate};
+use super::{Compute, Located, check_windows};
 use crate::compare::{Asked, Compared, Comparison};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -98,8 +98,9 @@ impl Compare {
         let file = self.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
         let mut outputs = schemes(self.request.clone(), file, &self.schemes)?;
         outputs.iter_mut().for_each(|output| output.recipe.file = self.recipe.clone());
-        let model = locate(&self.model)?;
-        let also = self.also.iter().map(|path| locate(path)).collect::<Result<Vec<PathBuf>>>()?;
+        let model = Located::whole(&self.model, &mut progress)?;
+        let located = Located::all(&self.also, &mut progress)?;
+        let also: Vec<PathBuf> = located.iter().map(|path| path.path().to_path_buf()).collect();
         let asked = Asked {
             text: self.text.as_deref(),
             context: self.context,
@@ -107,7 +108,7 @@ impl Compare {
             tasks: self.tasks.as_deref(),
         };
         let comparison = Comparison {
-            model: &model,
+            model: model.path(),
             schemes: self.schemes.iter().cloned().zip(outputs).collect(),
             also: &also,
             report: &self.folder,

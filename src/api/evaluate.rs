@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::keys::keyed;
-use super::{Compute, check_windows, locate};
+use super::{Compute, Located, check_windows};
 use crate::error::{Error, Result};
 use crate::eval::{Evaluated, Evaluation};
 use crate::progress::Progress;
@@ -89,13 +89,14 @@ impl Evaluate {
         if self.models.is_empty() {
             return Err(Error::usage("no model is named"));
         }
-        let models = self.models.iter().map(|model| locate(model)).collect::<Result<Vec<PathBuf>>>()?;
-        let reference = self.reference.as_deref().map(locate).transpose()?;
+        let located = Located::all(&self.models, &mut progress)?;
+        let models: Vec<PathBuf> = located.iter().map(|model| model.path().to_path_buf()).collect();
+        let reference = self.reference.as_deref().map(|path| Located::whole(path, &mut progress)).transpose()?;
         let activations = self.activations.as_deref();
         let asked = Evaluation {
             models: &models,
             adapter: self.adapter.as_deref(),
-            reference: reference.as_deref(),
+            reference: reference.as_ref().map(Located::path),
             reference_adapter: self.reference_adapter.as_deref(),
             text: self.text.as_deref(),
             context: self.context,

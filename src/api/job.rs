@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::keys::keyed;
-use super::{Compute, at_least_one, at_most, locate};
+use super::{Compute, Located, at_least_one, at_most};
 use crate::error::{Error, Result};
+use crate::hub::Reads;
 use crate::job::{self, Asked, Planned, Verification};
 use crate::mixes::Mix;
 use crate::output::{self, Place};
@@ -42,7 +43,7 @@ const MOST_SEQUENCES: u64 = 1 << 16;
 #[serde(remote = "Self", default)]
 #[non_exhaustive]
 pub struct Job {
-    /// A Hugging Face directory, a GGUF file, or `org/name[@revision]` of a model in Hugging Face's cache.
+    /// A Hugging Face directory, a GGUF file, or `org/name[@revision]` of a model on the Hugging Face hub.
     pub model: PathBuf,
     /// Where to write: a directory, or for GGUF a file. `None` where `targets` or `request.target` say it.
     pub output: Option<PathBuf>,
@@ -94,7 +95,6 @@ pub struct Serve {
 
 /// What a job stands for once everything in it is found and filled in.
 struct Resolved {
-    model: PathBuf,
     outputs: Vec<Output>,
     lead: usize,
     verification: Option<Verification>,
@@ -122,9 +122,23 @@ impl Job {
     ///
     /// Outputs appear only if everything worked. Limits that are missed are told in a report's `verdict`, and the output stays.
     pub fn run(&self, mut progress: Progress) -> Result<Vec<Report>> {
-        let Resolved { model, outputs, lead, verification } = self.resolve(false)?;
+        let Resolved { outputs, lead, verification } = self.resolve(false)?;
+        let sketch = Located::of(&self.model, Reads::Headers, &mut progress)?;
+        if !sketch.is_whole() {
+            // What would be refused is refused before much is downloaded.
+            let (independent, force, outputs, verification) =
+                (self.independent, self.force, outputs.clone(), verification.clone());
+            let model = sketch.path();
+            let job = job::Job { model, outputs, lead, independent, verification, force, afresh: true, waits: false };
+            let asked = Asked { named: true, ..Asked::default() };
+            self.compute.run(
+                &mut progress,
+                |engine, progress| with_backend!(engine, backend => job.plan(backend, &asked, progress)),
+            )?;
+        }
+        let model = Located::whole(&self.model, &mut progress)?;
         let job = job::Job {
-            model: &model,
+            model: model.path(),
             outputs,
             lead,
             independent: self.independent,
@@ -150,10 +164,11 @@ impl Job {
         let runtime = runtime.as_deref().map(Runtime::parse).transpose()?;
         let gpu = gpu.as_deref().map(Gpu::parse).transpose()?;
         let named = self.is_named()?;
-        let Resolved { model, outputs, lead, verification } = self.resolve(true)?;
+        let Resolved { outputs, lead, verification } = self.resolve(true)?;
+        let located = Located::of(&self.model, Reads::Headers, &mut progress)?;
+        let model = located.path();
         let (independent, force) = (self.independent, self.force);
-        let job =
-            job::Job { model: &model, outputs, lead, independent, verification, force, afresh: true, waits: false };
+        let job = job::Job { model, outputs, lead, independent, verification, force, afresh: true, waits: false };
         let (batch, tensor_parallel) = (batch.unwrap_or(1), tensor_parallel.unwrap_or(1));
         let asked = Asked { context, batch, runtime, gpu, tensor_parallel, named, tries: true };
         self.compute.run(&mut progress, |engine, progress| {
@@ -201,7 +216,7 @@ impl Job {
         if self.model.as_os_str().is_empty() {
             return Err(Error::usage("no model is named"));
         }
-        Ok(Resolved { model: locate(&self.model)?, outputs, lead, verification })
+        Ok(Resolved { outputs, lead, verification })
     }
 }
 

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! The program's commands are calls of what stands here. Flags, exit codes and printing are theirs; whatever else a run needs (opening
-//! models, looking into Hugging Face's cache, choosing the device, limits on the quality) is done here, once for all callers.
+//! models, fetching them from a hub, choosing the device, limits on the quality) is done here, once for all callers.
 
 // Its macro is used by the others.
 #[macro_use]
@@ -22,10 +22,12 @@ mod keys;
 use std::path::{Path, PathBuf};
 
 use crate::check::Checked;
-use crate::checkpoint::{Checkpoint, cached};
+use crate::checkpoint::Checkpoint;
 use crate::diff::Diff;
 use crate::error::{Error, Result};
+use crate::hub::{self, Found, Reads};
 use crate::inspect::Inspection;
+use crate::progress::Progress;
 use crate::{check as checking, demo, diff as differences, inspect as inspection};
 
 pub use compare::Compare;
@@ -33,19 +35,52 @@ pub use compute::{Compute, Device, Engine, Math};
 pub use evaluate::Evaluate;
 pub use job::{Job, Serve};
 
-/// Where a model lies: the path itself, or for a name of a hub as `org/name` or `org/name@revision` its folder in Hugging Face's cache.
-/// Nothing is fetched.
+/// A model where it lies: the path itself, or what a name of the Hugging Face hub means, which is downloaded where its cache does not have it.
 ///
-/// Fails where the cache has the model, and not that revision of it. That a path leads nowhere is told by whoever opens it.
-pub fn locate(model: &Path) -> Result<PathBuf> {
-    Ok(cached(model)?.unwrap_or_else(|| model.to_path_buf()))
+/// What of it is no more than headers goes away with this.
+#[derive(Debug)]
+pub struct Located {
+    path: PathBuf,
+    found: Option<Found>,
+}
+
+impl Located {
+    /// Finds all of a model.
+    ///
+    /// Fails where a hub is asked and does not give it. That a path leads nowhere is told by whoever opens it.
+    pub fn whole(model: &Path, progress: &mut Progress) -> Result<Located> {
+        Located::of(model, Reads::Whole, progress)
+    }
+
+    /// Finds a model of which so much is read.
+    pub(crate) fn of(model: &Path, reads: Reads, progress: &mut Progress) -> Result<Located> {
+        let found = hub::find(model, reads, progress)?;
+        found.iter().flat_map(|found| &found.note).for_each(|note| progress.say(&format!("note: {note}")));
+        Ok(Located { path: found.as_ref().map_or_else(|| model.to_path_buf(), |found| found.place.clone()), found })
+    }
+
+    /// Finds several.
+    pub(crate) fn all(models: &[PathBuf], progress: &mut Progress) -> Result<Vec<Located>> {
+        models.iter().map(|model| Located::whole(model, progress)).collect()
+    }
+
+    /// The folder or file that is opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether the values of its weights are there.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.found.as_ref().is_none_or(Found::is_whole)
+    }
 }
 
 /// Shows what is in a checkpoint, of which no weights are read. With `program` also what the model computes, one block of each kind.
 ///
 /// Fails where it cannot be opened, and with `program` for a family that is not known.
 pub fn inspect(model: &Path, program: bool) -> Result<Inspection> {
-    let checkpoint = Checkpoint::open(&locate(model)?)?;
+    let located = Located::of(model, Reads::Headers, &mut Progress::new(false))?;
+    let checkpoint = Checkpoint::open(located.path())?;
     let mut found = inspection::inspect(&checkpoint);
     if program {
         found.program = Some(inspection::program(&checkpoint)?);
@@ -58,14 +93,15 @@ pub fn inspect(model: &Path, program: bool) -> Result<Inspection> {
 ///
 /// Fails where it cannot be opened at all.
 pub fn check(model: &Path) -> Result<Checked> {
-    checking::check(&locate(model)?)
+    checking::check(Located::whole(model, &mut Progress::new(false))?.path())
 }
 
 /// Says what differs between two checkpoints, in whatever formats they are. Reads all tensors that both have.
 ///
 /// Fails where one cannot be opened, or a tensor of it not be read.
 pub fn diff(a: &Path, b: &Path) -> Result<Diff> {
-    differences::diff(&locate(a)?, &locate(b)?)
+    let [a, b] = [Located::whole(a, &mut Progress::new(false))?, Located::whole(b, &mut Progress::new(false))?];
+    differences::diff(a.path(), b.path())
 }
 
 /// Writes the small built-in model to `folder`, for trials and tests, as a Hugging Face checkpoint.

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use formats::container::file;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::is_commit;
 use crate::error::{Error, Result};
 use crate::output::Look;
 use crate::output::hashing::hash_file;
@@ -58,20 +59,26 @@ pub struct Locked {
     pub outputs: Vec<Stamp>,
 }
 
-/// A file as it was.
+/// A file as it was. One of a model on a hub is called `org/name@COMMIT/PATH`, wherever the cache lies, and has neither time nor number: the
+/// commit and its hash say which it is on every machine.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Stamp {
-    /// Where it is, seen from the lock's folder.
+    /// Where it is, seen from the lock's folder, or what it is called on a hub.
     pub path: String,
     /// Its size in bytes.
     pub bytes: u64,
-    /// When it was written, in nanoseconds since 1970.
+    /// When it was written, in nanoseconds since 1970; 0 for one of a hub.
     pub modified: String,
     /// Its number on its disk; 0 where the system has none.
     pub inode: u64,
     /// SHA-256 of its content, lower-case hex.
     pub sha256: String,
+}
+
+/// Whether a lock calls a file as one of a model on a hub.
+fn is_of_hub(path: &str) -> bool {
+    path.split_once('@').and_then(|(_, rest)| rest.split_once('/')).is_some_and(|(commit, _)| is_commit(commit))
 }
 
 /// How a file compares with what it was.
@@ -90,6 +97,7 @@ impl Stamp {
     pub fn of(file: &Path, path: String, known: &[FileReport]) -> Result<Stamp> {
         let gone = || Error::failed(format!("{}: is not there any more", file.display()));
         let Look { bytes, modified, inode } = Look::of(file).ok_or_else(gone)?;
+        let (modified, inode) = if is_of_hub(&path) { ("0".to_owned(), 0) } else { (modified, inode) };
         let name = file.file_name().unwrap_or_default().to_string_lossy();
         let known = known.iter().find(|known| known.name == name && known.bytes == bytes);
         let sha256 = match known {
@@ -102,6 +110,12 @@ impl Stamp {
     /// Whether a file is still this one. With `hashes` it is hashed whatever it looks like.
     pub fn compare(&self, file: &Path, hashes: bool) -> Result<Seen> {
         let Some(Look { bytes, modified, inode }) = Look::of(file) else { return Ok(Seen::Changed) };
+        if is_of_hub(&self.path) {
+            // The cache calls a large file by its hash.
+            let called = std::fs::read_link(file).ok().is_some_and(|blob| blob.ends_with(&self.sha256));
+            let same = bytes == self.bytes && (called && !hashes || hash_file(file)?.sha256 == self.sha256);
+            return Ok(if same { Seen::Same } else { Seen::Changed });
+        }
         let alike = bytes == self.bytes && modified == self.modified && inode == self.inode;
         if alike && !hashes {
             return Ok(Seen::Same);

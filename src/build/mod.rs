@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 use kernels::Backend;
 use serde_json::{Value, json};
 
-use crate::checkpoint::resolve;
-use crate::error::{Error, Result};
+use crate::checkpoint::{in_snapshot, parts_of, resolve};
+use crate::error::Result;
+use crate::hub;
 use crate::job::Job;
 use crate::memory::Device;
 use crate::output::{Place, Staging};
@@ -62,6 +63,8 @@ pub struct Build {
     project: Project,
     means: Means,
     lock: Lock,
+    /// What the model is called on a hub, with the commit that it is at.
+    model: Option<String>,
     /// One for each output.
     standings: Vec<Standing>,
     /// Files have been touched, and are as they were.
@@ -72,11 +75,17 @@ impl Build {
     /// Reads a project and its lock and looks at every file that a target was made of, and at what was made. With `hashes` every file is
     /// hashed, whatever it looks like.
     ///
+    /// A model on a hub need not be on this disk: its commit says whether it is the one that a target was made of. The hub is asked for the
+    /// commit of a branch or tag that the cache does not have.
+    ///
     /// Fails as [`Project::read`] and [`Lock::read`] do, and where a model is not there.
     pub fn open(path: &Path, means: Means, hashes: bool) -> Result<Build> {
         let project = Project::read(path)?;
         let lock = Lock::read(&project.lock())?;
-        let mut build = Build { project, means, lock, standings: Vec::new(), touched: false };
+        let mut build = Build { project, means, lock, model: None, standings: Vec::new(), touched: false };
+        if let Some(name) = build.project.hub.as_ref().filter(|_| !build.lock.targets.is_empty()) {
+            build.model = Some(format!("{}@{}", name.id, hub::commit_of(name)?));
+        }
         for index in 0..build.project.outputs.len() {
             let standing = build.stand(index, hashes)?;
             build.standings.push(standing);
@@ -99,8 +108,11 @@ impl Build {
         self.project.path.parent().unwrap_or(Path::new(""))
     }
 
-    /// A path as the lock calls it.
+    /// A path as the lock calls it: what lies in the cache of a hub is called as there, by its commit.
     fn called(&self, path: &Path) -> String {
+        if let Some((name, commit, inner)) = in_snapshot(path) {
+            return Path::new(&format!("{name}@{commit}")).join(inner).display().to_string();
+        }
         path.strip_prefix(self.folder()).unwrap_or(path).display().to_string()
     }
 
@@ -126,17 +138,27 @@ impl Build {
         if let Some(why) = self.other_recipe(index, &locked.recipe) {
             return Ok(standing(Some(why), None));
         }
-        let inputs: Vec<String> = self.inputs(output)?.iter().map(|file| self.called(file)).collect();
-        let known = |input: &Stamp| inputs.contains(&input.path);
-        if let Some(gone) = locked.inputs.iter().find(|input| !known(input)) {
+        let inputs: Vec<(String, PathBuf)> =
+            self.inputs(output)?.into_iter().map(|file| (self.called(&file), file)).collect();
+        let place = |path: &str| inputs.iter().find(|(name, _)| name == path).map(|(_, file)| file.clone());
+        // Which files of a commit are on this disk does not matter: they are the same everywhere.
+        let model = self.model.as_ref().map(|model| format!("{model}/"));
+        let fixed = |path: &str| model.as_ref().is_some_and(|model| path.starts_with(&model[..]));
+        if let Some(gone) = locked.inputs.iter().find(|input| place(&input.path).is_none() && !fixed(&input.path)) {
             return Ok(standing(Some(format!("{} is not read any more", gone.path)), None));
         }
-        if let Some(new) = inputs.iter().find(|path| !locked.inputs.iter().any(|input| input.path == **path)) {
+        let is_new = |path: &String| !fixed(path) && !locked.inputs.iter().any(|input| input.path == *path);
+        if let Some((new, _)) = inputs.iter().find(|(path, _)| is_new(path)) {
             return Ok(standing(Some(format!("{new} is new")), None));
         }
         let mut renewed = locked.clone();
         for stamp in renewed.inputs.iter_mut().chain(&mut renewed.outputs) {
-            match stamp.compare(&self.folder().join(&stamp.path), hashes)? {
+            let file = match place(&stamp.path) {
+                Some(file) => file,
+                None if fixed(&stamp.path) => continue,
+                None => self.folder().join(&stamp.path),
+            };
+            match stamp.compare(&file, hashes)? {
                 Seen::Same => {}
                 Seen::Touched(now) => *stamp = now,
                 Seen::Changed => return Ok(standing(Some(format!("{} is not what it was", stamp.path)), None)),
@@ -163,7 +185,7 @@ impl Build {
             |verification| json!({"text": self.called(Path::new(&verification.text)), "windows": verification.windows}),
         );
         json!({
-            "model": self.called(&project.model),
+            "model": self.model_called(),
             "recipe": output.recipe,
             "independent": project.independent,
             "leading target": led.then(|| self.called(&leader.path)),
@@ -178,6 +200,16 @@ impl Build {
         match self.means.device.filter(|asked| *asked != device) {
             Some(asked) => Some(format!("--device was {device} and is {asked}")),
             None => (math != self.means.math).then(|| format!("--math was {math} and is {}", self.means.math)),
+        }
+    }
+
+    /// The model as the lock calls it: one on a hub by its name and commit.
+    fn model_called(&self) -> String {
+        let file = self.project.hub.as_ref().and_then(|name| name.file.as_ref());
+        match (&self.model, file) {
+            (Some(model), Some(file)) => format!("{model}:{file}"),
+            (Some(model), None) => model.clone(),
+            (None, _) => self.called(&self.project.model),
         }
     }
 
@@ -198,8 +230,11 @@ impl Build {
     /// Every file that a target is made of.
     fn inputs(&self, output: &Output) -> Result<Vec<PathBuf>> {
         let project = &self.project;
-        let (model, _) = resolve(&project.model)?;
-        let mut all = if model.is_file() { parts_of(&model)? } else { files_in(&model)? };
+        let mut all = Vec::new();
+        if let Some(model) = self.model() {
+            let (model, _) = resolve(model)?;
+            all = if model.is_file() { parts_of(&model)? } else { files_in(&model)? };
+        }
         let recipe = &output.recipe;
         if let Some(adapter) = &recipe.adapter {
             all.extend(files_in(adapter)?);
@@ -230,12 +265,13 @@ impl Build {
         if redone.is_empty() {
             return self.remember().map(|()| Vec::new());
         }
-        let project = &self.project;
-        let outputs: Vec<Output> = redone.iter().map(|index| project.outputs[*index].clone()).collect();
+        let outputs: Vec<Output> = redone.iter().map(|index| self.project.outputs[*index].clone()).collect();
         for output in outputs.iter().filter(|output| !force && self.lock.target(&self.called(&output.path)).is_none()) {
-            Staging::check(&output.path, Some(&project.model), false, output.recipe.gguf.is_some())?;
+            Staging::check(&output.path, self.model(), false, output.recipe.gguf.is_some())?;
         }
         Lock::check_place(&self.project.lock())?;
+        self.bring(progress)?;
+        let project = &self.project;
         let lead = redone.iter().position(|index| *index == project.lead).unwrap_or(0);
         // As they are before the work: what changes while it is done is found changed by the next build.
         let mut inputs = Vec::new();
@@ -268,16 +304,33 @@ impl Build {
         Ok(outputs.into_iter().map(|output| output.path).zip(reports).collect())
     }
 
+    /// Downloads a model on a hub that is not on this disk.
+    fn bring(&mut self, progress: &mut Progress) -> Result<()> {
+        let Some(name) = &self.project.hub else { return Ok(()) };
+        if self.model().is_none() {
+            let found = hub::find(Path::new(&format!("hf://{name}")), hub::Reads::Whole, progress)?;
+            self.project.model = found.expect("hf:// is no path").place;
+        }
+        self.model = in_snapshot(&self.project.model).map(|(name, commit, _)| format!("{name}@{commit}"));
+        Ok(())
+    }
+
     /// Remembers how files look that were touched and are as they were, so that they need not be hashed again.
     pub fn remember(&self) -> Result<()> {
         if self.touched { self.lock.write(&self.project.lock()) } else { Ok(()) }
     }
 
+    /// The model, where it is on this disk.
+    fn model(&self) -> Option<&Path> {
+        Some(&*self.project.model).filter(|model| self.project.hub.is_none() || model.exists())
+    }
+
     /// Files that are read, and the lock: nothing else may be written over them.
     pub fn inputs_and_lock(&self) -> Vec<PathBuf> {
         let recipe = self.project.outputs.first().and_then(|output| output.recipe.file.clone());
-        let own = [self.project.model.clone(), self.project.path.clone(), self.project.lock()];
-        own.into_iter().chain(recipe).collect()
+        let model = self.model().map(Path::to_owned);
+        let own = [self.project.path.clone(), self.project.lock()];
+        model.into_iter().chain(own).chain(recipe).collect()
     }
 
     /// The places of the outputs that [`make`](Self::make) writes, in its order.
@@ -326,23 +379,6 @@ impl Build {
             outputs: stamps(&written, &report.outputs)?,
         })
     }
-}
-
-/// A GGUF file and the others that its model is split into.
-fn parts_of(file: &Path) -> Result<Vec<PathBuf>> {
-    let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    let Some((stem, rest)) = name.split_once("-00001-of-") else { return Ok(vec![file.to_path_buf()]) };
-    let ending = format!("-of-{rest}");
-    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(Error::io(folder, "list"))? {
-        let other = entry.map_err(Error::io(folder, "list"))?.file_name().to_string_lossy().into_owned();
-        if other.starts_with(&format!("{stem}-")) && other.ends_with(&ending) {
-            found.push(file.with_file_name(other));
-        }
-    }
-    found.sort();
-    Ok(found)
 }
 
 /// Collects what differs between two values: its path, and both of them.

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 use toml::de::DeTable;
 
-use crate::checkpoint::cached;
+use crate::checkpoint::{HubName, cache};
 use crate::error::{Error, Result};
 use crate::job::Verification;
 use crate::output::Place;
@@ -24,7 +24,8 @@ pub const VERSION: u32 = 1;
 pub struct Settings {
     /// The version of the file's form: 1.
     pub version: u32,
-    /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file; seen from this file's folder.
+    /// A Hugging Face directory, a model's folder of a hub cache, or a GGUF file, seen from this file's folder; or org/name[@revision] of a
+    /// model on the Hugging Face hub.
     pub model: PathBuf,
     /// Held-out text to measure the outputs on, or "none". A bundled text where it is not said.
     pub verify_text: Option<String>,
@@ -82,8 +83,10 @@ pub fn schema() -> serde_json::Value {
 pub struct Project {
     /// The `quantc.toml`; paths in it are seen from its folder.
     pub path: PathBuf,
-    /// The model, as it is found from where the program runs.
+    /// The model, as it is found from where the program runs. Where it is one on a hub that is not on this disk, its name.
     pub model: PathBuf,
+    /// What the model is called on a hub, where the file names it so.
+    pub hub: Option<HubName>,
     /// What is to be made of it.
     pub outputs: Vec<Output>,
     /// The output whose weights the stream sees.
@@ -164,14 +167,28 @@ impl Project {
             }
         }
         let model = within(&settings.model);
-        let model = cached(&settings.model)?.filter(|_| !model.exists()).unwrap_or(model);
-        Ok(Project { path: path.to_path_buf(), model, outputs, lead, independent: settings.independent, verification })
+        let (model, hub) = on_hub(&settings.model, &model)?.unwrap_or((model, None));
+        let independent = settings.independent;
+        Ok(Project { path: path.to_path_buf(), model, hub, outputs, lead, independent, verification })
     }
 
     /// Where it is kept what was made, and of what.
     pub fn lock(&self) -> PathBuf {
         self.path.with_extension("lock")
     }
+}
+
+/// What is said to be the model, as one on a hub: where the cache has it, or its name; `None` where the path that it is seen from the project is
+/// meant.
+fn on_hub(said: &Path, seen: &Path) -> Result<Option<(PathBuf, Option<HubName>)>> {
+    let name = if seen.exists() { None } else { HubName::of(said)? };
+    let Some(name) = name else { return Ok(None) };
+    let cached = cache().and_then(|cache| name.cached(&cache)).filter(|cached| cached.lacks.is_none());
+    if cached.is_none() && !said.starts_with("hf:") && seen.parent().is_some_and(Path::exists) {
+        return Ok(None);
+    }
+    let place = cached.map_or_else(|| PathBuf::from(format!("hf://{name}")), |cached| cached.place);
+    Ok(Some((place, Some(name))))
 }
 
 fn shown(path: &Path) -> String {

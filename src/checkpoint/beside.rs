@@ -398,6 +398,23 @@ impl Walk<'_> {
     }
 }
 
+/// Whether a file beside the weights is one that a model's folder needs, by its path within and its size: what would stay behind anyway need
+/// not be fetched, and pictures need not either.
+pub fn goes_along(path: &str, bytes: u64) -> bool {
+    let path = path.to_lowercase();
+    let (folders, name) = path.rsplit_once('/').unwrap_or(("", &path));
+    let hidden = path.split('/').any(|part| part.starts_with('.') || part == "__pycache__");
+    let picture = PICTURES.iter().any(|ending| name.ends_with(ending));
+    let reason = file_reason(name, bytes, folders.is_empty(), false);
+    // How the weights of an older quantization are stored is read from these files.
+    let stays = reason.is_some_and(|reason| reason != Reason::Quantization);
+    !hidden
+        && !picture
+        && !stays
+        && bytes <= LARGEST
+        && folders.split('/').all(|folder| folder_reason(folder).is_none())
+}
+
 /// Why a folder of this name, in lower case, stays behind as a whole.
 fn folder_reason(name: &str) -> Option<Reason> {
     let numbered = |prefix: &str| {

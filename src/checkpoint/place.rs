@@ -21,13 +21,11 @@ const ADAPTER_WEIGHTS: &[&str] = &["adapter_model.safetensors", "adapters.safete
 const UNFINISHED: &[&str] = &[".incomplete", ".part", ".crdownload", ".aria2", ".download"];
 
 /// What to do about a model that is not there, where what stands in a path's place is a name on a hub or an address of one.
-fn download(path: &Path) -> Option<String> {
+fn advice(path: &Path) -> Option<String> {
     let text = path.to_str()?;
-    let Some((_, address)) = text.split_once("://") else {
-        return if path.parent().is_some_and(Path::exists) { None } else { hub::download(path) };
-    };
+    let Some((_, address)) = text.split_once("://") else { return hub::advice(text) };
     let id: Vec<&str> = address.split('/').skip(1).take(2).collect();
-    hub::download(Path::new(&id.join("/")))
+    hub::advice(&id.join("/"))
 }
 
 /// The folder or file that `path` means: of a hub cache its snapshot, with a note on which, else the path itself.
@@ -35,9 +33,9 @@ fn download(path: &Path) -> Option<String> {
 /// Fails when there is nothing, and for a hub cache whose snapshot cannot be told.
 pub(crate) fn resolve(path: &Path) -> Result<(PathBuf, Option<String>)> {
     check_link(path)?;
-    let metadata = std::fs::metadata(path).map_err(|error| match download(path) {
+    let metadata = std::fs::metadata(path).map_err(|error| match advice(path) {
         Some(what) if error.kind() == std::io::ErrorKind::NotFound => {
-            Error::failed(format!("{}: cannot open: {error}; models are read from the disk: {what}", path.display()))
+            Error::failed(format!("{}: cannot open: {error}; {what}", path.display()))
         }
         _ => Error::io(path, "open")(error),
     })?;
@@ -266,6 +264,23 @@ pub(super) fn no_config(folder: &Path) -> Error {
         [first, ..] => format!("; {} folders in it have one, as {}", inner.len(), folder.join(first).display()),
     };
     Error::failed(format!("{shown}: config.json is missing{hint}"))
+}
+
+/// A GGUF file and the others that its model is split into.
+pub(crate) fn parts_of(file: &Path) -> Result<Vec<PathBuf>> {
+    let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let Some((stem, rest)) = name.split_once("-00001-of-") else { return Ok(vec![file.to_path_buf()]) };
+    let ending = format!("-of-{rest}");
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(Error::io(folder, "list"))? {
+        let other = entry.map_err(Error::io(folder, "list"))?.file_name().to_string_lossy().into_owned();
+        if other.starts_with(&format!("{stem}-")) && other.ends_with(&ending) {
+            found.push(file.with_file_name(other));
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 /// Which GGUF file to give instead of a folder that has some: all of them, but of a split model the first alone.

@@ -194,9 +194,9 @@ fn what_cannot_be_read_is_told_in_a_sentence() {
          the quantization_config that says how these codes are meant is missing"
     );
     let message = Checkpoint::open(Path::new("/nonexistent/model")).unwrap_err().to_string();
-    assert!(message.starts_with("/nonexistent/model: cannot open: ") && !message.contains("hf download"), "{message}");
+    assert!(message.starts_with("/nonexistent/model: cannot open: ") && !message.contains("hf://"), "{message}");
     for path in ["meta-llama/Llama-3.2-1B", "https://huggingface.co/meta-llama/Llama-3.2-1B/tree/main"] {
         let message = Checkpoint::open(Path::new(path)).unwrap_err().to_string();
-        assert!(message.contains("download it first with `hf download meta-llama/Llama-3.2-1B`"), "{message}");
+        assert!(message.contains("say hf://meta-llama/Llama-3.2-1B, and it is downloaded"), "{message}");
     }
 }

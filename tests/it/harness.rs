@@ -41,7 +41,7 @@ impl Room {
         Model(folder)
     }
 
-    /// Runs `quantc` in this folder.
+    /// Runs `quantc` in this folder, without the network.
     pub fn run<A: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = A>) -> Run {
         self.run_keeping(Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"), args)
     }
@@ -49,13 +49,20 @@ impl Room {
     /// Runs `quantc` in this folder, with a cache folder of its own.
     pub fn run_keeping<A: AsRef<std::ffi::OsStr>>(&self, cache: PathBuf, args: impl IntoIterator<Item = A>) -> Run {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quantc"));
-        Run(command.args(args).env("QUANTC_CACHE", cache).current_dir(self.0.path()).output().unwrap())
+        Run(command
+            .args(args)
+            .env("QUANTC_CACHE", cache)
+            .env("HF_HUB_OFFLINE", "1")
+            .current_dir(self.0.path())
+            .output()
+            .unwrap())
     }
 
-    /// Runs a line of sh in this folder.
+    /// Runs a line of sh in this folder, without the network.
     #[cfg(unix)]
     pub fn shell(&self, line: &str) -> Run {
-        Run(Command::new("sh").args(["-c", line]).current_dir(self.0.path()).output().unwrap())
+        let mut command = Command::new("sh");
+        Run(command.args(["-c", line]).current_dir(self.0.path()).env("HF_HUB_OFFLINE", "1").output().unwrap())
     }
 
     /// Everything in the folder, by name, hidden files too.
@@ -123,6 +130,10 @@ pub fn children(process: u32) -> Vec<u32> {
 pub struct Run(Output);
 
 impl Run {
+    pub fn of(output: Output) -> Run {
+        Run(output)
+    }
+
     pub fn code(&self) -> Option<i32> {
         self.0.status.code()
     }

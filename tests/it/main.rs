@@ -25,6 +25,7 @@ mod golden;
 mod guesses;
 mod harness;
 mod hostile;
+mod hub;
 mod imatrix;
 mod inputs;
 mod kept;

@@ -239,6 +239,20 @@ fn one_place_picks_the_device_and_one_the_family() {
 }
 
 #[test]
+fn connections_belong_to_the_hub() {
+    let mut seen = 0;
+    for path in sources() {
+        let is_hub = path.parent().is_some_and(|folder| folder.ends_with("src/hub"));
+        for (number, line) in code(&path) {
+            let named = ["ureq", "rustls", "std::net"].iter().any(|word| line.contains(word));
+            assert!(is_hub || !named, "{}:{number}: connections belong to src/hub", path.display());
+            seen += usize::from(named);
+        }
+    }
+    assert!(seen > 0);
+}
+
+#[test]
 fn printing_belongs_to_the_command_line() {
     // Said in pieces, so that this file does not find itself.
     let words = ["println", "eprintln", "print", "dbg", "todo", "unimplemented"].map(|name| format!("{name}!("));
