@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
-use super::{Config, family_of, settings, too_many_layers};
+use super::{Config, family_of, settings, too_many_layers, type_of};
 use crate::graph::Graph;
 use crate::weights::Weights;
 
@@ -139,8 +139,7 @@ const ASKED: &[&str] =
 /// What the names of the model below the head begin with in the class that config.json names, where that is not its family's usual prefix.
 fn prefix_of_class(config: &Value) -> Option<&'static str> {
     let class = config.get("architectures")?.get(0)?.as_str()?;
-    let model_type = config.get("model_type")?.as_str()?;
-    (class.ends_with("ForQuestionAnswering") && ASKED.contains(&model_type)).then_some("transformer")
+    (class.ends_with("ForQuestionAnswering") && ASKED.contains(&type_of(config)?)).then_some("transformer")
 }
 
 /// Whether a model is the language part of one that also sees or hears.
