@@ -124,7 +124,8 @@ fn log(path: &Path) -> Result<(), Error> {
     let mut start = Vec::new();
     (&mut file).take(64).read_to_end(&mut start).map_err(read)?;
     // A log begins with a time, and then says whose it is.
-    if !start.is_empty() && !(start[0].is_ascii_digit() && String::from_utf8_lossy(&start).contains(" INFO quantc:")) {
+    let is_log = start.first().is_none_or(u8::is_ascii_digit);
+    if !is_log || !(start.is_empty() || String::from_utf8_lossy(&start).contains(" INFO quantc:")) {
         return Err(Error::usage(format!(
             "--log {}: is there already, and is no log: name another file",
             path.display()

@@ -12,6 +12,18 @@ use crate::error::{Error, Result};
 use crate::memory;
 use crate::progress::Progress;
 
+/// Runs an expression with the backend of an engine.
+#[cfg_attr(doc, doc(hidden))]
+#[macro_export]
+macro_rules! with_backend {
+    ($engine:expr, $backend:ident => $work:expr) => {
+        match $engine {
+            $crate::api::Engine::Cpu($backend) => $work,
+            $crate::api::Engine::Cuda($backend, _) => $work,
+        }
+    };
+}
+
 /// Threads that are started for each core at the most.
 const MOST_THREADS: usize = 4;
 
@@ -177,7 +189,7 @@ impl Compute {
         let run = |progress: &mut Progress| {
             let (engine, left) = self.engine()?;
             left.into_iter().for_each(|note| progress.say(&format!("note: {note}")));
-            let name = crate::with_backend!(&engine, backend => backend.name());
+            let name = with_backend!(&engine, backend => backend.name());
             tracing::info!("computing on {name}");
             let done = work(&engine, progress)?;
             engine.profile().into_iter().for_each(|profile| progress.print(&profile));
@@ -252,18 +264,6 @@ impl Engine {
             }
         }
     }
-}
-
-/// Runs an expression with the backend of an engine.
-#[cfg_attr(doc, doc(hidden))]
-#[macro_export]
-macro_rules! with_backend {
-    ($engine:expr, $backend:ident => $work:expr) => {
-        match $engine {
-            $crate::api::Engine::Cpu($backend) => $work,
-            $crate::api::Engine::Cuda($backend, _) => $work,
-        }
-    };
 }
 
 /// Bytes, as `8GiB`, `8G` or `500MB`: powers of 1024 with an i, of 1000 without.

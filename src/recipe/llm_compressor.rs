@@ -18,6 +18,9 @@ use super::{Override, Request};
 /// Why a file asks for what is not made here: where it says so, and what to write in its place.
 type Refusal = String;
 
+/// A modifier's name and its settings.
+type Modifier<'a> = (&'a str, &'a Map<String, Value>);
+
 /// Modifiers that choose codes, with the method that each is.
 const QUANTIZERS: &[(&str, &str)] = &[("GPTQModifier", "gptq"), ("QuantizationModifier", "rtn")];
 
@@ -105,7 +108,7 @@ pub fn read(text: &str) -> Result<Request, Refusal> {
 }
 
 /// The modifiers of the one stage, in their order.
-fn modifiers(whole: &Value) -> Result<Vec<(&str, &Map<String, Value>)>, Refusal> {
+fn modifiers(whole: &Value) -> Result<Vec<Modifier<'_>>, Refusal> {
     let stages = whole.as_object().ok_or("it is no recipe: it begins with a stage, as quant_stage")?;
     let mut found = Vec::new();
     let mut seen = 0;

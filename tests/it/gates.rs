@@ -167,7 +167,7 @@ fn a_log_tells_what_was_done_and_replaces_nothing() {
         "INFO quantc::api::compute: computing on CPU",
         "INFO quantc::progress: quantizing begins",
         "DEBUG quantc::pipeline::solve: model.layers.0.self_attn.q_proj",
-        "INFO quantc::progress: measuring the model beside the original ends seconds=",
+        "INFO quantc::progress: measuring the output beside the original ends seconds=",
         "INFO quantc::job: out is measured perplexity=",
     ] {
         assert!(log.contains(told), "no `{told}` in:\n{log}");
