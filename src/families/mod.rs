@@ -170,6 +170,13 @@ fn text_part(config: &Value) -> TextPart {
     TextPart { wrapper, model_type, inner: part.is_some() }
 }
 
+/// The class that a checkpoint brings along for the model itself, as `modeling_my.MyForCausalLM`.
+fn code_of_its_own(config: &Value) -> Option<&str> {
+    let map = config.get("auto_map")?.as_object()?;
+    let classes = ["AutoModelForCausalLM", "AutoModel"].iter().find_map(|key| map.get(*key))?;
+    classes.as_str().or_else(|| classes.get(0)?.as_str())
+}
+
 /// The part of config.json that has the settings of the language model: all of it, or `text_config` of a wrapper.
 pub fn text_settings(config: &Value) -> &Value {
     if text_part(config).inner { &config["text_config"] } else { config }
@@ -186,6 +193,12 @@ pub fn settings(config: &Value) -> Result<Settings> {
     let said = |place: &serde_json::Map<String, Value>| place.get("tie_word_embeddings").and_then(Value::as_bool);
     let (above, below) = (config.as_object().and_then(said), part.and_then(said));
     let mut settings = spelling::settled(&model_type, text)?;
+    if let Some(code) = code_of_its_own(config).filter(|_| family_of(&model_type).is_some()) {
+        settings.notes.push(format!(
+            "config.json names code of the model's own ({code}, in auto_map), which is not run: it is taken for a `{model_type}`, as runtimes do \
+             that do not trust remote code"
+        ));
+    }
     if wrapper.is_none()
         && !inner
         && family_of(&model_type).is_some()

@@ -47,6 +47,7 @@ mod rounded_inputs;
 mod said_of_weights;
 mod sentencepiece;
 mod spelling;
+mod strange;
 mod stray;
 mod targets;
 mod tidy;

@@ -395,3 +395,38 @@ fn nothing_is_said_of_kinds_of_layers_that_may_be_a_familys_own() {
         run.stderr()
     );
 }
+
+/// transformers looks for heads under the names of the parts that have them, and unpacks when the whole model is called.
+#[test]
+fn parts_of_an_encoder_and_decoder_have_their_heads_named() {
+    let room = Room::new();
+    let mut tensors = Vec::new();
+    for part in ["encoder.encoder.layer", "decoder.model.decoder.layers"] {
+        for layer in 0..2 {
+            for module in ["self_attn.q_proj", "fc1"] {
+                tensors.push((format!("{part}.{layer}.{module}.weight"), vec![64, 64]));
+            }
+        }
+    }
+    tensors.push(("decoder.model.decoder.embed_tokens.weight".to_owned(), vec![96, 64]));
+    let out = |name: &str, tensors: &[(String, Vec<usize>)]| {
+        let model = format!("{name}-model");
+        write(&room.path(&model), &config(), tensors);
+        let run = room.run(["quantize", &model, "-o", name].iter().chain(&RTN));
+        run.succeeds();
+        let config = std::fs::read(room.path(name).join("config.json")).unwrap();
+        let config: Value = serde_json::from_slice(&config).unwrap();
+        (run.stderr(), config["quantization_config"]["ignore"].to_string())
+    };
+    let (told, ignored) = out("tied", &tensors);
+    assert!(ignored.contains("\"decoder.lm_head\"") && !ignored.contains("\"encoder.lm_head\""), "{ignored}");
+    assert!(told.contains("when the model as a whole is first called"), "{told}");
+    // One that is stored stands for itself.
+    tensors.push(("decoder.output_projection.weight".to_owned(), vec![96, 64]));
+    let (_, ignored) = out("stored", &tensors);
+    assert!(ignored.contains("\"decoder.output_projection\"") && !ignored.contains("decoder.lm_head"), "{ignored}");
+    // A model of one stack is called as a whole.
+    let (mut tensors, _) = unheard_of();
+    tensors.retain(|(name, _)| name.contains(".layers.0.") || name.contains(".layers.1."));
+    assert!(!out("one", &tensors).0.contains("when the model as a whole"));
+}

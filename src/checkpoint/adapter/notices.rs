@@ -43,7 +43,8 @@ impl Merged<'_> {
         // Of a target without any factors, and of modules under other names, is told elsewhere.
         let without_factors = if strange.is_empty() { self.without_factors(&linears) } else { None };
         let of_modules = [self.foreign_names(&strange), self.unnamed(&linears), without_factors];
-        let of_values = [self.other_base(), self.idle()];
+        let words = self.file.path().parent().and_then(|folder| other_words(folder, self.model));
+        let of_values = [self.other_base(), self.idle(), words];
         let listed = [
             self.listed_in_vain("target_modules", "factors", &self.settings.targets),
             self.listed_in_vain("modules_to_save", "tensors", &self.settings.saved),
@@ -188,4 +189,49 @@ impl Merged<'_> {
 /// Whether a module is one of those that a list of adapter_config.json means.
 fn is_among(list: &[(String, Regex)], module: &str) -> bool {
     list.iter().any(|(_, regex)| regex.is_match(module).unwrap_or(false))
+}
+
+/// Files beside an adapter that say how its words are made, stopped at and put into turns.
+const OF_WORDS: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+];
+
+/// Settings of tokenizer_config.json that change what a model reads or where it stops.
+const SETTINGS: &[&str] =
+    &["bos_token", "eos_token", "pad_token", "add_bos_token", "add_eos_token", "chat_template", "added_tokens_decoder"];
+
+/// What to say where the folder of an adapter has a tokenizer or a template of its own, which is not the model's: training programs save them
+/// together.
+fn other_words(adapter: &Path, model: &Path) -> Option<String> {
+    let differs = |name: &&&str| {
+        let Ok(own) = std::fs::read(adapter.join(name)) else { return false };
+        let Ok(theirs) = std::fs::read(model.join(name)) else { return true };
+        let json = |bytes: &[u8]| serde_json::from_slice::<serde_json::Value>(bytes).ok();
+        match (json(&own), json(&theirs)) {
+            (Some(own), Some(theirs)) if **name == "tokenizer_config.json" => {
+                SETTINGS.iter().any(|setting| own.get(setting) != theirs.get(setting))
+            }
+            (Some(own), Some(theirs)) => own != theirs,
+            _ => own != theirs,
+        }
+    };
+    if !model.is_dir() {
+        return None;
+    }
+    let names: Vec<&str> = OF_WORDS.iter().filter(differs).copied().collect();
+    if names.is_empty() {
+        return None;
+    }
+    Some(format!(
+        "{} has files of its own that differ from the model's, or that the model lacks ({}): the model's are taken, and where the adapter was \
+         trained with its own, quantize a copy of the model that has them",
+        adapter.display(),
+        listed(&names)
+    ))
 }

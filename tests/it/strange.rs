@@ -1,0 +1,171 @@
+//! Models as people have them: names of other classes, what was left beside codes, settings of sampling, code and tokenizers of their own.
+
+use formats::container::gguf::MetadataValue;
+use formats::{GgufFile, SafetensorsFile};
+use serde_json::{Value, json};
+
+use crate::adapter::{adapter, product};
+use crate::families::checkpoint;
+use crate::harness::{Model, Room, Run};
+
+const RTN: [&str; 4] = ["--method", "rtn", "--verify-text", "none"];
+
+fn quantize(room: &Room, more: &[&str]) -> Run {
+    // The types of GGUF files have groups of their own.
+    let groups: &[&str] = if more[1].ends_with(".gguf") { &[] } else { &["--group-size", "64"] };
+    let run = room.run(["quantize", "model", "--force"].iter().chain(&RTN).chain(groups).chain(more));
+    run.succeeds();
+    run
+}
+
+fn json_of(room: &Room, name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(room.path(name)).unwrap()).unwrap()
+}
+
+fn rename(model: &Model, from: &str, to: &str) {
+    model.weights(|header, _| {
+        *header = std::mem::take(header).into_iter().map(|(name, at)| (name.replacen(from, to, 1), at)).collect();
+    });
+}
+
+/// `LlamaForQuestionAnswering` and its like call the model `transformer`, and nothing else is looked for.
+#[test]
+fn a_class_for_questions_has_the_names_that_it_looks_for() {
+    let room = Room::new();
+    let model = room.model();
+    model.config(|config| config["architectures"] = json!(["LlamaForQuestionAnswering"]));
+    let names = || {
+        let file = SafetensorsFile::open(room.path("out/model.safetensors")).unwrap();
+        file.tensors().map(|spec| spec.name.clone()).collect::<Vec<_>>()
+    };
+    // What a causal model was called becomes what the class calls it, with a note.
+    let told = quantize(&room, &["-o", "out"]).stderr();
+    assert!(told.contains("to `transformer."), "{told}");
+    let renamed = names();
+    rename(&model, "model.", "transformer.");
+    let told = quantize(&room, &["-o", "out"]).stderr();
+    assert!(!told.contains("were rewritten"), "{told}");
+    assert_eq!(names(), renamed);
+    assert!(renamed.iter().all(|name| name.starts_with("transformer.")), "{renamed:?}");
+}
+
+#[test]
+fn a_plain_weight_beside_codes_is_left_out_with_a_note() {
+    let room = Room::new();
+    room.model();
+    quantize(&room, &["-o", "coded", "--format", "gptq"]);
+    let [original, coded] = ["model", "coded"].map(|name| Model::at(&room.path(name)));
+    let name = "model.layers.0.mlp.up_proj.weight";
+    let mut plain = Vec::new();
+    original.weights(|header, data| {
+        let [from, to] = [0, 1].map(|i| header[name]["data_offsets"][i].as_u64().unwrap() as usize);
+        plain = data[from..to].to_vec();
+    });
+    coded.weights(|header, data| {
+        let place = [data.len(), data.len() + plain.len()];
+        header.insert(name.to_owned(), json!({"dtype": "BF16", "shape": [768, 256], "data_offsets": place}));
+        data.extend(&plain);
+    });
+    let run = room.run(["convert", "coded", "-o", "out"]);
+    run.succeeds();
+    assert!(run.stderr().contains(name) && run.stderr().contains("beside the codes"), "{}", run.stderr());
+}
+
+/// Both ways between generation_config.json and llama.cpp's keys, and from file to file.
+#[test]
+fn how_a_model_is_best_sampled_goes_along() {
+    let room = Room::new();
+    let model = room.model();
+    let path = model.path("generation_config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for (key, value) in [("do_sample", json!(true)), ("temperature", json!(0.6)), ("top_k", json!(20))] {
+        config[key] = value;
+    }
+    std::fs::write(&path, config.to_string()).unwrap();
+    let keys = |name: &str| {
+        let file = GgufFile::open(room.path(name)).unwrap();
+        ["general.sampling.temp", "general.sampling.top_k", "general.author"].map(|key| file.metadata(key).cloned())
+    };
+    quantize(&room, &["-o", "m.gguf", "--scheme", "Q8_0"]);
+    assert_eq!(keys("m.gguf"), [Some(MetadataValue::F32(0.6)), Some(MetadataValue::I32(20)), None]);
+    crate::gguf_inputs::rewrite(&room.path("m.gguf"), &room.path("x.gguf"), |keys, _| {
+        keys.push(crate::gguf_inputs::key("general.author", MetadataValue::String("A. Nother".into())));
+    });
+    let again = room.run(["quantize", "x.gguf", "-o", "y.gguf", "--scheme", "Q4_0", "--verify-text", "none"]);
+    again.succeeds();
+    let author = Some(MetadataValue::String("A. Nother".into()));
+    assert_eq!(keys("y.gguf"), [Some(MetadataValue::F32(0.6)), Some(MetadataValue::I32(20)), author]);
+    room.run(["convert", "y.gguf", "-o", "back"]).succeeds();
+    let back = json_of(&room, "back/generation_config.json");
+    assert_eq!((&back["temperature"], &back["top_k"], &back["do_sample"]), (&json!(0.6), &json!(20), &json!(true)));
+}
+
+#[test]
+fn code_and_words_of_its_own_are_told() {
+    let room = Room::new();
+    let model = room.model();
+    let told = quantize(&room, &["-o", "out"]).stderr();
+    assert!(!told.contains("auto_map"), "{told}");
+    model.config(|config| config["auto_map"] = json!({"AutoModelForCausalLM": "modeling_my.MyForCausalLM"}));
+    let told = quantize(&room, &["-o", "m.gguf", "--scheme", "Q8_0"]).stderr();
+    assert!(told.contains("modeling_my.MyForCausalLM") && told.contains("is not run"), "{told}");
+
+    let factors = product("base_model.model.model.layers.0.self_attn.q_proj.lora", 4, [256, 256]);
+    let named = |name: &str| name.replace(".lora.lora_", ".lora_").replace(".lora.", ".");
+    let factors: Vec<_> = factors.into_iter().map(|(name, shape, values)| (named(&name), shape, values)).collect();
+    let factors: Vec<_> =
+        factors.iter().map(|(name, shape, values)| (&name[..], shape.clone(), values.clone())).collect();
+    adapter(&room.path("lora"), &json!({"target_modules": ["q_proj"]}), &factors);
+    let merge = || {
+        let run = room.run(["merge", "model", "--adapter", "lora", "-o", "merged", "--force"]);
+        run.succeeds();
+        run.stderr()
+    };
+    assert!(!merge().contains("files of its own"));
+    // The same tokenizer says nothing, and another template does.
+    std::fs::copy(model.path("tokenizer.json"), room.path("lora/tokenizer.json")).unwrap();
+    assert!(!merge().contains("files of its own"));
+    room.file("lora/chat_template.jinja", "{{ messages[0].content }} of the adapter");
+    let told = merge();
+    assert!(told.contains("chat_template.jinja") && !told.contains("tokenizer.json"), "{told}");
+}
+
+#[test]
+fn settings_that_transformers_fails_on_are_told() {
+    let told = |family: &str, change: fn(&mut Value)| {
+        let (room, folder) = (Room::new(), checkpoint(family));
+        let model = Model::at(folder.path());
+        model.config(change);
+        let run = room.run(["inspect", folder.path().to_str().unwrap(), "--program"]);
+        run.succeeds();
+        let planned = room.run([
+            "plan",
+            folder.path().to_str().unwrap(),
+            "--method",
+            "rtn",
+            "--verify-text",
+            "none",
+            "--group-size",
+            "32",
+        ]);
+        run.stderr() + &planned.stderr() + &planned.stdout()
+    };
+    let null = told("qwen2_plain", |config| {
+        config.as_object_mut().unwrap().remove("rope_parameters");
+        config["rope_theta"] = Value::Null;
+    });
+    assert!(null.contains("null for rope_theta"), "{null}");
+    let stray = told("qwen2_plain", |config| config["text_config"] = json!({"hidden_size": 64}));
+    assert!(stray.contains("has a text_config beside"), "{stray}");
+    let headless = told("hunyuan_v1_dense_plain", |config| drop(config.as_object_mut().unwrap().remove("head_dim")));
+    assert!(headless.contains("no head_dim"), "{headless}");
+}
+
+/// What stands in the place of a missing tensor is named with what to do, in place of the advice to download again what is there.
+#[test]
+fn fused_weights_that_no_runtime_reads_are_named() {
+    let (room, folder) = (Room::new(), checkpoint("qwen2_plain"));
+    rename(&Model::at(folder.path()), "layers.0.self_attn.q_proj.weight", "layers.0.self_attn.qkv.weight");
+    let args = ["quantize", folder.path().to_str().unwrap(), "-o", "out", "--group-size", "32"];
+    room.run(args).refuses(1, &["q_proj.weight", "missing", "self_attn.qkv.weight"]);
+}
