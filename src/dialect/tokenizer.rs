@@ -589,8 +589,9 @@ fn spaces(json: &Value) -> (bool, Option<String>) {
 /// is no piece. It aborts where one is missing, be it in a prompt or only a line break.
 fn check_bytes(texts: &HashSet<&str>) -> Result<(), String> {
     let is_missing = |byte: &u8| {
-        let itself = char::from(*byte).to_string();
-        !texts.contains(&*format!("<0x{byte:02X}>")) && !(byte.is_ascii() && texts.contains(&*itself))
+        let itself = byte.is_ascii().then(|| char::from(*byte).to_string());
+        let spelt = [Some(format!("<0x{byte:02X}>")), itself];
+        !spelt.iter().flatten().any(|text| texts.contains(&**text))
     };
     let missing: Vec<u8> = (0..=255).filter(is_missing).collect();
     // A line break is in every chat.
