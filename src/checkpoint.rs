@@ -674,7 +674,7 @@ fn module_of(name: &str) -> &str {
 fn directory_entries(
     tensors: &SafetensorsSet,
     quantization: Option<&QuantizationReader>,
-) -> Result<(Vec<Entry>, HashMap<String, Foreign>, Vec<String>)> {
+) -> Result<(Vec<Entry>, HashMap<String, Foreign>, Option<String>)> {
     let located = |e: formats::Error, name: &str| e.in_tensor(name).in_file(tensors.file_of(name).expect("listed"));
     let lookup = |name: &str| tensors.get(name);
     let (mut foreign, mut by_values, mut others) = (HashMap::new(), HashMap::new(), HashSet::new());
@@ -747,7 +747,7 @@ fn directory_entries(
             beside_codes.len()
         )
     });
-    Ok((entries, foreign, note.into_iter().collect()))
+    Ok((entries, foreign, note))
 }
 
 fn dtype_named(name: &str) -> Option<Dtype> {

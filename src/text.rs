@@ -16,7 +16,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::Error;
 use crate::families;
 use crate::supervisor::within;
-use crate::tokenizer::{TokenizerFiles, other_tokenizer};
+use crate::tokenizer::{TokenizerFiles, without_one};
 use crate::words::nearest;
 
 pub use crate::tokenizer::TextError;
@@ -64,7 +64,7 @@ fn meant(path: &Path) -> String {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     let listed = std::fs::read_dir(folder.unwrap_or(Path::new("."))).into_iter().flatten();
     let mut files: Vec<String> = listed.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).collect();
-    files.retain(|file| file.rsplit_once('.').is_some_and(|(_, ending)| ENDINGS.contains(&ending)));
+    files.retain(|file| file.rsplit_once('.').is_some_and(|(_, ending)| ENDINGS.contains(&&*ending.to_lowercase())));
     files.sort();
     let stem = |file: &str| file.rsplit_once('.').map_or(file, |(stem, _)| stem).to_owned();
     let stems: Vec<String> = files.iter().map(|file| stem(file)).collect();
@@ -122,7 +122,7 @@ impl ModelText {
     pub fn of(source: &Checkpoint, files: Option<TokenizerFiles>) -> Result<Self, Error> {
         let folder = source.path();
         let Some(files) = files else {
-            let hint = other_tokenizer(folder);
+            let hint = without_one(folder);
             return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };
         let config = files.config();
@@ -252,6 +252,8 @@ mod tests {
         let capital = tempfile::tempdir().unwrap();
         file(&capital, "Text.CSV", b"text\na\n");
         assert!(message(load_text(capital.path().to_str().unwrap())).ends_with("Text.CSV"));
+        let near = message(load_text(capital.path().join("Txet.CSV").to_str().unwrap()));
+        assert!(near.contains("did you mean ") && near.contains("Text.CSV? "), "{near}");
         let none = tempfile::tempdir().unwrap();
         assert!(
             message(load_text(none.path().to_str().unwrap())).ends_with("(.txt, .jsonl, .json, .csv, .tsv, .parquet)")

@@ -1,6 +1,8 @@
 //! A checkpoint's tokenizer, and what is wrong with it and with the chat templates, told by every command that writes a model,
 //! whatever it reads of them.
 
+use std::path::Path;
+
 use calibration::samples::{ChatTemplate, Message, SampleError, TokenizerConfig};
 use serde_json::{Value, json};
 
@@ -15,7 +17,7 @@ use crate::supervisor::within;
 use crate::tokenizer::added::NAMES;
 use crate::tokenizer::sentencepiece;
 use crate::tokenizer::templates::DEFAULT;
-use crate::tokenizer::{FILE, TokenizerFiles, classes, other_tokenizer};
+use crate::tokenizer::{FILE, Other, TokenizerFiles, classes, other_tokenizer, without_one};
 
 /// What the user says in the conversation that a template is tried with.
 const QUESTION: &str = "Where do zebras graze?";
@@ -43,15 +45,10 @@ impl Checkpoint {
 
     /// [`Checkpoint::tokenizer_notes`] on what [`Checkpoint::tokenizer`] gave, for callers that go on to use it.
     pub fn notes_on(&self, files: &Result<Option<TokenizerFiles>>) -> Vec<String> {
-        let shown = self.path().display();
         let files = match files {
             Ok(Some(files)) => files,
             Ok(None) => {
-                return vec![format!(
-                    "{shown}: no tokenizer.json and no tokenizer.model, and runtimes need one: copy it from the model that this one was \
-                     made from{}",
-                    other_tokenizer(self.path())
-                )];
+                return vec![without_tokenizer(self.path())];
             }
             Err(error) => {
                 return vec![format!("{error}: runtimes will not load this tokenizer either, or read it otherwise")];
@@ -222,6 +219,24 @@ impl Checkpoint {
             "{named_in} names {} as EOS, and {file} stops at {at}: transformers stops at the latter, llama.cpp at the former, vLLM at either",
             shown(eos)
         ))
+    }
+}
+
+/// What runtimes make of a folder with neither tokenizer.json nor tokenizer.model.
+fn without_tokenizer(folder: &Path) -> String {
+    let shown = folder.display();
+    match other_tokenizer(folder) {
+        Some(Other { what, is_loaded: true, remedy }) => format!(
+            "{shown}: no tokenizer.json and no tokenizer.model: {what}, of which transformers makes a tokenizer each time, and so do \
+             runtimes that load tokenizers with it, as vLLM and SGLang do; for others, {remedy}"
+        ),
+        Some(Other { what, remedy, .. }) => format!(
+            "{shown}: no tokenizer.json and no tokenizer.model: {what}, so that runtimes load no tokenizer without it \
+             (trust_remote_code); for those that take no such code, {remedy}"
+        ),
+        None => {
+            format!("{shown}: no tokenizer.json and no tokenizer.model, and runtimes need one{}", without_one(folder))
+        }
     }
 }
 

@@ -13,6 +13,7 @@ use serde_json::Value;
 use crate::dialect::architectures::{ARCHITECTURES, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 use crate::dialect::names::{ExportTensor, From, Part, plan};
 use crate::dialect::settings::Settings;
+use crate::dialect::tokenizer::rebuilt;
 use crate::error::{Error, Result};
 use crate::families;
 use crate::graph::{Graph, Stored};
@@ -236,11 +237,11 @@ impl GgufModel {
     }
 
     pub fn tokenizer_json(&self) -> Result<Value> {
-        super::tokenizer::rebuilt::tokenizer_json(&self.file)
+        rebuilt::tokenizer_json(&self.file)
     }
 
     pub fn tokenizer_config(&self) -> Result<Value> {
-        super::tokenizer::rebuilt::tokenizer_config(&self.file, self.config["max_position_embeddings"].as_u64())
+        rebuilt::tokenizer_config(&self.file, self.config["max_position_embeddings"].as_u64())
     }
 
     pub fn generation_config(&self) -> Value {
@@ -542,21 +543,16 @@ fn finish_config(config: &mut Value, file: &GgufFile, dtype: Dtype) -> Result<()
     };
     let object = config.as_object_mut().expect("an object");
     object.insert("torch_dtype".into(), dtype.into());
-    for (name, key) in [("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")] {
+    for (name, key) in [("bos_token_id", "bos"), ("pad_token_id", "padding")] {
         if let Some(id) = file.count(&format!("tokenizer.ggml.{key}_token_id"))? {
             object.insert(name.into(), id.into());
         }
     }
-    // A chat model ends its turn with another token than a text.
-    if let Some(eos) = object.get("eos_token_id").cloned() {
-        let mut ends = vec![eos];
-        for key in ["eot", "eom"] {
-            let id = file.count(&format!("tokenizer.ggml.{key}_token_id"))?.map(Value::from);
-            ends.extend(id.filter(|id| !ends.contains(id)));
-        }
-        if ends.len() > 1 {
-            object.insert("eos_token_id".into(), ends.into());
-        }
+    let ends = rebuilt::ends(file)?;
+    match ends[..] {
+        [] => {}
+        [one] => drop(object.insert("eos_token_id".into(), one.into())),
+        _ => drop(object.insert("eos_token_id".into(), ends.into())),
     }
     Ok(())
 }

@@ -23,9 +23,9 @@ use crate::dialect::metadata::Written;
 use crate::error::{Error, Result};
 use crate::families;
 use crate::json::read_json;
-use crate::tokenizer::TokenizerFiles;
 use crate::tokenizer::added::Added;
 use crate::tokenizer::sentencepiece::{self, kind};
+use crate::tokenizer::{TokenizerFiles, without_one};
 use crate::weights::Weights;
 
 /// The space of SentencePiece.
@@ -102,6 +102,9 @@ fn copied(file: &formats::GgufFile, rows: usize, pre: Option<&str>) -> Result<Wr
         out.string("tokenizer.ggml.pre", name);
     }
     let texts: HashSet<&str> = file.strings("tokenizer.ggml.tokens")?.into_iter().flatten().collect();
+    if file.string("tokenizer.ggml.model")? == Some("llama") {
+        check_bytes(&texts).map_err(|why| Error::usage(format!("{}: {why}", file.path().display())))?;
+    }
     rule_of(file.string("general.name")?.unwrap_or_default(), &texts, &[], &mut out);
     Ok(out)
 }
@@ -127,9 +130,9 @@ fn of_folder(folder: &Path, model_config: &Value, rows: usize, pre: Option<&str>
     let read = |name: &str| Ok::<_, Error>(read_json(&folder.join(name))?.unwrap_or(Value::Null));
     let Some(tokenizer) = TokenizerFiles::of_folder(folder)? else {
         return Err(Error::failed(format!(
-            "{}/tokenizer.json: no such file, and there is no tokenizer.model; a GGUF file holds its tokenizer: copy it from the model \
-             that this one was made from",
-            folder.display()
+            "{}/tokenizer.json: no such file, and there is no tokenizer.model, and a GGUF file holds its tokenizer{}",
+            folder.display(),
+            without_one(folder)
         )));
     };
     let files = Files {
@@ -180,6 +183,8 @@ fn write(files: &Files, rows: usize, pre: Option<&str>, model: &str, out: &mut W
             )));
         }
         let (rows, space) = sentence_piece(files, rows, out)?;
+        check_bytes(&rows.tokens.iter().map(|token| &*token.text).collect())
+            .map_err(|why| Error::usage(format!("{}: {why}", files.tokenizer.name)))?;
         out.string("tokenizer.ggml.model", "llama");
         out.string("tokenizer.ggml.pre", "default");
         write_tokens(&rows.tokens, out)?;
@@ -343,15 +348,29 @@ fn merges(json: &Value) -> Result<Vec<String>> {
 
 /// What llama.cpp does not do before it splits text.
 fn byte_level_notices(json: &Value, out: &mut Written) {
-    let normalizer = json["normalizer"]["type"].as_str().unwrap_or("NFC");
-    if normalizer != "NFC" {
+    if let Some(normalizer) = normalizer(json) {
         out.notice(format!("llama.cpp does not apply tokenizer.json's normalizer ({normalizer}) to texts"));
     }
-    let steps = json["pre_tokenizer"]["pretokenizers"].as_array();
-    let steps = steps.map_or_else(|| vec![&json["pre_tokenizer"]], |steps| steps.iter().collect());
-    if steps.iter().any(|step| step["add_prefix_space"] == true) {
+    if puts_space(json) {
         out.notice("llama.cpp does not put a space before texts, as tokenizer.json does");
     }
+}
+
+/// What a byte-level tokenizer does to texts first, beside NFC.
+fn normalizer(json: &Value) -> Option<&str> {
+    json["normalizer"]["type"].as_str().filter(|kind| *kind != "NFC")
+}
+
+/// Whether a byte-level tokenizer puts a space before texts.
+fn puts_space(json: &Value) -> bool {
+    let steps = json["pre_tokenizer"]["pretokenizers"].as_array();
+    let steps = steps.map_or_else(|| vec![&json["pre_tokenizer"]], |steps| steps.iter().collect());
+    steps.iter().any(|step| step["add_prefix_space"] == true)
+}
+
+/// Whether a byte-level tokenizer changes texts before it splits them, which llama.cpp does not do whatever `--pre` says.
+pub(crate) fn changes_texts(json: &Value) -> bool {
+    normalizer(json).is_some() || puts_space(json)
 }
 
 /// Pieces with scores, and whether a space is put before texts.
@@ -393,7 +412,8 @@ fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Rows
         (None, None) => return Err(Error::failed("tokenizer.model: it cannot be read a second time")),
     };
     let space = files.tokenizer.flag("add_prefix_space").unwrap_or(space);
-    if space && !added.is_empty() && spaces_first_alone(json) {
+    // The marks of a tokenizer.model are special, too.
+    if space && json["added_tokens"].as_array().is_some_and(|all| !all.is_empty()) && spaces_first_alone(json) {
         out.notice(
             "llama.cpp puts a space before the text after each special token, and this tokenizer only before the first: chats are split \
              a little otherwise",
@@ -563,6 +583,24 @@ fn spaces(json: &Value) -> (bool, Option<String>) {
         }
     }
     (space, foreign)
+}
+
+/// Fails, with the reason, for SentencePiece without a token for each byte, from which llama.cpp puts together every character that
+/// is no piece. It aborts where one is missing, be it in a prompt or only a line break.
+fn check_bytes(texts: &HashSet<&str>) -> Result<(), String> {
+    let is_missing = |byte: &u8| {
+        let itself = byte.is_ascii().then(|| char::from(*byte).to_string());
+        let spelt = [Some(format!("<0x{byte:02X}>")), itself];
+        !spelt.iter().flatten().any(|text| texts.contains(&**text))
+    };
+    let missing: Vec<u8> = (0..=255).filter(is_missing).collect();
+    // A line break is in every chat.
+    let Some(first) = missing.iter().find(|byte| **byte == b'\n').or(missing.first()) else { return Ok(()) };
+    Err(format!(
+        "the vocabulary has no token for {} of the 256 bytes (such as `<0x{first:02X}>`), of which llama.cpp makes what is no piece, and \
+         llama.cpp aborts at the first text that needs one; choose another --format",
+        missing.len()
+    ))
 }
 
 /// Fails for two tokens of one text, since loaders look tokens up by it.

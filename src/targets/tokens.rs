@@ -4,25 +4,36 @@ use calibration::samples::{Document, Text};
 
 use super::{HeldOut, Words};
 use crate::checkpoint::Checkpoint;
+use crate::dialect::tokenizer::changes_texts;
 use crate::error::{Error, Result};
-use crate::probe;
+use crate::probe::{self, Unlike};
 use crate::text::{ModelText, load_text};
+use crate::tokenizer::TokenizerFiles;
 
 /// Compares the two. Returns notes; fails where the held-out text becomes other tokens, for what is measured would not be what runtimes
 /// see. `named` says that the user has chosen the pre-tokenizer.
 pub fn check(source: &Checkpoint, reopened: &Checkpoint, named: bool, words: &Words<'_>) -> Result<Vec<String>> {
     let byte_level = reopened.gguf().is_some_and(|file| file.metadata("tokenizer.ggml.merges").is_some());
     let mut notes = Vec::new();
+    let mut way = Way::of(byte_level, None);
     match (source.tokenizer(), reopened.tokenizer()) {
         (Ok(Some(original)), Ok(Some(written))) => {
+            way = Way::of(byte_level, Some(&original));
             notes = probe::differences(&original, &written, words.vocabulary)?;
-            // With a text to measure on, other ids are an error.
-            if words.held_out.is_none() && !probe::agree(&original, &written, named)? {
-                notes.push(format!(
-                    "the tokenizer that was written turns a sample text into other tokens than the original's; {}",
-                    other_ids(byte_level)
-                ));
-            }
+            notes.extend(match probe::unlike(&original, &written, words.vocabulary, named)? {
+                // With a text to measure on, other ids of running text are an error.
+                Some(Unlike { is_prose: true, example }) => words.held_out.is_none().then(|| {
+                    format!(
+                        "the tokenizer that was written turns a sample text into other tokens than the original's: {example}; {}",
+                        way.advice()
+                    )
+                }),
+                Some(Unlike { example, .. }) => Some(format!(
+                    "the tokenizer that was written turns some texts into other tokens than the original's, though not running text: \
+                     {example}"
+                )),
+                None => None,
+            });
         }
         (Ok(Some(_)), Err(error)) => {
             notes.push(format!("the tokenizer that was written cannot be read back, and was not compared: {error}"));
@@ -34,11 +45,14 @@ pub fn check(source: &Checkpoint, reopened: &Checkpoint, named: bool, words: &Wo
         && own.first_ids(&load_text(text)?, held_out.asked)? != held_out.ids
         && !composed_alone(&own, load_text(text)?, held_out, &mut notes)?
     {
-        let or = if byte_level { "" } else { ", or write it all the same with --verify-text none" };
+        let or = match way {
+            Way::Named => "",
+            Way::Changed | Way::Pieces => ", or write it all the same with --verify-text none",
+        };
         return Err(Error::failed(format!(
             "{}: the tokenizer that was written turns the held-out text into other tokens than the original's; {}{or}",
             words.output.display(),
-            other_ids(byte_level)
+            way.advice()
         )));
     }
     Ok(notes)
@@ -63,13 +77,37 @@ fn composed_alone(own: &ModelText, mut text: Text, held_out: &HeldOut, notes: &m
     Ok(alone)
 }
 
-/// What to do about a GGUF file whose tokenizer gives other ids than the original's.
-fn other_ids(byte_level: bool) -> &'static str {
-    match byte_level {
-        true => "choose another --pre",
-        false => {
-            "llama.cpp joins the pieces of SentencePiece by their scores, which a unigram model or one with rules for \
-             characters was not made for; choose another --format"
+/// Why a GGUF file's tokenizer gives other ids than the original's.
+enum Way {
+    /// It splits texts by a name that may be another.
+    Named,
+    /// The original changes texts before it splits them.
+    Changed,
+    /// It joins pieces by their scores.
+    Pieces,
+}
+
+impl Way {
+    fn of(byte_level: bool, original: Option<&TokenizerFiles>) -> Way {
+        match byte_level {
+            true if original.is_some_and(|files| changes_texts(&files.json)) => Way::Changed,
+            true => Way::Named,
+            false => Way::Pieces,
+        }
+    }
+
+    /// What to do about it.
+    fn advice(&self) -> &'static str {
+        match self {
+            Way::Named => "choose another --pre",
+            Way::Changed => {
+                "llama.cpp does not change texts before it splits them, whatever --pre says: give it texts that are changed already, or \
+                 choose another --format"
+            }
+            Way::Pieces => {
+                "llama.cpp joins the pieces of SentencePiece by their scores, which a unigram model or one with rules for \
+                 characters was not made for; choose another --format"
+            }
         }
     }
 }

@@ -28,21 +28,64 @@ use added::{Added, NAMES, Sources, Stated};
 /// The usual file.
 pub(crate) const FILE: &str = "tokenizer.json";
 
-/// Files of tokenizers that other programs read, and whose they are.
-pub(crate) const OTHER_TOKENIZERS: &[(&str, &str)] = &[
-    ("tekken.json", "a tokenizer of Mistral's own library"),
-    ("tiktoken.model", "a list of tokens for tiktoken"),
-    ("vocab.json", "half of a tokenizer that was saved in parts"),
-    ("spiece.model", "a SentencePiece model under another name"),
+/// Files of tokenizers that are not read here, what they are, and a file without which they are none. Transformers makes a
+/// tokenizer of each.
+const OTHER_TOKENIZERS: &[(&str, &str, Option<&str>)] = &[
+    ("tekken.json", "a tokenizer of Mistral's own library", None),
+    ("tiktoken.model", "a list of tokens for tiktoken", None),
+    ("vocab.json", "one half of a tokenizer, and merges.txt the other", Some("merges.txt")),
+    ("spiece.model", "a SentencePiece model under another name", None),
+    ("sentencepiece.bpe.model", "a SentencePiece model under another name", None),
+    ("vocab.txt", "a list of pieces for BERT's tokenizer", None),
 ];
 
-/// What to do with a tokenizer in a form that is not read, if `folder` has one, as the end of a sentence.
-pub(crate) fn other_tokenizer(folder: &Path) -> String {
-    let other = OTHER_TOKENIZERS.iter().find(|(name, _)| folder.join(name).exists());
-    other.map_or(String::new(), |(name, what)| {
-        let model = folder.display().to_string();
-        format!("; {name} is {what}, which is not read: {}", classes::save_tokenizer(&model))
+/// The ending of lists of tokens that only code of the model's own reads.
+const LISTS: &str = ".tiktoken";
+
+/// A tokenizer in a form that is not read here.
+pub(crate) struct Other {
+    /// The file, and what it is.
+    pub what: String,
+    /// Whether transformers makes a tokenizer of it by itself.
+    pub is_loaded: bool,
+    /// How to make a tokenizer.json of it.
+    pub remedy: String,
+}
+
+/// The tokenizer that `folder` has in a form that is not read here.
+pub(crate) fn other_tokenizer(folder: &Path) -> Option<Other> {
+    let known = OTHER_TOKENIZERS
+        .iter()
+        .find(|(name, _, with)| folder.join(name).exists() && with.is_none_or(|with| folder.join(with).exists()));
+    if let Some((name, what, _)) = known {
+        let remedy =
+            format!("save tokenizer.json beside it with {}", classes::save_tokenizer(&folder.display().to_string()));
+        return Some(Other { what: format!("{name} is {what}"), is_loaded: true, remedy });
+    }
+    let mut lists: Vec<String> = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.ends_with(LISTS))
+        .collect();
+    lists.sort();
+    let name = lists.first()?;
+    Some(Other {
+        what: format!("{name} is a list of tokens that only the model's own code reads"),
+        is_loaded: false,
+        remedy: "make tokenizer.json of it with transformers' TikTokenConverter, which takes this list and, from that code, the pattern \
+                 and the special tokens"
+            .to_owned(),
     })
+}
+
+/// What to do where `folder` has neither tokenizer.json nor tokenizer.model, as the end of a sentence.
+pub(crate) fn without_one(folder: &Path) -> String {
+    match other_tokenizer(folder) {
+        Some(Other { what, is_loaded: true, remedy }) => format!("; {what}, which is not read: {remedy}"),
+        Some(Other { what, remedy, .. }) => format!("; {what}: {remedy}"),
+        None => ": copy it from the model that this one was made from".to_owned(),
+    }
 }
 
 /// A model's tokenizer.

@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
-use formats::container::gguf::MetadataValue;
+use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
 use quantc::Checkpoint;
 use serde_json::{Value, json};
 
 use crate::adapter::{adapter, borrowed, product};
+use crate::gguf_inputs::changed;
 use crate::harness::{Model, Room};
 
 const QUICK: &[&str] = &["--method", "rtn", "--verify-text", "none"];
@@ -113,12 +114,119 @@ fn a_folder_without_a_tokenizer_is_told() {
     let room = Room::new();
     let model = room.model();
     std::fs::remove_file(model.path("tokenizer.json")).unwrap();
-    room.file("model/tekken.json", "{}");
-    for (output, told) in told(&room) {
-        assert!(told.contains("no tokenizer.model") && told.contains("copy it from the model"), "{output}: {told}");
-        assert!(output == "out.gguf" || told.contains("tekken.json is a tokenizer of Mistral's own library"), "{told}");
+    let copy = "copy it from the model that this one was made from";
+    let of = |files: &[&str]| {
+        files.iter().for_each(|file| drop(room.file(&format!("model/{file}"), "{}")));
+        let found = told(&room);
+        assert!(!room.path("out.gguf").exists());
+        for output in ["out", "plain", "merged"] {
+            std::fs::remove_dir_all(room.path(output)).unwrap();
+        }
+        files.iter().for_each(|file| std::fs::remove_file(model.path(file)).unwrap());
+        found
+    };
+    for (output, told) in of(&[]) {
+        assert!(told.contains("no tokenizer.model") && told.contains(copy), "{output}: {told}");
     }
-    assert!(!room.path("out.gguf").exists());
+    // Half of one is none.
+    assert!(of(&["vocab.json"]).iter().all(|(_, told)| told.contains(copy)));
+    for files in [
+        &["tekken.json"][..],
+        &["tiktoken.model"],
+        &["vocab.json", "merges.txt"],
+        &["spiece.model"],
+        &["sentencepiece.bpe.model"],
+        &["vocab.txt"],
+    ] {
+        for (output, told) in of(files) {
+            let name = files[0];
+            for words in [
+                "no tokenizer.model",
+                &format!("{name} is "),
+                "T.from_pretrained(\"model\").save_pretrained(\"model\")",
+            ] {
+                assert!(told.contains(words), "{output}, {name}: {told}");
+            }
+            assert!(!told.contains(copy), "{output}, {name}: {told}");
+            let loads = told.contains("of which transformers makes a tokenizer each time");
+            assert_eq!(loads, output != "out.gguf", "{output}, {name}: {told}");
+        }
+    }
+    // Transformers has no class for it.
+    for (output, told) in of(&["qwen.tiktoken"]) {
+        for words in ["qwen.tiktoken is a list of tokens that only the model's own code reads", "TikTokenConverter"] {
+            assert!(told.contains(words), "{output}: {told}");
+        }
+        assert!(!told.contains("save_pretrained") && !told.contains("each time"), "{output}: {told}");
+    }
+}
+
+#[test]
+fn what_no_name_of_a_pre_tokenizer_mends_is_not_said_to_be() {
+    let lowercase = |json: &mut Value| json["normalizer"] = json!({"type": "Lowercase"});
+    let spaces = |json: &mut Value| {
+        let steps = json["pre_tokenizer"]["pretokenizers"].as_array_mut().unwrap();
+        steps.iter_mut().for_each(|step| step["add_prefix_space"] = true.into());
+    };
+    for alter in [&lowercase as &dyn Fn(&mut Value), &spaces] {
+        let room = Room::new();
+        let model = room.model();
+        change(&model, "tokenizer.json", alter);
+        let words = ["quantize", "model", "-o", "out.gguf", "--scheme", "Q8_0"];
+        let run = room.run(words.iter().chain(QUICK));
+        run.succeeds();
+        let told = run.stderr();
+        for words in
+            ["a sample text into other tokens than the original's: \"", "whatever --pre says", "another --format"]
+        {
+            assert_eq!(told.matches(words).count(), 1, "{told}");
+        }
+        assert!(!told.contains("another --pre"), "{told}");
+        let words =
+            ["quantize", "model", "-o", "b.gguf", "--scheme", "Q8_0", "--method", "rtn", "--verify-windows", "1"];
+        room.run(words).refuses(1, &["b.gguf", "whatever --pre says", "another --format", "--verify-text none"]);
+    }
+}
+
+#[test]
+fn a_gguf_file_without_an_eos_stops_where_llama_cpp_does() {
+    let without = |names: &[(usize, &str)]| {
+        changed(|keys, _| {
+            keys.retain(|(key, _)| !key.ends_with("_token_id"));
+            let (_, value) = keys.iter_mut().find(|(key, _)| key == "tokenizer.ggml.tokens").unwrap();
+            let MetadataValue::Array(tokens) = value else { panic!("a list") };
+            let mut tokens: Vec<MetadataValue> = tokens.iter().cloned().collect();
+            names.iter().for_each(|(id, text)| tokens[*id] = MetadataValue::String((*text).to_owned()));
+            *value = metadata_array(tokens, GGUFValueType::String).unwrap();
+            // None of the last pieces is part of another.
+            let (_, value) = keys.iter_mut().find(|(key, _)| key == "tokenizer.ggml.merges").unwrap();
+            let MetadataValue::Array(merges) = value else { panic!("a list") };
+            *value = metadata_array(merges.iter().take(3000).cloned().collect(), GGUFValueType::String).unwrap();
+        })
+    };
+    let converted = |room: &Room| {
+        let run = room.run(["convert", "x.gguf", "-o", "out", "--force"]);
+        run.succeeds();
+        let read = |name: &str| -> Value {
+            serde_json::from_slice(&std::fs::read(room.path("out").join(name)).unwrap()).unwrap()
+        };
+        let settings = [read("config.json"), read("generation_config.json")].map(|json| json["eos_token_id"].clone());
+        (settings, read("tokenizer_config.json")["eos_token"].clone(), run.stderr())
+    };
+    let (ids, name, told) = converted(&without(&[(4095, "<|im_end|>")]));
+    assert_eq!((ids, name), ([json!([4095, 0]), json!([4095, 0])], json!("<|im_end|>")));
+    let words = "x.gguf: does not name its EOS (tokenizer.ggml.eos_token_id): it stops at `<|im_end|>` (4095) and `<|endoftext|>` (0)";
+    assert!(told.contains(words), "{told}");
+    let (ids, name, told) = converted(&without(&[]));
+    assert_eq!((ids, name), ([json!(0), json!(0)], json!("<|endoftext|>")));
+    assert!(told.contains("it stops at `<|endoftext|>` (0), as llama.cpp does"), "{told}");
+    let (ids, name, told) = converted(&without(&[(0, "<nothing>")]));
+    assert_eq!((ids, name), ([Value::Null, Value::Null], Value::Null));
+    assert!(told.contains("no token looks like one, so that generation ends by its length alone"), "{told}");
+    // Where the key is there, nothing is guessed.
+    let room = changed(|_, _| ());
+    let (ids, _, told) = converted(&room);
+    assert_eq!((&ids[0], told.contains("EOS")), (&json!(0), false), "{told}");
 }
 
 #[test]

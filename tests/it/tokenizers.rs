@@ -112,7 +112,16 @@ fn gguf_files_hold_every_token_that_has_a_row() {
         let room = Room::new();
         let source = opened(&room, &golden, case);
         let rows = case["rows"].as_u64().unwrap() as usize;
-        let out = written(&source, rows, None).unwrap();
+        let out = match written(&source, rows, None) {
+            Ok(out) => out,
+            // Trained without byte_fallback.
+            Err(error) => {
+                let base = case["base"].as_str().unwrap().trim_start_matches("sentencepiece/");
+                assert!(["unigram", "rules"].contains(&base), "{name}: {error}");
+                assert!(error.to_string().contains("of the 256 bytes"), "{name}: {error}");
+                continue;
+            }
+        };
         let keys = keys(&out.metadata);
         let (tokens, types) = (list(keys["tokens"]), list(keys["token_type"]));
         assert_eq!((tokens.len(), types.len()), (rows, rows), "{name}");

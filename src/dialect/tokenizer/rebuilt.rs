@@ -9,6 +9,7 @@ use std::collections::{HashMap, HashSet};
 use formats::GgufFile;
 use serde_json::{Map, Value, json};
 
+use super::special::ends_by_text;
 use crate::dialect::called::Rule;
 use crate::dialect::tokenizer::knows_as_end;
 use crate::error::{Error, Result};
@@ -128,6 +129,9 @@ impl ByteLevel {
     }
 }
 
+/// The EOS of a SentencePiece file that does not give it.
+const SENTENCE_PIECE_EOS: usize = 2;
+
 /// The vocabulary and what is special in it.
 struct Vocabulary<'f> {
     tokens: Vec<&'f str>,
@@ -173,7 +177,7 @@ impl<'f> Vocabulary<'f> {
             None if file.string("tokenizer.ggml.model")? == Some("llama") => match name {
                 "unknown" => 0,
                 "bos" => 1,
-                "eos" => 2,
+                "eos" => SENTENCE_PIECE_EOS,
                 _ => return Ok(None),
             },
             None => return Ok(None),
@@ -297,6 +301,7 @@ pub(crate) fn tokenizer_files(file: &GgufFile) -> Result<TokenizerFiles> {
     let sources = Sources { config, ..Sources::default() };
     let mut files = TokenizerFiles::build(file.path(), FILE, json, stated, sources, templates, [None, None])?;
     files.notices.extend(guessed(file)?);
+    files.notices.extend(without_end(file)?);
     Ok(files)
 }
 
@@ -318,6 +323,43 @@ pub(crate) fn tokenizer_json(file: &GgufFile) -> Result<Value> {
 /// The name of the pre-tokenizer; an empty one is none.
 fn pre(file: &GgufFile) -> Result<Option<&str>> {
     Ok(file.string("tokenizer.ggml.pre")?.filter(|pre| !pre.is_empty()))
+}
+
+/// The ids at which generation stops: the file's own EOS, and what ends a turn and a message of the model's; without an EOS the tokens
+/// that llama.cpp takes for ends by their texts.
+pub(crate) fn ends(file: &GgufFile) -> Result<Vec<usize>> {
+    let mut ends = match own_end(file)? {
+        Some(own) => vec![own],
+        None => ends_by_text(file.strings("tokenizer.ggml.tokens")?.unwrap_or_default().into_iter()),
+    };
+    for key in ["eot", "eom"] {
+        let id = file.count(&format!("tokenizer.ggml.{key}_token_id"))?;
+        ends.extend(id.filter(|id| !ends.contains(id)));
+    }
+    Ok(ends)
+}
+
+/// The EOS that a file gives, or the number that SentencePiece's has.
+fn own_end(file: &GgufFile) -> Result<Option<usize>> {
+    let given = file.count("tokenizer.ggml.eos_token_id")?;
+    let pieces = file.string("tokenizer.ggml.model")? == Some("llama");
+    let tokens = file.strings("tokenizer.ggml.tokens")?.map_or(0, |tokens| tokens.len());
+    Ok(given.or((pieces && tokens > SENTENCE_PIECE_EOS).then_some(SENTENCE_PIECE_EOS)))
+}
+
+/// What to say of a file that does not name its EOS.
+fn without_end(file: &GgufFile) -> Result<Option<String>> {
+    let tokens = file.strings("tokenizer.ggml.tokens")?.unwrap_or_default();
+    if own_end(file)?.is_some() {
+        return Ok(None);
+    }
+    let shown: Vec<String> =
+        ends(file)?.into_iter().filter_map(|id| Some(format!("`{}` ({id})", tokens.get(id)?))).collect();
+    let taken = match shown.is_empty() {
+        false => format!("it stops at {}, as llama.cpp does, which goes by their texts", shown.join(" and ")),
+        true => "no token looks like one, so that generation ends by its length alone; set the key".to_owned(),
+    };
+    Ok(Some(format!("{}: does not name its EOS (tokenizer.ggml.eos_token_id): {taken}", file.path().display())))
 }
 
 /// What to say of a file that does not name its pre-tokenizer.
@@ -451,6 +493,11 @@ pub(crate) fn tokenizer_config(file: &GgufFile, context: Option<u64>) -> Result<
         if let Some((_, token)) = vocabulary.special(file, key)? {
             object.insert(name.into(), token.into());
         }
+    }
+    if !object.contains_key("eos_token")
+        && let Some(end) = ends(file)?.first().and_then(|id| vocabulary.tokens.get(*id))
+    {
+        object.insert("eos_token".into(), (*end).into());
     }
     if let Some(context) = context {
         object.insert("model_max_length".into(), context.into());

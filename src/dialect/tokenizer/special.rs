@@ -45,6 +45,24 @@ pub(crate) fn knows_as_end(text: &str) -> bool {
     TURN_ENDS.contains(&text) || OTHER_ENDS.contains(&text)
 }
 
+/// The ids of the tokens among `tokens` at which llama.cpp stops by their texts, those that end a turn first.
+pub(super) fn ends_by_text<'t>(tokens: impl Iterator<Item = &'t str>) -> Vec<usize> {
+    let known = || TURN_ENDS.iter().chain(OTHER_ENDS);
+    let mut found: Vec<(usize, usize)> =
+        tokens.enumerate().filter_map(|(id, text)| Some((known().position(|end| *end == text)?, id))).collect();
+    found.sort_unstable();
+    let texts: Vec<&str> = found.iter().map(|(place, _)| *known().nth(*place).expect("found there")).collect();
+    let all = |wanted: &[&str]| wanted.iter().all(|text| texts.contains(text));
+    let calls = texts.contains(&"<|call|>") || texts.contains(&"<|calls|>");
+    // Of gpt-oss and Solar `<|end|>` ends a message, and another the turn; Gemma 4's `</s>` ends nothing.
+    let is_end = |text: &str| match text {
+        "<|end|>" => !(calls && (all(&["<|return|>"]) || all(&["<|flush|>"]))),
+        "</s>" => !all(&["<|tool_response>"]),
+        _ => true,
+    };
+    found.iter().zip(&texts).filter(|(_, text)| is_end(text)).map(|((_, id), _)| *id).collect()
+}
+
 /// The id of the `bos`, `eos`, `unk`, `pad`, `sep` or `mask` token: by spelling, else by number.
 pub(super) fn id(files: &Files, name: &str, rows: usize, out: &mut Written) -> Option<u32> {
     let own = || {

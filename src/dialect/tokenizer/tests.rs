@@ -321,16 +321,31 @@ fn a_sentence_piece_model_goes_first() {
 
 #[test]
 fn unigram_models_are_written_with_a_notice() {
-    let pieces = json!([["<unk>", 0.0], ["▁a", -1.5], ["b", -2.0], ["<0x0A>", -9.0]]);
+    let mut pieces = vec![json!(["<unk>", 0.0]), json!(["▁a", -1.5]), json!(["b", -2.0])];
+    pieces.extend((0..=255).map(|byte| json!([format!("<0x{byte:02X}>"), -9.0])));
     let unigram = json!({"added_tokens": [], "normalizer": {"type": "Lowercase"},
         "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": false},
         "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces, "byte_fallback": true}});
-    let out = written(folder(&[("tokenizer.json", &unigram)]).path(), 4);
-    assert_eq!(kinds(&out), [kind::UNKNOWN, kind::NORMAL, kind::NORMAL, kind::BYTE]);
+    let out = written(folder(&[("tokenizer.json", &unigram)]).path(), 259);
+    assert_eq!(kinds(&out)[..4], [kind::UNKNOWN, kind::NORMAL, kind::NORMAL, kind::BYTE]);
     assert_eq!(list(&out, "scores")[1], &MetadataValue::F32(-1.5));
     assert_eq!(get(&out, "add_space_prefix"), Some(&MetadataValue::Bool(false)));
     assert_eq!(out.notices.len(), 2);
     assert!(out.notices[0].contains("unigram") && out.notices[1].contains("step Lowercase"), "{:?}", out.notices);
+}
+
+#[test]
+fn sentence_piece_without_a_token_for_each_byte_is_refused() {
+    let bytes = |left_out: &[u8]| -> Vec<String> {
+        (0..=255).filter(|byte| !left_out.contains(byte)).map(|byte| format!("<0x{byte:02X}>")).collect()
+    };
+    let check = |tokens: &[String]| check_bytes(&tokens.iter().map(|token| &**token).collect());
+    assert_eq!(check(&bytes(&[])), Ok(()));
+    // llama.cpp takes the character itself where there is no byte, which a byte of several has not.
+    assert_eq!(check(&[bytes(b"A"), vec!["A".to_owned()]].concat()), Ok(()));
+    assert!(check(&[bytes(&[0xe9]), vec!["é".to_owned()]].concat()).unwrap_err().contains("for 1 of the 256 bytes"));
+    let several = check(&bytes(b"\0\nA")).unwrap_err();
+    assert!(several.contains("for 3 of the 256 bytes") && several.contains("(such as `<0x0A>`)"), "{several}");
 }
 
 #[test]
