@@ -671,10 +671,16 @@ fn module_of(name: &str) -> &str {
     name.strip_suffix(".weight").unwrap_or(name)
 }
 
-fn directory_entries(
-    tensors: &SafetensorsSet,
-    quantization: Option<&QuantizationReader>,
-) -> Result<(Vec<Entry>, HashMap<String, Foreign>, Option<String>)> {
+/// What a directory's files hold.
+struct Listed {
+    entries: Vec<Entry>,
+    /// Weights of layouts that are read and not written, by name.
+    foreign: HashMap<String, Foreign>,
+    /// What to say of tensors that are not listed.
+    note: Option<String>,
+}
+
+fn directory_entries(tensors: &SafetensorsSet, quantization: Option<&QuantizationReader>) -> Result<Listed> {
     let located = |e: formats::Error, name: &str| e.in_tensor(name).in_file(tensors.file_of(name).expect("listed"));
     let lookup = |name: &str| tensors.get(name);
     let (mut foreign, mut by_values, mut others) = (HashMap::new(), HashMap::new(), HashSet::new());
@@ -747,7 +753,7 @@ fn directory_entries(
             beside_codes.len()
         )
     });
-    Ok((entries, foreign, note))
+    Ok(Listed { entries, foreign, note })
 }
 
 fn dtype_named(name: &str) -> Option<Dtype> {

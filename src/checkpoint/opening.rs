@@ -7,7 +7,7 @@ use formats::{Dtype, SafetensorsSet, read_quantization};
 use serde_json::{Value, json};
 
 use super::adapter::Adapter;
-use super::{Checkpoint, Source, directory_entries, dominant_dtype, dtype_named, index};
+use super::{Checkpoint, Listed, Source, directory_entries, dominant_dtype, dtype_named, index};
 use super::{names, place};
 use crate::dialect::model::GgufModel;
 use crate::error::{Error, Result};
@@ -99,8 +99,8 @@ impl Checkpoint {
             refuse_untold_mlx(&tensors)?;
         }
 
-        let (entries, foreign, beside) = directory_entries(&tensors, quantization.as_ref())?;
-        remarks.extend(beside);
+        let Listed { entries, foreign, note } = directory_entries(&tensors, quantization.as_ref())?;
+        remarks.extend(note);
         let declared_dtype = ["dtype", "torch_dtype"].iter().find_map(|key| dtype_named(config.get(key)?.as_str()?));
         let quantized = entries.iter().any(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign));
         if let (Some(reader), false) = (&quantization, quantized) {
