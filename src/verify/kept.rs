@@ -70,6 +70,10 @@ impl KeptStates {
             file.write_all(&(chunks.len() as u64).to_le_bytes())?;
             for chunk in chunks {
                 let matrix = backend.download(chunk).map_err(std::io::Error::other)?;
+                // A broken model is refused each time in the same words.
+                if matrix.iter().any(|value| !value.is_finite()) {
+                    return Err(damaged());
+                }
                 let (rows, columns) = matrix.dim();
                 [rows, columns].iter().try_for_each(|count| file.write_all(&(*count as u64).to_le_bytes()))?;
                 for row in matrix.rows() {

@@ -245,7 +245,7 @@ fn what_a_configuration_lacks_is_said_with_a_way_out() {
         weight["shape"] = json!([weight["shape"][0].as_u64().unwrap() * weight["shape"][1].as_u64().unwrap()]);
         header.insert("model.layers.0.mlp.other".to_owned(), weight);
     });
-    let words = ["`model.layers.0.mlp.up_proj.weight` is missing", "download the weights"];
+    let words = ["`model.layers.0.mlp.up_proj.weight` is missing", "`model.layers.0.mlp.other`", "save_pretrained()"];
     quantize(&room, "model", &[]).refuses(1, &words);
 }
 
