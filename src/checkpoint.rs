@@ -556,6 +556,14 @@ impl Checkpoint {
         }
     }
 
+    /// What to say of modules beside a directory's weights that a GGUF file cannot hold.
+    pub fn lost_in_gguf(&self) -> Vec<String> {
+        match &self.source {
+            Source::Directory { .. } => sentence::lost_in_gguf(&self.path),
+            Source::Gguf(_) => Vec::new(),
+        }
+    }
+
     /// The weight files.
     pub fn files(&self) -> Vec<PathBuf> {
         match &self.source {

@@ -554,8 +554,15 @@ fn missing(graph: &Graph, source: &Checkpoint, name: &str, shape: &[usize]) -> E
         let planned = crate::dialect::names::plan(graph).map(|plan| plan.tensors).unwrap_or_default();
         let own = planned.into_iter().find(|tensor| tensor.parts().iter().any(|part| part.from.tensor() == name));
         let (name, shape) = own.map_or((name.to_owned(), shape.to_vec()), |own| (own.gguf, own.shape));
+        // Experts one by one are of files that llama.cpp wrote before April 2024.
+        let old = source.gguf().is_some_and(|file| file.get("blk.0.ffn_gate.0.weight").is_some());
+        let what = if old {
+            "make the file anew from the original model, for this is an old kind of mixture"
+        } else {
+            "download the file again"
+        };
         return Error::failed(format!(
-            "{}: tensor `{name}` is missing; its shape would be {shape:?}; download the file again",
+            "{}: tensor `{name}` is missing; its shape would be {shape:?}; {what}",
             source.path().display()
         ));
     }

@@ -91,7 +91,7 @@ impl Adapter {
     pub fn open(folder: &Path, model: &Path, config: &mut Value, entries: &mut Vec<Entry>) -> Result<Adapter> {
         let settings = read_settings(folder)?;
         let file = open_weights(folder)?;
-        let (modules, replacing) = sort_parts(&file);
+        let (modules, replacing) = sort_parts(&file)?;
         let original = config.get("_name_or_path").and_then(Value::as_str).map(str::to_owned);
         let stored_head = entries.iter().position(|e| is_head(&e.name));
         let tied = families::tied(config).unwrap_or(stored_head.is_none());
@@ -373,7 +373,18 @@ fn is_number(segment: &str) -> bool {
 }
 
 /// Divides the adapter's tensors into factors by module and tensors brought whole, by the name they have in the model.
-fn sort_parts(file: &SafetensorsFile) -> (BTreeMap<String, Parts>, BTreeMap<String, String>) {
+fn sort_parts(file: &SafetensorsFile) -> Result<(BTreeMap<String, Parts>, BTreeMap<String, String>)> {
+    let two = |first: &str, second: &str| {
+        Error::failed(format!(
+            "{}: `{first}` and `{second}` belong to two adapters in one file: save the one that is to be merged by itself, with \
+             save_pretrained(DIR, selected_adapters=[NAME])",
+            file.path().display()
+        ))
+    };
+    let put = |place: &mut Option<String>, name: String| match place.replace(name.clone()) {
+        Some(first) => Err(two(&first, &name)),
+        None => Ok(()),
+    };
     let mut modules: BTreeMap<String, Parts> = BTreeMap::new();
     let mut replacing = BTreeMap::new();
     for spec in file.tensors() {
@@ -385,20 +396,23 @@ fn sort_parts(file: &SafetensorsFile) -> (BTreeMap<String, Parts>, BTreeMap<Stri
             .filter(|(_, (_, rest))| rest.is_empty() || rest.starts_with('.'));
         let Some((part, (module, rest))) = part else {
             let name = name.replace(".base_layer.", ".").replace(".modules_to_save.default.", ".");
-            replacing.insert(name.replace(".modules_to_save.", "."), whole);
+            let name = name.replace(".modules_to_save.", ".");
+            if let Some(first) = replacing.insert(name, whole.clone()) {
+                return Err(two(&first, &whole));
+            }
             continue;
         };
         let parts = modules.entry(module.replace(".base_layer", "")).or_default();
         match part {
-            "lora_B" if rest.ends_with(".bias") => parts.bias = Some(whole),
-            "lora_A" => parts.a = Some(whole),
-            "lora_B" => parts.b = Some(whole),
-            "lora_magnitude_vector" => parts.magnitude = Some(whole),
+            "lora_B" if rest.ends_with(".bias") => put(&mut parts.bias, whole)?,
+            "lora_A" => put(&mut parts.a, whole)?,
+            "lora_B" => put(&mut parts.b, whole)?,
+            "lora_magnitude_vector" => put(&mut parts.magnitude, whole)?,
             _ => {
                 parts.embedding = true;
-                *(if part == "lora_embedding_A" { &mut parts.a } else { &mut parts.b }) = Some(whole);
+                put(if part == "lora_embedding_A" { &mut parts.a } else { &mut parts.b }, whole)?;
             }
         }
     }
-    (modules, replacing)
+    Ok((modules, replacing))
 }

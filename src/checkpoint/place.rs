@@ -359,9 +359,24 @@ pub(super) fn explain_missing(folder: &Path, error: formats::Error) -> Error {
         Some(name) => {
             Error::failed(format!("{error}, and a download is not complete ({name}); run the download again"))
         }
+        None if what.contains("model.safetensors") && inside(folder).is_some() => Error::failed(format!(
+            "{error}; {} has weights: give that folder, or lay its files here",
+            inside(folder).unwrap_or_default()
+        )),
         None if what.starts_with("shard ") => Error::failed(format!("{error}; fetch it, or download the model again")),
         None => error.into(),
     }
+}
+
+/// A folder right in this one that has weights, as training leaves `checkpoint-500`, or weights under a name in capitals.
+fn inside(folder: &Path) -> Option<String> {
+    let names = names(folder).ok()?;
+    let weights = |name: &String| name.to_lowercase().ends_with(".safetensors");
+    let has = |name: &&String| {
+        let path = folder.join(name);
+        path.is_dir() && self::names(&path).is_ok_and(|inner| inner.iter().any(weights))
+    };
+    Some(folder.join(names.iter().find(has)?).display().to_string())
 }
 
 /// Fails when a weight file that is there is known to be incomplete: aria2 gives a file its whole size at once, and keeps

@@ -16,18 +16,56 @@ pub(crate) fn modules(folder: &Path) -> Vec<(String, String)> {
     list.iter().filter_map(module).collect()
 }
 
-/// How hidden states become an embedding, as llama.cpp numbers it: by their mean, the first or the last.
-pub fn pooling(folder: &Path) -> Option<u32> {
+/// Ways to make an embedding of hidden states that llama.cpp has, and its number of each.
+const POOLINGS: &[(&str, u32)] = &[("mean_tokens", 1), ("mean", 1), ("cls_token", 2), ("cls", 2), ("lasttoken", 3)];
+
+/// What the modules say of how hidden states become an embedding, all ways that are put together; nothing where they say nothing.
+fn ways(folder: &Path) -> Vec<String> {
     // Only what lies in a folder right beside the model.
     let own = |path: &str| Path::new(path).file_name().is_some_and(|name| name == path) && folder.join(path).is_dir();
-    let (module, _) = modules(folder).into_iter().find(|(path, kind)| kind.ends_with("Pooling") && own(path))?;
-    let config = read_json(&folder.join(module).join("config.json")).ok()??;
-    let says = |mode: &str| config[format!("pooling_mode_{mode}")] == true;
-    let modes = [("mean_tokens", 1), ("cls_token", 2), ("lasttoken", 3)];
-    let newer = |name: &str| config["pooling_mode"] == name;
-    modes.into_iter().find(|(mode, _)| says(mode)).map(|(_, number)| number).or_else(|| {
-        [("mean", 1), ("cls", 2), ("lasttoken", 3)].into_iter().find(|(mode, _)| newer(mode)).map(|(_, number)| number)
-    })
+    let module = modules(folder).into_iter().find(|(path, kind)| kind.ends_with("Pooling") && own(path));
+    let config = module.and_then(|(module, _)| read_json(&folder.join(module).join("config.json")).ok()?);
+    let Some(Value::Object(config)) = config else { return Vec::new() };
+    let flags = config.iter().filter(|(_, value)| **value == true);
+    let mut ways: Vec<String> =
+        flags.filter_map(|(key, _)| key.strip_prefix("pooling_mode_").map(str::to_owned)).collect();
+    if let Some(newer) = config.get("pooling_mode").and_then(Value::as_str).filter(|_| ways.is_empty()) {
+        ways.push(newer.to_owned());
+    }
+    ways
+}
+
+/// How hidden states become an embedding, as llama.cpp numbers it: by their mean, the first or the last. `None` for what it does not have.
+pub fn pooling(folder: &Path) -> Option<u32> {
+    let [one] = &ways(folder)[..] else { return None };
+    POOLINGS.iter().find(|(name, _)| name == one).map(|(_, number)| *number)
+}
+
+/// What to say of modules that a GGUF file cannot hold: layers behind the model, and ways to make an embedding that llama.cpp does not have.
+pub fn lost_in_gguf(folder: &Path) -> Vec<String> {
+    let mut notes = Vec::new();
+    let ways = ways(folder);
+    if !ways.is_empty() && pooling(folder).is_none() {
+        notes.push(format!(
+            "modules.json makes an embedding of hidden states by {}, which llama.cpp does not have (mean, cls and lasttoken, each by itself): the \
+             file does not say how, and embeddings made with it are others",
+            ways.join(" and ")
+        ));
+    }
+    // Lengths are made equal by llama.cpp's own programs, and nothing is dropped when nobody trains.
+    let done = ["Transformer", "Pooling", "Normalize", "Dropout"];
+    let layers: Vec<String> = modules(folder)
+        .into_iter()
+        .filter(|(_, kind)| !done.iter().any(|known| kind.ends_with(known)))
+        .map(|(path, kind)| format!("{path} ({})", kind.rsplit('.').next().unwrap_or_default()))
+        .collect();
+    if !layers.is_empty() {
+        notes.push(format!(
+            "modules.json has layers behind the model that the file does not hold: {}; embeddings made with it are those before them",
+            layers.join(", ")
+        ));
+    }
+    notes
 }
 
 #[cfg(test)]
@@ -55,6 +93,29 @@ mod tests {
         assert_eq!(pooling(&folder), Some(3));
         write("1_Pooling/config.json", r#"{"pooling_mode": "mean"}"#);
         assert_eq!(pooling(&folder), Some(1));
+        // Two at once are put one behind the other, which is no way of llama.cpp's; nor is the largest.
+        for (config, says) in [
+            (r#"{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}"#, "mean_tokens and cls_token"),
+            (r#"{"pooling_mode_max_tokens": true}"#, "max_tokens"),
+        ] {
+            write("1_Pooling/config.json", config);
+            let notes = lost_in_gguf(&folder);
+            assert_eq!((pooling(&folder), notes.len()), (None, 1));
+            assert!(notes[0].contains(says), "{notes:?}");
+        }
+        write("1_Pooling/config.json", r#"{"pooling_mode": "cls"}"#);
+        assert_eq!((pooling(&folder), lost_in_gguf(&folder).len()), (Some(2), 0));
+        write(
+            "modules.json",
+            r#"[{"path": "", "type": "sentence_transformers.models.Transformer"},
+                {"path": "2_Dense", "type": "sentence_transformers.models.Dense"},
+                {"path": "3_Normalize", "type": "sentence_transformers.models.Normalize"}]"#,
+        );
+        let notes = lost_in_gguf(&folder);
+        assert!(
+            notes.len() == 1 && notes[0].contains("2_Dense (Dense)") && !notes[0].contains("Normalize"),
+            "{notes:?}"
+        );
         write("modules.json", "[");
         assert_eq!(pooling(&folder), None);
     }

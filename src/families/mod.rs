@@ -359,7 +359,11 @@ pub fn published(source: &dyn Weights) -> Result<Graph> {
     let settings = settings(source.config()).map_err(located)?;
     let tensors = source.entries().len();
     if tensors == 0 {
-        return Err(Error::failed(format!("{}: the checkpoint holds no tensors", source.path().display())));
+        return Err(Error::failed(format!(
+            "{}: the checkpoint holds no tensors; if it has an index, that names none: remove it where one file has all weights, or take the one \
+             that belongs to the shards",
+            source.path().display()
+        )));
     }
     if let Some((key, layers)) = too_many_layers(&settings.values, tensors) {
         return Err(Error::failed(format!(

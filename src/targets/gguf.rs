@@ -229,6 +229,7 @@ fn written(
         let key = format!("{}.pooling_type", plan.architecture);
         written.metadata.push((key, MetadataValue::U32(pooling)));
     }
+    written.notices.extend(source.lost_in_gguf());
     let words = tokenizer(source, graph.vocabulary, settings.pre.as_deref())?;
     if let Some(name) = words.name {
         let own = written.metadata.iter_mut().find(|(key, _)| key == "general.name");

@@ -169,3 +169,65 @@ fn fused_weights_that_no_runtime_reads_are_named() {
     let args = ["quantize", folder.path().to_str().unwrap(), "-o", "out", "--group-size", "32"];
     room.run(args).refuses(1, &["q_proj.weight", "missing", "self_attn.qkv.weight"]);
 }
+
+/// A training with a reference keeps two adapters in one state, of which nobody can tell which is meant.
+#[test]
+fn two_adapters_in_one_file_are_refused() {
+    let room = Room::new();
+    room.model();
+    let factor = |name: &str, part: &str, shape: [usize; 2]| {
+        let count = shape[0] * shape[1];
+        let name = format!("base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.{name}weight");
+        (name, shape.to_vec(), vec![0.01; count])
+    };
+    let written = |names: &[&str]| {
+        let both = |name: &&str| [factor(name, "A", [4, 256]), factor(name, "B", [256, 4])];
+        let all: Vec<_> = names.iter().flat_map(both).collect();
+        let all: Vec<_> = all.iter().map(|(name, shape, values)| (&name[..], shape.clone(), values.clone())).collect();
+        adapter(&room.path("lora"), &json!({"target_modules": ["q_proj"]}), &all);
+        room.run(["merge", "model", "--adapter", "lora", "-o", "merged", "--force"])
+    };
+    written(&["default."]).succeeds();
+    for names in [["default.", "reference."], ["", "other."]] {
+        std::fs::remove_dir_all(room.path("lora")).unwrap();
+        written(&names).refuses(1, &["two adapters in one file", "selected_adapters"]);
+    }
+}
+
+#[test]
+fn modules_that_a_gguf_file_cannot_hold_are_told() {
+    let room = Room::new();
+    room.model();
+    let told = quantize(&room, &["-o", "m.gguf", "--scheme", "Q8_0"]).stderr();
+    assert!(!told.contains("modules.json"), "{told}");
+    room.file(
+        "model/modules.json",
+        r#"[{"path": "", "type": "sentence_transformers.models.Transformer"},
+            {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}]"#,
+    );
+    room.file("model/1_Pooling/config.json", r#"{"pooling_mode_max_tokens": true}"#);
+    let told = quantize(&room, &["-o", "m.gguf", "--scheme", "Q8_0"]).stderr();
+    assert!(
+        told.contains("2_Dense (Dense)") && told.contains("by max_tokens, which llama.cpp does not have"),
+        "{told}"
+    );
+}
+
+#[test]
+fn columns_with_one_name_are_refused() {
+    let room = Room::new();
+    room.model();
+    room.file("two.csv", "text,id,text\none,1,two\n");
+    let args = ["eval", "model", "--text", "two.csv", "--context", "16", "--windows", "1"];
+    room.run(args).refuses(1, &["two.csv", "two columns are called `text`"]);
+}
+
+#[test]
+fn weights_in_a_folder_inside_are_pointed_at() {
+    let room = Room::new();
+    let model = room.model();
+    std::fs::create_dir(model.path("checkpoint-500")).unwrap();
+    std::fs::rename(model.path("model.safetensors"), model.path("checkpoint-500/model.safetensors")).unwrap();
+    room.run(["inspect", "model"]).refuses(1, &["model.safetensors", "checkpoint-500 has weights"]);
+}

@@ -31,6 +31,9 @@ fn rows(bytes: Vec<u8>) -> Result<Records, String> {
             found.join("`, `")
         ));
     }
+    if let Some(problem) = record::twice(known.iter().map(|field| field.name())) {
+        return Err(problem);
+    }
     for field in &known {
         readable(field).map_err(|problem| format!("column `{}`: {problem}", field.name()))?;
     }

@@ -48,6 +48,14 @@ pub(super) fn is_known(column: &str) -> bool {
     [CONVERSATIONS, PROMPTS, COMPLETIONS, ADDITIONS, SYSTEMS, TEXTS, &others].iter().any(|set| set.contains(&column))
 }
 
+/// What to say where two columns that are known have one name, of which nobody can tell which is meant.
+pub(super) fn twice<'c>(columns: impl Iterator<Item = &'c str>) -> Option<String> {
+    let mut seen = std::collections::HashSet::new();
+    let mut known = columns.filter(|column| is_known(column));
+    let twice = known.find(|column| !seen.insert(*column))?;
+    Some(format!("two columns are called `{twice}`: rename one, or leave it out"))
+}
+
 /// Whether a column of this name makes a record by itself or with another one.
 pub(super) fn is_content(column: &str) -> bool {
     column == "text" || [CONVERSATIONS, PROMPTS, COMPLETIONS, TEXTS].iter().any(|set| set.contains(&column))

@@ -65,6 +65,9 @@ pub(super) fn read(name: &str, content: &str, delimiter: u8) -> Result<Records, 
             format!("the header must name a column `text`, or `prompt` and `completion`, …; found `{found}`"),
         ));
     }
+    if let Some(problem) = record::twice(columns.iter().copied()) {
+        return Err(bad("line 1".to_owned(), problem));
+    }
     let mut records = Records::default();
     for row in rows {
         let (line, row) = match row {

@@ -294,14 +294,14 @@ fn without_index(dir: &Path) -> Result<(Vec<String>, Option<String>)> {
                 Ok((found, Some(note)))
             }
             n => Err(Error::malformed(format!(
-                "{} safetensors files but no {INDEX_FILE} to say which belong together",
+                "{} safetensors files but no {INDEX_FILE} to say which belong together; fetch the index, or leave only the files of one model",
                 n + 1
             ))
             .in_file(dir)),
         };
     };
     if let Some(other) = others.iter().find(|name| shard_of(name).is_none_or(|(own, n)| (own, n) != (stem, count))) {
-        return Err(Error::malformed(format!("{first} and {other} but no {INDEX_FILE} to say which belong together"))
+        return Err(Error::malformed(format!("{first} and {other} but no {INDEX_FILE} to say which belong together; fetch the index, or leave only the files of one model"))
             .in_file(dir));
     }
     // All are called alike but for the number, which has as many digits everywhere.

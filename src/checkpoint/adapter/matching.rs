@@ -170,7 +170,7 @@ impl<'m> Matching<'m> {
         let Factors { module, parts, a, b, target, found } = factors;
         let [a_shape, b_shape] = [a, b].map(|name| self.file.get(name).expect("listed").shape);
         let (&[rank, inputs], &[outputs, b_rank]) = (a_shape, b_shape) else {
-            return Err(self.refused(a, format!("its shape {a_shape:?} is not that of a matrix")));
+            return Err(self.refused(a, format!("its shape {a_shape:?} is not that of a matrix, and only matrices are merged here; merge it with PEFT (merge_and_unload)")));
         };
         if b_rank != rank {
             return Err(self.refused(b, format!("its rank is {b_rank}, and that of {a} {rank}")));
