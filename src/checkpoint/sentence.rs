@@ -93,6 +93,11 @@ mod tests {
         assert_eq!(pooling(&folder), Some(3));
         write("1_Pooling/config.json", r#"{"pooling_mode": "mean"}"#);
         assert_eq!(pooling(&folder), Some(1));
+        write(
+            "modules.json",
+            r#"[{"path": "", "type": "sentence_transformers.models.Transformer"},
+                {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]"#,
+        );
         // Two at once are put one behind the other, which is no way of llama.cpp's; nor is the largest.
         for (config, says) in [
             (r#"{"pooling_mode_mean_tokens": true, "pooling_mode_cls_token": true}"#, "mean_tokens and cls_token"),
