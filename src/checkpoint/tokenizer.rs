@@ -65,6 +65,7 @@ impl Checkpoint {
         }
         if self.gguf().is_none() {
             notes.extend(self.unusable_stops(rows));
+            notes.extend(self.unusable_pad(rows));
             notes.extend(self.stops(files, parsed.as_ref()));
         }
         notes
@@ -169,6 +170,16 @@ impl Checkpoint {
             }
         };
         [("generation_config.json", of(&self.generation())), ("config.json", of(self.config()))]
+    }
+
+    /// A pad_token_id beyond the embedding, over which transformers fails when it makes the model.
+    fn unusable_pad(&self, rows: Option<usize>) -> Option<String> {
+        let pad = [&self.config()["pad_token_id"], &families::text_settings(self.config())["pad_token_id"]];
+        let pad = pad.into_iter().find_map(integer)?;
+        let rows = rows.filter(|rows| pad >= *rows as i64)?;
+        Some(format!(
+            "config.json: pad_token_id is {pad}, and the embedding has {rows} rows: transformers fails on that; name a token that the model has, or null"
+        ))
     }
 
     /// Values of eos_token_id that no model gives.

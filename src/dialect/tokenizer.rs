@@ -4,6 +4,7 @@
 //! (`llama`) there are pieces, scores and kinds, from tokenizer.model or, where only tokenizer.json is left, from its
 //! merges: the piece that is made first scores highest.
 
+mod apart;
 pub(crate) mod pretokenizer;
 pub(crate) mod rebuilt;
 mod special;
@@ -175,6 +176,7 @@ fn write(files: &Files, rows: usize, pre: Option<&str>, model: &str, out: &mut W
         write_tokens(&rows.tokens, out)?;
         strings("tokenizer.ggml.merges", merges(json)?, out)?;
         byte_level_notices(json, out);
+        out.notices.extend(apart::gaps(rows.tokens.iter().map(|token| &*token.text)));
         rows
     } else {
         if let Some(name) = pre {
@@ -193,6 +195,8 @@ fn write(files: &Files, rows: usize, pre: Option<&str>, model: &str, out: &mut W
         out.flag("tokenizer.ggml.add_space_prefix", space);
         rows
     };
+    let found: Vec<&str> = added.iter().map(|(_, token)| &token.content[..]).filter(|text| !text.is_empty()).collect();
+    out.notices.extend(apart::overlaps(&found));
     let rule = rule_of(model, &tokens.iter().map(|token| &*token.text).collect(), added, out);
     let greedy = |(_, token): &&(u32, Added)| {
         let theirs = rule.map_or([false; 2], |rule| rule.strips(&token.content));

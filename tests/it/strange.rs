@@ -231,3 +231,44 @@ fn weights_in_a_folder_inside_are_pointed_at() {
     std::fs::rename(model.path("model.safetensors"), model.path("checkpoint-500/model.safetensors")).unwrap();
     room.run(["inspect", "model"]).refuses(1, &["model.safetensors", "checkpoint-500 has weights"]);
 }
+
+/// A pad token that was added to the tokenizer and not to the embedding, and operators of a programming language as added tokens.
+#[test]
+fn tokens_that_runtimes_stumble_over_are_told() {
+    let room = Room::new();
+    let model = room.model();
+    let told = quantize(&room, &["-o", "m.gguf", "--scheme", "Q8_0"]).stderr();
+    assert!(!told.contains("overlap") && !told.contains("of the 256 bytes"), "{told}");
+    model.config(|config| config["pad_token_id"] = 4096.into());
+    let told = quantize(&room, &["-o", "out"]).stderr();
+    assert!(told.contains("pad_token_id is 4096, and the embedding has 4096 rows"), "{told}");
+    model.config(|config| config["pad_token_id"] = 4095.into());
+    assert!(!quantize(&room, &["-o", "out"]).stderr().contains("pad_token_id"));
+    let path = model.path("tokenizer.json");
+    let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let known: Vec<(String, Value)> =
+        json["model"]["vocab"].as_object().unwrap().iter().map(|(text, id)| (text.clone(), id.clone())).collect();
+    // Words that overlap are made added tokens, as if a user had added them.
+    let has = |text: &str| known.iter().find(|(known, _)| known == text).map(|(_, id)| id.clone());
+    let pair = known.iter().find_map(|(first, id)| {
+        let longer = known.iter().find(|(second, _)| {
+            second.len() > first.len()
+                && first.len() > 2
+                && first.is_ascii()
+                && second.starts_with(&first[first.len() - 1..])
+                && second.is_ascii()
+                && has(&second[..1]).is_some()
+                && !second.starts_with(first.as_str())
+        })?;
+        Some(((first.clone(), id.clone()), longer.clone()))
+    });
+    let (first, second) = pair.unwrap();
+    for (content, id) in [first, second] {
+        let token = json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": false});
+        json["added_tokens"].as_array_mut().unwrap().push(token);
+    }
+    std::fs::write(&path, json.to_string()).unwrap();
+    let told = quantize(&room, &["-o", "m.gguf", "--scheme", "Q8_0"]).stderr();
+    assert!(told.contains("added tokens overlap"), "{told}");
+}
