@@ -31,7 +31,7 @@ use crate::recipe::Recipe;
 use crate::report::{BitsPerWeight, FileReport, HiddenStates, Limits, Protocol, Quality, Report, Seconds, Verdict};
 use crate::targets::{HeldOut, Output, Papers, Target, Words, target};
 use crate::text::{HELD_OUT, ModelText, load_text};
-use crate::verify::{Reference, compare_hidden, declared_activations, evaluate};
+use crate::verify::{KeptStates, Reference, compare_hidden, declared_activations, evaluate};
 use crate::words::one_line;
 
 pub use planned::{
@@ -109,12 +109,14 @@ struct Run<'a> {
     /// Its weight files while they are hashed, and once that is waited for.
     hashing: Option<Hashing>,
     inputs: Vec<FileReport>,
+    /// Where what the original leaves of the held-out text is kept, once its files are hashed: the same for every output.
+    kept: Option<KeptStates>,
 }
 
 impl<'a> Run<'a> {
     /// One whose files are not hashed.
     fn of(source: &'a Checkpoint, graph: &'a Graph) -> Run<'a> {
-        Run { started: Instant::now(), source, graph, held_out: None, hashing: None, inputs: Vec::new() }
+        Run { started: Instant::now(), source, graph, held_out: None, hashing: None, inputs: Vec::new(), kept: None }
     }
 }
 
@@ -523,6 +525,9 @@ impl<'a> Job<'a> {
         let output = &self.outputs[index].path;
         if let Some(hashing) = run.hashing.take() {
             run.inputs = hashed(hashing)?;
+            if run.held_out.is_some() && !run.graph.head.missing {
+                run.kept = key::kept_of(backend, run.source, Some(&run.inputs))?;
+            }
         }
         let (quality, hidden_states) = self.measure(backend, run, output, &reopened, progress)?;
         let held_out = self.verification.as_ref().map(|v| &v.text[..]).zip(run.held_out.as_ref());
@@ -548,8 +553,7 @@ impl<'a> Job<'a> {
             return Ok((None, Some(compare_hidden(backend, reopened, run.source, windows, progress)?)));
         }
         let activations = declared_activations(reopened);
-        let kept = key::kept_of(backend, run.source, Some(&run.inputs))?;
-        let original = Reference { model: run.source, kept: kept.as_ref() };
+        let original = Reference { model: run.source, kept: run.kept.as_ref() };
         let mut quality =
             evaluate(backend, reopened, Some(original), windows, Protocol::Papers, activations, progress)?;
         quality.model = output.display().to_string();

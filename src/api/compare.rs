@@ -24,7 +24,7 @@ use crate::targets::schemes;
 #[serde(remote = "Self", default)]
 #[non_exhaustive]
 pub struct Compare {
-    /// A Hugging Face directory, a GGUF file, or `org/name[@revision]` of a model in Hugging Face's cache.
+    /// A Hugging Face directory, a GGUF file, or `org/name[@revision]` of a model on the Hugging Face hub.
     pub model: PathBuf,
     /// What to make of it, each as `[FORMAT:]SCHEME[:gN]`; the request completes them, and the first one leads.
     pub schemes: Vec<String>,

@@ -27,8 +27,8 @@ use crate::report::{Activations, Protocol};
 #[serde(remote = "Self", default)]
 #[non_exhaustive]
 pub struct Evaluate {
-    /// The models, at least one: each a Hugging Face directory, quantized or not, a GGUF file, or `org/name[@revision]` of a model in
-    /// Hugging Face's cache.
+    /// The models, at least one: each a Hugging Face directory, quantized or not, a GGUF file, or `org/name[@revision]` of a model on
+    /// the Hugging Face hub.
     pub models: Vec<PathBuf>,
     /// A LoRA adapter to merge into the one model.
     pub adapter: Option<PathBuf>,

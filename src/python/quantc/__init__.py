@@ -221,7 +221,7 @@ def quantize(
 ) -> Any:
     """Quantize a model, open the result again, and measure it beside the original.
 
-    `model` is a Hugging Face directory, a GGUF file, or org/name[@revision] of a model in Hugging Face's cache. `output` is a directory, or
+    `model` is a Hugging Face directory, a GGUF file, or org/name[@revision] of a model on the Hugging Face hub. `output` is a directory, or
     for GGUF a file. Returns what report.json holds; without `output`, where `target` names places, a list with the report of each.
 
     `progress` is called as progress(stage, share, seconds_left) when a stage begins and about twice a second: `share` goes from 0 to 1 in
