@@ -120,6 +120,10 @@ fn work(cli: Cli) -> u8 {
 fn log(path: &Path) -> Result<(), Error> {
     use std::io::Read;
     let (open, read) = (Error::io(path, "write a log to"), Error::io(path, "read"));
+    // A pipe would be waited for without end.
+    if path.metadata().is_ok_and(|about| !about.is_file()) {
+        return Err(Error::usage(format!("--log {}: is there already, and is no file: name another", path.display())));
+    }
     let mut file = std::fs::File::options().create(true).read(true).append(true).open(path).map_err(open)?;
     let mut start = Vec::new();
     (&mut file).take(64).read_to_end(&mut start).map_err(read)?;

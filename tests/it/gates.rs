@@ -179,5 +179,8 @@ fn a_log_tells_what_was_done_and_replaces_nothing() {
     assert!(both.starts_with(&log) && both.contains("ERROR quantc: nowhere"), "{both}");
     let config = std::fs::read(room.path("model/config.json")).unwrap();
     quiet(&["--log", "model/config.json"]).refuses(2, &["--log model/config.json", "is no log"]);
+    // A pipe is refused, and not waited for.
+    room.shell("mkfifo pipe").succeeds();
+    quiet(&["--log", "pipe"]).refuses(2, &["--log pipe", "is no file"]);
     assert_eq!(std::fs::read(room.path("model/config.json")).unwrap(), config);
 }
