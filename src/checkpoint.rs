@@ -30,7 +30,7 @@ mod place;
 mod sentence;
 mod tokenizer;
 
-pub use beside::{Beside, ORIGINAL_CARD, SideFile, front_matter, goes_along};
+pub use beside::{Beside, SideFile, goes_along};
 pub use hub::{Cached, HubName, INDEX, cache, gguf_files, hub_home, hub_name, in_snapshot, is_commit, weights_of};
 pub(crate) use place::{parts_of, resolve};
 

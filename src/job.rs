@@ -28,8 +28,10 @@ use crate::output::{Before, Place, SideOutput, Staging, check_apart, check_besid
 use crate::pipeline::{Written, quantize};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::report::{BitsPerWeight, FileReport, HiddenStates, Limits, Protocol, Quality, Report, Seconds, Verdict};
-use crate::targets::{HeldOut, Output, Papers, Target, Words, target};
+use crate::report::{
+    BitsPerWeight, FileReport, HiddenStates, Limits, Original, Protocol, Quality, Report, Seconds, Verdict,
+};
+use crate::targets::{HeldOut, Output, Target, Words, target};
 use crate::text::{HELD_OUT, ModelText, load_text};
 use crate::verify::{KeptStates, Reference, compare_hidden, declared_activations, evaluate};
 use crate::words::one_line;
@@ -175,6 +177,7 @@ impl<'a> Job<'a> {
         let started = Instant::now();
         self.check_places()?;
         let source = Checkpoint::open_with(self.model, self.adapter()?)?;
+        let original = Original::of(&source);
         let graph = families::graph_of(&source)?;
         self.check_limits(&graph)?;
         let hashing = Some(hash_beside(source.files()));
@@ -194,7 +197,7 @@ impl<'a> Job<'a> {
                 stagings.iter().for_each(|staging| staging.keep_finished(error.may_pass()));
             })?;
         drop(run);
-        self.commit(targets, stagings, reports)
+        self.commit(targets, stagings, (&original, reports))
     }
 
     /// Fails where limits are set on what a model without an output projection would predict.
@@ -290,17 +293,15 @@ impl<'a> Job<'a> {
         self,
         targets: Vec<Box<dyn Target<B>>>,
         stagings: Vec<Staging>,
-        mut reports: Vec<Made>,
+        (original, mut reports): (&Original, Vec<Made>),
     ) -> Result<Vec<Report>> {
         let mut copies = Vec::new();
         for (((output, target), staging), (report, _)) in self.outputs.iter().zip(&targets).zip(&stagings).zip(&reports)
         {
             let json = serde_json::to_vec_pretty(report).expect("a report is plain data");
-            let Papers { report: name, card } = target.papers(staging.name());
+            let [name, card] = target.papers(staging.name());
             staging.write(&name, &json)?;
-            if let Some(original) = card {
-                staging.write("README.md", report.card(&original).as_bytes())?;
-            }
+            staging.write(&card, report.card(original, &name).as_bytes())?;
             copies.push(output.report.as_deref().map(|path| SideOutput::write(path, &json)).transpose()?);
         }
         if stagings.len() > 1 {

@@ -75,6 +75,11 @@ const fn mix(name: &'static str, file_type: u32, base: &'static str, rules: &'st
 }
 
 impl Mix {
+    /// The type of every tensor that no rule is about.
+    pub fn base(&self) -> GgmlType {
+        ggml(self.base)
+    }
+
     const fn eight(self, attn_output: &'static str) -> Mix {
         Mix { attn_output_of_eight: Some(attn_output), ..self }
     }
@@ -175,7 +180,7 @@ impl Mix {
 
     /// Whether it is made of blocks with scales, so that types of single tensors can be chosen.
     fn is_quantized(&self) -> bool {
-        ggml(self.base).block_len > 1
+        self.base().block_len > 1
     }
 }
 
@@ -363,7 +368,7 @@ impl Chooser<'_> {
             }
             return Ok(Assigned { ty, fallback: None });
         }
-        let base = ggml(self.mix.base);
+        let base = self.mix.base();
         if !self.mix.is_quantized() {
             return Ok(Assigned { ty: base, fallback: None });
         }
@@ -399,7 +404,7 @@ impl Chooser<'_> {
     /// What the mix says, and the type that this already replaces because of the row's length.
     fn by_rules(&mut self, tensor: &TensorInfo<'_>, width: usize) -> Result<(GgmlType, Option<GgmlType>)> {
         let part = part_of(tensor.name, self.tied);
-        let base = ggml(self.mix.base);
+        let base = self.mix.base();
         if part == Part::Head {
             if let Some(ty) = self.output {
                 return Ok((ty, None));

@@ -414,8 +414,11 @@ impl Recipe {
         }
     }
 
-    /// The scheme's name without its groups.
+    /// The scheme's name without its groups; of a GGUF file that of its mix.
     pub fn width(&self) -> String {
+        if let Some(gguf) = &self.gguf {
+            return gguf.mix.to_owned();
+        }
         scheme_of(&self.encoding).map_or_else(|| called(&self.encoding), |scheme| scheme.name())
     }
 

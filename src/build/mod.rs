@@ -22,7 +22,7 @@ use crate::job::Job;
 use crate::memory::Device;
 use crate::output::{Place, Staging};
 use crate::progress::Progress;
-use crate::report::{FileReport, Report};
+use crate::report::{FileReport, Report, papers_beside};
 use crate::targets::Output;
 
 pub use lock::{Lock, Locked, Seen, Stamp, files_in};
@@ -360,7 +360,7 @@ impl Build {
             false => {
                 let place = Place::resolve(&output.path)?;
                 let mut files: Vec<PathBuf> = report.outputs.iter().map(|file| place.parent.join(&file.name)).collect();
-                files.push(place.parent.join(format!("{}.report.json", place.name)));
+                files.extend(papers_beside(&place.name).map(|paper| place.parent.join(paper)));
                 files
             }
         };

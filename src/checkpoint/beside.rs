@@ -42,7 +42,7 @@ pub enum SideFile {
 }
 
 /// The model card of the input, where the output has one of its own.
-pub const ORIGINAL_CARD: &str = "README.original.md";
+const ORIGINAL_CARD: &str = "README.original.md";
 
 /// Pickles and safetensors in folders go along up to this size (64 MiB): those of modules, not another whole model.
 const SMALL: u64 = 64 << 20;
@@ -51,7 +51,7 @@ const SMALL: u64 = 64 << 20;
 const LARGEST: u64 = 1 << 30;
 
 /// What stands between the first two lines of dashes of a model card; `None` for a file that cannot be read, or has none.
-pub fn front_matter(card: &Path) -> Option<String> {
+pub(super) fn front_matter(card: &Path) -> Option<String> {
     let text = file::read_text(card, file::DESCRIPTION).ok()?;
     Some(text.strip_prefix("---\n")?.split("\n---").next()?.to_owned())
 }

@@ -15,6 +15,7 @@ use crate::checkpoint::{HubName, INDEX, parts_of};
 use crate::error::{Error, Result};
 use crate::output::hashing::hash_file;
 use crate::progress::Progress;
+use crate::report::{PAPERS, papers_of};
 
 /// Files that the hub is asked about at a time.
 const AT_ONCE: usize = 256;
@@ -24,6 +25,9 @@ const SAMPLE: u64 = 512;
 
 /// What is uploaded as git keeps it, at most: with more the hub is asked to take it as a large file, or refuses it.
 const LARGEST_REGULAR: u64 = 10 << 20;
+
+/// What a hub shows as a repository's page.
+const CARD: &str = PAPERS[1];
 
 /// A repository that outputs go to.
 pub struct Push {
@@ -100,10 +104,14 @@ impl Push {
         }
         let told = |fault: Fault| self.client.told(fault, &format!("pushing to {}", self.id), &self.id);
         self.create().map_err(told)?;
+        let there = self.there().map_err(told)?;
         let stale = match outputs.iter().any(|output| output.is_dir()) {
-            true => self.stale(&files).map_err(told)?,
+            true => stale(&there, &files),
             false => Vec::new(),
         };
+        if let Some(card) = front_page(&there, &files) {
+            files.push(card);
+        }
         for part in files.chunks_mut(AT_ONCE) {
             self.ask(part).map_err(told)?;
         }
@@ -155,19 +163,14 @@ impl Push {
         Ok(())
     }
 
-    /// Weights at the top of the repository that an earlier push has left and these files do not replace.
-    fn stale(&self, files: &[Going]) -> Result<Vec<String>, Fault> {
-        let weights = |name: &str| {
-            name == INDEX || name.starts_with("model") && name.ends_with(".safetensors") && !name.contains('/')
-        };
-        let there = match listing::files_of(&self.client, &self.id, "main") {
-            Ok(there) => there,
+    /// The paths of the files that the repository has.
+    fn there(&self) -> Result<Vec<String>, Fault> {
+        match listing::files_of(&self.client, &self.id, "main") {
+            Ok(there) => Ok(there.into_iter().map(|file| file.path).collect()),
             // A new repository may have no branch yet.
-            Err(Fault::Status { status: 404, .. }) => Vec::new(),
-            Err(fault) => return Err(fault),
-        };
-        let names = there.into_iter().map(|file| file.path).filter(|name| weights(name));
-        Ok(names.filter(|name| !files.iter().any(|file| file.path == *name)).collect())
+            Err(Fault::Status { status: 404, .. }) => Ok(Vec::new()),
+            Err(fault) => Err(fault),
+        }
     }
 
     /// Asks which files go as large ones.
@@ -331,6 +334,29 @@ impl<R: Read> Read for Counted<'_, R> {
     }
 }
 
+/// Weights at the top of a repository that an earlier push has left and these files do not replace.
+fn stale(there: &[String], files: &[Going]) -> Vec<String> {
+    let weights = |name: &str| {
+        name == INDEX || name.starts_with("model") && name.ends_with(".safetensors") && !name.contains('/')
+    };
+    there.iter().filter(|name| weights(name) && !replaced(name, files)).cloned().collect()
+}
+
+fn replaced(name: &str, files: &[Going]) -> bool {
+    files.iter().any(|file| file.path == *name)
+}
+
+/// The model card of a GGUF file as the page of the repository: where it has none, and where it holds no GGUF files of others, of which that
+/// page would tell too.
+fn front_page(there: &[String], files: &[Going]) -> Option<Going> {
+    let others = |name: &String| name.ends_with(".gguf") && !replaced(name, files);
+    if replaced(CARD, files) || (there.iter().any(|name| name == CARD) && there.iter().any(others)) {
+        return None;
+    }
+    let card = files.iter().find(|file| !file.path.contains('/') && file.path.ends_with(&format!(".{CARD}")))?;
+    Some(Going { path: CARD.to_owned(), place: card.place.clone(), sha256: String::new(), ..*card })
+}
+
 /// The files of an output, as the repository is to call them.
 fn going(output: &Path) -> Result<Vec<Going>> {
     let one = |place: PathBuf, path: String| -> Result<Going> {
@@ -339,10 +365,8 @@ fn going(output: &Path) -> Result<Vec<Going>> {
     };
     if !output.is_dir() {
         let name = |place: &Path| place.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let whole = name(output);
-        let whole = whole.split_once("-00001-of-").map_or(whole.clone(), |(stem, _)| format!("{stem}.gguf"));
-        let report = output.with_file_name(format!("{whole}.report.json"));
-        let files = parts_of(output)?.into_iter().chain(report.is_file().then_some(report));
+        let papers = papers_of(output).into_iter().filter(|paper| paper.is_file());
+        let files = parts_of(output)?.into_iter().chain(papers);
         return files.map(|place| one(place.clone(), name(&place))).collect();
     }
     let mut found = Vec::new();

@@ -16,6 +16,7 @@ use super::place::{
 };
 use super::switch::{Switch, exchange, is_under_way, rename_new, sync_folder, sync_tree};
 use crate::error::{Error, Result};
+use crate::report::papers_beside;
 
 /// Letters that make the name of a staging folder unlike any other.
 pub(super) const RANDOM: usize = 8;
@@ -103,9 +104,8 @@ fn named_file(target: &Path, input: Option<&Path>) -> Result<Place> {
     input.map_or(Ok(()), |input| check_place(target, input))?;
     let (path, shown) = (place.path(), target.display());
     check_file(&path, &shown)?;
-    if let Some(mounted) = [path.clone(), place.parent.join(format!("{}.report.json", place.name))]
-        .into_iter()
-        .find(|path| path.is_file() && is_mount_point(path))
+    let papers = papers_beside(&place.name).map(|paper| place.parent.join(paper));
+    if let Some(mounted) = [path.clone()].into_iter().chain(papers).find(|path| path.is_file() && is_mount_point(path))
     {
         return Err(Error::usage(format!(
             "{shown}: {} is mounted as a single file, which no other file can take the place of; mount the folder that is to hold it",
@@ -208,7 +208,7 @@ impl Staging {
                 first.display()
             ));
         }
-        there.push(place.parent.join(format!("{}.report.json", place.name)));
+        there.extend(papers_beside(&place.name).map(|paper| place.parent.join(paper)));
         let found = force.then(|| there.iter().map(|there| (there.clone(), number(there))).collect());
         Self::begin(target, place, Kind::Gguf, found, (notes, left), before)
     }

@@ -1,6 +1,7 @@
 //! The model card: a report for people.
 
 use super::{AdapterReport, Limits, Quality, Report, Verdict};
+use crate::mixes::Mix;
 use crate::recipe::Recipe;
 use crate::words::{called, one_line, table};
 
@@ -86,9 +87,16 @@ impl Report {
             front.push(format!("base_model: {base}"));
             front.push("base_model_relation: quantized".to_owned());
         }
-        front.push(format!("library_name: {}", if format == "mlx" { "mlx" } else { "transformers" }));
+        let library = match &format[..] {
+            "gguf" | "mlx" => format,
+            _ => "transformers",
+        };
+        front.push(format!("library_name: {library}"));
         front.push("tags:".to_owned());
-        let bits = encoding.levels.bits();
+        let bits = match &self.recipe.gguf {
+            Some(gguf) => Mix::parse(gguf.mix).map_or(0, |mix| mix.base().encoding().levels.bits()),
+            None => encoding.levels.bits(),
+        };
         let scheme = self.recipe.width().to_lowercase();
         let mut tags = vec![format.clone(), method.name().to_owned()];
         tags.extend((bits > 0).then(|| format!("{bits}-bit")));
@@ -106,20 +114,21 @@ impl Report {
         front.join("\n")
     }
 
-    /// The model card. Depends on nothing that changes between equal runs.
+    /// The model card, beside which the report is called `report`. Depends on nothing that changes between equal runs.
     #[cfg_attr(doc, doc(hidden))]
-    pub fn card(&self, original: &Original) -> String {
+    pub fn card(&self, original: &Original, report: &str) -> String {
         let Recipe { format, encoding, method, .. } = &self.recipe;
         let group = match encoding.group() {
-            0 => "one scale per row".to_owned(),
-            group => format!("groups of {group}"),
+            _ if self.recipe.gguf.is_some() => String::new(),
+            0 => ", one scale per row".to_owned(),
+            group => format!(", groups of {group}"),
         };
         let scheme = self.recipe.width();
         let name = one_line(&self.name);
         let base = original.base.as_ref().map_or(String::new(), |base| format!(" It was made of {base}."));
         let mut card = self.front(original)
             + &format!(
-                "# {name}, {scheme} ({})\n\nThe language model {name}, quantized with {} to the {format} layout: {scheme}, {group}, method \
+                "# {name}, {scheme} ({})\n\nThe language model {name}, quantized with {} to the {format} layout: {scheme}{group}, method \
                  {}.{base}\n\n",
                 method.name(),
                 self.tool,
@@ -129,15 +138,18 @@ impl Report {
             "- size: {:.2} bits per weight of the file ({:.2} of the quantized linears), the model as it was given {:.2}\n",
             self.bpw.file, self.bpw.quantized, self.bpw.original_file
         );
-        if let Some(command) = self.runs("PATH") {
-            card += &format!(
-                "\n## How to use it\n\n```sh\n{command}\n```\n\nPATH is this folder, or the repository that it lies in.\n"
-            );
-        }
+        card += &self.usage();
         card += "\n## How it was made\n\n";
         card += &self.made().iter().map(|line| format!("- {line}\n")).collect::<String>();
         if let Some(quality) = &self.quality {
-            card += "\n## Quality, measured on the files in this directory\n\n";
+            card += &format!(
+                "\n## Quality, measured on {}\n\n",
+                match self.file() {
+                    Some(file) if self.outputs.len() == 1 => file,
+                    Some(_) => "the parts of the file",
+                    None => "the files in this directory",
+                }
+            );
             card += &quality_markdown(quality);
             card += &self.verdict.as_ref().map_or(String::new(), |verdict| format!("\n{}\n", verdict.sentence()));
         }
@@ -146,8 +158,29 @@ impl Report {
             card += "\n## Notes\n";
         }
         notes.for_each(|note| card += &format!("\n> {note}\n"));
-        card += "\nDetails of every tensor: report.json.\n";
+        card += &format!("\nDetails of every tensor: {report}.\n");
         card
+    }
+
+    /// The name of the GGUF file, or of the first of its parts; `None` for an output that is a folder.
+    fn file(&self) -> Option<&str> {
+        let first = self.outputs.first().filter(|_| self.recipe.format == "gguf")?;
+        Some(&first.name)
+    }
+
+    /// The commands by which runtimes take the output, or nothing where none does.
+    fn usage(&self) -> String {
+        let Some(command) = self.runs(self.file().unwrap_or("PATH")) else { return String::new() };
+        let mut usage = format!("\n## How to use it\n\n```sh\n{command}\n```\n");
+        match self.file() {
+            None => usage += "\nPATH is this folder, or the repository that it lies in.\n",
+            Some(file) => {
+                if let Some(command) = self.ollama(file) {
+                    usage += &format!("\nIn Ollama:\n\n```sh\n{command}\n```\n");
+                }
+            }
+        }
+        usage
     }
 
     /// The recipe in words, a line for each part of it.

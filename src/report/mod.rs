@@ -15,7 +15,7 @@ use crate::recipe::Recipe;
 
 pub use card::{Original, quality_text};
 pub use quality::{Activations, Beside, HiddenStates, Limits, Measured, Protocol, Quality};
-pub use read::{read_report, report_of};
+pub use read::{PAPERS, papers_beside, papers_of, read_report, report_of};
 
 /// A file and what is in it.
 #[derive(Clone, Debug, Serialize)]

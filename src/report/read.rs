@@ -6,18 +6,32 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 
-/// Where the report of an output lies.
-pub fn report_of(path: &Path) -> PathBuf {
+/// What the report and the model card in an output's folder are called.
+pub const PAPERS: [&str; 2] = ["report.json", "README.md"];
+
+/// What the report and the model card beside an output that is a file called `name` are called.
+pub fn papers_beside(name: &str) -> [String; 2] {
+    PAPERS.map(|paper| format!("{name}.{paper}"))
+}
+
+/// Where the report and the model card of an output lie.
+pub fn papers_of(path: &Path) -> [PathBuf; 2] {
     if path.is_dir() {
-        return path.join("report.json");
+        return PAPERS.map(|paper| path.join(paper));
     }
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // Parts of a file share a report, which is called as the whole of it.
+    // Parts of a file share their papers, which are called as the whole of it.
     let whole = match name.strip_suffix(".gguf").and_then(|stem| stem.rsplit_once("-of-")) {
         Some((first, _)) => first.rsplit_once('-').map_or(name.to_string(), |(stem, _)| format!("{stem}.gguf")),
         None => name.to_string(),
     };
-    path.with_file_name(format!("{whole}.report.json"))
+    papers_beside(&whole).map(|paper| path.with_file_name(paper))
+}
+
+/// Where the report of an output lies.
+pub fn report_of(path: &Path) -> PathBuf {
+    let [report, _] = papers_of(path);
+    report
 }
 
 /// Reads the report beside an output; `None` where there is none. Fails where there is one that cannot be read.

@@ -13,8 +13,8 @@ use kernels::{Backend, GridSpec};
 use ndarray::Array2;
 use serde_json::Value;
 
-use super::{Folded, Notes, Papers, Placement, Sink, Solved, Target, Write, in_pieces};
-use crate::checkpoint::{Beside, Checkpoint, ORIGINAL_CARD, SideFile, front_matter, hub_name};
+use super::{Folded, Notes, Placement, Sink, Solved, Target, Write, in_pieces};
+use crate::checkpoint::{Beside, Checkpoint, SideFile};
 use crate::error::{Error, Result};
 use crate::evidence::{lost_in_grid, share_of};
 use crate::families::spelt_out;
@@ -25,7 +25,7 @@ use crate::json;
 use crate::output::{Staging, bytes_of, weight_files, weight_writer};
 use crate::plan::{End, Plan};
 use crate::recipe::Recipe;
-use crate::report::{Fate, Original, TensorReport};
+use crate::report::{Fate, PAPERS, TensorReport};
 use crate::rest::{Lost, Rest, copied, rest, write_floats};
 
 /// A directory that will be written.
@@ -39,8 +39,6 @@ pub struct Directory {
     /// What there is to say of the one that was read.
     said: Vec<String>,
     beside: Beside,
-    /// What the input is called on a hub, where that is known.
-    base: Option<String>,
 }
 
 impl Directory {
@@ -49,13 +47,13 @@ impl Directory {
         let plan = Plan::new(graph, source, &recipe)?;
         let importance = Importance::of_graph(&recipe, graph)?;
         let said = importance.check(graph, true)?;
-        let mut own = vec!["config.json", "report.json", "README.md"];
+        let mut own = vec!["config.json"];
+        own.extend(PAPERS);
         own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
         let beside = source.beside(&own)?;
         let placements =
             plan.encodings.iter().map(|(module, encoding)| (module.clone(), [Placement::whole(*encoding)]));
-        let base = hub_name(source.path());
-        Ok(Directory { placements: placements.collect(), recipe, plan, importance, said, beside, base })
+        Ok(Directory { placements: placements.collect(), recipe, plan, importance, said, beside })
     }
 }
 
@@ -168,9 +166,8 @@ impl<B: Backend> Target<B> for Directory {
         linears.chain(ends).map(bytes).fold([0, 0], |[weights, all], [more, bytes]| [weights + more, all + bytes])
     }
 
-    fn papers(&self, _: &str) -> Papers {
-        let card = Some(Original { license: card_licence(&self.beside).unwrap_or_default(), base: self.base.clone() });
-        Papers { report: "report.json".to_owned(), card }
+    fn papers(&self, _: &str) -> [String; 2] {
+        PAPERS.map(str::to_owned)
     }
 
     fn carries_others(&self) -> bool {
@@ -391,14 +388,4 @@ fn copy_file(from: &Path, identity: &file::Identity, to: &Path) -> Result<()> {
         }
         write.write_all(&buffer[..count]).map_err(Error::io(to, "write"))?;
     }
-}
-
-/// The lines of the front matter that name the licence, where the original's card has them.
-fn card_licence(beside: &Beside) -> Option<Vec<String>> {
-    let (_, file) = beside.files.iter().find(|(name, _)| name == Path::new(ORIGINAL_CARD))?;
-    let SideFile::Copy(path, _) = file else { return None };
-    let front = front_matter(path)?;
-    let keys = ["license:", "license_name:", "license_link:"];
-    let said = front.lines().filter(|line| keys.iter().any(|key| line.starts_with(key)));
-    Some(said.map(str::to_owned).collect())
 }

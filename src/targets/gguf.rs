@@ -12,7 +12,7 @@ use kernels::Backend;
 use ndarray::{Array2, ArrayView2, Axis};
 
 use super::tokens::check;
-use super::{Folded, Notes, Papers, Placement, Rounded, Sink, Solved, Target, Words, Write, in_pieces};
+use super::{Folded, Notes, Placement, Rounded, Sink, Solved, Target, Words, Write, in_pieces};
 use crate::checkpoint::Checkpoint;
 use crate::dialect::metadata::{About, ImportanceSource, Metadata, Written, metadata};
 use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part, Source};
@@ -27,7 +27,7 @@ use crate::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assig
 use crate::output::Staging;
 use crate::plan::check_tensors;
 use crate::recipe::{GgufRecipe, Recipe, Said};
-use crate::report::{Fate, TensorReport};
+use crate::report::{Fate, TensorReport, papers_beside};
 use crate::rest::Lost;
 use crate::stray::Strays;
 use crate::words::called;
@@ -431,8 +431,8 @@ impl<B: Backend> Target<B> for Gguf {
         self.plan.idle.to_vec()
     }
 
-    fn papers(&self, name: &str) -> Papers {
-        Papers { report: format!("{name}.report.json"), card: None }
+    fn papers(&self, name: &str) -> [String; 2] {
+        papers_beside(name)
     }
 
     fn carries_others(&self) -> bool {

@@ -28,7 +28,7 @@ use crate::graph::{Graph, Linear};
 use crate::importance::ImportancePlace;
 use crate::output::Staging;
 use crate::recipe::Recipe;
-use crate::report::{Original, TensorReport};
+use crate::report::TensorReport;
 use crate::rest::Lost;
 
 pub use directory::{Directory, copy_side_files, write_config};
@@ -255,8 +255,8 @@ pub trait Target<B: Backend>: Sync {
     fn idle(&self) -> Vec<&'static str> {
         Vec::new()
     }
-    /// The report's name beside an output called `name`, and what a card says of the input where there is to be one.
-    fn papers(&self, name: &str) -> Papers;
+    /// What the report and the model card of an output called `name` are called in the staging folder.
+    fn papers(&self, name: &str) -> [String; 2];
     /// Whether tensors besides the language model's are carried over.
     fn carries_others(&self) -> bool;
     /// Compares a tokenizer that was written anew with the original's. Returns what there is to say of it; fails where other tokens
@@ -293,14 +293,6 @@ pub struct Notes {
     pub before: Vec<String>,
     /// Said after what there is to say of the texts; not twice.
     pub after: Vec<String>,
-}
-
-/// What tells people and machines of an output.
-pub struct Papers {
-    /// The report's name in the staging folder.
-    pub report: String,
-    /// What a model card says of the input; `None` where there is no card.
-    pub card: Option<Original>,
 }
 
 /// Decides what a recipe makes of a model; nothing is written.

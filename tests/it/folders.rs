@@ -443,7 +443,7 @@ fn gguf_is_known_by_its_first_bytes() {
     room.model();
     let q8 = ["--format", "gguf", "--scheme", "Q8_0", "--method", "rtn", "--verify-windows", "1"];
     room.run(["quantize", "model", "-o", "sha256-0ab1"].iter().chain(&q8)).succeeds();
-    assert_eq!(room.names(), ["model", "sha256-0ab1", "sha256-0ab1.report.json"]);
+    assert_eq!(room.names(), ["model", "sha256-0ab1", "sha256-0ab1.README.md", "sha256-0ab1.report.json"]);
     room.run(["inspect", "sha256-0ab1"]).succeeds();
     room.run(["eval", "sha256-0ab1", "--windows", "1"]).succeeds();
     room.run(["eval", "model", "--windows", "1", "--reference", "sha256-0ab1"]).succeeds();

@@ -175,6 +175,8 @@ fn a_file_in_parts_is_the_same_model() {
         assert_eq!(parts.load(&entry.name).unwrap(), whole.load(&entry.name).unwrap());
     }
     assert!(room.path().join("s.gguf.report.json").exists());
+    let card = std::fs::read_to_string(room.path().join("s.gguf.README.md")).unwrap();
+    assert!(card.contains(&format!("llama-cli -m {}\n", report.outputs[0].name)) && !card.contains("Ollama"), "{card}");
 }
 
 /// What llama-perplexity prints for files of the built-in model that were written without calibration, on the first eight

@@ -412,7 +412,7 @@ fn outputs_are_pushed_as_they_are_and_can_be_used_from_there() {
     push(&hub, &room, "push out org/small-w4").succeeds();
     assert!(hub.asked().iter().all(|asked| asked.method != "PUT"));
     assert!(!files(&hub, "org/small-w4").contains_key("model-00001-of-00002.safetensors"));
-    // In parts, after an upload that failed; a GGUF file goes with its report.
+    // In parts, after an upload that failed; a GGUF file goes with its report and its card.
     hub.faults().part.store(1_000_000, Ordering::Relaxed);
     hub.faults().refuses_uploads.store(2, Ordering::Relaxed);
     push(&hub, &room, "quantize model -o m.gguf --scheme Q8_0 --method rtn --verify-text none -q --push-to org/m-gguf")
@@ -420,6 +420,14 @@ fn outputs_are_pushed_as_they_are_and_can_be_used_from_there() {
     let there = files(&hub, "org/m-gguf");
     assert_eq!(there["m.gguf"], std::fs::read(room.path("m.gguf")).unwrap());
     assert!(there.contains_key("m.gguf.report.json") && !hub.repos()["org/m-gguf"].private);
+    // Its card is the page of the repository, as long as no other file of it has one.
+    let card = std::fs::read(room.path("m.gguf.README.md")).unwrap();
+    assert!(there["m.gguf.README.md"] == card && there["README.md"] == card);
+    std::fs::copy(room.path("m.gguf"), room.path("n.gguf")).unwrap();
+    std::fs::write(room.path("n.gguf.README.md"), "another").unwrap();
+    push(&hub, &room, "push n.gguf org/m-gguf").succeeds();
+    let there = files(&hub, "org/m-gguf");
+    assert!(there["n.gguf.README.md"] == b"another" && there["README.md"] == card);
     // A public repository is none that was to be private.
     fails(&push(&hub, &room, "push m.gguf org/m-gguf --private"), 1, &["org/m-gguf is public, and was to be private"]);
     push(&hub, &room, "convert model -o plain --dtype f16 --push-to org/plain").succeeds();

@@ -99,6 +99,7 @@ fn what_would_stop_another_file_is_told_beforehand() {
         ("m.gguf", true, "the quantized model"),
         ("folder/../m-00001-of-00002.gguf", true, "the quantized model"),
         ("m.gguf.report.json", true, "the quantized model"),
+        ("m.gguf.README.md", true, "the quantized model"),
     ] {
         let error = check(name, force).unwrap_err();
         assert!(error.to_string().contains(expected), "{name}: {error}");
