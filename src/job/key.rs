@@ -16,13 +16,29 @@ use crate::verify::KeptStates;
 
 /// The program, and the device it computes on: another build or another device may give other figures.
 pub fn of_program<B: Backend>(backend: &B) -> Value {
-    let own = std::env::current_exe().ok();
+    let own = own_file();
     json!({
         "quantc": env!("CARGO_PKG_VERSION"),
         "program": own.as_deref().map(stamp),
         // Results do not depend on the number of threads.
         "device": backend.relaxed().name().split(", ").filter(|part| !part.contains(" thread")).collect::<Vec<_>>(),
     })
+}
+
+/// The file that this code was loaded from: the program, or a library in another one, as the module for Python is.
+fn own_file() -> Option<PathBuf> {
+    let own = own_file as *const () as usize;
+    let holds = |range: &str| {
+        let (begin, end) = range.split_once('-')?;
+        let [begin, end] = [begin, end].map(|text| usize::from_str_radix(text, 16).ok());
+        Some((begin?..end?).contains(&own))
+    };
+    // Addresses, rights, offset, device, inode, and the path to the end of the line.
+    let mapped = std::fs::read_to_string("/proc/self/maps").ok().and_then(|maps| {
+        let line = maps.lines().find(|line| line.split(' ').next().and_then(holds) == Some(true))?;
+        Some(PathBuf::from(&line[line.find('/')?..]))
+    });
+    mapped.or_else(|| std::env::current_exe().ok())
 }
 
 /// The files of a model, with whatever lies beside its weights.
@@ -81,4 +97,12 @@ fn looked_at(paths: Vec<PathBuf>) -> Value {
 /// Size and time of a file; null where there is none.
 fn stamp(path: &Path) -> Value {
     Look::of(path).map_or(Value::Null, |look| json!([look.bytes, look.modified]))
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn code_knows_its_file() {
+        assert_eq!(super::own_file(), std::env::current_exe().ok());
+    }
 }
