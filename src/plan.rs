@@ -8,7 +8,7 @@ use formats::{Codec, Dtype, Encoding, Float, TensorSpec};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::families::{self, Loading};
+use crate::families::{self, Absent, Loading};
 use crate::graph::{Graph, Linear, Stored};
 use crate::recipe::{Patterns, Recipe, Said};
 use crate::report::Fate;
@@ -79,7 +79,7 @@ impl Plan {
             _ => Float::F16,
         };
         let mut chosen = Chosen::of(graph, recipe, codec, precision, patterns)?;
-        let Named { left, loaded, loading } = Named::of(graph, source, codec, &others, &chosen)?;
+        let Named { left, loaded, loading, absent } = Named::of(graph, source, codec, &others, &chosen)?;
         let listed: Vec<QuantizedModule<'_>> = chosen
             .modules
             .iter()
@@ -96,6 +96,7 @@ impl Plan {
         config.notes.extend(experts::uneven(graph, &chosen.encodings, codec)?);
         config.notes.extend(uneven_fused(graph, &chosen.encodings, codec));
         config.notes.extend(rounded_inputs(&chosen.encodings));
+        config.notes.extend(absent.as_ref().map(told_absent));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
         }
@@ -207,6 +208,8 @@ struct Named {
     loaded: Vec<Vec<String>>,
     /// How transformers renames what it loads, where that differs.
     loading: Loading,
+    /// What the model's class has and the files lack; named among what is left, for runtimes that look for codes of every linear.
+    absent: Option<Absent>,
 }
 
 impl Named {
@@ -245,7 +248,13 @@ impl Named {
             let more: Vec<String> = alone.chain(inside).filter(|name| known.insert(name.clone())).collect();
             left.extend(more);
         }
-        Ok(Named { left, loaded, loading })
+        let packed: Vec<&String> = modules.iter().map(|(name, _)| name).chain(loaded.iter().flatten()).collect();
+        let mut absent = families::absent(source, &packed).filter(|_| codec.goes_by_class());
+        if let Some(Absent { modules, .. }) = &mut absent {
+            modules.retain(|name| !left.contains(name) && !hides(&name.trim_end_matches('.').to_owned()));
+            left.extend(modules.iter().cloned());
+        }
+        Ok(Named { left, loaded, loading, absent: absent.filter(|absent| !absent.modules.is_empty()) })
     }
 }
 
@@ -416,6 +425,16 @@ fn uneven_fused(graph: &Graph, encodings: &HashMap<String, Encoding>, codec: &dy
         "{} have several schemes{more}: vLLM and SGLang load them as one matrix and refuse that; transformers does not",
         listed(&modules)
     ))
+}
+
+/// What to say of linears that a class has and the files lack.
+fn told_absent(Absent { class, modules }: &Absent) -> String {
+    let modules: Vec<&str> = modules.iter().map(|name| name.trim_end_matches('.')).collect();
+    format!(
+        "the model's files have no linears in {}, which {class} has: transformers makes them up at random, for this output as for the model \
+         itself",
+        listed(&modules)
+    )
 }
 
 /// Fails unless the configuration, as it will be read, says of every linear whether it has codes.

@@ -14,6 +14,7 @@ mod gpt_oss;
 mod granite;
 mod guesses;
 mod hunyuan;
+mod linears;
 mod llama;
 mod llama4;
 mod minimax;
@@ -33,6 +34,7 @@ mod strict;
 pub mod tying;
 mod unknown;
 
+pub use linears::{Absent, absent};
 pub use names::{component, names};
 pub use renames::Loading;
 pub use spelt_out::spelt_out;

@@ -213,6 +213,11 @@ pub fn plain_modules(graph: &Graph, source: &dyn Weights, classes: bool) -> Vec<
     modules
 }
 
+/// Whether a module is an output projection by its name, which may share another tensor.
+pub(super) fn is_head(module: &str) -> bool {
+    HEADS.contains(&module) || INNER_HEADS.iter().any(|head| module.ends_with(&format!(".{head}")))
+}
+
 /// Heads that parts of a model which say something may have, where none is stored in them.
 fn inner_heads(graph: &Graph, source: &dyn Weights) -> Vec<String> {
     let mut parts: Vec<&str> = graph.blocks.iter().filter_map(|block| Some(block.name.split_once('.')?.0)).collect();

@@ -430,3 +430,49 @@ fn parts_of_an_encoder_and_decoder_have_their_heads_named() {
     tensors.retain(|(name, _)| name.contains(".layers.0.") || name.contains(".layers.1."));
     assert!(!out("one", &tensors).0.contains("when the model as a whole"));
 }
+
+/// Runtimes look for codes of every linear of the model's class, whether the files have it or not.
+#[test]
+fn linears_that_only_the_class_has_are_left_out_by_name_with_a_note() {
+    let seen = ["vision", "visual", "projector"];
+    for (family, expected) in [
+        ("gemma3_vision", vec![r"re:(.*\.)?vision_tower\..*"]),
+        ("llava_vision", vec![r"re:(.*\.)?multi_modal_projector\..*", r"re:(.*\.)?vision_tower\..*"]),
+        ("mistral3_vision", vec![r"re:(.*\.)?multi_modal_projector\..*", r"re:(.*\.)?vision_tower\..*"]),
+        ("qwen3_vl_vision", vec![r"re:(.*\.)?visual\..*"]),
+    ] {
+        let room = Room::new();
+        let whole = crate::families::checkpoint(family);
+        let opened = Checkpoint::open(whole.path()).unwrap();
+        let of_text = opened.entries().iter().filter(|entry| !seen.iter().any(|word| entry.name.contains(word)));
+        let tensors: Vec<(String, Vec<usize>)> = of_text.map(|e| (e.name.clone(), e.shape.clone())).collect();
+        write(&room.path("model"), opened.config(), &tensors);
+        let run = room.run(["quantize", "model", "-o", "out", "--scheme", "W8A16"].iter().chain(&RTN));
+        run.succeeds();
+        let class = opened.config()["architectures"][0].as_str().unwrap();
+        assert!(run.stderr().contains("the model's files have no linears in "), "{family}: {}", run.stderr());
+        assert!(run.stderr().contains(&format!(", which {class} has")), "{family}: {}", run.stderr());
+        let written = std::fs::read_to_string(room.path("out/config.json")).unwrap();
+        let written: Value = serde_json::from_str(&written).unwrap();
+        let ignore = written["quantization_config"]["ignore"].as_array().unwrap();
+        expected.iter().for_each(|name| assert!(ignore.contains(&json!(name)), "{family}: {ignore:?}"));
+        // With all its tensors there is nothing to tell.
+        let model = whole.path().to_str().unwrap();
+        let run = room.run(["quantize", model, "-o", "whole", "--scheme", "W8A16"].iter().chain(&RTN));
+        run.succeeds();
+        assert!(!run.stderr().contains("have no linears in"), "{family}: {}", run.stderr());
+    }
+    let room = Room::new();
+    let config = json!({"model_type": "bert", "architectures": ["BertModel"], "num_hidden_layers": 1});
+    let mut tensors = vec![("embeddings.word_embeddings.weight".to_owned(), vec![96, 64])];
+    for module in ["attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense"] {
+        tensors.push((format!("encoder.layer.0.{module}.weight"), vec![64, 64]));
+    }
+    write(&room.path("model"), &config, &tensors);
+    let run = room.run(["quantize", "model", "-o", "out", "--scheme", "W8A16"].iter().chain(&RTN));
+    run.succeeds();
+    let told = "the model's files have no linears in `pooler`, which BertModel has: transformers makes them up";
+    assert!(run.stderr().contains(told), "{}", run.stderr());
+    let written = std::fs::read_to_string(room.path("out/config.json")).unwrap();
+    assert!(written.contains("pooler"), "{written}");
+}

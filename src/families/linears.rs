@@ -1,0 +1,70 @@
+//! Linears that transformers' class of a model has and a checkpoint lacks, as the tower of a model that was trained further for text alone.
+//!
+//! `linears.json` is made from transformers' own classes by `tests/fixtures/make_linears.py`: for each the names of its linears up to the
+//! first number in them.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::LazyLock;
+
+use super::renames::Loading;
+use super::{component, unknown};
+use crate::weights::Weights;
+
+static TABLE: LazyLock<HashMap<String, Vec<String>>> =
+    LazyLock::new(|| serde_json::from_str(include_str!("linears.json")).expect("a committed file"));
+
+/// What a class has and the files lack.
+#[derive(Debug, PartialEq)]
+pub struct Absent {
+    /// The class of transformers.
+    pub class: String,
+    /// Components, whose names end in a dot where there is more under them than one linear. Heads are not among them, which may share a tensor.
+    pub modules: Vec<String>,
+}
+
+/// Components with linears that the class in config.json has and the files lack; nothing where the class is not known, or where no linear is
+/// where the class has one, for then the files are of another. What a setting leaves out (`audio_config: null`) is not missed.
+///
+/// `packed` are the modules with codes, by all their names: no name here stands for one of them.
+pub fn absent(source: &dyn Weights, packed: &[&String]) -> Option<Absent> {
+    let class = source.config()["architectures"].get(0)?.as_str()?;
+    let had = TABLE.get(class)?;
+    let loading = Loading::of(source.config());
+    // Of many layers one is enough.
+    let mut seen = HashSet::new();
+    let mut there: Vec<String> = Vec::new();
+    for entry in source.entries() {
+        let name = entry.name.rsplit_once('.').map_or(&entry.name[..], |(module, _)| module);
+        if seen.insert(without_numbers(name)) {
+            there.extend(loading.names(name));
+            there.push(name.to_owned());
+        }
+    }
+    let under = |prefix: &str| there.iter().any(|name| name == prefix || name.starts_with(prefix));
+    let missing: Vec<&String> = had.iter().filter(|name| !under(name)).collect();
+    if missing.len() == had.len() {
+        return None;
+    }
+    let without = |part: &str| {
+        let settings = source.config().as_object().into_iter().flatten();
+        let mut unset =
+            settings.filter(|(_, value)| value.is_null()).filter_map(|(key, _)| key.strip_suffix("_config"));
+        unset.any(|kind| part.contains(kind))
+    };
+    let hides = |part: &str| packed.iter().any(|own| own.starts_with(part) || own.contains(&format!(".{part}")));
+    let mut modules: Vec<String> = Vec::new();
+    for name in missing.into_iter().filter(|name| !unknown::is_head(name) && !loading.tied().contains(&&name[..])) {
+        // Of a component that is there a setting may leave out a part: only whole ones are surely missing.
+        let part = component(name);
+        if !under(&part) && !without(&part) && !hides(&part) && !modules.contains(&part) {
+            modules.push(part);
+        }
+    }
+    (!modules.is_empty()).then(|| Absent { class: class.to_owned(), modules })
+}
+
+/// A name with one sign for each of its numbers.
+fn without_numbers(name: &str) -> String {
+    let parts = name.split('.').map(|part| if part.bytes().all(|byte| byte.is_ascii_digit()) { "#" } else { part });
+    parts.collect::<Vec<_>>().join(".")
+}
