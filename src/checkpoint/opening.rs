@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use formats::codec::{QUANTIZATION_KEYS, QuantizationReader, check_run_time, declared_method};
-use formats::{Dtype, SafetensorsSet, read_quantization};
+use formats::{Dtype, SafetensorsSet, TensorSpec, read_quantization};
 use serde_json::{Value, json};
 
 use super::adapter::Adapter;
@@ -98,6 +98,8 @@ impl Checkpoint {
         if quantization.as_ref().and_then(QuantizationReader::codec).is_none_or(|codec| codec.id() != "mlx") {
             refuse_untold_mlx(&tensors)?;
         }
+
+        remarks.extend(stored_by_mlx(&tensors, &config)?);
 
         let Listed { entries, foreign, note } = directory_entries(&tensors, quantization.as_ref())?;
         remarks.extend(note);
@@ -243,6 +245,33 @@ fn refuse_untold_mlx(tensors: &SafetensorsSet) -> Result<()> {
             Err(formats::Error::unsupported(why).in_tensor(&spec.name).in_file(file).into())
         }
     }
+}
+
+/// What to say of files that mlx-lm or mlx-vlm wrote of a model whose family is not known, and may hold as their own classes have it.
+///
+/// Fails where a convolution shows that they do: its channels come last in MLX, and norms and factors may be folded into weights beside it.
+fn stored_by_mlx(tensors: &SafetensorsSet, config: &Value) -> Result<Option<String>> {
+    if !tensors.files().iter().any(|file| file.metadata().get("format").is_some_and(|format| format == "mlx")) {
+        return Ok(None);
+    }
+    let turned = |spec: &&TensorSpec| {
+        spec.name.contains("conv")
+            && matches!(spec.shape[..], [_, width, 1] if width > 1 && spec.name.ends_with(".weight"))
+    };
+    if let Some(spec) = tensors.tensors().find(turned) {
+        let why = format!(
+            "has shape {:?}, with the channels last, as MLX has convolutions: this model was converted for MLX, which other runtimes do not \
+             load; take the model that it was made from",
+            spec.shape
+        );
+        let file = tensors.file_of(&spec.name).expect("listed");
+        return Err(formats::Error::unsupported(why).in_tensor(&spec.name).in_file(file).into());
+    }
+    Ok((!families::is_known(config)).then(|| {
+        "the files were written for MLX, which may hold models of this type otherwise than transformers does (names, norms, factors): see that \
+         transformers loads what is written, or take the model that they were made from"
+            .to_owned()
+    }))
 }
 
 /// Fails for plain weights with scales beside them: runtimes round them to these scales, and what is measured would be

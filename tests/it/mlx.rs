@@ -8,6 +8,7 @@ use formats::{Dtype, Encoding, Float, QuantizedWeight, ShardedWriter, TensorSpec
 use kernels::ops::encoded;
 use ndarray::Array2;
 use quantc::Checkpoint;
+use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
 use crate::harness::{Room, TEXT};
@@ -190,4 +191,40 @@ fn tensors_that_mlx_lm_does_not_know_are_told() {
     told.succeeds();
     let note = "1 of these are copied (`v_head.summary.bias`): give --unknown-tensors drop";
     assert!(told.stderr().contains(note), "{}", told.stderr());
+}
+
+/// mlx-lm saves convolutions with their channels last, and folds factors into weights beside them.
+#[test]
+fn what_was_turned_for_mlx_is_refused_and_what_may_be_is_told() {
+    for (shape, refused) in [(vec![64, 4, 1], true), (vec![64, 1, 4], false)] {
+        let room = Room::new();
+        let folder = room.path("model");
+        std::fs::create_dir(&folder).unwrap();
+        let config =
+            json!({"model_type": "unheard_of", "architectures": ["UnheardOfForCausalLM"], "num_hidden_layers": 1});
+        std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+        let conv = "model.layers.0.mixer.conv1d.weight".to_owned();
+        let tensors = [
+            ("model.embed_tokens.weight".to_owned(), vec![96, 64]),
+            ("model.layers.0.self_attn.q_proj.weight".to_owned(), vec![64, 64]),
+            (conv.clone(), shape),
+        ];
+        let bytes = vec![0x3c; 96 * 64 * 2];
+        let views = tensors.iter().map(|(name, shape)| {
+            let size = shape.iter().product::<usize>() * 2;
+            (name, TensorView::new(safetensors::Dtype::F16, shape.clone(), &bytes[..size]).unwrap())
+        });
+        let metadata = HashMap::from([("format".to_owned(), "mlx".to_owned())]);
+        let file = safetensors::serialize(views, Some(metadata)).unwrap();
+        std::fs::write(folder.join("model.safetensors"), file).unwrap();
+        let line = "quantize model -o out --scheme W8A16 --group-size 32 --method rtn --verify-text none";
+        let run = room.run(line.split_whitespace());
+        if refused {
+            run.refuses(1, &[&conv, "[64, 4, 1]", "the model that it was made from"]);
+            assert_eq!(room.names(), ["model"]);
+        } else {
+            run.succeeds();
+            assert!(run.stderr().contains("the files were written for MLX"), "{}", run.stderr());
+        }
+    }
 }
