@@ -8,7 +8,7 @@ use formats::{Codec, Dtype, Encoding, Float, TensorSpec};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
-use crate::families::{self, Absent, Loading};
+use crate::families::{self, Absent, Loading, linears::From};
 use crate::graph::{Graph, Linear, Stored};
 use crate::recipe::{Patterns, Recipe, Said};
 use crate::report::Fate;
@@ -249,12 +249,14 @@ impl Named {
             left.extend(more);
         }
         let packed: Vec<&String> = modules.iter().map(|(name, _)| name).chain(loaded.iter().flatten()).collect();
-        let mut absent = families::absent(source, &packed).filter(|_| codec.goes_by_class());
-        if let Some(Absent { modules, .. }) = &mut absent {
-            modules.retain(|name| !left.contains(name) && !hides(&name.trim_end_matches('.').to_owned()));
+        let mut absent = families::absent(source, &packed);
+        if let Some(Absent { from: From::Parts(modules), .. }) = &mut absent {
+            let told = |name: &String| left.contains(name) || hides(&name.trim_end_matches('.').to_owned());
+            modules.retain(|name| codec.goes_by_class() && !told(name));
             left.extend(modules.iter().cloned());
+            absent = absent.filter(|absent| absent.from != From::Parts(Vec::new()));
         }
-        Ok(Named { left, loaded, loading, absent: absent.filter(|absent| !absent.modules.is_empty()) })
+        Ok(Named { left, loaded, loading, absent })
     }
 }
 
@@ -428,13 +430,21 @@ fn uneven_fused(graph: &Graph, encodings: &HashMap<String, Encoding>, codec: &dy
 }
 
 /// What to say of linears that a class has and the files lack.
-fn told_absent(Absent { class, modules }: &Absent) -> String {
-    let modules: Vec<&str> = modules.iter().map(|name| name.trim_end_matches('.')).collect();
-    format!(
-        "the model's files have no linears in {}, which {class} has: transformers makes them up at random, for this output as for the model \
-         itself",
-        listed(&modules)
-    )
+fn told_absent(Absent { class, from }: &Absent) -> String {
+    match from {
+        From::Parts(modules) => {
+            let modules: Vec<&str> = modules.iter().map(|name| name.trim_end_matches('.')).collect();
+            format!(
+                "the model's files have no linears in {}, which {class} has: transformers makes them up at random, for this output as for the \
+                 model itself",
+                listed(&modules)
+            )
+        }
+        From::Everywhere(such) => format!(
+            "config.json names the class {class}, whose linears transformers looks for in such places as `{such}`, and the files have none \
+             there: it would make all of them up at random; take the config.json that belongs to these files"
+        ),
+    }
 }
 
 /// Fails unless the configuration, as it will be read, says of every linear whether it has codes.

@@ -249,19 +249,27 @@ fn refuse_untold_mlx(tensors: &SafetensorsSet) -> Result<()> {
 
 /// What to say of files that mlx-lm or mlx-vlm wrote of a model whose family is not known, and may hold as their own classes have it.
 ///
-/// Fails where a convolution shows that they do: its channels come last in MLX, and norms and factors may be folded into weights beside it.
+/// Fails where a tensor shows that they do: a convolution, whose channels come last in MLX, where norms and factors may be folded into weights
+/// beside it; and experts that are stacked as no other runtime has them.
 fn stored_by_mlx(tensors: &SafetensorsSet, config: &Value) -> Result<Option<String>> {
     if !tensors.files().iter().any(|file| file.metadata().get("format").is_some_and(|format| format == "mlx")) {
         return Ok(None);
     }
-    let turned = |spec: &&TensorSpec| {
-        spec.name.contains("conv")
-            && matches!(spec.shape[..], [_, width, 1] if width > 1 && spec.name.ends_with(".weight"))
+    let turned = |spec: &&TensorSpec| match spec.shape[..] {
+        [_, width, 1] => width > 1 && spec.name.contains("conv"),
+        [.., height, width, channels] => spec.shape.len() > 3 && height == width && width > 1 && channels != width,
+        _ => false,
     };
-    if let Some(spec) = tensors.tensors().find(turned) {
+    let stacked = |spec: &&TensorSpec| {
+        spec.shape.len() == 3 && [".experts.", ".switch_mlp."].iter().any(|part| spec.name.contains(part))
+    };
+    let weights = || tensors.tensors().filter(|spec| spec.name.ends_with(".weight"));
+    let found = weights().find(turned).map(|spec| (spec, "the channels last, as MLX has convolutions"));
+    let found = found.or_else(|| weights().find(stacked).map(|spec| (spec, "all experts, as MLX stacks them")));
+    if let Some((spec, how)) = found {
         let why = format!(
-            "has shape {:?}, with the channels last, as MLX has convolutions: this model was converted for MLX, which other runtimes do not \
-             load; take the model that it was made from",
+            "has shape {:?}, with {how}: this model was converted for MLX, in a form that other runtimes do not load; take the model that it \
+             was made from",
             spec.shape
         );
         let file = tensors.file_of(&spec.name).expect("listed");

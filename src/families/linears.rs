@@ -13,17 +13,26 @@ use crate::weights::Weights;
 static TABLE: LazyLock<HashMap<String, Vec<String>>> =
     LazyLock::new(|| serde_json::from_str(include_str!("linears.json")).expect("a committed file"));
 
-/// What a class has and the files lack.
+/// Where the files have no linears, and the class of transformers has.
 #[derive(Debug, PartialEq)]
 pub struct Absent {
-    /// The class of transformers.
+    /// The class.
     pub class: String,
-    /// Components, whose names end in a dot where there is more under them than one linear. Heads are not among them, which may share a tensor.
-    pub modules: Vec<String>,
+    /// Where there are none.
+    pub from: From,
 }
 
-/// Components with linears that the class in config.json has and the files lack; nothing where the class is not known, or where no linear is
-/// where the class has one, for then the files are of another. What a setting leaves out (`audio_config: null`) is not missed.
+/// A place of linears.
+#[derive(Debug, PartialEq)]
+pub enum From {
+    /// Components, whose names end in a dot where there is more under them than one linear. Heads are not among them, which may share a tensor.
+    Parts(Vec<String>),
+    /// Wherever the class has any, as under this name.
+    Everywhere(String),
+}
+
+/// Components with linears that the class in config.json has and the files lack; nothing where the class is not known. What a setting leaves
+/// out (`audio_config: null`) is not missed.
 ///
 /// `packed` are the modules with codes, by all their names: no name here stands for one of them.
 pub fn absent(source: &dyn Weights, packed: &[&String]) -> Option<Absent> {
@@ -41,9 +50,14 @@ pub fn absent(source: &dyn Weights, packed: &[&String]) -> Option<Absent> {
         }
     }
     let under = |prefix: &str| there.iter().any(|name| name == prefix || name.starts_with(prefix));
-    let missing: Vec<&String> = had.iter().filter(|name| !under(name)).collect();
-    if missing.len() == had.len() {
-        return None;
+    let may_be_absent = |name: &&String| unknown::is_head(name) || loading.tied().contains(&&name[..]);
+    let body = || had.iter().filter(|name| !may_be_absent(name));
+    let missing: Vec<&String> = body().filter(|name| !under(name)).collect();
+    if missing.len() == body().count() {
+        // The language model's layers, where there are others.
+        let such = missing.iter().max_by_key(|name| (name.contains("language_model"), name.contains("layer")))?;
+        let from = From::Everywhere(such.trim_end_matches('.').to_owned());
+        return Some(Absent { class: class.to_owned(), from });
     }
     let without = |part: &str| {
         let settings = source.config().as_object().into_iter().flatten();
@@ -53,14 +67,14 @@ pub fn absent(source: &dyn Weights, packed: &[&String]) -> Option<Absent> {
     };
     let hides = |part: &str| packed.iter().any(|own| own.starts_with(part) || own.contains(&format!(".{part}")));
     let mut modules: Vec<String> = Vec::new();
-    for name in missing.into_iter().filter(|name| !unknown::is_head(name) && !loading.tied().contains(&&name[..])) {
+    for name in missing {
         // Of a component that is there a setting may leave out a part: only whole ones are surely missing.
         let part = component(name);
         if !under(&part) && !without(&part) && !hides(&part) && !modules.contains(&part) {
             modules.push(part);
         }
     }
-    (!modules.is_empty()).then(|| Absent { class: class.to_owned(), modules })
+    (!modules.is_empty()).then(|| Absent { class: class.to_owned(), from: From::Parts(modules) })
 }
 
 /// A name with one sign for each of its numbers.

@@ -14,7 +14,7 @@ mod gpt_oss;
 mod granite;
 mod guesses;
 mod hunyuan;
-mod linears;
+pub mod linears;
 mod llama;
 mod llama4;
 mod minimax;

@@ -196,20 +196,29 @@ fn tensors_that_mlx_lm_does_not_know_are_told() {
 /// mlx-lm saves convolutions with their channels last, and folds factors into weights beside them.
 #[test]
 fn what_was_turned_for_mlx_is_refused_and_what_may_be_is_told() {
-    for (shape, refused) in [(vec![64, 4, 1], true), (vec![64, 1, 4], false)] {
+    for (module, shape, refused) in [
+        ("layers.0.mixer.conv1d", vec![64, 4, 1], true),
+        ("layers.0.mixer.conv1d", vec![64, 1, 4], false),
+        ("visual.patch_embed.proj", vec![32, 14, 14, 3], true),
+        ("visual.patch_embed.proj", vec![32, 3, 14, 14], false),
+        ("visual.patch_embed.proj", vec![32, 2, 14, 14, 3], true),
+        ("visual.patch_embed.proj", vec![32, 3, 2, 14, 14], false),
+        ("layers.0.mlp.experts.up_proj", vec![4, 32, 64], true),
+        ("layers.0.mlp.switch_mlp.up_proj", vec![4, 32, 64], true),
+    ] {
         let room = Room::new();
         let folder = room.path("model");
         std::fs::create_dir(&folder).unwrap();
         let config =
             json!({"model_type": "unheard_of", "architectures": ["UnheardOfForCausalLM"], "num_hidden_layers": 1});
         std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
-        let conv = "model.layers.0.mixer.conv1d.weight".to_owned();
+        let turned = format!("model.{module}.weight");
         let tensors = [
             ("model.embed_tokens.weight".to_owned(), vec![96, 64]),
             ("model.layers.0.self_attn.q_proj.weight".to_owned(), vec![64, 64]),
-            (conv.clone(), shape),
+            (turned.clone(), shape.clone()),
         ];
-        let bytes = vec![0x3c; 96 * 64 * 2];
+        let bytes = vec![0x3c; 32 * 2 * 14 * 14 * 3 * 2];
         let views = tensors.iter().map(|(name, shape)| {
             let size = shape.iter().product::<usize>() * 2;
             (name, TensorView::new(safetensors::Dtype::F16, shape.clone(), &bytes[..size]).unwrap())
@@ -220,7 +229,7 @@ fn what_was_turned_for_mlx_is_refused_and_what_may_be_is_told() {
         let line = "quantize model -o out --scheme W8A16 --group-size 32 --method rtn --verify-text none";
         let run = room.run(line.split_whitespace());
         if refused {
-            run.refuses(1, &[&conv, "[64, 4, 1]", "the model that it was made from"]);
+            run.refuses(1, &[&turned, &format!("{shape:?}"), "the model that it was made from"]);
             assert_eq!(room.names(), ["model"]);
         } else {
             run.succeeds();

@@ -462,6 +462,21 @@ fn linears_that_only_the_class_has_are_left_out_by_name_with_a_note() {
         run.succeeds();
         assert!(!run.stderr().contains("have no linears in"), "{family}: {}", run.stderr());
     }
+    // The text of such a model alone, under the configuration of the whole.
+    let room = Room::new();
+    let whole = crate::families::checkpoint("gemma3_vision");
+    let opened = Checkpoint::open(whole.path()).unwrap();
+    let of_text = opened.entries().iter().filter_map(|entry| {
+        let rest = entry.name.split_once("language_model.")?.1;
+        Some((format!("model.{}", rest.strip_prefix("model.").unwrap_or(rest)), entry.shape.clone()))
+    });
+    write(&room.path("model"), opened.config(), &of_text.collect::<Vec<_>>());
+    let run = room.run(["quantize", "model", "-o", "out", "--scheme", "W8A16"].iter().chain(&RTN));
+    run.succeeds();
+    let told = "config.json names the class Gemma3ForConditionalGeneration, whose linears transformers looks for in such places as \
+                `model.language_model.layers`, and the files have none there";
+    assert!(run.stderr().contains(told), "{}", run.stderr());
+
     let room = Room::new();
     let config = json!({"model_type": "bert", "architectures": ["BertModel"], "num_hidden_layers": 1});
     let mut tensors = vec![("embeddings.word_embeddings.weight".to_owned(), vec![96, 64])];
