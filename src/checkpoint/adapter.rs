@@ -19,7 +19,7 @@ use kernels::ops::low_rank::{self, Strided};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::families::{self, tying};
+use crate::families::{self, AdapterNames, tying};
 use crate::json::read_json;
 use crate::output::hashing::hash_file;
 use crate::report::AdapterReport;
@@ -95,7 +95,8 @@ impl Adapter {
         let original = config.get("_name_or_path").and_then(Value::as_str).map(str::to_owned);
         let stored_head = entries.iter().position(|e| is_head(&e.name));
         let tied = families::tied(config).unwrap_or(stored_head.is_none());
-        let to = Model { path: model, entries, tied };
+        let names = AdapterNames::of(config);
+        let to = Model { path: model, entries, names: &names, tied };
         let Matching { mut changes, new_head, modules: count, replaced, .. } =
             Matching::of(&settings, &file, &modules, &replacing, to)?;
 
@@ -112,6 +113,7 @@ impl Adapter {
             model,
             original: original.as_deref(),
             entries,
+            names: &names,
         };
         let notices = merged.notices();
         let kind = match (settings.root, settings.dora) {

@@ -34,7 +34,7 @@ pub mod tying;
 mod unknown;
 
 pub use names::{component, names};
-pub use renames::Loading;
+pub use renames::{AdapterNames, Loading};
 pub use spelt_out::spelt_out;
 pub use unknown::{changed_modules, plain_modules};
 
