@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 use toml::de::DeTable;
 
-use crate::checkpoint::{HubName, cache};
+use crate::checkpoint::{HubName, Sought, cache};
 use crate::error::{Error, Result};
 use crate::job::Verification;
 use crate::output::Place;
@@ -183,7 +183,7 @@ impl Project {
 fn on_hub(said: &Path, seen: &Path) -> Result<Option<(PathBuf, Option<HubName>)>> {
     let name = if seen.exists() { None } else { HubName::of(said)? };
     let Some(name) = name else { return Ok(None) };
-    let cached = cache().and_then(|cache| name.cached(&cache)).filter(|cached| cached.lacks.is_none());
+    let cached = cache().and_then(|cache| name.cached(&cache, Sought::Model)).filter(|cached| cached.lacks.is_none());
     if cached.is_none() && !said.starts_with("hf:") && seen.parent().is_some_and(Path::exists) {
         return Ok(None);
     }

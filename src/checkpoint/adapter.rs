@@ -18,6 +18,8 @@ use formats::{SafetensorsFile, TensorView};
 use kernels::ops::low_rank::{self, Strided};
 use serde_json::Value;
 
+use super::in_snapshot;
+use super::training::{emptied, empty_weights};
 use crate::error::{Error, Result};
 use crate::families::{self, AdapterNames, tying};
 use crate::json::read_json;
@@ -123,7 +125,8 @@ impl Adapter {
             (true, true) => "rsdora",
         };
         let sha256 = hash_file(file.path())?.sha256;
-        let report = AdapterReport { path: folder.display().to_string(), kind, sha256, modules: count, replaced };
+        let hub = in_snapshot(folder).map(|(name, commit, _)| format!("{name}@{commit}"));
+        let report = AdapterReport { path: folder.display().to_string(), hub, kind, sha256, modules: count, replaced };
         Ok(Adapter { file, changes, report, untied, notices })
     }
 
@@ -298,6 +301,9 @@ fn open_weights(folder: &Path) -> Result<SafetensorsFile> {
             "{}: it holds no tensor, so there is nothing to merge; the adapter was saved by something that left its weights out",
             path.display()
         )));
+    }
+    if let Some((name, counts)) = empty_weights(file.tensors().map(|spec| (&spec.name[..], &spec.shape[..]))) {
+        return Err(emptied(&path, name, counts, true));
     }
     Ok(file)
 }

@@ -291,7 +291,6 @@ mod tests {
                 true,
             ),
             ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "model.language_model.", "model.", false),
-            ("qwen2_5_vl", "Qwen2_5_VLModel", "model.", "model.language_model.", false),
             ("gemma3", "Gemma3ForConditionalGeneration", "language_model.model.", "model.language_model.", true),
             ("gemma3", "Gemma3ForConditionalGeneration", "language_model.model.", "language_model.model.", true),
             ("gemma3", "Gemma3ForConditionalGeneration", "language_model.model.", "model.", false),

@@ -221,7 +221,7 @@ fn adapters_of_models_that_see_are_told_where_peft_would_leave_them_out() {
         (&gemma, "model.", attention, text, true),
         (&gemma, "model.vision_tower.encoder.", attention, tower, false),
         (&gemma, "vision_tower.vision_model.encoder.", attention, tower, false),
-        (&gemma, "vision_tower.encoder.", attention, tower, false),
+        (&gemma, "vision_tower.encoder.", attention, tower, true),
         (&gemma, "vision_model.encoder.", attention, tower, true),
         (&qwen, "model.language_model.", attention, "model.", false),
         (&qwen, "model.", attention, "model.", true),
