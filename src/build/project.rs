@@ -134,6 +134,18 @@ impl Project {
         if let Some(recipe) = &recipe {
             request = request.or(Request::read(recipe)?);
         }
+        let adapters = request.adapter.iter().chain(request.target.iter().flat_map(|target| &target.adapter));
+        for adapter in adapters.filter(|adapter| !within(adapter).exists()) {
+            if let Some(name) = HubName::of(adapter)? {
+                return Err(Error::usage(format!(
+                    "{}: adapter: there is no folder {}, and of an adapter on the hub the lock would not know what it was; download it \
+                     (hf download {} --local-dir DIR) and name DIR",
+                    path.display(),
+                    adapter.display(),
+                    name.id
+                )));
+            }
+        }
         settle(&mut request, &within);
         let limits = bounds.limits(&within)?;
         let text = settings
