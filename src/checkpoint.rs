@@ -29,9 +29,13 @@ mod opening;
 mod place;
 mod sentence;
 mod tokenizer;
+mod training;
 
 pub use beside::{Beside, SideFile, goes_along};
-pub use hub::{Cached, HubName, INDEX, cache, gguf_files, hub_home, hub_name, in_snapshot, is_commit, weights_of};
+pub use hub::{
+    ADAPTER_FILES, Cached, HubName, INDEX, Sought, cache, gguf_files, hub_home, hub_name, in_snapshot, is_commit,
+    weights_of,
+};
 pub(crate) use place::{parts_of, resolve};
 
 /// An opened checkpoint.

@@ -442,13 +442,13 @@ pub struct Eval {
     /// A Hugging Face directory, quantized or not, a GGUF file, or org/name[@revision] of a model on the Hugging Face hub. Several give one table.
     #[arg(value_name = "MODEL", required = true)]
     pub models: Vec<PathBuf>,
-    /// A LoRA adapter to merge into the model.
+    /// A LoRA adapter to merge into the model: PEFT's directory, or its name on the hub.
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// The original model, to compare with.
     #[arg(long, value_name = "MODEL")]
     pub reference: Option<PathBuf>,
-    /// A LoRA adapter to merge into the reference.
+    /// A LoRA adapter to merge into the reference: PEFT's directory, or its name on the hub.
     #[arg(long, value_name = "DIR", requires = "reference")]
     pub reference_adapter: Option<PathBuf>,
     /// Text; a bundled one by default.
@@ -685,7 +685,7 @@ pub struct Convert {
 pub struct Merge {
     /// A Hugging Face directory, quantized or not, a GGUF file, or org/name[@revision] of a model on the Hugging Face hub.
     pub model: PathBuf,
-    /// The LoRA adapter, a directory that PEFT wrote.
+    /// The LoRA adapter, a directory that PEFT wrote, or org/name[@revision] of one on the Hugging Face hub.
     #[arg(long, value_name = "DIR")]
     pub adapter: PathBuf,
     /// The directory to write.

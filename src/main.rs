@@ -255,7 +255,8 @@ fn merge(args: Merge) -> anyhow::Result<u8> {
     let unknown = unknown_tensors(args.unknown_tensors.as_deref())?;
     let push = push_of(&args.push)?;
     let model = quantc::Located::whole(&args.model, &mut Progress::new(args.quiet))?;
-    let (merged, notes) = merge::merge(model.path(), &args.adapter, &args.output, unknown, args.force)?;
+    let adapter = quantc::Located::adapter(&args.adapter, &mut Progress::new(args.quiet))?;
+    let (merged, notes) = merge::merge(model.path(), &adapter, &args.output, unknown, args.force)?;
     if let (Some(adapter), false) = (merged.adapter(), args.quiet) {
         let (output, kind) = (args.output.display(), adapter.kind);
         say(&format!("{output}: {kind}, {} modules merged, {} tensors replaced\n", adapter.modules, adapter.replaced))?;

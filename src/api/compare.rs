@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::keys::keyed;
-use super::{Compute, Located, check_windows};
+use super::{Compute, Located, bring_adapters, check_windows};
 use crate::compare::{Asked, Compared, Comparison};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
@@ -98,6 +98,7 @@ impl Compare {
         let file = self.recipe.as_deref().map(Request::read).transpose()?.unwrap_or_default();
         let mut outputs = schemes(self.request.clone(), file, &self.schemes)?;
         outputs.iter_mut().for_each(|output| output.recipe.file = self.recipe.clone());
+        bring_adapters(&mut outputs, &mut progress)?;
         let model = Located::whole(&self.model, &mut progress)?;
         let located = Located::all(&self.also, &mut progress)?;
         let also: Vec<PathBuf> = located.iter().map(|path| path.path().to_path_buf()).collect();

@@ -30,11 +30,11 @@ pub struct Evaluate {
     /// The models, at least one: each a Hugging Face directory, quantized or not, a GGUF file, or `org/name[@revision]` of a model on
     /// the Hugging Face hub.
     pub models: Vec<PathBuf>,
-    /// A LoRA adapter to merge into the one model.
+    /// A LoRA adapter to merge into the one model: a folder, or its name on the hub.
     pub adapter: Option<PathBuf>,
     /// The original model, to compare with.
     pub reference: Option<PathBuf>,
-    /// A LoRA adapter to merge into the reference.
+    /// A LoRA adapter to merge into the reference: a folder, or its name on the hub.
     pub reference_adapter: Option<PathBuf>,
     /// A text, or the name of a bundled one; the bundled held-out text where it is not said.
     pub text: Option<String>,
@@ -92,12 +92,16 @@ impl Evaluate {
         let located = Located::all(&self.models, &mut progress)?;
         let models: Vec<PathBuf> = located.iter().map(|model| model.path().to_path_buf()).collect();
         let reference = self.reference.as_deref().map(|path| Located::whole(path, &mut progress)).transpose()?;
+        let mut adapter = |adapter: &Option<PathBuf>| {
+            adapter.as_deref().map(|path| Located::adapter(path, &mut progress)).transpose()
+        };
+        let (own, of_reference) = (adapter(&self.adapter)?, adapter(&self.reference_adapter)?);
         let activations = self.activations.as_deref();
         let asked = Evaluation {
             models: &models,
-            adapter: self.adapter.as_deref(),
+            adapter: own.as_deref(),
             reference: reference.as_ref().map(Located::path),
-            reference_adapter: self.reference_adapter.as_deref(),
+            reference_adapter: of_reference.as_deref(),
             text: self.text.as_deref(),
             context: self.context,
             windows: self.windows,

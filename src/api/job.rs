@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::keys::keyed;
-use super::{Compute, Located, at_least_one, at_most};
+use super::{Compute, Located, at_least_one, at_most, bring_adapters};
 use crate::error::{Error, Result};
 use crate::hub::Reads;
 use crate::job::{self, Asked, Planned, Verification};
@@ -122,7 +122,8 @@ impl Job {
     ///
     /// Outputs appear only if everything worked. Limits that are missed are told in a report's `verdict`, and the output stays.
     pub fn run(&self, mut progress: Progress) -> Result<Vec<Report>> {
-        let Resolved { outputs, lead, verification } = self.resolve(false)?;
+        let Resolved { mut outputs, lead, verification } = self.resolve(false)?;
+        bring_adapters(&mut outputs, &mut progress)?;
         let sketch = Located::of(&self.model, Reads::Headers, &mut progress)?;
         if !sketch.is_whole() {
             // What would be refused is refused before much is downloaded.
@@ -164,7 +165,8 @@ impl Job {
         let runtime = runtime.as_deref().map(Runtime::parse).transpose()?;
         let gpu = gpu.as_deref().map(Gpu::parse).transpose()?;
         let named = self.is_named()?;
-        let Resolved { outputs, lead, verification } = self.resolve(true)?;
+        let Resolved { mut outputs, lead, verification } = self.resolve(true)?;
+        bring_adapters(&mut outputs, &mut progress)?;
         let located = Located::of(&self.model, Reads::Headers, &mut progress)?;
         let model = located.path();
         let (independent, force) = (self.independent, self.force);

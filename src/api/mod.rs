@@ -28,6 +28,7 @@ use crate::error::{Error, Result};
 use crate::hub::{self, Found, Reads};
 use crate::inspect::Inspection;
 use crate::progress::Progress;
+use crate::targets::Output;
 use crate::{check as checking, demo, diff as differences, inspect as inspection};
 
 pub use compare::Compare;
@@ -57,6 +58,13 @@ impl Located {
         let found = hub::find(model, reads, progress)?;
         found.iter().flat_map(|found| &found.note).for_each(|note| progress.say(&format!("note: {note}")));
         Ok(Located { path: found.as_ref().map_or_else(|| model.to_path_buf(), |found| found.place.clone()), found })
+    }
+
+    /// Finds a LoRA adapter: the path of its folder, which is the cache's where a name of a hub was given.
+    ///
+    /// Fails as [`whole`](Self::whole) does.
+    pub fn adapter(adapter: &Path, progress: &mut Progress) -> Result<PathBuf> {
+        Ok(Located::of(adapter, Reads::Adapter, progress)?.path)
     }
 
     /// Finds several.
@@ -109,6 +117,14 @@ pub fn diff(a: &Path, b: &Path) -> Result<Diff> {
 /// Fails where something lies there already.
 pub fn demo_model(folder: &Path) -> Result<()> {
     demo::export(folder)
+}
+
+/// Puts the places of adapters where names of a hub stand for them.
+fn bring_adapters(outputs: &mut [Output], progress: &mut Progress) -> Result<()> {
+    for adapter in outputs.iter_mut().filter_map(|output| output.recipe.adapter.as_mut()) {
+        *adapter = Located::adapter(adapter, progress)?;
+    }
+    Ok(())
 }
 
 /// Fails where a setting that counts says 0.

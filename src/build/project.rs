@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use toml::Spanned;
 use toml::de::DeTable;
 
-use crate::checkpoint::{HubName, cache};
+use crate::checkpoint::{HubName, Sought, cache};
 use crate::error::{Error, Result};
 use crate::job::Verification;
 use crate::output::Place;
@@ -134,6 +134,18 @@ impl Project {
         if let Some(recipe) = &recipe {
             request = request.or(Request::read(recipe)?);
         }
+        let adapters = request.adapter.iter().chain(request.target.iter().flat_map(|target| &target.adapter));
+        for adapter in adapters.filter(|adapter| !within(adapter).exists()) {
+            if let Some(name) = HubName::of(adapter)? {
+                return Err(Error::usage(format!(
+                    "{}: adapter: there is no folder {}, and of an adapter on the hub the lock would not know what it was; download it \
+                     (hf download {} --local-dir DIR) and name DIR",
+                    path.display(),
+                    adapter.display(),
+                    name.id
+                )));
+            }
+        }
         settle(&mut request, &within);
         let limits = bounds.limits(&within)?;
         let text = settings
@@ -183,7 +195,7 @@ impl Project {
 fn on_hub(said: &Path, seen: &Path) -> Result<Option<(PathBuf, Option<HubName>)>> {
     let name = if seen.exists() { None } else { HubName::of(said)? };
     let Some(name) = name else { return Ok(None) };
-    let cached = cache().and_then(|cache| name.cached(&cache)).filter(|cached| cached.lacks.is_none());
+    let cached = cache().and_then(|cache| name.cached(&cache, Sought::Model)).filter(|cached| cached.lacks.is_none());
     if cached.is_none() && !said.starts_with("hf:") && seen.parent().is_some_and(Path::exists) {
         return Ok(None);
     }

@@ -18,8 +18,10 @@ use formats::{SafetensorsFile, TensorView};
 use kernels::ops::low_rank::{self, Strided};
 use serde_json::Value;
 
+use super::in_snapshot;
+use super::training::{emptied, empty_weights};
 use crate::error::{Error, Result};
-use crate::families::{self, tying};
+use crate::families::{self, AdapterNames, tying};
 use crate::json::read_json;
 use crate::output::hashing::hash_file;
 use crate::report::AdapterReport;
@@ -95,7 +97,8 @@ impl Adapter {
         let original = config.get("_name_or_path").and_then(Value::as_str).map(str::to_owned);
         let stored_head = entries.iter().position(|e| is_head(&e.name));
         let tied = families::tied(config).unwrap_or(stored_head.is_none());
-        let to = Model { path: model, entries, tied };
+        let names = AdapterNames::of(config);
+        let to = Model { path: model, entries, names: &names, tied };
         let Matching { mut changes, new_head, modules: count, replaced, .. } =
             Matching::of(&settings, &file, &modules, &replacing, to)?;
 
@@ -112,6 +115,7 @@ impl Adapter {
             model,
             original: original.as_deref(),
             entries,
+            names: &names,
         };
         let notices = merged.notices();
         let kind = match (settings.root, settings.dora) {
@@ -121,7 +125,8 @@ impl Adapter {
             (true, true) => "rsdora",
         };
         let sha256 = hash_file(file.path())?.sha256;
-        let report = AdapterReport { path: folder.display().to_string(), kind, sha256, modules: count, replaced };
+        let hub = in_snapshot(folder).map(|(name, commit, _)| format!("{name}@{commit}"));
+        let report = AdapterReport { path: folder.display().to_string(), hub, kind, sha256, modules: count, replaced };
         Ok(Adapter { file, changes, report, untied, notices })
     }
 
@@ -296,6 +301,9 @@ fn open_weights(folder: &Path) -> Result<SafetensorsFile> {
             "{}: it holds no tensor, so there is nothing to merge; the adapter was saved by something that left its weights out",
             path.display()
         )));
+    }
+    if let Some((name, counts)) = empty_weights(file.tensors().map(|spec| (&spec.name[..], &spec.shape[..]))) {
+        return Err(emptied(&path, name, counts, true));
     }
     Ok(file)
 }

@@ -39,6 +39,18 @@ pub struct Cached {
     pub lacks: Option<String>,
 }
 
+/// What a name of a hub is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sought {
+    /// A model.
+    Model,
+    /// A LoRA adapter as PEFT writes it.
+    Adapter,
+}
+
+/// The files that an adapter consists of.
+pub const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+
 /// Letters and signs of an owner or a name.
 fn is_name(part: &str) -> bool {
     let letter = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
@@ -97,7 +109,7 @@ impl HubName {
     }
 
     /// What a cache holds of it, if anything.
-    pub fn cached(&self, cache: &Path) -> Option<Cached> {
+    pub fn cached(&self, cache: &Path, sought: Sought) -> Option<Cached> {
         let folder = cache.join(self.folder());
         let snapshots = folder.join("snapshots");
         let entries = std::fs::read_dir(&snapshots).ok()?;
@@ -112,7 +124,14 @@ impl HubName {
         };
         let matching: Vec<&String> = all.iter().filter(|name| name.starts_with(&commit)).collect();
         let [one] = matching[..] else { return None };
-        let (place, lacks) = look(&snapshots.join(one), self.file.as_deref());
+        let snapshot = snapshots.join(one);
+        let (place, lacks) = match sought {
+            Sought::Model => look(&snapshot, self.file.as_deref()),
+            Sought::Adapter => {
+                let lacks = ADAPTER_FILES.into_iter().find(|name| !snapshot.join(name).is_file());
+                (snapshot, lacks.map(str::to_owned))
+            }
+        };
         Some(Cached { place, commit: one.clone(), lacks })
     }
 }

@@ -7,6 +7,7 @@ use formats::{Dtype, SafetensorsSet, TensorSpec, read_quantization};
 use serde_json::{Value, json};
 
 use super::adapter::Adapter;
+use super::training::{emptied, empty_weights};
 use super::{Checkpoint, Listed, Source, directory_entries, dominant_dtype, dtype_named, index};
 use super::{names, place};
 use crate::dialect::model::GgufModel;
@@ -67,6 +68,10 @@ impl Checkpoint {
         place::check_weights(path)?;
         let tensors = SafetensorsSet::open(path).map_err(|error| place::explain_missing(path, error))?;
         tensors.files().iter().try_for_each(|file| place::check_complete(file.path()))?;
+        let shapes = tensors.tensors().map(|spec| (&spec.name[..], &spec.shape[..]));
+        if let Some((name, counts)) = empty_weights(shapes) {
+            return Err(emptied(tensors.file_of(name).expect("listed"), name, counts, false));
+        }
         let (tensors, renamed) = names::as_the_architecture_has(tensors, &config, path)?;
         refuse_named_weights(&config, &tensors, path)?;
         remarks.extend(forget_named_weights(&mut config));

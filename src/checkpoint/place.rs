@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::adapter::mlx_adapter;
 use super::hub;
+use super::training::training;
 use crate::error::{Error, Result};
 use crate::json::read_json;
 
@@ -144,7 +145,7 @@ pub(super) fn list(names: &[String]) -> String {
 }
 
 /// The names in a folder, sorted.
-fn names(folder: &Path) -> Result<Vec<String>> {
+pub(super) fn names(folder: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder, "list"))? {
         names.push(entry.map_err(Error::io(folder, "list"))?.file_name().to_string_lossy().into_owned());
@@ -249,6 +250,9 @@ pub(super) fn no_config(folder: &Path) -> Error {
              the one with config.json and model.safetensors"
         ));
     }
+    if let Some(error) = training(folder) {
+        return error;
+    }
     let models: Vec<&String> = names.iter().filter(|name| name.starts_with("models--")).collect();
     if let Some(first) = models.first() {
         return Error::failed(format!(
@@ -342,6 +346,9 @@ pub(super) fn check_weights(folder: &Path) -> Result<()> {
     }
     if let Some(files) = gguf_files(folder, &names) {
         return Err(Error::failed(format!("{shown}: its weights are GGUF; {files}")));
+    }
+    if let Some(error) = training(folder) {
+        return Err(error);
     }
     let other = [".h5", ".msgpack", ".onnx", ".npz", ".ot", ".ckpt", ".tflite", ".nemo"];
     match names.iter().find(|name| other.iter().any(|ending| name.ends_with(ending))) {

@@ -177,6 +177,67 @@ fn what_cannot_be_read_is_told_in_a_sentence() {
          M.from_pretrained(\"DIR\", dtype=\"auto\").save_pretrained(\"OUT\"); \
          T.from_pretrained(\"DIR\").save_pretrained(\"OUT\")'"
     );
+    let put = |dir: &Path, name: &str| {
+        std::fs::create_dir_all(dir.join(name).parent().unwrap()).unwrap();
+        std::fs::write(dir.join(name), "").unwrap();
+    };
+    let zero = |dir: &Path, names: &[&str]| names.iter().for_each(|name| put(dir, name));
+    let states = ["global_step9/zero_pp_rank_0_mp_rank_00_optim_states.pt", "global_step10/mp_rank_00_model_states.pt"];
+    let told = refused(|dir| {
+        config(dir);
+        zero(dir, &states);
+        zero(dir, &["zero_to_fp32.py", "training_args.bin", "rng_state_0.pth"]);
+        std::fs::write(dir.join("latest"), "global_step10").unwrap();
+    });
+    assert_eq!(
+        told,
+        "DIR: a checkpoint of DeepSpeed's training (global_step10), whose weights are divided among processes; make a model of it once: \
+         python DIR/zero_to_fp32.py DIR OUT --safe_serialization, and put config.json and the tokenizer's files into OUT"
+    );
+    // Without a configuration, without the script, and from within.
+    let told = refused(|dir| zero(dir, &states[..1]));
+    assert!(
+        told.contains("(global_step9)") && told.contains(": python -m deepspeed.utils.zero_to_fp32 DIR OUT "),
+        "{told}"
+    );
+    let room = tempfile::tempdir().unwrap();
+    zero(room.path(), &states);
+    let told = Checkpoint::open(&room.path().join("global_step9")).unwrap_err().to_string();
+    assert!(told.contains(&format!("zero_to_fp32 {} OUT", room.path().display())), "{told}");
+    let told = refused(|dir| {
+        config(dir);
+        zero(dir, &["optimizer_0/__0_0.distcp", "pytorch_model_fsdp_0/__0_0.distcp", "pytorch_model_fsdp_0/.metadata"]);
+    });
+    assert!(told.starts_with(
+        "DIR: a checkpoint of training by torch.distributed.checkpoint, as FSDP saves it (pytorch_model_fsdp_0),"
+    ));
+    assert!(
+        told.contains("once: accelerate merge-weights DIR/pytorch_model_fsdp_0 OUT, and put config.json"),
+        "{told}"
+    );
+    assert!(told.contains("format_utils dcp_to_torch DIR/pytorch_model_fsdp_0 OUT.pt"), "{told}");
+    let told = refused(|dir| zero(dir, &["__0_0.distcp", ".metadata"]));
+    assert!(told.contains("accelerate merge-weights DIR OUT"), "{told}");
+    let empty = |name: &str| plain(name, Dtype::BF16, &[0], &[]);
+    let told = refused(|dir| {
+        write(dir, &json!({}), &[plain("n", Dtype::BF16, &[1], &[1.0]), empty("w.weight"), empty("w.bias")])
+    });
+    assert!(told.starts_with("DIR/model.safetensors: 2 of 3 tensors, such as `w."), "{told}");
+    assert!(
+        told.contains("ZeRO-3") && told.contains("save the model again with stage3_gather_16bit_weights_on_model_save"),
+        "{told}"
+    );
+    let told = refused(|dir| {
+        write(dir, &json!({}), &[empty("w.weight")]);
+        zero(dir, &states[..1]);
+    });
+    assert!(
+        told.contains("beside them: python -m deepspeed.utils.zero_to_fp32 DIR OUT --safe_serialization"),
+        "{told}"
+    );
+    // What a library keeps beside the weights may be empty.
+    let told = refused(|dir| write(dir, &json!({}), &[empty("w._extra_state")]));
+    assert!(!told.contains("ZeRO-3"), "{told}");
     let nan = plain("w", Dtype::BF16, &[3], &[0.0, 1.0, f32::NAN]);
     assert_eq!(
         refused(|dir| write(dir, &json!({}), &[nan])),

@@ -36,7 +36,7 @@ mod unknown;
 
 pub use linears::{Absent, absent};
 pub use names::{component, names};
-pub use renames::Loading;
+pub use renames::{AdapterNames, Loading};
 pub use spelt_out::spelt_out;
 pub use unknown::{changed_modules, plain_modules};
 

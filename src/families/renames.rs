@@ -18,6 +18,10 @@ static TABLE: LazyLock<HashMap<String, Vec<Told>>> =
 /// How one class of a model type is loaded, as the table has it.
 #[derive(Deserialize)]
 struct Told {
+    /// The classes that are loaded so.
+    classes: Vec<String>,
+    /// PEFT does the same to the names in an adapter.
+    adapters: bool,
     base: String,
     steps: Vec<(Option<String>, String, Vec<String>, Kind)>,
     tied: Vec<String>,
@@ -59,7 +63,7 @@ impl Loading {
         let outer = type_of(config).filter(|outer| *outer != text);
         let told = outer.into_iter().chain([&text[..]]).filter_map(|model_type| TABLE.get(model_type)).flatten();
         let mut loading = Loading::default();
-        for Told { base, steps, tied } in told {
+        for Told { base, steps, tied, .. } in told {
             loading.tied.extend(tied.iter().map(|name| &name[..]));
             loading.ways.push(steps.iter().map(|step| Step::new(base, step)).collect());
         }
@@ -96,6 +100,63 @@ impl Loading {
         let splits = steps.any(|step| step.kind == Kind::ChangesWeights && step.targets.len() > 1);
         let joined = |name| self.ways.iter().any(|way| loaded(way, name).1 == Some(Kind::ChangesWeights));
         splits || tensors.into_iter().any(joined)
+    }
+}
+
+/// What PEFT calls the modules of one model: as transformers calls them once they are loaded.
+pub struct AdapterNames {
+    /// The steps of its class; of each class of its type where it is not known.
+    ways: Vec<Vec<Step>>,
+    /// PEFT does them to the names in an adapter, too.
+    converts: bool,
+}
+
+impl AdapterNames {
+    /// Of the model that this config.json describes, loaded by the class that it names.
+    pub fn of(config: &Value) -> AdapterNames {
+        let class = config.pointer("/architectures/0").and_then(Value::as_str).unwrap_or_default();
+        let all = type_of(config).and_then(|model_type| TABLE.get(model_type)).map_or(&[][..], |told| &told[..]);
+        let own: Vec<&Told> = all.iter().filter(|told| told.classes.iter().any(|known| known == class)).collect();
+        let told = if own.is_empty() { all.iter().collect() } else { own };
+        let steps = |told: &&'static Told| told.steps.iter().map(|step| Step::new(&told.base, step)).collect();
+        AdapterNames { ways: told.iter().map(steps).collect(), converts: told.iter().any(|told| told.adapters) }
+    }
+
+    /// Whether modules have other names in files.
+    pub fn differ(&self) -> bool {
+        !self.ways.is_empty()
+    }
+
+    /// What a module of a file is called, for each way in which the model may be loaded.
+    pub fn in_memory(&self, module: &str) -> Vec<String> {
+        if self.ways.is_empty() {
+            return vec![module.to_owned()];
+        }
+        let weight = format!("{module}.weight");
+        let names = self.ways.iter().flat_map(|way| loaded(way, &weight).0);
+        let mut names: Vec<String> =
+            names.map(|name| name.strip_suffix(".weight").map_or_else(|| module.to_owned(), str::to_owned)).collect();
+        names.sort_unstable();
+        names.dedup();
+        names
+    }
+
+    /// The modules that PEFT takes a module of an adapter for. It renames factors as the weights of older files are renamed, where the type of
+    /// the model is registered for that, but not where that only takes something off the front.
+    pub fn taken_for(&self, module: &str) -> Vec<String> {
+        if !self.converts {
+            return vec![module.to_owned()];
+        }
+        const PART: &str = ".lora_A.default.weight";
+        let renamed = |way: &Vec<Step>| {
+            let mut name = format!("{module}{PART}");
+            for step in way.iter().filter(|step| step.kind == Kind::Renames) {
+                name = step.done(&name).and_then(|names| names.into_iter().next()).unwrap_or(name);
+            }
+            let name = name.strip_suffix(PART).unwrap_or(module);
+            if format!("base_model.model.{module}").ends_with(name) { module.to_owned() } else { name.to_owned() }
+        };
+        self.ways.iter().map(renamed).collect()
     }
 }
 
@@ -208,6 +269,60 @@ mod tests {
             assert_eq!(of(model_type).refuses_packed([tensor]), refused, "{model_type}");
         }
         assert_eq!(of("luke").tied(), ["entity_predictions.decoder"]);
+    }
+
+    /// Held to what PEFT 0.21 loads with transformers 5.23.
+    #[test]
+    fn modules_of_adapters_are_found_as_peft_finds_them() {
+        let layer = "layers.0.self_attn.q_proj";
+        let known = |model_type: &str, class: &str, file: &str, module: &str| {
+            let names = AdapterNames::of(&json!({"model_type": model_type, "architectures": [class]}));
+            let memory = names.in_memory(file);
+            names.taken_for(module).iter().any(|name| memory.contains(name))
+        };
+        for (model_type, class, file, module, expected) in [
+            ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "model.", "model.language_model.", true),
+            ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "model.", "model.", false),
+            (
+                "qwen2_5_vl",
+                "Qwen2_5_VLForConditionalGeneration",
+                "model.language_model.",
+                "model.language_model.",
+                true,
+            ),
+            ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", "model.language_model.", "model.", false),
+            ("gemma3", "Gemma3ForConditionalGeneration", "language_model.model.", "model.language_model.", true),
+            ("gemma3", "Gemma3ForConditionalGeneration", "language_model.model.", "language_model.model.", true),
+            ("gemma3", "Gemma3ForConditionalGeneration", "language_model.model.", "model.", false),
+            (
+                "gemma3",
+                "Gemma3ForConditionalGeneration",
+                "vision_tower.vision_model.encoder.",
+                "model.vision_tower.encoder.",
+                true,
+            ),
+            (
+                "gemma3",
+                "Gemma3ForConditionalGeneration",
+                "vision_tower.vision_model.encoder.",
+                "vision_tower.vision_model.encoder.",
+                true,
+            ),
+            (
+                "gemma3",
+                "Gemma3ForConditionalGeneration",
+                "vision_tower.vision_model.encoder.",
+                "vision_model.encoder.",
+                false,
+            ),
+            ("gemma3n_text", "Gemma3nForCausalLM", "model.language_model.", "model.", true),
+            ("gemma3n_text", "Gemma3nForCausalLM", "model.language_model.", "model.language_model.", false),
+            ("llama", "LlamaForCausalLM", "model.", "model.", true),
+            ("llama", "LlamaForCausalLM", "model.", "language_model.model.", false),
+        ] {
+            let found = known(model_type, class, &format!("{file}{layer}"), &format!("{module}{layer}"));
+            assert_eq!(found, expected, "{class}: {file} and {module}");
+        }
     }
 
     #[test]

@@ -14,6 +14,8 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use sha1::{Digest, Sha1};
+
 use super::client::{Client, Fault, Sent, fault_of, header, quoted};
 use super::listing::{Listed, Listing, Wanted};
 use crate::checkpoint::{HubName, weights_of};
@@ -85,6 +87,10 @@ impl Fetch<'_> {
                 self.all(parts, "the GGUF file", progress)?;
                 let first = parts.iter().map(|part| &part.path).min().expect("a GGUF file has parts");
                 self.snapshot().join(first)
+            }
+            Wanted::Adapter(files) => {
+                self.all(files, "the adapter", progress)?;
+                self.snapshot()
             }
         };
         self.refer()?;
@@ -335,13 +341,27 @@ fn check(file: &Listed, place: &Path) -> std::result::Result<(), String> {
     if length != file.bytes {
         return Err(format!("{length} bytes came, and the hub lists {}", file.bytes));
     }
-    if file.hashed {
-        let found = hash_file(place).map_err(|error| error.to_string())?.sha256;
-        if found != file.blob {
-            return Err(format!("its SHA-256 is {found}, and the hub lists {}", file.blob));
+    let (what, found) = match file.hashed {
+        true => ("SHA-256", hash_file(place).map_err(|error| error.to_string())?.sha256),
+        false => ("hash in git", git_hash(place, length).map_err(|error| error.to_string())?),
+    };
+    match found == file.blob {
+        true => Ok(()),
+        false => Err(format!("its {what} is {found}, and the hub lists {}", file.blob)),
+    }
+}
+
+/// What git calls a file of so many bytes: the SHA-1 of a blob.
+fn git_hash(place: &Path, length: u64) -> std::io::Result<String> {
+    let mut hasher = Sha1::new_with_prefix(format!("blob {length}\0"));
+    let mut file = File::open(place)?;
+    let mut piece = vec![0; PIECE];
+    loop {
+        match file.read(&mut piece)? {
+            0 => return Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()),
+            count => hasher.update(&piece[..count]),
         }
     }
-    Ok(())
 }
 
 /// Gives a blob the name `place`, which lies `depth` folders deep in the snapshots: as a link, and where a disk has none as a second name or a
@@ -374,6 +394,23 @@ mod tests {
     fn answers_go_on_only_where_they_say_so() {
         assert!(goes_on(206, Some("bytes 5-9/10"), 5) && goes_on(206, None, 5));
         assert!(!goes_on(200, None, 5) && !goes_on(206, Some("bytes 50-99/100"), 5));
+    }
+
+    /// As `git hash-object` says.
+    #[test]
+    fn small_files_are_known_by_their_hash_in_git() {
+        let room = tempfile::tempdir().unwrap();
+        for (text, hash) in [
+            ("", "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"),
+            ("test content\n", "d670460b4b4aece5915caf5c68d12f560a9fe3e4"),
+        ] {
+            let place = room.path().join("x");
+            std::fs::write(&place, text).unwrap();
+            assert_eq!(git_hash(&place, text.len() as u64).unwrap(), hash);
+            let bytes = text.len() as u64;
+            let file = Listed { path: "x".to_owned(), bytes, blob: hash.replacen("d6", "e6", 1), hashed: false };
+            assert_eq!(check(&file, &place).is_ok(), file.blob == hash);
+        }
     }
 
     #[cfg(unix)]

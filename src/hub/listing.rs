@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 use super::client::{Client, Fault, quoted};
-use crate::checkpoint::{HubName, INDEX, gguf_files, goes_along, is_commit};
+use crate::checkpoint::{ADAPTER_FILES, HubName, INDEX, gguf_files, goes_along, is_commit};
 use crate::error::{Error, Result};
 
 /// Pages of a listing at most; a page has a thousand files.
@@ -38,6 +38,8 @@ pub enum Wanted {
     Folder(Vec<Listed>),
     /// The parts of a GGUF file.
     Gguf(Vec<Listed>),
+    /// An adapter, and what lies beside it.
+    Adapter(Vec<Listed>),
 }
 
 /// The commit that a name means now.
@@ -129,8 +131,10 @@ pub fn wanted(name: &HubName, listing: &Listing) -> Result<Wanted> {
             let pickles = names.iter().any(|name| [".bin", ".pth", ".pt"].iter().any(|ending| name.ends_with(ending)));
             let adapter = names.iter().any(|name| name == "adapter_config.json");
             let why = match () {
-                () if adapter => {
-                    "it is an adapter; give the model that it was made for, and the downloaded folder with --adapter"
+                () if adapter => "it is an adapter; give the model that it was made for, and this name with --adapter",
+                () if names.iter().any(|name| name.ends_with(".distcp") || name.starts_with("global_step")) => {
+                    "it holds a checkpoint of training, whose weights are divided among processes; download it, and the message about the \
+                     folder says how to make a model of it"
                 }
                 () if pickles => {
                     "PyTorch pickles are not read, as opening one can run what it contains; save the model as safetensors once, with transformers"
@@ -140,6 +144,28 @@ pub fn wanted(name: &HubName, listing: &Listing) -> Result<Wanted> {
             Err(Error::failed(format!("{name}: nothing was downloaded: {why}; {id} holds {}", shown.join(", "))))
         }
     }
+}
+
+/// What has to be fetched of an adapter: PEFT's two files, and the tokenizer and templates that training programs save with it.
+///
+/// Fails where it is none, or is saved otherwise.
+pub fn adapter(name: &HubName, listing: &Listing) -> Result<Wanted> {
+    let holds = |path: &str| listing.files.iter().any(|file| file.path == path);
+    if let Some(lacking) = ADAPTER_FILES.into_iter().find(|path| !holds(path)) {
+        let id = &name.id;
+        let why = match () {
+            () if holds("adapter_model.bin") => {
+                "adapter_model.bin is a PyTorch pickle, which is not read; load the adapter with PEFT once and save it again".to_owned()
+            }
+            () if holds("config.json") => format!("{id} is a model and no adapter; give it in the model's place"),
+            () => format!("{id} has no {lacking} at its top, and an adapter is what PEFT's save_pretrained writes"),
+        };
+        return Err(Error::failed(format!("{name}: nothing was downloaded: {why}")));
+    }
+    let needed = |file: &&Listed| {
+        ADAPTER_FILES.contains(&&file.path[..]) || !file.path.contains('/') && goes_along(&file.path, file.bytes)
+    };
+    Ok(Wanted::Adapter(listing.files.iter().filter(needed).cloned().collect()))
 }
 
 #[cfg(test)]
@@ -154,7 +180,7 @@ mod tests {
             hashed: false,
         };
         let listing = Listing { commit: String::new(), files: files.iter().map(file).collect() };
-        let (Wanted::Folder(files) | Wanted::Gguf(files)) =
+        let (Wanted::Folder(files) | Wanted::Gguf(files) | Wanted::Adapter(files)) =
             wanted(&HubName::parse(name).unwrap(), &listing).map_err(|error| error.to_string())?;
         Ok(files.into_iter().map(|file| file.path).collect())
     }
@@ -212,6 +238,8 @@ mod tests {
         );
         let told = of("a/b", &[("adapter_config.json", 1), ("adapter_model.safetensors", 9)]).unwrap_err();
         assert!(told.contains("it is an adapter"), "{told}");
+        let told = of("a/b", &[("config.json", 1), ("global_step9/x_optim_states.pt", 9)]).unwrap_err();
+        assert!(told.contains("a checkpoint of training"), "{told}");
         let told = of("a/b:Q8_0", &[("config.json", 1), ("model.safetensors", 9)]).unwrap_err();
         assert!(told.contains("holds no GGUF file"), "{told}");
     }

@@ -26,7 +26,7 @@ use fetch::Fetch;
 use settings::Settings;
 use tempfile::TempDir;
 
-use crate::checkpoint::{Cached, HubName};
+use crate::checkpoint::{Cached, HubName, Sought};
 use crate::error::{Error, Result};
 use crate::progress::Progress;
 
@@ -39,6 +39,8 @@ pub enum Reads {
     Whole,
     /// Everything but the values of weights.
     Headers,
+    /// All of an adapter, which is small, and whose values tell whether it does anything.
+    Adapter,
 }
 
 /// A model that was named as a hub names it.
@@ -63,7 +65,7 @@ impl Found {
     }
 }
 
-/// The model that a name of a hub means: from the cache, and what is not there is downloaded into it; `None` for a path.
+/// The model, or the adapter, that a name of a hub means: from the cache, and what is not there is downloaded into it; `None` for a path.
 ///
 /// A name whose first part is a folder here is that of a path, unless the cache has it or `hf://` stands before it.
 ///
@@ -72,7 +74,11 @@ impl Found {
 pub fn find(path: &Path, reads: Reads, progress: &mut Progress) -> Result<Option<Found>> {
     let Some(name) = HubName::of(path)? else { return Ok(None) };
     let settings = Settings::of_environment()?;
-    let cached = match name.cached(&settings.cache) {
+    let sought = if reads == Reads::Adapter { Sought::Adapter } else { Sought::Model };
+    if let (Sought::Adapter, Some(file)) = (sought, &name.file) {
+        return Err(Error::usage(format!("{name}: an adapter has no files to choose among; leave :{file} out")));
+    }
+    let cached = match name.cached(&settings.cache, sought) {
         Some(Cached { place, lacks: None, .. }) => return Ok(Some(Found::at(place))),
         cached => cached,
     };
@@ -93,7 +99,10 @@ pub fn find(path: &Path, reads: Reads, progress: &mut Progress) -> Result<Option
         None => format!("{name}: it is not in {} and is to be downloaded", settings.cache.display()),
     };
     let listing = listing::list(&client, &name).map_err(|fault| client.told(fault, &doing, &name.id))?;
-    let wanted = listing::wanted(&name, &listing)?;
+    let wanted = match sought {
+        Sought::Model => listing::wanted(&name, &listing)?,
+        Sought::Adapter => listing::adapter(&name, &listing)?,
+    };
     let fetch = Fetch { client: &client, name: &name, listing: &listing, cache: &settings.cache };
     if reads == Reads::Headers
         && let Some(sketch) = sketch::sketch(&fetch, &wanted, progress)?
@@ -108,7 +117,7 @@ pub fn find(path: &Path, reads: Reads, progress: &mut Progress) -> Result<Option
 /// Fails where neither knows it.
 pub fn commit_of(name: &HubName) -> Result<String> {
     let settings = Settings::of_environment()?;
-    if let Some(cached) = name.cached(&settings.cache) {
+    if let Some(cached) = name.cached(&settings.cache, Sought::Model) {
         return Ok(cached.commit);
     }
     if let Some(commit) = name.commit() {

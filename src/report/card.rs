@@ -187,8 +187,8 @@ impl Report {
     fn made(&self) -> Vec<String> {
         let recipe = &self.recipe;
         let mut made = Vec::new();
-        if let Some(AdapterReport { path, kind, sha256, modules, replaced }) = &self.adapter {
-            let name = one_line(called(path));
+        if let Some(AdapterReport { path, hub, kind, sha256, modules, replaced }) = &self.adapter {
+            let name = one_line(hub.as_deref().unwrap_or_else(|| called(path)));
             made.push(format!(
                 "merged with the {kind} adapter {name} (sha256 {sha256}): {modules} modules, {replaced} tensors replaced"
             ));

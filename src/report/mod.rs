@@ -65,6 +65,9 @@ pub struct TensorReport {
 pub struct AdapterReport {
     /// Its directory.
     pub path: String,
+    /// Its name on the hub with its commit, where it is from there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hub: Option<String>,
     /// `lora`, `rslora`, `dora` or `rsdora`.
     pub kind: &'static str,
     /// SHA-256 of adapter_model.safetensors, lower-case hex.

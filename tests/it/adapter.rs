@@ -12,6 +12,7 @@ use quantc::report::Limits;
 use quantc::{Checkpoint, families};
 use serde_json::{Value, json};
 
+use crate::families::checkpoint;
 use crate::harness::Room;
 use crate::pipeline;
 
@@ -187,6 +188,69 @@ fn names_of_other_wrappers_are_understood() {
         let merged = Checkpoint::open_with(&base, Some(room.path())).unwrap();
         assert!(merged.load(target).unwrap() != plain, "{module}");
         assert_eq!(merged.adapter().unwrap().modules, 1);
+    }
+}
+
+/// Names as PEFT writes them for models that see, with the transformers of today and of before 4.52; held to what PEFT 0.21 loads.
+#[test]
+fn adapters_of_models_that_see_are_told_where_peft_would_leave_them_out() {
+    let [gemma, qwen] = ["gemma3_vision", "qwen2_5_vl_vision"].map(checkpoint);
+    let (attention, mlp) = ("layers.0.self_attn.q_proj", "blocks.0.mlp.down_proj");
+    let opened = |model: &Path, module: &str, settings: Value| {
+        // Of the shape that the tensor has which it ends like; of towers the last one.
+        let plain = Checkpoint::open(model).unwrap();
+        let tower = ["visual", "vision"].iter().any(|part| module.contains(part));
+        let leaf = module.rsplit('.').next().unwrap();
+        let alike = |name: &str| {
+            name.contains("vis") == tower && name.contains(".0.") && name.ends_with(&format!("{leaf}.weight"))
+        };
+        let entry = plain.entries().iter().find(|entry| alike(&entry.name)).unwrap();
+        let room = tempfile::tempdir().unwrap();
+        let shape = [entry.shape[0], entry.shape[1]];
+        let module = format!("base_model.model.{module}");
+        adapter(room.path(), &settings, &borrowed(&product(&module, 4, shape)));
+        let merged = Checkpoint::open_with(model, Some(room.path())).map_err(|error| error.to_string())?;
+        let changed = |name: &&str| merged.load(name).unwrap() != plain.load(name).unwrap();
+        let names: Vec<&str> = plain.entries().iter().map(|entry| entry.name.as_str()).filter(changed).collect();
+        Ok::<_, String>((names.join(" "), merged.notices()))
+    };
+    let (text, tower) = ("language_model.model.", "vision_tower.vision_model.encoder.");
+    for (model, before, leaf, changes, foreign) in [
+        (&gemma, "model.language_model.", attention, text, false),
+        (&gemma, "language_model.model.", attention, text, false),
+        (&gemma, "model.", attention, text, true),
+        (&gemma, "model.vision_tower.encoder.", attention, tower, false),
+        (&gemma, "vision_tower.vision_model.encoder.", attention, tower, false),
+        (&gemma, "vision_tower.encoder.", attention, tower, true),
+        (&gemma, "vision_model.encoder.", attention, tower, true),
+        (&qwen, "model.language_model.", attention, "model.", false),
+        (&qwen, "model.", attention, "model.", true),
+        (&qwen, "model.visual.", mlp, "visual.", false),
+        (&qwen, "visual.", mlp, "visual.", true),
+    ] {
+        let module = format!("{before}{leaf}");
+        let (changed, notes) = opened(model.path(), &module, json!({})).unwrap();
+        assert_eq!(changed, format!("{changes}{leaf}.weight"), "{module}");
+        let told = notes.iter().filter(|note| note.contains("2 of the adapter's 2 tensors")).count();
+        assert_eq!(told, usize::from(foreign), "{module}: {notes:?}");
+    }
+    let error = opened(gemma.path(), attention, json!({})).unwrap_err();
+    assert!(error.contains("2 tensors of the model end in `layers.0.self_attn.q_proj.weight`"), "{error}");
+    // Settings speak of the names of today, too.
+    let settings = json!({"target_modules": r".*language_model.*\.q_proj"});
+    let (_, notes) = opened(gemma.path(), &format!("model.language_model.{attention}"), settings).unwrap();
+    let [note] = &notes[..] else { panic!("{notes:?}") };
+    assert!(
+        note.contains("no factors for 1 of the modules that target_modules names (`model.language_model.layers.1."),
+        "{note}"
+    );
+    // Tensors that were saved whole are looked for by the whole name.
+    for (name, foreign) in [("model.language_model.embed_tokens.weight", false), ("model.embed_tokens.weight", true)] {
+        let room = tempfile::tempdir().unwrap();
+        let values = vec![0.5; 96 * 64];
+        adapter(room.path(), &json!({}), &[(&format!("base_model.model.{name}"), vec![96, 64], values)]);
+        let notes = Checkpoint::open_with(qwen.path(), Some(room.path())).unwrap().notices();
+        assert_eq!(notes.iter().any(|note| note.contains("as PEFT calls them")), foreign, "{name}: {notes:?}");
     }
 }
 

@@ -217,6 +217,10 @@ fn what_cannot_be_built_is_refused_before_any_work() {
         "version = 1\nmodel = 'model'\nbaseline = 'x'\nmax_regression = '-1'\n[[target]]\npath = 'x'",
         &["--max-regression `-1`"],
     );
+    refused(
+        "version = 1\nmodel = 'model'\nadapter = 'org/lora'\n[[target]]\npath = 'x'",
+        &["there is no folder org/lora", "hf download org/lora --local-dir DIR"],
+    );
     room.run(["build", "nowhere.toml"]).refuses(1, &["nowhere.toml"]);
 }
 

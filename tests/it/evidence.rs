@@ -338,6 +338,8 @@ fn adapters_that_lack_something_are_refused_or_told() {
     refused(json!({"use_dora": true}), &good, "has no lora_magnitude_vector; the adapter is incomplete");
     refused(json!({"use_dora": false}), &dora, "adapter_config.json does not say use_dora");
     refused(json!({}), &[], "it holds no tensor");
+    let divided: Vec<_> = good.iter().map(|(name, _, _)| (name.clone(), vec![0], Vec::new())).collect();
+    refused(json!({}), &divided, "save the adapter again with stage3_gather_16bit_weights_on_model_save");
     for kind in ["ADALORA", "VERA", "LOKR", "OFT", "PREFIX_TUNING", "LN_TUNING"] {
         refused(json!({"peft_type": kind}), &good, &format!("peft_type is {kind}, and only LORA"));
     }

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use self::server::{Hub, TOKEN, sha256};
+use crate::folders::small_adapter;
 use crate::harness::{Room, Run, children};
 
 mod server;
@@ -303,6 +304,11 @@ fn what_cannot_be_had_is_told_with_what_to_do() {
     fails(&run(&hub, &room, "check org/small"), 1, &["tokenizer.json", "its SHA-256 is", "was removed"]);
     assert!(!snapshot(&room, &commit).contains_key("tokenizer.json") && incomplete(&room).is_empty());
     hub.faults().spoils.store(false, Ordering::Relaxed);
+    hub.faults().spoils_small.store(true, Ordering::Relaxed);
+    let other = Room::new();
+    fails(&run(&hub, &other, "check org/small"), 1, &["its hash in git is", "and the hub lists", "was removed"]);
+    assert!(!snapshot(&other, &commit).contains_key("config.json") && incomplete(&other).is_empty());
+    hub.faults().spoils_small.store(false, Ordering::Relaxed);
     // Nobody is there, the network is forbidden, nothing comes any more.
     let with = |line: &str, name: &str, value: &str| {
         Run::of(command(&hub, &Room::new(), line).env(name, value).output().unwrap())
@@ -532,4 +538,60 @@ fn serves_others() {
     while Path::new(&file).exists() {
         std::thread::sleep(Duration::from_millis(100));
     }
+}
+
+/// An adapter is named as a model is, wherever one is merged, and comes whole: what it says of itself hangs on its values.
+#[test]
+fn an_adapter_is_named_as_a_model_is() {
+    let (hub, room) = (Hub::start(), Room::new());
+    hub.publish("org/small", small());
+    let local = Room::new();
+    small_adapter(&local.path("lora"));
+    let read = |name: &str| std::fs::read(local.path("lora").join(name)).unwrap();
+    let beside = ["tokenizer_config.json", "optimizer.pt", "checkpoint-5/adapter_config.json"];
+    let files = ["adapter_config.json", "adapter_model.safetensors"].map(|name| (name.to_owned(), read(name)));
+    let files = files.into_iter().chain(beside.map(|name| (name.to_owned(), b"{}".to_vec())));
+    let commit = hub.publish("org/lora", files.clone());
+    let mut pickled: Vec<_> = files.filter(|(name, _)| name != "adapter_model.safetensors").collect();
+    pickled.push(("adapter_model.bin".to_owned(), b"x".to_vec()));
+    hub.publish("org/pickled", pickled);
+    // A plan reads the headers of the model alone.
+    let planned = run(&hub, &room, &format!("plan org/small --adapter org/lora {QUICK}"));
+    planned.succeeds();
+    let told = planned.stderr();
+    assert!(told.contains("org/lora: downloading the adapter (3 files,"), "{told}");
+    assert!(told.contains("the headers of their files were read") && !told.contains("change nothing"), "{told}");
+    let lora = room.path("hf/hub/models--org--lora/snapshots").join(&commit);
+    let mut names: Vec<_> = std::fs::read_dir(&lora).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["adapter_config.json", "adapter_model.safetensors", "tokenizer_config.json"]);
+    hub.asked();
+    run(&hub, &room, &format!("quantize org/small --adapter org/lora -o out {QUICK}")).succeeds();
+    run(&hub, &room, "merge org/small --adapter org/lora -o merged").succeeds();
+    run(&hub, &room, "eval out --reference org/small --reference-adapter hf://org/lora@main --windows 1 --context 64")
+        .succeeds();
+    assert!(!hub.asked().iter().any(|asked| asked.path.contains("lora")), "it is in the cache");
+    // The same as from a folder.
+    run(&hub, &room, &format!("merge org/small --adapter {} -o same", local.path("lora").display())).succeeds();
+    let weights = |name: &str| std::fs::read(room.path(name).join(WEIGHTS)).unwrap();
+    assert_eq!(weights("merged"), weights("same"));
+    let report: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(room.path("out/report.json")).unwrap()).unwrap();
+    assert_eq!(report["adapter"]["hub"], format!("org/lora@{commit}"));
+    let card = std::fs::read_to_string(room.path("out/README.md")).unwrap();
+    assert!(card.contains(&format!("adapter org/lora@{commit}")), "{card}");
+    for (name, code, words) in [
+        ("org/small", 1, &["org/small is a model and no adapter"][..]),
+        ("org/pickled", 1, &["adapter_model.bin is a PyTorch pickle", "nothing was downloaded"]),
+        ("org/none", 1, &["org/none"]),
+        ("org/lora:Q8_0", 2, &["leave :Q8_0 out"]),
+        ("nowhere", 1, &["nowhere"]),
+    ] {
+        fails(&run(&hub, &room, &format!("merge org/small --adapter {name} -o other")), code, words);
+    }
+    fails(
+        &run(&hub, &Room::new(), "merge org/lora --adapter org/lora -o other"),
+        1,
+        &["it is an adapter", "this name with --adapter"],
+    );
 }

@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use super::dumps::{self, dumps};
 use super::guard::{Guard, guarded};
+use super::record::REASONING;
 use super::{Message, SampleError, jinja, spelling};
 
 const NAME: &str = "chat_template";
@@ -164,9 +165,7 @@ enum Form {
 impl Form {
     /// A message as the template sees it: the reasoning, where there is some, under each name that templates know it by.
     fn fields(self, message: &Message) -> serde_json::Value {
-        let reasoning = ["reasoning_content", "thinking", "reasoning"]
-            .iter()
-            .find_map(|&name| message.extra.get(name).filter(|value| !value.is_null()));
+        let reasoning = REASONING.iter().find_map(|&name| message.extra.get(name).filter(|value| !value.is_null()));
         let mut fields = serde_json::Map::new();
         if let Some(reasoning) = reasoning {
             fields.insert("thinking".to_owned(), reasoning.clone());

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value};
 
+use super::media::is_media;
 use super::record::{self, are_turns, is_content, is_conversation, is_known};
 
 /// How an object holds its records, and the records; `None` where it is a record itself or something else.
@@ -50,22 +51,24 @@ fn lists(fields: &Map<String, Value>) -> Option<Result<Vec<Value>, String>> {
         is_content(key) && !items.is_empty() && items.iter().all(cell)
     };
     let (first, _) = fields.iter().find(|(key, value)| is_column((key, value)))?;
-    let known: Vec<(&String, &Value)> =
-        fields.iter().filter(|(key, _)| is_known(key) || **key == record::REJECTED).collect();
+    let known: Vec<(&String, &Value)> = fields.iter().filter(|(key, _)| record::is_told(key)).collect();
     if known.iter().any(|(key, value)| is_content(key) && !value.is_array() && !value.is_null()) {
         return None;
     }
     let length = |value: &Value| value.as_array().map(Vec::len);
     let rows = length(&fields[first])?;
-    if let Some((key, other)) =
-        known.iter().find_map(|(key, value)| Some((key, length(value).filter(|other| *other != rows)?)))
+    if let Some((key, other)) = known
+        .iter()
+        .filter(|(key, _)| !is_media(key))
+        .find_map(|(key, value)| Some((key, length(value).filter(|other| *other != rows)?)))
     {
         return Some(Err(format!(
             "`{first}` is a list of {rows} and `{key}` one of {other}, and columns are of equal length"
         )));
     }
     let row = |index: usize| {
-        let cell = |value: &Value| value.as_array().map_or(value, |items| &items[index]).clone();
+        let cell =
+            |value: &Value| value.as_array().map_or(value, |items| items.get(index).unwrap_or(&Value::Null)).clone();
         Value::Object(known.iter().map(|(key, value)| ((*key).clone(), cell(value))).collect())
     };
     Some(Ok((0..rows).map(row).collect()))

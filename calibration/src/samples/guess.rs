@@ -12,6 +12,8 @@ const NAMES: usize = 3;
 pub(super) enum Guess {
     /// It also holds images or other parts that are not text, which were left out.
     MoreThanText,
+    /// Fields of it name images, videos or audio, whose placeholders were left out of the text; these fields and placeholders, each once.
+    Media { under: Vec<String>, dropped: Vec<String> },
     /// Other fields that are known hold text that those which were read do not hold.
     Unread { read: Vec<String>, others: Vec<String> },
     /// Roles that are not known, each once.
@@ -35,6 +37,7 @@ impl Guess {
     pub fn is_of_kind(&self, other: &Guess) -> bool {
         match (self, other) {
             (Guess::Role(_), Guess::Role(_))
+            | (Guess::Media { .. }, Guess::Media { .. })
             | (Guess::Twice(_), Guess::Twice(_))
             | (Guess::Rounded(_), Guess::Rounded(_)) => true,
             _ => self == other,
@@ -43,13 +46,21 @@ impl Guess {
 
     /// Takes in what another one of the same kind says.
     pub fn join(&mut self, other: Guess) {
-        if let (Guess::Role(roles), Guess::Role(others)) = (self, other) {
-            for role in others {
+        let add = |known: &mut Vec<String>, others: Vec<String>| {
+            for other in others {
                 // One more than is told says that there are more.
-                if roles.len() <= NAMES && !roles.contains(&role) {
-                    roles.push(role);
+                if known.len() <= NAMES && !known.contains(&other) {
+                    known.push(other);
                 }
             }
+        };
+        match (self, other) {
+            (Guess::Role(roles), Guess::Role(others)) => add(roles, others),
+            (Guess::Media { under, dropped }, Guess::Media { under: others, dropped: more }) => {
+                add(under, others);
+                add(dropped, more);
+            }
+            _ => {}
         }
     }
 
@@ -58,6 +69,15 @@ impl Guess {
         let quoted = |names: &[String]| format!("`{}`", names.join("` and `"));
         match self {
             Guess::MoreThanText => "hold images or other parts that are not text, which were left out".to_owned(),
+            Guess::Media { under, dropped } => {
+                let left_out = match dropped.is_empty() {
+                    true => String::new(),
+                    false => {
+                        format!(", and {} was left out of the text, where it stands for one of them", quoted(dropped))
+                    }
+                };
+                format!("name images, videos or audio under {}, which are not looked at{left_out}", quoted(under))
+            }
             Guess::Unread { read, others } => {
                 format!("hold text under {} beside {}, which alone was read", quoted(others), quoted(read))
             }

@@ -18,6 +18,7 @@ mod guard;
 mod guess;
 mod jinja;
 mod json;
+mod media;
 mod parquet;
 mod parse;
 mod pattern;

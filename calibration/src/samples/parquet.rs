@@ -4,12 +4,12 @@ use parquet::basic::{ConvertedType, Repetition};
 use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::{Field, Row};
-use parquet::schema::types::Type;
+use parquet::schema::types::{Type, TypePtr};
 use serde_json::{Map, Value};
 
 use super::guard::guarded;
 use super::records::Records;
-use super::{SampleError, record};
+use super::{SampleError, media, record};
 
 /// Reads a whole file. Fails where it is damaged, has no column that is known, or one whose form is not read.
 pub(super) fn read(name: &str, bytes: Vec<u8>) -> Result<Records, SampleError> {
@@ -37,14 +37,18 @@ fn rows(bytes: Vec<u8>) -> Result<Records, String> {
     for field in &known {
         readable(field).map_err(|problem| format!("column `{}`: {problem}", field.name()))?;
     }
-    let projection = Type::group_type_builder(schema.name()).with_fields(known).build().map_err(damaged)?;
+    // Of images and the like it matters whether they are there; their bytes are the most of a file.
+    let media = others.iter().filter(|field| media::is_media(field.name()) && readable(field).is_ok());
+    let media = media.map(without_bytes).collect::<Result<Vec<_>, _>>().map_err(damaged)?;
+    let fields = known.into_iter().chain(media).collect();
+    let projection = Type::group_type_builder(schema.name()).with_fields(fields).build().map_err(damaged)?;
     let mut records = Records::default();
     // It is not read; that it is there is told.
     let rejected = others.iter().any(|field| field.name() == record::REJECTED);
     for (index, row) in file.get_row_iter(Some(projection)).map_err(damaged)?.enumerate() {
         let row = row.map_err(|error| format!("row {}: {}", index + 1, damaged(error)))?;
         let mut fields: Map<String, Value> =
-            row.get_column_iter().map(|(name, field)| (name.clone(), value(field))).collect();
+            row.get_column_iter().map(|(name, field)| (name.clone(), of_column(name, field))).collect();
         if rejected {
             fields.insert(record::REJECTED.to_owned(), true.into());
         }
@@ -89,6 +93,42 @@ fn readable(field: &Type) -> Result<(), String> {
         }
         _ if list => Err("a list that is not written as the format says".to_owned()),
         inner => inner.iter().try_for_each(|field| readable(field)),
+    }
+}
+
+/// A column of images without the fields of their structs that hold them, as long as there are others.
+fn without_bytes(field: &TypePtr) -> Result<TypePtr, ParquetError> {
+    if field.is_primitive() {
+        return Ok(field.clone());
+    }
+    let is_bytes = |inner: &TypePtr| inner.name() == "bytes" && inner.is_primitive();
+    let all = field.get_fields();
+    let kept = if all.iter().all(is_bytes) {
+        all.to_vec()
+    } else {
+        all.iter().filter(|inner| !is_bytes(inner)).cloned().collect()
+    };
+    let kept = kept.iter().map(without_bytes).collect::<Result<Vec<_>, _>>()?;
+    let info = field.get_basic_info();
+    let mut builder = Type::group_type_builder(field.name())
+        .with_converted_type(info.converted_type())
+        .with_logical_type(info.logical_type_ref().cloned())
+        .with_id(info.has_id().then(|| info.id()))
+        .with_fields(kept);
+    if info.has_repetition() {
+        builder = builder.with_repetition(info.repetition());
+    }
+    Ok(builder.build()?.into())
+}
+
+/// The value of a column; of one with images whether there are any.
+fn of_column(name: &str, field: &Field) -> Value {
+    match field {
+        _ if !media::is_media(name) => value(field),
+        Field::Null => Value::Null,
+        Field::ListInternal(list) => (!list.elements().is_empty()).into(),
+        Field::Str(text) => text.as_str().into(),
+        _ => true.into(),
     }
 }
 
@@ -137,6 +177,47 @@ mod tests {
     use parquet::schema::parser::parse_message_type;
 
     use super::*;
+
+    /// As datasets stores images: a struct of bytes and a path, alone or in a list.
+    #[test]
+    fn images_are_counted_without_being_read() {
+        use parquet::data_type::{ByteArray, ByteArrayType};
+        use parquet::file::properties::WriterProperties;
+        use parquet::file::writer::SerializedFileWriter;
+
+        let schema = "message m { required binary text (UTF8); optional group image { optional binary bytes; optional binary path (UTF8); }
+            optional group images (LIST) { repeated group list { optional group element { optional binary bytes; optional binary path (UTF8); } } } }";
+        let schema = std::sync::Arc::new(parse_message_type(schema).unwrap());
+        let mut bytes = Vec::new();
+        let mut writer =
+            SerializedFileWriter::new(&mut bytes, schema, std::sync::Arc::new(WriterProperties::default())).unwrap();
+        let mut group = writer.next_row_group().unwrap();
+        let texts = ["<image>\nA", "B", "C <image>"].map(ByteArray::from);
+        let picture = [ByteArray::from(vec![0xff, 0xfe])];
+        // One image with bytes and no path; none; a list of one.
+        let columns: [(&[ByteArray], &[i16], &[i16]); 5] = [
+            (&texts, &[], &[]),
+            (&picture, &[2, 0, 0], &[]),
+            (&[], &[1, 0, 0], &[]),
+            (&picture, &[0, 1, 4], &[0, 0, 0]),
+            (&[], &[0, 1, 3], &[0, 0, 0]),
+        ];
+        for (values, definitions, repetitions) in columns {
+            let mut column = group.next_column().unwrap().unwrap();
+            let definitions = (!definitions.is_empty()).then_some(definitions);
+            let repetitions = (!repetitions.is_empty()).then_some(repetitions);
+            column.typed::<ByteArrayType>().write_batch(values, definitions, repetitions).unwrap();
+            column.close().unwrap();
+        }
+        group.close().unwrap();
+        writer.close().unwrap();
+        let found = super::super::read("a.parquet", bytes).unwrap();
+        let plain = |text: &str| super::super::Document::Plain(text.to_owned());
+        assert_eq!(found.documents, ["A", "B", "C "].map(plain));
+        let note = "2 of 3 records of a.parquet name images, videos or audio under `image` and `images`, which are not looked at, and `<image>` \
+                    was left out of the text, where it stands for one of them; the first is row 1";
+        assert_eq!(found.notes, [note]);
+    }
 
     #[test]
     fn columns_that_the_library_reads_wrongly_are_refused() {

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 pub(super) use super::guess::Guess;
 use super::guess::Told;
 use super::json::HALF;
-use super::{Document, Message};
+use super::{Document, Message, media};
 
 /// Fields that hold a conversation, in the order in which they are looked for.
 const CONVERSATIONS: &[&str] = &["messages", "conversations", "conversation", "dialogue", "dialog", "contents"];
@@ -46,6 +46,11 @@ pub(super) struct Record {
 pub(super) fn is_known(column: &str) -> bool {
     let others = ["text", "tools", "functions", "history"];
     [CONVERSATIONS, PROMPTS, COMPLETIONS, ADDITIONS, SYSTEMS, TEXTS, &others].iter().any(|set| set.contains(&column))
+}
+
+/// Whether a column of this name may take part in a record, or is told of where it is not read.
+pub(super) fn is_told(column: &str) -> bool {
+    is_known(column) || column == REJECTED || media::is_media(column)
 }
 
 /// What to say where two columns that are known have one name, of which nobody can tell which is meant.
@@ -139,7 +144,10 @@ struct Reader {
 
 impl Reader {
     fn object(&mut self, fields: &Map<String, Value>) -> Result<Document, String> {
-        let document = self.fields(fields)?;
+        let mut document = self.fields(fields)?;
+        if let Some(guess) = media::leave_out(&mut document, fields) {
+            self.guess(guess);
+        }
         let told = Told::new(&document);
         let other = |(key, value): &(&String, &Value)| is_known(key) && !self.read.contains(key) && !told.holds(value);
         // What a chat template gets beside the turns is no text of the record.
@@ -524,13 +532,16 @@ pub(super) fn message(turn: &Value) -> Result<(Message, bool), String> {
         _ => drop(extra.shift_remove("tool_calls")),
     }
     let calls = extra.contains_key("tool_calls");
+    let reasoning = reasoning_in(&content);
     let (content, more) = match content {
         Value::String(text) => (text.into(), false),
         Value::Null if calls => (Value::Null, false),
         Value::Null => return Err(format!("a turn of `{role}` without content")),
         Value::Array(parts) if parts.iter().any(|part| part_text(part).is_some()) || role != "tool" => {
-            let texts: Vec<&str> = parts.iter().filter_map(part_text).collect();
-            (texts.concat().into(), texts.len() < parts.len())
+            let (thought, said): (Vec<&Value>, Vec<&Value>) =
+                parts.iter().partition(|part| reasoning_of(part).is_some());
+            let texts: Vec<&str> = said.iter().filter_map(|part| part_text(part)).collect();
+            (texts.concat().into(), thought.len() + texts.len() < parts.len())
         }
         Value::Object(object) if part_text(&object.clone().into()).is_some() => {
             (part_text(&object.into()).unwrap_or_default().into(), false)
@@ -538,13 +549,43 @@ pub(super) fn message(turn: &Value) -> Result<(Message, bool), String> {
         Value::Object(mut object) if object.get("parts").is_some_and(Value::is_array) => {
             let inner = json!({"role": role, "content": object["parts"].take()});
             let (message, more) = message(&inner)?;
+            extra.extend(message.extra);
             (message.content, more)
         }
         // What a tool gave back may be any value; templates write it as JSON.
         result if role == "tool" => (result, false),
         other => return Err(format!("the content must be a string, found {}", kind(&other))),
     };
+    // Templates are given it apart from what is said, as servers that take such parts give it to them.
+    if let Some(reasoning) = reasoning.filter(|_| !REASONING.iter().any(|key| given(&extra, key).is_some())) {
+        extra.insert(REASONING[0].to_owned(), reasoning.into());
+    }
     Ok((Message { role: role.to_owned(), content, extra }, more))
+}
+
+/// Fields of a turn that hold what was thought before it was said; the first is what chat templates call it.
+pub(super) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// What was thought, where a content lists it among its parts.
+fn reasoning_in(content: &Value) -> Option<String> {
+    let thought = content.as_array()?.iter().filter_map(reasoning_of).filter(|text| !text.trim().is_empty());
+    let thought: Vec<String> = thought.collect();
+    (!thought.is_empty()).then(|| thought.join("\n\n"))
+}
+
+/// What was thought, as one part of a content holds it: `{"type": "thinking", "thinking": …}` of Anthropic's API and (as a list of texts) of
+/// Mistral's, `{"type": "reasoning", "text": …}` of others.
+fn reasoning_of(part: &Value) -> Option<String> {
+    if !["thinking", "reasoning"].contains(&part.get("type")?.as_str()?) {
+        return None;
+    }
+    let keys = ["thinking", "reasoning", "text", "content", "summary"];
+    let found = keys.iter().filter_map(|key| part.get(*key)).find_map(|value| match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Array(texts) if !texts.is_empty() => Some(texts.iter().filter_map(part_text).collect()),
+        _ => None,
+    });
+    Some(found.unwrap_or_default())
 }
 
 /// The text of one part of a content.

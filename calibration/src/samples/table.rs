@@ -81,7 +81,7 @@ pub(super) fn read(name: &str, content: &str, delimiter: u8) -> Result<Records, 
             let fields: Map<String, Value> = columns
                 .iter()
                 .zip(row.iter())
-                .filter(|(column, _)| record::is_known(column) || **column == record::REJECTED)
+                .filter(|(column, _)| record::is_told(column))
                 // An empty cell is how a table says null; of a text it is an empty line.
                 .map(|(column, field)| match field.is_empty() && *column != "text" {
                     true => ((*column).to_owned(), Value::Null),

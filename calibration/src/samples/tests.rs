@@ -487,7 +487,10 @@ fn parquet_gives_what_pyarrow_reads() {
         let rejected = [
             "2 of 2 records of x hold an answer under `rejected`, which was not read beside the one under `chosen`; the first is row 1",
         ];
-        let notes = if name == "preference" { rejected.map(str::to_owned).to_vec() } else { notes };
+        let mut notes = if name == "preference" { rejected.map(str::to_owned).to_vec() } else { notes };
+        // A column of them is not read either, and it is told whether something stands in it.
+        let images = "83 of 84 records of x name images, videos or audio under `image`, which are not looked at; the first is row 1";
+        notes.extend((name == "others").then(|| images.to_owned()));
         assert_eq!(found.notes, notes, "{name}");
         assert_eq!(found.sha256, sha256_hex(fixture(&format!("{name}.parquet"))));
     }
@@ -600,6 +603,18 @@ fn what_is_guessed_is_told_once_for_all_records() {
             json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image"}]}]}),
             "hold images or other parts that are not text, which were left out",
         ),
+        (
+            json!({"messages": [{"role": "user", "content": "<image>q"}, {"role": "assistant", "content": "a"}], "images": ["a.png"]}),
+            "name images, videos or audio under `images`, which are not looked at, and `<image>` was left out of the text",
+        ),
+        (
+            json!({"prompt": "p", "completion": "c", "audio": {"path": "a.wav"}}),
+            "under `audio`, which are not looked at",
+        ),
+        (
+            json!({"messages": [{"role": "user", "content": "q", "images": ["aGk="]}]}),
+            "under `images`, which are not looked at",
+        ),
     ];
     for (record, words) in cases {
         let lines = format!("{}\n{record}\n{record}\n", json!({"text": "first"}));
@@ -627,9 +642,60 @@ fn what_is_guessed_is_told_once_for_all_records() {
         json!({"messages": turns("developer"), "tools": []}),
         json!({"prompt": "p", "chosen": "c", "rejected": null}),
         json!({"text": "t", "rejected": "r"}),
+        json!({"text": "t", "images": [], "image": null, "audio": {"bytes": null, "path": null}, "video": 3}),
+        json!({"text": "an <image> of words"}),
     ] {
         assert_eq!(text("a.jsonl", record.to_string()).notes, [""; 0], "{record}");
     }
+}
+
+#[test]
+fn placeholders_of_images_are_no_text() {
+    let turns = |asked: &str| json!([{"role": "user", "content": asked}, {"role": "assistant", "content": "a"}]);
+    let shown = json!({"messages": turns("<image>\n<image>\nq"), "images": ["a.png", "b.png"]});
+    assert_eq!(record(shown).unwrap(), talk(&["q", "a"]));
+    // Nobody says that it stands for something.
+    assert_eq!(record(json!({"messages": turns("<image>q"), "images": []})).unwrap(), talk(&["<image>q", "a"]));
+    assert_eq!(record(json!({"text": "<video>t", "videos": ["v.mp4"]})).unwrap(), plain("t"));
+    let table = text("a.csv", "text,images\n<image>t,\"[\"\"a.png\"\"]\"\n<image>u,[]\n");
+    assert_eq!(table.documents, [plain("t"), plain("<image>u")]);
+    assert!(table.notes[0].starts_with("1 of 2 records of a.csv name images"), "{:?}", table.notes);
+    let columns = json!({"text": ["<image>t", "u"], "images": [["a.png"], []]}).to_string();
+    assert_eq!(text("a.json", columns).documents, [plain("t"), plain("u")]);
+}
+
+/// As servers read such parts: Anthropic's, Mistral's and others'.
+#[test]
+fn what_was_thought_is_no_answer() {
+    let answer = json!({"type": "text", "text": "a"});
+    for thought in [
+        json!({"type": "thinking", "thinking": "hm", "signature": "x"}),
+        json!({"type": "thinking", "thinking": [{"type": "text", "text": "h"}, {"type": "text", "text": "m"}]}),
+        json!({"type": "reasoning", "text": "hm"}),
+        json!({"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]}),
+    ] {
+        for key in ["content", "parts"] {
+            let turn = json!({"role": "assistant", key: [thought, answer]});
+            let found = text("a.jsonl", json!({"messages": [{"role": "user", "content": "q"}, turn]}).to_string());
+            let [Document::Chat { messages, .. }] = &found.documents[..] else { panic!("{thought}") };
+            assert_eq!(messages[1].content, json!("a"), "{thought}");
+            assert_eq!(Value::from(messages[1].extra.clone()), json!({"reasoning_content": "hm"}), "{thought}");
+            assert_eq!(found.notes, [""; 0], "{thought}");
+        }
+    }
+    // What the turn itself has goes before, and what holds nothing is nothing.
+    let turn = json!({"role": "assistant", "content": [{"type": "thinking", "thinking": "x"}, answer], "reasoning_content": "y"});
+    let Document::Chat { messages, .. } = record(json!({"messages": [turn]})).unwrap() else { panic!() };
+    assert_eq!(Value::from(messages[0].extra.clone()), json!({"reasoning_content": "y"}));
+    let turn =
+        json!({"role": "assistant", "content": [{"type": "thinking", "thinking": "", "signature": "x"}, answer]});
+    assert_eq!(record(json!({"messages": [turn]})).unwrap(), {
+        let mut only = talk(&["q", "a"]);
+        if let Document::Chat { messages, .. } = &mut only {
+            messages.remove(0);
+        }
+        only
+    });
 }
 
 #[test]

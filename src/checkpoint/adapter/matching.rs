@@ -9,6 +9,7 @@ use formats::SafetensorsFile;
 use super::settings::Settings;
 use super::{Change, Parts, Product, is_head, is_number};
 use crate::error::{Error, Result};
+use crate::families::AdapterNames;
 use crate::weights::Entry;
 
 /// The model that an adapter is merged into.
@@ -16,6 +17,8 @@ pub(super) struct Model<'m> {
     /// Where it is, for messages.
     pub(super) path: &'m Path,
     pub(super) entries: &'m [Entry],
+    /// What PEFT calls its modules.
+    pub(super) names: &'m AdapterNames,
     /// Whether its head is its embedding.
     pub(super) tied: bool,
 }
@@ -62,7 +65,7 @@ impl<'m> Matching<'m> {
         replacing: &'m BTreeMap<String, String>,
         model: Model<'m>,
     ) -> Result<Matching<'m>> {
-        let entries = model.entries;
+        let (entries, names) = (model.entries, model.names);
         let mut matching = Matching {
             settings,
             file,
@@ -73,7 +76,7 @@ impl<'m> Matching<'m> {
             modules: 0,
             replaced: 0,
         };
-        let finder = Finder::new(entries);
+        let finder = Finder::new(entries, names);
         let complete = |(module, parts): (&'m String, &'m Parts)| matching.complete(&finder, module, parts);
         let pending = modules.iter().map(complete).collect::<Result<Vec<_>>>()?;
         matching.replace(&finder, replacing)?;
@@ -271,6 +274,9 @@ fn homeless(target: &str, model: &Path) -> String {
 /// Finds the model's tensor for a name that may have been given in another wrapper.
 struct Finder<'a> {
     exact: HashMap<&'a str, usize>,
+    /// By the names that PEFT knows them by; `None` where several have one.
+    called: HashMap<String, Option<usize>>,
+    names: &'a AdapterNames,
     by_tail: HashMap<&'a str, Vec<(usize, Vec<&'a str>)>>,
 }
 
@@ -285,25 +291,46 @@ fn split(name: &str) -> (Vec<&str>, &str) {
 }
 
 impl<'a> Finder<'a> {
-    fn new(entries: &'a [Entry]) -> Self {
+    fn new(entries: &'a [Entry], names: &'a AdapterNames) -> Self {
         let mut by_tail: HashMap<&str, Vec<(usize, Vec<&str>)>> = HashMap::new();
+        let mut called = HashMap::new();
         for (index, entry) in entries.iter().enumerate() {
             let (outer, tail) = split(&entry.name);
             by_tail.entry(tail).or_default().push((index, outer));
+            if let Some((module, part)) = entry.name.rsplit_once('.').filter(|_| names.differ()) {
+                for name in names.in_memory(module) {
+                    called.entry(format!("{name}.{part}")).and_modify(|other| *other = None).or_insert(Some(index));
+                }
+            }
         }
-        Finder { exact: entries.iter().enumerate().map(|(index, e)| (e.name.as_str(), index)).collect(), by_tail }
+        let exact = entries.iter().enumerate().map(|(index, e)| (e.name.as_str(), index)).collect();
+        Finder { exact, called, names, by_tail }
     }
 
     /// Fails when several tensors could be meant.
+    ///
+    /// The whole name goes first, as the file has it or as PEFT knows it. Of names that end alike that is meant which has the same parts before,
+    /// in any order, and else the only one of which all parts are there, or which has all that are.
     fn find(&self, name: &str) -> Result<Option<usize>, String> {
         if let Some(index) = self.exact.get(name) {
             return Ok(Some(*index));
         }
+        if let Some((module, part)) = name.rsplit_once('.') {
+            let known = |module: String| *self.called.get(&format!("{module}.{part}"))?;
+            if let Some(index) =
+                known(module.to_owned()).or_else(|| self.names.taken_for(module).into_iter().find_map(known))
+            {
+                return Ok(Some(index));
+            }
+        }
         let (outer, tail) = split(name);
         let Some(candidates) = self.by_tail.get(tail) else { return Ok(None) };
         let same: Vec<_> = candidates.iter().filter(|(_, other)| *other == outer).collect();
-        match (&same[..], &candidates[..]) {
-            ([(index, _)], _) | ([], [(index, _)]) => Ok(Some(*index)),
+        let within = |some: &[&str], all: &[&str]| !some.is_empty() && some.iter().all(|part| all.contains(part));
+        let akin = candidates.iter().filter(|(_, other)| within(other, &outer) || within(&outer, other));
+        let akin: Vec<_> = akin.collect();
+        match (&same[..], &candidates[..], &akin[..]) {
+            ([(index, _)], ..) | ([], [(index, _)], _) | ([], _, [(index, _)]) => Ok(Some(*index)),
             _ => Err(format!(
                 "{} tensors of the model end in `{tail}`, and it cannot be told which it changes",
                 candidates.len()

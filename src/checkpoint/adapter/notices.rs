@@ -1,13 +1,14 @@
 //! What is told of an adapter that was merged: where PEFT would do otherwise, and what changed nothing.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::Path;
 
 use fancy_regex::Regex;
 use formats::SafetensorsFile;
 
-use super::Parts;
 use super::settings::Settings;
+use super::{Parts, is_head};
+use crate::families::AdapterNames;
 use crate::weights::Entry;
 use crate::words::listed;
 
@@ -25,46 +26,65 @@ pub(super) struct Merged<'a> {
     pub(super) original: Option<&'a str>,
     /// The model's tensors.
     pub(super) entries: &'a [Entry],
+    /// What PEFT calls its modules.
+    pub(super) names: &'a AdapterNames,
 }
 
 impl Merged<'_> {
     /// What the user should know, one sentence each.
     pub(super) fn notices(&self) -> Vec<String> {
-        let linears: HashSet<&str> = self
-            .entries
-            .iter()
-            .filter(|entry| entry.shape.len() == 2)
-            .filter_map(|entry| entry.name.strip_suffix(".weight"))
-            .collect();
-        // PEFT looks a module up by the model's own name for it, and nowhere else. A head that is the embedding is a module without
+        let modules = self.entries.iter().filter(|entry| entry.shape.len() == 2);
+        let modules = modules.filter_map(|entry| entry.name.strip_suffix(".weight"));
+        let called: Vec<Vec<String>> = modules.map(|module| self.names.in_memory(module)).collect();
+        let linears: HashSet<&str> = called.iter().flatten().map(String::as_str).collect();
+        // PEFT looks a module up by the name that it has in memory, and nowhere else. A head that is the embedding is a module without
         // a tensor.
-        let known = |module: &str| linears.contains(module) || module == "lm_head";
-        let strange: HashSet<&str> = self.modules.keys().map(String::as_str).filter(|module| !known(module)).collect();
+        let known = |module: &String| linears.contains(&module[..]) || module == "lm_head";
+        let taken = |module: &String| self.names.taken_for(module).into_iter().find(known);
+        let own: BTreeSet<String> = self.modules.keys().filter_map(taken).collect();
+        let strange: HashSet<&str> =
+            self.modules.keys().filter(|module| taken(module).is_none()).map(String::as_str).collect();
         // Of a target without any factors, and of modules under other names, is told elsewhere.
-        let without_factors = if strange.is_empty() { self.without_factors(&linears) } else { None };
-        let of_modules = [self.foreign_names(&strange), self.unnamed(&linears), without_factors];
+        let is_told = strange.is_empty() && called.iter().all(|names| names.len() == 1);
+        let without_factors = if is_told { self.without_factors(&linears, &own) } else { None };
+        let of_modules = [self.foreign_names(&strange), self.unnamed(&linears, &own), without_factors];
         let words = self.file.path().parent().and_then(|folder| other_words(folder, self.model));
         let of_values = [self.other_base(), self.idle(), words];
         let listed = [
-            self.listed_in_vain("target_modules", "factors", &self.settings.targets),
-            self.listed_in_vain("modules_to_save", "tensors", &self.settings.saved),
+            self.listed_in_vain("target_modules", "factors", &self.settings.targets, &own),
+            self.listed_in_vain("modules_to_save", "tensors", &self.settings.saved, &own),
         ];
         of_modules.into_iter().chain(of_values).chain(listed).flatten().collect()
     }
 
+    /// The adapter's tensors that are brought whole under names by which PEFT knows no tensor of the model.
+    fn foreign_whole(&self) -> HashSet<&str> {
+        if !self.names.differ() || self.replacing.is_empty() {
+            return HashSet::new();
+        }
+        let parts = self.entries.iter().filter_map(|entry| entry.name.rsplit_once('.'));
+        let in_memory =
+            |(module, part)| self.names.in_memory(module).into_iter().map(move |name| format!("{name}.{part}"));
+        let known: HashSet<String> = parts.flat_map(in_memory).collect();
+        let foreign = self.replacing.iter().filter(|(name, _)| !is_head(name) && !known.contains(*name));
+        foreign.map(|(_, tensor)| tensor.as_str()).collect()
+    }
+
     /// Tensors whose names PEFT would not look for: `strange` are the modules that the model has under other names.
     fn foreign_names(&self, strange: &HashSet<&str>) -> Option<String> {
+        let whole = self.foreign_whole();
         let foreign = |name: &&str| {
             let module = name.strip_prefix("base_model.model.").and_then(|name| Some(name.split_once(".lora_")?.0));
             !name.starts_with("base_model.model.")
                 || name.contains("_orig_mod.")
+                || whole.contains(name)
                 || module.is_some_and(|module| strange.contains(module.replace(".base_layer", "").as_str()))
         };
         let names: Vec<&str> = self.file.tensors().map(|spec| spec.name.as_str()).collect();
         let first = names.iter().copied().find(|name| foreign(name))?;
         Some(format!(
-            "{} of the adapter's {} tensors, such as `{first}`, are not called as PEFT calls them, and it would leave them out; they \
-             were merged all the same",
+            "{} of the adapter's {} tensors, such as `{first}`, are not called as PEFT calls them with the transformers of today, and it \
+             would leave them out or fail; they were merged all the same",
             names.iter().filter(|name| foreign(name)).count(),
             names.len()
         ))
@@ -76,10 +96,9 @@ impl Merged<'_> {
     }
 
     /// Modules with factors that adapter_config.json does not name.
-    fn unnamed(&self, linears: &HashSet<&str>) -> Option<String> {
-        let unnamed: Vec<&str> = self
-            .modules
-            .keys()
+    fn unnamed(&self, linears: &HashSet<&str>, own: &BTreeSet<String>) -> Option<String> {
+        let unnamed: Vec<&str> = own
+            .iter()
             .map(String::as_str)
             .filter(|module| match self.settings.targets.is_empty() {
                 // All linears are meant.
@@ -99,12 +118,12 @@ impl Merged<'_> {
     }
 
     /// Linears without factors, of a target that others have factors of.
-    fn without_factors(&self, linears: &HashSet<&str>) -> Option<String> {
+    fn without_factors(&self, linears: &HashSet<&str>, own: &BTreeSet<String>) -> Option<String> {
         let in_layers = |module: &str| {
             let layer = module.split('.').find_map(|part| part.parse::<i64>().ok());
             self.settings.layers.as_ref().is_none_or(|layers| layer.is_some_and(|layer| layers.contains(&layer)))
         };
-        let has = |module: &str| self.modules.contains_key(module);
+        let has = |module: &str| own.contains(module);
         let mut absent: Vec<&str> = linears
             .iter()
             .copied()
@@ -113,7 +132,7 @@ impl Merged<'_> {
         absent.sort_unstable();
         let partly = |module: &&str| {
             let tail = module.rsplit('.').next().unwrap_or_default();
-            self.modules.keys().any(|other| other.rsplit('.').next() == Some(tail))
+            own.iter().any(|other| other.rsplit('.').next() == Some(tail))
         };
         absent.retain(partly);
         (!absent.is_empty()).then(|| {
@@ -169,11 +188,18 @@ impl Merged<'_> {
     }
 
     /// Modules that setting `key` lists, and that the adapter has no tensor for; `what` such tensors are called.
-    fn listed_in_vain(&self, key: &str, what: &str, wanted: &[(String, Regex)]) -> Option<String> {
+    fn listed_in_vain(
+        &self,
+        key: &str,
+        what: &str,
+        wanted: &[(String, Regex)],
+        own: &BTreeSet<String>,
+    ) -> Option<String> {
         let has = |regex: &Regex| {
             // A block that is saved whole gives tensors of what is inside it.
             let whole = self.replacing.keys().flat_map(|name| name.match_indices('.').map(|(dot, _)| &name[..dot]));
-            self.modules.keys().map(String::as_str).chain(whole).any(|name| regex.is_match(name).unwrap_or(true))
+            let modules = self.modules.keys().chain(own).map(String::as_str);
+            modules.chain(whole).any(|name| regex.is_match(name).unwrap_or(true))
         };
         let absent: Vec<&str> = wanted.iter().filter(|(_, regex)| !has(regex)).map(|(name, _)| name.as_str()).collect();
         (!absent.is_empty()).then(|| {

@@ -12,6 +12,7 @@ use std::time::Duration;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 /// The only token that the hub knows.
@@ -48,6 +49,8 @@ pub struct Faults {
     pub stalls: AtomicBool,
     /// Large files have another first byte.
     pub spoils: AtomicBool,
+    /// Small files have another first byte.
+    pub spoils_small: AtomicBool,
     /// Uploads that fail.
     pub refuses_uploads: AtomicUsize,
     /// Ranges are ignored.
@@ -76,6 +79,12 @@ pub struct Hub {
 /// SHA-256 in hexadecimal digits.
 pub fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// What git calls a file.
+fn git_hash(bytes: &[u8]) -> String {
+    let whole = [format!("blob {}\0", bytes.len()).as_bytes(), bytes].concat();
+    Sha1::digest(whole).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 impl Hub {
@@ -277,7 +286,7 @@ impl Answer<'_> {
         let mut headers = vec![("X-Repo-Commit", repo.commit.clone()), ("X-Linked-Size", bytes.len().to_string())];
         if bytes.len() < LARGE {
             headers.push(("Location", format!("/api/resolve-cache/models/{id}/{}/{path}", repo.commit)));
-            headers.push(("X-Linked-ETag", format!("\"{}\"", &sha256(bytes)[..40])));
+            headers.push(("X-Linked-ETag", format!("\"{}\"", git_hash(bytes))));
             return self.send(asked, 307, &headers, b"");
         }
         headers.push(("X-Linked-ETag", format!("\"{}\"", sha256(bytes))));
@@ -286,9 +295,12 @@ impl Answer<'_> {
     }
 
     fn small(&mut self, asked: &Asked, repo: &Repo, path: &str) -> std::io::Result<()> {
-        let bytes = &repo.files[path];
-        let headers = [("X-Repo-Commit", repo.commit.clone()), ("ETag", format!("\"{}\"", &sha256(bytes)[..40]))];
-        self.send(asked, 200, &headers, bytes)
+        let mut spoilt = repo.files[path].clone();
+        let spoils = self.state.faults.spoils_small.load(Ordering::Relaxed);
+        spoilt.iter_mut().take(usize::from(spoils)).for_each(|byte| *byte ^= 1);
+        let (bytes, sent) = (&repo.files[path], &spoilt);
+        let headers = [("X-Repo-Commit", repo.commit.clone()), ("ETag", format!("\"{}\"", git_hash(bytes)))];
+        self.send(asked, 200, &headers, sent)
     }
 
     /// A large file, or a range of it.
@@ -467,7 +479,7 @@ fn info(id: &str, repo: &Repo) -> Value {
 
 fn entry(path: &str, bytes: &[u8]) -> Value {
     let hash = sha256(bytes);
-    let mut entry = json!({"type": "file", "oid": &hash[..40], "size": bytes.len(), "path": path});
+    let mut entry = json!({"type": "file", "oid": git_hash(bytes), "size": bytes.len(), "path": path});
     if bytes.len() >= LARGE {
         entry["lfs"] = json!({"oid": hash, "size": bytes.len(), "pointerSize": 134});
     }
