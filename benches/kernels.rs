@@ -16,7 +16,8 @@ use formats::ggml::{GgmlType, TYPES};
 use formats::{Float, Scheme};
 use kernels::ops::{activation, bf16};
 use kernels::{
-    Activation, AttentionShape, Cpu, Factor, FitKind, Forward, Grid, GridSpec, Measure, Memory, Quantize, Result, cpu,
+    Activation, AttentionShape, Cpu, DeltaShape, Factor, FitKind, Forward, Grid, GridSpec, Measure, Memory, NormKind,
+    Quantize, Result, cpu,
 };
 use ndarray::Array2;
 
@@ -153,6 +154,32 @@ fn attention(c: &mut Criterion) {
             let name = format!("{} x {length}, 9 heads on 3 of 64, {precision}", lengths.len());
             measure(&mut group, &name, work.clone(), make, |[q, k, v]| cpu.attention(q, k, v, None, &shape, &lengths));
         }
+    }
+}
+
+/// Linear attention of the same width as [`attention`] measures; the work is that of one token after another, while chunks do more.
+fn delta(c: &mut Criterion) {
+    let shape = DeltaShape { key_heads: 9, value_heads: 9, key_dim: 64, value_dim: 64, scale: 0.125 };
+    let mut group = c.benchmark_group("delta_rule");
+    group.sample_size(10);
+    let cpu = Cpu::exact();
+    for length in [512, 2048] {
+        let lengths = vec![length; TOKENS / length];
+        let work = flops(6 * TOKENS * shape.value_heads * shape.key_dim * shape.value_dim);
+        let make = || {
+            let unit = |seed| {
+                let mut x = matrix(TOKENS, 64 * 9, seed);
+                cpu.norm_heads(&mut x, 64, NormKind::Length, &[1.0; 64], None, 1e-6).expect("shapes fit");
+                x
+            };
+            let decay = matrix(TOKENS, 9, 5).mapv(|x| -x.abs());
+            let beta = matrix(TOKENS, 9, 6).mapv(|x| 1.0 / (1.0 + (-x).exp()));
+            [unit(1), unit(2), matrix(TOKENS, 64 * 9, 3), decay, beta]
+        };
+        let name = format!("{} x {length}, 9 heads of 64", lengths.len());
+        measure(&mut group, &name, work, make, |[q, k, v, decay, beta]| {
+            cpu.delta_rule([q, k, v], decay, beta, &shape, &lengths)
+        });
     }
 }
 
@@ -309,5 +336,5 @@ fn elementwise(c: &mut Criterion) {
     });
 }
 
-criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gated, operands, gram, attention, factor, sweep, fit, blocks, elementwise);
+criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gated, operands, gram, attention, delta, factor, sweep, fit, blocks, elementwise);
 criterion_main!(benches);

@@ -108,7 +108,7 @@ impl Supply<Cpu> for Ready {
         Ok(vec![1.0; 576])
     }
 
-    fn router(&mut self, _: &Linear) -> quantc::Result<Weight<cpu::Weight>> {
+    fn router(&mut self, _: &Linear) -> quantc::Result<Vec<Weight<cpu::Weight>>> {
         unreachable!("a Llama has no router")
     }
 

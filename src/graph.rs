@@ -1,10 +1,14 @@
 //! A model as data: which tensors it has, and what is done with them, block by block.
 
+mod delta;
+
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 use ndarray::Array2;
+
+pub use self::delta::{Convolution, Decay, DeltaNet};
 
 /// A decoder-only language model.
 #[derive(Clone, Debug)]
@@ -82,6 +86,8 @@ pub struct Step {
 pub enum Layer {
     /// Causal self-attention.
     Attention(Attention),
+    /// Linear attention by the gated delta rule.
+    Delta(Box<DeltaNet>),
     /// A feed-forward layer.
     Mlp(Mlp),
     /// A mixture of feed-forward layers.
@@ -229,6 +235,8 @@ impl Linear {
 pub struct Attention {
     /// How queries, keys and values are made.
     pub projections: Projections,
+    /// The linears make one part more, after the queries and as wide as what is attended to, whose sigmoid multiplies that.
+    pub gated: bool,
     /// Output projection.
     pub o: Linear,
     /// Heads, scale and mask.
@@ -261,7 +269,7 @@ pub struct Temperature {
 /// How queries, keys and values are made of the normed input.
 #[derive(Clone, Debug)]
 pub enum Projections {
-    /// By linears whose parts are q, k and v, in this order.
+    /// By linears whose parts are q, k and v, in this order, with the gate after q where there is one.
     Direct(Vec<Linear>),
     /// Through latent vectors (DeepSeek's multi-head latent attention).
     Latent(Box<Latent>),
@@ -527,6 +535,7 @@ impl Layer {
     pub fn linears(&self) -> Vec<Vec<&Linear>> {
         match self {
             Layer::Attention(attention) => attention.linears(),
+            Layer::Delta(delta) => delta.linears(),
             Layer::Mlp(mlp) => mlp.linears(),
             Layer::Moe(moe) => {
                 let all = moe.experts.iter().chain(moe.shared.as_ref().map(|(shared, _)| shared));
@@ -550,6 +559,7 @@ impl Layer {
                 .into_iter()
                 .chain(moe.shared.as_ref().and_then(|(_, gate)| gate.as_ref()))
                 .collect(),
+            Layer::Delta(delta) => delta.rates.iter().collect(),
             _ => Vec::new(),
         }
     }
@@ -558,6 +568,7 @@ impl Layer {
     pub fn norms(&self) -> Vec<&Norm> {
         match self {
             Layer::Attention(attention) => attention.norms(),
+            Layer::Delta(delta) => vec![&delta.norm],
             _ => Vec::new(),
         }
     }
@@ -567,6 +578,7 @@ impl Layer {
         match self {
             Layer::Attention(a) => a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads])).collect(),
             Layer::Moe(moe) => moe.router.correction.iter().cloned().collect(),
+            Layer::Delta(delta) => delta.vectors(),
             _ => Vec::new(),
         }
     }
@@ -652,6 +664,7 @@ impl Graph {
                     }
                     change(&mut a.o);
                 }
+                Layer::Delta(delta) => delta.linears_mut(change),
                 Layer::Opaque(linears) => linears.iter_mut().for_each(&mut *change),
             }
         }
@@ -692,6 +705,7 @@ impl Graph {
                     Layer::Moe(moe) => {
                         moe.router.correction.iter_mut().for_each(|(tensor, _)| *tensor = name(tensor));
                     }
+                    Layer::Delta(delta) => delta.rename(name),
                     Layer::Mlp(_) | Layer::Opaque(_) => {}
                 }
             }

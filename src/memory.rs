@@ -218,7 +218,7 @@ fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tok
         }
     };
     let wide = |operation: &Operation<'_>| match operation.kind {
-        Kind::Attention { .. } => {
+        Kind::Attention { .. } | Kind::Delta(_) => {
             (4 + input) * operation.reads.iter().map(|v| program.values[*v].width as u64).sum::<u64>()
         }
         Kind::Activate(_) => 8 * program.values[operation.makes[0]].width as u64,

@@ -5,7 +5,7 @@ mod measure;
 mod memory;
 mod quantize;
 
-pub use self::forward::{Activation, ActivationRounding, AttentionShape, Forward, NormKind, RopeLayout};
+pub use self::forward::{Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, NormKind, RopeLayout};
 pub use self::measure::{Measure, TokenComparison, TokenLoss};
 pub use self::memory::Memory;
 pub use self::quantize::{Factor, FitKind, Grid, GridSpec, Packing, Quantize, Swept};

@@ -4,7 +4,7 @@ use formats::GgmlType;
 use formats::encoding::Block;
 use ndarray::Array2;
 
-use crate::backend::{AttentionShape, Grid, GridSpec, RopeLayout};
+use crate::backend::{Activation, AttentionShape, DeltaShape, Grid, GridSpec, RopeLayout};
 use crate::{Error, Result};
 
 /// So many of something.
@@ -73,6 +73,47 @@ pub(crate) fn expect_attention(
         expect("attention", "tokens", lengths.iter().sum(), tokens)?;
     }
     sinks.map_or(Ok(()), |sinks| expect("attention", "sinks", heads, sinks.len()))
+}
+
+/// An activation that is a function of one value.
+pub(crate) fn expect_alone(op: &'static str, activation: Activation) -> Result<()> {
+    match activation {
+        Activation::SwigluOai { .. } => {
+            let (expected, found) = ("a function of one value".to_owned(), format!("{activation:?}"));
+            Err(Error::Shape { op, expected, found })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Some taps for each of `cols` channels, for sequences that `rows` consist of.
+pub(crate) fn expect_convolution(
+    [rows, cols]: [usize; 2],
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    activation: Option<Activation>,
+    lengths: &[usize],
+) -> Result<()> {
+    expect("convolve", "tokens", rows, lengths.iter().sum())?;
+    expect_multiple("convolve", cols.max(1), weight.len())?;
+    if weight.is_empty() && cols > 0 {
+        return Err(Error::Shape { op: "convolve", expected: "some taps".to_owned(), found: "0".to_owned() });
+    }
+    bias.map_or(Ok(()), |bias| expect("convolve", "bias values", cols, bias.len()))?;
+    activation.map_or(Ok(()), |activation| expect_alone("convolve", activation))
+}
+
+/// Queries, keys, values, decays and betas, each `[tokens, features]`, that fit the layer and the sequences.
+pub(crate) fn expect_delta(all: [[usize; 2]; 5], shape: &DeltaShape, lengths: &[usize]) -> Result<()> {
+    let DeltaShape { key_heads, value_heads, key_dim, value_dim, .. } = *shape;
+    expect_multiple("delta_rule", key_heads, value_heads)?;
+    let [q, k, v, decay, beta] = all;
+    expect("delta_rule", "query features", key_heads * key_dim, q[1])?;
+    expect("delta_rule", "key features", key_heads * key_dim, k[1])?;
+    expect("delta_rule", "value features", value_heads * value_dim, v[1])?;
+    expect("delta_rule", "decays", value_heads, decay[1])?;
+    expect("delta_rule", "betas", value_heads, beta[1])?;
+    all.iter().try_for_each(|[tokens, _]| expect("delta_rule", "tokens", lengths.iter().sum(), *tokens))
 }
 
 /// Rows of `cols` values that the encoding of a grid can be fitted to.

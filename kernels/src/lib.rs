@@ -12,8 +12,8 @@ pub mod ops;
 pub mod simd;
 
 pub use backend::{
-    Activation, ActivationRounding, AttentionShape, Backend, Factor, FitKind, Forward, Grid, GridSpec, Measure, Memory,
-    NormKind, Packing, Quantize, RopeLayout, Swept, TokenComparison, TokenLoss,
+    Activation, ActivationRounding, AttentionShape, Backend, DeltaShape, Factor, FitKind, Forward, Grid, GridSpec,
+    Measure, Memory, NormKind, Packing, Quantize, RopeLayout, Swept, TokenComparison, TokenLoss,
 };
 pub use cpu::Cpu;
 pub use cuda::Cuda;

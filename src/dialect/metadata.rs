@@ -157,7 +157,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     heads(out, first, rotated.unwrap_or(0), key)?;
     out.float(
         key(match graph.final_norm.kind {
-            NormKind::Rms => "attention.layer_norm_rms_epsilon",
+            NormKind::Rms | NormKind::Length => "attention.layer_norm_rms_epsilon",
             NormKind::Layer => "attention.layer_norm_epsilon",
         }),
         graph.final_norm.eps,

@@ -190,7 +190,7 @@ impl Lister {
             let mut shared = None;
             for step in &block.steps {
                 let (pre, post) = match step.layer {
-                    Layer::Attention(_) => ("attn_norm", "post_attention_norm"),
+                    Layer::Attention(_) | Layer::Delta(_) => ("attn_norm", "post_attention_norm"),
                     _ => (self.architecture.ffn_norm, "post_ffw_norm"),
                 };
                 // Of a norm that two steps share there is the first name only.
@@ -203,6 +203,7 @@ impl Lister {
                 }
                 match &step.layer {
                     Layer::Attention(attention) => self.attention(&at, attention, graph.hidden)?,
+                    Layer::Delta(_) => return Err(self.cannot("layers of linear attention")),
                     Layer::Mlp(mlp) => self.mlp(&at, "", mlp)?,
                     Layer::Moe(moe) => self.moe(&at, moe)?,
                     Layer::Opaque(_) => return Err(self.cannot("a model of an unknown family")),

@@ -3,7 +3,9 @@
 use kernels::{Activation, AttentionShape};
 
 use crate::families::rope::{all_near, near, unscaled};
-use crate::graph::{Attention, Graph, Layer, Mlp, Moe, Norm, Projections, Rope, RopeScaling, Temperature};
+use crate::graph::{
+    Attention, Convolution, DeltaNet, Graph, Layer, Mlp, Moe, Norm, Projections, Rope, RopeScaling, Temperature,
+};
 
 /// How a reader takes a model.
 #[derive(Clone, Copy)]
@@ -59,6 +61,8 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
             }
             match (&step.layer, &other.layer) {
                 (Layer::Attention(a), Layer::Attention(b)) => attention(a, b, reader),
+                (Layer::Delta(a), Layer::Delta(b)) => delta(a, b),
+                (Layer::Delta(_), _) => Some("linear attention".to_owned()),
                 (Layer::Mlp(a), Layer::Mlp(b)) => mlp(a, b),
                 (Layer::Moe(a), Layer::Moe(b)) => moe(a, b),
                 (Layer::Moe(_), _) => Some("a mixture of experts".to_owned()),
@@ -78,6 +82,14 @@ fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
         }
         _ => false,
     }
+}
+
+fn delta(a: &DeltaNet, b: &DeltaNet) -> Option<String> {
+    let of = |delta: &DeltaNet| {
+        let Convolution { channels, taps, activation, ref bias, .. } = delta.convolution;
+        (delta.shape, channels, taps, activation, bias.is_some(), delta.activation)
+    };
+    (of(a) != of(b) || !norm(Some(&a.norm), Some(&b.norm))).then(|| "linear attention of this form".to_owned())
 }
 
 fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
@@ -257,6 +269,7 @@ pub(super) fn named(activation: Activation) -> &'static str {
         Activation::Relu => "relu",
         Activation::Relu2 => "relu2",
         Activation::SwigluOai { .. } => "gpt-oss's clamped swiglu",
+        Activation::Sigmoid => "sigmoid",
     }
 }
 

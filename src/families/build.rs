@@ -121,6 +121,7 @@ impl Base {
     pub fn attention_of(&self, linears: Vec<Linear>, o: Linear, rope: Option<Arc<Rope>>) -> Attention {
         Attention {
             projections: Projections::Direct(linears),
+            gated: false,
             o,
             shape: self.shape(),
             rope,
@@ -130,6 +131,15 @@ impl Base {
             sinks: None,
             temperature: None,
         }
+    }
+
+    /// Gives attention under Llama's names a gate, of which each head's rows follow those of its queries.
+    pub fn gate_heads(&self, attention: &mut Attention) {
+        let Projections::Direct(linears) = &mut attention.projections else { return };
+        let q = &mut linears[0];
+        q.rows *= 2;
+        q.split = Split { times: self.heads, lengths: vec![self.head_dim; 2] };
+        attention.gated = true;
     }
 
     /// One linear for queries, keys and values, one after the other.

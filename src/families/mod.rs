@@ -24,6 +24,7 @@ mod nemotron;
 mod olmo;
 mod phi;
 mod qwen;
+mod qwen_next;
 mod renames;
 pub mod rope;
 mod smollm3;
@@ -73,6 +74,9 @@ pub const FAMILIES: &[Family] = &[
     qwen::QWEN2,
     qwen::QWEN2_VL,
     qwen::QWEN3,
+    qwen_next::QWEN3_NEXT,
+    qwen_next::QWEN3_5,
+    qwen_next::QWEN3_5_MOE,
     gemma::GEMMA,
     gemma::GEMMA2,
     gemma::GEMMA3,
@@ -147,6 +151,8 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "qwen2_vl", text: ("qwen2_vl_text", true), tied: false, hears_text: true },
     Wrapper { model_type: "qwen2_5_vl", text: ("qwen2_5_vl_text", true), tied: false, hears_text: true },
     Wrapper { model_type: "qwen3_vl", text: ("qwen3_vl_text", true), tied: false, hears_text: false },
+    Wrapper { model_type: "qwen3_5", text: ("qwen3_5_text", true), tied: false, hears_text: false },
+    Wrapper { model_type: "qwen3_5_moe", text: ("qwen3_5_moe_text", true), tied: false, hears_text: false },
 ];
 
 /// Where a config.json has the settings of its language model.

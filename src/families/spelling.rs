@@ -60,7 +60,7 @@ impl Rotation {
             "gpt_neox" => rotation(1e4, Some(0.25), Form::NeoX),
             "phi3" => rotation(1e4, Some(1.0), Form::Long),
             "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
-            "stablelm" => rotation(1e4, Some(0.25), Form::Flat),
+            "stablelm" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => rotation(1e4, Some(0.25), Form::Flat),
             "minimax_m2" => rotation(5e6, Some(1.0), Form::Flat),
             "cohere" | "ernie4_5" | "ernie4_5_moe" | "llama4_text" | "qwen3_vl_text" => rotation(5e5, None, Form::Flat),
             "mixtral" | "qwen2_vl_text" | "qwen2_5_vl_text" => rotation(1e6, None, Form::Flat),

@@ -7,6 +7,7 @@
 mod ahead;
 mod head;
 mod operate;
+mod recurrent;
 mod route;
 mod run;
 
@@ -109,8 +110,8 @@ pub trait Supply<B: Forward> {
         let _ = others;
         self.linears(group, inputs)
     }
-    /// The weight of a linear that is never quantized.
-    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>>;
+    /// The weights of a linear that is never quantized, one for each part of it.
+    fn router(&mut self, linear: &Linear) -> Result<Vec<Weight<B::Weight>>>;
     /// Whether attention reads keys and values as llama.cpp's cache holds them.
     fn rounds_cache(&self) -> bool {
         false
@@ -338,8 +339,8 @@ impl<B: Forward> Supply<B> for Plain<'_, B> {
         Ok(weights)
     }
 
-    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
-        Ok(ready(self.backend, linear, self.load(linear)?)?.remove(0))
+    fn router(&mut self, linear: &Linear) -> Result<Vec<Weight<B::Weight>>> {
+        ready(self.backend, linear, self.load(linear)?)
     }
 
     fn rounds_cache(&self) -> bool {

@@ -29,7 +29,7 @@ impl<B: Forward> Computed<B> {
 }
 
 impl<B: Forward> Read<'_, B> {
-    fn matrix(&self) -> &B::Matrix {
+    pub fn matrix(&self) -> &B::Matrix {
         match self {
             Read::Stream(stream) => stream,
             Read::Value(value) => value.matrix(),
@@ -130,7 +130,10 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                     backend.round_values(&mut v, ActivationRounding::F16)?;
                 }
                 let mixed = backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?;
-                return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(mixed)))]);
+                if program.values[operation.makes[0]].multiplied {
+                    return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(mixed)))]);
+                }
+                vec![backend.values(&mixed)?]
             }
             Kind::Activate(activation) => {
                 let x = self.multiplied(next())?;
@@ -166,6 +169,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![y]
             }
             Kind::Scatter { .. } | Kind::Sum | Kind::Add { .. } => unreachable!("done where they stand"),
+            _ => self.recur(at, next, lengths)?,
         };
         operation.makes.iter().zip(matrices).map(|(value, matrix)| self.made(*value, matrix)).collect()
     }
@@ -194,7 +198,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
     }
 
     /// Does the same to everything that an operation reads.
-    fn each<'m>(
+    pub fn each<'m>(
         &self,
         operation: &Operation<'b>,
         mut next: impl FnMut() -> Read<'m, B>,

@@ -61,6 +61,10 @@ pub(super) enum Loaded<'b, B: Forward> {
     Weights(Vec<Weight<B::Weight>>),
     Norm(Rc<LoadedNorm<'b>>),
     Vector(Option<Vec<f32>>),
+    /// Of a convolution, whose bias may be none.
+    Taps(Vec<f32>, Option<Vec<f32>>),
+    /// Rates of decay and what is added before them.
+    Decay(Vec<f32>, Vec<f32>),
     /// Cosines and sines of every position, of whatever sequence.
     Angles(Array2<f32>, Array2<f32>),
 }
@@ -110,7 +114,11 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             }
             match &operation.kind {
                 Kind::Linear { linears, fixed: true } => {
-                    self.loaded[at] = Loaded::Weights(vec![supply.router(linears[0])?]);
+                    let mut weights = Vec::new();
+                    for linear in linears {
+                        weights.extend(supply.router(linear)?);
+                    }
+                    self.loaded[at] = Loaded::Weights(weights);
                 }
                 Kind::Linear { linears, fixed: false } => {
                     self.loaded[at] = Loaded::Weights(self.stage(at, linears, supply)?);
@@ -142,6 +150,17 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         Ok(match kind {
             Kind::Norm(norm) | Kind::HeadNorm { norm, .. } => Loaded::Norm(self.norm(norm, supply)?),
             Kind::Attention { sinks, .. } => Loaded::Vector(sinks.map(|name| supply.vector(name)).transpose()?),
+            Kind::Convolve { convolution, first } => {
+                let mut taps = supply.vector(&convolution.tensor)?;
+                let mut bias = convolution.bias.as_ref().map(|name| supply.vector(name)).transpose()?;
+                taps.drain(..first * convolution.taps);
+                bias.iter_mut().for_each(|bias| drop(bias.drain(..*first)));
+                Loaded::Taps(taps, bias)
+            }
+            Kind::Decay(decay) => {
+                let rates = supply.vector(&decay.rates)?.into_iter().map(f32::exp).collect();
+                Loaded::Decay(rates, supply.vector(&decay.bias)?)
+            }
             Kind::Route(router) => {
                 let correction = router.correction.as_ref();
                 Loaded::Vector(correction.map(|(name, _)| supply.vector(name)).transpose()?)

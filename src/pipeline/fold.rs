@@ -177,7 +177,7 @@ impl<B: Backend> Supply<B> for FloatPass<'_, '_, '_, B> {
         Ok(weights)
     }
 
-    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
+    fn router(&mut self, linear: &Linear) -> Result<Vec<Weight<B::Weight>>> {
         self.walk.router(linear)
     }
 

@@ -465,7 +465,7 @@ impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
         self.quantize(group, &seen, &all, reach)
     }
 
-    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
+    fn router(&mut self, linear: &Linear) -> Result<Vec<Weight<B::Weight>>> {
         Supply::<B>::router(&mut Plain::exact(self.backend, self.source), linear)
     }
 
@@ -502,7 +502,7 @@ impl<B: Backend> Supply<B> for Again<'_, '_, '_, B> {
         Ok(weights)
     }
 
-    fn router(&mut self, linear: &Linear) -> Result<Weight<B::Weight>> {
+    fn router(&mut self, linear: &Linear) -> Result<Vec<Weight<B::Weight>>> {
         self.walk.router(linear)
     }
 }

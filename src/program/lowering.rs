@@ -1,13 +1,18 @@
 //! From layers to operations.
 
 use super::{Expert, Kept, Kind, Operation, Program, Value};
-use crate::graph::{Attention, Block, HeadNorms, Latent, Layer, Linear, Mlp, Moe, Norm, Projections, Step};
+use kernels::Activation;
+
+use crate::graph::{
+    Attention, Block, Convolution, DeltaNet, HeadNorms, Latent, Layer, Linear, Mlp, Moe, Norm, Projections, Step,
+};
 
 impl<'b> Program<'b> {
     /// What a block does; `None` for one of an unknown family, of which only the linears are known.
     pub fn of(block: &'b Block) -> Option<Program<'b>> {
         let hidden = block.steps.iter().find_map(|step| match &step.layer {
             Layer::Attention(attention) => Some(attention.o.rows),
+            Layer::Delta(delta) => Some(delta.out.rows),
             Layer::Mlp(mlp) => Some(mlp.down.rows),
             Layer::Moe(moe) => Some(moe.router.linear.cols),
             Layer::Opaque(_) => None,
@@ -88,6 +93,10 @@ impl<'b> Lowering<'b> {
                 let x = self.norm(step.pre.as_ref(), source, "x");
                 self.attention(attention, x)
             }
+            Layer::Delta(delta) => {
+                let x = self.norm(step.pre.as_ref(), source, "x");
+                self.delta(delta, x)
+            }
             Layer::Mlp(mlp) => {
                 let x = self.norm(step.pre.as_ref(), source, "x");
                 self.mlp(mlp, x, Kept::Room)
@@ -100,10 +109,13 @@ impl<'b> Lowering<'b> {
     }
 
     fn attention(&mut self, attention: &'b Attention, x: usize) -> usize {
-        let Attention { projections, o, shape, rope, layout, norms, clip, sinks, temperature } = attention;
+        let Attention { projections, gated, o, shape, rope, layout, norms, clip, sinks, temperature } = attention;
+        let mut gate = None;
         let mut qkv: [usize; 3] = match projections {
             Projections::Direct(linears) => {
-                let made = self.linears(linears.iter().collect(), false, x, &["q", "k", "v"]);
+                let names: &[&str] = if *gated { &["q", "gate", "k", "v"] } else { &["q", "k", "v"] };
+                let mut made = self.linears(linears.iter().collect(), false, x, names);
+                gate = gated.then(|| made.remove(1));
                 made.try_into().expect("queries, keys and values")
             }
             Projections::Latent(latent) => self.latent(latent, shape.heads, x),
@@ -121,10 +133,45 @@ impl<'b> Lowering<'b> {
             self.each(Kind::Warm(*temperature), &mut qkv[..1]);
         }
         let kind = Kind::Attention { shape: *shape, sinks: sinks.as_deref() };
-        let mixed = self.one(kind, &qkv, "mix", shape.heads * shape.value_dim);
+        let width = shape.heads * shape.value_dim;
+        let mut mixed = self.one(kind, &qkv, "mix", width);
+        if let Some(gate) = gate {
+            mixed = self.one(Kind::Gate(Activation::Sigmoid), &[gate, mixed], "mix", width);
+        }
         // It costs more than any product, and the weights before it can go once it is there.
         self.keep(mixed, Kept::Always);
         self.linears(vec![o], false, mixed, &["y"])[0]
+    }
+
+    fn delta(&mut self, delta: &'b DeltaNet, x: usize) -> usize {
+        let DeltaNet { inputs, rates, convolution, shape, decay, unit, norm, activation, out } = delta;
+        let made = self.linears(inputs.iter().collect(), false, x, &["q", "k", "v", "z"]);
+        let [mut q, mut k, mut v, gate]: [usize; 4] = made.try_into().expect("queries, keys, values and a gate");
+        let made = self.linears(rates.iter().collect(), true, x, &["b", "a"]);
+        let [b, a]: [usize; 2] = made.try_into().expect("two rates");
+        let mut first = 0;
+        for value in [&mut q, &mut k, &mut v] {
+            self.convolve(convolution, first, value);
+            first += self.program.values[*value].width;
+        }
+        for value in [&mut q, &mut k] {
+            let kind = Kind::HeadNorm { norm: unit, head_dim: shape.key_dim };
+            self.each(kind, std::slice::from_mut(value));
+        }
+        let decays = self.one(Kind::Decay(decay), &[a], "decay", shape.value_heads);
+        let beta = self.one(Kind::Map(Activation::Sigmoid), &[b], "beta", shape.value_heads);
+        let width = shape.value_heads * shape.value_dim;
+        let mut mixed = self.one(Kind::Delta(*shape), &[q, k, v, decays, beta], "mix", width);
+        self.each(Kind::HeadNorm { norm, head_dim: shape.value_dim }, std::slice::from_mut(&mut mixed));
+        let mixed = self.one(Kind::Gate(*activation), &[gate, mixed], "mix", width);
+        // As of attention.
+        self.keep(mixed, Kept::Always);
+        self.linears(vec![out], false, mixed, &["y"])[0]
+    }
+
+    /// Convolves a value, whose channels lie from `first` on in the convolution.
+    fn convolve(&mut self, convolution: &'b Convolution, first: usize, value: &mut usize) {
+        self.each(Kind::Convolve { convolution, first }, std::slice::from_mut(value));
     }
 
     fn head_norms(&mut self, norms: Option<&'b HeadNorms>, head_dim: usize, qkv: &mut [usize; 3]) {

@@ -9,12 +9,12 @@ mod slots;
 #[cfg(test)]
 mod tests;
 
-use kernels::{Activation, AttentionShape, RopeLayout};
+use kernels::{Activation, AttentionShape, DeltaShape, RopeLayout};
 
 pub use self::lifetimes::Lifetimes;
 pub use self::shown::{Shown, ShownOperation, ShownValue, shown};
 pub use self::slots::{Producer, Slot};
-use crate::graph::{Linear, Norm, Rope, Router, Temperature};
+use crate::graph::{Convolution, Decay, Linear, Norm, Rope, Router, Temperature};
 
 /// What a block does.
 #[derive(Clone, Debug)]
@@ -121,6 +121,21 @@ pub enum Kind<'b> {
         /// Tensor of one logit a head that takes part in the softmax and has no value.
         sinks: Option<&'b str>,
     },
+    /// A causal convolution of each channel by itself.
+    Convolve {
+        /// Of these channels and others.
+        convolution: &'b Convolution,
+        /// The first of these channels in it.
+        first: usize,
+    },
+    /// The logarithms of decays, of what linears made.
+    Decay(&'b Decay),
+    /// Linear attention by the gated delta rule, of queries, keys, values, the logarithms of decays, and how much is written.
+    Delta(DeltaShape),
+    /// Applies a function to every value.
+    Map(Activation),
+    /// `act(gate) · x` of values that are there.
+    Gate(Activation),
     /// `act(gate) · up`, or `act(up)` of a single value.
     Activate(Activation),
     /// Chooses experts by logits.
@@ -169,6 +184,10 @@ impl Operation<'_> {
                 linears.iter().flat_map(|linear| linear.tensors()).map(|(name, _)| name).collect()
             }
             Kind::Attention { sinks, .. } => sinks.iter().map(|name| (*name).to_owned()).collect(),
+            Kind::Convolve { convolution: Convolution { tensor, bias, .. }, .. } => {
+                [tensor].into_iter().chain(bias).cloned().collect()
+            }
+            Kind::Decay(decay) => vec![decay.rates.clone(), decay.bias.clone()],
             Kind::Route(router) => router.correction.iter().map(|(name, _)| name.clone()).collect(),
             _ => Vec::new(),
         }

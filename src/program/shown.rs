@@ -176,17 +176,16 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             details.extend(shape.softcap.map(|cap| format!("softcap {cap}")));
             (call("attention"), details)
         }
+        Kind::Convolve { .. } | Kind::Decay(_) | Kind::Delta(_) | Kind::Map(_) | Kind::Gate(_) => {
+            said_of_state(operation, reads)
+        }
         Kind::Activate(activation) => {
             let name = match activation {
-                Activation::Silu => "silu",
-                Activation::Gelu => "gelu",
-                Activation::GeluTanh => "gelu_tanh",
-                Activation::Relu => "relu",
-                Activation::Relu2 => "relu2",
                 Activation::SwigluOai { alpha, limit } => {
                     let details = vec![format!("alpha {alpha}"), format!("limit {limit}")];
                     return (call("swiglu_oai"), details);
                 }
+                other => named(*other),
             };
             only(match reads {
                 [gate, up] => format!("{name}({gate}) * {up}"),
@@ -220,10 +219,55 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
     }
 }
 
+/// The same of what layers with a state do, and of gates.
+fn said_of_state(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
+    let call = |name: &str| format!("{name}({})", reads.join(", "));
+    let only = |expression: String| (expression, Vec::new());
+    match &operation.kind {
+        Kind::Convolve { convolution, first } => {
+            let mut details = vec![format!("{} taps", convolution.taps)];
+            if *first > 0 {
+                details.push(format!("channels from {first}"));
+            }
+            let call = call("convolve");
+            (
+                convolution.activation.map_or(call.clone(), |activation| format!("{}({call})", named(activation))),
+                details,
+            )
+        }
+        Kind::Decay(_) => (call("decay"), Vec::new()),
+        Kind::Delta(shape) => {
+            let mut details = vec![format!("{} heads", shape.value_heads)];
+            if shape.key_heads != shape.value_heads {
+                details.push(format!("{} of queries and keys", shape.key_heads));
+            }
+            details.push(format!("scale {}", shape.scale));
+            (call("delta_rule"), details)
+        }
+        Kind::Map(activation) => only(call(named(*activation))),
+        Kind::Gate(activation) => only(format!("{}({}) * {}", named(*activation), reads[0], reads[1])),
+        _ => unreachable!("one of these"),
+    }
+}
+
+/// What a function of one value is called.
+fn named(activation: Activation) -> &'static str {
+    match activation {
+        Activation::Silu => "silu",
+        Activation::Gelu => "gelu",
+        Activation::GeluTanh => "gelu_tanh",
+        Activation::Relu => "relu",
+        Activation::Relu2 => "relu2",
+        Activation::SwigluOai { .. } => "swiglu_oai",
+        Activation::Sigmoid => "sigmoid",
+    }
+}
+
 fn said_of_norm(norm: &Norm) -> Vec<String> {
     let kind = match norm.kind {
         NormKind::Rms => "rms",
         NormKind::Layer => "layer",
+        NormKind::Length => "length",
     };
     let mut details = vec![kind.to_owned(), format!("eps {:e}", norm.eps)];
     if norm.offset != 0.0 {

@@ -75,7 +75,11 @@ impl<'b> Program<'b> {
     /// What lies between a linear and another one that does no more than multiply, or take an average.
     fn linear_slot(&self, reader: &Operation<'b>) -> Option<Slot<'b>> {
         let Kind::Linear { linears, fixed: false } = &reader.kind else { return None };
-        let between = self.maker(reader.reads[0])?;
+        let mut between = self.maker(reader.reads[0])?;
+        // A gate multiplies each channel by itself.
+        if let Kind::Gate(_) = between.kind {
+            between = self.maker(between.reads[1])?;
+        }
         let heads = match &between.kind {
             Kind::Attention { shape, .. } => {
                 let repeat = shape.heads / shape.kv_heads;

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::graph::{Attention, Graph, Projections};
+use crate::graph::{Attention, DeltaNet, Graph, Layer, Projections};
 
 /// Memory of cards as they are sold, in GiB.
 pub const CARDS: [u64; 9] = [4, 6, 8, 12, 16, 24, 32, 48, 80];
@@ -41,9 +41,16 @@ fn values(attention: &Attention) -> u64 {
     }
 }
 
+/// Bytes that one sequence leaves in a layer of linear attention, however long it is: a state in single precision, and what the convolution
+/// still needs of the last tokens, which llama.cpp keeps so too and others in 16 bits.
+fn state_bytes(delta: &DeltaNet, gguf: bool) -> u64 {
+    let [last, state] = delta.state();
+    4 * state + if gguf { 4 } else { 2 } * last
+}
+
 /// Bytes of the cache for `batch` sequences of `context` tokens each; `None` for a model of which only the linears are known.
 ///
-/// A layer that sees no further back than a window keeps no more tokens than that.
+/// A layer that sees no further back than a window keeps no more tokens than that, and one of linear attention a state of its own size.
 pub fn cache_bytes(graph: &Graph, context: u64, batch: u64, ty: CacheType, gguf: bool) -> Option<u64> {
     if graph.opaque {
         return None;
@@ -53,7 +60,13 @@ pub fn cache_bytes(graph: &Graph, context: u64, batch: u64, ty: CacheType, gguf:
         let tokens = reach.map_or(context, |reach| context.min(reach as u64));
         ty.bytes(values(attention), gguf).saturating_mul(tokens)
     };
-    let one = graph.blocks.iter().filter_map(|block| block.attention()).map(of).fold(0, u64::saturating_add);
+    let of_layer = |layer: &Layer| match layer {
+        Layer::Attention(attention) => of(attention),
+        Layer::Delta(delta) => state_bytes(delta, gguf),
+        Layer::Mlp(_) | Layer::Moe(_) | Layer::Opaque(_) => 0,
+    };
+    let layers = graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
+    let one = layers.map(of_layer).fold(0, u64::saturating_add);
     Some(one.saturating_mul(batch))
 }
 
@@ -107,4 +120,27 @@ pub fn fits(
         }
     };
     CARDS.into_iter().map(fit).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn linear_attention_takes_the_same_for_any_context() {
+        let config = json!({
+            "model_type": "qwen3_5_text", "vocab_size": 32, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8, "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4,
+        });
+        let graph = crate::families::build(&config).unwrap();
+        let bytes = |context, gguf| cache_bytes(&graph, context, 3, CacheType::Half, gguf).unwrap();
+        // Three layers of four: 4 heads of 8 by 16, and 3 tokens of 2 · 16 + 64 channels; the other one 2 heads of 16 keys and values.
+        let (state, last, token) = (4 * 8 * 16, 3 * 96, 2 * 2 * 16 * 2);
+        assert_eq!(bytes(100, false), 3 * (3 * (4 * state + 2 * last) + 100 * token));
+        assert_eq!(bytes(1000, true) - bytes(100, true), 3 * 900 * token);
+        assert_eq!(bytes(0, true), 9 * 4 * (state + last));
+    }
 }

@@ -89,7 +89,7 @@ impl Held<'_> {
     }
 }
 
-/// Linears that vLLM and SGLang load as one matrix, which has one scheme: q, k and v; a gate and what it gates; the first linears of latent
+/// Linears that vLLM and SGLang load as one matrix, which has one scheme: q, k and v, with the gate of linear attention; a gate and what it gates; the first linears of latent
 /// attention; and all experts of a layer.
 pub fn fused(graph: &Graph) -> Vec<Vec<&Linear>> {
     let mut all = Vec::new();
@@ -101,6 +101,7 @@ pub fn fused(graph: &Graph) -> Vec<Vec<&Linear>> {
                 Projections::Latent(latent) if latent.q.len() > 1 => all.push(vec![&latent.q[0], &latent.kv_a]),
                 Projections::Latent(_) => {}
             },
+            Layer::Delta(delta) => all.push(delta.inputs.iter().collect()),
             Layer::Mlp(mlp) => all.push(mlp.inputs.iter().collect()),
             Layer::Moe(moe) => {
                 all.push(moe.experts.iter().flat_map(|expert| &expert.inputs).collect());

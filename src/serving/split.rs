@@ -58,6 +58,14 @@ fn refusal(held: &Held<'_>, runtime: Runtime, parts: usize) -> Option<String> {
             }
             by_columns(held, runtime, &attention.o, parts)
         }
+        Layer::Delta(delta) => {
+            // Each GPU has whole heads of keys with those of values that they serve.
+            let heads = delta.shape.key_heads;
+            if !heads.is_multiple_of(parts) {
+                return Some(format!("{heads} heads of linear attention are not divided by {parts}"));
+            }
+            by_columns(held, runtime, &delta.out, parts)
+        }
         Layer::Mlp(mlp) => inner(held, runtime, mlp, parts),
         Layer::Moe(moe) => {
             let all = moe.experts.iter().chain(moe.shared.as_ref().map(|(shared, _)| shared));

@@ -39,6 +39,15 @@ pub fn write(model: &Path, output: &Path, settings: &str) -> quantc::Result<Repo
 
 /// What llama.cpp has no architecture for, or no setting, and what the refusal says.
 const REFUSED: &[(&str, &str)] = &[
+    ("qwen3_5_moe_text_plain", "cannot be written as GGUF"),
+    ("qwen3_5_moe_vision", "cannot be written as GGUF"),
+    ("qwen3_5_text_plain", "cannot be written as GGUF"),
+    ("qwen3_5_text_tied", "cannot be written as GGUF"),
+    ("qwen3_5_vision", "cannot be written as GGUF"),
+    ("qwen3_next_dense", "cannot be written as GGUF"),
+    ("qwen3_next_mixed", "cannot be written as GGUF"),
+    ("qwen3_next_published", "cannot be written as GGUF"),
+    ("qwen3_next_sparse_step", "cannot be written as GGUF"),
     ("arcee_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
     ("dots1_plain", "cannot be written as GGUF"),
     ("dots1_sliding", "cannot be written as GGUF"),

@@ -1,10 +1,13 @@
 //! Logits of every tiny checkpoint against those of transformers (`tests/fixtures/make_checkpoints.py`,
 //! `tests/fixtures/make_families.py`).
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use formats::SafetensorsFile;
 use kernels::Cpu;
+use kernels::cpu::Input;
+use quantc::graph::Linear;
 use quantc::recipe::UnknownTensors;
 use quantc::report::Activations;
 use quantc::stray::Strays;
@@ -62,6 +65,70 @@ fn difference(folder: &Path, golden_folder: &Path) -> Option<String> {
     // Written so that a NaN is a difference.
     let close = worst <= 1e-4 * largest;
     (!close).then(|| format!("logits are off by {worst}, the largest is {largest}"))
+}
+
+/// Hands out weights as they are, and sums up the squares of what every linear reads.
+struct Energies<'a> {
+    plain: forward::Plain<'a, Cpu>,
+    found: BTreeMap<String, Vec<f64>>,
+}
+
+impl forward::Supply<Cpu> for Energies<'_> {
+    fn vector(&mut self, name: &str) -> quantc::Result<Vec<f32>> {
+        self.plain.vector(name)
+    }
+
+    fn linears(
+        &mut self,
+        group: &[&Linear],
+        inputs: &forward::Inputs<'_, Input>,
+    ) -> quantc::Result<Vec<forward::Weight<kernels::cpu::Weight>>> {
+        let mut sums = vec![0.0; group[0].cols];
+        inputs(&mut |x| {
+            for row in x.values().rows() {
+                sums.iter_mut().zip(row).for_each(|(sum, x)| *sum += f64::from(*x).powi(2));
+            }
+            Ok(())
+        })?;
+        self.found.extend(group.iter().map(|linear| (linear.module.clone(), sums.clone())));
+        self.plain.linears(group, inputs)
+    }
+
+    fn router(&mut self, linear: &Linear) -> quantc::Result<Vec<forward::Weight<kernels::cpu::Weight>>> {
+        self.plain.router(linear)
+    }
+}
+
+/// What calibration sees of the inputs of linears is what they read in transformers.
+#[test]
+fn linears_read_what_they_read_in_transformers() {
+    let mut compared = Vec::new();
+    for name in ["qwen3_next_dense", "qwen3_5_text_plain"] {
+        let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
+        let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());
+        let graph = families::graph_of(&source).unwrap();
+        let mut chunks = forward::embed(&cpu, &graph, &source, &golden(&folder).0).unwrap();
+        let mut supply = Energies { plain: forward::Plain::exact(&cpu, &source), found: BTreeMap::new() };
+        for block in &graph.blocks {
+            forward::run_block(&cpu, block, &mut supply, &mut chunks).unwrap();
+        }
+        let file = SafetensorsFile::open(folder.join("golden.safetensors")).unwrap();
+        for (module, found) in supply.found {
+            let expected = file.get(&format!("energies.{module}")).unwrap().to_f32().unwrap();
+            let largest = expected.iter().fold(0.0f32, |m, x| m.max(*x));
+            assert_eq!(found.len(), expected.len(), "{name}: {module}");
+            for (found, expected) in found.iter().zip(expected) {
+                assert!(
+                    (*found as f32 - expected).abs() <= 1e-4 * largest,
+                    "{name}: {module}: {found}, not {expected}"
+                );
+            }
+            compared.push(module);
+        }
+    }
+    for part in ["linear_attn.in_proj_qkvz", "linear_attn.in_proj_z", "linear_attn.out_proj", "self_attn.o_proj"] {
+        assert!(compared.iter().any(|module| module.ends_with(part)), "{part}: {compared:?}");
+    }
 }
 
 #[test]

@@ -127,9 +127,18 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("qwen2_moe_sparse_step", Told(PLACE)),
     ("qwen2_sliding", Told(WINDOW)),
     ("qwen2_yarn", Told("to be 32, and it is 64")),
+    ("qwen3_5_moe_text_plain", Told(UNKNOWN)),
+    ("qwen3_5_moe_vision", Told("stacks this family's experts without their scales")),
+    ("qwen3_5_text_plain", Told(UNKNOWN)),
+    ("qwen3_5_text_tied", Told(UNKNOWN)),
+    ("qwen3_5_vision", Told("was not compared with this model")),
     ("qwen3_attention_bias", Told(PLACE)),
     ("qwen3_moe_mixed", Told("stacks this family's experts without their scales")),
     ("qwen3_moe_plain", Told("stacks this family's experts without their scales")),
+    ("qwen3_next_dense", Told("was not compared with this model")),
+    ("qwen3_next_mixed", Told("stacks this family's experts without their scales")),
+    ("qwen3_next_published", Told("stacks this family's experts without their scales")),
+    ("qwen3_next_sparse_step", Told("stacks this family's experts without their scales")),
     ("qwen3_sliding", Told(WINDOW)),
     ("starcoder2_plain", Told("computes gelu for models of this type, and this one has gelu_pytorch_tanh")),
     ("starcoder2_sliding", Told(ASKS)),
@@ -287,7 +296,7 @@ fn experts_of_unknown_families_are_told_where_their_scales_are_lost() {
         Model::at(model.path()).config(|config| config["model_type"] = model_type.into());
         model
     };
-    check("qwen3_next", &of("qwen3_next"), &Told("without their scales"));
+    check("lfm2_moe", &of("lfm2_moe"), &Told("without their scales"));
     check("afmoe", &of("afmoe"), &Told("not known here what models of the type `afmoe` compute"));
     check("flex_olmo", &of("flex_olmo"), &Told(UNKNOWN));
 }

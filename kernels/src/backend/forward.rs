@@ -35,6 +35,21 @@ impl AttentionShape {
     }
 }
 
+/// Shape of one layer of the gated delta rule.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DeltaShape {
+    /// Heads of the queries and the keys; divides `value_heads`, and each serves so many of them that follow each other.
+    pub key_heads: usize,
+    /// Heads of the values, of the result, and of the decays; each has a state of its own.
+    pub value_heads: usize,
+    /// Values per head of the queries and the keys.
+    pub key_dim: usize,
+    /// Values per head of the values and of the result.
+    pub value_dim: usize,
+    /// Factor on the queries, usually `key_dim^-1/2`.
+    pub scale: f32,
+}
+
 /// How a slice of values is normalised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {
@@ -42,6 +57,8 @@ pub enum NormKind {
     Rms,
     /// By its mean and standard deviation.
     Layer,
+    /// By its length: the root of the sum of squares, not of their mean.
+    Length,
 }
 
 /// Which values of each head rotary position embedding turns, and which two turn together.
@@ -75,6 +92,8 @@ pub enum Activation {
         /// Largest gate, and largest size of the other.
         limit: f32,
     },
+    /// `σ(x)`.
+    Sigmoid,
 }
 
 /// How a runtime rounds what it multiplies weights with.
@@ -195,6 +214,12 @@ pub trait Forward: Memory {
         match kind {
             NormKind::Rms => self.rms_norm(x, weight, eps),
             NormKind::Layer => self.layer_norm(x, weight, bias, eps),
+            NormKind::Length => {
+                let mut y = self.copy(x)?;
+                let width = self.shape(x)[1];
+                self.norm_heads(&mut y, width, kind, weight, None, eps)?;
+                Ok(y)
+            }
         }
     }
     /// [`input`](Self::input) of a [`norm`](Self::norm), where products are all that read it.
@@ -246,6 +271,40 @@ pub trait Forward: Memory {
         shape: &AttentionShape,
         lengths: &[usize],
     ) -> Result<Self::Input>;
+
+    /// A causal convolution of each channel by itself, within each sequence: `y[t, c] = act(bias[c] + Σ weight[c, j] · x[t − K + 1 + j, c])`,
+    /// where what lies before a sequence is 0.
+    ///
+    /// `weight` is `[channels, K]`, row-major, the last of a channel's values for the token itself; `K` at least 1.
+    fn convolve(
+        &self,
+        x: &Self::Matrix,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        activation: Option<Activation>,
+        lengths: &[usize],
+    ) -> Result<Self::Matrix>;
+    /// `x ← −rates · ln(1 + exp(x + bias))`: logarithms of decays, for each column a rate and a bias.
+    fn decays(&self, x: &mut Self::Matrix, rates: &[f32], bias: &[f32]) -> Result<()>;
+    /// The gated delta rule over each sequence: `S ← exp(decay) · S`, then `S ← S + k · β(v − Sᵀk)ᵀ`, then `out = scale · Sᵀq`, for
+    /// each head a state `S` `[key_dim, value_dim]` that is 0 before the first token of a sequence.
+    ///
+    /// `q` and `k` are `[tokens, key_heads·key_dim]`, the keys no longer than 1, `v` and the result `[tokens, value_heads·value_dim]`,
+    /// `decay` (no positive values) and `beta` (from 0 to 1) `[tokens, value_heads]`.
+    fn delta_rule(
+        &self,
+        qkv: [&Self::Matrix; 3],
+        decay: &Self::Matrix,
+        beta: &Self::Matrix,
+        shape: &DeltaShape,
+        lengths: &[usize],
+    ) -> Result<Self::Matrix>;
+    /// `x ← act(x)`.
+    ///
+    /// Fails for [`Activation::SwigluOai`], which is only a gate.
+    fn activate(&self, x: &mut Self::Matrix, activation: Activation) -> Result<()>;
+    /// `gate ← act(gate) · x`.
+    fn gate(&self, gate: &mut Self::Matrix, x: &Self::Matrix, activation: Activation) -> Result<()>;
 
     /// `[tokens, heads·(a + b)]`: each head's own `a` values of `own` `[tokens, heads·a]`, then those of `shared`
     /// `[tokens, b]`, which all heads have in common (the keys of multi-head latent attention).

@@ -91,6 +91,8 @@ pub trait Memory: Sync {
 
     /// An activation `[tokens, features]`, ready to be multiplied.
     fn input(&self, x: Self::Matrix) -> Result<Self::Input>;
+    /// The values of an activation, as a matrix again; rounded ones stay as they were rounded.
+    fn values(&self, x: &Self::Input) -> Result<Self::Matrix>;
     /// `[tokens, features]`.
     fn input_shape(&self, x: &Self::Input) -> [usize; 2];
 }

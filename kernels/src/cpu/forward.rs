@@ -4,9 +4,16 @@ use ndarray::Array2;
 use rayon::prelude::*;
 
 use super::{Cpu, Input, Weight, flat};
-use crate::backend::{Activation, ActivationRounding, AttentionShape, Forward, Memory, NormKind, RopeLayout};
-use crate::checks::{expect, expect_attention, expect_limit, expect_multiple, expect_rotation};
-use crate::ops::{activation, add, attention, bf16, heads, linear, norm, rope, round_activations, softcap};
+use crate::backend::{
+    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, Memory, NormKind, RopeLayout,
+};
+use crate::checks::{
+    expect, expect_alone, expect_attention, expect_convolution, expect_delta, expect_limit, expect_multiple,
+    expect_rotation,
+};
+use crate::ops::{
+    activation, add, attention, bf16, convolve, delta, heads, linear, norm, rope, round_activations, softcap,
+};
 use crate::{Error, Result};
 
 fn check_product(op: &'static str, x: &Input, weight: &Weight, bias: Option<&[f32]>) -> Result<()> {
@@ -114,10 +121,7 @@ impl Forward for Cpu {
 
     fn activated(&self, x: &Input, weight: &Weight, bias: Option<&[f32]>, activation: Activation) -> Result<Input> {
         check_product("activated", x, weight, bias)?;
-        if let Activation::SwigluOai { .. } = activation {
-            let (expected, found) = ("a function of one value".to_owned(), format!("{activation:?}"));
-            return Err(Error::Shape { op: "activated", expected, found });
-        }
+        expect_alone("activated", activation)?;
         match (x, weight) {
             (Input::Rounded(x), Weight::Rounded(w)) => Ok(Input::Rounded(bf16::activated(x, w, bias, activation))),
             (Input::Whole(x), Weight::Whole(w)) => {
@@ -184,6 +188,54 @@ impl Forward for Cpu {
             return Ok(Input::Rounded(attention::rounded(q.view(), k.view(), v.view(), sinks, shape, lengths)));
         }
         self.input(attention::run(q.view(), k.view(), v.view(), sinks, shape, lengths))
+    }
+
+    fn convolve(
+        &self,
+        x: &Array2<f32>,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        activation: Option<Activation>,
+        lengths: &[usize],
+    ) -> Result<Array2<f32>> {
+        expect_convolution([x.nrows(), x.ncols()], weight, bias, activation, lengths)?;
+        Ok(convolve::run(x.view(), weight, bias, activation, lengths))
+    }
+
+    fn decays(&self, x: &mut Array2<f32>, rates: &[f32], bias: &[f32]) -> Result<()> {
+        expect("decays", "rates", x.ncols(), rates.len())?;
+        expect("decays", "bias values", x.ncols(), bias.len())?;
+        delta::decays(x, rates, bias);
+        Ok(())
+    }
+
+    fn delta_rule(
+        &self,
+        qkv: [&Array2<f32>; 3],
+        decay: &Array2<f32>,
+        beta: &Array2<f32>,
+        shape: &DeltaShape,
+        lengths: &[usize],
+    ) -> Result<Array2<f32>> {
+        let [q, k, v] = qkv;
+        expect_delta([q, k, v, decay, beta].map(|m| [m.nrows(), m.ncols()]), shape, lengths)?;
+        Ok(delta::run(qkv.map(|m| m.view()), decay.view(), beta.view(), shape, lengths))
+    }
+
+    fn activate(&self, x: &mut Array2<f32>, activation: Activation) -> Result<()> {
+        expect_alone("activate", activation)?;
+        activation::run(activation, flat(x));
+        Ok(())
+    }
+
+    fn gate(&self, gate: &mut Array2<f32>, x: &Array2<f32>, activation: Activation) -> Result<()> {
+        expect("gate", "rows", gate.nrows(), x.nrows())?;
+        expect("gate", "features", gate.ncols(), x.ncols())?;
+        if let Activation::SwigluOai { limit, .. } = activation {
+            expect_limit("gate", limit)?;
+        }
+        activation::gate(activation, flat(gate), x.as_slice().expect("contiguous"));
+        Ok(())
     }
 
     fn join_heads(&self, own: &Array2<f32>, shared: &Array2<f32>, heads: usize) -> Result<Array2<f32>> {

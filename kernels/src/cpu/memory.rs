@@ -112,6 +112,10 @@ impl Memory for Cpu {
         Ok(if self.rounds() { Input::Rounded(bf16::Rows::of(x.view())) } else { Input::Whole(x) })
     }
 
+    fn values(&self, x: &Input) -> Result<Array2<f32>> {
+        Ok(x.values())
+    }
+
     fn input_shape(&self, x: &Input) -> [usize; 2] {
         x.shape()
     }

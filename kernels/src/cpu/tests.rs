@@ -3,7 +3,7 @@
 use ndarray::Array2;
 
 use super::{Cpu, Input, Weight};
-use crate::backend::{Activation, AttentionShape, Forward, Memory, NormKind, RopeLayout};
+use crate::backend::{Activation, AttentionShape, DeltaShape, Forward, Memory, NormKind, RopeLayout};
 use crate::ops::testing::Noise;
 use crate::{Error, Result};
 
@@ -66,6 +66,27 @@ fn matrices_that_do_not_fit_are_refused() {
         refused("clamp", cpu.clamp(&mut m(2, 2), limit));
     }
 
+    let convolve = |taps, bias, lengths: &[usize]| cpu.convolve(&m(5, 4), &vec![0.0; taps], bias, None, lengths);
+    assert_eq!(convolve(12, Some(&[0.0; 4][..]), &[2, 3]).unwrap(), m(5, 4));
+    refused("convolve", convolve(10, None, &[5]));
+    refused("convolve", convolve(0, None, &[5]));
+    refused("convolve", convolve(12, Some(&[0.0; 3]), &[5]));
+    refused("convolve", convolve(12, None, &[4]));
+    refused("decays", cpu.decays(&mut m(3, 4), &[1.0; 3], &[1.0; 4]));
+    refused("decays", cpu.decays(&mut m(3, 4), &[1.0; 4], &[1.0; 5]));
+    let shape = DeltaShape { key_heads: 2, value_heads: 4, key_dim: 3, value_dim: 2, scale: 1.0 };
+    let delta = |keys, gates, lengths: &[usize], shape| {
+        cpu.delta_rule([&m(5, 6), &m(5, keys), &m(5, 8)], &m(5, gates), &m(5, 4), &shape, lengths)
+    };
+    assert_eq!(delta(6, 4, &[5], shape).unwrap(), m(5, 8));
+    refused("delta_rule", delta(8, 4, &[5], shape));
+    refused("delta_rule", delta(6, 2, &[5], shape));
+    refused("delta_rule", delta(6, 4, &[5, 1], shape));
+    refused("delta_rule", delta(6, 4, &[5], DeltaShape { key_heads: 3, ..shape }));
+    refused("delta_rule", delta(6, 4, &[5], DeltaShape { key_heads: 0, ..shape }));
+    refused("activate", cpu.activate(&mut m(2, 2), Activation::SwigluOai { alpha: 1.0, limit: 1.0 }));
+    refused("gate", cpu.gate(&mut m(2, 2), &m(2, 3), Activation::Sigmoid));
+
     refused("join_heads", cpu.join_heads(&m(3, 8), &m(3, 2), 3));
     refused("join_heads", cpu.join_heads(&m(3, 8), &m(3, 2), 0));
     refused("join_heads", cpu.join_heads(&m(3, 8), &m(2, 2), 4));
@@ -75,6 +96,28 @@ fn matrices_that_do_not_fit_are_refused() {
     refused("add_rows", cpu.add_rows(&m(2, 4), &[0, 1], &[1.0; 3], &mut m(3, 4)));
     refused("add_rows", cpu.add_rows(&m(2, 4), &[0, 3], &[1.0; 2], &mut m(3, 4)));
     refused("add_rows", cpu.add_rows(&m(2, 4), &[1, 1], &[1.0; 2], &mut m(3, 4)));
+}
+
+/// A layer with a state, from its input to its output.
+fn recurrent(
+    cpu: &Cpu,
+    linear: &mut impl FnMut(&Input, usize) -> Array2<f32>,
+    x: &Input,
+    lengths: &[usize],
+) -> Array2<f32> {
+    let shape = DeltaShape { key_heads: 2, value_heads: 4, key_dim: 9, value_dim: 7, scale: 1.0 / 3.0 };
+    let (v, mut decay, mut beta, mut gate) = (linear(x, 28), linear(x, 4), linear(x, 4), linear(x, 28));
+    let [q, k] = [0, 1].map(|_| {
+        let taps = [0.5, -0.2, 0.7].repeat(18);
+        let mut x = cpu.convolve(&linear(x, 18), &taps, Some(&[0.1; 18]), Some(Activation::Silu), lengths).unwrap();
+        cpu.norm_heads(&mut x, 9, NormKind::Length, &[1.0; 9], None, 1e-6).unwrap();
+        x
+    });
+    cpu.decays(&mut decay, &[0.5; 4], &[1.0; 4]).unwrap();
+    cpu.activate(&mut beta, Activation::Sigmoid).unwrap();
+    let mixed = cpu.delta_rule([&q, &k, &v], &decay, &beta, &shape, lengths).unwrap();
+    cpu.gate(&mut gate, &mixed, Activation::Silu).unwrap();
+    linear(&cpu.input(gate).unwrap(), 37)
 }
 
 /// One decoder layer of no model there is: every step that families differ in.
@@ -96,6 +139,7 @@ fn layer(cpu: &Cpu) -> Array2<f32> {
     }
     let mixed = cpu.attention(&q, &k, &v, Some(&[0.5, -1.0, 2.0, 0.0]), &SHAPE, &lengths).unwrap();
     cpu.add_scaled(&linear(&mixed, 37), 0.3, &mut stream).unwrap();
+    cpu.add_scaled(&recurrent(cpu, &mut linear, &x, &lengths), 0.3, &mut stream).unwrap();
     let x = cpu.input(cpu.rms_norm(&stream, &[0.2; 37], 1e-5).unwrap()).unwrap();
     let [gate, up, one] = [61, 61, 37].map(|outs| cpu.weight(noise.matrix(outs, 37)).unwrap());
     let gated = cpu.gated(&x, [&gate, &up], [None; 2], Activation::SwigluOai { alpha: 1.7, limit: 7.0 }).unwrap();

@@ -20,6 +20,7 @@ pub static MODULES: &[&Module] = &[
     &super::forward::POINTWISE,
     &super::forward::NORM,
     &super::forward::ROPE,
+    &super::recurrent::RECURRENT,
     &super::quantize::GRAM,
     &super::factor::FACTOR,
     &super::pack::PACK,

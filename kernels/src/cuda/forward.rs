@@ -3,12 +3,17 @@
 use ndarray::Array2;
 
 use super::{Cuda, Matrix, Module, Operand, Operands, Pinned, Product, Rounded, at, expect, expect_multiple};
-use crate::backend::{Activation, ActivationRounding, AttentionShape, Forward, Memory, NormKind, RopeLayout};
-use crate::checks::{expect_limit, expect_rotation};
+use crate::backend::{
+    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, Memory, NormKind, RopeLayout,
+};
+use crate::checks::{expect_alone, expect_limit, expect_rotation};
 use crate::ops::add::sources;
 use crate::{Error, Result};
 
-pub(super) static POINTWISE: Module = Module { name: "pointwise", source: include_str!("../ops/pointwise.cu") };
+pub(super) static POINTWISE: Module = Module {
+    name: "pointwise",
+    source: concat!(include_str!("../ops/activation.cuh"), include_str!("../ops/pointwise.cu")),
+};
 pub(super) static NORM: Module = Module { name: "norm", source: include_str!("../ops/norm.cu") };
 pub(super) static ROUNDING: Module =
     Module { name: "round_activations", source: include_str!("../ops/round_activations.cu") };
@@ -19,7 +24,8 @@ fn threads_for(width: usize) -> u32 {
     (width.div_ceil(4).next_multiple_of(32)).clamp(32, 256) as u32
 }
 
-fn code(activation: Activation) -> (i32, f32, f32) {
+/// How kernels call an activation, and what is told of it besides.
+pub(super) fn code(activation: Activation) -> (i32, f32, f32) {
     match activation {
         Activation::Silu => (0, 0.0, 0.0),
         Activation::Gelu => (1, 0.0, 0.0),
@@ -27,6 +33,7 @@ fn code(activation: Activation) -> (i32, f32, f32) {
         Activation::Relu => (3, 0.0, 0.0),
         Activation::Relu2 => (4, 0.0, 0.0),
         Activation::SwigluOai { alpha, limit } => (5, alpha, limit),
+        Activation::Sigmoid => (6, 0.0, 0.0),
     }
 }
 
@@ -106,7 +113,7 @@ impl Cuda {
     }
 
     /// Runs `kernel` over `gate` (and `up`) into an operand of the precision that `x` has.
-    fn activate(
+    fn activate_into(
         &self,
         real: super::Real,
         gate: Matrix,
@@ -144,6 +151,25 @@ impl Cuda {
         Ok(narrow.map_or(Operands::Whole(gate), Operands::Rounded))
     }
 
+    /// `gate ← act(gate) · up`, or `act(gate)` alone.
+    fn activate_in_place(&self, gate: &mut Matrix, up: Option<&Matrix>, activation: Activation) -> Result<()> {
+        let (kind, alpha, limit) = code(activation);
+        let (gate_at, up_at) = (gate.buffer.pin()?, up.map(|up| up.buffer.pin_to_read()).transpose()?);
+        let args = [
+            gate_at.arg(),
+            gate_at.arg(),
+            at(up_at.as_ref()),
+            at(None),
+            at(None),
+            kind.into(),
+            alpha.into(),
+            limit.into(),
+            (gate.rows as i64).into(),
+            (gate.cols as i32).into(),
+        ];
+        self.each(&POINTWISE, "activate", gate.rows * gate.cols, &args)
+    }
+
     /// Norms slices of `width` from `x` to `y`, which is memory of as many values, of single precision or, where it is `rounded`, of
     /// bfloat16; `weight` repeats.
     fn norm_into(&self, x: &Pinned<'_>, y: &Pinned<'_>, rounded: bool, count: usize, norm: &Norm<'_>) -> Result<()> {
@@ -162,7 +188,11 @@ impl Cuda {
             (width as i32).into(),
             (weight.len() as i32).into(),
             (bias.map_or(1, <[f32]>::len) as i32).into(),
-            (kind == NormKind::Layer).into(),
+            i32::into(match kind {
+                NormKind::Rms => 0,
+                NormKind::Layer => 1,
+                NormKind::Length => 2,
+            }),
             eps.into(),
         ];
         let kernel = if rounded { "norm_rounded" } else { "norm_slices" };
@@ -204,13 +234,7 @@ impl Forward for Cuda {
     }
 
     fn round_activations(&self, x: &Operands, kind: ActivationRounding) -> Result<Operands> {
-        let [rows, cols] = x.shape();
-        let (mut out, count) = (self.matrix(rows, cols)?, rows * cols);
-        {
-            let (to, from) = (out.buffer.pin()?, x.pin()?);
-            let stored = if x.real() == super::Real::Bf16 { 1 } else { 2 };
-            self.each(&POINTWISE, "widen", count, &[to.arg(), from.arg(), stored.into(), (count as i64).into()])?;
-        }
+        let mut out = self.values(x)?;
         self.round_values(&mut out, kind)?;
         match x {
             Operands::Whole(_) => Ok(Operands::Whole(out)),
@@ -251,7 +275,7 @@ impl Forward for Cuda {
             self.multiply("gated", x, weight, None, y, 0.0)?;
         }
         let [gate, up] = products;
-        self.activate(x.real(), gate, Some(up), biases, activation)
+        self.activate_into(x.real(), gate, Some(up), biases, activation)
     }
 
     fn activated(
@@ -262,13 +286,10 @@ impl Forward for Cuda {
         activation: Activation,
     ) -> Result<Operands> {
         check_product("activated", x, weight, bias)?;
-        if let Activation::SwigluOai { .. } = activation {
-            let (expected, found) = ("a function of one value".to_owned(), format!("{activation:?}"));
-            return Err(Error::Shape { op: "activated", expected, found });
-        }
+        expect_alone("activated", activation)?;
         let mut y = self.matrix(x.shape()[0], weight.shape()[0])?;
         self.multiply("activated", x, weight, None, &mut y, 0.0)?;
-        self.activate(x.real(), y, None, [bias, None], activation)
+        self.activate_into(x.real(), y, None, [bias, None], activation)
     }
 
     fn rms_norm(&self, x: &Matrix, weight: &[f32], eps: f32) -> Result<Matrix> {
@@ -354,6 +375,46 @@ impl Forward for Cuda {
         lengths: &[usize],
     ) -> Result<Operands> {
         self.attend(q, k, v, sinks, shape, lengths)
+    }
+
+    fn convolve(
+        &self,
+        x: &Matrix,
+        weight: &[f32],
+        bias: Option<&[f32]>,
+        activation: Option<Activation>,
+        lengths: &[usize],
+    ) -> Result<Matrix> {
+        self.convolved(x, weight, bias, activation, lengths)
+    }
+
+    fn decays(&self, x: &mut Matrix, rates: &[f32], bias: &[f32]) -> Result<()> {
+        self.decayed(x, rates, bias)
+    }
+
+    fn delta_rule(
+        &self,
+        qkv: [&Matrix; 3],
+        decay: &Matrix,
+        beta: &Matrix,
+        shape: &DeltaShape,
+        lengths: &[usize],
+    ) -> Result<Matrix> {
+        self.recur(qkv, decay, beta, shape, lengths)
+    }
+
+    fn activate(&self, x: &mut Matrix, activation: Activation) -> Result<()> {
+        expect_alone("activate", activation)?;
+        self.activate_in_place(x, None, activation)
+    }
+
+    fn gate(&self, gate: &mut Matrix, x: &Matrix, activation: Activation) -> Result<()> {
+        expect("gate", "rows", gate.rows, x.rows)?;
+        expect("gate", "features", gate.cols, x.cols)?;
+        if let Activation::SwigluOai { limit, .. } = activation {
+            expect_limit("gate", limit)?;
+        }
+        self.activate_in_place(gate, Some(x), activation)
     }
 
     fn join_heads(&self, own: &Matrix, shared: &Matrix, heads: usize) -> Result<Matrix> {

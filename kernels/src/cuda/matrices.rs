@@ -4,7 +4,7 @@ use formats::{Dtype, PackedWeight, WordLayout};
 use ndarray::Array2;
 
 use super::forward::POINTWISE;
-use super::{Arg, Buffer, Codes, Cuda, Matrix, Operands, Rounded, Stored, at, expect};
+use super::{Arg, Buffer, Codes, Cuda, Matrix, Operands, Real, Rounded, Stored, at, expect};
 use crate::backend::{Grid, GridSpec, Memory, Quantize};
 use crate::{Error, Result};
 
@@ -231,6 +231,17 @@ impl Memory for Cuda {
 
     fn input(&self, x: Matrix) -> Result<Operands> {
         if self.rounds() { self.narrowed(&x) } else { Ok(Operands::Whole(x)) }
+    }
+
+    fn values(&self, x: &Operands) -> Result<Matrix> {
+        let [rows, cols] = x.shape();
+        let (out, count) = (self.matrix(rows, cols)?, rows * cols);
+        {
+            let (to, from) = (out.buffer.pin()?, x.pin()?);
+            let stored = if x.real() == Real::Bf16 { 1 } else { 2 };
+            self.each(&POINTWISE, "widen", count, &[to.arg(), from.arg(), stored.into(), (count as i64).into()])?;
+        }
+        Ok(out)
     }
 
     fn input_shape(&self, x: &Operands) -> [usize; 2] {

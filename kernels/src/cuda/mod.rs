@@ -17,6 +17,7 @@ mod memory;
 mod pack;
 mod profile;
 mod quantize;
+mod recurrent;
 mod refine;
 mod search;
 mod simulated;

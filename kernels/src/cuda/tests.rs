@@ -9,6 +9,7 @@ mod factor;
 mod forward;
 mod losses;
 mod pack;
+mod recurrent;
 mod search;
 mod sweep;
 

@@ -24,6 +24,7 @@ pub fn reference(activation: Activation, x: f32) -> f32 {
             let gate = x.min(f64::from(limit));
             gate * sigmoid(f64::from(alpha) * gate)
         }
+        Activation::Sigmoid => sigmoid(x),
     };
     value as f32
 }
@@ -61,6 +62,7 @@ simd_fn! {
                     *x = swiglu_oai(*x, alpha, limit);
                 }
             }
+            Activation::Sigmoid => each(x, sigmoid),
         }
     }
 }
@@ -79,6 +81,7 @@ simd_fn! {
                     *g = swiglu_oai(*g, alpha, limit) * (u.clamp(-limit, limit) + 1.0);
                 }
             }
+            Activation::Sigmoid => product(gate, up, sigmoid),
         }
     }
 }
@@ -100,6 +103,11 @@ fn product(gate: &mut [f32], up: &[f32], f: impl Fn(f32) -> f32) {
 #[inline(always)]
 fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
+}
+
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
 }
 
 /// `Φ(x) = σ(x · q(x²))`, with a polynomial for `q` of least error of `Φ` up to 6; beyond, `q` stays, and `Φ` is 0 or 1.
@@ -146,13 +154,14 @@ fn swiglu_oai(gate: f32, alpha: f32, limit: f32) -> f32 {
 
 /// Every form, for tests.
 #[cfg(test)]
-pub(super) const ALL: [Activation; 6] = [
+pub(super) const ALL: [Activation; 7] = [
     Activation::Silu,
     Activation::Gelu,
     Activation::GeluTanh,
     Activation::Relu,
     Activation::Relu2,
     Activation::SwigluOai { alpha: 1.702, limit: 7.0 },
+    Activation::Sigmoid,
 ];
 
 #[cfg(test)]
@@ -174,7 +183,11 @@ mod tests {
             gate(activation, &mut gated, &up);
             // Where an exponent is itself a product, its rounding shows in the tail.
             let slack =
-                if let Activation::Silu | Activation::Relu | Activation::Relu2 = activation { 1e-30 } else { 2e-7 };
+                if let Activation::Silu | Activation::Relu | Activation::Relu2 | Activation::Sigmoid = activation {
+                    1e-30
+                } else {
+                    2e-7
+                };
             for i in 0..x.len() {
                 let expected = reference(activation, x[i]);
                 let error = (alone[i] - expected).abs();

@@ -6,6 +6,8 @@ pub mod apart;
 pub mod attention;
 pub mod bf16;
 pub mod blocks;
+pub mod convolve;
+pub mod delta;
 pub mod dequantize;
 pub mod encoded;
 pub mod factor;

@@ -1,5 +1,5 @@
-// Norms slices of `width` values, a block each, from x to y (which may be x). Weights repeat after `weights` values, biases after
-// `biases`.
+// Norms slices of `width` values, a block each, from x to y (which may be x): by the root mean square (kind 0), by mean and variance (1),
+// or by the length (2). Weights repeat after `weights` values, biases after `biases`.
 //
 // What a thread reads is four values side by side, as memory gives 16 bytes at a time, where the lengths allow it. Where a product is
 // all that reads the result, it is written in bfloat16 at once.
@@ -31,7 +31,7 @@ __device__ __forceinline__ float sum_of(const float *x, int width, float mean, b
 
 template <class Out>
 __device__ __forceinline__ void norm_slice(
-    Out *y, const float *x, const float *weight, const float *bias, int width, int weights, int biases, int centred, float eps) {
+    Out *y, const float *x, const float *weight, const float *bias, int width, int weights, int biases, int kind, float eps) {
     __shared__ float scratch[32];
     i64 slice = blockIdx.x;
     const float *from = x + slice * width;
@@ -40,8 +40,8 @@ __device__ __forceinline__ void norm_slice(
     const float *weights_here = weight + slice * width % weights;
     const float *biases_here = bias ? bias + slice * width % biases : 0;
     bool fours = width % 4 == 0 && weights % 4 == 0 && (!bias || biases % 4 == 0);
-    float mean = centred ? sum_of(from, width, 0.0f, false, fours, scratch) / width : 0.0f;
-    float scale = 1.0f / sqrtf(sum_of(from, width, mean, true, fours, scratch) / width + eps);
+    float mean = kind == 1 ? sum_of(from, width, 0.0f, false, fours, scratch) / width : 0.0f;
+    float scale = 1.0f / sqrtf(sum_of(from, width, mean, true, fours, scratch) / (kind == 2 ? 1 : width) + eps);
     if (fours) {
         for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) {
             float4 v = *(const float4 *)(from + i), w = *(const float4 *)(weights_here + i);
@@ -60,13 +60,13 @@ __device__ __forceinline__ void norm_slice(
 }
 
 KERNEL(norm_slices)(
-    float *y, const float *x, const float *weight, const float *bias, int width, int weights, int biases, int centred, float eps) {
-    norm_slice(y, x, weight, bias, width, weights, biases, centred, eps);
+    float *y, const float *x, const float *weight, const float *bias, int width, int weights, int biases, int kind, float eps) {
+    norm_slice(y, x, weight, bias, width, weights, biases, kind, eps);
 }
 EXPORT(norm_slices)
 
 KERNEL(norm_rounded)(
-    u16 *y, const float *x, const float *weight, const float *bias, int width, int weights, int biases, int centred, float eps) {
-    norm_slice(y, x, weight, bias, width, weights, biases, centred, eps);
+    u16 *y, const float *x, const float *weight, const float *bias, int width, int weights, int biases, int kind, float eps) {
+    norm_slice(y, x, weight, bias, width, weights, biases, kind, eps);
 }
 EXPORT(norm_rounded)

@@ -1,5 +1,5 @@
 //! Normalisation by the root mean square (Zhang and Sennrich 2019, arXiv:1910.07467) or by mean and variance (Ba et al.
-//! 2016, arXiv:1607.06450), of whole rows or of every head of a row.
+//! 2016, arXiv:1607.06450), or by the length of a vector; of whole rows or of every head of a row.
 
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
@@ -25,11 +25,12 @@ pub fn reference(
         for start in (0..row.len()).step_by(width) {
             let values: Vec<f64> = (start..start + width).map(|col| f64::from(row[col])).collect();
             let mean = match kind {
-                NormKind::Rms => 0.0,
+                NormKind::Rms | NormKind::Length => 0.0,
                 NormKind::Layer => values.iter().sum::<f64>() / width as f64,
             };
             let square: f64 = values.iter().map(|v| (v - mean).powi(2)).sum();
-            let scale = 1.0 / (square / width as f64 + f64::from(eps)).sqrt();
+            let parts = if kind == NormKind::Length { 1.0 } else { width as f64 };
+            let scale = 1.0 / (square / parts + f64::from(eps)).sqrt();
             for (col, value) in (start..).zip(values) {
                 let bias = bias.map_or(0.0, |bias| bias[col % bias.len()]);
                 row[col] = ((value - mean) * scale) as f32 * weight[col % weight.len()] + bias;
@@ -91,10 +92,11 @@ simd_fn! {
 fn moments(x: &[f32], kind: NormKind, eps: f32) -> (f32, f32) {
     let count = x.len() as f32;
     let mean = match kind {
-        NormKind::Rms => 0.0,
+        NormKind::Rms | NormKind::Length => 0.0,
         NormKind::Layer => sum(x, |v| v) / count,
     };
-    (mean, 1.0 / (sum(x, |v| (v - mean) * (v - mean)) / count + eps).sqrt())
+    let parts = if kind == NormKind::Length { 1.0 } else { count };
+    (mean, 1.0 / (sum(x, |v| (v - mean) * (v - mean)) / parts + eps).sqrt())
 }
 
 #[inline(always)]
@@ -134,11 +136,11 @@ mod tests {
 
         #[test]
         fn heads_agree_with_the_plain_loop(
-            tokens in 0usize..140, width in 1usize..40, count in 1usize..6, layer: bool, shared: bool, biased: bool,
+            tokens in 0usize..140, width in 1usize..40, count in 1usize..6, kind in 0usize..3, shared: bool, biased: bool,
             seed: u64,
         ) {
             let mut noise = Noise(seed);
-            let kind = if layer { NormKind::Layer } else { NormKind::Rms };
+            let kind = [NormKind::Rms, NormKind::Layer, NormKind::Length][kind];
             let x = noise.matrix(tokens, count * width);
             let length = if shared { width } else { count * width };
             let [weight, bias]: [Vec<f32>; 2] = std::array::from_fn(|_| (0..length).map(|_| noise.next()).collect());

@@ -20,43 +20,6 @@ KERNEL(add_bias)(float *y, const float *bias, i64 rows, int cols) {
 }
 EXPORT(add_bias)
 
-__device__ __forceinline__ float sigmoid_of(float x) { return 1.0f + exp_as_cpu(-x); }
-
-// The polynomial of the CPU backend, to the bit.
-__device__ __forceinline__ float gelu_of(float x) {
-    float square = x * x;
-    float s = square > 36.0f ? 36.0f : square;
-    float q = 4.251024e-13f;
-    q = q * s - 4.0990666e-11f;
-    q = q * s + 1.5295316e-9f;
-    q = q * s - 2.505618e-8f;
-    q = q * s + 2.4990566e-8f;
-    q = q * s + 6.3147736e-6f;
-    q = q * s - 1.0581198e-4f;
-    q = q * s - 7.217251e-5f;
-    q = q * s + 7.267031e-2f;
-    q = q * s + 1.5957693f;
-    return x / sigmoid_of(x * q);
-}
-
-// act(gate), of which `alpha` and `limit` are SwigluOai's.
-__device__ __forceinline__ float activation_of(int kind, float x, float alpha, float limit) {
-    switch (kind) {
-        case 0: return x / sigmoid_of(x);
-        case 1: return gelu_of(x);
-        case 2: return x / sigmoid_of(1.595769f * (x + 0.044715f * x * x * x));
-        case 3: return x < 0.0f ? 0.0f : x;
-        case 4: {
-            float positive = x < 0.0f ? 0.0f : x;
-            return positive * positive;
-        }
-        default: {
-            float gate = x > limit ? limit : x;
-            return gate / sigmoid_of(alpha * gate);
-        }
-    }
-}
-
 __device__ __forceinline__ float gate_of(
     const float *gate, const float *up, const float *gate_bias, const float *up_bias, int kind, float alpha, float limit, i64 i,
     int col) {

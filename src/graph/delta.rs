@@ -1,0 +1,90 @@
+//! Layers with a state that every token changes, in place of attention to all tokens before it.
+
+use kernels::{Activation, DeltaShape};
+
+use super::{Linear, Norm};
+
+/// Linear attention by the gated delta rule (Gated DeltaNet).
+#[derive(Clone, Debug)]
+pub struct DeltaNet {
+    /// Linears whose parts are queries, keys, values, and the gate of the result, in this order.
+    pub inputs: Vec<Linear>,
+    /// Linears whose parts are, a number for each head of values, the logits of what is written and what decays are made of; never
+    /// quantized, for they are tiny and all of a state hangs on them.
+    pub rates: Vec<Linear>,
+    /// Of queries, keys and values, whose channels follow each other in it.
+    pub convolution: Convolution,
+    /// Heads, their widths and the scale.
+    pub shape: DeltaShape,
+    /// How fast a state forgets.
+    pub decay: Decay,
+    /// Of queries and keys after the convolution, each head by itself: their length alone, without a weight.
+    pub unit: Norm,
+    /// Of the result, each head by itself, before it is multiplied by the gate.
+    pub norm: Norm,
+    /// Of the gate.
+    pub activation: Activation,
+    /// Output projection.
+    pub out: Linear,
+}
+
+/// A causal convolution of a few taps, each channel by itself.
+#[derive(Clone, Debug)]
+pub struct Convolution {
+    /// Tensor, `[channels, 1, taps]`, the last of a channel's for the token itself.
+    pub tensor: String,
+    /// Tensor of one value a channel that is added.
+    pub bias: Option<String>,
+    /// Channels.
+    pub channels: usize,
+    /// The token and those before it that count.
+    pub taps: usize,
+    /// What is done to the sums.
+    pub activation: Option<Activation>,
+}
+
+/// The logarithms of decays: `−exp(rates) · ln(1 + exp(x + bias))`, for each head.
+#[derive(Clone, Debug)]
+pub struct Decay {
+    /// Tensor of the logarithms of rates, `[heads]`.
+    pub rates: String,
+    /// Tensor of what is added, `[heads]`.
+    pub bias: String,
+}
+
+impl DeltaNet {
+    /// Its linears that may be quantized, those that read one input together.
+    pub(super) fn linears(&self) -> Vec<Vec<&Linear>> {
+        vec![self.inputs.iter().collect(), vec![&self.out]]
+    }
+
+    /// Its tensors that are no linears and no norms, with their shapes.
+    pub(super) fn vectors(&self) -> Vec<(String, Vec<usize>)> {
+        let Convolution { tensor, bias, channels, taps, .. } = &self.convolution;
+        let heads = vec![self.shape.value_heads];
+        [(tensor.clone(), vec![*channels, 1, *taps]), (self.decay.rates.clone(), heads.clone())]
+            .into_iter()
+            .chain([(self.decay.bias.clone(), heads)])
+            .chain(bias.iter().map(|name| (name.clone(), vec![*channels])))
+            .collect()
+    }
+
+    /// Does something to every linear.
+    pub(super) fn linears_mut(&mut self, change: &mut dyn FnMut(&mut Linear)) {
+        self.inputs.iter_mut().chain(&mut self.rates).chain([&mut self.out]).for_each(change);
+    }
+
+    /// Gives every tensor that is no linear's another name.
+    pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
+        let DeltaNet { convolution: Convolution { tensor, bias, .. }, decay, norm, .. } = self;
+        let others = [tensor, &mut decay.rates, &mut decay.bias].into_iter().chain(bias).chain(&mut norm.weights);
+        others.for_each(|tensor| *tensor = name(tensor));
+    }
+
+    /// Numbers that a sequence leaves in memory however long it is: what the convolution still needs of the last tokens, and the state.
+    pub fn state(&self) -> [u64; 2] {
+        let DeltaShape { value_heads, key_dim, value_dim, .. } = self.shape;
+        let Convolution { channels, taps, .. } = self.convolution;
+        [channels * (taps - 1), value_heads * key_dim * value_dim].map(|count| count as u64)
+    }
+}
