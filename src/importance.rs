@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use formats::{Imatrix, ImatrixEntry};
 
 use crate::dialect::architectures::Architecture;
-use crate::dialect::names::{self, ExportPlan, ExportTensor, From};
+use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part};
 use crate::error::{Error, Result};
 use crate::graph::{Graph, Linear};
 use crate::recipe::Recipe;
@@ -28,15 +28,26 @@ pub struct ImportancePlace {
     pub matrix: usize,
     /// Its columns are rows of the model's matrix, and no inputs.
     reversed: bool,
+    /// The order of the inputs in the file; their own without.
+    columns: Option<Vec<usize>>,
 }
 
 impl ImportancePlace {
+    /// What the inputs of a linear count, in the order of the file.
+    pub fn ordered(&self, of_inputs: Vec<f32>) -> Vec<f32> {
+        match &self.columns {
+            Some(columns) => columns.iter().map(|column| of_inputs[*column]).collect(),
+            None => of_inputs,
+        }
+    }
+
     /// That of one part of a tensor.
     pub fn of(tensor: &ExportTensor, part: usize) -> ImportancePlace {
         let ([_, width], matrices) = (tensor.extents(), tensor.matrices());
         let matrix = if matrices > 1 { part } else { 0 };
-        let reversed = tensor.parts()[part].transposed;
-        ImportancePlace { tensor: tensor.gguf.clone(), width, matrices, matrix, reversed }
+        let Part { transposed, columns, .. } = &tensor.parts()[part];
+        let (reversed, columns) = (*transposed, columns.clone());
+        ImportancePlace { tensor: tensor.gguf.clone(), width, matrices, matrix, reversed, columns }
     }
 }
 
@@ -118,7 +129,12 @@ impl Importance {
 
     /// What is read of the inputs of a linear, or of the tensor of another matrix.
     pub fn of_whole(&self, name: &str) -> Result<Option<Vec<f32>>> {
-        self.place_of_whole(name).map_or(Ok(None), |place| self.at(place))
+        let Some(place) = self.place_of_whole(name) else { return Ok(None) };
+        let Some(read) = self.at(place)? else { return Ok(None) };
+        let Some(columns) = &place.columns else { return Ok(Some(read)) };
+        let mut own = vec![0.0; read.len()];
+        columns.iter().zip(read).for_each(|(column, x)| own[*column] = x);
+        Ok(Some(own))
     }
 
     /// All parts of a linear read the same inputs: the first that was seen speaks for them.

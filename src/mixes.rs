@@ -169,7 +169,16 @@ const FALLBACKS: &[(&str, &str)] = &[
 const OF_70B: &[(&str, usize, bool)] = &[("llama", 80, true), ("qwen2", 80, false)];
 
 /// Tensors that stay as they are although they have rows and a name like a weight's.
-const NEVER: &[&str] = &["_norm.weight", "ffn_gate_inp.weight", "position_embd.weight"];
+const NEVER: &[&str] = &[
+    "_norm.weight",
+    "ffn_gate_inp.weight",
+    "position_embd.weight",
+    "ssm_conv1d.weight",
+    // llama-quantize rounds these, which are tiny and decide how fast a state forgets.
+    "ssm_ba.weight",
+    "ssm_alpha.weight",
+    "ssm_beta.weight",
+];
 
 impl Mix {
     /// The mix that llama-quantize knows by `name`, in any case; `Q4_K` stands for `Q4_K_M`, and so on.

@@ -1,6 +1,7 @@
 //! What the input of a linear looked like over the calibration tokens.
 
 use kernels::Quantize;
+use ndarray::Array2;
 
 /// How much of the input a method wants to see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -78,6 +79,24 @@ impl<B: Quantize> Statistics<B> {
         }
         self.count += tokens;
         Ok(())
+    }
+
+    /// The same of the channels in another order: column `i` is what column `columns[i]` was.
+    pub fn ordered(&self, backend: &B, columns: &[usize]) -> kernels::Result<Statistics<B>> {
+        let gram = match &self.gram {
+            None => None,
+            Some(gram) => {
+                let lower = backend.download(gram)?;
+                let moment = |(i, j): (usize, usize)| {
+                    let (a, b) = (columns[i], columns[j]);
+                    lower[[a.max(b), a.min(b)]]
+                };
+                Some(backend.upload(Array2::from_shape_fn((columns.len(), columns.len()), moment))?)
+            }
+        };
+        let of = |sums: &[f64]| columns.iter().map(|column| sums[*column]).collect();
+        let (magnitude, energy) = (of(&self.magnitude), of(&self.energy));
+        Ok(Statistics { tokens: self.tokens, count: self.count, gram, needs: self.needs, magnitude, energy })
     }
 
     /// Whether every sum is finite: false after a NaN or infinity in the activations.

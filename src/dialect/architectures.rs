@@ -56,6 +56,8 @@ pub(crate) struct Architecture {
     pub factors: bool,
     /// Whether layers may see a window only; elsewhere windows are ignored.
     pub windows: bool,
+    /// Whether heads of values take turns in linear attention, one for each head of keys, in place of those of one head of keys first.
+    pub tiled: bool,
 }
 
 const PLAIN: Architecture = Architecture {
@@ -72,6 +74,7 @@ const PLAIN: Architecture = Architecture {
     ffn_norm: "ffn_norm",
     factors: false,
     windows: false,
+    tiled: false,
 };
 
 const LLAMA: Architecture = Architecture {
@@ -180,6 +183,9 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         windows: true,
         ..PLAIN
     },
+    Architecture { id: "qwen3next", families: &["qwen3_next"], ffn_norm: "post_attention_norm", ..PLAIN },
+    Architecture { id: "qwen35", families: &["qwen3_5"], ffn_norm: "post_attention_norm", tiled: true, ..PLAIN },
+    Architecture { id: "qwen35moe", families: &["qwen3_5_moe"], ffn_norm: "post_attention_norm", tiled: true, ..PLAIN },
     Architecture { id: "llama4", families: &["llama4"], neighbours: true, factors: true, windows: true, ..PLAIN },
 ];
 

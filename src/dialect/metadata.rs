@@ -13,7 +13,7 @@ use crate::dialect::settings::Settings;
 use crate::error::{Error, Result};
 use crate::families::rope::warmth;
 use crate::families::{self, longest_context};
-use crate::graph::{Attention, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
+use crate::graph::{Attention, DeltaNet, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
 use crate::json::integer;
 
 /// Keys and values in the order in which they are written.
@@ -177,9 +177,10 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
             out.count(key("attention.sliding_window"), 0)?;
         }
     }
-    if id == "qwen2vl" {
-        sections(out, config, key("rope.dimension_sections"))?;
+    if matches!(id, "qwen2vl" | "qwen35" | "qwen35moe") {
+        sections(out, config, id)?;
     }
+    recurrent(out, graph, &layers, id)?;
     factors(out, graph, first, id);
     experts(out, graph, &layers, id)?;
     read_back(out, graph, architecture, plan)
@@ -191,6 +192,8 @@ struct Layers<'g> {
     attention: Vec<&'g Attention>,
     /// The first block's attention, whose shape is written for all.
     first: &'g Attention,
+    /// The linear attention of blocks that have it in place of attention.
+    recurrent: Vec<&'g DeltaNet>,
     /// Feed-forward layers without experts.
     dense: Vec<&'g Mlp>,
     /// Mixtures of experts.
@@ -209,6 +212,9 @@ impl<'g> Layers<'g> {
         let steps = || graph.blocks.iter().flat_map(|block| &block.steps);
         let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
         let Some(&first) = attention.first() else { return Err(cannot("a model without attention".to_owned())) };
+        let recurrent: Vec<&DeltaNet> = steps()
+            .filter_map(|step| if let Layer::Delta(delta) = &step.layer { Some(&**delta) } else { None })
+            .collect();
         let dense: Vec<&Mlp> =
             steps().filter_map(|step| if let Layer::Mlp(mlp) = &step.layer { Some(mlp) } else { None }).collect();
         let sparse: Vec<&Moe> =
@@ -218,11 +224,15 @@ impl<'g> Layers<'g> {
         let Some(inner) = dense.first().map(|mlp| mlp.inner()).or(expert) else {
             return Err(cannot("a model without feed-forward layers".to_owned()));
         };
-        if attention.len() != graph.blocks.len() || dense.len() + sparse.len() != graph.blocks.len() {
+        if attention.len() + recurrent.len() != graph.blocks.len() || dense.len() + sparse.len() != graph.blocks.len() {
             return Err(cannot("blocks without one attention and one feed-forward layer each".to_owned()));
         }
         let many = first.shape;
         match id {
+            "qwen3next" if !dense.is_empty() => return Err(cannot("layers without experts".to_owned())),
+            "qwen3next" | "qwen35" | "qwen35moe" if recurrent.is_empty() => {
+                return Err(cannot("a model without linear attention".to_owned()));
+            }
             "olmoe" if many.kv_heads != many.heads => {
                 return Err(cannot(format!("{} heads that share {} keys", many.heads, many.kv_heads)));
             }
@@ -243,7 +253,7 @@ impl<'g> Layers<'g> {
         if norms.into_iter().any(|norm| norm.eps != eps) {
             return Err(cannot("norms with different epsilons".to_owned()));
         }
-        Ok(Layers { first, attention, dense, sparse, inner, expert })
+        Ok(Layers { first, attention, recurrent, dense, sparse, inner, expert })
     }
 }
 
@@ -291,15 +301,41 @@ fn heads(out: &mut Written, first: &Attention, rotated: usize, key: impl Fn(&str
 }
 
 /// How many rotary frequencies each kind of position has: time, height and width of an image, which are the same in a text.
-fn sections(out: &mut Written, config: &Value, key: String) -> Result<()> {
+fn sections(out: &mut Written, config: &Value, id: &'static str) -> Result<()> {
+    // Those of transformers' class where nothing is said.
+    const USUAL: [i64; 4] = [11, 11, 10, 0];
+    let key = format!("{id}.rope.dimension_sections");
     let text = families::settings(config)?.values;
     let list = text["rope_parameters"]["mrope_section"].as_array();
-    let sections = list.map(|list| list.iter().filter_map(integer).chain([0; 4]).take(4));
-    let Some(sections) = sections else {
+    let sections = list.map(|list| list.iter().filter_map(integer).chain([0; 4]).take(4).collect::<Vec<_>>());
+    let Some(sections) = sections.or_else(|| (id != "qwen2vl").then(|| USUAL.to_vec())) else {
         return Err(names::cannot("qwen2vl", "a model whose config.json has no mrope_section".to_owned()));
     };
+    let sections = sections.into_iter();
     let sections = sections.map(|section| MetadataValue::I32(section as i32)).collect();
     out.metadata.push((key, metadata_array(sections, GGUFValueType::I32)?));
+    Ok(())
+}
+
+/// Sizes of linear attention, and which layers have it.
+fn recurrent(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static str) -> Result<()> {
+    let key = |name: &str| format!("{id}.{name}");
+    let Some(DeltaNet { shape, convolution, .. }) = layers.recurrent.first() else { return Ok(()) };
+    out.count(key("ssm.conv_kernel"), convolution.taps)?;
+    out.count(key("ssm.inner_size"), shape.value_heads * shape.value_dim)?;
+    out.count(key("ssm.state_size"), shape.key_dim)?;
+    out.count(key("ssm.time_step_rank"), shape.value_heads)?;
+    out.count(key("ssm.group_count"), shape.key_heads)?;
+    let flags: Vec<bool> = graph.blocks.iter().map(|block| block.attention().is_none()).collect();
+    let fits = |every: &usize| flags.iter().enumerate().all(|(at, flag)| *flag != (at + 1).is_multiple_of(*every));
+    match (1..=flags.len()).find(fits) {
+        Some(every) => out.count(key("full_attention_interval"), every)?,
+        // Which only later versions of llama.cpp read.
+        None => {
+            let flags = flags.into_iter().map(MetadataValue::Bool).collect();
+            out.metadata.push((key("attention.recurrent_layers"), metadata_array(flags, GGUFValueType::Bool)?));
+        }
+    }
     Ok(())
 }
 
@@ -345,7 +381,7 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
         if !matches!(id, "llama" | "granitemoe" | "olmoe") {
             out.count(key("expert_feed_forward_length"), expert)?;
         }
-        if let (Some((shared, _)), "qwen2moe") = (&moe.shared, id) {
+        if let (Some((shared, _)), "qwen2moe" | "qwen3next" | "qwen35moe") = (&moe.shared, id) {
             out.count(key("expert_shared_feed_forward_length"), shared.inner())?;
         }
         if id == "llama4" {

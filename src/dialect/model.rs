@@ -155,9 +155,7 @@ impl GgufModel {
             let Piece { name, first, part, factor, .. } = &mapped.pieces[piece as usize];
             let view = self.file.get(name).expect("listed");
             view.ty.dequantize(view.row(first + at as usize), out)?;
-            if part.offset != 0.0 {
-                out.iter_mut().for_each(|x| *x -= part.offset);
-            }
+            part.decode(out);
             if *factor != 1.0 {
                 out.iter_mut().for_each(|x| *x *= factor);
             }
@@ -198,8 +196,10 @@ impl GgufModel {
             let mut row = vec![0.0; view.rows_and_width().1];
             for r in 0..rows {
                 view.ty.dequantize(view.row(first + r), &mut row)?;
-                for (c, value) in row[*column..][..width].iter().enumerate() {
-                    values[at + place(part, [r, c])] = (value - part.offset) * factor;
+                let row = &mut row[*column..][..width];
+                part.decode(row);
+                for (c, value) in row.iter().enumerate() {
+                    values[at + place(part, [r, c])] = value * factor;
                 }
             }
         }
@@ -211,11 +211,12 @@ impl GgufModel {
         let mapped = self.tensors.get(name)?;
         let [piece] = &mapped.pieces[..] else { return None };
         let Piece { name, first: 0, column: 0, part, factor: 1.0 } = piece else { return None };
-        let Part { from, rows: None, transposed: false, offset: 0.0 } = part else { return None };
-        let plain = match from {
-            From::Weight(linear) | From::Bias(linear) => linear.stored == Stored::Plain,
-            From::Tensor(..) => true,
-        };
+        let Part { from, rows: None, .. } = part else { return None };
+        let plain = part.is_plain()
+            && match from {
+                From::Weight(linear) | From::Bias(linear) => linear.stored == Stored::Plain,
+                From::Tensor(..) => true,
+            };
         let view = self.file.get(name)?;
         let whole = plain && view.shape.iter().product::<usize>() == mapped.shape.iter().product::<usize>();
         whole.then_some(TensorView { dtype: view.ty.plain()?, shape: &mapped.shape, data: view.data })
@@ -355,12 +356,7 @@ impl<'s> Mapping<'s> {
         let specs = self.file.tensors().iter();
         for spec in specs.filter(|spec| ![ROPE_FREQS, ROPE_LONG, ROPE_SHORT].contains(&&spec.name[..])) {
             let Some(sources) = self.known.get(&spec.name[..]) else {
-                let part = Part {
-                    from: From::Tensor(spec.name.clone(), spec.shape.clone()),
-                    rows: None,
-                    transposed: false,
-                    offset: 0.0,
-                };
+                let part = Part::whole(From::Tensor(spec.name.clone(), spec.shape.clone()));
                 let piece = Piece { name: spec.name.clone(), first: 0, column: 0, part, factor: 1.0 };
                 let mapped = Mapped { shape: spec.shape.clone(), pieces: vec![piece], rows: None };
                 self.tensors.insert(spec.name.clone(), mapped);
@@ -406,7 +402,7 @@ impl Mapped {
                 From::Bias(_) => false,
                 From::Tensor(_, shape) => shape.len() > 1,
             };
-            if part.transposed || !plain || part.extents()[1] != width {
+            if part.transposed || part.columns.is_some() || !plain || part.extents()[1] != width {
                 return None;
             }
             for row in 0..part.extents()[0] {
@@ -421,6 +417,7 @@ impl Mapped {
 /// Where the value in a row and column of a part lies in the tensor, or in its slice.
 fn place(part: &Part, [row, col]: [usize; 2]) -> usize {
     let (row, col) = if part.transposed { (col, row) } else { (row, col) };
+    let col = part.columns.as_ref().map_or(col, |columns| columns[col]);
     let of = |index: usize| part.rows.as_ref().map_or(index, |rows| rows[index]);
     let split = |linear: &crate::graph::Linear, index: usize| match &linear.stored {
         Stored::Slice { part: (split, which), .. } if !split.lengths.is_empty() => {

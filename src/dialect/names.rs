@@ -1,5 +1,7 @@
 //! The tensors of a GGUF file: their names and order, and of which parts of a model's tensors each is made.
 
+mod delta;
+
 use crate::dialect::architectures::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 use crate::error::{Error, Result};
 use crate::graph::{
@@ -44,8 +46,12 @@ pub struct Part {
     pub rows: Option<Vec<usize>>,
     /// These rows are columns of the file.
     pub transposed: bool,
+    /// The order of the columns in the file, by those of the model; their own without.
+    pub columns: Option<Vec<usize>>,
     /// Added to every value.
     pub offset: f32,
+    /// The file has `−exp(x)` of every value `x`: rates of decay, whose logarithms the model has.
+    pub rates: bool,
 }
 
 /// What a part is taken from.
@@ -84,12 +90,37 @@ impl From {
 
 impl Part {
     /// All of something, as it is.
-    fn whole(from: From) -> Part {
-        Part { from, rows: None, transposed: false, offset: 0.0 }
+    pub fn whole(from: From) -> Part {
+        Part { from, rows: None, transposed: false, columns: None, offset: 0.0, rates: false }
     }
 
     fn some(from: From, rows: Option<Vec<usize>>) -> Part {
         Part { rows, ..Part::whole(from) }
+    }
+
+    /// Makes of the model's values those of the file.
+    pub fn encode(&self, values: &mut [f32]) {
+        if self.offset != 0.0 {
+            values.iter_mut().for_each(|x| *x += self.offset);
+        }
+        if self.rates {
+            values.iter_mut().for_each(|x| *x = -x.exp());
+        }
+    }
+
+    /// Makes of the file's values those of the model.
+    pub fn decode(&self, values: &mut [f32]) {
+        if self.rates {
+            values.iter_mut().for_each(|x| *x = (-*x).ln());
+        }
+        if self.offset != 0.0 {
+            values.iter_mut().for_each(|x| *x -= self.offset);
+        }
+    }
+
+    /// Whether values lie in the file as they are in the model, but for the rows that they are in.
+    pub fn is_plain(&self) -> bool {
+        !self.transposed && self.columns.is_none() && self.offset == 0.0 && !self.rates
     }
 
     /// Rows and width in the file; a vector is one row.
@@ -203,7 +234,7 @@ impl Lister {
                 }
                 match &step.layer {
                     Layer::Attention(attention) => self.attention(&at, attention, graph.hidden)?,
-                    Layer::Delta(_) => return Err(self.cannot("layers of linear attention")),
+                    Layer::Delta(delta) => self.delta(&at, delta)?,
                     Layer::Mlp(mlp) => self.mlp(&at, "", mlp)?,
                     Layer::Moe(moe) => self.moe(&at, moe)?,
                     Layer::Opaque(_) => return Err(self.cannot("a model of an unknown family")),
@@ -299,6 +330,13 @@ impl Lister {
             )));
         }
         match projections {
+            // Queries and gates head by head, as they are stored.
+            Projections::Direct(linears) if attention.gated => {
+                let [q, k, v] = &linears[..] else { return Err(self.cannot("gated attention of this form")) };
+                for (name, linear) in [("attn_q", q), ("attn_k", k), ("attn_v", v)] {
+                    self.linear(&format!("{at}.{name}"), linear, None, architecture.qkv_bias)?;
+                }
+            }
             Projections::Direct(linears) => {
                 let parts: Vec<(&Linear, Option<Vec<usize>>)> = linears
                     .iter()

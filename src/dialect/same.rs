@@ -107,6 +107,9 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
             None => "attention to all tokens".to_owned(),
         });
     }
+    if a.gated != b.gated {
+        return Some(format!("attention {} a gate", if a.gated { "with" } else { "without" }));
+    }
     if softcap != b.shape.softcap {
         return Some(format!("attention scores {}, where it has them {},", capped(softcap), capped(b.shape.softcap)));
     }

@@ -150,6 +150,23 @@ impl Settings {
         })
     }
 
+    /// Which layers have a state in place of attention: one flag a layer, or all but every so many.
+    fn recurrent(&self, layers: usize) -> Result<Vec<bool>> {
+        let name = "attention.recurrent_layers";
+        let every = self.count("full_attention_interval")?.filter(|every| *every > 0).unwrap_or(4);
+        let Some(MetadataValue::Array(list)) = self.look(name) else {
+            return Ok((1..=layers).map(|layer| !layer.is_multiple_of(every)).collect());
+        };
+        let flag = |value: &MetadataValue| match value {
+            MetadataValue::Bool(flag) => Some(*flag),
+            other => integer(other).map(|n| n != 0),
+        };
+        let list = list.iter().map(flag).collect::<Option<Vec<bool>>>();
+        list.filter(|list| list.len() >= layers).map(|list| list[..layers].to_vec()).ok_or_else(|| {
+            formats::Error::malformed(format!("metadata key `{}` has no flag for each layer", self.key(name)))
+        })
+    }
+
     /// A window that layers of this architecture do not keep to, where a text may be longer.
     pub fn unused_window(&self) -> Result<Option<usize>> {
         let context = self.count("context_length")?.unwrap_or(0);
@@ -197,6 +214,9 @@ impl Settings {
             ("ernie4_5", false) => ("ernie4_5", "Ernie4_5ForCausalLM", "silu"),
             ("hunyuan-dense", false) => ("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", "silu"),
             ("qwen2moe", true) => ("qwen2_moe", "Qwen2MoeForCausalLM", "silu"),
+            ("qwen3next", true) => ("qwen3_next", "Qwen3NextForCausalLM", "silu"),
+            ("qwen35", false) => ("qwen3_5_text", "Qwen3_5ForCausalLM", "silu"),
+            ("qwen35moe", true) => ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "silu"),
             ("qwen3moe", true) => ("qwen3_moe", "Qwen3MoeForCausalLM", "silu"),
             ("olmoe", true) => ("olmoe", "OlmoeForCausalLM", "silu"),
             ("deepseek2", _) if self.sigmoid(false)? => ("deepseek_v3", "DeepseekV3ForCausalLM", "silu"),

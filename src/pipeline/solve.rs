@@ -9,7 +9,7 @@ use calibration::solvers::{Asked, Gptq, Observer, Rtn, Shared, Solver};
 use calibration::statistics::{Needs, Statistics};
 use formats::{Encoding, Imatrix, ImatrixEntry};
 use kernels::{Backend, GridSpec, Memory};
-use ndarray::Array2;
+use ndarray::{Array2, Axis};
 
 use super::observe::Observed;
 use super::{Done, describe};
@@ -96,6 +96,17 @@ impl<M> Wanted<'_, M> {
             Wanted::Part(matrix) => matrix,
         }
     }
+}
+
+/// How a placement is solved; those that are solved alike may be solved together.
+#[derive(PartialEq)]
+struct Kind<'p> {
+    /// How its scales are chosen.
+    observer: Observer,
+    /// Its columns are no inputs of the linear, and it is looked at by itself.
+    transposed: bool,
+    /// The order in which it has the inputs, where that is not their own.
+    columns: Option<&'p [usize]>,
 }
 
 /// A matrix with what was found for it.
@@ -249,10 +260,10 @@ impl<'a, B: Backend> Task<'a, B> {
         let alone = Shared { statistics: None, factor: None, fallback: None };
         let mut solutions: Vec<Option<Solved<B>>> = all.iter().map(|_| None).collect();
         // Those that are solved alike are swept side by side.
-        let kinds: Vec<(Observer, bool)> =
+        let kinds: Vec<Kind<'_>> =
             all.iter().map(|(placement, importance, _)| self.kind(placement, importance.is_some())).collect();
-        for (first, (observer, transposed)) in kinds.iter().enumerate() {
-            if kinds[..first].contains(&(*observer, *transposed)) {
+        for (first, kind) in kinds.iter().enumerate() {
+            if kinds[..first].contains(kind) {
                 continue;
             }
             let alike: Vec<usize> = (0..all.len()).filter(|at| kinds[*at] == kinds[first]).collect();
@@ -265,9 +276,22 @@ impl<'a, B: Backend> Task<'a, B> {
                 Asked { weight, spec, importance: importance.as_deref() }
             };
             let asked: Vec<Asked<'_, B>> = alike.iter().map(ask).collect();
-            let found = match transposed {
-                true => Rtn { observer: *observer }.solve(backend, &alone, &asked)?,
-                false => solver(self.target.recipe(), *observer).solve(backend, shared, &asked)?,
+            let found = match kind {
+                Kind { observer, transposed: true, .. } => {
+                    Rtn { observer: *observer }.solve(backend, &alone, &asked)?
+                }
+                Kind { observer, columns: None, .. } => {
+                    solver(self.target.recipe(), *observer).solve(backend, shared, &asked)?
+                }
+                Kind { observer, columns: Some(columns), .. } => {
+                    let ordered = statistics.map(|seen| seen.ordered(backend, columns)).transpose()?;
+                    let solver = solver(self.target.recipe(), *observer);
+                    let own = match shared.factor {
+                        Some(_) => solver.share(backend, ordered.as_ref())?,
+                        None => Shared { statistics: ordered.as_ref(), factor: None, fallback: None },
+                    };
+                    solver.solve(backend, &own, &asked)?
+                }
             };
             for (at, mut solution) in alike.into_iter().zip(found) {
                 let blocks = all[at].0.encoding.ggml_type().is_some();
@@ -293,11 +317,15 @@ impl<'a, B: Backend> Task<'a, B> {
         // Columns of what is turned round are no inputs of the linear.
         let seen = statistics.filter(|s| !placement.transposed && s.count > 0.0 && !self.target.takes_importance());
         let blocks = placement.encoding.ggml_type().is_some();
-        Ok(seen.filter(|_| blocks).map(Statistics::importance))
+        let importance = seen.filter(|_| blocks).map(Statistics::importance);
+        Ok(importance.map(|of_inputs| match &placement.columns {
+            Some(columns) => columns.iter().map(|column| of_inputs[*column]).collect(),
+            None => of_inputs,
+        }))
     }
 
-    /// How the scales of a placement are chosen, and whether it is looked at by itself.
-    fn kind(&self, placement: &Placement, importance: bool) -> (Observer, bool) {
+    /// How a placement is solved.
+    fn kind<'p>(&self, placement: &'p Placement, importance: bool) -> Kind<'p> {
         let observer = match self.target.recipe().observer() {
             // Nothing is known of its columns.
             Observer::Imatrix | Observer::Clip if placement.encoding.ggml_type().is_some() && !importance => {
@@ -307,7 +335,7 @@ impl<'a, B: Backend> Task<'a, B> {
             Observer::Imatrix if !importance && self.target.takes_importance() => Observer::Mse,
             observer => observer,
         };
-        (observer, placement.transposed)
+        Kind { observer, transposed: placement.transposed, columns: placement.columns.as_deref() }
     }
 
     /// How good the solutions of a linear are; fails where no scale holds its values.
@@ -402,9 +430,9 @@ impl<'a, B: Backend> Task<'a, B> {
                 let (matrices, width) = (place.matrices, place.width);
                 let entry = self
                     .new
-                    .entry(place.tensor)
+                    .entry(place.tensor.clone())
                     .or_insert_with(|| ImatrixEntry { sums: vec![0.0; matrices * width], counts: vec![0.0; matrices] });
-                entry.sums[place.matrix * width..][..width].copy_from_slice(&energy);
+                entry.sums[place.matrix * width..][..width].copy_from_slice(&place.ordered(energy.clone()));
                 entry.counts[place.matrix] = statistics.count as f32;
             }
         }
@@ -484,10 +512,16 @@ fn wanted<'m, B: Backend>(
         return Ok(Wanted::Whole(matrix));
     }
     let own = placement.rows.as_ref().map(|rows| backend.select_rows(matrix, rows)).transpose()?;
-    if !placement.transposed {
+    if placement.reads_inputs() {
         return Ok(own.map_or(Wanted::Whole(matrix), Wanted::Part));
     }
-    let host = backend.download(own.as_ref().unwrap_or(matrix))?;
+    let mut host = backend.download(own.as_ref().unwrap_or(matrix))?;
+    if let Some(columns) = &placement.columns {
+        host = host.select(Axis(1), columns);
+    }
+    if !placement.transposed {
+        return Ok(Wanted::Part(backend.upload(host)?));
+    }
     Ok(Wanted::Part(backend.upload(host.reversed_axes().as_standard_layout().into_owned())?))
 }
 

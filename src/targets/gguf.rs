@@ -113,8 +113,8 @@ impl GgufPlan {
             plan.tensors.into_iter().zip(assigned).map(|(tensor, assigned)| (tensor, assigned.ty)).collect();
         let placement = |place: &Place| {
             let (tensor, ty) = &tensors[place.tensor];
-            let Part { rows, transposed, .. } = &tensor.parts()[place.part];
-            Placement { encoding: ty.encoding(), rows: rows.clone(), transposed: *transposed }
+            let Part { rows, transposed, columns, .. } = &tensor.parts()[place.part];
+            Placement { encoding: ty.encoding(), rows: rows.clone(), transposed: *transposed, columns: columns.clone() }
         };
         let of = |(module, places): (&String, &Vec<Place>)| (module.clone(), places.iter().map(placement).collect());
         let placements = by_module.iter().map(of).collect();
@@ -516,13 +516,14 @@ impl File<'_> {
         let row_bytes = ty.row_bytes(cols).expect("a type that fits, by the mix");
         let straight = changed.is_none()
             && !part.transposed
+            && part.columns.is_none()
             && match &part.from {
                 From::Weight(linear) => linear.stored == Stored::Plain,
                 From::Bias(linear) => !matches!(linear.stored, Stored::Slice { .. }),
                 From::Tensor(..) => true,
             };
         let by_rows = straight && source.entry(&name).is_some_and(|entry| entry.shape.len() == 2);
-        let whole = straight && part.rows.is_none() && part.offset == 0.0;
+        let whole = straight && part.rows.is_none() && part.is_plain();
         let same = source.raw(&name).filter(|raw| whole && ty.plain() == Some(raw.dtype));
         let loaded = if by_rows || same.is_some_and(|raw| raw.is_finite()) {
             Vec::new()
@@ -548,9 +549,7 @@ impl File<'_> {
             } else {
                 values.copy_from_slice(&loaded[first * cols..][..count * cols]);
             }
-            if part.offset != 0.0 {
-                values.iter_mut().for_each(|x| *x += part.offset);
-            }
+            part.encode(values);
             let names = [&*name, &*tensor.gguf];
             let (packed, lost) = if searched {
                 let matrix = Array2::from_shape_vec((count, cols), std::mem::take(values)).expect("whole rows");
@@ -656,7 +655,7 @@ impl<B: Backend> Sink<B> for File<'_> {
     }
 }
 
-/// All values of a part, `[rows, cols]`, without its offset; `changed` are those of its tensor where they are not the input's.
+/// All values of a part, `[rows, cols]`, before they are [encoded](Part::encode); `changed` are those of its tensor where they are not the input's.
 fn load_part(source: &Checkpoint, part: &Part, changed: Option<&[f32]>) -> Result<Vec<f32>> {
     let load = |name: &str| changed.map_or_else(|| source.load(name), |values| Ok(values.to_vec()));
     let (matrix, rows) = match &part.from {
@@ -678,6 +677,10 @@ fn load_part(source: &Checkpoint, part: &Part, changed: Option<&[f32]>) -> Resul
     let chosen = match rows {
         Some(rows) => matrix.select(Axis(0), rows),
         None => matrix,
+    };
+    let chosen = match &part.columns {
+        Some(columns) => chosen.select(Axis(1), columns),
+        None => chosen,
     };
     let chosen = if part.transposed { chosen.reversed_axes() } else { chosen };
     Ok(chosen.iter().copied().collect())

@@ -74,12 +74,14 @@ pub struct Placement {
     pub rows: Option<Vec<usize>>,
     /// These rows are columns of the file, and its columns no inputs of the linear.
     pub transposed: bool,
+    /// The linear's columns in the order of the file; their own without.
+    pub columns: Option<Vec<usize>>,
 }
 
 impl Placement {
     /// The whole weight as it is.
     pub fn whole(encoding: Encoding) -> Placement {
-        Placement { encoding, rows: None, transposed: false }
+        Placement { encoding, rows: None, transposed: false, columns: None }
     }
 
     /// Puts the values of a part, as the output holds it, where they are in the linear's matrix.
@@ -87,13 +89,21 @@ impl Placement {
         let lanes = part.axis_iter(Axis(usize::from(self.transposed)));
         for (at, lane) in lanes.enumerate() {
             let row = self.rows.as_ref().map_or(at, |rows| rows[at]);
-            whole.row_mut(row).assign(&lane);
+            match &self.columns {
+                None => whole.row_mut(row).assign(&lane),
+                Some(columns) => lane.iter().zip(columns).for_each(|(x, col)| whole[[row, *col]] = *x),
+            }
         }
+    }
+
+    /// Whether its columns are the inputs of the linear, one by one: what is known of these is known of them.
+    pub fn reads_inputs(&self) -> bool {
+        !self.transposed && self.columns.is_none()
     }
 
     /// Whether every row of the linear is in it, in whatever order, with its own columns.
     pub fn is_whole(&self, linear: &Linear) -> bool {
-        !self.transposed && self.rows.as_ref().is_none_or(|rows| rows.len() == linear.rows)
+        self.reads_inputs() && self.rows.as_ref().is_none_or(|rows| rows.len() == linear.rows)
     }
 }
 

@@ -44,7 +44,7 @@ LAYOUTS = {
 }
 # Where it unpacks all while it loads, transformers rounds to the type of the scales, which is float16 where there are no experts.
 KL, TOLERANCE, VOCABULARY = 0.01, 5e-3, 160
-FAST = ["opt", "gpt_bigcode", "jamba", "phimoe", "qwen3_next", "llava_apertus", "t5", "bert", "nomic_bert", "luke"]
+FAST = ["opt", "gpt_bigcode", "jamba", "phimoe", "llava_apertus", "t5", "bert", "nomic_bert", "luke"]
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 16}
@@ -80,7 +80,6 @@ CASES = {
     "lfm2": ("lfm2", None, GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
     "apertus": ("apertus", None, GROUPED),
     "granitemoehybrid": ("granitemoehybrid", None, GROUPED | MAMBA | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64, "layer_types": ["mamba", "attention"]}),
-    "qwen3_next": ("qwen3_next", None, GROUPED | EXPERTS | {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "layer_types": ["linear_attention", "full_attention"]}),
     "recurrent_gemma": ("recurrent_gemma", None, GROUPED | {"intermediate_size": 128, "num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 32}),
     "nemotron_h": ("nemotron_h", None, GROUPED | {"layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3, "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64}),
     "glm4_moe_lite": ("glm4_moe_lite", None, SIZES | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "mlp_layer_types": ["dense", "sparse"]}),
@@ -139,19 +138,6 @@ def make(name, folder):
         for _ in range(2):  # A head that is the embedding changes more than the logits.
             model.get_output_embeddings().weight.mul_(1.5 / logits(model, tokens()).std())
     model.save_pretrained(folder)
-    if name == "qwen3_next":
-        add_further(folder)
-
-
-def add_further(folder):
-    """The layer that predicts the token after the next, as published."""
-    from safetensors.torch import load_file, save_file
-
-    file = folder / "model.safetensors"
-    found = load_file(file)
-    layer = {n.replace("model.layers.1.", "mtp.layers.0."): t.clone() for n, t in found.items() if n.startswith("model.layers.1.")}
-    layer["mtp.fc.weight"] = found["model.layers.1.self_attn.q_proj.weight"].clone()
-    save_file(found | layer, file, metadata={"format": "pt"})
 
 
 def tokens():

@@ -189,7 +189,8 @@ impl Settings {
             let share = if (head_dim as f64 * share) as usize == rotated { share } else { share + 1e-9 };
             Ok(match model_type {
                 "gpt_neox" => json!({"rotary_pct": share}),
-                "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" => {
+                "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" | "qwen3_next"
+                | "qwen3_5_text" | "qwen3_5_moe_text" => {
                     json!({"partial_rotary_factor": share})
                 }
                 _ => {
@@ -198,7 +199,18 @@ impl Settings {
                     );
                 }
             })
-        } else if matches!(model_type, "phi" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe") {
+        } else if matches!(
+            model_type,
+            "phi"
+                | "stablelm"
+                | "nemotron"
+                | "glm"
+                | "glm4"
+                | "glm4_moe"
+                | "qwen3_next"
+                | "qwen3_5_text"
+                | "qwen3_5_moe_text"
+        ) {
             Ok(json!({"partial_rotary_factor": 1.0}))
         } else if model_type == "gpt_neox" {
             Ok(json!({"rotary_pct": 1.0}))
@@ -219,6 +231,15 @@ impl Settings {
                 let mut all = with_base();
                 if let Some(scale) = self.float("attention.temperature_scale")?.filter(|scale| *scale != 0.0) {
                     all["llama_4_scaling_beta"] = scale.into();
+                }
+                return Ok(json!({"rope_parameters": all}));
+            }
+            // In a text the positions of all kinds are the same.
+            "qwen3_5_text" | "qwen3_5_moe_text" => {
+                let mut all = with_base();
+                if let Some(MetadataValue::Array(list)) = self.look("rope.dimension_sections") {
+                    all["mrope_section"] = list.iter().filter_map(integer).take(3).collect::<Vec<usize>>().into();
+                    all["mrope_interleaved"] = true.into();
                 }
                 return Ok(json!({"rope_parameters": all}));
             }
@@ -276,7 +297,7 @@ impl Settings {
             }
             "qwen3" | "qwen3_moe" | "gemma" | "gemma2" | "gemma3_text" | "olmo" | "olmo2" | "olmo3" | "cohere"
             | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" | "seed_oss" | "arcee"
-            | "hunyuan_v1_dense" | "glm4_moe" => {
+            | "hunyuan_v1_dense" | "glm4_moe" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
                 json!({"attention_bias": biases})
             }
             "starcoder2" => json!({"use_bias": true}),
@@ -333,6 +354,20 @@ impl Settings {
                 })
             }
             "gemma" => json!({"hidden_activation": activation}),
+            "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
+                let value_heads = self.required("ssm.time_step_rank")?;
+                let kinds = self.recurrent(layers)?.into_iter();
+                let kinds: Vec<&str> =
+                    kinds.map(|recurrent| if recurrent { "linear_attention" } else { "full_attention" }).collect();
+                json!({
+                    "linear_conv_kernel_dim": self.required("ssm.conv_kernel")?,
+                    "linear_key_head_dim": self.required("ssm.state_size")?,
+                    "linear_value_head_dim": self.required("ssm.inner_size")? / value_heads,
+                    "linear_num_key_heads": self.required("ssm.group_count")?,
+                    "linear_num_value_heads": value_heads,
+                    "layer_types": kinds,
+                })
+            }
             "olmo" => json!({"clip_qkv": self.float("attention.clamp_kqv")?.filter(|clip| *clip > 0.0)}),
             "olmo3" => json!({"sliding_window": window, "layer_types": layer_types(&self.local(layers, 4)?)}),
             "gpt_neox" => json!({"use_parallel_residual": self.flag("use_parallel_residual")?.unwrap_or(true)}),
@@ -374,6 +409,23 @@ impl Settings {
                 "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
                 "use_qk_norm": self.has("blk.0.attn_q_norm.weight"),
             }),
+            "qwen3_next" | "qwen3_5_moe_text" => {
+                let mut values = json!({
+                    "num_experts": experts,
+                    "num_experts_per_tok": used()?,
+                    "moe_intermediate_size": match self.count("expert_feed_forward_length")?.filter(|n| *n > 0) {
+                        Some(width) => width,
+                        None => inner / used()?,
+                    },
+                    "shared_expert_intermediate_size":
+                        self.count("expert_shared_feed_forward_length")?.filter(|n| *n > 0).unwrap_or(inner),
+                });
+                if model_type == "qwen3_next" {
+                    let always = json!({"norm_topk_prob": true, "decoder_sparse_step": 1, "mlp_only_layers": []});
+                    values.as_object_mut().expect("an object").extend(always.as_object().cloned().unwrap_or_default());
+                }
+                values
+            }
             "mixtral" | "granitemoe" => json!({"num_local_experts": experts, "num_experts_per_tok": used()?}),
             "olmoe" => json!({"num_experts": experts, "num_experts_per_tok": used()?, "norm_topk_prob": false}),
             "qwen2_moe" | "qwen3_moe" => json!({

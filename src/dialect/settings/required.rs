@@ -7,6 +7,9 @@ use super::Settings;
 /// Keys by architecture, beside those that all have: by the loaders of llama.cpp de3ff81.
 const REQUIRED: &[(&str, &[&str])] = &[
     ("qwen2vl", &["rope.dimension_sections"]),
+    ("qwen3next", STATE),
+    ("qwen35", STATE_AND_SECTIONS),
+    ("qwen35moe", STATE_AND_SECTIONS),
     ("granite", &["logit_scale"]),
     ("granitemoe", &["logit_scale"]),
     ("gptneox", &["use_parallel_residual"]),
@@ -18,6 +21,20 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ),
     ("gpt-oss", &["expert_feed_forward_length", "attention.sliding_window"]),
     ("llama4", &["expert_feed_forward_length", "interleave_moe_layer_step"]),
+];
+
+/// Sizes of layers with a state.
+const STATE: &[&str] =
+    &["ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank", "ssm.group_count"];
+
+/// The same, and what kinds of positions there are.
+const STATE_AND_SECTIONS: &[&str] = &[
+    "ssm.conv_kernel",
+    "ssm.inner_size",
+    "ssm.state_size",
+    "ssm.time_step_rank",
+    "ssm.group_count",
+    "rope.dimension_sections",
 ];
 
 /// Architectures whose norms take the mean away; the others' epsilon has another key.
