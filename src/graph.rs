@@ -295,6 +295,9 @@ pub struct HeadNorms {
     pub after_rope: bool,
 }
 
+/// Tensors that the numbers of an activation are read from, and their extents.
+pub type Learned = [(String, Vec<usize>); 4];
+
 /// A feed-forward layer.
 #[derive(Clone, Debug)]
 pub struct Mlp {
@@ -304,6 +307,8 @@ pub struct Mlp {
     pub down: Linear,
     /// Of the gate, or of all.
     pub activation: Activation,
+    /// Tensors that the numbers of the activation are read from, and their extents; none of most.
+    pub learned: Option<Box<Learned>>,
 }
 
 impl Mlp {
@@ -512,7 +517,8 @@ impl Attention {
         groups
     }
 
-    fn norms(&self) -> Vec<&Norm> {
+    /// Its normalisations: of heads, and of latents.
+    pub fn norms(&self) -> Vec<&Norm> {
         let mut norms: Vec<&Norm> = self.norms.iter().flat_map(|norms| [&norms.q, &norms.k]).collect();
         if let Projections::Latent(latent) = &self.projections {
             norms.extend(&latent.q_norm);
@@ -567,6 +573,7 @@ impl Layer {
         match self {
             Layer::Attention(a) => a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads])).collect(),
             Layer::Moe(moe) => moe.router.correction.iter().cloned().collect(),
+            Layer::Mlp(mlp) => mlp.learned.iter().flat_map(|learned| learned.iter().cloned()).collect(),
             _ => Vec::new(),
         }
     }
@@ -692,7 +699,12 @@ impl Graph {
                     Layer::Moe(moe) => {
                         moe.router.correction.iter_mut().for_each(|(tensor, _)| *tensor = name(tensor));
                     }
-                    Layer::Mlp(_) | Layer::Opaque(_) => {}
+                    Layer::Mlp(mlp) => mlp
+                        .learned
+                        .iter_mut()
+                        .flat_map(|learned| learned.iter_mut())
+                        .for_each(|(tensor, _)| *tensor = name(tensor)),
+                    Layer::Opaque(_) => {}
                 }
             }
         }

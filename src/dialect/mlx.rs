@@ -322,7 +322,11 @@ pub fn leaves_out(model_type: &str, name: &str, layers: usize) -> bool {
 /// something else than the model, and nobody would be told.
 pub fn notes(config: &Value, graph: &Graph) -> Result<Vec<String>> {
     let Some(class) = CLASSES.iter().find(|class| class.families.contains(&graph.family)) else {
-        return Ok(Vec::new());
+        return Ok(vec![format!(
+            "mlx-lm 0.32 has a class of `{}` models, and what it computes was not compared with the original: load the output, and compare \
+             its answers",
+            graph.family
+        )]);
     };
     if let Some(why) = &graph.unrunnable {
         return Err(Error::usage(format!(

@@ -257,6 +257,7 @@ pub(super) fn named(activation: Activation) -> &'static str {
         Activation::Relu => "relu",
         Activation::Relu2 => "relu2",
         Activation::SwigluOai { .. } => "gpt-oss's clamped swiglu",
+        Activation::Xielu { .. } => "xielu",
     }
 }
 

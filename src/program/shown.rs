@@ -187,6 +187,10 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
                     let details = vec![format!("alpha {alpha}"), format!("limit {limit}")];
                     return (call("swiglu_oai"), details);
                 }
+                Activation::Xielu { positive, negative, beta, eps } => {
+                    let details = [("positive", positive), ("negative", negative), ("beta", beta), ("eps", eps)];
+                    return (call("xielu"), details.map(|(name, value)| format!("{name} {value}")).to_vec());
+                }
             };
             only(match reads {
                 [gate, up] => format!("{name}({gate}) * {up}"),

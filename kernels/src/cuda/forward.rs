@@ -19,14 +19,16 @@ fn threads_for(width: usize) -> u32 {
     (width.div_ceil(4).next_multiple_of(32)).clamp(32, 256) as u32
 }
 
-fn code(activation: Activation) -> (i32, f32, f32) {
+/// The number by which the kernels know a function, and its own numbers.
+fn code(activation: Activation) -> (i32, [f32; 4]) {
     match activation {
-        Activation::Silu => (0, 0.0, 0.0),
-        Activation::Gelu => (1, 0.0, 0.0),
-        Activation::GeluTanh => (2, 0.0, 0.0),
-        Activation::Relu => (3, 0.0, 0.0),
-        Activation::Relu2 => (4, 0.0, 0.0),
-        Activation::SwigluOai { alpha, limit } => (5, alpha, limit),
+        Activation::Silu => (0, [0.0; 4]),
+        Activation::Gelu => (1, [0.0; 4]),
+        Activation::GeluTanh => (2, [0.0; 4]),
+        Activation::Relu => (3, [0.0; 4]),
+        Activation::Relu2 => (4, [0.0; 4]),
+        Activation::SwigluOai { alpha, limit } => (5, [alpha, limit, 0.0, 0.0]),
+        Activation::Xielu { positive, negative, beta, eps } => (6, [positive, negative, beta, eps]),
     }
 }
 
@@ -115,7 +117,7 @@ impl Cuda {
         activation: Activation,
     ) -> Result<Operands> {
         let (rows, cols) = (gate.rows, gate.cols);
-        let (kind, alpha, limit) = code(activation);
+        let (kind, [a, b, c, d]) = code(activation);
         let biases = [biases[0].map(|b| self.send(b)).transpose()?, biases[1].map(|b| self.send(b)).transpose()?];
         let pinned_biases =
             [biases[0].as_ref().map(|b| b.pin()).transpose()?, biases[1].as_ref().map(|b| b.pin()).transpose()?];
@@ -134,8 +136,10 @@ impl Cuda {
                 at(pinned_biases[0].as_ref()),
                 at(pinned_biases[1].as_ref()),
                 kind.into(),
-                alpha.into(),
-                limit.into(),
+                a.into(),
+                b.into(),
+                c.into(),
+                d.into(),
                 (rows as i64).into(),
                 (cols as i32).into(),
             ];
