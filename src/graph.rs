@@ -303,6 +303,9 @@ pub struct HeadNorms {
     pub after_rope: bool,
 }
 
+/// Tensors that the numbers of an activation are read from, and their extents.
+pub type Learned = [(String, Vec<usize>); 4];
+
 /// A feed-forward layer.
 #[derive(Clone, Debug)]
 pub struct Mlp {
@@ -312,6 +315,8 @@ pub struct Mlp {
     pub down: Linear,
     /// Of the gate, or of all.
     pub activation: Activation,
+    /// Tensors that the numbers of the activation are read from, and their extents; none of most.
+    pub learned: Option<Box<Learned>>,
 }
 
 impl Mlp {
@@ -520,7 +525,8 @@ impl Attention {
         groups
     }
 
-    fn norms(&self) -> Vec<&Norm> {
+    /// Its normalisations: of heads, and of latents.
+    pub fn norms(&self) -> Vec<&Norm> {
         let mut norms: Vec<&Norm> = self.norms.iter().flat_map(|norms| [&norms.q, &norms.k]).collect();
         if let Projections::Latent(latent) = &self.projections {
             norms.extend(&latent.q_norm);
@@ -579,6 +585,7 @@ impl Layer {
             Layer::Attention(a) => a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads])).collect(),
             Layer::Moe(moe) => moe.router.correction.iter().cloned().collect(),
             Layer::Delta(delta) => delta.vectors(),
+            Layer::Mlp(mlp) => mlp.learned.iter().flat_map(|learned| learned.iter().cloned()).collect(),
             _ => Vec::new(),
         }
     }
@@ -706,7 +713,12 @@ impl Graph {
                         moe.router.correction.iter_mut().for_each(|(tensor, _)| *tensor = name(tensor));
                     }
                     Layer::Delta(delta) => delta.rename(name),
-                    Layer::Mlp(_) | Layer::Opaque(_) => {}
+                    Layer::Mlp(mlp) => mlp
+                        .learned
+                        .iter_mut()
+                        .flat_map(|learned| learned.iter_mut())
+                        .for_each(|(tensor, _)| *tensor = name(tensor)),
+                    Layer::Opaque(_) => {}
                 }
             }
         }

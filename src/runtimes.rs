@@ -184,7 +184,8 @@ pub fn notes(
         known: !graph.opaque,
         mixed: experts && layers().any(|layer| matches!(layer, Layer::Mlp(_))),
         asymmetric: encodings.values().any(|encoding| encoding.fixed_zero().is_none()),
-        latent: graph.family == "deepseek_v3" && encodings.keys().any(|module| module.ends_with("kv_b_proj")),
+        latent: matches!(graph.family, "deepseek_v3" | "glm4_moe_lite")
+            && encodings.keys().any(|module| module.ends_with("kv_b_proj")),
         wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && *what != FURTHER),
     };
     let packed = codec == "compressed-tensors";
@@ -261,7 +262,7 @@ pub fn notes(
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
     match (facts.codec, facts.family) {
-        ("compressed-tensors", "gpt_oss" | "granitemoe") if facts.experts => Some(
+        ("compressed-tensors", "gpt_oss" | "granitemoe" | "mistral4") if facts.experts => Some(
             "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
              vLLM loads experts one by one",
         ),

@@ -79,7 +79,7 @@ const PLAIN: Architecture = Architecture {
 
 const LLAMA: Architecture = Architecture {
     id: "llama",
-    families: &["llama", "mistral", "ministral", "mixtral"],
+    families: &["llama", "mistral", "ministral", "internlm3", "mixtral"],
     neighbours: true,
     o_bias: Need::May,
     mlp_bias: Need::May,
@@ -169,10 +169,17 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         ..PLAIN
     },
     Architecture { id: "exaone4", families: &["exaone4"], square: true, factors: true, windows: true, ..PLAIN },
+    Architecture { id: "exaone-moe", families: &["exaone_moe"], windows: true, ..PLAIN },
+    Architecture { id: "hy_v3", families: &["hy_v3"], ..PLAIN },
     Architecture { id: "qwen2moe", families: &["qwen2_moe"], square: true, head: Need::Must, ..PLAIN },
     Architecture { id: "qwen3moe", families: &["qwen3_moe"], ..PLAIN },
     Architecture { id: "olmoe", families: &["olmoe"], square: true, head: Need::Must, ..PLAIN },
-    Architecture { id: "deepseek2", families: &["deepseek_v2", "deepseek_v3"], neighbours: true, ..PLAIN },
+    Architecture {
+        id: "deepseek2",
+        families: &["deepseek_v2", "deepseek_v3", "glm4_moe_lite"],
+        neighbours: true,
+        ..PLAIN
+    },
     Architecture {
         id: "gpt-oss",
         families: &["gpt_oss"],

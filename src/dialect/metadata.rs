@@ -147,6 +147,15 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         out.notice("llama.cpp approximates GELU: logits differ a little from the original's");
     }
 
+    let latents = first.norms().into_iter().find(|norm| norm.eps != graph.final_norm.eps);
+    if let Some(latents) = latents.filter(|_| latents_are_near(graph)) {
+        out.notice(format!(
+            "llama.cpp norms the latents of queries, keys and values with an epsilon of {}, and transformers with {}: logits differ a little \
+             from the original's",
+            graph.final_norm.eps, latents.eps
+        ));
+    }
+
     out.count(key("vocab_size"), graph.vocabulary)?;
     out.count(key("context_length"), context)?;
     out.count(key("embedding_length"), graph.hidden)?;
@@ -249,12 +258,18 @@ impl<'g> Layers<'g> {
             _ => {}
         }
         let eps = graph.final_norm.eps;
-        let norms = steps().flat_map(|step| step.pre.iter().chain(&step.post).chain(step.layer.norms()));
+        let of_layer = |layer: &'g Layer| if latents_are_near(graph) { Vec::new() } else { layer.norms() };
+        let norms = steps().flat_map(|step| step.pre.iter().chain(&step.post).chain(of_layer(&step.layer)));
         if norms.into_iter().any(|norm| norm.eps != eps) {
             return Err(cannot("norms with different epsilons".to_owned()));
         }
         Ok(Layers { first, attention, recurrent, dense, sparse, inner, expert })
     }
+}
+
+/// Whether the norms of latents may have another epsilon than the others: they have in transformers, and in no other runtime of this model.
+fn latents_are_near(graph: &Graph) -> bool {
+    graph.family == "glm4_moe_lite"
 }
 
 /// The context of a model that computes its positions, which config.json alone knows; a guess is a notice.
@@ -381,14 +396,15 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
         if !matches!(id, "llama" | "granitemoe" | "olmoe") {
             out.count(key("expert_feed_forward_length"), expert)?;
         }
-        if let (Some((shared, _)), "qwen2moe" | "qwen3next" | "qwen35moe") = (&moe.shared, id) {
+        let tells = matches!(id, "qwen2moe" | "qwen3next" | "qwen35moe" | "exaone-moe" | "hy_v3");
+        if let (Some((shared, _)), true) = (&moe.shared, tells) {
             out.count(key("expert_shared_feed_forward_length"), shared.inner())?;
         }
         if id == "llama4" {
             let step = graph.blocks.len() / sparse.len().max(1);
             out.count(key("interleave_moe_layer_step"), step)?;
         }
-        if matches!(id, "deepseek2" | "glm4moe") {
+        if matches!(id, "deepseek2" | "glm4moe" | "exaone-moe" | "hy_v3") {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
             out.count(key("expert_shared_count"), shared)?;
             out.count(key("leading_dense_block_count"), graph.blocks.len() - sparse.len())?;

@@ -323,8 +323,8 @@ pub fn leaves_out(model_type: &str, name: &str, layers: usize) -> bool {
 pub fn notes(config: &Value, graph: &Graph) -> Result<Vec<String>> {
     let Some(class) = CLASSES.iter().find(|class| class.families.contains(&graph.family)) else {
         return Ok(vec![format!(
-            "what mlx-lm's class of `{}` models computes was not compared with this model: load the output, and compare its answers with the \
-             original's",
+            "mlx-lm 0.32 has a class of `{}` models, and what it computes was not compared with the original: load the output, and compare \
+             its answers",
             graph.family
         )]);
     };

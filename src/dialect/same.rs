@@ -273,6 +273,7 @@ pub(super) fn named(activation: Activation) -> &'static str {
         Activation::Relu2 => "relu2",
         Activation::SwigluOai { .. } => "gpt-oss's clamped swiglu",
         Activation::Sigmoid => "sigmoid",
+        Activation::Xielu { .. } => "xielu",
     }
 }
 

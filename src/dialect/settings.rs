@@ -204,6 +204,14 @@ impl Settings {
             ("stablelm", false) => ("stablelm", "StableLmForCausalLM", "silu"),
             ("nemotron", false) => ("nemotron", "NemotronForCausalLM", "relu2"),
             ("exaone4", false) => ("exaone4", "Exaone4ForCausalLM", "silu"),
+            ("exaone-moe" | "hy_v3", true) if !self.sigmoid(true)? => {
+                let id = self.architecture.id;
+                return Err(
+                    self.unsupported(format!("a {id} model that routes by softmax cannot be said in config.json"))
+                );
+            }
+            ("exaone-moe", true) => ("exaone_moe", "ExaoneMoeForCausalLM", "silu"),
+            ("hy_v3", true) => ("hy_v3", "HYV3ForCausalLM", "silu"),
             ("mistral3", false) => ("ministral3", "Ministral3ForCausalLM", "silu"),
             ("glm4moe", true) if !self.sigmoid(true)? => {
                 return Err(self.unsupported("a glm4moe model that routes by softmax cannot be said in config.json"));

@@ -165,14 +165,14 @@ impl Base {
         let linear = |name: &str, rows, cols| Linear::plain(format!("{module}.{name}"), rows, cols, bias);
         let [gate, up, down] = names;
         let inputs = vec![linear(gate, inner, self.hidden), linear(up, inner, self.hidden)];
-        Mlp { inputs, down: linear(down, self.hidden, inner), activation }
+        Mlp { inputs, down: linear(down, self.hidden, inner), activation, learned: None }
     }
 
     /// A layer without a gate.
     pub fn ungated(&self, names: [String; 2], inner: usize, activation: Activation, bias: bool) -> Mlp {
         let [up, down] = names;
         let inputs = vec![Linear::plain(up, inner, self.hidden, bias)];
-        Mlp { inputs, down: Linear::plain(down, self.hidden, inner, bias), activation }
+        Mlp { inputs, down: Linear::plain(down, self.hidden, inner, bias), activation, learned: None }
     }
 
     /// Attention and a feed-forward layer one after the other, each behind a norm, under Llama's names.
@@ -185,10 +185,10 @@ impl Base {
     }
 
     /// The same with the norms behind the layers, under OLMo 2's names.
-    pub fn post_block(&self, at: String, attention: Attention, mlp: Mlp) -> Block {
+    pub fn post_block(&self, at: String, attention: Attention, feed_forward: Layer) -> Block {
         let steps = vec![
             post(Layer::Attention(attention), self.norm(&format!("{at}.post_attention_layernorm"))),
-            post(Layer::Mlp(mlp), self.norm(&format!("{at}.post_feedforward_layernorm"))),
+            post(feed_forward, self.norm(&format!("{at}.post_feedforward_layernorm"))),
         ];
         block(at, steps)
     }
@@ -307,20 +307,39 @@ pub fn window_of(config: &Config<'_>, local: &[bool]) -> Result<Option<usize>> {
     }
 }
 
+/// Which layers have experts: `mlp_layer_types`, or else what the family's rule says.
+///
+/// Fails for a list of another length than there are layers, and for what is neither `dense` nor `sparse`.
+pub fn with_experts(config: &Config<'_>, layers: usize, rule: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
+    by_type(config, "mlp_layer_types", [&["dense"], &["sparse"]], layers, rule)
+}
+
 /// Which layers see only a window: `layer_types`, or else what the family's rule says.
 pub fn sliding(config: &Config<'_>, layers: usize, rule: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
-    let Some(types) = config.list("layer_types")? else { return Ok((0..layers).map(rule).collect()) };
+    let kinds: [&[&str]; 2] = [&["full_attention"], &["sliding_attention", "chunked_attention"]];
+    by_type(config, "layer_types", kinds, layers, rule)
+}
+
+/// Which layers are of the second of two kinds, by the list under `key` that names the kind of each, or else by a rule.
+fn by_type(
+    config: &Config<'_>,
+    key: &str,
+    [first, second]: [&[&str]; 2],
+    layers: usize,
+    rule: impl Fn(usize) -> bool,
+) -> Result<Vec<bool>> {
+    let Some(types) = config.list(key)? else { return Ok((0..layers).map(rule).collect()) };
     if types.len() != layers {
         return Err(Error::failed(format!(
-            "config.json: layer_types has {} entries, and there are {layers} layers",
+            "config.json: {key} has {} entries, and there are {layers} layers",
             types.len()
         )));
     }
     types
         .iter()
         .map(|kind| match kind.as_str() {
-            Some("full_attention") => Ok(false),
-            Some("sliding_attention" | "chunked_attention") => Ok(true),
+            Some(kind) if first.contains(&kind) => Ok(false),
+            Some(kind) if second.contains(&kind) => Ok(true),
             _ => Err(Error::failed(format!("config.json: layer type {kind} is not supported"))),
         })
         .collect()

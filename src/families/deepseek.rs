@@ -1,9 +1,10 @@
-//! DeepSeek V2 and V3: latent attention, shared and routed experts, experts chosen by groups.
+//! DeepSeek V2 and V3, GLM-4.7-Flash, Mistral 4: latent attention, shared and routed experts, experts chosen by groups.
 
 use kernels::{Activation, RopeLayout};
 
-use super::build::{Base, activation};
-use super::moe::router;
+use super::build::{Base, activation, with_experts};
+use super::llama::temperature;
+use super::moe::{router, stacked};
 use super::rope::{rope, warmth};
 use super::{Config, Family};
 use crate::error::{Error, Result};
@@ -13,14 +14,65 @@ use crate::graph::{
 
 /// DeepSeek V2 and V2-Lite.
 pub const DEEPSEEK_V2: Family =
-    Family { id: "deepseek_v2", model_types: &["deepseek_v2"], build: |config| build(config, false) };
+    Family { id: "deepseek_v2", model_types: &["deepseek_v2"], build: |config| build(config, Kind::V2) };
 
 /// DeepSeek V3 and R1, Kimi K2.
 pub const DEEPSEEK_V3: Family =
-    Family { id: "deepseek_v3", model_types: &["deepseek_v3", "kimi_k2"], build: |config| build(config, true) };
+    Family { id: "deepseek_v3", model_types: &["deepseek_v3", "kimi_k2"], build: |config| build(config, Kind::V3) };
 
-fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
+/// GLM-4.7-Flash: V3 that says of each layer whether it has experts.
+pub const GLM4_MOE_LITE: Family =
+    Family { id: "glm4_moe_lite", model_types: &["glm4_moe_lite"], build: |config| build(config, Kind::GlmLite) };
+
+/// Mistral 4: experts in stacks, chosen by softmax, and queries that grow with their positions.
+pub const MISTRAL4: Family =
+    Family { id: "mistral4", model_types: &["mistral4"], build: |config| build(config, Kind::Mistral4) };
+
+/// Which of the models it is.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    V2,
+    V3,
+    GlmLite,
+    Mistral4,
+}
+
+impl Kind {
+    fn family(self) -> &'static str {
+        match self {
+            Kind::V2 => "deepseek_v2",
+            Kind::V3 => "deepseek_v3",
+            Kind::GlmLite => "glm4_moe_lite",
+            Kind::Mistral4 => "mistral4",
+        }
+    }
+
+    /// How its experts are chosen.
+    fn choice(self) -> Choice {
+        match self {
+            Kind::V2 => Choice::Softmax,
+            Kind::V3 | Kind::GlmLite => Choice::Sigmoid,
+            Kind::Mistral4 => Choice::SoftmaxOfTwo,
+        }
+    }
+}
+
+/// How experts are chosen.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Choice {
+    /// By the softmax, of all or of the groups with the best expert, as `topk_method` says (V2).
+    Softmax,
+    /// By sigmoids with a correction, of the groups with the two best experts (V3).
+    Sigmoid,
+    /// By the softmax, of the groups with the two best experts (Mistral 4).
+    SoftmaxOfTwo,
+}
+
+fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
     let mut base = Base::read(config)?;
+    if kind == Kind::GlmLite {
+        base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
+    }
     base.kv_heads = base.heads;
     let [nope, rotated, value] =
         [config.count("qk_nope_head_dim")?, config.count("qk_rope_head_dim")?, config.count("v_head_dim")?];
@@ -28,21 +80,34 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
     let latent = config.count("kv_lora_rank")?;
     let q_latent = config.optional_count("q_lora_rank")?;
     let bias = config.flag("attention_bias", false)?;
-    // Transformers reads it for V2 alone, and for no routed expert.
-    let mlp_bias = !third && config.flag("mlp_bias", false)?;
-    let inner = config.count("intermediate_size")?;
-    let act = activation(config, Activation::Silu)?;
-    let rope = rope(config, rotated)?;
+    let rope = match kind {
+        // Its share of a head is that of all of it.
+        Kind::Mistral4 => rope(config, nope + rotated)?,
+        _ => rope(config, rotated)?,
+    };
+    if 2 * rope.inverse_frequencies.len() != rotated {
+        return Err(Error::failed(format!(
+            "config.json: partial_rotary_factor says that {} values of a head are rotated, and qk_rope_head_dim that {rotated} are; take the \
+             former out",
+            2 * rope.inverse_frequencies.len()
+        )));
+    }
+    let temperature = if kind == Kind::Mistral4 { temperature(config)? } else { None };
     let mut scale = ((nope + rotated) as f32).powf(-0.5);
     if let RopeScaling::Yarn { factor, mscale_all_dim, .. } = rope.scaling
         && mscale_all_dim != 0.0
     {
         scale *= (warmth(factor.into(), mscale_all_dim.into()) as f32).powi(2);
     }
-    let experts = config.optional_count("n_routed_experts")?;
-    let dense = config.count_or("first_k_dense_replace", 0)?;
-    // Runtimes read it for V3 alone.
-    let interleaved = !third || config.flag("rope_interleave", true)?;
+    let sparse = match kind {
+        Kind::GlmLite => with_experts(config, base.layers, |layer| layer > 0)?,
+        _ => {
+            let dense = config.count_or("first_k_dense_replace", 0)?;
+            (0..base.layers).map(|layer| layer >= dense).collect()
+        }
+    };
+    // Runtimes do not read it for V2.
+    let interleaved = kind == Kind::V2 || config.flag("rope_interleave", true)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");
@@ -79,48 +144,63 @@ fn build(config: &Config<'_>, third: bool) -> Result<Graph> {
         };
         attention.shape.value_dim = value;
         attention.shape.scale = scale;
-        let module = format!("{at}.mlp");
-        let feed_forward = match experts.filter(|_| layer >= dense) {
-            None => Layer::Mlp(base.gated(&module, inner, act, mlp_bias)),
-            Some(experts) => {
-                let mut moe = moe(&base, config, &module, experts, act, third, third)?;
-                if let Some((shared, _)) = &mut moe.shared {
-                    shared.inputs.iter_mut().chain([&mut shared.down]).for_each(|linear| linear.bias = mlp_bias);
-                }
-                Layer::Moe(moe)
-            }
-        };
+        attention.temperature = temperature;
+        let feed_forward = feed_forward(&base, config, kind, &format!("{at}.mlp"), sparse[layer])?;
         Ok(base.usual_block(at, attention, feed_forward))
     })?;
-    let mut graph = base.graph(config, if third { "deepseek_v3" } else { "deepseek_v2" }, blocks)?;
+    let mut graph = base.graph(config, kind.family(), blocks)?;
     for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
         graph.aside.push((format!("{}.", base.at(base.layers + layer)), super::FURTHER));
     }
     Ok(graph)
 }
 
-/// DeepSeek's experts: those of V3 are chosen by sigmoids (`third`); `normed` says whether weights are divided by their sum
-/// where config.json does not.
+/// The feed-forward layer `module`, with experts where it is `sparse` and the model has some.
+fn feed_forward(base: &Base, config: &Config<'_>, kind: Kind, module: &str, sparse: bool) -> Result<Layer> {
+    let act = activation(config, Activation::Silu)?;
+    // Transformers reads it for V2 alone, and for no routed expert.
+    let mlp_bias = kind == Kind::V2 && config.flag("mlp_bias", false)?;
+    let Some(experts) = config.optional_count("n_routed_experts")?.filter(|_| sparse) else {
+        return Ok(Layer::Mlp(base.gated(module, config.count("intermediate_size")?, act, mlp_bias)));
+    };
+    let mut moe = moe(base, config, module, experts, act, kind.choice(), kind != Kind::V2)?;
+    if let Some((shared, _)) = &mut moe.shared {
+        shared.inputs.iter_mut().chain([&mut shared.down]).for_each(|linear| linear.bias = mlp_bias);
+    }
+    if kind == Kind::Mistral4 {
+        let inner = config.count("moe_intermediate_size")?;
+        let module = format!("{module}.experts");
+        let tensors = ["gate_up_proj", "down_proj"].map(|name| format!("{module}.{name}"));
+        let (sizes, halves) = ([experts, base.hidden, inner], Split::of(&[inner; 2]));
+        moe.experts = stacked(&module, tensors, [None, None], sizes, false, halves, act);
+    }
+    Ok(Layer::Moe(moe))
+}
+
+/// DeepSeek's experts; `normed` says whether weights are divided by their sum where config.json does not.
+///
+/// Fails for groups that do not divide the experts, or that hold too few of them.
 pub fn moe(
     base: &Base,
     config: &Config<'_>,
     module: &str,
     experts: usize,
     act: Activation,
-    third: bool,
+    choice: Choice,
     normed: bool,
 ) -> Result<Moe> {
     let inner = config.count("moe_intermediate_size")?;
     let renormalize = config.flag("norm_topk_prob", normed)?;
     let mut router = router(base, format!("{module}.gate"), experts, config.count("num_experts_per_tok")?, renormalize);
     router.scale = config.number("routed_scaling_factor", 1.0)? as f32;
-    let grouped = match third {
-        true => {
+    let grouped = match choice {
+        Choice::Sigmoid => {
             router.scoring = Scoring::Sigmoid;
             router.correction = Some((format!("{module}.gate.e_score_correction_bias"), vec![experts]));
             Some(2)
         }
-        false => match config.get("topk_method").and_then(|v| v.as_str()).unwrap_or("greedy") {
+        Choice::SoftmaxOfTwo => Some(2),
+        Choice::Softmax => match config.get("topk_method").and_then(|v| v.as_str()).unwrap_or("greedy") {
             "greedy" => None,
             "group_limited_greedy" => Some(1),
             other => return Err(Error::failed(format!("config.json: topk_method `{other}` is not supported"))),

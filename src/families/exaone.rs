@@ -1,17 +1,22 @@
-//! EXAONE 4: norms behind the layers; in the mixed models the layers that see all have no positions.
+//! EXAONE 4, and K-EXAONE with experts: in the mixed models the layers that see all have no positions.
 
 use kernels::Activation;
 
-use super::build::{Base, activation, sliding};
+use super::build::{Base, activation, sliding, with_experts};
+use super::deepseek::{Choice, moe};
 use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
-use crate::graph::Graph;
+use crate::graph::{Graph, Layer};
 
-/// EXAONE 4.
-pub const EXAONE4: Family = Family { id: "exaone4", model_types: &["exaone4"], build };
+/// EXAONE 4: norms behind the layers.
+pub const EXAONE4: Family = Family { id: "exaone4", model_types: &["exaone4"], build: |config| build(config, false) };
 
-fn build(config: &Config<'_>) -> Result<Graph> {
+/// K-EXAONE: norms before the layers, and DeepSeek V3's experts.
+pub const EXAONE_MOE: Family =
+    Family { id: "exaone_moe", model_types: &["exaone_moe"], build: |config| build(config, true) };
+
+fn build(config: &Config<'_>, second: bool) -> Result<Graph> {
     let mut base = Base::read(config)?;
     base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
     let inner = config.count("intermediate_size")?;
@@ -25,6 +30,11 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         Some(text) => text[layer % text.len()] == b'L',
         None => (layer + 1) % every != 0,
     })?;
+    let dense = config.count_or("first_k_dense_replace", 1)?;
+    let sparse = match second {
+        true => with_experts(config, base.layers, |layer| layer >= dense)?,
+        false => vec![false; base.layers],
+    };
     let rope = rope(config, base.head_dim)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
@@ -34,8 +44,53 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         let mut attention = base.attention(&module, [false, false], rotated.then(|| rope.clone()));
         attention.shape.window = window.filter(|_| local);
         attention.norms = Some(base.head_norms(&module));
-        let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
-        Ok(base.post_block(at, attention, mlp))
+        let module = format!("{at}.mlp");
+        let feed_forward = match sparse[layer] {
+            false => Layer::Mlp(base.gated(&module, inner, act, false)),
+            true => {
+                let experts = config.count("num_experts")?;
+                let mut moe = moe(&base, config, &module, experts, act, Choice::Sigmoid, true)?;
+                let shared = config.count_or("num_shared_experts", 1)? * config.count("moe_intermediate_size")?;
+                moe.router.correction = Some((format!("{module}.e_score_correction_bias"), vec![experts]));
+                moe.shared =
+                    (shared > 0).then(|| (base.gated(&format!("{module}.shared_experts"), shared, act, false), None));
+                Layer::Moe(moe)
+            }
+        };
+        Ok(match second {
+            true => base.usual_block(at, attention, feed_forward),
+            false => base.post_block(at, attention, feed_forward),
+        })
     })?;
-    base.graph(config, "exaone4", blocks)
+    let mut graph = base.graph(config, if second { "exaone_moe" } else { "exaone4" }, blocks)?;
+    if second {
+        graph.aside.push(("mtp.".to_owned(), super::FURTHER));
+    }
+    Ok(graph)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use crate::families::build;
+
+    #[test]
+    fn kinds_of_layers_are_one_of_two_for_each_layer() {
+        let of = |key: &str, kinds: Value| {
+            let mut config = json!({
+                "model_type": "exaone_moe", "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2,
+                "num_key_value_heads": 2, "num_hidden_layers": 2, "vocab_size": 10, "num_experts": 2, "num_experts_per_tok": 1,
+            });
+            config[key] = kinds;
+            build(&config).map(|graph| graph.has_experts()).map_err(|error| error.to_string())
+        };
+        assert_eq!(of("mlp_layer_types", json!(["dense", "dense"])), Ok(false));
+        assert_eq!(of("mlp_layer_types", json!(["dense", "sparse"])), Ok(true));
+        let one = of("mlp_layer_types", json!(["sparse"])).unwrap_err();
+        assert!(one.contains("mlp_layer_types has 1 entries, and there are 2 layers"), "{one}");
+        let other = of("mlp_layer_types", json!(["dense", "thick"])).unwrap_err();
+        assert!(other.contains("layer type \"thick\" is not supported"), "{other}");
+        assert!(of("layer_types", json!(["dense", "sparse"])).unwrap_err().contains("\"dense\" is not supported"));
+    }
 }

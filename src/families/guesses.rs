@@ -32,7 +32,7 @@ pub(super) fn notes(class: &str, settings: &Map<String, Value>) -> Vec<String> {
     let sliding = types.is_some_and(|types| types.iter().any(|kind| kind == "sliding_attention"));
     let switched = class.starts_with("qwen") && known.defaults.contains_key("use_sliding_window");
     let off = switched && said("use_sliding_window") != Some(&Value::Bool(true));
-    if sliding && (off || null("sliding_window") && (switched || class == "exaone4")) {
+    if sliding && (off || null("sliding_window") && (switched || class.starts_with("exaone"))) {
         let why = if off { "use_sliding_window is not true" } else { "sliding_window is null" };
         notes.push(format!(
             "config.json has sliding_attention in layer_types though {why}, which transformers 5 fails on: no layer has a window"
@@ -56,7 +56,7 @@ pub(super) fn notes(class: &str, settings: &Map<String, Value>) -> Vec<String> {
                 ));
             }
         }
-        "exaone4" if types.is_none() => {
+        "exaone4" | "exaone_moe" if types.is_none() => {
             let letters = said("sliding_window_pattern").filter(|pattern| pattern.is_string());
             let (what, taken) = match (null("sliding_window"), letters) {
                 (true, _) => ("null for sliding_window".to_owned(), "no layer has a window"),
@@ -67,6 +67,16 @@ pub(super) fn notes(class: &str, settings: &Map<String, Value>) -> Vec<String> {
                 (false, None) => return notes,
             };
             notes.push(format!("config.json has {what} and no layer_types, which transformers 5 fails on: {taken}"));
+        }
+        "internlm3" => {
+            let biased = |key: &str| said(key) == Some(&Value::Bool(true));
+            if biased("attention_bias") != biased("mlp_bias") {
+                notes.push(
+                    "config.json has qkv_bias and bias that differ, which transformers 5 fails on: qkv_bias counts for queries, keys and \
+                     values, and bias for all other linears"
+                        .to_owned(),
+                );
+            }
         }
         "deepseek_v2" | "deepseek_v3" => {
             if class == "deepseek_v2" && said("norm_topk_prob") == Some(&Value::Bool(true)) {
@@ -145,6 +155,15 @@ mod tests {
             assert_eq!(note.is_some(), told.is_some(), "{outer} {class} {text}: {note:?}");
             assert!(note.unwrap_or_default().contains(told.unwrap_or_default()), "{outer} {class}");
         }
+    }
+
+    #[test]
+    fn biases_of_which_transformers_knows_no_model_are_told() {
+        let of = |qkv: Value, others: Value| {
+            notes("internlm3", json!({"attention_bias": qkv, "mlp_bias": others}).as_object().unwrap())
+        };
+        assert!(of(json!(true), json!(false))[0].contains("qkv_bias and bias that differ"));
+        assert!(of(json!(true), json!(true)).is_empty() && of(Value::Null, json!(false)).is_empty());
     }
 
     #[test]

@@ -1,15 +1,15 @@
-//! Hunyuan, dense and with experts: Llama with norms of queries and keys behind the rotation.
+//! Hunyuan, dense and with experts: Llama with norms of queries and keys behind the rotation. Hunyuan 3 has them before it.
 
 use std::sync::Arc;
 
 use kernels::Activation;
 
-use super::build::{Base, activation};
+use super::build::{Base, activation, with_experts};
 use super::moe::router;
 use super::rope::{rope, unscaled};
 use super::{Config, Family};
 use crate::error::Result;
-use crate::graph::{Graph, HeadNorms, Layer, Moe, Rope};
+use crate::graph::{Graph, HeadNorms, Layer, Moe, Rope, Scoring};
 
 /// Hunyuan.
 pub const HUNYUAN_DENSE: Family =
@@ -18,6 +18,9 @@ pub const HUNYUAN_DENSE: Family =
 /// Hunyuan with experts.
 pub const HUNYUAN_MOE: Family =
     Family { id: "hunyuan_v1_moe", model_types: &["hunyuan_v1_moe"], build: |config| build(config, true) };
+
+/// Hunyuan 3: experts chosen by sigmoids.
+pub const HY_V3: Family = Family { id: "hy_v3", model_types: &["hy_v3"], build: third };
 
 fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
     let mut base = Base::read(config)?;
@@ -59,6 +62,47 @@ fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
         Ok(base.usual_block(at, attention, feed_forward))
     })?;
     base.graph(config, if sparse { "hunyuan_v1_moe" } else { "hunyuan_v1_dense" }, blocks)
+}
+
+fn third(config: &Config<'_>) -> Result<Graph> {
+    let mut base = Base::read(config)?;
+    base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
+    let inner = config.count("intermediate_size")?;
+    let act = activation(config, Activation::Silu)?;
+    let bias = config.flag("attention_bias", false)?;
+    let mlp_bias = config.flag("mlp_bias", false)?;
+    let (experts, top_k) = (config.count("num_experts")?, config.count("num_experts_per_tok")?);
+    let expert_inner = config.count("moe_intermediate_size")?;
+    let shared_inner = config.count("num_shared_experts")? * expert_inner;
+    let scale = config.number("router_scaling_factor", 1.0)? as f32;
+    let sparse = with_experts(config, base.layers, |layer| layer > 0)?;
+    let rope = rope(config, base.head_dim)?;
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let module = format!("{at}.self_attn");
+        let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
+        attention.norms = Some(base.head_norms(&module));
+        let module = format!("{at}.mlp");
+        let feed_forward = match sparse[layer] {
+            false => Layer::Mlp(base.gated(&module, inner, act, mlp_bias)),
+            true => {
+                let mut router = router(&base, format!("{module}.router.gate"), experts, top_k, true);
+                router.scoring = Scoring::Sigmoid;
+                router.correction = Some((format!("{module}.expert_bias"), vec![experts]));
+                router.scale = scale;
+                let expert = |e| base.gated(&format!("{module}.experts.{e}"), expert_inner, act, false);
+                let shared = base.gated(&format!("{module}.shared_mlp"), shared_inner, act, mlp_bias);
+                let experts = (0..experts).map(expert).collect();
+                Layer::Moe(Moe { router, experts, shared: Some((shared, None)), weigh_input: false })
+            }
+        };
+        Ok(base.usual_block(at, attention, feed_forward))
+    })?;
+    let mut graph = base.graph(config, "hy_v3", blocks)?;
+    for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
+        graph.aside.push((format!("{}.", base.at(base.layers + layer)), super::FURTHER));
+    }
+    Ok(graph)
 }
 
 /// What is called `dynamic` grows the base once and for all where there is an `alpha`.

@@ -1,4 +1,4 @@
-//! Llama 1–3.x, Mistral, and the many models that share their shape (SmolLM2, TinyLlama …), Seed-OSS, Arcee and Helium.
+//! Llama 1–3.x, Mistral, and the many models that share their shape (SmolLM2, TinyLlama …), Seed-OSS, Arcee, Helium and InternLM 3.
 
 use kernels::Activation;
 
@@ -36,10 +36,14 @@ pub const ARCEE: Family =
 pub const HELIUM: Family =
     Family { id: "helium", model_types: &["helium"], build: |config| build(config, "helium", false) };
 
+/// InternLM 3: `qkv_bias` and `bias` say which linears have biases.
+pub const INTERNLM3: Family =
+    Family { id: "internlm3", model_types: &["internlm3"], build: |config| build(config, "internlm3", false) };
+
 fn build(config: &Config<'_>, family: &'static str, windowed: bool) -> Result<Graph> {
     let mut base = Base::read(config)?;
     let eps = match family {
-        "arcee" | "ministral3" => 1e-5,
+        "arcee" | "ministral3" | "internlm3" => 1e-5,
         "helium" => 1e-8,
         _ => 1e-6,
     };
@@ -58,6 +62,8 @@ fn build(config: &Config<'_>, family: &'static str, windowed: bool) -> Result<Gr
     let o_bias = match family {
         "seed_oss" => config.flag("attention_out_bias", false)?,
         "helium" => false,
+        // As in the code that the model was published with, where the two settings differ.
+        "internlm3" => config.flag("mlp_bias", false)?,
         _ => qkv_bias,
     };
     let mlp_bias = reads_biases && config.flag("mlp_bias", false)?;
@@ -79,8 +85,8 @@ fn build(config: &Config<'_>, family: &'static str, windowed: bool) -> Result<Gr
     base.graph(config, family, blocks)
 }
 
-/// How queries grow beyond the context of the first training.
-fn temperature(config: &Config<'_>) -> Result<Option<Temperature>> {
+/// How queries grow beyond the context of the first training, from which `llama_4_scaling_beta` counts.
+pub fn temperature(config: &Config<'_>) -> Result<Option<Temperature>> {
     let Some(rope) = config.object("rope_parameters")? else { return Ok(None) };
     let scale = rope.number("llama_4_scaling_beta", 0.0)? as f32;
     if scale == 0.0 {

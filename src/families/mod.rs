@@ -1,5 +1,6 @@
 //! Model families: `config.json` → [`Graph`]. A family is one file and one line here.
 
+mod apertus;
 mod build;
 mod classes;
 mod cohere;
@@ -70,6 +71,7 @@ pub const FAMILIES: &[Family] = &[
     llama::SEED_OSS,
     llama::ARCEE,
     llama::HELIUM,
+    llama::INTERNLM3,
     llama4::LLAMA4,
     qwen::QWEN2,
     qwen::QWEN2_VL,
@@ -85,6 +87,7 @@ pub const FAMILIES: &[Family] = &[
     olmo::OLMO,
     olmo::OLMO2,
     olmo::OLMO3,
+    olmo::FLEX_OLMO,
     granite::GRANITE,
     granite::GRANITE_MOE,
     gpt::GPT2,
@@ -93,11 +96,14 @@ pub const FAMILIES: &[Family] = &[
     smollm3::SMOLLM3,
     cohere::COHERE,
     cohere::COHERE2,
+    cohere::COHERE2_MOE,
     glm::GLM,
     glm::GLM4,
     stablelm::STABLELM,
     nemotron::NEMOTRON,
+    apertus::APERTUS,
     exaone::EXAONE4,
+    exaone::EXAONE_MOE,
     ernie::ERNIE4_5,
     hunyuan::HUNYUAN_DENSE,
     moe::MIXTRAL,
@@ -106,11 +112,15 @@ pub const FAMILIES: &[Family] = &[
     moe::OLMOE,
     deepseek::DEEPSEEK_V2,
     deepseek::DEEPSEEK_V3,
+    deepseek::GLM4_MOE_LITE,
+    deepseek::MISTRAL4,
     gpt_oss::GPT_OSS,
     dots::DOTS1,
     dots::GLM4_MOE,
+    dots::SOLAR_OPEN,
     ernie::ERNIE4_5_MOE,
     hunyuan::HUNYUAN_MOE,
+    hunyuan::HY_V3,
     minimax::MINIMAX_M2,
 ];
 
@@ -381,6 +391,7 @@ pub fn published(source: &dyn Weights) -> Result<Graph> {
     }
     let mut graph = build(source.config()).map_err(located)?;
     names::adopt(&mut graph, source);
+    apertus::settle(&mut graph, source)?;
     moe::from_stacks(&mut graph, source);
     if headless(&graph, source) {
         graph.head.linear.bias = false;

@@ -70,6 +70,7 @@ pub fn stacked(
             ],
             down: linear(1, "down_proj", hidden, inner, (Split::WHOLE, 0)),
             activation,
+            learned: None,
         }
     };
     (0..experts).map(expert).collect()
@@ -80,7 +81,7 @@ pub fn stacked(
 pub(super) fn from_stacks(graph: &mut Graph, source: &dyn Weights) {
     for step in graph.blocks.iter_mut().flat_map(|block| &mut block.steps) {
         let Layer::Moe(moe) = &mut step.layer else { continue };
-        let Some(Mlp { inputs, down, activation }) = moe.experts.first() else { continue };
+        let Some(Mlp { inputs, down, activation, .. }) = moe.experts.first() else { continue };
         let ([gate, up], Some((module, _))) = (&inputs[..], down.module.rsplit_once(".0.")) else { continue };
         let names = [gate, up, down].map(|linear| last_part(&linear.module).to_owned());
         let tensors = ["gate_up_proj", "down_proj"].map(|name| format!("{module}.{name}"));

@@ -1,12 +1,13 @@
-//! OLMo 1 (norms without weights), 2 and 3 (norms behind the layers, and of whole queries and keys).
+//! OLMo 1 (norms without weights), 2 and 3 (norms behind the layers, and of whole queries and keys), and FlexOlmo (OLMo 2 with experts).
 
 use kernels::{Activation, NormKind};
 
 use super::build::{Base, activation, block, pre, sliding, window_of};
+use super::moe::router;
 use super::rope::{of_kind, rope};
 use super::{Config, Family};
 use crate::error::Result;
-use crate::graph::{Graph, HeadNorms, Layer};
+use crate::graph::{Graph, HeadNorms, Layer, Moe};
 
 /// OLMo 1.
 pub const OLMO: Family = Family { id: "olmo", model_types: &["olmo"], build: olmo };
@@ -16,6 +17,10 @@ pub const OLMO2: Family = Family { id: "olmo2", model_types: &["olmo2"], build: 
 
 /// OLMo 3.
 pub const OLMO3: Family = Family { id: "olmo3", model_types: &["olmo3"], build: |config| later(config, "olmo3") };
+
+/// FlexOlmo.
+pub const FLEX_OLMO: Family =
+    Family { id: "flex_olmo", model_types: &["flex_olmo"], build: |config| later(config, "flex_olmo") };
 
 fn olmo(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
@@ -48,7 +53,8 @@ pub fn whole_norms(base: &Base, module: &str) -> HeadNorms {
 
 fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
     let mut base = Base::read(config)?;
-    base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
+    let sparse = family == "flex_olmo";
+    base.eps = config.positive("rms_norm_eps", if sparse { 1e-6 } else { 1e-5 })? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
     let bias = config.flag("attention_bias", false)?;
@@ -70,8 +76,19 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
         let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
         attention.shape.window = window.filter(|_| local[layer]);
         attention.norms = Some(whole_norms(&base, &module));
-        let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
-        Ok(base.post_block(at, attention, mlp))
+        let module = format!("{at}.mlp");
+        let feed_forward = match sparse {
+            false => Layer::Mlp(base.gated(&module, inner, act, false)),
+            true => {
+                let (experts, top_k) = (config.count("num_experts")?, config.count("num_experts_per_tok")?);
+                let renormalize = config.flag("norm_topk_prob", false)?;
+                let router = router(&base, format!("{module}.gate"), experts, top_k, renormalize);
+                let expert = |e| base.gated(&format!("{module}.experts.{e}"), inner, act, false);
+                let experts = (0..experts).map(expert).collect();
+                Layer::Moe(Moe { router, experts, shared: None, weigh_input: false })
+            }
+        };
+        Ok(base.post_block(at, attention, feed_forward))
     })?;
     base.graph(config, family, blocks)
 }

@@ -62,8 +62,13 @@ impl Rotation {
             "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
             "stablelm" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => rotation(1e4, Some(0.25), Form::Flat),
             "minimax_m2" => rotation(5e6, Some(1.0), Form::Flat),
-            "cohere" | "ernie4_5" | "ernie4_5_moe" | "llama4_text" | "qwen3_vl_text" => rotation(5e5, None, Form::Flat),
-            "mixtral" | "qwen2_vl_text" | "qwen2_5_vl_text" => rotation(1e6, None, Form::Flat),
+            "cohere" | "flex_olmo" | "ernie4_5" | "ernie4_5_moe" | "llama4_text" | "qwen3_vl_text" => {
+                rotation(5e5, None, Form::Flat)
+            }
+            "mixtral" | "qwen2_vl_text" | "qwen2_5_vl_text" | "solar_open" => rotation(1e6, None, Form::Flat),
+            "apertus" => rotation(1.2e7, None, Form::Flat),
+            "hy_v3" => rotation(11_158_840.0, None, Form::Flat),
+            "mistral4" => rotation(1e4, Some(0.5), Form::Flat),
             "helium" => rotation(1e5, None, Form::Flat),
             "gpt_oss" => rotation(1.5e5, None, Form::Flat),
             "smollm3" => rotation(2e6, None, Form::Flat),
@@ -80,6 +85,15 @@ impl Rotation {
             }),
             "ministral3" => json!({
                 "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
+                "max_position_embeddings": context, "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0,
+                "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+            }),
+            "apertus" => json!({
+                "rope_type": "llama3", "rope_theta": 1.2e7, "factor": 8.0, "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            }),
+            "mistral4" => json!({
+                "rope_type": "yarn", "rope_theta": 1e4, "factor": 128.0, "original_max_position_embeddings": 8192,
                 "max_position_embeddings": context, "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0,
                 "mscale": 1.0, "llama_4_scaling_beta": 0.1,
             }),
@@ -168,6 +182,7 @@ fn rotary(model_type: &str, values: &mut Map<String, Value>, notes: &mut Vec<Str
         original: values.get("original_max_position_embeddings").filter(|v| !v.is_null()).cloned(),
         context: values.get("max_position_embeddings").cloned().unwrap_or_default(),
         head_dim: values.get("head_dim").and_then(real),
+        turned: turned(values),
     };
     let mut told = Vec::new();
     let found = match rotation.form {
@@ -211,6 +226,15 @@ struct Outside {
     original: Option<Value>,
     context: Value,
     head_dim: Option<f64>,
+    /// The share of a head of latent attention that is rotated.
+    turned: Option<f64>,
+}
+
+/// The share of each head that is rotated where config.json has a count of the values that are and of those that are not.
+fn turned(values: &Map<String, Value>) -> Option<f64> {
+    let count = |key: &str| values.get(key).and_then(real);
+    let (rotated, others) = (count("qk_rope_head_dim")?, count("qk_nope_head_dim")?);
+    Some(rotated / (rotated + others))
 }
 
 fn said(value: &Option<Value>) -> Option<&Value> {
@@ -347,7 +371,8 @@ struct Share<'a> {
     partial: Option<(&'static str, Value)>,
 }
 
-/// Settles `partial_rotary_factor`. Fails for a scaled rotation of a part of each head in a class that rotates all of it.
+/// Settles `partial_rotary_factor`. Fails for a rotation of a part of each head, where it is scaled, or the class fails on it, in a class that
+/// rotates all of it.
 fn share(
     class: &str,
     rotation: &Rotation,
@@ -363,14 +388,19 @@ fn share(
             }
             // A null is no share, and that is all of a head.
             let nulled = rotation.form == Form::Flat && outside.partial == Some(Value::Null);
-            if nulled { 1.0 } else { default }
+            match outside.turned.filter(|_| class == "mistral4") {
+                Some(turned) => turned,
+                None if nulled => 1.0,
+                None => default,
+            }
         }
         // This kind is the same in every class.
         None if kind == "proportional" => 1.0,
         None => {
             let inside = own.remove("partial_rotary_factor").filter(|v| !v.is_null());
             if let Some(share) = inside.or(partial.map(|(_, value)| value)).filter(|share| real(share) != Some(1.0)) {
-                if kind != "default" {
+                // These classes fail on it.
+                if kind != "default" || matches!(class, "glm4_moe_lite" | "solar_open") {
                     return Err(Error::failed(format!(
                         "config.json: partial_rotary_factor is {}, but models of the type `{class}` rotate the whole of each head",
                         shown(&share)

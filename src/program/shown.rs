@@ -185,6 +185,10 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
                     let details = vec![format!("alpha {alpha}"), format!("limit {limit}")];
                     return (call("swiglu_oai"), details);
                 }
+                Activation::Xielu { positive, negative, beta, eps } => {
+                    let details = [("positive", positive), ("negative", negative), ("beta", beta), ("eps", eps)];
+                    return (call("xielu"), details.map(|(name, value)| format!("{name} {value}")).to_vec());
+                }
                 other => named(*other),
             };
             only(match reads {
@@ -259,6 +263,7 @@ fn named(activation: Activation) -> &'static str {
         Activation::Relu => "relu",
         Activation::Relu2 => "relu2",
         Activation::SwigluOai { .. } => "swiglu_oai",
+        Activation::Xielu { .. } => "xielu",
         Activation::Sigmoid => "sigmoid",
     }
 }

@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Room, TEXT};
+use crate::families::checkpoint;
+use crate::harness::{Model, Room, TEXT};
 
 /// A run of a second or so that uses everything: calibration, solving, writing, verification.
 const QUICK: &[&str] = &["--samples", "4", "--seq-len", "64", "--verify-windows", "1"];
@@ -140,6 +141,18 @@ fn numbers_that_are_not_finite_are_found_wherever_they_are() {
             assert_eq!(room.names(), ["model"], "{args:?}");
         }
     }
+}
+
+#[test]
+fn the_numbers_of_an_activation_are_single_and_finite() {
+    let room = Room::new();
+    let model = checkpoint("apertus_plain");
+    let tensor = "model.layers.1.mlp.act_fn.alpha_n";
+    Model::at(model.path()).poison(tensor, 0x7f80);
+    let path = model.path().to_str().unwrap();
+    room.run(["quantize", path, "-o", "out", "--method", "rtn", "--verify-text", "none"])
+        .refuses(1, &[tensor, "single finite number", "[inf]"]);
+    assert!(room.names().is_empty());
 }
 
 #[test]

@@ -39,6 +39,9 @@ pub fn write(model: &Path, output: &Path, settings: &str) -> quantc::Result<Repo
 
 /// What llama.cpp has no architecture for, or no setting, and what the refusal says.
 const REFUSED: &[(&str, &str)] = &[
+    ("apertus_biases", "cannot be written as GGUF"),
+    ("apertus_plain", "cannot be written as GGUF"),
+    ("apertus_relu", "cannot be written as GGUF"),
     ("qwen3_5_text_tied", "linear attention with keys of 24 and values of 16"),
     ("qwen3_next_dense", "layers without experts"),
     ("qwen3_next_mixed", "linear attention with keys of 8 and values of 16"),
@@ -46,6 +49,17 @@ const REFUSED: &[(&str, &str)] = &[
     ("arcee_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
     ("dots1_plain", "cannot be written as GGUF"),
     ("dots1_sliding", "cannot be written as GGUF"),
+    ("cohere2_moe_plain", "cannot be written as GGUF"),
+    ("cohere2_moe_sigmoid", "cannot be written as GGUF"),
+    ("exaone_moe_types", "attention to all tokens in block 0"),
+    ("flex_olmo_normed", "cannot be written as GGUF"),
+    ("flex_olmo_plain", "cannot be written as GGUF"),
+    ("glm4_moe_lite_types", "a bias of"),
+    ("hy_v3_types", "a bias of"),
+    ("mistral4_grouped", "cannot be written as GGUF"),
+    ("mistral4_vision", "cannot be written as GGUF"),
+    ("solar_open_grouped", "cannot be written as GGUF"),
+    ("solar_open_plain", "cannot be written as GGUF"),
     ("ernie4_5_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
     ("ernie4_5_moe_biases", "cannot be written as GGUF"),
     ("ernie4_5_moe_plain", "cannot be written as GGUF"),

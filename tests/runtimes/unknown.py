@@ -78,11 +78,9 @@ CASES = {
     "zamba2": ("zamba2", None, GROUPED | {"num_hidden_layers": 5, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"], "mamba_d_state": 16, "mamba_headdim": 16, "n_mamba_heads": 8, "mamba_ngroups": 1, "chunk_size": 8, "num_mem_blocks": 1, "adapter_rank": 32, "use_shared_attention_adapter": False}),
     "falcon_h1": ("falcon_h1", None, GROUPED | MAMBA | {"mamba_d_ssm": 128}),
     "lfm2": ("lfm2", None, GROUPED | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
-    "apertus": ("apertus", None, GROUPED),
     "granitemoehybrid": ("granitemoehybrid", None, GROUPED | MAMBA | {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64, "layer_types": ["mamba", "attention"]}),
     "recurrent_gemma": ("recurrent_gemma", None, GROUPED | {"intermediate_size": 128, "num_hidden_layers": 3, "lru_width": 64, "attention_window_size": 32}),
     "nemotron_h": ("nemotron_h", None, GROUPED | {"layers_block_type": ["mamba", "attention", "moe"], "num_hidden_layers": 3, "ssm_state_size": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "chunk_size": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64}),
-    "glm4_moe_lite": ("glm4_moe_lite", None, SIZES | {"num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "mlp_layer_types": ["dense", "sparse"]}),
     "phimoe": ("phimoe", None, GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "roberta_prelayernorm": ("roberta-prelayernorm", "RobertaPreLayerNormForMaskedLM", SIZES | {"max_position_embeddings": 66}),
     "rwkv": ("rwkv", None, {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64, "intermediate_size": 96, "context_length": 64}),
@@ -102,7 +100,6 @@ CASES = {
     "nanochat": ("nanochat", None, GROUPED),
     "dbrx": ("dbrx", None, {"vocab_size": VOCABULARY, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 96, "hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}}),
     "bart": ("bart", "BartForConditionalGeneration", BART),
-    "llava_apertus": ("llava", "LlavaForConditionalGeneration", {"image_token_index": VOCABULARY - 1, "text_config": {"model_type": "apertus"} | GROUPED, "vision_config": {"model_type": "clip_vision_model"} | VISION}),
 }  # fmt: skip
 
 

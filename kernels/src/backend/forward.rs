@@ -94,6 +94,17 @@ pub enum Activation {
     },
     /// `σ(x)`.
     Sigmoid,
+    /// `positive · x² + beta · x` above 0, `negative · (e^min(x, eps) − 1 − x) + beta · x` elsewhere (xIELU).
+    Xielu {
+        /// Of the square above 0.
+        positive: f32,
+        /// Of the exponential's curve below it.
+        negative: f32,
+        /// Slope at 0.
+        beta: f32,
+        /// A little below 0: the largest exponent.
+        eps: f32,
+    },
 }
 
 /// How a runtime rounds what it multiplies weights with.

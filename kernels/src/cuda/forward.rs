@@ -24,16 +24,17 @@ fn threads_for(width: usize) -> u32 {
     (width.div_ceil(4).next_multiple_of(32)).clamp(32, 256) as u32
 }
 
-/// How kernels call an activation, and what is told of it besides.
-pub(super) fn code(activation: Activation) -> (i32, f32, f32) {
+/// The number by which the kernels know a function, and its own numbers.
+pub(super) fn code(activation: Activation) -> (i32, [f32; 4]) {
     match activation {
-        Activation::Silu => (0, 0.0, 0.0),
-        Activation::Gelu => (1, 0.0, 0.0),
-        Activation::GeluTanh => (2, 0.0, 0.0),
-        Activation::Relu => (3, 0.0, 0.0),
-        Activation::Relu2 => (4, 0.0, 0.0),
-        Activation::SwigluOai { alpha, limit } => (5, alpha, limit),
-        Activation::Sigmoid => (6, 0.0, 0.0),
+        Activation::Silu => (0, [0.0; 4]),
+        Activation::Gelu => (1, [0.0; 4]),
+        Activation::GeluTanh => (2, [0.0; 4]),
+        Activation::Relu => (3, [0.0; 4]),
+        Activation::Relu2 => (4, [0.0; 4]),
+        Activation::SwigluOai { alpha, limit } => (5, [alpha, limit, 0.0, 0.0]),
+        Activation::Xielu { positive, negative, beta, eps } => (6, [positive, negative, beta, eps]),
+        Activation::Sigmoid => (7, [0.0; 4]),
     }
 }
 
@@ -122,7 +123,7 @@ impl Cuda {
         activation: Activation,
     ) -> Result<Operands> {
         let (rows, cols) = (gate.rows, gate.cols);
-        let (kind, alpha, limit) = code(activation);
+        let (kind, [a, b, c, d]) = code(activation);
         let biases = [biases[0].map(|b| self.send(b)).transpose()?, biases[1].map(|b| self.send(b)).transpose()?];
         let pinned_biases =
             [biases[0].as_ref().map(|b| b.pin()).transpose()?, biases[1].as_ref().map(|b| b.pin()).transpose()?];
@@ -141,8 +142,10 @@ impl Cuda {
                 at(pinned_biases[0].as_ref()),
                 at(pinned_biases[1].as_ref()),
                 kind.into(),
-                alpha.into(),
-                limit.into(),
+                a.into(),
+                b.into(),
+                c.into(),
+                d.into(),
                 (rows as i64).into(),
                 (cols as i32).into(),
             ];
@@ -153,7 +156,7 @@ impl Cuda {
 
     /// `gate ← act(gate) · up`, or `act(gate)` alone.
     fn activate_in_place(&self, gate: &mut Matrix, up: Option<&Matrix>, activation: Activation) -> Result<()> {
-        let (kind, alpha, limit) = code(activation);
+        let (kind, [a, b, c, d]) = code(activation);
         let (gate_at, up_at) = (gate.buffer.pin()?, up.map(|up| up.buffer.pin_to_read()).transpose()?);
         let args = [
             gate_at.arg(),
@@ -162,8 +165,10 @@ impl Cuda {
             at(None),
             at(None),
             kind.into(),
-            alpha.into(),
-            limit.into(),
+            a.into(),
+            b.into(),
+            c.into(),
+            d.into(),
             (gate.rows as i64).into(),
             (gate.cols as i32).into(),
         ];

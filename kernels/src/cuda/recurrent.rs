@@ -26,6 +26,7 @@ impl Cuda {
         lengths: &[usize],
     ) -> Result<Matrix> {
         expect_convolution([x.rows, x.cols], weight, bias, activation, lengths)?;
+        let (kind, [a, b, c, d]) = activation.map_or((-1, [0.0; 4]), code);
         let y = self.matrix(x.rows, x.cols)?;
         let positions: Vec<u32> = positions(lengths).into_iter().map(|position| position as u32).collect();
         let (sent, bias) = (self.send(weight)?, bias.map(|bias| self.send(bias)).transpose()?);
@@ -41,7 +42,11 @@ impl Cuda {
             (x.rows as i64).into(),
             (x.cols as i32).into(),
             ((weight.len() / x.cols.max(1)) as i32).into(),
-            activation.map_or(-1, |activation| code(activation).0).into(),
+            kind.into(),
+            a.into(),
+            b.into(),
+            c.into(),
+            d.into(),
         ];
         self.each(&RECURRENT, "convolve", x.rows * x.cols, &args)?;
         drop(pins);

@@ -20,8 +20,13 @@ __device__ __forceinline__ float gelu_of(float x) {
     return x / sigmoid_of(x * q);
 }
 
-// act(gate), of which `alpha` and `limit` are SwigluOai's.
-__device__ __forceinline__ float activation_of(int kind, float x, float alpha, float limit) {
+// The numbers that some functions have: of SwigluOai alpha and limit, of xIELU the factors above and below 0, the slope at 0 and the
+// largest exponent.
+struct Numbers {
+    float a, b, c, d;
+};
+
+__device__ __forceinline__ float activation_of(int kind, float x, Numbers of) {
     switch (kind) {
         case 0: return x / sigmoid_of(x);
         case 1: return gelu_of(x);
@@ -31,11 +36,15 @@ __device__ __forceinline__ float activation_of(int kind, float x, float alpha, f
             float positive = x < 0.0f ? 0.0f : x;
             return positive * positive;
         }
-        case 6: return 1.0f / sigmoid_of(x);
-        default: {
-            float gate = x > limit ? limit : x;
-            return gate / sigmoid_of(alpha * gate);
+        case 5: {
+            float gate = x > of.b ? of.b : x;
+            return gate / sigmoid_of(of.a * gate);
         }
+        case 6: {
+            float exponent = x < of.d ? x : of.d;
+            float curve = x > 0.0f ? of.a * x * x : of.b * (exp_as_cpu(exponent) - 1.0f - x);
+            return curve + of.c * x;
+        }
+        default: return 1.0f / sigmoid_of(x);
     }
 }
-

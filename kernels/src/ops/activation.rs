@@ -25,6 +25,13 @@ pub fn reference(activation: Activation, x: f32) -> f32 {
             gate * sigmoid(f64::from(alpha) * gate)
         }
         Activation::Sigmoid => sigmoid(x),
+        Activation::Xielu { positive, negative, beta, eps } => {
+            let [positive, negative, beta, eps] = [positive, negative, beta, eps].map(f64::from);
+            match x > 0.0 {
+                true => positive * x * x + beta * x,
+                false => negative * (x.min(eps).exp_m1() - x) + beta * x,
+            }
+        }
     };
     value as f32
 }
@@ -63,6 +70,9 @@ simd_fn! {
                 }
             }
             Activation::Sigmoid => each(x, sigmoid),
+            Activation::Xielu { positive, negative, beta, eps } => {
+                each(x, |x| xielu(x, [positive, negative, beta, eps]));
+            }
         }
     }
 }
@@ -82,6 +92,9 @@ simd_fn! {
                 }
             }
             Activation::Sigmoid => product(gate, up, sigmoid),
+            Activation::Xielu { positive, negative, beta, eps } => {
+                product(gate, up, |x| xielu(x, [positive, negative, beta, eps]));
+            }
         }
     }
 }
@@ -152,9 +165,18 @@ fn swiglu_oai(gate: f32, alpha: f32, limit: f32) -> f32 {
     gate / (1.0 + exp(-(alpha * gate)))
 }
 
+/// Both sides are computed, and one is taken, so that the loop has no branch.
+#[inline(always)]
+fn xielu(x: f32, [positive, negative, beta, eps]: [f32; 4]) -> f32 {
+    let exponent = if x < eps { x } else { eps };
+    let below = negative * (exp(exponent) - 1.0 - x);
+    let above = positive * x * x;
+    (if x > 0.0 { above } else { below }) + beta * x
+}
+
 /// Every form, for tests.
 #[cfg(test)]
-pub(super) const ALL: [Activation; 7] = [
+pub(super) const ALL: [Activation; 8] = [
     Activation::Silu,
     Activation::Gelu,
     Activation::GeluTanh,
@@ -162,6 +184,7 @@ pub(super) const ALL: [Activation; 7] = [
     Activation::Relu2,
     Activation::SwigluOai { alpha: 1.702, limit: 7.0 },
     Activation::Sigmoid,
+    Activation::Xielu { positive: 0.8, negative: 1.1, beta: 0.5, eps: -1e-6 },
 ];
 
 #[cfg(test)]

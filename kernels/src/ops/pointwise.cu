@@ -21,14 +21,14 @@ KERNEL(add_bias)(float *y, const float *bias, i64 rows, int cols) {
 EXPORT(add_bias)
 
 __device__ __forceinline__ float gate_of(
-    const float *gate, const float *up, const float *gate_bias, const float *up_bias, int kind, float alpha, float limit, i64 i,
+    const float *gate, const float *up, const float *gate_bias, const float *up_bias, int kind, Numbers of, i64 i,
     int col) {
     float g = gate[i] + (gate_bias ? gate_bias[col] : 0.0f);
-    float value = activation_of(kind, g, alpha, limit);
+    float value = activation_of(kind, g, of);
     if (!up) return value;
     float u = up[i] + (up_bias ? up_bias[col] : 0.0f);
     if (kind == 5) {
-        u = u < -limit ? -limit : u > limit ? limit : u;
+        u = u < -of.b ? -of.b : u > of.b ? of.b : u;
         u += 1.0f;
     }
     return value * u;
@@ -36,21 +36,23 @@ __device__ __forceinline__ float gate_of(
 
 // out ← act(gate + bias) · (up + bias); `out` may be `gate`, and `up` nothing.
 KERNEL(activate)(
-    float *out, const float *gate, const float *up, const float *gate_bias, const float *up_bias, int kind, float alpha,
-    float limit, i64 rows, int cols) {
+    float *out, const float *gate, const float *up, const float *gate_bias, const float *up_bias, int kind, float a,
+    float b, float c, float d, i64 rows, int cols) {
     i64 count = rows * cols;
+    Numbers of = {a, b, c, d};
     for (i64 i = global_index(); i < count; i += global_stride())
-        out[i] = gate_of(gate, up, gate_bias, up_bias, kind, alpha, limit, i, (int)(i % cols));
+        out[i] = gate_of(gate, up, gate_bias, up_bias, kind, of, i, (int)(i % cols));
 }
 EXPORT(activate)
 
 // The same, rounded to bfloat16.
 KERNEL(activate_rounded)(
-    u16 *out, const float *gate, const float *up, const float *gate_bias, const float *up_bias, int kind, float alpha,
-    float limit, i64 rows, int cols) {
+    u16 *out, const float *gate, const float *up, const float *gate_bias, const float *up_bias, int kind, float a,
+    float b, float c, float d, i64 rows, int cols) {
     i64 count = rows * cols;
+    Numbers of = {a, b, c, d};
     for (i64 i = global_index(); i < count; i += global_stride())
-        out[i] = to_bf16(gate_of(gate, up, gate_bias, up_bias, kind, alpha, limit, i, (int)(i % cols)));
+        out[i] = to_bf16(gate_of(gate, up, gate_bias, up_bias, kind, of, i, (int)(i % cols)));
 }
 EXPORT(activate_rounded)
 

@@ -1,16 +1,17 @@
 // Layers with a state: short convolutions, decays, and the gated delta rule.
 
 // y[t, c] = act(bias[c] + Σ weight[c, j] · x[t − taps + 1 + j, c]) within sequences, of whose tokens `positions` says which they are; a thread
-// for each value. `kind` is that of an activation, or −1.
+// for each value. `kind` is that of an activation, with its numbers, or −1.
 KERNEL(convolve)(
-    float *y, const float *x, const float *weight, const float *bias, const u32 *positions, i64 tokens, int channels, int taps, int kind) {
+    float *y, const float *x, const float *weight, const float *bias, const u32 *positions, i64 tokens, int channels, int taps, int kind,
+    float a, float b, float c, float d) {
     i64 count = tokens * channels;
     for (i64 i = global_index(); i < count; i += global_stride()) {
         int channel = (int)(i % channels), position = (int)positions[i / channels];
         float sum = bias ? bias[channel] : 0.0f;
         for (int back = position < taps ? position : taps - 1; back >= 0; back--)
             sum += weight[channel * taps + taps - 1 - back] * x[i - (i64)back * channels];
-        y[i] = kind < 0 ? sum : activation_of(kind, sum, 0.0f, 0.0f);
+        y[i] = kind < 0 ? sum : activation_of(kind, sum, Numbers{a, b, c, d});
     }
 }
 EXPORT(convolve)

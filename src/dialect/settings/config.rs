@@ -297,7 +297,7 @@ impl Settings {
             }
             "qwen3" | "qwen3_moe" | "gemma" | "gemma2" | "gemma3_text" | "olmo" | "olmo2" | "olmo3" | "cohere"
             | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" | "seed_oss" | "arcee"
-            | "hunyuan_v1_dense" | "glm4_moe" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
+            | "hunyuan_v1_dense" | "glm4_moe" | "hy_v3" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
                 json!({"attention_bias": biases})
             }
             "starcoder2" => json!({"use_bias": true}),
@@ -387,6 +387,12 @@ impl Settings {
                 let local = if window.is_some() { self.local(layers, 4)? } else { vec![false; layers] };
                 json!({"sliding_window": window, "layer_types": layer_types(&local)})
             }
+            // llama.cpp does not read which layers have the window: the last of every four has none.
+            "exaone_moe" => {
+                self.look("attention.sliding_window_pattern");
+                let local: Vec<bool> = (0..layers).map(|layer| layer % 4 != 3).collect();
+                json!({"sliding_window": window, "layer_types": layer_types(&local)})
+            }
             _ => json!({}),
         })
     }
@@ -426,6 +432,20 @@ impl Settings {
                 }
                 values
             }
+            "exaone_moe" => {
+                // It is the width of one times their count.
+                self.look("expert_shared_feed_forward_length");
+                json!({
+                    "moe_intermediate_size": expert_inner()?,
+                    "num_experts": experts,
+                    "num_shared_experts": self.count("expert_shared_count")?.unwrap_or(0),
+                    "num_experts_per_tok": used()?,
+                    "first_k_dense_replace": self.count("leading_dense_block_count")?.unwrap_or(0),
+                    "norm_topk_prob": self.flag("expert_weights_norm")?.unwrap_or(false),
+                    "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
+                })
+            }
+            "hy_v3" => self.hunyuan(model, used()?)?,
             "mixtral" | "granitemoe" => json!({"num_local_experts": experts, "num_experts_per_tok": used()?}),
             "olmoe" => json!({"num_experts": experts, "num_experts_per_tok": used()?, "norm_topk_prob": false}),
             "qwen2_moe" | "qwen3_moe" => json!({
@@ -470,6 +490,29 @@ impl Settings {
             "deepseek_v2" | "deepseek_v3" => self.deepseek(model)?,
             _ => json!({}),
         })
+    }
+
+    /// Experts of Hunyuan 3, in the layers that have a router. Fails for routing that transformers has no model for.
+    fn hunyuan(&self, model: &Hyperparameters, used: usize) -> Result<Value> {
+        let Hyperparameters { layers, experts, .. } = *model;
+        if self.flag("expert_weights_norm")? != Some(true) {
+            return Err(self
+                .unsupported("weights of experts that are not divided by their sum cannot be said of a hy_v3 model"));
+        }
+        let inner = self.required("expert_feed_forward_length")?;
+        let shared = self.count("expert_shared_feed_forward_length")?.filter(|width| *width > 0).unwrap_or(inner);
+        // Either is known from the tensors to llama.cpp.
+        self.look("leading_dense_block_count");
+        self.look("expert_shared_count");
+        let kind = |layer| if self.has(&format!("blk.{layer}.ffn_gate_inp.weight")) { "sparse" } else { "dense" };
+        Ok(json!({
+            "moe_intermediate_size": inner,
+            "num_experts": experts,
+            "num_experts_per_tok": used,
+            "num_shared_experts": shared / inner.max(1),
+            "router_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
+            "mlp_layer_types": (0..layers).map(kind).collect::<Vec<_>>(),
+        }))
     }
 
     /// Latent attention and experts of DeepSeek V2 and V3, in groups where the file has them. Fails for routing that transformers has

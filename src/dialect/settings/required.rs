@@ -14,6 +14,8 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("granitemoe", &["logit_scale"]),
     ("gptneox", &["use_parallel_residual"]),
     ("cohere2", &["attention.sliding_window", "logit_scale"]),
+    ("exaone-moe", &["attention.sliding_window", "expert_feed_forward_length"]),
+    ("hy_v3", &["expert_feed_forward_length"]),
     ("glm4moe", &["expert_feed_forward_length", "expert_shared_count"]),
     (
         "deepseek2",
