@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use quantc::graph::Layer;
 use quantc::program::{Kind, Program};
 use quantc::{Checkpoint, families};
 use serde_json::Value;
@@ -98,6 +99,12 @@ fn programs_of_all_families_hold_every_tensor_of_their_blocks_and_every_linear_o
             linears.sort_unstable();
             expected.sort_unstable();
             assert_eq!(linears, expected, "{name}: {}", block.name);
+            // The numbers of an activation are in the operation itself.
+            let numbers = block.steps.iter().filter_map(|step| match &step.layer {
+                Layer::Mlp(mlp) => mlp.learned.as_deref(),
+                _ => None,
+            });
+            tensors.extend(numbers.flatten().map(|(name, _)| name.clone()));
             // All that the graph says of one block.
             let one = quantc::graph::Graph { blocks: vec![block.clone()], ..graph.clone() };
             let none = quantc::graph::Graph { blocks: Vec::new(), ..graph.clone() };
