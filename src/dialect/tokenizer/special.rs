@@ -147,30 +147,39 @@ pub(super) fn write(files: &Files, tokens: &[Token], out: &mut Written) -> Resul
         ("mask", "mask"),
     ];
     let mut told = Written::default();
-    let (mut bos, mut eos) = (None, None);
-    for (name, key) in KEYS {
-        if let Some(id) = id(files, name, tokens.len(), &mut told) {
-            out.count(format!("tokenizer.ggml.{key}_token_id"), id as usize)?;
-            match *name {
-                "bos" => bos = Some(id),
-                "eos" => eos = Some(id),
-                _ => {}
-            }
+    let mut found: Vec<Option<u32>> = KEYS.iter().map(|(name, _)| id(files, name, tokens.len(), &mut told)).collect();
+    let of = |name: &str| KEYS.iter().position(|(key, _)| *key == name).expect("one of them");
+    // Loaders put EOS alone behind texts: where the tokenizer has another mark there, as embedding models do whose chats end otherwise, that
+    // is EOS, and what was becomes an end of turns. So does llama.cpp's converter.
+    let (said, after) = (found[of("eos")], files.tokenizer.tokenizer.suffix());
+    if let [behind] = &after[..]
+        && (*behind as usize) < tokens.len()
+        && said.is_some_and(|eos| eos != *behind)
+        && found[of("sep")] != Some(*behind)
+    {
+        found[of("eos")] = Some(*behind);
+    }
+    for ((_, key), id) in KEYS.iter().zip(&found) {
+        if let Some(id) = id {
+            out.count(format!("tokenizer.ggml.{key}_token_id"), *id as usize)?;
         }
     }
     out.notices.extend(told.notices);
     out.notices.dedup();
-    ends(files, tokens, eos, out)?;
+    let (bos, eos) = (found[of("bos")], found[of("eos")]);
+    ends(files, tokens, (eos, said), out)?;
     around(files, bos, eos, out);
     Ok(())
 }
 
-/// A chat model may stop at several tokens: loaders know some by their texts, and two more by their keys.
-fn ends(files: &Files, tokens: &[Token], eos: Option<u32>, out: &mut Written) -> Result<()> {
+/// A chat model may stop at several tokens: loaders know some by their texts, and two more by their keys. Of EOS it is known what the file
+/// calls so, and what the tokenizer does.
+fn ends(files: &Files, tokens: &[Token], (eos, said): (Option<u32>, Option<u32>), out: &mut Written) -> Result<()> {
     let (mut turn, mut others) = (None, Vec::new());
     // Where generation_config.json says it, config.json is not asked.
     let of_config = [&files.generation, &files.model_config].map(|json| ids(of_config(json, "eos_token_id")));
-    for id in of_config.into_iter().find(|ids| !ids.is_empty()).unwrap_or_default() {
+    let of_config = of_config.into_iter().find(|ids| !ids.is_empty()).unwrap_or_default();
+    for id in said.into_iter().chain(of_config) {
         let Some(token) = tokens.get(id as usize).filter(|_| Some(id) != eos) else { continue };
         if TURN_ENDS.contains(&token.text.as_str()) {
             turn = turn.or(Some(id));

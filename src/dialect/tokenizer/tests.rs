@@ -244,6 +244,36 @@ fn llama_3s_marks_ends_and_fill_are_written() {
     round_trip(&original, &out, 1000);
 }
 
+/// As embedding models of chat models have it: texts end with one mark, and turns with another.
+#[test]
+fn the_mark_behind_texts_is_eos_and_what_ends_turns_is_kept() {
+    let mut original = json_at(&root().join("tests/fixtures/text/byte_level.json")).unwrap();
+    let marks: Vec<(String, u64)> = original["added_tokens"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|token| (token["content"].as_str().unwrap().to_owned(), token["id"].as_u64().unwrap()))
+        .collect();
+    let ((behind, behind_id), (turn, turn_id)) = (&marks[1], &marks[3]);
+    original["post_processor"] = json!({"type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": behind, "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {behind: {"id": behind, "ids": [behind_id], "tokens": [behind]}}});
+    let config = json!({"eos_token": turn});
+    let model = json!({"eos_token_id": behind_id});
+    let files = [("tokenizer.json", &original), ("tokenizer_config.json", &config), ("config.json", &model)];
+    let out = written(folder(&files).path(), 1000);
+    let ids = ["eos", "eot"].map(|name| id(&out, name));
+    assert_eq!(ids, [Some(*behind_id), Some(*turn_id)]);
+    assert_eq!(get(&out, "add_eos_token"), Some(&MetadataValue::Bool(true)));
+    assert!(
+        out.notices.iter().all(|note| !note.contains("behind") && !note.contains("after texts")),
+        "{:?}",
+        out.notices
+    );
+    round_trip(&original, &out, 1000);
+}
+
 #[test]
 fn merges_of_either_form_and_spaces_in_them() {
     let merges = |value: Value| super::merges(&json!({"model": {"merges": value}}));
