@@ -19,7 +19,7 @@ use crate::recipe::UnknownTensors;
 use crate::report::Fate;
 use crate::rest::{copy_tensor, write_floats};
 use crate::stray::{self, Strays};
-use crate::targets::{copy_side_files, write_config};
+use crate::targets::{copy_side_files, tell_dtype, write_config};
 use crate::weights::{Entry, StoredType};
 
 /// Writes every tensor of `input` to `output`, dequantized, in `dtype` (the input's own type by default), and those that are not
@@ -93,15 +93,10 @@ fn rewrite(
     writer.finish()?;
     let mut config = source.config().clone();
     if let Value::Object(config) = &mut config {
-        let name = match target {
-            Dtype::F16 => "float16",
-            Dtype::BF16 => "bfloat16",
-            _ => "float32",
-        };
         // Both names of it, where both are there, as runtimes differ in which they read.
-        let (new, old) = (config.contains_key("dtype"), config.contains_key("torch_dtype"));
-        let keys = [("dtype", new), ("torch_dtype", old || !new)].into_iter().filter(|(_, there)| *there);
-        config.extend(keys.map(|(key, _)| (key.to_owned(), Value::from(name))));
+        let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+        config.insert(key.to_owned(), "".into());
+        tell_dtype(config, target);
     }
     write_config(&config, &staging)?;
     copy_side_files(&beside, &staging)?;

@@ -13,7 +13,7 @@ use crate::recipe::UnknownTensors;
 use crate::report::Fate;
 use crate::rest::copy_tensor;
 use crate::stray;
-use crate::targets::{copy_side_files, write_config};
+use crate::targets::{copy_side_files, tell_dtype, write_config};
 use crate::weights::StoredType;
 
 /// Writes every tensor of `model`, merged with the adapter in `adapter`, to the directory `output`, one at a time, each in its
@@ -62,7 +62,11 @@ fn write(
     }
     notes.extend(too_small(&lost));
     writer.finish()?;
-    write_config(source.config(), &staging)?;
+    let mut config = source.config().clone();
+    if let Some(config) = config.as_object_mut() {
+        tell_dtype(config, source.dtype());
+    }
+    write_config(&config, &staging)?;
     copy_side_files(&beside, &staging)?;
     source.check_unchanged()?;
     let left = staging.commit()?;

@@ -127,9 +127,9 @@ impl<B: Backend> Target<B> for Directory {
             if let Value::Object(said) = self.plan.config.of(self.plan.codec) {
                 config.extend(said);
             }
-            singles(config);
+            tell_dtype(config, source.dtype());
             if let Some(Value::Object(text)) = config.get_mut("text_config") {
-                singles(text);
+                tell_dtype(text, source.dtype());
             }
         }
         debug_assert!(self.plan.fates.iter().any(|(_, fate)| *fate == Fate::Quantized));
@@ -343,11 +343,16 @@ impl<B: Backend> Sink<B> for Files<'_> {
     }
 }
 
-/// Says float32 where a configuration says float64, which nothing is written in.
-fn singles(config: &mut serde_json::Map<String, Value>) {
+/// Has a configuration that says of which type the weights are say this one, under whichever of the two keys it does.
+pub fn tell_dtype(config: &mut serde_json::Map<String, Value>, dtype: Dtype) {
+    let name = match dtype {
+        Dtype::F16 => "float16",
+        Dtype::BF16 => "bfloat16",
+        _ => "float32",
+    };
     for key in ["dtype", "torch_dtype"] {
-        if let Some(name) = config.get_mut(key).filter(|name| *name == "float64" || *name == "torch.float64") {
-            *name = Value::from("float32");
+        if let Some(said) = config.get_mut(key).filter(|said| said.is_string()) {
+            *said = Value::from(name);
         }
     }
 }

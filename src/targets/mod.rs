@@ -31,7 +31,7 @@ use crate::recipe::Recipe;
 use crate::report::TensorReport;
 use crate::rest::Lost;
 
-pub use directory::{Directory, copy_side_files, write_config};
+pub use directory::{Directory, copy_side_files, tell_dtype, write_config};
 pub use gguf::Gguf;
 pub use requested::{Output, Requested, requested, resolved, schemes};
 

@@ -587,4 +587,7 @@ fn a_type_that_the_weights_do_not_have_is_told() {
     let run = room.run(["convert", "model", "-o", "out"]);
     run.succeeds();
     assert!(run.stderr().contains("the weights are F32, and most are stored as BF16"), "{}", run.stderr());
+    let written: Value = serde_json::from_slice(&std::fs::read(room.path("out/config.json")).unwrap()).unwrap();
+    let said = ["dtype", "torch_dtype"].map(|key| written[key].as_str().unwrap_or("bfloat16").to_owned());
+    assert_eq!(said, ["bfloat16", "bfloat16"], "{written}");
 }
