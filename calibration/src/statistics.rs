@@ -119,3 +119,33 @@ impl<B: Quantize> Statistics<B> {
         self.magnitude.iter().map(|x| (x / self.count.max(1.0)) as f32).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kernels::{Cpu, Memory};
+    use ndarray::Axis;
+
+    use super::*;
+
+    #[test]
+    fn channels_in_another_order_are_those_of_inputs_in_that_order() {
+        let cpu = Cpu::exact();
+        let x = Array2::from_shape_fn((7, 4), |(i, j)| (i * (j + 2) % 5) as f32 - 1.5);
+        let columns = [2, 0, 3, 1];
+        let of = |x: &Array2<f32>| {
+            let input = cpu.input(cpu.upload(x.clone()).unwrap()).unwrap();
+            let see = |see: &mut dyn FnMut(&_) -> Result<(), kernels::Error>| see(&input);
+            Statistics::gather(&cpu, 4, Needs::HessianAndMagnitude, see).unwrap()
+        };
+        let found = of(&x).ordered(&cpu, &columns).unwrap();
+        let expected = of(&x.select(Axis(1), &columns));
+        assert_eq!(found.energy(), expected.energy());
+        assert_eq!(found.magnitude(), expected.magnitude());
+        let [found, expected] = [found.gram.unwrap(), expected.gram.unwrap()];
+        for i in 0..4 {
+            for j in 0..=i {
+                assert_eq!(found[[i, j]], expected[[i, j]], "{i}, {j}");
+            }
+        }
+    }
+}

@@ -52,6 +52,24 @@ fn scales_go_wherever_what_is_read_may_be_scaled() {
     assert!(!slots("olmo_clip", 0).iter().any(|slot| slot.contains("o_proj")));
 }
 
+/// A gate multiplies each channel by itself; in linear attention what is never quantized reads the norm, and one norm is for all heads.
+#[test]
+fn scales_pass_gates_and_stay_away_from_linear_attention() {
+    assert_eq!(
+        slots("qwen3_next_dense", 1),
+        [
+            "input_layernorm > q_proj k_proj v_proj",
+            "post_attention_layernorm > gate_proj up_proj",
+            "v_proj:0(32 times 2) > o_proj",
+            "up_proj:0 > down_proj",
+        ]
+    );
+    assert_eq!(
+        slots("qwen3_5_text_plain", 0),
+        ["post_attention_layernorm > gate_proj up_proj", "up_proj:0 > down_proj"]
+    );
+}
+
 #[test]
 fn scales_stay_away_from_routers_latents_and_limits() {
     // A router reads the norm of a mixture.

@@ -46,8 +46,7 @@ pub fn run(
 ) -> Array2<f32> {
     let channels = x.ncols();
     let mut out = vec![0.0f32; x.len()];
-    if channels > 0 {
-        let taps = weight.len() / channels;
+    if let Some(taps) = weight.len().checked_div(channels) {
         let by_tap: Vec<Vec<f32>> =
             (0..taps).map(|tap| weight.iter().skip(tap).step_by(taps).copied().collect()).collect();
         let positions = positions(lengths);
