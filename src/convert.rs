@@ -91,7 +91,7 @@ fn rewrite(
     }
     notes.extend(too_small(&lost));
     writer.finish()?;
-    let mut config = source.config().clone();
+    let mut config = source.config_of_folder();
     if let Value::Object(config) = &mut config {
         let name = match target {
             Dtype::F16 => "float16",

@@ -62,7 +62,7 @@ fn write(
     }
     notes.extend(too_small(&lost));
     writer.finish()?;
-    write_config(source.config(), &staging)?;
+    write_config(&source.config_of_folder(), &staging)?;
     copy_side_files(&beside, &staging)?;
     source.check_unchanged()?;
     let left = staging.commit()?;
