@@ -10,11 +10,13 @@ use serde_json::Value;
 use crate::checkpoint::Checkpoint;
 use crate::convert::fates;
 use crate::error::{Error, Result};
+use crate::families;
+use crate::graph::Stored;
 use crate::output::hashing::hash_file;
 use crate::recipe::UnknownTensors;
 use crate::report::{Fate, read_report};
 use crate::text::ModelText;
-use crate::weights::Entry;
+use crate::weights::{Entry, StoredType};
 
 /// What was found of a checkpoint.
 #[derive(Clone, Debug, Serialize)]
@@ -71,7 +73,24 @@ pub fn check(path: &Path) -> Result<Checked> {
             Err(error) => faults.push(error.to_string()),
         }
     }
-    match source.tokenizer() {
+    faults.extend(source.broken_promise());
+    notes.retain(|note| !faults.contains(note));
+    faults.extend(plain_of_packed(&source));
+    let tokenizer = source.tokenizer();
+    if let Ok(Some(files)) = &tokenizer {
+        faults.extend(source.faults_of_words(files));
+        let known: Vec<String> = source.notes_on(&tokenizer);
+        notes.extend(known.into_iter().filter(|note| !faults.contains(note)));
+        let rows = families::vocabulary(source.config()).ok().flatten();
+        let last = files.tokenizer.max_id();
+        notes.extend(rows.filter(|rows| last as usize >= *rows).map(|rows| {
+            format!(
+                "{}: its last token has the id {last}, and the embedding has {rows} rows: a text with tokens beyond them fails in runtimes",
+                files.file()
+            )
+        }));
+    }
+    match tokenizer {
         Ok(None) => match read_report(path)? {
             // Calibrating and measuring take one.
             Some(report) if report["calibration"].is_object() || report["quality"].is_object() => {
@@ -88,6 +107,31 @@ pub fn check(path: &Path) -> Result<Checked> {
     }
     source.check_unchanged()?;
     Ok(Checked { path: path.display().to_string(), files, tensors: source.entries().len(), values, faults, notes })
+}
+
+/// A fault of linears that are plain numbers where the configuration says that they are packed, so that runtimes look for codes that are not there.
+fn plain_of_packed(source: &Checkpoint) -> Option<String> {
+    let graph = families::graph_of(source).ok()?;
+    let loading = families::Loading::of(source.config());
+    let head = Some(&graph.head.linear).filter(|_| !graph.head.tied);
+    let is_plain = |name: &str| source.entry(name).is_some_and(|entry| matches!(entry.dtype, StoredType::Plain(_)));
+    // Runtimes go by the names that modules have once they are loaded.
+    let called_packed = |module: &str| {
+        let mut names = loading.names(module);
+        names.push(module.to_owned());
+        names.iter().all(|name| source.calls_packed(name))
+    };
+    let linears = graph.linears().chain(head).filter(|linear| linear.stored == Stored::Plain);
+    let plain: Vec<&str> = linears
+        .filter(|linear| is_plain(&linear.weight()) && called_packed(&linear.module))
+        .map(|linear| &linear.module[..])
+        .collect();
+    let first = plain.first()?;
+    Some(format!(
+        "{} linears are stored as plain numbers, and config.json does not leave them out of what is packed (`{first}`): runtimes look for codes of \
+         them; take the config.json that was written with these files",
+        plain.len()
+    ))
 }
 
 fn check_files(source: &Checkpoint, faults: &mut Vec<String>, notes: &mut Vec<String>) -> Result<Vec<CheckedFile>> {

@@ -31,7 +31,7 @@ mod sentence;
 mod tokenizer;
 mod training;
 
-pub use beside::{Beside, SideFile, goes_along};
+pub use beside::{Beside, OF_WORDS, SideFile, goes_along};
 pub use hub::{
     ADAPTER_FILES, Cached, HubName, INDEX, Sought, cache, gguf_files, hub_home, hub_name, in_snapshot, is_commit,
     weights_of,
@@ -119,6 +119,19 @@ impl Checkpoint {
             Source::Directory { tensors, .. } => tensors.promised(name),
             Source::Gguf(_) => None,
         }
+    }
+
+    /// What to say of tensors that an index names and no shard holds.
+    pub fn broken_promise(&self) -> Option<String> {
+        let Source::Directory { tensors, .. } = &self.source else { return None };
+        tensors.broken_promise()
+    }
+
+    /// Whether the configuration of a compressed-tensors checkpoint says that a module is packed, whatever there is of it.
+    pub fn calls_packed(&self, module: &str) -> bool {
+        let Source::Directory { quantization: Some(reader), .. } = &self.source else { return false };
+        let by_class = reader.codec().is_some_and(|codec| codec.goes_by_class());
+        by_class && reader.declared(module).is_ok_and(|declared| declared.is_some())
     }
 
     /// The adapter that tensors are merged with, if there is one.
@@ -519,31 +532,6 @@ impl Checkpoint {
         }
     }
 
-    /// What to carry over beside the weights of an output that writes the files `own` itself.
-    ///
-    /// Of a folder everything that is not another form of the weights; fails for what cannot be read there.
-    pub fn beside(&self, own: &[&str]) -> Result<Beside> {
-        match &self.source {
-            Source::Directory { .. } => beside::beside(&self.path, &self.files(), own),
-            Source::Gguf(model) => {
-                let files = [
-                    ("generation_config.json", model.generation_config()),
-                    ("tokenizer.json", model.tokenizer_json()?),
-                    ("tokenizer_config.json", model.tokenizer_config()?),
-                ];
-                let of = |(name, value)| (PathBuf::from(name), SideFile::Bytes(to_json_bytes(&value)));
-                let pooling = model.pooling().filter(|pooling| *pooling > 0).map(|pooling| {
-                    format!(
-                        "{}: the way to make an embedding of hidden states (pooling_type {pooling}) has no place beside \
-                         config.json and was left out",
-                        self.path.display()
-                    )
-                });
-                Ok(Beside { files: files.map(of).into(), notes: pooling.into_iter().collect() })
-            }
-        }
-    }
-
     /// The file itself where the checkpoint is a GGUF file, for what has no Hugging Face form.
     pub fn gguf(&self) -> Option<&GgufFile> {
         match &self.source {
@@ -673,10 +661,6 @@ fn widen_rows(view: &TensorView<'_>, rows: &[u32], out: &mut [f32]) -> formats::
         formats::tensor::widen(view.dtype, &view.data[row as usize * row_bytes..][..row_bytes], out)?;
     }
     Ok(())
-}
-
-fn to_json_bytes(value: &Value) -> Vec<u8> {
-    serde_json::to_vec_pretty(value).expect("a JSON value")
 }
 
 fn module_of(name: &str) -> &str {

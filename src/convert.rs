@@ -91,7 +91,7 @@ fn rewrite(
     }
     notes.extend(too_small(&lost));
     writer.finish()?;
-    let mut config = source.config().clone();
+    let mut config = source.config_of_folder();
     if let Value::Object(config) = &mut config {
         // Both names of it, where both are there, as runtimes differ in which they read.
         let key = if config.contains_key("dtype") { "dtype" } else { "torch_dtype" };
@@ -108,17 +108,22 @@ fn rewrite(
 /// What becomes of the tensors that are not part of the model, and what to say of them; of a model of an unknown family that
 /// cannot be described every tensor goes over. Fails where a model of a known family lacks a tensor, for no runtime would load it.
 pub fn fates(source: &Checkpoint, unknown: UnknownTensors) -> Result<(HashMap<String, Fate>, Vec<String>)> {
+    let absent = families::absent(source, &[]).map(|absent| absent.note()).into_iter();
     let graph = match families::graph_of(source) {
         Ok(graph) => graph,
         Err(error) if families::is_known(source.config()) => return Err(error),
-        Err(_) => return Ok(Default::default()),
+        Err(_) => return Ok((HashMap::new(), absent.chain(families::check_whole(source)?).collect())),
     };
     check_tensors(&graph, source)?;
     let strays = Strays::new(&graph, source, unknown);
     let fate = |entry: &Entry| Ok((entry.name.clone(), strays.fate(&entry.name)?));
     let found = strays.entries().map(fate).collect::<Result<Vec<_>>>()?;
     let mut notes = strays.notes(found.iter().map(|(name, fate)| (&**name, fate)), true);
+    notes.extend(absent);
     notes.extend(families::cannot_run(&graph));
+    if graph.opaque {
+        notes.extend(families::check_whole(source)?);
+    }
     Ok((found.into_iter().collect(), notes))
 }
 

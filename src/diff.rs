@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, OF_WORDS};
 use crate::error::Result;
 use crate::report::read_report;
 use crate::weights::Entry;
@@ -29,6 +29,8 @@ pub struct Diff {
     pub tensors: Vec<Differing>,
     /// Settings of config.json that differ, by their path; null where one has none.
     pub config: BTreeMap<String, [Value; 2]>,
+    /// Files of words and settings beside the weights that differ: tokenizer, chat templates, generation settings.
+    pub files: Vec<DifferingFile>,
     /// What was asked for, where both have a report.
     pub recipe: BTreeMap<String, [Value; 2]>,
     /// Quality, where both have a report that says it.
@@ -48,6 +50,18 @@ pub struct Differing {
     /// Root of the sum of squared differences of what it stands for, as a share of that of A's values; none where it is not in both, or in
     /// other shapes.
     pub relative_error: Option<f64>,
+}
+
+/// A file beside the weights that differs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct DifferingFile {
+    /// Its name.
+    pub name: String,
+    /// The one that has it, `A` or `B`, where the other has none.
+    pub only_in: Option<&'static str>,
+    /// Its keys whose values differ, where it is an object in both.
+    pub keys: Vec<String>,
 }
 
 /// How a tensor is held.
@@ -87,7 +101,13 @@ pub fn diff(a: &Path, b: &Path) -> Result<Diff> {
     }
     let mut config = BTreeMap::new();
     compare(sides[0].config(), sides[1].config(), "", &mut config);
+    let files = OF_WORDS
+        .iter()
+        .chain(&["generation_config.json"])
+        .filter_map(|name| differing_file(name, [&sides[0], &sides[1]]))
+        .collect();
     Ok(Diff {
+        files,
         a: a.display().to_string(),
         b: b.display().to_string(),
         bytes: [&sides[0], &sides[1]].map(|side| side.entries().iter().map(|entry| entry.stored_bytes).sum()),
@@ -97,6 +117,31 @@ pub fn diff(a: &Path, b: &Path) -> Result<Diff> {
         recipe,
         quality,
     })
+}
+
+/// What differs in a file that lies beside the weights of directories; GGUF files spell what they hold of it in their own way.
+fn differing_file(name: &str, sides: [&Checkpoint; 2]) -> Option<DifferingFile> {
+    if sides.iter().any(|side| side.gguf().is_some()) {
+        return None;
+    }
+    let both = sides.map(|side| std::fs::read(side.path().join(name)).ok());
+    let differs = |only_in, keys| Some(DifferingFile { name: name.to_owned(), only_in, keys });
+    let [a, b] = match &both {
+        [Some(a), Some(b)] if a != b => [a, b],
+        [Some(_), None] => return differs(Some("A"), Vec::new()),
+        [None, Some(_)] => return differs(Some("B"), Vec::new()),
+        _ => return None,
+    };
+    let json = |bytes: &[u8]| serde_json::from_slice::<Value>(bytes).ok();
+    match (json(a), json(b)) {
+        // Spaces and the order of keys say nothing.
+        (Some(a), Some(b)) if a == b => None,
+        (Some(Value::Object(a)), Some(Value::Object(b))) => {
+            let keys: BTreeSet<&String> = a.keys().chain(b.keys()).filter(|key| a.get(*key) != b.get(*key)).collect();
+            differs(None, keys.into_iter().cloned().collect())
+        }
+        _ => differs(None, Vec::new()),
+    }
 }
 
 /// What is compared of two reports, and where it stands in them.
@@ -162,7 +207,7 @@ fn compare(a: &Value, b: &Value, path: &str, found: &mut BTreeMap<String, [Value
 impl Diff {
     /// Whether the two hold the same model in the same way.
     pub fn is_empty(&self) -> bool {
-        self.tensors.is_empty() && self.config.is_empty()
+        self.tensors.is_empty() && self.config.is_empty() && self.files.is_empty()
     }
 
     /// For people: tensors that only a number tells apart are one line.
@@ -184,6 +229,14 @@ impl Diff {
                 text += &one_line(&format!("{what}: {key}: {a} → {b}"));
                 text.push('\n');
             }
+        }
+        for DifferingFile { name, only_in, keys } in &self.files {
+            let how = match (only_in, &keys[..]) {
+                (Some(side), _) => format!("only in {side}"),
+                (None, []) => "differs".to_owned(),
+                (None, keys) => format!("differs in {}", keys.join(", ")),
+            };
+            text += &format!("{}\n", one_line(&format!("{name}: {how}")));
         }
         for (name, [a, b]) in &self.quality {
             let of = |value: &Option<f64>| value.map_or("–".to_owned(), |value| format!("{value:.5}"));

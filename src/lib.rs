@@ -114,7 +114,7 @@ pub mod results {
         AskedQuestion, Domain, Figures, Files, Histogram, LinearError, Measurement, Origin, Passage, Row, ShownFlip,
         Stored, Tasks,
     };
-    pub use crate::diff::{Differing, HeldAs};
+    pub use crate::diff::{Differing, DifferingFile, HeldAs};
     pub use crate::eval::{Entry, Size};
     pub use crate::inspect::{TensorInfo, TypeShare};
     pub use crate::job::{

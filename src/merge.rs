@@ -62,7 +62,7 @@ fn write(
     }
     notes.extend(too_small(&lost));
     writer.finish()?;
-    let mut config = source.config().clone();
+    let mut config = source.config_of_folder();
     if let Some(config) = config.as_object_mut() {
         tell_dtype(config, source.dtype());
     }

@@ -96,7 +96,7 @@ impl Plan {
         config.notes.extend(experts::uneven(graph, &chosen.encodings, codec)?);
         config.notes.extend(uneven_fused(graph, &chosen.encodings, codec));
         config.notes.extend(rounded_inputs(&chosen.encodings));
-        config.notes.extend(absent.as_ref().map(told_absent));
+        config.notes.extend(absent.as_ref().map(Absent::note));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
         }
@@ -427,24 +427,6 @@ fn uneven_fused(graph: &Graph, encodings: &HashMap<String, Encoding>, codec: &dy
         "{} have several schemes{more}: vLLM and SGLang load them as one matrix and refuse that; transformers does not",
         listed(&modules)
     ))
-}
-
-/// What to say of linears that a class has and the files lack.
-fn told_absent(Absent { class, from }: &Absent) -> String {
-    match from {
-        From::Parts(modules) => {
-            let modules: Vec<&str> = modules.iter().map(|name| name.trim_end_matches('.')).collect();
-            format!(
-                "the model's files have no linears in {}, which {class} has: transformers makes them up at random, for this output as for the \
-                 model itself",
-                listed(&modules)
-            )
-        }
-        From::Everywhere(such) => format!(
-            "config.json names the class {class}, whose linears transformers looks for in such places as `{such}`, and the files have none \
-             there: it would make all of them up at random; take the config.json that belongs to these files"
-        ),
-    }
 }
 
 /// Fails unless the configuration, as it will be read, says of every linear whether it has codes.

@@ -8,7 +8,10 @@ use std::path::{Path, PathBuf};
 use formats::container::file::{self, Identity};
 use formats::container::stand_in::{is_pointer, stand_in};
 
+use serde_json::Value;
+
 use super::place::{beginning, is_gguf, is_unfinished, list};
+use super::{Checkpoint, Source};
 use crate::error::{Error, Result};
 use crate::json::read_json;
 
@@ -41,6 +44,52 @@ pub enum SideFile {
     Bytes(Vec<u8>),
 }
 
+impl Checkpoint {
+    /// What to carry over beside the weights of an output that writes the files `own` itself.
+    ///
+    /// Of a folder everything that is not another form of the weights; fails for what cannot be read there.
+    pub fn beside(&self, own: &[&str]) -> Result<Beside> {
+        match &self.source {
+            Source::Directory { .. } => beside(&self.path, &self.files(), own),
+            Source::Gguf(model) => {
+                let files = [
+                    ("generation_config.json", model.generation_config()),
+                    ("tokenizer.json", model.tokenizer_json()?),
+                    ("tokenizer_config.json", model.tokenizer_config()?),
+                ];
+                let of = |(name, value)| {
+                    (PathBuf::from(name), SideFile::Bytes(serde_json::to_vec_pretty(&value).expect("a JSON value")))
+                };
+                let pooling = model.pooling().filter(|pooling| *pooling > 0).map(|pooling| {
+                    format!(
+                        "{}: the way to make an embedding of hidden states (pooling_type {pooling}) has no place beside \
+                         config.json and was left out",
+                        self.path.display()
+                    )
+                });
+                let text = model.text_config().map(|config| {
+                    format!(
+                        "{}: it is the language model of one that also sees, and was written for {}, which computes the same of a text; a GGUF \
+                         file that is made of that folder has its architecture too",
+                        self.path.display(),
+                        config["architectures"][0].as_str().unwrap_or_default()
+                    )
+                });
+                Ok(Beside { files: files.map(of).into(), notes: pooling.into_iter().chain(text).collect() })
+            }
+        }
+    }
+
+    /// config.json of a folder that holds this model.
+    pub fn config_of_folder(&self) -> Value {
+        let text = match &self.source {
+            Source::Directory { .. } => None,
+            Source::Gguf(model) => model.text_config(),
+        };
+        text.unwrap_or_else(|| self.config.clone())
+    }
+}
+
 /// The model card of the input, where the output has one of its own.
 const ORIGINAL_CARD: &str = "README.original.md";
 
@@ -55,6 +104,17 @@ pub(super) fn front_matter(card: &Path) -> Option<String> {
     let text = file::read_text(card, file::DESCRIPTION).ok()?;
     Some(text.strip_prefix("---\n")?.split("\n---").next()?.to_owned())
 }
+
+/// Files that say how words are made, stopped at and put into turns.
+pub const OF_WORDS: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+];
 
 /// Folders within folders that are looked into.
 const DEPTH: usize = 16;

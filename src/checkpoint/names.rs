@@ -50,7 +50,7 @@ pub(super) fn as_the_architecture_has(
         )));
     }
     let bare = without_wrappers(&stored);
-    let names = match families::names(config, stored.len()) {
+    let names = match families::names(config, &bare) {
         Some(usual) => usual.of(&bare),
         None => bare,
     };

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use formats::codec::{QUANTIZATION_KEYS, QuantizationReader, check_run_time, declared_method};
+use formats::tensor::is_float;
 use formats::{Dtype, SafetensorsSet, TensorSpec, read_quantization};
 use serde_json::{Value, json};
 
@@ -299,11 +300,19 @@ fn refuse_scales_of_plain_weights(reader: &QuantizationReader, tensors: &Safeten
     match scale {
         None => Ok(()),
         Some(spec) => {
-            let why = format!(
-                "the weight that it scales is stored as plain numbers, which {} would round as it loads them; save the \
-                 model compressed, or take the one it was made from",
-                reader.method()
-            );
+            let module = spec.name.rsplit_once('.').map_or("", |(module, _)| module);
+            let weight = tensors.get(&format!("{module}.weight")).map(|view| view.dtype);
+            let why = match weight.filter(|dtype| !is_float(*dtype)) {
+                Some(dtype) => format!(
+                    "the weight that it scales is of type {dtype}, which is not read here; take the model it was made from, or one whose \
+                     weights are F8_E4M3"
+                ),
+                None => format!(
+                    "the weight that it scales is stored as plain numbers, which {} would round as it loads them; save the \
+                     model compressed, or take the one it was made from",
+                    reader.method()
+                ),
+            };
             let file = tensors.file_of(&spec.name).expect("listed");
             Err(formats::Error::unsupported(why).in_tensor(&spec.name).in_file(file).into())
         }

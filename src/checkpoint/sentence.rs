@@ -19,13 +19,21 @@ pub(crate) fn modules(folder: &Path) -> Vec<(String, String)> {
 /// Ways to make an embedding of hidden states that llama.cpp has, and its number of each.
 const POOLINGS: &[(&str, u32)] = &[("mean_tokens", 1), ("mean", 1), ("cls_token", 2), ("cls", 2), ("lasttoken", 3)];
 
-/// What the modules say of how hidden states become an embedding, all ways that are put together; nothing where they say nothing.
-fn ways(folder: &Path) -> Vec<String> {
+/// The settings of the module that makes an embedding of hidden states, if there is one.
+fn of_pooling(folder: &Path) -> Option<serde_json::Map<String, Value>> {
     // Only what lies in a folder right beside the model.
     let own = |path: &str| Path::new(path).file_name().is_some_and(|name| name == path) && folder.join(path).is_dir();
     let module = modules(folder).into_iter().find(|(path, kind)| kind.ends_with("Pooling") && own(path));
     let config = module.and_then(|(module, _)| read_json(&folder.join(module).join("config.json")).ok()?);
-    let Some(Value::Object(config)) = config else { return Vec::new() };
+    match config {
+        Some(Value::Object(config)) => Some(config),
+        _ => None,
+    }
+}
+
+/// What the modules say of how hidden states become an embedding, all ways that are put together; nothing where they say nothing.
+fn ways(folder: &Path) -> Vec<String> {
+    let Some(config) = of_pooling(folder) else { return Vec::new() };
     let flags = config.iter().filter(|(_, value)| **value == true);
     let mut ways: Vec<String> =
         flags.filter_map(|(key, _)| key.strip_prefix("pooling_mode_").map(str::to_owned)).collect();
@@ -51,6 +59,13 @@ pub fn lost_in_gguf(folder: &Path) -> Vec<String> {
              file does not say how, and embeddings made with it are others",
             ways.join(" and ")
         ));
+    }
+    if of_pooling(folder).is_some_and(|config| config.get("include_prompt") == Some(&Value::Bool(false))) {
+        notes.push(
+            "the pooling module leaves the prompt out (include_prompt is false), and llama.cpp pools over the prompt too: embeddings of texts with a \
+             prompt are others"
+                .to_owned(),
+        );
     }
     // Lengths are made equal by llama.cpp's own programs, and nothing is dropped when nobody trains.
     let done = ["Transformer", "Pooling", "Normalize", "Dropout"];
@@ -92,6 +107,11 @@ mod tests {
         write("1_Pooling/config.json", r#"{"pooling_mode_cls_token": false, "pooling_mode_lasttoken": true}"#);
         assert_eq!(pooling(&folder), Some(3));
         write("1_Pooling/config.json", r#"{"pooling_mode": "mean"}"#);
+        assert_eq!(lost_in_gguf(&folder), Vec::<String>::new());
+        write("1_Pooling/config.json", r#"{"pooling_mode": "mean", "include_prompt": false}"#);
+        assert!(lost_in_gguf(&folder)[0].contains("include_prompt is false"));
+        write("1_Pooling/config.json", r#"{"pooling_mode": "mean", "include_prompt": true}"#);
+        assert_eq!(lost_in_gguf(&folder), Vec::<String>::new());
         assert_eq!(pooling(&folder), Some(1));
         write(
             "modules.json",

@@ -71,6 +71,18 @@ impl Checkpoint {
         notes
     }
 
+    /// What of [`Checkpoint::notes_on`] no runtime can do with: a chat template that cannot be parsed, and ids beyond the embedding.
+    pub fn faults_of_words(&self, files: &TokenizerFiles) -> Vec<String> {
+        let mut faults = Vec::new();
+        self.templates(files, &mut faults);
+        faults.retain(|fault| fault.contains("cannot be parsed"));
+        let rows = families::vocabulary(self.config()).ok().flatten();
+        if self.gguf().is_none() {
+            faults.extend(self.unusable_stops(rows).into_iter().chain(self.unusable_pad(rows)));
+        }
+        faults
+    }
+
     /// What transformers makes of the tokenizer's file that it does not say.
     fn otherwise_in_transformers(&self, files: &TokenizerFiles) -> Vec<String> {
         let shown = self.path().display();

@@ -116,6 +116,11 @@ impl GgufModel {
         &self.config
     }
 
+    /// config.json of a folder with the same model, where that names another class.
+    pub fn text_config(&self) -> Option<Value> {
+        super::settings::config::as_text(&self.config)
+    }
+
     pub fn dtype(&self) -> Dtype {
         self.dtype
     }

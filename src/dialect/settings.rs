@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::dialect::architectures::{Architecture, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 
-mod config;
+pub(super) mod config;
 mod required;
 
 /// What a GGUF file says of a model beside its weights.

@@ -9,6 +9,7 @@ use std::sync::LazyLock;
 use super::renames::Loading;
 use super::{component, unknown};
 use crate::weights::Weights;
+use crate::words::listed;
 
 static TABLE: LazyLock<HashMap<String, Vec<String>>> =
     LazyLock::new(|| serde_json::from_str(include_str!("linears.json")).expect("a committed file"));
@@ -20,6 +21,27 @@ pub struct Absent {
     pub class: String,
     /// Where there are none.
     pub from: From,
+}
+
+impl Absent {
+    /// What to say of it.
+    pub fn note(&self) -> String {
+        let Absent { class, from } = self;
+        match from {
+            From::Parts(modules) => {
+                let modules: Vec<&str> = modules.iter().map(|name| name.trim_end_matches('.')).collect();
+                format!(
+                    "the model's files have no linears in {}, which {class} has: transformers makes them up at random, for this output as for the \
+                     model itself",
+                    listed(&modules)
+                )
+            }
+            From::Everywhere(such) => format!(
+                "config.json names the class {class}, whose linears transformers looks for in such places as `{such}`, and the files have none \
+                 there: it would make all of them up at random; take the config.json that belongs to these files"
+            ),
+        }
+    }
 }
 
 /// A place of linears.
@@ -36,6 +58,10 @@ pub enum From {
 ///
 /// `packed` are the modules with codes, by all their names: no name here stands for one of them.
 pub fn absent(source: &dyn Weights, packed: &[&String]) -> Option<Absent> {
+    // A GGUF file is a language model by itself, and what is written of it is too.
+    if source.gguf().is_some() {
+        return None;
+    }
     let class = source.config()["architectures"].get(0)?.as_str()?;
     let had = TABLE.get(class)?;
     let loading = Loading::of(source.config());
@@ -75,6 +101,21 @@ pub fn absent(source: &dyn Weights, packed: &[&String]) -> Option<Absent> {
         }
     }
     (!modules.is_empty()).then(|| Absent { class: class.to_owned(), from: From::Parts(modules) })
+}
+
+/// What the names of the language model begin with in a class of a model that also sees, and its head's module; `None` where the class is
+/// not known, or the files (whose modules are `there`, as they are and as they are loaded) have it there already.
+pub(super) fn language_model(class: &str, there: &[String]) -> Option<(&'static str, &'static str)> {
+    let had = TABLE.get(class)?;
+    let is_language = |name: &&String| {
+        ["language_model", "text_model"].iter().any(|part| name.split('.').any(|own| own == *part))
+            && name.ends_with(".layers.")
+    };
+    let mut layers = had.iter().filter(is_language);
+    let (layers, None) = (layers.next()?, layers.next()) else { return None };
+    let head = had.iter().find(|name| *name == "lm_head" || name.ends_with(".lm_head"));
+    let own = layers.strip_suffix("layers.")?;
+    (!there.iter().any(|name| name.starts_with(own))).then(|| (own, head.map_or("lm_head", |head| &head[..])))
 }
 
 /// A name with one sign for each of its numbers.

@@ -35,12 +35,14 @@ mod stablelm;
 mod strict;
 pub mod tying;
 mod unknown;
+mod whole;
 
 pub use linears::{Absent, absent};
 pub use names::{component, names};
 pub use renames::{AdapterNames, Loading};
 pub use spelt_out::spelt_out;
 pub use unknown::{changed_modules, plain_modules};
+pub use whole::check as check_whole;
 
 use serde_json::Value;
 

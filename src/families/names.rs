@@ -4,7 +4,8 @@ use std::collections::HashSet;
 
 use serde_json::Value;
 
-use super::{Config, family_of, settings, too_many_layers, type_of};
+use super::renames::Loading;
+use super::{Config, family_of, linears, settings, text_part, too_many_layers, type_of};
 use crate::graph::Graph;
 use crate::weights::Weights;
 
@@ -26,40 +27,66 @@ pub struct Names {
     base: bool,
     /// The family's files call mixtures otherwise than transformers does in memory.
     mixtures: bool,
+    /// The model is a part of one that also sees or hears, whose other tensors keep their names.
+    part: bool,
 }
 
 /// What mixtures are called in memory, and in the files of some families.
 const MIXTURES: [&str; 2] = [".mlp.", ".block_sparse_moe."];
 
-/// The names that config.json promises for a file of so many tensors; `None` for a model of an unknown family, of one that is
-/// wrapped, or with settings that make none.
-pub fn names(config: &Value, tensors: usize) -> Option<Names> {
+/// The names that config.json promises for a file with these names; `None` for a model of an unknown family, with settings that make none,
+/// and of one that is a part of another, where the file has it in its place or the class is not known.
+pub fn names(config: &Value, stored: &[String]) -> Option<Names> {
     let settings = settings(config).ok()?;
-    if is_wrapped(config) || too_many_layers(&settings.values, tensors).is_some() {
+    if too_many_layers(&settings.values, stored.len()).is_some() {
         return None;
     }
     let mut graph = (family_of(&settings.model_type)?.build)(&Config(&settings.values)).ok()?;
-    if let Some(own) = prefix_of_class(config) {
-        let (usual, _) = graph.embedding.tensor.split_once('.')?;
-        let usual = format!("{usual}.");
-        graph.rename(&|name| name.strip_prefix(&usual).map_or_else(|| name.to_owned(), |rest| format!("{own}.{rest}")));
-    }
-    let (prefix, embedding) = graph.embedding.tensor.split_once('.')?;
+    let (usual, embedding) = graph.embedding.tensor.split_once('.')?;
+    let (usual, embedding) = (format!("{usual}."), embedding.to_owned());
+    let part = is_wrapped(config);
+    let (prefix, head) = match part {
+        true => place_in_class(config, stored)?,
+        false => {
+            (prefix_of_class(config).map_or(usual.clone(), |own| format!("{own}.")), graph.head.linear.module.clone())
+        }
+    };
+    let old_head = graph.head.linear.module.clone();
+    graph.rename(&|name| match name.strip_prefix(&usual) {
+        Some(rest) => format!("{prefix}{rest}"),
+        None if name == old_head => head.clone(),
+        None => name.to_owned(),
+    });
     let first = &graph.blocks.first()?.name;
     Some(Names {
-        prefix: format!("{prefix}."),
-        embedding: embedding.to_owned(),
-        head: graph.head.linear.module.clone(),
+        embedding,
+        head,
         tied: graph.head.tied,
         layers: first[..first.rfind('.')? + 1].to_owned(),
         tensors: graph.tensors().into_iter().map(|(name, _)| name).collect(),
         base: is_base(config),
-        mixtures: {
+        mixtures: !part && {
             let tensors = graph.tensors();
             let [some, all] = MIXTURES.map(|what| tensors.iter().any(|(name, _)| name.contains(what)));
             all && !some
         },
+        prefix,
+        part,
     })
+}
+
+/// Where the class of a model that also sees or hears has its language model: what names in it begin with, and the head's module. Nothing where
+/// the files have it there. Codes keep the names that the configuration of their quantization goes by.
+fn place_in_class(config: &Value, stored: &[String]) -> Option<(String, String)> {
+    let class = config.get("architectures")?.get(0)?.as_str()?;
+    let quantized = formats::codec::declared_method(config).is_some();
+    text_part(config).wrapper.filter(|_| !quantized)?;
+    let loading = Loading::of(config);
+    let modules = stored.iter().map(|name| name.rsplit_once('.').map_or(&name[..], |(module, _)| module));
+    let there: Vec<String> =
+        modules.flat_map(|module| loading.names(module).into_iter().chain([module.to_owned()])).collect();
+    let (prefix, head) = linears::language_model(class, &there)?;
+    Some((prefix.to_owned(), head.to_owned()))
 }
 
 impl Names {
@@ -97,15 +124,18 @@ impl Names {
         let other_head = match stored.contains(&weight) {
             true => None,
             false => {
-                let mut found = stored.iter().filter_map(|name| name.strip_suffix(&format!(".{weight}")));
-                found.next().filter(|_| found.next().is_none()).map(|before| format!("{before}.{head}."))
+                let leaf = head.rsplit('.').next().unwrap_or(head);
+                let is_head =
+                    |module: &&str| module.strip_suffix(leaf).is_some_and(|own| own.is_empty() || own.ends_with('.'));
+                let mut found = stored.iter().filter_map(|name| name.strip_suffix(".weight")).filter(is_head);
+                found.next().filter(|_| found.next().is_none()).map(|module| format!("{module}."))
             }
         };
         let renamed = |name: &String| match (&other_head, own) {
             (Some(other), _) if name.starts_with(other) => format!("{head}.{}", &name[other.len()..]),
-            // Without a prefix all begins with it; what is no part of the model below its head stays.
-            (_, "") => {
-                let new = format!("{prefix}{name}");
+            // Without a prefix all begins with it, as with that of a larger model; what is no part of the model below its head stays.
+            (_, own) if (own.is_empty() || self.part) && name.starts_with(own) => {
+                let new = format!("{prefix}{}", &name[own.len()..]);
                 let known = new.starts_with(&self.layers) || self.tensors.contains(&new) || {
                     let module = new.rsplit_once('.').map_or(&new[..], |(module, _)| module);
                     self.tensors.contains(&format!("{module}.weight"))
@@ -225,7 +255,7 @@ mod tests {
             "model_type": "llama", "architectures": [class], "hidden_size": 64, "num_hidden_layers": 1,
             "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 32,
         });
-        names(&config, 99).unwrap()
+        names(&config, &vec![String::new(); 99]).unwrap()
     }
 
     fn renamed(class: &str, stored: &[&str]) -> Vec<String> {

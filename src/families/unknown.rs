@@ -91,6 +91,7 @@ const INNER_HEADS: &[&str] =
 
 /// A graph that names linears and cannot be run. Fails when there are none.
 pub fn graph(source: &dyn Weights) -> Result<Graph> {
+    super::whole::check(source)?;
     let finder = Finder::new(source);
     let mut found: Vec<(&Entry, &str)> =
         source.entries().iter().filter_map(|entry| Some((entry, finder.block_of(entry)?))).collect();
@@ -122,7 +123,6 @@ pub fn graph(source: &dyn Weights) -> Result<Graph> {
         };
         return Err(Error::failed(format!("{}: the model's family is unknown, and {why}", source.path().display())));
     }
-    check_alike(source, &blocks)?;
     let stored = HEADS.iter().find(|head| source.entry(&format!("{head}.weight")).is_some_and(|e| e.shape.len() == 2));
     let says_tied = super::tied(source.config()).unwrap_or(false);
     let aside = if wrapped { components(source, &blocks) } else { Vec::new() };
@@ -155,27 +155,6 @@ pub fn graph(source: &dyn Weights) -> Result<Graph> {
         opaque: true,
         unrunnable: None,
     })
-}
-
-/// Fails where a module has a bias and no weight while its like in another layer has both: a tensor is missing.
-fn check_alike(source: &dyn Weights, blocks: &[Block]) -> Result<()> {
-    let linears = || blocks.iter().flat_map(|block| block.linears().map(move |linear| (block, linear)));
-    let tail = |block: &Block, module: &str| module[block.name.len()..].to_owned();
-    let tails: HashSet<String> =
-        linears().filter(|(_, linear)| linear.bias).map(|(block, linear)| tail(block, &linear.module)).collect();
-    for block in blocks {
-        for tail in &tails {
-            let module = format!("{}{tail}", block.name);
-            let is = |part: &str| source.entry(&format!("{module}.{part}")).is_some();
-            if is("bias") && !is("weight") {
-                return Err(Error::failed(format!(
-                    "{}: tensor `{module}.weight` is missing: its bias is there, and other layers have both",
-                    source.path().display()
-                )));
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Modules of a model of an unknown family that runtimes may take for linears to quantize, and that are none here: matrices and
@@ -318,7 +297,7 @@ impl<'a> Finder<'a> {
 }
 
 /// The name of the block that a tensor is in: up to its first number.
-fn block(name: &str) -> Option<&str> {
+pub(super) fn block(name: &str) -> Option<&str> {
     let mut at = 0;
     for part in name.split('.') {
         if part.parse::<usize>().is_ok() {

@@ -33,6 +33,8 @@ impl Remarks {
                 graph.linears().count(),
                 100.0 * found as f64 / all.max(1) as f64
             ));
+            // What is surely missing was refused when the graph was made.
+            model.extend(families::check_whole(source).unwrap_or_default());
         }
         model.extend(families::cannot_run(graph));
         // config.json may count layers for further tokens that the file does not hold.

@@ -118,7 +118,7 @@ impl<B: Backend> Target<B> for Directory {
 
     /// config.json, the codec's files, the tokenizer and everything else that belongs to the model.
     fn complete(&self, source: &Checkpoint, staging: &Staging) -> Result<()> {
-        let mut config = source.config().clone();
+        let mut config = source.config_of_folder();
         // mlx-lm has defaults of its own, and takes what newer keys say of rotary positions for nothing.
         if self.plan.codec.id() == "mlx" {
             config = spelt_out(&config);

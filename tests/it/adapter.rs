@@ -139,7 +139,7 @@ pub fn random(seed: &str, count: usize) -> Vec<f32> {
 
 /// Writes an adapter with these settings beside the usual ones.
 pub fn adapter(folder: &Path, settings: &Value, tensors: &[(&str, Vec<usize>, Vec<f32>)]) {
-    let mut config = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8});
+    let mut config = json!({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"});
     settings.as_object().unwrap().iter().for_each(|(key, value)| config[key] = value.clone());
     std::fs::create_dir_all(folder).unwrap();
     std::fs::write(folder.join("adapter_config.json"), config.to_string()).unwrap();
@@ -244,6 +244,13 @@ fn adapters_of_models_that_see_are_told_where_peft_would_leave_them_out() {
         note.contains("no factors for 1 of the modules that target_modules names (`model.language_model.layers.1."),
         "{note}"
     );
+    // Without a list PEFT has one of its own.
+    for (settings, told) in [(json!({"target_modules": null}), true), (json!({}), false)] {
+        let (_, notes) = opened(gemma.path(), &format!("model.language_model.{attention}"), settings).unwrap();
+        let found =
+            notes.iter().any(|note| note.contains("names no target_modules, and PEFT takes those of its own table"));
+        assert_eq!(found, told, "{notes:?}");
+    }
     // Tensors that were saved whole are looked for by the whole name.
     for (name, foreign) in [("model.language_model.embed_tokens.weight", false), ("model.embed_tokens.weight", true)] {
         let room = tempfile::tempdir().unwrap();

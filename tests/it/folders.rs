@@ -422,6 +422,11 @@ fn packed_weights_that_are_not_read_say_whose_they_are() {
             &[(&weight, "BF16", &[2, 2], 8), (&scale, "BF16", &[2, 1], 4)],
             &[&scale, "stored as plain numbers", "compressed-tensors would round"],
         ),
+        (
+            json!({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}),
+            &[(&weight, "F8_E4M3FNUZ", &[2, 2], 4), (&scale, "BF16", &[1], 2)],
+            &[&scale, "is of type F8_E4M3FNUZ, which is not read here"],
+        ),
     ];
     for (keys, tensors, words) in cases {
         let room = Room::new();

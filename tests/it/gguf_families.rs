@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use kernels::Cpu;
-use quantc::Checkpoint;
 use quantc::job::Job;
 use quantc::progress::Progress;
-use quantc::recipe::{Recipe, Request};
+use quantc::recipe::{Recipe, Request, UnknownTensors};
 use quantc::report::Report;
+use quantc::{Checkpoint, families};
 use serde_json::{Value, json};
 
 use crate::families::{checkpoint, folder, names};
@@ -215,5 +215,32 @@ fn what_is_quantized_along_the_way_is_what_the_file_holds() {
             let far = distance(name, &again);
             assert!(far <= most, "{name} {scheme}, importance from a file: logits are off by {far}");
         }
+    }
+}
+
+/// In transformers the language model of Qwen2-VL is no class by itself, and a model without a tower would get one at random.
+#[test]
+fn the_text_of_a_model_that_sees_becomes_one_of_text_alone() {
+    for name in ["qwen2_vl_flat", "qwen2_5_vl_vision"] {
+        let (model, outputs) = (checkpoint(name), tempfile::tempdir().unwrap());
+        spell(model.path());
+        let file = outputs.path().join("model.gguf");
+        write(model.path(), &file, "method = 'rtn'\nscheme = 'F32'").unwrap();
+        let folder = outputs.path().join("folder");
+        let notes = quantc::convert::convert(&file, &folder, None, UnknownTensors::Copy, false).unwrap();
+        assert!(notes.iter().any(|note| note.contains("was written for Qwen2ForCausalLM")), "{name}: {notes:?}");
+        let config = std::fs::read_to_string(folder.join("config.json")).unwrap();
+        let config: Value = serde_json::from_str(&config).unwrap();
+        assert_eq!((&config["model_type"], &config["rope_scaling"]), (&json!("qwen2"), &Value::Null), "{name}");
+        assert_eq!(config["architectures"], json!(["Qwen2ForCausalLM"]), "{name}");
+        let far = distance(name, &folder);
+        assert!(far < 1e-4, "{name}: logits are off by {far}");
+        let absent = families::absent(&Checkpoint::open(&file).unwrap(), &[]);
+        assert_eq!(absent, None, "{name}: no class with a tower is written");
+        // From one GGUF file to the next it stays what it was.
+        let again = outputs.path().join("again.gguf");
+        write(&file, &again, "method = 'rtn'\nscheme = 'F32'").unwrap();
+        let again = Checkpoint::open(&again).unwrap();
+        assert_eq!(again.gguf().unwrap().string("general.architecture").unwrap(), Some("qwen2vl"), "{name}");
     }
 }

@@ -82,6 +82,105 @@ fn what_was_written_is_whole_in_every_format_and_stays_so_until_it_is_touched() 
     faulty("nowhere", &["nowhere"]);
 }
 
+/// What lies beside the weights, and what the configuration says of them, has to fit them.
+#[test]
+fn words_and_promises_that_no_runtime_can_keep_are_faults() {
+    type Change<'c> = &'c dyn Fn(&Room);
+    let set = |room: &Room, file: &str, change: &dyn Fn(&mut Value)| {
+        let path = room.path(file);
+        let mut value: Value =
+            std::fs::read(&path).map_or(serde_json::json!({}), |bytes| serde_json::from_slice(&bytes).unwrap());
+        change(&mut value);
+        std::fs::write(path, value.to_string()).unwrap();
+    };
+    let cases: [(Change<'_>, &str, bool); 6] = [
+        (
+            &|room| set(room, "out/generation_config.json", &|v| v["eos_token_id"] = 999999.into()),
+            "eos_token_id has 999999",
+            true,
+        ),
+        (&|room| set(room, "out/config.json", &|v| v["eos_token_id"] = 999999.into()), "eos_token_id has 999999", true),
+        (&|room| std::fs::write(room.path("out/chat_template.jinja"), "{% if %}").unwrap(), "cannot be parsed", true),
+        (
+            &|room| {
+                set(room, "out/tokenizer.json", &|v| {
+                    let added = serde_json::json!({"id": 70000, "content": "<extra>", "single_word": false, "lstrip": false,
+                        "rstrip": false, "normalized": false, "special": true});
+                    v["added_tokens"].as_array_mut().unwrap().push(added);
+                });
+            },
+            "and the embedding has",
+            false,
+        ),
+        (
+            &|room| set(room, "out/config.json", &|v| v["quantization_config"]["ignore"] = serde_json::json!([])),
+            "config.json does not leave them out of what is packed (`model.layers.0.mlp.down_proj`)",
+            true,
+        ),
+        (
+            &|room| {
+                let index = serde_json::json!({"weight_map": {"model.norm.weight": "model.safetensors", "ghost": "model.safetensors"}});
+                std::fs::write(room.path("out/model.safetensors.index.json"), index.to_string()).unwrap();
+                std::fs::rename(room.path("out/model.safetensors"), room.path("out/part.safetensors")).unwrap();
+                let text = index.to_string().replace("model.safetensors", "part.safetensors");
+                std::fs::write(room.path("out/model.safetensors.index.json"), text).unwrap();
+            },
+            "names `ghost`, and no shard holds it",
+            true,
+        ),
+    ];
+    for (change, told, is_fault) in cases {
+        let room = Room::new();
+        room.model();
+        quantize(&room, &["-o", "out", "--ignore", "down_proj"]);
+        room.run(["check", "out"]).succeeds();
+        change(&room);
+        let done = room.run(["check", "out", "--json"]);
+        assert!(
+            done.stderr().contains(told) || done.stdout().contains(told),
+            "{told}: {}{}",
+            done.stdout(),
+            done.stderr()
+        );
+        let found: Value = serde_json::from_str(&done.stdout()).unwrap();
+        let said = |list: &str| {
+            found[list].as_array().unwrap().iter().filter(|one| one.as_str().unwrap().contains(told)).count()
+        };
+        assert_eq!((said("faults"), said("notes")), if is_fault { (1, 0) } else { (0, 1) }, "{told}: {found}");
+        assert_eq!(done.code() == Some(1), is_fault, "{told}");
+    }
+}
+
+#[test]
+fn files_of_words_and_of_generation_are_compared() {
+    let room = Room::new();
+    room.model();
+    quantize(&room, &["-o", "a"]);
+    quantize(&room, &["-o", "b"]);
+    let diff = || {
+        let text = room.run(["diff", "a", "b"]);
+        text.succeeds();
+        let found: Value = serde_json::from_str(&room.run(["diff", "a", "b", "--json"]).stdout()).unwrap();
+        (found["files"].clone(), text.stdout())
+    };
+    assert_eq!(diff().0, serde_json::json!([]));
+    std::fs::write(room.path("a/generation_config.json"), r#"{"eos_token_id": 1, "top_k": 5, "max_length": 9}"#)
+        .unwrap();
+    std::fs::write(room.path("b/generation_config.json"), r#"{"max_length": 9,  "eos_token_id": 2}"#).unwrap();
+    std::fs::write(room.path("b/chat_template.jinja"), "{{ messages }}").unwrap();
+    std::fs::remove_file(room.path("a/chat_template.jinja")).ok();
+    let (files, text) = diff();
+    assert_eq!(
+        files,
+        serde_json::json!([
+            {"name": "chat_template.jinja", "only_in": "B", "keys": []},
+            {"name": "generation_config.json", "only_in": null, "keys": ["eos_token_id", "top_k"]},
+        ])
+    );
+    assert!(text.contains("generation_config.json: differs in eos_token_id, top_k\n"), "{text}");
+    assert!(text.contains("chat_template.jinja: only in B\n"), "{text}");
+}
+
 #[test]
 fn differences_are_told_by_tensor_setting_and_quality() {
     let room = Room::new();

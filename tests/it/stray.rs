@@ -537,13 +537,14 @@ fn two_tensors_for_one_weight_are_refused() {
     for twin in ["layers.0.mlp.up_proj.weight", "model.model.norm.weight"] {
         let room = Room::new();
         let model = room.model();
-        model.weights(|header, _| {
+        model.weights(|header, data| {
             let known =
                 if twin.starts_with("layers") { "model.layers.0.mlp.up_proj.weight" } else { "model.norm.weight" };
             let mut copy = header[known].clone();
             // Nothing of its own: the data of no tensor may be shared.
-            copy["shape"] = json!([0]);
-            copy["data_offsets"] = json!([0, 0]);
+            copy["shape"] = json!([1]);
+            copy["data_offsets"] = json!([data.len(), data.len() + 2]);
+            data.extend([0, 0]);
             header.insert(twin.to_owned(), copy);
         });
         room.run(["convert", "model", "-o", "out"]).refuses(1, &[twin, "another tensor for a weight that is there"]);

@@ -456,24 +456,23 @@ fn linears_that_only_the_class_has_are_left_out_by_name_with_a_note() {
         let written: Value = serde_json::from_str(&written).unwrap();
         let ignore = written["quantization_config"]["ignore"].as_array().unwrap();
         expected.iter().for_each(|name| assert!(ignore.contains(&json!(name)), "{family}: {ignore:?}"));
+        let run = room.run(["convert", "model", "-o", "plain"]);
+        run.succeeds();
+        assert!(run.stderr().contains(&format!(", which {class} has")), "{family}: {}", run.stderr());
         // With all its tensors there is nothing to tell.
         let model = whole.path().to_str().unwrap();
         let run = room.run(["quantize", model, "-o", "whole", "--scheme", "W8A16"].iter().chain(&RTN));
         run.succeeds();
         assert!(!run.stderr().contains("have no linears in"), "{family}: {}", run.stderr());
     }
-    // The text of such a model alone, under the configuration of the whole.
+    // Where the class is not known well enough, names that it does not have are told.
     let room = Room::new();
-    let whole = crate::families::checkpoint("gemma3_vision");
-    let opened = Checkpoint::open(whole.path()).unwrap();
-    let of_text = opened.entries().iter().filter_map(|entry| {
-        let rest = entry.name.split_once("language_model.")?.1;
-        Some((format!("model.{}", rest.strip_prefix("model.").unwrap_or(rest)), entry.shape.clone()))
-    });
-    write(&room.path("model"), opened.config(), &of_text.collect::<Vec<_>>());
+    let (tensors, _) = unheard_of();
+    let config = json!({"model_type": "glm4v", "architectures": ["Glm4vForConditionalGeneration"], "text_config": {"model_type": "glm4v_text"}});
+    write(&room.path("model"), &config, &tensors);
     let run = room.run(["quantize", "model", "-o", "out", "--scheme", "W8A16"].iter().chain(&RTN));
     run.succeeds();
-    let told = "config.json names the class Gemma3ForConditionalGeneration, whose linears transformers looks for in such places as \
+    let told = "config.json names the class Glm4vForConditionalGeneration, whose linears transformers looks for in such places as \
                 `model.language_model.layers`, and the files have none there";
     assert!(run.stderr().contains(told), "{}", run.stderr());
 
@@ -490,4 +489,192 @@ fn linears_that_only_the_class_has_are_left_out_by_name_with_a_note() {
     assert!(run.stderr().contains(told), "{}", run.stderr());
     let written = std::fs::read_to_string(room.path("out/config.json")).unwrap();
     assert!(written.contains("pooler"), "{written}");
+}
+
+/// The text of a model that also sees, by names of its own, gets those that the class of the whole has.
+#[test]
+fn text_under_the_configuration_of_a_model_that_sees_gets_the_names_of_its_class() {
+    for (family, place) in [
+        ("gemma3_vision", "model.language_model."),
+        ("llava_vision", "model.language_model."),
+        ("mistral3_vision", "model.language_model."),
+        ("qwen3_vl_vision", "model.language_model."),
+        ("llama4_vision", "language_model.model."),
+    ] {
+        let whole = crate::families::checkpoint(family);
+        let opened = Checkpoint::open(whole.path()).unwrap();
+        let head = opened.entries().iter().find(|entry| entry.name.ends_with("lm_head.weight")).map(|e| e.name.clone());
+        for (alone, prefix) in [(true, "model."), (true, ""), (false, "model."), (true, "text.")] {
+            let room = Room::new();
+            let mut expected = BTreeSet::new();
+            let tensors: Vec<(String, Vec<usize>)> = opened
+                .entries()
+                .iter()
+                .filter_map(|entry| {
+                    if Some(&entry.name) == head.as_ref() {
+                        expected.insert(
+                            if place.starts_with("model") { "lm_head.weight" } else { "language_model.lm_head.weight" }
+                                .to_owned(),
+                        );
+                        return Some(("lm_head.weight".to_owned(), entry.shape.clone()));
+                    }
+                    let Some((_, rest)) = entry.name.split_once("language_model.") else {
+                        expected.extend((!alone).then(|| entry.name.clone()));
+                        return (!alone).then(|| (entry.name.clone(), entry.shape.clone()));
+                    };
+                    let rest = rest.strip_prefix("model.").unwrap_or(rest);
+                    expected.insert(format!("{place}{rest}"));
+                    Some((format!("{prefix}{rest}"), entry.shape.clone()))
+                })
+                .collect();
+            write(&room.path("model"), opened.config(), &tensors);
+            let renamed = Checkpoint::open(&room.path("model")).unwrap();
+            let names: BTreeSet<String> = renamed.entries().iter().map(|entry| entry.name.clone()).collect();
+            assert_eq!(names, expected, "{family} from {prefix:?}");
+            assert!(renamed.remarks().iter().any(|note| note.contains("names were rewritten")), "{family}");
+        }
+        // Names that runtimes know stay.
+        assert!(!opened.remarks().iter().any(|note| note.contains("rewritten")), "{family}: {:?}", opened.remarks());
+    }
+    let flat = crate::families::checkpoint("qwen2_vl_flat");
+    assert!(Checkpoint::open_strictly(flat.path()).is_ok());
+}
+
+/// Tensors of a plain decoder of so many layers.
+fn decoder(layers: usize) -> Vec<(String, Vec<usize>)> {
+    let mut tensors = vec![("model.embed_tokens.weight".to_owned(), vec![320, 64])];
+    for layer in 0..layers {
+        for (module, shape) in [("attn.q", [64, 64]), ("attn.v", [32, 64]), ("fc1", [128, 64]), ("fc2", [64, 128])] {
+            tensors.push((format!("model.layers.{layer}.{module}.weight"), shape.to_vec()));
+            tensors.push((format!("model.layers.{layer}.{module}.bias"), vec![shape[0]]));
+        }
+        tensors.push((format!("model.layers.{layer}.norm.weight"), vec![64]));
+    }
+    tensors
+}
+
+#[test]
+fn a_model_that_surely_lacks_something_is_refused() {
+    let config = |more: Value| {
+        let mut config = json!({"model_type": "unheard_of", "architectures": ["UnheardOfForCausalLM"],
+            "num_hidden_layers": 4, "vocab_size": 320});
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    };
+    type Change = fn(&mut Vec<(String, Vec<usize>)>);
+    let cases: [(Change, Value, &str); 6] = [
+        (
+            |t| t.retain(|(name, _)| !name.contains("layers.2.")),
+            json!({}),
+            "all tensors of `model.layers.2` are missing",
+        ),
+        (|t| t.remove(0).0.clear(), json!({}), "no tensor has the 320 rows of the embedding"),
+        (
+            |t| {
+                t.iter_mut()
+                    .filter(|(name, _)| name == "model.layers.1.fc1.weight")
+                    .for_each(|(_, shape)| shape.reverse())
+            },
+            json!({}),
+            "tensor `model.layers.1.fc1.weight` has shape [64, 128], and those of all other layers [128, 64]",
+        ),
+        (
+            |t| {
+                t.iter_mut()
+                    .filter(|(name, _)| name == "model.layers.0.fc2.weight")
+                    .for_each(|(_, shape)| shape.reverse())
+            },
+            json!({}),
+            "tensor `model.layers.0.fc2.weight` has shape [128, 64]",
+        ),
+        // Layers without anything are a kind of their own where settings of layers differ.
+        (|t| t.retain(|(name, _)| !name.contains("layers.2.")), json!({"block_configs": [1, 2, 3, 4]}), ""),
+        (|t| t.retain(|(name, _)| !name.contains("layers.2.")), json!({"num_hidden_layers": 7}), ""),
+    ];
+    for (change, settings, told) in cases {
+        let room = Room::new();
+        let mut tensors = decoder(4);
+        change(&mut tensors);
+        write(&room.path("model"), &config(settings), &tensors);
+        let quantize = room.run(["quantize", "model", "-o", "out"].iter().chain(&RTN));
+        let check = room.run(["check", "model"]);
+        match told {
+            "" => {
+                quantize.succeeds();
+                check.succeeds();
+            }
+            told => {
+                quantize.refuses(1, &[told, "download the weights again"]);
+                room.run(["convert", "model", "-o", "out"]).refuses(1, &[told]);
+                assert!(check.code() == Some(1) && check.stderr().contains(told), "{}", check.stderr());
+            }
+        }
+    }
+}
+
+#[test]
+fn what_a_model_probably_lacks_is_told_and_what_its_family_may_have_so_is_not() {
+    type Keep = fn(&str) -> bool;
+    let config = |key: &str, value: Value| {
+        let mut config = json!({"model_type": "unheard_of", "architectures": ["UnheardOfForCausalLM"],
+            "num_hidden_layers": 4, "vocab_size": 320});
+        config[key] = value;
+        config
+    };
+    let no_fc1: Keep = |name| !name.contains("layers.1.fc1");
+    let no_last: Keep = |name| !name.contains("layers.3.");
+    let module = "`model.layers.1.fc1.weight` is missing, which all other layers have";
+    let layer = "config.json counts 4 layers (num_hidden_layers), and the files have 3";
+    let cases: [(Keep, Value, &str); 14] = [
+        (|_| true, config("x", json!(1)), ""),
+        (no_fc1, config("x", json!(1)), module),
+        (
+            |name| !name.contains("layers.1.fc1") && !name.contains("layers.2.attn.v"),
+            config("x", json!(1)),
+            "`model.layers.2.attn.v.weight`, `model.layers.1.fc1.weight` are missing",
+        ),
+        (|name| !name.contains("layers.0.attn.v"), config("x", json!(1)), "`model.layers.0.attn.v.weight` is missing"),
+        (no_last, config("x", json!(1)), layer),
+        // Hybrids say of each layer what it is, or have a rule for it.
+        (no_fc1, config("layer_types", json!(["a", "b", "a", "a"])), ""),
+        (no_fc1, config("attn_layer_period", json!(3)), ""),
+        (no_fc1, config("num_kv_shared_layers", json!(2)), ""),
+        // Two layers are no exception.
+        (|name| !name.contains("layers.1.fc1") && !name.contains("layers.2.fc1"), config("x", json!(1)), ""),
+        // Nor is a layer of another kind, which has tensors of its own, and such as lack several.
+        (
+            |name| !name.contains("layers.1.fc1") && (name.contains("layers.1.") || !name.contains("attn.q")),
+            config("x", json!(1)),
+            "",
+        ),
+        // ALBERT's layers, those of encoders beside decoders, and other ways of counting.
+        (no_last, config("num_hidden_groups", json!(3)), ""),
+        (no_last, config("decoder_layers", json!(3)), ""),
+        (no_last, config("num_physical_layers", json!(3)), ""),
+        (
+            |name| !name.contains("layers.3.") && !name.contains("layers.2.") && !name.contains("layers.1."),
+            config("x", json!(1)),
+            "",
+        ),
+    ];
+    for (keep, config, told) in cases {
+        let room = Room::new();
+        let mut tensors = decoder(4);
+        tensors.retain(|(name, _)| keep(name));
+        write(&room.path("model"), &config, &tensors);
+        for command in
+            [&["quantize", "model", "-o", "out"][..], &["check", "model"], &["convert", "model", "-o", "plain"]]
+        {
+            let options = if command[0] == "quantize" { &RTN[..] } else { &[] };
+            let run = room.run(command.iter().chain(options));
+            run.succeeds();
+            let is_told =
+                ["which all other layers have", "config.json counts"].iter().any(|words| run.stderr().contains(words));
+            assert!(
+                is_told != told.is_empty() && run.stderr().contains(told),
+                "{command:?} {config}: {}",
+                run.stderr()
+            );
+        }
+    }
 }

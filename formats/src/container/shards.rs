@@ -113,13 +113,8 @@ impl SafetensorsSet {
             false => by_name.keys().map(String::as_str).filter(|name| !weight_map.contains_key(*name)).collect(),
         };
         unnamed.sort_unstable();
-        let missing: Vec<&str> = absent.keys().map(String::as_str).collect();
         let place = index.display();
-        let mut notes = Vec::new();
-        if let Some(names) = some_of(&missing) {
-            let them = if missing.len() == 1 { "it" } else { "them" };
-            notes.push(format!("{place} names {names}, and no shard holds {them}"));
-        }
+        let mut notes: Vec<String> = broken_promise(index, &absent).into_iter().collect();
         if let Some(names) = some_of(&elsewhere) {
             notes.push(format!("{place} places {names} in another shard than the one that holds them"));
         }
@@ -166,6 +161,11 @@ impl SafetensorsSet {
     /// What index and files do not agree on, a sentence each.
     pub fn notes(&self) -> &[String] {
         &self.notes
+    }
+
+    /// That one of the [notes](SafetensorsSet::notes) which tells of tensors that the index names and no shard holds.
+    pub fn broken_promise(&self) -> Option<String> {
+        broken_promise(&self.index, &self.absent)
     }
 
     /// The shard that should hold a tensor, or a part of the module whose weight it is, and does not; and the index that
@@ -223,6 +223,13 @@ impl SafetensorsSet {
     pub fn release_all(&self) {
         self.files.iter().for_each(SafetensorsFile::release_all);
     }
+}
+
+/// What to say of tensors that an index names and no shard holds.
+fn broken_promise(index: &Path, absent: &BTreeMap<String, String>) -> Option<String> {
+    let missing: Vec<&str> = absent.keys().map(String::as_str).collect();
+    let them = if missing.len() == 1 { "it" } else { "them" };
+    Some(format!("{} names {}, and no shard holds {them}", index.display(), some_of(&missing)?))
 }
 
 /// `a`, or `a` and how many more; nothing of nothing.

@@ -6,6 +6,7 @@ use std::path::Path;
 use fancy_regex::Regex;
 use formats::SafetensorsFile;
 
+use super::super::beside::OF_WORDS;
 use super::settings::Settings;
 use super::{Parts, is_head};
 use crate::families::AdapterNames;
@@ -51,6 +52,7 @@ impl Merged<'_> {
         let words = self.file.path().parent().and_then(|folder| other_words(folder, self.model));
         let of_values = [self.other_base(), self.idle(), words];
         let listed = [
+            self.without_targets(&own),
             self.listed_in_vain("target_modules", "factors", &self.settings.targets, &own),
             self.listed_in_vain("modules_to_save", "tensors", &self.settings.saved, &own),
         ];
@@ -113,6 +115,19 @@ impl Merged<'_> {
                 unnamed.len(),
                 self.modules.len(),
                 listed(&unnamed)
+            )
+        })
+    }
+
+    /// A configuration that leaves it to PEFT which modules have factors, where the adapter has some of several kinds.
+    fn without_targets(&self, own: &BTreeSet<String>) -> Option<String> {
+        let kinds: BTreeSet<&str> = own.iter().filter_map(|module| module.rsplit('.').next()).collect();
+        let kinds: Vec<&str> = kinds.into_iter().collect();
+        (self.settings.no_targets && !kinds.is_empty()).then(|| {
+            format!(
+                "adapter_config.json names no target_modules, and PEFT takes those of its own table for models of this type, which may be fewer \
+                 than the adapter has factors for ({}), and leaves out the others; all were merged",
+                listed(&kinds)
             )
         })
     }
@@ -216,17 +231,6 @@ impl Merged<'_> {
 fn is_among(list: &[(String, Regex)], module: &str) -> bool {
     list.iter().any(|(_, regex)| regex.is_match(module).unwrap_or(false))
 }
-
-/// Files beside an adapter that say how its words are made, stopped at and put into turns.
-const OF_WORDS: &[&str] = &[
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-];
 
 /// Settings of tokenizer_config.json that change what a model reads or where it stops.
 const SETTINGS: &[&str] =

@@ -27,6 +27,8 @@ pub(super) struct Settings {
     pub(super) excluded: Vec<(String, Regex)>,
     /// Modules that it was to have factors for; by their ends, or a pattern for all of the name, as in the other two.
     pub(super) targets: Vec<(String, Regex)>,
+    /// It names no targets at all, and PEFT takes those of its own table.
+    pub(super) no_targets: bool,
     /// Modules that it was to bring whole.
     pub(super) saved: Vec<(String, Regex)>,
 }
@@ -132,6 +134,7 @@ impl Settings {
             base: config.get("base_model_name_or_path").and_then(Value::as_str).map(str::to_owned),
             excluded: names(config.get("exclude_modules")),
             targets: names(config.get("target_modules")),
+            no_targets: config.get("target_modules").is_none_or(Value::is_null),
             saved: names(config.get("modules_to_save")),
         })
     }

@@ -36,6 +36,17 @@ fn layer_types(local: &[bool]) -> Value {
     local.iter().map(|local| if *local { "sliding_attention" } else { "full_attention" }).collect()
 }
 
+/// config.json of a folder with what a file of these settings holds, where that names another class than reading goes by: the language model of
+/// Qwen2-VL has no class of its own in transformers, and in a text, where positions of all kinds are the same, it is a Qwen2.
+pub(crate) fn as_text(config: &Value) -> Option<Value> {
+    let mut text = config.clone();
+    let object = text.as_object_mut().filter(|object| object["model_type"] == "qwen2_vl")?;
+    object.insert("model_type".to_owned(), json!("qwen2"));
+    object.insert("architectures".to_owned(), json!(["Qwen2ForCausalLM"]));
+    object.shift_remove("rope_scaling");
+    Some(text)
+}
+
 impl Settings {
     /// config.json. Fails for what is missing or cannot be said there.
     pub fn config(&self) -> Result<Value> {

@@ -175,10 +175,18 @@ fn build(
         return Err(Error::mismatch(format!("the type of {}", parts[1]), "a float", scale.dtype));
     }
     let misfit = || {
+        // Of matrices that are joined, as those of queries, keys and values, each may have brought its own.
+        let joined = matches!(scale.shape[..], [n] if n > 1);
+        let more = if joined {
+            "; scales of several matrices that were joined into this one cannot be told apart: take the model it was made from, or save it \
+             with one scale for all or for each row"
+        } else {
+            ""
+        };
         Error::mismatch(
             format!("the shape of {}", parts[1]),
             format_args!("one that divides {shape:?} into blocks"),
-            format_args!("{:?}", scale.shape),
+            format_args!("{:?}{more}", scale.shape),
         )
     };
     let shared = scale.shape.iter().product::<usize>() == 1;

@@ -164,6 +164,8 @@ fn messages_name_part_and_shape() {
         told("fp8 in blocks of 16x16", &|c| c.tensors.get_mut("a.weight_scale_inv").unwrap().shape = vec![6, 1]),
         "tensor `a.weight`: the shape of a.weight_scale_inv is [6, 1], expected one that divides [32, 48] into blocks"
     );
+    let joined = told("fp8 in blocks of 16x16", &|c| c.tensors.get_mut("a.weight_scale_inv").unwrap().shape = vec![3]);
+    assert!(joined.contains("is [3]; scales of several matrices that were joined"), "{joined}");
     assert_eq!(
         told("bitsandbytes nf4", &|c| c.tensors.retain(|name, _| !name.contains("quant_state"))),
         "tensor `a.weight`: its part a.weight.quant_state.bitsandbytes__nf4 (or fp4) is missing"
