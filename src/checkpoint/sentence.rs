@@ -107,11 +107,13 @@ mod tests {
         write("1_Pooling/config.json", r#"{"pooling_mode_cls_token": false, "pooling_mode_lasttoken": true}"#);
         assert_eq!(pooling(&folder), Some(3));
         write("1_Pooling/config.json", r#"{"pooling_mode": "mean"}"#);
-        assert_eq!(lost_in_gguf(&folder), Vec::<String>::new());
-        write("1_Pooling/config.json", r#"{"pooling_mode": "mean", "include_prompt": false}"#);
-        assert!(lost_in_gguf(&folder)[0].contains("include_prompt is false"));
-        write("1_Pooling/config.json", r#"{"pooling_mode": "mean", "include_prompt": true}"#);
-        assert_eq!(lost_in_gguf(&folder), Vec::<String>::new());
+        for (settings, told) in
+            [("", false), (r#", "include_prompt": false"#, true), (r#", "include_prompt": true"#, false)]
+        {
+            write("1_Pooling/config.json", &format!(r#"{{"pooling_mode": "mean"{settings}}}"#));
+            let found = lost_in_gguf(&folder).iter().any(|note| note.contains("include_prompt is false"));
+            assert_eq!(found, told, "{settings}");
+        }
         assert_eq!(pooling(&folder), Some(1));
         write(
             "modules.json",
