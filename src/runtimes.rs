@@ -213,28 +213,21 @@ pub fn notes(
     let apart = packed && !refused && graph.opaque && unknown.is_none() && stacks(graph) > 1;
     let apart = apart.then(|| {
         format!(
-            "transformers unpacks this output when the model as a whole is first called; what calls a part of it before, such as generate() of an              encoder and decoder or get_text_features(), fails ('Linear' object has no attribute 'weight'); {dequantized}"
+            "transformers unpacks this output when the model as a whole is first called; what calls a part of it before, such as generate() of an encoder and \
+             decoder or get_text_features(), fails ('Linear' object has no attribute 'weight'); {dequantized}"
         )
     });
+    let sentences = packed && !refused && unknown.is_none() && source.is_for_sentences();
+    let sentences = sentences.then(|| for_sentences(one));
     let own = any(OWN_LINEARS).then(|| {
         format!("transformers fills the linears of this model from plain weights alone and would leave them at random values; {dequantized}")
     });
-    let changed = refused.then(|| {
+    let split = refused.then(|| {
         "transformers splits or joins matrices of this model as it loads it, and fails at that where anything is packed as \
          compressed-tensors, with CompressedTensorsConfig(dequantize=True) too: it cannot load this output"
             .to_owned()
     });
-    let stays = if graph.opaque { changed_modules(source) } else { Vec::new() };
-    let stays = stays.first().map(|first| {
-        let first = match stays.len() {
-            1 => format!("`{first}` as it loads it, which it cannot do to a packed matrix: it stays as it is"),
-            n => format!(
-                "`{first}` and {} more matrices as it loads them, which it cannot do to packed ones: they stay as they are",
-                n - 1
-            ),
-        };
-        format!("transformers splits, joins or turns {first}")
-    });
+    let stays = if graph.opaque { changed(&changed_modules(source)) } else { None };
     // The library unpacks these to bfloat16, whatever the model is in.
     let dtype = source.dtype();
     let halves = packed && dtype != Dtype::BF16 && encodings.values().any(|encoding| encoding.global.is_some());
@@ -257,7 +250,34 @@ pub fn notes(
     });
     let known = [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned);
     let known = known.chain(mlx_lm(&facts, graph, source.config())?);
-    Ok(known.chain([unknown, apart, own, changed, stays, halves, lost].into_iter().flatten()).collect())
+    Ok(known.chain([unknown, apart, sentences, own, split, stays, halves, lost].into_iter().flatten()).collect())
+}
+
+/// What to say of matrices that stay as they are because transformers changes them.
+fn changed(modules: &[String]) -> Option<String> {
+    let first = modules.first()?;
+    let what = match modules.len() {
+        1 => format!("`{first}` as it loads it, which it cannot do to a packed matrix: it stays as it is"),
+        n => format!(
+            "`{first}` and {} more matrices as it loads them, which it cannot do to packed ones: they stay as they are",
+            n - 1
+        ),
+    };
+    Some(format!("transformers splits, joins or turns {what}"))
+}
+
+/// What sentence-transformers makes of packed linears, of one scheme or several.
+fn for_sentences(one: bool) -> String {
+    let how = match one {
+        true => "give it model_kwargs={\"quantization_config\": CompressedTensorsConfig(dequantize=True)}",
+        false => {
+            "transformers does so earlier with CompressedTensorsConfig(dequantize=True), for files of one scheme alone"
+        }
+    };
+    format!(
+        "sentence-transformers calls the forward() of the model itself, before transformers has unpacked this output, and fails ('Linear' object \
+         has no attribute 'weight'): {how}"
+    )
 }
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {

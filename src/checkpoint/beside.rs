@@ -216,6 +216,9 @@ const FORM_ENDINGS: &[&str] = &[
 /// Endings of pickles, which may be anything.
 const PICKLES: &[&str] = &[".bin", ".pt", ".pth", ".pkl", ".pickle"];
 
+/// The classifier of a model of SetFit, which stands nowhere else.
+const CLASSIFIER: &str = "model_head.pkl";
+
 /// Pickles that hold a whole model, by the beginnings of their names.
 const MODEL_PICKLES: &[&str] =
     &["pytorch_model", "model", "consolidated", "ggml", "openvino", "gptq_model", "qmodel", "diffusion_pytorch_model"];
@@ -509,7 +512,9 @@ fn file_reason(name: &str, size: u64, at_top: bool, is_module: bool) -> Option<R
             return Some(Reason::Adapter);
         }
         // vLLM loads every safetensors file of a folder whose index does not forbid it.
-        let whole = name.ends_with(".safetensors") || name.ends_with(".index.json") || pickle && starts(MODEL_PICKLES);
+        let whole = name.ends_with(".safetensors")
+            || name.ends_with(".index.json")
+            || pickle && starts(MODEL_PICKLES) && name != CLASSIFIER;
         if whole {
             return Some(Reason::Weights);
         }

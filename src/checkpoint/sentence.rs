@@ -4,7 +4,21 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::Checkpoint;
 use crate::json::read_json;
+
+impl Checkpoint {
+    /// Whether sentence-transformers is what runs the model: it is described for it, or scores texts by one number, as rerankers do.
+    pub fn is_for_sentences(&self) -> bool {
+        let described =
+            ["modules.json", "config_sentence_transformers.json"].iter().any(|name| self.path().join(name).is_file());
+        let config = self.config();
+        let class = config["architectures"][0].as_str().unwrap_or_default();
+        let labels = config["id2label"].as_object().map(serde_json::Map::len);
+        let one = labels.map_or(config["num_labels"] == 1, |labels| labels == 1);
+        described || one && class.ends_with("ForSequenceClassification")
+    }
+}
 
 /// The modules after the model: their folders as the list names them, and what they do. Empty where there is no valid list.
 pub(crate) fn modules(folder: &Path) -> Vec<(String, String)> {

@@ -84,6 +84,7 @@ fn everything_beside_the_weights_goes_along_and_the_rest_is_told() {
         "2_Dense/pytorch_model.bin",
         "additional_chat_templates/tool.jinja",
         "figures/deep/down.png",
+        "model_head.pkl",
         "vision-lora/adapter_config.json",
         "vision-lora/adapter_model.safetensors",
     ];

@@ -152,7 +152,7 @@ pub(super) fn write(files: &Files, tokens: &[Token], out: &mut Written) -> Resul
     // Loaders put EOS alone behind texts: where the tokenizer has another mark there, as embedding models do whose chats end otherwise, that
     // is EOS, and what was becomes an end of turns. So does llama.cpp's converter.
     let (said, after) = (found[of("eos")], files.tokenizer.tokenizer.suffix());
-    if let [behind] = &after[..]
+    if let [behind] = after
         && (*behind as usize) < tokens.len()
         && said.is_some_and(|eos| eos != *behind)
         && found[of("sep")] != Some(*behind)
