@@ -50,6 +50,8 @@ pub(crate) struct Architecture {
     pub mlp_bias: Need,
     /// Of routers and experts.
     pub moe_bias: Need,
+    /// What a mixture's correction of its scores is called.
+    pub correction: &'static str,
     /// The norm before feed-forward layers.
     pub ffn_norm: &'static str,
     /// Whether tensors of rotary factors are read.
@@ -75,6 +77,7 @@ const PLAIN: Architecture = Architecture {
     factors: false,
     windows: false,
     tiled: false,
+    correction: "exp_probs_b.bias",
 };
 
 const LLAMA: Architecture = Architecture {
@@ -170,7 +173,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture { id: "exaone4", families: &["exaone4"], square: true, factors: true, windows: true, ..PLAIN },
     Architecture { id: "exaone-moe", families: &["exaone_moe"], windows: true, ..PLAIN },
-    Architecture { id: "hy_v3", families: &["hy_v3"], ..PLAIN },
+    Architecture { id: "hy_v3", families: &["hy_v3"], correction: "exp_probs_b", ..PLAIN },
     Architecture { id: "qwen2moe", families: &["qwen2_moe"], square: true, head: Need::Must, ..PLAIN },
     Architecture { id: "qwen3moe", families: &["qwen3_moe"], ..PLAIN },
     Architecture { id: "olmoe", families: &["olmoe"], square: true, head: Need::Must, ..PLAIN },

@@ -462,7 +462,7 @@ impl Lister {
         self.linear(&format!("{at}.ffn_gate_inp"), &moe.router.linear, None, need)?;
         if let Some((tensor, _)) = &moe.router.correction {
             let part = Part::whole(From::Tensor(tensor.clone(), vec![moe.experts.len()]));
-            self.push(format!("{at}.exp_probs_b.bias"), vec![moe.experts.len()], vec![part]);
+            self.push(format!("{at}.{}", self.architecture.correction), vec![moe.experts.len()], vec![part]);
         }
         let Some(first) = moe.experts.first().filter(|first| first.inputs.len() == 2) else {
             return Err(self.cannot("experts without a gate of its own"));

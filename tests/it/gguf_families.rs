@@ -244,3 +244,25 @@ fn the_text_of_a_model_that_sees_becomes_one_of_text_alone() {
         assert_eq!(again.gguf().unwrap().string("general.architecture").unwrap(), Some("qwen2vl"), "{name}");
     }
 }
+
+/// llama.cpp calls the correction of Hunyuan 3's scores otherwise than that of its relatives.
+#[test]
+fn corrections_have_the_name_that_the_architecture_asks_for() {
+    for (family, name) in [("hy_v3_plain", "exp_probs_b"), ("glm4_moe_plain", "exp_probs_b.bias")] {
+        let (model, output) = (checkpoint(family), tempfile::tempdir().unwrap());
+        let path = output.path().join("m.gguf");
+        spell(model.path());
+        write(model.path(), &path, "scheme = 'F16'\nmethod = 'rtn'").unwrap();
+        let file = formats::GgufFile::open(&path).unwrap();
+        let found: Vec<&str> = file
+            .tensors()
+            .iter()
+            .filter_map(|tensor| tensor.name.split_once("exp_probs_b"))
+            .map(|(_, end)| end)
+            .collect();
+        assert!(
+            !found.is_empty() && found.iter().all(|end| format!("exp_probs_b{end}") == name),
+            "{family}: {found:?}"
+        );
+    }
+}
