@@ -187,7 +187,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         }
     }
     if matches!(id, "qwen2vl" | "qwen35" | "qwen35moe") {
-        sections(out, config, id)?;
+        sections(out, config, id, rotated.unwrap_or(0))?;
     }
     recurrent(out, graph, &layers, id)?;
     factors(out, graph, first, id);
@@ -315,8 +315,9 @@ fn heads(out: &mut Written, first: &Attention, rotated: usize, key: impl Fn(&str
     Ok(())
 }
 
-/// How many rotary frequencies each kind of position has: time, height and width of an image, which are the same in a text.
-fn sections(out: &mut Written, config: &Value, id: &'static str) -> Result<()> {
+/// How many rotary frequencies each kind of position has: time, height and width of an image, which are the same in a text. Of `rotated` values
+/// half are frequencies, and llama.cpp aborts where the sections are more.
+fn sections(out: &mut Written, config: &Value, id: &'static str, rotated: usize) -> Result<()> {
     // Those of transformers' class where nothing is said.
     const USUAL: [i64; 4] = [11, 11, 10, 0];
     let key = format!("{id}.rope.dimension_sections");
@@ -326,8 +327,13 @@ fn sections(out: &mut Written, config: &Value, id: &'static str) -> Result<()> {
     let Some(sections) = sections.or_else(|| (id != "qwen2vl").then(|| USUAL.to_vec())) else {
         return Err(names::cannot("qwen2vl", "a model whose config.json has no mrope_section".to_owned()));
     };
-    let sections = sections.into_iter();
-    let sections = sections.map(|section| MetadataValue::I32(section as i32)).collect();
+    let mut left = rotated as i64 / 2;
+    let sections = sections.into_iter().map(|section| {
+        let section = section.clamp(0, left);
+        left -= section;
+        MetadataValue::I32(section as i32)
+    });
+    let sections = sections.collect();
     out.metadata.push((key, metadata_array(sections, GGUFValueType::I32)?));
     Ok(())
 }

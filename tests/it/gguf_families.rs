@@ -266,3 +266,20 @@ fn corrections_have_the_name_that_the_architecture_asks_for() {
         );
     }
 }
+
+/// Where config.json does not say how rotary frequencies are divided, the usual division may be of more than there are.
+#[test]
+fn sections_of_rotary_frequencies_are_no_more_than_these() {
+    let (model, output) = (checkpoint("qwen3_5_text_plain"), tempfile::tempdir().unwrap());
+    let path = model.path().join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    config["rope_parameters"].as_object_mut().unwrap().remove("mrope_section");
+    std::fs::write(&path, config.to_string()).unwrap();
+    spell(model.path());
+    let path = output.path().join("m.gguf");
+    write(model.path(), &path, "scheme = 'F16'\nmethod = 'rtn'").unwrap();
+    let file = formats::GgufFile::open(&path).unwrap();
+    let rotated = file.count("qwen35.rope.dimension_count").unwrap().unwrap() as i64;
+    let sum: i64 = file.integers("qwen35.rope.dimension_sections").unwrap().unwrap().into_iter().sum();
+    assert!(sum > 0 && 2 * sum <= rotated, "{sum} of {rotated}");
+}
