@@ -44,7 +44,7 @@ LAYOUTS = {
 }
 # Where it unpacks all while it loads, transformers rounds to the type of the scales, which is float16 where there are no experts.
 KL, TOLERANCE, VOCABULARY = 0.01, 5e-3, 160
-FAST = ["opt", "gpt_bigcode", "jamba", "phimoe", "llava_apertus", "t5", "bert", "nomic_bert", "luke"]
+FAST = ["opt", "gpt_bigcode", "jamba", "phimoe", "falcon_h1", "t5", "bert", "nomic_bert", "luke"]
 
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
 GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 16}
