@@ -17,7 +17,7 @@ static TABLE: LazyLock<HashMap<String, Vec<String>>> =
 /// Where the files have no linears, and the class of transformers has.
 #[derive(Debug, PartialEq)]
 pub struct Absent {
-    /// The class.
+    /// The class that config.json names, as `BertModel`.
     pub class: String,
     /// Where there are none.
     pub from: From,

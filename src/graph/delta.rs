@@ -24,7 +24,7 @@ pub struct DeltaNet {
     pub norm: Norm,
     /// Of the gate.
     pub activation: Activation,
-    /// Output projection.
+    /// From the gated values of all heads, `[hidden, value_heads · value_dim]`.
     pub out: Linear,
 }
 

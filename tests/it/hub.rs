@@ -526,20 +526,6 @@ fn a_lock_knows_a_hubs_model_by_its_commit_on_every_machine() {
     run(&hub, &there, "build --check").succeeds();
 }
 
-/// For another client: `quantc`'s hub is as genuine as what Hugging Face's own client does with it. Serves until the file in
-/// QUANTC_HUB_SERVES is removed, which holds the address.
-#[test]
-#[ignore = "serves other programs"]
-fn serves_others() {
-    let Some(file) = std::env::var_os("QUANTC_HUB_SERVES") else { return };
-    let hub = Hub::start();
-    hub.publish("org/small", small());
-    std::fs::write(&file, hub.address()).unwrap();
-    while Path::new(&file).exists() {
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
-
 /// An adapter is named as a model is, wherever one is merged, and comes whole: what it says of itself hangs on its values.
 #[test]
 fn an_adapter_is_named_as_a_model_is() {

@@ -100,7 +100,7 @@ pub enum Activation {
         positive: f32,
         /// Of the exponential's curve below it.
         negative: f32,
-        /// Slope at 0.
+        /// Factor of `x` on both sides, and so the slope at 0.
         beta: f32,
         /// A little below 0: the largest exponent.
         eps: f32,
