@@ -159,16 +159,24 @@ fn attention(c: &mut Criterion) {
 
 /// Linear attention of the same width as [`attention`] measures; the work is that of one token after another, while chunks do more.
 fn delta(c: &mut Criterion) {
-    let shape = DeltaShape { key_heads: 9, value_heads: 9, key_dim: 64, value_dim: 64, scale: 0.125 };
-    let mut group = c.benchmark_group("delta_rule");
+    let replaces =
+        DeltaShape { key_heads: 9, value_heads: 9, key_dim: 64, value_dim: 64, scale: 0.125, replaces: true };
+    linear_attention(c, "delta_rule", replaces, 6);
+    // As Mamba 2 has it: one pair of keys and queries for all heads.
+    linear_attention(c, "state_space", DeltaShape { key_heads: 1, replaces: false, ..replaces }, 4);
+}
+
+/// `operations` on each number of a state for every token.
+fn linear_attention(c: &mut Criterion, name: &str, shape: DeltaShape, operations: usize) {
+    let mut group = c.benchmark_group(name);
     group.sample_size(10);
     let cpu = Cpu::exact();
     for length in [512, 2048] {
         let lengths = vec![length; TOKENS / length];
-        let work = flops(6 * TOKENS * shape.value_heads * shape.key_dim * shape.value_dim);
+        let work = flops(operations * TOKENS * shape.value_heads * shape.key_dim * shape.value_dim);
         let make = || {
             let unit = |seed| {
-                let mut x = matrix(TOKENS, 64 * 9, seed);
+                let mut x = matrix(TOKENS, 64 * shape.key_heads, seed);
                 cpu.norm_heads(&mut x, 64, NormKind::Length, &[1.0; 64], None, 1e-6).expect("shapes fit");
                 x
             };

@@ -67,10 +67,9 @@ impl Cost {
 /// How many of so many tokens come to a linear, as far as its layer tells: of a mixture those that its router sends there.
 fn tokens_of(layer: &Layer, linear: &Linear, tokens: u64) -> u64 {
     let Layer::Moe(moe) = layer else { return tokens };
-    let shared = moe.shared.as_ref().is_some_and(|(shared, _)| {
-        shared.inputs.iter().chain([&shared.down]).any(|other| other.module == linear.module)
-    });
-    match shared {
+    let shared = moe.shared.iter().flat_map(|(shared, _)| shared.inputs.iter().chain([&shared.down]));
+    let latent = moe.latent.iter().flat_map(|latent| latent.iter());
+    match shared.chain(latent).any(|other| other.module == linear.module) {
         true => tokens,
         false => tokens * moe.router.top_k as u64 / moe.experts.len().max(1) as u64,
     }

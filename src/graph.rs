@@ -1,6 +1,7 @@
 //! A model as data: which tensors it has, and what is done with them, block by block.
 
 mod delta;
+mod mamba;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -9,6 +10,7 @@ use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 use ndarray::Array2;
 
 pub use self::delta::{Convolution, Decay, DeltaNet};
+pub use self::mamba::{GroupNorm, Mamba, ShortConvolution};
 
 /// A decoder-only language model.
 #[derive(Clone, Debug)]
@@ -79,6 +81,10 @@ pub struct Step {
     pub post: Option<Norm>,
     /// Factor on what is added.
     pub scale: f32,
+    /// Factor on what the layer is given.
+    pub given: f32,
+    /// It reads what the step before it read, instead of what that left.
+    pub beside: bool,
 }
 
 /// What a step computes.
@@ -88,6 +94,10 @@ pub enum Layer {
     Attention(Attention),
     /// Linear attention by the gated delta rule.
     Delta(Box<DeltaNet>),
+    /// A state space (Mamba 2).
+    Mamba(Box<Mamba>),
+    /// A gated short convolution.
+    Short(Box<ShortConvolution>),
     /// A feed-forward layer.
     Mlp(Mlp),
     /// A mixture of feed-forward layers.
@@ -315,6 +325,8 @@ pub struct Mlp {
     pub down: Linear,
     /// Of the gate, or of all.
     pub activation: Activation,
+    /// Factor on what is activated.
+    pub scale: f32,
     /// Tensors that the numbers of the activation are read from, and their extents; none of most.
     pub learned: Option<Box<Learned>>,
 }
@@ -347,6 +359,17 @@ pub struct Moe {
     pub shared: Option<(Mlp, Option<Linear>)>,
     /// Experts are given the input times their weight, instead of their output being weighed.
     pub weigh_input: bool,
+    /// Experts work in a space of their own: to it, and from the sum of what they make back to the stream.
+    pub latent: Option<Box<[Linear; 2]>>,
+}
+
+impl Moe {
+    /// Its linears that may be quantized, those that read one input together.
+    fn linears(&self) -> Vec<Vec<&Linear>> {
+        let [to, back] = [0, 1].map(|at| self.latent.iter().map(move |latent| vec![&latent[at]]));
+        let shared = self.shared.iter().flat_map(|(shared, _)| shared.linears());
+        to.chain(self.experts.iter().flat_map(Mlp::linears)).chain(back).chain(shared).collect()
+    }
 }
 
 /// How experts are chosen.
@@ -543,10 +566,9 @@ impl Layer {
             Layer::Attention(attention) => attention.linears(),
             Layer::Delta(delta) => delta.linears(),
             Layer::Mlp(mlp) => mlp.linears(),
-            Layer::Moe(moe) => {
-                let all = moe.experts.iter().chain(moe.shared.as_ref().map(|(shared, _)| shared));
-                all.flat_map(Mlp::linears).collect()
-            }
+            Layer::Mamba(mamba) => mamba.linears(),
+            Layer::Short(short) => short.linears(),
+            Layer::Moe(moe) => moe.linears(),
             Layer::Opaque(linears) => linears.iter().map(|l| vec![l]).collect(),
         }
     }
@@ -575,6 +597,7 @@ impl Layer {
         match self {
             Layer::Attention(attention) => attention.norms(),
             Layer::Delta(delta) => vec![&delta.norm],
+            Layer::Mamba(mamba) => mamba.norm.iter().map(|norm| &norm.norm).collect(),
             _ => Vec::new(),
         }
     }
@@ -585,6 +608,8 @@ impl Layer {
             Layer::Attention(a) => a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads])).collect(),
             Layer::Moe(moe) => moe.router.correction.iter().cloned().collect(),
             Layer::Delta(delta) => delta.vectors(),
+            Layer::Mamba(mamba) => mamba.vectors(),
+            Layer::Short(short) => short.convolution.vectors().collect(),
             Layer::Mlp(mlp) => mlp.learned.iter().flat_map(|learned| learned.iter().cloned()).collect(),
             _ => Vec::new(),
         }
@@ -658,6 +683,7 @@ impl Graph {
                 Layer::Moe(moe) => {
                     moe.experts.iter_mut().for_each(&mut mlp);
                     moe.shared.iter_mut().for_each(|(shared, _)| mlp(shared));
+                    moe.latent.iter_mut().flat_map(|latent| latent.iter_mut()).for_each(&mut *change);
                     change(&mut moe.router.linear);
                     moe.shared.iter_mut().filter_map(|(_, gate)| gate.as_mut()).for_each(&mut *change);
                 }
@@ -672,6 +698,8 @@ impl Graph {
                     change(&mut a.o);
                 }
                 Layer::Delta(delta) => delta.linears_mut(change),
+                Layer::Mamba(mamba) => mamba.linears_mut(change),
+                Layer::Short(short) => short.linears_mut(change),
                 Layer::Opaque(linears) => linears.iter_mut().for_each(&mut *change),
             }
         }
@@ -713,6 +741,8 @@ impl Graph {
                         moe.router.correction.iter_mut().for_each(|(tensor, _)| *tensor = name(tensor));
                     }
                     Layer::Delta(delta) => delta.rename(name),
+                    Layer::Mamba(mamba) => mamba.rename(name),
+                    Layer::Short(short) => short.convolution.rename(name),
                     Layer::Mlp(mlp) => mlp
                         .learned
                         .iter_mut()

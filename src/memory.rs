@@ -145,7 +145,8 @@ fn products(block: &Block, input: u64) -> u64 {
         // One after the other.
         Layer::Moe(moe) => {
             let all = moe.experts.iter().chain(moe.shared.iter().map(|(shared, _)| shared));
-            all.map(|mlp| of(mlp.inputs.iter().chain([&mlp.down]).collect())).max().unwrap_or(0)
+            let latent = moe.latent.iter().map(|latent| of(latent.iter().collect())).sum::<u64>();
+            all.map(|mlp| of(mlp.inputs.iter().chain([&mlp.down]).collect())).max().unwrap_or(0) + latent
         }
         layer => of(layer.linears().concat()),
     };

@@ -235,6 +235,7 @@ impl Lister {
                 match &step.layer {
                     Layer::Attention(attention) => self.attention(&at, attention, graph.hidden)?,
                     Layer::Delta(delta) => self.delta(&at, delta)?,
+                    Layer::Mamba(_) | Layer::Short(_) => return Err(self.cannot("a state space")),
                     Layer::Mlp(mlp) => self.mlp(&at, "", mlp)?,
                     Layer::Moe(moe) => self.moe(&at, moe)?,
                     Layer::Opaque(_) => return Err(self.cannot("a model of an unknown family")),

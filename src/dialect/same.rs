@@ -4,7 +4,7 @@ use kernels::{Activation, AttentionShape};
 
 use crate::families::rope::{all_near, near, unscaled};
 use crate::graph::{
-    Attention, Convolution, DeltaNet, Graph, Layer, Mlp, Moe, Norm, Projections, Rope, RopeScaling, Temperature,
+    Attention, Convolution, DeltaNet, Graph, Layer, Mamba, Mlp, Moe, Norm, Projections, Rope, RopeScaling, Temperature,
 };
 
 /// How a reader takes a model.
@@ -56,6 +56,9 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
             if !near(step.scale, other.scale) {
                 return Some(in_block(format!("a residual that is multiplied by {}", step.scale)));
             }
+            if !near(step.given, other.given) || step.beside != other.beside {
+                return Some(in_block("a layer that is given this".to_owned()));
+            }
             if !norm(step.pre.as_ref(), other.pre.as_ref()) || !norm(step.post.as_ref(), other.post.as_ref()) {
                 return Some(in_block("norms of this kind or in these places".to_owned()));
             }
@@ -63,6 +66,11 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
                 (Layer::Attention(a), Layer::Attention(b)) => attention(a, b, reader),
                 (Layer::Delta(a), Layer::Delta(b)) => delta(a, b),
                 (Layer::Delta(_), _) => Some("linear attention".to_owned()),
+                (Layer::Mamba(a), Layer::Mamba(b)) => mamba(a, b),
+                (Layer::Mamba(_), _) => Some("a state space".to_owned()),
+                (Layer::Short(a), Layer::Short(b)) => convolution(&a.convolution, &b.convolution),
+                (Layer::Short(_), _) => Some("a gated short convolution".to_owned()),
+                (Layer::Attention(_), _) => Some("attention".to_owned()),
                 (Layer::Mlp(a), Layer::Mlp(b)) => mlp(a, b),
                 (Layer::Moe(a), Layer::Moe(b)) => moe(a, b),
                 (Layer::Moe(_), _) => Some("a mixture of experts".to_owned()),
@@ -85,11 +93,38 @@ fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
 }
 
 fn delta(a: &DeltaNet, b: &DeltaNet) -> Option<String> {
-    let of = |delta: &DeltaNet| {
-        let Convolution { channels, taps, activation, ref bias, .. } = delta.convolution;
-        (delta.shape, channels, taps, activation, bias.is_some(), delta.activation)
+    let of = |delta: &DeltaNet| (delta.shape, delta.activation, delta.decay.limits);
+    (of(a) != of(b) || !norm(Some(&a.norm), Some(&b.norm)))
+        .then(|| "linear attention of this form".to_owned())
+        .or_else(|| convolution(&a.convolution, &b.convolution))
+}
+
+fn mamba(a: &Mamba, b: &Mamba) -> Option<String> {
+    let norms = match (&a.norm, &b.norm) {
+        (Some(a), Some(b)) => (a.width, a.first) == (b.width, b.first) && norm(Some(&a.norm), Some(&b.norm)),
+        (None, None) => true,
+        _ => false,
     };
-    (of(a) != of(b) || !norm(Some(&a.norm), Some(&b.norm))).then(|| "linear attention of this form".to_owned())
+    let biases = |mamba: &Mamba| (mamba.input.bias, mamba.out.bias);
+    let ([least, most], other) = (a.decay.limits, b.decay.limits);
+    if a.decay.limits != other {
+        return Some(format!(
+            "a state space with steps from {least} to {most}, where it has them from {} to {},",
+            other[0], other[1]
+        ));
+    }
+    let scales = a.scales.iter().zip(&b.scales).all(|(a, b)| near(*a, *b));
+    (!norms || !scales || biases(a) != biases(b) || (a.shape, a.activation) != (b.shape, b.activation))
+        .then(|| "a state space of this form".to_owned())
+        .or_else(|| convolution(&a.convolution, &b.convolution))
+}
+
+fn convolution(a: &Convolution, b: &Convolution) -> Option<String> {
+    let of = |convolution: &Convolution| {
+        let Convolution { channels, taps, activation, ref bias, .. } = *convolution;
+        (channels, taps, activation, bias.is_some())
+    };
+    (of(a) != of(b)).then(|| "a short convolution of this form".to_owned())
 }
 
 fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
@@ -250,7 +285,7 @@ fn mlp(a: &Mlp, b: &Mlp) -> Option<String> {
     if a.inner() != b.inner() {
         return Some(format!("a feed-forward layer of width {}", a.inner()));
     }
-    let same = a.gated() == b.gated() && activation(a.activation) == activation(b.activation);
+    let same = a.gated() == b.gated() && near(a.scale, b.scale) && activation(a.activation) == activation(b.activation);
     (!same).then(|| {
         let gate = |mlp: &Mlp| if mlp.gated() { "a gate of" } else { "no gate and" };
         format!(
@@ -273,6 +308,7 @@ pub(super) fn named(activation: Activation) -> &'static str {
         Activation::Relu2 => "relu2",
         Activation::SwigluOai { .. } => "gpt-oss's clamped swiglu",
         Activation::Sigmoid => "sigmoid",
+        Activation::Identity => "linear",
         Activation::Xielu { .. } => "xielu",
     }
 }

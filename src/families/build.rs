@@ -165,14 +165,14 @@ impl Base {
         let linear = |name: &str, rows, cols| Linear::plain(format!("{module}.{name}"), rows, cols, bias);
         let [gate, up, down] = names;
         let inputs = vec![linear(gate, inner, self.hidden), linear(up, inner, self.hidden)];
-        Mlp { inputs, down: linear(down, self.hidden, inner), activation, learned: None }
+        Mlp { inputs, down: linear(down, self.hidden, inner), activation, scale: 1.0, learned: None }
     }
 
     /// A layer without a gate.
     pub fn ungated(&self, names: [String; 2], inner: usize, activation: Activation, bias: bool) -> Mlp {
         let [up, down] = names;
         let inputs = vec![Linear::plain(up, inner, self.hidden, bias)];
-        Mlp { inputs, down: Linear::plain(down, self.hidden, inner, bias), activation, learned: None }
+        Mlp { inputs, down: Linear::plain(down, self.hidden, inner, bias), activation, scale: 1.0, learned: None }
     }
 
     /// Attention and a feed-forward layer one after the other, each behind a norm, under Llama's names.
@@ -220,17 +220,17 @@ impl Base {
 
 /// `h ← h + layer(norm(h))`.
 pub fn pre(norm: Norm, layer: Layer) -> Step {
-    Step { pre: Some(norm), layer, post: None, scale: 1.0 }
+    Step { pre: Some(norm), layer, post: None, scale: 1.0, given: 1.0, beside: false }
 }
 
 /// `h ← h + norm(layer(h))`.
 pub fn post(layer: Layer, norm: Norm) -> Step {
-    Step { pre: None, layer, post: Some(norm), scale: 1.0 }
+    Step { pre: None, layer, post: Some(norm), scale: 1.0, given: 1.0, beside: false }
 }
 
 /// `h ← h + after(layer(before(h)))`.
 pub fn sandwich(before: Norm, layer: Layer, after: Norm) -> Step {
-    Step { pre: Some(before), layer, post: Some(after), scale: 1.0 }
+    Step { pre: Some(before), layer, post: Some(after), scale: 1.0, given: 1.0, beside: false }
 }
 
 /// Steps one after the other.

@@ -112,7 +112,7 @@ fn moe(base: &Base, config: &Config<'_>, module: &str, inner: usize, act: Activa
         (other, _) => return Err(unknown("shared_expert_combination_strategy", other, "average and sum")),
     };
     let experts = (0..experts).map(|e| base.gated(&format!("{module}.experts.{e}"), inner, act, false)).collect();
-    Ok((Moe { router, experts, shared, weigh_input: false }, scale))
+    Ok((Moe { router, experts, shared, weigh_input: false, latent: None }, scale))
 }
 
 #[cfg(test)]

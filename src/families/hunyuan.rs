@@ -57,6 +57,7 @@ fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
                     .collect(),
                 shared: Some((base.gated(&format!("{module}.shared_mlp"), inner, act, false), None)),
                 weigh_input: false,
+                latent: None,
             }),
         };
         Ok(base.usual_block(at, attention, feed_forward))
@@ -93,7 +94,7 @@ fn third(config: &Config<'_>) -> Result<Graph> {
                 let expert = |e| base.gated(&format!("{module}.experts.{e}"), expert_inner, act, false);
                 let shared = base.gated(&format!("{module}.shared_mlp"), shared_inner, act, mlp_bias);
                 let experts = (0..experts).map(expert).collect();
-                Layer::Moe(Moe { router, experts, shared: Some((shared, None)), weigh_input: false })
+                Layer::Moe(Moe { router, experts, shared: Some((shared, None)), weigh_input: false, latent: None })
             }
         };
         Ok(base.usual_block(at, attention, feed_forward))

@@ -66,6 +66,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
                     experts: stacked(&format!("{module}.experts"), tensors, [None, None], sizes, true, halves, act),
                     shared: Some((base.gated(&format!("{module}.shared_expert"), inner, act, false), None)),
                     weigh_input: true,
+                    latent: None,
                 })
             }
         };

@@ -30,7 +30,11 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         router.correction = Some((format!("{module}.e_score_correction_bias"), vec![experts]));
         let expert = |e| base.gated_of(&format!("{module}.experts.{e}"), ["w1", "w3", "w2"], inner, act, false);
         let experts = (0..experts).map(expert).collect();
-        Ok(base.usual_block(at, attention, Layer::Moe(Moe { router, experts, shared: None, weigh_input: false })))
+        Ok(base.usual_block(
+            at,
+            attention,
+            Layer::Moe(Moe { router, experts, shared: None, weigh_input: false, latent: None }),
+        ))
     })?;
     let mut graph = base.graph(config, "minimax_m2", blocks)?;
     for layer in 0..config.count_or("num_mtp_modules", 0)? {

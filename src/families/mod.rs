@@ -22,6 +22,7 @@ mod minimax;
 mod moe;
 mod names;
 mod nemotron;
+mod nemotron_h;
 mod olmo;
 mod phi;
 mod qwen;
@@ -32,6 +33,7 @@ mod smollm3;
 mod spelling;
 mod spelt_out;
 mod stablelm;
+mod state_space;
 mod strict;
 pub mod tying;
 mod unknown;
@@ -92,6 +94,7 @@ pub const FAMILIES: &[Family] = &[
     olmo::FLEX_OLMO,
     granite::GRANITE,
     granite::GRANITE_MOE,
+    granite::GRANITE_HYBRID,
     gpt::GPT2,
     gpt::GPT_NEOX,
     gpt::STARCODER2,
@@ -103,6 +106,9 @@ pub const FAMILIES: &[Family] = &[
     glm::GLM4,
     stablelm::STABLELM,
     nemotron::NEMOTRON,
+    nemotron_h::NEMOTRON_H,
+    state_space::BAMBA,
+    state_space::FALCON_H1,
     apertus::APERTUS,
     exaone::EXAONE4,
     exaone::EXAONE_MOE,

@@ -70,6 +70,7 @@ pub fn stacked(
             ],
             down: linear(1, "down_proj", hidden, inner, (Split::WHOLE, 0)),
             activation,
+            scale: 1.0,
             learned: None,
         }
     };
@@ -116,7 +117,7 @@ pub fn granite(base: &Base, config: &Config<'_>, at: &str, inner: usize, act: Ac
     let sizes = [experts, base.hidden, inner];
     let halves = Split::of(&[inner, inner]);
     let experts = stacked(&format!("{at}.experts"), tensors, [None, None], sizes, false, halves, act);
-    Ok(Moe { router, experts, shared: None, weigh_input: false })
+    Ok(Moe { router, experts, shared: None, weigh_input: false, latent: None })
 }
 
 fn mixtral(config: &Config<'_>) -> Result<Graph> {
@@ -138,6 +139,7 @@ fn mixtral(config: &Config<'_>) -> Result<Graph> {
             experts: (0..experts).map(expert).collect(),
             shared: None,
             weigh_input: false,
+            latent: None,
         };
         Ok(base.usual_block(at, attention, Layer::Moe(moe)))
     })?;
@@ -189,6 +191,7 @@ fn qwen(config: &Config<'_>, third: bool) -> Result<Graph> {
                 experts: (0..experts).map(expert).collect(),
                 shared,
                 weigh_input: false,
+                latent: None,
             })
         };
         Ok(base.usual_block(at, attention, feed_forward))
@@ -218,6 +221,7 @@ fn olmoe(config: &Config<'_>) -> Result<Graph> {
             experts: (0..experts).map(|e| base.gated(&format!("{module}.experts.{e}"), inner, act, false)).collect(),
             shared: None,
             weigh_input: false,
+            latent: None,
         };
         Ok(base.usual_block(at, attention, Layer::Moe(moe)))
     })?;

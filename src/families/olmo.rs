@@ -85,7 +85,7 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
                 let router = router(&base, format!("{module}.gate"), experts, top_k, renormalize);
                 let expert = |e| base.gated(&format!("{module}.experts.{e}"), inner, act, false);
                 let experts = (0..experts).map(expert).collect();
-                Layer::Moe(Moe { router, experts, shared: None, weigh_input: false })
+                Layer::Moe(Moe { router, experts, shared: None, weigh_input: false, latent: None })
             }
         };
         Ok(base.post_block(at, attention, feed_forward))

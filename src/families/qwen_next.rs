@@ -125,6 +125,7 @@ fn feed_forward<'a>(
             experts: (0..experts).map(|e| base.gated(&format!("{module}.experts.{e}"), inner, act, false)).collect(),
             shared: Some((base.gated(&format!("{module}.shared_expert"), shared, act, false), Some(gate))),
             weigh_input: false,
+            latent: None,
         })
     }))
 }
@@ -174,8 +175,8 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activa
             taps,
             activation: Some(act),
         },
-        shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale },
-        decay: Decay { rates: format!("{module}.A_log"), bias: format!("{module}.dt_bias") },
+        shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces: true },
+        decay: Decay { rates: format!("{module}.A_log"), bias: format!("{module}.dt_bias"), limits: Decay::UNLIMITED },
         unit,
         norm,
         activation: Activation::Silu,

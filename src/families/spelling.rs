@@ -54,12 +54,12 @@ impl Rotation {
     fn of(model_type: &str) -> Rotation {
         let rotation = |theta, partial, form| Rotation { theta, partial, form };
         match model_type {
-            "gpt2" => rotation(1e4, None, Form::Absent),
+            "gpt2" | "nemotron_h" => rotation(1e4, None, Form::Absent),
             "gemma3_text" => rotation(1e6, None, Form::Layered { near: Some("rope_local_base_freq") }),
             "olmo3" => rotation(5e5, None, Form::Layered { near: None }),
             "gpt_neox" => rotation(1e4, Some(0.25), Form::NeoX),
             "phi3" => rotation(1e4, Some(1.0), Form::Long),
-            "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
+            "bamba" | "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
             "stablelm" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => rotation(1e4, Some(0.25), Form::Flat),
             "minimax_m2" => rotation(5e6, Some(1.0), Form::Flat),
             "cohere" | "flex_olmo" | "ernie4_5" | "ernie4_5_moe" | "llama4_text" | "qwen3_vl_text" => {
@@ -386,8 +386,17 @@ fn share(
                 let dim = said(&outside.dim).and_then(real).zip(outside.head_dim);
                 partial = dim.map(|(dim, head)| ("rotary_dim", (dim / head).into()));
             }
+            // Its class puts its own in the place of what stands outside.
+            if class == "bamba" {
+                if let Some((key, value)) = partial.take().filter(|(_, value)| real(value) != Some(default)) {
+                    notes.push(format!(
+                        "config.json has {key} {} outside rope_parameters, which transformers does not read for `{class}`: it is left out",
+                        shown(&value)
+                    ));
+                }
+            }
             // A null is no share, and that is all of a head.
-            let nulled = rotation.form == Form::Flat && outside.partial == Some(Value::Null);
+            let nulled = rotation.form == Form::Flat && class != "bamba" && outside.partial == Some(Value::Null);
             match outside.turned.filter(|_| class == "mistral4") {
                 Some(turned) => turned,
                 None if nulled => 1.0,

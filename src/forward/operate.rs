@@ -68,7 +68,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         norm
     }
 
-    fn vector(&self, at: usize) -> Option<&[f32]> {
+    pub fn vector(&self, at: usize) -> Option<&[f32]> {
         let Loaded::Vector(vector) = &self.loaded[at] else { unreachable!("loaded where it is used") };
         vector.as_deref()
     }
@@ -159,8 +159,8 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![x]
             }
             Kind::Zeros => {
-                let [rows, cols] = backend.shape(&self.chunks[place.index].hidden);
-                vec![backend.zeros(rows, cols)?]
+                let [rows, _] = backend.shape(&self.chunks[place.index].hidden);
+                vec![backend.zeros(rows, program.values[operation.makes[0]].width)?]
             }
             Kind::Share => {
                 let (mut y, logits) = (self.own(next())?, next());

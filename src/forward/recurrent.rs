@@ -26,8 +26,18 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let (taps, bias) = (&taps[..channels * convolution.taps], bias.as_ref().map(|bias| &bias[..channels]));
                 vec![backend.convolve(x.matrix(), taps, bias, convolution.activation, lengths)?]
             }
-            (Kind::Decay(_), Loaded::Decay(rates, bias)) => {
-                self.each(operation, next, |x| Ok(backend.decays(x, rates, bias)?))?
+            (Kind::Decay(decay) | Kind::Step(decay), Loaded::Decay(rates, bias)) => {
+                self.each(operation, next, |x| Ok(backend.decays(x, rates, bias, decay.limits)?))?
+            }
+            (Kind::Skip { .. }, _) => {
+                let (mut mixed, mut own) = (self.own(next())?, self.own(next())?);
+                backend.scale(&mut own, &[], self.vector(at).unwrap_or_default())?;
+                backend.add_scaled(&own, 1.0, &mut mixed)?;
+                vec![mixed]
+            }
+            (Kind::Scale(factor), _) => {
+                let width = self.program.values[operation.reads[0]].width;
+                self.each(operation, next, |x| Ok(backend.scale(x, &[], &vec![*factor; width])?))?
             }
             (Kind::Delta(shape), _) => {
                 let [q, k, v, decay, beta] = [next(), next(), next(), next(), next()];

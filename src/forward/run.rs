@@ -161,6 +161,16 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let rates = supply.vector(&decay.rates)?.into_iter().map(f32::exp).collect();
                 Loaded::Decay(rates, supply.vector(&decay.bias)?)
             }
+            // Of a rate that turns them around.
+            Kind::Step(decay) => {
+                let bias = supply.vector(&decay.bias)?;
+                Loaded::Decay(vec![-1.0; bias.len()], bias)
+            }
+            Kind::Skip { tensor, head_dim } => {
+                let heads = supply.vector(tensor)?;
+                let each = heads.iter().flat_map(|factor| std::iter::repeat_n(*factor, *head_dim));
+                Loaded::Vector(Some(each.collect()))
+            }
             Kind::Route(router) => {
                 let correction = router.correction.as_ref();
                 Loaded::Vector(correction.map(|(name, _)| supply.vector(name)).transpose()?)

@@ -43,13 +43,20 @@ pub struct Convolution {
     pub activation: Option<Activation>,
 }
 
-/// The logarithms of decays: `−exp(rates) · ln(1 + exp(x + bias))`, for each head.
+/// The logarithms of decays: `−exp(rates) · step`, `step = clamp(ln(1 + exp(x + bias)))`, for each head.
 #[derive(Clone, Debug)]
 pub struct Decay {
     /// Tensor of the logarithms of rates, `[heads]`.
     pub rates: String,
     /// Tensor of what is added, `[heads]`.
     pub bias: String,
+    /// The shortest step and the longest.
+    pub limits: [f32; 2],
+}
+
+impl Decay {
+    /// Steps of any length.
+    pub const UNLIMITED: [f32; 2] = [0.0, f32::INFINITY];
 }
 
 impl DeltaNet {
@@ -60,13 +67,9 @@ impl DeltaNet {
 
     /// Its tensors that are no linears and no norms, with their shapes.
     pub(super) fn vectors(&self) -> Vec<(String, Vec<usize>)> {
-        let Convolution { tensor, bias, channels, taps, .. } = &self.convolution;
-        let heads = vec![self.shape.value_heads];
-        [(tensor.clone(), vec![*channels, 1, *taps]), (self.decay.rates.clone(), heads.clone())]
-            .into_iter()
-            .chain([(self.decay.bias.clone(), heads)])
-            .chain(bias.iter().map(|name| (name.clone(), vec![*channels])))
-            .collect()
+        let heads = [&self.decay.rates, &self.decay.bias];
+        let heads = heads.map(|name| (name.clone(), vec![self.shape.value_heads]));
+        self.convolution.vectors().chain(heads).collect()
     }
 
     /// Does something to every linear.
@@ -76,15 +79,14 @@ impl DeltaNet {
 
     /// Gives every tensor that is no linear's another name.
     pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
-        let DeltaNet { convolution: Convolution { tensor, bias, .. }, decay, norm, .. } = self;
-        let others = [tensor, &mut decay.rates, &mut decay.bias].into_iter().chain(bias).chain(&mut norm.weights);
+        let DeltaNet { convolution, decay, norm, .. } = self;
+        convolution.rename(name);
+        let others = [&mut decay.rates, &mut decay.bias].into_iter().chain(&mut norm.weights);
         others.for_each(|tensor| *tensor = name(tensor));
     }
 
     /// Numbers that a sequence leaves in memory however long it is: what the convolution still needs of the last tokens, and the state.
     pub fn state(&self) -> [u64; 2] {
-        let DeltaShape { value_heads, key_dim, value_dim, .. } = self.shape;
-        let Convolution { channels, taps, .. } = self.convolution;
-        [channels * (taps - 1), value_heads * key_dim * value_dim].map(|count| count as u64)
+        [self.convolution.last(), self.shape.state()]
     }
 }

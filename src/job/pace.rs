@@ -385,14 +385,16 @@ fn stages(graph: &Graph) -> Vec<(&Block, Vec<&Linear>, f64)> {
     let mut all = Vec::new();
     for block in &graph.blocks {
         for step in &block.steps {
-            let experts = match &step.layer {
-                Layer::Moe(moe) => moe.experts.len(),
-                _ => 0,
+            let (experts, before) = match &step.layer {
+                Layer::Moe(moe) => (moe.experts.len(), usize::from(moe.latent.is_some())),
+                _ => (0, 0),
             };
             for (index, stage) in step.layer.linears().into_iter().enumerate() {
                 // Each expert has two stages; those of what every token takes come last.
                 let share = match &step.layer {
-                    Layer::Moe(moe) if index < 2 * experts => moe.router.top_k as f64 / experts.max(1) as f64,
+                    Layer::Moe(moe) if (before..before + 2 * experts).contains(&index) => {
+                        moe.router.top_k as f64 / experts.max(1) as f64
+                    }
                     _ => 1.0,
                 };
                 if !stage.is_empty() {

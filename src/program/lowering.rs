@@ -4,7 +4,8 @@ use super::{Expert, Kept, Kind, Operation, Program, Value};
 use kernels::Activation;
 
 use crate::graph::{
-    Attention, Block, Convolution, DeltaNet, HeadNorms, Latent, Layer, Linear, Mlp, Moe, Norm, Projections, Step,
+    Attention, Block, Convolution, DeltaNet, GroupNorm, HeadNorms, Latent, Layer, Linear, Mamba, Mlp, Moe, Norm,
+    Projections, ShortConvolution, Step,
 };
 
 impl<'b> Program<'b> {
@@ -13,6 +14,8 @@ impl<'b> Program<'b> {
         let hidden = block.steps.iter().find_map(|step| match &step.layer {
             Layer::Attention(attention) => Some(attention.o.rows),
             Layer::Delta(delta) => Some(delta.out.rows),
+            Layer::Mamba(mamba) => Some(mamba.out.rows),
+            Layer::Short(short) => Some(short.out.rows),
             Layer::Mlp(mlp) => Some(mlp.down.rows),
             Layer::Moe(moe) => Some(moe.router.linear.cols),
             Layer::Opaque(_) => None,
@@ -20,8 +23,11 @@ impl<'b> Program<'b> {
         let program = Program { values: Vec::new(), operations: Vec::new() };
         let mut lowering = Lowering { program, hidden, expert: None };
         let mut stream = lowering.value("h", hidden, None);
+        let mut source = stream;
         for step in &block.steps {
-            let source = if block.parallel { Program::STREAM } else { stream };
+            if !block.parallel && !step.beside {
+                source = stream;
+            }
             stream = lowering.step(step, source, stream)?;
         }
         Some(lowering.end())
@@ -89,20 +95,19 @@ impl<'b> Lowering<'b> {
     /// `source` is what the step reads, `stream` what it adds to.
     fn step(&mut self, step: &'b Step, source: usize, stream: usize) -> Option<usize> {
         let y = match &step.layer {
-            Layer::Attention(attention) => {
-                let x = self.norm(step.pre.as_ref(), source, "x");
-                self.attention(attention, x)
-            }
-            Layer::Delta(delta) => {
-                let x = self.norm(step.pre.as_ref(), source, "x");
-                self.delta(delta, x)
-            }
-            Layer::Mlp(mlp) => {
-                let x = self.norm(step.pre.as_ref(), source, "x");
-                self.mlp(mlp, x, Kept::Room)
-            }
             Layer::Moe(moe) => self.mixture(moe, step.pre.as_ref(), source),
-            Layer::Opaque(_) => return None,
+            layer => {
+                let x = self.norm(step.pre.as_ref(), source, "x");
+                let x = self.scaled(x, step.given);
+                match layer {
+                    Layer::Attention(attention) => self.attention(attention, x),
+                    Layer::Delta(delta) => self.delta(delta, x),
+                    Layer::Mamba(mamba) => self.mamba(mamba, x),
+                    Layer::Short(short) => self.short(short, x),
+                    Layer::Mlp(mlp) => self.mlp(mlp, x, Kept::Room),
+                    Layer::Moe(_) | Layer::Opaque(_) => return None,
+                }
+            }
         };
         let y = self.norm(step.post.as_ref(), y, "y");
         Some(self.one(Kind::Add { scale: step.scale }, &[stream, y], "h", self.hidden))
@@ -169,6 +174,60 @@ impl<'b> Lowering<'b> {
         self.linears(vec![out], false, mixed, &["y"])[0]
     }
 
+    fn mamba(&mut self, mamba: &'b Mamba, x: usize) -> usize {
+        let Mamba { input, scales, convolution, shape, decay, skip, norm, activation, out } = mamba;
+        let mut made = self.linears(vec![input], false, x, &["z", "v", "B", "C", "dt"]);
+        for (value, scale) in made.iter_mut().zip(scales) {
+            *value = self.scaled(*value, *scale);
+        }
+        let [gate, mut v, mut k, mut q, dt]: [usize; 5] = made.try_into().expect("five parts");
+        let mut first = 0;
+        for value in [&mut v, &mut k, &mut q] {
+            self.convolve(convolution, first, value);
+            first += self.program.values[*value].width;
+        }
+        let decays = self.one(Kind::Decay(decay), &[dt], "decay", shape.value_heads);
+        let steps = self.one(Kind::Step(decay), &[dt], "step", shape.value_heads);
+        let width = shape.value_heads * shape.value_dim;
+        let mut mixed = self.one(Kind::Delta(*shape), &[q, k, v, decays, steps], "mix", width);
+        mixed = self.one(Kind::Skip { tensor: skip, head_dim: shape.value_dim }, &[mixed, v], "mix", width);
+        let (before, after) = match norm {
+            Some(norm) if norm.first => (Some(norm), None),
+            norm => (None, norm.as_ref()),
+        };
+        self.group_norm(before, &mut mixed);
+        mixed = self.one(Kind::Gate(*activation), &[gate, mixed], "mix", width);
+        self.group_norm(after, &mut mixed);
+        // As of attention.
+        self.keep(mixed, Kept::Always);
+        self.linears(vec![out], false, mixed, &["y"])[0]
+    }
+
+    fn group_norm(&mut self, norm: Option<&'b GroupNorm>, value: &mut usize) {
+        let Some(GroupNorm { norm, width, .. }) = norm else { return };
+        self.each(Kind::HeadNorm { norm, head_dim: *width }, std::slice::from_mut(value));
+    }
+
+    fn short(&mut self, short: &'b ShortConvolution, x: usize) -> usize {
+        let ShortConvolution { input, convolution, out } = short;
+        let made = self.linears(vec![input], false, x, &["B", "C", "v"]);
+        let product =
+            |this: &mut Self, a, b| this.one(Kind::Gate(Activation::Identity), &[a, b], "v", convolution.channels);
+        let mut v = product(self, made[0], made[2]);
+        self.convolve(convolution, 0, &mut v);
+        let mixed = product(self, made[1], v);
+        self.keep(mixed, Kept::Always);
+        self.linears(vec![out], false, mixed, &["y"])[0]
+    }
+
+    /// A value times a factor.
+    fn scaled(&mut self, mut value: usize, factor: f32) -> usize {
+        if factor != 1.0 {
+            self.each(Kind::Scale(factor), std::slice::from_mut(&mut value));
+        }
+        value
+    }
+
     /// Convolves a value, whose channels lie from `first` on in the convolution.
     fn convolve(&mut self, convolution: &'b Convolution, first: usize, value: &mut usize) {
         self.each(Kind::Convolve { convolution, first }, std::slice::from_mut(value));
@@ -203,25 +262,42 @@ impl<'b> Lowering<'b> {
     fn mlp(&mut self, mlp: &'b Mlp, x: usize, kept: Kept) -> usize {
         let names: &[&str] = if mlp.gated() { &["gate", "up"] } else { &["up"] };
         let made = self.linears(mlp.inputs.iter().collect(), false, x, names);
-        let inner = self.one(Kind::Activate(mlp.activation), &made, "a", mlp.inner());
+        let inner = match (mlp.scale == 1.0, &made[..]) {
+            (true, _) => self.one(Kind::Activate(mlp.activation), &made, "a", mlp.inner()),
+            (false, [gate, rest @ ..]) => {
+                let gate = self.scaled(*gate, mlp.scale);
+                let kind = if rest.is_empty() { Kind::Map(mlp.activation) } else { Kind::Gate(mlp.activation) };
+                self.one(kind, &[&[gate], rest].concat(), "a", mlp.inner())
+            }
+            (false, []) => unreachable!("a linear makes something"),
+        };
         self.keep(inner, kept);
         self.linears(vec![&mlp.down], false, inner, &["y"])[0]
     }
 
     fn mixture(&mut self, moe: &'b Moe, pre: Option<&'b Norm>, source: usize) -> usize {
-        let Moe { router, experts, shared, weigh_input } = moe;
+        let Moe { router, experts, shared, weigh_input, latent } = moe;
         let x = self.norm(pre, source, "x");
         let logits = self.linears(vec![&router.linear], true, x, &["logits"])[0];
         let routes = self.one(Kind::Route(router), &[logits], "routes", router.top_k);
-        let mut sum = self.one(Kind::Zeros, &[], "sum", self.hidden);
-        [routes, sum].into_iter().for_each(|value| self.keep(value, Kept::Always));
+        // In a space of their own experts need no norm.
+        let width = latent.as_ref().map_or(self.hidden, |latent| latent[0].rows);
+        let (source, pre) = match latent {
+            Some(latent) => (self.linears(vec![&latent[0]], false, x, &["l"])[0], None),
+            None => (source, pre),
+        };
+        let mut sum = self.one(Kind::Zeros, &[], "sum", width);
+        [routes, sum]
+            .into_iter()
+            .chain(latent.as_ref().map(|_| source))
+            .for_each(|value| self.keep(value, Kept::Always));
         for (index, expert) in experts.iter().enumerate() {
             self.expert = Some(Expert { index, routes });
             // Rows are normed one by one: those of one expert need no others.
-            let own = self.one(Kind::Tokens, &[source, routes], "t", self.hidden);
+            let own = self.one(Kind::Tokens, &[source, routes], "t", width);
             let mut x = self.norm(pre, own, "x");
             if *weigh_input {
-                x = self.one(Kind::Weigh, &[x, routes], "x", self.hidden);
+                x = self.one(Kind::Weigh, &[x, routes], "x", width);
             }
             // Both uses follow at once, and the tokens of one expert are few.
             let y = self.mlp(expert, x, Kept::Always);
@@ -229,6 +305,10 @@ impl<'b> Lowering<'b> {
             let expert = self.expert.take();
             sum = self.add_to_sum(kind, &[sum, y, routes]);
             self.program.operations.last_mut().expect("just added").expert = expert;
+        }
+        if let Some(latent) = latent {
+            sum = self.linears(vec![&latent[1]], false, sum, &["y"])[0];
+            self.keep(sum, Kept::Always);
         }
         if let Some((shared, gate)) = shared {
             let mut y = self.mlp(shared, x, Kept::Room);
@@ -243,7 +323,8 @@ impl<'b> Lowering<'b> {
 
     /// What comes of it stands where the sum stood, and is called as it was.
     fn add_to_sum(&mut self, kind: Kind<'b>, reads: &[usize]) -> usize {
-        let sum = self.one(kind, reads, "sum", self.hidden);
+        let width = self.program.values[reads[0]].width;
+        let sum = self.one(kind, reads, "sum", width);
         self.program.values[sum].number = 1;
         self.keep(sum, Kept::Always);
         sum

@@ -130,8 +130,19 @@ pub enum Kind<'b> {
     },
     /// The logarithms of decays, of what linears made.
     Decay(&'b Decay),
-    /// Linear attention by the gated delta rule, of queries, keys, values, the logarithms of decays, and how much is written.
+    /// How long the steps are in which a state space forgets that much, of what linears made.
+    Step(&'b Decay),
+    /// Linear attention whose state forgets, of queries, keys, values, the logarithms of decays, and how much is written.
     Delta(DeltaShape),
+    /// Adds to the first value the second times a number for each head.
+    Skip {
+        /// Tensor of these numbers.
+        tensor: &'b str,
+        /// Values of a head.
+        head_dim: usize,
+    },
+    /// Multiplies every value by this.
+    Scale(f32),
     /// Applies a function to every value.
     Map(Activation),
     /// `act(gate) · x` of values that are there.
@@ -188,6 +199,8 @@ impl Operation<'_> {
                 [tensor].into_iter().chain(bias).cloned().collect()
             }
             Kind::Decay(decay) => vec![decay.rates.clone(), decay.bias.clone()],
+            Kind::Step(decay) => vec![decay.bias.clone()],
+            Kind::Skip { tensor, .. } => vec![(*tensor).to_owned()],
             Kind::Route(router) => router.correction.iter().map(|(name, _)| name.clone()).collect(),
             _ => Vec::new(),
         }

@@ -4,7 +4,7 @@ use kernels::{Activation, NormKind};
 use serde::Serialize;
 
 use super::{Kept, Kind, Operation, Program, Value};
-use crate::graph::{Block, Norm, RopeScaling, Scoring};
+use crate::graph::{Block, Decay, Norm, RopeScaling, Scoring};
 use crate::words::{listed, one_line};
 
 /// What some blocks do that are alike.
@@ -176,9 +176,14 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             details.extend(shape.softcap.map(|cap| format!("softcap {cap}")));
             (call("attention"), details)
         }
-        Kind::Convolve { .. } | Kind::Decay(_) | Kind::Delta(_) | Kind::Map(_) | Kind::Gate(_) => {
-            said_of_state(operation, reads)
-        }
+        Kind::Convolve { .. }
+        | Kind::Decay(_)
+        | Kind::Step(_)
+        | Kind::Delta(_)
+        | Kind::Skip { .. }
+        | Kind::Scale(_)
+        | Kind::Map(_)
+        | Kind::Gate(_) => said_of_state(operation, reads),
         Kind::Activate(activation) => {
             let name = match activation {
                 Activation::SwigluOai { alpha, limit } => {
@@ -239,18 +244,32 @@ fn said_of_state(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<St
                 details,
             )
         }
-        Kind::Decay(_) => (call("decay"), Vec::new()),
+        Kind::Decay(decay) => (call("decay"), said_of_steps(decay)),
+        Kind::Step(decay) => (call("step"), said_of_steps(decay)),
+        Kind::Skip { .. } => (format!("{} + skip * {}", reads[0], reads[1]), Vec::new()),
+        Kind::Scale(factor) => only(format!("{factor} * {}", reads[0])),
         Kind::Delta(shape) => {
             let mut details = vec![format!("{} heads", shape.value_heads)];
             if shape.key_heads != shape.value_heads {
                 details.push(format!("{} of queries and keys", shape.key_heads));
             }
-            details.push(format!("scale {}", shape.scale));
-            (call("delta_rule"), details)
+            if shape.replaces || shape.scale != 1.0 {
+                details.push(format!("scale {}", shape.scale));
+            }
+            (call(if shape.replaces { "delta_rule" } else { "state_space" }), details)
         }
         Kind::Map(activation) => only(call(named(*activation))),
+        Kind::Gate(Activation::Identity) => only(format!("{} * {}", reads[0], reads[1])),
         Kind::Gate(activation) => only(format!("{}({}) * {}", named(*activation), reads[0], reads[1])),
         _ => unreachable!("one of these"),
+    }
+}
+
+fn said_of_steps(decay: &Decay) -> Vec<String> {
+    let [least, most] = decay.limits;
+    match decay.limits == Decay::UNLIMITED {
+        true => Vec::new(),
+        false => vec![format!("steps from {least} to {most}")],
     }
 }
 
@@ -265,6 +284,7 @@ fn named(activation: Activation) -> &'static str {
         Activation::SwigluOai { .. } => "swiglu_oai",
         Activation::Xielu { .. } => "xielu",
         Activation::Sigmoid => "sigmoid",
+        Activation::Identity => "identity",
     }
 }
 

@@ -44,7 +44,10 @@ impl<'b> Program<'b> {
         let mut found: Vec<(&Norm, Vec<&Linear>, bool)> = Vec::new();
         for reader in &self.operations {
             for value in &reader.reads {
-                let Some((norm, of)) = self.norm_of(*value) else { continue };
+                // What only multiplies it is read by others in its stead.
+                let Some((norm, of)) = self.norm_of(*value).filter(|_| !matches!(reader.kind, Kind::Scale(_))) else {
+                    continue;
+                };
                 if norm.weights.len() != 1 || !self.is_stream(of) {
                     continue;
                 }
@@ -65,9 +68,12 @@ impl<'b> Program<'b> {
         free.map(|(norm, readers, _)| Slot { producer: Producer::Norm(norm), readers }).collect()
     }
 
-    /// The norm that makes a value, and what it reads.
+    /// The norm that makes a value, or what is multiplied by a number to make it, and what the norm reads.
     fn norm_of(&self, value: usize) -> Option<(&'b Norm, usize)> {
-        let maker = self.maker(value)?;
+        let mut maker = self.maker(value)?;
+        if let Kind::Scale(_) = maker.kind {
+            maker = self.maker(maker.reads[0])?;
+        }
         let Kind::Norm(norm) = maker.kind else { return None };
         Some((norm, maker.reads[0]))
     }
@@ -78,9 +84,19 @@ impl<'b> Program<'b> {
         let mut between = self.maker(reader.reads[0])?;
         // A gate multiplies each channel by itself.
         if let Kind::Gate(_) = between.kind {
-            between = self.maker(between.reads[1])?;
+            let gated = self.maker(between.reads[1])?;
+            match gated.kind {
+                // Of what a linear makes, it is a feed-forward layer's.
+                Kind::Linear { .. } => {}
+                _ => between = gated,
+            }
         }
         let heads = match &between.kind {
+            // With a weight for each channel.
+            Kind::HeadNorm { norm, .. } if norm.weights.len() == 1 && norm.shape == [linears[0].cols] => {
+                return Some(Slot { producer: Producer::Norm(norm), readers: linears.clone() });
+            }
+            Kind::Gate(_) => None,
             Kind::Attention { shape, .. } => {
                 let repeat = shape.heads / shape.kv_heads;
                 (repeat > 1).then_some((shape.value_dim, repeat))

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::graph::{Attention, DeltaNet, Graph, Layer, Projections};
+use crate::graph::{Attention, Graph, Layer, Projections};
 
 /// Memory of cards as they are sold, in GiB.
 pub const CARDS: [u64; 9] = [4, 6, 8, 12, 16, 24, 32, 48, 80];
@@ -41,16 +41,15 @@ fn values(attention: &Attention) -> u64 {
     }
 }
 
-/// Bytes that one sequence leaves in a layer of linear attention, however long it is: a state in single precision, and what the convolution
+/// Bytes that one sequence leaves in a layer with a state, however long it is: the state in single precision, and what the convolution
 /// still needs of the last tokens, which llama.cpp keeps so too and others in 16 bits.
-fn state_bytes(delta: &DeltaNet, gguf: bool) -> u64 {
-    let [last, state] = delta.state();
+fn state_bytes([last, state]: [u64; 2], gguf: bool) -> u64 {
     4 * state + if gguf { 4 } else { 2 } * last
 }
 
 /// Bytes of the cache for `batch` sequences of `context` tokens each; `None` for a model of which only the linears are known.
 ///
-/// A layer that sees no further back than a window keeps no more tokens than that, and one of linear attention a state of its own size.
+/// A layer that sees no further back than a window keeps no more tokens than that, and one with a state takes the same for any context.
 pub fn cache_bytes(graph: &Graph, context: u64, batch: u64, ty: CacheType, gguf: bool) -> Option<u64> {
     if graph.opaque {
         return None;
@@ -62,7 +61,9 @@ pub fn cache_bytes(graph: &Graph, context: u64, batch: u64, ty: CacheType, gguf:
     };
     let of_layer = |layer: &Layer| match layer {
         Layer::Attention(attention) => of(attention),
-        Layer::Delta(delta) => state_bytes(delta, gguf),
+        Layer::Delta(delta) => state_bytes(delta.state(), gguf),
+        Layer::Mamba(mamba) => state_bytes(mamba.state(), gguf),
+        Layer::Short(short) => state_bytes([short.convolution.last(), 0], gguf),
         Layer::Mlp(_) | Layer::Moe(_) | Layer::Opaque(_) => 0,
     };
     let layers = graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);

@@ -108,7 +108,8 @@ pub fn fused(graph: &Graph) -> Vec<Vec<&Linear>> {
                 all.push(moe.experts.iter().map(|expert| &expert.down).collect());
                 all.extend(moe.shared.iter().map(|(shared, _)| shared.inputs.iter().collect()));
             }
-            Layer::Opaque(_) => {}
+            // One linear, however many parts it has.
+            Layer::Mamba(_) | Layer::Short(_) | Layer::Opaque(_) => {}
         }
     }
     all.retain(|group: &Vec<&Linear>| group.len() > 1);

@@ -66,6 +66,19 @@ fn refusal(held: &Held<'_>, runtime: Runtime, parts: usize) -> Option<String> {
             }
             by_columns(held, runtime, &delta.out, parts)
         }
+        Layer::Mamba(mamba) => {
+            let (heads, groups) = (mamba.shape.value_heads, mamba.shape.key_heads);
+            if !heads.is_multiple_of(parts) {
+                return Some(format!("{heads} heads of a state space are not divided by {parts}"));
+            }
+            // A single group is copied to every GPU.
+            if groups > 1 && !groups.is_multiple_of(parts) {
+                return Some(format!("{groups} groups of heads of a state space are not divided by {parts}"));
+            }
+            by_columns(held, runtime, &mamba.out, parts)
+        }
+        Layer::Short(short) => by_rows(held, &short.input, short.convolution.channels, parts)
+            .or_else(|| by_columns(held, runtime, &short.out, parts)),
         Layer::Mlp(mlp) => inner(held, runtime, mlp, parts),
         Layer::Moe(moe) => {
             let all = moe.experts.iter().chain(moe.shared.as_ref().map(|(shared, _)| shared));

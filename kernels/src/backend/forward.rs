@@ -35,7 +35,7 @@ impl AttentionShape {
     }
 }
 
-/// Shape of one layer of the gated delta rule.
+/// Shape of one layer of linear attention whose state forgets.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DeltaShape {
     /// Heads of the queries and the keys; divides `value_heads`, and each serves so many of them that follow each other.
@@ -48,6 +48,16 @@ pub struct DeltaShape {
     pub value_dim: usize,
     /// Factor on the queries, usually `key_dim^-1/2`.
     pub scale: f32,
+    /// What a token writes takes the place of what the state holds under its key (the gated delta rule), instead of being added to it (the
+    /// state spaces of Mamba 2, whose keys and queries are called B and C).
+    pub replaces: bool,
+}
+
+impl DeltaShape {
+    /// Numbers of the states of all heads.
+    pub fn state(&self) -> u64 {
+        (self.value_heads * self.key_dim * self.value_dim) as u64
+    }
 }
 
 /// How a slice of values is normalised.
@@ -77,6 +87,8 @@ pub struct RopeLayout {
 pub enum Activation {
     /// `x · σ(x)`.
     Silu,
+    /// `x`: as a gate, the product of both.
+    Identity,
     /// `x · Φ(x)`, `Φ` the normal distribution.
     Gelu,
     /// `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`.
@@ -295,13 +307,15 @@ pub trait Forward: Memory {
         activation: Option<Activation>,
         lengths: &[usize],
     ) -> Result<Self::Matrix>;
-    /// `x ← −rates · ln(1 + exp(x + bias))`: logarithms of decays, for each column a rate and a bias.
-    fn decays(&self, x: &mut Self::Matrix, rates: &[f32], bias: &[f32]) -> Result<()>;
+    /// `x ← −rates · clamp(ln(1 + exp(x + bias)))`: logarithms of decays, for each column a rate and a bias; `limits` are the least and the
+    /// most that a step may be.
+    fn decays(&self, x: &mut Self::Matrix, rates: &[f32], bias: &[f32], limits: [f32; 2]) -> Result<()>;
     /// The gated delta rule over each sequence: `S ← exp(decay) · S`, then `S ← S + k · β(v − Sᵀk)ᵀ`, then `out = scale · Sᵀq`, for
-    /// each head a state `S` `[key_dim, value_dim]` that is 0 before the first token of a sequence.
+    /// each head a state `S` `[key_dim, value_dim]` that is 0 before the first token of a sequence. Where the shape does not say that it
+    /// replaces, `S ← S + k · βvᵀ` (Mamba 2).
     ///
-    /// `q` and `k` are `[tokens, key_heads·key_dim]`, the keys no longer than 1, `v` and the result `[tokens, value_heads·value_dim]`,
-    /// `decay` (no positive values) and `beta` (from 0 to 1) `[tokens, value_heads]`.
+    /// `q` and `k` are `[tokens, key_heads·key_dim]`, `v` and the result `[tokens, value_heads·value_dim]`, `decay` (no positive values) and
+    /// `beta` `[tokens, value_heads]`. Where it replaces, keys are no longer than 1 and `beta` is from 0 to 1.
     fn delta_rule(
         &self,
         qkv: [&Self::Matrix; 3],

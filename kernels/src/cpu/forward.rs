@@ -202,10 +202,10 @@ impl Forward for Cpu {
         Ok(convolve::run(x.view(), weight, bias, activation, lengths))
     }
 
-    fn decays(&self, x: &mut Array2<f32>, rates: &[f32], bias: &[f32]) -> Result<()> {
+    fn decays(&self, x: &mut Array2<f32>, rates: &[f32], bias: &[f32], limits: [f32; 2]) -> Result<()> {
         expect("decays", "rates", x.ncols(), rates.len())?;
         expect("decays", "bias values", x.ncols(), bias.len())?;
-        delta::decays(x, rates, bias);
+        delta::decays(x, rates, bias, limits);
         Ok(())
     }
 

@@ -35,6 +35,7 @@ pub(super) fn code(activation: Activation) -> (i32, [f32; 4]) {
         Activation::SwigluOai { alpha, limit } => (5, [alpha, limit, 0.0, 0.0]),
         Activation::Xielu { positive, negative, beta, eps } => (6, [positive, negative, beta, eps]),
         Activation::Sigmoid => (7, [0.0; 4]),
+        Activation::Identity => (8, [0.0; 4]),
     }
 }
 
@@ -393,8 +394,8 @@ impl Forward for Cuda {
         self.convolved(x, weight, bias, activation, lengths)
     }
 
-    fn decays(&self, x: &mut Matrix, rates: &[f32], bias: &[f32]) -> Result<()> {
-        self.decayed(x, rates, bias)
+    fn decays(&self, x: &mut Matrix, rates: &[f32], bias: &[f32], limits: [f32; 2]) -> Result<()> {
+        self.decayed(x, rates, bias, limits)
     }
 
     fn delta_rule(

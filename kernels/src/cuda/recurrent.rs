@@ -1,4 +1,4 @@
-//! Layers with a state: short convolutions, decays, and the gated delta rule.
+//! Layers with a state: short convolutions, decays, and linear attention whose state forgets.
 
 use super::forward::code;
 use super::{Cuda, Matrix, Module, at, expect};
@@ -53,12 +53,20 @@ impl Cuda {
         Ok(y)
     }
 
-    pub(super) fn decayed(&self, x: &mut Matrix, rates: &[f32], bias: &[f32]) -> Result<()> {
+    pub(super) fn decayed(&self, x: &mut Matrix, rates: &[f32], bias: &[f32], [least, most]: [f32; 2]) -> Result<()> {
         expect("decays", "rates", x.cols, rates.len())?;
         expect("decays", "bias values", x.cols, bias.len())?;
         let (rates, bias) = (self.send(rates)?, self.send(bias)?);
         let pins = (x.buffer.pin()?, rates.pin()?, bias.pin()?);
-        let args = [pins.0.arg(), pins.1.arg(), pins.2.arg(), (x.rows as i64).into(), (x.cols as i32).into()];
+        let args = [
+            pins.0.arg(),
+            pins.1.arg(),
+            pins.2.arg(),
+            (x.rows as i64).into(),
+            (x.cols as i32).into(),
+            least.into(),
+            most.into(),
+        ];
         self.each(&RECURRENT, "decays", x.rows * x.cols, &args)
     }
 
@@ -71,7 +79,7 @@ impl Cuda {
         lengths: &[usize],
     ) -> Result<Matrix> {
         expect_delta([q, k, v, decay, beta].map(|m| [m.rows, m.cols]), shape, lengths)?;
-        let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale } = *shape;
+        let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces } = *shape;
         let lanes = key_dim.div_ceil(HELD).next_power_of_two();
         if lanes > 32 {
             let expected = format!("keys of at most {} values a head", 32 * HELD);
@@ -102,6 +110,7 @@ impl Cuda {
             (value_dim as i32).into(),
             (lanes as i32).into(),
             scale.into(),
+            i32::from(replaces).into(),
         ];
         let columns = BLOCK as usize / lanes;
         let grid = [lengths.len() * value_heads, value_dim.div_ceil(columns), 1];

@@ -45,6 +45,7 @@ __device__ __forceinline__ float activation_of(int kind, float x, Numbers of) {
             float curve = x > 0.0f ? of.a * x * x : of.b * (exp_as_cpu(exponent) - 1.0f - x);
             return curve + of.c * x;
         }
+        case 8: return x;
         default: return 1.0f / sigmoid_of(x);
     }
 }

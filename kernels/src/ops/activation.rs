@@ -14,6 +14,7 @@ pub fn reference(activation: Activation, x: f32) -> f32 {
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
     let value = match activation {
         Activation::Silu => x * sigmoid(x),
+        Activation::Identity => x,
         Activation::Gelu => 0.5 * x * libm::erfc(-x * std::f64::consts::FRAC_1_SQRT_2),
         Activation::GeluTanh => {
             0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
@@ -60,6 +61,7 @@ simd_fn! {
     pub(super) fn run_chunk(activation: Activation, x: &mut [f32]) {
         match activation {
             Activation::Silu => each(x, silu),
+            Activation::Identity => {}
             Activation::Gelu => each(x, gelu),
             Activation::GeluTanh => each(x, gelu_tanh),
             Activation::Relu => each(x, relu),
@@ -82,6 +84,7 @@ simd_fn! {
     pub(super) fn gate_chunk(activation: Activation, gate: &mut [f32], up: &[f32]) {
         match activation {
             Activation::Silu => product(gate, up, silu),
+            Activation::Identity => product(gate, up, |x| x),
             Activation::Gelu => product(gate, up, gelu),
             Activation::GeluTanh => product(gate, up, gelu_tanh),
             Activation::Relu => product(gate, up, relu),
@@ -176,7 +179,8 @@ fn xielu(x: f32, [positive, negative, beta, eps]: [f32; 4]) -> f32 {
 
 /// Every form, for tests.
 #[cfg(test)]
-pub(super) const ALL: [Activation; 8] = [
+pub(super) const ALL: [Activation; 9] = [
+    Activation::Identity,
     Activation::Silu,
     Activation::Gelu,
     Activation::GeluTanh,

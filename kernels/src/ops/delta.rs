@@ -1,11 +1,13 @@
-//! The gated delta rule (Yang et al. 2024, arXiv:2412.06464): linear attention whose state forgets, and that replaces what the state holds
-//! under a key instead of adding to it.
+//! Linear attention whose state forgets: the gated delta rule (Yang et al. 2024, arXiv:2412.06464), which replaces what the state holds under a
+//! key, and the state spaces of Mamba 2 (Dao and Gu 2024, arXiv:2405.21060), which add to it.
 //!
 //! A task takes one head of one sequence and goes through it in chunks. Within a chunk of `C` tokens, with `c` the decays summed up from its
 //! beginning, what the tokens write is the solution `U` of a triangular system,
 //! `(1 + tril(diag(β) (K Kᵀ ⊙ D), −1)) U = diag(β) (V − diag(eᶜ) K S)` with `D[i, j] = exp(c[i] − c[j])`: the UT form of the product of
 //! Householder-like factors (Yang et al. 2024, arXiv:2406.06484). Then the result is `diag(eᶜ) Q S + tril(Q Kᵀ ⊙ D) U`, and the state
 //! becomes `e^c[C] S + Kᵀ diag(e^(c[C] − c)) U`. So all but the solving are products, and the cost grows with the tokens, not with their square.
+//! Where the state is only added to, `U` is `diag(β) V`, and nothing is solved: this is the duality of a state space with one decay a head and
+//! attention (SSD).
 
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
@@ -29,7 +31,7 @@ pub fn reference(
     shape: &DeltaShape,
     lengths: &[usize],
 ) -> Array2<f32> {
-    let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale } = *shape;
+    let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces } = *shape;
     let mut out = Array2::zeros((q.nrows(), value_heads * value_dim));
     let mut start = 0;
     for &length in lengths {
@@ -42,6 +44,7 @@ pub fn reference(
                 state *= f64::from(decay[[token, head]]).exp();
                 for e in 0..value_dim {
                     let held: f64 = (0..key_dim).map(|d| state[[d, e]] * key(d)).sum();
+                    let held = if replaces { held } else { 0.0 };
                     let change = f64::from(beta[[token, head]]) * (f64::from(v[[token, head * value_dim + e]]) - held);
                     (0..key_dim).for_each(|d| state[[d, e]] += key(d) * change);
                     let read: f64 = (0..key_dim).map(|d| state[[d, e]] * query(d)).sum();
@@ -134,7 +137,7 @@ impl Scratch {
         first: bool,
         target: Shared<f32>,
     ) {
-        let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale } = layer.shape;
+        let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces } = layer.shape;
         let key_head = head / (value_heads / key_heads);
         let (key_cols, value_cols) = (key_heads * key_dim, value_heads * value_dim);
         let Scratch { state, between, pairs, written, sums, since } = self;
@@ -164,23 +167,31 @@ impl Scratch {
             let out = target.at(start * value_cols + head * value_dim);
             let out_row = |row: usize| std::slice::from_raw_parts_mut(out.add(row * value_cols), value_dim);
             // K S and Q S, which are nothing yet where the state is.
+            let product = [count, value_dim, key_dim];
             if !first {
-                let product = [count, value_dim, key_dim];
-                gemm(product, written_at, [value_dim, 1], false, keys, key_rows, state_at, [value_dim, 1], [0.0, 1.0]);
                 gemm(product, out, [value_cols, 1], false, queries, key_rows, state_at, [value_dim, 1], [0.0, scale]);
                 (0..count).for_each(|row| scale_by(out_row(row), since[row]));
-            } else {
+            }
+            if first || !replaces {
                 written.fill(0.0);
+            } else {
+                gemm(product, written_at, [value_dim, 1], false, keys, key_rows, state_at, [value_dim, 1], [0.0, 1.0]);
             }
             let by_key = [count, count, key_dim];
-            gemm(by_key, pairs.as_mut_ptr(), [count, 1], false, keys, key_rows, keys, [1, key_cols], [0.0, 1.0]);
+            if replaces {
+                gemm(by_key, pairs.as_mut_ptr(), [count, 1], false, keys, key_rows, keys, [1, key_cols], [0.0, 1.0]);
+            }
             for row in 0..count {
                 let beta = layer.beta[(start + row) * value_heads + head];
-                multiply(&mut pairs[row * count..][..row], &between[row * count..][..row], beta);
+                if replaces {
+                    multiply(&mut pairs[row * count..][..row], &between[row * count..][..row], beta);
+                }
                 let values = &layer.v[(start + row) * value_cols + head * value_dim..][..value_dim];
                 correct(&mut written[row * value_dim..][..value_dim], values, since[row], beta);
             }
-            solve(pairs, written, [count, value_dim]);
+            if replaces {
+                solve(pairs, written, [count, value_dim]);
+            }
             gemm(by_key, pairs.as_mut_ptr(), [count, 1], false, queries, key_rows, keys, [1, key_cols], [0.0, scale]);
             for row in 0..count {
                 multiply(&mut pairs[row * count..][..=row], &between[row * count..][..=row], 1.0);
@@ -277,12 +288,12 @@ simd_fn! {
     }
 }
 
-/// `x ← −rate · ln(1 + exp(x + bias))`, a rate and a bias for each column.
-pub fn decays(x: &mut Array2<f32>, rates: &[f32], bias: &[f32]) {
+/// `x ← −rate · clamp(ln(1 + exp(x + bias)))`, a rate and a bias for each column, and the same limits for all.
+pub fn decays(x: &mut Array2<f32>, rates: &[f32], bias: &[f32], [least, most]: [f32; 2]) {
     for mut row in x.rows_mut() {
         for ((x, rate), bias) in row.iter_mut().zip(rates).zip(bias) {
             let shifted = *x + bias;
-            *x = -rate * (shifted.max(0.0) + (-shifted.abs()).exp().ln_1p());
+            *x = -rate * (shifted.max(0.0) + (-shifted.abs()).exp().ln_1p()).max(least).min(most);
         }
     }
 }
@@ -326,39 +337,52 @@ pub(crate) mod tests {
             lengths in prop::collection::vec(prop_oneof![0usize..5, 60usize..70, 120usize..200], 1..4), seed: u64,
         ) {
             let scale = (key_dim as f32).powf(-0.5);
-            check(DeltaShape { key_heads, value_heads: key_heads * of_each, key_dim, value_dim, scale }, &lengths, seed);
+            let value_heads = key_heads * of_each;
+            for replaces in [true, false] {
+                check(DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces }, &lengths, seed);
+            }
         }
     }
 
     #[test]
     fn agrees_with_the_plain_loop_over_many_chunks() {
-        check(DeltaShape { key_heads: 1, value_heads: 2, key_dim: 128, value_dim: 128, scale: 0.0884 }, &[700, 64], 3);
+        for replaces in [true, false] {
+            let shape =
+                DeltaShape { key_heads: 1, value_heads: 2, key_dim: 128, value_dim: 128, scale: 0.0884, replaces };
+            check(shape, &[700, 64], 3);
+        }
     }
 
     #[test]
     fn a_state_that_forgets_all_at_once_stays_finite() {
-        let shape = DeltaShape { key_heads: 1, value_heads: 1, key_dim: 4, value_dim: 4, scale: 0.5 };
+        let shape = DeltaShape { key_heads: 1, value_heads: 1, key_dim: 4, value_dim: 4, scale: 0.5, replaces: true };
         let [q, k, v, mut decay, beta] = layer(&mut Noise(5), 200, &shape);
         for (token, row) in decay.rows_mut().into_iter().enumerate() {
             row.into_iter().for_each(|x| *x = [0.0, -1e-6, -30.0, -3000.0][token % 4]);
         }
         let [q, k, v, decay, beta] = [&q, &k, &v, &decay, &beta].map(|m| m.view());
-        let fast = run([q, k, v], decay, beta, &shape, &[200]);
-        let slow = reference([q, k, v], decay, beta, &shape, &[200]);
-        close(fast.as_slice().unwrap(), slow.as_slice().unwrap(), 3e-6);
+        for shape in [shape, DeltaShape { replaces: false, ..shape }] {
+            let fast = run([q, k, v], decay, beta, &shape, &[200]);
+            let slow = reference([q, k, v], decay, beta, &shape, &[200]);
+            close(fast.as_slice().unwrap(), slow.as_slice().unwrap(), 3e-6);
+        }
     }
 
     #[test]
     fn decays_are_never_positive_and_agree_with_the_plain_form() {
         let mut x = Array2::from_shape_fn((41, 2), |(row, _)| row as f32 * 5.0 - 100.0);
         let before = x.clone();
-        decays(&mut x, &[1.0, 7.5], &[0.0, -0.25]);
+        let mut limited = x.clone();
+        decays(&mut x, &[1.0, 7.5], &[0.0, -0.25], [0.0, f32::INFINITY]);
+        decays(&mut limited, &[1.0, 7.5], &[0.0, -0.25], [0.5, 20.0]);
         for ((row, col), found) in x.indexed_iter() {
             let shifted = f64::from(before[[row, col]]) + [0.0, -0.25][col];
             let softplus = if shifted > 40.0 { shifted } else { shifted.exp().ln_1p() };
-            let expected = -[1.0, 7.5][col] * softplus;
-            let error = (f64::from(*found) - expected).abs();
-            assert!(error <= 1e-6 * expected.abs() + 1e-40 && *found <= 0.0, "{found}, not {expected}");
+            for (found, softplus) in [(*found, softplus), (limited[[row, col]], softplus.clamp(0.5, 20.0))] {
+                let expected = -[1.0, 7.5][col] * softplus;
+                let error = (f64::from(found) - expected).abs();
+                assert!(error <= 1e-6 * expected.abs() + 1e-40 && found <= 0.0, "{found}, not {expected}");
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-// Layers with a state: short convolutions, decays, and the gated delta rule.
+// Layers with a state: short convolutions, decays, and linear attention whose state forgets.
 
 // y[t, c] = act(bias[c] + Σ weight[c, j] · x[t − taps + 1 + j, c]) within sequences, of whose tokens `positions` says which they are; a thread
 // for each value. `kind` is that of an activation, with its numbers, or −1.
@@ -16,14 +16,16 @@ KERNEL(convolve)(
 }
 EXPORT(convolve)
 
-// x ← −rates · ln(1 + exp(x + bias)), for each column a rate and a bias.
-KERNEL(decays)(float *x, const float *rates, const float *bias, i64 rows, int cols) {
+// x ← −rates · clamp(ln(1 + exp(x + bias))), for each column a rate and a bias.
+KERNEL(decays)(float *x, const float *rates, const float *bias, i64 rows, int cols, float least, float most) {
     i64 count = rows * cols;
     for (i64 i = global_index(); i < count; i += global_stride()) {
         int col = (int)(i % cols);
         float shifted = x[i] + bias[col];
         float positive = shifted < 0.0f ? 0.0f : shifted;
-        x[i] = -rates[col] * (positive + log1pf(exp_as_cpu(-fabsf(shifted))));
+        float step = positive + log1pf(exp_as_cpu(-fabsf(shifted)));
+        step = step < least ? least : step;
+        x[i] = -rates[col] * (step > most ? most : step);
     }
 }
 EXPORT(decays)
@@ -37,12 +39,12 @@ __device__ __forceinline__ float group_sum(float value, int lanes) {
     return value;
 }
 
-// The gated delta rule, token by token. A block has a head of a sequence (blockIdx.x) and some columns of its state (blockIdx.y); `lanes`
+// The gated delta rule, or with `replaces` 0 a state that is only added to, token by token. A block has a head of a sequence (blockIdx.x) and some columns of its state (blockIdx.y); `lanes`
 // threads hold a column, of which thread l has the values l, l + lanes, … So columns need nothing of each other, and the state stays in
 // registers. `sequences` has the first token and the number of tokens of each.
 KERNEL(delta_rule)(
     float *out, const float *q, const float *k, const float *v, const float *decay, const float *beta, const int *sequences,
-    int key_heads, int value_heads, int key_dim, int value_dim, int lanes, float scale) {
+    int key_heads, int value_heads, int key_dim, int value_dim, int lanes, float scale, int replaces) {
     int head = blockIdx.x % value_heads, sequence = blockIdx.x / value_heads;
     int start = sequences[2 * sequence], length = sequences[2 * sequence + 1];
     int lane = threadIdx.x % lanes, col = blockIdx.y * (blockDim.x / lanes) + threadIdx.x / lanes;
@@ -65,7 +67,7 @@ KERNEL(delta_rule)(
             state[i] *= kept;
             held += state[i] * keys[i];
         }
-        held = group_sum(held, lanes);
+        held = replaces ? group_sum(held, lanes) : 0.0f;
         float change = beta[at] * (v[at * value_dim + column] - held), read = 0.0f;
 #pragma unroll
         for (int i = 0; i < HELD; i++) {

@@ -40,16 +40,18 @@ fn the_delta_rule_agrees_with_the_plain_loop() {
         (2, 2, 300, 2, vec![5, 4]),
     ] {
         let scale = (key_dim as f32).powf(-0.5);
-        let shape = DeltaShape { key_heads, value_heads, key_dim, value_dim, scale };
-        let all = delta::tests::layer(&mut noise, lengths.iter().sum(), &shape);
-        let found = on_all(|cuda| {
-            let [q, k, v, decay, beta] = all.each_ref().map(|m| cuda.upload(m.clone()).unwrap());
-            cuda.download(&cuda.delta_rule([&q, &k, &v], &decay, &beta, &shape, &lengths).unwrap()).unwrap()
-        });
-        let Some(found) = found else { return };
-        let [q, k, v, decay, beta] = all.each_ref().map(|m| m.view());
-        let expected = delta::reference([q, k, v], decay, beta, &shape, &lengths);
-        close(found.as_slice().unwrap(), expected.as_slice().unwrap(), 3e-6);
+        for replaces in [true, false] {
+            let shape = DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces };
+            let all = delta::tests::layer(&mut noise, lengths.iter().sum(), &shape);
+            let found = on_all(|cuda| {
+                let [q, k, v, decay, beta] = all.each_ref().map(|m| cuda.upload(m.clone()).unwrap());
+                cuda.download(&cuda.delta_rule([&q, &k, &v], &decay, &beta, &shape, &lengths).unwrap()).unwrap()
+            });
+            let Some(found) = found else { return };
+            let [q, k, v, decay, beta] = all.each_ref().map(|m| m.view());
+            let expected = delta::reference([q, k, v], decay, beta, &shape, &lengths);
+            close(found.as_slice().unwrap(), expected.as_slice().unwrap(), 3e-6);
+        }
     }
 }
 
@@ -61,7 +63,7 @@ fn decays_lengths_and_gates_are_those_of_the_cpu() {
     let found = on_all(|cuda| {
         let (mut decays, mut lengths, mut both) =
             (cuda.upload(x.clone()).unwrap(), cuda.upload(x.clone()).unwrap(), cuda.upload(gate.clone()).unwrap());
-        cuda.decays(&mut decays, &rates, &bias).unwrap();
+        cuda.decays(&mut decays, &rates, &bias, [0.25, 8.0]).unwrap();
         cuda.norm_heads(&mut lengths, 8, NormKind::Length, &[1.0; 8], None, 1e-3).unwrap();
         cuda.gate(&mut both, &cuda.upload(x.clone()).unwrap(), Activation::Sigmoid).unwrap();
         let mut alone = cuda.upload(gate.clone()).unwrap();
@@ -71,7 +73,7 @@ fn decays_lengths_and_gates_are_those_of_the_cpu() {
     });
     let Some([decays, lengths, both, alone, again]) = found else { return };
     let mut expected = x.clone();
-    delta::decays(&mut expected, &rates, &bias);
+    delta::decays(&mut expected, &rates, &bias, [0.25, 8.0]);
     close(decays.as_slice().unwrap(), expected.as_slice().unwrap(), 1e-6);
     let expected = norm::reference(x.view(), 8, NormKind::Length, &[1.0; 8], None, 1e-3);
     close(lengths.as_slice().unwrap(), expected.as_slice().unwrap(), 3e-6);
