@@ -11,7 +11,7 @@ use ndarray::Array2;
 
 use crate::error::{Error, Result};
 use crate::mixes::is_substitution;
-use crate::report::LinearReport;
+use crate::report::{LinearReport, Recovery};
 use crate::words::listed;
 
 /// The largest half.
@@ -231,6 +231,7 @@ pub fn notes(linears: &[LinearReport], others: &[(String, f64)]) -> Vec<String> 
     for (fallback, names) in fallbacks {
         notes.push(format!("{} of {all} linears ({}): {fallback}", names.len(), listed(&names)));
     }
+    notes.extend(recovered(linears));
     let lost = |share: Option<f64>| share.filter(|share| *share >= TOLD_OF_GROUPS);
     let mut shares: Vec<(&str, f64)> =
         linears.iter().filter_map(|linear| Some((linear.name.as_str(), lost(linear.lost)?))).collect();
@@ -254,6 +255,25 @@ pub fn notes(linears: &[LinearReport], others: &[(String, f64)]) -> Vec<String> 
         ));
     }
     notes
+}
+
+/// What there is to say of weights that lay on a grid already.
+fn recovered(linears: &[LinearReport]) -> Option<String> {
+    let count = |of: Recovery| linears.iter().filter(|linear| linear.recovered == Some(of)).count();
+    let (exact, nearly) = (count(Recovery::Exact), count(Recovery::NearestScales));
+    let all = linears.len();
+    let told = match (exact, nearly) {
+        (0, 0) => return None,
+        (_, 0) => "scale and code of each were recovered, and nothing of them is lost".to_owned(),
+        (0, _) => "every code was recovered, and the scales are the nearest ones that the file can store".to_owned(),
+        _ => format!(
+            "every code was recovered; nothing is lost of {exact}, and the scales of {nearly} are the nearest ones that the file can store"
+        ),
+    };
+    Some(format!(
+        "the weights of {} of {all} linears lay on a grid of the output's already, as after quantization-aware training: {told}",
+        exact + nearly
+    ))
 }
 
 /// What there is to say of experts that few tokens were sent to.

@@ -19,6 +19,7 @@ pub use cpu::Cpu;
 pub use cuda::Cuda;
 pub use error::Error;
 pub use ops::apart::global_scale;
+pub use ops::lattice::{Recovered, recover};
 
 /// What a device operation returns.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -1,12 +1,14 @@
 //! What there is to say of a run before its work.
 
 use calibration::statistics::Needs;
-use kernels::Backend;
+use formats::{Encoding, Float, Scheme};
+use kernels::{Backend, GridSpec, recover};
+use ndarray::Array2;
 
 use crate::checkpoint::Checkpoint;
 use crate::families;
-use crate::graph::Graph;
-use crate::targets::Target;
+use crate::graph::{Graph, Linear, Stored};
+use crate::targets::{Placement, Target};
 
 /// What there is to say before the work, whichever output it is.
 pub(super) struct Remarks {
@@ -14,6 +16,8 @@ pub(super) struct Remarks {
     /// Components that are no part of the language model.
     aside: Vec<String>,
     experts: bool,
+    /// The grid on which its weights lie already.
+    trained: Option<TrainedGrid>,
     /// Of its tokenizer.
     pub(super) tokenizer: Vec<String>,
     /// Of the text that is measured.
@@ -42,7 +46,8 @@ impl Remarks {
         let prefixes = graph.aside.iter().filter(|(prefix, _)| there(prefix));
         let prefixes = prefixes.map(|(prefix, _)| prefix.trim_end_matches('.').to_owned());
         let aside = if graph.opaque { Vec::new() } else { prefixes.collect() };
-        Remarks { model, aside, experts: graph.has_experts(), tokenizer: Vec::new(), held_out: Vec::new() }
+        let trained = TrainedGrid::of(graph, source);
+        Remarks { model, aside, experts: graph.has_experts(), trained, tokenizer: Vec::new(), held_out: Vec::new() }
     }
 
     /// All that is to be said of a target, with what was said of its calibration text.
@@ -55,6 +60,7 @@ impl Remarks {
             let done = if target.carries_others() { "copied as they are" } else { "left out" };
             notes.push(format!("not part of the language model, and {done}: {}", self.aside.join(", ")));
         }
+        notes.extend(self.trained.as_ref().and_then(|trained| trained.told(target)));
         notes.extend(self.tokenizer.iter().cloned());
         notes.extend(recipe.notes.iter().cloned());
         if recipe.moe_all_experts && !self.experts && calibrates {
@@ -68,5 +74,61 @@ impl Remarks {
         let more: Vec<String> = own.after.into_iter().filter(|note| !notes.contains(note)).collect();
         notes.extend(more);
         notes
+    }
+}
+
+/// A grid of integers on which the weights of a model lie already, as quantization-aware training leaves them: told by the first rows of
+/// some of its linears.
+struct TrainedGrid {
+    scheme: Scheme,
+    /// What was looked at, each with its first row `[1, in]`.
+    rows: Vec<(Linear, Array2<f32>)>,
+}
+
+impl TrainedGrid {
+    /// The one with the fewest bits, in the widest groups; `None` where any of the rows lies on none.
+    fn of(graph: &Graph, source: &Checkpoint) -> Option<TrainedGrid> {
+        let plain: Vec<_> = graph.linears().filter(|linear| linear.stored == Stored::Plain).collect();
+        let mut rows = Vec::new();
+        for linear in plain.iter().step_by(plain.len().div_ceil(4).max(1)) {
+            let mut row = vec![0.0; linear.cols];
+            source.load_rows(&linear.weight(), &[0], &mut row).ok()?;
+            // A row of zeros lies on every grid.
+            if row.iter().any(|x| *x != 0.0) {
+                rows.push((Linear::clone(linear), Array2::from_shape_vec((1, linear.cols), row).ok()?));
+            }
+        }
+        let narrowest = rows.iter().map(|(_, row)| row.ncols()).min()?;
+        let groups = [None, Some(256), Some(128), Some(64), Some(32), Some(16)];
+        let groups = groups.into_iter().filter(|group| group.is_none_or(|group| group < narrowest));
+        let schemes = groups.flat_map(|group| {
+            [2, 3, 4].into_iter().flat_map(move |bits| [true, false].map(|symmetric| Scheme { bits, group, symmetric }))
+        });
+        let mut schemes = schemes.filter(|scheme| {
+            let encoding = scheme.encoding(Float::F32, 0);
+            rows.iter().all(|(_, row)| recover(row.view(), &GridSpec::of(encoding, row.ncols())).is_some())
+        });
+        schemes.next().map(|scheme| TrainedGrid { scheme, rows })
+    }
+
+    /// What there is to say where a target cannot hold it.
+    fn told<B: Backend>(&self, target: &dyn Target<B>) -> Option<String> {
+        let held = |(linear, row): &(Linear, Array2<f32>)| {
+            let holds = |encoding: &Encoding| {
+                !encoding.has_codes() || recover(row.view(), &GridSpec::of(*encoding, row.ncols())).is_some()
+            };
+            let plain = |placement: &&Placement| placement.columns.is_none() && !placement.transposed;
+            target.placements(linear).iter().filter(plain).all(|placement| holds(&placement.encoding))
+        };
+        if self.rows.iter().all(held) {
+            return None;
+        }
+        let Scheme { bits, group, symmetric } = self.scheme;
+        let groups = group.map_or("whole rows".to_owned(), |group| format!("groups of {group}"));
+        let zeros = if symmetric { "" } else { ", with zeros," };
+        Some(format!(
+            "the weights lie on a grid of {bits} bits in {groups}{zeros} already, as after quantization-aware training, and this output \
+             cannot hold them as they are: a scheme of {bits} bits in such groups loses nothing of them"
+        ))
     }
 }

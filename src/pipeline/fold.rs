@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
+use calibration::solvers::recovered;
 use calibration::statistics::{Needs, Statistics};
 use calibration::transforms::{Awq, Slot as Scaled, Tie};
 use formats::tensor::{narrow, widen};
@@ -114,6 +115,14 @@ impl<B: Backend> Walk<'_, '_, B> {
                 // A reader that stays as it is would be rounded in the model's own type after the scaling.
                 None => return Ok(None),
             }
+        }
+        // Scales would move weights off a grid on which they lie to the bit.
+        let mut on_grid = true;
+        for (reader, spec) in readers.iter().zip(&specs) {
+            on_grid = on_grid && recovered(self.backend, &self.prepared[&reader.module].matrix, spec)?.is_some();
+        }
+        if on_grid {
+            return Ok(None);
         }
         let weights = readers.iter().map(|l| &self.prepared[&l.module].matrix);
         let slot = Scaled { readers: weights.zip(&specs).collect(), statistics, tie };

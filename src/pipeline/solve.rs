@@ -22,7 +22,7 @@ use crate::output::behind::Behind;
 use crate::output::journal::{Finished, Journal};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
-use crate::report::{LinearReport, Stages};
+use crate::report::{LinearReport, Recovery, Stages};
 use crate::rest::Lost;
 use crate::targets::{Placement, Sink, Solved, Target, Write, described};
 use crate::words::called;
@@ -121,6 +121,8 @@ struct Found {
     damp: Option<f64>,
     /// Weights that no scale holds.
     lost: usize,
+    /// Of every placement whether it was recovered to the bit, where it lay on a grid already.
+    exact: Vec<Option<bool>>,
     swept: bool,
 }
 
@@ -173,6 +175,7 @@ impl<'a, B: Backend> Task<'a, B> {
         self.done.seconds.solve += seconds;
         let report = LinearReport {
             fallback: self.target.fallback(linear),
+            recovered: rounded.recovered,
             lost: share_of(rounded.lost, linear.rows * linear.cols),
             seconds,
             ..blank(linear, &rounded.encoding)
@@ -225,6 +228,7 @@ impl<'a, B: Backend> Task<'a, B> {
                 fallback: (!fallbacks.is_empty()).then(|| fallbacks.join("; ")),
                 proxy_loss: found.proxy_loss.map(|loss| loss / count),
                 relative_error: found.relative_error,
+                recovered: Recovery::of(found.exact),
                 lost: share_of(found.lost, linear.rows * linear.cols),
                 seconds: seconds * own,
                 ..blank(linear, &placements[0].encoding)
@@ -361,6 +365,7 @@ impl<'a, B: Backend> Task<'a, B> {
                     Ok([backend.download(wanted)?, backend.download(&solution.dequantized)?])
                 })?;
             }
+            found.exact.push(solution.recovered);
             if let Some(loss) = solution.proxy_loss {
                 *found.proxy_loss.get_or_insert(0.0) += loss;
             }
@@ -543,6 +548,7 @@ fn blank(linear: &Linear, encoding: &Encoding) -> LinearReport {
         fallback: None,
         proxy_loss: None,
         relative_error: None,
+        recovered: None,
         lost: None,
         seconds: 0.0,
     }

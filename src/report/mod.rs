@@ -111,11 +111,33 @@ pub struct LinearReport {
     pub proxy_loss: Option<f64>,
     /// Share of the output's energy that is lost.
     pub relative_error: Option<f64>,
+    /// Whether its weights lay on a grid of this kind already, as after quantization-aware training, and scale and code of each were recovered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovered: Option<Recovery>,
     /// Share of its weights that are too small for the scales that the file stores, and lost.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lost: Option<f64>,
     /// Time to choose its codes.
     pub seconds: f64,
+}
+
+/// How weights that lay on a grid already were recovered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recovery {
+    /// Every weight to the bit, in the precision of the original.
+    Exact,
+    /// But for scales that the file's precision lacks, which are its nearest ones.
+    NearestScales,
+}
+
+impl Recovery {
+    /// Whether it is `exact`; of several parts the worst.
+    pub fn of(exact: impl IntoIterator<Item = Option<bool>>) -> Option<Recovery> {
+        let all: Option<Vec<bool>> = exact.into_iter().collect();
+        let all = all.filter(|all| !all.is_empty())?;
+        Some(if all.into_iter().all(|exact| exact) { Recovery::Exact } else { Recovery::NearestScales })
+    }
 }
 
 /// Channel scales that were folded into the model before it was quantized.

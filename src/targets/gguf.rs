@@ -3,8 +3,9 @@
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use calibration::solvers::{Observer, pack_rows, searched};
+use calibration::solvers::{Observer, Rows, lies_on_grid, pack_rows, searched};
 use calibration::statistics::Needs;
 use formats::container::gguf::MetadataValue;
 use formats::{Dtype, Encoding, Follower, GgmlType, GgufTensor, GgufWriter, TensorView};
@@ -27,7 +28,7 @@ use crate::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assig
 use crate::output::Staging;
 use crate::plan::check_tensors;
 use crate::recipe::{GgufRecipe, Recipe, Said};
-use crate::report::{Fate, TensorReport, papers_beside};
+use crate::report::{Fate, Recovery, TensorReport, papers_beside};
 use crate::rest::Lost;
 use crate::stray::Strays;
 use crate::words::called;
@@ -488,7 +489,7 @@ impl File<'_> {
                         let importance = self.importance(tensor, *ty, index)?;
                         let place = (tensor, part, first);
                         let values = folded.and_then(|folded| folded.values(&part.from.tensor()));
-                        lost += self.write_part(backend, place, *ty, importance.as_deref(), values)?;
+                        lost += self.write_part(backend, place, *ty, importance.as_deref(), values)?.lost;
                         first += part.extents()[0];
                     }
                     let share = share_of(lost, tensor.shape.iter().product());
@@ -501,7 +502,7 @@ impl File<'_> {
 
     /// Writes one part of a tensor in pieces of whole rows, each read, rounded and written by one thread; copied where it
     /// lies in the input as it will in the output; of what was folded before these are the `changed` values. Returns how many values are
-    /// lost for want of a scale.
+    /// lost for want of a scale, and whether all rows lay on a grid already.
     fn write_part<B: Backend>(
         &self,
         backend: &B,
@@ -509,7 +510,7 @@ impl File<'_> {
         ty: GgmlType,
         importance: Option<&[f32]>,
         changed: Option<&[f32]>,
-    ) -> Result<usize> {
+    ) -> Result<PartDone> {
         let File { source, writer, .. } = self;
         let [rows, cols] = part.extents();
         let name = part.from.tensor();
@@ -531,6 +532,7 @@ impl File<'_> {
             load_part(source, part, changed)?
         };
         let searched = searched(ty, importance.is_some());
+        let [on_grid, exact] = [AtomicUsize::new(0), AtomicUsize::new(0)];
         let lost = in_pieces(backend, [rows, cols], |values, range| {
             let (first, count) = (range.start, range.len());
             let offset = ((start + first) * row_bytes) as u64;
@@ -551,10 +553,13 @@ impl File<'_> {
             }
             part.encode(values);
             let names = [&*name, &*tensor.gguf];
-            let (packed, lost) = if searched {
+            let first_row = ArrayView2::from_shape((1, cols), &values[..cols]).expect("a row");
+            let (packed, lost) = if searched || lies_on_grid(first_row, ty) {
                 let matrix = Array2::from_shape_vec((count, cols), std::mem::take(values)).expect("whole rows");
                 let matrix = backend.upload(matrix)?;
-                let packed = pack_rows(backend, &matrix, ty, importance)?;
+                let Rows { bytes: packed, recovered } = pack_rows(backend, &matrix, ty, importance)?;
+                on_grid.fetch_add(recovered.map_or(0, |_| count), Ordering::Relaxed);
+                exact.fetch_add(recovered.map_or(0, |exact| if exact { count } else { 0 }), Ordering::Relaxed);
                 let lost = lost_in_blocks(ty, &packed, source.file_of(&name), names, || {
                     Ok(backend.download(&matrix)?.iter().copied().collect())
                 })?;
@@ -569,8 +574,17 @@ impl File<'_> {
             Ok(lost)
         })?;
         source.release(&name);
-        Ok(lost)
+        let recovered = (rows > 0 && on_grid.into_inner() == rows).then(|| exact.into_inner() == rows);
+        Ok(PartDone { lost, recovered })
     }
+}
+
+/// What there is to tell of a part that was written.
+struct PartDone {
+    /// Values that are lost for want of a scale.
+    lost: usize,
+    /// Whether all of its rows lay on a grid already, and were recovered to the bit.
+    recovered: Option<bool>,
 }
 
 impl<B: Backend> Sink<B> for File<'_> {
@@ -606,14 +620,17 @@ impl<B: Backend> Sink<B> for File<'_> {
 
     fn round(&self, backend: &B, linear: &Linear) -> Result<Option<Rounded>> {
         let places = &self.plan.by_module[&linear.module];
-        let mut lost = 0;
+        let (mut lost, mut exact) = (0, Vec::new());
         for place in places {
             let (tensor, ty) = &self.plan.tensors[place.tensor];
             let importance = self.importance(tensor, *ty, place.part)?;
             let part = &tensor.parts()[place.part];
-            lost += self.write_part(backend, (tensor, part, place.first), *ty, importance.as_deref(), None)?;
+            let done = self.write_part(backend, (tensor, part, place.first), *ty, importance.as_deref(), None)?;
+            lost += done.lost;
+            exact.push(done.recovered);
         }
-        Ok(Some(Rounded { lost, encoding: self.plan.tensors[places[0].tensor].1.encoding() }))
+        let recovered = Recovery::of(exact);
+        Ok(Some(Rounded { lost, recovered, encoding: self.plan.tensors[places[0].tensor].1.encoding() }))
     }
 
     fn write_folded(&self, backend: &B, folded: &Folded, wanted: &dyn Fn(&str) -> bool) -> Result<Vec<Lost>> {

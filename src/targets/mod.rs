@@ -28,7 +28,7 @@ use crate::graph::{Graph, Linear};
 use crate::importance::ImportancePlace;
 use crate::output::Staging;
 use crate::recipe::Recipe;
-use crate::report::TensorReport;
+use crate::report::{Recovery, TensorReport};
 use crate::rest::Lost;
 
 pub use directory::{Directory, copy_side_files, tell_dtype, write_config};
@@ -161,6 +161,8 @@ impl Folded {
 pub struct Rounded {
     /// Weights that are too small for the scales that the file stores.
     pub lost: usize,
+    /// Whether its weights lay on a grid of this kind already.
+    pub recovered: Option<Recovery>,
     /// How it is represented.
     pub encoding: Encoding,
 }

@@ -54,5 +54,6 @@ mod tidy;
 mod tokenizer_classes;
 mod tokenizer_notes;
 mod tokenizers;
+mod trained;
 mod unknown;
 mod untold;

@@ -3,9 +3,9 @@
 //! Frantar et al. 2022, arXiv:2210.17323. Columns go by falling energy (act-order) on groups fixed beforehand, so that
 //! the order leaves no trace in the file; scales are searched with the input's energy as weights.
 
-use kernels::{Error, Grid, GridSpec, Quantize, Result, Swept};
+use kernels::{Error, Grid, GridSpec, Quantize, Recovered, Result, Swept};
 
-use super::{Asked, Observer, Shared, Solution, Solver, finish, round};
+use super::{Asked, Observer, Shared, Solution, Solver, finish, keep, recovered, round};
 use crate::statistics::{Needs, Statistics};
 
 /// GPTQ's settings.
@@ -60,19 +60,26 @@ impl<B: Quantize> Solver<B> for Gptq {
 
     fn solve(&self, backend: &B, shared: &Shared<'_, B>, asked: &[Asked<'_, B>]) -> Result<Vec<Solution<B>>> {
         let asked: Vec<Asked<'_, B>> = asked.iter().map(|one| self.grouped(one, shared)).collect();
-        // Values without codes have nothing to sweep.
-        let sweepable = |one: &Asked<'_, B>| one.spec.encoding.has_codes();
         let Some(factor) = &shared.factor else {
             return asked.iter().map(|one| round(backend, shared, one, self.observer)).collect();
         };
-        let grids = asked.iter().filter(|one| sweepable(one));
+        let mut known = Vec::new();
+        for one in &asked {
+            known.push(recovered(backend, one.weight, &one.spec)?);
+        }
+        // Values without codes have nothing to sweep, nor have those that lie on a grid.
+        let sweepable: Vec<bool> =
+            asked.iter().zip(&known).map(|(one, known)| one.spec.encoding.has_codes() && known.is_none()).collect();
+        let open = || asked.iter().zip(&sweepable).filter(|(_, sweepable)| **sweepable).map(|(one, _)| one);
         let grids =
-            grids.map(|one| self.observer.fit(backend, one, shared.statistics)).collect::<Result<Vec<Grid>>>()?;
-        let weights = asked.iter().filter(|one| sweepable(one)).map(|one| one.weight);
-        let targets: Vec<(&B::Matrix, &Grid)> = weights.zip(&grids).collect();
+            open().map(|one| self.observer.fit(backend, one, shared.statistics)).collect::<Result<Vec<Grid>>>()?;
+        let targets: Vec<(&B::Matrix, &Grid)> = open().map(|one| one.weight).zip(&grids).collect();
         let mut swept = backend.sweep(&targets, factor)?.into_iter().zip(grids);
-        let one = |one: &Asked<'_, B>| {
-            if !sweepable(one) {
+        let one = |((one, known), sweepable): ((&Asked<'_, B>, Option<Recovered>), bool)| {
+            if let Some(found) = known {
+                return keep(backend, shared, one.weight, found);
+            }
+            if !sweepable {
                 return round(backend, shared, one, self.observer);
             }
             let (Swept { mut codes, mut loss }, mut grid) = swept.next().expect("one for each");
@@ -82,7 +89,7 @@ impl<B: Quantize> Solver<B> for Gptq {
             }
             finish(backend, shared, one.weight, grid, codes, Some(loss))
         };
-        asked.iter().map(one).collect()
+        asked.iter().zip(known).zip(sweepable.iter().copied()).map(one).collect()
     }
 }
 

@@ -10,10 +10,10 @@ mod rtn;
 mod tests;
 
 use formats::{GgmlType, PackedWeight, WordLayout};
-use kernels::{Factor, FitKind, Grid, GridSpec, Packing, Quantize, Result};
+use kernels::{Factor, FitKind, Grid, GridSpec, Packing, Quantize, Recovered, Result};
 
 pub use gptq::Gptq;
-pub use rows::{pack_rows, searched};
+pub use rows::{Rows, lies_on_grid, pack_rows, searched};
 pub use rtn::Rtn;
 
 use crate::statistics::{Needs, Statistics};
@@ -135,6 +135,8 @@ pub struct Solution<B: Quantize> {
     pub damp: Option<f64>,
     /// What was done in place of what was asked for, and why.
     pub fallback: Option<String>,
+    /// Whether the weight lay on the grid already and was recovered: to the bit, or but for scales that the file's precision lacks.
+    pub recovered: Option<bool>,
 }
 
 impl<B: Quantize> Solution<B> {
@@ -197,13 +199,37 @@ pub trait Solver<B: Quantize>: Sync {
     fn solve(&self, backend: &B, shared: &Shared<'_, B>, asked: &[Asked<'_, B>]) -> Result<Vec<Solution<B>>>;
 }
 
-/// Rounds every weight to the nearest code of the grid that an observer chooses.
+/// The grid on which a weight lies already, in the encoding that it is to have; its first row tells at once that there is none.
+///
+/// Whatever is known of inputs, no other codes come nearer, so that solvers neither look for scales nor sweep.
+pub fn recovered<B: Quantize>(backend: &B, weight: &B::Matrix, spec: &GridSpec) -> Result<Option<Recovered>> {
+    if backend.shape(weight)[0] == 0 {
+        return Ok(None);
+    }
+    let first = backend.download(&backend.select_rows(weight, &[0])?)?;
+    match kernels::recover(first.view(), spec) {
+        Some(_) => Ok(kernels::recover(backend.download(weight)?.view(), spec)),
+        None => Ok(None),
+    }
+}
+
+/// A weight on the grid on which it lies already.
+fn keep<B: Quantize>(backend: &B, shared: &Shared<'_, B>, weight: &B::Matrix, found: Recovered) -> Result<Solution<B>> {
+    let Recovered { grid, exact } = found;
+    let codes = backend.round(weight, &grid)?;
+    Ok(Solution { recovered: Some(exact), ..finish(backend, shared, weight, grid, codes, None)? })
+}
+
+/// Rounds every weight to the nearest code of the grid that an observer chooses, or on which it lies already.
 fn round<B: Quantize>(
     backend: &B,
     shared: &Shared<'_, B>,
     asked: &Asked<'_, B>,
     observer: Observer,
 ) -> Result<Solution<B>> {
+    if let Some(found) = recovered(backend, asked.weight, &asked.spec)? {
+        return keep(backend, shared, asked.weight, found);
+    }
     if let Some(ty) = observer.encoder(&asked.spec) {
         let (rows, dequantized) = rows::encode(backend, asked.weight, ty)?;
         return measured(backend, shared, asked.weight, Chosen::Rows(rows), dequantized, None);
@@ -239,7 +265,7 @@ fn measured<B: Quantize>(
     let [proxy_loss, relative_error] = measure(backend, shared, weight, &dequantized, swept)?;
     let damp = shared.factor.as_ref().map(|f| f.damp);
     let fallback = shared.fallback.clone();
-    Ok(Solution { chosen, dequantized, proxy_loss, relative_error, damp, fallback })
+    Ok(Solution { chosen, dequantized, proxy_loss, relative_error, damp, fallback, recovered: None })
 }
 
 /// The proxy loss and the relative error, where the Hessian is known.

@@ -1,26 +1,48 @@
 //! Rows of ggml's types without a solver: by ggml's own encoder where that does not search, else on searched scales.
 
 use formats::GgmlType;
-use kernels::{Error, FitKind, GridSpec, Packing, Quantize, Result};
-use ndarray::Array2;
+use kernels::{Error, FitKind, GridSpec, Packing, Quantize, Recovered, Result, recover};
+use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
+
+use super::recovered;
+
+/// Rows as the file holds them.
+#[derive(Debug)]
+pub struct Rows {
+    /// Their blocks.
+    pub bytes: Vec<u8>,
+    /// Whether they lay on the grid of the type already, and were recovered: to the bit, or but for scales that the type cannot store.
+    pub recovered: Option<bool>,
+}
 
 /// Rounds rows `[rows, in]` to blocks of `ty`, as the file holds them.
 ///
-/// Without `importance` `[in]`, types that ggml encodes without a search are encoded as ggml does, and Q8_0 always. Fails when blocks do
-/// not divide the rows.
+/// Rows that lie on a grid of the type already get that. Without `importance` `[in]`, types that ggml encodes without a search are encoded as
+/// ggml does, and Q8_0 always. Fails when blocks do not divide the rows.
 pub fn pack_rows<B: Quantize>(
     backend: &B,
     weight: &B::Matrix,
     ty: GgmlType,
     importance: Option<&[f32]>,
-) -> Result<Vec<u8>> {
-    if !searched(ty, importance.is_some()) {
-        return encode_rows(backend, weight, ty);
+) -> Result<Rows> {
+    let spec = (ty.layout().is_some()).then(|| GridSpec::of(ty.encoding(), backend.shape(weight)[1]));
+    let known = spec.as_ref().map(|spec| recovered(backend, weight, spec)).transpose()?.flatten();
+    if let Some(Recovered { grid, exact }) = known {
+        let bytes = backend.pack(&backend.round(weight, &grid)?, Packing::Blocks(&grid))?;
+        return Ok(Rows { bytes, recovered: Some(exact) });
     }
-    let spec = GridSpec::of(ty.encoding(), backend.shape(weight)[1]);
+    let Some(spec) = spec.filter(|_| searched(ty, importance.is_some())) else {
+        return Ok(Rows { bytes: encode_rows(backend, weight, ty)?, recovered: None });
+    };
     let grid = backend.fit(weight, &spec, importance.map_or(FitKind::MinMax, FitKind::Weighted))?;
-    backend.pack(&backend.round(weight, &grid)?, Packing::Blocks(&grid))
+    let bytes = backend.pack(&backend.round(weight, &grid)?, Packing::Blocks(&grid))?;
+    Ok(Rows { bytes, recovered: None })
+}
+
+/// Whether rows `[rows, in]` lie on a grid of `ty` already.
+pub fn lies_on_grid(rows: ArrayView2<f32>, ty: GgmlType) -> bool {
+    ty.layout().is_some() && recover(rows, &GridSpec::of(ty.encoding(), rows.ncols())).is_some()
 }
 
 /// Whether [`pack_rows`] looks for scales, with importance or without, rather than encode rows as ggml does.
