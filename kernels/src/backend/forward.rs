@@ -35,6 +35,48 @@ impl AttentionShape {
     }
 }
 
+/// How heads beside those of attention choose what these see.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct IndexShape {
+    /// Heads of the queries; all have the keys in common.
+    pub heads: usize,
+    /// Values per head of the queries and the keys.
+    pub head_dim: usize,
+    /// Factor on the scores; positive.
+    pub scale: f32,
+    /// Blocks that are chosen for each query. Not 0.
+    pub count: usize,
+    /// Consecutive tokens that are chosen together, by the best score among them; 1 for tokens one by one. Not 0.
+    pub block: usize,
+    /// Blocks that are chosen whatever their scores are: the query's own, and those before it.
+    pub local: usize,
+    /// Each head chooses for as many heads of attention (MiniMax M3); otherwise their scores, as far as they are positive, are weighed and summed
+    /// up (DeepSeek).
+    pub apart: bool,
+}
+
+impl IndexShape {
+    /// Choices that are made for each query.
+    pub fn groups(&self) -> usize {
+        if self.apart { self.heads } else { 1 }
+    }
+
+    /// Numbers of a query's choices.
+    pub fn width(&self) -> usize {
+        self.groups() * self.count
+    }
+
+    /// Tokens that a query sees at most.
+    pub fn tokens(&self) -> usize {
+        self.count.saturating_mul(self.block)
+    }
+
+    /// Whether nothing is left out of a sequence of so many tokens.
+    pub fn sees_all(&self, length: usize) -> bool {
+        length <= self.tokens()
+    }
+}
+
 /// Shape of one layer of the gated delta rule.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DeltaShape {
@@ -280,6 +322,29 @@ pub trait Forward: Memory {
         v: &Self::Matrix,
         sinks: Option<&[f32]>,
         shape: &AttentionShape,
+        lengths: &[usize],
+    ) -> Result<Self::Input>;
+
+    /// What attention is to see: for each query and each group of heads the positions in its sequence of `count` blocks of the best scores, ascending,
+    /// with −1 behind them where fewer are there; of equal ones the earliest.
+    ///
+    /// `q` is `[tokens, heads·head_dim]`, `k` `[tokens, head_dim]`, `weights` `[tokens, heads]`, there unless heads choose apart; the result
+    /// `[tokens, groups·count]`.
+    fn select(
+        &self,
+        q: &Self::Matrix,
+        k: &Self::Matrix,
+        weights: Option<&Self::Matrix>,
+        shape: &IndexShape,
+        lengths: &[usize],
+    ) -> Result<Self::Matrix>;
+    /// [`attention`](Self::attention) to what [`select`](Self::select) chose, without sinks, window, chunks and caps.
+    fn attention_to(
+        &self,
+        qkv: [&Self::Matrix; 3],
+        chosen: &Self::Matrix,
+        shape: &AttentionShape,
+        index: &IndexShape,
         lengths: &[usize],
     ) -> Result<Self::Input>;
 
