@@ -159,7 +159,8 @@ fn attention(c: &mut Criterion) {
 
 /// Linear attention of the same width as [`attention`] measures; the work is that of one token after another, while chunks do more.
 fn delta(c: &mut Criterion) {
-    let shape = DeltaShape { key_heads: 9, value_heads: 9, key_dim: 64, value_dim: 64, scale: 0.125 };
+    let shape =
+        DeltaShape { key_heads: 9, value_heads: 9, key_dim: 64, value_dim: 64, scale: 0.125, by_channel: false };
     let mut group = c.benchmark_group("delta_rule");
     group.sample_size(10);
     let cpu = Cpu::exact();

@@ -158,7 +158,7 @@ pub(crate) fn expect_delta(all: [[usize; 2]; 5], shape: &DeltaShape, lengths: &[
     expect("delta_rule", "query features", key_heads * key_dim, q[1])?;
     expect("delta_rule", "key features", key_heads * key_dim, k[1])?;
     expect("delta_rule", "value features", value_heads * value_dim, v[1])?;
-    expect("delta_rule", "decays", value_heads, decay[1])?;
+    expect("delta_rule", "decays", shape.decays(), decay[1])?;
     expect("delta_rule", "betas", value_heads, beta[1])?;
     all.iter().try_for_each(|[tokens, _]| expect("delta_rule", "tokens", lengths.iter().sum(), *tokens))
 }

@@ -174,7 +174,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activa
             taps,
             activation: Some(act),
         },
-        shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale },
+        shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, by_channel: false },
         decay: Decay { rates: format!("{module}.A_log"), bias: format!("{module}.dt_bias") },
         unit,
         norm,

@@ -122,19 +122,26 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let factors: Vec<f32> = lengths.iter().flat_map(|length| (0..*length).map(warm)).collect();
                 self.each(operation, next, |x| Ok(backend.scale(x, &factors, &[])?))?
             }
-            Kind::Attention { shape, .. } => {
+            Kind::Attention { shape, index, .. } => {
                 let [q, mut k, mut v] = [self.own(next())?, self.own(next())?, self.own(next())?];
                 if self.rounds_cache {
                     // As a cache in half precision keeps them.
                     backend.round_values(&mut k, ActivationRounding::F16)?;
                     backend.round_values(&mut v, ActivationRounding::F16)?;
                 }
-                let mixed = backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?;
+                let mixed = match index {
+                    Some(index) => self.attend_to([&q, &k, &v], next().matrix(), shape, index, lengths)?,
+                    None => backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?,
+                };
                 if program.values[operation.makes[0]].multiplied {
                     return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(mixed)))]);
                 }
                 vec![backend.values(&mixed)?]
             }
+            Kind::Select { shape, shared } => {
+                vec![self.choice(place.index, operation.reads.iter().map(|_| next()).collect(), shape, *shared)?]
+            }
+            Kind::Chosen => vec![self.earlier_choice(place.index)?],
             Kind::Activate(activation) => {
                 let x = self.multiplied(next())?;
                 let weights = self.weights(program.values[operation.reads[0]].maker.expect("linears make it"));

@@ -165,7 +165,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             let details = vec![format!("scale {}", warm.scale), format!("floor {}", warm.floor)];
             (call("temperature"), details)
         }
-        Kind::Attention { shape, .. } => {
+        Kind::Attention { shape, index, .. } => {
             let mut details = vec![format!("{} heads", shape.heads)];
             if shape.kv_heads != shape.heads {
                 details.push(format!("{} of keys and values", shape.kv_heads));
@@ -174,8 +174,21 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             details.extend(shape.window.map(|window| format!("window {window}")));
             details.extend(shape.chunk.map(|chunk| format!("chunk {chunk}")));
             details.extend(shape.softcap.map(|cap| format!("softcap {cap}")));
+            details.extend(index.map(|index| format!("{} tokens at most", index.tokens())));
             (call("attention"), details)
         }
+        Kind::Select { shape, shared } => {
+            let mut details = vec![format!("{} heads", shape.heads), format!("scale {}", shape.scale)];
+            details.push(match shape.block {
+                1 => format!("{} tokens", shape.count),
+                block => format!("{} blocks of {block} tokens", shape.count),
+            });
+            if *shared {
+                details.push("for layers behind it, too".to_owned());
+            }
+            (call("select"), details)
+        }
+        Kind::Chosen => only("what the last indexer chose".to_owned()),
         Kind::Convolve { .. } | Kind::Decay(_) | Kind::Delta(_) | Kind::Map(_) | Kind::Gate(_) => {
             said_of_state(operation, reads)
         }

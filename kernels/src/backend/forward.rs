@@ -90,6 +90,15 @@ pub struct DeltaShape {
     pub value_dim: usize,
     /// Factor on the queries, usually `key_dim^-1/2`.
     pub scale: f32,
+    /// Each channel of the keys decays by itself (Kimi Delta Attention), not all of a head alike.
+    pub by_channel: bool,
+}
+
+impl DeltaShape {
+    /// Decays of one token.
+    pub fn decays(&self) -> usize {
+        self.value_heads * if self.by_channel { self.key_dim } else { 1 }
+    }
 }
 
 /// How a slice of values is normalised.
@@ -362,11 +371,11 @@ pub trait Forward: Memory {
     ) -> Result<Self::Matrix>;
     /// `x ← −rates · ln(1 + exp(x + bias))`: logarithms of decays, for each column a rate and a bias.
     fn decays(&self, x: &mut Self::Matrix, rates: &[f32], bias: &[f32]) -> Result<()>;
-    /// The gated delta rule over each sequence: `S ← exp(decay) · S`, then `S ← S + k · β(v − Sᵀk)ᵀ`, then `out = scale · Sᵀq`, for
+    /// The gated delta rule over each sequence: `S ← exp(decay) · S`, by rows where channels decay by themselves, then `S ← S + k · β(v − Sᵀk)ᵀ`, then `out = scale · Sᵀq`, for
     /// each head a state `S` `[key_dim, value_dim]` that is 0 before the first token of a sequence.
     ///
     /// `q` and `k` are `[tokens, key_heads·key_dim]`, the keys no longer than 1, `v` and the result `[tokens, value_heads·value_dim]`,
-    /// `decay` (no positive values) and `beta` (from 0 to 1) `[tokens, value_heads]`.
+    /// `decay` (no positive values) `[tokens, value_heads]`, or `[tokens, value_heads·key_dim]`, and `beta` (from 0 to 1) `[tokens, value_heads]`.
     fn delta_rule(
         &self,
         qkv: [&Self::Matrix; 3],
