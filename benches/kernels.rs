@@ -159,8 +159,15 @@ fn attention(c: &mut Criterion) {
 
 /// Linear attention of the same width as [`attention`] measures; the work is that of one token after another, while chunks do more.
 fn delta(c: &mut Criterion) {
-    let replaces =
-        DeltaShape { key_heads: 9, value_heads: 9, key_dim: 64, value_dim: 64, scale: 0.125, replaces: true };
+    let replaces = DeltaShape {
+        key_heads: 9,
+        value_heads: 9,
+        key_dim: 64,
+        value_dim: 64,
+        scale: 0.125,
+        replaces: true,
+        by_channel: false,
+    };
     linear_attention(c, "delta_rule", replaces, 6);
     // As Mamba 2 has it: one pair of keys and queries for all heads.
     linear_attention(c, "state_space", DeltaShape { key_heads: 1, replaces: false, ..replaces }, 4);

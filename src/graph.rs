@@ -2,6 +2,7 @@
 
 mod delta;
 mod mamba;
+mod sparse;
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use ndarray::Array2;
 
 pub use self::delta::{Convolution, Decay, DeltaNet};
 pub use self::mamba::{GroupNorm, Mamba, ShortConvolution};
+pub use self::sparse::{Choice, Indexer};
 
 /// A decoder-only language model.
 #[derive(Clone, Debug)]
@@ -263,6 +265,8 @@ pub struct Attention {
     pub sinks: Option<String>,
     /// What queries are multiplied by.
     pub temperature: Option<Temperature>,
+    /// What is seen of all that could be; everything without.
+    pub choice: Option<Choice>,
 }
 
 /// Queries are multiplied by `1 + scale · ln(⌊(position + first) / floor⌋ + 1)`.
@@ -548,13 +552,19 @@ impl Attention {
         groups
     }
 
-    /// Its normalisations: of heads, and of latents.
+    /// What chooses for it, if that is its own.
+    pub fn indexer(&self) -> Option<&Indexer> {
+        self.choice.as_ref().and_then(Choice::indexer)
+    }
+
+    /// Its normalisations: of heads, of latents, and of its indexer.
     pub fn norms(&self) -> Vec<&Norm> {
         let mut norms: Vec<&Norm> = self.norms.iter().flat_map(|norms| [&norms.q, &norms.k]).collect();
         if let Projections::Latent(latent) = &self.projections {
             norms.extend(&latent.q_norm);
             norms.push(&latent.kv_norm);
         }
+        norms.extend(self.indexer().into_iter().flat_map(Indexer::norms));
         norms
     }
 }
@@ -588,6 +598,7 @@ impl Layer {
                 .chain(moe.shared.as_ref().and_then(|(_, gate)| gate.as_ref()))
                 .collect(),
             Layer::Delta(delta) => delta.rates.iter().collect(),
+            Layer::Attention(attention) => attention.indexer().into_iter().flat_map(Indexer::linears).collect(),
             _ => Vec::new(),
         }
     }
@@ -696,6 +707,8 @@ impl Graph {
                         }
                     }
                     change(&mut a.o);
+                    let indexer = a.choice.as_mut().and_then(Choice::indexer_mut);
+                    indexer.into_iter().flat_map(Indexer::linears_mut).for_each(&mut *change);
                 }
                 Layer::Delta(delta) => delta.linears_mut(change),
                 Layer::Mamba(mamba) => mamba.linears_mut(change),
@@ -733,6 +746,8 @@ impl Graph {
                     Layer::Attention(a) => {
                         text(&mut a.sinks);
                         a.norms.iter_mut().flat_map(|n| [&mut n.q, &mut n.k]).for_each(norm);
+                        let indexer = a.choice.as_mut().and_then(Choice::indexer_mut);
+                        indexer.into_iter().flat_map(Indexer::norms_mut).for_each(norm);
                         if let Projections::Latent(latent) = &mut a.projections {
                             latent.q_norm.iter_mut().chain([&mut latent.kv_norm]).for_each(norm);
                         }

@@ -225,7 +225,13 @@ fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tok
         Kind::Activate(_) => 8 * program.values[operation.makes[0]].width as u64,
         _ => 0,
     };
-    let kept = Lifetimes::of(&program, true).most(&program, kept);
+    // What layers behind an indexer take over stays in the chunks.
+    let carried = program.operations.iter().map(|operation| match operation.kind {
+        Kind::Select { shared: true, .. } | Kind::Chosen => 4 * program.values[operation.makes[0]].width as u64,
+        _ => 0,
+    });
+    let carried = all.saturating_mul(carried.sum());
+    let kept = Lifetimes::of(&program, true).most(&program, kept).saturating_add(carried);
     let wide = program.operations.iter().map(wide).max().unwrap_or(0);
     Running { kept, chunk: chunk.saturating_mul(8 * hidden + wide) }
 }

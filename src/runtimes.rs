@@ -184,7 +184,7 @@ pub fn notes(
         known: !graph.opaque,
         mixed: experts && layers().any(|layer| matches!(layer, Layer::Mlp(_))),
         asymmetric: encodings.values().any(|encoding| encoding.fixed_zero().is_none()),
-        latent: matches!(graph.family, "deepseek_v3" | "glm4_moe_lite")
+        latent: matches!(graph.family, "deepseek_v3" | "deepseek_v32" | "glm4_moe_lite" | "glm_moe_dsa")
             && encodings.keys().any(|module| module.ends_with("kv_b_proj")),
         wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && *what != FURTHER),
     };

@@ -5,7 +5,9 @@ mod measure;
 mod memory;
 mod quantize;
 
-pub use self::forward::{Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, NormKind, RopeLayout};
+pub use self::forward::{
+    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, IndexShape, NormKind, RopeLayout,
+};
 pub use self::measure::{Measure, TokenComparison, TokenLoss};
 pub use self::memory::Memory;
 pub use self::quantize::{Factor, FitKind, Grid, GridSpec, Packing, Quantize, Swept};

@@ -4,7 +4,7 @@ use formats::GgmlType;
 use formats::encoding::Block;
 use ndarray::Array2;
 
-use crate::backend::{Activation, AttentionShape, DeltaShape, Grid, GridSpec, RopeLayout};
+use crate::backend::{Activation, AttentionShape, DeltaShape, Grid, GridSpec, IndexShape, RopeLayout};
 use crate::{Error, Result};
 
 /// So many of something.
@@ -75,6 +75,53 @@ pub(crate) fn expect_attention(
     sinks.map_or(Ok(()), |sinks| expect("attention", "sinks", heads, sinks.len()))
 }
 
+/// Queries and keys, each `[tokens, features]`, and weights where heads choose together, that fit the layer and the sequences.
+pub(crate) fn expect_index(
+    [q, k]: [[usize; 2]; 2],
+    weights: Option<[usize; 2]>,
+    shape: &IndexShape,
+    lengths: &[usize],
+) -> Result<()> {
+    let wrong =
+        |expected: &str, found: String| Err(Error::Shape { op: "select", expected: expected.to_owned(), found });
+    if shape.count == 0 || shape.block == 0 {
+        return wrong("a choice of some blocks of some tokens", format!("{} of {}", shape.count, shape.block));
+    }
+    if weights.is_some() == shape.apart {
+        return wrong("weights of heads that choose together, and of no others", format!("{weights:?}"));
+    }
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    if longest > 1 << 24 {
+        return wrong("sequences whose positions are exact in single precision", longest.to_string());
+    }
+    expect("select", "query features", shape.heads * shape.head_dim, q[1])?;
+    expect("select", "key features", shape.head_dim, k[1])?;
+    weights.map_or(Ok(()), |weights| expect("select", "weights", shape.heads, weights[1]))?;
+    for [tokens, _] in [q, k].into_iter().chain(weights) {
+        expect("select", "tokens", lengths.iter().sum(), tokens)?;
+    }
+    Ok(())
+}
+
+/// What attention takes, and a choice of what it sees, that fit each other.
+pub(crate) fn expect_choice(
+    qkv: [[usize; 2]; 3],
+    chosen: [usize; 2],
+    shape: &AttentionShape,
+    index: &IndexShape,
+    lengths: &[usize],
+) -> Result<()> {
+    expect_attention(qkv, None, shape, lengths)?;
+    expect("attention_to", "tokens", qkv[0][0], chosen[0])?;
+    expect("attention_to", "numbers of a choice", index.width(), chosen[1])?;
+    expect_multiple("attention_to", index.groups(), shape.heads)?;
+    if shape.window.is_some() || shape.chunk.is_some() || shape.softcap.is_some() {
+        let expected = "a choice alone to say what is seen".to_owned();
+        return Err(Error::Shape { op: "attention_to", expected, found: format!("{shape:?}") });
+    }
+    Ok(())
+}
+
 /// An activation that is a function of one value.
 pub(crate) fn expect_alone(op: &'static str, activation: Activation) -> Result<()> {
     match activation {
@@ -111,7 +158,7 @@ pub(crate) fn expect_delta(all: [[usize; 2]; 5], shape: &DeltaShape, lengths: &[
     expect("delta_rule", "query features", key_heads * key_dim, q[1])?;
     expect("delta_rule", "key features", key_heads * key_dim, k[1])?;
     expect("delta_rule", "value features", value_heads * value_dim, v[1])?;
-    expect("delta_rule", "decays", value_heads, decay[1])?;
+    expect("delta_rule", "decays", shape.decays(), decay[1])?;
     expect("delta_rule", "betas", value_heads, beta[1])?;
     all.iter().try_for_each(|[tokens, _]| expect("delta_rule", "tokens", lengths.iter().sum(), *tokens))
 }

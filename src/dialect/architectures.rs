@@ -58,6 +58,8 @@ pub(crate) struct Architecture {
     pub factors: bool,
     /// Whether layers may see a window only; elsewhere windows are ignored.
     pub windows: bool,
+    /// Whether attention is always through latents, of whose norms and scaled positions there is one form.
+    pub latent: bool,
     /// Whether heads of values take turns in linear attention, one for each head of keys, in place of those of one head of keys first.
     pub tiled: bool,
 }
@@ -76,6 +78,7 @@ const PLAIN: Architecture = Architecture {
     ffn_norm: "ffn_norm",
     factors: false,
     windows: false,
+    latent: false,
     tiled: false,
     correction: "exp_probs_b.bias",
 };
@@ -181,8 +184,11 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         id: "deepseek2",
         families: &["deepseek_v2", "deepseek_v3", "glm4_moe_lite"],
         neighbours: true,
+        latent: true,
         ..PLAIN
     },
+    Architecture { id: "deepseek32", families: &["deepseek_v32"], neighbours: true, latent: true, ..PLAIN },
+    Architecture { id: "glm-dsa", families: &["glm_moe_dsa"], neighbours: true, latent: true, ..PLAIN },
     Architecture {
         id: "gpt-oss",
         families: &["gpt_oss"],

@@ -191,6 +191,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     }
     recurrent(out, graph, &layers, id)?;
     factors(out, graph, first, id);
+    choice(out, &layers, id)?;
     experts(out, graph, &layers, id)?;
     read_back(out, graph, architecture, plan)
 }
@@ -269,7 +270,7 @@ impl<'g> Layers<'g> {
 
 /// Whether the norms of latents may have another epsilon than the others: they have in transformers, and in no other runtime of this model.
 fn latents_are_near(graph: &Graph) -> bool {
-    graph.family == "glm4_moe_lite"
+    matches!(graph.family, "glm4_moe_lite" | "glm_moe_dsa")
 }
 
 /// The context of a model that computes its positions, which config.json alone knows; a guess is a notice.
@@ -360,6 +361,21 @@ fn recurrent(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static
     Ok(())
 }
 
+/// How much indexers choose, and which layers have one.
+fn choice(out: &mut Written, layers: &Layers<'_>, id: &'static str) -> Result<()> {
+    let key = |name: &str| format!("{id}.attention.indexer.{name}");
+    let Some(choice) = &layers.first.choice else { return Ok(()) };
+    let shape = choice.shape();
+    out.count(key("head_count"), shape.heads)?;
+    out.count(key("key_length"), shape.head_dim)?;
+    out.count(key("top_k"), shape.count)?;
+    if id == "glm-dsa" {
+        let own = layers.attention.iter().map(|attention| MetadataValue::Bool(attention.indexer().is_some()));
+        out.metadata.push((key("types"), metadata_array(own.collect(), GGUFValueType::Bool)?));
+    }
+    Ok(())
+}
+
 /// What attention scores, logits and residuals are multiplied by or capped at.
 fn factors(out: &mut Written, graph: &Graph, first: &Attention, id: &str) {
     let key = |name: &str| format!("{id}.{name}");
@@ -410,7 +426,8 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
             let step = graph.blocks.len() / sparse.len().max(1);
             out.count(key("interleave_moe_layer_step"), step)?;
         }
-        if matches!(id, "deepseek2" | "glm4moe" | "exaone-moe" | "hy_v3") {
+        let latent = matches!(id, "deepseek2" | "deepseek32" | "glm-dsa");
+        if latent || matches!(id, "glm4moe" | "exaone-moe" | "hy_v3") {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
             out.count(key("expert_shared_count"), shared)?;
             out.count(key("leading_dense_block_count"), graph.blocks.len() - sparse.len())?;
@@ -418,7 +435,7 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
             out.flag(key("expert_weights_norm"), moe.router.renormalize);
             let sigmoid = moe.router.scoring == Scoring::Sigmoid;
             out.count(key("expert_gating_func"), if sigmoid { 2 } else { 1 })?;
-            let groups = moe.router.groups.filter(|groups| groups.kept < groups.count && id == "deepseek2");
+            let groups = moe.router.groups.filter(|groups| groups.kept < groups.count && latent);
             if let Some(groups) = groups {
                 if !sigmoid {
                     return Err(cannot("groups of experts that are ranked by their best expert".to_owned()));
@@ -427,7 +444,7 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
                 out.count(key("expert_group_used_count"), groups.kept)?;
             }
         }
-    } else if id == "deepseek2" {
+    } else if matches!(id, "deepseek2" | "deepseek32" | "glm-dsa") {
         out.count(key("leading_dense_block_count"), graph.blocks.len())?;
         out.count(key("expert_feed_forward_length"), *inner)?;
         out.count(key("expert_shared_count"), 0)?;
@@ -494,7 +511,7 @@ fn rope(out: &mut Written, attention: &[&Attention], architecture: &Architecture
             out.float(key("scaling.factor"), *factor);
             out.count(key("scaling.original_context_length"), *original)?;
             let plain = warmth(f64::from(*factor), 1.0) as f32;
-            if *mscale_all_dim != 0.0 && architecture.id == "deepseek2" {
+            if *mscale_all_dim != 0.0 && architecture.latent {
                 // A tenth of it, for reasons of history.
                 out.float(key("scaling.yarn_log_multiplier"), 0.1 * mscale_all_dim);
             } else if (rope.magnitude / plain - 1.0).abs() > 1e-6 {

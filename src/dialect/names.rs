@@ -366,6 +366,20 @@ impl Lister {
             self.norm(&format!("{at}.attn_q_norm"), q)?;
             self.norm(&format!("{at}.attn_k_norm"), k)?;
         }
+        if let Some(indexer) = attention.indexer() {
+            let (Some(weights), None) = (&indexer.weights, &indexer.q_norm) else {
+                return Err(self.cannot("an indexer of this form"));
+            };
+            // llama.cpp turns queries and keys by a Hadamard matrix of this width, and aborts over others.
+            let width = indexer.shape.head_dim;
+            if width < 64 || !width.is_power_of_two() {
+                return Err(self.cannot(format_args!("an indexer with heads of {width} values")));
+            }
+            for (name, linear) in [("attn_q_b", &indexer.q), ("attn_k", &indexer.k), ("proj", weights)] {
+                self.linear(&format!("{at}.indexer.{name}"), linear, None, Need::Never)?;
+            }
+            self.norm(&format!("{at}.indexer.k_norm"), &indexer.k_norm)?;
+        }
         if let Some(tensor) = sinks {
             let part = Part::whole(From::Tensor(tensor.clone(), vec![shape.heads]));
             self.push(format!("{at}.attn_sinks.weight"), vec![shape.heads], vec![part]);

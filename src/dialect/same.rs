@@ -178,6 +178,12 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
             None => "queries, keys and values that are not clamped".to_owned(),
         });
     }
+    let choice = |a: &Attention| {
+        a.choice.as_ref().map(|choice| (*choice.shape(), choice.indexer().map(|indexer| indexer.layout.interleaved)))
+    };
+    if choice(a) != choice(b) {
+        return Some("attention that sees a choice of tokens".to_owned());
+    }
     if a.sinks.is_some() != b.sinks.is_some() {
         return Some("attention with sinks".to_owned());
     }

@@ -130,6 +130,7 @@ impl Base {
             clip: None,
             sinks: None,
             temperature: None,
+            choice: None,
         }
     }
 

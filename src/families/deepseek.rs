@@ -1,6 +1,7 @@
-//! DeepSeek V2 and V3, GLM-4.7-Flash, Mistral 4: latent attention, shared and routed experts, experts chosen by groups.
+//! DeepSeek V2, V3 and V3.2, GLM-4.7-Flash, GLM-5, Mistral 4: latent attention, in some of a choice of tokens, shared and routed experts, experts
+//! chosen by groups.
 
-use kernels::{Activation, RopeLayout};
+use kernels::{Activation, IndexShape, NormKind, RopeLayout};
 
 use super::build::{Base, activation, with_experts};
 use super::llama::temperature;
@@ -9,7 +10,8 @@ use super::rope::{rope, warmth};
 use super::{Config, Family};
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Graph, Groups, Latent, Layer, Linear, Moe, Norm, Projections, RopeScaling, Scoring, Split,
+    Attention, Choice, Graph, Groups, Indexer, Latent, Layer, Linear, Moe, Norm, Projections, RopeScaling, Scoring,
+    Split,
 };
 
 /// DeepSeek V2 and V2-Lite.
@@ -28,12 +30,22 @@ pub const GLM4_MOE_LITE: Family =
 pub const MISTRAL4: Family =
     Family { id: "mistral4", model_types: &["mistral4"], build: |config| build(config, Kind::Mistral4) };
 
+/// DeepSeek V3.2: V3 whose attention sees a choice of tokens.
+pub const DEEPSEEK_V32: Family =
+    Family { id: "deepseek_v32", model_types: &["deepseek_v32"], build: |config| build(config, Kind::V32) };
+
+/// GLM-5: V3.2 whose layers may take over the choice of one before them.
+pub const GLM_MOE_DSA: Family =
+    Family { id: "glm_moe_dsa", model_types: &["glm_moe_dsa"], build: |config| build(config, Kind::Glm5) };
+
 /// Which of the models it is.
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     V2,
     V3,
+    V32,
     GlmLite,
+    Glm5,
     Mistral4,
 }
 
@@ -42,24 +54,26 @@ impl Kind {
         match self {
             Kind::V2 => "deepseek_v2",
             Kind::V3 => "deepseek_v3",
+            Kind::V32 => "deepseek_v32",
             Kind::GlmLite => "glm4_moe_lite",
+            Kind::Glm5 => "glm_moe_dsa",
             Kind::Mistral4 => "mistral4",
         }
     }
 
     /// How its experts are chosen.
-    fn choice(self) -> Choice {
+    fn chosen(self) -> Chosen {
         match self {
-            Kind::V2 => Choice::Softmax,
-            Kind::V3 | Kind::GlmLite => Choice::Sigmoid,
-            Kind::Mistral4 => Choice::SoftmaxOfTwo,
+            Kind::V2 => Chosen::Softmax,
+            Kind::V3 | Kind::V32 | Kind::GlmLite | Kind::Glm5 => Chosen::Sigmoid,
+            Kind::Mistral4 => Chosen::SoftmaxOfTwo,
         }
     }
 }
 
 /// How experts are chosen.
 #[derive(Clone, Copy, PartialEq)]
-pub enum Choice {
+pub enum Chosen {
     /// By the softmax, of all or of the groups with the best expert, as `topk_method` says (V2).
     Softmax,
     /// By sigmoids with a correction, of the groups with the two best experts (V3).
@@ -101,13 +115,19 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
     }
     let sparse = match kind {
         Kind::GlmLite => with_experts(config, base.layers, |layer| layer > 0)?,
+        Kind::V32 | Kind::Glm5 => {
+            let dense = config.count_or("first_k_dense_replace", 3)?;
+            with_experts(config, base.layers, |layer| layer >= dense)?
+        }
         _ => {
             let dense = config.count_or("first_k_dense_replace", 0)?;
             (0..base.layers).map(|layer| layer >= dense).collect()
         }
     };
-    // Runtimes do not read it for V2.
-    let interleaved = kind == Kind::V2 || config.flag("rope_interleave", true)?;
+    // Runtimes do not read it for others.
+    let told = matches!(kind, Kind::V3 | Kind::GlmLite | Kind::Mistral4);
+    let interleaved = !told || config.flag("rope_interleave", true)?;
+    let choices = choices(config, &base, kind)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");
@@ -145,6 +165,7 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
         attention.shape.value_dim = value;
         attention.shape.scale = scale;
         attention.temperature = temperature;
+        attention.choice = choices.as_ref().map(|choices| choices(layer, &module));
         let feed_forward = feed_forward(&base, config, kind, &format!("{at}.mlp"), sparse[layer])?;
         Ok(base.usual_block(at, attention, feed_forward))
     })?;
@@ -155,6 +176,90 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
     Ok(graph)
 }
 
+/// What chooses the tokens that attention `module` of a layer sees.
+type Choices<'a> = Box<dyn Fn(usize, &str) -> Choice + 'a>;
+
+/// What chooses for each layer, where attention sees a choice.
+///
+/// Fails where there is no latent of queries, where no layer comes before the first that takes a choice over, and for kinds of layers that are not
+/// known.
+fn choices<'a>(config: &Config<'_>, base: &'a Base, kind: Kind) -> Result<Option<Choices<'a>>> {
+    if !matches!(kind, Kind::V32 | Kind::Glm5) {
+        return Ok(None);
+    }
+    let [heads, head_dim, count] = ["index_n_heads", "index_head_dim", "index_topk"].map(|key| config.count(key));
+    let (heads, head_dim, count) = (heads?, head_dim?, count?);
+    let (latent, rotated) = (config.count("q_lora_rank")?, config.count("qk_rope_head_dim")?);
+    if rotated > head_dim {
+        return Err(Error::failed(format!(
+            "config.json: {rotated} values of a head are rotated (qk_rope_head_dim), and heads of the indexer have only {head_dim} \
+             (index_head_dim)"
+        )));
+    }
+    let shared = if kind == Kind::Glm5 { shared_choices(config, base.layers)? } else { vec![false; base.layers] };
+    let scale = ((head_dim * heads) as f32).powf(-0.5);
+    let shape = IndexShape { heads, head_dim, scale, count, block: 1, local: 0, apart: false };
+    Ok(Some(Box::new(move |layer, module| {
+        if shared[layer] {
+            return Choice::Earlier(shape);
+        }
+        let module = format!("{module}.indexer");
+        let linear = |name: &str, rows, cols| Linear::plain(format!("{module}.{name}"), rows, cols, false);
+        let k_norm = Norm {
+            kind: NormKind::Layer,
+            bias: Some(format!("{module}.k_norm.bias")),
+            eps: 1e-6,
+            ..base.norm_of(&format!("{module}.k_norm"), head_dim)
+        };
+        let indexer = Indexer {
+            q: linear("wq_b", heads * head_dim, latent),
+            latent: true,
+            k: linear("wk", head_dim, base.hidden),
+            q_norm: None,
+            k_norm,
+            weights: Some(linear("weights_proj", heads, base.hidden)),
+            shape,
+            layout: RopeLayout { head_dim, first: 0, interleaved: kind == Kind::Glm5 },
+        };
+        Choice::Own(Box::new(indexer), shared.get(layer + 1) == Some(&true))
+    })))
+}
+
+/// Which layers take over the choice of the last one before them that has an indexer: `indexer_types`, or what `index_topk_pattern` or
+/// `index_topk_freq` and `index_skip_topk_offset` say.
+fn shared_choices(config: &Config<'_>, layers: usize) -> Result<Vec<bool>> {
+    let wrong = |said: &str| Error::failed(format!("config.json: indexer type {said} is not supported"));
+    let of = |said: &str| match said {
+        "full" | "F" => Ok(false),
+        "shared" | "S" => Ok(true),
+        other => Err(wrong(other)),
+    };
+    let listed = |key| -> Result<Option<Vec<bool>>> {
+        let Some(types) = config.list(key)? else { return Ok(None) };
+        let each = types.iter().map(|kind| kind.as_str().map_or_else(|| Err(wrong(&kind.to_string())), of));
+        each.collect::<Result<Vec<bool>>>().map(Some)
+    };
+    let pattern = config.get("index_topk_pattern");
+    let shared = match (listed("indexer_types")?, pattern.and_then(|pattern| pattern.as_str())) {
+        (Some(shared), _) => shared,
+        (None, Some(pattern)) => pattern.chars().map(|kind| of(&kind.to_string())).collect::<Result<_>>()?,
+        (None, None) if pattern.is_some_and(|pattern| !pattern.is_null()) => {
+            listed("index_topk_pattern")?.unwrap_or_default()
+        }
+        (None, None) => {
+            let every = config.count_or("index_topk_freq", 1)?.max(1);
+            let offset = config.count_or("index_skip_topk_offset", 2)?;
+            (0..layers).map(|layer| !(layer + 1).saturating_sub(offset).is_multiple_of(every)).collect()
+        }
+    };
+    if shared.len() < layers || shared.first() == Some(&true) {
+        return Err(Error::failed(format!(
+            "config.json: it has to be said of each of {layers} layers whether it has an indexer, and the first has to have one"
+        )));
+    }
+    Ok(shared)
+}
+
 /// The feed-forward layer `module`, with experts where it is `sparse` and the model has some.
 fn feed_forward(base: &Base, config: &Config<'_>, kind: Kind, module: &str, sparse: bool) -> Result<Layer> {
     let act = activation(config, Activation::Silu)?;
@@ -163,7 +268,7 @@ fn feed_forward(base: &Base, config: &Config<'_>, kind: Kind, module: &str, spar
     let Some(experts) = config.optional_count("n_routed_experts")?.filter(|_| sparse) else {
         return Ok(Layer::Mlp(base.gated(module, config.count("intermediate_size")?, act, mlp_bias)));
     };
-    let mut moe = moe(base, config, module, experts, act, kind.choice(), kind != Kind::V2)?;
+    let mut moe = moe(base, config, module, experts, act, kind.chosen(), kind != Kind::V2)?;
     if let Some((shared, _)) = &mut moe.shared {
         shared.inputs.iter_mut().chain([&mut shared.down]).for_each(|linear| linear.bias = mlp_bias);
     }
@@ -186,21 +291,21 @@ pub fn moe(
     module: &str,
     experts: usize,
     act: Activation,
-    choice: Choice,
+    chosen: Chosen,
     normed: bool,
 ) -> Result<Moe> {
     let inner = config.count("moe_intermediate_size")?;
     let renormalize = config.flag("norm_topk_prob", normed)?;
     let mut router = router(base, format!("{module}.gate"), experts, config.count("num_experts_per_tok")?, renormalize);
     router.scale = config.number("routed_scaling_factor", 1.0)? as f32;
-    let grouped = match choice {
-        Choice::Sigmoid => {
+    let grouped = match chosen {
+        Chosen::Sigmoid => {
             router.scoring = Scoring::Sigmoid;
             router.correction = Some((format!("{module}.gate.e_score_correction_bias"), vec![experts]));
             Some(2)
         }
-        Choice::SoftmaxOfTwo => Some(2),
-        Choice::Softmax => match config.get("topk_method").and_then(|v| v.as_str()).unwrap_or("greedy") {
+        Chosen::SoftmaxOfTwo => Some(2),
+        Chosen::Softmax => match config.get("topk_method").and_then(|v| v.as_str()).unwrap_or("greedy") {
             "greedy" => None,
             "group_limited_greedy" => Some(1),
             other => return Err(Error::failed(format!("config.json: topk_method `{other}` is not supported"))),

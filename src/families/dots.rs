@@ -3,7 +3,7 @@
 use kernels::Activation;
 
 use super::build::{Base, activation, sliding};
-use super::deepseek::{Choice, moe};
+use super::deepseek::{Chosen, moe};
 use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
@@ -47,7 +47,7 @@ fn build(config: &Config<'_>, family: &'static str) -> Result<Graph> {
             false => Layer::Mlp(base.gated(&module, config.count("intermediate_size")?, act, false)),
             true => {
                 let experts = config.count("n_routed_experts")?;
-                Layer::Moe(moe(&base, config, &module, experts, act, Choice::Sigmoid, !dots)?)
+                Layer::Moe(moe(&base, config, &module, experts, act, Chosen::Sigmoid, !dots)?)
             }
         };
         Ok(base.usual_block(at, attention, feed_forward))

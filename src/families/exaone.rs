@@ -3,7 +3,7 @@
 use kernels::Activation;
 
 use super::build::{Base, activation, sliding, with_experts};
-use super::deepseek::{Choice, moe};
+use super::deepseek::{Chosen, moe};
 use super::rope::rope;
 use super::{Config, Family};
 use crate::error::Result;
@@ -49,7 +49,7 @@ fn build(config: &Config<'_>, second: bool) -> Result<Graph> {
             false => Layer::Mlp(base.gated(&module, inner, act, false)),
             true => {
                 let experts = config.count("num_experts")?;
-                let mut moe = moe(&base, config, &module, experts, act, Choice::Sigmoid, true)?;
+                let mut moe = moe(&base, config, &module, experts, act, Chosen::Sigmoid, true)?;
                 let shared = config.count_or("num_shared_experts", 1)? * config.count("moe_intermediate_size")?;
                 moe.router.correction = Some((format!("{module}.e_score_correction_bias"), vec![experts]));
                 moe.shared =

@@ -4,7 +4,7 @@
 use kernels::Activation;
 
 use super::build::{Base, activation_of, block, pre};
-use super::deepseek::{Choice, moe};
+use super::deepseek::{Chosen, moe};
 use super::state_space::Sizes;
 use super::{Config, Family};
 use crate::error::{Error, Result};
@@ -105,7 +105,7 @@ fn mixture(
     ungated: &dyn Fn(&str, usize, bool) -> Mlp,
 ) -> Result<Moe> {
     let count = config.count("n_routed_experts")?;
-    let mut moe = moe(base, config, module, count, act, Choice::Sigmoid, true)?;
+    let mut moe = moe(base, config, module, count, act, Chosen::Sigmoid, true)?;
     let (inner, bias) = (config.count("moe_intermediate_size")?, config.flag("mlp_bias", false)?);
     let latent = config.optional_count("moe_latent_size")?;
     let within = Base { hidden: latent.unwrap_or(base.hidden), ..base.clone() };

@@ -175,7 +175,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activa
             taps,
             activation: Some(act),
         },
-        shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces: true },
+        shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces: true, by_channel: false },
         decay: Decay { rates: format!("{module}.A_log"), bias: format!("{module}.dt_bias"), limits: Decay::UNLIMITED },
         unit,
         norm,

@@ -96,6 +96,7 @@ impl Sizes {
                 value_dim: head_dim,
                 scale: 1.0,
                 replaces: false,
+                by_channel: false,
             },
             decay: Decay { rates: format!("{module}.A_log"), bias: format!("{module}.dt_bias"), limits },
             skip: format!("{module}.D"),

@@ -10,7 +10,9 @@ mod operate;
 mod recurrent;
 mod route;
 mod run;
+mod sparse;
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use formats::{Dtype, Encoding, Float};
@@ -51,6 +53,8 @@ pub struct Chunk<M> {
     pub hidden: M,
     /// Tokens of each sequence.
     pub lengths: Vec<usize>,
+    /// What the last indexer chose, where layers behind it take that over.
+    pub chosen: RefCell<Option<M>>,
 }
 
 /// A linear's weight on the device, as a matrix or in the form that products read it in.
@@ -174,7 +178,11 @@ pub fn embed<B: Forward>(
             hidden.iter_mut().zip(&positions).for_each(|(x, p)| *x += p);
         }
         let hidden = Array2::from_shape_vec((ids.len(), graph.hidden), hidden).expect("one row a token");
-        chunks.push(Chunk { hidden: backend.upload(hidden)?, lengths: now.iter().map(Vec::len).collect() });
+        chunks.push(Chunk {
+            hidden: backend.upload(hidden)?,
+            lengths: now.iter().map(Vec::len).collect(),
+            chosen: RefCell::default(),
+        });
     }
     Ok(chunks)
 }

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use kernels::{Activation, ActivationRounding, Forward, RopeLayout};
+use kernels::{Activation, ActivationRounding, AttentionShape, Forward, IndexShape, RopeLayout};
 
 use super::route::{Routed, choose, sigmoid};
 use super::run::{Computed, Loaded, Place, Read, Run};
@@ -122,19 +122,19 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let factors: Vec<f32> = lengths.iter().flat_map(|length| (0..*length).map(warm)).collect();
                 self.each(operation, next, |x| Ok(backend.scale(x, &factors, &[])?))?
             }
-            Kind::Attention { shape, .. } => {
-                let [q, mut k, mut v] = [self.own(next())?, self.own(next())?, self.own(next())?];
-                if self.rounds_cache {
-                    // As a cache in half precision keeps them.
-                    backend.round_values(&mut k, ActivationRounding::F16)?;
-                    backend.round_values(&mut v, ActivationRounding::F16)?;
-                }
-                let mixed = backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?;
+            Kind::Attention { shape, index, .. } => {
+                let qkv = [self.own(next())?, self.own(next())?, self.own(next())?];
+                let choice = index.as_ref().map(|index| (next(), index));
+                let mixed = self.attend(at, qkv, shape, choice, lengths)?;
                 if program.values[operation.makes[0]].multiplied {
                     return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(mixed)))]);
                 }
                 vec![backend.values(&mixed)?]
             }
+            Kind::Select { shape, shared } => {
+                vec![self.choice(place.index, operation.reads.iter().map(|_| next()).collect(), shape, *shared)?]
+            }
+            Kind::Chosen => vec![self.earlier_choice(place.index)?],
             Kind::Activate(activation) => {
                 let x = self.multiplied(next())?;
                 let weights = self.weights(program.values[operation.reads[0]].maker.expect("linears make it"));
@@ -172,6 +172,27 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             _ => self.recur(at, next, lengths)?,
         };
         operation.makes.iter().zip(matrices).map(|(value, matrix)| self.made(*value, matrix)).collect()
+    }
+
+    /// Attention to all earlier tokens, or to those of a choice.
+    fn attend(
+        &self,
+        at: usize,
+        [q, mut k, mut v]: [B::Matrix; 3],
+        shape: &AttentionShape,
+        choice: Option<(Read<'_, B>, &IndexShape)>,
+        lengths: &[usize],
+    ) -> Result<B::Input> {
+        let backend = self.backend;
+        if self.rounds_cache {
+            // As a cache in half precision keeps them.
+            backend.round_values(&mut k, ActivationRounding::F16)?;
+            backend.round_values(&mut v, ActivationRounding::F16)?;
+        }
+        match choice {
+            Some((choice, index)) => self.attend_to([&q, &k, &v], choice.matrix(), shape, index, lengths),
+            None => Ok(backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?),
+        }
     }
 
     /// The tokens of each expert and their weights, from the router's `logits` `[tokens, experts]` and its correction of each expert.

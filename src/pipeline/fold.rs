@@ -3,6 +3,7 @@
 //! A slot is what some linears read in common: the output of a norm, of the values' projection, of a gate. Multiplying the readers' columns by
 //! scales and dividing whatever comes before by them changes nothing but what rounding does (Lin et al. 2023, arXiv:2306.00978).
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::time::Instant;
 
@@ -26,7 +27,9 @@ impl<B: Backend> Walk<'_, '_, B> {
         let backend = self.backend;
         let mut copies = Vec::with_capacity(chunks.len());
         for chunk in chunks {
-            copies.push(Chunk { hidden: backend.copy(&chunk.hidden)?, lengths: chunk.lengths.clone() });
+            let chosen = chunk.chosen.borrow().as_ref().map(|chosen| backend.copy(chosen)).transpose()?;
+            let hidden = backend.copy(&chunk.hidden)?;
+            copies.push(Chunk { hidden, lengths: chunk.lengths.clone(), chosen: RefCell::new(chosen) });
         }
         let mut seen = FloatPass { walk: self, statistics: HashMap::new() };
         run_block(backend, block, &mut seen, &mut copies)?;

@@ -4,8 +4,8 @@ use super::{Expert, Kept, Kind, Operation, Program, Value};
 use kernels::Activation;
 
 use crate::graph::{
-    Attention, Block, Convolution, DeltaNet, GroupNorm, HeadNorms, Latent, Layer, Linear, Mamba, Mlp, Moe, Norm,
-    Projections, ShortConvolution, Step,
+    Attention, Block, Choice, Convolution, DeltaNet, GroupNorm, HeadNorms, Indexer, Latent, Layer, Linear, Mamba, Mlp,
+    Moe, Norm, Projections, Rope, ShortConvolution, Step,
 };
 
 impl<'b> Program<'b> {
@@ -114,8 +114,9 @@ impl<'b> Lowering<'b> {
     }
 
     fn attention(&mut self, attention: &'b Attention, x: usize) -> usize {
-        let Attention { projections, gated, o, shape, rope, layout, norms, clip, sinks, temperature } = attention;
-        let mut gate = None;
+        let Attention { projections, gated, o, shape, rope, layout, norms, clip, sinks, temperature, choice } =
+            attention;
+        let (mut gate, mut queries_latent) = (None, None);
         let mut qkv: [usize; 3] = match projections {
             Projections::Direct(linears) => {
                 let names: &[&str] = if *gated { &["q", "gate", "k", "v"] } else { &["q", "k", "v"] };
@@ -123,7 +124,11 @@ impl<'b> Lowering<'b> {
                 gate = gated.then(|| made.remove(1));
                 made.try_into().expect("queries, keys and values")
             }
-            Projections::Latent(latent) => self.latent(latent, shape.heads, x),
+            Projections::Latent(latent) => {
+                let (qkv, of_queries) = self.latent(latent, shape.heads, x);
+                queries_latent = of_queries;
+                qkv
+            }
         };
         let norms = |after: bool| norms.as_ref().filter(|norms| norms.after_rope == after);
         self.head_norms(norms(false), shape.head_dim, &mut qkv);
@@ -137,15 +142,51 @@ impl<'b> Lowering<'b> {
         if let Some(temperature) = temperature {
             self.each(Kind::Warm(*temperature), &mut qkv[..1]);
         }
-        let kind = Kind::Attention { shape: *shape, sinks: sinks.as_deref() };
+        let mut reads = qkv.to_vec();
+        reads.extend(choice.as_ref().map(|choice| match choice {
+            Choice::Own(indexer, shared) => self.indexer(indexer, *shared, x, queries_latent, rope.as_deref()),
+            Choice::Earlier(shape) => self.one(Kind::Chosen, &[], "chosen", shape.width()),
+        }));
+        let index = choice.as_ref().map(|choice| *choice.shape());
+        let kind = Kind::Attention { shape: *shape, sinks: sinks.as_deref(), index };
         let width = shape.heads * shape.value_dim;
-        let mut mixed = self.one(kind, &qkv, "mix", width);
+        let mut mixed = self.one(kind, &reads, "mix", width);
         if let Some(gate) = gate {
             mixed = self.one(Kind::Gate(Activation::Sigmoid), &[gate, mixed], "mix", width);
         }
         // It costs more than any product, and the weights before it can go once it is there.
         self.keep(mixed, Kept::Always);
         self.linears(vec![o], false, mixed, &["y"])[0]
+    }
+
+    /// The choice of an indexer; `latent` is that of attention's queries.
+    fn indexer(
+        &mut self,
+        indexer: &'b Indexer,
+        shared: bool,
+        x: usize,
+        latent: Option<usize>,
+        rope: Option<&'b Rope>,
+    ) -> usize {
+        let Indexer { q, k, q_norm, k_norm, weights, shape, layout, .. } = indexer;
+        let mut made = match latent.filter(|_| indexer.latent) {
+            Some(latent) => {
+                let mut made = self.linears(vec![q], true, latent, &["iq"]);
+                let others = [k].into_iter().chain(weights).collect();
+                made.extend(self.linears(others, true, x, &["ik", "iw"]));
+                made
+            }
+            None => self.linears([q, k].into_iter().chain(weights).collect(), true, x, &["iq", "ik", "iw"]),
+        };
+        for (at, norm) in [q_norm.as_ref(), Some(k_norm)].into_iter().enumerate() {
+            if let Some(norm) = norm {
+                self.each(Kind::HeadNorm { norm, head_dim: shape.head_dim }, &mut made[at..=at]);
+            }
+        }
+        if let Some(rope) = rope {
+            self.each(Kind::Rope { rope, layout: *layout }, &mut made[..2]);
+        }
+        self.one(Kind::Select { shape: *shape, shared }, &made, "chosen", shape.width())
     }
 
     fn delta(&mut self, delta: &'b DeltaNet, x: usize) -> usize {
@@ -241,7 +282,8 @@ impl<'b> Lowering<'b> {
         }
     }
 
-    fn latent(&mut self, latent: &'b Latent, heads: usize, x: usize) -> [usize; 3] {
+    /// Queries, keys and values, and the latent of the queries where there is one.
+    fn latent(&mut self, latent: &'b Latent, heads: usize, x: usize) -> ([usize; 3], Option<usize>) {
         let Latent { q, q_norm, kv_a, kv_norm, kv_b } = latent;
         let first = if q.len() == 1 { "q" } else { "cq" };
         let made = self.linears(vec![&q[0], kv_a], false, x, &[first, "ckv", "kr"]);
@@ -256,7 +298,7 @@ impl<'b> Lowering<'b> {
         let made = self.linears(vec![kv_b], false, latent, &["k", "v"]);
         let width = self.program.values[made[0]].width + heads * self.program.values[rotated].width;
         let keys = self.one(Kind::JoinHeads { heads }, &[made[0], rotated], "k", width);
-        [queries, keys, made[1]]
+        ([queries, keys, made[1]], queries_latent)
     }
 
     fn mlp(&mut self, mlp: &'b Mlp, x: usize, kept: Kept) -> usize {

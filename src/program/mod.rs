@@ -9,7 +9,7 @@ mod slots;
 #[cfg(test)]
 mod tests;
 
-use kernels::{Activation, AttentionShape, DeltaShape, RopeLayout};
+use kernels::{Activation, AttentionShape, DeltaShape, IndexShape, RopeLayout};
 
 pub use self::lifetimes::Lifetimes;
 pub use self::shown::{Shown, ShownOperation, ShownValue, shown};
@@ -120,7 +120,18 @@ pub enum Kind<'b> {
         shape: AttentionShape,
         /// Tensor of one logit a head that takes part in the softmax and has no value.
         sinks: Option<&'b str>,
+        /// Of the choice that it reads behind them, if what it sees is one.
+        index: Option<IndexShape>,
     },
+    /// Chooses what attention sees, of an indexer's queries, keys and weights.
+    Select {
+        /// How much.
+        shape: IndexShape,
+        /// Layers behind this one take the choice over.
+        shared: bool,
+    },
+    /// The choice of the last layer with an indexer.
+    Chosen,
     /// A causal convolution of each channel by itself.
     Convolve {
         /// Of these channels and others.

@@ -165,17 +165,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             let details = vec![format!("scale {}", warm.scale), format!("floor {}", warm.floor)];
             (call("temperature"), details)
         }
-        Kind::Attention { shape, .. } => {
-            let mut details = vec![format!("{} heads", shape.heads)];
-            if shape.kv_heads != shape.heads {
-                details.push(format!("{} of keys and values", shape.kv_heads));
-            }
-            details.push(format!("scale {}", shape.scale));
-            details.extend(shape.window.map(|window| format!("window {window}")));
-            details.extend(shape.chunk.map(|chunk| format!("chunk {chunk}")));
-            details.extend(shape.softcap.map(|cap| format!("softcap {cap}")));
-            (call("attention"), details)
-        }
+        Kind::Attention { .. } | Kind::Select { .. } | Kind::Chosen => said_of_attention(operation, reads),
         Kind::Convolve { .. }
         | Kind::Decay(_)
         | Kind::Step(_)
@@ -225,6 +215,38 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::Share => only(format!("{} * sigmoid({})", reads[0], reads[1])),
         Kind::Add { scale } if *scale != 1.0 => only(format!("{} + {scale} * {}", reads[0], reads[1])),
         Kind::Add { .. } => only(format!("{} + {}", reads[0], reads[1])),
+    }
+}
+
+/// The same of attention, and of what chooses the tokens that it sees.
+fn said_of_attention(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
+    let call = |name: &str| format!("{name}({})", reads.join(", "));
+    match &operation.kind {
+        Kind::Attention { shape, index, .. } => {
+            let mut details = vec![format!("{} heads", shape.heads)];
+            if shape.kv_heads != shape.heads {
+                details.push(format!("{} of keys and values", shape.kv_heads));
+            }
+            details.push(format!("scale {}", shape.scale));
+            details.extend(shape.window.map(|window| format!("window {window}")));
+            details.extend(shape.chunk.map(|chunk| format!("chunk {chunk}")));
+            details.extend(shape.softcap.map(|cap| format!("softcap {cap}")));
+            details.extend(index.map(|index| format!("{} tokens at most", index.tokens())));
+            (call("attention"), details)
+        }
+        Kind::Select { shape, shared } => {
+            let mut details = vec![format!("{} heads", shape.heads), format!("scale {}", shape.scale)];
+            details.push(match shape.block {
+                1 => format!("{} tokens", shape.count),
+                block => format!("{} blocks of {block} tokens", shape.count),
+            });
+            if *shared {
+                details.push("for layers behind it, too".to_owned());
+            }
+            (call("select"), details)
+        }
+        Kind::Chosen => ("what the last indexer chose".to_owned(), Vec::new()),
+        _ => unreachable!("one of these"),
     }
 }
 

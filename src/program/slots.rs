@@ -106,7 +106,11 @@ impl<'b> Program<'b> {
             Kind::Activate(_) if between.reads.len() == 2 => None,
             _ => return None,
         };
-        let made = *between.reads.last()?;
+        // What attention sees of the values may be read behind them.
+        let made = match between.kind {
+            Kind::Attention { .. } => between.reads[2],
+            _ => *between.reads.last()?,
+        };
         let (linear, part) = self.made_by(made)?;
         // What is made of a latent is left as it is.
         let latent = self.norm_of(self.maker(made)?.reads[0]).is_some_and(|(_, of)| self.made_by(of).is_some());

@@ -35,6 +35,48 @@ impl AttentionShape {
     }
 }
 
+/// How heads beside those of attention choose what these see.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct IndexShape {
+    /// Heads of the queries; all have the keys in common.
+    pub heads: usize,
+    /// Values per head of the queries and the keys.
+    pub head_dim: usize,
+    /// Factor on the scores; positive.
+    pub scale: f32,
+    /// Blocks that are chosen for each query. Not 0.
+    pub count: usize,
+    /// Consecutive tokens that are chosen together, by the best score among them; 1 for tokens one by one. Not 0.
+    pub block: usize,
+    /// Blocks that are chosen whatever their scores are: the query's own, and those before it.
+    pub local: usize,
+    /// Each head chooses for as many heads of attention (MiniMax M3); otherwise their scores, as far as they are positive, are weighed and summed
+    /// up (DeepSeek).
+    pub apart: bool,
+}
+
+impl IndexShape {
+    /// Choices that are made for each query.
+    pub fn groups(&self) -> usize {
+        if self.apart { self.heads } else { 1 }
+    }
+
+    /// Numbers of a query's choices.
+    pub fn width(&self) -> usize {
+        self.groups() * self.count
+    }
+
+    /// Tokens that a query sees at most.
+    pub fn tokens(&self) -> usize {
+        self.count.saturating_mul(self.block)
+    }
+
+    /// Whether nothing is left out of a sequence of so many tokens.
+    pub fn sees_all(&self, length: usize) -> bool {
+        length <= self.tokens()
+    }
+}
+
 /// Shape of one layer of linear attention whose state forgets.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DeltaShape {
@@ -51,12 +93,19 @@ pub struct DeltaShape {
     /// What a token writes takes the place of what the state holds under its key (the gated delta rule), instead of being added to it (the
     /// state spaces of Mamba 2, whose keys and queries are called B and C).
     pub replaces: bool,
+    /// Each channel of the keys decays by itself (Kimi Delta Attention), not all of a head alike.
+    pub by_channel: bool,
 }
 
 impl DeltaShape {
     /// Numbers of the states of all heads.
     pub fn state(&self) -> u64 {
         (self.value_heads * self.key_dim * self.value_dim) as u64
+    }
+
+    /// Decays of one token.
+    pub fn decays(&self) -> usize {
+        self.value_heads * if self.by_channel { self.key_dim } else { 1 }
     }
 }
 
@@ -295,6 +344,29 @@ pub trait Forward: Memory {
         lengths: &[usize],
     ) -> Result<Self::Input>;
 
+    /// What attention is to see: for each query and each group of heads the positions in its sequence of `count` blocks of the best scores, ascending,
+    /// with −1 behind them where fewer are there; of equal ones the earliest.
+    ///
+    /// `q` is `[tokens, heads·head_dim]`, `k` `[tokens, head_dim]`, `weights` `[tokens, heads]`, there unless heads choose apart; the result
+    /// `[tokens, groups·count]`.
+    fn select(
+        &self,
+        q: &Self::Matrix,
+        k: &Self::Matrix,
+        weights: Option<&Self::Matrix>,
+        shape: &IndexShape,
+        lengths: &[usize],
+    ) -> Result<Self::Matrix>;
+    /// [`attention`](Self::attention) to what [`select`](Self::select) chose, without sinks, window, chunks and caps.
+    fn attention_to(
+        &self,
+        qkv: [&Self::Matrix; 3],
+        chosen: &Self::Matrix,
+        shape: &AttentionShape,
+        index: &IndexShape,
+        lengths: &[usize],
+    ) -> Result<Self::Input>;
+
     /// A causal convolution of each channel by itself, within each sequence: `y[t, c] = act(bias[c] + Σ weight[c, j] · x[t − K + 1 + j, c])`,
     /// where what lies before a sequence is 0.
     ///
@@ -310,12 +382,13 @@ pub trait Forward: Memory {
     /// `x ← −rates · clamp(ln(1 + exp(x + bias)))`: logarithms of decays, for each column a rate and a bias; `limits` are the least and the
     /// most that a step may be.
     fn decays(&self, x: &mut Self::Matrix, rates: &[f32], bias: &[f32], limits: [f32; 2]) -> Result<()>;
-    /// The gated delta rule over each sequence: `S ← exp(decay) · S`, then `S ← S + k · β(v − Sᵀk)ᵀ`, then `out = scale · Sᵀq`, for
-    /// each head a state `S` `[key_dim, value_dim]` that is 0 before the first token of a sequence. Where the shape does not say that it
-    /// replaces, `S ← S + k · βvᵀ` (Mamba 2).
+    /// The gated delta rule over each sequence: `S ← exp(decay) · S`, by rows where channels decay by themselves, then
+    /// `S ← S + k · β(v − Sᵀk)ᵀ`, then `out = scale · Sᵀq`, for each head a state `S` `[key_dim, value_dim]` that is 0 before the first
+    /// token of a sequence. Where the shape does not say that it replaces, `S ← S + k · βvᵀ` (Mamba 2).
     ///
-    /// `q` and `k` are `[tokens, key_heads·key_dim]`, `v` and the result `[tokens, value_heads·value_dim]`, `decay` (no positive values) and
-    /// `beta` `[tokens, value_heads]`. Where it replaces, keys are no longer than 1 and `beta` is from 0 to 1.
+    /// `q` and `k` are `[tokens, key_heads·key_dim]`, `v` and the result `[tokens, value_heads·value_dim]`, `decay` (no positive values)
+    /// `[tokens, value_heads]`, or `[tokens, value_heads·key_dim]`, and `beta` `[tokens, value_heads]`. Where it replaces, keys are no longer
+    /// than 1 and `beta` is from 0 to 1.
     fn delta_rule(
         &self,
         qkv: [&Self::Matrix; 3],

@@ -5,14 +5,14 @@ use rayon::prelude::*;
 
 use super::{Cpu, Input, Weight, flat};
 use crate::backend::{
-    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, Memory, NormKind, RopeLayout,
+    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, IndexShape, Memory, NormKind, RopeLayout,
 };
 use crate::checks::{
-    expect, expect_alone, expect_attention, expect_convolution, expect_delta, expect_limit, expect_multiple,
-    expect_rotation,
+    expect, expect_alone, expect_attention, expect_choice, expect_convolution, expect_delta, expect_index,
+    expect_limit, expect_multiple, expect_rotation,
 };
 use crate::ops::{
-    activation, add, attention, bf16, convolve, delta, heads, linear, norm, rope, round_activations, softcap,
+    activation, add, attention, bf16, convolve, delta, heads, linear, norm, rope, round_activations, softcap, sparse,
 };
 use crate::{Error, Result};
 
@@ -188,6 +188,32 @@ impl Forward for Cpu {
             return Ok(Input::Rounded(attention::rounded(q.view(), k.view(), v.view(), sinks, shape, lengths)));
         }
         self.input(attention::run(q.view(), k.view(), v.view(), sinks, shape, lengths))
+    }
+
+    fn select(
+        &self,
+        q: &Array2<f32>,
+        k: &Array2<f32>,
+        weights: Option<&Array2<f32>>,
+        shape: &IndexShape,
+        lengths: &[usize],
+    ) -> Result<Array2<f32>> {
+        let of = |m: &Array2<f32>| [m.nrows(), m.ncols()];
+        expect_index([of(q), of(k)], weights.map(of), shape, lengths)?;
+        Ok(sparse::select(q.view(), k.view(), weights.map(|m| m.view()), shape, lengths))
+    }
+
+    fn attention_to(
+        &self,
+        qkv: [&Array2<f32>; 3],
+        chosen: &Array2<f32>,
+        shape: &AttentionShape,
+        index: &IndexShape,
+        lengths: &[usize],
+    ) -> Result<Input> {
+        let of = |m: &Array2<f32>| [m.nrows(), m.ncols()];
+        expect_choice(qkv.map(of), of(chosen), shape, index, lengths)?;
+        self.input(sparse::attend(qkv.map(|m| m.view()), chosen.view(), shape, index, lengths))
     }
 
     fn convolve(

@@ -74,7 +74,15 @@ fn matrices_that_do_not_fit_are_refused() {
     refused("convolve", convolve(12, None, &[4]));
     refused("decays", cpu.decays(&mut m(3, 4), &[1.0; 3], &[1.0; 4], [0.0, 1.0]));
     refused("decays", cpu.decays(&mut m(3, 4), &[1.0; 4], &[1.0; 5], [0.0, 1.0]));
-    let shape = DeltaShape { key_heads: 2, value_heads: 4, key_dim: 3, value_dim: 2, scale: 1.0, replaces: true };
+    let shape = DeltaShape {
+        key_heads: 2,
+        value_heads: 4,
+        key_dim: 3,
+        value_dim: 2,
+        scale: 1.0,
+        replaces: true,
+        by_channel: false,
+    };
     let delta = |keys, gates, lengths: &[usize], shape| {
         cpu.delta_rule([&m(5, 6), &m(5, keys), &m(5, 8)], &m(5, gates), &m(5, 4), &shape, lengths)
     };
@@ -105,7 +113,15 @@ fn recurrent(
     x: &Input,
     lengths: &[usize],
 ) -> Array2<f32> {
-    let shape = DeltaShape { key_heads: 2, value_heads: 4, key_dim: 9, value_dim: 7, scale: 1.0 / 3.0, replaces: true };
+    let shape = DeltaShape {
+        key_heads: 2,
+        value_heads: 4,
+        key_dim: 9,
+        value_dim: 7,
+        scale: 1.0 / 3.0,
+        replaces: true,
+        by_channel: false,
+    };
     let (v, mut decay, mut beta, mut gate) = (linear(x, 28), linear(x, 4), linear(x, 4), linear(x, 28));
     let [q, k] = [0, 1].map(|_| {
         let taps = [0.5, -0.2, 0.7].repeat(18);

@@ -21,6 +21,7 @@ pub static MODULES: &[&Module] = &[
     &super::forward::NORM,
     &super::forward::ROPE,
     &super::recurrent::RECURRENT,
+    &super::sparse::SPARSE,
     &super::quantize::GRAM,
     &super::factor::FACTOR,
     &super::pack::PACK,

@@ -4,7 +4,7 @@ use ndarray::Array2;
 
 use super::{Cuda, Matrix, Module, Operand, Operands, Pinned, Product, Rounded, at, expect, expect_multiple};
 use crate::backend::{
-    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, Memory, NormKind, RopeLayout,
+    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, IndexShape, Memory, NormKind, RopeLayout,
 };
 use crate::checks::{expect_alone, expect_limit, expect_rotation};
 use crate::ops::add::sources;
@@ -381,6 +381,28 @@ impl Forward for Cuda {
         lengths: &[usize],
     ) -> Result<Operands> {
         self.attend(q, k, v, sinks, shape, lengths)
+    }
+
+    fn select(
+        &self,
+        q: &Matrix,
+        k: &Matrix,
+        weights: Option<&Matrix>,
+        shape: &IndexShape,
+        lengths: &[usize],
+    ) -> Result<Matrix> {
+        self.chosen(q, k, weights, shape, lengths)
+    }
+
+    fn attention_to(
+        &self,
+        qkv: [&Matrix; 3],
+        chosen: &Matrix,
+        shape: &AttentionShape,
+        index: &IndexShape,
+        lengths: &[usize],
+    ) -> Result<Operands> {
+        self.attend_to(qkv, chosen, shape, index, lengths)
     }
 
     fn convolve(

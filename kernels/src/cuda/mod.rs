@@ -21,6 +21,7 @@ mod recurrent;
 mod refine;
 mod search;
 mod simulated;
+mod sparse;
 mod sweep;
 #[cfg(test)]
 mod tests;

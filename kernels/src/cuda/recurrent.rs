@@ -79,7 +79,7 @@ impl Cuda {
         lengths: &[usize],
     ) -> Result<Matrix> {
         expect_delta([q, k, v, decay, beta].map(|m| [m.rows, m.cols]), shape, lengths)?;
-        let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces } = *shape;
+        let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces, by_channel } = *shape;
         let lanes = key_dim.div_ceil(HELD).next_power_of_two();
         if lanes > 32 {
             let expected = format!("keys of at most {} values a head", 32 * HELD);
@@ -111,6 +111,7 @@ impl Cuda {
             (lanes as i32).into(),
             scale.into(),
             i32::from(replaces).into(),
+            i32::from(by_channel).into(),
         ];
         let columns = BLOCK as usize / lanes;
         let grid = [lengths.len() * value_heads, value_dim.div_ceil(columns), 1];

@@ -11,6 +11,7 @@ mod losses;
 mod pack;
 mod recurrent;
 mod search;
+mod sparse;
 mod sweep;
 
 use std::sync::{Arc, OnceLock};

@@ -334,7 +334,8 @@ simd_fn! {
 }
 
 simd_fn! {
-    fn softmax(row: &mut [f32], sink: f32) {
+    /// What a row of scores becomes, a sink beside it.
+    pub(super) fn softmax(row: &mut [f32], sink: f32) {
         let whole = 1.0 / exponents(row, 1.0, sink);
         for x in row.iter_mut() {
             *x *= whole;

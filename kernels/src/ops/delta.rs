@@ -8,10 +8,14 @@
 //! becomes `e^c[C] S + Kᵀ diag(e^(c[C] − c)) U`. So all but the solving are products, and the cost grows with the tokens, not with their square.
 //! Where the state is only added to, `U` is `diag(β) V`, and nothing is solved: this is the duality of a state space with one decay a head and
 //! attention (SSD).
+//! Where each channel of the keys decays by itself, `D` is a factor of each term of these products: [`channels`].
+
+mod channels;
 
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
+use self::channels::Channels;
 use super::{Shared, gemm};
 use crate::backend::DeltaShape;
 use crate::simd::exp;
@@ -31,7 +35,7 @@ pub fn reference(
     shape: &DeltaShape,
     lengths: &[usize],
 ) -> Array2<f32> {
-    let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces } = *shape;
+    let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces, .. } = *shape;
     let mut out = Array2::zeros((q.nrows(), value_heads * value_dim));
     let mut start = 0;
     for &length in lengths {
@@ -41,7 +45,10 @@ pub fn reference(
             for token in start..start + length {
                 let key = |d: usize| f64::from(k[[token, key_head * key_dim + d]]);
                 let query = |d: usize| f64::from(q[[token, key_head * key_dim + d]]) * f64::from(scale);
-                state *= f64::from(decay[[token, head]]).exp();
+                for (d, mut row) in state.rows_mut().into_iter().enumerate() {
+                    let column = if shape.by_channel { head * key_dim + d } else { head };
+                    row *= f64::from(decay[[token, column]]).exp();
+                }
                 for e in 0..value_dim {
                     let held: f64 = (0..key_dim).map(|d| state[[d, e]] * key(d)).sum();
                     let held = if replaces { held } else { 0.0 };
@@ -82,7 +89,12 @@ pub fn run(
         for from in (0..length).step_by(CHUNK) {
             let count = CHUNK.min(length - from);
             // SAFETY: the slices hold `start + length` tokens, and each task writes its own tokens of its own head.
-            unsafe { scratch.advance(&layer, start + from, count, head, from == 0, target) };
+            unsafe {
+                match shape.by_channel {
+                    true => scratch.advance_by_channel(&layer, [start + from, count, head], from == 0, target),
+                    false => scratch.advance(&layer, start + from, count, head, from == 0, target),
+                }
+            };
         }
     });
     Array2::from_shape_vec((tokens, cols), out).expect("as long as its shape says")
@@ -96,6 +108,21 @@ struct Layer<'a> {
     decay: &'a [f32],
     beta: &'a [f32],
     shape: DeltaShape,
+}
+
+impl<'a> Layer<'a> {
+    /// The query and the key of a token for a head of values.
+    fn query_and_key(&self, token: usize, head: usize) -> [&'a [f32]; 2] {
+        let DeltaShape { key_heads, value_heads, key_dim, .. } = self.shape;
+        let at = (token * key_heads + head / (value_heads / key_heads)) * key_dim;
+        [self.q, self.k].map(|m| &m[at..at + key_dim])
+    }
+
+    /// The logarithms of a token's decays, where each channel has its own.
+    fn decay_of(&self, token: usize, head: usize) -> &'a [f32] {
+        let DeltaShape { value_heads, key_dim, .. } = self.shape;
+        &self.decay[(token * value_heads + head) * key_dim..][..key_dim]
+    }
 }
 
 /// What a task works in.
@@ -113,6 +140,8 @@ struct Scratch {
     sums: Vec<f32>,
     /// Decays from the beginning of the chunk to each token.
     since: Vec<f32>,
+    /// For decays of channels.
+    channels: Channels,
 }
 
 impl Scratch {
@@ -137,10 +166,10 @@ impl Scratch {
         first: bool,
         target: Shared<f32>,
     ) {
-        let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces } = layer.shape;
+        let DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces, .. } = layer.shape;
         let key_head = head / (value_heads / key_heads);
         let (key_cols, value_cols) = (key_heads * key_dim, value_heads * value_dim);
-        let Scratch { state, between, pairs, written, sums, since } = self;
+        let Scratch { state, between, pairs, written, sums, since, .. } = self;
         let (pairs, between) = (&mut pairs[..count * count], &mut between[..count * count]);
         let written = &mut written[..count * value_dim];
         sums.clear();
@@ -315,7 +344,7 @@ pub(crate) mod tests {
         }
         let v = noise.matrix(tokens, value_heads * value_dim);
         // From hardly any decay to nearly all of it.
-        let decay = noise.matrix(tokens, value_heads).mapv(|x| -(4.0 * x - 3.0).exp());
+        let decay = noise.matrix(tokens, shape.decays()).mapv(|x| -(4.0 * x - 3.0).exp());
         let beta = noise.matrix(tokens, value_heads).mapv(|x| 1.0 / (1.0 + (-2.0 * x).exp()));
         [q, k, v, decay, beta]
     }
@@ -334,37 +363,55 @@ pub(crate) mod tests {
         #[test]
         fn agrees_with_the_plain_loop(
             (key_heads, of_each) in (1usize..3, 1usize..4), key_dim in 1usize..40, value_dim in 1usize..40,
-            lengths in prop::collection::vec(prop_oneof![0usize..5, 60usize..70, 120usize..200], 1..4), seed: u64,
+            lengths in prop::collection::vec(prop_oneof![0usize..5, 60usize..70, 120usize..200], 1..4), by_channel: bool, seed: u64,
         ) {
             let scale = (key_dim as f32).powf(-0.5);
             let value_heads = key_heads * of_each;
             for replaces in [true, false] {
-                check(DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces }, &lengths, seed);
+                let shape = DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces, by_channel };
+                check(shape, &lengths, seed);
             }
         }
     }
 
     #[test]
     fn agrees_with_the_plain_loop_over_many_chunks() {
-        for replaces in [true, false] {
-            let shape =
-                DeltaShape { key_heads: 1, value_heads: 2, key_dim: 128, value_dim: 128, scale: 0.0884, replaces };
-            check(shape, &[700, 64], 3);
+        for (replaces, by_channel) in [(true, false), (true, true), (false, false), (false, true)] {
+            let sizes = DeltaShape {
+                key_heads: 1,
+                value_heads: 2,
+                key_dim: 128,
+                value_dim: 128,
+                scale: 0.0884,
+                replaces,
+                by_channel,
+            };
+            check(sizes, &[700, 64], 3);
         }
     }
 
     #[test]
     fn a_state_that_forgets_all_at_once_stays_finite() {
-        let shape = DeltaShape { key_heads: 1, value_heads: 1, key_dim: 4, value_dim: 4, scale: 0.5, replaces: true };
-        let [q, k, v, mut decay, beta] = layer(&mut Noise(5), 200, &shape);
-        for (token, row) in decay.rows_mut().into_iter().enumerate() {
-            row.into_iter().for_each(|x| *x = [0.0, -1e-6, -30.0, -3000.0][token % 4]);
-        }
-        let [q, k, v, decay, beta] = [&q, &k, &v, &decay, &beta].map(|m| m.view());
-        for shape in [shape, DeltaShape { replaces: false, ..shape }] {
-            let fast = run([q, k, v], decay, beta, &shape, &[200]);
-            let slow = reference([q, k, v], decay, beta, &shape, &[200]);
-            close(fast.as_slice().unwrap(), slow.as_slice().unwrap(), 3e-6);
+        for by_channel in [false, true] {
+            let shape = DeltaShape {
+                key_heads: 1,
+                value_heads: 1,
+                key_dim: 4,
+                value_dim: 4,
+                scale: 0.5,
+                replaces: true,
+                by_channel,
+            };
+            let [q, k, v, mut decay, beta] = layer(&mut Noise(5), 200, &shape);
+            for ((token, channel), x) in decay.indexed_iter_mut() {
+                *x = [0.0, -1e-6, -30.0, -3000.0][(token + channel) % 4];
+            }
+            let [q, k, v, decay, beta] = [&q, &k, &v, &decay, &beta].map(|m| m.view());
+            for shape in [shape, DeltaShape { replaces: false, ..shape }] {
+                let fast = run([q, k, v], decay, beta, &shape, &[200]);
+                let slow = reference([q, k, v], decay, beta, &shape, &[200]);
+                close(fast.as_slice().unwrap(), slow.as_slice().unwrap(), 3e-6);
+            }
         }
     }
 

@@ -28,6 +28,7 @@ pub mod round;
 pub mod round_activations;
 pub mod scaled;
 pub mod softcap;
+pub mod sparse;
 pub mod sweep;
 pub mod widen;
 

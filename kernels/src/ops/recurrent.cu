@@ -41,10 +41,10 @@ __device__ __forceinline__ float group_sum(float value, int lanes) {
 
 // The gated delta rule, or with `replaces` 0 a state that is only added to, token by token. A block has a head of a sequence (blockIdx.x) and some columns of its state (blockIdx.y); `lanes`
 // threads hold a column, of which thread l has the values l, l + lanes, … So columns need nothing of each other, and the state stays in
-// registers. `sequences` has the first token and the number of tokens of each.
+// registers. Decays are those of heads, or of each of their channels. `sequences` has the first token and the number of tokens of each.
 KERNEL(delta_rule)(
     float *out, const float *q, const float *k, const float *v, const float *decay, const float *beta, const int *sequences,
-    int key_heads, int value_heads, int key_dim, int value_dim, int lanes, float scale, int replaces) {
+    int key_heads, int value_heads, int key_dim, int value_dim, int lanes, float scale, int replaces, int by_channel) {
     int head = blockIdx.x % value_heads, sequence = blockIdx.x / value_heads;
     int start = sequences[2 * sequence], length = sequences[2 * sequence + 1];
     int lane = threadIdx.x % lanes, col = blockIdx.y * (blockDim.x / lanes) + threadIdx.x / lanes;
@@ -59,12 +59,12 @@ KERNEL(delta_rule)(
         const float *query = q + ((i64)token * key_heads + key_head) * key_dim;
         const float *key = k + ((i64)token * key_heads + key_head) * key_dim;
         i64 at = (i64)token * value_heads + head;
-        float kept = exp_as_cpu(decay[at]), held = 0.0f;
+        float kept = by_channel ? 0.0f : exp_as_cpu(decay[at]), held = 0.0f;
 #pragma unroll
         for (int i = 0; i < HELD; i++) {
             int d = lane + i * lanes;
             keys[i] = d < key_dim ? key[d] : 0.0f;
-            state[i] *= kept;
+            state[i] *= by_channel && d < key_dim ? exp_as_cpu(decay[at * key_dim + d]) : kept;
             held += state[i] * keys[i];
         }
         held = replaces ? group_sum(held, lanes) : 0.0f;

@@ -121,7 +121,7 @@ impl Settings {
         let layers = self.required("block_count")?;
         let heads = self.required("attention.head_count")?;
         let kv_heads = self.count("attention.head_count_kv")?.unwrap_or(heads).max(1);
-        let latent = self.count("attention.kv_lora_rank")?.is_some() && id == "deepseek2";
+        let latent = self.count("attention.kv_lora_rank")?.is_some() && self.architecture.latent;
         let context = self.required("context_length")?;
         required::check(self)?;
         let head_dim = match latent {
@@ -499,6 +499,11 @@ impl Settings {
                 })
             }
             "deepseek_v2" | "deepseek_v3" => self.deepseek(model)?,
+            "deepseek_v32" | "glm_moe_dsa" => {
+                let mut values = self.deepseek(model)?;
+                values.as_object_mut().expect("an object").extend(self.indexers(layers)?);
+                values
+            }
             _ => json!({}),
         })
     }
@@ -526,11 +531,30 @@ impl Settings {
         }))
     }
 
+    /// How much indexers choose, and which layers have one of their own.
+    fn indexers(&self, layers: usize) -> Result<Map<String, Value>> {
+        let mut found = Map::from_iter([
+            ("index_n_heads".to_owned(), self.required("attention.indexer.head_count")?.into()),
+            ("index_head_dim".to_owned(), self.required("attention.indexer.key_length")?.into()),
+            ("index_topk".to_owned(), self.required("attention.indexer.top_k")?.into()),
+        ]);
+        if self.architecture.id == "glm-dsa" {
+            self.look("attention.indexer.types");
+            let kind = |layer| if self.has(&format!("blk.{layer}.indexer.proj.weight")) { "full" } else { "shared" };
+            found.insert("indexer_types".to_owned(), (0..layers).map(kind).collect::<Vec<_>>().into());
+        }
+        Ok(found)
+    }
+
     /// Latent attention and experts of DeepSeek V2 and V3, in groups where the file has them. Fails for routing that transformers has
     /// no model for.
     fn deepseek(&self, model: &Hyperparameters) -> Result<Value> {
         let Hyperparameters { layers, head_dim, rotated, experts, inner, .. } = *model;
-        let third = self.sigmoid(false)?;
+        let third = self.sigmoid(self.architecture.id == "glm-dsa")?;
+        if !third && self.architecture.id != "deepseek2" {
+            let id = self.architecture.id;
+            return Err(self.unsupported(format!("a {id} model that routes by softmax cannot be said in config.json")));
+        }
         let nope = head_dim.checked_sub(rotated).filter(|nope| *nope > 0).ok_or_else(|| {
             self.unsupported(format!("rotating {rotated} of {head_dim} values of a head cannot be read"))
         })?;

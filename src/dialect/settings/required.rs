@@ -21,8 +21,22 @@ const REQUIRED: &[(&str, &[&str])] = &[
         "deepseek2",
         &["attention.kv_lora_rank", "attention.key_length", "expert_feed_forward_length", "expert_shared_count"],
     ),
+    ("deepseek32", CHOOSING),
+    ("glm-dsa", CHOOSING),
     ("gpt-oss", &["expert_feed_forward_length", "attention.sliding_window"]),
     ("llama4", &["expert_feed_forward_length", "interleave_moe_layer_step"]),
+];
+
+/// Sizes of latent attention to what an indexer chooses, and of experts.
+const CHOOSING: &[&str] = &[
+    "attention.q_lora_rank",
+    "attention.kv_lora_rank",
+    "attention.key_length",
+    "attention.indexer.head_count",
+    "attention.indexer.key_length",
+    "attention.indexer.top_k",
+    "expert_feed_forward_length",
+    "expert_shared_count",
 ];
 
 /// Sizes of layers with a state.

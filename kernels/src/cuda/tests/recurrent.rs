@@ -32,24 +32,27 @@ fn convolutions_agree_with_the_plain_loop() {
 #[test]
 fn the_delta_rule_agrees_with_the_plain_loop() {
     let mut noise = Noise(2);
-    for (key_heads, value_heads, key_dim, value_dim, lengths) in [
+    let sizes = [
         (1, 1, 1, 1, vec![3]),
         (2, 4, 5, 3, vec![7, 0, 1, 12]),
         (1, 2, 70, 40, vec![33]),
         (1, 1, 128, 130, vec![9]),
         (2, 2, 300, 2, vec![5, 4]),
-    ] {
+    ];
+    let cases = sizes.iter().flat_map(|case| [false, true].map(|by_channel| (case, by_channel)));
+    for ((key_heads, value_heads, key_dim, value_dim, lengths), by_channel) in cases {
+        let (key_heads, value_heads, key_dim, value_dim) = (*key_heads, *value_heads, *key_dim, *value_dim);
         let scale = (key_dim as f32).powf(-0.5);
         for replaces in [true, false] {
-            let shape = DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces };
+            let shape = DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces, by_channel };
             let all = delta::tests::layer(&mut noise, lengths.iter().sum(), &shape);
             let found = on_all(|cuda| {
                 let [q, k, v, decay, beta] = all.each_ref().map(|m| cuda.upload(m.clone()).unwrap());
-                cuda.download(&cuda.delta_rule([&q, &k, &v], &decay, &beta, &shape, &lengths).unwrap()).unwrap()
+                cuda.download(&cuda.delta_rule([&q, &k, &v], &decay, &beta, &shape, lengths).unwrap()).unwrap()
             });
             let Some(found) = found else { return };
             let [q, k, v, decay, beta] = all.each_ref().map(|m| m.view());
-            let expected = delta::reference([q, k, v], decay, beta, &shape, &lengths);
+            let expected = delta::reference([q, k, v], decay, beta, &shape, lengths);
             close(found.as_slice().unwrap(), expected.as_slice().unwrap(), 3e-6);
         }
     }

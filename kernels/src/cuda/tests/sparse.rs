@@ -1,0 +1,81 @@
+//! Attention to a choice of tokens.
+
+use super::super::Operands;
+use super::on_all;
+use crate::backend::{AttentionShape, Forward, Memory};
+use crate::ops::sparse::tests::{shape, whole};
+use crate::ops::sparse::{attend_reference, select_reference};
+use crate::ops::testing::{Noise, close};
+
+fn attention(heads: usize, kv_heads: usize, head_dim: usize, value_dim: usize) -> AttentionShape {
+    let scale = (head_dim as f32).powf(-0.5);
+    AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window: None, chunk: None, softcap: None }
+}
+
+#[test]
+fn choices_and_attention_to_them_agree_with_the_plain_loop() {
+    let mut noise = Noise(1);
+    for (index, shape, lengths) in [
+        (shape(3, 8, 5, 1, false), attention(2, 2, 5, 3), vec![7, 0, 1, 30]),
+        (shape(2, 4, 40, 1, false), attention(1, 1, 24, 33), vec![70]),
+        (shape(1, 1, 1, 1, false), attention(4, 2, 6, 130), vec![9, 3]),
+        (shape(2, 6, 2, 4, true), attention(4, 2, 8, 8), vec![37, 5]),
+        // More than one block for each thread.
+        (shape(2, 3, 60, 1, false), attention(1, 1, 4, 4), vec![300]),
+    ] {
+        let tokens = lengths.iter().sum();
+        let [iq, ik, weights] = whole(&mut noise, tokens, &index);
+        let q = noise.matrix(tokens, shape.heads * shape.head_dim) * 2.0;
+        let k = noise.matrix(tokens, shape.kv_heads * shape.head_dim);
+        let v = noise.matrix(tokens, shape.kv_heads * shape.value_dim);
+        let weights = (!index.apart).then_some(weights);
+        let found = on_all(|cuda| {
+            let [iq, ik, q, k, v] = [&iq, &ik, &q, &k, &v].map(|m| cuda.upload(m.clone()).unwrap());
+            let weights = weights.clone().map(|m| cuda.upload(m).unwrap());
+            let chosen = cuda.select(&iq, &ik, weights.as_ref(), &index, &lengths).unwrap();
+            let Operands::Whole(out) = cuda.attention_to([&q, &k, &v], &chosen, &shape, &index, &lengths).unwrap()
+            else {
+                unreachable!("not rounded")
+            };
+            [chosen, out].map(|m| cuda.download(&m).unwrap())
+        });
+        let Some([chosen, out]) = found else { return };
+        let weights = weights.as_ref().map(|m| m.view());
+        assert_eq!(chosen, select_reference(iq.view(), ik.view(), weights, &index, &lengths), "{index:?}");
+        let expected = attend_reference([q.view(), k.view(), v.view()], chosen.view(), &shape, &index, &lengths);
+        close(out.as_slice().unwrap(), expected.as_slice().unwrap(), 2e-6);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused_and_nothing_is_no_work() {
+    on_all(|cuda| {
+        let m = |rows, cols| cuda.zeros(rows, cols).unwrap();
+        let two = shape(2, 3, 4, 1, false);
+        let select = |q, k, weights: Option<usize>, shape, n| {
+            cuda.select(&m(5, q), &m(5, k), weights.map(|cols| m(5, cols)).as_ref(), &shape, &[n])
+                .map(|x| cuda.shape(&x))
+        };
+        assert_eq!(select(6, 3, Some(2), two, 5).unwrap(), [5, 4]);
+        let nothing = cuda.select(&m(0, 6), &m(0, 3), Some(&m(0, 2)), &two, &[]).unwrap();
+        let four = attention(4, 2, 8, 6);
+        cuda.attention_to([&m(0, 32), &m(0, 16), &m(0, 12)], &nothing, &four, &two, &[]).unwrap();
+        for wrong in [
+            select(5, 3, Some(2), two, 5),
+            select(6, 2, Some(2), two, 5),
+            select(6, 3, Some(1), two, 5),
+            select(6, 3, None, two, 5),
+            select(6, 3, Some(2), two, 4),
+            select(6, 3, Some(2), shape(2, 3, 0, 1, false), 5),
+            select(6, 3, Some(2), shape(2, 3, 4, 0, false), 5),
+        ] {
+            wrong.unwrap_err();
+        }
+        let attend = |cols, shape: AttentionShape| {
+            cuda.attention_to([&m(5, 32), &m(5, 16), &m(5, 12)], &m(5, cols), &shape, &two, &[5]).map(|x| x.shape())
+        };
+        assert!(attend(3, four).is_err());
+        assert!(attend(4, AttentionShape { window: Some(3), ..four }).is_err());
+        assert!(attend(4, AttentionShape { softcap: Some(3.0), ..four }).is_err());
+    });
+}
