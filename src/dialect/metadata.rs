@@ -3,7 +3,7 @@
 //! Loaders ask for exact types: counts are u32, reals f32.
 
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
-use kernels::{Activation, NormKind};
+use kernels::{Activation, DeltaShape, NormKind};
 use serde_json::Value;
 
 use crate::dialect::architectures::{Architecture, ROPE_FREQS};
@@ -13,7 +13,7 @@ use crate::dialect::settings::Settings;
 use crate::error::{Error, Result};
 use crate::families::rope::warmth;
 use crate::families::{self, longest_context};
-use crate::graph::{Attention, DeltaNet, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
+use crate::graph::{Attention, Block, Convolution, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
 use crate::json::integer;
 
 /// Keys and values in the order in which they are written.
@@ -68,6 +68,13 @@ impl Written {
         let small =
             u32::try_from(value).map_err(|_| Error::usage(format!("{key} would be {value}, beyond 32 bits")))?;
         self.metadata.push((key, MetadataValue::U32(small)));
+        Ok(())
+    }
+
+    /// A count for each layer.
+    pub(super) fn counts(&mut self, key: impl Into<String>, values: impl Iterator<Item = usize>) -> Result<()> {
+        let values = values.map(|value| MetadataValue::U32(value as u32)).collect();
+        self.metadata.push((key.into(), metadata_array(values, GGUFValueType::U32)?));
         Ok(())
     }
 
@@ -160,10 +167,21 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     out.count(key("context_length"), context)?;
     out.count(key("embedding_length"), graph.hidden)?;
     out.count(key("block_count"), graph.blocks.len())?;
-    out.count(key("feed_forward_length"), layers.inner)?;
+    match id {
+        // By it layers are told apart.
+        "nemotron_h" | "nemotron_h_moe" => {
+            let inner = |block: &Block| match &block.steps[0].layer {
+                Layer::Mlp(mlp) => mlp.inner(),
+                Layer::Moe(_) => layers.inner,
+                _ => 0,
+            };
+            out.counts(key("feed_forward_length"), graph.blocks.iter().map(inner))?;
+        }
+        _ => out.count(key("feed_forward_length"), layers.inner)?,
+    }
     out.count(key("attention.head_count"), first.shape.heads)?;
     let rotated = attention.iter().find_map(|a| a.rope.as_ref()).map(|rope| 2 * rope.inverse_frequencies.len());
-    heads(out, first, rotated.unwrap_or(0), key)?;
+    heads(out, graph, first, rotated.unwrap_or(0), id)?;
     out.float(
         key(match graph.final_norm.kind {
             NormKind::Rms | NormKind::Length => "attention.layer_norm_rms_epsilon",
@@ -171,6 +189,9 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         }),
         graph.final_norm.eps,
     );
+    if matches!(id, "nemotron_h" | "nemotron_h_moe") {
+        out.float(key("attention.layer_norm_epsilon"), graph.final_norm.eps);
+    }
     if let Some(rotated) = rotated {
         out.count(key("rope.dimension_count"), rotated)?;
     }
@@ -190,6 +211,12 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         sections(out, config, id, rotated.unwrap_or(0))?;
     }
     recurrent(out, graph, &layers, id)?;
+    if let Some(least) = shortest_step(graph).filter(|least| *least > 0.0) {
+        out.notice(format!(
+            "llama.cpp takes steps of state spaces that are shorter than {least}, which transformers does not: logits differ a little from the \
+             original's"
+        ));
+    }
     factors(out, graph, first, id);
     experts(out, graph, &layers, id)?;
     read_back(out, graph, architecture, plan)
@@ -201,8 +228,10 @@ struct Layers<'g> {
     attention: Vec<&'g Attention>,
     /// The first block's attention, whose shape is written for all.
     first: &'g Attention,
-    /// The linear attention of blocks that have it in place of attention.
-    recurrent: Vec<&'g DeltaNet>,
+    /// The states of blocks that have one, and the convolutions before them.
+    recurrent: Vec<(DeltaShape, &'g Convolution)>,
+    /// The convolutions of blocks that have nothing else in place of attention.
+    short: Vec<&'g Convolution>,
     /// Feed-forward layers without experts.
     dense: Vec<&'g Mlp>,
     /// Mixtures of experts.
@@ -221,9 +250,15 @@ impl<'g> Layers<'g> {
         let steps = || graph.blocks.iter().flat_map(|block| &block.steps);
         let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
         let Some(&first) = attention.first() else { return Err(cannot("a model without attention".to_owned())) };
-        let recurrent: Vec<&DeltaNet> = steps()
-            .filter_map(|step| if let Layer::Delta(delta) = &step.layer { Some(&**delta) } else { None })
+        let state = |layer: &'g Layer| match layer {
+            Layer::Delta(delta) => Some((delta.shape, &delta.convolution)),
+            Layer::Mamba(mamba) => Some((mamba.shape, &mamba.convolution)),
+            _ => None,
+        };
+        let short: Vec<_> = steps()
+            .filter_map(|step| if let Layer::Short(short) = &step.layer { Some(&short.convolution) } else { None })
             .collect();
+        let recurrent: Vec<_> = steps().filter_map(|step| state(&step.layer)).collect();
         let dense: Vec<&Mlp> =
             steps().filter_map(|step| if let Layer::Mlp(mlp) = &step.layer { Some(mlp) } else { None }).collect();
         let sparse: Vec<&Moe> =
@@ -233,11 +268,29 @@ impl<'g> Layers<'g> {
         let Some(inner) = dense.first().map(|mlp| mlp.inner()).or(expert) else {
             return Err(cannot("a model without feed-forward layers".to_owned()));
         };
-        if attention.len() + recurrent.len() != graph.blocks.len() || dense.len() + sparse.len() != graph.blocks.len() {
+        let (count, fed) = (graph.blocks.len(), dense.len() + sparse.len());
+        let mixed = attention.len() + recurrent.len() + short.len();
+        let one_each = match id {
+            // One layer of any kind in each block, or all three kinds.
+            "nemotron_h" | "nemotron_h_moe" => mixed + fed == count,
+            "falcon-h1" => attention.len() == count && recurrent.len() == count && fed == count,
+            _ => mixed == count && fed == count,
+        };
+        if !one_each {
             return Err(cannot("blocks without one attention and one feed-forward layer each".to_owned()));
         }
         let many = first.shape;
         match id {
+            "nemotron_h_moe" if !dense.is_empty() => return Err(cannot("layers without experts".to_owned())),
+            "granitehybrid" | "nemotron_h" | "nemotron_h_moe" if recurrent.is_empty() => {
+                return Err(cannot("a model without state spaces".to_owned()));
+            }
+            // Which llama.cpp's class does not load.
+            "granitehybrid"
+                if recurrent.iter().any(|(shape, _)| shape.value_heads * shape.value_dim != 2 * graph.hidden) =>
+            {
+                return Err(cannot("state spaces that are not twice as wide as the stream".to_owned()));
+            }
             "qwen3next" if !dense.is_empty() => return Err(cannot("layers without experts".to_owned())),
             "qwen3next" | "qwen35" | "qwen35moe" if recurrent.is_empty() => {
                 return Err(cannot("a model without linear attention".to_owned()));
@@ -263,13 +316,21 @@ impl<'g> Layers<'g> {
         if norms.into_iter().any(|norm| norm.eps != eps) {
             return Err(cannot("norms with different epsilons".to_owned()));
         }
-        Ok(Layers { first, attention, recurrent, dense, sparse, inner, expert })
+        Ok(Layers { first, attention, recurrent, short, dense, sparse, inner, expert })
     }
 }
 
 /// Whether the norms of latents may have another epsilon than the others: they have in transformers, and in no other runtime of this model.
 fn latents_are_near(graph: &Graph) -> bool {
     graph.family == "glm4_moe_lite"
+}
+
+/// The shortest step of state spaces.
+fn shortest_step(graph: &Graph) -> Option<f32> {
+    graph.blocks.iter().flat_map(|block| &block.steps).find_map(|step| match &step.layer {
+        Layer::Mamba(mamba) => Some(mamba.decay.limits[0]),
+        _ => None,
+    })
 }
 
 /// The context of a model that computes its positions, which config.json alone knows; a guess is a notice.
@@ -283,7 +344,8 @@ fn context_of(out: &mut Written, config: &Value) -> Result<usize> {
 }
 
 /// Numbers and widths of heads, of which `rotated` values are rotated by position.
-fn heads(out: &mut Written, first: &Attention, rotated: usize, key: impl Fn(&str) -> String) -> Result<()> {
+fn heads(out: &mut Written, graph: &Graph, first: &Attention, rotated: usize, id: &str) -> Result<()> {
+    let key = |name: &str| format!("{id}.{name}");
     let shape = first.shape;
     let latent = match &first.projections {
         Projections::Latent(latent) => {
@@ -294,7 +356,14 @@ fn heads(out: &mut Written, first: &Attention, rotated: usize, key: impl Fn(&str
     };
     match latent {
         None => {
-            out.count(key("attention.head_count_kv"), shape.kv_heads)?;
+            match id {
+                // Layers without any have a state.
+                "granitehybrid" | "nemotron_h" | "nemotron_h_moe" | "lfm2" | "lfm2moe" => {
+                    let heads = |block: &Block| block.attention().map_or(0, |attention| attention.shape.kv_heads);
+                    out.counts(key("attention.head_count_kv"), graph.blocks.iter().map(heads))?;
+                }
+                _ => out.count(key("attention.head_count_kv"), shape.kv_heads)?,
+            }
             out.count(key("attention.key_length"), shape.head_dim)?;
             out.count(key("attention.value_length"), shape.value_dim)?;
         }
@@ -341,12 +410,20 @@ fn sections(out: &mut Written, config: &Value, id: &'static str, rotated: usize)
 /// Sizes of linear attention, and which layers have it.
 fn recurrent(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static str) -> Result<()> {
     let key = |name: &str| format!("{id}.{name}");
-    let Some(DeltaNet { shape, convolution, .. }) = layers.recurrent.first() else { return Ok(()) };
+    if let Some(convolution) = layers.short.first() {
+        out.count(key("shortconv.l_cache"), convolution.taps)?;
+    } else if id.starts_with("lfm2") {
+        return Err(names::cannot(id, "a model without short convolutions"));
+    }
+    let Some((shape, convolution)) = layers.recurrent.first() else { return Ok(()) };
     out.count(key("ssm.conv_kernel"), convolution.taps)?;
     out.count(key("ssm.inner_size"), shape.value_heads * shape.value_dim)?;
     out.count(key("ssm.state_size"), shape.key_dim)?;
     out.count(key("ssm.time_step_rank"), shape.value_heads)?;
     out.count(key("ssm.group_count"), shape.key_heads)?;
+    if !shape.replaces {
+        return Ok(());
+    }
     let flags: Vec<bool> = graph.blocks.iter().map(|block| block.attention().is_none()).collect();
     let fits = |every: &usize| flags.iter().enumerate().all(|(at, flag)| *flag != (at + 1).is_multiple_of(*every));
     match (1..=flags.len()).find(fits) {
@@ -374,11 +451,17 @@ fn factors(out: &mut Written, graph: &Graph, first: &Attention, id: &str) {
         out.float(key("attention.clamp_kqv"), limit);
     }
     match id {
-        "granite" | "granitemoe" => {
-            out.float(key("attention.scale"), shape.scale);
-            out.float(key("embedding_scale"), graph.embedding.scale);
-            out.float(key("residual_scale"), graph.blocks[0].steps[0].scale);
-            out.float(key("logit_scale"), 1.0 / graph.head.scale);
+        "granite" | "granitemoe" | "granitehybrid" => {
+            if id == "granitehybrid" {
+                out.flag(key("rope.scaling.finetuned"), first.rope.is_some());
+            }
+            // Bamba has none.
+            if graph.family != "bamba" {
+                out.float(key("attention.scale"), shape.scale);
+                out.float(key("embedding_scale"), graph.embedding.scale);
+                out.float(key("residual_scale"), graph.blocks[0].steps[0].scale);
+                out.float(key("logit_scale"), 1.0 / graph.head.scale);
+            }
         }
         "mistral3" => {
             if let Some(temperature) = first.temperature {
@@ -399,16 +482,42 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
     if let (Some(moe), Some(expert)) = (sparse.first(), *expert) {
         out.count(key("expert_count"), moe.experts.len())?;
         out.count(key("expert_used_count"), moe.router.top_k)?;
-        if !matches!(id, "llama" | "granitemoe" | "olmoe") {
+        if !matches!(id, "llama" | "granitemoe" | "granitehybrid" | "olmoe") {
             out.count(key("expert_feed_forward_length"), expert)?;
         }
-        let tells = matches!(id, "qwen2moe" | "qwen3next" | "qwen35moe" | "exaone-moe" | "hy_v3");
+        let tells = matches!(
+            id,
+            "qwen2moe"
+                | "qwen3next"
+                | "qwen35moe"
+                | "exaone-moe"
+                | "hy_v3"
+                | "granitemoe"
+                | "granitehybrid"
+                | "nemotron_h_moe"
+        );
         if let (Some((shared, _)), true) = (&moe.shared, tells) {
             out.count(key("expert_shared_feed_forward_length"), shared.inner())?;
         }
         if id == "llama4" {
             let step = graph.blocks.len() / sparse.len().max(1);
             out.count(key("interleave_moe_layer_step"), step)?;
+        }
+        if id == "lfm2moe" {
+            out.count(key("leading_dense_block_count"), graph.blocks.len() - sparse.len())?;
+            out.count(key("expert_gating_func"), 2)?;
+        }
+        if id == "nemotron_h_moe" {
+            out.count(key("expert_shared_count"), 1)?;
+            out.float(key("expert_weights_scale"), moe.router.scale);
+            out.flag(key("expert_weights_norm"), moe.router.renormalize);
+            if let Some(latent) = &moe.latent {
+                out.count(key("moe_latent_size"), latent[0].rows)?;
+            }
+            if let Some(groups) = moe.router.groups.filter(|groups| groups.kept < groups.count) {
+                out.count(key("expert_group_count"), groups.count)?;
+                out.count(key("expert_group_used_count"), groups.kept)?;
+            }
         }
         if matches!(id, "deepseek2" | "glm4moe" | "exaone-moe" | "hy_v3") {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
@@ -452,6 +561,8 @@ fn read_back(out: &Written, graph: &Graph, architecture: &'static Architecture, 
     };
     let rebuilt = read.config().map_err(|error| cannot(format!("this model ({error})")))?;
     let rebuilt = families::build(&rebuilt)?;
+    let without = architecture.absorbs.then(|| names::absorbed(graph));
+    let graph = without.as_ref().unwrap_or(graph);
     match same::difference(graph, &rebuilt, same::Reader { windows: architecture.windows, converted: true }) {
         Some(what) => Err(cannot(what)),
         None => Ok(()),
