@@ -91,7 +91,7 @@ impl Importance {
             _ => return Ok(Importance::default()),
         };
         let plan = names::plan(graph).map_err(|error| {
-            let why = match (Architecture::of_family(graph.family), &graph.unrunnable) {
+            let why = match (Architecture::of(graph), &graph.unrunnable) {
                 (None, _) => format!("it has none for models of the family `{}`", graph.family),
                 (_, Some(why)) => why.clone(),
                 _ => error.to_string(),

@@ -60,7 +60,7 @@ pub fn rest(plan: &Plan) -> Vec<Rest<'_>> {
 
 /// Tensors of a block besides weights of linears that a transform may change.
 pub fn touched(block: &Block) -> HashSet<String> {
-    let norms = block.steps.iter().filter_map(|step| step.pre.as_ref());
+    let norms = block.steps.iter().flat_map(|step| step.pre.iter().chain(step.layer.norms()));
     let names = norms.flat_map(|norm| norm.weights.iter().cloned().chain(norm.bias.clone()));
     names.chain(block.linears().filter_map(Linear::bias)).collect()
 }

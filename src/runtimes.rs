@@ -282,7 +282,7 @@ fn for_sentences(one: bool) -> String {
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
     match (facts.codec, facts.family) {
-        ("compressed-tensors", "gpt_oss" | "granitemoe" | "mistral4") if facts.experts => Some(
+        ("compressed-tensors", "gpt_oss" | "granitemoe" | "granitemoehybrid" | "mistral4") if facts.experts => Some(
             "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
              vLLM loads experts one by one",
         ),
@@ -330,7 +330,7 @@ fn mlx_lm(facts: &Facts<'_>, graph: &Graph, config: &Value) -> Result<Vec<String
             "mlx-lm 0.32 loads this family's experts from MXFP4 alone and does not load this output; give another --format, as \
              compressed-tensors",
         ),
-        "granitemoe" | "llama4" if facts.experts => Some(
+        "granitemoe" | "granitemoehybrid" | "llama4" if facts.experts => Some(
             "mlx-lm 0.32 fills this family's experts from stacks alone and does not load them one by one; leave them as they are with \
              --ignore",
         ),
@@ -363,7 +363,7 @@ fn gptqmodel(facts: &Facts<'_>) -> Option<&'static str> {
         return None;
     }
     match facts.family {
-        "mixtral" | "gpt_oss" | "granitemoe" if facts.experts => Some(
+        "mixtral" | "gpt_oss" | "granitemoe" | "granitemoehybrid" if facts.experts => Some(
             "GPTQModel 7.7 calls this family's experts otherwise than checkpoints and vLLM do, and does not find them",
         ),
         "glm" | "glm4" | "phi3" => Some(

@@ -5,6 +5,7 @@
 
 use std::cmp::Ordering;
 
+use crate::graph::{Graph, Layer};
 use crate::mixes::block_number;
 
 /// Factors that each rotary frequency is divided by; part of config.json in Hugging Face's terms.
@@ -60,6 +61,16 @@ pub(crate) struct Architecture {
     pub windows: bool,
     /// Whether attention is always through latents, of whose norms and scaled positions there is one form.
     pub latent: bool,
+    /// The name of that norm's weight says no more.
+    pub bare_ffn_norm: bool,
+    /// What the last norm is called.
+    pub final_norm: &'static str,
+    /// A gate and what it gates are two tensors, though the model stores them as one.
+    pub gate_apart: bool,
+    /// Experts have no gate, and may work in a space of their own.
+    pub ungated_experts: bool,
+    /// Tensors are multiplied by the model's factors, for which there are no settings.
+    pub absorbs: bool,
     /// Whether heads of values take turns in linear attention, one for each head of keys, in place of those of one head of keys first.
     pub tiled: bool,
 }
@@ -76,6 +87,11 @@ const PLAIN: Architecture = Architecture {
     mlp_bias: Need::Never,
     moe_bias: Need::Never,
     ffn_norm: "ffn_norm",
+    bare_ffn_norm: false,
+    final_norm: "output_norm",
+    gate_apart: false,
+    ungated_experts: false,
+    absorbs: false,
     factors: false,
     windows: false,
     latent: false,
@@ -115,8 +131,28 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "phi3", families: &["phi3"], square: true, factors: true, ..PLAIN },
     Architecture { id: "olmo", families: &["olmo"], neighbours: true, square: true, ..PLAIN },
     Architecture { id: "olmo2", families: &["olmo2", "olmo3"], square: true, head: Need::Must, windows: true, ..PLAIN },
-    Architecture { id: "granite", families: &["granite"], ..LLAMA },
-    Architecture { id: "granitemoe", families: &["granitemoe"], ..LLAMA },
+    Architecture { id: "granite", families: &["granite"], gate_apart: true, ..LLAMA },
+    Architecture { id: "granitemoe", families: &["granitemoe"], gate_apart: true, ..LLAMA },
+    Architecture { id: "granitehybrid", families: &["granitemoehybrid", "bamba"], gate_apart: true, ..LLAMA },
+    Architecture {
+        id: "nemotron_h",
+        families: &["nemotron_h"],
+        mlp_bias: Need::May,
+        ffn_norm: "attn_norm",
+        qkv_bias: Need::Never,
+        ..PLAIN
+    },
+    // Of those with experts.
+    Architecture { id: "nemotron_h_moe", ffn_norm: "attn_norm", qkv_bias: Need::Never, ungated_experts: true, ..PLAIN },
+    Architecture {
+        id: "falcon-h1",
+        families: &["falcon_h1"],
+        qkv_bias: Need::Never,
+        mlp_bias: Need::May,
+        bare_ffn_norm: true,
+        absorbs: true,
+        ..PLAIN
+    },
     Architecture {
         id: "starcoder2",
         families: &["starcoder2"],
@@ -199,6 +235,8 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         windows: true,
         ..PLAIN
     },
+    Architecture { id: "lfm2", families: &["lfm2"], square: true, final_norm: "token_embd_norm", ..PLAIN },
+    Architecture { id: "lfm2moe", families: &["lfm2_moe"], square: true, final_norm: "token_embd_norm", ..PLAIN },
     Architecture { id: "qwen3next", families: &["qwen3_next"], ffn_norm: "post_attention_norm", ..PLAIN },
     Architecture { id: "qwen35", families: &["qwen3_5"], ffn_norm: "post_attention_norm", tiled: true, ..PLAIN },
     Architecture { id: "qwen35moe", families: &["qwen3_5_moe"], ffn_norm: "post_attention_norm", tiled: true, ..PLAIN },
@@ -221,7 +259,18 @@ impl Architecture {
         ARCHITECTURES.iter().find(|architecture| architecture.id == id)
     }
 
-    /// The architecture that models of a family are written as.
+    /// The architecture that a model is written as: that of its family, unless what it has besides decides.
+    pub fn of(graph: &Graph) -> Option<&'static Architecture> {
+        let recurrent = graph.blocks.iter().flat_map(|b| &b.steps).any(|step| matches!(step.layer, Layer::Mamba(_)));
+        match (graph.family, recurrent, graph.has_experts()) {
+            ("granitemoehybrid", false, true) => Architecture::named("granitemoe"),
+            ("granitemoehybrid", false, false) => Architecture::named("granite"),
+            ("nemotron_h", _, true) => Architecture::named("nemotron_h_moe"),
+            _ => Architecture::of_family(graph.family),
+        }
+    }
+
+    /// The architecture that most models of a family are written as.
     pub fn of_family(family: &str) -> Option<&'static Architecture> {
         ARCHITECTURES.iter().find(|architecture| architecture.families.contains(&family))
     }

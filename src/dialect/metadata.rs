@@ -2,8 +2,11 @@
 //!
 //! Loaders ask for exact types: counts are u32, reals f32.
 
+#[cfg(test)]
+mod tests;
+
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
-use kernels::{Activation, NormKind};
+use kernels::{Activation, DeltaShape, NormKind};
 use serde_json::Value;
 
 use crate::dialect::architectures::{Architecture, ROPE_FREQS};
@@ -13,7 +16,7 @@ use crate::dialect::settings::Settings;
 use crate::error::{Error, Result};
 use crate::families::rope::warmth;
 use crate::families::{self, longest_context};
-use crate::graph::{Attention, DeltaNet, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
+use crate::graph::{Attention, Block, Convolution, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
 use crate::json::integer;
 
 /// Keys and values in the order in which they are written.
@@ -68,6 +71,13 @@ impl Written {
         let small =
             u32::try_from(value).map_err(|_| Error::usage(format!("{key} would be {value}, beyond 32 bits")))?;
         self.metadata.push((key, MetadataValue::U32(small)));
+        Ok(())
+    }
+
+    /// A count for each layer.
+    pub(super) fn counts(&mut self, key: impl Into<String>, values: impl Iterator<Item = usize>) -> Result<()> {
+        let values = values.map(|value| MetadataValue::U32(value as u32)).collect();
+        self.metadata.push((key.into(), metadata_array(values, GGUFValueType::U32)?));
         Ok(())
     }
 
@@ -160,10 +170,21 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     out.count(key("context_length"), context)?;
     out.count(key("embedding_length"), graph.hidden)?;
     out.count(key("block_count"), graph.blocks.len())?;
-    out.count(key("feed_forward_length"), layers.inner)?;
+    match id {
+        // By it layers are told apart.
+        "nemotron_h" | "nemotron_h_moe" => {
+            let inner = |block: &Block| match &block.steps[0].layer {
+                Layer::Mlp(mlp) => mlp.inner(),
+                Layer::Moe(_) => layers.inner,
+                _ => 0,
+            };
+            out.counts(key("feed_forward_length"), graph.blocks.iter().map(inner))?;
+        }
+        _ => out.count(key("feed_forward_length"), layers.inner)?,
+    }
     out.count(key("attention.head_count"), first.shape.heads)?;
     let rotated = attention.iter().find_map(|a| a.rope.as_ref()).map(|rope| 2 * rope.inverse_frequencies.len());
-    heads(out, first, rotated.unwrap_or(0), key)?;
+    heads(out, graph, first, rotated.unwrap_or(0), id)?;
     out.float(
         key(match graph.final_norm.kind {
             NormKind::Rms | NormKind::Length => "attention.layer_norm_rms_epsilon",
@@ -171,6 +192,9 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         }),
         graph.final_norm.eps,
     );
+    if matches!(id, "nemotron_h" | "nemotron_h_moe") {
+        out.float(key("attention.layer_norm_epsilon"), graph.final_norm.eps);
+    }
     if let Some(rotated) = rotated {
         out.count(key("rope.dimension_count"), rotated)?;
     }
@@ -190,6 +214,12 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         sections(out, config, id, rotated.unwrap_or(0))?;
     }
     recurrent(out, graph, &layers, id)?;
+    if let Some(least) = shortest_step(graph).filter(|least| *least > 0.0) {
+        out.notice(format!(
+            "llama.cpp takes steps of state spaces that are shorter than {least}, which transformers does not: logits differ a little from the \
+             original's"
+        ));
+    }
     factors(out, graph, first, id);
     choice(out, &layers, id)?;
     experts(out, graph, &layers, id)?;
@@ -202,8 +232,10 @@ struct Layers<'g> {
     attention: Vec<&'g Attention>,
     /// The first block's attention, whose shape is written for all.
     first: &'g Attention,
-    /// The linear attention of blocks that have it in place of attention.
-    recurrent: Vec<&'g DeltaNet>,
+    /// The states of blocks that have one, and the convolutions before them.
+    recurrent: Vec<(DeltaShape, &'g Convolution)>,
+    /// The convolutions of blocks that have nothing else in place of attention.
+    short: Vec<&'g Convolution>,
     /// Feed-forward layers without experts.
     dense: Vec<&'g Mlp>,
     /// Mixtures of experts.
@@ -222,9 +254,15 @@ impl<'g> Layers<'g> {
         let steps = || graph.blocks.iter().flat_map(|block| &block.steps);
         let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
         let Some(&first) = attention.first() else { return Err(cannot("a model without attention".to_owned())) };
-        let recurrent: Vec<&DeltaNet> = steps()
-            .filter_map(|step| if let Layer::Delta(delta) = &step.layer { Some(&**delta) } else { None })
+        let state = |layer: &'g Layer| match layer {
+            Layer::Delta(delta) => Some((delta.shape, &delta.convolution)),
+            Layer::Mamba(mamba) => Some((mamba.shape, &mamba.convolution)),
+            _ => None,
+        };
+        let short: Vec<_> = steps()
+            .filter_map(|step| if let Layer::Short(short) = &step.layer { Some(&short.convolution) } else { None })
             .collect();
+        let recurrent: Vec<_> = steps().filter_map(|step| state(&step.layer)).collect();
         let dense: Vec<&Mlp> =
             steps().filter_map(|step| if let Layer::Mlp(mlp) = &step.layer { Some(mlp) } else { None }).collect();
         let sparse: Vec<&Moe> =
@@ -234,11 +272,29 @@ impl<'g> Layers<'g> {
         let Some(inner) = dense.first().map(|mlp| mlp.inner()).or(expert) else {
             return Err(cannot("a model without feed-forward layers".to_owned()));
         };
-        if attention.len() + recurrent.len() != graph.blocks.len() || dense.len() + sparse.len() != graph.blocks.len() {
+        let (count, fed) = (graph.blocks.len(), dense.len() + sparse.len());
+        let mixed = attention.len() + recurrent.len() + short.len();
+        let one_each = match id {
+            // One layer of any kind in each block, or all three kinds.
+            "nemotron_h" | "nemotron_h_moe" => mixed + fed == count,
+            "falcon-h1" => attention.len() == count && recurrent.len() == count && fed == count,
+            _ => mixed == count && fed == count,
+        };
+        if !one_each {
             return Err(cannot("blocks without one attention and one feed-forward layer each".to_owned()));
         }
         let many = first.shape;
         match id {
+            "nemotron_h_moe" if !dense.is_empty() => return Err(cannot("layers without experts".to_owned())),
+            "granitehybrid" | "nemotron_h" | "nemotron_h_moe" if recurrent.is_empty() => {
+                return Err(cannot("a model without state spaces".to_owned()));
+            }
+            // Which llama.cpp's class does not load.
+            "granitehybrid"
+                if recurrent.iter().any(|(shape, _)| shape.value_heads * shape.value_dim != 2 * graph.hidden) =>
+            {
+                return Err(cannot("state spaces that are not twice as wide as the stream".to_owned()));
+            }
             "qwen3next" if !dense.is_empty() => return Err(cannot("layers without experts".to_owned())),
             "qwen3next" | "qwen35" | "qwen35moe" if recurrent.is_empty() => {
                 return Err(cannot("a model without linear attention".to_owned()));
@@ -264,13 +320,21 @@ impl<'g> Layers<'g> {
         if norms.into_iter().any(|norm| norm.eps != eps) {
             return Err(cannot("norms with different epsilons".to_owned()));
         }
-        Ok(Layers { first, attention, recurrent, dense, sparse, inner, expert })
+        Ok(Layers { first, attention, recurrent, short, dense, sparse, inner, expert })
     }
 }
 
 /// Whether the norms of latents may have another epsilon than the others: they have in transformers, and in no other runtime of this model.
 fn latents_are_near(graph: &Graph) -> bool {
     matches!(graph.family, "glm4_moe_lite" | "glm_moe_dsa")
+}
+
+/// The shortest step of state spaces.
+fn shortest_step(graph: &Graph) -> Option<f32> {
+    graph.blocks.iter().flat_map(|block| &block.steps).find_map(|step| match &step.layer {
+        Layer::Mamba(mamba) => Some(mamba.decay.limits[0]),
+        _ => None,
+    })
 }
 
 /// The context of a model that computes its positions, which config.json alone knows; a guess is a notice.
@@ -284,7 +348,8 @@ fn context_of(out: &mut Written, config: &Value) -> Result<usize> {
 }
 
 /// Numbers and widths of heads, of which `rotated` values are rotated by position.
-fn heads(out: &mut Written, first: &Attention, rotated: usize, key: impl Fn(&str) -> String) -> Result<()> {
+fn heads(out: &mut Written, graph: &Graph, first: &Attention, rotated: usize, id: &str) -> Result<()> {
+    let key = |name: &str| format!("{id}.{name}");
     let shape = first.shape;
     let latent = match &first.projections {
         Projections::Latent(latent) => {
@@ -295,7 +360,14 @@ fn heads(out: &mut Written, first: &Attention, rotated: usize, key: impl Fn(&str
     };
     match latent {
         None => {
-            out.count(key("attention.head_count_kv"), shape.kv_heads)?;
+            match id {
+                // Layers without any have a state.
+                "granitehybrid" | "nemotron_h" | "nemotron_h_moe" | "lfm2" | "lfm2moe" => {
+                    let heads = |block: &Block| block.attention().map_or(0, |attention| attention.shape.kv_heads);
+                    out.counts(key("attention.head_count_kv"), graph.blocks.iter().map(heads))?;
+                }
+                _ => out.count(key("attention.head_count_kv"), shape.kv_heads)?,
+            }
             out.count(key("attention.key_length"), shape.head_dim)?;
             out.count(key("attention.value_length"), shape.value_dim)?;
         }
@@ -342,12 +414,20 @@ fn sections(out: &mut Written, config: &Value, id: &'static str, rotated: usize)
 /// Sizes of linear attention, and which layers have it.
 fn recurrent(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static str) -> Result<()> {
     let key = |name: &str| format!("{id}.{name}");
-    let Some(DeltaNet { shape, convolution, .. }) = layers.recurrent.first() else { return Ok(()) };
+    if let Some(convolution) = layers.short.first() {
+        out.count(key("shortconv.l_cache"), convolution.taps)?;
+    } else if id.starts_with("lfm2") {
+        return Err(names::cannot(id, "a model without short convolutions"));
+    }
+    let Some((shape, convolution)) = layers.recurrent.first() else { return Ok(()) };
     out.count(key("ssm.conv_kernel"), convolution.taps)?;
     out.count(key("ssm.inner_size"), shape.value_heads * shape.value_dim)?;
     out.count(key("ssm.state_size"), shape.key_dim)?;
     out.count(key("ssm.time_step_rank"), shape.value_heads)?;
     out.count(key("ssm.group_count"), shape.key_heads)?;
+    if !shape.replaces {
+        return Ok(());
+    }
     let flags: Vec<bool> = graph.blocks.iter().map(|block| block.attention().is_none()).collect();
     let fits = |every: &usize| flags.iter().enumerate().all(|(at, flag)| *flag != (at + 1).is_multiple_of(*every));
     match (1..=flags.len()).find(fits) {
@@ -390,11 +470,17 @@ fn factors(out: &mut Written, graph: &Graph, first: &Attention, id: &str) {
         out.float(key("attention.clamp_kqv"), limit);
     }
     match id {
-        "granite" | "granitemoe" => {
-            out.float(key("attention.scale"), shape.scale);
-            out.float(key("embedding_scale"), graph.embedding.scale);
-            out.float(key("residual_scale"), graph.blocks[0].steps[0].scale);
-            out.float(key("logit_scale"), 1.0 / graph.head.scale);
+        "granite" | "granitemoe" | "granitehybrid" => {
+            if id == "granitehybrid" {
+                out.flag(key("rope.scaling.finetuned"), first.rope.is_some());
+            }
+            // Bamba has none.
+            if graph.family != "bamba" {
+                out.float(key("attention.scale"), shape.scale);
+                out.float(key("embedding_scale"), graph.embedding.scale);
+                out.float(key("residual_scale"), graph.blocks[0].steps[0].scale);
+                out.float(key("logit_scale"), 1.0 / graph.head.scale);
+            }
         }
         "mistral3" => {
             if let Some(temperature) = first.temperature {
@@ -415,16 +501,42 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
     if let (Some(moe), Some(expert)) = (sparse.first(), *expert) {
         out.count(key("expert_count"), moe.experts.len())?;
         out.count(key("expert_used_count"), moe.router.top_k)?;
-        if !matches!(id, "llama" | "granitemoe" | "olmoe") {
+        if !matches!(id, "llama" | "granitemoe" | "granitehybrid" | "olmoe") {
             out.count(key("expert_feed_forward_length"), expert)?;
         }
-        let tells = matches!(id, "qwen2moe" | "qwen3next" | "qwen35moe" | "exaone-moe" | "hy_v3");
+        let tells = matches!(
+            id,
+            "qwen2moe"
+                | "qwen3next"
+                | "qwen35moe"
+                | "exaone-moe"
+                | "hy_v3"
+                | "granitemoe"
+                | "granitehybrid"
+                | "nemotron_h_moe"
+        );
         if let (Some((shared, _)), true) = (&moe.shared, tells) {
             out.count(key("expert_shared_feed_forward_length"), shared.inner())?;
         }
         if id == "llama4" {
             let step = graph.blocks.len() / sparse.len().max(1);
             out.count(key("interleave_moe_layer_step"), step)?;
+        }
+        if id == "lfm2moe" {
+            out.count(key("leading_dense_block_count"), graph.blocks.len() - sparse.len())?;
+            out.count(key("expert_gating_func"), 2)?;
+        }
+        if id == "nemotron_h_moe" {
+            out.count(key("expert_shared_count"), 1)?;
+            out.float(key("expert_weights_scale"), moe.router.scale);
+            out.flag(key("expert_weights_norm"), moe.router.renormalize);
+            if let Some(latent) = &moe.latent {
+                out.count(key("moe_latent_size"), latent[0].rows)?;
+            }
+            if let Some(groups) = moe.router.groups.filter(|groups| groups.kept < groups.count) {
+                out.count(key("expert_group_count"), groups.count)?;
+                out.count(key("expert_group_used_count"), groups.kept)?;
+            }
         }
         let latent = matches!(id, "deepseek2" | "deepseek32" | "glm-dsa");
         if latent || matches!(id, "glm4moe" | "exaone-moe" | "hy_v3") {
@@ -469,6 +581,8 @@ fn read_back(out: &Written, graph: &Graph, architecture: &'static Architecture, 
     };
     let rebuilt = read.config().map_err(|error| cannot(format!("this model ({error})")))?;
     let rebuilt = families::build(&rebuilt)?;
+    let without = architecture.absorbs.then(|| names::absorbed(graph));
+    let graph = without.as_ref().unwrap_or(graph);
     match same::difference(graph, &rebuilt, same::Reader { windows: architecture.windows, converted: true }) {
         Some(what) => Err(cannot(what)),
         None => Ok(()),
@@ -553,150 +667,4 @@ fn size_label(parameters: u64) -> String {
         _ => 0,
     };
     format!("{scaled:.decimals$}{suffix}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::dialect::names::plan;
-    use crate::families::build;
-    use serde_json::json;
-
-    fn config(change: impl FnOnce(&mut Value)) -> Value {
-        let mut config = json!({
-            "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 100, "rms_norm_eps": 1e-5,
-            "max_position_embeddings": 512, "head_dim": 32, "rope_theta": 500000.0, "tie_word_embeddings": true,
-        });
-        change(&mut config);
-        config
-    }
-
-    fn written(config: &Value) -> Written {
-        let graph = build(config).unwrap();
-        let about = About { name: Some("tiny".to_owned()), license: Some("mit".to_owned()) };
-        metadata(&graph, config, &plan(&graph).unwrap(), &about, 15, None).unwrap()
-    }
-
-    #[test]
-    fn a_llama_has_every_key_with_its_type() {
-        let (u32, f32, string) =
-            (MetadataValue::U32, MetadataValue::F32, |s: &str| MetadataValue::String(s.to_owned()));
-        let expected = [
-            ("general.architecture", string("llama")),
-            ("general.type", string("model")),
-            ("general.name", string("tiny")),
-            ("general.size_label", string("136K")),
-            ("general.license", string("mit")),
-            ("general.file_type", u32(15)),
-            ("general.quantization_version", u32(2)),
-            ("llama.vocab_size", u32(100)),
-            ("llama.context_length", u32(512)),
-            ("llama.embedding_length", u32(64)),
-            ("llama.block_count", u32(3)),
-            ("llama.feed_forward_length", u32(96)),
-            ("llama.attention.head_count", u32(4)),
-            ("llama.attention.head_count_kv", u32(2)),
-            ("llama.attention.key_length", u32(32)),
-            ("llama.attention.value_length", u32(32)),
-            ("llama.attention.layer_norm_rms_epsilon", f32(1e-5)),
-            ("llama.rope.dimension_count", u32(32)),
-            ("llama.rope.freq_base", f32(500000.0)),
-        ];
-        let written = written(&config(|_| ()));
-        assert_eq!(written.metadata, expected.map(|(key, value)| (key.to_owned(), value)));
-        assert_eq!(written.notices, Vec::<String>::new());
-    }
-
-    #[test]
-    fn rope_scaling_is_written_where_it_is_a_setting() {
-        let linear = written(&config(|c| c["rope_scaling"] = json!({"type": "linear", "factor": 4.0})));
-        let find = |key: &str| linear.metadata.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone());
-        assert_eq!(find("llama.rope.scaling.type"), Some(MetadataValue::String("linear".to_owned())));
-        assert_eq!(find("llama.rope.scaling.factor"), Some(MetadataValue::F32(4.0)));
-        let llama3 = written(&config(|c| {
-            c["rope_scaling"] = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 64});
-        }));
-        assert!(llama3.metadata.iter().all(|(key, _)| !key.contains("scaling")));
-    }
-
-    #[test]
-    fn what_is_lost_is_told() {
-        let window = written(&config(|c| {
-            c["model_type"] = "mistral".into();
-            c["sliding_window"] = 128.into();
-        }));
-        assert!(window.notices[0].contains("sliding window of 128 tokens"), "{:?}", window.notices);
-        let wide = written(&config(|c| {
-            c["model_type"] = "mistral".into();
-            c["sliding_window"] = 512.into();
-        }));
-        assert!(wide.notices.is_empty());
-        let unknown = written(&config(|c| c["max_position_embeddings"] = Value::Null));
-        assert!(unknown.notices[0].contains("no max_position_embeddings"));
-        assert!(unknown.metadata.contains(&("llama.context_length".to_owned(), MetadataValue::U32(2048))));
-    }
-
-    #[test]
-    fn what_cannot_be_said_is_refused() {
-        let config = config(|_| ());
-        let refused = |change: &dyn Fn(&mut Graph)| {
-            let mut graph = build(&config).unwrap();
-            change(&mut graph);
-            let written = plan(&graph).and_then(|plan| metadata(&graph, &config, &plan, &About::default(), 0, None));
-            written.unwrap_err().to_string()
-        };
-        let eps = refused(&|graph| graph.final_norm.eps = 1e-3);
-        assert_eq!(
-            eps,
-            "norms with different epsilons cannot be written as GGUF's architecture `llama`, as llama.cpp reads it; give another --format, \
-             as compressed-tensors"
-        );
-        assert!(refused(&|graph| graph.head.linear.bias = true).contains("a bias of `lm_head` cannot"));
-        assert!(refused(&|graph| graph.head.scale = 0.5).contains("logits that are multiplied by 0.5 cannot"));
-        assert!(refused(&|graph| graph.blocks[1].parallel = true).contains("side by side in block 1 cannot"));
-        assert!(refused(&|graph| graph.blocks[2].steps[1].scale = 0.5).contains("multiplied by 0.5 in block 2 cannot"));
-        let shape = |graph: &mut Graph, change: &dyn Fn(&mut Attention)| match &mut graph.blocks[0].steps[0].layer {
-            Layer::Attention(attention) => change(attention),
-            _ => unreachable!(),
-        };
-        assert!(refused(&|graph| shape(graph, &|a| a.shape.scale = 1.0)).contains("attention scale of 1"));
-        assert!(refused(&|graph| drop(graph.blocks[1].steps.pop())).contains("one feed-forward layer each"));
-    }
-
-    #[test]
-    fn the_importance_matrix_is_recorded() {
-        let config = config(|_| ());
-        let graph = build(&config).unwrap();
-        let plan = plan(&graph).unwrap();
-        let importance = ImportanceSource {
-            file: "m.gguf".to_owned(),
-            dataset: Some("mixed".to_owned()),
-            entries: 21,
-            chunks: Some(128),
-        };
-        let written = metadata(&graph, &config, &plan, &About::default(), 15, Some(&importance)).unwrap();
-        let last = &written.metadata[written.metadata.len() - 4..];
-        let expected = [
-            ("quantize.imatrix.file", MetadataValue::String("m.gguf".to_owned())),
-            ("quantize.imatrix.dataset", MetadataValue::String("mixed".to_owned())),
-            ("quantize.imatrix.entries_count", MetadataValue::U32(21)),
-            ("quantize.imatrix.chunks_count", MetadataValue::U32(128)),
-        ];
-        assert_eq!(last, expected.map(|(key, value)| (key.to_owned(), value)));
-    }
-
-    #[test]
-    fn sizes_are_labelled_as_models_are() {
-        for (n, label) in [
-            (134_515_008, "135M"),
-            (1_235_814_400, "1.2B"),
-            (8_030_261_248, "8.0B"),
-            (70_553_706_496, "71B"),
-            (400, "0.40K"),
-        ] {
-            assert_eq!(size_label(n), label);
-        }
-    }
 }

@@ -1,7 +1,9 @@
 //! The tensors of a GGUF file: their names and order, and of which parts of a model's tensors each is made.
 
 mod delta;
+mod mamba;
 
+pub(crate) use self::mamba::absorbed;
 use crate::dialect::architectures::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 use crate::error::{Error, Result};
 use crate::graph::{
@@ -50,6 +52,8 @@ pub struct Part {
     pub columns: Option<Vec<usize>>,
     /// Added to every value.
     pub offset: f32,
+    /// What every value is multiplied by then.
+    pub factor: f32,
     /// The file has `−exp(x)` of every value `x`: rates of decay, whose logarithms the model has.
     pub rates: bool,
 }
@@ -91,7 +95,7 @@ impl From {
 impl Part {
     /// All of something, as it is.
     pub fn whole(from: From) -> Part {
-        Part { from, rows: None, transposed: false, columns: None, offset: 0.0, rates: false }
+        Part { from, rows: None, transposed: false, columns: None, offset: 0.0, factor: 1.0, rates: false }
     }
 
     fn some(from: From, rows: Option<Vec<usize>>) -> Part {
@@ -103,6 +107,9 @@ impl Part {
         if self.offset != 0.0 {
             values.iter_mut().for_each(|x| *x += self.offset);
         }
+        if self.factor != 1.0 {
+            values.iter_mut().for_each(|x| *x *= self.factor);
+        }
         if self.rates {
             values.iter_mut().for_each(|x| *x = -x.exp());
         }
@@ -113,6 +120,9 @@ impl Part {
         if self.rates {
             values.iter_mut().for_each(|x| *x = (-*x).ln());
         }
+        if self.factor != 1.0 {
+            values.iter_mut().for_each(|x| *x /= self.factor);
+        }
         if self.offset != 0.0 {
             values.iter_mut().for_each(|x| *x -= self.offset);
         }
@@ -120,7 +130,7 @@ impl Part {
 
     /// Whether values lie in the file as they are in the model, but for the rows that they are in.
     pub fn is_plain(&self) -> bool {
-        !self.transposed && self.columns.is_none() && self.offset == 0.0 && !self.rates
+        !self.transposed && self.columns.is_none() && self.offset == 0.0 && self.factor == 1.0 && !self.rates
     }
 
     /// Rows and width in the file; a vector is one row.
@@ -165,7 +175,7 @@ impl ExportTensor {
 /// A tied head is left out where runtimes take the embedding. Llama 3's and LongRoPE's scaling become F32 tensors of
 /// factors. Fails for a family without an architecture in GGUF, and for a model with tensors that llama.cpp does not take.
 pub fn plan(graph: &Graph) -> Result<ExportPlan> {
-    let architecture = Architecture::of_family(graph.family).ok_or_else(|| {
+    let architecture = Architecture::of(graph).ok_or_else(|| {
         Error::usage(format!(
             "models of the family `{}` cannot be written as GGUF; choose another --format",
             graph.family
@@ -210,7 +220,9 @@ impl Lister {
     fn model(&mut self, graph: &Graph) -> Result<()> {
         let shape = [graph.vocabulary, graph.hidden].to_vec();
         let embedding = From::Tensor(graph.embedding.tensor.clone(), shape.clone());
-        self.push("token_embd.weight".into(), shape.clone(), vec![Part::whole(embedding.clone())]);
+        let absorbs = self.architecture.absorbs;
+        let times = |factor: f32| Part { factor: if absorbs { factor } else { 1.0 }, ..Part::whole(embedding.clone()) };
+        self.push("token_embd.weight".into(), shape.clone(), vec![times(graph.embedding.scale)]);
         if let Some((tensor, rows)) = &graph.embedding.positions {
             let extents = vec![*rows, graph.hidden];
             let part = Part::whole(From::Tensor(tensor.clone(), extents.clone()));
@@ -221,37 +233,51 @@ impl Lister {
             let mut shared = None;
             for step in &block.steps {
                 let (pre, post) = match step.layer {
-                    Layer::Attention(_) | Layer::Delta(_) => ("attn_norm", "post_attention_norm"),
+                    Layer::Attention(_) | Layer::Delta(_) | Layer::Mamba(_) | Layer::Short(_) => {
+                        ("attn_norm", "post_attention_norm")
+                    }
                     _ => (self.architecture.ffn_norm, "post_ffw_norm"),
                 };
                 // Of a norm that two steps share there is the first name only.
-                if let Some(norm) = step.pre.as_ref().filter(|norm| shared.as_ref() != Some(norm) || !block.parallel) {
+                if let Some(norm) =
+                    step.pre.as_ref().filter(|norm| shared.as_ref() != Some(norm) || !(block.parallel || step.beside))
+                {
                     self.norm(&format!("{at}.{pre}"), norm)?;
                     shared = Some(norm);
                 }
                 if let Some(norm) = &step.post {
                     self.norm(&format!("{at}.{post}"), norm)?;
                 }
+                let first = self.tensors.len();
                 match &step.layer {
                     Layer::Attention(attention) => self.attention(&at, attention, graph.hidden)?,
                     Layer::Delta(delta) => self.delta(&at, delta)?,
-                    Layer::Mamba(_) | Layer::Short(_) => return Err(self.cannot("a state space")),
+                    Layer::Mamba(mamba) => self.mamba(&at, mamba, step.given)?,
+                    Layer::Short(short) => self.short(&at, short)?,
                     Layer::Mlp(mlp) => self.mlp(&at, "", mlp)?,
                     Layer::Moe(moe) => self.moe(&at, moe)?,
                     Layer::Opaque(_) => return Err(self.cannot("a model of an unknown family")),
                 }
+                if absorbs {
+                    self.absorb(first, step);
+                }
             }
         }
-        self.norm("output_norm", &graph.final_norm)?;
+        self.norm(self.architecture.final_norm, &graph.final_norm)?;
         let head = &graph.head;
         match (self.architecture.head, head.tied) {
             (Need::Never, false) => {
                 return Err(self.cannot("an output projection that differs from the embedding"));
             }
             (Need::Must, true) => self.push("output.weight".into(), shape, vec![Part::whole(embedding)]),
+            // What they are multiplied by differs.
+            (_, true) if absorbs && head.scale != graph.embedding.scale => {
+                self.push("output.weight".into(), shape, vec![times(head.scale)]);
+            }
             (_, true) => {}
             (_, false) => {
-                self.push("output.weight".into(), shape, vec![Part::whole(From::Weight(head.linear.clone()))]);
+                let from = From::Weight(head.linear.clone());
+                self.push("output.weight".into(), shape, vec![Part { from, ..times(head.scale) }]);
             }
         }
         self.bias("output", &[(&head.linear, None)], self.architecture.head_bias)?;
@@ -285,7 +311,8 @@ impl Lister {
         }
         if !norm.weights.is_empty() {
             let parts = norm.weights.iter().map(|tensor| part(tensor, norm.offset)).collect();
-            self.push(format!("{name}.weight"), shape, parts);
+            let bare = self.architecture.bare_ffn_norm && name.ends_with(".ffn_norm");
+            self.push(if bare { name.to_owned() } else { format!("{name}.weight") }, shape, parts);
         }
         if let Some(bias) = &norm.bias {
             self.push(format!("{name}.bias"), norm.shape.clone(), vec![part(bias, 0.0)]);
@@ -461,6 +488,12 @@ impl Lister {
     fn mlp(&mut self, at: &str, suffix: &str, mlp: &Mlp) -> Result<()> {
         let need = if suffix.is_empty() { self.architecture.mlp_bias } else { Need::Never };
         let names: &[&str] = match (&mlp.inputs[..], mlp.gated()) {
+            ([both], true) if self.architecture.gate_apart => {
+                for (part, name) in ["ffn_gate", "ffn_up"].into_iter().enumerate() {
+                    self.linear(&format!("{at}.{name}{suffix}"), both, both.split.rows(part), need)?;
+                }
+                &[]
+            }
             // Stored as one, and read as one: the gate's rows come first.
             ([_], _) => &["ffn_up"],
             (_, true) => &["ffn_gate", "ffn_up"],
@@ -479,11 +512,22 @@ impl Lister {
             let part = Part::whole(From::Tensor(tensor.clone(), vec![moe.experts.len()]));
             self.push(format!("{at}.{}", self.architecture.correction), vec![moe.experts.len()], vec![part]);
         }
-        let Some(first) = moe.experts.first().filter(|first| first.inputs.len() == 2) else {
-            return Err(self.cannot("experts without a gate of its own"));
+        let first = moe.experts.first().expect("checked with the graph");
+        let names: &[&str] = match (first.inputs.len(), first.gated()) {
+            (2, _) => &["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"],
+            (_, false) if self.architecture.ungated_experts => &["ffn_up_exps", "ffn_down_exps"],
+            _ => return Err(self.cannot("experts without a gate of its own")),
         };
+        if let Some(latent) = &moe.latent {
+            if !self.architecture.ungated_experts {
+                return Err(self.cannot("experts in a space of their own"));
+            }
+            for (name, linear) in ["ffn_latent_down", "ffn_latent_up"].into_iter().zip(&**latent) {
+                self.linear(&format!("{at}.{name}"), linear, None, Need::Never)?;
+            }
+        }
         let linear = |mlp: &Mlp, which: usize| mlp.inputs.get(which).unwrap_or(&mlp.down).clone();
-        for (which, name) in ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"].into_iter().enumerate() {
+        for (which, name) in names.iter().enumerate() {
             let (count, one) = (moe.experts.len(), linear(first, which));
             let all = || moe.experts.iter().map(|mlp| linear(mlp, which));
             if all().any(|other| (other.rows, other.cols) != (one.rows, one.cols)) {

@@ -66,7 +66,7 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
                 (Layer::Attention(a), Layer::Attention(b)) => attention(a, b, reader),
                 (Layer::Delta(a), Layer::Delta(b)) => delta(a, b),
                 (Layer::Delta(_), _) => Some("linear attention".to_owned()),
-                (Layer::Mamba(a), Layer::Mamba(b)) => mamba(a, b),
+                (Layer::Mamba(a), Layer::Mamba(b)) => mamba(a, b, reader),
                 (Layer::Mamba(_), _) => Some("a state space".to_owned()),
                 (Layer::Short(a), Layer::Short(b)) => convolution(&a.convolution, &b.convolution),
                 (Layer::Short(_), _) => Some("a gated short convolution".to_owned()),
@@ -99,7 +99,10 @@ fn delta(a: &DeltaNet, b: &DeltaNet) -> Option<String> {
         .or_else(|| convolution(&a.convolution, &b.convolution))
 }
 
-fn mamba(a: &Mamba, b: &Mamba) -> Option<String> {
+/// The shortest step that a reader may take for none at all: so short that it is said beside.
+const SHORT: f32 = 0.002;
+
+fn mamba(a: &Mamba, b: &Mamba, reader: Reader) -> Option<String> {
     let norms = match (&a.norm, &b.norm) {
         (Some(a), Some(b)) => (a.width, a.first) == (b.width, b.first) && norm(Some(&a.norm), Some(&b.norm)),
         (None, None) => true,
@@ -107,7 +110,8 @@ fn mamba(a: &Mamba, b: &Mamba) -> Option<String> {
     };
     let biases = |mamba: &Mamba| (mamba.input.bias, mamba.out.bias);
     let ([least, most], other) = (a.decay.limits, b.decay.limits);
-    if a.decay.limits != other {
+    let short = reader.converted && least <= SHORT && most == other[1];
+    if a.decay.limits != other && !short {
         return Some(format!(
             "a state space with steps from {least} to {most}, where it has them from {} to {},",
             other[0], other[1]
@@ -121,8 +125,8 @@ fn mamba(a: &Mamba, b: &Mamba) -> Option<String> {
 
 fn convolution(a: &Convolution, b: &Convolution) -> Option<String> {
     let of = |convolution: &Convolution| {
-        let Convolution { channels, taps, activation, ref bias, .. } = *convolution;
-        (channels, taps, activation, bias.is_some())
+        let Convolution { channels, taps, activation, .. } = *convolution;
+        (channels, taps, activation)
     };
     (of(a) != of(b)).then(|| "a short convolution of this form".to_owned())
 }

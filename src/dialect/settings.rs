@@ -88,6 +88,18 @@ impl Settings {
         })
     }
 
+    /// A count for each layer, which may be 0.
+    pub(super) fn counts(&self, name: &str, layers: usize) -> Result<Vec<usize>> {
+        let list = self.get(name, "a count for each layer", |value| match value {
+            MetadataValue::Array(list) => {
+                list.iter().map(integer).collect::<Option<Vec<_>>>().filter(|list| list.len() >= layers)
+            }
+            value => integer(value).map(|count| vec![count; layers]),
+        })?;
+        let list = list.ok_or_else(|| formats::Error::missing(format!("metadata key `{}`", self.key(name))))?;
+        Ok(list[..layers].to_vec())
+    }
+
     pub(super) fn required(&self, name: &str) -> Result<usize> {
         let value =
             self.count(name)?.ok_or_else(|| formats::Error::missing(format!("metadata key `{}`", self.key(name))))?;
@@ -192,6 +204,17 @@ impl Settings {
             ("olmo2", false) if windowed => ("olmo3", "Olmo3ForCausalLM", "silu"),
             ("olmo2", false) => ("olmo2", "Olmo2ForCausalLM", "silu"),
             ("granite", false) => ("granite", "GraniteForCausalLM", "silu"),
+            ("granitehybrid", false) if !self.keys.contains_key(&self.key("embedding_scale")) => {
+                ("bamba", "BambaForCausalLM", "silu")
+            }
+            ("granitehybrid", _) => ("granitemoehybrid", "GraniteMoeHybridForCausalLM", "silu"),
+            ("granitemoe", true) if self.count("expert_shared_feed_forward_length")?.is_some_and(|n| n > 0) => {
+                ("granitemoehybrid", "GraniteMoeHybridForCausalLM", "silu")
+            }
+            ("nemotron_h", false) | ("nemotron_h_moe", true) => ("nemotron_h", "NemotronHForCausalLM", "relu2"),
+            ("lfm2", false) => ("lfm2", "Lfm2ForCausalLM", "silu"),
+            ("lfm2moe", true) => ("lfm2_moe", "Lfm2MoeForCausalLM", "silu"),
+            ("falcon-h1", false) => ("falcon_h1", "FalconH1ForCausalLM", "silu"),
             ("granitemoe", true) => ("granitemoe", "GraniteMoeForCausalLM", "silu"),
             ("starcoder2", false) => ("starcoder2", "Starcoder2ForCausalLM", "gelu_pytorch_tanh"),
             ("gptneox", false) => ("gpt_neox", "GPTNeoXForCausalLM", "gelu_new"),

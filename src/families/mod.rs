@@ -15,6 +15,7 @@ mod gpt_oss;
 mod granite;
 mod guesses;
 mod hunyuan;
+mod lfm;
 pub mod linears;
 mod llama;
 mod llama4;
@@ -77,6 +78,8 @@ pub const FAMILIES: &[Family] = &[
     llama::HELIUM,
     llama::INTERNLM3,
     llama4::LLAMA4,
+    lfm::LFM2,
+    lfm::LFM2_MOE,
     qwen::QWEN2,
     qwen::QWEN2_VL,
     qwen::QWEN3,
@@ -165,6 +168,7 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "llava_next", text: ("llama", false), tied: false, hears_text: false },
     Wrapper { model_type: "idefics3", text: ("llama", false), tied: false, hears_text: false },
     Wrapper { model_type: "smolvlm", text: ("llama", false), tied: false, hears_text: false },
+    Wrapper { model_type: "lfm2_vl", text: ("lfm2", false), tied: true, hears_text: false },
     Wrapper { model_type: "mistral3", text: ("mistral", false), tied: true, hears_text: false },
     Wrapper { model_type: "kimi_k25", text: ("deepseek_v3", false), tied: true, hears_text: false },
     Wrapper { model_type: "gemma3", text: ("gemma3_text", true), tied: true, hears_text: false },

@@ -79,19 +79,17 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     Ok(graph)
 }
 
-/// Under its own names, or those of Bamba's that transformers puts in their place.
 fn sizes(config: &Config<'_>) -> Result<Sizes> {
-    let one = |older: &'static str, key| if config.get(older).is_some() { older } else { key };
     let bias = config.flag("use_bias", false)?;
     Ok(Sizes {
         heads: config.count("mamba_num_heads")?,
         head_dim: config.count("mamba_head_dim")?,
-        groups: config.count(one("mamba_n_groups", "n_groups"))?,
+        groups: config.count("n_groups")?,
         state: config.count("ssm_state_size")?,
-        taps: config.count(one("mamba_d_conv", "conv_kernel"))?,
-        biases: [config.flag(one("mamba_conv_bias", "use_conv_bias"), true)?, bias, bias],
+        taps: config.count("conv_kernel")?,
+        biases: [config.flag("use_conv_bias", true)?, bias, bias],
         // Without a longest, whatever time_step_limit says.
-        limits: [config.number(one("mamba_dt_min", "time_step_min"), 0.001)? as f32, Decay::UNLIMITED[1]],
+        limits: [config.number("time_step_min", 0.001)? as f32, Decay::UNLIMITED[1]],
         activation: activation_of(config, "mamba_hidden_act", Activation::Silu)?,
     })
 }

@@ -65,7 +65,9 @@ impl Rotation {
             "cohere" | "flex_olmo" | "ernie4_5" | "ernie4_5_moe" | "llama4_text" | "qwen3_vl_text" => {
                 rotation(5e5, None, Form::Flat)
             }
-            "mixtral" | "qwen2_vl_text" | "qwen2_5_vl_text" | "solar_open" => rotation(1e6, None, Form::Flat),
+            "lfm2" | "lfm2_moe" | "mixtral" | "qwen2_vl_text" | "qwen2_5_vl_text" | "solar_open" => {
+                rotation(1e6, None, Form::Flat)
+            }
             "apertus" => rotation(1.2e7, None, Form::Flat),
             "hy_v3" => rotation(11_158_840.0, None, Form::Flat),
             "mistral4" => rotation(1e4, Some(0.5), Form::Flat),

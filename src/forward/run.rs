@@ -339,7 +339,14 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
     fn input(&self, value: usize, place: Place<'_>) -> Result<Rc<Computed<B>>> {
         match self.stream_at(value, place.index) {
             Some(stream) => Ok(Rc::new(Computed::Input(self.backend.input(self.backend.copy(stream)?)?))),
-            None => Ok(self.compute(&[value], place)?.remove(0)),
+            None => {
+                let found = self.compute(&[value], place)?.remove(0);
+                match &*found {
+                    // A sum stays a matrix, so that it can grow.
+                    Computed::Matrix(sum) => Ok(Rc::new(Computed::Input(self.backend.input(self.backend.copy(sum)?)?))),
+                    _ => Ok(found),
+                }
+            }
         }
     }
 

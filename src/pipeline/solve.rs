@@ -516,7 +516,13 @@ fn wanted<'m, B: Backend>(
     if placement.is_whole(linear) {
         return Ok(Wanted::Whole(matrix));
     }
-    let own = placement.rows.as_ref().map(|rows| backend.select_rows(matrix, rows)).transpose()?;
+    let mut own = placement.rows.as_ref().map(|rows| backend.select_rows(matrix, rows)).transpose()?;
+    if placement.factor != 1.0 {
+        let mut scaled = own.map_or_else(|| backend.copy(matrix), Ok)?;
+        let [rows, _] = backend.shape(&scaled);
+        backend.scale(&mut scaled, &vec![placement.factor; rows], &[])?;
+        own = Some(scaled);
+    }
     if placement.reads_inputs() {
         return Ok(own.map_or(Wanted::Whole(matrix), Wanted::Part));
     }

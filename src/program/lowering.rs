@@ -383,6 +383,10 @@ impl<'b> Lowering<'b> {
                 others[*value] |= !product;
             }
         }
+        let sums = program.operations.iter().filter(|operation| operation.kind.adds());
+        for value in sums.flat_map(|operation| &operation.makes) {
+            program.values[*value].multiplied = false;
+        }
         program
     }
 }

@@ -83,7 +83,12 @@ impl<'b> Program<'b> {
         let Kind::Linear { linears, fixed: false } = &reader.kind else { return None };
         let mut between = self.maker(reader.reads[0])?;
         // A gate multiplies each channel by itself.
-        if let Kind::Gate(_) = between.kind {
+        if let Kind::Gate(activation) = between.kind {
+            // Nothing is done to this one before it multiplies the other.
+            if let (Activation::Identity, Some((linear, part))) = (activation, self.made_by(between.reads[0])) {
+                let producer = Producer::Linear { linear, part, heads: None };
+                return Some(Slot { producer, readers: linears.clone() });
+            }
             let gated = self.maker(between.reads[1])?;
             match gated.kind {
                 // Of what a linear makes, it is a feed-forward layer's.

@@ -114,8 +114,9 @@ impl GgufPlan {
             plan.tensors.into_iter().zip(assigned).map(|(tensor, assigned)| (tensor, assigned.ty)).collect();
         let placement = |place: &Place| {
             let (tensor, ty) = &tensors[place.tensor];
-            let Part { rows, transposed, columns, .. } = &tensor.parts()[place.part];
-            Placement { encoding: ty.encoding(), rows: rows.clone(), transposed: *transposed, columns: columns.clone() }
+            let Part { rows, transposed, columns, factor, .. } = &tensor.parts()[place.part];
+            let (rows, columns) = (rows.clone(), columns.clone());
+            Placement { encoding: ty.encoding(), rows, transposed: *transposed, columns, factor: *factor }
         };
         let of = |(module, places): (&String, &Vec<Place>)| (module.clone(), places.iter().map(placement).collect());
         let placements = by_module.iter().map(of).collect();
@@ -607,7 +608,7 @@ impl<B: Backend> Sink<B> for File<'_> {
         let row_bytes = packed.len() / rows;
         let bytes = match &part.rows {
             // Rows of the whole were solved in the linear's own order.
-            Some(order) if !part.transposed && rows == linear.rows => {
+            Some(order) if !part.transposed && part.factor == 1.0 && rows == linear.rows => {
                 let mut sorted = Vec::with_capacity(packed.len());
                 order.iter().for_each(|row| sorted.extend_from_slice(&packed[row * row_bytes..][..row_bytes]));
                 sorted

@@ -76,16 +76,20 @@ pub struct Placement {
     pub transposed: bool,
     /// The linear's columns in the order of the file; their own without.
     pub columns: Option<Vec<usize>>,
+    /// What the linear's weights are multiplied by in the file.
+    pub factor: f32,
 }
 
 impl Placement {
     /// The whole weight as it is.
     pub fn whole(encoding: Encoding) -> Placement {
-        Placement { encoding, rows: None, transposed: false, columns: None }
+        Placement { encoding, rows: None, transposed: false, columns: None, factor: 1.0 }
     }
 
     /// Puts the values of a part, as the output holds it, where they are in the linear's matrix.
     pub fn place(&self, part: ArrayView2<'_, f32>, whole: &mut Array2<f32>) {
+        let scaled = (self.factor != 1.0).then(|| part.mapv(|x| x / self.factor));
+        let part = scaled.as_ref().map_or(part, |scaled| scaled.view());
         let lanes = part.axis_iter(Axis(usize::from(self.transposed)));
         for (at, lane) in lanes.enumerate() {
             let row = self.rows.as_ref().map_or(at, |rows| rows[at]);
@@ -103,7 +107,7 @@ impl Placement {
 
     /// Whether every row of the linear is in it, in whatever order, with its own columns.
     pub fn is_whole(&self, linear: &Linear) -> bool {
-        self.reads_inputs() && self.rows.as_ref().is_none_or(|rows| rows.len() == linear.rows)
+        self.reads_inputs() && self.factor == 1.0 && self.rows.as_ref().is_none_or(|rows| rows.len() == linear.rows)
     }
 }
 

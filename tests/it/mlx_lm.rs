@@ -85,6 +85,25 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("apertus_relu", Told(OPEN)),
     ("arcee_biases", Told(UNKNOWN)),
     ("arcee_plain", Told(UNKNOWN)),
+    ("bamba_biases", Told(UNKNOWN)),
+    ("bamba_plain", Told(UNKNOWN)),
+    ("falcon_h1_before", Told(OPEN)),
+    ("falcon_h1_biases", Told(OPEN)),
+    ("falcon_h1_normed", Told(OPEN)),
+    ("falcon_h1_plain", Told(OPEN)),
+    ("granitemoehybrid_attention", Told(OPEN)),
+    ("granitemoehybrid_dense", Told(OPEN)),
+    ("granitemoehybrid_plain", Told("from stacks alone")),
+    ("lfm2_biases", Told(OPEN)),
+    ("lfm2_moe_plain", Told("without their scales")),
+    ("lfm2_moe_unbiased", Told("without their scales")),
+    ("lfm2_plain", Told(OPEN)),
+    ("lfm2_said_little", Told(OPEN)),
+    ("lfm2_vl_vision", Told(UNKNOWN)),
+    ("nemotron_h_biases", Told("without their scales")),
+    ("nemotron_h_experts", Told("without their scales")),
+    ("nemotron_h_latent", Told("without their scales")),
+    ("nemotron_h_plain", Told(OPEN)),
     ("deepseek_v2_grouped", Told("cannot do without rope_scaling")),
     ("deepseek_v3_further", Told("kv_b_proj")),
     ("deepseek_v3_halves", Refused("rotating halves of heads together in block 0")),
@@ -316,7 +335,7 @@ fn experts_of_unknown_families_are_told_where_their_scales_are_lost() {
         Model::at(model.path()).config(|config| config["model_type"] = model_type.into());
         model
     };
-    check("lfm2_moe", &of("lfm2_moe"), &Told("without their scales"));
+    check("telechat3", &of("telechat3"), &Told("without their scales"));
     check("afmoe", &of("afmoe"), &Told("not known here what models of the type `afmoe` compute"));
     check("doge", &of("doge"), &Told(UNKNOWN));
 }

@@ -15,13 +15,22 @@ fn expected(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/programs").join(format!("{name}.txt"))
 }
 
-/// A dense model, one whose blocks add both steps to what they were given, a mixture, one with latents and a shared expert, and one with
-/// linear attention and gated attention.
+/// A dense model, one whose blocks add both steps to what they were given, a mixture, one with latents and a shared expert, one with
+/// linear attention and gated attention, and ones with state spaces and with short convolutions.
 /// `UPDATE_PROGRAMS=1` writes what is said now.
 #[test]
 fn programs_are_shown_as_they_were() {
     let room = Room::new();
-    for name in ["qwen2_plain", "gpt_neox_parallel", "mixtral_plain", "deepseek_v3_plain", "qwen3_next_mixed"] {
+    for name in [
+        "qwen2_plain",
+        "gpt_neox_parallel",
+        "mixtral_plain",
+        "deepseek_v3_plain",
+        "qwen3_next_mixed",
+        "falcon_h1_plain",
+        "nemotron_h_latent",
+        "lfm2_plain",
+    ] {
         let model = checkpoint(name);
         let run = room.run(["inspect", "--program", model.path().to_str().unwrap()]);
         run.succeeds();

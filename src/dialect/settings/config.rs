@@ -1,5 +1,7 @@
 //! config.json, put together part by part: what every model says, then what only models of its type say.
 
+mod states;
+
 use formats::container::gguf::MetadataValue;
 use serde_json::{Map, Value, json};
 
@@ -29,6 +31,14 @@ struct Hyperparameters {
     eps: f64,
     /// Base of rotary frequencies.
     theta: f64,
+}
+
+/// How many values each of so many heads has.
+fn integer_share(settings: &Settings, inner: usize, heads: usize) -> Result<usize> {
+    match inner.is_multiple_of(heads) {
+        true => Ok(inner / heads),
+        false => Err(settings.unsupported(format!("{heads} heads of a state space do not divide {inner} values"))),
+    }
 }
 
 /// The value of `layer_types`: whether a layer sees a window alone or the whole text.
@@ -120,7 +130,14 @@ impl Settings {
         let hidden = self.required("embedding_length")?;
         let layers = self.required("block_count")?;
         let heads = self.required("attention.head_count")?;
-        let kv_heads = self.count("attention.head_count_kv")?.unwrap_or(heads).max(1);
+        // Layers with a state have none, or no feed-forward layer.
+        let by_layer = matches!(id, "granitehybrid" | "nemotron_h" | "nemotron_h_moe" | "lfm2" | "lfm2moe");
+        let largest = |name: &str| Ok::<_, formats::Error>(self.counts(name, layers)?.into_iter().max());
+        let kv_heads = match by_layer {
+            true => largest("attention.head_count_kv")?,
+            false => self.count("attention.head_count_kv")?,
+        };
+        let kv_heads = kv_heads.unwrap_or(heads).max(1);
         let latent = self.count("attention.kv_lora_rank")?.is_some() && self.architecture.latent;
         let context = self.required("context_length")?;
         required::check(self)?;
@@ -133,8 +150,16 @@ impl Settings {
         }
         let rotated = self.count("rope.dimension_count")?.unwrap_or(head_dim);
         let experts = self.count("expert_count")?.filter(|n| *n > 0);
-        let inner = self.required("feed_forward_length")?;
-        let eps = self.float(required::epsilon(id))?;
+        let inner = match by_layer {
+            true => largest("feed_forward_length")?.filter(|inner| *inner > 0).unwrap_or(1),
+            false => self.required("feed_forward_length")?,
+        };
+        // Of all but the layer that predicts further tokens, where it is there.
+        let rms = match id {
+            "nemotron_h" | "nemotron_h_moe" => self.float("attention.layer_norm_rms_epsilon")?,
+            _ => None,
+        };
+        let eps = rms.or(self.float(required::epsilon(id))?);
         let eps = eps.ok_or_else(|| formats::Error::missing(self.key(required::epsilon(id))))?;
         let theta = self.float("rope.freq_base")?.unwrap_or(10000.0);
         // There a stretched context is a larger base.
@@ -179,6 +204,8 @@ impl Settings {
             "phi" | "gpt_neox" | "stablelm" | "cohere" | "cohere2" => Some("layer_norm_eps"),
             "starcoder2" => Some("norm_epsilon"),
             "nemotron" => Some("norm_eps"),
+            "nemotron_h" => Some("layer_norm_epsilon"),
+            "lfm2" | "lfm2_moe" => Some("norm_eps"),
             "olmo" => None,
             _ => Some("rms_norm_eps"),
         };
@@ -194,6 +221,14 @@ impl Settings {
     /// Which share of a head's values is rotated. Fails for a type that rotates whole heads, where the file does not.
     fn rotary_share(&self, model_type: &str, model: &Hyperparameters) -> Result<Value> {
         let Hyperparameters { rotated, head_dim, latent, .. } = *model;
+        if model_type == "nemotron_h" {
+            return Ok(json!({}));
+        }
+        if model_type == "bamba" {
+            // Its class puts one of its own in the place of what stands outside.
+            let share = rotated as f64 / head_dim as f64;
+            return Ok(json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": share}}));
+        }
         if rotated != head_dim && !latent {
             // Multiplied by the width of a head it is truncated.
             let share = rotated as f64 / head_dim as f64;
@@ -303,6 +338,11 @@ impl Settings {
         let of_output = if self.architecture.o_bias == Need::May { "attn_output" } else { "attn_qkv" };
         let biases = self.biased(&["attn_q", "attn_k", "attn_v", "attn_qkv", of_output]);
         match model_type {
+            "bamba" | "falcon_h1" => {
+                json!({"attention_bias": biases, "mlp_bias": self.biased(&["ffn_up", "ffn_gate", "ffn_down"])})
+            }
+            "granitemoehybrid" => json!({"attention_bias": biases}),
+            "nemotron_h" => json!({"mlp_bias": self.biased(&["ffn_up", "ffn_down"])}),
             "llama" | "mixtral" | "granite" | "granitemoe" | "smollm3" | "nemotron" => {
                 json!({"attention_bias": biases, "mlp_bias": self.biased(&["ffn_up", "ffn_gate", "ffn_down"])})
             }
@@ -379,6 +419,8 @@ impl Settings {
                     "layer_types": kinds,
                 })
             }
+            "bamba" | "granitemoehybrid" | "falcon_h1" | "nemotron_h" => self.state_space(model_type, model)?,
+            "lfm2" | "lfm2_moe" => self.short_convolutions(model_type, model)?,
             "olmo" => json!({"clip_qkv": self.float("attention.clamp_kqv")?.filter(|clip| *clip > 0.0)}),
             "olmo3" => json!({"sliding_window": window, "layer_types": layer_types(&self.local(layers, 4)?)}),
             "gpt_neox" => json!({"use_parallel_residual": self.flag("use_parallel_residual")?.unwrap_or(true)}),
@@ -457,7 +499,10 @@ impl Settings {
                 })
             }
             "hy_v3" => self.hunyuan(model, used()?)?,
-            "mixtral" | "granitemoe" => json!({"num_local_experts": experts, "num_experts_per_tok": used()?}),
+            "granitemoehybrid" if experts.is_none() => json!({"num_local_experts": 0}),
+            "mixtral" | "granitemoe" | "granitemoehybrid" => {
+                json!({"num_local_experts": experts, "num_experts_per_tok": used()?})
+            }
             "olmoe" => json!({"num_experts": experts, "num_experts_per_tok": used()?, "norm_topk_prob": false}),
             "qwen2_moe" | "qwen3_moe" => json!({
                 "num_experts": experts,

@@ -11,6 +11,12 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("qwen35", STATE_AND_SECTIONS),
     ("qwen35moe", STATE_AND_SECTIONS),
     ("granite", &["logit_scale"]),
+    ("granitehybrid", STATE),
+    ("nemotron_h", STATE),
+    ("nemotron_h_moe", STATE),
+    ("falcon-h1", STATE),
+    ("lfm2", &["shortconv.l_cache"]),
+    ("lfm2moe", &["shortconv.l_cache", "expert_feed_forward_length", "expert_gating_func"]),
     ("granitemoe", &["logit_scale"]),
     ("gptneox", &["use_parallel_residual"]),
     ("cohere2", &["attention.sliding_window", "logit_scale"]),
@@ -53,9 +59,20 @@ const STATE_AND_SECTIONS: &[&str] = &[
     "rope.dimension_sections",
 ];
 
-/// Architectures whose norms take the mean away; the others' epsilon has another key.
-const LAYER_NORMS: &[&str] =
-    &["phi2", "olmo", "starcoder2", "gptneox", "gpt2", "command-r", "cohere2", "stablelm", "nemotron"];
+/// Architectures whose norms take the mean away, or that ask for the epsilon of such; the others' has another key.
+const LAYER_NORMS: &[&str] = &[
+    "phi2",
+    "olmo",
+    "starcoder2",
+    "gptneox",
+    "gpt2",
+    "command-r",
+    "cohere2",
+    "stablelm",
+    "nemotron",
+    "nemotron_h",
+    "nemotron_h_moe",
+];
 
 /// The key of the norms' epsilon.
 pub(super) fn epsilon(architecture: &str) -> &'static str {
