@@ -9,7 +9,7 @@ use std::sync::Arc;
 use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 use ndarray::Array2;
 
-pub use self::delta::{Convolution, Decay, DeltaNet};
+pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
 pub use self::sparse::{Choice, Indexer};
 
 /// A decoder-only language model.
@@ -575,7 +575,7 @@ impl Layer {
                 .into_iter()
                 .chain(moe.shared.as_ref().and_then(|(_, gate)| gate.as_ref()))
                 .collect(),
-            Layer::Delta(delta) => delta.rates.iter().collect(),
+            Layer::Delta(delta) => delta.fixed().collect(),
             Layer::Attention(attention) => attention.indexer().into_iter().flat_map(Indexer::linears).collect(),
             _ => Vec::new(),
         }

@@ -86,8 +86,10 @@ fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
 
 fn delta(a: &DeltaNet, b: &DeltaNet) -> Option<String> {
     let of = |delta: &DeltaNet| {
-        let Convolution { channels, taps, activation, ref bias, .. } = delta.convolution;
-        (delta.shape, channels, taps, activation, bias.is_some(), delta.activation)
+        let of = |one: &Convolution| (one.channels, one.taps, one.activation, one.bias.is_some());
+        let convolutions: Vec<_> = delta.convolutions.iter().map(of).collect();
+        let narrow = delta.narrow.as_ref().map(|narrow| (narrow.decay[0].rows, narrow.gate[0].rows));
+        (delta.shape, convolutions, narrow, delta.activation)
     };
     (of(a) != of(b) || !norm(Some(&a.norm), Some(&b.norm))).then(|| "linear attention of this form".to_owned())
 }

@@ -15,6 +15,7 @@ mod gpt_oss;
 mod granite;
 mod guesses;
 mod hunyuan;
+mod kimi;
 pub mod linears;
 mod llama;
 mod llama4;
@@ -118,6 +119,7 @@ pub const FAMILIES: &[Family] = &[
     deepseek::MISTRAL4,
     deepseek::DEEPSEEK_V32,
     deepseek::GLM_MOE_DSA,
+    kimi::KIMI_LINEAR,
     gpt_oss::GPT_OSS,
     dots::DOTS1,
     dots::GLM4_MOE,
@@ -599,9 +601,9 @@ fn check(graph: &Graph) -> Result<()> {
 pub fn longest_context(config: &Value) -> Result<Option<usize>> {
     let settings = settings(config)?;
     let config = Config(&settings.values);
-    let learned = config.optional_count("n_positions")?;
-    let said = if learned.is_some() { learned } else { config.optional_count("max_position_embeddings")? };
-    Ok(said.filter(|n| *n > 1))
+    let keys = ["n_positions", "max_position_embeddings", "model_max_length"];
+    let said = keys.into_iter().map(|key| config.optional_count(key)).find(|said| !matches!(said, Ok(None)));
+    Ok(said.transpose()?.flatten().filter(|n| *n > 1))
 }
 
 /// Rows of the embedding, if config.json or its family says. Fails for what is no count.

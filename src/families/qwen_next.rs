@@ -167,15 +167,19 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activa
     Ok(DeltaNet {
         inputs,
         rates,
-        convolution: Convolution {
+        narrow: None,
+        convolutions: vec![Convolution {
             tensor: format!("{module}.conv1d.weight"),
             bias: None,
             channels: 2 * keys + values,
             taps,
             activation: Some(act),
-        },
+        }],
         shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, by_channel: false },
-        decay: Decay { rates: format!("{module}.A_log"), bias: format!("{module}.dt_bias") },
+        decay: Decay {
+            rates: (format!("{module}.A_log"), vec![value_heads]),
+            bias: (format!("{module}.dt_bias"), vec![value_heads]),
+        },
         unit,
         norm,
         activation: Activation::Silu,

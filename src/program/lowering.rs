@@ -4,7 +4,7 @@ use super::{Expert, Kept, Kind, Operation, Program, Value};
 use kernels::Activation;
 
 use crate::graph::{
-    Attention, Block, Choice, Convolution, DeltaNet, HeadNorms, Indexer, Latent, Layer, Linear, Mlp, Moe, Norm,
+    Attention, Block, Choice, Convolution, DeltaNet, HeadNorms, Indexer, Latent, Layer, Linear, Mlp, Moe, Narrow, Norm,
     Projections, Rope, Step,
 };
 
@@ -186,21 +186,36 @@ impl<'b> Lowering<'b> {
     }
 
     fn delta(&mut self, delta: &'b DeltaNet, x: usize) -> usize {
-        let DeltaNet { inputs, rates, convolution, shape, decay, unit, norm, activation, out } = delta;
+        let DeltaNet { inputs, rates, narrow, convolutions, shape, decay, unit, norm, activation, out } = delta;
         let made = self.linears(inputs.iter().collect(), false, x, &["q", "k", "v", "z"]);
-        let [mut q, mut k, mut v, gate]: [usize; 4] = made.try_into().expect("queries, keys, values and a gate");
-        let made = self.linears(rates.iter().collect(), true, x, &["b", "a"]);
-        let [b, a]: [usize; 2] = made.try_into().expect("two rates");
-        let mut first = 0;
+        let [mut q, mut k, mut v] = made[..3].try_into().expect("queries, keys and values");
+        let [b, a, gate] = match narrow {
+            None => {
+                let rates = self.linears(rates.iter().collect(), true, x, &["b", "a"]);
+                [rates[0], rates[1], made[3]]
+            }
+            Some(narrow) => {
+                let Narrow { decay, gate } = &**narrow;
+                let first = rates.iter().chain([&decay[0], &gate[0]]).collect();
+                let made = self.linears(first, true, x, &["b", "fa", "ga"]);
+                let a = self.linears(vec![&decay[1]], true, made[1], &["a"])[0];
+                [made[0], a, self.linears(vec![&gate[1]], true, made[2], &["z"])[0]]
+            }
+        };
+        let (mut one, mut first) = (0, 0);
         for value in [&mut q, &mut k, &mut v] {
+            let convolution = &convolutions[one];
             self.convolve(convolution, first, value);
             first += self.program.values[*value].width;
+            if first == convolution.channels {
+                (one, first) = (one + 1, 0);
+            }
         }
         for value in [&mut q, &mut k] {
             let kind = Kind::HeadNorm { norm: unit, head_dim: shape.key_dim };
             self.each(kind, std::slice::from_mut(value));
         }
-        let decays = self.one(Kind::Decay(decay), &[a], "decay", shape.value_heads);
+        let decays = self.one(Kind::Decay(decay), &[a], "decay", shape.decays());
         let beta = self.one(Kind::Map(Activation::Sigmoid), &[b], "beta", shape.value_heads);
         let width = shape.value_heads * shape.value_dim;
         let mut mixed = self.one(Kind::Delta(*shape), &[q, k, v, decays, beta], "mix", width);

@@ -198,7 +198,7 @@ impl Operation<'_> {
             Kind::Convolve { convolution: Convolution { tensor, bias, .. }, .. } => {
                 [tensor].into_iter().chain(bias).cloned().collect()
             }
-            Kind::Decay(decay) => vec![decay.rates.clone(), decay.bias.clone()],
+            Kind::Decay(decay) => vec![decay.rates.0.clone(), decay.bias.0.clone()],
             Kind::Route(router) => router.correction.iter().map(|(name, _)| name.clone()).collect(),
             _ => Vec::new(),
         }

@@ -120,7 +120,11 @@ impl Settings {
         let hidden = self.required("embedding_length")?;
         let layers = self.required("block_count")?;
         let heads = self.required("attention.head_count")?;
-        let kv_heads = self.count("attention.head_count_kv")?.unwrap_or(heads).max(1);
+        let kv_heads = match id {
+            // It tells layers with a state.
+            "kimi-linear" => heads,
+            _ => self.count("attention.head_count_kv")?.unwrap_or(heads).max(1),
+        };
         let latent = self.count("attention.kv_lora_rank")?.is_some() && self.architecture.latent;
         let context = self.required("context_length")?;
         required::check(self)?;
@@ -499,6 +503,7 @@ impl Settings {
                 })
             }
             "deepseek_v2" | "deepseek_v3" => self.deepseek(model)?,
+            "kimi_linear" => self.kimi_linear(model)?,
             "deepseek_v32" | "glm_moe_dsa" => {
                 let mut values = self.deepseek(model)?;
                 values.as_object_mut().expect("an object").extend(self.indexers(layers)?);
@@ -529,6 +534,37 @@ impl Settings {
             "router_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
             "mlp_layer_types": (0..layers).map(kind).collect::<Vec<_>>(),
         }))
+    }
+
+    /// Kimi Linear's sizes of layers with a state, and which layers these are: those without keys.
+    fn kimi_linear(&self, model: &Hyperparameters) -> Result<Value> {
+        let name = "attention.head_count_kv";
+        let counts = match self.look(name) {
+            Some(MetadataValue::Array(list)) => list.iter().map(integer).collect::<Option<Vec<usize>>>(),
+            _ => None,
+        };
+        let counts = counts.filter(|counts| counts.len() >= model.layers).ok_or_else(|| {
+            formats::Error::malformed(format!("metadata key `{}` has no count for each layer", self.key(name)))
+        })?;
+        let of = |state: bool| -> Vec<usize> {
+            (0..model.layers).filter(|layer| (counts[*layer] == 0) == state).map(|layer| layer + 1).collect()
+        };
+        let Value::Object(mut values) = self.deepseek(model)? else { unreachable!("an object") };
+        for own in ["rope_interleave", "n_routed_experts", "norm_topk_prob", "topk_method", "scoring_func"] {
+            values.remove(own);
+        }
+        values.insert("num_experts".to_owned(), json!(model.experts));
+        // llama.cpp always divides by the sum.
+        values.insert("moe_renormalize".to_owned(), true.into());
+        let sizes = json!({
+            "head_dim": self.required("kda.head_dim")?,
+            "num_heads": model.heads,
+            "short_conv_kernel_size": self.required("ssm.conv_kernel")?,
+            "full_attn_layers": of(false),
+            "kda_layers": of(true),
+        });
+        values.insert("linear_attn_config".to_owned(), sizes);
+        Ok(values.into())
     }
 
     /// How much indexers choose, and which layers have one of their own.
