@@ -255,6 +255,8 @@ pub struct Attention {
     pub sinks: Option<String>,
     /// What queries are multiplied by.
     pub temperature: Option<Temperature>,
+    /// What values are multiplied by.
+    pub value_scale: f32,
     /// What is seen of all that could be; everything without.
     pub choice: Option<Choice>,
 }

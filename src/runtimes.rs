@@ -190,7 +190,7 @@ pub fn notes(
     };
     let packed = codec == "compressed-tensors";
     let refused =
-        packed && graph.opaque && loading.refuses_packed(source.entries().iter().map(|entry| &entry.name[..]));
+        packed && loading.refuses_packed(source.entries().iter().map(|entry| &entry.name[..]));
     let is_one = |types: &[&str]| {
         types.contains(&&model_type[..]) || type_of(source.config()).is_some_and(|outer| types.contains(&outer))
     };

@@ -151,6 +151,9 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
     if choice(a) != choice(b) {
         return Some("attention that sees a choice of tokens".to_owned());
     }
+    if !near(a.value_scale, b.value_scale) {
+        return Some(format!("values that are multiplied by {}", a.value_scale));
+    }
     if a.sinks.is_some() != b.sinks.is_some() {
         return Some("attention with sinks".to_owned());
     }

@@ -131,6 +131,7 @@ impl Base {
             sinks: None,
             temperature: None,
             choice: None,
+            value_scale: 1.0,
         }
     }
 

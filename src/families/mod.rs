@@ -19,6 +19,7 @@ mod kimi;
 pub mod linears;
 mod llama;
 mod llama4;
+mod mimo;
 mod minimax;
 mod moe;
 mod names;
@@ -120,6 +121,7 @@ pub const FAMILIES: &[Family] = &[
     deepseek::DEEPSEEK_V32,
     deepseek::GLM_MOE_DSA,
     kimi::KIMI_LINEAR,
+    mimo::MIMO_V2_FLASH,
     gpt_oss::GPT_OSS,
     dots::DOTS1,
     dots::GLM4_MOE,
@@ -128,6 +130,7 @@ pub const FAMILIES: &[Family] = &[
     hunyuan::HUNYUAN_MOE,
     hunyuan::HY_V3,
     minimax::MINIMAX_M2,
+    minimax::MINIMAX_M3,
 ];
 
 /// What layers are that predict the token after the next.
@@ -163,6 +166,7 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "smolvlm", text: ("llama", false), tied: false, hears_text: false },
     Wrapper { model_type: "mistral3", text: ("mistral", false), tied: true, hears_text: false },
     Wrapper { model_type: "kimi_k25", text: ("deepseek_v3", false), tied: true, hears_text: false },
+    Wrapper { model_type: "minimax_m3_vl", text: ("minimax_m3_vl_text", true), tied: false, hears_text: true },
     Wrapper { model_type: "gemma3", text: ("gemma3_text", true), tied: true, hears_text: false },
     Wrapper { model_type: "llama4", text: ("llama4_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "qwen2_vl", text: ("qwen2_vl_text", true), tied: false, hears_text: true },

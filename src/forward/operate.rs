@@ -117,6 +117,10 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let turn = |x: &mut B::Matrix| self.turn(at, x, rope, layout, lengths);
                 self.each(operation, next, turn)?
             }
+            Kind::Scale(factor) => self.each(operation, next, |x| {
+                let rows = backend.shape(x)[0];
+                Ok(backend.scale(x, &vec![*factor; rows], &[])?)
+            })?,
             Kind::Warm(Temperature { floor, scale, first }) => {
                 let warm = |position: usize| 1.0 + scale * (((position + first) as f32 / floor).floor() + 1.0).ln();
                 let factors: Vec<f32> = lengths.iter().flat_map(|length| (0..*length).map(warm)).collect();

@@ -110,8 +110,20 @@ impl<'b> Lowering<'b> {
     }
 
     fn attention(&mut self, attention: &'b Attention, x: usize) -> usize {
-        let Attention { projections, gated, o, shape, rope, layout, norms, clip, sinks, temperature, choice } =
-            attention;
+        let Attention {
+            projections,
+            gated,
+            o,
+            shape,
+            rope,
+            layout,
+            norms,
+            clip,
+            sinks,
+            temperature,
+            choice,
+            value_scale,
+        } = attention;
         let (mut gate, mut queries_latent) = (None, None);
         let mut qkv: [usize; 3] = match projections {
             Projections::Direct(linears) => {
@@ -137,6 +149,9 @@ impl<'b> Lowering<'b> {
         self.head_norms(norms(true), shape.head_dim, &mut qkv);
         if let Some(temperature) = temperature {
             self.each(Kind::Warm(*temperature), &mut qkv[..1]);
+        }
+        if *value_scale != 1.0 {
+            self.each(Kind::Scale(*value_scale), &mut qkv[2..]);
         }
         let mut reads = qkv.to_vec();
         reads.extend(choice.as_ref().map(|choice| match choice {

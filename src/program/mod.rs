@@ -112,6 +112,8 @@ pub enum Kind<'b> {
         /// Which values.
         layout: RopeLayout,
     },
+    /// Multiplies by a number.
+    Scale(f32),
     /// Multiplies queries by what grows with the position.
     Warm(Temperature),
     /// Causal softmax attention of queries, keys and values.

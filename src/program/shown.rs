@@ -161,6 +161,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             }
             (call("rope"), details)
         }
+        Kind::Scale(factor) => only(format!("{factor} * {}", reads[0])),
         Kind::Warm(warm) => {
             let details = vec![format!("scale {}", warm.scale), format!("floor {}", warm.floor)];
             (call("temperature"), details)
