@@ -16,8 +16,8 @@ use formats::ggml::{GgmlType, TYPES};
 use formats::{Float, Scheme};
 use kernels::ops::{activation, bf16};
 use kernels::{
-    Activation, AttentionShape, Cpu, DeltaShape, Factor, FitKind, Forward, Grid, GridSpec, Measure, Memory, NormKind,
-    Quantize, Result, cpu,
+    Activation, AttentionShape, Cpu, DeltaShape, Factor, FitKind, Forward, Grid, GridSpec, IndexShape, Measure, Memory,
+    NormKind, Quantize, Result, cpu,
 };
 use ndarray::Array2;
 
@@ -157,6 +157,42 @@ fn attention(c: &mut Criterion) {
     }
 }
 
+/// An indexer's choice, and attention to what it chose.
+fn sparse(c: &mut Criterion) {
+    let index = IndexShape { heads: 16, head_dim: 64, scale: 0.03, count: 256, block: 1, local: 0, apart: false };
+    let shape = AttentionShape {
+        heads: 9,
+        kv_heads: 9,
+        head_dim: 64,
+        value_dim: 64,
+        scale: 0.125,
+        window: None,
+        chunk: None,
+        softcap: None,
+    };
+    let mut group = c.benchmark_group("sparse_attention");
+    let cpu = Cpu::exact();
+    // The second is so long that what is seen is gathered.
+    for length in [1024, 4096] {
+        let lengths = [length];
+        let scored = flops(length * length * 16 * 64);
+        let indexed = || [matrix(length, 16 * 64, 1), matrix(length, 64, 2), matrix(length, 16, 3)];
+        measure(&mut group, &format!("{length}, choosing 256"), scored, indexed, |[q, k, weights]| {
+            cpu.select(q, k, Some(weights), &index, &lengths)
+        });
+        let seen = || {
+            let [q, k, weights] = indexed();
+            let chosen = cpu.select(&q, &k, Some(&weights), &index, &lengths).expect("shapes fit");
+            let [q, k, v] = [4, 5, 6].map(|seed| matrix(length, 64 * 9, seed));
+            [q, k, v, chosen]
+        };
+        let work = flops(4 * length * 256 * 64 * 9);
+        measure(&mut group, &format!("{length}, 9 heads of 64 that see 256"), work, seen, |[q, k, v, chosen]| {
+            cpu.attention_to([q, k, v], chosen, &shape, &index, &lengths)
+        });
+    }
+}
+
 /// Linear attention of the same width as [`attention`] measures; the work is that of one token after another, while chunks do more.
 fn delta(c: &mut Criterion) {
     let replaces = DeltaShape {
@@ -169,6 +205,7 @@ fn delta(c: &mut Criterion) {
         by_channel: false,
     };
     linear_attention(c, "delta_rule", replaces, 6);
+    linear_attention(c, "delta_rule_by_channel", DeltaShape { by_channel: true, ..replaces }, 6);
     // As Mamba 2 has it: one pair of keys and queries for all heads.
     linear_attention(c, "state_space", DeltaShape { key_heads: 1, replaces: false, ..replaces }, 4);
 }
@@ -187,7 +224,7 @@ fn linear_attention(c: &mut Criterion, name: &str, shape: DeltaShape, operations
                 cpu.norm_heads(&mut x, 64, NormKind::Length, &[1.0; 64], None, 1e-6).expect("shapes fit");
                 x
             };
-            let decay = matrix(TOKENS, 9, 5).mapv(|x| -x.abs());
+            let decay = matrix(TOKENS, shape.decays(), 5).mapv(|x| -x.abs());
             let beta = matrix(TOKENS, 9, 6).mapv(|x| 1.0 / (1.0 + (-x).exp()));
             [unit(1), unit(2), matrix(TOKENS, 64 * 9, 3), decay, beta]
         };
@@ -351,5 +388,5 @@ fn elementwise(c: &mut Criterion) {
     });
 }
 
-criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gated, operands, gram, attention, delta, factor, sweep, fit, blocks, elementwise);
+criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gated, operands, gram, attention, sparse, delta, factor, sweep, fit, blocks, elementwise);
 criterion_main!(benches);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 use ndarray::Array2;
 
-pub use self::delta::{Convolution, Decay, DeltaNet};
+pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
 pub use self::mamba::{GroupNorm, Mamba, ShortConvolution};
 pub use self::sparse::{Choice, Indexer};
 
@@ -265,6 +265,8 @@ pub struct Attention {
     pub sinks: Option<String>,
     /// What queries are multiplied by.
     pub temperature: Option<Temperature>,
+    /// What values are multiplied by.
+    pub value_scale: f32,
     /// What is seen of all that could be; everything without.
     pub choice: Option<Choice>,
 }
@@ -597,7 +599,7 @@ impl Layer {
                 .into_iter()
                 .chain(moe.shared.as_ref().and_then(|(_, gate)| gate.as_ref()))
                 .collect(),
-            Layer::Delta(delta) => delta.rates.iter().collect(),
+            Layer::Delta(delta) => delta.fixed().collect(),
             Layer::Attention(attention) => attention.indexer().into_iter().flat_map(Indexer::linears).collect(),
             _ => Vec::new(),
         }

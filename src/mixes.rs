@@ -174,6 +174,13 @@ const NEVER: &[&str] = &[
     "ffn_gate_inp.weight",
     "position_embd.weight",
     "ssm_conv1d.weight",
+    "ssm_conv1d_q.weight",
+    "ssm_conv1d_k.weight",
+    "ssm_conv1d_v.weight",
+    "ssm_f_a.weight",
+    "ssm_f_b.weight",
+    "ssm_g_a.weight",
+    "ssm_g_b.weight",
     // Another token that is seen changes more than rounding does.
     "indexer.attn_q_b.weight",
     "indexer.attn_k.weight",

@@ -184,7 +184,19 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     }
     out.count(key("attention.head_count"), first.shape.heads)?;
     let rotated = attention.iter().find_map(|a| a.rope.as_ref()).map(|rope| 2 * rope.inverse_frequencies.len());
+    // What no position turns has its place in the keys that all heads share, too.
+    let shared = match &first.projections {
+        Projections::Latent(latent) => Some(latent.kv_a.rows - latent.kv_b.cols),
+        Projections::Direct(_) => None,
+    };
+    let rotated = rotated.or(shared);
     heads(out, graph, first, rotated.unwrap_or(0), id)?;
+    if id == "kimi-linear" {
+        // Layers with a state are told by there being no keys.
+        let keys = graph.blocks.iter().map(|block| MetadataValue::U32(block.attention().is_some().into())).collect();
+        out.metadata.retain(|(name, _)| *name != key("attention.head_count_kv"));
+        out.metadata.push((key("attention.head_count_kv"), metadata_array(keys, GGUFValueType::U32)?));
+    }
     out.float(
         key(match graph.final_norm.kind {
             NormKind::Rms | NormKind::Length => "attention.layer_norm_rms_epsilon",
@@ -255,7 +267,7 @@ impl<'g> Layers<'g> {
         let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
         let Some(&first) = attention.first() else { return Err(cannot("a model without attention".to_owned())) };
         let state = |layer: &'g Layer| match layer {
-            Layer::Delta(delta) => Some((delta.shape, &delta.convolution)),
+            Layer::Delta(delta) => Some((delta.shape, &delta.convolutions[0])),
             Layer::Mamba(mamba) => Some((mamba.shape, &mamba.convolution)),
             _ => None,
         };
@@ -312,6 +324,15 @@ impl<'g> Layers<'g> {
                     return Err(cannot(format!("queries made {how} a latent in a model of {layers} layers")));
                 }
             }
+            // It asks for keys of every layer, and tells those with a state by there being none; it divides all weights of experts by their sum.
+            "kimi-linear" => {
+                if matches!(&first.projections, Projections::Latent(latent) if latent.q.len() > 1) {
+                    return Err(cannot("queries made through a latent".to_owned()));
+                }
+                if sparse.iter().any(|moe| !moe.router.renormalize) {
+                    return Err(cannot("weights of experts that are not divided by their sum".to_owned()));
+                }
+            }
             _ => {}
         }
         let eps = graph.final_norm.eps;
@@ -326,7 +347,7 @@ impl<'g> Layers<'g> {
 
 /// Whether the norms of latents may have another epsilon than the others: they have in transformers, and in no other runtime of this model.
 fn latents_are_near(graph: &Graph) -> bool {
-    matches!(graph.family, "glm4_moe_lite" | "glm_moe_dsa")
+    matches!(graph.family, "glm4_moe_lite" | "glm_moe_dsa" | "kimi_linear")
 }
 
 /// The shortest step of state spaces.
@@ -421,6 +442,16 @@ fn recurrent(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static
     }
     let Some((shape, convolution)) = layers.recurrent.first() else { return Ok(()) };
     out.count(key("ssm.conv_kernel"), convolution.taps)?;
+    if id == "kimi-linear" {
+        if shape.value_heads != layers.first.shape.heads {
+            let what = format!(
+                "{} heads of linear attention beside {} of attention",
+                shape.value_heads, layers.first.shape.heads
+            );
+            return Err(names::cannot(id, what));
+        }
+        return out.count(key("kda.head_dim"), shape.key_dim);
+    }
     out.count(key("ssm.inner_size"), shape.value_heads * shape.value_dim)?;
     out.count(key("ssm.state_size"), shape.key_dim)?;
     out.count(key("ssm.time_step_rank"), shape.value_heads)?;
@@ -538,7 +569,7 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
                 out.count(key("expert_group_used_count"), groups.kept)?;
             }
         }
-        let latent = matches!(id, "deepseek2" | "deepseek32" | "glm-dsa");
+        let latent = matches!(id, "deepseek2" | "deepseek32" | "glm-dsa" | "kimi-linear");
         if latent || matches!(id, "glm4moe" | "exaone-moe" | "hy_v3") {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
             out.count(key("expert_shared_count"), shared)?;

@@ -93,10 +93,12 @@ fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
 }
 
 fn delta(a: &DeltaNet, b: &DeltaNet) -> Option<String> {
-    let of = |delta: &DeltaNet| (delta.shape, delta.activation, delta.decay.limits);
+    let narrow = |delta: &DeltaNet| delta.narrow.as_ref().map(|narrow| (narrow.decay[0].rows, narrow.gate[0].rows));
+    let of =
+        |delta: &DeltaNet| (delta.shape, delta.activation, delta.decay.limits, narrow(delta), delta.convolutions.len());
     (of(a) != of(b) || !norm(Some(&a.norm), Some(&b.norm)))
         .then(|| "linear attention of this form".to_owned())
-        .or_else(|| convolution(&a.convolution, &b.convolution))
+        .or_else(|| a.convolutions.iter().zip(&b.convolutions).find_map(|(a, b)| convolution(a, b)))
 }
 
 /// The shortest step that a reader may take for none at all: so short that it is said beside.
@@ -187,6 +189,9 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
     };
     if choice(a) != choice(b) {
         return Some("attention that sees a choice of tokens".to_owned());
+    }
+    if !near(a.value_scale, b.value_scale) {
+        return Some(format!("values that are multiplied by {}", a.value_scale));
     }
     if a.sinks.is_some() != b.sinks.is_some() {
         return Some("attention with sinks".to_owned());

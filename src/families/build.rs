@@ -131,6 +131,7 @@ impl Base {
             sinks: None,
             temperature: None,
             choice: None,
+            value_scale: 1.0,
         }
     }
 
@@ -322,7 +323,7 @@ pub fn sliding(config: &Config<'_>, layers: usize, rule: impl Fn(usize) -> bool)
 }
 
 /// Which layers are of the second of two kinds, by the list under `key` that names the kind of each, or else by a rule.
-fn by_type(
+pub fn by_type(
     config: &Config<'_>,
     key: &str,
     [first, second]: [&[&str]; 2],

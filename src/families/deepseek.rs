@@ -1,6 +1,8 @@
 //! DeepSeek V2, V3 and V3.2, GLM-4.7-Flash, GLM-5, Mistral 4: latent attention, in some of a choice of tokens, shared and routed experts, experts
 //! chosen by groups.
 
+use std::sync::Arc;
+
 use kernels::{Activation, IndexShape, NormKind, RopeLayout};
 
 use super::build::{Base, activation, with_experts};
@@ -10,8 +12,8 @@ use super::rope::{rope, warmth};
 use super::{Config, Family};
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Choice, Graph, Groups, Indexer, Latent, Layer, Linear, Moe, Norm, Projections, RopeScaling, Scoring,
-    Split,
+    Attention, Choice, Graph, Groups, Indexer, Latent, Layer, Linear, Moe, Norm, Projections, Rope, RopeScaling,
+    Scoring, Split,
 };
 
 /// DeepSeek V2 and V2-Lite.
@@ -82,18 +84,86 @@ pub enum Chosen {
     SoftmaxOfTwo,
 }
 
+/// Heads whose keys and values are made from a latent, and queries too where there is one of them.
+#[derive(Clone, Copy)]
+pub struct LatentHeads {
+    /// Width of the latent of queries.
+    q_latent: Option<usize>,
+    /// Of that of keys and values.
+    latent: usize,
+    /// Values of a query or key that no position turns.
+    nope: usize,
+    /// Those behind them, which may be turned, and which all heads have in common in the keys.
+    rotated: usize,
+    /// Values of a value.
+    value: usize,
+    /// Whether the first linears and the last have biases.
+    bias: bool,
+}
+
+impl LatentHeads {
+    /// Reads them as DeepSeek's config.json says them, and tells `base` of them.
+    pub fn read(config: &Config<'_>, base: &mut Base) -> Result<LatentHeads> {
+        let [nope, rotated, value] =
+            [config.count("qk_nope_head_dim")?, config.count("qk_rope_head_dim")?, config.count("v_head_dim")?];
+        base.kv_heads = base.heads;
+        base.head_dim = nope + rotated;
+        Ok(LatentHeads {
+            q_latent: config.optional_count("q_lora_rank")?,
+            latent: config.count("kv_lora_rank")?,
+            nope,
+            rotated,
+            value,
+            bias: config.flag("attention_bias", false)?,
+        })
+    }
+
+    /// Attention under `module`, with the usual scale.
+    pub fn attention(&self, base: &Base, module: &str, rope: Option<Arc<Rope>>, interleaved: bool) -> Attention {
+        let LatentHeads { q_latent, latent, nope, rotated, value, bias } = *self;
+        // Latents are normed with an epsilon of their own.
+        let norm = |name: &str, width| Norm { eps: 1e-6, ..base.norm_of(&format!("{module}.{name}"), width) };
+        let linear = |name: &str, rows, cols, bias| Linear::plain(format!("{module}.{name}"), rows, cols, bias);
+        let (heads, hidden) = (base.heads, base.hidden);
+        let wide = heads * (nope + rotated);
+        let q = match q_latent {
+            None => vec![linear("q_proj", wide, hidden, false)],
+            Some(width) => {
+                vec![linear("q_a_proj", width, hidden, bias), linear("q_b_proj", wide, width, false)]
+            }
+        };
+        let kv_a = Linear {
+            split: Split::of(&[latent, rotated]),
+            ..linear("kv_a_proj_with_mqa", latent + rotated, hidden, bias)
+        };
+        let kv_b = Linear {
+            split: Split { times: heads, lengths: vec![nope, value] },
+            ..linear("kv_b_proj", heads * (nope + value), latent, false)
+        };
+        let o = linear("o_proj", hidden, heads * value, bias);
+        let mut attention = Attention {
+            projections: Projections::Latent(Box::new(Latent {
+                q,
+                q_norm: q_latent.map(|width| norm("q_a_layernorm", width)),
+                kv_a,
+                kv_norm: norm("kv_a_layernorm", latent),
+                kv_b,
+            })),
+            layout: RopeLayout { head_dim: nope + rotated, first: nope, interleaved },
+            ..base.attention_of(Vec::new(), o, rope)
+        };
+        attention.shape.value_dim = value;
+        attention
+    }
+}
+
 fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
     let mut base = Base::read(config)?;
     if kind == Kind::GlmLite {
         base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
     }
-    base.kv_heads = base.heads;
-    let [nope, rotated, value] =
-        [config.count("qk_nope_head_dim")?, config.count("qk_rope_head_dim")?, config.count("v_head_dim")?];
-    base.head_dim = nope + rotated;
-    let latent = config.count("kv_lora_rank")?;
-    let q_latent = config.optional_count("q_lora_rank")?;
-    let bias = config.flag("attention_bias", false)?;
+    let heads = LatentHeads::read(config, &mut base)?;
+    let LatentHeads { nope, rotated, .. } = heads;
     let rope = match kind {
         // Its share of a head is that of all of it.
         Kind::Mistral4 => rope(config, nope + rotated)?,
@@ -131,38 +201,7 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");
-        // Latents are normed with an epsilon of their own.
-        let norm = |name: &str, width| Norm { eps: 1e-6, ..base.norm_of(&format!("{module}.{name}"), width) };
-        let linear = |name: &str, rows, cols, bias| Linear::plain(format!("{module}.{name}"), rows, cols, bias);
-        let (heads, hidden) = (base.heads, base.hidden);
-        let wide = heads * (nope + rotated);
-        let q = match q_latent {
-            None => vec![linear("q_proj", wide, hidden, false)],
-            Some(width) => {
-                vec![linear("q_a_proj", width, hidden, bias), linear("q_b_proj", wide, width, false)]
-            }
-        };
-        let kv_a = Linear {
-            split: Split::of(&[latent, rotated]),
-            ..linear("kv_a_proj_with_mqa", latent + rotated, hidden, bias)
-        };
-        let kv_b = Linear {
-            split: Split { times: heads, lengths: vec![nope, value] },
-            ..linear("kv_b_proj", heads * (nope + value), latent, false)
-        };
-        let o = linear("o_proj", hidden, heads * value, bias);
-        let mut attention = Attention {
-            projections: Projections::Latent(Box::new(Latent {
-                q,
-                q_norm: q_latent.map(|width| norm("q_a_layernorm", width)),
-                kv_a,
-                kv_norm: norm("kv_a_layernorm", latent),
-                kv_b,
-            })),
-            layout: RopeLayout { head_dim: nope + rotated, first: nope, interleaved },
-            ..base.attention_of(Vec::new(), o, Some(rope.clone()))
-        };
-        attention.shape.value_dim = value;
+        let mut attention = heads.attention(&base, &module, Some(rope.clone()), interleaved);
         attention.shape.scale = scale;
         attention.temperature = temperature;
         attention.choice = choices.as_ref().map(|choices| choices(layer, &module));

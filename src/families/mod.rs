@@ -15,10 +15,12 @@ mod gpt_oss;
 mod granite;
 mod guesses;
 mod hunyuan;
+mod kimi;
 mod lfm;
 pub mod linears;
 mod llama;
 mod llama4;
+mod mimo;
 mod minimax;
 mod moe;
 mod names;
@@ -127,6 +129,8 @@ pub const FAMILIES: &[Family] = &[
     deepseek::MISTRAL4,
     deepseek::DEEPSEEK_V32,
     deepseek::GLM_MOE_DSA,
+    kimi::KIMI_LINEAR,
+    mimo::MIMO_V2_FLASH,
     gpt_oss::GPT_OSS,
     dots::DOTS1,
     dots::GLM4_MOE,
@@ -135,6 +139,7 @@ pub const FAMILIES: &[Family] = &[
     hunyuan::HUNYUAN_MOE,
     hunyuan::HY_V3,
     minimax::MINIMAX_M2,
+    minimax::MINIMAX_M3,
 ];
 
 /// What layers are that predict the token after the next.
@@ -171,6 +176,7 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "lfm2_vl", text: ("lfm2", false), tied: true, hears_text: false },
     Wrapper { model_type: "mistral3", text: ("mistral", false), tied: true, hears_text: false },
     Wrapper { model_type: "kimi_k25", text: ("deepseek_v3", false), tied: true, hears_text: false },
+    Wrapper { model_type: "minimax_m3_vl", text: ("minimax_m3_vl_text", true), tied: false, hears_text: true },
     Wrapper { model_type: "gemma3", text: ("gemma3_text", true), tied: true, hears_text: false },
     Wrapper { model_type: "llama4", text: ("llama4_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "qwen2_vl", text: ("qwen2_vl_text", true), tied: false, hears_text: true },
@@ -609,9 +615,9 @@ fn check(graph: &Graph) -> Result<()> {
 pub fn longest_context(config: &Value) -> Result<Option<usize>> {
     let settings = settings(config)?;
     let config = Config(&settings.values);
-    let learned = config.optional_count("n_positions")?;
-    let said = if learned.is_some() { learned } else { config.optional_count("max_position_embeddings")? };
-    Ok(said.filter(|n| *n > 1))
+    let keys = ["n_positions", "max_position_embeddings", "model_max_length"];
+    let said = keys.into_iter().map(|key| config.optional_count(key)).find(|said| !matches!(said, Ok(None)));
+    Ok(said.transpose()?.flatten().filter(|n| *n > 1))
 }
 
 /// Rows of the embedding, if config.json or its family says. Fails for what is no count.

@@ -168,15 +168,20 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activa
     Ok(DeltaNet {
         inputs,
         rates,
-        convolution: Convolution {
+        narrow: None,
+        convolutions: vec![Convolution {
             tensor: format!("{module}.conv1d.weight"),
             bias: None,
             channels: 2 * keys + values,
             taps,
             activation: Some(act),
-        },
+        }],
         shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces: true, by_channel: false },
-        decay: Decay { rates: format!("{module}.A_log"), bias: format!("{module}.dt_bias"), limits: Decay::UNLIMITED },
+        decay: Decay {
+            rates: (format!("{module}.A_log"), vec![value_heads]),
+            bias: (format!("{module}.dt_bias"), vec![value_heads]),
+            limits: Decay::UNLIMITED,
+        },
         unit,
         norm,
         activation: Activation::Silu,

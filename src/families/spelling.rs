@@ -61,7 +61,9 @@ impl Rotation {
             "phi3" => rotation(1e4, Some(1.0), Form::Long),
             "bamba" | "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
             "stablelm" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => rotation(1e4, Some(0.25), Form::Flat),
-            "minimax_m2" => rotation(5e6, Some(1.0), Form::Flat),
+            "minimax_m2" | "minimax_m3_vl_text" => rotation(5e6, Some(1.0), Form::Flat),
+            "kimi_linear" => rotation(1e4, None, Form::Absent),
+            "mimo_v2_flash" => rotation(5e6, Some(0.334), Form::Layered { near: Some("swa_rope_theta") }),
             "cohere" | "flex_olmo" | "ernie4_5" | "ernie4_5_moe" | "llama4_text" | "qwen3_vl_text" => {
                 rotation(5e5, None, Form::Flat)
             }
@@ -516,7 +518,10 @@ fn layered(
         if let Some(truncate) = &truncate {
             own.insert("truncate".to_owned(), truncate.clone());
         }
-        own.remove("partial_rotary_factor");
+        match rotation.partial {
+            None => drop(own.remove("partial_rotary_factor")),
+            Some(share) => fill(own, "partial_rotary_factor", None, Some(share.into()), notes),
+        }
     }
     [(kinds[0].to_owned(), wide.into()), (kinds[1].to_owned(), local.into())].into_iter().collect()
 }

@@ -98,7 +98,11 @@ impl Sizes {
                 replaces: false,
                 by_channel: false,
             },
-            decay: Decay { rates: format!("{module}.A_log"), bias: format!("{module}.dt_bias"), limits },
+            decay: Decay {
+                rates: (format!("{module}.A_log"), vec![heads]),
+                bias: (format!("{module}.dt_bias"), vec![heads]),
+                limits,
+            },
             skip: format!("{module}.D"),
             norm: Some(GroupNorm { norm, width: inner / groups, first: false }),
             activation: Activation::Silu,

@@ -158,12 +158,15 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 Loaded::Taps(taps, bias)
             }
             Kind::Decay(decay) => {
-                let rates = supply.vector(&decay.rates)?.into_iter().map(f32::exp).collect();
-                Loaded::Decay(rates, supply.vector(&decay.bias)?)
+                let (rates, bias) = (supply.vector(&decay.rates.0)?, supply.vector(&decay.bias.0)?);
+                // Channels of a head have its rate.
+                let of_each = bias.len() / rates.len().max(1);
+                let rates = rates.into_iter().flat_map(|rate| std::iter::repeat_n(rate.exp(), of_each)).collect();
+                Loaded::Decay(rates, bias)
             }
             // Of a rate that turns them around.
             Kind::Step(decay) => {
-                let bias = supply.vector(&decay.bias)?;
+                let bias = supply.vector(&decay.bias.0)?;
                 Loaded::Decay(vec![-1.0; bias.len()], bias)
             }
             Kind::Skip { tensor, head_dim } => {

@@ -7,13 +7,15 @@ use super::{Linear, Norm};
 /// Linear attention by the gated delta rule (Gated DeltaNet).
 #[derive(Clone, Debug)]
 pub struct DeltaNet {
-    /// Linears whose parts are queries, keys, values, and the gate of the result, in this order.
+    /// Linears whose parts are queries, keys, values, and the gate of the result unless it is made by others, in this order.
     pub inputs: Vec<Linear>,
-    /// Linears whose parts are, a number for each head of values, the logits of what is written and what decays are made of; never
-    /// quantized, for they are tiny and all of a state hangs on them.
+    /// Linears whose parts are, a number for each head of values, the logits of what is written and what decays are made of, unless that is
+    /// made by others; never quantized, for they are tiny and all of a state hangs on them.
     pub rates: Vec<Linear>,
-    /// Of queries, keys and values, whose channels follow each other in it.
-    pub convolution: Convolution,
+    /// What makes the others, if anything does.
+    pub narrow: Option<Box<Narrow>>,
+    /// Of queries, keys and values, whose channels follow each other in one, or each in one of its own.
+    pub convolutions: Vec<Convolution>,
     /// Heads, their widths and the scale.
     pub shape: DeltaShape,
     /// How fast a state forgets.
@@ -26,6 +28,16 @@ pub struct DeltaNet {
     pub activation: Activation,
     /// From the gated values of all heads, `[hidden, value_heads · value_dim]`.
     pub out: Linear,
+}
+
+/// What decays and the gate are made by in two linears each, the first of which is as narrow as a head; never quantized, as other linears that make
+/// decays.
+#[derive(Clone, Debug)]
+pub struct Narrow {
+    /// To what decays are made of, a number for each channel of the keys.
+    pub decay: [Linear; 2],
+    /// To the gate of the result.
+    pub gate: [Linear; 2],
 }
 
 /// A causal convolution of a few taps, each channel by itself.
@@ -43,13 +55,13 @@ pub struct Convolution {
     pub activation: Option<Activation>,
 }
 
-/// The logarithms of decays: `−exp(rates) · step`, `step = clamp(ln(1 + exp(x + bias)))`, for each head.
+/// The logarithms of decays: `−exp(rates) · step`, `step = clamp(ln(1 + exp(x + bias)))`, for each head or each channel of its keys.
 #[derive(Clone, Debug)]
 pub struct Decay {
-    /// Tensor of the logarithms of rates, `[heads]`.
-    pub rates: String,
-    /// Tensor of what is added, `[heads]`.
-    pub bias: String,
+    /// Tensor of the logarithms of rates, one for each head, and its extents.
+    pub rates: (String, Vec<usize>),
+    /// Tensor of what is added, as many as there are decays, and its extents.
+    pub bias: (String, Vec<usize>),
     /// The shortest step and the longest.
     pub limits: [f32; 2],
 }
@@ -65,28 +77,34 @@ impl DeltaNet {
         vec![self.inputs.iter().collect(), vec![&self.out]]
     }
 
+    /// Its linears that never are.
+    pub(super) fn fixed(&self) -> impl Iterator<Item = &Linear> {
+        let narrow = self.narrow.iter().flat_map(|narrow| narrow.decay.iter().chain(&narrow.gate));
+        self.rates.iter().chain(narrow)
+    }
+
     /// Its tensors that are no linears and no norms, with their shapes.
     pub(super) fn vectors(&self) -> Vec<(String, Vec<usize>)> {
-        let heads = [&self.decay.rates, &self.decay.bias];
-        let heads = heads.map(|name| (name.clone(), vec![self.shape.value_heads]));
-        self.convolution.vectors().chain(heads).collect()
+        let convolutions = self.convolutions.iter().flat_map(Convolution::vectors);
+        convolutions.chain([self.decay.rates.clone(), self.decay.bias.clone()]).collect()
     }
 
     /// Does something to every linear.
     pub(super) fn linears_mut(&mut self, change: &mut dyn FnMut(&mut Linear)) {
-        self.inputs.iter_mut().chain(&mut self.rates).chain([&mut self.out]).for_each(change);
+        let narrow = self.narrow.iter_mut().flat_map(|narrow| narrow.decay.iter_mut().chain(&mut narrow.gate));
+        self.inputs.iter_mut().chain(&mut self.rates).chain(narrow).chain([&mut self.out]).for_each(change);
     }
 
     /// Gives every tensor that is no linear's another name.
     pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
-        let DeltaNet { convolution, decay, norm, .. } = self;
-        convolution.rename(name);
-        let others = [&mut decay.rates, &mut decay.bias].into_iter().chain(&mut norm.weights);
+        let DeltaNet { convolutions, decay, norm, .. } = self;
+        convolutions.iter_mut().for_each(|one| one.rename(name));
+        let others = [&mut decay.rates.0, &mut decay.bias.0].into_iter().chain(&mut norm.weights);
         others.for_each(|tensor| *tensor = name(tensor));
     }
 
-    /// Numbers that a sequence leaves in memory however long it is: what the convolution still needs of the last tokens, and the state.
+    /// Numbers that a sequence leaves in memory however long it is: what convolutions still need of the last tokens, and the state.
     pub fn state(&self) -> [u64; 2] {
-        [self.convolution.last(), self.shape.state()]
+        [self.convolutions.iter().map(Convolution::last).sum(), self.shape.state()]
     }
 }

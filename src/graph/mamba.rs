@@ -58,9 +58,9 @@ impl Mamba {
 
     /// Its tensors that are no linears and no norms, with their shapes.
     pub(super) fn vectors(&self) -> Vec<(String, Vec<usize>)> {
-        let heads = [&self.decay.rates, &self.decay.bias, &self.skip];
-        let heads = heads.map(|name| (name.clone(), vec![self.shape.value_heads]));
-        self.convolution.vectors().chain(heads).collect()
+        let skip = (self.skip.clone(), vec![self.shape.value_heads]);
+        let of_heads = [self.decay.rates.clone(), self.decay.bias.clone(), skip];
+        self.convolution.vectors().chain(of_heads).collect()
     }
 
     /// Does something to every linear.
@@ -73,7 +73,10 @@ impl Mamba {
         let Mamba { convolution, decay, skip, norm, .. } = self;
         convolution.rename(name);
         let norms = norm.iter_mut().flat_map(|norm| &mut norm.norm.weights);
-        [&mut decay.rates, &mut decay.bias, skip].into_iter().chain(norms).for_each(|tensor| *tensor = name(tensor));
+        [&mut decay.rates.0, &mut decay.bias.0, skip]
+            .into_iter()
+            .chain(norms)
+            .for_each(|tensor| *tensor = name(tensor));
     }
 
     /// Numbers that a sequence leaves in memory, as of [`super::DeltaNet::state`].

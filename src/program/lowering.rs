@@ -5,7 +5,7 @@ use kernels::Activation;
 
 use crate::graph::{
     Attention, Block, Choice, Convolution, DeltaNet, GroupNorm, HeadNorms, Indexer, Latent, Layer, Linear, Mamba, Mlp,
-    Moe, Norm, Projections, Rope, ShortConvolution, Step,
+    Moe, Narrow, Norm, Projections, Rope, ShortConvolution, Step,
 };
 
 impl<'b> Program<'b> {
@@ -114,8 +114,20 @@ impl<'b> Lowering<'b> {
     }
 
     fn attention(&mut self, attention: &'b Attention, x: usize) -> usize {
-        let Attention { projections, gated, o, shape, rope, layout, norms, clip, sinks, temperature, choice } =
-            attention;
+        let Attention {
+            projections,
+            gated,
+            o,
+            shape,
+            rope,
+            layout,
+            norms,
+            clip,
+            sinks,
+            temperature,
+            choice,
+            value_scale,
+        } = attention;
         let (mut gate, mut queries_latent) = (None, None);
         let mut qkv: [usize; 3] = match projections {
             Projections::Direct(linears) => {
@@ -141,6 +153,9 @@ impl<'b> Lowering<'b> {
         self.head_norms(norms(true), shape.head_dim, &mut qkv);
         if let Some(temperature) = temperature {
             self.each(Kind::Warm(*temperature), &mut qkv[..1]);
+        }
+        if *value_scale != 1.0 {
+            self.each(Kind::Scale(*value_scale), &mut qkv[2..]);
         }
         let mut reads = qkv.to_vec();
         reads.extend(choice.as_ref().map(|choice| match choice {
@@ -190,21 +205,36 @@ impl<'b> Lowering<'b> {
     }
 
     fn delta(&mut self, delta: &'b DeltaNet, x: usize) -> usize {
-        let DeltaNet { inputs, rates, convolution, shape, decay, unit, norm, activation, out } = delta;
+        let DeltaNet { inputs, rates, narrow, convolutions, shape, decay, unit, norm, activation, out } = delta;
         let made = self.linears(inputs.iter().collect(), false, x, &["q", "k", "v", "z"]);
-        let [mut q, mut k, mut v, gate]: [usize; 4] = made.try_into().expect("queries, keys, values and a gate");
-        let made = self.linears(rates.iter().collect(), true, x, &["b", "a"]);
-        let [b, a]: [usize; 2] = made.try_into().expect("two rates");
-        let mut first = 0;
+        let [mut q, mut k, mut v] = made[..3].try_into().expect("queries, keys and values");
+        let [b, a, gate] = match narrow {
+            None => {
+                let rates = self.linears(rates.iter().collect(), true, x, &["b", "a"]);
+                [rates[0], rates[1], made[3]]
+            }
+            Some(narrow) => {
+                let Narrow { decay, gate } = &**narrow;
+                let first = rates.iter().chain([&decay[0], &gate[0]]).collect();
+                let made = self.linears(first, true, x, &["b", "fa", "ga"]);
+                let a = self.linears(vec![&decay[1]], true, made[1], &["a"])[0];
+                [made[0], a, self.linears(vec![&gate[1]], true, made[2], &["z"])[0]]
+            }
+        };
+        let (mut one, mut first) = (0, 0);
         for value in [&mut q, &mut k, &mut v] {
+            let convolution = &convolutions[one];
             self.convolve(convolution, first, value);
             first += self.program.values[*value].width;
+            if first == convolution.channels {
+                (one, first) = (one + 1, 0);
+            }
         }
         for value in [&mut q, &mut k] {
             let kind = Kind::HeadNorm { norm: unit, head_dim: shape.key_dim };
             self.each(kind, std::slice::from_mut(value));
         }
-        let decays = self.one(Kind::Decay(decay), &[a], "decay", shape.value_heads);
+        let decays = self.one(Kind::Decay(decay), &[a], "decay", shape.decays());
         let beta = self.one(Kind::Map(Activation::Sigmoid), &[b], "beta", shape.value_heads);
         let width = shape.value_heads * shape.value_dim;
         let mut mixed = self.one(Kind::Delta(*shape), &[q, k, v, decays, beta], "mix", width);

@@ -209,8 +209,8 @@ impl Operation<'_> {
             Kind::Convolve { convolution: Convolution { tensor, bias, .. }, .. } => {
                 [tensor].into_iter().chain(bias).cloned().collect()
             }
-            Kind::Decay(decay) => vec![decay.rates.clone(), decay.bias.clone()],
-            Kind::Step(decay) => vec![decay.bias.clone()],
+            Kind::Decay(decay) => vec![decay.rates.0.clone(), decay.bias.0.clone()],
+            Kind::Step(decay) => vec![decay.bias.0.clone()],
             Kind::Skip { tensor, .. } => vec![(*tensor).to_owned()],
             Kind::Route(router) => router.correction.iter().map(|(name, _)| name.clone()).collect(),
             _ => Vec::new(),

@@ -113,7 +113,10 @@ impl<'b> Program<'b> {
         };
         // What attention sees of the values may be read behind them.
         let made = match between.kind {
-            Kind::Attention { .. } => between.reads[2],
+            Kind::Attention { .. } => match self.maker(between.reads[2])? {
+                Operation { kind: Kind::Scale(_), reads, .. } => reads[0],
+                _ => between.reads[2],
+            },
             _ => *between.reads.last()?,
         };
         let (linear, part) = self.made_by(made)?;

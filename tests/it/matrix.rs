@@ -74,9 +74,11 @@ fn every_family_is_written_in_every_layout_and_read_back() {
     let outputs = tempfile::tempdir().unwrap();
     let mut wrong = Vec::new();
     let mut families: BTreeMap<&str, Family> = BTreeMap::new();
+    // Some of them alone: parts of their names, divided by commas. The table is not compared then.
     let only = std::env::var("QUANTC_FAMILY").ok();
-    let wanted = |name: &String| only.as_ref().is_none_or(|only| name.contains(only));
-    for name in crate::families::names().into_iter().filter(wanted) {
+    let mut names = crate::families::names();
+    names.retain(|name| only.as_ref().is_none_or(|only| only.split(',').any(|part| name.contains(part))));
+    for name in names {
         let room = checkpoint(&name);
         speak(room.path());
         let graph = quantc::families::graph_of(&Checkpoint::open(room.path()).unwrap()).unwrap();

@@ -1,6 +1,6 @@
-//! Layers of linear attention, as llama.cpp's classes of Qwen3-Next and Qwen3.5 have them.
+//! Layers of linear attention, as llama.cpp's classes of Qwen3-Next, Qwen3.5 and Kimi Linear have them.
 //!
-//! Queries, keys and values are one tensor, and the gate another, whichever of them the model stores together. In some architectures the heads of
+//! Of Qwen's queries, keys and values are one tensor, and the gate another, whichever of them the model stores together. In some architectures the heads of
 //! values that share a head of keys do not follow each other: heads take turns, so that a sum over them needs no copy of the keys.
 
 use kernels::DeltaShape;
@@ -8,7 +8,7 @@ use kernels::DeltaShape;
 use super::{From, Lister, Part};
 use crate::dialect::architectures::Need;
 use crate::error::Result;
-use crate::graph::{Convolution, DeltaNet, Linear};
+use crate::graph::{Convolution, DeltaNet, Linear, Narrow};
 
 /// The order of heads of values in a file, each of `width` rows or columns; `None` where it is their own.
 fn order(shape: &DeltaShape, tiled: bool, width: usize) -> Option<Vec<usize>> {
@@ -30,7 +30,10 @@ fn ordered(rows: Vec<usize>, order: Option<&Vec<usize>>) -> Vec<usize> {
 impl Lister {
     /// Fails for heads of queries and values that differ in width, which these classes do not know.
     pub(super) fn delta(&mut self, at: &str, delta: &DeltaNet) -> Result<()> {
-        let DeltaNet { inputs, rates, convolution, shape, decay, norm, out, .. } = delta;
+        if let Some(narrow) = &delta.narrow {
+            return self.channels(at, delta, narrow);
+        }
+        let DeltaNet { inputs, rates, convolutions, shape, decay, norm, out, .. } = delta;
         let tiled = self.architecture.tiled;
         let DeltaShape { key_heads, value_heads, key_dim, value_dim, .. } = *shape;
         if key_dim != value_dim {
@@ -48,7 +51,9 @@ impl Lister {
         self.rows(&format!("{at}.attn_qkv"), first, rows)?;
         self.rows(&format!("{at}.attn_gate"), gate, ordered(z.clone(), by_row.as_ref()))?;
 
-        let Convolution { tensor, bias, channels, taps, .. } = convolution;
+        let [Convolution { tensor, bias, channels, taps, .. }] = &convolutions[..] else {
+            return Err(self.cannot("convolutions of queries, keys and values apart"));
+        };
         if bias.is_some() {
             return Err(self.cannot("a convolution with a bias"));
         }
@@ -58,7 +63,9 @@ impl Lister {
         let part = Part::some(from, by_row.as_ref().map(channel));
         self.push(format!("{at}.ssm_conv1d.weight"), vec![*channels, *taps], vec![part]);
 
-        let heads = |tensor: &String| Part::some(From::Tensor(tensor.clone(), vec![value_heads]), by_head.clone());
+        let heads = |(tensor, shape): &(String, Vec<usize>)| {
+            Part::some(From::Tensor(tensor.clone(), shape.clone()), by_head.clone())
+        };
         self.push(format!("{at}.ssm_dt.bias"), vec![value_heads], vec![heads(&decay.bias)]);
         self.push(format!("{at}.ssm_a"), vec![value_heads], vec![Part { rates: true, ..heads(&decay.rates) }]);
         match &rates[..] {
@@ -74,6 +81,41 @@ impl Lister {
         let part = Part { columns: by_row, ..Part::whole(From::Weight(out.clone())) };
         self.push(format!("{at}.ssm_out.weight"), vec![out.rows, out.cols], vec![part]);
         self.bias(&format!("{at}.ssm_out"), &[(out, None)], Need::Never)
+    }
+
+    /// Kimi Linear's, whose channels decay each by itself.
+    ///
+    /// Fails for heads of another number or width than the class has, and for convolutions with biases.
+    fn channels(&mut self, at: &str, delta: &DeltaNet, narrow: &Narrow) -> Result<()> {
+        let DeltaNet { inputs, rates, convolutions, shape, decay, norm, out, .. } = delta;
+        let DeltaShape { value_heads, key_dim, value_dim, .. } = *shape;
+        let (Some([q, k, v]), [beta], [_, _, _]) = (inputs.first_chunk::<3>(), &rates[..], &convolutions[..]) else {
+            return Err(self.cannot("linear attention of this form"));
+        };
+        if self.architecture.id != "kimi-linear" || key_dim != value_dim {
+            return Err(self.cannot("linear attention whose channels decay each by itself"));
+        }
+        for (name, linear) in [("attn_q", q), ("attn_k", k), ("attn_v", v), ("ssm_beta", beta), ("attn_output", out)] {
+            self.linear(&format!("{at}.{name}"), linear, None, Need::Never)?;
+        }
+        for (name, linears) in [("f", &narrow.decay), ("g", &narrow.gate)] {
+            for (part, linear) in ["a", "b"].into_iter().zip(linears) {
+                self.linear(&format!("{at}.ssm_{name}_{part}"), linear, None, Need::Never)?;
+            }
+        }
+        for (name, Convolution { tensor, bias, channels, taps, .. }) in ["q", "k", "v"].into_iter().zip(convolutions) {
+            if bias.is_some() {
+                return Err(self.cannot("a convolution with a bias"));
+            }
+            let extents = vec![*channels, 1, *taps];
+            let part = Part::whole(From::Tensor(tensor.clone(), extents.clone()));
+            self.push(format!("{at}.ssm_conv1d_{name}.weight"), extents, vec![part]);
+        }
+        let whole = |(tensor, shape): &(String, Vec<usize>)| Part::whole(From::Tensor(tensor.clone(), shape.clone()));
+        self.push(format!("{at}.ssm_dt.bias"), vec![value_heads * key_dim], vec![whole(&decay.bias)]);
+        let part = Part { rates: true, ..whole(&decay.rates) };
+        self.push(format!("{at}.ssm_a"), vec![value_heads, 1], vec![part]);
+        self.norm(&format!("{at}.ssm_norm"), norm)
     }
 
     /// These rows of a linear.

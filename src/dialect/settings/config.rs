@@ -134,6 +134,8 @@ impl Settings {
         let by_layer = matches!(id, "granitehybrid" | "nemotron_h" | "nemotron_h_moe" | "lfm2" | "lfm2moe");
         let largest = |name: &str| Ok::<_, formats::Error>(self.counts(name, layers)?.into_iter().max());
         let kv_heads = match by_layer {
+            // It tells layers with a state, and nothing else.
+            _ if id == "kimi-linear" => Some(heads),
             true => largest("attention.head_count_kv")?,
             false => self.count("attention.head_count_kv")?,
         };
@@ -544,6 +546,7 @@ impl Settings {
                 })
             }
             "deepseek_v2" | "deepseek_v3" => self.deepseek(model)?,
+            "kimi_linear" => self.kimi_linear(model)?,
             "deepseek_v32" | "glm_moe_dsa" => {
                 let mut values = self.deepseek(model)?;
                 values.as_object_mut().expect("an object").extend(self.indexers(layers)?);
@@ -574,6 +577,37 @@ impl Settings {
             "router_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
             "mlp_layer_types": (0..layers).map(kind).collect::<Vec<_>>(),
         }))
+    }
+
+    /// Kimi Linear's sizes of layers with a state, and which layers these are: those without keys.
+    fn kimi_linear(&self, model: &Hyperparameters) -> Result<Value> {
+        let name = "attention.head_count_kv";
+        let counts = match self.look(name) {
+            Some(MetadataValue::Array(list)) => list.iter().map(integer).collect::<Option<Vec<usize>>>(),
+            _ => None,
+        };
+        let counts = counts.filter(|counts| counts.len() >= model.layers).ok_or_else(|| {
+            formats::Error::malformed(format!("metadata key `{}` has no count for each layer", self.key(name)))
+        })?;
+        let of = |state: bool| -> Vec<usize> {
+            (0..model.layers).filter(|layer| (counts[*layer] == 0) == state).map(|layer| layer + 1).collect()
+        };
+        let Value::Object(mut values) = self.deepseek(model)? else { unreachable!("an object") };
+        for own in ["rope_interleave", "n_routed_experts", "norm_topk_prob", "topk_method", "scoring_func"] {
+            values.remove(own);
+        }
+        values.insert("num_experts".to_owned(), json!(model.experts));
+        // llama.cpp always divides by the sum.
+        values.insert("moe_renormalize".to_owned(), true.into());
+        let sizes = json!({
+            "head_dim": self.required("kda.head_dim")?,
+            "num_heads": model.heads,
+            "short_conv_kernel_size": self.required("ssm.conv_kernel")?,
+            "full_attn_layers": of(false),
+            "kda_layers": of(true),
+        });
+        values.insert("linear_attn_config".to_owned(), sizes);
+        Ok(values.into())
     }
 
     /// How much indexers choose, and which layers have one of their own.

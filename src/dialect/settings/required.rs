@@ -29,6 +29,19 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ),
     ("deepseek32", CHOOSING),
     ("glm-dsa", CHOOSING),
+    (
+        "kimi-linear",
+        &[
+            "attention.kv_lora_rank",
+            "attention.key_length_mla",
+            "attention.value_length_mla",
+            "ssm.conv_kernel",
+            "kda.head_dim",
+            "expert_feed_forward_length",
+            "expert_shared_count",
+            "expert_gating_func",
+        ],
+    ),
     ("gpt-oss", &["expert_feed_forward_length", "attention.sliding_window"]),
     ("llama4", &["expert_feed_forward_length", "interleave_moe_layer_step"]),
 ];
