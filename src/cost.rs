@@ -88,7 +88,7 @@ pub fn of_block(block: &Block, tokens: u64) -> u64 {
 /// What measuring a model on so many tokens takes.
 pub fn of_measuring(graph: &Graph, tokens: u64) -> u64 {
     let blocks: u64 = graph.blocks.iter().map(|block| of_block(block, tokens)).sum();
-    blocks + of_head(graph, tokens)
+    blocks + of_head(graph, tokens) * (1 + graph.predictors().len() as u64)
 }
 
 /// What the output projection of so many tokens takes.

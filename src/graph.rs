@@ -1,6 +1,7 @@
 //! A model as data: which tensors it has, and what is done with them, block by block.
 
 mod delta;
+mod further;
 mod mamba;
 mod sparse;
 
@@ -11,6 +12,7 @@ use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 use ndarray::Array2;
 
 pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
+pub use self::further::{FURTHER, Further};
 pub use self::mamba::{GroupNorm, Mamba, ShortConvolution};
 pub use self::sparse::{Choice, Indexer};
 
@@ -25,7 +27,7 @@ pub struct Graph {
     pub vocabulary: usize,
     /// What tokens become.
     pub embedding: Embedding,
-    /// Decoder blocks, in order.
+    /// Decoder blocks, in order; behind them those that predict further tokens.
     pub blocks: Vec<Block>,
     /// The last normalisation.
     pub final_norm: Norm,
@@ -42,9 +44,11 @@ pub struct Graph {
 }
 
 /// Tensors that are left out of the output, and why.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct DropRule {
-    /// Names that end so.
+    /// Names that begin so.
+    pub prefix: String,
+    /// And end so.
     pub suffix: &'static str,
     /// Why they may be left out.
     pub reason: &'static str,
@@ -104,6 +108,8 @@ pub enum Layer {
     Mlp(Mlp),
     /// A mixture of feed-forward layers.
     Moe(Moe),
+    /// The start of a block that predicts further tokens: its stream, of a state and the embedding of a token that follows.
+    Further(Box<Further>),
     /// Linears of a model that cannot be run.
     Opaque(Vec<Linear>),
 }
@@ -581,6 +587,7 @@ impl Layer {
             Layer::Mamba(mamba) => mamba.linears(),
             Layer::Short(short) => short.linears(),
             Layer::Moe(moe) => moe.linears(),
+            Layer::Further(further) => vec![vec![&further.projection]],
             Layer::Opaque(linears) => linears.iter().map(|l| vec![l]).collect(),
         }
     }
@@ -601,6 +608,7 @@ impl Layer {
                 .collect(),
             Layer::Delta(delta) => delta.fixed().collect(),
             Layer::Attention(attention) => attention.indexer().into_iter().flat_map(Indexer::linears).collect(),
+            Layer::Further(further) => further.head.iter().collect(),
             _ => Vec::new(),
         }
     }
@@ -611,6 +619,7 @@ impl Layer {
             Layer::Attention(attention) => attention.norms(),
             Layer::Delta(delta) => vec![&delta.norm],
             Layer::Mamba(mamba) => mamba.norm.iter().map(|norm| &norm.norm).collect(),
+            Layer::Further(further) => further.norms(),
             _ => Vec::new(),
         }
     }
@@ -623,6 +632,7 @@ impl Layer {
             Layer::Delta(delta) => delta.vectors(),
             Layer::Mamba(mamba) => mamba.vectors(),
             Layer::Short(short) => short.convolution.vectors().collect(),
+            Layer::Further(further) => further.vectors(),
             Layer::Mlp(mlp) => mlp.learned.iter().flat_map(|learned| learned.iter().cloned()).collect(),
             _ => Vec::new(),
         }
@@ -715,6 +725,7 @@ impl Graph {
                 Layer::Delta(delta) => delta.linears_mut(change),
                 Layer::Mamba(mamba) => mamba.linears_mut(change),
                 Layer::Short(short) => short.linears_mut(change),
+                Layer::Further(further) => further.linears_mut(change),
                 Layer::Opaque(linears) => linears.iter_mut().for_each(&mut *change),
             }
         }
@@ -760,6 +771,7 @@ impl Graph {
                     Layer::Delta(delta) => delta.rename(name),
                     Layer::Mamba(mamba) => mamba.rename(name),
                     Layer::Short(short) => short.convolution.rename(name),
+                    Layer::Further(further) => further.rename(name),
                     Layer::Mlp(mlp) => mlp
                         .learned
                         .iter_mut()

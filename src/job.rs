@@ -21,7 +21,7 @@ use crate::cost::{Cost, longer, of_measuring};
 use crate::error::{Error, Result};
 use crate::evidence;
 use crate::families;
-use crate::graph::Graph;
+use crate::graph::{FURTHER, Graph};
 use crate::memory::{self, Device, Expected, Free, Tokens, Work, peak_memory};
 use crate::output::hashing::{Hashing, hash_beside, hashed};
 use crate::output::{Before, Place, SideOutput, Staging, check_apart, check_beside, check_place};
@@ -591,6 +591,10 @@ impl<'a> Job<'a> {
         }
         let mut recipe = target.recipe().clone();
         recipe.idle.extend(target.idle());
+        let further = run.graph.aside.iter().any(|(_, what)| what.starts_with(FURTHER));
+        if run.graph.predictors().is_empty() && !further {
+            recipe.idle.push("mtp");
+        }
         if !run.graph.has_experts() {
             recipe.idle.push("moe_all_experts");
         }

@@ -231,7 +231,10 @@ fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tok
         _ => 0,
     });
     let carried = all.saturating_mul(carried.sum());
-    let kept = Lifetimes::of(&program, true).most(&program, kept).saturating_add(carried);
+    // Of tokens that follow, where they are read; at other times than most of what is kept.
+    let embeds = program.operations.iter().any(|operation| matches!(operation.kind, Kind::Embed(_)));
+    let embedded = if embeds { all.saturating_mul(4 * hidden) } else { 0 };
+    let kept = Lifetimes::of(&program, true).most(&program, kept).max(embedded).saturating_add(carried);
     let wide = program.operations.iter().map(wide).max().unwrap_or(0);
     Running { kept, chunk: chunk.saturating_mul(8 * hidden + wide) }
 }
@@ -240,7 +243,9 @@ fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tok
 pub fn measuring(graph: &Graph, device: Device, models: &[Option<&Checkpoint>], windows: Tokens) -> u64 {
     // What nobody gathers statistics of is used once, and is not kept.
     let device = Device { kept_values: 0, ..device };
-    let heads = models.iter().map(|model| forward::kept(graph, *model)).sum::<u64>();
+    let further = graph.predictors().iter().filter_map(Block::further);
+    let heads = 1 + further.filter(|further| further.head.is_some()).count() as u64;
+    let heads = heads * models.iter().map(|model| forward::kept(graph, *model)).sum::<u64>();
     let models = models.len() as u64;
     let batch = verify::batch(windows.length as usize).min(windows.count as usize);
     let batch = Tokens { count: batch as u64, ..windows };
@@ -249,7 +254,9 @@ pub fn measuring(graph: &Graph, device: Device, models: &[Option<&Checkpoint>], 
         products(block, 4).saturating_add(kept).saturating_add(chunk)
     };
     let blocks = graph.blocks.iter().map(block).max().unwrap_or(0);
-    let stream = batch.all().saturating_mul(4 * graph.hidden as u64 * models);
+    // Before the head, and before that of each layer that predicts further tokens.
+    let states = 1 + graph.predictors().len() as u64;
+    let stream = batch.all().saturating_mul(4 * graph.hidden as u64 * models * states);
     let together = (verify::logits_at_once(graph.vocabulary) as u64).min(windows.length.max(device.at_once as u64));
     // Of the reference, and of one of the others after another.
     let logits = (4 * models.min(2) * graph.vocabulary as u64).saturating_mul(together);

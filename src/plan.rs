@@ -152,7 +152,9 @@ impl Chosen {
         let mut unquantized = Vec::new();
         let mut refusals = Vec::new();
         for linear in graph.linears() {
-            match recipe.encoding_of(&linear.module, &mut patterns)? {
+            // What makes the stream of a layer that predicts further tokens has no codes in vLLM and SGLang.
+            let asked = recipe.encoding_of(&linear.module, &mut patterns)?.filter(|_| !graph.joins(linear));
+            match asked {
                 None => unquantized.push(linear.module.clone()),
                 Some(encoding) => {
                     let encoding = encoding.stored_in(precision, codec.min_zero());

@@ -88,6 +88,24 @@ impl UnknownTensors {
         &[("copy", UnknownTensors::Copy), ("drop", UnknownTensors::Drop), ("refuse", UnknownTensors::Refuse)];
 }
 
+/// What to do with layers that predict further tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mtp {
+    /// They are quantized as the others are, where it is known what they compute.
+    #[default]
+    Quantize,
+    /// They go over as they are.
+    Keep,
+    /// They are left out.
+    Drop,
+}
+
+impl Mtp {
+    /// Every choice, with the name users type.
+    pub const ALL: &[(&str, Mtp)] = &[("quantize", Mtp::Quantize), ("keep", Mtp::Keep), ("drop", Mtp::Drop)];
+}
+
 /// Finds a name in one of the `ALL` tables; the error lists what there is.
 pub fn named<T: Copy>(what: &str, table: &[(&str, T)], name: &str) -> Result<T> {
     match table.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)) {
@@ -128,6 +146,8 @@ pub struct Recipe {
     pub ignore: Vec<String>,
     /// What to do with tensors that are not part of the model.
     pub unknown_tensors: UnknownTensors,
+    /// What to do with layers that predict further tokens.
+    pub mtp: Mtp,
     /// A LoRA adapter that was merged before anything else.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<PathBuf>,
@@ -283,6 +303,7 @@ impl Recipe {
             moe_all_experts: request.moe_all_experts.unwrap_or(false),
             ignore: request.ignore.unwrap_or_default(),
             unknown_tensors: unknown_tensors(request.unknown_tensors.as_deref())?,
+            mtp: request.mtp.as_deref().map_or(Ok(Mtp::default()), |name| named("--mtp", Mtp::ALL, name))?,
             adapter: request.adapter,
             calibration: request.calibration.unwrap_or_else(|| "mixed".to_owned()),
             samples: request.samples.unwrap_or(128),

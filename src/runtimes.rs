@@ -12,8 +12,8 @@ use serde_json::Value;
 use crate::checkpoint::Checkpoint;
 use crate::dialect::mlx;
 use crate::error::Result;
-use crate::families::{FURTHER, Loading, changed_modules, settings, type_of};
-use crate::graph::{Graph, Layer, Linear};
+use crate::families::{Loading, changed_modules, settings, type_of};
+use crate::graph::{FURTHER, Graph, Layer, Linear};
 use crate::report::Fate;
 
 /// Models whose classes in transformers ask linears for their weights before these are unpacked: as they compute, measured by

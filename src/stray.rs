@@ -10,7 +10,7 @@ use formats::ShardedWriter;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::{graph_of, settings};
-use crate::graph::{Graph, Linear, Stored};
+use crate::graph::{DropRule, Graph, Linear, Stored};
 use crate::mixes::block_number;
 use crate::recipe::UnknownTensors;
 use crate::report::Fate;
@@ -133,7 +133,8 @@ impl<'a> Strays<'a> {
         if let Some((_, what)) = aside.iter().find(|(prefix, _)| name.starts_with(prefix)) {
             return Some(Fate::Aside(what));
         }
-        dropped.iter().find(|rule| name.ends_with(rule.suffix)).map(|rule| Fate::Dropped(rule.reason))
+        let named = |rule: &&DropRule| name.starts_with(&rule.prefix) && name.ends_with(rule.suffix);
+        dropped.iter().find(named).map(|rule| Fate::Dropped(rule.reason))
     }
 
     fn reason(&self, name: &str) -> &'static str {
@@ -148,7 +149,7 @@ impl<'a> Strays<'a> {
         let module = name.strip_suffix(last).and_then(|rest| rest.strip_suffix('.')).unwrap_or_default();
         // `blocks.12.` of blocks that are numbered from zero on.
         let beyond =
-            self.graph.blocks.last().and_then(|block| block.name.rsplit_once('.')).is_some_and(|(stem, number)| {
+            self.graph.trunk().last().and_then(|block| block.name.rsplit_once('.')).is_some_and(|(stem, number)| {
                 let own = name.strip_prefix(stem).and_then(|rest| rest.strip_prefix('.'));
                 let own = own.and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
                 own.zip(number.parse().ok()).is_some_and(|(own, last)| own > last)

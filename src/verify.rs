@@ -1,5 +1,6 @@
 //! Measures a checkpoint on held-out text: perplexity, and divergence from the model it was made of.
 
+mod further;
 mod kept;
 
 use std::ops::Range;
@@ -8,14 +9,14 @@ use formats::Dtype;
 use kernels::{Backend, TokenComparison};
 
 use crate::checkpoint::Checkpoint;
-use crate::cost::{of_block, of_head, of_measuring};
+use crate::cost::{of_block, of_head};
 use crate::error::{Error, Result};
 use crate::families;
-use crate::forward::{LoadedHead, final_hidden, together};
+use crate::forward::{Hidden, LoadedHead, final_hidden, together};
 use crate::graph::{Block, Graph};
 use crate::plan::check_tensors;
 use crate::progress::Progress;
-use crate::report::{Activations, Beside, HiddenStates, Protocol, Quality};
+use crate::report::{Activations, Beside, Drafts, HiddenStates, Protocol, Quality};
 
 pub use kept::KeptStates;
 
@@ -107,6 +108,8 @@ struct Side<'a, B: Backend> {
     /// None where that of another side, `head_of`, is the same.
     head: Option<LoadedHead<'a, B>>,
     head_of: usize,
+    /// Of the layers that predict further tokens and are looked at, those that are their own.
+    further: Vec<Option<LoadedHead<'a, B>>>,
 }
 
 /// Evaluates one model as [`evaluate_all`] does.
@@ -150,7 +153,8 @@ pub fn evaluate_all<B: Backend>(
         return Err(Error::usage(format!("a context of {context} tokens leaves none to score")));
     }
     let scored = vec![scored; windows.len()];
-    let found = token_by_token(backend, called, models, reference, windows, &scored, false, progress)?;
+    let looks = Looks { flips: false, further: true };
+    let found = token_by_token(backend, called, models, reference, windows, &scored, looks, progress)?;
     let of = |(one, found): (&Measured<'_>, &Found)| {
         found.quality(
             *one,
@@ -181,8 +185,19 @@ pub struct Found {
     pub tokens: TokenComparison,
     /// Where both differ, if that was asked for.
     pub flips: Vec<Flip>,
+    /// How often layers that predict further tokens draft what the model would say, if that was asked for.
+    pub drafts: Vec<Drafts>,
     /// Size of the vocabulary.
     vocabulary: usize,
+}
+
+/// What is looked at besides losses.
+#[derive(Clone, Copy, Debug)]
+pub struct Looks {
+    /// Where models and reference would say different tokens.
+    pub flips: bool,
+    /// What layers draft that predict further tokens.
+    pub further: bool,
 }
 
 impl Found {
@@ -199,14 +214,14 @@ impl Found {
     ) -> Result<Quality> {
         check_logits(tokens, self.vocabulary, one.model, reference)?;
         let found = summarize(one.model, reference, tokens, windows, protocol);
-        let quality = Quality { activations: one.activations, ..found };
+        let quality = Quality { activations: one.activations, further: self.drafts.clone(), ..found };
         quality.check()?;
         Ok(quality)
     }
 }
 
 /// Runs `models`, and the reference once for all, through windows of whatever lengths. Of each window the positions `scored` are, those
-/// whose next token is looked at; `flips` says whether to find out about where models and reference differ. `called` is what the progress
+/// whose next token is looked at; `looks` says at what else. `called` is what the progress
 /// calls the models.
 pub fn token_by_token<B: Backend>(
     backend: &B,
@@ -215,25 +230,25 @@ pub fn token_by_token<B: Backend>(
     reference: Option<Reference<'_>>,
     windows: &[Vec<u32>],
     scored: &[Range<usize>],
-    flips: bool,
+    looks: Looks,
     progress: &mut Progress,
 ) -> Result<Vec<Found>> {
     let kept = reference.and_then(|reference| reference.kept);
     let reference = reference.map(|reference| reference.model);
-    let sides = sides(backend, models, reference, windows)?;
+    let sides = sides(backend, models, reference, windows, looks.further)?;
     let beside = reference.map_or(String::new(), |reference| format!(" beside {}", reference.role()));
     // Of these windows nothing but logits is computed once more of the reference.
-    let known = |windows: &[Vec<u32>]| kept.is_some_and(|kept| kept.knows(backend, windows));
+    let known = |windows: &[Vec<u32>]| kept.is_some_and(|kept| kept.knows(backend, windows, sides[0].further.len()));
     let count = |windows: &[Vec<u32>]| windows.iter().map(Vec::len).sum::<usize>() as u64;
     let looked_at = scored.iter().map(Range::len).sum::<usize>() as u64;
     let work = |side: &Side<'_, B>| {
-        let Side { graph, .. } = side;
-        of_measuring(graph, count(windows)) - of_head(graph, count(windows)) + of_head(graph, looked_at)
+        let blocks = side.blocks().iter().map(|block| of_block(block, count(windows))).sum::<u64>();
+        blocks + of_head(&side.graph, looked_at) * (1 + side.further.len() as u64)
     };
     let saved: u64 = together(windows, BATCH_TOKENS)
         .map(|range| &windows[range])
         .filter(|windows| known(windows))
-        .map(|windows| sides[0].graph.blocks.iter().map(|block| of_block(block, count(windows))).sum::<u64>())
+        .map(|windows| sides[0].blocks().iter().map(|block| of_block(block, count(windows))).sum::<u64>())
         .sum();
     let work = sides.iter().map(work).sum::<u64>() - saved;
     if let Some(reference) = reference.filter(|_| saved > 0) {
@@ -245,27 +260,50 @@ pub fn token_by_token<B: Backend>(
     progress.start(format!("measuring {called}{beside}"), work)?;
     let vocabulary = sides[0].graph.vocabulary;
     let mut all: Vec<Found> = models.iter().map(|_| Found { vocabulary, ..Found::default() }).collect();
+    let mut counted: Vec<Vec<further::Counted>> = sides.iter().map(|_| Vec::new()).collect();
     for batch in together(windows, BATCH_TOKENS) {
         progress.part(part(batch.start, batch.len(), windows.len()));
         let windows = &windows[batch.clone()];
-        let mut normed = Vec::new();
+        let mut hidden: Vec<Hidden<B::Matrix>> = Vec::new();
         let tokens = count(windows);
-        for (index, Side { graph, source, activations, .. }) in sides.iter().enumerate() {
+        for (index, Side { graph, source, activations, further, .. }) in sides.iter().enumerate() {
             let kept = kept.filter(|_| index == 0);
-            if let Some(known) = kept.and_then(|kept| kept.take(backend, windows)) {
-                normed.push(known);
+            if let Some(known) = kept.and_then(|kept| kept.take(backend, windows, further.len())) {
+                hidden.push(known);
                 continue;
             }
             let step = |block: &Block| progress.step(of_block(block, tokens));
-            let found = final_hidden(backend, graph, source, windows, *activations, &step)?;
+            let found = final_hidden(backend, graph, source, windows, *activations, !further.is_empty(), &step)?;
             if let Some(kept) = kept {
                 kept.keep(backend, windows, &found);
             }
-            normed.push(found);
+            hidden.push(found);
         }
-        compare_windows(backend, &sides, &normed, (windows, &scored[batch]), flips, &mut all, progress)?;
+        let here = (windows, &scored[batch]);
+        let before = all[0].tokens.model.nll.len();
+        compare_windows(backend, &sides, &hidden, here, looks.flips, &mut all, progress)?;
+        let first = sides.len() - all.len();
+        for (index, hidden) in hidden.iter().enumerate() {
+            let said = match index.checked_sub(first) {
+                Some(model) => &all[model].tokens.model.argmax,
+                None => &all[0].tokens.reference.argmax,
+            };
+            further::count(backend, &sides, (index, hidden), here, &said[before..], &mut counted[index], progress)?;
+        }
+    }
+    let (reference, own) = counted.split_at(sides.len() - all.len());
+    let reference = reference.first().map_or(&[][..], |reference| reference);
+    for ((found, side), own) in all.iter_mut().zip(&sides[sides.len() - models.len()..]).zip(own) {
+        found.drafts = further::told(&side.graph, own, reference);
     }
     Ok(all)
+}
+
+impl<B: Backend> Side<'_, B> {
+    /// The blocks that are run.
+    fn blocks(&self) -> &[Block] {
+        if self.further.is_empty() { self.graph.trunk() } else { &self.graph.blocks }
+    }
 }
 
 /// Which windows are at work: so many after the first `before`.
@@ -284,6 +322,7 @@ fn sides<'a, B: Backend>(
     models: &[Measured<'a>],
     reference: Option<&'a Checkpoint>,
     windows: &[Vec<u32>],
+    further: bool,
 ) -> Result<Vec<Side<'a, B>>> {
     let largest = windows.iter().flatten().max().copied().unwrap_or(0) as usize;
     let mut sides: Vec<Side<'a, B>> = Vec::new();
@@ -314,7 +353,11 @@ fn sides<'a, B: Backend>(
                 graph.vocabulary
             )));
         }
-        sides.push(Side { graph, source, activations, head: None, head_of: 0 });
+        let further = match further {
+            true => further::heads(backend, &graph, source, activations)?,
+            false => Vec::new(),
+        };
+        sides.push(Side { graph, source, activations, head: None, head_of: 0, further });
     }
     for index in 0..sides.len() {
         // A head that several share is kept once.
@@ -355,11 +398,11 @@ fn pieces(windows: &[Vec<u32>], scored: &[Range<usize>], at_once: usize, most: u
 
 /// Adds what the sides make of the positions `scored` of each window to what is known of each model, window after window.
 ///
-/// `normed` has the hidden states of each side before the head, in the chunks in which they were computed.
+/// `hidden` has the hidden states of each side before the head, in the chunks in which they were computed.
 fn compare_windows<B: Backend>(
     backend: &B,
     sides: &[Side<'_, B>],
-    normed: &[Vec<B::Matrix>],
+    hidden: &[Hidden<B::Matrix>],
     (windows, scored): (&[Vec<u32>], &[Range<usize>]),
     flips: bool,
     all: &mut [Found],
@@ -372,7 +415,7 @@ fn compare_windows<B: Backend>(
     for Piece { chunk, rows, targets } in pieces(windows, scored, backend.tokens_at_once(), most) {
         let logits = |side: usize| -> Result<B::Matrix> {
             let head = sides[sides[side].head_of].head.as_ref().expect("loaded");
-            head.logits(backend, backend.select_rows(&normed[side][chunk], &rows)?, per_pass)
+            head.logits(backend, backend.select_rows(&hidden[side].normed[chunk], &rows)?, per_pass)
         };
         let reference = (first > 0).then(|| logits(0)).transpose()?;
         for (model, all) in all.iter_mut().enumerate() {
@@ -490,7 +533,7 @@ pub fn compare_hidden<B: Backend>(
     let all: u64 = windows.iter().map(|window| window.len() as u64).sum();
     progress.start(
         format!("comparing hidden states of the output and {}", reference.role()),
-        graphs.iter().flat_map(|graph| &graph.blocks).map(|block| of_block(block, all)).sum(),
+        graphs.iter().flat_map(Graph::trunk).map(|block| of_block(block, all)).sum(),
     )?;
     let (mut tokens, mut sum, mut lowest, mut squares) = (0, 0.0, f64::INFINITY, [0.0; 2]);
     for (index, together) in windows.chunks(batch).enumerate() {
@@ -499,7 +542,7 @@ pub fn compare_hidden<B: Backend>(
         for (graph, source) in graphs.iter().zip([reference, model]) {
             let own = if std::ptr::eq(source, model) { declared_activations(source) } else { Activations::Exact };
             let step = |block: &Block| progress.step(of_block(block, count));
-            sides.push(final_hidden(backend, graph, source, together, own, &step)?);
+            sides.push(final_hidden(backend, graph, source, together, own, false, &step)?.normed);
         }
         for (ours, theirs) in sides[1].iter().zip(&sides[0]) {
             let [ours, theirs] = [backend.download(ours)?, backend.download(theirs)?];
@@ -576,6 +619,7 @@ fn summarize(
         protocol,
         activations: Activations::Exact,
         beside,
+        further: Vec::new(),
     }
 }
 

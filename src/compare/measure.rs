@@ -14,7 +14,7 @@ use crate::graph::Graph;
 use crate::memory::{self, Device, Tokens};
 use crate::progress::Progress;
 use crate::report::{Activations, Protocol, Quality};
-use crate::verify::{Found, Measured, Reference, declared_activations, token_by_token};
+use crate::verify::{Found, Looks, Measured, Reference, declared_activations, token_by_token};
 use crate::weights::StoredType;
 
 /// What was measured of a model, and of the original by the way.
@@ -65,7 +65,8 @@ fn walk<B: Backend>(
         [one] => one.model.path().display().to_string(),
         all => format!("{} models", all.len()),
     };
-    let found = token_by_token(backend, &called, &sides, Some(original), sequences, scored, true, progress)?;
+    let looks = Looks { flips: true, further: false };
+    let found = token_by_token(backend, &called, &sides, Some(original), sequences, scored, looks, progress)?;
     Ok(sides.iter().zip(&found).map(|(side, found)| pair(*side, original.model, graph, found, material)).collect())
 }
 

@@ -73,6 +73,8 @@ pub(crate) struct Architecture {
     pub absorbs: bool,
     /// Whether heads of values take turns in linear attention, one for each head of keys, in place of those of one head of keys first.
     pub tiled: bool,
+    /// What config.json calls the number of layers that predict further tokens, where loaders know such.
+    pub further: Option<&'static str>,
 }
 
 const PLAIN: Architecture = Architecture {
@@ -96,6 +98,7 @@ const PLAIN: Architecture = Architecture {
     windows: false,
     latent: false,
     tiled: false,
+    further: None,
     correction: "exp_probs_b.bias",
 };
 
@@ -108,6 +111,18 @@ const LLAMA: Architecture = Architecture {
     factors: true,
     ..PLAIN
 };
+
+const QWEN35: Architecture = Architecture {
+    id: "qwen35",
+    families: &["qwen3_5"],
+    ffn_norm: "post_attention_norm",
+    tiled: true,
+    further: Some("mtp_num_hidden_layers"),
+    ..PLAIN
+};
+
+/// What most configurations call the number of layers that predict further tokens.
+const FURTHER: &str = "num_nextn_predict_layers";
 
 /// Every architecture that can be read and written.
 pub(crate) const ARCHITECTURES: &[Architecture] = &[
@@ -185,7 +200,13 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "seed_oss", families: &["seed_oss"], ffn_norm: "post_attention_norm", ..PLAIN },
     Architecture { id: "ernie4_5", families: &["ernie4_5"], neighbours: true, ..PLAIN },
     Architecture { id: "mistral3", families: &["ministral3"], neighbours: true, ..PLAIN },
-    Architecture { id: "glm4moe", families: &["glm4_moe"], ffn_norm: "post_attention_norm", ..PLAIN },
+    Architecture {
+        id: "glm4moe",
+        families: &["glm4_moe"],
+        ffn_norm: "post_attention_norm",
+        further: Some(FURTHER),
+        ..PLAIN
+    },
     Architecture { id: "hunyuan-dense", families: &["hunyuan_v1_dense"], ..PLAIN },
     Architecture { id: "smollm3", families: &["smollm3"], neighbours: true, ..PLAIN },
     Architecture { id: "command-r", families: &["cohere"], neighbours: true, square: true, head: Need::Never, ..PLAIN },
@@ -211,8 +232,8 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         ..PLAIN
     },
     Architecture { id: "exaone4", families: &["exaone4"], square: true, factors: true, windows: true, ..PLAIN },
-    Architecture { id: "exaone-moe", families: &["exaone_moe"], windows: true, ..PLAIN },
-    Architecture { id: "hy_v3", families: &["hy_v3"], correction: "exp_probs_b", ..PLAIN },
+    Architecture { id: "exaone-moe", families: &["exaone_moe"], windows: true, further: Some(FURTHER), ..PLAIN },
+    Architecture { id: "hy_v3", families: &["hy_v3"], correction: "exp_probs_b", further: Some(FURTHER), ..PLAIN },
     Architecture { id: "qwen2moe", families: &["qwen2_moe"], square: true, head: Need::Must, ..PLAIN },
     Architecture { id: "qwen3moe", families: &["qwen3_moe"], ..PLAIN },
     Architecture { id: "olmoe", families: &["olmoe"], square: true, head: Need::Must, ..PLAIN },
@@ -221,6 +242,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         families: &["deepseek_v2", "deepseek_v3", "glm4_moe_lite"],
         neighbours: true,
         latent: true,
+        further: Some(FURTHER),
         ..PLAIN
     },
     Architecture { id: "deepseek32", families: &["deepseek_v32"], neighbours: true, latent: true, ..PLAIN },
@@ -238,9 +260,9 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture { id: "lfm2", families: &["lfm2"], square: true, final_norm: "token_embd_norm", ..PLAIN },
     Architecture { id: "lfm2moe", families: &["lfm2_moe"], square: true, final_norm: "token_embd_norm", ..PLAIN },
-    Architecture { id: "qwen3next", families: &["qwen3_next"], ffn_norm: "post_attention_norm", ..PLAIN },
-    Architecture { id: "qwen35", families: &["qwen3_5"], ffn_norm: "post_attention_norm", tiled: true, ..PLAIN },
-    Architecture { id: "qwen35moe", families: &["qwen3_5_moe"], ffn_norm: "post_attention_norm", tiled: true, ..PLAIN },
+    Architecture { id: "qwen3next", families: &["qwen3_next"], tiled: false, ..QWEN35 },
+    QWEN35,
+    Architecture { id: "qwen35moe", families: &["qwen3_5_moe"], ..QWEN35 },
     Architecture { id: "llama4", families: &["llama4"], neighbours: true, factors: true, windows: true, ..PLAIN },
 ];
 

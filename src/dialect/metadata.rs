@@ -139,6 +139,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     let architecture = Architecture::named(plan.architecture).expect("of the plan");
     let id = architecture.id;
     let key = |name: &str| format!("{id}.{name}");
+    let graph = &*graph.predicting_further(architecture.further.is_some());
     let layers = Layers::of(graph, id)?;
     let (attention, first) = (&layers.attention, layers.first);
     let context = match &graph.embedding.positions {
@@ -170,6 +171,9 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     out.count(key("context_length"), context)?;
     out.count(key("embedding_length"), graph.hidden)?;
     out.count(key("block_count"), graph.blocks.len())?;
+    if !graph.predictors().is_empty() {
+        out.count(key("nextn_predict_layers"), graph.predictors().len())?;
+    }
     match id {
         // By it layers are told apart.
         "nemotron_h" | "nemotron_h_moe" => {
@@ -316,7 +320,7 @@ impl<'g> Layers<'g> {
             }
             // By the number of layers llama.cpp tells whether queries are made through a latent.
             "deepseek2" => {
-                let layers = graph.blocks.len();
+                let layers = graph.trunk().len();
                 let lite = matches!(layers, 26 | 27) || layers == 48 && graph.vocabulary == 128256;
                 let direct = matches!(&first.projections, Projections::Latent(latent) if latent.q.len() == 1);
                 if lite != direct {
@@ -460,8 +464,9 @@ fn recurrent(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static
         return Ok(());
     }
     let flags: Vec<bool> = graph.blocks.iter().map(|block| block.attention().is_none()).collect();
-    let fits = |every: &usize| flags.iter().enumerate().all(|(at, flag)| *flag != (at + 1).is_multiple_of(*every));
-    match (1..=flags.len()).find(fits) {
+    let own = &flags[..graph.trunk().len()];
+    let fits = |every: &usize| own.iter().enumerate().all(|(at, flag)| *flag != (at + 1).is_multiple_of(*every));
+    match (1..=own.len()).find(fits) {
         Some(every) => out.count(key("full_attention_interval"), every)?,
         // Which only later versions of llama.cpp read.
         None => {
@@ -573,7 +578,9 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
         if latent || matches!(id, "glm4moe" | "exaone-moe" | "hy_v3") {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
             out.count(key("expert_shared_count"), shared)?;
-            out.count(key("leading_dense_block_count"), graph.blocks.len() - sparse.len())?;
+            let all = graph.trunk().iter().flat_map(|block| &block.steps);
+            let dense = all.filter(|step| matches!(step.layer, Layer::Mlp(_))).count();
+            out.count(key("leading_dense_block_count"), dense)?;
             out.float(key("expert_weights_scale"), moe.router.scale);
             out.flag(key("expert_weights_norm"), moe.router.renormalize);
             let sigmoid = moe.router.scoring == Scoring::Sigmoid;
@@ -588,7 +595,7 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
             }
         }
     } else if matches!(id, "deepseek2" | "deepseek32" | "glm-dsa") {
-        out.count(key("leading_dense_block_count"), graph.blocks.len())?;
+        out.count(key("leading_dense_block_count"), graph.trunk().len())?;
         out.count(key("expert_feed_forward_length"), *inner)?;
         out.count(key("expert_shared_count"), 0)?;
     }

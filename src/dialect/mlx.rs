@@ -335,7 +335,7 @@ pub fn notes(config: &Value, graph: &Graph) -> Result<Vec<String>> {
             graph.family
         )));
     }
-    let mut original = families::build(config)?;
+    let mut original = families::build(config)?.without_predictors();
     // The prefix is the wrapper's where there is one, and its class looks for it.
     let wrapped = config.get("text_config").is_some() || graph.aside.iter().any(|(prefix, _)| prefix.contains("vis"));
     if graph.head.missing {
@@ -345,7 +345,7 @@ pub fn notes(config: &Value, graph: &Graph) -> Result<Vec<String>> {
     match taken(class, &written, graph) {
         Err(why) => Ok(vec![not_loaded(&why)]),
         Ok(taken) => {
-            let mut other = families::build(&taken)?;
+            let mut other = families::build(&taken)?.without_predictors();
             correct(&mut other, &written);
             if let Some(why) = other_tensors(&original, &other, graph, wrapped) {
                 return Ok(vec![not_loaded(&why)]);

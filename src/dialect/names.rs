@@ -7,7 +7,7 @@ pub(crate) use self::mamba::absorbed;
 use crate::dialect::architectures::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Graph, HeadNorms, Latent, Layer, Linear, Mlp, Moe, Norm, Projections, Rope, RopeScaling,
+    Attention, Further, Graph, HeadNorms, Latent, Layer, Linear, Mlp, Moe, Norm, Projections, Rope, RopeScaling,
 };
 
 /// The tensors of a GGUF file, in the order in which llama-quantize writes them.
@@ -185,7 +185,7 @@ pub fn plan(graph: &Graph) -> Result<ExportPlan> {
         return Err(Error::usage(format!("{why}, and a GGUF file has no place for it; choose another --format")));
     }
     let mut list = Lister { architecture, tensors: Vec::new() };
-    list.model(graph)?;
+    list.model(&graph.predicting_further(architecture.further.is_some()))?;
     let mut tensors = list.tensors;
     tensors.sort_by(|a, b| architectures::file_order(&a.gguf, &b.gguf));
     Ok(ExportPlan { architecture: architecture.id, tensors })
@@ -256,6 +256,7 @@ impl Lister {
                     Layer::Short(short) => self.short(&at, short)?,
                     Layer::Mlp(mlp) => self.mlp(&at, "", mlp)?,
                     Layer::Moe(moe) => self.moe(&at, moe)?,
+                    Layer::Further(further) => self.further(&at, further)?,
                     Layer::Opaque(_) => return Err(self.cannot("a model of an unknown family")),
                 }
                 if absorbs {
@@ -482,6 +483,28 @@ impl Lister {
                 }
         };
         Ok(Some((0..heads * head_dim).map(|at| rows.as_ref().map_or(row(at), |rows| rows[row(at)])).collect()))
+    }
+
+    /// What a layer has of its own that predicts further tokens.
+    fn further(&mut self, at: &str, further: &Further) -> Result<()> {
+        if further.state_first {
+            return Err(self.cannot("states before embeddings in a layer that predicts further tokens"));
+        }
+        let own = &further.projection;
+        self.linear(&format!("{at}.nextn.eh_proj"), own, None, Need::Never)?;
+        self.norm(&format!("{at}.nextn.enorm"), &further.of_token)?;
+        self.norm(&format!("{at}.nextn.hnorm"), &further.of_state)?;
+        self.norm(&format!("{at}.nextn.shared_head_norm"), &further.norm)?;
+        let (embedding, rows) = &further.embedding;
+        if embedding.starts_with(&further.prefix) {
+            let shape = vec![*rows, own.rows];
+            let part = Part::whole(From::Tensor(embedding.clone(), shape.clone()));
+            self.push(format!("{at}.nextn.embed_tokens.weight"), shape, vec![part]);
+        }
+        match &further.head {
+            Some(head) => self.linear(&format!("{at}.nextn.shared_head_head"), head, None, Need::Never),
+            None => Ok(()),
+        }
     }
 
     /// A feed-forward layer; `suffix` marks a shared expert.

@@ -4,7 +4,8 @@ use kernels::{Activation, AttentionShape};
 
 use crate::families::rope::{all_near, near, unscaled};
 use crate::graph::{
-    Attention, Convolution, DeltaNet, Graph, Layer, Mamba, Mlp, Moe, Norm, Projections, Rope, RopeScaling, Temperature,
+    Attention, Convolution, DeltaNet, Further, Graph, Layer, Mamba, Mlp, Moe, Norm, Projections, Rope, RopeScaling,
+    Temperature,
 };
 
 /// How a reader takes a model.
@@ -21,9 +22,12 @@ pub(super) struct Reader {
 /// Windows that it ignores do not count, nor does the difference between GELU and its approximation.
 pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option<String> {
     let sizes =
-        |g: &Graph| (g.hidden, g.vocabulary, g.blocks.len(), g.embedding.positions.as_ref().map(|(_, rows)| *rows));
+        |g: &Graph| (g.hidden, g.vocabulary, g.trunk().len(), g.embedding.positions.as_ref().map(|(_, rows)| *rows));
     if sizes(graph) != sizes(other) {
         return Some("a model of these sizes".to_owned());
+    }
+    if graph.predictors().len() != other.predictors().len() {
+        return Some(format!("{} layers that predict further tokens", graph.predictors().len()));
     }
     if !near(graph.embedding.scale, other.embedding.scale) {
         return Some(format!("an embedding that is multiplied by {}", graph.embedding.scale));
@@ -73,6 +77,7 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
                 (Layer::Attention(_), _) => Some("attention".to_owned()),
                 (Layer::Mlp(a), Layer::Mlp(b)) => mlp(a, b),
                 (Layer::Moe(a), Layer::Moe(b)) => moe(a, b),
+                (Layer::Further(a), Layer::Further(b)) => further(a, b),
                 (Layer::Moe(_), _) => Some("a mixture of experts".to_owned()),
                 _ => Some("a feed-forward layer without experts".to_owned()),
             }
@@ -90,6 +95,15 @@ fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
         }
         _ => false,
     }
+}
+
+fn further(a: &Further, b: &Further) -> Option<String> {
+    let norms = |a: &Further, b: &Further| {
+        norm(Some(&a.of_token), Some(&b.of_token))
+            && norm(Some(&a.of_state), Some(&b.of_state))
+            && norm(Some(&a.norm), Some(&b.norm))
+    };
+    (a.state_first != b.state_first || !norms(a, b)).then(|| "predicting further tokens in this way".to_owned())
 }
 
 fn delta(a: &DeltaNet, b: &DeltaNet) -> Option<String> {

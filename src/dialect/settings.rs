@@ -266,10 +266,28 @@ impl Settings {
         })
     }
 
+    /// Layers that predict further tokens, which stand behind the others.
+    fn further(&self) -> Result<usize> {
+        Ok(self.count("nextn_predict_layers")?.unwrap_or(0))
+    }
+
+    /// The layers of the model itself. Fails where all of the blocks predict further tokens.
+    fn layers(&self) -> Result<Option<usize>> {
+        let (all, further) = (self.count("block_count")?, self.further()?);
+        let Some(all) = all else { return Ok(None) };
+        match all.checked_sub(further).filter(|own| *own > 0 || further == 0) {
+            Some(own) => Ok(Some(own)),
+            None => Err(self.unsupported(format!(
+                "`{}` is {further} of {all} blocks, and a model has some that predict the next token",
+                self.key("nextn_predict_layers")
+            ))),
+        }
+    }
+
     /// Whether experts are chosen by sigmoids; where the file does not say, `usual`.
     fn sigmoid(&self, usual: bool) -> Result<bool> {
         let name = "expert_gating_func";
-        let layers = self.count("block_count")?;
+        let layers = self.layers()?;
         // GLM 4.7 Lite, whose files do not say.
         let vocabulary = self.tensors.get("token_embd.weight").and_then(|shape| shape.first());
         let lite =

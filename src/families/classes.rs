@@ -38,6 +38,7 @@ pub(super) fn class_of(model_type: &str) -> &str {
         "qwen2_vl" => "qwen2_vl_text",
         "qwen2_5_vl" => "qwen2_5_vl_text",
         "kimi_k2" => "deepseek_v3",
+        "mimo" => "qwen2",
         other => other,
     }
 }

@@ -9,11 +9,11 @@ use super::build::{Base, activation, with_experts};
 use super::llama::temperature;
 use super::moe::{router, stacked};
 use super::rope::{rope, warmth};
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Choice, Graph, Groups, Indexer, Latent, Layer, Linear, Moe, Norm, Projections, Rope, RopeScaling,
-    Scoring, Split,
+    Attention, Choice, FURTHER, Graph, Groups, Indexer, Latent, Layer, Linear, Moe, Norm, Projections, Rope,
+    RopeScaling, Scoring, Split,
 };
 
 /// DeepSeek V2 and V2-Lite.
@@ -198,19 +198,24 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
     let told = matches!(kind, Kind::V3 | Kind::GlmLite | Kind::Mistral4);
     let interleaved = !told || config.flag("rope_interleave", true)?;
     let choices = choices(config, &base, kind)?;
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let block = |at: String, layer: usize, sparse: bool| {
         let module = format!("{at}.self_attn");
         let mut attention = heads.attention(&base, &module, Some(rope.clone()), interleaved);
         attention.shape.scale = scale;
         attention.temperature = temperature;
         attention.choice = choices.as_ref().map(|choices| choices(layer, &module));
-        let feed_forward = feed_forward(&base, config, kind, &format!("{at}.mlp"), sparse[layer])?;
+        let feed_forward = feed_forward(&base, config, kind, &format!("{at}.mlp"), sparse)?;
         Ok(base.usual_block(at, attention, feed_forward))
-    })?;
+    };
+    let blocks = base.each(|layer| block(base.at(layer), layer, sparse[layer]))?;
     let mut graph = base.graph(config, kind.family(), blocks)?;
     for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
-        graph.aside.push((format!("{}.", base.at(base.layers + layer)), super::FURTHER));
+        let at = base.at(base.layers + layer);
+        match kind {
+            // Whether its indexer chooses, or it sees everything, runtimes do not agree on.
+            Kind::V32 | Kind::Glm5 => graph.aside.push((format!("{at}."), FURTHER)),
+            _ => further::beside(&mut graph, &base, block(at, base.layers + layer, true)?),
+        }
     }
     Ok(graph)
 }

@@ -5,7 +5,7 @@ use kernels::Activation;
 use super::build::{Base, activation, sliding};
 use super::deepseek::{Chosen, moe};
 use super::rope::rope;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::Result;
 use crate::graph::{Graph, Layer};
 
@@ -36,14 +36,13 @@ fn build(config: &Config<'_>, family: &'static str) -> Result<Graph> {
     let window = if dots { config.optional_count("sliding_window")? } else { None };
     let first_local = config.count_or("max_window_layers", 62)?;
     let local = sliding(config, base.layers, |layer| window.is_some() && layer >= first_local)?;
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let block = |at: String, local: bool, sparse: bool| {
         let module = format!("{at}.self_attn");
         let mut attention = base.attention(&module, [bias, bias && dots], Some(rope.clone()));
-        attention.shape.window = window.filter(|_| local[layer]);
+        attention.shape.window = window.filter(|_| local);
         attention.norms = normed.then(|| base.head_norms(&module));
         let module = format!("{at}.mlp");
-        let feed_forward = match layer >= dense {
+        let feed_forward = match sparse {
             false => Layer::Mlp(base.gated(&module, config.count("intermediate_size")?, act, false)),
             true => {
                 let experts = config.count("n_routed_experts")?;
@@ -51,10 +50,11 @@ fn build(config: &Config<'_>, family: &'static str) -> Result<Graph> {
             }
         };
         Ok(base.usual_block(at, attention, feed_forward))
-    })?;
+    };
+    let blocks = base.each(|layer| block(base.at(layer), local[layer], layer >= dense))?;
     let mut graph = base.graph(config, family, blocks)?;
     for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
-        graph.aside.push((format!("{}.", base.at(base.layers + layer)), super::FURTHER));
+        further::beside(&mut graph, &base, block(base.at(base.layers + layer), false, true)?);
     }
     Ok(graph)
 }

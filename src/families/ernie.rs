@@ -45,7 +45,7 @@ fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
     })?;
     let mut graph = base.graph(config, if sparse { "ernie4_5_moe" } else { "ernie4_5" }, blocks)?;
     graph.head.linear.bias = sparse && bias;
-    graph.aside.push(("model.mtp_".to_owned(), super::FURTHER));
+    graph.aside.push(("model.mtp_".to_owned(), crate::graph::FURTHER));
     Ok(graph)
 }
 

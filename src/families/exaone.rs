@@ -5,9 +5,9 @@ use kernels::Activation;
 use super::build::{Base, activation, sliding, with_experts};
 use super::deepseek::{Chosen, moe};
 use super::rope::rope;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::Result;
-use crate::graph::{Graph, Layer};
+use crate::graph::{FURTHER, Graph, Layer};
 
 /// EXAONE 4: norms behind the layers.
 pub const EXAONE4: Family = Family { id: "exaone4", model_types: &["exaone4"], build: |config| build(config, false) };
@@ -36,16 +36,15 @@ fn build(config: &Config<'_>, second: bool) -> Result<Graph> {
         false => vec![false; base.layers],
     };
     let rope = rope(config, base.head_dim)?;
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let block = |at: String, local: bool, sparse: bool| {
         let module = format!("{at}.self_attn");
-        let local = window.is_some() && local[layer];
+        let local = window.is_some() && local;
         let rotated = window.is_none() || local;
         let mut attention = base.attention(&module, [false, false], rotated.then(|| rope.clone()));
         attention.shape.window = window.filter(|_| local);
         attention.norms = Some(base.head_norms(&module));
         let module = format!("{at}.mlp");
-        let feed_forward = match sparse[layer] {
+        let feed_forward = match sparse {
             false => Layer::Mlp(base.gated(&module, inner, act, false)),
             true => {
                 let experts = config.count("num_experts")?;
@@ -61,10 +60,19 @@ fn build(config: &Config<'_>, second: bool) -> Result<Graph> {
             true => base.usual_block(at, attention, feed_forward),
             false => base.post_block(at, attention, feed_forward),
         })
-    })?;
+    };
+    let blocks = base.each(|layer| block(base.at(layer), local[layer], sparse[layer]))?;
     let mut graph = base.graph(config, if second { "exaone_moe" } else { "exaone4" }, blocks)?;
     if second {
-        graph.aside.push(("mtp.".to_owned(), super::FURTHER));
+        // Of one layer it is known what it sees; several share what comes before and behind them, and may be one.
+        let sees = config.list("mtp_layer_types")?.and_then(|types| types.first()?.as_str());
+        match (config.count_or("num_nextn_predict_layers", 1)?, sees) {
+            (1, Some(sees @ ("sliding_attention" | "full_attention"))) => {
+                let last = block("mtp.layers.0".to_owned(), sees == "sliding_attention", false)?;
+                further::of_mtp(&mut graph, &base, last);
+            }
+            _ => graph.aside.push(("mtp.".to_owned(), FURTHER)),
+        }
     }
     Ok(graph)
 }

@@ -18,10 +18,10 @@ pub const GPT_NEOX: Family = Family { id: "gpt_neox", model_types: &["gpt_neox"]
 pub const STARCODER2: Family = Family { id: "starcoder2", model_types: &["starcoder2"], build: starcoder2 };
 
 const MASKS: &[DropRule] = &[
-    DropRule { suffix: ".attn.bias", reason: "the causal mask" },
-    DropRule { suffix: ".attn.masked_bias", reason: "the value of masked scores" },
-    DropRule { suffix: ".attention.bias", reason: "the causal mask" },
-    DropRule { suffix: ".attention.masked_bias", reason: "the value of masked scores" },
+    DropRule { prefix: String::new(), suffix: ".attn.bias", reason: "the causal mask" },
+    DropRule { prefix: String::new(), suffix: ".attn.masked_bias", reason: "the value of masked scores" },
+    DropRule { prefix: String::new(), suffix: ".attention.bias", reason: "the causal mask" },
+    DropRule { prefix: String::new(), suffix: ".attention.masked_bias", reason: "the value of masked scores" },
 ];
 
 fn gpt2(config: &Config<'_>) -> Result<Graph> {
@@ -71,7 +71,7 @@ fn gpt2(config: &Config<'_>) -> Result<Graph> {
     })?;
     let mut graph = base.graph(config, "gpt2", blocks)?;
     graph.embedding.positions = Some(("transformer.wpe.weight".to_owned(), positions));
-    graph.dropped.extend(MASKS);
+    graph.dropped.extend(MASKS.to_vec());
     Ok(graph)
 }
 
@@ -115,7 +115,7 @@ fn gpt_neox(config: &Config<'_>) -> Result<Graph> {
         Ok(Block { parallel, ..base.usual_block(at, attention, Layer::Mlp(mlp)) })
     })?;
     let mut graph = base.graph(config, "gpt_neox", blocks)?;
-    graph.dropped.extend(MASKS);
+    graph.dropped.extend(MASKS.to_vec());
     Ok(graph)
 }
 

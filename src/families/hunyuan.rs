@@ -7,7 +7,7 @@ use kernels::Activation;
 use super::build::{Base, activation, with_experts};
 use super::moe::router;
 use super::rope::{rope, unscaled};
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::Result;
 use crate::graph::{Graph, HeadNorms, Layer, Moe, Rope, Scoring};
 
@@ -78,13 +78,12 @@ fn third(config: &Config<'_>) -> Result<Graph> {
     let scale = config.number("router_scaling_factor", 1.0)? as f32;
     let sparse = with_experts(config, base.layers, |layer| layer > 0)?;
     let rope = rope(config, base.head_dim)?;
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let block = |at: String, sparse: bool| {
         let module = format!("{at}.self_attn");
         let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
         attention.norms = Some(base.head_norms(&module));
         let module = format!("{at}.mlp");
-        let feed_forward = match sparse[layer] {
+        let feed_forward = match sparse {
             false => Layer::Mlp(base.gated(&module, inner, act, mlp_bias)),
             true => {
                 let mut router = router(&base, format!("{module}.router.gate"), experts, top_k, true);
@@ -97,11 +96,12 @@ fn third(config: &Config<'_>) -> Result<Graph> {
                 Layer::Moe(Moe { router, experts, shared: Some((shared, None)), weigh_input: false, latent: None })
             }
         };
-        Ok(base.usual_block(at, attention, feed_forward))
-    })?;
+        base.usual_block(at, attention, feed_forward)
+    };
+    let blocks = base.each(|layer| Ok(block(base.at(layer), sparse[layer])))?;
     let mut graph = base.graph(config, "hy_v3", blocks)?;
     for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
-        graph.aside.push((format!("{}.", base.at(base.layers + layer)), super::FURTHER));
+        further::beside_hunyuan(&mut graph, &base, block(base.at(base.layers + layer), true));
     }
     Ok(graph)
 }

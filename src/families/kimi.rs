@@ -56,7 +56,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     })?;
     let mut graph = base.graph(config, "kimi_linear", blocks)?;
     for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
-        graph.aside.push((format!("{}.", base.at(base.layers + layer)), super::FURTHER));
+        graph.aside.push((format!("{}.", base.at(base.layers + layer)), crate::graph::FURTHER));
     }
     Ok(graph)
 }

@@ -60,6 +60,6 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         Ok(base.usual_block(at, attention, after))
     })?;
     let mut graph = base.graph(config, "mimo_v2_flash", blocks)?;
-    graph.aside.push(("model.mtp.".to_owned(), super::FURTHER));
+    graph.aside.push(("model.mtp.".to_owned(), crate::graph::FURTHER));
     Ok(graph)
 }

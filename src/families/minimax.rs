@@ -39,7 +39,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     })?;
     let mut graph = base.graph(config, "minimax_m2", blocks)?;
     for layer in 0..config.count_or("num_mtp_modules", 0)? {
-        graph.aside.push((format!("{}.", base.at(base.layers + layer)), super::FURTHER));
+        graph.aside.push((format!("{}.", base.at(base.layers + layer)), crate::graph::FURTHER));
     }
     Ok(graph)
 }

@@ -8,6 +8,7 @@ mod deepseek;
 mod dots;
 mod ernie;
 mod exaone;
+mod further;
 mod gemma;
 mod glm;
 mod gpt;
@@ -142,11 +143,9 @@ pub const FAMILIES: &[Family] = &[
     minimax::MINIMAX_M3,
 ];
 
-/// What layers are that predict the token after the next.
-pub const FURTHER: &str = "predicts further tokens";
-
 /// Tensors of checkpoints of any family that can be computed.
-const DROPPED: &[DropRule] = &[DropRule { suffix: ".rotary_emb.inv_freq", reason: "computed from config.json" }];
+const DROPPED: &[DropRule] =
+    &[DropRule { prefix: String::new(), suffix: ".rotary_emb.inv_freq", reason: "computed from config.json" }];
 
 fn family_of(model_type: &str) -> Option<&'static Family> {
     FAMILIES.iter().find(|family| family.model_types.contains(&model_type))
@@ -414,6 +413,7 @@ pub fn published(source: &dyn Weights) -> Result<Graph> {
     names::adopt(&mut graph, source);
     apertus::settle(&mut graph, source)?;
     moe::from_stacks(&mut graph, source);
+    further::settle(&mut graph, source);
     if headless(&graph, source) {
         graph.head.linear.bias = false;
         (graph.head.tied, graph.head.missing) = (true, true);

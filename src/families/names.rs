@@ -226,7 +226,8 @@ pub(super) fn adopt(graph: &mut Graph, source: &dyn Weights) {
             source.entries().iter().filter(|entry| !entry.name.starts_with(own) && !entry.name.starts_with(&head));
         let mut aside: Vec<String> = others.map(|entry| component(&entry.name)).collect();
         // What the family knows of itself.
-        aside.retain(|prefix| graph.aside.iter().all(|(known, _)| known != prefix));
+        let further = graph.of_predictors();
+        aside.retain(|prefix| graph.aside.iter().all(|(known, _)| known != prefix) && !further.contains(prefix));
         aside.sort();
         aside.dedup();
         graph.aside.extend(aside.into_iter().map(|prefix| (prefix, "not part of the language model")));

@@ -75,7 +75,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         Ok(block(at.clone(), vec![pre(base.norm(&format!("{at}.norm")), mixer)]))
     })?;
     let mut graph = base.graph(config, "nemotron_h", blocks)?;
-    graph.aside.push(("mtp.".to_owned(), super::FURTHER));
+    graph.aside.push(("mtp.".to_owned(), crate::graph::FURTHER));
     Ok(graph)
 }
 

@@ -4,12 +4,13 @@ use kernels::Activation;
 
 use super::build::{Base, activation, sliding};
 use super::rope::rope;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::Result;
 use crate::graph::{Graph, Layer};
 
-/// Qwen2 and 2.5.
-pub const QWEN2: Family = Family { id: "qwen2", model_types: &["qwen2"], build: |config| build(config, "qwen2", 1e-6) };
+/// Qwen2 and 2.5, and MiMo with its layers that predict further tokens.
+pub const QWEN2: Family =
+    Family { id: "qwen2", model_types: &["qwen2", "mimo"], build: |config| build(config, "qwen2", 1e-6) };
 
 /// The language models of Qwen2-VL and 2.5-VL.
 pub const QWEN2_VL: Family = Family {
@@ -34,16 +35,21 @@ fn build(config: &Config<'_>, family: &'static str, eps: f64) -> Result<Graph> {
     };
     let windows = windows(config, base.layers)?;
     let rope = rope(config, base.head_dim)?;
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let block = |at: String, window: Option<usize>| {
         let module = format!("{at}.self_attn");
         let mut attention = base.attention(&module, biases, Some(rope.clone()));
-        attention.shape.window = windows[layer];
+        attention.shape.window = window;
         attention.norms = normed.then(|| base.head_norms(&module));
         let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
-        Ok(base.usual_block(at, attention, Layer::Mlp(mlp)))
-    })?;
-    base.graph(config, family, blocks)
+        base.usual_block(at, attention, Layer::Mlp(mlp))
+    };
+    let blocks = base.each(|layer| Ok(block(base.at(layer), windows[layer])))?;
+    let mut graph = base.graph(config, family, blocks)?;
+    let further = if family == "qwen2" { config.count_or("num_nextn_predict_layers", 0)? } else { 0 };
+    for layer in 0..further {
+        further::of_mimo(&mut graph, &base, block(format!("model.mtp_layers.{layer}"), None));
+    }
+    Ok(graph)
 }
 
 /// The window of each layer: from layer `max_window_layers` on, if windows are used at all.

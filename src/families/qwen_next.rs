@@ -6,9 +6,9 @@ use kernels::{Activation, DeltaShape, NormKind};
 use super::build::{Base, activation};
 use super::moe::router;
 use super::rope::rope;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
-use crate::graph::{Block, Convolution, Decay, DeltaNet, Graph, Layer, Linear, Moe, Norm, Split};
+use crate::graph::{Block, Convolution, Decay, DeltaNet, FURTHER, Graph, Layer, Linear, Moe, Norm, Split};
 
 /// Qwen3-Next.
 pub const QWEN3_NEXT: Family =
@@ -50,15 +50,18 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
     let rope = rope(config, base.head_dim)?;
     let recurrent = recurrent_layers(config, base.layers)?;
     let feed_forward = feed_forward(config, &base, kind, act)?;
+    let full = |at: String, after: Layer| {
+        let module = format!("{at}.self_attn");
+        let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
+        base.gate_heads(&mut attention);
+        attention.norms = Some(base.head_norms(&module));
+        base.usual_block(at, attention, after)
+    };
     let blocks = base.each(|layer| {
         let at = base.at(layer);
-        let after = feed_forward(layer);
+        let after = feed_forward(&at, layer);
         if !recurrent[layer] {
-            let module = format!("{at}.self_attn");
-            let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
-            base.gate_heads(&mut attention);
-            attention.norms = Some(base.head_norms(&module));
-            return Ok(base.usual_block(at, attention, after));
+            return Ok(full(at, after));
         }
         let delta = delta(config, &base, &format!("{at}.linear_attn"), kind, act)?;
         let steps = vec![
@@ -68,7 +71,20 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
         Ok(Block { name: at, steps, parallel: false })
     })?;
     let mut graph = base.graph(config, kind.family(), blocks)?;
-    graph.aside.push(("mtp.".to_owned(), super::FURTHER));
+    // Whichever is there, and one that files of Qwen3-Next hold and their config.json does not tell of.
+    let count = match config.get("mtp_num_hidden_layers") {
+        Some(_) => config.count_or("mtp_num_hidden_layers", 1)?,
+        None => config.count_or("num_nextn_predict_layers", 1)?,
+    };
+    match count {
+        1 => {
+            let at = "mtp.layers.0".to_owned();
+            let after = feed_forward(&at, 0);
+            further::of_mtp(&mut graph, &base, full(at, after));
+        }
+        // Several would share what comes before and behind them.
+        _ => graph.aside.push(("mtp.".to_owned(), FURTHER)),
+    }
     Ok(graph)
 }
 
@@ -92,17 +108,16 @@ fn recurrent_layers(config: &Config<'_>, layers: usize) -> Result<Vec<bool>> {
     recurrent.collect()
 }
 
-/// What follows attention in each layer.
+/// What follows attention in a layer of this name and number.
 fn feed_forward<'a>(
     config: &Config<'_>,
     base: &'a Base,
     kind: Kind,
     act: Activation,
-) -> Result<Box<dyn Fn(usize) -> Layer + 'a>> {
-    let module = |layer: usize| format!("{}.mlp", base.at(layer));
+) -> Result<Box<dyn Fn(&str, usize) -> Layer + 'a>> {
     if kind == Kind::Dense {
         let inner = config.count("intermediate_size")?;
-        return Ok(Box::new(move |layer| Layer::Mlp(base.gated(&module(layer), inner, act, false))));
+        return Ok(Box::new(move |at, _| Layer::Mlp(base.gated(&format!("{at}.mlp"), inner, act, false))));
     }
     let next = kind == Kind::Next;
     let dense_inner = if next { config.count("intermediate_size")? } else { 0 };
@@ -114,8 +129,8 @@ fn feed_forward<'a>(
     let (inner, shared) = (inner?, shared?);
     // The other class has no such setting, and always divides by the sum.
     let renormalize = !next || config.flag("norm_topk_prob", true)?;
-    Ok(Box::new(move |layer| {
-        let module = module(layer);
+    Ok(Box::new(move |at, layer| {
+        let module = format!("{at}.mlp");
         if next && (dense.contains(&layer) || experts == 0 || !(layer + 1).is_multiple_of(step)) {
             return Layer::Mlp(base.gated(&module, dense_inner, act, false));
         }

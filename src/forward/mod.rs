@@ -55,6 +55,17 @@ pub struct Chunk<M> {
     pub lengths: Vec<usize>,
     /// What the last indexer chose, where layers behind it take that over.
     pub chosen: RefCell<Option<M>>,
+    /// The token that belongs to each row: its own, and in a block that predicts further tokens one that follows.
+    pub tokens: Vec<u32>,
+}
+
+impl<M> Chunk<M> {
+    /// The same, so that one may be changed and the other not.
+    pub fn copy<B: Forward<Matrix = M>>(&self, backend: &B) -> Result<Chunk<M>> {
+        let (lengths, tokens) = (self.lengths.clone(), self.tokens.clone());
+        let chosen = self.chosen.borrow().as_ref().map(|chosen| backend.copy(chosen)).transpose()?;
+        Ok(Chunk { hidden: backend.copy(&self.hidden)?, lengths, chosen: RefCell::new(chosen), tokens })
+    }
 }
 
 /// A linear's weight on the device, as a matrix or in the form that products read it in.
@@ -102,6 +113,8 @@ pub struct Others<'a, I> {
 pub trait Supply<B: Forward> {
     /// A small tensor: of a normalisation, say.
     fn vector(&mut self, name: &str) -> Result<Vec<f32>>;
+    /// Rows of an embedding, one for each token, one after the other.
+    fn rows(&mut self, name: &str, tokens: &[u32]) -> Result<Vec<f32>>;
     /// The weights of linears that read one input, a weight for each part of them.
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>>;
     /// As [`linears`](Self::linears), for an expert of a mixture.
@@ -165,9 +178,7 @@ pub fn embed<B: Forward>(
     let mut chunks = Vec::new();
     for now in together(sequences, backend.tokens_at_once()).map(|range| &sequences[range]) {
         let ids: Vec<u32> = now.iter().flatten().copied().collect();
-        let mut hidden = vec![0.0; ids.len() * graph.hidden];
-        let rows = hidden.par_chunks_mut((ROWS * graph.hidden).max(1)).zip(ids.par_chunks(ROWS));
-        rows.try_for_each(|(hidden, ids)| source.load_rows(&graph.embedding.tensor, ids, hidden))?;
+        let mut hidden = embedded(source, &graph.embedding.tensor, &ids)?;
         if graph.embedding.scale != 1.0 {
             hidden.iter_mut().for_each(|x| *x *= graph.embedding.scale);
         }
@@ -178,13 +189,44 @@ pub fn embed<B: Forward>(
             hidden.iter_mut().zip(&positions).for_each(|(x, p)| *x += p);
         }
         let hidden = Array2::from_shape_vec((ids.len(), graph.hidden), hidden).expect("one row a token");
-        chunks.push(Chunk {
-            hidden: backend.upload(hidden)?,
-            lengths: now.iter().map(Vec::len).collect(),
-            chosen: RefCell::default(),
-        });
+        let lengths = now.iter().map(Vec::len).collect();
+        chunks.push(Chunk { hidden: backend.upload(hidden)?, lengths, chosen: RefCell::default(), tokens: ids });
     }
     Ok(chunks)
+}
+
+/// Rows of an embedding, one for each token, one after the other.
+fn embedded(source: &Checkpoint, tensor: &str, tokens: &[u32]) -> Result<Vec<f32>> {
+    let shape = source.entry(tensor).map_or(&[][..], |entry| &entry.shape);
+    let width = shape.last().copied().unwrap_or(0);
+    let mut values = vec![0.0; tokens.len() * width];
+    let rows = values.par_chunks_mut((ROWS * width).max(1)).zip(tokens.par_chunks(ROWS));
+    rows.try_for_each(|(values, tokens)| source.load_rows(tensor, tokens, values))?;
+    Ok(values)
+}
+
+/// Readies the stream for a block: before one that predicts further tokens each row gets the token that follows its own, and the last of a
+/// sequence, which none follows, is let go. What the stream holds is what the model leaves, and then what each such block does.
+pub fn enter<B: Forward>(backend: &B, block: &Block, chunks: &mut Vec<Chunk<B::Matrix>>) -> Result<()> {
+    if block.further().is_none() {
+        return Ok(());
+    }
+    // Of sequences that are over nothing is left.
+    chunks.retain(|chunk| chunk.lengths.iter().any(|length| *length > 1));
+    for Chunk { hidden, lengths, tokens, chosen } in chunks {
+        let (mut kept, mut following, mut start) = (Vec::new(), Vec::new(), 0);
+        for length in lengths.iter() {
+            let end = start + length;
+            kept.extend(start..end.saturating_sub(1));
+            following.extend(tokens[start..end].iter().skip(1));
+            start = end;
+        }
+        *hidden = backend.select_rows(hidden, &kept)?;
+        *tokens = following;
+        chosen.take();
+        *lengths = lengths.iter().filter(|length| **length > 1).map(|length| length - 1).collect();
+    }
+    Ok(())
 }
 
 /// A normalisation with its weight.
@@ -339,6 +381,10 @@ impl<B: Forward> Supply<B> for Plain<'_, B> {
         self.source.load(name)
     }
 
+    fn rows(&mut self, name: &str, tokens: &[u32]) -> Result<Vec<f32>> {
+        embedded(self.source, name, tokens)
+    }
+
     fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
         let mut weights = Vec::new();
         for linear in group {
@@ -356,22 +402,49 @@ impl<B: Forward> Supply<B> for Plain<'_, B> {
     }
 }
 
-/// The last hidden states of sequences, normed, in chunks of whole sequences; `step` is told of every block done, and may end the work.
+/// What a model makes of sequences, in chunks of whole sequences.
+pub struct Hidden<M> {
+    /// The last hidden states, normed: what its head reads.
+    pub normed: Vec<M>,
+    /// The same of each block that predicts further tokens, where they were asked for: the `n`th leaves out the last `n` tokens of every
+    /// sequence, and sequences that have no more.
+    pub further: Vec<Vec<M>>,
+}
+
+/// Runs a model over sequences, with the blocks that predict `further` tokens if there are any; `step` is told of every block done, and may
+/// end the work.
 pub fn final_hidden<B: Forward>(
     backend: &B,
     graph: &Graph,
     source: &Checkpoint,
     sequences: &[Vec<u32>],
     activations: Activations,
+    further: bool,
     step: &dyn Fn(&Block) -> Result<()>,
-) -> Result<Vec<B::Matrix>> {
+) -> Result<Hidden<B::Matrix>> {
     let ahead = Ahead::new(backend, source);
     let mut plain = Plain { activations, ..ahead.plain() };
+    let mut hidden = Hidden { normed: Vec::new(), further: Vec::new() };
+    let normed = |norm: &Norm, chunks: &[Chunk<B::Matrix>], plain: &mut Plain<'_, B>| -> Result<Vec<B::Matrix>> {
+        let norm = LoadedNorm::of::<B>(norm, plain)?;
+        chunks.iter().map(|chunk| norm.apply(backend, &chunk.hidden)).collect()
+    };
     let begin = || embed(backend, graph, source, sequences);
-    let chunks = ahead.blocks(&graph.blocks, begin, |chunks, _, block| {
+    let blocks = if further { &graph.blocks } else { graph.trunk() };
+    let last = graph.trunk().len();
+    let chunks = ahead.blocks(blocks, begin, |chunks, index, block| {
+        if index == last {
+            hidden.normed = normed(&graph.final_norm, chunks, &mut plain)?;
+        }
+        enter(backend, block, chunks)?;
         run_block(backend, block, &mut plain, chunks)?;
+        if let Some(further) = block.further() {
+            hidden.further.push(normed(&further.norm, chunks, &mut plain)?);
+        }
         step(block)
     })?;
-    let norm = LoadedNorm::of::<B>(&graph.final_norm, &mut plain)?;
-    chunks.iter().map(|chunk| norm.apply(backend, &chunk.hidden)).collect()
+    if blocks.len() == last {
+        hidden.normed = normed(&graph.final_norm, &chunks, &mut plain)?;
+    }
+    Ok(hidden)
 }

@@ -168,7 +168,8 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 backend.scale(&mut y, &share, &[])?;
                 vec![y]
             }
-            Kind::Scatter { .. } | Kind::Sum | Kind::Add { .. } => unreachable!("done where they stand"),
+            Kind::Embed(_) => vec![self.embedded(at, place)?],
+            Kind::Scatter { .. } | Kind::Sum | Kind::Add { .. } | Kind::Begin => unreachable!("done where they stand"),
             _ => self.recur(at, next, lengths)?,
         };
         operation.makes.iter().zip(matrices).map(|(value, matrix)| self.made(*value, matrix)).collect()
@@ -193,6 +194,12 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             Some((choice, index)) => self.attend_to([&q, &k, &v], choice.matrix(), shape, index, lengths),
             None => Ok(backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?),
         }
+    }
+
+    /// The embedding of a chunk's tokens.
+    fn embedded(&self, at: usize, place: Place<'_>) -> Result<B::Matrix> {
+        let Loaded::Embedded(all) = &self.loaded[at] else { unreachable!("there as long as it is used") };
+        Ok(self.backend.copy(&all[place.index])?)
     }
 
     /// The tokens of each expert and their weights, from the router's `logits` `[tokens, experts]` and its correction of each expert.

@@ -63,6 +63,8 @@ pub(super) enum Loaded<'b, B: Forward> {
     Vector(Option<Vec<f32>>),
     /// Of a convolution, whose bias may be none.
     Taps(Vec<f32>, Option<Vec<f32>>),
+    /// The embedding of the tokens of each chunk.
+    Embedded(Vec<B::Matrix>),
     /// Rates of decay and what is added before them.
     Decay(Vec<f32>, Vec<f32>),
     /// Cosines and sines of every position, of whatever sequence.
@@ -126,7 +128,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 kind if kind.adds() => {
                     if self.lives.needed[at] {
                         (0..self.chunks.len()).try_for_each(|index| self.add(at, index))?;
-                        if let Kind::Add { .. } = kind {
+                        if kind.makes_stream() {
                             self.stream = operation.makes[0];
                         }
                     }
@@ -173,6 +175,16 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let heads = supply.vector(tensor)?;
                 let each = heads.iter().flat_map(|factor| std::iter::repeat_n(*factor, *head_dim));
                 Loaded::Vector(Some(each.collect()))
+            }
+            Kind::Embed(tensor) => {
+                let embed = |chunk: &Chunk<B::Matrix>| {
+                    let [rows, _] = self.backend.shape(&chunk.hidden);
+                    let values = supply.rows(tensor, &chunk.tokens)?;
+                    let width = values.len() / rows.max(1);
+                    let values = Array2::from_shape_vec((rows, width), values).expect("one row a token");
+                    Ok(self.backend.upload(values)?)
+                };
+                Loaded::Embedded(self.chunks.iter().map(embed).collect::<Result<_>>()?)
             }
             Kind::Route(router) => {
                 let correction = router.correction.as_ref();
@@ -279,7 +291,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         let Lifetimes { until, weights_until, .. } = self.lives;
         self.kept.borrow_mut().retain(|(value, _), _| until[*value] > time);
         for (loaded, until) in self.loaded.iter_mut().zip(weights_until) {
-            if *until <= time && matches!(loaded, Loaded::Weights(_)) {
+            if *until <= time && matches!(loaded, Loaded::Weights(_) | Loaded::Embedded(_)) {
                 *loaded = Loaded::Nothing;
             }
         }
@@ -290,8 +302,14 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         let operation = &self.program.operations[at];
         let place = Place { index, rows: None, time: Some(2 * at + 1) };
         let (old, new) = (operation.reads[0], operation.makes[0]);
-        if let Kind::Add { scale } = operation.kind {
-            return self.add_to_stream(operation, scale, place);
+        match operation.kind {
+            Kind::Add { scale } => return self.add_to_stream(operation, scale, place),
+            Kind::Begin => {
+                let begun = self.compute(&[operation.reads[1]], place)?.remove(0);
+                self.chunks[index].hidden = self.own(Read::Value(begun))?;
+                return Ok(());
+            }
+            _ => {}
         }
         let sum = self.kept.borrow_mut().remove(&(old, index)).expect("kept");
         let mut sum = self.own(Read::Value(sum))?;

@@ -7,7 +7,7 @@ use ndarray::Array2;
 
 use crate::checkpoint::Checkpoint;
 use crate::families;
-use crate::graph::{Graph, Linear, Stored};
+use crate::graph::{FURTHER, Graph, Linear, Stored};
 use crate::targets::{Placement, Target};
 
 /// What there is to say before the work, whichever output it is.
@@ -41,9 +41,10 @@ impl Remarks {
             model.extend(families::check_whole(source).unwrap_or_default());
         }
         model.extend(families::cannot_run(graph));
-        // config.json may count layers for further tokens that the file does not hold.
         let there = |prefix: &str| source.entries().iter().any(|entry| entry.name.starts_with(prefix));
-        let prefixes = graph.aside.iter().filter(|(prefix, _)| there(prefix));
+        // Of those that it holds each target tells what becomes of them.
+        let own = graph.aside.iter().filter(|(_, what)| !what.starts_with(FURTHER));
+        let prefixes = own.filter(|(prefix, _)| there(prefix));
         let prefixes = prefixes.map(|(prefix, _)| prefix.trim_end_matches('.').to_owned());
         let aside = if graph.opaque { Vec::new() } else { prefixes.collect() };
         let trained = TrainedGrid::of(graph, source);

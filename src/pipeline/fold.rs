@@ -3,7 +3,6 @@
 //! A slot is what some linears read in common: the output of a norm, of the values' projection, of a gate. Multiplying the readers' columns by
 //! scales and dividing whatever comes before by them changes nothing but what rounding does (Lin et al. 2023, arXiv:2306.00978).
 
-use std::cell::RefCell;
 use std::collections::HashMap;
 use std::time::Instant;
 
@@ -25,12 +24,7 @@ impl<B: Backend> Walk<'_, '_, B> {
     /// Rescales the channels of a block so that it is easier to quantize, and leaves its function as it is.
     pub fn smooth(&mut self, block: &Block, chunks: &[Chunk<B::Matrix>]) -> Result<()> {
         let backend = self.backend;
-        let mut copies = Vec::with_capacity(chunks.len());
-        for chunk in chunks {
-            let chosen = chunk.chosen.borrow().as_ref().map(|chosen| backend.copy(chosen)).transpose()?;
-            let hidden = backend.copy(&chunk.hidden)?;
-            copies.push(Chunk { hidden, lengths: chunk.lengths.clone(), chosen: RefCell::new(chosen) });
-        }
+        let mut copies = chunks.iter().map(|chunk| chunk.copy(backend)).collect::<Result<Vec<_>>>()?;
         let mut seen = FloatPass { walk: self, statistics: HashMap::new() };
         run_block(backend, block, &mut seen, &mut copies)?;
         let statistics = seen.statistics;
@@ -175,6 +169,10 @@ struct FloatPass<'w, 'h, 'a, B: Backend> {
 impl<B: Backend> Supply<B> for FloatPass<'_, '_, '_, B> {
     fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
         self.walk.vector(name)
+    }
+
+    fn rows(&mut self, name: &str, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.walk.rows(name, tokens)
     }
 
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {

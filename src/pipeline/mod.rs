@@ -37,7 +37,7 @@ use self::solve::Task;
 use crate::checkpoint::Checkpoint;
 use crate::cost::Cost;
 use crate::error::Result;
-use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, load_bias, ready, run_block};
+use crate::forward::{Ahead, Inputs, Others, Plain, Supply, Weight, embed, enter, load_bias, ready, run_block};
 use crate::graph::{Block, Graph, Linear};
 use crate::output::Staging;
 use crate::output::behind::{Behind, behind, beside};
@@ -189,31 +189,33 @@ impl<B: Backend> Walk<'_, '_, B> {
         let (ahead, backend, source) = (self.ahead, self.backend, self.source);
         let smooths = self.smooths();
         self.before()?;
-        let finished = self.take_up(graph)?;
+        let walked = self.walked(graph);
+        let finished = self.take_up(walked)?;
         match samples {
             None => ahead.blocks(
-                &graph.blocks,
+                walked,
                 || Ok(()),
                 |(), _, block| {
                     block.steps.iter().flat_map(|step| step.layer.fused()).try_for_each(|group| self.round(&group))
                 },
             )?,
             // All that is left is to look at what was written.
-            Some(_) if finished == graph.blocks.len() => {}
+            Some(_) if finished == walked.len() => {}
             Some(samples) => {
                 let begin = || {
                     let chunks = embed(backend, graph, source, &samples.sequences)?;
                     source.release(&graph.embedding.tensor);
                     Ok(chunks)
                 };
-                ahead.blocks(&graph.blocks, begin, |chunks, index, block| {
+                ahead.blocks(walked, begin, |chunks, index, block| {
+                    enter(backend, block, chunks)?;
                     if index < finished {
                         return run_block(backend, block, &mut Again { walk: &mut self }, chunks);
                     }
                     if smooths {
                         self.smooth(block, chunks)?;
                     }
-                    self.final_block = index + 1 == graph.blocks.len();
+                    self.final_block = index + 1 == walked.len();
                     run_block(backend, block, &mut self, chunks)?;
                     self.prepared.clear();
                     self.observer.forget_layer();
@@ -223,6 +225,13 @@ impl<B: Backend> Walk<'_, '_, B> {
         }
         let imatrices = self.tasks.iter().map(|task| task.imatrix(samples?)).collect();
         Ok((self.end(started)?, imatrices))
+    }
+
+    /// The blocks that are gone through: those that predict further tokens only as far as somebody quantizes them.
+    fn walked<'g>(&self, graph: &'g Graph) -> &'g [Block] {
+        let wanted = |linear: &Linear| self.tasks.iter().any(|task| !task.target.placements(linear).is_empty());
+        let last = graph.predictors().iter().rposition(|block| block.linears().any(wanted));
+        &graph.blocks[..graph.trunk().len() + last.map_or(0, |last| last + 1)]
     }
 
     fn before(&mut self) -> Result<()> {
@@ -236,23 +245,23 @@ impl<B: Backend> Walk<'_, '_, B> {
     }
 
     /// Takes the first blocks as an earlier process has left them, as many as every target has; their number.
-    fn take_up(&mut self, graph: &Graph) -> Result<usize> {
-        let blocks = self.tasks.iter().map(|task| task.journal.map_or(0, Journal::finished));
-        let finished = blocks.min().unwrap_or(0).min(graph.blocks.len());
-        for block in &graph.blocks[..finished] {
+    fn take_up(&mut self, blocks: &[Block]) -> Result<usize> {
+        let finished = self.tasks.iter().map(|task| task.journal.map_or(0, Journal::finished));
+        let finished = finished.min().unwrap_or(0).min(blocks.len());
+        for block in &blocks[..finished] {
             for linear in block.linears() {
                 self.tasks.iter().try_for_each(|task| task.sink.keep_written(linear))?;
             }
         }
         for (index, task) in self.tasks.iter_mut().enumerate() {
-            let blocks = task.take_up(finished, self.progress)?;
+            let taken = task.take_up(finished, self.progress)?;
             // The stream has seen what the leading one's file holds.
-            for (name, bits) in blocks.iter().filter(|_| index == self.lead).flat_map(|block| &block.folded) {
+            for (name, bits) in taken.iter().filter(|_| index == self.lead).flat_map(|block| &block.folded) {
                 self.folded.change(name.clone(), solve::values(bits));
             }
         }
         if self.smooths() {
-            graph.blocks[..finished].iter().try_for_each(|block| self.write_folded(&touched(block)))?;
+            blocks[..finished].iter().try_for_each(|block| self.write_folded(&touched(block)))?;
         }
         Ok(finished)
     }
@@ -440,6 +449,10 @@ impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
         }
     }
 
+    fn rows(&mut self, name: &str, tokens: &[u32]) -> Result<Vec<f32>> {
+        Supply::<B>::rows(&mut Plain::exact(self.backend, self.source), name, tokens)
+    }
+
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
         let seen = match self.wanted(group) {
             true => self.observer.observe(group[0], inputs)?,
@@ -482,6 +495,10 @@ struct Again<'w, 'h, 'a, B: Backend> {
 impl<B: Backend> Supply<B> for Again<'_, '_, '_, B> {
     fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
         self.walk.vector(name)
+    }
+
+    fn rows(&mut self, name: &str, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.walk.rows(name, tokens)
     }
 
     fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {

@@ -4,8 +4,8 @@ use super::{Expert, Kept, Kind, Operation, Program, Value};
 use kernels::Activation;
 
 use crate::graph::{
-    Attention, Block, Choice, Convolution, DeltaNet, GroupNorm, HeadNorms, Indexer, Latent, Layer, Linear, Mamba, Mlp,
-    Moe, Narrow, Norm, Projections, Rope, ShortConvolution, Step,
+    Attention, Block, Choice, Convolution, DeltaNet, Further, GroupNorm, HeadNorms, Indexer, Latent, Layer, Linear,
+    Mamba, Mlp, Moe, Narrow, Norm, Projections, Rope, ShortConvolution, Step,
 };
 
 impl<'b> Program<'b> {
@@ -18,6 +18,7 @@ impl<'b> Program<'b> {
             Layer::Short(short) => Some(short.out.rows),
             Layer::Mlp(mlp) => Some(mlp.down.rows),
             Layer::Moe(moe) => Some(moe.router.linear.cols),
+            Layer::Further(further) => Some(further.projection.rows),
             Layer::Opaque(_) => None,
         })?;
         let program = Program { values: Vec::new(), operations: Vec::new() };
@@ -96,6 +97,7 @@ impl<'b> Lowering<'b> {
     fn step(&mut self, step: &'b Step, source: usize, stream: usize) -> Option<usize> {
         let y = match &step.layer {
             Layer::Moe(moe) => self.mixture(moe, step.pre.as_ref(), source),
+            Layer::Further(further) => return Some(self.further(further, stream)),
             layer => {
                 let x = self.norm(step.pre.as_ref(), source, "x");
                 let x = self.scaled(x, step.given);
@@ -105,12 +107,26 @@ impl<'b> Lowering<'b> {
                     Layer::Mamba(mamba) => self.mamba(mamba, x),
                     Layer::Short(short) => self.short(short, x),
                     Layer::Mlp(mlp) => self.mlp(mlp, x, Kept::Room),
-                    Layer::Moe(_) | Layer::Opaque(_) => return None,
+                    Layer::Moe(_) | Layer::Further(_) | Layer::Opaque(_) => return None,
                 }
             }
         };
         let y = self.norm(step.post.as_ref(), y, "y");
         Some(self.one(Kind::Add { scale: step.scale }, &[stream, y], "h", self.hidden))
+    }
+
+    /// The stream of a layer that predicts further tokens.
+    fn further(&mut self, further: &'b Further, stream: usize) -> usize {
+        let Further { before, embedding: (embedding, _), of_token, of_state, state_first, projection, .. } = further;
+        let token = self.one(Kind::Embed(embedding), &[], "e", self.hidden);
+        let token = self.norm(Some(of_token), token, "e");
+        let state = self.norm(Some(before), stream, "s");
+        let state = self.norm(Some(of_state), state, "s");
+        let both = if *state_first { [state, token] } else { [token, state] };
+        let both = self.one(Kind::JoinHeads { heads: 1 }, &both, "x", 2 * self.hidden);
+        self.keep(both, Kept::Room);
+        let y = self.linears(vec![projection], false, both, &["y"])[0];
+        self.one(Kind::Begin, &[stream, y], "h", self.hidden)
     }
 
     fn attention(&mut self, attention: &'b Attention, x: usize) -> usize {

@@ -132,6 +132,8 @@ pub enum Kind<'b> {
     },
     /// The choice of the last layer with an indexer.
     Chosen,
+    /// The embedding of the tokens that stand beside the stream, of this tensor.
+    Embed(&'b str),
     /// A causal convolution of each channel by itself.
     Convolve {
         /// Of these channels and others.
@@ -182,6 +184,8 @@ pub enum Kind<'b> {
         /// Times this.
         scale: f32,
     },
+    /// Puts a value in the place of the stream.
+    Begin,
 }
 
 impl Kind<'_> {
@@ -193,7 +197,12 @@ impl Kind<'_> {
 
     /// Whether it changes what is kept of its first value, which becomes what it makes.
     pub fn adds(&self) -> bool {
-        matches!(self, Kind::Scatter { .. } | Kind::Sum | Kind::Add { .. })
+        matches!(self, Kind::Scatter { .. } | Kind::Sum) || self.makes_stream()
+    }
+
+    /// Whether what it makes is the stream.
+    pub fn makes_stream(&self) -> bool {
+        matches!(self, Kind::Add { .. } | Kind::Begin)
     }
 }
 
@@ -212,6 +221,7 @@ impl Operation<'_> {
             Kind::Decay(decay) => vec![decay.rates.0.clone(), decay.bias.0.clone()],
             Kind::Step(decay) => vec![decay.bias.0.clone()],
             Kind::Skip { tensor, .. } => vec![(*tensor).to_owned()],
+            Kind::Embed(tensor) => vec![(*tensor).to_owned()],
             Kind::Route(router) => router.correction.iter().map(|(name, _)| name.clone()).collect(),
             _ => Vec::new(),
         }
@@ -238,6 +248,7 @@ impl<'b> Program<'b> {
                 Some(last) if *scale == 1.0 => last.reads.clone(),
                 _ => vec![reads[1]],
             },
+            Kind::Begin => vec![reads[1]],
             _ => reads.clone(),
         }
     }
@@ -251,6 +262,6 @@ impl<'b> Program<'b> {
 
     /// Whether a value is the stream, at whatever point.
     pub fn is_stream(&self, value: usize) -> bool {
-        self.maker(value).is_none_or(|maker| matches!(maker.kind, Kind::Add { .. }))
+        self.maker(value).is_none_or(|maker| maker.kind.makes_stream())
     }
 }

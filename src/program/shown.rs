@@ -143,7 +143,9 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             let details = if *fixed { vec!["never quantized".to_owned()] } else { Vec::new() };
             (call("linear"), details)
         }
+        Kind::JoinHeads { heads: 1 } => only(call("join")),
         Kind::JoinHeads { heads } => (call("join_heads"), vec![format!("{heads} heads")]),
+        Kind::Embed(_) => only("embed(following tokens)".to_owned()),
         Kind::Clamp(limit) => (call("clamp"), vec![format!("to ±{limit}")]),
         Kind::Rope { rope, layout } => {
             let pairs = if layout.interleaved { "neighbours" } else { "halves" };
@@ -215,6 +217,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::Share => only(format!("{} * sigmoid({})", reads[0], reads[1])),
         Kind::Add { scale } if *scale != 1.0 => only(format!("{} + {scale} * {}", reads[0], reads[1])),
         Kind::Add { .. } => only(format!("{} + {}", reads[0], reads[1])),
+        Kind::Begin => only(reads[1].clone()),
     }
 }
 

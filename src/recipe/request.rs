@@ -141,6 +141,9 @@ request! {
         /// Tensors that are not part of the model: copy them as they are, drop them, or refuse. A GGUF file never holds any. [default: copy]
         #[arg(long, help_heading = SCHEME, value_name = "copy|drop|refuse")]
         pub unknown_tensors: Option<String>,
+        /// Layers that predict further tokens (MTP): quantize them as the others, keep them as they are, or drop them. [default: quantize]
+        #[arg(long, help_heading = SCHEME, value_name = "quantize|keep|drop")]
+        pub mtp: Option<String>,
         /// A LoRA adapter (PEFT's directory, or its name on the hub) to merge first; quality is measured against the merged model.
         #[arg(long, help_heading = CALIBRATION, value_name = "DIR")]
         pub adapter: Option<PathBuf>,

@@ -1,6 +1,6 @@
 //! The model card: a report for people.
 
-use super::{AdapterReport, Limits, Quality, Report, Verdict};
+use super::{AdapterReport, Drafts, Limits, Quality, Report, Verdict};
 use crate::mixes::Mix;
 use crate::recipe::Recipe;
 use crate::words::{called, one_line, table};
@@ -276,6 +276,10 @@ fn rows(quality: &Quality) -> Vec<[String; 2]> {
             format!("{:.5} / {:.4} / {:.3}", b.kld_median, b.kld_p99, b.kld_max),
         );
         row("same top token", format!("{:.2} %", 100.0 * b.top1_agreement));
+    }
+    for Drafts { block, agreement, reference_agreement, .. } in &quality.further {
+        let reference = reference_agreement.map_or(String::new(), |share| format!(" ({:.2} % before)", 100.0 * share));
+        row(&format!("drafts of {block} that the model would say"), format!("{:.2} %{reference}", 100.0 * agreement));
     }
     rows
 }

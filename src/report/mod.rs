@@ -14,7 +14,7 @@ use crate::mixes::is_substitution;
 use crate::recipe::Recipe;
 
 pub use card::{Original, quality_text};
-pub use quality::{Activations, Beside, HiddenStates, Limits, Measured, Protocol, Quality};
+pub use quality::{Activations, Beside, Drafts, HiddenStates, Limits, Measured, Protocol, Quality};
 pub use read::{PAPERS, papers_beside, papers_of, read_report, report_of};
 
 /// A file and what is in it.

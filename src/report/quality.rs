@@ -63,6 +63,24 @@ pub struct Quality {
     /// Beside the reference.
     #[serde(flatten)]
     pub beside: Option<Beside>,
+    /// What layers draft that predict further tokens, where the model has some.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub further: Vec<Drafts>,
+}
+
+/// How often a layer that predicts further tokens drafts what the model itself would say.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[non_exhaustive]
+pub struct Drafts {
+    /// The prefix of its tensors.
+    pub block: String,
+    /// Drafted tokens that were compared with the model's own choice after the same text and what came before in it.
+    pub tokens: usize,
+    /// Share of them that are that choice.
+    pub agreement: f64,
+    /// The same of the reference and its own layer, on the same tokens.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reference_agreement: Option<f64>,
 }
 
 impl Quality {
@@ -270,6 +288,7 @@ mod tests {
             protocol: Protocol::Papers,
             activations: Activations::Exact,
             beside: Some(quality),
+            further: Vec::new(),
         };
         let missed = limits.missed(&quality);
         assert_eq!(missed.len(), 2, "{missed:?}");

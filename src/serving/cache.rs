@@ -64,9 +64,10 @@ pub fn cache_bytes(graph: &Graph, context: u64, batch: u64, ty: CacheType, gguf:
         Layer::Delta(delta) => state_bytes(delta.state(), gguf),
         Layer::Mamba(mamba) => state_bytes(mamba.state(), gguf),
         Layer::Short(short) => state_bytes([short.convolution.last(), 0], gguf),
-        Layer::Mlp(_) | Layer::Moe(_) | Layer::Opaque(_) => 0,
+        Layer::Mlp(_) | Layer::Moe(_) | Layer::Further(_) | Layer::Opaque(_) => 0,
     };
-    let layers = graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
+    // Those that predict further tokens have one only where a runtime is told to draft with them.
+    let layers = graph.trunk().iter().flat_map(|block| &block.steps).map(|step| &step.layer);
     let one = layers.map(of_layer).fold(0, u64::saturating_add);
     Some(one.saturating_mul(batch))
 }

@@ -84,6 +84,8 @@ fn refusal(held: &Held<'_>, runtime: Runtime, parts: usize) -> Option<String> {
             let all = moe.experts.iter().chain(moe.shared.as_ref().map(|(shared, _)| shared));
             { all }.find_map(|mlp| inner(held, runtime, mlp, parts))
         }
+        // Each GPU has all of it.
+        Layer::Further(_) => None,
         // Where a model of which only the linears are known is cut is not known either.
         Layer::Opaque(_) => (parts > 1).then(|| "how the model is divided is not known".to_owned()),
     })

@@ -13,7 +13,7 @@ use kernels::{Backend, GridSpec};
 use ndarray::Array2;
 use serde_json::Value;
 
-use super::{Folded, Notes, Placement, Sink, Solved, Target, Write, in_pieces};
+use super::{Folded, Notes, Placement, Sink, Solved, Target, Write, further, in_pieces};
 use crate::checkpoint::{Beside, Checkpoint, SideFile};
 use crate::error::{Error, Result};
 use crate::evidence::{lost_in_grid, share_of};
@@ -46,7 +46,8 @@ impl Directory {
     pub fn new(graph: &Graph, source: &Checkpoint, recipe: Recipe) -> Result<Directory> {
         let plan = Plan::new(graph, source, &recipe)?;
         let importance = Importance::of_graph(&recipe, graph)?;
-        let said = importance.check(graph, true)?;
+        let mut said = importance.check(graph, true)?;
+        said.extend(further::told(graph, source, &recipe));
         let mut own = vec!["config.json"];
         own.extend(PAPERS);
         own.extend(plan.config.files.iter().map(|(name, _)| &name[..]));
@@ -127,6 +128,7 @@ impl<B: Backend> Target<B> for Directory {
             if let Value::Object(said) = self.plan.config.of(self.plan.codec) {
                 config.extend(said);
             }
+            further::uncount(config, &self.recipe);
             tell_dtype(config, source.dtype());
             if let Some(Value::Object(text)) = config.get_mut("text_config") {
                 tell_dtype(text, source.dtype());

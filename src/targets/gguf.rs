@@ -13,7 +13,7 @@ use kernels::Backend;
 use ndarray::{Array2, ArrayView2, Axis};
 
 use super::tokens::check;
-use super::{Folded, Notes, Placement, Rounded, Sink, Solved, Target, Words, Write, in_pieces};
+use super::{Folded, Notes, Placement, Rounded, Sink, Solved, Target, Words, Write, further, in_pieces};
 use crate::checkpoint::Checkpoint;
 use crate::dialect::metadata::{About, ImportanceSource, Metadata, Written, metadata};
 use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part, Source};
@@ -24,10 +24,12 @@ use crate::evidence::{lost_in_blocks, share_of};
 use crate::forward::{load_bias, load_matrix};
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::importance::{Importance, ImportancePlace};
-use crate::mixes::{Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, parse_type, substitutions};
+use crate::mixes::{
+    Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, block_number, parse_type, substitutions,
+};
 use crate::output::Staging;
 use crate::plan::check_tensors;
-use crate::recipe::{GgufRecipe, Recipe, Said};
+use crate::recipe::{GgufRecipe, Mtp, Recipe, Said};
 use crate::report::{Fate, Recovery, TensorReport, papers_beside};
 use crate::rest::Lost;
 use crate::stray::Strays;
@@ -109,6 +111,7 @@ impl GgufPlan {
 
         let strays = Strays::new(graph, source, recipe.unknown_tensors);
         let fates = fates(&strays, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
+        notices.extend(further::told(graph, source, recipe));
         notices.extend(strays.notes(fates.iter().map(|one| (&*one.name, &one.fate)), false));
         let tensors: Vec<(ExportTensor, GgmlType)> =
             plan.tensors.into_iter().zip(assigned).map(|(tensor, assigned)| (tensor, assigned.ty)).collect();
@@ -170,6 +173,16 @@ fn overrides(
             let exact = format!("^{}$={ty}", plan.tensors[place.tensor].gguf.replace('.', "\\."));
             overrides.tensors.insert(0, TensorOverride::parse(&exact)?);
         }
+    }
+    // Layers that predict further tokens are kept as they are, but for what is F32 in any case.
+    let own = graph.blocks.len() - graph.predictors().len();
+    let kept = |tensor: &&ExportTensor| {
+        let block = block_number(&tensor.gguf).filter(|_| recipe.mtp == Mtp::Keep);
+        block.is_some_and(|block| block >= own) && tensor.shape.len() > 1 && !tensor.gguf.contains("ffn_gate_inp")
+    };
+    for tensor in plan.tensors.iter().filter(kept) {
+        let exact = format!("^{}$={plain}", tensor.gguf.replace('.', "\\."));
+        overrides.tensors.insert(0, TensorOverride::parse(&exact)?);
     }
     // The embedding serves as the head.
     if graph.head.tied && matches!(recipe.said_of(&graph.head.linear.module, &mut patterns), Said::Ignored) {
@@ -325,7 +338,7 @@ impl Gguf {
     }
 
     fn places(&self, linear: &Linear) -> &[Place] {
-        &self.plan.by_module[&linear.module]
+        self.plan.by_module.get(&linear.module).map_or(&[], |found| found)
     }
 }
 
@@ -341,7 +354,7 @@ impl<B: Backend> Target<B> for Gguf {
     }
 
     fn placements(&self, linear: &Linear) -> &[Placement] {
-        &self.plan.placements[&linear.module]
+        self.plan.placements.get(&linear.module).map_or(&[], |found| found)
     }
 
     fn ends(&self) -> Vec<(String, [usize; 2], Encoding)> {
@@ -424,7 +437,11 @@ impl<B: Backend> Target<B> for Gguf {
             self.places(linear).iter().map(of).sum()
         };
         [
-            graph.linears().map(|linear| (linear.rows * linear.cols) as u64).sum(),
+            graph
+                .linears()
+                .filter(|linear| !self.places(linear).is_empty())
+                .map(|linear| (linear.rows * linear.cols) as u64)
+                .sum(),
             graph.linears().map(|linear| bytes(linear) as u64).sum(),
         ]
     }

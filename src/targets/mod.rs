@@ -4,6 +4,7 @@
 //! knows nothing of files, and a target nothing of calibration.
 
 mod directory;
+mod further;
 mod gguf;
 mod requested;
 mod tokens;
@@ -313,6 +314,7 @@ pub struct Notes {
 
 /// Decides what a recipe makes of a model; nothing is written.
 pub fn target<B: Backend>(graph: &Graph, source: &Checkpoint, recipe: Recipe) -> Result<Box<dyn Target<B>>> {
+    let graph = &*further::asked(graph, &recipe);
     Ok(match recipe.gguf {
         Some(_) => Box::new(Gguf::new(graph, source, recipe)?),
         None => Box::new(Directory::new(graph, source, recipe)?),

@@ -13,6 +13,7 @@ use ndarray::Array2;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use crate::forward::Hidden;
 use crate::output::hashing::hex;
 
 /// Bytes that are kept, of all originals together; what was used longest ago is removed first.
@@ -31,9 +32,11 @@ impl KeptStates {
         Some(KeptStates { folder: cache::folder("originals")?, key })
     }
 
-    fn path<B: Backend>(&self, backend: &B, windows: &[Vec<u32>]) -> PathBuf {
+    /// `layers` that predict further tokens are kept with what the model leaves.
+    fn path<B: Backend>(&self, backend: &B, windows: &[Vec<u32>], layers: usize) -> PathBuf {
         let mut hash = Sha256::new();
         hash.update(self.key.to_string());
+        hash.update((layers as u64).to_le_bytes());
         // By it the windows are cut into chunks.
         hash.update((backend.tokens_at_once() as u64).to_le_bytes());
         for window in windows {
@@ -44,31 +47,41 @@ impl KeptStates {
     }
 
     /// Whether there is something of these windows, whole or not.
-    pub fn knows<B: Backend>(&self, backend: &B, windows: &[Vec<u32>]) -> bool {
-        self.path(backend, windows).is_file()
+    pub fn knows<B: Backend>(&self, backend: &B, windows: &[Vec<u32>], layers: usize) -> bool {
+        self.path(backend, windows, layers).is_file()
     }
 
     /// What was kept of these windows, in the chunks in which it was computed; `None` where that is nothing, or damaged.
-    pub fn take<B: Backend>(&self, backend: &B, windows: &[Vec<u32>]) -> Option<Vec<B::Matrix>> {
-        let path = self.path(backend, windows);
+    pub fn take<B: Backend>(&self, backend: &B, windows: &[Vec<u32>], layers: usize) -> Option<Hidden<B::Matrix>> {
+        let path = self.path(backend, windows, layers);
         let matrices = cache::read(&path, |content| {
-            let [count] = counts(content)?;
-            (0..count).map(|_| matrix(content)).collect::<std::io::Result<Vec<_>>>()
+            let list = |content: &mut dyn Read| {
+                let [count] = counts(content)?;
+                (0..count).map(|_| matrix(content)).collect::<std::io::Result<Vec<_>>>()
+            };
+            (0..=layers).map(|_| list(content)).collect::<std::io::Result<Vec<_>>>()
         })?;
         // By this time it is known what was used last.
         let _ = std::fs::File::options()
             .append(true)
             .open(&path)
             .and_then(|file| file.set_modified(std::time::SystemTime::now()));
-        matrices.into_iter().map(|matrix| backend.upload(matrix).ok()).collect()
+        let upload = |list: Vec<Array2<f32>>| list.into_iter().map(|matrix| backend.upload(matrix).ok()).collect();
+        let mut lists = matrices.into_iter().map(upload);
+        Some(Hidden { normed: lists.next()??, further: lists.collect::<Option<_>>()? })
     }
 
     /// Keeps what was computed of these windows.
-    pub fn keep<B: Backend>(&self, backend: &B, windows: &[Vec<u32>], chunks: &[B::Matrix]) {
-        let path = self.path(backend, windows);
+    pub fn keep<B: Backend>(&self, backend: &B, windows: &[Vec<u32>], hidden: &Hidden<B::Matrix>) {
+        let path = self.path(backend, windows, hidden.further.len());
         let written = cache::write(&path, |file| {
-            file.write_all(&(chunks.len() as u64).to_le_bytes())?;
-            for chunk in chunks {
+            let lists = || [&hidden.normed].into_iter().chain(&hidden.further);
+            for (list, at, chunk) in
+                lists().flat_map(|list| list.iter().enumerate().map(move |(at, chunk)| (list, at, chunk)))
+            {
+                if at == 0 {
+                    file.write_all(&(list.len() as u64).to_le_bytes())?;
+                }
                 let matrix = backend.download(chunk).map_err(std::io::Error::other)?;
                 // A broken model is refused each time in the same words.
                 if matrix.iter().any(|value| !value.is_finite()) {
@@ -147,20 +160,22 @@ mod tests {
         let chunks =
             [Array2::from_shape_fn((3, 2), |(i, j)| (i * 2 + j) as f32 / 3.0), Array2::from_elem((2, 2), -0.0)];
         let uploaded: Vec<_> = chunks.iter().map(|chunk| cpu.upload(chunk.clone()).unwrap()).collect();
-        assert!(kept("a").take(&cpu, &windows).is_none());
-        kept("a").keep(&cpu, &windows, &uploaded);
-        let back = kept("a").take(&cpu, &windows).unwrap();
-        for (chunk, back) in chunks.iter().zip(&back) {
+        assert!(kept("a").take(&cpu, &windows, 1).is_none());
+        kept("a").keep(&cpu, &windows, &Hidden { normed: uploaded.clone(), further: vec![uploaded[1..].to_vec()] });
+        assert!(kept("a").take(&cpu, &windows, 0).is_none());
+        let back = kept("a").take(&cpu, &windows, 1).unwrap();
+        assert_eq!([back.normed.len(), back.further.len(), back.further[0].len()], [2, 1, 1]);
+        for (chunk, back) in chunks.iter().chain([&chunks[1]]).zip(back.normed.iter().chain(&back.further[0])) {
             let back = cpu.download(back).unwrap();
             assert!(chunk.iter().zip(&back).all(|(a, b)| a.to_bits() == b.to_bits()) && chunk.dim() == back.dim());
         }
-        assert!(kept("b").take(&cpu, &windows).is_none());
+        assert!(kept("b").take(&cpu, &windows, 1).is_none());
         // The same tokens, cut elsewhere.
-        assert!(kept("a").take(&cpu, &[vec![1, 2], vec![3, 4, 5]]).is_none());
-        let path = kept("a").path(&cpu, &windows);
+        assert!(kept("a").take(&cpu, &[vec![1, 2], vec![3, 4, 5]], 1).is_none());
+        let path = kept("a").path(&cpu, &windows, 1);
         let mut bytes = std::fs::read(&path).unwrap();
         bytes[30] ^= 1;
         std::fs::write(&path, bytes).unwrap();
-        assert!(kept("a").knows(&cpu, &windows) && kept("a").take(&cpu, &windows).is_none());
+        assert!(kept("a").knows(&cpu, &windows, 1) && kept("a").take(&cpu, &windows, 1).is_none());
     }
 }

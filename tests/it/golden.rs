@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use formats::SafetensorsFile;
 use kernels::Cpu;
 use kernels::cpu::Input;
-use quantc::graph::Linear;
+use quantc::graph::{Graph, Linear};
 use quantc::recipe::UnknownTensors;
 use quantc::report::Activations;
 use quantc::stray::Strays;
@@ -32,6 +32,11 @@ pub fn golden(folder: &Path) -> (Vec<Vec<u32>>, Vec<f32>) {
 
 /// The logits of a checkpoint, all of whose tensors must be accounted for.
 pub fn logits(folder: &Path, sequences: &[Vec<u32>]) -> quantc::Result<Vec<f32>> {
+    Ok(logits_and_drafts(folder, sequences)?.0)
+}
+
+/// The same, and those of each layer that predicts further tokens.
+fn logits_and_drafts(folder: &Path, sequences: &[Vec<u32>]) -> quantc::Result<(Vec<f32>, Vec<Vec<f32>>)> {
     let cpu = Cpu::default();
     let source = Checkpoint::open(folder)?;
     let graph = families::graph_of(&source)?;
@@ -41,27 +46,49 @@ pub fn logits(folder: &Path, sequences: &[Vec<u32>]) -> quantc::Result<Vec<f32>>
             Strays::new(&graph, &source, UnknownTensors::Refuse).fate(&entry.name)?;
         }
     }
-    let hidden = forward::final_hidden(&cpu, &graph, &source, sequences, Activations::Exact, &|_| Ok(()))?;
-    let head = forward::LoadedHead::of(&cpu, &graph, &source, Activations::Exact)?;
-    let mut found = Vec::new();
-    for chunk in hidden {
-        found.extend(head.logits(&cpu, chunk, usize::MAX)?);
+    let hidden = forward::final_hidden(&cpu, &graph, &source, sequences, Activations::Exact, true, &|_| Ok(()))?;
+    let of = |graph: &Graph, hidden: Vec<_>| -> quantc::Result<Vec<f32>> {
+        let head = forward::LoadedHead::of(&cpu, graph, &source, Activations::Exact)?;
+        let mut found = Vec::new();
+        for chunk in hidden {
+            found.extend(head.logits(&cpu, chunk, usize::MAX)?);
+        }
+        Ok(found)
+    };
+    let mut drafts = Vec::new();
+    for (block, hidden) in graph.predictors().iter().zip(hidden.further) {
+        let mut own = graph.without_blocks();
+        if let Some(linear) = &block.further().unwrap().head {
+            (own.head.linear, own.head.tied) = (linear.clone(), false);
+        }
+        drafts.push(of(&own, hidden)?);
     }
-    Ok(found)
+    Ok((of(&graph, hidden.normed)?, drafts))
 }
 
 /// What is wrong with the logits of the checkpoint in `folder`, if anything.
 fn difference(folder: &Path, golden_folder: &Path) -> Option<String> {
     let (sequences, expected) = golden(golden_folder);
-    let found = match logits(folder, &sequences) {
+    let (found, drafts) = match logits_and_drafts(folder, &sequences) {
         Ok(found) => found,
         Err(error) => return Some(error.to_string()),
     };
+    let file = SafetensorsFile::open(golden_folder.join("golden.safetensors")).unwrap();
+    let further = |at: usize| file.get(&format!("further.{at}")).map(|view| view.to_f32().unwrap());
+    let known = (0..).map_while(further).collect::<Vec<_>>();
+    if known.len() > drafts.len() {
+        return Some(format!("{} layers predict further tokens, not {}", drafts.len(), known.len()));
+    }
+    let drafted = drafts.iter().zip(&known).find_map(|(found, expected)| apart(found, expected));
+    apart(&found, &expected).or(drafted.map(|why| format!("of further tokens: {why}")))
+}
+
+fn apart(found: &[f32], expected: &[f32]) -> Option<String> {
     if found.len() != expected.len() {
         return Some(format!("{} logits, not {}", found.len(), expected.len()));
     }
     let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-    let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    let worst = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
     // Written so that a NaN is a difference.
     let close = worst <= 1e-4 * largest;
     (!close).then(|| format!("logits are off by {worst}, the largest is {largest}"))
@@ -76,6 +103,10 @@ struct Energies<'a> {
 impl forward::Supply<Cpu> for Energies<'_> {
     fn vector(&mut self, name: &str) -> quantc::Result<Vec<f32>> {
         self.plain.vector(name)
+    }
+
+    fn rows(&mut self, name: &str, tokens: &[u32]) -> quantc::Result<Vec<f32>> {
+        self.plain.rows(name, tokens)
     }
 
     fn linears(
@@ -115,6 +146,13 @@ fn linears_read_what_they_read_in_transformers() {
         "lfm2_moe_plain",
         "deepseek_v32_published",
         "kimi_linear_plain",
+        "qwen3_next_further",
+        "qwen3_5_text_further",
+        "deepseek_v3_shared",
+        "deepseek_v3_two",
+        "glm4_moe_further",
+        "exaone_moe_further",
+        "qwen2_mimo",
     ] {
         let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
         let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());
@@ -122,6 +160,7 @@ fn linears_read_what_they_read_in_transformers() {
         let mut chunks = forward::embed(&cpu, &graph, &source, &golden(&folder).0).unwrap();
         let mut supply = Energies { plain: forward::Plain::exact(&cpu, &source), found: BTreeMap::new() };
         for block in &graph.blocks {
+            forward::enter(&cpu, block, &mut chunks).unwrap();
             forward::run_block(&cpu, block, &mut supply, &mut chunks).unwrap();
         }
         let file = SafetensorsFile::open(folder.join("golden.safetensors")).unwrap();
@@ -157,6 +196,10 @@ fn linears_read_what_they_read_in_transformers() {
         "conv.out_proj",
         "self_attn.kv_b_proj",
         "self_attn.q_b_proj",
+        "mtp.fc",
+        "mtp.layers.0.mlp.down_proj",
+        "layers.2.eh_proj",
+        "layers.2.self_attn.kv_b_proj",
     ] {
         assert!(compared.iter().any(|module| module.ends_with(part)), "{part}: {compared:?}");
     }

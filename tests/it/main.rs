@@ -17,6 +17,7 @@ mod evidence;
 mod experts;
 mod families;
 mod folders;
+mod further;
 mod gates;
 mod gguf;
 mod gguf_families;

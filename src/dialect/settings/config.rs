@@ -101,6 +101,9 @@ impl Settings {
         }
         set(self.of_type(model_type, activation, &model)?);
         set(self.mixture(model_type, &model)?);
+        if let Some(key) = self.architecture.further {
+            set(json!({key: self.further()?}));
+        }
         Ok(config)
     }
 
@@ -128,7 +131,7 @@ impl Settings {
     fn hyperparameters(&self) -> Result<Hyperparameters> {
         let id = self.architecture.id;
         let hidden = self.required("embedding_length")?;
-        let layers = self.required("block_count")?;
+        let layers = self.layers()?.map_or_else(|| self.required("block_count"), Ok)?;
         let heads = self.required("attention.head_count")?;
         // Layers with a state have none, or no feed-forward layer.
         let by_layer = matches!(id, "granitehybrid" | "nemotron_h" | "nemotron_h_moe" | "lfm2" | "lfm2moe");
@@ -444,9 +447,10 @@ impl Settings {
             }
             // llama.cpp does not read which layers have the window: the last of every four has none.
             "exaone_moe" => {
-                self.look("attention.sliding_window_pattern");
                 let local: Vec<bool> = (0..layers).map(|layer| layer % 4 != 3).collect();
-                json!({"sliding_window": window, "layer_types": layer_types(&local)})
+                let all = self.local(layers + self.further()?, 4).unwrap_or_default();
+                let further = layer_types(all.get(layers..).unwrap_or_default());
+                json!({"sliding_window": window, "layer_types": layer_types(&local), "mtp_layer_types": further})
             }
             _ => json!({}),
         })

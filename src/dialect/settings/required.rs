@@ -102,7 +102,7 @@ pub(super) fn check(settings: &Settings) -> Result<()> {
     let grouped = settings.count("expert_group_count")?.is_some_and(|groups| groups > 1);
     let groups = grouped.then_some("expert_group_used_count");
     let vocabulary = settings.tensors.get("token_embd.weight").and_then(|shape| shape.first());
-    let direct = match settings.count("block_count")? {
+    let direct = match settings.layers()? {
         Some(26 | 27) => true,
         Some(48) => vocabulary == Some(&128256),
         _ => false,

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
         moe_all_experts: bool
         ignore: Sequence[str]
         unknown_tensors: str
+        mtp: str
         adapter: Path
         calibration: Path
         samples: int

@@ -1,0 +1,149 @@
+//! Layers that predict further tokens: blocks behind the model that begin with a state of it and the embedding of a token that follows.
+//!
+//! ```text
+//! x = [norm(embedding of token t + n) | norm(state of token t)]      # or the other way round
+//! h = projection(x)                                                  # the stream of the block, n tokens shorter than the model's
+//! … attention and a feed-forward layer, as in any block …
+//! state = norm(h)                                                    # which the next such layer takes, too
+//! logits of token t + n + 1 = head(state)
+//! ```
+//!
+//! `n` is 1 for the first such layer, whose state is what the model's head reads, and one more for each that follows (DeepSeek-AI 2024,
+//! arXiv:2412.19437, section 2.2).
+
+use std::borrow::Cow;
+
+use super::{Block, DropRule, Graph, Layer, Linear, Norm};
+
+/// What layers are that predict the token after the next.
+pub const FURTHER: &str = "predicts further tokens";
+
+/// What a block begins with that predicts further tokens, and what comes behind it.
+#[derive(Clone, Debug)]
+pub struct Further {
+    /// What the names of all of its tensors begin with, and those of no others: `mtp.`, or `model.layers.61.`.
+    pub prefix: String,
+    /// What the state has been normed by before: the model's last norm, or that of the layer of this kind before it.
+    pub before: Norm,
+    /// The embedding of the tokens that follow, `[vocabulary, hidden]`, and its rows: the model's, unless the layer has a copy.
+    pub embedding: (String, usize),
+    /// Of that embedding.
+    pub of_token: Norm,
+    /// Of the state.
+    pub of_state: Norm,
+    /// The state comes before the embedding.
+    pub state_first: bool,
+    /// `[hidden, 2 · hidden]`.
+    pub projection: Linear,
+    /// Behind the block.
+    pub norm: Norm,
+    /// A projection to logits of its own, in place of the model's, `[vocabulary, hidden]`.
+    pub head: Option<Linear>,
+}
+
+impl Further {
+    /// Its norms, each once.
+    pub(super) fn norms(&self) -> Vec<&Norm> {
+        vec![&self.of_token, &self.of_state, &self.norm]
+    }
+
+    /// Its tensors that are no norms and no linears, with their shapes.
+    pub(super) fn vectors(&self) -> Vec<(String, Vec<usize>)> {
+        let (embedding, rows) = &self.embedding;
+        vec![(embedding.clone(), vec![*rows, self.projection.rows])]
+    }
+
+    /// Does something to every linear.
+    pub(super) fn linears_mut(&mut self, change: &mut dyn FnMut(&mut Linear)) {
+        [&mut self.projection].into_iter().chain(&mut self.head).for_each(change);
+    }
+
+    /// Gives every tensor that is no linear's another name.
+    pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
+        self.prefix = name(&self.prefix);
+        self.embedding.0 = name(&self.embedding.0);
+        for norm in [&mut self.before, &mut self.of_token, &mut self.of_state, &mut self.norm] {
+            norm.weights.iter_mut().chain(&mut norm.bias).for_each(|tensor| *tensor = name(tensor));
+        }
+    }
+}
+
+impl Block {
+    /// What it begins with if it predicts further tokens.
+    pub fn further(&self) -> Option<&Further> {
+        self.steps.iter().find_map(|step| match &step.layer {
+            Layer::Further(further) => Some(&**further),
+            _ => None,
+        })
+    }
+}
+
+impl Graph {
+    /// The blocks of the model itself, without those behind it that predict further tokens.
+    pub fn trunk(&self) -> &[Block] {
+        let count = self.blocks.iter().take_while(|block| block.further().is_none()).count();
+        &self.blocks[..count]
+    }
+
+    /// The blocks that predict further tokens, in order.
+    pub fn predictors(&self) -> &[Block] {
+        &self.blocks[self.trunk().len()..]
+    }
+
+    /// What the names of tensors begin with that only layers have which predict further tokens.
+    pub fn of_predictors(&self) -> Vec<String> {
+        let mut all: Vec<String> =
+            self.predictors().iter().filter_map(Block::further).map(|further| further.prefix.clone()).collect();
+        all.dedup();
+        all
+    }
+
+    /// The same model without the layers that predict further tokens.
+    pub fn without_predictors(&self) -> Graph {
+        Graph { blocks: self.trunk().to_vec(), ..self.without_blocks() }
+    }
+
+    /// The same model with the layers that predict further tokens, or with their tensors aside.
+    pub fn predicting_further(&self, whether: bool) -> Cow<'_, Graph> {
+        if whether || self.predictors().is_empty() {
+            return Cow::Borrowed(self);
+        }
+        let mut graph = self.without_predictors();
+        graph.aside.extend(self.of_predictors().into_iter().map(|prefix| (prefix, FURTHER)));
+        Cow::Owned(graph)
+    }
+
+    /// The same model without the layers that predict further tokens, whose tensors are left out; those that were aside are, too.
+    pub fn dropping_further(&self) -> Graph {
+        let mut graph = self.without_predictors();
+        let (further, aside) = graph.aside.into_iter().partition(|(_, what)| what.starts_with(FURTHER));
+        graph.aside = aside;
+        let further: Vec<(String, &str)> = further;
+        let prefixes = further.into_iter().map(|(prefix, _)| prefix).chain(self.of_predictors());
+        graph.dropped.extend(prefixes.map(|prefix| DropRule { prefix, suffix: "", reason: FURTHER }));
+        graph
+    }
+
+    /// The same model without any blocks.
+    pub fn without_blocks(&self) -> Graph {
+        let Graph { family, hidden, vocabulary, opaque, .. } = *self;
+        Graph {
+            family,
+            hidden,
+            vocabulary,
+            embedding: self.embedding.clone(),
+            blocks: Vec::new(),
+            final_norm: self.final_norm.clone(),
+            head: self.head.clone(),
+            dropped: self.dropped.clone(),
+            aside: self.aside.clone(),
+            opaque,
+            unrunnable: self.unrunnable.clone(),
+        }
+    }
+
+    /// Whether a linear makes the stream of a layer that predicts further tokens.
+    pub fn joins(&self, linear: &Linear) -> bool {
+        self.predictors().iter().filter_map(Block::further).any(|further| further.projection.module == linear.module)
+    }
+}

@@ -1,0 +1,322 @@
+//! Layers that predict further tokens: quantized, kept and left out, in every format, and how often they draft what the model says.
+//!
+//! That what they compute is what the reference makes of it is in `golden.rs`.
+
+use std::path::Path;
+
+use kernels::Cpu;
+use ndarray::Axis;
+use quantc::graph::Graph;
+use quantc::job::{Job, Verification};
+use quantc::progress::{Cancel, Progress, Update};
+use quantc::recipe::{Recipe, Request};
+use quantc::report::{Activations, Fate, Limits, Report};
+use quantc::{Checkpoint, families, forward};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::families::checkpoint;
+
+/// One for each way in which such layers are called and made.
+const NAMES: &[&str] = &[
+    "qwen3_next_further",
+    "qwen3_5_text_further",
+    "qwen3_5_vision",
+    "deepseek_v3_further",
+    "deepseek_v3_two",
+    "glm4_moe_further",
+    "glm4_moe_lite_plain",
+    "exaone_moe_further",
+    "hy_v3_further",
+    "qwen2_mimo",
+];
+
+fn model(name: &str) -> TempDir {
+    let room = checkpoint(name);
+    crate::matrix::speak(room.path());
+    room
+}
+
+fn job<'a>(model: &'a Path, output: &Path, toml: &str) -> Job<'a> {
+    let text = model.join("text.txt").display().to_string();
+    let request: Request = toml::from_str(toml).unwrap();
+    let common = format!("calibration = '{text}'\nsamples = 16\nseq_len = 24");
+    let recipe = Recipe::resolve(request.or(toml::from_str(&common).unwrap())).unwrap();
+    let verification = Some(Verification { text, context: 24, windows: Some(16), limits: Limits::default() });
+    Job::one(model, output, recipe, verification, false)
+}
+
+fn quantize(model: &Path, output: &Path, toml: &str) -> Report {
+    job(model, output, toml).run_one(&Cpu::exact(), &mut Progress::new(true)).unwrap()
+}
+
+/// As [`quantize`], to a GGUF file, of a model whose tokenizer one can hold.
+fn gguf(model: &Path, output: &Path, toml: &str) -> Report {
+    crate::gguf_families::spell(model);
+    let text: String = (0..3000u32).map(|i| char::from(b'!' + (i * i % 9973 % 90) as u8)).collect();
+    std::fs::write(model.join("text.txt"), text).unwrap();
+    quantize(model, output, &format!("format = 'gguf'\n{toml}"))
+}
+
+/// The tokens that a model would say behind each of a text, and those that each layer of it drafts.
+fn said_and_drafted(path: &Path, sequence: &[u32]) -> (Vec<usize>, Vec<Vec<usize>>) {
+    let (cpu, source) = (Cpu::exact(), Checkpoint::open(path).unwrap());
+    let graph = families::graph_of(&source).unwrap();
+    let texts = [sequence.to_vec()];
+    let hidden = forward::final_hidden(&cpu, &graph, &source, &texts, Activations::Exact, true, &|_| Ok(())).unwrap();
+    let likeliest = |graph: &Graph, mut hidden: Vec<_>| -> Vec<usize> {
+        let head = forward::LoadedHead::of(&cpu, graph, &source, Activations::Exact).unwrap();
+        let logits = head.logits(&cpu, hidden.remove(0), usize::MAX).unwrap();
+        let first = |row: ndarray::ArrayView1<'_, f32>| {
+            (0..row.len()).rev().max_by(|a, b| row[*a].total_cmp(&row[*b])).unwrap()
+        };
+        logits.axis_iter(Axis(0)).map(first).collect()
+    };
+    let mut drafted = Vec::new();
+    for (block, hidden) in graph.predictors().iter().zip(hidden.further) {
+        let mut own = graph.without_blocks();
+        if let Some(linear) = &block.further().unwrap().head {
+            (own.head.linear, own.head.tied) = (linear.clone(), false);
+        }
+        drafted.push(likeliest(&own, hidden));
+    }
+    (likeliest(&graph, hidden.normed), drafted)
+}
+
+/// Shares of drafted tokens that are what the model says, over windows of 24 tokens of a text of words, counted in the plainest way.
+fn agreement(path: &Path, text: &Path) -> Vec<(usize, usize)> {
+    let words = std::fs::read_to_string(text).unwrap();
+    let ids: Vec<u32> = words.split(' ').map(|word| word[1..].parse().unwrap()).collect();
+    let mut found: Vec<(usize, usize)> = Vec::new();
+    for window in ids.chunks_exact(24).take(16) {
+        let (said, drafted) = said_and_drafted(path, window);
+        found.resize(drafted.len(), (0, 0));
+        for (layer, drafted) in drafted.iter().enumerate() {
+            // What the last token is followed by is not scored.
+            for (at, token) in drafted.iter().enumerate().take(23 - layer - 1) {
+                found[layer].0 += 1;
+                found[layer].1 += usize::from(said[at + layer + 1] == *token);
+            }
+        }
+    }
+    found
+}
+
+fn config(folder: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn they_are_quantized_and_measured_as_the_rest_of_the_model() {
+    for name in NAMES {
+        let (room, outputs) = (model(name), tempfile::tempdir().unwrap());
+        let output = outputs.path().join("out");
+        let report = quantize(room.path(), &output, "scheme = 'W8A16'\nmethod = 'awq+gptq'\ngroup_size = 32");
+        let graph = families::graph_of(&Checkpoint::open(room.path()).unwrap()).unwrap();
+        assert!(!graph.predictors().is_empty(), "{name}");
+        let ignored = config(&output)["quantization_config"]["ignore"].to_string();
+        for block in graph.predictors() {
+            let further = block.further().unwrap();
+            for linear in block.linears() {
+                let quantized = report.linears.iter().any(|found| found.name == linear.module);
+                // vLLM and SGLang load codes of all but the projection.
+                assert_eq!(quantized, linear.module != further.projection.module, "{name}: {}", linear.module);
+            }
+            for left in [&further.projection.module].into_iter().chain(further.head.as_ref().map(|head| &head.module)) {
+                // Of numbered layers, and in a part of a larger model, by an expression.
+                let (parent, last) = left.rsplit_once('.').unwrap();
+                let last = last.trim_start_matches(|c: char| c.is_numeric());
+                let said = [format!("\"{left}\""), format!("\\\\.{last}$\"")];
+                assert!(said.iter().any(|said| ignored.contains(said)), "{name}: {parent} in {ignored}");
+            }
+        }
+        let quality = report.quality.as_ref().unwrap();
+        let [own, before] = [&output, room.path()].map(|path| agreement(path, &room.path().join("text.txt")));
+        assert_eq!(quality.further.len(), graph.predictors().len(), "{name}");
+        for (found, ((tokens, agreed), (_, before))) in quality.further.iter().zip(own.into_iter().zip(before)) {
+            let share = |count: usize| count as f64 / tokens as f64;
+            assert_eq!((found.tokens, found.agreement), (tokens, share(agreed)), "{name}");
+            assert_eq!(found.reference_agreement, Some(share(before)), "{name}");
+            // Of random layers they are few, and of eight bits hardly any are others.
+            assert!((found.agreement - share(before)).abs() < 0.05, "{name}: {found:?}");
+        }
+        // What they draft is nearly what it was, too.
+        let ids: Vec<u32> = (3..27).map(|i| i * 7 % 90).collect();
+        let [(_, a), (_, b)] = [&output, room.path()].map(|path| said_and_drafted(path, &ids));
+        let same = a.iter().flatten().zip(b.iter().flatten()).filter(|(a, b)| a == b).count();
+        assert!(10 * same >= 8 * a.iter().map(Vec::len).sum::<usize>(), "{name}: {same}");
+    }
+}
+
+#[test]
+fn they_are_kept_or_left_out_where_that_is_asked_for() {
+    for name in NAMES {
+        let (room, outputs) = (model(name), tempfile::tempdir().unwrap());
+        let (kept, dropped) = (outputs.path().join("kept"), outputs.path().join("dropped"));
+        let source = Checkpoint::open(room.path()).unwrap();
+        let prefixes = families::graph_of(&source).unwrap().of_predictors();
+        let own = |entry: &str| prefixes.iter().any(|prefix| entry.starts_with(prefix));
+        let names: Vec<&str> =
+            source.entries().iter().map(|entry| &entry.name[..]).filter(|entry| own(entry)).collect();
+        let report = quantize(room.path(), &kept, "scheme = 'W8A16'\nmethod = 'gptq'\ngroup_size = 32\nmtp = 'keep'");
+        assert!(report.linears.iter().all(|linear| !own(&linear.name)), "{name}");
+        assert!(report.notes.iter().any(|note| note.contains("further tokens are kept as they are")), "{name}");
+        let written = Checkpoint::open(&kept).unwrap();
+        for tensor in &names {
+            assert!(written.raw(tensor).unwrap().data == source.raw(tensor).unwrap().data, "{name}: {tensor}");
+        }
+        let quality = report.quality.unwrap();
+        assert_eq!(quality.further.len(), prefixes.len(), "{name}");
+        assert!(quality.further.iter().all(|found| found.reference_agreement.is_some()), "{name}");
+
+        let settings = "scheme = 'W8A16'\nmethod = 'gptq'\ngroup_size = 32\nmtp = 'drop'";
+        let report = quantize(room.path(), &dropped, settings);
+        let written = Checkpoint::open(&dropped).unwrap();
+        assert!(written.entries().iter().all(|entry| !own(&entry.name)), "{name}");
+        assert!(report.tensors.iter().filter(|one| own(&one.name)).all(|one| matches!(one.fate, Fate::Dropped(_))));
+        assert!(report.notes.iter().any(|note| note.contains("left out, and counted no longer")), "{name}");
+        assert!(report.quality.unwrap().further.is_empty(), "{name}");
+        let config = config(&dropped);
+        for key in ["num_nextn_predict_layers", "mtp_num_hidden_layers"] {
+            assert!(config.get(key).is_none_or(|count| *count == 0), "{name}: {config}");
+        }
+        assert!(!config["quantization_config"].to_string().contains(prefixes[0].trim_end_matches('.')), "{name}");
+    }
+}
+
+#[test]
+fn a_gguf_file_has_them_as_llama_cpp_calls_them() {
+    for name in NAMES.iter().filter(|name| **name != "qwen2_mimo") {
+        let (room, outputs) = (model(name), tempfile::tempdir().unwrap());
+        let ids: Vec<u32> = (3..27).map(|i| i * 7 % 90).collect();
+        let before = said_and_drafted(room.path(), &ids);
+        let graph = families::graph_of(&Checkpoint::open(room.path()).unwrap()).unwrap();
+        let path = |kind: &str| outputs.path().join(format!("{kind}.gguf"));
+        gguf(room.path(), &path("whole"), "scheme = 'F32'\nmethod = 'rtn'");
+        assert_eq!(said_and_drafted(&path("whole"), &ids), before, "{name}");
+        let types = |kind: &str| {
+            let file = formats::GgufFile::open(path(kind)).unwrap();
+            let architecture = file.string("general.architecture").unwrap().unwrap().to_owned();
+            let counts = ["block_count", "nextn_predict_layers"]
+                .map(|key| file.count(&format!("{architecture}.{key}")).unwrap().unwrap_or(0));
+            let at = format!("blk.{}.", graph.trunk().len());
+            let own = file.tensors().iter().filter(|tensor| tensor.name.starts_with(&at));
+            let own: Vec<(String, String)> =
+                own.map(|tensor| (tensor.name[at.len()..].to_owned(), tensor.ty.name.to_owned())).collect();
+            (own, counts)
+        };
+        let (trunk, further) = (graph.trunk().len(), graph.predictors().len());
+        let report = gguf(room.path(), &path("quantized"), "scheme = 'Q8_0'\nmethod = 'gptq'");
+        let (found, counts) = types("quantized");
+        assert_eq!(counts, [trunk + further, further], "{name}");
+        let of = |part: &str| found.iter().find(|(tensor, _)| tensor == part).map(|(_, ty)| &ty[..]);
+        for (part, ty) in [
+            ("nextn.eh_proj.weight", "Q8_0"),
+            ("nextn.enorm.weight", "F32"),
+            ("nextn.hnorm.weight", "F32"),
+            ("nextn.shared_head_norm.weight", "F32"),
+            ("attn_output.weight", "Q8_0"),
+        ] {
+            assert_eq!(of(part), Some(ty), "{name}: {part}, {found:?}");
+        }
+        let first = graph.predictors()[0].further().unwrap();
+        assert_eq!(of("nextn.shared_head_head.weight").is_some(), first.head.is_some(), "{name}");
+        assert!(report.linears.iter().any(|linear| linear.name == first.projection.module), "{name}");
+        assert_eq!(report.quality.unwrap().further.len(), further, "{name}");
+
+        let report = gguf(room.path(), &path("kept"), "scheme = 'Q8_0'\nmethod = 'gptq'\nmtp = 'keep'");
+        let (found, _) = types("kept");
+        assert!(found.iter().all(|(_, ty)| ["BF16", "F32"].contains(&&ty[..])), "{name}: {found:?}");
+        assert_eq!(report.quality.unwrap().further.len(), further, "{name}");
+
+        gguf(room.path(), &path("dropped"), "scheme = 'Q8_0'\nmethod = 'rtn'\nmtp = 'drop'");
+        assert_eq!(types("dropped"), (Vec::new(), [trunk, 0]), "{name}");
+    }
+}
+
+/// Its relative Qwen2 has no such layers in llama.cpp.
+#[test]
+fn a_gguf_file_of_an_architecture_without_them_has_none() {
+    let (room, outputs) = (model("qwen2_mimo"), tempfile::tempdir().unwrap());
+    let path = outputs.path().join("m.gguf");
+    let report = gguf(room.path(), &path, "scheme = 'Q8_0'\nmethod = 'gptq'");
+    assert!(
+        report.notes.iter().any(|note| note.contains("llama.cpp has no place for them here")),
+        "{:?}",
+        report.notes
+    );
+    let file = formats::GgufFile::open(&path).unwrap();
+    assert!(file.tensors().iter().all(|tensor| !tensor.name.starts_with("blk.2.")));
+    assert_eq!(file.count("qwen2.block_count").unwrap(), Some(2));
+    assert!(report.quality.unwrap().further.is_empty());
+}
+
+/// A checkpoint may have lost some tensors of such a layer, as where someone saved part of it.
+#[test]
+fn a_layer_that_is_not_whole_is_no_part_of_the_model() {
+    let room = model("qwen3_5_text_further");
+    let path = room.path().join("model.safetensors");
+    let file = formats::SafetensorsFile::open(&path).unwrap();
+    let left: Vec<_> = file.tensors().filter(|tensor| tensor.name != "mtp.norm.weight").cloned().collect();
+    let bytes: Vec<Vec<u8>> = left.iter().map(|spec| file.get(&spec.name).unwrap().data.to_vec()).collect();
+    let specs = left.iter().map(|spec| formats::TensorSpec {
+        name: spec.name.clone(),
+        dtype: spec.dtype,
+        shape: spec.shape.clone(),
+    });
+    let again = tempfile::tempdir().unwrap();
+    let writer = formats::ShardedWriter::create(again.path(), specs.collect(), u64::MAX, &Default::default()).unwrap();
+    left.iter().zip(&bytes).for_each(|(spec, bytes)| writer.write(&spec.name, bytes).unwrap());
+    writer.finish().unwrap();
+    for name in ["config.json", "tokenizer.json", "text.txt"] {
+        std::fs::copy(room.path().join(name), again.path().join(name)).unwrap();
+    }
+    let outputs = tempfile::tempdir().unwrap();
+    let output = outputs.path().join("out");
+    let report = quantize(again.path(), &output, "scheme = 'W8A16'\nmethod = 'rtn'\ngroup_size = 32");
+    let of_it: Vec<&Fate> =
+        report.tensors.iter().filter(|one| one.name.starts_with("mtp.")).map(|one| &one.fate).collect();
+    let aside = |fate: &&Fate| matches!(fate, Fate::Aside("predicts further tokens, and is not whole"));
+    assert!(!of_it.is_empty() && of_it.iter().all(aside), "{of_it:?}");
+    assert!(report.quality.unwrap().further.is_empty());
+}
+
+/// Weights of an output.
+fn weights(folder: &Path) -> Vec<u8> {
+    std::fs::read(folder.join("model.safetensors")).unwrap()
+}
+
+#[test]
+fn an_interrupted_run_goes_on_with_them() {
+    let settings = "scheme = 'W4A16'\nmethod = 'awq+gptq'\ngroup_size = 32";
+    for name in ["qwen3_5_text_further", "deepseek_v3_two"] {
+        let (room, outputs) = (model(name), tempfile::tempdir().unwrap());
+        let [whole, again] = ["whole", "again"].map(|kind| outputs.path().join(kind));
+        quantize(room.path(), &whole, settings);
+        let graph = families::graph_of(&Checkpoint::open(room.path()).unwrap()).unwrap();
+        // Finished blocks as a run left them that was stopped before it measured, and then fewer: half of such layers, and none.
+        for finished in [graph.blocks.len(), graph.blocks.len() - 1, graph.trunk().len()] {
+            let cancel = Cancel::new();
+            let stop = cancel.clone();
+            let stops = move |update: &Update| {
+                if update.stage.starts_with("measuring") {
+                    stop.cancel();
+                }
+            };
+            let mut progress = Progress::told(stops).stopped_by(&cancel);
+            let error = job(room.path(), &again, settings).run_one(&Cpu::exact(), &mut progress).unwrap_err();
+            assert!(matches!(error, quantc::Error::Cancelled), "{name}: {error}");
+            let hidden = std::fs::read_dir(outputs.path()).unwrap().map(|entry| entry.unwrap().path());
+            let staged = hidden.filter(|path| path.display().to_string().contains(".partial-")).collect::<Vec<_>>();
+            let journal = staged[0].join(".quantc-journal");
+            let text = std::fs::read_to_string(&journal).unwrap();
+            let lines: Vec<&str> = text.split_inclusive('\n').collect();
+            assert_eq!(lines.len(), 1 + graph.blocks.len(), "{name}: a line for each block");
+            std::fs::write(&journal, lines[..1 + finished].concat()).unwrap();
+            let report = quantize(room.path(), &again, settings);
+            assert!(report.interrupted.iter().any(|note| note.contains(&format!("goes on after {finished} blocks"))));
+            assert!(weights(&again) == weights(&whole), "{name}, after {finished} blocks");
+            std::fs::remove_dir_all(&again).unwrap();
+        }
+    }
+}
