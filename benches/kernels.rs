@@ -16,8 +16,8 @@ use formats::ggml::{GgmlType, TYPES};
 use formats::{Float, Scheme};
 use kernels::ops::{activation, bf16};
 use kernels::{
-    Activation, AttentionShape, Cpu, DeltaShape, Factor, FitKind, Forward, Grid, GridSpec, IndexShape, Measure, Memory, NormKind,
-    Quantize, Result, cpu,
+    Activation, AttentionShape, Cpu, DeltaShape, Factor, FitKind, Forward, Grid, GridSpec, IndexShape, Measure, Memory,
+    NormKind, Quantize, Result, cpu,
 };
 use ndarray::Array2;
 

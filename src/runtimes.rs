@@ -189,8 +189,7 @@ pub fn notes(
         wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && *what != FURTHER),
     };
     let packed = codec == "compressed-tensors";
-    let refused =
-        packed && loading.refuses_packed(source.entries().iter().map(|entry| &entry.name[..]));
+    let refused = packed && loading.refuses_packed(source.entries().iter().map(|entry| &entry.name[..]));
     let is_one = |types: &[&str]| {
         types.contains(&&model_type[..]) || type_of(source.config()).is_some_and(|outer| types.contains(&outer))
     };

@@ -123,6 +123,11 @@ impl Settings {
         let kv_heads = match id {
             // It tells layers with a state.
             "kimi-linear" => heads,
+            // Layers with a window have twice as many.
+            "mimo2" => match self.look("attention.head_count_kv") {
+                Some(MetadataValue::Array(list)) => list.iter().filter_map(integer).min().unwrap_or(heads).max(1),
+                _ => self.count("attention.head_count_kv")?.unwrap_or(heads).max(1),
+            },
             _ => self.count("attention.head_count_kv")?.unwrap_or(heads).max(1),
         };
         let latent = self.count("attention.kv_lora_rank")?.is_some() && self.architecture.latent;
@@ -132,7 +137,10 @@ impl Settings {
             true => self.required("attention.key_length_mla")?,
             false => self.count("attention.key_length")?.unwrap_or(hidden / heads),
         };
-        if !latent && let Some(value) = self.count("attention.value_length")?.filter(|value| *value != head_dim) {
+        if !latent
+            && id != "mimo2"
+            && let Some(value) = self.count("attention.value_length")?.filter(|value| *value != head_dim)
+        {
             return Err(self.unsupported(format!("keys of {head_dim} values and values of {value} cannot be read")));
         }
         let rotated = self.count("rope.dimension_count")?.unwrap_or(head_dim);
@@ -204,6 +212,8 @@ impl Settings {
             let share = if (head_dim as f64 * share) as usize == rotated { share } else { share + 1e-9 };
             Ok(match model_type {
                 "gpt_neox" => json!({"rotary_pct": share}),
+                // Each kind of layers has it.
+                "mimo_v2_flash" => json!({}),
                 "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" | "qwen3_next"
                 | "qwen3_5_text" | "qwen3_5_moe_text" => {
                     json!({"partial_rotary_factor": share})
@@ -248,6 +258,17 @@ impl Settings {
                     all["llama_4_scaling_beta"] = scale.into();
                 }
                 return Ok(json!({"rope_parameters": all}));
+            }
+            // Layers with a window have frequencies of their own, of as many values.
+            "mimo_v2_flash" => {
+                let dim = self.required("attention.key_length")?;
+                let rotated = self.count("rope.dimension_count")?.unwrap_or(dim);
+                let share = rotated as f64 / dim as f64 + 1e-9;
+                let mut wide = with_base();
+                let near = self.float("rope.freq_base_swa")?.unwrap_or(theta);
+                let mut near = json!({"rope_type": "default", "rope_theta": near});
+                [&mut wide, &mut near].map(|all| all["partial_rotary_factor"] = share.into());
+                return Ok(json!({"rope_parameters": {"full_attention": wide, "sliding_attention": near}}));
             }
             // In a text the positions of all kinds are the same.
             "qwen3_5_text" | "qwen3_5_moe_text" => {
@@ -383,6 +404,13 @@ impl Settings {
                     "layer_types": kinds,
                 })
             }
+            "mimo_v2_flash" => json!({
+                "v_head_dim": self.required("attention.value_length")?,
+                "sliding_window": window,
+                "layer_types": layer_types(&self.local(layers, 6)?),
+                "attention_value_scale": self.float("attention.value_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
+                "attention_bias": self.biased(&["attn_q", "attn_k", "attn_v"]),
+            }),
             "olmo" => json!({"clip_qkv": self.float("attention.clamp_kqv")?.filter(|clip| *clip > 0.0)}),
             "olmo3" => json!({"sliding_window": window, "layer_types": layer_types(&self.local(layers, 4)?)}),
             "gpt_neox" => json!({"use_parallel_residual": self.flag("use_parallel_residual")?.unwrap_or(true)}),
@@ -504,6 +532,19 @@ impl Settings {
             }
             "deepseek_v2" | "deepseek_v3" => self.deepseek(model)?,
             "kimi_linear" => self.kimi_linear(model)?,
+            "mimo_v2_flash" => {
+                let router = |layer| self.has(&format!("blk.{layer}.ffn_gate_inp.weight"));
+                let kind = |layer| if router(layer) { "sparse" } else { "dense" };
+                json!({
+                    "n_routed_experts": experts,
+                    "num_experts_per_tok": used()?,
+                    "moe_intermediate_size": expert_inner()?,
+                    "mlp_layer_types": (0..layers).map(kind).collect::<Vec<_>>(),
+                    // llama.cpp always divides by the sum, and scales nothing.
+                    "norm_topk_prob": true,
+                    "routed_scaling_factor": 1.0,
+                })
+            }
             "deepseek_v32" | "glm_moe_dsa" => {
                 let mut values = self.deepseek(model)?;
                 values.as_object_mut().expect("an object").extend(self.indexers(layers)?);
