@@ -194,8 +194,8 @@ fn sparse(c: &mut Criterion) {
 }
 
 fn delta(c: &mut Criterion) {
-    let shape =
-        DeltaShape { key_heads: 9, value_heads: 9, key_dim: 64, value_dim: 64, scale: 0.125, by_channel: false };
+    let sizes =
+        |by_channel| DeltaShape { key_heads: 9, value_heads: 9, key_dim: 64, value_dim: 64, scale: 0.125, by_channel };
     let mut group = c.benchmark_group("delta_rule");
     group.sample_size(10);
     let cpu = Cpu::exact();

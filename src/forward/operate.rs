@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use kernels::{Activation, ActivationRounding, Forward, RopeLayout};
+use kernels::{Activation, Forward, RopeLayout};
 
 use super::route::{Routed, choose, sigmoid};
 use super::run::{Computed, Loaded, Place, Read, Run};
@@ -68,7 +68,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         norm
     }
 
-    fn vector(&self, at: usize) -> Option<&[f32]> {
+    pub(super) fn vector(&self, at: usize) -> Option<&[f32]> {
         let Loaded::Vector(vector) = &self.loaded[at] else { unreachable!("loaded where it is used") };
         vector.as_deref()
     }
@@ -117,26 +117,14 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let turn = |x: &mut B::Matrix| self.turn(at, x, rope, layout, lengths);
                 self.each(operation, next, turn)?
             }
-            Kind::Scale(factor) => self.each(operation, next, |x| {
-                let rows = backend.shape(x)[0];
-                Ok(backend.scale(x, &vec![*factor; rows], &[])?)
-            })?,
-            Kind::Warm(Temperature { floor, scale, first }) => {
-                let warm = |position: usize| 1.0 + scale * (((position + first) as f32 / floor).floor() + 1.0).ln();
-                let factors: Vec<f32> = lengths.iter().flat_map(|length| (0..*length).map(warm)).collect();
+            Kind::Scale(_) | Kind::Warm(_) => {
+                let factors = factors(&operation.kind, lengths);
                 self.each(operation, next, |x| Ok(backend.scale(x, &factors, &[])?))?
             }
             Kind::Attention { shape, index, .. } => {
-                let [q, mut k, mut v] = [self.own(next())?, self.own(next())?, self.own(next())?];
-                if self.rounds_cache {
-                    // As a cache in half precision keeps them.
-                    backend.round_values(&mut k, ActivationRounding::F16)?;
-                    backend.round_values(&mut v, ActivationRounding::F16)?;
-                }
-                let mixed = match index {
-                    Some(index) => self.attend_to([&q, &k, &v], next().matrix(), shape, index, lengths)?,
-                    None => backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?,
-                };
+                let qkv = [self.own(next())?, self.own(next())?, self.own(next())?];
+                let chosen = index.as_ref().map(|index| (index, next()));
+                let mixed = self.attend(at, qkv, chosen, shape, lengths)?;
                 if program.values[operation.makes[0]].multiplied {
                     return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(mixed)))]);
                 }
@@ -236,6 +224,18 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             }),
         ))
     }
+}
+
+/// What the values of each token of sequences of these lengths are multiplied by.
+fn factors(kind: &Kind<'_>, lengths: &[usize]) -> Vec<f32> {
+    let of = |position: usize| match kind {
+        Kind::Warm(Temperature { floor, scale, first }) => {
+            1.0 + scale * (((position + first) as f32 / floor).floor() + 1.0).ln()
+        }
+        Kind::Scale(factor) => *factor,
+        _ => 1.0,
+    };
+    lengths.iter().flat_map(|length| (0..*length).map(of)).collect()
 }
 
 /// The tokens of an operation's expert.

@@ -267,7 +267,9 @@ impl Settings {
                 let mut wide = with_base();
                 let near = self.float("rope.freq_base_swa")?.unwrap_or(theta);
                 let mut near = json!({"rope_type": "default", "rope_theta": near});
-                [&mut wide, &mut near].map(|all| all["partial_rotary_factor"] = share.into());
+                for all in [&mut wide, &mut near] {
+                    all["partial_rotary_factor"] = share.into();
+                }
                 return Ok(json!({"rope_parameters": {"full_attention": wide, "sliding_attention": near}}));
             }
             // In a text the positions of all kinds are the same.
@@ -532,24 +534,8 @@ impl Settings {
             }
             "deepseek_v2" | "deepseek_v3" => self.deepseek(model)?,
             "kimi_linear" => self.kimi_linear(model)?,
-            "mimo_v2_flash" => {
-                let router = |layer| self.has(&format!("blk.{layer}.ffn_gate_inp.weight"));
-                let kind = |layer| if router(layer) { "sparse" } else { "dense" };
-                json!({
-                    "n_routed_experts": experts,
-                    "num_experts_per_tok": used()?,
-                    "moe_intermediate_size": expert_inner()?,
-                    "mlp_layer_types": (0..layers).map(kind).collect::<Vec<_>>(),
-                    // llama.cpp always divides by the sum, and scales nothing.
-                    "norm_topk_prob": true,
-                    "routed_scaling_factor": 1.0,
-                })
-            }
-            "deepseek_v32" | "glm_moe_dsa" => {
-                let mut values = self.deepseek(model)?;
-                values.as_object_mut().expect("an object").extend(self.indexers(layers)?);
-                values
-            }
+            "mimo_v2_flash" => self.mimo(model, used()?)?,
+            "deepseek_v32" | "glm_moe_dsa" => self.indexed(model)?,
             _ => json!({}),
         })
     }
@@ -575,6 +561,27 @@ impl Settings {
             "router_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
             "mlp_layer_types": (0..layers).map(kind).collect::<Vec<_>>(),
         }))
+    }
+
+    /// Experts of MiMo V2, in the layers that have a router. llama.cpp always divides their weights by the sum, and scales nothing.
+    fn mimo(&self, model: &Hyperparameters, used: usize) -> Result<Value> {
+        let kind = |layer| if self.has(&format!("blk.{layer}.ffn_gate_inp.weight")) { "sparse" } else { "dense" };
+        Ok(json!({
+            "n_routed_experts": model.experts,
+            "num_experts_per_tok": used,
+            "moe_intermediate_size": self.required("expert_feed_forward_length")?,
+            "mlp_layer_types": (0..model.layers).map(kind).collect::<Vec<_>>(),
+            "norm_topk_prob": true,
+            "routed_scaling_factor": 1.0,
+        }))
+    }
+
+    /// DeepSeek V3.2's and GLM-5's sizes, their indexers' among them.
+    fn indexed(&self, model: &Hyperparameters) -> Result<Value> {
+        let Value::Object(mut values) = self.deepseek(model)? else { unreachable!("an object") };
+        values.remove("rope_interleave");
+        values.extend(self.indexers(model.layers)?);
+        Ok(values.into())
     }
 
     /// Kimi Linear's sizes of layers with a state, and which layers these are: those without keys.
