@@ -246,6 +246,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         ..PLAIN
     },
     Architecture { id: "deepseek32", families: &["deepseek_v32"], neighbours: true, latent: true, ..PLAIN },
+    Architecture { id: "mimo2", families: &["mimo_v2_flash"], head: Need::Must, windows: true, ..PLAIN },
     Architecture { id: "kimi-linear", families: &["kimi_linear"], head: Need::Must, latent: true, ..PLAIN },
     Architecture { id: "glm-dsa", families: &["glm_moe_dsa"], neighbours: true, latent: true, ..PLAIN },
     Architecture {

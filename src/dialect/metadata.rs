@@ -195,9 +195,15 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     };
     let rotated = rotated.or(shared);
     heads(out, graph, first, rotated.unwrap_or(0), id)?;
-    if id == "kimi-linear" {
-        // Layers with a state are told by there being no keys.
-        let keys = graph.blocks.iter().map(|block| MetadataValue::U32(block.attention().is_some().into())).collect();
+    // Layers with a state are told by there being no keys, and those with a window by there being more.
+    let keys: Option<fn(&Attention) -> usize> = match id {
+        "kimi-linear" => Some(|_| 1),
+        "mimo2" => Some(|attention| attention.shape.kv_heads),
+        _ => None,
+    };
+    if let Some(keys) = keys {
+        let keys = graph.blocks.iter().map(|block| MetadataValue::U32(block.attention().map_or(0, keys) as u32));
+        let keys = keys.collect();
         out.metadata.retain(|(name, _)| *name != key("attention.head_count_kv"));
         out.metadata.push((key("attention.head_count_kv"), metadata_array(keys, GGUFValueType::U32)?));
     }
@@ -518,6 +524,7 @@ fn factors(out: &mut Written, graph: &Graph, first: &Attention, id: &str) {
                 out.float(key("logit_scale"), 1.0 / graph.head.scale);
             }
         }
+        "mimo2" => out.float(key("attention.value_scale"), first.value_scale),
         "mistral3" => {
             if let Some(temperature) = first.temperature {
                 out.float(key("attention.temperature_scale"), temperature.scale);

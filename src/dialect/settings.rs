@@ -253,6 +253,7 @@ impl Settings {
             ("deepseek2", _) if self.sigmoid(false)? => ("deepseek_v3", "DeepseekV3ForCausalLM", "silu"),
             ("deepseek2", _) => ("deepseek_v2", "DeepseekV2ForCausalLM", "silu"),
             ("deepseek32", _) => ("deepseek_v32", "DeepseekV32ForCausalLM", "silu"),
+            ("mimo2", true) => ("mimo_v2_flash", "MiMoV2FlashForCausalLM", "silu"),
             ("kimi-linear", _) => ("kimi_linear", "KimiLinearForCausalLM", "silu"),
             ("glm-dsa", _) => ("glm_moe_dsa", "GlmMoeDsaForCausalLM", "silu"),
             ("gpt-oss", true) => ("gpt_oss", "GptOssForCausalLM", "silu"),

@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use kernels::{Activation, ActivationRounding, AttentionShape, Forward, IndexShape, RopeLayout};
+use kernels::{Activation, Forward, RopeLayout};
 
 use super::route::{Routed, choose, sigmoid};
 use super::run::{Computed, Loaded, Place, Read, Run};
@@ -68,7 +68,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         norm
     }
 
-    pub fn vector(&self, at: usize) -> Option<&[f32]> {
+    pub(super) fn vector(&self, at: usize) -> Option<&[f32]> {
         let Loaded::Vector(vector) = &self.loaded[at] else { unreachable!("loaded where it is used") };
         vector.as_deref()
     }
@@ -117,15 +117,14 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let turn = |x: &mut B::Matrix| self.turn(at, x, rope, layout, lengths);
                 self.each(operation, next, turn)?
             }
-            Kind::Warm(Temperature { floor, scale, first }) => {
-                let warm = |position: usize| 1.0 + scale * (((position + first) as f32 / floor).floor() + 1.0).ln();
-                let factors: Vec<f32> = lengths.iter().flat_map(|length| (0..*length).map(warm)).collect();
+            Kind::Warm(temperature) => {
+                let factors = factors(temperature, lengths);
                 self.each(operation, next, |x| Ok(backend.scale(x, &factors, &[])?))?
             }
             Kind::Attention { shape, index, .. } => {
                 let qkv = [self.own(next())?, self.own(next())?, self.own(next())?];
-                let choice = index.as_ref().map(|index| (next(), index));
-                let mixed = self.attend(at, qkv, shape, choice, lengths)?;
+                let chosen = index.as_ref().map(|index| (index, next()));
+                let mixed = self.attend(at, qkv, chosen, shape, lengths)?;
                 if program.values[operation.makes[0]].multiplied {
                     return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(mixed)))]);
                 }
@@ -173,27 +172,6 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             _ => self.recur(at, next, lengths)?,
         };
         operation.makes.iter().zip(matrices).map(|(value, matrix)| self.made(*value, matrix)).collect()
-    }
-
-    /// Attention to all earlier tokens, or to those of a choice.
-    fn attend(
-        &self,
-        at: usize,
-        [q, mut k, mut v]: [B::Matrix; 3],
-        shape: &AttentionShape,
-        choice: Option<(Read<'_, B>, &IndexShape)>,
-        lengths: &[usize],
-    ) -> Result<B::Input> {
-        let backend = self.backend;
-        if self.rounds_cache {
-            // As a cache in half precision keeps them.
-            backend.round_values(&mut k, ActivationRounding::F16)?;
-            backend.round_values(&mut v, ActivationRounding::F16)?;
-        }
-        match choice {
-            Some((choice, index)) => self.attend_to([&q, &k, &v], choice.matrix(), shape, index, lengths),
-            None => Ok(backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?),
-        }
     }
 
     /// The embedding of a chunk's tokens.
@@ -253,6 +231,13 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             }),
         ))
     }
+}
+
+/// What the values of each token of sequences of these lengths are multiplied by.
+fn factors(temperature: &Temperature, lengths: &[usize]) -> Vec<f32> {
+    let Temperature { floor, scale, first } = temperature;
+    let of = |position: usize| 1.0 + scale * (((position + first) as f32 / floor).floor() + 1.0).ln();
+    lengths.iter().flat_map(|length| (0..*length).map(of)).collect()
 }
 
 /// The tokens of an operation's expert.

@@ -1,6 +1,6 @@
 //! What the operations of attention to a choice of tokens do to one chunk.
 
-use kernels::{AttentionShape, Forward, IndexShape};
+use kernels::{ActivationRounding, AttentionShape, Forward, IndexShape};
 
 use super::run::{Read, Run};
 use crate::error::Result;
@@ -29,19 +29,26 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         Ok(self.backend.copy(chosen.as_ref().expect("an indexer was run before"))?)
     }
 
-    /// Attention to a choice, or to all where nothing is left out.
-    pub fn attend_to(
+    /// Attention of queries, keys and values, to a choice of tokens where there is one and it leaves something out.
+    pub fn attend(
         &self,
-        qkv: [&B::Matrix; 3],
-        chosen: &B::Matrix,
+        at: usize,
+        [q, mut k, mut v]: [B::Matrix; 3],
+        chosen: Option<(&IndexShape, Read<'_, B>)>,
         shape: &AttentionShape,
-        index: &IndexShape,
         lengths: &[usize],
     ) -> Result<B::Input> {
-        let [q, k, v] = qkv;
-        Ok(match sees_all(index, lengths) {
-            true => self.backend.attention(q, k, v, None, shape, lengths)?,
-            false => self.backend.attention_to(qkv, chosen, shape, index, lengths)?,
+        let backend = self.backend;
+        if self.rounds_cache {
+            // As a cache in half precision keeps them.
+            backend.round_values(&mut k, ActivationRounding::F16)?;
+            backend.round_values(&mut v, ActivationRounding::F16)?;
+        }
+        Ok(match chosen {
+            Some((index, chosen)) if !sees_all(index, lengths) => {
+                backend.attention_to([&q, &k, &v], chosen.matrix(), shape, index, lengths)?
+            }
+            _ => backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?,
         })
     }
 }

@@ -1,6 +1,6 @@
 //! A program as people and scripts read it.
 
-use kernels::{Activation, NormKind};
+use kernels::{Activation, IndexShape, NormKind};
 use serde::Serialize;
 
 use super::{Kept, Kind, Operation, Program, Value};
@@ -128,6 +128,17 @@ impl Program<'_> {
     }
 }
 
+/// How much an indexer chooses, and for whom.
+fn said_of_choice(shape: &IndexShape, shared: bool) -> Vec<String> {
+    let mut details = vec![format!("{} heads", shape.heads), format!("scale {}", shape.scale)];
+    details.push(match shape.block {
+        1 => format!("{} tokens", shape.count),
+        block => format!("{} blocks of {block} tokens", shape.count),
+    });
+    details.extend(shared.then(|| "for layers behind it, too".to_owned()));
+    details
+}
+
 /// What an operation computes, and what else decides about it.
 fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
     let call = |name: &str| format!("{name}({})", reads.join(", "));
@@ -237,17 +248,7 @@ fn said_of_attention(operation: &Operation<'_>, reads: &[String]) -> (String, Ve
             details.extend(index.map(|index| format!("{} tokens at most", index.tokens())));
             (call("attention"), details)
         }
-        Kind::Select { shape, shared } => {
-            let mut details = vec![format!("{} heads", shape.heads), format!("scale {}", shape.scale)];
-            details.push(match shape.block {
-                1 => format!("{} tokens", shape.count),
-                block => format!("{} blocks of {block} tokens", shape.count),
-            });
-            if *shared {
-                details.push("for layers behind it, too".to_owned());
-            }
-            (call("select"), details)
-        }
+        Kind::Select { shape, shared } => (call("select"), said_of_choice(shape, *shared)),
         Kind::Chosen => ("what the last indexer chose".to_owned(), Vec::new()),
         _ => unreachable!("one of these"),
     }

@@ -31,14 +31,15 @@ impl CacheType {
     }
 }
 
-/// Values that one token leaves in the cache of an attention layer: of its keys and values, or of the latent that both are made from.
+/// Values that one token leaves in the cache of an attention layer: of its keys and values, or of the latent that both are made from, and of
+/// the keys of an indexer.
 fn values(attention: &Attention) -> u64 {
-    match &attention.projections {
-        Projections::Direct(_) => {
-            (attention.shape.kv_heads * (attention.shape.head_dim + attention.shape.value_dim)) as u64
-        }
-        Projections::Latent(latent) => latent.kv_a.rows as u64,
-    }
+    let cached = match &attention.projections {
+        Projections::Direct(_) => attention.shape.kv_heads * (attention.shape.head_dim + attention.shape.value_dim),
+        Projections::Latent(latent) => latent.kv_a.rows,
+    };
+    let indexed = attention.indexer().map_or(0, |indexer| indexer.shape.head_dim);
+    (cached + indexed) as u64
 }
 
 /// Bytes that one sequence leaves in a layer with a state, however long it is: the state in single precision, and what the convolution

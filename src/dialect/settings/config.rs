@@ -139,6 +139,8 @@ impl Settings {
         let kv_heads = match by_layer {
             // It tells layers with a state, and nothing else.
             _ if id == "kimi-linear" => Some(heads),
+            // Layers with a window have twice as many.
+            _ if id == "mimo2" => self.counts("attention.head_count_kv", layers)?.into_iter().min(),
             true => largest("attention.head_count_kv")?,
             false => self.count("attention.head_count_kv")?,
         };
@@ -150,7 +152,10 @@ impl Settings {
             true => self.required("attention.key_length_mla")?,
             false => self.count("attention.key_length")?.unwrap_or(hidden / heads),
         };
-        if !latent && let Some(value) = self.count("attention.value_length")?.filter(|value| *value != head_dim) {
+        if !latent
+            && id != "mimo2"
+            && let Some(value) = self.count("attention.value_length")?.filter(|value| *value != head_dim)
+        {
             return Err(self.unsupported(format!("keys of {head_dim} values and values of {value} cannot be read")));
         }
         let rotated = self.count("rope.dimension_count")?.unwrap_or(head_dim);
@@ -240,6 +245,8 @@ impl Settings {
             let share = if (head_dim as f64 * share) as usize == rotated { share } else { share + 1e-9 };
             Ok(match model_type {
                 "gpt_neox" => json!({"rotary_pct": share}),
+                // Each kind of layers has it.
+                "mimo_v2_flash" => json!({}),
                 "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" | "qwen3_next"
                 | "qwen3_5_text" | "qwen3_5_moe_text" => {
                     json!({"partial_rotary_factor": share})
@@ -284,6 +291,19 @@ impl Settings {
                     all["llama_4_scaling_beta"] = scale.into();
                 }
                 return Ok(json!({"rope_parameters": all}));
+            }
+            // Layers with a window have frequencies of their own, of as many values.
+            "mimo_v2_flash" => {
+                let dim = self.required("attention.key_length")?;
+                let rotated = self.count("rope.dimension_count")?.unwrap_or(dim);
+                let share = rotated as f64 / dim as f64 + 1e-9;
+                let mut wide = with_base();
+                let near = self.float("rope.freq_base_swa")?.unwrap_or(theta);
+                let mut near = json!({"rope_type": "default", "rope_theta": near});
+                for all in [&mut wide, &mut near] {
+                    all["partial_rotary_factor"] = share.into();
+                }
+                return Ok(json!({"rope_parameters": {"full_attention": wide, "sliding_attention": near}}));
             }
             // In a text the positions of all kinds are the same.
             "qwen3_5_text" | "qwen3_5_moe_text" => {
@@ -426,6 +446,13 @@ impl Settings {
             }
             "bamba" | "granitemoehybrid" | "falcon_h1" | "nemotron_h" => self.state_space(model_type, model)?,
             "lfm2" | "lfm2_moe" => self.short_convolutions(model_type, model)?,
+            "mimo_v2_flash" => json!({
+                "v_head_dim": self.required("attention.value_length")?,
+                "sliding_window": window,
+                "layer_types": layer_types(&self.local(layers, 6)?),
+                "attention_value_scale": self.float("attention.value_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
+                "attention_bias": self.biased(&["attn_q", "attn_k", "attn_v"]),
+            }),
             "olmo" => json!({"clip_qkv": self.float("attention.clamp_kqv")?.filter(|clip| *clip > 0.0)}),
             "olmo3" => json!({"sliding_window": window, "layer_types": layer_types(&self.local(layers, 4)?)}),
             "gpt_neox" => json!({"use_parallel_residual": self.flag("use_parallel_residual")?.unwrap_or(true)}),
@@ -551,11 +578,8 @@ impl Settings {
             }
             "deepseek_v2" | "deepseek_v3" => self.deepseek(model)?,
             "kimi_linear" => self.kimi_linear(model)?,
-            "deepseek_v32" | "glm_moe_dsa" => {
-                let mut values = self.deepseek(model)?;
-                values.as_object_mut().expect("an object").extend(self.indexers(layers)?);
-                values
-            }
+            "mimo_v2_flash" => self.mimo(model, used()?)?,
+            "deepseek_v32" | "glm_moe_dsa" => self.indexed(model)?,
             _ => json!({}),
         })
     }
@@ -581,6 +605,27 @@ impl Settings {
             "router_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
             "mlp_layer_types": (0..layers).map(kind).collect::<Vec<_>>(),
         }))
+    }
+
+    /// Experts of MiMo V2, in the layers that have a router. llama.cpp always divides their weights by the sum, and scales nothing.
+    fn mimo(&self, model: &Hyperparameters, used: usize) -> Result<Value> {
+        let kind = |layer| if self.has(&format!("blk.{layer}.ffn_gate_inp.weight")) { "sparse" } else { "dense" };
+        Ok(json!({
+            "n_routed_experts": model.experts,
+            "num_experts_per_tok": used,
+            "moe_intermediate_size": self.required("expert_feed_forward_length")?,
+            "mlp_layer_types": (0..model.layers).map(kind).collect::<Vec<_>>(),
+            "norm_topk_prob": true,
+            "routed_scaling_factor": 1.0,
+        }))
+    }
+
+    /// DeepSeek V3.2's and GLM-5's sizes, their indexers' among them.
+    fn indexed(&self, model: &Hyperparameters) -> Result<Value> {
+        let Value::Object(mut values) = self.deepseek(model)? else { unreachable!("an object") };
+        values.remove("rope_interleave");
+        values.extend(self.indexers(model.layers)?);
+        Ok(values.into())
     }
 
     /// Kimi Linear's sizes of layers with a state, and which layers these are: those without keys.

@@ -29,6 +29,7 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ),
     ("deepseek32", CHOOSING),
     ("glm-dsa", CHOOSING),
+    ("mimo2", &["attention.sliding_window", "attention.sliding_window_pattern", "expert_feed_forward_length"]),
     (
         "kimi-linear",
         &[
