@@ -93,7 +93,7 @@ fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
 }
 
 fn delta(a: &DeltaNet, b: &DeltaNet) -> Option<String> {
-    let of = |delta: &DeltaNet| (delta.shape, delta.activation, delta.decay.limits);
+    let of = |delta: &DeltaNet| (delta.shape, delta.activation, delta.decay.limits, delta.share);
     (of(a) != of(b) || !norm(Some(&a.norm), Some(&b.norm)))
         .then(|| "linear attention of this form".to_owned())
         .or_else(|| convolution(&a.convolution, &b.convolution))
@@ -146,7 +146,7 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
             None => "attention to all tokens".to_owned(),
         });
     }
-    if a.gated != b.gated {
+    if a.gated != b.gated || a.head_gate.is_some() != b.head_gate.is_some() {
         return Some(format!("attention {} a gate", if a.gated { "with" } else { "without" }));
     }
     if softcap != b.shape.softcap {

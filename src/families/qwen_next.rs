@@ -169,7 +169,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activa
         inputs,
         rates,
         convolution: Convolution {
-            tensor: format!("{module}.conv1d.weight"),
+            tensors: vec![(format!("{module}.conv1d.weight"), 2 * keys + values)],
             bias: None,
             channels: 2 * keys + values,
             taps,
@@ -177,6 +177,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activa
         },
         shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces: true, by_channel: false },
         decay: Decay { rates: format!("{module}.A_log"), bias: format!("{module}.dt_bias"), limits: Decay::UNLIMITED },
+        share: 1.0,
         unit,
         norm,
         activation: Activation::Silu,

@@ -18,6 +18,8 @@ pub struct DeltaNet {
     pub shape: DeltaShape,
     /// How fast a state forgets.
     pub decay: Decay,
+    /// Factor on the share that is written.
+    pub share: f32,
     /// Of queries and keys after the convolution, each head by itself: their length alone, without a weight.
     pub unit: Norm,
     /// Of the result, each head by itself, before it is multiplied by the gate.
@@ -31,11 +33,11 @@ pub struct DeltaNet {
 /// A causal convolution of a few taps, each channel by itself.
 #[derive(Clone, Debug)]
 pub struct Convolution {
-    /// Tensor, `[channels, 1, taps]`, the last of a channel's for the token itself.
-    pub tensor: String,
+    /// Tensors and their channels, one after the other: `[channels, 1, taps]`, the last of a channel's for the token itself.
+    pub tensors: Vec<(String, usize)>,
     /// Tensor of one value a channel that is added.
     pub bias: Option<String>,
-    /// Channels.
+    /// Channels of all of them.
     pub channels: usize,
     /// The token and those before it that count.
     pub taps: usize,

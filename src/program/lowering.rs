@@ -114,8 +114,20 @@ impl<'b> Lowering<'b> {
     }
 
     fn attention(&mut self, attention: &'b Attention, x: usize) -> usize {
-        let Attention { projections, gated, o, shape, rope, layout, norms, clip, sinks, temperature, choice } =
-            attention;
+        let Attention {
+            projections,
+            gated,
+            head_gate,
+            o,
+            shape,
+            rope,
+            layout,
+            norms,
+            clip,
+            sinks,
+            temperature,
+            choice,
+        } = attention;
         let (mut gate, mut queries_latent) = (None, None);
         let mut qkv: [usize; 3] = match projections {
             Projections::Direct(linears) => {
@@ -151,7 +163,11 @@ impl<'b> Lowering<'b> {
         let kind = Kind::Attention { shape: *shape, sinks: sinks.as_deref(), index };
         let width = shape.heads * shape.value_dim;
         let mut mixed = self.one(kind, &reads, "mix", width);
-        if let Some(gate) = gate {
+        let by_head = head_gate.as_ref().map(|linear| {
+            let heads = self.linears(vec![linear], true, x, &["gate"])[0];
+            self.one(Kind::Spread, &[heads], "gate", width)
+        });
+        if let Some(gate) = gate.or(by_head) {
             mixed = self.one(Kind::Gate(Activation::Sigmoid), &[gate, mixed], "mix", width);
         }
         // It costs more than any product, and the weights before it can go once it is there.
@@ -190,7 +206,7 @@ impl<'b> Lowering<'b> {
     }
 
     fn delta(&mut self, delta: &'b DeltaNet, x: usize) -> usize {
-        let DeltaNet { inputs, rates, convolution, shape, decay, unit, norm, activation, out } = delta;
+        let DeltaNet { inputs, rates, convolution, shape, decay, share, unit, norm, activation, out } = delta;
         let made = self.linears(inputs.iter().collect(), false, x, &["q", "k", "v", "z"]);
         let [mut q, mut k, mut v, gate]: [usize; 4] = made.try_into().expect("queries, keys, values and a gate");
         let made = self.linears(rates.iter().collect(), true, x, &["b", "a"]);
@@ -206,6 +222,7 @@ impl<'b> Lowering<'b> {
         }
         let decays = self.one(Kind::Decay(decay), &[a], "decay", shape.value_heads);
         let beta = self.one(Kind::Map(Activation::Sigmoid), &[b], "beta", shape.value_heads);
+        let beta = self.scaled(beta, *share);
         let width = shape.value_heads * shape.value_dim;
         let mut mixed = self.one(Kind::Delta(*shape), &[q, k, v, decays, beta], "mix", width);
         self.each(Kind::HeadNorm { norm, head_dim: shape.value_dim }, std::slice::from_mut(&mut mixed));

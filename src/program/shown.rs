@@ -143,6 +143,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             let details = if *fixed { vec!["never quantized".to_owned()] } else { Vec::new() };
             (call("linear"), details)
         }
+        Kind::Spread => only(call("spread")),
         Kind::JoinHeads { heads } => (call("join_heads"), vec![format!("{heads} heads")]),
         Kind::Clamp(limit) => (call("clamp"), vec![format!("to ±{limit}")]),
         Kind::Rope { rope, layout } => {

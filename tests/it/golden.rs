@@ -113,6 +113,9 @@ fn linears_read_what_they_read_in_transformers() {
         "falcon_h1_plain",
         "lfm2_plain",
         "lfm2_moe_plain",
+        "lfm3_plain",
+        "afmoe_plain",
+        "olmo_hybrid_plain",
     ] {
         let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
         let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());

@@ -48,12 +48,15 @@ impl Lister {
         self.rows(&format!("{at}.attn_qkv"), first, rows)?;
         self.rows(&format!("{at}.attn_gate"), gate, ordered(z.clone(), by_row.as_ref()))?;
 
-        let Convolution { tensor, bias, channels, taps, .. } = convolution;
+        let Convolution { tensors, bias, channels, taps, .. } = convolution;
         if bias.is_some() {
             return Err(self.cannot("a convolution with a bias"));
         }
         let keys = 2 * key_heads * key_dim;
         let channel = |order: &Vec<usize>| (0..keys).chain(order.iter().map(|row| keys + row)).collect();
+        let [(tensor, _)] = &tensors[..] else {
+            return Err(self.cannot("convolutions of queries, keys and values that are stored apart"));
+        };
         let from = From::Tensor(tensor.clone(), vec![*channels, 1, *taps]);
         let part = Part::some(from, by_row.as_ref().map(channel));
         self.push(format!("{at}.ssm_conv1d.weight"), vec![*channels, *taps], vec![part]);

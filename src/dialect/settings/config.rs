@@ -420,6 +420,7 @@ impl Settings {
                 })
             }
             "bamba" | "granitemoehybrid" | "falcon_h1" | "nemotron_h" => self.state_space(model_type, model)?,
+            "afmoe" => self.arcee(model)?,
             "lfm2" | "lfm2_moe" => self.short_convolutions(model_type, model)?,
             "olmo" => json!({"clip_qkv": self.float("attention.clamp_kqv")?.filter(|clip| *clip > 0.0)}),
             "olmo3" => json!({"sliding_window": window, "layer_types": layer_types(&self.local(layers, 4)?)}),
@@ -499,10 +500,7 @@ impl Settings {
                 })
             }
             "hy_v3" => self.hunyuan(model, used()?)?,
-            "granitemoehybrid" if experts.is_none() => json!({"num_local_experts": 0}),
-            "mixtral" | "granitemoe" | "granitemoehybrid" => {
-                json!({"num_local_experts": experts, "num_experts_per_tok": used()?})
-            }
+            "mixtral" | "granitemoe" => json!({"num_local_experts": experts, "num_experts_per_tok": used()?}),
             "olmoe" => json!({"num_experts": experts, "num_experts_per_tok": used()?, "norm_topk_prob": false}),
             "qwen2_moe" | "qwen3_moe" => json!({
                 "num_experts": experts,
