@@ -255,6 +255,8 @@ pub struct Attention {
     pub projections: Projections,
     /// The linears make one part more, after the queries and as wide as what is attended to, whose sigmoid multiplies that.
     pub gated: bool,
+    /// To one number a head, whose sigmoid multiplies what the head has attended to; never quantized.
+    pub head_gate: Option<Linear>,
     /// Output projection.
     pub o: Linear,
     /// Heads, scale and mask.
@@ -607,7 +609,10 @@ impl Layer {
                 .chain(moe.shared.as_ref().and_then(|(_, gate)| gate.as_ref()))
                 .collect(),
             Layer::Delta(delta) => delta.fixed().collect(),
-            Layer::Attention(attention) => attention.indexer().into_iter().flat_map(Indexer::linears).collect(),
+            Layer::Attention(attention) => {
+                let indexer = attention.indexer().into_iter().flat_map(Indexer::linears);
+                attention.head_gate.iter().chain(indexer).collect()
+            }
             Layer::Further(further) => further.head.iter().collect(),
             _ => Vec::new(),
         }
@@ -718,6 +723,7 @@ impl Graph {
                             q.iter_mut().chain([kv_a, kv_b]).for_each(&mut *change);
                         }
                     }
+                    a.head_gate.iter_mut().for_each(&mut *change);
                     change(&mut a.o);
                     let indexer = a.choice.as_mut().and_then(Choice::indexer_mut);
                     indexer.into_iter().flat_map(Indexer::linears_mut).for_each(&mut *change);

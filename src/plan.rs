@@ -235,7 +235,9 @@ impl Named {
         let model_type = families::settings(source.config())?.model_type;
         let mut loading = Loading::default();
         let mut loaded: Vec<Vec<String>> = vec![Vec::new(); modules.len()];
-        if graph.opaque || families::type_of(source.config()) != Some(&model_type[..]) {
+        // Families of one class whose files have other names than the class.
+        let renamed = matches!(graph.family, "lfm3" | "nemotron_h" | "olmo_hybrid");
+        if graph.opaque || renamed || families::type_of(source.config()) != Some(&model_type[..]) {
             loading = Loading::of(source.config());
             loaded = modules.iter().map(|(name, _)| loading.names(name)).collect();
             let packed: Vec<&String> = modules.iter().map(|(name, _)| name).chain(loaded.iter().flatten()).collect();

@@ -259,6 +259,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         windows: true,
         ..PLAIN
     },
+    Architecture { id: "afmoe", families: &["afmoe"], qkv_bias: Need::Never, windows: true, ..PLAIN },
     Architecture { id: "lfm2", families: &["lfm2"], square: true, final_norm: "token_embd_norm", ..PLAIN },
     Architecture { id: "lfm2moe", families: &["lfm2_moe"], square: true, final_norm: "token_embd_norm", ..PLAIN },
     Architecture { id: "qwen3next", families: &["qwen3_next"], tiled: false, ..QWEN35 },

@@ -2,8 +2,7 @@
 //!
 //! Loaders ask for exact types: counts are u32, reals f32.
 
-#[cfg(test)]
-mod tests;
+mod states;
 
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
 use kernels::{Activation, DeltaShape, NormKind};
@@ -235,13 +234,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     if matches!(id, "qwen2vl" | "qwen35" | "qwen35moe") {
         sections(out, config, id, rotated.unwrap_or(0))?;
     }
-    recurrent(out, graph, &layers, id)?;
-    if let Some(least) = shortest_step(graph).filter(|least| *least > 0.0) {
-        out.notice(format!(
-            "llama.cpp takes steps of state spaces that are shorter than {least}, which transformers does not: logits differ a little from the \
-             original's"
-        ));
-    }
+    states::recurrent(out, graph, &layers, id)?;
     factors(out, graph, first, id);
     choice(out, &layers, id)?;
     experts(out, graph, &layers, id)?;
@@ -277,7 +270,7 @@ impl<'g> Layers<'g> {
         let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
         let Some(&first) = attention.first() else { return Err(cannot("a model without attention".to_owned())) };
         let state = |layer: &'g Layer| match layer {
-            Layer::Delta(delta) => Some((delta.shape, &delta.convolutions[0])),
+            Layer::Delta(delta) => Some((delta.shape, &delta.convolution)),
             Layer::Mamba(mamba) => Some((mamba.shape, &mamba.convolution)),
             _ => None,
         };
@@ -360,14 +353,6 @@ fn latents_are_near(graph: &Graph) -> bool {
     matches!(graph.family, "glm4_moe_lite" | "glm_moe_dsa" | "kimi_linear")
 }
 
-/// The shortest step of state spaces.
-fn shortest_step(graph: &Graph) -> Option<f32> {
-    graph.blocks.iter().flat_map(|block| &block.steps).find_map(|step| match &step.layer {
-        Layer::Mamba(mamba) => Some(mamba.decay.limits[0]),
-        _ => None,
-    })
-}
-
 /// The context of a model that computes its positions, which config.json alone knows; a guess is a notice.
 fn context_of(out: &mut Written, config: &Value) -> Result<usize> {
     let longest = longest_context(config)?;
@@ -439,47 +424,6 @@ fn sections(out: &mut Written, config: &Value, id: &'static str, rotated: usize)
     });
     let sections = sections.collect();
     out.metadata.push((key, metadata_array(sections, GGUFValueType::I32)?));
-    Ok(())
-}
-
-/// Sizes of linear attention, and which layers have it.
-fn recurrent(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static str) -> Result<()> {
-    let key = |name: &str| format!("{id}.{name}");
-    if let Some(convolution) = layers.short.first() {
-        out.count(key("shortconv.l_cache"), convolution.taps)?;
-    } else if id.starts_with("lfm2") {
-        return Err(names::cannot(id, "a model without short convolutions"));
-    }
-    let Some((shape, convolution)) = layers.recurrent.first() else { return Ok(()) };
-    out.count(key("ssm.conv_kernel"), convolution.taps)?;
-    if id == "kimi-linear" {
-        if shape.value_heads != layers.first.shape.heads {
-            let what = format!(
-                "{} heads of linear attention beside {} of attention",
-                shape.value_heads, layers.first.shape.heads
-            );
-            return Err(names::cannot(id, what));
-        }
-        return out.count(key("kda.head_dim"), shape.key_dim);
-    }
-    out.count(key("ssm.inner_size"), shape.value_heads * shape.value_dim)?;
-    out.count(key("ssm.state_size"), shape.key_dim)?;
-    out.count(key("ssm.time_step_rank"), shape.value_heads)?;
-    out.count(key("ssm.group_count"), shape.key_heads)?;
-    if !shape.replaces {
-        return Ok(());
-    }
-    let flags: Vec<bool> = graph.blocks.iter().map(|block| block.attention().is_none()).collect();
-    let own = &flags[..graph.trunk().len()];
-    let fits = |every: &usize| own.iter().enumerate().all(|(at, flag)| *flag != (at + 1).is_multiple_of(*every));
-    match (1..=own.len()).find(fits) {
-        Some(every) => out.count(key("full_attention_interval"), every)?,
-        // Which only later versions of llama.cpp read.
-        None => {
-            let flags = flags.into_iter().map(MetadataValue::Bool).collect();
-            out.metadata.push((key("attention.recurrent_layers"), metadata_array(flags, GGUFValueType::Bool)?));
-        }
-    }
     Ok(())
 }
 
@@ -582,7 +526,7 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
             }
         }
         let latent = matches!(id, "deepseek2" | "deepseek32" | "glm-dsa" | "kimi-linear");
-        if latent || matches!(id, "glm4moe" | "exaone-moe" | "hy_v3") {
+        if latent || matches!(id, "afmoe" | "glm4moe" | "exaone-moe" | "hy_v3") {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
             out.count(key("expert_shared_count"), shared)?;
             let all = graph.trunk().iter().flat_map(|block| &block.steps);
@@ -712,4 +656,150 @@ fn size_label(parameters: u64) -> String {
         _ => 0,
     };
     format!("{scaled:.decimals$}{suffix}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dialect::names::plan;
+    use crate::families::build;
+    use serde_json::json;
+
+    fn config(change: impl FnOnce(&mut Value)) -> Value {
+        let mut config = json!({
+            "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "num_hidden_layers": 3, "vocab_size": 100, "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 512, "head_dim": 32, "rope_theta": 500000.0, "tie_word_embeddings": true,
+        });
+        change(&mut config);
+        config
+    }
+
+    fn written(config: &Value) -> Written {
+        let graph = build(config).unwrap();
+        let about = About { name: Some("tiny".to_owned()), license: Some("mit".to_owned()) };
+        metadata(&graph, config, &plan(&graph).unwrap(), &about, 15, None).unwrap()
+    }
+
+    #[test]
+    fn a_llama_has_every_key_with_its_type() {
+        let (u32, f32, string) =
+            (MetadataValue::U32, MetadataValue::F32, |s: &str| MetadataValue::String(s.to_owned()));
+        let expected = [
+            ("general.architecture", string("llama")),
+            ("general.type", string("model")),
+            ("general.name", string("tiny")),
+            ("general.size_label", string("136K")),
+            ("general.license", string("mit")),
+            ("general.file_type", u32(15)),
+            ("general.quantization_version", u32(2)),
+            ("llama.vocab_size", u32(100)),
+            ("llama.context_length", u32(512)),
+            ("llama.embedding_length", u32(64)),
+            ("llama.block_count", u32(3)),
+            ("llama.feed_forward_length", u32(96)),
+            ("llama.attention.head_count", u32(4)),
+            ("llama.attention.head_count_kv", u32(2)),
+            ("llama.attention.key_length", u32(32)),
+            ("llama.attention.value_length", u32(32)),
+            ("llama.attention.layer_norm_rms_epsilon", f32(1e-5)),
+            ("llama.rope.dimension_count", u32(32)),
+            ("llama.rope.freq_base", f32(500000.0)),
+        ];
+        let written = written(&config(|_| ()));
+        assert_eq!(written.metadata, expected.map(|(key, value)| (key.to_owned(), value)));
+        assert_eq!(written.notices, Vec::<String>::new());
+    }
+
+    #[test]
+    fn rope_scaling_is_written_where_it_is_a_setting() {
+        let linear = written(&config(|c| c["rope_scaling"] = json!({"type": "linear", "factor": 4.0})));
+        let find = |key: &str| linear.metadata.iter().find(|(k, _)| k == key).map(|(_, v)| v.clone());
+        assert_eq!(find("llama.rope.scaling.type"), Some(MetadataValue::String("linear".to_owned())));
+        assert_eq!(find("llama.rope.scaling.factor"), Some(MetadataValue::F32(4.0)));
+        let llama3 = written(&config(|c| {
+            c["rope_scaling"] = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64});
+        }));
+        assert!(llama3.metadata.iter().all(|(key, _)| !key.contains("scaling")));
+    }
+
+    #[test]
+    fn what_is_lost_is_told() {
+        let window = written(&config(|c| {
+            c["model_type"] = "mistral".into();
+            c["sliding_window"] = 128.into();
+        }));
+        assert!(window.notices[0].contains("sliding window of 128 tokens"), "{:?}", window.notices);
+        let wide = written(&config(|c| {
+            c["model_type"] = "mistral".into();
+            c["sliding_window"] = 512.into();
+        }));
+        assert!(wide.notices.is_empty());
+        let unknown = written(&config(|c| c["max_position_embeddings"] = Value::Null));
+        assert!(unknown.notices[0].contains("no max_position_embeddings"));
+        assert!(unknown.metadata.contains(&("llama.context_length".to_owned(), MetadataValue::U32(2048))));
+    }
+
+    #[test]
+    fn what_cannot_be_said_is_refused() {
+        let config = config(|_| ());
+        let refused = |change: &dyn Fn(&mut Graph)| {
+            let mut graph = build(&config).unwrap();
+            change(&mut graph);
+            let written = plan(&graph).and_then(|plan| metadata(&graph, &config, &plan, &About::default(), 0, None));
+            written.unwrap_err().to_string()
+        };
+        let eps = refused(&|graph| graph.final_norm.eps = 1e-3);
+        assert_eq!(
+            eps,
+            "norms with different epsilons cannot be written as GGUF's architecture `llama`, as llama.cpp reads it; give another --format, \
+             as compressed-tensors"
+        );
+        assert!(refused(&|graph| graph.head.linear.bias = true).contains("a bias of `lm_head` cannot"));
+        assert!(refused(&|graph| graph.head.scale = 0.5).contains("logits that are multiplied by 0.5 cannot"));
+        assert!(refused(&|graph| graph.blocks[1].parallel = true).contains("side by side in block 1 cannot"));
+        assert!(refused(&|graph| graph.blocks[2].steps[1].scale = 0.5).contains("multiplied by 0.5 in block 2 cannot"));
+        let shape = |graph: &mut Graph, change: &dyn Fn(&mut Attention)| match &mut graph.blocks[0].steps[0].layer {
+            Layer::Attention(attention) => change(attention),
+            _ => unreachable!(),
+        };
+        assert!(refused(&|graph| shape(graph, &|a| a.shape.scale = 1.0)).contains("attention scale of 1"));
+        assert!(refused(&|graph| drop(graph.blocks[1].steps.pop())).contains("one feed-forward layer each"));
+    }
+
+    #[test]
+    fn the_importance_matrix_is_recorded() {
+        let config = config(|_| ());
+        let graph = build(&config).unwrap();
+        let plan = plan(&graph).unwrap();
+        let importance = ImportanceSource {
+            file: "m.gguf".to_owned(),
+            dataset: Some("mixed".to_owned()),
+            entries: 21,
+            chunks: Some(128),
+        };
+        let written = metadata(&graph, &config, &plan, &About::default(), 15, Some(&importance)).unwrap();
+        let last = &written.metadata[written.metadata.len() - 4..];
+        let expected = [
+            ("quantize.imatrix.file", MetadataValue::String("m.gguf".to_owned())),
+            ("quantize.imatrix.dataset", MetadataValue::String("mixed".to_owned())),
+            ("quantize.imatrix.entries_count", MetadataValue::U32(21)),
+            ("quantize.imatrix.chunks_count", MetadataValue::U32(128)),
+        ];
+        assert_eq!(last, expected.map(|(key, value)| (key.to_owned(), value)));
+    }
+
+    #[test]
+    fn sizes_are_labelled_as_models_are() {
+        for (n, label) in [
+            (134_515_008, "135M"),
+            (1_235_814_400, "1.2B"),
+            (8_030_261_248, "8.0B"),
+            (70_553_706_496, "71B"),
+            (400, "0.40K"),
+        ] {
+            assert_eq!(size_label(n), label);
+        }
+    }
 }

@@ -352,6 +352,9 @@ impl Lister {
     fn attention(&mut self, at: &str, attention: &Attention, hidden: usize) -> Result<()> {
         let Attention { projections, o, shape, norms, sinks, .. } = attention;
         let architecture = self.architecture;
+        if attention.head_gate.is_some() {
+            return Err(self.cannot("attention with a gate for each head"));
+        }
         if architecture.square && shape.heads * shape.head_dim != hidden {
             return Err(self.cannot(format_args!(
                 "{} heads of {} values in a model of width {hidden}",
@@ -361,8 +364,12 @@ impl Lister {
         match projections {
             // Queries and gates head by head, as they are stored.
             Projections::Direct(linears) if attention.gated => {
-                let [q, k, v] = &linears[..] else { return Err(self.cannot("gated attention of this form")) };
-                for (name, linear) in [("attn_q", q), ("attn_k", k), ("attn_v", v)] {
+                let names: &[&str] = match linears.len() {
+                    3 => &["attn_q", "attn_k", "attn_v"],
+                    4 => &["attn_q", "attn_gate", "attn_k", "attn_v"],
+                    _ => return Err(self.cannot("gated attention of this form")),
+                };
+                for (name, linear) in names.iter().zip(linears) {
                     self.linear(&format!("{at}.{name}"), linear, None, architecture.qkv_bias)?;
                 }
             }

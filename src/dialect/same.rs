@@ -107,12 +107,13 @@ fn further(a: &Further, b: &Further) -> Option<String> {
 }
 
 fn delta(a: &DeltaNet, b: &DeltaNet) -> Option<String> {
-    let narrow = |delta: &DeltaNet| delta.narrow.as_ref().map(|narrow| (narrow.decay[0].rows, narrow.gate[0].rows));
-    let of =
-        |delta: &DeltaNet| (delta.shape, delta.activation, delta.decay.limits, narrow(delta), delta.convolutions.len());
+    let of = |delta: &DeltaNet| {
+        let narrow = delta.narrow.as_ref().map(|narrow| (narrow.decay[0].rows, narrow.gate[0].rows));
+        (delta.shape, delta.activation, delta.decay.limits, delta.share, narrow)
+    };
     (of(a) != of(b) || !norm(Some(&a.norm), Some(&b.norm)))
         .then(|| "linear attention of this form".to_owned())
-        .or_else(|| a.convolutions.iter().zip(&b.convolutions).find_map(|(a, b)| convolution(a, b)))
+        .or_else(|| convolution(&a.convolution, &b.convolution))
 }
 
 /// The shortest step that a reader may take for none at all: so short that it is said beside.
@@ -162,7 +163,7 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
             None => "attention to all tokens".to_owned(),
         });
     }
-    if a.gated != b.gated {
+    if a.gated != b.gated || a.head_gate.is_some() != b.head_gate.is_some() {
         return Some(format!("attention {} a gate", if a.gated { "with" } else { "without" }));
     }
     if softcap != b.shape.softcap {

@@ -212,6 +212,7 @@ impl Settings {
                 ("granitemoehybrid", "GraniteMoeHybridForCausalLM", "silu")
             }
             ("nemotron_h", false) | ("nemotron_h_moe", true) => ("nemotron_h", "NemotronHForCausalLM", "relu2"),
+            ("afmoe", true) if self.sigmoid(true)? => ("afmoe", "AfmoeForCausalLM", "silu"),
             ("lfm2", false) => ("lfm2", "Lfm2ForCausalLM", "silu"),
             ("lfm2moe", true) => ("lfm2_moe", "Lfm2MoeForCausalLM", "silu"),
             ("falcon-h1", false) => ("falcon_h1", "FalconH1ForCausalLM", "silu"),

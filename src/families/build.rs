@@ -122,6 +122,7 @@ impl Base {
         Attention {
             projections: Projections::Direct(linears),
             gated: false,
+            head_gate: None,
             o,
             shape: self.shape(),
             rope,

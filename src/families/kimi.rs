@@ -106,10 +106,10 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) -> Res
     let taps = size("short_conv_kernel_size", "linear_conv_kernel_dim")?;
     let width = heads * dim;
     let linear = |name: &str, rows, cols| Linear::plain(format!("{module}.{name}"), rows, cols, false);
-    let convolution = |name: &str| Convolution {
-        tensor: format!("{module}.{name}_conv1d.weight"),
+    let convolution = Convolution {
+        tensors: ["q", "k", "v"].map(|part| (format!("{module}.{part}_conv1d.weight"), width)).to_vec(),
         bias: None,
-        channels: width,
+        channels: 3 * width,
         taps,
         activation: Some(act),
     };
@@ -122,7 +122,8 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) -> Res
             decay: [linear("f_a_proj", dim, base.hidden), linear("f_b_proj", width, dim)],
             gate: [linear("g_a_proj", dim, base.hidden), linear("g_b_proj", width, dim)],
         })),
-        convolutions: ["q", "k", "v"].map(convolution).to_vec(),
+        convolution,
+        share: 1.0,
         shape: DeltaShape {
             key_heads: heads,
             value_heads: heads,

@@ -1,10 +1,10 @@
-//! LFM2 of Liquid AI: most layers are gated short convolutions, the others attention; dense or with experts.
+//! LFM2 and LFM3 of Liquid AI: most layers are gated short convolutions, the others attention; dense or with experts.
 
 use kernels::Activation;
 
 use super::build::{Base, block, pre};
 use super::moe::router;
-use super::rope::rope;
+use super::rope::{of_kind, rope};
 use super::{Config, Family};
 use crate::error::{Error, Result};
 use crate::graph::{
@@ -17,6 +17,9 @@ pub const LFM2: Family = Family { id: "lfm2", model_types: &["lfm2"], build: |co
 
 /// LFM2 with experts.
 pub const LFM2_MOE: Family = Family { id: "lfm2_moe", model_types: &["lfm2_moe"], build: |config| build(config, true) };
+
+/// LFM3, whose attention sees a window in some layers.
+pub const LFM3: Family = Family { id: "lfm3", model_types: &["lfm3"], build: third };
 
 fn build(config: &Config<'_>, experts: bool) -> Result<Graph> {
     let mut base = Base::read(config)?;
@@ -108,7 +111,7 @@ fn short(base: &Base, module: &str, taps: usize, bias: bool) -> ShortConvolution
             ..Linear::plain(format!("{module}.in_proj"), 3 * hidden, hidden, bias)
         },
         convolution: Convolution {
-            tensor: format!("{module}.conv.weight"),
+            tensors: vec![(format!("{module}.conv.weight"), hidden)],
             bias: bias.then(|| format!("{module}.conv.bias")),
             channels: hidden,
             taps,
@@ -116,6 +119,73 @@ fn short(base: &Base, module: &str, taps: usize, bias: bool) -> ShortConvolution
         },
         out: Linear::plain(format!("{module}.out_proj"), hidden, hidden, bias),
     }
+}
+
+/// With norms behind each layer too, and a gate for each head.
+fn third(config: &Config<'_>) -> Result<Graph> {
+    let mut base = Base::read(config)?;
+    base.eps = config.positive("norm_eps", 1e-5)? as f32;
+    base.final_norm = "model.embedding_norm";
+    base.tied = true;
+    let kinds = kinds(config, base.layers)?;
+    let taps = config.count("conv_L_cache")?;
+    let (conv_bias, bias) = (config.flag("conv_bias", false)?, config.flag("attention_bias", false)?);
+    let inner = config.count("intermediate_size")?;
+    let window = config.optional_count("sliding_window")?;
+    let sandwiched = config.flag("use_sandwich_norm", true)?;
+    let gated = config.flag("use_attention_gate", true)?;
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let mixer = match kinds[layer] {
+            "conv" => Layer::Short(Box::new(short(&base, &format!("{at}.conv"), taps, conv_bias))),
+            kind => {
+                let module = format!("{at}.self_attn");
+                let mut attention = base.attention(&module, [bias; 2], Some(of_kind(config, kind, base.head_dim)?));
+                attention.norms = Some(base.head_norms(&module));
+                attention.shape.window = window.filter(|_| kind == "sliding_attention");
+                attention.head_gate =
+                    gated.then(|| Linear::plain(format!("{module}.gate_proj"), base.heads, base.hidden, false));
+                Layer::Attention(attention)
+            }
+        };
+        let feed_forward = base.gated_of(&format!("{at}.feed_forward"), NAMES, inner, Activation::Silu, false);
+        let mut steps = vec![
+            pre(base.norm(&format!("{at}.operator_norm")), mixer),
+            pre(base.norm(&format!("{at}.ffn_norm")), Layer::Mlp(feed_forward)),
+        ];
+        if sandwiched {
+            for (step, name) in steps.iter_mut().zip(["post_operator_norm", "post_ffn_norm"]) {
+                step.post = Some(base.norm(&format!("{at}.{name}")));
+            }
+        }
+        Ok(block(at, steps))
+    })?;
+    base.graph(config, "lfm3", blocks)
+}
+
+/// The kinds of layers: by `layer_types`, or else one of two that see a window, or all, and convolutions around them.
+fn kinds(config: &Config<'_>, layers: usize) -> Result<Vec<&'static str>> {
+    let Some(types) = config.list("layer_types")? else {
+        let kind = |layer: usize| match layer % 4 {
+            2 => "full_attention",
+            0 if layer > 0 => "sliding_attention",
+            _ => "conv",
+        };
+        return Ok((0..layers).map(kind).collect());
+    };
+    if types.len() != layers {
+        let found = types.len();
+        return Err(Error::failed(format!(
+            "config.json: layer_types has {found} entries, and there are {layers} layers"
+        )));
+    }
+    let kind = |kind: &serde_json::Value| match kind.as_str() {
+        Some("full_attention") => Ok("full_attention"),
+        Some("sliding_attention") => Ok("sliding_attention"),
+        Some("conv") => Ok("conv"),
+        _ => Err(Error::failed(format!("config.json: layer type {} is not supported", shown(kind)))),
+    };
+    types.iter().map(kind).collect()
 }
 
 /// Experts that are chosen by sigmoids, with a correction or without.

@@ -1,5 +1,6 @@
 //! Model families: `config.json` → [`Graph`]. A family is one file and one line here.
 
+mod afmoe;
 mod apertus;
 mod build;
 mod classes;
@@ -83,6 +84,8 @@ pub const FAMILIES: &[Family] = &[
     llama4::LLAMA4,
     lfm::LFM2,
     lfm::LFM2_MOE,
+    lfm::LFM3,
+    afmoe::AFMOE,
     qwen::QWEN2,
     qwen::QWEN2_VL,
     qwen::QWEN3,
@@ -98,6 +101,7 @@ pub const FAMILIES: &[Family] = &[
     olmo::OLMO2,
     olmo::OLMO3,
     olmo::FLEX_OLMO,
+    olmo::OLMO_HYBRID,
     granite::GRANITE,
     granite::GRANITE_MOE,
     granite::GRANITE_HYBRID,
@@ -173,6 +177,7 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "idefics3", text: ("llama", false), tied: false, hears_text: false },
     Wrapper { model_type: "smolvlm", text: ("llama", false), tied: false, hears_text: false },
     Wrapper { model_type: "lfm2_vl", text: ("lfm2", false), tied: true, hears_text: false },
+    Wrapper { model_type: "lfm3_vl", text: ("lfm3", false), tied: true, hears_text: false },
     Wrapper { model_type: "mistral3", text: ("mistral", false), tied: true, hears_text: false },
     Wrapper { model_type: "kimi_k25", text: ("deepseek_v3", false), tied: true, hears_text: false },
     Wrapper { model_type: "minimax_m3_vl", text: ("minimax_m3_vl_text", true), tied: false, hears_text: true },
@@ -412,6 +417,7 @@ pub fn published(source: &dyn Weights) -> Result<Graph> {
     let mut graph = build(source.config()).map_err(located)?;
     names::adopt(&mut graph, source);
     apertus::settle(&mut graph, source)?;
+    olmo::settle(&mut graph, source);
     moe::from_stacks(&mut graph, source);
     further::settle(&mut graph, source);
     if headless(&graph, source) {

@@ -1,13 +1,16 @@
-//! OLMo 1 (norms without weights), 2 and 3 (norms behind the layers, and of whole queries and keys), and FlexOlmo (OLMo 2 with experts).
+//! OLMo 1 (norms without weights), 2 and 3 (norms behind the layers, and of whole queries and keys), FlexOlmo (OLMo 2 with experts), and OLMo Hybrid,
+//! most of whose layers are linear attention behind a norm.
 
-use kernels::{Activation, NormKind};
+use kernels::{Activation, DeltaShape, NormKind};
 
 use super::build::{Base, activation, block, pre, sliding, window_of};
 use super::moe::router;
 use super::rope::{of_kind, rope};
 use super::{Config, Family};
-use crate::error::Result;
-use crate::graph::{Graph, HeadNorms, Layer, Moe};
+use crate::error::{Error, Result};
+use crate::graph::{Convolution, Decay, DeltaNet, Graph, HeadNorms, Layer, Linear, Moe, Norm};
+use crate::json::shown;
+use crate::weights::Weights;
 
 /// OLMo 1.
 pub const OLMO: Family = Family { id: "olmo", model_types: &["olmo"], build: olmo };
@@ -21,6 +24,9 @@ pub const OLMO3: Family = Family { id: "olmo3", model_types: &["olmo3"], build: 
 /// FlexOlmo.
 pub const FLEX_OLMO: Family =
     Family { id: "flex_olmo", model_types: &["flex_olmo"], build: |config| later(config, "flex_olmo") };
+
+/// OLMo Hybrid.
+pub const OLMO_HYBRID: Family = Family { id: "olmo_hybrid", model_types: &["olmo_hybrid"], build: hybrid };
 
 fn olmo(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
@@ -91,4 +97,132 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
         Ok(base.post_block(at, attention, feed_forward))
     })?;
     base.graph(config, family, blocks)
+}
+
+fn hybrid(config: &Config<'_>) -> Result<Graph> {
+    let base = Base::read(config)?;
+    let inner = config.count("intermediate_size")?;
+    let act = activation(config, Activation::Silu)?;
+    let bias = config.flag("attention_bias", false)?;
+    let recurrent = recurrent_layers(config, base.layers)?;
+    // None where its base is null.
+    let rope = config.object("rope_parameters")?.map(|_| rope(config, base.head_dim)).transpose()?;
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let mlp = Layer::Mlp(base.gated(&format!("{at}.mlp"), inner, act, false));
+        if !recurrent[layer] {
+            let module = format!("{at}.self_attn");
+            let mut attention = base.attention(&module, [bias, bias], rope.clone());
+            attention.norms = Some(whole_norms(&base, &module));
+            return Ok(base.post_block(at, attention, mlp));
+        }
+        let delta = delta(config, &base, &format!("{at}.linear_attn"), act)?;
+        let steps = vec![
+            pre(base.norm(&format!("{at}.attention_layer_norm")), Layer::Delta(Box::new(delta))),
+            pre(base.norm(&format!("{at}.feedforward_layer_norm")), mlp),
+        ];
+        Ok(block(at, steps))
+    })?;
+    base.graph(config, "olmo_hybrid", blocks)
+}
+
+/// Which layers are linear attention: `layer_types`, or else all but every fourth, and the last where there would be no other.
+fn recurrent_layers(config: &Config<'_>, layers: usize) -> Result<Vec<bool>> {
+    let Some(types) = config.list("layer_types")? else {
+        return Ok((0..layers).map(|layer| layer % 4 != 3 && !(layers < 4 && layer + 1 == layers)).collect());
+    };
+    if types.len() != layers {
+        let found = types.len();
+        return Err(Error::failed(format!(
+            "config.json: layer_types has {found} entries, and there are {layers} layers"
+        )));
+    }
+    let recurrent = types.iter().map(|kind| match kind.as_str() {
+        Some("linear_attention") => Ok(true),
+        Some("full_attention") => Ok(false),
+        _ => Err(Error::failed(format!("config.json: layer type {} is not supported", shown(kind)))),
+    });
+    recurrent.collect()
+}
+
+/// Linear attention of linears that are all stored apart, and convolutions too.
+fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) -> Result<DeltaNet> {
+    let count = |key: &str, usual: usize| Ok::<_, Error>(config.optional_count(key)?.unwrap_or(usual));
+    let key_heads = count("linear_num_key_heads", base.heads)?;
+    let value_heads = count("linear_num_value_heads", base.heads)?;
+    let key_dim = count("linear_key_head_dim", 3 * base.hidden / (4 * key_heads))?;
+    let value_dim = count("linear_value_head_dim", 2 * key_dim)?;
+    let taps = config.count("linear_conv_kernel_dim")?;
+    if !value_heads.is_multiple_of(key_heads) {
+        return Err(Error::failed(format!(
+            "config.json: {value_heads} heads of values (linear_num_value_heads) cannot share {key_heads} heads of keys (linear_num_key_heads)"
+        )));
+    }
+    let (keys, values) = (key_heads * key_dim, value_heads * value_dim);
+    let linear = |name: &str, rows| Linear::plain(format!("{module}.{name}"), rows, base.hidden, false);
+    let norm = Norm { eps: 1e-5, ..base.norm_of(&format!("{module}.o_norm"), value_dim) };
+    let unit = Norm { kind: NormKind::Length, weights: Vec::new(), shape: vec![key_dim], eps: 1e-6, ..norm.clone() };
+    let parts = [("q", keys), ("k", keys), ("v", values)];
+    let scale = (key_dim as f32).powf(-0.5);
+    Ok(DeltaNet {
+        inputs: vec![
+            linear("q_proj", keys),
+            linear("k_proj", keys),
+            linear("v_proj", values),
+            linear("g_proj", values),
+        ],
+        rates: vec![linear("b_proj", value_heads), linear("a_proj", value_heads)],
+        convolution: Convolution {
+            tensors: parts.map(|(part, channels)| (format!("{module}.{part}_conv1d.weight"), channels)).to_vec(),
+            bias: None,
+            channels: 2 * keys + values,
+            taps,
+            activation: Some(act),
+        },
+        shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces: true, by_channel: false },
+        decay: Decay {
+            rates: (format!("{module}.A_log"), vec![value_heads]),
+            bias: (format!("{module}.dt_bias"), vec![value_heads]),
+            limits: Decay::UNLIMITED,
+        },
+        narrow: None,
+        share: if config.flag("linear_allow_neg_eigval", true)? { 2.0 } else { 1.0 },
+        unit,
+        norm,
+        activation: Activation::Silu,
+        out: Linear::plain(format!("{module}.o_proj"), base.hidden, values, false),
+    })
+}
+
+/// Takes the names and shapes that transformers 5 saves OLMo Hybrid under, where a checkpoint has them: norms of all layers are called alike, and
+/// the convolutions of queries, keys and values are one tensor that was cut into three.
+pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
+    if graph.family != "olmo_hybrid" {
+        return;
+    }
+    let there = |name: &str| source.entry(name).is_some();
+    for block in &mut graph.blocks {
+        for step in &mut block.steps {
+            if let Layer::Delta(delta) = &mut step.layer {
+                for (tensor, channels) in &mut delta.convolution.tensors {
+                    let stored = source.entry(tensor).and_then(|entry| entry.shape.first().copied());
+                    *channels = stored.unwrap_or(*channels);
+                }
+                let all: usize = delta.convolution.tensors.iter().map(|(_, channels)| channels).sum();
+                if all != delta.convolution.channels {
+                    // What is not right is told with the shapes that are expected.
+                    let DeltaShape { key_heads, key_dim, value_heads, value_dim, .. } = delta.shape;
+                    let widths = [key_heads * key_dim, key_heads * key_dim, value_heads * value_dim];
+                    let tensors = delta.convolution.tensors.iter_mut().zip(widths);
+                    tensors.for_each(|((_, channels), width)| *channels = width);
+                }
+            }
+            let other = format!("{}.feedforward_layer_norm.weight", block.name);
+            for weight in step.post.iter_mut().flat_map(|norm| &mut norm.weights) {
+                if weight.ends_with(".post_attention_layernorm.weight") && !there(weight) && there(&other) {
+                    *weight = other.clone();
+                }
+            }
+        }
+    }
 }

@@ -184,19 +184,20 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activa
         inputs,
         rates,
         narrow: None,
-        convolutions: vec![Convolution {
-            tensor: format!("{module}.conv1d.weight"),
+        convolution: Convolution {
+            tensors: vec![(format!("{module}.conv1d.weight"), 2 * keys + values)],
             bias: None,
             channels: 2 * keys + values,
             taps,
             activation: Some(act),
-        }],
+        },
         shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces: true, by_channel: false },
         decay: Decay {
             rates: (format!("{module}.A_log"), vec![value_heads]),
             bias: (format!("{module}.dt_bias"), vec![value_heads]),
             limits: Decay::UNLIMITED,
         },
+        share: 1.0,
         unit,
         norm,
         activation: Activation::Silu,

@@ -57,6 +57,7 @@ impl Rotation {
             "gpt2" | "nemotron_h" => rotation(1e4, None, Form::Absent),
             "gemma3_text" => rotation(1e6, None, Form::Layered { near: Some("rope_local_base_freq") }),
             "olmo3" => rotation(5e5, None, Form::Layered { near: None }),
+            "lfm3" => rotation(1e6, None, Form::Layered { near: None }),
             "gpt_neox" => rotation(1e4, Some(0.25), Form::NeoX),
             "phi3" => rotation(1e4, Some(1.0), Form::Long),
             "bamba" | "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
@@ -86,6 +87,10 @@ impl Rotation {
             "gpt_oss" => json!({
                 "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false,
                 "original_max_position_embeddings": 4096,
+            }),
+            "lfm3" => json!({
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
             }),
             "ministral3" => json!({
                 "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
@@ -171,8 +176,18 @@ fn rotary(model_type: &str, values: &mut Map<String, Value>, notes: &mut Vec<Str
     }
     // An empty one is none.
     let old = object(values, "rope_scaling")?.filter(|scaling| !scaling.is_empty());
-    let new = object(values, "rope_parameters")?;
+    let unsaid = match (rotation.form, Rotation::unsaid(class, &Value::Null)) {
+        (Form::Layered { .. }, Value::Object(unsaid)) if !unsaid.is_empty() && old.is_none() => Some(unsaid),
+        _ => None,
+    };
+    let new = object(values, "rope_parameters")?.or(unsaid);
     let own = old.clone().or(new.clone()).unwrap_or_default();
+    // A base of null means no positions to this class.
+    let base = own.get("rope_theta").or(values.get("rope_theta"));
+    if class == "olmo_hybrid" && base.is_some_and(Value::is_null) {
+        values.retain(|key, _| !["rope_theta", "rope_scaling", "rope_parameters"].contains(&key.as_str()));
+        return Ok(());
+    }
     let nested = own.values().filter_map(Value::as_object);
     notes.extend(std::iter::once(&own).chain(nested).filter_map(guesses::two_types));
     let mut take = |key: &str| values.remove(key);
@@ -499,6 +514,7 @@ fn layered(
     fill(&mut local, "rope_theta", own, Some(theta.into()), notes);
     if near.is_none()
         && let Some(theta) = said(&outside.theta)
+        && same(theta, &wide["rope_theta"])
         && !same(theta, &local["rope_theta"])
     {
         notes.push(format!(
@@ -519,6 +535,8 @@ fn layered(
             own.insert("truncate".to_owned(), truncate.clone());
         }
         match rotation.partial {
+            // It is the way of turning heads that says how much of them.
+            None if kind == "proportional" => {}
             None => drop(own.remove("partial_rotary_factor")),
             Some(share) => fill(own, "partial_rotary_factor", None, Some(share.into()), notes),
         }

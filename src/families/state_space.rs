@@ -83,7 +83,7 @@ impl Sizes {
             input,
             scales: [1.0; 5],
             convolution: Convolution {
-                tensor: format!("{module}.conv1d.weight"),
+                tensors: vec![(format!("{module}.conv1d.weight"), inner + 2 * keys)],
                 bias: biases[0].then(|| format!("{module}.conv1d.bias")),
                 channels: inner + 2 * keys,
                 taps,

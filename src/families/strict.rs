@@ -178,6 +178,10 @@ fn count(class: &str, settings: &Map<String, Value>, key: &str) -> Option<i64> {
 /// Tells of lists of layers that transformers holds against the number of layers. Classes that are not known may have kinds of layers
 /// of their own.
 fn layers(class: &str, known: bool, settings: &Map<String, Value>, place: &str, notes: &mut Vec<String>) {
+    // Which counts its layers by this list, and has kinds of its own.
+    if class == "nemotron_h" {
+        return;
+    }
     let Some(count) = count(class, settings, "num_hidden_layers") else { return };
     // The second is looked at only where the first is there.
     for (key, allowed) in [("layer_types", LAYER_TYPES), ("mlp_layer_types", &["sparse", "dense"])] {

@@ -35,6 +35,10 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 backend.add_scaled(&own, 1.0, &mut mixed)?;
                 vec![mixed]
             }
+            (Kind::Spread, _) => {
+                let width = |value: usize| self.program.values[value].width;
+                vec![backend.spread_heads(next().matrix(), width(operation.makes[0]) / width(operation.reads[0]))?]
+            }
             (Kind::Scale(factor), _) => {
                 let width = self.program.values[operation.reads[0]].width;
                 self.each(operation, next, |x| Ok(backend.scale(x, &[], &vec![*factor; width])?))?

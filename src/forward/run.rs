@@ -153,7 +153,10 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             Kind::Norm(norm) | Kind::HeadNorm { norm, .. } => Loaded::Norm(self.norm(norm, supply)?),
             Kind::Attention { sinks, .. } => Loaded::Vector(sinks.map(|name| supply.vector(name)).transpose()?),
             Kind::Convolve { convolution, first } => {
-                let mut taps = supply.vector(&convolution.tensor)?;
+                let mut taps = Vec::new();
+                for (tensor, _) in &convolution.tensors {
+                    taps.extend(supply.vector(tensor)?);
+                }
                 let mut bias = convolution.bias.as_ref().map(|name| supply.vector(name)).transpose()?;
                 taps.drain(..first * convolution.taps);
                 bias.iter_mut().for_each(|bias| drop(bias.drain(..*first)));

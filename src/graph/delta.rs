@@ -14,12 +14,14 @@ pub struct DeltaNet {
     pub rates: Vec<Linear>,
     /// What makes the others, if anything does.
     pub narrow: Option<Box<Narrow>>,
-    /// Of queries, keys and values, whose channels follow each other in one, or each in one of its own.
-    pub convolutions: Vec<Convolution>,
+    /// Of queries, keys and values, whose channels follow each other.
+    pub convolution: Convolution,
     /// Heads, their widths and the scale.
     pub shape: DeltaShape,
     /// How fast a state forgets.
     pub decay: Decay,
+    /// Factor on the share that is written.
+    pub share: f32,
     /// Of queries and keys after the convolution, each head by itself: their length alone, without a weight.
     pub unit: Norm,
     /// Of the result, each head by itself, before it is multiplied by the gate.
@@ -43,11 +45,11 @@ pub struct Narrow {
 /// A causal convolution of a few taps, each channel by itself.
 #[derive(Clone, Debug)]
 pub struct Convolution {
-    /// Tensor, `[channels, 1, taps]`, the last of a channel's for the token itself.
-    pub tensor: String,
+    /// Tensors and their channels, one after the other: `[channels, 1, taps]`, the last of a channel's for the token itself.
+    pub tensors: Vec<(String, usize)>,
     /// Tensor of one value a channel that is added.
     pub bias: Option<String>,
-    /// Channels.
+    /// Channels of all of them.
     pub channels: usize,
     /// The token and those before it that count.
     pub taps: usize,
@@ -85,8 +87,7 @@ impl DeltaNet {
 
     /// Its tensors that are no linears and no norms, with their shapes.
     pub(super) fn vectors(&self) -> Vec<(String, Vec<usize>)> {
-        let convolutions = self.convolutions.iter().flat_map(Convolution::vectors);
-        convolutions.chain([self.decay.rates.clone(), self.decay.bias.clone()]).collect()
+        self.convolution.vectors().chain([self.decay.rates.clone(), self.decay.bias.clone()]).collect()
     }
 
     /// Does something to every linear.
@@ -97,14 +98,14 @@ impl DeltaNet {
 
     /// Gives every tensor that is no linear's another name.
     pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
-        let DeltaNet { convolutions, decay, norm, .. } = self;
-        convolutions.iter_mut().for_each(|one| one.rename(name));
+        let DeltaNet { convolution, decay, norm, .. } = self;
+        convolution.rename(name);
         let others = [&mut decay.rates.0, &mut decay.bias.0].into_iter().chain(&mut norm.weights);
         others.for_each(|tensor| *tensor = name(tensor));
     }
 
     /// Numbers that a sequence leaves in memory however long it is: what convolutions still need of the last tokens, and the state.
     pub fn state(&self) -> [u64; 2] {
-        [self.convolutions.iter().map(Convolution::last).sum(), self.shape.state()]
+        [self.convolution.last(), self.shape.state()]
     }
 }

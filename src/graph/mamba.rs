@@ -100,14 +100,15 @@ impl ShortConvolution {
 impl Convolution {
     /// Its tensors, with their shapes.
     pub(super) fn vectors(&self) -> impl Iterator<Item = (String, Vec<usize>)> {
-        let Convolution { tensor, bias, channels, taps, .. } = self;
+        let Convolution { tensors, bias, channels, taps, .. } = self;
         let bias = bias.iter().map(|name| (name.clone(), vec![*channels]));
-        [(tensor.clone(), vec![*channels, 1, *taps])].into_iter().chain(bias)
+        tensors.iter().map(|(name, channels)| (name.clone(), vec![*channels, 1, *taps])).chain(bias)
     }
 
     /// Gives its tensors another name.
     pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
-        [&mut self.tensor].into_iter().chain(&mut self.bias).for_each(|tensor| *tensor = name(tensor));
+        let tensors = self.tensors.iter_mut().map(|(tensor, _)| tensor);
+        tensors.chain(&mut self.bias).for_each(|tensor| *tensor = name(tensor));
     }
 
     /// Numbers of the last tokens that the next one needs.

@@ -133,6 +133,7 @@ impl<'b> Lowering<'b> {
         let Attention {
             projections,
             gated,
+            head_gate,
             o,
             shape,
             rope,
@@ -182,7 +183,11 @@ impl<'b> Lowering<'b> {
         let kind = Kind::Attention { shape: *shape, sinks: sinks.as_deref(), index };
         let width = shape.heads * shape.value_dim;
         let mut mixed = self.one(kind, &reads, "mix", width);
-        if let Some(gate) = gate {
+        let by_head = head_gate.as_ref().map(|linear| {
+            let heads = self.linears(vec![linear], true, x, &["gate"])[0];
+            self.one(Kind::Spread, &[heads], "gate", width)
+        });
+        if let Some(gate) = gate.or(by_head) {
             mixed = self.one(Kind::Gate(Activation::Sigmoid), &[gate, mixed], "mix", width);
         }
         // It costs more than any product, and the weights before it can go once it is there.
@@ -221,7 +226,7 @@ impl<'b> Lowering<'b> {
     }
 
     fn delta(&mut self, delta: &'b DeltaNet, x: usize) -> usize {
-        let DeltaNet { inputs, rates, narrow, convolutions, shape, decay, unit, norm, activation, out } = delta;
+        let DeltaNet { inputs, rates, narrow, convolution, shape, decay, share, unit, norm, activation, out } = delta;
         let made = self.linears(inputs.iter().collect(), false, x, &["q", "k", "v", "z"]);
         let [mut q, mut k, mut v] = made[..3].try_into().expect("queries, keys and values");
         let [b, a, gate] = match narrow {
@@ -237,14 +242,10 @@ impl<'b> Lowering<'b> {
                 [made[0], a, self.linears(vec![&gate[1]], true, made[2], &["z"])[0]]
             }
         };
-        let (mut one, mut first) = (0, 0);
+        let mut first = 0;
         for value in [&mut q, &mut k, &mut v] {
-            let convolution = &convolutions[one];
             self.convolve(convolution, first, value);
             first += self.program.values[*value].width;
-            if first == convolution.channels {
-                (one, first) = (one + 1, 0);
-            }
         }
         for value in [&mut q, &mut k] {
             let kind = Kind::HeadNorm { norm: unit, head_dim: shape.key_dim };
@@ -252,6 +253,7 @@ impl<'b> Lowering<'b> {
         }
         let decays = self.one(Kind::Decay(decay), &[a], "decay", shape.decays());
         let beta = self.one(Kind::Map(Activation::Sigmoid), &[b], "beta", shape.value_heads);
+        let beta = self.scaled(beta, *share);
         let width = shape.value_heads * shape.value_dim;
         let mut mixed = self.one(Kind::Delta(*shape), &[q, k, v, decays, beta], "mix", width);
         self.each(Kind::HeadNorm { norm, head_dim: shape.value_dim }, std::slice::from_mut(&mut mixed));

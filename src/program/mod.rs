@@ -103,6 +103,8 @@ pub enum Kind<'b> {
         /// How many there are.
         heads: usize,
     },
+    /// Makes of one number a head as many as the head has values.
+    Spread,
     /// Limits the size of the values.
     Clamp(f32),
     /// Rotates by the position.
@@ -215,8 +217,8 @@ impl Operation<'_> {
                 linears.iter().flat_map(|linear| linear.tensors()).map(|(name, _)| name).collect()
             }
             Kind::Attention { sinks, .. } => sinks.iter().map(|name| (*name).to_owned()).collect(),
-            Kind::Convolve { convolution: Convolution { tensor, bias, .. }, .. } => {
-                [tensor].into_iter().chain(bias).cloned().collect()
+            Kind::Convolve { convolution: Convolution { tensors, bias, .. }, .. } => {
+                tensors.iter().map(|(tensor, _)| tensor).chain(bias).cloned().collect()
             }
             Kind::Decay(decay) => vec![decay.rates.0.clone(), decay.bias.0.clone()],
             Kind::Step(decay) => vec![decay.bias.0.clone()],

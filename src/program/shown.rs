@@ -155,6 +155,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             (call("linear"), details)
         }
         Kind::JoinHeads { heads: 1 } => only(call("join")),
+        Kind::Spread => only(call("spread")),
         Kind::JoinHeads { heads } => (call("join_heads"), vec![format!("{heads} heads")]),
         Kind::Embed(_) => only("embed(following tokens)".to_owned()),
         Kind::Clamp(limit) => (call("clamp"), vec![format!("to ±{limit}")]),

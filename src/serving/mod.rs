@@ -96,6 +96,10 @@ pub fn fused(graph: &Graph) -> Vec<Vec<&Linear>> {
     for step in graph.blocks.iter().flat_map(|block| &block.steps) {
         match &step.layer {
             Layer::Attention(attention) => match &attention.projections {
+                // A gate of its own stays by itself.
+                Projections::Direct(linears) if attention.gated && linears.len() == 4 => {
+                    all.push(vec![&linears[0], &linears[2], &linears[3]]);
+                }
                 Projections::Direct(linears) => all.push(linears.iter().collect()),
                 // With one linear to the queries, nothing is fused.
                 Projections::Latent(latent) if latent.q.len() > 1 => all.push(vec![&latent.q[0], &latent.kv_a]),

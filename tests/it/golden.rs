@@ -153,6 +153,9 @@ fn linears_read_what_they_read_in_transformers() {
         "glm4_moe_further",
         "exaone_moe_further",
         "qwen2_mimo",
+        "lfm3_plain",
+        "afmoe_plain",
+        "olmo_hybrid_plain",
     ] {
         let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
         let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());

@@ -48,6 +48,7 @@ mod rounded_inputs;
 mod said_of_weights;
 mod sentencepiece;
 mod spelling;
+mod states;
 mod strange;
 mod stray;
 mod targets;

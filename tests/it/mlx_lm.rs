@@ -85,6 +85,8 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("apertus_relu", Told(OPEN)),
     ("arcee_biases", Told(UNKNOWN)),
     ("arcee_plain", Told(UNKNOWN)),
+    ("afmoe_biases", Told(OPEN)),
+    ("afmoe_plain", Told(OPEN)),
     ("bamba_biases", Told(UNKNOWN)),
     ("bamba_plain", Told(UNKNOWN)),
     ("falcon_h1_before", Told(OPEN)),
@@ -100,10 +102,15 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("lfm2_plain", Told(OPEN)),
     ("lfm2_said_little", Told(OPEN)),
     ("lfm2_vl_vision", Told(UNKNOWN)),
+    ("lfm3_bare", Told(UNKNOWN)),
+    ("lfm3_plain", Told(UNKNOWN)),
+    ("lfm3_vl_vision", Told(UNKNOWN)),
     ("nemotron_h_biases", Told("without their scales")),
     ("nemotron_h_experts", Told("without their scales")),
     ("nemotron_h_latent", Told("without their scales")),
     ("nemotron_h_plain", Told(OPEN)),
+    ("olmo_hybrid_nope", Told(OPEN)),
+    ("olmo_hybrid_plain", Told(OPEN)),
     ("deepseek_v2_grouped", Told("cannot do without rope_scaling")),
     ("deepseek_v3_further", Told("kv_b_proj")),
     ("deepseek_v3_halves", Refused("rotating halves of heads together in block 0")),
@@ -343,7 +350,7 @@ fn experts_of_unknown_families_are_told_where_their_scales_are_lost() {
         model
     };
     check("telechat3", &of("telechat3"), &Told("without their scales"));
-    check("afmoe", &of("afmoe"), &Told("not known here what models of the type `afmoe` compute"));
+    check("bailing_moe", &of("bailing_moe"), &Told("not known here what models of the type `bailing_moe` compute"));
     check("doge", &of("doge"), &Told(UNKNOWN));
 }
 

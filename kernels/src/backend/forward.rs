@@ -407,6 +407,8 @@ pub trait Forward: Memory {
     /// `[tokens, heads·(a + b)]`: each head's own `a` values of `own` `[tokens, heads·a]`, then those of `shared`
     /// `[tokens, b]`, which all heads have in common (the keys of multi-head latent attention).
     fn join_heads(&self, own: &Self::Matrix, shared: &Self::Matrix, heads: usize) -> Result<Self::Matrix>;
+    /// `[tokens, heads·width]`: each value of `x` `[tokens, heads]` so many times, one after the other.
+    fn spread_heads(&self, x: &Self::Matrix, width: usize) -> Result<Self::Matrix>;
     /// `x ← cap · tanh(x / cap)`.
     fn softcap(&self, x: &mut Self::Matrix, cap: f32) -> Result<()>;
     /// Limits every value to `−limit ..= limit`.

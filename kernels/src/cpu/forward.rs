@@ -270,6 +270,10 @@ impl Forward for Cpu {
         Ok(heads::run(own.view(), shared.view(), heads))
     }
 
+    fn spread_heads(&self, x: &Array2<f32>, width: usize) -> Result<Array2<f32>> {
+        Ok(heads::spread(x.view(), width))
+    }
+
     fn softcap(&self, x: &mut Array2<f32>, cap: f32) -> Result<()> {
         softcap::run(flat(x), cap);
         Ok(())

@@ -465,6 +465,16 @@ impl Forward for Cuda {
         Ok(out)
     }
 
+    fn spread_heads(&self, x: &Matrix, width: usize) -> Result<Matrix> {
+        let out = self.matrix(x.rows, x.cols * width)?;
+        let count = out.rows * out.cols;
+        let pins = (out.buffer.pin()?, x.buffer.pin_to_read()?);
+        let args = [pins.0.arg(), pins.1.arg(), (count as i64).into(), (width as i32).into()];
+        self.each(&POINTWISE, "spread_heads", count, &args)?;
+        drop(pins);
+        Ok(out)
+    }
+
     fn softcap(&self, x: &mut Matrix, cap: f32) -> Result<()> {
         let count = x.rows * x.cols;
         self.each(&POINTWISE, "softcap", count, &[x.buffer.pin()?.arg(), cap.into(), (count as i64).into()])

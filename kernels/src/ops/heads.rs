@@ -1,6 +1,7 @@
 //! Heads of two parts: `[tokens, heads·a]` of their own and `[tokens, b]` that all share make `[tokens, heads·(a + b)]`.
 //!
-//! So the keys of multi-head latent attention are put together (DeepSeek-V2 2024, arXiv:2405.04434).
+//! So the keys of multi-head latent attention are put together (DeepSeek-V2 2024, arXiv:2405.04434). And one number a head, `[tokens, heads]`,
+//! becomes one for each of its values, as a gate of whole heads is.
 
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
@@ -30,12 +31,25 @@ pub fn run(own: ArrayView2<f32>, shared: ArrayView2<f32>, heads: usize) -> Array
     out
 }
 
+/// `[tokens, heads·width]`: each value of `x` `[tokens, heads]` so many times.
+pub fn spread(x: ArrayView2<f32>, width: usize) -> Array2<f32> {
+    let values = x.iter().flat_map(|value| std::iter::repeat_n(*value, width)).collect();
+    Array2::from_shape_vec((x.nrows(), x.ncols() * width), values).expect("as many values")
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::super::testing::Noise;
     use super::*;
+
+    #[test]
+    fn every_value_of_a_head_gets_that_of_its_head() {
+        let x = Noise(7).matrix(3, 2);
+        let spread = spread(x.view(), 4);
+        assert_eq!(spread, Array2::from_shape_fn((3, 8), |(token, col)| x[[token, col / 4]]));
+    }
 
     proptest! {
         #[test]

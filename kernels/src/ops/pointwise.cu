@@ -101,6 +101,12 @@ KERNEL(join_heads)(float *out, const float *own, const float *shared, i64 tokens
 }
 EXPORT(join_heads)
 
+// Each value `width` times.
+KERNEL(spread_heads)(float *out, const float *x, i64 count, int width) {
+    for (i64 i = global_index(); i < count; i += global_stride()) out[i] = x[i / width];
+}
+EXPORT(spread_heads)
+
 // tanh by the CPU backend's polynomial.
 __device__ __forceinline__ float tanh_as_cpu(float x) {
     float s = x * x;

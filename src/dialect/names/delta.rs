@@ -33,7 +33,7 @@ impl Lister {
         if let Some(narrow) = &delta.narrow {
             return self.channels(at, delta, narrow);
         }
-        let DeltaNet { inputs, rates, convolutions, shape, decay, norm, out, .. } = delta;
+        let DeltaNet { inputs, rates, convolution, shape, decay, norm, out, .. } = delta;
         let tiled = self.architecture.tiled;
         let DeltaShape { key_heads, value_heads, key_dim, value_dim, .. } = *shape;
         if key_dim != value_dim {
@@ -51,14 +51,15 @@ impl Lister {
         self.rows(&format!("{at}.attn_qkv"), first, rows)?;
         self.rows(&format!("{at}.attn_gate"), gate, ordered(z.clone(), by_row.as_ref()))?;
 
-        let [Convolution { tensor, bias, channels, taps, .. }] = &convolutions[..] else {
-            return Err(self.cannot("convolutions of queries, keys and values apart"));
-        };
+        let Convolution { tensors, bias, channels, taps, .. } = convolution;
         if bias.is_some() {
             return Err(self.cannot("a convolution with a bias"));
         }
         let keys = 2 * key_heads * key_dim;
         let channel = |order: &Vec<usize>| (0..keys).chain(order.iter().map(|row| keys + row)).collect();
+        let [(tensor, _)] = &tensors[..] else {
+            return Err(self.cannot("convolutions of queries, keys and values that are stored apart"));
+        };
         let from = From::Tensor(tensor.clone(), vec![*channels, 1, *taps]);
         let part = Part::some(from, by_row.as_ref().map(channel));
         self.push(format!("{at}.ssm_conv1d.weight"), vec![*channels, *taps], vec![part]);
@@ -87,9 +88,10 @@ impl Lister {
     ///
     /// Fails for heads of another number or width than the class has, and for convolutions with biases.
     fn channels(&mut self, at: &str, delta: &DeltaNet, narrow: &Narrow) -> Result<()> {
-        let DeltaNet { inputs, rates, convolutions, shape, decay, norm, out, .. } = delta;
+        let DeltaNet { inputs, rates, convolution, shape, decay, norm, out, .. } = delta;
         let DeltaShape { value_heads, key_dim, value_dim, .. } = *shape;
-        let (Some([q, k, v]), [beta], [_, _, _]) = (inputs.first_chunk::<3>(), &rates[..], &convolutions[..]) else {
+        let (Some([q, k, v]), [beta], [_, _, _]) = (inputs.first_chunk::<3>(), &rates[..], &convolution.tensors[..])
+        else {
             return Err(self.cannot("linear attention of this form"));
         };
         if self.architecture.id != "kimi-linear" || key_dim != value_dim {
@@ -103,11 +105,11 @@ impl Lister {
                 self.linear(&format!("{at}.ssm_{name}_{part}"), linear, None, Need::Never)?;
             }
         }
-        for (name, Convolution { tensor, bias, channels, taps, .. }) in ["q", "k", "v"].into_iter().zip(convolutions) {
-            if bias.is_some() {
-                return Err(self.cannot("a convolution with a bias"));
-            }
-            let extents = vec![*channels, 1, *taps];
+        if convolution.bias.is_some() {
+            return Err(self.cannot("a convolution with a bias"));
+        }
+        for (name, (tensor, channels)) in ["q", "k", "v"].into_iter().zip(&convolution.tensors) {
+            let extents = vec![*channels, 1, convolution.taps];
             let part = Part::whole(From::Tensor(tensor.clone(), extents.clone()));
             self.push(format!("{at}.ssm_conv1d_{name}.weight"), extents, vec![part]);
         }

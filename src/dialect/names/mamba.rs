@@ -52,9 +52,10 @@ impl Lister {
 
     /// With a bias of zeros where one must be and there is none.
     fn convolution(&mut self, name: &str, convolution: &Convolution, biased: bool) {
-        let Convolution { tensor, bias, channels, taps, .. } = convolution;
-        let part = Part::whole(From::Tensor(tensor.clone(), vec![*channels, 1, *taps]));
-        self.push(format!("{name}.weight"), vec![*channels, *taps], vec![part]);
+        let Convolution { tensors, bias, channels, taps, .. } = convolution;
+        let part =
+            |(tensor, channels): &(String, usize)| Part::whole(From::Tensor(tensor.clone(), vec![*channels, 1, *taps]));
+        self.push(format!("{name}.weight"), vec![*channels, *taps], tensors.iter().map(part).collect());
         match bias {
             Some(bias) => {
                 let part = Part::whole(From::Tensor(bias.clone(), vec![*channels]));

@@ -445,6 +445,7 @@ impl Settings {
                 })
             }
             "bamba" | "granitemoehybrid" | "falcon_h1" | "nemotron_h" => self.state_space(model_type, model)?,
+            "afmoe" => self.arcee(model)?,
             "lfm2" | "lfm2_moe" => self.short_convolutions(model_type, model)?,
             "mimo_v2_flash" => json!({
                 "v_head_dim": self.required("attention.value_length")?,
@@ -532,10 +533,7 @@ impl Settings {
                 })
             }
             "hy_v3" => self.hunyuan(model, used()?)?,
-            "granitemoehybrid" if experts.is_none() => json!({"num_local_experts": 0}),
-            "mixtral" | "granitemoe" | "granitemoehybrid" => {
-                json!({"num_local_experts": experts, "num_experts_per_tok": used()?})
-            }
+            "mixtral" | "granitemoe" => json!({"num_local_experts": experts, "num_experts_per_tok": used()?}),
             "olmoe" => json!({"num_experts": experts, "num_experts_per_tok": used()?, "norm_topk_prob": false}),
             "qwen2_moe" | "qwen3_moe" => json!({
                 "num_experts": experts,

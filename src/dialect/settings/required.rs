@@ -15,6 +15,7 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("nemotron_h", STATE),
     ("nemotron_h_moe", STATE),
     ("falcon-h1", STATE),
+    ("afmoe", &["expert_feed_forward_length", "expert_shared_count"]),
     ("lfm2", &["shortconv.l_cache"]),
     ("lfm2moe", &["shortconv.l_cache", "expert_feed_forward_length", "expert_gating_func"]),
     ("granitemoe", &["logit_scale"]),

@@ -164,6 +164,8 @@ fn rows_columns_and_whole_matrices() {
         let joined = down(&cuda.join_heads(&up(&a), &up(&shared), 5).unwrap());
         let plain = |(i, j): (usize, usize)| if j % 4 == 0 { a[[i, j / 4]] } else { shared[[i, j % 4 - 1]] };
         assert_eq!(joined, Array2::from_shape_fn((6, 20), plain));
+        let spread = down(&cuda.spread_heads(&up(&a), 3).unwrap());
+        assert_eq!(spread, crate::ops::heads::spread(a.view(), 3));
         assert!(cuda.is_finite(&up(&a)).unwrap());
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut m = a.clone();

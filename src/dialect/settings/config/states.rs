@@ -19,8 +19,11 @@ impl Settings {
     /// Keys that only models with state spaces have.
     pub(super) fn state_space(&self, model_type: &str, model: &Hyperparameters) -> Result<Value> {
         let Hyperparameters { hidden, layers, experts, inner: width, .. } = *model;
+        let used = experts.map(|_| self.required("expert_used_count")).transpose()?;
         if self.architecture.id == "granitemoe" {
             return Ok(json!({
+                "num_local_experts": experts,
+                "num_experts_per_tok": used,
                 "shared_intermediate_size": self.required("expert_shared_feed_forward_length")?,
                 "layer_types": vec!["full_attention"; layers],
                 "position_embedding_type": "rope",
@@ -47,6 +50,8 @@ impl Settings {
                 json!({"attn_layer_indices": seeing.map(|(layer, _)| layer).collect::<Vec<_>>()})
             }
             "granitemoehybrid" => json!({
+                "num_local_experts": experts.unwrap_or(0),
+                "num_experts_per_tok": used.unwrap_or(1),
                 "layer_types": self.kinds(layers, ["linear_attention", "full_attention"])?,
                 "position_embedding_type": (self.flag("rope.scaling.finetuned")? != Some(false)).then_some("rope"),
                 "shared_intermediate_size": match experts {
@@ -91,6 +96,34 @@ impl Settings {
         };
         values.as_object_mut().expect("an object").extend(own.as_object().cloned().unwrap_or_default());
         Ok(values)
+    }
+
+    /// Experts and windows of AFMoE. Fails for routing that transformers has no model for, and for windows in other layers than those with
+    /// positions, which llama.cpp takes for granted are all but every fourth.
+    pub(super) fn arcee(&self, model: &Hyperparameters) -> Result<Value> {
+        let Hyperparameters { layers, experts, .. } = *model;
+        let local = self.local(layers, 4)?;
+        if local.iter().enumerate().any(|(layer, local)| *local == (layer + 1).is_multiple_of(4)) {
+            return Err(
+                self.unsupported("windows in other layers than all but every fourth cannot be said of an afmoe model")
+            );
+        }
+        if self.flag("expert_weights_norm")? == Some(false) {
+            return Err(self
+                .unsupported("weights of experts that are not divided by their sum cannot be said of an afmoe model"));
+        }
+        Ok(json!({
+            "num_experts": experts,
+            "num_experts_per_tok": self.required("expert_used_count")?,
+            "num_shared_experts": self.required("expert_shared_count")?,
+            "moe_intermediate_size": self.required("expert_feed_forward_length")?,
+            "num_dense_layers": self.count("leading_dense_block_count")?.unwrap_or(0),
+            "route_scale": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
+            "sliding_window": self.window()?,
+            "layer_types": super::layer_types(&local),
+            "global_attn_every_n_layers": 4,
+            "mup_enabled": true,
+        }))
     }
 
     /// Nemotron-H, whose settings have names of their own.
