@@ -169,22 +169,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     out.count(key("vocab_size"), graph.vocabulary)?;
     out.count(key("context_length"), context)?;
     out.count(key("embedding_length"), graph.hidden)?;
-    out.count(key("block_count"), graph.blocks.len())?;
-    if !graph.predictors().is_empty() {
-        out.count(key("nextn_predict_layers"), graph.predictors().len())?;
-    }
-    match id {
-        // By it layers are told apart.
-        "nemotron_h" | "nemotron_h_moe" => {
-            let inner = |block: &Block| match &block.steps[0].layer {
-                Layer::Mlp(mlp) => mlp.inner(),
-                Layer::Moe(_) => layers.inner,
-                _ => 0,
-            };
-            out.counts(key("feed_forward_length"), graph.blocks.iter().map(inner))?;
-        }
-        _ => out.count(key("feed_forward_length"), layers.inner)?,
-    }
+    blocks(out, graph, &layers, id)?;
     out.count(key("attention.head_count"), first.shape.heads)?;
     let rotated = attention.iter().find_map(|a| a.rope.as_ref()).map(|rope| 2 * rope.inverse_frequencies.len());
     // What no position turns has its place in the keys that all heads share, too.
@@ -239,6 +224,28 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     choice(out, &layers, id)?;
     experts(out, graph, &layers, id)?;
     read_back(out, graph, architecture, plan)
+}
+
+/// How many blocks there are, of which kinds, and how wide their feed-forward layers.
+fn blocks(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static str) -> Result<()> {
+    let key = |name: &str| format!("{id}.{name}");
+    out.count(key("block_count"), graph.blocks.len())?;
+    if !graph.predictors().is_empty() {
+        out.count(key("nextn_predict_layers"), graph.predictors().len())?;
+    }
+    match id {
+        // By it layers are told apart.
+        "nemotron_h" | "nemotron_h_moe" => {
+            let inner = |block: &Block| match &block.steps[0].layer {
+                Layer::Mlp(mlp) => mlp.inner(),
+                Layer::Moe(_) => layers.inner,
+                _ => 0,
+            };
+            out.counts(key("feed_forward_length"), graph.blocks.iter().map(inner))?;
+        }
+        _ => out.count(key("feed_forward_length"), layers.inner)?,
+    }
+    Ok(())
 }
 
 /// The layers of a model in an architecture of GGUF, which has one attention and one feed-forward layer in each block.
