@@ -81,6 +81,8 @@ pub struct Step {
     pub post: Option<Norm>,
     /// Factor on what is added.
     pub scale: f32,
+    /// So many steps before it add to the stream what it does not read.
+    pub unseen: usize,
 }
 
 /// What a step computes.
@@ -292,6 +294,8 @@ pub struct Latent {
     pub kv_a: Linear,
     /// Of the latent.
     pub kv_norm: Norm,
+    /// What the normed latent is multiplied by.
+    pub kv_scale: f32,
     /// From the latent to the parts of keys that are not rotated, and to values.
     pub kv_b: Linear,
 }
@@ -347,7 +351,7 @@ impl Mlp {
 pub struct Moe {
     /// Chooses.
     pub router: Router,
-    /// Chosen from.
+    /// Chosen from; those behind them give back what they are given.
     pub experts: Vec<Mlp>,
     /// What every token takes besides, with the linear `[1, hidden]` whose sigmoid weighs it.
     pub shared: Option<(Mlp, Option<Linear>)>,

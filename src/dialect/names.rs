@@ -388,7 +388,7 @@ impl Lister {
 
     fn latent(&mut self, at: &str, attention: &Attention) -> Result<()> {
         let Projections::Latent(latent) = &attention.projections else { unreachable!("asked for these") };
-        let Latent { q, q_norm, kv_a, kv_norm, kv_b } = &**latent;
+        let Latent { q, q_norm, kv_a, kv_norm, kv_b, .. } = &**latent;
         let (heads, shape) = (attention.shape.heads, &attention.shape);
         match &q[..] {
             [q] => self.linear(&format!("{at}.attn_q"), q, self.rotated(attention, None, heads)?, Need::Never)?,

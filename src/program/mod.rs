@@ -164,6 +164,11 @@ pub enum Kind<'b> {
         /// Times its weight in each.
         weighed: bool,
     },
+    /// Adds what experts that compute nothing give back to their tokens: what they are given, times their weights.
+    Return {
+        /// The first of them.
+        first: usize,
+    },
     /// Multiplies by the sigmoid of one logit a token.
     Share,
     /// Adds one value to another.
@@ -184,7 +189,7 @@ impl Kind<'_> {
 
     /// Whether it changes what is kept of its first value, which becomes what it makes.
     pub fn adds(&self) -> bool {
-        matches!(self, Kind::Scatter { .. } | Kind::Sum | Kind::Add { .. })
+        matches!(self, Kind::Scatter { .. } | Kind::Return { .. } | Kind::Sum | Kind::Add { .. })
     }
 }
 

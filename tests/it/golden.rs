@@ -103,7 +103,13 @@ impl forward::Supply<Cpu> for Energies<'_> {
 #[test]
 fn linears_read_what_they_read_in_transformers() {
     let mut compared = Vec::new();
-    for name in ["qwen3_next_dense", "qwen3_5_text_plain", "deepseek_v32_published", "kimi_linear_plain"] {
+    for name in [
+        "qwen3_next_dense",
+        "qwen3_5_text_plain",
+        "deepseek_v32_published",
+        "kimi_linear_plain",
+        "longcat_flash_published",
+    ] {
         let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
         let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());
         let graph = families::graph_of(&source).unwrap();
