@@ -89,8 +89,8 @@ pub struct Step {
     pub scale: f32,
     /// Factor on what the layer is given.
     pub given: f32,
-    /// It reads what the step before it read, instead of what that left.
-    pub beside: bool,
+    /// So many steps before it add to the stream what it does not read.
+    pub unseen: usize,
 }
 
 /// What a step computes.
@@ -310,6 +310,8 @@ pub struct Latent {
     pub kv_a: Linear,
     /// Of the latent.
     pub kv_norm: Norm,
+    /// What the normed latent is multiplied by.
+    pub kv_scale: f32,
     /// From the latent to the parts of keys that are not rotated, and to values.
     pub kv_b: Linear,
 }
@@ -367,7 +369,7 @@ impl Mlp {
 pub struct Moe {
     /// Chooses.
     pub router: Router,
-    /// Chosen from.
+    /// Chosen from; those behind them give back what they are given.
     pub experts: Vec<Mlp>,
     /// What every token takes besides, with the linear `[1, hidden]` whose sigmoid weighs it.
     pub shared: Option<(Mlp, Option<Linear>)>,

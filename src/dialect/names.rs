@@ -239,8 +239,10 @@ impl Lister {
                     _ => (self.architecture.ffn_norm, "post_ffw_norm"),
                 };
                 // Of a norm that two steps share there is the first name only.
-                if let Some(norm) =
-                    step.pre.as_ref().filter(|norm| shared.as_ref() != Some(norm) || !(block.parallel || step.beside))
+                if let Some(norm) = step
+                    .pre
+                    .as_ref()
+                    .filter(|norm| shared.as_ref() != Some(norm) || !(block.parallel || step.unseen > 0))
                 {
                     self.norm(&format!("{at}.{pre}"), norm)?;
                     shared = Some(norm);
@@ -424,7 +426,7 @@ impl Lister {
 
     fn latent(&mut self, at: &str, attention: &Attention) -> Result<()> {
         let Projections::Latent(latent) = &attention.projections else { unreachable!("asked for these") };
-        let Latent { q, q_norm, kv_a, kv_norm, kv_b } = &**latent;
+        let Latent { q, q_norm, kv_a, kv_norm, kv_b, .. } = &**latent;
         let (heads, shape) = (attention.shape.heads, &attention.shape);
         match &q[..] {
             [q] => self.linear(&format!("{at}.attn_q"), q, self.rotated(attention, None, heads)?, Need::Never)?,

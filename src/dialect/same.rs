@@ -60,7 +60,7 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
             if !near(step.scale, other.scale) {
                 return Some(in_block(format!("a residual that is multiplied by {}", step.scale)));
             }
-            if !near(step.given, other.given) || step.beside != other.beside {
+            if !near(step.given, other.given) || step.unseen != other.unseen {
                 return Some(in_block("a layer that is given this".to_owned()));
             }
             if !norm(step.pre.as_ref(), other.pre.as_ref()) || !norm(step.post.as_ref(), other.post.as_ref()) {

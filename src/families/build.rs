@@ -223,17 +223,17 @@ impl Base {
 
 /// `h ← h + layer(norm(h))`.
 pub fn pre(norm: Norm, layer: Layer) -> Step {
-    Step { pre: Some(norm), layer, post: None, scale: 1.0, given: 1.0, beside: false }
+    Step { pre: Some(norm), layer, post: None, scale: 1.0, given: 1.0, unseen: 0 }
 }
 
 /// `h ← h + norm(layer(h))`.
 pub fn post(layer: Layer, norm: Norm) -> Step {
-    Step { pre: None, layer, post: Some(norm), scale: 1.0, given: 1.0, beside: false }
+    Step { pre: None, layer, post: Some(norm), scale: 1.0, given: 1.0, unseen: 0 }
 }
 
 /// `h ← h + after(layer(before(h)))`.
 pub fn sandwich(before: Norm, layer: Layer, after: Norm) -> Step {
-    Step { pre: Some(before), layer, post: Some(after), scale: 1.0, given: 1.0, beside: false }
+    Step { pre: Some(before), layer, post: Some(after), scale: 1.0, given: 1.0, unseen: 0 }
 }
 
 /// Steps one after the other.

@@ -147,6 +147,7 @@ impl LatentHeads {
                 q_norm: q_latent.map(|width| norm("q_a_layernorm", width)),
                 kv_a,
                 kv_norm: norm("kv_a_layernorm", latent),
+                kv_scale: 1.0,
                 kv_b,
             })),
             layout: RopeLayout { head_dim: nope + rotated, first: nope, interleaved },

@@ -86,7 +86,7 @@ fn append(graph: &mut Graph, base: &Base, parts: Parts<'_>, mut block: Block) {
         prefix,
     };
     let first =
-        Step { pre: None, layer: Layer::Further(Box::new(further)), post: None, scale: 1.0, given: 1.0, beside: false };
+        Step { pre: None, layer: Layer::Further(Box::new(further)), post: None, scale: 1.0, given: 1.0, unseen: 0 };
     block.steps.insert(0, first);
     graph.blocks.push(block);
 }

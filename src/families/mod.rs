@@ -22,6 +22,7 @@ mod lfm;
 pub mod linears;
 mod llama;
 mod llama4;
+mod longcat;
 mod mimo;
 mod minimax;
 mod moe;
@@ -135,6 +136,7 @@ pub const FAMILIES: &[Family] = &[
     deepseek::DEEPSEEK_V32,
     deepseek::GLM_MOE_DSA,
     kimi::KIMI_LINEAR,
+    longcat::LONGCAT_FLASH,
     mimo::MIMO_V2_FLASH,
     gpt_oss::GPT_OSS,
     dots::DOTS1,

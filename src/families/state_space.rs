@@ -187,7 +187,7 @@ fn falcon(config: &Config<'_>) -> Result<Graph> {
             pre(base.norm(&format!("{at}.pre_ff_layernorm")), Layer::Mlp(feed_forward)),
         ];
         (steps[0].given, steps[0].scale) = (to_mamba, of_mamba);
-        (steps[1].given, steps[1].scale, steps[1].beside) = (to_attention, of_attention, true);
+        (steps[1].given, steps[1].scale, steps[1].unseen) = (to_attention, of_attention, 1);
         steps[2].scale = down;
         Ok(block(at, steps))
     })?;

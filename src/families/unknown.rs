@@ -106,7 +106,7 @@ pub fn graph(source: &dyn Weights) -> Result<Graph> {
         let bias = source.entry(&format!("{module}.bias")).is_some();
         let linear = Linear::plain(module, entry.shape[0], entry.shape[1], bias);
         let step =
-            Step { pre: None, layer: Layer::Opaque(vec![linear]), post: None, scale: 1.0, given: 1.0, beside: false };
+            Step { pre: None, layer: Layer::Opaque(vec![linear]), post: None, scale: 1.0, given: 1.0, unseen: 0 };
         match blocks.last_mut().filter(|last| last.name == block) {
             Some(last) => last.steps.push(step),
             None => blocks.push(Block { name: block.to_owned(), steps: vec![step], parallel: false }),

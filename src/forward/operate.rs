@@ -22,6 +22,16 @@ impl<B: Forward> Computed<B> {
         input
     }
 
+    /// The weights that each of so many tokens gives the experts from one on, summed up.
+    pub fn shares(&self, first: usize, tokens: usize) -> Vec<f32> {
+        let Computed::Routes(routes) = self else { unreachable!("read as routes") };
+        let mut shares = vec![0.0; tokens];
+        for Routed { rows, weights } in &routes[first..] {
+            rows.iter().zip(weights).for_each(|(row, weight)| shares[*row] += weight);
+        }
+        shares
+    }
+
     pub fn routed(&self, expert: Expert) -> &Routed {
         let Computed::Routes(routes) = self else { unreachable!("read as routes") };
         &routes[expert.index]
@@ -168,7 +178,9 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![y]
             }
             Kind::Embed(_) => vec![self.embedded(at, place)?],
-            Kind::Scatter { .. } | Kind::Sum | Kind::Add { .. } | Kind::Begin => unreachable!("done where they stand"),
+            Kind::Scatter { .. } | Kind::Return { .. } | Kind::Sum | Kind::Add { .. } | Kind::Begin => {
+                unreachable!("done where they stand")
+            }
             _ => self.recur(at, next, lengths)?,
         };
         operation.makes.iter().zip(matrices).map(|(value, matrix)| self.made(*value, matrix)).collect()

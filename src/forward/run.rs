@@ -326,6 +326,14 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                     let weights = if *weighed { weights } else { &ones };
                     self.backend.add_rows(y.matrix(), rows, weights, &mut sum)?;
                 }
+                (Kind::Return { first }, _) => {
+                    let routes = self.kept.borrow()[&(operation.reads[2], index)].clone();
+                    let [tokens, _] = self.backend.shape(y.matrix());
+                    let shares = routes.shares(*first, tokens);
+                    let mut y = self.backend.copy(y.matrix())?;
+                    self.backend.scale(&mut y, &shares, &[])?;
+                    self.backend.add_scaled(&y, 1.0, &mut sum)?;
+                }
                 _ => self.backend.add_scaled(y.matrix(), 1.0, &mut sum)?,
             }
         }

@@ -24,12 +24,11 @@ impl<'b> Program<'b> {
         let program = Program { values: Vec::new(), operations: Vec::new() };
         let mut lowering = Lowering { program, hidden, expert: None };
         let mut stream = lowering.value("h", hidden, None);
-        let mut source = stream;
+        let mut streams = vec![stream];
         for step in &block.steps {
-            if !block.parallel && !step.beside {
-                source = stream;
-            }
+            let source = if block.parallel { Program::STREAM } else { streams[streams.len() - 1 - step.unseen] };
             stream = lowering.step(step, source, stream)?;
+            streams.push(stream);
         }
         Some(lowering.end())
     }
@@ -332,12 +331,15 @@ impl<'b> Lowering<'b> {
 
     /// Queries, keys and values, and the latent of the queries where there is one.
     fn latent(&mut self, latent: &'b Latent, heads: usize, x: usize) -> ([usize; 3], Option<usize>) {
-        let Latent { q, q_norm, kv_a, kv_norm, kv_b } = latent;
+        let Latent { q, q_norm, kv_a, kv_norm, kv_scale, kv_b } = latent;
         let first = if q.len() == 1 { "q" } else { "cq" };
         let made = self.linears(vec![&q[0], kv_a], false, x, &[first, "ckv", "kr"]);
         let [mut queries, latent, rotated] = made.try_into().expect("queries, a latent and a part of keys");
         let queries_latent = (q.len() > 1).then(|| self.norm(q_norm.as_ref(), queries, "cq"));
-        let latent = self.norm(Some(kv_norm), latent, "ckv");
+        let mut latent = self.norm(Some(kv_norm), latent, "ckv");
+        if *kv_scale != 1.0 {
+            latent = self.one(Kind::Scale(*kv_scale), &[latent], "ckv", kv_b.cols);
+        }
         // Each of them is small, and all are made of one product with the input.
         queries_latent.into_iter().chain([latent, rotated]).for_each(|value| self.keep(value, Kept::Always));
         if let Some(queries_latent) = queries_latent {
@@ -399,6 +401,9 @@ impl<'b> Lowering<'b> {
         if let Some(latent) = latent {
             sum = self.linears(vec![&latent[1]], false, sum, &["y"])[0];
             self.keep(sum, Kept::Always);
+        }
+        if experts.len() < router.linear.rows {
+            sum = self.add_to_sum(Kind::Return { first: experts.len() }, &[sum, x, routes]);
         }
         if let Some((shared, gate)) = shared {
             let mut y = self.mlp(shared, x, Kept::Room);

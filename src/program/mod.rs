@@ -177,6 +177,11 @@ pub enum Kind<'b> {
         /// Times its weight in each.
         weighed: bool,
     },
+    /// Adds what experts that compute nothing give back to their tokens: what they are given, times their weights.
+    Return {
+        /// The first of them.
+        first: usize,
+    },
     /// Multiplies by the sigmoid of one logit a token.
     Share,
     /// Adds one value to another.
@@ -199,7 +204,7 @@ impl Kind<'_> {
 
     /// Whether it changes what is kept of its first value, which becomes what it makes.
     pub fn adds(&self) -> bool {
-        matches!(self, Kind::Scatter { .. } | Kind::Sum) || self.makes_stream()
+        matches!(self, Kind::Scatter { .. } | Kind::Return { .. } | Kind::Sum) || self.makes_stream()
     }
 
     /// Whether what it makes is the stream.

@@ -226,6 +226,9 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::Zeros => only("0".to_owned()),
         Kind::Scatter { weighed: true } => only(format!("{} + weight({}) * {}", reads[0], reads[2], reads[1])),
         Kind::Scatter { weighed: false } | Kind::Sum => only(format!("{} + {}", reads[0], reads[1])),
+        Kind::Return { first } => {
+            (format!("{} + weights({}) * {}", reads[0], reads[2], reads[1]), vec![format!("experts from {first} on")])
+        }
         Kind::Share => only(format!("{} * sigmoid({})", reads[0], reads[1])),
         Kind::Add { scale } if *scale != 1.0 => only(format!("{} + {scale} * {}", reads[0], reads[1])),
         Kind::Add { .. } => only(format!("{} + {}", reads[0], reads[1])),

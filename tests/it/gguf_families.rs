@@ -85,6 +85,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("cohere_qk_norm", "norms of queries and keys of this kind in block 0"),
     ("deepseek_v2_grouped", "groups of experts that are ranked by their best expert"),
     ("deepseek_v2_lite", "queries made without a latent in a model of 2 layers"),
+    ("longcat_flash_published", "cannot be written as GGUF"),
     ("minimax_m3_vl_published", "cannot be written as GGUF"),
     ("kimi_linear_plain", "queries made through a latent"),
     ("deepseek_v32_whole", "a bias of `model.layers.0.self_attn.q_a_proj`"),

@@ -156,6 +156,7 @@ fn linears_read_what_they_read_in_transformers() {
         "lfm3_plain",
         "afmoe_plain",
         "olmo_hybrid_plain",
+        "longcat_flash_published",
     ] {
         let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
         let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());

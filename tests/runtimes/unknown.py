@@ -79,7 +79,6 @@ CASES = {
     "phimoe": ("phimoe", None, GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}),
     "roberta_prelayernorm": ("roberta-prelayernorm", "RobertaPreLayerNormForMaskedLM", SIZES | {"max_position_embeddings": 66}),
     "rwkv": ("rwkv", None, {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "attention_hidden_size": 64, "intermediate_size": 96, "context_length": 64}),
-    "longcat_flash": ("longcat_flash", None, {"vocab_size": VOCABULARY, "hidden_size": 64, "num_layers": 1, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "ffn_hidden_size": 96, "expert_ffn_hidden_size": 64, "n_routed_experts": 4, "moe_topk": 2, "zero_expert_num": 2, "q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}),
     "jetmoe": ("jetmoe", None, GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2, "kv_channels": 16, "num_key_value_heads": 4}),
     "xglm": ("xglm", None, {"vocab_size": VOCABULARY, "d_model": 64, "num_layers": 2, "attention_heads": 4, "ffn_dim": 96, "max_position_embeddings": 64}),
     "bert": ("bert", "BertForMaskedLM", SIZES | {"max_position_embeddings": 64}),
