@@ -171,12 +171,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let [rows, _] = backend.shape(&self.chunks[place.index].hidden);
                 vec![backend.zeros(rows, program.values[operation.makes[0]].width)?]
             }
-            Kind::Share => {
-                let (mut y, logits) = (self.own(next())?, next());
-                let share: Vec<f32> = backend.download(logits.matrix())?.iter().map(|x| sigmoid(*x)).collect();
-                backend.scale(&mut y, &share, &[])?;
-                vec![y]
-            }
+            Kind::Share => vec![self.shared(self.own(next())?, next().matrix())?],
             Kind::Embed(_) => vec![self.embedded(at, place)?],
             Kind::Scatter { .. } | Kind::Return { .. } | Kind::Sum | Kind::Add { .. } | Kind::Begin => {
                 unreachable!("done where they stand")
@@ -184,6 +179,13 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             _ => self.recur(at, next, lengths)?,
         };
         operation.makes.iter().zip(matrices).map(|(value, matrix)| self.made(*value, matrix)).collect()
+    }
+
+    /// What an expert that all tokens are sent to makes of them, as far as its gate lets it through.
+    fn shared(&self, mut y: B::Matrix, logits: &B::Matrix) -> Result<B::Matrix> {
+        let share: Vec<f32> = self.backend.download(logits)?.iter().map(|x| sigmoid(*x)).collect();
+        self.backend.scale(&mut y, &share, &[])?;
+        Ok(y)
     }
 
     /// The embedding of a chunk's tokens.
