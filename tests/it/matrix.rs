@@ -157,6 +157,39 @@ fn compare(families: &BTreeMap<&str, Family>) {
     assert_eq!(found, table, "docs/models.md is out of date: UPDATE_DOCS=1 cargo test --test it matrix");
 }
 
+/// Indexers, and what makes the decays and the gate of a state.
+#[test]
+fn what_decides_about_much_stays_whole_and_is_named() {
+    for (name, at, modules) in [
+        ("glm_moe_dsa_shared", "model.layers.0.self_attn.indexer", vec!["wq_b", "wk", "weights_proj"]),
+        (
+            "kimi_linear_published",
+            "model.layers.1.self_attn",
+            vec!["b_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj"],
+        ),
+        ("minimax_m3_vl_published", "language_model.model.layers.1.self_attn", vec!["index_q_proj", "index_k_proj"]),
+        ("longcat_flash_published", "model.layers.0.mlp", vec!["router.classifier"]),
+    ] {
+        let (room, outputs) = (checkpoint(name), tempfile::tempdir().unwrap());
+        speak(room.path());
+        let output = outputs.path().join("output");
+        quantize(room.path(), &output, "format = 'compressed-tensors'\nscheme = 'W8A16'\nmethod = 'rtn'").unwrap();
+        let config: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(output.join("config.json")).unwrap()).unwrap();
+        let ignored = config["quantization_config"]["ignore"].as_array().unwrap();
+        let [before, after] = [room.path(), &output].map(|path| Checkpoint::open(path).unwrap());
+        for part in modules {
+            // By its name, or by a pattern of those of all layers.
+            let (module, pattern) = (format!("{at}.{part}"), format!("\\.{}$", part.replace('.', "\\.")));
+            let names = |one: &serde_json::Value| one == &module || one.as_str().unwrap().ends_with(&pattern);
+            assert!(ignored.iter().any(names), "{name}: {module}: {ignored:?}");
+            let weight = format!("{module}.weight");
+            let [one, other] = [&before, &after].map(|source| source.load(&weight).unwrap());
+            assert_eq!(one, other, "{name}: {module}");
+        }
+    }
+}
+
 #[test]
 fn experts_are_calibrated_on_their_tokens_and_starved_ones_on_their_layer() {
     for name in ["mixtral_plain", "deepseek_v3_plain", "gpt_oss_plain", "llama4_text_plain", "qwen2_moe_plain"] {
