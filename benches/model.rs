@@ -132,7 +132,9 @@ fn block(c: &mut Criterion) {
             let start = || embed(&cpu, &model.graph, &model.source, &sequences).expect("known tokens");
             bencher.iter_batched_ref(
                 start,
-                |chunks| run_block(&cpu, &model.graph.blocks[0], &mut ready, chunks).expect("shapes fit"),
+                |chunks| {
+                    run_block(&cpu, &model.graph.blocks[0], &model.source, &mut ready, chunks).expect("shapes fit")
+                },
                 BatchSize::LargeInput,
             );
         });

@@ -23,6 +23,7 @@ use crate::weights::{Entry, RawTensor, StoredType, Weights};
 mod about;
 mod adapter;
 mod beside;
+mod columns;
 mod hub;
 mod names;
 mod opening;

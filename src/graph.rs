@@ -2,18 +2,21 @@
 
 mod delta;
 mod further;
+mod lookup;
 mod mamba;
+mod rope;
 mod sparse;
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
-use ndarray::Array2;
 
 pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
 pub use self::further::{FURTHER, Further};
+pub use self::lookup::{Lookup, PerLayer, Side};
 pub use self::mamba::{GroupNorm, Mamba, ShortConvolution};
+pub use self::rope::{Rope, RopeScaling};
 pub use self::sparse::{Choice, Indexer};
 
 /// A decoder-only language model.
@@ -74,6 +77,8 @@ pub struct Block {
     pub steps: Vec<Step>,
     /// All steps read what the block was given, instead of what the step before left.
     pub parallel: bool,
+    /// Tensor of one number that the stream is multiplied by at the end.
+    pub scale: Option<String>,
 }
 
 /// One residual step: `h ← h + scale · post(layer(pre(h)))`.
@@ -110,6 +115,8 @@ pub enum Layer {
     Moe(Moe),
     /// The start of a block that predicts further tokens: its stream, of a state and the embedding of a token that follows.
     Further(Box<Further>),
+    /// What a table has for the tokens.
+    PerLayer(Box<PerLayer>),
     /// Linears of a model that cannot be run.
     Opaque(Vec<Linear>),
 }
@@ -164,6 +171,15 @@ pub enum Stored {
     Plain,
     /// `module.weight`, `[cols, rows]` (GPT-2's `Conv1D`).
     Transposed,
+    /// Rows of a tensor `[of, cols]` that other linears have rows of, too.
+    Rows {
+        /// The tensor.
+        tensor: String,
+        /// The first of its rows.
+        first: usize,
+        /// How many the tensor has.
+        of: usize,
+    },
     /// One of the experts that lie in one tensor.
     Slice {
         /// `[experts, rows, cols]`, or `[experts, cols, rows]`.
@@ -212,7 +228,7 @@ impl Linear {
     /// The weight tensor's name; of the stack's for an expert of a stack.
     pub fn weight(&self) -> String {
         match &self.stored {
-            Stored::Slice { tensor, .. } => tensor.clone(),
+            Stored::Slice { tensor, .. } | Stored::Rows { tensor, .. } => tensor.clone(),
             _ => format!("{}.weight", self.module),
         }
     }
@@ -241,6 +257,7 @@ impl Linear {
         let (weight, bias) = match &self.stored {
             Stored::Plain => (vec![rows, cols], vec![rows]),
             Stored::Transposed => (vec![cols, rows], vec![rows]),
+            Stored::Rows { of, .. } => (vec![*of, cols], vec![*of]),
             Stored::Slice { of, transposed: false, .. } => (vec![*of, rows, cols], vec![*of, rows]),
             Stored::Slice { of, transposed: true, .. } => (vec![*of, cols, rows], vec![*of, rows]),
         };
@@ -253,6 +270,8 @@ impl Linear {
 pub struct Attention {
     /// How queries, keys and values are made.
     pub projections: Projections,
+    /// Whose keys and values it reads.
+    pub keys: Keys,
     /// The linears make one part more, after the queries and as wide as what is attended to, whose sigmoid multiplies that.
     pub gated: bool,
     /// To one number a head, whose sigmoid multiplies what the head has attended to; never quantized.
@@ -279,6 +298,17 @@ pub struct Attention {
     pub choice: Option<Choice>,
 }
 
+/// Whose keys and values attention reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keys {
+    /// Its own.
+    Own,
+    /// Its own, which later blocks read too: those of the block with this number, itself.
+    Left(usize),
+    /// Those that the block with this number left.
+    Of(usize),
+}
+
 /// Queries are multiplied by `1 + scale · ln(⌊(position + first) / floor⌋ + 1)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Temperature {
@@ -293,7 +323,8 @@ pub struct Temperature {
 /// How queries, keys and values are made of the normed input.
 #[derive(Clone, Debug)]
 pub enum Projections {
-    /// By linears whose parts are q, k and v, in this order, with the gate after q where there is one.
+    /// By linears whose parts are q, k and v, in this order, with the gate after q where there is one. Without a v the values are what the keys
+    /// are made of; attention to the keys of another block has q alone.
     Direct(Vec<Linear>),
     /// Through latent vectors (DeepSeek's multi-head latent attention).
     Latent(Box<Latent>),
@@ -316,13 +347,15 @@ pub struct Latent {
     pub kv_b: Linear,
 }
 
-/// Normalisation of queries and keys.
+/// Normalisation of queries and keys, and of values.
 #[derive(Clone, Debug)]
 pub struct HeadNorms {
     /// Of queries.
     pub q: Norm,
-    /// Of keys.
-    pub k: Norm,
+    /// Of keys; none where attention has none of its own.
+    pub k: Option<Norm>,
+    /// Of values, each head by itself.
+    pub v: Option<Norm>,
     /// Each head by itself; otherwise all of a token's values together.
     pub per_head: bool,
     /// After the rotation instead of before it.
@@ -375,6 +408,8 @@ pub struct Moe {
     pub shared: Option<(Mlp, Option<Linear>)>,
     /// Experts are given the input times their weight, instead of their output being weighed.
     pub weigh_input: bool,
+    /// Router and experts read and leave through norms of their own, and `pre` of the step is the shared layer's.
+    pub norms: Option<Box<MoeNorms>>,
     /// Experts work in a space of their own: to it, and from the sum of what they make back to the stream.
     pub latent: Option<Box<[Linear; 2]>>,
 }
@@ -388,11 +423,36 @@ impl Moe {
     }
 }
 
+/// Norms within a mixture.
+#[derive(Clone, Debug)]
+pub struct MoeNorms {
+    /// Of what the router reads.
+    pub router: Norm,
+    /// Of what the experts read.
+    pub experts: Norm,
+    /// Of the sum of what the experts give.
+    pub routed: Norm,
+    /// Of what the shared layer gives.
+    pub shared: Norm,
+}
+
+impl MoeNorms {
+    fn all(&self) -> Vec<&Norm> {
+        vec![&self.router, &self.experts, &self.routed, &self.shared]
+    }
+
+    fn all_mut(&mut self) -> [&mut Norm; 4] {
+        [&mut self.router, &mut self.experts, &mut self.routed, &mut self.shared]
+    }
+}
+
 /// How experts are chosen.
 #[derive(Clone, Debug)]
 pub struct Router {
     /// `[experts, hidden]`; never quantized.
     pub linear: Linear,
+    /// What logits are multiplied by first.
+    pub logits: f32,
     /// What scores are made of logits.
     pub scoring: Scoring,
     /// Experts of a token.
@@ -405,6 +465,8 @@ pub struct Router {
     pub renormalize: bool,
     /// Factor on the weights.
     pub scale: f32,
+    /// Tensor of a further factor for each expert, and its extents.
+    pub factors: Option<(String, Vec<usize>)>,
 }
 
 /// Scores of experts.
@@ -442,112 +504,6 @@ pub struct Head {
     pub softcap: Option<f32>,
 }
 
-/// Rotary frequencies.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// Radians per position, one for each pair of values, in contexts of the first training's length.
-    pub inverse_frequencies: Vec<f32>,
-    /// The base that they are powers of.
-    pub theta: f32,
-    /// Factor on cosines and sines.
-    pub magnitude: f32,
-    /// How they were stretched beyond the first context; already in `inverse_frequencies`.
-    pub scaling: RopeScaling,
-}
-
-/// How rotary frequencies are stretched.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// All divided by the factor.
-    Linear {
-        /// By how much.
-        factor: f32,
-    },
-    /// The base grows with contexts beyond the first.
-    Dynamic {
-        /// By how much.
-        factor: f32,
-        /// The context of the first training.
-        original: usize,
-    },
-    /// Llama 3's: long wavelengths divided by the factor, short ones kept, those between in between.
-    Llama3 {
-        /// By how much.
-        factor: f32,
-        /// Wavelengths above `original / low` are divided.
-        low: f32,
-        /// Wavelengths below `original / high` are kept.
-        high: f32,
-        /// The context of the first training.
-        original: f32,
-    },
-    /// YaRN's: as Llama 3's with a ramp over the pairs, and warmer attention.
-    Yarn {
-        /// By how much.
-        factor: f32,
-        /// The context of the first training.
-        original: usize,
-        /// Turns over the first context above which a pair is kept.
-        beta_fast: f32,
-        /// Turns below which it is divided.
-        beta_slow: f32,
-        /// Multiplies the logarithm in the factor on the scores; 0 if there is none.
-        mscale_all_dim: f32,
-    },
-    /// Only the first pairs of a head turn; the others stand still.
-    Proportional,
-    /// LongRoPE's: every pair divided by a factor of its own, others in contexts beyond the first.
-    Long {
-        /// Factors of the first context.
-        short: Vec<f32>,
-        /// Factors beyond it.
-        long: Vec<f32>,
-        /// The context of the first training.
-        original: usize,
-    },
-}
-
-impl Rope {
-    /// Radians per position in a context of `positions`.
-    pub fn frequencies(&self, positions: usize) -> Vec<f32> {
-        let dim = 2 * self.inverse_frequencies.len();
-        let powers = |base: f32| (0..dim / 2).map(move |i| base.powf((2 * i) as f32 / dim as f32));
-        match &self.scaling {
-            RopeScaling::Dynamic { factor, original } if positions > *original => {
-                let grown = f64::from(*factor) * positions as f64 / *original as f64 - (f64::from(*factor) - 1.0);
-                let base = f64::from(self.theta) * grown.powf(dim as f64 / (dim as f64 - 2.0));
-                powers(base as f32).map(|power| 1.0 / power).collect()
-            }
-            RopeScaling::Long { long, original, .. } if positions > *original => {
-                powers(self.theta).zip(long).map(|(power, factor)| 1.0 / (factor * power)).collect()
-            }
-            _ => self.inverse_frequencies.clone(),
-        }
-    }
-
-    /// Cosines and sines `[tokens, rotated / 2]` of sequences of these lengths that lie one behind the other, each turned as if it were alone: the
-    /// frequencies of some kinds of scaling depend on the length.
-    pub fn table(&self, lengths: &[usize]) -> (Array2<f32>, Array2<f32>) {
-        let shape = (lengths.iter().sum(), self.inverse_frequencies.len());
-        let (mut cos, mut sin) = (Array2::zeros(shape), Array2::zeros(shape));
-        let mut start = 0;
-        for length in lengths {
-            let frequencies = self.frequencies(*length);
-            for position in 0..*length {
-                for (i, frequency) in frequencies.iter().enumerate() {
-                    let angle = position as f32 * frequency;
-                    cos[(start + position, i)] = angle.cos() * self.magnitude;
-                    sin[(start + position, i)] = angle.sin() * self.magnitude;
-                }
-            }
-            start += length;
-        }
-        (cos, sin)
-    }
-}
-
 impl Attention {
     /// Its linears, those that read one input together.
     fn linears(&self) -> Vec<Vec<&Linear>> {
@@ -571,7 +527,8 @@ impl Attention {
 
     /// Its normalisations: of heads, of latents, and of its indexer.
     pub fn norms(&self) -> Vec<&Norm> {
-        let mut norms: Vec<&Norm> = self.norms.iter().flat_map(|norms| [&norms.q, &norms.k]).collect();
+        let of_heads = self.norms.iter().flat_map(|norms| [Some(&norms.q), norms.k.as_ref(), norms.v.as_ref()]);
+        let mut norms: Vec<&Norm> = of_heads.flatten().collect();
         if let Projections::Latent(latent) = &self.projections {
             norms.extend(&latent.q_norm);
             norms.push(&latent.kv_norm);
@@ -592,6 +549,7 @@ impl Layer {
             Layer::Short(short) => short.linears(),
             Layer::Moe(moe) => moe.linears(),
             Layer::Further(further) => vec![vec![&further.projection]],
+            Layer::PerLayer(layer) => layer.linears(),
             Layer::Opaque(linears) => linears.iter().map(|l| vec![l]).collect(),
         }
     }
@@ -616,6 +574,7 @@ impl Layer {
                 attention.head_gate.iter().chain(indexer).collect()
             }
             Layer::Further(further) => further.head.iter().collect(),
+            Layer::PerLayer(layer) => vec![&layer.side.projection],
             _ => Vec::new(),
         }
     }
@@ -627,6 +586,8 @@ impl Layer {
             Layer::Delta(delta) => vec![&delta.norm],
             Layer::Mamba(mamba) => mamba.norm.iter().map(|norm| &norm.norm).collect(),
             Layer::Further(further) => further.norms(),
+            Layer::Moe(moe) => moe.norms.iter().flat_map(|norms| norms.all()).collect(),
+            Layer::PerLayer(layer) => vec![&layer.side.norm],
             _ => Vec::new(),
         }
     }
@@ -635,7 +596,8 @@ impl Layer {
     fn vectors(&self) -> Vec<(String, Vec<usize>)> {
         match self {
             Layer::Attention(a) => a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads])).collect(),
-            Layer::Moe(moe) => moe.router.correction.iter().cloned().collect(),
+            Layer::Moe(moe) => moe.router.correction.iter().chain(&moe.router.factors).cloned().collect(),
+            Layer::PerLayer(layer) => layer.tables(),
             Layer::Delta(delta) => delta.vectors(),
             Layer::Mamba(mamba) => mamba.vectors(),
             Layer::Short(short) => short.convolution.vectors().collect(),
@@ -692,6 +654,7 @@ impl Graph {
             tensors.extend(step.layer.vectors());
             step.post.iter().for_each(|n| norm(n, &mut tensors));
         }
+        tensors.extend(self.blocks.iter().filter_map(|block| Some((block.scale.clone()?, vec![1]))));
         if !self.opaque {
             norm(&self.final_norm, &mut tensors);
             match self.head.tied {
@@ -734,6 +697,7 @@ impl Graph {
                 Layer::Mamba(mamba) => mamba.linears_mut(change),
                 Layer::Short(short) => short.linears_mut(change),
                 Layer::Further(further) => further.linears_mut(change),
+                Layer::PerLayer(layer) => layer.linears_mut(change),
                 Layer::Opaque(linears) => linears.iter_mut().for_each(&mut *change),
             }
         }
@@ -743,9 +707,13 @@ impl Graph {
     pub fn rename(&mut self, name: &dyn Fn(&str) -> String) {
         let linear = |l: &mut Linear| {
             l.module = name(&l.module);
-            if let Stored::Slice { tensor, bias, .. } = &mut l.stored {
-                *tensor = name(tensor);
-                bias.iter_mut().for_each(|bias| *bias = name(bias));
+            match &mut l.stored {
+                Stored::Slice { tensor, bias, .. } => {
+                    *tensor = name(tensor);
+                    bias.iter_mut().for_each(|bias| *bias = name(bias));
+                }
+                Stored::Rows { tensor, .. } => *tensor = name(tensor),
+                Stored::Plain | Stored::Transposed => {}
             }
         };
         let text = |text: &mut Option<String>| text.iter_mut().for_each(|text| *text = name(text));
@@ -759,14 +727,18 @@ impl Graph {
         self.embedding.positions.iter_mut().for_each(|(tensor, _)| *tensor = name(tensor));
         norm(&mut self.final_norm);
         self.aside.iter_mut().for_each(|(prefix, _)| *prefix = name(prefix));
+        let prefixes = self.dropped.iter_mut().map(|rule| &mut rule.prefix);
+        prefixes.filter(|prefix| !prefix.is_empty()).for_each(|prefix| *prefix = name(prefix));
         for block in &mut self.blocks {
             block.name = name(&block.name);
+            text(&mut block.scale);
             for step in &mut block.steps {
                 step.pre.iter_mut().chain(&mut step.post).for_each(norm);
                 match &mut step.layer {
                     Layer::Attention(a) => {
                         text(&mut a.sinks);
-                        a.norms.iter_mut().flat_map(|n| [&mut n.q, &mut n.k]).for_each(norm);
+                        let of = a.norms.iter_mut();
+                        of.flat_map(|n| [Some(&mut n.q), n.k.as_mut(), n.v.as_mut()]).flatten().for_each(norm);
                         let indexer = a.choice.as_mut().and_then(Choice::indexer_mut);
                         indexer.into_iter().flat_map(Indexer::norms_mut).for_each(norm);
                         if let Projections::Latent(latent) = &mut a.projections {
@@ -774,12 +746,15 @@ impl Graph {
                         }
                     }
                     Layer::Moe(moe) => {
-                        moe.router.correction.iter_mut().for_each(|(tensor, _)| *tensor = name(tensor));
+                        let Router { correction, factors, .. } = &mut moe.router;
+                        correction.iter_mut().chain(factors).for_each(|(tensor, _)| *tensor = name(tensor));
+                        moe.norms.iter_mut().flat_map(|norms| norms.all_mut()).for_each(norm);
                     }
                     Layer::Delta(delta) => delta.rename(name),
                     Layer::Mamba(mamba) => mamba.rename(name),
                     Layer::Short(short) => short.convolution.rename(name),
                     Layer::Further(further) => further.rename(name),
+                    Layer::PerLayer(layer) => layer.rename(name),
                     Layer::Mlp(mlp) => mlp
                         .learned
                         .iter_mut()

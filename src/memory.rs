@@ -14,7 +14,7 @@ pub use self::free::Free;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::forward;
-use crate::graph::{Block, Graph, Layer, Linear};
+use crate::graph::{Attention, Block, Graph, Keys, Layer, Linear};
 use crate::program::{Kept, Kind, Lifetimes, Operation, Program, Value};
 use crate::recipe::Recipe;
 use crate::verify;
@@ -124,12 +124,24 @@ pub fn calibrating(graph: &Graph, device: Device, work: Work, tokens: Option<Tok
     let streams = 4 * graph.hidden as u64 * (1 + smoothing);
     let ids = 4;
     let stream = tokens.all().saturating_mul(streams + ids);
-    let of_block = |block: &Block| {
+    let of_block = |(block, shared): (&Block, u64)| {
         let Running { kept, chunk } = running(graph, block, device, device.input, tokens);
+        let kept = kept.saturating_add(tokens.all().saturating_mul(shared));
         kept.saturating_add(chunk.saturating_add(products(block, device.input)).max(solving(block, device, work)))
     };
-    let block = graph.blocks.iter().map(of_block).max().unwrap_or(0);
+    let block = graph.blocks.iter().zip(shared(graph)).map(of_block).max().unwrap_or(0);
     [stream, block].into_iter().fold(BASE, u64::saturating_add)
+}
+
+/// Bytes of one token that lie beside the stream while each block is run: keys and values that earlier blocks have left for later ones.
+fn shared(graph: &Graph) -> impl Iterator<Item = u64> + '_ {
+    graph.blocks.iter().scan(0, |left, block| {
+        let before = *left;
+        if let Some(Attention { keys: Keys::Left(_), shape, .. }) = block.attention() {
+            *left += 4 * (shape.kv_heads * (shape.head_dim + shape.value_dim)) as u64;
+        }
+        Some(before)
+    })
 }
 
 /// Bytes of a symmetric matrix of which a triangle is used: rows are touched up to the diagonal, by pages.
@@ -249,11 +261,12 @@ pub fn measuring(graph: &Graph, device: Device, models: &[Option<&Checkpoint>], 
     let models = models.len() as u64;
     let batch = verify::batch(windows.length as usize).min(windows.count as usize);
     let batch = Tokens { count: batch as u64, ..windows };
-    let block = |block: &Block| {
+    let block = |(block, shared): (&Block, u64)| {
         let Running { kept, chunk } = running(graph, block, device, 4, batch);
+        let kept = kept.saturating_add(batch.all().saturating_mul(shared));
         products(block, 4).saturating_add(kept).saturating_add(chunk)
     };
-    let blocks = graph.blocks.iter().map(block).max().unwrap_or(0);
+    let blocks = graph.blocks.iter().zip(shared(graph)).map(block).max().unwrap_or(0);
     // Before the head, and before that of each layer that predicts further tokens.
     let states = 1 + graph.predictors().len() as u64;
     let stream = batch.all().saturating_mul(4 * graph.hidden as u64 * models * states);

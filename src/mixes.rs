@@ -173,6 +173,7 @@ const NEVER: &[&str] = &[
     "_norm.weight",
     "ffn_gate_inp.weight",
     "position_embd.weight",
+    "per_layer_model_proj.weight",
     "ssm_conv1d.weight",
     "ssm_conv1d_q.weight",
     "ssm_conv1d_k.weight",
@@ -374,6 +375,11 @@ impl Chooser<'_> {
         // These two are taken as they are.
         let chosen = match tensor.name {
             "token_embd.weight" => overrides.embedding.map(|ty| ("--token-embedding-type", ty)),
+            // Unless it is named, for it is large.
+            "per_layer_token_embd.weight" => match self.named(tensor.name, overrides)? {
+                true => None,
+                false => overrides.embedding.map(|ty| ("--token-embedding-type", ty)),
+            },
             "output.weight" => overrides.output.map(|ty| ("--output-tensor-type", ty)),
             _ => None,
         };
@@ -419,6 +425,16 @@ impl Chooser<'_> {
         let fallback = replaced
             .map(|wanted| format!("{ty} in place of {wanted}: rows of {width} values {SPLIT} {}", wanted.block_len));
         Ok(Assigned { ty, fallback })
+    }
+
+    /// Whether a type was given for a tensor by its name.
+    fn named(&self, name: &str, overrides: &Overrides) -> Result<bool> {
+        for one in &overrides.tensors {
+            if one.matches(name)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// What the mix says, and the type that this already replaces because of the row's length.
@@ -508,8 +524,8 @@ fn part_of(name: &str, tied: bool) -> Part {
     ];
     match name {
         "output.weight" => Part::Head,
-        "token_embd.weight" if tied => Part::Head,
-        "token_embd.weight" => Embedding,
+        "token_embd.weight" | "per_layer_token_embd.weight" if tied => Part::Head,
+        "token_embd.weight" | "per_layer_token_embd.weight" => Embedding,
         _ => PARTS.iter().find(|(text, _)| name.contains(text)).map_or(Part::Other, |(_, part)| *part),
     }
 }

@@ -495,7 +495,10 @@ pub fn other_linears(graph: &Graph, source: &Checkpoint, strays: &Strays<'_>, cl
         }
     }
     let aside = aside.chain(copied).filter_map(|entry| entry.name.strip_suffix(".weight").map(str::to_owned));
-    Ok(routers.map(|linear| linear.module.clone()).chain(aside).collect())
+    // One of which every block has its rows is named once.
+    let mut seen = HashSet::new();
+    let all = routers.map(|linear| linear.module.clone()).chain(aside);
+    Ok(all.filter(|module| seen.insert(module.clone())).collect())
 }
 
 impl Plan {

@@ -9,7 +9,7 @@ use formats::{Dtype, ShardedWriter};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::evidence::{lost_in_halves, share_of};
-use crate::graph::{Block, Linear};
+use crate::graph::{Block, Layer, Linear};
 use crate::plan::Plan;
 use crate::report::Fate;
 use crate::stray;
@@ -60,8 +60,13 @@ pub fn rest(plan: &Plan) -> Vec<Rest<'_>> {
 
 /// Tensors of a block besides weights of linears that a transform may change.
 pub fn touched(block: &Block) -> HashSet<String> {
-    let norms = block.steps.iter().flat_map(|step| step.pre.iter().chain(step.layer.norms()));
-    let names = norms.flat_map(|norm| norm.weights.iter().cloned().chain(norm.bias.clone()));
+    let of_layer = |layer: &'_ Layer| match layer {
+        // Its norm is that of all blocks, and nothing is folded into it.
+        Layer::PerLayer(_) => Vec::new(),
+        layer => layer.norms().into_iter().cloned().collect::<Vec<_>>(),
+    };
+    let norms = block.steps.iter().flat_map(|step| step.pre.iter().cloned().chain(of_layer(&step.layer)));
+    let names = norms.flat_map(|norm| norm.weights.into_iter().chain(norm.bias));
     names.chain(block.linears().filter_map(Linear::bias)).collect()
 }
 

@@ -11,6 +11,9 @@ use crate::mixes::block_number;
 /// Factors that each rotary frequency is divided by; part of config.json in Hugging Face's terms.
 pub(crate) const ROPE_FREQS: &str = "rope_freqs.weight";
 
+/// The factor of a rotary frequency that is to stand still.
+pub(crate) const STANDING: f32 = 1e30;
+
 /// LongRoPE's factors beyond the first context.
 pub(crate) const ROPE_LONG: &str = "rope_factors_long.weight";
 
@@ -75,6 +78,8 @@ pub(crate) struct Architecture {
     pub tiled: bool,
     /// What config.json calls the number of layers that predict further tokens, where loaders know such.
     pub further: Option<&'static str>,
+    /// Whether layers may be given rows of a table, read the keys and values of others, or be multiplied by a number.
+    pub per_layer: bool,
 }
 
 const PLAIN: Architecture = Architecture {
@@ -99,6 +104,7 @@ const PLAIN: Architecture = Architecture {
     latent: false,
     tiled: false,
     further: None,
+    per_layer: false,
     correction: "exp_probs_b.bias",
 };
 
@@ -133,6 +139,15 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "gemma", families: &["gemma"], head: Need::Never, ..PLAIN },
     Architecture { id: "gemma2", families: &["gemma2"], head: Need::Never, windows: true, ..PLAIN },
     Architecture { id: "gemma3", families: &["gemma3"], windows: true, ..PLAIN },
+    Architecture {
+        id: "gemma4",
+        families: &["gemma4"],
+        qkv_bias: Need::Never,
+        factors: true,
+        windows: true,
+        per_layer: true,
+        ..PLAIN
+    },
     Architecture {
         id: "phi2",
         families: &["phi"],

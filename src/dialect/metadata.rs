@@ -2,6 +2,7 @@
 //!
 //! Loaders ask for exact types: counts are u32, reals f32.
 
+mod per_layer;
 mod states;
 #[cfg(test)]
 mod tests;
@@ -173,7 +174,8 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     out.count(key("embedding_length"), graph.hidden)?;
     blocks(out, graph, &layers, id)?;
     out.count(key("attention.head_count"), first.shape.heads)?;
-    let rotated = attention.iter().find_map(|a| a.rope.as_ref()).map(|rope| 2 * rope.inverse_frequencies.len());
+    let rope_of = |a: &&Attention| a.rope.as_ref().map(|rope| 2 * rope.inverse_frequencies.len());
+    let rotated = rope_of(&first).or_else(|| attention.iter().find_map(rope_of));
     // What no position turns has its place in the keys that all heads share, too.
     let shared = match &first.projections {
         Projections::Latent(latent) => Some(latent.kv_a.rows - latent.kv_b.cols),
@@ -181,18 +183,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     };
     let rotated = rotated.or(shared);
     heads(out, graph, first, rotated.unwrap_or(0), id)?;
-    // Layers with a state are told by there being no keys, and those with a window by there being more.
-    let keys: Option<fn(&Attention) -> usize> = match id {
-        "kimi-linear" => Some(|_| 1),
-        "mimo2" => Some(|attention| attention.shape.kv_heads),
-        _ => None,
-    };
-    if let Some(keys) = keys {
-        let keys = graph.blocks.iter().map(|block| MetadataValue::U32(block.attention().map_or(0, keys) as u32));
-        let keys = keys.collect();
-        out.metadata.retain(|(name, _)| *name != key("attention.head_count_kv"));
-        out.metadata.push((key("attention.head_count_kv"), metadata_array(keys, GGUFValueType::U32)?));
-    }
+    heads_by_layer(out, graph, &layers, architecture)?;
     out.float(
         key(match graph.final_norm.kind {
             NormKind::Rms | NormKind::Length => "attention.layer_norm_rms_epsilon",
@@ -245,7 +236,30 @@ fn blocks(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static st
             };
             out.counts(key("feed_forward_length"), graph.blocks.iter().map(inner))?;
         }
+        _ if id == "gemma4" => out.counts_or_one(key("feed_forward_length"), &per_layer::widths(graph))?,
         _ => out.count(key("feed_forward_length"), layers.inner)?,
+    }
+    Ok(())
+}
+
+/// Heads of keys and values where layers differ in them, and what else architectures say of each layer that have such.
+fn heads_by_layer(out: &mut Written, graph: &Graph, layers: &Layers<'_>, architecture: &Architecture) -> Result<()> {
+    let id = architecture.id;
+    let key = format!("{id}.attention.head_count_kv");
+    // Layers with a state are told by there being no keys, and those with a window by there being more.
+    let keys: Option<fn(&Attention) -> usize> = match id {
+        "kimi-linear" => Some(|_| 1),
+        "mimo2" => Some(|attention| attention.shape.kv_heads),
+        _ => None,
+    };
+    if let Some(keys) = keys {
+        out.metadata.retain(|(name, _)| *name != key);
+        out.counts(key, graph.blocks.iter().map(|block| block.attention().map_or(0, keys)))?;
+    } else if architecture.per_layer {
+        let kv_heads: Vec<usize> = layers.attention.iter().map(|a| a.shape.kv_heads).collect();
+        out.metadata.retain(|(name, _)| *name != key);
+        out.counts_or_one(key, &kv_heads)?;
+        per_layer::settings(out, graph, layers, id)?;
     }
     Ok(())
 }
@@ -277,7 +291,8 @@ impl<'g> Layers<'g> {
         let cannot = |what: String| names::cannot(id, what);
         let steps = || graph.blocks.iter().flat_map(|block| &block.steps);
         let attention: Vec<&Attention> = graph.blocks.iter().filter_map(|block| block.attention()).collect();
-        let Some(&first) = attention.first() else { return Err(cannot("a model without attention".to_owned())) };
+        let first = if id == "gemma4" { per_layer::first(&attention) } else { attention.first().copied() };
+        let Some(first) = first else { return Err(cannot("a model without attention".to_owned())) };
         let state = |layer: &'g Layer| match layer {
             Layer::Delta(delta) => Some((delta.shape, &delta.convolution)),
             Layer::Mamba(mamba) => Some((mamba.shape, &mamba.convolution)),
@@ -567,7 +582,9 @@ fn read_back(out: &Written, graph: &Graph, architecture: &'static Architecture, 
     let cannot = |what: String| names::cannot(architecture.id, what);
     let factors = plan.tensors.iter().filter_map(|tensor| match &tensor.source {
         // Llama 3's are made of the settings that they stand for.
-        Source::Values(values) if tensor.gguf != ROPE_FREQS => Some((tensor.gguf.clone(), values.clone())),
+        Source::Values(values) if tensor.gguf != ROPE_FREQS || architecture.per_layer => {
+            Some((tensor.gguf.clone(), values.clone()))
+        }
         _ => None,
     });
     let read = Settings {
@@ -596,12 +613,15 @@ fn rope(out: &mut Written, attention: &[&Attention], architecture: &Architecture
     let near = of(attention.iter().filter(|a| !wide(a)).collect());
     let Some(rope) = full.clone().or(near.clone()) else { return Ok(()) };
     out.float(key("freq_base"), rope.theta);
-    if let Some(near) = near.filter(|near| architecture.id == "gemma3" || full.is_some() && near.theta != rope.theta) {
+    if let Some(near) =
+        near.filter(|near| matches!(architecture.id, "gemma3" | "gemma4") || full.is_some() && near.theta != rope.theta)
+    {
         out.float(key("freq_base_swa"), near.theta);
     }
     match &rope.scaling {
         // Llama 3's is the tensor of factors.
         RopeScaling::None | RopeScaling::Llama3 { .. } => {}
+        RopeScaling::Linear { .. } | RopeScaling::Proportional if architecture.per_layer => {}
         RopeScaling::Proportional => {
             return Err(Error::usage(format!(
                 "rotary positions of the type `proportional`, of which some pairs stand still, have no place in a GGUF file of architecture {}; \

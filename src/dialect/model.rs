@@ -264,6 +264,8 @@ impl GgufModel {
 /// Where the tensors of a checkpoint lie in a file, while it is being found.
 struct Mapping<'s> {
     file: &'s GgufFile,
+    /// What the model's tensors are called in the file.
+    planned: HashSet<&'s str>,
     /// Shapes of the tensors that the model needs.
     shapes: HashMap<String, Vec<usize>>,
     /// Tensors of the checkpoint by their Hugging Face names.
@@ -286,6 +288,7 @@ impl<'s> Mapping<'s> {
     ) -> formats::Result<Mapping<'s>> {
         let mut mapping = Mapping {
             file,
+            planned: stored.iter().map(|tensor| &tensor.gguf[..]).collect(),
             shapes: graph.tensors().into_iter().collect(),
             tensors: HashMap::new(),
             known: HashMap::new(),
@@ -312,7 +315,8 @@ impl<'s> Mapping<'s> {
                 formats::Error::mismatch("its shape", format!("{:?}", tensor.shape), format!("{:?}", view.shape));
             return Err(error.in_tensor(&tensor.gguf));
         }
-        let scale = scale_of(&tensor.gguf).and_then(|scale| Some((self.file.get(&scale)?, scale)));
+        let own = |scale: &String| !self.planned.contains(&scale[..]);
+        let scale = scale_of(&tensor.gguf).filter(own).and_then(|scale| Some((self.file.get(&scale)?, scale)));
         let factor = match &scale {
             None => 1.0,
             Some((view, scale)) => factor(view).map_err(|error| error.in_tensor(scale))?,

@@ -2,12 +2,13 @@
 
 mod delta;
 mod mamba;
+mod per_layer;
 
 pub(crate) use self::mamba::absorbed;
-use crate::dialect::architectures::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
+use crate::dialect::architectures::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, STANDING};
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Further, Graph, HeadNorms, Latent, Layer, Linear, Mlp, Moe, Norm, Projections, Rope, RopeScaling,
+    Attention, Block, Further, Graph, HeadNorms, Latent, Layer, Linear, Mlp, Moe, Norm, Projections, Rope, RopeScaling,
 };
 
 /// The tensors of a GGUF file, in the order in which llama-quantize writes them.
@@ -236,6 +237,7 @@ impl Lister {
                     Layer::Attention(_) | Layer::Delta(_) | Layer::Mamba(_) | Layer::Short(_) => {
                         ("attn_norm", "post_attention_norm")
                     }
+                    Layer::PerLayer(_) => ("inp_gate_norm", "post_norm"),
                     _ => (self.architecture.ffn_norm, "post_ffw_norm"),
                 };
                 // Of a norm that two steps share there is the first name only.
@@ -259,13 +261,16 @@ impl Lister {
                     Layer::Mlp(mlp) => self.mlp(&at, "", mlp)?,
                     Layer::Moe(moe) => self.moe(&at, moe)?,
                     Layer::Further(further) => self.further(&at, further)?,
+                    Layer::PerLayer(layer) => self.per_layer(&at, layer)?,
                     Layer::Opaque(_) => return Err(self.cannot("a model of an unknown family")),
                 }
                 if absorbs {
                     self.absorb(first, step);
                 }
             }
+            self.scale(&at, block)?;
         }
+        self.tables(graph)?;
         self.norm(self.architecture.final_norm, &graph.final_norm)?;
         let head = &graph.head;
         match (self.architecture.head, head.tied) {
@@ -289,6 +294,14 @@ impl Lister {
 
     /// Rotary factors, which all layers share.
     fn factors(&mut self, graph: &Graph) -> Result<()> {
+        if self.architecture.per_layer {
+            // Asked for wherever a layer sees all.
+            let mut wide = graph.blocks.iter().filter_map(Block::attention).filter(|a| a.shape.window.is_none());
+            if let Some(rope) = wide.find_map(|attention| attention.rope.as_deref()) {
+                self.values(ROPE_FREQS.to_owned(), standing(rope));
+            }
+            return Ok(());
+        }
         let ropes = graph.blocks.iter().filter_map(|block| block.attention()?.rope.as_deref());
         for rope in ropes {
             let found = match &rope.scaling {
@@ -352,7 +365,7 @@ impl Lister {
     }
 
     fn attention(&mut self, at: &str, attention: &Attention, hidden: usize) -> Result<()> {
-        let Attention { projections, o, shape, norms, sinks, .. } = attention;
+        let Attention { projections, shape, .. } = attention;
         let architecture = self.architecture;
         if attention.head_gate.is_some() {
             return Err(self.cannot("attention with a gate for each head"));
@@ -380,9 +393,7 @@ impl Lister {
                     .iter()
                     .flat_map(|linear| (0..linear.split.parts()).map(move |part| (linear, linear.split.rows(part))))
                     .collect();
-                let [q, k, v] = &parts[..] else {
-                    return Err(self.cannot("attention without queries, keys and values"));
-                };
+                let [q, k, v] = &parts[..] else { return self.fewer(at, attention, linears) };
                 let q = (q.0, self.rotated(attention, q.1.clone(), shape.heads)?);
                 let k = (k.0, self.rotated(attention, k.1.clone(), shape.kv_heads)?);
                 if let [fused] = &linears[..] {
@@ -398,10 +409,20 @@ impl Lister {
             }
             Projections::Latent(_) => self.latent(at, attention)?,
         }
+        self.attention_ends(at, attention)
+    }
+
+    /// What follows the linears of queries, keys and values.
+    fn attention_ends(&mut self, at: &str, attention: &Attention) -> Result<()> {
+        let Attention { o, shape, norms, sinks, .. } = attention;
+        let architecture = self.architecture;
         self.linear(&format!("{at}.attn_output"), o, None, architecture.o_bias)?;
-        if let Some(HeadNorms { q, k, .. }) = norms {
+        if let Some(HeadNorms { q, k, v, .. }) = norms {
             self.norm(&format!("{at}.attn_q_norm"), q)?;
-            self.norm(&format!("{at}.attn_k_norm"), k)?;
+            k.iter().try_for_each(|k| self.norm(&format!("{at}.attn_k_norm"), k))?;
+            if v.as_ref().is_some_and(|v| !v.weights.is_empty()) {
+                return Err(self.cannot("norms of values with weights"));
+            }
         }
         if let Some(indexer) = attention.indexer() {
             let (Some(weights), None) = (&indexer.weights, &indexer.q_norm) else {
@@ -422,6 +443,18 @@ impl Lister {
             self.push(format!("{at}.attn_sinks.weight"), vec![shape.heads], vec![part]);
         }
         Ok(())
+    }
+
+    /// Attention without values, or without keys too, of its own.
+    fn fewer(&mut self, at: &str, attention: &Attention, linears: &[Linear]) -> Result<()> {
+        let whole = linears.iter().all(|linear| linear.split.lengths.is_empty()) && linears.len() < 3;
+        if !(whole && self.architecture.per_layer) || self.permuted(attention) {
+            return Err(self.cannot("attention without queries, keys and values"));
+        }
+        for (name, linear) in ["attn_q", "attn_k"].into_iter().zip(linears) {
+            self.linear(&format!("{at}.{name}"), linear, None, self.architecture.qkv_bias)?;
+        }
+        self.attention_ends(at, attention)
     }
 
     fn latent(&mut self, at: &str, attention: &Attention) -> Result<()> {
@@ -577,8 +610,9 @@ impl Lister {
                 }
             }
         }
+        self.within(at, moe)?;
         if let Some((shared, gate)) = &moe.shared {
-            self.mlp(at, "_shexp", shared)?;
+            self.mlp(at, if moe.norms.is_some() { "" } else { "_shexp" }, shared)?;
             if let Some(gate) = gate {
                 // A vector to loaders.
                 let part = Part::whole(From::Tensor(gate.weight(), vec![gate.cols]));
@@ -587,6 +621,13 @@ impl Lister {
         }
         Ok(())
     }
+}
+
+/// What each rotary frequency of a head is divided by of which the last pairs stand still: by so much that they do.
+fn standing(rope: &Rope) -> Vec<f32> {
+    let plain = crate::families::rope::unscaled(f64::from(rope.theta), 2 * rope.inverse_frequencies.len());
+    let pairs = plain.inverse_frequencies.iter().zip(&rope.inverse_frequencies);
+    pairs.map(|(plain, turns)| if *turns == 0.0 { STANDING } else { plain / turns }).collect()
 }
 
 /// What each rotary frequency of Llama 3's scaling is divided by.

@@ -4,8 +4,8 @@ use kernels::{Activation, AttentionShape};
 
 use crate::families::rope::{all_near, near, unscaled};
 use crate::graph::{
-    Attention, Convolution, DeltaNet, Further, Graph, Layer, Mamba, Mlp, Moe, Norm, Projections, Rope, RopeScaling,
-    Temperature,
+    Attention, Convolution, DeltaNet, Further, Graph, Layer, Linear, Mamba, Mlp, Moe, Norm, PerLayer, Projections,
+    Rope, RopeScaling, Side, Temperature,
 };
 
 /// How a reader takes a model.
@@ -56,6 +56,9 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
                 if block.parallel { "side by side" } else { "one after the other" }
             )));
         }
+        if block.scale.is_some() != other.scale.is_some() {
+            return Some(in_block("a stream that is multiplied".to_owned()));
+        }
         block.steps.iter().zip(&other.steps).find_map(|(step, other)| {
             if !near(step.scale, other.scale) {
                 return Some(in_block(format!("a residual that is multiplied by {}", step.scale)));
@@ -79,11 +82,23 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
                 (Layer::Moe(a), Layer::Moe(b)) => moe(a, b),
                 (Layer::Further(a), Layer::Further(b)) => further(a, b),
                 (Layer::Moe(_), _) => Some("a mixture of experts".to_owned()),
+                (Layer::PerLayer(a), Layer::PerLayer(b)) => per_layer(a, b),
+                (Layer::PerLayer(_), _) => Some("rows of a table for the tokens".to_owned()),
                 _ => Some("a feed-forward layer without experts".to_owned()),
             }
             .map(in_block)
         })
     })
+}
+
+fn per_layer(a: &PerLayer, b: &PerLayer) -> Option<String> {
+    let of = |layer: &PerLayer| {
+        let Side { table, embedding, .. } = &layer.side;
+        (table.rows, table.columns.clone(), embedding.cols, activation(layer.activation))
+    };
+    let scales = |side: &Side| [side.table.scale, side.embedding.scale, side.share];
+    let alike = all_near(&scales(&a.side), &scales(&b.side)) && norm(Some(&a.side.norm), Some(&b.side.norm));
+    (of(a) != of(b) || !alike).then(|| "rows of a table for the tokens of this form".to_owned())
 }
 
 fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
@@ -180,6 +195,13 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
         let of = |neighbours| if neighbours { "neighbours" } else { "halves" };
         return Some(format!("rotating {} of heads together", of(a.layout.interleaved)));
     }
+    let parts = |a: &Attention| match &a.projections {
+        Projections::Direct(linears) => linears.iter().map(|linear: &Linear| linear.split.parts()).sum(),
+        Projections::Latent(_) => 0,
+    };
+    if (a.keys, parts(a)) != (b.keys, parts(b)) {
+        return Some("keys and values that are shared like this".to_owned());
+    }
     let latent = matches!(a.projections, Projections::Latent(_));
     if a.layout.first != b.layout.first || latent != matches!(b.projections, Projections::Latent(_)) {
         return Some("attention of this form".to_owned());
@@ -187,7 +209,8 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
     let norms = |a: &Attention| {
         a.norms.as_ref().map(|norms| {
             let of = |norm: &Norm| (norm.kind, norm.weights.len(), norm.shape.clone(), norm.bias.is_some());
-            (of(&norms.q), of(&norms.k), norms.per_head, norms.after_rope)
+            let [k, v] = [&norms.k, &norms.v].map(|norm| norm.as_ref().map(of));
+            (of(&norms.q), k, v, norms.per_head, norms.after_rope)
         })
     };
     if norms(a) != norms(b) {
@@ -360,6 +383,10 @@ fn moe(a: &Moe, b: &Moe) -> Option<String> {
     }
     if !near(r.scale, o.scale) || a.weigh_input != b.weigh_input {
         return Some("experts that are weighed like this".to_owned());
+    }
+    let factors = |moe: &Moe| (moe.router.factors.is_some(), moe.norms.is_some());
+    if factors(a) != factors(b) || !near(r.logits, o.logits) {
+        return Some("a mixture whose parts are normed like this".to_owned());
     }
     let shared = |moe: &Moe| moe.shared.as_ref().map(|(shared, gate)| (shared.inner(), gate.is_some()));
     if shared(a) != shared(b) {

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::dialect::architectures::{Architecture, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 
 pub(super) mod config;
+mod per_layer;
 mod required;
 
 /// What a GGUF file says of a model beside its weights.
@@ -198,6 +199,7 @@ impl Settings {
             ("gemma", false) => ("gemma", "GemmaForCausalLM", "gelu_pytorch_tanh"),
             ("gemma2", false) => ("gemma2", "Gemma2ForCausalLM", "gelu_pytorch_tanh"),
             ("gemma3", false) => ("gemma3_text", "Gemma3ForCausalLM", "gelu_pytorch_tanh"),
+            ("gemma4", _) => ("gemma4_text", "Gemma4ForCausalLM", "gelu_pytorch_tanh"),
             ("phi2", false) => ("phi", "PhiForCausalLM", "gelu_new"),
             ("phi3", false) => ("phi3", "Phi3ForCausalLM", "silu"),
             ("olmo", false) => ("olmo", "OlmoForCausalLM", "silu"),
@@ -306,6 +308,10 @@ impl Settings {
     }
 
     fn rope_scaling(&self, theta: f64, latent: bool) -> Result<Option<Value>> {
+        if self.architecture.id == "gemma4" {
+            // Its own words for it say all.
+            return Ok(None);
+        }
         let warm = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
         if let Some(factors) = self.factors.get(ROPE_FREQS) {
             let usable = factors.iter().all(|factor| *factor > 0.0 && factor.is_finite()) && !latent;

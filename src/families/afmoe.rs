@@ -63,5 +63,5 @@ fn mixture(base: &Base, config: &Config<'_>, module: &str, act: Activation) -> R
     let experts = (0..count).map(|e| base.gated(&format!("{module}.experts.{e}"), inner, act, false)).collect();
     let shared = inner * config.count("num_shared_experts")?;
     let shared = base.gated(&format!("{module}.shared_experts"), shared, act, false);
-    Ok(Moe { router, experts, shared: Some((shared, None)), weigh_input: false, latent: None })
+    Ok(Moe { router, experts, shared: Some((shared, None)), weigh_input: false, latent: None, norms: None })
 }

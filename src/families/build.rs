@@ -7,7 +7,7 @@ use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 use super::Config;
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Block, Embedding, Graph, Head, HeadNorms, Layer, Linear, Mlp, Norm, Projections, Rope, Split, Step,
+    Attention, Block, Embedding, Graph, Head, HeadNorms, Keys, Layer, Linear, Mlp, Norm, Projections, Rope, Split, Step,
 };
 
 /// Sizes of a decoder, and its names' prefix.
@@ -121,6 +121,7 @@ impl Base {
     pub fn attention_of(&self, linears: Vec<Linear>, o: Linear, rope: Option<Arc<Rope>>) -> Attention {
         Attention {
             projections: Projections::Direct(linears),
+            keys: Keys::Own,
             gated: false,
             head_gate: None,
             o,
@@ -155,7 +156,7 @@ impl Base {
     /// Norms of queries and keys, `q_norm` and `k_norm` under `module`, each head by itself.
     pub fn head_norms(&self, module: &str) -> HeadNorms {
         let norm = |name: &str| self.norm_of(&format!("{module}.{name}"), self.head_dim);
-        HeadNorms { q: norm("q_norm"), k: norm("k_norm"), per_head: true, after_rope: false }
+        HeadNorms { q: norm("q_norm"), k: Some(norm("k_norm")), v: None, per_head: true, after_rope: false }
     }
 
     /// `gate_proj`, `up_proj`, `down_proj` under `module`.
@@ -238,7 +239,7 @@ pub fn sandwich(before: Norm, layer: Layer, after: Norm) -> Step {
 
 /// Steps one after the other.
 pub fn block(name: String, steps: Vec<Step>) -> Block {
-    Block { name, steps, parallel: false }
+    Block { name, steps, parallel: false, scale: None }
 }
 
 /// The activation that config.json names under the usual key.
@@ -282,7 +283,7 @@ pub fn with_known_arithmetic(settings: &serde_json::Value) -> Option<serde_json:
     let mut other = settings.clone();
     let found: Vec<&str> = keys.into_iter().filter(elsewhere).collect();
     found.iter().for_each(|key| other[*key] = "silu".into());
-    let both_ways = other["use_bidirectional_attention"] == true;
+    let both_ways = ["true", "\"all\""].contains(&&*other["use_bidirectional_attention"].to_string());
     if both_ways {
         other["use_bidirectional_attention"] = false.into();
     }

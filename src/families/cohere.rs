@@ -64,7 +64,8 @@ fn build(config: &Config<'_>, family: &'static str) -> Result<Graph> {
         };
         attention.norms = normed.then(|| HeadNorms {
             q: norm("q_norm", base.heads),
-            k: norm("k_norm", base.kv_heads),
+            k: Some(norm("k_norm", base.kv_heads)),
+            v: None,
             per_head: true,
             after_rope: false,
         });
@@ -112,7 +113,7 @@ fn moe(base: &Base, config: &Config<'_>, module: &str, inner: usize, act: Activa
         (other, _) => return Err(unknown("shared_expert_combination_strategy", other, "average and sum")),
     };
     let experts = (0..experts).map(|e| base.gated(&format!("{module}.experts.{e}"), inner, act, false)).collect();
-    Ok((Moe { router, experts, shared, weigh_input: false, latent: None }, scale))
+    Ok((Moe { router, experts, shared, weigh_input: false, latent: None, norms: None }, scale))
 }
 
 #[cfg(test)]

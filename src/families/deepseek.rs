@@ -379,5 +379,5 @@ pub fn moe(
     let shared = config.optional_count("n_shared_experts")?;
     let shared = shared.map(|n| (base.gated(&format!("{module}.shared_experts"), n * inner, act, false), None));
     let experts = (0..experts).map(|e| base.gated(&format!("{module}.experts.{e}"), inner, act, false)).collect();
-    Ok(Moe { router, experts, shared, weigh_input: false, latent: None })
+    Ok(Moe { router, experts, shared, weigh_input: false, latent: None, norms: None })
 }

@@ -66,5 +66,5 @@ fn moe(base: &Base, config: &Config<'_>, module: &str, act: Activation, bias: bo
     let shared =
         (shared > 0).then(|| (base.gated(&format!("{module}.shared_experts"), shared * inner, act, bias), None));
     let experts = (0..experts).map(|e| base.gated(&format!("{module}.experts.{e}"), inner, act, false)).collect();
-    Ok(Moe { router, experts, shared, weigh_input: false, latent: None })
+    Ok(Moe { router, experts, shared, weigh_input: false, latent: None, norms: None })
 }

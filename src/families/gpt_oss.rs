@@ -45,7 +45,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             Split { times: inner, lengths: vec![1, 1] },
             activation,
         );
-        let moe = Moe { router, experts, shared: None, weigh_input: false, latent: None };
+        let moe = Moe { router, experts, shared: None, weigh_input: false, latent: None, norms: None };
         Ok(base.usual_block(at, attention, Layer::Moe(moe)))
     })?;
     base.graph(config, "gpt_oss", blocks)

@@ -45,8 +45,8 @@ fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
         let module = format!("{at}.self_attn");
         let mut attention = base.attention(&module, [bias, bias], Some(rope.clone()));
         let norm = |name: &str| base.norm_of(&format!("{module}.{name}"), base.head_dim);
-        let (q, k) = (norm("query_layernorm"), norm("key_layernorm"));
-        attention.norms = Some(HeadNorms { q, k, per_head: true, after_rope: true });
+        let (q, k) = (norm("query_layernorm"), Some(norm("key_layernorm")));
+        attention.norms = Some(HeadNorms { q, k, v: None, per_head: true, after_rope: true });
         let module = format!("{at}.mlp");
         let feed_forward = match sparse {
             false => Layer::Mlp(base.gated(&module, inner, act, false)),
@@ -58,6 +58,7 @@ fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
                 shared: Some((base.gated(&format!("{module}.shared_mlp"), inner, act, false), None)),
                 weigh_input: false,
                 latent: None,
+                norms: None,
             }),
         };
         Ok(base.usual_block(at, attention, feed_forward))
@@ -93,7 +94,14 @@ fn third(config: &Config<'_>) -> Result<Graph> {
                 let expert = |e| base.gated(&format!("{module}.experts.{e}"), expert_inner, act, false);
                 let shared = base.gated(&format!("{module}.shared_mlp"), shared_inner, act, mlp_bias);
                 let experts = (0..experts).map(expert).collect();
-                Layer::Moe(Moe { router, experts, shared: Some((shared, None)), weigh_input: false, latent: None })
+                Layer::Moe(Moe {
+                    router,
+                    experts,
+                    shared: Some((shared, None)),
+                    weigh_input: false,
+                    latent: None,
+                    norms: None,
+                })
             }
         };
         base.usual_block(at, attention, feed_forward)

@@ -98,8 +98,13 @@ fn attention(base: &Base, module: &str, rope: std::sync::Arc<Rope>) -> Attention
     let mut attention = base.attention(module, [false; 2], Some(rope));
     attention.o.module = format!("{module}.out_proj");
     let norm = |name: &str| base.norm_of(&format!("{module}.{name}"), base.head_dim);
-    attention.norms =
-        Some(HeadNorms { q: norm("q_layernorm"), k: norm("k_layernorm"), per_head: true, after_rope: false });
+    attention.norms = Some(HeadNorms {
+        q: norm("q_layernorm"),
+        k: Some(norm("k_layernorm")),
+        v: None,
+        per_head: true,
+        after_rope: false,
+    });
     attention
 }
 
@@ -198,5 +203,5 @@ fn mixture(base: &Base, config: &Config<'_>, module: &str) -> Result<Moe> {
     router.correction = config.flag("use_expert_bias", true)?.then(|| (format!("{module}.expert_bias"), vec![count]));
     let expert = |e: usize| base.gated_of(&format!("{module}.experts.{e}"), NAMES, inner, Activation::Silu, false);
     let experts = (0..count).map(expert).collect();
-    Ok(Moe { router, experts, shared: None, weigh_input: false, latent: None })
+    Ok(Moe { router, experts, shared: None, weigh_input: false, latent: None, norms: None })
 }

@@ -47,7 +47,8 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         attention.shape.chunk = chunk.filter(|_| rotated[layer]);
         attention.norms = (normed && rotated[layer]).then(|| HeadNorms {
             q: unit.clone(),
-            k: unit.clone(),
+            k: Some(unit.clone()),
+            v: None,
             per_head: true,
             after_rope: true,
         });
@@ -67,6 +68,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
                     shared: Some((base.gated(&format!("{module}.shared_expert"), inner, act, false), None)),
                     weigh_input: true,
                     latent: None,
+                    norms: None,
                 })
             }
         };

@@ -55,7 +55,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         router.correction = Some((format!("{module}.router.e_score_correction_bias"), vec![all]));
         let expert = |e| base.gated(&format!("{module}.experts.{e}"), expert_inner, act, false);
         let experts = (0..experts).map(expert).collect();
-        let moe = Layer::Moe(Moe { router, experts, shared: None, latent: None, weigh_input: false });
+        let moe = Layer::Moe(Moe { router, experts, shared: None, latent: None, norms: None, weigh_input: false });
         // They read what the first attention left, and are added last.
         steps.push(Step { unseen: 3, ..pre(base.norm(&format!("{at}.post_attention_layernorm.0")), moe) });
         Ok(block(at, steps))

@@ -34,7 +34,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         Ok(base.usual_block(
             at,
             attention,
-            Layer::Moe(Moe { router, experts, shared: None, weigh_input: false, latent: None }),
+            Layer::Moe(Moe { router, experts, shared: None, weigh_input: false, latent: None, norms: None }),
         ))
     })?;
     let mut graph = base.graph(config, "minimax_m2", blocks)?;
@@ -105,7 +105,7 @@ fn build_m3(config: &Config<'_>) -> Result<Graph> {
         Ok(base.usual_block(
             at,
             attention,
-            Layer::Moe(Moe { router, experts, shared, latent: None, weigh_input: false }),
+            Layer::Moe(Moe { router, experts, shared, latent: None, weigh_input: false, norms: None }),
         ))
     })?;
     base.graph(config, "minimax_m3", blocks)

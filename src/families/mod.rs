@@ -11,6 +11,7 @@ mod ernie;
 mod exaone;
 mod further;
 mod gemma;
+mod gemma4;
 mod glm;
 mod gpt;
 mod gpt_oss;
@@ -96,6 +97,7 @@ pub const FAMILIES: &[Family] = &[
     gemma::GEMMA,
     gemma::GEMMA2,
     gemma::GEMMA3,
+    gemma4::GEMMA4,
     phi::PHI,
     phi::PHI3,
     olmo::OLMO,
@@ -184,6 +186,8 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "kimi_k25", text: ("deepseek_v3", false), tied: true, hears_text: false },
     Wrapper { model_type: "minimax_m3_vl", text: ("minimax_m3_vl_text", true), tied: false, hears_text: true },
     Wrapper { model_type: "gemma3", text: ("gemma3_text", true), tied: true, hears_text: false },
+    Wrapper { model_type: "gemma4", text: ("gemma4_text", true), tied: true, hears_text: false },
+    Wrapper { model_type: "gemma4_unified", text: ("gemma4_unified_text", true), tied: true, hears_text: false },
     Wrapper { model_type: "llama4", text: ("llama4_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "qwen2_vl", text: ("qwen2_vl_text", true), tied: false, hears_text: true },
     Wrapper { model_type: "qwen2_5_vl", text: ("qwen2_5_vl_text", true), tied: false, hears_text: true },

@@ -28,12 +28,14 @@ pub const OLMOE: Family = Family { id: "olmoe", model_types: &["olmoe"], build: 
 pub fn router(base: &Base, module: String, experts: usize, top_k: usize, renormalize: bool) -> Router {
     Router {
         linear: Linear::plain(module, experts, base.hidden, false),
+        logits: 1.0,
         scoring: Scoring::Softmax,
         top_k,
         correction: None,
         groups: None,
         renormalize,
         scale: 1.0,
+        factors: None,
     }
 }
 
@@ -117,7 +119,7 @@ pub fn granite(base: &Base, config: &Config<'_>, at: &str, inner: usize, act: Ac
     let sizes = [experts, base.hidden, inner];
     let halves = Split::of(&[inner, inner]);
     let experts = stacked(&format!("{at}.experts"), tensors, [None, None], sizes, false, halves, act);
-    Ok(Moe { router, experts, shared: None, weigh_input: false, latent: None })
+    Ok(Moe { router, experts, shared: None, weigh_input: false, latent: None, norms: None })
 }
 
 fn mixtral(config: &Config<'_>) -> Result<Graph> {
@@ -140,6 +142,7 @@ fn mixtral(config: &Config<'_>) -> Result<Graph> {
             shared: None,
             weigh_input: false,
             latent: None,
+            norms: None,
         };
         Ok(base.usual_block(at, attention, Layer::Moe(moe)))
     })?;
@@ -192,6 +195,7 @@ fn qwen(config: &Config<'_>, third: bool) -> Result<Graph> {
                 shared,
                 weigh_input: false,
                 latent: None,
+                norms: None,
             })
         };
         Ok(base.usual_block(at, attention, feed_forward))
@@ -222,6 +226,7 @@ fn olmoe(config: &Config<'_>) -> Result<Graph> {
             shared: None,
             weigh_input: false,
             latent: None,
+            norms: None,
         };
         Ok(base.usual_block(at, attention, Layer::Moe(moe)))
     })?;

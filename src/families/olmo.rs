@@ -54,7 +54,8 @@ fn olmo(config: &Config<'_>) -> Result<Graph> {
 /// Norms of all queries together, and of all keys.
 pub fn whole_norms(base: &Base, module: &str) -> HeadNorms {
     let norm = |name: &str, heads: usize| base.norm_of(&format!("{module}.{name}"), heads * base.head_dim);
-    HeadNorms { q: norm("q_norm", base.heads), k: norm("k_norm", base.kv_heads), per_head: false, after_rope: false }
+    let (q, k) = (norm("q_norm", base.heads), Some(norm("k_norm", base.kv_heads)));
+    HeadNorms { q, k, v: None, per_head: false, after_rope: false }
 }
 
 fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
@@ -91,7 +92,7 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
                 let router = router(&base, format!("{module}.gate"), experts, top_k, renormalize);
                 let expert = |e| base.gated(&format!("{module}.experts.{e}"), inner, act, false);
                 let experts = (0..experts).map(expert).collect();
-                Layer::Moe(Moe { router, experts, shared: None, weigh_input: false, latent: None })
+                Layer::Moe(Moe { router, experts, shared: None, weigh_input: false, latent: None, norms: None })
             }
         };
         Ok(base.post_block(at, attention, feed_forward))

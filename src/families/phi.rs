@@ -32,7 +32,8 @@ fn phi(config: &Config<'_>) -> Result<Graph> {
         let norm = |name: &str| base.norm_of(&format!("{module}.{name}"), base.head_dim);
         attention.norms = normed.then(|| HeadNorms {
             q: norm("q_layernorm"),
-            k: norm("k_layernorm"),
+            k: Some(norm("k_layernorm")),
+            v: None,
             per_head: true,
             after_rope: false,
         });

@@ -42,6 +42,8 @@ enum Form {
     Flat,
     /// One for each type of layer; settings outside are those of layers that see all, but for this key.
     Layered { near: Option<&'static str> },
+    /// One for each type of layer, each as it is said, and usual ones where nothing is.
+    Apart,
     /// Keys of its own: `rotary_emb_base` and `rotary_pct`.
     NeoX,
     /// What is not `default` is LongRoPE.
@@ -58,6 +60,7 @@ impl Rotation {
             "gemma3_text" => rotation(1e6, None, Form::Layered { near: Some("rope_local_base_freq") }),
             "olmo3" => rotation(5e5, None, Form::Layered { near: None }),
             "lfm3" => rotation(1e6, None, Form::Layered { near: None }),
+            "gemma4_text" | "gemma4_unified_text" => rotation(1e6, None, Form::Apart),
             "gpt_neox" => rotation(1e4, Some(0.25), Form::NeoX),
             "phi3" => rotation(1e4, Some(1.0), Form::Long),
             "bamba" | "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
@@ -92,6 +95,10 @@ impl Rotation {
             "lfm3" => json!({
                 "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
                 "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.5},
+            }),
+            "gemma4_text" | "gemma4_unified_text" => json!({
+                "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             }),
             "ministral3" => json!({
                 "rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384,
@@ -172,8 +179,10 @@ fn same(a: &Value, b: &Value) -> bool {
 fn rotary(model_type: &str, values: &mut Map<String, Value>, notes: &mut Vec<String>) -> Result<()> {
     let class = class_of(model_type);
     let rotation = Rotation::of(class);
-    if rotation.form == Form::Absent {
-        return Ok(());
+    match rotation.form {
+        Form::Absent => return Ok(()),
+        Form::Apart => return apart(class, values),
+        _ => {}
     }
     // An empty one is none.
     let old = object(values, "rope_scaling")?.filter(|scaling| !scaling.is_empty());
@@ -232,6 +241,23 @@ fn rotary(model_type: &str, values: &mut Map<String, Value>, notes: &mut Vec<Str
     notes.append(&mut told);
     values.remove("rope_scaling");
     values.insert("rope_parameters".to_owned(), found.into());
+    Ok(())
+}
+
+/// The rotations of a class that reads nothing but `rope_parameters`, as they are said.
+fn apart(class: &str, values: &mut Map<String, Value>) -> Result<()> {
+    let unsaid = Rotation::unsaid(class, &Value::Null);
+    let mut all = match object(values, "rope_parameters")? {
+        Some(said) => Value::Object(said),
+        None => unsaid,
+    };
+    for own in all.as_object_mut().into_iter().flat_map(Map::values_mut).filter_map(Value::as_object_mut) {
+        // Which rotates whole heads, whatever is said.
+        if name_type(own) == "default" {
+            own.remove("partial_rotary_factor");
+        }
+    }
+    values.insert("rope_parameters".to_owned(), all);
     Ok(())
 }
 

@@ -34,7 +34,8 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         };
         attention.norms = normed.then(|| HeadNorms {
             q: norm("q_layernorm", base.heads),
-            k: norm("k_layernorm", base.kv_heads),
+            k: Some(norm("k_layernorm", base.kv_heads)),
+            v: None,
             per_head: true,
             after_rope: false,
         });

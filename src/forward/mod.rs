@@ -6,6 +6,7 @@
 
 mod ahead;
 mod head;
+mod lookup;
 mod operate;
 mod recurrent;
 mod route;
@@ -13,12 +14,13 @@ mod run;
 mod sparse;
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ops::Range;
+use std::rc::Rc;
 
 use formats::{Dtype, Encoding, Float};
 use kernels::{ActivationRounding, Forward};
 use ndarray::{Array2, Axis};
-use rayon::prelude::*;
 
 pub use self::ahead::Ahead;
 pub use self::head::{LoadedHead, kept};
@@ -47,7 +49,7 @@ impl Activations {
     }
 }
 
-/// The residual stream of some sequences.
+/// The residual stream of some sequences, and what goes from block to block beside it.
 pub struct Chunk<M> {
     /// `[tokens, hidden]`.
     pub hidden: M,
@@ -57,6 +59,8 @@ pub struct Chunk<M> {
     pub chosen: RefCell<Option<M>>,
     /// The token that belongs to each row: its own, and in a block that predicts further tokens one that follows.
     pub tokens: Vec<u32>,
+    /// Keys and values of blocks that later ones read, by the number of the block.
+    pub shared: HashMap<usize, Rc<[M; 2]>>,
 }
 
 impl<M> Chunk<M> {
@@ -64,7 +68,8 @@ impl<M> Chunk<M> {
     pub fn copy<B: Forward<Matrix = M>>(&self, backend: &B) -> Result<Chunk<M>> {
         let (lengths, tokens) = (self.lengths.clone(), self.tokens.clone());
         let chosen = self.chosen.borrow().as_ref().map(|chosen| backend.copy(chosen)).transpose()?;
-        Ok(Chunk { hidden: backend.copy(&self.hidden)?, lengths, chosen: RefCell::new(chosen), tokens })
+        let (hidden, shared) = (backend.copy(&self.hidden)?, self.shared.clone());
+        Ok(Chunk { hidden, lengths, chosen: RefCell::new(chosen), tokens, shared })
     }
 }
 
@@ -139,9 +144,6 @@ pub trait Supply<B: Forward> {
     }
 }
 
-/// Rows of the embedding that one thread reads at a time.
-const ROWS: usize = 256;
-
 /// Sequences that follow each other and have `most` tokens together, or are one of more, from the first to the last.
 pub fn together(sequences: &[Vec<u32>], most: usize) -> impl Iterator<Item = Range<usize>> {
     let mut start = 0;
@@ -189,8 +191,8 @@ pub fn embed<B: Forward>(
             hidden.iter_mut().zip(&positions).for_each(|(x, p)| *x += p);
         }
         let hidden = Array2::from_shape_vec((ids.len(), graph.hidden), hidden).expect("one row a token");
-        let lengths = now.iter().map(Vec::len).collect();
-        chunks.push(Chunk { hidden: backend.upload(hidden)?, lengths, chosen: RefCell::default(), tokens: ids });
+        let (hidden, lengths) = (backend.upload(hidden)?, now.iter().map(Vec::len).collect());
+        chunks.push(Chunk { hidden, lengths, chosen: RefCell::default(), tokens: ids, shared: HashMap::new() });
     }
     Ok(chunks)
 }
@@ -200,8 +202,7 @@ fn embedded(source: &Checkpoint, tensor: &str, tokens: &[u32]) -> Result<Vec<f32
     let shape = source.entry(tensor).map_or(&[][..], |entry| &entry.shape);
     let width = shape.last().copied().unwrap_or(0);
     let mut values = vec![0.0; tokens.len() * width];
-    let rows = values.par_chunks_mut((ROWS * width).max(1)).zip(tokens.par_chunks(ROWS));
-    rows.try_for_each(|(values, tokens)| source.load_rows(tensor, tokens, values))?;
+    lookup::rows(source, tensor, tokens, 0..width, &mut values)?;
     Ok(values)
 }
 
@@ -213,7 +214,7 @@ pub fn enter<B: Forward>(backend: &B, block: &Block, chunks: &mut Vec<Chunk<B::M
     }
     // Of sequences that are over nothing is left.
     chunks.retain(|chunk| chunk.lengths.iter().any(|length| *length > 1));
-    for Chunk { hidden, lengths, tokens, chosen } in chunks {
+    for Chunk { hidden, lengths, tokens, chosen, .. } in chunks {
         let (mut kept, mut following, mut start) = (Vec::new(), Vec::new(), 0);
         for length in lengths.iter() {
             let end = start + length;
@@ -344,6 +345,7 @@ pub fn load_matrix(source: &Checkpoint, linear: &Linear) -> Result<Array2<f32>> 
     let name = linear.weight();
     let (values, transposed) = match &linear.stored {
         Stored::Slice { index, transposed, .. } => (source.load_slices(&name, *index..index + 1)?, *transposed),
+        Stored::Rows { first, .. } => (source.load_slices(&name, *first..first + linear.rows)?, false),
         stored => (source.load(&name)?, *stored == Stored::Transposed),
     };
     source.release(&name);
@@ -437,7 +439,7 @@ pub fn final_hidden<B: Forward>(
             hidden.normed = normed(&graph.final_norm, chunks, &mut plain)?;
         }
         enter(backend, block, chunks)?;
-        run_block(backend, block, &mut plain, chunks)?;
+        run_block(backend, block, source, &mut plain, chunks)?;
         if let Some(further) = block.further() {
             hidden.further.push(normed(&further.norm, chunks, &mut plain)?);
         }

@@ -151,7 +151,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(inner)))]);
             }
             Kind::Route(router) => {
-                let routes = self.routes(router, next().matrix(), self.vector(at))?;
+                let routes = self.routes(at, router, next().matrix())?;
                 return Ok(vec![(operation.makes[0], Rc::new(Computed::Routes(routes)))]);
             }
             Kind::Tokens => {
@@ -173,9 +173,8 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             }
             Kind::Share => vec![self.shared(self.own(next())?, next().matrix())?],
             Kind::Embed(_) => vec![self.embedded(at, place)?],
-            Kind::Scatter { .. } | Kind::Return { .. } | Kind::Sum | Kind::Add { .. } | Kind::Begin => {
-                unreachable!("done where they stand")
-            }
+            Kind::Lookup(_) | Kind::Shared(_) | Kind::Plus(_) => self.beside(at, next, place.index)?,
+            kind if kind.adds() => unreachable!("done where they stand"),
             _ => self.recur(at, next, lengths)?,
         };
         operation.makes.iter().zip(matrices).map(|(value, matrix)| self.made(*value, matrix)).collect()
@@ -194,12 +193,13 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         Ok(self.backend.copy(&all[place.index])?)
     }
 
-    /// The tokens of each expert and their weights, from the router's `logits` `[tokens, experts]` and its correction of each expert.
-    fn routes(&self, router: &Router, logits: &B::Matrix, correction: Option<&[f32]>) -> Result<Vec<Routed>> {
+    /// The tokens of each expert and their weights, from the router's `logits` `[tokens, experts]`.
+    fn routes(&self, at: usize, router: &Router, logits: &B::Matrix) -> Result<Vec<Routed>> {
+        let Loaded::Router(correction, factors) = &self.loaded[at] else { unreachable!("loaded where it stands") };
         let logits = self.backend.download(logits)?;
         let mut routes = vec![Routed::default(); logits.ncols()];
         for (row, logits) in logits.rows().into_iter().enumerate() {
-            for (expert, weight) in choose(router, logits, correction) {
+            for (expert, weight) in choose(router, logits, correction.as_deref(), factors.as_deref()) {
                 routes[expert].rows.push(row);
                 routes[expert].weights.push(weight);
             }

@@ -23,8 +23,15 @@ fn largest(values: &[f32], count: usize) -> Vec<usize> {
     order
 }
 
-/// The experts of one token, with their weights.
-pub fn choose(router: &Router, logits: ArrayView1<'_, f32>, correction: Option<&[f32]>) -> Vec<(usize, f32)> {
+/// The experts of one token, with their weights; `correction` is added to the scores for choosing, and each weight multiplied by the expert's
+/// factor.
+pub fn choose(
+    router: &Router,
+    logits: ArrayView1<'_, f32>,
+    correction: Option<&[f32]>,
+    factors: Option<&[f32]>,
+) -> Vec<(usize, f32)> {
+    let logits = logits.map(|x| x * router.logits);
     let scores: Vec<f32> = match router.scoring {
         Scoring::Sigmoid => logits.iter().map(|x| sigmoid(*x)).collect(),
         Scoring::Softmax => {
@@ -48,7 +55,8 @@ pub fn choose(router: &Router, logits: ArrayView1<'_, f32>, correction: Option<&
         true => chosen.iter().map(|expert| scores[*expert]).sum::<f32>(),
         false => 1.0,
     };
-    chosen.into_iter().map(|expert| (expert, scores[expert] / sum * router.scale)).collect()
+    let scale = |expert: usize| router.scale * factors.map_or(1.0, |factors| factors[expert]);
+    chosen.into_iter().map(|expert| (expert, scores[expert] / sum * scale(expert))).collect()
 }
 
 #[cfg(test)]
@@ -60,23 +68,33 @@ mod tests {
 
     fn router(scoring: Scoring, groups: Option<Groups>, renormalize: bool) -> Router {
         let linear = Linear::plain("router", 4, 1, false);
-        Router { linear, scoring, top_k: 2, correction: None, groups, renormalize, scale: 2.0 }
+        Router {
+            linear,
+            logits: 1.0,
+            scoring,
+            top_k: 2,
+            correction: None,
+            groups,
+            renormalize,
+            scale: 2.0,
+            factors: None,
+        }
     }
 
     #[test]
     fn the_best_are_chosen_and_weighed() {
         let logits = [4f32, 1.0, 2.0, 3.0].map(f32::ln);
-        let found = choose(&router(Scoring::Softmax, None, false), arr1(&logits).view(), None);
+        let found = choose(&router(Scoring::Softmax, None, false), arr1(&logits).view(), None, None);
         assert_eq!(found.iter().map(|x| x.0).collect::<Vec<_>>(), [0, 3]);
         assert!((found[0].1 - 0.8).abs() < 1e-6 && (found[1].1 - 0.6).abs() < 1e-6);
-        let found = choose(&router(Scoring::Softmax, None, true), arr1(&logits).view(), None);
+        let found = choose(&router(Scoring::Softmax, None, true), arr1(&logits).view(), None, None);
         assert!((found[0].1 - 8.0 / 7.0).abs() < 1e-6);
     }
 
     #[test]
     fn corrections_choose_and_do_not_weigh() {
         let logits = arr1(&[0.0, 0.0, 0.0, 0.0]);
-        let found = choose(&router(Scoring::Sigmoid, None, false), logits.view(), Some(&[0.0, 3.0, 0.0, 2.0]));
+        let found = choose(&router(Scoring::Sigmoid, None, false), logits.view(), Some(&[0.0, 3.0, 0.0, 2.0]), None);
         assert_eq!(found, [(1, 1.0), (3, 1.0)]);
     }
 
@@ -85,7 +103,7 @@ mod tests {
         // The best expert is in the worse group.
         let logits = arr1(&[5.0, -9.0, 3.0, 4.0]);
         let groups = Some(Groups { count: 2, kept: 1, ranked_by: 2 });
-        let found = choose(&router(Scoring::Sigmoid, groups, false), logits.view(), None);
+        let found = choose(&router(Scoring::Sigmoid, groups, false), logits.view(), None, None);
         assert_eq!(found.iter().map(|x| x.0).collect::<Vec<_>>(), [3, 2]);
     }
 }

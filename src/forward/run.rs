@@ -12,14 +12,16 @@ use ndarray::Array2;
 
 use super::route::Routed;
 use super::{Chunk, LoadedNorm, Others, Supply, Weight};
+use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::graph::{Block, Linear, Norm};
 use crate::program::{Expert, Kept, Kind, Lifetimes, Operation, Program};
 
-/// Runs one block over all chunks.
+/// Runs one block over all chunks; tables that it looks tokens up in are those of `source`.
 pub fn run_block<B: Forward>(
     backend: &B,
     block: &Block,
+    source: &Checkpoint,
     supply: &mut dyn Supply<B>,
     chunks: &mut [Chunk<B::Matrix>],
 ) -> Result<()> {
@@ -30,6 +32,7 @@ pub fn run_block<B: Forward>(
     let run = Run {
         backend,
         block,
+        source,
         program: &program,
         lives: &lives,
         rounds_cache,
@@ -65,6 +68,8 @@ pub(super) enum Loaded<'b, B: Forward> {
     Taps(Vec<f32>, Option<Vec<f32>>),
     /// The embedding of the tokens of each chunk.
     Embedded(Vec<B::Matrix>),
+    /// Of a router: the correction of its scores, and a factor for each expert.
+    Router(Option<Vec<f32>>, Option<Vec<f32>>),
     /// Rates of decay and what is added before them.
     Decay(Vec<f32>, Vec<f32>),
     /// Cosines and sines of every position, of whatever sequence.
@@ -92,6 +97,7 @@ pub(super) enum Read<'m, B: Forward> {
 pub(super) struct Run<'r, 'b, B: Forward> {
     pub backend: &'r B,
     block: &'b Block,
+    pub source: &'r Checkpoint,
     pub program: &'r Program<'b>,
     lives: &'r Lifetimes,
     pub rounds_cache: bool,
@@ -127,6 +133,9 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 }
                 kind if kind.adds() => {
                     if self.lives.needed[at] {
+                        if let Kind::Rescale(tensor) = kind {
+                            self.loaded[at] = Loaded::Vector(Some(supply.vector(tensor)?));
+                        }
                         (0..self.chunks.len()).try_for_each(|index| self.add(at, index))?;
                         if kind.makes_stream() {
                             self.stream = operation.makes[0];
@@ -144,7 +153,20 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 self.pending.extend(operation.makes.iter().filter(kept));
             }
         }
+        self.leave();
         Ok(())
+    }
+
+    /// Hands keys and values over to the blocks behind, where they want them.
+    fn leave(&mut self) {
+        let Some((block, values)) = self.program.leaves.filter(|_| self.lives.leaves) else { return };
+        for (index, chunk) in self.chunks.iter_mut().enumerate() {
+            let mut take = |value| match self.kept.get_mut().remove(&(value, index)).map(Rc::try_unwrap) {
+                Some(Ok(Computed::Matrix(matrix))) => matrix,
+                _ => unreachable!("kept for no one else"),
+            };
+            chunk.shared.insert(block, Rc::new(values.map(&mut take)));
+        }
     }
 
     /// Loads what an operation takes besides values and weights.
@@ -190,8 +212,10 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 Loaded::Embedded(self.chunks.iter().map(embed).collect::<Result<_>>()?)
             }
             Kind::Route(router) => {
-                let correction = router.correction.as_ref();
-                Loaded::Vector(correction.map(|(name, _)| supply.vector(name)).transpose()?)
+                let mut load = |tensor: &Option<(String, Vec<usize>)>| {
+                    tensor.as_ref().map(|(name, _)| supply.vector(name)).transpose()
+                };
+                Loaded::Router(load(&router.correction)?, load(&router.factors)?)
             }
             Kind::Rope { rope, .. } => {
                 let mut lengths: Vec<usize> = self.chunks.iter().flat_map(|chunk| &chunk.lengths).copied().collect();
@@ -312,6 +336,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 self.chunks[index].hidden = self.own(Read::Value(begun))?;
                 return Ok(());
             }
+            Kind::Rescale(_) => return self.rescale(at, place),
             _ => {}
         }
         let sum = self.kept.borrow_mut().remove(&(old, index)).expect("kept");
@@ -343,13 +368,9 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
 
     fn add_to_stream(&mut self, operation: &Operation<'b>, scale: f32, place: Place<'_>) -> Result<()> {
         let (backend, index) = (self.backend, place.index);
-        let old = operation.reads[0];
         let operands = self.program.operands(operation);
         let y = self.compute(&operands, place)?.remove(0);
-        if self.lives.from[old].is_some() {
-            let copy = backend.copy(&self.chunks[index].hidden)?;
-            self.kept.borrow_mut().insert((old, index), Rc::new(Computed::Matrix(copy)));
-        }
+        self.keep_stream(operation, index)?;
         let hidden = &mut self.chunks[index].hidden;
         match operands[..] == [operation.reads[1]] {
             true => backend.add_scaled(y.matrix(), scale, hidden)?,
@@ -365,6 +386,25 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             }
         }
         Ok(())
+    }
+
+    /// Keeps the stream of a chunk as it is, where it is still read after this operation, which changes it.
+    fn keep_stream(&self, operation: &Operation<'b>, index: usize) -> Result<()> {
+        let old = operation.reads[0];
+        if self.lives.from[old].is_some() {
+            let copy = self.backend.copy(&self.chunks[index].hidden)?;
+            self.kept.borrow_mut().insert((old, index), Rc::new(Computed::Matrix(copy)));
+        }
+        Ok(())
+    }
+
+    /// Multiplies the stream of a chunk by one number.
+    fn rescale(&mut self, at: usize, place: Place<'_>) -> Result<()> {
+        self.keep_stream(&self.program.operations[at], place.index)?;
+        let Loaded::Vector(Some(factor)) = &self.loaded[at] else { unreachable!("loaded where it stands") };
+        let hidden = &mut self.chunks[place.index].hidden;
+        let [_, width] = self.backend.shape(hidden);
+        Ok(self.backend.scale(hidden, &[], &vec![factor[0]; width])?)
     }
 
     /// A value as products read it.

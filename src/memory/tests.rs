@@ -101,6 +101,22 @@ fn a_text_has_no_more_tokens_than_its_bytes_allow() {
     assert_eq!(at_least(Tokens { count: 3, length: 512 }, 0).all(), 0);
 }
 
+/// Keys and values of block 1, 2 heads of 16 values, and of block 2, as many of 32, until the last block.
+#[test]
+fn keys_and_values_that_later_blocks_read_are_counted() {
+    let (_, graph) = open("tests/fixtures/families/gemma4_text_plain");
+    let left = [0, 0, 4 * 2 * 2 * 16, 4 * 2 * 2 * 48, 4 * 2 * 2 * 48, 4 * 2 * 2 * 48];
+    assert_eq!(shared(&graph).collect::<Vec<_>>(), left);
+    let mut alone = graph.clone();
+    for block in &mut alone.blocks {
+        let Layer::Attention(attention) = &mut block.steps[0].layer else { panic!("attention first") };
+        attention.keys = if matches!(attention.keys, Keys::Left(_)) { Keys::Own } else { attention.keys };
+    }
+    let bytes = |graph: &Graph, count| calibrating(graph, device(2), GPTQ, Some(Tokens { count, length: 64 }));
+    let more = |graph: &Graph| bytes(graph, 2000) - bytes(graph, 1000);
+    assert_eq!(more(&graph) - more(&alone), 64_000 * left[3]);
+}
+
 #[test]
 fn mixtures_and_latent_attention_are_counted_too() {
     for name in ["deepseek_v3_plain", "mixtral_plain"] {

@@ -25,8 +25,9 @@ impl<B: Backend> Walk<'_, '_, B> {
     pub fn smooth(&mut self, block: &Block, chunks: &[Chunk<B::Matrix>]) -> Result<()> {
         let backend = self.backend;
         let mut copies = chunks.iter().map(|chunk| chunk.copy(backend)).collect::<Result<Vec<_>>>()?;
+        let source = self.source;
         let mut seen = FloatPass { walk: self, statistics: HashMap::new() };
-        run_block(backend, block, &mut seen, &mut copies)?;
+        run_block(backend, block, source, &mut seen, &mut copies)?;
         let statistics = seen.statistics;
         let started = Instant::now();
         for linear in block.linears() {

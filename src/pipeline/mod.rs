@@ -210,13 +210,13 @@ impl<B: Backend> Walk<'_, '_, B> {
                 ahead.blocks(walked, begin, |chunks, index, block| {
                     enter(backend, block, chunks)?;
                     if index < finished {
-                        return run_block(backend, block, &mut Again { walk: &mut self }, chunks);
+                        return run_block(backend, block, source, &mut Again { walk: &mut self }, chunks);
                     }
                     if smooths {
                         self.smooth(block, chunks)?;
                     }
                     self.final_block = index + 1 == walked.len();
-                    run_block(backend, block, &mut self, chunks)?;
+                    run_block(backend, block, source, &mut self, chunks)?;
                     self.prepared.clear();
                     self.observer.forget_layer();
                     self.finish(block)

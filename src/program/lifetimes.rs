@@ -16,12 +16,14 @@ pub struct Lifetimes {
     pub until: Vec<usize>,
     /// When the weights of an operation are used last.
     pub weights_until: Vec<usize>,
+    /// Whether keys and values are there at the end, for later blocks.
+    pub leaves: bool,
 }
 
 impl Lifetimes {
     /// Those of a program of whose last value somebody makes use, or nobody: then only the inputs of its linears are.
     pub fn of(program: &Program<'_>, needs_output: bool) -> Lifetimes {
-        let Program { values, operations } = program;
+        let Program { values, operations, .. } = program;
         let mut wanted = vec![false; values.len()];
         if let Some(last) = wanted.last_mut() {
             *last = needs_output;
@@ -31,7 +33,14 @@ impl Lifetimes {
             from: vec![None; values.len()],
             until: vec![0; values.len()],
             weights_until: vec![0; operations.len()],
+            leaves: needs_output && program.leaves.is_some(),
         };
+        if let Some((_, left)) = program.leaves.filter(|_| needs_output) {
+            for value in left {
+                wanted[value] = true;
+                lives.until[value] = 2 * operations.len() + 1;
+            }
+        }
         // The next operation at which something happens.
         let mut next = operations.len();
         for (at, operation) in operations.iter().enumerate().rev() {
@@ -73,7 +82,7 @@ impl Lifetimes {
             }
         }
         // A stream that is still read when something is added to it is copied.
-        for (at, operation) in operations.iter().enumerate().filter(|(_, o)| matches!(o.kind, Kind::Add { .. })) {
+        for (at, operation) in operations.iter().enumerate().filter(|(_, o)| o.kind.makes_stream()) {
             let stream = operation.reads[0];
             let copied = lives.needed[at] && lives.until[stream] > 2 * at + 1;
             lives.from[stream] = copied.then_some(2 * at + 1);

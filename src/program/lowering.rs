@@ -4,8 +4,8 @@ use super::{Expert, Kept, Kind, Operation, Program, Value};
 use kernels::Activation;
 
 use crate::graph::{
-    Attention, Block, Choice, Convolution, DeltaNet, Further, GroupNorm, HeadNorms, Indexer, Latent, Layer, Linear,
-    Mamba, Mlp, Moe, Narrow, Norm, Projections, Rope, ShortConvolution, Step,
+    Attention, Block, Choice, Convolution, DeltaNet, Further, GroupNorm, HeadNorms, Indexer, Keys, Latent, Layer,
+    Linear, Mamba, Mlp, Moe, Narrow, Norm, PerLayer, Projections, Rope, ShortConvolution, Side, Step,
 };
 
 impl<'b> Program<'b> {
@@ -19,9 +19,10 @@ impl<'b> Program<'b> {
             Layer::Mlp(mlp) => Some(mlp.down.rows),
             Layer::Moe(moe) => Some(moe.router.linear.cols),
             Layer::Further(further) => Some(further.projection.rows),
+            Layer::PerLayer(layer) => Some(layer.out.rows),
             Layer::Opaque(_) => None,
         })?;
-        let program = Program { values: Vec::new(), operations: Vec::new() };
+        let program = Program { values: Vec::new(), operations: Vec::new(), leaves: None };
         let mut lowering = Lowering { program, hidden, expert: None };
         let mut stream = lowering.value("h", hidden, None);
         let mut streams = vec![stream];
@@ -29,6 +30,9 @@ impl<'b> Program<'b> {
             let source = if block.parallel { Program::STREAM } else { streams[streams.len() - 1 - step.unseen] };
             stream = lowering.step(step, source, stream)?;
             streams.push(stream);
+        }
+        if let Some(tensor) = &block.scale {
+            lowering.one(Kind::Rescale(tensor), &[stream], "h", hidden);
         }
         Some(lowering.end())
     }
@@ -106,6 +110,7 @@ impl<'b> Lowering<'b> {
                     Layer::Mamba(mamba) => self.mamba(mamba, x),
                     Layer::Short(short) => self.short(short, x),
                     Layer::Mlp(mlp) => self.mlp(mlp, x, Kept::Room),
+                    Layer::PerLayer(layer) => self.per_layer(layer, x),
                     Layer::Moe(_) | Layer::Further(_) | Layer::Opaque(_) => return None,
                 }
             }
@@ -131,6 +136,7 @@ impl<'b> Lowering<'b> {
     fn attention(&mut self, attention: &'b Attention, x: usize) -> usize {
         let Attention {
             projections,
+            keys,
             gated,
             head_gate,
             o,
@@ -150,7 +156,16 @@ impl<'b> Lowering<'b> {
                 let names: &[&str] = if *gated { &["q", "gate", "k", "v"] } else { &["q", "k", "v"] };
                 let mut made = self.linears(linears.iter().collect(), false, x, names);
                 gate = gated.then(|| made.remove(1));
-                made.try_into().expect("queries, keys and values")
+                match (*keys, &made[..]) {
+                    (Keys::Of(block), [q, ..]) => {
+                        let widths = [shape.head_dim, shape.value_dim].map(|width| shape.kv_heads * width);
+                        let found = self.operation(Kind::Shared(block), &[], &[("k", widths[0]), ("v", widths[1])]);
+                        [*q, found[0], found[1]]
+                    }
+                    // Values are what keys are made of.
+                    (_, [q, k]) => [*q, *k, *k],
+                    _ => made.try_into().expect("queries, keys and values"),
+                }
             }
             Projections::Latent(latent) => {
                 let (qkv, of_queries) = self.latent(latent, shape.heads, x);
@@ -164,7 +179,8 @@ impl<'b> Lowering<'b> {
             self.each(Kind::Clamp(*limit), &mut qkv);
         }
         if let Some(rope) = rope {
-            self.each(Kind::Rope { rope, layout: *layout }, &mut qkv[..2]);
+            let own = if matches!(keys, Keys::Of(_)) { 1 } else { 2 };
+            self.each(Kind::Rope { rope, layout: *layout }, &mut qkv[..own]);
         }
         self.head_norms(norms(true), shape.head_dim, &mut qkv);
         if let Some(temperature) = temperature {
@@ -172,6 +188,11 @@ impl<'b> Lowering<'b> {
         }
         if *value_scale != 1.0 {
             self.each(Kind::Scale(*value_scale), &mut qkv[2..]);
+        }
+        if let Keys::Left(block) = *keys {
+            let [_, k, v] = qkv;
+            [k, v].into_iter().for_each(|value| self.keep(value, Kept::Always));
+            self.program.leaves = Some((block, [k, v]));
         }
         let mut reads = qkv.to_vec();
         reads.extend(choice.as_ref().map(|choice| match choice {
@@ -322,10 +343,12 @@ impl<'b> Lowering<'b> {
     }
 
     fn head_norms(&mut self, norms: Option<&'b HeadNorms>, head_dim: usize, qkv: &mut [usize; 3]) {
-        let Some(HeadNorms { q, k, per_head, .. }) = norms else { return };
-        for (at, norm) in [q, k].into_iter().enumerate() {
+        let Some(HeadNorms { q, k, v, per_head, .. }) = norms else { return };
+        let names = ["q", "k", "v"].into_iter();
+        for ((norm, value), name) in [Some(q), k.as_ref(), v.as_ref()].into_iter().zip(qkv).zip(names) {
+            let Some(norm) = norm else { continue };
             let kind = if *per_head { Kind::HeadNorm { norm, head_dim } } else { Kind::Norm(norm) };
-            self.each(kind, &mut qkv[at..=at]);
+            *value = self.one(kind, &[*value], name, self.program.values[*value].width);
         }
     }
 
@@ -368,9 +391,12 @@ impl<'b> Lowering<'b> {
     }
 
     fn mixture(&mut self, moe: &'b Moe, pre: Option<&'b Norm>, source: usize) -> usize {
-        let Moe { router, experts, shared, weigh_input, latent } = moe;
+        let Moe { router, experts, shared, weigh_input, latent, norms } = moe;
+        let norms = norms.as_deref();
         let x = self.norm(pre, source, "x");
-        let logits = self.linears(vec![&router.linear], true, x, &["logits"])[0];
+        let seen = norms.map_or(x, |norms| self.norm(Some(&norms.router), source, "x"));
+        let pre = norms.map_or(pre, |norms| Some(&norms.experts));
+        let logits = self.linears(vec![&router.linear], true, seen, &["logits"])[0];
         let routes = self.one(Kind::Route(router), &[logits], "routes", router.top_k);
         // In a space of their own experts need no norm.
         let width = latent.as_ref().map_or(self.hidden, |latent| latent[0].rows);
@@ -405,15 +431,36 @@ impl<'b> Lowering<'b> {
         if experts.len() < router.linear.rows {
             sum = self.add_to_sum(Kind::Return { first: experts.len() }, &[sum, x, routes]);
         }
+        if let Some(norms) = norms {
+            sum = self.norm(Some(&norms.routed), sum, "sum");
+            self.keep(sum, Kept::Always);
+        }
         if let Some((shared, gate)) = shared {
             let mut y = self.mlp(shared, x, Kept::Room);
             if let Some(gate) = gate {
                 let logit = self.linears(vec![gate], true, x, &["logits"])[0];
                 y = self.one(Kind::Share, &[y, logit], "y", self.hidden);
             }
+            y = self.norm(norms.map(|norms| &norms.shared), y, "y");
             sum = self.add_to_sum(Kind::Sum, &[sum, y]);
         }
         sum
+    }
+
+    fn per_layer(&mut self, layer: &'b PerLayer, x: usize) -> usize {
+        let PerLayer { gate, activation, side, out } = layer;
+        let Side { table, embedding, projection, norm, share } = side;
+        let width = out.cols;
+        let through = self.linears(vec![gate], false, x, &["gate"])[0];
+        let e = self.one(Kind::Lookup(embedding), &[], "e", embedding.columns.len());
+        let projected = self.linears(vec![projection], true, e, &["p"])[0];
+        let projected = self.norm(Some(norm), projected, "p");
+        let found = self.one(Kind::Lookup(table), &[], "t", width);
+        let side = self.one(Kind::Plus(*share), &[found, projected], "s", width);
+        let inner = self.one(Kind::Gate(*activation), &[through, side], "a", width);
+        // Narrow, and used at once.
+        self.keep(inner, Kept::Always);
+        self.linears(vec![out], false, inner, &["y"])[0]
     }
 
     /// What comes of it stands where the sum stood, and is called as it was.

@@ -14,7 +14,7 @@ use kernels::{Activation, AttentionShape, DeltaShape, IndexShape, RopeLayout};
 pub use self::lifetimes::Lifetimes;
 pub use self::shown::{Shown, ShownOperation, ShownValue, shown};
 pub use self::slots::{Producer, Slot};
-use crate::graph::{Convolution, Decay, Linear, Norm, Rope, Router, Temperature};
+use crate::graph::{Convolution, Decay, Linear, Lookup, Norm, Rope, Router, Temperature};
 
 /// What a block does.
 #[derive(Clone, Debug)]
@@ -23,6 +23,8 @@ pub struct Program<'b> {
     pub values: Vec<Value>,
     /// What is done, in order: an operation reads what those before it make.
     pub operations: Vec<Operation<'b>>,
+    /// Keys and values that later blocks read, and the number by which they ask for them.
+    pub leaves: Option<(usize, [usize; 2])>,
 }
 
 /// Something that is computed for each token.
@@ -116,6 +118,10 @@ pub enum Kind<'b> {
     },
     /// Multiplies queries by what grows with the position.
     Warm(Temperature),
+    /// The rows of a table for the ids of the tokens.
+    Lookup(&'b Lookup),
+    /// The keys and values that the block with this number left.
+    Shared(usize),
     /// Causal softmax attention of queries, keys and values.
     Attention {
         /// Heads, scale and mask.
@@ -184,6 +190,8 @@ pub enum Kind<'b> {
     },
     /// Multiplies by the sigmoid of one logit a token.
     Share,
+    /// Adds to one value another times this, where both are used.
+    Plus(f32),
     /// Adds one value to another.
     Sum,
     /// Adds a value to the stream.
@@ -193,6 +201,8 @@ pub enum Kind<'b> {
     },
     /// Puts a value in the place of the stream.
     Begin,
+    /// Multiplies the stream by the one number of a tensor.
+    Rescale(&'b str),
 }
 
 impl Kind<'_> {
@@ -209,7 +219,7 @@ impl Kind<'_> {
 
     /// Whether what it makes is the stream.
     pub fn makes_stream(&self) -> bool {
-        matches!(self, Kind::Add { .. } | Kind::Begin)
+        matches!(self, Kind::Add { .. } | Kind::Begin | Kind::Rescale(_))
     }
 }
 
@@ -229,7 +239,11 @@ impl Operation<'_> {
             Kind::Step(decay) => vec![decay.bias.0.clone()],
             Kind::Skip { tensor, .. } => vec![(*tensor).to_owned()],
             Kind::Embed(tensor) => vec![(*tensor).to_owned()],
-            Kind::Route(router) => router.correction.iter().map(|(name, _)| name.clone()).collect(),
+            Kind::Route(router) => {
+                router.correction.iter().chain(&router.factors).map(|(name, _)| name.clone()).collect()
+            }
+            Kind::Lookup(lookup) => vec![lookup.tensor.clone()],
+            Kind::Rescale(tensor) => vec![(*tensor).to_owned()],
             _ => Vec::new(),
         }
     }

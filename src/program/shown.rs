@@ -216,6 +216,9 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             if router.renormalize {
                 details.push("renormalized".to_owned());
             }
+            if router.logits != 1.0 {
+                details.push(format!("logits * {}", router.logits));
+            }
             if router.scale != 1.0 {
                 details.push(format!("scale {}", router.scale));
             }
@@ -233,6 +236,24 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::Add { scale } if *scale != 1.0 => only(format!("{} + {scale} * {}", reads[0], reads[1])),
         Kind::Add { .. } => only(format!("{} + {}", reads[0], reads[1])),
         Kind::Begin => only(reads[1].clone()),
+        Kind::Rescale(_) => only(format!("{} * scale", reads[0])),
+        Kind::Plus(_) | Kind::Shared(_) | Kind::Lookup(_) => said_beside(operation, reads),
+    }
+}
+
+/// The same of what blocks are given beside the stream.
+fn said_beside(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
+    match &operation.kind {
+        Kind::Plus(share) => (format!("{} + {share} * {}", reads[0], reads[1]), Vec::new()),
+        Kind::Shared(block) => ("shared()".to_owned(), vec![format!("of block {block}")]),
+        Kind::Lookup(lookup) => {
+            let mut details = vec![format!("scale {}", lookup.scale)];
+            if lookup.columns != (0..lookup.cols) {
+                details.push(format!("columns {} to {}", lookup.columns.start, lookup.columns.end - 1));
+            }
+            ("rows(ids)".to_owned(), details)
+        }
+        _ => unreachable!("one of these"),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::graph::{Attention, Graph, Layer, Projections};
+use crate::graph::{Attention, Graph, Keys, Layer, Projections};
 
 /// Memory of cards as they are sold, in GiB.
 pub const CARDS: [u64; 9] = [4, 6, 8, 12, 16, 24, 32, 48, 80];
@@ -61,11 +61,13 @@ pub fn cache_bytes(graph: &Graph, context: u64, batch: u64, ty: CacheType, gguf:
         ty.bytes(values(attention), gguf).saturating_mul(tokens)
     };
     let of_layer = |layer: &Layer| match layer {
+        // Which reads what another layer keeps.
+        Layer::Attention(Attention { keys: Keys::Of(_), .. }) => 0,
         Layer::Attention(attention) => of(attention),
         Layer::Delta(delta) => state_bytes(delta.state(), gguf),
         Layer::Mamba(mamba) => state_bytes(mamba.state(), gguf),
         Layer::Short(short) => state_bytes([short.convolution.last(), 0], gguf),
-        Layer::Mlp(_) | Layer::Moe(_) | Layer::Further(_) | Layer::Opaque(_) => 0,
+        Layer::Mlp(_) | Layer::Moe(_) | Layer::Further(_) | Layer::PerLayer(_) | Layer::Opaque(_) => 0,
     };
     // Those that predict further tokens have one only where a runtime is told to draft with them.
     let layers = graph.trunk().iter().flat_map(|block| &block.steps).map(|step| &step.layer);

@@ -66,6 +66,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("exaone_moe_types", "attention to all tokens in block 0"),
     ("flex_olmo_normed", "cannot be written as GGUF"),
     ("flex_olmo_plain", "cannot be written as GGUF"),
+    ("gemma4_text_biases", "a bias of `model.layers.0.self_attn.q_proj`"),
+    ("gemma4_text_trained", "where the two before are not one with a window and one without"),
     ("glm4_moe_lite_types", "a bias of"),
     ("hy_v3_types", "a bias of"),
     ("mistral4_grouped", "cannot be written as GGUF"),
@@ -201,6 +203,8 @@ fn what_is_quantized_along_the_way_is_what_the_file_holds() {
     for name in [
         "deepseek_v3_plain",
         "falcon_h1_plain",
+        "gemma4_text_experts",
+        "gemma4_text_plain",
         "gpt2_plain",
         "gpt_neox_sequential",
         "gpt_oss_truncated",

@@ -157,6 +157,8 @@ fn linears_read_what_they_read_in_transformers() {
         "afmoe_plain",
         "olmo_hybrid_plain",
         "longcat_flash_published",
+        "gemma4_text_plain",
+        "gemma4_text_experts",
     ] {
         let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
         let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());
@@ -165,7 +167,7 @@ fn linears_read_what_they_read_in_transformers() {
         let mut supply = Energies { plain: forward::Plain::exact(&cpu, &source), found: BTreeMap::new() };
         for block in &graph.blocks {
             forward::enter(&cpu, block, &mut chunks).unwrap();
-            forward::run_block(&cpu, block, &mut supply, &mut chunks).unwrap();
+            forward::run_block(&cpu, block, &source, &mut supply, &mut chunks).unwrap();
         }
         let file = SafetensorsFile::open(folder.join("golden.safetensors")).unwrap();
         for (module, found) in supply.found {
@@ -204,6 +206,8 @@ fn linears_read_what_they_read_in_transformers() {
         "mtp.layers.0.mlp.down_proj",
         "layers.2.eh_proj",
         "layers.2.self_attn.kv_b_proj",
+        "per_layer_input_gate",
+        "per_layer_projection",
     ] {
         assert!(compared.iter().any(|module| module.ends_with(part)), "{part}: {compared:?}");
     }

@@ -139,6 +139,28 @@ fn a_run_that_was_killed_goes_on_and_ends_in_the_same_bytes() {
     }
 }
 
+/// The blocks that are run again leave keys and values for those behind them, as they did the first time.
+#[test]
+fn a_run_goes_on_among_blocks_that_read_what_others_have_left() {
+    let (room, source) = (Room::new(), crate::families::checkpoint("gemma4_text_plain"));
+    crate::gguf_families::spell(source.path());
+    std::fs::create_dir(room.path("model")).unwrap();
+    for entry in std::fs::read_dir(source.path()).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, room.path("model").join(path.file_name().unwrap())).unwrap();
+    }
+    let flags = ["-o", "out", "--method", "awq+gptq", "--group-size", "32", "--force"];
+    room.run(words(&flags)).succeeds();
+    let expected = held(&room, &["out"]);
+    std::fs::remove_dir_all(room.path("out")).unwrap();
+    kill_after(&room, &flags, 1, 4, "KILL");
+    let last = room.run(words(&flags));
+    last.succeeds();
+    assert!(last.stderr().contains("blocks that an interrupted run had finished"), "{}", last.stderr());
+    let found = held(&room, &["out"]);
+    assert!(found == expected && !found.is_empty());
+}
+
 #[test]
 fn another_run_does_not_go_on_and_says_what_differs() {
     let room = Room::new();

@@ -42,7 +42,7 @@ fn integer_share(settings: &Settings, inner: usize, heads: usize) -> Result<usiz
 }
 
 /// The value of `layer_types`: whether a layer sees a window alone or the whole text.
-fn layer_types(local: &[bool]) -> Value {
+pub(super) fn layer_types(local: &[bool]) -> Value {
     local.iter().map(|local| if *local { "sliding_attention" } else { "full_attention" }).collect()
 }
 
@@ -141,6 +141,7 @@ impl Settings {
             _ if id == "kimi-linear" => Some(heads),
             // Layers with a window have twice as many.
             _ if id == "mimo2" => self.counts("attention.head_count_kv", layers)?.into_iter().min(),
+            _ if self.architecture.per_layer => self.counts("attention.head_count_kv", layers)?.first().copied(),
             true => largest("attention.head_count_kv")?,
             false => self.count("attention.head_count_kv")?,
         };
@@ -161,6 +162,7 @@ impl Settings {
         let rotated = self.count("rope.dimension_count")?.unwrap_or(head_dim);
         let experts = self.count("expert_count")?.filter(|n| *n > 0);
         let inner = match by_layer {
+            _ if self.architecture.per_layer => self.counts("feed_forward_length", layers)?[0],
             true => largest("feed_forward_length")?.filter(|inner| *inner > 0).unwrap_or(1),
             false => self.required("feed_forward_length")?,
         };
@@ -196,7 +198,7 @@ impl Settings {
     }
 
     /// Tokens that layers with a window attend to, where there are such layers.
-    fn window(&self) -> Result<Option<usize>> {
+    pub(super) fn window(&self) -> Result<Option<usize>> {
         Ok(self.count("attention.sliding_window")?.filter(|window| *window > 0))
     }
 
@@ -285,6 +287,7 @@ impl Settings {
             parameters
         };
         match model_type {
+            "gemma4_text" => return Ok(json!({})),
             "ministral3" => {
                 let mut all = with_base();
                 if let Some(scale) = self.float("attention.temperature_scale")?.filter(|scale| *scale != 0.0) {
@@ -430,6 +433,7 @@ impl Settings {
                 })
             }
             "gemma" => json!({"hidden_activation": activation}),
+            "gemma4_text" => self.gemma4(activation, layers, model.experts)?,
             "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
                 let value_heads = self.required("ssm.time_step_rank")?;
                 let kinds = self.recurrent(layers)?.into_iter();

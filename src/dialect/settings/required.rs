@@ -28,6 +28,17 @@ const REQUIRED: &[(&str, &[&str])] = &[
         "deepseek2",
         &["attention.kv_lora_rank", "attention.key_length", "expert_feed_forward_length", "expert_shared_count"],
     ),
+    (
+        "gemma4",
+        &[
+            "attention.sliding_window_pattern",
+            "attention.sliding_window",
+            "attention.key_length_swa",
+            "attention.value_length_swa",
+            "rope.freq_base_swa",
+            "embedding_length_per_layer_input",
+        ],
+    ),
     ("deepseek32", CHOOSING),
     ("glm-dsa", CHOOSING),
     ("mimo2", &["attention.sliding_window", "attention.sliding_window_pattern", "expert_feed_forward_length"]),

@@ -1,0 +1,109 @@
+//! How queries and keys are turned by their positions.
+
+use ndarray::Array2;
+
+/// Rotary frequencies.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Radians per position, one for each pair of values, in contexts of the first training's length.
+    pub inverse_frequencies: Vec<f32>,
+    /// The base that they are powers of.
+    pub theta: f32,
+    /// Factor on cosines and sines.
+    pub magnitude: f32,
+    /// How they were stretched beyond the first context; already in `inverse_frequencies`.
+    pub scaling: RopeScaling,
+}
+
+/// How rotary frequencies are stretched.
+#[derive(Clone, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// Not at all.
+    None,
+    /// All divided by the factor.
+    Linear {
+        /// By how much.
+        factor: f32,
+    },
+    /// The base grows with contexts beyond the first.
+    Dynamic {
+        /// By how much.
+        factor: f32,
+        /// The context of the first training.
+        original: usize,
+    },
+    /// Llama 3's: long wavelengths divided by the factor, short ones kept, those between in between.
+    Llama3 {
+        /// By how much.
+        factor: f32,
+        /// Wavelengths above `original / low` are divided.
+        low: f32,
+        /// Wavelengths below `original / high` are kept.
+        high: f32,
+        /// The context of the first training.
+        original: f32,
+    },
+    /// YaRN's: as Llama 3's with a ramp over the pairs, and warmer attention.
+    Yarn {
+        /// By how much.
+        factor: f32,
+        /// The context of the first training.
+        original: usize,
+        /// Turns over the first context above which a pair is kept.
+        beta_fast: f32,
+        /// Turns below which it is divided.
+        beta_slow: f32,
+        /// Multiplies the logarithm in the factor on the scores; 0 if there is none.
+        mscale_all_dim: f32,
+    },
+    /// Only the first pairs of a head turn; the others stand still.
+    Proportional,
+    /// LongRoPE's: every pair divided by a factor of its own, others in contexts beyond the first.
+    Long {
+        /// Factors of the first context.
+        short: Vec<f32>,
+        /// Factors beyond it.
+        long: Vec<f32>,
+        /// The context of the first training.
+        original: usize,
+    },
+}
+
+impl Rope {
+    /// Radians per position in a context of `positions`.
+    pub fn frequencies(&self, positions: usize) -> Vec<f32> {
+        let dim = 2 * self.inverse_frequencies.len();
+        let powers = |base: f32| (0..dim / 2).map(move |i| base.powf((2 * i) as f32 / dim as f32));
+        match &self.scaling {
+            RopeScaling::Dynamic { factor, original } if positions > *original => {
+                let grown = f64::from(*factor) * positions as f64 / *original as f64 - (f64::from(*factor) - 1.0);
+                let base = f64::from(self.theta) * grown.powf(dim as f64 / (dim as f64 - 2.0));
+                powers(base as f32).map(|power| 1.0 / power).collect()
+            }
+            RopeScaling::Long { long, original, .. } if positions > *original => {
+                powers(self.theta).zip(long).map(|(power, factor)| 1.0 / (factor * power)).collect()
+            }
+            _ => self.inverse_frequencies.clone(),
+        }
+    }
+
+    /// Cosines and sines `[tokens, rotated / 2]` of sequences of these lengths that lie one behind the other, each turned as if it were alone: the
+    /// frequencies of some kinds of scaling depend on the length.
+    pub fn table(&self, lengths: &[usize]) -> (Array2<f32>, Array2<f32>) {
+        let shape = (lengths.iter().sum(), self.inverse_frequencies.len());
+        let (mut cos, mut sin) = (Array2::zeros(shape), Array2::zeros(shape));
+        let mut start = 0;
+        for length in lengths {
+            let frequencies = self.frequencies(*length);
+            for position in 0..*length {
+                for (i, frequency) in frequencies.iter().enumerate() {
+                    let angle = position as f32 * frequency;
+                    cos[(start + position, i)] = angle.cos() * self.magnitude;
+                    sin[(start + position, i)] = angle.sin() * self.magnitude;
+                }
+            }
+            start += length;
+        }
+        (cos, sin)
+    }
+}
