@@ -108,13 +108,11 @@ fn recurrent_layers(config: &Config<'_>, layers: usize) -> Result<Vec<bool>> {
     recurrent.collect()
 }
 
+/// Makes what follows attention in a layer of a name and a number.
+type FeedForward<'a> = Box<dyn Fn(&str, usize) -> Layer + 'a>;
+
 /// What follows attention in a layer of this name and number.
-fn feed_forward<'a>(
-    config: &Config<'_>,
-    base: &'a Base,
-    kind: Kind,
-    act: Activation,
-) -> Result<Box<dyn Fn(&str, usize) -> Layer + 'a>> {
+fn feed_forward<'a>(config: &Config<'_>, base: &'a Base, kind: Kind, act: Activation) -> Result<FeedForward<'a>> {
     if kind == Kind::Dense {
         let inner = config.count("intermediate_size")?;
         return Ok(Box::new(move |at, _| Layer::Mlp(base.gated(&format!("{at}.mlp"), inner, act, false))));
