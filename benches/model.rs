@@ -108,10 +108,6 @@ impl Supply<Cpu> for Ready {
         Ok(vec![1.0; 576])
     }
 
-    fn rows(&mut self, _: &str, _: &[u32]) -> quantc::Result<Vec<f32>> {
-        unreachable!("a Llama reads its embedding once")
-    }
-
     fn router(&mut self, _: &Linear) -> quantc::Result<Vec<Weight<cpu::Weight>>> {
         unreachable!("a Llama has no router")
     }

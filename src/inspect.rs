@@ -1,6 +1,6 @@
 //! Shows what is in a checkpoint.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde::Serialize;
 
@@ -8,9 +8,10 @@ use crate::checkpoint::Checkpoint;
 use crate::dialect::names::{self, ExportTensor};
 use crate::error::{Error, Result};
 use crate::families;
+use crate::graph::{Graph, Linear};
 use crate::program::{Shown, shown};
 use crate::weights::Entry;
-use crate::words::one_line;
+use crate::words::{listed, one_line};
 
 /// A checkpoint's content.
 #[derive(Debug, Serialize)]
@@ -125,8 +126,50 @@ pub fn inspect(checkpoint: &Checkpoint) -> Inspection {
         tensors,
         single: checkpoint.gguf().is_some(),
         program: None,
-        notes: checkpoint.remarks(),
+        notes: checkpoint.remarks().into_iter().chain(missing(checkpoint)).collect(),
     }
+}
+
+/// What stands in the way of running a model, if anything does.
+fn missing(checkpoint: &Checkpoint) -> Vec<String> {
+    if !checkpoint.config().get("model_type").is_some_and(|said| said.is_string()) {
+        return Vec::new();
+    }
+    match families::graph_of(checkpoint) {
+        Ok(graph) if graph.opaque => {
+            let mut notes = vec![of_unknown_family(&graph, checkpoint)];
+            notes.extend(families::check_whole(checkpoint).unwrap_or_else(|error| vec![error.to_string()]));
+            notes
+        }
+        Ok(graph) => graph
+            .unrunnable
+            .map(|why| format!("{why}: it can be quantized without data alone, and not measured"))
+            .into_iter()
+            .collect(),
+        Err(error) => vec![format!("it cannot be quantized: {error}")],
+    }
+}
+
+/// What is known of a model whose family is not, and what its family would have to say.
+fn of_unknown_family(graph: &Graph, checkpoint: &Checkpoint) -> String {
+    let linears: HashSet<String> = graph.linears().map(Linear::weight).collect();
+    let (found, others): (Vec<&Entry>, Vec<&Entry>) =
+        checkpoint.entries().iter().partition(|entry| linears.contains(&entry.name));
+    let bytes = |entries: &[&Entry]| entries.iter().map(|entry| entry.stored_bytes).sum::<u64>();
+    let share = 100.0 * bytes(&found) as f64 / (bytes(&found) + bytes(&others)).max(1) as f64;
+    let kept: Vec<&str> = others
+        .iter()
+        .filter(|entry| entry.shape.len() > 1)
+        .map(|entry| entry.name.trim_end_matches(".weight"))
+        .collect();
+    let kept = if kept.is_empty() { String::new() } else { format!("; not among them are {}", listed(&kept)) };
+    format!(
+        "no family describes models of the type `{}`, so that nothing is known of what its blocks compute: {} linears, {share:.0} % of its bytes, \
+         were found by name and shape{kept}. They can be quantized without data (--method rtn --verify-text none) and not be measured; how a \
+         family is added is in docs/models.md",
+        checkpoint.config()["model_type"].as_str().map(one_line).unwrap_or_default(),
+        found.len()
+    )
 }
 
 /// What GGUF calls the tensors of a checkpoint, by their names in it; nothing of a model that GGUF has not.

@@ -243,10 +243,7 @@ fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tok
         _ => 0,
     });
     let carried = all.saturating_mul(carried.sum());
-    // Of tokens that follow, where they are read; at other times than most of what is kept.
-    let embeds = program.operations.iter().any(|operation| matches!(operation.kind, Kind::Embed(_)));
-    let embedded = if embeds { all.saturating_mul(4 * hidden) } else { 0 };
-    let kept = Lifetimes::of(&program, true).most(&program, kept).max(embedded).saturating_add(carried);
+    let kept = Lifetimes::of(&program, true).most(&program, kept).saturating_add(carried);
     let wide = program.operations.iter().map(wide).max().unwrap_or(0);
     Running { kept, chunk: chunk.saturating_mul(8 * hidden + wide) }
 }

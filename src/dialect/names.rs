@@ -8,7 +8,8 @@ pub(crate) use self::mamba::absorbed;
 use crate::dialect::architectures::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, STANDING};
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Block, Further, Graph, HeadNorms, Latent, Layer, Linear, Mlp, Moe, Norm, Projections, Rope, RopeScaling,
+    Attention, Block, Further, Graph, HeadNorms, Latent, Layer, Linear, Lookup, Mlp, Moe, Norm, Projections, Rope,
+    RopeScaling,
 };
 
 /// The tensors of a GGUF file, in the order in which llama-quantize writes them.
@@ -537,10 +538,10 @@ impl Lister {
         self.norm(&format!("{at}.nextn.enorm"), &further.of_token)?;
         self.norm(&format!("{at}.nextn.hnorm"), &further.of_state)?;
         self.norm(&format!("{at}.nextn.shared_head_norm"), &further.norm)?;
-        let (embedding, rows) = &further.embedding;
-        if embedding.starts_with(&further.prefix) {
-            let shape = vec![*rows, own.rows];
-            let part = Part::whole(From::Tensor(embedding.clone(), shape.clone()));
+        let Lookup { tensor, rows, cols, .. } = &further.embedding;
+        if tensor.starts_with(&further.prefix) {
+            let shape = vec![*rows, *cols];
+            let part = Part::whole(From::Tensor(tensor.clone(), shape.clone()));
             self.push(format!("{at}.nextn.embed_tokens.weight"), shape, vec![part]);
         }
         match &further.head {

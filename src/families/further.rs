@@ -3,7 +3,7 @@
 //! transformers leaves most of them out; what they compute is what vLLM, SGLang and llama.cpp make of them.
 
 use super::build::Base;
-use crate::graph::{Block, FURTHER, Further, Graph, Layer, Linear, Step};
+use crate::graph::{Block, FURTHER, Further, Graph, Layer, Linear, Lookup, Step};
 use crate::weights::Weights;
 
 /// What tensors aside are of such a layer of which some are missing.
@@ -73,9 +73,9 @@ fn append(graph: &mut Graph, base: &Base, parts: Parts<'_>, mut block: Block) {
     let named = |name: &str| base.norm(&format!("{prefix}{name}"));
     let further = Further {
         before: graph.predictors().last().and_then(Block::further).map_or(&graph.final_norm, |last| &last.norm).clone(),
-        embedding: (
+        embedding: Lookup::whole(
             embedding.map_or_else(|| graph.embedding.tensor.clone(), |module| format!("{module}.weight")),
-            graph.vocabulary,
+            [graph.vocabulary, base.hidden],
         ),
         of_token: named(of_token),
         of_state: named(of_state),
@@ -96,8 +96,8 @@ pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
     let (embedding, own) = (graph.embedding.tensor.clone(), graph.trunk().len());
     for step in graph.blocks[own..].iter_mut().flat_map(|block| &mut block.steps) {
         let Layer::Further(further) = &mut step.layer else { continue };
-        if source.entry(&further.embedding.0).is_none() {
-            further.embedding.0.clone_from(&embedding);
+        if source.entry(&further.embedding.tensor).is_none() {
+            further.embedding.tensor.clone_from(&embedding);
         }
         further.head = further.head.take().filter(|head| source.entry(&head.weight()).is_some());
     }

@@ -118,8 +118,6 @@ pub struct Others<'a, I> {
 pub trait Supply<B: Forward> {
     /// A small tensor: of a normalisation, say.
     fn vector(&mut self, name: &str) -> Result<Vec<f32>>;
-    /// Rows of an embedding, one for each token, one after the other.
-    fn rows(&mut self, name: &str, tokens: &[u32]) -> Result<Vec<f32>>;
     /// The weights of linears that read one input, a weight for each part of them.
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>>;
     /// As [`linears`](Self::linears), for an expert of a mixture.
@@ -180,7 +178,8 @@ pub fn embed<B: Forward>(
     let mut chunks = Vec::new();
     for now in together(sequences, backend.tokens_at_once()).map(|range| &sequences[range]) {
         let ids: Vec<u32> = now.iter().flatten().copied().collect();
-        let mut hidden = embedded(source, &graph.embedding.tensor, &ids)?;
+        let mut hidden = vec![0.0; ids.len() * graph.hidden];
+        lookup::rows(source, &graph.embedding.tensor, &ids, 0..graph.hidden, &mut hidden)?;
         if graph.embedding.scale != 1.0 {
             hidden.iter_mut().for_each(|x| *x *= graph.embedding.scale);
         }
@@ -195,15 +194,6 @@ pub fn embed<B: Forward>(
         chunks.push(Chunk { hidden, lengths, chosen: RefCell::default(), tokens: ids, shared: HashMap::new() });
     }
     Ok(chunks)
-}
-
-/// Rows of an embedding, one for each token, one after the other.
-fn embedded(source: &Checkpoint, tensor: &str, tokens: &[u32]) -> Result<Vec<f32>> {
-    let shape = source.entry(tensor).map_or(&[][..], |entry| &entry.shape);
-    let width = shape.last().copied().unwrap_or(0);
-    let mut values = vec![0.0; tokens.len() * width];
-    lookup::rows(source, tensor, tokens, 0..width, &mut values)?;
-    Ok(values)
 }
 
 /// Readies the stream for a block: before one that predicts further tokens each row gets the token that follows its own, and the last of a
@@ -381,10 +371,6 @@ pub fn load_bias(source: &Checkpoint, linear: &Linear) -> Result<Option<Vec<f32>
 impl<B: Forward> Supply<B> for Plain<'_, B> {
     fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
         self.source.load(name)
-    }
-
-    fn rows(&mut self, name: &str, tokens: &[u32]) -> Result<Vec<f32>> {
-        embedded(self.source, name, tokens)
     }
 
     fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {

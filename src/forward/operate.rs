@@ -172,7 +172,6 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![backend.zeros(rows, program.values[operation.makes[0]].width)?]
             }
             Kind::Share => vec![self.shared(self.own(next())?, next().matrix())?],
-            Kind::Embed(_) => vec![self.embedded(at, place)?],
             Kind::Lookup(_) | Kind::Shared(_) | Kind::Plus(_) => self.beside(at, next, place.index)?,
             kind if kind.adds() => unreachable!("done where they stand"),
             _ => self.recur(at, next, lengths)?,
@@ -185,12 +184,6 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         let share: Vec<f32> = self.backend.download(logits)?.iter().map(|x| sigmoid(*x)).collect();
         self.backend.scale(&mut y, &share, &[])?;
         Ok(y)
-    }
-
-    /// The embedding of a chunk's tokens.
-    fn embedded(&self, at: usize, place: Place<'_>) -> Result<B::Matrix> {
-        let Loaded::Embedded(all) = &self.loaded[at] else { unreachable!("there as long as it is used") };
-        Ok(self.backend.copy(&all[place.index])?)
     }
 
     /// The tokens of each expert and their weights, from the router's `logits` `[tokens, experts]`.

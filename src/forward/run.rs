@@ -66,8 +66,6 @@ pub(super) enum Loaded<'b, B: Forward> {
     Vector(Option<Vec<f32>>),
     /// Of a convolution, whose bias may be none.
     Taps(Vec<f32>, Option<Vec<f32>>),
-    /// The embedding of the tokens of each chunk.
-    Embedded(Vec<B::Matrix>),
     /// Of a router: the correction of its scores, and a factor for each expert.
     Router(Option<Vec<f32>>, Option<Vec<f32>>),
     /// Rates of decay and what is added before them.
@@ -201,16 +199,6 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let each = heads.iter().flat_map(|factor| std::iter::repeat_n(*factor, *head_dim));
                 Loaded::Vector(Some(each.collect()))
             }
-            Kind::Embed(tensor) => {
-                let embed = |chunk: &Chunk<B::Matrix>| {
-                    let [rows, _] = self.backend.shape(&chunk.hidden);
-                    let values = supply.rows(tensor, &chunk.tokens)?;
-                    let width = values.len() / rows.max(1);
-                    let values = Array2::from_shape_vec((rows, width), values).expect("one row a token");
-                    Ok(self.backend.upload(values)?)
-                };
-                Loaded::Embedded(self.chunks.iter().map(embed).collect::<Result<_>>()?)
-            }
             Kind::Route(router) => {
                 let mut load = |tensor: &Option<(String, Vec<usize>)>| {
                     tensor.as_ref().map(|(name, _)| supply.vector(name)).transpose()
@@ -318,7 +306,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         let Lifetimes { until, weights_until, .. } = self.lives;
         self.kept.borrow_mut().retain(|(value, _), _| until[*value] > time);
         for (loaded, until) in self.loaded.iter_mut().zip(weights_until) {
-            if *until <= time && matches!(loaded, Loaded::Weights(_) | Loaded::Embedded(_)) {
+            if *until <= time && matches!(loaded, Loaded::Weights(_)) {
                 *loaded = Loaded::Nothing;
             }
         }

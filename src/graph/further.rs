@@ -13,7 +13,7 @@
 
 use std::borrow::Cow;
 
-use super::{Block, DropRule, Graph, Layer, Linear, Norm};
+use super::{Block, DropRule, Graph, Layer, Linear, Lookup, Norm};
 
 /// What layers are that predict the token after the next.
 pub const FURTHER: &str = "predicts further tokens";
@@ -25,8 +25,8 @@ pub struct Further {
     pub prefix: String,
     /// What the state has been normed by before: the model's last norm, or that of the layer of this kind before it.
     pub before: Norm,
-    /// The embedding of the tokens that follow, `[vocabulary, hidden]`, and its rows: the model's, unless the layer has a copy.
-    pub embedding: (String, usize),
+    /// The embedding of the tokens that follow: the model's, unless the layer has a copy.
+    pub embedding: Lookup,
     /// Of that embedding.
     pub of_token: Norm,
     /// Of the state.
@@ -49,8 +49,7 @@ impl Further {
 
     /// Its tensors that are no norms and no linears, with their shapes.
     pub(super) fn vectors(&self) -> Vec<(String, Vec<usize>)> {
-        let (embedding, rows) = &self.embedding;
-        vec![(embedding.clone(), vec![*rows, self.projection.rows])]
+        vec![self.embedding.described()]
     }
 
     /// Does something to every linear.
@@ -61,7 +60,7 @@ impl Further {
     /// Gives every tensor that is no linear's another name.
     pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
         self.prefix = name(&self.prefix);
-        self.embedding.0 = name(&self.embedding.0);
+        self.embedding.tensor = name(&self.embedding.tensor);
         for norm in [&mut self.before, &mut self.of_token, &mut self.of_state, &mut self.norm] {
             norm.weights.iter_mut().chain(&mut norm.bias).for_each(|tensor| *tensor = name(tensor));
         }

@@ -21,6 +21,18 @@ pub struct Lookup {
     pub scale: f32,
 }
 
+impl Lookup {
+    /// All columns of a table, as they are.
+    pub fn whole(tensor: String, [rows, cols]: [usize; 2]) -> Lookup {
+        Lookup { tensor, rows, cols, columns: 0..cols, scale: 1.0 }
+    }
+
+    /// Its tensor with its shape.
+    pub(super) fn described(&self) -> (String, Vec<usize>) {
+        (self.tensor.clone(), vec![self.rows, self.cols])
+    }
+}
+
 /// A step that adds what a table has for the tokens, as far as the stream lets it through: `out(act(gate(h)) · side)` (Gemma's per-layer
 /// embeddings).
 #[derive(Clone, Debug)]
@@ -60,7 +72,7 @@ impl PerLayer {
     /// The tables, with their shapes.
     pub(super) fn tables(&self) -> Vec<(String, Vec<usize>)> {
         let Side { table, embedding, .. } = &self.side;
-        [table, embedding].map(|lookup| (lookup.tensor.clone(), vec![lookup.rows, lookup.cols])).to_vec()
+        [table, embedding].map(Lookup::described).to_vec()
     }
 
     /// Does something to every linear.

@@ -172,10 +172,6 @@ impl<B: Backend> Supply<B> for FloatPass<'_, '_, '_, B> {
         self.walk.vector(name)
     }
 
-    fn rows(&mut self, name: &str, tokens: &[u32]) -> Result<Vec<f32>> {
-        self.walk.rows(name, tokens)
-    }
-
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
         if group.iter().any(|linear| self.walk.grid(linear).is_some()) {
             let statistics = self.walk.observer.gather(group[0], Needs::HessianAndMagnitude, inputs)?;

@@ -449,10 +449,6 @@ impl<B: Backend> Supply<B> for Walk<'_, '_, B> {
         }
     }
 
-    fn rows(&mut self, name: &str, tokens: &[u32]) -> Result<Vec<f32>> {
-        Supply::<B>::rows(&mut Plain::exact(self.backend, self.source), name, tokens)
-    }
-
     fn linears(&mut self, group: &[&Linear], inputs: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {
         let seen = match self.wanted(group) {
             true => self.observer.observe(group[0], inputs)?,
@@ -495,10 +491,6 @@ struct Again<'w, 'h, 'a, B: Backend> {
 impl<B: Backend> Supply<B> for Again<'_, '_, '_, B> {
     fn vector(&mut self, name: &str) -> Result<Vec<f32>> {
         self.walk.vector(name)
-    }
-
-    fn rows(&mut self, name: &str, tokens: &[u32]) -> Result<Vec<f32>> {
-        self.walk.rows(name, tokens)
     }
 
     fn linears(&mut self, group: &[&Linear], _: &Inputs<'_, B::Input>) -> Result<Vec<Weight<B::Weight>>> {

@@ -121,8 +121,8 @@ impl<'b> Lowering<'b> {
 
     /// The stream of a layer that predicts further tokens.
     fn further(&mut self, further: &'b Further, stream: usize) -> usize {
-        let Further { before, embedding: (embedding, _), of_token, of_state, state_first, projection, .. } = further;
-        let token = self.one(Kind::Embed(embedding), &[], "e", self.hidden);
+        let Further { before, embedding, of_token, of_state, state_first, projection, .. } = further;
+        let token = self.one(Kind::Lookup(embedding), &[], "e", self.hidden);
         let token = self.norm(Some(of_token), token, "e");
         let state = self.norm(Some(before), stream, "s");
         let state = self.norm(Some(of_state), state, "s");

@@ -140,8 +140,6 @@ pub enum Kind<'b> {
     },
     /// The choice of the last layer with an indexer.
     Chosen,
-    /// The embedding of the tokens that stand beside the stream, of this tensor.
-    Embed(&'b str),
     /// A causal convolution of each channel by itself.
     Convolve {
         /// Of these channels and others.
@@ -238,7 +236,6 @@ impl Operation<'_> {
             Kind::Decay(decay) => vec![decay.rates.0.clone(), decay.bias.0.clone()],
             Kind::Step(decay) => vec![decay.bias.0.clone()],
             Kind::Skip { tensor, .. } => vec![(*tensor).to_owned()],
-            Kind::Embed(tensor) => vec![(*tensor).to_owned()],
             Kind::Route(router) => {
                 router.correction.iter().chain(&router.factors).map(|(name, _)| name.clone()).collect()
             }

@@ -157,7 +157,6 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::JoinHeads { heads: 1 } => only(call("join")),
         Kind::Spread => only(call("spread")),
         Kind::JoinHeads { heads } => (call("join_heads"), vec![format!("{heads} heads")]),
-        Kind::Embed(_) => only("embed(following tokens)".to_owned()),
         Kind::Clamp(limit) => (call("clamp"), vec![format!("to ±{limit}")]),
         Kind::Rope { rope, layout } => {
             let pairs = if layout.interleaved { "neighbours" } else { "halves" };

@@ -105,10 +105,6 @@ impl forward::Supply<Cpu> for Energies<'_> {
         self.plain.vector(name)
     }
 
-    fn rows(&mut self, name: &str, tokens: &[u32]) -> quantc::Result<Vec<f32>> {
-        self.plain.rows(name, tokens)
-    }
-
     fn linears(
         &mut self,
         group: &[&Linear],

@@ -396,6 +396,29 @@ fn nothing_is_said_of_kinds_of_layers_that_may_be_a_familys_own() {
     );
 }
 
+#[test]
+fn inspect_says_what_is_missing() {
+    let room = Room::new();
+    let (tensors, _) = unheard_of();
+    write(&room.path("model"), &config(), &tensors);
+    let run = room.run(["inspect", "model"]);
+    for part in
+        ["no family describes models of the type", "were found by name and shape; not among them are", "docs/models.md"]
+    {
+        assert!(run.stderr().contains(part), "{part}: {}", run.stderr());
+    }
+    let model = room.model();
+    assert!(!room.run(["inspect", "model"]).stderr().contains("no family describes"));
+    model.config(|config| config["num_key_value_heads"] = json!(3));
+    let run = room.run(["inspect", "model"]);
+    assert!(
+        run.stderr().contains("it cannot be quantized: ")
+            && run.stderr().contains("cannot share 3 key and value heads"),
+        "{}",
+        run.stderr()
+    );
+}
+
 /// transformers looks for heads under the names of the parts that have them, and unpacks when the whole model is called.
 #[test]
 fn parts_of_an_encoder_and_decoder_have_their_heads_named() {
