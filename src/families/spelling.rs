@@ -433,13 +433,13 @@ fn share(
                 partial = dim.map(|(dim, head)| ("rotary_dim", (dim / head).into()));
             }
             // Its class puts its own in the place of what stands outside.
-            if class == "bamba" {
-                if let Some((key, value)) = partial.take().filter(|(_, value)| real(value) != Some(default)) {
-                    notes.push(format!(
+            if class == "bamba"
+                && let Some((key, value)) = partial.take().filter(|(_, value)| real(value) != Some(default))
+            {
+                notes.push(format!(
                         "config.json has {key} {} outside rope_parameters, which transformers does not read for `{class}`: it is left out",
                         shown(&value)
                     ));
-                }
             }
             // A null is no share, and that is all of a head.
             let nulled = rotation.form == Form::Flat && class != "bamba" && outside.partial == Some(Value::Null);
