@@ -146,6 +146,8 @@ struct Facts<'a> {
     latent: bool,
     /// Whether the model is a part of a larger one.
     wrapped: bool,
+    /// Whether some experts have no linears.
+    idle: bool,
 }
 
 /// How many stacks of layers a model is made of, as an encoder and a decoder are.
@@ -186,6 +188,7 @@ pub fn notes(
         asymmetric: encodings.values().any(|encoding| encoding.fixed_zero().is_none()),
         latent: matches!(graph.family, "deepseek_v3" | "deepseek_v32" | "glm4_moe_lite" | "glm_moe_dsa")
             && encodings.keys().any(|module| module.ends_with("kv_b_proj")),
+        idle: layers().any(|layer| matches!(layer, Layer::Moe(moe) if moe.experts.len() < moe.router.linear.rows)),
         wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && *what != FURTHER),
     };
     let packed = codec == "compressed-tensors";
@@ -281,9 +284,17 @@ fn for_sentences(one: bool) -> String {
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
     match (facts.codec, facts.family) {
-        ("compressed-tensors", "gpt_oss" | "granitemoe" | "granitemoehybrid" | "mistral4") if facts.experts => Some(
-            "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
+        ("compressed-tensors", "gemma4" | "gpt_oss" | "granitemoe" | "granitemoehybrid" | "mistral4")
+            if facts.experts =>
+        {
+            Some(
+                "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
              vLLM loads experts one by one",
+            )
+        }
+        ("compressed-tensors", _) if facts.experts && facts.idle => Some(
+            "transformers stacks this family's experts with those that have no weights, and does not load packed ones: it cannot load this \
+             output; leave the experts as they are with --ignore",
         ),
         // Those of Llama 4 it takes apart.
         ("compressed-tensors", family) if facts.experts && facts.asymmetric && family != "llama4" => {

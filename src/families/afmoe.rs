@@ -61,7 +61,9 @@ fn mixture(base: &Base, config: &Config<'_>, module: &str, act: Activation) -> R
     router.scale = config.number("route_scale", 1.0)? as f32;
     router.correction = Some((format!("{module}.expert_bias"), vec![count]));
     let experts = (0..count).map(|e| base.gated(&format!("{module}.experts.{e}"), inner, act, false)).collect();
-    let shared = inner * config.count("num_shared_experts")?;
-    let shared = base.gated(&format!("{module}.shared_experts"), shared, act, false);
-    Ok(Moe { router, experts, shared: Some((shared, None)), weigh_input: false, latent: None, norms: None })
+    let shared = match config.count_or("num_shared_experts", 0)? {
+        0 => None,
+        count => Some((base.gated(&format!("{module}.shared_experts"), inner * count, act, false), None)),
+    };
+    Ok(Moe { router, experts, shared, weigh_input: false, latent: None, norms: None })
 }

@@ -6,9 +6,10 @@ use serde_json::Value;
 
 use super::build::{Base, activation, block, by_type, pre, with_experts};
 use super::deepseek::{Chosen, LatentHeads, moe};
-use super::{Config, Family};
+use super::{Config, Family, type_of};
 use crate::error::{Error, Result};
 use crate::graph::{Convolution, Decay, DeltaNet, Graph, Layer, Linear, Narrow, Norm};
+use crate::weights::Weights;
 
 /// Kimi Linear.
 pub const KIMI_LINEAR: Family = Family { id: "kimi_linear", model_types: &["kimi_linear"], build };
@@ -59,6 +60,27 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         graph.aside.push((format!("{}.", base.at(base.layers + layer)), crate::graph::FURTHER));
     }
     Ok(graph)
+}
+
+/// Takes the names that transformers 5 saves under, where a checkpoint has them: it turns its own renaming round for more modules than were
+/// renamed, the feed-forward layers without experts of Kimi Linear and the layers of Kimi K2.5.
+pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
+    let there = |module: &str| source.entry(&format!("{module}.weight")).is_some();
+    if graph.family == "kimi_linear" {
+        graph.linears_mut(&mut |linear| {
+            let other = linear.module.replacen(".mlp.", ".block_sparse_moe.", 1);
+            if !there(&linear.module) && there(&other) {
+                linear.module = other;
+            }
+        });
+    }
+    if type_of(source.config()) == Some("kimi_k25") {
+        let saved = |name: &str| name.replacen(".layers.", ".blocks.", 1);
+        let first = graph.linears().next().map(|linear| linear.module.clone());
+        if first.is_some_and(|module| !there(&module) && there(&saved(&module))) {
+            graph.rename(&saved);
+        }
+    }
 }
 
 /// The same settings, those of experts also under the names that they have for DeepSeek.

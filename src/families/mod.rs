@@ -424,6 +424,7 @@ pub fn published(source: &dyn Weights) -> Result<Graph> {
     names::adopt(&mut graph, source);
     apertus::settle(&mut graph, source)?;
     olmo::settle(&mut graph, source);
+    kimi::settle(&mut graph, source);
     moe::from_stacks(&mut graph, source);
     further::settle(&mut graph, source);
     if headless(&graph, source) {

@@ -515,3 +515,37 @@ fn plain_weights_of_compressed_tensors_are_called_so() {
     room.run(["convert", "model", "-o", "out"])
         .refuses(1, &["the weights are plain", "take the model it was made from"]);
 }
+
+/// transformers stacks experts, or joins matrices, as it loads these, and does neither to packed ones.
+#[test]
+fn what_transformers_loads_nothing_of_is_told() {
+    for (name, words) in [
+        ("gemma4_text_experts", "experts in stacks and fills them from stacks alone"),
+        ("kimi_linear_published", "transformers splits or joins matrices of this model"),
+        ("longcat_flash_published", "with those that have no weights"),
+    ] {
+        let (model, room) = (checkpoint(name), Room::new());
+        let folder = model.path().display().to_string();
+        notes(&room.run(["quantize", &folder, "-o", "out"].iter().chain(&RTN)), &[words]);
+    }
+}
+
+/// As it saves these models, transformers turns a renaming round for modules too that were not renamed, and reads them again.
+#[test]
+fn names_that_transformers_saves_are_read() {
+    for (name, from, to) in [
+        ("kimi_linear_published", ".mlp.", ".block_sparse_moe."),
+        ("kimi_k25_vision", "language_model.model.layers.", "language_model.model.blocks."),
+    ] {
+        let model = checkpoint(name);
+        let (tokens, _) = crate::golden::golden(&crate::families::folder().join(name));
+        let usual = crate::golden::logits(model.path(), &tokens).unwrap();
+        Model::at(model.path()).weights(|header, _| {
+            let all = std::mem::take(header);
+            let renamed = |name: &String| name.replace(from, to);
+            assert!(all.keys().any(|name| renamed(name) != *name), "{name}");
+            *header = all.into_iter().map(|(name, entry)| (renamed(&name), entry)).collect();
+        });
+        assert!(crate::golden::logits(model.path(), &tokens).unwrap() == usual, "{name}");
+    }
+}
