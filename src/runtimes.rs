@@ -281,10 +281,14 @@ fn for_sentences(one: bool) -> String {
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
     match (facts.codec, facts.family) {
-        ("compressed-tensors", "gpt_oss" | "granitemoe" | "granitemoehybrid" | "mistral4") if facts.experts => Some(
-            "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
-             vLLM loads experts one by one",
-        ),
+        ("compressed-tensors", "gpt_oss" | "granitemoe" | "granitemoeshared" | "granitemoehybrid" | "mistral4")
+            if facts.experts =>
+        {
+            Some(
+                "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; vLLM \
+                 loads experts one by one",
+            )
+        }
         // Those of Llama 4 it takes apart.
         ("compressed-tensors", family) if facts.experts && facts.asymmetric && family != "llama4" => {
             Some("transformers does not unpack asymmetric experts; vLLM does, and symmetric ones load in both")
