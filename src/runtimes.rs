@@ -284,14 +284,13 @@ fn for_sentences(one: bool) -> String {
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
     match (facts.codec, facts.family) {
-        ("compressed-tensors", "gemma4" | "gpt_oss" | "granitemoe" | "granitemoehybrid" | "mistral4")
-            if facts.experts =>
-        {
-            Some(
-                "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
+        (
+            "compressed-tensors",
+            "gemma4" | "gpt_oss" | "granitemoe" | "granitemoeshared" | "granitemoehybrid" | "mistral4",
+        ) if facts.experts => Some(
+            "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
              vLLM loads experts one by one",
-            )
-        }
+        ),
         ("compressed-tensors", _) if facts.experts && facts.idle => Some(
             "transformers stacks this family's experts with those that have no weights, and does not load packed ones: it cannot load this \
              output; leave the experts as they are with --ignore",

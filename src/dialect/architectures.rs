@@ -162,7 +162,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "olmo", families: &["olmo"], neighbours: true, square: true, ..PLAIN },
     Architecture { id: "olmo2", families: &["olmo2", "olmo3"], square: true, head: Need::Must, windows: true, ..PLAIN },
     Architecture { id: "granite", families: &["granite"], gate_apart: true, ..LLAMA },
-    Architecture { id: "granitemoe", families: &["granitemoe"], gate_apart: true, ..LLAMA },
+    Architecture { id: "granitemoe", families: &["granitemoe", "granitemoeshared"], gate_apart: true, ..LLAMA },
     Architecture { id: "granitehybrid", families: &["granitemoehybrid", "bamba"], gate_apart: true, ..LLAMA },
     Architecture {
         id: "nemotron_h",

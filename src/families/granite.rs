@@ -18,6 +18,10 @@ pub const GRANITE: Family =
 pub const GRANITE_MOE: Family =
     Family { id: "granitemoe", model_types: &["granitemoe"], build: |config| build(config, Kind::Experts) };
 
+/// Granite with experts beside a feed-forward layer that every token takes.
+pub const GRANITE_SHARED: Family =
+    Family { id: "granitemoeshared", model_types: &["granitemoeshared"], build: |config| build(config, Kind::Shared) };
+
 /// Granite 4, of which layers may be state spaces, with experts or without.
 pub const GRANITE_HYBRID: Family =
     Family { id: "granitemoehybrid", model_types: &["granitemoehybrid"], build: |config| build(config, Kind::Hybrid) };
@@ -26,6 +30,7 @@ pub const GRANITE_HYBRID: Family =
 enum Kind {
     Dense,
     Experts,
+    Shared,
     Hybrid,
 }
 
@@ -34,6 +39,7 @@ impl Kind {
         match self {
             Kind::Dense => "granite",
             Kind::Experts => "granitemoe",
+            Kind::Shared => "granitemoeshared",
             Kind::Hybrid => "granitemoehybrid",
         }
     }
@@ -67,11 +73,16 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
             }
         };
         let experts = || moe::granite(&base, config, &format!("{at}.block_sparse_moe"), inner, act);
+        let shared = |inner| shared(&base, &format!("{at}.shared_mlp"), inner, act);
         let feed_forward = match kind {
             Kind::Dense => Layer::Mlp(base.gated(&format!("{at}.mlp"), inner, act, mlp_bias)),
             Kind::Experts => Layer::Moe(experts()?),
+            Kind::Shared => match config.count_or("shared_intermediate_size", 0)? {
+                0 => Layer::Moe(experts()?),
+                inner => Layer::Moe(Moe { shared: Some((shared(inner), None)), ..experts()? }),
+            },
             Kind::Hybrid => {
-                let shared = shared(&base, &format!("{at}.shared_mlp"), config.count("shared_intermediate_size")?, act);
+                let shared = shared(config.count("shared_intermediate_size")?);
                 match config.count_or("num_local_experts", 0)? {
                     0 => Layer::Mlp(shared),
                     _ => Layer::Moe(Moe { shared: Some((shared, None)), ..experts()? }),

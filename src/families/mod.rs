@@ -107,6 +107,7 @@ pub const FAMILIES: &[Family] = &[
     olmo::OLMO_HYBRID,
     granite::GRANITE,
     granite::GRANITE_MOE,
+    granite::GRANITE_SHARED,
     granite::GRANITE_HYBRID,
     gpt::GPT2,
     gpt::GPT_NEOX,

@@ -78,6 +78,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("ernie4_5_moe_biases", "cannot be written as GGUF"),
     ("ernie4_5_moe_plain", "cannot be written as GGUF"),
     ("glm4_moe_grouped", "this way of limiting experts to groups"),
+    ("granitemoeshared_unshared", "a feed-forward layer with a gate of gelu"),
     ("helium_plain", "cannot be written as GGUF"),
     ("hunyuan_v1_dense_plain", "a bias of `model.layers.0.self_attn.o_proj`"),
     ("hunyuan_v1_moe_plain", "cannot be written as GGUF"),
