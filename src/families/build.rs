@@ -7,7 +7,8 @@ use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 use super::Config;
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Block, Embedding, Graph, Head, HeadNorms, Keys, Layer, Linear, Mlp, Norm, Projections, Rope, Split, Step,
+    Attention, Block, Decay, Embedding, Graph, Head, HeadNorms, Keys, Layer, Linear, Mlp, Norm, Projections, Rope,
+    Split, Step,
 };
 
 /// Sizes of a decoder, and its names' prefix.
@@ -220,6 +221,12 @@ impl Base {
     pub fn each(&self, block: impl FnMut(usize) -> Result<Block>) -> Result<Vec<Block>> {
         (0..self.layers).map(block).collect()
     }
+}
+
+/// How fast the state of each of so many heads forgets, by the tensors that most classes have for it.
+pub fn decay(module: &str, heads: usize) -> Decay {
+    let of_heads = |name: &str| (format!("{module}.{name}"), vec![heads]);
+    Decay { rates: of_heads("A_log"), bias: of_heads("dt_bias"), limits: Decay::UNLIMITED }
 }
 
 /// `h ← h + layer(norm(h))`.

@@ -3,12 +3,12 @@
 
 use kernels::{Activation, DeltaShape, NormKind};
 
-use super::build::{Base, activation, block, pre, sliding, window_of};
+use super::build::{Base, activation, block, decay, pre, sliding, window_of};
 use super::moe::router;
 use super::rope::{of_kind, rope};
 use super::{Config, Family};
 use crate::error::{Error, Result};
-use crate::graph::{Convolution, Decay, DeltaNet, Graph, HeadNorms, Layer, Linear, Moe, Norm};
+use crate::graph::{Convolution, DeltaNet, Graph, HeadNorms, Layer, Linear, Moe, Norm};
 use crate::json::shown;
 use crate::weights::Weights;
 
@@ -181,11 +181,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) -> Res
             activation: Some(act),
         },
         shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces: true, by_channel: false },
-        decay: Decay {
-            rates: (format!("{module}.A_log"), vec![value_heads]),
-            bias: (format!("{module}.dt_bias"), vec![value_heads]),
-            limits: Decay::UNLIMITED,
-        },
+        decay: decay(module, value_heads),
         narrow: None,
         share: if config.flag("linear_allow_neg_eigval", true)? { 2.0 } else { 1.0 },
         unit,

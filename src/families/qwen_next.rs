@@ -3,12 +3,12 @@
 
 use kernels::{Activation, DeltaShape, NormKind};
 
-use super::build::{Base, activation};
+use super::build::{Base, activation, decay};
 use super::moe::router;
 use super::rope::rope;
 use super::{Config, Family, further};
 use crate::error::{Error, Result};
-use crate::graph::{Block, Convolution, Decay, DeltaNet, FURTHER, Graph, Layer, Linear, Moe, Norm, Split};
+use crate::graph::{Block, Convolution, DeltaNet, FURTHER, Graph, Layer, Linear, Moe, Norm, Split};
 
 /// Qwen3-Next.
 pub const QWEN3_NEXT: Family =
@@ -191,11 +191,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activa
             activation: Some(act),
         },
         shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces: true, by_channel: false },
-        decay: Decay {
-            rates: (format!("{module}.A_log"), vec![value_heads]),
-            bias: (format!("{module}.dt_bias"), vec![value_heads]),
-            limits: Decay::UNLIMITED,
-        },
+        decay: decay(module, value_heads),
         share: 1.0,
         unit,
         norm,

@@ -2,7 +2,7 @@
 
 use kernels::{Activation, DeltaShape};
 
-use super::build::{Base, activation, block, pre};
+use super::build::{Base, activation, block, decay, pre};
 use super::rope::rope;
 use super::{Config, Family};
 use crate::error::{Error, Result};
@@ -98,11 +98,7 @@ impl Sizes {
                 replaces: false,
                 by_channel: false,
             },
-            decay: Decay {
-                rates: (format!("{module}.A_log"), vec![heads]),
-                bias: (format!("{module}.dt_bias"), vec![heads]),
-                limits,
-            },
+            decay: Decay { limits, ..decay(module, heads) },
             skip: format!("{module}.D"),
             norm: Some(GroupNorm { norm, width: inner / groups, first: false }),
             activation: Activation::Silu,

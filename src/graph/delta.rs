@@ -26,7 +26,7 @@ pub struct DeltaNet {
     pub unit: Norm,
     /// Of the result, each head by itself, before it is multiplied by the gate.
     pub norm: Norm,
-    /// Of the gate.
+    /// What is done to the gate before it multiplies.
     pub activation: Activation,
     /// From the gated values of all heads, `[hidden, value_heads · value_dim]`.
     pub out: Linear,

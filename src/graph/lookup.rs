@@ -39,7 +39,7 @@ impl Lookup {
 pub struct PerLayer {
     /// From the stream, `[width, hidden]`.
     pub gate: Linear,
-    /// Of the gate.
+    /// What is done to the gate before it multiplies.
     pub activation: Activation,
     /// What the gate multiplies.
     pub side: Side,

@@ -22,7 +22,7 @@ pub struct Mamba {
     pub skip: String,
     /// Of the result, in groups of consecutive channels.
     pub norm: Option<GroupNorm>,
-    /// Of the gate.
+    /// What is done to the gate before it multiplies.
     pub activation: Activation,
     /// From the gated values of all heads, `[hidden, heads · value_dim]`.
     pub out: Linear,

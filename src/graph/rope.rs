@@ -22,19 +22,19 @@ pub enum RopeScaling {
     None,
     /// All divided by the factor.
     Linear {
-        /// By how much.
+        /// How many times longer the context becomes.
         factor: f32,
     },
     /// The base grows with contexts beyond the first.
     Dynamic {
-        /// By how much.
+        /// How many times longer the context becomes.
         factor: f32,
         /// The context of the first training.
         original: usize,
     },
     /// Llama 3's: long wavelengths divided by the factor, short ones kept, those between in between.
     Llama3 {
-        /// By how much.
+        /// How many times longer the context becomes.
         factor: f32,
         /// Wavelengths above `original / low` are divided.
         low: f32,
@@ -45,7 +45,7 @@ pub enum RopeScaling {
     },
     /// YaRN's: as Llama 3's with a ramp over the pairs, and warmer attention.
     Yarn {
-        /// By how much.
+        /// How many times longer the context becomes.
         factor: f32,
         /// The context of the first training.
         original: usize,

@@ -10,7 +10,7 @@ use super::recovered;
 /// Rows as the file holds them.
 #[derive(Debug)]
 pub struct Rows {
-    /// Their blocks.
+    /// The blocks of each row, one row after the other.
     pub bytes: Vec<u8>,
     /// Whether they lay on the grid of the type already, and were recovered: to the bit, or but for scales that the type cannot store.
     pub recovered: Option<bool>,
