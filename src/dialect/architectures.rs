@@ -217,12 +217,16 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "mistral3", families: &["ministral3"], neighbours: true, ..PLAIN },
     Architecture {
         id: "glm4moe",
-        families: &["glm4_moe"],
+        families: &["glm4_moe", "solar_open"],
         ffn_norm: "post_attention_norm",
         further: Some(FURTHER),
         ..PLAIN
     },
+    Architecture { id: "dots1", families: &["dots1"], head: Need::Must, ..PLAIN },
+    Architecture { id: "ernie4_5-moe", families: &["ernie4_5_moe"], neighbours: true, ..PLAIN },
+    Architecture { id: "minimax-m2", families: &["minimax_m2"], head: Need::Must, ..PLAIN },
     Architecture { id: "hunyuan-dense", families: &["hunyuan_v1_dense"], ..PLAIN },
+    Architecture { id: "hunyuan-moe", families: &["hunyuan_v1_moe"], factors: true, ..PLAIN },
     Architecture { id: "smollm3", families: &["smollm3"], neighbours: true, ..PLAIN },
     Architecture { id: "command-r", families: &["cohere"], neighbours: true, square: true, head: Need::Never, ..PLAIN },
     Architecture {
@@ -234,6 +238,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         windows: true,
         ..PLAIN
     },
+    Architecture { id: "cohere2moe", families: &["cohere2_moe"], neighbours: true, windows: true, ..PLAIN },
     Architecture { id: "chatglm", families: &["glm"], neighbours: true, square: true, ..PLAIN },
     Architecture { id: "glm4", families: &["glm4"], neighbours: true, ..PLAIN },
     Architecture { id: "stablelm", families: &["stablelm"], square: true, head: Need::Must, ..PLAIN },
@@ -260,6 +265,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         further: Some(FURTHER),
         ..PLAIN
     },
+    Architecture { id: "mistral4", families: &["mistral4"], neighbours: true, latent: true, ..PLAIN },
     Architecture { id: "deepseek32", families: &["deepseek_v32"], neighbours: true, latent: true, ..PLAIN },
     Architecture { id: "mimo2", families: &["mimo_v2_flash"], head: Need::Must, windows: true, ..PLAIN },
     Architecture { id: "kimi-linear", families: &["kimi_linear"], head: Need::Must, latent: true, ..PLAIN },

@@ -192,6 +192,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         graph.final_norm.eps,
     );
     if matches!(id, "nemotron_h" | "nemotron_h_moe") {
+        // Asked for, and used by nothing.
         out.float(key("attention.layer_norm_epsilon"), graph.final_norm.eps);
     }
     if let Some(rotated) = rotated {
@@ -338,11 +339,11 @@ impl<'g> Layers<'g> {
             "qwen3next" | "qwen35" | "qwen35moe" if recurrent.is_empty() => {
                 return Err(cannot("a model without linear attention".to_owned()));
             }
-            "olmoe" if many.kv_heads != many.heads => {
+            "olmoe" | "dots1" if many.kv_heads != many.heads => {
                 return Err(cannot(format!("{} heads that share {} keys", many.heads, many.kv_heads)));
             }
             // By the number of layers llama.cpp tells whether queries are made through a latent.
-            "deepseek2" => {
+            "deepseek2" | "mistral4" => {
                 let layers = graph.trunk().len();
                 let lite = matches!(layers, 26 | 27) || layers == 48 && graph.vocabulary == 128256;
                 let direct = matches!(&first.projections, Projections::Latent(latent) if latent.q.len() == 1);
@@ -493,12 +494,16 @@ fn factors(out: &mut Written, graph: &Graph, first: &Attention, id: &str) {
             }
         }
         "mimo2" => out.float(key("attention.value_scale"), first.value_scale),
-        "mistral3" => {
+        "mistral3" | "mistral4" => {
             if let Some(temperature) = first.temperature {
                 out.float(key("attention.temperature_scale"), temperature.scale);
+                if id == "mistral4" {
+                    out.metadata
+                        .push((key("attention.temperature_length"), MetadataValue::U32(temperature.floor as u32)));
+                }
             }
         }
-        "command-r" | "cohere2" => out.float(key("logit_scale"), graph.head.scale),
+        "command-r" | "cohere2" | "cohere2moe" => out.float(key("logit_scale"), graph.head.scale),
         "gptneox" | "stablelm" => out.flag(key("use_parallel_residual"), graph.blocks[0].parallel),
         _ => {}
     }
@@ -525,6 +530,9 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
                 | "granitemoe"
                 | "granitehybrid"
                 | "nemotron_h_moe"
+                | "ernie4_5-moe"
+                | "hunyuan-moe"
+                | "cohere2moe"
         );
         if let (Some((shared, _)), true) = (&moe.shared, tells) {
             out.count(key("expert_shared_feed_forward_length"), shared.inner())?;
@@ -533,9 +541,14 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
             let step = graph.blocks.len() / sparse.len().max(1);
             out.count(key("interleave_moe_layer_step"), step)?;
         }
-        if id == "lfm2moe" {
+        if matches!(id, "lfm2moe" | "ernie4_5-moe") {
             out.count(key("leading_dense_block_count"), graph.blocks.len() - sparse.len())?;
+        }
+        if matches!(id, "lfm2moe" | "minimax-m2") {
             out.count(key("expert_gating_func"), 2)?;
+        }
+        if id == "ernie4_5-moe" {
+            out.count(key("interleave_moe_layer_step"), 1)?;
         }
         if id == "nemotron_h_moe" {
             out.count(key("expert_shared_count"), 1)?;
@@ -549,8 +562,8 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
                 out.count(key("expert_group_used_count"), groups.kept)?;
             }
         }
-        let latent = matches!(id, "deepseek2" | "deepseek32" | "glm-dsa" | "kimi-linear");
-        if latent || matches!(id, "afmoe" | "glm4moe" | "exaone-moe" | "hy_v3") {
+        let latent = matches!(id, "deepseek2" | "deepseek32" | "glm-dsa" | "kimi-linear" | "mistral4");
+        if latent || matches!(id, "afmoe" | "glm4moe" | "exaone-moe" | "hy_v3" | "dots1" | "cohere2moe") {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
             out.count(key("expert_shared_count"), shared)?;
             let all = graph.trunk().iter().flat_map(|block| &block.steps);
@@ -562,14 +575,14 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
             out.count(key("expert_gating_func"), if sigmoid { 2 } else { 1 })?;
             let groups = moe.router.groups.filter(|groups| groups.kept < groups.count && latent);
             if let Some(groups) = groups {
-                if !sigmoid {
+                if !sigmoid && id != "mistral4" {
                     return Err(cannot("groups of experts that are ranked by their best expert".to_owned()));
                 }
                 out.count(key("expert_group_count"), groups.count)?;
                 out.count(key("expert_group_used_count"), groups.kept)?;
             }
         }
-    } else if matches!(id, "deepseek2" | "deepseek32" | "glm-dsa") {
+    } else if matches!(id, "deepseek2" | "deepseek32" | "glm-dsa" | "mistral4") {
         out.count(key("leading_dense_block_count"), graph.trunk().len())?;
         out.count(key("expert_feed_forward_length"), *inner)?;
         out.count(key("expert_shared_count"), 0)?;

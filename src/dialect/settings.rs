@@ -230,7 +230,7 @@ impl Settings {
             ("stablelm", false) => ("stablelm", "StableLmForCausalLM", "silu"),
             ("nemotron", false) => ("nemotron", "NemotronForCausalLM", "relu2"),
             ("exaone4", false) => ("exaone4", "Exaone4ForCausalLM", "silu"),
-            ("exaone-moe" | "hy_v3", true) if !self.sigmoid(true)? => {
+            ("exaone-moe" | "hy_v3" | "glm4moe" | "dots1" | "minimax-m2", true) if !self.sigmoid(true)? => {
                 let id = self.architecture.id;
                 return Err(
                     self.unsupported(format!("a {id} model that routes by softmax cannot be said in config.json"))
@@ -239,13 +239,16 @@ impl Settings {
             ("exaone-moe", true) => ("exaone_moe", "ExaoneMoeForCausalLM", "silu"),
             ("hy_v3", true) => ("hy_v3", "HYV3ForCausalLM", "silu"),
             ("mistral3", false) => ("ministral3", "Ministral3ForCausalLM", "silu"),
-            ("glm4moe", true) if !self.sigmoid(true)? => {
-                return Err(self.unsupported("a glm4moe model that routes by softmax cannot be said in config.json"));
-            }
             ("glm4moe", true) => ("glm4_moe", "Glm4MoeForCausalLM", "silu"),
             ("arcee", false) => ("arcee", "ArceeForCausalLM", "relu2"),
             ("seed_oss", false) => ("seed_oss", "SeedOssForCausalLM", "silu"),
             ("ernie4_5", false) => ("ernie4_5", "Ernie4_5ForCausalLM", "silu"),
+            ("hunyuan-moe", true) => ("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", "silu"),
+            ("dots1", true) => ("dots1", "Dots1ForCausalLM", "silu"),
+            ("minimax-m2", true) => ("minimax_m2", "MiniMaxM2ForCausalLM", "silu"),
+            ("ernie4_5-moe", true) => ("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "silu"),
+            ("cohere2moe", true) => ("cohere2_moe", "Cohere2MoeForCausalLM", "silu"),
+            ("mistral4", _) => ("mistral4", "Mistral4ForCausalLM", "silu"),
             ("hunyuan-dense", false) => ("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", "silu"),
             ("qwen2moe", true) => ("qwen2_moe", "Qwen2MoeForCausalLM", "silu"),
             ("qwen3next", true) => ("qwen3_next", "Qwen3NextForCausalLM", "silu"),

@@ -5,6 +5,7 @@
     python3 tests/runtimes/gguf.py --all                            # every mix
     python3 tests/runtimes/gguf.py --all --model DIR --llama BIN --text TEXT --windows 16
     python3 tests/runtimes/gguf.py --families                       # the tiny checkpoints of every family (gguf_families.py)
+    python3 tests/runtimes/gguf.py --families --types Q8_0,Q4_0     # the same, quantized: their perplexity
 
 For each mix `quantc quantize` writes a file; then
 

@@ -5,9 +5,14 @@ and run by llama.cpp in F32, without flash attention. Its logits are compared wi
 lie beside the checkpoint. The difference is the largest of a logit, as a share of the largest logit.
 
 llama.cpp looks GELU up in a table of f16, and has its approximation only: such models are allowed more.
+
+With --types the checkpoints are quantized instead, by rounding, and the perplexity of each file in llama.cpp is compared with
+what `quantc eval` says of it, as `gguf.py` does for a whole model: over letters that the checkpoint has tokens for.
 """
 
+import copy
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -17,6 +22,7 @@ import sys
 
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "families"
 TOLERANCE, ROUGH = 1e-3, 2e-2
+WINDOW, WINDOWS = 24, 64
 ROUGH_WORDS = ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh")
 
 
@@ -140,10 +146,51 @@ def examine(options, python, name, scratch):
     return architecture, found["worst"], found["tokens"], "" if found["worst"] <= allowed else f"more than {allowed}"
 
 
+def letters(size):
+    """A text of as many windows as are scored, in which no letter follows from another."""
+    state, text = 1, []
+    for _ in range(WINDOW * WINDOWS):
+        state = (state * 1103515245 + 12345) % (1 << 31)
+        text.append(chr(0x21 + (state >> 16) % min(size, 0x5E)))
+    return "".join(text)
+
+
+def perplexities(options, python, names, scratch):
+    """A table of the perplexities of quantized checkpoints on stdout; the number of those that fail."""
+    import gguf
+
+    mixes, failures = options.types.split(","), 0
+    print("| checkpoint | mix | llama.cpp | quantc eval | Δ | unpacked | exact | Δ | |\n|---|---|---|---|---|---|---|---|---|")
+    for name in names:
+        folder, files = scratch / "checkpoint", scratch / "files"
+        for old in (folder, files):
+            shutil.rmtree(old, ignore_errors=True)
+        words = [str(python), str(pathlib.Path(__file__)), "make", name, str(folder)]
+        subprocess.run(words, check=True, capture_output=True, text=True)
+        config = json.loads((FIXTURES / name / "config.json").read_text())
+        own = copy.copy(options)
+        own.text = scratch / "letters.txt"
+        own.text.write_text(letters(config.get("text_config", config)["vocab_size"]))
+        own.method, own.context, own.windows, own.prompt, own.generate, own.llama = "rtn", WINDOW, WINDOWS, "A", 4, None
+        for mix, found, likely, reason in gguf.check_model(own, python, folder, mixes, files, scratch):
+            if "cannot be written" in reason or "cannot be written" in str(found.get("error")):
+                print(f"| {name} | | | | | | | | refused |", flush=True)
+                break
+            failures += bool(reason)
+            shown = []
+            for theirs, ours in [("perplexity", "quantc"), ("unpacked", "exact")]:
+                pair = [found.get(theirs, math.nan), found.get(ours, math.nan)]
+                shown += [f"{pair[0]:.4f}", f"{pair[1]:.4f}", f"{100 * (pair[0] / pair[1] - 1):+.3f} %"]
+            print(f"| {name} | {mix} | {' | '.join(shown)} | {'**failed**: ' + reason if reason else ''} |", flush=True)
+    return failures
+
+
 def check(options, python, scratch):
     """A table of all checkpoints on stdout; the number of those that fail."""
     names = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
     wanted = options.only.split(",") if options.only else names
+    if options.types:
+        return perplexities(options, python, [name for name in names if name in wanted], scratch)
     print("| checkpoint | GGUF architecture | tokens | largest difference | |\n|---|---|---|---|---|")
     failures = 0
     for name in (name for name in names if name in wanted):

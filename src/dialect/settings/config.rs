@@ -1,5 +1,6 @@
 //! config.json, put together part by part: what every model says, then what only models of its type say.
 
+mod mixture;
 mod states;
 
 use formats::container::gguf::MetadataValue;
@@ -168,11 +169,11 @@ impl Settings {
         };
         // Of all but the layer that predicts further tokens, where it is there.
         let rms = match id {
-            "nemotron_h" | "nemotron_h_moe" => self.float("attention.layer_norm_rms_epsilon")?,
+            "nemotron_h" | "nemotron_h_moe" => self.float(required::RMS)?,
             _ => None,
         };
-        let eps = rms.or(self.float(required::epsilon(id))?);
-        let eps = eps.ok_or_else(|| formats::Error::missing(self.key(required::epsilon(id))))?;
+        let eps = rms.or(self.float(required::epsilon(self))?);
+        let eps = eps.ok_or_else(|| formats::Error::missing(self.key(required::epsilon(self))))?;
         let theta = self.float("rope.freq_base")?.unwrap_or(10000.0);
         // There a stretched context is a larger base.
         let alpha = match id {
@@ -219,6 +220,7 @@ impl Settings {
             "nemotron_h" => Some("layer_norm_epsilon"),
             "lfm2" | "lfm2_moe" => Some("norm_eps"),
             "olmo" => None,
+            "cohere2_moe" if required::epsilon(self) != required::RMS => Some("layer_norm_eps"),
             _ => Some("rms_norm_eps"),
         };
         match norm {
@@ -249,6 +251,7 @@ impl Settings {
                 "gpt_neox" => json!({"rotary_pct": share}),
                 // Each kind of layers has it.
                 "mimo_v2_flash" => json!({}),
+                "minimax_m2" => json!({"rotary_dim": rotated}),
                 "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" | "qwen3_next"
                 | "qwen3_5_text" | "qwen3_5_moe_text" => {
                     json!({"partial_rotary_factor": share})
@@ -274,6 +277,8 @@ impl Settings {
             Ok(json!({"partial_rotary_factor": 1.0}))
         } else if model_type == "gpt_neox" {
             Ok(json!({"rotary_pct": 1.0}))
+        } else if model_type == "minimax_m2" {
+            Ok(json!({"rotary_dim": rotated}))
         } else {
             Ok(json!({}))
         }
@@ -288,9 +293,23 @@ impl Settings {
         };
         match model_type {
             "gemma4_text" => return Ok(json!({})),
-            "ministral3" => {
+            "ministral3" | "mistral4" => {
                 let mut all = with_base();
+                if model_type == "mistral4" {
+                    // Of all of a head.
+                    let (rotated, dim) =
+                        (self.required("rope.dimension_count")?, self.required("attention.key_length_mla")?);
+                    all["partial_rotary_factor"] = (rotated as f64 / dim as f64 + 1e-9).into();
+                }
                 if let Some(scale) = self.float("attention.temperature_scale")?.filter(|scale| *scale != 0.0) {
+                    let length = self.count("attention.temperature_length")?.filter(|_| model_type == "mistral4");
+                    let original = all.get("original_max_position_embeddings").and_then(Value::as_i64);
+                    if let Some(length) = length.filter(|length| original != Some(*length as i64)) {
+                        return Err(self.unsupported(format!(
+                            "`{}` is {length}, and config.json has no other word for it than for the context before positions are stretched",
+                            self.key("attention.temperature_length")
+                        )));
+                    }
                     all["llama_4_scaling_beta"] = scale.into();
                 }
                 return Ok(json!({"rope_parameters": all}));
@@ -376,10 +395,12 @@ impl Settings {
             }
             "qwen3" | "qwen3_moe" | "gemma" | "gemma2" | "gemma3_text" | "olmo" | "olmo2" | "olmo3" | "cohere"
             | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" | "seed_oss" | "arcee"
-            | "hunyuan_v1_dense" | "glm4_moe" | "hy_v3" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
+            | "hunyuan_v1_dense" | "hunyuan_v1_moe" | "dots1" | "cohere2_moe" | "mistral4" | "glm4_moe" | "hy_v3"
+            | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
                 json!({"attention_bias": biases})
             }
             "starcoder2" => json!({"use_bias": true}),
+            "ernie4_5_moe" => json!({"use_bias": biases}),
             "stablelm" => {
                 // The norm decides.
                 self.look("use_parallel_residual");
@@ -465,7 +486,7 @@ impl Settings {
                 "logit_scale": self.float("logit_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
                 "use_qk_norm": layers >= 64,
             }),
-            "cohere2" => json!({
+            "cohere2" | "cohere2_moe" => json!({
                 "logit_scale": self.float("logit_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
                 "sliding_window": window,
                 "layer_types": layer_types(&self.local(layers, 4)?),
@@ -486,245 +507,5 @@ impl Settings {
             }
             _ => json!({}),
         })
-    }
-
-    /// Keys of the types that have experts, DeepSeek's latent attention among them.
-    fn mixture(&self, model_type: &str, model: &Hyperparameters) -> Result<Value> {
-        let Hyperparameters { layers, experts, inner, .. } = *model;
-        let window = self.window()?;
-        let used = || self.required("expert_used_count");
-        let expert_inner =
-            || -> Result<usize> { Ok(self.count("expert_feed_forward_length")?.filter(|n| *n > 0).unwrap_or(inner)) };
-        Ok(match model_type {
-            "glm4_moe" => json!({
-                "moe_intermediate_size": expert_inner()?,
-                "n_routed_experts": experts,
-                "n_shared_experts": self.count("expert_shared_count")?.filter(|count| *count > 0),
-                "num_experts_per_tok": used()?,
-                "first_k_dense_replace": self.count("leading_dense_block_count")?.unwrap_or(0),
-                "norm_topk_prob": self.flag("expert_weights_norm")?.unwrap_or(false),
-                "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
-                "use_qk_norm": self.has("blk.0.attn_q_norm.weight"),
-            }),
-            "qwen3_next" | "qwen3_5_moe_text" => {
-                let mut values = json!({
-                    "num_experts": experts,
-                    "num_experts_per_tok": used()?,
-                    "moe_intermediate_size": match self.count("expert_feed_forward_length")?.filter(|n| *n > 0) {
-                        Some(width) => width,
-                        None => inner / used()?,
-                    },
-                    "shared_expert_intermediate_size":
-                        self.count("expert_shared_feed_forward_length")?.filter(|n| *n > 0).unwrap_or(inner),
-                });
-                if model_type == "qwen3_next" {
-                    let always = json!({"norm_topk_prob": true, "decoder_sparse_step": 1, "mlp_only_layers": []});
-                    values.as_object_mut().expect("an object").extend(always.as_object().cloned().unwrap_or_default());
-                }
-                values
-            }
-            "exaone_moe" => {
-                // It is the width of one times their count.
-                self.look("expert_shared_feed_forward_length");
-                json!({
-                    "moe_intermediate_size": expert_inner()?,
-                    "num_experts": experts,
-                    "num_shared_experts": self.count("expert_shared_count")?.unwrap_or(0),
-                    "num_experts_per_tok": used()?,
-                    "first_k_dense_replace": self.count("leading_dense_block_count")?.unwrap_or(0),
-                    "norm_topk_prob": self.flag("expert_weights_norm")?.unwrap_or(false),
-                    "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
-                })
-            }
-            "hy_v3" => self.hunyuan(model, used()?)?,
-            "mixtral" | "granitemoe" => json!({"num_local_experts": experts, "num_experts_per_tok": used()?}),
-            "olmoe" => json!({"num_experts": experts, "num_experts_per_tok": used()?, "norm_topk_prob": false}),
-            "qwen2_moe" | "qwen3_moe" => json!({
-                "num_experts": experts,
-                "num_experts_per_tok": used()?,
-                "moe_intermediate_size": match self.count("expert_feed_forward_length")?.filter(|n| *n > 0) {
-                    Some(width) => width,
-                    None => inner / used()?,
-                },
-                "norm_topk_prob": model_type == "qwen3_moe",
-                "shared_expert_intermediate_size": match model_type {
-                    "qwen2_moe" => Some(self.count("expert_shared_feed_forward_length")?.unwrap_or(inner)),
-                    _ => None,
-                },
-                "decoder_sparse_step": 1,
-                "mlp_only_layers": [],
-            }),
-            "gpt_oss" => json!({
-                "num_local_experts": experts,
-                "num_experts_per_tok": used()?,
-                "intermediate_size": expert_inner()?,
-                "sliding_window": window,
-                "layer_types": layer_types(&self.local(layers, 2)?),
-            }),
-            "llama4_text" => {
-                let unlimited = self.count("attention.sliding_window")? == Some(0);
-                let local = if unlimited { vec![true; layers] } else { self.local(layers, 4)? };
-                json!({
-                    "num_local_experts": experts,
-                    "num_experts_per_tok": used()?,
-                    "intermediate_size": expert_inner()?,
-                    "intermediate_size_mlp": inner,
-                    "interleave_moe_layer_step": self.required("interleave_moe_layer_step")?,
-                    "attention_chunk_size": if unlimited { None } else { Some(8192) },
-                    "no_rope_layers": local.iter().map(|local| u8::from(*local)).collect::<Vec<_>>(),
-                    "use_qk_norm": experts != Some(128),
-                    "attn_temperature_tuning": !unlimited,
-                    "floor_scale": 8192,
-                    "attn_scale": 0.1,
-                })
-            }
-            "deepseek_v2" | "deepseek_v3" => self.deepseek(model)?,
-            "kimi_linear" => self.kimi_linear(model)?,
-            "mimo_v2_flash" => self.mimo(model, used()?)?,
-            "deepseek_v32" | "glm_moe_dsa" => self.indexed(model)?,
-            _ => json!({}),
-        })
-    }
-
-    /// Experts of Hunyuan 3, in the layers that have a router. Fails for routing that transformers has no model for.
-    fn hunyuan(&self, model: &Hyperparameters, used: usize) -> Result<Value> {
-        let Hyperparameters { layers, experts, .. } = *model;
-        if self.flag("expert_weights_norm")? != Some(true) {
-            return Err(self
-                .unsupported("weights of experts that are not divided by their sum cannot be said of a hy_v3 model"));
-        }
-        let inner = self.required("expert_feed_forward_length")?;
-        let shared = self.count("expert_shared_feed_forward_length")?.filter(|width| *width > 0).unwrap_or(inner);
-        // Either is known from the tensors to llama.cpp.
-        self.look("leading_dense_block_count");
-        self.look("expert_shared_count");
-        let kind = |layer| if self.has(&format!("blk.{layer}.ffn_gate_inp.weight")) { "sparse" } else { "dense" };
-        Ok(json!({
-            "moe_intermediate_size": inner,
-            "num_experts": experts,
-            "num_experts_per_tok": used,
-            "num_shared_experts": shared / inner.max(1),
-            "router_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
-            "mlp_layer_types": (0..layers).map(kind).collect::<Vec<_>>(),
-        }))
-    }
-
-    /// Experts of MiMo V2, in the layers that have a router. llama.cpp always divides their weights by the sum, and scales nothing.
-    fn mimo(&self, model: &Hyperparameters, used: usize) -> Result<Value> {
-        let kind = |layer| if self.has(&format!("blk.{layer}.ffn_gate_inp.weight")) { "sparse" } else { "dense" };
-        Ok(json!({
-            "n_routed_experts": model.experts,
-            "num_experts_per_tok": used,
-            "moe_intermediate_size": self.required("expert_feed_forward_length")?,
-            "mlp_layer_types": (0..model.layers).map(kind).collect::<Vec<_>>(),
-            "norm_topk_prob": true,
-            "routed_scaling_factor": 1.0,
-        }))
-    }
-
-    /// DeepSeek V3.2's and GLM-5's sizes, their indexers' among them.
-    fn indexed(&self, model: &Hyperparameters) -> Result<Value> {
-        let Value::Object(mut values) = self.deepseek(model)? else { unreachable!("an object") };
-        values.remove("rope_interleave");
-        values.extend(self.indexers(model.layers)?);
-        Ok(values.into())
-    }
-
-    /// Kimi Linear's sizes of layers with a state, and which layers these are: those without keys.
-    fn kimi_linear(&self, model: &Hyperparameters) -> Result<Value> {
-        let name = "attention.head_count_kv";
-        let counts = match self.look(name) {
-            Some(MetadataValue::Array(list)) => list.iter().map(integer).collect::<Option<Vec<usize>>>(),
-            _ => None,
-        };
-        let counts = counts.filter(|counts| counts.len() >= model.layers).ok_or_else(|| {
-            formats::Error::malformed(format!("metadata key `{}` has no count for each layer", self.key(name)))
-        })?;
-        let of = |state: bool| -> Vec<usize> {
-            (0..model.layers).filter(|layer| (counts[*layer] == 0) == state).map(|layer| layer + 1).collect()
-        };
-        let Value::Object(mut values) = self.deepseek(model)? else { unreachable!("an object") };
-        for own in ["rope_interleave", "n_routed_experts", "norm_topk_prob", "topk_method", "scoring_func"] {
-            values.remove(own);
-        }
-        values.insert("num_experts".to_owned(), json!(model.experts));
-        // llama.cpp always divides by the sum.
-        values.insert("moe_renormalize".to_owned(), true.into());
-        let sizes = json!({
-            "head_dim": self.required("kda.head_dim")?,
-            "num_heads": model.heads,
-            "short_conv_kernel_size": self.required("ssm.conv_kernel")?,
-            "full_attn_layers": of(false),
-            "kda_layers": of(true),
-        });
-        values.insert("linear_attn_config".to_owned(), sizes);
-        Ok(values.into())
-    }
-
-    /// How much indexers choose, and which layers have one of their own.
-    fn indexers(&self, layers: usize) -> Result<Map<String, Value>> {
-        let mut found = Map::from_iter([
-            ("index_n_heads".to_owned(), self.required("attention.indexer.head_count")?.into()),
-            ("index_head_dim".to_owned(), self.required("attention.indexer.key_length")?.into()),
-            ("index_topk".to_owned(), self.required("attention.indexer.top_k")?.into()),
-        ]);
-        if self.architecture.id == "glm-dsa" {
-            self.look("attention.indexer.types");
-            let kind = |layer| if self.has(&format!("blk.{layer}.indexer.proj.weight")) { "full" } else { "shared" };
-            found.insert("indexer_types".to_owned(), (0..layers).map(kind).collect::<Vec<_>>().into());
-        }
-        Ok(found)
-    }
-
-    /// Latent attention and experts of DeepSeek V2 and V3, in groups where the file has them. Fails for routing that transformers has
-    /// no model for.
-    fn deepseek(&self, model: &Hyperparameters) -> Result<Value> {
-        let Hyperparameters { layers, head_dim, rotated, experts, inner, .. } = *model;
-        let third = self.sigmoid(self.architecture.id == "glm-dsa")?;
-        if !third && self.architecture.id != "deepseek2" {
-            let id = self.architecture.id;
-            return Err(self.unsupported(format!("a {id} model that routes by softmax cannot be said in config.json")));
-        }
-        let nope = head_dim.checked_sub(rotated).filter(|nope| *nope > 0).ok_or_else(|| {
-            self.unsupported(format!("rotating {rotated} of {head_dim} values of a head cannot be read"))
-        })?;
-        let groups = self.count("expert_group_count")?.filter(|count| *count > 1);
-        if groups.is_some() && !third {
-            return Err(self.unsupported(format!(
-                "`{}` without sigmoids that choose experts: llama.cpp ranks groups by their two best experts then, and no model of \
-                 transformers does; if the model is DeepSeek V3 or made from it, set `{}` to 2, else quantize the checkpoint that the file \
-                 was made from",
-                self.key("expert_group_count"),
-                self.key("expert_gating_func")
-            )));
-        }
-        // A mixture's correction may be left out of the file.
-        let dense = self.count("leading_dense_block_count")?.unwrap_or(0);
-        let corrected = self.has(&format!("blk.{}.exp_probs_b.bias", layers - 1));
-        if third && !corrected && experts.is_some() && dense < layers {
-            return Err(self.unsupported("sigmoid routing without a correction cannot be read"));
-        }
-        Ok(json!({
-            "num_key_value_heads": self.required("attention.head_count")?,
-            "qk_nope_head_dim": nope,
-            "qk_rope_head_dim": rotated,
-            "v_head_dim": self.required("attention.value_length_mla")?,
-            "kv_lora_rank": self.required("attention.kv_lora_rank")?,
-            "q_lora_rank": self.count("attention.q_lora_rank")?.filter(|rank| *rank > 0),
-            "intermediate_size": inner,
-            "moe_intermediate_size": self.required("expert_feed_forward_length")?,
-            "n_routed_experts": experts,
-            "n_shared_experts": self.count("expert_shared_count")?.filter(|count| *count > 0),
-            "num_experts_per_tok": self.count("expert_used_count")?,
-            "first_k_dense_replace": dense,
-            "moe_layer_freq": 1,
-            "norm_topk_prob": self.flag("expert_weights_norm")?.unwrap_or(false),
-            "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
-            "n_group": groups.unwrap_or(1),
-            "topk_group": self.count("expert_group_used_count")?.filter(|_| groups.is_some()).unwrap_or(1),
-            "topk_method": if third { "noaux_tc" } else { "greedy" },
-            "scoring_func": if third { "sigmoid" } else { "softmax" },
-            "rope_interleave": true,
-        }))
     }
 }

@@ -23,6 +23,18 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("cohere2", &["attention.sliding_window", "logit_scale"]),
     ("exaone-moe", &["attention.sliding_window", "expert_feed_forward_length"]),
     ("hy_v3", &["expert_feed_forward_length"]),
+    ("dots1", &["expert_feed_forward_length", "expert_shared_count"]),
+    ("ernie4_5-moe", &["expert_feed_forward_length", "interleave_moe_layer_step"]),
+    ("minimax-m2", &["expert_feed_forward_length"]),
+    ("hunyuan-moe", &["expert_feed_forward_length"]),
+    (
+        "cohere2moe",
+        &["attention.sliding_window", "logit_scale", "leading_dense_block_count", "expert_feed_forward_length"],
+    ),
+    (
+        "mistral4",
+        &["attention.kv_lora_rank", "attention.key_length", "expert_feed_forward_length", "expert_shared_count"],
+    ),
     ("glm4moe", &["expert_feed_forward_length", "expert_shared_count"]),
     (
         "deepseek2",
@@ -100,11 +112,17 @@ const LAYER_NORMS: &[&str] = &[
     "nemotron_h_moe",
 ];
 
+/// The key of the epsilon of norms that leave the mean.
+pub(super) const RMS: &str = "attention.layer_norm_rms_epsilon";
+
 /// The key of the norms' epsilon.
-pub(super) fn epsilon(architecture: &str) -> &'static str {
-    match LAYER_NORMS.contains(&architecture) {
+pub(super) fn epsilon(settings: &Settings) -> &'static str {
+    let id = settings.architecture.id;
+    // Its norms leave the mean where the file has the epsilon of such.
+    let mean = id == "cohere2moe" && !settings.keys.contains_key(&settings.key(RMS));
+    match mean || LAYER_NORMS.contains(&id) {
         true => "attention.layer_norm_epsilon",
-        false => "attention.layer_norm_rms_epsilon",
+        false => RMS,
     }
 }
 
@@ -120,8 +138,8 @@ pub(super) fn check(settings: &Settings) -> Result<()> {
         Some(48) => vocabulary == Some(&128256),
         _ => false,
     };
-    let latent = (id == "deepseek2" && !direct).then_some("attention.q_lora_rank");
-    for name in own.chain([epsilon(id)]).chain(groups).chain(latent) {
+    let latent = (matches!(id, "deepseek2" | "mistral4") && !direct).then_some("attention.q_lora_rank");
+    for name in own.chain([epsilon(settings)]).chain(groups).chain(latent) {
         let key = format!("{id}.{name}");
         if !settings.keys.contains_key(&key) {
             return Err(formats::Error::missing(format!("metadata key `{key}`")));
@@ -139,24 +157,28 @@ mod tests {
     use super::*;
     use crate::dialect::architectures::{ARCHITECTURES, Architecture};
 
-    fn missing(id: &str, keys: &[&str]) -> Option<String> {
+    fn settings(id: &str, keys: &[&str]) -> Settings {
         let one = |key: &&str| (format!("{id}.{key}"), MetadataValue::U32(2));
-        let settings = Settings {
+        Settings {
             architecture: Architecture::named(id).unwrap(),
             keys: keys.iter().map(one).collect(),
             tensors: HashMap::new(),
             factors: HashMap::new(),
             asked: Default::default(),
-        };
-        check(&settings).err().map(|error| error.to_string())
+        }
+    }
+
+    fn missing(id: &str, keys: &[&str]) -> Option<String> {
+        check(&settings(id, keys)).err().map(|error| error.to_string())
     }
 
     #[test]
     fn each_key_that_llama_cpp_asks_for_is_asked_for() {
         for architecture in ARCHITECTURES {
             let own = REQUIRED.iter().filter(|(id, _)| *id == architecture.id).flat_map(|(_, keys)| *keys).copied();
-            let mut all: Vec<&str> = own.chain([epsilon(architecture.id)]).collect();
-            all.extend((architecture.id == "deepseek2").then_some("attention.q_lora_rank"));
+            let mut all: Vec<&str> = own.chain([epsilon(&settings(architecture.id, &[]))]).collect();
+            let latent = matches!(architecture.id, "deepseek2" | "mistral4");
+            all.extend(latent.then_some("attention.q_lora_rank"));
             assert_eq!(missing(architecture.id, &all), None, "{}", architecture.id);
             for left in &all {
                 let others: Vec<&str> = all.iter().copied().filter(|key| key != left).collect();
@@ -166,10 +188,10 @@ mod tests {
         }
         assert!(REQUIRED.iter().all(|(id, _)| Architecture::named(id).is_some()));
         let lite = ["attention.kv_lora_rank", "attention.key_length", "expert_feed_forward_length"];
-        let lite = [&lite[..], &["expert_shared_count", epsilon("deepseek2")]].concat();
+        let lite = [&lite[..], &["expert_shared_count", RMS]].concat();
         assert!(missing("deepseek2", &lite).unwrap().contains("q_lora_rank"));
-        assert!(
-            missing("llama", &[epsilon("llama"), "expert_group_count"]).unwrap().contains("expert_group_used_count")
-        );
+        assert!(missing("llama", &[RMS, "expert_group_count"]).unwrap().contains("expert_group_used_count"));
+        let command = settings("cohere2moe", &[RMS]);
+        assert_eq!([epsilon(&command), epsilon(&settings("cohere2moe", &[]))], [RMS, "attention.layer_norm_epsilon"]);
     }
 }
