@@ -42,7 +42,6 @@ import time
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DEMO = ROOT / "src" / "demo" / "model"
-EXACT_TOLERANCE = 1e-4
 QUICK = ["Q4_0", "Q4_K_M", "Q6_K", "IQ4_NL"]
 FLOATS = ["F32", "F16", "BF16"]
 TERNARY = ["TQ1_0", "TQ2_0"]
@@ -160,7 +159,7 @@ def verdict(options, mix, found, likely, text_loss):
     ]
     for key, where, own, tolerance in [
         ("perplexity", "in llama.cpp", "quantc", options.tolerance),
-        ("unpacked", "in llama.cpp once unpacked", "exact", EXACT_TOLERANCE),
+        ("unpacked", "in llama.cpp once unpacked", "exact", options.exact_tolerance),
         ("tool", "by llama-perplexity", "quantc", options.tolerance),
     ]:
         if key in found:
@@ -227,6 +226,7 @@ def main():
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--tolerance", type=float, default=0.005, help="of perplexity, in llama.cpp as it runs the file")
+    parser.add_argument("--exact-tolerance", type=float, default=1e-4, help="of perplexity, once the file is unpacked to F32")
     parser.add_argument("--prompt", default="Once upon a time")
     parser.add_argument("--generate", type=int, default=48, help="tokens to generate")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
