@@ -178,6 +178,7 @@ const NEVER: &[&str] = &[
     "ssm_conv1d_q.weight",
     "ssm_conv1d_k.weight",
     "ssm_conv1d_v.weight",
+    "shortconv.conv.weight",
     "ssm_f_a.weight",
     "ssm_f_b.weight",
     "ssm_g_a.weight",

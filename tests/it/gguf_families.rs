@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use formats::GgufFile;
 use kernels::Cpu;
 use quantc::job::Job;
 use quantc::progress::Progress;
@@ -234,6 +235,38 @@ fn what_is_quantized_along_the_way_is_what_the_file_holds() {
             write(room.path(), &again, &settings).unwrap();
             let far = distance(name, &again);
             assert!(far <= most, "{name} {scheme}, importance from a file: logits are off by {far}");
+        }
+    }
+}
+
+/// llama.cpp's convolutions over tokens take weights of F32 alone, and abort over others.
+#[test]
+fn convolutions_are_f32_whatever_the_mix() {
+    for name in [
+        "bamba_plain",
+        "falcon_h1_plain",
+        "kimi_linear_published",
+        "lfm2_moe_plain",
+        "lfm2_plain",
+        "nemotron_h_latent",
+        "qwen3_5_text_plain",
+        "qwen3_next_published",
+    ] {
+        let (room, outputs) = (checkpoint(name), tempfile::tempdir().unwrap());
+        spell(room.path());
+        for scheme in ["F16", "BF16", "Q8_0", "Q4_K_M"] {
+            let output = outputs.path().join(format!("{scheme}.gguf"));
+            write(room.path(), &output, &format!("method = 'rtn'\nscheme = '{scheme}'")).unwrap();
+            let file = GgufFile::open(&output).unwrap();
+            let kernels: Vec<_> = file
+                .tensors()
+                .iter()
+                .filter(|t| t.name.ends_with(".conv.weight") || t.name.contains("conv1d"))
+                .collect();
+            assert!(!kernels.is_empty(), "{name}");
+            for tensor in kernels {
+                assert_eq!(tensor.ty.name, "F32", "{name} {scheme}: {}", tensor.name);
+            }
         }
     }
 }
