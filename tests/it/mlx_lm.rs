@@ -179,6 +179,7 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("ministral_layers", Told(UNKNOWN)),
     ("mistral_grouped", Told(WINDOW)),
     ("mistral4_grouped", Told("stacks this family's experts without their scales")),
+    ("mistral4_usual", Told("stacks this family's experts without their scales")),
     ("mistral4_vision", Told("stacks this family's experts without their scales")),
     ("mixtral_sliding", Told(WINDOW)),
     ("olmo_clip", Told(UNKNOWN)),

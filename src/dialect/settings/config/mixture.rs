@@ -11,8 +11,7 @@ impl Settings {
         let Hyperparameters { layers, experts, inner, .. } = *model;
         let window = self.window()?;
         let used = || self.required("expert_used_count");
-        let expert_inner =
-            || -> Result<usize> { Ok(self.count("expert_feed_forward_length")?.filter(|n| *n > 0).unwrap_or(inner)) };
+        let expert_inner = || self.expert_inner(model);
         Ok(match model_type {
             "glm4_moe" | "dots1" => json!({
                 "moe_intermediate_size": expert_inner()?,
@@ -54,33 +53,13 @@ impl Settings {
                     "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
                 })
             }
-            "hunyuan_v1_moe" => {
-                // Wherever it is, a model whose experts have the width of all else.
-                let widths = [Some(expert_inner()?), self.count("expert_shared_feed_forward_length")?];
-                if let Some(other) = widths.into_iter().flatten().find(|width| ![0, inner].contains(width)) {
-                    return Err(self.unsupported(format!(
-                        "experts of width {inner} beside those of {other} cannot be said of a hunyuan-moe model"
-                    )));
-                }
-                json!({"num_experts": experts, "moe_topk": used()?})
-            }
+            "hunyuan_v1_moe" => self.first_hunyuan(model, used()?)?,
             "minimax_m2" => {
                 // llama.cpp's loader goes by the other width.
                 self.look("expert_feed_forward_length");
                 json!({"num_local_experts": experts, "num_experts_per_tok": used()?})
             }
-            "ernie4_5_moe" => {
-                let shared = self.count("expert_shared_feed_forward_length")?.unwrap_or(0);
-                json!({
-                    "moe_intermediate_size": expert_inner()?,
-                    "moe_num_experts": experts,
-                    "moe_k": used()?,
-                    "moe_num_shared_experts": shared / expert_inner()?,
-                    "moe_layer_start_index": self.count("leading_dense_block_count")?.unwrap_or(0),
-                    "moe_layer_interval": self.required("interleave_moe_layer_step")?,
-                    "moe_layer_end_index": -1,
-                })
-            }
+            "ernie4_5_moe" => self.ernie(model, used()?)?,
             "cohere2_moe" => self.command(model, used()?)?,
             "hy_v3" => self.hunyuan(model, used()?)?,
             "mixtral" | "granitemoe" => json!({"num_local_experts": experts, "num_experts_per_tok": used()?}),
@@ -107,23 +86,7 @@ impl Settings {
                 "sliding_window": window,
                 "layer_types": layer_types(&self.local(layers, 2)?),
             }),
-            "llama4_text" => {
-                let unlimited = self.count("attention.sliding_window")? == Some(0);
-                let local = if unlimited { vec![true; layers] } else { self.local(layers, 4)? };
-                json!({
-                    "num_local_experts": experts,
-                    "num_experts_per_tok": used()?,
-                    "intermediate_size": expert_inner()?,
-                    "intermediate_size_mlp": inner,
-                    "interleave_moe_layer_step": self.required("interleave_moe_layer_step")?,
-                    "attention_chunk_size": if unlimited { None } else { Some(8192) },
-                    "no_rope_layers": local.iter().map(|local| u8::from(*local)).collect::<Vec<_>>(),
-                    "use_qk_norm": experts != Some(128),
-                    "attn_temperature_tuning": !unlimited,
-                    "floor_scale": 8192,
-                    "attn_scale": 0.1,
-                })
-            }
+            "llama4_text" => self.llama4(model, used()?)?,
             "deepseek_v2" | "deepseek_v3" => self.deepseek(model)?,
             "mistral4" => {
                 let Value::Object(mut values) = self.deepseek(model)? else { unreachable!("an object") };
@@ -135,6 +98,57 @@ impl Settings {
             "deepseek_v32" | "glm_moe_dsa" => self.indexed(model)?,
             _ => json!({}),
         })
+    }
+
+    /// Experts of Llama 4, in every so many layers, and its chunks of text.
+    fn llama4(&self, model: &Hyperparameters, used: usize) -> Result<Value> {
+        let Hyperparameters { layers, experts, inner, .. } = *model;
+        let unlimited = self.count("attention.sliding_window")? == Some(0);
+        let local = if unlimited { vec![true; layers] } else { self.local(layers, 4)? };
+        Ok(json!({
+            "num_local_experts": experts,
+            "num_experts_per_tok": used,
+            "intermediate_size": self.expert_inner(model)?,
+            "intermediate_size_mlp": inner,
+            "interleave_moe_layer_step": self.required("interleave_moe_layer_step")?,
+            "attention_chunk_size": if unlimited { None } else { Some(8192) },
+            "no_rope_layers": local.iter().map(|local| u8::from(*local)).collect::<Vec<_>>(),
+            "use_qk_norm": experts != Some(128),
+            "attn_temperature_tuning": !unlimited,
+            "floor_scale": 8192,
+            "attn_scale": 0.1,
+        }))
+    }
+
+    /// Experts of Hunyuan A13B, which have the width of all else.
+    fn first_hunyuan(&self, model: &Hyperparameters, used: usize) -> Result<Value> {
+        let Hyperparameters { experts, inner, .. } = *model;
+        let widths = [Some(self.expert_inner(model)?), self.count("expert_shared_feed_forward_length")?];
+        if let Some(other) = widths.into_iter().flatten().find(|width| ![0, inner].contains(width)) {
+            return Err(self.unsupported(format!(
+                "experts of width {inner} beside those of {other} cannot be said of a hunyuan-moe model"
+            )));
+        }
+        Ok(json!({"num_experts": experts, "moe_topk": used}))
+    }
+
+    /// Experts of ERNIE 4.5.
+    fn ernie(&self, model: &Hyperparameters, used: usize) -> Result<Value> {
+        let shared = self.count("expert_shared_feed_forward_length")?.unwrap_or(0);
+        Ok(json!({
+            "moe_intermediate_size": self.expert_inner(model)?,
+            "moe_num_experts": model.experts,
+            "moe_k": used,
+            "moe_num_shared_experts": shared / self.expert_inner(model)?,
+            "moe_layer_start_index": self.count("leading_dense_block_count")?.unwrap_or(0),
+            "moe_layer_interval": self.required("interleave_moe_layer_step")?,
+            "moe_layer_end_index": -1,
+        }))
+    }
+
+    /// Width of an expert; of all else where the file does not say.
+    fn expert_inner(&self, model: &Hyperparameters) -> Result<usize> {
+        Ok(self.count("expert_feed_forward_length")?.filter(|width| *width > 0).unwrap_or(model.inner))
     }
 
     /// Experts of Hunyuan 3, in the layers that have a router. Fails for routing that transformers has no model for.
