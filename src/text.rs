@@ -122,7 +122,7 @@ impl ModelText {
     pub fn of(source: &Checkpoint, files: Option<TokenizerFiles>) -> Result<Self, Error> {
         let folder = source.path();
         let Some(files) = files else {
-            let hint = without_one(folder);
+            let hint = without_one(folder, families::type_of(source.config()));
             return Err(TextError::NoTokenizer { folder: folder.to_owned(), hint }.into());
         };
         let config = files.config();
@@ -265,8 +265,8 @@ mod tests {
         let folder = model_folder();
         let error = message(open(&folder));
         assert!(error.contains("no tokenizer.json and no tokenizer.model"), "{error}");
-        file(&folder, "tekken.json", b"{}");
-        assert!(message(open(&folder)).contains("tekken.json is a tokenizer of Mistral's own library"));
+        file(&folder, "spiece.model", b"x");
+        assert!(message(open(&folder)).contains("spiece.model is a SentencePiece model under another name"));
         file(&folder, "tokenizer.model", b"x");
         assert!(message(open(&folder)).contains("/tokenizer.model: not a SentencePiece model: "));
 

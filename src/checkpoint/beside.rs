@@ -109,6 +109,8 @@ pub(super) fn front_matter(card: &Path) -> Option<String> {
 pub const OF_WORDS: &[&str] = &[
     "tokenizer.json",
     "tokenizer.model",
+    "tekken.json",
+    "tiktoken.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -32,7 +32,7 @@ impl Checkpoint {
     pub fn tokenizer(&self) -> Result<Option<TokenizerFiles>> {
         match self.gguf() {
             Some(file) => rebuilt::tokenizer_files(file).map(Some),
-            None => TokenizerFiles::of_folder(self.path()),
+            None => TokenizerFiles::of_folder(self.path(), families::type_of(self.config())),
         }
     }
 
@@ -48,7 +48,7 @@ impl Checkpoint {
         let files = match files {
             Ok(Some(files)) => files,
             Ok(None) => {
-                return vec![without_tokenizer(self.path())];
+                return vec![without_tokenizer(self.path(), families::type_of(self.config()))];
             }
             Err(error) => {
                 return vec![format!("{error}: runtimes will not load this tokenizer either, or read it otherwise")];
@@ -246,9 +246,9 @@ impl Checkpoint {
 }
 
 /// What runtimes make of a folder with neither tokenizer.json nor tokenizer.model.
-fn without_tokenizer(folder: &Path) -> String {
+fn without_tokenizer(folder: &Path, model_type: Option<&str>) -> String {
     let shown = folder.display();
-    match other_tokenizer(folder) {
+    match other_tokenizer(folder, model_type) {
         Some(Other { what, is_loaded: true, remedy }) => format!(
             "{shown}: no tokenizer.json and no tokenizer.model: {what}, of which transformers makes a tokenizer each time, and so do \
              runtimes that load tokenizers with it, as vLLM and SGLang do; for others, {remedy}"
@@ -258,7 +258,10 @@ fn without_tokenizer(folder: &Path) -> String {
              (trust_remote_code); for those that take no such code, {remedy}"
         ),
         None => {
-            format!("{shown}: no tokenizer.json and no tokenizer.model, and runtimes need one{}", without_one(folder))
+            format!(
+                "{shown}: no tokenizer.json and no tokenizer.model, and runtimes need one{}",
+                without_one(folder, model_type)
+            )
         }
     }
 }

@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::families;
 use crate::json::read_json;
 use crate::tokenizer::added::Added;
+use crate::tokenizer::alphabet::byte_of;
 use crate::tokenizer::sentencepiece::{self, kind};
 use crate::tokenizer::{TokenizerFiles, without_one};
 use crate::weights::Weights;
@@ -129,11 +130,11 @@ fn rule_of(name: &str, texts: &HashSet<&str>, added: &[(u32, Added)], out: &mut 
 
 fn of_folder(folder: &Path, model_config: &Value, rows: usize, pre: Option<&str>, model: &str) -> Result<Written> {
     let read = |name: &str| Ok::<_, Error>(read_json(&folder.join(name))?.unwrap_or(Value::Null));
-    let Some(tokenizer) = TokenizerFiles::of_folder(folder)? else {
+    let Some(tokenizer) = TokenizerFiles::of_folder(folder, families::type_of(model_config))? else {
         return Err(Error::failed(format!(
             "{}/tokenizer.json: no such file, and there is no tokenizer.model, and a GGUF file holds its tokenizer{}",
             folder.display(),
-            without_one(folder)
+            without_one(folder, families::type_of(model_config))
         )));
     };
     let files = Files {
@@ -143,9 +144,14 @@ fn of_folder(folder: &Path, model_config: &Value, rows: usize, pre: Option<&str>
         model_config: model_config.clone(),
     };
     let mut out = Written::default();
+    // What is said of tokenizer.json is said of the file that takes its place.
+    let told = |why: String| match why.strip_prefix("tokenizer.json") {
+        Some(rest) => format!("{}/{}{rest}", folder.display(), files.tokenizer.file()),
+        None => format!("{}/{why}", folder.display()),
+    };
     write(&files, rows, pre, model, &mut out).map_err(|error| match error {
-        Error::Usage(why) => Error::Usage(format!("{}/{why}", folder.display())),
-        Error::Failed(why) => Error::Failed(format!("{}/{why}", folder.display())),
+        Error::Usage(why) => Error::Usage(told(why)),
+        Error::Failed(why) => Error::Failed(told(why)),
         other => other,
     })?;
     Ok(out)
@@ -316,16 +322,6 @@ fn decoded(content: &str) -> String {
     match bytes.map(String::from_utf8) {
         Some(Ok(text)) => text,
         _ => content.to_owned(),
-    }
-}
-
-/// The byte that a character of GPT-2's alphabet stands for: printable Latin-1 is itself, the 68 others follow U+0100 in
-/// order.
-fn byte_of(c: char) -> Option<u8> {
-    let printable = |b: &u8| matches!(b, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
-    match u32::from(c) {
-        code @ 0..0x100 => Some(code as u8).filter(printable),
-        code => (0..=255u8).filter(|b| !printable(b)).nth((code - 0x100) as usize),
     }
 }
 

@@ -95,6 +95,8 @@ pub(crate) struct Sources {
     pub added: Value,
     /// The class of config.json, which is asked where tokenizer_config.json has none.
     pub class: Option<String>,
+    /// The model's type, by config.json.
+    pub model_type: Option<String>,
     /// The name of the tokenizer.json that is read, where that is another one.
     pub file: Option<String>,
 }
@@ -119,7 +121,8 @@ pub(crate) struct Declared {
 pub(crate) type Flaw = (&'static str, String);
 
 impl Sources {
-    pub fn read(folder: &Path) -> Result<Sources> {
+    /// `model_type` is what config.json calls the model.
+    pub fn read(folder: &Path, model_type: Option<&str>) -> Result<Sources> {
         let json_of = |name: &str| match read_json(&folder.join(name))? {
             None => Ok(Value::Null),
             Some(json) if json.is_object() => Ok(json),
@@ -129,7 +132,9 @@ impl Sources {
             ))),
         };
         let class = json_of("config.json")?["tokenizer_class"].as_str().map(str::to_owned);
-        Ok(Sources { config: json_of(CONFIG)?, map: json_of(MAP)?, added: json_of(ADDED)?, class, file: None })
+        let model_type = model_type.map(str::to_owned);
+        let (config, map, added) = (json_of(CONFIG)?, json_of(MAP)?, json_of(ADDED)?);
+        Ok(Sources { config, map, added, class, model_type, file: None })
     }
 
     pub fn flag(&self, name: &str) -> Option<bool> {

@@ -1,16 +1,21 @@
 //! A model's tokenizer, put together from every file that says something of it.
 //!
-//! The vocabulary is that of tokenizer.json, tokenizer.model or a GGUF file. Tokens, names and flags also stand in
+//! The vocabulary is that of tokenizer.json, tokenizer.model, tekken.json, a list for tiktoken or a GGUF file. Tokens, names and flags also stand in
 //! tokenizer_config.json, special_tokens_map.json and added_tokens.json (`added`), chat templates in files of their own
 //! (`templates`). What comes out is one tokenizer.json with all of it, from which calibration, evaluation and the GGUF writer
 //! take their ids: those that transformers gives.
 
 pub(crate) mod added;
+pub(crate) mod alphabet;
 pub(crate) mod classes;
 mod error;
+mod ranked;
 pub(crate) mod sentencepiece;
+mod tekken;
 pub(crate) mod templates;
+mod tiktoken;
 mod versions;
+pub(crate) mod words;
 
 use std::path::Path;
 
@@ -31,16 +36,11 @@ pub(crate) const FILE: &str = "tokenizer.json";
 /// Files of tokenizers that are not read here, what they are, and a file without which they are none. Transformers makes a
 /// tokenizer of each.
 const OTHER_TOKENIZERS: &[(&str, &str, Option<&str>)] = &[
-    ("tekken.json", "a tokenizer of Mistral's own library", None),
-    ("tiktoken.model", "a list of tokens for tiktoken", None),
     ("vocab.json", "one half of a tokenizer, and merges.txt the other", Some("merges.txt")),
     ("spiece.model", "a SentencePiece model under another name", None),
     ("sentencepiece.bpe.model", "a SentencePiece model under another name", None),
     ("vocab.txt", "a list of pieces for BERT's tokenizer", None),
 ];
-
-/// The ending of lists of tokens that only code of the model's own reads.
-const LISTS: &str = ".tiktoken";
 
 /// A tokenizer in a form that is not read here.
 pub(crate) struct Other {
@@ -53,7 +53,7 @@ pub(crate) struct Other {
 }
 
 /// The tokenizer that `folder` has in a form that is not read here.
-pub(crate) fn other_tokenizer(folder: &Path) -> Option<Other> {
+pub(crate) fn other_tokenizer(folder: &Path, model_type: Option<&str>) -> Option<Other> {
     let known = OTHER_TOKENIZERS
         .iter()
         .find(|(name, _, with)| folder.join(name).exists() && with.is_none_or(|with| folder.join(with).exists()));
@@ -62,16 +62,9 @@ pub(crate) fn other_tokenizer(folder: &Path) -> Option<Other> {
             format!("save tokenizer.json beside it with {}", classes::save_tokenizer(&folder.display().to_string()));
         return Some(Other { what: format!("{name} is {what}"), is_loaded: true, remedy });
     }
-    let mut lists: Vec<String> = std::fs::read_dir(folder)
-        .into_iter()
-        .flatten()
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-        .filter(|name| name.ends_with(LISTS))
-        .collect();
-    lists.sort();
-    let name = lists.first()?;
+    let name = tiktoken::unknown(folder, &Sources::read(folder, model_type).ok()?)?;
     Some(Other {
-        what: format!("{name} is a list of tokens that only the model's own code reads"),
+        what: format!("{name} is a list of tokens for tiktoken, and only the model's own code says how it divides texts into words"),
         is_loaded: false,
         remedy: "make tokenizer.json of it with transformers' TikTokenConverter, which takes this list and, from that code, the pattern \
                  and the special tokens"
@@ -80,8 +73,8 @@ pub(crate) fn other_tokenizer(folder: &Path) -> Option<Other> {
 }
 
 /// What to do where `folder` has neither tokenizer.json nor tokenizer.model, as the end of a sentence.
-pub(crate) fn without_one(folder: &Path) -> String {
-    match other_tokenizer(folder) {
+pub(crate) fn without_one(folder: &Path, model_type: Option<&str>) -> String {
+    match other_tokenizer(folder, model_type) {
         Some(Other { what, is_loaded: true, remedy }) => format!("; {what}, which is not read: {remedy}"),
         Some(Other { what, remedy, .. }) => format!("; {what}: {remedy}"),
         None => ": copy it from the model that this one was made from".to_owned(),
@@ -103,24 +96,33 @@ pub struct TokenizerFiles {
     /// What files add to the vocabulary, by id; without the special pieces that a tokenizer.model has itself.
     pub(crate) added: Vec<(u32, Added)>,
     pub(crate) sources: Sources,
-    /// The BOS and EOS that a tokenizer.model has itself.
-    own: [Option<String>; 2],
+    own: Own,
+}
+
+/// Special tokens that a file with a vocabulary names itself.
+#[derive(Default)]
+pub(crate) struct Own {
+    /// The file.
+    file: &'static str,
+    /// Spellings by names, such as `bos`.
+    named: Vec<(&'static str, String)>,
 }
 
 impl TokenizerFiles {
-    /// Reads a folder: tokenizer.json or, without it, tokenizer.model, and what lies beside.
+    /// Reads a folder: tokenizer.json or, without it, tokenizer.model, tekken.json or a list for tiktoken, and what lies beside.
     ///
-    /// Fails for a file that cannot be read or does not fit the others; `None` where there is neither of the two.
-    pub(crate) fn of_folder(folder: &Path) -> Result<Option<TokenizerFiles>> {
+    /// `model_type` is what config.json calls the model. Fails for a file that cannot be read or does not fit the others; `None` where there
+    /// is none of them.
+    pub(crate) fn of_folder(folder: &Path, model_type: Option<&str>) -> Result<Option<TokenizerFiles>> {
         let failed = |(file, why): added::Flaw| Error::failed(format!("{} {why}", folder.join(file).display()));
-        let mut sources = Sources::read(folder)?;
+        let mut sources = Sources::read(folder, model_type)?;
         let templates = Templates::of_folder(folder, &sources.config)?;
         let versioned = versions::file(&sources.config)
             .map_err(|why| Error::failed(format!("{}: {why}; name the files that are there", folder.display())))?;
-        let (mut told, mut read) = (None, None);
+        let (mut told, mut read, mut own) = (Vec::new(), None, Own::default());
         if let Some(name) = versioned {
             read = read_json(&folder.join(&name))?;
-            told = Some(match read {
+            told.push(match read {
                 Some(_) => format!(
                     "{name} is read, as by transformers, and not {FILE}: so {} says in fast_tokenizer_files",
                     added::CONFIG
@@ -138,6 +140,15 @@ impl TokenizerFiles {
             None => read_json(&folder.join(FILE))?,
             read => read,
         };
+        let json = match json {
+            None => ranked::tokenizer(folder, &sources)?.map(|found| {
+                sources.file = Some(found.file);
+                told.extend(found.notes);
+                own = found.own;
+                found.json
+            }),
+            json => json,
+        };
         let Some(mut json) = json else {
             let Some(found) = sentencepiece::tokenizer(folder, &sources)? else { return Ok(None) };
             let stated = found.added.into_iter().map(|(id, token)| Stated { token, id, file: FILE }).collect();
@@ -148,15 +159,15 @@ impl TokenizerFiles {
         };
         // A list that is not as it has to be is left to the library, which says what is wrong.
         let stated = match added::of_json(&json) {
-            Some(own) if json.is_object() => {
-                let merged = sources.declared().map_err(failed)?.merge(&own, sources.is_whole());
+            Some(listed) if json.is_object() => {
+                let merged = sources.declared().map_err(failed)?.merge(&listed, sources.is_whole());
                 json["added_tokens"] =
                     merged.iter().map(|stated| stated.token.to_json(stated.id.unwrap_or(0))).collect();
                 merged
             }
             _ => Vec::new(),
         };
-        let mut files = Self::build(folder, FILE, json, stated, sources, templates, [None, None])?;
+        let mut files = Self::build(folder, FILE, json, stated, sources, templates, own)?;
         files.notices.splice(0..0, told);
         Ok(Some(files))
     }
@@ -174,7 +185,7 @@ impl TokenizerFiles {
         stated: Vec<Stated>,
         sources: Sources,
         templates: Templates,
-        own: [Option<String>; 2],
+        own: Own,
     ) -> Result<TokenizerFiles> {
         // A GGUF file holds its tokenizer itself.
         let file = sources.file.as_deref().unwrap_or(name);
@@ -237,10 +248,7 @@ impl TokenizerFiles {
 
     /// The spelling of the special token called `bos`, `eos`, `unk`, `sep`, `pad`, `cls` or `mask`, and the file that says so.
     pub fn special(&self, name: &str) -> Option<(&'static str, &str)> {
-        let own = || {
-            let place = ["bos", "eos"].iter().position(|own| *own == name)?;
-            Some((sentencepiece::FILE, self.own[place].as_deref()?))
-        };
+        let own = || self.own.named.iter().find(|(own, _)| *own == name).map(|(_, text)| (self.own.file, &text[..]));
         self.sources.named(name).or_else(own)
     }
 

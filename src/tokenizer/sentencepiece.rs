@@ -11,6 +11,8 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use formats::SentencePiece;
 use formats::container::file;
 use formats::container::sentencepiece::{Algorithm, Piece};
@@ -18,8 +20,10 @@ use formats::container::stand_in::stand_in;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::tokenizer::Own;
 use crate::tokenizer::added::{Added, Declared, Sources};
 use crate::tokenizer::classes::{GENERAL, puts_marks, save_tokenizer};
+use crate::tokenizer::tiktoken::is_list;
 
 /// Kinds of token, as SentencePiece and GGUF files number them.
 pub(crate) mod kind {
@@ -47,7 +51,8 @@ pub(crate) fn tokenizer(folder: &Path, beside: &Sources) -> Result<Option<Conver
     let json = build(&model, beside, &added).map_err(failed)?;
     let notes = notes(&model, beside, &added);
     let piece = |id: Option<u32>| Some(model.pieces.get(id? as usize)?.text.clone());
-    let own = [piece(model.bos), piece(model.eos)];
+    let named = [("bos", piece(model.bos)), ("eos", piece(model.eos))];
+    let own = Own { file: FILE, named: named.into_iter().filter_map(|(name, text)| Some((name, text?))).collect() };
     let added = added.into_iter().filter(|(_, (_, declared))| *declared);
     let known = |id: &u32| (*id as usize) < model.pieces.len() || numbered.contains(id);
     let added = added.map(|(id, (token, _))| (Some(id).filter(known), token)).collect();
@@ -69,12 +74,11 @@ fn not_a_model(bytes: &[u8], error: &formats::Error) -> String {
     if let Some(why) = stand_in(bytes) {
         return why;
     }
-    // Llama 3's is a list of tokens in base64 with their ranks.
-    let first = bytes.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    let ranked = std::str::from_utf8(first).ok().and_then(|line| line.split_once(' '));
-    match ranked.is_some_and(|(token, rank)| !token.is_empty() && rank.trim().parse::<u32>().is_ok()) {
+    // Llama 3's is one; of models that are known it is read as such.
+    match is_list(bytes) {
         true => format!(
-            "a list of tokens for tiktoken, and not a SentencePiece model; save the model's tokenizer.json beside it: {}",
+            "a list of tokens for tiktoken, and not a SentencePiece model, and of this model it is not known how it divides texts into words; \
+             save the model's tokenizer.json beside it: {}",
             save_tokenizer("MODEL")
         ),
         false => format!("not a SentencePiece model: {error}"),
@@ -87,7 +91,7 @@ pub(crate) struct Converted {
     /// What the files beside it add, in the order of the ids; without an id where no file and no piece has one.
     pub added: Vec<(Option<u32>, Added)>,
     /// The model's own BOS and EOS.
-    pub own: [Option<String>; 2],
+    pub own: Own,
     /// What transformers does otherwise.
     pub notes: Vec<String>,
 }
@@ -302,7 +306,7 @@ fn spaces(model: &SentencePiece, settings: &Sources) -> (Value, Value) {
     }
     let mut steps = Vec::new();
     if !model.rules.is_empty() {
-        steps.push(json!({"type": "Precompiled", "precompiled_charsmap": base64(&model.rules)}));
+        steps.push(json!({"type": "Precompiled", "precompiled_charsmap": STANDARD.encode(&model.rules)}));
     }
     if model.remove_extra_whitespaces {
         // What is spelt like a space ends a text no less than one.
@@ -363,20 +367,6 @@ fn post_processor<'a>(model: &SentencePiece, settings: &Sources, added: &'a BTre
     let bos = special("bos", model.bos.or(Some(u32::MAX)), true);
     let eos = special("eos", model.eos.or(Some(u32::MAX)), false);
     around(bos, eos)
-}
-
-/// Bytes in base64.
-fn base64(bytes: &[u8]) -> String {
-    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for chunk in bytes.chunks(3) {
-        let word = (0..3).fold(0u32, |word, i| word << 8 | u32::from(chunk.get(i).copied().unwrap_or(0)));
-        for i in 0..4 {
-            let letter = LETTERS[(word >> (18 - 6 * i) & 63) as usize];
-            out.push(if i <= chunk.len() { char::from(letter) } else { '=' });
-        }
-    }
-    out
 }
 
 /// The step that puts tokens before and after a text, each by id and spelling.

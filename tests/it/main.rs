@@ -41,6 +41,7 @@ mod near;
 mod pipeline;
 mod plan;
 mod program;
+mod ranked;
 mod readme;
 mod records;
 mod resume;

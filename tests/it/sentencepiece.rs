@@ -211,7 +211,7 @@ fn a_tokenizer_model_that_cannot_be_used_is_one_sentence() {
         (b"", "the file is empty; fetch it again"),
         (b"PK\x03\x04 no such thing", "not a SentencePiece model"),
         (&good[..good.len() / 3], "it ends within a field"),
-        (b"IQ== 0\nIg== 1\n", "a list of tokens for tiktoken"),
+        (b"IQ== 0\nIg== 1\n", "names no special tokens behind the list's 2"),
     ];
     for (bytes, words) in cases {
         std::fs::write(&path, bytes).unwrap();
@@ -233,12 +233,11 @@ fn a_tokenizer_model_that_cannot_be_used_is_one_sentence() {
         std::fs::write(room.path("model").join(file), content.to_string()).unwrap();
         room.run(["eval", "model", "--windows", "1", "--quiet"]).refuses(1, &["model/tokenizer.model: ", words]);
     }
-    // Mistral's own form, and nothing else.
-    std::fs::remove_file(&path).unwrap();
-    room.file("model/tekken.json", "{}");
+    // Under another name, and nothing else.
+    std::fs::rename(&path, room.path("model/spiece.model")).unwrap();
     let words = [
         "model: no tokenizer.json",
-        "tekken.json is a tokenizer of Mistral's own library",
+        "spiece.model is a SentencePiece model under another name",
         "save_pretrained(\"model\")",
     ];
     room.run(["eval", "model", "--windows", "1", "--quiet"]).refuses(1, &words);

@@ -130,14 +130,7 @@ fn a_folder_without_a_tokenizer_is_told() {
     }
     // Half of one is none.
     assert!(of(&["vocab.json"]).iter().all(|(_, told)| told.contains(copy)));
-    for files in [
-        &["tekken.json"][..],
-        &["tiktoken.model"],
-        &["vocab.json", "merges.txt"],
-        &["spiece.model"],
-        &["sentencepiece.bpe.model"],
-        &["vocab.txt"],
-    ] {
+    for files in [&["vocab.json", "merges.txt"][..], &["spiece.model"], &["sentencepiece.bpe.model"], &["vocab.txt"]] {
         for (output, told) in of(files) {
             let name = files[0];
             for words in [
@@ -152,9 +145,12 @@ fn a_folder_without_a_tokenizer_is_told() {
             assert_eq!(loads, output != "out.gguf", "{output}, {name}: {told}");
         }
     }
-    // Transformers has no class for it.
-    for (output, told) in of(&["qwen.tiktoken"]) {
-        for words in ["qwen.tiktoken is a list of tokens that only the model's own code reads", "TikTokenConverter"] {
+    // A list without the name of the code that reads it.
+    change(&model, "tokenizer_config.json", |config| config["tokenizer_class"] = "OtherTokenizer".into());
+    for (output, told) in of(&["other.tiktoken"]) {
+        for words in
+            ["other.tiktoken is a list of tokens for tiktoken, and only the model's own code", "TikTokenConverter"]
+        {
             assert!(told.contains(words), "{output}: {told}");
         }
         assert!(!told.contains("save_pretrained") && !told.contains("each time"), "{output}: {told}");

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use super::byte_of;
+use crate::tokenizer::alphabet::byte_of;
 
 /// Texts of two added tokens that are looked into at most.
 const MOST: usize = 4000;

@@ -15,14 +15,7 @@ use crate::dialect::tokenizer::knows_as_end;
 use crate::error::{Error, Result};
 use crate::tokenizer::added::{self, Sources, Stated};
 use crate::tokenizer::sentencepiece::{around, kind};
-use crate::tokenizer::{FILE, Templates, TokenizerFiles};
-
-/// Llama 3's way of splitting text into words.
-const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// Qwen 2's: each digit stands alone.
-const QWEN2_WORDS: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+use crate::tokenizer::{FILE, Own, Templates, TokenizerFiles, words};
 
 /// Mistral's since Nemo: case ends a word.
 const TEKKEN_WORDS: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -110,10 +103,10 @@ impl ByteLevel {
                 plain(sequence(vec![json!({"type": "Digits", "individual_digits": true}), bytes(true)]))
             }
             "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2" => {
-                ByteLevel { ignore_merges: true, add_bos: true, ..splits(&[LLAMA3_WORDS]) }
+                ByteLevel { ignore_merges: true, add_bos: true, ..splits(&[words::LLAMA3]) }
             }
-            "glm4" | "glm5" => ByteLevel { ignore_merges: true, ..splits(&[LLAMA3_WORDS]) },
-            "smaug-bpe" | "dbrx" | "chatglm-bpe" => splits(&[LLAMA3_WORDS]),
+            "glm4" | "glm5" => ByteLevel { ignore_merges: true, ..splits(&[words::LLAMA3]) },
+            "smaug-bpe" | "dbrx" | "chatglm-bpe" => splits(&[words::LLAMA3]),
             "tekken" => ByteLevel { ignore_merges: true, add_bos: true, ..splits(&[TEKKEN_WORDS]) },
             "gpt-4o" | "llama4" | "kanana2" | "minimax-m2" => splits(&[GPT_4O_WORDS]),
             "deepseek-llm" => splits(DEEPSEEK_LLM_WORDS),
@@ -121,7 +114,7 @@ impl ByteLevel {
             "deepseek-v3" | "hunyuan-dense" | "joyai-llm" | "hy_v4" => splits(DEEPSEEK_V3_WORDS),
             "falcon" => splits(FALCON_WORDS),
             "qwen2" | "deepseek-r1-qwen" | "kormo" | "f2llmv2" | "stablelm2" | "hunyuan" | "solar-open" | "megrez"
-            | "grok-2" => splits(&[QWEN2_WORDS]),
+            | "grok-2" => splits(&[words::QWEN2]),
             "qwen35" => splits(&[QWEN35_WORDS]),
             "default" => splits(DEFAULT_WORDS),
             _ => return None,
@@ -299,7 +292,7 @@ pub(crate) fn tokenizer_files(file: &GgufFile) -> Result<TokenizerFiles> {
     let stated = added::of_json(&json).unwrap_or_default();
     let stated = stated.into_iter().map(|(id, token)| Stated::new(id, token)).collect();
     let sources = Sources { config, ..Sources::default() };
-    let mut files = TokenizerFiles::build(file.path(), FILE, json, stated, sources, templates, [None, None])?;
+    let mut files = TokenizerFiles::build(file.path(), FILE, json, stated, sources, templates, Own::default())?;
     files.notices.extend(guessed(file)?);
     files.notices.extend(without_end(file)?);
     Ok(files)
