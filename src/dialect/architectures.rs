@@ -211,6 +211,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         mlp_bias: Need::Must,
         ..PLAIN
     },
+    Architecture { id: "apertus", families: &["apertus"], head: Need::Must, o_bias: Need::May, factors: true, ..PLAIN },
     Architecture { id: "arcee", families: &["arcee"], neighbours: true, factors: true, ..PLAIN },
     Architecture { id: "seed_oss", families: &["seed_oss"], ffn_norm: "post_attention_norm", ..PLAIN },
     Architecture { id: "ernie4_5", families: &["ernie4_5"], neighbours: true, ..PLAIN },

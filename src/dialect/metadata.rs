@@ -14,6 +14,7 @@ use serde_json::Value;
 use crate::dialect::architectures::{Architecture, ROPE_FREQS};
 use crate::dialect::names::{self, ExportPlan, Source};
 use crate::dialect::same;
+use crate::dialect::settings::CURVE;
 use crate::dialect::settings::Settings;
 use crate::error::{Error, Result};
 use crate::families::rope::warmth;
@@ -215,6 +216,9 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     }
     states::recurrent(out, graph, &layers, id)?;
     factors(out, graph, first, id);
+    if id == "apertus" {
+        curves(out, &layers)?;
+    }
     choice(out, &layers, id)?;
     experts(out, graph, &layers, id)?;
     read_back(out, graph, architecture, plan)
@@ -507,6 +511,25 @@ fn factors(out: &mut Written, graph: &Graph, first: &Attention, id: &str) {
         "gptneox" | "stablelm" => out.flag(key("use_parallel_residual"), graph.blocks[0].parallel),
         _ => {}
     }
+}
+
+/// The numbers of each layer's activation, which llama.cpp takes through softplus, as the model does.
+///
+/// Fails for a layer with another activation.
+fn curves(out: &mut Written, layers: &Layers<'_>) -> Result<()> {
+    let mut lists = [const { Vec::new() }; 4];
+    for mlp in &layers.dense {
+        let Activation::Xielu { positive, negative, beta, eps } = mlp.activation else {
+            return Err(names::cannot("apertus", format!("a feed-forward layer with {}", same::named(mlp.activation))));
+        };
+        let before = |x: f32| f64::from(x).exp_m1().ln() as f32;
+        let numbers = [before(positive), before(negative - beta), beta, eps];
+        lists.iter_mut().zip(numbers).for_each(|(list, number)| list.push(MetadataValue::F32(number)));
+    }
+    for (list, name) in lists.into_iter().zip(["alpha_p", "alpha_n", "beta", "eps"]) {
+        out.metadata.push((format!("{CURVE}.{name}"), metadata_array(list, GGUFValueType::F32)?));
+    }
+    Ok(())
 }
 
 /// Number, width and routing of experts, where there are some.

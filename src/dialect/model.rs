@@ -6,17 +6,17 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::Path;
 
-use formats::container::gguf::{GgufSpec, GgufView};
+use formats::container::gguf::{GgufSpec, GgufView, MetadataValue};
 use formats::{Dtype, GgmlType, GgufFile, TensorView};
 use serde_json::Value;
 
 use crate::dialect::architectures::{ARCHITECTURES, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 use crate::dialect::names::{ExportTensor, From, Part, plan};
-use crate::dialect::settings::Settings;
+use crate::dialect::settings::{CURVE, Settings};
 use crate::dialect::tokenizer::rebuilt;
 use crate::error::{Error, Result};
 use crate::families;
-use crate::graph::{Graph, Stored};
+use crate::graph::{Graph, Layer, Stored};
 use crate::weights::{Entry, StoredType};
 use crate::words::listed;
 
@@ -38,6 +38,8 @@ struct Mapped {
     pieces: Vec<Piece>,
     /// Of a matrix whose rows are rows of the file: for each its piece and the row there.
     rows: Option<Vec<(u32, u32)>>,
+    /// The bytes of an F32 that is one of the file's settings, and of no tensor.
+    setting: Option<[u8; 4]>,
 }
 
 /// Rows of a tensor of the file.
@@ -135,12 +137,13 @@ impl GgufModel {
                 view.data.len() * own * wide / (rows * width).max(1)
             };
             let ty = |piece: &Piece| self.file.get(&piece.name).expect("listed").ty;
+            let own = mapped.setting.map_or(0, |bytes| bytes.len());
             let stored = |ty: GgmlType| ty.plain().map_or(StoredType::Ggml(ty), StoredType::Plain);
             Entry {
                 name: name.clone(),
                 shape: mapped.shape.clone(),
                 dtype: mapped.pieces.first().map_or(StoredType::Plain(Dtype::F32), |piece| stored(ty(piece))),
-                stored_bytes: mapped.pieces.iter().map(bytes).sum::<usize>() as u64,
+                stored_bytes: (own + mapped.pieces.iter().map(bytes).sum::<usize>()) as u64,
             }
         };
         self.order.iter().map(entry).collect()
@@ -171,6 +174,9 @@ impl GgufModel {
     /// All values of a tensor, or those of one of its slices.
     pub fn read(&self, name: &str, slice: Option<usize>) -> formats::Result<Vec<f32>> {
         let mapped = &self.tensors[name];
+        if let Some(setting) = mapped.setting {
+            return Ok(vec![f32::from_le_bytes(setting)]);
+        }
         if let (None, Some(rows)) = (slice, &mapped.rows) {
             let width = mapped.shape.last().copied().unwrap_or(1);
             let mut values = vec![0.0; rows.len() * width];
@@ -214,6 +220,9 @@ impl GgufModel {
     /// The bytes of a tensor that is stored plainly and in Hugging Face order.
     pub fn raw(&self, name: &str) -> Option<TensorView<'_>> {
         let mapped = self.tensors.get(name)?;
+        if let Some(setting) = &mapped.setting {
+            return Some(TensorView { dtype: Dtype::F32, shape: &mapped.shape, data: setting });
+        }
         let [piece] = &mapped.pieces[..] else { return None };
         let Piece { name, first: 0, column: 0, part, factor: 1.0 } = piece else { return None };
         let Part { from, rows: None, .. } = part else { return None };
@@ -303,7 +312,32 @@ impl<'s> Mapping<'s> {
                 None => {}
             }
         }
+        for (layer, block) in graph.blocks.iter().enumerate() {
+            let learned = block.steps.iter().filter_map(|step| match &step.layer {
+                Layer::Mlp(mlp) => mlp.learned.as_deref(),
+                _ => None,
+            });
+            for (name, shape) in learned.flatten() {
+                mapping.set(name, shape, layer)?;
+            }
+        }
         Ok(mapping)
+    }
+
+    /// Takes a number of a layer's activation out of the file's settings, where it is one for all layers or one for each.
+    fn set(&mut self, name: &str, shape: &[usize], layer: usize) -> formats::Result<()> {
+        let key = format!("{CURVE}.{}", name.rsplit('.').next().unwrap_or(name));
+        let value = self.file.metadata(&key).ok_or_else(|| formats::Error::missing(format!("metadata key `{key}`")))?;
+        let value = match value {
+            MetadataValue::Array(list) => list.get(layer),
+            one => Some(one),
+        };
+        let Some(MetadataValue::F32(number)) = value else {
+            return Err(formats::Error::malformed(format!("metadata key `{key}` has no float for layer {layer}")));
+        };
+        let setting = Some(number.to_le_bytes());
+        self.tensors.insert(name.to_owned(), Mapped { shape: shape.to_vec(), pieces: Vec::new(), rows: None, setting });
+        Ok(())
     }
 
     /// Cuts a tensor of the file into the pieces that the checkpoint's tensors are made of.
@@ -353,7 +387,7 @@ impl<'s> Mapping<'s> {
     fn entry(&mut self, tensor: &ExportTensor, source: &str) -> &mut Mapped {
         self.tensors.entry(source.to_owned()).or_insert_with(|| {
             let shape = self.shapes.get(source).unwrap_or(&tensor.shape).clone();
-            Mapped { shape, pieces: Vec::new(), rows: None }
+            Mapped { shape, pieces: Vec::new(), rows: None, setting: None }
         })
     }
 
@@ -367,7 +401,7 @@ impl<'s> Mapping<'s> {
             let Some(sources) = self.known.get(&spec.name[..]) else {
                 let part = Part::whole(From::Tensor(spec.name.clone(), spec.shape.clone()));
                 let piece = Piece { name: spec.name.clone(), first: 0, column: 0, part, factor: 1.0 };
-                let mapped = Mapped { shape: spec.shape.clone(), pieces: vec![piece], rows: None };
+                let mapped = Mapped { shape: spec.shape.clone(), pieces: vec![piece], rows: None, setting: None };
                 self.tensors.insert(spec.name.clone(), mapped);
                 order.push(spec.name.clone());
                 continue;
@@ -375,6 +409,9 @@ impl<'s> Mapping<'s> {
             order.extend(sources.iter().filter(|source| seen.insert((*source).clone())).cloned());
         }
         order.extend(self.zeroed.iter().filter(|source| seen.insert((*source).clone())).cloned());
+        let set = self.tensors.iter().filter(|(_, mapped)| mapped.setting.is_some());
+        let set: BTreeSet<&String> = set.map(|(name, _)| name).collect();
+        order.extend(set.into_iter().cloned());
         order
     }
 
@@ -382,7 +419,7 @@ impl<'s> Mapping<'s> {
     fn check_covered(&mut self) -> formats::Result<()> {
         for (name, mapped) in &mut self.tensors {
             mapped.rows = mapped.by_row();
-            if self.zeroed.contains(name) {
+            if self.zeroed.contains(name) || mapped.setting.is_some() {
                 continue;
             }
             let covered: usize = mapped.pieces.iter().map(|piece| piece.part.extents().iter().product::<usize>()).sum();
@@ -496,7 +533,8 @@ fn factor(view: &GgufView<'_>) -> formats::Result<f32> {
 
 /// What to say of keys of no kind that llama.cpp writes: no output has them.
 fn foreign(path: &Path, keys: &[&str], architecture: &str) -> Option<String> {
-    let known = ["general", "tokenizer", "split", "quantize", "imatrix", architecture];
+    let curve = if architecture == "apertus" { CURVE } else { architecture };
+    let known = ["general", "tokenizer", "split", "quantize", "imatrix", architecture, curve];
     let is_known = |key: &str| key.split_once('.').is_some_and(|(kind, _)| known.contains(&kind));
     let others: Vec<&str> = keys.iter().copied().filter(|key| !is_known(key)).collect();
     (!others.is_empty()).then(|| {

@@ -330,6 +330,8 @@ pub(crate) fn truncated(rope: &Rope) -> Option<Vec<f32>> {
 fn activation(a: Activation) -> Activation {
     match a {
         Activation::Gelu => Activation::GeluTanh,
+        // Its numbers are no settings: they are beside the weights.
+        Activation::Xielu { .. } => Activation::Xielu { positive: 0.0, negative: 0.0, beta: 0.0, eps: 0.0 },
         other => other,
     }
 }

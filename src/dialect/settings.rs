@@ -29,6 +29,9 @@ pub(crate) struct Settings {
     pub asked: RefCell<HashSet<String>>,
 }
 
+/// What keys of an activation with numbers of its own for each layer start with.
+pub(crate) const CURVE: &str = "xielu";
+
 /// Settings that change nothing that is computed here, or are carried over elsewhere.
 const SILENT: &[&str] = &[
     "vocab_size",
@@ -240,6 +243,7 @@ impl Settings {
             ("hy_v3", true) => ("hy_v3", "HYV3ForCausalLM", "silu"),
             ("mistral3", false) => ("ministral3", "Ministral3ForCausalLM", "silu"),
             ("glm4moe", true) => ("glm4_moe", "Glm4MoeForCausalLM", "silu"),
+            ("apertus", false) => ("apertus", "ApertusForCausalLM", "xielu"),
             ("arcee", false) => ("arcee", "ArceeForCausalLM", "relu2"),
             ("seed_oss", false) => ("seed_oss", "SeedOssForCausalLM", "silu"),
             ("ernie4_5", false) => ("ernie4_5", "Ernie4_5ForCausalLM", "silu"),

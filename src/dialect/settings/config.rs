@@ -293,6 +293,8 @@ impl Settings {
         };
         match model_type {
             "gemma4_text" => return Ok(json!({})),
+            // Outside of that its class takes its own.
+            "apertus" => return Ok(json!({"rope_parameters": with_base()})),
             "ministral3" | "mistral4" => {
                 let mut all = with_base();
                 if model_type == "mistral4" {
@@ -401,6 +403,7 @@ impl Settings {
             }
             "starcoder2" => json!({"use_bias": true}),
             "ernie4_5_moe" => json!({"use_bias": biases}),
+            "apertus" => json!({"attention_bias": biases}),
             "stablelm" => {
                 // The norm decides.
                 self.look("use_parallel_residual");
