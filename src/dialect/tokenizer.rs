@@ -5,6 +5,7 @@
 //! merges: the piece that is made first scores highest.
 
 mod apart;
+mod byte_level;
 pub(crate) mod pretokenizer;
 pub(crate) mod rebuilt;
 mod special;

@@ -128,7 +128,9 @@ fn such_models_are_calibrated_measured_and_written() {
 
 #[test]
 fn gguf_files_name_how_texts_are_divided() {
-    for (name, pre) in [("qwen", "qwen2"), ("hunyuan", "qwen2"), ("llama3", "llama-bpe"), ("tekken", "tekken")] {
+    for (name, pre) in
+        [("kimi", "kimi-k2"), ("qwen", "qwen2"), ("hunyuan", "qwen2"), ("llama3", "llama-bpe"), ("tekken", "tekken")]
+    {
         let room = Room::new();
         let (_, golden) = model(&room, name);
         let source = Checkpoint::open(&room.path("model")).unwrap();

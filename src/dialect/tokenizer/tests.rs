@@ -434,3 +434,43 @@ fn the_user_may_name_the_pre_tokenizer() {
     let (_folder, file) = file_of(&out, 4096);
     assert_eq!(text(&tokenizer(&file, 4096, Some("smollm")).unwrap(), "pre"), Some("smollm"));
 }
+
+/// What llama.cpp makes of texts with each name, and the same vocabulary (`tests/runtimes/tokens.py`).
+#[test]
+fn ids_of_every_pre_tokenizer_are_llama_cpps() {
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/gguf/pre_tokenizers.json");
+    let golden: Value = serde_json::from_slice(&std::fs::read(fixture).unwrap()).unwrap();
+    let texts: Vec<&str> = golden["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
+    let mut wrong = Vec::new();
+    let ways = golden["ways"].as_array().unwrap();
+    assert!(ways.len() > 25);
+    for way in ways {
+        let vocabulary = &golden["vocabularies"][way["vocabulary"].as_str().unwrap()];
+        let list = |key: &str| -> Vec<String> { serde_json::from_value(vocabulary[key].clone()).unwrap() };
+        let tokens = list("tokens");
+        for name in way["names"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()) {
+            let mut out = Written::default();
+            out.string("tokenizer.ggml.model", "gpt2");
+            out.string("tokenizer.ggml.pre", name);
+            out.flag("tokenizer.ggml.add_bos_token", false);
+            strings("tokenizer.ggml.tokens", tokens.clone(), &mut out).unwrap();
+            strings("tokenizer.ggml.merges", list("merges"), &mut out).unwrap();
+            let kinds = tokens.iter().map(|token| MetadataValue::I32(if is_byte(token) { 6 } else { 1 })).collect();
+            array("tokenizer.ggml.token_type", kinds, GGUFValueType::I32, &mut out).unwrap();
+            let (_folder, file) = file_of(&out, tokens.len());
+            let files = file.tokenizer().unwrap().unwrap();
+            for (text, expected) in texts.iter().zip(way["ids"].as_array().unwrap()) {
+                let expected: Vec<u32> = serde_json::from_value(expected.clone()).unwrap();
+                let found = files.tokenizer.encode(text, false).unwrap();
+                if found != expected {
+                    let at = found.iter().zip(&expected).position(|(a, b)| a != b).unwrap_or(0);
+                    let shown = |ids: &[u32]| -> Vec<&str> {
+                        ids.iter().skip(at.saturating_sub(2)).take(8).map(|id| &*tokens[*id as usize]).collect()
+                    };
+                    wrong.push(format!("{name}, {text:?}:\n  {:?}\n  {:?}", shown(&found), shown(&expected)));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
