@@ -2,7 +2,8 @@
 """Hold the tokens of every pre-tokenizer and every kind of vocabulary that llama.cpp has to what llama.cpp makes of texts.
 
     python3 tests/runtimes/tokens.py --source LLAMA.CPP     # renews tests/fixtures/gguf/pre_tokenizers.json
-    python3 tests/runtimes/tokens.py                        # only asks whether llama.cpp still gives what stands there
+    python3 tests/runtimes/tokens.py                        # only asks whether llama.cpp still gives what stands there, and whether its ids
+                                                            # of Unigram models in files of quantc are SentencePiece's
 
 llama.cpp is the prebuilt one of llama.py; LLAMA.CPP is a checkout of its source, out of which names and hashes are read. The file has
 
@@ -18,7 +19,9 @@ import base64
 import json
 import pathlib
 import re
+import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 
@@ -160,10 +163,38 @@ def pre_tokenizers(library, names, known, texts):
     return ways
 
 
+def unigram(library, quantc):
+    """Texts of which SentencePiece's ids are also llama.cpp's; of characters that are no pieces llama.cpp makes no bytes."""
+    alike = 0
+    for name in ["unigram", "unigram_bytes"]:
+        source = ROOT / "tests/fixtures/sentencepiece" / name
+        golden = json.loads((source / "golden.json").read_text())
+        is_byte = [kind == 6 for _, _, kind in golden["pieces"]]
+        with tempfile.TemporaryDirectory() as folder:
+            model, output = pathlib.Path(folder, "model"), pathlib.Path(folder, "out.gguf")
+            shutil.copytree(ROOT / "src/demo/model", model)
+            for file in [*model.glob("tokenizer*"), *model.glob("report.json")]:
+                file.unlink()
+            for file in source.glob("tokenizer*"):
+                shutil.copy(file, model)
+            words = [quantc, "quantize", model, "-o", output, "--scheme", "Q8_0", "--method", "rtn", "--verify-text", "none", "--quiet"]
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+            vocabulary = Vocabulary(library, output)
+            for text, expected in zip(golden["texts"], golden["sentencepiece"]):
+                if expected is None or any(is_byte[id] for id in expected):
+                    continue
+                found = vocabulary.tokenize(text)
+                if found != expected:
+                    sys.exit(f"{name}: llama.cpp makes {found} of {text!r}, and SentencePiece {expected}")
+                alike += 1
+    return alike
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=pathlib.Path, help="a checkout of llama.cpp: renew the file")
     parser.add_argument("--cache", type=pathlib.Path, default=ROOT / ".venv" / "runtimes")
+    parser.add_argument("--quantc", type=pathlib.Path, default=ROOT / "target" / "release" / "quantc")
     options = parser.parse_args()
     library = llama.load(llama.libraries(options.cache.resolve()))
     if options.source:
@@ -177,6 +208,7 @@ def main():
     for way in found:
         if way not in content["ways"]:
             sys.exit(f"llama.cpp gives other ids now for {', '.join(way['names'])}")
+    print(f"{unigram(library, options.quantc)} texts of Unigram models: llama.cpp's ids are SentencePiece's")
     print(f"{len(content['names'])} names, {len(found)} ways, {len(content['hashes'])} hashes: as they stand in {FIXTURE.name}")
 
 

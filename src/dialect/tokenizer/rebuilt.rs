@@ -1,8 +1,9 @@
 //! tokenizer.json and tokenizer_config.json rebuilt from a GGUF's metadata.
 //!
 //! Byte-level BPE (`gpt2`) keeps its merges and names its pre-tokenizer; of SentencePiece (`llama`) only pieces and scores
-//! remain, from which the merges follow: the pair whose piece scores highest is joined first. What llama.cpp does not do to
-//! texts is not done either: it applies no NFC, which the original tokenizers of `qwen2` and `qwen35` do.
+//! remain, from which the merges follow: the pair whose piece scores highest is joined first. Unigram models (`t5`) are
+//! what they were (`unigram`). What llama.cpp does not do to texts is not done either: it applies no NFC, which the original
+//! tokenizers of `qwen2` and `qwen35` do.
 
 use std::collections::{HashMap, HashSet};
 
@@ -11,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::byte_level::{Steps, WAYS, Way};
 use super::special::ends_by_text;
+use super::unigram;
 use crate::dialect::called::Rule;
 use crate::dialect::tokenizer::knows_as_end;
 use crate::error::{Error, Result};
@@ -21,10 +23,13 @@ use crate::tokenizer::{FILE, Own, Templates, TokenizerFiles};
 /// The EOS of a SentencePiece file that does not give it.
 const SENTENCE_PIECE_EOS: usize = 2;
 
+/// And of a Unigram model's.
+const UNIGRAM_EOS: usize = 1;
+
 /// The vocabulary and what is special in it.
-struct Vocabulary<'f> {
-    tokens: Vec<&'f str>,
-    kinds: Vec<i64>,
+pub(super) struct Vocabulary<'f> {
+    pub tokens: Vec<&'f str>,
+    pub kinds: Vec<i64>,
     ids: HashMap<&'f str, usize>,
     /// What the model's name says of its special tokens.
     rule: Option<Rule>,
@@ -58,18 +63,24 @@ impl<'f> Vocabulary<'f> {
     }
 
     /// The token under `tokenizer.ggml.{name}_token_id`.
-    fn special(&self, file: &GgufFile, name: &str) -> Result<Option<(usize, &'f str)>> {
+    pub fn special(&self, file: &GgufFile, name: &str) -> Result<Option<(usize, &'f str)>> {
         let key = format!("tokenizer.ggml.{name}_token_id");
-        let id = match file.count(&key)? {
-            Some(id) => id,
-            // SentencePiece files may rely on its own numbering.
-            None if file.string("tokenizer.ggml.model")? == Some("llama") => match name {
+        let id = match (file.count(&key)?, file.string("tokenizer.ggml.model")?) {
+            (Some(id), _) => id,
+            // SentencePiece files may rely on its own numbering, and those of Unigram models on T5's.
+            (None, Some("llama")) => match name {
                 "unknown" => 0,
                 "bos" => 1,
                 "eos" => SENTENCE_PIECE_EOS,
                 _ => return Ok(None),
             },
-            None => return Ok(None),
+            (None, Some(unigram::MODEL)) => match name {
+                "padding" => 0,
+                "eos" => UNIGRAM_EOS,
+                "unknown" => 2,
+                _ => return Ok(None),
+            },
+            _ => return Ok(None),
         };
         match self.tokens.get(id) {
             Some(token) => Ok(Some((id, token))),
@@ -78,6 +89,17 @@ impl<'f> Vocabulary<'f> {
                 Err(formats::Error::mismatch(format!("metadata key `{key}`"), expected, id).in_file(file.path()).into())
             }
         }
+    }
+
+    /// The score of every token.
+    pub fn scores(&self, file: &GgufFile) -> Result<Vec<f32>> {
+        let key = "tokenizer.ggml.scores";
+        let scores = file.floats(key)?.unwrap_or_else(|| vec![0.0; self.tokens.len()]);
+        if scores.len() < self.tokens.len() {
+            let what = format!("the length of metadata key `{key}`");
+            return Err(formats::Error::mismatch(what, self.tokens.len(), scores.len()).in_file(file.path()).into());
+        }
+        Ok(scores)
     }
 
     /// The vocabulary object: all but unused entries that no text comes to, which only fill the embedding's rows.
@@ -89,7 +111,7 @@ impl<'f> Vocabulary<'f> {
         Value::Object(used.map(|(id, token)| (token.to_string(), Value::from(id))).collect::<Map<_, _>>())
     }
 
-    fn added_tokens(&self) -> Value {
+    pub fn added_tokens(&self) -> Value {
         let added = self.tokens.iter().enumerate().filter_map(|(id, token)| {
             let special = match self.kinds[id] {
                 kind::CONTROL | kind::UNKNOWN => true,
@@ -202,8 +224,9 @@ pub(crate) fn tokenizer_json(file: &GgufFile) -> Result<Value> {
         "gpt2" => merged(file, &vocabulary, pre(file)?.unwrap_or("default")),
         "gemma4" => merged(file, &vocabulary, "gemma4"),
         "llama" => sentence_piece(file, &vocabulary),
+        unigram::MODEL => unigram::rebuilt(file, &vocabulary),
         other => Err(formats::Error::unsupported(format!(
-            "a tokenizer of model `{other}` cannot be read (gpt2, gemma4, llama)"
+            "a tokenizer of model `{other}` cannot be read (gpt2, gemma4, llama, t5)"
         ))
         .in_file(file.path())
         .into()),
@@ -232,9 +255,13 @@ pub(crate) fn ends(file: &GgufFile) -> Result<Vec<usize>> {
 /// The EOS that a file gives, or the number that SentencePiece's has.
 fn own_end(file: &GgufFile) -> Result<Option<usize>> {
     let given = file.count("tokenizer.ggml.eos_token_id")?;
-    let pieces = file.string("tokenizer.ggml.model")? == Some("llama");
+    let usual = match file.string("tokenizer.ggml.model")? {
+        Some("llama") => Some(SENTENCE_PIECE_EOS),
+        Some(unigram::MODEL) => Some(UNIGRAM_EOS),
+        _ => None,
+    };
     let tokens = file.strings("tokenizer.ggml.tokens")?.map_or(0, |tokens| tokens.len());
-    Ok(given.or((pieces && tokens > SENTENCE_PIECE_EOS).then_some(SENTENCE_PIECE_EOS)))
+    Ok(given.or(usual.filter(|id| *id < tokens)))
 }
 
 /// What to say of a file that does not name its EOS.
@@ -330,12 +357,7 @@ fn breaks<'f>(vocabulary: &Vocabulary<'f>, merges: &[[&'f str; 2]]) -> Vec<[&'f 
 }
 
 fn sentence_piece(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Value> {
-    let key = "tokenizer.ggml.scores";
-    let scores = file.floats(key)?.unwrap_or_else(|| vec![0.0; vocabulary.tokens.len()]);
-    if scores.len() < vocabulary.tokens.len() {
-        let what = format!("the length of metadata key `{key}`");
-        return Err(formats::Error::mismatch(what, vocabulary.tokens.len(), scores.len()).in_file(file.path()).into());
-    }
+    let scores = vocabulary.scores(file)?;
     let unknown = vocabulary.special(file, "unknown")?.map(|(_, token)| token);
     let merges = merges_of(vocabulary, &scores);
     let space = file.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
@@ -390,9 +412,10 @@ fn merges_of<'f>(vocabulary: &Vocabulary<'f>, scores: &[f32]) -> Vec<[&'f str; 2
 }
 
 /// Puts BOS before and EOS after a text, as the file says.
-fn post_processor(file: &GgufFile, vocabulary: &Vocabulary<'_>, default_bos: bool) -> Result<Value> {
+pub(super) fn post_processor(file: &GgufFile, vocabulary: &Vocabulary<'_>, default_bos: bool) -> Result<Value> {
     let add_bos = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(default_bos);
-    let add_eos = file.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
+    let add_eos = file.bool("tokenizer.ggml.add_eos_token")?;
+    let add_eos = add_eos.unwrap_or(file.string("tokenizer.ggml.model")? == Some(unigram::MODEL));
     let special = |wanted: bool, name: &str| match wanted {
         true => Ok(vocabulary.special(file, name)?.map(|(id, token)| (id as u32, token))),
         false => Ok::<_, Error>(None),

@@ -352,7 +352,7 @@ fn a_sentence_piece_model_goes_first() {
 }
 
 #[test]
-fn unigram_models_are_written_with_a_notice() {
+fn unigram_models_are_written_as_they_are() {
     let mut pieces = vec![json!(["<unk>", 0.0]), json!(["▁a", -1.5]), json!(["b", -2.0])];
     pieces.extend((0..=255).map(|byte| json!([format!("<0x{byte:02X}>"), -9.0])));
     let unigram = json!({"added_tokens": [], "normalizer": {"type": "Lowercase"},
@@ -362,8 +362,14 @@ fn unigram_models_are_written_with_a_notice() {
     assert_eq!(kinds(&out)[..4], [kind::UNKNOWN, kind::NORMAL, kind::NORMAL, kind::BYTE]);
     assert_eq!(list(&out, "scores")[1], &MetadataValue::F32(-1.5));
     assert_eq!(get(&out, "add_space_prefix"), Some(&MetadataValue::Bool(false)));
+    assert_eq!((text(&out, "model"), id(&out, "unknown")), (Some("t5"), Some(0)));
+    assert_eq!(get(&out, "remove_extra_whitespaces"), Some(&MetadataValue::Bool(false)));
     assert_eq!(out.notices.len(), 2);
-    assert!(out.notices[0].contains("unigram") && out.notices[1].contains("step Lowercase"), "{:?}", out.notices);
+    assert!(
+        out.notices[0].contains("step Lowercase") && out.notices[1].contains("its bytes here"),
+        "{:?}",
+        out.notices
+    );
 }
 
 #[test]
