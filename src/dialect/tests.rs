@@ -437,13 +437,8 @@ fn what_cannot_be_translated_is_named() {
         w.array("tokenizer.ggml.tokens", 8, ["a", "b"].map(string).to_vec());
         w.array("tokenizer.ggml.merges", 8, vec![string(merge)]);
     };
-    assert_eq!(
-        tokenizer(&|w| tokens(w, "bloom", "a b")),
-        format!(
-            "pre-tokenizer `bloom` is not one that can be rebuilt ({})",
-            super::tokenizer::rebuilt::BYTE_LEVEL.join(", ")
-        )
-    );
+    let unknown = tokenizer(&|w| tokens(w, "blossom", "a b"));
+    assert!(unknown.starts_with("pre-tokenizer `blossom` is not one that can be rebuilt (gpt-2, phi-2, "), "{unknown}");
     assert_eq!(tokenizer(&|w| tokens(w, "gpt-2", "a b")), "merge `a b` does not join two tokens to a third");
     assert_eq!(
         tokenizer(&|w| w.array("tokenizer.ggml.tokens", 8, ["a", "a"].map(string).to_vec())),

@@ -1,13 +1,15 @@
 //! `tokenizer.ggml.*`: a model's tokenizer as a GGUF file holds it.
 //!
-//! Two kinds exist. Byte-level BPE (`gpt2`) keeps its merges and names its way of splitting text; of SentencePiece
-//! (`llama`) there are pieces, scores and kinds, from tokenizer.model or, where only tokenizer.json is left, from its
-//! merges: the piece that is made first scores highest.
+//! Three kinds are written. Byte-level BPE (`gpt2`) keeps its merges and names its way of splitting text; of SentencePiece's
+//! BPE (`llama`) there are pieces, scores and kinds, from tokenizer.model or, where only tokenizer.json is left, from its
+//! merges: the piece that is made first scores highest. Unigram models (`t5`) have scores of their own.
 
 mod apart;
+mod byte_level;
 pub(crate) mod pretokenizer;
 pub(crate) mod rebuilt;
 mod special;
+mod unigram;
 
 pub(crate) use special::knows_as_end;
 
@@ -16,7 +18,6 @@ use std::path::Path;
 
 use formats::SentencePiece;
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
-use formats::container::sentencepiece::Algorithm;
 use serde_json::Value;
 
 use crate::dialect::called::{Rule, suitable, without_rule};
@@ -191,14 +192,20 @@ fn write(files: &Files, rows: usize, pre: Option<&str>, model: &str, out: &mut W
             )));
         }
         let (rows, space) = sentence_piece(files, rows, out)?;
-        check_bytes(&rows.tokens.iter().map(|token| &*token.text).collect())
-            .map_err(|why| Error::usage(format!("{}: {why}", files.tokenizer.name)))?;
-        out.string("tokenizer.ggml.model", "llama");
+        let is_unigram = unigram::is_unigram(json);
+        if !is_unigram {
+            check_bytes(&rows.tokens.iter().map(|token| &*token.text).collect())
+                .map_err(|why| Error::usage(format!("{}: {why}", files.tokenizer.name)))?;
+        }
+        out.string("tokenizer.ggml.model", if is_unigram { unigram::MODEL } else { "llama" });
         out.string("tokenizer.ggml.pre", "default");
         write_tokens(&rows.tokens, out)?;
         let scores = rows.tokens.iter().map(|token| MetadataValue::F32(token.score)).collect();
         array("tokenizer.ggml.scores", scores, GGUFValueType::F32, out)?;
         out.flag("tokenizer.ggml.add_space_prefix", space);
+        if is_unigram {
+            unigram::write(files, &rows.tokens, out)?;
+        }
         rows
     };
     let found: Vec<&str> = added.iter().map(|(_, token)| &token.content[..]).filter(|text| !text.is_empty()).collect();
@@ -224,6 +231,10 @@ fn write(files: &Files, rows: usize, pre: Option<&str>, model: &str, out: &mut W
         ));
     }
     special::write(files, &tokens, out)?;
+    let key = "tokenizer.ggml.unknown_token_id";
+    if let Some(id) = unigram::unknown(json).filter(|_| out.metadata.iter().all(|(other, _)| other != key)) {
+        out.count(key, id)?;
+    }
     special::chat_templates(&files.tokenizer.templates, out)
 }
 
@@ -379,7 +390,7 @@ fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Rows
     let of_json = (*name != sentencepiece::FILE).then(|| pieces_of_json(json, added, rows)).transpose()?;
     let (mut rows, space) = match (&files.model, of_json) {
         (Some(model), of_json) => {
-            let rows = pieces_of_model(model, added, rows)?;
+            let rows = pieces_of_model(model, added, rows, unigram::is_unigram(json))?;
             let ids: HashSet<usize> = added.iter().map(|(id, _)| *id as usize).collect();
             let differs = |json: &Pieces| {
                 let pairs = rows.tokens.iter().zip(&json.rows.tokens).enumerate();
@@ -395,10 +406,7 @@ fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Rows
                     (json.rows, json.space)
                 }
                 _ => {
-                    if model.algorithm == Algorithm::Unigram && json["model"]["type"] == "Unigram" {
-                        out.notice(UNIGRAM);
-                    }
-                    if model.normalizes() {
+                    if model.normalizes() && !unigram::is_unigram(json) {
                         out.notice("llama.cpp does not apply tokenizer.model's normalization to texts");
                     }
                     (rows, if *name == sentencepiece::FILE { spaces(json).0 } else { model.add_dummy_prefix })
@@ -432,14 +440,13 @@ fn sentence_piece(files: &Files, rows: usize, out: &mut Written) -> Result<(Rows
     Ok((rows, space))
 }
 
-const UNIGRAM: &str =
-    "the tokenizer is a unigram model, and llama.cpp joins pieces by their scores: some texts may be split otherwise";
-
-fn pieces_of_model(model: &SentencePiece, added: &[(u32, Added)], rows: usize) -> Result<Rows> {
+/// `unigram` says that pieces which a user defined are found before others.
+fn pieces_of_model(model: &SentencePiece, added: &[(u32, Added)], rows: usize, unigram: bool) -> Result<Rows> {
     let mut rows = Rows::new(rows);
     for (id, piece) in model.pieces.iter().enumerate() {
         // As llama.cpp's converter writes pieces that a user defined.
-        let kind = if i64::from(piece.kind) == kind::USER_DEFINED { kind::NORMAL } else { i64::from(piece.kind) };
+        let is_normal = !unigram && i64::from(piece.kind) == kind::USER_DEFINED;
+        let kind = if is_normal { kind::NORMAL } else { i64::from(piece.kind) };
         rows.set(id as u64, Token { text: piece.text.clone(), score: piece.score, kind }, added)?;
     }
     Ok(rows)
@@ -480,7 +487,6 @@ fn pieces_of_json(json: &Value, added: &[(u32, Added)], rows: usize) -> Result<P
             }
         }
         Some("Unigram") => {
-            notices.push(UNIGRAM.to_owned());
             let list =
                 model["vocab"].as_array().ok_or_else(|| Error::failed("tokenizer.json: it has no vocabulary"))?;
             let unknown = model["unk_id"].as_u64();
@@ -501,7 +507,7 @@ fn pieces_of_json(json: &Value, added: &[(u32, Added)], rows: usize) -> Result<P
         }
     }
     let (space, foreign) = spaces(json);
-    if let Some(step) = foreign {
+    if let Some(step) = foreign.filter(|_| !unigram::is_unigram(json)) {
         notices.push(format!("llama.cpp does not apply tokenizer.json's {step} to texts"));
     }
     Ok(Pieces { rows, space, notices })

@@ -47,7 +47,7 @@ pub fn check(source: &Checkpoint, reopened: &Checkpoint, named: bool, words: &Wo
     {
         let or = match way {
             Way::Named => "",
-            Way::Changed | Way::Pieces => ", or write it all the same with --verify-text none",
+            Way::Changed | Way::Pieces | Way::Unigram => ", or write it all the same with --verify-text none",
         };
         return Err(Error::failed(format!(
             "{}: the tokenizer that was written turns the held-out text into other tokens than the original's; {}{or}",
@@ -85,6 +85,8 @@ enum Way {
     Changed,
     /// It joins pieces by their scores.
     Pieces,
+    /// It looks for the likeliest pieces, and the original does something else to texts.
+    Unigram,
 }
 
 impl Way {
@@ -92,6 +94,7 @@ impl Way {
         match byte_level {
             true if original.is_some_and(|files| changes_texts(&files.json)) => Way::Changed,
             true => Way::Named,
+            false if original.is_some_and(|files| files.json["model"]["type"] == "Unigram") => Way::Unigram,
             false => Way::Pieces,
         }
     }
@@ -105,8 +108,12 @@ impl Way {
                  choose another --format"
             }
             Way::Pieces => {
-                "llama.cpp joins the pieces of SentencePiece by their scores, which a unigram model or one with rules for \
-                 characters was not made for; choose another --format"
+                "llama.cpp joins the pieces of SentencePiece by their scores, which one with rules for characters was not made for; choose \
+                 another --format"
+            }
+            Way::Unigram => {
+                "llama.cpp looks for the likeliest pieces of this unigram model after other steps than its own, and spells no unknown \
+                 character in bytes; choose another --format"
             }
         }
     }

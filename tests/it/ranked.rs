@@ -128,7 +128,9 @@ fn such_models_are_calibrated_measured_and_written() {
 
 #[test]
 fn gguf_files_name_how_texts_are_divided() {
-    for (name, pre) in [("qwen", "qwen2"), ("hunyuan", "qwen2"), ("llama3", "llama-bpe"), ("tekken", "tekken")] {
+    for (name, pre) in
+        [("kimi", "kimi-k2"), ("qwen", "qwen2"), ("hunyuan", "qwen2"), ("llama3", "llama-bpe"), ("tekken", "tekken")]
+    {
         let room = Room::new();
         let (_, golden) = model(&room, name);
         let source = Checkpoint::open(&room.path("model")).unwrap();
@@ -270,5 +272,40 @@ fn a_broken_tekken_json_is_one_sentence() {
         let (model, _) = model(&room, "tekken");
         change(&model, "tekken.json", alter);
         room.run(["eval", "model", "--windows", "1", "--quiet"]).refuses(1, &["model/tekken.json: ", words]);
+    }
+}
+
+/// Whatever was changed in a list, its tokenizer is refused in one sentence or can be used.
+#[test]
+fn damage_is_found_before_any_text_is_split() {
+    for (name, list) in [("kimi", "tiktoken.model"), ("tekken", "tekken.json")] {
+        let room = Room::new();
+        let (model, _) = model(&room, name);
+        let good = std::fs::read(model.path(list)).unwrap();
+        let source = Checkpoint::open(&room.path("model")).unwrap();
+        let mut state = 7u64;
+        let mut random = |below: usize| {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 33) as usize % below
+        };
+        let mut usable = 0;
+        for _ in 0..120 {
+            let mut bytes = good.clone();
+            for _ in 0..1 + random(3) {
+                let at = random(bytes.len());
+                bytes[at] = random(256) as u8;
+            }
+            std::fs::write(model.path(list), &bytes).unwrap();
+            match source.tokenizer() {
+                Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),
+                Ok(files) => {
+                    usable += 1;
+                    for text in ["", " a  b\tcafé\n", "\u{10ffff}\u{0}\u{1}…"] {
+                        drop(files.as_ref().unwrap().tokenizer.encode(text, true));
+                    }
+                }
+            }
+        }
+        assert!(usable > 0 && usable < 120, "{name}: {usable}");
     }
 }

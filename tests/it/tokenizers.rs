@@ -114,10 +114,10 @@ fn gguf_files_hold_every_token_that_has_a_row() {
         let rows = case["rows"].as_u64().unwrap() as usize;
         let out = match written(&source, rows, None) {
             Ok(out) => out,
-            // Trained without byte_fallback.
+            // Trained without byte_fallback, and read as BPE.
             Err(error) => {
                 let base = case["base"].as_str().unwrap().trim_start_matches("sentencepiece/");
-                assert!(["unigram", "rules"].contains(&base), "{name}: {error}");
+                assert!(base == "rules" || base == "unigram" && name.contains("class"), "{name}: {error}");
                 assert!(error.to_string().contains("of the 256 bytes"), "{name}: {error}");
                 continue;
             }

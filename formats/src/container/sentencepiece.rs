@@ -156,7 +156,7 @@ impl SentencePiece {
 /// They are a length, that many bytes of a double array (a trie of bytes, each unit 32 bits), and texts that end in a
 /// zero byte. A unit's place and its offset say where its children are; a child is known by its label, and a unit with
 /// a value keeps it in the child of the zero byte: where in the texts the replacement begins.
-fn check_rules(rules: &[u8]) -> Result<(), String> {
+pub fn check_rules(rules: &[u8]) -> Result<(), String> {
     if rules.is_empty() {
         return Ok(());
     }

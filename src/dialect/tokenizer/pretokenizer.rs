@@ -7,7 +7,7 @@ use calibration::samples::Tokenizer;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use crate::dialect::tokenizer::rebuilt::{BYTE_LEVEL, ByteLevel};
+use crate::dialect::tokenizer::byte_level::{ENDINGS, GPT2, WAYS, Way};
 use crate::error::{Error, Result};
 
 /// The name for a tokenizer, and what to tell the user about it.
@@ -24,7 +24,7 @@ pub struct Found {
 /// Fails for one that is not recognised: a wrong name gives a file that loads and answers badly.
 pub fn find(tokenizer: &Tokenizer, json: &Value, bos: Option<u32>, chosen: Option<&str>) -> Result<Found> {
     if let Some(name) = chosen {
-        let known = by_hash_names().chain(BYTE_LEVEL.iter().copied()).chain(OTHERS.iter().copied()).any(|n| n == name);
+        let known = Way::named(name).is_some();
         let notice = format!("`{name}` is no pre-tokenizer known here: llama.cpp refuses files that name one it lacks");
         return Ok(Found { name: name.to_owned(), notice: (!known).then_some(notice) });
     }
@@ -33,10 +33,9 @@ pub fn find(tokenizer: &Tokenizer, json: &Value, bos: Option<u32>, chosen: Optio
     }
     let ignore_merges = json["model"]["ignore_merges"] == true;
     if let Some(steps) = steps(&json["pre_tokenizer"]) {
-        let same = BYTE_LEVEL.iter().filter_map(|name| {
-            let setup = ByteLevel::named(name).expect("listed");
-            let equal = self::steps(&setup.pre_tokenizer).as_ref() == Some(&steps);
-            equal.then_some((*name, setup.ignore_merges == ignore_merges))
+        let same = WAYS.iter().filter_map(|way| {
+            let equal = way.of_json == steps || self::steps(&way.pre_tokenizer()).as_ref() == Some(&steps);
+            equal.then_some((way.names[0], way.ignore_merges == ignore_merges))
         });
         let same: Vec<(&str, bool)> = same.collect();
         if let Some((name, exact)) = same.iter().find(|(_, exact)| *exact).or(same.first()) {
@@ -68,10 +67,6 @@ pub(super) fn by_probe(tokenizer: &Tokenizer, bos: Option<u32>) -> Option<&'stat
     })
 }
 
-fn by_hash_names() -> impl Iterator<Item = &'static str> {
-    HASHES.iter().map(|(_, name)| *name)
-}
-
 /// The expressions that a pre-tokenizer splits by, one after the other; `None` for one that is not byte-level or does
 /// something else.
 fn steps(pre_tokenizer: &Value) -> Option<Vec<String>> {
@@ -90,14 +85,16 @@ fn steps(pre_tokenizer: &Value) -> Option<Vec<String>> {
                 if !isolated && !kept {
                     return None;
                 }
-                found.push(step["pattern"]["Regex"].as_str()?.to_owned());
+                let words = step["pattern"]["Regex"].as_str()?;
+                found.push(words.replace(ENDINGS[0], ENDINGS[1]));
             }
             "Digits" if step["individual_digits"] == true => found.push(r"\p{N}".to_owned()),
+            "Digits" => found.push(r"\p{N}+".to_owned()),
             "ByteLevel" => {
                 bytes = true;
                 // The default.
                 if step["use_regex"] != false {
-                    found.push(GPT2_WORDS.to_owned());
+                    found.push(GPT2.to_owned());
                 }
             }
             _ => return None,
@@ -105,12 +102,6 @@ fn steps(pre_tokenizer: &Value) -> Option<Vec<String>> {
     }
     bytes.then_some(found)
 }
-
-/// What a byte-level pre-tokenizer splits by itself.
-const GPT2_WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-
-/// Names that llama.cpp knows beside those of the tables.
-const OTHERS: &[&str] = &["llama3", "llama-v3", "mpt", "glm5", "jina-de", "jina-es", "llada-moe", "whitespace"];
 
 /// The text whose ids tell tokenizers apart.
 pub(crate) const PROBE: &str = "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n\u{1f680} (normal) \u{1f636}\u{200d}\u{1f32b}\u{fe0f} (multiple emojis concatenated) \u{2705} \u{1f999}\u{1f999} 3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 \u{1780}\u{17b6}\u{1793}\u{17cb}\u{178f}\u{17c2}\u{1796}\u{17b7}\u{179f}\u{17c1}\u{179f}\u{17a2}\u{17b6}\u{1785}\u{1f601} ?\u{6211}\u{60f3}\u{5728}apple\u{5de5}\u{4f5c}1314151\u{5929}\u{ff5e} ------======= \u{43d}\u{435}\u{449}\u{43e} \u{43d}\u{430} \u{411}\u{44a}\u{43b}\u{433}\u{430}\u{440}\u{441}\u{43a}\u{438} ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL";
@@ -219,6 +210,7 @@ const HASHES: &[(u64, &str)] = &[
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
     use std::path::Path;
 
     fn read(path: &str) -> Value {
@@ -235,16 +227,37 @@ mod tests {
         assert_eq!((HASHES.len(), PROBE.chars().count()), (95, 350));
         assert!(HASHES.iter().enumerate().all(|(i, (hash, _))| HASHES[i + 1..].iter().all(|(other, _)| other != hash)));
         let mut json = read("tests/fixtures/text/byte_level.json");
-        for name in BYTE_LEVEL {
-            let setup = ByteLevel::named(name).unwrap();
-            assert!(steps(&setup.pre_tokenizer).is_some(), "{name}");
+        for way in WAYS.iter().filter(|way| way.is_of_bytes()) {
+            let name = way.names[0];
+            assert!(steps(&way.pre_tokenizer()).is_some(), "{name}");
             // Expressions that can be read, and lose nothing of a text.
-            json["pre_tokenizer"] = setup.pre_tokenizer;
+            json["pre_tokenizer"] = way.pre_tokenizer();
             let tokenizer = Tokenizer::from_json(json.to_string().as_bytes()).expect(name);
             let bare = |text: &str| tokenizer.encode(text, false).expect(name).len();
             let text = "It's  12345 words,\n don't\t\u{4e2d}\u{6587} \u{1f600}\r\n x_y ";
             assert!(bare(text) > 12 && bare("") == 0, "{name}");
         }
+    }
+
+    /// The names and the hashes in llama.cpp's source (`tests/runtimes/tokens.py`).
+    #[test]
+    fn every_name_of_llama_cpp_is_known() {
+        let source = read("tests/fixtures/gguf/pre_tokenizers.json");
+        let names = source["names"].as_object().unwrap();
+        assert!(names.len() > 90);
+        for (name, ignores) in names {
+            let way = Way::named(name).unwrap_or_else(|| panic!("{name}"));
+            assert_eq!(json!(way.ignore_merges), *ignores, "{name}");
+        }
+        let ours: usize = WAYS.iter().map(|way| way.names.len()).sum();
+        assert_eq!(ours, names.len(), "a name that llama.cpp does not know, or one that is here twice");
+        let hashes = source["hashes"].as_object().unwrap();
+        for (hash, name) in hashes {
+            let start = u64::from_str_radix(&hash[..16], 16).unwrap();
+            let found = HASHES.iter().rev().find(|(hash, _)| *hash == start);
+            assert_eq!(found.map(|(_, name)| json!(name)), Some(name.clone()), "{hash}");
+        }
+        assert_eq!(hashes.len(), HASHES.len());
     }
 
     #[test]
@@ -258,8 +271,7 @@ mod tests {
         assert_eq!(find_in(&words, None).unwrap(), Found { name: "llama-bpe".to_owned(), notice: None });
         // The same words as a single step, and said the other way round.
         let mut plain = read("src/demo/model/tokenizer.json");
-        plain["pre_tokenizer"] =
-            serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
+        plain["pre_tokenizer"] = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true});
         assert_eq!(find_in(&plain, None).unwrap().name, "gpt-2");
         plain["model"]["ignore_merges"] = true.into();
         assert!(find_in(&plain, None).unwrap().notice.unwrap().contains("the opposite"));

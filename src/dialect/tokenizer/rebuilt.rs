@@ -1,134 +1,35 @@
 //! tokenizer.json and tokenizer_config.json rebuilt from a GGUF's metadata.
 //!
 //! Byte-level BPE (`gpt2`) keeps its merges and names its pre-tokenizer; of SentencePiece (`llama`) only pieces and scores
-//! remain, from which the merges follow: the pair whose piece scores highest is joined first. What llama.cpp does not do to
-//! texts is not done either: it applies no NFC, which the original tokenizers of `qwen2` and `qwen35` do.
+//! remain, from which the merges follow: the pair whose piece scores highest is joined first. Unigram models (`t5`) are
+//! what they were (`unigram`). What llama.cpp does not do to texts is not done either: it applies no NFC, which the original
+//! tokenizers of `qwen2` and `qwen35` do.
 
 use std::collections::{HashMap, HashSet};
 
 use formats::GgufFile;
 use serde_json::{Map, Value, json};
 
+use super::byte_level::{Steps, WAYS, Way};
 use super::special::ends_by_text;
+use super::unigram;
 use crate::dialect::called::Rule;
 use crate::dialect::tokenizer::knows_as_end;
 use crate::error::{Error, Result};
 use crate::tokenizer::added::{self, Sources, Stated};
 use crate::tokenizer::sentencepiece::{around, kind};
-use crate::tokenizer::{FILE, Own, Templates, TokenizerFiles, words};
-
-/// Mistral's since Nemo: case ends a word.
-const TEKKEN_WORDS: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// GPT-4o's: the same with English endings, and numbers by three.
-const GPT_4O_WORDS: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// DeepSeek V3's, one after the other.
-const DEEPSEEK_V3_WORDS: &[&str] = &[
-    r"\p{N}{1,3}",
-    "[一-龥\u{3040}-ゟ゠-ヿ]+",
-    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
-];
-
-/// DeepSeek's first, one after the other: letters of scripts with case, punctuation, those of Chinese, Japanese, Korean.
-const DEEPSEEK_LLM_WORDS: &[&str] = &[
-    "[\r\n]",
-    r"\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
-    r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
-    r"\s+$",
-    "[一-龥ࠀ-一가-퟿]+",
-    r"\p{N}",
-];
-
-/// DeepSeek Coder's, one after the other.
-const DEEPSEEK_CODER_WORDS: &[&str] = &["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"];
-
-/// Falcon's, one after the other.
-const FALCON_WORDS: &[&str] = &[
-    r"[\p{P}\$\+<=>\^~\|`]+",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
-    r"[0-9][0-9][0-9]",
-];
-
-/// Qwen 3.5's: marks belong to their letters.
-const QWEN35_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// What llama.cpp does, one after the other, when a file says `default`.
-const DEFAULT_WORDS: &[&str] = &[
-    r"[\p{P}\$\+<=>\^~\|]+",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
-    r"\p{N}+",
-    r"[0-9][0-9][0-9]",
-];
-
-/// How byte-level BPE is set up under one `tokenizer.ggml.pre`.
-pub(crate) struct ByteLevel {
-    pub pre_tokenizer: Value,
-    pub ignore_merges: bool,
-    /// Whether texts start with the BOS token when the file does not say.
-    add_bos: bool,
-}
-
-/// The names that [`ByteLevel::named`] knows, without second names.
-pub(crate) const BYTE_LEVEL: &[&str] = &[
-    "gpt-2",
-    "smollm",
-    "llama-bpe",
-    "smaug-bpe",
-    "qwen2",
-    "stablelm2",
-    "qwen35",
-    "tekken",
-    "gpt-4o",
-    "deepseek-llm",
-    "deepseek-coder",
-    "deepseek-v3",
-    "falcon",
-    "default",
-];
-
-impl ByteLevel {
-    pub fn named(pre: &str) -> Option<ByteLevel> {
-        let bytes = |use_regex: bool| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
-        let split = |pattern: &str| json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false});
-        let sequence = |steps: Vec<Value>| json!({"type": "Sequence", "pretokenizers": steps});
-        let plain = |pre_tokenizer| ByteLevel { pre_tokenizer, ignore_merges: false, add_bos: false };
-        let splits = |patterns: &[&str]| {
-            plain(sequence(patterns.iter().map(|pattern| split(pattern)).chain([bytes(false)]).collect()))
-        };
-        Some(match pre {
-            "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" | "trillion" | "granite-docling" | "exaone4" | "gigachat"
-            | "a.x-4.0" | "mellum" | "jina-es" | "jina-de" => plain(bytes(true)),
-            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone" | "minerva-7b" | "mellum2" => {
-                plain(sequence(vec![json!({"type": "Digits", "individual_digits": true}), bytes(true)]))
-            }
-            "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral" | "midm-2.0" | "lfm2" => {
-                ByteLevel { ignore_merges: true, add_bos: true, ..splits(&[words::LLAMA3]) }
-            }
-            "glm4" | "glm5" => ByteLevel { ignore_merges: true, ..splits(&[words::LLAMA3]) },
-            "smaug-bpe" | "dbrx" | "chatglm-bpe" => splits(&[words::LLAMA3]),
-            "tekken" => ByteLevel { ignore_merges: true, add_bos: true, ..splits(&[TEKKEN_WORDS]) },
-            "gpt-4o" | "llama4" | "kanana2" | "minimax-m2" => splits(&[GPT_4O_WORDS]),
-            "deepseek-llm" => splits(DEEPSEEK_LLM_WORDS),
-            "deepseek-coder" => splits(DEEPSEEK_CODER_WORDS),
-            "deepseek-v3" | "hunyuan-dense" | "joyai-llm" | "hy_v4" => splits(DEEPSEEK_V3_WORDS),
-            "falcon" => splits(FALCON_WORDS),
-            "qwen2" | "deepseek-r1-qwen" | "kormo" | "f2llmv2" | "stablelm2" | "hunyuan" | "solar-open" | "megrez"
-            | "grok-2" => splits(&[words::QWEN2]),
-            "qwen35" => splits(&[QWEN35_WORDS]),
-            "default" => splits(DEFAULT_WORDS),
-            _ => return None,
-        })
-    }
-}
+use crate::tokenizer::{FILE, Own, Templates, TokenizerFiles};
 
 /// The EOS of a SentencePiece file that does not give it.
 const SENTENCE_PIECE_EOS: usize = 2;
 
+/// And of a Unigram model's.
+const UNIGRAM_EOS: usize = 1;
+
 /// The vocabulary and what is special in it.
-struct Vocabulary<'f> {
-    tokens: Vec<&'f str>,
-    kinds: Vec<i64>,
+pub(super) struct Vocabulary<'f> {
+    pub tokens: Vec<&'f str>,
+    pub kinds: Vec<i64>,
     ids: HashMap<&'f str, usize>,
     /// What the model's name says of its special tokens.
     rule: Option<Rule>,
@@ -162,18 +63,24 @@ impl<'f> Vocabulary<'f> {
     }
 
     /// The token under `tokenizer.ggml.{name}_token_id`.
-    fn special(&self, file: &GgufFile, name: &str) -> Result<Option<(usize, &'f str)>> {
+    pub fn special(&self, file: &GgufFile, name: &str) -> Result<Option<(usize, &'f str)>> {
         let key = format!("tokenizer.ggml.{name}_token_id");
-        let id = match file.count(&key)? {
-            Some(id) => id,
-            // SentencePiece files may rely on its own numbering.
-            None if file.string("tokenizer.ggml.model")? == Some("llama") => match name {
+        let id = match (file.count(&key)?, file.string("tokenizer.ggml.model")?) {
+            (Some(id), _) => id,
+            // SentencePiece files may rely on its own numbering, and those of Unigram models on T5's.
+            (None, Some("llama")) => match name {
                 "unknown" => 0,
                 "bos" => 1,
                 "eos" => SENTENCE_PIECE_EOS,
                 _ => return Ok(None),
             },
-            None => return Ok(None),
+            (None, Some(unigram::MODEL)) => match name {
+                "padding" => 0,
+                "eos" => UNIGRAM_EOS,
+                "unknown" => 2,
+                _ => return Ok(None),
+            },
+            _ => return Ok(None),
         };
         match self.tokens.get(id) {
             Some(token) => Ok(Some((id, token))),
@@ -182,6 +89,17 @@ impl<'f> Vocabulary<'f> {
                 Err(formats::Error::mismatch(format!("metadata key `{key}`"), expected, id).in_file(file.path()).into())
             }
         }
+    }
+
+    /// The score of every token.
+    pub fn scores(&self, file: &GgufFile) -> Result<Vec<f32>> {
+        let key = "tokenizer.ggml.scores";
+        let scores = file.floats(key)?.unwrap_or_else(|| vec![0.0; self.tokens.len()]);
+        if scores.len() < self.tokens.len() {
+            let what = format!("the length of metadata key `{key}`");
+            return Err(formats::Error::mismatch(what, self.tokens.len(), scores.len()).in_file(file.path()).into());
+        }
+        Ok(scores)
     }
 
     /// The vocabulary object: all but unused entries that no text comes to, which only fill the embedding's rows.
@@ -193,7 +111,7 @@ impl<'f> Vocabulary<'f> {
         Value::Object(used.map(|(id, token)| (token.to_string(), Value::from(id))).collect::<Map<_, _>>())
     }
 
-    fn added_tokens(&self) -> Value {
+    pub fn added_tokens(&self) -> Value {
         let added = self.tokens.iter().enumerate().filter_map(|(id, token)| {
             let special = match self.kinds[id] {
                 kind::CONTROL | kind::UNKNOWN => true,
@@ -303,13 +221,15 @@ pub(crate) fn tokenizer_json(file: &GgufFile) -> Result<Value> {
     let vocabulary = Vocabulary::read(file)?;
     let model = file.require("tokenizer.ggml.model", file.string("tokenizer.ggml.model")?)?;
     match model {
-        "gpt2" => byte_level(file, &vocabulary),
+        "gpt2" => merged(file, &vocabulary, pre(file)?.unwrap_or("default")),
+        "gemma4" => merged(file, &vocabulary, "gemma4"),
         "llama" => sentence_piece(file, &vocabulary),
-        other => {
-            Err(formats::Error::unsupported(format!("a tokenizer of model `{other}` cannot be read (gpt2, llama)"))
-                .in_file(file.path())
-                .into())
-        }
+        unigram::MODEL => unigram::rebuilt(file, &vocabulary),
+        other => Err(formats::Error::unsupported(format!(
+            "a tokenizer of model `{other}` cannot be read (gpt2, gemma4, llama, t5)"
+        ))
+        .in_file(file.path())
+        .into()),
     }
 }
 
@@ -335,9 +255,13 @@ pub(crate) fn ends(file: &GgufFile) -> Result<Vec<usize>> {
 /// The EOS that a file gives, or the number that SentencePiece's has.
 fn own_end(file: &GgufFile) -> Result<Option<usize>> {
     let given = file.count("tokenizer.ggml.eos_token_id")?;
-    let pieces = file.string("tokenizer.ggml.model")? == Some("llama");
+    let usual = match file.string("tokenizer.ggml.model")? {
+        Some("llama") => Some(SENTENCE_PIECE_EOS),
+        Some(unigram::MODEL) => Some(UNIGRAM_EOS),
+        _ => None,
+    };
     let tokens = file.strings("tokenizer.ggml.tokens")?.map_or(0, |tokens| tokens.len());
-    Ok(given.or((pieces && tokens > SENTENCE_PIECE_EOS).then_some(SENTENCE_PIECE_EOS)))
+    Ok(given.or(usual.filter(|id| *id < tokens)))
 }
 
 /// What to say of a file that does not name its EOS.
@@ -367,19 +291,22 @@ fn guessed(file: &GgufFile) -> Result<Option<String>> {
     }))
 }
 
-fn byte_level(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Value> {
-    let pre = pre(file)?.unwrap_or("default");
-    let setup = ByteLevel::named(pre).ok_or_else(|| {
+/// Byte-level BPE, or the BPE of pieces that some names of pre-tokenizers stand for.
+fn merged(file: &GgufFile, vocabulary: &Vocabulary<'_>, pre: &str) -> Result<Value> {
+    let way = Way::named(pre).ok_or_else(|| {
+        let known: Vec<&str> = WAYS.iter().flat_map(|way| way.names).copied().collect();
         formats::Error::unsupported(format!(
             "pre-tokenizer `{pre}` is not one that can be rebuilt ({})",
-            BYTE_LEVEL.join(", ")
+            known.join(", ")
         ))
         .in_file(file.path())
     })?;
     let key = "tokenizer.ggml.merges";
     let mut merges = Vec::new();
     for merge in file.require(key, file.strings(key)?)? {
-        let parts = merge.split_once(' ').filter(|(left, right)| {
+        // Of pieces the first may begin with a space.
+        let space = merge.char_indices().skip(1).find(|(_, c)| *c == ' ');
+        let parts = space.map(|(at, _)| (&merge[..at], &merge[at + 1..])).filter(|(left, right)| {
             [*left, *right, &format!("{left}{right}")].iter().all(|token| vocabulary.ids.contains_key(token))
         });
         let (left, right) = parts.ok_or_else(|| {
@@ -388,30 +315,49 @@ fn byte_level(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Value> {
         })?;
         merges.push([left, right]);
     }
+    let spaces = matches!(way.steps, Steps::Pieces { spaces: true, .. });
+    if matches!(way.steps, Steps::Pieces { runs: true, .. }) {
+        merges.extend(breaks(vocabulary, &merges));
+    }
+    let decoder = match way.is_of_bytes() {
+        true => json!({"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}),
+        false => json!({"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+        ]}),
+    };
     Ok(json!({
         "version": "1.0",
         "truncation": null,
         "padding": null,
         "added_tokens": vocabulary.added_tokens(),
-        "normalizer": null,
-        "pre_tokenizer": setup.pre_tokenizer,
-        "post_processor": post_processor(file, vocabulary, setup.add_bos)?,
-        "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
+        "normalizer": spaces.then(|| json!({"type": "Replace", "pattern": {"String": " "}, "content": "▁"})),
+        "pre_tokenizer": way.pre_tokenizer(),
+        "post_processor": post_processor(file, vocabulary, way.add_bos)?,
+        "decoder": decoder,
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": setup.ignore_merges,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": !way.is_of_bytes(), "ignore_merges": way.ignore_merges,
             "vocab": vocabulary.to_json(&merges), "merges": merges,
         },
     }))
 }
 
+/// Merges for runs of line breaks, which llama.cpp takes as they are where there is a token for one.
+fn breaks<'f>(vocabulary: &Vocabulary<'f>, merges: &[[&'f str; 2]]) -> Vec<[&'f str; 2]> {
+    let mut runs: Vec<&str> = vocabulary
+        .tokens
+        .iter()
+        .copied()
+        .filter(|token| !token.is_empty() && token.bytes().all(|b| b == b'\n'))
+        .collect();
+    runs.sort_unstable();
+    let known: HashSet<[&str; 2]> = merges.iter().copied().collect();
+    let made = runs.iter().flat_map(|run| (1..run.len()).map(|at| <[&str; 2]>::from(run.split_at(at))));
+    made.filter(|pair| pair.iter().all(|part| runs.binary_search(part).is_ok()) && !known.contains(pair)).collect()
+}
+
 fn sentence_piece(file: &GgufFile, vocabulary: &Vocabulary<'_>) -> Result<Value> {
-    let key = "tokenizer.ggml.scores";
-    let scores = file.floats(key)?.unwrap_or_else(|| vec![0.0; vocabulary.tokens.len()]);
-    if scores.len() < vocabulary.tokens.len() {
-        let what = format!("the length of metadata key `{key}`");
-        return Err(formats::Error::mismatch(what, vocabulary.tokens.len(), scores.len()).in_file(file.path()).into());
-    }
+    let scores = vocabulary.scores(file)?;
     let unknown = vocabulary.special(file, "unknown")?.map(|(_, token)| token);
     let merges = merges_of(vocabulary, &scores);
     let space = file.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
@@ -466,9 +412,10 @@ fn merges_of<'f>(vocabulary: &Vocabulary<'f>, scores: &[f32]) -> Vec<[&'f str; 2
 }
 
 /// Puts BOS before and EOS after a text, as the file says.
-fn post_processor(file: &GgufFile, vocabulary: &Vocabulary<'_>, default_bos: bool) -> Result<Value> {
+pub(super) fn post_processor(file: &GgufFile, vocabulary: &Vocabulary<'_>, default_bos: bool) -> Result<Value> {
     let add_bos = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(default_bos);
-    let add_eos = file.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false);
+    let add_eos = file.bool("tokenizer.ggml.add_eos_token")?;
+    let add_eos = add_eos.unwrap_or(file.string("tokenizer.ggml.model")? == Some(unigram::MODEL));
     let special = |wanted: bool, name: &str| match wanted {
         true => Ok(vocabulary.special(file, name)?.map(|(id, token)| (id as u32, token))),
         false => Ok::<_, Error>(None),

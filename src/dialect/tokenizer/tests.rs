@@ -352,7 +352,7 @@ fn a_sentence_piece_model_goes_first() {
 }
 
 #[test]
-fn unigram_models_are_written_with_a_notice() {
+fn unigram_models_are_written_as_they_are() {
     let mut pieces = vec![json!(["<unk>", 0.0]), json!(["▁a", -1.5]), json!(["b", -2.0])];
     pieces.extend((0..=255).map(|byte| json!([format!("<0x{byte:02X}>"), -9.0])));
     let unigram = json!({"added_tokens": [], "normalizer": {"type": "Lowercase"},
@@ -362,8 +362,14 @@ fn unigram_models_are_written_with_a_notice() {
     assert_eq!(kinds(&out)[..4], [kind::UNKNOWN, kind::NORMAL, kind::NORMAL, kind::BYTE]);
     assert_eq!(list(&out, "scores")[1], &MetadataValue::F32(-1.5));
     assert_eq!(get(&out, "add_space_prefix"), Some(&MetadataValue::Bool(false)));
+    assert_eq!((text(&out, "model"), id(&out, "unknown")), (Some("t5"), Some(0)));
+    assert_eq!(get(&out, "remove_extra_whitespaces"), Some(&MetadataValue::Bool(false)));
     assert_eq!(out.notices.len(), 2);
-    assert!(out.notices[0].contains("unigram") && out.notices[1].contains("step Lowercase"), "{:?}", out.notices);
+    assert!(
+        out.notices[0].contains("step Lowercase") && out.notices[1].contains("its bytes here"),
+        "{:?}",
+        out.notices
+    );
 }
 
 #[test]
@@ -433,4 +439,44 @@ fn the_user_may_name_the_pre_tokenizer() {
     assert_eq!(text(&out, "pre"), Some("gpt-2"));
     let (_folder, file) = file_of(&out, 4096);
     assert_eq!(text(&tokenizer(&file, 4096, Some("smollm")).unwrap(), "pre"), Some("smollm"));
+}
+
+/// What llama.cpp makes of texts with each name, and the same vocabulary (`tests/runtimes/tokens.py`).
+#[test]
+fn ids_of_every_pre_tokenizer_are_llama_cpps() {
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/gguf/pre_tokenizers.json");
+    let golden: Value = serde_json::from_slice(&std::fs::read(fixture).unwrap()).unwrap();
+    let texts: Vec<&str> = golden["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
+    let mut wrong = Vec::new();
+    let ways = golden["ways"].as_array().unwrap();
+    assert!(ways.len() > 25);
+    for way in ways {
+        let vocabulary = &golden["vocabularies"][way["vocabulary"].as_str().unwrap()];
+        let list = |key: &str| -> Vec<String> { serde_json::from_value(vocabulary[key].clone()).unwrap() };
+        let tokens = list("tokens");
+        for name in way["names"].as_array().unwrap().iter().map(|name| name.as_str().unwrap()) {
+            let mut out = Written::default();
+            out.string("tokenizer.ggml.model", "gpt2");
+            out.string("tokenizer.ggml.pre", name);
+            out.flag("tokenizer.ggml.add_bos_token", false);
+            strings("tokenizer.ggml.tokens", tokens.clone(), &mut out).unwrap();
+            strings("tokenizer.ggml.merges", list("merges"), &mut out).unwrap();
+            let kinds = tokens.iter().map(|token| MetadataValue::I32(if is_byte(token) { 6 } else { 1 })).collect();
+            array("tokenizer.ggml.token_type", kinds, GGUFValueType::I32, &mut out).unwrap();
+            let (_folder, file) = file_of(&out, tokens.len());
+            let files = file.tokenizer().unwrap().unwrap();
+            for (text, expected) in texts.iter().zip(way["ids"].as_array().unwrap()) {
+                let expected: Vec<u32> = serde_json::from_value(expected.clone()).unwrap();
+                let found = files.tokenizer.encode(text, false).unwrap();
+                if found != expected {
+                    let at = found.iter().zip(&expected).position(|(a, b)| a != b).unwrap_or(0);
+                    let shown = |ids: &[u32]| -> Vec<&str> {
+                        ids.iter().skip(at.saturating_sub(2)).take(8).map(|id| &*tokens[*id as usize]).collect()
+                    };
+                    wrong.push(format!("{name}, {text:?}:\n  {:?}\n  {:?}", shown(&found), shown(&expected)));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
