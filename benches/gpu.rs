@@ -136,6 +136,7 @@ fn table() -> Result<()> {
         window: None,
         chunk: None,
         softcap: None,
+        both_ways: false,
     };
     let (q, k, v) = (upload(tokens, 4096, 6)?, upload(tokens, 1024, 7)?, upload(tokens, 1024, 8)?);
     let lengths = [2048; 4];

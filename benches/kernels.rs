@@ -142,6 +142,7 @@ fn attention(c: &mut Criterion) {
         window: None,
         chunk: None,
         softcap: None,
+        both_ways: false,
     };
     let mut group = c.benchmark_group("attention");
     group.sample_size(10);
@@ -169,6 +170,7 @@ fn sparse(c: &mut Criterion) {
         window: None,
         chunk: None,
         softcap: None,
+        both_ways: false,
     };
     let mut group = c.benchmark_group("sparse_attention");
     let cpu = Cpu::exact();

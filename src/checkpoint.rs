@@ -24,6 +24,7 @@ mod about;
 mod adapter;
 mod beside;
 mod columns;
+mod embedding;
 mod hub;
 mod names;
 mod opening;
@@ -33,6 +34,7 @@ mod tokenizer;
 mod training;
 
 pub use beside::{Beside, OF_WORDS, SideFile, goes_along};
+pub use embedding::Modules;
 pub use hub::{
     ADAPTER_FILES, Cached, HubName, INDEX, Sought, cache, gguf_files, hub_home, hub_name, in_snapshot, is_commit,
     weights_of,

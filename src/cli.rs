@@ -238,9 +238,16 @@ pub struct Bounds {
     /// Exit with code 3 if the mean KL divergence from the original is above K nats.
     #[arg(long, help_heading = VERIFICATION, value_name = "K")]
     pub max_kld: Option<f64>,
-    /// Exit with code 3 if both models name the same top token in less than this share of positions, from 0 to 1.
+    /// Exit with code 3 if both models name the same top token in less than this share of positions, from 0 to 1; of a classifier, the same
+    /// label.
     #[arg(long, help_heading = VERIFICATION, value_name = "P")]
     pub min_top1: Option<f64>,
+    /// Exit with code 3 if embeddings have a mean cosine below C with the original's, or hidden states where a model makes nothing of them.
+    #[arg(long, help_heading = VERIFICATION, value_name = "C")]
+    pub min_cosine: Option<f64>,
+    /// Exit with code 3 if scores of a reranker or a reward model have a rank correlation (Spearman) below R with the original's.
+    #[arg(long, help_heading = VERIFICATION, value_name = "R")]
+    pub min_spearman: Option<f64>,
     /// An earlier output, or its report.json, with the same text: the perplexity ratio and the mean KL divergence may not be worse.
     #[arg(long, help_heading = VERIFICATION, value_name = "OUT|REPORT")]
     pub baseline: Option<PathBuf>,
@@ -254,6 +261,7 @@ impl Bounds {
     pub fn data(&self) -> gates::Bounds {
         let mut data = gates::Bounds::default();
         (data.max_ppl_ratio, data.max_kld, data.min_top1) = (self.max_ppl_ratio, self.max_kld, self.min_top1);
+        (data.min_cosine, data.min_spearman) = (self.min_cosine, self.min_spearman);
         (data.baseline, data.max_regression) = (self.baseline.clone(), self.max_regression.clone());
         data
     }

@@ -13,10 +13,10 @@ use crate::job::fewer_windows;
 use crate::job::key::kept_of;
 use crate::memory::{self, Device, Expected, Free, Tokens};
 use crate::progress::Progress;
-use crate::report::{Activations, Limits, Protocol, Quality, Verdict, quality_text};
+use crate::report::{Activations, HiddenStates, Limits, Protocol, Quality, Verdict, quality_text, states_text};
 use crate::stray;
 use crate::text::{HELD_OUT, ModelText, TextError, load_text};
-use crate::verify::{Measured, Reference, declared_activations, evaluate_all};
+use crate::verify::{Gives, Measured, Reference, compare_hidden, declared_activations, evaluate_all};
 use crate::words::table;
 
 /// What is to be measured, and how.
@@ -47,9 +47,12 @@ pub struct Evaluation<'a> {
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Entry {
-    /// How good it is.
+    /// How good its predictions are; nothing of a model that makes embeddings, or scores.
     #[serde(flatten)]
-    pub quality: Quality,
+    pub quality: Option<Quality>,
+    /// Beside the reference, of a model that makes embeddings or scores.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hidden_states: Option<HiddenStates>,
     /// How large it is.
     #[serde(flatten)]
     pub size: Size,
@@ -87,6 +90,10 @@ struct Opened {
     models: Vec<Checkpoint>,
     reference: Option<Checkpoint>,
     windows: Vec<Vec<u32>>,
+    /// What comes out of them, by the reference if there is one.
+    gives: Gives,
+    /// What the tokenizer puts before a text, and after it.
+    around: [Vec<u32>; 2],
 }
 
 impl Evaluation<'_> {
@@ -98,8 +105,15 @@ impl Evaluation<'_> {
         self.check()?;
         let (mut notes, mut remarks) = (Vec::new(), Vec::new());
         let opened = self.open(&mut notes, &mut remarks)?;
-        let Opened { models, reference, windows } = &opened;
+        let Opened { models, reference, windows, gives, .. } = &opened;
         let reference = reference.as_ref();
+        remarks.extend(gives.notes.iter().cloned());
+        let states = self.states(backend, &opened, progress)?;
+        if !gives.predicts {
+            let entries =
+                states.into_iter().zip(models).map(|(states, model)| self.entry(None, states, model)).collect();
+            return Ok(Evaluated { models: entries, reference: reference.map(Size::of), notes, remarks });
+        }
         let activations = |model| self.activations.unwrap_or_else(|| self.usual_activations(model));
         let asked: Vec<Measured<'_>> =
             models.iter().map(|model| Measured { model, activations: activations(model) }).collect();
@@ -122,25 +136,54 @@ impl Evaluation<'_> {
             };
             found.extend(evaluate_all(backend, &called, together, beside, windows, self.protocol, progress)?);
         }
-        let entry = |(quality, model): (Quality, &Checkpoint)| Entry {
-            verdict: quality.beside.as_ref().and_then(|_| Verdict::of(self.limits, &quality)),
-            size: Size::of(model),
-            quality,
+        let all = found.into_iter().zip(states).zip(models);
+        let entries = all.map(|((quality, states), model)| self.entry(Some(quality), states, model)).collect();
+        Ok(Evaluated { models: entries, reference: reference.map(Size::of), notes, remarks })
+    }
+
+    /// What was found of a model.
+    fn entry(&self, quality: Option<Quality>, hidden_states: Option<HiddenStates>, model: &Checkpoint) -> Entry {
+        let beside = quality.as_ref().is_some_and(|quality| quality.beside.is_some()) || hidden_states.is_some();
+        let verdict = beside.then(|| Verdict::of(self.limits, quality.as_ref(), hidden_states.as_ref())).flatten();
+        Entry { verdict, size: Size::of(model), quality, hidden_states }
+    }
+
+    /// Of each model what it makes of texts beside the reference, where it is measured by that.
+    ///
+    /// Fails without a reference for models that predict nothing.
+    fn states<B: Backend>(
+        &self,
+        backend: &B,
+        opened: &Opened,
+        progress: &mut Progress,
+    ) -> Result<Vec<Option<HiddenStates>>> {
+        let Opened { models, reference, windows, gives, around: [before, after] } = opened;
+        let place = models[0].path().display().to_string();
+        gives.check(&self.limits, &place)?;
+        let reference = match reference {
+            Some(reference) if gives.states() => reference,
+            _ if gives.predicts => return Ok(models.iter().map(|_| None).collect()),
+            _ => {
+                let why = match families::graph_of(&models[0])?.head.missing {
+                    true => "the model has no output projection, as its architectures say, and so no perplexity",
+                    false => "the model makes embeddings, as modules.json beside it says",
+                };
+                return Err(Error::failed(format!(
+                    "{place}: {why}: give --reference MODEL, with whose embeddings, scores or hidden states its own are compared"
+                )));
+            }
         };
-        Ok(Evaluated {
-            models: found.into_iter().zip(models).map(entry).collect(),
-            reference: reference.map(Size::of),
-            notes,
-            remarks,
-        })
+        let texts = gives.texts(windows, [before, after]);
+        let of = |model| compare_hidden(backend, gives, model, reference, &texts, progress).map(Some);
+        models.iter().map(of).collect()
     }
 
     fn check(&self) -> Result<()> {
         self.limits.check()?;
         if self.limits.any() && self.reference.is_none() {
             return Err(Error::usage(
-                "limits on the quality are kept or missed beside a reference: give --reference MODEL with --max-ppl-ratio, --max-kld, --baseline and \
-                 --min-top1",
+                "limits on the quality are kept or missed beside a reference: give --reference MODEL with --max-ppl-ratio, --max-kld, --baseline, \
+                 --min-top1, --min-cosine and --min-spearman",
             ));
         }
         if self.adapter.is_some() && self.models.len() > 1 {
@@ -191,7 +234,10 @@ impl Evaluation<'_> {
             .map_err(|error| Error::from(TextError::from(error)))?;
         remarks.extend(fewer_windows(&text.name, windows.len(), context, self.windows));
         notes.append(&mut text.notes);
-        Ok(Opened { models, reference, windows })
+        let around = [tokenizer.tokenizer.prefix(), tokenizer.tokenizer.suffix()].map(<[u32]>::to_vec);
+        let original = reference.as_ref().unwrap_or(&models[0]);
+        let gives = Gives::of(&families::graph_of(original)?, original);
+        Ok(Opened { models, reference, windows, gives, around })
     }
 
     /// What a model reads where nobody says: of a GGUF file in llama.cpp's protocol, and alone, what llama.cpp keeps.
@@ -202,7 +248,7 @@ impl Evaluation<'_> {
 
     /// How many models memory allows at once, and what that takes where it is the host's.
     fn at_once(&self, device: Device, opened: &Opened) -> Result<(usize, Option<Expected>)> {
-        let Opened { models, reference, windows } = opened;
+        let Opened { models, reference, windows, .. } = opened;
         if device.room.is_some() {
             return Ok((models.len(), None));
         }
@@ -230,13 +276,28 @@ impl Size {
     }
 }
 
+impl Entry {
+    /// Where the model is.
+    fn model(&self) -> &str {
+        let states = self.hidden_states.as_ref().map(|states| &states.model[..]);
+        self.quality.as_ref().map(|quality| &quality.model[..]).or(states).unwrap_or_default()
+    }
+
+    /// For people: all that is known of it.
+    fn text(&self) -> String {
+        let quality = self.quality.as_ref().map(quality_text);
+        quality.into_iter().chain(self.hidden_states.as_ref().map(states_text)).collect::<Vec<_>>().join("\n")
+    }
+}
+
 impl Evaluated {
     /// For people: all that is known of one model; of several a table, with a line for the reference and one for each model.
     pub fn text(&self) -> String {
         match &self.models[..] {
             [] => String::new(),
-            [one] => quality_text(&one.quality),
-            [first, ..] => self.table(first),
+            [one] => one.text(),
+            [Entry { quality: Some(first), .. }, ..] => self.table(first) + &self.states_of_each(),
+            _ => self.states_of_each(),
         }
     }
 
@@ -245,8 +306,13 @@ impl Evaluated {
     /// Fails where a number cannot be written.
     #[cfg_attr(doc, doc(hidden))]
     pub fn json(&self) -> serde_json::Result<Value> {
-        let [Entry { quality, verdict, .. }] = &self.models[..] else { return serde_json::to_value(&self.models) };
-        let mut value = serde_json::to_value(quality)?;
+        let [Entry { quality, hidden_states, verdict, .. }] = &self.models[..] else {
+            return serde_json::to_value(&self.models);
+        };
+        let mut value = quality.as_ref().map_or(Ok(Value::Object(serde_json::Map::new())), serde_json::to_value)?;
+        if let Some(states) = hidden_states {
+            value["hidden_states"] = serde_json::to_value(states)?;
+        }
         if let Some(verdict) = verdict {
             value["verdict"] = serde_json::to_value(verdict)?;
         }
@@ -257,23 +323,29 @@ impl Evaluated {
     pub fn missed(&self) -> impl Iterator<Item = String> {
         let of = |entry: &Entry| {
             let missed = entry.verdict.iter().flat_map(|verdict| &verdict.missed);
-            missed.map(|missed| format!("{}: {missed}", entry.quality.model)).collect::<Vec<_>>()
+            missed.map(|missed| format!("{}: {missed}", entry.model())).collect::<Vec<_>>()
         };
         self.models.iter().flat_map(of)
     }
 
-    fn table(&self, first: &Entry) -> String {
+    /// Of each model what was found of what it makes of texts.
+    fn states_of_each(&self) -> String {
+        let of = |entry: &Entry| Some(format!("\n{}\n{}", entry.model(), states_text(entry.hidden_states.as_ref()?)));
+        self.models.iter().filter_map(of).collect()
+    }
+
+    fn table(&self, first: &Quality) -> String {
         let row = |cells: [String; 8]| cells.to_vec();
         let none = || "–".to_owned();
         let size = |size: &Size| [format!("{:.2}", size.bpw), format!("{:.2}", size.bytes as f64 / 1e6)];
         let names = ["model", "bpw", "MB", "perplexity", "ratio", "KL, mean", "KL, 99 %", "top-1"];
         let mut rows = vec![row(names.map(str::to_owned))];
-        if let (Some(beside), Some(own)) = (&first.quality.beside, &self.reference) {
+        if let (Some(beside), Some(own)) = (&first.beside, &self.reference) {
             let [bpw, megabytes] = size(own);
             let (name, perplexity) = (beside.reference.clone(), format!("{:.4}", beside.reference_perplexity));
             rows.push(row([name, bpw, megabytes, perplexity, "reference".to_owned(), none(), none(), none()]));
         }
-        for Entry { quality, size: own, .. } in &self.models {
+        for (quality, own) in self.models.iter().filter_map(|entry| Some((entry.quality.as_ref()?, &entry.size))) {
             let [bpw, megabytes] = size(own);
             let (name, perplexity) = (quality.model.clone(), format!("{:.4}", quality.perplexity));
             let [ratio, mean, most, same] = match &quality.beside {
@@ -287,10 +359,10 @@ impl Evaluated {
             };
             rows.push(row([name, bpw, megabytes, perplexity, ratio, mean, most, same]));
         }
-        let all: Vec<&Quality> = self.models.iter().map(|entry| &entry.quality).collect();
-        let alike = all.iter().all(|quality| quality.activations == first.quality.activations);
-        let how = first.quality.how(alike);
-        let itself = first.quality.beside.as_ref().and_then(|beside| beside.reference_quantized.as_ref());
+        let all: Vec<&Quality> = self.models.iter().filter_map(|entry| entry.quality.as_ref()).collect();
+        let alike = all.iter().all(|quality| quality.activations == first.activations);
+        let how = first.how(alike);
+        let itself = first.beside.as_ref().and_then(|beside| beside.reference_quantized.as_ref());
         let itself = itself.map_or(String::new(), |how| format!("; the reference is itself quantized ({how})"));
         format!("{how}{itself}\n\n{}", table(&rows, 1))
     }

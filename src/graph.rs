@@ -1,5 +1,6 @@
 //! A model as data: which tensors it has, and what is done with them, block by block.
 
+mod both_ways;
 mod delta;
 mod further;
 mod lookup;
@@ -101,7 +102,7 @@ pub struct Step {
 /// What a step computes.
 #[derive(Clone, Debug)]
 pub enum Layer {
-    /// Causal self-attention.
+    /// Self-attention.
     Attention(Attention),
     /// Linear attention by the gated delta rule.
     Delta(Box<DeltaNet>),
@@ -265,7 +266,7 @@ impl Linear {
     }
 }
 
-/// Causal self-attention.
+/// Self-attention, to what came before unless its shape says both ways.
 #[derive(Clone, Debug)]
 pub struct Attention {
     /// How queries, keys and values are made.

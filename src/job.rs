@@ -33,7 +33,7 @@ use crate::report::{
 };
 use crate::targets::{HeldOut, Output, Target, Words, target};
 use crate::text::{HELD_OUT, ModelText, load_text};
-use crate::verify::{KeptStates, Reference, compare_hidden, declared_activations, evaluate};
+use crate::verify::{Gives, KeptStates, Reference, compare_hidden, declared_activations, evaluate};
 use crate::words::one_line;
 
 pub use planned::{
@@ -107,6 +107,7 @@ struct Run<'a> {
     started: Instant,
     source: &'a Checkpoint,
     graph: &'a Graph,
+    gives: Gives,
     held_out: Option<HeldOut>,
     /// Its weight files while they are hashed, and once that is waited for.
     hashing: Option<Hashing>,
@@ -118,7 +119,9 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     /// One whose files are not hashed.
     fn of(source: &'a Checkpoint, graph: &'a Graph) -> Run<'a> {
-        Run { started: Instant::now(), source, graph, held_out: None, hashing: None, inputs: Vec::new(), kept: None }
+        let gives = Gives::of(graph, source);
+        let started = Instant::now();
+        Run { started, source, graph, gives, held_out: None, hashing: None, inputs: Vec::new(), kept: None }
     }
 }
 
@@ -179,7 +182,7 @@ impl<'a> Job<'a> {
         let source = Checkpoint::open_with(self.model, self.adapter()?)?;
         let original = Original::of(&source);
         let graph = families::graph_of(&source)?;
-        self.check_limits(&graph)?;
+        self.check_limits(&Gives::of(&graph, &source))?;
         let hashing = Some(hash_beside(source.files()));
         let key = self.key(backend, &source);
         let before = Before { key: &key, afresh: self.afresh, waits: self.waits };
@@ -200,15 +203,10 @@ impl<'a> Job<'a> {
         self.commit(targets, stagings, (&original, reports))
     }
 
-    /// Fails where limits are set on what a model without an output projection would predict.
-    fn check_limits(&self, graph: &Graph) -> Result<()> {
-        if graph.head.missing && self.verification.as_ref().is_some_and(|v| v.limits.any()) {
-            return Err(Error::usage(format!(
-                "{}: the model has no output projection, as its architectures say: drop the limits on what it would predict",
-                self.model.display()
-            )));
-        }
-        Ok(())
+    /// Fails where limits are set on what the model does not give.
+    fn check_limits(&self, gives: &Gives) -> Result<()> {
+        let limits = self.verification.as_ref().map(|verification| verification.limits).unwrap_or_default();
+        gives.check(&limits, &self.model.display().to_string())
     }
 
     /// What each output will hold of every tensor.
@@ -526,7 +524,7 @@ impl<'a> Job<'a> {
         let output = &self.outputs[index].path;
         if let Some(hashing) = run.hashing.take() {
             run.inputs = hashed(hashing)?;
-            if run.held_out.is_some() && !run.graph.head.missing {
+            if run.held_out.is_some() && run.gives.predicts {
                 run.kept = key::kept_of(backend, run.source, Some(&run.inputs))?;
             }
         }
@@ -549,16 +547,22 @@ impl<'a> Job<'a> {
         reopened: &Checkpoint,
         progress: &mut Progress,
     ) -> Result<(Option<Quality>, Option<HiddenStates>)> {
-        let Some(HeldOut { windows, .. }) = &run.held_out else { return Ok((None, None)) };
-        if run.graph.head.missing {
-            return Ok((None, Some(compare_hidden(backend, reopened, run.source, windows, progress)?)));
+        let Some(HeldOut { windows, around: [before, after], .. }) = &run.held_out else { return Ok((None, None)) };
+        let mut states = None;
+        if run.gives.states() {
+            let texts = run.gives.texts(windows, [before, after]);
+            let found = compare_hidden(backend, &run.gives, reopened, run.source, &texts, progress)?;
+            states = Some(HiddenStates { model: output.display().to_string(), ..found });
+        }
+        if !run.gives.predicts {
+            return Ok((None, states));
         }
         let activations = declared_activations(reopened);
         let original = Reference { model: run.source, kept: run.kept.as_ref() };
         let mut quality =
             evaluate(backend, reopened, Some(original), windows, Protocol::Papers, activations, progress)?;
         quality.model = output.display().to_string();
-        Ok((Some(quality), None))
+        Ok((Some(quality), states))
     }
 
     fn report<B: Backend>(
@@ -570,25 +574,13 @@ impl<'a> Job<'a> {
         written: Written,
         outcome: Outcome,
     ) -> Result<Report> {
-        let verdict = match (&outcome.quality, &self.verification) {
-            (Some(quality), Some(v)) if quality.beside.is_some() => Verdict::of(v.limits, quality),
-            _ => None,
-        };
+        let verdict = self.verification.as_ref().filter(|_| run.held_out.is_some());
+        let (quality, states) = (outcome.quality.as_ref(), outcome.hidden_states.as_ref());
+        let verdict = verdict.and_then(|verification| Verdict::of(verification.limits, quality, states));
         let (done, mut notes) = (written.done, outcome.notes);
         notes.extend(evidence::notes(&done.linears, &done.lost));
         notes.extend(backend.notes());
-        if run.graph.head.missing {
-            let found = outcome.hidden_states.as_ref().map_or("were not compared".to_owned(), |found| {
-                format!(
-                    "on {} tokens have a mean cosine of {:.5} with the original's, {:.5} at the lowest, and differ by {:.2} % of their length",
-                    found.tokens,
-                    found.cosine_mean,
-                    found.cosine_min,
-                    100.0 * found.relative_error
-                )
-            });
-            notes.push(format!("the model has no output projection: its hidden states {found}"));
-        }
+        notes.extend(remarks::of_states(&run.gives, run.graph, outcome.hidden_states.as_ref()));
         let mut recipe = target.recipe().clone();
         recipe.idle.extend(target.idle());
         let further = run.graph.aside.iter().any(|(_, what)| what.starts_with(FURTHER));
@@ -710,7 +702,8 @@ impl Verification {
         let windows =
             windows(&held_out.name, &ids, context, self.windows, None).map_err(crate::text::TextError::from)?;
         notes.extend(fewer_windows(&held_out.name, windows.len(), context, self.windows));
-        Ok(HeldOut { ids, asked, windows })
+        let around = [text.tokenizer.prefix(), text.tokenizer.suffix()].map(<[u32]>::to_vec);
+        Ok(HeldOut { ids, asked, windows, around })
     }
 }
 

@@ -121,8 +121,9 @@ pub mod results {
         PlannedFile, PlannedFold, PlannedLinear, PlannedOutput, PlannedPart, PlannedSeconds, Serving, Takes,
     };
     pub use crate::report::{
-        Activations, AdapterReport, Beside, BitsPerWeight, Drafts, Fate, FileReport, HiddenStates, Limits,
-        LinearReport, Measured, Protocol, Quality, Recovery, Seconds, SmoothingReport, Stages, TensorReport, Verdict,
+        Activations, AdapterReport, Beside, BitsPerWeight, Drafts, Embeddings, Fate, FileReport, HiddenStates, Limits,
+        LinearReport, Measured, Protocol, Quality, Recovery, Scored, Scores, Seconds, SmoothingReport, Stages,
+        TensorReport, Verdict,
     };
     pub use crate::serving::{Finding, Fit, Splits};
 }

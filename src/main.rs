@@ -566,7 +566,8 @@ fn summarize(report: &Report, output: &Path, verbose: bool) -> Result<(), Error>
         report.peak_memory_bytes.unwrap_or(0) as f64 / 1e6,
         if fallbacks > 0 { format!(", {fallbacks} with a fallback (see report.json)") } else { String::new() }
     ))?;
-    report.quality.as_ref().map_or(Ok(()), |quality| say(&report::quality_text(quality)))
+    report.quality.as_ref().map_or(Ok(()), |quality| say(&report::quality_text(quality)))?;
+    report.hidden_states.as_ref().map_or(Ok(()), |states| say(&report::states_text(states)))
 }
 
 fn eval(args: Eval) -> anyhow::Result<u8> {

@@ -1,6 +1,7 @@
 //! Measures a checkpoint on held-out text: perplexity, and divergence from the model it was made of.
 
 mod further;
+mod hidden;
 mod kept;
 
 use std::ops::Range;
@@ -16,8 +17,9 @@ use crate::forward::{Hidden, LoadedHead, final_hidden, together};
 use crate::graph::{Block, Graph};
 use crate::plan::check_tensors;
 use crate::progress::Progress;
-use crate::report::{Activations, Beside, Drafts, HiddenStates, Protocol, Quality};
+use crate::report::{Activations, Beside, Drafts, Protocol, Quality};
 
+pub use hidden::{Gives, Outputs, compare_hidden, outputs};
 pub use kept::KeptStates;
 
 /// Tokens that go through the model before the next ones are taken up.
@@ -517,55 +519,6 @@ fn check_logits(
 /// What a model's linears read where nobody says anything else: rounded where that is part of its scheme.
 pub fn declared_activations(model: &Checkpoint) -> Activations {
     if model.rounds_inputs() { Activations::Runtime } else { Activations::Exact }
-}
-
-/// Compares the normed hidden states of `model` and `reference` on `windows` of equal length.
-pub fn compare_hidden<B: Backend>(
-    backend: &B,
-    model: &Checkpoint,
-    reference: &Checkpoint,
-    windows: &[Vec<u32>],
-    progress: &mut Progress,
-) -> Result<HiddenStates> {
-    let graphs = [families::graph_of(reference)?, families::graph_of(model)?];
-    check_tensors(&graphs[1], model)?;
-    let batch = batch(windows.first().map_or(1, Vec::len));
-    let all: u64 = windows.iter().map(|window| window.len() as u64).sum();
-    progress.start(
-        format!("comparing hidden states of the output and {}", reference.role()),
-        graphs.iter().flat_map(Graph::trunk).map(|block| of_block(block, all)).sum(),
-    )?;
-    let (mut tokens, mut sum, mut lowest, mut squares) = (0, 0.0, f64::INFINITY, [0.0; 2]);
-    for (index, together) in windows.chunks(batch).enumerate() {
-        progress.part(part(index * batch, together.len(), windows.len()));
-        let (mut sides, count) = (Vec::new(), together.iter().map(|window| window.len() as u64).sum());
-        for (graph, source) in graphs.iter().zip([reference, model]) {
-            let own = if std::ptr::eq(source, model) { declared_activations(source) } else { Activations::Exact };
-            let step = |block: &Block| progress.step(of_block(block, count));
-            sides.push(final_hidden(backend, graph, source, together, own, false, &step)?.normed);
-        }
-        for (ours, theirs) in sides[1].iter().zip(&sides[0]) {
-            let [ours, theirs] = [backend.download(ours)?, backend.download(theirs)?];
-            for (a, b) in ours.rows().into_iter().zip(theirs.rows()) {
-                let dot = |x: &dyn Fn(f64, f64) -> f64| -> f64 {
-                    a.iter().zip(b).map(|(a, b)| x(f64::from(*a), f64::from(*b))).sum()
-                };
-                let lengths = dot(&|a, _| a * a) * dot(&|_, b| b * b);
-                let cosine = if lengths > 0.0 { dot(&|a, b| a * b) / lengths.sqrt() } else { 1.0 };
-                if !cosine.is_finite() {
-                    let why = format!(
-                        "{}: the hidden states of token {tokens} are not finite numbers",
-                        model.path().display()
-                    );
-                    return Err(Error::failed(why));
-                }
-                (tokens, sum, lowest) = (tokens + 1, sum + cosine, lowest.min(cosine));
-                squares = [squares[0] + dot(&|a, b| (a - b) * (a - b)), squares[1] + dot(&|_, b| b * b)];
-            }
-        }
-    }
-    let relative_error = (squares[0] / squares[1].max(f64::MIN_POSITIVE)).sqrt();
-    Ok(HiddenStates { tokens, cosine_mean: sum / f64::from(tokens.max(1) as u32), cosine_min: lowest, relative_error })
 }
 
 fn same_head<B: Backend>(a: &Side<'_, B>, b: &Side<'_, B>) -> bool {

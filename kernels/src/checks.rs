@@ -60,8 +60,12 @@ pub(crate) fn expect_attention(
     shape: &AttentionShape,
     lengths: &[usize],
 ) -> Result<()> {
-    let AttentionShape { heads, kv_heads, head_dim, value_dim, window, chunk, .. } = *shape;
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, window, chunk, both_ways, .. } = *shape;
     expect_multiple("attention", kv_heads, heads)?;
+    if let (true, Some(chunk)) = (both_ways, chunk) {
+        let expected = "attention both ways without a chunk".to_owned();
+        return Err(Error::Shape { op: "attention", expected, found: chunk.to_string() });
+    }
     if window == Some(0) || chunk == Some(0) {
         let expected = "a window and a chunk of some positions".to_owned();
         return Err(Error::Shape { op: "attention", expected, found: "0".to_owned() });
@@ -115,7 +119,7 @@ pub(crate) fn expect_choice(
     expect("attention_to", "tokens", qkv[0][0], chosen[0])?;
     expect("attention_to", "numbers of a choice", index.width(), chosen[1])?;
     expect_multiple("attention_to", index.groups(), shape.heads)?;
-    if shape.window.is_some() || shape.chunk.is_some() || shape.softcap.is_some() {
+    if shape.window.is_some() || shape.chunk.is_some() || shape.softcap.is_some() || shape.both_ways {
         let expected = "a choice alone to say what is seen".to_owned();
         return Err(Error::Shape { op: "attention_to", expected, found: format!("{shape:?}") });
     }

@@ -20,7 +20,7 @@ use crate::report::{Activations, Protocol};
 /// let mut ask = Evaluate::new(["model-w4"]);
 /// ask.reference = Some("model".into());
 /// let found = ask.run(Progress::silent())?;
-/// println!("{}", found.models[0].quality.perplexity);
+/// println!("{:?}", found.models[0].quality.as_ref().map(|quality| quality.perplexity));
 /// # Ok::<(), quantc::Error>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

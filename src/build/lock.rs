@@ -13,7 +13,7 @@ use crate::checkpoint::is_commit;
 use crate::error::{Error, Result};
 use crate::output::Look;
 use crate::output::hashing::hash_file;
-use crate::report::FileReport;
+use crate::report::{FileReport, Made};
 
 /// The version of the file's form.
 const VERSION: u32 = 1;
@@ -51,6 +51,9 @@ pub struct Locked {
     /// Perplexity ratio, mean KL divergence and top-1 agreement, where they were measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quality: Option<[f64; 3]>,
+    /// The figures of a model that is measured by what it makes of texts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made: Option<Made>,
     /// Every file that was read, weights, tokenizer and texts alike.
     #[serde(rename = "input")]
     pub inputs: Vec<Stamp>,
@@ -246,6 +249,7 @@ mod tests {
             device: Some("cpu".into()),
             math: None,
             quality: Some([1.0, 0.25, 0.5]),
+            made: None,
             inputs: vec![stamp.clone()],
             outputs: vec![stamp],
         };

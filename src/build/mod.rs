@@ -120,10 +120,14 @@ impl Build {
         let output = &self.project.outputs[index];
         let (path, name) = (output.path.clone(), self.called(&output.path));
         let limits = self.project.verification.as_ref().map(|verification| verification.limits).unwrap_or_default();
-        let standing = |stale: Option<String>, quality: Option<[f64; 3]>| Standing {
+        let standing = |stale: Option<String>, locked: Option<&Locked>| Standing {
             path: path.clone(),
             stale,
-            missed: quality.map_or(Vec::new(), |quality| limits.missed_by(quality)),
+            missed: locked.map_or(Vec::new(), |locked| {
+                let mut missed = locked.quality.map_or(Vec::new(), |quality| limits.missed_by(quality));
+                missed.extend(locked.made.iter().flat_map(|made| limits.missed_in(made)));
+                missed
+            }),
         };
         let Some(locked) = self.lock.target(&name) else {
             return Ok(standing(Some("it was never made".to_owned()), None));
@@ -166,13 +170,12 @@ impl Build {
         }
         if renewed != *locked {
             self.touched = true;
-            let quality = renewed.quality;
             if let Some(locked) = self.lock.targets.iter_mut().find(|target| target.path == name) {
-                *locked = renewed;
+                *locked = renewed.clone();
             }
-            return Ok(standing(None, quality));
+            return Ok(standing(None, Some(&renewed)));
         }
-        Ok(standing(None, locked.quality))
+        Ok(standing(None, Some(locked)))
     }
 
     /// All that a target is made by, apart from files.
@@ -375,6 +378,7 @@ impl Build {
                 .as_ref()
                 .and_then(|quality| quality.beside.as_ref())
                 .map(|beside| [beside.perplexity_ratio, beside.kld_mean, beside.top1_agreement]),
+            made: report.hidden_states.as_ref().map(|states| states.made()),
             inputs: stamps(inputs, &report.inputs)?,
             outputs: stamps(&written, &report.outputs)?,
         })

@@ -47,12 +47,20 @@ fn of_pooling(folder: &Path) -> Option<serde_json::Map<String, Value>> {
 
 /// What the modules say of how hidden states become an embedding, all ways that are put together; nothing where they say nothing.
 fn ways(folder: &Path) -> Vec<String> {
-    let Some(config) = of_pooling(folder) else { return Vec::new() };
+    of_pooling(folder).map_or(Vec::new(), |config| ways_of(&config))
+}
+
+/// The same of the settings of the module that does it: a flag for each way, or their names.
+pub(super) fn ways_of(config: &serde_json::Map<String, Value>) -> Vec<String> {
     let flags = config.iter().filter(|(_, value)| **value == true);
     let mut ways: Vec<String> =
         flags.filter_map(|(key, _)| key.strip_prefix("pooling_mode_").map(str::to_owned)).collect();
-    if let Some(newer) = config.get("pooling_mode").and_then(Value::as_str).filter(|_| ways.is_empty()) {
-        ways.push(newer.to_owned());
+    if ways.is_empty() {
+        let named = match config.get("pooling_mode") {
+            Some(Value::Array(all)) => all.iter().filter_map(Value::as_str).collect(),
+            one => one.and_then(Value::as_str).into_iter().collect::<Vec<_>>(),
+        };
+        ways.extend(named.into_iter().map(str::to_owned));
     }
     ways
 }

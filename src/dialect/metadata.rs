@@ -211,6 +211,12 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
             out.count(key("attention.sliding_window"), 0)?;
         }
     }
+    if graph.sees_both_ways() {
+        if window.is_some() {
+            return Err(names::cannot(id, "attention both ways within a window"));
+        }
+        out.metadata.push((key("attention.causal"), MetadataValue::Bool(false)));
+    }
     if matches!(id, "qwen2vl" | "qwen35" | "qwen35moe") {
         sections(out, config, id, rotated.unwrap_or(0))?;
     }

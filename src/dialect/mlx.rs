@@ -335,6 +335,11 @@ pub fn notes(config: &Value, graph: &Graph) -> Result<Vec<String>> {
             graph.family
         )));
     }
+    if graph.sees_both_ways() {
+        return Err(Error::usage(
+            "tokens of the model see what comes after them, which none of mlx-lm's classes does; give another --format, as compressed-tensors",
+        ));
+    }
     let mut original = families::build(config)?.without_predictors();
     // The prefix is the wrapper's where there is one, and its class looks for it.
     let wrapped = config.get("text_config").is_some() || graph.aside.iter().any(|(prefix, _)| prefix.contains("vis"));

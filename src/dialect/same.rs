@@ -164,7 +164,10 @@ fn convolution(a: &Convolution, b: &Convolution) -> Option<String> {
 }
 
 fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
-    let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap } = a.shape;
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap, both_ways } = a.shape;
+    if both_ways != b.shape.both_ways {
+        return Some(format!("attention to what comes {}", if both_ways { "before and after" } else { "before" }));
+    }
     if (heads, kv_heads, head_dim, value_dim) != (b.shape.heads, b.shape.kv_heads, b.shape.head_dim, b.shape.value_dim)
     {
         return Some(format!("{heads} heads of {head_dim} values that share {kv_heads} keys"));

@@ -107,6 +107,7 @@ impl Base {
             window: None,
             chunk: None,
             softcap: None,
+            both_ways: false,
         }
     }
 

@@ -19,8 +19,10 @@ pub const GEMMA2: Family = Family { id: "gemma2", model_types: &["gemma2"], buil
 pub const GEMMA3: Family =
     Family { id: "gemma3", model_types: &["gemma3_text"], build: |config| later(config, "gemma3") };
 
-fn base(config: &Config<'_>) -> Result<Base> {
-    if config.flag("use_bidirectional_attention", false)? {
+fn base(config: &Config<'_>, third: bool) -> Result<Base> {
+    // In transformers the classes of Gemma 1 and 2 do not agree with themselves on what it means: they look both ways by one kind of
+    // attention, and by another they do not.
+    if !third && both_ways(config)? {
         return Err(Error::failed(
             "config.json: use_bidirectional_attention is true, and only models that attend to what came before can be run",
         ));
@@ -32,8 +34,13 @@ fn base(config: &Config<'_>) -> Result<Base> {
     Ok(base)
 }
 
+/// Whether tokens see those after them, too, as in EmbeddingGemma.
+fn both_ways(config: &Config<'_>) -> Result<bool> {
+    config.flag("use_bidirectional_attention", false)
+}
+
 fn gemma(config: &Config<'_>) -> Result<Graph> {
-    let base = base(config)?;
+    let base = base(config, false)?;
     let inner = config.count("intermediate_size")?;
     // Checkpoints of the first days say gelu and mean its approximation.
     let act = match activation(config, Activation::GeluTanh)? {
@@ -58,8 +65,8 @@ fn scaled(mut graph: Graph) -> Result<Graph> {
 }
 
 fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
-    let base = base(config)?;
     let third = family == "gemma3";
+    let base = base(config, third)?;
     let inner = config.count("intermediate_size")?;
     let act = activation_of(config, "hidden_activation", Activation::GeluTanh)?;
     let bias = config.flag("attention_bias", false)?;
@@ -76,7 +83,9 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
     let softcap = if third { None } else { cap("attn_logit_softcapping", 50.0)? };
     let pattern = if third { config.optional_count("sliding_window_pattern")?.unwrap_or(6) } else { 2 };
     let local = sliding(config, base.layers, |layer| (layer + 1) % pattern != 0)?;
-    let window = window_of(config, &local)?;
+    let both_ways = both_ways(config)?;
+    // What config.json says counts for both sides together, and the token itself is not among it.
+    let window = window_of(config, &local)?.map(|window| if both_ways { window / 2 + 1 } else { window });
     let (wide, near) = match third {
         false => {
             let rope = rope(config, base.head_dim)?;
@@ -95,6 +104,7 @@ fn later(config: &Config<'_>, family: &'static str) -> Result<Graph> {
         attention.shape.scale = scale;
         attention.shape.softcap = softcap;
         attention.shape.window = window.filter(|_| local[layer]);
+        attention.shape.both_ways = both_ways;
         attention.norms = third.then(|| base.head_norms(&module));
         let mlp = base.gated(&format!("{at}.mlp"), inner, act, false);
         let norm = |name: &str| base.norm(&format!("{at}.{name}"));

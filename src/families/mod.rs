@@ -19,6 +19,7 @@ mod granite;
 mod guesses;
 mod hunyuan;
 mod kimi;
+mod labels;
 mod lfm;
 pub mod linears;
 mod llama;
@@ -46,6 +47,7 @@ pub mod tying;
 mod unknown;
 mod whole;
 
+pub use labels::Labels;
 pub use linears::{Absent, absent};
 pub use names::{component, names};
 pub use renames::{AdapterNames, Loading};
@@ -301,7 +303,8 @@ pub fn build(config: &Value) -> Result<Graph> {
                 graph.unrunnable = Some(error.to_string());
                 Ok(graph)
             })?;
-            if let Some(said) = settings.values.get("is_causal").filter(|said| counts_as_false(said)) {
+            let said = settings.values.get("is_causal").filter(|said| counts_as_false(said));
+            if let Some(said) = said.filter(|_| !graph.see_both_ways()) {
                 graph.unrunnable.get_or_insert(format!(
                     "config.json: is_causal is {}, and only models that attend to what came before can be run",
                     shown(said)

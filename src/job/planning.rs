@@ -24,6 +24,7 @@ use crate::progress::Progress;
 use crate::report::BitsPerWeight;
 use crate::serving::{CacheType, Gpu, Held, Runtime, cache_bytes, fits, lint, splits};
 use crate::targets::{Output, Target, described};
+use crate::verify::Gives;
 
 /// Tokens of a sequence that is served where nobody says how many, if the model takes so many.
 const CONTEXT: u64 = 8192;
@@ -58,7 +59,7 @@ impl Job<'_> {
         }
         let source = Checkpoint::open_with(self.model, self.adapter()?)?;
         let graph = families::graph_of(&source)?;
-        self.check_limits(&graph)?;
+        self.check_limits(&Gives::of(&graph, &source))?;
         let targets = self.targets::<B>(&graph, &source)?;
         for output in self.outputs.iter().filter(|_| asked.named) {
             Staging::check(&output.path, Some(self.model), self.force, output.recipe.gguf.is_some())?;

@@ -8,7 +8,33 @@ use ndarray::Array2;
 use crate::checkpoint::Checkpoint;
 use crate::families;
 use crate::graph::{FURTHER, Graph, Linear, Stored};
+use crate::report::HiddenStates;
 use crate::targets::{Placement, Target};
+use crate::verify::Gives;
+
+/// What there is to say of a model that is measured by what it makes of texts.
+pub(super) fn of_states(gives: &Gives, graph: &Graph, found: Option<&HiddenStates>) -> Vec<String> {
+    let mut notes = gives.notes.clone();
+    if graph.head.missing {
+        let found = found.map_or("were not compared".to_owned(), |found| {
+            format!(
+                "on {} tokens have a mean cosine of {:.5} with the original's, {:.5} at the lowest, and differ by {:.2} % of their length",
+                found.tokens,
+                found.cosine_mean,
+                found.cosine_min,
+                100.0 * found.relative_error
+            )
+        });
+        notes.push(format!("the model has no output projection: its hidden states {found}"));
+    } else if !gives.predicts {
+        notes.push(
+            "the model makes embeddings, as modules.json beside it says: these are compared with the original's, and not the tokens that its \
+             embedding would predict"
+                .to_owned(),
+        );
+    }
+    notes
+}
 
 /// What there is to say before the work, whichever output it is.
 pub(super) struct Remarks {

@@ -122,7 +122,7 @@ pub enum Kind<'b> {
     Lookup(&'b Lookup),
     /// The keys and values that the block with this number left.
     Shared(usize),
-    /// Causal softmax attention of queries, keys and values.
+    /// Softmax attention of queries, keys and values.
     Attention {
         /// Heads, scale and mask.
         shape: AttentionShape,

@@ -266,6 +266,7 @@ fn said_of_attention(operation: &Operation<'_>, reads: &[String]) -> (String, Ve
                 details.push(format!("{} of keys and values", shape.kv_heads));
             }
             details.push(format!("scale {}", shape.scale));
+            details.extend(shape.both_ways.then(|| "both ways".to_owned()));
             details.extend(shape.window.map(|window| format!("window {window}")));
             details.extend(shape.chunk.map(|chunk| format!("chunk {chunk}")));
             details.extend(shape.softcap.map(|cap| format!("softcap {cap}")));

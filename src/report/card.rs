@@ -1,6 +1,6 @@
 //! The model card: a report for people.
 
-use super::{AdapterReport, Drafts, Limits, Quality, Report, Verdict};
+use super::{AdapterReport, Drafts, HiddenStates, Limits, Quality, Report, Verdict};
 use crate::mixes::Mix;
 use crate::recipe::Recipe;
 use crate::words::{called, one_line, table};
@@ -40,7 +40,8 @@ impl Report {
             (note.contains(runtime) || note.contains("no output projection") || note.contains("type is not known"))
                 && refusals.iter().any(|refusal| note.contains(refusal))
         };
-        (!self.notes.iter().any(unsaid)).then(|| self.recipe.runs(place))
+        let embeds = self.quality.is_none() && self.hidden_states.is_some();
+        (!embeds && !self.notes.iter().any(unsaid)).then(|| self.recipe.runs(place))
     }
 
     /// The commands by which Ollama takes a GGUF file that was written to `place`; `None` for what it does not read: other formats, files in
@@ -141,7 +142,9 @@ impl Report {
         card += &self.usage();
         card += "\n## How it was made\n\n";
         card += &self.made().iter().map(|line| format!("- {line}\n")).collect::<String>();
-        if let Some(quality) = &self.quality {
+        let measured = [self.quality.as_ref().map(rows), self.hidden_states.as_ref().map(HiddenStates::rows)];
+        let measured: Vec<Vec<[String; 2]>> = measured.into_iter().flatten().collect();
+        if !measured.is_empty() {
             card += &format!(
                 "\n## Quality, measured on {}\n\n",
                 match self.file() {
@@ -150,7 +153,7 @@ impl Report {
                     None => "the files in this directory",
                 }
             );
-            card += &quality_markdown(quality);
+            card += &measured.iter().map(|rows| markdown(rows)).collect::<Vec<_>>().join("\n");
             card += &self.verdict.as_ref().map_or(String::new(), |verdict| format!("\n{}\n", verdict.sentence()));
         }
         let mut notes = self.notes.iter().map(|note| one_line(&self.without_places(note))).peekable();
@@ -244,11 +247,13 @@ impl Report {
 impl Verdict {
     /// What was asked for, and whether it was kept.
     fn sentence(&self) -> String {
-        let Limits { max_ppl_ratio, max_kld, min_top1, .. } = self.limits;
+        let Limits { max_ppl_ratio, max_kld, min_top1, min_cosine, min_spearman, .. } = self.limits;
         let asked: Vec<String> = [
             max_ppl_ratio.map(|limit| format!("a perplexity ratio of at most {limit}")),
             max_kld.map(|limit| format!("a mean KL divergence of at most {limit}")),
-            min_top1.map(|limit| format!("a share of equal top tokens of at least {limit}")),
+            min_top1.map(|limit| format!("a share of equal top tokens or labels of at least {limit}")),
+            min_cosine.map(|limit| format!("a mean cosine of at least {limit}")),
+            min_spearman.map(|limit| format!("a rank correlation of at least {limit}")),
         ]
         .into_iter()
         .flatten()
@@ -291,10 +296,10 @@ pub fn quality_text(quality: &Quality) -> String {
     format!("{}\n{}", rows[0][0], table(&found, 2))
 }
 
-/// One evaluation as a Markdown table.
-fn quality_markdown(quality: &Quality) -> String {
+/// What was measured and found as a Markdown table.
+fn markdown(rows: &[[String; 2]]) -> String {
     let mut table = String::new();
-    for (index, [what, value]) in rows(quality).iter().enumerate() {
+    for (index, [what, value]) in rows.iter().enumerate() {
         table += &format!("| {} | {value} |\n", one_line(what));
         if index == 0 {
             table += "|---|---|\n";

@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::{Limits, Measured, Quality, Report, read_report};
+use super::{HiddenStates, Limits, Measured, Quality, Report, read_report};
 use crate::error::{Error, Result};
 
 /// What was measured of an earlier output, as far as a later one is compared with it.
@@ -59,8 +59,12 @@ pub struct Bounds {
     pub max_ppl_ratio: Option<f64>,
     /// The most that the mean KL divergence from the original may be, in nats.
     pub max_kld: Option<f64>,
-    /// The least share of tokens that output and original predict alike, from 0 to 1.
+    /// The least share of tokens that output and original predict alike, from 0 to 1; of a classifier, of equal labels.
     pub min_top1: Option<f64>,
+    /// The least that the mean cosine of embeddings with the original's may be, or of hidden states where none are made of them.
+    pub min_cosine: Option<f64>,
+    /// The least that the rank correlation of a reranker's or a reward model's scores with the original's may be (Spearman).
+    pub min_spearman: Option<f64>,
     /// An earlier output, or its report.json: the perplexity ratio and the mean KL divergence may not be worse.
     pub baseline: Option<PathBuf>,
     /// How much worse than the baseline's they may be, as "5%" or "0.05": 0 where it is not said.
@@ -73,8 +77,8 @@ impl Bounds {
     /// Fails where nothing could keep or miss a limit, and where the baseline has no report, or says nothing of quality.
     #[cfg_attr(doc, doc(hidden))]
     pub fn limits(&self, within: &dyn Fn(&Path) -> PathBuf) -> Result<Limits> {
-        let Bounds { max_ppl_ratio, max_kld, min_top1, .. } = *self;
-        let limits = Limits { max_ppl_ratio, max_kld, min_top1, baseline: None };
+        let Bounds { max_ppl_ratio, max_kld, min_top1, min_cosine, min_spearman, .. } = *self;
+        let limits = Limits { max_ppl_ratio, max_kld, min_top1, min_cosine, min_spearman, baseline: None };
         let regression = self.max_regression.as_deref().map(|text| share("--max-regression", text)).transpose()?;
         let limits = match &self.baseline {
             Some(baseline) => limits.relative(&within(baseline), regression.unwrap_or(0.0))?,
@@ -123,20 +127,21 @@ impl Limits {
 
     /// Each limit in words, and what there is to say where it was missed.
     #[cfg_attr(doc, doc(hidden))]
-    pub fn checks(&self, quality: &Quality) -> Vec<(String, Option<String>)> {
+    pub fn checks(&self, quality: Option<&Quality>, states: Option<&HiddenStates>) -> Vec<(String, Option<String>)> {
         let none = Limits::default();
         let single = [
             (self.max_ppl_ratio, "perplexity ratio at most", Limits { max_ppl_ratio: self.max_ppl_ratio, ..none }),
             (self.max_kld, "mean KL divergence at most", Limits { max_kld: self.max_kld, ..none }),
             (self.min_top1, "top-1 agreement at least", Limits { min_top1: self.min_top1, ..none }),
+            (self.min_cosine, "mean cosine at least", Limits { min_cosine: self.min_cosine, ..none }),
+            (self.min_spearman, "rank correlation at least", Limits { min_spearman: self.min_spearman, ..none }),
         ];
-        let check = |(limit, what, alone): (Option<f64>, &str, Limits)| {
-            Some((format!("{what} {}", limit?), alone.missed(quality).into_iter().next()))
-        };
+        let missed = |alone: Limits| alone.missed(quality, states).into_iter().next();
+        let check =
+            |(limit, what, alone): (Option<f64>, &str, Limits)| Some((format!("{what} {}", limit?), missed(alone)));
         let mut all: Vec<_> = single.into_iter().filter_map(check).collect();
         if self.baseline.is_some() {
-            let alone = Limits { baseline: self.baseline, ..none };
-            all.push(("measured as the baseline".to_owned(), alone.missed(quality).into_iter().next()));
+            all.push(("measured as the baseline".to_owned(), missed(Limits { baseline: self.baseline, ..none })));
         }
         all
     }
@@ -156,8 +161,8 @@ impl Case {
     /// That of an output that was written.
     pub fn of(path: &Path, report: &Report) -> Case {
         let mut checks = vec![("written".to_owned(), None)];
-        if let (Some(verdict), Some(quality)) = (&report.verdict, &report.quality) {
-            checks.extend(verdict.limits.checks(quality));
+        if let Some(verdict) = &report.verdict {
+            checks.extend(verdict.limits.checks(report.quality.as_ref(), report.hidden_states.as_ref()));
         }
         Case { output: path.display().to_string(), seconds: report.seconds.total, checks }
     }
@@ -175,6 +180,7 @@ impl Report {
             "bpw": self.bpw,
             "files": self.outputs,
             "quality": self.quality,
+            "hidden_states": self.hidden_states,
             "verdict": self.verdict,
             "notes": self.notes,
             "seconds": self.seconds.total,

@@ -6,6 +6,7 @@ mod card;
 pub mod gates;
 mod quality;
 mod read;
+mod states;
 
 use calibration::samples::SampleSource;
 use serde::{Deserialize, Serialize};
@@ -14,8 +15,9 @@ use crate::mixes::is_substitution;
 use crate::recipe::Recipe;
 
 pub use card::{Original, quality_text};
-pub use quality::{Activations, Beside, Drafts, HiddenStates, Limits, Measured, Protocol, Quality};
+pub use quality::{Activations, Beside, Drafts, Limits, Measured, Protocol, Quality};
 pub use read::{PAPERS, papers_beside, papers_of, read_report, report_of};
+pub use states::{Embeddings, HiddenStates, Made, Scored, Scores, states_text};
 
 /// A file and what is in it.
 #[derive(Clone, Debug, Serialize)]
@@ -201,8 +203,8 @@ pub struct Verdict {
 impl Verdict {
     /// What becomes of limits beside what was measured; `None` where there are none.
     #[cfg_attr(doc, doc(hidden))]
-    pub fn of(limits: Limits, quality: &Quality) -> Option<Verdict> {
-        let missed = limits.missed(quality);
+    pub fn of(limits: Limits, quality: Option<&Quality>, states: Option<&HiddenStates>) -> Option<Verdict> {
+        let missed = limits.missed(quality, states);
         limits.any().then_some(Verdict { limits, passed: missed.is_empty(), missed })
     }
 }
@@ -241,7 +243,7 @@ pub struct Report {
     pub bpw: BitsPerWeight,
     /// Against the original, on held-out text.
     pub quality: Option<Quality>,
-    /// Of a model without an output projection, against the original, on held-out text.
+    /// Of a model that predicts no tokens, or scores texts by them, against the original, on held-out text.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hidden_states: Option<HiddenStates>,
     /// Limits on the quality.

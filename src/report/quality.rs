@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::HiddenStates;
 use crate::error::{Error, Result};
 
 /// Which tokens of a window are scored.
@@ -126,20 +127,6 @@ pub struct Beside {
     pub top1_agreement: f64,
 }
 
-/// How far the hidden states of a model without an output projection are from those of its reference.
-#[derive(Clone, Copy, Debug, Serialize)]
-#[non_exhaustive]
-pub struct HiddenStates {
-    /// Tokens that were compared.
-    pub tokens: usize,
-    /// Mean cosine between both of a token.
-    pub cosine_mean: f64,
-    /// The lowest.
-    pub cosine_min: f64,
-    /// Length of the difference as a share of the reference's, all tokens together.
-    pub relative_error: f64,
-}
-
 /// Limits that a quantized model must keep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 #[non_exhaustive]
@@ -148,8 +135,12 @@ pub struct Limits {
     pub max_ppl_ratio: Option<f64>,
     /// Largest mean divergence.
     pub max_kld: Option<f64>,
-    /// Least share of tokens on which both would say the same.
+    /// Least share of tokens on which both would say the same; of a classifier, of equal labels.
     pub min_top1: Option<f64>,
+    /// Least mean cosine of embeddings with the reference's, or of hidden states where none are made of them.
+    pub min_cosine: Option<f64>,
+    /// Least rank correlation of a reranker's or a reward model's scores with the reference's (Spearman).
+    pub min_spearman: Option<f64>,
     /// What the baseline was measured on that set some of them, which is what has to be measured again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<Measured>,
@@ -184,12 +175,21 @@ impl Limits {
         };
         check("--max-ppl-ratio", self.max_ppl_ratio, "a number above 0", |x| x > 0.0 && x.is_finite())?;
         check("--max-kld", self.max_kld, "a number of nats, 0 or more", |x| x >= 0.0 && x.is_finite())?;
-        check("--min-top1", self.min_top1, "a share from 0 to 1", |x| (0.0..=1.0).contains(&x))
+        check("--min-top1", self.min_top1, "a share from 0 to 1", |x| (0.0..=1.0).contains(&x))?;
+        let cosine: fn(f64) -> bool = |x| (-1.0..=1.0).contains(&x);
+        check("--min-cosine", self.min_cosine, "a cosine from -1 to 1", cosine)?;
+        check("--min-spearman", self.min_spearman, "a correlation from -1 to 1", cosine)
     }
 
-    /// What was missed, one sentence each.
+    /// What was missed of the predictions of a model, or of what it makes of texts, one sentence each.
     #[cfg_attr(doc, doc(hidden))]
-    pub fn missed(&self, quality: &Quality) -> Vec<String> {
+    pub fn missed(&self, quality: Option<&Quality>, states: Option<&HiddenStates>) -> Vec<String> {
+        let mut missed = quality.map_or(Vec::new(), |quality| self.missed_in_predictions(quality));
+        missed.extend(states.iter().flat_map(|states| self.missed_in(&states.made())));
+        missed
+    }
+
+    fn missed_in_predictions(&self, quality: &Quality) -> Vec<String> {
         let Some(beside) = &quality.beside else { return Vec::new() };
         let mut missed = self.missed_by([beside.perplexity_ratio, beside.kld_mean, beside.top1_agreement]);
         let Quality { context, windows, tokens, .. } = *quality;
@@ -235,7 +235,7 @@ mod tests {
     fn limits_that_mean_nothing_are_refused() {
         let limits = |[max_ppl_ratio, max_kld, min_top1]: [f64; 3]| {
             let [max_ppl_ratio, max_kld, min_top1] = [max_ppl_ratio, max_kld, min_top1].map(Some);
-            Limits { max_ppl_ratio, max_kld, min_top1, baseline: None }.check()
+            Limits { max_ppl_ratio, max_kld, min_top1, ..Limits::default() }.check()
         };
         for good in [[1.01, 0.0, 0.0], [0.5, 7.0, 1.0]] {
             limits(good).unwrap();
@@ -277,7 +277,7 @@ mod tests {
             kld_max: 0.0,
             top1_agreement: 0.9,
         };
-        let limits = Limits { max_ppl_ratio: Some(1.2), max_kld: Some(0.1), min_top1: Some(0.95), baseline: None };
+        let limits = Limits { max_ppl_ratio: Some(1.2), max_kld: Some(0.1), min_top1: Some(0.95), ..Limits::default() };
         let quality = Quality {
             model: String::new(),
             perplexity: 11.0,
@@ -290,11 +290,12 @@ mod tests {
             beside: Some(quality),
             further: Vec::new(),
         };
-        let missed = limits.missed(&quality);
+        let missed = limits.missed(Some(&quality), None);
         assert_eq!(missed.len(), 2, "{missed:?}");
         // A baseline has to be measured on as much.
         let same = Measured { context: 8, windows: 1, tokens: 7 };
-        let on = |baseline: Measured| Limits { baseline: Some(baseline), ..Limits::default() }.missed(&quality);
+        let on =
+            |baseline: Measured| Limits { baseline: Some(baseline), ..Limits::default() }.missed(Some(&quality), None);
         assert_eq!(on(same), Vec::<String>::new());
         assert!(
             on(Measured { windows: 2, ..same })[0]

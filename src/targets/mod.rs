@@ -302,6 +302,8 @@ pub struct HeldOut {
     pub asked: usize,
     /// Those that are measured.
     pub windows: Vec<Vec<u32>>,
+    /// What the tokenizer puts before a text, and after it.
+    pub around: [Vec<u32>; 2],
 }
 
 /// What a target has to say, beside what there is to say of model and texts.

@@ -24,9 +24,14 @@ pub fn names() -> Vec<String> {
 
 /// A folder with config.json and model.safetensors of the checkpoint `name`; gone once dropped.
 pub fn checkpoint(name: &str) -> TempDir {
+    checkpoint_of(&folder().join(name))
+}
+
+/// The same of the checkpoint that `described` describes.
+pub fn checkpoint_of(described: &Path) -> TempDir {
     let room = tempfile::tempdir().unwrap();
-    std::fs::copy(folder().join(name).join("config.json"), room.path().join("config.json")).unwrap();
-    let tensors = tensors(name);
+    std::fs::copy(described.join("config.json"), room.path().join("config.json")).unwrap();
+    let tensors = tensors(described);
     let specs = tensors.iter().map(|tensor| tensor.spec.clone()).collect();
     let writer = ShardedWriter::create(room.path(), specs, u64::MAX, &BTreeMap::new()).unwrap();
     for tensor in &tensors {
@@ -43,9 +48,9 @@ struct Generated {
     amplitude: f64,
 }
 
-/// The tensors of the checkpoint `name`, in the order of its tensors.json.
-fn tensors(name: &str) -> Vec<Generated> {
-    let text = std::fs::read(folder().join(name).join("tensors.json")).unwrap();
+/// The tensors of the checkpoint that a folder describes, in the order of its tensors.json.
+fn tensors(described: &Path) -> Vec<Generated> {
+    let text = std::fs::read(described.join("tensors.json")).unwrap();
     let list: Vec<(String, Vec<usize>, Dtype, f64, f64)> = serde_json::from_slice(&text).unwrap();
     let tensor = |(name, shape, dtype, center, amplitude)| {
         let spec = TensorSpec { name, shape, dtype };
@@ -90,7 +95,7 @@ fn weights_are_those_that_the_goldens_were_computed_with() {
     assert!(names.len() >= 60, "the fixtures are there");
     for name in names {
         let mut hash = Sha256::new();
-        tensors(&name).iter().for_each(|tensor| hash.update(tensor.bytes()));
+        tensors(&folder().join(&name)).iter().for_each(|tensor| hash.update(tensor.bytes()));
         assert_eq!(format!("{:x}", hash.finalize()), recorded[&name].as_str().unwrap(), "{name}");
     }
 }
@@ -99,7 +104,7 @@ fn weights_are_those_that_the_goldens_were_computed_with() {
 fn a_checkpoint_is_written_as_it_is_described() {
     let room = checkpoint("qwen2_tied");
     let file = formats::SafetensorsFile::open(room.path().join("model.safetensors")).unwrap();
-    let expected = tensors("qwen2_tied");
+    let expected = tensors(&folder().join("qwen2_tied"));
     assert_eq!(file.tensors().len(), expected.len());
     for tensor in expected {
         let found = file.get(&tensor.spec.name).unwrap();

@@ -25,6 +25,7 @@ mod gguf_inputs;
 mod golden;
 mod guesses;
 mod harness;
+mod heads;
 mod hostile;
 mod hub;
 mod imatrix;

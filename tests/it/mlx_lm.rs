@@ -235,9 +235,9 @@ fn every_family_is_told_or_refused_where_mlx_lm_does_otherwise() {
 /// Embedding models attend both ways, which no class of mlx-lm does.
 #[test]
 fn what_attends_both_ways_is_refused() {
-    with("qwen2_tied", json!({"is_causal": false}), Refused("is_causal is false"));
+    with("qwen2_tied", json!({"is_causal": false}), Refused("see what comes after them"));
     let both = json!({"use_bidirectional_attention": true});
-    with("gemma3_text_plain", both, Refused("use_bidirectional_attention is true"));
+    with("gemma3_text_plain", both, Refused("see what comes after them"));
 }
 
 #[test]

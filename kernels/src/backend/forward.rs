@@ -25,13 +25,24 @@ pub struct AttentionShape {
     pub chunk: Option<usize>,
     /// Scores become `cap · tanh(score / cap)` before the softmax (Gemma 2); positive.
     pub softcap: Option<f32>,
+    /// A token sees as far ahead as it sees back, as in models that make embeddings; not with a `chunk`.
+    pub both_ways: bool,
 }
 
 impl AttentionShape {
-    /// The first position that the token at `position` sees; the last is its own.
+    /// The first position that the token at `position` sees.
     pub fn first_seen(&self, position: usize) -> usize {
         let window = self.window.map_or(0, |window| (position + 1).saturating_sub(window));
         window.max(self.chunk.map_or(0, |chunk| position / chunk * chunk))
+    }
+
+    /// The position after the last one that the token at `position` sees, in a sequence of `length`.
+    pub fn end_seen(&self, position: usize, length: usize) -> usize {
+        match (self.both_ways, self.window) {
+            (false, _) => position + 1,
+            (true, None) => length,
+            (true, Some(window)) => position.saturating_add(window).min(length),
+        }
     }
 }
 
@@ -329,7 +340,7 @@ pub trait Forward: Memory {
         layout: &RopeLayout,
         lengths: &[usize],
     ) -> Result<()>;
-    /// Causal softmax attention of each sequence.
+    /// Softmax attention of each sequence.
     ///
     /// `q` is `[tokens, heads·head_dim]`, `k` `[tokens, kv_heads·head_dim]`, `v` `[tokens, kv_heads·value_dim]`, the
     /// result `[tokens, heads·value_dim]`. `sinks` `[heads]` are logits that take part in each query's softmax and have

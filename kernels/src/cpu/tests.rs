@@ -16,6 +16,7 @@ const SHAPE: AttentionShape = AttentionShape {
     window: Some(70),
     chunk: Some(100),
     softcap: Some(5.0),
+    both_ways: false,
 };
 
 fn refused<T>(op: &str, result: Result<T>) {

@@ -1,4 +1,4 @@
-//! Causal softmax attention.
+//! Softmax attention.
 
 use super::{Arg, Cuda, Matrix, Module, Operands, Rounded, at};
 use crate::Result;
@@ -54,7 +54,8 @@ fn tiles(shape: &AttentionShape, lengths: &[usize]) -> Vec<[i32; 3]> {
     let mut start = 0;
     for &length in lengths {
         all.extend((0..length).step_by(QUERIES).map(|query| {
-            let keys = (query + QUERIES).min(length) - shape.first_seen(query);
+            let last = (query + QUERIES).min(length) - 1;
+            let keys = shape.end_seen(last, length) - shape.first_seen(query);
             (keys, [start, length, query].map(|x| x as i32))
         }));
         start += length;
@@ -73,7 +74,7 @@ impl Cuda {
         shape: &AttentionShape,
         lengths: &[usize],
     ) -> Result<Operands> {
-        let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap } = *shape;
+        let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap, both_ways } = *shape;
         expect_attention([q, k, v].map(|m| [m.rows, m.cols]), sinks, shape, lengths)?;
 
         let tiles = tiles(shape, lengths);
@@ -83,6 +84,9 @@ impl Cuda {
         let (tiles, sinks) = (tiles.pin()?, sinks.as_ref().map(|sinks| sinks.pin()).transpose()?);
         // No sequence is longer than the largest.
         let limit = |positions: Option<usize>| positions.map_or(0, |p| p.min(i32::MAX as usize) as i32);
+        // Positions after its own that a token sees: so few that a sum with a position is a number, too.
+        let most = 1 << 30;
+        let ahead: i32 = if both_ways { window.map_or(most, |window| (window - 1).min(most)) as i32 } else { 0 };
         let rest = [
             at(sinks.as_ref()),
             tiles.arg(),
@@ -94,6 +98,7 @@ impl Cuda {
             softcap.unwrap_or(0.0).into(),
             limit(window).into(),
             limit(chunk).into(),
+            ahead.into(),
         ];
         let start = |kernel, grid, shared, places: [Arg; 4]| {
             let args: Vec<Arg> = places.into_iter().chain(rest).collect();

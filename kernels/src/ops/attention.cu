@@ -1,16 +1,16 @@
-// Causal attention that never holds more scores than a tile's: a block takes 64 queries of one head, goes through the keys they
+// Attention that never holds more scores than a tile's: a block takes 64 queries of one head, goes through the keys they
 // see and keeps, for each query, the largest score so far, the sum of its weights and their mixture of values (Dao et al. 2022,
 // arXiv:2205.14135).
 //
 // `tiles` says what blocks take, three numbers each: where the sequence starts among the tokens, how long it is, and the first
-// query. A window or a chunk of 0 is none, and so is a cap of 0.
+// query. A window or a chunk of 0 is none, and so is a cap of 0. A token sees `ahead` positions after its own.
 
 #define QUERIES 64
 
 #define ATTENTION(T)                                                                                                        \
     T *out, const T *q, const T *k, const T *v, const float *sinks, const int *tiles, int heads, int kv_heads, int head_dim, \
-        int value_dim, float scale, float cap, int window, int chunk
-#define ATTENTION_GIVEN out, q, k, v, sinks, tiles, heads, kv_heads, head_dim, value_dim, scale, cap, window, chunk
+        int value_dim, float scale, float cap, int window, int chunk, int ahead
+#define ATTENTION_GIVEN out, q, k, v, sinks, tiles, heads, kv_heads, head_dim, value_dim, scale, cap, window, chunk, ahead
 
 __device__ __forceinline__ int first_seen(int position, int window, int chunk) {
     int first = 0;
@@ -39,6 +39,8 @@ __device__ __forceinline__ void attend_whole(ATTENTION(float)) {
     const int *tile = tiles + 3 * (blockIdx.x / heads);
     int head = blockIdx.x % heads, kv_head = head / (heads / kv_heads), col = blockIdx.y * WIDE;
     int query = tile[2], last = min(query + QUERIES, tile[1]) - 1;
+    // The last position that some query of the block sees.
+    int end = tile[1] - 1, reach = min(last + ahead, end);
     int q_stride = heads * head_dim, k_stride = kv_heads * head_dim, v_stride = kv_heads * value_dim;
     i64 start = tile[0];
     q += (start + query) * q_stride + head * head_dim;
@@ -54,7 +56,7 @@ __device__ __forceinline__ void attend_whole(ATTENTION(float)) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             int row = own_row + 16 * i;
-            int from = min(row, last - query) * q_stride, key = min(row, last - base) * k_stride;
+            int from = min(row, last - query) * q_stride, key = min(row, reach - base) * k_stride;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 int depth = slice * DEPTH + 8 * half + own_depth;
@@ -79,7 +81,7 @@ __device__ __forceinline__ void attend_whole(ATTENTION(float)) {
 #pragma unroll
         for (int i = 0; i < TAKEN; i++) {
             int at = threadIdx.x + 128 * i;
-            int from = min(4 * (at / WIDE) + slice, last - base) * v_stride;
+            int from = min(4 * (at / WIDE) + slice, reach - base) * v_stride;
             next[i] = col + at % WIDE < value_dim ? values[from + at % WIDE] : 0.0f;
         }
     };
@@ -101,7 +103,7 @@ __device__ __forceinline__ void attend_whole(ATTENTION(float)) {
     int begin = first_seen(query, window, chunk), full = first_seen(last, window, chunk), step = 0;
     fetch_pair(begin, 0);
 #pragma unroll 1
-    for (int base = begin; base <= last; base += 64) {
+    for (int base = begin; base <= reach; base += 64) {
         float score[8][4];
 #pragma unroll
         for (int r = 0; r < 8; r++)
@@ -125,17 +127,18 @@ __device__ __forceinline__ void attend_whole(ATTENTION(float)) {
             }
         }
         // Whether some query of the block does not see some key of the tile.
-        bool edge = base + 63 > query || base < full;
+        bool edge = base + 63 > min(query + ahead, end) || base < full;
 #pragma unroll
         for (int r = 0; r < 8; r++) {
             int position = query + 8 * ty + r, first = edge ? first_seen(position, window, chunk) : 0;
+            int furthest = min(position + ahead, end);
             float largest = -INFINITE;
 #pragma unroll
             for (int c = 0; c < 4; c++) {
                 float s = score[r][c] * inner;
                 if (cap != 0.0f) s = cap * tanhf(s);
                 int key = base + 4 * tx + c;
-                if (edge && (key > position || key < first)) s = -INFINITE;
+                if (edge && (key > furthest || key < first)) s = -INFINITE;
                 score[r][c] = s;
                 largest = fmaxf(largest, s);
             }
@@ -168,7 +171,7 @@ __device__ __forceinline__ void attend_whole(ATTENTION(float)) {
             put_values(at);
             __syncthreads();
             if (slice + 1 < 4) fetch_values(base, slice + 1);
-            else if (base + 64 <= last) fetch_pair(base + 64, 0);
+            else if (base + 64 <= reach) fetch_pair(base + 64, 0);
 #pragma unroll 8
             for (int d = 0; d < DEPTH; d++) {
                 const float *weight = weights + (16 * slice + d) * PITCH + 8 * ty;
@@ -245,6 +248,8 @@ __device__ __forceinline__ void attend_rounded(ATTENTION(u16)) {
     const int *tile = tiles + 3 * (blockIdx.x / heads);
     int head = blockIdx.x % heads, kv_head = head / (heads / kv_heads);
     int query = tile[2], last = min(query + QUERIES, tile[1]) - 1;
+    // The last position that some query of the block sees.
+    int end = tile[1] - 1, reach = min(last + ahead, end);
     int q_stride = heads * head_dim, k_stride = kv_heads * head_dim, v_stride = kv_heads * value_dim;
     i64 start = tile[0];
     q += start * q_stride + head * head_dim;
@@ -253,7 +258,7 @@ __device__ __forceinline__ void attend_rounded(ATTENTION(u16)) {
     int begin = first_seen(query, window, chunk), full = first_seen(last, window, chunk);
 
     load_rows<D, QUERIES>(queries, q, q_stride, head_dim, query, last);
-    load_rows<D, KEYS>(keys, k, k_stride, head_dim, begin, last);
+    load_rows<D, KEYS>(keys, k, k_stride, head_dim, begin, reach);
     // Where this lane's row of four 8 × 8 matrices begins: of a left operand, of keys, of values.
     const unsigned char *left = queries + (own + lane % 16) * pitch<D>() + lane / 16 * 16;
     const unsigned char *key_row = keys + (lane % 8 + lane / 16 * 8) * pitch<D>() + lane / 8 % 2 * 16;
@@ -279,11 +284,11 @@ __device__ __forceinline__ void attend_rounded(ATTENTION(u16)) {
 #pragma unroll
         for (int i = 0; i < 4; i++) mixed[n][i] = 0.0f;
 #pragma unroll 1
-    for (int base = begin; base <= last; base += KEYS) {
+    for (int base = begin; base <= reach; base += KEYS) {
         // The keys are there, and nobody reads the values of the tile before any more.
         copy_wait<0>();
         __syncthreads();
-        load_rows<V, KEYS>(values, v, v_stride, value_dim, base, last);
+        load_rows<V, KEYS>(values, v, v_stride, value_dim, base, reach);
         float score[KEYS / 8][4];
 #pragma unroll
         for (int n = 0; n < KEYS / 8; n++)
@@ -310,17 +315,18 @@ __device__ __forceinline__ void attend_rounded(ATTENTION(u16)) {
                 for (int i = 0; i < 4; i++)
                     score[n][i] = cap - __fdividef(2.0f * cap, fast_exp2(score[n][i] * twice) + 1.0f);
         }
-        bool edge = base + KEYS - 1 > query || base < full;
+        bool edge = base + KEYS - 1 > min(query + ahead, end) || base < full;
         if (edge) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 int position = query + own + lane / 4 + 8 * r, first = first_seen(position, window, chunk);
+                int furthest = min(position + ahead, end);
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         int key = base + 8 * n + 2 * (lane % 4) + i;
-                        if (key > position || key < first) score[n][2 * r + i] = -INFINITE;
+                        if (key > furthest || key < first) score[n][2 * r + i] = -INFINITE;
                     }
             }
         }
@@ -358,7 +364,7 @@ __device__ __forceinline__ void attend_rounded(ATTENTION(u16)) {
         // The values are there, and nobody reads the keys any more.
         copy_wait<0>();
         __syncthreads();
-        if (base + KEYS <= last) load_rows<D, KEYS>(keys, k, k_stride, head_dim, base + KEYS, last);
+        if (base + KEYS <= reach) load_rows<D, KEYS>(keys, k, k_stride, head_dim, base + KEYS, reach);
 #pragma unroll
         for (int n = 0; n < KEYS / 16; n++) {
 #pragma unroll

@@ -1,5 +1,5 @@
-//! Causal softmax attention with grouped heads; optionally with a sliding window, blocks of positions, capped scores and
-//! sinks.
+//! Softmax attention with grouped heads, to what came before or both ways; optionally with a sliding window, blocks of positions, capped
+//! scores and sinks.
 //!
 //! A task takes a few queries of one head of one sequence: it builds their scores only, never the whole
 //! `heads × tokens × tokens` tensor.
@@ -25,7 +25,7 @@ pub fn reference(
     shape: &AttentionShape,
     lengths: &[usize],
 ) -> Array2<f32> {
-    let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap } = *shape;
+    let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap, both_ways } = *shape;
     let mut out = Array2::zeros((q.nrows(), heads * value_dim));
     let mut start = 0;
     for &length in lengths {
@@ -33,8 +33,9 @@ pub fn reference(
             let kv_head = head / (heads / kv_heads);
             let sink = sinks.map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[head]));
             for i in 0..length {
-                let seen = |j: &usize| window.is_none_or(|w| i < j + w) && chunk.is_none_or(|c| i / c == j / c);
-                let keys: Vec<usize> = (0..=i).filter(seen).collect();
+                let near = |j: &usize| window.is_none_or(|w| i.abs_diff(*j) < w);
+                let seen = |j: &usize| (both_ways || *j <= i) && near(j) && chunk.is_none_or(|c| i / c == j / c);
+                let keys: Vec<usize> = (0..length).filter(seen).collect();
                 let score = |j: &usize| {
                     let (a, b) = (q.row(start + i), k.row(start + j));
                     let pairs = (0..head_dim).map(|d| (a[head * head_dim + d], b[kv_head * head_dim + d]));
@@ -86,7 +87,7 @@ pub fn run(
         let kv_head = head / (heads / kv_heads);
         let count = QUERIES.min(length - query);
         let first = shape.first_seen(query);
-        let keys = query + count - first;
+        let keys = shape.end_seen(query + count - 1, length) - first;
         scores.clear();
         scores.resize(count * keys, 0.0);
         let sink = sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head]);
@@ -104,7 +105,8 @@ pub fn run(
                 [0.0, scale],
             );
             for (i, row) in scores.chunks_exact_mut(keys).enumerate() {
-                let [begin, end] = [shape.first_seen(query + i), query + i + 1].map(|position| position - first);
+                let [begin, end] =
+                    [shape.first_seen(query + i), shape.end_seen(query + i, length)].map(|position| position - first);
                 row[..begin].fill(0.0);
                 row[end..].fill(0.0);
                 let seen = &mut row[begin..end];
@@ -277,7 +279,7 @@ impl Scratch {
         // Capped scores are scaled before, others in the softmax.
         let (before, within) = if softcap.is_some() { (scale, 1.0) } else { (1.0, scale) };
         let sink = sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head] / within);
-        let seen = (query + count).next_multiple_of(PANEL) - first;
+        let seen = shape.end_seen(query + count - 1, length).next_multiple_of(PANEL) - first;
         let Scratch { queries, scores, weights, mixed, sums } = self;
         queries.clear();
         queries.resize(QUERIES * depth, 0);
@@ -302,7 +304,8 @@ impl Scratch {
         for (row, (scores, weights)) in
             scores.chunks_exact_mut(seen).zip(weights.chunks_exact_mut(seen / 2)).enumerate().take(count)
         {
-            let [begin, end] = [shape.first_seen(query + row), query + row + 1].map(|position| position - first);
+            let [begin, end] =
+                [shape.first_seen(query + row), shape.end_seen(query + row, length)].map(|position| position - first);
             scores[..begin].fill(0.0);
             scores[end..].fill(0.0);
             if let Some(cap) = softcap {
@@ -389,6 +392,7 @@ mod tests {
         window: None,
         chunk: None,
         softcap: None,
+        both_ways: false,
     };
 
     fn check(shape: AttentionShape, sunk: bool, lengths: &[usize], seed: u64) {
@@ -420,6 +424,7 @@ mod tests {
         ] {
             let shape = AttentionShape { heads, kv_heads, head_dim, value_dim: head_dim, window, ..PLAIN };
             check(shape, false, &lengths, 5);
+            check(AttentionShape { both_ways: true, ..shape }, true, &lengths, 6);
         }
     }
 
@@ -439,13 +444,15 @@ mod tests {
             chunk in some(1usize..120),
             softcap in some(0.5f32..10.0),
             sunk: bool,
+            both_ways: bool,
             lengths in prop::collection::vec(prop_oneof![0usize..5, 60usize..70, 120usize..200], 1..4),
             seed: u64,
         ) {
             let [head_dim, value_dim] = [head_dim, value_dim].map(|dim| if even { 2 * dim } else { dim });
             let heads = kv_heads * of_each;
             let scale = (head_dim as f32).powf(-0.5);
-            let shape = AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap };
+            let chunk = chunk.filter(|_| !both_ways);
+            let shape = AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window, chunk, softcap, both_ways };
             check(shape, sunk, &lengths, seed);
         }
     }

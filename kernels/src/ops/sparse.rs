@@ -447,6 +447,7 @@ pub(crate) mod tests {
             window: None,
             chunk: None,
             softcap: None,
+            both_ways: false,
         };
         let q = noise.matrix(tokens, heads * head_dim) * 2.0;
         let [k, v] = [head_dim, value_dim].map(|dim| noise.matrix(tokens, kv_heads * dim));
@@ -485,6 +486,7 @@ pub(crate) mod tests {
             window: None,
             chunk: None,
             softcap: None,
+            both_ways: false,
         };
         let all = super::super::attention::run(q.view(), k.view(), k.view(), None, &shape, &[70, 30]);
         let qkv = [q.view(), k.view(), k.view()];

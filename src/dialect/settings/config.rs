@@ -102,6 +102,9 @@ impl Settings {
         }
         set(self.of_type(model_type, activation, &model)?);
         set(self.mixture(model_type, &model)?);
+        if self.flag("attention.causal")? == Some(false) {
+            set(json!({"is_causal": false}));
+        }
         if let Some(key) = self.architecture.further {
             set(json!({key: self.further()?}));
         }
@@ -111,10 +114,10 @@ impl Settings {
     /// Fails for flags that change what is computed and have no key in any config.json.
     fn check_sayable(&self) -> Result<()> {
         let id = self.architecture.id;
-        if self.flag("attention.causal")? == Some(false) {
+        if self.flag("attention.causal")? == Some(false) && self.window()?.is_some() {
             return Err(self.unsupported(format!(
-                "`{}` is false: attention to what comes later in the text can be neither computed nor written here; take the model \
-                 as it is, or have llama-quantize quantize it",
+                "`{}` is false: attention both ways within a window can be neither computed nor written here; take the model as it is, or have \
+                 llama-quantize quantize it",
                 self.key("attention.causal")
             )));
         }

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
         max_ppl_ratio: float
         max_kld: float
         min_top1: float
+        min_cosine: float
+        min_spearman: float
         baseline: Path
         max_regression: str
 
@@ -229,7 +231,7 @@ def quantize(
     each stage, and `seconds_left` is None while too little is known. What it raises stops the run.
 
     `settings` are the keys of a recipe (format, group_size, method, calibration, samples, ignore, ...), limits (max_kld, max_ppl_ratio,
-    min_top1, baseline), what is measured (verify_text, verify_windows), and force, device and threads.
+    min_top1, min_cosine, min_spearman, baseline), what is measured (verify_text, verify_windows), and force, device and threads.
 
     Raises UsageError, FailedError, and LimitsError if a limit is missed; the output stays then.
     """

@@ -17,6 +17,7 @@ const PLAIN: AttentionShape = AttentionShape {
     window: None,
     chunk: None,
     softcap: None,
+    both_ways: false,
 };
 
 struct Case {
@@ -108,6 +109,7 @@ fn shape(heads: [usize; 2], dims: [usize; 2]) -> AttentionShape {
 fn options(of: AttentionShape) -> Vec<(AttentionShape, bool, Vec<usize>)> {
     let ragged = vec![67, 1, 0, 130];
     let with = |window, chunk, softcap| AttentionShape { window, chunk, softcap, ..of };
+    let both = |window| AttentionShape { window, both_ways: true, ..of };
     vec![
         (of, false, ragged.clone()),
         (of, true, vec![64, 3]),
@@ -118,6 +120,10 @@ fn options(of: AttentionShape) -> Vec<(AttentionShape, bool, Vec<usize>)> {
         (with(None, Some(48), None), false, ragged.clone()),
         (with(None, None, Some(1.5)), false, ragged.clone()),
         (with(Some(90), Some(150), Some(4.0)), true, vec![161, 2]),
+        (both(None), false, ragged.clone()),
+        (both(Some(1)), false, vec![70]),
+        (both(Some(5)), true, ragged),
+        (both(Some(70)), false, vec![200, 64]),
     ]
 }
 
@@ -211,6 +217,7 @@ fn what_does_not_fit_is_refused_and_nothing_is_no_work() {
             run([5, 32], [5, 16], [5, 12], None, &AttentionShape { window: Some(0), ..four }, 5),
             run([5, 32], [5, 16], [5, 12], None, &AttentionShape { chunk: Some(0), ..four }, 5),
             run([5, 32], [5, 16], [5, 12], None, &AttentionShape { kv_heads: 3, ..four }, 5),
+            run([5, 32], [5, 16], [5, 12], None, &AttentionShape { chunk: Some(2), both_ways: true, ..four }, 5),
         ] {
             wrong.unwrap_err();
         }

@@ -9,7 +9,17 @@ use crate::ops::testing::{Noise, close};
 
 fn attention(heads: usize, kv_heads: usize, head_dim: usize, value_dim: usize) -> AttentionShape {
     let scale = (head_dim as f32).powf(-0.5);
-    AttentionShape { heads, kv_heads, head_dim, value_dim, scale, window: None, chunk: None, softcap: None }
+    AttentionShape {
+        heads,
+        kv_heads,
+        head_dim,
+        value_dim,
+        scale,
+        window: None,
+        chunk: None,
+        softcap: None,
+        both_ways: false,
+    }
 }
 
 #[test]

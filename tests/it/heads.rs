@@ -1,0 +1,275 @@
+//! Models that predict no tokens: their embeddings and scores are those of transformers (`tests/fixtures/make_heads.py`), and what is
+//! measured of an output is what it makes of texts.
+
+use std::path::{Path, PathBuf};
+
+use formats::SafetensorsFile;
+use kernels::Cpu;
+use quantc::Checkpoint;
+use quantc::job::{Job, Verification};
+use quantc::progress::Progress;
+use quantc::recipe::{Recipe, Request};
+use quantc::report::{Limits, Report};
+use quantc::verify::outputs;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::families::checkpoint_of;
+use crate::harness::Room;
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/heads")
+}
+
+fn names() -> Vec<String> {
+    let mut names: Vec<String> =
+        std::fs::read_dir(folder()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+/// The whole checkpoint, with what sentence-transformers lays beside it.
+fn model(name: &str) -> TempDir {
+    let (described, room) = (folder().join(name), checkpoint_of(&folder().join(name)));
+    for entry in std::fs::read_dir(described).unwrap() {
+        let path = entry.unwrap().path();
+        let to = room.path().join(path.file_name().unwrap());
+        if path.is_dir() {
+            std::fs::create_dir(&to).unwrap();
+            for file in std::fs::read_dir(path).unwrap() {
+                let file = file.unwrap().path();
+                std::fs::copy(&file, to.join(file.file_name().unwrap())).unwrap();
+            }
+        } else if path.ends_with("modules.json") {
+            std::fs::copy(path, to).unwrap();
+        }
+    }
+    room
+}
+
+#[test]
+fn embeddings_and_scores_are_those_of_transformers() {
+    let names = names();
+    assert!(names.len() >= 13, "{names:?}");
+    for name in names {
+        let (room, golden) =
+            (model(&name), SafetensorsFile::open(folder().join(&name).join("golden.safetensors")).unwrap());
+        let ids = golden.get("input_ids").unwrap();
+        let all =
+            ids.data.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap()) as u32).collect::<Vec<_>>();
+        let texts: Vec<Vec<u32>> = all.chunks(ids.shape[1]).map(<[u32]>::to_vec).collect();
+        let found = outputs(&Cpu::exact(), &Checkpoint::open(room.path()).unwrap(), &texts).unwrap();
+        let (key, found) = match found.scores.is_empty() {
+            true => ("embeddings", found.embeddings),
+            false => ("scores", found.scores),
+        };
+        let expected = golden.get(key).unwrap_or_else(|| panic!("{name}: {key} were made")).to_f32().unwrap();
+        let found: Vec<f64> = found.into_iter().flatten().collect();
+        assert_eq!(found.len(), expected.len(), "{name}");
+        let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+        let worst = found.iter().zip(&expected).map(|(a, b)| (a - f64::from(*b)).abs()).fold(0.0, f64::max);
+        assert!(worst <= 1e-4 * f64::from(largest), "{name}: off by {worst}, the largest is {largest}");
+    }
+}
+
+/// Quantizes a model on a text of its own words.
+fn quantize(model: &Path, output: &Path, toml: &str, limits: Limits) -> quantc::Result<Report> {
+    let text = model.join("text.txt").display().to_string();
+    let request: Request = toml::from_str(toml).unwrap();
+    let group = if toml.contains("'gguf'") { "" } else { "group_size = 32" };
+    let common = format!("calibration = '{text}'\nsamples = 16\nseq_len = 24\n{group}");
+    let recipe = Recipe::resolve(request.or(toml::from_str(&common).unwrap())).unwrap();
+    let verification = Some(Verification { text, context: 24, windows: Some(16), limits });
+    Job::one(model, output, recipe, verification, false).run_one(&Cpu::exact(), &mut Progress::new(true))
+}
+
+#[test]
+fn every_head_is_kept_and_measured_in_every_layout() {
+    let outputs = tempfile::tempdir().unwrap();
+    for name in names() {
+        let room = model(&name);
+        for format in ["compressed-tensors", "gptq", "awq", "gguf"] {
+            crate::matrix::speak(room.path());
+            if format == "gguf" {
+                crate::gguf_families::spell(room.path());
+                let text: String = (0..3000u32).map(|i| char::from(b'!' + (i * i % 9973 % 90) as u8)).collect();
+                std::fs::write(room.path().join("text.txt"), text).unwrap();
+            }
+            let scheme = match format {
+                "awq" => "W4A16_ASYM",
+                "gguf" => "Q8_0",
+                _ => "W8A16",
+            };
+            let output = outputs.path().join(format!("{name}-{format}"));
+            let toml = format!("format = '{format}'\nscheme = '{scheme}'");
+            let report = match quantize(room.path(), &output, &toml, Limits::default()) {
+                Ok(report) => report,
+                Err(error) => {
+                    let (known, why) = (error.to_string(), format!("{name}, {format}: {error}"));
+                    let conv = name.starts_with("gpt2") && known.contains("Conv1D");
+                    assert!(conv || format == "gguf" && known.contains("both ways within a window"), "{why}");
+                    continue;
+                }
+            };
+            let what = format!("{name}, {format}: {:#?}", report.hidden_states);
+            let (states, close) = (report.hidden_states.expect(&name), if format == "awq" { 0.9 } else { 0.999 });
+            assert!(states.cosine_mean > close && states.cosine_min <= states.cosine_mean, "{what}");
+            assert_eq!(report.quality.is_some(), name == "qwen3_yes_no", "{what}");
+            let embeds = ["lasttoken", "pooled", "both_ways", "embedding"].iter().any(|word| name.contains(word));
+            assert_eq!(states.embeddings.is_some(), embeds, "{what}");
+            assert_eq!(states.scores.is_some(), !embeds, "{what}");
+            if let Some(embeddings) = &states.embeddings {
+                assert!(
+                    embeddings.texts == 16 && embeddings.cosine_mean > close && embeddings.cosine_min < 1.0,
+                    "{what}"
+                );
+            }
+            if let Some(scores) = &states.scores {
+                let one = scores.labels == 1;
+                assert_eq!([scores.label_agreement.is_none(), scores.rank_correlation.is_some()], [one; 2], "{what}");
+                let share = scores.label_agreement.or(scores.rank_correlation).unwrap();
+                assert!(share > if format == "awq" { 0.6 } else { 0.95 } && scores.difference_max > 0.0, "{what}");
+                assert!(scores.difference_mean <= scores.difference_max, "{what}");
+                let tokens = name.contains("tokens") || name.contains("process");
+                assert_eq!(scores.scored, if tokens { 16 * 24 } else { 16 }, "{what}");
+            }
+            if format != "gguf" {
+                kept(room.path(), &output, &what);
+            }
+        }
+    }
+}
+
+/// The head has its bytes, the configuration names it, and the modules are there.
+fn kept(model: &Path, output: &Path, what: &str) {
+    let [before, after] =
+        [model, output].map(|folder| SafetensorsFile::open(folder.join("model.safetensors")).unwrap());
+    let config: Value = serde_json::from_slice(&std::fs::read(output.join("config.json")).unwrap()).unwrap();
+    let said = config["quantization_config"].to_string();
+    for tensor in
+        before.tensors().filter(|tensor| tensor.name.starts_with("score") || tensor.name.starts_with("classifier"))
+    {
+        let [a, b] = [&before, &after].map(|file| file.get(&tensor.name).expect(what).data.to_vec());
+        assert_eq!(a, b, "{what}: {}", tensor.name);
+        let module = tensor.name.strip_suffix(".weight").unwrap_or("score");
+        assert!(
+            !tensor.name.ends_with("weight") || said.contains(module) || said.contains("\"gptq\""),
+            "{what}: {said}"
+        );
+    }
+    let files = |folder: &Path| {
+        let mut found: Vec<String> = Vec::new();
+        for entry in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_dir())
+        {
+            let inner = std::fs::read_dir(&entry).unwrap().map(|file| file.unwrap().path());
+            found.extend(inner.map(|file| file.strip_prefix(folder).unwrap().display().to_string()));
+        }
+        found.extend(folder.join("modules.json").exists().then(|| "modules.json".to_owned()));
+        found.sort();
+        found
+    };
+    assert_eq!(files(model), files(output), "{what}");
+}
+
+/// A model of this name under `model` in a room, with a tokenizer and a text.
+fn room(name: &str) -> Room {
+    let (room, made) = (Room::new(), model(name));
+    crate::matrix::speak(made.path());
+    std::fs::remove_dir_all(room.path("model")).ok();
+    room.shell(&format!("rm -rf model && cp -r {} model", made.path().display())).succeeds();
+    room
+}
+
+const QUICK: &str = "--text model/text.txt --context 24 --windows 16";
+
+#[test]
+fn eval_compares_embeddings_and_scores_and_limits_hold_them() {
+    for (name, flag, words) in [
+        ("qwen3_lasttoken", "--min-cosine", "embeddings of 64 (lasttoken, normalized), mean / lowest"),
+        (
+            "llama_pooled",
+            "--min-cosine",
+            "(cls and max and mean and mean_sqrt_len and weightedmean, a norm, a linear to 24, normalized)",
+        ),
+        ("qwen3_reranker", "--min-spearman", "rank correlation of 16 texts (Spearman)"),
+        ("qwen3_labels", "--min-top1", "same label of 16 texts"),
+        ("llama_tokens", "--min-top1", "same label of 384 tokens"),
+        ("qwen3_yes_no", "--min-spearman", "rank correlation of 16 texts (Spearman)"),
+    ] {
+        let room = room(name);
+        let quantize = "quantize model -o out --calibration model/text.txt --samples 8 --seq-len 24 --scheme W4A16 --method rtn \
+                        --group-size 32 --verify-text model/text.txt --verify-windows 16 --force";
+        let run = room.run(quantize.split_whitespace());
+        run.succeeds();
+        assert!(run.stdout().contains(words) || name.ends_with("tokens"), "{name}: {}", run.stdout());
+        let card = std::fs::read_to_string(room.path("out/README.md")).unwrap();
+        assert!(card.contains("difference of hidden states") && card.contains("## Quality"), "{card}");
+        let eval = |more: &str| room.run(format!("eval out {QUICK} {more}").split_whitespace());
+        let told = eval("--reference model");
+        told.succeeds();
+        assert!(told.stdout().contains(words), "{name}: {}", told.stdout());
+        let json = eval("--reference model --json");
+        let json: Value = serde_json::from_str(&json.stdout()).unwrap();
+        assert!(json["hidden_states"]["cosine_mean"].as_f64().unwrap() < 1.0, "{json}");
+        assert_eq!(json["perplexity"].is_number(), name == "qwen3_yes_no", "{json}");
+        // A model is as its original is, and nothing else.
+        let same = room.run(format!("eval model {QUICK} --reference model {flag} 1").split_whitespace());
+        if name != "qwen3_lasttoken" && name != "llama_pooled" {
+            same.succeeds();
+        }
+        let missed = eval(&format!("--reference model {flag} 1"));
+        if name != "qwen3_labels" {
+            assert_eq!(missed.code(), Some(3), "{name}: {}{}", missed.stdout(), missed.stderr());
+            assert!(missed.stderr().contains("below the limit of 1"), "{}", missed.stderr());
+        }
+        let run = room.run(format!("{quantize} {flag} -0.9").replace("-0.9", "0.01").split_whitespace());
+        run.succeeds();
+        if name != "qwen3_yes_no" {
+            eval("").refuses(1, &["give --reference MODEL"]);
+            eval("--reference model --max-kld 1").refuses(2, &["drop the limits on what it would predict"]);
+        }
+        for other in ["--min-cosine", "--min-top1", "--min-spearman"] {
+            let fits = other == flag
+                || other == "--min-cosine" && name != "qwen3_yes_no"
+                || other == "--min-top1" && name == "qwen3_yes_no";
+            if !fits {
+                eval(&format!("--reference model {other} 0.5")).refuses(2, &[other]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_model_that_embeds_by_its_files_is_measured_by_that_whatever_its_class_says() {
+    let room = room("qwen3_lasttoken");
+    crate::harness::Model::at(&room.path("model")).config(|config| {
+        config["architectures"] = serde_json::json!(["Qwen3ForCausalLM"]);
+        config["tie_word_embeddings"] = true.into();
+    });
+    let quantize = "quantize model -o out --scheme W8A16 --method rtn --group-size 32 --verify-text model/text.txt --verify-windows 16";
+    let run = room.run(quantize.split_whitespace());
+    run.succeeds();
+    assert!(run.stderr().contains("the model makes embeddings, as modules.json beside it says"), "{}", run.stderr());
+    let report: Value = serde_json::from_slice(&std::fs::read(room.path("out/report.json")).unwrap()).unwrap();
+    assert_eq!(report["quality"], Value::Null);
+    assert_eq!(report["hidden_states"]["embeddings"]["made_by"], "lasttoken, normalized");
+    let card = std::fs::read_to_string(room.path("out/README.md")).unwrap();
+    assert!(!card.contains("vllm serve"), "{card}");
+    // What is not known is told, and not measured.
+    for (file, text, words) in [
+        (
+            "modules.json",
+            r#"[{"path": "1_Splade", "type": "sentence_transformers.models.SpladePooling"}]"#,
+            "SpladePooling, which is not known",
+        ),
+        ("1_Pooling/config.json", r#"{"pooling_mode": "attention"}"#, "pools by attention, which is not known"),
+        ("1_Pooling/config.json", "{}", "does not say how hidden states are pooled"),
+    ] {
+        let before = std::fs::read(room.path("model").join(file)).unwrap();
+        room.file(&format!("model/{file}"), text);
+        let run = room.run(format!("{quantize} --force").split_whitespace());
+        run.succeeds();
+        assert!(run.stderr().contains(words), "{}", run.stderr());
+        std::fs::write(room.path("model").join(file), before).unwrap();
+    }
+}
