@@ -16,8 +16,8 @@ use formats::ggml::{GgmlType, TYPES};
 use formats::{Float, Scheme};
 use kernels::ops::{activation, bf16};
 use kernels::{
-    Activation, AttentionShape, Cpu, DeltaShape, Factor, FitKind, Forward, Grid, GridSpec, IndexShape, Measure, Memory,
-    NormKind, Quantize, Result, cpu,
+    Activation, AttentionShape, Cpu, DeltaShape, Factor, FitKind, Forward, Grid, GridSpec, HyperParameters, HyperShape,
+    IndexShape, Measure, Memory, NormKind, Quantize, Result, cpu,
 };
 use ndarray::Array2;
 
@@ -190,7 +190,40 @@ fn sparse(c: &mut Criterion) {
         };
         let work = flops(4 * length * 256 * 64 * 9);
         measure(&mut group, &format!("{length}, 9 heads of 64 that see 256"), work, seen, |[q, k, v, chosen]| {
-            cpu.attention_to([q, k, v], chosen, &shape, &index, &lengths)
+            cpu.attention_to([q, k, v], chosen, None, &shape, &index, &lengths)
+        });
+    }
+}
+
+/// Streams that are read and written: the weights of each token, by the bytes of its streams; what is read; and what is written.
+fn hyper(c: &mut Criterion) {
+    let (streams, hidden) = (4, 576);
+    let cpu = Cpu::exact();
+    let mut group = c.benchmark_group("hyper_connections");
+    group.sample_size(20);
+    for rounds in [0, 20] {
+        let shape = HyperShape { streams, norm_eps: 1e-6, eps: 1e-6, writes: Some([2.0, 0.0]), rounds };
+        let of_layer = || {
+            let projection = matrix(shape.weights(), streams * hidden, 1);
+            (projection.into_raw_vec_and_offset().0, vec![0.1; shape.weights()], vec![0.5; shape.kinds()])
+        };
+        let weigh = |h: &Array2<f32>, (projection, base, scale): &(Vec<f32>, Vec<f32>, Vec<f32>)| {
+            cpu.hyper_weights(h, HyperParameters { projection, base, scale }, &shape)
+        };
+        let bytes = traffic(TOKENS * streams * hidden);
+        let make = || (matrix(TOKENS, streams * hidden, 2), of_layer());
+        measure(&mut group, &format!("weights, {rounds} rounds"), bytes, make, |(h, of)| weigh(h, of));
+        let make = || {
+            let h = matrix(TOKENS, streams * hidden, 2);
+            let weights = weigh(&h, &of_layer()).expect("shapes fit");
+            (h, weights, matrix(TOKENS, hidden, 3))
+        };
+        let read =
+            |(h, weights, _): &mut (Array2<f32>, Array2<f32>, Array2<f32>)| cpu.read_streams(h, weights, streams);
+        measure(&mut group, &format!("read, {rounds} rounds"), traffic(TOKENS * (streams + 1) * hidden), make, read);
+        let name = format!("write, {rounds} rounds");
+        measure(&mut group, &name, traffic(TOKENS * (2 * streams + 1) * hidden), make, |(h, weights, y)| {
+            cpu.write_streams(y, weights, &shape, h)
         });
     }
 }
@@ -390,5 +423,5 @@ fn elementwise(c: &mut Criterion) {
     });
 }
 
-criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gated, operands, gram, attention, sparse, delta, factor, sweep, fit, blocks, elementwise);
+criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gated, operands, gram, attention, sparse, hyper, delta, factor, sweep, fit, blocks, elementwise);
 criterion_main!(benches);

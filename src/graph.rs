@@ -3,6 +3,7 @@
 mod both_ways;
 mod delta;
 mod further;
+mod hyper;
 mod lookup;
 mod mamba;
 mod rope;
@@ -15,6 +16,7 @@ use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 
 pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
 pub use self::further::{FURTHER, Further};
+pub use self::hyper::{Collapse, Hyper};
 pub use self::lookup::{Lookup, PerLayer, Side};
 pub use self::mamba::{GroupNorm, Mamba, ShortConvolution};
 pub use self::rope::{Rope, RopeScaling};
@@ -33,6 +35,8 @@ pub struct Graph {
     pub embedding: Embedding,
     /// Decoder blocks, in order; behind them those that predict further tokens.
     pub blocks: Vec<Block>,
+    /// What becomes of the streams before the last normalisation, where the blocks have several.
+    pub collapse: Option<Collapse>,
     /// The last normalisation.
     pub final_norm: Norm,
     /// The output projection.
@@ -97,6 +101,8 @@ pub struct Step {
     pub given: f32,
     /// So many steps before it add to the stream what it does not read.
     pub unseen: usize,
+    /// How it reads and writes several streams.
+    pub hyper: Option<Box<Hyper>>,
 }
 
 /// What a step computes.
@@ -346,6 +352,8 @@ pub struct Latent {
     pub kv_scale: f32,
     /// From the latent to the parts of keys that are not rotated, and to values.
     pub kv_b: Linear,
+    /// From the input to what multiplies all that is attended to, once its sigmoid is taken.
+    pub gate: Option<Linear>,
 }
 
 /// Normalisation of queries and keys, and of values.
@@ -511,7 +519,7 @@ impl Attention {
         let mut groups = match &self.projections {
             Projections::Direct(linears) => vec![linears.iter().collect()],
             Projections::Latent(latent) => {
-                let mut groups = vec![vec![&latent.q[0], &latent.kv_a]];
+                let mut groups = vec![[&latent.q[0], &latent.kv_a].into_iter().chain(&latent.gate).collect()];
                 groups.extend(latent.q[1..].iter().map(|l| vec![l]));
                 groups.push(vec![&latent.kv_b]);
                 groups
@@ -654,8 +662,10 @@ impl Graph {
             }
             tensors.extend(step.layer.vectors());
             step.post.iter().for_each(|n| norm(n, &mut tensors));
+            tensors.extend(step.hyper.iter().flat_map(|hyper| hyper.vectors()));
         }
         tensors.extend(self.blocks.iter().filter_map(|block| Some((block.scale.clone()?, vec![1]))));
+        tensors.extend(self.collapse.iter().filter_map(Collapse::hyper).flat_map(Hyper::vectors));
         if !self.opaque {
             norm(&self.final_norm, &mut tensors);
             match self.head.tied {
@@ -685,8 +695,8 @@ impl Graph {
                     match &mut a.projections {
                         Projections::Direct(linears) => linears.iter_mut().for_each(&mut *change),
                         Projections::Latent(latent) => {
-                            let Latent { q, kv_a, kv_b, .. } = &mut **latent;
-                            q.iter_mut().chain([kv_a, kv_b]).for_each(&mut *change);
+                            let Latent { q, kv_a, kv_b, gate, .. } = &mut **latent;
+                            q.iter_mut().chain([kv_a, kv_b]).chain(gate).for_each(&mut *change);
                         }
                     }
                     a.head_gate.iter_mut().for_each(&mut *change);
@@ -727,6 +737,7 @@ impl Graph {
         self.embedding.tensor = name(&self.embedding.tensor);
         self.embedding.positions.iter_mut().for_each(|(tensor, _)| *tensor = name(tensor));
         norm(&mut self.final_norm);
+        self.collapse.iter_mut().filter_map(Collapse::hyper_mut).for_each(|hyper| hyper.rename(name));
         self.aside.iter_mut().for_each(|(prefix, _)| *prefix = name(prefix));
         let prefixes = self.dropped.iter_mut().map(|rule| &mut rule.prefix);
         prefixes.filter(|prefix| !prefix.is_empty()).for_each(|prefix| *prefix = name(prefix));
@@ -735,6 +746,7 @@ impl Graph {
             text(&mut block.scale);
             for step in &mut block.steps {
                 step.pre.iter_mut().chain(&mut step.post).for_each(norm);
+                step.hyper.iter_mut().for_each(|hyper| hyper.rename(name));
                 match &mut step.layer {
                     Layer::Attention(a) => {
                         text(&mut a.sinks);

@@ -121,7 +121,7 @@ pub fn calibrating(graph: &Graph, device: Device, work: Work, tokens: Option<Tok
     let weights = graph.blocks.iter().map(|block| solving(block, device, work)).max().unwrap_or(0);
     let Some(tokens) = tokens else { return BASE.saturating_add(weights) };
     let smoothing = u64::from(work.smooths);
-    let streams = 4 * graph.hidden as u64 * (1 + smoothing);
+    let streams = 4 * graph.width() as u64 * (1 + smoothing);
     let ids = 4;
     let stream = tokens.all().saturating_mul(streams + ids);
     let of_block = |(block, shared): (&Block, u64)| {
@@ -265,8 +265,8 @@ pub fn measuring(graph: &Graph, device: Device, models: &[Option<&Checkpoint>], 
     };
     let blocks = graph.blocks.iter().zip(shared(graph)).map(block).max().unwrap_or(0);
     // Before the head, and before that of each layer that predicts further tokens.
-    let states = 1 + graph.predictors().len() as u64;
-    let stream = batch.all().saturating_mul(4 * graph.hidden as u64 * models * states);
+    let states = graph.width() as u64 + (graph.predictors().len() * graph.hidden) as u64;
+    let stream = batch.all().saturating_mul(4 * models * states);
     let together = (verify::logits_at_once(graph.vocabulary) as u64).min(windows.length.max(device.at_once as u64));
     // Of the reference, and of one of the others after another.
     let logits = (4 * models.min(2) * graph.vocabulary as u64).saturating_mul(together);

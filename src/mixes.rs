@@ -187,6 +187,10 @@ const NEVER: &[&str] = &[
     "indexer.attn_q_b.weight",
     "indexer.attn_k.weight",
     "indexer.proj.weight",
+    // By these all streams are read and written.
+    "hc_attn_fn.weight",
+    "hc_ffn_fn.weight",
+    "output_hc_fn.weight",
     // llama-quantize rounds these, which are tiny and decide how fast a state forgets.
     "ssm_ba.weight",
     "ssm_alpha.weight",

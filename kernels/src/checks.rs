@@ -4,7 +4,9 @@ use formats::GgmlType;
 use formats::encoding::Block;
 use ndarray::Array2;
 
-use crate::backend::{Activation, AttentionShape, DeltaShape, Grid, GridSpec, IndexShape, RopeLayout};
+use crate::backend::{
+    Activation, AttentionShape, DeltaShape, Grid, GridSpec, HyperParameters, HyperShape, IndexShape, RopeLayout,
+};
 use crate::{Error, Result};
 
 /// So many of something.
@@ -111,11 +113,12 @@ pub(crate) fn expect_index(
 pub(crate) fn expect_choice(
     qkv: [[usize; 2]; 3],
     chosen: [usize; 2],
+    sinks: Option<&[f32]>,
     shape: &AttentionShape,
     index: &IndexShape,
     lengths: &[usize],
 ) -> Result<()> {
-    expect_attention(qkv, None, shape, lengths)?;
+    expect_attention(qkv, sinks, shape, lengths)?;
     expect("attention_to", "tokens", qkv[0][0], chosen[0])?;
     expect("attention_to", "numbers of a choice", index.width(), chosen[1])?;
     expect_multiple("attention_to", index.groups(), shape.heads)?;
@@ -124,6 +127,36 @@ pub(crate) fn expect_choice(
         return Err(Error::Shape { op: "attention_to", expected, found: format!("{shape:?}") });
     }
     Ok(())
+}
+
+/// The most streams that hyper-connections may have: as many as a thread of a GPU holds.
+const STREAMS: usize = 16;
+
+/// Streams, and as many weights of each token as something needs.
+pub(crate) fn expect_streams(h: [usize; 2], weights: [usize; 2], streams: usize, least: usize) -> Result<()> {
+    expect_multiple("hyper_connections", streams, h[1])?;
+    if !(1..=STREAMS).contains(&streams) || h[1] == 0 {
+        let expected = format!("1 to {STREAMS} streams of some values");
+        return Err(Error::Shape { op: "hyper_connections", expected, found: format!("{streams} of {}", h[1]) });
+    }
+    expect("hyper_connections", "tokens", h[0], weights[0])?;
+    if weights[1] < least {
+        let expected = format!("at least {least} weights of a token");
+        return Err(Error::Shape { op: "hyper_connections", expected, found: weights[1].to_string() });
+    }
+    Ok(())
+}
+
+/// Streams, and what their weights are made by.
+pub(crate) fn expect_hyper(h: [usize; 2], of: HyperParameters<'_>, shape: &HyperShape) -> Result<()> {
+    expect_streams(h, [h[0], shape.weights()], shape.streams, shape.weights())?;
+    if shape.rounds > 0 && shape.writes.is_none() {
+        let expected = "streams that are written where they are mixed".to_owned();
+        return Err(Error::Shape { op: "hyper_connections", expected, found: format!("{shape:?}") });
+    }
+    expect("hyper_connections", "values of the projection", shape.weights() * h[1], of.projection.len())?;
+    expect("hyper_connections", "values of the base", shape.weights(), of.base.len())?;
+    expect("hyper_connections", "scales", shape.kinds(), of.scale.len())
 }
 
 /// An activation that is a function of one value.

@@ -13,7 +13,8 @@ pub mod simd;
 
 pub use backend::{
     Activation, ActivationRounding, AttentionShape, Backend, DeltaShape, Factor, FitKind, Forward, Grid, GridSpec,
-    IndexShape, Measure, Memory, NormKind, Packing, Quantize, RopeLayout, Swept, TokenComparison, TokenLoss,
+    HyperParameters, HyperShape, IndexShape, Measure, Memory, NormKind, Packing, Quantize, RopeLayout, Swept,
+    TokenComparison, TokenLoss,
 };
 pub use cpu::Cpu;
 pub use cuda::Cuda;

@@ -78,6 +78,8 @@ pub(crate) struct Architecture {
     pub tiled: bool,
     /// What config.json calls the number of layers that predict further tokens, where loaders know such.
     pub further: Option<&'static str>,
+    /// Whether the stream may be several hidden states wide. Attention through a latent may have a gate then, and indexers turn as attention does.
+    pub streams: bool,
     /// Whether layers may be given rows of a table, read the keys and values of others, or be multiplied by a number.
     pub per_layer: bool,
 }
@@ -104,6 +106,7 @@ const PLAIN: Architecture = Architecture {
     latent: false,
     tiled: false,
     further: None,
+    streams: false,
     per_layer: false,
     correction: "exp_probs_b.bias",
 };
@@ -270,6 +273,15 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "deepseek32", families: &["deepseek_v32"], neighbours: true, latent: true, ..PLAIN },
     Architecture { id: "mimo2", families: &["mimo_v2_flash"], head: Need::Must, windows: true, ..PLAIN },
     Architecture { id: "kimi-linear", families: &["kimi_linear"], head: Need::Must, latent: true, ..PLAIN },
+    Architecture {
+        id: "hy_v4",
+        families: &["hy_v4"],
+        neighbours: true,
+        head: Need::Must,
+        latent: true,
+        streams: true,
+        ..PLAIN
+    },
     Architecture { id: "glm-dsa", families: &["glm_moe_dsa"], neighbours: true, latent: true, ..PLAIN },
     Architecture {
         id: "gpt-oss",

@@ -4,6 +4,7 @@
 
 mod per_layer;
 mod states;
+mod streams;
 #[cfg(test)]
 mod tests;
 
@@ -226,6 +227,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         curves(out, &layers)?;
     }
     choice(out, &layers, id)?;
+    streams::settings(out, graph, &layers, id)?;
     experts(out, graph, &layers, id)?;
     read_back(out, graph, architecture, plan)
 }
@@ -371,6 +373,10 @@ impl<'g> Layers<'g> {
                     return Err(cannot("weights of experts that are not divided by their sum".to_owned()));
                 }
             }
+            // Its scores are not multiplied there where positions are stretched.
+            "hy_v4" if first.rope.as_ref().is_some_and(|rope| rope.scaling != RopeScaling::None) => {
+                return Err(cannot("positions that are scaled".to_owned()));
+            }
             _ => {}
         }
         let eps = graph.final_norm.eps;
@@ -385,7 +391,7 @@ impl<'g> Layers<'g> {
 
 /// Whether the norms of latents may have another epsilon than the others: they have in transformers, and in no other runtime of this model.
 fn latents_are_near(graph: &Graph) -> bool {
-    matches!(graph.family, "glm4_moe_lite" | "glm_moe_dsa" | "kimi_linear")
+    matches!(graph.family, "glm4_moe_lite" | "glm_moe_dsa" | "hy_v4" | "kimi_linear")
 }
 
 /// The context of a model that computes its positions, which config.json alone knows; a guess is a notice.
@@ -470,7 +476,7 @@ fn choice(out: &mut Written, layers: &Layers<'_>, id: &'static str) -> Result<()
     out.count(key("head_count"), shape.heads)?;
     out.count(key("key_length"), shape.head_dim)?;
     out.count(key("top_k"), shape.count)?;
-    if id == "glm-dsa" {
+    if matches!(id, "glm-dsa" | "hy_v4") {
         let own = layers.attention.iter().map(|attention| MetadataValue::Bool(attention.indexer().is_some()));
         out.metadata.push((key("types"), metadata_array(own.collect(), GGUFValueType::Bool)?));
     }
@@ -591,7 +597,7 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
                 out.count(key("expert_group_used_count"), groups.kept)?;
             }
         }
-        let latent = matches!(id, "deepseek2" | "deepseek32" | "glm-dsa" | "kimi-linear" | "mistral4");
+        let latent = matches!(id, "deepseek2" | "deepseek32" | "glm-dsa" | "hy_v4" | "kimi-linear" | "mistral4");
         if latent || matches!(id, "afmoe" | "glm4moe" | "exaone-moe" | "hy_v3" | "dots1" | "cohere2moe") {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
             out.count(key("expert_shared_count"), shared)?;

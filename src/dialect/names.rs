@@ -3,6 +3,7 @@
 mod delta;
 mod mamba;
 mod per_layer;
+mod streams;
 
 pub(crate) use self::mamba::absorbed;
 use crate::dialect::architectures::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, STANDING};
@@ -253,6 +254,10 @@ impl Lister {
                 if let Some(norm) = &step.post {
                     self.norm(&format!("{at}.{post}"), norm)?;
                 }
+                if let Some(hyper) = &step.hyper {
+                    let part = if matches!(step.layer, Layer::Attention(_)) { "attn" } else { "ffn" };
+                    self.hyper(&format!("{at}.hc_{part}"), hyper)?;
+                }
                 let first = self.tensors.len();
                 match &step.layer {
                     Layer::Attention(attention) => self.attention(&at, attention, graph.hidden)?,
@@ -272,6 +277,7 @@ impl Lister {
             self.scale(&at, block)?;
         }
         self.tables(graph)?;
+        graph.collapse.iter().try_for_each(|collapse| self.collapse(collapse))?;
         self.norm(self.architecture.final_norm, &graph.final_norm)?;
         let head = &graph.head;
         match (self.architecture.head, head.tied) {
@@ -320,8 +326,15 @@ impl Lister {
     }
 
     fn norm(&mut self, name: &str, norm: &Norm) -> Result<()> {
-        let part =
-            |tensor: &String, offset| Part { offset, ..Part::whole(From::Tensor(tensor.clone(), norm.shape.clone())) };
+        self.norm_of(name, norm, None)
+    }
+
+    /// A norm of values in this order.
+    fn norm_of(&mut self, name: &str, norm: &Norm, order: Option<Vec<usize>>) -> Result<()> {
+        let part = |tensor: &String, offset| Part {
+            offset,
+            ..Part::some(From::Tensor(tensor.clone(), norm.shape.clone()), order.clone())
+        };
         let mut shape = norm.shape.clone();
         if norm.weights.len() > 1 {
             shape.insert(0, norm.weights.len());
@@ -434,10 +447,13 @@ impl Lister {
             if width < 64 || !width.is_power_of_two() {
                 return Err(self.cannot(format_args!("an indexer with heads of {width} values")));
             }
-            for (name, linear) in [("attn_q_b", &indexer.q), ("attn_k", &indexer.k), ("proj", weights)] {
-                self.linear(&format!("{at}.indexer.{name}"), linear, None, Need::Never)?;
+            let order = self.turned(attention, indexer);
+            for (name, linear) in [("attn_q_b", &indexer.q), ("attn_k", &indexer.k)] {
+                let rows = order.as_ref().map(|order| order(linear.rows));
+                self.linear(&format!("{at}.indexer.{name}"), linear, rows, Need::Never)?;
             }
-            self.norm(&format!("{at}.indexer.k_norm"), &indexer.k_norm)?;
+            self.linear(&format!("{at}.indexer.proj"), weights, None, Need::Never)?;
+            self.norm_of(&format!("{at}.indexer.k_norm"), &indexer.k_norm, order.map(|order| order(width)))?;
         }
         if let Some(tensor) = sinks {
             let part = Part::whole(From::Tensor(tensor.clone(), vec![shape.heads]));
@@ -460,7 +476,13 @@ impl Lister {
 
     fn latent(&mut self, at: &str, attention: &Attention) -> Result<()> {
         let Projections::Latent(latent) = &attention.projections else { unreachable!("asked for these") };
-        let Latent { q, q_norm, kv_a, kv_norm, kv_b, .. } = &**latent;
+        let Latent { q, q_norm, kv_a, kv_norm, kv_b, gate, .. } = &**latent;
+        if let Some(gate) = gate {
+            if !self.architecture.streams {
+                return Err(self.cannot("attention through a latent with a gate"));
+            }
+            self.linear(&format!("{at}.attn_gate"), gate, None, Need::Never)?;
+        }
         let (heads, shape) = (attention.shape.heads, &attention.shape);
         match &q[..] {
             [q] => self.linear(&format!("{at}.attn_q"), q, self.rotated(attention, None, heads)?, Need::Never)?,

@@ -4,8 +4,8 @@ use kernels::{Activation, AttentionShape};
 
 use crate::families::rope::{all_near, near, unscaled};
 use crate::graph::{
-    Attention, Convolution, DeltaNet, Further, Graph, Layer, Linear, Mamba, Mlp, Moe, Norm, PerLayer, Projections,
-    Rope, RopeScaling, Side, Temperature,
+    Attention, Collapse, Convolution, DeltaNet, Further, Graph, Layer, Linear, Mamba, Mlp, Moe, Norm, PerLayer,
+    Projections, Rope, RopeScaling, Side, Temperature,
 };
 
 /// How a reader takes a model.
@@ -42,6 +42,10 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
             capped(other.head.softcap)
         ));
     }
+    let streams = |collapse: &Option<Collapse>| collapse.as_ref().map(|c| (c.streams(), c.hyper().map(|h| h.shape)));
+    if streams(&graph.collapse) != streams(&other.collapse) {
+        return Some("a stream of several hidden states".to_owned());
+    }
     if !norm(Some(&graph.final_norm), Some(&other.final_norm)) {
         return Some("the last norm".to_owned());
     }
@@ -65,6 +69,9 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
             }
             if !near(step.given, other.given) || step.unseen != other.unseen {
                 return Some(in_block("a layer that is given this".to_owned()));
+            }
+            if step.hyper.as_ref().map(|hyper| hyper.shape) != other.hyper.as_ref().map(|hyper| hyper.shape) {
+                return Some(in_block("streams that are read and written like this".to_owned()));
             }
             if !norm(step.pre.as_ref(), other.pre.as_ref()) || !norm(step.post.as_ref(), other.post.as_ref()) {
                 return Some(in_block("norms of this kind or in these places".to_owned()));
@@ -181,7 +188,11 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
             None => "attention to all tokens".to_owned(),
         });
     }
-    if a.gated != b.gated || a.head_gate.is_some() != b.head_gate.is_some() {
+    let gates = |a: &Attention| {
+        let of_latent = matches!(&a.projections, Projections::Latent(latent) if latent.gate.is_some());
+        (a.gated, a.head_gate.is_some(), of_latent)
+    };
+    if gates(a) != gates(b) {
         return Some(format!("attention {} a gate", if a.gated { "with" } else { "without" }));
     }
     if softcap != b.shape.softcap {

@@ -122,6 +122,21 @@ impl Settings {
         })
     }
 
+    /// A float, alone or the same for all layers.
+    fn float_of_layers(&self, name: &str) -> Result<Option<f64>> {
+        let of = |value: &MetadataValue| match value {
+            MetadataValue::F32(x) => x.to_string().parse().ok(),
+            _ => None,
+        };
+        self.get(name, "a float that is the same for all layers", |value| match value {
+            MetadataValue::Array(list) => {
+                let first: f64 = of(list.iter().next()?)?;
+                list.iter().all(|other| of(other) == Some(first)).then_some(first)
+            }
+            value => of(value),
+        })
+    }
+
     fn flag(&self, name: &str) -> Result<Option<bool>> {
         self.get(name, "a boolean", |value| match value {
             MetadataValue::Bool(flag) => Some(*flag),
@@ -265,6 +280,7 @@ impl Settings {
             ("deepseek32", _) => ("deepseek_v32", "DeepseekV32ForCausalLM", "silu"),
             ("mimo2", true) => ("mimo_v2_flash", "MiMoV2FlashForCausalLM", "silu"),
             ("kimi-linear", _) => ("kimi_linear", "KimiLinearForCausalLM", "silu"),
+            ("hy_v4", _) => ("hy_v4", "HYV4ForCausalLM", "silu"),
             ("glm-dsa", _) => ("glm_moe_dsa", "GlmMoeDsaForCausalLM", "silu"),
             ("gpt-oss", true) => ("gpt_oss", "GptOssForCausalLM", "silu"),
             ("llama4", true) => ("llama4_text", "Llama4ForCausalLM", "silu"),

@@ -209,6 +209,7 @@ impl Base {
             vocabulary: self.vocabulary,
             embedding: Embedding { tensor: format!("{}.weight", self.embedding), scale: 1.0, positions: None },
             blocks,
+            collapse: None,
             final_norm: self.norm(self.final_norm),
             head: Head { linear, tied, missing: false, scale: 1.0, softcap: None },
             dropped: super::DROPPED.to_vec(),
@@ -232,17 +233,17 @@ pub fn decay(module: &str, heads: usize) -> Decay {
 
 /// `h ← h + layer(norm(h))`.
 pub fn pre(norm: Norm, layer: Layer) -> Step {
-    Step { pre: Some(norm), layer, post: None, scale: 1.0, given: 1.0, unseen: 0 }
+    Step { pre: Some(norm), layer, post: None, scale: 1.0, given: 1.0, unseen: 0, hyper: None }
 }
 
 /// `h ← h + norm(layer(h))`.
 pub fn post(layer: Layer, norm: Norm) -> Step {
-    Step { pre: None, layer, post: Some(norm), scale: 1.0, given: 1.0, unseen: 0 }
+    Step { pre: None, layer, post: Some(norm), scale: 1.0, given: 1.0, unseen: 0, hyper: None }
 }
 
 /// `h ← h + after(layer(before(h)))`.
 pub fn sandwich(before: Norm, layer: Layer, after: Norm) -> Step {
-    Step { pre: Some(before), layer, post: Some(after), scale: 1.0, given: 1.0, unseen: 0 }
+    Step { pre: Some(before), layer, post: Some(after), scale: 1.0, given: 1.0, unseen: 0, hyper: None }
 }
 
 /// Steps one after the other.

@@ -149,6 +149,7 @@ impl LatentHeads {
                 kv_norm: norm("kv_a_layernorm", latent),
                 kv_scale: 1.0,
                 kv_b,
+                gate: None,
             })),
             layout: RopeLayout { head_dim: nope + rotated, first: nope, interleaved },
             ..base.attention_of(Vec::new(), o, rope)
@@ -158,18 +159,17 @@ impl LatentHeads {
     }
 }
 
-fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
-    let mut base = Base::read(config)?;
-    if kind == Kind::GlmLite {
-        base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
-    }
-    let heads = LatentHeads::read(config, &mut base)?;
-    let LatentHeads { nope, rotated, .. } = heads;
-    let rope = match kind {
-        // Its share of a head is that of all of it.
-        Kind::Mistral4 => rope(config, nope + rotated)?,
-        _ => rope(config, rotated)?,
-    };
+/// What turns the last part of each head, and the factor on scores, which grows where positions are stretched.
+///
+/// Fails where two settings say how many values are turned, and do not agree.
+pub fn rotation(config: &Config<'_>, heads: &LatentHeads) -> Result<(Arc<Rope>, f32)> {
+    rotation_of(config, heads, heads.rotated)
+}
+
+/// The same, where a share of so many values of a head is turned.
+fn rotation_of(config: &Config<'_>, heads: &LatentHeads, whole: usize) -> Result<(Arc<Rope>, f32)> {
+    let LatentHeads { nope, rotated, .. } = *heads;
+    let rope = rope(config, whole)?;
     if 2 * rope.inverse_frequencies.len() != rotated {
         return Err(Error::failed(format!(
             "config.json: partial_rotary_factor says that {} values of a head are rotated, and qk_rope_head_dim that {rotated} are; take the \
@@ -177,13 +177,25 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
             2 * rope.inverse_frequencies.len()
         )));
     }
-    let temperature = if kind == Kind::Mistral4 { temperature(config)? } else { None };
     let mut scale = ((nope + rotated) as f32).powf(-0.5);
     if let RopeScaling::Yarn { factor, mscale_all_dim, .. } = rope.scaling
         && mscale_all_dim != 0.0
     {
         scale *= (warmth(factor.into(), mscale_all_dim.into()) as f32).powi(2);
     }
+    Ok((rope, scale))
+}
+
+fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
+    let mut base = Base::read(config)?;
+    if kind == Kind::GlmLite {
+        base.eps = config.positive("rms_norm_eps", 1e-5)? as f32;
+    }
+    let heads = LatentHeads::read(config, &mut base)?;
+    // Mistral's share of a head is that of all of it.
+    let whole = if kind == Kind::Mistral4 { heads.nope + heads.rotated } else { heads.rotated };
+    let (rope, scale) = rotation_of(config, &heads, whole)?;
+    let temperature = if kind == Kind::Mistral4 { temperature(config)? } else { None };
     let sparse = match kind {
         Kind::GlmLite => with_experts(config, base.layers, |layer| layer > 0)?,
         Kind::V32 | Kind::Glm5 => {
@@ -198,7 +210,15 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
     // Runtimes do not read it for others.
     let told = matches!(kind, Kind::V3 | Kind::GlmLite | Kind::Mistral4);
     let interleaved = !told || config.flag("rope_interleave", true)?;
-    let choices = choices(config, &base, kind)?;
+    let choices = match kind {
+        Kind::V32 | Kind::Glm5 => {
+            let shared =
+                if kind == Kind::Glm5 { shared_choices(config, base.layers)? } else { vec![false; base.layers] };
+            let like = Indexing { interleaved: kind == Kind::Glm5, behind: false, eps: 1e-6 };
+            Some(choices(config, &base, shared, like)?)
+        }
+        _ => None,
+    };
     let block = |at: String, layer: usize, sparse: bool| {
         let module = format!("{at}.self_attn");
         let mut attention = heads.attention(&base, &module, Some(rope.clone()), interleaved);
@@ -222,16 +242,23 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
 }
 
 /// What chooses the tokens that attention `module` of a layer sees.
-type Choices<'a> = Box<dyn Fn(usize, &str) -> Choice + 'a>;
+pub type Choices<'a> = Box<dyn Fn(usize, &str) -> Choice + 'a>;
 
-/// What chooses for each layer, where attention sees a choice.
+/// How the heads of an indexer are turned, and how their keys are normed.
+#[derive(Clone, Copy)]
+pub struct Indexing {
+    /// Neighbours turn together.
+    pub interleaved: bool,
+    /// The last values of a head turn, not the first.
+    pub behind: bool,
+    /// Of the norm of keys.
+    pub eps: f32,
+}
+
+/// What chooses for each layer; those that are `shared` take over the choice of the last one before them that has an indexer.
 ///
-/// Fails where there is no latent of queries, where no layer comes before the first that takes a choice over, and for kinds of layers that are not
-/// known.
-fn choices<'a>(config: &Config<'_>, base: &'a Base, kind: Kind) -> Result<Option<Choices<'a>>> {
-    if !matches!(kind, Kind::V32 | Kind::Glm5) {
-        return Ok(None);
-    }
+/// Fails where there is no latent of queries.
+pub fn choices<'a>(config: &Config<'_>, base: &'a Base, shared: Vec<bool>, like: Indexing) -> Result<Choices<'a>> {
     let [heads, head_dim, count] = ["index_n_heads", "index_head_dim", "index_topk"].map(|key| config.count(key));
     let (heads, head_dim, count) = (heads?, head_dim?, count?);
     let (latent, rotated) = (config.count("q_lora_rank")?, config.count("qk_rope_head_dim")?);
@@ -241,10 +268,10 @@ fn choices<'a>(config: &Config<'_>, base: &'a Base, kind: Kind) -> Result<Option
              (index_head_dim)"
         )));
     }
-    let shared = if kind == Kind::Glm5 { shared_choices(config, base.layers)? } else { vec![false; base.layers] };
     let scale = ((head_dim * heads) as f32).powf(-0.5);
     let shape = IndexShape { heads, head_dim, scale, count, block: 1, local: 0, apart: false };
-    Ok(Some(Box::new(move |layer, module| {
+    let first = if like.behind { head_dim - rotated } else { 0 };
+    Ok(Box::new(move |layer, module| {
         if shared[layer] {
             return Choice::Earlier(shape);
         }
@@ -253,7 +280,7 @@ fn choices<'a>(config: &Config<'_>, base: &'a Base, kind: Kind) -> Result<Option
         let k_norm = Norm {
             kind: NormKind::Layer,
             bias: Some(format!("{module}.k_norm.bias")),
-            eps: 1e-6,
+            eps: like.eps,
             ..base.norm_of(&format!("{module}.k_norm"), head_dim)
         };
         let indexer = Indexer {
@@ -264,10 +291,10 @@ fn choices<'a>(config: &Config<'_>, base: &'a Base, kind: Kind) -> Result<Option
             k_norm,
             weights: Some(linear("weights_proj", heads, base.hidden)),
             shape,
-            layout: RopeLayout { head_dim, first: 0, interleaved: kind == Kind::Glm5 },
+            layout: RopeLayout { head_dim, first, interleaved: like.interleaved },
         };
         Choice::Own(Box::new(indexer), shared.get(layer + 1) == Some(&true))
-    })))
+    }))
 }
 
 /// Which layers take over the choice of the last one before them that has an indexer: `indexer_types`, or what `index_topk_pattern` or

@@ -85,8 +85,15 @@ fn append(graph: &mut Graph, base: &Base, parts: Parts<'_>, mut block: Block) {
         head: head.map(|module| Linear::plain(module, base.vocabulary, base.hidden, false)),
         prefix,
     };
-    let first =
-        Step { pre: None, layer: Layer::Further(Box::new(further)), post: None, scale: 1.0, given: 1.0, unseen: 0 };
+    let first = Step {
+        pre: None,
+        layer: Layer::Further(Box::new(further)),
+        post: None,
+        scale: 1.0,
+        given: 1.0,
+        unseen: 0,
+        hyper: None,
+    };
     block.steps.insert(0, first);
     graph.blocks.push(block);
 }

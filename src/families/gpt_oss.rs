@@ -21,6 +21,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let activation = Activation::SwigluOai {
         alpha: config.number("swiglu_alpha", 1.702)? as f32,
         limit: config.number("swiglu_limit", 7.0)? as f32,
+        shift: 1.0,
     };
     let local = sliding(config, base.layers, |layer| layer % 2 == 0)?;
     let window = window_of(config, &local)?;

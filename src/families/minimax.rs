@@ -55,7 +55,7 @@ fn build_m3(config: &Config<'_>) -> Result<Graph> {
     let (inner, dense, shared) = (inner?, dense?, shared?);
     // Its class takes no other, whatever config.json names.
     let [alpha, limit] = [config.number("swiglu_alpha", 1.702)? as f32, config.number("swiglu_limit", 7.0)? as f32];
-    let act = Activation::SwigluOai { alpha, limit };
+    let act = Activation::SwigluOai { alpha, limit, shift: 1.0 };
     let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
     let scale = config.number("routed_scaling_factor", 2.0)? as f32;
     let rope = rope(config, base.head_dim)?;

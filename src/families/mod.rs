@@ -18,6 +18,7 @@ mod gpt_oss;
 mod granite;
 mod guesses;
 mod hunyuan;
+mod hy4;
 mod kimi;
 mod labels;
 mod lfm;
@@ -150,6 +151,7 @@ pub const FAMILIES: &[Family] = &[
     ernie::ERNIE4_5_MOE,
     hunyuan::HUNYUAN_MOE,
     hunyuan::HY_V3,
+    hy4::HY_V4,
     minimax::MINIMAX_M2,
     minimax::MINIMAX_M3,
 ];
@@ -429,6 +431,7 @@ pub fn published(source: &dyn Weights) -> Result<Graph> {
     apertus::settle(&mut graph, source)?;
     olmo::settle(&mut graph, source);
     kimi::settle(&mut graph, source);
+    hy4::settle(&mut graph, source);
     moe::from_stacks(&mut graph, source);
     further::settle(&mut graph, source);
     if headless(&graph, source) {

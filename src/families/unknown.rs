@@ -105,8 +105,15 @@ pub fn graph(source: &dyn Weights) -> Result<Graph> {
         let module = entry.name.strip_suffix(".weight").expect("as block_of says");
         let bias = source.entry(&format!("{module}.bias")).is_some();
         let linear = Linear::plain(module, entry.shape[0], entry.shape[1], bias);
-        let step =
-            Step { pre: None, layer: Layer::Opaque(vec![linear]), post: None, scale: 1.0, given: 1.0, unseen: 0 };
+        let step = Step {
+            pre: None,
+            layer: Layer::Opaque(vec![linear]),
+            post: None,
+            scale: 1.0,
+            given: 1.0,
+            unseen: 0,
+            hyper: None,
+        };
         match blocks.last_mut().filter(|last| last.name == block) {
             Some(last) => last.steps.push(step),
             None => blocks.push(Block { name: block.to_owned(), steps: vec![step], parallel: false, scale: None }),
@@ -136,6 +143,7 @@ pub fn graph(source: &dyn Weights) -> Result<Graph> {
         vocabulary: 0,
         embedding: Embedding { tensor: String::new(), scale: 1.0, positions: None },
         blocks,
+        collapse: None,
         final_norm: Norm {
             kind: NormKind::Rms,
             weights: Vec::new(),

@@ -6,6 +6,7 @@
 
 mod ahead;
 mod head;
+mod hyper;
 mod lookup;
 mod operate;
 mod recurrent;
@@ -24,6 +25,7 @@ use ndarray::{Array2, Axis};
 
 pub use self::ahead::Ahead;
 pub use self::head::{LoadedHead, kept};
+use self::hyper::LoadedCollapse;
 pub use self::run::run_block;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -51,7 +53,7 @@ impl Activations {
 
 /// The residual stream of some sequences, and what goes from block to block beside it.
 pub struct Chunk<M> {
-    /// `[tokens, hidden]`.
+    /// `[tokens, hidden]`, or as many of these side by side as the graph has streams.
     pub hidden: M,
     /// Tokens of each sequence.
     pub lengths: Vec<usize>,
@@ -175,6 +177,7 @@ pub fn embed<B: Forward>(
             source.path().display()
         )));
     }
+    let streams = graph.streams();
     let mut chunks = Vec::new();
     for now in together(sequences, backend.tokens_at_once()).map(|range| &sequences[range]) {
         let ids: Vec<u32> = now.iter().flatten().copied().collect();
@@ -189,7 +192,10 @@ pub fn embed<B: Forward>(
             source.load_rows(tensor, &places, &mut positions)?;
             hidden.iter_mut().zip(&positions).for_each(|(x, p)| *x += p);
         }
-        let hidden = Array2::from_shape_vec((ids.len(), graph.hidden), hidden).expect("one row a token");
+        if streams > 1 {
+            hidden = hidden.chunks_exact(graph.hidden).flat_map(|row| row.repeat(streams)).collect();
+        }
+        let hidden = Array2::from_shape_vec((ids.len(), graph.width()), hidden).expect("one row a token");
         let (hidden, lengths) = (backend.upload(hidden)?, now.iter().map(Vec::len).collect());
         chunks.push(Chunk { hidden, lengths, chosen: RefCell::default(), tokens: ids, shared: HashMap::new() });
     }
@@ -415,7 +421,12 @@ pub fn final_hidden<B: Forward>(
     let mut hidden = Hidden { normed: Vec::new(), further: Vec::new() };
     let normed = |norm: &Norm, chunks: &[Chunk<B::Matrix>], plain: &mut Plain<'_, B>| -> Result<Vec<B::Matrix>> {
         let norm = LoadedNorm::of::<B>(norm, plain)?;
-        chunks.iter().map(|chunk| norm.apply(backend, &chunk.hidden)).collect()
+        let collapse = graph.collapse.as_ref().map(|collapse| LoadedCollapse::of::<B>(collapse, plain)).transpose()?;
+        let of = |hidden| match &collapse {
+            Some(collapse) => norm.apply(backend, &collapse.apply(backend, hidden)?),
+            None => norm.apply(backend, hidden),
+        };
+        chunks.iter().map(|chunk| of(&chunk.hidden)).collect()
     };
     let begin = || embed(backend, graph, source, sequences);
     let blocks = if further { &graph.blocks } else { graph.trunk() };

@@ -172,6 +172,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![backend.zeros(rows, program.values[operation.makes[0]].width)?]
             }
             Kind::Share => vec![self.shared(self.own(next())?, next().matrix())?],
+            Kind::Connect(_) | Kind::ReadStreams(_) => vec![self.connect(at, next)?],
             Kind::Lookup(_) | Kind::Shared(_) | Kind::Plus(_) => self.beside(at, next, place.index)?,
             kind if kind.adds() => unreachable!("done where they stand"),
             _ => self.recur(at, next, lengths)?,

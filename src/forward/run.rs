@@ -10,6 +10,7 @@ use std::rc::Rc;
 use kernels::Forward;
 use ndarray::Array2;
 
+use super::hyper::LoadedHyper;
 use super::route::Routed;
 use super::{Chunk, LoadedNorm, Others, Supply, Weight};
 use crate::checkpoint::Checkpoint;
@@ -70,6 +71,8 @@ pub(super) enum Loaded<'b, B: Forward> {
     Router(Option<Vec<f32>>, Option<Vec<f32>>),
     /// Rates of decay and what is added before them.
     Decay(Vec<f32>, Vec<f32>),
+    /// What makes the weights of several streams.
+    Hyper(LoadedHyper<'b>),
     /// Cosines and sines of every position, of whatever sequence.
     Angles(Array2<f32>, Array2<f32>),
 }
@@ -171,6 +174,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
     fn load(&mut self, kind: &Kind<'b>, supply: &mut dyn Supply<B>) -> Result<Loaded<'b, B>> {
         Ok(match kind {
             Kind::Norm(norm) | Kind::HeadNorm { norm, .. } => Loaded::Norm(self.norm(norm, supply)?),
+            Kind::Connect(hyper) => Loaded::Hyper(LoadedHyper::of(hyper, supply)?),
             Kind::Attention { sinks, .. } => Loaded::Vector(sinks.map(|name| supply.vector(name)).transpose()?),
             Kind::Convolve { convolution, first } => {
                 let mut taps = Vec::new();
@@ -325,6 +329,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 return Ok(());
             }
             Kind::Rescale(_) => return self.rescale(at, place),
+            Kind::WriteStreams(hyper) => return self.write_streams(operation, hyper, place),
             _ => {}
         }
         let sum = self.kept.borrow_mut().remove(&(old, index)).expect("kept");
@@ -377,7 +382,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
     }
 
     /// Keeps the stream of a chunk as it is, where it is still read after this operation, which changes it.
-    fn keep_stream(&self, operation: &Operation<'b>, index: usize) -> Result<()> {
+    pub(super) fn keep_stream(&self, operation: &Operation<'b>, index: usize) -> Result<()> {
         let old = operation.reads[0];
         if self.lives.from[old].is_some() {
             let copy = self.backend.copy(&self.chunks[index].hidden)?;
@@ -416,7 +421,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
     }
 
     /// Computes values of a chunk, and whatever they are made of that is not kept.
-    fn compute(&self, wanted: &[usize], place: Place<'_>) -> Result<Vec<Rc<Computed<B>>>> {
+    pub(super) fn compute(&self, wanted: &[usize], place: Place<'_>) -> Result<Vec<Rc<Computed<B>>>> {
         let mut there = HashMap::new();
         let mut operations = BTreeMap::new();
         wanted.iter().for_each(|value| self.gather(*value, place, &mut there, &mut operations));

@@ -46,7 +46,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         }
         Ok(match chosen {
             Some((index, chosen)) if !sees_all(index, lengths) => {
-                backend.attention_to([&q, &k, &v], chosen.matrix(), shape, index, lengths)?
+                backend.attention_to([&q, &k, &v], chosen.matrix(), self.vector(at), shape, index, lengths)?
             }
             _ => backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?,
         })

@@ -132,6 +132,7 @@ impl Graph {
             vocabulary,
             embedding: self.embedding.clone(),
             blocks: Vec::new(),
+            collapse: self.collapse.clone(),
             final_norm: self.final_norm.clone(),
             head: self.head.clone(),
             dropped: self.dropped.clone(),

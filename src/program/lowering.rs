@@ -24,7 +24,8 @@ impl<'b> Program<'b> {
         })?;
         let program = Program { values: Vec::new(), operations: Vec::new(), leaves: None };
         let mut lowering = Lowering { program, hidden, expert: None };
-        let mut stream = lowering.value("h", hidden, None);
+        let streams = block.steps.iter().find_map(|step| step.hyper.as_ref()).map_or(1, |hyper| hyper.shape.streams);
+        let mut stream = lowering.value("h", streams * hidden, None);
         let mut streams = vec![stream];
         for step in &block.steps {
             let source = if block.parallel { Program::STREAM } else { streams[streams.len() - 1 - step.unseen] };
@@ -97,7 +98,16 @@ impl<'b> Lowering<'b> {
     }
 
     /// `source` is what the step reads, `stream` what it adds to.
-    fn step(&mut self, step: &'b Step, source: usize, stream: usize) -> Option<usize> {
+    fn step(&mut self, step: &'b Step, mut source: usize, stream: usize) -> Option<usize> {
+        let weights = step.hyper.as_ref().map(|hyper| {
+            let weights = self.one(Kind::Connect(hyper), &[stream], "w", hyper.shape.weights());
+            source = self.one(Kind::ReadStreams(hyper.shape.streams), &[stream, weights], "r", self.hidden);
+            // What every expert reads would otherwise be read of all streams by every one.
+            let kept = if matches!(step.layer, Layer::Moe(_)) { Kept::Always } else { Kept::Never };
+            self.keep(weights, Kept::Always);
+            self.keep(source, kept);
+            (hyper, weights)
+        });
         let y = match &step.layer {
             Layer::Moe(moe) => self.mixture(moe, step.pre.as_ref(), source),
             Layer::Further(further) => return Some(self.further(further, stream)),
@@ -116,7 +126,13 @@ impl<'b> Lowering<'b> {
             }
         };
         let y = self.norm(step.post.as_ref(), y, "y");
-        Some(self.one(Kind::Add { scale: step.scale }, &[stream, y], "h", self.hidden))
+        Some(match weights {
+            Some((hyper, weights)) => {
+                let width = self.program.values[stream].width;
+                self.one(Kind::WriteStreams(hyper), &[stream, y, weights], "h", width)
+            }
+            None => self.one(Kind::Add { scale: step.scale }, &[stream, y], "h", self.hidden),
+        })
     }
 
     /// The stream of a layer that predicts further tokens.
@@ -150,12 +166,12 @@ impl<'b> Lowering<'b> {
             choice,
             value_scale,
         } = attention;
-        let (mut gate, mut queries_latent) = (None, None);
+        let (gate, queries_latent);
         let mut qkv: [usize; 3] = match projections {
             Projections::Direct(linears) => {
                 let names: &[&str] = if *gated { &["q", "gate", "k", "v"] } else { &["q", "k", "v"] };
                 let mut made = self.linears(linears.iter().collect(), false, x, names);
-                gate = gated.then(|| made.remove(1));
+                (gate, queries_latent) = (gated.then(|| made.remove(1)), None);
                 match (*keys, &made[..]) {
                     (Keys::Of(block), [q, ..]) => {
                         let widths = [shape.head_dim, shape.value_dim].map(|width| shape.kv_heads * width);
@@ -168,9 +184,9 @@ impl<'b> Lowering<'b> {
                 }
             }
             Projections::Latent(latent) => {
-                let (qkv, of_queries) = self.latent(latent, shape.heads, x);
-                queries_latent = of_queries;
-                qkv
+                let made = self.latent(latent, shape.heads, x);
+                (gate, queries_latent) = (made.2, made.1);
+                made.0
             }
         };
         let norms = |after: bool| norms.as_ref().filter(|norms| norms.after_rope == after);
@@ -352,11 +368,13 @@ impl<'b> Lowering<'b> {
         }
     }
 
-    /// Queries, keys and values, and the latent of the queries where there is one.
-    fn latent(&mut self, latent: &'b Latent, heads: usize, x: usize) -> ([usize; 3], Option<usize>) {
-        let Latent { q, q_norm, kv_a, kv_norm, kv_scale, kv_b } = latent;
+    /// Queries, keys and values, the latent of the queries and the gate of what is attended to, where there are such.
+    fn latent(&mut self, latent: &'b Latent, heads: usize, x: usize) -> ([usize; 3], Option<usize>, Option<usize>) {
+        let Latent { q, q_norm, kv_a, kv_norm, kv_scale, kv_b, gate } = latent;
         let first = if q.len() == 1 { "q" } else { "cq" };
-        let made = self.linears(vec![&q[0], kv_a], false, x, &[first, "ckv", "kr"]);
+        let linears = [&q[0], kv_a].into_iter().chain(gate).collect();
+        let mut made = self.linears(linears, false, x, &[first, "ckv", "kr", "gate"]);
+        let gate = gate.is_some().then(|| made.pop()).flatten();
         let [mut queries, latent, rotated] = made.try_into().expect("queries, a latent and a part of keys");
         let queries_latent = (q.len() > 1).then(|| self.norm(q_norm.as_ref(), queries, "cq"));
         let mut latent = self.norm(Some(kv_norm), latent, "ckv");
@@ -371,7 +389,7 @@ impl<'b> Lowering<'b> {
         let made = self.linears(vec![kv_b], false, latent, &["k", "v"]);
         let width = self.program.values[made[0]].width + heads * self.program.values[rotated].width;
         let keys = self.one(Kind::JoinHeads { heads }, &[made[0], rotated], "k", width);
-        ([queries, keys, made[1]], queries_latent)
+        ([queries, keys, made[1]], queries_latent, gate)
     }
 
     fn mlp(&mut self, mlp: &'b Mlp, x: usize, kept: Kept) -> usize {

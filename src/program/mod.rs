@@ -14,7 +14,7 @@ use kernels::{Activation, AttentionShape, DeltaShape, IndexShape, RopeLayout};
 pub use self::lifetimes::Lifetimes;
 pub use self::shown::{Shown, ShownOperation, ShownValue, shown};
 pub use self::slots::{Producer, Slot};
-use crate::graph::{Convolution, Decay, Linear, Lookup, Norm, Rope, Router, Temperature};
+use crate::graph::{Convolution, Decay, Hyper, Linear, Lookup, Norm, Rope, Router, Temperature};
 
 /// What a block does.
 #[derive(Clone, Debug)]
@@ -192,6 +192,12 @@ pub enum Kind<'b> {
     Plus(f32),
     /// Adds one value to another.
     Sum,
+    /// The weights by which a step reads and writes several streams.
+    Connect(&'b Hyper),
+    /// What is read of so many streams by the weights that it is given behind them.
+    ReadStreams(usize),
+    /// Writes a value into all streams, by the weights behind it.
+    WriteStreams(&'b Hyper),
     /// Adds a value to the stream.
     Add {
         /// Times this.
@@ -217,7 +223,7 @@ impl Kind<'_> {
 
     /// Whether what it makes is the stream.
     pub fn makes_stream(&self) -> bool {
-        matches!(self, Kind::Add { .. } | Kind::Begin | Kind::Rescale(_))
+        matches!(self, Kind::Add { .. } | Kind::Begin | Kind::Rescale(_) | Kind::WriteStreams(_))
     }
 }
 
@@ -241,6 +247,7 @@ impl Operation<'_> {
             }
             Kind::Lookup(lookup) => vec![lookup.tensor.clone()],
             Kind::Rescale(tensor) => vec![(*tensor).to_owned()],
+            Kind::Connect(hyper) => [&hyper.projection, &hyper.base, &hyper.scale].map(String::clone).to_vec(),
             _ => Vec::new(),
         }
     }
@@ -267,6 +274,7 @@ impl<'b> Program<'b> {
                 _ => vec![reads[1]],
             },
             Kind::Begin => vec![reads[1]],
+            Kind::WriteStreams(_) => reads[1..].to_vec(),
             _ => reads.clone(),
         }
     }
@@ -278,8 +286,9 @@ impl<'b> Program<'b> {
         linears.iter().flat_map(|linear| (0..linear.split.parts()).map(move |part| (*linear, part))).nth(place)
     }
 
-    /// Whether a value is the stream, at whatever point.
+    /// Whether a value is the stream, at whatever point, or what is read of its streams.
     pub fn is_stream(&self, value: usize) -> bool {
-        self.maker(value).is_none_or(|maker| maker.kind.makes_stream())
+        let of = |kind: &Kind<'_>| kind.makes_stream() || matches!(kind, Kind::ReadStreams(_));
+        self.maker(value).is_none_or(|maker| of(&maker.kind))
     }
 }

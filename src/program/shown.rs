@@ -187,23 +187,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         | Kind::Scale(_)
         | Kind::Map(_)
         | Kind::Gate(_) => said_of_state(operation, reads),
-        Kind::Activate(activation) => {
-            let name = match activation {
-                Activation::SwigluOai { alpha, limit } => {
-                    let details = vec![format!("alpha {alpha}"), format!("limit {limit}")];
-                    return (call("swiglu_oai"), details);
-                }
-                Activation::Xielu { positive, negative, beta, eps } => {
-                    let details = [("positive", positive), ("negative", negative), ("beta", beta), ("eps", eps)];
-                    return (call("xielu"), details.map(|(name, value)| format!("{name} {value}")).to_vec());
-                }
-                other => named(*other),
-            };
-            only(match reads {
-                [gate, up] => format!("{name}({gate}) * {up}"),
-                _ => call(name),
-            })
-        }
+        Kind::Activate(activation) => said_of_activation(*activation, reads),
         Kind::Route(router) => {
             let mut details = vec![format!("{} of {} experts", router.top_k, router.linear.rows)];
             let scoring = match router.scoring {
@@ -236,6 +220,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::Add { .. } => only(format!("{} + {}", reads[0], reads[1])),
         Kind::Begin => only(reads[1].clone()),
         Kind::Rescale(_) => only(format!("{} * scale", reads[0])),
+        Kind::Connect(_) | Kind::ReadStreams(_) | Kind::WriteStreams(_) => said_of_streams(operation, reads),
         Kind::Plus(_) | Kind::Shared(_) | Kind::Lookup(_) => said_beside(operation, reads),
     }
 }
@@ -252,6 +237,44 @@ fn said_beside(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<Stri
             }
             ("rows(ids)".to_owned(), details)
         }
+        _ => unreachable!("one of these"),
+    }
+}
+
+/// The same of the activation of a feed-forward layer.
+fn said_of_activation(activation: Activation, reads: &[String]) -> (String, Vec<String>) {
+    let call = |name: &str| format!("{name}({})", reads.join(", "));
+    let name = match activation {
+        Activation::SwigluOai { alpha, limit, shift } => {
+            let mut details = vec![format!("alpha {alpha}"), format!("limit {limit}")];
+            details.extend((shift != 1.0).then(|| format!("shift {shift}")));
+            return (call("swiglu_oai"), details);
+        }
+        Activation::Xielu { positive, negative, beta, eps } => {
+            let details = [("positive", positive), ("negative", negative), ("beta", beta), ("eps", eps)];
+            return (call("xielu"), details.map(|(name, value)| format!("{name} {value}")).to_vec());
+        }
+        other => named(other),
+    };
+    let expression = match reads {
+        [gate, up] => format!("{name}({gate}) * {up}"),
+        _ => call(name),
+    };
+    (expression, Vec::new())
+}
+
+/// The same of several streams.
+fn said_of_streams(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
+    match &operation.kind {
+        Kind::Connect(hyper) => {
+            let mut details = vec![format!("{} streams", hyper.shape.streams), format!("eps {:e}", hyper.shape.eps)];
+            if hyper.shape.rounds > 0 {
+                details.push(format!("mixed, {} rounds", hyper.shape.rounds));
+            }
+            (format!("weights({})", reads[0]), details)
+        }
+        Kind::ReadStreams(_) => (format!("read({})", reads.join(", ")), Vec::new()),
+        Kind::WriteStreams(_) => (format!("write({})", reads.join(", ")), Vec::new()),
         _ => unreachable!("one of these"),
     }
 }

@@ -142,6 +142,7 @@ fn linears_read_what_they_read_in_transformers() {
         "lfm2_moe_plain",
         "deepseek_v32_published",
         "kimi_linear_plain",
+        "hy_v4_published",
         "qwen3_next_further",
         "qwen3_5_text_further",
         "deepseek_v3_shared",
@@ -169,6 +170,7 @@ fn linears_read_what_they_read_in_transformers() {
         for (module, found) in supply.found {
             // As the class in transformers calls it.
             let own = module.replace("backbone.", "model.").replace(".block_sparse_moe.", ".mlp.");
+            let own = own.replace(".linear_gate", ".gate_proj");
             let Some(expected) = file.get(&format!("energies.{own}")) else {
                 assert!(module.contains(".experts."), "{name}: {module}: no linear of its own in transformers");
                 continue;
@@ -198,6 +200,7 @@ fn linears_read_what_they_read_in_transformers() {
         "conv.out_proj",
         "self_attn.kv_b_proj",
         "self_attn.q_b_proj",
+        "self_attn.linear_gate",
         "mtp.fc",
         "mtp.layers.0.mlp.down_proj",
         "layers.2.eh_proj",

@@ -167,6 +167,8 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("hy_v3_further", Told(UNKNOWN)),
     ("hy_v3_plain", Told(UNKNOWN)),
     ("hy_v3_types", Told(UNKNOWN)),
+    ("hy_v4_plain", Told(UNKNOWN)),
+    ("hy_v4_published", Told(UNKNOWN)),
     ("internlm3_biases", Told(OPEN)),
     ("internlm3_dynamic", Told(OPEN)),
     ("llama4_text_every_layer", Told(UNKNOWN)),

@@ -28,6 +28,7 @@ fn programs_are_shown_as_they_were() {
         "deepseek_v3_plain",
         "qwen3_next_mixed",
         "falcon_h1_plain",
+        "hy_v4_published",
         "nemotron_h_latent",
         "lfm2_plain",
     ] {

@@ -120,6 +120,46 @@ impl DeltaShape {
     }
 }
 
+/// Several hidden states of a token side by side, its streams, by what weights they are read and written, and how these are made
+/// (hyper-connections).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HyperShape {
+    /// How many.
+    pub streams: usize,
+    /// Added to the mean square of all of a token's values.
+    pub norm_eps: f32,
+    /// Added to the sigmoids that are the weights of reading, and to what the streams are mixed by, and to its sums.
+    pub eps: f32,
+    /// What the sigmoids are multiplied by that are the weights of writing, and what is added to them; none where nothing is written.
+    pub writes: Option<[f32; 2]>,
+    /// How often rows and columns of the matrix that mixes the streams are divided by their sums; 0 where they are not mixed.
+    pub rounds: usize,
+}
+
+impl HyperShape {
+    /// Kinds of weights: of reading, of writing, of mixing.
+    pub fn kinds(&self) -> usize {
+        1 + usize::from(self.writes.is_some()) + usize::from(self.rounds > 0)
+    }
+
+    /// Weights of a token.
+    pub fn weights(&self) -> usize {
+        let mixing = if self.rounds > 0 { self.streams } else { 0 };
+        self.streams * (1 + usize::from(self.writes.is_some()) + mixing)
+    }
+}
+
+/// What makes the weights of one layer's hyper-connections.
+#[derive(Clone, Copy, Debug)]
+pub struct HyperParameters<'a> {
+    /// `[weights, streams · hidden]`, row by row.
+    pub projection: &'a [f32],
+    /// One for each weight.
+    pub base: &'a [f32],
+    /// One for each kind of weights.
+    pub scale: &'a [f32],
+}
+
 /// How a slice of values is normalised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormKind {
@@ -157,12 +197,14 @@ pub enum Activation {
     Relu,
     /// `max(x, 0)²`.
     Relu2,
-    /// `g · σ(alpha · g) · (u + 1)` with `g = min(gate, limit)` and `u` in `±limit` (gpt-oss); only as a gate.
+    /// `g · σ(alpha · g) · (u + shift)` with `g = min(gate, limit)` and `u` in `±limit`; only as a gate.
     SwigluOai {
         /// Slope of the sigmoid.
         alpha: f32,
         /// Largest gate, and largest size of the other.
         limit: f32,
+        /// Added to the other then: 1 in gpt-oss.
+        shift: f32,
     },
     /// `σ(x)`.
     Sigmoid,
@@ -368,11 +410,12 @@ pub trait Forward: Memory {
         shape: &IndexShape,
         lengths: &[usize],
     ) -> Result<Self::Matrix>;
-    /// [`attention`](Self::attention) to what [`select`](Self::select) chose, without sinks, window, chunks and caps.
+    /// [`attention`](Self::attention) to what [`select`](Self::select) chose, without window, chunks and caps.
     fn attention_to(
         &self,
         qkv: [&Self::Matrix; 3],
         chosen: &Self::Matrix,
+        sinks: Option<&[f32]>,
         shape: &AttentionShape,
         index: &IndexShape,
         lengths: &[usize],
@@ -408,6 +451,20 @@ pub trait Forward: Memory {
         shape: &DeltaShape,
         lengths: &[usize],
     ) -> Result<Self::Matrix>;
+    /// The weights of hyper-connections, `[tokens, weights]`, made of a token's streams `h` `[tokens, streams·hidden]`: first those by which
+    /// they are read, then those by which they are written, then the matrix by which they are mixed, as far as the shape has such.
+    fn hyper_weights(&self, h: &Self::Matrix, of: HyperParameters<'_>, shape: &HyperShape) -> Result<Self::Matrix>;
+    /// `[tokens, hidden]`: each token's streams, summed up with the first of its weights.
+    fn read_streams(&self, h: &Self::Matrix, weights: &Self::Matrix, streams: usize) -> Result<Self::Matrix>;
+    /// `stream k ← write[k] · y + Σ mix[j, k] · stream j`, or `+ stream k` where they are not mixed; `y` is `[tokens, hidden]`.
+    fn write_streams(
+        &self,
+        y: &Self::Matrix,
+        weights: &Self::Matrix,
+        shape: &HyperShape,
+        h: &mut Self::Matrix,
+    ) -> Result<()>;
+
     /// `x ← act(x)`.
     ///
     /// Fails for [`Activation::SwigluOai`], which is only a gate.

@@ -5,14 +5,16 @@ use rayon::prelude::*;
 
 use super::{Cpu, Input, Weight, flat};
 use crate::backend::{
-    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, IndexShape, Memory, NormKind, RopeLayout,
+    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, HyperParameters, HyperShape, IndexShape,
+    Memory, NormKind, RopeLayout,
 };
 use crate::checks::{
-    expect, expect_alone, expect_attention, expect_choice, expect_convolution, expect_delta, expect_index,
-    expect_limit, expect_multiple, expect_rotation,
+    expect, expect_alone, expect_attention, expect_choice, expect_convolution, expect_delta, expect_hyper,
+    expect_index, expect_limit, expect_multiple, expect_rotation, expect_streams,
 };
 use crate::ops::{
-    activation, add, attention, bf16, convolve, delta, heads, linear, norm, rope, round_activations, softcap, sparse,
+    activation, add, attention, bf16, convolve, delta, heads, hyper, linear, norm, rope, round_activations, softcap,
+    sparse,
 };
 use crate::{Error, Result};
 
@@ -207,13 +209,14 @@ impl Forward for Cpu {
         &self,
         qkv: [&Array2<f32>; 3],
         chosen: &Array2<f32>,
+        sinks: Option<&[f32]>,
         shape: &AttentionShape,
         index: &IndexShape,
         lengths: &[usize],
     ) -> Result<Input> {
         let of = |m: &Array2<f32>| [m.nrows(), m.ncols()];
-        expect_choice(qkv.map(of), of(chosen), shape, index, lengths)?;
-        self.input(sparse::attend(qkv.map(|m| m.view()), chosen.view(), shape, index, lengths))
+        expect_choice(qkv.map(of), of(chosen), sinks, shape, index, lengths)?;
+        self.input(sparse::attend(qkv.map(|m| m.view()), chosen.view(), sinks, shape, index, lengths))
     }
 
     fn convolve(
@@ -246,6 +249,31 @@ impl Forward for Cpu {
         let [q, k, v] = qkv;
         expect_delta([q, k, v, decay, beta].map(|m| [m.nrows(), m.ncols()]), shape, lengths)?;
         Ok(delta::run(qkv.map(|m| m.view()), decay.view(), beta.view(), shape, lengths))
+    }
+
+    fn hyper_weights(&self, h: &Array2<f32>, of: HyperParameters<'_>, shape: &HyperShape) -> Result<Array2<f32>> {
+        expect_hyper([h.nrows(), h.ncols()], of, shape)?;
+        Ok(hyper::weights(h.view(), of, shape))
+    }
+
+    fn read_streams(&self, h: &Array2<f32>, weights: &Array2<f32>, streams: usize) -> Result<Array2<f32>> {
+        expect_streams([h.nrows(), h.ncols()], [weights.nrows(), weights.ncols()], streams, streams)?;
+        Ok(hyper::read(h.view(), weights.view(), streams))
+    }
+
+    fn write_streams(
+        &self,
+        y: &Array2<f32>,
+        weights: &Array2<f32>,
+        shape: &HyperShape,
+        h: &mut Array2<f32>,
+    ) -> Result<()> {
+        let (of_h, of_weights) = ([h.nrows(), h.ncols()], [weights.nrows(), weights.ncols()]);
+        expect_streams(of_h, of_weights, shape.streams, shape.weights().max(2 * shape.streams))?;
+        expect("write_streams", "tokens", h.nrows(), y.nrows())?;
+        expect("write_streams", "features", h.ncols() / shape.streams, y.ncols())?;
+        hyper::write(y.view(), weights.view(), shape, h);
+        Ok(())
     }
 
     fn activate(&self, x: &mut Array2<f32>, activation: Activation) -> Result<()> {

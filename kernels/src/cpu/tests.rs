@@ -60,10 +60,10 @@ fn matrices_that_do_not_fit_are_refused() {
     let (x, w) = (Input::Whole(m(3, 4)), Weight::Whole(m(6, 4)));
     refused("activated", cpu.activated(&x, &w, Some(&[0.0; 4]), Activation::Relu));
     refused("activated", cpu.activated(&x, &Weight::Whole(m(6, 5)), None, Activation::Relu));
-    refused("activated", cpu.activated(&x, &w, None, Activation::SwigluOai { alpha: 1.0, limit: 1.0 }));
+    refused("activated", cpu.activated(&x, &w, None, Activation::SwigluOai { alpha: 1.0, limit: 1.0, shift: 1.0 }));
 
     for limit in [-1.0, f32::NAN] {
-        refused("gated", cpu.gated(&x, [&w, &w], [None; 2], Activation::SwigluOai { alpha: 1.0, limit }));
+        refused("gated", cpu.gated(&x, [&w, &w], [None; 2], Activation::SwigluOai { alpha: 1.0, limit, shift: 1.0 }));
         refused("clamp", cpu.clamp(&mut m(2, 2), limit));
     }
 
@@ -93,7 +93,7 @@ fn matrices_that_do_not_fit_are_refused() {
     refused("delta_rule", delta(6, 4, &[5, 1], shape));
     refused("delta_rule", delta(6, 4, &[5], DeltaShape { key_heads: 3, ..shape }));
     refused("delta_rule", delta(6, 4, &[5], DeltaShape { key_heads: 0, ..shape }));
-    refused("activate", cpu.activate(&mut m(2, 2), Activation::SwigluOai { alpha: 1.0, limit: 1.0 }));
+    refused("activate", cpu.activate(&mut m(2, 2), Activation::SwigluOai { alpha: 1.0, limit: 1.0, shift: 1.0 }));
     refused("gate", cpu.gate(&mut m(2, 2), &m(2, 3), Activation::Sigmoid));
 
     refused("join_heads", cpu.join_heads(&m(3, 8), &m(3, 2), 3));
@@ -159,7 +159,8 @@ fn layer(cpu: &Cpu) -> Array2<f32> {
     cpu.add_scaled(&recurrent(cpu, &mut linear, &x, &lengths), 0.3, &mut stream).unwrap();
     let x = cpu.input(cpu.rms_norm(&stream, &[0.2; 37], 1e-5).unwrap()).unwrap();
     let [gate, up, one] = [61, 61, 37].map(|outs| cpu.weight(noise.matrix(outs, 37)).unwrap());
-    let gated = cpu.gated(&x, [&gate, &up], [None; 2], Activation::SwigluOai { alpha: 1.7, limit: 7.0 }).unwrap();
+    let gated =
+        cpu.gated(&x, [&gate, &up], [None; 2], Activation::SwigluOai { alpha: 1.7, limit: 7.0, shift: 1.0 }).unwrap();
     let down = cpu.weight(noise.matrix(37, 61)).unwrap();
     let rows: Vec<usize> = (0..300).rev().collect();
     cpu.add_rows(&cpu.linear(&gated, &down, None).unwrap(), &rows, &[0.7; 300], &mut stream).unwrap();

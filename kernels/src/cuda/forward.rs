@@ -4,7 +4,8 @@ use ndarray::Array2;
 
 use super::{Cuda, Matrix, Module, Operand, Operands, Pinned, Product, Rounded, at, expect, expect_multiple};
 use crate::backend::{
-    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, IndexShape, Memory, NormKind, RopeLayout,
+    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, HyperParameters, HyperShape, IndexShape,
+    Memory, NormKind, RopeLayout,
 };
 use crate::checks::{expect_alone, expect_limit, expect_rotation};
 use crate::ops::add::sources;
@@ -32,7 +33,7 @@ pub(super) fn code(activation: Activation) -> (i32, [f32; 4]) {
         Activation::GeluTanh => (2, [0.0; 4]),
         Activation::Relu => (3, [0.0; 4]),
         Activation::Relu2 => (4, [0.0; 4]),
-        Activation::SwigluOai { alpha, limit } => (5, [alpha, limit, 0.0, 0.0]),
+        Activation::SwigluOai { alpha, limit, shift } => (5, [alpha, limit, shift, 0.0]),
         Activation::Xielu { positive, negative, beta, eps } => (6, [positive, negative, beta, eps]),
         Activation::Sigmoid => (7, [0.0; 4]),
         Activation::Identity => (8, [0.0; 4]),
@@ -398,11 +399,12 @@ impl Forward for Cuda {
         &self,
         qkv: [&Matrix; 3],
         chosen: &Matrix,
+        sinks: Option<&[f32]>,
         shape: &AttentionShape,
         index: &IndexShape,
         lengths: &[usize],
     ) -> Result<Operands> {
-        self.attend_to(qkv, chosen, shape, index, lengths)
+        self.attend_to(qkv, chosen, sinks, shape, index, lengths)
     }
 
     fn convolve(
@@ -429,6 +431,18 @@ impl Forward for Cuda {
         lengths: &[usize],
     ) -> Result<Matrix> {
         self.recur(qkv, decay, beta, shape, lengths)
+    }
+
+    fn hyper_weights(&self, h: &Matrix, of: HyperParameters<'_>, shape: &HyperShape) -> Result<Matrix> {
+        self.hyper(h, of, shape)
+    }
+
+    fn read_streams(&self, h: &Matrix, weights: &Matrix, streams: usize) -> Result<Matrix> {
+        self.streams_read(h, weights, streams)
+    }
+
+    fn write_streams(&self, y: &Matrix, weights: &Matrix, shape: &HyperShape, h: &mut Matrix) -> Result<()> {
+        self.streams_written(y, weights, shape, h)
     }
 
     fn activate(&self, x: &mut Matrix, activation: Activation) -> Result<()> {

@@ -10,6 +10,7 @@ mod compile;
 mod device;
 mod factor;
 mod forward;
+mod hyper;
 mod images;
 mod losses;
 mod matrices;

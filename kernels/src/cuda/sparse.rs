@@ -1,6 +1,6 @@
 //! Attention to a choice of tokens.
 
-use super::{Address, Cuda, Matrix, Module, Operand, Operands, Product, Real};
+use super::{Address, Cuda, Matrix, Module, Operand, Operands, Product, Real, at};
 use crate::Result;
 use crate::backend::{AttentionShape, IndexShape, Memory};
 use crate::checks::{expect_choice, expect_index};
@@ -114,12 +114,13 @@ impl Cuda {
         &self,
         [q, k, v]: [&Matrix; 3],
         chosen: &Matrix,
+        sinks: Option<&[f32]>,
         shape: &AttentionShape,
         index: &IndexShape,
         lengths: &[usize],
     ) -> Result<Operands> {
         let of = |m: &Matrix| [m.rows, m.cols];
-        expect_choice([q, k, v].map(of), of(chosen), shape, index, lengths)?;
+        expect_choice([q, k, v].map(of), of(chosen), sinks, shape, index, lengths)?;
         let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, .. } = *shape;
         let mut places = Vec::with_capacity(2 * q.rows);
         let mut start = 0;
@@ -129,7 +130,8 @@ impl Cuda {
         }
         let out = self.matrix(q.rows, heads * value_dim)?;
         if q.rows > 0 {
-            let places = self.send(&places)?;
+            let (places, sinks) = (self.send(&places)?, sinks.map(|sinks| self.send(sinks)).transpose()?);
+            let sinks = sinks.as_ref().map(|sinks| sinks.pin()).transpose()?;
             let pins = (out.buffer.pin()?, chosen.buffer.pin_to_read()?, places.pin()?);
             let [q_at, k_at, v_at] = [q, k, v].map(|m| m.buffer.pin_to_read());
             let (q_at, k_at, v_at) = (q_at?, k_at?, v_at?);
@@ -139,6 +141,7 @@ impl Cuda {
                 k_at.arg(),
                 v_at.arg(),
                 pins.1.arg(),
+                at(sinks.as_ref()),
                 pins.2.arg(),
                 (q.rows as i64).into(),
                 (heads as i32).into(),

@@ -7,6 +7,7 @@ mod blocks;
 mod compiled;
 mod factor;
 mod forward;
+mod hyper;
 mod losses;
 mod pack;
 mod recurrent;

@@ -20,7 +20,7 @@ __device__ __forceinline__ float gelu_of(float x) {
     return x / sigmoid_of(x * q);
 }
 
-// The numbers that some functions have: of SwigluOai alpha and limit, of xIELU the factors above and below 0, the slope at 0 and the
+// The numbers that some functions have: of SwigluOai alpha, limit and shift, of xIELU the factors above and below 0, the slope at 0 and the
 // largest exponent.
 struct Numbers {
     float a, b, c, d;

@@ -21,7 +21,7 @@ pub fn reference(activation: Activation, x: f32) -> f32 {
         }
         Activation::Relu => x.max(0.0),
         Activation::Relu2 => x.max(0.0).powi(2),
-        Activation::SwigluOai { alpha, limit } => {
+        Activation::SwigluOai { alpha, limit, .. } => {
             let gate = x.min(f64::from(limit));
             gate * sigmoid(f64::from(alpha) * gate)
         }
@@ -40,7 +40,7 @@ pub fn reference(activation: Activation, x: f32) -> f32 {
 /// `act(gate) · up` of one pair.
 pub fn gate_reference(activation: Activation, gate: f32, up: f32) -> f32 {
     let up = match activation {
-        Activation::SwigluOai { limit, .. } => up.clamp(-limit, limit) + 1.0,
+        Activation::SwigluOai { limit, shift, .. } => up.clamp(-limit, limit) + shift,
         _ => up,
     };
     reference(activation, gate) * up
@@ -66,7 +66,7 @@ simd_fn! {
             Activation::GeluTanh => each(x, gelu_tanh),
             Activation::Relu => each(x, relu),
             Activation::Relu2 => each(x, relu2),
-            Activation::SwigluOai { alpha, limit } => {
+            Activation::SwigluOai { alpha, limit, .. } => {
                 for x in x.iter_mut() {
                     *x = swiglu_oai(*x, alpha, limit);
                 }
@@ -89,9 +89,9 @@ simd_fn! {
             Activation::GeluTanh => product(gate, up, gelu_tanh),
             Activation::Relu => product(gate, up, relu),
             Activation::Relu2 => product(gate, up, relu2),
-            Activation::SwigluOai { alpha, limit } => {
+            Activation::SwigluOai { alpha, limit, shift } => {
                 for (g, u) in gate.iter_mut().zip(up) {
-                    *g = swiglu_oai(*g, alpha, limit) * (u.clamp(-limit, limit) + 1.0);
+                    *g = swiglu_oai(*g, alpha, limit) * (u.clamp(-limit, limit) + shift);
                 }
             }
             Activation::Sigmoid => product(gate, up, sigmoid),
@@ -179,14 +179,15 @@ fn xielu(x: f32, [positive, negative, beta, eps]: [f32; 4]) -> f32 {
 
 /// Every form, for tests.
 #[cfg(test)]
-pub(super) const ALL: [Activation; 9] = [
+pub(super) const ALL: [Activation; 10] = [
     Activation::Identity,
     Activation::Silu,
     Activation::Gelu,
     Activation::GeluTanh,
     Activation::Relu,
     Activation::Relu2,
-    Activation::SwigluOai { alpha: 1.702, limit: 7.0 },
+    Activation::SwigluOai { alpha: 1.702, limit: 7.0, shift: 1.0 },
+    Activation::SwigluOai { alpha: 1.0, limit: 3.0, shift: 0.0 },
     Activation::Sigmoid,
     Activation::Xielu { positive: 0.8, negative: 1.1, beta: 0.5, eps: -1e-6 },
 ];

@@ -14,6 +14,7 @@ pub mod factor;
 pub mod fit;
 pub mod gram;
 pub mod heads;
+pub mod hyper;
 pub mod lattice;
 pub mod levels;
 pub mod linear;

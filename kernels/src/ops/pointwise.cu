@@ -29,7 +29,7 @@ __device__ __forceinline__ float gate_of(
     float u = up[i] + (up_bias ? up_bias[col] : 0.0f);
     if (kind == 5) {
         u = u < -of.b ? -of.b : u > of.b ? of.b : u;
-        u += 1.0f;
+        u += of.c;
     }
     return value * u;
 }

@@ -84,9 +84,9 @@ EXPORT(choose)
 #define COLUMNS 4
 
 // Attention of one query of one head to what was chosen for it: a warp for each, whose lanes take a token each for the scores, and columns of the
-// values for their mixture. `places` has the position of each query and the first token of its sequence.
+// values for their mixture. A sink is a score without a value. `places` has the position of each query and the first token of its sequence.
 KERNEL(attend_chosen)(
-    float *out, const float *q, const float *k, const float *v, const float *chosen, const int *places, i64 tokens, int heads, int kv_heads,
+    float *out, const float *q, const float *k, const float *v, const float *chosen, const float *sinks, const int *places, i64 tokens, int heads, int kv_heads,
     int head_dim, int value_dim, float scale, int groups, int count, int block) {
     i64 task = (i64)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP, col = blockIdx.y * WARP * COLUMNS + lane;
@@ -99,7 +99,7 @@ KERNEL(attend_chosen)(
     i64 start = places[2 * token + 1];
     const float *query = q + task * head_dim, *row = chosen + token * groups * count + group * count;
     const float *keys = k + (start * kv_heads + kv_head) * head_dim, *values = v + (start * kv_heads + kv_head) * value_dim;
-    float top = -INFINITE, total = 0.0f, mixed[COLUMNS];
+    float top = sinks ? sinks[head] : -INFINITE, total = sinks ? 1.0f : 0.0f, mixed[COLUMNS];
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) mixed[c] = 0.0f;
     for (int base = 0; base < count * block; base += WARP) {

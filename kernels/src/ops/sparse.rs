@@ -213,6 +213,7 @@ fn seen(chosen: &[f32], position: usize, block: usize) -> impl Iterator<Item = u
 pub fn attend_reference(
     [q, k, v]: [ArrayView2<f32>; 3],
     chosen: ArrayView2<f32>,
+    sinks: Option<&[f32]>,
     shape: &AttentionShape,
     index: &IndexShape,
     lengths: &[usize],
@@ -231,9 +232,10 @@ pub fn attend_reference(
                 pairs.map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() * f64::from(scale)
             };
             let scores: Vec<f64> = keys.iter().map(score).collect();
-            let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sink = sinks.map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[head]));
+            let top = scores.iter().copied().fold(sink, f64::max);
             let powers: Vec<f64> = scores.iter().map(|score| (score - top).exp()).collect();
-            let total: f64 = powers.iter().sum();
+            let total: f64 = powers.iter().sum::<f64>() + (sink - top).exp();
             for d in 0..value_dim {
                 let value = |key: &usize| f64::from(v[[start + key, kv_head * value_dim + d]]);
                 let sum: f64 = powers.iter().zip(&keys).map(|(power, key)| power * value(key)).sum();
@@ -249,6 +251,7 @@ pub fn attend_reference(
 pub fn attend(
     qkv: [ArrayView2<f32>; 3],
     chosen: ArrayView2<f32>,
+    sinks: Option<&[f32]>,
     shape: &AttentionShape,
     index: &IndexShape,
     lengths: &[usize],
@@ -257,7 +260,7 @@ pub fn attend(
     let mut out = vec![0.0f32; tokens * cols];
     let target = Shared::new(&mut out);
     let [q, k, v] = qkv.map(|m| m.to_slice().expect("a contiguous matrix"));
-    let layer = Layer { q, k, v, chosen: chosen.to_slice().expect("a contiguous matrix"), shape, index };
+    let layer = Layer { q, k, v, chosen: chosen.to_slice().expect("a contiguous matrix"), sinks, shape, index };
     let mut tasks = Vec::new();
     let mut start = 0;
     for &length in lengths {
@@ -280,6 +283,7 @@ struct Layer<'a> {
     k: &'a [f32],
     v: &'a [f32],
     chosen: &'a [f32],
+    sinks: Option<&'a [f32]>,
     shape: &'a AttentionShape,
     index: &'a IndexShape,
 }
@@ -311,6 +315,7 @@ impl Scratch {
         let (kv_head, group) = (head / (heads / kv_heads), head / (heads / layer.index.groups()));
         let [q_cols, k_cols, v_cols] = [heads * head_dim, kv_heads * head_dim, kv_heads * value_dim];
         let out_cols = heads * value_dim;
+        let sink = layer.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head]);
         let keys = query + count;
         let whole = keys <= SPARSE * layer.index.tokens();
         let Scratch { scores, own, seen: tokens } = self;
@@ -344,14 +349,14 @@ impl Scratch {
             if whole {
                 let scores = &mut scores[row * keys..][..keys];
                 own.extend(tokens.iter().map(|token| scores[*token]));
-                softmax(own, f32::NEG_INFINITY);
+                softmax(own, sink);
                 scores.fill(0.0);
                 tokens.iter().zip(&*own).for_each(|(token, weight)| scores[*token] = *weight);
                 continue;
             }
             own.resize(tokens.len(), 0.0);
             dots(&queries[row * q_cols..][..head_dim], k, k_cols, tokens, scale, own);
-            softmax(own, f32::NEG_INFINITY);
+            softmax(own, sink);
             // SAFETY: the caller's promise.
             let out = unsafe {
                 let at = target.at((start + query + row) * out_cols + head * value_dim);
@@ -452,9 +457,12 @@ pub(crate) mod tests {
         let q = noise.matrix(tokens, heads * head_dim) * 2.0;
         let [k, v] = [head_dim, value_dim].map(|dim| noise.matrix(tokens, kv_heads * dim));
         let qkv = [q.view(), k.view(), v.view()];
-        let fast = attend(qkv, chosen.view(), &shape, &index, lengths);
-        let slow = attend_reference(qkv, chosen.view(), &shape, &index, lengths);
-        close(fast.as_slice().unwrap(), slow.as_slice().unwrap(), 2e-6);
+        let own: Vec<f32> = (0..heads).map(|_| 3.0 * noise.next()).collect();
+        for sinks in [None, Some(&own[..])] {
+            let fast = attend(qkv, chosen.view(), sinks, &shape, &index, lengths);
+            let slow = attend_reference(qkv, chosen.view(), sinks, &shape, &index, lengths);
+            close(fast.as_slice().unwrap(), slow.as_slice().unwrap(), 2e-6);
+        }
     }
 
     proptest! {
@@ -490,7 +498,11 @@ pub(crate) mod tests {
         };
         let all = super::super::attention::run(q.view(), k.view(), k.view(), None, &shape, &[70, 30]);
         let qkv = [q.view(), k.view(), k.view()];
-        close(attend(qkv, chosen.view(), &shape, &index, &[70, 30]).as_slice().unwrap(), all.as_slice().unwrap(), 2e-6);
+        close(
+            attend(qkv, chosen.view(), None, &shape, &index, &[70, 30]).as_slice().unwrap(),
+            all.as_slice().unwrap(),
+            2e-6,
+        );
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 mod mixture;
 mod states;
+mod streams;
 
 use formats::container::gguf::MetadataValue;
 use serde_json::{Map, Value, json};

@@ -53,6 +53,7 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ),
     ("deepseek32", CHOOSING),
     ("glm-dsa", CHOOSING),
+    ("hy_v4", STREAMS),
     ("mimo2", &["attention.sliding_window", "attention.sliding_window_pattern", "expert_feed_forward_length"]),
     (
         "kimi-linear",
@@ -81,6 +82,22 @@ const CHOOSING: &[&str] = &[
     "attention.indexer.top_k",
     "expert_feed_forward_length",
     "expert_shared_count",
+];
+
+/// The same, and how streams are read and written.
+const STREAMS: &[&str] = &[
+    "attention.q_lora_rank",
+    "attention.kv_lora_rank",
+    "attention.key_length_mla",
+    "attention.value_length_mla",
+    "attention.indexer.head_count",
+    "attention.indexer.key_length",
+    "attention.indexer.top_k",
+    "expert_feed_forward_length",
+    "expert_shared_count",
+    "hyper_connection.count",
+    "hyper_connection.epsilon",
+    "hyper_connection.magnitude",
 ];
 
 /// Sizes of layers with a state.

@@ -39,11 +39,14 @@ fn choices_and_attention_to_them_agree_with_the_plain_loop() {
         let k = noise.matrix(tokens, shape.kv_heads * shape.head_dim);
         let v = noise.matrix(tokens, shape.kv_heads * shape.value_dim);
         let weights = (!index.apart).then_some(weights);
+        let sinks: Vec<f32> = (0..shape.heads).map(|_| 3.0 * noise.next()).collect();
+        let sinks = (shape.heads > 1).then_some(&sinks[..]);
         let found = on_all(|cuda| {
             let [iq, ik, q, k, v] = [&iq, &ik, &q, &k, &v].map(|m| cuda.upload(m.clone()).unwrap());
             let weights = weights.clone().map(|m| cuda.upload(m).unwrap());
             let chosen = cuda.select(&iq, &ik, weights.as_ref(), &index, &lengths).unwrap();
-            let Operands::Whole(out) = cuda.attention_to([&q, &k, &v], &chosen, &shape, &index, &lengths).unwrap()
+            let Operands::Whole(out) =
+                cuda.attention_to([&q, &k, &v], &chosen, sinks, &shape, &index, &lengths).unwrap()
             else {
                 unreachable!("not rounded")
             };
@@ -52,7 +55,7 @@ fn choices_and_attention_to_them_agree_with_the_plain_loop() {
         let Some([chosen, out]) = found else { return };
         let weights = weights.as_ref().map(|m| m.view());
         assert_eq!(chosen, select_reference(iq.view(), ik.view(), weights, &index, &lengths), "{index:?}");
-        let expected = attend_reference([q.view(), k.view(), v.view()], chosen.view(), &shape, &index, &lengths);
+        let expected = attend_reference([q.view(), k.view(), v.view()], chosen.view(), sinks, &shape, &index, &lengths);
         close(out.as_slice().unwrap(), expected.as_slice().unwrap(), 2e-6);
     }
 }
@@ -69,7 +72,7 @@ fn what_does_not_fit_is_refused_and_nothing_is_no_work() {
         assert_eq!(select(6, 3, Some(2), two, 5).unwrap(), [5, 4]);
         let nothing = cuda.select(&m(0, 6), &m(0, 3), Some(&m(0, 2)), &two, &[]).unwrap();
         let four = attention(4, 2, 8, 6);
-        cuda.attention_to([&m(0, 32), &m(0, 16), &m(0, 12)], &nothing, &four, &two, &[]).unwrap();
+        cuda.attention_to([&m(0, 32), &m(0, 16), &m(0, 12)], &nothing, None, &four, &two, &[]).unwrap();
         for wrong in [
             select(5, 3, Some(2), two, 5),
             select(6, 2, Some(2), two, 5),
@@ -82,7 +85,8 @@ fn what_does_not_fit_is_refused_and_nothing_is_no_work() {
             wrong.unwrap_err();
         }
         let attend = |cols, shape: AttentionShape| {
-            cuda.attention_to([&m(5, 32), &m(5, 16), &m(5, 12)], &m(5, cols), &shape, &two, &[5]).map(|x| x.shape())
+            cuda.attention_to([&m(5, 32), &m(5, 16), &m(5, 12)], &m(5, cols), None, &shape, &two, &[5])
+                .map(|x| x.shape())
         };
         assert!(attend(3, four).is_err());
         assert!(attend(4, AttentionShape { window: Some(3), ..four }).is_err());

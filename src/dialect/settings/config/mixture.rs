@@ -96,6 +96,7 @@ impl Settings {
             "kimi_linear" => self.kimi_linear(model)?,
             "mimo_v2_flash" => self.mimo(model, used()?)?,
             "deepseek_v32" | "glm_moe_dsa" => self.indexed(model)?,
+            "hy_v4" => self.hunyuan_4(model)?,
             _ => json!({}),
         })
     }
@@ -227,7 +228,7 @@ impl Settings {
     }
 
     /// DeepSeek V3.2's and GLM-5's sizes, their indexers' among them.
-    fn indexed(&self, model: &Hyperparameters) -> Result<Value> {
+    pub(super) fn indexed(&self, model: &Hyperparameters) -> Result<Value> {
         let Value::Object(mut values) = self.deepseek(model)? else { unreachable!("an object") };
         values.remove("rope_interleave");
         values.extend(self.indexers(model.layers)?);
@@ -272,7 +273,7 @@ impl Settings {
             ("index_head_dim".to_owned(), self.required("attention.indexer.key_length")?.into()),
             ("index_topk".to_owned(), self.required("attention.indexer.top_k")?.into()),
         ]);
-        if self.architecture.id == "glm-dsa" {
+        if matches!(self.architecture.id, "glm-dsa" | "hy_v4") {
             self.look("attention.indexer.types");
             let kind = |layer| if self.has(&format!("blk.{layer}.indexer.proj.weight")) { "full" } else { "shared" };
             found.insert("indexer_types".to_owned(), (0..layers).map(kind).collect::<Vec<_>>().into());
