@@ -150,6 +150,19 @@ pub(crate) fn expect_convolution(
     activation.map_or(Ok(()), |activation| expect_alone("convolve", activation))
 }
 
+/// What is mixed, how much, and what takes it, each `[tokens, features]`, of streams of one width: how many there are of the first and the last.
+pub(crate) fn expect_streams([x, coefficients, y]: [[usize; 2]; 3], width: usize) -> Result<[usize; 2]> {
+    const OP: &str = "mix_streams";
+    for [tokens, features] in [x, y] {
+        expect(OP, "tokens", y[0], tokens)?;
+        expect_multiple(OP, width, features)?;
+    }
+    let [from, to] = [x[1] / width, y[1] / width];
+    expect(OP, "tokens", y[0], coefficients[0])?;
+    expect(OP, "coefficients", to * from, coefficients[1])?;
+    Ok([from, to])
+}
+
 /// Queries, keys, values, decays and betas, each `[tokens, features]`, that fit the layer and the sequences.
 pub(crate) fn expect_delta(all: [[usize; 2]; 5], shape: &DeltaShape, lengths: &[usize]) -> Result<()> {
     let DeltaShape { key_heads, value_heads, key_dim, value_dim, .. } = *shape;

@@ -404,6 +404,21 @@ pub trait Forward: Memory {
     /// `gate ← act(gate) · x`.
     fn gate(&self, gate: &mut Self::Matrix, x: &Self::Matrix, activation: Activation) -> Result<()>;
 
+    /// `y ← y + coefficients · x` of each token, whose values are streams of `width` side by side: `x` is `[tokens, from·width]`, `y`
+    /// `[tokens, to·width]`, and `coefficients` `[tokens, to·from]` say for each stream of `y` how much of each of `x` it takes.
+    fn mix_streams(
+        &self,
+        x: &Self::Matrix,
+        coefficients: &Self::Matrix,
+        width: usize,
+        y: &mut Self::Matrix,
+    ) -> Result<()>;
+    /// Makes each stream of `width` values of `x` as large as the first: times the root mean square of that, divided by its own, whose square
+    /// is taken for `least` where it is less.
+    fn match_streams(&self, x: &mut Self::Matrix, width: usize, least: f32) -> Result<()>;
+    /// `x ← max(x − mean − deviations · √variance, 0)`, each row on its own.
+    fn cut(&self, x: &mut Self::Matrix, deviations: f32) -> Result<()>;
+
     /// `[tokens, heads·(a + b)]`: each head's own `a` values of `own` `[tokens, heads·a]`, then those of `shared`
     /// `[tokens, b]`, which all heads have in common (the keys of multi-head latent attention).
     fn join_heads(&self, own: &Self::Matrix, shared: &Self::Matrix, heads: usize) -> Result<Self::Matrix>;

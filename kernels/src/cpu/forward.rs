@@ -9,10 +9,11 @@ use crate::backend::{
 };
 use crate::checks::{
     expect, expect_alone, expect_attention, expect_choice, expect_convolution, expect_delta, expect_index,
-    expect_limit, expect_multiple, expect_rotation,
+    expect_limit, expect_multiple, expect_rotation, expect_streams,
 };
 use crate::ops::{
     activation, add, attention, bf16, convolve, delta, heads, linear, norm, rope, round_activations, softcap, sparse,
+    streams,
 };
 use crate::{Error, Result};
 
@@ -261,6 +262,30 @@ impl Forward for Cpu {
             expect_limit("gate", limit)?;
         }
         activation::gate(activation, flat(gate), x.as_slice().expect("contiguous"));
+        Ok(())
+    }
+
+    fn mix_streams(
+        &self,
+        x: &Array2<f32>,
+        coefficients: &Array2<f32>,
+        width: usize,
+        y: &mut Array2<f32>,
+    ) -> Result<()> {
+        let of = |m: &Array2<f32>| [m.nrows(), m.ncols()];
+        expect_streams([of(x), of(coefficients), of(y)], width)?;
+        streams::run(x.view(), coefficients.view(), width, y);
+        Ok(())
+    }
+
+    fn match_streams(&self, x: &mut Array2<f32>, width: usize, least: f32) -> Result<()> {
+        expect_multiple("match_streams", width, x.ncols())?;
+        streams::match_first(x, width, least);
+        Ok(())
+    }
+
+    fn cut(&self, x: &mut Array2<f32>, deviations: f32) -> Result<()> {
+        streams::cut(x, deviations);
         Ok(())
     }
 

@@ -22,6 +22,7 @@ pub static MODULES: &[&Module] = &[
     &super::forward::ROPE,
     &super::recurrent::RECURRENT,
     &super::sparse::SPARSE,
+    &super::streams::STREAMS,
     &super::quantize::GRAM,
     &super::factor::FACTOR,
     &super::pack::PACK,

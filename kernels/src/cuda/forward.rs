@@ -20,7 +20,7 @@ pub(super) static ROUNDING: Module =
 pub(super) static ROPE: Module = Module { name: "rope", source: include_str!("../ops/rope.cu") };
 
 /// Threads that norm one slice.
-fn threads_for(width: usize) -> u32 {
+pub(super) fn threads_for(width: usize) -> u32 {
     (width.div_ceil(4).next_multiple_of(32)).clamp(32, 256) as u32
 }
 
@@ -443,6 +443,18 @@ impl Forward for Cuda {
             expect_limit("gate", limit)?;
         }
         self.activate_in_place(gate, Some(x), activation)
+    }
+
+    fn mix_streams(&self, x: &Matrix, coefficients: &Matrix, width: usize, y: &mut Matrix) -> Result<()> {
+        self.mixed(x, coefficients, width, y)
+    }
+
+    fn match_streams(&self, x: &mut Matrix, width: usize, least: f32) -> Result<()> {
+        self.matched(x, width, least)
+    }
+
+    fn cut(&self, x: &mut Matrix, deviations: f32) -> Result<()> {
+        self.cut_off(x, deviations)
     }
 
     fn join_heads(&self, own: &Matrix, shared: &Matrix, heads: usize) -> Result<Matrix> {

@@ -22,6 +22,7 @@ mod refine;
 mod search;
 mod simulated;
 mod sparse;
+mod streams;
 mod sweep;
 #[cfg(test)]
 mod tests;
