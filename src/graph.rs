@@ -1,5 +1,6 @@
 //! A model as data: which tensors it has, and what is done with them, block by block.
 
+mod altup;
 mod delta;
 mod further;
 mod lookup;
@@ -12,6 +13,7 @@ use std::sync::Arc;
 
 use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 
+pub use self::altup::{AltUp, LEAST, Laurel};
 pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
 pub use self::further::{FURTHER, Further};
 pub use self::lookup::{Lookup, PerLayer, Side};
@@ -79,6 +81,8 @@ pub struct Block {
     pub parallel: bool,
     /// Tensor of one number that the stream is multiplied by at the end.
     pub scale: Option<String>,
+    /// What it does with several streams, where its steps work on one of them.
+    pub altup: Option<Box<AltUp>>,
 }
 
 /// One residual step: `h ← h + scale · post(layer(pre(h)))`.
@@ -378,6 +382,8 @@ pub struct Mlp {
     pub scale: f32,
     /// Tensors that the numbers of the activation are read from, and their extents; none of most.
     pub learned: Option<Box<Learned>>,
+    /// Of the gate is left before the activation what is above its mean by more than so many standard deviations.
+    pub cut: Option<f32>,
 }
 
 impl Mlp {
@@ -654,6 +660,10 @@ impl Graph {
             tensors.extend(step.layer.vectors());
             step.post.iter().for_each(|n| norm(n, &mut tensors));
         }
+        for altup in self.blocks.iter().filter_map(|block| block.altup.as_deref()) {
+            tensors.extend(altup.linears().flat_map(Linear::tensors).chain(altup.scale.clone()));
+            altup.norms().into_iter().for_each(|n| norm(n, &mut tensors));
+        }
         tensors.extend(self.blocks.iter().filter_map(|block| Some((block.scale.clone()?, vec![1]))));
         if !self.opaque {
             norm(&self.final_norm, &mut tensors);
@@ -669,6 +679,7 @@ impl Graph {
 
     /// Does something to every linear of the blocks.
     pub fn linears_mut(&mut self, change: &mut dyn FnMut(&mut Linear)) {
+        self.blocks.iter_mut().filter_map(|block| block.altup.as_mut()).for_each(|altup| altup.linears_mut(change));
         for step in self.blocks.iter_mut().flat_map(|block| &mut block.steps) {
             let mut mlp = |mlp: &mut Mlp| mlp.inputs.iter_mut().chain([&mut mlp.down]).for_each(&mut *change);
             match &mut step.layer {
@@ -732,6 +743,7 @@ impl Graph {
         for block in &mut self.blocks {
             block.name = name(&block.name);
             text(&mut block.scale);
+            block.altup.iter_mut().for_each(|altup| altup.rename(name));
             for step in &mut block.steps {
                 step.pre.iter_mut().chain(&mut step.post).for_each(norm);
                 match &mut step.layer {

@@ -121,7 +121,7 @@ pub fn calibrating(graph: &Graph, device: Device, work: Work, tokens: Option<Tok
     let weights = graph.blocks.iter().map(|block| solving(block, device, work)).max().unwrap_or(0);
     let Some(tokens) = tokens else { return BASE.saturating_add(weights) };
     let smoothing = u64::from(work.smooths);
-    let streams = 4 * graph.hidden as u64 * (1 + smoothing);
+    let streams = 4 * graph.width() as u64 * (1 + smoothing);
     let ids = 4;
     let stream = tokens.all().saturating_mul(streams + ids);
     let of_block = |(block, shared): (&Block, u64)| {
@@ -206,7 +206,7 @@ struct Running {
 }
 
 fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tokens) -> Running {
-    let (all, hidden) = (tokens.all(), graph.hidden as u64);
+    let (all, hidden) = (tokens.all(), graph.width() as u64);
     let chunk = tokens.length.max(device.at_once as u64).min(all);
     // Nothing runs a block of which only the linears are known.
     let Some(program) = Program::of(block) else { return Running { kept: 0, chunk: chunk.saturating_mul(8 * hidden) } };
@@ -234,7 +234,7 @@ fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tok
         Kind::Attention { .. } | Kind::Delta(_) => {
             (4 + input) * operation.reads.iter().map(|v| program.values[*v].width as u64).sum::<u64>()
         }
-        Kind::Activate(_) => 8 * program.values[operation.makes[0]].width as u64,
+        Kind::Activate(_) | Kind::Cut(_) => 8 * program.values[operation.makes[0]].width as u64,
         _ => 0,
     };
     // What layers behind an indexer take over stays in the chunks.
@@ -266,7 +266,7 @@ pub fn measuring(graph: &Graph, device: Device, models: &[Option<&Checkpoint>], 
     let blocks = graph.blocks.iter().zip(shared(graph)).map(block).max().unwrap_or(0);
     // Before the head, and before that of each layer that predicts further tokens.
     let states = 1 + graph.predictors().len() as u64;
-    let stream = batch.all().saturating_mul(4 * graph.hidden as u64 * models * states);
+    let stream = batch.all().saturating_mul(4 * graph.width() as u64 * models * states);
     let together = (verify::logits_at_once(graph.vocabulary) as u64).min(windows.length.max(device.at_once as u64));
     // Of the reference, and of one of the others after another.
     let logits = (4 * models.min(2) * graph.vocabulary as u64).saturating_mul(together);

@@ -80,6 +80,8 @@ pub(crate) struct Architecture {
     pub further: Option<&'static str>,
     /// Whether layers may be given rows of a table, read the keys and values of others, or be multiplied by a number.
     pub per_layer: bool,
+    /// Whether blocks work on one of several streams, are given rows of a table, and the last ones read the keys and values of others.
+    pub altup: bool,
 }
 
 const PLAIN: Architecture = Architecture {
@@ -105,6 +107,7 @@ const PLAIN: Architecture = Architecture {
     tiled: false,
     further: None,
     per_layer: false,
+    altup: false,
     correction: "exp_probs_b.bias",
 };
 
@@ -139,6 +142,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "gemma", families: &["gemma"], head: Need::Never, ..PLAIN },
     Architecture { id: "gemma2", families: &["gemma2"], head: Need::Never, windows: true, ..PLAIN },
     Architecture { id: "gemma3", families: &["gemma3"], windows: true, ..PLAIN },
+    Architecture { id: "gemma3n", families: &["gemma3n"], qkv_bias: Need::Never, windows: true, altup: true, ..PLAIN },
     Architecture {
         id: "gemma4",
         families: &["gemma4"],

@@ -261,6 +261,9 @@ fn heads_by_layer(out: &mut Written, graph: &Graph, layers: &Layers<'_>, archite
         out.metadata.retain(|(name, _)| *name != key);
         out.counts_or_one(key, &kv_heads)?;
         per_layer::settings(out, graph, layers, id)?;
+    } else if architecture.altup {
+        per_layer::shared(out, graph, layers, id)?;
+        per_layer::streams(out, graph, layers, id)?;
     }
     Ok(())
 }
@@ -626,9 +629,9 @@ fn rope(out: &mut Written, attention: &[&Attention], architecture: &Architecture
     let near = of(attention.iter().filter(|a| !wide(a)).collect());
     let Some(rope) = full.clone().or(near.clone()) else { return Ok(()) };
     out.float(key("freq_base"), rope.theta);
-    if let Some(near) =
-        near.filter(|near| matches!(architecture.id, "gemma3" | "gemma4") || full.is_some() && near.theta != rope.theta)
-    {
+    if let Some(near) = near.filter(|near| {
+        matches!(architecture.id, "gemma3" | "gemma3n" | "gemma4") || full.is_some() && near.theta != rope.theta
+    }) {
         out.float(key("freq_base_swa"), near.theta);
     }
     match &rope.scaling {

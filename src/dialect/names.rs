@@ -1,5 +1,6 @@
 //! The tensors of a GGUF file: their names and order, and of which parts of a model's tensors each is made.
 
+mod altup;
 mod delta;
 mod mamba;
 mod per_layer;
@@ -39,6 +40,8 @@ pub enum Source {
     Parts(Vec<Part>),
     /// Computed from the configuration.
     Values(Vec<f32>),
+    /// Nothing but zeros, of whatever type: loaders ask for it, and nothing reads it.
+    Zeros,
 }
 
 /// Consecutive rows of a GGUF tensor.
@@ -153,7 +156,7 @@ impl ExportTensor {
     pub fn parts(&self) -> &[Part] {
         match &self.source {
             Source::Parts(parts) => parts,
-            Source::Values(_) => &[],
+            Source::Values(_) | Source::Zeros => &[],
         }
     }
 
@@ -270,6 +273,7 @@ impl Lister {
                 }
             }
             self.scale(&at, block)?;
+            self.altup(&at, block)?;
         }
         self.tables(graph)?;
         self.norm(self.architecture.final_norm, &graph.final_norm)?;
@@ -449,11 +453,15 @@ impl Lister {
     /// Attention without values, or without keys too, of its own.
     fn fewer(&mut self, at: &str, attention: &Attention, linears: &[Linear]) -> Result<()> {
         let whole = linears.iter().all(|linear| linear.split.lengths.is_empty()) && linears.len() < 3;
-        if !(whole && self.architecture.per_layer) || self.permuted(attention) {
+        let Architecture { per_layer, altup, .. } = *self.architecture;
+        if !(whole && (per_layer || altup)) || self.permuted(attention) {
             return Err(self.cannot("attention without queries, keys and values"));
         }
         for (name, linear) in ["attn_q", "attn_k"].into_iter().zip(linears) {
             self.linear(&format!("{at}.{name}"), linear, None, self.architecture.qkv_bias)?;
+        }
+        if altup {
+            self.unread_keys(at, attention);
         }
         self.attention_ends(at, attention)
     }

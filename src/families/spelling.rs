@@ -57,7 +57,7 @@ impl Rotation {
         let rotation = |theta, partial, form| Rotation { theta, partial, form };
         match model_type {
             "gpt2" | "nemotron_h" => rotation(1e4, None, Form::Absent),
-            "gemma3_text" => rotation(1e6, None, Form::Layered { near: Some("rope_local_base_freq") }),
+            "gemma3_text" | "gemma3n_text" => rotation(1e6, None, Form::Layered { near: Some("rope_local_base_freq") }),
             "olmo3" => rotation(5e5, None, Form::Layered { near: None }),
             "lfm3" => rotation(1e6, None, Form::Layered { near: None }),
             "gemma4_text" | "gemma4_unified_text" => rotation(1e6, None, Form::Apart),

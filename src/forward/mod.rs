@@ -12,6 +12,7 @@ mod recurrent;
 mod route;
 mod run;
 mod sparse;
+mod streams;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -51,7 +52,7 @@ impl Activations {
 
 /// The residual stream of some sequences, and what goes from block to block beside it.
 pub struct Chunk<M> {
-    /// `[tokens, hidden]`.
+    /// `[tokens, hidden]`, or as many of these side by side as the graph has streams.
     pub hidden: M,
     /// Tokens of each sequence.
     pub lengths: Vec<usize>,

@@ -172,6 +172,10 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![backend.zeros(rows, program.values[operation.makes[0]].width)?]
             }
             Kind::Share => vec![self.shared(self.own(next())?, next().matrix())?],
+            Kind::Cut(deviations) => self.each(operation, next, |x| Ok(backend.cut(x, *deviations)?))?,
+            Kind::Streams(width, what) => {
+                vec![self.streams(at, *width, what, operation.reads.iter().map(|_| next()).collect())?]
+            }
             Kind::Lookup(_) | Kind::Shared(_) | Kind::Plus(_) => self.beside(at, next, place.index)?,
             kind if kind.adds() => unreachable!("done where they stand"),
             _ => self.recur(at, next, lengths)?,

@@ -168,6 +168,10 @@ pub enum Kind<'b> {
     Gate(Activation),
     /// `act(gate) · up`, or `act(up)` of a single value.
     Activate(Activation),
+    /// Leaves what is above the mean of a token's values by more than so many standard deviations.
+    Cut(f32),
+    /// Something of several streams side by side, of so many values each.
+    Streams(usize, Streams<'b>),
     /// Chooses experts by logits.
     Route(&'b Router),
     /// The tokens of an expert.
@@ -201,6 +205,29 @@ pub enum Kind<'b> {
     Begin,
     /// Multiplies the stream by the one number of a tensor.
     Rescale(&'b str),
+}
+
+/// What is done with several streams side by side.
+#[derive(Clone, Copy, Debug)]
+pub enum Streams<'b> {
+    /// Takes the one with this number.
+    Take(usize),
+    /// Makes each as large as the first.
+    Match,
+    /// Takes their mean.
+    Mean,
+    /// The hyperbolic tangent of numbers that decide about them.
+    Tanh,
+    /// Adds to each what the second value says of all of them, by the coefficients that are read last.
+    Predict,
+    /// Adds to each the second value, times 1 and what the coefficients say that are read last.
+    Correct,
+    /// Adds the second value to all but the first.
+    Others,
+    /// Adds to one of them whatever else is read, and multiplies it by this.
+    Join(f32),
+    /// Multiplies one of them by a tensor, value by value.
+    Times(&'b str),
 }
 
 impl Kind<'_> {
@@ -240,6 +267,7 @@ impl Operation<'_> {
                 router.correction.iter().chain(&router.factors).map(|(name, _)| name.clone()).collect()
             }
             Kind::Lookup(lookup) => vec![lookup.tensor.clone()],
+            Kind::Streams(_, Streams::Times(tensor)) => vec![(*tensor).to_owned()],
             Kind::Rescale(tensor) => vec![(*tensor).to_owned()],
             _ => Vec::new(),
         }
@@ -278,8 +306,9 @@ impl<'b> Program<'b> {
         linears.iter().flat_map(|linear| (0..linear.split.parts()).map(move |part| (*linear, part))).nth(place)
     }
 
-    /// Whether a value is the stream, at whatever point.
+    /// Whether a value is the stream, at whatever point, or the one of its streams that layers work on.
     pub fn is_stream(&self, value: usize) -> bool {
-        self.maker(value).is_none_or(|maker| maker.kind.makes_stream())
+        let one = |kind: &Kind<'_>| matches!(kind, Kind::Streams(_, Streams::Take(_) | Streams::Join(_)));
+        self.maker(value).is_none_or(|maker| maker.kind.makes_stream() || one(&maker.kind))
     }
 }

@@ -3,7 +3,7 @@
 use kernels::{Activation, IndexShape, NormKind};
 use serde::Serialize;
 
-use super::{Kept, Kind, Operation, Program, Value};
+use super::{Kept, Kind, Operation, Program, Streams, Value};
 use crate::graph::{Block, Decay, Norm, RopeScaling, Scoring};
 use crate::words::{listed, one_line};
 
@@ -236,6 +236,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::Add { .. } => only(format!("{} + {}", reads[0], reads[1])),
         Kind::Begin => only(reads[1].clone()),
         Kind::Rescale(_) => only(format!("{} * scale", reads[0])),
+        Kind::Cut(_) | Kind::Streams(..) => said_of_streams(operation, reads),
         Kind::Plus(_) | Kind::Shared(_) | Kind::Lookup(_) => said_beside(operation, reads),
     }
 }
@@ -254,6 +255,29 @@ fn said_beside(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<Stri
         }
         _ => unreachable!("one of these"),
     }
+}
+
+/// The same of several streams, and of gates that let few values through.
+fn said_of_streams(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
+    let call = |name: &str| format!("{name}({})", reads.join(", "));
+    let what = match &operation.kind {
+        Kind::Cut(deviations) => return (call("above"), vec![format!("mean and {deviations} deviations")]),
+        Kind::Streams(_, what) => what,
+        _ => unreachable!("one of these"),
+    };
+    let expression = match what {
+        Streams::Take(index) => format!("{}[{index}]", reads[0]),
+        Streams::Match => call("as_large_as_first"),
+        Streams::Mean => call("mean"),
+        Streams::Tanh => call("tanh"),
+        Streams::Predict => format!("{} + {} * {}", reads[0], reads[2], reads[1]),
+        Streams::Correct => format!("{} + (1 + {}) * {}", reads[0], reads[2], reads[1]),
+        Streams::Others => format!("{}, but to all but the first + {}", reads[0], reads[1]),
+        Streams::Join(1.0) => reads.join(" + "),
+        Streams::Join(share) => format!("{share} * ({})", reads.join(" + ")),
+        Streams::Times(_) => format!("{} * scale", reads[0]),
+    };
+    (expression, Vec::new())
 }
 
 /// The same of attention, and of what chooses the tokens that it sees.

@@ -153,6 +153,7 @@ fn linears_read_what_they_read_in_transformers() {
         "afmoe_plain",
         "olmo_hybrid_plain",
         "longcat_flash_published",
+        "gemma3n_text_plain",
         "gemma4_text_plain",
         "gemma4_text_experts",
     ] {

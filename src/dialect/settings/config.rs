@@ -337,7 +337,7 @@ impl Settings {
                 return Ok(json!({"rope_parameters": all}));
             }
             // Layers with a window have frequencies of their own.
-            "gemma3_text" | "olmo3" => {
+            "gemma3_text" | "gemma3n_text" | "olmo3" => {
                 let near = match model_type {
                     "olmo3" => theta,
                     _ => self.float("rope.freq_base_swa")?.unwrap_or(10000.0),
@@ -454,6 +454,7 @@ impl Settings {
                 })
             }
             "gemma" => json!({"hidden_activation": activation}),
+            "gemma3n_text" => self.gemma3n(activation, layers)?,
             "gemma4_text" => self.gemma4(activation, layers, model.experts)?,
             "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
                 let value_heads = self.required("ssm.time_step_rank")?;

@@ -40,6 +40,7 @@ const REQUIRED: &[(&str, &[&str])] = &[
         "deepseek2",
         &["attention.kv_lora_rank", "attention.key_length", "expert_feed_forward_length", "expert_shared_count"],
     ),
+    ("gemma3n", &["attention.sliding_window"]),
     (
         "gemma4",
         &[
