@@ -125,7 +125,7 @@ pub(crate) fn expect_choice(
 /// An activation that is a function of one value.
 pub(crate) fn expect_alone(op: &'static str, activation: Activation) -> Result<()> {
     match activation {
-        Activation::SwigluOai { .. } => {
+        Activation::SwigluOai { .. } | Activation::SiluWithin { .. } => {
             let (expected, found) = ("a function of one value".to_owned(), format!("{activation:?}"));
             Err(Error::Shape { op, expected, found })
         }

@@ -271,6 +271,15 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture { id: "mistral4", families: &["mistral4"], neighbours: true, latent: true, ..PLAIN },
     Architecture { id: "deepseek32", families: &["deepseek_v32"], neighbours: true, latent: true, ..PLAIN },
+    Architecture {
+        id: "step35",
+        families: &["step3p5"],
+        head: Need::Must,
+        qkv_bias: Need::Never,
+        factors: true,
+        windows: true,
+        ..PLAIN
+    },
     Architecture { id: "mimo2", families: &["mimo_v2_flash"], head: Need::Must, windows: true, ..PLAIN },
     Architecture { id: "kimi-linear", families: &["kimi_linear"], head: Need::Must, latent: true, ..PLAIN },
     Architecture { id: "glm-dsa", families: &["glm_moe_dsa"], neighbours: true, latent: true, ..PLAIN },

@@ -307,10 +307,17 @@ impl Lister {
             }
             return Ok(());
         }
-        let ropes = graph.blocks.iter().filter_map(|block| block.attention()?.rope.as_deref());
-        for rope in ropes {
+        let attention = graph.blocks.iter().filter_map(|block| block.attention());
+        for (rope, head_dim) in attention.filter_map(|a| Some((a.rope.as_deref()?, a.shape.head_dim))) {
             let found = match &rope.scaling {
-                RopeScaling::Llama3 { .. } => vec![(ROPE_FREQS, frequency_factors(rope))],
+                RopeScaling::Llama3 { .. } => {
+                    let mut factors = frequency_factors(rope);
+                    // Of layers that see all half a head is turned, and the tensor is as long as the others' would be.
+                    if self.architecture.id == "step35" {
+                        factors.resize(head_dim / 2, 1.0);
+                    }
+                    vec![(ROPE_FREQS, factors)]
+                }
                 RopeScaling::Long { short, long, .. } => vec![(ROPE_LONG, long.clone()), (ROPE_SHORT, short.clone())],
                 _ => continue,
             };
@@ -372,8 +379,11 @@ impl Lister {
     fn attention(&mut self, at: &str, attention: &Attention, hidden: usize) -> Result<()> {
         let Attention { projections, shape, .. } = attention;
         let architecture = self.architecture;
-        if attention.head_gate.is_some() {
-            return Err(self.cannot("attention with a gate for each head"));
+        if let Some(gate) = &attention.head_gate {
+            if architecture.id != "step35" {
+                return Err(self.cannot("attention with a gate for each head"));
+            }
+            self.linear(&format!("{at}.attn_gate"), gate, None, Need::Never)?;
         }
         if architecture.square && shape.heads * shape.head_dim != hidden {
             return Err(self.cannot(format_args!(

@@ -391,6 +391,7 @@ pub(super) fn named(activation: Activation) -> &'static str {
         Activation::Relu => "relu",
         Activation::Relu2 => "relu2",
         Activation::SwigluOai { .. } => "gpt-oss's clamped swiglu",
+        Activation::SiluWithin { .. } => "Step 3.5's limited silu",
         Activation::Sigmoid => "sigmoid",
         Activation::Identity => "linear",
         Activation::Xielu { .. } => "xielu",

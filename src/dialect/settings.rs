@@ -260,6 +260,7 @@ impl Settings {
             ("deepseek2", _) if self.sigmoid(false)? => ("deepseek_v3", "DeepseekV3ForCausalLM", "silu"),
             ("deepseek2", _) => ("deepseek_v2", "DeepseekV2ForCausalLM", "silu"),
             ("deepseek32", _) => ("deepseek_v32", "DeepseekV32ForCausalLM", "silu"),
+            ("step35", true) if self.sigmoid(true)? => ("step3p5", "Step3p5ForCausalLM", "silu"),
             ("mimo2", true) => ("mimo_v2_flash", "MiMoV2FlashForCausalLM", "silu"),
             ("kimi-linear", _) => ("kimi_linear", "KimiLinearForCausalLM", "silu"),
             ("glm-dsa", _) => ("glm_moe_dsa", "GlmMoeDsaForCausalLM", "silu"),
@@ -318,6 +319,9 @@ impl Settings {
         }
         let warm = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
         if let Some(factors) = self.factors.get(ROPE_FREQS) {
+            // Of layers that see all half a head is turned, and as many factors are read.
+            let read = if self.architecture.id == "step35" { factors.len() / 2 } else { factors.len() };
+            let factors = &factors[..read];
             let usable = factors.iter().all(|factor| *factor > 0.0 && factor.is_finite()) && !latent;
             let scaled = if usable { self.scaled_factors(factors, warm)? } else { None };
             if scaled.is_some() {

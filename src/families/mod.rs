@@ -42,6 +42,7 @@ mod spelling;
 mod spelt_out;
 mod stablelm;
 mod state_space;
+mod step;
 mod strict;
 pub mod tying;
 mod unknown;
@@ -150,6 +151,7 @@ pub const FAMILIES: &[Family] = &[
     ernie::ERNIE4_5_MOE,
     hunyuan::HUNYUAN_MOE,
     hunyuan::HY_V3,
+    step::STEP3P5,
     minimax::MINIMAX_M2,
     minimax::MINIMAX_M3,
 ];
@@ -188,6 +190,7 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "mistral3", text: ("mistral", false), tied: true, hears_text: false },
     Wrapper { model_type: "kimi_k25", text: ("deepseek_v3", false), tied: true, hears_text: false },
     Wrapper { model_type: "minimax_m3_vl", text: ("minimax_m3_vl_text", true), tied: false, hears_text: true },
+    Wrapper { model_type: "step3p7", text: ("step3p5", true), tied: false, hears_text: false },
     Wrapper { model_type: "gemma3", text: ("gemma3_text", true), tied: true, hears_text: false },
     Wrapper { model_type: "gemma3n", text: ("gemma3n_text", true), tied: true, hears_text: false },
     Wrapper { model_type: "gemma4", text: ("gemma4_text", true), tied: true, hears_text: false },

@@ -187,23 +187,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         | Kind::Scale(_)
         | Kind::Map(_)
         | Kind::Gate(_) => said_of_state(operation, reads),
-        Kind::Activate(activation) => {
-            let name = match activation {
-                Activation::SwigluOai { alpha, limit } => {
-                    let details = vec![format!("alpha {alpha}"), format!("limit {limit}")];
-                    return (call("swiglu_oai"), details);
-                }
-                Activation::Xielu { positive, negative, beta, eps } => {
-                    let details = [("positive", positive), ("negative", negative), ("beta", beta), ("eps", eps)];
-                    return (call("xielu"), details.map(|(name, value)| format!("{name} {value}")).to_vec());
-                }
-                other => named(*other),
-            };
-            only(match reads {
-                [gate, up] => format!("{name}({gate}) * {up}"),
-                _ => call(name),
-            })
-        }
+        Kind::Activate(activation) => said_of_activation(*activation, reads),
         Kind::Route(router) => {
             let mut details = vec![format!("{} of {} experts", router.top_k, router.linear.rows)];
             let scoring = match router.scoring {
@@ -239,6 +223,28 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::Cut(_) | Kind::Streams(..) => said_of_streams(operation, reads),
         Kind::Plus(_) | Kind::Shared(_) | Kind::Lookup(_) => said_beside(operation, reads),
     }
+}
+
+/// The same of the function between the linears of a feed-forward layer.
+fn said_of_activation(activation: Activation, reads: &[String]) -> (String, Vec<String>) {
+    let call = |name: &str| format!("{name}({})", reads.join(", "));
+    let name = match activation {
+        Activation::SwigluOai { alpha, limit } => {
+            let details = vec![format!("alpha {alpha}"), format!("limit {limit}")];
+            return (call("swiglu_oai"), details);
+        }
+        Activation::Xielu { positive, negative, beta, eps } => {
+            let details = [("positive", positive), ("negative", negative), ("beta", beta), ("eps", eps)];
+            return (call("xielu"), details.map(|(name, value)| format!("{name} {value}")).to_vec());
+        }
+        Activation::SiluWithin { limit } => return (call("silu_within"), vec![format!("limit {limit}")]),
+        other => named(other),
+    };
+    let expression = match reads {
+        [gate, up] => format!("{name}({gate}) * {up}"),
+        _ => call(name),
+    };
+    (expression, Vec::new())
 }
 
 /// The same of what blocks are given beside the stream.
@@ -356,6 +362,7 @@ fn named(activation: Activation) -> &'static str {
         Activation::Relu => "relu",
         Activation::Relu2 => "relu2",
         Activation::SwigluOai { .. } => "swiglu_oai",
+        Activation::SiluWithin { .. } => "silu_within",
         Activation::Xielu { .. } => "xielu",
         Activation::Sigmoid => "sigmoid",
         Activation::Identity => "identity",

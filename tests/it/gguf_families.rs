@@ -66,6 +66,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("exaone_moe_types", "attention to all tokens in block 0"),
     ("flex_olmo_normed", "cannot be written as GGUF"),
     ("flex_olmo_plain", "cannot be written as GGUF"),
+    ("step3p7_plain", "an attention scale of 0.35355338"),
     ("gemma3n_text_biases", "a bias of `model.layers.0.self_attn.q_proj`"),
     ("gemma3n_text_plain", "work on stream 0 of 3"),
     ("gemma3n_vision", "a residual of rank 8"),

@@ -201,6 +201,8 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("qwen2_yarn", Told("to be 32, and it is 64")),
     ("qwen3_5_moe_text_plain", Told(UNKNOWN)),
     ("qwen3_5_moe_vision", Told("stacks this family's experts without their scales")),
+    ("step3p7_plain", Told(UNKNOWN)),
+    ("step3p7_published", Told(UNKNOWN)),
     ("qwen2_mimo", Told("refuses files with tensors that its model class does not know")),
     ("qwen3_5_moe_text_further", Told(UNKNOWN)),
     ("qwen3_5_text_further", Told(UNKNOWN)),

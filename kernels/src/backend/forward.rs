@@ -153,6 +153,11 @@ pub enum Activation {
         /// Largest gate, and largest size of the other.
         limit: f32,
     },
+    /// `min(g · σ(g), limit) · u` with `u` in `±limit` (Step 3.5); only as a gate.
+    SiluWithin {
+        /// The largest that is made of the gate, and the largest size of the other.
+        limit: f32,
+    },
     /// `σ(x)`.
     Sigmoid,
     /// `positive · x² + beta · x` above 0, `negative · (e^min(x, eps) − 1 − x) + beta · x` elsewhere (xIELU).
@@ -166,6 +171,16 @@ pub enum Activation {
         /// A little below 0: the largest exponent.
         eps: f32,
     },
+}
+
+impl Activation {
+    /// The largest size of what is gated, where that has one.
+    pub fn limit(self) -> Option<f32> {
+        match self {
+            Activation::SwigluOai { limit, .. } | Activation::SiluWithin { limit } => Some(limit),
+            _ => None,
+        }
+    }
 }
 
 /// How a runtime rounds what it multiplies weights with.
@@ -261,7 +276,7 @@ pub trait Forward: Memory {
     ) -> Result<Self::Input>;
     /// `act(x wᵀ + bias)`: a feed-forward layer without a gate.
     ///
-    /// Fails for [`Activation::SwigluOai`], which is only a gate.
+    /// Fails for [`Activation::SwigluOai`] and [`Activation::SiluWithin`], which are only gates.
     fn activated(
         &self,
         x: &Self::Input,
@@ -399,7 +414,7 @@ pub trait Forward: Memory {
     ) -> Result<Self::Matrix>;
     /// `x ← act(x)`.
     ///
-    /// Fails for [`Activation::SwigluOai`], which is only a gate.
+    /// Fails for [`Activation::SwigluOai`] and [`Activation::SiluWithin`], which are only gates.
     fn activate(&self, x: &mut Self::Matrix, activation: Activation) -> Result<()>;
     /// `gate ← act(gate) · x`.
     fn gate(&self, gate: &mut Self::Matrix, x: &Self::Matrix, activation: Activation) -> Result<()>;

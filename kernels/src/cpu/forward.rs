@@ -103,7 +103,7 @@ impl Forward for Cpu {
         check_product("gated", x, gate, biases[0])?;
         check_product("gated", x, up, biases[1])?;
         expect("gated", "output features", gate.shape()[0], up.shape()[0])?;
-        if let Activation::SwigluOai { limit, .. } = activation {
+        if let Some(limit) = activation.limit() {
             expect_limit("gated", limit)?;
         }
         match (x, gate, up) {
@@ -258,7 +258,7 @@ impl Forward for Cpu {
     fn gate(&self, gate: &mut Array2<f32>, x: &Array2<f32>, activation: Activation) -> Result<()> {
         expect("gate", "rows", gate.nrows(), x.nrows())?;
         expect("gate", "features", gate.ncols(), x.ncols())?;
-        if let Activation::SwigluOai { limit, .. } = activation {
+        if let Some(limit) = activation.limit() {
             expect_limit("gate", limit)?;
         }
         activation::gate(activation, flat(gate), x.as_slice().expect("contiguous"));

@@ -36,6 +36,7 @@ pub(super) fn code(activation: Activation) -> (i32, [f32; 4]) {
         Activation::Xielu { positive, negative, beta, eps } => (6, [positive, negative, beta, eps]),
         Activation::Sigmoid => (7, [0.0; 4]),
         Activation::Identity => (8, [0.0; 4]),
+        Activation::SiluWithin { limit } => (9, [0.0, limit, 0.0, 0.0]),
     }
 }
 
@@ -272,7 +273,7 @@ impl Forward for Cuda {
         check_product("gated", x, gate, biases[0])?;
         check_product("gated", x, up, biases[1])?;
         expect("gated", "output features", gate.shape()[0], up.shape()[0])?;
-        if let Activation::SwigluOai { limit, .. } = activation {
+        if let Some(limit) = activation.limit() {
             expect_limit("gated", limit)?;
         }
         let (tokens, outs) = (x.shape()[0], gate.shape()[0]);
@@ -439,7 +440,7 @@ impl Forward for Cuda {
     fn gate(&self, gate: &mut Matrix, x: &Matrix, activation: Activation) -> Result<()> {
         expect("gate", "rows", gate.rows, x.rows)?;
         expect("gate", "features", gate.cols, x.cols)?;
-        if let Activation::SwigluOai { limit, .. } = activation {
+        if let Some(limit) = activation.limit() {
             expect_limit("gate", limit)?;
         }
         self.activate_in_place(gate, Some(x), activation)

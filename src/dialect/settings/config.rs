@@ -2,6 +2,7 @@
 
 mod mixture;
 mod states;
+mod step;
 
 use formats::container::gguf::MetadataValue;
 use serde_json::{Map, Value, json};
@@ -133,7 +134,11 @@ impl Settings {
         let id = self.architecture.id;
         let hidden = self.required("embedding_length")?;
         let layers = self.layers()?.map_or_else(|| self.required("block_count"), Ok)?;
-        let heads = self.required("attention.head_count")?;
+        let heads = match id {
+            // Layers with a window have more.
+            "step35" => self.step_heads(layers)?[0],
+            _ => self.required("attention.head_count")?,
+        };
         // Layers with a state have none, or no feed-forward layer.
         let by_layer = matches!(id, "granitehybrid" | "nemotron_h" | "nemotron_h_moe" | "lfm2" | "lfm2moe");
         let largest = |name: &str| Ok::<_, formats::Error>(self.counts(name, layers)?.into_iter().max());
@@ -314,6 +319,7 @@ impl Settings {
                 }
                 return Ok(json!({"rope_parameters": all}));
             }
+            "step3p5" => return self.step_positions(with_base()),
             // Layers with a window have frequencies of their own, of as many values.
             "mimo_v2_flash" => {
                 let dim = self.required("attention.key_length")?;
@@ -454,6 +460,7 @@ impl Settings {
                 })
             }
             "gemma" => json!({"hidden_activation": activation}),
+            "step3p5" => self.step(model)?,
             "gemma3n_text" => self.gemma3n(activation, layers)?,
             "gemma4_text" => self.gemma4(activation, layers, model.experts)?,
             "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
