@@ -228,6 +228,30 @@ fn hyper(c: &mut Criterion) {
     }
 }
 
+/// Streams side by side, of which each takes some of all, and a gate that lets few values through; each time from fresh ones.
+fn streams(c: &mut Criterion) {
+    const COUNT: usize = 4;
+    const WIDTH: usize = 576;
+    let mut group = c.benchmark_group("streams");
+    let cpu = Cpu::exact();
+    let wide = || matrix(TOKENS, COUNT * WIDTH, 1);
+    let make = || [wide(), matrix(TOKENS, COUNT * COUNT, 2)];
+    let work = flops(2 * TOKENS * COUNT * COUNT * WIDTH);
+    measure(&mut group, "mixing 4 of 576", work, make, |[x, coefficients]| {
+        let mut y = x.clone();
+        cpu.mix_streams(x, coefficients, WIDTH, &mut y).map(|()| y)
+    });
+    let moved = traffic(2 * TOKENS * COUNT * WIDTH);
+    measure(&mut group, "matching 4 of 576", moved.clone(), wide, |x| {
+        let mut x = x.clone();
+        cpu.match_streams(&mut x, WIDTH, 1e-5).map(|()| x)
+    });
+    measure(&mut group, "cutting 2304", moved, wide, |x| {
+        let mut x = x.clone();
+        cpu.cut(&mut x, 1.6).map(|()| x)
+    });
+}
+
 /// Linear attention of the same width as [`attention`] measures; the work is that of one token after another, while chunks do more.
 fn delta(c: &mut Criterion) {
     let replaces = DeltaShape {
@@ -423,5 +447,5 @@ fn elementwise(c: &mut Criterion) {
     });
 }
 
-criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gated, operands, gram, attention, sparse, hyper, delta, factor, sweep, fit, blocks, elementwise);
+criterion_group!(name = benches; config = common::criterion(); targets = peak, linear, gated, operands, gram, attention, sparse, hyper, streams, delta, factor, sweep, fit, blocks, elementwise);
 criterion_main!(benches);

@@ -1,5 +1,6 @@
 //! A model as data: which tensors it has, and what is done with them, block by block.
 
+mod altup;
 mod both_ways;
 mod delta;
 mod further;
@@ -14,6 +15,7 @@ use std::sync::Arc;
 
 use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 
+pub use self::altup::{AltUp, LEAST, Laurel};
 pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
 pub use self::further::{FURTHER, Further};
 pub use self::hyper::{Collapse, Hyper};
@@ -84,6 +86,8 @@ pub struct Block {
     pub parallel: bool,
     /// Tensor of one number that the stream is multiplied by at the end.
     pub scale: Option<String>,
+    /// What it does with several streams, where its steps work on one of them.
+    pub altup: Option<Box<AltUp>>,
 }
 
 /// One residual step: `h ← h + scale · post(layer(pre(h)))`.
@@ -387,6 +391,8 @@ pub struct Mlp {
     pub scale: f32,
     /// Tensors that the numbers of the activation are read from, and their extents; none of most.
     pub learned: Option<Box<Learned>>,
+    /// Of the gate is left before the activation what is above its mean by more than so many standard deviations.
+    pub cut: Option<f32>,
 }
 
 impl Mlp {
@@ -664,6 +670,10 @@ impl Graph {
             step.post.iter().for_each(|n| norm(n, &mut tensors));
             tensors.extend(step.hyper.iter().flat_map(|hyper| hyper.vectors()));
         }
+        for altup in self.blocks.iter().filter_map(|block| block.altup.as_deref()) {
+            tensors.extend(altup.linears().flat_map(Linear::tensors).chain(altup.scale.clone()));
+            altup.norms().into_iter().for_each(|n| norm(n, &mut tensors));
+        }
         tensors.extend(self.blocks.iter().filter_map(|block| Some((block.scale.clone()?, vec![1]))));
         tensors.extend(self.collapse.iter().filter_map(Collapse::hyper).flat_map(Hyper::vectors));
         if !self.opaque {
@@ -680,6 +690,7 @@ impl Graph {
 
     /// Does something to every linear of the blocks.
     pub fn linears_mut(&mut self, change: &mut dyn FnMut(&mut Linear)) {
+        self.blocks.iter_mut().filter_map(|block| block.altup.as_mut()).for_each(|altup| altup.linears_mut(change));
         for step in self.blocks.iter_mut().flat_map(|block| &mut block.steps) {
             let mut mlp = |mlp: &mut Mlp| mlp.inputs.iter_mut().chain([&mut mlp.down]).for_each(&mut *change);
             match &mut step.layer {
@@ -744,6 +755,7 @@ impl Graph {
         for block in &mut self.blocks {
             block.name = name(&block.name);
             text(&mut block.scale);
+            block.altup.iter_mut().for_each(|altup| altup.rename(name));
             for step in &mut block.steps {
                 step.pre.iter_mut().chain(&mut step.post).for_each(norm);
                 step.hyper.iter_mut().for_each(|hyper| hyper.rename(name));

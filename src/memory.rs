@@ -206,7 +206,7 @@ struct Running {
 }
 
 fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tokens) -> Running {
-    let (all, hidden) = (tokens.all(), graph.hidden as u64);
+    let (all, hidden) = (tokens.all(), graph.width() as u64);
     let chunk = tokens.length.max(device.at_once as u64).min(all);
     // Nothing runs a block of which only the linears are known.
     let Some(program) = Program::of(block) else { return Running { kept: 0, chunk: chunk.saturating_mul(8 * hidden) } };
@@ -234,7 +234,7 @@ fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tok
         Kind::Attention { .. } | Kind::Delta(_) => {
             (4 + input) * operation.reads.iter().map(|v| program.values[*v].width as u64).sum::<u64>()
         }
-        Kind::Activate(_) => 8 * program.values[operation.makes[0]].width as u64,
+        Kind::Activate(_) | Kind::Cut(_) => 8 * program.values[operation.makes[0]].width as u64,
         _ => 0,
     };
     // What layers behind an indexer take over stays in the chunks.

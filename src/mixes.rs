@@ -174,6 +174,8 @@ const NEVER: &[&str] = &[
     "ffn_gate_inp.weight",
     "position_embd.weight",
     "per_layer_model_proj.weight",
+    "altup",
+    "laurel",
     "ssm_conv1d.weight",
     "ssm_conv1d_q.weight",
     "ssm_conv1d_k.weight",

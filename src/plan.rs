@@ -9,7 +9,7 @@ use formats::{Codec, Dtype, Encoding, Float, TensorSpec};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::{self, Absent, Loading, linears::From};
-use crate::graph::{Graph, Linear, Stored};
+use crate::graph::{Block, Graph, Linear, Stored};
 use crate::recipe::{Patterns, Recipe, Said};
 use crate::report::Fate;
 use crate::runtimes::{self, experts};
@@ -484,7 +484,7 @@ pub fn other_linears(graph: &Graph, source: &Checkpoint, strays: &Strays<'_>, cl
     if graph.opaque {
         return Ok(crate::families::plain_modules(graph, source, classes));
     }
-    let routers = graph.blocks.iter().flat_map(|block| &block.steps).flat_map(|step| step.layer.routers());
+    let routers = graph.blocks.iter().flat_map(Block::fixed);
     let aside = source
         .entries()
         .iter()

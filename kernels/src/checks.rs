@@ -133,7 +133,7 @@ pub(crate) fn expect_choice(
 const STREAMS: usize = 16;
 
 /// Streams, and as many weights of each token as something needs.
-pub(crate) fn expect_streams(h: [usize; 2], weights: [usize; 2], streams: usize, least: usize) -> Result<()> {
+pub(crate) fn expect_weights(h: [usize; 2], weights: [usize; 2], streams: usize, least: usize) -> Result<()> {
     expect_multiple("hyper_connections", streams, h[1])?;
     if !(1..=STREAMS).contains(&streams) || h[1] == 0 {
         let expected = format!("1 to {STREAMS} streams of some values");
@@ -149,7 +149,7 @@ pub(crate) fn expect_streams(h: [usize; 2], weights: [usize; 2], streams: usize,
 
 /// Streams, and what their weights are made by.
 pub(crate) fn expect_hyper(h: [usize; 2], of: HyperParameters<'_>, shape: &HyperShape) -> Result<()> {
-    expect_streams(h, [h[0], shape.weights()], shape.streams, shape.weights())?;
+    expect_weights(h, [h[0], shape.weights()], shape.streams, shape.weights())?;
     if shape.rounds > 0 && shape.writes.is_none() {
         let expected = "streams that are written where they are mixed".to_owned();
         return Err(Error::Shape { op: "hyper_connections", expected, found: format!("{shape:?}") });
@@ -162,7 +162,7 @@ pub(crate) fn expect_hyper(h: [usize; 2], of: HyperParameters<'_>, shape: &Hyper
 /// An activation that is a function of one value.
 pub(crate) fn expect_alone(op: &'static str, activation: Activation) -> Result<()> {
     match activation {
-        Activation::SwigluOai { .. } => {
+        Activation::SwigluOai { .. } | Activation::SiluWithin { .. } => {
             let (expected, found) = ("a function of one value".to_owned(), format!("{activation:?}"));
             Err(Error::Shape { op, expected, found })
         }
@@ -185,6 +185,19 @@ pub(crate) fn expect_convolution(
     }
     bias.map_or(Ok(()), |bias| expect("convolve", "bias values", cols, bias.len()))?;
     activation.map_or(Ok(()), |activation| expect_alone("convolve", activation))
+}
+
+/// What is mixed, how much, and what takes it, each `[tokens, features]`, of streams of one width: how many there are of the first and the last.
+pub(crate) fn expect_streams([x, coefficients, y]: [[usize; 2]; 3], width: usize) -> Result<[usize; 2]> {
+    const OP: &str = "mix_streams";
+    for [tokens, features] in [x, y] {
+        expect(OP, "tokens", y[0], tokens)?;
+        expect_multiple(OP, width, features)?;
+    }
+    let [from, to] = [x[1] / width, y[1] / width];
+    expect(OP, "tokens", y[0], coefficients[0])?;
+    expect(OP, "coefficients", to * from, coefficients[1])?;
+    Ok([from, to])
 }
 
 /// Queries, keys, values, decays and betas, each `[tokens, features]`, that fit the layer and the sequences.

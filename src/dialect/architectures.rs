@@ -82,6 +82,8 @@ pub(crate) struct Architecture {
     pub streams: bool,
     /// Whether layers may be given rows of a table, read the keys and values of others, or be multiplied by a number.
     pub per_layer: bool,
+    /// Whether blocks work on one of several streams, are given rows of a table, and the last ones read the keys and values of others.
+    pub altup: bool,
 }
 
 const PLAIN: Architecture = Architecture {
@@ -108,6 +110,7 @@ const PLAIN: Architecture = Architecture {
     further: None,
     streams: false,
     per_layer: false,
+    altup: false,
     correction: "exp_probs_b.bias",
 };
 
@@ -142,6 +145,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "gemma", families: &["gemma"], head: Need::Never, ..PLAIN },
     Architecture { id: "gemma2", families: &["gemma2"], head: Need::Never, windows: true, ..PLAIN },
     Architecture { id: "gemma3", families: &["gemma3"], windows: true, ..PLAIN },
+    Architecture { id: "gemma3n", families: &["gemma3n"], qkv_bias: Need::Never, windows: true, altup: true, ..PLAIN },
     Architecture {
         id: "gemma4",
         families: &["gemma4"],
@@ -271,6 +275,15 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture { id: "mistral4", families: &["mistral4"], neighbours: true, latent: true, ..PLAIN },
     Architecture { id: "deepseek32", families: &["deepseek_v32"], neighbours: true, latent: true, ..PLAIN },
+    Architecture {
+        id: "step35",
+        families: &["step3p5"],
+        head: Need::Must,
+        qkv_bias: Need::Never,
+        factors: true,
+        windows: true,
+        ..PLAIN
+    },
     Architecture { id: "mimo2", families: &["mimo_v2_flash"], head: Need::Must, windows: true, ..PLAIN },
     Architecture { id: "kimi-linear", families: &["kimi_linear"], head: Need::Must, latent: true, ..PLAIN },
     Architecture {

@@ -197,7 +197,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         // Asked for, and used by nothing.
         out.float(key("attention.layer_norm_epsilon"), graph.final_norm.eps);
     }
-    if let Some(rotated) = rotated {
+    if let Some(rotated) = rotated.filter(|_| id != "step35") {
         out.count(key("rope.dimension_count"), rotated)?;
     }
     rope(out, attention, architecture, context)?;
@@ -259,6 +259,15 @@ fn blocks(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static st
 fn heads_by_layer(out: &mut Written, graph: &Graph, layers: &Layers<'_>, architecture: &Architecture) -> Result<()> {
     let id = architecture.id;
     let key = format!("{id}.attention.head_count_kv");
+    if id == "step35" {
+        // Layers with a window have more heads, and turn all of each, of which the others turn half.
+        let heads: Vec<usize> = layers.attention.iter().map(|attention| attention.shape.heads).collect();
+        let count = format!("{id}.attention.head_count");
+        let turned = format!("{id}.rope.dimension_count");
+        out.metadata.retain(|(name, _)| *name != count && *name != turned);
+        out.counts(count, heads.into_iter())?;
+        out.count(turned, layers.first.shape.head_dim)?;
+    }
     // Layers with a state are told by there being no keys, and those with a window by there being more.
     let keys: Option<fn(&Attention) -> usize> = match id {
         "kimi-linear" => Some(|_| 1),
@@ -273,6 +282,9 @@ fn heads_by_layer(out: &mut Written, graph: &Graph, layers: &Layers<'_>, archite
         out.metadata.retain(|(name, _)| *name != key);
         out.counts_or_one(key, &kv_heads)?;
         per_layer::settings(out, graph, layers, id)?;
+    } else if architecture.altup {
+        per_layer::shared(out, graph, layers, id)?;
+        per_layer::streams(out, graph, layers, id)?;
     }
     Ok(())
 }
@@ -568,6 +580,7 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
                 | "ernie4_5-moe"
                 | "hunyuan-moe"
                 | "cohere2moe"
+                | "step35"
         );
         if let (Some((shared, _)), true) = (&moe.shared, tells) {
             out.count(key("expert_shared_feed_forward_length"), shared.inner())?;
@@ -584,6 +597,12 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
         }
         if id == "ernie4_5-moe" {
             out.count(key("interleave_moe_layer_step"), 1)?;
+        }
+        if id == "step35" {
+            out.count(key("expert_gating_func"), 2)?;
+            out.float(key("expert_weights_scale"), moe.router.scale);
+            out.flag(key("expert_weights_norm"), moe.router.renormalize);
+            limits(out, graph, id)?;
         }
         if id == "nemotron_h_moe" {
             out.count(key("expert_shared_count"), 1)?;
@@ -625,6 +644,23 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
     Ok(())
 }
 
+/// What is gated is limited to, in experts of each block and in what all tokens take; 0 where it is not.
+fn limits(out: &mut Written, graph: &Graph, id: &'static str) -> Result<()> {
+    let of = |mlp: Option<&Mlp>| MetadataValue::F32(mlp.and_then(|mlp| mlp.activation.limit()).unwrap_or(0.0));
+    let (mut experts, mut shared) = (Vec::new(), Vec::new());
+    for block in &graph.blocks {
+        let layers = || block.steps.iter().map(|step| &step.layer);
+        let moe = layers().find_map(|layer| if let Layer::Moe(moe) = layer { Some(moe) } else { None });
+        let dense = layers().find_map(|layer| if let Layer::Mlp(mlp) = layer { Some(mlp) } else { None });
+        experts.push(of(moe.and_then(|moe| moe.experts.first())));
+        shared.push(of(moe.and_then(|moe| moe.shared.as_ref()).map(|(shared, _)| shared).or(dense)));
+    }
+    for (name, values) in [("swiglu_clamp_exp", experts), ("swiglu_clamp_shexp", shared)] {
+        out.metadata.push((format!("{id}.{name}"), metadata_array(values, GGUFValueType::F32)?));
+    }
+    Ok(())
+}
+
 /// Fails unless reading what was written gives this model again.
 fn read_back(out: &Written, graph: &Graph, architecture: &'static Architecture, plan: &ExportPlan) -> Result<()> {
     let cannot = |what: String| names::cannot(architecture.id, what);
@@ -661,9 +697,10 @@ fn rope(out: &mut Written, attention: &[&Attention], architecture: &Architecture
     let near = of(attention.iter().filter(|a| !wide(a)).collect());
     let Some(rope) = full.clone().or(near.clone()) else { return Ok(()) };
     out.float(key("freq_base"), rope.theta);
-    if let Some(near) =
-        near.filter(|near| matches!(architecture.id, "gemma3" | "gemma4") || full.is_some() && near.theta != rope.theta)
-    {
+    if let Some(near) = near.filter(|near| {
+        matches!(architecture.id, "gemma3" | "gemma3n" | "gemma4" | "step35")
+            || full.is_some() && near.theta != rope.theta
+    }) {
         out.float(key("freq_base_swa"), near.theta);
     }
     match &rope.scaling {

@@ -1,5 +1,6 @@
 //! The tensors of a GGUF file: their names and order, and of which parts of a model's tensors each is made.
 
+mod altup;
 mod delta;
 mod mamba;
 mod per_layer;
@@ -40,6 +41,8 @@ pub enum Source {
     Parts(Vec<Part>),
     /// Computed from the configuration.
     Values(Vec<f32>),
+    /// Nothing but zeros, of whatever type: loaders ask for it, and nothing reads it.
+    Zeros,
 }
 
 /// Consecutive rows of a GGUF tensor.
@@ -154,7 +157,7 @@ impl ExportTensor {
     pub fn parts(&self) -> &[Part] {
         match &self.source {
             Source::Parts(parts) => parts,
-            Source::Values(_) => &[],
+            Source::Values(_) | Source::Zeros => &[],
         }
     }
 
@@ -275,6 +278,7 @@ impl Lister {
                 }
             }
             self.scale(&at, block)?;
+            self.altup(&at, block)?;
         }
         self.tables(graph)?;
         graph.collapse.iter().try_for_each(|collapse| self.collapse(collapse))?;
@@ -309,10 +313,17 @@ impl Lister {
             }
             return Ok(());
         }
-        let ropes = graph.blocks.iter().filter_map(|block| block.attention()?.rope.as_deref());
-        for rope in ropes {
+        let attention = graph.blocks.iter().filter_map(|block| block.attention());
+        for (rope, head_dim) in attention.filter_map(|a| Some((a.rope.as_deref()?, a.shape.head_dim))) {
             let found = match &rope.scaling {
-                RopeScaling::Llama3 { .. } => vec![(ROPE_FREQS, frequency_factors(rope))],
+                RopeScaling::Llama3 { .. } => {
+                    let mut factors = frequency_factors(rope);
+                    // Of layers that see all half a head is turned, and the tensor is as long as the others' would be.
+                    if self.architecture.id == "step35" {
+                        factors.resize(head_dim / 2, 1.0);
+                    }
+                    vec![(ROPE_FREQS, factors)]
+                }
                 RopeScaling::Long { short, long, .. } => vec![(ROPE_LONG, long.clone()), (ROPE_SHORT, short.clone())],
                 _ => continue,
             };
@@ -381,8 +392,11 @@ impl Lister {
     fn attention(&mut self, at: &str, attention: &Attention, hidden: usize) -> Result<()> {
         let Attention { projections, shape, .. } = attention;
         let architecture = self.architecture;
-        if attention.head_gate.is_some() {
-            return Err(self.cannot("attention with a gate for each head"));
+        if let Some(gate) = &attention.head_gate {
+            if architecture.id != "step35" {
+                return Err(self.cannot("attention with a gate for each head"));
+            }
+            self.linear(&format!("{at}.attn_gate"), gate, None, Need::Never)?;
         }
         if architecture.square && shape.heads * shape.head_dim != hidden {
             return Err(self.cannot(format_args!(
@@ -465,11 +479,15 @@ impl Lister {
     /// Attention without values, or without keys too, of its own.
     fn fewer(&mut self, at: &str, attention: &Attention, linears: &[Linear]) -> Result<()> {
         let whole = linears.iter().all(|linear| linear.split.lengths.is_empty()) && linears.len() < 3;
-        if !(whole && self.architecture.per_layer) || self.permuted(attention) {
+        let Architecture { per_layer, altup, .. } = *self.architecture;
+        if !(whole && (per_layer || altup)) || self.permuted(attention) {
             return Err(self.cannot("attention without queries, keys and values"));
         }
         for (name, linear) in ["attn_q", "attn_k"].into_iter().zip(linears) {
             self.linear(&format!("{at}.{name}"), linear, None, self.architecture.qkv_bias)?;
+        }
+        if altup {
+            self.unread_keys(at, attention);
         }
         self.attention_ends(at, attention)
     }

@@ -4,7 +4,7 @@ use kernels::{Activation, AttentionShape};
 
 use crate::families::rope::{all_near, near, unscaled};
 use crate::graph::{
-    Attention, Collapse, Convolution, DeltaNet, Further, Graph, Layer, Linear, Mamba, Mlp, Moe, Norm, PerLayer,
+    AltUp, Attention, Collapse, Convolution, DeltaNet, Further, Graph, Layer, Linear, Mamba, Mlp, Moe, Norm, PerLayer,
     Projections, Rope, RopeScaling, Side, Temperature,
 };
 
@@ -60,6 +60,9 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
                 if block.parallel { "side by side" } else { "one after the other" }
             )));
         }
+        if let Some(what) = altup(block.altup.as_deref(), other.altup.as_deref()) {
+            return Some(in_block(what));
+        }
         if block.scale.is_some() != other.scale.is_some() {
             return Some(in_block("a stream that is multiplied".to_owned()));
         }
@@ -106,6 +109,25 @@ fn per_layer(a: &PerLayer, b: &PerLayer) -> Option<String> {
     let scales = |side: &Side| [side.table.scale, side.embedding.scale, side.share];
     let alike = all_near(&scales(&a.side), &scales(&b.side)) && norm(Some(&a.side.norm), Some(&b.side.norm));
     (of(a) != of(b) || !alike).then(|| "rows of a table for the tokens of this form".to_owned())
+}
+
+fn altup(a: Option<&AltUp>, b: Option<&AltUp>) -> Option<String> {
+    let (a, b) = match (a, b) {
+        (None, None) => return None,
+        (Some(a), Some(b)) => (a, b),
+        _ => return Some("several streams".to_owned()),
+    };
+    if (a.count, a.active) != (b.count, b.active) {
+        return Some(format!("work on stream {} of {}", a.active, a.count));
+    }
+    if a.laurel.left.rows != b.laurel.left.rows {
+        return Some(format!("a residual of rank {}", a.laurel.left.rows));
+    }
+    let norms =
+        |a: &AltUp, b: &AltUp| norm(Some(&a.norm), Some(&b.norm)) && norm(Some(&a.laurel.norm), Some(&b.laurel.norm));
+    let factors = |altup: &AltUp| [altup.given, altup.laurel.share];
+    let alike = norms(a, b) && a.scale.is_some() == b.scale.is_some() && all_near(&factors(a), &factors(b));
+    (!alike).then(|| "streams of this form".to_owned())
 }
 
 fn norm(a: Option<&Norm>, b: Option<&Norm>) -> bool {
@@ -354,6 +376,15 @@ fn mlp(a: &Mlp, b: &Mlp) -> Option<String> {
     if a.inner() != b.inner() {
         return Some(format!("a feed-forward layer of width {}", a.inner()));
     }
+    let cut = |mlp: &Mlp| mlp.cut.map_or([0.0; 2], |cut| [1.0, cut]);
+    if !all_near(&cut(a), &cut(b)) {
+        return Some(match a.cut {
+            Some(deviations) => {
+                format!("a gate that lets through what is above its mean by {deviations} standard deviations")
+            }
+            None => "a gate that lets all values through".to_owned(),
+        });
+    }
     let same = a.gated() == b.gated() && near(a.scale, b.scale) && activation(a.activation) == activation(b.activation);
     (!same).then(|| {
         let gate = |mlp: &Mlp| if mlp.gated() { "a gate of" } else { "no gate and" };
@@ -376,6 +407,7 @@ pub(super) fn named(activation: Activation) -> &'static str {
         Activation::Relu => "relu",
         Activation::Relu2 => "relu2",
         Activation::SwigluOai { .. } => "gpt-oss's clamped swiglu",
+        Activation::SiluWithin { .. } => "Step 3.5's limited silu",
         Activation::Sigmoid => "sigmoid",
         Activation::Identity => "linear",
         Activation::Xielu { .. } => "xielu",

@@ -217,6 +217,7 @@ impl Settings {
             ("gemma", false) => ("gemma", "GemmaForCausalLM", "gelu_pytorch_tanh"),
             ("gemma2", false) => ("gemma2", "Gemma2ForCausalLM", "gelu_pytorch_tanh"),
             ("gemma3", false) => ("gemma3_text", "Gemma3ForCausalLM", "gelu_pytorch_tanh"),
+            ("gemma3n", false) => ("gemma3n_text", "Gemma3nForCausalLM", "gelu_pytorch_tanh"),
             ("gemma4", _) => ("gemma4_text", "Gemma4ForCausalLM", "gelu_pytorch_tanh"),
             ("phi2", false) => ("phi", "PhiForCausalLM", "gelu_new"),
             ("phi3", false) => ("phi3", "Phi3ForCausalLM", "silu"),
@@ -278,6 +279,7 @@ impl Settings {
             ("deepseek2", _) if self.sigmoid(false)? => ("deepseek_v3", "DeepseekV3ForCausalLM", "silu"),
             ("deepseek2", _) => ("deepseek_v2", "DeepseekV2ForCausalLM", "silu"),
             ("deepseek32", _) => ("deepseek_v32", "DeepseekV32ForCausalLM", "silu"),
+            ("step35", true) if self.sigmoid(true)? => ("step3p5", "Step3p5ForCausalLM", "silu"),
             ("mimo2", true) => ("mimo_v2_flash", "MiMoV2FlashForCausalLM", "silu"),
             ("kimi-linear", _) => ("kimi_linear", "KimiLinearForCausalLM", "silu"),
             ("hy_v4", _) => ("hy_v4", "HYV4ForCausalLM", "silu"),
@@ -337,6 +339,9 @@ impl Settings {
         }
         let warm = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
         if let Some(factors) = self.factors.get(ROPE_FREQS) {
+            // Of layers that see all half a head is turned, and as many factors are read.
+            let read = if self.architecture.id == "step35" { factors.len() / 2 } else { factors.len() };
+            let factors = &factors[..read];
             let usable = factors.iter().all(|factor| *factor > 0.0 && factor.is_finite()) && !latent;
             let scaled = if usable { self.scaled_factors(factors, warm)? } else { None };
             if scaled.is_some() {

@@ -171,14 +171,21 @@ impl Base {
         let linear = |name: &str, rows, cols| Linear::plain(format!("{module}.{name}"), rows, cols, bias);
         let [gate, up, down] = names;
         let inputs = vec![linear(gate, inner, self.hidden), linear(up, inner, self.hidden)];
-        Mlp { inputs, down: linear(down, self.hidden, inner), activation, scale: 1.0, learned: None }
+        Mlp { inputs, down: linear(down, self.hidden, inner), activation, scale: 1.0, learned: None, cut: None }
     }
 
     /// A layer without a gate.
     pub fn ungated(&self, names: [String; 2], inner: usize, activation: Activation, bias: bool) -> Mlp {
         let [up, down] = names;
         let inputs = vec![Linear::plain(up, inner, self.hidden, bias)];
-        Mlp { inputs, down: Linear::plain(down, self.hidden, inner, bias), activation, scale: 1.0, learned: None }
+        Mlp {
+            inputs,
+            down: Linear::plain(down, self.hidden, inner, bias),
+            activation,
+            scale: 1.0,
+            learned: None,
+            cut: None,
+        }
     }
 
     /// Attention and a feed-forward layer one after the other, each behind a norm, under Llama's names.
@@ -248,7 +255,7 @@ pub fn sandwich(before: Norm, layer: Layer, after: Norm) -> Step {
 
 /// Steps one after the other.
 pub fn block(name: String, steps: Vec<Step>) -> Block {
-    Block { name, steps, parallel: false, scale: None }
+    Block { name, steps, parallel: false, scale: None, altup: None }
 }
 
 /// The activation that config.json names under the usual key.

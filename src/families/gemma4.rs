@@ -84,16 +84,22 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     if config.get("final_logit_softcapping").is_some() {
         graph.head.softcap = Some(config.positive("final_logit_softcapping", 30.0)? as f32);
     }
-    for (layer, _) in keys.iter().enumerate().filter(|(_, keys)| matches!(keys, Keys::Of(_))) {
-        let reason = "of a layer that reads the keys and values of another";
+    graph.dropped.extend(unused(&base, &keys));
+    Ok(graph)
+}
+
+/// What is left out of layers that read the keys and values of others.
+pub(super) fn unused(base: &Base, keys: &[Keys]) -> Vec<DropRule> {
+    let reason = "of a layer that reads the keys and values of another";
+    let of_layer = |(layer, _): (usize, &Keys)| {
         // As GGUF files call it, too.
         let rule = |[name, gguf]: &[&'static str; 2]| {
             let own = DropRule { prefix: format!("{}.self_attn.", base.at(layer)), suffix: name, reason };
             [own, DropRule { prefix: format!("blk.{layer}."), suffix: gguf, reason }]
         };
-        graph.dropped.extend(UNUSED.iter().flat_map(rule));
-    }
-    Ok(graph)
+        UNUSED.iter().flat_map(rule).collect::<Vec<_>>()
+    };
+    keys.iter().enumerate().filter(|(_, keys)| matches!(keys, Keys::Of(_))).flat_map(of_layer).collect()
 }
 
 /// Fails for a model that attends both ways; in images alone (`vision`) it may.
@@ -139,7 +145,7 @@ fn sizes(config: &Config<'_>, base: &Base, local: &[bool]) -> Result<Vec<(usize,
 }
 
 /// Whose keys and values each layer reads: the last `num_kv_shared_layers` those of the last layer of their type before them.
-fn keys(config: &Config<'_>, local: &[bool]) -> Result<Vec<Keys>> {
+pub(super) fn keys(config: &Config<'_>, local: &[bool]) -> Result<Vec<Keys>> {
     let said = config.get("num_kv_shared_layers").map_or(Some(0), integer);
     let shared = said.and_then(|count| usize::try_from(count).ok()).filter(|count| *count <= local.len());
     let Some(shared) = shared else {
@@ -164,7 +170,7 @@ fn keys(config: &Config<'_>, local: &[bool]) -> Result<Vec<Keys>> {
 }
 
 /// Leaves out the linears and norms that a layer does not have.
-fn share(attention: &mut Attention, keys: Keys, reuses: bool) {
+pub(super) fn share(attention: &mut Attention, keys: Keys, reuses: bool) {
     let Projections::Direct(linears) = &mut attention.projections else { return };
     if reuses {
         linears.truncate(2);
@@ -177,7 +183,7 @@ fn share(attention: &mut Attention, keys: Keys, reuses: bool) {
 }
 
 /// A norm without a weight.
-fn unit(base: &Base, width: usize) -> Norm {
+pub(super) fn unit(base: &Base, width: usize) -> Norm {
     Norm { kind: NormKind::Rms, weights: Vec::new(), offset: 0.0, bias: None, shape: vec![width], eps: base.eps }
 }
 

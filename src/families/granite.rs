@@ -126,5 +126,5 @@ fn shared(base: &Base, module: &str, inner: usize, act: Activation) -> Mlp {
         ..Linear::plain(format!("{module}.input_linear"), 2 * inner, base.hidden, false)
     };
     let down = Linear::plain(format!("{module}.output_linear"), base.hidden, inner, false);
-    Mlp { inputs: vec![input], down, activation: act, scale: 1.0, learned: None }
+    Mlp { inputs: vec![input], down, activation: act, scale: 1.0, learned: None, cut: None }
 }

@@ -11,6 +11,7 @@ mod ernie;
 mod exaone;
 mod further;
 mod gemma;
+mod gemma3n;
 mod gemma4;
 mod glm;
 mod gpt;
@@ -43,6 +44,7 @@ mod spelling;
 mod spelt_out;
 mod stablelm;
 mod state_space;
+mod step;
 mod strict;
 pub mod tying;
 mod unknown;
@@ -100,6 +102,7 @@ pub const FAMILIES: &[Family] = &[
     gemma::GEMMA,
     gemma::GEMMA2,
     gemma::GEMMA3,
+    gemma3n::GEMMA3N,
     gemma4::GEMMA4,
     phi::PHI,
     phi::PHI3,
@@ -152,6 +155,7 @@ pub const FAMILIES: &[Family] = &[
     hunyuan::HUNYUAN_MOE,
     hunyuan::HY_V3,
     hy4::HY_V4,
+    step::STEP3P5,
     minimax::MINIMAX_M2,
     minimax::MINIMAX_M3,
 ];
@@ -190,7 +194,9 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "mistral3", text: ("mistral", false), tied: true, hears_text: false },
     Wrapper { model_type: "kimi_k25", text: ("deepseek_v3", false), tied: true, hears_text: false },
     Wrapper { model_type: "minimax_m3_vl", text: ("minimax_m3_vl_text", true), tied: false, hears_text: true },
+    Wrapper { model_type: "step3p7", text: ("step3p5", true), tied: false, hears_text: false },
     Wrapper { model_type: "gemma3", text: ("gemma3_text", true), tied: true, hears_text: false },
+    Wrapper { model_type: "gemma3n", text: ("gemma3n_text", true), tied: true, hears_text: false },
     Wrapper { model_type: "gemma4", text: ("gemma4_text", true), tied: true, hears_text: false },
     Wrapper { model_type: "gemma4_unified", text: ("gemma4_unified_text", true), tied: true, hears_text: false },
     Wrapper { model_type: "llama4", text: ("llama4_text", true), tied: false, hears_text: false },

@@ -74,6 +74,7 @@ pub fn stacked(
             activation,
             scale: 1.0,
             learned: None,
+            cut: None,
         }
     };
     (0..experts).map(expert).collect()

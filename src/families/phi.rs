@@ -76,5 +76,5 @@ pub fn fused_gate(base: &Base, module: &str, inner: usize, activation: Activatio
         ..Linear::plain(format!("{module}.gate_up_proj"), 2 * inner, base.hidden, false)
     };
     let down = Linear::plain(format!("{module}.down_proj"), base.hidden, inner, false);
-    Mlp { inputs: vec![gate_up], down, activation, scale: 1.0, learned: None }
+    Mlp { inputs: vec![gate_up], down, activation, scale: 1.0, learned: None, cut: None }
 }

@@ -68,7 +68,7 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
             super::build::pre(base.norm(&format!("{at}.input_layernorm")), Layer::Delta(Box::new(delta))),
             super::build::pre(base.norm(&format!("{at}.post_attention_layernorm")), after),
         ];
-        Ok(Block { name: at, steps, parallel: false, scale: None })
+        Ok(Block { name: at, steps, parallel: false, scale: None, altup: None })
     })?;
     let mut graph = base.graph(config, kind.family(), blocks)?;
     // Whichever is there, and one that files of Qwen3-Next hold and their config.json does not tell of.

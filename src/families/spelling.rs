@@ -44,6 +44,8 @@ enum Form {
     Layered { near: Option<&'static str> },
     /// One for each type of layer, each as it is said, and usual ones where nothing is.
     Apart,
+    /// One for each type of layer; where they are not said, each of the first layer of its type, in lists of all layers.
+    Listed,
     /// Keys of its own: `rotary_emb_base` and `rotary_pct`.
     NeoX,
     /// What is not `default` is LongRoPE.
@@ -57,10 +59,11 @@ impl Rotation {
         let rotation = |theta, partial, form| Rotation { theta, partial, form };
         match model_type {
             "gpt2" | "nemotron_h" => rotation(1e4, None, Form::Absent),
-            "gemma3_text" => rotation(1e6, None, Form::Layered { near: Some("rope_local_base_freq") }),
+            "gemma3_text" | "gemma3n_text" => rotation(1e6, None, Form::Layered { near: Some("rope_local_base_freq") }),
             "olmo3" => rotation(5e5, None, Form::Layered { near: None }),
             "lfm3" => rotation(1e6, None, Form::Layered { near: None }),
             "gemma4_text" | "gemma4_unified_text" => rotation(1e6, None, Form::Apart),
+            "step3p5" => rotation(1e4, None, Form::Listed),
             "gpt_neox" => rotation(1e4, Some(0.25), Form::NeoX),
             "phi3" => rotation(1e4, Some(1.0), Form::Long),
             "bamba" | "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
@@ -182,6 +185,7 @@ fn rotary(model_type: &str, values: &mut Map<String, Value>, notes: &mut Vec<Str
     match rotation.form {
         Form::Absent => return Ok(()),
         Form::Apart => return apart(class, values),
+        Form::Listed => return listed(rotation.theta, values),
         _ => {}
     }
     // An empty one is none.
@@ -258,6 +262,46 @@ fn apart(class: &str, values: &mut Map<String, Value>) -> Result<()> {
         }
     }
     values.insert("rope_parameters".to_owned(), all);
+    Ok(())
+}
+
+/// The rotations of types of layers, each as it is said, or as the lists of all layers have it; what scales positions is that of layers that see all.
+///
+/// Fails for lists with fewer entries than there are layers.
+fn listed(theta: f64, values: &mut Map<String, Value>) -> Result<()> {
+    const FULL: &str = "full_attention";
+    let types: Vec<&str> = match values.get("layer_types").and_then(Value::as_array) {
+        Some(types) => types.iter().filter_map(Value::as_str).collect(),
+        None => vec![FULL],
+    };
+    let said = object(values, "rope_parameters")?.unwrap_or_default();
+    let scaling = object(values, "rope_scaling")?;
+    let mut all = Map::new();
+    for kind in [FULL, "sliding_attention"] {
+        let Some(first) = types.iter().position(|other| *other == kind) else { continue };
+        let of = |key: &str| match values.get(key) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Array(list)) => list.get(first).cloned().map(Some).ok_or_else(|| {
+                Error::failed(format!("config.json: {key} has {} entries, and none for layer {first}", list.len()))
+            }),
+            Some(one) => Ok(Some(one.clone())),
+        };
+        let own = match types.iter().all(|kind| said.get(*kind).is_some_and(Value::is_object)) {
+            true => said[kind].clone(),
+            false => {
+                let mut own = json!({"rope_type": "default", "rope_theta": of("rope_theta")?.unwrap_or(theta.into())});
+                if let Some(share) = of("partial_rotary_factors")? {
+                    own["partial_rotary_factor"] = share;
+                }
+                let scaled = scaling.iter().flatten().filter(|_| kind == FULL);
+                scaled.for_each(|(key, value)| own[key] = value.clone());
+                own
+            }
+        };
+        all.insert(kind.to_owned(), own);
+    }
+    ["rope_theta", "rope_scaling"].iter().for_each(|key| drop(values.remove(*key)));
+    values.insert("rope_parameters".to_owned(), all.into());
     Ok(())
 }
 

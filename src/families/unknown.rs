@@ -116,7 +116,13 @@ pub fn graph(source: &dyn Weights) -> Result<Graph> {
         };
         match blocks.last_mut().filter(|last| last.name == block) {
             Some(last) => last.steps.push(step),
-            None => blocks.push(Block { name: block.to_owned(), steps: vec![step], parallel: false, scale: None }),
+            None => blocks.push(Block {
+                name: block.to_owned(),
+                steps: vec![step],
+                parallel: false,
+                scale: None,
+                altup: None,
+            }),
         }
     }
     if blocks.is_empty() {

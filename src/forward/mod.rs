@@ -13,6 +13,7 @@ mod recurrent;
 mod route;
 mod run;
 mod sparse;
+mod streams;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -30,7 +31,7 @@ pub use self::run::run_block;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::check_runnable;
-use crate::graph::{Block, Graph, Linear, Norm, Stored};
+use crate::graph::{Block, Collapse, Graph, Linear, Norm, Stored};
 use crate::report::Activations;
 use crate::weights::StoredType;
 
@@ -177,7 +178,8 @@ pub fn embed<B: Forward>(
             source.path().display()
         )));
     }
-    let streams = graph.streams();
+    // Other streams are made of the embedding by the first block.
+    let streams = graph.collapse.as_ref().map_or(1, Collapse::streams);
     let mut chunks = Vec::new();
     for now in together(sequences, backend.tokens_at_once()).map(|range| &sequences[range]) {
         let ids: Vec<u32> = now.iter().flatten().copied().collect();
@@ -195,7 +197,7 @@ pub fn embed<B: Forward>(
         if streams > 1 {
             hidden = hidden.chunks_exact(graph.hidden).flat_map(|row| row.repeat(streams)).collect();
         }
-        let hidden = Array2::from_shape_vec((ids.len(), graph.width()), hidden).expect("one row a token");
+        let hidden = Array2::from_shape_vec((ids.len(), streams * graph.hidden), hidden).expect("one row a token");
         let (hidden, lengths) = (backend.upload(hidden)?, now.iter().map(Vec::len).collect());
         chunks.push(Chunk { hidden, lengths, chosen: RefCell::default(), tokens: ids, shared: HashMap::new() });
     }

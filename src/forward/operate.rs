@@ -173,6 +173,10 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             }
             Kind::Share => vec![self.shared(self.own(next())?, next().matrix())?],
             Kind::Connect(_) | Kind::ReadStreams(_) => vec![self.connect(at, next)?],
+            Kind::Cut(deviations) => self.each(operation, next, |x| Ok(backend.cut(x, *deviations)?))?,
+            Kind::Streams(width, what) => {
+                vec![self.streams(at, *width, what, operation.reads.iter().map(|_| next()).collect())?]
+            }
             Kind::Lookup(_) | Kind::Shared(_) | Kind::Plus(_) => self.beside(at, next, place.index)?,
             kind if kind.adds() => unreachable!("done where they stand"),
             _ => self.recur(at, next, lengths)?,

@@ -16,7 +16,7 @@ use super::{Chunk, LoadedNorm, Others, Supply, Weight};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::graph::{Block, Linear, Norm};
-use crate::program::{Expert, Kept, Kind, Lifetimes, Operation, Program};
+use crate::program::{Expert, Kept, Kind, Lifetimes, Operation, Program, Streams};
 
 /// Runs one block over all chunks; tables that it looks tokens up in are those of `source`.
 pub fn run_block<B: Forward>(
@@ -175,6 +175,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         Ok(match kind {
             Kind::Norm(norm) | Kind::HeadNorm { norm, .. } => Loaded::Norm(self.norm(norm, supply)?),
             Kind::Connect(hyper) => Loaded::Hyper(LoadedHyper::of(hyper, supply)?),
+            Kind::Streams(_, Streams::Times(tensor)) => Loaded::Vector(Some(supply.vector(tensor)?)),
             Kind::Attention { sinks, .. } => Loaded::Vector(sinks.map(|name| supply.vector(name)).transpose()?),
             Kind::Convolve { convolution, first } => {
                 let mut taps = Vec::new();

@@ -82,7 +82,8 @@ impl Collapse {
 impl Graph {
     /// Hidden states of a token that lie side by side between blocks.
     pub fn streams(&self) -> usize {
-        self.collapse.as_ref().map_or(1, Collapse::streams)
+        let beside = self.blocks.iter().filter_map(|block| block.altup.as_ref()).map(|altup| altup.count).max();
+        self.collapse.as_ref().map(Collapse::streams).or(beside).unwrap_or(1)
     }
 
     /// Values of a token between blocks.

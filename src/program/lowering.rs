@@ -1,5 +1,7 @@
 //! From layers to operations.
 
+mod altup;
+
 use super::{Expert, Kept, Kind, Operation, Program, Value};
 use kernels::Activation;
 
@@ -24,6 +26,10 @@ impl<'b> Program<'b> {
         })?;
         let program = Program { values: Vec::new(), operations: Vec::new(), leaves: None };
         let mut lowering = Lowering { program, hidden, expert: None };
+        if let Some(altup) = &block.altup {
+            lowering.altup(block, altup)?;
+            return Some(lowering.end());
+        }
         let streams = block.steps.iter().find_map(|step| step.hyper.as_ref()).map_or(1, |hyper| hyper.shape.streams);
         let mut stream = lowering.value("h", streams * hidden, None);
         let mut streams = vec![stream];
@@ -114,15 +120,7 @@ impl<'b> Lowering<'b> {
             layer => {
                 let x = self.norm(step.pre.as_ref(), source, "x");
                 let x = self.scaled(x, step.given);
-                match layer {
-                    Layer::Attention(attention) => self.attention(attention, x),
-                    Layer::Delta(delta) => self.delta(delta, x),
-                    Layer::Mamba(mamba) => self.mamba(mamba, x),
-                    Layer::Short(short) => self.short(short, x),
-                    Layer::Mlp(mlp) => self.mlp(mlp, x, Kept::Room),
-                    Layer::PerLayer(layer) => self.per_layer(layer, x),
-                    Layer::Moe(_) | Layer::Further(_) | Layer::Opaque(_) => return None,
-                }
+                self.layer(layer, x)?
             }
         };
         let y = self.norm(step.post.as_ref(), y, "y");
@@ -132,6 +130,19 @@ impl<'b> Lowering<'b> {
                 self.one(Kind::WriteStreams(hyper), &[stream, y, weights], "h", width)
             }
             None => self.one(Kind::Add { scale: step.scale }, &[stream, y], "h", self.hidden),
+        })
+    }
+
+    /// What a layer makes of what it is given.
+    fn layer(&mut self, layer: &'b Layer, x: usize) -> Option<usize> {
+        Some(match layer {
+            Layer::Attention(attention) => self.attention(attention, x),
+            Layer::Delta(delta) => self.delta(delta, x),
+            Layer::Mamba(mamba) => self.mamba(mamba, x),
+            Layer::Short(short) => self.short(short, x),
+            Layer::Mlp(mlp) => self.mlp(mlp, x, Kept::Room),
+            Layer::PerLayer(layer) => self.per_layer(layer, x),
+            Layer::Moe(_) | Layer::Further(_) | Layer::Opaque(_) => return None,
         })
     }
 
@@ -395,10 +406,13 @@ impl<'b> Lowering<'b> {
     fn mlp(&mut self, mlp: &'b Mlp, x: usize, kept: Kept) -> usize {
         let names: &[&str] = if mlp.gated() { &["gate", "up"] } else { &["up"] };
         let made = self.linears(mlp.inputs.iter().collect(), false, x, names);
-        let inner = match (mlp.scale == 1.0, &made[..]) {
+        let inner = match (mlp.scale == 1.0 && mlp.cut.is_none(), &made[..]) {
             (true, _) => self.one(Kind::Activate(mlp.activation), &made, "a", mlp.inner()),
             (false, [gate, rest @ ..]) => {
-                let gate = self.scaled(*gate, mlp.scale);
+                let mut gate = self.scaled(*gate, mlp.scale);
+                if let Some(deviations) = mlp.cut {
+                    self.each(Kind::Cut(deviations), std::slice::from_mut(&mut gate));
+                }
                 let kind = if rest.is_empty() { Kind::Map(mlp.activation) } else { Kind::Gate(mlp.activation) };
                 self.one(kind, &[&[gate], rest].concat(), "a", mlp.inner())
             }

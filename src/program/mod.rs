@@ -168,6 +168,10 @@ pub enum Kind<'b> {
     Gate(Activation),
     /// `act(gate) · up`, or `act(up)` of a single value.
     Activate(Activation),
+    /// Leaves what is above the mean of a token's values by more than so many standard deviations.
+    Cut(f32),
+    /// Something of several streams side by side, of so many values each.
+    Streams(usize, Streams<'b>),
     /// Chooses experts by logits.
     Route(&'b Router),
     /// The tokens of an expert.
@@ -209,6 +213,29 @@ pub enum Kind<'b> {
     Rescale(&'b str),
 }
 
+/// What is done with several streams side by side.
+#[derive(Clone, Copy, Debug)]
+pub enum Streams<'b> {
+    /// Takes the one with this number.
+    Take(usize),
+    /// Makes each as large as the first.
+    Match,
+    /// Takes their mean.
+    Mean,
+    /// The hyperbolic tangent of numbers that decide about them.
+    Tanh,
+    /// Adds to each what the second value says of all of them, by the coefficients that are read last.
+    Predict,
+    /// Adds to each the second value, times 1 and what the coefficients say that are read last.
+    Correct,
+    /// Adds the second value to all but the first.
+    Others,
+    /// Adds to one of them whatever else is read, and multiplies it by this.
+    Join(f32),
+    /// Multiplies one of them by a tensor, value by value.
+    Times(&'b str),
+}
+
 impl Kind<'_> {
     /// Whether something happens where it stands, to all chunks: weights are asked for, or something is added to what is kept. Everything
     /// else is done where its value is used.
@@ -246,6 +273,7 @@ impl Operation<'_> {
                 router.correction.iter().chain(&router.factors).map(|(name, _)| name.clone()).collect()
             }
             Kind::Lookup(lookup) => vec![lookup.tensor.clone()],
+            Kind::Streams(_, Streams::Times(tensor)) => vec![(*tensor).to_owned()],
             Kind::Rescale(tensor) => vec![(*tensor).to_owned()],
             Kind::Connect(hyper) => [&hyper.projection, &hyper.base, &hyper.scale].map(String::clone).to_vec(),
             _ => Vec::new(),
@@ -288,7 +316,11 @@ impl<'b> Program<'b> {
 
     /// Whether a value is the stream, at whatever point, or what is read of its streams.
     pub fn is_stream(&self, value: usize) -> bool {
-        let of = |kind: &Kind<'_>| kind.makes_stream() || matches!(kind, Kind::ReadStreams(_));
-        self.maker(value).is_none_or(|maker| of(&maker.kind))
+        let one = |kind: &Kind<'_>| match kind {
+            Kind::ReadStreams(_) => true,
+            Kind::Streams(_, what) => matches!(what, Streams::Take(_) | Streams::Join(_)),
+            kind => kind.makes_stream(),
+        };
+        self.maker(value).is_none_or(|maker| one(&maker.kind))
     }
 }

@@ -3,7 +3,7 @@
 use kernels::{Activation, IndexShape, NormKind};
 use serde::Serialize;
 
-use super::{Kept, Kind, Operation, Program, Value};
+use super::{Kept, Kind, Operation, Program, Streams, Value};
 use crate::graph::{Block, Decay, Norm, RopeScaling, Scoring};
 use crate::words::{listed, one_line};
 
@@ -220,9 +220,34 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::Add { .. } => only(format!("{} + {}", reads[0], reads[1])),
         Kind::Begin => only(reads[1].clone()),
         Kind::Rescale(_) => only(format!("{} * scale", reads[0])),
-        Kind::Connect(_) | Kind::ReadStreams(_) | Kind::WriteStreams(_) => said_of_streams(operation, reads),
+        Kind::Connect(_) | Kind::ReadStreams(_) | Kind::WriteStreams(_) | Kind::Cut(_) | Kind::Streams(..) => {
+            said_of_streams(operation, reads)
+        }
         Kind::Plus(_) | Kind::Shared(_) | Kind::Lookup(_) => said_beside(operation, reads),
     }
+}
+
+/// The same of the function between the linears of a feed-forward layer.
+fn said_of_activation(activation: Activation, reads: &[String]) -> (String, Vec<String>) {
+    let call = |name: &str| format!("{name}({})", reads.join(", "));
+    let name = match activation {
+        Activation::SwigluOai { alpha, limit, shift } => {
+            let mut details = vec![format!("alpha {alpha}"), format!("limit {limit}")];
+            details.extend((shift != 1.0).then(|| format!("shift {shift}")));
+            return (call("swiglu_oai"), details);
+        }
+        Activation::Xielu { positive, negative, beta, eps } => {
+            let details = [("positive", positive), ("negative", negative), ("beta", beta), ("eps", eps)];
+            return (call("xielu"), details.map(|(name, value)| format!("{name} {value}")).to_vec());
+        }
+        Activation::SiluWithin { limit } => return (call("silu_within"), vec![format!("limit {limit}")]),
+        other => named(other),
+    };
+    let expression = match reads {
+        [gate, up] => format!("{name}({gate}) * {up}"),
+        _ => call(name),
+    };
+    (expression, Vec::new())
 }
 
 /// The same of what blocks are given beside the stream.
@@ -241,42 +266,36 @@ fn said_beside(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<Stri
     }
 }
 
-/// The same of the activation of a feed-forward layer.
-fn said_of_activation(activation: Activation, reads: &[String]) -> (String, Vec<String>) {
-    let call = |name: &str| format!("{name}({})", reads.join(", "));
-    let name = match activation {
-        Activation::SwigluOai { alpha, limit, shift } => {
-            let mut details = vec![format!("alpha {alpha}"), format!("limit {limit}")];
-            details.extend((shift != 1.0).then(|| format!("shift {shift}")));
-            return (call("swiglu_oai"), details);
-        }
-        Activation::Xielu { positive, negative, beta, eps } => {
-            let details = [("positive", positive), ("negative", negative), ("beta", beta), ("eps", eps)];
-            return (call("xielu"), details.map(|(name, value)| format!("{name} {value}")).to_vec());
-        }
-        other => named(other),
-    };
-    let expression = match reads {
-        [gate, up] => format!("{name}({gate}) * {up}"),
-        _ => call(name),
-    };
-    (expression, Vec::new())
-}
-
-/// The same of several streams.
+/// The same of several streams, and of gates that let few values through.
 fn said_of_streams(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
-    match &operation.kind {
+    let call = |name: &str| format!("{name}({})", reads.join(", "));
+    let what = match &operation.kind {
         Kind::Connect(hyper) => {
             let mut details = vec![format!("{} streams", hyper.shape.streams), format!("eps {:e}", hyper.shape.eps)];
             if hyper.shape.rounds > 0 {
                 details.push(format!("mixed, {} rounds", hyper.shape.rounds));
             }
-            (format!("weights({})", reads[0]), details)
+            return (call("weights"), details);
         }
-        Kind::ReadStreams(_) => (format!("read({})", reads.join(", ")), Vec::new()),
-        Kind::WriteStreams(_) => (format!("write({})", reads.join(", ")), Vec::new()),
+        Kind::ReadStreams(_) => return (call("read"), Vec::new()),
+        Kind::WriteStreams(_) => return (call("write"), Vec::new()),
+        Kind::Cut(deviations) => return (call("above"), vec![format!("mean and {deviations} deviations")]),
+        Kind::Streams(_, what) => what,
         _ => unreachable!("one of these"),
-    }
+    };
+    let expression = match what {
+        Streams::Take(index) => format!("{}[{index}]", reads[0]),
+        Streams::Match => call("as_large_as_first"),
+        Streams::Mean => call("mean"),
+        Streams::Tanh => call("tanh"),
+        Streams::Predict => format!("{} + {} * {}", reads[0], reads[2], reads[1]),
+        Streams::Correct => format!("{} + (1 + {}) * {}", reads[0], reads[2], reads[1]),
+        Streams::Others => format!("{}, but to all but the first + {}", reads[0], reads[1]),
+        Streams::Join(1.0) => reads.join(" + "),
+        Streams::Join(share) => format!("{share} * ({})", reads.join(" + ")),
+        Streams::Times(_) => format!("{} * scale", reads[0]),
+    };
+    (expression, Vec::new())
 }
 
 /// The same of attention, and of what chooses the tokens that it sees.
@@ -356,6 +375,7 @@ fn named(activation: Activation) -> &'static str {
         Activation::Relu => "relu",
         Activation::Relu2 => "relu2",
         Activation::SwigluOai { .. } => "swiglu_oai",
+        Activation::SiluWithin { .. } => "silu_within",
         Activation::Xielu { .. } => "xielu",
         Activation::Sigmoid => "sigmoid",
         Activation::Identity => "identity",

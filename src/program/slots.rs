@@ -107,7 +107,7 @@ impl<'b> Program<'b> {
                 (repeat > 1).then_some((shape.value_dim, repeat))
             }
             // What is gated may be scaled, what is activated may not.
-            Kind::Activate(Activation::SwigluOai { .. }) => return None,
+            Kind::Activate(Activation::SwigluOai { .. } | Activation::SiluWithin { .. }) => return None,
             Kind::Activate(_) if between.reads.len() == 2 => None,
             _ => return None,
         };

@@ -501,6 +501,12 @@ impl File<'_> {
                     ty.encode(values, &mut bytes).expect("F32");
                     self.writer.write(&tensor.gguf, &bytes)?;
                 }
+                Source::Zeros => {
+                    // Of any type zeros are what bytes of zeros stand for: a block's scale is one of them.
+                    let count = tensor.shape.iter().product();
+                    let bytes = vec![0; ty.row_bytes(count).expect("chosen for this width")];
+                    self.writer.write(&tensor.gguf, &bytes)?;
+                }
                 Source::Parts(parts) => {
                     let (mut first, mut lost) = (0, 0);
                     for (index, part) in parts.iter().enumerate() {

@@ -64,6 +64,10 @@ const REFUSED: &[(&str, &str)] = &[
     ("exaone_moe_types", "attention to all tokens in block 0"),
     ("flex_olmo_normed", "cannot be written as GGUF"),
     ("flex_olmo_plain", "cannot be written as GGUF"),
+    ("step3p7_plain", "an attention scale of 0.35355338"),
+    ("gemma3n_text_biases", "a bias of `model.layers.0.self_attn.q_proj`"),
+    ("gemma3n_text_plain", "work on stream 0 of 3"),
+    ("gemma3n_vision", "a residual of rank 8"),
     ("gemma4_text_biases", "a bias of `model.layers.0.self_attn.q_proj`"),
     ("gemma4_text_trained", "where the two before are not one with a window and one without"),
     ("glm4_moe_lite_types", "a bias of"),
@@ -199,6 +203,7 @@ fn what_is_quantized_along_the_way_is_what_the_file_holds() {
     for name in [
         "deepseek_v3_plain",
         "falcon_h1_plain",
+        "gemma3n_text_published",
         "gemma4_text_experts",
         "gemma4_text_plain",
         "gpt2_plain",

@@ -154,8 +154,10 @@ fn linears_read_what_they_read_in_transformers() {
         "afmoe_plain",
         "olmo_hybrid_plain",
         "longcat_flash_published",
+        "gemma3n_text_plain",
         "gemma4_text_plain",
         "gemma4_text_experts",
+        "step3p7_plain",
     ] {
         let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
         let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());
@@ -170,8 +172,9 @@ fn linears_read_what_they_read_in_transformers() {
         for (module, found) in supply.found {
             // As the class in transformers calls it.
             let own = module.replace("backbone.", "model.").replace(".block_sparse_moe.", ".mlp.");
-            let own = own.replace(".linear_gate", ".gate_proj");
-            let Some(expected) = file.get(&format!("energies.{own}")) else {
+            let own = own.replace(".linear_gate", ".gate_proj").replace(".share_expert.", ".mlp.shared_experts.");
+            let inside = own.replacen("model.", "model.language_model.", 1);
+            let Some(expected) = [own, inside].iter().find_map(|own| file.get(&format!("energies.{own}"))) else {
                 assert!(module.contains(".experts."), "{name}: {module}: no linear of its own in transformers");
                 continue;
             };

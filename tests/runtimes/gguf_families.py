@@ -126,7 +126,7 @@ def examine(options, python, name, scratch):
     limits = [int(number) for number in re.findall(r"beyond (\d+) tokens", said)]
     config = json.loads((FIXTURES / name / "config.json").read_text())
     rough = any(word in json.dumps(config) for word in ROUGH_WORDS) or "approximates GELU" in said or "rounds the bounds" in said
-    rough = rough or config.get("text_config", config)["model_type"].startswith(("gemma", "gpt", "phi", "starcoder2"))
+    rough = rough or config.get("text_config", config).get("model_type", "").startswith(("gemma", "gpt", "phi", "starcoder2"))
     job = {"libraries": str(options.libraries), "name": name, "file": str(file), "valid": min(limits, default=1 << 20)}
     words = [str(python), str(pathlib.Path(__file__)), "run", json.dumps(job)]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)

@@ -206,6 +206,11 @@ pub enum Activation {
         /// Added to the other then: 1 in gpt-oss.
         shift: f32,
     },
+    /// `min(g · σ(g), limit) · u` with `u` in `±limit` (Step 3.5); only as a gate.
+    SiluWithin {
+        /// The largest that is made of the gate, and the largest size of the other.
+        limit: f32,
+    },
     /// `σ(x)`.
     Sigmoid,
     /// `positive · x² + beta · x` above 0, `negative · (e^min(x, eps) − 1 − x) + beta · x` elsewhere (xIELU).
@@ -219,6 +224,16 @@ pub enum Activation {
         /// A little below 0: the largest exponent.
         eps: f32,
     },
+}
+
+impl Activation {
+    /// The largest size of what is gated, where that has one.
+    pub fn limit(self) -> Option<f32> {
+        match self {
+            Activation::SwigluOai { limit, .. } | Activation::SiluWithin { limit } => Some(limit),
+            _ => None,
+        }
+    }
 }
 
 /// How a runtime rounds what it multiplies weights with.
@@ -314,7 +329,7 @@ pub trait Forward: Memory {
     ) -> Result<Self::Input>;
     /// `act(x wᵀ + bias)`: a feed-forward layer without a gate.
     ///
-    /// Fails for [`Activation::SwigluOai`], which is only a gate.
+    /// Fails for [`Activation::SwigluOai`] and [`Activation::SiluWithin`], which are only gates.
     fn activated(
         &self,
         x: &Self::Input,
@@ -467,10 +482,25 @@ pub trait Forward: Memory {
 
     /// `x ← act(x)`.
     ///
-    /// Fails for [`Activation::SwigluOai`], which is only a gate.
+    /// Fails for [`Activation::SwigluOai`] and [`Activation::SiluWithin`], which are only gates.
     fn activate(&self, x: &mut Self::Matrix, activation: Activation) -> Result<()>;
     /// `gate ← act(gate) · x`.
     fn gate(&self, gate: &mut Self::Matrix, x: &Self::Matrix, activation: Activation) -> Result<()>;
+
+    /// `y ← y + coefficients · x` of each token, whose values are streams of `width` side by side: `x` is `[tokens, from·width]`, `y`
+    /// `[tokens, to·width]`, and `coefficients` `[tokens, to·from]` say for each stream of `y` how much of each of `x` it takes.
+    fn mix_streams(
+        &self,
+        x: &Self::Matrix,
+        coefficients: &Self::Matrix,
+        width: usize,
+        y: &mut Self::Matrix,
+    ) -> Result<()>;
+    /// Makes each stream of `width` values of `x` as large as the first: times the root mean square of that, divided by its own, whose square
+    /// is taken for `least` where it is less.
+    fn match_streams(&self, x: &mut Self::Matrix, width: usize, least: f32) -> Result<()>;
+    /// `x ← max(x − mean − deviations · √variance, 0)`, each row on its own.
+    fn cut(&self, x: &mut Self::Matrix, deviations: f32) -> Result<()>;
 
     /// `[tokens, heads·(a + b)]`: each head's own `a` values of `own` `[tokens, heads·a]`, then those of `shared`
     /// `[tokens, b]`, which all heads have in common (the keys of multi-head latent attention).

@@ -10,11 +10,11 @@ use crate::backend::{
 };
 use crate::checks::{
     expect, expect_alone, expect_attention, expect_choice, expect_convolution, expect_delta, expect_hyper,
-    expect_index, expect_limit, expect_multiple, expect_rotation, expect_streams,
+    expect_index, expect_limit, expect_multiple, expect_rotation, expect_streams, expect_weights,
 };
 use crate::ops::{
     activation, add, attention, bf16, convolve, delta, heads, hyper, linear, norm, rope, round_activations, softcap,
-    sparse,
+    sparse, streams,
 };
 use crate::{Error, Result};
 
@@ -104,7 +104,7 @@ impl Forward for Cpu {
         check_product("gated", x, gate, biases[0])?;
         check_product("gated", x, up, biases[1])?;
         expect("gated", "output features", gate.shape()[0], up.shape()[0])?;
-        if let Activation::SwigluOai { limit, .. } = activation {
+        if let Some(limit) = activation.limit() {
             expect_limit("gated", limit)?;
         }
         match (x, gate, up) {
@@ -257,7 +257,7 @@ impl Forward for Cpu {
     }
 
     fn read_streams(&self, h: &Array2<f32>, weights: &Array2<f32>, streams: usize) -> Result<Array2<f32>> {
-        expect_streams([h.nrows(), h.ncols()], [weights.nrows(), weights.ncols()], streams, streams)?;
+        expect_weights([h.nrows(), h.ncols()], [weights.nrows(), weights.ncols()], streams, streams)?;
         Ok(hyper::read(h.view(), weights.view(), streams))
     }
 
@@ -269,7 +269,7 @@ impl Forward for Cpu {
         h: &mut Array2<f32>,
     ) -> Result<()> {
         let (of_h, of_weights) = ([h.nrows(), h.ncols()], [weights.nrows(), weights.ncols()]);
-        expect_streams(of_h, of_weights, shape.streams, shape.weights().max(2 * shape.streams))?;
+        expect_weights(of_h, of_weights, shape.streams, shape.weights().max(2 * shape.streams))?;
         expect("write_streams", "tokens", h.nrows(), y.nrows())?;
         expect("write_streams", "features", h.ncols() / shape.streams, y.ncols())?;
         hyper::write(y.view(), weights.view(), shape, h);
@@ -285,10 +285,34 @@ impl Forward for Cpu {
     fn gate(&self, gate: &mut Array2<f32>, x: &Array2<f32>, activation: Activation) -> Result<()> {
         expect("gate", "rows", gate.nrows(), x.nrows())?;
         expect("gate", "features", gate.ncols(), x.ncols())?;
-        if let Activation::SwigluOai { limit, .. } = activation {
+        if let Some(limit) = activation.limit() {
             expect_limit("gate", limit)?;
         }
         activation::gate(activation, flat(gate), x.as_slice().expect("contiguous"));
+        Ok(())
+    }
+
+    fn mix_streams(
+        &self,
+        x: &Array2<f32>,
+        coefficients: &Array2<f32>,
+        width: usize,
+        y: &mut Array2<f32>,
+    ) -> Result<()> {
+        let of = |m: &Array2<f32>| [m.nrows(), m.ncols()];
+        expect_streams([of(x), of(coefficients), of(y)], width)?;
+        streams::run(x.view(), coefficients.view(), width, y);
+        Ok(())
+    }
+
+    fn match_streams(&self, x: &mut Array2<f32>, width: usize, least: f32) -> Result<()> {
+        expect_multiple("match_streams", width, x.ncols())?;
+        streams::match_first(x, width, least);
+        Ok(())
+    }
+
+    fn cut(&self, x: &mut Array2<f32>, deviations: f32) -> Result<()> {
+        streams::cut(x, deviations);
         Ok(())
     }
 

@@ -96,6 +96,14 @@ fn matrices_that_do_not_fit_are_refused() {
     refused("activate", cpu.activate(&mut m(2, 2), Activation::SwigluOai { alpha: 1.0, limit: 1.0, shift: 1.0 }));
     refused("gate", cpu.gate(&mut m(2, 2), &m(2, 3), Activation::Sigmoid));
 
+    assert!(cpu.mix_streams(&m(3, 8), &m(3, 6), 4, &mut m(3, 12)).is_ok());
+    refused("mix_streams", cpu.mix_streams(&m(3, 8), &m(3, 6), 0, &mut m(3, 12)));
+    refused("mix_streams", cpu.mix_streams(&m(3, 8), &m(3, 6), 4, &mut m(3, 10)));
+    refused("mix_streams", cpu.mix_streams(&m(3, 8), &m(3, 5), 4, &mut m(3, 12)));
+    refused("mix_streams", cpu.mix_streams(&m(3, 8), &m(2, 6), 4, &mut m(3, 12)));
+    refused("mix_streams", cpu.mix_streams(&m(2, 8), &m(3, 6), 4, &mut m(3, 12)));
+    refused("match_streams", cpu.match_streams(&mut m(3, 8), 3, 1e-5));
+
     refused("join_heads", cpu.join_heads(&m(3, 8), &m(3, 2), 3));
     refused("join_heads", cpu.join_heads(&m(3, 8), &m(3, 2), 0));
     refused("join_heads", cpu.join_heads(&m(3, 8), &m(2, 2), 4));

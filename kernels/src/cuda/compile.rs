@@ -23,6 +23,7 @@ pub static MODULES: &[&Module] = &[
     &super::recurrent::RECURRENT,
     &super::sparse::SPARSE,
     &super::hyper::HYPER,
+    &super::streams::STREAMS,
     &super::quantize::GRAM,
     &super::factor::FACTOR,
     &super::pack::PACK,

@@ -21,7 +21,7 @@ pub(super) static ROUNDING: Module =
 pub(super) static ROPE: Module = Module { name: "rope", source: include_str!("../ops/rope.cu") };
 
 /// Threads that norm one slice.
-fn threads_for(width: usize) -> u32 {
+pub(super) fn threads_for(width: usize) -> u32 {
     (width.div_ceil(4).next_multiple_of(32)).clamp(32, 256) as u32
 }
 
@@ -37,6 +37,7 @@ pub(super) fn code(activation: Activation) -> (i32, [f32; 4]) {
         Activation::Xielu { positive, negative, beta, eps } => (6, [positive, negative, beta, eps]),
         Activation::Sigmoid => (7, [0.0; 4]),
         Activation::Identity => (8, [0.0; 4]),
+        Activation::SiluWithin { limit } => (9, [0.0, limit, 0.0, 0.0]),
     }
 }
 
@@ -273,7 +274,7 @@ impl Forward for Cuda {
         check_product("gated", x, gate, biases[0])?;
         check_product("gated", x, up, biases[1])?;
         expect("gated", "output features", gate.shape()[0], up.shape()[0])?;
-        if let Activation::SwigluOai { limit, .. } = activation {
+        if let Some(limit) = activation.limit() {
             expect_limit("gated", limit)?;
         }
         let (tokens, outs) = (x.shape()[0], gate.shape()[0]);
@@ -453,10 +454,22 @@ impl Forward for Cuda {
     fn gate(&self, gate: &mut Matrix, x: &Matrix, activation: Activation) -> Result<()> {
         expect("gate", "rows", gate.rows, x.rows)?;
         expect("gate", "features", gate.cols, x.cols)?;
-        if let Activation::SwigluOai { limit, .. } = activation {
+        if let Some(limit) = activation.limit() {
             expect_limit("gate", limit)?;
         }
         self.activate_in_place(gate, Some(x), activation)
+    }
+
+    fn mix_streams(&self, x: &Matrix, coefficients: &Matrix, width: usize, y: &mut Matrix) -> Result<()> {
+        self.mixed(x, coefficients, width, y)
+    }
+
+    fn match_streams(&self, x: &mut Matrix, width: usize, least: f32) -> Result<()> {
+        self.matched(x, width, least)
+    }
+
+    fn cut(&self, x: &mut Matrix, deviations: f32) -> Result<()> {
+        self.cut_off(x, deviations)
     }
 
     fn join_heads(&self, own: &Matrix, shared: &Matrix, heads: usize) -> Result<Matrix> {

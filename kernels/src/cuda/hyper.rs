@@ -3,7 +3,7 @@
 use super::{Cuda, Matrix, Module, Operand, Product, Real};
 use crate::Result;
 use crate::backend::{HyperParameters, HyperShape};
-use crate::checks::{expect_hyper, expect_streams};
+use crate::checks::{expect_hyper, expect_weights};
 
 pub(super) static HYPER: Module = Module { name: "hyper", source: include_str!("../ops/hyper.cu") };
 
@@ -53,7 +53,7 @@ impl Cuda {
     }
 
     pub(super) fn streams_read(&self, h: &Matrix, weights: &Matrix, streams: usize) -> Result<Matrix> {
-        expect_streams([h.rows, h.cols], [weights.rows, weights.cols], streams, streams)?;
+        expect_weights([h.rows, h.cols], [weights.rows, weights.cols], streams, streams)?;
         let hidden = h.cols / streams;
         let out = self.matrix(h.rows, hidden)?;
         let pins = (out.buffer.pin()?, h.buffer.pin_to_read()?, weights.buffer.pin_to_read()?);
@@ -79,7 +79,7 @@ impl Cuda {
         h: &mut Matrix,
     ) -> Result<()> {
         let (of_h, of_weights) = ([h.rows, h.cols], [weights.rows, weights.cols]);
-        expect_streams(of_h, of_weights, shape.streams, shape.weights().max(2 * shape.streams))?;
+        expect_weights(of_h, of_weights, shape.streams, shape.weights().max(2 * shape.streams))?;
         super::expect("write_streams", "tokens", h.rows, y.rows)?;
         super::expect("write_streams", "features", h.cols / shape.streams, y.cols)?;
         let pins = (h.buffer.pin()?, y.buffer.pin_to_read()?, weights.buffer.pin_to_read()?);

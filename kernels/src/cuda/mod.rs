@@ -23,6 +23,7 @@ mod refine;
 mod search;
 mod simulated;
 mod sparse;
+mod streams;
 mod sweep;
 #[cfg(test)]
 mod tests;

@@ -13,6 +13,7 @@ mod pack;
 mod recurrent;
 mod search;
 mod sparse;
+mod streams;
 mod sweep;
 
 use std::sync::{Arc, OnceLock};

@@ -20,7 +20,7 @@ __device__ __forceinline__ float gelu_of(float x) {
     return x / sigmoid_of(x * q);
 }
 
-// The numbers that some functions have: of SwigluOai alpha, limit and shift, of xIELU the factors above and below 0, the slope at 0 and the
+// The numbers that some functions have: of SwigluOai alpha, limit and shift, of SiluWithin the limit, of xIELU the factors above and below 0, the slope at 0 and the
 // largest exponent.
 struct Numbers {
     float a, b, c, d;
@@ -46,6 +46,10 @@ __device__ __forceinline__ float activation_of(int kind, float x, Numbers of) {
             return curve + of.c * x;
         }
         case 8: return x;
+        case 9: {
+            float gate = x / sigmoid_of(x);
+            return gate > of.b ? of.b : gate;
+        }
         default: return 1.0f / sigmoid_of(x);
     }
 }

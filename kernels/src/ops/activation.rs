@@ -8,7 +8,7 @@ use crate::simd_fn;
 
 const CHUNK: usize = 1 << 14;
 
-/// One value, in `f64`; of [`Activation::SwigluOai`] the factor that depends on the gate.
+/// One value, in `f64`; of [`Activation::SwigluOai`] and [`Activation::SiluWithin`] the factor that depends on the gate.
 pub fn reference(activation: Activation, x: f32) -> f32 {
     let x = f64::from(x);
     let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
@@ -25,6 +25,7 @@ pub fn reference(activation: Activation, x: f32) -> f32 {
             let gate = x.min(f64::from(limit));
             gate * sigmoid(f64::from(alpha) * gate)
         }
+        Activation::SiluWithin { limit } => (x * sigmoid(x)).min(f64::from(limit)),
         Activation::Sigmoid => sigmoid(x),
         Activation::Xielu { positive, negative, beta, eps } => {
             let [positive, negative, beta, eps] = [positive, negative, beta, eps].map(f64::from);
@@ -41,6 +42,7 @@ pub fn reference(activation: Activation, x: f32) -> f32 {
 pub fn gate_reference(activation: Activation, gate: f32, up: f32) -> f32 {
     let up = match activation {
         Activation::SwigluOai { limit, shift, .. } => up.clamp(-limit, limit) + shift,
+        Activation::SiluWithin { limit } => up.clamp(-limit, limit),
         _ => up,
     };
     reference(activation, gate) * up
@@ -71,6 +73,7 @@ simd_fn! {
                     *x = swiglu_oai(*x, alpha, limit);
                 }
             }
+            Activation::SiluWithin { limit } => each(x, |x| silu_within(x, limit)),
             Activation::Sigmoid => each(x, sigmoid),
             Activation::Xielu { positive, negative, beta, eps } => {
                 each(x, |x| xielu(x, [positive, negative, beta, eps]));
@@ -92,6 +95,11 @@ simd_fn! {
             Activation::SwigluOai { alpha, limit, shift } => {
                 for (g, u) in gate.iter_mut().zip(up) {
                     *g = swiglu_oai(*g, alpha, limit) * (u.clamp(-limit, limit) + shift);
+                }
+            }
+            Activation::SiluWithin { limit } => {
+                for (g, u) in gate.iter_mut().zip(up) {
+                    *g = silu_within(*g, limit) * u.clamp(-limit, limit);
                 }
             }
             Activation::Sigmoid => product(gate, up, sigmoid),
@@ -119,6 +127,13 @@ fn product(gate: &mut [f32], up: &[f32], f: impl Fn(f32) -> f32) {
 #[inline(always)]
 fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
+}
+
+/// A NaN stays one.
+#[inline(always)]
+fn silu_within(x: f32, limit: f32) -> f32 {
+    let value = silu(x);
+    if value > limit { limit } else { value }
 }
 
 #[inline(always)]
@@ -179,7 +194,7 @@ fn xielu(x: f32, [positive, negative, beta, eps]: [f32; 4]) -> f32 {
 
 /// Every form, for tests.
 #[cfg(test)]
-pub(super) const ALL: [Activation; 10] = [
+pub(super) const ALL: [Activation; 11] = [
     Activation::Identity,
     Activation::Silu,
     Activation::Gelu,
@@ -188,6 +203,7 @@ pub(super) const ALL: [Activation; 10] = [
     Activation::Relu2,
     Activation::SwigluOai { alpha: 1.702, limit: 7.0, shift: 1.0 },
     Activation::SwigluOai { alpha: 1.0, limit: 3.0, shift: 0.0 },
+    Activation::SiluWithin { limit: 0.5 },
     Activation::Sigmoid,
     Activation::Xielu { positive: 0.8, negative: 1.1, beta: 0.5, eps: -1e-6 },
 ];

@@ -30,6 +30,7 @@ pub mod round_activations;
 pub mod scaled;
 pub mod softcap;
 pub mod sparse;
+pub mod streams;
 pub mod sweep;
 pub mod widen;
 

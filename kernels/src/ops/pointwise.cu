@@ -27,10 +27,8 @@ __device__ __forceinline__ float gate_of(
     float value = activation_of(kind, g, of);
     if (!up) return value;
     float u = up[i] + (up_bias ? up_bias[col] : 0.0f);
-    if (kind == 5) {
-        u = u < -of.b ? -of.b : u > of.b ? of.b : u;
-        u += of.c;
-    }
+    if (kind == 5 || kind == 9) u = u < -of.b ? -of.b : u > of.b ? of.b : u;
+    if (kind == 5) u += of.c;
     return value * u;
 }
 

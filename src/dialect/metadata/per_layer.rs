@@ -1,5 +1,7 @@
 //! Settings of architectures whose layers differ in the width of heads and feed-forward layers, and read what others leave.
 
+use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
+
 use super::{Layers, Written};
 use crate::dialect::names;
 use crate::error::Result;
@@ -43,6 +45,12 @@ pub(super) fn settings(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id
     out.count(key("attention.value_length_swa"), near.shape.value_dim)?;
     let rotated = near.rope.as_ref().map_or(0, |rope| 2 * rope.inverse_frequencies.len());
     out.count(key("rope.dimension_count_swa"), rotated)?;
+    shared(out, graph, layers, id)
+}
+
+/// What layers share, and what each is given of the tokens.
+pub(super) fn shared(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static str) -> Result<()> {
+    let key = |name: &str| format!("{id}.{name}");
     let shared = layers.attention.iter().filter(|attention| matches!(attention.keys, Keys::Of(_))).count();
     out.count(key("attention.shared_kv_layers"), shared)?;
     let width = graph.blocks.iter().flat_map(|block| &block.steps).find_map(|step| match &step.layer {
@@ -53,4 +61,17 @@ pub(super) fn settings(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id
         _ => None,
     });
     out.count(key("embedding_length_per_layer_input"), width.unwrap_or(0))
+}
+
+/// How many streams there are, the one that blocks work on, and by how many standard deviations a value of a gate has to be above their mean.
+pub(super) fn streams(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static str) -> Result<()> {
+    let key = |name: &str| format!("{id}.{name}");
+    if let Some(altup) = graph.blocks.iter().find_map(|block| block.altup.as_deref()) {
+        out.count(key("altup.num_inputs"), altup.count)?;
+        out.count(key("altup.active_idx"), altup.active)?;
+    }
+    // Where all of a gate counts this is where a normal distribution begins.
+    let above = layers.dense.iter().map(|mlp| MetadataValue::F32(mlp.cut.unwrap_or(f32::NEG_INFINITY)));
+    out.metadata.push((key("activation_sparsity_scale"), metadata_array(above.collect(), GGUFValueType::F32)?));
+    Ok(())
 }

@@ -8,7 +8,7 @@ use crate::graph::{Block, Graph, Layer, Moe, PerLayer};
 impl Lister {
     /// The linears of one block's share of what tokens bring along.
     pub(super) fn per_layer(&mut self, at: &str, layer: &PerLayer) -> Result<()> {
-        if !self.architecture.per_layer {
+        if !(self.architecture.per_layer || self.architecture.altup) {
             return Err(self.cannot("rows of a table for the tokens in each layer"));
         }
         self.linear(&format!("{at}.inp_gate"), &layer.gate, None, Need::Never)?;

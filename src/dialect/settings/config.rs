@@ -2,6 +2,7 @@
 
 mod mixture;
 mod states;
+mod step;
 mod streams;
 
 use formats::container::gguf::MetadataValue;
@@ -137,7 +138,11 @@ impl Settings {
         let id = self.architecture.id;
         let hidden = self.required("embedding_length")?;
         let layers = self.layers()?.map_or_else(|| self.required("block_count"), Ok)?;
-        let heads = self.required("attention.head_count")?;
+        let heads = match id {
+            // Layers with a window have more.
+            "step35" => self.step_heads(layers)?[0],
+            _ => self.required("attention.head_count")?,
+        };
         // Layers with a state have none, or no feed-forward layer.
         let by_layer = matches!(id, "granitehybrid" | "nemotron_h" | "nemotron_h_moe" | "lfm2" | "lfm2moe");
         let largest = |name: &str| Ok::<_, formats::Error>(self.counts(name, layers)?.into_iter().max());
@@ -320,6 +325,7 @@ impl Settings {
                 }
                 return Ok(json!({"rope_parameters": all}));
             }
+            "step3p5" => return self.step_positions(with_base()),
             // Layers with a window have frequencies of their own, of as many values.
             "mimo_v2_flash" => {
                 let dim = self.required("attention.key_length")?;
@@ -343,7 +349,7 @@ impl Settings {
                 return Ok(json!({"rope_parameters": all}));
             }
             // Layers with a window have frequencies of their own.
-            "gemma3_text" | "olmo3" => {
+            "gemma3_text" | "gemma3n_text" | "olmo3" => {
                 let near = match model_type {
                     "olmo3" => theta,
                     _ => self.float("rope.freq_base_swa")?.unwrap_or(10000.0),
@@ -461,6 +467,8 @@ impl Settings {
                 })
             }
             "gemma" => json!({"hidden_activation": activation}),
+            "step3p5" => self.step(model)?,
+            "gemma3n_text" => self.gemma3n(activation, layers)?,
             "gemma4_text" => self.gemma4(activation, layers, model.experts)?,
             "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
                 let value_heads = self.required("ssm.time_step_rank")?;

@@ -1,4 +1,4 @@
-//! config.json of Gemma 4, whose layers differ in heads and widths, and read what others leave.
+//! config.json of Gemma 3n and 4, whose layers read what others leave, and of 4 differ in heads and widths.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,48 @@ use super::config::layer_types;
 use super::{Result, Settings};
 use crate::dialect::architectures::{ROPE_FREQS, STANDING};
 
+/// Layers of a Gemma 3n that have keys and values of their own, those of which gates let few values through, and the share that these do not.
+const OWN: usize = 20;
+const SPARSE: usize = 10;
+const SHARE: f64 = 0.95;
+
 impl Settings {
+    /// What only a Gemma 3n says: of most llama.cpp takes no more notice than that they are there, and runs the models that were published.
+    pub(super) fn gemma3n(&self, activation: &str, layers: usize) -> Result<Value> {
+        let ignored = [
+            "altup.num_inputs",
+            "altup.active_idx",
+            "attention.shared_kv_layers",
+            "embedding_length_per_layer_input",
+            "activation_sparsity_scale",
+        ];
+        ignored.into_iter().for_each(|name| {
+            self.look(name);
+        });
+        let local = self.local(layers, 5)?;
+        if layers > OWN && local[OWN - 2..OWN] != [true, false] {
+            return Err(self.unsupported(format!(
+                "layers from {OWN} on that read the keys and values of others, where the two before are not one with a window and one \
+                 without, cannot be read as llama.cpp runs them"
+            )));
+        }
+        let sparse: Vec<f64> = (0..layers).map(|layer| if layer < SPARSE { SHARE } else { 0.0 }).collect();
+        Ok(json!({
+            "hidden_activation": activation,
+            "sliding_window": self.window()?,
+            "layer_types": layer_types(&local),
+            "num_kv_shared_layers": layers.saturating_sub(OWN),
+            "altup_num_inputs": 4,
+            "altup_active_idx": 0,
+            "altup_correct_scale": true,
+            "laurel_rank": 64,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": self.tensors.get("token_embd.weight").and_then(|shape| shape.first()),
+            "activation_sparsity_pattern": sparse,
+            "final_logit_softcapping": self.float("final_logit_softcapping")?.filter(|cap| *cap != 0.0).unwrap_or(30.0),
+        }))
+    }
+
     /// What only a Gemma 4 says.
     pub(super) fn gemma4(&self, activation: &str, layers: usize, experts: Option<usize>) -> Result<Value> {
         let local = self.local(layers, 6)?;

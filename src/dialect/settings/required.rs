@@ -40,6 +40,8 @@ const REQUIRED: &[(&str, &[&str])] = &[
         "deepseek2",
         &["attention.kv_lora_rank", "attention.key_length", "expert_feed_forward_length", "expert_shared_count"],
     ),
+    ("step35", &["attention.sliding_window", "attention.sliding_window_pattern", "expert_feed_forward_length"]),
+    ("gemma3n", &["attention.sliding_window"]),
     (
         "gemma4",
         &[

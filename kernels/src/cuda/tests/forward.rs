@@ -96,6 +96,7 @@ fn gates_agree_with_the_plain_forms_and_round_as_asked() {
         Activation::Relu2,
         Activation::SwigluOai { alpha: 1.702, limit: 0.7, shift: 1.0 },
         Activation::SwigluOai { alpha: 1.0, limit: 0.5, shift: 0.0 },
+        Activation::SiluWithin { limit: 0.4 },
         Activation::Identity,
         Activation::Xielu { positive: 0.8, negative: 1.1, beta: 0.5, eps: -1e-6 },
     ];
