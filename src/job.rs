@@ -23,7 +23,7 @@ use crate::evidence;
 use crate::families;
 use crate::graph::{FURTHER, Graph};
 use crate::memory::{self, Device, Expected, Free, Tokens, Work, peak_memory};
-use crate::output::hashing::{Hashing, hash_beside, hashed};
+use crate::output::hashing::{Hashing, hash_beside, hash_file, hashed};
 use crate::output::{Before, Place, SideOutput, Staging, check_apart, check_beside, check_place};
 use crate::pipeline::{Written, quantize};
 use crate::progress::Progress;
@@ -592,6 +592,7 @@ impl<'a> Job<'a> {
         }
         let parameters = parameters(run.graph);
         let outputs = hashed(written.flushing)?;
+        let projector = target.projector(staging.name()).map(|name| hash_file(&staging.folder().join(name)));
         let total_bytes = |files: &[FileReport]| files.iter().map(|f| f.bytes).sum::<u64>() as f64;
         let [weights, bytes] = target.quantized(run.graph);
         Ok(Report {
@@ -611,6 +612,7 @@ impl<'a> Job<'a> {
             },
             inputs: run.inputs.clone(),
             outputs,
+            projector: projector.transpose()?,
             quality: outcome.quality,
             hidden_states: outcome.hidden_states,
             verdict,

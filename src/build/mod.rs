@@ -364,6 +364,7 @@ impl Build {
                 let place = Place::resolve(&output.path)?;
                 let mut files: Vec<PathBuf> = report.outputs.iter().map(|file| place.parent.join(&file.name)).collect();
                 files.extend(papers_beside(&place.name).map(|paper| place.parent.join(paper)));
+                files.extend(report.projector.iter().map(|file| place.parent.join(&file.name)));
                 files
             }
         };

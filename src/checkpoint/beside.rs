@@ -221,6 +221,9 @@ const PICKLES: &[&str] = &[".bin", ".pt", ".pth", ".pkl", ".pickle"];
 /// The classifier of a model of SetFit, which stands nowhere else.
 const CLASSIFIER: &str = "model_head.pkl";
 
+/// What turns sound into the numbers that a model takes.
+const FILTERS: &str = "mel_filters.npz";
+
 /// Pickles that hold a whole model, by the beginnings of their names.
 const MODEL_PICKLES: &[&str] =
     &["pytorch_model", "model", "consolidated", "ggml", "openvino", "gptq_model", "qmodel", "diffusion_pytorch_model"];
@@ -525,5 +528,6 @@ fn file_reason(name: &str, size: u64, at_top: bool, is_module: bool) -> Option<R
         return None;
     }
     let large = (pickle || name.ends_with(".safetensors")) && size > SMALL;
-    (large || ends(FORM_ENDINGS) || name.contains(".ckpt.data-")).then_some(Reason::Weights)
+    let form = ends(FORM_ENDINGS) && name != FILTERS;
+    (large || form || name.contains(".ckpt.data-")).then_some(Reason::Weights)
 }

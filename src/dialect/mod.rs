@@ -6,6 +6,7 @@
 //! | names and rows of tensors | `model`, with `fused` | `names` |
 //! | settings | `settings`, with `rope` | `metadata`, with `same` |
 //! | tokenizer | `tokenizer::rebuilt` | `tokenizer`, with `tokenizer::pretokenizer` |
+//! | what makes tokens of images, in a file of its own | | `projector` |
 //! | what a model's name brings about | `called` | the same |
 //! | what mlx-lm takes from a config.json | `mlx`, with `same` | |
 //!
@@ -18,6 +19,7 @@ pub mod metadata;
 pub(crate) mod mlx;
 pub(crate) mod model;
 pub mod names;
+pub mod projector;
 mod rope;
 pub(crate) mod same;
 pub mod sampling;

@@ -15,7 +15,7 @@ use crate::checkpoint::{HubName, INDEX, parts_of};
 use crate::error::{Error, Result};
 use crate::output::hashing::hash_file;
 use crate::progress::Progress;
-use crate::report::{PAPERS, papers_of};
+use crate::report::{PAPERS, papers_of, projector_beside};
 
 /// Files that the hub is asked about at a time.
 const AT_ONCE: usize = 256;
@@ -365,7 +365,8 @@ fn going(output: &Path) -> Result<Vec<Going>> {
     };
     if !output.is_dir() {
         let name = |place: &Path| place.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let papers = papers_of(output).into_iter().filter(|paper| paper.is_file());
+        let projector = output.with_file_name(projector_beside(&name(output)));
+        let papers = papers_of(output).into_iter().chain([projector]).filter(|paper| paper.is_file());
         let files = parts_of(output)?.into_iter().chain(papers);
         return files.map(|place| one(place.clone(), name(&place))).collect();
     }

@@ -84,7 +84,11 @@ impl Remarks {
         let mut notes = own.before;
         notes.extend(self.model.iter().cloned());
         if !self.aside.is_empty() {
-            let done = if target.carries_others() { "copied as they are" } else { "left out" };
+            let done = match (target.carries_others(), target.projector("").is_some()) {
+                (true, _) => "copied as they are",
+                (_, true) => "left out of the file, and written to one of their own as far as they see",
+                _ => "left out",
+            };
             notes.push(format!("not part of the language model, and {done}: {}", self.aside.join(", ")));
         }
         notes.extend(self.trained.as_ref().and_then(|trained| trained.told(target)));

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
-use crate::report::papers_beside;
+use crate::report::{papers_beside, projector_beside};
 
 /// What stands between an output's name and the letters that make the name of its staging folder unlike any other.
 pub const MARK: &str = ".partial-";
@@ -231,9 +231,11 @@ impl SideOutput {
     }
 }
 
-/// Whether a file called `name` is the report, the model card or a part of the GGUF output called `output`.
+/// Whether a file called `name` is the report, the model card, the file for images or a part of the GGUF output called `output`.
 pub fn belongs_to(name: &str, output: &str) -> bool {
-    papers_beside(output).iter().any(|paper| paper == name) || is_part(name, stem(output))
+    papers_beside(output).iter().any(|paper| paper == name)
+        || name == projector_beside(output)
+        || is_part(name, stem(output))
 }
 
 /// The name of a GGUF output without its ending.

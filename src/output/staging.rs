@@ -16,7 +16,7 @@ use super::place::{
 };
 use super::switch::{Switch, exchange, is_under_way, rename_new, sync_folder, sync_tree};
 use crate::error::{Error, Result};
-use crate::report::papers_beside;
+use crate::report::{papers_beside, projector_beside};
 
 /// Letters that make the name of a staging folder unlike any other.
 pub(super) const RANDOM: usize = 8;
@@ -208,7 +208,8 @@ impl Staging {
                 first.display()
             ));
         }
-        there.extend(papers_beside(&place.name).map(|paper| place.parent.join(paper)));
+        let others = papers_beside(&place.name).into_iter().chain([projector_beside(&place.name)]);
+        there.extend(others.map(|other| place.parent.join(other)));
         let found = force.then(|| there.iter().map(|there| (there.clone(), number(there))).collect());
         Self::begin(target, place, Kind::Gguf, found, (notes, left), before)
     }
@@ -341,6 +342,20 @@ impl Staging {
         fs::write(&path, content).map_err(Error::io(&path, "write"))
     }
 
+    /// Checks a file that appears with a GGUF file, under a name of its own beside it.
+    ///
+    /// Fails when it exists and cannot be replaced.
+    pub fn check_with(&self, name: &str) -> Result<()> {
+        let path = self.place.parent.join(name);
+        if !path.exists() {
+            return Ok(());
+        }
+        match self.found {
+            Some(_) => check_replaced(&path),
+            None => Err(Error::usage(format!("{}: exists already; --force replaces it", path.display()))),
+        }
+    }
+
     /// Checks another GGUF file that the same run is to write, in a folder that exists.
     ///
     /// Fails, always as a request that cannot be met, when it is the input, the output or a part of it, when it exists and
@@ -445,7 +460,8 @@ impl Staging {
             // One model file replaces one in a single step, the last of all, so that there is a model at every moment; several have
             // to make room first. The report always does: it comes back where the model's step fails.
             Kind::Gguf => {
-                let single = moves.iter().filter(|name| name.ends_with(".gguf")).count() < 2;
+                let other = projector_beside(&self.place.name);
+                let single = moves.iter().filter(|name| name.ends_with(".gguf") && **name != other).count() < 2;
                 let stays = |name: &String| single && *name == opener;
                 moves.iter().filter(|name| !stays(name) && into.join(name).exists()).cloned().collect()
             }

@@ -178,6 +178,13 @@ impl Report {
         match self.file() {
             None => usage += "\nPATH is this folder, or the repository that it lies in.\n",
             Some(file) => {
+                if let Some(projector) = &self.projector {
+                    let command = format!(
+                        "llama-mtmd-cli -m {file} --mmproj {} --image IMAGE -p \"What is this?\"",
+                        projector.name
+                    );
+                    usage += &format!("\nWith an image:\n\n```sh\n{command}\n```\n");
+                }
                 if let Some(command) = self.ollama(file) {
                     usage += &format!("\nIn Ollama:\n\n```sh\n{command}\n```\n");
                 }
@@ -251,7 +258,7 @@ impl Verdict {
         let asked: Vec<String> = [
             max_ppl_ratio.map(|limit| format!("a perplexity ratio of at most {limit}")),
             max_kld.map(|limit| format!("a mean KL divergence of at most {limit}")),
-            min_top1.map(|limit| format!("a share of equal top tokens or labels of at least {limit}")),
+            min_top1.map(|limit| format!("a share of equal top tokens of at least {limit}")),
             min_cosine.map(|limit| format!("a mean cosine of at least {limit}")),
             min_spearman.map(|limit| format!("a rank correlation of at least {limit}")),
         ]

@@ -16,7 +16,7 @@ use crate::recipe::Recipe;
 
 pub use card::{Original, quality_text};
 pub use quality::{Activations, Beside, Drafts, Limits, Measured, Protocol, Quality};
-pub use read::{PAPERS, papers_beside, papers_of, read_report, report_of};
+pub use read::{PAPERS, papers_beside, papers_of, projector_beside, read_report, report_of};
 pub use states::{Embeddings, HiddenStates, Made, Scored, Scores, states_text};
 
 /// A file and what is in it.
@@ -239,6 +239,9 @@ pub struct Report {
     pub calibration: Option<SampleSource>,
     /// The weight files that were written.
     pub outputs: Vec<FileReport>,
+    /// The file beside a GGUF file from which llama.cpp makes tokens of images.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub projector: Option<FileReport>,
     /// Size.
     pub bpw: BitsPerWeight,
     /// Against the original, on held-out text.

@@ -46,6 +46,11 @@ pub fn read_report(path: &Path) -> Result<Option<Value>> {
     }
 }
 
+/// What the file is called that makes tokens of images, beside a GGUF file of this name.
+pub fn projector_beside(name: &str) -> String {
+    format!("mmproj-{name}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -168,6 +168,10 @@ impl<B: Backend> Target<B> for Directory {
         linears.chain(ends).map(bytes).fold([0, 0], |[weights, all], [more, bytes]| [weights + more, all + bytes])
     }
 
+    fn projector(&self, _: &str) -> Option<String> {
+        None
+    }
+
     fn papers(&self, _: &str) -> [String; 2] {
         PAPERS.map(str::to_owned)
     }

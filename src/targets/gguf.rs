@@ -13,10 +13,11 @@ use kernels::Backend;
 use ndarray::{Array2, ArrayView2, Axis};
 
 use super::tokens::check;
-use super::{Folded, Notes, Placement, Rounded, Sink, Solved, Target, Words, Write, further, in_pieces};
+use super::{Folded, Notes, Placement, Rounded, Sink, Solved, Target, Words, Write, further, in_pieces, projector};
 use crate::checkpoint::Checkpoint;
 use crate::dialect::metadata::{About, ImportanceSource, Metadata, Written, metadata};
 use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part, Source};
+use crate::dialect::projector::Projector;
 use crate::dialect::sampling;
 use crate::dialect::tokenizer::tokenizer;
 use crate::error::{Error, Result};
@@ -30,7 +31,7 @@ use crate::mixes::{
 use crate::output::Staging;
 use crate::plan::check_tensors;
 use crate::recipe::{GgufRecipe, Mtp, Recipe, Said};
-use crate::report::{Fate, Recovery, TensorReport, papers_beside};
+use crate::report::{Fate, Recovery, TensorReport, papers_beside, projector_beside};
 use crate::rest::Lost;
 use crate::stray::Strays;
 use crate::words::called;
@@ -55,6 +56,8 @@ pub struct GgufPlan {
     importance: Importance,
     /// Keys of the recipe that the types of the tensors leave without effect.
     pub idle: &'static [&'static str],
+    /// The file that makes tokens of images, where the model sees and llama.cpp has a place for it.
+    projector: Option<Projector>,
 }
 
 /// A part of a tensor of the file that a linear makes.
@@ -76,7 +79,7 @@ impl GgufPlan {
         let mix = Mix::parse(settings.mix).expect("resolved");
         check_tensors(graph, source)?;
         let plan = names::plan(graph)?;
-        let places = places(&plan);
+        let (architecture, places) = (plan.architecture, places(&plan));
         let mut importance = Importance::new(recipe, &plan)?;
         let weighted = importance.file().is_some() || recipe.needs() > Needs::Nothing;
 
@@ -124,7 +127,20 @@ impl GgufPlan {
         let of = |(module, places): (&String, &Vec<Place>)| (module.clone(), places.iter().map(placement).collect());
         let placements = by_module.iter().map(of).collect();
         let metadata = written.metadata;
-        Ok(GgufPlan { tensors, by_module, placements, fallbacks, metadata, notices, fates, importance, idle })
+        let (projector, told) = projector::plan(source, architecture);
+        notices.extend(told);
+        Ok(GgufPlan {
+            tensors,
+            by_module,
+            placements,
+            fallbacks,
+            metadata,
+            notices,
+            fates,
+            importance,
+            idle,
+            projector,
+        })
     }
 }
 
@@ -396,6 +412,7 @@ impl<B: Backend> Target<B> for Gguf {
     }
 
     fn open<'a>(&'a self, source: &'a Checkpoint, staging: &'a Staging) -> Result<Box<dyn Sink<B> + 'a>> {
+        self.plan.projector.as_ref().map_or(Ok(()), |_| staging.check_with(&projector_beside(staging.name())))?;
         let (path, tensors) = self.laid_out(&staging.folder().join(staging.name()));
         let metadata = self.plan.metadata.clone();
         let most = self.settings().split_max_size;
@@ -411,8 +428,8 @@ impl<B: Backend> Target<B> for Gguf {
         Ok(Box::new(File { plan: &self.plan, source, observer: self.recipe.observer(), writer }))
     }
 
-    fn complete(&self, _: &Checkpoint, _: &Staging) -> Result<()> {
-        Ok(())
+    fn complete(&self, source: &Checkpoint, staging: &Staging) -> Result<()> {
+        self.plan.projector.as_ref().map_or(Ok(()), |found| projector::write(found, source, staging))
     }
 
     fn reopen(&self, _: &Staging) -> Result<Checkpoint> {
@@ -452,6 +469,14 @@ impl<B: Backend> Target<B> for Gguf {
 
     fn papers(&self, name: &str) -> [String; 2] {
         papers_beside(name)
+    }
+
+    fn projector(&self, name: &str) -> Option<String> {
+        self.plan.projector.as_ref().map(|_| projector_beside(name))
+    }
+
+    fn beside(&self) -> u64 {
+        self.plan.projector.as_ref().map_or(0, projector::bytes)
     }
 
     fn carries_others(&self) -> bool {

@@ -6,6 +6,7 @@
 mod directory;
 mod further;
 mod gguf;
+mod projector;
 mod requested;
 mod tokens;
 
@@ -274,6 +275,8 @@ pub trait Target<B: Backend>: Sync {
     }
     /// What the report and the model card of an output called `name` are called in the staging folder.
     fn papers(&self, name: &str) -> [String; 2];
+    /// What the file is called that makes tokens of images, beside an output called `name`, where one is written.
+    fn projector(&self, name: &str) -> Option<String>;
     /// Whether tensors besides the language model's are carried over.
     fn carries_others(&self) -> bool;
     /// Compares a tokenizer that was written anew with the original's. Returns what there is to say of it; fails where other tokens

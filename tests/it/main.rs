@@ -61,3 +61,4 @@ mod tokenizers;
 mod trained;
 mod unknown;
 mod untold;
+mod wrappers;

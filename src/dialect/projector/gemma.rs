@@ -1,0 +1,56 @@
+//! Gemma 3, whose vision tower is SigLIP's.
+
+use super::{Kind, Make, Rule, Ty, count, flag, float, same};
+use crate::json::{integer, real};
+
+/// Gemma 3.
+pub(super) const GEMMA3: Kind = Kind {
+    id: "gemma3",
+    model_types: &["gemma3"],
+    tower: None,
+    architectures: &["gemma3"],
+    prefixes: &["multi_modal_projector.", "vision_tower."],
+    rules: &[
+        Rule {
+            from: "multi_modal_projector.mm_input_projection_weight",
+            to: "mm.input_projection.weight",
+            make: Make::Whole,
+            ty: Ty::F16,
+        },
+        Rule {
+            from: "multi_modal_projector.mm_soft_emb_norm.weight",
+            to: "mm.soft_emb_norm.weight",
+            make: Make::PlusOne,
+            ty: Ty::F32,
+        },
+        Rule {
+            from: "vision_tower.vision_model.embeddings.patch_embedding",
+            to: "v.patch_embd",
+            make: Make::Whole,
+            ty: Ty::F32,
+        },
+        same("vision_tower.vision_model.embeddings.position_embedding", "v.position_embd"),
+        same("vision_tower.vision_model.encoder.layers.{}.self_attn.q_proj", "v.blk.{}.attn_q"),
+        same("vision_tower.vision_model.encoder.layers.{}.self_attn.k_proj", "v.blk.{}.attn_k"),
+        same("vision_tower.vision_model.encoder.layers.{}.self_attn.v_proj", "v.blk.{}.attn_v"),
+        same("vision_tower.vision_model.encoder.layers.{}.self_attn.out_proj", "v.blk.{}.attn_out"),
+        same("vision_tower.vision_model.encoder.layers.{}.layer_norm1", "v.blk.{}.ln1"),
+        same("vision_tower.vision_model.encoder.layers.{}.layer_norm2", "v.blk.{}.ln2"),
+        same("vision_tower.vision_model.encoder.layers.{}.mlp.fc1", "v.blk.{}.ffn_up"),
+        same("vision_tower.vision_model.encoder.layers.{}.mlp.fc2", "v.blk.{}.ffn_down"),
+        same("vision_tower.vision_model.post_layernorm", "v.post_ln"),
+    ],
+    settings: |said, out| {
+        let size = said.count(&["image_size"])?;
+        count(out, "image_size", size);
+        float(out, "attention.layer_norm_epsilon", real(&said.vision["layer_norm_eps"]).unwrap_or(1e-6));
+        flag(out, "use_gelu");
+        // How many patches become one token on each side; llama.cpp takes 4 where nothing is said.
+        let tokens = integer(&said.preprocessor["image_seq_length"]).unwrap_or(256).max(1);
+        let factor = size / said.count(&["patch_size"])? / (tokens as f64).sqrt() as u32;
+        if factor > 0 && factor != 4 {
+            count(out, "projector.scale_factor", factor);
+        }
+        Ok(())
+    },
+};

@@ -1,0 +1,102 @@
+//! Qwen2-VL, Qwen2.5-VL and the vision towers of Qwen3.5.
+
+use formats::container::gguf::{GGUFValueType, MetadataValue};
+
+use super::{Kind, Make, Metadata, Rule, Said, array, count, flag, float, made, same};
+use crate::json::{integer, real};
+
+const FIRST: Rule = made("visual.patch_embed.proj.weight", "v.patch_embd.weight", Make::Frame(0));
+const SECOND: Rule = made("visual.patch_embed.proj.weight", "v.patch_embd.weight.1", Make::Frame(1));
+
+/// Names of Qwen2-VL and Qwen2.5-VL.
+const RULES: &[Rule] = &[
+    FIRST,
+    SECOND,
+    made("visual.blocks.{}.attn.qkv", "v.blk.{}.attn_q", Make::Rows(0, 3)),
+    made("visual.blocks.{}.attn.qkv", "v.blk.{}.attn_k", Make::Rows(1, 3)),
+    made("visual.blocks.{}.attn.qkv", "v.blk.{}.attn_v", Make::Rows(2, 3)),
+    same("visual.blocks.{}.attn.proj", "v.blk.{}.attn_out"),
+    same("visual.blocks.{}.norm1", "v.blk.{}.ln1"),
+    same("visual.blocks.{}.norm2", "v.blk.{}.ln2"),
+    same("visual.blocks.{}.mlp.fc1", "v.blk.{}.ffn_up"),
+    same("visual.blocks.{}.mlp.fc2", "v.blk.{}.ffn_down"),
+    same("visual.blocks.{}.mlp.gate_proj", "v.blk.{}.ffn_gate"),
+    same("visual.blocks.{}.mlp.up_proj", "v.blk.{}.ffn_up"),
+    same("visual.blocks.{}.mlp.down_proj", "v.blk.{}.ffn_down"),
+    same("visual.merger.ln_q", "v.post_ln"),
+    same("visual.merger.mlp.{}", "mm.{}"),
+];
+
+/// Qwen2-VL.
+pub(super) const QWEN2: Kind = Kind {
+    id: "qwen2vl_merger",
+    model_types: &["qwen2_vl"],
+    tower: None,
+    architectures: &["qwen2vl"],
+    prefixes: &["visual."],
+    rules: RULES,
+    settings: |said, out| second(said, out),
+};
+
+/// Qwen2.5-VL.
+pub(super) const QWEN2_5: Kind = Kind {
+    id: "qwen2.5vl_merger",
+    model_types: &["qwen2_5_vl"],
+    settings: |said, out| {
+        flag(out, "use_silu");
+        let all: Vec<i64> =
+            said.vision["fullatt_block_indexes"].as_array().into_iter().flatten().filter_map(integer).collect();
+        let wrong = || {
+            format!("vision_config says that the blocks {all:?} see the whole picture, which llama.cpp has no word for")
+        };
+        let every = all.first().map_or(0, |first| first + 1);
+        if every < 1 || !all.windows(2).all(|two| two[1] - two[0] == every) {
+            return Err(wrong());
+        }
+        count(out, "n_wa_pattern", u32::try_from(every).map_err(|_| wrong())?);
+        second(said, out)
+    },
+    ..QWEN2
+};
+
+/// What both say.
+fn second(said: &Said<'_>, out: &mut Metadata) -> Result<(), String> {
+    count(out, "image_size", said.count_or("image_size", 560)?);
+    float(out, "attention.layer_norm_epsilon", real(&said.config["rms_norm_eps"]).unwrap_or(1e-6));
+    Ok(())
+}
+
+/// Qwen3.5, whose tower is that of Qwen3-VL without layers that reach into the language model.
+pub(super) const QWEN3: Kind = Kind {
+    id: "qwen3vl_merger",
+    model_types: &["qwen3_5", "qwen3_5_moe"],
+    tower: None,
+    architectures: &["qwen35", "qwen35moe"],
+    prefixes: &["visual."],
+    rules: &[
+        FIRST,
+        SECOND,
+        same("visual.patch_embed.proj.bias", "v.patch_embd.bias"),
+        same("visual.pos_embed", "v.position_embd"),
+        same("visual.blocks.{}.attn.qkv", "v.blk.{}.attn_qkv"),
+        same("visual.blocks.{}.attn.proj", "v.blk.{}.attn_out"),
+        same("visual.blocks.{}.norm1", "v.blk.{}.ln1"),
+        same("visual.blocks.{}.norm2", "v.blk.{}.ln2"),
+        same("visual.blocks.{}.mlp.linear_fc1", "v.blk.{}.ffn_up"),
+        same("visual.blocks.{}.mlp.linear_fc2", "v.blk.{}.ffn_down"),
+        same("visual.merger.norm", "v.post_ln"),
+        same("visual.merger.linear_fc1", "mm.0"),
+        same("visual.merger.linear_fc2", "mm.2"),
+    ],
+    settings: |said, out| {
+        flag(out, "use_gelu");
+        let positions = said.count_or("num_position_embeddings", 2304)?;
+        let size = f64::from(positions).sqrt() * f64::from(said.count(&["patch_size"])?);
+        count(out, "image_size", said.count_or("image_size", size as u32)?);
+        count(out, "spatial_merge_size", said.count_or("spatial_merge_size", 2)?);
+        float(out, "attention.layer_norm_epsilon", real(&said.text["rms_norm_eps"]).unwrap_or(1e-6));
+        let none = (0..said.count(&["num_hidden_layers", "depth"])?).map(|_| MetadataValue::Bool(false)).collect();
+        out.push(("clip.vision.is_deepstack_layers".to_owned(), array(none, GGUFValueType::Bool)?));
+        Ok(())
+    },
+};

@@ -1,0 +1,67 @@
+//! The file from which llama.cpp makes tokens of images, beside a GGUF file of the language model.
+
+use std::path::Path;
+
+use formats::{GgufTensor, GgufWriter};
+use serde_json::Value;
+
+use crate::checkpoint::Checkpoint;
+use crate::dialect::projector::{self, Projector};
+use crate::error::{Error, Result};
+use crate::json::read_json;
+use crate::output::Staging;
+use crate::report::projector_beside;
+
+/// What is to be written of a model, for a language model of this architecture, and what to say of it; neither for one that sees nothing.
+pub fn plan(source: &Checkpoint, architecture: &str) -> (Option<Projector>, Option<String>) {
+    match projector::plan(source, &preprocessor(source.path()), architecture) {
+        None => (None, None),
+        Some(Ok(found)) => {
+            let note = "what makes tokens of images is written beside the GGUF file, as mmproj-NAME: llama.cpp takes it with --mmproj";
+            (Some(found), Some(note.to_owned()))
+        }
+        Some(Err(why)) => {
+            (None, Some(format!("the GGUF file holds the language model alone, and no mmproj file is written: {why}")))
+        }
+    }
+}
+
+/// How pictures become numbers, by the files beside the model; what cannot be read says nothing.
+fn preprocessor(folder: &Path) -> Value {
+    let files = ["preprocessor_config.json", "processor_config.json"];
+    files.iter().find_map(|name| read_json(&folder.join(name)).ok()?).unwrap_or_default()
+}
+
+fn tensors(projector: &Projector) -> Vec<GgufTensor> {
+    let tensor = |tensor: &projector::Tensor| GgufTensor {
+        name: tensor.gguf.clone(),
+        ty: tensor.ty,
+        shape: tensor.shape.clone(),
+    };
+    projector.tensors.iter().map(tensor).collect()
+}
+
+/// Bytes of its tensors.
+pub fn bytes(projector: &Projector) -> u64 {
+    tensors(projector).iter().filter_map(|tensor| tensor.bytes().ok()).sum()
+}
+
+/// Writes it beside the model's own file.
+///
+/// Fails on values that are not finite, and where the disk is full.
+pub fn write(projector: &Projector, source: &Checkpoint, staging: &Staging) -> Result<()> {
+    let path = staging.folder().join(projector_beside(staging.name()));
+    if path.exists() {
+        // Of a run that ended before its output had appeared.
+        std::fs::remove_file(&path).map_err(Error::io(&path, "remove"))?;
+    }
+    let writer = GgufWriter::create(&path, projector.metadata.clone(), tensors(projector))?;
+    for tensor in &projector.tensors {
+        let values = tensor.values(source.load(&tensor.from)?);
+        let mut bytes = vec![0; tensor.ty.row_bytes(values.len()).expect("numbers without blocks")];
+        tensor.ty.encode(&values, &mut bytes).expect("numbers without blocks");
+        writer.write(&tensor.gguf, &bytes)?;
+        source.release(&tensor.from);
+    }
+    Ok(writer.finish()?)
+}

@@ -1,0 +1,216 @@
+//! Models that see or hear: what is not the language model goes over whole, and beside a GGUF file lies what makes tokens of images, as
+//! llama.cpp's own converter writes it (`tests/runtimes/mmproj.py`).
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use formats::container::gguf::MetadataValue;
+use formats::{GgufFile, SafetensorsFile};
+use kernels::Cpu;
+use quantc::Checkpoint;
+use quantc::job::Job;
+use quantc::progress::Progress;
+use quantc::recipe::{Recipe, Request};
+use quantc::report::Report;
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use tempfile::TempDir;
+
+use crate::families::{checkpoint, folder, names};
+
+/// What models bring along for pictures, sound and conversations.
+const FILES: &[&str] = &[
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "feature_extractor_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "image_processing_own.py",
+    "audio_tokenizer/config.json",
+    "mel_filters.npz",
+];
+
+/// Every checkpoint of a model that sees.
+fn wrappers() -> Vec<String> {
+    let sees = |name: &String| {
+        let config = std::fs::read(folder().join(name).join("config.json")).unwrap();
+        serde_json::from_slice::<Value>(&config).unwrap().get("vision_config").is_some()
+    };
+    names().into_iter().filter(sees).collect()
+}
+
+fn model(name: &str) -> TempDir {
+    let room = checkpoint(name);
+    crate::gguf_families::spell(room.path());
+    for file in FILES {
+        let path = room.path().join(file);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let text = match *file {
+            "preprocessor_config.json" => r#"{"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.125, 1.0]}"#,
+            "chat_template.jinja" => "{{ messages }}",
+            "chat_template.json" => r#"{"chat_template": "{{ messages }}"}"#,
+            file if file.ends_with("json") => "{}",
+            _ => "bytes of its own",
+        };
+        std::fs::write(path, text).unwrap();
+    }
+    room
+}
+
+fn quantize(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
+    let request: Request = toml::from_str(toml).unwrap();
+    let recipe = Recipe::resolve(request).unwrap();
+    Job::one(model, output, recipe, None, false).run_one(&Cpu::exact(), &mut Progress::new(true))
+}
+
+/// The tensors of a folder, whatever files they lie in.
+fn tensors(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
+        if entry.extension().is_some_and(|ending| ending == "safetensors") {
+            let file = SafetensorsFile::open(&entry).unwrap();
+            let all: Vec<String> = file.tensors().map(|tensor| tensor.name.clone()).collect();
+            found.extend(all.into_iter().map(|name| (name.clone(), file.get(&name).unwrap().data.to_vec())));
+        }
+    }
+    found
+}
+
+#[test]
+fn all_that_is_not_the_language_model_goes_over_with_its_files() {
+    let outputs = tempfile::tempdir().unwrap();
+    let names = wrappers();
+    assert!(names.len() >= 12, "{names:?}");
+    for name in names {
+        let room = model(&name);
+        let graph = quantc::families::graph_of(&Checkpoint::open(room.path()).unwrap()).unwrap();
+        let own: Vec<String> = graph.tensors().into_iter().map(|(name, _)| name).collect();
+        let before = tensors(room.path());
+        let others: Vec<&String> = before
+            .keys()
+            .filter(|name| !own.contains(name) && graph.aside.iter().any(|(part, _)| name.starts_with(part)))
+            .collect();
+        assert!(!others.is_empty(), "{name}: {:?}", graph.aside);
+        for (format, scheme) in [("compressed-tensors", "W8A16"), ("gptq", "W8A16"), ("awq", "W4A16_ASYM")] {
+            let output = outputs.path().join(format!("{name}-{format}"));
+            let toml = format!("format = '{format}'\nscheme = '{scheme}'\nmethod = 'rtn'\ngroup_size = 32");
+            match quantize(room.path(), &output, &toml) {
+                Ok(_) => {}
+                Err(error) => {
+                    assert!(error.to_string().contains("multiples of 32 rows"), "{name}, {format}: {error}");
+                    continue;
+                }
+            }
+            let after = tensors(&output);
+            for tensor in &others {
+                // Layers that predict further tokens are quantized as the model is.
+                if tensor.starts_with("mtp.") {
+                    continue;
+                }
+                assert!(after.get(*tensor) == before.get(*tensor), "{name}, {format}: {tensor}");
+            }
+            for file in FILES {
+                let [a, b] = [room.path(), &output].map(|folder| std::fs::read(folder.join(file)).ok());
+                assert!(a.is_some() && a == b, "{name}, {format}: {file}");
+            }
+        }
+    }
+}
+
+/// A value as the listing has it.
+fn plain(value: &MetadataValue) -> Value {
+    match value {
+        MetadataValue::Bool(value) => json!(value),
+        MetadataValue::U32(value) => json!(value),
+        MetadataValue::F32(value) => json!(value),
+        MetadataValue::String(value) => json!(value),
+        MetadataValue::Array(all) => all.values.iter().map(plain).collect(),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn equal(a: &Value, b: &Value) -> bool {
+    match (a, b) {
+        (Value::Array(a), Value::Array(b)) => a.len() == b.len() && a.iter().zip(b).all(|(a, b)| equal(a, b)),
+        (Value::Number(a), Value::Number(b)) => (a.as_f64().unwrap() as f32) == (b.as_f64().unwrap() as f32),
+        _ => a == b,
+    }
+}
+
+const PROJECTED: &[&str] =
+    &["qwen2_5_vl_vision", "qwen3_5_vision", "qwen3_5_moe_vision", "gemma3_vision", "mistral3_vision"];
+
+#[test]
+fn files_for_images_are_those_of_llama_cpp() {
+    let outputs = tempfile::tempdir().unwrap();
+    for name in PROJECTED {
+        let room = model(name);
+        let output = outputs.path().join(format!("{name}.gguf"));
+        let report = quantize(room.path(), &output, "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'").unwrap();
+        let path = outputs.path().join(format!("mmproj-{name}.gguf"));
+        let told = report.projector.as_ref().unwrap_or_else(|| panic!("{name}: {:#?}", report.notes));
+        let bytes = std::fs::read(&path).unwrap();
+        assert_eq!((&told.name, told.bytes), (&format!("mmproj-{name}.gguf"), bytes.len() as u64));
+        assert_eq!(told.sha256, format!("{:x}", Sha256::digest(&bytes)));
+        let card = std::fs::read_to_string(outputs.path().join(format!("{name}.gguf.README.md"))).unwrap();
+        assert!(card.contains(&format!("--mmproj mmproj-{name}.gguf")), "{card}");
+        let listed = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/fixtures/mmproj/{name}.json"));
+        let listed: Value = serde_json::from_slice(&std::fs::read(listed).unwrap()).unwrap();
+        let file = GgufFile::open(&path).unwrap();
+        let keys = listed["keys"].as_object().unwrap();
+        let mut own: Vec<&str> = file.keys().into_iter().collect();
+        own.sort_unstable();
+        assert_eq!(own, keys.keys().map(String::as_str).collect::<Vec<_>>(), "{name}");
+        for (key, expected) in keys {
+            let found = plain(file.metadata(key).unwrap());
+            assert!(equal(&found, expected), "{name}: {key}: {found}, not {expected}");
+        }
+        let mut found: Vec<Value> = Vec::new();
+        for tensor in file.tensors() {
+            let hash = format!("{:x}", Sha256::digest(file.get(&tensor.name).unwrap().data));
+            found.push(json!([tensor.name, tensor.ty.name, tensor.shape, hash]));
+        }
+        found.sort_by_key(|tensor| tensor[0].as_str().unwrap().to_owned());
+        let expected = listed["tensors"].as_array().unwrap();
+        assert_eq!(found.len(), expected.len(), "{name}: {found:#?}");
+        for (found, expected) in found.iter().zip(expected) {
+            assert_eq!(found, expected, "{name}");
+        }
+        // Another run does not write over it, and one with force replaces both.
+        std::fs::remove_file(&output).unwrap();
+        for paper in ["report.json", "README.md"] {
+            std::fs::remove_file(outputs.path().join(format!("{name}.gguf.{paper}"))).unwrap();
+        }
+        let error = quantize(room.path(), &output, "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'").unwrap_err();
+        assert!(error.to_string().contains(&format!("mmproj-{name}.gguf: exists already")), "{error}");
+        let left: Vec<_> = std::fs::read_dir(outputs.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert!(!left.iter().any(|file| file.to_string_lossy().contains("partial")), "{left:?}");
+        let request: Request = toml::from_str("format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'").unwrap();
+        let forced = Job::one(room.path(), &output, Recipe::resolve(request).unwrap(), None, true);
+        forced.run_one(&Cpu::exact(), &mut Progress::new(true)).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), bytes, "{name}");
+    }
+}
+
+#[test]
+fn a_file_without_what_sees_says_why() {
+    let outputs = tempfile::tempdir().unwrap();
+    let told = |name: &str, room: &TempDir| {
+        let output = outputs.path().join(format!("{name}.gguf"));
+        let report = quantize(room.path(), &output, "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'").unwrap();
+        assert!(report.projector.is_none() && !outputs.path().join(format!("mmproj-{name}.gguf")).exists());
+        report.notes.into_iter().find(|note| note.contains("no mmproj file is written")).expect(name)
+    };
+    let other = model("qwen3_vl_vision");
+    assert!(told("other", &other).contains("models of the type qwen3_vl"));
+    let bare = model("gemma3_vision");
+    std::fs::write(bare.path().join("preprocessor_config.json"), "{}").unwrap();
+    assert!(told("bare", &bare).contains("preprocessor_config.json has no image_mean of three numbers"));
+    let text = checkpoint("qwen3_plain");
+    crate::gguf_families::spell(text.path());
+    let report =
+        quantize(text.path(), &outputs.path().join("t.gguf"), "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'")
+            .unwrap();
+    assert!(!report.notes.iter().any(|note| note.contains("mmproj")), "{:?}", report.notes);
+}
