@@ -166,7 +166,33 @@ impl Alternating {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::quantile;
+
+    #[test]
+    fn what_cannot_be_is_refused_with_the_key() {
+        let with = |key: &str, value: Value| {
+            let mut config = json!({
+                "model_type": "gemma3n_text", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 5,
+                "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 8, "num_kv_shared_layers": 0,
+            });
+            config[key] = value;
+            crate::families::build(&config).map(|graph| graph.width())
+        };
+        assert_eq!(with("altup_num_inputs", json!(3)).unwrap(), 3 * 16);
+        for (key, value, said) in [
+            ("activation_sparsity_pattern", json!([0.5, 0.0]), "for each of 5 layers"),
+            ("activation_sparsity_pattern", json!([0.5, 0.0, 1.0, 0.0, 0.0]), "from 0 to less than 1"),
+            ("altup_active_idx", json!(4), "altup_active_idx is 4 and altup_num_inputs 4"),
+            ("altup_num_inputs", json!(100), "64 at most"),
+            ("intermediate_size", json!([32, 32]), "each of 5 layers"),
+            ("num_kv_shared_layers", json!(5), "no layer of its type"),
+        ] {
+            let told = with(key, value).unwrap_err().to_string();
+            assert!(told.contains(key) && told.contains(said), "{key}: {told}");
+        }
+    }
 
     #[test]
     fn quantiles_are_those_of_the_normal_distribution() {

@@ -84,7 +84,7 @@ pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
 }
 
 /// The same settings, those of experts also under the names that they have for DeepSeek.
-fn in_words_of_deepseek(settings: &Value) -> Value {
+pub(super) fn in_words_of_deepseek(settings: &Value) -> Value {
     let mut settings = settings.clone();
     for (own, other) in AS_DEEPSEEK {
         if let Some(value) = settings.get(*own).cloned() {
@@ -159,6 +159,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) -> Res
             rates: (format!("{module}.A_log"), vec![1, 1, heads, 1]),
             bias: (format!("{module}.dt_bias"), vec![width]),
             limits: Decay::UNLIMITED,
+            bound: None,
         },
         unit,
         norm,

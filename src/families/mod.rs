@@ -2,6 +2,7 @@
 
 mod afmoe;
 mod apertus;
+mod bailing;
 mod build;
 mod classes;
 mod cohere;
@@ -145,6 +146,7 @@ pub const FAMILIES: &[Family] = &[
     deepseek::DEEPSEEK_V32,
     deepseek::GLM_MOE_DSA,
     kimi::KIMI_LINEAR,
+    bailing::BAILING_HYBRID,
     longcat::LONGCAT_FLASH,
     mimo::MIMO_V2_FLASH,
     gpt_oss::GPT_OSS,

@@ -182,3 +182,36 @@ fn mixture(base: &Base, config: &Config<'_>, module: &str, limit: Option<f32>, s
     let experts = (0..experts).map(expert).collect();
     Ok(Moe { router, experts, shared: Some((shared, None)), weigh_input: false, latent: None, norms: None })
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    #[test]
+    fn what_cannot_be_is_refused_with_the_key() {
+        let with = |key: &str, value: Value| {
+            let mut config = json!({
+                "model_type": "step3p5", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+                "num_attention_heads": 2, "num_attention_groups": 2, "head_dim": 8, "sliding_window": 8, "num_nextn_predict_layers": 1,
+                "layer_types": ["full_attention", "sliding_attention", "full_attention"], "moe_layers_enum": "1", "moe_num_experts": 4,
+                "moe_top_k": 2, "rope_theta": [1000.0, 100.0, 1000.0],
+            });
+            config[key] = value;
+            crate::families::build(&config).map(|_| ())
+        };
+        with("moe_layers_enum", json!([0, 1])).unwrap();
+        with("swiglu_limits", json!([null, 0.0, 7])).unwrap();
+        for (key, value, said) in [
+            ("moe_layers_enum", json!("1,two"), "with commas between them, found"),
+            ("swiglu_limits", json!([1.0]), "for each of 2 layers"),
+            ("swiglu_limits_shared", json!([1.0, -1.0]), "at least 0"),
+            ("rope_theta", json!([1000.0]), "none for layer 1"),
+            ("layer_types", json!(["full_attention"]), "there are 2 layers"),
+        ] {
+            let told = with(key, value).unwrap_err().to_string();
+            assert!(told.contains(key) && told.contains(said), "{key}: {told}");
+        }
+        let told = with("num_sliding_attention_heads", json!(3)).unwrap_err().to_string();
+        assert!(told.contains("3 heads of layer 1 cannot share 2"), "{told}");
+    }
+}

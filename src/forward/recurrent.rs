@@ -1,9 +1,10 @@
 //! What the operations of layers with a state do to one chunk, and gates.
 
-use kernels::Forward;
+use kernels::{Activation, Forward};
 
 use super::run::{Loaded, Read, Run};
 use crate::error::Result;
+use crate::graph::Decay;
 use crate::program::Kind;
 
 impl<'b, B: Forward> Run<'_, 'b, B> {
@@ -25,6 +26,14 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 // What lies behind these channels is other values'.
                 let (taps, bias) = (&taps[..channels * convolution.taps], bias.as_ref().map(|bias| &bias[..channels]));
                 vec![backend.convolve(x.matrix(), taps, bias, convolution.activation, lengths)?]
+            }
+            (Kind::Decay(Decay { bound: Some(bound), .. }), Loaded::Decay(rates, bias)) => {
+                // A convolution of one tap is a product and a sum for each channel.
+                let added: Vec<f32> = rates.iter().zip(bias).map(|(rate, bias)| rate * bias).collect();
+                let sigmoid = Some(Activation::Sigmoid);
+                let mut y = backend.convolve(next().matrix(), rates, Some(&added), sigmoid, lengths)?;
+                backend.scale(&mut y, &[], &vec![*bound; added.len()])?;
+                vec![y]
             }
             (Kind::Decay(decay) | Kind::Step(decay), Loaded::Decay(rates, bias)) => {
                 self.each(operation, next, |x| Ok(backend.decays(x, rates, bias, decay.limits)?))?

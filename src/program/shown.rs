@@ -359,6 +359,9 @@ fn said_of_state(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<St
 }
 
 fn said_of_steps(decay: &Decay) -> Vec<String> {
+    if let Some(bound) = decay.bound {
+        return vec![format!("at least {bound}")];
+    }
     let [least, most] = decay.limits;
     match decay.limits == Decay::UNLIMITED {
         true => Vec::new(),

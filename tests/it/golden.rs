@@ -158,6 +158,7 @@ fn linears_read_what_they_read_in_transformers() {
         "gemma4_text_plain",
         "gemma4_text_experts",
         "step3p7_plain",
+        "bailing_hybrid_published",
     ] {
         let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
         let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());
@@ -174,7 +175,9 @@ fn linears_read_what_they_read_in_transformers() {
             let own = module.replace("backbone.", "model.").replace(".block_sparse_moe.", ".mlp.");
             let own = own.replace(".linear_gate", ".gate_proj").replace(".share_expert.", ".mlp.shared_experts.");
             let inside = own.replacen("model.", "model.language_model.", 1);
-            let Some(expected) = [own, inside].iter().find_map(|own| file.get(&format!("energies.{own}"))) else {
+            let within = own.replace(".attention.", ".self_attn.").replace(".dense", ".o_proj");
+            let Some(expected) = [own, inside, within].iter().find_map(|own| file.get(&format!("energies.{own}")))
+            else {
                 assert!(module.contains(".experts."), "{name}: {module}: no linear of its own in transformers");
                 continue;
             };

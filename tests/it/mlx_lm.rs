@@ -113,6 +113,8 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("olmo_hybrid_plain", Told(OPEN)),
     ("deepseek_v32_published", Told("kv_b_proj")),
     ("deepseek_v32_whole", Told("kv_b_proj")),
+    ("bailing_hybrid_plain", Told(OPEN)),
+    ("bailing_hybrid_published", Told(OPEN)),
     ("gemma3n_text_biases", Told(UNKNOWN)),
     ("gemma3n_text_plain", Told(UNKNOWN)),
     ("gemma3n_text_published", Told(UNKNOWN)),

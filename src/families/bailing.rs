@@ -1,0 +1,144 @@
+//! Ling 3.0 (`bailing_hybrid`): most layers have a state whose channels decay each by itself (Kimi Delta Attention), the others DeepSeek's latent
+//! attention with a gate for each head; experts are chosen as DeepSeek's are.
+
+use kernels::{Activation, DeltaShape, NormKind};
+
+use super::build::{Base, activation, block, by_type, pre, with_experts};
+use super::deepseek::{Chosen, LatentHeads, moe};
+use super::kimi::in_words_of_deepseek;
+use super::rope::rope;
+use super::{Config, Family};
+use crate::error::{Error, Result};
+use crate::graph::{Convolution, Decay, DeltaNet, FURTHER, Graph, Layer, Linear, Norm};
+
+/// Ling 3.0.
+pub const BAILING_HYBRID: Family = Family { id: "bailing_hybrid", model_types: &["bailing_hybrid"], build };
+
+fn build(config: &Config<'_>) -> Result<Graph> {
+    let settings = in_words_of_deepseek(config.0);
+    let config = &Config(&settings);
+    let mut base = Base { embedding: "model.word_embeddings", ..Base::read(config)? };
+    let width = config.optional_count("linear_head_dim")?.unwrap_or(base.head_dim);
+    let heads = LatentHeads::read(config, &mut base)?;
+    let act = activation(config, Activation::Silu)?;
+    let rope = rope(config, config.count("qk_rope_head_dim")?)?;
+    let every = config.count("layer_group_size")?;
+    let kinds: [&[&str]; 2] = [&["full_attention"], &["linear_attention"]];
+    let recurrent = by_type(config, "layer_types", kinds, base.layers, |layer| !(layer + 1).is_multiple_of(every))?;
+    let dense = config.count_or("first_k_dense_replace", 2)?;
+    let sparse = with_experts(config, base.layers, |layer| layer >= dense)?;
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let module = format!("{at}.attention");
+        let attention = match recurrent[layer] {
+            true => Layer::Delta(Box::new(delta(config, &base, &module, width, act)?)),
+            false => {
+                let mut attention = heads.attention(&base, &module, Some(rope.clone()), true);
+                attention.o.module = format!("{module}.dense");
+                attention.head_gate = Some(Linear::plain(format!("{module}.g_proj"), base.heads, base.hidden, false));
+                Layer::Attention(attention)
+            }
+        };
+        let module = format!("{at}.mlp");
+        let after = match sparse[layer] {
+            false => Layer::Mlp(base.gated(&module, config.count("intermediate_size")?, act, false)),
+            true => {
+                let experts = config.count("num_experts")?;
+                let mut moe = moe(&base, config, &module, experts, act, Chosen::Sigmoid, true)?;
+                moe.router.correction = Some((format!("{module}.gate.expert_bias"), vec![experts]));
+                Layer::Moe(moe)
+            }
+        };
+        let steps = vec![
+            pre(base.norm(&format!("{at}.input_layernorm")), attention),
+            pre(base.norm(&format!("{at}.post_attention_layernorm")), after),
+        ];
+        Ok(block(at, steps))
+    })?;
+    let mut graph = base.graph(config, "bailing_hybrid", blocks)?;
+    let further = config.count_or("num_nextn_predict_layers", 0)?;
+    graph.aside.extend((0..further).map(|layer| (format!("{}.", base.at(base.layers + layer)), FURTHER)));
+    Ok(graph)
+}
+
+/// A layer with a state under `module`, of heads of `dim` values.
+///
+/// Fails where decays would be no decays: for a bound that is not negative.
+fn delta(config: &Config<'_>, base: &Base, module: &str, dim: usize, act: Activation) -> Result<DeltaNet> {
+    let heads = config.optional_count("linear_num_heads")?.unwrap_or(base.heads);
+    let taps = match config.optional_count("linear_conv_kernel_dim")? {
+        Some(taps) => taps,
+        None => config.count("short_conv_kernel_size")?,
+    };
+    let bound = match config.flag("kda_safe_gate", true)? {
+        false => None,
+        true => Some(config.number("kda_lower_bound", -5.0)? as f32),
+    };
+    if bound.is_some_and(|bound| bound.is_nan() || bound >= 0.0) {
+        return Err(Error::failed(format!(
+            "config.json: kda_lower_bound must be less than 0, found {}",
+            bound.unwrap_or_default()
+        )));
+    }
+    let width = heads * dim;
+    let linear = |name: &str, rows, cols| Linear::plain(format!("{module}.{name}"), rows, cols, false);
+    let norm = base.norm_of(&format!("{module}.o_norm"), dim);
+    let unit = Norm { kind: NormKind::Length, weights: Vec::new(), shape: vec![dim], eps: 1e-6, ..norm.clone() };
+    Ok(DeltaNet {
+        inputs: ["q_proj", "k_proj", "v_proj", "g_proj"].map(|name| linear(name, width, base.hidden)).to_vec(),
+        rates: vec![linear("b_proj", heads, base.hidden), linear("f_proj", width, base.hidden)],
+        narrow: None,
+        convolution: Convolution {
+            tensors: ["q", "k", "v"].map(|part| (format!("{module}.{part}_conv1d.weight"), width)).to_vec(),
+            bias: None,
+            channels: 3 * width,
+            taps,
+            activation: Some(act),
+        },
+        share: 1.0,
+        shape: DeltaShape {
+            key_heads: heads,
+            value_heads: heads,
+            key_dim: dim,
+            value_dim: dim,
+            scale: (dim as f32).powf(-0.5),
+            replaces: true,
+            by_channel: true,
+        },
+        decay: Decay {
+            rates: (format!("{module}.A_log"), vec![heads]),
+            bias: (format!("{module}.dt_bias"), vec![width]),
+            limits: Decay::UNLIMITED,
+            bound,
+        },
+        unit,
+        norm,
+        activation: Activation::Sigmoid,
+        out: linear("dense", base.hidden, width),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    #[test]
+    fn decays_are_bounded_from_below_0() {
+        let with = |bound: f64| {
+            let config = json!({
+                "model_type": "bailing_hybrid", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "head_dim": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+                "kda_lower_bound": bound,
+            });
+            crate::families::build(&config).map(|_| ())
+        };
+        with(-5.0).unwrap();
+        for bound in [0.0, 2.5] {
+            let told = with(bound).unwrap_err().to_string();
+            assert!(
+                told.contains("kda_lower_bound must be less than 0") && told.contains(&bound.to_string()),
+                "{told}"
+            );
+        }
+    }
+}
