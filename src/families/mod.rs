@@ -13,6 +13,7 @@ mod further;
 mod gemma;
 mod gemma4;
 mod glm;
+mod glm5_next;
 mod gpt;
 mod gpt_oss;
 mod granite;
@@ -140,6 +141,7 @@ pub const FAMILIES: &[Family] = &[
     deepseek::DEEPSEEK_V32,
     deepseek::GLM_MOE_DSA,
     kimi::KIMI_LINEAR,
+    glm5_next::GLM5_NEXT,
     longcat::LONGCAT_FLASH,
     mimo::MIMO_V2_FLASH,
     gpt_oss::GPT_OSS,
@@ -186,6 +188,7 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "lfm2_vl", text: ("lfm2", false), tied: true, hears_text: false },
     Wrapper { model_type: "lfm3_vl", text: ("lfm3", false), tied: true, hears_text: false },
     Wrapper { model_type: "mistral3", text: ("mistral", false), tied: true, hears_text: false },
+    Wrapper { model_type: "glm5_next", text: ("glm5_next_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "kimi_k25", text: ("deepseek_v3", false), tied: true, hears_text: false },
     Wrapper { model_type: "minimax_m3_vl", text: ("minimax_m3_vl_text", true), tied: false, hears_text: true },
     Wrapper { model_type: "gemma3", text: ("gemma3_text", true), tied: true, hears_text: false },

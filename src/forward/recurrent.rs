@@ -4,6 +4,7 @@ use kernels::Forward;
 
 use super::run::{Loaded, Read, Run};
 use crate::error::Result;
+use crate::graph::Decay;
 use crate::program::Kind;
 
 impl<'b, B: Forward> Run<'_, 'b, B> {
@@ -25,6 +26,9 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 // What lies behind these channels is other values'.
                 let (taps, bias) = (&taps[..channels * convolution.taps], bias.as_ref().map(|bias| &bias[..channels]));
                 vec![backend.convolve(x.matrix(), taps, bias, convolution.activation, lengths)?]
+            }
+            (Kind::Decay(Decay { lower: Some(lower), .. }), Loaded::Decay(rates, bias)) => {
+                self.each(operation, next, |x| Ok(backend.bounded_decays(x, rates, bias, *lower)?))?
             }
             (Kind::Decay(decay) | Kind::Step(decay), Loaded::Decay(rates, bias)) => {
                 self.each(operation, next, |x| Ok(backend.decays(x, rates, bias, decay.limits)?))?
