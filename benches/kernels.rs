@@ -160,7 +160,16 @@ fn attention(c: &mut Criterion) {
 
 /// An indexer's choice, and attention to what it chose.
 fn sparse(c: &mut Criterion) {
-    let index = IndexShape { heads: 16, head_dim: 64, scale: 0.03, count: 256, block: 1, local: 0, apart: false };
+    let index = IndexShape {
+        heads: 16,
+        head_dim: 64,
+        scale: 0.03,
+        count: 256,
+        block: 1,
+        local: 0,
+        apart: false,
+        pooled: false,
+    };
     let shape = AttentionShape {
         heads: 9,
         kv_heads: 9,

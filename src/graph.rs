@@ -22,7 +22,7 @@ pub use self::hyper::{Collapse, Hyper};
 pub use self::lookup::{Lookup, PerLayer, Side};
 pub use self::mamba::{GroupNorm, Mamba, ShortConvolution};
 pub use self::rope::{Rope, RopeScaling};
-pub use self::sparse::{Choice, Indexer};
+pub use self::sparse::{Choice, Indexer, Pool};
 
 /// A decoder-only language model.
 #[derive(Clone, Debug)]
@@ -610,7 +610,10 @@ impl Layer {
     /// Other tensors of it.
     fn vectors(&self) -> Vec<(String, Vec<usize>)> {
         match self {
-            Layer::Attention(a) => a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads])).collect(),
+            Layer::Attention(a) => {
+                let sinks = a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads]));
+                sinks.chain(a.indexer().into_iter().flat_map(Indexer::vectors)).collect()
+            }
             Layer::Moe(moe) => moe.router.correction.iter().chain(&moe.router.factors).cloned().collect(),
             Layer::PerLayer(layer) => layer.tables(),
             Layer::Delta(delta) => delta.vectors(),
@@ -765,7 +768,10 @@ impl Graph {
                         let of = a.norms.iter_mut();
                         of.flat_map(|n| [Some(&mut n.q), n.k.as_mut(), n.v.as_mut()]).flatten().for_each(norm);
                         let indexer = a.choice.as_mut().and_then(Choice::indexer_mut);
-                        indexer.into_iter().flat_map(Indexer::norms_mut).for_each(norm);
+                        if let Some(indexer) = indexer {
+                            indexer.pool.iter_mut().for_each(|pool| pool.places = name(&pool.places));
+                            indexer.norms_mut().for_each(norm);
+                        }
                         if let Projections::Latent(latent) = &mut a.projections {
                             latent.q_norm.iter_mut().chain([&mut latent.kv_norm]).for_each(norm);
                         }

@@ -93,6 +93,9 @@ pub(crate) fn expect_index(
     if shape.count == 0 || shape.block == 0 {
         return wrong("a choice of some blocks of some tokens", format!("{} of {}", shape.count, shape.block));
     }
+    if shape.pooled && (shape.count < 2 || shape.local > 0) {
+        return wrong("a choice of some whole blocks, and the query's own", format!("{shape:?}"));
+    }
     if weights.is_some() == shape.apart {
         return wrong("weights of heads that choose together, and of no others", format!("{weights:?}"));
     }
@@ -157,6 +160,24 @@ pub(crate) fn expect_hyper(h: [usize; 2], of: HyperParameters<'_>, shape: &Hyper
     expect("hyper_connections", "values of the projection", shape.weights() * h[1], of.projection.len())?;
     expect("hyper_connections", "values of the base", shape.weights(), of.base.len())?;
     expect("hyper_connections", "scales", shape.kinds(), of.scale.len())
+}
+
+/// Values and gates of tokens, and places in blocks of some tokens.
+pub(crate) fn expect_pool(
+    x: [usize; 2],
+    gates: [usize; 2],
+    places: &[f32],
+    block: usize,
+    lengths: &[usize],
+) -> Result<()> {
+    expect("pool_blocks", "tokens", lengths.iter().sum(), x[0])?;
+    expect("pool_blocks", "tokens of gates", x[0], gates[0])?;
+    expect("pool_blocks", "channels of gates", x[1], gates[1])?;
+    if block == 0 {
+        let expected = "blocks of some tokens".to_owned();
+        return Err(Error::Shape { op: "pool_blocks", expected, found: "0".to_owned() });
+    }
+    expect("pool_blocks", "values of places", block * x[1], places.len())
 }
 
 /// An activation that is a function of one value.

@@ -258,7 +258,7 @@ impl Lister {
                     self.norm(&format!("{at}.{post}"), norm)?;
                 }
                 if let Some(hyper) = &step.hyper {
-                    let part = if matches!(step.layer, Layer::Attention(_)) { "attn" } else { "ffn" };
+                    let part = if matches!(step.layer, Layer::Mlp(_) | Layer::Moe(_)) { "ffn" } else { "attn" };
                     self.hyper(&format!("{at}.hc_{part}"), hyper)?;
                 }
                 let first = self.tensors.len();
@@ -453,7 +453,7 @@ impl Lister {
             }
         }
         if let Some(indexer) = attention.indexer() {
-            let (Some(weights), None) = (&indexer.weights, &indexer.q_norm) else {
+            let (Some(weights), None, None) = (&indexer.weights, &indexer.q_norm, &indexer.pool) else {
                 return Err(self.cannot("an indexer of this form"));
             };
             // llama.cpp turns queries and keys by a Hadamard matrix of this width, and aborts over others.

@@ -153,7 +153,7 @@ fn further(a: &Further, b: &Further) -> Option<String> {
 fn delta(a: &DeltaNet, b: &DeltaNet) -> Option<String> {
     let of = |delta: &DeltaNet| {
         let narrow = delta.narrow.as_ref().map(|narrow| (narrow.decay[0].rows, narrow.gate[0].rows));
-        (delta.shape, delta.activation, (delta.decay.limits, delta.decay.bound), delta.share, narrow)
+        (delta.shape, delta.activation, delta.decay.limits, delta.decay.lower, delta.share, narrow)
     };
     (of(a) != of(b) || !norm(Some(&a.norm), Some(&b.norm)))
         .then(|| "linear attention of this form".to_owned())

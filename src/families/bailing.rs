@@ -109,7 +109,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, dim: usize, act: Activa
             rates: (format!("{module}.A_log"), vec![heads]),
             bias: (format!("{module}.dt_bias"), vec![width]),
             limits: Decay::UNLIMITED,
-            bound,
+            lower: bound,
         },
         unit,
         norm,

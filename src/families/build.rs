@@ -235,7 +235,7 @@ impl Base {
 /// How fast the state of each of so many heads forgets, by the tensors that most classes have for it.
 pub fn decay(module: &str, heads: usize) -> Decay {
     let of_heads = |name: &str| (format!("{module}.{name}"), vec![heads]);
-    Decay { rates: of_heads("A_log"), bias: of_heads("dt_bias"), limits: Decay::UNLIMITED, bound: None }
+    Decay { rates: of_heads("A_log"), bias: of_heads("dt_bias"), limits: Decay::UNLIMITED, lower: None }
 }
 
 /// `h ← h + layer(norm(h))`.

@@ -104,8 +104,12 @@ pub struct LatentHeads {
 impl LatentHeads {
     /// Reads them as DeepSeek's config.json says them, and tells `base` of them.
     pub fn read(config: &Config<'_>, base: &mut Base) -> Result<LatentHeads> {
-        let [nope, rotated, value] =
-            [config.count("qk_nope_head_dim")?, config.count("qk_rope_head_dim")?, config.count("v_head_dim")?];
+        LatentHeads::turned(config, base, config.count("qk_rope_head_dim")?)
+    }
+
+    /// The same, where so many values of a head are turned, none maybe.
+    pub fn turned(config: &Config<'_>, base: &mut Base, rotated: usize) -> Result<LatentHeads> {
+        let [nope, value] = [config.count("qk_nope_head_dim")?, config.count("v_head_dim")?];
         base.kv_heads = base.heads;
         base.head_dim = nope + rotated;
         Ok(LatentHeads {
@@ -133,7 +137,7 @@ impl LatentHeads {
             }
         };
         let kv_a = Linear {
-            split: Split::of(&[latent, rotated]),
+            split: if rotated > 0 { Split::of(&[latent, rotated]) } else { Split::WHOLE },
             ..linear("kv_a_proj_with_mqa", latent + rotated, hidden, bias)
         };
         let kv_b = Linear {
@@ -214,7 +218,8 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
         Kind::V32 | Kind::Glm5 => {
             let shared =
                 if kind == Kind::Glm5 { shared_choices(config, base.layers)? } else { vec![false; base.layers] };
-            let like = Indexing { interleaved: kind == Kind::Glm5, behind: false, eps: 1e-6 };
+            let rotated = heads.rotated;
+            let like = Indexing { rotated, interleaved: kind == Kind::Glm5, behind: false, eps: 1e-6 };
             Some(choices(config, &base, shared, like)?)
         }
         _ => None,
@@ -247,6 +252,8 @@ pub type Choices<'a> = Box<dyn Fn(usize, &str) -> Choice + 'a>;
 /// How the heads of an indexer are turned, and how their keys are normed.
 #[derive(Clone, Copy)]
 pub struct Indexing {
+    /// How many of their values turn.
+    pub rotated: usize,
     /// Neighbours turn together.
     pub interleaved: bool,
     /// The last values of a head turn, not the first.
@@ -261,7 +268,7 @@ pub struct Indexing {
 pub fn choices<'a>(config: &Config<'_>, base: &'a Base, shared: Vec<bool>, like: Indexing) -> Result<Choices<'a>> {
     let [heads, head_dim, count] = ["index_n_heads", "index_head_dim", "index_topk"].map(|key| config.count(key));
     let (heads, head_dim, count) = (heads?, head_dim?, count?);
-    let (latent, rotated) = (config.count("q_lora_rank")?, config.count("qk_rope_head_dim")?);
+    let (latent, rotated) = (config.count("q_lora_rank")?, like.rotated);
     if rotated > head_dim {
         return Err(Error::failed(format!(
             "config.json: {rotated} values of a head are rotated (qk_rope_head_dim), and heads of the indexer have only {head_dim} \
@@ -269,7 +276,7 @@ pub fn choices<'a>(config: &Config<'_>, base: &'a Base, shared: Vec<bool>, like:
         )));
     }
     let scale = ((head_dim * heads) as f32).powf(-0.5);
-    let shape = IndexShape { heads, head_dim, scale, count, block: 1, local: 0, apart: false };
+    let shape = IndexShape { heads, head_dim, scale, count, block: 1, local: 0, apart: false, pooled: false };
     let first = if like.behind { head_dim - rotated } else { 0 };
     Ok(Box::new(move |layer, module| {
         if shared[layer] {
@@ -290,6 +297,7 @@ pub fn choices<'a>(config: &Config<'_>, base: &'a Base, shared: Vec<bool>, like:
             q_norm: None,
             k_norm,
             weights: Some(linear("weights_proj", heads, base.hidden)),
+            pool: None,
             shape,
             layout: RopeLayout { head_dim, first, interleaved: like.interleaved },
         };
@@ -299,7 +307,7 @@ pub fn choices<'a>(config: &Config<'_>, base: &'a Base, shared: Vec<bool>, like:
 
 /// Which layers take over the choice of the last one before them that has an indexer: `indexer_types`, or what `index_topk_pattern` or
 /// `index_topk_freq` and `index_skip_topk_offset` say.
-fn shared_choices(config: &Config<'_>, layers: usize) -> Result<Vec<bool>> {
+pub fn shared_choices(config: &Config<'_>, layers: usize) -> Result<Vec<bool>> {
     let wrong = |said: &str| Error::failed(format!("config.json: indexer type {said} is not supported"));
     let of = |said: &str| match said {
         "full" | "F" => Ok(false),

@@ -25,7 +25,12 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     if shared.first() == Some(&true) {
         return Err(Error::failed("config.json: the first of indexer_types must be full: there is no layer before it"));
     }
-    let choices = choices(config, &base, shared, Indexing { interleaved: false, behind: true, eps: base.eps })?;
+    let choices = choices(
+        config,
+        &base,
+        shared,
+        Indexing { rotated: config.count("qk_rope_head_dim")?, interleaved: false, behind: true, eps: base.eps },
+    )?;
     let act = activation(config, Activation::Silu)?;
     let hyper = hyper(config, &base)?;
     let blocks = base.each(|layer| {

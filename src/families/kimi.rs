@@ -117,7 +117,7 @@ fn recurrent_layers(config: &Config<'_>, layers: usize) -> Result<Vec<bool>> {
 }
 
 /// A layer with a state under `module`.
-fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) -> Result<DeltaNet> {
+pub fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) -> Result<DeltaNet> {
     let parts = config.object("linear_attn_config")?;
     let size = |name: &str, own: &str| match parts.as_ref().map(|parts| parts.optional_count(name)).transpose()? {
         Some(Some(size)) => Ok::<usize, Error>(size),
@@ -159,7 +159,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) -> Res
             rates: (format!("{module}.A_log"), vec![1, 1, heads, 1]),
             bias: (format!("{module}.dt_bias"), vec![width]),
             limits: Decay::UNLIMITED,
-            bound: None,
+            lower: None,
         },
         unit,
         norm,

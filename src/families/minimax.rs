@@ -82,6 +82,7 @@ fn build_m3(config: &Config<'_>) -> Result<Graph> {
                 q_norm: Some(norm("q")),
                 k_norm: norm("k"),
                 weights: None,
+                pool: None,
                 shape: index,
                 layout: RopeLayout { head_dim: index.head_dim, first: 0, interleaved: false },
             };
@@ -130,6 +131,7 @@ fn index(config: &Config<'_>, base: &Base) -> Result<IndexShape> {
         block: size("sparse_block_size", "index_block_size")?,
         local: size("sparse_local_block", "index_local_blocks")?,
         apart: true,
+        pooled: false,
     };
     let rotated = (base.head_dim as f64
         * config.object("rope_parameters")?.map_or(Ok(1.0), |rope| rope.number("partial_rotary_factor", 1.0))?)

@@ -15,6 +15,7 @@ mod gemma;
 mod gemma3n;
 mod gemma4;
 mod glm;
+mod glm5_next;
 mod gpt;
 mod gpt_oss;
 mod granite;
@@ -147,6 +148,7 @@ pub const FAMILIES: &[Family] = &[
     deepseek::GLM_MOE_DSA,
     kimi::KIMI_LINEAR,
     bailing::BAILING_HYBRID,
+    glm5_next::GLM5_NEXT,
     longcat::LONGCAT_FLASH,
     mimo::MIMO_V2_FLASH,
     gpt_oss::GPT_OSS,
@@ -194,6 +196,7 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "lfm2_vl", text: ("lfm2", false), tied: true, hears_text: false },
     Wrapper { model_type: "lfm3_vl", text: ("lfm3", false), tied: true, hears_text: false },
     Wrapper { model_type: "mistral3", text: ("mistral", false), tied: true, hears_text: false },
+    Wrapper { model_type: "glm5_next", text: ("glm5_next_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "kimi_k25", text: ("deepseek_v3", false), tied: true, hears_text: false },
     Wrapper { model_type: "minimax_m3_vl", text: ("minimax_m3_vl_text", true), tied: false, hears_text: true },
     Wrapper { model_type: "step3p7", text: ("step3p5", true), tied: false, hears_text: false },

@@ -71,7 +71,7 @@ impl Rotation {
             "minimax_m2" | "minimax_m3_vl_text" => rotation(5e6, Some(1.0), Form::Flat),
             "bailing_hybrid" => rotation(6e6, None, Form::Flat),
             "longcat_flash" => rotation(1e7, None, Form::Flat),
-            "kimi_linear" => rotation(1e4, None, Form::Absent),
+            "kimi_linear" | "glm5_next_text" => rotation(1e4, None, Form::Absent),
             "mimo_v2_flash" => rotation(5e6, Some(0.334), Form::Layered { near: Some("swa_rope_theta") }),
             "cohere" | "flex_olmo" | "ernie4_5" | "ernie4_5_moe" | "llama4_text" | "qwen3_vl_text" => {
                 rotation(5e5, None, Form::Flat)

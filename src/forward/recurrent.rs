@@ -1,6 +1,6 @@
 //! What the operations of layers with a state do to one chunk, and gates.
 
-use kernels::{Activation, Forward};
+use kernels::Forward;
 
 use super::run::{Loaded, Read, Run};
 use crate::error::Result;
@@ -27,13 +27,8 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let (taps, bias) = (&taps[..channels * convolution.taps], bias.as_ref().map(|bias| &bias[..channels]));
                 vec![backend.convolve(x.matrix(), taps, bias, convolution.activation, lengths)?]
             }
-            (Kind::Decay(Decay { bound: Some(bound), .. }), Loaded::Decay(rates, bias)) => {
-                // A convolution of one tap is a product and a sum for each channel.
-                let added: Vec<f32> = rates.iter().zip(bias).map(|(rate, bias)| rate * bias).collect();
-                let sigmoid = Some(Activation::Sigmoid);
-                let mut y = backend.convolve(next().matrix(), rates, Some(&added), sigmoid, lengths)?;
-                backend.scale(&mut y, &[], &vec![*bound; added.len()])?;
-                vec![y]
+            (Kind::Decay(Decay { lower: Some(lower), .. }), Loaded::Decay(rates, bias)) => {
+                self.each(operation, next, |x| Ok(backend.bounded_decays(x, rates, bias, *lower)?))?
             }
             (Kind::Decay(decay) | Kind::Step(decay), Loaded::Decay(rates, bias)) => {
                 self.each(operation, next, |x| Ok(backend.decays(x, rates, bias, decay.limits)?))?

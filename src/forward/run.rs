@@ -174,6 +174,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
     fn load(&mut self, kind: &Kind<'b>, supply: &mut dyn Supply<B>) -> Result<Loaded<'b, B>> {
         Ok(match kind {
             Kind::Norm(norm) | Kind::HeadNorm { norm, .. } => Loaded::Norm(self.norm(norm, supply)?),
+            Kind::Pool(pool) => Loaded::Vector(Some(supply.vector(&pool.places)?)),
             Kind::Connect(hyper) => Loaded::Hyper(LoadedHyper::of(hyper, supply)?),
             Kind::Streams(_, Streams::Times(tensor)) => Loaded::Vector(Some(supply.vector(tensor)?)),
             Kind::Attention { sinks, .. } => Loaded::Vector(sinks.map(|name| supply.vector(name)).transpose()?),

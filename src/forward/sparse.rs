@@ -23,6 +23,13 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         Ok(chosen)
     }
 
+    /// One key for each whole block of tokens, at its last.
+    pub fn pooled(&self, at: usize, keys: &B::Matrix, gates: &B::Matrix, lengths: &[usize]) -> Result<B::Matrix> {
+        let places = self.vector(at).unwrap_or_default();
+        let [_, width] = self.backend.shape(keys);
+        Ok(self.backend.pool_blocks(keys, gates, places, places.len() / width.max(1), lengths)?)
+    }
+
     /// What the last layer with an indexer left in the chunk.
     pub fn earlier_choice(&self, index: usize) -> Result<B::Matrix> {
         let chosen = self.chunks[index].chosen.borrow();

@@ -66,8 +66,8 @@ pub struct Decay {
     pub bias: (String, Vec<usize>),
     /// The shortest step and the longest.
     pub limits: [f32; 2],
-    /// Less than 0: logarithms are `bound · σ(exp(rates) · (x + bias))` in place of that, and so never below it.
-    pub bound: Option<f32>,
+    /// The least that a logarithm may be, where they are this times `σ(exp(rates) · (x + bias))` instead.
+    pub lower: Option<f32>,
 }
 
 impl Decay {

@@ -31,8 +31,19 @@ pub struct Indexer {
     pub weights: Option<Linear>,
     /// Heads, and how much they choose.
     pub shape: IndexShape,
+    /// What makes one key of those of a block of tokens, where a block has one.
+    pub pool: Option<Pool>,
     /// Which of its values attention's rotation turns.
     pub layout: RopeLayout,
+}
+
+/// What weighs the keys of a block of tokens, each channel by itself.
+#[derive(Clone, Debug)]
+pub struct Pool {
+    /// From the input to a logit for each channel.
+    pub gate: Linear,
+    /// Tensor of what is added to them by their places in a block, `[block, head_dim]`.
+    pub places: String,
 }
 
 impl Choice {
@@ -64,12 +75,19 @@ impl Choice {
 impl Indexer {
     /// Its linears.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
-        [&self.q, &self.k].into_iter().chain(&self.weights)
+        [&self.q, &self.k].into_iter().chain(&self.weights).chain(self.pool.iter().map(|pool| &pool.gate))
     }
 
     /// The same, to be changed.
     pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
-        [&mut self.q, &mut self.k].into_iter().chain(&mut self.weights)
+        let pool = self.pool.iter_mut().map(|pool| &mut pool.gate);
+        [&mut self.q, &mut self.k].into_iter().chain(&mut self.weights).chain(pool)
+    }
+
+    /// Its tensors that are no linears and no norms, with their shapes.
+    pub(super) fn vectors(&self) -> impl Iterator<Item = (String, Vec<usize>)> {
+        let shape = vec![self.shape.block, self.shape.head_dim];
+        self.pool.iter().map(move |pool| (pool.places.clone(), shape.clone()))
     }
 
     /// Its normalisations.

@@ -251,16 +251,17 @@ impl<'b> Lowering<'b> {
         latent: Option<usize>,
         rope: Option<&'b Rope>,
     ) -> usize {
-        let Indexer { q, k, q_norm, k_norm, weights, shape, layout, .. } = indexer;
+        let Indexer { q, k, q_norm, k_norm, weights, pool, shape, layout, .. } = indexer;
+        let others = || [k].into_iter().chain(weights).chain(pool.iter().map(|pool| &pool.gate));
         let mut made = match latent.filter(|_| indexer.latent) {
             Some(latent) => {
                 let mut made = self.linears(vec![q], true, latent, &["iq"]);
-                let others = [k].into_iter().chain(weights).collect();
-                made.extend(self.linears(others, true, x, &["ik", "iw"]));
+                made.extend(self.linears(others().collect(), true, x, &["ik", "iw", "ig"]));
                 made
             }
-            None => self.linears([q, k].into_iter().chain(weights).collect(), true, x, &["iq", "ik", "iw"]),
+            None => self.linears([q].into_iter().chain(others()).collect(), true, x, &["iq", "ik", "iw", "ig"]),
         };
+        let gates = pool.is_some().then(|| made.pop()).flatten();
         for (at, norm) in [q_norm.as_ref(), Some(k_norm)].into_iter().enumerate() {
             if let Some(norm) = norm {
                 self.each(Kind::HeadNorm { norm, head_dim: shape.head_dim }, &mut made[at..=at]);
@@ -268,6 +269,9 @@ impl<'b> Lowering<'b> {
         }
         if let Some(rope) = rope {
             self.each(Kind::Rope { rope, layout: *layout }, &mut made[..2]);
+        }
+        if let (Some(pool), Some(gates)) = (pool, gates) {
+            made[1] = self.one(Kind::Pool(pool), &[made[1], gates], "ik", shape.head_dim);
         }
         self.one(Kind::Select { shape: *shape, shared }, &made, "chosen", shape.width())
     }
@@ -386,20 +390,22 @@ impl<'b> Lowering<'b> {
         let linears = [&q[0], kv_a].into_iter().chain(gate).collect();
         let mut made = self.linears(linears, false, x, &[first, "ckv", "kr", "gate"]);
         let gate = gate.is_some().then(|| made.pop()).flatten();
-        let [mut queries, latent, rotated] = made.try_into().expect("queries, a latent and a part of keys");
+        let (mut queries, latent, rotated) = (made[0], made[1], made.get(2).copied());
         let queries_latent = (q.len() > 1).then(|| self.norm(q_norm.as_ref(), queries, "cq"));
         let mut latent = self.norm(Some(kv_norm), latent, "ckv");
         if *kv_scale != 1.0 {
             latent = self.one(Kind::Scale(*kv_scale), &[latent], "ckv", kv_b.cols);
         }
         // Each of them is small, and all are made of one product with the input.
-        queries_latent.into_iter().chain([latent, rotated]).for_each(|value| self.keep(value, Kept::Always));
+        queries_latent.into_iter().chain([latent]).chain(rotated).for_each(|value| self.keep(value, Kept::Always));
         if let Some(queries_latent) = queries_latent {
             queries = self.linears(vec![&q[1]], false, queries_latent, &["q"])[0];
         }
         let made = self.linears(vec![kv_b], false, latent, &["k", "v"]);
-        let width = self.program.values[made[0]].width + heads * self.program.values[rotated].width;
-        let keys = self.one(Kind::JoinHeads { heads }, &[made[0], rotated], "k", width);
+        let keys = rotated.map_or(made[0], |rotated| {
+            let width = self.program.values[made[0]].width + heads * self.program.values[rotated].width;
+            self.one(Kind::JoinHeads { heads }, &[made[0], rotated], "k", width)
+        });
         ([queries, keys, made[1]], queries_latent, gate)
     }
 

@@ -14,7 +14,7 @@ use kernels::{Activation, AttentionShape, DeltaShape, IndexShape, RopeLayout};
 pub use self::lifetimes::Lifetimes;
 pub use self::shown::{Shown, ShownOperation, ShownValue, shown};
 pub use self::slots::{Producer, Slot};
-use crate::graph::{Convolution, Decay, Hyper, Linear, Lookup, Norm, Rope, Router, Temperature};
+use crate::graph::{Convolution, Decay, Hyper, Linear, Lookup, Norm, Pool, Rope, Router, Temperature};
 
 /// What a block does.
 #[derive(Clone, Debug)]
@@ -131,6 +131,8 @@ pub enum Kind<'b> {
         /// Of the choice that it reads behind them, if what it sees is one.
         index: Option<IndexShape>,
     },
+    /// One of each block of tokens, made of all of its own, with the logits of weights.
+    Pool(&'b Pool),
     /// Chooses what attention sees, of an indexer's queries, keys and weights.
     Select {
         /// How much.
@@ -272,6 +274,7 @@ impl Operation<'_> {
             Kind::Route(router) => {
                 router.correction.iter().chain(&router.factors).map(|(name, _)| name.clone()).collect()
             }
+            Kind::Pool(pool) => vec![pool.places.clone()],
             Kind::Lookup(lookup) => vec![lookup.tensor.clone()],
             Kind::Streams(_, Streams::Times(tensor)) => vec![(*tensor).to_owned()],
             Kind::Rescale(tensor) => vec![(*tensor).to_owned()],

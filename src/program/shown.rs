@@ -133,6 +133,7 @@ fn said_of_choice(shape: &IndexShape, shared: bool) -> Vec<String> {
     let mut details = vec![format!("{} heads", shape.heads), format!("scale {}", shape.scale)];
     details.push(match shape.block {
         1 => format!("{} tokens", shape.count),
+        block if shape.pooled => format!("{} whole blocks of {block} tokens, and what follows", shape.count - 1),
         block => format!("{} blocks of {block} tokens", shape.count),
     });
     details.extend(shared.then(|| "for layers behind it, too".to_owned()));
@@ -178,7 +179,9 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             let details = vec![format!("scale {}", warm.scale), format!("floor {}", warm.floor)];
             (call("temperature"), details)
         }
-        Kind::Attention { .. } | Kind::Select { .. } | Kind::Chosen => said_of_attention(operation, reads),
+        Kind::Attention { .. } | Kind::Select { .. } | Kind::Chosen | Kind::Pool(_) => {
+            said_of_attention(operation, reads)
+        }
         Kind::Convolve { .. }
         | Kind::Decay(_)
         | Kind::Step(_)
@@ -316,6 +319,7 @@ fn said_of_attention(operation: &Operation<'_>, reads: &[String]) -> (String, Ve
             (call("attention"), details)
         }
         Kind::Select { shape, shared } => (call("select"), said_of_choice(shape, *shared)),
+        Kind::Pool(_) => (call("pool"), Vec::new()),
         Kind::Chosen => ("what the last indexer chose".to_owned(), Vec::new()),
         _ => unreachable!("one of these"),
     }
@@ -337,6 +341,7 @@ fn said_of_state(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<St
                 details,
             )
         }
+        Kind::Decay(Decay { lower: Some(lower), .. }) => (call("decay"), vec![format!("no less than {lower}")]),
         Kind::Decay(decay) => (call("decay"), said_of_steps(decay)),
         Kind::Step(decay) => (call("step"), said_of_steps(decay)),
         Kind::Skip { .. } => (format!("{} + skip * {}", reads[0], reads[1]), Vec::new()),
@@ -359,9 +364,6 @@ fn said_of_state(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<St
 }
 
 fn said_of_steps(decay: &Decay) -> Vec<String> {
-    if let Some(bound) = decay.bound {
-        return vec![format!("at least {bound}")];
-    }
     let [least, most] = decay.limits;
     match decay.limits == Decay::UNLIMITED {
         true => Vec::new(),

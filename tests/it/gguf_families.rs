@@ -79,6 +79,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("mistral4_vision", "YaRN with beta_fast"),
     ("ernie4_5_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
     ("ernie4_5_moe_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
+    ("glm5_next_unbounded", "cannot be written as GGUF"),
+    ("glm5_next_vision", "cannot be written as GGUF"),
     ("glm4_moe_grouped", "this way of limiting experts to groups"),
     ("granitemoeshared_unshared", "a feed-forward layer with a gate of gelu"),
     ("solar_open_grouped", "this way of limiting experts to groups"),

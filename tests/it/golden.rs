@@ -143,6 +143,7 @@ fn linears_read_what_they_read_in_transformers() {
         "deepseek_v32_published",
         "kimi_linear_plain",
         "hy_v4_published",
+        "glm5_next_vision",
         "qwen3_next_further",
         "qwen3_5_text_further",
         "deepseek_v3_shared",

@@ -171,6 +171,12 @@ fn what_decides_about_much_stays_whole_and_is_named() {
             vec!["b_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj"],
         ),
         ("minimax_m3_vl_published", "language_model.model.layers.1.self_attn", vec!["index_q_proj", "index_k_proj"]),
+        (
+            "glm5_next_vision",
+            "model.language_model.layers.0.self_attn",
+            vec!["b_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj"],
+        ),
+        ("glm5_next_vision", "model.language_model.layers.2.self_attn.indexer", vec!["wq_b", "wk", "weights_proj"]),
         ("hy_v4_published", "model.layers.1.self_attn.indexer", vec!["wq_b", "wk", "weights_proj"]),
         ("longcat_flash_published", "model.layers.0.mlp", vec!["router.classifier"]),
     ] {

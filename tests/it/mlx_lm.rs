@@ -126,6 +126,8 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("gemma4_text_trained", Told(OPEN)),
     ("gemma4_unified_vision", Told(OPEN)),
     ("gemma4_vision", Told(OPEN)),
+    ("glm5_next_unbounded", Told(UNKNOWN)),
+    ("glm5_next_vision", Told(UNKNOWN)),
     ("glm_moe_dsa_plain", Told("without their scales")),
     ("glm_moe_dsa_shared", Told("without their scales")),
     ("kimi_k25_vision", Told("without their scales")),

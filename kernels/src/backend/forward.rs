@@ -64,6 +64,9 @@ pub struct IndexShape {
     /// Each head chooses for as many heads of attention (MiniMax M3); otherwise their scores, as far as they are positive, are weighed and summed
     /// up (DeepSeek).
     pub apart: bool,
+    /// A block has one key, which stands at its last token, and only whole blocks are chosen, one fewer than `count`; that of the query is seen
+    /// besides until it is whole (GLM-5.3).
+    pub pooled: bool,
 }
 
 impl IndexShape {
@@ -84,7 +87,12 @@ impl IndexShape {
 
     /// Whether nothing is left out of a sequence of so many tokens.
     pub fn sees_all(&self, length: usize) -> bool {
-        length <= self.tokens()
+        length + usize::from(self.pooled) <= self.tokens()
+    }
+
+    /// Blocks that are chosen for the query at `position`, its own among them where it is seen in any case.
+    pub fn chosen(&self, position: usize) -> usize {
+        self.count - usize::from(self.pooled && (position + 1).is_multiple_of(self.block))
     }
 }
 
@@ -451,6 +459,20 @@ pub trait Forward: Memory {
     /// `x ← −rates · clamp(ln(1 + exp(x + bias)))`: logarithms of decays, for each column a rate and a bias; `limits` are the least and the
     /// most that a step may be.
     fn decays(&self, x: &mut Self::Matrix, rates: &[f32], bias: &[f32], limits: [f32; 2]) -> Result<()>;
+    /// `x ← lower · σ(rates · (x + bias))`: logarithms of decays that are no less than `lower`, which is negative.
+    fn bounded_decays(&self, x: &mut Self::Matrix, rates: &[f32], bias: &[f32], lower: f32) -> Result<()>;
+    /// What blocks of tokens have in common: at the last token of each whole block of `block` tokens of a sequence every channel of `x` summed up over
+    /// the block, with the softmax over it of `gates + places` as weights; 0 at all other tokens.
+    ///
+    /// `x` and `gates` are `[tokens, channels]`, `places` `[block, channels]`, row by row.
+    fn pool_blocks(
+        &self,
+        x: &Self::Matrix,
+        gates: &Self::Matrix,
+        places: &[f32],
+        block: usize,
+        lengths: &[usize],
+    ) -> Result<Self::Matrix>;
     /// The gated delta rule over each sequence: `S ← exp(decay) · S`, by rows where channels decay by themselves, then
     /// `S ← S + k · β(v − Sᵀk)ᵀ`, then `out = scale · Sᵀq`, for each head a state `S` `[key_dim, value_dim]` that is 0 before the first
     /// token of a sequence. Where the shape does not say that it replaces, `S ← S + k · βvᵀ` (Mamba 2).

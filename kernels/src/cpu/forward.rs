@@ -10,11 +10,11 @@ use crate::backend::{
 };
 use crate::checks::{
     expect, expect_alone, expect_attention, expect_choice, expect_convolution, expect_delta, expect_hyper,
-    expect_index, expect_limit, expect_multiple, expect_rotation, expect_streams, expect_weights,
+    expect_index, expect_limit, expect_multiple, expect_pool, expect_rotation, expect_streams, expect_weights,
 };
 use crate::ops::{
-    activation, add, attention, bf16, convolve, delta, heads, hyper, linear, norm, rope, round_activations, softcap,
-    sparse, streams,
+    activation, add, attention, bf16, convolve, delta, heads, hyper, linear, norm, pool, rope, round_activations,
+    softcap, sparse, streams,
 };
 use crate::{Error, Result};
 
@@ -236,6 +236,26 @@ impl Forward for Cpu {
         expect("decays", "bias values", x.ncols(), bias.len())?;
         delta::decays(x, rates, bias, limits);
         Ok(())
+    }
+
+    fn bounded_decays(&self, x: &mut Array2<f32>, rates: &[f32], bias: &[f32], lower: f32) -> Result<()> {
+        expect("bounded_decays", "rates", x.ncols(), rates.len())?;
+        expect("bounded_decays", "bias values", x.ncols(), bias.len())?;
+        delta::bounded_decays(x, rates, bias, lower);
+        Ok(())
+    }
+
+    fn pool_blocks(
+        &self,
+        x: &Array2<f32>,
+        gates: &Array2<f32>,
+        places: &[f32],
+        block: usize,
+        lengths: &[usize],
+    ) -> Result<Array2<f32>> {
+        let of = |m: &Array2<f32>| [m.nrows(), m.ncols()];
+        expect_pool(of(x), of(gates), places, block, lengths)?;
+        Ok(pool::run(x.view(), gates.view(), places, block, lengths))
     }
 
     fn delta_rule(

@@ -423,6 +423,21 @@ impl Forward for Cuda {
         self.decayed(x, rates, bias, limits)
     }
 
+    fn bounded_decays(&self, x: &mut Matrix, rates: &[f32], bias: &[f32], lower: f32) -> Result<()> {
+        self.bounded(x, rates, bias, lower)
+    }
+
+    fn pool_blocks(
+        &self,
+        x: &Matrix,
+        gates: &Matrix,
+        places: &[f32],
+        block: usize,
+        lengths: &[usize],
+    ) -> Result<Matrix> {
+        self.pooled(x, gates, places, block, lengths)
+    }
+
     fn delta_rule(
         &self,
         qkv: [&Matrix; 3],

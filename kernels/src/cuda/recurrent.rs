@@ -70,6 +70,16 @@ impl Cuda {
         self.each(&RECURRENT, "decays", x.rows * x.cols, &args)
     }
 
+    pub(super) fn bounded(&self, x: &mut Matrix, rates: &[f32], bias: &[f32], lower: f32) -> Result<()> {
+        expect("bounded_decays", "rates", x.cols, rates.len())?;
+        expect("bounded_decays", "bias values", x.cols, bias.len())?;
+        let (rates, bias) = (self.send(rates)?, self.send(bias)?);
+        let pins = (x.buffer.pin()?, rates.pin()?, bias.pin()?);
+        let sizes = [(x.rows as i64).into(), (x.cols as i32).into(), lower.into()];
+        let args = [&[pins.0.arg(), pins.1.arg(), pins.2.arg()][..], &sizes].concat();
+        self.each(&RECURRENT, "bounded_decays", x.rows * x.cols, &args)
+    }
+
     pub(super) fn recur(
         &self,
         [q, k, v]: [&Matrix; 3],

@@ -3,7 +3,8 @@
 use super::{Address, Cuda, Matrix, Module, Operand, Operands, Product, Real, at};
 use crate::Result;
 use crate::backend::{AttentionShape, IndexShape, Memory};
-use crate::checks::{expect_choice, expect_index};
+use crate::checks::{expect_choice, expect_index, expect_pool};
+use crate::ops::pool::starts;
 
 pub(super) static SPARSE: Module = Module { name: "sparse", source: include_str!("../ops/sparse.cu") };
 
@@ -106,8 +107,39 @@ impl Cuda {
             (shape.count as i32).into(),
             (shape.block as i32).into(),
             (shape.local.min(i32::MAX as usize / 2) as i32).into(),
+            i32::from(shape.pooled).into(),
         ];
         self.grid(&SPARSE, "choose", [count, 1, 1], CHOOSING, 0, &args)
+    }
+
+    pub(super) fn pooled(
+        &self,
+        x: &Matrix,
+        gates: &Matrix,
+        places: &[f32],
+        block: usize,
+        lengths: &[usize],
+    ) -> Result<Matrix> {
+        expect_pool([x.rows, x.cols], [gates.rows, gates.cols], places, block, lengths)?;
+        let out = self.zeros(x.rows, x.cols)?;
+        let starts: Vec<u32> = starts(block, lengths).into_iter().map(|start| start as u32).collect();
+        let (sent, count) = (self.send(&starts)?, starts.len());
+        let places = self.send(places)?;
+        let pins =
+            (out.buffer.pin()?, x.buffer.pin_to_read()?, gates.buffer.pin_to_read()?, places.pin()?, sent.pin()?);
+        let args = [
+            pins.0.arg(),
+            pins.1.arg(),
+            pins.2.arg(),
+            pins.3.arg(),
+            pins.4.arg(),
+            (count as i64).into(),
+            (x.cols as i32).into(),
+            (block as i32).into(),
+        ];
+        self.each(&SPARSE, "pool_blocks", count * x.cols, &args)?;
+        drop(pins);
+        Ok(out)
     }
 
     pub(super) fn attend_to(

@@ -327,6 +327,15 @@ pub fn decays(x: &mut Array2<f32>, rates: &[f32], bias: &[f32], [least, most]: [
     }
 }
 
+/// `x ← lower · σ(rate · (x + bias))`, a rate and a bias for each column.
+pub fn bounded_decays(x: &mut Array2<f32>, rates: &[f32], bias: &[f32], lower: f32) {
+    for mut row in x.rows_mut() {
+        for ((x, rate), bias) in row.iter_mut().zip(rates).zip(bias) {
+            *x = lower / (1.0 + exp(-(rate * (*x + bias))));
+        }
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use proptest::prelude::*;
@@ -412,6 +421,18 @@ pub(crate) mod tests {
                 let slow = reference([q, k, v], decay, beta, &shape, &[200]);
                 close(fast.as_slice().unwrap(), slow.as_slice().unwrap(), 3e-6);
             }
+        }
+    }
+
+    #[test]
+    fn bounded_decays_agree_with_the_plain_form() {
+        let mut x = Array2::from_shape_fn((41, 2), |(row, _)| row as f32 * 0.5 - 10.0);
+        let before = x.clone();
+        bounded_decays(&mut x, &[1.0, 7.5], &[0.0, -0.25], -5.0);
+        for ((row, col), found) in x.indexed_iter() {
+            let shifted = (f64::from(before[[row, col]]) + [0.0, -0.25][col]) * [1.0, 7.5][col];
+            let expected = -5.0 / (1.0 + (-shifted).exp());
+            assert!((f64::from(*found) - expected).abs() <= 3e-6 * expected.abs() + 1e-30, "{found}, not {expected}");
         }
     }
 

@@ -23,6 +23,7 @@ pub mod low_rank;
 pub mod norm;
 #[cfg(test)]
 mod plain;
+pub mod pool;
 pub mod refine;
 pub mod rope;
 pub mod round;

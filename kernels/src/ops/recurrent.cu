@@ -30,6 +30,16 @@ KERNEL(decays)(float *x, const float *rates, const float *bias, i64 rows, int co
 }
 EXPORT(decays)
 
+// x ← lower · σ(rates · (x + bias)), for each column a rate and a bias.
+KERNEL(bounded_decays)(float *x, const float *rates, const float *bias, i64 rows, int cols, float lower) {
+    i64 count = rows * cols;
+    for (i64 i = global_index(); i < count; i += global_stride()) {
+        int col = (int)(i % cols);
+        x[i] = lower / sigmoid_of(rates[col] * (x[i] + bias[col]));
+    }
+}
+EXPORT(bounded_decays)
+
 // The most values of a state's column that one thread holds.
 #define HELD 32
 

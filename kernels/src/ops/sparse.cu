@@ -33,19 +33,23 @@ __device__ __forceinline__ int block_sum(int value, int *room) {
 // the best scores, in `out` from (first + blockIdx.x) · width + offset on, ascending; −1 where fewer are there. 256 threads take a stretch of the blocks
 // each. The threshold is found bit by bit: the largest number that `count` blocks reach. Of the blocks that equal it the first are taken.
 KERNEL(__launch_bounds__(256) choose)(
-    float *out, const float *scores, i64 first, int position, i64 keys, int width, int offset, int count, int block,
-    int local) {
+    float *out, const float *scores, i64 first, int position, i64 keys, int width, int offset, int slots, int block,
+    int local, int pooled) {
     __shared__ int room[8];
     __shared__ int above[256], equal[256];
     int row = blockIdx.x, query = position + row, there = query / block + 1, thread = threadIdx.x;
     float *to = out + (first + row) * width + offset;
     const float *from = scores + row * keys;
+    // Of blocks with one key, only those that are whole are chosen, and one that is not is seen besides.
+    int count = slots - (pooled && (query + 1) % block == 0);
+    if (count < slots && thread == 0) to[slots - 1] = -1.0f;
     if (there <= count) {
         for (int i = thread; i < count; i += 256) to[i] = i < there ? (float)i : -1.0f;
     } else {
         int share = (there + 255) / 256, begin = min(thread * share, there), end = min(begin + share, there);
         auto best = [&](int index) -> u32 {
             if (index + local >= there) return 0xFFFFFFFFu;
+            if (pooled) return (index + 1) * block > query + 1 ? 0xFFFFFFFFu : ordered(from[(index + 1) * block - 1] + 0.0f);
             float top = -INFINITE;
             for (int key = index * block; key < min((index + 1) * block, query + 1); key++) top = fmaxf(top, from[key]);
             // −0 is no less than 0.
@@ -140,3 +144,21 @@ KERNEL(attend_chosen)(
         if (writes && col + c * WARP < value_dim) out[task * value_dim + col + c * WARP] = mixed[c] * whole;
 }
 EXPORT(attend_chosen)
+
+// out[last token of a block, c] = Σ softmax(gates + places)[t, c] · x[t, c] over its tokens; a thread for each block and channel.
+KERNEL(pool_blocks)(float *out, const float *x, const float *gates, const float *places, const u32 *starts, i64 blocks, int channels, int block) {
+    i64 count = blocks * channels;
+    for (i64 i = global_index(); i < count; i += global_stride()) {
+        int channel = (int)(i % channels);
+        i64 at = (i64)starts[i / channels] * channels + channel;
+        float top = -INFINITE, sum = 0.0f, total = 0.0f;
+        for (int t = 0; t < block; t++) top = fmaxf(top, gates[at + (i64)t * channels] + places[t * channels + channel]);
+        for (int t = 0; t < block; t++) {
+            float power = exp_as_cpu(gates[at + (i64)t * channels] + places[t * channels + channel] - top);
+            total += power;
+            sum += power * x[at + (i64)t * channels];
+        }
+        out[at + (i64)(block - 1) * channels] = sum / total;
+    }
+}
+EXPORT(pool_blocks)

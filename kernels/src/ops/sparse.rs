@@ -28,7 +28,7 @@ fn scores(
     shape: &IndexShape,
     [start, query, group]: [usize; 3],
 ) -> Vec<f64> {
-    let IndexShape { heads, head_dim, scale, block, local, .. } = *shape;
+    let IndexShape { heads, head_dim, scale, block, local, pooled, .. } = *shape;
     let score = |head: usize, key: usize| {
         let (a, b) = (q.row(start + query), k.row(start + key));
         let products = (0..head_dim).map(|d| f64::from(a[head * head_dim + d]) * f64::from(b[d]));
@@ -42,9 +42,13 @@ fn scores(
         }
     };
     let own = query / block;
-    let best = |index: usize| match index + local > own {
-        true => f64::INFINITY,
-        false => (index * block..((index + 1) * block).min(query + 1)).map(of).fold(f64::NEG_INFINITY, f64::max),
+    let best = |index: usize| match (index + local > own, pooled) {
+        (true, _) => f64::INFINITY,
+        (_, true) if (index + 1) * block > query + 1 => f64::INFINITY,
+        (_, true) => of((index + 1) * block - 1),
+        (false, false) => {
+            (index * block..((index + 1) * block).min(query + 1)).map(of).fold(f64::NEG_INFINITY, f64::max)
+        }
     };
     (0..=own).map(best).collect()
 }
@@ -65,7 +69,7 @@ pub fn select_reference(
                 let scores = scores(q, k, weights, shape, [start, query, group]);
                 let mut order: Vec<usize> = (0..scores.len()).collect();
                 order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
-                order.truncate(shape.count);
+                order.truncate(shape.chosen(query));
                 order.sort_unstable();
                 for (place, index) in order.into_iter().enumerate() {
                     out[[start + query, group * shape.count + place]] = index as f32;
@@ -172,8 +176,8 @@ impl Scored {
 
     /// Writes which blocks the query at `position` sees, row `row` of scores of `keys` tokens.
     fn choose(&mut self, row: usize, position: usize, keys: usize, shape: &IndexShape, to: &mut [f32]) {
-        let IndexShape { count, block, local, .. } = *shape;
-        let there = position / block + 1;
+        let IndexShape { block, local, pooled, .. } = *shape;
+        let (count, there) = (shape.chosen(position), position / block + 1);
         if there <= count {
             to[..there].iter_mut().enumerate().for_each(|(index, to)| *to = index as f32);
             return;
@@ -182,7 +186,13 @@ impl Scored {
         self.blocks.clear();
         // −0 is no less than 0.
         let best = |block: &[f32]| block.iter().copied().fold(f32::NEG_INFINITY, f32::max) + 0.0;
-        self.blocks.extend(scores.chunks(block).map(best));
+        match pooled {
+            // A block that is not whole is seen whatever its score would be.
+            true => self.blocks.extend(
+                scores.chunks(block).map(|of| if of.len() == block { of[block - 1] + 0.0 } else { f32::INFINITY }),
+            ),
+            false => self.blocks.extend(scores.chunks(block).map(best)),
+        }
         self.blocks[there - local.min(there)..].fill(f32::INFINITY);
         self.order.clear();
         self.order.extend(0..there);
@@ -431,7 +441,7 @@ pub(crate) mod tests {
     /// Heads that choose together, or each its own blocks.
     pub fn shape(heads: usize, head_dim: usize, count: usize, block: usize, apart: bool) -> IndexShape {
         let local = if apart { 1 } else { 0 };
-        IndexShape { heads, head_dim, scale: 0.5, count, block, local, apart }
+        IndexShape { heads, head_dim, scale: 0.5, count, block, local, apart, pooled: false }
     }
 
     fn check(index: IndexShape, of: [usize; 4], lengths: &[usize], seed: u64) {
@@ -474,7 +484,10 @@ pub(crate) mod tests {
             lengths in prop::collection::vec(prop_oneof![0usize..5, 60usize..70, 120usize..200], 1..4), seed: u64,
         ) {
             let heads = if apart { kv_heads } else { heads };
-            check(shape(heads, dim, count, block, apart), [kv_heads, of_each, head_dim, value_dim], &lengths, seed);
+            let shape = shape(heads, dim, count, block, apart);
+            check(shape, [kv_heads, of_each, head_dim, value_dim], &lengths, seed);
+            let pooled = IndexShape { count: count + 1, local: 0, pooled: true, ..shape };
+            check(pooled, [kv_heads, of_each, head_dim, value_dim], &lengths, seed);
         }
     }
 
@@ -503,6 +516,18 @@ pub(crate) mod tests {
             all.as_slice().unwrap(),
             2e-6,
         );
+    }
+
+    #[test]
+    fn a_block_is_chosen_once_it_is_whole_and_its_own_seen_until_then() {
+        let shape = IndexShape { pooled: true, ..shape(1, 1, 2, 2, false) };
+        let (q, weights) = (Array2::ones((6, 1)), Array2::ones((6, 1)));
+        // Only keys at the ends of blocks count.
+        let k = ndarray::arr2(&[[9.0f32], [1.0], [9.0], [3.0], [9.0], [2.0]]);
+        let chosen = select(q.view(), k.view(), Some(weights.view()), &shape, &[6]);
+        let expected = [[0.0, -1.0], [0.0, -1.0], [0.0, 1.0], [1.0, -1.0], [1.0, 2.0], [1.0, -1.0]];
+        assert_eq!(chosen, ndarray::arr2(&expected));
+        assert!(shape.sees_all(3) && !shape.sees_all(4));
     }
 
     #[test]

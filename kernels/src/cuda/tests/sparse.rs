@@ -2,7 +2,8 @@
 
 use super::super::Operands;
 use super::on_all;
-use crate::backend::{AttentionShape, Forward, Memory};
+use crate::backend::{AttentionShape, Forward, IndexShape, Memory};
+use crate::ops::pool;
 use crate::ops::sparse::tests::{shape, whole};
 use crate::ops::sparse::{attend_reference, select_reference};
 use crate::ops::testing::{Noise, close};
@@ -30,6 +31,7 @@ fn choices_and_attention_to_them_agree_with_the_plain_loop() {
         (shape(2, 4, 40, 1, false), attention(1, 1, 24, 33), vec![70]),
         (shape(1, 1, 1, 1, false), attention(4, 2, 6, 130), vec![9, 3]),
         (shape(2, 6, 2, 4, true), attention(4, 2, 8, 8), vec![37, 5]),
+        (IndexShape { pooled: true, ..shape(3, 8, 3, 4, false) }, attention(2, 2, 5, 3), vec![37, 0, 3, 12, 16]),
         // More than one block for each thread.
         (shape(2, 3, 60, 1, false), attention(1, 1, 4, 4), vec![300]),
     ] {
@@ -92,4 +94,30 @@ fn what_does_not_fit_is_refused_and_nothing_is_no_work() {
         assert!(attend(4, AttentionShape { window: Some(3), ..four }).is_err());
         assert!(attend(4, AttentionShape { softcap: Some(3.0), ..four }).is_err());
     });
+}
+
+#[test]
+fn pooled_blocks_and_bounded_decays_agree_with_the_plain_loop() {
+    let mut noise = Noise(5);
+    for (channels, block, lengths) in [(5, 4, vec![9, 0, 3, 8]), (40, 1, vec![3]), (7, 16, vec![5, 40])] {
+        let tokens = lengths.iter().sum();
+        let (x, gates) = (noise.matrix(tokens, channels), noise.matrix(tokens, channels) * 2.0);
+        let [places, rates, bias] = [block * channels, channels, channels]
+            .map(|count| (0..count).map(|_| noise.next().abs()).collect::<Vec<f32>>());
+        let found = on_all(|cuda| {
+            let [a, b] = [&x, &gates].map(|m| cuda.upload(m.clone()).unwrap());
+            let pooled = cuda.pool_blocks(&a, &b, &places, block, &lengths).unwrap();
+            let mut decays = cuda.upload(gates.clone()).unwrap();
+            cuda.bounded_decays(&mut decays, &rates, &bias, -5.0).unwrap();
+            assert!(cuda.pool_blocks(&a, &b, &places[1..], block, &lengths).is_err());
+            assert!(cuda.bounded_decays(&mut decays, &rates[1..], &bias, -5.0).is_err());
+            [pooled, decays].map(|m| cuda.download(&m).unwrap())
+        });
+        let Some([pooled, decays]) = found else { return };
+        let expected = pool::reference(x.view(), gates.view(), &places, block, &lengths);
+        close(pooled.as_slice().unwrap(), expected.as_slice().unwrap(), 2e-6);
+        let mut expected = gates.clone();
+        crate::ops::delta::bounded_decays(&mut expected, &rates, &bias, -5.0);
+        close(decays.as_slice().unwrap(), expected.as_slice().unwrap(), 2e-6);
+    }
 }
