@@ -282,6 +282,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture { id: "mimo2", families: &["mimo_v2_flash"], head: Need::Must, windows: true, ..PLAIN },
     Architecture { id: "kimi-linear", families: &["kimi_linear"], head: Need::Must, latent: true, ..PLAIN },
+    Architecture { id: "bailingmoe3", families: &["bailing_hybrid"], neighbours: true, latent: true, ..PLAIN },
     Architecture { id: "glm-dsa", families: &["glm_moe_dsa"], neighbours: true, latent: true, ..PLAIN },
     Architecture {
         id: "gpt-oss",

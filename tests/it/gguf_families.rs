@@ -40,8 +40,7 @@ pub fn write(model: &Path, output: &Path, settings: &str) -> quantc::Result<Repo
 
 /// What llama.cpp has no architecture for, or no setting, and what the refusal says.
 const REFUSED: &[(&str, &str)] = &[
-    ("bailing_hybrid_plain", "cannot be written as GGUF"),
-    ("bailing_hybrid_published", "cannot be written as GGUF"),
+    ("bailing_hybrid_plain", "linear attention whose channels decay each by itself"),
     ("apertus_biases", "cannot be written as GGUF"),
     ("apertus_plain", "cannot be written as GGUF"),
     ("apertus_relu", "cannot be written as GGUF"),
