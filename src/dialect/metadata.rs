@@ -270,7 +270,7 @@ fn heads_by_layer(out: &mut Written, graph: &Graph, layers: &Layers<'_>, archite
     }
     // Layers with a state are told by there being no keys, and those with a window by there being more.
     let keys: Option<fn(&Attention) -> usize> = match id {
-        "kimi-linear" => Some(|_| 1),
+        "kimi-linear" | "bailingmoe3" => Some(|_| 1),
         "mimo2" => Some(|attention| attention.shape.kv_heads),
         _ => None,
     };
@@ -616,7 +616,8 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
                 out.count(key("expert_group_used_count"), groups.kept)?;
             }
         }
-        let latent = matches!(id, "deepseek2" | "deepseek32" | "glm-dsa" | "hy_v4" | "kimi-linear" | "mistral4");
+        let latent =
+            matches!(id, "deepseek2" | "deepseek32" | "glm-dsa" | "hy_v4" | "kimi-linear" | "bailingmoe3" | "mistral4");
         if latent || matches!(id, "afmoe" | "glm4moe" | "exaone-moe" | "hy_v3" | "dots1" | "cohere2moe") {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
             out.count(key("expert_shared_count"), shared)?;

@@ -60,8 +60,8 @@ pub struct Part {
     pub offset: f32,
     /// What every value is multiplied by then.
     pub factor: f32,
-    /// The file has `−exp(x)` of every value `x`: rates of decay, whose logarithms the model has.
-    pub rates: bool,
+    /// The file has this times `exp(x)` of every value `x`, 1 or −1: rates of decay, whose logarithms the model has.
+    pub rates: Option<f32>,
 }
 
 /// What a part is taken from.
@@ -101,7 +101,7 @@ impl From {
 impl Part {
     /// All of something, as it is.
     pub fn whole(from: From) -> Part {
-        Part { from, rows: None, transposed: false, columns: None, offset: 0.0, factor: 1.0, rates: false }
+        Part { from, rows: None, transposed: false, columns: None, offset: 0.0, factor: 1.0, rates: None }
     }
 
     fn some(from: From, rows: Option<Vec<usize>>) -> Part {
@@ -116,15 +116,15 @@ impl Part {
         if self.factor != 1.0 {
             values.iter_mut().for_each(|x| *x *= self.factor);
         }
-        if self.rates {
-            values.iter_mut().for_each(|x| *x = -x.exp());
+        if let Some(sign) = self.rates {
+            values.iter_mut().for_each(|x| *x = sign * x.exp());
         }
     }
 
     /// Makes of the file's values those of the model.
     pub fn decode(&self, values: &mut [f32]) {
-        if self.rates {
-            values.iter_mut().for_each(|x| *x = (-*x).ln());
+        if let Some(sign) = self.rates {
+            values.iter_mut().for_each(|x| *x = (sign * *x).ln());
         }
         if self.factor != 1.0 {
             values.iter_mut().for_each(|x| *x /= self.factor);
@@ -136,7 +136,7 @@ impl Part {
 
     /// Whether values lie in the file as they are in the model, but for the rows that they are in.
     pub fn is_plain(&self) -> bool {
-        !self.transposed && self.columns.is_none() && self.offset == 0.0 && self.factor == 1.0 && !self.rates
+        !self.transposed && self.columns.is_none() && self.offset == 0.0 && self.factor == 1.0 && self.rates.is_none()
     }
 
     /// Rows and width in the file; a vector is one row.
@@ -393,7 +393,7 @@ impl Lister {
         let Attention { projections, shape, .. } = attention;
         let architecture = self.architecture;
         if let Some(gate) = &attention.head_gate {
-            if architecture.id != "step35" {
+            if !matches!(architecture.id, "step35" | "bailingmoe3") {
                 return Err(self.cannot("attention with a gate for each head"));
             }
             self.linear(&format!("{at}.attn_gate"), gate, None, Need::Never)?;

@@ -281,6 +281,7 @@ impl Settings {
             ("deepseek32", _) => ("deepseek_v32", "DeepseekV32ForCausalLM", "silu"),
             ("step35", true) if self.sigmoid(true)? => ("step3p5", "Step3p5ForCausalLM", "silu"),
             ("mimo2", true) => ("mimo_v2_flash", "MiMoV2FlashForCausalLM", "silu"),
+            ("bailingmoe3", true) => ("bailing_hybrid", "BailingHybridForCausalLM", "silu"),
             ("kimi-linear", _) => ("kimi_linear", "KimiLinearForCausalLM", "silu"),
             ("hy_v4", _) => ("hy_v4", "HYV4ForCausalLM", "silu"),
             ("glm-dsa", _) => ("glm_moe_dsa", "GlmMoeDsaForCausalLM", "silu"),

@@ -127,7 +127,7 @@ mod tests {
         let with = |bound: f64| {
             let config = json!({
                 "model_type": "bailing_hybrid", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-                "num_attention_heads": 2, "head_dim": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+                "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
                 "kda_lower_bound": bound,
             });
             crate::families::build(&config).map(|_| ())

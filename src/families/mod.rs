@@ -610,7 +610,12 @@ impl Config<'_> {
 /// The largest count that is believed, so that nothing is laid out for numbers that no model has.
 fn most(key: &str) -> i64 {
     match () {
-        () if key.contains("intermediate") || key.contains("hidden") && !key.contains("layers") => 1 << 30,
+        () if key.contains("vocab")
+            || key.contains("intermediate")
+            || key.contains("hidden") && !key.contains("layers") =>
+        {
+            1 << 30
+        }
         () if key.contains("layer") || key.contains("head") || key.contains("mtp") || key.contains("nextn") => 1 << 16,
         () if key.contains("expert") || key.contains("moe_k") || key.contains("topk") => 1 << 14,
         () => 1 << 30,

@@ -41,8 +41,7 @@ pub fn write(model: &Path, output: &Path, settings: &str) -> quantc::Result<Repo
 /// What llama.cpp has no architecture for, or no setting, and what the refusal says.
 const REFUSED: &[(&str, &str)] = &[
     ("apertus_relu", "a feed-forward layer with relu"),
-    ("bailing_hybrid_plain", "cannot be written as GGUF"),
-    ("bailing_hybrid_published", "cannot be written as GGUF"),
+    ("bailing_hybrid_plain", "linear attention whose channels decay each by itself"),
     ("olmo_hybrid_nope", "cannot be written as GGUF"),
     ("olmo_hybrid_plain", "cannot be written as GGUF"),
     ("qwen3_5_text_tied", "linear attention with keys of 24 and values of 16"),

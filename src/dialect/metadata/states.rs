@@ -17,11 +17,19 @@ pub(super) fn recurrent(out: &mut Written, graph: &Graph, layers: &Layers<'_>, i
     }
     let Some((shape, convolution)) = layers.recurrent.first() else { return Ok(()) };
     out.count(key("ssm.conv_kernel"), convolution.taps)?;
-    if id == "kimi-linear" {
+    if matches!(id, "kimi-linear" | "bailingmoe3") {
         let heads = [shape.value_heads, layers.first.shape.heads];
         if heads[0] != heads[1] {
             let what = format!("{} heads of linear attention beside {} of attention", heads[0], heads[1]);
             return Err(names::cannot(id, what));
+        }
+        let bound = graph.blocks.iter().flat_map(|block| &block.steps).find_map(|step| match &step.layer {
+            Layer::Delta(delta) => delta.decay.bound,
+            _ => None,
+        });
+        if let Some(bound) = bound {
+            out.flag(key("kda.safe_gate"), true);
+            out.float(key("kda.gate_lower_bound"), bound);
         }
         return out.count(key("kda.head_dim"), shape.key_dim);
     }

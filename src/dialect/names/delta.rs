@@ -30,8 +30,8 @@ fn ordered(rows: Vec<usize>, order: Option<&Vec<usize>>) -> Vec<usize> {
 impl Lister {
     /// Fails for heads of queries and values that differ in width, which these classes do not know.
     pub(super) fn delta(&mut self, at: &str, delta: &DeltaNet) -> Result<()> {
-        if let Some(narrow) = &delta.narrow {
-            return self.channels(at, delta, narrow);
+        if delta.shape.by_channel {
+            return self.channels(at, delta);
         }
         let DeltaNet { inputs, rates, convolution, shape, decay, norm, out, .. } = delta;
         let tiled = self.architecture.tiled;
@@ -68,7 +68,7 @@ impl Lister {
             Part::some(From::Tensor(tensor.clone(), shape.clone()), by_head.clone())
         };
         self.push(format!("{at}.ssm_dt.bias"), vec![value_heads], vec![heads(&decay.bias)]);
-        self.push(format!("{at}.ssm_a"), vec![value_heads], vec![Part { rates: true, ..heads(&decay.rates) }]);
+        self.push(format!("{at}.ssm_a"), vec![value_heads], vec![Part { rates: Some(-1.0), ..heads(&decay.rates) }]);
         match &rates[..] {
             // Both of each head of keys together, as they are stored.
             [both] => self.linear(&format!("{at}.ssm_ba"), both, None, Need::Never)?,
@@ -84,23 +84,33 @@ impl Lister {
         self.bias(&format!("{at}.ssm_out"), &[(out, None)], Need::Never)
     }
 
-    /// Kimi Linear's, whose channels decay each by itself.
+    /// Kimi Linear's and Ling's, whose channels decay each by itself; the former's decays and gates are made by two linears each.
     ///
     /// Fails for heads of another number or width than the class has, and for convolutions with biases.
-    fn channels(&mut self, at: &str, delta: &DeltaNet, narrow: &Narrow) -> Result<()> {
-        let DeltaNet { inputs, rates, convolution, shape, decay, norm, out, .. } = delta;
+    fn channels(&mut self, at: &str, delta: &DeltaNet) -> Result<()> {
+        let DeltaNet { inputs, rates, narrow, convolution, shape, decay, norm, out, .. } = delta;
         let DeltaShape { value_heads, key_dim, value_dim, .. } = *shape;
-        let (Some([q, k, v]), [beta], [_, _, _]) = (inputs.first_chunk::<3>(), &rates[..], &convolution.tensors[..])
+        let (Some([q, k, v]), [beta, ..], [_, _, _]) =
+            (inputs.first_chunk::<3>(), &rates[..], &convolution.tensors[..])
         else {
             return Err(self.cannot("linear attention of this form"));
         };
-        if self.architecture.id != "kimi-linear" || key_dim != value_dim {
+        let class = match (narrow, decay.bound) {
+            (Some(_), None) => "kimi-linear",
+            (None, Some(_)) => "bailingmoe3",
+            _ => "",
+        };
+        if self.architecture.id != class || key_dim != value_dim {
             return Err(self.cannot("linear attention whose channels decay each by itself"));
         }
         for (name, linear) in [("attn_q", q), ("attn_k", k), ("attn_v", v), ("ssm_beta", beta), ("attn_output", out)] {
             self.linear(&format!("{at}.{name}"), linear, None, Need::Never)?;
         }
-        for (name, linears) in [("f", &narrow.decay), ("g", &narrow.gate)] {
+        let [decays, gates] = match narrow.as_deref() {
+            Some(Narrow { decay, gate }) => [&decay[..], &gate[..]],
+            None => [&rates[1..], &inputs[3..]],
+        };
+        for (name, linears) in [("f", decays), ("g", gates)] {
             for (part, linear) in ["a", "b"].into_iter().zip(linears) {
                 self.linear(&format!("{at}.ssm_{name}_{part}"), linear, None, Need::Never)?;
             }
@@ -115,7 +125,9 @@ impl Lister {
         }
         let whole = |(tensor, shape): &(String, Vec<usize>)| Part::whole(From::Tensor(tensor.clone(), shape.clone()));
         self.push(format!("{at}.ssm_dt.bias"), vec![value_heads * key_dim], vec![whole(&decay.bias)]);
-        let part = Part { rates: true, ..whole(&decay.rates) };
+        let sign = if decay.bound.is_some() { 1.0 } else { -1.0 };
+        let from = From::Tensor(decay.rates.0.clone(), vec![value_heads, 1]);
+        let part = Part { rates: Some(sign), ..Part::whole(from) };
         self.push(format!("{at}.ssm_a"), vec![value_heads, 1], vec![part]);
         self.norm(&format!("{at}.ssm_norm"), norm)
     }

@@ -28,7 +28,7 @@ impl Lister {
         self.convolution(&format!("{at}.ssm_conv1d"), convolution, true);
         let own = |tensor: &String, extents: &[usize]| Part::whole(From::Tensor(tensor.clone(), extents.to_vec()));
         self.push(format!("{at}.ssm_dt.bias"), vec![heads], vec![own(&decay.bias.0, &[heads])]);
-        let rates = Part { rates: true, ..own(&decay.rates.0, &[heads, 1]) };
+        let rates = Part { rates: Some(-1.0), ..own(&decay.rates.0, &[heads, 1]) };
         self.push(format!("{at}.ssm_a"), vec![heads, 1], vec![rates]);
         self.push(format!("{at}.ssm_d"), vec![heads, 1], vec![own(skip, &[heads, 1])]);
         if let Some(GroupNorm { norm, width, .. }) = norm {

@@ -58,6 +58,21 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("hy_v4", STREAMS),
     ("mimo2", &["attention.sliding_window", "attention.sliding_window_pattern", "expert_feed_forward_length"]),
     (
+        "bailingmoe3",
+        &[
+            "attention.kv_lora_rank",
+            "attention.key_length_mla",
+            "attention.value_length_mla",
+            "ssm.conv_kernel",
+            "kda.head_dim",
+            "kda.gate_lower_bound",
+            "expert_feed_forward_length",
+            "expert_shared_count",
+            "leading_dense_block_count",
+            "expert_gating_func",
+        ],
+    ),
+    (
         "kimi-linear",
         &[
             "attention.kv_lora_rank",

@@ -94,6 +94,7 @@ impl Settings {
                 values.into()
             }
             "kimi_linear" => self.kimi_linear(model)?,
+            "bailing_hybrid" => self.ling(model)?,
             "mimo_v2_flash" => self.mimo(model, used()?)?,
             "deepseek_v32" | "glm_moe_dsa" => self.indexed(model)?,
             "hy_v4" => self.hunyuan_4(model)?,
@@ -232,6 +233,33 @@ impl Settings {
         let Value::Object(mut values) = self.deepseek(model)? else { unreachable!("an object") };
         values.remove("rope_interleave");
         values.extend(self.indexers(model.layers)?);
+        Ok(values.into())
+    }
+
+    /// Ling's sizes of layers with a state, and which layers these are: those without keys.
+    fn ling(&self, model: &Hyperparameters) -> Result<Value> {
+        if self.flag("kda.safe_gate")? == Some(false) {
+            return Err(self.unsupported("decays without a bound, which llama.cpp refuses, cannot be read"));
+        }
+        let counts = self.counts("attention.head_count_kv", model.layers)?;
+        let kinds: Vec<&str> =
+            counts.iter().map(|count| if *count == 0 { "linear_attention" } else { "full_attention" }).collect();
+        let Value::Object(mut values) = self.deepseek(model)? else { unreachable!("an object") };
+        for own in
+            ["rope_interleave", "n_routed_experts", "q_lora_rank", "topk_method", "scoring_func", "moe_layer_freq"]
+        {
+            values.remove(own);
+        }
+        let sizes = json!({
+            "num_experts": model.experts,
+            "head_dim": self.required("kda.head_dim")?,
+            "short_conv_kernel_size": self.required("ssm.conv_kernel")?,
+            "layer_types": kinds,
+            "kda_safe_gate": true,
+            "kda_lower_bound": self.float("kda.gate_lower_bound")?,
+            "num_nextn_predict_layers": 0,
+        });
+        values.extend(sizes.as_object().cloned().unwrap_or_default());
         Ok(values.into())
     }
 
