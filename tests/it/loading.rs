@@ -129,8 +129,8 @@ fn what_transformers_cannot_load_packed_at_all_is_told() {
     assert!(!is_packed(&room.path("model-compressed-tensors"), modules[1]));
     // What is joined matters only where it is there.
     let conv = "model.layers.0.self_attn.q_conv1d";
-    write(&room.path("joined"), &json!({"model_type": "glm5_next_text"}), &[modules[0], conv]);
-    write(&room.path("without"), &json!({"model_type": "glm5_next_text"}), &modules[..1]);
+    write(&room.path("joined"), &json!({"model_type": "bailing_hybrid"}), &[modules[0], conv]);
+    write(&room.path("without"), &json!({"model_type": "bailing_hybrid"}), &modules[..1]);
     for (model, told) in [("joined", true), ("without", false)] {
         let (said, _) = quantize(&room, model, &LAYOUTS[0]);
         assert_eq!(said.contains("it cannot load this output"), told, "{said}");
