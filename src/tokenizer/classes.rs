@@ -37,6 +37,36 @@ pub fn otherwise(sources: &Sources, model_type: Option<&str>, json: &Value) -> O
     };
 
     let own = [&json["normalizer"], &json["pre_tokenizer"]].map(plain);
+    let (rules, unusual) = mix(known, sources, json["normalizer"].to_string().contains("\"precompiled_charsmap\""))?;
+    settings.extend(unusual);
+    if alike(own) != alike([plain(&rules[1]), plain(&rules[2])]) {
+        does.push("normalizes and divides texts".to_owned());
+    }
+    does.extend(other_pieces(&known["model"], sources, &json["model"]));
+    does.extend(other_marks(known, sources, &json["post_processor"]));
+    (!does.is_empty()).then(|| Otherwise { class: class.to_owned(), does, settings })
+}
+
+/// What a class does to texts, and what it says of its pieces.
+pub(super) struct Rules {
+    /// Its name, without `Fast`.
+    pub class: &'static str,
+    pub normalizer: &'static Value,
+    pub pre_tokenizer: &'static Value,
+    /// What stands in `model` of a tokenizer.json, beside vocabulary and merges.
+    pub model: &'static Value,
+}
+
+/// What transformers 5 makes of a vocabulary without a tokenizer.json; `None` where no class is known.
+pub(super) fn rules(sources: &Sources) -> Option<Rules> {
+    let name = plain_name(class(sources.class(), sources.model_type.as_deref(), false)?);
+    let (class, known) = KNOWN["classes"].as_object()?.get_key_value(name)?;
+    let (rules, _) = mix(known, sources, false)?;
+    Some(Rules { class, normalizer: &rules[1], pre_tokenizer: &rules[2], model: &known["model"] })
+}
+
+/// A class's rules for the settings that are not usual, and these; `table` says whether a file brings a table of characters along.
+fn mix(known: &'static Value, sources: &Sources, table: bool) -> Option<(&'static Value, Vec<String>)> {
     let mut mix = Map::new();
     for (key, usual) in known["settings"].as_object().into_iter().flatten() {
         let value = &sources.config[key];
@@ -44,8 +74,8 @@ pub fn otherwise(sources: &Sources, model_type: Option<&str>, json: &Value) -> O
             mix.insert(key.clone(), value.clone());
         }
     }
-    settings.extend(mix.iter().map(|(key, value)| format!("\"{key}\": {value}")));
-    if json["normalizer"].to_string().contains("\"precompiled_charsmap\"") {
+    let settings = mix.iter().map(|(key, value)| format!("\"{key}\": {value}")).collect();
+    if table {
         mix.insert("_spm_precompiled_charsmap".to_owned(), true.into());
     }
     let mut mixes = known["rules"].as_array().into_iter().flatten();
@@ -56,13 +86,7 @@ pub fn otherwise(sources: &Sources, model_type: Option<&str>, json: &Value) -> O
         mix.remove("_spm_precompiled_charsmap");
         known["rules"].as_array()?.iter().find(|rules| rules[0].as_object() == Some(&mix))
     });
-    let rules = rules.unwrap_or(usual);
-    if alike(own) != alike([plain(&rules[1]), plain(&rules[2])]) {
-        does.push("normalizes and divides texts".to_owned());
-    }
-    does.extend(other_pieces(&known["model"], sources, &json["model"]));
-    does.extend(other_marks(known, sources, &json["post_processor"]));
-    (!does.is_empty()).then(|| Otherwise { class: class.to_owned(), does, settings })
+    Some((rules.unwrap_or(usual), settings))
 }
 
 /// Whether a class says what tokens stand around texts.

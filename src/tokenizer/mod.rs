@@ -1,6 +1,6 @@
 //! A model's tokenizer, put together from every file that says something of it.
 //!
-//! The vocabulary is that of tokenizer.json, tokenizer.model, tekken.json, a list for tiktoken or a GGUF file. Tokens, names and flags also stand in
+//! The vocabulary is that of tokenizer.json, tokenizer.model, tekken.json, a list for tiktoken, vocab.json or a GGUF file. Tokens, names and flags also stand in
 //! tokenizer_config.json, special_tokens_map.json and added_tokens.json (`added`), chat templates in files of their own
 //! (`templates`). What comes out is one tokenizer.json with all of it, from which calibration, evaluation and the GGUF writer
 //! take their ids: those that transformers gives.
@@ -9,6 +9,7 @@ pub(crate) mod added;
 pub(crate) mod alphabet;
 pub(crate) mod classes;
 mod error;
+mod halves;
 mod ranked;
 pub(crate) mod sentencepiece;
 mod tekken;
@@ -109,7 +110,7 @@ pub(crate) struct Own {
 }
 
 impl TokenizerFiles {
-    /// Reads a folder: tokenizer.json or, without it, tokenizer.model, tekken.json or a list for tiktoken, and what lies beside.
+    /// Reads a folder: tokenizer.json or, without it, tokenizer.model, tekken.json, a list for tiktoken or vocab.json with merges.txt, and what lies beside.
     ///
     /// `model_type` is what config.json calls the model. Fails for a file that cannot be read or does not fit the others; `None` where there
     /// is none of them.

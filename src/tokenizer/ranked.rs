@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::added::{Added, Sources};
 use super::alphabet::spelt;
-use super::{Own, tekken, tiktoken};
+use super::{Own, halves, tekken, tiktoken};
 use crate::error::Result;
 
 /// Bytes of the longest token that is believed in; the longest known have 256, and all ways to join one are tried.
@@ -33,16 +33,18 @@ pub(super) struct Found {
     pub notes: Vec<String>,
 }
 
-/// The tokenizer of a folder without tokenizer.json that has a list. `None` where there is none, where the model is none whose way of
+/// The tokenizer of a folder without tokenizer.json that has a list, or a vocabulary and merges. `None` where there is none, where the model is none whose way of
 /// dividing texts is known ([`tiktoken::unknown`]), and where tokenizer.model is one of SentencePiece. Fails for a list that is broken.
 pub(super) fn tokenizer(folder: &Path, settings: &Sources) -> Result<Option<Found>> {
     if folder.join(super::sentencepiece::FILE).exists() {
         return tiktoken::in_place_of_pieces(folder, settings);
     }
-    match tekken::tokenizer(folder, settings)? {
-        None => tiktoken::tokenizer(folder, settings),
-        found => Ok(found),
+    for read in [tekken::tokenizer, tiktoken::tokenizer, halves::tokenizer] {
+        if let Some(found) = read(folder, settings)? {
+            return Ok(Some(found));
+        }
     }
+    Ok(None)
 }
 
 /// Bytes of tokens, by rank, as they are gathered.

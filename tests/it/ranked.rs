@@ -309,3 +309,48 @@ fn damage_is_found_before_any_text_is_split() {
         assert!(usable > 0 && usable < 120, "{name}: {usable}");
     }
 }
+
+/// The built-in model with vocab.json and merges.txt (`tests/fixtures/make_halves.py`) instead of its own tokenizer.
+fn halves(room: &Room, model_type: &str, config: &Value) -> Model {
+    let model = room.model();
+    std::fs::remove_file(model.path("tokenizer.json")).unwrap();
+    for name in ["vocab.json", "merges.txt"] {
+        std::fs::copy(fixtures().with_file_name("halves").join(name), model.path(name)).unwrap();
+    }
+    room.file("model/tokenizer_config.json", config.to_string());
+    model.config(|config| config["model_type"] = model_type.into());
+    model
+}
+
+#[test]
+fn a_vocabulary_and_its_merges_are_what_the_class_makes_of_them() {
+    let golden = std::fs::read(fixtures().with_file_name("halves").join("golden.json")).unwrap();
+    let golden: Value = serde_json::from_slice(&golden).unwrap();
+    for case in golden["cases"].as_array().unwrap() {
+        let room = Room::new();
+        halves(&room, case["model_type"].as_str().unwrap(), &case["config"]);
+        let files = Checkpoint::open(&room.path("model")).unwrap().tokenizer().unwrap().unwrap();
+        for (text, expected) in golden["texts"].as_array().unwrap().iter().zip(case["ids"].as_array().unwrap()) {
+            let found = files.tokenizer.encode(text.as_str().unwrap(), true).unwrap();
+            assert_eq!(found, ids(expected), "{}, {text}", case["config"]);
+        }
+    }
+}
+
+#[test]
+fn a_broken_half_is_one_sentence() {
+    let room = Room::new();
+    let model = halves(&room, "llama", &json!({"tokenizer_class": "GPT2Tokenizer"}));
+    room.run(["eval", "model", "--windows", "1", "--quiet"]).succeeds();
+    for (file, content, words) in [
+        ("merges.txt", "#version: 0.2\na b\na\n", "merges.txt: line 3: not two tokens that are joined"),
+        ("merges.txt", "a \u{144}\n", "vocab.json"),
+        ("vocab.json", "[]", "vocab.json: it is no vocabulary"),
+        ("vocab.json", "{\"a\": -1}", "vocab.json: token `a` has no id"),
+    ] {
+        let good = std::fs::read(model.path(file)).unwrap();
+        std::fs::write(model.path(file), content).unwrap();
+        room.run(["eval", "model", "--windows", "1", "--quiet"]).refuses(1, &["model/", words]);
+        std::fs::write(model.path(file), good).unwrap();
+    }
+}
