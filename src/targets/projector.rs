@@ -13,8 +13,11 @@ use crate::output::Staging;
 use crate::report::projector_beside;
 
 /// What is to be written of a model, for a language model of this architecture, and what to say of it; neither for one that sees nothing.
-pub fn plan(source: &Checkpoint, architecture: &str) -> (Option<Projector>, Option<String>) {
-    match projector::plan(source, &preprocessor(source.path()), architecture) {
+pub fn plan(source: &Checkpoint, embedding: &str, architecture: &str) -> (Option<Projector>, Option<String>) {
+    // What is wrong with a tokenizer is told where the model's own file is planned.
+    let files = || source.tokenizer().ok().flatten();
+    let token = |name: &str| files()?.tokenizer.token_to_id(name);
+    match projector::plan(source, embedding, &token, &preprocessor(source.path()), architecture) {
         None => (None, None),
         Some(Ok(found)) => {
             let note = "what makes tokens of images is written beside the GGUF file, as mmproj-NAME: llama.cpp takes it with --mmproj";
@@ -57,7 +60,15 @@ pub fn write(projector: &Projector, source: &Checkpoint, staging: &Staging) -> R
     }
     let writer = GgufWriter::create(&path, projector.metadata.clone(), tensors(projector))?;
     for tensor in &projector.tensors {
-        let values = tensor.values(source.load(&tensor.from)?);
+        let values = match tensor.row() {
+            None => source.load(&tensor.from)?,
+            Some(row) => {
+                let mut values = vec![0.0; tensor.shape[0]];
+                source.load_rows(&tensor.from, &[row], &mut values)?;
+                values
+            }
+        };
+        let values = tensor.values(values);
         let mut bytes = vec![0; tensor.ty.row_bytes(values.len()).expect("numbers without blocks")];
         tensor.ty.encode(&values, &mut bytes).expect("numbers without blocks");
         writer.write(&tensor.gguf, &bytes)?;

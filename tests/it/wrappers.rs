@@ -43,6 +43,13 @@ fn wrappers() -> Vec<String> {
 fn model(name: &str) -> TempDir {
     let room = checkpoint(name);
     crate::gguf_families::spell(room.path());
+    // The eighth token ends rows of pictures.
+    let path = room.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let vocabulary = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    vocabulary.remove("(");
+    vocabulary.insert("[IMG_BREAK]".to_owned(), json!(7));
+    std::fs::write(path, tokenizer.to_string()).unwrap();
     for file in FILES {
         let path = room.path().join(file);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
@@ -170,6 +177,19 @@ fn files_for_images_are_those_of_llama_cpp() {
         for tensor in file.tensors() {
             let hash = format!("{:x}", Sha256::digest(file.get(&tensor.name).unwrap().data));
             found.push(json!([tensor.name, tensor.ty.name, tensor.shape, hash]));
+        }
+        // llama.cpp loads no file for Pixtral without it, and its converter leaves it out.
+        let ends = found.iter().position(|tensor| tensor[0] == "v.token_embd.img_break").map(|at| found.remove(at));
+        assert_eq!(ends.is_some(), name.starts_with("mistral3"), "{name}");
+        if let Some(ends) = ends {
+            assert_eq!((&ends[1], &ends[2]), (&json!("F32"), &json!([64])));
+            let mut row = vec![0.0f32; 64];
+            Checkpoint::open(room.path())
+                .unwrap()
+                .load_rows("language_model.model.embed_tokens.weight", &[7], &mut row)
+                .unwrap();
+            let bytes: Vec<u8> = row.iter().flat_map(|x| x.to_le_bytes()).collect();
+            assert_eq!(ends[3], format!("{:x}", Sha256::digest(&bytes)));
         }
         found.sort_by_key(|tensor| tensor[0].as_str().unwrap().to_owned());
         let expected = listed["tensors"].as_array().unwrap();

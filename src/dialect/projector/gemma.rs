@@ -10,6 +10,7 @@ pub(super) const GEMMA3: Kind = Kind {
     tower: None,
     architectures: &["gemma3"],
     prefixes: &["multi_modal_projector.", "vision_tower."],
+    ends_rows: None,
     rules: &[
         Rule {
             from: "multi_modal_projector.mm_input_projection_weight",

@@ -35,6 +35,8 @@ struct Kind {
     rules: &'static [Rule],
     /// Settings of its own, and those that it says otherwise than all others do.
     settings: fn(&Said<'_>, &mut Metadata) -> Result<(), String>,
+    /// The token whose embedding ends a row of a picture.
+    ends_rows: Option<&'static str>,
 }
 
 /// What becomes of a tensor; `{}` is the number of a block, in both names.
@@ -60,6 +62,8 @@ enum Make {
     Turned,
     /// One more: the checkpoint has the difference from 1.
     PlusOne,
+    /// One of its rows.
+    Row(u32),
 }
 
 /// The type of a tensor.
@@ -163,9 +167,15 @@ pub struct Tensor {
 
 /// What makes tokens of a model's images, for a language model that is written as `architecture`; nothing for a model that sees nothing.
 ///
-/// `preprocessor` is preprocessor_config.json, or the `image_processor` of processor_config.json. Fails, with the reason, where llama.cpp has
+/// `embedding` is the tensor that tokens have a row in each, and `token` finds one; `preprocessor` is preprocessor_config.json, or the `image_processor` of processor_config.json. Fails, with the reason, where llama.cpp has
 /// no such projector, or the files do not say what it needs.
-pub fn plan(source: &dyn Weights, preprocessor: &Value, architecture: &str) -> Option<Result<Projector, String>> {
+pub fn plan(
+    source: &dyn Weights,
+    embedding: &str,
+    token: &dyn Fn(&str) -> Option<u32>,
+    preprocessor: &Value,
+    architecture: &str,
+) -> Option<Result<Projector, String>> {
     let config = source.config();
     let vision = config.get("vision_config").filter(|vision| vision.is_object())?;
     let kind = KINDS.iter().find(|kind| {
@@ -179,7 +189,29 @@ pub fn plan(source: &dyn Weights, preprocessor: &Value, architecture: &str) -> O
         )));
     };
     let text = config.get("text_config").unwrap_or(config);
-    Some(kind.plan(source, &Said { config, vision, text, preprocessor }))
+    let found = kind.plan(source, &Said { config, vision, text, preprocessor });
+    Some(found.and_then(|mut found| {
+        if let Some(name) = kind.ends_rows {
+            let (row, entry) =
+                token(name).zip(source.entry(embedding)).ok_or(format!("the tokenizer has no {name}"))?;
+            if row as usize >= entry.shape[0] {
+                return Err(format!("{name} is token {row}, and the embedding has {}", entry.shape[0]));
+            }
+            let (stored, make) = (entry.shape.clone(), Make::Row(row));
+            let shape = make.shape(&stored, 0).unwrap_or_default();
+            let gguf = "v.token_embd.img_break".to_owned();
+            found.tensors.push(Tensor {
+                gguf,
+                from: entry.name.clone(),
+                shape,
+                ty: ggml("F32"),
+                make,
+                stored,
+                heads: 0,
+            });
+        }
+        Ok(found)
+    }))
 }
 
 impl Kind {
@@ -309,6 +341,7 @@ impl Make {
         let first = *stored.first()?;
         match self {
             Make::Whole | Make::PlusOne => Some(stored.to_vec()),
+            Make::Row(_) => Some(stored[1..].to_vec()),
             Make::Rows(_, of) => first.is_multiple_of(of).then(|| [vec![first / of], stored[1..].to_vec()].concat()),
             Make::Frame(_) => match stored {
                 &[out, channels, 2, height, width] => Some(vec![out, channels, height, width]),
@@ -320,12 +353,17 @@ impl Make {
 }
 
 impl Tensor {
-    /// Its values, of those of the tensor that it is made of.
+    /// Which row of the tensor that it is made of it is, if it is one.
+    pub fn row(&self) -> Option<u32> {
+        if let Make::Row(row) = self.make { Some(row) } else { None }
+    }
+
+    /// Its values, of those of the tensor that it is made of, or of its row.
     pub fn values(&self, mut values: Vec<f32>) -> Vec<f32> {
         let rows = self.stored[0].max(1);
         let width = values.len() / rows;
         match self.make {
-            Make::Whole => values,
+            Make::Whole | Make::Row(_) => values,
             Make::PlusOne => {
                 values.iter_mut().for_each(|value| *value += 1.0);
                 values

@@ -10,6 +10,8 @@ pub(super) const PIXTRAL: Kind = Kind {
     tower: Some("pixtral"),
     architectures: &["llama", "mistral3"],
     prefixes: &["multi_modal_projector.", "vision_tower."],
+    // llama.cpp loads no file of this kind without it, though its converter leaves it out.
+    ends_rows: Some("[IMG_BREAK]"),
     rules: &[
         same("vision_tower.patch_conv", "v.patch_embd"),
         same("vision_tower.ln_pre", "v.pre_ln"),

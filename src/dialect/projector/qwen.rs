@@ -32,6 +32,7 @@ pub(super) const QWEN2: Kind = Kind {
     id: "qwen2vl_merger",
     model_types: &["qwen2_vl"],
     tower: None,
+    ends_rows: None,
     architectures: &["qwen2vl"],
     prefixes: &["visual."],
     rules: RULES,
@@ -71,6 +72,7 @@ pub(super) const QWEN3: Kind = Kind {
     id: "qwen3vl_merger",
     model_types: &["qwen3_5", "qwen3_5_moe"],
     tower: None,
+    ends_rows: None,
     architectures: &["qwen35", "qwen35moe"],
     prefixes: &["visual."],
     rules: &[
