@@ -143,10 +143,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             Kind::Select { shape, shared } => {
                 vec![self.choice(place.index, operation.reads.iter().map(|_| next()).collect(), shape, *shared)?]
             }
-            Kind::Pool(_) => {
-                let (keys, gates) = (next(), next());
-                vec![self.pooled(at, keys.matrix(), gates.matrix(), lengths)?]
-            }
+            Kind::Pool(_) => vec![self.pooled(at, next().matrix(), next().matrix(), lengths)?],
             Kind::Chosen => vec![self.earlier_choice(place.index)?],
             Kind::Activate(activation) => {
                 let x = self.multiplied(next())?;
