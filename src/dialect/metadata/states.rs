@@ -24,7 +24,7 @@ pub(super) fn recurrent(out: &mut Written, graph: &Graph, layers: &Layers<'_>, i
             return Err(names::cannot(id, what));
         }
         let bound = graph.blocks.iter().flat_map(|block| &block.steps).find_map(|step| match &step.layer {
-            Layer::Delta(delta) => delta.decay.bound,
+            Layer::Delta(delta) => delta.decay.lower,
             _ => None,
         });
         if let Some(bound) = bound {

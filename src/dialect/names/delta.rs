@@ -95,7 +95,7 @@ impl Lister {
         else {
             return Err(self.cannot("linear attention of this form"));
         };
-        let class = match (narrow, decay.bound) {
+        let class = match (narrow, decay.lower) {
             (Some(_), None) => "kimi-linear",
             (None, Some(_)) => "bailingmoe3",
             _ => "",
@@ -125,7 +125,7 @@ impl Lister {
         }
         let whole = |(tensor, shape): &(String, Vec<usize>)| Part::whole(From::Tensor(tensor.clone(), shape.clone()));
         self.push(format!("{at}.ssm_dt.bias"), vec![value_heads * key_dim], vec![whole(&decay.bias)]);
-        let sign = if decay.bound.is_some() { 1.0 } else { -1.0 };
+        let sign = if decay.lower.is_some() { 1.0 } else { -1.0 };
         let from = From::Tensor(decay.rates.0.clone(), vec![value_heads, 1]);
         let part = Part { rates: Some(sign), ..Part::whole(from) };
         self.push(format!("{at}.ssm_a"), vec![value_heads, 1], vec![part]);
