@@ -267,7 +267,11 @@ impl<'a> Cursor<'a> {
         let ty = GgmlType::from_id(id).ok_or_else(|| {
             let known: Vec<&str> = ggml::TYPES.iter().map(|t| t.name).collect();
             let found = GGUFTensorType::from_u32(id).map_or(format!("type {id}"), |ty| ty.name().to_string());
-            Error::unsupported(format!("it is stored as {found}, which cannot be read ({})", known.join(", ")))
+            Error::unsupported(format!(
+                "it is stored as {found}, which cannot be read ({}); give the checkpoint that the file was made from, or a file of it in another \
+                 type",
+                known.join(", ")
+            ))
         })?;
         let overflow = || Error::malformed(format!("its shape {extents:?} overflows"));
         let mut shape = Vec::with_capacity(dims);

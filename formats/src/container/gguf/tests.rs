@@ -136,7 +136,7 @@ fn lying_tables_are_refused_by_name() {
         Raw::default().tensor("w", &[256], 16, 0).data(&[0; 66]),
         "tensor `w`: it is stored as IQ2_XXS, which cannot be read \
          (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0, \
-         MXFP4)",
+         MXFP4); give the checkpoint that the file was made from, or a file of it in another type",
     );
     check(
         Raw::default().tensor("w", &[48], 2, 0).data(&[0; 54]),
@@ -172,7 +172,8 @@ fn lying_tables_are_refused_by_name() {
     check(
         Raw::default().tensor("w", &[1], 77, 0),
         "tensor `w`: it is stored as type 77, which cannot be read (F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, \
-         Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0, MXFP4)",
+         Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS, TQ1_0, TQ2_0, MXFP4); give the checkpoint that the file was made from, or a file of it in \
+         another type",
     );
     check(
         Raw::default().tensor(&"n".repeat(65), &[1], 0, 0),
