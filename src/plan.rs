@@ -236,7 +236,8 @@ impl Named {
         let mut loading = Loading::default();
         let mut loaded: Vec<Vec<String>> = vec![Vec::new(); modules.len()];
         // Families of one class whose files have other names than the class.
-        let renamed = matches!(graph.family, "hy_v4" | "kimi_linear" | "lfm3" | "nemotron_h" | "olmo_hybrid");
+        let renamed =
+            matches!(graph.family, "bailing_hybrid" | "hy_v4" | "kimi_linear" | "lfm3" | "nemotron_h" | "olmo_hybrid");
         if graph.opaque || renamed || families::type_of(source.config()) != Some(&model_type[..]) {
             loading = Loading::of(source.config());
             loaded = modules.iter().map(|(name, _)| loading.names(name)).collect();

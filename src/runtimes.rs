@@ -286,7 +286,8 @@ fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
     match (facts.codec, facts.family) {
         (
             "compressed-tensors",
-            "gemma4" | "gpt_oss" | "granitemoe" | "granitemoeshared" | "granitemoehybrid" | "mistral4" | "step3p5",
+            "gemma4" | "gpt_oss" | "granitemoe" | "granitemoeshared" | "granitemoehybrid" | "hy_v4" | "mistral4"
+            | "step3p5",
         ) if facts.experts => Some(
             "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
              vLLM loads experts one by one",

@@ -11,7 +11,7 @@ use formats::{Dtype, GgmlType, GgufFile, TensorView};
 use serde_json::Value;
 
 use crate::dialect::architectures::{ARCHITECTURES, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
-use crate::dialect::names::{ExportTensor, From, Part, plan};
+use crate::dialect::names::{ExportTensor, From, Part, Source, plan};
 use crate::dialect::settings::{CURVE, Settings};
 use crate::dialect::tokenizer::rebuilt;
 use crate::error::{Error, Result};
@@ -312,6 +312,9 @@ impl<'s> Mapping<'s> {
                 None => {}
             }
         }
+        // Nothing reads what is there for loaders alone.
+        let unread = stored.iter().filter(|tensor| tensor.source == Source::Zeros);
+        mapping.known.extend(unread.map(|tensor| (tensor.gguf.clone(), Vec::new())));
         for (layer, block) in graph.blocks.iter().enumerate() {
             let learned = block.steps.iter().filter_map(|step| match &step.layer {
                 Layer::Mlp(mlp) => mlp.learned.as_deref(),

@@ -4,7 +4,7 @@
 use kernels::{Activation, DeltaShape, NormKind};
 
 use super::build::{Base, activation, block, by_type, pre, with_experts};
-use super::deepseek::{Chosen, LatentHeads, moe};
+use super::deepseek::{Chosen, LatentHeads, moe, warmed};
 use super::kimi::in_words_of_deepseek;
 use super::rope::rope;
 use super::{Config, Family};
@@ -22,6 +22,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let heads = LatentHeads::read(config, &mut base)?;
     let act = activation(config, Activation::Silu)?;
     let rope = rope(config, config.count("qk_rope_head_dim")?)?;
+    let scale = warmed(base.head_dim, &rope);
     let every = config.count("layer_group_size")?;
     let kinds: [&[&str]; 2] = [&["full_attention"], &["linear_attention"]];
     let recurrent = by_type(config, "layer_types", kinds, base.layers, |layer| !(layer + 1).is_multiple_of(every))?;
@@ -34,6 +35,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             true => Layer::Delta(Box::new(delta(config, &base, &module, width, act)?)),
             false => {
                 let mut attention = heads.attention(&base, &module, Some(rope.clone()), true);
+                attention.shape.scale = scale;
                 attention.o.module = format!("{module}.dense");
                 attention.head_gate = Some(Linear::plain(format!("{module}.g_proj"), base.heads, base.hidden, false));
                 Layer::Attention(attention)

@@ -181,12 +181,7 @@ fn rotation_of(config: &Config<'_>, heads: &LatentHeads, whole: usize) -> Result
             2 * rope.inverse_frequencies.len()
         )));
     }
-    let mut scale = ((nope + rotated) as f32).powf(-0.5);
-    if let RopeScaling::Yarn { factor, mscale_all_dim, .. } = rope.scaling
-        && mscale_all_dim != 0.0
-    {
-        scale *= (warmth(factor.into(), mscale_all_dim.into()) as f32).powi(2);
-    }
+    let scale = warmed(nope + rotated, &rope);
     Ok((rope, scale))
 }
 
@@ -338,6 +333,17 @@ pub fn shared_choices(config: &Config<'_>, layers: usize) -> Result<Vec<bool>> {
         )));
     }
     Ok(shared)
+}
+
+/// What scores of heads of so many values are multiplied by: more where YaRN stretches positions and says so.
+pub fn warmed(head_dim: usize, rope: &Rope) -> f32 {
+    let scale = (head_dim as f32).powf(-0.5);
+    match rope.scaling {
+        RopeScaling::Yarn { factor, mscale_all_dim, .. } if mscale_all_dim != 0.0 => {
+            scale * (warmth(factor.into(), mscale_all_dim.into()) as f32).powi(2)
+        }
+        _ => scale,
+    }
 }
 
 /// The feed-forward layer `module`, with experts where it is `sparse` and the model has some.

@@ -72,12 +72,12 @@ fn mixture(base: &Base, config: &Config<'_>, module: &str, act: Activation) -> R
     Ok(Layer::Moe(moe))
 }
 
-/// What stands between the linears of routed experts: SwiGLU of parts that are clamped, as far as the limit says so.
+/// What stands between the linears of routed experts: SwiGLU of parts that are clamped.
+///
+/// Fails for a limit that is not positive: transformers says that nothing is clamped then, and clamps to it all the same.
 pub fn clamped(config: &Config<'_>) -> Result<Activation> {
-    Ok(match config.number("swiglu_limit", 10.0)? as f32 {
-        limit if limit > 0.0 => Activation::SwigluOai { alpha: 1.0, limit, shift: 0.0 },
-        _ => Activation::Silu,
-    })
+    let limit = config.positive("swiglu_limit", 10.0)? as f32;
+    Ok(Activation::SwigluOai { alpha: 1.0, limit, shift: 0.0 })
 }
 
 /// Connections to streams that are read and written, and not mixed; without names.

@@ -113,7 +113,7 @@ impl GgufPlan {
         notices.extend(written.notices);
 
         let strays = Strays::new(graph, source, recipe.unknown_tensors);
-        let fates = fates(&strays, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
+        let fates = fates(graph, &strays, source, &plan, &assigned.iter().map(|a| a.ty).collect::<Vec<_>>())?;
         notices.extend(further::told(graph, source, recipe));
         notices.extend(strays.notes(fates.iter().map(|one| (&*one.name, &one.fate)), false));
         let tensors: Vec<(ExportTensor, GgmlType)> =
@@ -295,8 +295,18 @@ fn places(plan: &ExportPlan) -> HashMap<String, Vec<Place>> {
 }
 
 /// Accounts for every tensor of the input.
-fn fates(strays: &Strays<'_>, source: &Checkpoint, plan: &ExportPlan, types: &[GgmlType]) -> Result<Vec<TensorReport>> {
+fn fates(
+    graph: &Graph,
+    strays: &Strays<'_>,
+    source: &Checkpoint,
+    plan: &ExportPlan,
+    types: &[GgmlType],
+) -> Result<Vec<TensorReport>> {
     let mut exported: HashMap<String, GgmlType> = HashMap::new();
+    let layers = graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
+    let learned = layers.filter_map(|layer| if let Layer::Mlp(mlp) = layer { mlp.learned.as_deref() } else { None });
+    // Settings of the file.
+    let numbers: HashSet<&str> = learned.flatten().map(|(name, _)| &name[..]).collect();
     for (tensor, ty) in plan.tensors.iter().zip(types) {
         for part in tensor.parts() {
             let known = exported.entry(part.from.tensor()).or_insert(*ty);
@@ -310,6 +320,7 @@ fn fates(strays: &Strays<'_>, source: &Checkpoint, plan: &ExportPlan, types: &[G
         let fate = match exported.get(entry.name.as_str()) {
             Some(ty) if ty.layout().is_some() => Fate::Quantized,
             Some(_) => Fate::Copied,
+            None if numbers.contains(&entry.name[..]) => Fate::Copied,
             None => match strays.fate(&entry.name)? {
                 // No file has room for what its loader does not know.
                 Fate::Aside(what) => Fate::Dropped(what),

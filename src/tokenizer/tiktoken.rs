@@ -154,7 +154,8 @@ fn converted(name: &str, bytes: &[u8], known: &Known, settings: &Sources) -> Res
     if let Some(why) = stand_in(bytes) {
         return Err(why);
     }
-    let ranks = ranks(bytes, known.by_line)?;
+    // tiktoken passes over what is no letter of base64, such as a mark of the order of bytes.
+    let ranks = ranks(bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes), known.by_line)?;
     let special = special(ranks.len(), known, settings)?;
     let around = match known.by_code {
         true => Value::Null,
@@ -188,7 +189,7 @@ fn ranks(bytes: &[u8], by_line: bool) -> Result<Ranks, String> {
     }
     let mut ranks = Ranks::default();
     for (number, line) in lines() {
-        let at = |why: String| format!("line {}: {why}", number + 1);
+        let at = |why: String| format!("line {}: {why}; fetch the list again", number + 1);
         let mut parts = line.split(u8::is_ascii_whitespace).filter(|part| !part.is_empty());
         let (Some(token), Some(rank), None) = (parts.next(), parts.next(), parts.next()) else {
             return Err(at("not a token in base64 and its rank".to_owned()));

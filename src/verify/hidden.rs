@@ -260,6 +260,18 @@ fn side<'a, B: Backend>(
         None => Vec::new(),
         Some(labels) => {
             let own = labels.layers.iter().all(|linear| source.entry(&linear.weight()).is_some());
+            for linear in labels.layers.iter().filter(|_| own) {
+                let (name, shape) = (linear.weight(), [linear.rows, linear.cols]);
+                let found = source.entry(&name).map(|entry| entry.shape.clone()).unwrap_or_default();
+                if found != shape {
+                    return Err(Error::failed(format!(
+                        "{}: `{name}` has the shape {found:?}, and that of {} {shape:?}: scores of other labels cannot be compared; give \
+                         the model that this one was made from",
+                        source.path().display(),
+                        reference.path().display()
+                    )));
+                }
+            }
             Scorer::all(labels, if own { source } else { reference })?
         }
     };

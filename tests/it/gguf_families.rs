@@ -157,9 +157,16 @@ fn every_family_is_read_back_as_the_model_that_was_written() {
                 continue;
             }
         };
-        let unread = Checkpoint::open(&output).unwrap().remarks();
+        let read = Checkpoint::open(&output).unwrap();
+        let unread = read.remarks();
         if !unread.is_empty() {
             wrong.push(format!("{name}: {unread:?}"));
+        }
+        if let Some(own) = read.entries().iter().find(|entry| entry.name.starts_with("blk.")) {
+            wrong.push(format!("{name}: `{}` means nothing outside of the file", own.name));
+        }
+        if let Some(note) = report.notes.iter().find(|note| note.contains("a name that means nothing")) {
+            wrong.push(format!("{name}: {note}"));
         }
         let (sequences, expected) = golden(&folder().join(&name));
         let width = expected.len() / sequences.iter().map(Vec::len).sum::<usize>();

@@ -240,6 +240,17 @@ fn eval_compares_embeddings_and_scores_and_limits_hold_them() {
 }
 
 #[test]
+fn scores_of_other_labels_are_not_compared() {
+    let (room, other) = (room("qwen3_labels"), model("qwen3_reranker"));
+    crate::matrix::speak(other.path());
+    room.shell(&format!("cp -r {} other", other.path().display())).succeeds();
+    for [model, reference] in [["other", "model"], ["model", "other"]] {
+        let words = format!("eval {model} {QUICK} --reference {reference}");
+        room.run(words.split_whitespace()).refuses(1, &["`score.weight` has the shape", "cannot be compared"]);
+    }
+}
+
+#[test]
 fn a_model_that_embeds_by_its_files_is_measured_by_that_whatever_its_class_says() {
     let room = room("qwen3_lasttoken");
     crate::harness::Model::at(&room.path("model")).config(|config| {
