@@ -21,7 +21,7 @@ pub use self::further::{FURTHER, Further};
 pub use self::hyper::{Collapse, Hyper};
 pub use self::lookup::{Lookup, PerLayer, Side};
 pub use self::mamba::{GroupNorm, Mamba, ShortConvolution};
-pub use self::rope::{Rope, RopeScaling};
+pub use self::rope::{Rope, RopeScaling, Temperature};
 pub use self::sparse::{Choice, Indexer, Pool};
 
 /// A decoder-only language model.
@@ -320,17 +320,6 @@ pub enum Keys {
     Of(usize),
 }
 
-/// Queries are multiplied by `1 + scale · ln(⌊(position + first) / floor⌋ + 1)`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Temperature {
-    /// Positions after which it grows.
-    pub floor: f32,
-    /// How much.
-    pub scale: f32,
-    /// What the first position counts as.
-    pub first: usize,
-}
-
 /// How queries, keys and values are made of the normed input.
 #[derive(Clone, Debug)]
 pub enum Projections {
@@ -348,10 +337,10 @@ pub struct Latent {
     pub q: Vec<Linear>,
     /// Of the queries' latent.
     pub q_norm: Option<Norm>,
-    /// To the latent of keys and values, and to the rotated key that all heads share.
-    pub kv_a: Linear,
-    /// Of the latent.
-    pub kv_norm: Norm,
+    /// To the latent of keys and values, and to the rotated key that all heads share; none where both are those of another block.
+    pub kv_a: Option<Linear>,
+    /// Of the latent, where it is the layer's own.
+    pub kv_norm: Option<Norm>,
     /// What the normed latent is multiplied by.
     pub kv_scale: f32,
     /// From the latent to the parts of keys that are not rotated, and to values.
@@ -525,7 +514,7 @@ impl Attention {
         let mut groups = match &self.projections {
             Projections::Direct(linears) => vec![linears.iter().collect()],
             Projections::Latent(latent) => {
-                let mut groups = vec![[&latent.q[0], &latent.kv_a].into_iter().chain(&latent.gate).collect()];
+                let mut groups = vec![latent.q[..1].iter().chain(&latent.kv_a).chain(&latent.gate).collect()];
                 groups.extend(latent.q[1..].iter().map(|l| vec![l]));
                 groups.push(vec![&latent.kv_b]);
                 groups
@@ -545,8 +534,7 @@ impl Attention {
         let of_heads = self.norms.iter().flat_map(|norms| [Some(&norms.q), norms.k.as_ref(), norms.v.as_ref()]);
         let mut norms: Vec<&Norm> = of_heads.flatten().collect();
         if let Projections::Latent(latent) = &self.projections {
-            norms.extend(&latent.q_norm);
-            norms.push(&latent.kv_norm);
+            norms.extend(latent.q_norm.iter().chain(&latent.kv_norm));
         }
         norms.extend(self.indexer().into_iter().flat_map(Indexer::norms));
         norms
@@ -612,7 +600,9 @@ impl Layer {
         match self {
             Layer::Attention(a) => {
                 let sinks = a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads]));
-                sinks.chain(a.indexer().into_iter().flat_map(Indexer::vectors)).collect()
+                let rope = a.rope.iter().flat_map(|rope| rope.vectors());
+                let warmth = a.temperature.iter().flat_map(|t| t.vectors(a.shape.heads));
+                sinks.chain(rope).chain(warmth).chain(a.indexer().into_iter().flat_map(Indexer::vectors)).collect()
             }
             Layer::Moe(moe) => moe.router.correction.iter().chain(&moe.router.factors).cloned().collect(),
             Layer::PerLayer(layer) => layer.tables(),
@@ -710,7 +700,7 @@ impl Graph {
                         Projections::Direct(linears) => linears.iter_mut().for_each(&mut *change),
                         Projections::Latent(latent) => {
                             let Latent { q, kv_a, kv_b, gate, .. } = &mut **latent;
-                            q.iter_mut().chain([kv_a, kv_b]).chain(gate).for_each(&mut *change);
+                            q.iter_mut().chain(kv_a).chain([kv_b]).chain(gate).for_each(&mut *change);
                         }
                     }
                     a.head_gate.iter_mut().for_each(&mut *change);
@@ -765,15 +755,17 @@ impl Graph {
                 match &mut step.layer {
                     Layer::Attention(a) => {
                         text(&mut a.sinks);
+                        a.temperature.iter_mut().for_each(|temperature| temperature.rename(name));
+                        let learned = a.rope.as_mut().filter(|rope| rope.learned.is_some());
+                        learned.into_iter().for_each(|rope| text(&mut Arc::make_mut(rope).learned));
                         let of = a.norms.iter_mut();
                         of.flat_map(|n| [Some(&mut n.q), n.k.as_mut(), n.v.as_mut()]).flatten().for_each(norm);
-                        let indexer = a.choice.as_mut().and_then(Choice::indexer_mut);
-                        if let Some(indexer) = indexer {
-                            indexer.pool.iter_mut().for_each(|pool| pool.places = name(&pool.places));
+                        if let Some(indexer) = a.choice.as_mut().and_then(Choice::indexer_mut) {
+                            indexer.rename(name);
                             indexer.norms_mut().for_each(norm);
                         }
                         if let Projections::Latent(latent) = &mut a.projections {
-                            latent.q_norm.iter_mut().chain([&mut latent.kv_norm]).for_each(norm);
+                            latent.q_norm.iter_mut().chain(&mut latent.kv_norm).for_each(norm);
                         }
                     }
                     Layer::Moe(moe) => {

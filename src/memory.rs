@@ -14,7 +14,7 @@ pub use self::free::Free;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::forward;
-use crate::graph::{Attention, Block, Graph, Keys, Layer, Linear};
+use crate::graph::{Attention, Block, Graph, Keys, Layer, Linear, Projections};
 use crate::program::{Kept, Kind, Lifetimes, Operation, Program, Value};
 use crate::recipe::Recipe;
 use crate::verify;
@@ -133,12 +133,16 @@ pub fn calibrating(graph: &Graph, device: Device, work: Work, tokens: Option<Tok
     [stream, block].into_iter().fold(BASE, u64::saturating_add)
 }
 
-/// Bytes of one token that lie beside the stream while each block is run: keys and values that earlier blocks have left for later ones.
+/// Bytes of one token that lie beside the stream while each block is run: keys and values, or their latents, that earlier blocks have left for
+/// later ones.
 fn shared(graph: &Graph) -> impl Iterator<Item = u64> + '_ {
     graph.blocks.iter().scan(0, |left, block| {
         let before = *left;
-        if let Some(Attention { keys: Keys::Left(_), shape, .. }) = block.attention() {
-            *left += 4 * (shape.kv_heads * (shape.head_dim + shape.value_dim)) as u64;
+        if let Some(Attention { keys: Keys::Left(_), shape, projections, .. }) = block.attention() {
+            *left += 4 * match projections {
+                Projections::Direct(_) => shape.kv_heads * (shape.head_dim + shape.value_dim),
+                Projections::Latent(latent) => latent.kv_a.as_ref().map_or(0, |kv_a| kv_a.rows),
+            } as u64;
         }
         Some(before)
     })

@@ -332,8 +332,10 @@ impl Outputs {
             let is_weight = readers.first().is_some_and(|linear| linear.weight() == entry.name);
             let stacked = matches!(readers.first(), Some(Linear { stored: Stored::Slice { .. }, .. }));
             // Beside packed linears transformers has Llama 4's experts one by one, and finds none in a stack; others it takes from either.
-            let by_stack =
-                matches!(graph.family, "gpt_oss" | "granitemoe" | "granitemoeshared" | "granitemoehybrid" | "mistral4");
+            let by_stack = matches!(
+                graph.family,
+                "gpt_oss" | "granitemoe" | "granitemoeshared" | "granitemoehybrid" | "mistral4" | "mistral_large4"
+            );
             let apart = stacked && layout.codec.id() == "compressed-tensors" && !by_stack;
             let planned = |linear: &&Linear| apart || encodings.contains_key(&linear.module);
             let fate = if let Some(end) = ends.iter_mut().find(|end| end.tensor == entry.name) {

@@ -20,7 +20,9 @@ use crate::dialect::settings::Settings;
 use crate::error::{Error, Result};
 use crate::families::rope::warmth;
 use crate::families::{self, longest_context};
-use crate::graph::{Attention, Block, Convolution, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring};
+use crate::graph::{
+    Attention, Block, Convolution, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring, Temperature,
+};
 use crate::json::integer;
 
 /// Keys and values in the order in which they are written.
@@ -180,7 +182,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     let rotated = rope_of(&first).or_else(|| attention.iter().find_map(rope_of));
     // What no position turns has its place in the keys that all heads share, too.
     let shared = match &first.projections {
-        Projections::Latent(latent) => Some(latent.kv_a.rows - latent.kv_b.cols),
+        Projections::Latent(latent) => latent.kv_a.as_ref().map(|kv_a| kv_a.rows - latent.kv_b.cols),
         Projections::Direct(_) => None,
     };
     let rotated = rotated.or(shared);
@@ -523,11 +525,10 @@ fn factors(out: &mut Written, graph: &Graph, first: &Attention, id: &str) {
         }
         "mimo2" => out.float(key("attention.value_scale"), first.value_scale),
         "mistral3" | "mistral4" => {
-            if let Some(temperature) = first.temperature {
-                out.float(key("attention.temperature_scale"), temperature.scale);
+            if let Some(Temperature::Steps { scale, floor, .. }) = first.temperature {
+                out.float(key("attention.temperature_scale"), scale);
                 if id == "mistral4" {
-                    out.metadata
-                        .push((key("attention.temperature_length"), MetadataValue::U32(temperature.floor as u32)));
+                    out.metadata.push((key("attention.temperature_length"), MetadataValue::U32(floor as u32)));
                 }
             }
         }

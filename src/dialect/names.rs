@@ -495,6 +495,9 @@ impl Lister {
     fn latent(&mut self, at: &str, attention: &Attention) -> Result<()> {
         let Projections::Latent(latent) = &attention.projections else { unreachable!("asked for these") };
         let Latent { q, q_norm, kv_a, kv_norm, kv_b, gate, .. } = &**latent;
+        let (Some(kv_a), Some(kv_norm)) = (kv_a, kv_norm) else {
+            return Err(self.cannot("attention through the latent of another layer"));
+        };
         if let Some(gate) = gate {
             if !self.architecture.streams {
                 return Err(self.cannot("attention through a latent with a gate"));

@@ -270,10 +270,11 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
     if a.sinks.is_some() != b.sinks.is_some() {
         return Some("attention with sinks".to_owned());
     }
-    (a.temperature != b.temperature).then(|| match a.temperature {
-        Some(Temperature { floor, scale, .. }) => {
+    (a.temperature != b.temperature).then(|| match &a.temperature {
+        Some(Temperature::Steps { floor, scale, .. }) => {
             format!("queries that grow with their positions (by {scale}, beyond {floor} tokens)")
         }
+        Some(Temperature::Heads { .. }) => "queries of which each head grows with its positions".to_owned(),
         None => "queries that do not grow with their positions".to_owned(),
     })
 }

@@ -122,6 +122,11 @@ impl LatentHeads {
         })
     }
 
+    /// The same heads where no position turns any of their values.
+    pub fn still(&self) -> LatentHeads {
+        LatentHeads { nope: self.nope + self.rotated, rotated: 0, ..*self }
+    }
+
     /// Attention under `module`, with the usual scale.
     pub fn attention(&self, base: &Base, module: &str, rope: Option<Arc<Rope>>, interleaved: bool) -> Attention {
         let LatentHeads { q_latent, latent, nope, rotated, value, bias } = *self;
@@ -149,8 +154,8 @@ impl LatentHeads {
             projections: Projections::Latent(Box::new(Latent {
                 q,
                 q_norm: q_latent.map(|width| norm("q_a_layernorm", width)),
-                kv_a,
-                kv_norm: norm("kv_a_layernorm", latent),
+                kv_a: Some(kv_a),
+                kv_norm: Some(norm("kv_a_layernorm", latent)),
                 kv_scale: 1.0,
                 kv_b,
                 gate: None,
@@ -214,7 +219,7 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
             let shared =
                 if kind == Kind::Glm5 { shared_choices(config, base.layers)? } else { vec![false; base.layers] };
             let rotated = heads.rotated;
-            let like = Indexing { rotated, interleaved: kind == Kind::Glm5, behind: false, eps: 1e-6 };
+            let like = Indexing { rotated, interleaved: kind == Kind::Glm5, behind: false, latent: true, eps: 1e-6 };
             Some(choices(config, &base, shared, like)?)
         }
         _ => None,
@@ -223,7 +228,7 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
         let module = format!("{at}.self_attn");
         let mut attention = heads.attention(&base, &module, Some(rope.clone()), interleaved);
         attention.shape.scale = scale;
-        attention.temperature = temperature;
+        attention.temperature = temperature.clone();
         attention.choice = choices.as_ref().map(|choices| choices(layer, &module));
         let feed_forward = feed_forward(&base, config, kind, &format!("{at}.mlp"), sparse)?;
         Ok(base.usual_block(at, attention, feed_forward))
@@ -253,17 +258,20 @@ pub struct Indexing {
     pub interleaved: bool,
     /// The last values of a head turn, not the first.
     pub behind: bool,
+    /// Their queries are made of the latent of attention's, not of what attention is given.
+    pub latent: bool,
     /// Of the norm of keys.
     pub eps: f32,
 }
 
 /// What chooses for each layer; those that are `shared` take over the choice of the last one before them that has an indexer.
 ///
-/// Fails where there is no latent of queries.
+/// Fails where there is no latent of queries, if it is read.
 pub fn choices<'a>(config: &Config<'_>, base: &'a Base, shared: Vec<bool>, like: Indexing) -> Result<Choices<'a>> {
     let [heads, head_dim, count] = ["index_n_heads", "index_head_dim", "index_topk"].map(|key| config.count(key));
     let (heads, head_dim, count) = (heads?, head_dim?, count?);
-    let (latent, rotated) = (config.count("q_lora_rank")?, like.rotated);
+    let width = if like.latent { config.count("q_lora_rank")? } else { base.hidden };
+    let rotated = like.rotated;
     if rotated > head_dim {
         return Err(Error::failed(format!(
             "config.json: {rotated} values of a head are rotated (qk_rope_head_dim), and heads of the indexer have only {head_dim} \
@@ -286,8 +294,10 @@ pub fn choices<'a>(config: &Config<'_>, base: &'a Base, shared: Vec<bool>, like:
             ..base.norm_of(&format!("{module}.k_norm"), head_dim)
         };
         let indexer = Indexer {
-            q: linear("wq_b", heads * head_dim, latent),
-            latent: true,
+            q: linear("wq_b", heads * head_dim, width),
+            latent: like.latent,
+            input_norm: None,
+            temperature: None,
             k: linear("wk", head_dim, base.hidden),
             q_norm: None,
             k_norm,

@@ -57,7 +57,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             false => {
                 let mut attention = heads.attention(&base, &module, None, false);
                 if let Projections::Latent(latent) = &mut attention.projections {
-                    latent.q_norm.iter_mut().chain([&mut latent.kv_norm]).for_each(|norm| norm.eps = base.eps);
+                    latent.q_norm.iter_mut().chain(&mut latent.kv_norm).for_each(|norm| norm.eps = base.eps);
                 }
                 attention.choice = Some(pooled(layer, &module));
                 Layer::Attention(attention)
@@ -107,7 +107,12 @@ fn pooled<'a>(
             "config.json: index_kpool_always_select_tail must be true: the first tokens of a text would see nothing otherwise",
         ));
     }
-    let choices = choices(config, base, shared, Indexing { rotated: 0, interleaved: false, behind: true, eps: 1e-6 })?;
+    let choices = choices(
+        config,
+        base,
+        shared,
+        Indexing { rotated: 0, interleaved: false, behind: true, latent: true, eps: 1e-6 },
+    )?;
     let whole = move |shape: IndexShape| IndexShape { count: topk / block + 1, block, pooled: true, ..shape };
     Ok(move |layer: usize, module: &str| match choices(layer, module) {
         Choice::Own(mut indexer, shared) => {

@@ -100,7 +100,8 @@ pub(super) fn notes(class: &str, settings: &Map<String, Value>) -> Vec<String> {
 }
 
 /// Models that see or hear whose class in transformers scales or caps their logits as their language model does.
-const LIKE_THEIR_TEXT: &[&str] = &["gemma3", "gemma3n", "granite4_vision", "granite_docling", "hyperclovax_vision_v2"];
+const LIKE_THEIR_TEXT: &[&str] =
+    &["gemma3", "gemma3n", "granite4_vision", "granite_docling", "hyperclovax_vision_v2", "mistral_large4"];
 
 /// A note on the head of the model `outer`, which sees or hears, where `text`, the settings of its language model of this class,
 /// have a scale or a cap for logits that the outer class of transformers does not apply.

@@ -29,7 +29,13 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         config,
         &base,
         shared,
-        Indexing { rotated: config.count("qk_rope_head_dim")?, interleaved: false, behind: true, eps: base.eps },
+        Indexing {
+            rotated: config.count("qk_rope_head_dim")?,
+            interleaved: false,
+            behind: true,
+            latent: true,
+            eps: base.eps,
+        },
     )?;
     let act = activation(config, Activation::Silu)?;
     let hyper = hyper(config, &base)?;

@@ -74,7 +74,7 @@ fn build(config: &Config<'_>, family: &'static str, windowed: bool) -> Result<Gr
         let mut attention = base.attention(&format!("{at}.self_attn"), [qkv_bias, o_bias], Some(rope.clone()));
         attention.shape.window = window.filter(|_| local[layer]);
         attention.layout.interleaved = family == "helium";
-        attention.temperature = temperature;
+        attention.temperature = temperature.clone();
         let module = format!("{at}.mlp");
         let mlp = match family {
             "arcee" => base.ungated(["up_proj", "down_proj"].map(|n| format!("{module}.{n}")), inner, act, mlp_bias),
@@ -93,7 +93,7 @@ pub fn temperature(config: &Config<'_>) -> Result<Option<Temperature>> {
         return Ok(None);
     }
     let floor = rope.count("original_max_position_embeddings")? as f32;
-    Ok(Some(Temperature { floor, scale, first: 0 }))
+    Ok(Some(Temperature::Steps { floor, scale, first: 0 }))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let normed = config.flag("use_qk_norm", true)?;
     let tuned = config.flag("attn_temperature_tuning", true)?;
     let (floor, scale) = (config.positive("floor_scale", 8192.0)? as f32, config.number("attn_scale", 0.1)? as f32);
-    let temperature = Temperature { floor, scale, first: 1 };
+    let temperature = Temperature::Steps { floor, scale, first: 1 };
     let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
     let every = config.optional_count("interleave_moe_layer_step")?.unwrap_or(1);
     let sparse = match config.layer_list("moe_layers")? {
@@ -52,7 +52,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             per_head: true,
             after_rope: true,
         });
-        attention.temperature = (tuned && !rotated[layer]).then_some(temperature);
+        attention.temperature = (tuned && !rotated[layer]).then(|| temperature.clone());
         let module = format!("{at}.feed_forward");
         let feed_forward = match sparse.contains(&layer) {
             false => Layer::Mlp(base.gated(&module, config.count("intermediate_size_mlp")?, act, false)),

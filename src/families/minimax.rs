@@ -78,6 +78,8 @@ fn build_m3(config: &Config<'_>) -> Result<Graph> {
             let indexer = Indexer {
                 q: linear("q", index.heads * index.head_dim),
                 latent: false,
+                input_norm: None,
+                temperature: None,
                 k: linear("k", index.head_dim),
                 q_norm: Some(norm("q")),
                 k_norm: norm("k"),

@@ -31,6 +31,7 @@ mod llama4;
 mod longcat;
 mod mimo;
 mod minimax;
+mod mistral_large4;
 mod moe;
 mod names;
 mod nemotron;
@@ -144,6 +145,7 @@ pub const FAMILIES: &[Family] = &[
     deepseek::DEEPSEEK_V3,
     deepseek::GLM4_MOE_LITE,
     deepseek::MISTRAL4,
+    mistral_large4::MISTRAL_LARGE4,
     deepseek::DEEPSEEK_V32,
     deepseek::GLM_MOE_DSA,
     kimi::KIMI_LINEAR,
@@ -196,6 +198,7 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "lfm2_vl", text: ("lfm2", false), tied: true, hears_text: false },
     Wrapper { model_type: "lfm3_vl", text: ("lfm3", false), tied: true, hears_text: false },
     Wrapper { model_type: "mistral3", text: ("mistral", false), tied: true, hears_text: false },
+    Wrapper { model_type: "mistral_large4", text: ("mistral_large4_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "glm5_next", text: ("glm5_next_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "kimi_k25", text: ("deepseek_v3", false), tied: true, hears_text: false },
     Wrapper { model_type: "minimax_m3_vl", text: ("minimax_m3_vl_text", true), tied: false, hears_text: true },
@@ -443,6 +446,7 @@ pub fn published(source: &dyn Weights) -> Result<Graph> {
     olmo::settle(&mut graph, source);
     kimi::settle(&mut graph, source);
     hy4::settle(&mut graph, source);
+    mistral_large4::settle(&mut graph, source);
     moe::from_stacks(&mut graph, source);
     further::settle(&mut graph, source);
     if headless(&graph, source) {

@@ -222,16 +222,22 @@ pub(super) fn adopt(graph: &mut Graph, source: &dyn Weights) {
     if wrapped {
         let own = &graph.embedding.tensor[..graph.embedding.tensor.len() - leaf.len()];
         let head = graph.head.linear.module.clone();
-        let others =
-            source.entries().iter().filter(|entry| !entry.name.starts_with(own) && !entry.name.starts_with(&head));
-        let mut aside: Vec<String> = others.map(|entry| component(&entry.name)).collect();
-        // What the family knows of itself.
-        let further = graph.of_predictors();
-        aside.retain(|prefix| graph.aside.iter().all(|(known, _)| known != prefix) && !further.contains(prefix));
-        aside.sort();
-        aside.dedup();
-        graph.aside.extend(aside.into_iter().map(|prefix| (prefix, "not part of the language model")));
+        let own = own.to_owned();
+        set_aside(graph, source, &[&own, &head]);
     }
+}
+
+/// Leaves aside whatever has a name that begins with none of these, and is not the family's.
+pub(super) fn set_aside(graph: &mut Graph, source: &dyn Weights, own: &[&str]) {
+    let is_own = |name: &str| own.iter().any(|own| name.starts_with(own));
+    let others = source.entries().iter().filter(|entry| !is_own(&entry.name));
+    let mut aside: Vec<String> = others.map(|entry| component(&entry.name)).collect();
+    // What the family knows of itself.
+    let further = graph.of_predictors();
+    aside.retain(|prefix| graph.aside.iter().all(|(known, _)| known != prefix) && !further.contains(prefix));
+    aside.sort();
+    aside.dedup();
+    graph.aside.extend(aside.into_iter().map(|prefix| (prefix, "not part of the language model")));
 }
 
 /// The part of a name that says which component a tensor belongs to: `vision_tower.`, or `model.visual.`.

@@ -85,6 +85,7 @@ pub fn unscaled(theta: f64, rotated: usize) -> Rope {
         theta: theta as f32,
         magnitude: 1.0,
         scaling: RopeScaling::None,
+        learned: None,
     }
 }
 

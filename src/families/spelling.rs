@@ -113,6 +113,10 @@ impl Rotation {
                 "rope_type": "llama3", "rope_theta": 1.2e7, "factor": 8.0, "original_max_position_embeddings": 8192,
                 "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             }),
+            "mistral_large4_text" => json!({
+                "rope_type": "yarn", "rope_theta": 1e4, "factor": 2048.0, "original_max_position_embeddings": 512,
+                "beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.0,
+            }),
             "mistral4" => json!({
                 "rope_type": "yarn", "rope_theta": 1e4, "factor": 128.0, "original_max_position_embeddings": 8192,
                 "max_position_embeddings": context, "beta_fast": 32.0, "beta_slow": 1.0, "mscale_all_dim": 1.0,

@@ -32,8 +32,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         Ok(match &self.program.operations[at].kind {
             Kind::Lookup(table) => vec![lookup(backend, self.source, table, &chunk.tokens)?],
             Kind::Shared(block) => {
-                let [k, v] = &*chunk.shared[block];
-                vec![backend.copy(k)?, backend.copy(v)?]
+                chunk.shared[block].iter().map(|value| Ok(backend.copy(value)?)).collect::<Result<_>>()?
             }
             Kind::Plus(scale) => {
                 let (mut x, y) = (self.own(next())?, next());

@@ -62,8 +62,8 @@ pub struct Chunk<M> {
     pub chosen: RefCell<Option<M>>,
     /// The token that belongs to each row: its own, and in a block that predicts further tokens one that follows.
     pub tokens: Vec<u32>,
-    /// Keys and values of blocks that later ones read, by the number of the block.
-    pub shared: HashMap<usize, Rc<[M; 2]>>,
+    /// Keys and values of blocks that later ones read, or their latents, by the number of the block.
+    pub shared: HashMap<usize, Rc<Vec<M>>>,
 }
 
 impl<M> Chunk<M> {

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use kernels::{Activation, Forward, RopeLayout};
+use ndarray::Array2;
 
 use super::route::{Routed, choose, sigmoid};
 use super::run::{Computed, Loaded, Place, Read, Run};
@@ -127,10 +128,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let turn = |x: &mut B::Matrix| self.turn(at, x, rope, layout, lengths);
                 self.each(operation, next, turn)?
             }
-            Kind::Warm(temperature) => {
-                let factors = factors(temperature, lengths);
-                self.each(operation, next, |x| Ok(backend.scale(x, &factors, &[])?))?
-            }
+            Kind::Warm(temperature) => vec![self.warm(at, self.own(next())?, temperature, lengths)?],
             Kind::Attention { shape, index, .. } => {
                 let qkv = [self.own(next())?, self.own(next())?, self.own(next())?];
                 let chosen = index.as_ref().map(|index| (index, next()));
@@ -212,8 +210,36 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             return Ok(self.backend.rope(x, cos, sin, layout, lengths)?);
         }
         // As of one sequence: each row of the table belongs to one token.
-        let (cos, sin) = rope.table(lengths);
+        let (cos, sin) = rope.table(lengths, self.vector(at));
         Ok(self.backend.rope(x, &cos, &sin, layout, &[lengths.iter().sum()])?)
+    }
+
+    /// Queries of sequences of these lengths, made larger by their positions.
+    fn warm(
+        &self,
+        at: usize,
+        mut queries: B::Matrix,
+        temperature: &Temperature,
+        lengths: &[usize],
+    ) -> Result<B::Matrix> {
+        let positions = lengths.iter().flat_map(|length| 0..*length);
+        match (temperature, &self.loaded[at]) {
+            (Temperature::Steps { floor, scale, first }, _) => {
+                let of = |position: usize| 1.0 + scale * (((position + first) as f32 / floor).floor() + 1.0).ln();
+                self.backend.scale(&mut queries, &positions.map(of).collect::<Vec<f32>>(), &[])?;
+                Ok(queries)
+            }
+            (Temperature::Heads { .. }, Loaded::Growth(scale, bias)) => {
+                let logarithms: Vec<f32> = positions.map(|position| ((position + 1) as f32).ln()).collect();
+                let of = |(token, head): (usize, usize)| scale[head] * logarithms[token] + bias[head];
+                let heads = self.backend.upload(Array2::from_shape_fn((logarithms.len(), scale.len()), of))?;
+                let [_, width] = self.backend.shape(&queries);
+                let mut warmed = self.backend.spread_heads(&heads, width / scale.len().max(1))?;
+                self.backend.gate(&mut warmed, &queries, Activation::Identity)?;
+                Ok(warmed)
+            }
+            _ => unreachable!("loaded where it stands"),
+        }
     }
 
     /// Does the same to everything that an operation reads.
@@ -244,13 +270,6 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             }),
         ))
     }
-}
-
-/// What the values of each token of sequences of these lengths are multiplied by.
-fn factors(temperature: &Temperature, lengths: &[usize]) -> Vec<f32> {
-    let Temperature { floor, scale, first } = temperature;
-    let of = |position: usize| 1.0 + scale * (((position + first) as f32 / floor).floor() + 1.0).ln();
-    lengths.iter().flat_map(|length| (0..*length).map(of)).collect()
 }
 
 /// The tokens of an operation's expert.

@@ -15,7 +15,7 @@ use super::route::Routed;
 use super::{Chunk, LoadedNorm, Others, Supply, Weight};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::graph::{Block, Linear, Norm};
+use crate::graph::{Block, Linear, Norm, Temperature};
 use crate::program::{Expert, Kept, Kind, Lifetimes, Operation, Program, Streams};
 
 /// Runs one block over all chunks; tables that it looks tokens up in are those of `source`.
@@ -71,6 +71,8 @@ pub(super) enum Loaded<'b, B: Forward> {
     Router(Option<Vec<f32>>, Option<Vec<f32>>),
     /// Rates of decay and what is added before them.
     Decay(Vec<f32>, Vec<f32>),
+    /// How much each head's queries grow with their positions, and from where.
+    Growth(Vec<f32>, Vec<f32>),
     /// What makes the weights of several streams.
     Hyper(LoadedHyper<'b>),
     /// Cosines and sines of every position, of whatever sequence.
@@ -160,13 +162,13 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
 
     /// Hands keys and values over to the blocks behind, where they want them.
     fn leave(&mut self) {
-        let Some((block, values)) = self.program.leaves.filter(|_| self.lives.leaves) else { return };
+        let Some((block, values)) = self.program.leaves.as_ref().filter(|_| self.lives.leaves) else { return };
         for (index, chunk) in self.chunks.iter_mut().enumerate() {
-            let mut take = |value| match self.kept.get_mut().remove(&(value, index)).map(Rc::try_unwrap) {
+            let mut take = |value: &usize| match self.kept.get_mut().remove(&(*value, index)).map(Rc::try_unwrap) {
                 Some(Ok(Computed::Matrix(matrix))) => matrix,
                 _ => unreachable!("kept for no one else"),
             };
-            chunk.shared.insert(block, Rc::new(values.map(&mut take)));
+            chunk.shared.insert(*block, Rc::new(values.iter().map(&mut take).collect()));
         }
     }
 
@@ -211,7 +213,11 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 };
                 Loaded::Router(load(&router.correction)?, load(&router.factors)?)
             }
+            Kind::Warm(Temperature::Heads { scale, bias }) => {
+                Loaded::Growth(supply.vector(scale)?, supply.vector(bias)?)
+            }
             Kind::Rope { rope, .. } => {
+                let learned = rope.learned.as_ref().map(|name| supply.vector(name)).transpose()?;
                 let mut lengths: Vec<usize> = self.chunks.iter().flat_map(|chunk| &chunk.lengths).copied().collect();
                 lengths.sort_unstable();
                 lengths.dedup();
@@ -219,9 +225,9 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let frequencies = rope.frequencies(longest);
                 if lengths.iter().any(|length| rope.frequencies(*length) != frequencies) {
                     // Every chunk makes its own.
-                    return Ok(Loaded::Nothing);
+                    return Ok(Loaded::Vector(learned));
                 }
-                let (cos, sin) = rope.table(&[longest]);
+                let (cos, sin) = rope.table(&[longest], learned.as_deref());
                 Loaded::Angles(cos, sin)
             }
             _ => Loaded::Nothing,

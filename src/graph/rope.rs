@@ -1,4 +1,4 @@
-//! How queries and keys are turned by their positions.
+//! How queries and keys are turned by their positions, and how queries grow with them.
 
 use ndarray::Array2;
 
@@ -13,6 +13,8 @@ pub struct Rope {
     pub magnitude: f32,
     /// How they were stretched beyond the first context; already in `inverse_frequencies`.
     pub scaling: RopeScaling,
+    /// Tensor of the logarithms of what the frequencies are multiplied by, one for each pair of values.
+    pub learned: Option<String>,
 }
 
 /// How rotary frequencies are stretched.
@@ -69,7 +71,56 @@ pub enum RopeScaling {
     },
 }
 
+/// What queries are multiplied by, which grows with their positions.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Temperature {
+    /// `1 + scale · ln(⌊(position + first) / floor⌋ + 1)`.
+    Steps {
+        /// Positions after which it grows.
+        floor: f32,
+        /// How much.
+        scale: f32,
+        /// What the first position counts as.
+        first: usize,
+    },
+    /// `scale · ln(position + 1) + bias`, of each head by itself.
+    Heads {
+        /// Tensor of how much it grows, `[heads]`.
+        scale: String,
+        /// Tensor of what it is at the first position, `[heads]`.
+        bias: String,
+    },
+}
+
+impl Temperature {
+    /// Its tensors.
+    pub fn tensors(&self) -> impl Iterator<Item = &String> {
+        let [scale, bias] = match self {
+            Temperature::Steps { .. } => [None, None],
+            Temperature::Heads { scale, bias } => [Some(scale), Some(bias)],
+        };
+        scale.into_iter().chain(bias)
+    }
+
+    /// The same, with their shapes.
+    pub(super) fn vectors(&self, heads: usize) -> impl Iterator<Item = (String, Vec<usize>)> {
+        self.tensors().map(move |tensor| (tensor.clone(), vec![heads]))
+    }
+
+    /// Gives its tensors other names.
+    pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
+        if let Temperature::Heads { scale, bias } = self {
+            [scale, bias].into_iter().for_each(|tensor| *tensor = name(tensor));
+        }
+    }
+}
+
 impl Rope {
+    /// Its tensor, with its shape.
+    pub(super) fn vectors(&self) -> impl Iterator<Item = (String, Vec<usize>)> {
+        self.learned.iter().map(|tensor| (tensor.clone(), vec![self.inverse_frequencies.len()]))
+    }
+
     /// Radians per position in a context of `positions`.
     pub fn frequencies(&self, positions: usize) -> Vec<f32> {
         let dim = 2 * self.inverse_frequencies.len();
@@ -88,13 +139,16 @@ impl Rope {
     }
 
     /// Cosines and sines `[tokens, rotated / 2]` of sequences of these lengths that lie one behind the other, each turned as if it were alone: the
-    /// frequencies of some kinds of scaling depend on the length.
-    pub fn table(&self, lengths: &[usize]) -> (Array2<f32>, Array2<f32>) {
+    /// frequencies of some kinds of scaling depend on the length. `learned` is what the tensor of that name holds, if there is one.
+    pub fn table(&self, lengths: &[usize], learned: Option<&[f32]>) -> (Array2<f32>, Array2<f32>) {
         let shape = (lengths.iter().sum(), self.inverse_frequencies.len());
         let (mut cos, mut sin) = (Array2::zeros(shape), Array2::zeros(shape));
         let mut start = 0;
         for length in lengths {
-            let frequencies = self.frequencies(*length);
+            let mut frequencies = self.frequencies(*length);
+            for (frequency, logarithm) in frequencies.iter_mut().zip(learned.into_iter().flatten()) {
+                *frequency *= logarithm.exp();
+            }
             for position in 0..*length {
                 for (i, frequency) in frequencies.iter().enumerate() {
                     let angle = position as f32 * frequency;

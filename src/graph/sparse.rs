@@ -2,7 +2,7 @@
 
 use kernels::{IndexShape, RopeLayout};
 
-use super::{Linear, Norm};
+use super::{Linear, Norm, Temperature};
 
 /// Where the choice of what attention sees comes from.
 #[derive(Clone, Debug)]
@@ -21,6 +21,10 @@ pub struct Indexer {
     pub q: Linear,
     /// Whether `q` reads the latent.
     pub latent: bool,
+    /// Of what `q` reads otherwise.
+    pub input_norm: Option<Norm>,
+    /// What its queries are multiplied by.
+    pub temperature: Option<Temperature>,
     /// To the keys that its heads have in common.
     pub k: Linear,
     /// Of its queries, each head by itself.
@@ -87,16 +91,23 @@ impl Indexer {
     /// Its tensors that are no linears and no norms, with their shapes.
     pub(super) fn vectors(&self) -> impl Iterator<Item = (String, Vec<usize>)> {
         let shape = vec![self.shape.block, self.shape.head_dim];
-        self.pool.iter().map(move |pool| (pool.places.clone(), shape.clone()))
+        let warmth = self.temperature.iter().flat_map(|temperature| temperature.vectors(self.shape.heads));
+        self.pool.iter().map(move |pool| (pool.places.clone(), shape.clone())).chain(warmth)
+    }
+
+    /// Gives its tensors that are no linears and no norms other names.
+    pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
+        self.pool.iter_mut().for_each(|pool| pool.places = name(&pool.places));
+        self.temperature.iter_mut().for_each(|temperature| temperature.rename(name));
     }
 
     /// Its normalisations.
     pub(super) fn norms(&self) -> impl Iterator<Item = &Norm> {
-        self.q_norm.iter().chain([&self.k_norm])
+        self.input_norm.iter().chain(&self.q_norm).chain([&self.k_norm])
     }
 
     /// The same, to be changed.
     pub(super) fn norms_mut(&mut self) -> impl Iterator<Item = &mut Norm> {
-        self.q_norm.iter_mut().chain([&mut self.k_norm])
+        self.input_norm.iter_mut().chain(&mut self.q_norm).chain([&mut self.k_norm])
     }
 }

@@ -117,6 +117,13 @@ fn keys_and_values_that_later_blocks_read_are_counted() {
     assert_eq!(more(&graph) - more(&alone), 64_000 * left[3]);
 }
 
+/// Latents of block 0, with what positions turn, and of block 1, without.
+#[test]
+fn latents_that_later_blocks_read_are_counted() {
+    let (_, graph) = open("tests/fixtures/families/mistral_large4_published");
+    assert_eq!(shared(&graph).collect::<Vec<_>>(), [0, 4 * 48, 4 * 80, 4 * 80, 4 * 80]);
+}
+
 #[test]
 fn mixtures_and_latent_attention_are_counted_too() {
     for name in ["deepseek_v3_plain", "mixtral_plain"] {

@@ -35,8 +35,8 @@ impl Lifetimes {
             weights_until: vec![0; operations.len()],
             leaves: needs_output && program.leaves.is_some(),
         };
-        if let Some((_, left)) = program.leaves.filter(|_| needs_output) {
-            for value in left {
+        if let Some((_, left)) = program.leaves.as_ref().filter(|_| needs_output) {
+            for value in left.iter().copied() {
                 wanted[value] = true;
                 lives.until[value] = 2 * operations.len() + 1;
             }

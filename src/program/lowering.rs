@@ -195,7 +195,7 @@ impl<'b> Lowering<'b> {
                 }
             }
             Projections::Latent(latent) => {
-                let made = self.latent(latent, shape.heads, x);
+                let made = self.latent(latent, *keys, [shape.heads, shape.head_dim - layout.first], x);
                 (gate, queries_latent) = (made.2, made.1);
                 made.0
             }
@@ -206,20 +206,22 @@ impl<'b> Lowering<'b> {
             self.each(Kind::Clamp(*limit), &mut qkv);
         }
         if let Some(rope) = rope {
-            let own = if matches!(keys, Keys::Of(_)) { 1 } else { 2 };
+            // Latents are handed over as no position has turned them yet.
+            let turned = matches!((keys, projections), (Keys::Of(_), Projections::Direct(_)));
+            let own = if turned { 1 } else { 2 };
             self.each(Kind::Rope { rope, layout: *layout }, &mut qkv[..own]);
         }
         self.head_norms(norms(true), shape.head_dim, &mut qkv);
         if let Some(temperature) = temperature {
-            self.each(Kind::Warm(*temperature), &mut qkv[..1]);
+            self.each(Kind::Warm(temperature), &mut qkv[..1]);
         }
         if *value_scale != 1.0 {
             self.each(Kind::Scale(*value_scale), &mut qkv[2..]);
         }
-        if let Keys::Left(block) = *keys {
+        if let (Keys::Left(block), Projections::Direct(_)) = (*keys, projections) {
             let [_, k, v] = qkv;
             [k, v].into_iter().for_each(|value| self.keep(value, Kept::Always));
-            self.program.leaves = Some((block, [k, v]));
+            self.program.leaves = Some((block, vec![k, v]));
         }
         let mut reads = qkv.to_vec();
         reads.extend(choice.as_ref().map(|choice| match choice {
@@ -251,11 +253,12 @@ impl<'b> Lowering<'b> {
         latent: Option<usize>,
         rope: Option<&'b Rope>,
     ) -> usize {
-        let Indexer { q, k, q_norm, k_norm, weights, pool, shape, layout, .. } = indexer;
+        let Indexer { q, k, input_norm, temperature, q_norm, k_norm, weights, pool, shape, layout, .. } = indexer;
         let others = || [k].into_iter().chain(weights).chain(pool.iter().map(|pool| &pool.gate));
-        let mut made = match latent.filter(|_| indexer.latent) {
-            Some(latent) => {
-                let mut made = self.linears(vec![q], true, latent, &["iq"]);
+        let normed = input_norm.as_ref().map(|norm| self.norm(Some(norm), x, "ix"));
+        let mut made = match latent.filter(|_| indexer.latent).or(normed) {
+            Some(read) => {
+                let mut made = self.linears(vec![q], true, read, &["iq"]);
                 made.extend(self.linears(others().collect(), true, x, &["ik", "iw", "ig"]));
                 made
             }
@@ -266,6 +269,9 @@ impl<'b> Lowering<'b> {
             if let Some(norm) = norm {
                 self.each(Kind::HeadNorm { norm, head_dim: shape.head_dim }, &mut made[at..=at]);
             }
+        }
+        if let Some(temperature) = temperature {
+            self.each(Kind::Warm(temperature), &mut made[..1]);
         }
         if let Some(rope) = rope {
             self.each(Kind::Rope { rope, layout: *layout }, &mut made[..2]);
@@ -383,25 +389,47 @@ impl<'b> Lowering<'b> {
         }
     }
 
-    /// Queries, keys and values, the latent of the queries and the gate of what is attended to, where there are such.
-    fn latent(&mut self, latent: &'b Latent, heads: usize, x: usize) -> ([usize; 3], Option<usize>, Option<usize>) {
+    /// Queries, keys and values, the latent of the queries and the gate of what is attended to, where there are such. `rotated` values of a head
+    /// are the same in the keys of all of them.
+    fn latent(
+        &mut self,
+        latent: &'b Latent,
+        keys: Keys,
+        [heads, rotated]: [usize; 2],
+        x: usize,
+    ) -> ([usize; 3], Option<usize>, Option<usize>) {
         let Latent { q, q_norm, kv_a, kv_norm, kv_scale, kv_b, gate } = latent;
         let first = if q.len() == 1 { "q" } else { "cq" };
-        let linears = [&q[0], kv_a].into_iter().chain(gate).collect();
-        let mut made = self.linears(linears, false, x, &[first, "ckv", "kr", "gate"]);
+        let names = [Some(first), kv_a.as_ref().map(|_| "ckv"), kv_a.as_ref().filter(|_| rotated > 0).map(|_| "kr")];
+        let names: Vec<&str> = names.into_iter().flatten().chain(["gate"]).collect();
+        let linears = q[..1].iter().chain(kv_a).chain(gate).collect();
+        let mut made = self.linears(linears, false, x, &names);
         let gate = gate.is_some().then(|| made.pop()).flatten();
-        let (mut queries, latent, rotated) = (made[0], made[1], made.get(2).copied());
+        let mut queries = made.remove(0);
         let queries_latent = (q.len() > 1).then(|| self.norm(q_norm.as_ref(), queries, "cq"));
-        let mut latent = self.norm(Some(kv_norm), latent, "ckv");
-        if *kv_scale != 1.0 {
-            latent = self.one(Kind::Scale(*kv_scale), &[latent], "ckv", kv_b.cols);
+        match keys {
+            Keys::Of(block) => {
+                let parts = [("ckv", kv_b.cols), ("kr", rotated)];
+                made = self.operation(Kind::Shared(block), &[], if rotated > 0 { &parts } else { &parts[..1] });
+            }
+            Keys::Own | Keys::Left(_) => {
+                made[0] = self.norm(kv_norm.as_ref(), made[0], "ckv");
+                if *kv_scale != 1.0 {
+                    made[0] = self.one(Kind::Scale(*kv_scale), &[made[0]], "ckv", kv_b.cols);
+                }
+                // Each of them is small, and all are made of one product with the input.
+                made.iter().for_each(|value| self.keep(*value, Kept::Always));
+            }
         }
-        // Each of them is small, and all are made of one product with the input.
-        queries_latent.into_iter().chain([latent]).chain(rotated).for_each(|value| self.keep(value, Kept::Always));
+        if let Keys::Left(block) = keys {
+            self.program.leaves = Some((block, made.clone()));
+        }
+        queries_latent.iter().for_each(|value| self.keep(*value, Kept::Always));
         if let Some(queries_latent) = queries_latent {
             queries = self.linears(vec![&q[1]], false, queries_latent, &["q"])[0];
         }
-        let made = self.linears(vec![kv_b], false, latent, &["k", "v"]);
+        let rotated = made.get(1).copied();
+        let made = self.linears(vec![kv_b], false, made[0], &["k", "v"]);
         let keys = rotated.map_or(made[0], |rotated| {
             let width = self.program.values[made[0]].width + heads * self.program.values[rotated].width;
             self.one(Kind::JoinHeads { heads }, &[made[0], rotated], "k", width)
@@ -514,6 +542,8 @@ impl<'b> Lowering<'b> {
     fn end(self) -> Program<'b> {
         let mut program = self.program;
         let mut others = vec![false; program.values.len()];
+        // Blocks behind read these as they are.
+        program.leaves.iter().flat_map(|(_, left)| left).for_each(|value| others[*value] = true);
         for operation in &program.operations {
             let product = matches!(operation.kind, Kind::Linear { .. });
             for value in &operation.reads {

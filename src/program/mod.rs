@@ -23,8 +23,8 @@ pub struct Program<'b> {
     pub values: Vec<Value>,
     /// What is done, in order: an operation reads what those before it make.
     pub operations: Vec<Operation<'b>>,
-    /// Keys and values that later blocks read, and the number by which they ask for them.
-    pub leaves: Option<(usize, [usize; 2])>,
+    /// Keys and values that later blocks read, or the latents that they are made of, and the number by which they ask for them.
+    pub leaves: Option<(usize, Vec<usize>)>,
 }
 
 /// Something that is computed for each token.
@@ -117,10 +117,10 @@ pub enum Kind<'b> {
         layout: RopeLayout,
     },
     /// Multiplies queries by what grows with the position.
-    Warm(Temperature),
+    Warm(&'b Temperature),
     /// The rows of a table for the ids of the tokens.
     Lookup(&'b Lookup),
-    /// The keys and values that the block with this number left.
+    /// The keys and values that the block with this number left, or their latents.
     Shared(usize),
     /// Softmax attention of queries, keys and values.
     Attention {
@@ -264,6 +264,8 @@ impl Operation<'_> {
             Kind::Linear { linears, .. } => {
                 linears.iter().flat_map(|linear| linear.tensors()).map(|(name, _)| name).collect()
             }
+            Kind::Rope { rope, .. } => rope.learned.iter().cloned().collect(),
+            Kind::Warm(temperature) => temperature.tensors().cloned().collect(),
             Kind::Attention { sinks, .. } => sinks.iter().map(|name| (*name).to_owned()).collect(),
             Kind::Convolve { convolution: Convolution { tensors, bias, .. }, .. } => {
                 tensors.iter().map(|(tensor, _)| tensor).chain(bias).cloned().collect()

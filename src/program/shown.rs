@@ -4,7 +4,7 @@ use kernels::{Activation, IndexShape, NormKind};
 use serde::Serialize;
 
 use super::{Kept, Kind, Operation, Program, Streams, Value};
-use crate::graph::{Block, Decay, Norm, RopeScaling, Scoring};
+use crate::graph::{Block, Decay, Norm, RopeScaling, Scoring, Temperature};
 use crate::words::{listed, one_line};
 
 /// What some blocks do that are alike.
@@ -173,12 +173,13 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
                 let name = name.split([' ', '(']).next().unwrap_or_default().to_lowercase();
                 details.push(format!("scaling {name}"));
             }
+            details.extend(rope.learned.as_ref().map(|_| "learned factors".to_owned()));
             (call("rope"), details)
         }
-        Kind::Warm(warm) => {
-            let details = vec![format!("scale {}", warm.scale), format!("floor {}", warm.floor)];
-            (call("temperature"), details)
+        Kind::Warm(Temperature::Steps { scale, floor, .. }) => {
+            (call("temperature"), vec![format!("scale {scale}"), format!("floor {floor}")])
         }
+        Kind::Warm(Temperature::Heads { .. }) => (call("temperature"), vec!["of each head".to_owned()]),
         Kind::Attention { .. } | Kind::Select { .. } | Kind::Chosen | Kind::Pool(_) => {
             said_of_attention(operation, reads)
         }

@@ -121,7 +121,9 @@ impl<'b> Program<'b> {
         };
         let (linear, part) = self.made_by(made)?;
         // What is made of a latent is left as it is.
-        let latent = self.norm_of(self.maker(made)?.reads[0]).is_some_and(|(_, of)| self.made_by(of).is_some());
+        let read = self.maker(made)?.reads[0];
+        let taken_over = self.maker(read).is_some_and(|maker| matches!(maker.kind, Kind::Shared(_)));
+        let latent = taken_over || self.norm_of(read).is_some_and(|(_, of)| self.made_by(of).is_some());
         let producer = Producer::Linear { linear, part, heads };
         (!latent).then(|| Slot { producer, readers: linears.clone() })
     }

@@ -35,8 +35,10 @@ impl CacheType {
 /// the keys of an indexer.
 fn values(attention: &Attention) -> u64 {
     let cached = match &attention.projections {
+        // Which reads what another layer keeps.
+        Projections::Direct(_) if matches!(attention.keys, Keys::Of(_)) => 0,
         Projections::Direct(_) => attention.shape.kv_heads * (attention.shape.head_dim + attention.shape.value_dim),
-        Projections::Latent(latent) => latent.kv_a.rows,
+        Projections::Latent(latent) => latent.kv_a.as_ref().map_or(0, |kv_a| kv_a.rows),
     };
     let indexed = attention.indexer().map_or(0, |indexer| indexer.shape.head_dim);
     (cached + indexed) as u64
@@ -61,8 +63,6 @@ pub fn cache_bytes(graph: &Graph, context: u64, batch: u64, ty: CacheType, gguf:
         ty.bytes(values(attention), gguf).saturating_mul(tokens)
     };
     let of_layer = |layer: &Layer| match layer {
-        // Which reads what another layer keeps.
-        Layer::Attention(Attention { keys: Keys::Of(_), .. }) => 0,
         Layer::Attention(attention) => of(attention),
         Layer::Delta(delta) => state_bytes(delta.state(), gguf),
         Layer::Mamba(mamba) => state_bytes(mamba.state(), gguf),
@@ -147,5 +147,14 @@ mod tests {
         assert_eq!(bytes(100, false), 3 * (3 * (4 * state + 2 * last) + 100 * token));
         assert_eq!(bytes(1000, true) - bytes(100, true), 3 * 900 * token);
         assert_eq!(bytes(0, true), 9 * 4 * (state + last));
+    }
+
+    #[test]
+    fn latents_of_other_layers_are_kept_once_and_the_keys_of_every_indexer() {
+        let config = include_str!("../../tests/fixtures/families/mistral_large4_published/config.json");
+        let graph = crate::families::build(&serde_json::from_str(config).unwrap()).unwrap();
+        // Latents of 32 with 16 that are rotated, without, and with; keys of 32 of four indexers.
+        let values = 48 + 32 + 48 + 4 * 32;
+        assert_eq!(cache_bytes(&graph, 10, 1, CacheType::Half, false), Some(10 * 2 * values));
     }
 }

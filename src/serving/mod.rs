@@ -102,7 +102,9 @@ pub fn fused(graph: &Graph) -> Vec<Vec<&Linear>> {
                 }
                 Projections::Direct(linears) => all.push(linears.iter().collect()),
                 // With one linear to the queries, nothing is fused.
-                Projections::Latent(latent) if latent.q.len() > 1 => all.push(vec![&latent.q[0], &latent.kv_a]),
+                Projections::Latent(latent) if latent.q.len() > 1 => {
+                    all.push(latent.q[..1].iter().chain(&latent.kv_a).collect());
+                }
                 Projections::Latent(_) => {}
             },
             Layer::Delta(delta) => all.push(delta.inputs.iter().collect()),

@@ -191,6 +191,28 @@ fn experts_in_the_stacks_of_transformers_are_read() {
     }
 }
 
+/// As transformers calls all tensors in memory, and stacks experts.
+#[test]
+fn names_of_the_class_are_read_like_those_that_mistral_large_4_is_published_under() {
+    let tokens = [(3..40).collect::<Vec<u32>>()];
+    let model = checkpoint("mistral_large4_published");
+    let usual = crate::golden::logits(model.path(), &tokens).unwrap();
+    let loading = quantc::families::Loading::of(quantc::Checkpoint::open(model.path()).unwrap().config());
+    let renamed = Model::at(model.path());
+    stack(&renamed);
+    renamed.weights(|header, _| {
+        let loaded = |name: String| {
+            let ends = [".weight", ".bias"].into_iter().find(|end| name.ends_with(end)).unwrap_or_default();
+            let module = &name[..name.len() - ends.len()];
+            loading.names(module).first().map_or(name.clone(), |module| format!("{module}{ends}"))
+        };
+        *header = std::mem::take(header).into_iter().map(|(name, entry)| (loaded(name), entry)).collect();
+        assert!(header.contains_key("model.language_model.rotary_emb.alpha"), "{:?}", header.keys());
+        assert!(header.contains_key("model.language_model.layers.1.mlp.experts.gate_up_proj"), "{:?}", header.keys());
+    });
+    assert!(crate::golden::logits(model.path(), &tokens).unwrap() == usual);
+}
+
 /// Puts the experts of a model in bfloat16 into stacks.
 fn stack(model: &Model) {
     model.weights(|header, data| {

@@ -74,6 +74,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("glm4_moe_lite_types", "a bias of"),
     ("hy_v3_types", "a bias of"),
     ("hy_v4_plain", "a bias of `model.layers.0.self_attn.q_a_proj`"),
+    ("mistral_large4_grouped", "cannot be written as GGUF"),
+    ("mistral_large4_published", "cannot be written as GGUF"),
     ("mistral4_grouped", "a bias of"),
     ("mistral4_vision", "YaRN with beta_fast"),
     ("ernie4_5_biases", "a bias of `model.layers.0.self_attn.o_proj`"),

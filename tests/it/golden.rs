@@ -160,6 +160,7 @@ fn linears_read_what_they_read_in_transformers() {
         "gemma4_text_experts",
         "step3p7_plain",
         "bailing_hybrid_published",
+        "mistral_large4_published",
     ] {
         let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
         let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());
@@ -177,8 +178,9 @@ fn linears_read_what_they_read_in_transformers() {
             let own = own.replace(".linear_gate", ".gate_proj").replace(".share_expert.", ".mlp.shared_experts.");
             let inside = own.replacen("model.", "model.language_model.", 1);
             let within = own.replace(".attention.", ".self_attn.").replace(".dense", ".o_proj");
-            let Some(expected) = [own, inside, within].iter().find_map(|own| file.get(&format!("energies.{own}")))
-            else {
+            let loaded = families::Loading::of(source.config()).names(&module);
+            let names = [own, inside, within].into_iter().chain(loaded);
+            let Some(expected) = names.map(|own| format!("energies.{own}")).find_map(|own| file.get(&own)) else {
                 assert!(module.contains(".experts."), "{name}: {module}: no linear of its own in transformers");
                 continue;
             };
@@ -208,6 +210,8 @@ fn linears_read_what_they_read_in_transformers() {
         "self_attn.kv_b_proj",
         "self_attn.q_b_proj",
         "self_attn.linear_gate",
+        "layers.3.attention.wkv_b",
+        "layers.3.attention.wo",
         "mtp.fc",
         "mtp.layers.0.mlp.down_proj",
         "layers.2.eh_proj",

@@ -178,6 +178,7 @@ fn what_decides_about_much_stays_whole_and_is_named() {
         ),
         ("glm5_next_vision", "model.language_model.layers.2.self_attn.indexer", vec!["wq_b", "wk", "weights_proj"]),
         ("hy_v4_published", "model.layers.1.self_attn.indexer", vec!["wq_b", "wk", "weights_proj"]),
+        ("mistral_large4_published", "layers.3.attention.indexer", vec!["wq_b", "wk", "weights_proj"]),
         ("longcat_flash_published", "model.layers.0.mlp", vec!["router.classifier"]),
     ] {
         let (room, outputs) = (checkpoint(name), tempfile::tempdir().unwrap());

@@ -188,6 +188,8 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("minimax_m2_plain", Told("stacks this family's experts without their scales")),
     ("ministral_layers", Told(UNKNOWN)),
     ("mistral_grouped", Told(WINDOW)),
+    ("mistral_large4_grouped", Told(UNKNOWN)),
+    ("mistral_large4_published", Told(UNKNOWN)),
     ("mistral4_grouped", Told("stacks this family's experts without their scales")),
     ("mistral4_usual", Told("stacks this family's experts without their scales")),
     ("mistral4_vision", Told("stacks this family's experts without their scales")),

@@ -29,6 +29,7 @@ fn programs_are_shown_as_they_were() {
         "qwen3_next_mixed",
         "falcon_h1_plain",
         "hy_v4_published",
+        "mistral_large4_published",
         "nemotron_h_latent",
         "lfm2_plain",
     ] {
