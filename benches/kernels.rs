@@ -255,6 +255,8 @@ fn streams(c: &mut Criterion) {
         let mut x = x.clone();
         cpu.match_streams(&mut x, WIDTH, 1e-5).map(|()| x)
     });
+    let make = || [wide(), matrix(TOKENS, COUNT * WIDTH, 3)];
+    measure(&mut group, "comparing 4 of 576", moved.clone(), make, |[x, y]| cpu.agree_streams(x, y, WIDTH, 1e-6));
     measure(&mut group, "cutting 2304", moved, wide, |x| {
         let mut x = x.clone();
         cpu.cut(&mut x, 1.6).map(|()| x)

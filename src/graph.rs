@@ -1,9 +1,11 @@
 //! A model as data: which tensors it has, and what is done with them, block by block.
 
 mod altup;
+mod attention;
 mod both_ways;
 mod delta;
 mod further;
+mod grams;
 mod hyper;
 mod lookup;
 mod mamba;
@@ -18,7 +20,8 @@ use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 pub use self::altup::{AltUp, LEAST, Laurel};
 pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
 pub use self::further::{FURTHER, Further};
-pub use self::hyper::{Collapse, Hyper};
+pub use self::grams::{AGREEMENT, GramLayer, Grams};
+pub use self::hyper::{Collapse, Connection, Gated, Hyper};
 pub use self::lookup::{Lookup, PerLayer, Side};
 pub use self::mamba::{GroupNorm, Mamba, ShortConvolution};
 pub use self::rope::{Rope, RopeScaling, Temperature};
@@ -106,7 +109,7 @@ pub struct Step {
     /// So many steps before it add to the stream what it does not read.
     pub unseen: usize,
     /// How it reads and writes several streams.
-    pub hyper: Option<Box<Hyper>>,
+    pub hyper: Option<Box<Connection>>,
 }
 
 /// What a step computes.
@@ -128,6 +131,8 @@ pub enum Layer {
     Further(Box<Further>),
     /// What a table has for the tokens.
     PerLayer(Box<PerLayer>),
+    /// What a table has for tokens in a row.
+    Grams(Box<GramLayer>),
     /// Linears of a model that cannot be run.
     Opaque(Vec<Linear>),
 }
@@ -508,39 +513,6 @@ pub struct Head {
     pub softcap: Option<f32>,
 }
 
-impl Attention {
-    /// Its linears, those that read one input together.
-    fn linears(&self) -> Vec<Vec<&Linear>> {
-        let mut groups = match &self.projections {
-            Projections::Direct(linears) => vec![linears.iter().collect()],
-            Projections::Latent(latent) => {
-                let mut groups = vec![latent.q[..1].iter().chain(&latent.kv_a).chain(&latent.gate).collect()];
-                groups.extend(latent.q[1..].iter().map(|l| vec![l]));
-                groups.push(vec![&latent.kv_b]);
-                groups
-            }
-        };
-        groups.push(vec![&self.o]);
-        groups
-    }
-
-    /// What chooses for it, if that is its own.
-    pub fn indexer(&self) -> Option<&Indexer> {
-        self.choice.as_ref().and_then(Choice::indexer)
-    }
-
-    /// Its normalisations: of heads, of latents, and of its indexer.
-    pub fn norms(&self) -> Vec<&Norm> {
-        let of_heads = self.norms.iter().flat_map(|norms| [Some(&norms.q), norms.k.as_ref(), norms.v.as_ref()]);
-        let mut norms: Vec<&Norm> = of_heads.flatten().collect();
-        if let Projections::Latent(latent) = &self.projections {
-            norms.extend(latent.q_norm.iter().chain(&latent.kv_norm));
-        }
-        norms.extend(self.indexer().into_iter().flat_map(Indexer::norms));
-        norms
-    }
-}
-
 impl Layer {
     /// Its linears that may be quantized, those that read one input together.
     pub fn linears(&self) -> Vec<Vec<&Linear>> {
@@ -553,6 +525,7 @@ impl Layer {
             Layer::Moe(moe) => moe.linears(),
             Layer::Further(further) => vec![vec![&further.projection]],
             Layer::PerLayer(layer) => layer.linears(),
+            Layer::Grams(layer) => layer.linears(),
             Layer::Opaque(linears) => linears.iter().map(|l| vec![l]).collect(),
         }
     }
@@ -591,6 +564,7 @@ impl Layer {
             Layer::Further(further) => further.norms(),
             Layer::Moe(moe) => moe.norms.iter().flat_map(|norms| norms.all()).collect(),
             Layer::PerLayer(layer) => vec![&layer.side.norm],
+            Layer::Grams(layer) => layer.norms.iter().collect(),
             _ => Vec::new(),
         }
     }
@@ -606,6 +580,7 @@ impl Layer {
             }
             Layer::Moe(moe) => moe.router.correction.iter().chain(&moe.router.factors).cloned().collect(),
             Layer::PerLayer(layer) => layer.tables(),
+            Layer::Grams(layer) => layer.vectors(),
             Layer::Delta(delta) => delta.vectors(),
             Layer::Mamba(mamba) => mamba.vectors(),
             Layer::Short(short) => short.convolution.vectors().collect(),
@@ -661,7 +636,9 @@ impl Graph {
             }
             tensors.extend(step.layer.vectors());
             step.post.iter().for_each(|n| norm(n, &mut tensors));
-            tensors.extend(step.hyper.iter().flat_map(|hyper| hyper.vectors()));
+            if let Some(hyper) = &step.hyper {
+                tensors.extend(hyper.vectors().chain(hyper.linears().flat_map(Linear::tensors)));
+            }
         }
         for altup in self.blocks.iter().filter_map(|block| block.altup.as_deref()) {
             tensors.extend(altup.linears().flat_map(Linear::tensors).chain(altup.scale.clone()));
@@ -669,6 +646,7 @@ impl Graph {
         }
         tensors.extend(self.blocks.iter().filter_map(|block| Some((block.scale.clone()?, vec![1]))));
         tensors.extend(self.collapse.iter().filter_map(Collapse::hyper).flat_map(Hyper::vectors));
+        tensors.extend(self.collapse.iter().flat_map(Collapse::linears).flat_map(Linear::tensors));
         if !self.opaque {
             norm(&self.final_norm, &mut tensors);
             match self.head.tied {
@@ -681,10 +659,12 @@ impl Graph {
         tensors
     }
 
-    /// Does something to every linear of the blocks.
+    /// Does something to every linear of the blocks, and of what becomes of streams behind them.
     pub fn linears_mut(&mut self, change: &mut dyn FnMut(&mut Linear)) {
+        self.collapse.iter_mut().for_each(|collapse| collapse.linears_mut(change));
         self.blocks.iter_mut().filter_map(|block| block.altup.as_mut()).for_each(|altup| altup.linears_mut(change));
         for step in self.blocks.iter_mut().flat_map(|block| &mut block.steps) {
+            step.hyper.iter_mut().for_each(|hyper| hyper.linears_mut(change));
             let mut mlp = |mlp: &mut Mlp| mlp.inputs.iter_mut().chain([&mut mlp.down]).for_each(&mut *change);
             match &mut step.layer {
                 Layer::Mlp(m) => mlp(m),
@@ -695,24 +675,13 @@ impl Graph {
                     change(&mut moe.router.linear);
                     moe.shared.iter_mut().filter_map(|(_, gate)| gate.as_mut()).for_each(&mut *change);
                 }
-                Layer::Attention(a) => {
-                    match &mut a.projections {
-                        Projections::Direct(linears) => linears.iter_mut().for_each(&mut *change),
-                        Projections::Latent(latent) => {
-                            let Latent { q, kv_a, kv_b, gate, .. } = &mut **latent;
-                            q.iter_mut().chain(kv_a).chain([kv_b]).chain(gate).for_each(&mut *change);
-                        }
-                    }
-                    a.head_gate.iter_mut().for_each(&mut *change);
-                    change(&mut a.o);
-                    let indexer = a.choice.as_mut().and_then(Choice::indexer_mut);
-                    indexer.into_iter().flat_map(Indexer::linears_mut).for_each(&mut *change);
-                }
+                Layer::Attention(attention) => attention.linears_mut(change),
                 Layer::Delta(delta) => delta.linears_mut(change),
                 Layer::Mamba(mamba) => mamba.linears_mut(change),
                 Layer::Short(short) => short.linears_mut(change),
                 Layer::Further(further) => further.linears_mut(change),
                 Layer::PerLayer(layer) => layer.linears_mut(change),
+                Layer::Grams(layer) => layer.linears_mut(change),
                 Layer::Opaque(linears) => linears.iter_mut().for_each(&mut *change),
             }
         }
@@ -753,20 +722,9 @@ impl Graph {
                 step.pre.iter_mut().chain(&mut step.post).for_each(norm);
                 step.hyper.iter_mut().for_each(|hyper| hyper.rename(name));
                 match &mut step.layer {
-                    Layer::Attention(a) => {
-                        text(&mut a.sinks);
-                        a.temperature.iter_mut().for_each(|temperature| temperature.rename(name));
-                        let learned = a.rope.as_mut().filter(|rope| rope.learned.is_some());
-                        learned.into_iter().for_each(|rope| text(&mut Arc::make_mut(rope).learned));
-                        let of = a.norms.iter_mut();
-                        of.flat_map(|n| [Some(&mut n.q), n.k.as_mut(), n.v.as_mut()]).flatten().for_each(norm);
-                        if let Some(indexer) = a.choice.as_mut().and_then(Choice::indexer_mut) {
-                            indexer.rename(name);
-                            indexer.norms_mut().for_each(norm);
-                        }
-                        if let Projections::Latent(latent) = &mut a.projections {
-                            latent.q_norm.iter_mut().chain(&mut latent.kv_norm).for_each(norm);
-                        }
+                    Layer::Attention(attention) => {
+                        attention.rename(name);
+                        attention.norms_mut().into_iter().for_each(norm);
                     }
                     Layer::Moe(moe) => {
                         let Router { correction, factors, .. } = &mut moe.router;
@@ -778,6 +736,7 @@ impl Graph {
                     Layer::Short(short) => short.convolution.rename(name),
                     Layer::Further(further) => further.rename(name),
                     Layer::PerLayer(layer) => layer.rename(name),
+                    Layer::Grams(layer) => layer.rename(name),
                     Layer::Mlp(mlp) => mlp
                         .learned
                         .iter_mut()

@@ -14,7 +14,7 @@ pub use self::free::Free;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::forward;
-use crate::graph::{Attention, Block, Graph, Keys, Layer, Linear, Projections};
+use crate::graph::{Attention, Block, Graph, Keys, Layer, Linear, Projections, Step};
 use crate::program::{Kept, Kind, Lifetimes, Operation, Program, Value};
 use crate::recipe::Recipe;
 use crate::verify;
@@ -166,7 +166,9 @@ fn products(block: &Block, input: u64) -> u64 {
         }
         layer => of(layer.linears().concat()),
     };
-    block.steps.iter().map(|s| step(&s.layer)).max().unwrap_or(0)
+    // Beside what makes the gates of streams.
+    let gates = |s: &Step| s.hyper.iter().map(|hyper| of(hyper.linears().collect())).sum::<u64>();
+    block.steps.iter().map(|s| step(&s.layer) + gates(s)).max().unwrap_or(0)
 }
 
 /// Bytes that the largest linear of a block takes with what is known of its input, and what was solved before it.
@@ -238,6 +240,8 @@ fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tok
         Kind::Attention { .. } | Kind::Delta(_) => {
             (4 + input) * operation.reads.iter().map(|v| program.values[*v].width as u64).sum::<u64>()
         }
+        // Of what a table has, and of the streams that it is compared with.
+        Kind::Agree(_) => 16 * program.values[operation.reads[0]].width as u64,
         Kind::Activate(_) | Kind::Cut(_) => 8 * program.values[operation.makes[0]].width as u64,
         _ => 0,
     };

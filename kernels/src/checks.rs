@@ -221,6 +221,13 @@ pub(crate) fn expect_streams([x, coefficients, y]: [[usize; 2]; 3], width: usize
     Ok([from, to])
 }
 
+/// Two matrices of one shape, of streams of so many values.
+pub(crate) fn expect_alike(op: &'static str, x: [usize; 2], y: [usize; 2], width: usize) -> Result<()> {
+    expect(op, "tokens", x[0], y[0])?;
+    expect(op, "features", x[1], y[1])?;
+    expect_multiple(op, width, x[1])
+}
+
 /// Queries, keys, values, decays and betas, each `[tokens, features]`, that fit the layer and the sequences.
 pub(crate) fn expect_delta(all: [[usize; 2]; 5], shape: &DeltaShape, lengths: &[usize]) -> Result<()> {
     let DeltaShape { key_heads, value_heads, key_dim, value_dim, .. } = *shape;

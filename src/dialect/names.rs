@@ -259,7 +259,10 @@ impl Lister {
                 }
                 if let Some(hyper) = &step.hyper {
                     let part = if matches!(step.layer, Layer::Mlp(_) | Layer::Moe(_)) { "ffn" } else { "attn" };
-                    self.hyper(&format!("{at}.hc_{part}"), hyper)?;
+                    match hyper.hyper() {
+                        Some(hyper) => self.hyper(&format!("{at}.hc_{part}"), hyper)?,
+                        None => return Err(self.cannot("streams with a gate for each value")),
+                    }
                 }
                 let first = self.tensors.len();
                 match &step.layer {
@@ -271,6 +274,7 @@ impl Lister {
                     Layer::Moe(moe) => self.moe(&at, moe)?,
                     Layer::Further(further) => self.further(&at, further)?,
                     Layer::PerLayer(layer) => self.per_layer(&at, layer)?,
+                    Layer::Grams(_) => return Err(self.cannot("rows of a table for tokens in a row")),
                     Layer::Opaque(_) => return Err(self.cannot("a model of an unknown family")),
                 }
                 if absorbs {
@@ -453,7 +457,9 @@ impl Lister {
             }
         }
         if let Some(indexer) = attention.indexer() {
-            let (Some(weights), None, None) = (&indexer.weights, &indexer.q_norm, &indexer.pool) else {
+            let (Some(keys), Some(weights), None, None) =
+                (&indexer.k, &indexer.weights, &indexer.q_norm, &indexer.pool)
+            else {
                 return Err(self.cannot("an indexer of this form"));
             };
             // llama.cpp turns queries and keys by a Hadamard matrix of this width, and aborts over others.
@@ -462,7 +468,7 @@ impl Lister {
                 return Err(self.cannot(format_args!("an indexer with heads of {width} values")));
             }
             let order = self.turned(attention, indexer);
-            for (name, linear) in [("attn_q_b", &indexer.q), ("attn_k", &indexer.k)] {
+            for (name, linear) in [("attn_q_b", &indexer.q), ("attn_k", keys)] {
                 let rows = order.as_ref().map(|order| order(linear.rows));
                 self.linear(&format!("{at}.indexer.{name}"), linear, rows, Need::Never)?;
             }

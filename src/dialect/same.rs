@@ -5,7 +5,7 @@ use kernels::{Activation, AttentionShape};
 use crate::families::rope::{all_near, near, unscaled};
 use crate::graph::{
     AltUp, Attention, Collapse, Convolution, DeltaNet, Further, Graph, Layer, Linear, Mamba, Mlp, Moe, Norm, PerLayer,
-    Projections, Rope, RopeScaling, Side, Temperature,
+    Projections, Rope, RopeScaling, Side, Step, Temperature,
 };
 
 /// How a reader takes a model.
@@ -73,7 +73,8 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
             if !near(step.given, other.given) || step.unseen != other.unseen {
                 return Some(in_block("a layer that is given this".to_owned()));
             }
-            if step.hyper.as_ref().map(|hyper| hyper.shape) != other.hyper.as_ref().map(|hyper| hyper.shape) {
+            let streams = |step: &Step| step.hyper.as_ref().map(|c| (c.streams(), c.hyper().map(|h| h.shape)));
+            if streams(step) != streams(other) {
                 return Some(in_block("streams that are read and written like this".to_owned()));
             }
             if !norm(step.pre.as_ref(), other.pre.as_ref()) || !norm(step.post.as_ref(), other.post.as_ref()) {
@@ -94,6 +95,7 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
                 (Layer::Moe(_), _) => Some("a mixture of experts".to_owned()),
                 (Layer::PerLayer(a), Layer::PerLayer(b)) => per_layer(a, b),
                 (Layer::PerLayer(_), _) => Some("rows of a table for the tokens".to_owned()),
+                (Layer::Grams(_), _) => Some("rows of a table for tokens in a row".to_owned()),
                 _ => Some("a feed-forward layer without experts".to_owned()),
             }
             .map(in_block)

@@ -95,6 +95,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, dim: usize, act: Activa
             bias: None,
             channels: 3 * width,
             taps,
+            dilation: 1,
             activation: Some(act),
         },
         share: 1.0,

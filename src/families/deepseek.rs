@@ -298,11 +298,12 @@ pub fn choices<'a>(config: &Config<'_>, base: &'a Base, shared: Vec<bool>, like:
             latent: like.latent,
             input_norm: None,
             temperature: None,
-            k: linear("wk", head_dim, base.hidden),
+            k: Some(linear("wk", head_dim, base.hidden)),
             q_norm: None,
             k_norm,
             weights: Some(linear("weights_proj", heads, base.hidden)),
             pool: None,
+            mean: false,
             shape,
             layout: RopeLayout { head_dim, first, interleaved: like.interleaved },
         };

@@ -9,7 +9,7 @@ use super::hy4::{clamped, named};
 use super::kimi::delta;
 use super::{Config, Family};
 use crate::error::{Error, Result};
-use crate::graph::{Choice, Collapse, FURTHER, Graph, Hyper, Layer, Linear, Pool, Projections, Stored};
+use crate::graph::{Choice, Collapse, Connection, FURTHER, Graph, Hyper, Layer, Linear, Pool, Projections, Stored};
 
 /// GLM-5.3-Flash.
 pub const GLM5_NEXT: Family = Family { id: "glm5_next", model_types: &["glm5_next_text"], build };
@@ -76,7 +76,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             pre(base.norm(&format!("{at}.post_attention_layernorm")), after),
         ];
         for (step, name) in steps.iter_mut().zip(["hc_attn", "hc_ffn"]) {
-            step.hyper = Some(Box::new(named(&hyper, &format!("{at}.{name}"))));
+            step.hyper = Some(Box::new(Connection::Weighed(named(&hyper, &format!("{at}.{name}")))));
         }
         Ok(block(at, steps))
     })?;

@@ -7,7 +7,7 @@ use super::deepseek::{Chosen, Indexing, LatentHeads, choices, moe, rotation};
 use super::moe::stacked;
 use super::{Config, Family};
 use crate::error::{Error, Result};
-use crate::graph::{Collapse, FURTHER, Graph, Hyper, Layer, Linear, Projections, Split};
+use crate::graph::{Collapse, Connection, FURTHER, Graph, Hyper, Layer, Linear, Projections, Split};
 use crate::weights::Weights;
 
 /// Hunyuan 4.
@@ -56,7 +56,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         };
         let mut block = base.usual_block(at.clone(), attention, feed_forward);
         for (step, name) in block.steps.iter_mut().zip(["hc_attn_layer", "hc_mlp_layer"]) {
-            step.hyper = Some(Box::new(named(&hyper, &format!("{at}.{name}.hc_pre.hc"))));
+            step.hyper = Some(Box::new(Connection::Weighed(named(&hyper, &format!("{at}.{name}.hc_pre.hc")))));
         }
         Ok(block)
     })?;

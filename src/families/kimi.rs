@@ -133,6 +133,7 @@ pub fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) ->
         bias: None,
         channels: 3 * width,
         taps,
+        dilation: 1,
         activation: Some(act),
     };
     let norm = base.norm_of(&format!("{module}.o_norm"), dim);

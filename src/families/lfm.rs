@@ -120,6 +120,7 @@ fn short(base: &Base, module: &str, taps: usize, bias: bool) -> ShortConvolution
             bias: bias.then(|| format!("{module}.conv.bias")),
             channels: hidden,
             taps,
+            dilation: 1,
             activation: None,
         },
         out: Linear::plain(format!("{module}.out_proj"), hidden, hidden, bias),

@@ -80,11 +80,12 @@ fn build_m3(config: &Config<'_>) -> Result<Graph> {
                 latent: false,
                 input_norm: None,
                 temperature: None,
-                k: linear("k", index.head_dim),
+                k: Some(linear("k", index.head_dim)),
                 q_norm: Some(norm("q")),
                 k_norm: norm("k"),
                 weights: None,
                 pool: None,
+                mean: false,
                 shape: index,
                 layout: RopeLayout { head_dim: index.head_dim, first: 0, interleaved: false },
             };

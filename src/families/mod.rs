@@ -39,6 +39,7 @@ mod nemotron_h;
 mod olmo;
 mod phi;
 mod qwen;
+mod qwen4;
 mod qwen_next;
 mod renames;
 pub mod rope;
@@ -102,6 +103,7 @@ pub const FAMILIES: &[Family] = &[
     qwen_next::QWEN3_NEXT,
     qwen_next::QWEN3_5,
     qwen_next::QWEN3_5_MOE,
+    qwen4::QWEN4,
     gemma::GEMMA,
     gemma::GEMMA2,
     gemma::GEMMA3,
@@ -212,6 +214,7 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "qwen2_5_vl", text: ("qwen2_5_vl_text", true), tied: false, hears_text: true },
     Wrapper { model_type: "qwen3_vl", text: ("qwen3_vl_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "qwen3_5", text: ("qwen3_5_text", true), tied: false, hears_text: false },
+    Wrapper { model_type: "qwen4_exp", text: ("qwen4_exp_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "qwen3_5_moe", text: ("qwen3_5_moe_text", true), tied: false, hears_text: false },
 ];
 
@@ -447,6 +450,7 @@ pub fn published(source: &dyn Weights) -> Result<Graph> {
     kimi::settle(&mut graph, source);
     hy4::settle(&mut graph, source);
     mistral_large4::settle(&mut graph, source);
+    qwen4::settle(&mut graph, source)?;
     moe::from_stacks(&mut graph, source);
     further::settle(&mut graph, source);
     if headless(&graph, source) {

@@ -178,6 +178,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) -> Res
             bias: None,
             channels: 2 * keys + values,
             taps,
+            dilation: 1,
             activation: Some(act),
         },
         shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces: true, by_channel: false },

@@ -22,14 +22,17 @@ pub const QWEN3_5: Family =
 pub const QWEN3_5_MOE: Family =
     Family { id: "qwen3_5_moe", model_types: &["qwen3_5_moe_text"], build: |config| build(config, Kind::Experts) };
 
+/// What distinguishes these models.
 #[derive(Clone, Copy, PartialEq)]
-enum Kind {
+pub enum Kind {
     /// Qwen3-Next, which stores what its layers with a state read fused, the rows of each key head together, and may mix dense layers in.
     Next,
     /// Qwen3.5 without experts.
     Dense,
     /// Qwen3.5 with experts in every layer.
     Experts,
+    /// Qwen 4, whose config.json says whether the weights of experts are divided by their sum.
+    Four,
 }
 
 impl Kind {
@@ -38,6 +41,7 @@ impl Kind {
             Kind::Next => "qwen3_next",
             Kind::Dense => "qwen3_5",
             Kind::Experts => "qwen3_5_moe",
+            Kind::Four => "qwen4_exp",
         }
     }
 }
@@ -109,10 +113,10 @@ fn recurrent_layers(config: &Config<'_>, layers: usize) -> Result<Vec<bool>> {
 }
 
 /// Makes what follows attention in a layer of a name and a number.
-type FeedForward<'a> = Box<dyn Fn(&str, usize) -> Layer + 'a>;
+pub type FeedForward<'a> = Box<dyn Fn(&str, usize) -> Layer + 'a>;
 
 /// What follows attention in a layer of this name and number.
-fn feed_forward<'a>(config: &Config<'_>, base: &'a Base, kind: Kind, act: Activation) -> Result<FeedForward<'a>> {
+pub fn feed_forward<'a>(config: &Config<'_>, base: &'a Base, kind: Kind, act: Activation) -> Result<FeedForward<'a>> {
     if kind == Kind::Dense {
         let inner = config.count("intermediate_size")?;
         return Ok(Box::new(move |at, _| Layer::Mlp(base.gated(&format!("{at}.mlp"), inner, act, false))));
@@ -125,8 +129,8 @@ fn feed_forward<'a>(config: &Config<'_>, base: &'a Base, kind: Kind, act: Activa
     let top_k = config.count("num_experts_per_tok")?;
     let [inner, shared] = ["moe_intermediate_size", "shared_expert_intermediate_size"].map(|key| config.count(key));
     let (inner, shared) = (inner?, shared?);
-    // The other class has no such setting, and always divides by the sum.
-    let renormalize = !next || config.flag("norm_topk_prob", true)?;
+    // The class of Qwen3.5 has no such setting, and always divides by the sum.
+    let renormalize = kind == Kind::Experts || config.flag("norm_topk_prob", true)?;
     Ok(Box::new(move |at, layer| {
         let module = format!("{at}.mlp");
         if next && (dense.contains(&layer) || experts == 0 || !(layer + 1).is_multiple_of(step)) {
@@ -145,7 +149,7 @@ fn feed_forward<'a>(config: &Config<'_>, base: &'a Base, kind: Kind, act: Activa
 }
 
 /// A layer with a state under `module`.
-fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activation) -> Result<DeltaNet> {
+pub fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activation) -> Result<DeltaNet> {
     let (key_heads, value_heads) = (config.count("linear_num_key_heads")?, config.count("linear_num_value_heads")?);
     let (key_dim, value_dim) = (config.count("linear_key_head_dim")?, config.count("linear_value_head_dim")?);
     let taps = config.count("linear_conv_kernel_dim")?;
@@ -171,7 +175,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activa
             let by_head = |lengths| Split { times: key_heads, lengths };
             (vec![linear("in_proj_qkvz", by_head(lengths))], vec![linear("in_proj_ba", by_head(vec![of_each; 2]))])
         }
-        Kind::Dense | Kind::Experts => (
+        Kind::Dense | Kind::Experts | Kind::Four => (
             vec![linear("in_proj_qkv", Split::of(&[keys, keys, values])), linear("in_proj_z", whole(values))],
             vec![linear("in_proj_b", whole(value_heads)), linear("in_proj_a", whole(value_heads))],
         ),
@@ -188,6 +192,7 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, kind: Kind, act: Activa
             bias: None,
             channels: 2 * keys + values,
             taps,
+            dilation: 1,
             activation: Some(act),
         },
         shape: DeltaShape { key_heads, value_heads, key_dim, value_dim, scale, replaces: true, by_channel: false },

@@ -69,6 +69,7 @@ impl Rotation {
             "bamba" | "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
             "stablelm" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => rotation(1e4, Some(0.25), Form::Flat),
             "minimax_m2" | "minimax_m3_vl_text" => rotation(5e6, Some(1.0), Form::Flat),
+            "qwen4_exp_text" => rotation(1e4, Some(1.0), Form::Flat),
             "bailing_hybrid" => rotation(6e6, None, Form::Flat),
             "longcat_flash" => rotation(1e7, None, Form::Flat),
             "kimi_linear" | "glm5_next_text" => rotation(1e4, None, Form::Absent),

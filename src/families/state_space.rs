@@ -87,6 +87,7 @@ impl Sizes {
                 bias: biases[0].then(|| format!("{module}.conv1d.bias")),
                 channels: inner + 2 * keys,
                 taps,
+                dilation: 1,
                 activation: Some(activation),
             },
             shape: DeltaShape {

@@ -1,12 +1,12 @@
 //! Streams: the weights of hyper-connections, what is read by them and what is written.
 
-use kernels::{Forward, HyperParameters};
+use kernels::{Activation, Forward, HyperParameters};
 use ndarray::Array2;
 
-use super::Supply;
 use super::run::{Loaded, Place, Read, Run};
+use super::{LoadedNorm, Supply, Weight, product};
 use crate::error::Result;
-use crate::graph::{Collapse, Hyper};
+use crate::graph::{AGREEMENT, Collapse, Hyper, Norm};
 use crate::program::{Kind, Operation};
 
 /// What makes weights, in memory.
@@ -30,33 +30,68 @@ impl<'b> LoadedHyper<'b> {
     }
 }
 
-/// What one hidden state is made of all streams by.
-pub(super) struct LoadedCollapse<'b> {
-    streams: usize,
-    hyper: Option<LoadedHyper<'b>>,
+/// What makes of all streams what the head reads.
+pub(super) struct Ending<'b, B: Forward> {
+    norm: LoadedNorm<'b>,
+    collapse: Option<LoadedCollapse<'b, B>>,
 }
 
-impl<'b> LoadedCollapse<'b> {
-    pub fn of<B: Forward>(collapse: &'b Collapse, supply: &mut dyn Supply<B>) -> Result<LoadedCollapse<'b>> {
-        let hyper = collapse.hyper().map(|hyper| LoadedHyper::of(hyper, supply)).transpose()?;
-        Ok(LoadedCollapse { streams: collapse.streams(), hyper })
+/// What one hidden state is made of all streams by.
+enum LoadedCollapse<'b, B: Forward> {
+    Weighed(LoadedHyper<'b>),
+    Mean(usize),
+    /// Of so many streams, by gates that these make.
+    Gated(usize, Vec<Weight<B::Weight>>),
+}
+
+impl<'b, B: Forward> Ending<'b, B> {
+    pub fn of(norm: &'b Norm, collapse: Option<&'b Collapse>, supply: &mut dyn Supply<B>) -> Result<Ending<'b, B>> {
+        let collapse = match collapse {
+            None => None,
+            Some(Collapse::Weighed(hyper)) => Some(LoadedCollapse::Weighed(LoadedHyper::of(hyper, supply)?)),
+            Some(Collapse::Mean(streams)) => Some(LoadedCollapse::Mean(*streams)),
+            Some(Collapse::Gated(gated)) => {
+                let mut mix = Vec::new();
+                for linear in &gated.mix {
+                    mix.extend(supply.router(linear)?);
+                }
+                Some(LoadedCollapse::Gated(gated.streams, mix))
+            }
+        };
+        Ok(Ending { norm: LoadedNorm::of(norm, supply)?, collapse })
     }
 
     /// `[tokens, hidden]` of `[tokens, streams · hidden]`.
-    pub fn apply<B: Forward>(&self, backend: &B, h: &B::Matrix) -> Result<B::Matrix> {
-        let weights = match &self.hyper {
-            Some(hyper) => hyper.weights(backend, h)?,
-            None => {
-                let [tokens, _] = backend.shape(h);
-                backend.upload(Array2::from_elem((tokens, self.streams), 1.0 / self.streams as f32))?
-            }
+    pub fn apply(&self, backend: &B, h: &B::Matrix) -> Result<B::Matrix> {
+        let [tokens, width] = backend.shape(h);
+        let mean = |h: &B::Matrix, streams: usize| -> Result<B::Matrix> {
+            let weights = backend.upload(Array2::from_elem((tokens, streams), 1.0 / streams as f32))?;
+            Ok(backend.read_streams(h, &weights, streams)?)
         };
-        Ok(backend.read_streams(h, &weights, self.streams)?)
+        match &self.collapse {
+            None => self.norm.apply(backend, h),
+            Some(LoadedCollapse::Mean(streams)) => self.norm.apply(backend, &mean(h, *streams)?),
+            Some(LoadedCollapse::Weighed(hyper)) => {
+                let weights = hyper.weights(backend, h)?;
+                self.norm.apply(backend, &backend.read_streams(h, &weights, hyper.hyper.shape.streams)?)
+            }
+            Some(LoadedCollapse::Gated(streams, mix)) => {
+                let (mut normed, LoadedNorm { norm, weight, .. }) = (backend.copy(h)?, &self.norm);
+                backend.norm_heads(&mut normed, width / streams, norm.kind, weight, None, norm.eps)?;
+                let mut narrow = product(backend, &backend.input(backend.copy(&normed)?)?, &mix[0])?;
+                let [_, rank] = backend.shape(&narrow);
+                backend.scale(&mut narrow, &[], &vec![1.0 / *streams as f32; rank])?;
+                backend.activate(&mut narrow, Activation::Silu)?;
+                let mut gates = product(backend, &backend.input(narrow)?, &mix[1])?;
+                backend.gate(&mut gates, &normed, Activation::Sigmoid)?;
+                mean(&gates, *streams)
+            }
+        }
     }
 }
 
 impl<'b, B: Forward> Run<'_, 'b, B> {
-    /// Makes weights, or reads streams by them.
+    /// Makes weights, reads streams by them, or compares streams.
     pub fn connect<'m>(&self, at: usize, mut next: impl FnMut() -> Read<'m, B>) -> Result<B::Matrix>
     where
         B: 'm,
@@ -67,15 +102,24 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let (h, weights) = (next(), next());
                 Ok(self.backend.read_streams(h.matrix(), weights.matrix(), *streams)?)
             }
+            (Kind::Agree(width), _) => {
+                let (keys, streams) = (next(), next());
+                Ok(self.backend.agree_streams(keys.matrix(), streams.matrix(), *width, AGREEMENT)?)
+            }
             _ => unreachable!("one of these, with what was loaded where it stands"),
         }
     }
 
     /// Writes what a layer gives into all streams of a chunk.
-    pub fn write_streams(&mut self, operation: &Operation<'b>, hyper: &Hyper, place: Place<'_>) -> Result<()> {
+    pub fn write_streams(&mut self, operation: &Operation<'b>, hyper: Option<&Hyper>, place: Place<'_>) -> Result<()> {
         let found = self.compute(&operation.reads[1..], place)?;
         self.keep_stream(operation, place.index)?;
         let hidden = &mut self.chunks[place.index].hidden;
-        Ok(self.backend.write_streams(found[0].matrix(), found[1].matrix(), &hyper.shape, hidden)?)
+        let (y, weights) = (found[0].matrix(), found[1].matrix());
+        match hyper {
+            Some(hyper) => self.backend.write_streams(y, weights, &hyper.shape, hidden)?,
+            None => self.backend.mix_streams(y, weights, self.backend.shape(y)[1], hidden)?,
+        }
+        Ok(())
     }
 }

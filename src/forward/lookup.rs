@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::run::{Read, Run};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::graph::Lookup;
+use crate::graph::{Grams, Lookup};
 use crate::program::Kind;
 
 /// Rows that one thread reads at a time.
@@ -31,6 +31,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         let (backend, chunk) = (self.backend, &self.chunks[index]);
         Ok(match &self.program.operations[at].kind {
             Kind::Lookup(table) => vec![lookup(backend, self.source, table, &chunk.tokens)?],
+            Kind::Grams(grams) => vec![gram_rows(backend, self.source, grams, &chunk.tokens, &chunk.lengths)?],
             Kind::Shared(block) => {
                 chunk.shared[block].iter().map(|value| Ok(backend.copy(value)?)).collect::<Result<_>>()?
             }
@@ -54,4 +55,30 @@ fn lookup<B: Forward>(backend: &B, source: &Checkpoint, table: &Lookup, ids: &[u
         found.iter_mut().for_each(|x| *x *= table.scale);
     }
     Ok(backend.upload(Array2::from_shape_vec((ids.len(), width), found).expect("a row for each token"))?)
+}
+
+/// What a table has for the tokens and those before them in sequences of these lengths, `[tokens, heads · cols]`.
+fn gram_rows<B: Forward>(
+    backend: &B,
+    source: &Checkpoint,
+    grams: &Grams,
+    ids: &[u32],
+    lengths: &[usize],
+) -> Result<B::Matrix> {
+    let (found, width) = (grams.rows(ids, lengths), grams.cols);
+    let mut out = vec![0.0; found.len() * width];
+    let mut first = 0;
+    for (tensor, count) in &grams.parts {
+        // Those of one part are read together.
+        let here: Vec<usize> = (0..found.len()).filter(|at| (first..first + count).contains(&found[*at])).collect();
+        let own: Vec<u32> = here.iter().map(|at| (found[*at] - first) as u32).collect();
+        let mut read = vec![0.0; own.len() * width];
+        rows(source, tensor, &own, 0..width, &mut read)?;
+        for (at, row) in here.into_iter().zip(read.chunks_exact(width)) {
+            out[at * width..][..width].copy_from_slice(row);
+        }
+        first += count;
+    }
+    let shape = (ids.len(), grams.width());
+    Ok(backend.upload(Array2::from_shape_vec(shape, out).expect("a row for each head of each token"))?)
 }

@@ -26,7 +26,7 @@ use ndarray::{Array2, Axis};
 
 pub use self::ahead::Ahead;
 pub use self::head::{LoadedHead, kept};
-use self::hyper::LoadedCollapse;
+use self::hyper::Ending;
 pub use self::run::run_block;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -422,13 +422,8 @@ pub fn final_hidden<B: Forward>(
     let mut plain = Plain { activations, ..ahead.plain() };
     let mut hidden = Hidden { normed: Vec::new(), further: Vec::new() };
     let normed = |norm: &Norm, chunks: &[Chunk<B::Matrix>], plain: &mut Plain<'_, B>| -> Result<Vec<B::Matrix>> {
-        let norm = LoadedNorm::of::<B>(norm, plain)?;
-        let collapse = graph.collapse.as_ref().map(|collapse| LoadedCollapse::of::<B>(collapse, plain)).transpose()?;
-        let of = |hidden| match &collapse {
-            Some(collapse) => norm.apply(backend, &collapse.apply(backend, hidden)?),
-            None => norm.apply(backend, hidden),
-        };
-        chunks.iter().map(|chunk| of(&chunk.hidden)).collect()
+        let ending = Ending::of(norm, graph.collapse.as_ref(), plain)?;
+        chunks.iter().map(|chunk| ending.apply(backend, &chunk.hidden)).collect()
     };
     let begin = || embed(backend, graph, source, sequences);
     let blocks = if further { &graph.blocks } else { graph.trunk() };

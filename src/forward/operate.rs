@@ -124,8 +124,8 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![backend.join_heads(own.matrix(), shared.matrix(), *heads)?]
             }
             Kind::Clamp(limit) => self.each(operation, next, |x| Ok(backend.clamp(x, *limit)?))?,
-            Kind::Rope { rope, layout } => {
-                let turn = |x: &mut B::Matrix| self.turn(at, x, rope, layout, lengths);
+            Kind::Rope { rope, layout, back } => {
+                let turn = |x: &mut B::Matrix| self.turn(at, x, (rope, *back), layout, lengths);
                 self.each(operation, next, turn)?
             }
             Kind::Warm(temperature) => vec![self.warm(at, self.own(next())?, temperature, lengths)?],
@@ -171,12 +171,12 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![backend.zeros(rows, program.values[operation.makes[0]].width)?]
             }
             Kind::Share => vec![self.shared(self.own(next())?, next().matrix())?],
-            Kind::Connect(_) | Kind::ReadStreams(_) => vec![self.connect(at, next)?],
+            Kind::Connect(_) | Kind::ReadStreams(_) | Kind::Agree(_) => vec![self.connect(at, next)?],
             Kind::Cut(deviations) => self.each(operation, next, |x| Ok(backend.cut(x, *deviations)?))?,
             Kind::Streams(width, what) => {
                 vec![self.streams(at, *width, what, operation.reads.iter().map(|_| next()).collect())?]
             }
-            Kind::Lookup(_) | Kind::Shared(_) | Kind::Plus(_) => self.beside(at, next, place.index)?,
+            Kind::Lookup(_) | Kind::Grams(_) | Kind::Shared(_) | Kind::Plus(_) => self.beside(at, next, place.index)?,
             kind if kind.adds() => unreachable!("done where they stand"),
             _ => self.recur(at, next, lengths)?,
         };
@@ -205,12 +205,19 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
     }
 
     /// Turns the heads of sequences of these lengths.
-    fn turn(&self, at: usize, x: &mut B::Matrix, rope: &Rope, layout: &RopeLayout, lengths: &[usize]) -> Result<()> {
+    fn turn(
+        &self,
+        at: usize,
+        x: &mut B::Matrix,
+        (rope, back): (&Rope, usize),
+        layout: &RopeLayout,
+        lengths: &[usize],
+    ) -> Result<()> {
         if let Loaded::Angles(cos, sin) = &self.loaded[at] {
             return Ok(self.backend.rope(x, cos, sin, layout, lengths)?);
         }
         // As of one sequence: each row of the table belongs to one token.
-        let (cos, sin) = rope.table(lengths, self.vector(at));
+        let (cos, sin) = rope.table(lengths, back, self.vector(at));
         Ok(self.backend.rope(x, &cos, &sin, layout, &[lengths.iter().sum()])?)
     }
 

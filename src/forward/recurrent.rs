@@ -24,8 +24,15 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let x = next();
                 let [_, channels] = backend.shape(x.matrix());
                 // What lies behind these channels is other values'.
-                let (taps, bias) = (&taps[..channels * convolution.taps], bias.as_ref().map(|bias| &bias[..channels]));
+                let (taps, bias) =
+                    (&taps[..channels * convolution.reach()], bias.as_ref().map(|bias| &bias[..channels]));
                 vec![backend.convolve(x.matrix(), taps, bias, convolution.activation, lengths)?]
+            }
+            (Kind::Average(count), _) => {
+                // A convolution whose taps are all the same.
+                let channels = self.program.values[operation.reads[0]].width;
+                let taps = vec![1.0 / *count as f32; channels * count];
+                vec![backend.convolve(next().matrix(), &taps, None, None, lengths)?]
             }
             (Kind::Decay(Decay { lower: Some(lower), .. }), Loaded::Decay(rates, bias)) => {
                 self.each(operation, next, |x| Ok(backend.bounded_decays(x, rates, bias, *lower)?))?

@@ -15,7 +15,7 @@ use super::route::Routed;
 use super::{Chunk, LoadedNorm, Others, Supply, Weight};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
-use crate::graph::{Block, Linear, Norm, Temperature};
+use crate::graph::{Block, Convolution, Linear, Norm, Temperature};
 use crate::program::{Expert, Kept, Kind, Lifetimes, Operation, Program, Streams};
 
 /// Runs one block over all chunks; tables that it looks tokens up in are those of `source`.
@@ -45,6 +45,16 @@ pub fn run_block<B: Forward>(
         kept: RefCell::default(),
     };
     run.all(supply)
+}
+
+/// Taps that lie apart, with nothing between them: so they are taps that follow each other.
+fn spread_taps(taps: &[f32], convolution: &Convolution) -> Vec<f32> {
+    let Convolution { taps: count, dilation, .. } = *convolution;
+    let mut spread = vec![0.0; taps.len() / count * convolution.reach()];
+    for (from, to) in taps.chunks_exact(count).zip(spread.chunks_exact_mut(convolution.reach())) {
+        to.iter_mut().step_by(dilation).zip(from).for_each(|(to, from)| *to = *from);
+    }
+    spread
 }
 
 /// A value of one chunk.
@@ -187,6 +197,9 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 }
                 let mut bias = convolution.bias.as_ref().map(|name| supply.vector(name)).transpose()?;
                 taps.drain(..first * convolution.taps);
+                if convolution.dilation > 1 {
+                    taps = spread_taps(&taps, convolution);
+                }
                 bias.iter_mut().for_each(|bias| drop(bias.drain(..*first)));
                 Loaded::Taps(taps, bias)
             }
@@ -216,7 +229,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             Kind::Warm(Temperature::Heads { scale, bias }) => {
                 Loaded::Growth(supply.vector(scale)?, supply.vector(bias)?)
             }
-            Kind::Rope { rope, .. } => {
+            Kind::Rope { rope, back, .. } => {
                 let learned = rope.learned.as_ref().map(|name| supply.vector(name)).transpose()?;
                 let mut lengths: Vec<usize> = self.chunks.iter().flat_map(|chunk| &chunk.lengths).copied().collect();
                 lengths.sort_unstable();
@@ -227,7 +240,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                     // Every chunk makes its own.
                     return Ok(Loaded::Vector(learned));
                 }
-                let (cos, sin) = rope.table(&[longest], learned.as_deref());
+                let (cos, sin) = rope.table(&[longest], *back, learned.as_deref());
                 Loaded::Angles(cos, sin)
             }
             _ => Loaded::Nothing,

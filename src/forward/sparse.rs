@@ -1,6 +1,7 @@
 //! What the operations of attention to a choice of tokens do to one chunk.
 
 use kernels::{ActivationRounding, AttentionShape, Forward, IndexShape};
+use ndarray::Array2;
 
 use super::run::{Read, Run};
 use crate::error::Result;
@@ -13,7 +14,12 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         let chosen = match sees_all(shape, &chunk.lengths) {
             true => backend.zeros(chunk.lengths.iter().sum(), 0)?,
             false => {
-                let weights = reads.get(2).map(Read::matrix);
+                // Without weights all heads weigh the same, unless each chooses by itself.
+                let alike = match reads.len() < 3 && !shape.apart {
+                    true => Some(backend.upload(Array2::ones((chunk.lengths.iter().sum(), shape.heads)))?),
+                    false => None,
+                };
+                let weights = reads.get(2).map(Read::matrix).or(alike.as_ref());
                 backend.select(reads[0].matrix(), reads[1].matrix(), weights, shape, &chunk.lengths)?
             }
         };

@@ -54,6 +54,13 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 self.add_to(&mut h, x.matrix(), &shares, width)?;
                 h
             }
+            Streams::Each => {
+                let (x, shares) = (next(), next());
+                let [tokens, count] = backend.shape(shares.matrix());
+                let mut y = backend.zeros(tokens, count * width)?;
+                backend.mix_streams(x.matrix(), shares.matrix(), width, &mut y)?;
+                y
+            }
             Streams::Join(share) => {
                 let mut sum = self.own(next())?;
                 for x in reads {

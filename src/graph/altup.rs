@@ -85,6 +85,7 @@ impl Block {
     /// Its linears that are never quantized.
     pub fn fixed(&self) -> impl Iterator<Item = &Linear> {
         let of_layers = self.steps.iter().flat_map(|step| step.layer.routers());
-        of_layers.chain(self.altup.iter().flat_map(|altup| altup.linears()))
+        let of_streams = self.steps.iter().filter_map(|step| step.hyper.as_ref()).flat_map(|hyper| hyper.linears());
+        of_layers.chain(of_streams).chain(self.altup.iter().flat_map(|altup| altup.linears()))
     }
 }

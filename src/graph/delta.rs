@@ -53,6 +53,8 @@ pub struct Convolution {
     pub channels: usize,
     /// The token and those before it that count.
     pub taps: usize,
+    /// How far apart they are: 1 where they follow each other.
+    pub dilation: usize,
     /// What is done to the sums.
     pub activation: Option<Activation>,
 }

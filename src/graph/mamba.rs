@@ -113,6 +113,11 @@ impl Convolution {
 
     /// Numbers of the last tokens that the next one needs.
     pub fn last(&self) -> u64 {
-        (self.channels * (self.taps - 1)) as u64
+        (self.channels * (self.reach() - 1)) as u64
+    }
+
+    /// The token and all those before it up to the first that counts.
+    pub fn reach(&self) -> usize {
+        (self.taps - 1) * self.dilation + 1
     }
 }

@@ -139,8 +139,9 @@ impl Rope {
     }
 
     /// Cosines and sines `[tokens, rotated / 2]` of sequences of these lengths that lie one behind the other, each turned as if it were alone: the
-    /// frequencies of some kinds of scaling depend on the length. `learned` is what the tensor of that name holds, if there is one.
-    pub fn table(&self, lengths: &[usize], learned: Option<&[f32]>) -> (Array2<f32>, Array2<f32>) {
+    /// frequencies of some kinds of scaling depend on the length. Each token is turned as the one that is so many places before it, or the first.
+    /// `learned` is what the tensor of that name holds, if there is one.
+    pub fn table(&self, lengths: &[usize], back: usize, learned: Option<&[f32]>) -> (Array2<f32>, Array2<f32>) {
         let shape = (lengths.iter().sum(), self.inverse_frequencies.len());
         let (mut cos, mut sin) = (Array2::zeros(shape), Array2::zeros(shape));
         let mut start = 0;
@@ -151,7 +152,7 @@ impl Rope {
             }
             for position in 0..*length {
                 for (i, frequency) in frequencies.iter().enumerate() {
-                    let angle = position as f32 * frequency;
+                    let angle = position.saturating_sub(back) as f32 * frequency;
                     cos[(start + position, i)] = angle.cos() * self.magnitude;
                     sin[(start + position, i)] = angle.sin() * self.magnitude;
                 }

@@ -17,7 +17,8 @@ pub enum Choice {
 /// ever quantized: it is small, and another token that is seen changes more than rounding does.
 #[derive(Clone, Debug)]
 pub struct Indexer {
-    /// To the queries of all its heads: of the latent of attention's queries, or of the input.
+    /// To the queries of all its heads: of the latent of attention's queries, or of the input. Without a linear for the keys they are its second
+    /// part.
     pub q: Linear,
     /// Whether `q` reads the latent.
     pub latent: bool,
@@ -26,17 +27,19 @@ pub struct Indexer {
     /// What its queries are multiplied by.
     pub temperature: Option<Temperature>,
     /// To the keys that its heads have in common.
-    pub k: Linear,
+    pub k: Option<Linear>,
     /// Of its queries, each head by itself.
     pub q_norm: Option<Norm>,
     /// Of its keys.
     pub k_norm: Norm,
-    /// To a weight for each of its heads, unless each chooses by itself.
+    /// To a weight for each of its heads; without, all weigh the same, or each chooses by itself.
     pub weights: Option<Linear>,
     /// Heads, and how much they choose.
     pub shape: IndexShape,
     /// What makes one key of those of a block of tokens, where a block has one.
     pub pool: Option<Pool>,
+    /// The key of a block is the mean of those of its tokens, which is then normed, and turned as if it stood at the first of them.
+    pub mean: bool,
     /// Which of its values attention's rotation turns.
     pub layout: RopeLayout,
 }
@@ -79,13 +82,13 @@ impl Choice {
 impl Indexer {
     /// Its linears.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
-        [&self.q, &self.k].into_iter().chain(&self.weights).chain(self.pool.iter().map(|pool| &pool.gate))
+        [&self.q].into_iter().chain(&self.k).chain(&self.weights).chain(self.pool.iter().map(|pool| &pool.gate))
     }
 
     /// The same, to be changed.
     pub(super) fn linears_mut(&mut self) -> impl Iterator<Item = &mut Linear> {
         let pool = self.pool.iter_mut().map(|pool| &mut pool.gate);
-        [&mut self.q, &mut self.k].into_iter().chain(&mut self.weights).chain(pool)
+        [&mut self.q].into_iter().chain(&mut self.k).chain(&mut self.weights).chain(pool)
     }
 
     /// Its tensors that are no linears and no norms, with their shapes.

@@ -1,13 +1,14 @@
 //! From layers to operations.
 
 mod altup;
+mod gated;
 
 use super::{Expert, Kept, Kind, Operation, Program, Value};
 use kernels::Activation;
 
 use crate::graph::{
-    Attention, Block, Choice, Convolution, DeltaNet, Further, GroupNorm, HeadNorms, Indexer, Keys, Latent, Layer,
-    Linear, Mamba, Mlp, Moe, Narrow, Norm, PerLayer, Projections, Rope, ShortConvolution, Side, Step,
+    Attention, Block, Choice, Connection, Convolution, DeltaNet, Further, GroupNorm, HeadNorms, Indexer, Keys, Latent,
+    Layer, Linear, Mamba, Mlp, Moe, Narrow, Norm, PerLayer, Projections, Rope, ShortConvolution, Side, Step,
 };
 
 impl<'b> Program<'b> {
@@ -22,6 +23,7 @@ impl<'b> Program<'b> {
             Layer::Moe(moe) => Some(moe.router.linear.cols),
             Layer::Further(further) => Some(further.projection.rows),
             Layer::PerLayer(layer) => Some(layer.out.rows),
+            Layer::Grams(layer) => Some(layer.value.rows),
             Layer::Opaque(_) => None,
         })?;
         let program = Program { values: Vec::new(), operations: Vec::new(), leaves: None };
@@ -30,7 +32,7 @@ impl<'b> Program<'b> {
             lowering.altup(block, altup)?;
             return Some(lowering.end());
         }
-        let streams = block.steps.iter().find_map(|step| step.hyper.as_ref()).map_or(1, |hyper| hyper.shape.streams);
+        let streams = block.steps.iter().find_map(|step| step.hyper.as_ref()).map_or(1, |hyper| hyper.streams());
         let mut stream = lowering.value("h", streams * hidden, None);
         let mut streams = vec![stream];
         for step in &block.steps {
@@ -105,31 +107,42 @@ impl<'b> Lowering<'b> {
 
     /// `source` is what the step reads, `stream` what it adds to.
     fn step(&mut self, step: &'b Step, mut source: usize, stream: usize) -> Option<usize> {
-        let weights = step.hyper.as_ref().map(|hyper| {
-            let weights = self.one(Kind::Connect(hyper), &[stream], "w", hyper.shape.weights());
-            source = self.one(Kind::ReadStreams(hyper.shape.streams), &[stream, weights], "r", self.hidden);
-            // What every expert reads would otherwise be read of all streams by every one.
-            let kept = if matches!(step.layer, Layer::Moe(_)) { Kept::Always } else { Kept::Never };
-            self.keep(weights, Kept::Always);
-            self.keep(source, kept);
-            (hyper, weights)
+        let mut pre = step.pre.as_ref();
+        let connection = step.hyper.as_deref().map(|connection| {
+            let weights = match connection {
+                Connection::Weighed(hyper) => {
+                    let weights = self.one(Kind::Connect(hyper), &[stream], "w", hyper.shape.weights());
+                    source = self.one(Kind::ReadStreams(hyper.shape.streams), &[stream, weights], "r", self.hidden);
+                    // What every expert reads would otherwise be read of all streams by every one.
+                    let kept = if matches!(step.layer, Layer::Moe(_)) { Kept::Always } else { Kept::Never };
+                    self.keep(source, kept);
+                    Some(weights)
+                }
+                Connection::Gated(gated) => {
+                    let (read, weights) = self.gated(gated, pre.take(), stream);
+                    source = read;
+                    weights
+                }
+            };
+            weights.iter().for_each(|weights| self.keep(*weights, Kept::Always));
+            (connection, weights)
         });
         let y = match &step.layer {
-            Layer::Moe(moe) => self.mixture(moe, step.pre.as_ref(), source),
+            Layer::Moe(moe) => self.mixture(moe, pre, source),
             Layer::Further(further) => return Some(self.further(further, stream)),
             layer => {
-                let x = self.norm(step.pre.as_ref(), source, "x");
+                let x = self.norm(pre, source, "x");
                 let x = self.scaled(x, step.given);
                 self.layer(layer, x)?
             }
         };
         let y = self.norm(step.post.as_ref(), y, "y");
-        Some(match weights {
-            Some((hyper, weights)) => {
-                let width = self.program.values[stream].width;
-                self.one(Kind::WriteStreams(hyper), &[stream, y, weights], "h", width)
+        let width = self.program.values[stream].width;
+        Some(match connection {
+            Some((connection, Some(weights))) => {
+                self.one(Kind::WriteStreams(connection.hyper()), &[stream, y, weights], "h", width)
             }
-            None => self.one(Kind::Add { scale: step.scale }, &[stream, y], "h", self.hidden),
+            _ => self.one(Kind::Add { scale: step.scale }, &[stream, y], "h", width),
         })
     }
 
@@ -142,6 +155,7 @@ impl<'b> Lowering<'b> {
             Layer::Short(short) => self.short(short, x),
             Layer::Mlp(mlp) => self.mlp(mlp, x, Kept::Room),
             Layer::PerLayer(layer) => self.per_layer(layer, x),
+            Layer::Grams(layer) => self.grams(layer, x),
             Layer::Moe(_) | Layer::Further(_) | Layer::Opaque(_) => return None,
         })
     }
@@ -209,7 +223,7 @@ impl<'b> Lowering<'b> {
             // Latents are handed over as no position has turned them yet.
             let turned = matches!((keys, projections), (Keys::Of(_), Projections::Direct(_)));
             let own = if turned { 1 } else { 2 };
-            self.each(Kind::Rope { rope, layout: *layout }, &mut qkv[..own]);
+            self.each(Kind::Rope { rope, layout: *layout, back: 0 }, &mut qkv[..own]);
         }
         self.head_norms(norms(true), shape.head_dim, &mut qkv);
         if let Some(temperature) = temperature {
@@ -253,8 +267,8 @@ impl<'b> Lowering<'b> {
         latent: Option<usize>,
         rope: Option<&'b Rope>,
     ) -> usize {
-        let Indexer { q, k, input_norm, temperature, q_norm, k_norm, weights, pool, shape, layout, .. } = indexer;
-        let others = || [k].into_iter().chain(weights).chain(pool.iter().map(|pool| &pool.gate));
+        let Indexer { q, k, input_norm, temperature, q_norm, k_norm, weights, pool, mean, shape, layout, .. } = indexer;
+        let others = || k.iter().chain(weights).chain(pool.iter().map(|pool| &pool.gate));
         let normed = input_norm.as_ref().map(|norm| self.norm(Some(norm), x, "ix"));
         let mut made = match latent.filter(|_| indexer.latent).or(normed) {
             Some(read) => {
@@ -265,6 +279,11 @@ impl<'b> Lowering<'b> {
             None => self.linears([q].into_iter().chain(others()).collect(), true, x, &["iq", "ik", "iw", "ig"]),
         };
         let gates = pool.is_some().then(|| made.pop()).flatten();
+        // What is made of a block stands at its last token.
+        let back = if *mean { shape.block - 1 } else { 0 };
+        if *mean {
+            self.each(Kind::Average(shape.block), &mut made[1..2]);
+        }
         for (at, norm) in [q_norm.as_ref(), Some(k_norm)].into_iter().enumerate() {
             if let Some(norm) = norm {
                 self.each(Kind::HeadNorm { norm, head_dim: shape.head_dim }, &mut made[at..=at]);
@@ -274,7 +293,12 @@ impl<'b> Lowering<'b> {
             self.each(Kind::Warm(temperature), &mut made[..1]);
         }
         if let Some(rope) = rope {
-            self.each(Kind::Rope { rope, layout: *layout }, &mut made[..2]);
+            if back == 0 {
+                self.each(Kind::Rope { rope, layout: *layout, back }, &mut made[..2]);
+            } else {
+                self.each(Kind::Rope { rope, layout: *layout, back: 0 }, &mut made[..1]);
+                self.each(Kind::Rope { rope, layout: *layout, back }, &mut made[1..2]);
+            }
         }
         if let (Some(pool), Some(gates)) = (pool, gates) {
             made[1] = self.one(Kind::Pool(pool), &[made[1], gates], "ik", shape.head_dim);

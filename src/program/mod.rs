@@ -14,7 +14,7 @@ use kernels::{Activation, AttentionShape, DeltaShape, IndexShape, RopeLayout};
 pub use self::lifetimes::Lifetimes;
 pub use self::shown::{Shown, ShownOperation, ShownValue, shown};
 pub use self::slots::{Producer, Slot};
-use crate::graph::{Convolution, Decay, Hyper, Linear, Lookup, Norm, Pool, Rope, Router, Temperature};
+use crate::graph::{Convolution, Decay, Grams, Hyper, Linear, Lookup, Norm, Pool, Rope, Router, Temperature};
 
 /// What a block does.
 #[derive(Clone, Debug)]
@@ -115,11 +115,15 @@ pub enum Kind<'b> {
         rope: &'b Rope,
         /// Which values.
         layout: RopeLayout,
+        /// As if it were so many places before it.
+        back: usize,
     },
     /// Multiplies queries by what grows with the position.
     Warm(&'b Temperature),
     /// The rows of a table for the ids of the tokens.
     Lookup(&'b Lookup),
+    /// The rows of a table for the ids of the tokens and of those before them.
+    Grams(&'b Grams),
     /// The keys and values that the block with this number left, or their latents.
     Shared(usize),
     /// Softmax attention of queries, keys and values.
@@ -133,6 +137,8 @@ pub enum Kind<'b> {
     },
     /// One of each block of tokens, made of all of its own, with the logits of weights.
     Pool(&'b Pool),
+    /// The mean of the values of so many tokens, the last of which is the token itself.
+    Average(usize),
     /// Chooses what attention sees, of an indexer's queries, keys and weights.
     Select {
         /// How much.
@@ -202,8 +208,10 @@ pub enum Kind<'b> {
     Connect(&'b Hyper),
     /// What is read of so many streams by the weights that it is given behind them.
     ReadStreams(usize),
-    /// Writes a value into all streams, by the weights behind it.
-    WriteStreams(&'b Hyper),
+    /// How far two values agree in each stream of so many of them.
+    Agree(usize),
+    /// Writes a value into all streams, by the weights behind it; where no connection mixes them and says how, it is added times a weight for each.
+    WriteStreams(Option<&'b Hyper>),
     /// Adds a value to the stream.
     Add {
         /// Times this.
@@ -230,6 +238,8 @@ pub enum Streams<'b> {
     Predict,
     /// Adds to each the second value, times 1 and what the coefficients say that are read last.
     Correct,
+    /// A stream for each number of the second value, which is the first times that number.
+    Each,
     /// Adds the second value to all but the first.
     Others,
     /// Adds to one of them whatever else is read, and multiplies it by this.
@@ -278,6 +288,7 @@ impl Operation<'_> {
             }
             Kind::Pool(pool) => vec![pool.places.clone()],
             Kind::Lookup(lookup) => vec![lookup.tensor.clone()],
+            Kind::Grams(grams) => grams.parts.iter().map(|(tensor, _)| tensor.clone()).collect(),
             Kind::Streams(_, Streams::Times(tensor)) => vec![(*tensor).to_owned()],
             Kind::Rescale(tensor) => vec![(*tensor).to_owned()],
             Kind::Connect(hyper) => [&hyper.projection, &hyper.base, &hyper.scale].map(String::clone).to_vec(),

@@ -159,7 +159,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::Spread => only(call("spread")),
         Kind::JoinHeads { heads } => (call("join_heads"), vec![format!("{heads} heads")]),
         Kind::Clamp(limit) => (call("clamp"), vec![format!("to ±{limit}")]),
-        Kind::Rope { rope, layout } => {
+        Kind::Rope { rope, layout, back } => {
             let pairs = if layout.interleaved { "neighbours" } else { "halves" };
             let turned = 2 * rope.inverse_frequencies.len();
             let mut details = vec![format!("theta {}", rope.theta), format!("{turned} of {} a head", layout.head_dim)];
@@ -167,6 +167,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
                 details.push(format!("from {}", layout.first));
             }
             details.push(pairs.to_owned());
+            details.extend((*back > 0).then(|| format!("as {back} tokens before")));
             if rope.scaling != RopeScaling::None {
                 // The name alone: LongRoPE has as many factors as pairs.
                 let name = format!("{:?}", rope.scaling);
@@ -184,6 +185,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             said_of_attention(operation, reads)
         }
         Kind::Convolve { .. }
+        | Kind::Average(_)
         | Kind::Decay(_)
         | Kind::Step(_)
         | Kind::Delta(_)
@@ -224,10 +226,13 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::Add { .. } => only(format!("{} + {}", reads[0], reads[1])),
         Kind::Begin => only(reads[1].clone()),
         Kind::Rescale(_) => only(format!("{} * scale", reads[0])),
-        Kind::Connect(_) | Kind::ReadStreams(_) | Kind::WriteStreams(_) | Kind::Cut(_) | Kind::Streams(..) => {
-            said_of_streams(operation, reads)
-        }
-        Kind::Plus(_) | Kind::Shared(_) | Kind::Lookup(_) => said_beside(operation, reads),
+        Kind::Connect(_)
+        | Kind::ReadStreams(_)
+        | Kind::WriteStreams(_)
+        | Kind::Agree(_)
+        | Kind::Cut(_)
+        | Kind::Streams(..) => said_of_streams(operation, reads),
+        Kind::Plus(_) | Kind::Shared(_) | Kind::Lookup(_) | Kind::Grams(_) => said_beside(operation, reads),
     }
 }
 
@@ -266,6 +271,11 @@ fn said_beside(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<Stri
             }
             ("rows(ids)".to_owned(), details)
         }
+        Kind::Grams(grams) => {
+            let heads = grams.sizes.len() / (grams.multipliers.len() - 1);
+            let details = vec![format!("{heads} for each of 2 to {} tokens", grams.multipliers.len())];
+            ("rows(ids of tokens in a row)".to_owned(), details)
+        }
         _ => unreachable!("one of these"),
     }
 }
@@ -283,6 +293,7 @@ fn said_of_streams(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<
         }
         Kind::ReadStreams(_) => return (call("read"), Vec::new()),
         Kind::WriteStreams(_) => return (call("write"), Vec::new()),
+        Kind::Agree(width) => return (call("agreement"), vec![format!("streams of {width}")]),
         Kind::Cut(deviations) => return (call("above"), vec![format!("mean and {deviations} deviations")]),
         Kind::Streams(_, what) => what,
         _ => unreachable!("one of these"),
@@ -295,6 +306,7 @@ fn said_of_streams(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<
         Streams::Predict => format!("{} + {} * {}", reads[0], reads[2], reads[1]),
         Streams::Correct => format!("{} + (1 + {}) * {}", reads[0], reads[2], reads[1]),
         Streams::Others => format!("{}, but to all but the first + {}", reads[0], reads[1]),
+        Streams::Each => format!("{} * {}", reads[1], reads[0]),
         Streams::Join(1.0) => reads.join(" + "),
         Streams::Join(share) => format!("{share} * ({})", reads.join(" + ")),
         Streams::Times(_) => format!("{} * scale", reads[0]),
@@ -333,6 +345,7 @@ fn said_of_state(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<St
     match &operation.kind {
         Kind::Convolve { convolution, first } => {
             let mut details = vec![format!("{} taps", convolution.taps)];
+            details.extend((convolution.dilation > 1).then(|| format!("{} tokens apart", convolution.dilation)));
             if *first > 0 {
                 details.push(format!("channels from {first}"));
             }
@@ -342,6 +355,7 @@ fn said_of_state(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<St
                 details,
             )
         }
+        Kind::Average(count) => (call("mean"), vec![format!("of {count} tokens")]),
         Kind::Decay(Decay { lower: Some(lower), .. }) => (call("decay"), vec![format!("no less than {lower}")]),
         Kind::Decay(decay) => (call("decay"), said_of_steps(decay)),
         Kind::Step(decay) => (call("step"), said_of_steps(decay)),

@@ -67,6 +67,7 @@ pub fn cache_bytes(graph: &Graph, context: u64, batch: u64, ty: CacheType, gguf:
         Layer::Delta(delta) => state_bytes(delta.state(), gguf),
         Layer::Mamba(mamba) => state_bytes(mamba.state(), gguf),
         Layer::Short(short) => state_bytes([short.convolution.last(), 0], gguf),
+        Layer::Grams(layer) => state_bytes([layer.convolution.last(), 0], gguf),
         Layer::Mlp(_) | Layer::Moe(_) | Layer::Further(_) | Layer::PerLayer(_) | Layer::Opaque(_) => 0,
     };
     // Those that predict further tokens have one only where a runtime is told to draft with them.

@@ -115,7 +115,8 @@ pub fn fused(graph: &Graph) -> Vec<Vec<&Linear>> {
                 all.extend(moe.shared.iter().map(|(shared, _)| shared.inputs.iter().collect()));
             }
             // One linear, however many parts it has.
-            Layer::Mamba(_) | Layer::Short(_) | Layer::Further(_) | Layer::PerLayer(_) | Layer::Opaque(_) => {}
+            Layer::Mamba(_) | Layer::Short(_) | Layer::Further(_) | Layer::PerLayer(_) => {}
+            Layer::Grams(_) | Layer::Opaque(_) => {}
         }
     }
     all.retain(|group: &Vec<&Linear>| group.len() > 1);

@@ -87,7 +87,7 @@ fn refusal(held: &Held<'_>, runtime: Runtime, parts: usize) -> Option<String> {
         // Each GPU has all of it.
         Layer::Further(_) => None,
         // Copied to every GPU.
-        Layer::PerLayer(_) => None,
+        Layer::PerLayer(_) | Layer::Grams(_) => None,
         // Where a model of which only the linears are known is cut is not known either.
         Layer::Opaque(_) => (parts > 1).then(|| "how the model is divided is not known".to_owned()),
     })

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use formats::SafetensorsFile;
+use formats::{Dtype, SafetensorsFile, ShardedWriter, TensorSpec};
 use kernels::Cpu;
 use kernels::cpu::Input;
 use quantc::graph::{Graph, Linear};
@@ -161,6 +161,7 @@ fn linears_read_what_they_read_in_transformers() {
         "step3p7_plain",
         "bailing_hybrid_published",
         "mistral_large4_published",
+        "qwen4_exp_text_plain",
     ] {
         let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
         let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());
@@ -218,6 +219,8 @@ fn linears_read_what_they_read_in_transformers() {
         "layers.2.self_attn.kv_b_proj",
         "per_layer_input_gate",
         "per_layer_projection",
+        "ple.key_proj",
+        "ple.value_proj",
     ] {
         assert!(compared.iter().any(|module| module.ends_with(part)), "{part}: {compared:?}");
     }
@@ -248,7 +251,9 @@ fn every_family_has_the_logits_of_transformers() {
 /// Some kinds of scaling turn by the length of a sequence: neighbours in a batch do not count.
 #[test]
 fn sequences_of_unequal_lengths_are_run_as_if_each_were_alone() {
-    for name in ["llama_rope_dynamic", "phi3_longrope_long", "llama_rope_longrope", "qwen2_plain"] {
+    for name in
+        ["llama_rope_dynamic", "phi3_longrope_long", "llama_rope_longrope", "qwen2_plain", "qwen4_exp_text_plain"]
+    {
         let (whole, expected) = golden(&crate::families::folder().join(name));
         let room = crate::families::checkpoint(name);
         let short = whole[0][..9].to_vec();
@@ -263,4 +268,45 @@ fn sequences_of_unequal_lengths_are_run_as_if_each_were_alone() {
         assert!(apart(first, &alone) < 1e-5, "{name}: {}", apart(first, &alone));
         assert!(apart(rest, &expected) < 1e-4, "{name}: {}", apart(rest, &expected));
     }
+}
+
+/// A table lies in as many parts as a checkpoint has, and a checkpoint may name the numbers by which its rows are found.
+#[test]
+fn a_table_may_be_whole_and_its_rows_are_found_by_the_numbers_that_a_checkpoint_names() {
+    let name = "qwen4_exp_text_plain";
+    let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
+    let file = SafetensorsFile::open(room.path().join("model.safetensors")).unwrap();
+    let written = |multipliers: [i64; 3]| {
+        let mut all: BTreeMap<String, (TensorSpec, Vec<u8>)> = BTreeMap::new();
+        for spec in file.tensors() {
+            let joined = spec.name.split(".shard_").next().unwrap();
+            let whole = if joined == spec.name { joined.to_owned() } else { format!("{joined}.weight") };
+            let data = file.get(&spec.name).unwrap().data;
+            match all.get_mut(&whole) {
+                Some((joined, bytes)) => {
+                    joined.shape[0] += spec.shape[0];
+                    bytes.extend(data);
+                }
+                None => drop(all.insert(whole.clone(), (TensorSpec { name: whole, ..spec.clone() }, data.to_vec()))),
+            }
+        }
+        let at = "model.layers.0.ple.ple_embedding";
+        for (part, numbers) in [("layer_multipliers", &multipliers[..]), ("ngram_heads_vocab_sizes", &[23, 29, 31, 37])]
+        {
+            let name = format!("{at}.{part}");
+            let spec = TensorSpec { name: name.clone(), shape: vec![numbers.len()], dtype: Dtype::I64 };
+            all.insert(name, (spec, numbers.iter().flat_map(|n| n.to_le_bytes()).collect()));
+        }
+        let other = tempfile::tempdir().unwrap();
+        std::fs::copy(room.path().join("config.json"), other.path().join("config.json")).unwrap();
+        let specs = all.values().map(|(spec, _)| spec.clone()).collect();
+        let writer = ShardedWriter::create(other.path(), specs, u64::MAX, &BTreeMap::new()).unwrap();
+        all.values().for_each(|(spec, bytes)| writer.write(&spec.name, bytes).unwrap());
+        writer.finish().unwrap();
+        other
+    };
+    let own = [64_343_153_921_368_269, 59_473_814_669_861_233, 55_314_113_489_879_299];
+    assert_eq!(difference(written(own).path(), &folder), None);
+    let why = difference(written([own[0], own[1], own[2] + 2]).path(), &folder).unwrap();
+    assert!(why.contains("ple_embedding.layer_multipliers` holds other numbers"), "{why}");
 }

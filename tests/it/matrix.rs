@@ -180,6 +180,18 @@ fn what_decides_about_much_stays_whole_and_is_named() {
         ("hy_v4_published", "model.layers.1.self_attn.indexer", vec!["wq_b", "wk", "weights_proj"]),
         ("mistral_large4_published", "layers.3.attention.indexer", vec!["wq_b", "wk", "weights_proj"]),
         ("longcat_flash_published", "model.layers.0.mlp", vec!["router.classifier"]),
+        ("qwen4_exp_text_plain", "model.layers.2.self_attn.indexer", vec!["index_qk_proj"]),
+        (
+            "qwen4_exp_text_plain",
+            "model.layers.1.attn_hyper_connection",
+            vec!["input_mix_weight_down", "input_mix_weight_up", "block_inject_weight"],
+        ),
+        ("qwen4_exp_vision", "model.language_model.layers.0.linear_attn", vec!["in_proj_b", "in_proj_a"]),
+        (
+            "qwen4_exp_vision",
+            "model.language_model.hyper_connection_mixer",
+            vec!["input_mix_weight_down", "input_mix_weight_up"],
+        ),
     ] {
         let (room, outputs) = (checkpoint(name), tempfile::tempdir().unwrap());
         speak(room.path());

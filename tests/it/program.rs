@@ -16,7 +16,7 @@ fn expected(name: &str) -> PathBuf {
 }
 
 /// A dense model, one whose blocks add both steps to what they were given, a mixture, one with latents and a shared expert, one with
-/// linear attention and gated attention, and ones with state spaces and with short convolutions.
+/// linear attention and gated attention, ones with several streams, and ones with state spaces and with short convolutions.
 /// `UPDATE_PROGRAMS=1` writes what is said now.
 #[test]
 fn programs_are_shown_as_they_were() {
@@ -30,6 +30,7 @@ fn programs_are_shown_as_they_were() {
         "falcon_h1_plain",
         "hy_v4_published",
         "mistral_large4_published",
+        "qwen4_exp_text_plain",
         "nemotron_h_latent",
         "lfm2_plain",
     ] {

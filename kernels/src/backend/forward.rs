@@ -521,6 +521,9 @@ pub trait Forward: Memory {
     /// Makes each stream of `width` values of `x` as large as the first: times the root mean square of that, divided by its own, whose square
     /// is taken for `least` where it is less.
     fn match_streams(&self, x: &mut Self::Matrix, width: usize, least: f32) -> Result<()>;
+    /// How far each stream of `width` values of `x` agrees with that of `y`, `[tokens, streams]`: `r = Σ x·y / √width`, and of it
+    /// `sign(r) · √max(|r|, least)`.
+    fn agree_streams(&self, x: &Self::Matrix, y: &Self::Matrix, width: usize, least: f32) -> Result<Self::Matrix>;
     /// `x ← max(x − mean − deviations · √variance, 0)`, each row on its own.
     fn cut(&self, x: &mut Self::Matrix, deviations: f32) -> Result<()>;
 

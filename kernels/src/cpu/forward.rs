@@ -9,8 +9,9 @@ use crate::backend::{
     Memory, NormKind, RopeLayout,
 };
 use crate::checks::{
-    expect, expect_alone, expect_attention, expect_choice, expect_convolution, expect_delta, expect_hyper,
-    expect_index, expect_limit, expect_multiple, expect_pool, expect_rotation, expect_streams, expect_weights,
+    expect, expect_alike, expect_alone, expect_attention, expect_choice, expect_convolution, expect_delta,
+    expect_hyper, expect_index, expect_limit, expect_multiple, expect_pool, expect_rotation, expect_streams,
+    expect_weights,
 };
 use crate::ops::{
     activation, add, attention, bf16, convolve, delta, heads, hyper, linear, norm, pool, rope, round_activations,
@@ -329,6 +330,11 @@ impl Forward for Cpu {
         expect_multiple("match_streams", width, x.ncols())?;
         streams::match_first(x, width, least);
         Ok(())
+    }
+
+    fn agree_streams(&self, x: &Array2<f32>, y: &Array2<f32>, width: usize, least: f32) -> Result<Array2<f32>> {
+        expect_alike("agree_streams", [x.nrows(), x.ncols()], [y.nrows(), y.ncols()], width)?;
+        Ok(streams::agree(x.view(), y.view(), width, least))
     }
 
     fn cut(&self, x: &mut Array2<f32>, deviations: f32) -> Result<()> {

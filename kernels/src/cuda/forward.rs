@@ -483,6 +483,10 @@ impl Forward for Cuda {
         self.matched(x, width, least)
     }
 
+    fn agree_streams(&self, x: &Matrix, y: &Matrix, width: usize, least: f32) -> Result<Matrix> {
+        self.agreement(x, y, width, least)
+    }
+
     fn cut(&self, x: &mut Matrix, deviations: f32) -> Result<()> {
         self.cut_off(x, deviations)
     }

@@ -33,6 +33,18 @@ KERNEL(match_streams)(float *x, int count, int width, float least) {
 }
 EXPORT(match_streams)
 
+// How far x and y agree in each stream, a block each: r = Σ x·y / √width, and of it sign(r) · √max(|r|, least).
+KERNEL(agree_streams)(float *out, const float *x, const float *y, int width, float least) {
+    __shared__ float scratch[32];
+    i64 first = (i64)blockIdx.x * width;
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < width; i += blockDim.x) sum += x[first + i] * y[first + i];
+    sum = block_sum(sum, scratch) / sqrtf((float)width);
+    float size = sqrtf(fabsf(sum) < least ? least : fabsf(sum));
+    if (threadIdx.x == 0) out[blockIdx.x] = sum > 0.0f ? size : sum < 0.0f ? -size : sum;
+}
+EXPORT(agree_streams)
+
 // x ← max(x − mean − deviations · √variance, 0), a block for each row.
 KERNEL(cut_rows)(float *x, int cols, float deviations) {
     __shared__ float scratch[32];

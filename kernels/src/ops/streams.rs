@@ -1,7 +1,8 @@
 //! Several streams side by side: `[tokens, count·width]`, of which layers read mixtures and to which they give what they make.
 //!
 //! So alternating updates have it (AltUp: Baykal et al. 2023, arXiv:2301.13310), and the connections of several residual streams of other models.
-//! And the gate of a feed-forward layer that lets few values through, which is in the same models (Gemma 3n).
+//! And the gate of a feed-forward layer that lets few values through, which is in the same models (Gemma 3n), and how far two values agree stream
+//! by stream, by which rows of a table are let through (Qwen 4).
 
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
@@ -129,6 +130,52 @@ simd_fn! {
     }
 }
 
+/// How far each stream of `width` values of `x` agrees with that of `y`: `r = Σ x·y / √width`, and of it `sign(r) · √max(|r|, least)`, by the
+/// plain loop in `f64`.
+pub fn agree_reference(x: ArrayView2<f32>, y: ArrayView2<f32>, width: usize, least: f32) -> Array2<f32> {
+    let count = x.ncols() / width.max(1);
+    Array2::from_shape_fn((x.nrows(), count), |(token, stream)| {
+        let products =
+            (stream * width..(stream + 1) * width).map(|d| f64::from(x[[token, d]]) * f64::from(y[[token, d]]));
+        let sum = products.sum::<f64>() / (width as f64).sqrt();
+        let sign = if sum == 0.0 { 0.0 } else { sum.signum() };
+        (sign * sum.abs().max(f64::from(least)).sqrt()) as f32
+    })
+}
+
+/// The same, `[tokens, streams]`; tokens across threads.
+pub fn agree(x: ArrayView2<f32>, y: ArrayView2<f32>, width: usize, least: f32) -> Array2<f32> {
+    let count = x.ncols() / width.max(1);
+    let mut out = Array2::zeros((x.nrows(), count));
+    if count == 0 {
+        return out;
+    }
+    let [x, y] = [x, y].map(|m| m.to_slice().expect("a contiguous matrix"));
+    let rows = out.as_slice_mut().expect("a contiguous matrix").par_chunks_mut(ROWS * count);
+    let parts = rows.zip(x.par_chunks(ROWS * count * width)).zip(y.par_chunks(ROWS * count * width));
+    parts.for_each(|((out, x), y)| agree_rows(out, x, y, width, least));
+    out
+}
+
+simd_fn! {
+    fn agree_rows(out: &mut [f32], x: &[f32], y: &[f32], width: usize, least: f32) {
+        for ((out, x), y) in out.iter_mut().zip(x.chunks_exact(width)).zip(y.chunks_exact(width)) {
+            let mut lanes = [0.0f32; LANES];
+            let (xs, ys) = (x.chunks_exact(LANES), y.chunks_exact(LANES));
+            let rest: f32 = xs.remainder().iter().zip(ys.remainder()).map(|(a, b)| a * b).sum();
+            for (a, b) in xs.zip(ys) {
+                for lane in 0..LANES {
+                    lanes[lane] += a[lane] * b[lane];
+                }
+            }
+            let sum = (sum_lanes(lanes) + rest) / (width as f32).sqrt();
+            let size = sum.abs().max(least).sqrt();
+            // Of nothing the sign is 0.
+            *out = if sum > 0.0 { size } else if sum < 0.0 { -size } else { sum };
+        }
+    }
+}
+
 /// In lanes that are added up in one order on every instruction set.
 #[inline(always)]
 fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
@@ -175,6 +222,23 @@ mod tests {
             let expected = match_reference(x.view(), width, 1e-5);
             match_first(&mut x, width, 1e-5);
             close(x.as_slice().unwrap(), expected.as_slice().unwrap(), 3e-6);
+        }
+
+        #[test]
+        fn agreement_agrees_with_the_plain_loop(
+            tokens in 0usize..40, count in 1usize..6, width in 1usize..70, nothing: bool, seed: u64,
+        ) {
+            let mut noise = Noise(seed);
+            let [mut x, y] = [0; 2].map(|_| noise.matrix(tokens, count * width));
+            if nothing {
+                // Their product is no number's sign, or less than the least.
+                x.iter_mut().enumerate().for_each(|(at, x)| *x *= if at % 2 == 0 { 0.0 } else { 1e-9 });
+            }
+            let found = agree(x.view(), y.view(), width, 1e-6);
+            let expected = agree_reference(x.view(), y.view(), width, 1e-6);
+            // A root makes much of what is near to nothing: what counts is the square.
+            let square = |m: &Array2<f32>| m.iter().map(|x| x * x.abs()).collect::<Vec<_>>();
+            close(&square(&found), &square(&expected), 3e-6);
         }
 
         #[test]

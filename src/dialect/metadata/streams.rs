@@ -9,7 +9,7 @@ use crate::graph::Graph;
 
 /// How many streams there are and how their weights are made, and what the activation of routed experts is limited to.
 pub(super) fn settings(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &str) -> Result<()> {
-    let hyper = graph.blocks.iter().flat_map(|block| &block.steps).find_map(|step| step.hyper.as_ref());
+    let hyper = graph.blocks.iter().flat_map(|block| &block.steps).find_map(|step| step.hyper.as_ref()?.hyper());
     let Some(hyper) = hyper else { return Ok(()) };
     let key = |name: &str| format!("{id}.hyper_connection.{name}");
     out.count(key("count"), hyper.shape.streams)?;

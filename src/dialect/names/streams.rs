@@ -26,7 +26,7 @@ impl Lister {
     pub(super) fn collapse(&mut self, collapse: &Collapse) -> Result<()> {
         match collapse.hyper() {
             Some(hyper) => self.hyper("output_hc", hyper),
-            None => Err(self.cannot("the mean of several streams")),
+            None => Err(self.cannot("the mean of several streams, or with gates")),
         }
     }
 

@@ -52,7 +52,7 @@ impl<'b> Lowering<'b> {
         Some(())
     }
 
-    fn on_streams(&mut self, what: Streams<'b>, reads: &[usize], name: &'static str, width: usize) -> usize {
+    pub(super) fn on_streams(&mut self, what: Streams<'b>, reads: &[usize], name: &'static str, width: usize) -> usize {
         self.one(Kind::Streams(self.hidden, what), reads, name, width)
     }
 
