@@ -1,15 +1,15 @@
 //! Ling 3.0 (`bailing_hybrid`): most layers have a state whose channels decay each by itself (Kimi Delta Attention), the others DeepSeek's latent
 //! attention with a gate for each head; experts are chosen as DeepSeek's are.
 
-use kernels::{Activation, DeltaShape, NormKind};
+use kernels::Activation;
 
 use super::build::{Base, activation, block, by_type, pre, with_experts};
 use super::deepseek::{Chosen, LatentHeads, moe, warmed};
-use super::kimi::in_words_of_deepseek;
+use super::kimi::{by_channel, in_words_of_deepseek};
 use super::rope::rope;
 use super::{Config, Family};
 use crate::error::{Error, Result};
-use crate::graph::{Convolution, Decay, DeltaNet, FURTHER, Graph, Layer, Linear, Norm};
+use crate::graph::{Decay, DeltaNet, FURTHER, Graph, Layer, Linear};
 
 /// Ling 3.0.
 pub const BAILING_HYBRID: Family = Family { id: "bailing_hybrid", model_types: &["bailing_hybrid"], build };
@@ -84,40 +84,14 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, dim: usize, act: Activa
     }
     let width = heads * dim;
     let linear = |name: &str, rows, cols| Linear::plain(format!("{module}.{name}"), rows, cols, false);
-    let norm = base.norm_of(&format!("{module}.o_norm"), dim);
-    let unit = Norm { kind: NormKind::Length, weights: Vec::new(), shape: vec![dim], eps: 1e-6, ..norm.clone() };
+    let usual = by_channel(base, module, [heads, dim, taps], act);
     Ok(DeltaNet {
         inputs: ["q_proj", "k_proj", "v_proj", "g_proj"].map(|name| linear(name, width, base.hidden)).to_vec(),
         rates: vec![linear("b_proj", heads, base.hidden), linear("f_proj", width, base.hidden)],
         narrow: None,
-        convolution: Convolution {
-            tensors: ["q", "k", "v"].map(|part| (format!("{module}.{part}_conv1d.weight"), width)).to_vec(),
-            bias: None,
-            channels: 3 * width,
-            taps,
-            dilation: 1,
-            activation: Some(act),
-        },
-        share: 1.0,
-        shape: DeltaShape {
-            key_heads: heads,
-            value_heads: heads,
-            key_dim: dim,
-            value_dim: dim,
-            scale: (dim as f32).powf(-0.5),
-            replaces: true,
-            by_channel: true,
-        },
-        decay: Decay {
-            rates: (format!("{module}.A_log"), vec![heads]),
-            bias: (format!("{module}.dt_bias"), vec![width]),
-            limits: Decay::UNLIMITED,
-            lower: bound,
-        },
-        unit,
-        norm,
-        activation: Activation::Sigmoid,
+        decay: Decay { rates: (format!("{module}.A_log"), vec![heads]), lower: bound, ..usual.decay },
         out: linear("dense", base.hidden, width),
+        ..usual
     })
 }
 

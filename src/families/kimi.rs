@@ -126,6 +126,11 @@ pub fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) ->
     let dim = size("head_dim", "linear_head_dim")?;
     let heads = size("num_heads", "linear_num_heads")?;
     let taps = size("short_conv_kernel_size", "linear_conv_kernel_dim")?;
+    Ok(by_channel(base, module, [heads, dim, taps], act))
+}
+
+/// A layer under `module` with so many heads of so many values, whose channels decay each by itself, behind convolutions of so many taps.
+pub fn by_channel(base: &Base, module: &str, [heads, dim, taps]: [usize; 3], act: Activation) -> DeltaNet {
     let width = heads * dim;
     let linear = |name: &str, rows, cols| Linear::plain(format!("{module}.{name}"), rows, cols, false);
     let convolution = Convolution {
@@ -138,7 +143,7 @@ pub fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) ->
     };
     let norm = base.norm_of(&format!("{module}.o_norm"), dim);
     let unit = Norm { kind: NormKind::Length, weights: Vec::new(), shape: vec![dim], eps: 1e-6, ..norm.clone() };
-    Ok(DeltaNet {
+    DeltaNet {
         inputs: ["q_proj", "k_proj", "v_proj"].map(|name| linear(name, width, base.hidden)).to_vec(),
         rates: vec![linear("b_proj", heads, base.hidden)],
         narrow: Some(Box::new(Narrow {
@@ -166,5 +171,5 @@ pub fn delta(config: &Config<'_>, base: &Base, module: &str, act: Activation) ->
         norm,
         activation: Activation::Sigmoid,
         out: linear("o_proj", base.hidden, width),
-    })
+    }
 }

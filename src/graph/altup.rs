@@ -56,7 +56,7 @@ pub struct Laurel {
 pub const LEAST: f32 = 1e-5;
 
 impl AltUp {
-    /// Its linears.
+    /// Its linears, those that make and take back the other streams last: none is ever quantized.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
         let own = [&self.router, &self.predict, &self.correct, &self.laurel.left, &self.laurel.right];
         own.into_iter().chain(&self.widen).chain(&self.narrow)

@@ -61,7 +61,7 @@ pub enum Collapse {
 }
 
 impl Gated {
-    /// Its linears.
+    /// Its linears, none of which is ever quantized.
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.mix.iter().chain(&self.inject)
     }

@@ -20,7 +20,7 @@ pub struct HiddenStates {
     pub tokens: usize,
     /// Mean cosine between both of a token.
     pub cosine_mean: f64,
-    /// The lowest.
+    /// The lowest of all tokens, where a single bad one shows.
     pub cosine_min: f64,
     /// Length of the difference as a share of the reference's, all tokens together.
     pub relative_error: f64,
@@ -44,7 +44,7 @@ pub struct Embeddings {
     pub texts: usize,
     /// Mean cosine between both of a text.
     pub cosine_mean: f64,
-    /// The lowest.
+    /// The lowest of all texts, where a single bad one shows.
     pub cosine_min: f64,
 }
 

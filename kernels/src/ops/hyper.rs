@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::linear;
 use crate::backend::{HyperParameters, HyperShape};
-use crate::simd::{LANES, exp, sum_lanes};
+use crate::simd::{exp, sum};
 use crate::simd_fn;
 
 /// Tokens of one task.
@@ -73,15 +73,7 @@ simd_fn! {
         let count = shape.weights();
         let width = h.len() / (out.len() / count);
         for (out, row) in out.chunks_exact_mut(count).zip(h.chunks_exact(width)) {
-            let mut lanes = [0.0f32; LANES];
-            let chunks = row.chunks_exact(LANES);
-            let rest: f32 = chunks.remainder().iter().map(|x| x * x).sum();
-            for chunk in chunks {
-                for lane in 0..LANES {
-                    lanes[lane] += chunk[lane] * chunk[lane];
-                }
-            }
-            let size = ((sum_lanes(lanes) + rest) / width as f32 + shape.norm_eps).sqrt();
+            let size = (sum(row, |x| x * x) / width as f32 + shape.norm_eps).sqrt();
             finish(out, 1.0 / size, of.base, of.scale, shape);
         }
     }

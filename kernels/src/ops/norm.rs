@@ -5,7 +5,7 @@ use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
 use crate::backend::NormKind;
-use crate::simd::{LANES, sum_lanes};
+use crate::simd::sum;
 use crate::simd_fn;
 
 /// Rows of one task.
@@ -97,19 +97,6 @@ fn moments(x: &[f32], kind: NormKind, eps: f32) -> (f32, f32) {
     };
     let parts = if kind == NormKind::Length { 1.0 } else { count };
     (mean, 1.0 / (sum(x, |v| (v - mean) * (v - mean)) / parts + eps).sqrt())
-}
-
-#[inline(always)]
-fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let chunks = x.chunks_exact(LANES);
-    let rest: f32 = chunks.remainder().iter().map(|v| f(*v)).sum();
-    for chunk in chunks {
-        for lane in 0..LANES {
-            lanes[lane] += f(chunk[lane]);
-        }
-    }
-    sum_lanes(lanes) + rest
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 use ndarray::{Array2, ArrayView2};
 use rayon::prelude::*;
 
-use crate::simd::{LANES, sum_lanes};
+use crate::simd::{LANES, sum, sum_lanes};
 use crate::simd_fn;
 
 /// Tokens of one task.
@@ -174,20 +174,6 @@ simd_fn! {
             *out = if sum > 0.0 { size } else if sum < 0.0 { -size } else { sum };
         }
     }
-}
-
-/// In lanes that are added up in one order on every instruction set.
-#[inline(always)]
-fn sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let chunks = x.chunks_exact(LANES);
-    let rest: f32 = chunks.remainder().iter().map(|v| f(*v)).sum();
-    for chunk in chunks {
-        for lane in 0..LANES {
-            lanes[lane] += f(chunk[lane]);
-        }
-    }
-    sum_lanes(lanes) + rest
 }
 
 #[cfg(test)]

@@ -144,7 +144,7 @@ fn float(out: &mut Metadata, key: &str, value: f64) {
 pub struct Projector {
     /// Keys and values.
     pub metadata: Metadata,
-    /// Its tensors.
+    /// Its tensors, in the order in which they are written.
     pub tensors: Vec<Tensor>,
 }
 
