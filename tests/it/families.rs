@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use formats::{Dtype, ShardedWriter, TensorSpec};
 use serde_json::Value;
@@ -20,6 +21,32 @@ pub fn names() -> Vec<String> {
     let mut names: Vec<String> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
     names.sort();
     names
+}
+
+/// What `work` gives for each name, in their order.
+///
+/// There are as many workers as cores, each with one thread to compute with: models this small leave more than one thread nothing but waiting.
+pub fn each<T: Send>(names: &[impl AsRef<str> + Sync], work: impl Fn(&str) -> T + Sync) -> Vec<T> {
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let mut found = Vec::new();
+        loop {
+            let place = next.fetch_add(1, Ordering::Relaxed);
+            let Some(name) = names.get(place) else { break };
+            found.push((place, work(name.as_ref())));
+        }
+        found
+    };
+    let alone = || rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(worker);
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut found = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..cores).map(|_| scope.spawn(alone)).collect();
+        let results =
+            workers.into_iter().map(|worker| worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        results.flatten().collect::<Vec<_>>()
+    });
+    found.sort_by_key(|(place, _)| *place);
+    found.into_iter().map(|(_, result)| result).collect()
 }
 
 /// A folder with config.json and model.safetensors of the checkpoint `name`; gone once dropped.
@@ -93,11 +120,11 @@ fn weights_are_those_that_the_goldens_were_computed_with() {
     let names = names();
     assert_eq!(names, recorded.keys().cloned().collect::<Vec<_>>(), "sha256.json lists every checkpoint");
     assert!(names.len() >= 60, "the fixtures are there");
-    for name in names {
+    each(&names, |name| {
         let mut hash = Sha256::new();
-        tensors(&folder().join(&name)).iter().for_each(|tensor| hash.update(tensor.bytes()));
-        assert_eq!(format!("{:x}", hash.finalize()), recorded[&name].as_str().unwrap(), "{name}");
-    }
+        tensors(&folder().join(name)).iter().for_each(|tensor| hash.update(tensor.bytes()));
+        assert_eq!(format!("{:x}", hash.finalize()), recorded[name].as_str().unwrap(), "{name}");
+    });
 }
 
 #[test]

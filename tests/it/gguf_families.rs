@@ -11,7 +11,7 @@ use quantc::report::Report;
 use quantc::{Checkpoint, families};
 use serde_json::{Value, json};
 
-use crate::families::{checkpoint, folder, names};
+use crate::families::{checkpoint, each, folder, names};
 use crate::golden::{golden, logits};
 
 /// Gives a checkpoint a tokenizer that GGUF knows: a token for each of the first bytes.
@@ -137,70 +137,72 @@ fn valid(report: &Report) -> usize {
 
 #[test]
 fn every_family_is_read_back_as_the_model_that_was_written() {
-    let mut wrong = Vec::new();
     let only = std::env::var("QUANTC_FAMILY").ok();
     let mut names = names();
     names.retain(|name| only.as_ref().is_none_or(|only| name.contains(only)));
-    for name in names {
-        let room = checkpoint(&name);
-        spell(room.path());
-        let outputs = tempfile::tempdir().unwrap();
-        let output = outputs.path().join("model.gguf");
-        let refused = REFUSED.iter().find(|(refused, _)| *refused == name);
-        let report = match (write(room.path(), &output, "method = 'rtn'\nscheme = 'F32'"), refused) {
-            (Ok(report), None) => report,
-            (Err(error), Some((_, why))) if error.to_string().contains(why) => {
-                assert_eq!(error.exit_code(), 2, "{name}: {error}");
-                continue;
-            }
-            (Ok(_), Some(_)) => {
-                wrong.push(format!("{name}: written, and should be refused"));
-                continue;
-            }
-            (Err(error), _) => {
-                wrong.push(format!("{name}: {error}"));
-                continue;
-            }
-        };
-        let read = Checkpoint::open(&output).unwrap();
-        let unread = read.remarks();
-        if !unread.is_empty() {
-            wrong.push(format!("{name}: {unread:?}"));
+    let wrong: Vec<String> = each(&names, read_back).into_iter().flatten().collect();
+    assert!(wrong.is_empty(), "{}:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// What is wrong with the file of a checkpoint.
+fn read_back(name: &str) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let room = checkpoint(name);
+    spell(room.path());
+    let outputs = tempfile::tempdir().unwrap();
+    let output = outputs.path().join("model.gguf");
+    let refused = REFUSED.iter().find(|(refused, _)| *refused == name);
+    let report = match (write(room.path(), &output, "method = 'rtn'\nscheme = 'F32'"), refused) {
+        (Ok(report), None) => report,
+        (Err(error), Some((_, why))) if error.to_string().contains(why) => {
+            assert_eq!(error.exit_code(), 2, "{name}: {error}");
+            return wrong;
         }
-        if let Some(own) = read.entries().iter().find(|entry| entry.name.starts_with("blk.")) {
-            wrong.push(format!("{name}: `{}` means nothing outside of the file", own.name));
+        (Ok(_), Some(_)) => {
+            wrong.push(format!("{name}: written, and should be refused"));
+            return wrong;
         }
-        if let Some(note) = report.notes.iter().find(|note| note.contains("a name that means nothing")) {
-            wrong.push(format!("{name}: {note}"));
+        (Err(error), _) => {
+            wrong.push(format!("{name}: {error}"));
+            return wrong;
         }
-        let (sequences, expected) = golden(&folder().join(&name));
-        let width = expected.len() / sequences.iter().map(Vec::len).sum::<usize>();
-        let length = sequences[0].len();
-        let valid = valid(&report).min(length);
-        let sequences: Vec<Vec<u32>> = sequences.into_iter().map(|ids| ids[..valid].to_vec()).collect();
-        let expected: Vec<f32> = match name.contains("dynamic") {
-            false => {
-                expected.chunks_exact(length * width).flat_map(|logits| &logits[..valid * width]).copied().collect()
-            }
-            // How it is scaled depends on the length of the whole text.
-            true => logits(room.path(), &sequences).unwrap(),
-        };
-        let approximate =
-            report.notes.iter().any(|note| note.contains("approximates GELU") || note.contains("rounds the bounds"));
-        match logits(&output, &sequences) {
-            Err(error) => wrong.push(format!("{name}: {error}")),
-            Ok(found) if found.len() != expected.len() => wrong.push(format!("{name}: {} logits", found.len())),
-            Ok(found) => {
-                let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
-                let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                let close = worst <= if approximate { 2e-2 } else { 2e-4 } * largest;
-                if !close {
-                    wrong.push(format!("{name}: logits are off by {worst}, the largest is {largest}, {valid} tokens"));
-                }
+    };
+    let read = Checkpoint::open(&output).unwrap();
+    let unread = read.remarks();
+    if !unread.is_empty() {
+        wrong.push(format!("{name}: {unread:?}"));
+    }
+    if let Some(own) = read.entries().iter().find(|entry| entry.name.starts_with("blk.")) {
+        wrong.push(format!("{name}: `{}` means nothing outside of the file", own.name));
+    }
+    if let Some(note) = report.notes.iter().find(|note| note.contains("a name that means nothing")) {
+        wrong.push(format!("{name}: {note}"));
+    }
+    let (sequences, expected) = golden(&folder().join(name));
+    let width = expected.len() / sequences.iter().map(Vec::len).sum::<usize>();
+    let length = sequences[0].len();
+    let valid = valid(&report).min(length);
+    let sequences: Vec<Vec<u32>> = sequences.into_iter().map(|ids| ids[..valid].to_vec()).collect();
+    let expected: Vec<f32> = match name.contains("dynamic") {
+        false => expected.chunks_exact(length * width).flat_map(|logits| &logits[..valid * width]).copied().collect(),
+        // How it is scaled depends on the length of the whole text.
+        true => logits(room.path(), &sequences).unwrap(),
+    };
+    let approximate =
+        report.notes.iter().any(|note| note.contains("approximates GELU") || note.contains("rounds the bounds"));
+    match logits(&output, &sequences) {
+        Err(error) => wrong.push(format!("{name}: {error}")),
+        Ok(found) if found.len() != expected.len() => wrong.push(format!("{name}: {} logits", found.len())),
+        Ok(found) => {
+            let largest = expected.iter().fold(0.0f32, |m, x| m.max(x.abs()));
+            let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            let close = worst <= if approximate { 2e-2 } else { 2e-4 } * largest;
+            if !close {
+                wrong.push(format!("{name}: logits are off by {worst}, the largest is {largest}, {valid} tokens"));
             }
         }
     }
-    assert!(wrong.is_empty(), "{}:\n{}", wrong.len(), wrong.join("\n"));
+    wrong
 }
 
 /// How far logits are from transformers', as a share of their size; one token's other expert does not count for much.
@@ -215,7 +217,7 @@ fn distance(name: &str, file: &Path) -> f32 {
 /// Fused, permuted, transposed and stacked linears are quantized as their inputs become known, each to its place.
 #[test]
 fn what_is_quantized_along_the_way_is_what_the_file_holds() {
-    for name in [
+    let names = [
         "deepseek_v3_plain",
         "falcon_h1_plain",
         "gemma3n_text_published",
@@ -234,7 +236,8 @@ fn what_is_quantized_along_the_way_is_what_the_file_holds() {
         "qwen2_moe_plain",
         "qwen3_5_text_plain",
         "qwen3_next_published",
-    ] {
+    ];
+    each(&names, |name| {
         let (room, outputs) = (checkpoint(name), tempfile::tempdir().unwrap());
         spell(room.path());
         let text: String = (0..6000u32).map(|i| char::from(b'!' + (i * i % 9973 % 90) as u8)).collect();
@@ -256,7 +259,7 @@ fn what_is_quantized_along_the_way_is_what_the_file_holds() {
             let far = distance(name, &again);
             assert!(far <= most, "{name} {scheme}, importance from a file: logits are off by {far}");
         }
-    }
+    });
 }
 
 /// llama.cpp's convolutions over tokens take weights of F32 alone, and abort over others.

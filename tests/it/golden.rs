@@ -238,13 +238,11 @@ fn logits_are_those_of_transformers() {
 #[test]
 fn every_family_has_the_logits_of_transformers() {
     let names = crate::families::names();
-    let wrong: Vec<String> = names
-        .iter()
-        .filter_map(|name| {
-            let room = crate::families::checkpoint(name);
-            difference(room.path(), &crate::families::folder().join(name)).map(|why| format!("{name}: {why}"))
-        })
-        .collect();
+    let wrong = crate::families::each(&names, |name| {
+        let room = crate::families::checkpoint(name);
+        difference(room.path(), &crate::families::folder().join(name)).map(|why| format!("{name}: {why}"))
+    });
+    let wrong: Vec<String> = wrong.into_iter().flatten().collect();
     assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), names.len(), wrong.join("\n"));
 }
 

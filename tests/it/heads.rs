@@ -14,7 +14,7 @@ use quantc::verify::outputs;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use crate::families::checkpoint_of;
+use crate::families::{checkpoint_of, each};
 use crate::harness::Room;
 
 fn folder() -> PathBuf {
@@ -86,8 +86,8 @@ fn quantize(model: &Path, output: &Path, toml: &str, limits: Limits) -> quantc::
 #[test]
 fn every_head_is_kept_and_measured_in_every_layout() {
     let outputs = tempfile::tempdir().unwrap();
-    for name in names() {
-        let room = model(&name);
+    each(&names(), |name| {
+        let room = model(name);
         for format in ["compressed-tensors", "gptq", "awq", "gguf"] {
             crate::matrix::speak(room.path());
             if format == "gguf" {
@@ -112,7 +112,7 @@ fn every_head_is_kept_and_measured_in_every_layout() {
                 }
             };
             let what = format!("{name}, {format}: {:#?}", report.hidden_states);
-            let (states, close) = (report.hidden_states.expect(&name), if format == "awq" { 0.9 } else { 0.999 });
+            let (states, close) = (report.hidden_states.expect(name), if format == "awq" { 0.9 } else { 0.999 });
             assert!(states.cosine_mean > close && states.cosine_min <= states.cosine_mean, "{what}");
             assert_eq!(report.quality.is_some(), name == "qwen3_yes_no", "{what}");
             let embeds = ["lasttoken", "pooled", "both_ways", "embedding"].iter().any(|word| name.contains(word));
@@ -137,7 +137,7 @@ fn every_head_is_kept_and_measured_in_every_layout() {
                 kept(room.path(), &output, &what);
             }
         }
-    }
+    });
 }
 
 /// The head has its bytes, the configuration names it, and the modules are there.

@@ -15,7 +15,7 @@ use quantc::report::{Fate, Limits, LinearReport, Report};
 use quantc::stray::Strays;
 use serde_json::{Value, json};
 
-use crate::families::checkpoint;
+use crate::families::{checkpoint, each};
 use crate::golden::{golden, logits};
 use crate::plan::check;
 
@@ -61,74 +61,87 @@ fn divergence(report: &Report) -> f64 {
     report.quality.as_ref().unwrap().beside.as_ref().unwrap().kld_mean
 }
 
+/// What a layout makes of a model: how it is there, or why it is not.
+type Cell = Option<Result<String, String>>;
+
 /// A row of the table.
 #[derive(Default)]
 struct Family {
     checkpoints: Vec<String>,
-    /// By column: `yes`, or why not.
-    layouts: [Option<String>; 4],
+    layouts: [Cell; 4],
 }
 
 #[test]
 fn every_family_is_written_in_every_layout_and_read_back() {
-    let outputs = tempfile::tempdir().unwrap();
-    let mut wrong = Vec::new();
-    let mut families: BTreeMap<&str, Family> = BTreeMap::new();
     // Some of them alone: parts of their names, divided by commas. The table is not compared then.
     let only = std::env::var("QUANTC_FAMILY").ok();
     let mut names = crate::families::names();
     names.retain(|name| only.as_ref().is_none_or(|only| only.split(',').any(|part| name.contains(part))));
-    for name in names {
-        let room = checkpoint(&name);
-        speak(room.path());
-        let graph = quantc::families::graph_of(&Checkpoint::open(room.path()).unwrap()).unwrap();
-        let family = families.entry(graph.family).or_default();
-        for (column, (format, settings, most)) in [
-            ("compressed-tensors", "scheme = 'W8A16'\nmethod = 'gptq'", 0.005),
-            ("gptq", "scheme = 'W8A16'\nmethod = 'awq+gptq'", 0.005),
-            ("awq", "scheme = 'W4A16_ASYM'\nmethod = 'awq'", 0.5),
-        ]
-        .into_iter()
-        .enumerate()
-        {
-            // A few samples and windows: a layout that is read otherwise than it was written is another model on any of them.
-            let settings = format!("format = '{format}'\n{settings}\nsamples = 16");
-            let cell = &mut family.layouts[column];
-            let [output, plain] =
-                ["quantized", "plain"].map(|kind| outputs.path().join(format!("{name}-{format}-{kind}")));
-            let result = quantize(room.path(), &output, &settings);
-            if result.is_ok() {
-                convert(&output, &plain, Some(formats::Dtype::F32), UnknownTensors::Copy, false).unwrap();
-                let (sequences, _) = golden(&crate::families::folder().join(&name));
-                let [a, b] = [&output, &plain].map(|folder| logits(folder, &sequences).unwrap());
-                assert_eq!(a, b, "{name}: plain weights are the quantized ones");
-                let shapes = |path: &Path| {
-                    let opened = Checkpoint::open(path).unwrap();
-                    let left = |name: &String| Strays::new(&graph, &opened, UnknownTensors::Refuse).fate(name);
-                    let kept = opened.entries().iter().filter(|e| !matches!(left(&e.name), Ok(Fate::Dropped(_))));
-                    kept.map(|e| (e.name.clone(), e.shape.clone())).collect::<BTreeMap<_, _>>()
-                };
-                assert_eq!(shapes(&plain), shapes(room.path()), "{name}: plain weights lie as the original's");
-            }
-            match result.map(|report| divergence(&report)).map_err(|error| error.to_string()) {
-                Ok(kld) if kld <= most => *cell = Some("yes".to_owned()),
-                // Sizes that no real model has are refused; another checkpoint of the family has others.
-                Err(why) if why.contains("cannot hold it: ") => {
-                    let why = why.split_once("cannot hold it: ").unwrap().1;
-                    cell.get_or_insert_with(|| why.split(';').next().unwrap().to_owned());
-                }
-                other => wrong.push(format!("{name} {format}: {other:?}")),
+    let mut families: BTreeMap<&str, Family> = BTreeMap::new();
+    let mut wrong = Vec::new();
+    for (name, (id, layouts, own)) in names.iter().zip(each(&names, in_every_layout)) {
+        let family = families.entry(id).or_default();
+        family.checkpoints.push(name.clone());
+        // Sizes that no real model has are refused; another checkpoint of the family has others.
+        for (cell, found) in family.layouts.iter_mut().zip(layouts) {
+            if cell.is_none() || matches!(found, Some(Ok(_))) {
+                *cell = found;
             }
         }
-        let cell = &mut family.layouts[3];
-        match quantc::dialect::names::plan(&graph) {
-            Ok(plan) => *cell = Some(format!("`{}`", plan.architecture)),
-            Err(why) => drop(cell.get_or_insert_with(|| why.to_string().split(';').next().unwrap().to_owned())),
-        }
-        family.checkpoints.push(name);
+        wrong.extend(own);
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     compare(&families, only.is_some());
+}
+
+/// The family of a checkpoint, its cells of the table, and what is wrong.
+fn in_every_layout(name: &str) -> (&'static str, [Cell; 4], Vec<String>) {
+    let outputs = tempfile::tempdir().unwrap();
+    let room = checkpoint(name);
+    speak(room.path());
+    let graph = quantc::families::graph_of(&Checkpoint::open(room.path()).unwrap()).unwrap();
+    let mut layouts: [Cell; 4] = Default::default();
+    let mut wrong = Vec::new();
+    for (column, (format, settings, most)) in [
+        ("compressed-tensors", "scheme = 'W8A16'\nmethod = 'gptq'", 0.005),
+        ("gptq", "scheme = 'W8A16'\nmethod = 'awq+gptq'", 0.005),
+        ("awq", "scheme = 'W4A16_ASYM'\nmethod = 'awq'", 0.5),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        // A few samples and windows: a layout that is read otherwise than it was written is another model on any of them.
+        let settings = format!("format = '{format}'\n{settings}\nsamples = 16");
+        let [output, plain] = ["quantized", "plain"].map(|kind| outputs.path().join(format!("{format}-{kind}")));
+        let result = quantize(room.path(), &output, &settings);
+        if result.is_ok() {
+            convert(&output, &plain, Some(formats::Dtype::F32), UnknownTensors::Copy, false).unwrap();
+            let (sequences, _) = golden(&crate::families::folder().join(name));
+            let [a, b] = [&output, &plain].map(|folder| logits(folder, &sequences).unwrap());
+            assert_eq!(a, b, "{name}: plain weights are the quantized ones");
+            let shapes = |path: &Path| {
+                let opened = Checkpoint::open(path).unwrap();
+                let left = |name: &String| Strays::new(&graph, &opened, UnknownTensors::Refuse).fate(name);
+                let kept = opened.entries().iter().filter(|e| !matches!(left(&e.name), Ok(Fate::Dropped(_))));
+                kept.map(|e| (e.name.clone(), e.shape.clone())).collect::<BTreeMap<_, _>>()
+            };
+            assert_eq!(shapes(&plain), shapes(room.path()), "{name}: plain weights lie as the original's");
+        }
+        match result.map(|report| divergence(&report)).map_err(|error| error.to_string()) {
+            Ok(kld) if kld <= most => layouts[column] = Some(Ok("yes".to_owned())),
+            Err(why) if why.contains("cannot hold it: ") => {
+                let why = why.split_once("cannot hold it: ").unwrap().1;
+                layouts[column] = Some(Err(why.split(';').next().unwrap().to_owned()));
+            }
+            other => wrong.push(format!("{name} {format}: {other:?}")),
+        }
+    }
+    let gguf = quantc::dialect::names::plan(&graph);
+    layouts[3] = Some(match gguf {
+        Ok(plan) => Ok(format!("`{}`", plan.architecture)),
+        Err(why) => Err(why.to_string().split(';').next().unwrap().to_owned()),
+    });
+    (graph.family, layouts, wrong)
 }
 
 /// Compares the table with the one in docs/models.md, or writes it there; of families that were left out, if `some` were, the rows stay.
@@ -145,7 +158,8 @@ fn compare(families: &BTreeMap<&str, Family>, some: bool) {
             continue;
         };
         let kinds: Vec<String> = family.model_types.iter().map(|kind| format!("`{kind}`")).collect();
-        let [a, b, c, d] = found.layouts.each_ref().map(|cell| cell.as_deref().unwrap_or_default());
+        let said = |cell: &'_ Cell| cell.clone().map_or_else(String::new, |cell| cell.unwrap_or_else(|why| why));
+        let [a, b, c, d] = found.layouts.each_ref().map(said);
         let own = |name: &String| name.strip_prefix(&format!("{}_", family.id)).unwrap_or(name).replace('_', " ");
         let checkpoints: Vec<String> = found.checkpoints.iter().map(own).collect();
         let (kinds, checkpoints) = (kinds.join(", "), checkpoints.join(", "));
@@ -215,7 +229,8 @@ fn what_decides_about_much_stays_whole_and_is_named() {
 
 #[test]
 fn experts_are_calibrated_on_their_tokens_and_starved_ones_on_their_layer() {
-    for name in ["mixtral_plain", "deepseek_v3_plain", "gpt_oss_plain", "llama4_text_plain", "qwen2_moe_plain"] {
+    let names = ["mixtral_plain", "deepseek_v3_plain", "gpt_oss_plain", "llama4_text_plain", "qwen2_moe_plain"];
+    each(&names, |name| {
         let room = checkpoint(name);
         speak(room.path());
         let outputs = tempfile::tempdir().unwrap();
@@ -245,5 +260,5 @@ fn experts_are_calibrated_on_their_tokens_and_starved_ones_on_their_layer() {
             written.count()
         };
         assert_eq!(routers(&all), 0, "{name}: routers are never quantized");
-    }
+    });
 }
