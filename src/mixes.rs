@@ -189,6 +189,8 @@ const NEVER: &[&str] = &[
     "indexer.attn_q_b.weight",
     "indexer.attn_k.weight",
     "indexer.proj.weight",
+    "indexer_compressor_gate.weight",
+    "indexer_compressor_ape.weight",
     // By these all streams are read and written.
     "hc_attn_fn.weight",
     "hc_ffn_fn.weight",

@@ -286,6 +286,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture { id: "mimo2", families: &["mimo_v2_flash"], head: Need::Must, windows: true, ..PLAIN },
     Architecture { id: "kimi-linear", families: &["kimi_linear"], head: Need::Must, latent: true, ..PLAIN },
+    Architecture { id: "glm5-next", families: &["glm5_next"], head: Need::Must, latent: true, streams: true, ..PLAIN },
     Architecture {
         id: "hy_v4",
         families: &["hy_v4"],

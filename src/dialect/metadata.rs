@@ -21,7 +21,7 @@ use crate::error::{Error, Result};
 use crate::families::rope::warmth;
 use crate::families::{self, longest_context};
 use crate::graph::{
-    Attention, Block, Convolution, Graph, Latent, Layer, Mlp, Moe, Projections, RopeScaling, Scoring, Temperature,
+    Attention, Block, Convolution, Graph, Latent, Layer, Mlp, Moe, Norm, Projections, RopeScaling, Scoring, Temperature,
 };
 use crate::json::integer;
 
@@ -228,7 +228,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     if id == "apertus" {
         curves(out, &layers)?;
     }
-    choice(out, &layers, id)?;
+    choice(out, graph, &layers, id)?;
     streams::settings(out, graph, &layers, id)?;
     experts(out, graph, &layers, id)?;
     read_back(out, graph, architecture, plan)
@@ -272,7 +272,7 @@ fn heads_by_layer(out: &mut Written, graph: &Graph, layers: &Layers<'_>, archite
     }
     // Layers with a state are told by there being no keys, and those with a window by there being more.
     let keys: Option<fn(&Attention) -> usize> = match id {
-        "kimi-linear" | "bailingmoe3" => Some(|_| 1),
+        "kimi-linear" | "bailingmoe3" | "glm5-next" => Some(|_| 1),
         "mimo2" => Some(|attention| attention.shape.kv_heads),
         _ => None,
     };
@@ -387,6 +387,13 @@ impl<'g> Layers<'g> {
                     return Err(cannot("weights of experts that are not divided by their sum".to_owned()));
                 }
             }
+            "glm5-next" if graph.streams() != 4 => {
+                return Err(cannot(format!("{} streams between layers", graph.streams())));
+            }
+            "glm5-next" if recurrent.is_empty() => return Err(cannot("a model without linear attention".to_owned())),
+            "glm5-next" if first.choice.as_ref().is_some_and(|choice| choice.shape().block < 2) => {
+                return Err(cannot("an indexer whose blocks are single tokens".to_owned()));
+            }
             // Its scores are not multiplied there where positions are stretched.
             "hy_v4" if first.rope.as_ref().is_some_and(|rope| rope.scaling != RopeScaling::None) => {
                 return Err(cannot("positions that are scaled".to_owned()));
@@ -394,7 +401,12 @@ impl<'g> Layers<'g> {
             _ => {}
         }
         let eps = graph.final_norm.eps;
-        let of_layer = |layer: &'g Layer| if latents_are_near(graph) { Vec::new() } else { layer.norms() };
+        // There the norm of an indexer's keys has a setting of its own.
+        let told = |norm: &&Norm| id == "glm5-next" && norm.kind == NormKind::Layer;
+        let of_layer = |layer: &'g Layer| match latents_are_near(graph) {
+            true => Vec::new(),
+            false => layer.norms().into_iter().filter(|norm| !told(norm)).collect(),
+        };
         let norms = steps().flat_map(|step| step.pre.iter().chain(&step.post).chain(of_layer(&step.layer)));
         if norms.into_iter().any(|norm| norm.eps != eps) {
             return Err(cannot("norms with different epsilons".to_owned()));
@@ -483,15 +495,21 @@ fn sections(out: &mut Written, config: &Value, id: &'static str, rotated: usize)
 }
 
 /// How much indexers choose, and which layers have one.
-fn choice(out: &mut Written, layers: &Layers<'_>, id: &'static str) -> Result<()> {
+fn choice(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static str) -> Result<()> {
     let key = |name: &str| format!("{id}.attention.indexer.{name}");
     let Some(choice) = &layers.first.choice else { return Ok(()) };
     let shape = choice.shape();
     out.count(key("head_count"), shape.heads)?;
     out.count(key("key_length"), shape.head_dim)?;
-    out.count(key("top_k"), shape.count)?;
-    if matches!(id, "glm-dsa" | "hy_v4") {
-        let own = layers.attention.iter().map(|attention| MetadataValue::Bool(attention.indexer().is_some()));
+    let whole = shape.count - usize::from(shape.pooled);
+    out.count(key("top_k"), whole * shape.block)?;
+    if shape.pooled {
+        out.count(key("kpool"), shape.block)?;
+        out.flag(key("kpool_select_tail"), true);
+    }
+    if matches!(id, "glm-dsa" | "hy_v4" | "glm5-next") {
+        let own = |block: &Block| block.attention().is_none_or(|attention| attention.indexer().is_some());
+        let own = graph.blocks.iter().map(|block| MetadataValue::Bool(own(block)));
         out.metadata.push((key("types"), metadata_array(own.collect(), GGUFValueType::Bool)?));
     }
     Ok(())
@@ -617,8 +635,10 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
                 out.count(key("expert_group_used_count"), groups.kept)?;
             }
         }
-        let latent =
-            matches!(id, "deepseek2" | "deepseek32" | "glm-dsa" | "hy_v4" | "kimi-linear" | "bailingmoe3" | "mistral4");
+        let latent = matches!(
+            id,
+            "deepseek2" | "deepseek32" | "glm-dsa" | "glm5-next" | "hy_v4" | "kimi-linear" | "bailingmoe3" | "mistral4"
+        );
         if latent || matches!(id, "afmoe" | "glm4moe" | "exaone-moe" | "hy_v3" | "dots1" | "cohere2moe") {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
             out.count(key("expert_shared_count"), shared)?;

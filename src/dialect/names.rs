@@ -457,23 +457,7 @@ impl Lister {
             }
         }
         if let Some(indexer) = attention.indexer() {
-            let (Some(keys), Some(weights), None, None) =
-                (&indexer.k, &indexer.weights, &indexer.q_norm, &indexer.pool)
-            else {
-                return Err(self.cannot("an indexer of this form"));
-            };
-            // llama.cpp turns queries and keys by a Hadamard matrix of this width, and aborts over others.
-            let width = indexer.shape.head_dim;
-            if width < 64 || !width.is_power_of_two() {
-                return Err(self.cannot(format_args!("an indexer with heads of {width} values")));
-            }
-            let order = self.turned(attention, indexer);
-            for (name, linear) in [("attn_q_b", &indexer.q), ("attn_k", keys)] {
-                let rows = order.as_ref().map(|order| order(linear.rows));
-                self.linear(&format!("{at}.indexer.{name}"), linear, rows, Need::Never)?;
-            }
-            self.linear(&format!("{at}.indexer.proj"), weights, None, Need::Never)?;
-            self.norm_of(&format!("{at}.indexer.k_norm"), &indexer.k_norm, order.map(|order| order(width)))?;
+            self.indexer(at, attention, indexer)?;
         }
         if let Some(tensor) = sinks {
             let part = Part::whole(From::Tensor(tensor.clone(), vec![shape.heads]));

@@ -22,8 +22,8 @@ llama.cpp rounds the inputs of quantized linears to 8 bits and its KV cache to f
 order of summation then decides some of the roundings, and those more of the next layer's: hence 0.5 % (--tolerance).
 Unpacked, nothing of that is left, and a single wrong scale shows.
 
-llama.cpp comes prebuilt from npm (see llama.py), numpy and tokenizers from PyPI, both into --cache. --llama names a folder
-with llama-perplexity, which is then run too. The table on stdout is markdown; --docs FILE puts it between the marks that
+llama.cpp comes prebuilt from npm (see llama.py), numpy and tokenizers from PyPI, both into --cache. --libraries names a folder
+with another libllama, --llama one with llama-perplexity, which is then run too. The table on stdout is markdown; --docs FILE puts it between the marks that
 FILE has for it. Exit code 0: all agree; 1: some file failed; 2: could not start.
 """
 
@@ -231,6 +231,7 @@ def main():
     parser.add_argument("--generate", type=int, default=48, help="tokens to generate")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--llama", type=pathlib.Path, help="a folder with llama-perplexity, to run it too")
+    parser.add_argument("--libraries", type=pathlib.Path, help="a folder with another libllama, of the same interface, as of newer source")
     parser.add_argument("--artifacts", type=pathlib.Path, help="keep the files here, and use again what is there")
     parser.add_argument("--cache", type=pathlib.Path, default=ROOT / ".venv" / "runtimes")
     parser.add_argument("--docs", type=pathlib.Path, help="put the tables into this file, between its marks")
@@ -255,7 +256,7 @@ def main():
             parser.error(f"{path} does not exist")
     options.quantc, options.text = options.quantc.resolve(), options.text.resolve()
     options.cache.mkdir(parents=True, exist_ok=True)
-    options.libraries = llama.libraries(options.cache.resolve())
+    options.libraries = options.libraries.resolve() if options.libraries else llama.libraries(options.cache.resolve())
     python = llama.environment(options.cache.resolve() / "llama")
 
     started, tables, everything, failures = time.time(), [], [], 0

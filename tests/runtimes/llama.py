@@ -84,10 +84,11 @@ class Batch(ctypes.Structure):
 
 def load(folder):
     """libllama with the backend for this CPU, and its functions' types."""
-    for name in ("libggml-base.so", "libggml.v*.so", "libllama.v*.so"):
-        [file] = pathlib.Path(folder).glob(name)
+    for name in ("libggml-base", "libggml", "libllama"):
+        # A build of one's own has no version in these names.
+        [file] = [file for end in (".so", ".v*.so") for file in pathlib.Path(folder).glob(name + end)]
         library = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
-        if "ggml.v" in name:
+        if name == "libggml":
             library.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
             library.ggml_backend_load_all_from_path(str(folder).encode())
     pointer, integer, text = ctypes.c_void_p, ctypes.c_int32, ctypes.c_char_p

@@ -17,7 +17,7 @@ pub(super) fn recurrent(out: &mut Written, graph: &Graph, layers: &Layers<'_>, i
     }
     let Some((shape, convolution)) = layers.recurrent.first() else { return Ok(()) };
     out.count(key("ssm.conv_kernel"), convolution.taps)?;
-    if matches!(id, "kimi-linear" | "bailingmoe3") {
+    if matches!(id, "kimi-linear" | "bailingmoe3" | "glm5-next") {
         let heads = [shape.value_heads, layers.first.shape.heads];
         if heads[0] != heads[1] {
             let what = format!("{} heads of linear attention beside {} of attention", heads[0], heads[1]);
@@ -28,7 +28,9 @@ pub(super) fn recurrent(out: &mut Written, graph: &Graph, layers: &Layers<'_>, i
             _ => None,
         });
         if let Some(bound) = bound {
-            out.flag(key("kda.safe_gate"), true);
+            if id == "bailingmoe3" {
+                out.flag(key("kda.safe_gate"), true);
+            }
             out.float(key("kda.gate_lower_bound"), bound);
         }
         return out.count(key("kda.head_dim"), shape.key_dim);

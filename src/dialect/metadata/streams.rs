@@ -14,13 +14,25 @@ pub(super) fn settings(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id
     let key = |name: &str| format!("{id}.hyper_connection.{name}");
     out.count(key("count"), hyper.shape.streams)?;
     out.float(key("epsilon"), hyper.shape.eps);
-    if let Some([magnitude, _]) = hyper.shape.writes {
-        out.float(key("magnitude"), magnitude);
+    match hyper.shape.writes {
+        Some([magnitude, _]) if hyper.shape.rounds == 0 => out.float(key("magnitude"), magnitude),
+        _ => out.count(key("sinkhorn_iterations"), hyper.shape.rounds)?,
     }
-    let activation = layers.sparse.first().and_then(|moe| moe.experts.first()).map(|expert| expert.activation);
+    if let Some(indexer) =
+        layers.attention.iter().find_map(|attention| attention.indexer()).filter(|i| i.pool.is_some())
+    {
+        out.float(format!("{id}.attention.layer_norm_epsilon"), indexer.k_norm.eps);
+    }
+    let mixture = layers.sparse.first();
+    let activation = mixture.and_then(|moe| moe.experts.first()).map(|expert| expert.activation);
+    let shared = mixture.and_then(|moe| moe.shared.as_ref()).map(|(shared, _)| shared.activation);
     if let Some(Activation::SwigluOai { limit, shift: 0.0, .. }) = activation {
         let limits = vec![MetadataValue::F32(limit); graph.blocks.len()];
-        out.metadata.push((format!("{id}.swiglu_clamp_exp"), metadata_array(limits, GGUFValueType::F32)?));
+        let names: &[&str] =
+            if shared == activation { &["swiglu_clamp_exp", "swiglu_clamp_shexp"] } else { &["swiglu_clamp_exp"] };
+        for name in names {
+            out.metadata.push((format!("{id}.{name}"), metadata_array(limits.clone(), GGUFValueType::F32)?));
+        }
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Layers of linear attention, as llama.cpp's classes of Qwen3-Next, Qwen3.5 and Kimi Linear have them.
+//! Layers of linear attention, as llama.cpp's classes of Qwen3-Next, Qwen3.5, Kimi Linear, Ling and GLM-5.3-Flash have them.
 //!
 //! Of Qwen's queries, keys and values are one tensor, and the gate another, whichever of them the model stores together. In some architectures the heads of
 //! values that share a head of keys do not follow each other: heads take turns, so that a sum over them needs no copy of the keys.
@@ -84,7 +84,7 @@ impl Lister {
         self.bias(&format!("{at}.ssm_out"), &[(out, None)], Need::Never)
     }
 
-    /// Kimi Linear's and Ling's, whose channels decay each by itself; the former's decays and gates are made by two linears each.
+    /// Kimi Linear's, Ling's and GLM-5.3's, whose channels decay each by itself; Ling's decays and gates are made by one linear each.
     ///
     /// Fails for heads of another number or width than the class has, and for convolutions with biases.
     fn channels(&mut self, at: &str, delta: &DeltaNet) -> Result<()> {
@@ -95,12 +95,11 @@ impl Lister {
         else {
             return Err(self.cannot("linear attention of this form"));
         };
-        let class = match (narrow, decay.lower) {
-            (Some(_), None) => "kimi-linear",
-            (None, Some(_)) => "bailingmoe3",
-            _ => "",
+        let class = match (self.architecture.id, narrow, decay.lower) {
+            ("kimi-linear", Some(_), None) | ("bailingmoe3", None, Some(_)) | ("glm5-next", Some(_), _) => true,
+            _ => false,
         };
-        if self.architecture.id != class || key_dim != value_dim {
+        if !class || key_dim != value_dim {
             return Err(self.cannot("linear attention whose channels decay each by itself"));
         }
         for (name, linear) in [("attn_q", q), ("attn_k", k), ("attn_v", v), ("ssm_beta", beta), ("attn_output", out)] {
@@ -125,10 +124,12 @@ impl Lister {
         }
         let whole = |(tensor, shape): &(String, Vec<usize>)| Part::whole(From::Tensor(tensor.clone(), shape.clone()));
         self.push(format!("{at}.ssm_dt.bias"), vec![value_heads * key_dim], vec![whole(&decay.bias)]);
-        let sign = if decay.lower.is_some() { 1.0 } else { -1.0 };
-        let from = From::Tensor(decay.rates.0.clone(), vec![value_heads, 1]);
+        // Ling's alone are written without a sign, and GLM-5.3's alone as a vector.
+        let sign = if self.architecture.id == "bailingmoe3" { 1.0 } else { -1.0 };
+        let extents = if self.architecture.id == "glm5-next" { vec![value_heads] } else { vec![value_heads, 1] };
+        let from = From::Tensor(decay.rates.0.clone(), extents.clone());
         let part = Part { rates: Some(sign), ..Part::whole(from) };
-        self.push(format!("{at}.ssm_a"), vec![value_heads, 1], vec![part]);
+        self.push(format!("{at}.ssm_a"), extents, vec![part]);
         self.norm(&format!("{at}.ssm_norm"), norm)
     }
 

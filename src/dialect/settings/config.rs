@@ -148,7 +148,7 @@ impl Settings {
         let largest = |name: &str| Ok::<_, formats::Error>(self.counts(name, layers)?.into_iter().max());
         let kv_heads = match by_layer {
             // It tells layers with a state, and nothing else.
-            _ if matches!(id, "kimi-linear" | "bailingmoe3") => Some(heads),
+            _ if matches!(id, "kimi-linear" | "bailingmoe3" | "glm5-next") => Some(heads),
             // Layers with a window have twice as many.
             _ if id == "mimo2" => self.counts("attention.head_count_kv", layers)?.into_iter().min(),
             _ if self.architecture.per_layer => self.counts("attention.head_count_kv", layers)?.first().copied(),

@@ -98,6 +98,7 @@ impl Settings {
             "mimo_v2_flash" => self.mimo(model, used()?)?,
             "deepseek_v32" | "glm_moe_dsa" => self.indexed(model)?,
             "hy_v4" => self.hunyuan_4(model)?,
+            "glm5_next_text" => self.glm5_next(model)?,
             _ => json!({}),
         })
     }
@@ -313,7 +314,7 @@ impl Settings {
     /// no model for.
     fn deepseek(&self, model: &Hyperparameters) -> Result<Value> {
         let Hyperparameters { layers, head_dim, rotated, experts, inner, .. } = *model;
-        let third = self.sigmoid(self.architecture.id == "glm-dsa")?;
+        let third = self.sigmoid(matches!(self.architecture.id, "glm-dsa" | "glm5-next"))?;
         let fourth = self.architecture.id == "mistral4";
         if third == fourth && self.architecture.id != "deepseek2" {
             let id = self.architecture.id;
