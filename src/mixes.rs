@@ -191,10 +191,13 @@ const NEVER: &[&str] = &[
     "indexer.proj.weight",
     "indexer_compressor_gate.weight",
     "indexer_compressor_ape.weight",
+    "indexer.q_proj.weight",
+    "indexer.k_proj.weight",
     // By these all streams are read and written.
-    "hc_attn_fn.weight",
-    "hc_ffn_fn.weight",
-    "output_hc_fn.weight",
+    "hc_attn_",
+    "hc_ffn_",
+    "output_hc_",
+    "ple_conv1d.weight",
     // llama-quantize rounds these, which are tiny and decide how fast a state forgets.
     "ssm_ba.weight",
     "ssm_alpha.weight",

@@ -232,6 +232,15 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture { id: "dots1", families: &["dots1"], head: Need::Must, ..PLAIN },
     Architecture { id: "ernie4_5-moe", families: &["ernie4_5_moe"], neighbours: true, ..PLAIN },
+    Architecture { id: "minimax-m3", families: &["minimax_m3"], head: Need::Must, ..PLAIN },
+    Architecture {
+        id: "qwen4exp",
+        families: &["qwen4_exp"],
+        tiled: true,
+        streams: true,
+        final_norm: "output_hc_norm",
+        ..PLAIN
+    },
     Architecture { id: "minimax-m2", families: &["minimax_m2"], head: Need::Must, ..PLAIN },
     Architecture { id: "hunyuan-dense", families: &["hunyuan_v1_dense"], ..PLAIN },
     Architecture { id: "hunyuan-moe", families: &["hunyuan_v1_moe"], factors: true, ..PLAIN },

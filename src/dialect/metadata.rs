@@ -2,6 +2,7 @@
 //!
 //! Loaders ask for exact types: counts are u32, reals f32.
 
+mod choice;
 mod per_layer;
 mod states;
 mod streams;
@@ -220,7 +221,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         }
         out.metadata.push((key("attention.causal"), MetadataValue::Bool(false)));
     }
-    if matches!(id, "qwen2vl" | "qwen35" | "qwen35moe") {
+    if matches!(id, "qwen2vl" | "qwen35" | "qwen35moe" | "qwen4exp") {
         sections(out, config, id, rotated.unwrap_or(0))?;
     }
     states::recurrent(out, graph, &layers, id)?;
@@ -228,8 +229,9 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     if id == "apertus" {
         curves(out, &layers)?;
     }
-    choice(out, graph, &layers, id)?;
+    choice::settings(out, graph, &layers, context, id)?;
     streams::settings(out, graph, &layers, id)?;
+    streams::grams(out, graph, config, id)?;
     experts(out, graph, &layers, id)?;
     read_back(out, graph, architecture, plan)
 }
@@ -362,7 +364,7 @@ impl<'g> Layers<'g> {
                 return Err(cannot("state spaces that are not twice as wide as the stream".to_owned()));
             }
             "qwen3next" if !dense.is_empty() => return Err(cannot("layers without experts".to_owned())),
-            "qwen3next" | "qwen35" | "qwen35moe" if recurrent.is_empty() => {
+            "qwen3next" | "qwen35" | "qwen35moe" | "qwen4exp" if recurrent.is_empty() => {
                 return Err(cannot("a model without linear attention".to_owned()));
             }
             "olmoe" | "dots1" if many.kv_heads != many.heads => {
@@ -494,27 +496,6 @@ fn sections(out: &mut Written, config: &Value, id: &'static str, rotated: usize)
     Ok(())
 }
 
-/// How much indexers choose, and which layers have one.
-fn choice(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static str) -> Result<()> {
-    let key = |name: &str| format!("{id}.attention.indexer.{name}");
-    let Some(choice) = &layers.first.choice else { return Ok(()) };
-    let shape = choice.shape();
-    out.count(key("head_count"), shape.heads)?;
-    out.count(key("key_length"), shape.head_dim)?;
-    let whole = shape.count - usize::from(shape.pooled);
-    out.count(key("top_k"), whole * shape.block)?;
-    if shape.pooled {
-        out.count(key("kpool"), shape.block)?;
-        out.flag(key("kpool_select_tail"), true);
-    }
-    if matches!(id, "glm-dsa" | "hy_v4" | "glm5-next") {
-        let own = |block: &Block| block.attention().is_none_or(|attention| attention.indexer().is_some());
-        let own = graph.blocks.iter().map(|block| MetadataValue::Bool(own(block)));
-        out.metadata.push((key("types"), metadata_array(own.collect(), GGUFValueType::Bool)?));
-    }
-    Ok(())
-}
-
 /// What attention scores, logits and residuals are multiplied by or capped at.
 fn factors(out: &mut Written, graph: &Graph, first: &Attention, id: &str) {
     let key = |name: &str| format!("{id}.{name}");
@@ -591,6 +572,7 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
             "qwen2moe"
                 | "qwen3next"
                 | "qwen35moe"
+                | "qwen4exp"
                 | "exaone-moe"
                 | "hy_v3"
                 | "granitemoe"
@@ -639,7 +621,8 @@ fn experts(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static s
             id,
             "deepseek2" | "deepseek32" | "glm-dsa" | "glm5-next" | "hy_v4" | "kimi-linear" | "bailingmoe3" | "mistral4"
         );
-        if latent || matches!(id, "afmoe" | "glm4moe" | "exaone-moe" | "hy_v3" | "dots1" | "cohere2moe") {
+        if latent || matches!(id, "afmoe" | "glm4moe" | "exaone-moe" | "hy_v3" | "dots1" | "cohere2moe" | "minimax-m3")
+        {
             let shared = moe.shared.as_ref().map_or(0, |(shared, _)| shared.inner() / expert.max(1));
             out.count(key("expert_shared_count"), shared)?;
             let all = graph.trunk().iter().flat_map(|block| &block.steps);

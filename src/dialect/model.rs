@@ -595,7 +595,12 @@ fn finish_config(config: &mut Value, file: &GgufFile, dtype: Dtype) -> Result<()
             object.insert(name.into(), id.into());
         }
     }
-    let ends = rebuilt::ends(file)?;
+    let mut ends = rebuilt::ends(file)?;
+    // Of several the first one ends what tables for tokens in a row see.
+    if let Some(own) = object.get("eos_token_id").and_then(Value::as_u64) {
+        ends.retain(|id| *id as u64 != own);
+        ends.insert(0, own as usize);
+    }
     match ends[..] {
         [] => {}
         [one] => drop(object.insert("eos_token_id".into(), one.into())),

@@ -1,6 +1,7 @@
 //! The tensors of a GGUF file: their names and order, and of which parts of a model's tensors each is made.
 
 mod altup;
+mod choice;
 mod delta;
 mod mamba;
 mod per_layer;
@@ -10,8 +11,8 @@ pub(crate) use self::mamba::absorbed;
 use crate::dialect::architectures::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, STANDING};
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Block, Further, Graph, HeadNorms, Latent, Layer, Linear, Lookup, Mlp, Moe, Norm, Projections, Rope,
-    RopeScaling,
+    Attention, Block, Connection, Further, Graph, HeadNorms, Latent, Layer, Linear, Lookup, Mlp, Moe, Norm,
+    Projections, Rope, RopeScaling,
 };
 
 /// The tensors of a GGUF file, in the order in which llama-quantize writes them.
@@ -238,7 +239,10 @@ impl Lister {
             let at = format!("blk.{index}");
             let mut shared = None;
             for step in &block.steps {
+                let gated = matches!(step.hyper.as_deref(), Some(Connection::Gated(_)));
                 let (pre, post) = match step.layer {
+                    Layer::Mlp(_) | Layer::Moe(_) if gated => ("hc_ffn_norm", "post_ffw_norm"),
+                    _ if gated => ("hc_attn_norm", "post_attention_norm"),
                     Layer::Attention(_) | Layer::Delta(_) | Layer::Mamba(_) | Layer::Short(_) => {
                         ("attn_norm", "post_attention_norm")
                     }
@@ -259,10 +263,7 @@ impl Lister {
                 }
                 if let Some(hyper) = &step.hyper {
                     let part = if matches!(step.layer, Layer::Mlp(_) | Layer::Moe(_)) { "ffn" } else { "attn" };
-                    match hyper.hyper() {
-                        Some(hyper) => self.hyper(&format!("{at}.hc_{part}"), hyper)?,
-                        None => return Err(self.cannot("streams with a gate for each value")),
-                    }
+                    self.connection(&format!("{at}.hc_{part}"), hyper)?;
                 }
                 let first = self.tensors.len();
                 match &step.layer {
@@ -274,7 +275,7 @@ impl Lister {
                     Layer::Moe(moe) => self.moe(&at, moe)?,
                     Layer::Further(further) => self.further(&at, further)?,
                     Layer::PerLayer(layer) => self.per_layer(&at, layer)?,
-                    Layer::Grams(_) => return Err(self.cannot("rows of a table for tokens in a row")),
+                    Layer::Grams(layer) => self.grams(&at, layer, graph.hidden)?,
                     Layer::Opaque(_) => return Err(self.cannot("a model of an unknown family")),
                 }
                 if absorbs {

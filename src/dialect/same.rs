@@ -4,8 +4,8 @@ use kernels::{Activation, AttentionShape};
 
 use crate::families::rope::{all_near, near, unscaled};
 use crate::graph::{
-    AltUp, Attention, Collapse, Convolution, DeltaNet, Further, Graph, Layer, Linear, Mamba, Mlp, Moe, Norm, PerLayer,
-    Projections, Rope, RopeScaling, Side, Step, Temperature,
+    AltUp, Attention, Collapse, Connection, Convolution, DeltaNet, Further, GramLayer, Grams, Graph, Layer, Linear,
+    Mamba, Mlp, Moe, Norm, PerLayer, Projections, Rope, RopeScaling, Side, Step, Temperature,
 };
 
 /// How a reader takes a model.
@@ -42,7 +42,11 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
             capped(other.head.softcap)
         ));
     }
-    let streams = |collapse: &Option<Collapse>| collapse.as_ref().map(|c| (c.streams(), c.hyper().map(|h| h.shape)));
+    let streams = |collapse: &Option<Collapse>| {
+        collapse
+            .as_ref()
+            .map(|c| (c.streams(), c.hyper().map(|h| h.shape), c.linears().map(|l| l.rows).collect::<Vec<_>>()))
+    };
     if streams(&graph.collapse) != streams(&other.collapse) {
         return Some("a stream of several hidden states".to_owned());
     }
@@ -73,7 +77,12 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
             if !near(step.given, other.given) || step.unseen != other.unseen {
                 return Some(in_block("a layer that is given this".to_owned()));
             }
-            let streams = |step: &Step| step.hyper.as_ref().map(|c| (c.streams(), c.hyper().map(|h| h.shape)));
+            let streams = |step: &Step| {
+                let of = |c: &Connection| {
+                    (c.streams(), c.hyper().map(|h| h.shape), c.linears().map(|l| l.rows).collect::<Vec<_>>())
+                };
+                step.hyper.as_deref().map(of)
+            };
             if streams(step) != streams(other) {
                 return Some(in_block("streams that are read and written like this".to_owned()));
             }
@@ -95,6 +104,7 @@ pub(super) fn difference(graph: &Graph, other: &Graph, reader: Reader) -> Option
                 (Layer::Moe(_), _) => Some("a mixture of experts".to_owned()),
                 (Layer::PerLayer(a), Layer::PerLayer(b)) => per_layer(a, b),
                 (Layer::PerLayer(_), _) => Some("rows of a table for the tokens".to_owned()),
+                (Layer::Grams(a), Layer::Grams(b)) => grams(a, b),
                 (Layer::Grams(_), _) => Some("rows of a table for tokens in a row".to_owned()),
                 _ => Some("a feed-forward layer without experts".to_owned()),
             }
@@ -111,6 +121,17 @@ fn per_layer(a: &PerLayer, b: &PerLayer) -> Option<String> {
     let scales = |side: &Side| [side.table.scale, side.embedding.scale, side.share];
     let alike = all_near(&scales(&a.side), &scales(&b.side)) && norm(Some(&a.side.norm), Some(&b.side.norm));
     (of(a) != of(b) || !alike).then(|| "rows of a table for the tokens of this form".to_owned())
+}
+
+fn grams(a: &GramLayer, b: &GramLayer) -> Option<String> {
+    let of = |layer: &GramLayer| {
+        let Grams { parts, cols, multipliers, sizes, end } = layer.grams.clone();
+        let rows: usize = parts.iter().map(|(_, rows)| rows).sum();
+        (rows, cols, multipliers, sizes, end, [layer.key.rows, layer.value.rows], layer.convolution.dilation)
+    };
+    (of(a) != of(b))
+        .then(|| "rows of a table for tokens in a row that are found like this".to_owned())
+        .or_else(|| convolution(&a.convolution, &b.convolution))
 }
 
 fn altup(a: Option<&AltUp>, b: Option<&AltUp>) -> Option<String> {
@@ -390,6 +411,11 @@ fn mlp(a: &Mlp, b: &Mlp) -> Option<String> {
     }
     let same = a.gated() == b.gated() && near(a.scale, b.scale) && activation(a.activation) == activation(b.activation);
     (!same).then(|| {
+        if let (Some(limit), Some(other)) = (a.activation.limit(), b.activation.limit())
+            && limit != other
+        {
+            return format!("a feed-forward layer whose gate is limited to {limit}, where it has a limit of {other},");
+        }
         let gate = |mlp: &Mlp| if mlp.gated() { "a gate of" } else { "no gate and" };
         format!(
             "a feed-forward layer with {} {}, where it has {} {},",

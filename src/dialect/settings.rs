@@ -249,7 +249,9 @@ impl Settings {
             ("stablelm", false) => ("stablelm", "StableLmForCausalLM", "silu"),
             ("nemotron", false) => ("nemotron", "NemotronForCausalLM", "relu2"),
             ("exaone4", false) => ("exaone4", "Exaone4ForCausalLM", "silu"),
-            ("exaone-moe" | "hy_v3" | "glm4moe" | "dots1" | "minimax-m2", true) if !self.sigmoid(true)? => {
+            ("exaone-moe" | "hy_v3" | "glm4moe" | "dots1" | "minimax-m2" | "minimax-m3", true)
+                if !self.sigmoid(true)? =>
+            {
                 let id = self.architecture.id;
                 return Err(
                     self.unsupported(format!("a {id} model that routes by softmax cannot be said in config.json"))
@@ -266,6 +268,7 @@ impl Settings {
             ("hunyuan-moe", true) => ("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", "silu"),
             ("dots1", true) => ("dots1", "Dots1ForCausalLM", "silu"),
             ("minimax-m2", true) => ("minimax_m2", "MiniMaxM2ForCausalLM", "silu"),
+            ("minimax-m3", true) => ("minimax_m3_vl_text", "MiniMaxM3VLForCausalLM", "silu"),
             ("ernie4_5-moe", true) => ("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "silu"),
             ("cohere2moe", true) => ("cohere2_moe", "Cohere2MoeForCausalLM", "silu"),
             ("mistral4", _) => ("mistral4", "Mistral4ForCausalLM", "silu"),
@@ -274,6 +277,7 @@ impl Settings {
             ("qwen3next", true) => ("qwen3_next", "Qwen3NextForCausalLM", "silu"),
             ("qwen35", false) => ("qwen3_5_text", "Qwen3_5ForCausalLM", "silu"),
             ("qwen35moe", true) => ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "silu"),
+            ("qwen4exp", true) => ("qwen4_exp_text", "Qwen4ExpForCausalLM", "silu"),
             ("qwen3moe", true) => ("qwen3_moe", "Qwen3MoeForCausalLM", "silu"),
             ("olmoe", true) => ("olmoe", "OlmoeForCausalLM", "silu"),
             ("deepseek2", _) if self.sigmoid(false)? => ("deepseek_v3", "DeepseekV3ForCausalLM", "silu"),

@@ -57,6 +57,7 @@ mod whole;
 pub use labels::Labels;
 pub use linears::{Absent, absent};
 pub use names::{component, names};
+pub(crate) use qwen4::seed as qwen4_seed;
 pub use renames::{AdapterNames, Loading};
 pub use spelt_out::spelt_out;
 pub use unknown::{changed_modules, plain_modules};

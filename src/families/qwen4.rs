@@ -289,6 +289,18 @@ fn multipliers(vocabulary: usize, order: usize, index: u64, seed: u64) -> Vec<i6
     (0..order as u64).map(|n| (2 * (random(n) % half) + 1) as i64).collect()
 }
 
+/// The largest seed that is looked for.
+const SEEDS: u64 = 1 << 16;
+
+/// The seed by which rows of the first table of a model are found, of heads with so many rows; none where they are found by no such seed.
+pub(crate) fn seed(vocabulary: usize, sizes: &[usize], by: &[usize]) -> Option<u64> {
+    let mut primes = Primes { last: u32::try_from(*sizes.first()?).ok()?.checked_sub(1)? };
+    let usual = std::iter::once(1234).chain(0..SEEDS);
+    let given =
+        |seed: &u64| multipliers(vocabulary, by.len(), 0, *seed).iter().map(|by| *by as usize).eq(by.iter().copied());
+    sizes.iter().all(|size| primes.next() == Some(*size)).then(|| { usual }.find(given))?
+}
+
 /// Takes the parts of tables that a checkpoint has, which need not be as many as config.json says: one even, without a number.
 ///
 /// Fails where a checkpoint says that its rows are found by other numbers.

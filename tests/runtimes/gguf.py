@@ -84,7 +84,7 @@ def worker(path):
     result |= {"tokens": len(losses), "perplexity": math.exp(losses.mean())}
     if job["unpacked"]:
         llama.dequantize(library, job["file"], job["unpacked"])
-        unpacked = llama.Runtime(library, job["unpacked"], context, job["threads"], exact=True)
+        unpacked = llama.Runtime(library, job["unpacked"], context, job["threads"], exact=True, flash=job["flash"])
         result["unpacked"] = math.exp(numpy.concatenate([unpacked.losses(window, first) for window in windows]).mean())
     prompt = runtime.tokenize(job["prompt"], special=True)
     result["generated"] = runtime.greedy(prompt, job["generate"])
@@ -109,7 +109,7 @@ def in_llama(options, python, model, file, scratch, judge):
     job = {"libraries": str(options.libraries), "file": str(file), "model": str(model), "text": str(options.text)}
     job |= {"context": options.context, "windows": options.windows, "threads": options.threads, "prompt": options.prompt}
     unpacked = "" if judge else str(scratch / "unpacked.gguf")
-    job |= {"generate": options.generate, "judge": judge, "unpacked": unpacked, "result": str(result)}
+    job |= {"flash": getattr(options, "flash", False), "generate": options.generate, "judge": judge, "unpacked": unpacked, "result": str(result)}
     (scratch / "job.json").write_text(json.dumps(job))
     with log.open("w") as sink:
         words = [str(python), str(HERE / "gguf.py"), "--worker", str(scratch / "job.json")]

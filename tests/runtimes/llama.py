@@ -128,9 +128,12 @@ def dequantize(library, source, target):
 
 
 class Runtime:
-    """One model in llama.cpp, on the CPU, with its defaults: a KV cache of f16 among them, unless `exact`."""
+    """One model in llama.cpp, on the CPU, with its defaults: a KV cache of f16 among them, unless `exact`.
 
-    def __init__(self, library, path, context, threads, exact=False):
+    Attention to a choice of tokens may need flash attention, whose sums are as exact where keys and values are f32: `flash`.
+    """
+
+    def __init__(self, library, path, context, threads, exact=False, flash=False):
         self.lib = library
         self.model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
         if not self.model:
@@ -144,6 +147,8 @@ class Runtime:
         if exact:
             for at in (FLASH, KEY_TYPE, VALUE_TYPE):  # flash attention adds up in f16
                 parameters.set(at, 0)
+        if flash:
+            parameters.set(FLASH, 1)
         self.context = library.llama_init_from_model(self.model, parameters)
         if not self.context:
             raise RuntimeError(f"llama.cpp makes no context for {path}")

@@ -134,7 +134,7 @@ impl Lister {
     }
 
     /// These rows of a linear.
-    fn rows(&mut self, name: &str, linear: &Linear, rows: Vec<usize>) -> Result<()> {
+    pub(super) fn rows(&mut self, name: &str, linear: &Linear, rows: Vec<usize>) -> Result<()> {
         let rows = (!rows.iter().copied().eq(0..linear.rows)).then_some(rows);
         self.linear(name, linear, rows, Need::Never)
     }

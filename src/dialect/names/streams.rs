@@ -1,12 +1,69 @@
-//! Streams that hyper-connections read and write, as llama.cpp's classes of Hunyuan 4 and GLM-5.3-Flash have them, and indexers beside them.
+//! Streams that hyper-connections read and write, as llama.cpp's classes of Hunyuan 4, GLM-5.3-Flash and Qwen 4 have them, and tables for tokens in a row.
 
 use super::{From, Lister, Need, Part};
 use crate::error::Result;
-use crate::graph::{Attention, Collapse, Hyper, Indexer};
+use crate::graph::{Collapse, Connection, Gated, GramLayer, Hyper};
+
+/// Rows for tokens in a row.
+const TABLE: &str = "per_layer_token_embd.weight";
 
 impl Lister {
+    /// How a step reads and writes streams, under names that begin so.
+    pub(super) fn connection(&mut self, start: &str, connection: &Connection) -> Result<()> {
+        match connection {
+            Connection::Weighed(hyper) => self.hyper(start, hyper),
+            Connection::Gated(gated) => self.gated(start, gated),
+        }
+    }
+
+    /// What makes gates of streams, and weights of what is written. The norm before is the step's, or the last one.
+    fn gated(&mut self, start: &str, gated: &Gated) -> Result<()> {
+        if self.architecture.id != "qwen4exp" {
+            return Err(self.cannot("streams with a gate for each value"));
+        }
+        for (name, linear) in ["down", "up", "inject"].into_iter().zip(gated.linears()) {
+            self.linear(&format!("{start}_{name}"), linear, None, Need::Never)?;
+        }
+        Ok(())
+    }
+
+    /// What adds rows of a table for tokens in a row, whose parts become one tensor.
+    ///
+    /// Fails for rows that are not as wide together as the stream, and for more of them than llama.cpp has room for.
+    pub(super) fn grams(&mut self, at: &str, layer: &GramLayer, hidden: usize) -> Result<()> {
+        let GramLayer { grams, key, value, norms, convolution } = layer;
+        let (order, heads) = (grams.multipliers.len(), grams.sizes.len());
+        if self.architecture.id != "qwen4exp" {
+            return Err(self.cannot("rows of a table for tokens in a row"));
+        }
+        if key.cols != hidden || order > 8 || heads > 64 {
+            return Err(self.cannot(format_args!(
+                "rows of a table for {order} tokens in a row, {} values of {heads} heads in a stream of {hidden},",
+                key.cols
+            )));
+        }
+        if self.tensors.iter().any(|tensor| tensor.gguf == TABLE) {
+            return Err(self.cannot("several layers with tables for tokens in a row"));
+        }
+        let own = |tensor: &String, shape: &[usize]| Part::whole(From::Tensor(tensor.clone(), shape.to_vec()));
+        let rows = grams.parts.iter().map(|(_, rows)| rows).sum();
+        let parts = grams.parts.iter().map(|(tensor, rows)| own(tensor, &[*rows, grams.cols])).collect();
+        self.push(TABLE.to_owned(), vec![rows, grams.cols], parts);
+        for (name, linear) in [("key", key), ("value", value)] {
+            self.linear(&format!("{at}.ple_{name}"), linear, None, Need::Never)?;
+        }
+        for (name, norm) in ["key", "query", "conv"].into_iter().zip(norms) {
+            self.norm(&format!("{at}.ple_norm_{name}"), norm)?;
+        }
+        for (tensor, channels) in &convolution.tensors {
+            let part = own(tensor, &[*channels, 1, convolution.taps]);
+            self.push(format!("{at}.ple_conv1d.weight"), vec![*channels, convolution.taps], vec![part]);
+        }
+        Ok(())
+    }
+
     /// What makes the weights of a step, whose names begin so.
-    pub(super) fn hyper(&mut self, start: &str, hyper: &Hyper) -> Result<()> {
+    fn hyper(&mut self, start: &str, hyper: &Hyper) -> Result<()> {
         if !self.architecture.streams {
             return Err(self.cannot("a stream of several hidden states"));
         }
@@ -24,61 +81,11 @@ impl Lister {
 
     /// What makes one hidden state of all streams.
     pub(super) fn collapse(&mut self, collapse: &Collapse) -> Result<()> {
-        match collapse.hyper() {
-            Some(hyper) => self.hyper("output_hc", hyper),
-            None if self.architecture.id == "glm5-next" && matches!(collapse, Collapse::Mean(_)) => Ok(()),
-            None => Err(self.cannot("the mean of several streams, or with gates")),
+        match collapse {
+            Collapse::Weighed(hyper) => self.hyper("output_hc", hyper),
+            Collapse::Gated(gated) => self.gated("output_hc", gated),
+            Collapse::Mean(_) if self.architecture.id == "glm5-next" => Ok(()),
+            Collapse::Mean(_) => Err(self.cannot("the mean of several streams")),
         }
-    }
-
-    /// What chooses the tokens that attention sees.
-    ///
-    /// Fails for indexers of another form than the classes of DeepSeek V3.2, GLM-5 and GLM-5.3-Flash have.
-    pub(super) fn indexer(&mut self, at: &str, attention: &Attention, indexer: &Indexer) -> Result<()> {
-        let (Some(keys), Some(weights), None) = (&indexer.k, &indexer.weights, &indexer.q_norm) else {
-            return Err(self.cannot("an indexer of this form"));
-        };
-        self.pool(at, indexer)?;
-        // llama.cpp turns queries and keys by a Hadamard matrix of this width, and aborts over others; single keys of blocks it does not turn.
-        let width = indexer.shape.head_dim;
-        if indexer.pool.is_none() && (width < 64 || !width.is_power_of_two()) {
-            return Err(self.cannot(format_args!("an indexer with heads of {width} values")));
-        }
-        let order = self.turned(attention, indexer);
-        for (name, linear) in [("attn_q_b", &indexer.q), ("attn_k", keys)] {
-            let rows = order.as_ref().map(|order| order(linear.rows));
-            self.linear(&format!("{at}.indexer.{name}"), linear, rows, Need::Never)?;
-        }
-        self.linear(&format!("{at}.indexer.proj"), weights, None, Need::Never)?;
-        self.norm_of(&format!("{at}.indexer.k_norm"), &indexer.k_norm, order.map(|order| order(width)))
-    }
-
-    /// What makes one key of those of a block of tokens.
-    fn pool(&mut self, at: &str, indexer: &Indexer) -> Result<()> {
-        let Some(pool) = &indexer.pool else { return Ok(()) };
-        if self.architecture.id != "glm5-next" {
-            return Err(self.cannot("an indexer with one key for a block of tokens"));
-        }
-        self.linear(&format!("{at}.indexer_compressor_gate"), &pool.gate, None, Need::Never)?;
-        let shape = vec![indexer.shape.block, indexer.shape.head_dim];
-        let part = Part::whole(From::Tensor(pool.places.clone(), shape.clone()));
-        self.push(format!("{at}.indexer_compressor_ape.weight"), shape, vec![part]);
-        Ok(())
-    }
-
-    /// The order of the rows of an indexer's heads where the runtime turns neighbours in them as in attention, and the model halves.
-    pub(super) fn turned(
-        &self,
-        attention: &Attention,
-        indexer: &Indexer,
-    ) -> Option<impl Fn(usize) -> Vec<usize> + use<>> {
-        let (width, first) = (indexer.shape.head_dim, indexer.layout.first);
-        let pairs = attention.rope.as_ref()?.inverse_frequencies.len();
-        let within = move |at: usize| match at.checked_sub(first).filter(|at| *at < 2 * pairs) {
-            Some(at) => first + at % 2 * pairs + at / 2,
-            None => at,
-        };
-        let order = move |rows: usize| (0..rows).map(|row| row / width * width + within(row % width)).collect();
-        (self.architecture.streams && !indexer.layout.interleaved).then_some(order)
     }
 }

@@ -262,7 +262,7 @@ impl Settings {
                 "mimo_v2_flash" => json!({}),
                 "minimax_m2" => json!({"rotary_dim": rotated}),
                 "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" | "qwen3_next"
-                | "qwen3_5_text" | "qwen3_5_moe_text" => {
+                | "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text" | "minimax_m3_vl_text" => {
                     json!({"partial_rotary_factor": share})
                 }
                 _ => {
@@ -282,6 +282,8 @@ impl Settings {
                 | "qwen3_next"
                 | "qwen3_5_text"
                 | "qwen3_5_moe_text"
+                | "qwen4_exp_text"
+                | "minimax_m3_vl_text"
         ) {
             Ok(json!({"partial_rotary_factor": 1.0}))
         } else if model_type == "gpt_neox" {
@@ -340,7 +342,7 @@ impl Settings {
                 return Ok(json!({"rope_parameters": {"full_attention": wide, "sliding_attention": near}}));
             }
             // In a text the positions of all kinds are the same.
-            "qwen3_5_text" | "qwen3_5_moe_text" => {
+            "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text" => {
                 let mut all = with_base();
                 if let Some(MetadataValue::Array(list)) = self.look("rope.dimension_sections") {
                     all["mrope_section"] = list.iter().filter_map(integer).take(3).collect::<Vec<usize>>().into();
@@ -408,7 +410,7 @@ impl Settings {
             "qwen3" | "qwen3_moe" | "gemma" | "gemma2" | "gemma3_text" | "olmo" | "olmo2" | "olmo3" | "cohere"
             | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" | "seed_oss" | "arcee"
             | "hunyuan_v1_dense" | "hunyuan_v1_moe" | "dots1" | "cohere2_moe" | "mistral4" | "glm4_moe" | "hy_v3"
-            | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
+            | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text" => {
                 json!({"attention_bias": biases})
             }
             "starcoder2" => json!({"use_bias": true}),
@@ -470,7 +472,7 @@ impl Settings {
             "step3p5" => self.step(model)?,
             "gemma3n_text" => self.gemma3n(activation, layers)?,
             "gemma4_text" => self.gemma4(activation, layers, model.experts)?,
-            "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => {
+            "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text" => {
                 let value_heads = self.required("ssm.time_step_rank")?;
                 let kinds = self.recurrent(layers)?.into_iter();
                 let kinds: Vec<&str> =

@@ -57,6 +57,35 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ("glm-dsa", CHOOSING),
     ("hy_v4", STREAMS),
     (
+        "minimax-m3",
+        &[
+            "expert_feed_forward_length",
+            "expert_shared_count",
+            "expert_gating_func",
+            "attention.indexer.head_count",
+            "attention.indexer.key_length",
+            "attention.indexer.top_k",
+            "attention.indexer.block_size",
+            "attention.indexer.local_blocks",
+        ],
+    ),
+    (
+        "qwen4exp",
+        &[
+            "ssm.conv_kernel",
+            "ssm.inner_size",
+            "ssm.state_size",
+            "ssm.time_step_rank",
+            "ssm.group_count",
+            "rope.dimension_sections",
+            "hyper_connection.count",
+            "hyper_connection.low_rank",
+            "attention.indexer.head_count",
+            "attention.indexer.key_length",
+            "attention.indexer.top_k",
+        ],
+    ),
+    (
         "glm5-next",
         &[
             "attention.q_lora_rank",

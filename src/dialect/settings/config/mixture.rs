@@ -23,7 +23,7 @@ impl Settings {
                 "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
                 "use_qk_norm": self.has("blk.0.attn_q_norm.weight"),
             }),
-            "qwen3_next" | "qwen3_5_moe_text" => {
+            "qwen3_next" | "qwen3_5_moe_text" | "qwen4_exp_text" => {
                 let mut values = json!({
                     "num_experts": experts,
                     "num_experts_per_tok": used()?,
@@ -38,8 +38,12 @@ impl Settings {
                     let always = json!({"norm_topk_prob": true, "decoder_sparse_step": 1, "mlp_only_layers": []});
                     values.as_object_mut().expect("an object").extend(always.as_object().cloned().unwrap_or_default());
                 }
+                if model_type == "qwen4_exp_text" {
+                    values.as_object_mut().expect("an object").extend(self.qwen4(model)?);
+                }
                 values
             }
+            "minimax_m3_vl_text" => self.third_minimax(model, used()?)?,
             "exaone_moe" => {
                 // It is the width of one times their count.
                 self.look("expert_shared_feed_forward_length");
@@ -101,6 +105,37 @@ impl Settings {
             "glm5_next_text" => self.glm5_next(model)?,
             _ => json!({}),
         })
+    }
+
+    /// Experts and indexers of MiniMax M3, which all layers have but the first ones. llama.cpp has the numbers of its activation built in.
+    fn third_minimax(&self, model: &Hyperparameters, used: usize) -> Result<Value> {
+        let dense = self.count("leading_dense_block_count")?.unwrap_or(0);
+        if self.flag("expert_weights_norm")? != Some(true) {
+            return Err(self.unsupported(
+                "weights of experts that are not divided by their sum cannot be said of a minimax-m3 model",
+            ));
+        }
+        let inner = self.required("expert_feed_forward_length")?;
+        let behind: Vec<u8> = (0..model.layers).map(|layer| u8::from(layer >= dense)).collect();
+        Ok(json!({
+            "intermediate_size": inner,
+            "dense_intermediate_size": model.inner,
+            "shared_intermediate_size": self.required("expert_shared_count")? * inner,
+            "num_local_experts": model.experts,
+            "num_experts_per_tok": used,
+            "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+            "moe_layer_freq": behind,
+            "sparse_attention_config": {
+                "sparse_attention_freq": behind,
+                "sparse_num_index_heads": self.required("attention.indexer.head_count")?,
+                "sparse_index_dim": self.required("attention.indexer.key_length")?,
+                "sparse_topk_blocks": self.required("attention.indexer.top_k")?,
+                "sparse_block_size": self.required("attention.indexer.block_size")?,
+                "sparse_local_block": self.count("attention.indexer.local_blocks")?.unwrap_or(0),
+            },
+        }))
     }
 
     /// Experts of Llama 4, in every so many layers, and its chunks of text.

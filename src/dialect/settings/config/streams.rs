@@ -1,10 +1,15 @@
 //! Keys of the types whose stream is several hidden states wide.
 
 use formats::Result;
-use serde_json::{Value, json};
+use formats::container::gguf::MetadataValue;
+use serde_json::{Map, Value, json};
 
 use super::Hyperparameters;
-use crate::dialect::settings::Settings;
+use crate::dialect::settings::{Settings, integer};
+use crate::families::qwen4_seed;
+
+/// Rows of the table for tokens in a row that are one tensor of a folder, as in published models.
+const ROWS_OF_A_PART: usize = 1 << 19;
 
 impl Settings {
     /// GLM-5.3-Flash's sizes: those of layers with a state, which have no keys, and of the others, whose indexer chooses whole blocks.
@@ -42,6 +47,94 @@ impl Settings {
         });
         values.extend(own.as_object().cloned().unwrap_or_default());
         Ok(values.into())
+    }
+
+    /// Qwen 4's sizes of streams and indexers, and of the table for tokens in a row, whose rows are found by a seed.
+    ///
+    /// Fails for layers of attention without an indexer, and for rows that are found by other numbers than a seed gives.
+    pub(super) fn qwen4(&self, model: &Hyperparameters) -> Result<Map<String, Value>> {
+        let ratios = self.counts("attention.compress_ratios", model.layers)?;
+        let recurrent = self.recurrent(model.layers)?;
+        let mut own = ratios.iter().zip(&recurrent).filter(|(_, recurrent)| !**recurrent).map(|(ratio, _)| *ratio);
+        let ratio = own.next().unwrap_or(0);
+        if ratio == 0 || own.any(|other| other != ratio) {
+            return Err(self.unsupported(format!(
+                "`{}` must be one number for all layers of attention, found {ratios:?}",
+                self.key("attention.compress_ratios")
+            )));
+        }
+        let values = json!({
+            "hc_count": self.required("hyper_connection.count")?,
+            "hc_lowrank": self.required("hyper_connection.low_rank")?,
+            "indexer_n_heads": self.required("attention.indexer.head_count")?,
+            "indexer_head_dim": self.required("attention.indexer.key_length")?,
+            "indexer_kv_heads": 1,
+            "indexer_budget": self.required("attention.indexer.top_k")?,
+            "indexer_compress_ratio": ratio,
+            "output_gate_type": "sigmoid",
+            "norm_topk_prob": true,
+            "ple_layer_ids": [],
+        });
+        let mut values = values.as_object().cloned().unwrap_or_default();
+        if self.look("ple.layers").is_some() {
+            values.extend(self.grams()?.as_object().cloned().unwrap_or_default());
+        }
+        Ok(values)
+    }
+
+    /// A table for tokens in a row.
+    fn grams(&self) -> Result<Value> {
+        const TABLE: &str = "per_layer_token_embd.weight";
+        let list = |name: &str| {
+            let list = match self.look(name) {
+                Some(MetadataValue::Array(list)) => list.iter().map(integer).collect::<Option<Vec<usize>>>(),
+                _ => None,
+            };
+            list.ok_or_else(|| {
+                formats::Error::malformed(format!("metadata key `{}` is no list of counts", self.key(name)))
+            })
+        };
+        let (layers, sizes, multipliers) =
+            (list("ple.layers")?, list("ple.head_vocab_sizes")?, list("ple.layer_multipliers")?);
+        let (order, each) = (self.required("ple.ngram_size")?, self.required("ple.heads_per_ngram")?);
+        let columns = self.required("embedding_length_per_layer_input")?;
+        let shape = |name: &str| self.tensors.get(name).filter(|shape| shape.len() == 2);
+        let rows = shape(TABLE).map_or(0, |shape| shape[0]);
+        let vocabulary = shape("token_embd.weight").map_or(0, |shape| shape[0]);
+        let starts = sizes.iter().scan(0usize, |next, size| {
+            let first = *next;
+            *next = next.saturating_add(*size);
+            Some(first)
+        });
+        let of_file = sizes.iter().fold(0usize, |sum, size| sum.saturating_add(*size));
+        let heads = order.saturating_sub(1).saturating_mul(each);
+        let fits = sizes.len() == heads && multipliers.len() == order && rows >= of_file;
+        let fits = fits && starts.eq(list("ple.head_offsets")?);
+        let seed = qwen4_seed(vocabulary, &sizes, &multipliers).filter(|_| fits);
+        let Some(seed) = seed else {
+            return Err(self.unsupported(format!(
+                "`{}`, `{}` and `{}`: rows of `{TABLE}` are found by other numbers than config.json can say",
+                self.key("ple.layer_multipliers"),
+                self.key("ple.head_vocab_sizes"),
+                self.key("ple.head_offsets")
+            )));
+        };
+        let padding = [128, rows].into_iter().find(|by| of_file.next_multiple_of(*by) == rows).unwrap_or(rows);
+        // Known from the tokenizer, too, which may name others before it.
+        let end = self.count("ple.eos_token_id")?;
+        self.look("ple.image_token_id");
+        Ok(json!({
+            "ple_layer_ids": layers.iter().map(|layer| layer + 1).collect::<Vec<_>>(),
+            "ngram_size": order,
+            "heads_per_ngram": each,
+            "ple_embed_dim": sizes.len() * columns,
+            "ple_conv_kernel_size": self.required("ple.conv_kernel")?,
+            "ngram_vocab_size_base": sizes[0],
+            "make_ngram_vocab_size_divisible_by": padding,
+            "split_ngram_parts": rows.div_ceil(ROWS_OF_A_PART),
+            "seed": seed,
+            "eos_token_id": end,
+        }))
     }
 
     /// Hunyuan 4's sizes: latent attention and an indexer as GLM-5 has them, and streams.
