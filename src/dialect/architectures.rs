@@ -145,6 +145,8 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "gemma", families: &["gemma"], head: Need::Never, ..PLAIN },
     Architecture { id: "gemma2", families: &["gemma2"], head: Need::Never, windows: true, ..PLAIN },
     Architecture { id: "gemma3", families: &["gemma3"], windows: true, ..PLAIN },
+    // Of Gemma 3, where tokens see what comes after them, too.
+    Architecture { id: "gemma-embedding", families: &[], windows: true, ..PLAIN },
     Architecture { id: "gemma3n", families: &["gemma3n"], qkv_bias: Need::Never, windows: true, altup: true, ..PLAIN },
     Architecture {
         id: "gemma4",
@@ -348,6 +350,7 @@ impl Architecture {
         match (graph.family, recurrent, graph.has_experts()) {
             ("granitemoehybrid", false, true) => Architecture::named("granitemoe"),
             ("granitemoehybrid", false, false) => Architecture::named("granite"),
+            ("gemma3", ..) if graph.sees_both_ways() => Architecture::named("gemma-embedding"),
             ("nemotron_h", _, true) => Architecture::named("nemotron_h_moe"),
             _ => Architecture::of_family(graph.family),
         }

@@ -207,7 +207,9 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     if architecture.windows {
         // Only where there are windows: their absence is how the largest models are told from the others.
         if let Some(window) = window.filter(|_| id != "llama4") {
-            out.count(key("attention.sliding_window"), window)?;
+            // There it counts tokens on both sides together, and not the one that sees them.
+            let both = if id == "gemma-embedding" { 2 * (window - 1) } else { window };
+            out.count(key("attention.sliding_window"), both)?;
             let flags = windows.iter().map(|window| MetadataValue::Bool(window.is_some())).collect();
             let flags = metadata_array(flags, GGUFValueType::Bool)?;
             out.metadata.push((key("attention.sliding_window_pattern"), flags));
@@ -215,7 +217,10 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
             out.count(key("attention.sliding_window"), 0)?;
         }
     }
-    if graph.sees_both_ways() {
+    if id == "gemma-embedding" && window.is_none_or(|window| window < 2) {
+        return Err(names::cannot(id, "attention both ways without a window"));
+    }
+    if graph.sees_both_ways() && id != "gemma-embedding" {
         if window.is_some() {
             return Err(names::cannot(id, "attention both ways within a window"));
         }
@@ -703,7 +708,7 @@ fn rope(out: &mut Written, attention: &[&Attention], architecture: &Architecture
     let Some(rope) = full.clone().or(near.clone()) else { return Ok(()) };
     out.float(key("freq_base"), rope.theta);
     if let Some(near) = near.filter(|near| {
-        matches!(architecture.id, "gemma3" | "gemma3n" | "gemma4" | "step35")
+        matches!(architecture.id, "gemma3" | "gemma3n" | "gemma4" | "gemma-embedding" | "step35")
             || full.is_some() && near.theta != rope.theta
     }) {
         out.float(key("freq_base_swa"), near.theta);

@@ -45,7 +45,8 @@ impl Settings {
     pub(super) fn divided(&self, factors: Vec<f64>, warm: f64) -> Result<Value> {
         let id = self.architecture.id;
         // There layers with a window would be multiplied too; here the attention itself.
-        if warm != 1.0 && (self.architecture.latent || ["gemma3", "olmo2", "qwen2vl"].contains(&id)) {
+        if warm != 1.0 && (self.architecture.latent || ["gemma3", "gemma-embedding", "olmo2", "qwen2vl"].contains(&id))
+        {
             return Err(self.unsupported(format!(
                 "`{}` of {warm} without YaRN cannot be said in the config.json of such a model; quantize the checkpoint that the file was made \
                  from",

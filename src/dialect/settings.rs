@@ -217,6 +217,7 @@ impl Settings {
             ("gemma", false) => ("gemma", "GemmaForCausalLM", "gelu_pytorch_tanh"),
             ("gemma2", false) => ("gemma2", "Gemma2ForCausalLM", "gelu_pytorch_tanh"),
             ("gemma3", false) => ("gemma3_text", "Gemma3ForCausalLM", "gelu_pytorch_tanh"),
+            ("gemma-embedding", false) => ("gemma3_text", "Gemma3TextModel", "gelu_pytorch_tanh"),
             ("gemma3n", false) => ("gemma3n_text", "Gemma3nForCausalLM", "gelu_pytorch_tanh"),
             ("gemma4", _) => ("gemma4_text", "Gemma4ForCausalLM", "gelu_pytorch_tanh"),
             ("phi2", false) => ("phi", "PhiForCausalLM", "gelu_new"),

@@ -6,6 +6,7 @@
     python3 tests/runtimes/gguf.py --all --model DIR --llama BIN --text TEXT --windows 16
     python3 tests/runtimes/gguf.py --families                       # the tiny checkpoints of every family (gguf_families.py)
     python3 tests/runtimes/gguf.py --families --types Q8_0,Q4_0     # the same, quantized: their perplexity
+    python3 tests/runtimes/gguf.py --heads                          # tiny models that make embeddings
 
 For each mix `quantc quantize` writes a file; then
 
@@ -237,6 +238,7 @@ def main():
     parser.add_argument("--docs", type=pathlib.Path, help="put the tables into this file, between its marks")
     parser.add_argument("--json", type=pathlib.Path, help="write all measurements here too")
     parser.add_argument("--families", action="store_true", help="the logits of every family's tiny checkpoints instead")
+    parser.add_argument("--heads", action="store_true", help="the embeddings of models that make such instead")
     parser.add_argument("--only", help="with --families: these checkpoints, divided by commas")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -262,7 +264,7 @@ def main():
     started, tables, everything, failures = time.time(), [], [], 0
     scratch = pathlib.Path(tempfile.mkdtemp(prefix="quantc-gguf-"))
     try:
-        if options.families:
+        if options.families or options.heads:
             import gguf_families
 
             return int(gguf_families.check(options, python, scratch) > 0)

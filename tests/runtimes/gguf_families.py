@@ -10,6 +10,9 @@ With --types the checkpoints are quantized instead, by rounding, and the perplex
 what `quantc eval` says of it, as `gguf.py` does for a whole model: over letters that the checkpoint has tokens for. Where
 attention sees a choice of tokens, roundings decide on some of them, and what follows differs as a whole: such models are
 allowed as much as those with GELU.
+
+With --heads the models of tests/fixtures/heads that make embeddings are run instead, and what llama.cpp pools is put through the
+modules that sentence-transformers has behind that, which a GGUF file does not hold.
 """
 
 import copy
@@ -23,6 +26,7 @@ import subprocess
 import sys
 
 FIXTURES = pathlib.Path(__file__).resolve().parents[1] / "fixtures" / "families"
+HEADS = FIXTURES.parent / "heads"
 TOLERANCE, ROUGH = 1e-3, 2e-2
 WINDOW, WINDOWS = 24, 64
 # Without flash attention llama.cpp lets these see all tokens.
@@ -50,13 +54,13 @@ def values(name, count, dtype, center, amplitude):
     return (upper << 16 if dtype == "F32" else upper.astype(numpy.uint16)).astype("<u4" if dtype == "F32" else "<u2").tobytes()
 
 
-def make(name, folder):
-    """Write the checkpoint with a tokenizer of bytes."""
+def make(name, folder, fixtures=FIXTURES):
+    """Write the checkpoint with a tokenizer of bytes, and what sentence-transformers has beside it."""
     import numpy
 
-    config = json.loads((FIXTURES / name / "config.json").read_text())
+    config = json.loads((fixtures / name / "config.json").read_text())
     header, parts, at = {}, [], 0
-    for tensor, shape, dtype, center, amplitude in json.loads((FIXTURES / name / "tensors.json").read_text()):
+    for tensor, shape, dtype, center, amplitude in json.loads((fixtures / name / "tensors.json").read_text()):
         data = values(tensor, int(numpy.prod(shape)), dtype, center, amplitude)
         header[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(data)]}
         at += len(data)
@@ -74,13 +78,15 @@ def make(name, folder):
         "model": {"type": "BPE", "vocab": {letter: i for i, letter in enumerate(letters)}, "merges": []},
     }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for beside in [path for path in (fixtures / name).iterdir() if path.is_dir() or path.name == "modules.json"]:
+        (shutil.copytree if beside.is_dir() else shutil.copy)(beside, folder / beside.name)
     return config
 
 
-def golden(name):
+def golden(name, fixtures=FIXTURES, of="logits"):
     import numpy
 
-    data = (FIXTURES / name / "golden.safetensors").read_bytes()
+    data = (fixtures / name / "golden.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
 
@@ -88,7 +94,88 @@ def golden(name):
         begin, end = header[key]["data_offsets"]
         return numpy.frombuffer(body[begin:end], kind).reshape(header[key]["shape"])
 
-    return tensor("input_ids", "<i8"), tensor("logits", "<f4")
+    return tensor("input_ids", "<i8"), tensor(of, "<f4") if of in header else None
+
+
+def behind(folder, embedding):
+    """What the modules behind pooling make of an embedding: matrices without biases and activations, and a length of 1."""
+    import numpy
+
+    for module in json.loads((folder / "modules.json").read_text()):
+        kind, path = module["type"].rsplit(".", 1)[-1], folder / module["path"]
+        if kind == "Dense":
+            if json.loads((path / "config.json").read_text())["bias"]:
+                raise RuntimeError(f"{path} has a bias")
+            data = (path / "model.safetensors").read_bytes()
+            (length,) = struct.unpack("<Q", data[:8])
+            [entry] = [value for key, value in json.loads(data[8 : 8 + length]).items() if key != "__metadata__"]
+            begin, end = entry["data_offsets"]
+            data = data[8 + length + begin : 8 + length + end]
+            if entry["dtype"] == "BF16":
+                matrix = (numpy.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+            else:
+                matrix = numpy.frombuffer(data, "<f4")
+            embedding = matrix.reshape(entry["shape"]) @ embedding
+        elif kind == "Normalize":
+            embedding = embedding / numpy.linalg.norm(embedding)
+        elif kind not in ("Transformer", "Pooling"):
+            raise RuntimeError(f"{kind} is not known here")
+    return embedding
+
+
+def embed(job):
+    """The largest difference of one file's embeddings from transformers'."""
+    import numpy
+
+    import llama
+
+    ids, expected = golden(job["name"], HEADS, "embeddings")
+    runtime = llama.Runtime(llama.load(job["libraries"]), job["file"], ids.shape[1], 1, exact=True, embeds=True)
+    found = [behind(pathlib.Path(job["model"]), runtime.embedding([int(token) for token in sequence])) for sequence in ids]
+    print(json.dumps({"worst": float(numpy.abs(numpy.array(found) - expected).max() / numpy.abs(expected).max())}))
+
+
+def embeddings(options, python, scratch):
+    """A table of the models that make embeddings on stdout; the number of those that fail."""
+    failures = 0
+    print("| checkpoint | GGUF architecture | largest difference | |\n|---|---|---|---|")
+    for name in sorted(path.name for path in HEADS.iterdir() if (path / "modules.json").exists()):
+        if options.only and name not in options.only.split(","):
+            continue
+        folder, file = scratch / name, scratch / f"{name}.gguf"
+        words = [str(python), str(pathlib.Path(__file__)), "make", name, str(folder), str(HEADS)]
+        subprocess.run(words, check=True, capture_output=True, text=True)
+        words = [options.quantc, "quantize", folder, "-o", file, "--format", "gguf", "--scheme", "F32"]
+        words += ["--method", "rtn", "--verify-text", "none"]
+        done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+        if done.returncode == 2:
+            print(f"| {name} | | | refused: {done.stderr.strip().splitlines()[-1].split(': ', 1)[-1]} |", flush=True)
+            continue
+        if done.returncode:
+            raise RuntimeError(f"{name}: quantc ends with {done.returncode}: {done.stderr.strip()[-500:]}")
+        if "pooling_type" not in file.read_bytes()[:8192].decode(errors="replace"):
+            print(f"| {name} | | | llama.cpp has no such way to make an embedding |", flush=True)
+            continue
+        job = {"libraries": str(options.libraries), "name": name, "file": str(file), "model": str(folder)}
+        words = [str(python), str(pathlib.Path(__file__)), "embed", json.dumps(job)]
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        if done.returncode:
+            failures += 1
+            print(f"| {name} | | | **failed**: llama.cpp ends with {done.returncode}: {(done.stderr + done.stdout)[-400:]} |", flush=True)
+            continue
+        worst = json.loads(done.stdout.strip().splitlines()[-1])["worst"]
+        rough = any(word in (folder / "config.json").read_text() for word in ROUGH_WORDS)
+        failed = not worst <= (ROUGH if rough else TOLERANCE)
+        failures += failed
+        print(f"| {name} | {architecture_of(file)} | {worst:.1e} | {'**failed**' if failed else ''} |", flush=True)
+    return failures
+
+
+def architecture_of(file):
+    data = file.read_bytes()[:4096]
+    found = re.search(rb"general\.architecture.{4}(.{8})", data, re.S)
+    start = found.end()
+    return data[start : start + struct.unpack("<Q", found[1])[0]].decode()
 
 
 def worker(job):
@@ -132,10 +219,7 @@ def examine(options, python, name, scratch):
     job = {"libraries": str(options.libraries), "name": name, "file": str(file), "valid": min(limits, default=1 << 20)}
     words = [str(python), str(pathlib.Path(__file__)), "run", json.dumps(job)]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    architecture = re.search(rb"general\.architecture.{4}(.{8})", file.read_bytes()[:4096], re.S)
-    length = struct.unpack("<Q", architecture[1])[0]
-    start = architecture.end()
-    architecture = file.read_bytes()[start : start + length].decode()
+    architecture = architecture_of(file)
     file.unlink()
     if done.returncode:
         tail = " | ".join((done.stderr + done.stdout).strip().splitlines()[-4:])[-500:]
@@ -200,6 +284,8 @@ def check(options, python, scratch):
     """A table of all checkpoints on stdout; the number of those that fail."""
     names = sorted(path.name for path in FIXTURES.iterdir() if path.is_dir())
     wanted = options.only.split(",") if options.only else names
+    if options.heads:
+        return embeddings(options, python, scratch)
     if options.types:
         return perplexities(options, python, [name for name in names if name in wanted], scratch)
     print("| checkpoint | GGUF architecture | tokens | largest difference | |\n|---|---|---|---|---|")
@@ -222,6 +308,8 @@ def check(options, python, scratch):
 if __name__ == "__main__":
     sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
     if sys.argv[1] == "make":
-        make(sys.argv[2], pathlib.Path(sys.argv[3]))
+        make(sys.argv[2], pathlib.Path(sys.argv[3]), *map(pathlib.Path, sys.argv[4:]))
+    elif sys.argv[1] == "embed":
+        embed(json.loads(sys.argv[2]))
     else:
         worker(json.loads(sys.argv[2]))

@@ -18,7 +18,7 @@ import venv
 PACKAGE, VERSION = "@node-llama-cpp/linux-x64", "3.22.1"  # llama.cpp v0.5.0
 PYTHON = ["numpy==2.4.6", "tokenizers==0.23.3"]
 # Offsets in llama_context_params, and the defaults that must be found there.
-CONTEXT, BATCH, MICROBATCH, THREADS, BATCH_THREADS, FLASH, KEY_TYPE, VALUE_TYPE = 0, 4, 8, 28, 32, 52, 104, 108
+CONTEXT, BATCH, MICROBATCH, THREADS, BATCH_THREADS, FLASH, KEY_TYPE, VALUE_TYPE, EMBEDDINGS = 0, 4, 8, 28, 32, 52, 104, 108, 128
 DEFAULTS = {CONTEXT: 512, BATCH: 2048, MICROBATCH: 512, FLASH: -1, KEY_TYPE: 1, VALUE_TYPE: 1}
 # And in llama_model_quantize_params.
 FILE_TYPE, ALLOW_REQUANTIZE = 4, 16
@@ -111,6 +111,8 @@ def load(folder):
         ("llama_memory_clear", None, [pointer, ctypes.c_bool]),
         ("llama_decode", integer, [pointer, Batch]),
         ("llama_get_logits", ctypes.POINTER(ctypes.c_float), [pointer]),
+        ("llama_get_embeddings_seq", ctypes.POINTER(ctypes.c_float), [pointer, integer]),
+        ("llama_model_n_embd", integer, [pointer]),
     ]:
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -133,7 +135,7 @@ class Runtime:
     Attention to a choice of tokens may need flash attention, whose sums are as exact where keys and values are f32: `flash`.
     """
 
-    def __init__(self, library, path, context, threads, exact=False, flash=False):
+    def __init__(self, library, path, context, threads, exact=False, flash=False, embeds=False):
         self.lib = library
         self.model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
         if not self.model:
@@ -149,6 +151,7 @@ class Runtime:
                 parameters.set(at, 0)
         if flash:
             parameters.set(FLASH, 1)
+        parameters.bytes[EMBEDDINGS] = embeds
         self.context = library.llama_init_from_model(self.model, parameters)
         if not self.context:
             raise RuntimeError(f"llama.cpp makes no context for {path}")
@@ -193,7 +196,20 @@ class Runtime:
         if code := self.lib.llama_decode(self.context, batch):
             raise RuntimeError(f"llama_decode returned {code}")
         rows = self.lib.llama_get_logits(self.context)
+        if not rows:
+            return None
         return numpy.ctypeslib.as_array(rows, (count - first, self.vocabulary)).astype(numpy.float64)
+
+    def embedding(self, ids):
+        """What llama.cpp makes of the hidden states of all `ids` by the way that the file names, [width]."""
+        import numpy
+
+        self.forget()
+        self.logits(ids, 0, 0)
+        pooled = self.lib.llama_get_embeddings_seq(self.context, 0)
+        if not pooled:
+            raise RuntimeError("llama.cpp makes no embedding: the file names no way")
+        return numpy.ctypeslib.as_array(pooled, (self.lib.llama_model_n_embd(self.model),)).astype(numpy.float64)
 
     def losses(self, ids, first):
         """Negative log-likelihoods of the tokens after positions `first` and up, each given all before it."""

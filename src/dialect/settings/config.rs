@@ -104,7 +104,7 @@ impl Settings {
         }
         set(self.of_type(model_type, activation, &model)?);
         set(self.mixture(model_type, &model)?);
-        if self.flag("attention.causal")? == Some(false) {
+        if self.flag("attention.causal")? == Some(false) && self.architecture.id != "gemma-embedding" {
             set(json!({"is_causal": false}));
         }
         if let Some(key) = self.architecture.further {
@@ -116,7 +116,7 @@ impl Settings {
     /// Fails for flags that change what is computed and have no key in any config.json.
     fn check_sayable(&self) -> Result<()> {
         let id = self.architecture.id;
-        if self.flag("attention.causal")? == Some(false) && self.window()?.is_some() {
+        if self.flag("attention.causal")? == Some(false) && self.window()?.is_some() && id != "gemma-embedding" {
             return Err(self.unsupported(format!(
                 "`{}` is false: attention both ways within a window can be neither computed nor written here; take the model as it is, or have \
                  llama-quantize quantize it",
@@ -456,7 +456,7 @@ impl Settings {
                     (true, None) => vec![false; layers],
                     _ => self.local(layers, if third { 6 } else { 2 })?,
                 };
-                json!({
+                let mut values = json!({
                     "query_pre_attn_scalar": scalar,
                     "sliding_window": window.unwrap_or(4096),
                     "layer_types": layer_types(&local),
@@ -466,7 +466,12 @@ impl Settings {
                         (found, false) => Some(found.unwrap_or(30.0)),
                     },
                     "hidden_activation": activation,
-                })
+                });
+                // llama.cpp takes every file of that architecture for a model whose tokens see both ways.
+                if self.architecture.id == "gemma-embedding" {
+                    values["use_bidirectional_attention"] = true.into();
+                }
+                values
             }
             "gemma" => json!({"hidden_activation": activation}),
             "step3p5" => self.step(model)?,

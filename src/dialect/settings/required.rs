@@ -42,6 +42,7 @@ const REQUIRED: &[(&str, &[&str])] = &[
     ),
     ("step35", &["attention.sliding_window", "attention.sliding_window_pattern", "expert_feed_forward_length"]),
     ("gemma3n", &["attention.sliding_window"]),
+    ("gemma-embedding", &["attention.sliding_window"]),
     (
         "gemma4",
         &[
