@@ -228,7 +228,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     if id == "apertus" {
         curves(out, &layers)?;
     }
-    choice(out, &layers, id)?;
+    choice(out, graph, &layers, id)?;
     streams::settings(out, graph, &layers, id)?;
     experts(out, graph, &layers, id)?;
     read_back(out, graph, architecture, plan)
@@ -342,7 +342,7 @@ impl<'g> Layers<'g> {
         let mixed = attention.len() + recurrent.len() + short.len();
         let one_each = match id {
             // One layer of any kind in each block, or all three kinds.
-            "nemotron_h" | "nemotron_h_moe" => mixed + fed == count,
+            "nemotron_h" | "nemotron_h_moe" => mixed + fed == count + graph.predictors().len(),
             "falcon-h1" => attention.len() == count && recurrent.len() == count && fed == count,
             _ => mixed == count && fed == count,
         };
@@ -483,7 +483,7 @@ fn sections(out: &mut Written, config: &Value, id: &'static str, rotated: usize)
 }
 
 /// How much indexers choose, and which layers have one.
-fn choice(out: &mut Written, layers: &Layers<'_>, id: &'static str) -> Result<()> {
+fn choice(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id: &'static str) -> Result<()> {
     let key = |name: &str| format!("{id}.attention.indexer.{name}");
     let Some(choice) = &layers.first.choice else { return Ok(()) };
     let shape = choice.shape();
@@ -491,7 +491,8 @@ fn choice(out: &mut Written, layers: &Layers<'_>, id: &'static str) -> Result<()
     out.count(key("key_length"), shape.head_dim)?;
     out.count(key("top_k"), shape.count)?;
     if matches!(id, "glm-dsa" | "hy_v4") {
-        let own = layers.attention.iter().map(|attention| MetadataValue::Bool(attention.indexer().is_some()));
+        let attention = graph.trunk().iter().filter_map(Block::attention);
+        let own = attention.map(|attention| MetadataValue::Bool(attention.indexer().is_some()));
         out.metadata.push((key("types"), metadata_array(own.collect(), GGUFValueType::Bool)?));
     }
     Ok(())

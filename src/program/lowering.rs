@@ -165,7 +165,7 @@ impl<'b> Lowering<'b> {
         let Further { before, embedding, of_token, of_state, state_first, projection, .. } = further;
         let token = self.one(Kind::Lookup(embedding), &[], "e", self.hidden);
         let token = self.norm(Some(of_token), token, "e");
-        let state = self.norm(Some(before), stream, "s");
+        let state = self.norm(before.as_ref(), stream, "s");
         let state = self.norm(Some(of_state), state, "s");
         let both = if *state_first { [state, token] } else { [token, state] };
         let both = self.one(Kind::JoinHeads { heads: 1 }, &both, "x", 2 * self.hidden);
