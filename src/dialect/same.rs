@@ -149,7 +149,7 @@ fn further(a: &Further, b: &Further) -> Option<String> {
             && norm(Some(&a.of_state), Some(&b.of_state))
             && norm(Some(&a.norm), Some(&b.norm))
     };
-    let state = |further: &Further| (further.state_first, further.before.is_some());
+    let state = |further: &Further| (further.state_first, further.before.is_some(), further.collapse.is_some());
     (state(a) != state(b) || !norms(a, b)).then(|| "predicting further tokens in this way".to_owned())
 }
 

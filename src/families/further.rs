@@ -82,7 +82,9 @@ pub const NEMOTRON: Spelling = Spelling {
     ..HUNYUAN
 };
 
-/// Adds a layer behind the model, whose block is `block`.
+/// Adds a layer behind the model, whose block is `block`, which has one stream where the model has several.
+///
+/// Of a model that reads its streams through gates there is no such layer.
 pub fn append(graph: &mut Graph, base: &Base, spelling: &Spelling, mut block: Block) {
     let &Spelling { prefix, norms: [of_token, of_state], state_first, raw, projection, norm, copies } = spelling;
     let prefix = prefix.map_or_else(|| format!("{}.", block.name), str::to_owned);
@@ -91,6 +93,7 @@ pub fn append(graph: &mut Graph, base: &Base, spelling: &Spelling, mut block: Bl
     let [embedding, head] = copies.map(|copy| copy.map(module));
     let before = graph.predictors().last().and_then(Block::further).map_or(&graph.final_norm, |last| &last.norm);
     let further = Further {
+        collapse: graph.collapse.clone().filter(|_| graph.predictors().is_empty()),
         before: (!raw).then(|| before.clone()),
         embedding: Lookup::whole(
             embedding.map_or_else(|| graph.embedding.tensor.clone(), |module| format!("{module}.weight")),
@@ -128,7 +131,8 @@ pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
         further.head = further.head.take().filter(|head| source.entry(&head.weight()).is_some());
     }
     let whole = |block: &Block| {
-        let one = Graph { blocks: vec![block.clone()], ..graph.without_blocks() };
+        let mut one = Graph { blocks: vec![block.clone()], ..graph.without_blocks() };
+        super::as_stored(&mut one, source);
         let prefix = &block.further().expect("one of these").prefix;
         let mut of_it = one.tensors().into_iter().filter(|(name, _)| name.starts_with(prefix));
         of_it.all(|(name, _)| source.entry(&name).is_some())

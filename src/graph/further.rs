@@ -13,7 +13,7 @@
 
 use std::borrow::Cow;
 
-use super::{Block, DropRule, Graph, Layer, Linear, Lookup, Norm};
+use super::{Block, Collapse, DropRule, Graph, Layer, Linear, Lookup, Norm};
 
 /// What layers are that predict the token after the next.
 pub const FURTHER: &str = "predicts further tokens";
@@ -23,6 +23,8 @@ pub const FURTHER: &str = "predicts further tokens";
 pub struct Further {
     /// What the names of all of its tensors begin with, and those of no others: `mtp.`, or `model.layers.61.`.
     pub prefix: String,
+    /// What makes one state of the streams that the model leaves, where these are several.
+    pub collapse: Option<Collapse>,
     /// What the state has been normed by before: the model's last norm, or that of the layer of this kind before it. Nothing where it is
     /// taken before that norm.
     pub before: Option<Norm>,
@@ -63,6 +65,7 @@ impl Further {
     pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
         self.prefix = name(&self.prefix);
         self.embedding.tensor = name(&self.embedding.tensor);
+        self.collapse.iter_mut().filter_map(Collapse::hyper_mut).for_each(|hyper| hyper.rename(name));
         let own = [&mut self.of_token, &mut self.of_state, &mut self.norm];
         for norm in self.before.iter_mut().chain(own) {
             norm.weights.iter_mut().chain(&mut norm.bias).for_each(|tensor| *tensor = name(tensor));

@@ -80,6 +80,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("mistral4_vision", "YaRN with beta_fast"),
     ("ernie4_5_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
     ("ernie4_5_moe_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
+    ("glm5_next_further", "cannot be written as GGUF"),
     ("glm5_next_unbounded", "cannot be written as GGUF"),
     ("glm5_next_vision", "cannot be written as GGUF"),
     ("qwen4_exp_text_bare", "cannot be written as GGUF"),

@@ -157,6 +157,7 @@ fn linears_read_what_they_read_in_transformers() {
         "bailing_hybrid_further",
         "nemotron_h_further",
         "ernie4_5_moe_further",
+        "hy_v4_further",
         "lfm3_plain",
         "afmoe_plain",
         "olmo_hybrid_plain",
