@@ -189,7 +189,7 @@ pub fn notes(
         latent: matches!(graph.family, "deepseek_v3" | "deepseek_v32" | "glm4_moe_lite" | "glm_moe_dsa")
             && encodings.keys().any(|module| module.ends_with("kv_b_proj")),
         idle: layers().any(|layer| matches!(layer, Layer::Moe(moe) if moe.experts.len() < moe.router.linear.rows)),
-        wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && *what != FURTHER),
+        wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && !what.starts_with(FURTHER)),
     };
     let packed = codec == "compressed-tensors";
     let refused = packed && loading.refuses_packed(source.entries().iter().map(|entry| &entry.name[..]));

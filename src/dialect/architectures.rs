@@ -176,13 +176,21 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture {
         id: "nemotron_h",
         families: &["nemotron_h"],
+        further: Some(FURTHER),
         mlp_bias: Need::May,
         ffn_norm: "attn_norm",
         qkv_bias: Need::Never,
         ..PLAIN
     },
     // Of those with experts.
-    Architecture { id: "nemotron_h_moe", ffn_norm: "attn_norm", qkv_bias: Need::Never, ungated_experts: true, ..PLAIN },
+    Architecture {
+        id: "nemotron_h_moe",
+        ffn_norm: "attn_norm",
+        qkv_bias: Need::Never,
+        ungated_experts: true,
+        further: Some(FURTHER),
+        ..PLAIN
+    },
     Architecture {
         id: "falcon-h1",
         families: &["falcon_h1"],
@@ -285,17 +293,32 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         ..PLAIN
     },
     Architecture { id: "mistral4", families: &["mistral4"], neighbours: true, latent: true, ..PLAIN },
-    Architecture { id: "deepseek32", families: &["deepseek_v32"], neighbours: true, latent: true, ..PLAIN },
+    Architecture {
+        id: "deepseek32",
+        families: &["deepseek_v32"],
+        neighbours: true,
+        latent: true,
+        further: Some(FURTHER),
+        ..PLAIN
+    },
     Architecture {
         id: "step35",
         families: &["step3p5"],
+        further: Some(FURTHER),
         head: Need::Must,
         qkv_bias: Need::Never,
         factors: true,
         windows: true,
         ..PLAIN
     },
-    Architecture { id: "mimo2", families: &["mimo_v2_flash"], head: Need::Must, windows: true, ..PLAIN },
+    Architecture {
+        id: "mimo2",
+        families: &["mimo_v2_flash"],
+        head: Need::Must,
+        windows: true,
+        further: Some(FURTHER),
+        ..PLAIN
+    },
     Architecture { id: "kimi-linear", families: &["kimi_linear"], head: Need::Must, latent: true, ..PLAIN },
     Architecture { id: "glm5-next", families: &["glm5_next"], head: Need::Must, latent: true, streams: true, ..PLAIN },
     Architecture {
@@ -307,8 +330,22 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         streams: true,
         ..PLAIN
     },
-    Architecture { id: "bailingmoe3", families: &["bailing_hybrid"], neighbours: true, latent: true, ..PLAIN },
-    Architecture { id: "glm-dsa", families: &["glm_moe_dsa"], neighbours: true, latent: true, ..PLAIN },
+    Architecture {
+        id: "bailingmoe3",
+        families: &["bailing_hybrid"],
+        neighbours: true,
+        latent: true,
+        further: Some(FURTHER),
+        ..PLAIN
+    },
+    Architecture {
+        id: "glm-dsa",
+        families: &["glm_moe_dsa"],
+        neighbours: true,
+        latent: true,
+        further: Some(FURTHER),
+        ..PLAIN
+    },
     Architecture {
         id: "gpt-oss",
         families: &["gpt_oss"],

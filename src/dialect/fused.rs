@@ -36,6 +36,12 @@ pub(super) fn as_stored(planned: Vec<ExportTensor>, file: &GgufFile) -> Vec<Expo
     stored
 }
 
+/// Puts queries, keys and values of the block `at` of a plan into one tensor.
+pub(super) fn join_queries(tensors: &mut Vec<ExportTensor>, at: &str) {
+    let name = |module: &str| format!("{at}.{module}.weight");
+    join(tensors, QKV.0.map(name), name(QKV.1));
+}
+
 /// The block that a tensor belongs to, and its name there.
 fn block(name: &str) -> Option<(&str, &str)> {
     let end = name.strip_prefix("blk.")?.find('.')? + "blk.".len();

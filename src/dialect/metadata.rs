@@ -349,7 +349,7 @@ impl<'g> Layers<'g> {
         let mixed = attention.len() + recurrent.len() + short.len();
         let one_each = match id {
             // One layer of any kind in each block, or all three kinds.
-            "nemotron_h" | "nemotron_h_moe" => mixed + fed == count,
+            "nemotron_h" | "nemotron_h_moe" => mixed + fed == count + graph.predictors().len(),
             "falcon-h1" => attention.len() == count && recurrent.len() == count && fed == count,
             _ => mixed == count && fed == count,
         };

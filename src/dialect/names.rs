@@ -247,6 +247,10 @@ impl Lister {
                         ("attn_norm", "post_attention_norm")
                     }
                     Layer::PerLayer(_) => ("inp_gate_norm", "post_norm"),
+                    // Of one of two layers in a block, where others have one in each.
+                    _ if block.further().is_some() && self.architecture.ffn_norm == "attn_norm" => {
+                        ("post_attention_norm", "post_ffw_norm")
+                    }
                     _ => (self.architecture.ffn_norm, "post_ffw_norm"),
                 };
                 // Of a norm that two steps share there is the first name only.
@@ -281,6 +285,10 @@ impl Lister {
                 if absorbs {
                     self.absorb(first, step);
                 }
+            }
+            // In such a layer its class asks for them in one piece.
+            if self.architecture.id == "mimo2" && block.further().is_some() {
+                super::fused::join_queries(&mut self.tensors, &at);
             }
             self.scale(&at, block)?;
             self.altup(&at, block)?;
@@ -571,7 +579,8 @@ impl Lister {
         self.linear(&format!("{at}.nextn.eh_proj"), own, None, Need::Never)?;
         self.norm(&format!("{at}.nextn.enorm"), &further.of_token)?;
         self.norm(&format!("{at}.nextn.hnorm"), &further.of_state)?;
-        self.norm(&format!("{at}.nextn.shared_head_norm"), &further.norm)?;
+        let last = if self.architecture.id == "bailingmoe3" { "layer_output_norm" } else { "nextn.shared_head_norm" };
+        self.norm(&format!("{at}.{last}"), &further.norm)?;
         let Lookup { tensor, rows, cols, .. } = &further.embedding;
         if tensor.starts_with(&further.prefix) {
             let shape = vec![*rows, *cols];

@@ -170,7 +170,8 @@ fn further(a: &Further, b: &Further) -> Option<String> {
             && norm(Some(&a.of_state), Some(&b.of_state))
             && norm(Some(&a.norm), Some(&b.norm))
     };
-    (a.state_first != b.state_first || !norms(a, b)).then(|| "predicting further tokens in this way".to_owned())
+    let state = |further: &Further| (further.state_first, further.before.is_some(), further.collapse.is_some());
+    (state(a) != state(b) || !norms(a, b)).then(|| "predicting further tokens in this way".to_owned())
 }
 
 fn delta(a: &DeltaNet, b: &DeltaNet) -> Option<String> {

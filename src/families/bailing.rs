@@ -3,13 +3,13 @@
 
 use kernels::Activation;
 
-use super::build::{Base, activation, block, by_type, pre, with_experts};
+use super::build::{Base, activation, by_type, pre, with_experts};
 use super::deepseek::{Chosen, LatentHeads, moe, warmed};
 use super::kimi::{by_channel, in_words_of_deepseek};
 use super::rope::rope;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
-use crate::graph::{Decay, DeltaNet, FURTHER, Graph, Layer, Linear};
+use crate::graph::{Decay, DeltaNet, Graph, Layer, Linear};
 
 /// Ling 3.0.
 pub const BAILING_HYBRID: Family = Family { id: "bailing_hybrid", model_types: &["bailing_hybrid"], build };
@@ -28,10 +28,9 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let recurrent = by_type(config, "layer_types", kinds, base.layers, |layer| !(layer + 1).is_multiple_of(every))?;
     let dense = config.count_or("first_k_dense_replace", 2)?;
     let sparse = with_experts(config, base.layers, |layer| layer >= dense)?;
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let block = |at: String, recurrent: bool, sparse: bool| {
         let module = format!("{at}.attention");
-        let attention = match recurrent[layer] {
+        let attention = match recurrent {
             true => Layer::Delta(Box::new(delta(config, &base, &module, width, act)?)),
             false => {
                 let mut attention = heads.attention(&base, &module, Some(rope.clone()), true);
@@ -42,7 +41,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             }
         };
         let module = format!("{at}.mlp");
-        let after = match sparse[layer] {
+        let after = match sparse {
             false => Layer::Mlp(base.gated(&module, config.count("intermediate_size")?, act, false)),
             true => {
                 let experts = config.count("num_experts")?;
@@ -55,11 +54,13 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             pre(base.norm(&format!("{at}.input_layernorm")), attention),
             pre(base.norm(&format!("{at}.post_attention_layernorm")), after),
         ];
-        Ok(block(at, steps))
-    })?;
+        Ok(super::build::block(at, steps))
+    };
+    let blocks = base.each(|layer| block(base.at(layer), recurrent[layer], sparse[layer]))?;
     let mut graph = base.graph(config, "bailing_hybrid", blocks)?;
-    let further = config.count_or("num_nextn_predict_layers", 0)?;
-    graph.aside.extend((0..further).map(|layer| (format!("{}.", base.at(base.layers + layer)), FURTHER)));
+    for layer in base.layers..base.layers + config.count_or("num_nextn_predict_layers", 0)? {
+        further::append(&mut graph, &base, &further::HUNYUAN, block(base.at(layer), false, true)?);
+    }
     Ok(graph)
 }
 

@@ -12,8 +12,8 @@ use super::rope::{rope, warmth};
 use super::{Config, Family, further};
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Choice, FURTHER, Graph, Groups, Indexer, Latent, Layer, Linear, Moe, Norm, Projections, Rope,
-    RopeScaling, Scoring, Split,
+    Attention, Choice, Graph, Groups, Indexer, Latent, Layer, Linear, Moe, Norm, Projections, Rope, RopeScaling,
+    Scoring, Split,
 };
 
 /// DeepSeek V2 and V2-Lite.
@@ -211,13 +211,16 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
             (0..base.layers).map(|layer| layer >= dense).collect()
         }
     };
+    let further = config.count_or("num_nextn_predict_layers", 0)?;
     // Runtimes do not read it for others.
     let told = matches!(kind, Kind::V3 | Kind::GlmLite | Kind::Mistral4);
     let interleaved = !told || config.flag("rope_interleave", true)?;
     let choices = match kind {
         Kind::V32 | Kind::Glm5 => {
-            let shared =
-                if kind == Kind::Glm5 { shared_choices(config, base.layers)? } else { vec![false; base.layers] };
+            // Layers that predict further tokens choose for themselves.
+            let mut shared = if kind == Kind::Glm5 { shared_choices(config, base.layers)? } else { Vec::new() };
+            shared.truncate(base.layers);
+            shared.resize(base.layers + further, false);
             let rotated = heads.rotated;
             let like = Indexing { rotated, interleaved: kind == Kind::Glm5, behind: false, latent: true, eps: 1e-6 };
             Some(choices(config, &base, shared, like)?)
@@ -235,13 +238,8 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
     };
     let blocks = base.each(|layer| block(base.at(layer), layer, sparse[layer]))?;
     let mut graph = base.graph(config, kind.family(), blocks)?;
-    for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
-        let at = base.at(base.layers + layer);
-        match kind {
-            // Whether its indexer chooses, or it sees everything, runtimes do not agree on.
-            Kind::V32 | Kind::Glm5 => graph.aside.push((format!("{at}."), FURTHER)),
-            _ => further::beside(&mut graph, &base, block(at, base.layers + layer, true)?),
-        }
+    for layer in base.layers..base.layers + further {
+        further::append(&mut graph, &base, &further::DEEPSEEK, block(base.at(layer), layer, true)?);
     }
     Ok(graph)
 }

@@ -54,7 +54,7 @@ fn build(config: &Config<'_>, family: &'static str) -> Result<Graph> {
     let blocks = base.each(|layer| block(base.at(layer), local[layer], layer >= dense))?;
     let mut graph = base.graph(config, family, blocks)?;
     for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
-        further::beside(&mut graph, &base, block(base.at(base.layers + layer), false, true)?);
+        further::append(&mut graph, &base, &further::DEEPSEEK, block(base.at(base.layers + layer), false, true)?);
     }
     Ok(graph)
 }

@@ -5,9 +5,9 @@ use kernels::Activation;
 use super::build::{Base, activation};
 use super::moe::router;
 use super::rope::rope;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Layer, Moe};
+use crate::graph::{FURTHER, Graph, Layer, Moe};
 
 /// ERNIE 4.5.
 pub const ERNIE4_5: Family =
@@ -32,20 +32,30 @@ fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
         last if last >= 0 => last as usize,
         _ => base.layers,
     };
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let block = |at: String, sparse: bool| {
         let mut attention = base.attention(&format!("{at}.self_attn"), [bias, bias], Some(rope.clone()));
         attention.layout.interleaved = true;
         let module = format!("{at}.mlp");
-        let feed_forward = match sparse && (layer + 1) % every == 0 && (first..=last).contains(&layer) {
+        let feed_forward = match sparse {
             false => Layer::Mlp(base.gated(&module, inner, act, bias)),
             true => Layer::Moe(moe(&base, config, &module, act, bias)?),
         };
         Ok(base.usual_block(at, attention, feed_forward))
-    })?;
+    };
+    let has_experts = |layer: usize| sparse && (layer + 1) % every == 0 && (first..=last).contains(&layer);
+    let blocks = base.each(|layer| block(base.at(layer), has_experts(layer)))?;
     let mut graph = base.graph(config, if sparse { "ernie4_5_moe" } else { "ernie4_5" }, blocks)?;
     graph.head.linear.bias = sparse && bias;
-    graph.aside.push(("model.mtp_".to_owned(), crate::graph::FURTHER));
+    match config.count_or("num_nextn_predict_layers", 0)? {
+        // Where there are biases, runtimes do not agree on one of the projection.
+        further if further > 0 && !bias => {
+            for layer in 0..further {
+                let block = block(format!("model.mtp_block.{layer}"), false)?;
+                further::append(&mut graph, &base, &further::ERNIE, block);
+            }
+        }
+        _ => graph.aside.push(("model.mtp_".to_owned(), FURTHER)),
+    }
     Ok(graph)
 }
 

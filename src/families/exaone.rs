@@ -69,7 +69,7 @@ fn build(config: &Config<'_>, second: bool) -> Result<Graph> {
         match (config.count_or("num_nextn_predict_layers", 1)?, sees) {
             (1, Some(sees @ ("sliding_attention" | "full_attention"))) => {
                 let last = block("mtp.layers.0".to_owned(), sees == "sliding_attention", false)?;
-                further::of_mtp(&mut graph, &base, last);
+                further::append(&mut graph, &base, &further::QWEN, last);
             }
             _ => graph.aside.push(("mtp.".to_owned(), FURTHER)),
         }

@@ -3,87 +3,109 @@
 //! transformers leaves most of them out; what they compute is what vLLM, SGLang and llama.cpp make of them.
 
 use super::build::Base;
-use crate::graph::{Block, FURTHER, Further, Graph, Layer, Linear, Lookup, Step};
+use crate::graph::{Block, Further, Graph, Layer, Linear, Lookup, Step};
 use crate::weights::Weights;
 
 /// What tensors aside are of such a layer of which some are missing.
 const PARTIAL: &str = "predicts further tokens, and is not whole";
 
-/// What the parts of such a layer are called besides those of any block.
-struct Parts<'n> {
-    prefix: String,
-    /// Of the embedding and of the state.
-    norms: [&'n str; 2],
+/// What the parts of such a layer are called besides those of any block, and what it is given.
+pub struct Spelling {
+    /// What the names of its tensors begin with; those of its block, and a dot, where there is nothing.
+    prefix: Option<&'static str>,
+    /// Norms of the embedding and of the state. In all names `{n}` is the number of the layer among those that predict further tokens.
+    norms: [&'static str; 2],
     /// The state comes before the embedding.
     state_first: bool,
-    projection: &'n str,
-    norm: &'n str,
+    /// The state is what the last norm is given, and not what it makes of that.
+    raw: bool,
+    projection: &'static str,
+    /// Behind the block; the model's last norm where there is nothing.
+    norm: Option<&'static str>,
     /// Copies of the embedding and of the output projection that files may hold.
-    copies: Option<[&'n str; 2]>,
+    copies: [Option<&'static str>; 2],
 }
 
-impl<'n> Parts<'n> {
-    fn beside(block: &Block, norm: &'n str) -> Parts<'n> {
-        let prefix = format!("{}.", block.name);
-        Parts { prefix, norms: ["enorm", "hnorm"], state_first: false, projection: "eh_proj", norm, copies: None }
-    }
-}
+/// DeepSeek V3's, which most families took over.
+pub const DEEPSEEK: Spelling = Spelling {
+    prefix: None,
+    norms: ["enorm", "hnorm"],
+    state_first: false,
+    raw: false,
+    projection: "eh_proj",
+    norm: Some("shared_head.norm"),
+    copies: [Some("embed_tokens"), Some("shared_head.head")],
+};
 
-/// Adds a layer behind the model whose parts have DeepSeek V3's names and stand beside those of `block`: `eh_proj` and the like.
-pub fn beside(graph: &mut Graph, base: &Base, block: Block) {
-    let copies = Some(["embed_tokens", "shared_head.head"]);
-    append(graph, base, Parts { copies, ..Parts::beside(&block, "shared_head.norm") }, block);
-}
+/// Of Hunyuan 3, which calls the last norm otherwise and always takes the model's embedding and head.
+pub const HUNYUAN: Spelling = Spelling { norm: Some("final_layernorm"), copies: [None; 2], ..DEEPSEEK };
 
-/// The same of Hunyuan 3, which calls the last norm otherwise and always takes the model's embedding and head.
-pub fn beside_hunyuan(graph: &mut Graph, base: &Base, block: Block) {
-    append(graph, base, Parts::beside(&block, "final_layernorm"), block);
-}
+/// Of MiMo, which puts the state before the embedding.
+pub const MIMO: Spelling =
+    Spelling { norms: ["token_layernorm", "hidden_layernorm"], projection: "input_proj", state_first: true, ..HUNYUAN };
 
-/// Adds a layer of MiMo's, which puts the state before the embedding.
-pub fn of_mimo(graph: &mut Graph, base: &Base, block: Block) {
-    let parts = Parts {
-        norms: ["token_layernorm", "hidden_layernorm"],
-        projection: "input_proj",
-        state_first: true,
-        ..Parts::beside(&block, "final_layernorm")
-    };
-    append(graph, base, parts, block);
-}
+/// Of Qwen3-Next, which has one under names of its own.
+pub const QWEN: Spelling = Spelling {
+    prefix: Some("mtp."),
+    norms: ["pre_fc_norm_embedding", "pre_fc_norm_hidden"],
+    projection: "fc",
+    norm: Some("norm"),
+    ..HUNYUAN
+};
 
-/// Adds the only layer of `mtp`, whose parts have the names of Qwen3-Next's.
-pub fn of_mtp(graph: &mut Graph, base: &Base, block: Block) {
-    let parts = Parts {
-        prefix: "mtp.".to_owned(),
-        norms: ["pre_fc_norm_embedding", "pre_fc_norm_hidden"],
-        state_first: false,
-        projection: "fc",
-        norm: "norm",
-        copies: None,
-    };
-    append(graph, base, parts, block);
-}
+/// Of MiMo V2, whose layers are given what the model's last norm is given.
+pub const MIMO_V2: Spelling = Spelling { raw: true, ..HUNYUAN };
 
-fn append(graph: &mut Graph, base: &Base, parts: Parts<'_>, mut block: Block) {
-    let Parts { prefix, norms: [of_token, of_state], state_first, projection, norm, copies } = parts;
-    let [embedding, head] = match copies {
-        Some(copies) => copies.map(|name| Some(format!("{prefix}{name}"))),
-        None => [None, None],
-    };
-    let named = |name: &str| base.norm(&format!("{prefix}{name}"));
+/// Of Step 3.5: as MiMo V2's, and each has a head of its own.
+pub const STEP: Spelling = Spelling {
+    raw: true,
+    norm: Some("transformer.shared_head.norm"),
+    copies: [None, Some("transformer.shared_head.output")],
+    ..DEEPSEEK
+};
+
+/// Of ERNIE 4.5, behind whose blocks the model's last norm stands.
+pub const ERNIE: Spelling = Spelling {
+    prefix: Some("model.mtp_"),
+    norms: ["emb_norm.{n}", "hidden_norm.{n}"],
+    projection: "linear_proj.{n}",
+    norm: None,
+    ..HUNYUAN
+};
+
+/// Of Nemotron 3, whose attention and mixture are layers of their own.
+pub const NEMOTRON: Spelling = Spelling {
+    prefix: Some("mtp."),
+    norms: ["layers.0.enorm", "layers.0.hnorm"],
+    projection: "layers.0.eh_proj",
+    norm: Some("layers.1.final_layernorm"),
+    ..HUNYUAN
+};
+
+/// Adds a layer behind the model, whose block is `block`, which has one stream where the model has several.
+///
+/// Of a model that reads its streams through gates there is no such layer.
+pub fn append(graph: &mut Graph, base: &Base, spelling: &Spelling, mut block: Block) {
+    let &Spelling { prefix, norms: [of_token, of_state], state_first, raw, projection, norm, copies } = spelling;
+    let prefix = prefix.map_or_else(|| format!("{}.", block.name), str::to_owned);
+    let number = graph.predictors().len().to_string();
+    let module = |name: &str| format!("{prefix}{}", name.replace("{n}", &number));
+    let [embedding, head] = copies.map(|copy| copy.map(module));
+    let before = graph.predictors().last().and_then(Block::further).map_or(&graph.final_norm, |last| &last.norm);
     let further = Further {
-        before: graph.predictors().last().and_then(Block::further).map_or(&graph.final_norm, |last| &last.norm).clone(),
+        collapse: graph.collapse.clone().filter(|_| graph.predictors().is_empty()),
+        before: (!raw).then(|| before.clone()),
         embedding: Lookup::whole(
             embedding.map_or_else(|| graph.embedding.tensor.clone(), |module| format!("{module}.weight")),
             [graph.vocabulary, base.hidden],
         ),
-        of_token: named(of_token),
-        of_state: named(of_state),
+        of_token: base.norm(&module(of_token)),
+        of_state: base.norm(&module(of_state)),
         state_first,
-        projection: Linear::plain(format!("{prefix}{projection}"), base.hidden, 2 * base.hidden, false),
-        norm: named(norm),
+        projection: Linear::plain(module(projection), base.hidden, 2 * base.hidden, false),
+        norm: norm.map_or_else(|| graph.final_norm.clone(), |norm| base.norm(&module(norm))),
         head: head.map(|module| Linear::plain(module, base.vocabulary, base.hidden, false)),
-        prefix,
+        prefix: prefix.clone(),
     };
     let first = Step {
         pre: None,
@@ -109,7 +131,8 @@ pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
         further.head = further.head.take().filter(|head| source.entry(&head.weight()).is_some());
     }
     let whole = |block: &Block| {
-        let one = Graph { blocks: vec![block.clone()], ..graph.without_blocks() };
+        let mut one = Graph { blocks: vec![block.clone()], ..graph.without_blocks() };
+        super::as_stored(&mut one, source);
         let prefix = &block.further().expect("one of these").prefix;
         let mut of_it = one.tensors().into_iter().filter(|(name, _)| name.starts_with(prefix));
         of_it.all(|(name, _)| source.entry(&name).is_some())
@@ -117,7 +140,8 @@ pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
     let count = graph.predictors().iter().take_while(|block| whole(block)).count();
     for block in graph.blocks.split_off(own + count) {
         let prefix = block.further().expect("one of these").prefix.clone();
-        let any = source.entries().iter().any(|entry| entry.name.starts_with(&prefix));
-        graph.aside.push((prefix, if any { PARTIAL } else { FURTHER }));
+        if source.entries().iter().any(|entry| entry.name.starts_with(&prefix)) {
+            graph.aside.push((prefix, PARTIAL));
+        }
     }
 }

@@ -7,9 +7,9 @@ use super::build::{Base, activation, block, by_type, pre, with_experts};
 use super::deepseek::{Chosen, Indexing, LatentHeads, choices, moe, shared_choices};
 use super::hy4::{clamped, named};
 use super::kimi::delta;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
-use crate::graph::{Choice, Collapse, Connection, FURTHER, Graph, Hyper, Layer, Linear, Pool, Projections, Stored};
+use crate::graph::{Choice, Collapse, Connection, Graph, Hyper, Layer, Linear, Pool, Projections, Stored};
 
 /// GLM-5.3-Flash.
 pub const GLM5_NEXT: Family = Family { id: "glm5_next", model_types: &["glm5_next_text"], build };
@@ -35,7 +35,11 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let kinds: [&[&str]; 2] = [&["indexed_attention", "full_attention"], &["linear_attention"]];
     let recurrent = by_type(config, "layer_types", kinds, base.layers, |layer| layer % 4 != 3)?;
     let sparse = with_experts(config, base.layers, |layer| layer >= 3)?;
-    let shared = shared_choices(config, base.layers)?;
+    let further = config.count_or("num_nextn_predict_layers", 1)?;
+    let mut shared = shared_choices(config, base.layers)?;
+    // Layers that predict further tokens choose for themselves.
+    shared.truncate(base.layers);
+    shared.resize(base.layers + further, false);
     if let Some(layer) = (1..base.layers).find(|n| shared[*n] && !recurrent[*n] && recurrent[n - 1]) {
         return Err(Error::failed(format!(
             "config.json: layer {layer} takes over the choice of the layer before it (indexer_types), which is linear attention and has none"
@@ -44,10 +48,9 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let pooled = pooled(config, &base, shared)?;
     let hyper = hyper(config, &base)?;
     let lower = lower_bound(config)?;
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let steps = |at: &str, layer: usize, recurrent: bool, sparse: bool| {
         let module = format!("{at}.self_attn");
-        let mixer = match recurrent[layer] {
+        let mixer = match recurrent {
             true => {
                 let mut delta = delta(config, &base, &module, act)?;
                 delta.decay.lower = lower;
@@ -64,17 +67,21 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             }
         };
         let module = format!("{at}.mlp");
-        let after = match sparse[layer] {
+        let after = match sparse {
             false => Layer::Mlp(base.gated(&module, config.count("intermediate_size")?, clamped, false)),
             true => {
                 let experts = config.count("n_routed_experts")?;
                 Layer::Moe(moe(&base, config, &module, experts, clamped, Chosen::Sigmoid, true)?)
             }
         };
-        let mut steps = vec![
+        Ok::<_, Error>(vec![
             pre(base.norm(&format!("{at}.input_layernorm")), mixer),
             pre(base.norm(&format!("{at}.post_attention_layernorm")), after),
-        ];
+        ])
+    };
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let mut steps = steps(&at, layer, recurrent[layer], sparse[layer])?;
         for (step, name) in steps.iter_mut().zip(["hc_attn", "hc_ffn"]) {
             step.hyper = Some(Box::new(Connection::Weighed(named(&hyper, &format!("{at}.{name}")))));
         }
@@ -82,8 +89,10 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     })?;
     let mut graph = base.graph(config, "glm5_next", blocks)?;
     graph.collapse = Some(Collapse::Mean(hyper.shape.streams));
-    for layer in 0..config.count_or("num_nextn_predict_layers", 1)? {
-        graph.aside.push((format!("{}.", base.at(base.layers + layer)), FURTHER));
+    for layer in base.layers..base.layers + further {
+        let at = base.at(layer);
+        let steps = steps(&at, layer, false, true)?;
+        further::append(&mut graph, &base, &further::DEEPSEEK, block(at, steps));
     }
     Ok(graph)
 }

@@ -109,7 +109,7 @@ fn third(config: &Config<'_>) -> Result<Graph> {
     let blocks = base.each(|layer| Ok(block(base.at(layer), sparse[layer])))?;
     let mut graph = base.graph(config, "hy_v3", blocks)?;
     for layer in 0..config.count_or("num_nextn_predict_layers", 0)? {
-        further::beside_hunyuan(&mut graph, &base, block(base.at(base.layers + layer), true));
+        further::append(&mut graph, &base, &further::HUNYUAN, block(base.at(base.layers + layer), true));
     }
     Ok(graph)
 }

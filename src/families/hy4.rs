@@ -5,7 +5,7 @@ use kernels::{Activation, HyperShape};
 use super::build::{Base, activation, by_type, with_experts};
 use super::deepseek::{Chosen, Indexing, LatentHeads, choices, moe, rotation};
 use super::moe::stacked;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
 use crate::graph::{Collapse, Connection, FURTHER, Graph, Hyper, Layer, Linear, Projections, Split};
 use crate::weights::Weights;
@@ -25,10 +25,12 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     if shared.first() == Some(&true) {
         return Err(Error::failed("config.json: the first of indexer_types must be full: there is no layer before it"));
     }
+    let further = config.count_or("num_nextn_predict_layers", 0)?;
     let choices = choices(
         config,
         &base,
-        shared,
+        // Layers that predict further tokens choose for themselves.
+        [shared, vec![false; further]].concat(),
         Indexing {
             rotated: config.count("qk_rope_head_dim")?,
             interleaved: false,
@@ -39,8 +41,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     )?;
     let act = activation(config, Activation::Silu)?;
     let hyper = hyper(config, &base)?;
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let block = |at: String, layer: usize, sparse: bool| {
         let module = format!("{at}.self_attn");
         let mut attention = heads.attention(&base, &module, Some(rope.clone()), false);
         attention.shape.scale = scale;
@@ -50,11 +51,15 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             latent.gate = Some(Linear::plain(format!("{module}.linear_gate"), attention.o.cols, base.hidden, false));
         }
         let module = format!("{at}.mlp");
-        let feed_forward = match sparse[layer] {
+        let feed_forward = match sparse {
             false => Layer::Mlp(base.gated(&module, config.count("intermediate_size")?, act, false)),
             true => mixture(&base, config, &module, act)?,
         };
-        let mut block = base.usual_block(at.clone(), attention, feed_forward);
+        Ok::<_, Error>(base.usual_block(at, attention, feed_forward))
+    };
+    let blocks = base.each(|layer| {
+        let at = base.at(layer);
+        let mut block = block(at.clone(), layer, sparse[layer])?;
         for (step, name) in block.steps.iter_mut().zip(["hc_attn_layer", "hc_mlp_layer"]) {
             step.hyper = Some(Box::new(Connection::Weighed(named(&hyper, &format!("{at}.{name}.hc_pre.hc")))));
         }
@@ -63,7 +68,13 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let mut graph = base.graph(config, "hy_v4", blocks)?;
     let shape = HyperShape { writes: None, ..hyper.shape };
     graph.collapse = Some(Collapse::Weighed(named(&Hyper { shape, ..hyper }, "model.hc_head.hc_head")));
-    graph.aside.push(("model.mtp_layers.".to_owned(), FURTHER));
+    if further == 0 {
+        graph.aside.push(("model.mtp_layers.".to_owned(), FURTHER));
+    }
+    for layer in 0..further {
+        let block = block(format!("model.mtp_layers.{layer}"), base.layers + layer, true)?;
+        further::append(&mut graph, &base, &further::HUNYUAN, block);
+    }
     Ok(graph)
 }
 

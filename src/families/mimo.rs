@@ -6,12 +6,15 @@ use kernels::Activation;
 use super::build::{Base, activation, sliding, with_experts};
 use super::deepseek::{Chosen, moe};
 use super::rope::of_kind;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::Result;
 use crate::graph::{Graph, Layer, Linear};
 
 /// MiMo V2 Flash.
 pub const MIMO_V2_FLASH: Family = Family { id: "mimo_v2_flash", model_types: &["mimo_v2_flash"], build };
+
+/// So many layers that predict further tokens are in published files.
+const PUBLISHED: usize = 3;
 
 fn build(config: &Config<'_>) -> Result<Graph> {
     let base = Base::read(config)?;
@@ -27,10 +30,9 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let ropes = ["full_attention", "sliding_attention"].map(|kind| of_kind(config, kind, base.head_dim));
     let [full, near] = ropes;
     let (full, near) = (full?, near?);
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let block = |at: String, local: bool, sparse: bool| {
         let module = format!("{at}.self_attn");
-        let own = if local[layer] { Base { kv_heads: 2 * base.kv_heads, ..base.clone() } } else { base.clone() };
+        let own = if local { Base { kv_heads: 2 * base.kv_heads, ..base.clone() } } else { base.clone() };
         let linear = |name: &str, rows| Linear::plain(format!("{module}.{name}"), rows, base.hidden, bias);
         let linears = vec![
             linear("q_proj", own.heads * own.head_dim),
@@ -38,16 +40,16 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             linear("v_proj", own.kv_heads * value_dim),
         ];
         let o = Linear::plain(format!("{module}.o_proj"), base.hidden, own.heads * value_dim, false);
-        let rope = if local[layer] { near.clone() } else { full.clone() };
+        let rope = if local { near.clone() } else { full.clone() };
         let mut attention = own.attention_of(linears, o, Some(rope));
         attention.shape.value_dim = value_dim;
         attention.value_scale = value_scale;
-        if local[layer] {
+        if local {
             attention.shape.window = Some(window);
             attention.sinks = Some(format!("{module}.attention_sink_bias"));
         }
         let module = format!("{at}.mlp");
-        let after = match sparse[layer] {
+        let after = match sparse {
             false => Layer::Mlp(base.gated(&module, config.count("intermediate_size")?, act, false)),
             true => {
                 let experts = config.count("n_routed_experts")?;
@@ -58,8 +60,14 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             }
         };
         Ok(base.usual_block(at, attention, after))
-    })?;
+    };
+    let blocks = base.each(|layer| block(base.at(layer), local[layer], sparse[layer]))?;
     let mut graph = base.graph(config, "mimo_v2_flash", blocks)?;
-    graph.aside.push(("model.mtp.".to_owned(), crate::graph::FURTHER));
+    // How many there are config.json of published files does not tell.
+    for layer in 0..config.count_or("num_nextn_predict_layers", PUBLISHED)? {
+        let mut block = block(format!("model.mtp.layers.{layer}"), true, false)?;
+        block.steps[1].pre = Some(base.norm(&format!("{}.pre_mlp_layernorm", block.name)));
+        further::append(&mut graph, &base, &further::MIMO_V2, block);
+    }
     Ok(graph)
 }

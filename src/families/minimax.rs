@@ -7,7 +7,7 @@ use super::build::{Base, activation, by_type, with_experts};
 use super::moe::router;
 use super::olmo::whole_norms;
 use super::rope::rope;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
 use crate::graph::{Choice, Graph, Indexer, Layer, Linear, Moe, Scoring};
 
@@ -20,7 +20,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let act = activation(config, Activation::Silu)?;
     let (experts, top_k) = (config.count("num_local_experts")?, config.count("num_experts_per_tok")?);
     let rope = rope(config, base.head_dim)?;
-    let blocks = base.each(|layer| {
+    let block = |layer: usize| {
         let at = base.at(layer);
         let module = format!("{at}.self_attn");
         let mut attention = base.attention(&module, [false, false], Some(rope.clone()));
@@ -31,15 +31,15 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         router.correction = Some((format!("{module}.e_score_correction_bias"), vec![experts]));
         let expert = |e| base.gated_of(&format!("{module}.experts.{e}"), ["w1", "w3", "w2"], inner, act, false);
         let experts = (0..experts).map(expert).collect();
-        Ok(base.usual_block(
+        base.usual_block(
             at,
             attention,
             Layer::Moe(Moe { router, experts, shared: None, weigh_input: false, latent: None, norms: None }),
-        ))
-    })?;
-    let mut graph = base.graph(config, "minimax_m2", blocks)?;
-    for layer in 0..config.count_or("num_mtp_modules", 0)? {
-        graph.aside.push((format!("{}.", base.at(base.layers + layer)), crate::graph::FURTHER));
+        )
+    };
+    let mut graph = base.graph(config, "minimax_m2", base.each(|layer| Ok(block(layer)))?)?;
+    for layer in base.layers..base.layers + config.count_or("num_mtp_modules", 0)? {
+        further::append(&mut graph, &base, &further::DEEPSEEK, block(layer));
     }
     Ok(graph)
 }

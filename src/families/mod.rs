@@ -404,7 +404,12 @@ pub fn graph_of(source: &dyn Weights) -> Result<Graph> {
         return unknown::graph(source);
     }
     let mut graph = published(source)?;
-    // Quantized experts are stored one by one, and quantized linears as such, whatever their original was.
+    as_stored(&mut graph, source);
+    Ok(graph)
+}
+
+/// Quantized experts are stored one by one, and quantized linears as such, whatever their original was.
+fn as_stored(graph: &mut Graph, source: &dyn Weights) {
     graph.linears_mut(&mut |linear| {
         let quantized = |name: &str| {
             source.entry(name).is_some_and(|e| matches!(e.dtype, StoredType::Quantized { .. } | StoredType::Foreign))
@@ -417,7 +422,6 @@ pub fn graph_of(source: &dyn Weights) -> Result<Graph> {
             linear.stored = Stored::Plain;
         }
     });
-    Ok(graph)
 }
 
 /// The graph of a checkpoint as its family publishes them, with the names that its tensors have: experts may be stacked

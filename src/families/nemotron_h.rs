@@ -6,9 +6,9 @@ use kernels::Activation;
 use super::build::{Base, activation_of, block, pre};
 use super::deepseek::{Chosen, moe};
 use super::state_space::Sizes;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
-use crate::graph::{Decay, Graph, Layer, Linear, Mlp, Moe};
+use crate::graph::{Decay, FURTHER, Graph, Layer, Linear, Mlp, Moe};
 use crate::json::shown;
 
 /// Nemotron-H.
@@ -60,23 +60,40 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let act = activation_of(config, "mlp_hidden_act", Activation::Relu2)?;
     let mlp_bias = config.flag("mlp_bias", false)?;
     let sizes = sizes(config)?;
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let step = |at: &str, kind: Kind| {
         let module = format!("{at}.mixer");
         let ungated = |module: &str, inner: usize, bias: bool| {
             base.ungated(["up_proj", "down_proj"].map(|name| format!("{module}.{name}")), inner, act, bias)
         };
-        let mixer = match kinds[layer] {
+        let mixer = match kind {
             Kind::Mamba => Layer::Mamba(Box::new(sizes.layer(&base, &module)?)),
             Kind::Attention => Layer::Attention(base.attention(&module, [false; 2], None)),
             Kind::FeedForward => Layer::Mlp(ungated(&module, config.count("intermediate_size")?, mlp_bias)),
             Kind::Experts => Layer::Moe(mixture(&base, config, &module, act, &ungated)?),
         };
-        Ok(block(at.clone(), vec![pre(base.norm(&format!("{at}.norm")), mixer)]))
-    })?;
+        Ok::<_, Error>(pre(base.norm(&format!("{at}.norm")), mixer))
+    };
+    let blocks = base.each(|layer| Ok(block(base.at(layer), vec![step(&base.at(layer), kinds[layer])?])))?;
     let mut graph = base.graph(config, "nemotron_h", blocks)?;
-    graph.aside.push(("mtp.".to_owned(), crate::graph::FURTHER));
+    match config.count_or("num_nextn_predict_layers", 0)? {
+        1 if predicts_usually(config)? => {
+            let steps = vec![step("mtp.layers.0", Kind::Attention)?, step("mtp.layers.1", Kind::Experts)?];
+            further::append(&mut graph, &base, &further::NEMOTRON, block("mtp".to_owned(), steps));
+        }
+        _ => graph.aside.push(("mtp.".to_owned(), FURTHER)),
+    }
     Ok(graph)
+}
+
+/// Whether a layer that predicts further tokens is attention, and then a mixture, as in all published models.
+fn predicts_usually(config: &Config<'_>) -> Result<bool> {
+    let listed = config.list("mtp_layers_block_type")?;
+    let named = listed.is_none_or(|kinds| {
+        let names: Vec<&str> = kinds.iter().filter_map(|kind| kind.as_str()).collect();
+        matches!(names[..], ["full_attention" | "attention", "moe"])
+    });
+    let lettered = config.get("mtp_hybrid_override_pattern").is_none_or(|pattern| pattern == "*E");
+    Ok(named && lettered && config.optional_count("n_routed_experts")?.is_some())
 }
 
 fn sizes(config: &Config<'_>) -> Result<Sizes> {

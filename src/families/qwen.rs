@@ -47,7 +47,7 @@ fn build(config: &Config<'_>, family: &'static str, eps: f64) -> Result<Graph> {
     let mut graph = base.graph(config, family, blocks)?;
     let further = if family == "qwen2" { config.count_or("num_nextn_predict_layers", 0)? } else { 0 };
     for layer in 0..further {
-        further::of_mimo(&mut graph, &base, block(format!("model.mtp_layers.{layer}"), None));
+        further::append(&mut graph, &base, &further::MIMO, block(format!("model.mtp_layers.{layer}"), None));
     }
     Ok(graph)
 }

@@ -84,7 +84,7 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
         1 => {
             let at = "mtp.layers.0".to_owned();
             let after = feed_forward(&at, 0);
-            further::of_mtp(&mut graph, &base, full(at, after));
+            further::append(&mut graph, &base, &further::QWEN, full(at, after));
         }
         // Several would share what comes before and behind them.
         _ => graph.aside.push(("mtp.".to_owned(), FURTHER)),

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::build::{Base, sliding, window_of, with_experts};
 use super::moe::router;
 use super::rope::of_kind;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
 use crate::graph::{FURTHER, Graph, Layer, Linear, Mlp, Moe, Scoring, Split, Stored};
 use crate::json::{integer, real};
@@ -16,23 +16,22 @@ use crate::json::{integer, real};
 pub const STEP3P5: Family = Family { id: "step3p5", model_types: &["step3p5"], build };
 
 /// Lists of what is said of each layer, which may also say it of those that predict further tokens.
-pub(super) const LISTS: [&str; 6] =
-    ["layer_types", "mlp_layer_types", "swiglu_limits", "swiglu_limits_shared", "rope_theta", "partial_rotary_factors"];
+const LISTS: [&str; 4] = ["layer_types", "mlp_layer_types", "swiglu_limits", "swiglu_limits_shared"];
 
 fn build(config: &Config<'_>) -> Result<Graph> {
     let base = Base { norm_offset: 1.0, ..Base::read(config)? };
     let further = config.count_or("num_nextn_predict_layers", 0)?;
-    let own = without_further(config.0, base.layers, further);
+    let (own, all) = of_all_layers(config.0, base.layers, further);
     let config = &Config(&own);
-    let local = sliding(config, base.layers, |_| false)?;
+    let local = sliding(config, all, |_| false)?;
     let window = window_of(config, &local)?;
     let chosen = experts_in(config)?;
-    let sparse = with_experts(config, base.layers, |layer| match &chosen {
+    let sparse = with_experts(config, all, |layer| match &chosen {
         Some(layers) => layers.contains(&layer),
-        None => layer >= 3,
+        None => (3..base.layers).contains(&layer),
     })?;
     let heads = heads(config, &base, &local)?;
-    let [limits, shared_limits] = ["swiglu_limits", "swiglu_limits_shared"].map(|key| limits(config, key, base.layers));
+    let [limits, shared_limits] = ["swiglu_limits", "swiglu_limits_shared"].map(|key| limits(config, key, all));
     let (limits, shared_limits) = (limits?, shared_limits?);
     let bias = config.flag("attention_bias", false)?;
     let mlp_bias = config.flag("mlp_bias", false)?;
@@ -45,7 +44,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             false => None,
         });
     }
-    let blocks = base.each(|layer| {
+    let block = |layer: usize| {
         let at = base.at(layer);
         let own = Base { heads: heads[layer], ..base.clone() };
         let module = format!("{at}.self_attn");
@@ -65,22 +64,40 @@ fn build(config: &Config<'_>) -> Result<Graph> {
             }
         };
         Ok(base.usual_block(at, attention, feed_forward))
-    })?;
-    let mut graph = base.graph(config, "step3p5", blocks)?;
-    graph.aside.extend((0..further).map(|layer| (format!("{}.", base.at(base.layers + layer)), FURTHER)));
+    };
+    let mut graph = base.graph(config, "step3p5", base.each(block)?)?;
+    for layer in base.layers..all {
+        further::append(&mut graph, &base, &further::STEP, block(layer)?);
+    }
+    // Of others it is not told what they see.
+    let untold = if all > base.layers { 0 } else { further };
+    graph.aside.extend((0..untold).map(|layer| (format!("{}.", base.at(base.layers + layer)), FURTHER)));
     Ok(graph)
 }
 
-/// Settings in whose lists no more layers stand than the model itself has.
-pub(super) fn without_further(settings: &Value, layers: usize, further: usize) -> Value {
+/// Settings whose lists tell of so many layers: of the model's own, and of those behind them that predict further tokens, if it is said what
+/// these see, in `layer_types` or, as transformers saves it, in `mtp_layer_types`.
+fn of_all_layers(settings: &Value, layers: usize, further: usize) -> (Value, usize) {
     let mut own = settings.clone();
-    for key in LISTS {
-        if let Some(list) = own.get_mut(key).and_then(Value::as_array_mut).filter(|list| list.len() == layers + further)
+    let list = |key: &str| settings.get(key).and_then(Value::as_array);
+    for (key, behind) in [("layer_types", "mtp_layer_types"), ("mlp_layer_types", "mtp_mlp_layer_types")] {
+        if let (Some(of), Some(more)) = (list(key), list(behind))
+            && of.len() == layers
         {
-            list.truncate(layers);
+            own[key] = of.iter().chain(more).cloned().collect();
         }
     }
-    own
+    let told = own["layer_types"].as_array().is_some_and(|types| types.len() == layers + further);
+    let all = if told { layers + further } else { layers };
+    for key in LISTS {
+        let behind = if key == "mlp_layer_types" { "dense".into() } else { Value::Null };
+        if let Some(list) = own.get_mut(key).and_then(Value::as_array_mut)
+            && [layers, layers + further].contains(&list.len())
+        {
+            list.resize(all, behind);
+        }
+    }
+    (own, all)
 }
 
 /// Layers with experts, where `moe_layers_enum` names them: a list, or numbers with commas between them.
@@ -114,12 +131,12 @@ fn heads(config: &Config<'_>, base: &Base, local: &[bool]) -> Result<Vec<usize>>
     };
     let of_layer = |(layer, local): (usize, &bool)| -> Result<usize> {
         let heads = match &each {
-            Some(each) => {
+            Some(each) if layer < base.layers => {
                 let own = each.object(&layer.to_string())?;
                 own.map(|own| own.optional_count("num_attention_heads")).transpose()?.flatten().unwrap_or(base.heads)
             }
-            None if *local => near,
-            None => base.heads,
+            _ if *local => near,
+            _ => base.heads,
         };
         if !heads.is_multiple_of(base.kv_heads) {
             return Err(Error::failed(format!(

@@ -421,26 +421,27 @@ pub fn final_hidden<B: Forward>(
     let ahead = Ahead::new(backend, source);
     let mut plain = Plain { activations, ..ahead.plain() };
     let mut hidden = Hidden { normed: Vec::new(), further: Vec::new() };
-    let normed = |norm: &Norm, chunks: &[Chunk<B::Matrix>], plain: &mut Plain<'_, B>| -> Result<Vec<B::Matrix>> {
-        let ending = Ending::of(norm, graph.collapse.as_ref(), plain)?;
-        chunks.iter().map(|chunk| ending.apply(backend, &chunk.hidden)).collect()
+    let ended = |norm: &Norm, collapse: Option<&Collapse>, chunks: &[Chunk<B::Matrix>], plain: &mut Plain<'_, B>| {
+        let ending = Ending::of(norm, collapse, plain)?;
+        chunks.iter().map(|chunk| ending.apply(backend, &chunk.hidden)).collect::<Result<Vec<_>>>()
     };
+    let own = graph.collapse.as_ref();
     let begin = || embed(backend, graph, source, sequences);
     let blocks = if further { &graph.blocks } else { graph.trunk() };
     let last = graph.trunk().len();
     let chunks = ahead.blocks(blocks, begin, |chunks, index, block| {
         if index == last {
-            hidden.normed = normed(&graph.final_norm, chunks, &mut plain)?;
+            hidden.normed = ended(&graph.final_norm, own, chunks, &mut plain)?;
         }
         enter(backend, block, chunks)?;
         run_block(backend, block, source, &mut plain, chunks)?;
         if let Some(further) = block.further() {
-            hidden.further.push(normed(&further.norm, chunks, &mut plain)?);
+            hidden.further.push(ended(&further.norm, None, chunks, &mut plain)?);
         }
         step(block)
     })?;
     if blocks.len() == last {
-        hidden.normed = normed(&graph.final_norm, &chunks, &mut plain)?;
+        hidden.normed = ended(&graph.final_norm, own, &chunks, &mut plain)?;
     }
     Ok(hidden)
 }

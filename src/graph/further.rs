@@ -8,12 +8,12 @@
 //! logits of token t + n + 1 = head(state)
 //! ```
 //!
-//! `n` is 1 for the first such layer, whose state is what the model's head reads, and one more for each that follows (DeepSeek-AI 2024,
+//! `n` is 1 for the first such layer, whose state is what the model's head reads, or what the norm before it does, and one more for each that follows (DeepSeek-AI 2024,
 //! arXiv:2412.19437, section 2.2).
 
 use std::borrow::Cow;
 
-use super::{Block, DropRule, Graph, Layer, Linear, Lookup, Norm};
+use super::{Block, Collapse, DropRule, Graph, Layer, Linear, Lookup, Norm};
 
 /// What layers are that predict the token after the next.
 pub const FURTHER: &str = "predicts further tokens";
@@ -23,8 +23,11 @@ pub const FURTHER: &str = "predicts further tokens";
 pub struct Further {
     /// What the names of all of its tensors begin with, and those of no others: `mtp.`, or `model.layers.61.`.
     pub prefix: String,
-    /// What the state has been normed by before: the model's last norm, or that of the layer of this kind before it.
-    pub before: Norm,
+    /// What makes one state of the streams that the model leaves, where these are several.
+    pub collapse: Option<Collapse>,
+    /// What the state has been normed by before: the model's last norm, or that of the layer of this kind before it. Nothing where it is
+    /// taken before that norm.
+    pub before: Option<Norm>,
     /// The embedding of the tokens that follow: the model's, unless the layer has a copy.
     pub embedding: Lookup,
     /// Of that embedding.
@@ -35,16 +38,17 @@ pub struct Further {
     pub state_first: bool,
     /// `[hidden, 2 · hidden]`.
     pub projection: Linear,
-    /// Behind the block.
+    /// Behind the block; it may be the model's.
     pub norm: Norm,
     /// A projection to logits of its own, in place of the model's, `[vocabulary, hidden]`.
     pub head: Option<Linear>,
 }
 
 impl Further {
-    /// Its norms, each once.
+    /// Its own norms, each once.
     pub(super) fn norms(&self) -> Vec<&Norm> {
-        vec![&self.of_token, &self.of_state, &self.norm]
+        let own = |norm: &&Norm| norm.weights.iter().all(|name| name.starts_with(&self.prefix));
+        [&self.of_token, &self.of_state, &self.norm].into_iter().filter(own).collect()
     }
 
     /// Its tensors that are no norms and no linears, with their shapes.
@@ -61,7 +65,9 @@ impl Further {
     pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
         self.prefix = name(&self.prefix);
         self.embedding.tensor = name(&self.embedding.tensor);
-        for norm in [&mut self.before, &mut self.of_token, &mut self.of_state, &mut self.norm] {
+        self.collapse.iter_mut().filter_map(Collapse::hyper_mut).for_each(|hyper| hyper.rename(name));
+        let own = [&mut self.of_token, &mut self.of_state, &mut self.norm];
+        for norm in self.before.iter_mut().chain(own) {
             norm.weights.iter_mut().chain(&mut norm.bias).for_each(|tensor| *tensor = name(tensor));
         }
     }

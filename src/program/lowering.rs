@@ -3,12 +3,13 @@
 mod altup;
 mod gated;
 
-use super::{Expert, Kept, Kind, Operation, Program, Value};
+use super::{Expert, Kept, Kind, Operation, Program, Streams, Value};
 use kernels::Activation;
 
 use crate::graph::{
-    Attention, Block, Choice, Connection, Convolution, DeltaNet, Further, GroupNorm, HeadNorms, Indexer, Keys, Latent,
-    Layer, Linear, Mamba, Mlp, Moe, Narrow, Norm, PerLayer, Projections, Rope, ShortConvolution, Side, Step,
+    Attention, Block, Choice, Collapse, Connection, Convolution, DeltaNet, Further, GroupNorm, HeadNorms, Indexer,
+    Keys, Latent, Layer, Linear, Mamba, Mlp, Moe, Narrow, Norm, PerLayer, Projections, Rope, ShortConvolution, Side,
+    Step,
 };
 
 impl<'b> Program<'b> {
@@ -32,7 +33,9 @@ impl<'b> Program<'b> {
             lowering.altup(block, altup)?;
             return Some(lowering.end());
         }
-        let streams = block.steps.iter().find_map(|step| step.hyper.as_ref()).map_or(1, |hyper| hyper.streams());
+        let collapse = block.further().and_then(|further| further.collapse.as_ref()).map(Collapse::streams);
+        let streams = block.steps.iter().find_map(|step| step.hyper.as_ref()).map(|hyper| hyper.streams());
+        let streams = streams.or(collapse).unwrap_or(1);
         let mut stream = lowering.value("h", streams * hidden, None);
         let mut streams = vec![stream];
         for step in &block.steps {
@@ -162,10 +165,18 @@ impl<'b> Lowering<'b> {
 
     /// The stream of a layer that predicts further tokens.
     fn further(&mut self, further: &'b Further, stream: usize) -> usize {
-        let Further { before, embedding, of_token, of_state, state_first, projection, .. } = further;
+        let Further { collapse, before, embedding, of_token, of_state, state_first, projection, .. } = further;
         let token = self.one(Kind::Lookup(embedding), &[], "e", self.hidden);
         let token = self.norm(Some(of_token), token, "e");
-        let state = self.norm(Some(before), stream, "s");
+        let state = match collapse {
+            None => stream,
+            Some(Collapse::Weighed(hyper)) => {
+                let weights = self.one(Kind::Connect(hyper), &[stream], "w", hyper.shape.weights());
+                self.one(Kind::ReadStreams(hyper.shape.streams), &[stream, weights], "s", self.hidden)
+            }
+            Some(Collapse::Mean(_) | Collapse::Gated(_)) => self.on_streams(Streams::Mean, &[stream], "s", self.hidden),
+        };
+        let state = self.norm(before.as_ref(), state, "s");
         let state = self.norm(Some(of_state), state, "s");
         let both = if *state_first { [state, token] } else { [token, state] };
         let both = self.one(Kind::JoinHeads { heads: 1 }, &both, "x", 2 * self.hidden);

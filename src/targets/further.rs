@@ -13,6 +13,17 @@ use crate::words::listed;
 /// What configurations call the number of such layers.
 const COUNTS: &[&str] = &["num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules"];
 
+/// Lists of configurations that tell of each layer, of such layers too.
+const LISTS: &[&str] = &[
+    "layer_types",
+    "mlp_layer_types",
+    "swiglu_limits",
+    "swiglu_limits_shared",
+    "rope_theta",
+    "partial_rotary_factors",
+    "use_rope_layers",
+];
+
 /// A model as a target is to hold it, with such layers as part of it, aside, or left out.
 pub fn asked<'g>(graph: &'g Graph, recipe: &Recipe) -> Cow<'g, Graph> {
     let has_names = Architecture::of_family(graph.family).is_some_and(|architecture| architecture.further.is_some());
@@ -52,10 +63,15 @@ pub fn uncount(config: &mut Map<String, Value>, recipe: &Recipe) {
     if recipe.mtp != Mtp::Drop {
         return;
     }
-    let counts = COUNTS.iter().copied();
-    counts.for_each(|key| {
-        config.get_mut(key).into_iter().filter(|count| count.is_number()).for_each(|count| *count = 0.into())
-    });
+    let layers = config.get("num_hidden_layers").and_then(Value::as_u64).unwrap_or(0) as usize;
+    for key in COUNTS {
+        let Some(count) = config.get_mut(*key).filter(|count| count.is_number()) else { continue };
+        let further = std::mem::replace(count, 0.into()).as_u64().unwrap_or(0) as usize;
+        for list in LISTS {
+            let list = config.get_mut(*list).and_then(Value::as_array_mut);
+            list.filter(|list| list.len() == layers + further).into_iter().for_each(|list| list.truncate(layers));
+        }
+    }
     if let Some(Value::Object(text)) = config.get_mut("text_config") {
         uncount(text, recipe);
     }

@@ -26,7 +26,8 @@ use crate::forward::{load_bias, load_matrix};
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::importance::{Importance, ImportancePlace};
 use crate::mixes::{
-    Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, block_number, parse_type, substitutions,
+    Mix, ModelShape, Overrides, TensorInfo, TensorOverride, assign, block_number, parse_type, quantizable,
+    substitutions,
 };
 use crate::output::Staging;
 use crate::plan::check_tensors;
@@ -194,7 +195,7 @@ fn overrides(
     let own = graph.blocks.len() - graph.predictors().len();
     let kept = |tensor: &&ExportTensor| {
         let block = block_number(&tensor.gguf).filter(|_| recipe.mtp == Mtp::Keep);
-        block.is_some_and(|block| block >= own) && tensor.shape.len() > 1 && !tensor.gguf.contains("ffn_gate_inp")
+        block.is_some_and(|block| block >= own) && quantizable(&tensor.gguf, &tensor.shape)
     };
     for tensor in plan.tensors.iter().filter(kept) {
         let exact = format!("^{}$={plain}", tensor.gguf.replace('.', "\\."));

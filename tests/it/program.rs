@@ -129,8 +129,10 @@ fn programs_of_all_families_hold_every_tensor_of_their_blocks_and_every_linear_o
             let (one, none): (BTreeSet<String>, BTreeSet<String>) = (of(&one), of(&none));
             let further = block.further().into_iter();
             let outside = |further: &Further| {
-                let norms = [&further.before, &further.norm].into_iter().flat_map(|norm| norm.weights.clone());
-                norms.chain(further.head.iter().map(|head| head.weight())).collect::<Vec<_>>()
+                let norms = further.before.iter().chain([&further.norm]).flat_map(|norm| norm.weights.clone());
+                let hyper = further.collapse.iter().filter_map(|collapse| collapse.hyper());
+                let hyper = hyper.flat_map(|hyper| [&hyper.projection, &hyper.base, &hyper.scale].map(String::clone));
+                norms.chain(further.head.iter().map(|head| head.weight())).chain(hyper).collect::<Vec<_>>()
             };
             let outside: BTreeSet<String> = further.flat_map(outside).chain(none).collect();
             assert_eq!(&tensors - &outside, &one - &outside, "{name}: {}", block.name);

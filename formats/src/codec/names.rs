@@ -88,8 +88,11 @@ pub(super) fn core(name: &str) -> &str {
     match tail(name) {
         Some(tail) => {
             let head = name[..name.len() - tail.len()].trim_end_matches('.');
-            let list = head.rfind('.').and_then(|number| head[..number].rfind('.'));
-            &name[list.map_or(0, |dot| dot + 1)..]
+            let start = |end: usize| head[..end].rfind('.').map_or(0, |dot| dot + 1);
+            let list = head.rfind('.').map_or(0, start);
+            // Layers that predict further tokens may have a list of their own, which is called like that of the others.
+            let own = if head[..list].ends_with(".mtp.") || &head[..list] == "mtp." { start(list - 1) } else { list };
+            &name[own..]
         }
         None => name.strip_prefix("model.").filter(|_| is_component(name)).unwrap_or(name),
     }
@@ -211,6 +214,9 @@ mod tests {
         assert_eq!(anywhere("model.layers.3."), r"(.*\.)?layers\.3\..*");
         assert_eq!(anywhere("language_model.model.layers.3.mlp.up_proj"), r"(.*\.)?layers\.3\.mlp\.up_proj$");
         assert_eq!(core("h.0.mlp.c_fc"), "h.0.mlp.c_fc");
+        for other in ["mtp.layers.0.mlp.up_proj", "model.mtp.layers.0.mlp.up_proj"] {
+            assert_eq!(core(other), "mtp.layers.0.mlp.up_proj");
+        }
         assert_eq!(core("language_model.lm_head"), "language_model.lm_head");
         let set = NameSet::new(&["a.m.1.q"], &["a.m.0.q", "a.m.1.q"], true);
         assert_eq!(set.targets(), [r"re:(.*\.)?m\.1\.q$"]);

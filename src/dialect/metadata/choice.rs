@@ -50,7 +50,7 @@ pub(super) fn settings(
     }
     if matches!(id, "glm-dsa" | "hy_v4" | "glm5-next") {
         let own = |block: &Block| block.attention().is_none_or(|attention| attention.indexer().is_some());
-        let own = graph.blocks.iter().map(|block| MetadataValue::Bool(own(block)));
+        let own = graph.trunk().iter().map(|block| MetadataValue::Bool(own(block)));
         out.metadata.push((key("types"), metadata_array(own.collect(), GGUFValueType::Bool)?));
     }
     Ok(())

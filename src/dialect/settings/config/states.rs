@@ -150,6 +150,7 @@ impl Settings {
             "mamba_hidden_act": "silu",
             // llama.cpp takes steps of any length.
             "time_step_min": 0.0,
+            "mtp_hybrid_override_pattern": "*E",
         });
         if let Some(experts) = experts {
             let used = self.required("expert_used_count")?;

@@ -45,7 +45,8 @@ impl Settings {
         }
         self.look("leading_dense_block_count");
         let sparse = |layer: usize| self.has(&format!("blk.{layer}.ffn_gate_inp.weight"));
-        let kinds: Vec<&str> = (0..layers).map(|layer| if sparse(layer) { "sparse" } else { "dense" }).collect();
+        let all = layers + self.further()?;
+        let kinds: Vec<&str> = (0..all).map(|layer| if sparse(layer) { "sparse" } else { "dense" }).collect();
         let kv_heads = self.counts("attention.head_count_kv", layers)?;
         if kv_heads.iter().any(|heads| *heads != kv_heads[0]) {
             return Err(self.unsupported("layers with different numbers of keys cannot be said in config.json"));
@@ -54,7 +55,7 @@ impl Settings {
             "num_sliding_attention_heads": self.step_heads(layers)?[1],
             "num_key_value_heads": kv_heads[0],
             "sliding_window": self.window()?,
-            "layer_types": layer_types(&self.local(layers, 1)?),
+            "layer_types": layer_types(&self.local(all, 1)?),
             "mlp_layer_types": kinds,
             "query_pre_attn_scalar": head_dim,
             "n_routed_experts": experts,
