@@ -295,6 +295,15 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         streams: true,
         ..PLAIN
     },
+    Architecture {
+        id: "deepseek4",
+        families: &["deepseek_v4"],
+        neighbours: true,
+        head: Need::Must,
+        windows: true,
+        streams: true,
+        ..PLAIN
+    },
     Architecture { id: "bailingmoe3", families: &["bailing_hybrid"], neighbours: true, latent: true, ..PLAIN },
     Architecture { id: "glm-dsa", families: &["glm_moe_dsa"], neighbours: true, latent: true, ..PLAIN },
     Architecture {

@@ -2,6 +2,7 @@
 //!
 //! Loaders ask for exact types: counts are u32, reals f32.
 
+mod joint;
 mod per_layer;
 mod states;
 mod streams;
@@ -183,7 +184,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     // What no position turns has its place in the keys that all heads share, too.
     let shared = match &first.projections {
         Projections::Latent(latent) => latent.kv_a.as_ref().map(|kv_a| kv_a.rows - latent.kv_b.cols),
-        Projections::Direct(_) => None,
+        Projections::Direct(_) | Projections::Joint(_) => None,
     };
     let rotated = rotated.or(shared);
     heads(out, graph, first, rotated.unwrap_or(0), id)?;
@@ -202,14 +203,20 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     if let Some(rotated) = rotated.filter(|_| id != "step35") {
         out.count(key("rope.dimension_count"), rotated)?;
     }
-    rope(out, attention, architecture, context)?;
+    match id {
+        "deepseek4" => joint::rope(out, attention, id)?,
+        _ => rope(out, attention, architecture, context)?,
+    }
     if architecture.windows {
         // Only where there are windows: their absence is how the largest models are told from the others.
         if let Some(window) = window.filter(|_| id != "llama4") {
             out.count(key("attention.sliding_window"), window)?;
-            let flags = windows.iter().map(|window| MetadataValue::Bool(window.is_some())).collect();
-            let flags = metadata_array(flags, GGUFValueType::Bool)?;
-            out.metadata.push((key("attention.sliding_window_pattern"), flags));
+            // All layers of DeepSeek V4 have one.
+            if id != "deepseek4" {
+                let flags = windows.iter().map(|window| MetadataValue::Bool(window.is_some())).collect();
+                let flags = metadata_array(flags, GGUFValueType::Bool)?;
+                out.metadata.push((key("attention.sliding_window_pattern"), flags));
+            }
         } else if id == "llama4" && window.is_none() {
             out.count(key("attention.sliding_window"), 0)?;
         }
@@ -230,6 +237,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     }
     choice(out, &layers, id)?;
     streams::settings(out, graph, &layers, id)?;
+    joint::settings(out, graph, &layers, id)?;
     experts(out, graph, &layers, id)?;
     read_back(out, graph, architecture, plan)
 }
@@ -427,7 +435,7 @@ fn heads(out: &mut Written, graph: &Graph, first: &Attention, rotated: usize, id
             let Latent { q, kv_b, .. } = &**latent;
             Some((q.first().filter(|_| q.len() > 1).map(|q| q.rows), kv_b.cols))
         }
-        Projections::Direct(_) => None,
+        Projections::Direct(_) | Projections::Joint(_) => None,
     };
     match latent {
         None => {
@@ -485,7 +493,7 @@ fn sections(out: &mut Written, config: &Value, id: &'static str, rotated: usize)
 /// How much indexers choose, and which layers have one.
 fn choice(out: &mut Written, layers: &Layers<'_>, id: &'static str) -> Result<()> {
     let key = |name: &str| format!("{id}.attention.indexer.{name}");
-    let Some(choice) = &layers.first.choice else { return Ok(()) };
+    let Some(choice) = layers.first.choice.as_ref().filter(|_| id != "deepseek4") else { return Ok(()) };
     let shape = choice.shape();
     out.count(key("head_count"), shape.heads)?;
     out.count(key("key_length"), shape.head_dim)?;

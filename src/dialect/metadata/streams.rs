@@ -14,7 +14,8 @@ pub(super) fn settings(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id
     let key = |name: &str| format!("{id}.hyper_connection.{name}");
     out.count(key("count"), hyper.shape.streams)?;
     out.float(key("epsilon"), hyper.shape.eps);
-    if let Some([magnitude, _]) = hyper.shape.writes {
+    // llama.cpp's class of DeepSeek V4 has this one built in.
+    if let Some([magnitude, _]) = hyper.shape.writes.filter(|_| id != "deepseek4") {
         out.float(key("magnitude"), magnitude);
     }
     let activation = layers.sparse.first().and_then(|moe| moe.experts.first()).map(|expert| expert.activation);

@@ -98,6 +98,7 @@ impl Settings {
             "mimo_v2_flash" => self.mimo(model, used()?)?,
             "deepseek_v32" | "glm_moe_dsa" => self.indexed(model)?,
             "hy_v4" => self.hunyuan_4(model)?,
+            "deepseek_v4" => self.deepseek_4(model)?,
             _ => json!({}),
         })
     }
