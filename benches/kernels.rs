@@ -16,8 +16,8 @@ use formats::ggml::{GgmlType, TYPES};
 use formats::{Float, Scheme};
 use kernels::ops::{activation, bf16};
 use kernels::{
-    Activation, AttentionShape, Cpu, DeltaShape, Factor, FitKind, Forward, Grid, GridSpec, HyperParameters, HyperShape,
-    IndexShape, Measure, Memory, NormKind, Quantize, Result, cpu,
+    Activation, AttentionShape, Cpu, DeltaShape, Entries, Factor, FitKind, Forward, Grid, GridSpec, HyperParameters,
+    HyperShape, IndexShape, Measure, Memory, NormKind, Quantize, Result, cpu,
 };
 use ndarray::Array2;
 
@@ -169,6 +169,7 @@ fn sparse(c: &mut Criterion) {
         local: 0,
         apart: false,
         pooled: false,
+        entries: false,
     };
     let shape = AttentionShape {
         heads: 9,
@@ -201,6 +202,27 @@ fn sparse(c: &mut Criterion) {
         measure(&mut group, &format!("{length}, 9 heads of 64 that see 256"), work, seen, |[q, k, v, chosen]| {
             cpu.attention_to([q, k, v], chosen, None, &shape, &index, &lengths)
         });
+    }
+    // One head of keys that are values, a window, and an entry for each few tokens; with a choice of them.
+    let shape = AttentionShape { kv_heads: 1, window: Some(128), ..shape };
+    let index = IndexShape { block: 4, pooled: true, entries: true, ..index };
+    for length in [1024, 8192] {
+        let lengths = [length];
+        let seen = || {
+            let [iq, ik, weights] = [matrix(length, 16 * 64, 1), matrix(length, 64, 2), matrix(length, 16, 3)];
+            let chosen = cpu.select(&iq, &ik, Some(&weights), &index, &lengths).expect("shapes fit");
+            let [k, values] = [4, 5].map(|seed| matrix(length, 64, seed));
+            [matrix(length, 64 * 9, 6), k, values, chosen]
+        };
+        let most = [(128, length / 128), (4, 256.min(length / 4))];
+        for (block, entries) in most {
+            let work = flops(4 * length * (128 + entries) * 64 * 9);
+            let name = format!("{length}, a window of 128 and {entries} entries");
+            measure(&mut group, &name, work, seen, |[q, k, values, chosen]| {
+                let entries = Entries { values, block, chosen: (block == 4).then_some(&*chosen) };
+                cpu.attention_beside([q, k, k], &entries, None, &shape, &lengths)
+            });
+        }
     }
 }
 

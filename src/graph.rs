@@ -3,6 +3,7 @@
 mod altup;
 mod attention;
 mod both_ways;
+mod compressed;
 mod delta;
 mod further;
 mod grams;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 
 pub use self::altup::{AltUp, LEAST, Laurel};
+pub use self::compressed::{Compressor, Joint};
 pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
 pub use self::further::{FURTHER, Further};
 pub use self::grams::{AGREEMENT, GramLayer, Grams};
@@ -312,6 +314,8 @@ pub struct Attention {
     pub value_scale: f32,
     /// What is seen of all that could be; everything without.
     pub choice: Option<Choice>,
+    /// What stands for blocks of tokens and is seen beside the window; the choice is then one of that.
+    pub beside: Option<Box<Compressor>>,
 }
 
 /// Whose keys and values attention reads.
@@ -333,6 +337,8 @@ pub enum Projections {
     Direct(Vec<Linear>),
     /// Through latent vectors (DeepSeek's multi-head latent attention).
     Latent(Box<Latent>),
+    /// Queries through a latent, and one vector that is key and value of all heads (DeepSeek V4).
+    Joint(Box<Joint>),
 }
 
 /// Queries, keys and values through latent vectors.
@@ -476,6 +482,15 @@ pub struct Router {
     pub scale: f32,
     /// Tensor of a further factor for each expert, and its extents.
     pub factors: Option<(String, Vec<usize>)>,
+    /// Tensor of the experts of each token by its id, and its extents; then scores do no more than weigh.
+    pub table: Option<(String, Vec<usize>)>,
+}
+
+impl Router {
+    /// Its tensors beside the linear.
+    pub fn vectors(&self) -> impl Iterator<Item = &(String, Vec<usize>)> {
+        self.correction.iter().chain(&self.factors).chain(&self.table)
+    }
 }
 
 /// Scores of experts.
@@ -485,6 +500,8 @@ pub enum Scoring {
     Softmax,
     /// Each by itself.
     Sigmoid,
+    /// Each by itself, the root of `ln(1 + eˣ)` (DeepSeek V4).
+    RootSoftplus,
 }
 
 /// Limits the choice to the best groups of consecutive experts.
@@ -547,7 +564,8 @@ impl Layer {
             Layer::Delta(delta) => delta.fixed().collect(),
             Layer::Attention(attention) => {
                 let indexer = attention.indexer().into_iter().flat_map(Indexer::linears);
-                attention.head_gate.iter().chain(indexer).collect()
+                let beside = attention.beside.iter().flat_map(|beside| beside.linears());
+                attention.head_gate.iter().chain(indexer).chain(beside).collect()
             }
             Layer::Further(further) => further.head.iter().collect(),
             Layer::PerLayer(layer) => vec![&layer.side.projection],
@@ -576,9 +594,11 @@ impl Layer {
                 let sinks = a.sinks.iter().map(|name| (name.clone(), vec![a.shape.heads]));
                 let rope = a.rope.iter().flat_map(|rope| rope.vectors());
                 let warmth = a.temperature.iter().flat_map(|t| t.vectors(a.shape.heads));
-                sinks.chain(rope).chain(warmth).chain(a.indexer().into_iter().flat_map(Indexer::vectors)).collect()
+                let beside = a.beside.iter().flat_map(|beside| beside.vectors());
+                let indexer = a.indexer().into_iter().flat_map(Indexer::vectors);
+                sinks.chain(rope).chain(warmth).chain(indexer).chain(beside).collect()
             }
-            Layer::Moe(moe) => moe.router.correction.iter().chain(&moe.router.factors).cloned().collect(),
+            Layer::Moe(moe) => moe.router.vectors().cloned().collect(),
             Layer::PerLayer(layer) => layer.tables(),
             Layer::Grams(layer) => layer.vectors(),
             Layer::Delta(delta) => delta.vectors(),
@@ -615,6 +635,15 @@ impl Graph {
     /// Whether a layer is a mixture of experts.
     pub fn has_experts(&self) -> bool {
         self.blocks.iter().flat_map(|block| &block.steps).any(|step| matches!(step.layer, Layer::Moe(_)))
+    }
+
+    /// The tensors that hold whole numbers.
+    pub fn tables(&self) -> impl Iterator<Item = &str> {
+        let steps = self.blocks.iter().flat_map(|block| &block.steps);
+        steps.filter_map(|step| match &step.layer {
+            Layer::Moe(moe) => moe.router.table.as_ref().map(|(tensor, _)| &tensor[..]),
+            _ => None,
+        })
     }
 
     /// Every tensor that the model needs, with its shape, each once.
@@ -727,8 +756,9 @@ impl Graph {
                         attention.norms_mut().into_iter().for_each(norm);
                     }
                     Layer::Moe(moe) => {
-                        let Router { correction, factors, .. } = &mut moe.router;
-                        correction.iter_mut().chain(factors).for_each(|(tensor, _)| *tensor = name(tensor));
+                        let Router { correction, factors, table, .. } = &mut moe.router;
+                        let tensors = correction.iter_mut().chain(factors).chain(table);
+                        tensors.for_each(|(tensor, _)| *tensor = name(tensor));
                         moe.norms.iter_mut().flat_map(|norms| norms.all_mut()).for_each(norm);
                     }
                     Layer::Delta(delta) => delta.rename(name),

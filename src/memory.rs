@@ -142,6 +142,7 @@ fn shared(graph: &Graph) -> impl Iterator<Item = u64> + '_ {
             *left += 4 * match projections {
                 Projections::Direct(_) => shape.kv_heads * (shape.head_dim + shape.value_dim),
                 Projections::Latent(latent) => latent.kv_a.as_ref().map_or(0, |kv_a| kv_a.rows),
+                Projections::Joint(joint) => joint.kv.rows,
             } as u64;
         }
         Some(before)

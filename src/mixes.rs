@@ -189,10 +189,16 @@ const NEVER: &[&str] = &[
     "indexer.attn_q_b.weight",
     "indexer.attn_k.weight",
     "indexer.proj.weight",
-    "indexer_compressor_gate.weight",
-    "indexer_compressor_ape.weight",
     "indexer.q_proj.weight",
     "indexer.k_proj.weight",
+    "indexer_compressor_kv.weight",
+    "indexer_compressor_gate.weight",
+    // All of a text but its end is seen through these.
+    "attn_compressor_kv.weight",
+    "attn_compressor_gate.weight",
+    "compressor_ape.weight",
+    // Whole numbers.
+    TABLE,
     // By these all streams are read and written.
     "hc_attn_",
     "hc_ffn_",
@@ -203,6 +209,9 @@ const NEVER: &[&str] = &[
     "ssm_alpha.weight",
     "ssm_beta.weight",
 ];
+
+/// A table of the experts of each token.
+const TABLE: &str = "ffn_gate_tid2eid.weight";
 
 impl Mix {
     /// The mix that llama-quantize knows by `name`, in any case; `Q4_K` stands for `Q4_K_M`, and so on.
@@ -381,6 +390,9 @@ struct Chooser<'a> {
 
 impl Chooser<'_> {
     fn tensor(&mut self, tensor: &TensorInfo<'_>, overrides: &Overrides) -> Result<Assigned> {
+        if tensor.name.ends_with(TABLE) {
+            return Ok(Assigned { ty: GgmlType::I32, fallback: None });
+        }
         if !quantizable(tensor.name, tensor.shape) {
             return Ok(Assigned { ty: ggml("F32"), fallback: None });
         }

@@ -236,8 +236,10 @@ impl Named {
         let mut loading = Loading::default();
         let mut loaded: Vec<Vec<String>> = vec![Vec::new(); modules.len()];
         // Families of one class whose files have other names than the class.
-        let renamed =
-            matches!(graph.family, "bailing_hybrid" | "hy_v4" | "kimi_linear" | "lfm3" | "nemotron_h" | "olmo_hybrid");
+        let renamed = matches!(
+            graph.family,
+            "bailing_hybrid" | "deepseek_v4" | "hy_v4" | "kimi_linear" | "lfm3" | "nemotron_h" | "olmo_hybrid"
+        );
         if graph.opaque || renamed || families::type_of(source.config()) != Some(&model_type[..]) {
             loading = Loading::of(source.config());
             loaded = modules.iter().map(|(name, _)| loading.names(name)).collect();
@@ -524,6 +526,7 @@ fn copied_dtype(stored: StoredType, float_dtype: Dtype) -> Dtype {
 /// Fails unless every tensor that the model needs is there, in its shape and in a type that can be read.
 pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
     let place = source.path().display();
+    let tables: HashSet<&str> = graph.tables().collect();
     for (name, shape) in graph.tensors() {
         let Some(entry) = source.entry(&name) else { return Err(missing(graph, source, &name, &shape)) };
         if entry.shape != shape {
@@ -546,6 +549,14 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
             )));
         }
         let StoredType::Plain(dtype) = entry.dtype else { continue };
+        if tables.contains(&name[..]) {
+            if !matches!(dtype, Dtype::I64 | Dtype::I32) {
+                return Err(Error::failed(format!(
+                    "{place}: tensor `{name}` is of type {dtype}, and numbers of experts are I64 or I32"
+                )));
+            }
+            continue;
+        }
         if !is_float(dtype) {
             return Err(Error::failed(format!(
                 "{place}: tensor `{name}` is of type {dtype}, and weights are F64, F32, F16, BF16, F8_E4M3 or F8_E5M2"

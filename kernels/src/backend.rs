@@ -6,8 +6,8 @@ mod memory;
 mod quantize;
 
 pub use self::forward::{
-    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, HyperParameters, HyperShape, IndexShape,
-    NormKind, RopeLayout,
+    Activation, ActivationRounding, AttentionShape, DeltaShape, Entries, Forward, HyperParameters, HyperShape,
+    IndexShape, NormKind, RopeLayout,
 };
 pub use self::measure::{Measure, TokenComparison, TokenLoss};
 pub use self::memory::Memory;

@@ -93,7 +93,7 @@ pub(crate) fn expect_index(
     if shape.count == 0 || shape.block == 0 {
         return wrong("a choice of some blocks of some tokens", format!("{} of {}", shape.count, shape.block));
     }
-    if shape.pooled && (shape.count < 2 || shape.local > 0) {
+    if shape.entries && !shape.pooled || shape.pooled && (shape.count < 2 && !shape.entries || shape.local > 0) {
         return wrong("a choice of some whole blocks, and the query's own", format!("{shape:?}"));
     }
     if weights.is_some() == shape.apart {
@@ -128,6 +128,31 @@ pub(crate) fn expect_choice(
     if shape.window.is_some() || shape.chunk.is_some() || shape.softcap.is_some() || shape.both_ways {
         let expected = "a choice alone to say what is seen".to_owned();
         return Err(Error::Shape { op: "attention_to", expected, found: format!("{shape:?}") });
+    }
+    Ok(())
+}
+
+/// What attention takes, and entries beside it, that fit each other.
+pub(crate) fn expect_entries(
+    qkv: [[usize; 2]; 3],
+    entries: [usize; 2],
+    (block, chosen): (usize, Option<[usize; 2]>),
+    sinks: Option<&[f32]>,
+    shape: &AttentionShape,
+    lengths: &[usize],
+) -> Result<()> {
+    expect_attention(qkv, sinks, shape, lengths)?;
+    let op = "attention_beside";
+    expect(op, "values of a head", shape.head_dim, shape.value_dim)?;
+    expect(op, "tokens of entries", qkv[1][0], entries[0])?;
+    expect(op, "features of entries", qkv[1][1], entries[1])?;
+    if let Some([tokens, count]) = chosen {
+        expect(op, "tokens of a choice", qkv[0][0], tokens)?;
+        expect_multiple(op, count, count)?;
+    }
+    if block == 0 || shape.chunk.is_some() || shape.softcap.is_some() || shape.both_ways {
+        let expected = "blocks of some tokens, and no more than a window beside them".to_owned();
+        return Err(Error::Shape { op, expected, found: format!("{block}, {shape:?}") });
     }
     Ok(())
 }
@@ -167,9 +192,10 @@ pub(crate) fn expect_pool(
     x: [usize; 2],
     gates: [usize; 2],
     places: &[f32],
-    block: usize,
+    (block, overlap): (usize, bool),
     lengths: &[usize],
 ) -> Result<()> {
+    expect_multiple("pool_blocks", 1 + usize::from(overlap), x[1])?;
     expect("pool_blocks", "tokens", lengths.iter().sum(), x[0])?;
     expect("pool_blocks", "tokens of gates", x[0], gates[0])?;
     expect("pool_blocks", "channels of gates", x[1], gates[1])?;

@@ -12,8 +12,8 @@ pub mod ops;
 pub mod simd;
 
 pub use backend::{
-    Activation, ActivationRounding, AttentionShape, Backend, DeltaShape, Factor, FitKind, Forward, Grid, GridSpec,
-    HyperParameters, HyperShape, IndexShape, Measure, Memory, NormKind, Packing, Quantize, RopeLayout, Swept,
+    Activation, ActivationRounding, AttentionShape, Backend, DeltaShape, Entries, Factor, FitKind, Forward, Grid,
+    GridSpec, HyperParameters, HyperShape, IndexShape, Measure, Memory, NormKind, Packing, Quantize, RopeLayout, Swept,
     TokenComparison, TokenLoss,
 };
 pub use cpu::Cpu;

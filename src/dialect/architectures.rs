@@ -320,13 +320,30 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
         ..PLAIN
     },
     Architecture { id: "kimi-linear", families: &["kimi_linear"], head: Need::Must, latent: true, ..PLAIN },
-    Architecture { id: "glm5-next", families: &["glm5_next"], head: Need::Must, latent: true, streams: true, ..PLAIN },
+    Architecture {
+        id: "glm5-next",
+        families: &["glm5_next"],
+        further: Some(FURTHER),
+        head: Need::Must,
+        latent: true,
+        streams: true,
+        ..PLAIN
+    },
     Architecture {
         id: "hy_v4",
         families: &["hy_v4"],
         neighbours: true,
         head: Need::Must,
         latent: true,
+        streams: true,
+        ..PLAIN
+    },
+    Architecture {
+        id: "deepseek4",
+        families: &["deepseek_v4"],
+        neighbours: true,
+        head: Need::Must,
+        windows: true,
         streams: true,
         ..PLAIN
     },

@@ -3,6 +3,7 @@
 //! Loaders ask for exact types: counts are u32, reals f32.
 
 mod choice;
+mod joint;
 mod per_layer;
 mod states;
 mod streams;
@@ -184,7 +185,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     // What no position turns has its place in the keys that all heads share, too.
     let shared = match &first.projections {
         Projections::Latent(latent) => latent.kv_a.as_ref().map(|kv_a| kv_a.rows - latent.kv_b.cols),
-        Projections::Direct(_) => None,
+        Projections::Direct(_) | Projections::Joint(_) => None,
     };
     let rotated = rotated.or(shared);
     heads(out, graph, first, rotated.unwrap_or(0), id)?;
@@ -203,16 +204,22 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     if let Some(rotated) = rotated.filter(|_| id != "step35") {
         out.count(key("rope.dimension_count"), rotated)?;
     }
-    rope(out, attention, architecture, context)?;
+    match id {
+        "deepseek4" => joint::rope(out, attention, id)?,
+        _ => rope(out, attention, architecture, context)?,
+    }
     if architecture.windows {
         // Only where there are windows: their absence is how the largest models are told from the others.
         if let Some(window) = window.filter(|_| id != "llama4") {
             // There it counts tokens on both sides together, and not the one that sees them.
             let both = if id == "gemma-embedding" { 2 * (window - 1) } else { window };
             out.count(key("attention.sliding_window"), both)?;
-            let flags = windows.iter().map(|window| MetadataValue::Bool(window.is_some())).collect();
-            let flags = metadata_array(flags, GGUFValueType::Bool)?;
-            out.metadata.push((key("attention.sliding_window_pattern"), flags));
+            // All layers of DeepSeek V4 have one.
+            if id != "deepseek4" {
+                let flags = windows.iter().map(|window| MetadataValue::Bool(window.is_some())).collect();
+                let flags = metadata_array(flags, GGUFValueType::Bool)?;
+                out.metadata.push((key("attention.sliding_window_pattern"), flags));
+            }
         } else if id == "llama4" && window.is_none() {
             out.count(key("attention.sliding_window"), 0)?;
         }
@@ -237,6 +244,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     choice::settings(out, graph, &layers, context, id)?;
     streams::settings(out, graph, &layers, id)?;
     streams::grams(out, graph, config, id)?;
+    joint::settings(out, graph, &layers, id)?;
     experts(out, graph, &layers, id)?;
     read_back(out, graph, architecture, plan)
 }
@@ -446,7 +454,7 @@ fn heads(out: &mut Written, graph: &Graph, first: &Attention, rotated: usize, id
             let Latent { q, kv_b, .. } = &**latent;
             Some((q.first().filter(|_| q.len() > 1).map(|q| q.rows), kv_b.cols))
         }
-        Projections::Direct(_) => None,
+        Projections::Direct(_) | Projections::Joint(_) => None,
     };
     match latent {
         None => {

@@ -3,6 +3,7 @@
 mod altup;
 mod choice;
 mod delta;
+pub(crate) mod joint;
 mod mamba;
 mod per_layer;
 mod streams;
@@ -449,6 +450,8 @@ impl Lister {
                 }
             }
             Projections::Latent(_) => self.latent(at, attention)?,
+            Projections::Joint(_) if architecture.id == "deepseek4" => return self.joint(at, attention),
+            Projections::Joint(_) => return Err(self.cannot("attention whose keys are its values")),
         }
         self.attention_ends(at, attention)
     }
@@ -621,6 +624,7 @@ impl Lister {
             let part = Part::whole(From::Tensor(tensor.clone(), vec![moe.experts.len()]));
             self.push(format!("{at}.{}", self.architecture.correction), vec![moe.experts.len()], vec![part]);
         }
+        self.table(at, &moe.router)?;
         let first = moe.experts.first().expect("checked with the graph");
         let names: &[&str] = match (first.inputs.len(), first.gated()) {
             (2, _) => &["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"],

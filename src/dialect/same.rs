@@ -257,10 +257,20 @@ fn attention(a: &Attention, b: &Attention, reader: Reader) -> Option<String> {
     }
     let parts = |a: &Attention| match &a.projections {
         Projections::Direct(linears) => linears.iter().map(|linear: &Linear| linear.split.parts()).sum(),
-        Projections::Latent(_) => 0,
+        Projections::Latent(_) | Projections::Joint(_) => 0,
     };
     if (a.keys, parts(a)) != (b.keys, parts(b)) {
         return Some("keys and values that are shared like this".to_owned());
+    }
+    let entries = |a: &Attention| {
+        let narrow = match &a.projections {
+            Projections::Joint(joint) => Some((joint.narrow.split.parts(), joint.narrow.rows, joint.q[0].rows)),
+            _ => None,
+        };
+        (narrow, a.beside.as_ref().map(|beside| (beside.block, beside.kv.rows, beside.pool.overlap)))
+    };
+    if entries(a) != entries(b) {
+        return Some("attention to entries that stand for tokens like this".to_owned());
     }
     let latent = matches!(a.projections, Projections::Latent(_));
     if a.layout.first != b.layout.first || latent != matches!(b.projections, Projections::Latent(_)) {
@@ -450,6 +460,9 @@ fn moe(a: &Moe, b: &Moe) -> Option<String> {
         return Some(format!("{} of {} experts", r.top_k, a.experts.len()));
     }
     let groups = |moe: &Moe| moe.router.groups.filter(|groups| groups.kept < groups.count);
+    if r.table.is_some() != o.table.is_some() {
+        return Some("experts that a table names".to_owned());
+    }
     if groups(a) != groups(b) {
         return Some("this way of limiting experts to groups".to_owned());
     }

@@ -42,6 +42,7 @@ const SILENT: &[&str] = &[
     // Of a latent they follow from its width.
     "attention.key_length",
     "attention.value_length",
+    "embedding_length_out",
 ];
 
 type Result<T> = formats::Result<T>;
@@ -290,6 +291,7 @@ impl Settings {
             ("kimi-linear", _) => ("kimi_linear", "KimiLinearForCausalLM", "silu"),
             ("glm5-next", _) => ("glm5_next_text", "Glm5NextForConditionalGeneration", "silu"),
             ("hy_v4", _) => ("hy_v4", "HYV4ForCausalLM", "silu"),
+            ("deepseek4", true) => ("deepseek_v4", "DeepseekV4ForCausalLM", "silu"),
             ("glm-dsa", _) => ("glm_moe_dsa", "GlmMoeDsaForCausalLM", "silu"),
             ("gpt-oss", true) => ("gpt_oss", "GptOssForCausalLM", "silu"),
             ("llama4", true) => ("llama4_text", "Llama4ForCausalLM", "silu"),
@@ -340,7 +342,7 @@ impl Settings {
     }
 
     fn rope_scaling(&self, theta: f64, latent: bool) -> Result<Option<Value>> {
-        if self.architecture.id == "gemma4" {
+        if matches!(self.architecture.id, "gemma4" | "deepseek4") {
             // Its own words for it say all.
             return Ok(None);
         }

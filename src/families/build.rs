@@ -136,6 +136,7 @@ impl Base {
             temperature: None,
             choice: None,
             value_scale: 1.0,
+            beside: None,
         }
     }
 

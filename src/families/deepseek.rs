@@ -277,7 +277,8 @@ pub fn choices<'a>(config: &Config<'_>, base: &'a Base, shared: Vec<bool>, like:
         )));
     }
     let scale = ((head_dim * heads) as f32).powf(-0.5);
-    let shape = IndexShape { heads, head_dim, scale, count, block: 1, local: 0, apart: false, pooled: false };
+    let shape =
+        IndexShape { heads, head_dim, scale, count, block: 1, local: 0, apart: false, pooled: false, entries: false };
     let first = if like.behind { head_dim - rotated } else { 0 };
     Ok(Box::new(move |layer, module| {
         if shared[layer] {

@@ -128,7 +128,12 @@ fn pooled<'a>(
             let (tensor, width) = (format!("{module}.indexer.index_kpool_compress_gate"), indexer.shape.head_dim);
             let stored = Stored::Rows { tensor: tensor.clone(), first: 0, of: width };
             let gate = Linear { stored, ..Linear::plain(tensor, width, base.hidden, false) };
-            indexer.pool = Some(Pool { gate, places: format!("{module}.indexer.index_kpool_compress_ape") });
+            indexer.pool = Some(Pool {
+                gate,
+                places: format!("{module}.indexer.index_kpool_compress_ape"),
+                overlap: false,
+                first: false,
+            });
             indexer.shape = whole(indexer.shape);
             Choice::Own(indexer, shared)
         }

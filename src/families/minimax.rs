@@ -135,6 +135,7 @@ fn index(config: &Config<'_>, base: &Base) -> Result<IndexShape> {
         local: size("sparse_local_block", "index_local_blocks")?,
         apart: true,
         pooled: false,
+        entries: false,
     };
     let rotated = (base.head_dim as f64
         * config.object("rope_parameters")?.map_or(Ok(1.0), |rope| rope.number("partial_rotary_factor", 1.0))?)

@@ -7,6 +7,7 @@ mod build;
 mod classes;
 mod cohere;
 mod deepseek;
+mod deepseek4;
 mod dots;
 mod ernie;
 mod exaone;
@@ -150,6 +151,7 @@ pub const FAMILIES: &[Family] = &[
     deepseek::MISTRAL4,
     mistral_large4::MISTRAL_LARGE4,
     deepseek::DEEPSEEK_V32,
+    deepseek4::DEEPSEEK_V4,
     deepseek::GLM_MOE_DSA,
     kimi::KIMI_LINEAR,
     bailing::BAILING_HYBRID,
@@ -455,6 +457,7 @@ pub fn published(source: &dyn Weights) -> Result<Graph> {
     kimi::settle(&mut graph, source);
     hy4::settle(&mut graph, source);
     mistral_large4::settle(&mut graph, source);
+    deepseek4::settle(&mut graph, source);
     qwen4::settle(&mut graph, source)?;
     moe::from_stacks(&mut graph, source);
     further::settle(&mut graph, source);

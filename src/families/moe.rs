@@ -36,6 +36,7 @@ pub fn router(base: &Base, module: String, experts: usize, top_k: usize, renorma
         renormalize,
         scale: 1.0,
         factors: None,
+        table: None,
     }
 }
 

@@ -160,6 +160,7 @@ fn indexer(config: &Config<'_>, base: &Base, rope: &Rope, module: &str) -> Resul
             local: 0,
             apart: false,
             pooled: true,
+            entries: false,
         },
         layout: RopeLayout { head_dim, first: 0, interleaved: false },
     })

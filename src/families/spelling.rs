@@ -46,6 +46,8 @@ enum Form {
     Apart,
     /// One for each type of layer; where they are not said, each of the first layer of its type, in lists of all layers.
     Listed,
+    /// One for layers that see a window alone (`main`), and one for those that see entries beside it (`compress`).
+    MainAndCompress,
     /// Keys of its own: `rotary_emb_base` and `rotary_pct`.
     NeoX,
     /// What is not `default` is LongRoPE.
@@ -64,6 +66,7 @@ impl Rotation {
             "lfm3" => rotation(1e6, None, Form::Layered { near: None }),
             "gemma4_text" | "gemma4_unified_text" => rotation(1e6, None, Form::Apart),
             "step3p5" => rotation(1e4, None, Form::Listed),
+            "deepseek_v4" => rotation(1e4, Some(0.125), Form::MainAndCompress),
             "gpt_neox" => rotation(1e4, Some(0.25), Form::NeoX),
             "phi3" => rotation(1e4, Some(1.0), Form::Long),
             "bamba" | "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
@@ -192,6 +195,7 @@ fn rotary(model_type: &str, values: &mut Map<String, Value>, notes: &mut Vec<Str
         Form::Absent => return Ok(()),
         Form::Apart => return apart(class, values),
         Form::Listed => return listed(rotation.theta, values),
+        Form::MainAndCompress => return main_and_compress(&rotation, values),
         _ => {}
     }
     // An empty one is none.
@@ -305,6 +309,50 @@ fn listed(theta: f64, values: &mut Map<String, Value>) -> Result<()> {
             }
         };
         all.insert(kind.to_owned(), own);
+    }
+    ["rope_theta", "rope_scaling"].iter().for_each(|key| drop(values.remove(*key)));
+    values.insert("rope_parameters".to_owned(), all.into());
+    Ok(())
+}
+
+/// The rotations of layers that see a window alone, and of those that see entries beside it: what scales positions is that of the latter, whose base
+/// is `compress_rope_theta`, unless both are said.
+fn main_and_compress(rotation: &Rotation, values: &mut Map<String, Value>) -> Result<()> {
+    const KINDS: [&str; 2] = ["main", "compress"];
+    let given = |key: &str| values.get(key).filter(|value| !value.is_null()).cloned();
+    let theta = [("rope_theta", rotation.theta), ("compress_rope_theta", 1.6e5)]
+        .map(|(key, usual)| given(key).unwrap_or_else(|| usual.into()));
+    let head = values.get("head_dim").and_then(real).unwrap_or(512.0);
+    let turned = given("qk_rope_head_dim").as_ref().and_then(real).map(|turned| (turned / head).into());
+    let partial = given("partial_rotary_factor").or(turned).or(rotation.partial.map(Value::from)).unwrap_or_default();
+    let (context, original) = (given("max_position_embeddings"), given("original_max_position_embeddings"));
+    let old = object(values, "rope_scaling")?.filter(|scaling| !scaling.is_empty());
+    let said = old.or(object(values, "rope_parameters")?).unwrap_or_default();
+    let apart = KINDS.iter().all(|kind| said.get(*kind).is_some_and(Value::is_object));
+    let mut all = Map::new();
+    for (kind, theta) in KINDS.into_iter().zip(theta) {
+        let mut own = match (said.get(kind).and_then(Value::as_object).filter(|_| apart), kind) {
+            (Some(own), _) => own.clone(),
+            (None, "main") => Map::new(),
+            (None, _) => said.clone().into_iter().filter(|(key, _)| !KINDS.contains(&&key[..])).collect(),
+        };
+        let name = name_type(&mut own);
+        if apart {
+            own.entry("rope_theta").or_insert(theta);
+        } else {
+            own.insert("rope_theta".to_owned(), theta);
+            own.insert("partial_rotary_factor".to_owned(), partial.clone());
+            if name == "yarn" {
+                // Its class takes none of what YaRN would warm attention by.
+                own.entry("attention_factor").or_insert(1.0.into());
+            }
+        }
+        if ["llama3", "yarn", "longrope"].contains(&&name[..]) {
+            let inside = own.get("original_max_position_embeddings").filter(|value| !value.is_null()).cloned();
+            let found = original.clone().or(inside).or(context.clone()).unwrap_or_default();
+            own.insert("original_max_position_embeddings".to_owned(), found);
+        }
+        all.insert(kind.to_owned(), own.into());
     }
     ["rope_theta", "rope_scaling"].iter().for_each(|key| drop(values.remove(*key)));
     values.insert("rope_parameters".to_owned(), all.into());

@@ -226,7 +226,7 @@ mod tests {
     #[test]
     fn families_that_are_not_known_are_told_of_in_the_older_keys_too() {
         let rope = json!({"rope_type": "yarn", "factor": 2, "rope_theta": 1e7, "partial_rotary_factor": 0.25});
-        let told = spelt_out(&json!({"model_type": "deepseek_v4", "rope_parameters": rope}));
+        let told = spelt_out(&json!({"model_type": "deepseek_v41", "rope_parameters": rope}));
         assert_eq!([&told["rope_theta"], &told["partial_rotary_factor"]], [&json!(1e7), &json!(0.25)]);
         assert_eq!(told["rope_scaling"], json!({"rope_type": "yarn", "type": "yarn", "factor": 2.0}));
     }

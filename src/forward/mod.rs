@@ -27,6 +27,7 @@ use ndarray::{Array2, Axis};
 pub use self::ahead::Ahead;
 pub use self::head::{LoadedHead, kept};
 use self::hyper::Ending;
+pub use self::route::numbers;
 pub use self::run::run_block;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use kernels::{Activation, Forward, RopeLayout};
 use ndarray::Array2;
 
-use super::route::{Routed, choose, sigmoid};
+use super::route::{Routed, choose, sigmoid, told};
 use super::run::{Computed, Loaded, Place, Read, Run};
 use super::{LoadedNorm, Weight, product};
 use crate::error::Result;
@@ -112,6 +112,9 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 backend.norm_heads(&mut x, *head_dim, norm.kind, weight, bias.as_deref(), norm.eps)?;
                 vec![x]
             }
+            Kind::Linear { .. } if operation.reads.len() > 1 => {
+                return self.part_by_part(at, operation.reads.iter().map(|_| next()), asked);
+            }
             Kind::Linear { .. } => {
                 let x = self.multiplied(next())?;
                 let parts = operation.makes.iter().zip(self.weights(at)).filter(|(value, _)| asked(value));
@@ -124,15 +127,13 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 vec![backend.join_heads(own.matrix(), shared.matrix(), *heads)?]
             }
             Kind::Clamp(limit) => self.each(operation, next, |x| Ok(backend.clamp(x, *limit)?))?,
-            Kind::Rope { rope, layout, back } => {
-                let turn = |x: &mut B::Matrix| self.turn(at, x, (rope, *back), layout, lengths);
+            Kind::Rope { rope, layout, back, inverse } => {
+                let turn = |x: &mut B::Matrix| self.turn(at, x, (rope, *back, *inverse), layout, lengths);
                 self.each(operation, next, turn)?
             }
             Kind::Warm(temperature) => vec![self.warm(at, self.own(next())?, temperature, lengths)?],
-            Kind::Attention { shape, index, .. } => {
-                let qkv = [self.own(next())?, self.own(next())?, self.own(next())?];
-                let chosen = index.as_ref().map(|index| (index, next()));
-                let mixed = self.attend(at, qkv, chosen, shape, lengths)?;
+            Kind::Attention { .. } => {
+                let mixed = self.see(at, operation.reads.iter().map(|_| next()).collect(), lengths)?;
                 if program.values[operation.makes[0]].multiplied {
                     return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(mixed)))]);
                 }
@@ -150,7 +151,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 return Ok(vec![(operation.makes[0], Rc::new(Computed::Input(inner)))]);
             }
             Kind::Route(router) => {
-                let routes = self.routes(at, router, next().matrix())?;
+                let routes = self.routes(at, router, next().matrix(), &self.chunks[place.index].tokens)?;
                 return Ok(vec![(operation.makes[0], Rc::new(Computed::Routes(routes)))]);
             }
             Kind::Tokens => {
@@ -183,6 +184,26 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         operation.makes.iter().zip(matrices).map(|(value, matrix)| self.made(*value, matrix)).collect()
     }
 
+    /// What the parts of a linear make of which each reads what is its own, as far as it is asked for.
+    fn part_by_part<'m>(
+        &self,
+        at: usize,
+        reads: impl Iterator<Item = Read<'m, B>>,
+        asked: &dyn Fn(&usize) -> bool,
+    ) -> Result<Vec<(usize, Rc<Computed<B>>)>>
+    where
+        B: 'm,
+    {
+        let mut made = Vec::new();
+        for ((value, weight), read) in self.program.operations[at].makes.iter().zip(self.weights(at)).zip(reads) {
+            if asked(value) {
+                let x = self.multiplied(read)?;
+                made.push(self.made(*value, product(self.backend, x.input(), weight)?)?);
+            }
+        }
+        Ok(made)
+    }
+
     /// What an expert that all tokens are sent to makes of them, as far as its gate lets it through.
     fn shared(&self, mut y: B::Matrix, logits: &B::Matrix) -> Result<B::Matrix> {
         let share: Vec<f32> = self.backend.download(logits)?.iter().map(|x| sigmoid(*x)).collect();
@@ -191,12 +212,15 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
     }
 
     /// The tokens of each expert and their weights, from the router's `logits` `[tokens, experts]`.
-    fn routes(&self, at: usize, router: &Router, logits: &B::Matrix) -> Result<Vec<Routed>> {
-        let Loaded::Router(correction, factors) = &self.loaded[at] else { unreachable!("loaded where it stands") };
+    fn routes(&self, at: usize, router: &Router, logits: &B::Matrix, tokens: &[u32]) -> Result<Vec<Routed>> {
+        let Loaded::Router(correction, factors, table) = &self.loaded[at] else {
+            unreachable!("loaded where it stands")
+        };
         let logits = self.backend.download(logits)?;
         let mut routes = vec![Routed::default(); logits.ncols()];
         for (row, logits) in logits.rows().into_iter().enumerate() {
-            for (expert, weight) in choose(router, logits, correction.as_deref(), factors.as_deref()) {
+            let told = table.as_ref().map(|table| told(table, router.top_k, tokens[row]));
+            for (expert, weight) in choose(router, logits, correction.as_deref(), factors.as_deref(), told) {
                 routes[expert].rows.push(row);
                 routes[expert].weights.push(weight);
             }
@@ -209,7 +233,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         &self,
         at: usize,
         x: &mut B::Matrix,
-        (rope, back): (&Rope, usize),
+        (rope, back, inverse): (&Rope, usize, bool),
         layout: &RopeLayout,
         lengths: &[usize],
     ) -> Result<()> {
@@ -217,7 +241,10 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             return Ok(self.backend.rope(x, cos, sin, layout, lengths)?);
         }
         // As of one sequence: each row of the table belongs to one token.
-        let (cos, sin) = rope.table(lengths, back, self.vector(at));
+        let (cos, mut sin) = rope.table(lengths, back, self.vector(at));
+        if inverse {
+            sin.mapv_inplace(|x| -x);
+        }
         Ok(self.backend.rope(x, &cos, &sin, layout, &[lengths.iter().sum()])?)
     }
 

@@ -11,7 +11,7 @@ use kernels::Forward;
 use ndarray::Array2;
 
 use super::hyper::LoadedHyper;
-use super::route::Routed;
+use super::route::{Routed, table};
 use super::{Chunk, LoadedNorm, Others, Supply, Weight};
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -77,8 +77,8 @@ pub(super) enum Loaded<'b, B: Forward> {
     Vector(Option<Vec<f32>>),
     /// Of a convolution, whose bias may be none.
     Taps(Vec<f32>, Option<Vec<f32>>),
-    /// Of a router: the correction of its scores, and a factor for each expert.
-    Router(Option<Vec<f32>>, Option<Vec<f32>>),
+    /// Of a router: the correction of its scores, a factor for each expert, and the experts of each token.
+    Router(Option<Vec<f32>>, Option<Vec<f32>>, Option<Vec<u32>>),
     /// Rates of decay and what is added before them.
     Decay(Vec<f32>, Vec<f32>),
     /// How much each head's queries grow with their positions, and from where.
@@ -224,12 +224,13 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                 let mut load = |tensor: &Option<(String, Vec<usize>)>| {
                     tensor.as_ref().map(|(name, _)| supply.vector(name)).transpose()
                 };
-                Loaded::Router(load(&router.correction)?, load(&router.factors)?)
+                let (correction, factors) = (load(&router.correction)?, load(&router.factors)?);
+                Loaded::Router(correction, factors, table(self.source, router)?)
             }
             Kind::Warm(Temperature::Heads { scale, bias }) => {
                 Loaded::Growth(supply.vector(scale)?, supply.vector(bias)?)
             }
-            Kind::Rope { rope, back, .. } => {
+            Kind::Rope { rope, back, inverse, .. } => {
                 let learned = rope.learned.as_ref().map(|name| supply.vector(name)).transpose()?;
                 let mut lengths: Vec<usize> = self.chunks.iter().flat_map(|chunk| &chunk.lengths).copied().collect();
                 lengths.sort_unstable();
@@ -240,7 +241,10 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
                     // Every chunk makes its own.
                     return Ok(Loaded::Vector(learned));
                 }
-                let (cos, sin) = rope.table(&[longest], *back, learned.as_deref());
+                let (cos, mut sin) = rope.table(&[longest], *back, learned.as_deref());
+                if *inverse {
+                    sin.mapv_inplace(|x| -x);
+                }
                 Loaded::Angles(cos, sin)
             }
             _ => Loaded::Nothing,
@@ -267,13 +271,16 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         let inputs = |see: &mut dyn FnMut(&B::Input) -> Result<()>| {
             let mut here = (0..self.chunks.len()).filter(|index| self.is_here(operation.expert, *index));
             here.try_for_each(|index| {
-                let found = self.input(x, Place { index, rows: None, time: None })?;
-                see(found.input())?;
-                // Kept as soon as it is there and has been seen: what is put aside for want of room is then written once and read once.
-                if keeps {
-                    self.kept.borrow_mut().insert((x, index), found);
-                }
-                Ok(())
+                // Parts that read inputs of their own have one Hessian.
+                operation.reads.iter().try_for_each(|x| {
+                    let found = self.input(*x, Place { index, rows: None, time: None })?;
+                    see(found.input())?;
+                    // Kept as soon as it is there and has been seen: what is put aside for want of room is then written once and read once.
+                    if keeps {
+                        self.kept.borrow_mut().insert((*x, index), found);
+                    }
+                    Ok(())
+                })
             })
         };
         if operation.expert.is_none() {

@@ -1,10 +1,11 @@
 //! What the operations of attention to a choice of tokens do to one chunk.
 
-use kernels::{ActivationRounding, AttentionShape, Forward, IndexShape};
+use kernels::{ActivationRounding, AttentionShape, Entries, Forward, IndexShape};
 use ndarray::Array2;
 
 use super::run::{Read, Run};
 use crate::error::Result;
+use crate::program::Kind;
 
 impl<'b, B: Forward> Run<'_, 'b, B> {
     /// What attention is to see, of an indexer's queries, keys and weights; a matrix without columns where that is everything. It is left in
@@ -33,7 +34,8 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
     pub fn pooled(&self, at: usize, keys: &B::Matrix, gates: &B::Matrix, lengths: &[usize]) -> Result<B::Matrix> {
         let places = self.vector(at).unwrap_or_default();
         let [_, width] = self.backend.shape(keys);
-        Ok(self.backend.pool_blocks(keys, gates, places, places.len() / width.max(1), lengths)?)
+        let Kind::Pool(pool) = self.program.operations[at].kind else { unreachable!("what pools") };
+        Ok(self.backend.pool_blocks(keys, gates, places, places.len() / width.max(1), pool.overlap, lengths)?)
     }
 
     /// What the last layer with an indexer left in the chunk.
@@ -42,8 +44,23 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         Ok(self.backend.copy(chosen.as_ref().expect("an indexer was run before"))?)
     }
 
+    /// Attention of whatever its operation reads.
+    pub fn see(&self, at: usize, reads: Vec<Read<'_, B>>, lengths: &[usize]) -> Result<B::Input> {
+        let Kind::Attention { shape, index, block, .. } = &self.program.operations[at].kind else {
+            unreachable!("what attends")
+        };
+        let mut reads = reads.into_iter();
+        let mut next = || reads.next().expect("as many as it reads");
+        let qkv = [self.own(next())?, self.own(next())?, self.own(next())?];
+        let chosen = index.as_ref().map(|index| (index, next()));
+        match block {
+            Some(block) => self.attend_beside(at, qkv, chosen, (self.own(next())?, *block), shape, lengths),
+            None => self.attend(at, qkv, chosen, shape, lengths),
+        }
+    }
+
     /// Attention of queries, keys and values, to a choice of tokens where there is one and it leaves something out.
-    pub fn attend(
+    fn attend(
         &self,
         at: usize,
         [q, mut k, mut v]: [B::Matrix; 3],
@@ -63,6 +80,27 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
             }
             _ => backend.attention(&q, &k, &v, self.vector(at), shape, lengths)?,
         })
+    }
+
+    /// The same to a window of tokens, and to entries that stand for blocks of so many tokens.
+    fn attend_beside(
+        &self,
+        at: usize,
+        [q, mut k, mut v]: [B::Matrix; 3],
+        chosen: Option<(&IndexShape, Read<'_, B>)>,
+        (mut values, block): (B::Matrix, usize),
+        shape: &AttentionShape,
+        lengths: &[usize],
+    ) -> Result<B::Input> {
+        let backend = self.backend;
+        if self.rounds_cache {
+            for cached in [&mut k, &mut v, &mut values] {
+                backend.round_values(cached, ActivationRounding::F16)?;
+            }
+        }
+        let chosen = chosen.as_ref().filter(|(index, _)| !sees_all(index, lengths)).map(|(_, chosen)| chosen.matrix());
+        let entries = Entries { values: &values, block, chosen };
+        Ok(backend.attention_beside([&q, &k, &v], &entries, self.vector(at), shape, lengths)?)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Attention, Choice, Indexer, Latent, Linear, Norm, Projections};
+use super::{Attention, Choice, Indexer, Joint, Latent, Linear, Norm, Projections};
 
 impl Attention {
     /// Its linears, those that read one input together.
@@ -15,6 +15,7 @@ impl Attention {
                 groups.push(vec![&latent.kv_b]);
                 groups
             }
+            Projections::Joint(joint) => joint.linears(),
         };
         groups.push(vec![&self.o]);
         groups
@@ -29,9 +30,12 @@ impl Attention {
     pub fn norms(&self) -> Vec<&Norm> {
         let of_heads = self.norms.iter().flat_map(|norms| [Some(&norms.q), norms.k.as_ref(), norms.v.as_ref()]);
         let mut norms: Vec<&Norm> = of_heads.flatten().collect();
-        if let Projections::Latent(latent) = &self.projections {
-            norms.extend(latent.q_norm.iter().chain(&latent.kv_norm));
+        match &self.projections {
+            Projections::Direct(_) => {}
+            Projections::Latent(latent) => norms.extend(latent.q_norm.iter().chain(&latent.kv_norm)),
+            Projections::Joint(joint) => norms.push(&joint.q_norm),
         }
+        norms.extend(self.beside.iter().map(|beside| &beside.norm));
         norms.extend(self.indexer().into_iter().flat_map(Indexer::norms));
         norms
     }
@@ -40,9 +44,12 @@ impl Attention {
     pub(super) fn norms_mut(&mut self) -> Vec<&mut Norm> {
         let of_heads = self.norms.iter_mut().flat_map(|norms| [Some(&mut norms.q), norms.k.as_mut(), norms.v.as_mut()]);
         let mut norms: Vec<&mut Norm> = of_heads.flatten().collect();
-        if let Projections::Latent(latent) = &mut self.projections {
-            norms.extend(latent.q_norm.iter_mut().chain(&mut latent.kv_norm));
+        match &mut self.projections {
+            Projections::Direct(_) => {}
+            Projections::Latent(latent) => norms.extend(latent.q_norm.iter_mut().chain(&mut latent.kv_norm)),
+            Projections::Joint(joint) => norms.push(&mut joint.q_norm),
         }
+        norms.extend(self.beside.iter_mut().map(|beside| &mut beside.norm));
         let indexer = self.choice.as_mut().and_then(Choice::indexer_mut);
         norms.extend(indexer.into_iter().flat_map(Indexer::norms_mut));
         norms
@@ -58,6 +65,7 @@ impl Attention {
         if let Some(indexer) = self.choice.as_mut().and_then(Choice::indexer_mut) {
             indexer.rename(name);
         }
+        self.beside.iter_mut().for_each(|beside| beside.pool.places = name(&beside.pool.places));
     }
 
     /// Does something to every linear.
@@ -68,8 +76,13 @@ impl Attention {
                 let Latent { q, kv_a, kv_b, gate, .. } = &mut **latent;
                 q.iter_mut().chain(kv_a).chain([kv_b]).chain(gate).for_each(&mut *change);
             }
+            Projections::Joint(joint) => {
+                let Joint { q, kv, narrow, .. } = &mut **joint;
+                q.iter_mut().chain([kv, narrow]).for_each(&mut *change);
+            }
         }
         self.head_gate.iter_mut().for_each(&mut *change);
+        self.beside.iter_mut().flat_map(|beside| beside.linears_mut()).for_each(&mut *change);
         change(&mut self.o);
         let indexer = self.choice.as_mut().and_then(Choice::indexer_mut);
         indexer.into_iter().flat_map(Indexer::linears_mut).for_each(change);

@@ -51,6 +51,10 @@ pub struct Pool {
     pub gate: Linear,
     /// Tensor of what is added to them by their places in a block, `[block, head_dim]`.
     pub places: String,
+    /// Tokens give something else to the block behind their own, too, in the first half of the rows.
+    pub overlap: bool,
+    /// What is summed up is neither normed nor turned yet: the sum is, as if it stood at the first token of its block.
+    pub first: bool,
 }
 
 impl Choice {
@@ -93,9 +97,9 @@ impl Indexer {
 
     /// Its tensors that are no linears and no norms, with their shapes.
     pub(super) fn vectors(&self) -> impl Iterator<Item = (String, Vec<usize>)> {
-        let shape = vec![self.shape.block, self.shape.head_dim];
+        let shape = |pool: &Pool| vec![self.shape.block, pool.gate.rows];
         let warmth = self.temperature.iter().flat_map(|temperature| temperature.vectors(self.shape.heads));
-        self.pool.iter().map(move |pool| (pool.places.clone(), shape.clone())).chain(warmth)
+        self.pool.iter().map(move |pool| (pool.places.clone(), shape(pool))).chain(warmth)
     }
 
     /// Gives its tensors that are no linears and no norms other names.

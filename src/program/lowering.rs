@@ -2,6 +2,7 @@
 
 mod altup;
 mod gated;
+mod joint;
 
 use super::{Expert, Kept, Kind, Operation, Program, Streams, Value};
 use kernels::Activation;
@@ -201,6 +202,7 @@ impl<'b> Lowering<'b> {
             temperature,
             choice,
             value_scale,
+            beside,
         } = attention;
         let (gate, queries_latent);
         let mut qkv: [usize; 3] = match projections {
@@ -224,6 +226,11 @@ impl<'b> Lowering<'b> {
                 (gate, queries_latent) = (made.2, made.1);
                 made.0
             }
+            Projections::Joint(joint) => {
+                let (q, kv, latent) = self.joint(joint, x);
+                (gate, queries_latent) = (None, Some(latent));
+                [q, kv, kv]
+            }
         };
         let norms = |after: bool| norms.as_ref().filter(|norms| norms.after_rope == after);
         self.head_norms(norms(false), shape.head_dim, &mut qkv);
@@ -234,7 +241,10 @@ impl<'b> Lowering<'b> {
             // Latents are handed over as no position has turned them yet.
             let turned = matches!((keys, projections), (Keys::Of(_), Projections::Direct(_)));
             let own = if turned { 1 } else { 2 };
-            self.each(Kind::Rope { rope, layout: *layout, back: 0 }, &mut qkv[..own]);
+            self.each(Kind::Rope { rope, layout: *layout, back: 0, inverse: false }, &mut qkv[..own]);
+        }
+        if let Projections::Joint(_) = projections {
+            qkv[2] = qkv[1];
         }
         self.head_norms(norms(true), shape.head_dim, &mut qkv);
         if let Some(temperature) = temperature {
@@ -254,7 +264,9 @@ impl<'b> Lowering<'b> {
             Choice::Earlier(shape) => self.one(Kind::Chosen, &[], "chosen", shape.width()),
         }));
         let index = choice.as_ref().map(|choice| *choice.shape());
-        let kind = Kind::Attention { shape: *shape, sinks: sinks.as_deref(), index };
+        reads.extend(beside.as_ref().map(|beside| self.entries(beside, x, rope.as_deref(), *layout)));
+        let block = beside.as_ref().map(|beside| beside.block);
+        let kind = Kind::Attention { shape: *shape, sinks: sinks.as_deref(), index, block };
         let width = shape.heads * shape.value_dim;
         let mut mixed = self.one(kind, &reads, "mix", width);
         let by_head = head_gate.as_ref().map(|linear| {
@@ -263,6 +275,9 @@ impl<'b> Lowering<'b> {
         });
         if let Some(gate) = gate.or(by_head) {
             mixed = self.one(Kind::Gate(Activation::Sigmoid), &[gate, mixed], "mix", width);
+        }
+        if let Projections::Joint(joint) = projections {
+            mixed = self.turned_back(joint, rope.as_deref(), *layout, mixed);
         }
         // It costs more than any product, and the weights before it can go once it is there.
         self.keep(mixed, Kept::Always);
@@ -291,10 +306,17 @@ impl<'b> Lowering<'b> {
         };
         let gates = pool.is_some().then(|| made.pop()).flatten();
         // What is made of a block stands at its last token.
-        let back = if *mean { shape.block - 1 } else { 0 };
+        let first = *mean || pool.as_ref().is_some_and(|pool| pool.first);
+        let back = if first { shape.block - 1 } else { 0 };
         if *mean {
             self.each(Kind::Average(shape.block), &mut made[1..2]);
         }
+        let pool_keys = |this: &mut Self, made: &mut Vec<usize>, first: bool| {
+            if let (Some(pool), Some(gates)) = (pool.as_ref().filter(|pool| pool.first == first), gates) {
+                made[1] = this.one(Kind::Pool(pool), &[made[1], gates], "ik", shape.head_dim);
+            }
+        };
+        pool_keys(self, &mut made, true);
         for (at, norm) in [q_norm.as_ref(), Some(k_norm)].into_iter().enumerate() {
             if let Some(norm) = norm {
                 self.each(Kind::HeadNorm { norm, head_dim: shape.head_dim }, &mut made[at..=at]);
@@ -304,16 +326,15 @@ impl<'b> Lowering<'b> {
             self.each(Kind::Warm(temperature), &mut made[..1]);
         }
         if let Some(rope) = rope {
+            let turn = |back| Kind::Rope { rope, layout: *layout, back, inverse: false };
             if back == 0 {
-                self.each(Kind::Rope { rope, layout: *layout, back }, &mut made[..2]);
+                self.each(turn(0), &mut made[..2]);
             } else {
-                self.each(Kind::Rope { rope, layout: *layout, back: 0 }, &mut made[..1]);
-                self.each(Kind::Rope { rope, layout: *layout, back }, &mut made[1..2]);
+                self.each(turn(0), &mut made[..1]);
+                self.each(turn(back), &mut made[1..2]);
             }
         }
-        if let (Some(pool), Some(gates)) = (pool, gates) {
-            made[1] = self.one(Kind::Pool(pool), &[made[1], gates], "ik", shape.head_dim);
-        }
+        pool_keys(self, &mut made, false);
         self.one(Kind::Select { shape: *shape, shared }, &made, "chosen", shape.width())
     }
 

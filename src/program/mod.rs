@@ -117,6 +117,8 @@ pub enum Kind<'b> {
         layout: RopeLayout,
         /// As if it were so many places before it.
         back: usize,
+        /// The other way round.
+        inverse: bool,
     },
     /// Multiplies queries by what grows with the position.
     Warm(&'b Temperature),
@@ -134,6 +136,8 @@ pub enum Kind<'b> {
         sinks: Option<&'b str>,
         /// Of the choice that it reads behind them, if what it sees is one.
         index: Option<IndexShape>,
+        /// Tokens of the blocks whose entries it reads last, and sees beside its window; the choice is then one of these.
+        block: Option<usize>,
     },
     /// One of each block of tokens, made of all of its own, with the logits of weights.
     Pool(&'b Pool),
@@ -283,9 +287,7 @@ impl Operation<'_> {
             Kind::Decay(decay) => vec![decay.rates.0.clone(), decay.bias.0.clone()],
             Kind::Step(decay) => vec![decay.bias.0.clone()],
             Kind::Skip { tensor, .. } => vec![(*tensor).to_owned()],
-            Kind::Route(router) => {
-                router.correction.iter().chain(&router.factors).map(|(name, _)| name.clone()).collect()
-            }
+            Kind::Route(router) => router.vectors().map(|(name, _)| name.clone()).collect(),
             Kind::Pool(pool) => vec![pool.places.clone()],
             Kind::Lookup(lookup) => vec![lookup.tensor.clone()],
             Kind::Grams(grams) => grams.parts.iter().map(|(tensor, _)| tensor.clone()).collect(),

@@ -133,6 +133,7 @@ fn said_of_choice(shape: &IndexShape, shared: bool) -> Vec<String> {
     let mut details = vec![format!("{} heads", shape.heads), format!("scale {}", shape.scale)];
     details.push(match shape.block {
         1 => format!("{} tokens", shape.count),
+        block if shape.entries => format!("{} entries for {block} tokens each", shape.count),
         block if shape.pooled => format!("{} whole blocks of {block} tokens, and what follows", shape.count - 1),
         block => format!("{} blocks of {block} tokens", shape.count),
     });
@@ -159,7 +160,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
         Kind::Spread => only(call("spread")),
         Kind::JoinHeads { heads } => (call("join_heads"), vec![format!("{heads} heads")]),
         Kind::Clamp(limit) => (call("clamp"), vec![format!("to ±{limit}")]),
-        Kind::Rope { rope, layout, back } => {
+        Kind::Rope { rope, layout, back, inverse } => {
             let pairs = if layout.interleaved { "neighbours" } else { "halves" };
             let turned = 2 * rope.inverse_frequencies.len();
             let mut details = vec![format!("theta {}", rope.theta), format!("{turned} of {} a head", layout.head_dim)];
@@ -168,6 +169,7 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             }
             details.push(pairs.to_owned());
             details.extend((*back > 0).then(|| format!("as {back} tokens before")));
+            details.extend(inverse.then(|| "back".to_owned()));
             if rope.scaling != RopeScaling::None {
                 // The name alone: LongRoPE has as many factors as pairs.
                 let name = format!("{:?}", rope.scaling);
@@ -199,9 +201,11 @@ fn said(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
             let scoring = match router.scoring {
                 Scoring::Softmax => "softmax",
                 Scoring::Sigmoid => "sigmoid",
+                Scoring::RootSoftplus => "root of softplus",
             };
             details.push(scoring.to_owned());
             details.extend(router.groups.map(|groups| format!("{} of {} groups", groups.kept, groups.count)));
+            details.extend(router.table.as_ref().map(|_| "by the ids of tokens".to_owned()));
             if router.renormalize {
                 details.push("renormalized".to_owned());
             }
@@ -318,7 +322,7 @@ fn said_of_streams(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<
 fn said_of_attention(operation: &Operation<'_>, reads: &[String]) -> (String, Vec<String>) {
     let call = |name: &str| format!("{name}({})", reads.join(", "));
     match &operation.kind {
-        Kind::Attention { shape, index, .. } => {
+        Kind::Attention { shape, index, block, .. } => {
             let mut details = vec![format!("{} heads", shape.heads)];
             if shape.kv_heads != shape.heads {
                 details.push(format!("{} of keys and values", shape.kv_heads));
@@ -328,7 +332,13 @@ fn said_of_attention(operation: &Operation<'_>, reads: &[String]) -> (String, Ve
             details.extend(shape.window.map(|window| format!("window {window}")));
             details.extend(shape.chunk.map(|chunk| format!("chunk {chunk}")));
             details.extend(shape.softcap.map(|cap| format!("softcap {cap}")));
-            details.extend(index.map(|index| format!("{} tokens at most", index.tokens())));
+            match (block, index) {
+                (Some(block), Some(index)) => {
+                    details.push(format!("and {} entries for {block} tokens each", index.count))
+                }
+                (Some(block), None) => details.push(format!("and an entry for each {block} tokens")),
+                (None, index) => details.extend(index.map(|index| format!("{} tokens at most", index.tokens()))),
+            }
             (call("attention"), details)
         }
         Kind::Select { shape, shared } => (call("select"), said_of_choice(shape, *shared)),

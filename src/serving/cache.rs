@@ -39,9 +39,10 @@ fn values(attention: &Attention) -> u64 {
         Projections::Direct(_) if matches!(attention.keys, Keys::Of(_)) => 0,
         Projections::Direct(_) => attention.shape.kv_heads * (attention.shape.head_dim + attention.shape.value_dim),
         Projections::Latent(latent) => latent.kv_a.as_ref().map_or(0, |kv_a| kv_a.rows),
+        Projections::Joint(joint) => joint.kv.rows,
     };
-    let indexed = attention.indexer().map_or(0, |indexer| indexer.shape.head_dim);
-    (cached + indexed) as u64
+    let indexed = attention.indexer().filter(|indexer| !indexer.shape.entries);
+    (cached + indexed.map_or(0, |indexer| indexer.shape.head_dim)) as u64
 }
 
 /// Bytes that one sequence leaves in a layer with a state, however long it is: the state in single precision, and what the convolution
@@ -60,7 +61,12 @@ pub fn cache_bytes(graph: &Graph, context: u64, batch: u64, ty: CacheType, gguf:
     let of = |attention: &Attention| {
         let reach = [attention.shape.window, attention.shape.chunk].into_iter().flatten().min();
         let tokens = reach.map_or(context, |reach| context.min(reach as u64));
-        ty.bytes(values(attention), gguf).saturating_mul(tokens)
+        // An entry for each block of tokens, and its key where an indexer chooses.
+        let entries = attention.beside.as_ref().map_or(0, |beside| {
+            let key = attention.indexer().map_or(0, |indexer| indexer.shape.head_dim);
+            ty.bytes((beside.norm.shape[0] + key) as u64, gguf).saturating_mul(context / beside.block as u64)
+        });
+        ty.bytes(values(attention), gguf).saturating_mul(tokens).saturating_add(entries)
     };
     let of_layer = |layer: &Layer| match layer {
         Layer::Attention(attention) => of(attention),

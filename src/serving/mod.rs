@@ -106,6 +106,7 @@ pub fn fused(graph: &Graph) -> Vec<Vec<&Linear>> {
                     all.push(latent.q[..1].iter().chain(&latent.kv_a).collect());
                 }
                 Projections::Latent(_) => {}
+                Projections::Joint(joint) => all.push(vec![&joint.q[0], &joint.kv]),
             },
             Layer::Delta(delta) => all.push(delta.inputs.iter().collect()),
             Layer::Mlp(mlp) => all.push(mlp.inputs.iter().collect()),

@@ -22,7 +22,7 @@ use crate::dialect::sampling;
 use crate::dialect::tokenizer::tokenizer;
 use crate::error::{Error, Result};
 use crate::evidence::{lost_in_blocks, share_of};
-use crate::forward::{load_bias, load_matrix};
+use crate::forward::{load_bias, load_matrix, numbers};
 use crate::graph::{Graph, Layer, Linear, Step, Stored};
 use crate::importance::{Importance, ImportancePlace};
 use crate::mixes::{
@@ -542,6 +542,11 @@ impl File<'_> {
                     // Of any type zeros are what bytes of zeros stand for: a block's scale is one of them.
                     let count = tensor.shape.iter().product();
                     let bytes = vec![0; ty.row_bytes(count).expect("chosen for this width")];
+                    self.writer.write(&tensor.gguf, &bytes)?;
+                }
+                Source::Parts(parts) if *ty == GgmlType::I32 => {
+                    let numbers = numbers(self.source, &parts[0].from.tensor(), &tensor.shape)?;
+                    let bytes: Vec<u8> = numbers.into_iter().flat_map(|n| (n as i32).to_le_bytes()).collect();
                     self.writer.write(&tensor.gguf, &bytes)?;
                 }
                 Source::Parts(parts) => {

@@ -193,24 +193,46 @@ fn experts_in_the_stacks_of_transformers_are_read() {
 
 /// As transformers calls all tensors in memory, and stacks experts.
 #[test]
-fn names_of_the_class_are_read_like_those_that_mistral_large_4_is_published_under() {
+fn names_of_the_class_are_read_like_those_that_models_are_published_under() {
     let tokens = [(3..40).collect::<Vec<u32>>()];
-    let model = checkpoint("mistral_large4_published");
-    let usual = crate::golden::logits(model.path(), &tokens).unwrap();
-    let loading = quantc::families::Loading::of(quantc::Checkpoint::open(model.path()).unwrap().config());
-    let renamed = Model::at(model.path());
-    stack(&renamed);
-    renamed.weights(|header, _| {
-        let loaded = |name: String| {
-            let ends = [".weight", ".bias"].into_iter().find(|end| name.ends_with(end)).unwrap_or_default();
-            let module = &name[..name.len() - ends.len()];
-            loading.names(module).first().map_or(name.clone(), |module| format!("{module}{ends}"))
-        };
-        *header = std::mem::take(header).into_iter().map(|(name, entry)| (loaded(name), entry)).collect();
-        assert!(header.contains_key("model.language_model.rotary_emb.alpha"), "{:?}", header.keys());
-        assert!(header.contains_key("model.language_model.layers.1.mlp.experts.gate_up_proj"), "{:?}", header.keys());
-    });
-    assert!(crate::golden::logits(model.path(), &tokens).unwrap() == usual);
+    for (name, prefix, own) in [
+        (
+            "mistral_large4_published",
+            "",
+            ["model.language_model.rotary_emb.alpha", "model.language_model.layers.1.mlp"],
+        ),
+        (
+            "deepseek_v4_published",
+            "model.",
+            ["model.layers.2.self_attn.compressor.indexer.position_bias", "model.layers.1.mlp"],
+        ),
+    ] {
+        let model = checkpoint(name);
+        let usual = crate::golden::logits(model.path(), &tokens).unwrap();
+        let loading = quantc::families::Loading::of(quantc::Checkpoint::open(model.path()).unwrap().config());
+        let renamed = Model::at(model.path());
+        stack(&renamed);
+        renamed.weights(|header, _| {
+            let loaded = |name: String| {
+                // A router's correction is a bias by its name alone.
+                let ends =
+                    [".weight", ".bias"].into_iter().filter(|end| name.ends_with(end) && !name.contains(".gate."));
+                let ends =
+                    ends.chain([".weight"].into_iter().filter(|end| name.ends_with(end))).next().unwrap_or_default();
+                let module = &name[..name.len() - ends.len()];
+                let name = loading.names(module).first().map_or(name.clone(), |module| format!("{module}{ends}"));
+                if name.starts_with("lm_head") { name } else { format!("{prefix}{name}") }
+            };
+            let kept = |name: &String| name.starts_with("__");
+            *header = std::mem::take(header)
+                .into_iter()
+                .map(|(name, entry)| (if kept(&name) { name } else { loaded(name) }, entry))
+                .collect();
+            assert!(header.contains_key(own[0]), "{:?}", header.keys());
+            assert!(header.contains_key(&format!("{}.experts.gate_up_proj", own[1])), "{:?}", header.keys());
+        });
+        assert!(crate::golden::logits(model.path(), &tokens).unwrap() == usual, "{name}");
+    }
 }
 
 /// Puts the experts of a model in bfloat16 into stacks.

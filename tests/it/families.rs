@@ -108,6 +108,7 @@ impl Generated {
             Dtype::BF16 => reals.flat_map(|x| upper(x).to_le_bytes()).collect(),
             Dtype::F32 => reals.flat_map(|x| (u32::from(upper(x)) << 16).to_le_bytes()).collect(),
             Dtype::U8 => reals.map(|x| x.floor() as u8).collect(),
+            Dtype::I64 => reals.flat_map(|x| (x.floor() as i64).to_le_bytes()).collect(),
             other => panic!("{}: no values of type {other} are made", self.spec.name),
         }
     }

@@ -101,6 +101,9 @@ const REFUSED: &[(&str, &str)] = &[
     ),
     ("kimi_linear_plain", "queries made through a latent"),
     ("deepseek_v32_whole", "a bias of `model.layers.0.self_attn.q_a_proj`"),
+    ("deepseek_v4_rotations", "entries that stand for 2 tokens"),
+    ("deepseek_v4_plain", "entries that stand for 8 tokens"),
+    ("deepseek_v4_published", "entries that stand for 8 tokens"),
     ("deepseek_v3_halves", "a bias of `model.layers.0.self_attn.q_a_proj`"),
     ("deepseek_v3_yarn", "queries made without a latent in a model of 2 layers"),
     ("exaone4_hybrid", "attention within 8 tokens in block 0"),
@@ -221,6 +224,7 @@ fn distance(name: &str, file: &Path) -> f32 {
 fn what_is_quantized_along_the_way_is_what_the_file_holds() {
     let names = [
         "deepseek_v3_plain",
+        "deepseek_v4_usual",
         "falcon_h1_plain",
         "gemma3n_text_published",
         "gemma4_text_experts",

@@ -169,6 +169,7 @@ fn linears_read_what_they_read_in_transformers() {
         "bailing_hybrid_published",
         "mistral_large4_published",
         "qwen4_exp_text_plain",
+        "deepseek_v4_published",
     ] {
         let (room, folder) = (crate::families::checkpoint(name), crate::families::folder().join(name));
         let (cpu, source) = (Cpu::exact(), Checkpoint::open(room.path()).unwrap());
@@ -186,7 +187,8 @@ fn linears_read_what_they_read_in_transformers() {
             let own = own.replace(".linear_gate", ".gate_proj").replace(".share_expert.", ".mlp.shared_experts.");
             let inside = own.replacen("model.", "model.language_model.", 1);
             let within = own.replace(".attention.", ".self_attn.").replace(".dense", ".o_proj");
-            let loaded = families::Loading::of(source.config()).names(&module);
+            let loaded = families::Loading::of(source.config()).names(&module).into_iter();
+            let loaded = loaded.flat_map(|own| [format!("model.{own}"), own]);
             let names = [own, inside, within].into_iter().chain(loaded);
             let Some(expected) = names.map(|own| format!("energies.{own}")).find_map(|own| file.get(&own)) else {
                 assert!(module.contains(".experts."), "{name}: {module}: no linear of its own in transformers");
@@ -228,6 +230,10 @@ fn linears_read_what_they_read_in_transformers() {
         "per_layer_projection",
         "ple.key_proj",
         "ple.value_proj",
+        "layers.1.attn.wq_b",
+        "layers.1.attn.wkv",
+        "layers.2.attn.wo_a",
+        "layers.2.attn.wo_b",
     ] {
         assert!(compared.iter().any(|module| module.ends_with(part)), "{part}: {compared:?}");
     }
@@ -256,9 +262,14 @@ fn every_family_has_the_logits_of_transformers() {
 /// Some kinds of scaling turn by the length of a sequence: neighbours in a batch do not count.
 #[test]
 fn sequences_of_unequal_lengths_are_run_as_if_each_were_alone() {
-    for name in
-        ["llama_rope_dynamic", "phi3_longrope_long", "llama_rope_longrope", "qwen2_plain", "qwen4_exp_text_plain"]
-    {
+    for name in [
+        "llama_rope_dynamic",
+        "phi3_longrope_long",
+        "llama_rope_longrope",
+        "qwen2_plain",
+        "qwen4_exp_text_plain",
+        "deepseek_v4_published",
+    ] {
         let (whole, expected) = golden(&crate::families::folder().join(name));
         let room = crate::families::checkpoint(name);
         let short = whole[0][..9].to_vec();

@@ -195,6 +195,12 @@ fn what_decides_about_much_stays_whole_and_is_named() {
         ("mistral_large4_published", "layers.3.attention.indexer", vec!["wq_b", "wk", "weights_proj"]),
         ("longcat_flash_published", "model.layers.0.mlp", vec!["router.classifier"]),
         ("qwen4_exp_text_plain", "model.layers.2.self_attn.indexer", vec!["index_qk_proj"]),
+        ("deepseek_v4_published", "layers.1.attn.compressor", vec!["wkv", "wgate"]),
+        (
+            "deepseek_v4_published",
+            "layers.2.attn.indexer",
+            vec!["wq_b", "weights_proj", "compressor.wkv", "compressor.wgate"],
+        ),
         (
             "qwen4_exp_text_plain",
             "model.layers.1.attn_hyper_connection",

@@ -31,6 +31,7 @@ fn programs_are_shown_as_they_were() {
         "hy_v4_published",
         "mistral_large4_published",
         "qwen4_exp_text_plain",
+        "deepseek_v4_published",
         "nemotron_h_latent",
         "lfm2_plain",
     ] {

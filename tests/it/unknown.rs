@@ -327,23 +327,30 @@ fn only_classes_that_ask_for_packed_weights_are_said_to() {
 #[test]
 fn what_stays_is_named_as_transformers_calls_it_too() {
     let room = Room::new();
-    let cases: [(&str, &str, &[&str], &[&str]); 2] = [
-        ("phimoe", "model.layers", &["block_sparse_moe.gate"], &["mlp.router"]),
+    let cases: [(&str, &str, &[&str], &[&str], [&str; 2]); 2] = [
         (
-            "deepseek_v4",
+            "phimoe",
             "model.layers",
-            &["attn.compressor.wgate", "attn.wo_a", "ffn.gate"],
-            &["self_attn.compressor.gate_proj", "self_attn.o_a_proj", "mlp.gate"],
+            &["block_sparse_moe.gate"],
+            &["mlp.router"],
+            ["self_attn.q_proj", "self_attn.q_proj"],
+        ),
+        (
+            "inkling2_text",
+            "model.llm.layers",
+            &["attn.gate_attn", "mlp.gate"],
+            &["self_attn.gate_proj", "mlp.gate"],
+            ["attn.wq_du", "self_attn.q_proj"],
         ),
     ];
-    for (model_type, list, kept, loaded) in cases {
+    for (model_type, list, kept, loaded, [packed, called]) in cases {
         let mut tensors = Vec::new();
         let mut linears = BTreeSet::new();
         for layer in 0..2 {
             let at = |rest: &&str| format!("{list}.{layer}.{rest}");
             tensors.extend(kept.iter().map(|name| (format!("{}.weight", at(name)), vec![64, 64])));
-            tensors.push((format!("{}.weight", at(&"attn.wq_a")), vec![64, 64]));
-            linears.insert(at(&"attn.wq_a"));
+            tensors.push((format!("{}.weight", at(&packed)), vec![64, 64]));
+            linears.insert(at(&packed));
         }
         write(&room.path(model_type), &json!({"model_type": model_type}), &tensors);
         for (index, layout) in LAYOUTS.iter().enumerate() {
@@ -354,9 +361,9 @@ fn what_stays_is_named_as_transformers_calls_it_too() {
             let config: Value = serde_json::from_slice(&config).unwrap();
             let reader = read_quantization(&config).unwrap().unwrap();
             for name in loaded {
-                assert_eq!(reader.declared(&format!("{list}.1.{name}")).unwrap(), None, "{name}: {config}");
+                assert_eq!(reader.declared(&format!("model.layers.1.{name}")).unwrap(), None, "{name}: {config}");
             }
-            assert!(reader.declared(&format!("{list}.1.self_attn.q_a_proj")).unwrap().is_some(), "{config}");
+            assert!(reader.declared(&format!("model.layers.1.{called}")).unwrap().is_some(), "{config}");
         }
     }
 }

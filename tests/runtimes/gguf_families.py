@@ -49,6 +49,8 @@ def values(name, count, dtype, center, amplitude):
     reals = (unit - 0.5) * (2 * amplitude) + center
     if dtype == "U8":
         return numpy.floor(reals).astype(numpy.uint8).tobytes()
+    if dtype == "I64":
+        return numpy.floor(reals).astype(numpy.int64).tobytes()
     bits = reals.astype(numpy.float32).view(numpy.uint32)
     upper = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
     return (upper << 16 if dtype == "F32" else upper.astype(numpy.uint16)).astype("<u4" if dtype == "F32" else "<u2").tobytes()

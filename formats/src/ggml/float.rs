@@ -13,6 +13,9 @@ pub(super) const F16: GgmlType =
 pub(super) const BF16: GgmlType =
     plain_type(30, "BF16", 2, Float::BF16, |bytes, out| plain(Dtype::BF16, bytes, out), to_bf16);
 
+/// Whole numbers, as the experts that a table names; no weights are ever asked for in it.
+pub(super) const I32: GgmlType = plain_type(26, "I32", 4, Float::F32, from_i32, to_i32);
+
 const fn plain_type(
     id: u32,
     name: &'static str,
@@ -27,6 +30,18 @@ const fn plain_type(
 
 fn plain(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
     widen(dtype, bytes, out).expect("a float type and lengths that were checked");
+}
+
+fn from_i32(bytes: &[u8], out: &mut [f32]) {
+    for (bytes, out) in bytes.as_chunks().0.iter().zip(out) {
+        *out = i32::from_le_bytes(*bytes) as f32;
+    }
+}
+
+fn to_i32(values: &[f32], out: &mut [u8]) {
+    for (out, value) in out.chunks_exact_mut(4).zip(values) {
+        out.copy_from_slice(&(*value as i32).to_le_bytes());
+    }
 }
 
 fn to_f32(values: &[f32], out: &mut [u8]) {
@@ -64,6 +79,7 @@ impl GgmlType {
             0 => Some(Dtype::F32),
             1 => Some(Dtype::F16),
             30 => Some(Dtype::BF16),
+            26 => Some(Dtype::I32),
             _ => None,
         }
     }

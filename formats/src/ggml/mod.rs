@@ -65,7 +65,7 @@ struct Blocks {
     judge: fn(&[u8]) -> ScaleFaults,
 }
 
-/// Every type that can be read and written.
+/// Every type of weights that can be read and written.
 pub const TYPES: &[GgmlType] = &[
     float::F32,
     float::F16,
@@ -88,9 +88,12 @@ pub const TYPES: &[GgmlType] = &[
 ];
 
 impl GgmlType {
+    /// Whole numbers of 32 bits, which are no weights.
+    pub const I32: GgmlType = float::I32;
+
     /// The type with this number in files.
     pub fn from_id(id: u32) -> Option<GgmlType> {
-        TYPES.iter().find(|t| t.id == id).copied()
+        TYPES.iter().chain([&GgmlType::I32]).find(|t| t.id == id).copied()
     }
 
     /// The type of this name, in capitals or not.

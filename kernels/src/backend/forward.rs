@@ -67,6 +67,19 @@ pub struct IndexShape {
     /// A block has one key, which stands at its last token, and only whole blocks are chosen, one fewer than `count`; that of the query is seen
     /// besides until it is whole (GLM-5.3).
     pub pooled: bool,
+    /// Of blocks with one key attention reads one entry each in the place of their tokens, as many as `count`, and a block that is not whole has none
+    /// (DeepSeek V4).
+    pub entries: bool,
+}
+
+/// What attention sees beside the tokens of its window: one entry for each whole block of tokens of a sequence, key and value of all heads in one.
+pub struct Entries<'m, M> {
+    /// `[tokens, kv_heads·head_dim]`: each entry stands at the last token of its block, and those from there on see it. What other rows hold is not read.
+    pub values: &'m M,
+    /// Tokens of a block. Not 0.
+    pub block: usize,
+    /// Which of them each query sees, as [`select`](Forward::select) chose them; all without.
+    pub chosen: Option<&'m M>,
 }
 
 impl IndexShape {
@@ -87,12 +100,20 @@ impl IndexShape {
 
     /// Whether nothing is left out of a sequence of so many tokens.
     pub fn sees_all(&self, length: usize) -> bool {
-        length + usize::from(self.pooled) <= self.tokens()
+        match self.entries {
+            true => length / self.block <= self.count,
+            false => length + usize::from(self.pooled) <= self.tokens(),
+        }
     }
 
     /// Blocks that are chosen for the query at `position`, its own among them where it is seen in any case.
     pub fn chosen(&self, position: usize) -> usize {
-        self.count - usize::from(self.pooled && (position + 1).is_multiple_of(self.block))
+        self.count - usize::from(self.pooled && !self.entries && (position + 1).is_multiple_of(self.block))
+    }
+
+    /// Blocks that the query at `position` can choose from.
+    pub fn there(&self, position: usize) -> usize {
+        if self.entries { (position + 1) / self.block } else { position / self.block + 1 }
     }
 }
 
@@ -444,6 +465,17 @@ pub trait Forward: Memory {
         lengths: &[usize],
     ) -> Result<Self::Input>;
 
+    /// [`attention`](Self::attention) to the tokens of the shape's window and to entries that stand for blocks of tokens besides, without chunks and
+    /// caps; values are as wide as keys.
+    fn attention_beside(
+        &self,
+        qkv: [&Self::Matrix; 3],
+        entries: &Entries<'_, Self::Matrix>,
+        sinks: Option<&[f32]>,
+        shape: &AttentionShape,
+        lengths: &[usize],
+    ) -> Result<Self::Input>;
+
     /// A causal convolution of each channel by itself, within each sequence: `y[t, c] = act(bias[c] + Σ weight[c, j] · x[t − K + 1 + j, c])`,
     /// where what lies before a sequence is 0.
     ///
@@ -464,13 +496,16 @@ pub trait Forward: Memory {
     /// What blocks of tokens have in common: at the last token of each whole block of `block` tokens of a sequence every channel of `x` summed up over
     /// the block, with the softmax over it of `gates + places` as weights; 0 at all other tokens.
     ///
-    /// `x` and `gates` are `[tokens, channels]`, `places` `[block, channels]`, row by row.
+    /// `x` and `gates` are `[tokens, channels]`, `places` `[block, channels]`, row by row. Where blocks `overlap`, each of these has twice as many columns:
+    /// the first half is what a token gives to the block behind its own, and the second what it gives to its own; a sequence's first block has its own
+    /// tokens alone.
     fn pool_blocks(
         &self,
         x: &Self::Matrix,
         gates: &Self::Matrix,
         places: &[f32],
         block: usize,
+        overlap: bool,
         lengths: &[usize],
     ) -> Result<Self::Matrix>;
     /// The gated delta rule over each sequence: `S ← exp(decay) · S`, by rows where channels decay by themselves, then

@@ -5,17 +5,17 @@ use rayon::prelude::*;
 
 use super::{Cpu, Input, Weight, flat};
 use crate::backend::{
-    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, HyperParameters, HyperShape, IndexShape,
-    Memory, NormKind, RopeLayout,
+    Activation, ActivationRounding, AttentionShape, DeltaShape, Entries, Forward, HyperParameters, HyperShape,
+    IndexShape, Memory, NormKind, RopeLayout,
 };
 use crate::checks::{
     expect, expect_alike, expect_alone, expect_attention, expect_choice, expect_convolution, expect_delta,
-    expect_hyper, expect_index, expect_limit, expect_multiple, expect_pool, expect_rotation, expect_streams,
-    expect_weights,
+    expect_entries, expect_hyper, expect_index, expect_limit, expect_multiple, expect_pool, expect_rotation,
+    expect_streams, expect_weights,
 };
 use crate::ops::{
-    activation, add, attention, bf16, convolve, delta, heads, hyper, linear, norm, pool, rope, round_activations,
-    softcap, sparse, streams,
+    activation, add, attention, beside, bf16, convolve, delta, heads, hyper, linear, norm, pool, rope,
+    round_activations, softcap, sparse, streams,
 };
 use crate::{Error, Result};
 
@@ -220,6 +220,21 @@ impl Forward for Cpu {
         self.input(sparse::attend(qkv.map(|m| m.view()), chosen.view(), sinks, shape, index, lengths))
     }
 
+    fn attention_beside(
+        &self,
+        qkv: [&Array2<f32>; 3],
+        entries: &Entries<'_, Array2<f32>>,
+        sinks: Option<&[f32]>,
+        shape: &AttentionShape,
+        lengths: &[usize],
+    ) -> Result<Input> {
+        let of = |m: &Array2<f32>| [m.nrows(), m.ncols()];
+        let Entries { values, block, chosen } = *entries;
+        expect_entries(qkv.map(of), of(values), (block, chosen.map(of)), sinks, shape, lengths)?;
+        let far = beside::Far { values: values.view(), block, chosen: chosen.map(|m| m.view()) };
+        self.input(beside::run(qkv.map(|m| m.view()), far, sinks, shape, lengths))
+    }
+
     fn convolve(
         &self,
         x: &Array2<f32>,
@@ -252,11 +267,12 @@ impl Forward for Cpu {
         gates: &Array2<f32>,
         places: &[f32],
         block: usize,
+        overlap: bool,
         lengths: &[usize],
     ) -> Result<Array2<f32>> {
         let of = |m: &Array2<f32>| [m.nrows(), m.ncols()];
-        expect_pool(of(x), of(gates), places, block, lengths)?;
-        Ok(pool::run(x.view(), gates.view(), places, block, lengths))
+        expect_pool(of(x), of(gates), places, (block, overlap), lengths)?;
+        Ok(pool::run(x.view(), gates.view(), places, (block, overlap), lengths))
     }
 
     fn delta_rule(

@@ -4,8 +4,8 @@ use ndarray::Array2;
 
 use super::{Cuda, Matrix, Module, Operand, Operands, Pinned, Product, Rounded, at, expect, expect_multiple};
 use crate::backend::{
-    Activation, ActivationRounding, AttentionShape, DeltaShape, Forward, HyperParameters, HyperShape, IndexShape,
-    Memory, NormKind, RopeLayout,
+    Activation, ActivationRounding, AttentionShape, DeltaShape, Entries, Forward, HyperParameters, HyperShape,
+    IndexShape, Memory, NormKind, RopeLayout,
 };
 use crate::checks::{expect_alone, expect_limit, expect_rotation};
 use crate::ops::add::sources;
@@ -408,6 +408,17 @@ impl Forward for Cuda {
         self.attend_to(qkv, chosen, sinks, shape, index, lengths)
     }
 
+    fn attention_beside(
+        &self,
+        qkv: [&Matrix; 3],
+        entries: &Entries<'_, Matrix>,
+        sinks: Option<&[f32]>,
+        shape: &AttentionShape,
+        lengths: &[usize],
+    ) -> Result<Operands> {
+        self.attend_beside(qkv, entries, sinks, shape, lengths)
+    }
+
     fn convolve(
         &self,
         x: &Matrix,
@@ -433,9 +444,10 @@ impl Forward for Cuda {
         gates: &Matrix,
         places: &[f32],
         block: usize,
+        overlap: bool,
         lengths: &[usize],
     ) -> Result<Matrix> {
-        self.pooled(x, gates, places, block, lengths)
+        self.pooled(x, gates, places, (block, overlap), lengths)
     }
 
     fn delta_rule(

@@ -2,8 +2,8 @@
 
 use super::{Address, Cuda, Matrix, Module, Operand, Operands, Product, Real, at};
 use crate::Result;
-use crate::backend::{AttentionShape, IndexShape, Memory};
-use crate::checks::{expect_choice, expect_index, expect_pool};
+use crate::backend::{AttentionShape, Entries, IndexShape, Memory};
+use crate::checks::{expect_choice, expect_entries, expect_index, expect_pool};
 use crate::ops::pool::starts;
 
 pub(super) static SPARSE: Module = Module { name: "sparse", source: include_str!("../ops/sparse.cu") };
@@ -108,6 +108,7 @@ impl Cuda {
             (shape.block as i32).into(),
             (shape.local.min(i32::MAX as usize / 2) as i32).into(),
             i32::from(shape.pooled).into(),
+            i32::from(shape.entries).into(),
         ];
         self.grid(&SPARSE, "choose", [count, 1, 1], CHOOSING, 0, &args)
     }
@@ -117,13 +118,15 @@ impl Cuda {
         x: &Matrix,
         gates: &Matrix,
         places: &[f32],
-        block: usize,
+        (block, overlap): (usize, bool),
         lengths: &[usize],
     ) -> Result<Matrix> {
-        expect_pool([x.rows, x.cols], [gates.rows, gates.cols], places, block, lengths)?;
-        let out = self.zeros(x.rows, x.cols)?;
-        let starts: Vec<u32> = starts(block, lengths).into_iter().map(|start| start as u32).collect();
-        let (sent, count) = (self.send(&starts)?, starts.len());
+        expect_pool([x.rows, x.cols], [gates.rows, gates.cols], places, (block, overlap), lengths)?;
+        let channels = x.cols / if overlap { 2 } else { 1 };
+        let out = self.zeros(x.rows, channels)?;
+        let starts = starts(block, lengths);
+        let sent: Vec<u32> = starts.iter().flat_map(|(start, behind)| [*start as u32, u32::from(*behind)]).collect();
+        let (sent, count) = (self.send(&sent)?, starts.len());
         let places = self.send(places)?;
         let pins =
             (out.buffer.pin()?, x.buffer.pin_to_read()?, gates.buffer.pin_to_read()?, places.pin()?, sent.pin()?);
@@ -134,17 +137,18 @@ impl Cuda {
             pins.3.arg(),
             pins.4.arg(),
             (count as i64).into(),
-            (x.cols as i32).into(),
+            (channels as i32).into(),
             (block as i32).into(),
+            i32::from(overlap).into(),
         ];
-        self.each(&SPARSE, "pool_blocks", count * x.cols, &args)?;
+        self.each(&SPARSE, "pool_blocks", count * channels, &args)?;
         drop(pins);
         Ok(out)
     }
 
     pub(super) fn attend_to(
         &self,
-        [q, k, v]: [&Matrix; 3],
+        qkv: [&Matrix; 3],
         chosen: &Matrix,
         sinks: Option<&[f32]>,
         shape: &AttentionShape,
@@ -152,7 +156,35 @@ impl Cuda {
         lengths: &[usize],
     ) -> Result<Operands> {
         let of = |m: &Matrix| [m.rows, m.cols];
-        expect_choice([q, k, v].map(of), of(chosen), sinks, shape, index, lengths)?;
+        expect_choice(qkv.map(of), of(chosen), sinks, shape, index, lengths)?;
+        let seen = Seen { near: 0, entries: None, chosen: Some(chosen), groups: index.groups(), block: index.block };
+        self.attend_seen(qkv, seen, sinks, shape, lengths)
+    }
+
+    pub(super) fn attend_beside(
+        &self,
+        qkv: [&Matrix; 3],
+        entries: &Entries<'_, Matrix>,
+        sinks: Option<&[f32]>,
+        shape: &AttentionShape,
+        lengths: &[usize],
+    ) -> Result<Operands> {
+        let of = |m: &Matrix| [m.rows, m.cols];
+        let Entries { values, block, chosen } = *entries;
+        expect_entries(qkv.map(of), of(values), (block, chosen.map(of)), sinks, shape, lengths)?;
+        let near = shape.window.unwrap_or(usize::MAX).min(i32::MAX as usize);
+        self.attend_seen(qkv, Seen { near, entries: Some(values), chosen, groups: 1, block }, sinks, shape, lengths)
+    }
+
+    fn attend_seen(
+        &self,
+        [q, k, v]: [&Matrix; 3],
+        seen: Seen<'_>,
+        sinks: Option<&[f32]>,
+        shape: &AttentionShape,
+        lengths: &[usize],
+    ) -> Result<Operands> {
+        let Seen { near, entries, chosen, groups, block } = seen;
         let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, .. } = *shape;
         let mut places = Vec::with_capacity(2 * q.rows);
         let mut start = 0;
@@ -164,7 +196,9 @@ impl Cuda {
         if q.rows > 0 {
             let (places, sinks) = (self.send(&places)?, sinks.map(|sinks| self.send(sinks)).transpose()?);
             let sinks = sinks.as_ref().map(|sinks| sinks.pin()).transpose()?;
-            let pins = (out.buffer.pin()?, chosen.buffer.pin_to_read()?, places.pin()?);
+            let [far, picked] = [entries, chosen].map(|m| m.map(|m| m.buffer.pin_to_read()).transpose());
+            let (far, picked) = (far?, picked?);
+            let pins = (out.buffer.pin()?, places.pin()?);
             let [q_at, k_at, v_at] = [q, k, v].map(|m| m.buffer.pin_to_read());
             let (q_at, k_at, v_at) = (q_at?, k_at?, v_at?);
             let args = [
@@ -172,18 +206,20 @@ impl Cuda {
                 q_at.arg(),
                 k_at.arg(),
                 v_at.arg(),
-                pins.1.arg(),
+                at(far.as_ref()),
+                at(picked.as_ref()),
                 at(sinks.as_ref()),
-                pins.2.arg(),
+                pins.1.arg(),
                 (q.rows as i64).into(),
                 (heads as i32).into(),
                 (kv_heads as i32).into(),
                 (head_dim as i32).into(),
                 (value_dim as i32).into(),
                 scale.into(),
-                (index.groups() as i32).into(),
-                (index.count as i32).into(),
-                (index.block as i32).into(),
+                (groups as i32).into(),
+                (chosen.map_or(0, |m| m.cols / groups) as i32).into(),
+                (block as i32).into(),
+                (near as i32).into(),
             ];
             let blocks = (q.rows * heads).div_ceil(ATTENDING as usize / 32);
             let grid = [blocks, value_dim.div_ceil(COLUMNS), 1];
@@ -191,4 +227,18 @@ impl Cuda {
         }
         self.input(out)
     }
+}
+
+/// What each query of `attend_chosen` sees.
+struct Seen<'m> {
+    /// So many tokens up to its own.
+    near: usize,
+    /// What stands for blocks of tokens and is read in their place.
+    entries: Option<&'m Matrix>,
+    /// The blocks that were chosen for it.
+    chosen: Option<&'m Matrix>,
+    /// Choices of a token.
+    groups: usize,
+    /// Tokens of a block.
+    block: usize,
 }

@@ -4,6 +4,7 @@ pub mod activation;
 pub mod add;
 pub mod apart;
 pub mod attention;
+pub mod beside;
 pub mod bf16;
 pub mod blocks;
 pub mod convolve;

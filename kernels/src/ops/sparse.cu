@@ -34,14 +34,16 @@ __device__ __forceinline__ int block_sum(int value, int *room) {
 // each. The threshold is found bit by bit: the largest number that `count` blocks reach. Of the blocks that equal it the first are taken.
 KERNEL(__launch_bounds__(256) choose)(
     float *out, const float *scores, i64 first, int position, i64 keys, int width, int offset, int slots, int block,
-    int local, int pooled) {
+    int local, int pooled, int entries) {
     __shared__ int room[8];
     __shared__ int above[256], equal[256];
-    int row = blockIdx.x, query = position + row, there = query / block + 1, thread = threadIdx.x;
+    int row = blockIdx.x, query = position + row, thread = threadIdx.x;
+    // Of a block that is not whole nothing is there to be read.
+    int there = entries ? (query + 1) / block : query / block + 1;
     float *to = out + (first + row) * width + offset;
     const float *from = scores + row * keys;
     // Of blocks with one key, only those that are whole are chosen, and one that is not is seen besides.
-    int count = slots - (pooled && (query + 1) % block == 0);
+    int count = slots - (pooled && !entries && (query + 1) % block == 0);
     if (count < slots && thread == 0) to[slots - 1] = -1.0f;
     if (there <= count) {
         for (int i = thread; i < count; i += 256) to[i] = i < there ? (float)i : -1.0f;
@@ -87,11 +89,12 @@ EXPORT(choose)
 // The most columns of values that a lane sums up.
 #define COLUMNS 4
 
-// Attention of one query of one head to what was chosen for it: a warp for each, whose lanes take a token each for the scores, and columns of the
-// values for their mixture. A sink is a score without a value. `places` has the position of each query and the first token of its sequence.
+// Attention of one query of one head: a warp for each, whose lanes take a token each for the scores, and columns of the values for their mixture. A query
+// sees the last `near` tokens up to its own, and what was chosen for it; with `entries` those of whole blocks of tokens that were chosen, or all where
+// nothing was. A sink is a score without a value. `places` has the position of each query and the first token of its sequence.
 KERNEL(attend_chosen)(
-    float *out, const float *q, const float *k, const float *v, const float *chosen, const float *sinks, const int *places, i64 tokens, int heads, int kv_heads,
-    int head_dim, int value_dim, float scale, int groups, int count, int block) {
+    float *out, const float *q, const float *k, const float *v, const float *entries, const float *chosen, const float *sinks, const int *places, i64 tokens,
+    int heads, int kv_heads, int head_dim, int value_dim, float scale, int groups, int count, int block, int near) {
     i64 task = (i64)blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP;
     int lane = threadIdx.x % WARP, col = blockIdx.y * WARP * COLUMNS + lane;
     // Warps beyond the last task do it once more, and write nothing.
@@ -103,16 +106,27 @@ KERNEL(attend_chosen)(
     i64 start = places[2 * token + 1];
     const float *query = q + task * head_dim, *row = chosen + token * groups * count + group * count;
     const float *keys = k + (start * kv_heads + kv_head) * head_dim, *values = v + (start * kv_heads + kv_head) * value_dim;
+    const float *far = entries + (start * kv_heads + kv_head) * head_dim;
     float top = sinks ? sinks[head] : -INFINITE, total = sinks ? 1.0f : 0.0f, mixed[COLUMNS];
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++) mixed[c] = 0.0f;
-    for (int base = 0; base < count * block; base += WARP) {
-        int slot = base + lane;
-        float index = slot < count * block ? row[slot / block] : -1.0f;
-        int key = index >= 0.0f ? (int)index * block + slot % block : position + 1;
+    int window = min(near, position + 1), whole = (position + 1) / block;
+    int slots = window + (!entries ? count * block : chosen ? count : whole);
+    for (int base = 0; base < slots; base += WARP) {
+        // Entries are told from tokens by numbers below 0: −1 − the token where they stand.
+        int slot = base + lane, other = slot - window, key = position + 1;
+        if (slot < window) {
+            key = position + 1 - window + slot;
+        } else if (slot < slots && entries) {
+            float index = chosen ? row[other] : (float)other;
+            if (index >= 0.0f) key = -((int)index + 1) * block;
+        } else if (slot < slots) {
+            float index = row[other / block];
+            if (index >= 0.0f) key = (int)index * block + other % block;
+        }
         float score = -INFINITE;
         if (key <= position) {
-            const float *at = keys + (i64)key * kv_heads * head_dim;
+            const float *at = key < 0 ? far + (i64)(-1 - key) * kv_heads * head_dim : keys + (i64)key * kv_heads * head_dim;
             float sum = 0.0f;
             for (int d = 0; d < head_dim; d++) sum = fmaf(query[d], at[d], sum);
             score = sum * scale;
@@ -132,33 +146,44 @@ KERNEL(attend_chosen)(
             float share = __shfl_sync(ALL_LANES, weight, other);
             int from = __shfl_sync(ALL_LANES, key, other);
             if (share == 0.0f) continue;
-            const float *value = values + (i64)from * kv_heads * value_dim;
+            const float *value = from < 0 ? far + (i64)(-1 - from) * kv_heads * head_dim : values + (i64)from * kv_heads * value_dim;
 #pragma unroll
             for (int c = 0; c < COLUMNS; c++)
                 if (col + c * WARP < value_dim) mixed[c] = fmaf(share, value[col + c * WARP], mixed[c]);
         }
     }
-    float whole = 1.0f / total;
+    float whole_sum = 1.0f / total;
 #pragma unroll
     for (int c = 0; c < COLUMNS; c++)
-        if (writes && col + c * WARP < value_dim) out[task * value_dim + col + c * WARP] = mixed[c] * whole;
+        if (writes && col + c * WARP < value_dim) out[task * value_dim + col + c * WARP] = mixed[c] * whole_sum;
 }
 EXPORT(attend_chosen)
 
-// out[last token of a block, c] = Σ softmax(gates + places)[t, c] · x[t, c] over its tokens; a thread for each block and channel.
-KERNEL(pool_blocks)(float *out, const float *x, const float *gates, const float *places, const u32 *starts, i64 blocks, int channels, int block) {
+// out[last token of a block, c] = Σ softmax(gates + places)[t, c] · x[t, c] over its tokens; a thread for each block and channel. With `overlap` over
+// those of the block before it, too, if there is one: they have the first half of the columns, and its own tokens the second. `starts` has the first token
+// of each block, and whether one is before it.
+KERNEL(pool_blocks)(
+    float *out, const float *x, const float *gates, const float *places, const u32 *starts, i64 blocks, int channels, int block, int overlap) {
     i64 count = blocks * channels;
+    int cols = overlap ? 2 * channels : channels;
     for (i64 i = global_index(); i < count; i += global_stride()) {
-        int channel = (int)(i % channels);
-        i64 at = (i64)starts[i / channels] * channels + channel;
+        int channel = (int)(i % channels), before = overlap && starts[2 * (i / channels) + 1] ? block : 0;
+        i64 start = starts[2 * (i / channels)], at = (start - before) * cols;
         float top = -INFINITE, sum = 0.0f, total = 0.0f;
-        for (int t = 0; t < block; t++) top = fmaxf(top, gates[at + (i64)t * channels] + places[t * channels + channel]);
-        for (int t = 0; t < block; t++) {
-            float power = exp_as_cpu(gates[at + (i64)t * channels] + places[t * channels + channel] - top);
-            total += power;
-            sum += power * x[at + (i64)t * channels];
+        for (int pass = 0; pass < 2; pass++) {
+            for (int t = 0; t < before + block; t++) {
+                int own = t < before ? channel : cols - channels + channel;
+                float logit = gates[at + (i64)t * cols + own] + places[(t < before ? t : t - before) * cols + own];
+                if (pass == 0) {
+                    top = fmaxf(top, logit);
+                } else {
+                    float power = exp_as_cpu(logit - top);
+                    total += power;
+                    sum += power * x[at + (i64)t * cols + own];
+                }
+            }
         }
-        out[at + (i64)(block - 1) * channels] = sum / total;
+        out[(start + block - 1) * channels + channel] = sum / total;
     }
 }
 EXPORT(pool_blocks)

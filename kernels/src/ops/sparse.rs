@@ -18,7 +18,7 @@ use crate::simd_fn;
 const QUERIES: usize = 64;
 
 /// Up to so many times the tokens that a query sees, all scores of a task are one product: gathering rows one by one takes longer.
-const SPARSE: usize = 8;
+pub(super) const SPARSE: usize = 8;
 
 /// The scores of all blocks of a query in a sequence that begins at `start`, for a group of heads, in `f64`.
 fn scores(
@@ -50,7 +50,7 @@ fn scores(
             (index * block..((index + 1) * block).min(query + 1)).map(of).fold(f64::NEG_INFINITY, f64::max)
         }
     };
-    (0..=own).map(best).collect()
+    (0..shape.there(query)).map(best).collect()
 }
 
 /// The plain loop over queries, in `f64`; `weights` are there unless heads choose by themselves.
@@ -177,7 +177,7 @@ impl Scored {
     /// Writes which blocks the query at `position` sees, row `row` of scores of `keys` tokens.
     fn choose(&mut self, row: usize, position: usize, keys: usize, shape: &IndexShape, to: &mut [f32]) {
         let IndexShape { block, local, pooled, .. } = *shape;
-        let (count, there) = (shape.chosen(position), position / block + 1);
+        let (count, there) = (shape.chosen(position), shape.there(position));
         if there <= count {
             to[..there].iter_mut().enumerate().for_each(|(index, to)| *to = index as f32);
             return;
@@ -189,7 +189,10 @@ impl Scored {
         match pooled {
             // A block that is not whole is seen whatever its score would be.
             true => self.blocks.extend(
-                scores.chunks(block).map(|of| if of.len() == block { of[block - 1] + 0.0 } else { f32::INFINITY }),
+                scores
+                    .chunks(block)
+                    .take(there)
+                    .map(|of| if of.len() == block { of[block - 1] + 0.0 } else { f32::INFINITY }),
             ),
             false => self.blocks.extend(scores.chunks(block).map(best)),
         }
@@ -372,6 +375,7 @@ impl Scratch {
                 let at = target.at((start + query + row) * out_cols + head * value_dim);
                 std::slice::from_raw_parts_mut(at, value_dim)
             };
+            out.fill(0.0);
             mix(own, v, v_cols, tokens, out);
         }
         if whole {
@@ -397,7 +401,7 @@ impl Scratch {
 
 simd_fn! {
     /// `out[i] ← scale · query · keys[tokens[i]]`, rows of `keys` `stride` apart.
-    fn dots(query: &[f32], keys: &[f32], stride: usize, tokens: &[usize], scale: f32, out: &mut [f32]) {
+    pub(super) fn dots(query: &[f32], keys: &[f32], stride: usize, tokens: &[usize], scale: f32, out: &mut [f32]) {
         for (out, token) in out.iter_mut().zip(tokens) {
             let key = &keys[token * stride..][..query.len()];
             let mut lanes = [0.0f32; LANES];
@@ -414,9 +418,8 @@ simd_fn! {
 }
 
 simd_fn! {
-    /// `out ← Σ weights[i] · values[tokens[i]]`, rows of `values` `stride` apart.
-    fn mix(weights: &[f32], values: &[f32], stride: usize, tokens: &[usize], out: &mut [f32]) {
-        out.fill(0.0);
+    /// `out ← out + Σ weights[i] · values[tokens[i]]`, rows of `values` `stride` apart.
+    pub(super) fn mix(weights: &[f32], values: &[f32], stride: usize, tokens: &[usize], out: &mut [f32]) {
         for (weight, token) in weights.iter().zip(tokens) {
             for (out, value) in out.iter_mut().zip(&values[token * stride..]) {
                 *out += weight * value;
@@ -441,7 +444,7 @@ pub(crate) mod tests {
     /// Heads that choose together, or each its own blocks.
     pub fn shape(heads: usize, head_dim: usize, count: usize, block: usize, apart: bool) -> IndexShape {
         let local = if apart { 1 } else { 0 };
-        IndexShape { heads, head_dim, scale: 0.5, count, block, local, apart, pooled: false }
+        IndexShape { heads, head_dim, scale: 0.5, count, block, local, apart, pooled: false, entries: false }
     }
 
     fn check(index: IndexShape, of: [usize; 4], lengths: &[usize], seed: u64) {
@@ -488,6 +491,13 @@ pub(crate) mod tests {
             check(shape, [kv_heads, of_each, head_dim, value_dim], &lengths, seed);
             let pooled = IndexShape { count: count + 1, local: 0, pooled: true, ..shape };
             check(pooled, [kv_heads, of_each, head_dim, value_dim], &lengths, seed);
+            // Attention reads what they stand for.
+            let entries = IndexShape { local: 0, pooled: true, entries: true, ..shape };
+            let mut noise = Noise(seed);
+            let [q, k, weights] = whole(&mut noise, lengths.iter().sum(), &entries);
+            let weights = (!apart).then(|| weights.view());
+            let chosen = select(q.view(), k.view(), weights, &entries, &lengths);
+            prop_assert_eq!(chosen, select_reference(q.view(), k.view(), weights, &entries, &lengths));
         }
     }
 

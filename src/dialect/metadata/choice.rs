@@ -17,7 +17,9 @@ pub(super) fn settings(
     id: &'static str,
 ) -> Result<()> {
     let key = |name: &str| format!("{id}.attention.indexer.{name}");
-    let Some(choice) = layers.attention.iter().find_map(|attention| attention.choice.as_ref()) else { return Ok(()) };
+    // DeepSeek V4's stand among its other keys.
+    let first = layers.attention.iter().find_map(|attention| attention.choice.as_ref());
+    let Some(choice) = first.filter(|_| id != "deepseek4") else { return Ok(()) };
     let shape = choice.shape();
     out.count(key("head_count"), shape.heads)?;
     out.count(key("key_length"), shape.head_dim)?;

@@ -1,6 +1,6 @@
 //! What chooses the tokens that attention sees, as llama.cpp's classes have it.
 
-use super::{From, Lister, Need, Part};
+use super::{Lister, Need};
 use crate::error::Result;
 use crate::graph::{Attention, Indexer, Linear};
 
@@ -18,7 +18,12 @@ impl Lister {
         let (Some(keys), Some(weights), None) = (&indexer.k, &indexer.weights, &indexer.q_norm) else {
             return Err(self.cannot("an indexer of this form"));
         };
-        self.pool(at, indexer)?;
+        if let Some(pool) = &indexer.pool {
+            if self.architecture.id != "glm5-next" {
+                return Err(self.cannot("an indexer with one key for a block of tokens"));
+            }
+            self.pool(&format!("{at}.indexer_compressor"), pool, indexer.shape.block)?;
+        }
         // llama.cpp turns queries and keys by a Hadamard matrix of this width, and aborts over others; keys of blocks it does not turn.
         let width = indexer.shape.head_dim;
         if indexer.pool.is_none() && (width < 64 || !width.is_power_of_two()) {
@@ -58,19 +63,6 @@ impl Lister {
         }
         self.norm(&format!("{at}.indexer.q_norm"), q_norm)?;
         self.norm(&format!("{at}.indexer.k_norm"), k_norm)
-    }
-
-    /// What makes one key of those of a block of tokens.
-    fn pool(&mut self, at: &str, indexer: &Indexer) -> Result<()> {
-        let Some(pool) = &indexer.pool else { return Ok(()) };
-        if self.architecture.id != "glm5-next" {
-            return Err(self.cannot("an indexer with one key for a block of tokens"));
-        }
-        self.linear(&format!("{at}.indexer_compressor_gate"), &pool.gate, None, Need::Never)?;
-        let shape = vec![indexer.shape.block, indexer.shape.head_dim];
-        let part = Part::whole(From::Tensor(pool.places.clone(), shape.clone()));
-        self.push(format!("{at}.indexer_compressor_ape.weight"), shape, vec![part]);
-        Ok(())
     }
 
     /// The order of the rows of an indexer's heads where the runtime turns neighbours in them as in attention, and the model halves.

@@ -1,5 +1,6 @@
 //! config.json, put together part by part: what every model says, then what only models of its type say.
 
+mod joint;
 mod mixture;
 mod states;
 mod step;
@@ -174,6 +175,8 @@ impl Settings {
         let inner = match by_layer {
             _ if self.architecture.per_layer => self.counts("feed_forward_length", layers)?[0],
             true => largest("feed_forward_length")?.filter(|inner| *inner > 0).unwrap_or(1),
+            // All layers are mixtures.
+            false if id == "deepseek4" => self.required("expert_feed_forward_length")?,
             false => self.required("feed_forward_length")?,
         };
         // Of all but the layer that predicts further tokens, where it is there.
@@ -258,6 +261,8 @@ impl Settings {
             let share = if (head_dim as f64 * share) as usize == rotated { share } else { share + 1e-9 };
             Ok(match model_type {
                 "gpt_neox" => json!({"rotary_pct": share}),
+                // Each of its rotations has it.
+                "deepseek_v4" => json!({}),
                 // Each kind of layers has it.
                 "mimo_v2_flash" => json!({}),
                 "minimax_m2" => json!({"rotary_dim": rotated}),
@@ -303,7 +308,7 @@ impl Settings {
             parameters
         };
         match model_type {
-            "gemma4_text" => return Ok(json!({})),
+            "gemma4_text" | "deepseek_v4" => return Ok(json!({})),
             // Outside of that its class takes its own.
             "apertus" => return Ok(json!({"rope_parameters": with_base()})),
             "ministral3" | "mistral4" => {

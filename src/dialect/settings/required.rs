@@ -106,6 +106,7 @@ const REQUIRED: &[(&str, &[&str])] = &[
             "hyper_connection.epsilon",
         ],
     ),
+    ("deepseek4", COMPRESSED),
     ("mimo2", &["attention.sliding_window", "attention.sliding_window_pattern", "expert_feed_forward_length"]),
     (
         "bailingmoe3",
@@ -165,6 +166,29 @@ const STREAMS: &[&str] = &[
     "hyper_connection.count",
     "hyper_connection.epsilon",
     "hyper_connection.magnitude",
+];
+
+/// Sizes of attention to a window and to entries, and how streams are mixed.
+const COMPRESSED: &[&str] = &[
+    "attention.q_lora_rank",
+    "attention.sliding_window",
+    "attention.indexer.head_count",
+    "attention.indexer.key_length",
+    "attention.indexer.top_k",
+    "attention.output_group_count",
+    "attention.output_lora_rank",
+    "attention.compress_rope_freq_base",
+    "attention.compress_ratios",
+    "hyper_connection.count",
+    "hyper_connection.sinkhorn_iterations",
+    "hyper_connection.epsilon",
+    "hash_layer_count",
+    "expert_feed_forward_length",
+    "expert_shared_count",
+    "expert_weights_scale",
+    "expert_weights_norm",
+    "expert_gating_func",
+    "swiglu_clamp_exp",
 ];
 
 /// Sizes of layers with a state.

@@ -1,7 +1,7 @@
 //! One byte or one nibble a value, and scales for blocks of a matrix.
 //!
 //! ```text
-//! fp8, fbgemm_fp8     T          F8 [.., rows, cols]     T_scale_inv or T_scale   float [.., ⌈rows/m⌉, ⌈cols/n⌉], [rows] or [1]
+//! fp8, fbgemm_fp8     T          F8 [.., rows, cols]     T_scale_inv, T_scale, or M.scale of T = M.weight   float [.., ⌈rows/m⌉, ⌈cols/n⌉], [rows] or [1]
 //! compressed-tensors  M.weight   F8|I8 [rows, cols]      M.weight_scale           M.weight_zero_point for integers
 //!                     M.weight_packed  U8 [rows, cols/2] M.weight_scale           M.weight_global_scale (nvfp4): divides
 //! bitsandbytes int8   M.weight   I8 [rows, cols]         M.SCB  F32 [rows]        the largest magnitude of a row, for code 127
@@ -82,8 +82,9 @@ pub(super) fn float8(
 ) -> Result<Option<Foreign>> {
     let Some(values) = Values::of(view.dtype) else { return Ok(None) };
     // One byte floats may be scales themselves.
+    let beside = stored.strip_suffix(".weight").map(|module| format!("{module}.scale"));
     let names = ["_scale_inv", "_scale"].map(|suffix| format!("{stored}{suffix}"));
-    let Some(scale) = names.iter().find(|name| tensors(name).is_some()) else {
+    let Some(scale) = names.iter().chain(&beside).find(|name| tensors(name).is_some()) else {
         return match view.shape.len() {
             0 | 1 => Ok(None),
             _ if stored.ends_with("_scale") || stored.ends_with("_scale_inv") => Ok(None),

@@ -126,6 +126,24 @@ fn parts_that_do_not_fit_are_told() {
     }
 }
 
+/// As DeepSeek V4 has them, whose scales are exponents.
+#[test]
+fn scales_may_stand_beside_a_weight() {
+    let mut case = cases().into_iter().find(|case| case.label == "fp8 in blocks of 16x16").unwrap();
+    let mut scale = case.tensors.remove("a.weight_scale_inv").unwrap();
+    (scale.data, scale.dtype) = ((0..6).map(|n| 124 + n).collect(), Dtype::F8_E8M0);
+    case.tensors.insert("a.scale".to_owned(), scale);
+    let found = case.find().unwrap().unwrap();
+    assert_eq!((&*found.name, &found.parts[..]), ("a.weight", &["a.weight".to_owned(), "a.scale".to_owned()][..]));
+    let mut values = vec![0.0; 32 * 48];
+    found.read(&case.lookup(), 0..32, &mut values).unwrap();
+    let codes = &case.tensors["a.weight"].data;
+    for (at, value) in values.iter().enumerate() {
+        let block = at / 48 / 16 * 3 + at % 48 / 16;
+        assert_eq!(*value, e4m3(codes[at]) * 2f32.powi(block as i32 - 3), "{at}");
+    }
+}
+
 #[test]
 fn every_float_of_a_byte_is_right() {
     // Worked out from the definitions: sign, exponent, mantissa.

@@ -103,6 +103,7 @@ impl Settings {
             "deepseek_v32" | "glm_moe_dsa" => self.indexed(model)?,
             "hy_v4" => self.hunyuan_4(model)?,
             "glm5_next_text" => self.glm5_next(model)?,
+            "deepseek_v4" => self.deepseek_4(model)?,
             _ => json!({}),
         })
     }
