@@ -9,6 +9,7 @@ mod states;
 mod streams;
 #[cfg(test)]
 mod tests;
+mod windows;
 
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
 use kernels::{Activation, DeltaShape, NormKind};
@@ -154,14 +155,6 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         Some((_, rows)) => *rows,
         None => context_of(out, config)?,
     };
-    let windows: Vec<Option<usize>> = attention.iter().map(|a| a.shape.window.or(a.shape.chunk)).collect();
-    let window = windows.iter().flatten().min().copied();
-    if let Some(window) = window.filter(|window| *window < context && !architecture.windows) {
-        out.notice(format!(
-            "llama.cpp ignores the sliding window of {window} tokens for this architecture: beyond {window} tokens the model attends to more than it was trained with"
-        ));
-    }
-
     if layers.dense.iter().any(|mlp| mlp.activation == Activation::Gelu) {
         out.notice("llama.cpp approximates GELU: logits differ a little from the original's");
     }
@@ -208,31 +201,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         "deepseek4" => joint::rope(out, attention, id)?,
         _ => rope(out, attention, architecture, context)?,
     }
-    if architecture.windows {
-        // Only where there are windows: their absence is how the largest models are told from the others.
-        if let Some(window) = window.filter(|_| id != "llama4") {
-            // There it counts tokens on both sides together, and not the one that sees them.
-            let both = if id == "gemma-embedding" { 2 * (window - 1) } else { window };
-            out.count(key("attention.sliding_window"), both)?;
-            // All layers of DeepSeek V4 have one.
-            if id != "deepseek4" {
-                let flags = windows.iter().map(|window| MetadataValue::Bool(window.is_some())).collect();
-                let flags = metadata_array(flags, GGUFValueType::Bool)?;
-                out.metadata.push((key("attention.sliding_window_pattern"), flags));
-            }
-        } else if id == "llama4" && window.is_none() {
-            out.count(key("attention.sliding_window"), 0)?;
-        }
-    }
-    if id == "gemma-embedding" && window.is_none_or(|window| window < 2) {
-        return Err(names::cannot(id, "attention both ways without a window"));
-    }
-    if graph.sees_both_ways() && id != "gemma-embedding" {
-        if window.is_some() {
-            return Err(names::cannot(id, "attention both ways within a window"));
-        }
-        out.metadata.push((key("attention.causal"), MetadataValue::Bool(false)));
-    }
+    windows::settings(out, graph, attention, architecture, context)?;
     if matches!(id, "qwen2vl" | "qwen35" | "qwen35moe" | "qwen4exp") {
         sections(out, config, id, rotated.unwrap_or(0))?;
     }

@@ -24,9 +24,8 @@ pub(super) fn settings(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id
         Some([magnitude, _]) if hyper.shape.rounds == 0 => out.float(key("magnitude"), magnitude),
         _ => out.count(key("sinkhorn_iterations"), hyper.shape.rounds)?,
     }
-    if let Some(indexer) =
-        layers.attention.iter().find_map(|attention| attention.indexer()).filter(|i| i.pool.is_some())
-    {
+    let pooled = layers.attention.iter().find_map(|attention| attention.indexer()).filter(|i| i.pool.is_some());
+    if let Some(indexer) = pooled.filter(|_| id == "glm5-next") {
         out.float(format!("{id}.attention.layer_norm_epsilon"), indexer.k_norm.eps);
     }
     let mixture = layers.sparse.first();
