@@ -42,7 +42,7 @@ fn build(config: &Config<'_>, sparse: bool) -> Result<Graph> {
         };
         Ok(base.usual_block(at, attention, feed_forward))
     };
-    let has_experts = |layer: usize| sparse && (layer + 1) % every == 0 && (first..=last).contains(&layer);
+    let has_experts = |layer: usize| sparse && (layer + 1).is_multiple_of(every) && (first..=last).contains(&layer);
     let blocks = base.each(|layer| block(base.at(layer), has_experts(layer)))?;
     let mut graph = base.graph(config, if sparse { "ernie4_5_moe" } else { "ernie4_5" }, blocks)?;
     graph.head.linear.bias = sparse && bias;

@@ -95,10 +95,10 @@ impl Lister {
         else {
             return Err(self.cannot("linear attention of this form"));
         };
-        let class = match (self.architecture.id, narrow, decay.lower) {
-            ("kimi-linear", Some(_), None) | ("bailingmoe3", None, Some(_)) | ("glm5-next", Some(_), _) => true,
-            _ => false,
-        };
+        let class = matches!(
+            (self.architecture.id, narrow, decay.lower),
+            ("kimi-linear", Some(_), None) | ("bailingmoe3", None, Some(_)) | ("glm5-next", Some(_), _)
+        );
         if !class || key_dim != value_dim {
             return Err(self.cannot("linear attention whose channels decay each by itself"));
         }
