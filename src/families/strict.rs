@@ -40,6 +40,10 @@ const LAYER_TYPES: &[&str] = &[
     "qwen_sparse_attention",
 ];
 
+/// Those that DeepSeek V4's class takes.
+const DEEPSEEK_V4_TYPES: &[&str] =
+    &["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"];
+
 /// Types of weights as configurations call them, and as torch does.
 const DTYPES: &[(&str, &str)] = &[
     ("bf16", "bfloat16"),
@@ -184,7 +188,12 @@ fn layers(class: &str, known: bool, settings: &Map<String, Value>, place: &str, 
     }
     let Some(count) = count(class, settings, "num_hidden_layers") else { return };
     // The second is looked at only where the first is there.
-    for (key, allowed) in [("layer_types", LAYER_TYPES), ("mlp_layer_types", &["sparse", "dense"])] {
+    let (kinds, feeds): (_, &[&str]) = match class {
+        // Which has kinds of its own.
+        "deepseek_v4" => (DEEPSEEK_V4_TYPES, &["moe", "hash_moe"]),
+        _ => (LAYER_TYPES, &["sparse", "dense"]),
+    };
+    for (key, allowed) in [("layer_types", kinds), ("mlp_layer_types", feeds)] {
         let Some(list) = settings.get(key).and_then(Value::as_array) else { return };
         if list.len() as i64 != count {
             notes.push(format!(

@@ -191,6 +191,31 @@ fn experts_in_the_stacks_of_transformers_are_read() {
     }
 }
 
+/// Of DeepSeek V4, whose first layers look the experts of a token up.
+#[test]
+fn a_table_of_experts_names_those_that_are_there_in_whole_numbers() {
+    let name = "model.layers.1.ffn.gate.tid2eid";
+    let said = |change: &dyn Fn(&mut Value, &mut [u8])| {
+        let model = checkpoint("deepseek_v4_plain");
+        Model::at(model.path()).weights(|header, data| {
+            let entry = header.get_mut(name).unwrap();
+            let at = |index: usize| entry["data_offsets"][index].as_u64().unwrap() as usize;
+            let range = at(0)..at(1);
+            change(entry, &mut data[range]);
+        });
+        crate::golden::logits(model.path(), &[(3..40).collect()]).map_err(|error| error.to_string())
+    };
+    let usual = said(&|_, _| {}).unwrap();
+    // Another expert is another model.
+    assert!(said(&|_, table| table.chunks_exact_mut(8).for_each(|n| n[0] ^= 1)).unwrap() != usual);
+    let told = said(&|_, table| table[8..16].copy_from_slice(&4i64.to_le_bytes())).unwrap_err();
+    assert!(told.contains(&format!("`{name}`: expected experts below 4, found 4")), "{told}");
+    let told = said(&|_, table| table[..8].copy_from_slice(&(-1i64).to_le_bytes())).unwrap_err();
+    assert!(told.contains("expected experts below 4, found -1"), "{told}");
+    let told = said(&|entry, _| entry["dtype"] = json!("F64")).unwrap_err();
+    assert!(told.contains(&format!("`{name}` is of type F64, and numbers of experts are I64 or I32")), "{told}");
+}
+
 /// As transformers calls all tensors in memory, and stacks experts.
 #[test]
 fn names_of_the_class_are_read_like_those_that_models_are_published_under() {
