@@ -191,6 +191,28 @@ fn experts_in_the_stacks_of_transformers_are_read() {
     }
 }
 
+/// Those of Qwen3-VL are published with rows in columns; transformers takes either by the shape, and saves what it has in memory.
+#[test]
+fn stacks_of_qwen3_vl_are_read_either_way_round() {
+    let tokens = [(3..40).collect::<Vec<u32>>()];
+    let model = checkpoint("qwen3_vl_moe_vision");
+    let usual = crate::golden::logits(model.path(), &tokens).unwrap();
+    Model::at(model.path()).weights(|header, data| {
+        for (_, entry) in header.iter_mut().filter(|(name, _)| name.contains(".experts.")) {
+            let [count, rows, cols] = [0, 1, 2].map(|i| entry["shape"][i].as_u64().unwrap() as usize);
+            entry["shape"] = json!([count, cols, rows]);
+            let from = entry["data_offsets"][0].as_u64().unwrap() as usize;
+            let old = data[from..from + 2 * count * rows * cols].to_vec();
+            for (at, value) in old.chunks_exact(2).enumerate() {
+                let (expert, row, col) = (at / (rows * cols), at / cols % rows, at % cols);
+                let to = from + 2 * (expert * rows * cols + col * rows + row);
+                data[to..to + 2].copy_from_slice(value);
+            }
+        }
+    });
+    assert!(crate::golden::logits(model.path(), &tokens).unwrap() == usual);
+}
+
 /// As transformers calls all tensors in memory, and stacks experts.
 #[test]
 fn names_of_the_class_are_read_like_those_that_mistral_large_4_is_published_under() {
