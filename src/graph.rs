@@ -21,7 +21,7 @@ use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 pub use self::altup::{AltUp, LEAST, Laurel};
 pub use self::compressed::{Compressor, Joint};
 pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
-pub use self::further::{FURTHER, Further};
+pub use self::further::{BESIDE, FURTHER, Further};
 pub use self::grams::{AGREEMENT, GramLayer, Grams};
 pub use self::hyper::{Collapse, Connection, Gated, Hyper};
 pub use self::lookup::{Lookup, PerLayer, Side};

@@ -21,7 +21,7 @@ use crate::cost::{Cost, longer, of_measuring};
 use crate::error::{Error, Result};
 use crate::evidence;
 use crate::families;
-use crate::graph::{FURTHER, Graph};
+use crate::graph::{BESIDE, FURTHER, Graph};
 use crate::memory::{self, Device, Expected, Free, Tokens, Work, peak_memory};
 use crate::output::hashing::{Hashing, hash_beside, hash_file, hashed};
 use crate::output::{Before, Place, SideOutput, Staging, check_apart, check_beside, check_place};
@@ -586,6 +586,9 @@ impl<'a> Job<'a> {
         let further = run.graph.aside.iter().any(|(_, what)| what.starts_with(FURTHER));
         if run.graph.predictors().is_empty() && !further {
             recipe.idle.push("mtp");
+        }
+        if !run.graph.aside.iter().any(|(_, what)| *what == BESIDE) {
+            recipe.idle.push("towers");
         }
         if !run.graph.has_experts() {
             recipe.idle.push("moe_all_experts");

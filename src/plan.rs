@@ -8,9 +8,10 @@ use formats::{Codec, Dtype, Encoding, Float, TensorSpec};
 
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
+use crate::families::towers::{TowerLinear, towers};
 use crate::families::{self, Absent, Loading, linears::From};
 use crate::graph::{Block, Graph, Linear, Stored};
-use crate::recipe::{Patterns, Recipe, Said};
+use crate::recipe::{Patterns, Recipe, Said, Towers};
 use crate::report::Fate;
 use crate::runtimes::{self, experts};
 use crate::serving::unequal;
@@ -24,7 +25,7 @@ pub struct Plan {
     pub codec: &'static dyn Codec,
     /// How each quantized linear is represented, by module.
     pub encodings: HashMap<String, Encoding>,
-    /// The embedding and the head, where the layout holds them.
+    /// The embedding and the head, where the layout holds them, and what is quantized beside the language model.
     pub ends: Vec<End>,
     /// Linears of the blocks that stay as they are.
     pub unquantized: Vec<String>,
@@ -42,7 +43,7 @@ pub struct Plan {
     pub config: ConfigFiles,
 }
 
-/// A matrix at either end of the model that is quantized: the embedding, or a head of its own.
+/// A matrix outside the blocks that is quantized, without data: the embedding, a head of its own, or a linear of what sees or hears.
 pub struct End {
     /// Its place among all tensors of the input.
     pub index: usize,
@@ -54,6 +55,8 @@ pub struct End {
     pub shape: [usize; 2],
     /// How it is represented.
     pub encoding: Encoding,
+    /// Its rows belong together, as those of a file whose matrices have parts for all rows.
+    pub whole: bool,
 }
 
 impl Plan {
@@ -65,7 +68,7 @@ impl Plan {
         let mut patterns = recipe.patterns()?;
         // To patterns the head, routers and other components' linears are linears, though they are not quantized here.
         let strays = Strays::new(graph, source, recipe.unknown_tensors);
-        let others = other_linears(graph, source, &strays, codec.goes_by_class())?;
+        let mut others = other_linears(graph, source, &strays, codec.goes_by_class())?;
         for module in &others {
             recipe.encoding_of(module, &mut patterns)?;
         }
@@ -79,6 +82,8 @@ impl Plan {
             _ => Float::F16,
         };
         let mut chosen = Chosen::of(graph, recipe, codec, precision, patterns)?;
+        let of_towers = chosen.add_towers(graph, source, recipe, codec, precision)?;
+        others.retain(|name| !chosen.ends.iter().any(|end| end.module == *name));
         let Named { left, loaded, loading, absent } = Named::of(graph, source, codec, &others, &chosen)?;
         let listed: Vec<QuantizedModule<'_>> = chosen
             .modules
@@ -96,6 +101,7 @@ impl Plan {
         config.notes.extend(experts::uneven(graph, &chosen.encodings, codec)?);
         config.notes.extend(uneven_fused(graph, &chosen.encodings, codec));
         config.notes.extend(rounded_inputs(&chosen.encodings));
+        config.notes.extend(of_towers);
         config.notes.extend(absent.as_ref().map(Absent::note));
         if graph.opaque {
             check_named(&config, &listed, &left, codec)?;
@@ -183,7 +189,7 @@ impl Chosen {
                 if let Err(why) = codec.supports(shape[0], shape[1], &encoding, recipe.desc_act) {
                     refusals.push((tensor.clone(), why));
                 }
-                ends.push(End { index: 0, module, tensor, shape, encoding });
+                ends.push(End { index: 0, module, tensor, shape, encoding, whole: false });
             }
         }
         patterns.check_hits()?;
@@ -199,6 +205,61 @@ impl Chosen {
             return Err(Error::usage(format!("tensor `{tensor}`{others}: {} cannot hold it: {why}", codec.id())));
         }
         Ok(Chosen { encodings, modules, unquantized, ends, plain_ends })
+    }
+
+    /// Adds the linears of what sees or hears, where the recipe wants them quantized. Returns what there is to say of it.
+    fn add_towers(
+        &mut self,
+        graph: &Graph,
+        source: &Checkpoint,
+        recipe: &Recipe,
+        codec: &dyn Codec,
+        precision: Float,
+    ) -> Result<Vec<String>> {
+        if recipe.towers == Towers::Keep {
+            return Ok(Vec::new());
+        }
+        // That each pattern matches something is checked with the language model's.
+        let mut patterns = recipe.patterns()?;
+        let (mut parts, mut refused) = (Vec::new(), Vec::new());
+        let before = self.ends.len();
+        for TowerLinear { module, shape } in towers(graph, source) {
+            let Some(encoding) = recipe.encoding_of(&module, &mut patterns)? else { continue };
+            let encoding = encoding.stored_in(precision, codec.min_zero());
+            if let Err(why) = codec.supports(shape[0], shape[1], &encoding, recipe.desc_act) {
+                refused.push(format!("{module}: {why}"));
+                continue;
+            }
+            let part = families::component(&module).trim_end_matches('.').to_owned();
+            if !parts.contains(&part) {
+                parts.push(part);
+            }
+            self.modules.push((module.clone(), encoding));
+            let tensor = format!("{module}.weight");
+            self.ends.push(End { index: 0, module, tensor, shape, encoding, whole: true });
+        }
+        let parts: Vec<&str> = parts.iter().map(|part| &**part).collect();
+        let mut notes = Vec::new();
+        let packed = |end: &End| {
+            let layout = codec.layout(end.shape[0], end.shape[1], &end.encoding, Dtype::F32);
+            layout.iter().all(|(part, ..)| *part != "weight")
+        };
+        if self.ends[before..].iter().any(packed) {
+            notes.extend(runtimes::of_towers(source.config()));
+        }
+        notes.push(match self.ends.len() - before {
+            0 => {
+                "towers has no effect: no linears were found beside the language model that can be quantized".to_owned()
+            }
+            found => format!(
+                "{found} linears of {} are rounded without data, for nothing is known of their inputs",
+                listed(&parts)
+            ),
+        });
+        if let Some(first) = refused.first() {
+            notes.push(format!("{} linears beside the language model stay as they are, as {first}", refused.len()));
+        }
+        Ok(notes)
     }
 }
 
@@ -219,10 +280,11 @@ impl Named {
     fn of(graph: &Graph, source: &Checkpoint, codec: &dyn Codec, others: &[String], chosen: &Chosen) -> Result<Named> {
         let Chosen { modules, unquantized, ends, plain_ends, .. } = chosen;
         // Other components as a whole, for runtimes call what is in them otherwise than files do.
-        let aside =
-            |name: &String| graph.aside.iter().any(|(prefix, _)| !prefix.is_empty() && name.starts_with(prefix));
+        // What is left in one of which some has codes is named by itself.
+        let whole = |prefix: &String| !modules.iter().any(|(own, _)| own.starts_with(&prefix[..]));
         let components: Vec<String> =
-            graph.aside.iter().map(|(prefix, _)| prefix).filter(|p| p.ends_with('.')).cloned().collect();
+            graph.aside.iter().map(|(prefix, _)| prefix).filter(|p| p.ends_with('.') && whole(p)).cloned().collect();
+        let aside = |name: &String| components.iter().any(|prefix| name.starts_with(prefix));
         // AWQ leaves out whatever has a name in its own: `fc` would take `c_fc` along.
         let hides = |name: &String| codec.id() == "awq" && modules.iter().any(|(own, _)| own.contains(&**name));
         let alone = others.iter().filter(|name| !aside(name)).filter(|name| graph.opaque || !hides(name));
@@ -336,7 +398,13 @@ impl Outputs {
             // Beside packed linears transformers has Llama 4's experts one by one, and finds none in a stack; others it takes from either.
             let by_stack = matches!(
                 graph.family,
-                "gpt_oss" | "granitemoe" | "granitemoeshared" | "granitemoehybrid" | "mistral4" | "mistral_large4"
+                "qwen3_vl_moe"
+                    | "gpt_oss"
+                    | "granitemoe"
+                    | "granitemoeshared"
+                    | "granitemoehybrid"
+                    | "mistral4"
+                    | "mistral_large4"
             );
             let apart = stacked && layout.codec.id() == "compressed-tensors" && !by_stack;
             let planned = |linear: &&Linear| apart || encodings.contains_key(&linear.module);

@@ -14,11 +14,13 @@ use crate::error::{Error, Result};
 use crate::mixes::{Mix, TensorOverride, parse_type};
 use crate::words::nearest;
 
+mod choices;
 mod llm_compressor;
 mod near;
 mod patterns;
 mod request;
 
+pub use choices::{Mtp, Towers, UnknownTensors, unknown_tensors};
 pub use patterns::{Pattern, Patterns};
 pub use request::{Override, Request, headings, toml_error};
 
@@ -69,43 +71,6 @@ impl Method {
     }
 }
 
-/// What to do with tensors that no rule of the model's family names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum UnknownTensors {
-    /// They go over as they are.
-    #[default]
-    Copy,
-    /// They are left out.
-    Drop,
-    /// They are an error.
-    Refuse,
-}
-
-impl UnknownTensors {
-    /// Every choice, with the name users type.
-    pub const ALL: &[(&str, UnknownTensors)] =
-        &[("copy", UnknownTensors::Copy), ("drop", UnknownTensors::Drop), ("refuse", UnknownTensors::Refuse)];
-}
-
-/// What to do with layers that predict further tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Mtp {
-    /// They are quantized as the others are, where it is known what they compute.
-    #[default]
-    Quantize,
-    /// They go over as they are.
-    Keep,
-    /// They are left out.
-    Drop,
-}
-
-impl Mtp {
-    /// Every choice, with the name users type.
-    pub const ALL: &[(&str, Mtp)] = &[("quantize", Mtp::Quantize), ("keep", Mtp::Keep), ("drop", Mtp::Drop)];
-}
-
 /// Finds a name in one of the `ALL` tables; the error lists what there is.
 pub fn named<T: Copy>(what: &str, table: &[(&str, T)], name: &str) -> Result<T> {
     match table.iter().find(|(known, _)| known.eq_ignore_ascii_case(name)) {
@@ -148,6 +113,8 @@ pub struct Recipe {
     pub unknown_tensors: UnknownTensors,
     /// What to do with layers that predict further tokens.
     pub mtp: Mtp,
+    /// What to do with what sees or hears beside the language model.
+    pub towers: Towers,
     /// A LoRA adapter that was merged before anything else.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<PathBuf>,
@@ -291,6 +258,7 @@ impl Recipe {
             }
         }
         let given = Given::of(&request);
+        let towers = request.towers.as_deref().map_or(Ok(Towers::default()), |name| Towers::parse(name, &format))?;
         let recipe = Recipe {
             format,
             encoding,
@@ -304,6 +272,7 @@ impl Recipe {
             ignore: request.ignore.unwrap_or_default(),
             unknown_tensors: unknown_tensors(request.unknown_tensors.as_deref())?,
             mtp: request.mtp.as_deref().map_or(Ok(Mtp::default()), |name| named("--mtp", Mtp::ALL, name))?,
+            towers,
             adapter: request.adapter,
             calibration: request.calibration.unwrap_or_else(|| "mixed".to_owned()),
             samples: request.samples.unwrap_or(128),
@@ -405,6 +374,7 @@ impl Recipe {
             split_max_size,
         };
         let given = Given::of(&request);
+        let towers = request.towers.as_deref().map_or(Ok(Towers::default()), |name| Towers::parse(name, "gguf"))?;
         let common = Request {
             format: None,
             scheme: None,
@@ -417,9 +387,11 @@ impl Recipe {
             pure: None,
             pre: None,
             split_max_size: None,
+            towers: None,
             ..request
         };
-        let recipe = Recipe { format: "gguf".to_owned(), observer, gguf: Some(gguf), ..Recipe::resolve(common)? };
+        let recipe =
+            Recipe { format: "gguf".to_owned(), observer, towers, gguf: Some(gguf), ..Recipe::resolve(common)? };
         Ok(recipe.without_idle(&given))
     }
 
@@ -515,11 +487,6 @@ impl Recipe {
             overrides: self.overrides.iter().map(|o| ready(&o.pattern)).collect::<Result<_>>()?,
         })
     }
-}
-
-/// The choice of this name.
-pub fn unknown_tensors(name: Option<&str>) -> Result<UnknownTensors> {
-    name.map_or(Ok(UnknownTensors::default()), |name| named("--unknown-tensors", UnknownTensors::ALL, name))
 }
 
 /// Bytes, as llama.cpp's tools write them: a number and `M` or `G`.

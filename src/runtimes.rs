@@ -240,6 +240,11 @@ pub fn notes(
              this one ({dtype}): load it with dtype=torch.bfloat16{or}"
         )
     });
+    let elsewhere = (codec == "gptq" && is_one(&["smolvlm", "idefics3"])).then(|| {
+        "transformers does not find the layers of this model's text where it loads GPTQ, and fails; give another --format, as \
+         compressed-tensors"
+            .to_owned()
+    });
     // vLLM skips biases for which its class has no place.
     let biased = |layer: &Layer| {
         !matches!(layer, Layer::Attention(_)) && layer.linears().into_iter().flatten().any(|linear| linear.bias)
@@ -252,7 +257,19 @@ pub fn notes(
     });
     let known = [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned);
     let known = known.chain(mlx_lm(&facts, graph, source.config())?);
-    Ok(known.chain([unknown, apart, sentences, own, split, stays, halves, lost].into_iter().flatten()).collect())
+    Ok(known
+        .chain([unknown, apart, sentences, own, split, stays, halves, elsewhere, lost].into_iter().flatten())
+        .collect())
+}
+
+/// What to say where linears of a tower are quantized and have no `weight` in the file: who does not load them.
+pub fn of_towers(config: &Value) -> Option<String> {
+    let parts = config.as_object()?.values().filter_map(type_of);
+    let asks = parts.into_iter().find(|part| ASK_FOR_WEIGHTS.contains(part))?;
+    Some(format!(
+        "transformers' class of the tower ({asks}) asks for the weights of its linears while these are packed, and fails ('Linear' object has no \
+         attribute 'weight'): load this output with CompressedTensorsConfig(dequantize=True), or give --scheme W8A8 or FP8_DYNAMIC"
+    ))
 }
 
 /// What to say of matrices that stay as they are because transformers changes them.
@@ -287,7 +304,7 @@ fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
         (
             "compressed-tensors",
             "gemma4" | "gpt_oss" | "granitemoe" | "granitemoeshared" | "granitemoehybrid" | "hy_v4" | "mistral4"
-            | "step3p5",
+            | "qwen3_vl_moe" | "step3p5",
         ) if facts.experts => Some(
             "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
              vLLM loads experts one by one",

@@ -142,6 +142,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "qwen2", families: &["qwen2"], square: true, ..PLAIN },
     Architecture { id: "qwen2vl", families: &["qwen2_vl"], square: true, ..PLAIN },
     Architecture { id: "qwen3", families: &["qwen3"], ..PLAIN },
+    Architecture { id: "qwen3vl", families: &["qwen3_vl"], ..PLAIN },
     Architecture { id: "gemma", families: &["gemma"], head: Need::Never, ..PLAIN },
     Architecture { id: "gemma2", families: &["gemma2"], head: Need::Never, windows: true, ..PLAIN },
     Architecture { id: "gemma3", families: &["gemma3"], windows: true, ..PLAIN },
@@ -235,7 +236,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "mistral3", families: &["ministral3"], neighbours: true, ..PLAIN },
     Architecture {
         id: "glm4moe",
-        families: &["glm4_moe", "solar_open"],
+        families: &["glm4_moe", "glm4v_moe", "solar_open"],
         ffn_norm: "post_attention_norm",
         further: Some(FURTHER),
         ..PLAIN
@@ -283,6 +284,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     Architecture { id: "hy_v3", families: &["hy_v3"], correction: "exp_probs_b", further: Some(FURTHER), ..PLAIN },
     Architecture { id: "qwen2moe", families: &["qwen2_moe"], square: true, head: Need::Must, ..PLAIN },
     Architecture { id: "qwen3moe", families: &["qwen3_moe"], ..PLAIN },
+    Architecture { id: "qwen3vlmoe", families: &["qwen3_vl_moe"], ..PLAIN },
     Architecture { id: "olmoe", families: &["olmoe"], square: true, head: Need::Must, ..PLAIN },
     Architecture {
         id: "deepseek2",

@@ -202,8 +202,16 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
         _ => rope(out, attention, architecture, context)?,
     }
     windows::settings(out, graph, attention, architecture, context)?;
-    if matches!(id, "qwen2vl" | "qwen35" | "qwen35moe" | "qwen4exp") {
+    if matches!(id, "qwen2vl" | "qwen3vl" | "qwen3vlmoe" | "qwen35" | "qwen35moe" | "qwen4exp")
+        || graph.family == "glm4v_moe"
+    {
         sections(out, config, id, rotated.unwrap_or(0))?;
+    }
+    if matches!(id, "qwen3vl" | "qwen3vlmoe") {
+        // As many of the first layers are given what a tower's inner layers make of an image.
+        let said = config["vision_config"]["deepstack_visual_indexes"].as_array().map(Vec::len);
+        let reaching = said.or_else(|| config["n_deepstack_layers"].as_u64().map(|n| n as usize)).unwrap_or(0);
+        out.count(key("n_deepstack_layers"), reaching)?;
     }
     states::recurrent(out, graph, &layers, id)?;
     factors(out, graph, first, id);
@@ -458,13 +466,13 @@ fn heads(out: &mut Written, graph: &Graph, first: &Attention, rotated: usize, id
 /// How many rotary frequencies each kind of position has: time, height and width of an image, which are the same in a text. Of `rotated` values
 /// half are frequencies, and llama.cpp aborts where the sections are more.
 fn sections(out: &mut Written, config: &Value, id: &'static str, rotated: usize) -> Result<()> {
-    // Those of transformers' class where nothing is said.
-    const USUAL: [i64; 4] = [11, 11, 10, 0];
+    // Those of transformers' classes where nothing is said.
+    let usual = if id == "glm4moe" { [8, 12, 12, 0] } else { [11, 11, 10, 0] };
     let key = format!("{id}.rope.dimension_sections");
     let text = families::settings(config)?.values;
     let list = text["rope_parameters"]["mrope_section"].as_array();
     let sections = list.map(|list| list.iter().filter_map(integer).chain([0; 4]).take(4).collect::<Vec<_>>());
-    let Some(sections) = sections.or_else(|| (id != "qwen2vl").then(|| USUAL.to_vec())) else {
+    let Some(sections) = sections.or_else(|| (id != "qwen2vl").then(|| usual.to_vec())) else {
         return Err(names::cannot("qwen2vl", "a model whose config.json has no mrope_section".to_owned()));
     };
     let mut left = rotated as i64 / 2;

@@ -120,7 +120,7 @@ const CLASSES: &[Class] = &[
     Class { families: &["seed_oss"], ..PLAIN },
     Class { families: &["helium"], head: Head::Own, divided: true, positions: Positions::Theta, ..PLAIN },
     Class { families: &["qwen2", "qwen2_vl"], divided: true, ..PLAIN },
-    Class { families: &["qwen3"], fixed: &[("attention_bias", Flag(false))], ..PLAIN },
+    Class { families: &["qwen3", "qwen3_vl"], fixed: &[("attention_bias", Flag(false))], ..PLAIN },
     Class {
         families: &["gemma"],
         activation: "gelu",
@@ -309,7 +309,9 @@ pub fn leaves_out(model_type: &str, name: &str, layers: usize) -> bool {
         "gemma3" => begins(&["vision_tower.", "multi_modal_projector."]),
         "mistral3" | "llava" => name.contains("vision_tower") || name.contains("multi_modal_projector"),
         "llama4" => name.contains("vision_model") || name.contains("multi_modal_projector"),
-        "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl" => begins(&["visual.", "vision_tower.", "model.visual."]),
+        "qwen2_vl" | "qwen2_5_vl" | "qwen3_vl" | "qwen3_vl_moe" => {
+            begins(&["visual.", "vision_tower.", "model.visual."])
+        }
         "glm4_moe" => begins(&[&format!("model.layers.{layers}.")]),
         "ernie4_5_moe" => ["mtp_block.", "mtp_linear_proj.", "mtp_hidden_norm.", "mtp_emb_norm."]
             .iter()

@@ -215,6 +215,8 @@ impl Settings {
             ("qwen2", false) => ("qwen2", "Qwen2ForCausalLM", "silu"),
             ("qwen2vl", false) => ("qwen2_vl", "Qwen2VLForConditionalGeneration", "silu"),
             ("qwen3", false) => ("qwen3", "Qwen3ForCausalLM", "silu"),
+            ("qwen3vl", false) => ("qwen3_vl_text", "Qwen3VLForConditionalGeneration", "silu"),
+            ("qwen3vlmoe", true) => ("qwen3_vl_moe_text", "Qwen3VLMoeForConditionalGeneration", "silu"),
             ("gemma", false) => ("gemma", "GemmaForCausalLM", "gelu_pytorch_tanh"),
             ("gemma2", false) => ("gemma2", "Gemma2ForCausalLM", "gelu_pytorch_tanh"),
             ("gemma3", false) => ("gemma3_text", "Gemma3ForCausalLM", "gelu_pytorch_tanh"),
@@ -262,6 +264,9 @@ impl Settings {
             ("exaone-moe", true) => ("exaone_moe", "ExaoneMoeForCausalLM", "silu"),
             ("hy_v3", true) => ("hy_v3", "HYV3ForCausalLM", "silu"),
             ("mistral3", false) => ("ministral3", "Ministral3ForCausalLM", "silu"),
+            ("glm4moe", true) if self.look("rope.dimension_sections").is_some() => {
+                ("glm4v_moe_text", "Glm4vMoeForConditionalGeneration", "silu")
+            }
             ("glm4moe", true) => ("glm4_moe", "Glm4MoeForCausalLM", "silu"),
             ("apertus", false) => ("apertus", "ApertusForCausalLM", "xielu"),
             ("arcee", false) => ("arcee", "ArceeForCausalLM", "relu2"),

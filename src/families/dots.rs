@@ -16,6 +16,10 @@ pub const DOTS1: Family = Family { id: "dots1", model_types: &["dots1"], build: 
 pub const GLM4_MOE: Family =
     Family { id: "glm4_moe", model_types: &["glm4_moe"], build: |config| build(config, "glm4_moe") };
 
+/// The language model of GLM-4.5V and GLM-4.6V: no norms of queries and keys.
+pub const GLM4V_MOE: Family =
+    Family { id: "glm4v_moe", model_types: &["glm4v_moe_text"], build: |config| build(config, "glm4v_moe") };
+
 /// Solar Open: experts in every layer.
 pub const SOLAR_OPEN: Family =
     Family { id: "solar_open", model_types: &["solar_open"], build: |config| build(config, "solar_open") };
@@ -25,10 +29,11 @@ fn build(config: &Config<'_>, family: &'static str) -> Result<Graph> {
     let dots = family == "dots1";
     base.eps = config.positive("rms_norm_eps", if dots { 1e-6 } else { 1e-5 })? as f32;
     let act = activation(config, Activation::Silu)?;
-    let bias = config.flag("attention_bias", false)?;
+    let bias = config.flag("attention_bias", family == "glm4v_moe")?;
     // Solar Open's class has no such settings, whatever config.json says.
     let (normed, dense) = match family {
         "glm4_moe" => (config.flag("use_qk_norm", false)?, config.count_or("first_k_dense_replace", 1)?),
+        "glm4v_moe" => (false, config.count_or("first_k_dense_replace", 1)?),
         "solar_open" => (false, 0),
         _ => (true, config.count_or("first_k_dense_replace", 0)?),
     };

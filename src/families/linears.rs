@@ -6,6 +6,8 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::LazyLock;
 
+use serde_json::Value;
+
 use super::renames::Loading;
 use super::{component, unknown};
 use crate::weights::Weights;
@@ -101,6 +103,13 @@ pub fn absent(source: &dyn Weights, packed: &[&String]) -> Option<Absent> {
         }
     }
     (!modules.is_empty()).then(|| Absent { class: class.to_owned(), from: From::Parts(modules) })
+}
+
+/// Tells whether the class that config.json names has a linear of this name, or linears under what it begins with; `None` where the class is
+/// not known.
+pub(super) fn has_linears(config: &Value) -> Option<impl Fn(&str) -> bool> {
+    let had = TABLE.get(config["architectures"].get(0)?.as_str()?)?;
+    Some(|name: &str| had.iter().any(|own| name == own || own.ends_with('.') && name.starts_with(&own[..])))
 }
 
 /// What the names of the language model begin with in a class of a model that also sees, and its head's module; `None` where the class is

@@ -51,6 +51,7 @@ mod stablelm;
 mod state_space;
 mod step;
 mod strict;
+pub mod towers;
 pub mod tying;
 mod unknown;
 mod whole;
@@ -102,6 +103,7 @@ pub const FAMILIES: &[Family] = &[
     qwen::QWEN2,
     qwen::QWEN2_VL,
     qwen::QWEN3,
+    qwen::QWEN3_VL,
     qwen_next::QWEN3_NEXT,
     qwen_next::QWEN3_5,
     qwen_next::QWEN3_5_MOE,
@@ -131,6 +133,7 @@ pub const FAMILIES: &[Family] = &[
     cohere::COHERE2_MOE,
     glm::GLM,
     glm::GLM4,
+    glm::GLM4V,
     stablelm::STABLELM,
     nemotron::NEMOTRON,
     nemotron_h::NEMOTRON_H,
@@ -144,6 +147,7 @@ pub const FAMILIES: &[Family] = &[
     moe::MIXTRAL,
     moe::QWEN2_MOE,
     moe::QWEN3_MOE,
+    moe::QWEN3_VL_MOE,
     moe::OLMOE,
     deepseek::DEEPSEEK_V2,
     deepseek::DEEPSEEK_V3,
@@ -161,6 +165,7 @@ pub const FAMILIES: &[Family] = &[
     gpt_oss::GPT_OSS,
     dots::DOTS1,
     dots::GLM4_MOE,
+    dots::GLM4V_MOE,
     dots::SOLAR_OPEN,
     ernie::ERNIE4_5_MOE,
     hunyuan::HUNYUAN_MOE,
@@ -200,10 +205,15 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "llava_next", text: ("llama", false), tied: false, hears_text: false },
     Wrapper { model_type: "idefics3", text: ("llama", false), tied: false, hears_text: false },
     Wrapper { model_type: "smolvlm", text: ("llama", false), tied: false, hears_text: false },
+    Wrapper { model_type: "qwen2_audio", text: ("qwen2", false), tied: false, hears_text: false },
+    Wrapper { model_type: "voxtral", text: ("llama", false), tied: false, hears_text: false },
+    Wrapper { model_type: "internvl", text: ("qwen2", false), tied: true, hears_text: false },
     Wrapper { model_type: "lfm2_vl", text: ("lfm2", false), tied: true, hears_text: false },
     Wrapper { model_type: "lfm3_vl", text: ("lfm3", false), tied: true, hears_text: false },
     Wrapper { model_type: "mistral3", text: ("mistral", false), tied: true, hears_text: false },
     Wrapper { model_type: "mistral_large4", text: ("mistral_large4_text", true), tied: false, hears_text: false },
+    Wrapper { model_type: "glm4v", text: ("glm4v_text", true), tied: false, hears_text: false },
+    Wrapper { model_type: "glm4v_moe", text: ("glm4v_moe_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "glm5_next", text: ("glm5_next_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "kimi_k25", text: ("deepseek_v3", false), tied: true, hears_text: false },
     Wrapper { model_type: "minimax_m3_vl", text: ("minimax_m3_vl_text", true), tied: false, hears_text: true },
@@ -216,6 +226,7 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "qwen2_vl", text: ("qwen2_vl_text", true), tied: false, hears_text: true },
     Wrapper { model_type: "qwen2_5_vl", text: ("qwen2_5_vl_text", true), tied: false, hears_text: true },
     Wrapper { model_type: "qwen3_vl", text: ("qwen3_vl_text", true), tied: false, hears_text: false },
+    Wrapper { model_type: "qwen3_vl_moe", text: ("qwen3_vl_moe_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "qwen3_5", text: ("qwen3_5_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "qwen4_exp", text: ("qwen4_exp_text", true), tied: false, hears_text: false },
     Wrapper { model_type: "qwen3_5_moe", text: ("qwen3_5_moe_text", true), tied: false, hears_text: false },

@@ -15,11 +15,15 @@ pub const MIXTRAL: Family = Family { id: "mixtral", model_types: &["mixtral"], b
 
 /// Qwen1.5-MoE and Qwen2-MoE.
 pub const QWEN2_MOE: Family =
-    Family { id: "qwen2_moe", model_types: &["qwen2_moe"], build: |config| qwen(config, false) };
+    Family { id: "qwen2_moe", model_types: &["qwen2_moe"], build: |config| qwen(config, "qwen2_moe") };
 
 /// Qwen3-MoE.
 pub const QWEN3_MOE: Family =
-    Family { id: "qwen3_moe", model_types: &["qwen3_moe"], build: |config| qwen(config, true) };
+    Family { id: "qwen3_moe", model_types: &["qwen3_moe"], build: |config| qwen(config, "qwen3_moe") };
+
+/// The language model of Qwen3-VL with experts, which are published in stacks.
+pub const QWEN3_VL_MOE: Family =
+    Family { id: "qwen3_vl_moe", model_types: &["qwen3_vl_moe_text"], build: |config| qwen(config, "qwen3_vl_moe") };
 
 /// OLMoE.
 pub const OLMOE: Family = Family { id: "olmoe", model_types: &["olmoe"], build: olmoe };
@@ -82,10 +86,15 @@ pub fn stacked(
 }
 
 /// Takes experts from stacks where a checkpoint has them as transformers keeps them in memory, and not one by one:
-/// `experts.gate_up_proj`, `[experts, 2·inner, hidden]`, and `experts.down_proj`, `[experts, hidden, inner]`.
+/// `experts.gate_up_proj`, `[experts, 2·inner, hidden]`, and `experts.down_proj`, `[experts, hidden, inner]`. Those of Qwen3-VL are published
+/// with the last two extents the other way round, and taken so unless their shape says otherwise.
 pub(super) fn from_stacks(graph: &mut Graph, source: &dyn Weights) {
+    let turned = graph.family == "qwen3_vl_moe";
     for step in graph.blocks.iter_mut().flat_map(|block| &mut block.steps) {
         let Layer::Moe(moe) = &mut step.layer else { continue };
+        if turned {
+            straighten(moe, source);
+        }
         let Some(Mlp { inputs, down, activation, .. }) = moe.experts.first() else { continue };
         let ([gate, up], Some((module, _))) = (&inputs[..], down.module.rsplit_once(".0.")) else { continue };
         let names = [gate, up, down].map(|linear| last_part(&linear.module).to_owned());
@@ -105,6 +114,23 @@ pub(super) fn from_stacks(graph: &mut Graph, source: &dyn Weights) {
             }
         }
         moe.experts = experts;
+    }
+}
+
+/// Takes stacks whose rows are said to lie in columns as they are in memory, where the shape of the first says that they do.
+fn straighten(moe: &mut Moe, source: &dyn Weights) {
+    let Some(Mlp { inputs, .. }) = moe.experts.first() else { return };
+    let [Linear { rows, cols, stored: Stored::Slice { tensor, of, transposed: true, .. }, .. }, _] = &inputs[..] else {
+        return;
+    };
+    let (memory, published) = ([*of, 2 * rows, *cols], [*of, *cols, 2 * rows]);
+    if memory == published || source.entry(tensor).is_none_or(|stack| stack.shape != memory) {
+        return;
+    }
+    for linear in moe.experts.iter_mut().flat_map(|expert| expert.inputs.iter_mut().chain([&mut expert.down])) {
+        if let Stored::Slice { transposed, .. } = &mut linear.stored {
+            *transposed = false;
+        }
     }
 }
 
@@ -151,14 +177,17 @@ fn mixtral(config: &Config<'_>) -> Result<Graph> {
     base.graph(config, "mixtral", blocks)
 }
 
-fn qwen(config: &Config<'_>, third: bool) -> Result<Graph> {
+fn qwen(config: &Config<'_>, family: &'static str) -> Result<Graph> {
+    let (third, sees) = (family != "qwen2_moe", family == "qwen3_vl_moe");
+    // What a GGUF file says: its text becomes a Qwen3-MoE, whose experts are stored one by one.
+    let stacks = sees && !config.has("n_deepstack_layers");
     let base = Base::read(config)?;
     let act = activation(config, Activation::Silu)?;
     let inner = config.count("intermediate_size")?;
     let expert_inner = config.count("moe_intermediate_size")?;
     let experts = config.count(if third { "num_local_experts" } else { "num_experts" })?;
     let top_k = config.count("num_experts_per_tok")?;
-    let renormalize = config.flag("norm_topk_prob", false)?;
+    let renormalize = sees || config.flag("norm_topk_prob", false)?;
     let step = config.optional_count("decoder_sparse_step")?.unwrap_or(1);
     let dense = config.layer_list("mlp_only_layers")?.unwrap_or_default();
     let shared_inner = config.optional_count("shared_expert_intermediate_size")?.filter(|_| !third);
@@ -191,9 +220,17 @@ fn qwen(config: &Config<'_>, third: bool) -> Result<Graph> {
                 let gate = Linear::plain(format!("{module}.shared_expert_gate"), 1, base.hidden, false);
                 (base.gated(&format!("{module}.shared_expert"), inner, act, false), Some(gate))
             });
+            let own = match stacks {
+                true => {
+                    let tensors = ["gate_up_proj", "down_proj"].map(|name| format!("{module}.experts.{name}"));
+                    let (sizes, halves) = ([experts, base.hidden, expert_inner], Split::of(&[expert_inner; 2]));
+                    stacked(&format!("{module}.experts"), tensors, [None, None], sizes, true, halves, act)
+                }
+                false => (0..experts).map(expert).collect(),
+            };
             Layer::Moe(Moe {
                 router: router(&base, format!("{module}.gate"), experts, top_k, renormalize),
-                experts: (0..experts).map(expert).collect(),
+                experts: own,
                 shared,
                 weigh_input: false,
                 latent: None,
@@ -202,7 +239,7 @@ fn qwen(config: &Config<'_>, third: bool) -> Result<Graph> {
         };
         Ok(base.usual_block(at, attention, feed_forward))
     })?;
-    base.graph(config, if third { "qwen3_moe" } else { "qwen2_moe" }, blocks)
+    base.graph(config, family, blocks)
 }
 
 fn olmoe(config: &Config<'_>) -> Result<Graph> {

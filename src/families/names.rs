@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use super::renames::Loading;
 use super::{Config, family_of, linears, settings, text_part, too_many_layers, type_of};
-use crate::graph::Graph;
+use crate::graph::{BESIDE, Graph};
 use crate::weights::Weights;
 
 /// The names that runtimes look for in a model of a known family that is no part of a larger one.
@@ -237,7 +237,7 @@ pub(super) fn set_aside(graph: &mut Graph, source: &dyn Weights, own: &[&str]) {
     aside.retain(|prefix| graph.aside.iter().all(|(known, _)| known != prefix) && !further.contains(prefix));
     aside.sort();
     aside.dedup();
-    graph.aside.extend(aside.into_iter().map(|prefix| (prefix, "not part of the language model")));
+    graph.aside.extend(aside.into_iter().map(|prefix| (prefix, BESIDE)));
 }
 
 /// The part of a name that says which component a tensor belongs to: `vision_tower.`, or `model.visual.`.

@@ -19,16 +19,19 @@ pub const QWEN2_VL: Family = Family {
     build: |config| build(config, "qwen2_vl", 1e-5),
 };
 
-/// Qwen3, and the language model of Qwen3-VL.
-pub const QWEN3: Family =
-    Family { id: "qwen3", model_types: &["qwen3", "qwen3_vl_text"], build: |config| build(config, "qwen3", 1e-6) };
+/// Qwen3.
+pub const QWEN3: Family = Family { id: "qwen3", model_types: &["qwen3"], build: |config| build(config, "qwen3", 1e-6) };
+
+/// The language model of Qwen3-VL.
+pub const QWEN3_VL: Family =
+    Family { id: "qwen3_vl", model_types: &["qwen3_vl_text"], build: |config| build(config, "qwen3_vl", 1e-6) };
 
 fn build(config: &Config<'_>, family: &'static str, eps: f64) -> Result<Graph> {
     let mut base = Base::read(config)?;
     base.eps = config.positive("rms_norm_eps", eps)? as f32;
     let inner = config.count("intermediate_size")?;
     let act = activation(config, Activation::Silu)?;
-    let normed = family == "qwen3";
+    let normed = matches!(family, "qwen3" | "qwen3_vl");
     let biases = match normed {
         false => [true, false],
         true => [config.flag("attention_bias", false)?; 2],

@@ -72,14 +72,13 @@ impl Rotation {
             "bamba" | "phi" | "glm" | "glm4" | "glm4_moe" | "nemotron" => rotation(1e4, Some(0.5), Form::Flat),
             "stablelm" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" => rotation(1e4, Some(0.25), Form::Flat),
             "minimax_m2" | "minimax_m3_vl_text" => rotation(5e6, Some(1.0), Form::Flat),
-            "qwen4_exp_text" => rotation(1e4, Some(1.0), Form::Flat),
+            "qwen4_exp_text" | "glm4v_text" | "glm4v_moe_text" => rotation(1e4, Some(1.0), Form::Flat),
             "bailing_hybrid" => rotation(6e6, None, Form::Flat),
             "longcat_flash" => rotation(1e7, None, Form::Flat),
             "kimi_linear" | "glm5_next_text" => rotation(1e4, None, Form::Absent),
             "mimo_v2_flash" => rotation(5e6, Some(0.334), Form::Layered { near: Some("swa_rope_theta") }),
-            "cohere" | "flex_olmo" | "ernie4_5" | "ernie4_5_moe" | "llama4_text" | "qwen3_vl_text" => {
-                rotation(5e5, None, Form::Flat)
-            }
+            "cohere" | "flex_olmo" | "ernie4_5" | "ernie4_5_moe" | "llama4_text" | "qwen3_vl_text"
+            | "qwen3_vl_moe_text" => rotation(5e5, None, Form::Flat),
             "lfm2" | "lfm2_moe" | "mixtral" | "qwen2_vl_text" | "qwen2_5_vl_text" | "solar_open" => {
                 rotation(1e6, None, Form::Flat)
             }

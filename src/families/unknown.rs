@@ -10,11 +10,11 @@ use kernels::NormKind;
 use super::names::component;
 use super::renames::Loading;
 use crate::error::{Error, Result};
-use crate::graph::{Block, Embedding, Graph, Head, Layer, Linear, Norm, Step};
+use crate::graph::{BESIDE, Block, Embedding, Graph, Head, Layer, Linear, Norm, Step};
 use crate::weights::{Entry, StoredType, Weights};
 
-/// Parts of names of modules in layers that are matrices and no linears to quantize: tables and filters, what chooses, other
-/// senses, layers that predict further tokens, and what has no tensor of its own in most of the layers that share it.
+/// Parts of names of modules in layers that are matrices and no linears to quantize: tables and filters, what chooses, layers that
+/// predict further tokens, and what has no tensor of its own in most of the layers that share it.
 const KEPT: &[&str] = &[
     "embed",
     "norm",
@@ -24,21 +24,16 @@ const KEPT: &[&str] = &[
     "rotary",
     "position",
     "relative",
-    "vision",
-    "visual",
-    "image",
-    "video",
-    "audio",
-    "speech",
-    "projector",
-    "resampler",
-    "perceiver",
     "patch",
     "lora",
     "mtp",
     "nextn",
     "shared_transf",
 ];
+
+/// Those of other senses, which may have linears of their own (`towers`).
+const SENSES: &[&str] =
+    &["vision", "visual", "image", "video", "audio", "speech", "projector", "resampler", "perceiver"];
 
 /// Parts of names likewise, where they end so.
 const KEPT_ENDS: &[&str] = &["emb", "wte", "wpe", "head", "heads"];
@@ -140,8 +135,7 @@ pub fn graph(source: &dyn Weights) -> Result<Graph> {
     let stored = HEADS.iter().find(|head| source.entry(&format!("{head}.weight")).is_some_and(|e| e.shape.len() == 2));
     let says_tied = super::tied(source.config()).unwrap_or(false);
     let aside = if wrapped { components(source, &blocks) } else { Vec::new() };
-    let mut aside: Vec<(String, &str)> =
-        aside.into_iter().map(|part| (part, "not part of the language model")).collect();
+    let mut aside: Vec<(String, &str)> = aside.into_iter().map(|part| (part, BESIDE)).collect();
     aside.push((String::new(), "not a linear that was recognised"));
     Ok(Graph {
         family: "unknown",
@@ -250,17 +244,18 @@ fn components(source: &dyn Weights, blocks: &[Block]) -> Vec<String> {
 }
 
 /// Tells linears from other matrices.
-struct Finder<'a> {
+pub(super) struct Finder<'a> {
     source: &'a dyn Weights,
     /// Layers that predict further tokens.
     further: HashSet<&'a str>,
     /// Some matrices lie with their columns first, for their biases have a value for each column (`Conv1D`).
     turned: bool,
-    loading: Loading,
+    pub(super) loading: Loading,
 }
 
 impl<'a> Finder<'a> {
-    fn new(source: &'a dyn Weights) -> Finder<'a> {
+    /// Of a model that is opened.
+    pub(super) fn new(source: &'a dyn Weights) -> Finder<'a> {
         let of_further = |name: &str| name.split('.').any(|part| OF_FURTHER.contains(&part));
         let names = source.entries().iter().map(|entry| &entry.name[..]);
         let further = names.filter(|name| of_further(name)).filter_map(block).collect();
@@ -282,22 +277,30 @@ impl<'a> Finder<'a> {
     fn block_of<'e>(&self, entry: &'e Entry) -> Option<&'e str> {
         let module = entry.name.strip_suffix(".weight")?;
         let block = block(module)?;
-        let matrix = matches!(entry.dtype, StoredType::Plain(_) | StoredType::Quantized { .. } | StoredType::Foreign)
-            && entry.shape.len() == 2
-            && entry.shape.iter().all(|extent| *extent >= 32);
-        let last = module.rsplit('.').next()?;
-        let is_kept = |part: &str| {
-            let gate = part == last && QUANTIZED.contains(&part);
-            !HOLDERS.contains(&part) && KEPT.iter().any(|word| part.contains(word) && !(gate && *word == "gate"))
-                || KEPT_ENDS.iter().any(|word| part.ends_with(word))
-                || KEPT_WHOLE.contains(&part)
-        };
         // A model may be named for its norms or convolutions, which says nothing of what is in its blocks.
         let own = module
             .split('.')
             .next()
             .filter(|own| block.matches('.').count() > 1 && OF_MODELS.iter().any(|word| own.contains(word)));
-        let kept = module.split('.').skip(own.is_some().into()).any(is_kept);
+        let rest = own.map_or(module, |own| module[own.len()..].trim_start_matches('.'));
+        let of_senses = rest.split('.').any(|part| SENSES.iter().any(|word| part.contains(word)) && !is_holder(part));
+        let linear = !of_senses && self.is_linear(entry, module, rest) && !self.further.contains(block);
+        (linear && !self.loading.changes(module)).then_some(block)
+    }
+
+    /// Whether a matrix, the weight of `module`, is a linear's by its type and extents, and by the parts of its name in `told`, the last
+    /// of which is its own.
+    pub(super) fn is_linear(&self, entry: &Entry, module: &str, told: &str) -> bool {
+        let matrix = matches!(entry.dtype, StoredType::Plain(_) | StoredType::Quantized { .. } | StoredType::Foreign)
+            && entry.shape.len() == 2
+            && entry.shape.iter().all(|extent| *extent >= 32);
+        let last = told.rsplit('.').next().unwrap_or_default();
+        let is_kept = |part: &str| {
+            let gate = part == last && QUANTIZED.contains(&part);
+            !is_holder(part) && KEPT.iter().any(|word| part.contains(word) && !(gate && *word == "gate"))
+                || KEPT_ENDS.iter().any(|word| part.ends_with(word))
+                || KEPT_WHOLE.contains(&part)
+        };
         // Norms have weights of one extent and biases too.
         let straight = || {
             self.bias(entry)
@@ -305,10 +308,13 @@ impl<'a> Finder<'a> {
         };
         // torch's own attention multiplies by the output's weight without asking the linear.
         let parent = module.rsplit_once('.').map_or("", |(parent, _)| parent);
-        let of_torch = self.source.entry(&format!("{parent}.in_proj_weight")).is_some();
-        let linear = matrix && !kept && straight() && !of_torch && !self.further.contains(block);
-        (linear && !self.loading.changes(module)).then_some(block)
+        let of_torch = || self.source.entry(&format!("{parent}.in_proj_weight")).is_some();
+        matrix && !told.split('.').any(is_kept) && straight() && !of_torch()
     }
+}
+
+fn is_holder(part: &str) -> bool {
+    HOLDERS.contains(&part)
 }
 
 /// The name of the block that a tensor is in: up to its first number.

@@ -18,6 +18,9 @@ use super::{Block, Collapse, DropRule, Graph, Layer, Linear, Lookup, Norm};
 /// What layers are that predict the token after the next.
 pub const FURTHER: &str = "predicts further tokens";
 
+/// What is said of tensors of what sees or hears beside a language model.
+pub const BESIDE: &str = "not part of the language model";
+
 /// What a block begins with that predicts further tokens, and what comes behind it.
 #[derive(Clone, Debug)]
 pub struct Further {

@@ -8,6 +8,7 @@ use ndarray::Array2;
 use crate::checkpoint::Checkpoint;
 use crate::families;
 use crate::graph::{FURTHER, Graph, Linear, Stored};
+use crate::recipe::Towers;
 use crate::report::HiddenStates;
 use crate::targets::{Placement, Target};
 use crate::verify::Gives;
@@ -85,6 +86,9 @@ impl Remarks {
         notes.extend(self.model.iter().cloned());
         if !self.aside.is_empty() {
             let done = match (target.carries_others(), target.projector("").is_some()) {
+                (true, _) if recipe.towers != Towers::Keep => {
+                    "copied but for their linears, which are rounded without data"
+                }
                 (true, _) => "copied as they are",
                 (_, true) => "left out of the file, and written to one of their own as far as they see",
                 _ => "left out",

@@ -144,6 +144,10 @@ request! {
         /// Layers that predict further tokens (MTP): quantize them as the others, keep them as they are, or drop them. [default: quantize]
         #[arg(long, help_heading = SCHEME, value_name = "quantize|keep|drop")]
         pub mtp: Option<String>,
+        /// What sees or hears beside a language model: keep it whole, or quantize its linears without data, in a GGUF file's mmproj
+        /// to Q8_0 or to the type that is said. [default: keep]
+        #[arg(long, help_heading = SCHEME, value_name = "keep|quantize|TYPE")]
+        pub towers: Option<String>,
         /// A LoRA adapter (PEFT's directory, or its name on the hub) to merge first; quality is measured against the merged model.
         #[arg(long, help_heading = CALIBRATION, value_name = "DIR")]
         pub adapter: Option<PathBuf>,

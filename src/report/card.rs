@@ -183,7 +183,9 @@ impl Report {
                         "llama-mtmd-cli -m {file} --mmproj {} --image IMAGE -p \"What is this?\"",
                         projector.name
                     );
-                    usage += &format!("\nWith an image:\n\n```sh\n{command}\n```\n");
+                    usage += &format!(
+                        "\nWith an image, or with `--audio SOUND` where the model hears:\n\n```sh\n{command}\n```\n"
+                    );
                 }
                 if let Some(command) = self.ollama(file) {
                     usage += &format!("\nIn Ollama:\n\n```sh\n{command}\n```\n");

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{Read, Write as _};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
@@ -204,10 +205,10 @@ impl Files<'_> {
         Ok(())
     }
 
-    /// Rounds and writes the embedding or the head, in pieces. Returns what it loses.
+    /// Rounds and writes the embedding, the head or a linear of a tower, in pieces where that may be. Returns what it loses.
     fn round_end<B: Backend>(&self, backend: &B, end: &End) -> Result<Option<Lost>> {
         let Files { plan: Plan { codec, scale_dtype, .. }, source, .. } = self;
-        let End { index, module, tensor, shape, encoding } = end;
+        let End { index, module, tensor, shape, encoding, .. } = end;
         let [rows, cols] = *shape;
         // The head is a linear, the embedding a tensor.
         let importance = match self.importance.of_whole(module)? {
@@ -216,7 +217,7 @@ impl Files<'_> {
         };
         let observer = if importance.is_some() { Observer::Imatrix } else { self.observer };
         let (solver, alone) = (Rtn { observer }, Shared { statistics: None, factor: None, fallback: None });
-        let lost = in_pieces(backend, *shape, |values, range| {
+        let piece = |values: &mut Vec<f32>, range: Range<usize>| {
             values.resize(range.len() * cols, 0.0);
             source.load_rows(tensor, &(range.start as u32..range.end as u32).collect::<Vec<u32>>(), values)?;
             let matrix = Array2::from_shape_vec((range.len(), cols), std::mem::take(values)).expect("whole rows");
@@ -236,7 +237,11 @@ impl Files<'_> {
                 self.writer.write_part(&format!("{module}.{part}"), offset as u64, &piece.data)?;
             }
             Ok(lost)
-        })?;
+        };
+        let lost = match end.whole {
+            true => piece(&mut Vec::new(), 0..rows)?,
+            false => in_pieces(backend, *shape, piece)?,
+        };
         source.release(tensor);
         Ok(share_of(lost, rows * cols).map(|share| Lost { index: *index, name: tensor.clone(), share }))
     }

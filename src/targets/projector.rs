@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use formats::{GgufTensor, GgufWriter};
+use formats::{GgmlType, GgufTensor, GgufWriter};
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
@@ -13,14 +13,20 @@ use crate::output::Staging;
 use crate::report::projector_beside;
 
 /// What is to be written of a model, for a language model of this architecture, and what to say of it; neither for one that sees nothing.
-pub fn plan(source: &Checkpoint, embedding: &str, architecture: &str) -> (Option<Projector>, Option<String>) {
+/// `matrices` is the type of its matrices where it is not the checkpoint's own.
+pub fn plan(
+    source: &Checkpoint,
+    embedding: &str,
+    architecture: &str,
+    matrices: Option<GgmlType>,
+) -> (Option<Projector>, Option<String>) {
     // What is wrong with a tokenizer is told where the model's own file is planned.
     let files = || source.tokenizer().ok().flatten();
     let token = |name: &str| files()?.tokenizer.token_to_id(name);
-    match projector::plan(source, embedding, &token, &preprocessor(source.path()), architecture) {
+    match projector::plan(source, embedding, &token, &preprocessor(source.path()), architecture, matrices) {
         None => (None, None),
         Some(Ok(found)) => {
-            let note = "what makes tokens of images is written beside the GGUF file, as mmproj-NAME: llama.cpp takes it with --mmproj";
+            let note = "what makes tokens of images or sound is written beside the GGUF file, as mmproj-NAME: llama.cpp takes it with --mmproj";
             (Some(found), Some(note.to_owned()))
         }
         Some(Err(why)) => {
@@ -69,8 +75,8 @@ pub fn write(projector: &Projector, source: &Checkpoint, staging: &Staging) -> R
             }
         };
         let values = tensor.values(values);
-        let mut bytes = vec![0; tensor.ty.row_bytes(values.len()).expect("numbers without blocks")];
-        tensor.ty.encode(&values, &mut bytes).expect("numbers without blocks");
+        let mut bytes = vec![0; tensor.ty.row_bytes(values.len()).expect("whole blocks")];
+        tensor.ty.encode(&values, &mut bytes).expect("whole blocks");
         writer.write(&tensor.gguf, &bytes)?;
         source.release(&tensor.from);
     }

@@ -6,7 +6,7 @@ use formats::Scheme;
 
 use crate::error::{Error, Result};
 use crate::mixes::Mix;
-use crate::recipe::{Recipe, Request, has_symmetry, preset};
+use crate::recipe::{Recipe, Request, Towers, has_symmetry, preset};
 
 /// One thing to be written.
 #[derive(Clone, Debug)]
@@ -191,6 +191,7 @@ fn for_format(base: Request, format: &str) -> Request {
         (request.pure, request.pre, request.split_max_size) = (None, None, None);
         request.desc_act = request.desc_act.filter(|_| format == "gptq");
         request.symmetric = request.symmetric.filter(|_| codec.is_none_or(has_symmetry));
+        request.towers = request.towers.filter(|name| Towers::parse(name, format).is_ok());
     }
     request
 }

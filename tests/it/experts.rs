@@ -216,6 +216,28 @@ fn a_table_of_experts_names_those_that_are_there_in_whole_numbers() {
     assert!(told.contains(&format!("`{name}` is of type F64, and numbers of experts are I64 or I32")), "{told}");
 }
 
+/// Those of Qwen3-VL are published with rows in columns; transformers takes either by the shape, and saves what it has in memory.
+#[test]
+fn stacks_of_qwen3_vl_are_read_either_way_round() {
+    let tokens = [(3..40).collect::<Vec<u32>>()];
+    let model = checkpoint("qwen3_vl_moe_vision");
+    let usual = crate::golden::logits(model.path(), &tokens).unwrap();
+    Model::at(model.path()).weights(|header, data| {
+        for (_, entry) in header.iter_mut().filter(|(name, _)| name.contains(".experts.")) {
+            let [count, rows, cols] = [0, 1, 2].map(|i| entry["shape"][i].as_u64().unwrap() as usize);
+            entry["shape"] = json!([count, cols, rows]);
+            let from = entry["data_offsets"][0].as_u64().unwrap() as usize;
+            let old = data[from..from + 2 * count * rows * cols].to_vec();
+            for (at, value) in old.chunks_exact(2).enumerate() {
+                let (expert, row, col) = (at / (rows * cols), at / cols % rows, at % cols);
+                let to = from + 2 * (expert * rows * cols + col * rows + row);
+                data[to..to + 2].copy_from_slice(value);
+            }
+        }
+    });
+    assert!(crate::golden::logits(model.path(), &tokens).unwrap() == usual);
+}
+
 /// As transformers calls all tensors in memory, and stacks experts.
 #[test]
 fn names_of_the_class_are_read_like_those_that_models_are_published_under() {

@@ -80,6 +80,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("mistral4_vision", "YaRN with beta_fast"),
     ("ernie4_5_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
     ("ernie4_5_moe_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
+    ("glm4v_vision", "cannot be written as GGUF"),
     ("glm5_next_unbounded", "a bias of `model.language_model.layers.2.self_attn.q_a_proj`"),
     ("qwen4_exp_text_bare", "a bias of `model.layers.1.self_attn.o_proj`"),
     ("qwen4_exp_text_plain", "rows of a table for 3 tokens in a row, 32 values of 4 heads in a stream of 64"),
@@ -308,18 +309,25 @@ fn convolutions_are_f32_whatever_the_mix() {
 /// In transformers the language model of Qwen2-VL is no class by itself, and a model without a tower would get one at random.
 #[test]
 fn the_text_of_a_model_that_sees_becomes_one_of_text_alone() {
-    for name in ["qwen2_vl_flat", "qwen2_5_vl_vision"] {
+    let cases = [
+        ("qwen2_vl_flat", "qwen2vl", "qwen2", "Qwen2ForCausalLM", None),
+        ("qwen2_5_vl_vision", "qwen2vl", "qwen2", "Qwen2ForCausalLM", None),
+        ("qwen3_vl_vision", "qwen3vl", "qwen3", "Qwen3ForCausalLM", Some(1)),
+        ("qwen3_vl_moe_vision", "qwen3vlmoe", "qwen3_moe", "Qwen3MoeForCausalLM", Some(2)),
+        ("glm4v_moe_vision", "glm4moe", "glm4_moe", "Glm4MoeForCausalLM", None),
+    ];
+    for (name, architecture, model_type, class, reaching) in cases {
         let (model, outputs) = (checkpoint(name), tempfile::tempdir().unwrap());
         spell(model.path());
         let file = outputs.path().join("model.gguf");
         write(model.path(), &file, "method = 'rtn'\nscheme = 'F32'").unwrap();
         let folder = outputs.path().join("folder");
         let notes = quantc::convert::convert(&file, &folder, None, UnknownTensors::Copy, false).unwrap();
-        assert!(notes.iter().any(|note| note.contains("was written for Qwen2ForCausalLM")), "{name}: {notes:?}");
+        assert!(notes.iter().any(|note| note.contains(&format!("was written for {class}"))), "{name}: {notes:?}");
         let config = std::fs::read_to_string(folder.join("config.json")).unwrap();
         let config: Value = serde_json::from_str(&config).unwrap();
-        assert_eq!((&config["model_type"], &config["rope_scaling"]), (&json!("qwen2"), &Value::Null), "{name}");
-        assert_eq!(config["architectures"], json!(["Qwen2ForCausalLM"]), "{name}");
+        assert_eq!((&config["model_type"], &config["rope_scaling"]), (&json!(model_type), &Value::Null), "{name}");
+        assert_eq!(config["architectures"], json!([class]), "{name}");
         let far = distance(name, &folder);
         assert!(far < 1e-4, "{name}: logits are off by {far}");
         let absent = families::absent(&Checkpoint::open(&file).unwrap(), &[]);
@@ -328,7 +336,9 @@ fn the_text_of_a_model_that_sees_becomes_one_of_text_alone() {
         let again = outputs.path().join("again.gguf");
         write(&file, &again, "method = 'rtn'\nscheme = 'F32'").unwrap();
         let again = Checkpoint::open(&again).unwrap();
-        assert_eq!(again.gguf().unwrap().string("general.architecture").unwrap(), Some("qwen2vl"), "{name}");
+        let again = again.gguf().unwrap();
+        assert_eq!(again.string("general.architecture").unwrap(), Some(architecture), "{name}");
+        assert_eq!(again.count(&format!("{architecture}.n_deepstack_layers")).unwrap(), reaching, "{name}");
     }
 }
 

@@ -498,11 +498,11 @@ fn linears_that_only_the_class_has_are_left_out_by_name_with_a_note() {
     // Where the class is not known well enough, names that it does not have are told.
     let room = Room::new();
     let (tensors, _) = unheard_of();
-    let config = json!({"model_type": "glm4v", "architectures": ["Glm4vForConditionalGeneration"], "text_config": {"model_type": "glm4v_text"}});
+    let config = json!({"model_type": "mllama", "architectures": ["MllamaForConditionalGeneration"], "text_config": {"model_type": "mllama_text_model"}});
     write(&room.path("model"), &config, &tensors);
     let run = room.run(["quantize", "model", "-o", "out", "--scheme", "W8A16"].iter().chain(&RTN));
     run.succeeds();
-    let told = "config.json names the class Glm4vForConditionalGeneration, whose linears transformers looks for in such places as \
+    let told = "config.json names the class MllamaForConditionalGeneration, whose linears transformers looks for in such places as \
                 `model.language_model.layers`, and the files have none there";
     assert!(run.stderr().contains(told), "{}", run.stderr());
 

@@ -145,16 +145,37 @@ fn equal(a: &Value, b: &Value) -> bool {
     }
 }
 
-const PROJECTED: &[&str] =
-    &["qwen2_5_vl_vision", "qwen3_5_vision", "qwen3_5_moe_vision", "gemma3_vision", "mistral3_vision"];
+/// Listings of what llama.cpp's converter writes; behind a dot the type that it is asked for.
+const PROJECTED: &[&str] = &[
+    "qwen2_5_vl_vision",
+    "qwen2_5_vl_vision.q8_0",
+    "qwen3_vl_vision",
+    "qwen3_vl_moe_vision",
+    "qwen3_5_vision",
+    "qwen3_5_moe_vision",
+    "gemma3_vision",
+    "gemma3_vision.q8_0",
+    "gemma4_vision",
+    "gemma4_sound",
+    "mistral3_vision",
+    "smolvlm_vision",
+    "lfm2_vl_vision",
+    "internvl_vision",
+    "glm4v_moe_vision",
+    "kimi_k25_vision",
+    "qwen2_audio_sound",
+    "voxtral_sound",
+];
 
 #[test]
 fn files_for_images_are_those_of_llama_cpp() {
     let outputs = tempfile::tempdir().unwrap();
     for name in PROJECTED {
-        let room = model(name);
+        let (checkpoint, ty) = name.split_once('.').unwrap_or((name, "keep"));
+        let room = model(checkpoint);
         let output = outputs.path().join(format!("{name}.gguf"));
-        let report = quantize(room.path(), &output, "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'").unwrap();
+        let toml = format!("format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'\ntowers = '{ty}'");
+        let report = quantize(room.path(), &output, &toml).unwrap();
         let path = outputs.path().join(format!("mmproj-{name}.gguf"));
         let told = report.projector.as_ref().unwrap_or_else(|| panic!("{name}: {:#?}", report.notes));
         let bytes = std::fs::read(&path).unwrap();
@@ -202,11 +223,11 @@ fn files_for_images_are_those_of_llama_cpp() {
         for paper in ["report.json", "README.md"] {
             std::fs::remove_file(outputs.path().join(format!("{name}.gguf.{paper}"))).unwrap();
         }
-        let error = quantize(room.path(), &output, "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'").unwrap_err();
+        let error = quantize(room.path(), &output, &toml).unwrap_err();
         assert!(error.to_string().contains(&format!("mmproj-{name}.gguf: exists already")), "{error}");
         let left: Vec<_> = std::fs::read_dir(outputs.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert!(!left.iter().any(|file| file.to_string_lossy().contains("partial")), "{left:?}");
-        let request: Request = toml::from_str("format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'").unwrap();
+        let request: Request = toml::from_str(&toml).unwrap();
         let forced = Job::one(room.path(), &output, Recipe::resolve(request).unwrap(), None, true);
         forced.run_one(&Cpu::exact(), &mut Progress::new(true)).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), bytes, "{name}");
@@ -222,8 +243,8 @@ fn a_file_without_what_sees_says_why() {
         assert!(report.projector.is_none() && !outputs.path().join(format!("mmproj-{name}.gguf")).exists());
         report.notes.into_iter().find(|note| note.contains("no mmproj file is written")).expect(name)
     };
-    let other = model("qwen3_vl_vision");
-    assert!(told("other", &other).contains("models of the type qwen3_vl"));
+    let other = model("llava_vision");
+    assert!(told("other", &other).contains("models of the type llava"));
     let bare = model("gemma3_vision");
     std::fs::write(bare.path().join("preprocessor_config.json"), "{}").unwrap();
     assert!(told("bare", &bare).contains("preprocessor_config.json has no image_mean of three numbers"));
@@ -233,4 +254,89 @@ fn a_file_without_what_sees_says_why() {
         quantize(text.path(), &outputs.path().join("t.gguf"), "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'")
             .unwrap();
     assert!(!report.notes.iter().any(|note| note.contains("mmproj")), "{:?}", report.notes);
+}
+
+/// Modules that the written configuration says are not quantized.
+fn ignored(folder: &Path) -> Vec<String> {
+    let config: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+    let list = config["quantization_config"]["ignore"].as_array().unwrap().iter();
+    list.map(|name| name.as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn towers_are_quantized_where_that_is_asked_for() {
+    let outputs = tempfile::tempdir().unwrap();
+    // The linears of each tower, what stays of its matrices, and whether transformers' class asks for packed weights.
+    let cases = [
+        ("qwen2_5_vl_vision", 7, vec![], false),
+        ("qwen3_vl_vision", 8, vec!["model.visual.pos_embed"], false),
+        ("gemma3_vision", 6, vec!["vision_tower.vision_model.embeddings.position_embedding"], true),
+        ("mistral3_vision", 9, vec!["multi_modal_projector.patch_merger.merging_layer"], false),
+    ];
+    for (name, linears, left, asks) in cases {
+        let room = model(name);
+        let source = Checkpoint::open(room.path()).unwrap();
+        let graph = quantc::families::graph_of(&source).unwrap();
+        let found = quantc::families::towers::towers(&graph, &source);
+        assert_eq!(found.len(), linears, "{name}: {found:?}");
+        let [kept, output] = ["keep", "quantize"].map(|towers| outputs.path().join(format!("{name}-{towers}")));
+        let toml = "scheme = 'W8A16'\nmethod = 'rtn'\nobserver = 'mse'\ngroup_size = 32\ntowers = ";
+        quantize(room.path(), &kept, &format!("{toml}'keep'")).unwrap();
+        let report = quantize(room.path(), &output, &format!("{toml}'quantize'")).unwrap();
+        let written = Checkpoint::open(&output).unwrap();
+        for linear in &found {
+            let weight = format!("{}.weight", linear.module);
+            let fate = report.tensors.iter().find(|one| one.name == weight).unwrap();
+            assert_eq!(fate.fate, quantc::report::Fate::Quantized, "{name}: {weight}");
+            let [was, is] = [&source, &written].map(|of| of.load(&weight).unwrap());
+            let most = was.iter().fold(0.0f32, |most, x| most.max(x.abs()));
+            let off = was.iter().zip(&is).fold(0.0f32, |off, (a, b)| off.max((a - b).abs()));
+            assert!(off > 0.0 && off < most / 60.0, "{name}: {weight} is off by {off} of {most}");
+        }
+        let ignored = ignored(&output);
+        for module in left {
+            let plain = |entry: &String| entry.ends_with(&format!("{}$", module.replace('.', "\\.")));
+            assert!(ignored.iter().any(|entry| entry == module || plain(entry)), "{name}: {module}: {ignored:?}");
+        }
+        // All else is as it is without it.
+        let [with, without] = [&output, &kept].map(|folder| tensors(folder));
+        let own = |tensor: &String| found.iter().any(|linear| tensor.starts_with(&format!("{}.weight", linear.module)));
+        let others =
+            |all: BTreeMap<String, Vec<u8>>| all.into_iter().filter(|(name, _)| !own(name)).collect::<Vec<_>>();
+        assert!(others(with) == others(without), "{name}");
+        let told = |what: &str| report.notes.iter().any(|note| note.contains(what));
+        assert!(told(&format!("{linears} linears of ")) && told("rounded without data"), "{name}: {:?}", report.notes);
+        assert_eq!(told("class of the tower (siglip_vision_model)"), asks, "{name}: {:?}", report.notes);
+    }
+    // A pattern keeps one, rows that hold no whole groups stay, and a model that sees nothing has none.
+    let room = model("qwen2_5_vl_vision");
+    let toml = "scheme = 'W8A16'\nmethod = 'rtn'\ngroup_size = 32\ntowers = 'quantize'\nignore = ['merger.mlp.0']\n[[override]]\nmatch = 'blocks.0.attn.proj'\ngroup_size = 64";
+    let report = quantize(room.path(), &outputs.path().join("some"), toml).unwrap();
+    assert!(report.notes.iter().any(|note| note.contains("5 linears of `visual`")), "{:?}", report.notes);
+    assert!(
+        report.notes.iter().any(|note| note.contains("1 linears beside the language model stay")),
+        "{:?}",
+        report.notes
+    );
+    let text = checkpoint("qwen3_plain");
+    let toml = "scheme = 'W8A16'\nmethod = 'rtn'\ngroup_size = 32\ntowers = 'quantize'";
+    let report = quantize(text.path(), &outputs.path().join("text"), toml).unwrap();
+    assert!(report.notes.iter().any(|note| note.starts_with("towers has no effect")), "{:?}", report.notes);
+}
+
+#[test]
+fn towers_are_quantized_in_formats_that_are_loaded_so() {
+    let refused = |toml: &str| {
+        let error = Recipe::resolve(toml::from_str(toml).unwrap()).unwrap_err();
+        assert_eq!(error.exit_code(), 2, "{error}");
+        error.to_string()
+    };
+    assert!(refused("format = 'gptq'\ntowers = 'quantize'").contains("for compressed-tensors and GGUF files"));
+    assert!(refused("towers = 'Q8_0'").contains("--towers Q8_0 is for GGUF files"));
+    assert!(refused("towers = 'some'").contains("there are keep, quantize and"));
+    assert!(refused("format = 'gguf'\ntowers = 'Q4_K'").contains("without a search"));
+    let said = |toml: &str| serde_json::to_value(Recipe::resolve(toml::from_str(toml).unwrap()).unwrap()).unwrap();
+    assert_eq!(said("format = 'gguf'\ntowers = 'q5_1'")["towers"], json!("Q5_1"));
+    assert_eq!(said("towers = 'quantize'")["towers"], json!("quantize"));
+    assert_eq!(said("format = 'gptq'")["towers"], json!("keep"));
 }

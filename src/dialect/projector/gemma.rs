@@ -1,45 +1,32 @@
 //! Gemma 3, whose vision tower is SigLIP's.
 
-use super::{Kind, Make, Rule, Ty, count, flag, float, same};
+use super::siglip::{IN_TOWER, over_patches};
+use super::{Kind, Make, PLAIN, Rule, Ty, count, flag, float};
 use crate::json::{integer, real};
 
 /// Gemma 3.
 pub(super) const GEMMA3: Kind = Kind {
     id: "gemma3",
     model_types: &["gemma3"],
-    tower: None,
     architectures: &["gemma3"],
     prefixes: &["multi_modal_projector.", "vision_tower."],
-    ends_rows: None,
     rules: &[
-        Rule {
-            from: "multi_modal_projector.mm_input_projection_weight",
-            to: "mm.input_projection.weight",
-            make: Make::Whole,
-            ty: Ty::F16,
-        },
-        Rule {
-            from: "multi_modal_projector.mm_soft_emb_norm.weight",
-            to: "mm.soft_emb_norm.weight",
-            make: Make::PlusOne,
-            ty: Ty::F32,
-        },
-        Rule {
-            from: "vision_tower.vision_model.embeddings.patch_embedding",
-            to: "v.patch_embd",
-            make: Make::Whole,
-            ty: Ty::F32,
-        },
-        same("vision_tower.vision_model.embeddings.position_embedding", "v.position_embd"),
-        same("vision_tower.vision_model.encoder.layers.{}.self_attn.q_proj", "v.blk.{}.attn_q"),
-        same("vision_tower.vision_model.encoder.layers.{}.self_attn.k_proj", "v.blk.{}.attn_k"),
-        same("vision_tower.vision_model.encoder.layers.{}.self_attn.v_proj", "v.blk.{}.attn_v"),
-        same("vision_tower.vision_model.encoder.layers.{}.self_attn.out_proj", "v.blk.{}.attn_out"),
-        same("vision_tower.vision_model.encoder.layers.{}.layer_norm1", "v.blk.{}.ln1"),
-        same("vision_tower.vision_model.encoder.layers.{}.layer_norm2", "v.blk.{}.ln2"),
-        same("vision_tower.vision_model.encoder.layers.{}.mlp.fc1", "v.blk.{}.ffn_up"),
-        same("vision_tower.vision_model.encoder.layers.{}.mlp.fc2", "v.blk.{}.ffn_down"),
-        same("vision_tower.vision_model.post_layernorm", "v.post_ln"),
+        IN_TOWER,
+        &[
+            over_patches("vision_tower.vision_model.embeddings.patch_embedding"),
+            Rule {
+                from: "multi_modal_projector.mm_input_projection_weight",
+                to: "mm.input_projection.weight",
+                make: Make::Whole,
+                ty: Ty::F16,
+            },
+            Rule {
+                from: "multi_modal_projector.mm_soft_emb_norm.weight",
+                to: "mm.soft_emb_norm.weight",
+                make: Make::PlusOne,
+                ty: Ty::F32,
+            },
+        ],
     ],
     settings: |said, out| {
         let size = said.count(&["image_size"])?;
@@ -54,4 +41,5 @@ pub(super) const GEMMA3: Kind = Kind {
         }
         Ok(())
     },
+    ..PLAIN
 };

@@ -1,11 +1,17 @@
-//! `mmproj`: the file beside a GGUF file of a language model from which llama.cpp makes tokens of images.
+//! `mmproj`: the file beside a GGUF file of a language model from which llama.cpp makes tokens of images and of sound.
 //!
 //! A kind of projector is data: what llama.cpp calls it, which models have it, what each tensor is called there and how it is made, and
 //! which settings it has. Of a kind there is one small file, and a line in [`KINDS`].
 
 mod gemma;
+mod gemma4;
+mod glm;
+mod internvl;
+mod kimi;
 mod pixtral;
 mod qwen;
+mod siglip;
+mod whisper;
 
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
 use formats::{Dtype, GgmlType};
@@ -14,10 +20,25 @@ use serde_json::Value;
 use super::metadata::Metadata;
 use crate::families::type_of;
 use crate::json::{integer, real};
+use crate::mixes::Mix;
 use crate::weights::{StoredType, Weights};
 
 /// Every kind that can be written.
-const KINDS: &[&Kind] = &[&qwen::QWEN2, &qwen::QWEN2_5, &qwen::QWEN3, &gemma::GEMMA3, &pixtral::PIXTRAL];
+const KINDS: &[&Kind] = &[
+    &qwen::QWEN2,
+    &qwen::QWEN2_5,
+    &qwen::QWEN3,
+    &gemma::GEMMA3,
+    &gemma4::GEMMA4,
+    &pixtral::PIXTRAL,
+    &siglip::IDEFICS3,
+    &siglip::LFM2,
+    &internvl::INTERNVL,
+    &glm::GLM4V,
+    &kimi::KIMI_K25,
+    &whisper::QWEN2_AUDIO,
+    &whisper::VOXTRAL,
+];
 
 /// A kind of projector.
 struct Kind {
@@ -32,16 +53,40 @@ struct Kind {
     /// What the names of its tensors begin with, without the `model.` that some checkpoints put before it.
     prefixes: &'static [&'static str],
     /// Of each tensor, or of weight and bias of a module, what becomes of it.
-    rules: &'static [Rule],
+    rules: &'static [&'static [Rule]],
+    /// Counts of its `vision_config` where that does not say them.
+    usual: &'static [(&'static str, u32)],
+    /// It may hear, too, so that its types are told of each sense.
+    hears: bool,
+    /// It hears and sees nothing: its settings are those of `audio_config`.
+    alone: bool,
     /// Settings of its own, and those that it says otherwise than all others do.
     settings: fn(&Said<'_>, &mut Metadata) -> Result<(), String>,
     /// The token whose embedding ends a row of a picture.
     ends_rows: Option<&'static str>,
 }
 
-/// What becomes of a tensor; `{}` is the number of a block, in both names.
+/// What configurations call the number of heads.
+const HEADS: &[&str] = &["num_attention_heads", "num_heads", "vt_num_attention_heads", "encoder_attention_heads"];
+
+const PLAIN: Kind = Kind {
+    id: "",
+    model_types: &[],
+    tower: None,
+    architectures: &[],
+    prefixes: &[],
+    rules: &[],
+    usual: &[],
+    hears: false,
+    alone: false,
+    settings: |_, _| Ok(()),
+    ends_rows: None,
+};
+
+/// What becomes of a tensor; `{}` is the number of a block, in both names. In the file's, `{KEY}` is the entry of a list of `vision_config` that has
+/// this number.
 struct Rule {
-    /// Its name, or its module's, whose weight and bias are then meant.
+    /// Its name, or its module's, whose weight and bias are then meant, and the bounds of what it reads and gives.
     from: &'static str,
     /// What it is called in the file.
     to: &'static str,
@@ -64,6 +109,18 @@ enum Make {
     PlusOne,
     /// One of its rows.
     Row(u32),
+    /// Each value in a row of its own.
+    Column,
+    /// A linear over the three colours of each pixel of a patch as a convolution over these: `[out, height · width · 3]` becomes `[out, 3,
+    /// height, width]`.
+    Pixels,
+    /// Without its second extent, which is 1.
+    Squeezed,
+    /// Of queries, keys and values one after the other the first two, whose heads turn by width and height in turn, with all that turns by
+    /// width before what turns by height.
+    Sides,
+    /// The logarithm of 1 and its exponential.
+    Softplus,
 }
 
 /// The type of a tensor.
@@ -88,17 +145,25 @@ const fn made(from: &'static str, to: &'static str, make: Make) -> Rule {
 /// What the files of a model say.
 struct Said<'a> {
     config: &'a Value,
+    /// What the part of what sees or hears is called, and that part.
+    part: &'static str,
     vision: &'a Value,
     text: &'a Value,
     preprocessor: &'a Value,
 }
 
 impl Said<'_> {
-    /// A count of `vision_config` under the first of some names that is there.
+    /// A count of `vision_config` under the first of some names that is there; of one for each extent of a picture the first.
     fn count(&self, keys: &[&str]) -> Result<u32, String> {
-        let found = keys.iter().find_map(|key| integer(&self.vision[*key]));
+        let one = |value: &Value| integer(value).or_else(|| integer(value.get(0)?));
+        let found = keys.iter().find_map(|key| one(&self.vision[*key]));
         let count = found.and_then(|found| u32::try_from(found).ok()).filter(|count| *count > 0);
-        count.ok_or_else(|| format!("vision_config of config.json has no {} that is a count", keys[0]))
+        count.ok_or_else(|| format!("{} of config.json has no {} that is a count", self.part, keys[0]))
+    }
+
+    /// A list of `vision_config`; none of it where it is not there.
+    fn list(&self, key: &str) -> Vec<i64> {
+        self.vision[key].as_array().into_iter().flatten().filter_map(integer).collect()
     }
 
     /// A count where it is said, or what counts where it is not.
@@ -157,7 +222,7 @@ pub struct Tensor {
     pub from: String,
     /// Its extents, slowest first.
     pub shape: Vec<usize>,
-    /// Its type: F32, F16 or BF16.
+    /// Its type: F32, F16 or BF16, or that which was asked for.
     pub ty: GgmlType,
     make: Make,
     /// Of the tensor that it is made of.
@@ -165,23 +230,29 @@ pub struct Tensor {
     heads: usize,
 }
 
-/// What makes tokens of a model's images, for a language model that is written as `architecture`; nothing for a model that sees nothing.
+/// What makes tokens of a model's images or sound, for a language model that is written as `architecture`; nothing for a model that sees nothing,
+/// and for one that hears, unless it is known how.
 ///
 /// `embedding` is the tensor that tokens have a row in each, and `token` finds one; `preprocessor` is preprocessor_config.json, or the `image_processor` of processor_config.json. Fails, with the reason, where llama.cpp has
-/// no such projector, or the files do not say what it needs.
+/// no such projector, or the files do not say what it needs. `matrices` is the type of matrices where that is not to be the checkpoint's own.
 pub fn plan(
     source: &dyn Weights,
     embedding: &str,
     token: &dyn Fn(&str) -> Option<u32>,
     preprocessor: &Value,
     architecture: &str,
+    matrices: Option<GgmlType>,
 ) -> Option<Result<Projector, String>> {
     let config = source.config();
-    let vision = config.get("vision_config").filter(|vision| vision.is_object())?;
-    let kind = KINDS.iter().find(|kind| {
+    let part = |key: &str| config.get(key).filter(|part| part.is_object());
+    let own = |kind: &&&Kind| {
         let own = type_of(config).is_some_and(|own| kind.model_types.contains(&own));
-        own && kind.tower.is_none_or(|tower| type_of(vision) == Some(tower))
-    });
+        own && part(kind.part()).is_some_and(|part| kind.tower.is_none_or(|tower| type_of(part) == Some(tower)))
+    };
+    let kind = KINDS.iter().find(own);
+    if kind.is_none() {
+        part("vision_config")?;
+    }
     let Some(kind) = kind.filter(|kind| kind.architectures.contains(&architecture)) else {
         return Some(Err(format!(
             "no file for images is known here for models of the type {}",
@@ -189,7 +260,8 @@ pub fn plan(
         )));
     };
     let text = config.get("text_config").unwrap_or(config);
-    let found = kind.plan(source, &Said { config, vision, text, preprocessor });
+    let vision = &kind.completed(&config[kind.part()]);
+    let found = kind.plan(source, &Said { config, part: kind.part(), vision, text, preprocessor }, matrices);
     Some(found.and_then(|mut found| {
         if let Some(name) = kind.ends_rows {
             let (row, entry) =
@@ -215,18 +287,41 @@ pub fn plan(
 }
 
 impl Kind {
-    fn plan(&self, source: &dyn Weights, said: &Said<'_>) -> Result<Projector, String> {
-        let matrices = self.matrices(source)?;
+    /// What its part of config.json is called.
+    fn part(&self) -> &'static str {
+        if self.alone { "audio_config" } else { "vision_config" }
+    }
+
+    /// `vision_config` with what is usual where it says nothing.
+    fn completed(&self, vision: &Value) -> Value {
+        let mut vision = vision.clone();
+        for (key, usual) in self.usual {
+            if vision[*key].is_null() {
+                vision[*key] = (*usual).into();
+            }
+        }
+        vision
+    }
+
+    fn plan(&self, source: &dyn Weights, said: &Said<'_>, asked: Option<GgmlType>) -> Result<Projector, String> {
+        let own = self.matrices(source)?;
+        let matrices = asked.unwrap_or(own);
         let mut metadata = self.metadata(said, matrices)?;
         (self.settings)(said, &mut metadata)?;
-        let heads = said.count(&["num_attention_heads", "num_heads"])? as usize;
+        let heads = said.count(HEADS)? as usize;
         let mut tensors = Vec::new();
         for entry in source.entries() {
             let name = entry.name.strip_prefix("model.").unwrap_or(&entry.name);
             if !self.prefixes.iter().any(|prefix| name.starts_with(prefix)) {
                 continue;
             }
-            let mut found = self.rules.iter().filter_map(|rule| Some((rule, rule.called(name)?))).peekable();
+            let mut found = self
+                .rules
+                .iter()
+                .copied()
+                .flatten()
+                .filter_map(|rule| Some((rule, rule.called(name, said)?)))
+                .peekable();
             if found.peek().is_none() {
                 return Err(format!("{} has no name in llama.cpp's file for images", entry.name));
             }
@@ -266,29 +361,34 @@ impl Kind {
         let mut string = |key: &str, value: &str| out.push((key.to_owned(), MetadataValue::String(value.to_owned())));
         string("general.architecture", "clip");
         string("general.type", "mmproj");
-        string("clip.projector_type", self.id);
-        let file_type = if matrices.name == "BF16" { 32 } else { 1 };
+        string(if self.hears { "clip.vision.projector_type" } else { "clip.projector_type" }, self.id);
+        let file_type = Mix::parse(matrices.name).map_or(1, |mix| mix.file_type);
         for (key, value) in [("general.file_type", file_type), ("general.quantization_version", 2)] {
             out.push((key.to_owned(), MetadataValue::U32(value)));
         }
-        flag(&mut out, "has_vision_encoder");
+        let sense = if self.alone { "audio" } else { "vision" };
+        flag(&mut out, &format!("has_{sense}_encoder"));
         let wide = integer(&said.text["hidden_size"]).and_then(|wide| u32::try_from(wide).ok());
-        count(
-            &mut out,
-            "projection_dim",
-            wide.ok_or("config.json does not say the hidden_size of the language model")?,
-        );
-        let inner: &[&str] = if said.vision["embed_dim"].is_null() { &["intermediate_size"] } else { &["hidden_size"] };
-        let keys: [(&str, &[&str]); 5] = [
-            ("patch_size", &["patch_size"]),
-            ("embedding_length", &["embed_dim", "hidden_size"]),
+        let mut count = |key: &str, value| out.push((format!("clip.{sense}.{key}"), MetadataValue::U32(value)));
+        count("projection_dim", wide.ok_or("config.json does not say the hidden_size of the language model")?);
+        let inner: &[&str] = if said.vision["embed_dim"].is_null() {
+            &["intermediate_size", "vt_intermediate_size", "encoder_ffn_dim"]
+        } else {
+            &["hidden_size"]
+        };
+        let keys: [(&str, &[&str]); 4] = [
+            ("embedding_length", &["embed_dim", "hidden_size", "vt_hidden_size", "d_model"]),
             ("feed_forward_length", inner),
-            ("block_count", &["num_hidden_layers", "depth"]),
-            ("attention.head_count", &["num_attention_heads", "num_heads"]),
+            ("block_count", &["num_hidden_layers", "depth", "vt_num_hidden_layers", "encoder_layers"]),
+            ("attention.head_count", HEADS),
         ];
         for (key, names) in keys {
-            count(&mut out, key, said.count(names)?);
+            count(key, said.count(names)?);
         }
+        if self.alone {
+            return Ok(out);
+        }
+        count("patch_size", said.count(&["patch_size"])?);
         for key in ["image_mean", "image_std"] {
             out.push((format!("clip.vision.{key}"), said.channels(key)?));
         }
@@ -302,24 +402,36 @@ fn ggml(name: &str) -> GgmlType {
 
 impl Rule {
     /// What a tensor is called in the file, if the rule is for it.
-    fn called(&self, name: &str) -> Option<String> {
-        let whole = |from: &str| from.ends_with("weight") || from.ends_with("bias");
-        let (module, ending) = match whole(self.from) {
-            true => (name, None),
-            false => {
-                let (module, ending) = name.rsplit_once('.').filter(|(_, ending)| whole(ending))?;
-                (module, Some(ending))
+    fn called(&self, name: &str, said: &Said<'_>) -> Option<String> {
+        const ENDINGS: &[&str] = &["weight", "bias", "input_min", "input_max", "output_min", "output_max"];
+        let (number, ending) = match self.number(name) {
+            Some(number) => (number, None),
+            None => {
+                let (module, ending) = name.rsplit_once('.').filter(|(_, ending)| ENDINGS.contains(ending))?;
+                // A linear within bounds is a part of the module that has these.
+                let number = self.number(module).or_else(|| self.number(module.strip_suffix(".linear")?))?;
+                (number, Some(ending))
             }
         };
-        let number = match self.from.split_once("{}") {
-            None => (module == self.from).then_some("")?,
-            Some((before, after)) => {
-                let number = module.strip_prefix(before)?.strip_suffix(after)?;
-                (!number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())).then_some(number)?
+        let to = match self.to.split_once('{').and_then(|(before, rest)| Some((before, rest.split_once('}')?))) {
+            Some((before, (key, after))) if !key.is_empty() => {
+                let entry = said.list(key).get(number.parse::<usize>().ok()?).copied()?;
+                format!("{before}{entry}{after}")
             }
+            _ => self.to.replace("{}", number),
         };
-        let to = self.to.replace("{}", number);
         Some(ending.map_or(to.clone(), |ending| format!("{to}.{ending}")))
+    }
+
+    /// The number that a name has where this one has `{}`, if it is this one; nothing of it where this one has none.
+    fn number<'n>(&self, name: &'n str) -> Option<&'n str> {
+        match self.from.split_once("{}") {
+            None => (name == self.from).then_some(""),
+            Some((before, after)) => {
+                let number = name.strip_prefix(before)?.strip_suffix(after)?;
+                (!number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())).then_some(number)
+            }
+        }
     }
 
     /// As llama.cpp's converter chooses it.
@@ -329,7 +441,11 @@ impl Rule {
             Ty::F16 => ggml("F16"),
             Ty::F32 => ggml("F32"),
             Ty::Usual if patches && shape.len() > 1 => ggml(if matrices.name == "F16" { "F16" } else { "F32" }),
-            Ty::Usual if shape.len() < 2 || gguf.starts_with("v.position_embd") => ggml("F32"),
+            Ty::Usual if shape.len() < 2 || !gguf.ends_with(".weight") || gguf.starts_with("v.position_embd") => {
+                ggml("F32")
+            }
+            // Rows that hold no whole blocks.
+            Ty::Usual if matrices.row_bytes(shape[shape.len() - 1]).is_none() => ggml("F16"),
             Ty::Usual => matrices,
         }
     }
@@ -338,9 +454,19 @@ impl Rule {
 impl Make {
     /// The extents of what is made of a tensor of these; nothing where it cannot be.
     fn shape(self, stored: &[usize], heads: usize) -> Option<Vec<usize>> {
-        let first = *stored.first()?;
+        let Some(&first) = stored.first() else { return (self == Make::Whole).then(|| vec![1]) };
         match self {
-            Make::Whole | Make::PlusOne => Some(stored.to_vec()),
+            Make::Whole | Make::PlusOne | Make::Softplus => Some(stored.to_vec()),
+            Make::Column => (stored.len() == 1).then(|| vec![first, 1]),
+            Make::Sides => (heads > 0 && first.is_multiple_of(12 * heads)).then(|| stored.to_vec()),
+            Make::Squeezed => match stored {
+                &[channels, 1, width] => Some(vec![channels, width]),
+                _ => None,
+            },
+            Make::Pixels => {
+                let side = (*stored.get(1)? / 3).isqrt();
+                (stored.len() == 2 && side * side * 3 == stored[1]).then(|| vec![first, 3, side, side])
+            }
             Make::Row(_) => Some(stored[1..].to_vec()),
             Make::Rows(_, of) => first.is_multiple_of(of).then(|| [vec![first / of], stored[1..].to_vec()].concat()),
             Make::Frame(_) => match stored {
@@ -360,10 +486,20 @@ impl Tensor {
 
     /// Its values, of those of the tensor that it is made of, or of its row.
     pub fn values(&self, mut values: Vec<f32>) -> Vec<f32> {
-        let rows = self.stored[0].max(1);
+        let rows = self.stored.first().map_or(1, |rows| (*rows).max(1));
         let width = values.len() / rows;
         match self.make {
-            Make::Whole | Make::Row(_) => values,
+            Make::Whole | Make::Row(_) | Make::Squeezed | Make::Column => values,
+            Make::Softplus => {
+                values.iter_mut().for_each(|value| *value = f64::from(*value).exp().ln_1p() as f32);
+                values
+            }
+            Make::Pixels => {
+                let pixels = width / 3;
+                let colours =
+                    |row: &'_ [f32]| (0..3 * pixels).map(|at| row[at % pixels * 3 + at / pixels]).collect::<Vec<_>>();
+                values.chunks_exact(width).flat_map(colours).collect()
+            }
             Make::PlusOne => {
                 values.iter_mut().for_each(|value| *value += 1.0);
                 values
@@ -376,6 +512,19 @@ impl Tensor {
                     .flat_map(|both| &both[frame * picture..(frame + 1) * picture])
                     .copied()
                     .collect()
+            }
+            Make::Sides => {
+                let (all, quarter) = (rows / 3, rows / 3 / self.heads / 4);
+                let row = |row: usize| {
+                    let (part, within) = (row / all, row % all);
+                    let (head, at) = (within / (4 * quarter), within % (4 * quarter));
+                    // Side, then which of its pairs, then which of the pair; a file has pairs of both sides in turn.
+                    let (side, pair, one) = (at / (2 * quarter), at % (2 * quarter) / 2, at % 2);
+                    let from = if part == 2 { at } else { 4 * pair + 2 * side + one };
+                    let from = part * all + head * 4 * quarter + from;
+                    &values[from * width..(from + 1) * width]
+                };
+                (0..rows).flat_map(row).copied().collect()
             }
             Make::Turned => {
                 let half = rows / self.heads / 2;

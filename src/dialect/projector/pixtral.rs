@@ -1,6 +1,6 @@
 //! Pixtral, alone (LLaVA's class) and with the merger of Mistral Small 3.1.
 
-use super::{Kind, Make, count, flag, float, made, same};
+use super::{Kind, Make, PLAIN, count, flag, float, made, same};
 use crate::json::{integer, real};
 
 /// Pixtral's vision tower.
@@ -12,7 +12,7 @@ pub(super) const PIXTRAL: Kind = Kind {
     prefixes: &["multi_modal_projector.", "vision_tower."],
     // llama.cpp loads no file of this kind without it, though its converter leaves it out.
     ends_rows: Some("[IMG_BREAK]"),
-    rules: &[
+    rules: &[&[
         same("vision_tower.patch_conv", "v.patch_embd"),
         same("vision_tower.ln_pre", "v.pre_ln"),
         made("vision_tower.transformer.layers.{}.attention.q_proj", "v.blk.{}.attn_q", Make::Turned),
@@ -27,7 +27,7 @@ pub(super) const PIXTRAL: Kind = Kind {
         same("multi_modal_projector.norm", "mm.input_norm"),
         same("multi_modal_projector.patch_merger.merging_layer", "mm.patch_merger"),
         same("multi_modal_projector.linear_{}", "mm.{}"),
-    ],
+    ]],
     settings: |said, out| {
         count(out, "image_size", said.count(&["image_size"])?);
         float(out, "attention.layer_norm_epsilon", real(&said.vision["layer_norm_eps"]).unwrap_or(1e-5));
@@ -45,4 +45,5 @@ pub(super) const PIXTRAL: Kind = Kind {
         }
         Ok(())
     },
+    ..PLAIN
 };

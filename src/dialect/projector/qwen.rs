@@ -2,14 +2,14 @@
 
 use formats::container::gguf::{GGUFValueType, MetadataValue};
 
-use super::{Kind, Make, Metadata, Rule, Said, array, count, flag, float, made, same};
+use super::{Kind, Make, Metadata, PLAIN, Rule, Said, array, count, flag, float, made, same};
 use crate::json::{integer, real};
 
-const FIRST: Rule = made("visual.patch_embed.proj.weight", "v.patch_embd.weight", Make::Frame(0));
-const SECOND: Rule = made("visual.patch_embed.proj.weight", "v.patch_embd.weight.1", Make::Frame(1));
+pub(super) const FIRST: Rule = made("visual.patch_embed.proj.weight", "v.patch_embd.weight", Make::Frame(0));
+pub(super) const SECOND: Rule = made("visual.patch_embed.proj.weight", "v.patch_embd.weight.1", Make::Frame(1));
 
 /// Names of Qwen2-VL and Qwen2.5-VL.
-const RULES: &[Rule] = &[
+const RULES: &[&[Rule]] = &[&[
     FIRST,
     SECOND,
     made("visual.blocks.{}.attn.qkv", "v.blk.{}.attn_q", Make::Rows(0, 3)),
@@ -25,18 +25,17 @@ const RULES: &[Rule] = &[
     same("visual.blocks.{}.mlp.down_proj", "v.blk.{}.ffn_down"),
     same("visual.merger.ln_q", "v.post_ln"),
     same("visual.merger.mlp.{}", "mm.{}"),
-];
+]];
 
 /// Qwen2-VL.
 pub(super) const QWEN2: Kind = Kind {
     id: "qwen2vl_merger",
     model_types: &["qwen2_vl"],
-    tower: None,
-    ends_rows: None,
     architectures: &["qwen2vl"],
     prefixes: &["visual."],
     rules: RULES,
     settings: |said, out| second(said, out),
+    ..PLAIN
 };
 
 /// Qwen2.5-VL.
@@ -67,15 +66,13 @@ fn second(said: &Said<'_>, out: &mut Metadata) -> Result<(), String> {
     Ok(())
 }
 
-/// Qwen3.5, whose tower is that of Qwen3-VL without layers that reach into the language model.
+/// Qwen3-VL, whose inner layers reach into the language model, and Qwen3.5, where none do.
 pub(super) const QWEN3: Kind = Kind {
     id: "qwen3vl_merger",
-    model_types: &["qwen3_5", "qwen3_5_moe"],
-    tower: None,
-    ends_rows: None,
-    architectures: &["qwen35", "qwen35moe"],
+    model_types: &["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"],
+    architectures: &["qwen3vl", "qwen3vlmoe", "qwen35", "qwen35moe"],
     prefixes: &["visual."],
-    rules: &[
+    rules: &[&[
         FIRST,
         SECOND,
         same("visual.patch_embed.proj.bias", "v.patch_embd.bias"),
@@ -86,10 +83,13 @@ pub(super) const QWEN3: Kind = Kind {
         same("visual.blocks.{}.norm2", "v.blk.{}.ln2"),
         same("visual.blocks.{}.mlp.linear_fc1", "v.blk.{}.ffn_up"),
         same("visual.blocks.{}.mlp.linear_fc2", "v.blk.{}.ffn_down"),
+        same("visual.deepstack_merger_list.{}.norm", "v.deepstack.{deepstack_visual_indexes}.norm"),
+        same("visual.deepstack_merger_list.{}.linear_fc1", "v.deepstack.{deepstack_visual_indexes}.fc1"),
+        same("visual.deepstack_merger_list.{}.linear_fc2", "v.deepstack.{deepstack_visual_indexes}.fc2"),
         same("visual.merger.norm", "v.post_ln"),
         same("visual.merger.linear_fc1", "mm.0"),
         same("visual.merger.linear_fc2", "mm.2"),
-    ],
+    ]],
     settings: |said, out| {
         flag(out, "use_gelu");
         let positions = said.count_or("num_position_embeddings", 2304)?;
@@ -97,8 +97,11 @@ pub(super) const QWEN3: Kind = Kind {
         count(out, "image_size", said.count_or("image_size", size as u32)?);
         count(out, "spatial_merge_size", said.count_or("spatial_merge_size", 2)?);
         float(out, "attention.layer_norm_epsilon", real(&said.text["rms_norm_eps"]).unwrap_or(1e-6));
-        let none = (0..said.count(&["num_hidden_layers", "depth"])?).map(|_| MetadataValue::Bool(false)).collect();
-        out.push(("clip.vision.is_deepstack_layers".to_owned(), array(none, GGUFValueType::Bool)?));
+        let reaching = said.list("deepstack_visual_indexes");
+        let reaches = |layer: u32| MetadataValue::Bool(reaching.contains(&i64::from(layer)));
+        let flags = (0..said.count(&["num_hidden_layers", "depth"])?).map(reaches).collect();
+        out.push(("clip.vision.is_deepstack_layers".to_owned(), array(flags, GGUFValueType::Bool)?));
         Ok(())
     },
+    ..PLAIN
 };

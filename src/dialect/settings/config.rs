@@ -50,14 +50,25 @@ pub(super) fn layer_types(local: &[bool]) -> Value {
     local.iter().map(|local| if *local { "sliding_attention" } else { "full_attention" }).collect()
 }
 
-/// config.json of a folder with what a file of these settings holds, where that names another class than reading goes by: the language model of
-/// Qwen2-VL has no class of its own in transformers, and in a text, where positions of all kinds are the same, it is a Qwen2.
+/// config.json of a folder with what a file of these settings holds, where that names another class than reading goes by: the language models of
+/// Qwen2-VL, Qwen3-VL and GLM-4.5V have no classes of their own in transformers, and in a text, where positions of all kinds are the same, they are a
+/// Qwen2, a Qwen3 and a GLM-4.5.
 pub(crate) fn as_text(config: &Value) -> Option<Value> {
     let mut text = config.clone();
-    let object = text.as_object_mut().filter(|object| object["model_type"] == "qwen2_vl")?;
-    object.insert("model_type".to_owned(), json!("qwen2"));
-    object.insert("architectures".to_owned(), json!(["Qwen2ForCausalLM"]));
-    object.shift_remove("rope_scaling");
+    let object = text.as_object_mut()?;
+    let (model_type, class) = match object["model_type"].as_str()? {
+        "qwen2_vl" => ("qwen2", "Qwen2ForCausalLM"),
+        "qwen3_vl_text" => ("qwen3", "Qwen3ForCausalLM"),
+        "qwen3_vl_moe_text" => ("qwen3_moe", "Qwen3MoeForCausalLM"),
+        "glm4v_moe_text" => ("glm4_moe", "Glm4MoeForCausalLM"),
+        _ => return None,
+    };
+    object.insert("model_type".to_owned(), json!(model_type));
+    object.insert("architectures".to_owned(), json!([class]));
+    ["rope_scaling", "n_deepstack_layers"].iter().for_each(|key| drop(object.shift_remove(*key)));
+    if let Some(Value::Object(rope)) = object.get_mut("rope_parameters") {
+        ["mrope_section", "mrope_interleaved"].iter().for_each(|key| drop(rope.shift_remove(*key)));
+    }
     Some(text)
 }
 
@@ -266,8 +277,8 @@ impl Settings {
                 // Each kind of layers has it.
                 "mimo_v2_flash" => json!({}),
                 "minimax_m2" => json!({"rotary_dim": rotated}),
-                "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" | "qwen3_next"
-                | "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text" | "minimax_m3_vl_text" => {
+                "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" | "glm4v_moe_text"
+                | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text" | "minimax_m3_vl_text" => {
                     json!({"partial_rotary_factor": share})
                 }
                 _ => {
@@ -284,6 +295,7 @@ impl Settings {
                 | "glm"
                 | "glm4"
                 | "glm4_moe"
+                | "glm4v_moe_text"
                 | "qwen3_next"
                 | "qwen3_5_text"
                 | "qwen3_5_moe_text"
@@ -347,11 +359,14 @@ impl Settings {
                 return Ok(json!({"rope_parameters": {"full_attention": wide, "sliding_attention": near}}));
             }
             // In a text the positions of all kinds are the same.
-            "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text" => {
+            "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text" | "qwen3_vl_text" | "qwen3_vl_moe_text"
+            | "glm4v_moe_text" => {
                 let mut all = with_base();
                 if let Some(MetadataValue::Array(list)) = self.look("rope.dimension_sections") {
                     all["mrope_section"] = list.iter().filter_map(integer).take(3).collect::<Vec<usize>>().into();
-                    all["mrope_interleaved"] = true.into();
+                    if model_type.starts_with("qwen") {
+                        all["mrope_interleaved"] = true.into();
+                    }
                 }
                 return Ok(json!({"rope_parameters": all}));
             }
@@ -414,8 +429,9 @@ impl Settings {
             }
             "qwen3" | "qwen3_moe" | "gemma" | "gemma2" | "gemma3_text" | "olmo" | "olmo2" | "olmo3" | "cohere"
             | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" | "seed_oss" | "arcee"
-            | "hunyuan_v1_dense" | "hunyuan_v1_moe" | "dots1" | "cohere2_moe" | "mistral4" | "glm4_moe" | "hy_v3"
-            | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text" => {
+            | "hunyuan_v1_dense" | "hunyuan_v1_moe" | "dots1" | "cohere2_moe" | "mistral4" | "glm4_moe"
+            | "glm4v_moe_text" | "hy_v3" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text"
+            | "qwen3_vl_text" | "qwen3_vl_moe_text" => {
                 json!({"attention_bias": biases})
             }
             "starcoder2" => json!({"use_bias": true}),
@@ -495,6 +511,9 @@ impl Settings {
                     "linear_num_value_heads": value_heads,
                     "layer_types": kinds,
                 })
+            }
+            "qwen3_vl_text" | "qwen3_vl_moe_text" => {
+                json!({"n_deepstack_layers": self.count("n_deepstack_layers")?.unwrap_or(0)})
             }
             "bamba" | "granitemoehybrid" | "falcon_h1" | "nemotron_h" => self.state_space(model_type, model)?,
             "afmoe" => self.arcee(model)?,

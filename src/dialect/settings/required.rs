@@ -7,6 +7,8 @@ use super::Settings;
 /// Keys by architecture, beside those that all have: by the loaders of llama.cpp de3ff81.
 const REQUIRED: &[(&str, &[&str])] = &[
     ("qwen2vl", &["rope.dimension_sections"]),
+    ("qwen3vl", &["rope.dimension_sections"]),
+    ("qwen3vlmoe", &["rope.dimension_sections"]),
     ("qwen3next", STATE),
     ("qwen35", STATE_AND_SECTIONS),
     ("qwen35moe", STATE_AND_SECTIONS),

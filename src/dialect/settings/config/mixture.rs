@@ -13,7 +13,7 @@ impl Settings {
         let used = || self.required("expert_used_count");
         let expert_inner = || self.expert_inner(model);
         Ok(match model_type {
-            "glm4_moe" | "dots1" => json!({
+            "glm4_moe" | "glm4v_moe_text" | "dots1" => json!({
                 "moe_intermediate_size": expert_inner()?,
                 "n_routed_experts": experts,
                 "n_shared_experts": self.count("expert_shared_count")?.filter(|count| *count > 0),
@@ -68,14 +68,14 @@ impl Settings {
             "hy_v3" => self.hunyuan(model, used()?)?,
             "mixtral" | "granitemoe" => json!({"num_local_experts": experts, "num_experts_per_tok": used()?}),
             "olmoe" => json!({"num_experts": experts, "num_experts_per_tok": used()?, "norm_topk_prob": false}),
-            "qwen2_moe" | "qwen3_moe" => json!({
+            "qwen2_moe" | "qwen3_moe" | "qwen3_vl_moe_text" => json!({
                 "num_experts": experts,
                 "num_experts_per_tok": used()?,
                 "moe_intermediate_size": match self.count("expert_feed_forward_length")?.filter(|n| *n > 0) {
                     Some(width) => width,
                     None => inner / used()?,
                 },
-                "norm_topk_prob": model_type == "qwen3_moe",
+                "norm_topk_prob": model_type != "qwen2_moe",
                 "shared_expert_intermediate_size": match model_type {
                     "qwen2_moe" => Some(self.count("expert_shared_feed_forward_length")?.unwrap_or(inner)),
                     _ => None,

@@ -1,0 +1,48 @@
+//! Kimi K2.5, whose tower is MoonViT.
+
+use formats::container::gguf::MetadataValue;
+
+use super::{Kind, Make, PLAIN, count, float, made, same};
+use crate::json::{integer, real};
+
+/// Kimi K2.5.
+pub(super) const KIMI_K25: Kind = Kind {
+    id: "kimik25",
+    model_types: &["kimi_k25"],
+    architectures: &["deepseek2"],
+    prefixes: &["vision_tower.", "mm_projector."],
+    rules: &[&[
+        same("vision_tower.patch_embed.proj", "v.patch_embd"),
+        same("vision_tower.patch_embed.pos_emb", "v.position_embd"),
+        made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_qkv", Make::Sides),
+        same("vision_tower.encoder.blocks.{}.wo", "v.blk.{}.attn_out"),
+        same("vision_tower.encoder.blocks.{}.norm0", "v.blk.{}.ln1"),
+        same("vision_tower.encoder.blocks.{}.norm1", "v.blk.{}.ln2"),
+        same("vision_tower.encoder.blocks.{}.mlp.fc0", "v.blk.{}.ffn_up"),
+        same("vision_tower.encoder.blocks.{}.mlp.fc1", "v.blk.{}.ffn_down"),
+        same("vision_tower.encoder.final_layernorm", "v.post_ln"),
+        same("mm_projector.pre_norm", "mm.input_norm"),
+        same("mm_projector.proj.0", "mm.1"),
+        same("mm_projector.proj.2", "mm.2"),
+    ]],
+    usual: &[("patch_size", 14), ("init_pos_emb_height", 64), ("init_pos_emb_width", 64), ("init_pos_emb_time", 4)],
+    settings: |said, out| {
+        let patch = said.count(&["patch_size"])?;
+        count(out, "image_size", said.count(&["init_pos_emb_height"])? * patch);
+        for side in ["height", "width", "time"] {
+            let positions = said.count(&[&format!("init_pos_emb_{side}")])?;
+            out.push((format!("vision.pos_emb_{side}"), MetadataValue::U32(positions)));
+        }
+        let gelu = said.vision["projector_hidden_act"].as_str().is_none_or(|name| name == "gelu");
+        out.push(("clip.use_gelu".to_owned(), MetadataValue::Bool(gelu)));
+        float(out, "attention.layer_norm_epsilon", real(&said.vision["projector_ln_eps"]).unwrap_or(1e-5));
+        let side = integer(&said.vision["merge_kernel_size"][0]).and_then(|side| u32::try_from(side).ok());
+        count(out, "projector.scale_factor", side.unwrap_or(2));
+        let most = integer(&said.preprocessor["in_patch_limit"]).and_then(|most| u32::try_from(most).ok());
+        for (key, patches) in [("image_min_pixels", 8), ("image_max_pixels", most.unwrap_or(16384))] {
+            count(out, key, patches.saturating_mul(patch * patch));
+        }
+        Ok(())
+    },
+    ..PLAIN
+};
