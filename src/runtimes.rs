@@ -402,6 +402,10 @@ fn gptqmodel(facts: &Facts<'_>) -> Option<&'static str> {
         }
         "glm4_moe" if facts.experts => Some("GPTQModel 7.7 fails in this family's experts; vLLM loads them"),
         "minimax_m2" => Some("GPTQModel 7.7 computes no numbers for this family; vLLM loads it"),
+        "deepseek_v4" => Some(
+            "GPTQModel 7.7 does not find this family's experts in GPTQ, and computes no numbers for it in AWQ; transformers loads \
+             compressed-tensors",
+        ),
         "gpt_neox" => Some("GPTQModel 7.7 computes no numbers for this family; transformers loads GPTQ"),
         "olmo" | "nemotron" | "ministral" | "arcee" | "helium" if facts.codec == "awq" => {
             Some("GPTQModel 7.7 does not know this family in AWQ; transformers loads it")

@@ -192,6 +192,8 @@ fn forget_quantization(config: &mut Value) {
         for key in QUANTIZATION_KEYS.iter().filter(|key| is_said(key, object.get(**key))).collect::<Vec<_>>() {
             object.shift_remove(*key);
         }
+        // Of what type experts are (DeepSeek V4).
+        object.shift_remove("expert_dtype");
     };
     if let Some(inner) = config.get_mut("text_config") {
         forget(inner);

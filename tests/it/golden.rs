@@ -286,6 +286,44 @@ fn sequences_of_unequal_lengths_are_run_as_if_each_were_alone() {
     }
 }
 
+/// As DeepSeek V4 is published: floats of 8 bits, and of 4 in experts, whose scales are exponents that stand beside the weights.
+#[test]
+fn floats_of_8_and_4_bits_are_read_under_the_names_that_deepseek_v4_is_published_with() {
+    let room = crate::families::checkpoint("deepseek_v4_published");
+    let file = SafetensorsFile::open(room.path().join("model.safetensors")).unwrap();
+    let (whole, expert) = ("layers.0.attn.wq_a", "layers.0.ffn.experts.0.w1");
+    let mut all: BTreeMap<String, (TensorSpec, Vec<u8>)> = BTreeMap::new();
+    let mut put = |name: String, dtype: Dtype, shape: &[usize], data: Vec<u8>| {
+        all.insert(name.clone(), (TensorSpec { name, dtype, shape: shape.to_vec() }, data));
+    };
+    for spec in file.tensors() {
+        put(spec.name.clone(), spec.dtype, &spec.shape, file.get(&spec.name).unwrap().data.to_vec());
+    }
+    put(format!("{whole}.weight"), Dtype::F8_E4M3, &[32, 64], vec![0x38; 32 * 64]);
+    put(format!("{whole}.scale"), Dtype::F8_E8M0, &[1, 1], vec![126]);
+    // Nibbles 1 and 12, a half and minus two.
+    put(format!("{expert}.weight"), Dtype::I8, &[32, 32], vec![0xC1; 32 * 32]);
+    put(format!("{expert}.scale"), Dtype::F8_E8M0, &[32, 2], [127, 129].repeat(32));
+    let other = tempfile::tempdir().unwrap();
+    let config = std::fs::read(room.path().join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    config["quantization_config"] =
+        serde_json::json!({"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]});
+    config["expert_dtype"] = "fp4".into();
+    std::fs::write(other.path().join("config.json"), config.to_string()).unwrap();
+    let specs = all.values().map(|(spec, _)| spec.clone()).collect();
+    let writer = ShardedWriter::create(other.path(), specs, u64::MAX, &BTreeMap::new()).unwrap();
+    all.values().for_each(|(spec, bytes)| writer.write(&spec.name, bytes).unwrap());
+    writer.finish().unwrap();
+    let source = Checkpoint::open(other.path()).unwrap();
+    assert_eq!(source.load(&format!("{whole}.weight")).unwrap(), [0.5; 32 * 64]);
+    let row: Vec<f32> = [[0.5, -2.0].repeat(16), [2.0, -8.0].repeat(16)].concat();
+    assert_eq!(source.load(&format!("{expert}.weight")).unwrap(), row.repeat(32));
+    // Every output says anew what its weights are.
+    assert!(source.config().get("expert_dtype").is_none() && source.config().get("quantization_config").is_none());
+    assert!(logits(other.path(), &[(3..40).collect()]).unwrap().iter().all(|x| x.is_finite()));
+}
+
 /// A table lies in as many parts as a checkpoint has, and a checkpoint may name the numbers by which its rows are found.
 #[test]
 fn a_table_may_be_whole_and_its_rows_are_found_by_the_numbers_that_a_checkpoint_names() {
