@@ -164,17 +164,24 @@ impl Importance {
             false => self.places[&linear.module].iter().collect::<Vec<_>>(),
         };
         let (mut all, mut without, mut unseen, mut flat) = (0, Vec::new(), Vec::new(), Vec::new());
-        for (name, place) in graph.linears().flat_map(|l| of(l).into_iter().map(|place| (&*l.module, place))) {
-            all += 1;
-            match self.at(place)? {
-                None => without.push(name),
-                Some(importance) => {
-                    if count_of(&imatrix.entries[&place.tensor], place.matrix) == 0.0 {
-                        unseen.push(name);
-                    } else if importance.len() > 1 && importance.iter().all(|x| *x == importance[0]) {
-                        flat.push(name);
-                    }
+        for linear in graph.linears() {
+            let name = &*linear.module;
+            // A linear may be in several places, as the keys and values of each head that are made of a latent.
+            let (mut lacks, mut idle, mut equal, mut any) = (false, false, false, false);
+            for place in of(linear) {
+                any = true;
+                match self.at(place)? {
+                    None => lacks = true,
+                    Some(_) if count_of(&imatrix.entries[&place.tensor], place.matrix) == 0.0 => idle = true,
+                    Some(importance) => equal |= importance.len() > 1 && importance.iter().all(|x| *x == importance[0]),
                 }
+            }
+            all += usize::from(any);
+            match (lacks, idle, equal) {
+                (true, ..) => without.push(name),
+                (_, true, _) => unseen.push(name),
+                (_, _, true) => flat.push(name),
+                _ => {}
             }
         }
         let shown = path.display();

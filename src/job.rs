@@ -30,6 +30,7 @@ use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::{
     BitsPerWeight, FileReport, HiddenStates, Limits, Original, Protocol, Quality, Report, Seconds, Verdict,
+    papers_beside, projector_beside,
 };
 use crate::targets::{HeldOut, Output, Target, Words, target};
 use crate::text::{HELD_OUT, ModelText, load_text};
@@ -338,6 +339,17 @@ impl<'a> Job<'a> {
             // A file that is read may not be replaced, nor a folder that it lies in.
             inputs.iter().filter(|input| input.is_file()).try_for_each(|input| check_place(&output.path, input))?;
             self.outputs[..index].iter().try_for_each(|other| check_apart(&other.path, &output.path))?;
+            let single = output.recipe.gguf.is_some();
+            if let Some(place) = Place::resolve(&output.path).ok().filter(|_| single) {
+                let names = papers_beside(&place.name).into_iter().chain([projector_beside(&place.name)]);
+                if let Some(folder) = { names }.map(|name| place.parent.join(name)).find(|path| path.is_dir()) {
+                    return Err(Error::usage(format!(
+                        "{}: is a folder in the place of a file that goes beside {}; move it, or give the output another name",
+                        folder.display(),
+                        output.path.display()
+                    )));
+                }
+            }
             let saved = output.recipe.save_imatrix.as_deref();
             if let Some(saved) = saved {
                 // A GGUF file tells by itself what it is called.

@@ -75,7 +75,16 @@ impl Checkpoint {
                         config["architectures"][0].as_str().unwrap_or_default()
                     )
                 });
-                Ok(Beside { files: files.map(of).into(), notes: pooling.into_iter().chain(text).collect() })
+                let class = model.config()["architectures"][0].as_str().unwrap_or_default();
+                let headless = (class == "Glm5NextTextModel").then(|| {
+                    format!(
+                        "{}: transformers has no class that predicts tokens with this language model alone: {class}, which config.json names, \
+                         leaves out its head",
+                        self.path.display()
+                    )
+                });
+                let notes = pooling.into_iter().chain(text).chain(headless).chain(model.composed());
+                Ok(Beside { files: files.map(of).into(), notes: notes.collect() })
             }
         }
     }

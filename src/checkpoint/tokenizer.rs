@@ -215,7 +215,10 @@ impl Checkpoint {
         // config.json is asked only where generation_config.json does not say.
         let (file, stops) = stops.into_iter().find(|(_, ids)| !ids.is_empty())?;
         let tokenizer = &files.tokenizer;
-        let shown = |id: u32| format!("`{}` ({id})", tokenizer.id_to_token(id).unwrap_or_default());
+        let shown = |id: u32| match tokenizer.id_to_token(id) {
+            Some(text) => format!("`{text}` ({id})"),
+            None => format!("{id}, which is no token of the tokenizer's"),
+        };
         let at = stops.iter().map(|id| shown(*id)).collect::<Vec<_>>().join(", ");
         let eos = files.special("eos").and_then(|(named_in, text)| Some((named_in, tokenizer.token_to_id(text)?)));
         let end = template.and_then(|template| turn_end(files, template));

@@ -251,6 +251,19 @@ impl GgufModel {
         }
     }
 
+    /// What to say of a tokenizer that composes characters in the model that the file was made from, which the file does not say.
+    pub fn composed(&self) -> Option<String> {
+        let pre = self.file.string("tokenizer.ggml.pre").ok()??;
+        ["qwen2", "qwen35"].contains(&pre).then(|| {
+            format!(
+                "{}: tokenizers that split as `{pre}` compose characters first (NFC), which a GGUF file does not say and llama.cpp does not do: the \
+                 tokenizer.json that is written does not either; take that of the original model where texts have characters that are put \
+                 together of several",
+                self.file.path().display()
+            )
+        })
+    }
+
     pub fn tokenizer_json(&self) -> Result<Value> {
         rebuilt::tokenizer_json(&self.file)
     }
@@ -594,6 +607,10 @@ fn finish_config(config: &mut Value, file: &GgufFile, dtype: Dtype) -> Result<()
         if let Some(id) = file.count(&format!("tokenizer.ggml.{key}_token_id"))? {
             object.insert(name.into(), id.into());
         }
+    }
+    // Some classes of transformers have a token of their own there, which a small vocabulary lacks.
+    if object.get("pad_token_id").is_none() {
+        object.insert("pad_token_id".into(), Value::Null);
     }
     let mut ends = rebuilt::ends(file)?;
     // Of several the first one ends what tables for tokens in a row see.

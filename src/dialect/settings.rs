@@ -294,7 +294,7 @@ impl Settings {
             ("mimo2", true) => ("mimo_v2_flash", "MiMoV2FlashForCausalLM", "silu"),
             ("bailingmoe3", true) => ("bailing_hybrid", "BailingHybridForCausalLM", "silu"),
             ("kimi-linear", _) => ("kimi_linear", "KimiLinearForCausalLM", "silu"),
-            ("glm5-next", _) => ("glm5_next_text", "Glm5NextForConditionalGeneration", "silu"),
+            ("glm5-next", _) => ("glm5_next_text", "Glm5NextTextModel", "silu"),
             ("hy_v4", _) => ("hy_v4", "HYV4ForCausalLM", "silu"),
             ("deepseek4", true) => ("deepseek_v4", "DeepseekV4ForCausalLM", "silu"),
             ("glm-dsa", _) => ("glm_moe_dsa", "GlmMoeDsaForCausalLM", "silu"),

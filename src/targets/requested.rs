@@ -216,7 +216,7 @@ pub fn resolved(requested: Vec<Requested>, file: Option<&Path>) -> Result<(Vec<O
     let resolve = |Requested { path, request, report, .. }: Requested| {
         let mut recipe = Recipe::resolve(request)?;
         recipe.file = file.map(Path::to_path_buf);
-        Ok(Output { path, recipe, report })
+        Ok(Output { path: path.components().collect(), recipe, report })
     };
     Ok((requested.into_iter().map(resolve).collect::<Result<_>>()?, lead))
 }

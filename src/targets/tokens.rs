@@ -19,6 +19,11 @@ pub fn check(source: &Checkpoint, reopened: &Checkpoint, named: bool, words: &Wo
     match (source.tokenizer(), reopened.tokenizer()) {
         (Ok(Some(original)), Ok(Some(written))) => {
             way = Way::of(byte_level, Some(&original));
+            let around =
+                |files: &TokenizerFiles| [files.tokenizer.prefix().to_vec(), files.tokenizer.suffix().to_vec()];
+            if matches!(way, Way::Named) && around(&original) != around(&written) {
+                way = Way::Around;
+            }
             notes = probe::differences(&original, &written, words.vocabulary)?;
             notes.extend(match probe::unlike(&original, &written, words.vocabulary, named)? {
                 // With a text to measure on, other ids of running text are an error.
@@ -47,7 +52,9 @@ pub fn check(source: &Checkpoint, reopened: &Checkpoint, named: bool, words: &Wo
     {
         let or = match way {
             Way::Named => "",
-            Way::Changed | Way::Pieces | Way::Unigram => ", or write it all the same with --verify-text none",
+            Way::Around | Way::Changed | Way::Pieces | Way::Unigram => {
+                ", or write it all the same with --verify-text none"
+            }
         };
         return Err(Error::failed(format!(
             "{}: the tokenizer that was written turns the held-out text into other tokens than the original's; {}{or}",
@@ -81,6 +88,8 @@ fn composed_alone(own: &ModelText, mut text: Text, held_out: &HeldOut, notes: &m
 enum Way {
     /// It splits texts by a name that may be another.
     Named,
+    /// The original puts other tokens around a text.
+    Around,
     /// The original changes texts before it splits them.
     Changed,
     /// It joins pieces by their scores.
@@ -103,6 +112,10 @@ impl Way {
     fn advice(&self) -> &'static str {
         match self {
             Way::Named => "choose another --pre",
+            Way::Around => {
+                "llama.cpp puts one BOS before texts and one EOS behind them, and no other tokens, whatever --pre says: let tokenizer.json do the \
+                 same, or choose another --format"
+            }
             Way::Changed => {
                 "llama.cpp does not change texts before it splits them, whatever --pre says: give it texts that are changed already, or \
                  choose another --format"

@@ -471,3 +471,19 @@ fn a_small_limit_on_stacks_is_not_met() {
     let run = room.shell(&format!("ulimit -s 128; exec {} {QUICK} {ON_TEXT}", env!("CARGO_BIN_EXE_quantc")));
     run.succeeds();
 }
+
+/// What goes beside a GGUF file is looked for before the work, and a name that ends in a slash is that name.
+#[test]
+fn places_beside_a_file_are_looked_at_first() {
+    let room = Room::new();
+    room.model();
+    std::fs::create_dir(room.path("m.gguf.README.md")).unwrap();
+    let quantize =
+        ["quantize", "model", "-o", "m.gguf/", "--scheme", "Q8_0", "--method", "rtn", "--verify-text", "none"];
+    room.run(quantize).refuses(2, &["m.gguf.README.md: is a folder in the place of a file that goes beside m.gguf;"]);
+    std::fs::remove_dir(room.path("m.gguf.README.md")).unwrap();
+    let run = room.run(quantize);
+    run.succeeds();
+    let told = run.stdout() + &run.stderr();
+    assert!(told.contains("m.gguf: 28 linears") && !told.contains("m.gguf/"), "{told}");
+}

@@ -380,3 +380,43 @@ fn sections_of_rotary_frequencies_are_no_more_than_these() {
     let sum: i64 = file.integers("qwen35.rope.dimension_sections").unwrap().unwrap().into_iter().sum();
     assert!(sum > 0 && 2 * sum <= rotated, "{sum} of {rotated}");
 }
+
+/// A linear that becomes several tensors is one linear in what is said of an imatrix.
+#[test]
+fn a_linear_without_importance_is_told_once() {
+    let (model, outputs) = (checkpoint("deepseek_v3_plain"), tempfile::tempdir().unwrap());
+    spell(model.path());
+    let text: String = (0..6000u32).map(|i| char::from(b'!' + (i * i % 9973 % 90) as u8)).collect();
+    std::fs::write(model.path().join("text.txt"), text).unwrap();
+    let (all, some) = (outputs.path().join("all.imatrix"), outputs.path().join("some.imatrix"));
+    let common = format!("calibration = '{}'\nsamples = 16\nseq_len = 24", model.path().join("text.txt").display());
+    let collect = format!("{common}\nmethod = 'rtn'\nscheme = 'Q8_0'\nsave_imatrix = '{}'", all.display());
+    write(model.path(), &outputs.path().join("first.gguf"), &collect).unwrap();
+    let mut imatrix = formats::Imatrix::read(&all).unwrap();
+    imatrix.entries.retain(|name, _| !name.contains(".attn_k_b") && !name.contains(".attn_v_b"));
+    imatrix.write(&some).unwrap();
+    let settings = format!("method = 'rtn'\nscheme = 'Q8_0'\nimatrix = '{}'", some.display());
+    let report = write(model.path(), &outputs.path().join("second.gguf"), &settings).unwrap();
+    let told: Vec<&String> = report.notes.iter().filter(|note| note.contains("as without importance")).collect();
+    let words = "no entry for 2 of 64 linears (`model.layers.0.self_attn.kv_b_proj`, `model.layers.1.self_attn.kv_b_proj`), which";
+    assert!(told.len() == 1 && told[0].contains(words), "{told:?}");
+}
+
+/// Classes of transformers have a pad token of their own, beyond the vocabulary of a small model; and what a tokenizer did that the file cannot say is told.
+#[test]
+fn a_folder_made_of_a_file_has_no_pad_token_that_the_file_has_not() {
+    for name in ["hy_v4_published", "bailing_hybrid_published"] {
+        let (model, outputs) = (checkpoint(name), tempfile::tempdir().unwrap());
+        spell(model.path());
+        let config = model.path().join("config.json");
+        let mut json: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+        json.as_object_mut().unwrap().remove("pad_token_id");
+        std::fs::write(&config, json.to_string()).unwrap();
+        let (file, folder) = (outputs.path().join("model.gguf"), outputs.path().join("folder"));
+        write(model.path(), &file, "method = 'rtn'\nscheme = 'F32'\npre = 'qwen2'").unwrap();
+        let notes = quantc::convert::convert(&file, &folder, None, UnknownTensors::Copy, false).unwrap();
+        assert!(notes.iter().any(|note| note.contains("compose characters first (NFC)")), "{name}: {notes:?}");
+        let written: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+        assert_eq!(written.get("pad_token_id"), Some(&Value::Null), "{name}: {written}");
+    }
+}

@@ -9,6 +9,23 @@ use tempfile::TempDir;
 /// A text to calibrate on where it does not matter which: the bundled one takes longer to tokenize than a small model to solve.
 pub const TEXT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/demo/calibration.txt");
 
+/// Copies of a file with one to three bytes of each changed, the same ones in every run.
+pub fn damaged(good: &[u8], copies: usize) -> impl Iterator<Item = Vec<u8>> + '_ {
+    let mut state = 7u64;
+    let mut random = move |below: usize| {
+        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+        (state >> 33) as usize % below
+    };
+    (0..copies).map(move |_| {
+        let mut bytes = good.to_vec();
+        for _ in 0..1 + random(3) {
+            let at = random(bytes.len());
+            bytes[at] = random(256) as u8;
+        }
+        bytes
+    })
+}
+
 /// A folder of its own for one test; gone afterwards.
 pub struct Room(TempDir);
 

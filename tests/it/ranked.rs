@@ -7,7 +7,7 @@ use quantc::Checkpoint;
 use quantc::dialect::tokenizer::tokenizer as written;
 use serde_json::{Value, json};
 
-use crate::harness::{Model, Room};
+use crate::harness::{Model, Room, damaged};
 
 /// Each case, with the file of its list.
 const CASES: &[(&str, &str)] = &[
@@ -283,18 +283,8 @@ fn damage_is_found_before_any_text_is_split() {
         let (model, _) = model(&room, name);
         let good = std::fs::read(model.path(list)).unwrap();
         let source = Checkpoint::open(&room.path("model")).unwrap();
-        let mut state = 7u64;
-        let mut random = |below: usize| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 33) as usize % below
-        };
         let mut usable = 0;
-        for _ in 0..120 {
-            let mut bytes = good.clone();
-            for _ in 0..1 + random(3) {
-                let at = random(bytes.len());
-                bytes[at] = random(256) as u8;
-            }
+        for bytes in damaged(&good, 120) {
             std::fs::write(model.path(list), &bytes).unwrap();
             match source.tokenizer() {
                 Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),

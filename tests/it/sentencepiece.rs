@@ -8,7 +8,7 @@ use quantc::text::ModelText;
 use serde_json::{Value, json};
 
 use crate::gguf_inputs::rewrite;
-use crate::harness::{Room, TEXT};
+use crate::harness::{Room, TEXT, damaged};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sentencepiece")
@@ -289,18 +289,8 @@ fn damage_is_found_before_any_text_is_split() {
         let path = room.path("model/tokenizer.model");
         let good = std::fs::read(&path).unwrap();
         let source = Checkpoint::open(&room.path("model")).unwrap();
-        let mut state = 7u64;
-        let mut random = |below: usize| {
-            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 33) as usize % below
-        };
         let mut usable = 0;
-        for _ in 0..300 {
-            let mut bytes = good.clone();
-            for _ in 0..1 + random(3) {
-                let at = random(bytes.len());
-                bytes[at] = random(256) as u8;
-            }
+        for bytes in damaged(&good, 300) {
             std::fs::write(&path, &bytes).unwrap();
             match ModelText::open(&source) {
                 Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),

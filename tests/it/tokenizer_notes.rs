@@ -338,6 +338,46 @@ fn settings_that_do_not_agree_where_to_stop_are_told() {
     assert!(found.len() == 1 && found[0].contains(words), "{found:?}");
 }
 
+/// An id that the model has a row for, and the tokenizer no token.
+#[test]
+fn an_end_without_a_text_is_told_by_its_number() {
+    let room = Room::new();
+    let model = room.model();
+    change(&model, "tokenizer.json", |json| {
+        json["model"]["vocab"].as_object_mut().unwrap().retain(|_, id| id.as_u64().unwrap() < 4094);
+        json["model"]["merges"].as_array_mut().unwrap().truncate(3000);
+    });
+    change(&model, "generation_config.json", |config| config["eos_token_id"] = 4094.into());
+    let found = notes(&room);
+    let words = "generation_config.json stops at 4094, which is no token of the tokenizer's: ";
+    assert!(found.iter().any(|note| note.contains(words)), "{found:?}");
+}
+
+/// Two tokens behind every text, of which a GGUF file says one.
+#[test]
+fn other_tokens_around_texts_are_not_put_down_to_the_pre_tokenizer() {
+    let room = Room::new();
+    let model = room.model();
+    change(&model, "tokenizer.json", |json| {
+        let special = json!({"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]});
+        let end = json!({"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}});
+        json["post_processor"] = json!({
+            "type": "TemplateProcessing", "single": [{"Sequence": {"id": "A", "type_id": 0}}, end, end],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|endoftext|>": special},
+        });
+    });
+    let run =
+        room.run(["quantize", "model", "-o", "m.gguf", "--scheme", "Q8_0", "--method", "rtn", "--verify-windows", "1"]);
+    run.refuses(
+        1,
+        &[
+            "into other tokens than the original's; llama.cpp puts one BOS before texts and one EOS behind them",
+            "whatever --pre says",
+        ],
+    );
+}
+
 #[test]
 fn settings_that_no_runtime_takes_are_told() {
     let told = |file: &str, key: &str, value: Value| {

@@ -19,6 +19,7 @@ use crate::error::{Error, Result};
 use crate::tokenizer::added::{self, Sources, Stated};
 use crate::tokenizer::sentencepiece::{around, kind};
 use crate::tokenizer::{FILE, Own, Templates, TokenizerFiles};
+use crate::words::nearest;
 
 /// The EOS of a SentencePiece file that does not give it.
 const SENTENCE_PIECE_EOS: usize = 2;
@@ -294,10 +295,11 @@ fn guessed(file: &GgufFile) -> Result<Option<String>> {
 /// Byte-level BPE, or the BPE of pieces that some names of pre-tokenizers stand for.
 fn merged(file: &GgufFile, vocabulary: &Vocabulary<'_>, pre: &str) -> Result<Value> {
     let way = Way::named(pre).ok_or_else(|| {
-        let known: Vec<&str> = WAYS.iter().flat_map(|way| way.names).copied().collect();
+        let near = nearest(pre, WAYS.iter().flat_map(|way| way.names).copied());
         formats::Error::unsupported(format!(
-            "pre-tokenizer `{pre}` is not one that can be rebuilt ({})",
-            known.join(", ")
+            "pre-tokenizer `{pre}` (tokenizer.ggml.pre) is none that is known here{}: how it splits texts cannot be rebuilt; take the model that the \
+             file was made from, or set the key to a name of a tokenizer that splits alike, as llama-bpe or qwen2",
+            near.map_or(String::new(), |near| format!(" (is it `{near}`?)"))
         ))
         .in_file(file.path())
     })?;
