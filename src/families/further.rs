@@ -145,3 +145,63 @@ pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    /// How many such layers a model has whose config.json says so, and what of it is aside.
+    fn found(config: &Value) -> (usize, Vec<String>) {
+        let graph = crate::families::build(config).unwrap();
+        (graph.predictors().len(), graph.aside.into_iter().map(|(prefix, _)| prefix).collect())
+    }
+
+    fn with(config: &Value, changes: Value) -> Value {
+        let mut config = config.clone();
+        for (key, value) in changes.as_object().unwrap() {
+            config[key] = value.clone();
+        }
+        config
+    }
+
+    #[test]
+    fn what_layers_see_has_to_be_told() {
+        let step = json!({
+            "model_type": "step3p5", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_attention_groups": 2, "head_dim": 8, "sliding_window": 8, "num_nextn_predict_layers": 1, "moe_layers_enum": "", "moe_num_experts": 4,
+            "moe_top_k": 2, "layer_types": ["full_attention", "sliding_attention"],
+        });
+        assert_eq!(found(&step), (0, vec!["model.layers.2.".to_owned()]));
+        // In the words of published files, and of transformers.
+        let three = json!({"layer_types": ["full_attention", "sliding_attention", "full_attention"]});
+        for told in [three, json!({"mtp_layer_types": ["sliding_attention"]})] {
+            assert_eq!(found(&with(&step, told)), (1, Vec::new()));
+        }
+    }
+
+    #[test]
+    fn other_forms_than_those_known_stay_as_they_are() {
+        let nemotron = json!({
+            "model_type": "nemotron_h", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "head_dim": 8, "hybrid_override_pattern": "*E", "n_routed_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
+            "moe_shared_expert_intermediate_size": 8, "num_nextn_predict_layers": 1, "mamba_num_heads": 2, "mamba_head_dim": 8, "n_groups": 1,
+            "ssm_state_size": 8, "conv_kernel": 4,
+        });
+        assert_eq!(found(&nemotron), (1, Vec::new()));
+        for other in [
+            json!({"mtp_hybrid_override_pattern": "*"}),
+            json!({"mtp_layers_block_type": ["moe"]}),
+            json!({"num_nextn_predict_layers": 2}),
+        ] {
+            assert_eq!(found(&with(&nemotron, other)), (0, vec!["mtp.".to_owned()]));
+        }
+        let ernie = json!({
+            "model_type": "ernie4_5_moe", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "moe_num_experts": 2, "moe_k": 1, "moe_intermediate_size": 8, "num_nextn_predict_layers": 1,
+        });
+        assert_eq!(found(&ernie), (1, Vec::new()));
+        for other in [json!({"use_bias": true}), json!({"num_nextn_predict_layers": 0})] {
+            assert_eq!(found(&with(&ernie, other)), (0, vec!["model.mtp_".to_owned()]));
+        }
+    }
+}

@@ -220,7 +220,7 @@ mod tests {
         with("swiglu_limits", json!([null, 0.0, 7])).unwrap();
         for (key, value, said) in [
             ("moe_layers_enum", json!("1,two"), "with commas between them, found"),
-            ("swiglu_limits", json!([1.0]), "for each of 2 layers"),
+            ("swiglu_limits", json!([1.0]), "for each of 3 layers"),
             ("swiglu_limits_shared", json!([1.0, -1.0]), "at least 0"),
             ("rope_theta", json!([1000.0]), "none for layer 1"),
             ("layer_types", json!(["full_attention"]), "there are 2 layers"),
