@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::dialect::architectures::{Architecture, ROPE_FREQS, ROPE_LONG, ROPE_SHORT};
 
+mod classes;
 pub(super) mod config;
 mod per_layer;
 mod required;
@@ -207,52 +208,17 @@ impl Settings {
     }
 
     /// `model_type`, the class in transformers and the activation.
-    fn class(&self, experts: bool) -> Result<(&'static str, &'static str, &'static str)> {
+    fn class(&self, experts: bool) -> Result<[&'static str; 3]> {
         let windowed = self.count("attention.sliding_window")?.is_some_and(|window| window > 0);
         Ok(match (self.architecture.id, experts) {
-            ("llama", false) => ("llama", "LlamaForCausalLM", "silu"),
-            ("llama", true) => ("mixtral", "MixtralForCausalLM", "silu"),
-            ("qwen2", false) => ("qwen2", "Qwen2ForCausalLM", "silu"),
-            ("qwen2vl", false) => ("qwen2_vl", "Qwen2VLForConditionalGeneration", "silu"),
-            ("qwen3", false) => ("qwen3", "Qwen3ForCausalLM", "silu"),
-            ("qwen3vl", false) => ("qwen3_vl_text", "Qwen3VLForConditionalGeneration", "silu"),
-            ("qwen3vlmoe", true) => ("qwen3_vl_moe_text", "Qwen3VLMoeForConditionalGeneration", "silu"),
-            ("gemma", false) => ("gemma", "GemmaForCausalLM", "gelu_pytorch_tanh"),
-            ("gemma2", false) => ("gemma2", "Gemma2ForCausalLM", "gelu_pytorch_tanh"),
-            ("gemma3", false) => ("gemma3_text", "Gemma3ForCausalLM", "gelu_pytorch_tanh"),
-            ("gemma-embedding", false) => ("gemma3_text", "Gemma3TextModel", "gelu_pytorch_tanh"),
-            ("gemma3n", false) => ("gemma3n_text", "Gemma3nForCausalLM", "gelu_pytorch_tanh"),
-            ("gemma4", _) => ("gemma4_text", "Gemma4ForCausalLM", "gelu_pytorch_tanh"),
-            ("phi2", false) => ("phi", "PhiForCausalLM", "gelu_new"),
-            ("phi3", false) => ("phi3", "Phi3ForCausalLM", "silu"),
-            ("olmo", false) => ("olmo", "OlmoForCausalLM", "silu"),
-            ("olmo2", false) if windowed => ("olmo3", "Olmo3ForCausalLM", "silu"),
-            ("olmo2", false) => ("olmo2", "Olmo2ForCausalLM", "silu"),
-            ("granite", false) => ("granite", "GraniteForCausalLM", "silu"),
+            ("olmo2", false) if windowed => ["olmo3", "Olmo3ForCausalLM", "silu"],
             ("granitehybrid", false) if !self.keys.contains_key(&self.key("embedding_scale")) => {
-                ("bamba", "BambaForCausalLM", "silu")
+                ["bamba", "BambaForCausalLM", "silu"]
             }
-            ("granitehybrid", _) => ("granitemoehybrid", "GraniteMoeHybridForCausalLM", "silu"),
             ("granitemoe", true) if self.count("expert_shared_feed_forward_length")?.is_some_and(|n| n > 0) => {
-                ("granitemoehybrid", "GraniteMoeHybridForCausalLM", "silu")
+                ["granitemoehybrid", "GraniteMoeHybridForCausalLM", "silu"]
             }
-            ("nemotron_h", false) | ("nemotron_h_moe", true) => ("nemotron_h", "NemotronHForCausalLM", "relu2"),
-            ("afmoe", true) if self.sigmoid(true)? => ("afmoe", "AfmoeForCausalLM", "silu"),
-            ("lfm2", false) => ("lfm2", "Lfm2ForCausalLM", "silu"),
-            ("lfm2moe", true) => ("lfm2_moe", "Lfm2MoeForCausalLM", "silu"),
-            ("falcon-h1", false) => ("falcon_h1", "FalconH1ForCausalLM", "silu"),
-            ("granitemoe", true) => ("granitemoe", "GraniteMoeForCausalLM", "silu"),
-            ("starcoder2", false) => ("starcoder2", "Starcoder2ForCausalLM", "gelu_pytorch_tanh"),
-            ("gptneox", false) => ("gpt_neox", "GPTNeoXForCausalLM", "gelu_new"),
-            ("gpt2", false) => ("gpt2", "GPT2LMHeadModel", "gelu_new"),
-            ("smollm3", false) => ("smollm3", "SmolLM3ForCausalLM", "silu"),
-            ("command-r", false) => ("cohere", "CohereForCausalLM", "silu"),
-            ("cohere2", false) => ("cohere2", "Cohere2ForCausalLM", "silu"),
-            ("chatglm", false) => ("glm", "GlmForCausalLM", "silu"),
-            ("glm4", false) => ("glm4", "Glm4ForCausalLM", "silu"),
-            ("stablelm", false) => ("stablelm", "StableLmForCausalLM", "silu"),
-            ("nemotron", false) => ("nemotron", "NemotronForCausalLM", "relu2"),
-            ("exaone4", false) => ("exaone4", "Exaone4ForCausalLM", "silu"),
+            ("afmoe", true) if self.sigmoid(true)? => ["afmoe", "AfmoeForCausalLM", "silu"],
             ("exaone-moe" | "hy_v3" | "glm4moe" | "dots1" | "minimax-m2" | "minimax-m3", true)
                 if !self.sigmoid(true)? =>
             {
@@ -261,51 +227,17 @@ impl Settings {
                     self.unsupported(format!("a {id} model that routes by softmax cannot be said in config.json"))
                 );
             }
-            ("exaone-moe", true) => ("exaone_moe", "ExaoneMoeForCausalLM", "silu"),
-            ("hy_v3", true) => ("hy_v3", "HYV3ForCausalLM", "silu"),
-            ("mistral3", false) => ("ministral3", "Ministral3ForCausalLM", "silu"),
             ("glm4moe", true) if self.look("rope.dimension_sections").is_some() => {
-                ("glm4v_moe_text", "Glm4vMoeForConditionalGeneration", "silu")
+                ["glm4v_moe_text", "Glm4vMoeForConditionalGeneration", "silu"]
             }
-            ("glm4moe", true) => ("glm4_moe", "Glm4MoeForCausalLM", "silu"),
-            ("apertus", false) => ("apertus", "ApertusForCausalLM", "xielu"),
-            ("arcee", false) => ("arcee", "ArceeForCausalLM", "relu2"),
-            ("seed_oss", false) => ("seed_oss", "SeedOssForCausalLM", "silu"),
-            ("ernie4_5", false) => ("ernie4_5", "Ernie4_5ForCausalLM", "silu"),
-            ("hunyuan-moe", true) => ("hunyuan_v1_moe", "HunYuanMoEV1ForCausalLM", "silu"),
-            ("dots1", true) => ("dots1", "Dots1ForCausalLM", "silu"),
-            ("minimax-m2", true) => ("minimax_m2", "MiniMaxM2ForCausalLM", "silu"),
-            ("minimax-m3", true) => ("minimax_m3_vl_text", "MiniMaxM3VLForCausalLM", "silu"),
-            ("ernie4_5-moe", true) => ("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "silu"),
-            ("cohere2moe", true) => ("cohere2_moe", "Cohere2MoeForCausalLM", "silu"),
-            ("mistral4", _) => ("mistral4", "Mistral4ForCausalLM", "silu"),
-            ("hunyuan-dense", false) => ("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", "silu"),
-            ("qwen2moe", true) => ("qwen2_moe", "Qwen2MoeForCausalLM", "silu"),
-            ("qwen3next", true) => ("qwen3_next", "Qwen3NextForCausalLM", "silu"),
-            ("qwen35", false) => ("qwen3_5_text", "Qwen3_5ForCausalLM", "silu"),
-            ("qwen35moe", true) => ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "silu"),
-            ("qwen4exp", true) => ("qwen4_exp_text", "Qwen4ExpForCausalLM", "silu"),
-            ("qwen3moe", true) => ("qwen3_moe", "Qwen3MoeForCausalLM", "silu"),
-            ("olmoe", true) => ("olmoe", "OlmoeForCausalLM", "silu"),
-            ("deepseek2", _) if self.sigmoid(false)? => ("deepseek_v3", "DeepseekV3ForCausalLM", "silu"),
-            ("deepseek2", _) => ("deepseek_v2", "DeepseekV2ForCausalLM", "silu"),
-            ("deepseek32", _) => ("deepseek_v32", "DeepseekV32ForCausalLM", "silu"),
-            ("step35", true) if self.sigmoid(true)? => ("step3p5", "Step3p5ForCausalLM", "silu"),
-            ("mimo2", true) => ("mimo_v2_flash", "MiMoV2FlashForCausalLM", "silu"),
-            ("bailingmoe3", true) => ("bailing_hybrid", "BailingHybridForCausalLM", "silu"),
-            ("kimi-linear", _) => ("kimi_linear", "KimiLinearForCausalLM", "silu"),
-            ("glm5-next", _) => ("glm5_next_text", "Glm5NextTextModel", "silu"),
-            ("hy_v4", _) => ("hy_v4", "HYV4ForCausalLM", "silu"),
-            ("deepseek4", true) => ("deepseek_v4", "DeepseekV4ForCausalLM", "silu"),
-            ("glm-dsa", _) => ("glm_moe_dsa", "GlmMoeDsaForCausalLM", "silu"),
-            ("gpt-oss", true) => ("gpt_oss", "GptOssForCausalLM", "silu"),
-            ("llama4", true) => ("llama4_text", "Llama4ForCausalLM", "silu"),
-            (id, true) => {
-                return Err(self.unsupported(format!("a mixture of experts of architecture `{id}` cannot be read")));
-            }
-            (id, false) => {
-                return Err(self.unsupported(format!("a model of architecture `{id}` has experts, this one none")));
-            }
+            ("deepseek2", _) if self.sigmoid(false)? => ["deepseek_v3", "DeepseekV3ForCausalLM", "silu"],
+            ("step35", true) if self.sigmoid(true)? => ["step3p5", "Step3p5ForCausalLM", "silu"],
+            (id, experts) => classes::of(id, experts).ok_or_else(|| {
+                self.unsupported(match experts {
+                    true => format!("a mixture of experts of architecture `{id}` cannot be read"),
+                    false => format!("a model of architecture `{id}` has experts, this one none"),
+                })
+            })?,
         })
     }
 

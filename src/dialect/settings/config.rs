@@ -79,7 +79,7 @@ impl Settings {
         let model = self.hyperparameters()?;
         let Hyperparameters { hidden, layers, heads, kv_heads, latent, context, head_dim, inner, eps, .. } = model;
         let scaling = self.rope_scaling(model.theta, latent)?;
-        let (model_type, class, activation) = self.class(model.experts.is_some())?;
+        let [model_type, class, activation] = self.class(model.experts.is_some())?;
         let tied = !self.has("output.weight");
         let embedding = self.tensors.get("token_embd.weight");
         let mut config = json!({
