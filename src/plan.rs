@@ -668,7 +668,13 @@ fn missing(graph: &Graph, source: &Checkpoint, name: &str, shape: &[usize]) -> E
         ));
     }
     let mut text = format!("{}: tensor `{name}` is missing; its shape would be {shape:?}", source.path().display());
-    if let Some((shard, index)) = source.promised(name) {
+    let loaded = families::Loading::of(source.config()).in_memory(name);
+    if let Some(loaded) = loaded.iter().find(|loaded| source.entry(loaded).is_some()) {
+        text += &format!(
+            "; the file has it in `{loaded}`, as transformers' class calls it in memory, and no runtime's files do: load the model with transformers \
+             and save it with save_pretrained(), without save_original_format=False"
+        );
+    } else if let Some((shard, index)) = source.promised(name) {
         let index = index.file_name().unwrap_or_default().to_string_lossy();
         text += &format!("; {index} places it in {shard}, which does not hold it");
     } else if let Some(Lookalike { name: other, same_shape }) = lookalike(graph, source, name, shape) {

@@ -275,7 +275,7 @@ impl GgufModel {
     pub fn generation_config(&self) -> Value {
         let mut config = super::sampling::read(&self.file);
         for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
-            if let Some(id) = self.config.get(key) {
+            if let Some(id) = self.config.get(key).filter(|id| !id.is_null()) {
                 config.insert(key.into(), id.clone());
             }
         }

@@ -437,9 +437,9 @@ fn what_cannot_be_translated_is_named() {
         w.array("tokenizer.ggml.tokens", 8, ["a", "b"].map(string).to_vec());
         w.array("tokenizer.ggml.merges", 8, vec![string(merge)]);
     };
-    let unknown = tokenizer(&|w| tokens(w, "blossom", "a b"));
+    let unknown = tokenizer(&|w| tokens(w, "unheard", "a b"));
     assert!(
-        unknown.starts_with("pre-tokenizer `blossom` (tokenizer.ggml.pre) is none that is known here: how"),
+        unknown.starts_with("pre-tokenizer `unheard` (tokenizer.ggml.pre) is none that is known here: how"),
         "{unknown}"
     );
     let near = tokenizer(&|w| tokens(w, "lama-bpe", "a b"));

@@ -82,6 +82,16 @@ impl Loading {
         names
     }
 
+    /// What a tensor of a file is called, or what holds it with others, once transformers has loaded it, where that is not the file's name.
+    pub fn in_memory(&self, tensor: &str) -> Vec<String> {
+        let names = self.ways.iter().flat_map(|way| loaded(way, tensor).0);
+        // A stack of experts is a parameter by itself.
+        let bare = |name: String| [name.strip_suffix(".weight").map(str::to_owned), Some(name)];
+        let mut names: Vec<String> = names.flat_map(bare).flatten().filter(|name| name != tensor).collect();
+        names.dedup();
+        names
+    }
+
     /// Whether a module's matrix is split, joined or turned.
     pub fn changes(&self, module: &str) -> bool {
         let weight = format!("{module}.weight");

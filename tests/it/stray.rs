@@ -594,3 +594,22 @@ fn a_type_that_the_weights_do_not_have_is_told() {
     let said = ["dtype", "torch_dtype"].map(|key| written[key].as_str().unwrap_or("bfloat16").to_owned());
     assert_eq!(said, ["bfloat16", "bfloat16"], "{written}");
 }
+
+/// What transformers saves with `save_original_format=False` has the names of its class, which no runtime reads.
+#[test]
+fn names_of_a_class_in_memory_are_told() {
+    let room = crate::families::checkpoint("hy_v4_published");
+    let module = "model.layers.0.self_attn";
+    crate::harness::Model::at(room.path()).weights(|header, _| {
+        let entry = header.shift_remove(&format!("{module}.linear_gate.weight")).unwrap();
+        header.insert(format!("{module}.gate_proj.weight"), entry);
+    });
+    let recipe = toml::from_str("method = 'rtn'\ngroup_size = 32").unwrap();
+    let recipe = quantc::recipe::Recipe::resolve(recipe).unwrap();
+    let output = tempfile::tempdir().unwrap();
+    let job = quantc::job::Job::one(room.path(), &output.path().join("out"), recipe, None, false);
+    let done = job.run_one(&kernels::Cpu::exact(), &mut quantc::progress::Progress::new(true));
+    let error = done.unwrap_err().to_string();
+    let words = format!("the file has it in `{module}.gate_proj.weight`, as transformers' class calls it in memory");
+    assert!(error.contains(&words) && error.contains("without save_original_format=False"), "{error}");
+}
