@@ -40,6 +40,13 @@ impl Kind {
 }
 
 fn build(config: &Config<'_>) -> Result<Graph> {
+    let mut graph = in_memory(config)?;
+    graph.rename(&published);
+    Ok(graph)
+}
+
+/// The model under the names that transformers has in memory.
+fn in_memory(config: &Config<'_>) -> Result<Graph> {
     let mut base = Base::read(config)?;
     base.kv_heads = 1;
     let act = activation(config, Activation::Silu)?;
@@ -267,23 +274,25 @@ fn named(hyper: &Hyper, start: &str) -> Hyper {
     Hyper { projection, base, scale, ..hyper.clone() }
 }
 
-/// Takes the names that it is published under, or those that transformers saves it under, where a checkpoint has them.
-pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
+/// Takes the names that transformers saves it under, or those that it has in memory, where a checkpoint has them.
+pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) -> Result<()> {
     if graph.family != DEEPSEEK_V4.id {
-        return;
+        return Ok(());
     }
-    let first = format!("{}.input_layernorm.weight", graph.blocks[0].name);
     let there = |name: &str| source.entry(name).is_some();
-    if there(&first) {
-        return;
-    }
-    if there(&published(&first)) {
-        graph.rename(&published);
+    let own = "model.layers.0.input_layernorm.weight";
+    if there(&published(own)) {
         // Models that also see have a tower and what stands before it.
         set_aside(graph, source, &["layers.", "norm.", "embed.", "head.", "hc_head_", "mtp."]);
-    } else if there(&saved(&first)) {
-        graph.rename(&saved);
+    } else if there(own) || there(&saved(own)) {
+        let mut other = in_memory(&Config(&super::settings(source.config())?.values))?;
+        if !there(own) {
+            other.rename(&saved);
+        }
+        other.unrunnable = graph.unrunnable.take();
+        *graph = other;
     }
+    Ok(())
 }
 
 /// What a tensor or module is called as published.

@@ -468,7 +468,7 @@ pub fn published(source: &dyn Weights) -> Result<Graph> {
     kimi::settle(&mut graph, source);
     hy4::settle(&mut graph, source);
     mistral_large4::settle(&mut graph, source);
-    deepseek4::settle(&mut graph, source);
+    deepseek4::settle(&mut graph, source)?;
     qwen4::settle(&mut graph, source)?;
     moe::from_stacks(&mut graph, source);
     further::settle(&mut graph, source);

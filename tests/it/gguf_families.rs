@@ -342,6 +342,24 @@ fn the_text_of_a_model_that_sees_becomes_one_of_text_alone() {
     }
 }
 
+/// By these transformers and vLLM find them.
+#[test]
+fn a_file_becomes_a_folder_with_the_names_that_deepseek_v4_is_published_under() {
+    let name = "deepseek_v4_usual";
+    let (model, outputs) = (checkpoint(name), tempfile::tempdir().unwrap());
+    spell(model.path());
+    let [file, folder] = ["model.gguf", "folder"].map(|path| outputs.path().join(path));
+    write(model.path(), &file, "method = 'rtn'\nscheme = 'F32'").unwrap();
+    quantc::convert::convert(&file, &folder, None, UnknownTensors::Copy, false).unwrap();
+    let [mut written, mut published] = [folder.as_path(), model.path()]
+        .map(|path| Checkpoint::open(path).unwrap().entries().iter().map(|e| e.name.clone()).collect::<Vec<_>>());
+    written.sort();
+    published.sort();
+    assert_eq!(written, published);
+    let far = distance(name, &folder);
+    assert!(far < 1e-4, "logits are off by {far}");
+}
+
 /// llama.cpp calls the correction of Hunyuan 3's scores otherwise than that of its relatives.
 #[test]
 fn corrections_have_the_name_that_the_architecture_asks_for() {
