@@ -75,15 +75,9 @@ impl Checkpoint {
                         config["architectures"][0].as_str().unwrap_or_default()
                     )
                 });
-                let class = model.config()["architectures"][0].as_str().unwrap_or_default();
-                let headless = (class == "Glm5NextTextModel").then(|| {
-                    format!(
-                        "{}: transformers has no class that predicts tokens with this language model alone: {class}, which config.json names, \
-                         leaves out its head",
-                        self.path.display()
-                    )
-                });
-                let notes = pooling.into_iter().chain(text).chain(headless).chain(model.composed());
+                let class = model.config()["architectures"][0].as_str();
+                let class = class.and_then(not_whole).map(|why| format!("{}: transformers {why}", self.path.display()));
+                let notes = pooling.into_iter().chain(text).chain(class).chain(model.composed());
                 Ok(Beside { files: files.map(of).into(), notes: notes.collect() })
             }
         }
@@ -96,6 +90,21 @@ impl Checkpoint {
             Source::Gguf(model) => model.text_config(),
         };
         text.unwrap_or_else(|| self.config.clone())
+    }
+}
+
+/// What transformers does with the language model alone, of classes that do not load all of it.
+fn not_whole(class: &str) -> Option<&'static str> {
+    match class {
+        "Glm5NextTextModel" => Some(
+            "has no class that predicts tokens with this language model alone: Glm5NextTextModel, which config.json names, leaves \
+             out its head",
+        ),
+        "MiniMaxM3VLForCausalLM" => Some(
+            "loads this language model alone by names that no published file has: MiniMaxM3VLForCausalLM, which config.json names, \
+             finds neither feed-forward layers nor indexers, and leaves them at random",
+        ),
+        _ => None,
     }
 }
 

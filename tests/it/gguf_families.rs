@@ -342,6 +342,25 @@ fn the_text_of_a_model_that_sees_becomes_one_of_text_alone() {
     }
 }
 
+/// A folder names the class that runs it, and a note says what that class leaves out.
+#[test]
+fn what_no_class_loads_whole_is_told_of_a_folder() {
+    for (name, said) in [
+        ("glm5_next_vision", "leaves out its head"),
+        ("minimax_m3_vl_usual", "finds neither feed-forward layers nor indexers"),
+        ("qwen3_plain", ""),
+    ] {
+        let (model, outputs) = (checkpoint(name), tempfile::tempdir().unwrap());
+        spell(model.path());
+        let [file, folder] = ["model.gguf", "folder"].map(|path| outputs.path().join(path));
+        write(model.path(), &file, "method = 'rtn'\nscheme = 'F32'").unwrap();
+        let notes = quantc::convert::convert(&file, &folder, None, UnknownTensors::Copy, false).unwrap();
+        let told: Vec<&String> = notes.iter().filter(|note| note.contains("which config.json names")).collect();
+        assert_eq!(told.len(), usize::from(!said.is_empty()), "{name}: {notes:?}");
+        assert!(told.iter().all(|note| note.contains(said)), "{name}: {told:?}");
+    }
+}
+
 /// By these transformers and vLLM find them.
 #[test]
 fn a_file_becomes_a_folder_with_the_names_that_deepseek_v4_is_published_under() {
