@@ -20,6 +20,9 @@ use crate::families;
 use crate::report::AdapterReport;
 use crate::weights::{Entry, RawTensor, StoredType, Weights};
 
+/// What names of tensors end in that values are cut at, as Gemma 4's towers have them. They may be infinite.
+const BOUNDS: [&str; 4] = [".input_min", ".input_max", ".output_min", ".output_max"];
+
 mod about;
 mod adapter;
 mod beside;
@@ -585,7 +588,9 @@ impl Checkpoint {
         if largest < f32::INFINITY.to_bits() {
             return Ok(());
         }
-        match values.iter().position(|v| !v.is_finite()) {
+        // What values are cut at may be infinite.
+        let bound = BOUNDS.iter().any(|end| name.ends_with(end));
+        match values.iter().position(|v| if bound { v.is_nan() } else { !v.is_finite() }) {
             None => Ok(()),
             Some(at) => {
                 let error = formats::Error::malformed(format!(

@@ -221,7 +221,7 @@ impl Mix {
     }
 
     /// Whether it is made of blocks with scales, so that types of single tensors can be chosen.
-    fn is_quantized(&self) -> bool {
+    pub fn is_quantized(&self) -> bool {
         self.base().block_len > 1
     }
 }

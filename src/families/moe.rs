@@ -117,14 +117,17 @@ pub(super) fn from_stacks(graph: &mut Graph, source: &dyn Weights) {
     }
 }
 
-/// Takes stacks whose rows are said to lie in columns as they are in memory, where the shape of the first says that they do.
+/// Takes stacks whose rows are said to lie in columns as they are in memory, where the shape of one says that they do; the other may be as
+/// wide as high.
 fn straighten(moe: &mut Moe, source: &dyn Weights) {
-    let Some(Mlp { inputs, .. }) = moe.experts.first() else { return };
-    let [Linear { rows, cols, stored: Stored::Slice { tensor, of, transposed: true, .. }, .. }, _] = &inputs[..] else {
-        return;
+    let Some(Mlp { inputs, down, .. }) = moe.experts.first() else { return };
+    let as_in_memory = |linear: &Linear, rows: usize| match &linear.stored {
+        Stored::Slice { tensor, of, transposed: true, .. } => {
+            rows != linear.cols && source.entry(tensor).is_some_and(|stack| stack.shape == [*of, rows, linear.cols])
+        }
+        _ => false,
     };
-    let (memory, published) = ([*of, 2 * rows, *cols], [*of, *cols, 2 * rows]);
-    if memory == published || source.entry(tensor).is_none_or(|stack| stack.shape != memory) {
+    if !as_in_memory(&inputs[0], 2 * inputs[0].rows) && !as_in_memory(down, down.rows) {
         return;
     }
     for linear in moe.experts.iter_mut().flat_map(|expert| expert.inputs.iter_mut().chain([&mut expert.down])) {

@@ -191,10 +191,11 @@ fn overrides(
             overrides.tensors.insert(0, TensorOverride::parse(&exact)?);
         }
     }
-    // Layers that predict further tokens are kept as they are, but for what is F32 in any case.
+    // Layers that predict further tokens are kept as they are, but for what is F32 in any case. A file of plain numbers has one type for all.
     let own = graph.blocks.len() - graph.predictors().len();
+    let keep = recipe.mtp == Mtp::Keep && Mix::parse(settings.mix).expect("resolved").is_quantized();
     let kept = |tensor: &&ExportTensor| {
-        let block = block_number(&tensor.gguf).filter(|_| recipe.mtp == Mtp::Keep);
+        let block = block_number(&tensor.gguf).filter(|_| keep);
         block.is_some_and(|block| block >= own) && quantizable(&tensor.gguf, &tensor.shape)
     };
     for tensor in plan.tensors.iter().filter(kept) {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use formats::{GgmlType, GgufTensor, GgufWriter};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
 use crate::dialect::projector::{self, Projector};
@@ -35,10 +35,23 @@ pub fn plan(
     }
 }
 
-/// How pictures become numbers, by the files beside the model; what cannot be read says nothing.
+/// From here on a value becomes infinite in F16.
+const LARGEST: f32 = 65520.0;
+
+/// How pictures become numbers, by the files beside the model; what cannot be read says nothing. What processor_config.json says counts
+/// where both files say it, as in transformers and for llama.cpp's converter.
 fn preprocessor(folder: &Path) -> Value {
-    let files = ["preprocessor_config.json", "processor_config.json"];
-    files.iter().find_map(|name| read_json(&folder.join(name)).ok()?).unwrap_or_default()
+    let read = |name: &str| match read_json(&folder.join(name)) {
+        Ok(Some(Value::Object(settings))) => settings,
+        _ => Map::new(),
+    };
+    let (mut settings, mut processor) = (read("preprocessor_config.json"), read("processor_config.json"));
+    let images = processor.remove("image_processor");
+    settings.extend(processor);
+    if let Some(Value::Object(images)) = images {
+        settings.extend(images);
+    }
+    Value::Object(settings)
 }
 
 fn tensors(projector: &Projector) -> Vec<GgufTensor> {
@@ -57,7 +70,7 @@ pub fn bytes(projector: &Projector) -> u64 {
 
 /// Writes it beside the model's own file.
 ///
-/// Fails on values that are not finite, and where the disk is full.
+/// Fails on values that are not finite or beyond the type of their tensor, and where the disk is full.
 pub fn write(projector: &Projector, source: &Checkpoint, staging: &Staging) -> Result<()> {
     let path = staging.folder().join(projector_beside(staging.name()));
     if path.exists() {
@@ -75,6 +88,14 @@ pub fn write(projector: &Projector, source: &Checkpoint, staging: &Staging) -> R
             }
         };
         let values = tensor.values(values);
+        // With scales of F16, larger values may well be held.
+        if let Some(beyond) = values.iter().find(|value| tensor.ty.name == "F16" && value.abs() >= LARGEST) {
+            let name = &tensor.from;
+            return Err(Error::failed(format!(
+                "{}: tensor `{name}`: the value {beyond:e} is beyond F16's largest, 65504; --towers F32 or --towers BF16 holds it",
+                source.file_of(name).display()
+            )));
+        }
         let mut bytes = vec![0; tensor.ty.row_bytes(values.len()).expect("whole blocks")];
         tensor.ty.encode(&values, &mut bytes).expect("whole blocks");
         writer.write(&tensor.gguf, &bytes)?;

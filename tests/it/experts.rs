@@ -238,6 +238,31 @@ fn stacks_of_qwen3_vl_are_read_either_way_round() {
     assert!(crate::golden::logits(model.path(), &tokens).unwrap() == usual);
 }
 
+/// Where a stack of gates and up projections is as wide as high, the other one says how they lie.
+#[test]
+fn a_square_stack_lies_as_the_other_one_does() {
+    let specs = [("gate_up_proj", [4, 64, 64]), ("down_proj", [4, 64, 32])];
+    let model = tempfile::tempdir().unwrap();
+    let config = json!({
+        "model_type": "qwen3_vl_moe_text", "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "num_experts": 4,
+        "num_experts_per_tok": 2, "tie_word_embeddings": true,
+    });
+    let at = |name: &str| format!("model.layers.0.{name}");
+    let mut tensors: Vec<(String, Vec<usize>)> =
+        specs.iter().map(|(name, shape)| (at(&format!("mlp.experts.{name}")), shape.to_vec())).collect();
+    let heads =
+        ["q_proj", "k_proj", "v_proj", "o_proj"].map(|name| (at(&format!("self_attn.{name}.weight")), vec![64, 64]));
+    let norms = ["input_layernorm", "post_attention_layernorm"].map(|name| (at(&format!("{name}.weight")), vec![64]));
+    let of_heads = ["q_norm", "k_norm"].map(|name| (at(&format!("self_attn.{name}.weight")), vec![32]));
+    tensors.extend(heads.into_iter().chain(norms).chain(of_heads));
+    tensors.push((at("mlp.gate.weight"), vec![4, 64]));
+    tensors.push(("model.embed_tokens.weight".to_owned(), vec![64, 64]));
+    tensors.push(("model.norm.weight".to_owned(), vec![64]));
+    crate::unknown::write_as(formats::Dtype::BF16, model.path(), &config, &tensors);
+    assert!(crate::golden::logits(model.path(), &[(3..40).collect()]).is_ok());
+}
+
 /// As transformers calls all tensors in memory, and stacks experts.
 #[test]
 fn names_of_the_class_are_read_like_those_that_models_are_published_under() {
@@ -279,6 +304,9 @@ fn names_of_the_class_are_read_like_those_that_models_are_published_under() {
             assert!(header.contains_key(&format!("{}.experts.gate_up_proj", own[1])), "{:?}", header.keys());
         });
         assert!(crate::golden::logits(model.path(), &tokens).unwrap() == usual, "{name}");
+        // Of these names transformers fills no stacks.
+        let run = quantize(&Room::new(), &model, "scheme = 'W8A16'\ngroup_size = 32\nmethod = 'rtn'");
+        assert!(run.stderr().contains("without save_original_format=False"), "{name}: {}", run.stderr());
     }
 }
 

@@ -251,6 +251,10 @@ fn a_gguf_file_has_them_as_llama_cpp_calls_them() {
         assert!(found.iter().all(|(_, ty)| ["BF16", "F32"].contains(&&ty[..])), "{name}: {found:?}");
         assert_eq!(report.quality.unwrap().further.len(), further, "{name}");
 
+        // There is nothing to keep apart where all is F32.
+        gguf(room.path(), &path("plain"), "scheme = 'F32'\nmethod = 'rtn'\nmtp = 'keep'");
+        assert_eq!(types("plain").1, [trunk + further, further], "{name}");
+
         gguf(room.path(), &path("dropped"), "scheme = 'Q8_0'\nmethod = 'rtn'\nmtp = 'drop'");
         assert_eq!(types("dropped"), (Vec::new(), [trunk, 0]), "{name}");
     }

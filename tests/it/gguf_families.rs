@@ -361,6 +361,20 @@ fn what_no_class_loads_whole_is_told_of_a_folder() {
     }
 }
 
+/// llama.cpp divides by the length of blocks that no layer has.
+#[test]
+fn deepseek_v4_without_one_kind_of_entries_is_refused() {
+    let (model, outputs) = (checkpoint("deepseek_v4_usual"), tempfile::tempdir().unwrap());
+    spell(model.path());
+    for (ratios, none) in [(json!([0, 128, 0]), 4), (json!([0, 0, 4]), 128)] {
+        crate::harness::Model::at(model.path()).config(|config| config["compress_ratios"] = ratios.clone());
+        let output = outputs.path().join("model.gguf");
+        let error = write(model.path(), &output, "method = 'rtn'\nscheme = 'F32'").unwrap_err();
+        assert!(error.to_string().contains(&format!("no layer has entries for {none} tokens")), "{error}");
+        assert_eq!(error.exit_code(), 2);
+    }
+}
+
 /// By these transformers and vLLM find them.
 #[test]
 fn a_file_becomes_a_folder_with_the_names_that_deepseek_v4_is_published_under() {

@@ -247,13 +247,65 @@ fn a_file_without_what_sees_says_why() {
     assert!(told("other", &other).contains("models of the type llava"));
     let bare = model("gemma3_vision");
     std::fs::write(bare.path().join("preprocessor_config.json"), "{}").unwrap();
-    assert!(told("bare", &bare).contains("preprocessor_config.json has no image_mean of three numbers"));
+    assert!(told("bare", &bare).contains("has an image_mean of three numbers"));
     let text = checkpoint("qwen3_plain");
     crate::gguf_families::spell(text.path());
     let report =
         quantize(text.path(), &outputs.path().join("t.gguf"), "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'")
             .unwrap();
     assert!(!report.notes.iter().any(|note| note.contains("mmproj")), "{:?}", report.notes);
+}
+
+/// As for transformers and for llama.cpp's converter, where a folder has both files.
+#[test]
+fn what_processor_config_json_says_of_pictures_counts() {
+    let (room, outputs) = (model("qwen3_vl_vision"), tempfile::tempdir().unwrap());
+    let said = json!({"image_processor": {"image_mean": [0.125, 0.25, 0.375]}});
+    std::fs::write(room.path().join("processor_config.json"), said.to_string()).unwrap();
+    let output = outputs.path().join("m.gguf");
+    quantize(room.path(), &output, "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'").unwrap();
+    let file = GgufFile::open(outputs.path().join("mmproj-m.gguf")).unwrap();
+    let found = |key: &str| plain(file.metadata(&format!("clip.vision.{key}")).unwrap());
+    assert_eq!([found("image_mean"), found("image_std")], [json!([0.125, 0.25, 0.375]), json!([0.5, 0.125, 1.0])]);
+}
+
+/// Gives values to the start of every tensor whose name ends so, in bytes of the type that it has.
+fn poison(room: &TempDir, ends: &str, bytes: &[u8]) {
+    let mut count = 0;
+    crate::harness::Model::at(room.path()).weights(|header, data| {
+        for (_, entry) in header.iter().filter(|(name, _)| name.ends_with(ends)) {
+            let at = entry["data_offsets"][0].as_u64().unwrap() as usize;
+            data[at..at + bytes.len()].copy_from_slice(bytes);
+            count += 1;
+        }
+    });
+    assert!(count > 0, "{ends}");
+}
+
+/// What values are cut at may be infinite, and what is copied is not computed with.
+#[test]
+fn values_that_are_not_finite_stand_only_where_they_mean_something() {
+    let (room, outputs) = (model("gemma4_sound"), tempfile::tempdir().unwrap());
+    let rtn = "format = 'compressed-tensors'\nscheme = 'W8A16'\ngroup_size = 32\nmethod = 'rtn'";
+    poison(&room, ".input_max", &f32::INFINITY.to_le_bytes()[2..]);
+    quantize(room.path(), &outputs.path().join("bounds"), rtn).unwrap();
+    poison(&room, ".input_max", &f32::NAN.to_le_bytes()[2..]);
+    let error = quantize(room.path(), &outputs.path().join("nan"), rtn).unwrap_err();
+    assert!(error.to_string().contains("is not a finite number"), "{error}");
+}
+
+#[test]
+fn what_f16_cannot_hold_of_a_tower_is_refused() {
+    let (room, outputs) = (model("qwen3_vl_vision"), tempfile::tempdir().unwrap());
+    poison(&room, ".blocks.0.mlp.linear_fc1.weight", &1e5f32.to_le_bytes()[2..]);
+    let write = |towers: &str| {
+        let output = outputs.path().join(format!("{towers}.gguf"));
+        quantize(room.path(), &output, &format!("format = 'gguf'\nscheme = 'F32'\nmethod = 'rtn'\ntowers = '{towers}'"))
+    };
+    let error = write("F16").unwrap_err().to_string();
+    assert!(error.contains("linear_fc1.weight`: the value 9.9") && error.contains("--towers F32"), "{error}");
+    assert!(!outputs.path().join("F16.gguf").exists() && !outputs.path().join("mmproj-F16.gguf").exists());
+    write("BF16").unwrap();
 }
 
 /// Modules that the written configuration says are not quantized.

@@ -16,7 +16,14 @@ pub(super) fn settings(out: &mut Written, graph: &Graph, layers: &Layers<'_>, id
     out.count(key("attention.output_group_count"), groups)?;
     out.count(key("attention.output_lora_rank"), joint.narrow.rows / groups)?;
     let blocks = layers.attention.iter().map(|attention| attention.beside.as_ref().map_or(0, |beside| beside.block));
-    out.counts(key("attention.compress_ratios"), blocks)?;
+    let blocks: Vec<usize> = blocks.collect();
+    if let Some(none) = names::joint::BLOCKS.iter().find(|block| !blocks.contains(block)) {
+        return Err(names::cannot(
+            id,
+            format!("a model in which no layer has entries for {none} tokens, over which llama.cpp stumbles,"),
+        ));
+    }
+    out.counts(key("attention.compress_ratios"), blocks.into_iter())?;
     out.float(key("attention.compress_rope_freq_base"), rope_of(&layers.attention, true).map_or(USUAL[1], |r| r.theta));
     // They are asked for in any case.
     let shape = layers.attention.iter().find_map(|attention| Some(*attention.choice.as_ref()?.shape()));

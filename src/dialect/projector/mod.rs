@@ -178,11 +178,12 @@ impl Said<'_> {
 
     /// What the values of pictures are shifted or divided by.
     fn channels(&self, key: &str) -> Result<MetadataValue, String> {
-        let found = [&self.preprocessor[key], &self.preprocessor["image_processor"][key]];
-        let list = found.into_iter().find_map(Value::as_array);
+        let list = self.preprocessor[key].as_array();
         let values: Option<Vec<f64>> = list.map(|list| list.iter().filter_map(real).collect());
         let values = values.filter(|values| values.len() == 3);
-        let values = values.ok_or_else(|| format!("preprocessor_config.json has no {key} of three numbers"))?;
+        let values = values.ok_or_else(|| {
+            format!("neither preprocessor_config.json nor processor_config.json has an {key} of three numbers")
+        })?;
         array(values.into_iter().map(|value| MetadataValue::F32(value as f32)).collect(), GGUFValueType::F32)
     }
 }
@@ -233,7 +234,7 @@ pub struct Tensor {
 /// What makes tokens of a model's images or sound, for a language model that is written as `architecture`; nothing for a model that sees nothing,
 /// and for one that hears, unless it is known how.
 ///
-/// `embedding` is the tensor that tokens have a row in each, and `token` finds one; `preprocessor` is preprocessor_config.json, or the `image_processor` of processor_config.json. Fails, with the reason, where llama.cpp has
+/// `embedding` is the tensor that tokens have a row in each, and `token` finds one; `preprocessor` is what preprocessor_config.json and processor_config.json say. Fails, with the reason, where llama.cpp has
 /// no such projector, or the files do not say what it needs. `matrices` is the type of matrices where that is not to be the checkpoint's own.
 pub fn plan(
     source: &dyn Weights,
