@@ -121,9 +121,10 @@ pub fn fates(source: &Checkpoint, unknown: UnknownTensors) -> Result<(HashMap<St
     let mut notes = strays.notes(found.iter().map(|(name, fate)| (&**name, fate)), true);
     notes.extend(absent);
     notes.extend(families::cannot_run(&graph));
-    if graph.opaque {
-        notes.extend(families::check_whole(source)?);
-    }
+    notes.extend(match graph.opaque {
+        true => families::check_whole(source)?,
+        false => families::check_beside(&graph, source),
+    });
     Ok((found.into_iter().collect(), notes))
 }
 

@@ -141,11 +141,12 @@ fn missing(checkpoint: &Checkpoint) -> Vec<String> {
             notes.extend(families::check_whole(checkpoint).unwrap_or_else(|error| vec![error.to_string()]));
             notes
         }
-        Ok(graph) => graph
-            .unrunnable
-            .map(|why| format!("{why}: it can be quantized without data alone, and not measured"))
-            .into_iter()
-            .collect(),
+        Ok(graph) => {
+            let beside = families::check_beside(&graph, checkpoint);
+            let cannot = graph.unrunnable;
+            let cannot = cannot.map(|why| format!("{why}: it can be quantized without data alone, and not measured"));
+            cannot.into_iter().chain(beside).collect()
+        }
         Err(error) => vec![format!("it cannot be quantized: {error}")],
     }
 }

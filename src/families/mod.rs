@@ -63,7 +63,7 @@ pub(crate) use qwen4::seed as qwen4_seed;
 pub use renames::{AdapterNames, Loading};
 pub use spelt_out::spelt_out;
 pub use unknown::{changed_modules, plain_modules};
-pub use whole::check as check_whole;
+pub use whole::{check as check_whole, check_beside};
 
 use serde_json::Value;
 

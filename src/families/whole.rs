@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::unknown::{block, is_head};
 use super::{text_settings, vocabulary};
 use crate::error::{Error, Result};
+use crate::graph::{BESIDE, Graph};
 use crate::json::integer;
 use crate::weights::{Entry, Weights};
 use crate::words::listed;
@@ -56,6 +57,20 @@ pub fn check(source: &dyn Weights) -> Result<Vec<String>> {
     }
     notes.extend(fewer(source.config(), &lists));
     Ok(notes)
+}
+
+/// What to say of what is probably missing of what sees or hears beside the language model of a known family, as far as its layers tell of
+/// one another.
+pub fn check_beside(graph: &Graph, source: &dyn Weights) -> Vec<String> {
+    let parts = graph.aside.iter().filter(|(prefix, what)| *what == BESIDE && !prefix.is_empty());
+    let parts: Vec<&str> = parts.map(|(prefix, _)| &**prefix).collect();
+    let lists = lists(source).into_iter().filter(|(list, _)| parts.iter().any(|part| list.starts_with(part)));
+    let missing = |(list, layers): (&str, Layers<'_>)| {
+        let odd = odd(list, &layers).map(|why| format!("{why}; download the weights again"));
+        // Settings by which layers of the language model differ say nothing of these.
+        odd.into_iter().chain(lacking(&Value::Null, list, &layers))
+    };
+    lists.flat_map(missing).collect()
 }
 
 /// The lists of layers: what is numbered, and holds more than one module under each number.

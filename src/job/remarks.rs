@@ -66,6 +66,8 @@ impl Remarks {
             ));
             // What is surely missing was refused when the graph was made.
             model.extend(families::check_whole(source).unwrap_or_default());
+        } else {
+            model.extend(families::check_beside(graph, source));
         }
         model.extend(families::cannot_run(graph));
         let there = |prefix: &str| source.entries().iter().any(|entry| entry.name.starts_with(prefix));

@@ -294,6 +294,32 @@ fn values_that_are_not_finite_stand_only_where_they_mean_something() {
     assert!(error.to_string().contains("is not a finite number"), "{error}");
 }
 
+/// transformers would make it up at random, and llama.cpp refuses a file without it.
+#[test]
+fn what_one_layer_of_a_tower_lacks_is_told() {
+    let outputs = tempfile::tempdir().unwrap();
+    let notes = |kind: &str, room: &TempDir| {
+        let rtn = "format = 'compressed-tensors'\nscheme = 'W8A16'\ngroup_size = 32\nmethod = 'rtn'";
+        quantize(room.path(), &outputs.path().join(kind), rtn).unwrap().notes
+    };
+    for name in wrappers() {
+        let source = Checkpoint::open(checkpoint(&name).path()).unwrap();
+        let graph = quantc::families::graph_of(&source).unwrap();
+        assert_eq!(quantc::families::check_beside(&graph, &source), Vec::<String>::new(), "{name}");
+    }
+    let room = model("qwen3_vl_moe_vision");
+    let missing = "model.visual.blocks.0.mlp.linear_fc1.weight";
+    assert!(!notes("whole", &room).iter().any(|note| note.contains("missing")));
+    crate::harness::Model::at(room.path()).weights(|header, _| {
+        let entry = header.remove(missing).unwrap();
+        header.insert("model.visual.another".to_owned(), entry);
+    });
+    let told = format!("tensor `{missing}` is missing: its bias is there");
+    assert!(notes("damaged", &room).iter().any(|note| note.contains(&told)));
+    let checked = quantc::convert::convert(room.path(), &outputs.path().join("plain"), None, Default::default(), false);
+    assert!(checked.unwrap().iter().any(|note| note.contains(&told)));
+}
+
 #[test]
 fn what_f16_cannot_hold_of_a_tower_is_refused() {
     let (room, outputs) = (model("qwen3_vl_vision"), tempfile::tempdir().unwrap());
