@@ -67,6 +67,7 @@ if TYPE_CHECKING:
         ignore: Sequence[str]
         unknown_tensors: str
         mtp: str
+        towers: str
         adapter: Path
         calibration: Path
         samples: int
