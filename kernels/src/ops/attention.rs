@@ -4,7 +4,7 @@
 //! A task takes a few queries of one head of one sequence: it builds their scores only, never the whole
 //! `heads × tokens × tokens` tensor.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView1, ArrayView2, ArrayViewMut1, s};
 use rayon::prelude::*;
 
 use super::bf16::{self, Rows, pack_row, round_pairs};
@@ -14,7 +14,7 @@ use crate::simd::{LANES, exp, sum_lanes};
 use crate::simd_fn;
 
 /// Queries of one task.
-const QUERIES: usize = 64;
+pub(super) const QUERIES: usize = 64;
 
 /// The plain loop, in `f64`.
 pub fn reference(
@@ -36,26 +36,85 @@ pub fn reference(
                 let near = |j: &usize| window.is_none_or(|w| i.abs_diff(*j) < w);
                 let seen = |j: &usize| (both_ways || *j <= i) && near(j) && chunk.is_none_or(|c| i / c == j / c);
                 let keys: Vec<usize> = (0..length).filter(seen).collect();
+                let query = of_head(&q, [start + i, head], head_dim);
                 let score = |j: &usize| {
-                    let (a, b) = (q.row(start + i), k.row(start + j));
-                    let pairs = (0..head_dim).map(|d| (a[head * head_dim + d], b[kv_head * head_dim + d]));
-                    let score = pairs.map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() * f64::from(scale);
+                    let score = plain_score(query, of_head(&k, [start + j, kv_head], head_dim), scale);
                     softcap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
                 };
                 let scores: Vec<f64> = keys.iter().map(score).collect();
-                let top = scores.iter().copied().fold(sink, f64::max);
-                let weights: Vec<f64> = scores.iter().map(|s| (s - top).exp()).collect();
-                let total = weights.iter().sum::<f64>() + (sink - top).exp();
-                for d in 0..value_dim {
-                    let value = |j: &usize| f64::from(v[[start + j, kv_head * value_dim + d]]);
-                    let sum: f64 = weights.iter().zip(&keys).map(|(w, j)| w * value(j)).sum();
-                    out[[start + i, head * value_dim + d]] = (sum / total) as f32;
-                }
+                let values: Vec<_> = keys.iter().map(|j| of_head(&v, [start + j, kv_head], value_dim)).collect();
+                let out = out.slice_mut(s![start + i, head * value_dim..(head + 1) * value_dim]);
+                plain_mix(&scores, sink, &values, out);
             }
         }
         start += length;
     }
     out
+}
+
+/// What one head has of a row.
+pub(super) fn of_head<'m>(m: &'m ArrayView2<f32>, [row, head]: [usize; 2], width: usize) -> ArrayView1<'m, f32> {
+    m.slice(s![row, head * width..(head + 1) * width])
+}
+
+/// The score of a key in plain loops, in `f64`.
+pub(super) fn plain_score(query: ArrayView1<f32>, key: ArrayView1<f32>, scale: f32) -> f64 {
+    query.iter().zip(key).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>() * f64::from(scale)
+}
+
+/// What a query sees in plain loops, in `f64`: the sum of the values by the softmax of their scores, a sink beside them.
+pub(super) fn plain_mix(scores: &[f64], sink: f64, values: &[ArrayView1<f32>], mut out: ArrayViewMut1<f32>) {
+    let top = scores.iter().copied().fold(sink, f64::max);
+    let weights: Vec<f64> = scores.iter().map(|score| (score - top).exp()).collect();
+    let total = weights.iter().sum::<f64>() + (sink - top).exp();
+    for (d, out) in out.iter_mut().enumerate() {
+        let sum: f64 = weights.iter().zip(values).map(|(weight, value)| weight * f64::from(value[d])).sum();
+        *out = (sum / total) as f32;
+    }
+}
+
+/// A few queries of one head.
+pub(super) struct Task {
+    /// Which of the sequences they are in.
+    sequence: usize,
+    /// Its first token.
+    pub start: usize,
+    pub length: usize,
+    pub head: usize,
+    /// The first query, counted in the sequence.
+    pub query: usize,
+    pub count: usize,
+}
+
+/// Tasks for all heads and sequences.
+fn tasks(heads: usize, lengths: &[usize]) -> Vec<Task> {
+    let mut tasks = Vec::new();
+    let mut start = 0;
+    for (sequence, &length) in lengths.iter().enumerate() {
+        for head in 0..heads {
+            let of = |query| Task { sequence, start, length, head, query, count: QUERIES.min(length - query) };
+            // Late queries see more keys: start with them.
+            tasks.extend((0..length).step_by(QUERIES).rev().map(of));
+        }
+        start += length;
+    }
+    tasks
+}
+
+/// Does `attend` for 64 queries of a head at a time, with something to work in; it writes what they see, and nothing else, into the result of
+/// `[tokens, heads · value_dim]`.
+pub(super) fn in_tasks<S: Default>(
+    tokens: usize,
+    shape: &AttentionShape,
+    lengths: &[usize],
+    attend: impl Fn(&mut S, &Task, Shared<f32>) + Sync + Send,
+) -> Array2<f32> {
+    let cols = shape.heads * shape.value_dim;
+    let mut out = vec![0.0f32; tokens * cols];
+    let target = Shared::new(&mut out);
+    let all = tasks(shape.heads, lengths);
+    all.into_par_iter().for_each_init(S::default, |scratch, task| attend(scratch, &task, target));
+    Array2::from_shape_vec((tokens, cols), out).expect("as long as its shape says")
 }
 
 /// One task for 64 queries of a head.
@@ -71,21 +130,10 @@ pub fn run(
     let [q_cols, out_cols] = [head_dim, value_dim].map(|width| heads * width);
     let [k_cols, v_cols] = [head_dim, value_dim].map(|width| kv_heads * width);
     let tokens = q.nrows();
-    let mut out = vec![0.0f32; tokens * out_cols];
-    let mut tasks = Vec::new();
-    let mut start = 0;
-    for &length in lengths {
-        for head in 0..heads {
-            // Late queries see more keys: start with them.
-            tasks.extend((0..length).step_by(QUERIES).rev().map(|query| (start, length, head, query)));
-        }
-        start += length;
-    }
-    let target = Shared::new(&mut out);
     let [q, k, v] = [q, k, v].map(|m| m.to_slice().expect("a contiguous matrix"));
-    tasks.into_par_iter().for_each_init(Vec::new, |scores: &mut Vec<f32>, (start, length, head, query)| {
+    in_tasks(tokens, shape, lengths, |scores: &mut Vec<f32>, task, target| {
+        let Task { start, length, head, query, count, .. } = *task;
         let kv_head = head / (heads / kv_heads);
-        let count = QUERIES.min(length - query);
         let first = shape.first_seen(query);
         let keys = shape.end_seen(query + count - 1, length) - first;
         scores.clear();
@@ -127,8 +175,7 @@ pub fn run(
                 [0.0, 1.0],
             );
         }
-    });
-    Array2::from_shape_vec((tokens, out_cols), out).expect("as long as its shape says")
+    })
 }
 
 /// Keys of a panel of the rounded form.
@@ -156,25 +203,20 @@ pub fn rounded(
     let mut out = Rows::zeros(q.nrows(), heads * value_dim);
     let [q, k, v] = [q, k, v].map(|m| m.to_slice().expect("a contiguous matrix"));
     let mut sequences = Vec::new();
-    let mut tasks = Vec::new();
     let mut start = 0;
     for &length in lengths {
-        for head in 0..heads {
-            let sequence = sequences.len() + head / (heads / kv_heads);
-            let of = |query| Task { start, length, sequence, head, query };
-            tasks.extend((0..length).step_by(QUERIES).rev().map(of));
-        }
         sequences.extend((0..kv_heads).map(|head| Sequence { start, length, head }));
         start += length;
     }
     let packed: Vec<Packed> = sequences.into_par_iter().map(|sequence| Packed::of(k, v, sequence, shape)).collect();
     let (target, stride) = out.parts_mut();
     let target = Shared::new(target);
-    tasks.into_par_iter().with_max_len(4).for_each_init(Scratch::default, |scratch, task| {
-        scratch.mix(q, &packed[task.sequence], &task, sinks, shape);
+    tasks(heads, lengths).into_par_iter().with_max_len(4).for_each_init(Scratch::default, |scratch, task| {
+        let seen = &packed[task.sequence * kv_heads + task.head / (heads / kv_heads)];
+        scratch.mix(q, seen, &task, sinks, shape);
         let wide = value_dim.next_multiple_of(PANEL);
         let rows = scratch.mixed.chunks_exact_mut(wide).zip(&scratch.sums).enumerate();
-        for (row, (mixed, sum)) in rows.take(task.count()) {
+        for (row, (mixed, sum)) in rows.take(task.count) {
             let at = (task.start + task.query + row) * stride + task.head * value_dim / 2;
             // SAFETY: the target holds all tokens, and each task writes its own queries of its own head.
             let out = unsafe { std::slice::from_raw_parts_mut(target.at(at), value_dim / 2) };
@@ -192,25 +234,6 @@ struct Sequence {
     start: usize,
     length: usize,
     head: usize,
-}
-
-/// A few queries of one head.
-struct Task {
-    /// The first token of its sequence.
-    start: usize,
-    length: usize,
-    /// Which of the sequences of keys and values it sees.
-    sequence: usize,
-    head: usize,
-    /// The first query, counted in the sequence.
-    query: usize,
-}
-
-impl Task {
-    /// How many queries it has.
-    fn count(&self) -> usize {
-        QUERIES.min(self.length - self.query)
-    }
 }
 
 /// Keys and values of a [`Sequence`] as products of bfloat16 read them, up to a whole panel of tokens.
@@ -271,10 +294,9 @@ impl Scratch {
     fn mix(&mut self, q: &[f32], packed: &Packed, task: &Task, sinks: Option<&[f32]>, shape: &AttentionShape) {
         let AttentionShape { heads, head_dim, value_dim, scale, softcap, .. } = *shape;
         let Packed { keys, values } = packed;
-        let Task { start, length, head, query, .. } = *task;
+        let Task { start, length, head, query, count, .. } = *task;
         let (depth, wide) = (head_dim / 2, value_dim.next_multiple_of(PANEL));
         let padded = length.next_multiple_of(PANEL);
-        let count = task.count();
         let first = shape.first_seen(query) / PANEL * PANEL;
         // Capped scores are scaled before, others in the softmax.
         let (before, within) = if softcap.is_some() { (scale, 1.0) } else { (1.0, scale) };

@@ -3,16 +3,12 @@
 //! An entry is key and value in one, and stands at the last token of its block: from there on it is seen. The part of the window costs as much for each
 //! token however long the text is; that of the entries a block's share of attention to all, or as much as is chosen.
 
-use ndarray::{Array2, ArrayView2};
-use rayon::prelude::*;
+use ndarray::{Array2, ArrayView2, s};
 
-use super::attention::softmax;
+use super::attention::{Task, in_tasks, of_head, plain_mix, plain_score, softmax};
 use super::sparse::{SPARSE, dots, mix};
 use super::{Shared, gemm};
 use crate::backend::AttentionShape;
-
-/// Queries of one task.
-const QUERIES: usize = 64;
 
 /// What is seen beside the window.
 #[derive(Clone, Copy)]
@@ -48,24 +44,15 @@ pub fn reference(
                 .map(|key| (false, start + key))
                 .chain(entries.map(|entry| (true, start + (entry + 1) * block - 1)))
                 .collect();
-            let score = |(is_entry, row): &(bool, usize)| {
-                let (a, b) = (q.row(start + query), if *is_entry { values.row(*row) } else { k.row(*row) });
-                let pairs = (0..head_dim).map(|d| (a[head * head_dim + d], b[kv_head * head_dim + d]));
-                pairs.map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() * f64::from(scale)
+            let own = of_head(&q, [start + query, head], head_dim);
+            let of = |(is_entry, row): &(bool, usize), near, width| {
+                of_head(if *is_entry { &values } else { near }, [*row, kv_head], width)
             };
-            let scores: Vec<f64> = keys.iter().map(score).collect();
+            let scores: Vec<f64> = keys.iter().map(|key| plain_score(own, of(key, &k, head_dim), scale)).collect();
             let sink = sinks.map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[head]));
-            let top = scores.iter().copied().fold(sink, f64::max);
-            let powers: Vec<f64> = scores.iter().map(|score| (score - top).exp()).collect();
-            let total: f64 = powers.iter().sum::<f64>() + (sink - top).exp();
-            for d in 0..value_dim {
-                let value = |(is_entry, row): &(bool, usize)| {
-                    let from = if *is_entry { &values } else { &v };
-                    f64::from(from[[*row, kv_head * value_dim + d]])
-                };
-                let sum: f64 = powers.iter().zip(&keys).map(|(power, key)| power * value(key)).sum();
-                out[[start + query, head * value_dim + d]] = (sum / total) as f32;
-            }
+            let seen: Vec<_> = keys.iter().map(|key| of(key, &v, value_dim)).collect();
+            let out = out.slice_mut(s![start + query, head * value_dim..(head + 1) * value_dim]);
+            plain_mix(&scores, sink, &seen, out);
         }
         start += length;
     }
@@ -80,9 +67,7 @@ pub fn run(
     shape: &AttentionShape,
     lengths: &[usize],
 ) -> Array2<f32> {
-    let (tokens, cols) = (qkv[0].nrows(), shape.heads * shape.value_dim);
-    let mut out = vec![0.0f32; tokens * cols];
-    let target = Shared::new(&mut out);
+    let tokens = qkv[0].nrows();
     let [q, k, v] = qkv.map(|m| m.to_slice().expect("a contiguous matrix"));
     let layer = Layer {
         q,
@@ -94,20 +79,10 @@ pub fn run(
         sinks,
         shape,
     };
-    let mut tasks = Vec::new();
-    let mut start = 0;
-    for &length in lengths {
-        for head in 0..shape.heads {
-            let of = |query| Task { start, head, query, count: QUERIES.min(length - query) };
-            tasks.extend((0..length).step_by(QUERIES).rev().map(of));
-        }
-        start += length;
-    }
-    tasks.into_par_iter().for_each_init(Scratch::default, |scratch, task| {
+    in_tasks(tokens, shape, lengths, |scratch: &mut Scratch, task, target| {
         // SAFETY: the slices hold all tokens, and each task writes its own queries of its own head.
-        unsafe { scratch.attend(&layer, &task, target) };
-    });
-    Array2::from_shape_vec((tokens, cols), out).expect("as long as its shape says")
+        unsafe { scratch.attend(&layer, task, target) };
+    })
 }
 
 /// What all tasks read.
@@ -121,15 +96,6 @@ struct Layer<'a> {
     block: usize,
     sinks: Option<&'a [f32]>,
     shape: &'a AttentionShape,
-}
-
-struct Task {
-    /// The first token of its sequence.
-    start: usize,
-    head: usize,
-    /// The first query, counted in the sequence.
-    query: usize,
-    count: usize,
 }
 
 /// Keys that are values, or one of both, of one head: so many rows, so far from one to the next.
@@ -201,7 +167,7 @@ impl Scratch {
     /// The layer and the target have the task's tokens, and nobody else writes to these queries of this head.
     unsafe fn attend(&mut self, layer: &Layer<'_>, task: &Task, target: Shared<f32>) {
         let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, .. } = *layer.shape;
-        let Task { start, head, query, count } = *task;
+        let Task { start, head, query, count, .. } = *task;
         let kv_head = head / (heads / kv_heads);
         let [q_cols, k_cols, out_cols] = [heads * head_dim, kv_heads * head_dim, heads * value_dim];
         let sink = layer.sinks.map_or(f32::NEG_INFINITY, |sinks| sinks[head]);

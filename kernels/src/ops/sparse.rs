@@ -5,17 +5,14 @@
 //! seen, ascending, and −1 behind them where there are fewer. Of equal scores the earliest are chosen, as torch does where it sorts no more than
 //! the best; where it partitions all, it leaves the order open.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{Array2, ArrayView2, s};
 use rayon::prelude::*;
 
-use super::attention::softmax;
+use super::attention::{QUERIES, Task, in_tasks, of_head, plain_mix, plain_score, softmax};
 use super::{Shared, gemm};
 use crate::backend::{AttentionShape, IndexShape};
 use crate::simd::{LANES, sum_lanes};
 use crate::simd_fn;
-
-/// Queries of one task.
-const QUERIES: usize = 64;
 
 /// Up to so many times the tokens that a query sees, all scores of a task are one product: gathering rows one by one takes longer.
 pub(super) const SPARSE: usize = 8;
@@ -239,21 +236,13 @@ pub fn attend_reference(
             let (kv_head, group) = (head / (heads / kv_heads), head / (heads / index.groups()));
             let row = chosen.row(start + query).to_vec();
             let keys: Vec<usize> = seen(&row[group * index.count..][..index.count], query, index.block).collect();
-            let score = |key: &usize| {
-                let (a, b) = (q.row(start + query), k.row(start + key));
-                let pairs = (0..head_dim).map(|d| (a[head * head_dim + d], b[kv_head * head_dim + d]));
-                pairs.map(|(a, b)| f64::from(a) * f64::from(b)).sum::<f64>() * f64::from(scale)
-            };
+            let own = of_head(&q, [start + query, head], head_dim);
+            let score = |key: &usize| plain_score(own, of_head(&k, [start + key, kv_head], head_dim), scale);
             let scores: Vec<f64> = keys.iter().map(score).collect();
             let sink = sinks.map_or(f64::NEG_INFINITY, |sinks| f64::from(sinks[head]));
-            let top = scores.iter().copied().fold(sink, f64::max);
-            let powers: Vec<f64> = scores.iter().map(|score| (score - top).exp()).collect();
-            let total: f64 = powers.iter().sum::<f64>() + (sink - top).exp();
-            for d in 0..value_dim {
-                let value = |key: &usize| f64::from(v[[start + key, kv_head * value_dim + d]]);
-                let sum: f64 = powers.iter().zip(&keys).map(|(power, key)| power * value(key)).sum();
-                out[[start + query, head * value_dim + d]] = (sum / total) as f32;
-            }
+            let values: Vec<_> = keys.iter().map(|key| of_head(&v, [start + key, kv_head], value_dim)).collect();
+            let out = out.slice_mut(s![start + query, head * value_dim..(head + 1) * value_dim]);
+            plain_mix(&scores, sink, &values, out);
         }
         start += length;
     }
@@ -269,25 +258,13 @@ pub fn attend(
     index: &IndexShape,
     lengths: &[usize],
 ) -> Array2<f32> {
-    let (tokens, cols) = (qkv[0].nrows(), shape.heads * shape.value_dim);
-    let mut out = vec![0.0f32; tokens * cols];
-    let target = Shared::new(&mut out);
+    let tokens = qkv[0].nrows();
     let [q, k, v] = qkv.map(|m| m.to_slice().expect("a contiguous matrix"));
     let layer = Layer { q, k, v, chosen: chosen.to_slice().expect("a contiguous matrix"), sinks, shape, index };
-    let mut tasks = Vec::new();
-    let mut start = 0;
-    for &length in lengths {
-        for head in 0..shape.heads {
-            let of = |query| Task { start, head, query, count: QUERIES.min(length - query) };
-            tasks.extend((0..length).step_by(QUERIES).rev().map(of));
-        }
-        start += length;
-    }
-    tasks.into_par_iter().for_each_init(Scratch::default, |scratch, task| {
+    in_tasks(tokens, shape, lengths, |scratch: &mut Scratch, task, target| {
         // SAFETY: the slices hold all tokens, and each task writes its own queries of its own head.
-        unsafe { scratch.attend(&layer, &task, target) };
-    });
-    Array2::from_shape_vec((tokens, cols), out).expect("as long as its shape says")
+        unsafe { scratch.attend(&layer, task, target) };
+    })
 }
 
 /// What all tasks of [`attend`] read.
@@ -299,15 +276,6 @@ struct Layer<'a> {
     sinks: Option<&'a [f32]>,
     shape: &'a AttentionShape,
     index: &'a IndexShape,
-}
-
-struct Task {
-    /// The first token of its sequence.
-    start: usize,
-    head: usize,
-    /// The first query, counted in the sequence.
-    query: usize,
-    count: usize,
 }
 
 #[derive(Default)]
@@ -324,7 +292,7 @@ impl Scratch {
     /// The layer and the target have the task's tokens, and nobody else writes to these queries of this head.
     unsafe fn attend(&mut self, layer: &Layer<'_>, task: &Task, target: Shared<f32>) {
         let AttentionShape { heads, kv_heads, head_dim, value_dim, scale, .. } = *layer.shape;
-        let Task { start, head, query, count } = *task;
+        let Task { start, head, query, count, .. } = *task;
         let (kv_head, group) = (head / (heads / kv_heads), head / (heads / layer.index.groups()));
         let [q_cols, k_cols, v_cols] = [heads * head_dim, kv_heads * head_dim, kv_heads * value_dim];
         let out_cols = heads * value_dim;
