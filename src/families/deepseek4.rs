@@ -4,7 +4,8 @@
 use kernels::{Activation, HyperShape, IndexShape, NormKind, RopeLayout};
 
 use super::build::{Base, activation, block, pre};
-use super::hy4::clamped;
+use super::glm5_next::mixed;
+use super::hy4::{clamped, named};
 use super::moe::router;
 use super::names::set_aside;
 use super::rope::of_kind;
@@ -56,7 +57,7 @@ fn in_memory(config: &Config<'_>) -> Result<Graph> {
     let (kinds, rates) = (kinds(config, base.layers)?, rates(config)?);
     let ropes = [of_kind(config, "main", base.head_dim)?, of_kind(config, "compress", base.head_dim)?];
     let hashed = hashed(config, base.layers)?;
-    let hyper = hyper(config, &base)?;
+    let hyper = mixed(config, &base)?;
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let kind = kinds[layer];
@@ -253,25 +254,6 @@ fn mixture(config: &Config<'_>, base: &Base, module: &str, hashed: bool) -> Resu
     let shared = base.gated(&format!("{module}.shared_experts"), inner, clamped, config.flag("mlp_bias", false)?);
     let experts = (0..count).map(|e| base.gated(&format!("{module}.experts.{e}"), inner, clamped, false)).collect();
     Ok(Moe { router, experts, shared: Some((shared, None)), weigh_input: false, latent: None, norms: None })
-}
-
-/// Connections to streams that are read, written and mixed; without names.
-fn hyper(config: &Config<'_>, base: &Base) -> Result<Hyper> {
-    let shape = HyperShape {
-        streams: config.optional_count("hc_mult")?.unwrap_or(4),
-        norm_eps: base.eps,
-        eps: config.positive("hc_eps", 1e-6)? as f32,
-        writes: Some([2.0, 0.0]),
-        rounds: config.optional_count("hc_sinkhorn_iters")?.unwrap_or(20),
-    };
-    let none = String::new;
-    Ok(Hyper { projection: none(), base: none(), scale: none(), hidden: base.hidden, shape })
-}
-
-/// The same of tensors whose names begin so.
-fn named(hyper: &Hyper, start: &str) -> Hyper {
-    let [projection, base, scale] = ["fn", "base", "scale"].map(|name| format!("{start}{name}"));
-    Hyper { projection, base, scale, ..hyper.clone() }
 }
 
 /// Takes the names that transformers saves it under, or those that it has in memory, where a checkpoint has them.

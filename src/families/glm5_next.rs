@@ -1,11 +1,11 @@
 //! GLM-5.3-Flash: most layers have a state whose channels decay each by itself, as Kimi Linear's do, the others latent attention without positions
 //! to whole blocks of tokens that an indexer chooses; all in streams that hyper-connections read, write and mix.
 
-use kernels::{Activation, HyperShape, IndexShape};
+use kernels::{Activation, IndexShape};
 
 use super::build::{Base, activation, block, by_type, pre, with_experts};
 use super::deepseek::{Chosen, Indexing, LatentHeads, choices, moe, shared_choices};
-use super::hy4::{clamped, named};
+use super::hy4::{clamped, hyper, named};
 use super::kimi::delta;
 use super::{Config, Family, further};
 use crate::error::{Error, Result};
@@ -46,7 +46,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         )));
     }
     let pooled = pooled(config, &base, shared)?;
-    let hyper = hyper(config, &base)?;
+    let hyper = mixed(config, &base)?;
     let lower = lower_bound(config)?;
     let steps = |at: &str, layer: usize, recurrent: bool, sparse: bool| {
         let module = format!("{at}.self_attn");
@@ -83,7 +83,7 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         let at = base.at(layer);
         let mut steps = steps(&at, layer, recurrent[layer], sparse[layer])?;
         for (step, name) in steps.iter_mut().zip(["hc_attn", "hc_ffn"]) {
-            step.hyper = Some(Box::new(Connection::Weighed(named(&hyper, &format!("{at}.{name}")))));
+            step.hyper = Some(Box::new(Connection::Weighed(named(&hyper, &format!("{at}.{name}_")))));
         }
         Ok(block(at, steps))
     })?;
@@ -167,14 +167,6 @@ fn lower_bound(config: &Config<'_>) -> Result<Option<f32>> {
 }
 
 /// Connections to streams that are read, written and mixed; without names.
-fn hyper(config: &Config<'_>, base: &Base) -> Result<Hyper> {
-    let shape = HyperShape {
-        streams: config.optional_count("hc_mult")?.unwrap_or(4),
-        norm_eps: base.eps,
-        eps: config.positive("hc_eps", 1e-6)? as f32,
-        writes: Some([2.0, 0.0]),
-        rounds: config.optional_count("hc_sinkhorn_iters")?.unwrap_or(20),
-    };
-    let none = String::new;
-    Ok(Hyper { projection: none(), base: none(), scale: none(), hidden: base.hidden, shape })
+pub fn mixed(config: &Config<'_>, base: &Base) -> Result<Hyper> {
+    hyper(config, base, [2.0, 0.0], config.optional_count("hc_sinkhorn_iters")?.unwrap_or(20))
 }

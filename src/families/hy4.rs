@@ -40,7 +40,8 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         },
     )?;
     let act = activation(config, Activation::Silu)?;
-    let hyper = hyper(config, &base)?;
+    let magnitude = config.positive("hc_magnitude", 2.0)? as f32;
+    let hyper = hyper(config, &base, [magnitude, config.positive("hc_eps", 1e-6)? as f32], 0)?;
     let block = |at: String, layer: usize, sparse: bool| {
         let module = format!("{at}.self_attn");
         let mut attention = heads.attention(&base, &module, Some(rope.clone()), false);
@@ -61,13 +62,13 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         let at = base.at(layer);
         let mut block = block(at.clone(), layer, sparse[layer])?;
         for (step, name) in block.steps.iter_mut().zip(["hc_attn_layer", "hc_mlp_layer"]) {
-            step.hyper = Some(Box::new(Connection::Weighed(named(&hyper, &format!("{at}.{name}.hc_pre.hc")))));
+            step.hyper = Some(Box::new(Connection::Weighed(named(&hyper, &format!("{at}.{name}.hc_pre.hc_")))));
         }
         Ok(block)
     })?;
     let mut graph = base.graph(config, "hy_v4", blocks)?;
     let shape = HyperShape { writes: None, ..hyper.shape };
-    graph.collapse = Some(Collapse::Weighed(named(&Hyper { shape, ..hyper }, "model.hc_head.hc_head")));
+    graph.collapse = Some(Collapse::Weighed(named(&Hyper { shape, ..hyper }, "model.hc_head.hc_head_")));
     if further == 0 {
         graph.aside.push(("model.mtp_layers.".to_owned(), FURTHER));
     }
@@ -97,15 +98,14 @@ pub fn clamped(config: &Config<'_>) -> Result<Activation> {
     Ok(Activation::SwigluOai { alpha: 1.0, limit, shift: 0.0 })
 }
 
-/// Connections to streams that are read and written, and not mixed; without names.
-fn hyper(config: &Config<'_>, base: &Base) -> Result<Hyper> {
-    let eps = config.positive("hc_eps", 1e-6)? as f32;
+/// Connections to streams that are read, written with sigmoids times `factor` and `least` more, and mixed in `rounds`; without names.
+pub fn hyper(config: &Config<'_>, base: &Base, [factor, least]: [f32; 2], rounds: usize) -> Result<Hyper> {
     let shape = HyperShape {
         streams: config.optional_count("hc_mult")?.unwrap_or(4),
         norm_eps: base.eps,
-        eps,
-        writes: Some([config.positive("hc_magnitude", 2.0)? as f32, eps]),
-        rounds: 0,
+        eps: config.positive("hc_eps", 1e-6)? as f32,
+        writes: Some([factor, least]),
+        rounds,
     };
     let none = String::new;
     Ok(Hyper { projection: none(), base: none(), scale: none(), hidden: base.hidden, shape })
@@ -113,7 +113,7 @@ fn hyper(config: &Config<'_>, base: &Base) -> Result<Hyper> {
 
 /// The same of tensors whose names begin so.
 pub fn named(hyper: &Hyper, start: &str) -> Hyper {
-    let [projection, base, scale] = ["fn", "base", "scale"].map(|name| format!("{start}_{name}"));
+    let [projection, base, scale] = ["fn", "base", "scale"].map(|name| format!("{start}{name}"));
     Hyper { projection, base, scale, ..hyper.clone() }
 }
 

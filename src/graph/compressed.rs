@@ -29,7 +29,7 @@ pub struct Joint {
 pub struct Compressor {
     /// From the input to what is summed up.
     pub kv: Linear,
-    /// What weighs it.
+    /// How each token of a block is weighed in that sum.
     pub pool: Pool,
     /// Of the sum.
     pub norm: Norm,

@@ -2,7 +2,7 @@
 
 use formats::container::gguf::MetadataValue;
 
-use super::{Kind, Make, Metadata, PLAIN, Rule, Said, Ty, count, flag, float, made, same};
+use super::{Kind, Make, Metadata, PLAIN, Rule, Said, Ty, count, flag, float, made, same, typed};
 use crate::json::{integer, real};
 
 const SEES: &[Rule] = &[
@@ -28,9 +28,9 @@ const SEES: &[Rule] = &[
 ];
 
 const HEARS: &[Rule] = &[
-    whole("audio_tower.subsample_conv_projection.layer{}.conv.weight", "a.conv1d.{}.weight"),
+    typed("audio_tower.subsample_conv_projection.layer{}.conv.weight", "a.conv1d.{}.weight", Ty::F32),
     same("audio_tower.subsample_conv_projection.layer{}.norm", "a.conv1d.{}.norm"),
-    whole("audio_tower.subsample_conv_projection.input_proj_linear.weight", "a.input_projection.weight"),
+    typed("audio_tower.subsample_conv_projection.input_proj_linear.weight", "a.input_projection.weight", Ty::F32),
     same("audio_tower.output_proj", "a.pre_encode.out"),
     same("audio_tower.layers.{}.feed_forward1.pre_layer_norm", "a.blk.{}.ffn_norm"),
     same("audio_tower.layers.{}.feed_forward1.post_layer_norm", "a.blk.{}.ffn_post_norm"),
@@ -62,11 +62,6 @@ const HEARS: &[Rule] = &[
     same("audio_tower.layers.{}.norm_out", "a.blk.{}.ln2"),
     same("embed_audio.embedding_projection", "mm.a.input_projection"),
 ];
-
-/// What goes over sound, in F32.
-const fn whole(from: &'static str, to: &'static str) -> Rule {
-    Rule { from, to, make: Make::Whole, ty: Ty::F32 }
-}
 
 /// Gemma 4.
 pub(super) const GEMMA4: Kind = Kind {

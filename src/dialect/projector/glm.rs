@@ -1,7 +1,7 @@
 //! GLM-4.5V and GLM-4.6V.
 
 use super::qwen::{FIRST, SECOND};
-use super::{Kind, PLAIN, count, flag, float, same};
+use super::{Kind, PLAIN, count, float, same};
 use crate::json::real;
 
 /// GLM-4.5V. That of GLM-4.1V is the same, but there is no file of its language model here.
@@ -35,15 +35,7 @@ pub(super) const GLM4V: Kind = Kind {
     usual: &[("image_size", 336), ("patch_size", 14)],
     settings: |said, out| {
         count(out, "image_size", said.count(&["image_size"])?);
-        match said.activation("silu") {
-            "gelu" => flag(out, "use_gelu"),
-            "silu" => flag(out, "use_silu"),
-            other => {
-                return Err(format!(
-                    "the vision tower has the activation {other}, which llama.cpp does not compute there"
-                ));
-            }
-        }
+        said.flag_activation(out, "silu")?;
         float(out, "attention.layer_norm_epsilon", real(&said.vision["rms_norm_eps"]).unwrap_or(1e-5));
         Ok(())
     },

@@ -1,6 +1,6 @@
 //! InternVL, as transformers has it, and Intern-S1.
 
-use super::{Kind, PLAIN, count, flag, float, same};
+use super::{Kind, PLAIN, count, float, same};
 use crate::json::{integer, real};
 
 /// InternVL.
@@ -41,15 +41,7 @@ pub(super) const INTERNVL: Kind = Kind {
     settings: |said, out| {
         count(out, "image_size", said.count(&["image_size"])?);
         float(out, "attention.layer_norm_epsilon", real(&said.vision["layer_norm_eps"]).unwrap_or(1e-6));
-        match said.activation("gelu") {
-            "silu" => flag(out, "use_silu"),
-            "gelu" => flag(out, "use_gelu"),
-            other => {
-                return Err(format!(
-                    "the vision tower has the activation {other}, which llama.cpp does not compute there"
-                ));
-            }
-        }
+        said.flag_activation(out, "gelu")?;
         let ratio = real(&said.config["downsample_ratio"]).unwrap_or(0.5);
         count(out, "projector.scale_factor", (1.0 / ratio) as u32);
         for (from, to) in [("min_dynamic_patch", "preproc_min_tiles"), ("max_dynamic_patch", "preproc_max_tiles")] {

@@ -142,6 +142,11 @@ const fn made(from: &'static str, to: &'static str, make: Make) -> Rule {
     Rule { from, to, make, ty: Ty::Usual }
 }
 
+/// Weight and bias of a module as they are, in a type that llama.cpp asks for.
+const fn typed(from: &'static str, to: &'static str, ty: Ty) -> Rule {
+    Rule { from, to, make: Make::Whole, ty }
+}
+
 /// What the files of a model say.
 struct Said<'a> {
     config: &'a Value,
@@ -174,6 +179,20 @@ impl Said<'_> {
     /// The word for the activation.
     fn activation(&self, default: &'static str) -> &str {
         self.vision["hidden_act"].as_str().unwrap_or(default)
+    }
+
+    /// Says in a file which activation the vision tower has, of those that llama.cpp computes there.
+    fn flag_activation(&self, out: &mut Metadata, default: &'static str) -> Result<(), String> {
+        match self.activation(default) {
+            "silu" => flag(out, "use_silu"),
+            "gelu" => flag(out, "use_gelu"),
+            other => {
+                return Err(format!(
+                    "the vision tower has the activation {other}, which llama.cpp does not compute there"
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// What the values of pictures are shifted or divided by.

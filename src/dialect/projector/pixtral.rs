@@ -1,6 +1,6 @@
 //! Pixtral, alone (LLaVA's class) and with the merger of Mistral Small 3.1.
 
-use super::{Kind, Make, PLAIN, count, flag, float, made, same};
+use super::{Kind, Make, PLAIN, count, float, made, same};
 use crate::json::{integer, real};
 
 /// Pixtral's vision tower.
@@ -31,15 +31,7 @@ pub(super) const PIXTRAL: Kind = Kind {
     settings: |said, out| {
         count(out, "image_size", said.count(&["image_size"])?);
         float(out, "attention.layer_norm_epsilon", real(&said.vision["layer_norm_eps"]).unwrap_or(1e-5));
-        match said.activation("gelu") {
-            "silu" => flag(out, "use_silu"),
-            "gelu" => flag(out, "use_gelu"),
-            other => {
-                return Err(format!(
-                    "the vision tower has the activation {other}, which llama.cpp does not compute there"
-                ));
-            }
-        }
+        said.flag_activation(out, "gelu")?;
         if let Some(side) = integer(&said.config["spatial_merge_size"]).and_then(|side| u32::try_from(side).ok()) {
             count(out, "spatial_merge_size", side);
         }

@@ -1,6 +1,6 @@
 //! SigLIP's vision towers, by the names that their parts have: Idefics 3 and SmolVLM, and LFM2-VL.
 
-use super::{Kind, Make, PLAIN, Rule, Ty, count, flag, float, made, same};
+use super::{Kind, Make, PLAIN, Rule, Ty, count, flag, float, made, same, typed};
 use crate::json::{integer, real};
 
 /// What becomes of the tensors of such a tower, whose names begin with this, but for what goes over patches.
@@ -27,7 +27,7 @@ const IN_MODEL: &[Rule] = &siglip!("vision_model.");
 
 /// What goes over patches, in F32 whatever the others are.
 pub(super) const fn over_patches(from: &'static str) -> Rule {
-    Rule { from, to: "v.patch_embd", make: Make::Whole, ty: Ty::F32 }
+    typed(from, "v.patch_embd", Ty::F32)
 }
 
 /// Idefics 3 and SmolVLM.

@@ -2,13 +2,13 @@
 
 use formats::container::gguf::MetadataValue;
 
-use super::{Kind, Make, Metadata, PLAIN, Rule, Said, Ty, made, same};
+use super::{Kind, Make, Metadata, PLAIN, Rule, Said, Ty, made, same, typed};
 use crate::json::real;
 
 const ENCODER: &[Rule] = &[
-    half("audio_tower.conv{}.weight", "a.conv1d.{}.weight"),
+    typed("audio_tower.conv{}.weight", "a.conv1d.{}.weight", Ty::F16),
     made("audio_tower.conv{}.bias", "a.conv1d.{}.bias", Make::Column),
-    Rule { from: "audio_tower.embed_positions.weight", to: "a.position_embd.weight", make: Make::Whole, ty: Ty::F32 },
+    typed("audio_tower.embed_positions.weight", "a.position_embd.weight", Ty::F32),
     same("audio_tower.layers.{}.self_attn.q_proj", "a.blk.{}.attn_q"),
     same("audio_tower.layers.{}.self_attn.k_proj", "a.blk.{}.attn_k"),
     same("audio_tower.layers.{}.self_attn.v_proj", "a.blk.{}.attn_v"),
@@ -21,11 +21,6 @@ const ENCODER: &[Rule] = &[
     same("multi_modal_projector.linear", "mm.a.fc"),
     same("multi_modal_projector.linear_{}", "mm.a.mlp.{}"),
 ];
-
-/// What goes over sound, in F16.
-const fn half(from: &'static str, to: &'static str) -> Rule {
-    Rule { from, to, make: Make::Whole, ty: Ty::F16 }
-}
 
 /// Qwen2-Audio.
 pub(super) const QWEN2_AUDIO: Kind = Kind {
