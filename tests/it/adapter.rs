@@ -367,7 +367,7 @@ fn a_run_takes_the_merged_model_as_the_original() {
 #[test]
 fn merge_writes_the_merged_checkpoint() {
     let room = Room::new();
-    let model = room.model();
+    let model = room.whole_model();
     demo_adapter(&room.path("adapter"));
     let args = ["merge", "model", "--adapter", "adapter", "-o", "out"];
     let run = room.run(args);

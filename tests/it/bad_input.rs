@@ -199,12 +199,12 @@ fn a_configuration_that_cannot_be_is_named_by_its_key() {
     ];
     for (key, value, word) in cases {
         let room = Room::new();
-        room.model().config(|config| config[*key] = value.clone());
+        room.whole_model().config(|config| config[*key] = value.clone());
         room.run(quantize(&[])).refuses(1, &["model", word]);
         assert_eq!(room.names(), ["model"], "{key}");
     }
     let room = Room::new();
-    room.model().weights(|header, data| {
+    room.whole_model().weights(|header, data| {
         header.clear();
         data.clear();
     });
@@ -229,7 +229,7 @@ fn a_configuration_that_cannot_be_is_named_by_its_key() {
     }
     for (content, word) in [("{", "not valid JSON"), ("[]", "not a JSON object")] {
         let room = Room::new();
-        std::fs::write(room.model().path("config.json"), content).unwrap();
+        std::fs::write(room.whole_model().path("config.json"), content).unwrap();
         room.run(["inspect", "model"]).refuses(1, &["model/config.json", word]);
     }
 }

@@ -37,7 +37,7 @@ fn strange(model: &Model) {
 #[test]
 fn every_command_writes_what_transformers_reads_and_tells_the_same() {
     let room = Room::new();
-    strange(&room.model());
+    strange(&room.whole_model());
     adapter(
         &room.path("adapter"),
         &json!({"r": 4.0}),
@@ -144,7 +144,7 @@ fn importance(path: &Path, width: usize, value: f32, count: f32) {
 #[test]
 fn importance_that_cannot_be_used_is_told_or_refused_as_other_files_are() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     let run = |scheme: &str| {
         let flags = ["--imatrix", "i.gguf", "--verify-text", "none", "--force", "--scheme", scheme];
         room.run(["quantize", "model", "-o", "m.gguf"].iter().chain(&flags))

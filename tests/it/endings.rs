@@ -476,7 +476,7 @@ fn a_small_limit_on_stacks_is_not_met() {
 #[test]
 fn places_beside_a_file_are_looked_at_first() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     std::fs::create_dir(room.path("m.gguf.README.md")).unwrap();
     let quantize =
         ["quantize", "model", "-o", "m.gguf/", "--scheme", "Q8_0", "--method", "rtn", "--verify-text", "none"];

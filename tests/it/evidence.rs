@@ -153,7 +153,7 @@ fn a_tensor_that_is_no_linear_is_told_too() {
 #[test]
 fn a_channel_that_is_never_seen_is_told() {
     let room = Room::new();
-    let model = room.model();
+    let model = room.whole_model();
     scale(&model, "model.layers.2.mlp.up_proj.weight", 0.0);
     let report = quantize(&room.path("model"), &room.path("out"), "group_size = 64").unwrap();
     let down = report.linears.iter().find(|linear| linear.name == "model.layers.2.mlp.down_proj").unwrap();
@@ -168,7 +168,7 @@ fn a_channel_that_is_never_seen_is_told() {
 #[test]
 fn an_importance_matrix_that_says_little_is_told() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     let [model, path] = ["model", "i.gguf"].map(|name| room.path(name));
     let entry = |name: &str, width: usize| {
         let sums = (0..width).map(|i| 1.0 + (i % 7) as f32).collect();
@@ -251,7 +251,7 @@ fn a_mixture_says_the_same_of_its_experts_in_every_format() {
 #[test]
 fn the_scheme_of_a_gguf_file_is_its_mix() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     quantize(&room.path("model"), &room.path("m.gguf"), "format = 'gguf'\nscheme = 'Q4_K_M'\nmethod = 'rtn'").unwrap();
     let report: Value = serde_json::from_slice(&std::fs::read(room.path("m.gguf.report.json")).unwrap()).unwrap();
     assert_eq!(report["recipe"]["scheme"], "Q4_K_M");

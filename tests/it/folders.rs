@@ -446,7 +446,7 @@ fn packed_weights_that_are_not_read_say_whose_they_are() {
 #[test]
 fn gguf_is_known_by_its_first_bytes() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     let q8 = ["--format", "gguf", "--scheme", "Q8_0", "--method", "rtn", "--verify-windows", "1"];
     room.run(["quantize", "model", "-o", "sha256-0ab1"].iter().chain(&q8)).succeeds();
     assert_eq!(room.names(), ["model", "sha256-0ab1", "sha256-0ab1.README.md", "sha256-0ab1.report.json"]);
@@ -482,7 +482,7 @@ fn gguf_is_known_by_its_first_bytes() {
 #[test]
 fn a_hub_cache_means_its_snapshot() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     let hash = "0123abcd";
     let root = "hub/models--org--name";
     let snapshot = |hash: &str| format!("{root}/snapshots/{hash}");

@@ -142,7 +142,7 @@ fn a_model_is_downloaded_once_into_the_cache_as_hugging_face_lays_it_out() {
 fn plans_and_inspections_read_headers_alone_and_say_the_same() {
     let (hub, room) = (Hub::start(), Room::new());
     let commit = hub.publish("org/small", small());
-    room.model();
+    room.whole_model();
     let plan = |model: &str| {
         run(&hub, &room, &format!("plan {model} -q --device cpu --group-size 64 --samples 4 --seq-len 64 --json"))
     };

@@ -48,7 +48,7 @@ fn weighted_error(room: &Room, output: &str, imatrix: &Imatrix) -> f64 {
 #[test]
 fn what_a_gguf_file_and_a_directory_save_is_the_same_and_read_alike() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     let recipe = "method = 'rtn'\nsamples = 4\nseq_len = 64\nignore = ['model.layers.1.self_attn.o_proj']\n\
          [[target]]\npath = 'a.gguf'\nscheme = 'Q4_0'\nsave_imatrix = 'file.gguf'\n\
          [[target]]\npath = 'b'\nsave_imatrix = 'folder.gguf'\n";
@@ -106,7 +106,7 @@ fn importance_reaches_the_search_of_every_layout() {
 #[test]
 fn the_embedding_of_mlx_takes_its_entry() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     let mut imatrix = uneven(&room, "without.gguf");
     let sums = (0..256).map(|i| if i % 3 == 0 { 500.0 } else { 1.0 }).collect();
     imatrix.entries.insert("token_embd.weight".to_owned(), ImatrixEntry { sums, counts: vec![100.0] });
@@ -123,7 +123,7 @@ fn the_embedding_of_mlx_takes_its_entry() {
 #[test]
 fn what_an_imatrix_does_not_say_is_told_and_counts_alike() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     let mut imatrix = uneven(&room, "i.gguf");
     imatrix.entries.remove("blk.1.ffn_up.weight");
     imatrix.entries.insert("blk.9.ffn_up.weight".to_owned(), ImatrixEntry { sums: vec![1.0], counts: vec![1.0] });
@@ -152,7 +152,7 @@ fn what_an_imatrix_does_not_say_is_told_and_counts_alike() {
 #[test]
 fn importance_that_is_of_no_use_to_a_directory_is_refused() {
     let room = Room::new();
-    let model = room.model();
+    let model = room.whole_model();
     let mut imatrix = uneven(&room, "i.gguf");
     imatrix.entries.get_mut("blk.2.attn_q.weight").unwrap().sums = vec![1.0; 128];
     imatrix.write(room.path("narrow.gguf")).unwrap();

@@ -13,7 +13,7 @@ fn quantize(room: &Room, flags: &[&str]) {
 #[test]
 fn what_was_written_is_whole_in_every_format_and_stays_so_until_it_is_touched() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     for flags in [
         &["-o", "ct"][..],
         &["-o", "gptq", "--format", "gptq"],
@@ -184,7 +184,7 @@ fn files_of_words_and_of_generation_are_compared() {
 #[test]
 fn differences_are_told_by_tensor_setting_and_quality() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     quantize(&room, &["-o", "a"]);
     quantize(&room, &["-o", "b", "--ignore", "down_proj"]);
     quantize(&room, &["-o", "m.gguf", "--scheme", "Q8_0"]);

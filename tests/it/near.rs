@@ -51,7 +51,7 @@ fn near_misses_are_answered_with_what_works() {
 #[test]
 fn models_are_found_in_the_cache_by_their_names() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     let hash = "0123456789abcdef0123456789abcdef01234567";
     let run = |line: &str| room.shell(&format!("unset HF_HUB_CACHE HUGGINGFACE_HUB_CACHE HF_HOME; {line}"));
     let quantc = env!("CARGO_BIN_EXE_quantc");

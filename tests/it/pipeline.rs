@@ -170,7 +170,7 @@ fn exceptions_are_obeyed_and_told() {
 #[test]
 fn a_model_of_an_unknown_family_is_quantized_without_data_and_copied_otherwise() {
     let room = Room::new();
-    let model = room.model();
+    let model = room.whole_model();
     model.config(|config| config["model_type"] = "never_heard_of".into());
     let run = |more: &[&str]| {
         let args = ["quantize", "model", "-o", "out", "--group-size", "64"];

@@ -95,7 +95,7 @@ fn files_have_the_planned_bytes_and_nothing_is_written_by_planning() {
 #[test]
 fn what_a_run_would_refuse_is_refused_and_what_a_runtime_would_is_told() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     let refused = |flags: &[&str], words: &[&str]| room.run([&["plan", "model"], flags].concat()).refuses(2, words);
     room.file("out/config.json", "{}");
     refused(&["-o", "out"], &["out: exists already"]);
@@ -155,7 +155,7 @@ fn what_a_run_would_refuse_is_refused_and_what_a_runtime_would_is_told() {
 #[test]
 fn cards_are_counted_by_weights_and_cache() {
     let room = Room::new();
-    let model = room.model();
+    let model = room.whole_model();
     model.config(|config| config["max_position_embeddings"] = 1_048_576.into());
     let planned = plan(&room, &[&["--context", "1048576", "--batch", "4"], FEW].concat());
     let serving = &planned["outputs"][0]["serving"];

@@ -61,7 +61,7 @@ fn whichever_target_leads_has_the_bytes_of_a_run_alone_and_with_independent_ones
             let report = report(&room.path(&format!("{run}-{path}")));
             let notes = report["notes"].to_string();
             assert_eq!(notes.contains(&format!("calibrated beside {run}-{first}")), index > 0, "{path}: {notes}");
-            assert_eq!(report["linears"].as_array().unwrap().len(), 28);
+            assert_eq!(report["linears"].as_array().unwrap().len(), 14);
         }
         // They see other inputs, and all of them a line of the table.
         assert!(!same(&run, order[1].1), "{}", order[1].1);
@@ -166,7 +166,7 @@ fn targets_that_cannot_be_are_refused_before_any_work() {
 #[test]
 fn one_language_of_patterns_serves_every_format() {
     let room = Room::new();
-    room.model();
+    room.whole_model();
     let recipe = "ignore = ['model.layers.0.self_attn.o_proj']\n[[target]]\npath = 'ct'\ngroup_size = 64\n\
          [[target.override]]\nmatch = 're:.*down_proj'\nbits = 8\n\
          [[target]]\npath = 'm.gguf'\n[[target.override]]\nmatch = 're:.*down_proj'\nscheme = 'Q6_K'\n";
