@@ -143,13 +143,13 @@ fn commands_of_the_documentation_run() {
     let mut path = OsString::from(program.parent().unwrap());
     path.push(":");
     path.push(std::env::var_os("PATH").unwrap_or_default());
-    let mut ran = 0;
-    for document in documents() {
-        let text = std::fs::read_to_string(&document).unwrap();
+    let documents: Vec<_> = documents().iter().map(|document| document.to_str().unwrap().to_owned()).collect();
+    let ran: usize = crate::families::each(&documents, |document| {
+        let (text, mut ran) = (std::fs::read_to_string(document).unwrap(), 0);
         // The blocks of a document follow one another in one directory, as they do for a reader.
         let room = tempfile::tempdir().unwrap();
         for block in blocks(&text).iter().filter(|block| block.language == "sh") {
-            let place = format!("{}:{}", document.display(), block.line);
+            let place = format!("{document}:{}", block.line);
             if block.text.starts_with("cargo ") {
                 commands(block).iter().for_each(|command| check_cargo(command));
                 continue;
@@ -164,7 +164,10 @@ fn commands_of_the_documentation_run() {
             assert!(output.status.success(), "{place}: {}\n{}\n{said}", output.status, block.text);
             ran += 1;
         }
-    }
+        ran
+    })
+    .into_iter()
+    .sum();
     assert!(ran >= 6, "only {ran} blocks were run: the documentation has lost its examples");
 }
 
