@@ -6,7 +6,7 @@
 //! scales   F16 [groups, rows]
 //! ```
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::names;
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
@@ -156,7 +156,7 @@ impl Codec for Awq {
         } else if !lm_head && skip.iter().all(|name| name != "lm_head") {
             skip.push("lm_head".into());
         }
-        let quantization_config = json!({
+        let mut quantization_config = json!({
             "quant_method": "awq",
             "bits": first.encoding.levels.bits(),
             "group_size": super::gptq::group_size(&scheme_of(first)),
@@ -165,6 +165,11 @@ impl Codec for Awq {
             "lm_head": lm_head,
             "modules_to_not_convert": if skip.is_empty() { None } else { Some(skip) },
         });
+        // GPTQModel reads no other list of what is left out.
+        let dynamic = names::left_out(modules, unquantized_linears);
+        if !dynamic.is_empty() {
+            quantization_config["dynamic"] = Value::Object(dynamic);
+        }
         Ok(ConfigFiles { quantization_config, files: Vec::new(), notes: Vec::new() })
     }
 }
@@ -224,10 +229,11 @@ mod tests {
         let same = [module("a.0.x", scheme), module("a.1.x", scheme)];
         let config = |others: &[&str]| {
             let others: Vec<String> = others.iter().map(|s| s.to_string()).collect();
-            Awq.config(&same, &others).unwrap().quantization_config["modules_to_not_convert"].clone()
+            let config = Awq.config(&same, &others).unwrap().quantization_config;
+            [config["modules_to_not_convert"].clone(), config["dynamic"].clone()]
         };
-        assert_eq!(config(&["lm_head"]), json!(null));
-        assert_eq!(config(&["a.0.y"]), json!(["a.0.y", "lm_head"]));
+        assert_eq!(config(&["lm_head"]), [json!(null), json!(null)]);
+        assert_eq!(config(&["a.0.y"]), [json!(["a.0.y", "lm_head"]), json!({r"-:.*\.\d+\.y$": {}})]);
         let mixed = [module("a.0.x", scheme), module("a.1.x", Scheme { group: Some(32), ..scheme })];
         let message = Awq.config(&mixed, &[]).unwrap_err().to_string();
         assert!(message.starts_with("AWQ stores one scheme for the whole model, but a.0.x has"), "{message}");

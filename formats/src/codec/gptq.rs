@@ -7,9 +7,9 @@
 //! g_idx    I32 [cols]               the group of each input
 //! ```
 
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use super::names::{self, NameSet};
+use super::names;
 use super::{Codec, ConfigFiles, Declared, PartLookup, Parts, QuantizedModule};
 use super::{check_group, check_weight, exact_scales, expect_scales, expect_shape, group_map, part, words_shape};
 use crate::bits::packed_words;
@@ -149,14 +149,8 @@ impl Codec for Gptq {
         };
         let mut notes = Vec::new();
 
-        // `dynamic`: other schemes, and linears left as they are. The first match wins. Components stand first, for a tower's
-        // linears may be called as the language model's are; the other sets are disjoint.
-        let (components, others): (Vec<&str>, Vec<&str>) =
-            unquantized_linears.iter().map(String::as_str).partition(|name| names::is_component(name));
-        let mut dynamic = Map::new();
-        for component in &components {
-            dynamic.insert(format!("-:{}", names::anywhere(component)), json!({}));
-        }
+        // The sets of linears are disjoint.
+        let mut dynamic = names::left_out(modules, unquantized_linears);
         for other in &selections[1..] {
             for pattern in other.names.patterns() {
                 let settings = json!({
@@ -173,13 +167,6 @@ impl Codec for Gptq {
                     .into(),
             );
         }
-        // The head has a setting of its own.
-        let left: Vec<&str> = others.into_iter().filter(|name| !name.ends_with("lm_head")).collect();
-        let all: Vec<&str> = modules.iter().flat_map(QuantizedModule::names).chain(left.iter().copied()).collect();
-        for pattern in NameSet::new(&left, &all, !components.is_empty()).patterns() {
-            dynamic.insert(format!("-:{pattern}"), json!({}));
-        }
-
         // transformers with optimum replaces every linear of a block unless told which, block after block alike.
         let mut in_block: Vec<&str> = Vec::new();
         for tail in modules.iter().filter_map(|module| names::tail(module.name)) {
@@ -187,7 +174,12 @@ impl Codec for Gptq {
                 in_block.push(tail);
             }
         }
-        if left.iter().filter_map(|name| names::tail(name)).any(|tail| in_block.contains(&tail)) {
+        let left = || {
+            let linears =
+                unquantized_linears.iter().filter(|name| !names::is_component(name) && !name.ends_with("lm_head"));
+            linears.filter_map(|name| names::tail(name))
+        };
+        if left().any(|tail| in_block.contains(&tail)) {
             notes.push(
                 "some linears are quantized in one decoder block and not in another, which GPTQ states under `dynamic`: \
                  GPTQModel and vLLM read it, transformers with optimum ignores it and would load wrong weights"
@@ -218,7 +210,7 @@ impl Codec for Gptq {
         if !dynamic.is_empty() {
             config["dynamic"] = Value::Object(dynamic);
         }
-        if left.iter().any(|name| names::tail(name).is_some()) {
+        if left().next().is_some() {
             config["modules_in_block_to_quantize"] = json!([in_block]);
         }
         let text = serde_json::to_vec_pretty(&config).expect("a JSON value");

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::{Map, Value, json};
+
 use super::QuantizedModule;
 use crate::encoding::Encoding;
 use crate::grid::Scheme;
@@ -58,6 +60,18 @@ pub(super) fn by_encoding(modules: &[QuantizedModule<'_>], others: &[String]) ->
             names: NameSet::new(&names, &all, wrapped),
         })
         .collect()
+}
+
+/// The rules under GPTQModel's `dynamic` for what is left as it is, of which the first that fits holds. Components stand first, for a tower's
+/// linears may be called as the language model's are. The head has a setting of its own.
+pub(super) fn left_out(modules: &[QuantizedModule<'_>], unquantized_linears: &[String]) -> Map<String, Value> {
+    let (components, others): (Vec<&str>, Vec<&str>) =
+        unquantized_linears.iter().map(String::as_str).partition(|name| is_component(name));
+    let left: Vec<&str> = others.into_iter().filter(|name| !name.ends_with("lm_head")).collect();
+    let all: Vec<&str> = modules.iter().flat_map(QuantizedModule::names).chain(left.iter().copied()).collect();
+    let patterns = NameSet::new(&left, &all, !components.is_empty()).patterns();
+    let patterns = components.iter().map(|component| anywhere(component)).chain(patterns);
+    patterns.map(|pattern| (format!("-:{pattern}"), json!({}))).collect()
 }
 
 /// The part of a module's name after the block's number, or `None` outside the blocks.
