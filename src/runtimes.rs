@@ -2,6 +2,7 @@
 //! with transformers 5.23 and GPTQModel 7.7, and by `tests/runtimes/mlx.py`, which also fail when a note here is no longer true.
 
 pub mod experts;
+mod gptqmodel;
 
 use std::collections::HashMap;
 
@@ -134,8 +135,6 @@ struct Facts<'a> {
     codec: &'a str,
     /// Whether experts are quantized.
     experts: bool,
-    /// Whether some layers are mixtures and others are not.
-    mixed: bool,
     /// Whether experts are in NVFP4.
     global: bool,
     /// Whether what computes is known here.
@@ -192,7 +191,6 @@ pub fn notes(
         experts,
         global: encodings.iter().any(|(module, encoding)| encoding.global.is_some() && is_expert(module)),
         known: !graph.opaque,
-        mixed: experts && layers().any(|layer| matches!(layer, Layer::Mlp(_))),
         asymmetric: encodings.values().any(|encoding| encoding.fixed_zero().is_none()),
         latent: matches!(graph.family, "deepseek_v3" | "deepseek_v32" | "glm4_moe_lite" | "glm_moe_dsa")
             && encodings.keys().any(|module| module.ends_with("kv_b_proj")),
@@ -264,7 +262,8 @@ pub fn notes(
          computes with them"
             .to_owned()
     });
-    let known = [transformers(&facts), gptqmodel(&facts)].into_iter().flatten().map(str::to_owned);
+    let known = transformers(&facts).map(str::to_owned).into_iter();
+    let known = known.chain(gptqmodel::note(&facts, graph, source, encodings));
     let known = known.chain(mlx_lm(&facts, graph, source.config())?);
     Ok(known
         .chain([unknown, apart, sentences, own, split, stays, halves, elsewhere, lost].into_iter().flatten())
@@ -396,36 +395,6 @@ fn mlx_lm(facts: &Facts<'_>, graph: &Graph, config: &Value) -> Result<Vec<String
         );
     }
     Ok(notes)
-}
-
-fn gptqmodel(facts: &Facts<'_>) -> Option<&'static str> {
-    if !matches!(facts.codec, "gptq" | "awq") {
-        return None;
-    }
-    match facts.family {
-        "mixtral" | "gpt_oss" | "granitemoe" | "granitemoehybrid" if facts.experts => Some(
-            "GPTQModel 7.7 calls this family's experts otherwise than checkpoints and vLLM do, and does not find them",
-        ),
-        "glm" | "glm4" | "phi3" => Some(
-            "GPTQModel 7.7 takes this family's `gate_up_proj` apart before it loads and does not find it: it refuses GPTQ and \
-             loads wrong weights from AWQ; transformers loads both",
-        ),
-        "qwen2_moe" | "qwen3_moe" | "llama4" | "ernie4_5_moe" if facts.mixed => {
-            Some("GPTQModel 7.7 loads wrong weights where only some layers of this family have experts")
-        }
-        "glm4_moe" if facts.experts => Some("GPTQModel 7.7 fails in this family's experts; vLLM loads them"),
-        "minimax_m2" => Some("GPTQModel 7.7 computes no numbers for this family; vLLM loads it"),
-        "deepseek_v4" => Some(
-            "GPTQModel 7.7 does not find this family's experts in GPTQ, and computes no numbers for it in AWQ; transformers loads \
-             compressed-tensors",
-        ),
-        "gpt_neox" => Some("GPTQModel 7.7 computes no numbers for this family; transformers loads GPTQ"),
-        "olmo" | "nemotron" | "ministral" | "arcee" | "helium" if facts.codec == "awq" => {
-            Some("GPTQModel 7.7 does not know this family in AWQ; transformers loads it")
-        }
-        _ if facts.wrapped => Some("GPTQModel 7.7 may look for the language model under other names than this file's"),
-        _ => None,
-    }
 }
 
 /// What to say of tensors that go over though no rule names them, of a format whose loader takes none that its classes do not know.

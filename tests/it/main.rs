@@ -23,6 +23,7 @@ mod gguf;
 mod gguf_families;
 mod gguf_inputs;
 mod golden;
+mod gptqmodel;
 mod guesses;
 mod harness;
 mod heads;
