@@ -10,7 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::towers::{TowerLinear, towers};
 use crate::families::{self, Absent, Loading, linears::From};
-use crate::graph::{Block, Graph, Linear, Stored};
+use crate::graph::{Block, Collapse, Graph, Linear, Stored};
 use crate::recipe::{Patterns, Recipe, Said, Towers};
 use crate::report::Fate;
 use crate::runtimes::{self, experts};
@@ -294,29 +294,19 @@ impl Named {
         if !graph.head.tied && !packed && !left.contains(&graph.head.linear.module) {
             left.push(graph.head.linear.module.clone());
         }
-        let model_type = families::settings(source.config())?.model_type;
-        let mut loading = Loading::default();
-        let mut loaded: Vec<Vec<String>> = vec![Vec::new(); modules.len()];
-        // Families of one class whose files have other names than the class.
-        let renamed = matches!(
-            graph.family,
-            "bailing_hybrid" | "deepseek_v4" | "hy_v4" | "kimi_linear" | "lfm3" | "nemotron_h" | "olmo_hybrid"
-        );
-        if graph.opaque || renamed || families::type_of(source.config()) != Some(&model_type[..]) {
-            loading = Loading::of(source.config());
-            loaded = modules.iter().map(|(name, _)| loading.names(name)).collect();
-            let packed: Vec<&String> = modules.iter().map(|(name, _)| name).chain(loaded.iter().flatten()).collect();
-            let alone = left
-                .iter()
-                .filter(|name| !name.ends_with('.'))
-                .flat_map(|name| loading.names(name))
-                .filter(|name| graph.opaque || !hides(name));
-            let inside = others.iter().filter(|name| aside(name)).flat_map(|name| loading.names(name));
-            let inside = inside.filter_map(|name| as_component(name, &components, &packed));
-            let mut known: HashSet<String> = packed.iter().copied().chain(&left).cloned().collect();
-            let more: Vec<String> = alone.chain(inside).filter(|name| known.insert(name.clone())).collect();
-            left.extend(more);
-        }
+        let loading = Loading::of(source.config());
+        let loaded: Vec<Vec<String>> = modules.iter().map(|(name, _)| loading.names(name)).collect();
+        let packed: Vec<&String> = modules.iter().map(|(name, _)| name).chain(loaded.iter().flatten()).collect();
+        let alone = left
+            .iter()
+            .filter(|name| !name.ends_with('.'))
+            .flat_map(|name| loading.names(name))
+            .filter(|name| graph.opaque || !hides(name));
+        let inside = others.iter().filter(|name| aside(name)).flat_map(|name| loading.names(name));
+        let inside = inside.filter_map(|name| as_component(name, &components, &packed));
+        let mut known: HashSet<String> = packed.iter().copied().chain(&left).cloned().collect();
+        let more: Vec<String> = alone.chain(inside).filter(|name| known.insert(name.clone())).collect();
+        left.extend(more);
         let packed: Vec<&String> = modules.iter().map(|(name, _)| name).chain(loaded.iter().flatten()).collect();
         let mut absent = families::absent(source, &packed);
         if let Some(Absent { from: From::Parts(modules), .. }) = &mut absent {
@@ -558,6 +548,7 @@ pub fn other_linears(graph: &Graph, source: &Checkpoint, strays: &Strays<'_>, cl
         return Ok(crate::families::plain_modules(graph, source, classes));
     }
     let routers = graph.blocks.iter().flat_map(Block::fixed);
+    let routers = routers.chain(graph.collapse.iter().flat_map(Collapse::linears));
     let aside = source
         .entries()
         .iter()

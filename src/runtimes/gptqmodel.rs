@@ -216,9 +216,13 @@ const LEFT_OUT: &[(&str, &[&str])] = &[
 /// Families of whose layers it knows the mixtures alone: feed-forward layers without experts it leaves at random values.
 const MIXTURES_ALONE: &[&str] = &["llama4", "qwen2_moe", "qwen3_moe", "qwen3_next"];
 
-/// Who else loads what it does not.
+/// Who else loads what it does not, where that is known.
 fn elsewhere(facts: &Facts<'_>) -> &'static str {
-    if facts.experts { "vLLM loads experts one by one" } else { "transformers loads it" }
+    match (facts.known, facts.experts) {
+        (false, _) => "",
+        (true, true) => "; vLLM loads experts one by one",
+        (true, false) => "; transformers loads it",
+    }
 }
 
 /// The note on GPTQModel, if it does not load these files.
@@ -245,7 +249,7 @@ pub(super) fn note(
             _ => return None,
         };
         let elsewhere = elsewhere(facts);
-        return Some(format!("GPTQModel 7.7 does not know models of the type `{model_type}` and {what}; {elsewhere}"));
+        return Some(format!("GPTQModel 7.7 does not know models of the type `{model_type}` and {what}{elsewhere}"));
     }
     let wrapped = || {
         let may = "GPTQModel 7.7 may look for the language model under other names than this file's";
@@ -286,8 +290,8 @@ fn renamed(graph: &Graph, source: &Checkpoint) -> Option<String> {
     };
     let aside =
         |tensor: &str| graph.aside.iter().any(|(prefix, _)| !prefix.is_empty() && tensor.starts_with(&prefix[..]));
-    let own = source.entries().iter().filter(|entry| !aside(&entry.name));
-    let (file, memory) = own.into_iter().find_map(|entry| other(&entry.name))?;
+    let mut own = source.entries().iter().filter(|entry| !aside(&entry.name));
+    let (file, memory) = own.find_map(|entry| other(&entry.name))?;
     Some(format!(
         "GPTQModel 7.7 looks for tensors by the names that transformers gives them, and so for `{file}` as `{memory}`: it refuses this output or \
          would load wrong weights; transformers and vLLM know the file's names"
@@ -307,5 +311,5 @@ fn left_out(facts: &Facts<'_>, graph: &Graph, encodings: &HashMap<String, Encodi
     let mut lost = quantized.filter(|(dense, module)| *dense || parts.iter().any(|part| module.contains(part)));
     let (_, module) = lost.next()?;
     let elsewhere = elsewhere(facts);
-    Some(format!("GPTQModel 7.7 does not know that `{module}` is quantized and would load wrong weights; {elsewhere}"))
+    Some(format!("GPTQModel 7.7 does not know that `{module}` is quantized and would load wrong weights{elsewhere}"))
 }

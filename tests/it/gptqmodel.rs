@@ -68,3 +68,39 @@ fn awq_says_in_both_ways_what_stays_as_it_is() {
     let (config, _) = quantized("apertus_plain", "awq", &[]);
     assert_eq!(config.get("dynamic"), None);
 }
+
+#[test]
+fn what_is_quantized_and_what_is_not_goes_by_the_names_in_memory_too() {
+    // transformers with optimum looks for these by what it has built.
+    let (config, _) = quantized("hy_v3_plain", "gptq", &[r"re:.*\.experts\..*"]);
+    let named = config["modules_in_block_to_quantize"][0].as_array().unwrap();
+    assert!(
+        ["mlp.shared_mlp.up_proj", "mlp.shared_experts.up_proj"].iter().all(|name| named.contains(&json!(name))),
+        "{config}"
+    );
+    // What mixes streams after the last block is a linear as others are.
+    let (config, _) = quantized("qwen4_exp_text_bare", "awq", &[]);
+    let left = config["modules_to_not_convert"].as_array().unwrap();
+    assert!(left.contains(&json!("model.hyper_connection_mixer.input_mix_weight_up")), "{config}");
+}
+
+#[test]
+fn matrices_that_transformers_joins_are_told_of_in_families_that_are_known() {
+    let room = Room::new();
+    let model = checkpoint("qwen4_exp_text_plain");
+    let run = [
+        "quantize",
+        model.path().to_str().unwrap(),
+        "-o",
+        "out",
+        "--group-size",
+        "32",
+        "--method",
+        "rtn",
+        "--verify-text",
+        "none",
+    ];
+    room.run(run).succeeds();
+    let report = std::fs::read_to_string(room.path("out/report.json")).unwrap();
+    assert!(report.contains("transformers splits or joins matrices of this model"), "{report}");
+}

@@ -278,7 +278,7 @@ def worker(path):
                 # In float16 a token here and there goes to another expert; what is loaded wrongly, all see.
                 mixed = item["column"].endswith("-own") and "expert" in (pathlib.Path(item["original"]) / "config.json").read_text()
                 answer = {"difference": (tokens.median() if mixed else tokens.max()).item()}
-                if empty and not answer["difference"] <= COLUMNS[item["column"]].tolerance:
+                if empty and not tokens.max() <= COLUMNS[item["column"]].tolerance:
                     raise RuntimeError(f"loads wrong weights: {len(empty)} missing (`{empty[0]}`)")
             except Exception as error:
                 traceback.print_exc()
@@ -330,7 +330,7 @@ def narrow(folder):
     shapes = {name: of["shape"] for name, of in json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).items() if "shape" in of}
     tails = {name: re.fullmatch(r".*?\.\d+\.(.*)\.weight", name) for name in shapes}
     linears = {tails[name][1] for name, shape in shapes.items() if tails[name] and len(shape) == 2 and shape[0] % 32}
-    linears = {tail for tail in linears if not re.search(r"gate$|router|indexer", tail)}  # stay as they are anyhow
+    linears = {tail for tail in linears if not re.search(r"gate$|router|indexer|_coefs$", tail)}  # stay as they are anyhow
     joined = {re.sub("[qkv]_proj$", f"{part}_proj", tail) for tail in linears for part in "qkv"}
     return sorted(joined & {tail[1] for tail in tails.values() if tail})
 
@@ -372,7 +372,7 @@ def outcome(column, made, found):
         return made["refused"], None
     # What a note says how to load is loaded so here.
     runtime = COLUMNS[column].runtime
-    told = [note for note in made["notes"] if re.search(rf"{runtime}(?! loads| does[,;])", note) and "only with" not in note]
+    told = [note for note in made["notes"] if re.search(rf"{runtime}(?! loads| does[,;]| does not$)", note) and "only with" not in note]
     # A note that begins with runtimes is about these. What is said of a tokenizer, or of what config.json does not say, says nothing of weights.
     told = [note for note in told if not re.search("tokenizer|transformers' defaults", note)]
     told = [note for note in told if runtime in re.match(rf"(({RUNTIMES})( and |\b))+|", note)[0].split() or not re.match(RUNTIMES, note)]
@@ -393,6 +393,7 @@ RUNTIMES = "sentence-transformers|transformers|GPTQModel|vLLM|SGLang|mlx-lm"
 # What is no fault of a file.
 NOT_TRIED = {
     "requires the timm library": "asks for timm",
+    "requires package num2words": "asks for num2words",
     "does not recognize this architecture": "transformers has no such class",
     "activation must be None, silu, or swish": "GPTQModel's convolutions know SiLU alone",
 }
@@ -401,8 +402,10 @@ SHORT = {
     r"no: .*loads wrong weights.*": "no: loads wrong weights",
     r"no: logits differ by nan.*": "no: computes no numbers",
     r"no: logits differ.*": "no: other logits",
-    r"no: .*issues during automatic conversion.*": "no: does not unpack them",
-    r"no: .*Unsupport model_type.*": "no: does not know the family",
+    r"no: .*(issues during automatic conversion|ignore_mismatched_sizes).*": "no: does not unpack them",
+    r"no: .*(Unsupport model_type|Unrecognized configuration class).*": "no: does not know the family",
+    r"no: .*No compatible quant linear was found.*": "no: takes nothing for quantized",
+    r"no: .*requires trust_remote_code.*": "no: asks for the model's own code",
     r"no: .*Missing required quantized weights.*": "no: does not find the weights",
     r"tensor `.*cannot hold it: ([^;]*).*": r"refused: \1",
     r"no: (.*)": r"no: fails: \1",
@@ -438,11 +441,14 @@ def table(names, columns, cells):
 def tables(rows):
     """Markdown of outcomes, as JSON has them: a table for each runtime."""
     cells = collections.defaultdict(lambda: "not tried", {(row["checkpoint"], row["column"]): row["cell"] for row in rows})
-    names = sorted({row["checkpoint"] for row in rows if home(row["checkpoint"])})
+    tried = collections.defaultdict(set)
+    for row in rows:
+        if home(row["checkpoint"]):
+            tried[COLUMNS[row["column"]].runtime].add(row["checkpoint"])
     columns = collections.defaultdict(list)
     for name in [name for name in COLUMNS if any(row["column"] == name for row in rows)]:
         columns[COLUMNS[name].runtime].append(name)
-    return "\n".join(table(names, of, cells) for of in columns.values())
+    return "\n".join(table(sorted(tried[runtime]), of, cells) for runtime, of in columns.items())
 
 
 def scale_type(name):

@@ -167,9 +167,9 @@ impl Codec for Gptq {
                     .into(),
             );
         }
-        // transformers with optimum replaces every linear of a block unless told which, block after block alike.
+        // transformers with optimum replaces every linear of a block unless told which, block after block alike, by the names in memory.
         let mut in_block: Vec<&str> = Vec::new();
-        for tail in modules.iter().filter_map(|module| names::tail(module.name)) {
+        for tail in modules.iter().flat_map(QuantizedModule::names).filter_map(names::tail) {
             if !in_block.contains(&tail) {
                 in_block.push(tail);
             }
