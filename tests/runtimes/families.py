@@ -14,7 +14,6 @@ For each checkpoint of tests/fixtures/families and heads and each layout:
     python3 tests/runtimes/families.py --fast                              # what CI runs
     python3 tests/runtimes/families.py --docs docs/runtimes.md             # all, and the tables into the documentation
     python3 tests/runtimes/families.py --json FILE --docs docs/runtimes.md hy_v4_plain    # renews rows of what FILE keeps
-    python3 tests/runtimes/families.py --only vllm mixtral_plain           # in vLLM (several GB)
 
 The reference has the type that the runtime's kernel rounds its weights to. A difference in the rounding of a weight is then
 no excuse, and what is left is the order of sums, and in GPTQModel a product in float16.
@@ -73,7 +72,6 @@ COLUMNS = {
     "gptq-own": Column("gptq", "GPTQModel", "GPTQ: GPTQModel", "f16", 2e-2, "gptqmodel"),
     "awq": Column("awq", "transformers", "AWQ: transformers", "f16", 1e-3, "optimum"),
     "awq-own": Column("awq", "GPTQModel", "AWQ: GPTQModel", "f16", 2e-2, "gptqmodel"),
-    "vllm": Column("ct", "vLLM", "compressed-tensors: vLLM", "f32", 3e-2, "vllm"),
     "ct-attention": Column("ct-attention", "transformers", "experts as they are: transformers", "f32", 1e-3, "transformers"),
     # Linears are unpacked in the type of their scales, and experts in single precision.
     "ct-w8a8": Column("ct-w8a8", "transformers", "W8A8: transformers", "scales", 1e-2, "transformers"),
@@ -210,25 +208,6 @@ def in_gptqmodel(folder, ids):
     return logits(model.eval(), ids), sorted(places - file.keys(), key=natural)
 
 
-def in_vllm(folder, ids):
-    """Log-probabilities of the first text's tokens but the last."""
-    import torch
-    from vllm import LLM, SamplingParams
-
-    size = json.loads((pathlib.Path(folder) / "config.json").read_text())
-    size = size.get("text_config", size)["vocab_size"]
-    llm = LLM(
-        str(folder), skip_tokenizer_init=True, dtype="float32", enforce_eager=True, max_model_len=64, max_num_seqs=1,
-        max_logprobs=size, enable_prefix_caching=False,
-    )  # fmt: skip
-    sampling = SamplingParams(max_tokens=1, prompt_logprobs=size, detokenize=False)
-    answer = llm.generate({"prompt_token_ids": ids[0].tolist()}, sampling, use_tqdm=False)[0].prompt_logprobs[1:]
-    found = torch.full((len(answer), size), float("nan"))
-    for row, entry in enumerate(answer):
-        found[row, list(entry)] = torch.tensor([entry[token].logprob for token in entry])
-    return found
-
-
 def measured(item, ids, idle):
     """The logits of one artifact in one runtime."""
     import torch
@@ -237,8 +216,6 @@ def measured(item, ids, idle):
     folder, column = item["artifact"], item["column"]
     if column.endswith("-own"):
         return in_gptqmodel(folder, ids)
-    if column == "vllm":
-        return in_vllm(folder, ids)
     options = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if column in ("ct-asym", "ct-w8a8", "ct-nvfp4") else {}
     if column in ("gptq", "awq"):
         options["device_map"] = "cpu"
@@ -271,8 +248,6 @@ def worker(path):
                 found, empty = measured(item, ids, unexpected), []
                 if isinstance(found, tuple):
                     found, empty = found
-                if item["column"] == "vllm":
-                    expected = expected[0, : len(found)].log_softmax(-1)
                 largest = expected.abs().max().item()
                 tokens = (found - expected).abs().amax(-1) / largest
                 # In float16 a token here and there goes to another expert; what is loaded wrongly, all see.
@@ -341,15 +316,11 @@ def run_job(python, options, items, folder, script="families.py"):
     environ = os.environ | {
         "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false",
         "TORCH_COMPILE_DISABLE": "1", "GPTQMODEL_DISABLE_PACK_EXT": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
     while left := [item for item in items if (item["name"], item["column"]) not in found]:
         result = folder / "result.jsonl"
         result.unlink(missing_ok=True)
-        # An engine of vLLM does not leave its process.
-        now = left[:1] if left[0]["column"] == "vllm" else left
-        job.write_text(json.dumps({"items": now, "result": str(result)}))
+        job.write_text(json.dumps({"items": left, "result": str(result)}))
         with log.open("a" if options.verbose else "w") as sink:
             code = subprocess.run(
                 [str(python), str(HERE / script), "--worker", str(job)],
@@ -357,8 +328,8 @@ def run_job(python, options, items, folder, script="families.py"):
             ).returncode  # fmt: skip
         rows = [json.loads(line) for line in result.read_text().splitlines()] if result.exists() else []
         found |= {(row["name"], row["column"]): row for row in rows}
-        if len(rows) < len(now):
-            dead = now[len(rows)]
+        if len(rows) < len(left):
+            dead = left[len(rows)]
             tail = " | ".join(log.read_text(errors="replace").strip().splitlines()[-3:])[-300:]
             found[dead["name"], dead["column"]] = {"error": f"the process ended with code {code}: {tail}"}
     if options.verbose:
@@ -474,7 +445,7 @@ def family_of(name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("names", nargs="*", metavar="CHECKPOINT", help="only these (default: all)")
-    parser.add_argument("--only", help=f"columns: {', '.join(COLUMNS)} (default: all but vllm)")
+    parser.add_argument("--only", help=f"columns: {', '.join(COLUMNS)} (default: all but those of experts)")
     parser.add_argument("--fast", action="store_true", help="some checkpoints in transformers with compressed-tensors")
     parser.add_argument("--quantc", type=pathlib.Path, default=ROOT / "target" / "release" / "quantc")
     parser.add_argument("--venv", type=pathlib.Path, default=ROOT / ".venv" / "runtimes")
@@ -506,15 +477,13 @@ def main():
         processes, pythons = sorted({COLUMNS[c].process for c in options.only}), {}
         own = any(COLUMNS[c].layout in ("gptq", "awq") for c in options.only)
         for process in {"transformers", *processes}:
-            venv = "vllm" if process == "vllm" else "transformers"
-            wanted = ["vllm"] if venv == "vllm" else ["transformers", *(["gptqmodel"] if own else [])]
-            wanted = [HERE / f"requirements-{name}.txt" for name in wanted]
-            pythons[process] = cpu_torch.environment(options.venv.resolve() / venv, TORCH[venv], wanted)
+            wanted = [HERE / f"requirements-{name}.txt" for name in ("transformers", *(["gptqmodel"] if own else []))]
+            pythons[process] = cpu_torch.environment(options.venv.resolve() / "transformers", TORCH["transformers"], wanted)
         for kind, script in KINDS.items():
             if of_kind := [name for name in names if home(name).parent.name == kind]:
                 write = [pythons["transformers"], FIXTURES / script, "--write", folder, *of_kind]
                 subprocess.run([str(part) for part in write], check=True)
-        # GPTQModel and vLLM take models for what predicts tokens.
+        # GPTQModel takes models for what predicts tokens.
         heads = [n for n in names if home(n).parent.name == "heads"]
         tried = {(n, c) for n in names for c in options.only if c not in OF_EXPERTS or n in EXPERTS}
         tried -= {(n, c) for n in heads for c in options.only if COLUMNS[c].runtime != "transformers"}
