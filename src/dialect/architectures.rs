@@ -268,7 +268,7 @@ pub(crate) const ARCHITECTURES: &[Architecture] = &[
     },
     Architecture { id: "cohere2moe", families: &["cohere2_moe"], neighbours: true, windows: true, ..PLAIN },
     Architecture { id: "chatglm", families: &["glm"], neighbours: true, square: true, ..PLAIN },
-    Architecture { id: "glm4", families: &["glm4"], neighbours: true, ..PLAIN },
+    Architecture { id: "glm4", families: &["glm4", "glm4v"], neighbours: true, ..PLAIN },
     Architecture { id: "stablelm", families: &["stablelm"], square: true, head: Need::Must, ..PLAIN },
     Architecture {
         id: "nemotron",
@@ -410,6 +410,11 @@ impl Architecture {
             ("nemotron_h", _, true) => Architecture::named("nemotron_h_moe"),
             _ => Architecture::of_family(graph.family),
         }
+    }
+
+    /// Whether neighbours are rotated together in this model: not where positions are of several kinds, which llama.cpp rotates by halves alone.
+    pub fn rotates_neighbours(&self, graph: &Graph) -> bool {
+        self.neighbours && graph.family != "glm4v"
     }
 
     /// The architecture that most models of a family are written as.

@@ -203,7 +203,7 @@ fn settings(out: &mut Written, graph: &Graph, config: &Value, plan: &ExportPlan)
     }
     windows::settings(out, graph, attention, architecture, context)?;
     if matches!(id, "qwen2vl" | "qwen3vl" | "qwen3vlmoe" | "qwen35" | "qwen35moe" | "qwen4exp")
-        || graph.family == "glm4v_moe"
+        || matches!(graph.family, "glm4v" | "glm4v_moe")
     {
         sections(out, config, id, rotated.unwrap_or(0))?;
     }
@@ -467,7 +467,7 @@ fn heads(out: &mut Written, graph: &Graph, first: &Attention, rotated: usize, id
 /// half are frequencies, and llama.cpp aborts where the sections are more.
 fn sections(out: &mut Written, config: &Value, id: &'static str, rotated: usize) -> Result<()> {
     // Those of transformers' classes where nothing is said.
-    let usual = if id == "glm4moe" { [8, 12, 12, 0] } else { [11, 11, 10, 0] };
+    let usual = if matches!(id, "glm4" | "glm4moe") { [8, 12, 12, 0] } else { [11, 11, 10, 0] };
     let key = format!("{id}.rope.dimension_sections");
     let text = families::settings(config)?.values;
     let list = text["rope_parameters"]["mrope_section"].as_array();
@@ -481,7 +481,11 @@ fn sections(out: &mut Written, config: &Value, id: &'static str, rotated: usize)
         left -= section;
         MetadataValue::I32(section as i32)
     });
-    let sections = sections.collect();
+    let sections: Vec<MetadataValue> = sections.collect();
+    if id == "glm4" && sections[..2].contains(&MetadataValue::I32(0)) {
+        // llama.cpp would take all positions for those of a text.
+        return Err(names::cannot(id, "positions of several kinds of which one rotates nothing".to_owned()));
+    }
     out.metadata.push((key, metadata_array(sections, GGUFValueType::I32)?));
     Ok(())
 }

@@ -192,7 +192,8 @@ pub fn plan(graph: &Graph) -> Result<ExportPlan> {
     if let Some(why) = &graph.unrunnable {
         return Err(Error::usage(format!("{why}, and a GGUF file has no place for it; choose another --format")));
     }
-    let mut list = Lister { architecture, tensors: Vec::new() };
+    let neighbours = architecture.rotates_neighbours(graph);
+    let mut list = Lister { architecture, neighbours, tensors: Vec::new() };
     list.model(&graph.predicting_further(architecture.further.is_some()))?;
     let mut tensors = list.tensors;
     tensors.sort_by(|a, b| architectures::file_order(&a.gguf, &b.gguf));
@@ -209,6 +210,8 @@ pub(super) fn cannot(architecture: &str, what: impl std::fmt::Display) -> Error 
 
 struct Lister {
     architecture: &'static Architecture,
+    /// Whether the runtime rotates neighbours together in this model.
+    neighbours: bool,
     tensors: Vec<ExportTensor>,
 }
 
@@ -518,6 +521,9 @@ impl Lister {
         if let Some(norm) = q_norm {
             self.norm(&format!("{at}.attn_q_a_norm"), norm)?;
         }
+        if attention.layout.interleaved && !self.neighbours {
+            return Err(self.cannot("rotating neighbours"));
+        }
         let (latent, nope, value) = (kv_b.cols, attention.layout.first, shape.value_dim);
         let order = match self.permuted(attention) {
             false => None,
@@ -542,17 +548,14 @@ impl Lister {
         Ok(())
     }
 
-    /// Whether rows of heads are interleaved, since the model rotates halves and the runtime neighbours.
+    /// Whether rows of heads have another order in the file, since of model and runtime one rotates halves and the other neighbours.
     fn permuted(&self, attention: &Attention) -> bool {
         // Layers without positions too: one order for q and k changes nothing there.
-        self.architecture.neighbours && !attention.layout.interleaved
+        self.neighbours != attention.layout.interleaved
     }
 
     /// The rows of queries or keys in the order that the runtime's rotation wants.
     fn rotated(&self, attention: &Attention, rows: Option<Vec<usize>>, heads: usize) -> Result<Option<Vec<usize>>> {
-        if attention.layout.interleaved && !self.architecture.neighbours {
-            return Err(self.cannot("rotating neighbours"));
-        }
         if !self.permuted(attention) {
             return Ok(rows);
         }
@@ -566,7 +569,8 @@ impl Lister {
             let (head, within) = (row / head_dim, row % head_dim);
             head * head_dim
                 + match within.checked_sub(first).filter(|at| *at < 2 * pairs) {
-                    Some(at) => first + at % 2 * pairs + at / 2,
+                    Some(at) if self.neighbours => first + at % 2 * pairs + at / 2,
+                    Some(at) => first + at % pairs * 2 + at / pairs,
                     None => within,
                 }
         };

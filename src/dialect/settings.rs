@@ -227,6 +227,7 @@ impl Settings {
                     self.unsupported(format!("a {id} model that routes by softmax cannot be said in config.json"))
                 );
             }
+            ("glm4", false) if self.has_sections() => ["glm4v_text", "Glm4vForConditionalGeneration", "silu"],
             ("glm4moe", true) if self.look("rope.dimension_sections").is_some() => {
                 ["glm4v_moe_text", "Glm4vMoeForConditionalGeneration", "silu"]
             }
@@ -239,6 +240,12 @@ impl Settings {
                 })
             })?,
         })
+    }
+
+    /// Whether positions are of several kinds, as llama.cpp tells it of an architecture that may have either.
+    fn has_sections(&self) -> bool {
+        let Some(MetadataValue::Array(list)) = self.look("rope.dimension_sections") else { return false };
+        list.iter().take(2).filter(|kind| integer(kind).is_some_and(|pairs| pairs > 0)).count() == 2
     }
 
     /// Layers that predict further tokens, which stand behind the others.

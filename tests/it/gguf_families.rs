@@ -17,7 +17,8 @@ use crate::golden::{golden, logits};
 /// Gives a checkpoint a tokenizer that GGUF knows: a token for each of the first bytes.
 pub fn spell(folder: &Path) {
     let config: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
-    let size = config.get("text_config").unwrap_or(&config)["vocab_size"].as_u64().unwrap() as u32;
+    let text = ["text_config", "llm_config"].into_iter().find_map(|part| config.get(part));
+    let size = text.unwrap_or(&config)["vocab_size"].as_u64().unwrap() as u32;
     // GPT-2's alphabet begins with what ASCII prints; these go on as letters do.
     let letters = (0x21..0x7f).chain(0xa1..0xad).chain(0xae..0x1000).filter_map(char::from_u32);
     let vocab: serde_json::Map<String, Value> =
@@ -80,11 +81,10 @@ const REFUSED: &[(&str, &str)] = &[
     ("mistral4_vision", "YaRN with beta_fast"),
     ("ernie4_5_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
     ("ernie4_5_moe_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
-    ("glm4v_vision", "cannot be written as GGUF"),
     ("glm5_next_unbounded", "a bias of `model.language_model.layers.2.self_attn.q_a_proj`"),
     ("qwen4_exp_text_bare", "a bias of `model.layers.1.self_attn.o_proj`"),
-    ("qwen4_exp_text_plain", "rows of a table for 3 tokens in a row, 32 values of 4 heads in a stream of 64"),
-    ("qwen4_exp_vision", "rows of a table for 4 tokens in a row, 96 values of 3 heads in a stream of 64"),
+    ("qwen4_exp_text_plain", "ple_embed_dim 32 beside a hidden_size of 64"),
+    ("qwen4_exp_vision", "ple_embed_dim 96 beside a hidden_size of 64"),
     ("glm4_moe_grouped", "this way of limiting experts to groups"),
     ("granitemoeshared_unshared", "a feed-forward layer with a gate of gelu"),
     ("solar_open_grouped", "this way of limiting experts to groups"),
@@ -230,6 +230,7 @@ fn what_is_quantized_along_the_way_is_what_the_file_holds() {
         "gemma3n_text_published",
         "gemma4_text_experts",
         "gemma4_text_plain",
+        "glm4v_vision",
         "glm5_next_vision",
         "gpt2_plain",
         "gpt_neox_sequential",

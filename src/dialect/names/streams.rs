@@ -36,14 +36,14 @@ impl Lister {
         if self.architecture.id != "qwen4exp" {
             return Err(self.cannot("rows of a table for tokens in a row"));
         }
-        if key.cols != hidden || order > 8 || heads > 64 {
-            return Err(self.cannot(format_args!(
-                "rows of a table for {order} tokens in a row, {} values of {heads} heads in a stream of {hidden},",
-                key.cols
-            )));
-        }
-        if self.tensors.iter().any(|tensor| tensor.gguf == TABLE) {
-            return Err(self.cannot("several layers with tables for tokens in a row"));
+        let limits = [
+            (key.cols != hidden, format!("ple_embed_dim {} beside a hidden_size of {hidden}", key.cols)),
+            (order > 8, format!("ngram_size {order}, where 8 is the most")),
+            (heads > 64, format!("{heads} heads, (ngram_size - 1) · heads_per_ngram, where 64 are the most")),
+            (self.tensors.iter().any(|tensor| tensor.gguf == TABLE), "several layers in ple_layer_ids".to_owned()),
+        ];
+        if let Some((_, why)) = limits.iter().find(|(beyond, _)| *beyond) {
+            return Err(self.cannot(format_args!("tables for tokens in a row with {why},")));
         }
         let own = |tensor: &String, shape: &[usize]| Part::whole(From::Tensor(tensor.clone(), shape.to_vec()));
         let rows = grams.parts.iter().map(|(_, rows)| rows).sum();

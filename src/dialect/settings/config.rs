@@ -51,8 +51,8 @@ pub(super) fn layer_types(local: &[bool]) -> Value {
 }
 
 /// config.json of a folder with what a file of these settings holds, where that names another class than reading goes by: the language models of
-/// Qwen2-VL, Qwen3-VL and GLM-4.5V have no classes of their own in transformers, and in a text, where positions of all kinds are the same, they are a
-/// Qwen2, a Qwen3 and a GLM-4.5.
+/// Qwen2-VL, Qwen3-VL, GLM-4.1V and GLM-4.5V have no classes of their own in transformers, and in a text, where positions of all kinds are the same,
+/// they are a Qwen2, a Qwen3, a GLM-4 and a GLM-4.5.
 pub(crate) fn as_text(config: &Value) -> Option<Value> {
     let mut text = config.clone();
     let object = text.as_object_mut()?;
@@ -60,6 +60,7 @@ pub(crate) fn as_text(config: &Value) -> Option<Value> {
         "qwen2_vl" => ("qwen2", "Qwen2ForCausalLM"),
         "qwen3_vl_text" => ("qwen3", "Qwen3ForCausalLM"),
         "qwen3_vl_moe_text" => ("qwen3_moe", "Qwen3MoeForCausalLM"),
+        "glm4v_text" => ("glm4", "Glm4ForCausalLM"),
         "glm4v_moe_text" => ("glm4_moe", "Glm4MoeForCausalLM"),
         _ => return None,
     };
@@ -277,8 +278,9 @@ impl Settings {
                 // Each kind of layers has it.
                 "mimo_v2_flash" => json!({}),
                 "minimax_m2" => json!({"rotary_dim": rotated}),
-                "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" | "glm4v_moe_text"
-                | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text" | "minimax_m3_vl_text" => {
+                "phi" | "phi3" | "stablelm" | "nemotron" | "glm" | "glm4" | "glm4_moe" | "glm4v_text"
+                | "glm4v_moe_text" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text"
+                | "minimax_m3_vl_text" => {
                     json!({"partial_rotary_factor": share})
                 }
                 _ => {
@@ -295,6 +297,7 @@ impl Settings {
                 | "glm"
                 | "glm4"
                 | "glm4_moe"
+                | "glm4v_text"
                 | "glm4v_moe_text"
                 | "qwen3_next"
                 | "qwen3_5_text"
@@ -360,7 +363,7 @@ impl Settings {
             }
             // In a text the positions of all kinds are the same.
             "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text" | "qwen3_vl_text" | "qwen3_vl_moe_text"
-            | "glm4v_moe_text" => {
+            | "glm4v_text" | "glm4v_moe_text" => {
                 let mut all = with_base();
                 if let Some(MetadataValue::Array(list)) = self.look("rope.dimension_sections") {
                     all["mrope_section"] = list.iter().filter_map(integer).take(3).collect::<Vec<usize>>().into();
@@ -430,8 +433,8 @@ impl Settings {
             "qwen3" | "qwen3_moe" | "gemma" | "gemma2" | "gemma3_text" | "olmo" | "olmo2" | "olmo3" | "cohere"
             | "cohere2" | "glm" | "glm4" | "olmoe" | "gpt_oss" | "llama4_text" | "gpt_neox" | "seed_oss" | "arcee"
             | "hunyuan_v1_dense" | "hunyuan_v1_moe" | "dots1" | "cohere2_moe" | "mistral4" | "glm4_moe"
-            | "glm4v_moe_text" | "hy_v3" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text" | "qwen4_exp_text"
-            | "qwen3_vl_text" | "qwen3_vl_moe_text" => {
+            | "glm4v_text" | "glm4v_moe_text" | "hy_v3" | "qwen3_next" | "qwen3_5_text" | "qwen3_5_moe_text"
+            | "qwen4_exp_text" | "qwen3_vl_text" | "qwen3_vl_moe_text" => {
                 json!({"attention_bias": biases})
             }
             "starcoder2" => json!({"use_bias": true}),
