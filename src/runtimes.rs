@@ -14,7 +14,7 @@ use crate::checkpoint::Checkpoint;
 use crate::dialect::mlx;
 use crate::error::Result;
 use crate::families::{Loading, changed_modules, settings, type_of};
-use crate::graph::{FURTHER, Graph, Layer, Linear, Stored};
+use crate::graph::{FURTHER, Graph, Layer, Linear};
 use crate::report::Fate;
 
 /// Models whose classes in transformers ask linears for their weights before these are unpacked: as they compute, measured by
@@ -147,14 +147,6 @@ struct Facts<'a> {
     wrapped: bool,
     /// Whether some experts have no linears.
     idle: bool,
-    /// Whether experts lie in stacks.
-    stacked: bool,
-}
-
-/// Whether the experts of a layer lie in stacks.
-fn in_stacks(layer: &Layer) -> bool {
-    let Layer::Moe(moe) = layer else { return false };
-    moe.experts.iter().any(|expert| matches!(expert.down.stored, Stored::Slice { .. }))
 }
 
 /// How many stacks of layers a model is made of, as an encoder and a decoder are.
@@ -196,7 +188,6 @@ pub fn notes(
             && encodings.keys().any(|module| module.ends_with("kv_b_proj")),
         idle: layers().any(|layer| matches!(layer, Layer::Moe(moe) if moe.experts.len() < moe.router.linear.rows)),
         wrapped: graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && !what.starts_with(FURTHER)),
-        stacked: layers().any(in_stacks),
     };
     let packed = codec == "compressed-tensors";
     let refused = packed && loading.refuses_packed(source.entries().iter().map(|entry| &entry.name[..]));
@@ -316,10 +307,6 @@ fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
         ) if facts.experts => Some(
             "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
              vLLM loads experts one by one",
-        ),
-        ("compressed-tensors", "deepseek_v4" | "mistral_large4") if facts.experts && facts.stacked => Some(
-            "transformers fills this family's stacks of experts from single ones by their published names alone: it would load wrong weights; \
-             save the model without save_original_format=False, and quantize that",
         ),
         ("compressed-tensors", _) if facts.experts && facts.idle => Some(
             "transformers stacks this family's experts with those that have no weights, and does not load packed ones: it cannot load this \

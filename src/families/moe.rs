@@ -88,8 +88,11 @@ pub fn stacked(
 /// Takes experts from stacks where a checkpoint has them as transformers keeps them in memory, and not one by one:
 /// `experts.gate_up_proj`, `[experts, 2·inner, hidden]`, and `experts.down_proj`, `[experts, hidden, inner]`. Those of Qwen3-VL are published
 /// with the last two extents the other way round, and taken so unless their shape says otherwise.
+///
+/// One by one they have the names by which transformers collects them, of a checkpoint that was written with these, too.
 pub(super) fn from_stacks(graph: &mut Graph, source: &dyn Weights) {
     let turned = graph.family == "qwen3_vl_moe";
+    let collected = COLLECTED.iter().find(|(family, _)| *family == graph.family).map(|(_, at)| *at);
     for step in graph.blocks.iter_mut().flat_map(|block| &mut block.steps) {
         let Layer::Moe(moe) = &mut step.layer else { continue };
         if turned {
@@ -100,8 +103,13 @@ pub(super) fn from_stacks(graph: &mut Graph, source: &dyn Weights) {
         let names = [gate, up, down].map(|linear| last_part(&linear.module).to_owned());
         let tensors = ["gate_up_proj", "down_proj"].map(|name| format!("{module}.{name}"));
         let there = |name: &str| source.entry(name).is_some();
-        if down.stored != Stored::Plain || down.bias || there(&down.weight()) || !tensors.iter().all(|name| there(name))
-        {
+        if down.stored != Stored::Plain || down.bias || there(&down.weight()) {
+            continue;
+        }
+        if !tensors.iter().all(|name| there(name)) {
+            if collected.is_some_and(|at| there(&format!("{}.weight", collected_as(&down.module, at)))) {
+                collect(&mut moe.experts, collected);
+            }
             continue;
         }
         let (sizes, halves) = ([moe.experts.len(), gate.cols, gate.rows], Split::of(&[gate.rows; 2]));
@@ -113,8 +121,33 @@ pub(super) fn from_stacks(graph: &mut Graph, source: &dyn Weights) {
                 linear.module = format!("{before}.{name}");
             }
         }
+        collect(&mut experts, collected);
         moe.experts = experts;
     }
+}
+
+/// Families of whose experts transformers fills stacks by their published names alone, wherever the others have those that they have in
+/// memory; and where experts stand there, in place of `.mlp.experts.`.
+const COLLECTED: &[(&str, &str)] = &[("deepseek_v4", ".mlp.experts."), ("mistral_large4", ".experts.")];
+
+/// Gives experts the names by which they are collected.
+fn collect(experts: &mut [Mlp], at: Option<&str>) {
+    let Some(at) = at else { return };
+    for linear in experts.iter_mut().flat_map(|expert| expert.inputs.iter_mut().chain([&mut expert.down])) {
+        linear.module = collected_as(&linear.module, at);
+    }
+}
+
+/// What an expert's linear is called where experts stand at `at`.
+fn collected_as(module: &str, at: &str) -> String {
+    let (before, name) = module.rsplit_once('.').unwrap_or(("", module));
+    let name = match name {
+        "gate_proj" => "w1",
+        "up_proj" => "w3",
+        "down_proj" => "w2",
+        published => published,
+    };
+    format!("{}.{name}", before.replacen(".mlp.experts.", at, 1))
 }
 
 /// Takes stacks whose rows are said to lie in columns as they are in memory, where the shape of one says that they do; the other may be as
