@@ -9,6 +9,7 @@ use ndarray::Array2;
 use serde_json::Value;
 
 use crate::checkpoint::Checkpoint;
+use crate::dialect::projector;
 use crate::error::Result;
 use crate::evidence::{lost_in_halves, share_of, too_small};
 use crate::families;
@@ -123,7 +124,7 @@ pub fn fates(source: &Checkpoint, unknown: UnknownTensors) -> Result<(HashMap<St
     notes.extend(families::cannot_run(&graph));
     notes.extend(match graph.opaque {
         true => families::check_whole(source)?,
-        false => families::check_beside(&graph, source),
+        false => families::check_beside(&graph, source).into_iter().chain(projector::lacking(source)).collect(),
     });
     Ok((found.into_iter().collect(), notes))
 }

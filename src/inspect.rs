@@ -6,6 +6,7 @@ use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
 use crate::dialect::names::{self, ExportTensor};
+use crate::dialect::projector;
 use crate::error::{Error, Result};
 use crate::families;
 use crate::graph::{Graph, Linear};
@@ -142,7 +143,7 @@ fn missing(checkpoint: &Checkpoint) -> Vec<String> {
             notes
         }
         Ok(graph) => {
-            let beside = families::check_beside(&graph, checkpoint);
+            let beside = families::check_beside(&graph, checkpoint).into_iter().chain(projector::lacking(checkpoint));
             let cannot = graph.unrunnable;
             let cannot = cannot.map(|why| format!("{why}: it can be quantized without data alone, and not measured"));
             cannot.into_iter().chain(beside).collect()

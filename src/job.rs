@@ -599,7 +599,7 @@ impl<'a> Job<'a> {
         if run.graph.predictors().is_empty() && !further {
             recipe.idle.push("mtp");
         }
-        if !run.graph.aside.iter().any(|(_, what)| *what == BESIDE) {
+        if !run.graph.aside.iter().any(|(_, what)| *what == BESIDE) && !recipe.idle.contains(&"towers") {
             recipe.idle.push("towers");
         }
         if !run.graph.has_experts() {

@@ -195,8 +195,8 @@ fn forget_quantization(config: &mut Value) {
         // Of what type experts are (DeepSeek V4).
         object.shift_remove("expert_dtype");
     };
-    if let Some(inner) = config.get_mut("text_config") {
-        forget(inner);
+    for key in families::TEXT_PARTS {
+        config.get_mut(key).into_iter().for_each(forget);
     }
     forget(config);
 }

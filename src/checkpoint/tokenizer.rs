@@ -174,7 +174,7 @@ impl Checkpoint {
     fn stop_settings(&self) -> [(&'static str, Vec<Value>); 2] {
         let of = |json: &Value| {
             let own = &json["eos_token_id"];
-            let value = if own.is_null() { &json["text_config"]["eos_token_id"] } else { own };
+            let value = if own.is_null() { &json[families::text_key(json)]["eos_token_id"] } else { own };
             match value {
                 Value::Null => Vec::new(),
                 Value::Array(list) => list.clone(),

@@ -75,6 +75,8 @@ pub fn absent(source: &dyn Weights, packed: &[&String]) -> Option<Absent> {
         if seen.insert(without_numbers(name)) {
             there.extend(loading.names(name));
             there.push(name.to_owned());
+            // What a class has behind its base model's prefix is found without it, too.
+            there.push(format!("model.{name}"));
         }
     }
     let under = |prefix: &str| there.iter().any(|name| name == prefix || name.starts_with(prefix));

@@ -232,18 +232,26 @@ const WRAPPERS: &[Wrapper] = &[
     Wrapper { model_type: "qwen3_5_moe", text: ("qwen3_5_moe_text", true), tied: false, hears_text: false },
 ];
 
+/// Parts of config.json that may hold the settings of a language model: as transformers calls it, and as InternVL's own code does.
+pub(crate) const TEXT_PARTS: [&str; 2] = ["text_config", "llm_config"];
+
+/// The one of them that a config.json has; the first where it has none.
+pub(crate) fn text_key(config: &Value) -> &'static str {
+    TEXT_PARTS.into_iter().find(|key| config.get(key).is_some_and(Value::is_object)).unwrap_or(TEXT_PARTS[0])
+}
+
 /// Where a config.json has the settings of its language model.
 struct TextPart {
     wrapper: Option<&'static Wrapper>,
     model_type: String,
-    /// They are in `text_config`.
+    /// They are in a part of it.
     inner: bool,
 }
 
 fn text_part(config: &Value) -> TextPart {
     let outer = type_of(config);
     let wrapper = WRAPPERS.iter().find(|wrapper| outer == Some(wrapper.model_type));
-    let part = config.get("text_config").filter(|part| part.is_object());
+    let part = config.get(text_key(config)).filter(|part| part.is_object());
     // A text model has no parts, whatever its config.json holds beside its settings.
     let part = part.filter(|_| wrapper.is_some() || outer.is_none_or(|outer| family_of(outer).is_none()));
     let own = type_of(part.unwrap_or(config)).map(str::to_owned);
@@ -264,7 +272,7 @@ fn code_of_its_own(config: &Value) -> Option<&str> {
 
 /// The part of config.json that has the settings of the language model: all of it, or `text_config` of a wrapper.
 pub fn text_settings(config: &Value) -> &Value {
-    if text_part(config).inner { &config["text_config"] } else { config }
+    if text_part(config).inner { &config[text_key(config)] } else { config }
 }
 
 /// The settings of the language model that `config` (config.json) describes, in one spelling: what every reader takes.
@@ -273,7 +281,7 @@ pub fn text_settings(config: &Value) -> &Value {
 /// are as they were.
 pub fn settings(config: &Value) -> Result<Settings> {
     let TextPart { wrapper, model_type, inner } = text_part(config);
-    let part = config.get("text_config").and_then(Value::as_object).filter(|_| inner);
+    let part = config.get(text_key(config)).and_then(Value::as_object).filter(|_| inner);
     let text = part.or(config.as_object()).cloned().unwrap_or_default();
     let said = |place: &serde_json::Map<String, Value>| place.get("tie_word_embeddings").and_then(Value::as_bool);
     let (above, below) = (config.as_object().and_then(said), part.and_then(said));

@@ -100,7 +100,8 @@ struct Told {
 
 impl Told {
     fn part(&mut self) -> &mut Map<String, Value> {
-        let part = if self.inner { &mut self.config["text_config"] } else { &mut self.config };
+        let key = super::text_key(&self.config);
+        let part = if self.inner { &mut self.config[key] } else { &mut self.config };
         part.as_object_mut().expect("settings")
     }
 

@@ -73,12 +73,13 @@ pub fn normalize(config: &mut Value) -> Vec<String> {
     let TextPart { model_type, inner, .. } = text_part(config);
     let outer = super::type_of(config).unwrap_or_default().to_owned();
     let mut notes = Vec::new();
+    let key = super::text_key(config);
     let Value::Object(settings) = config else { return notes };
     if outer.is_empty() && model_type.is_empty() {
         notes.push("config.json names no model_type, without which transformers loads nothing".to_owned());
     }
-    if inner && let Some(Value::Object(part)) = settings.get_mut("text_config") {
-        object(&model_type, part, "text_config.", &mut notes);
+    if inner && let Some(Value::Object(part)) = settings.get_mut(key) {
+        object(&model_type, part, &format!("{key}."), &mut notes);
     }
     object(&outer, settings, "", &mut notes);
     notes

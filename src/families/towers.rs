@@ -36,6 +36,8 @@ pub fn towers(graph: &Graph, source: &dyn Weights) -> Vec<TowerLinear> {
         let called = || {
             let mut names = finder.loading.names(module);
             names.push(module.to_owned());
+            // What a class has behind its base model's prefix is found without it, too.
+            names.push(format!("model.{module}"));
             known.as_ref().is_none_or(|known| names.iter().any(|name| known(name)))
         };
         let found = finder.is_linear(entry, module, told) && !finder.loading.changes(module) && called();

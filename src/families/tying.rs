@@ -24,7 +24,7 @@ pub fn settled(source: &dyn Weights) -> Option<(Value, String)> {
             (head, embedding, self::tied(config).unwrap_or(false), false)
         }
     };
-    let inner = config.get("text_config").filter(|inner| inner.is_object());
+    let inner = config.get(super::text_key(config)).filter(|inner| inner.is_object());
     let flags: Vec<Option<bool>> = [Some(config), inner].into_iter().flatten().map(flag_of).collect();
     let stored = source.entry(&head).is_some();
     let ties = tied || flags.contains(&Some(true));
@@ -58,7 +58,7 @@ pub fn settled(source: &dyn Weights) -> Option<(Value, String)> {
 /// Says in every place where runtimes look whether the head is the embedding.
 pub fn set(config: &mut Value, tied: bool) {
     config[FLAG] = tied.into();
-    if let Some(inner) = config.get_mut("text_config").filter(|inner| inner.is_object()) {
+    if let Some(inner) = config.get_mut(super::text_key(config)).filter(|inner| inner.is_object()) {
         inner[FLAG] = tied.into();
     }
 }

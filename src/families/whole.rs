@@ -46,7 +46,9 @@ pub fn check(source: &dyn Weights) -> Result<Vec<String>> {
         if let Some(why) = gap(source.config(), list, layers).or_else(|| odd(list, layers)) {
             return Err(Error::failed(format!("{}: {why}; download the weights again", source.path().display())));
         }
-        notes.extend(lacking(source.config(), list, layers));
+        if !has_own_ways(source.config()) {
+            notes.extend(lacking(list, layers, false));
+        }
     }
     match without_embedding(source) {
         Some((why, true)) => {
@@ -60,17 +62,46 @@ pub fn check(source: &dyn Weights) -> Result<Vec<String>> {
 }
 
 /// What to say of what is probably missing of what sees or hears beside the language model of a known family, as far as its layers tell of
-/// one another.
+/// one another and config.json counts them.
 pub fn check_beside(graph: &Graph, source: &dyn Weights) -> Vec<String> {
     let parts = graph.aside.iter().filter(|(prefix, what)| *what == BESIDE && !prefix.is_empty());
     let parts: Vec<&str> = parts.map(|(prefix, _)| &**prefix).collect();
-    let lists = lists(source).into_iter().filter(|(list, _)| parts.iter().any(|part| list.starts_with(part)));
-    let missing = |(list, layers): (&str, Layers<'_>)| {
-        let odd = odd(list, &layers).map(|why| format!("{why}; download the weights again"));
-        // Settings by which layers of the language model differ say nothing of these.
-        odd.into_iter().chain(lacking(&Value::Null, list, &layers))
+    let lists: Vec<(&str, Layers<'_>)> =
+        lists(source).into_iter().filter(|(list, _)| parts.iter().any(|part| list.starts_with(part))).collect();
+    let missing = |(list, layers): &(&str, Layers<'_>)| {
+        let odd = odd(list, layers).map(|why| format!("{why}; download the weights again"));
+        odd.into_iter().chain(lacking(list, layers, true))
     };
-    lists.flat_map(missing).collect()
+    let mut notes: Vec<String> = lists.iter().flat_map(missing).collect();
+    for (part, words) in PARTS {
+        let own = lists.iter().filter(|(list, _)| words.iter().any(|word| list.contains(word)));
+        // Of several lists the longest holds its layers.
+        let longest = own.max_by_key(|(_, layers)| layers.len());
+        notes.extend(longest.and_then(|(list, layers)| cut(source.config(), part, list, layers)));
+    }
+    notes
+}
+
+/// Parts of config.json that count layers of their own, and what the names of such layers have in them.
+const PARTS: &[(&str, &[&str])] = &[("vision_config", &["vision", "visual"]), ("audio_config", &["audio"])];
+
+/// What counts the layers of a part.
+const COUNTS_OF_A_PART: &[&str] = &["num_hidden_layers", "depth", "encoder_layers", "vt_num_hidden_layers"];
+
+/// Fewer layers than a part of config.json counts, where all of them are alike.
+fn cut(config: &Value, part: &str, list: &str, layers: &Layers<'_>) -> Option<String> {
+    let (key, count) = COUNTS_OF_A_PART.iter().find_map(|key| Some((*key, integer(&config[part][*key])?)))?;
+    // What a projector is given may be made by an earlier layer than the last.
+    let unused = integer(&config["vision_feature_layer"]).filter(|last| *last < 0).map_or(0, |last| -1 - last);
+    let last = *layers.keys().next_back()?;
+    let missing = (layers.len() as i64) < count - unused && last + 1 == layers.len() && alike(layers);
+    missing.then(|| {
+        format!(
+            "config.json counts {count} layers ({part}.{key}), and the files have {} (`{list}.{last}` is the last): transformers makes up the \
+             others at random; download the weights again",
+            layers.len()
+        )
+    })
 }
 
 /// The lists of layers: what is numbered, and holds more than one module under each number.
@@ -175,15 +206,17 @@ fn odd(list: &str, layers: &Layers<'_>) -> Option<String> {
     None
 }
 
-/// Matrices that one layer lacks and all others have, where layers have nothing else in their own way.
-fn lacking(config: &Value, list: &str, layers: &Layers<'_>) -> Option<String> {
-    if layers.len() < 3 || has_own_ways(config) {
+/// Matrices that one layer lacks and all others have, where layers have nothing else in their own way; `all` other tensors, too, but for those
+/// that the first layer may do without.
+fn lacking(list: &str, layers: &Layers<'_>, all: bool) -> Option<String> {
+    if layers.len() < 3 {
         return None;
     }
+    let first = layers.keys().next();
     let numbered = |tail: &str| tail.split('.').any(|part| part.parse::<usize>().is_ok());
-    let all: BTreeSet<&str> = layers.values().flat_map(|tails| tails.keys().copied()).collect();
+    let tails: BTreeSet<&str> = layers.values().flat_map(|tails| tails.keys().copied()).collect();
     let mut missing: Vec<String> = Vec::new();
-    for tail in all.into_iter().filter(|tail| !numbered(tail) && tail.ends_with(".weight")) {
+    for tail in tails.into_iter().filter(|tail| !numbered(tail) && (all || tail.ends_with(".weight"))) {
         let mut without = layers.iter().filter(|(_, tails)| !tails.contains_key(tail));
         let (Some((number, own)), None) = (without.next(), without.next()) else { continue };
         let with: Vec<&BTreeMap<&str, &Entry>> = layers.values().filter(|tails| tails.contains_key(tail)).collect();
@@ -192,8 +225,9 @@ fn lacking(config: &Value, list: &str, layers: &Layers<'_>) -> Option<String> {
             let found: Vec<&[usize]> = with.iter().filter_map(|tails| Some(&tails.get(key)?.shape[..])).collect();
             found.len() * 2 >= with.len() && found.iter().all(|other| *other == shape)
         };
-        let matrix = with[0][tail].shape.len() == 2 && same(tail, &with[0][tail].shape);
-        if matrix && own.iter().all(|(key, entry)| same(key, &entry.shape)) {
+        let matrix = with[0][tail].shape.len() == 2;
+        let counts = (matrix || all && Some(number) != first) && same(tail, &with[0][tail].shape);
+        if counts && own.iter().all(|(key, entry)| same(key, &entry.shape)) {
             missing.push(format!("{list}.{number}.{tail}"));
         }
     }

@@ -6,6 +6,7 @@ use kernels::{Backend, GridSpec, recover};
 use ndarray::Array2;
 
 use crate::checkpoint::Checkpoint;
+use crate::dialect::projector;
 use crate::families;
 use crate::graph::{FURTHER, Graph, Linear, Stored};
 use crate::recipe::Towers;
@@ -68,6 +69,7 @@ impl Remarks {
             model.extend(families::check_whole(source).unwrap_or_default());
         } else {
             model.extend(families::check_beside(graph, source));
+            model.extend(projector::lacking(source));
         }
         model.extend(families::cannot_run(graph));
         let there = |prefix: &str| source.entries().iter().any(|entry| entry.name.starts_with(prefix));
@@ -88,7 +90,7 @@ impl Remarks {
         notes.extend(self.model.iter().cloned());
         if !self.aside.is_empty() {
             let done = match (target.carries_others(), target.projector("").is_some()) {
-                (true, _) if recipe.towers != Towers::Keep => {
+                (true, _) if recipe.towers != Towers::Keep && !target.idle().contains(&"towers") => {
                     "copied but for their linears, which are rounded without data"
                 }
                 (true, _) => "copied as they are",

@@ -18,14 +18,14 @@ use super::{Folded, Notes, Placement, Sink, Solved, Target, Write, further, in_p
 use crate::checkpoint::{Beside, Checkpoint, SideFile};
 use crate::error::{Error, Result};
 use crate::evidence::{lost_in_grid, share_of};
-use crate::families::spelt_out;
+use crate::families::{self, spelt_out};
 use crate::forward::Weight;
 use crate::graph::{Graph, Linear, Stored};
 use crate::importance::{Importance, ImportancePlace};
 use crate::json;
 use crate::output::{Staging, bytes_of, weight_files, weight_writer};
 use crate::plan::{End, Plan};
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, Towers};
 use crate::report::{Fate, PAPERS, TensorReport};
 use crate::rest::{Lost, Rest, copied, rest, write_floats};
 
@@ -131,8 +131,10 @@ impl<B: Backend> Target<B> for Directory {
             }
             further::uncount(config, &self.recipe);
             tell_dtype(config, source.dtype());
-            if let Some(Value::Object(text)) = config.get_mut("text_config") {
-                tell_dtype(text, source.dtype());
+            for key in families::TEXT_PARTS {
+                if let Some(Value::Object(text)) = config.get_mut(key) {
+                    tell_dtype(text, source.dtype());
+                }
             }
         }
         debug_assert!(self.plan.fates.iter().any(|(_, fate)| *fate == Fate::Quantized));
@@ -171,6 +173,11 @@ impl<B: Backend> Target<B> for Directory {
 
     fn projector(&self, _: &str) -> Option<String> {
         None
+    }
+
+    fn idle(&self) -> Vec<&'static str> {
+        let of_towers = self.plan.ends.iter().any(|end| end.whole);
+        if self.recipe.towers != Towers::Keep && !of_towers { vec!["towers"] } else { Vec::new() }
     }
 
     fn papers(&self, _: &str) -> [String; 2] {

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
 use crate::dialect::architectures::Architecture;
+use crate::families;
 use crate::graph::{FURTHER, Graph};
 use crate::recipe::{Mtp, Recipe};
 use crate::words::listed;
@@ -72,7 +73,9 @@ pub fn uncount(config: &mut Map<String, Value>, recipe: &Recipe) {
             list.filter(|list| list.len() == layers + further).into_iter().for_each(|list| list.truncate(layers));
         }
     }
-    if let Some(Value::Object(text)) = config.get_mut("text_config") {
-        uncount(text, recipe);
+    for key in families::TEXT_PARTS {
+        if let Some(Value::Object(text)) = config.get_mut(key) {
+            uncount(text, recipe);
+        }
     }
 }

@@ -17,7 +17,7 @@ use super::{Folded, Notes, Placement, Rounded, Sink, Solved, Target, Words, Writ
 use crate::checkpoint::Checkpoint;
 use crate::dialect::metadata::{About, ImportanceSource, Metadata, Written, metadata};
 use crate::dialect::names::{self, ExportPlan, ExportTensor, From, Part, Source};
-use crate::dialect::projector::Projector;
+use crate::dialect::projector::{Projector, Types};
 use crate::dialect::sampling;
 use crate::dialect::tokenizer::tokenizer;
 use crate::error::{Error, Result};
@@ -86,7 +86,7 @@ impl GgufPlan {
 
         let infos: Vec<TensorInfo<'_>> =
             plan.tensors.iter().map(|t| TensorInfo { name: &t.gguf, shape: &t.shape }).collect();
-        let overrides = overrides(graph, source, recipe, &plan, &places)?;
+        let (overrides, types) = overrides(graph, source, recipe, &plan, &places)?;
         let assigned = assign(mix, &model_shape(graph, &plan), &infos, weighted, &overrides)?;
 
         let (mut by_module, mut fallbacks, mut notices) = (HashMap::new(), HashMap::new(), Vec::new());
@@ -128,7 +128,7 @@ impl GgufPlan {
         let of = |(module, places): (&String, &Vec<Place>)| (module.clone(), places.iter().map(placement).collect());
         let placements = by_module.iter().map(of).collect();
         let metadata = written.metadata;
-        let (projector, told) = projector::plan(source, &graph.embedding.tensor, architecture, recipe.towers.ggml());
+        let (projector, told) = projector::plan(source, &graph.embedding.tensor, architecture, &types);
         notices.extend(told);
         Ok(GgufPlan {
             tensors,
@@ -163,14 +163,14 @@ fn unused_inputs(recipe: &Recipe, mix: &Mix, importance: &mut Importance) -> Vec
 }
 
 /// The types that the recipe gives tensors in place of the mix's: by their names, and those of modules that it leaves out or gives
-/// another scheme. Fails for a type that is not known and for a pattern that matches nothing.
+/// another scheme; and those of matrices in the file for images. Fails for a type that is not known and for a pattern that matches nothing.
 fn overrides(
     graph: &Graph,
     source: &Checkpoint,
     recipe: &Recipe,
     plan: &ExportPlan,
     places: &HashMap<String, Vec<Place>>,
-) -> Result<Overrides> {
+) -> Result<(Overrides, Types)> {
     let settings = recipe.gguf.as_ref().expect("a recipe for a GGUF file");
     let mut overrides = Overrides {
         tensors: settings.tensor_type.iter().map(|t| TensorOverride::parse(t)).collect::<Result<_>>()?,
@@ -206,8 +206,9 @@ fn overrides(
     if graph.head.tied && matches!(recipe.said_of(&graph.head.linear.module, &mut patterns), Said::Ignored) {
         overrides.tensors.insert(0, TensorOverride::parse(&format!("^token_embd\\.weight$={plain}"))?);
     }
+    let types = projector::types(graph, source, recipe, &mut patterns)?;
     patterns.check_hits()?;
-    Ok(overrides)
+    Ok((overrides, types))
 }
 
 /// What the mixes' rules ask of a model.

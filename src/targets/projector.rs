@@ -2,28 +2,31 @@
 
 use std::path::Path;
 
-use formats::{GgmlType, GgufTensor, GgufWriter};
+use formats::{GgufTensor, GgufWriter};
 use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
-use crate::dialect::projector::{self, Projector};
+use crate::dialect::projector::{self, Projector, Types};
 use crate::error::{Error, Result};
+use crate::families::component;
+use crate::graph::{BESIDE, Graph};
 use crate::json::read_json;
 use crate::output::Staging;
+use crate::recipe::{Patterns, Recipe, Said, Towers};
 use crate::report::projector_beside;
 
 /// What is to be written of a model, for a language model of this architecture, and what to say of it; neither for one that sees nothing.
-/// `matrices` is the type of its matrices where it is not the checkpoint's own.
+/// `types` are those of its matrices.
 pub fn plan(
     source: &Checkpoint,
     embedding: &str,
     architecture: &str,
-    matrices: Option<GgmlType>,
+    types: &Types,
 ) -> (Option<Projector>, Option<String>) {
     // What is wrong with a tokenizer is told where the model's own file is planned.
     let files = || source.tokenizer().ok().flatten();
     let token = |name: &str| files()?.tokenizer.token_to_id(name);
-    match projector::plan(source, embedding, &token, &preprocessor(source.path()), architecture, matrices) {
+    match projector::plan(source, embedding, &token, &preprocessor(source.path()), architecture, types) {
         None => (None, None),
         Some(Ok(found)) => {
             let note = "what makes tokens of images or sound is written beside the GGUF file, as mmproj-NAME: llama.cpp takes it with --mmproj";
@@ -33,6 +36,33 @@ pub fn plan(
             (None, Some(format!("the GGUF file holds the language model alone, and no mmproj file is written: {why}")))
         }
     }
+}
+
+/// The types that a recipe gives the matrices of what sees or hears; what its patterns name counts as matched.
+///
+/// Fails for a scheme that is no type that matrices are rounded to without a search.
+pub fn types(graph: &Graph, source: &Checkpoint, recipe: &Recipe, patterns: &mut Patterns) -> Result<Types> {
+    let mut types = Types { all: recipe.towers.ggml(), ..Types::default() };
+    let beside = |name: &str| graph.aside.iter().any(|(part, what)| *what == BESIDE && name.starts_with(part));
+    let matrices = source.entries().iter().filter(|entry| entry.shape.len() > 1 && beside(&entry.name));
+    for module in matrices.filter_map(|entry| entry.name.strip_suffix(".weight")) {
+        let ty = match recipe.said_of(module, patterns) {
+            Said::Nothing => continue,
+            Said::Ignored => None,
+            Said::Otherwise(change_to) => {
+                let scheme = change_to.scheme.as_deref().expect("resolved");
+                let choice = Towers::parse(scheme, "gguf").map_err(|_| {
+                    Error::usage(format!(
+                        "`{module}` stands in {}, whose matrices have types that need no search for scales, as Q8_0, Q5_1 or Q4_0, and not {scheme}",
+                        component(module).trim_end_matches('.')
+                    ))
+                })?;
+                choice.ggml()
+            }
+        };
+        types.some.insert(module.to_owned(), ty);
+    }
+    Ok(types)
 }
 
 /// From here on a value becomes infinite in F16.

@@ -37,11 +37,120 @@ fn wrappers() -> Vec<String> {
         let config = std::fs::read(folder().join(name).join("config.json")).unwrap();
         serde_json::from_slice::<Value>(&config).unwrap().get("vision_config").is_some()
     };
-    names().into_iter().filter(sees).collect()
+    names().into_iter().filter(sees).chain(DERIVED.iter().map(|(name, _)| (*name).to_owned())).collect()
+}
+
+/// A checkpoint as other code than transformers' publishes it: what it is made of, and what else its names and settings are.
+const DERIVED: &[(&str, &str)] = &[
+    ("internvl_chat_vision", "internvl_vision"),
+    ("kimi_vl_vision", "kimi_k25_vision"),
+    ("gemma4_unified_sound", "gemma4_unified_vision"),
+];
+
+/// Makes such a checkpoint of the one of transformers'.
+fn derive(room: &TempDir, name: &str) {
+    let folder = crate::harness::Model::at(room.path());
+    match name {
+        "internvl_chat_vision" => {
+            folder.weights(chat_names);
+            folder.config(|config| {
+                let (mut vision, text) = (config["vision_config"].take(), config["text_config"].take());
+                vision["model_type"] = json!("intern_vit_6b");
+                vision["image_size"] = vision["image_size"][0].clone();
+                vision["patch_size"] = vision["patch_size"][0].clone();
+                *config = json!({"architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "llm_config": text,
+                    "vision_config": vision, "downsample_ratio": 0.5, "select_layer": -1, "ps_version": "v2",
+                    "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"}, "torch_dtype": "bfloat16"});
+            });
+        }
+        "kimi_vl_vision" => {
+            rename(room, |name| {
+                let name = name.replace("mm_projector.pre_norm", "multi_modal_projector.pre_norm");
+                let name = name.replace("mm_projector.proj.0", "multi_modal_projector.linear_1");
+                name.replace("mm_projector.proj.2", "multi_modal_projector.linear_2")
+            });
+            folder.config(|config| {
+                config["architectures"] = json!(["KimiVLForConditionalGeneration"]);
+                config["model_type"] = json!("kimi_vl");
+                config["vision_config"]["model_type"] = json!("moonvit");
+            });
+        }
+        "gemma4_unified_sound" => {
+            folder.weights(|header, data| {
+                let offsets = json!([data.len(), data.len() + 2 * 64 * 640]);
+                data.resize(data.len() + 2 * 64 * 640, 0);
+                let entry = json!({"dtype": "BF16", "shape": [64, 640], "data_offsets": offsets});
+                header.insert("model.embed_audio.embedding_projection.weight".to_owned(), entry);
+            });
+            folder.config(|config| {
+                config["audio_config"] = json!({"model_type": "gemma4_unified_audio", "audio_embed_dim": 640});
+            });
+        }
+        other => panic!("{other}"),
+    }
+}
+
+/// Gives tensors the names of InternVL's own code, which has queries, keys and values in one.
+fn chat_names(header: &mut serde_json::Map<String, Value>, data: &mut Vec<u8>) {
+    const NAMES: &[(&str, &str)] = &[
+        ("model.language_model.", "language_model.model."),
+        ("lm_head.", "language_model.lm_head."),
+        ("model.multi_modal_projector.layer_norm.", "mlp1.0."),
+        ("model.multi_modal_projector.linear_1.", "mlp1.1."),
+        ("model.multi_modal_projector.linear_2.", "mlp1.3."),
+        ("model.vision_tower.", "vision_model."),
+        ("embeddings.cls_token", "embeddings.class_embedding"),
+        ("embeddings.patch_embeddings.projection", "embeddings.patch_embedding"),
+        ("embeddings.position_embeddings", "embeddings.position_embedding"),
+        ("encoder.layer.", "encoder.layers."),
+        ("attention.projection_layer", "attn.proj"),
+        ("layernorm_before", "norm1"),
+        ("layernorm_after", "norm2"),
+        ("lambda_", "ls"),
+    ];
+    let mut all = serde_json::Map::new();
+    for (name, entry) in std::mem::take(header) {
+        all.insert(NAMES.iter().fold(name, |name, (from, to)| name.replacen(from, to, 1)), entry);
+    }
+    for layer in 0.. {
+        let at = format!("vision_model.encoder.layers.{layer}");
+        if !all.contains_key(&format!("{at}.norm1.weight")) {
+            break;
+        }
+        for end in ["weight", "bias"] {
+            let (first, mut rows) = (data.len(), 0);
+            let mut shape = json!([]);
+            for part in ["q", "k", "v"] {
+                let entry = all.remove(&format!("{at}.attention.{part}_proj.{end}")).unwrap();
+                let [from, to] = [0, 1].map(|i| entry["data_offsets"][i].as_u64().unwrap() as usize);
+                data.extend_from_within(from..to);
+                shape = entry["shape"].clone();
+                rows += shape[0].as_u64().unwrap();
+            }
+            shape[0] = json!(rows);
+            let offsets = json!([first, data.len()]);
+            all.insert(
+                format!("{at}.attn.qkv.{end}"),
+                json!({"dtype": "BF16", "shape": shape, "data_offsets": offsets}),
+            );
+        }
+    }
+    // A file has no gaps.
+    let old = std::mem::take(data);
+    for (_, entry) in all.iter_mut().filter(|(name, _)| !name.starts_with("__")) {
+        let [from, to] = [0, 1].map(|i| entry["data_offsets"][i].as_u64().unwrap() as usize);
+        entry["data_offsets"] = json!([data.len(), data.len() + to - from]);
+        data.extend_from_slice(&old[from..to]);
+    }
+    *header = all;
 }
 
 fn model(name: &str) -> TempDir {
-    let room = checkpoint(name);
+    let derived = DERIVED.iter().find(|(derived, _)| *derived == name);
+    let room = checkpoint(derived.map_or(name, |(_, made_of)| made_of));
+    if derived.is_some() {
+        derive(&room, name);
+    }
     crate::gguf_families::spell(room.path());
     // The eighth token ends rows of pictures.
     let path = room.path().join("tokenizer.json");
@@ -54,7 +163,9 @@ fn model(name: &str) -> TempDir {
         let path = room.path().join(file);
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         let text = match *file {
-            "preprocessor_config.json" => r#"{"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.125, 1.0]}"#,
+            "preprocessor_config.json" => {
+                r#"{"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.125, 1.0], "min_image_tokens": 4, "max_image_tokens": 64}"#
+            }
             "chat_template.jinja" => "{{ messages }}",
             "chat_template.json" => r#"{"chat_template": "{{ messages }}"}"#,
             file if file.ends_with("json") => "{}",
@@ -157,11 +268,16 @@ const PROJECTED: &[&str] = &[
     "gemma3_vision.q8_0",
     "gemma4_vision",
     "gemma4_sound",
+    "gemma4_unified_sound",
     "mistral3_vision",
     "smolvlm_vision",
     "lfm2_vl_vision",
     "internvl_vision",
+    "glm4v_vision",
     "glm4v_moe_vision",
+    "glm5_next_vision",
+    "internvl_chat_vision",
+    "kimi_vl_vision",
     "kimi_k25_vision",
     "qwen2_audio_sound",
     "voxtral_sound",
@@ -303,7 +419,8 @@ fn what_one_layer_of_a_tower_lacks_is_told() {
         quantize(room.path(), &outputs.path().join(kind), rtn).unwrap().notes
     };
     for name in wrappers() {
-        let source = Checkpoint::open(checkpoint(&name).path()).unwrap();
+        let room = model(&name);
+        let source = Checkpoint::open(room.path()).unwrap();
         let graph = quantc::families::graph_of(&source).unwrap();
         assert_eq!(quantc::families::check_beside(&graph, &source), Vec::<String>::new(), "{name}");
     }
@@ -417,4 +534,221 @@ fn towers_are_quantized_in_formats_that_are_loaded_so() {
     assert_eq!(said("format = 'gguf'\ntowers = 'q5_1'")["towers"], json!("Q5_1"));
     assert_eq!(said("towers = 'quantize'")["towers"], json!("quantize"));
     assert_eq!(said("format = 'gptq'")["towers"], json!("keep"));
+}
+
+/// Sets a value under a path of config.json.
+fn set(room: &TempDir, path: &str, value: Value) {
+    crate::harness::Model::at(room.path()).config(|config| {
+        let mut at = config;
+        for key in path.split('/') {
+            at = &mut at[key];
+        }
+        *at = value;
+    });
+}
+
+const RTN: &str = "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'";
+
+/// llama.cpp computes the same whatever config.json says of these, so that it would see or hear something else.
+#[test]
+fn what_llama_cpp_computes_otherwise_gets_no_file() {
+    let outputs = tempfile::tempdir().unwrap();
+    let cases = [
+        ("qwen2_5_vl_vision", "vision_config/hidden_act", json!("gelu"), "llama.cpp computes silu alone"),
+        ("qwen2_5_vl_vision", "vision_config/window_size", json!(56), "vision_config.window_size 56"),
+        ("qwen3_vl_vision", "vision_config/hidden_act", json!("silu"), "llama.cpp computes gelu alone"),
+        ("qwen3_5_vision", "vision_config/spatial_merge_size", json!(4), "vision_config.spatial_merge_size 4"),
+        ("smolvlm_vision", "vision_config/hidden_act", json!("quick_gelu"), "llama.cpp computes gelu alone"),
+        ("lfm2_vl_vision", "vision_config/hidden_act", json!("relu"), "vision_config.hidden_act relu"),
+        ("lfm2_vl_vision", "projector_hidden_act", json!("silu"), "projector_hidden_act silu"),
+        ("gemma3_vision", "vision_config/hidden_act", json!("quick_gelu"), "vision_config.hidden_act quick_gelu"),
+        ("gemma4_vision", "vision_config/hidden_activation", json!("silu"), "vision_config.hidden_activation silu"),
+        ("gemma4_sound", "audio_config/hidden_act", json!("gelu"), "audio_config.hidden_act gelu"),
+        ("mistral3_vision", "projector_hidden_act", json!("silu"), "projector_hidden_act silu"),
+        (
+            "mistral3_vision",
+            "vision_config/rope_parameters/rope_theta",
+            json!(500.0),
+            "vision_config.rope_parameters.rope_theta 500",
+        ),
+        ("internvl_vision", "projector_hidden_act", json!("relu"), "projector_hidden_act relu"),
+        ("internvl_vision", "vision_config/norm_type", json!("rms_norm"), "takes norms to be of the other kind"),
+        ("glm4v_vision", "vision_config/hidden_act", json!("relu"), "llama.cpp computes gelu and silu alone"),
+        ("kimi_k25_vision", "vision_config/projector_hidden_act", json!("relu"), "projector_hidden_act relu"),
+        ("qwen2_audio_sound", "audio_config/activation_function", json!("relu"), "activation_function relu"),
+        ("voxtral_sound", "projector_hidden_act", json!("silu"), "projector_hidden_act silu"),
+    ];
+    for (at, (name, path, value, told)) in cases.into_iter().enumerate() {
+        let room = model(name);
+        set(&room, path, value);
+        let output = outputs.path().join(format!("{at}.gguf"));
+        let report = quantize(room.path(), &output, RTN).unwrap();
+        assert!(output.exists() && !outputs.path().join(format!("mmproj-{at}.gguf")).exists(), "{name}: {path}");
+        let why = report.notes.iter().find(|note| note.contains("no mmproj file is written"));
+        assert!(why.is_some_and(|why| why.contains(told)), "{name}: {path}: {:#?}", report.notes);
+    }
+    // Words for what it computes are others than that of its own files.
+    let room = model("qwen3_vl_vision");
+    set(&room, "vision_config/hidden_act", json!("gelu"));
+    assert!(quantize(room.path(), &outputs.path().join("same.gguf"), RTN).unwrap().projector.is_some());
+}
+
+/// Norms, biases, positions and whole blocks: llama.cpp refuses such a file or computes without them, transformers makes them up.
+#[test]
+fn what_a_tower_lacks_of_what_its_class_has_is_told() {
+    let outputs = tempfile::tempdir().unwrap();
+    let cases = [
+        ("qwen2_5_vl_vision", "visual.blocks.0.norm1.weight"),
+        ("qwen3_vl_vision", "model.visual.pos_embed.weight"),
+        ("qwen3_vl_vision", "model.visual.blocks.0.attn.qkv.bias"),
+        ("qwen3_vl_vision", "model.visual.deepstack_merger_list.0.norm.bias"),
+        ("gemma3_vision", "multi_modal_projector.mm_soft_emb_norm.weight"),
+        ("gemma4_sound", "model.audio_tower.layers.0.norm_out.weight"),
+        ("mistral3_vision", "vision_tower.ln_pre.weight"),
+        ("smolvlm_vision", "model.vision_model.encoder.layers.0.layer_norm2.bias"),
+        ("lfm2_vl_vision", "model.multi_modal_projector.linear_2.weight"),
+        ("internvl_vision", "model.vision_tower.embeddings.cls_token"),
+        ("glm4v_vision", "model.visual.post_layernorm.weight"),
+        ("kimi_k25_vision", "vision_tower.patch_embed.pos_emb.weight"),
+        ("qwen2_audio_sound", "audio_tower.conv2.bias"),
+        ("voxtral_sound", "audio_tower.layers.0.self_attn.out_proj.bias"),
+    ];
+    let told = |notes: &[String], what: &str| notes.iter().any(|note| note.contains(what));
+    for (at, (name, tensor)) in cases.into_iter().enumerate() {
+        let room = model(name);
+        crate::harness::Model::at(room.path()).weights(|header, _| {
+            let keys: Vec<String> = header.keys().cloned().collect();
+            let entry = header.remove(tensor).unwrap_or_else(|| panic!("{name}: {keys:?}"));
+            header.insert("lm_head.unread".to_owned(), entry);
+        });
+        let output = outputs.path().join(format!("{at}.gguf"));
+        let report = quantize(room.path(), &output, &format!("{RTN}\nunknown_tensors = 'copy'")).unwrap();
+        let why = report.notes.iter().find(|note| note.contains("no mmproj file is written"));
+        let missing = format!("the checkpoint has no `{tensor}`");
+        assert!(why.is_some_and(|why| why.contains(&missing)), "{name}: {tensor}: {:#?}", report.notes);
+        assert!(told(&report.notes, "makes such tensors up at random"), "{name}: {:#?}", report.notes);
+    }
+    // What is counted and not there.
+    for (name, path, count) in
+        [("qwen3_vl_moe_vision", "vision_config/depth", 4), ("smolvlm_vision", "vision_config/num_hidden_layers", 2)]
+    {
+        let room = model(name);
+        set(&room, path, json!(count));
+        let plain = outputs.path().join(format!("{name}-plain"));
+        let notes = quantc::convert::convert(room.path(), &plain, None, Default::default(), false).unwrap();
+        assert!(told(&notes, "the checkpoint has no `model.vis"), "{name}: {notes:#?}");
+        let counts = notes.iter().any(|note| note.contains(&format!("config.json counts {count} layers")));
+        assert_eq!(counts, name.contains("moe"), "{name}: {notes:#?}");
+        let report = quantize(room.path(), &outputs.path().join(format!("{name}.gguf")), RTN).unwrap();
+        assert!(report.projector.is_none(), "{name}");
+    }
+}
+
+#[test]
+fn a_norm_that_one_layer_of_a_tower_lacks_is_told() {
+    let room = model("qwen3_vl_moe_vision");
+    crate::harness::Model::at(room.path()).weights(|header, _| {
+        let entry = header.remove("model.visual.blocks.2.norm2.bias").unwrap();
+        header.insert("model.visual.another".to_owned(), entry);
+    });
+    let source = Checkpoint::open(room.path()).unwrap();
+    let graph = quantc::families::graph_of(&source).unwrap();
+    let notes = quantc::families::check_beside(&graph, &source);
+    assert!(notes.iter().any(|note| note.contains("`model.visual.blocks.2.norm2.bias` is missing")), "{notes:?}");
+}
+
+/// As a language model is that is quantized already.
+#[test]
+fn a_tower_that_is_quantized_already_is_dequantized_for_its_file() {
+    let outputs = tempfile::tempdir().unwrap();
+    let room = model("qwen3_vl_vision");
+    let packed = outputs.path().join("packed");
+    let toml = "scheme = 'W8A16'\nmethod = 'rtn'\ngroup_size = 32\ntowers = 'quantize'";
+    quantize(room.path(), &packed, toml).unwrap();
+    let output = outputs.path().join("m.gguf");
+    let report = quantize(&packed, &output, RTN).unwrap();
+    assert!(report.projector.is_some(), "{:#?}", report.notes);
+    let file = GgufFile::open(outputs.path().join("mmproj-m.gguf")).unwrap();
+    let written = file.get("v.blk.0.attn_qkv.weight").unwrap();
+    assert_eq!(written.ty.name, "BF16");
+    let source = Checkpoint::open(&packed).unwrap();
+    let expected = source.load("model.visual.blocks.0.attn.qkv.weight").unwrap();
+    let mut found = vec![0.0; expected.len()];
+    written.ty.dequantize(written.data, &mut found).unwrap();
+    let off = found.iter().zip(&expected).fold(0.0f32, |most, (a, b)| most.max((a - b).abs() / b.abs().max(1e-3)));
+    assert!(off < 0.005, "{off}");
+}
+
+#[test]
+fn what_a_recipe_names_of_a_tower_has_its_own_type_in_the_file_for_images() {
+    let (room, outputs) = (model("qwen3_vl_vision"), tempfile::tempdir().unwrap());
+    let write = |name: &str, more: &str| {
+        quantize(room.path(), &outputs.path().join(format!("{name}.gguf")), &format!("{RTN}\n{more}"))
+    };
+    let types = |name: &str| -> BTreeMap<String, &'static str> {
+        let file = GgufFile::open(outputs.path().join(format!("mmproj-{name}.gguf"))).unwrap();
+        file.tensors().iter().map(|tensor| (tensor.name.to_string(), tensor.ty.name)).collect()
+    };
+    write(
+        "some",
+        "towers = 'quantize'\nignore = ['merger.linear_fc1']\n[[override]]\nmatch = 'mlp.linear_fc2'\nscheme = 'Q4_0'",
+    )
+    .unwrap();
+    let found = types("some");
+    let of = |name: &str| found[name];
+    assert_eq!(
+        [of("mm.0.weight"), of("mm.2.weight"), of("v.blk.0.ffn_down.weight"), of("v.blk.0.ffn_up.weight")],
+        ["BF16", "Q8_0", "Q4_0", "Q8_0"]
+    );
+    // All of it stays, and the pattern is no typing error.
+    write("kept", "ignore = ['re:.*visual.*']").unwrap();
+    assert_eq!(types("kept")["mm.0.weight"], "BF16");
+    let error = write("wrong", "ignore = ['visual.nothing']").unwrap_err();
+    assert!(error.to_string().contains("matches no linear"), "{error}");
+    let error = write("searched", "[[override]]\nmatch = 'merger.linear_fc1'\nscheme = 'Q4_K'").unwrap_err();
+    assert!(error.to_string().contains("without a search") || error.to_string().contains("no search"), "{error}");
+}
+
+/// Renames all tensors of a checkpoint.
+fn rename(room: &TempDir, name_of: impl Fn(&str) -> String) {
+    crate::harness::Model::at(room.path()).weights(|header, _| {
+        let all = std::mem::take(header).into_iter();
+        *header =
+            all.map(|(name, entry)| (if name.starts_with("__") { name } else { name_of(&name) }, entry)).collect();
+    });
+}
+
+#[test]
+fn a_tower_under_an_older_name_is_not_missed() {
+    let (room, outputs) = (model("qwen3_vl_vision"), tempfile::tempdir().unwrap());
+    rename(&room, |name| name.replace("model.visual.", "visual.").replace("model.language_model.", "model."));
+    let toml = "scheme = 'W8A16'\nmethod = 'rtn'\ngroup_size = 32\ntowers = 'quantize'";
+    let report = quantize(room.path(), &outputs.path().join("out"), toml).unwrap();
+    assert!(report.notes.iter().any(|note| note.contains("linears of `visual`")), "{:#?}", report.notes);
+    assert!(!report.notes.iter().any(|note| note.contains("have no linears in")), "{:#?}", report.notes);
+}
+
+#[test]
+fn a_model_that_hears_by_another_encoder_is_told_of() {
+    let (room, outputs) = (model("granite_plain"), tempfile::tempdir().unwrap());
+    rename(&room, |name| format!("language_model.{name}"));
+    crate::harness::Model::at(room.path()).config(|config| {
+        let text = config.take();
+        *config = json!({"architectures": ["GraniteSpeechForConditionalGeneration"], "model_type": "granite_speech",
+            "text_config": text, "encoder_config": {"model_type": "granite_speech_encoder"}, "tie_word_embeddings": false});
+    });
+    let report = quantize(room.path(), &outputs.path().join("m.gguf"), RTN).unwrap();
+    let told = "no file for images or sound is known here for models of the type granite_speech";
+    assert!(report.notes.iter().any(|note| note.contains(told)), "{:#?}", report.notes);
+}
+
+/// What is said of them together.
+#[test]
+fn a_tower_of_which_nothing_can_be_quantized_is_said_to_be_copied() {
+    let (room, outputs) = (model("gemma4_vision"), tempfile::tempdir().unwrap());
+    let toml = "scheme = 'W8A16'\nmethod = 'rtn'\ngroup_size = 32\ntowers = 'quantize'";
+    let report = quantize(room.path(), &outputs.path().join("out"), toml).unwrap();
+    let told = |what: &str| report.notes.iter().any(|note| note.contains(what));
+    assert!(told("towers has no effect") && told("copied as they are"), "{:#?}", report.notes);
+    assert!(!told("rounded without data"), "{:#?}", report.notes);
 }

@@ -21,12 +21,13 @@ HERE = Path(__file__).resolve().parent
 FIXTURES = HERE.parent / "fixtures"
 NAMES = [
     "qwen2_5_vl_vision", "qwen2_5_vl_vision.q8_0", "qwen3_vl_vision", "qwen3_vl_moe_vision", "qwen3_5_vision", "qwen3_5_moe_vision",
-    "gemma3_vision", "gemma3_vision.q8_0", "gemma4_vision", "gemma4_sound", "mistral3_vision", "smolvlm_vision", "lfm2_vl_vision",
-    "internvl_vision", "glm4v_moe_vision", "kimi_k25_vision", "qwen2_audio_sound", "voxtral_sound",
+    "gemma3_vision", "gemma3_vision.q8_0", "gemma4_vision", "gemma4_sound", "gemma4_unified_sound", "mistral3_vision", "smolvlm_vision", "lfm2_vl_vision",
+    "internvl_vision", "glm4v_vision", "glm4v_moe_vision", "glm5_next_vision", "internvl_chat_vision",
+    "kimi_vl_vision", "kimi_k25_vision", "qwen2_audio_sound", "voxtral_sound",
 ]  # fmt: skip
 # What tells of the model, or of the program that wrote the file.
 OTHERS = ("general.name", "general.basename", "general.finetune", "general.size_label", "general.version", "GGUF.")
-PREPROCESSOR = {"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.125, 1.0]}
+PREPROCESSOR = {"image_mean": [0.5, 0.25, 0.75], "image_std": [0.5, 0.125, 1.0], "min_image_tokens": 4, "max_image_tokens": 64}
 # The converter knows as many linears of a projector as there are blocks, of which the tiny checkpoints have one or two.
 WIDER = """
 import runpy, sys
@@ -38,6 +39,55 @@ gguf.get_tensor_name_map = lambda arch, blocks: names(arch, max(blocks, 8))
 sys.argv[0] = source + "/convert_hf_to_gguf.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+DERIVED = {"internvl_chat_vision": "internvl_vision", "kimi_vl_vision": "kimi_k25_vision", "gemma4_unified_sound": "gemma4_unified_vision"}
+# What InternVL's own code calls what transformers calls otherwise.
+CHAT = {
+    "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.",
+    "model.multi_modal_projector.layer_norm.": "mlp1.0.", "model.multi_modal_projector.linear_1.": "mlp1.1.",
+    "model.multi_modal_projector.linear_2.": "mlp1.3.", "model.vision_tower.": "vision_model.", "embeddings.cls_token": "embeddings.class_embedding",
+    "embeddings.patch_embeddings.projection": "embeddings.patch_embedding", "embeddings.position_embeddings": "embeddings.position_embedding",
+    "encoder.layer.": "encoder.layers.", "attention.projection_layer": "attn.proj", "layernorm_before": "norm1", "layernorm_after": "norm2",
+    "lambda_": "ls",
+}  # fmt: skip
+KIMI = {"mm_projector.pre_norm": "multi_modal_projector.pre_norm", "mm_projector.proj.0": "multi_modal_projector.linear_1",
+        "mm_projector.proj.2": "multi_modal_projector.linear_2"}  # fmt: skip
+
+
+def derive(name: str, folder: Path) -> None:
+    """Rewrite a checkpoint of transformers' as other code publishes it."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    if name == "gemma4_unified_sound":
+        # Its converter asks for both.
+        own = "model.embed_{}.embedding_projection.weight"
+        tensors[own.format("audio")] = torch.zeros(64, 640, dtype=torch.bfloat16)
+        config["audio_config"] = {"model_type": "gemma4_unified_audio", "audio_embed_dim": 640}
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        return
+    chat = name == "internvl_chat_vision"
+    for old in list(tensors):
+        new = old
+        for part, other in (CHAT if chat else KIMI).items():
+            new = new.replace(part, other, 1)
+        tensors[new] = tensors.pop(old)
+    for first in [one for one in tensors if ".attention.q_proj." in one]:
+        parts = [tensors.pop(first.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        tensors[first.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
+    if chat:
+        vision = config["vision_config"] | {"model_type": "intern_vit_6b"}
+        vision |= {key: vision[key][0] for key in ("image_size", "patch_size")}
+        config = {"architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "llm_config": config["text_config"],
+                  "vision_config": vision, "downsample_ratio": 0.5, "select_layer": -1, "ps_version": "v2"}  # fmt: skip
+    else:
+        config |= {"architectures": ["KimiVLForConditionalGeneration"], "model_type": "kimi_vl"}
+        config["vision_config"]["model_type"] = "moonvit"
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def plain(value):
@@ -64,7 +114,10 @@ def main() -> None:
         name, _, kind = listed.partition(".")
         with tempfile.TemporaryDirectory() as scratch:
             scratch = Path(scratch)
-            write_whole(name, scratch)
+            write_whole(DERIVED.get(name, name), scratch)
+            if name in DERIVED:
+                (scratch / DERIVED[name]).rename(scratch / name)
+                derive(name, scratch / name)
             (scratch / name / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
             # transformers spells this class otherwise than the published model does.
             config = (scratch / name / "config.json").read_text()

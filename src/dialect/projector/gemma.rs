@@ -1,5 +1,6 @@
 //! Gemma 3, whose vision tower is SigLIP's.
 
+use super::computed::{Is, Need};
 use super::siglip::{IN_TOWER, over_patches};
 use super::{Kind, Make, PLAIN, Rule, Ty, count, flag, float};
 use crate::json::{integer, real};
@@ -19,15 +20,18 @@ pub(super) const GEMMA3: Kind = Kind {
                 to: "mm.input_projection.weight",
                 make: Make::Whole,
                 ty: Ty::F16,
+                need: Need::Itself,
             },
             Rule {
                 from: "multi_modal_projector.mm_soft_emb_norm.weight",
                 to: "mm.soft_emb_norm.weight",
                 make: Make::PlusOne,
                 ty: Ty::F32,
+                need: Need::Itself,
             },
         ],
     ],
+    computes: &[("/vision_config/hidden_act", Is::Gelu)],
     settings: |said, out| {
         let size = said.count(&["image_size"])?;
         count(out, "image_size", size);

@@ -1,9 +1,62 @@
-//! Kimi K2.5, whose tower is MoonViT.
+//! Kimi-VL and Kimi K2.5, whose tower is MoonViT.
 
 use formats::container::gguf::MetadataValue;
 
-use super::{Kind, Make, PLAIN, count, float, made, same};
+use super::computed::{Is, Need};
+use super::{Kind, Make, PLAIN, Rule, Ty, count, flag, float, made, same, weight};
 use crate::json::{integer, real};
+
+/// Kimi-VL.
+pub(super) const KIMI_VL: Kind = Kind {
+    id: "kimivl",
+    model_types: &["kimi_vl"],
+    architectures: &["deepseek2"],
+    prefixes: &["vision_tower.", "multi_modal_projector."],
+    rules: &[&[
+        same("vision_tower.patch_embed.proj", "v.patch_embd"),
+        Rule {
+            from: "vision_tower.patch_embed.pos_emb.weight",
+            to: "v.position_embd.weight",
+            make: Make::Places,
+            ty: Ty::F32,
+            need: Need::Itself,
+        },
+        made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_q", Make::Rows(0, 3)),
+        made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_k", Make::Rows(1, 3)),
+        made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_v", Make::Rows(2, 3)),
+        same("vision_tower.encoder.blocks.{}.wo", "v.blk.{}.attn_out"),
+        same("vision_tower.encoder.blocks.{}.norm0", "v.blk.{}.ln1"),
+        same("vision_tower.encoder.blocks.{}.norm1", "v.blk.{}.ln2"),
+        same("vision_tower.encoder.blocks.{}.mlp.fc0", "v.blk.{}.ffn_up"),
+        same("vision_tower.encoder.blocks.{}.mlp.fc1", "v.blk.{}.ffn_down"),
+        same("vision_tower.encoder.final_layernorm", "v.post_ln"),
+        same("multi_modal_projector.pre_norm", "mm.input_norm"),
+        same("multi_modal_projector.linear_1", "mm.1"),
+        same("multi_modal_projector.linear_2", "mm.2"),
+    ]],
+    // Those of the published class.
+    usual: &[
+        ("patch_size", 14),
+        ("hidden_size", 1152),
+        ("num_hidden_layers", 27),
+        ("num_attention_heads", 16),
+        ("intermediate_size", 4304),
+    ],
+    settings: |said, out| {
+        let patch = said.count(&["patch_size"])?;
+        // Pictures may have any size, and the file has to name one.
+        count(out, "image_size", 64 * patch);
+        flag(out, "use_gelu");
+        count(out, "projector.scale_factor", 2);
+        float(out, "attention.layer_norm_epsilon", real(&said.vision["layer_norm_eps"]).unwrap_or(1e-5));
+        let sides: Vec<i64> = said.list("merge_kernel_size");
+        match sides[..] {
+            [] | [2, 2] => Ok(()),
+            _ => Err(format!("vision_config has merge_kernel_size {sides:?}, and llama.cpp joins 2 · 2 patches")),
+        }
+    },
+    ..PLAIN
+};
 
 /// Kimi K2.5.
 pub(super) const KIMI_K25: Kind = Kind {
@@ -13,7 +66,7 @@ pub(super) const KIMI_K25: Kind = Kind {
     prefixes: &["vision_tower.", "mm_projector."],
     rules: &[&[
         same("vision_tower.patch_embed.proj", "v.patch_embd"),
-        same("vision_tower.patch_embed.pos_emb", "v.position_embd"),
+        weight("vision_tower.patch_embed.pos_emb", "v.position_embd"),
         made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_qkv", Make::Sides),
         same("vision_tower.encoder.blocks.{}.wo", "v.blk.{}.attn_out"),
         same("vision_tower.encoder.blocks.{}.norm0", "v.blk.{}.ln1"),
@@ -26,6 +79,11 @@ pub(super) const KIMI_K25: Kind = Kind {
         same("mm_projector.proj.2", "mm.2"),
     ]],
     usual: &[("patch_size", 14), ("init_pos_emb_height", 64), ("init_pos_emb_width", 64), ("init_pos_emb_time", 4)],
+    computes: &[
+        ("/vision_config/hidden_act", Is::Gelu),
+        ("/vision_config/projector_hidden_act", Is::Gelu),
+        ("/vision_config/rope_parameters/rope_theta", Is::Number(1e4)),
+    ],
     settings: |said, out| {
         let patch = said.count(&["patch_size"])?;
         count(out, "image_size", said.count(&["init_pos_emb_height"])? * patch);
@@ -33,8 +91,7 @@ pub(super) const KIMI_K25: Kind = Kind {
             let positions = said.count(&[&format!("init_pos_emb_{side}")])?;
             out.push((format!("vision.pos_emb_{side}"), MetadataValue::U32(positions)));
         }
-        let gelu = said.vision["projector_hidden_act"].as_str().is_none_or(|name| name == "gelu");
-        out.push(("clip.use_gelu".to_owned(), MetadataValue::Bool(gelu)));
+        flag(out, "use_gelu");
         float(out, "attention.layer_norm_epsilon", real(&said.vision["projector_ln_eps"]).unwrap_or(1e-5));
         let side = integer(&said.vision["merge_kernel_size"][0]).and_then(|side| u32::try_from(side).ok());
         count(out, "projector.scale_factor", side.unwrap_or(2));

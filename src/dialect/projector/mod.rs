@@ -3,6 +3,7 @@
 //! A kind of projector is data: what llama.cpp calls it, which models have it, what each tensor is called there and how it is made, and
 //! which settings it has. Of a kind there is one small file, and a line in [`KINDS`].
 
+mod computed;
 mod gemma;
 mod gemma4;
 mod glm;
@@ -13,15 +14,19 @@ mod qwen;
 mod siglip;
 mod whisper;
 
+use std::collections::HashMap;
+
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
 use formats::{Dtype, GgmlType};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use self::computed::{Computed, Need};
 use super::metadata::Metadata;
-use crate::families::type_of;
+use crate::families::{text_settings, type_of};
 use crate::json::{integer, real};
 use crate::mixes::Mix;
 use crate::weights::{StoredType, Weights};
+use crate::words::listed;
 
 /// Every kind that can be written.
 const KINDS: &[&Kind] = &[
@@ -30,11 +35,15 @@ const KINDS: &[&Kind] = &[
     &qwen::QWEN3,
     &gemma::GEMMA3,
     &gemma4::GEMMA4,
+    &gemma4::UNIFIED,
     &pixtral::PIXTRAL,
     &siglip::IDEFICS3,
     &siglip::LFM2,
     &internvl::INTERNVL,
+    &internvl::INTERNVL_CHAT,
     &glm::GLM4V,
+    &glm::GLM5V,
+    &kimi::KIMI_VL,
     &kimi::KIMI_K25,
     &whisper::QWEN2_AUDIO,
     &whisper::VOXTRAL,
@@ -54,10 +63,14 @@ struct Kind {
     prefixes: &'static [&'static str],
     /// Of each tensor, or of weight and bias of a module, what becomes of it.
     rules: &'static [&'static [Rule]],
+    /// Settings that llama.cpp takes for something.
+    computes: &'static [Computed],
     /// Counts of its `vision_config` where that does not say them.
     usual: &'static [(&'static str, u32)],
     /// It may hear, too, so that its types are told of each sense.
     hears: bool,
+    /// It has no blocks: patches and sound go to the projector at once.
+    flat: bool,
     /// It hears and sees nothing: its settings are those of `audio_config`.
     alone: bool,
     /// Settings of its own, and those that it says otherwise than all others do.
@@ -76,8 +89,10 @@ const PLAIN: Kind = Kind {
     architectures: &[],
     prefixes: &[],
     rules: &[],
+    computes: &[],
     usual: &[],
     hears: false,
+    flat: false,
     alone: false,
     settings: |_, _| Ok(()),
     ends_rows: None,
@@ -92,6 +107,7 @@ struct Rule {
     to: &'static str,
     make: Make,
     ty: Ty,
+    need: Need,
 }
 
 /// How the values of a tensor of the file are made.
@@ -114,8 +130,14 @@ enum Make {
     /// A linear over the three colours of each pixel of a patch as a convolution over these: `[out, height · width · 3]` becomes `[out, 3,
     /// height, width]`.
     Pixels,
+    /// The three colours of each pixel, in the last extent, with all that is of one colour before what is of the next.
+    Colours,
+    /// With its first two extents the other way round.
+    Swapped,
     /// Without its second extent, which is 1.
     Squeezed,
+    /// Of places in rows and columns one list: `[height, width, out]` becomes `[height · width, out]`.
+    Places,
     /// Of queries, keys and values one after the other the first two, whose heads turn by width and height in turn, with all that turns by
     /// width before what turns by height.
     Sides,
@@ -132,19 +154,34 @@ enum Ty {
     F16,
 }
 
-/// Weight and bias of a module, as they are.
+/// Weight and bias of a module, as they are; both have to be there.
 const fn same(from: &'static str, to: &'static str) -> Rule {
-    Rule { from, to, make: Make::Whole, ty: Ty::Usual }
+    made(from, to, Make::Whole)
+}
+
+/// The same, of a module that may have no bias.
+const fn weight(from: &'static str, to: &'static str) -> Rule {
+    Rule { need: Need::Weight, ..same(from, to) }
+}
+
+/// A tensor as it is, which has to be there.
+const fn itself(from: &'static str, to: &'static str) -> Rule {
+    Rule { need: Need::Itself, ..same(from, to) }
+}
+
+/// Weight and bias of a module, or a tensor, as they are, where they are there.
+const fn free(from: &'static str, to: &'static str) -> Rule {
+    Rule { need: Need::Nothing, ..same(from, to) }
 }
 
 /// Weight and bias of a module, made so.
 const fn made(from: &'static str, to: &'static str, make: Make) -> Rule {
-    Rule { from, to, make, ty: Ty::Usual }
+    Rule { from, to, make, ty: Ty::Usual, need: Need::Both }
 }
 
 /// Weight and bias of a module as they are, in a type that llama.cpp asks for.
 const fn typed(from: &'static str, to: &'static str, ty: Ty) -> Rule {
-    Rule { from, to, make: Make::Whole, ty }
+    Rule { ty, ..same(from, to) }
 }
 
 /// What the files of a model say.
@@ -174,25 +211,6 @@ impl Said<'_> {
     /// A count where it is said, or what counts where it is not.
     fn count_or(&self, key: &str, default: u32) -> Result<u32, String> {
         if self.vision[key].is_null() { Ok(default) } else { self.count(&[key]) }
-    }
-
-    /// The word for the activation.
-    fn activation(&self, default: &'static str) -> &str {
-        self.vision["hidden_act"].as_str().unwrap_or(default)
-    }
-
-    /// Says in a file which activation the vision tower has, of those that llama.cpp computes there.
-    fn flag_activation(&self, out: &mut Metadata, default: &'static str) -> Result<(), String> {
-        match self.activation(default) {
-            "silu" => flag(out, "use_silu"),
-            "gelu" => flag(out, "use_gelu"),
-            other => {
-                return Err(format!(
-                    "the vision tower has the activation {other}, which llama.cpp does not compute there"
-                ));
-            }
-        }
-        Ok(())
     }
 
     /// What the values of pictures are shifted or divided by.
@@ -254,34 +272,28 @@ pub struct Tensor {
 /// and for one that hears, unless it is known how.
 ///
 /// `embedding` is the tensor that tokens have a row in each, and `token` finds one; `preprocessor` is what preprocessor_config.json and processor_config.json say. Fails, with the reason, where llama.cpp has
-/// no such projector, or the files do not say what it needs. `matrices` is the type of matrices where that is not to be the checkpoint's own.
+/// no such projector, or the files do not say what it needs. `types` are those of matrices.
 pub fn plan(
     source: &dyn Weights,
     embedding: &str,
     token: &dyn Fn(&str) -> Option<u32>,
     preprocessor: &Value,
     architecture: &str,
-    matrices: Option<GgmlType>,
+    types: &Types,
 ) -> Option<Result<Projector, String>> {
     let config = source.config();
-    let part = |key: &str| config.get(key).filter(|part| part.is_object());
-    let own = |kind: &&&Kind| {
-        let own = type_of(config).is_some_and(|own| kind.model_types.contains(&own));
-        own && part(kind.part()).is_some_and(|part| kind.tower.is_none_or(|tower| type_of(part) == Some(tower)))
-    };
-    let kind = KINDS.iter().find(own);
-    if kind.is_none() {
-        part("vision_config")?;
+    let kind = kind_of(config);
+    if kind.is_none() && !SENSES.iter().any(|part| config[*part].is_object()) {
+        return None;
     }
     let Some(kind) = kind.filter(|kind| kind.architectures.contains(&architecture)) else {
-        return Some(Err(format!(
-            "no file for images is known here for models of the type {}",
-            type_of(config).unwrap_or_default()
-        )));
+        let model = type_of(config).unwrap_or_default();
+        return Some(Err(format!("no file for images or sound is known here for models of the type {model}")));
     };
-    let text = config.get("text_config").unwrap_or(config);
-    let vision = &kind.completed(&config[kind.part()]);
-    let found = kind.plan(source, &Said { config, part: kind.part(), vision, text, preprocessor }, matrices);
+    let found = kind.laid_out(source, preprocessor, types).and_then(|(found, missing)| match &missing[..] {
+        [] => Ok(found),
+        missing => Err(lacks(missing)),
+    });
     Some(found.and_then(|mut found| {
         if let Some(name) = kind.ends_rows {
             let (row, entry) =
@@ -306,6 +318,48 @@ pub fn plan(
     }))
 }
 
+/// Parts of config.json that are of what sees or hears.
+const SENSES: &[&str] = &["vision_config", "audio_config", "encoder_config", "vit_config"];
+
+/// The kind of the projector that llama.cpp has for a model.
+fn kind_of(config: &Value) -> Option<&'static Kind> {
+    let own = |kind: &&Kind| {
+        let own = type_of(config).is_some_and(|own| kind.model_types.contains(&own));
+        let part = config.get(kind.part()).filter(|part| part.is_object());
+        own && part.is_some_and(|part| kind.tower.is_none_or(|tower| type_of(part) == Some(tower)))
+    };
+    KINDS.iter().copied().find(own)
+}
+
+/// What to say of tensors of what sees or hears that its class asks for and the checkpoint lacks, where llama.cpp has a projector of its
+/// kind; nothing where all of it is missing.
+pub fn lacking(source: &dyn Weights) -> Option<String> {
+    // What pictures are shifted by has nothing to do with it.
+    let preprocessor =
+        json!({"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "min_image_tokens": 1, "max_image_tokens": 1});
+    let (_, missing) = kind_of(source.config())?.laid_out(source, &preprocessor, &Types::default()).ok()?;
+    (!missing.is_empty()).then(|| {
+        format!(
+            "{}: transformers makes such tensors up at random; unless the model is meant so, download the weights again",
+            lacks(&missing)
+        )
+    })
+}
+
+fn lacks(missing: &[String]) -> String {
+    let names: Vec<&str> = missing.iter().map(String::as_str).collect();
+    format!("the checkpoint has no {}", listed(&names))
+}
+
+/// The types of matrices in a file for images.
+#[derive(Clone, Debug, Default)]
+pub struct Types {
+    /// Of all of them, where that is not to be the checkpoint's own.
+    pub all: Option<GgmlType>,
+    /// Of some, by the modules that the recipe names: nothing where they are to stay whole.
+    pub some: HashMap<String, Option<GgmlType>>,
+}
+
 impl Kind {
     /// What its part of config.json is called.
     fn part(&self) -> &'static str {
@@ -323,12 +377,23 @@ impl Kind {
         vision
     }
 
-    fn plan(&self, source: &dyn Weights, said: &Said<'_>, asked: Option<GgmlType>) -> Result<Projector, String> {
-        let own = self.matrices(source)?;
-        let matrices = asked.unwrap_or(own);
-        let mut metadata = self.metadata(said, matrices)?;
+    /// What is written, and which tensors are missing for it.
+    fn laid_out(
+        &self,
+        source: &dyn Weights,
+        preprocessor: &Value,
+        types: &Types,
+    ) -> Result<(Projector, Vec<String>), String> {
+        let config = source.config();
+        let text = text_settings(config);
+        let (part, vision) = (self.part(), &self.completed(&config[self.part()]));
+        let said = &Said { config, part, vision, text, preprocessor };
+        let own = self.matrices(source);
+        let all = types.all.unwrap_or(own);
+        let mut metadata = self.metadata(said, all)?;
+        computed::check(self, config, &mut metadata)?;
         (self.settings)(said, &mut metadata)?;
-        let heads = said.count(HEADS)? as usize;
+        let heads = if self.flat { 0 } else { said.count(HEADS)? as usize };
         let mut tensors = Vec::new();
         for entry in source.entries() {
             let name = entry.name.strip_prefix("model.").unwrap_or(&entry.name);
@@ -348,31 +413,34 @@ impl Kind {
             for (rule, gguf) in found {
                 let wrong = || format!("{} has the shape {:?}, which is not known here", entry.name, entry.shape);
                 let shape = rule.make.shape(&entry.shape, heads).ok_or_else(wrong)?;
-                let ty = rule.ty(&gguf, &shape, matrices);
+                let module = entry.name.strip_suffix(".weight").unwrap_or(&entry.name);
+                let asked = types.some.get(module).map_or(all, |asked| asked.unwrap_or(own));
+                let ty = rule.ty(&gguf, &shape, asked);
                 let (from, stored) = (entry.name.clone(), entry.shape.clone());
                 tensors.push(Tensor { gguf, from, shape, ty, make: rule.make, stored, heads });
             }
         }
-        match tensors.is_empty() {
-            true => Err("the checkpoint has no tensors of it".to_owned()),
-            false => Ok(Projector { metadata, tensors }),
+        if tensors.is_empty() {
+            return Err("the checkpoint has no tensors of it".to_owned());
         }
+        let found = Projector { metadata, tensors };
+        let missing = computed::missing(self, said, &found);
+        Ok((found, missing))
     }
 
-    /// The type of matrices: BF16 where the checkpoint has it, else F16. Fails for tensors that are quantized.
-    fn matrices(&self, source: &dyn Weights) -> Result<GgmlType, String> {
+    /// The type of matrices: BF16 where the checkpoint has it, else F16. What is quantized is dequantized, to that of the others.
+    fn matrices(&self, source: &dyn Weights) -> GgmlType {
         let own = |name: &str| {
             let name = name.strip_prefix("model.").unwrap_or(name);
             self.prefixes.iter().any(|prefix| name.starts_with(prefix))
         };
         let mut bf16 = true;
         for entry in source.entries().iter().filter(|entry| own(&entry.name)) {
-            match entry.dtype {
-                StoredType::Plain(dtype) => bf16 &= dtype == Dtype::BF16,
-                _ => return Err(format!("{} is quantized, which no file for images is written of", entry.name)),
+            if let StoredType::Plain(dtype) = entry.dtype {
+                bf16 &= dtype == Dtype::BF16;
             }
         }
-        Ok(ggml(if bf16 { "BF16" } else { "F16" }))
+        ggml(if bf16 { "BF16" } else { "F16" })
     }
 
     /// What every file of a vision tower says.
@@ -397,13 +465,13 @@ impl Kind {
             &["hidden_size"]
         };
         let keys: [(&str, &[&str]); 4] = [
-            ("embedding_length", &["embed_dim", "hidden_size", "vt_hidden_size", "d_model"]),
+            ("embedding_length", &["embed_dim", "hidden_size", "vt_hidden_size", "d_model", "mm_embed_dim"]),
             ("feed_forward_length", inner),
             ("block_count", &["num_hidden_layers", "depth", "vt_num_hidden_layers", "encoder_layers"]),
             ("attention.head_count", HEADS),
         ];
         for (key, names) in keys {
-            count(key, said.count(names)?);
+            count(key, if self.flat && key != "embedding_length" { 0 } else { said.count(names)? });
         }
         if self.alone {
             return Ok(out);
@@ -477,8 +545,17 @@ impl Make {
         let Some(&first) = stored.first() else { return (self == Make::Whole).then(|| vec![1]) };
         match self {
             Make::Whole | Make::PlusOne | Make::Softplus => Some(stored.to_vec()),
+            Make::Colours => stored.last().is_some_and(|last| last.is_multiple_of(3)).then(|| stored.to_vec()),
+            Make::Swapped => match stored {
+                &[rows, columns, width] => Some(vec![columns, rows, width]),
+                _ => None,
+            },
             Make::Column => (stored.len() == 1).then(|| vec![first, 1]),
             Make::Sides => (heads > 0 && first.is_multiple_of(12 * heads)).then(|| stored.to_vec()),
+            Make::Places => match stored {
+                &[height, width, out] => Some(vec![height * width, out]),
+                _ => None,
+            },
             Make::Squeezed => match stored {
                 &[channels, 1, width] => Some(vec![channels, width]),
                 _ => None,
@@ -509,12 +586,18 @@ impl Tensor {
         let rows = self.stored.first().map_or(1, |rows| (*rows).max(1));
         let width = values.len() / rows;
         match self.make {
-            Make::Whole | Make::Row(_) | Make::Squeezed | Make::Column => values,
+            Make::Whole | Make::Row(_) | Make::Squeezed | Make::Column | Make::Places => values,
             Make::Softplus => {
                 values.iter_mut().for_each(|value| *value = f64::from(*value).exp().ln_1p() as f32);
                 values
             }
-            Make::Pixels => {
+            Make::Swapped => {
+                let (columns, width) = (self.stored[1], self.stored[2]);
+                let one = |row: usize, column: usize| &values[(row * columns + column) * width..][..width];
+                (0..columns).flat_map(|column| (0..rows).flat_map(move |row| one(row, column))).copied().collect()
+            }
+            Make::Pixels | Make::Colours => {
+                let width = if self.make == Make::Colours { self.stored[self.stored.len() - 1] } else { width };
                 let pixels = width / 3;
                 let colours =
                     |row: &'_ [f32]| (0..3 * pixels).map(|at| row[at % pixels * 3 + at / pixels]).collect::<Vec<_>>();

@@ -2,30 +2,43 @@
 
 use formats::container::gguf::{GGUFValueType, MetadataValue};
 
-use super::{Kind, Make, Metadata, PLAIN, Rule, Said, array, count, flag, float, made, same};
+use super::computed::Is;
+use super::{Kind, Make, Metadata, PLAIN, Rule, Said, array, count, flag, float, itself, made, same, weight};
 use crate::json::{integer, real};
 
 pub(super) const FIRST: Rule = made("visual.patch_embed.proj.weight", "v.patch_embd.weight", Make::Frame(0));
 pub(super) const SECOND: Rule = made("visual.patch_embed.proj.weight", "v.patch_embd.weight.1", Make::Frame(1));
 
-/// Names of Qwen2-VL and Qwen2.5-VL.
-const RULES: &[&[Rule]] = &[&[
+/// Names that Qwen2-VL and Qwen2.5-VL share.
+const BOTH: &[Rule] = &[
     FIRST,
     SECOND,
     made("visual.blocks.{}.attn.qkv", "v.blk.{}.attn_q", Make::Rows(0, 3)),
     made("visual.blocks.{}.attn.qkv", "v.blk.{}.attn_k", Make::Rows(1, 3)),
     made("visual.blocks.{}.attn.qkv", "v.blk.{}.attn_v", Make::Rows(2, 3)),
     same("visual.blocks.{}.attn.proj", "v.blk.{}.attn_out"),
+    same("visual.merger.mlp.0", "mm.0"),
+    same("visual.merger.mlp.2", "mm.2"),
+];
+
+/// Of Qwen2-VL alone.
+const OLDER: &[Rule] = &[
     same("visual.blocks.{}.norm1", "v.blk.{}.ln1"),
     same("visual.blocks.{}.norm2", "v.blk.{}.ln2"),
     same("visual.blocks.{}.mlp.fc1", "v.blk.{}.ffn_up"),
     same("visual.blocks.{}.mlp.fc2", "v.blk.{}.ffn_down"),
+    same("visual.merger.ln_q", "v.post_ln"),
+];
+
+/// Of Qwen2.5-VL alone.
+const NEWER: &[Rule] = &[
+    weight("visual.blocks.{}.norm1", "v.blk.{}.ln1"),
+    weight("visual.blocks.{}.norm2", "v.blk.{}.ln2"),
     same("visual.blocks.{}.mlp.gate_proj", "v.blk.{}.ffn_gate"),
     same("visual.blocks.{}.mlp.up_proj", "v.blk.{}.ffn_up"),
     same("visual.blocks.{}.mlp.down_proj", "v.blk.{}.ffn_down"),
-    same("visual.merger.ln_q", "v.post_ln"),
-    same("visual.merger.mlp.{}", "mm.{}"),
-]];
+    weight("visual.merger.ln_q", "v.post_ln"),
+];
 
 /// Qwen2-VL.
 pub(super) const QWEN2: Kind = Kind {
@@ -33,7 +46,12 @@ pub(super) const QWEN2: Kind = Kind {
     model_types: &["qwen2_vl"],
     architectures: &["qwen2vl"],
     prefixes: &["visual."],
-    rules: RULES,
+    rules: &[BOTH, OLDER],
+    computes: &[
+        ("/vision_config/hidden_act", Is::QuickGelu),
+        ("/vision_config/spatial_merge_size", Is::Number(2.0)),
+        ("/vision_config/rope_parameters/rope_theta", Is::Number(1e4)),
+    ],
     settings: |said, out| second(said, out),
     ..PLAIN
 };
@@ -42,6 +60,13 @@ pub(super) const QWEN2: Kind = Kind {
 pub(super) const QWEN2_5: Kind = Kind {
     id: "qwen2.5vl_merger",
     model_types: &["qwen2_5_vl"],
+    rules: &[BOTH, NEWER],
+    computes: &[
+        ("/vision_config/hidden_act", Is::Silu),
+        ("/vision_config/spatial_merge_size", Is::Number(2.0)),
+        ("/vision_config/window_size", Is::Number(112.0)),
+        ("/vision_config/rope_parameters/rope_theta", Is::Number(1e4)),
+    ],
     settings: |said, out| {
         flag(out, "use_silu");
         let all: Vec<i64> =
@@ -75,8 +100,8 @@ pub(super) const QWEN3: Kind = Kind {
     rules: &[&[
         FIRST,
         SECOND,
-        same("visual.patch_embed.proj.bias", "v.patch_embd.bias"),
-        same("visual.pos_embed", "v.position_embd"),
+        itself("visual.patch_embed.proj.bias", "v.patch_embd.bias"),
+        weight("visual.pos_embed", "v.position_embd"),
         same("visual.blocks.{}.attn.qkv", "v.blk.{}.attn_qkv"),
         same("visual.blocks.{}.attn.proj", "v.blk.{}.attn_out"),
         same("visual.blocks.{}.norm1", "v.blk.{}.ln1"),
@@ -90,6 +115,11 @@ pub(super) const QWEN3: Kind = Kind {
         same("visual.merger.linear_fc1", "mm.0"),
         same("visual.merger.linear_fc2", "mm.2"),
     ]],
+    computes: &[
+        ("/vision_config/hidden_act", Is::Gelu),
+        ("/vision_config/spatial_merge_size", Is::Number(2.0)),
+        ("/vision_config/rope_parameters/rope_theta", Is::Number(1e4)),
+    ],
     settings: |said, out| {
         flag(out, "use_gelu");
         let positions = said.count_or("num_position_embeddings", 2304)?;

@@ -1,13 +1,14 @@
 //! SigLIP's vision towers, by the names that their parts have: Idefics 3 and SmolVLM, and LFM2-VL.
 
-use super::{Kind, Make, PLAIN, Rule, Ty, count, flag, float, made, same, typed};
+use super::computed::Is;
+use super::{Kind, Make, PLAIN, Rule, Ty, count, flag, float, free, itself, made, same, typed, weight};
 use crate::json::{integer, real};
 
 /// What becomes of the tensors of such a tower, whose names begin with this, but for what goes over patches.
 macro_rules! siglip {
     ($at:literal) => {
         [
-            same(concat!($at, "embeddings.position_embedding"), "v.position_embd"),
+            weight(concat!($at, "embeddings.position_embedding"), "v.position_embd"),
             same(concat!($at, "encoder.layers.{}.self_attn.q_proj"), "v.blk.{}.attn_q"),
             same(concat!($at, "encoder.layers.{}.self_attn.k_proj"), "v.blk.{}.attn_k"),
             same(concat!($at, "encoder.layers.{}.self_attn.v_proj"), "v.blk.{}.attn_v"),
@@ -40,7 +41,7 @@ pub(super) const IDEFICS3: Kind = Kind {
         IN_MODEL,
         &[
             over_patches("vision_model.embeddings.patch_embedding"),
-            same("connector.modality_projection.proj", "mm.model.fc"),
+            weight("connector.modality_projection.proj", "mm.model.fc"),
         ],
     ],
     // Those of transformers' classes, which published files leave out.
@@ -50,6 +51,7 @@ pub(super) const IDEFICS3: Kind = Kind {
         ("intermediate_size", 3072),
         ("num_hidden_layers", 12),
     ],
+    computes: &[("/vision_config/hidden_act", Is::Gelu)],
     settings: |said, out| {
         let size = said.count(&["image_size"])?;
         count(out, "image_size", size);
@@ -74,13 +76,15 @@ pub(super) const LFM2: Kind = Kind {
         BARE,
         &[
             made("vision_tower.vision_model.embeddings.patch_embedding.weight", "v.patch_embd.weight", Make::Pixels),
-            same("vision_tower.vision_model.embeddings.patch_embedding.bias", "v.patch_embd.bias"),
+            itself("vision_tower.vision_model.embeddings.patch_embedding.bias", "v.patch_embd.bias"),
             made("vision_tower.embeddings.patch_embedding.weight", "v.patch_embd.weight", Make::Pixels),
-            same("vision_tower.embeddings.patch_embedding.bias", "v.patch_embd.bias"),
-            same("multi_modal_projector.layer_norm", "mm.input_norm"),
-            same("multi_modal_projector.linear_{}", "mm.{}"),
+            itself("vision_tower.embeddings.patch_embedding.bias", "v.patch_embd.bias"),
+            free("multi_modal_projector.layer_norm", "mm.input_norm"),
+            weight("multi_modal_projector.linear_1", "mm.1"),
+            weight("multi_modal_projector.linear_2", "mm.2"),
         ],
     ],
+    computes: &[("/vision_config/hidden_act", Is::Gelu), ("/projector_hidden_act", Is::Gelu)],
     settings: |said, out| {
         // A tower takes pictures of any size, and the file has to name one.
         count(out, "image_size", 256);

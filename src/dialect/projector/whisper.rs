@@ -2,15 +2,18 @@
 
 use formats::container::gguf::MetadataValue;
 
-use super::{Kind, Make, Metadata, PLAIN, Rule, Said, Ty, made, same, typed};
+use super::computed::Is;
+use super::{Kind, Make, Metadata, PLAIN, Rule, Said, Ty, made, same, typed, weight};
 use crate::json::real;
 
 const ENCODER: &[Rule] = &[
-    typed("audio_tower.conv{}.weight", "a.conv1d.{}.weight", Ty::F16),
-    made("audio_tower.conv{}.bias", "a.conv1d.{}.bias", Make::Column),
+    typed("audio_tower.conv1.weight", "a.conv1d.1.weight", Ty::F16),
+    made("audio_tower.conv1.bias", "a.conv1d.1.bias", Make::Column),
+    typed("audio_tower.conv2.weight", "a.conv1d.2.weight", Ty::F16),
+    made("audio_tower.conv2.bias", "a.conv1d.2.bias", Make::Column),
     typed("audio_tower.embed_positions.weight", "a.position_embd.weight", Ty::F32),
     same("audio_tower.layers.{}.self_attn.q_proj", "a.blk.{}.attn_q"),
-    same("audio_tower.layers.{}.self_attn.k_proj", "a.blk.{}.attn_k"),
+    weight("audio_tower.layers.{}.self_attn.k_proj", "a.blk.{}.attn_k"),
     same("audio_tower.layers.{}.self_attn.v_proj", "a.blk.{}.attn_v"),
     same("audio_tower.layers.{}.self_attn.out_proj", "a.blk.{}.attn_out"),
     same("audio_tower.layers.{}.self_attn_layer_norm", "a.blk.{}.ln1"),
@@ -18,9 +21,10 @@ const ENCODER: &[Rule] = &[
     same("audio_tower.layers.{}.fc1", "a.blk.{}.ffn_up"),
     same("audio_tower.layers.{}.fc2", "a.blk.{}.ffn_down"),
     same("audio_tower.layer_norm", "a.post_ln"),
-    same("multi_modal_projector.linear", "mm.a.fc"),
-    same("multi_modal_projector.linear_{}", "mm.a.mlp.{}"),
 ];
+const ONE: &[Rule] = &[same("multi_modal_projector.linear", "mm.a.fc")];
+const TWO: &[Rule] =
+    &[weight("multi_modal_projector.linear_1", "mm.a.mlp.1"), weight("multi_modal_projector.linear_2", "mm.a.mlp.2")];
 
 /// Qwen2-Audio.
 pub(super) const QWEN2_AUDIO: Kind = Kind {
@@ -28,7 +32,8 @@ pub(super) const QWEN2_AUDIO: Kind = Kind {
     model_types: &["qwen2_audio"],
     architectures: &["qwen2"],
     prefixes: &["audio_tower.", "multi_modal_projector."],
-    rules: &[ENCODER],
+    rules: &[ENCODER, ONE],
+    computes: &[("/audio_config/activation_function", Is::Gelu)],
     // Those of transformers' class, which published files leave out in part.
     usual: &[
         ("d_model", 1280),
@@ -47,6 +52,8 @@ pub(super) const VOXTRAL: Kind = Kind {
     id: "voxtral",
     model_types: &["voxtral"],
     architectures: &["llama"],
+    rules: &[ENCODER, TWO],
+    computes: &[("/audio_config/activation_function", Is::Gelu), ("/projector_hidden_act", Is::Gelu)],
     usual: &[
         ("hidden_size", 1280),
         ("num_hidden_layers", 32),

@@ -6,6 +6,7 @@ use serde_json::Value;
 use super::{Files, Token, strings};
 use crate::dialect::metadata::Written;
 use crate::error::Result;
+use crate::families;
 use crate::json::integer;
 use crate::tokenizer::Templates;
 use crate::tokenizer::sentencepiece;
@@ -130,7 +131,7 @@ fn fallback(
 /// A setting, which models of images and text have one level down.
 fn of_config<'v>(json: &'v Value, key: &str) -> &'v Value {
     match &json[key] {
-        Value::Null => &json["text_config"][key],
+        Value::Null => &json[families::text_key(json)][key],
         value => value,
     }
 }
