@@ -84,7 +84,10 @@ impl Plan {
         let mut chosen = Chosen::of(graph, recipe, codec, precision, patterns)?;
         let of_towers = chosen.add_towers(graph, source, recipe, codec, precision)?;
         others.retain(|name| !chosen.ends.iter().any(|end| end.module == *name));
-        let Named { left, loaded, loading, absent } = Named::of(graph, source, codec, &others, &chosen)?;
+        let Named { mut left, loaded, loading, absent } = Named::of(graph, source, codec, &others, &chosen)?;
+        if codec.id() != "mlx" {
+            left.extend(runtimes::vllm::called(graph));
+        }
         let listed: Vec<QuantizedModule<'_>> = chosen
             .modules
             .iter()
@@ -157,9 +160,11 @@ impl Chosen {
         let mut modules = Vec::new();
         let mut unquantized = Vec::new();
         let mut refusals = Vec::new();
+        let left = if codec.id() == "mlx" { HashSet::new() } else { runtimes::vllm::whole(graph) };
         for linear in graph.linears() {
             // What makes the stream of a layer that predicts further tokens has no codes in vLLM and SGLang.
-            let asked = recipe.encoding_of(&linear.module, &mut patterns)?.filter(|_| !graph.joins(linear));
+            let whole = graph.joins(linear) || left.contains(&*linear.module);
+            let asked = recipe.encoding_of(&linear.module, &mut patterns)?.filter(|_| !whole);
             match asked {
                 None => unquantized.push(linear.module.clone()),
                 Some(encoding) => {

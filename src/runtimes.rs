@@ -1,8 +1,10 @@
 //! What runtimes are known not to load, so that a report says it before anyone tries. Measured by `tests/runtimes/families.py`
-//! with transformers 5.23 and GPTQModel 7.7, and by `tests/runtimes/mlx.py`, which also fail when a note here is no longer true.
+//! with transformers 5.23 and GPTQModel 7.7, by `tests/runtimes/in_vllm.py` with vLLM 0.32, and by `tests/runtimes/mlx.py`, which also fail when
+//! a note here is no longer true.
 
 pub mod experts;
 mod gptqmodel;
+pub(crate) mod vllm;
 
 use std::collections::HashMap;
 
@@ -243,21 +245,13 @@ pub fn notes(
          compressed-tensors"
             .to_owned()
     });
-    // vLLM skips biases for which its class has no place.
-    let biased = |layer: &Layer| {
-        !matches!(layer, Layer::Attention(_)) && layer.linears().into_iter().flatten().any(|linear| linear.bias)
-    };
-    let lost = facts.family == "deepseek_v2" && codec != "mlx" && layers().any(biased);
-    let lost = lost.then(|| {
-        "vLLM leaves out the biases of this family's feed-forward layers (mlp_bias in config.json), without a word; transformers \
-         computes with them"
-            .to_owned()
-    });
+    let lost = if codec == "mlx" { Vec::new() } else { vllm::notes(graph) };
     let known = transformers(&facts).map(str::to_owned).into_iter();
     let known = known.chain(gptqmodel::note(&facts, graph, source, encodings));
     let known = known.chain(mlx_lm(&facts, graph, source.config())?);
     Ok(known
-        .chain([unknown, apart, sentences, own, split, stays, halves, elsewhere, lost].into_iter().flatten())
+        .chain([unknown, apart, sentences, own, split, stays, halves, elsewhere].into_iter().flatten())
+        .chain(lost)
         .collect())
 }
 
@@ -300,10 +294,14 @@ fn for_sentences(one: bool) -> String {
 
 fn transformers(facts: &Facts<'_>) -> Option<&'static str> {
     match (facts.codec, facts.family) {
+        ("compressed-tensors" | "gptq" | "awq", "gpt_oss") if facts.experts => Some(
+            "transformers and vLLM keep this family's experts in stacks and fill them from stacks alone: they would compute with random \
+             ones; leave the experts as they are with --ignore",
+        ),
         (
             "compressed-tensors",
-            "gemma4" | "gpt_oss" | "granitemoe" | "granitemoeshared" | "granitemoehybrid" | "hy_v4" | "mistral4"
-            | "qwen3_vl_moe" | "step3p5",
+            "gemma4" | "granitemoe" | "granitemoeshared" | "granitemoehybrid" | "hy_v4" | "mistral4" | "qwen3_vl_moe"
+            | "step3p5",
         ) if facts.experts => Some(
             "transformers keeps this family's experts in stacks and fills them from stacks alone: it would load wrong weights; \
              vLLM loads experts one by one",

@@ -402,7 +402,37 @@ fn biases_of_feed_forward_layers_of_deepseek_v2_are_its_own() {
             && biases.iter().any(|(name, _)| name.contains("shared"))
     );
     add_zeros(&model, &biases);
-    notes(&run(), &["vLLM leaves out the biases", "mlp_bias"]);
+    notes(&run(), &["vLLM leaves out biases", "mlp.gate_proj.bias"]);
+}
+
+/// vLLM's classes of these have no place for some biases, and skip them; of GPT-OSS they fill experts from stacks alone.
+#[test]
+fn what_vllm_does_not_load_is_told() {
+    let room = Room::new();
+    let run = |name: &str| {
+        let folder = checkpoint(name);
+        let path = folder.path().to_str().unwrap().to_owned();
+        room.run(["quantize", &path, "-o", "out", "--force"].iter().chain(&RTN))
+    };
+    for (name, first, count) in [
+        ("granitemoeshared_biases", "self_attn.q_proj.bias", 8),
+        ("falcon_h1_normed", "feed_forward.gate_proj.bias", 6),
+        ("ernie4_5_biases", "self_attn.q_proj.bias", 14),
+    ] {
+        notes(&run(name), &["vLLM leaves out biases", first, &format!(", {count} in all")]);
+    }
+    for (name, first) in [("kimi_linear_published", "self_attn.k_proj"), ("mimo_v2_flash_further", "self_attn.o_proj")]
+    {
+        notes(&run(name), &["linears as ", first, " stay as they are", "because vLLM loads them without codes"]);
+    }
+    notes(&run("lfm2_moe_unbiased"), &["vLLM leaves out `lm_head` of this family"]);
+    for name in
+        ["granitemoeshared_plain", "falcon_h1_plain", "granite_biases", "lfm2_moe_plain", "mimo_v2_flash_published"]
+    {
+        silent(&run(name), "vLLM leaves out");
+        silent(&run(name), "without codes");
+    }
+    notes(&run("gpt_oss_plain"), &["transformers and vLLM keep this family's experts in stacks", "--ignore"]);
 }
 
 /// Transformers rotates as many values of GPT-NeoX's heads as are the part of this width, and cuts heads by their number.

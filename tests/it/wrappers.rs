@@ -458,6 +458,24 @@ fn ignored(folder: &Path) -> Vec<String> {
     list.map(|name| name.as_str().unwrap().to_owned()).collect()
 }
 
+/// vLLM has them elsewhere: `language_model.model.self_decoder.altup_projections.0`.
+#[test]
+fn modules_beside_the_blocks_are_named_without_what_stands_before_them() {
+    let outputs = tempfile::tempdir().unwrap();
+    for (name, modules) in [
+        ("gemma3n_vision", vec!["altup_projections.0", "altup_unembed_projections.1", "per_layer_model_projection"]),
+        ("gemma4_vision", vec!["per_layer_model_projection"]),
+    ] {
+        let (room, output) = (model(name), outputs.path().join(name));
+        quantize(room.path(), &output, "scheme = 'W4A16'\nmethod = 'rtn'\ngroup_size = 32").unwrap();
+        let found = ignored(&output);
+        for module in modules {
+            let pattern = format!(r"re:(.*\.)?{}$", module.replace('.', r"\."));
+            assert!(found.contains(&pattern), "{name}: {pattern} is not in {found:?}");
+        }
+    }
+}
+
 #[test]
 fn towers_are_quantized_where_that_is_asked_for() {
     let outputs = tempfile::tempdir().unwrap();
@@ -490,7 +508,8 @@ fn towers_are_quantized_where_that_is_asked_for() {
         }
         let ignored = ignored(&output);
         for module in left {
-            let plain = |entry: &String| entry.ends_with(&format!("{}$", module.replace('.', "\\.")));
+            let own = module.trim_start_matches("model.").replace('.', "\\.");
+            let plain = |entry: &String| entry.ends_with(&format!("{own}$"));
             assert!(ignored.iter().any(|entry| entry == module || plain(entry)), "{name}: {module}: {ignored:?}");
         }
         // All else is as it is without it.

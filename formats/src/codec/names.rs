@@ -25,6 +25,8 @@ pub(super) struct NameSet {
     tails: Vec<String>,
     /// Full names of the rest.
     exact: Vec<String>,
+    /// Those beside the blocks, without what stands before them: vLLM has some of `model` in `model.self_decoder`.
+    beside: Vec<String>,
     /// Whether runtimes may put another prefix before the blocks.
     wrapped: bool,
 }
@@ -134,12 +136,14 @@ impl NameSet {
             }
         }
         let whole = |t: &str| counts.get(t).is_some_and(|(here, everywhere)| here == everywhere && *here > 0);
-        let mut set = NameSet { tails: Vec::new(), exact: Vec::new(), wrapped };
+        let mut set = NameSet { tails: Vec::new(), exact: Vec::new(), beside: Vec::new(), wrapped };
+        let alone = |own: &&str| !all.iter().any(|other| is_or_ends_in(other, own) && !names.contains(other));
         for name in names {
-            match tail(name).filter(|t| whole(t)) {
-                Some(t) if set.tails.iter().any(|known| known == t) => {}
-                Some(t) => set.tails.push(t.into()),
-                None => set.exact.push((*name).into()),
+            match (tail(name).filter(|t| whole(t)), beside(name).filter(alone)) {
+                (Some(t), _) if set.tails.iter().any(|known| known == t) => {}
+                (Some(t), _) => set.tails.push(t.into()),
+                (None, Some(own)) => set.beside.push(own.into()),
+                (None, None) => set.exact.push((*name).into()),
             }
         }
         set
@@ -150,7 +154,8 @@ impl NameSet {
         let tails = self.tails.iter().map(|t| format!("re:{}", tail_pattern(t)));
         let exact =
             self.exact.iter().map(|name| if self.wrapped { format!("re:{}", anywhere(name)) } else { name.clone() });
-        tails.chain(exact).collect()
+        let beside = self.beside.iter().map(|own| format!("re:{}", anywhere(own)));
+        tails.chain(exact).chain(beside).collect()
     }
 
     /// Regular expressions for the modules, and for what vLLM calls those it merges.
@@ -158,8 +163,21 @@ impl NameSet {
         let tails = with_fused(&self.tails).into_iter().map(|t| tail_pattern(&t));
         let exact = with_fused(&self.exact).into_iter();
         let exact = exact.map(|name| if self.wrapped { anywhere(&name) } else { format!("^{}$", escape(&name)) });
-        tails.chain(exact).collect()
+        tails.chain(exact).chain(self.beside.iter().map(|own| anywhere(own))).collect()
     }
+}
+
+fn is_or_ends_in(name: &str, own: &str) -> bool {
+    name.strip_suffix(own).is_some_and(|head| head.is_empty() || head.ends_with('.'))
+}
+
+/// What a module beside the blocks of a text model is called in it.
+fn beside(name: &str) -> Option<&str> {
+    let mut own = name;
+    while let Some(rest) = ["model.", "language_model."].iter().find_map(|part| own.strip_prefix(part)) {
+        own = rest;
+    }
+    (own != name && tail(name).is_none() && !is_component(name)).then_some(own)
 }
 
 fn tail_pattern(tail: &str) -> String {
@@ -219,6 +237,15 @@ mod tests {
         assert_eq!(NameSet::new(&all[..2], &all, false).targets(), ["m.0.gate", "m.1.gate"]);
         assert_eq!(NameSet::new(&all[2..], &all, false).targets(), [r"re:.*\.\d+\.experts\.3\.gate$"]);
         assert_eq!(NameSet::new(&all[..2], &all[..2], false).targets(), [r"re:.*\.\d+\.gate$"]);
+    }
+
+    #[test]
+    fn a_module_beside_the_blocks_is_named_by_what_it_is_called_alone() {
+        let all = ["model.layers.0.up", "model.layers.0.fc", "model.up_projections.0", "model.fc", "mtp.fc"];
+        assert_eq!(NameSet::new(&all[2..3], &all, false).targets(), [r"re:(.*\.)?up_projections\.0$"]);
+        assert_eq!(NameSet::new(&all[3..], &all, false).targets(), ["model.fc", "mtp.fc"]);
+        let inner = ["model.language_model.up_projections.0"];
+        assert_eq!(NameSet::new(&inner, &inner, true).targets(), [r"re:(.*\.)?up_projections\.0$"]);
     }
 
     #[test]
