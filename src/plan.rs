@@ -84,7 +84,7 @@ impl Plan {
         let mut chosen = Chosen::of(graph, recipe, codec, precision, patterns)?;
         let of_towers = chosen.add_towers(graph, source, recipe, codec, precision)?;
         others.retain(|name| !chosen.ends.iter().any(|end| end.module == *name));
-        let Named { mut left, loaded, loading, absent } = Named::of(graph, source, codec, &others, &chosen)?;
+        let Named { mut left, loaded, loading, absent } = Named::of(graph, source, codec, &others, &chosen);
         if codec.id() != "mlx" {
             left.extend(runtimes::vllm::called(graph));
         }
@@ -281,8 +281,8 @@ struct Named {
 }
 
 impl Named {
-    /// `others` are the linears outside the blocks and ends. Fails where the family is not known.
-    fn of(graph: &Graph, source: &Checkpoint, codec: &dyn Codec, others: &[String], chosen: &Chosen) -> Result<Named> {
+    /// `others` are the linears outside the blocks and ends.
+    fn of(graph: &Graph, source: &Checkpoint, codec: &dyn Codec, others: &[String], chosen: &Chosen) -> Named {
         let Chosen { modules, unquantized, ends, plain_ends, .. } = chosen;
         // Other components as a whole, for runtimes call what is in them otherwise than files do.
         // What is left in one of which some has codes is named by itself.
@@ -312,7 +312,6 @@ impl Named {
         let mut known: HashSet<String> = packed.iter().copied().chain(&left).cloned().collect();
         let more: Vec<String> = alone.chain(inside).filter(|name| known.insert(name.clone())).collect();
         left.extend(more);
-        let packed: Vec<&String> = modules.iter().map(|(name, _)| name).chain(loaded.iter().flatten()).collect();
         let mut absent = families::absent(source, &packed);
         if let Some(Absent { from: From::Parts(modules), .. }) = &mut absent {
             let told = |name: &String| left.contains(name) || hides(&name.trim_end_matches('.').to_owned());
@@ -320,7 +319,7 @@ impl Named {
             left.extend(modules.iter().cloned());
             absent = absent.filter(|absent| absent.from != From::Parts(Vec::new()));
         }
-        Ok(Named { left, loaded, loading, absent })
+        Named { left, loaded, loading, absent }
     }
 }
 
