@@ -450,7 +450,7 @@ def said(config):
         },  # fmt: skip
         "glm4v_text": {"attention_bias": True},
         "glm4v_moe_text": {"attention_bias": True, "use_qk_norm": False},
-        "glm5_next_text": {"mhc": True, "mla_use_nope": True, **chosen},
+        "glm5_next_text": {"mhc": True, "mla_use_nope": True, "indexer_rope_interleave": True, **chosen},
         "glm_moe_dsa": chosen,
         "hy_v3": {
             "first_k_dense_replace": layers.count("dense"), "expert_hidden_dim": config.get("moe_intermediate_size"), "route_norm": True,
@@ -551,7 +551,7 @@ def compared(item):
             # Where it computes no numbers, it does so for both.
             same = found.isnan().equal(plain["found"].isnan())
             answer["plainly"] = far(found.nan_to_num(), plain["found"].nan_to_num()) if same else float("nan")
-        answer["plain"] = plain.get("error", "runs")
+        answer["plain"] = plain.get("error") or next((f"`{name}` is not filled" for name in plain.get("missing", [])), "runs")
         # What plain weights do not fill is not in the checkpoint, and a class that reads nothing of a module does not have it.
         module = lambda name: name.rpartition(".")[0]
         known = {
@@ -652,6 +652,8 @@ def outcome(made, found):
         return f"as the original, which it computes otherwise than transformers (by {difference or 0:.0e})", None
     if error and "missing" in found and not lost:
         return f"loads ({error})", None
+    if not error and not lost and found.get("plain", "").endswith("is not filled"):
+        return f"does not load the original: {found['plain']}", None
     # What it does not find is packed in one and plain in the other.
     bare = lambda text: text.split("The available parameters")[0].replace("_packed", "")
     if error and "missing" not in found and bare(found.get("plain", "")) == bare(error):
