@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use calibration::statistics::Needs;
 
-use crate::graph::{Block, Graph, Layer, Linear};
+use crate::graph::{Block, Graph, Joining, Layer, Linear};
 use crate::recipe::Recipe;
 
 /// What searching scales and codes of a weight takes.
@@ -64,8 +64,15 @@ impl Cost {
     }
 }
 
-/// How many of so many tokens come to a linear, as far as its layer tells: of a mixture those that its router sends there.
+/// How many of so many tokens come to a linear, as far as its layer tells: of a mixture those that its router sends there, and all of them once
+/// more for each stream that it reads.
 fn tokens_of(layer: &Layer, linear: &Linear, tokens: u64) -> u64 {
+    if let Layer::Further(further) = layer
+        && let Joining::Apart { state, streams, .. } = &further.joining
+        && state.module == linear.module
+    {
+        return tokens * *streams as u64;
+    }
     let Layer::Moe(moe) = layer else { return tokens };
     let shared = moe.shared.iter().flat_map(|(shared, _)| shared.inputs.iter().chain([&shared.down]));
     let latent = moe.latent.iter().flat_map(|latent| latent.iter());

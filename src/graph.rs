@@ -21,7 +21,7 @@ use kernels::{Activation, AttentionShape, NormKind, RopeLayout};
 pub use self::altup::{AltUp, LEAST, Laurel};
 pub use self::compressed::{Compressor, Joint};
 pub use self::delta::{Convolution, Decay, DeltaNet, Narrow};
-pub use self::further::{BESIDE, FURTHER, Further};
+pub use self::further::{BESIDE, FURTHER, Further, Joining};
 pub use self::grams::{AGREEMENT, GramLayer, Grams};
 pub use self::hyper::{Collapse, Connection, Gated, Hyper};
 pub use self::lookup::{Lookup, PerLayer, Side};
@@ -540,7 +540,7 @@ impl Layer {
             Layer::Mamba(mamba) => mamba.linears(),
             Layer::Short(short) => short.linears(),
             Layer::Moe(moe) => moe.linears(),
-            Layer::Further(further) => vec![vec![&further.projection]],
+            Layer::Further(further) => further.joining.linears().into_iter().map(|linear| vec![linear]).collect(),
             Layer::PerLayer(layer) => layer.linears(),
             Layer::Grams(layer) => layer.linears(),
             Layer::Opaque(linears) => linears.iter().map(|l| vec![l]).collect(),
@@ -567,7 +567,7 @@ impl Layer {
                 let beside = attention.beside.iter().flat_map(|beside| beside.linears());
                 attention.head_gate.iter().chain(indexer).chain(beside).collect()
             }
-            Layer::Further(further) => further.head.iter().collect(),
+            Layer::Further(further) => further.fixed().collect(),
             Layer::PerLayer(layer) => vec![&layer.side.projection],
             _ => Vec::new(),
         }
@@ -637,13 +637,17 @@ impl Graph {
         self.blocks.iter().flat_map(|block| &block.steps).any(|step| matches!(step.layer, Layer::Moe(_)))
     }
 
-    /// The tensors that hold whole numbers.
-    pub fn tables(&self) -> impl Iterator<Item = &str> {
-        let steps = self.blocks.iter().flat_map(|block| &block.steps);
-        steps.filter_map(|step| match &step.layer {
-            Layer::Moe(moe) => moe.router.table.as_ref().map(|(tensor, _)| &tensor[..]),
+    /// What chooses experts, layer by layer.
+    pub fn routers(&self) -> impl Iterator<Item = &Router> {
+        self.blocks.iter().flat_map(|block| &block.steps).filter_map(|step| match &step.layer {
+            Layer::Moe(moe) => Some(&moe.router),
             _ => None,
         })
+    }
+
+    /// The tensors that hold whole numbers.
+    pub fn tables(&self) -> impl Iterator<Item = &str> {
+        self.routers().filter_map(|router| router.table.as_ref()).map(|(tensor, _)| &tensor[..])
     }
 
     /// Every tensor that the model needs, with its shape, each once.

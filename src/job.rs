@@ -29,8 +29,8 @@ use crate::pipeline::{Written, quantize};
 use crate::progress::Progress;
 use crate::recipe::Recipe;
 use crate::report::{
-    BitsPerWeight, FileReport, HiddenStates, Limits, Original, Protocol, Quality, Report, Seconds, Verdict,
-    papers_beside, projector_beside,
+    BitsPerWeight, Fate, FileReport, HiddenStates, Limits, Original, Protocol, Quality, Report, Seconds, TensorReport,
+    Verdict, papers_beside, projector_beside,
 };
 use crate::targets::{HeldOut, Output, Target, Words, target};
 use crate::text::{HELD_OUT, ModelText, load_text};
@@ -595,7 +595,9 @@ impl<'a> Job<'a> {
         notes.extend(remarks::of_states(&run.gives, run.graph, outcome.hidden_states.as_ref()));
         let mut recipe = target.recipe().clone();
         recipe.idle.extend(target.idle());
-        let further = run.graph.aside.iter().any(|(_, what)| what.starts_with(FURTHER));
+        let dropped = |one: &TensorReport| matches!(one.fate, Fate::Dropped(FURTHER));
+        let further =
+            run.graph.aside.iter().any(|(_, what)| what.starts_with(FURTHER)) || target.tensors().iter().any(dropped);
         if run.graph.predictors().is_empty() && !further {
             recipe.idle.push("mtp");
         }

@@ -243,6 +243,8 @@ fn running(graph: &Graph, block: &Block, device: Device, input: u64, tokens: Tok
         }
         // Of what a table has, and of the streams that it is compared with.
         Kind::Agree(_) => 16 * program.values[operation.reads[0]].width as u64,
+        // Streams that are begun are put side by side one after the other.
+        Kind::Begin => 16 * program.values[operation.makes[0]].width as u64,
         Kind::Activate(_) | Kind::Cut(_) => 8 * program.values[operation.makes[0]].width as u64,
         _ => 0,
     };

@@ -10,6 +10,7 @@ use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::families::towers::{TowerLinear, towers};
 use crate::families::{self, Absent, Loading, linears::From};
+use crate::forward;
 use crate::graph::{Block, Collapse, Graph, Linear, Stored};
 use crate::recipe::{Patterns, Recipe, Said, Towers};
 use crate::report::Fate;
@@ -586,7 +587,7 @@ fn copied_dtype(stored: StoredType, float_dtype: Dtype) -> Dtype {
     }
 }
 
-/// Fails unless every tensor that the model needs is there, in its shape and in a type that can be read.
+/// Fails unless every tensor that the model needs is there, in its shape and in a type that can be read, and tables name experts that are there.
 pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
     let place = source.path().display();
     let tables: HashSet<&str> = graph.tables().collect();
@@ -641,7 +642,7 @@ pub fn check_tensors(graph: &Graph, source: &Checkpoint) -> Result<()> {
             }
         }
     }
-    Ok(())
+    graph.routers().try_for_each(|router| forward::table(source, router).map(drop))
 }
 
 /// What to say of a tensor that is missing: where it should be, and what it may be called instead.

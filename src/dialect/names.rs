@@ -12,7 +12,7 @@ pub(crate) use self::mamba::absorbed;
 use crate::dialect::architectures::{self, Architecture, Need, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, STANDING};
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Block, Connection, Further, Graph, HeadNorms, Latent, Layer, Linear, Lookup, Mlp, Moe, Norm,
+    Attention, Block, Connection, Further, Graph, HeadNorms, Joining, Latent, Layer, Linear, Lookup, Mlp, Moe, Norm,
     Projections, Rope, RopeScaling,
 };
 
@@ -579,10 +579,15 @@ impl Lister {
 
     /// What a layer has of its own that predicts further tokens.
     fn further(&mut self, at: &str, further: &Further) -> Result<()> {
-        if further.state_first {
-            return Err(self.cannot("states before embeddings in a layer that predicts further tokens"));
-        }
-        let own = &further.projection;
+        let own = match &further.joining {
+            Joining::Beside { projection, state_first: false } => projection,
+            Joining::Beside { .. } => {
+                return Err(self.cannot("states before embeddings in a layer that predicts further tokens"));
+            }
+            Joining::Apart { .. } => {
+                return Err(self.cannot("several streams in a layer that predicts further tokens"));
+            }
+        };
         self.linear(&format!("{at}.nextn.eh_proj"), own, None, Need::Never)?;
         self.norm(&format!("{at}.nextn.enorm"), &further.of_token)?;
         self.norm(&format!("{at}.nextn.hnorm"), &further.of_state)?;

@@ -4,8 +4,8 @@ use kernels::{Activation, AttentionShape};
 
 use crate::families::rope::{all_near, near, unscaled};
 use crate::graph::{
-    AltUp, Attention, Collapse, Connection, Convolution, DeltaNet, Further, GramLayer, Grams, Graph, Layer, Linear,
-    Mamba, Mlp, Moe, Norm, PerLayer, Projections, Rope, RopeScaling, Side, Step, Temperature,
+    AltUp, Attention, Collapse, Connection, Convolution, DeltaNet, Further, GramLayer, Grams, Graph, Joining, Layer,
+    Linear, Mamba, Mlp, Moe, Norm, PerLayer, Projections, Rope, RopeScaling, Side, Step, Temperature,
 };
 
 /// How a reader takes a model.
@@ -170,7 +170,11 @@ fn further(a: &Further, b: &Further) -> Option<String> {
             && norm(Some(&a.of_state), Some(&b.of_state))
             && norm(Some(&a.norm), Some(&b.norm))
     };
-    let state = |further: &Further| (further.state_first, further.before.is_some(), further.collapse.is_some());
+    let state = |further: &Further| {
+        let Further { joining, before, collapse, ending, .. } = further;
+        let state_first = matches!(joining, Joining::Beside { state_first: true, .. });
+        (state_first, joining.linears().len(), before.is_some(), collapse.is_some(), ending.is_some())
+    };
     (state(a) != state(b) || !norms(a, b)).then(|| "predicting further tokens in this way".to_owned())
 }
 

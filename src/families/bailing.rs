@@ -15,7 +15,9 @@ use crate::graph::{Decay, DeltaNet, Graph, Layer, Linear};
 pub const BAILING_HYBRID: Family = Family { id: "bailing_hybrid", model_types: &["bailing_hybrid"], build };
 
 fn build(config: &Config<'_>) -> Result<Graph> {
-    let settings = in_words_of_deepseek(config.0);
+    let mut settings = in_words_of_deepseek(config.0);
+    // Its queries go through no latent, whatever config.json says.
+    settings.as_object_mut().map(|settings| settings.remove("q_lora_rank"));
     let config = &Config(&settings);
     let mut base = Base { embedding: "model.word_embeddings", ..Base::read(config)? };
     let width = config.optional_count("linear_head_dim")?.unwrap_or(base.head_dim);
@@ -99,6 +101,20 @@ fn delta(config: &Config<'_>, base: &Base, module: &str, dim: usize, act: Activa
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+
+    #[test]
+    fn queries_go_through_no_latent_whatever_is_said() {
+        let of = |rank: Option<usize>| {
+            let config = json!({
+                "model_type": "bailing_hybrid", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+                "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+                "first_k_dense_replace": 1, "layer_group_size": 1, "num_nextn_predict_layers": 0, "q_lora_rank": rank,
+            });
+            format!("{:?}", crate::families::build(&config).unwrap().tensors())
+        };
+        assert!(of(None).contains("attention.q_proj"));
+        assert_eq!(of(Some(8)), of(None));
+    }
 
     #[test]
     fn decays_are_bounded_from_below_0() {

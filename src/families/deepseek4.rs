@@ -9,11 +9,11 @@ use super::hy4::{clamped, named};
 use super::moe::router;
 use super::names::set_aside;
 use super::rope::of_kind;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
 use crate::graph::{
-    Attention, Choice, Collapse, Compressor, Connection, FURTHER, Graph, HeadNorms, Hyper, Indexer, Joint, Layer,
-    Linear, Moe, Norm, Pool, Projections, Scoring, Split,
+    Attention, Choice, Collapse, Compressor, Connection, Graph, HeadNorms, Hyper, Indexer, Joint, Layer, Linear, Moe,
+    Norm, Pool, Projections, Scoring, Split,
 };
 use crate::json::integer;
 use crate::weights::Weights;
@@ -54,17 +54,16 @@ fn in_memory(config: &Config<'_>) -> Result<Graph> {
     if act != Activation::Silu {
         return Err(Error::failed("config.json: hidden_act must be silu for deepseek_v4, whose gates are clamped"));
     }
-    let (kinds, rates) = (kinds(config, base.layers)?, rates(config)?);
+    let further = config.count_or("num_nextn_predict_layers", 1)?;
+    let (kinds, rates) = (kinds(config, base.layers, further)?, rates(config)?);
     let ropes = [of_kind(config, "main", base.head_dim)?, of_kind(config, "compress", base.head_dim)?];
     let hashed = hashed(config, base.layers)?;
     let hyper = mixed(config, &base)?;
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
-        let kind = kinds[layer];
+    let layer = |at: String, kind: Kind, hashed: bool| {
         let mut attention = attention(config, &base, &format!("{at}.self_attn"), kind, rates)?;
         attention.rope = Some(ropes[usize::from(kind != Kind::Sliding)].clone());
         turned(&mut attention)?;
-        let moe = mixture(config, &base, &format!("{at}.mlp"), hashed[layer])?;
+        let moe = mixture(config, &base, &format!("{at}.mlp"), hashed)?;
         let mut steps = vec![
             pre(base.norm(&format!("{at}.input_layernorm")), Layer::Attention(attention)),
             pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Moe(moe)),
@@ -73,17 +72,31 @@ fn in_memory(config: &Config<'_>) -> Result<Graph> {
             let own = named(&hyper, &format!("{at}.{name}."));
             step.hyper = Some(Box::new(Connection::Weighed(own)));
         }
-        Ok(block(at, steps))
-    })?;
+        Ok::<_, Error>(block(at, steps))
+    };
+    let blocks = base.each(|number| layer(base.at(number), kinds[number], hashed[number]))?;
     let mut graph = base.graph(config, DEEPSEEK_V4.id, blocks)?;
     let shape = HyperShape { writes: None, rounds: 0, ..hyper.shape };
-    graph.collapse = Some(Collapse::Weighed(named(&Hyper { shape, ..hyper }, "model.hc_head.hc_")));
-    graph.aside.push(("mtp.".to_owned(), FURTHER));
+    let ending = Hyper { shape, ..hyper.clone() };
+    graph.collapse = Some(Collapse::Weighed(named(&ending, "model.hc_head.hc_")));
+    for number in 0..further {
+        let at = format!("mtp.{number}");
+        let ending = Collapse::Weighed(named(&ending, &format!("{at}.hc_head_")));
+        let block = layer(at, kinds[base.layers + number], false)?;
+        further::append_with(&mut graph, &base, &further::DEEPSEEK_V4, block, Some(ending));
+    }
     Ok(graph)
 }
 
-/// What each layer sees: `layer_types`, or `compress_ratios`, or else two layers that see heavily compressed entries, and then every other one.
-fn kinds(config: &Config<'_>, layers: usize) -> Result<Vec<Kind>> {
+/// What each layer sees: `layer_types`, or `compress_ratios`, or else two layers that see heavily compressed entries, and then every other one;
+/// and what those see that predict `further` tokens, of which only `compress_ratios` tells: nothing else but their windows otherwise.
+fn kinds(config: &Config<'_>, layers: usize, further: usize) -> Result<Vec<Kind>> {
+    let mut kinds = kinds_of(config, layers, further)?;
+    kinds.resize(layers + further, Kind::Sliding);
+    Ok(kinds)
+}
+
+fn kinds_of(config: &Config<'_>, layers: usize, further: usize) -> Result<Vec<Kind>> {
     let wrong = |key: &str, what: String| Error::failed(format!("config.json: {key} {what}"));
     if let Some(types) = config.list("layer_types")? {
         if types.len() != layers {
@@ -110,7 +123,7 @@ fn kinds(config: &Config<'_>, layers: usize) -> Result<Vec<Kind>> {
         Some(128) => Ok(Kind::Heavily),
         _ => Err(wrong("compress_ratios", format!("has {ratio}, and only 0, 4 and 128 are known"))),
     };
-    ratios[..layers].iter().map(of).collect()
+    ratios.iter().take(layers + further).map(of).collect()
 }
 
 /// Tokens for each entry in layers that are heavily compressed, and in those that see a choice.
@@ -268,9 +281,13 @@ pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) -> Result<()> {
         set_aside(graph, source, &["layers.", "norm.", "embed.", "head.", "hc_head_", "mtp."]);
     } else if there(own) || there(&saved(own)) {
         let mut other = in_memory(&Config(&super::settings(source.config())?.values))?;
-        if !there(own) {
-            other.rename(&saved);
-        }
+        let saves = !there(own);
+        // transformers knows nothing of layers that predict further tokens: whoever adds them has them as published.
+        other.rename(&|name| match name {
+            name if name.starts_with("mtp.") => published(name),
+            name if saves => saved(name),
+            name => name.to_owned(),
+        });
         other.unrunnable = graph.unrunnable.take();
         *graph = other;
     }
@@ -412,7 +429,10 @@ mod tests {
             ("model.layers.1.mlp.gate", "layers.1.ffn.gate"),
             ("model.layers.1.mlp.gate.e_score_correction_bias", "layers.1.ffn.gate.bias"),
             ("model.layers.1.mlp.experts.3.gate_proj", "layers.1.ffn.experts.3.w1"),
-            ("mtp.", "mtp."),
+            ("mtp.0.self_attn.kv_norm.weight", "mtp.0.attn.kv_norm.weight"),
+            ("mtp.0.ffn_hc.fn", "mtp.0.hc_ffn_fn"),
+            ("mtp.0.hc_head_fn", "mtp.0.hc_head_fn"),
+            ("mtp.0.emb.tok_emb.weight", "mtp.0.emb.tok_emb.weight"),
         ] {
             assert_eq!(published(own), other);
         }

@@ -3,7 +3,7 @@
 //! transformers leaves most of them out; what they compute is what vLLM, SGLang and llama.cpp make of them.
 
 use super::build::Base;
-use crate::graph::{Block, Further, Graph, Layer, Linear, Lookup, Step};
+use crate::graph::{Block, Collapse, Further, Graph, Joining, Layer, Linear, Lookup, Step};
 use crate::weights::Weights;
 
 /// What tensors aside are of such a layer of which some are missing.
@@ -15,40 +15,56 @@ pub struct Spelling {
     prefix: Option<&'static str>,
     /// Norms of the embedding and of the state. In all names `{n}` is the number of the layer among those that predict further tokens.
     norms: [&'static str; 2],
-    /// The state comes before the embedding.
-    state_first: bool,
     /// The state is what the last norm is given, and not what it makes of that.
     raw: bool,
-    projection: &'static str,
+    projections: Projections,
     /// Behind the block; the model's last norm where there is nothing.
     norm: Option<&'static str>,
     /// Copies of the embedding and of the output projection that files may hold.
     copies: [Option<&'static str>; 2],
+    /// Runtimes load no codes of such a layer.
+    whole: bool,
+}
+
+/// What makes the stream of the layer.
+#[derive(Clone, Copy)]
+enum Projections {
+    /// One reads the embedding and then the state.
+    One(&'static str),
+    /// One reads the state and then the embedding.
+    StateFirst(&'static str),
+    /// One reads the embedding and the other every stream of the model, normed each by itself.
+    Apart([&'static str; 2]),
+    /// The same, with all streams normed together.
+    ApartOfAll([&'static str; 2]),
 }
 
 /// DeepSeek V3's, which most families took over.
 pub const DEEPSEEK: Spelling = Spelling {
     prefix: None,
     norms: ["enorm", "hnorm"],
-    state_first: false,
     raw: false,
-    projection: "eh_proj",
+    projections: Projections::One("eh_proj"),
     norm: Some("shared_head.norm"),
     copies: [Some("embed_tokens"), Some("shared_head.head")],
+    whole: false,
 };
 
 /// Of Hunyuan 3, which calls the last norm otherwise and always takes the model's embedding and head.
 pub const HUNYUAN: Spelling = Spelling { norm: Some("final_layernorm"), copies: [None; 2], ..DEEPSEEK };
 
 /// Of MiMo, which puts the state before the embedding.
-pub const MIMO: Spelling =
-    Spelling { norms: ["token_layernorm", "hidden_layernorm"], projection: "input_proj", state_first: true, ..HUNYUAN };
+pub const MIMO: Spelling = Spelling {
+    norms: ["token_layernorm", "hidden_layernorm"],
+    projections: Projections::StateFirst("input_proj"),
+    ..HUNYUAN
+};
 
 /// Of Qwen3-Next, which has one under names of its own.
 pub const QWEN: Spelling = Spelling {
     prefix: Some("mtp."),
     norms: ["pre_fc_norm_embedding", "pre_fc_norm_hidden"],
-    projection: "fc",
+    projections: Projections::One("fc"),
     norm: Some("norm"),
     ..HUNYUAN
 };
@@ -68,7 +84,7 @@ pub const STEP: Spelling = Spelling {
 pub const ERNIE: Spelling = Spelling {
     prefix: Some("model.mtp_"),
     norms: ["emb_norm.{n}", "hidden_norm.{n}"],
-    projection: "linear_proj.{n}",
+    projections: Projections::One("linear_proj.{n}"),
     norm: None,
     ..HUNYUAN
 };
@@ -77,35 +93,86 @@ pub const ERNIE: Spelling = Spelling {
 pub const NEMOTRON: Spelling = Spelling {
     prefix: Some("mtp."),
     norms: ["layers.0.enorm", "layers.0.hnorm"],
-    projection: "layers.0.eh_proj",
+    projections: Projections::One("layers.0.eh_proj"),
     norm: Some("layers.1.final_layernorm"),
     ..HUNYUAN
+};
+
+/// Of LongCat Flash, whose layer vLLM and SGLang load under a list of names that has none of codes.
+pub const LONGCAT: Spelling = Spelling {
+    prefix: Some("model.mtp."),
+    norms: ["layers.0.enorm.m", "layers.0.hnorm.m"],
+    projections: Projections::One("layers.0.eh_proj"),
+    norm: Some("norm"),
+    copies: [Some("embed_tokens"), None],
+    whole: true,
+    ..DEEPSEEK
+};
+
+/// What such layers of a family are called in `disable_quant_module` of config.json, by which runtimes know that they have no codes.
+pub fn without_codes(family: &str) -> Option<&'static str> {
+    (family == super::longcat::LONGCAT_FLASH.id).then_some("mtp")
+}
+
+/// Of DeepSeek V4, whose layers are given all streams, and leave as many.
+pub const DEEPSEEK_V4: Spelling = Spelling {
+    raw: true,
+    projections: Projections::Apart(["e_proj", "h_proj"]),
+    norm: Some("norm"),
+    copies: [Some("emb.tok_emb"), Some("head")],
+    ..DEEPSEEK
+};
+
+/// Of Qwen 4, whose layer is given all streams, too; what makes one of those that it leaves stands in the place of the last norm.
+pub const QWEN4: Spelling = Spelling {
+    projections: Projections::ApartOfAll(["fc_embedding", "fc_hidden"]),
+    raw: true,
+    norm: Some("hyper_connection_mixer.hc_norm"),
+    ..QWEN
 };
 
 /// Adds a layer behind the model, whose block is `block`, which has one stream where the model has several.
 ///
 /// Of a model that reads its streams through gates there is no such layer.
-pub fn append(graph: &mut Graph, base: &Base, spelling: &Spelling, mut block: Block) {
-    let &Spelling { prefix, norms: [of_token, of_state], state_first, raw, projection, norm, copies } = spelling;
+pub fn append(graph: &mut Graph, base: &Base, spelling: &Spelling, block: Block) {
+    append_with(graph, base, spelling, block, None);
+}
+
+/// The same of a layer whose block has as many streams as the model, of which `ending` makes one, if that is there.
+pub fn append_with(graph: &mut Graph, base: &Base, spelling: &Spelling, mut block: Block, ending: Option<Collapse>) {
+    let &Spelling { prefix, norms: [of_token, of_state], raw, projections, norm, copies, whole } = spelling;
     let prefix = prefix.map_or_else(|| format!("{}.", block.name), str::to_owned);
     let number = graph.predictors().len().to_string();
     let module = |name: &str| format!("{prefix}{}", name.replace("{n}", &number));
     let [embedding, head] = copies.map(|copy| copy.map(module));
     let before = graph.predictors().last().and_then(Block::further).map_or(&graph.final_norm, |last| &last.norm);
+    let (hidden, streams) = (base.hidden, ending.as_ref().map_or(1, Collapse::streams));
+    let linear = |name: &str, cols| Linear::plain(module(name), hidden, cols, false);
+    let joining = match projections {
+        Projections::One(name) => Joining::Beside { projection: linear(name, 2 * hidden), state_first: false },
+        Projections::StateFirst(name) => Joining::Beside { projection: linear(name, 2 * hidden), state_first: true },
+        Projections::Apart([token, state]) | Projections::ApartOfAll([token, state]) => {
+            Joining::Apart { token: linear(token, hidden), state: linear(state, hidden), streams }
+        }
+    };
+    let normed = if matches!(projections, Projections::ApartOfAll(_)) { streams * hidden } else { hidden };
+    // Gates take what is normed of all streams.
+    let ended = if matches!(ending, Some(Collapse::Gated(_))) { streams * hidden } else { hidden };
     let further = Further {
-        collapse: graph.collapse.clone().filter(|_| graph.predictors().is_empty()),
+        collapse: graph.collapse.clone().filter(|_| ending.is_none() && graph.predictors().is_empty()),
         before: (!raw).then(|| before.clone()),
         embedding: Lookup::whole(
             embedding.map_or_else(|| graph.embedding.tensor.clone(), |module| format!("{module}.weight")),
-            [graph.vocabulary, base.hidden],
+            [graph.vocabulary, hidden],
         ),
         of_token: base.norm(&module(of_token)),
-        of_state: base.norm(&module(of_state)),
-        state_first,
-        projection: Linear::plain(module(projection), base.hidden, 2 * base.hidden, false),
-        norm: norm.map_or_else(|| graph.final_norm.clone(), |norm| base.norm(&module(norm))),
-        head: head.map(|module| Linear::plain(module, base.vocabulary, base.hidden, false)),
+        of_state: base.norm_of(&module(of_state), normed),
+        joining,
+        ending,
+        norm: norm.map_or_else(|| graph.final_norm.clone(), |norm| base.norm_of(&module(norm), ended)),
+        head: head.map(|module| Linear::plain(module, base.vocabulary, hidden, false)),
         prefix: prefix.clone(),
+        whole,
     };
     let first = Step {
         pre: None,
@@ -144,6 +211,30 @@ pub(super) fn settle(graph: &mut Graph, source: &dyn Weights) {
             graph.aside.push((prefix, PARTIAL));
         }
     }
+}
+
+/// What stands in the names of such layers and of no others, as one part of them.
+const MARKS: &[&str] = &["enorm", "hnorm", "eh_proj", "token_layernorm", "hidden_layernorm"];
+
+/// What the names of such layers begin with that a file holds and config.json does not count, each once.
+pub fn uncounted(graph: &Graph, source: &dyn Weights) -> Vec<String> {
+    let known: Vec<String> = graph.tensors().into_iter().map(|(name, _)| name).collect();
+    let mut found: Vec<String> = Vec::new();
+    for name in source.entries().iter().map(|entry| &entry.name[..]) {
+        let parts: Vec<&str> = name.split('.').collect();
+        let mark = parts.iter().position(|part| MARKS.contains(part)).filter(|at| *at > 0);
+        let beside = |part: &&str| *part == "mtp" || part.starts_with("mtp_") || *part == "nextn";
+        // With its number, where it has one.
+        let numbered = |at: usize| parts.get(at).is_some_and(|part| part.parse::<usize>().is_ok());
+        let count = parts.iter().position(beside).map(|at| if numbered(at + 1) { at + 2 } else { at + 1 }).or(mark);
+        let Some(prefix) = count.map(|count| format!("{}.", parts[..count].join("."))) else { continue };
+        let aside = graph.aside.iter().any(|(prefix, _)| name.starts_with(prefix));
+        let dropped = graph.dropped.iter().any(|rule| name.starts_with(&rule.prefix) && name.ends_with(rule.suffix));
+        if !(aside || dropped || found.contains(&prefix)) && !known.iter().any(|known| known.starts_with(&prefix)) {
+            found.push(prefix);
+        }
+    }
+    found
 }
 
 #[cfg(test)]

@@ -7,9 +7,9 @@ use super::build::{Base, activation, block, pre};
 use super::deepseek::LatentHeads;
 use super::moe::router;
 use super::rope::rope;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
-use crate::graph::{Graph, Layer, Moe, Projections, Step};
+use crate::graph::{FURTHER, Graph, Layer, Moe, Projections, Step};
 
 /// LongCat Flash.
 pub const LONGCAT_FLASH: Family = Family { id: "longcat_flash", model_types: &["longcat_flash"], build };
@@ -34,17 +34,21 @@ fn build(config: &Config<'_>) -> Result<Graph> {
     let bias = config.flag("router_bias", false)?;
     let scale = config.number("routed_scaling_factor", 1.0)? as f32;
     let share = |width: usize| (base.hidden as f32 / width as f32).sqrt();
+    let attention = |module: &str| {
+        let mut attention = heads.attention(&base, module, Some(rope.clone()), true);
+        // What queries are multiplied by, their scores are.
+        attention.shape.scale *= share(q_latent);
+        if let Projections::Latent(own) = &mut attention.projections {
+            own.kv_scale = share(latent);
+        }
+        Layer::Attention(attention)
+    };
     let blocks = base.each(|layer| {
         let at = base.at(layer);
         let mut steps = Vec::new();
         for half in 0..2 {
-            let mut attention = heads.attention(&base, &format!("{at}.self_attn.{half}"), Some(rope.clone()), true);
-            // What queries are multiplied by, their scores are.
-            attention.shape.scale *= share(q_latent);
-            if let Projections::Latent(own) = &mut attention.projections {
-                own.kv_scale = share(latent);
-            }
-            steps.push(pre(base.norm(&format!("{at}.input_layernorm.{half}")), Layer::Attention(attention)));
+            let attention = attention(&format!("{at}.self_attn.{half}"));
+            steps.push(pre(base.norm(&format!("{at}.input_layernorm.{half}")), attention));
             let after = base.gated(&format!("{at}.mlps.{half}"), inner, act, false);
             steps.push(pre(base.norm(&format!("{at}.post_attention_layernorm.{half}")), Layer::Mlp(after)));
         }
@@ -61,7 +65,19 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         Ok(block(at, steps))
     })?;
     let mut graph = base.graph(config, "longcat_flash", blocks)?;
-    graph.aside.push(("model.mtp.".to_owned(), crate::graph::FURTHER));
+    match config.count_or("num_nextn_predict_layers", 1)? {
+        // Latent attention and a feed-forward layer, one of each.
+        1 => {
+            let at = "model.mtp.layers.0";
+            let after = base.gated(&format!("{at}.transformer_layer.mlp"), inner, act, false);
+            let steps = vec![
+                pre(base.norm(&format!("{at}.input_layernorm")), attention(&format!("{at}.self_attn"))),
+                pre(base.norm(&format!("{at}.post_attention_layernorm")), Layer::Mlp(after)),
+            ];
+            further::append(&mut graph, &base, &further::LONGCAT, block(at.to_owned(), steps));
+        }
+        _ => graph.aside.push(("model.mtp.".to_owned(), FURTHER)),
+    }
     // As transformers saves them, in the place of which it computes nothing.
     let idle = (0..base.layers).flat_map(|layer| (experts..all).map(move |expert| (layer, expert)));
     let idle = idle.map(|(layer, expert)| (format!("{}.mlp.experts.{expert}.", base.at(layer)), "computes nothing"));

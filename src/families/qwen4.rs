@@ -6,9 +6,9 @@ use std::collections::HashMap;
 use kernels::{Activation, IndexShape, RopeLayout};
 
 use super::build::{Base, activation, block, by_type};
-use super::qwen_next::{Kind, delta, feed_forward};
+use super::qwen_next::{Kind, delta, feed_forward, further_layers};
 use super::rope::rope;
-use super::{Config, Family};
+use super::{Config, Family, further};
 use crate::error::{Error, Result};
 use crate::graph::{
     Choice, Collapse, Connection, Convolution, FURTHER, Gated, GramLayer, Grams, Graph, Indexer, Layer, Linear, Rope,
@@ -59,9 +59,8 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         let hyper = Some(Box::new(Connection::Gated(Box::new(gated(&module, true)))));
         Step { pre: Some(base.norm_of(&format!("{module}.hc_norm"), width)), hyper, ..plain(layer) }
     };
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
-        let mixer = match recurrent[layer] {
+    let layer = |at: String, number: usize, recurrent: bool| {
+        let mixer = match recurrent {
             true => {
                 let delta = delta(config, &base, &format!("{at}.linear_attn"), Kind::Four, act)?;
                 Layer::Delta(Box::new(crate::graph::DeltaNet { activation: gate, ..delta }))
@@ -76,12 +75,17 @@ fn build(config: &Config<'_>) -> Result<Graph> {
                 Layer::Attention(attention)
             }
         };
-        let table = tables.remove(&layer).map(|table| plain(Layer::Grams(Box::new(table))));
-        let own = [
+        let steps = vec![
             step(format!("{at}.attn_hyper_connection"), mixer),
-            step(format!("{at}.mlp_hyper_connection"), feed_forward(&at, layer)),
+            step(format!("{at}.mlp_hyper_connection"), feed_forward(&at, number)),
         ];
-        Ok(block(at, table.into_iter().chain(own).collect()))
+        Ok::<_, Error>(block(at, steps))
+    };
+    let blocks = base.each(|number| {
+        let mut block = layer(base.at(number), number, recurrent[number])?;
+        let table = tables.remove(&number).map(|table| plain(Layer::Grams(Box::new(table))));
+        block.steps.splice(..0, table);
+        Ok(block)
     })?;
     let mut graph = base.graph(config, "qwen4_exp", blocks)?;
     let module = "model.hyper_connection_mixer";
@@ -92,7 +96,15 @@ fn build(config: &Config<'_>) -> Result<Graph> {
         let what = "what rows of a table are found by, which follows from config.json";
         graph.aside.extend(["layer_multipliers", "ngram_heads_"].map(|name| (format!("{said}.{name}"), what)));
     }
-    graph.aside.push(("mtp.".to_owned(), FURTHER));
+    match further_layers(config)? {
+        1 => {
+            let ending = Collapse::Gated(Box::new(gated("mtp.hyper_connection_mixer", false)));
+            let block = layer("mtp.layers.0".to_owned(), base.layers, false)?;
+            further::append_with(&mut graph, &base, &further::QWEN4, block, Some(ending));
+        }
+        // Several would share what comes before and behind them.
+        _ => graph.aside.push(("mtp.".to_owned(), FURTHER)),
+    }
     Ok(graph)
 }
 

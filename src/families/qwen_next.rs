@@ -75,12 +75,7 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
         Ok(Block { name: at, steps, parallel: false, scale: None, altup: None })
     })?;
     let mut graph = base.graph(config, kind.family(), blocks)?;
-    // Whichever is there, and one that files of Qwen3-Next hold and their config.json does not tell of.
-    let count = match config.get("mtp_num_hidden_layers") {
-        Some(_) => config.count_or("mtp_num_hidden_layers", 1)?,
-        None => config.count_or("num_nextn_predict_layers", 1)?,
-    };
-    match count {
+    match further_layers(config)? {
         1 => {
             let at = "mtp.layers.0".to_owned();
             let after = feed_forward(&at, 0);
@@ -90,6 +85,14 @@ fn build(config: &Config<'_>, kind: Kind) -> Result<Graph> {
         _ => graph.aside.push(("mtp.".to_owned(), FURTHER)),
     }
     Ok(graph)
+}
+
+/// How many layers predict further tokens, whichever key says so: one that files of Qwen3-Next hold and their config.json does not tell of.
+pub fn further_layers(config: &Config<'_>) -> Result<usize> {
+    match config.get("mtp_num_hidden_layers") {
+        Some(_) => config.count_or("mtp_num_hidden_layers", 1),
+        None => config.count_or("num_nextn_predict_layers", 1),
+    }
 }
 
 /// Which layers have a state: `layer_types`, or else all but every fourth, or whichever `full_attention_interval` says.

@@ -27,7 +27,7 @@ use ndarray::{Array2, Axis};
 pub use self::ahead::Ahead;
 pub use self::head::{LoadedHead, kept};
 use self::hyper::Ending;
-pub use self::route::numbers;
+pub use self::route::{numbers, table};
 pub use self::run::run_block;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
@@ -437,7 +437,7 @@ pub fn final_hidden<B: Forward>(
         enter(backend, block, chunks)?;
         run_block(backend, block, source, &mut plain, chunks)?;
         if let Some(further) = block.further() {
-            hidden.further.push(ended(&further.norm, None, chunks, &mut plain)?);
+            hidden.further.push(ended(&further.norm, further.ending.as_ref(), chunks, &mut plain)?);
         }
         step(block)
     })?;

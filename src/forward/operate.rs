@@ -184,7 +184,7 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         operation.makes.iter().zip(matrices).map(|(value, matrix)| self.made(*value, matrix)).collect()
     }
 
-    /// What the parts of a linear make of which each reads what is its own, as far as it is asked for.
+    /// What the parts of a linear make of which each reads what is its own, or one part of all that is read, as far as it is asked for.
     fn part_by_part<'m>(
         &self,
         at: usize,
@@ -195,7 +195,8 @@ impl<'b, B: Forward> Run<'_, 'b, B> {
         B: 'm,
     {
         let mut made = Vec::new();
-        for ((value, weight), read) in self.program.operations[at].makes.iter().zip(self.weights(at)).zip(reads) {
+        let weights = self.weights(at).iter().cycle();
+        for ((value, weight), read) in self.program.operations[at].makes.iter().zip(weights).zip(reads) {
             if asked(value) {
                 let x = self.multiplied(read)?;
                 made.push(self.made(*value, product(self.backend, x.input(), weight)?)?);

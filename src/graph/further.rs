@@ -8,12 +8,14 @@
 //! logits of token t + n + 1 = head(state)
 //! ```
 //!
+//! Of a model with several streams such a layer may read them all, each by itself: `stream[i] = projection₁(norm(embedding)) + projection₂(norm(state[i]))`.
+//!
 //! `n` is 1 for the first such layer, whose state is what the model's head reads, or what the norm before it does, and one more for each that follows (DeepSeek-AI 2024,
 //! arXiv:2412.19437, section 2.2).
 
 use std::borrow::Cow;
 
-use super::{Block, Collapse, DropRule, Graph, Layer, Linear, Lookup, Norm};
+use super::{Block, Collapse, DropRule, Graph, Hyper, Layer, Linear, Lookup, Norm};
 
 /// What layers are that predict the token after the next.
 pub const FURTHER: &str = "predicts further tokens";
@@ -26,7 +28,7 @@ pub const BESIDE: &str = "not part of the language model";
 pub struct Further {
     /// What the names of all of its tensors begin with, and those of no others: `mtp.`, or `model.layers.61.`.
     pub prefix: String,
-    /// What makes one state of the streams that the model leaves, where these are several.
+    /// What makes one state of the streams that the model leaves, where these are several and it does not read them all.
     pub collapse: Option<Collapse>,
     /// What the state has been normed by before: the model's last norm, or that of the layer of this kind before it. Nothing where it is
     /// taken before that norm.
@@ -35,16 +37,57 @@ pub struct Further {
     pub embedding: Lookup,
     /// Of that embedding.
     pub of_token: Norm,
-    /// Of the state.
+    /// Of the state; of several streams each by itself, where it has a weight for one, or all together.
     pub of_state: Norm,
-    /// The state comes before the embedding.
-    pub state_first: bool,
-    /// `[hidden, 2 · hidden]`.
-    pub projection: Linear,
+    /// How both become the stream of the block.
+    pub joining: Joining,
+    /// What makes one state of the streams of the block, where these are several.
+    pub ending: Option<Collapse>,
     /// Behind the block; it may be the model's.
     pub norm: Norm,
     /// A projection to logits of its own, in place of the model's, `[vocabulary, hidden]`.
     pub head: Option<Linear>,
+    /// No runtime loads codes of any of its linears.
+    pub whole: bool,
+}
+
+/// How an embedding and a state become the stream of a block that predicts further tokens.
+#[derive(Clone, Debug)]
+pub enum Joining {
+    /// Side by side, by one projection.
+    Beside {
+        /// `[hidden, 2 · hidden]`.
+        projection: Linear,
+        /// The state comes before the embedding.
+        state_first: bool,
+    },
+    /// Each by a projection of its own, `[hidden, hidden]`: what that of the embedding makes is added to what the other makes of each stream.
+    Apart {
+        /// Of the embedding.
+        token: Linear,
+        /// Of every stream of the state.
+        state: Linear,
+        /// How many streams there are.
+        streams: usize,
+    },
+}
+
+impl Joining {
+    /// The linears, that of the embedding first; each reads an input of its own.
+    pub fn linears(&self) -> Vec<&Linear> {
+        match self {
+            Joining::Beside { projection, .. } => vec![projection],
+            Joining::Apart { token, state, .. } => vec![token, state],
+        }
+    }
+
+    /// Does something to every linear.
+    fn linears_mut(&mut self, change: &mut dyn FnMut(&mut Linear)) {
+        match self {
+            Joining::Beside { projection, .. } => change(projection),
+            Joining::Apart { token, state, .. } => [token, state].into_iter().for_each(change),
+        }
+    }
 }
 
 impl Further {
@@ -56,19 +99,28 @@ impl Further {
 
     /// Its tensors that are no norms and no linears, with their shapes.
     pub(super) fn vectors(&self) -> Vec<(String, Vec<usize>)> {
-        vec![self.embedding.described()]
+        let ending = self.ending.iter().filter_map(Collapse::hyper).flat_map(Hyper::vectors);
+        ending.chain([self.embedding.described()]).collect()
+    }
+
+    /// Its linears that are never quantized.
+    pub(super) fn fixed(&self) -> impl Iterator<Item = &Linear> {
+        self.head.iter().chain(self.ending.iter().flat_map(Collapse::linears))
     }
 
     /// Does something to every linear.
     pub(super) fn linears_mut(&mut self, change: &mut dyn FnMut(&mut Linear)) {
-        [&mut self.projection].into_iter().chain(&mut self.head).for_each(change);
+        self.joining.linears_mut(change);
+        self.ending.iter_mut().for_each(|ending| ending.linears_mut(change));
+        self.head.iter_mut().for_each(change);
     }
 
     /// Gives every tensor that is no linear's another name.
     pub(super) fn rename(&mut self, name: &dyn Fn(&str) -> String) {
         self.prefix = name(&self.prefix);
         self.embedding.tensor = name(&self.embedding.tensor);
-        self.collapse.iter_mut().filter_map(Collapse::hyper_mut).for_each(|hyper| hyper.rename(name));
+        let streams = self.collapse.iter_mut().chain(&mut self.ending);
+        streams.filter_map(Collapse::hyper_mut).for_each(|hyper| hyper.rename(name));
         let own = [&mut self.of_token, &mut self.of_state, &mut self.norm];
         for norm in self.before.iter_mut().chain(own) {
             norm.weights.iter_mut().chain(&mut norm.bias).for_each(|tensor| *tensor = name(tensor));
@@ -153,6 +205,7 @@ impl Graph {
 
     /// Whether a linear makes the stream of a layer that predicts further tokens.
     pub fn joins(&self, linear: &Linear) -> bool {
-        self.predictors().iter().filter_map(Block::further).any(|further| further.projection.module == linear.module)
+        let further = self.predictors().iter().filter_map(Block::further);
+        further.flat_map(|further| further.joining.linears()).any(|joining| joining.module == linear.module)
     }
 }

@@ -1,16 +1,16 @@
 //! From layers to operations.
 
 mod altup;
+mod further;
 mod gated;
 mod joint;
 
-use super::{Expert, Kept, Kind, Operation, Program, Streams, Value};
+use super::{Expert, Kept, Kind, Operation, Program, Value};
 use kernels::Activation;
 
 use crate::graph::{
-    Attention, Block, Choice, Collapse, Connection, Convolution, DeltaNet, Further, GroupNorm, HeadNorms, Indexer,
-    Keys, Latent, Layer, Linear, Mamba, Mlp, Moe, Narrow, Norm, PerLayer, Projections, Rope, ShortConvolution, Side,
-    Step,
+    Attention, Block, Choice, Collapse, Connection, Convolution, DeltaNet, GroupNorm, HeadNorms, Indexer, Keys, Latent,
+    Layer, Linear, Mamba, Mlp, Moe, Narrow, Norm, PerLayer, Projections, Rope, ShortConvolution, Side, Step,
 };
 
 impl<'b> Program<'b> {
@@ -23,7 +23,7 @@ impl<'b> Program<'b> {
             Layer::Short(short) => Some(short.out.rows),
             Layer::Mlp(mlp) => Some(mlp.down.rows),
             Layer::Moe(moe) => Some(moe.router.linear.cols),
-            Layer::Further(further) => Some(further.projection.rows),
+            Layer::Further(further) => further.joining.linears().first().map(|linear| linear.rows),
             Layer::PerLayer(layer) => Some(layer.out.rows),
             Layer::Grams(layer) => Some(layer.value.rows),
             Layer::Opaque(_) => None,
@@ -162,28 +162,6 @@ impl<'b> Lowering<'b> {
             Layer::Grams(layer) => self.grams(layer, x),
             Layer::Moe(_) | Layer::Further(_) | Layer::Opaque(_) => return None,
         })
-    }
-
-    /// The stream of a layer that predicts further tokens.
-    fn further(&mut self, further: &'b Further, stream: usize) -> usize {
-        let Further { collapse, before, embedding, of_token, of_state, state_first, projection, .. } = further;
-        let token = self.one(Kind::Lookup(embedding), &[], "e", self.hidden);
-        let token = self.norm(Some(of_token), token, "e");
-        let state = match collapse {
-            None => stream,
-            Some(Collapse::Weighed(hyper)) => {
-                let weights = self.one(Kind::Connect(hyper), &[stream], "w", hyper.shape.weights());
-                self.one(Kind::ReadStreams(hyper.shape.streams), &[stream, weights], "s", self.hidden)
-            }
-            Some(Collapse::Mean(_) | Collapse::Gated(_)) => self.on_streams(Streams::Mean, &[stream], "s", self.hidden),
-        };
-        let state = self.norm(before.as_ref(), state, "s");
-        let state = self.norm(Some(of_state), state, "s");
-        let both = if *state_first { [state, token] } else { [token, state] };
-        let both = self.one(Kind::JoinHeads { heads: 1 }, &both, "x", 2 * self.hidden);
-        self.keep(both, Kept::Room);
-        let y = self.linears(vec![projection], false, both, &["y"])[0];
-        self.one(Kind::Begin, &[stream, y], "h", self.hidden)
     }
 
     fn attention(&mut self, attention: &'b Attention, x: usize) -> usize {

@@ -40,6 +40,7 @@ pub struct Directory {
     /// What there is to say of the one that was read.
     said: Vec<String>,
     beside: Beside,
+    family: &'static str,
 }
 
 impl Directory {
@@ -55,7 +56,8 @@ impl Directory {
         let beside = source.beside(&own)?;
         let placements =
             plan.encodings.iter().map(|(module, encoding)| (module.clone(), [Placement::whole(*encoding)]));
-        Ok(Directory { placements: placements.collect(), recipe, plan, importance, said, beside })
+        let family = graph.family;
+        Ok(Directory { placements: placements.collect(), recipe, plan, importance, said, beside, family })
     }
 }
 
@@ -130,6 +132,7 @@ impl<B: Backend> Target<B> for Directory {
                 config.extend(said);
             }
             further::uncount(config, &self.recipe);
+            further::tell_plain(config, self.family, &self.recipe);
             tell_dtype(config, source.dtype());
             for key in families::TEXT_PARTS {
                 if let Some(Value::Object(text)) = config.get_mut(key) {

@@ -6,8 +6,8 @@ use serde_json::{Map, Value};
 
 use crate::checkpoint::Checkpoint;
 use crate::dialect::architectures::Architecture;
-use crate::families;
-use crate::graph::{FURTHER, Graph};
+use crate::families::{self, uncounted, without_codes};
+use crate::graph::{Block, DropRule, FURTHER, Graph};
 use crate::recipe::{Mtp, Recipe};
 use crate::words::listed;
 
@@ -25,16 +25,22 @@ const LISTS: &[&str] = &[
     "use_rope_layers",
 ];
 
-/// A model as a target is to hold it, with such layers as part of it, aside, or left out.
-pub fn asked<'g>(graph: &'g Graph, recipe: &Recipe) -> Cow<'g, Graph> {
+/// A model as a target is to hold it, with such layers as part of it, aside, or left out, then those of the file that nobody counts, too.
+pub fn asked<'g>(graph: &'g Graph, source: &Checkpoint, recipe: &Recipe) -> Cow<'g, Graph> {
     let has_names = Architecture::of_family(graph.family).is_some_and(|architecture| architecture.further.is_some());
+    let whole = graph.predictors().iter().filter_map(Block::further).any(|further| further.whole);
     match (recipe.mtp, &recipe.gguf) {
-        (Mtp::Drop, _) => Cow::Owned(graph.dropping_further()),
+        (Mtp::Drop, _) => {
+            let rule = |prefix| DropRule { prefix, suffix: "", reason: FURTHER };
+            let mut other = graph.dropping_further();
+            other.dropped.extend(uncounted(graph, source).into_iter().map(rule));
+            Cow::Owned(other)
+        }
         // Kept are they there in types of a file's own.
         (_, Some(_)) => graph.predicting_further(has_names),
         (Mtp::Keep, None) => graph.predicting_further(false),
         // No class of mlx-lm has such layers: they are left out where a file is loaded.
-        (Mtp::Quantize, None) => graph.predicting_further(recipe.format != "mlx"),
+        (Mtp::Quantize, None) => graph.predicting_further(recipe.format != "mlx" && !whole),
     }
 }
 
@@ -54,9 +60,47 @@ pub fn told(graph: &Graph, source: &Checkpoint, recipe: &Recipe) -> Vec<String> 
         Some(_) => "left out, since llama.cpp has no place for them here or some of their tensors are missing",
         None => "kept as they are",
     };
-    let said =
-        [say(aside.collect(), of_aside), say(dropped.collect(), counted), say(kept.collect(), "kept as they are")];
+    let said = [
+        say(aside.clone().collect(), of_aside),
+        say(dropped.collect(), counted),
+        say(kept.collect(), "kept as they are"),
+        missing(source, own.iter().map(|prefix| &**prefix).chain(aside).filter(there))
+            .filter(|_| recipe.gguf.is_none() && recipe.mtp != Mtp::Drop),
+    ];
     said.into_iter().flatten().collect()
+}
+
+/// What to say where config.json counts more such layers than are there, whose names begin so.
+fn missing<'p>(source: &Checkpoint, there: impl Iterator<Item = &'p str>) -> Option<String> {
+    let settings = [Some(source.config()), source.config().get("text_config")];
+    let counts = settings
+        .into_iter()
+        .flatten()
+        .flat_map(|settings| COUNTS.iter().filter_map(|key| Some((*key, settings.get(*key)?.as_u64()?))));
+    let (key, count) = counts.max_by_key(|(_, count)| *count)?;
+    let there: Vec<&str> = there.collect();
+    // What is not numbered may be several.
+    let numbered = |prefix: &&str| prefix.trim_end_matches('.').ends_with(|c: char| c.is_ascii_digit());
+    let known = there.iter().all(numbered) && count > there.len() as u64;
+    known.then(|| {
+        let held = match there.len() {
+            0 => "none".to_owned(),
+            held => format!("{held} of them"),
+        };
+        format!(
+            "config.json counts {count} layers that predict further tokens ({key}), and the checkpoint holds {held}: a runtime that is asked to draft \
+             with them will not find them; take the files of the whole model, or --mtp drop, which counts none"
+        )
+    })
+}
+
+/// Says in config.json that such layers have no codes, where runtimes look for that.
+pub fn tell_plain(config: &mut Map<String, Value>, family: &str, recipe: &Recipe) {
+    let Some(name) = without_codes(family).filter(|_| recipe.mtp != Mtp::Drop) else { return };
+    let modules = config.entry("disable_quant_module").or_insert_with(|| Value::Array(Vec::new()));
+    if let Some(modules) = modules.as_array_mut().filter(|modules| !modules.iter().any(|module| module == name)) {
+        modules.push(name.into());
+    }
 }
 
 /// Takes back in config.json that there are such layers, where they are left out.

@@ -319,7 +319,7 @@ pub struct Notes {
 
 /// Decides what a recipe makes of a model; nothing is written.
 pub fn target<B: Backend>(graph: &Graph, source: &Checkpoint, recipe: Recipe) -> Result<Box<dyn Target<B>>> {
-    let graph = &*further::asked(graph, &recipe);
+    let graph = &*further::asked(graph, source, &recipe);
     Ok(match recipe.gguf {
         Some(_) => Box::new(Gguf::new(graph, source, recipe)?),
         None => Box::new(Directory::new(graph, source, recipe)?),

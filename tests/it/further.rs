@@ -41,10 +41,18 @@ const NAMES: &[&str] = &[
     "ernie4_5_moe_further",
     "hy_v4_further",
     "glm5_next_further",
+    // They are given every stream, and leave as many.
+    "deepseek_v4_further",
+    "qwen4_exp_text_further",
+    "longcat_flash_further",
 ];
 
 /// Of which llama.cpp has no such layers.
-const NOWHERE: &[&str] = &["qwen2_mimo", "minimax_m2_further", "ernie4_5_moe_further", "hy_v4_further"];
+const NOWHERE: &[&str] =
+    &["qwen2_mimo", "minimax_m2_further", "ernie4_5_moe_further", "hy_v4_further", "qwen4_exp_text_further"];
+
+/// Of which it has no class, or none for as many streams.
+const REFUSED: &[&str] = &["longcat_flash_further", "deepseek_v4_further"];
 
 fn model(name: &str) -> TempDir {
     let room = checkpoint(name);
@@ -135,10 +143,13 @@ fn they_are_quantized_and_measured_as_the_rest_of_the_model() {
             for linear in block.linears() {
                 let quantized = report.linears.iter().any(|found| found.name == linear.module);
                 // vLLM and SGLang load codes of all but the projection, and vLLM none of what ends MiMo's attention.
+                let joins = further.joining.linears().iter().any(|joining| joining.module == linear.module);
                 let ends = graph.family == "mimo_v2_flash" && linear.module.ends_with("self_attn.o_proj");
-                assert_eq!(quantized, linear.module != further.projection.module && !ends, "{name}: {}", linear.module);
+                assert_eq!(quantized, !joins && !ends && !further.whole, "{name}: {}", linear.module);
             }
-            for left in [&further.projection.module].into_iter().chain(further.head.as_ref().map(|head| &head.module)) {
+            let left = further.joining.linears().into_iter().chain(&further.head);
+            let left = left.chain(further.ending.iter().flat_map(|ending| ending.linears()));
+            for left in left.map(|linear| &linear.module) {
                 // Of numbered layers, and in a part of a larger model, by an expression.
                 let (parent, last) = left.rsplit_once('.').unwrap();
                 let last = last.trim_start_matches(|c: char| c.is_numeric());
@@ -203,7 +214,7 @@ fn they_are_kept_or_left_out_where_that_is_asked_for() {
 
 #[test]
 fn a_gguf_file_has_them_as_llama_cpp_calls_them() {
-    for name in NAMES.iter().filter(|name| !NOWHERE.contains(name)) {
+    for name in NAMES.iter().filter(|name| !NOWHERE.contains(name) && !REFUSED.contains(name)) {
         let (room, outputs) = (model(name), tempfile::tempdir().unwrap());
         let ids: Vec<u32> = (3..27).map(|i| i * 7 % 90).collect();
         let before = said_and_drafted(room.path(), &ids);
@@ -245,7 +256,8 @@ fn a_gguf_file_has_them_as_llama_cpp_calls_them() {
         }
         let first = graph.predictors()[0].further().unwrap();
         assert_eq!(of("nextn.shared_head_head.weight").is_some(), first.head.is_some(), "{name}");
-        assert!(report.linears.iter().any(|linear| linear.name == first.projection.module), "{name}");
+        let joining = &first.joining.linears()[0].module;
+        assert!(report.linears.iter().any(|linear| linear.name == *joining), "{name}");
         assert_eq!(report.quality.unwrap().further.len(), further, "{name}");
 
         let report = gguf(room.path(), &path("kept"), "scheme = 'Q8_0'\nmethod = 'gptq'\nmtp = 'keep'");
@@ -310,6 +322,87 @@ fn a_layer_that_is_not_whole_is_no_part_of_the_model() {
     assert!(report.quality.unwrap().further.is_empty());
 }
 
+/// What is only rounded.
+const PLAIN: &str = "scheme = 'W8A16'\nmethod = 'rtn'\ngroup_size = 32";
+
+/// vLLM and SGLang load LongCat's as they are, where config.json says that they are.
+#[test]
+fn a_layer_of_which_runtimes_load_no_codes_stays_as_it_is() {
+    let (room, outputs) = (model("longcat_flash_further"), tempfile::tempdir().unwrap());
+    for (mtp, said) in [("quantize", true), ("keep", true), ("drop", false)] {
+        let output = outputs.path().join(mtp);
+        let report = quantize(room.path(), &output, &format!("{PLAIN}\nmtp = '{mtp}'"));
+        assert!(report.linears.iter().all(|linear| !linear.name.starts_with("model.mtp.")), "{mtp}");
+        let kept = report
+            .notes
+            .iter()
+            .any(|note| note == "layers that predict further tokens are kept as they are: `model.mtp`");
+        assert_eq!(kept, said, "{mtp}: {:?}", report.notes);
+        assert_eq!(config(&output)["disable_quant_module"] == serde_json::json!(["mtp"]), said, "{mtp}");
+        assert_eq!(report.quality.unwrap().further.len(), usize::from(said), "{mtp}");
+    }
+}
+
+/// A copy of a checkpoint whose config.json counts so many.
+fn counting(name: &str, count: usize) -> TempDir {
+    let room = model(name);
+    let mut config = config(room.path());
+    config["num_nextn_predict_layers"] = count.into();
+    std::fs::write(room.path().join("config.json"), config.to_string()).unwrap();
+    room
+}
+
+#[test]
+fn those_that_nobody_counts_are_left_out_with_the_others() {
+    for (name, count, left) in [
+        ("deepseek_v3_two", 1, "`model.layers.2`, `model.layers.3`"),
+        ("deepseek_v3_two", 0, "`model.layers.2`, `model.layers.3`"),
+        ("deepseek_v4_further", 1, "`mtp.0`, `mtp.1`"),
+        ("deepseek_v4_further", 0, "`mtp.0`, `mtp.1`"),
+    ] {
+        let (room, outputs) = (counting(name, count), tempfile::tempdir().unwrap());
+        let output = outputs.path().join("out");
+        let report = quantize(room.path(), &output, &format!("{PLAIN}\nmtp = 'drop'"));
+        let written = Checkpoint::open(&output).unwrap();
+        let further = |name: &str| name.starts_with("mtp.") || name.contains("layers.2.") || name.contains("layers.3.");
+        assert!(written.entries().iter().all(|entry| !further(&entry.name)), "{name}, {count}");
+        let note =
+            report.notes.iter().any(|note| note.contains(left) && note.contains("left out, and counted no longer"));
+        assert!(note, "{name}, {count}: {:?}", report.notes);
+        assert!(!report.recipe.idle.contains(&"mtp"), "{name}, {count}");
+        assert_eq!(config(&output)["num_nextn_predict_layers"], 0, "{name}, {count}");
+    }
+}
+
+#[test]
+fn those_that_are_counted_and_not_there_are_told() {
+    for (name, count, held) in [
+        (
+            "deepseek_v3_two",
+            3,
+            Some(
+                "counts 3 layers that predict further tokens (num_nextn_predict_layers), and the checkpoint holds 2 of them",
+            ),
+        ),
+        ("deepseek_v4_further", 3, Some("and the checkpoint holds 2 of them")),
+        ("deepseek_v4_further", 2, None),
+        ("deepseek_v4_usual", 1, Some("and the checkpoint holds none")),
+    ] {
+        let (room, outputs) = (counting(name, count), tempfile::tempdir().unwrap());
+        for mtp in ["quantize", "keep", "drop"] {
+            let output = outputs.path().join(mtp);
+            let report = quantize(room.path(), &output, &format!("{PLAIN}\nmtp = '{mtp}'"));
+            let told = report.notes.iter().find(|note| note.contains("and the checkpoint holds"));
+            match held.filter(|_| mtp != "drop") {
+                None => assert_eq!(told, None, "{name}, {mtp}"),
+                Some(held) => {
+                    assert!(told.is_some_and(|told| told.contains(held)), "{name}, {mtp}: {:?}", report.notes)
+                }
+            }
+        }
+    }
+}
+
 /// Weights of an output.
 fn weights(folder: &Path) -> Vec<u8> {
     std::fs::read(folder.join("model.safetensors")).unwrap()
@@ -318,7 +411,7 @@ fn weights(folder: &Path) -> Vec<u8> {
 #[test]
 fn an_interrupted_run_goes_on_with_them() {
     let settings = "scheme = 'W4A16'\nmethod = 'awq+gptq'\ngroup_size = 32";
-    for name in ["qwen3_5_text_further", "deepseek_v3_two"] {
+    for name in ["qwen3_5_text_further", "deepseek_v3_two", "deepseek_v4_further", "qwen4_exp_text_further"] {
         let (room, outputs) = (model(name), tempfile::tempdir().unwrap());
         let [whole, again] = ["whole", "again"].map(|kind| outputs.path().join(kind));
         quantize(room.path(), &whole, settings);

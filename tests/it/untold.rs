@@ -461,9 +461,9 @@ fn a_stray_width_of_heads_is_no_fault() {
     });
 }
 
-/// config.json may count layers for further tokens that the file does not hold.
+/// config.json may count layers for further tokens that the file does not hold: they are not kept, and that is told.
 #[test]
-fn parts_that_are_not_there_are_not_told() {
+fn parts_that_are_not_there_are_not_kept() {
     let room = Room::new();
     for (name, there) in [("deepseek_v3_plain", false), ("glm4_moe_grouped", false), ("deepseek_v3_further", true)] {
         let folder = checkpoint(name);
@@ -471,7 +471,9 @@ fn parts_that_are_not_there_are_not_told() {
         let path = folder.path().to_str().unwrap();
         let run = room.run(["quantize", path, "-o", "out", "--force", "--mtp", "keep"].iter().chain(&RTN));
         run.succeeds();
-        assert_eq!(run.stderr().contains("layers that predict further tokens"), there, "{name}: {}", run.stderr());
+        let kept = run.stderr().contains("layers that predict further tokens are kept");
+        let none = run.stderr().contains("and the checkpoint holds none");
+        assert_eq!((kept, none), (there, !there), "{name}: {}", run.stderr());
         assert!(!run.stderr().contains("not part of"), "{name}: {}", run.stderr());
     }
 }

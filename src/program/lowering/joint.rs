@@ -59,10 +59,6 @@ impl<'b> Lowering<'b> {
         let reads: Vec<usize> = (0..parts).map(|part| group(self, part)).collect();
         let makes = vec![("og", linear.rows / parts); parts];
         let made = self.operation(Kind::Linear { linears: vec![linear], fixed: false }, &reads, &makes);
-        let join = |before: usize, next: usize| {
-            let width = [before, next].map(|value| self.program.values[value].width).iter().sum();
-            self.one(Kind::JoinHeads { heads: 1 }, &[before, next], "co", width)
-        };
-        made.into_iter().reduce(join).expect("a part at least")
+        self.beside_each_other(made)
     }
 }
