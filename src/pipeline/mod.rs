@@ -95,7 +95,10 @@ pub fn quantize<B: Backend>(
     let ahead = Ahead::new(backend, source);
     let leader = targets[lead].0.recipe();
     let names: HashSet<String> = match leader.method.smooths() {
-        true => graph.blocks.iter().flat_map(touched).collect(),
+        true => {
+            let all: Vec<_> = targets.iter().map(|(target, _)| *target).collect();
+            walked(graph, &all).iter().flat_map(touched).collect()
+        }
         false => HashSet::new(),
     };
     let early = |over: &AtomicBool| {
@@ -189,7 +192,8 @@ impl<B: Backend> Walk<'_, '_, B> {
         let (ahead, backend, source) = (self.ahead, self.backend, self.source);
         let smooths = self.smooths();
         self.before()?;
-        let walked = self.walked(graph);
+        let targets: Vec<_> = self.tasks.iter().map(|task| task.target).collect();
+        let walked = walked(graph, &targets);
         let finished = self.take_up(walked)?;
         match samples {
             None => ahead.blocks(
@@ -225,13 +229,6 @@ impl<B: Backend> Walk<'_, '_, B> {
         }
         let imatrices = self.tasks.iter().map(|task| task.imatrix(samples?)).collect();
         Ok((self.end(started)?, imatrices))
-    }
-
-    /// The blocks that are gone through: those that predict further tokens only as far as somebody quantizes them.
-    fn walked<'g>(&self, graph: &'g Graph) -> &'g [Block] {
-        let wanted = |linear: &Linear| self.tasks.iter().any(|task| !task.target.placements(linear).is_empty());
-        let last = graph.predictors().iter().rposition(|block| block.linears().any(wanted));
-        &graph.blocks[..graph.trunk().len() + last.map_or(0, |last| last + 1)]
     }
 
     fn before(&mut self) -> Result<()> {
@@ -514,6 +511,13 @@ impl<B: Backend> Supply<B> for Again<'_, '_, '_, B> {
     fn router(&mut self, linear: &Linear) -> Result<Vec<Weight<B::Weight>>> {
         self.walk.router(linear)
     }
+}
+
+/// The blocks that are gone through: those that predict further tokens only as far as somebody quantizes them.
+fn walked<'g, B: Backend>(graph: &'g Graph, targets: &[&dyn Target<B>]) -> &'g [Block] {
+    let wanted = |linear: &Linear| targets.iter().any(|target| !target.placements(linear).is_empty());
+    let last = graph.predictors().iter().rposition(|block| block.linears().any(wanted));
+    &graph.blocks[..graph.trunk().len() + last.map_or(0, |last| last + 1)]
 }
 
 /// One line for a linear.
