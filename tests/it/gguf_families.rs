@@ -83,6 +83,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("ernie4_5_moe_biases", "a bias of `model.layers.0.self_attn.o_proj`"),
     ("glm5_next_unbounded", "a bias of `model.language_model.layers.2.self_attn.q_a_proj`"),
     ("qwen4_exp_text_bare", "a bias of `model.layers.1.self_attn.o_proj`"),
+    ("qwen4_exp_text_further", "ple_embed_dim 32 beside a hidden_size of 64"),
     ("qwen4_exp_text_plain", "ple_embed_dim 32 beside a hidden_size of 64"),
     ("qwen4_exp_vision", "ple_embed_dim 96 beside a hidden_size of 64"),
     ("glm4_moe_grouped", "this way of limiting experts to groups"),
@@ -95,6 +96,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("cohere_qk_norm", "norms of queries and keys of this kind in block 0"),
     ("deepseek_v2_grouped", "groups of experts that are ranked by their best expert"),
     ("deepseek_v2_lite", "queries made without a latent in a model of 2 layers"),
+    ("longcat_flash_further", "cannot be written as GGUF"),
     ("longcat_flash_published", "cannot be written as GGUF"),
     (
         "minimax_m3_vl_published",
@@ -102,6 +104,7 @@ const REFUSED: &[(&str, &str)] = &[
     ),
     ("kimi_linear_plain", "queries made through a latent"),
     ("deepseek_v32_whole", "a bias of `model.layers.0.self_attn.q_a_proj`"),
+    ("deepseek_v4_further", "an indexer with heads of 32 values"),
     ("deepseek_v4_rotations", "entries that stand for 2 tokens"),
     ("deepseek_v4_plain", "entries that stand for 8 tokens"),
     ("deepseek_v4_published", "entries that stand for 8 tokens"),

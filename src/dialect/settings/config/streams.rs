@@ -74,6 +74,8 @@ impl Settings {
             "output_gate_type": "sigmoid",
             "norm_topk_prob": true,
             "ple_layer_ids": [],
+            // Files have no place for it, and without the key there would be one.
+            "mtp_num_hidden_layers": 0,
         });
         let mut values = values.as_object().cloned().unwrap_or_default();
         if self.look("ple.layers").is_some() {
