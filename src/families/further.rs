@@ -230,7 +230,8 @@ pub fn uncounted(graph: &Graph, source: &dyn Weights) -> Vec<String> {
         let Some(prefix) = count.map(|count| format!("{}.", parts[..count].join("."))) else { continue };
         let aside = graph.aside.iter().any(|(prefix, _)| name.starts_with(prefix));
         let dropped = graph.dropped.iter().any(|rule| name.starts_with(&rule.prefix) && name.ends_with(rule.suffix));
-        if !(aside || dropped || found.contains(&prefix)) && !known.iter().any(|known| known.starts_with(&prefix)) {
+        let counted = known.iter().any(|known| known.starts_with(&prefix));
+        if !(aside || dropped || counted || found.contains(&prefix)) {
             found.push(prefix);
         }
     }
