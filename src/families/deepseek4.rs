@@ -389,7 +389,7 @@ mod tests {
                 let attention = block.attention().unwrap();
                 (attention.beside.as_ref().map(|beside| beside.block), attention.choice.is_some())
             };
-            graph.blocks.iter().map(of).collect::<Vec<_>>()
+            graph.trunk().iter().map(of).collect::<Vec<_>>()
         };
         assert_eq!(seen(&newer), [(None, false), (Some(8), true), (Some(16), false), (Some(8), true)]);
         // Where nothing is said, the rates are those of the published models.

@@ -92,8 +92,8 @@ pub enum Kind<'b> {
         /// Values of a head.
         head_dim: usize,
     },
-    /// Multiplies one value by the weights of several linears; each part of each makes one value. A stage, as these linears are
-    /// calibrated together.
+    /// Multiplies one value by the weights of several linears; each part of each makes one value. Or several values by the weight
+    /// of one linear: each by a part of its own, or each by the whole. A stage, as these linears are calibrated together.
     Linear {
         /// The linears.
         linears: Vec<&'b Linear>,

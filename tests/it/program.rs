@@ -96,13 +96,15 @@ fn programs_of_all_families_hold_every_tensor_of_their_blocks_and_every_linear_o
                 tensors.extend(operation.tensors());
                 if let Kind::Linear { linears: own, .. } = &operation.kind {
                     linears.extend(own.iter().map(|linear| &linear.module[..]));
-                    // As many values as parts, as wide as their rows.
+                    // As many values as parts, as wide as their rows: each part of a value of its own, or all of each.
                     let parts: usize = own.iter().map(|linear| linear.split.parts()).sum();
-                    let rows: usize = own.iter().map(|linear| linear.rows).sum();
+                    let times = if operation.reads.len() == parts { 1 } else { operation.reads.len() };
+                    let (parts, rows) = (times * parts, times * own.iter().map(|linear| linear.rows).sum::<usize>());
                     let widths = operation.makes.iter().map(|value| program.values[*value].width);
                     assert_eq!((operation.makes.len(), widths.sum::<usize>()), (parts, rows), "{name}: {own:?}");
-                    let width = program.values[operation.reads[0]].width;
-                    assert!(own.iter().all(|linear| linear.cols == width), "{name}: {own:?} of {width} values");
+                    for width in operation.reads.iter().map(|value| program.values[*value].width) {
+                        assert!(own.iter().all(|linear| linear.cols == width), "{name}: {own:?} of {width} values");
+                    }
                 }
             }
             assert_eq!(there.len(), program.values.len());
