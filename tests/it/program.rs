@@ -109,8 +109,12 @@ fn programs_of_all_families_hold_every_tensor_of_their_blocks_and_every_linear_o
             }
             assert_eq!(there.len(), program.values.len());
             // What comes behind a layer that predicts further tokens is no part of its program.
-            let behind = block.further().and_then(|further| further.head.as_ref());
-            let routers = block.fixed().filter(|linear| behind.is_none_or(|head| head.module != linear.module));
+            let behind = |further: &Further| {
+                let ending = further.ending.iter().flat_map(|ending| ending.linears());
+                further.head.iter().chain(ending).map(|linear| linear.module.clone()).collect::<Vec<_>>()
+            };
+            let behind: Vec<String> = block.further().into_iter().flat_map(behind).collect();
+            let routers = block.fixed().filter(|linear| !behind.contains(&linear.module));
             let mut expected: Vec<&str> = block.linears().chain(routers).map(|linear| &linear.module[..]).collect();
             seen += expected.len();
             linears.sort_unstable();
@@ -133,9 +137,11 @@ fn programs_of_all_families_hold_every_tensor_of_their_blocks_and_every_linear_o
             let further = block.further().into_iter();
             let outside = |further: &Further| {
                 let norms = further.before.iter().chain([&further.norm]).flat_map(|norm| norm.weights.clone());
-                let hyper = further.collapse.iter().filter_map(|collapse| collapse.hyper());
+                let streams = || further.collapse.iter().chain(&further.ending);
+                let hyper = streams().filter_map(|collapse| collapse.hyper());
                 let hyper = hyper.flat_map(|hyper| [&hyper.projection, &hyper.base, &hyper.scale].map(String::clone));
-                norms.chain(further.head.iter().map(|head| head.weight())).chain(hyper).collect::<Vec<_>>()
+                let linears = further.head.iter().chain(streams().flat_map(|collapse| collapse.linears()));
+                norms.chain(linears.map(|linear| linear.weight())).chain(hyper).collect::<Vec<_>>()
             };
             let outside: BTreeSet<String> = further.flat_map(outside).chain(none).collect();
             assert_eq!(&tensors - &outside, &one - &outside, "{name}: {}", block.name);
