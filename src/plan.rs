@@ -86,9 +86,7 @@ impl Plan {
         let of_towers = chosen.add_towers(graph, source, recipe, codec, precision)?;
         others.retain(|name| !chosen.ends.iter().any(|end| end.module == *name));
         let Named { mut left, loaded, loading, absent } = Named::of(graph, source, codec, &others, &chosen);
-        if codec.id() != "mlx" {
-            left.extend(runtimes::vllm::called(graph));
-        }
+        left.extend(runtimes::vllm::called(graph, codec.id()));
         let listed: Vec<QuantizedModule<'_>> = chosen
             .modules
             .iter()
@@ -161,7 +159,7 @@ impl Chosen {
         let mut modules = Vec::new();
         let mut unquantized = Vec::new();
         let mut refusals = Vec::new();
-        let left = if codec.id() == "mlx" { HashSet::new() } else { runtimes::vllm::whole(graph) };
+        let left = runtimes::vllm::whole(graph, codec.id());
         for linear in graph.linears() {
             // What makes the stream of a layer that predicts further tokens has no codes in vLLM and SGLang.
             let whole = graph.joins(linear) || left.contains(&*linear.module);

@@ -245,7 +245,7 @@ pub fn notes(
          compressed-tensors"
             .to_owned()
     });
-    let lost = if codec == "mlx" { Vec::new() } else { vllm::notes(graph) };
+    let lost = vllm::notes(graph, codec);
     let known = transformers(&facts).map(str::to_owned).into_iter();
     let known = known.chain(gptqmodel::note(&facts, graph, source, encodings));
     let known = known.chain(mlx_lm(&facts, graph, source.config())?);

@@ -63,7 +63,7 @@ pub enum Joining {
     },
     /// Each by a projection of its own, `[hidden, hidden]`: what that of the embedding makes is added to what the other makes of each stream.
     Apart {
-        /// Of the embedding.
+        /// Of the embedding, whose product is added to every stream.
         token: Linear,
         /// Of every stream of the state.
         state: Linear,

@@ -4,6 +4,9 @@ use std::collections::HashSet;
 
 use crate::graph::{Block, Graph, Layer, Linear};
 
+/// The layout that vLLM never loads, so that nothing is left out of it for its sake.
+const MLX: &str = "mlx";
+
 /// Families whose classes have no place for some biases and skip them: what the names of these linears begin with inside a layer.
 const UNBIASED: &[(&str, &[&str])] = &[
     ("afmoe", &["self_attn."]),
@@ -26,13 +29,16 @@ const UNBIASED: &[(&str, &[&str])] = &[
 const TIED: &[&str] = &["cohere", "cohere2", "cohere2_moe", "lfm2", "lfm2_moe"];
 
 /// What vLLM does not load of `graph`, whether or not it is quantized, and what stays whole for it.
-pub(super) fn notes(graph: &Graph) -> Vec<String> {
+pub(super) fn notes(graph: &Graph, codec: &str) -> Vec<String> {
+    if codec == MLX {
+        return Vec::new();
+    }
     let head = TIED.contains(&graph.family) && !graph.head.tied;
     let head = head.then(|| {
         let head = &graph.head.linear.module;
         format!("vLLM leaves out `{head}` of this family, without a word, and computes logits with the embedding; transformers does not")
     });
-    let whole = whole(graph);
+    let whole = whole(graph, codec);
     let count = whole.len();
     let whole = whole.into_iter().min().map(|first| {
         format!("linears as `{first}` stay as they are ({count} in all), because vLLM loads them without codes")
@@ -42,7 +48,10 @@ pub(super) fn notes(graph: &Graph) -> Vec<String> {
 
 /// Linears of which vLLM reads no codes, by module: queries, keys and values that are one matrix with what is written and what decays where
 /// each channel decays by itself, and what ends the attention of MiMo's layers for further tokens.
-pub(crate) fn whole(graph: &Graph) -> HashSet<&str> {
+pub(crate) fn whole<'g>(graph: &'g Graph, codec: &str) -> HashSet<&'g str> {
+    if codec == MLX {
+        return HashSet::new();
+    }
     let layers = graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
     let nets = layers.filter_map(|layer| match layer {
         Layer::Delta(delta) if delta.shape.by_channel => delta.inputs.get(..3),
@@ -54,11 +63,11 @@ pub(crate) fn whole(graph: &Graph) -> HashSet<&str> {
 }
 
 /// What vLLM calls matrices that it makes of several which stay as they are, where its class does not say of which.
-pub(crate) fn called(graph: &Graph) -> Vec<String> {
+pub(crate) fn called(graph: &Graph, codec: &str) -> Vec<String> {
     if graph.family != "glm5_next" {
         return Vec::new();
     }
-    let queries = whole(graph).into_iter().filter_map(|module| module.strip_suffix("q_proj"));
+    let queries = whole(graph, codec).into_iter().filter_map(|module| module.strip_suffix("q_proj"));
     let mut all: Vec<String> = queries.map(|at| format!("{at}in_proj_qkvbfg_a")).collect();
     all.sort_unstable();
     all

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 use crate::families::checkpoint;
 use crate::harness::Room;
 
-/// What a checkpoint's output is called by its configuration, and what the report says of GPTQModel, where linears stay as they are besides.
-fn quantized(name: &str, format: &str, ignore: &[&str]) -> (Value, Option<String>) {
+/// What a checkpoint's output is called by its configuration, and what the report says of it, where linears stay as they are besides.
+fn told(name: &str, format: &str, ignore: &[&str]) -> (Value, Vec<String>) {
     let room = Room::new();
     let model = checkpoint(name);
     let scheme = if format == "awq" { "W4A16_ASYM" } else { "W4A16" };
@@ -16,10 +16,14 @@ fn quantized(name: &str, format: &str, ignore: &[&str]) -> (Value, Option<String
     run.extend(ignore.iter().flat_map(|pattern| ["--ignore", pattern]));
     room.run(run).succeeds();
     let read = |file: &str| -> Value { serde_json::from_slice(&std::fs::read(room.path(file)).unwrap()).unwrap() };
-    let report = read("out/report.json");
-    let notes = report["notes"].as_array().unwrap().iter().map(|note| note.as_str().unwrap());
-    let mut notes = notes.filter(|note| note.starts_with("GPTQModel 7.7"));
-    (read("out/config.json")["quantization_config"].clone(), notes.next().map(str::to_owned))
+    let notes = serde_json::from_value(read("out/report.json")["notes"].clone()).unwrap();
+    (read("out/config.json")["quantization_config"].clone(), notes)
+}
+
+/// The same, and of the notes that on GPTQModel.
+fn quantized(name: &str, format: &str, ignore: &[&str]) -> (Value, Option<String>) {
+    let (config, notes) = told(name, format, ignore);
+    (config, notes.into_iter().find(|note| note.starts_with("GPTQModel 7.7")))
 }
 
 #[test]
@@ -86,21 +90,6 @@ fn what_is_quantized_and_what_is_not_goes_by_the_names_in_memory_too() {
 
 #[test]
 fn matrices_that_transformers_joins_are_told_of_in_families_that_are_known() {
-    let room = Room::new();
-    let model = checkpoint("qwen4_exp_text_plain");
-    let run = [
-        "quantize",
-        model.path().to_str().unwrap(),
-        "-o",
-        "out",
-        "--group-size",
-        "32",
-        "--method",
-        "rtn",
-        "--verify-text",
-        "none",
-    ];
-    room.run(run).succeeds();
-    let report = std::fs::read_to_string(room.path("out/report.json")).unwrap();
-    assert!(report.contains("transformers splits or joins matrices of this model"), "{report}");
+    let (_, notes) = told("qwen4_exp_text_plain", "compressed-tensors", &[]);
+    assert!(notes.iter().any(|note| note.contains("transformers splits or joins matrices of this model")), "{notes:?}");
 }

@@ -1,4 +1,15 @@
-"""How a comparison of many models ends: its table into the documentation, what failed, an exit code."""
+"""How a comparison of many models ends: its outcomes beside earlier ones, its table into the documentation, what failed, an exit code."""
+
+import json
+
+
+def beside_earlier(path, rows, keys, tried):
+    """`rows` behind those of earlier runs in the file at `path`, where one is named, which holds all of them then. What was `tried` is new."""
+    if path:
+        earlier = json.loads(path.read_text()) if path.exists() else []
+        rows = [row for row in earlier if tuple(row[key] for key in keys) not in tried] + rows
+        path.write_text(json.dumps(rows, indent=1))
+    return rows
 
 
 def end(options, marks, result, wrong, summary, say):

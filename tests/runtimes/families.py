@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 
-from ending import end
+from ending import beside_earlier, end
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -514,10 +514,7 @@ def main():
         if problem:
             wrong.append(f"{name} {column}: {problem[:400]}")
     summary = f"{len(rows)} cells, {len(wrong)} not as quantc says; {time.time() - started:.0f} s"
-    if options.json:
-        earlier = json.loads(options.json.read_text()) if options.json.exists() else []
-        rows = [row for row in earlier if (row["checkpoint"], row["column"]) not in tried] + rows
-        options.json.write_text(json.dumps(rows, indent=1))
+    rows = beside_earlier(options.json, rows, ("checkpoint", "column"), tried)
     return end(options, MARKS, tables(rows), wrong, summary, say)
 
 

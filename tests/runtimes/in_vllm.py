@@ -41,7 +41,7 @@ import time
 import traceback
 import typing
 
-from ending import end
+from ending import beside_earlier, end
 from families import FIXTURES, HERE, LAYOUTS, ROOT, family_of, loaded, logits, quantc, restack, say
 
 MARKS = "<!-- in_vllm.py begins -->\n", "<!-- in_vllm.py ends -->"
@@ -773,10 +773,7 @@ def main():
         if problem:
             wrong.append(f"{key[0]} {key[1]}: {problem[:400]}")
     summary = f"{len(rows)} cells, {len(wrong)} not as quantc says; {time.time() - started:.0f} s"
-    if options.json:
-        earlier = json.loads(options.json.read_text()) if options.json.exists() else []
-        rows = [row for row in earlier if (row["checkpoint"], row["layout"]) not in made] + rows
-        options.json.write_text(json.dumps(rows, indent=1))
+    rows = beside_earlier(options.json, rows, ("checkpoint", "layout"), made)
     return end(options, MARKS, table(rows), wrong, summary, say)
 
 

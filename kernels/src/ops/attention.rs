@@ -77,7 +77,7 @@ pub(super) fn plain_mix(scores: &[f64], sink: f64, values: &[ArrayView1<f32>], m
 pub(super) struct Task {
     /// Which of the sequences they are in.
     sequence: usize,
-    /// Its first token.
+    /// The row of its first token among those of all sequences.
     pub start: usize,
     pub length: usize,
     pub head: usize,
@@ -230,7 +230,7 @@ pub fn rounded(
 
 /// One head of the keys and values of one sequence.
 struct Sequence {
-    /// Its first token.
+    /// The row of its first token among those of all sequences.
     start: usize,
     length: usize,
     head: usize,

@@ -18,11 +18,11 @@ pub(super) enum Is {
     Gelu,
     /// The approximation by a sigmoid.
     QuickGelu,
-    /// SiLU.
+    /// SiLU, which configurations also call swish.
     Silu,
     /// GELU or SiLU, of which a file says the one; this where config.json says nothing.
     Said(&'static str),
-    /// This number.
+    /// This number, which stands in its source.
     Number(f64),
 }
 
@@ -76,7 +76,7 @@ pub(super) enum Need {
     Nothing,
     /// The tensor of this name.
     Itself,
-    /// Its weight.
+    /// Its weight, and no bias: models have that or not.
     Weight,
     /// Its weight and its bias.
     Both,

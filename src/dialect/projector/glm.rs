@@ -26,7 +26,7 @@ const BOTH: &[Rule] = &[
     weight("visual.merger.down_proj", "mm.down"),
 ];
 
-/// GLM-4.1V and GLM-4.5V.
+/// GLM-4.1V and GLM-4.5V, whose positions are learned, and GLM-4.6V, which has the class of the latter.
 pub(super) const GLM4V: Kind = Kind {
     id: "glm4v",
     model_types: &["glm4v", "glm4v_moe"],

@@ -6,34 +6,41 @@ use super::computed::{Is, Need};
 use super::{Kind, Make, PLAIN, Rule, Ty, count, flag, float, made, same, weight};
 use crate::json::{integer, real};
 
-/// Kimi-VL.
+/// Names of the tower that both models have.
+const BOTH: &[Rule] = &[
+    same("vision_tower.patch_embed.proj", "v.patch_embd"),
+    same("vision_tower.encoder.blocks.{}.wo", "v.blk.{}.attn_out"),
+    same("vision_tower.encoder.blocks.{}.norm0", "v.blk.{}.ln1"),
+    same("vision_tower.encoder.blocks.{}.norm1", "v.blk.{}.ln2"),
+    same("vision_tower.encoder.blocks.{}.mlp.fc0", "v.blk.{}.ffn_up"),
+    same("vision_tower.encoder.blocks.{}.mlp.fc1", "v.blk.{}.ffn_down"),
+    same("vision_tower.encoder.final_layernorm", "v.post_ln"),
+];
+
+/// Kimi-VL, whose queries, keys and values are three matrices for llama.cpp, and one in the file.
 pub(super) const KIMI_VL: Kind = Kind {
     id: "kimivl",
     model_types: &["kimi_vl"],
     architectures: &["deepseek2"],
     prefixes: &["vision_tower.", "multi_modal_projector."],
-    rules: &[&[
-        same("vision_tower.patch_embed.proj", "v.patch_embd"),
-        Rule {
-            from: "vision_tower.patch_embed.pos_emb.weight",
-            to: "v.position_embd.weight",
-            make: Make::Places,
-            ty: Ty::F32,
-            need: Need::Itself,
-        },
-        made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_q", Make::Rows(0, 3)),
-        made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_k", Make::Rows(1, 3)),
-        made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_v", Make::Rows(2, 3)),
-        same("vision_tower.encoder.blocks.{}.wo", "v.blk.{}.attn_out"),
-        same("vision_tower.encoder.blocks.{}.norm0", "v.blk.{}.ln1"),
-        same("vision_tower.encoder.blocks.{}.norm1", "v.blk.{}.ln2"),
-        same("vision_tower.encoder.blocks.{}.mlp.fc0", "v.blk.{}.ffn_up"),
-        same("vision_tower.encoder.blocks.{}.mlp.fc1", "v.blk.{}.ffn_down"),
-        same("vision_tower.encoder.final_layernorm", "v.post_ln"),
-        same("multi_modal_projector.pre_norm", "mm.input_norm"),
-        same("multi_modal_projector.linear_1", "mm.1"),
-        same("multi_modal_projector.linear_2", "mm.2"),
-    ]],
+    rules: &[
+        BOTH,
+        &[
+            Rule {
+                from: "vision_tower.patch_embed.pos_emb.weight",
+                to: "v.position_embd.weight",
+                make: Make::Places,
+                ty: Ty::F32,
+                need: Need::Itself,
+            },
+            made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_q", Make::Rows(0, 3)),
+            made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_k", Make::Rows(1, 3)),
+            made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_v", Make::Rows(2, 3)),
+            same("multi_modal_projector.pre_norm", "mm.input_norm"),
+            same("multi_modal_projector.linear_1", "mm.1"),
+            same("multi_modal_projector.linear_2", "mm.2"),
+        ],
+    ],
     // Those of the published class.
     usual: &[
         ("patch_size", 14),
@@ -64,20 +71,16 @@ pub(super) const KIMI_K25: Kind = Kind {
     model_types: &["kimi_k25"],
     architectures: &["deepseek2"],
     prefixes: &["vision_tower.", "mm_projector."],
-    rules: &[&[
-        same("vision_tower.patch_embed.proj", "v.patch_embd"),
-        weight("vision_tower.patch_embed.pos_emb", "v.position_embd"),
-        made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_qkv", Make::Sides),
-        same("vision_tower.encoder.blocks.{}.wo", "v.blk.{}.attn_out"),
-        same("vision_tower.encoder.blocks.{}.norm0", "v.blk.{}.ln1"),
-        same("vision_tower.encoder.blocks.{}.norm1", "v.blk.{}.ln2"),
-        same("vision_tower.encoder.blocks.{}.mlp.fc0", "v.blk.{}.ffn_up"),
-        same("vision_tower.encoder.blocks.{}.mlp.fc1", "v.blk.{}.ffn_down"),
-        same("vision_tower.encoder.final_layernorm", "v.post_ln"),
-        same("mm_projector.pre_norm", "mm.input_norm"),
-        same("mm_projector.proj.0", "mm.1"),
-        same("mm_projector.proj.2", "mm.2"),
-    ]],
+    rules: &[
+        BOTH,
+        &[
+            weight("vision_tower.patch_embed.pos_emb", "v.position_embd"),
+            made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_qkv", Make::Sides),
+            same("mm_projector.pre_norm", "mm.input_norm"),
+            same("mm_projector.proj.0", "mm.1"),
+            same("mm_projector.proj.2", "mm.2"),
+        ],
+    ],
     usual: &[("patch_size", 14), ("init_pos_emb_height", 64), ("init_pos_emb_width", 64), ("init_pos_emb_time", 4)],
     computes: &[
         ("/vision_config/hidden_act", Is::Gelu),

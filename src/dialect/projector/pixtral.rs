@@ -4,7 +4,7 @@ use super::computed::{Is, Need};
 use super::{Kind, Make, PLAIN, Rule, count, float, free, made, weight};
 use crate::json::{integer, real};
 
-/// Queries or keys.
+/// Queries or keys: the weight alone, with rows in the order in which llama.cpp rotates them.
 const fn turned(from: &'static str, to: &'static str) -> Rule {
     Rule { need: Need::Weight, ..made(from, to, Make::Turned) }
 }
