@@ -57,6 +57,7 @@ LAYOUTS = {
     # layer as they are.
     "ct-attention": rf"--format compressed-tensors --scheme W4A16 --ignore re:.*\.experts\.\d.* {COMMON}",
     "ct-w8a8": "--format compressed-tensors --scheme W8A8 --method rtn --verify-text none --quiet",
+    "ct-fp8": "--format compressed-tensors --scheme FP8_DYNAMIC --method rtn --verify-text none --quiet",
     "ct-nvfp4": "--format compressed-tensors --scheme NVFP4A16 --method rtn --verify-text none --quiet",
     "ct-layers": rf"--format compressed-tensors --scheme W4A16 --ignore re:.*layers\.1\..*\.experts\.\d.* {COMMON}",
 }

@@ -46,7 +46,10 @@ from families import FIXTURES, HERE, LAYOUTS, ROOT, family_of, loaded, logits, q
 
 MARKS = "<!-- in_vllm.py begins -->\n", "<!-- in_vllm.py ends -->"
 TOLERANCE = 1e-3
-TITLES = {"ct": "W4A16", "ct-attention": "experts as they are", "ct-asym": "W4A16_ASYM", "gptq": "GPTQ", "awq": "AWQ"}
+TITLES = {
+    "ct": "W4A16", "ct-attention": "experts as they are", "ct-asym": "W4A16_ASYM", "gptq": "GPTQ", "awq": "AWQ", "ct-w8a8": "W8A8",
+    "ct-fp8": "FP8_DYNAMIC",
+}  # fmt: skip
 
 # As the engine is started where the process is already.
 ENVIRONMENT = {
@@ -61,7 +64,7 @@ PUBLISHED = {
     "Kimi_K25ForConditionalGeneration": "KimiK25ForConditionalGeneration",
 }
 # Parameters that no checkpoint has to have, and whose first values are what the runtime computes with otherwise.
-OWN = r"\.(weight_shape|w13_weight_shape|w2_weight_shape|[qkv]_scale|[qkv]_zero_point|prob_scale|g_idx)$"
+OWN = r"\.(weight_shape|w13_weight_shape|w2_weight_shape|w13_bias|w2_bias|[qkv]_scale|[qkv]_zero_point|prob_scale|g_idx)$"
 loading = {}
 
 
@@ -84,6 +87,7 @@ def prepare():
     registry._run_in_subprocess = lambda ask: ask()
     refuse_less()
     unpack_linears()
+    widen_linears()
     unpack_experts()
     attend_plainly()
     recur_plainly()
@@ -95,12 +99,19 @@ def prepare():
 
 def refuse_less():
     """Lets it make on a CPU what it only ever computes elsewhere, and towers without what prepares images for them."""
+    import torch
     from vllm import triton_utils
     from vllm.config import ModelConfig
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.triton_utils import dispatcher
 
     given = FusedMoEConfig.__post_init__
+    # GPTQ and AWQ it computes in half precision alone, with kernels for GPUs where they are made for some widths.
+    for module, name in (("auto_gptq", "AutoGPTQConfig"), ("auto_awq", "AutoAWQConfig")):
+        module = importlib.import_module(f"vllm.model_executor.layers.quantization.{module}")
+        getattr(module, name).get_supported_act_dtypes = classmethod(lambda cls: [torch.float32])
+        module.verify_marlin_supported = lambda *_, **__: None
+        module.check_moe_marlin_supports_layer = lambda *_, **__: True
 
     def of_experts(self):
         try:
@@ -139,6 +150,8 @@ def unpack_linears():
 
         def process_weights_after_loading(self, layer):
             codes, scales, zeros = self._get_weight_params(layer)
+            # GPTQ stores zeros of symmetric codes, too.
+            zeros = zeros if self.config.zero_points else None
             by_rows = codes.input_dim == 1
             scales = scales if scales.output_dim == 0 else scales.t()
             if zeros is not None and zeros.output_dim != 0:
@@ -154,6 +167,29 @@ def unpack_linears():
     ):  # fmt: skip
         module = importlib.import_module(f"vllm.model_executor.layers.quantization.{module}")
         module.choose_mp_linear_kernel = lambda *_, **__: Unpacked
+
+
+def widen_linears():
+    """Weights of a byte, by rows or, as some are before they reach a kernel, by columns; what a linear reads stays as it is."""
+    import torch
+
+    class Widened:
+        input_quant_key = lambda self: None
+
+        def process_weights_after_loading(self, layer):
+            weight = layer.weight.float()
+            weight = weight.t() if getattr(layer.weight, "input_dim", 1) == 0 else weight
+            layer.register_buffer("unpacked", weight * layer.weight_scale.float())
+
+        def apply_weights(self, layer, x, bias=None):
+            return torch.nn.functional.linear(x, layer.unpacked.to(x.dtype), bias)
+
+    schemes = importlib.import_module("vllm.model_executor.layers.quantization.compressed_tensors.schemes")
+    for module, name in (
+        ("w8a8_int8", "init_int8_linear_kernel"), ("w8a8_fp8", "init_fp8_linear_kernel"), ("w8a16_fp8", "init_wfp8_a16_linear_kernel"),
+    ):  # fmt: skip
+        module = importlib.import_module(f"{schemes.__name__}.compressed_tensors_{module}")
+        setattr(module, name, lambda *_, **__: Widened())
 
 
 def activated(layer, x):
@@ -210,6 +246,8 @@ def weights_of(method, layer, part):
     from vllm.model_executor.layers.quantization.utils.quant_utils import unpack_quantized_values_into_int32
 
     held = lambda name: None if (found := getattr(layer, f"{part}_{name}", None)) is None else found.data
+    if held("weight") is not None:
+        return held("weight").float() * held("weight_scale")
     if held("weight_packed") is not None:
         return unpacked(held("weight_packed"), held("weight_scale"), held("weight_zero_point"), method.quant_type)
     codes, scales = held("qweight"), held("scales").transpose(1, 2)
@@ -242,12 +280,14 @@ def unpack_experts():
     def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input):
         return mixed(layer, *layer.unpacked, x, topk_weights, topk_ids)
 
-    for module, name in (
-        ("compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_wna16", "CompressedTensorsWNA16MoEMethod"),
-        ("auto_gptq", "AutoGPTQMoEMethod"), ("auto_awq", "AutoAWQMoEMethod"),
+    of = "compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_"
+    for module, name, select in (
+        (f"{of}wna16", "CompressedTensorsWNA16MoEMethod", "wna16"), (f"{of}w8a8_int8", "CompressedTensorsW8A8Int8MoEMethod", "int8"),
+        (f"{of}w8a8_fp8", "CompressedTensorsW8A8Fp8MoEMethod", "fp8"), ("auto_gptq", "AutoGPTQMoEMethod", "wna16"),
+        ("auto_awq", "AutoAWQMoEMethod", "wna16"),
     ):  # fmt: skip
         module = importlib.import_module(f"vllm.model_executor.layers.quantization.{module}")
-        module.select_wna16_moe_backend = lambda *_, **__: (None, Chosen)
+        setattr(module, f"select_{select}_moe_backend", lambda *_, **__: (None, Chosen))
         kind = getattr(module, name)
         kind.process_weights_after_loading, kind.apply, kind.get_fused_moe_quant_config = process, apply, lambda *_: None
 
@@ -466,7 +506,7 @@ def said(config):
         },  # fmt: skip
         "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
         "qwen3_vl_moe_text": {"norm_topk_prob": True},
-    }.get(config["model_type"], {})
+    }.get(config.get("model_type"), {})
     inner = {"text_config": said(config["text_config"])} if "text_config" in config else {}
     names = [PUBLISHED.get(name, name) for name in config.get("architectures") or []]
     return more | config | inner | ({"architectures": names} if names else {})
@@ -630,7 +670,9 @@ def unplaced(name, found):
         return re.search(r"(^|\.)mtp", tensor) or layer and int(layer[1]) >= layers
 
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
-    unread = [t for t in found["unread"] if not further(t) and not (tied and "lm_head" in t)]
+    # Which group a column of GPTQ is in is read by nothing where they lie in order.
+    known = lambda tensor: further(tensor) or tied and "lm_head" in tensor or tensor.endswith(".g_idx")
+    unread = [t for t in found["unread"] if not known(t)]
     return [f"{len(all)} {what} (`{all[0]}`)" for what, all in (("not read", unread), ("not filled", found["missing"])) if all]
 
 
@@ -638,7 +680,7 @@ def outcome(made, found):
     """What stands in the table, and what is wrong with it if anything is."""
     if "refused" in made:
         return f"refused: {made['refused']}", None
-    told = [note for note in made["notes"] if re.search(r"vLLM(?! loads| does[,;]| takes)", note) and "tokenizer" not in note]
+    told = [note for note in made["notes"] if re.search(r"vLLM(?! loads| does[,;]| takes| know)", note) and "tokenizer" not in note]
     error, difference, plainly = (found.get(what) for what in ("error", "difference", "plainly"))
     lost = unplaced(found["checkpoint"], found) if "missing" in found else []
     layers = found.get("further", {})
@@ -655,7 +697,7 @@ def outcome(made, found):
     if not error and not lost and found.get("plain", "").endswith("is not filled"):
         return f"does not load the original: {found['plain']}", None
     # What it does not find is packed in one and plain in the other.
-    bare = lambda text: text.split("The available parameters")[0].replace("_packed", "")
+    bare = lambda text: text.split("The available parameters")[0].replace("_packed", "").replace("qweight", "weight")
     if error and "missing" not in found and bare(found.get("plain", "")) == bare(error):
         return f"does not load the original: {error}", None
     problem = "; ".join([*([error] if error else [f"logits differ by {difference or plainly or 0:.1e} of the largest"]), *lost])
