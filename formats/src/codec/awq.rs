@@ -148,7 +148,13 @@ impl Codec for Awq {
                 let core = names::core(name).trim_end_matches('.');
                 skip.extend([core.to_owned(), format!("model.{core}")]);
             } else {
-                skip.push(if wrapped { names::core(name).to_owned() } else { name.clone() });
+                // vLLM may keep what stands beside the blocks in a part of its own; a name that others have in them is left as it is.
+                let alone = |own: &&str| modules.iter().all(|module| !module.name.contains(own));
+                let usual = || if wrapped { names::core(name) } else { name };
+                // It may count layers for further tokens as it does the model's own.
+                let counted = name.find(".mtp.layers.").map(|at| &name[at + ".mtp.".len()..]).filter(alone);
+                skip.extend(counted.map(str::to_owned));
+                skip.push(names::beside(name).filter(alone).unwrap_or_else(usual).to_owned());
             }
         }
         if skip.iter().all(|name| name == "lm_head") {
@@ -234,6 +240,11 @@ mod tests {
         };
         assert_eq!(config(&["lm_head"]), [json!(null), json!(null)]);
         assert_eq!(config(&["a.0.y"]), [json!(["a.0.y", "lm_head"]), json!({r"-:.*\.\d+\.y$": {}})]);
+        // What stands beside the blocks is looked for in any name, unless others have its own in them.
+        assert_eq!(config(&["model.up.0"])[0], json!(["up.0", "lm_head"]));
+        assert_eq!(config(&["model.x"])[0], json!(["model.x", "lm_head"]));
+        let further = "model.mtp.layers.0.eh_proj";
+        assert_eq!(config(&[further])[0], json!(["layers.0.eh_proj", further, "lm_head"]));
         let mixed = [module("a.0.x", scheme), module("a.1.x", Scheme { group: Some(32), ..scheme })];
         let message = Awq.config(&mixed, &[]).unwrap_err().to_string();
         assert!(message.starts_with("AWQ stores one scheme for the whole model, but a.0.x has"), "{message}");

@@ -172,7 +172,7 @@ fn is_or_ends_in(name: &str, own: &str) -> bool {
 }
 
 /// What a module beside the blocks of a text model is called in it.
-fn beside(name: &str) -> Option<&str> {
+pub(super) fn beside(name: &str) -> Option<&str> {
     let mut own = name;
     while let Some(rest) = ["model.", "language_model."].iter().find_map(|part| own.strip_prefix(part)) {
         own = rest;
