@@ -210,7 +210,14 @@ impl Codec for Gptq {
         if !dynamic.is_empty() {
             config["dynamic"] = Value::Object(dynamic);
         }
-        if left().next().is_some() {
+        // vLLM looks for all members of what it fuses, and layers may lack one, whose name it does not find in the file.
+        let lacks = |module: &QuantizedModule<'_>| {
+            let keys = module.name.strip_suffix("q_proj").map(|parent| format!("{parent}v_proj"));
+            keys.is_some_and(|name| {
+                modules.iter().all(|other| other.name != name) && in_block.contains(&"self_attn.v_proj")
+            })
+        };
+        if left().next().is_some() || modules.iter().any(lacks) {
             config["modules_in_block_to_quantize"] = json!([in_block]);
         }
         let text = serde_json::to_vec_pretty(&config).expect("a JSON value");
@@ -368,5 +375,15 @@ mod tests {
         assert_eq!(config["dynamic"][r"-:^model\.layers\.0\.mlp\.gate_proj$"], json!({}));
         assert_eq!(config["modules_in_block_to_quantize"], json!([["mlp.up_proj", "mlp.down_proj", "mlp.gate_proj"]]));
         assert_eq!(files.notes.len(), 2, "{:?}", files.notes);
+
+        // The second layer takes its values from its keys.
+        let names =
+            ["0.self_attn.q_proj", "0.self_attn.v_proj", "1.self_attn.q_proj"].map(|at| format!("model.layers.{at}"));
+        let modules: Vec<QuantizedModule<'_>> = names.iter().map(|name| module(name, four)).collect();
+        let told = |modules: &[QuantizedModule<'_>]| {
+            Gptq.config(modules, &[]).unwrap().quantization_config["modules_in_block_to_quantize"].clone()
+        };
+        assert_eq!(told(&modules), json!([["self_attn.q_proj", "self_attn.v_proj"]]));
+        assert_eq!(told(&modules[..2]), Value::Null);
     }
 }
