@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use crate::graph::{Block, Graph, Layer, Linear};
+use crate::graph::{Block, FURTHER, Graph, Layer, Linear};
 
 /// The layout that vLLM never loads, so that nothing is left out of it for its sake.
 const MLX: &str = "mlx";
@@ -28,6 +28,14 @@ const UNBIASED: &[(&str, &[&str])] = &[
 /// Families whose classes compute logits with the embedding, whatever the file has.
 const TIED: &[&str] = &["cohere", "cohere2", "cohere2_moe", "lfm2", "lfm2_moe"];
 
+/// Families whose classes fail at the groups of columns that GPTQ stores beside a matrix (`g_idx`), and those that do so where they are a part of a
+/// larger model.
+const UNINDEXED: &[&str] = &["falcon_h1", "glm4", "glm4v", "stablelm"];
+const UNINDEXED_PARTS: &[&str] = &["lfm2"];
+
+/// Families whose classes of layers for further tokens do.
+const UNINDEXED_FURTHER: &[&str] = &["ernie4_5_moe", "glm4_moe", "glm5_next", "hy_v3"];
+
 /// What vLLM does not load of `graph`, whether or not it is quantized, and what stays whole for it.
 pub(super) fn notes(graph: &Graph, codec: &str) -> Vec<String> {
     if codec == MLX {
@@ -43,23 +51,63 @@ pub(super) fn notes(graph: &Graph, codec: &str) -> Vec<String> {
     let whole = whole.into_iter().min().map(|first| {
         format!("linears as `{first}` stay as they are ({count} in all), because vLLM loads them without codes")
     });
-    head.into_iter().chain(biases(graph)).chain(whole).collect()
+    head.into_iter().chain(biases(graph)).chain(whole).chain(of_layout(graph, codec)).collect()
+}
+
+/// What vLLM does not load in this layout, and does in others.
+fn of_layout(graph: &Graph, codec: &str) -> Option<String> {
+    let part = || graph.aside.iter().any(|(prefix, what)| !prefix.is_empty() && !what.starts_with(FURTHER));
+    let mut layers = graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
+    let of = |families: &[&str]| families.contains(&graph.family);
+    match codec {
+        "gptq" if of(UNINDEXED) || of(UNINDEXED_PARTS) && part() => Some(
+            "vLLM 0.32 fails at the tensors `g_idx` that every GPTQ file has, in its class of this family; AWQ and compressed-tensors load"
+                .to_owned(),
+        ),
+        "gptq" if of(UNINDEXED_FURTHER) && !graph.predictors().is_empty() => Some(
+            "vLLM 0.32 fails at the tensors `g_idx` of layers for further tokens of this family in GPTQ, where it is to draft with them; --mtp keep \
+             writes them as they are"
+                .to_owned(),
+        ),
+        "gptq" | "awq" if layers.any(|layer| matches!(layer, Layer::Grams(_))) => Some(format!(
+            "vLLM 0.32 refuses {} for models with tables of tokens in a row, as this one; compressed-tensors loads",
+            codec.to_uppercase()
+        )),
+        _ => None,
+    }
 }
 
 /// Linears of which vLLM reads no codes, by module: queries, keys and values that are one matrix with what is written and what decays where
-/// each channel decays by itself, and what ends the attention of MiMo's layers for further tokens.
+/// each channel decays by itself, and what ends the attention of MiMo's layers for further tokens; all linears of attention, linear and
+/// other, of GLM 5 Next; and queries, keys and values of MiniMax M3, which are one matrix with those of an indexer, where layers have one. It
+/// looks for those of M3's layers for further tokens under the numbers of the model's own, so that all layers are alike. In GPTQ and AWQ also Qwen 3.5's
+/// layers for further tokens, since it takes all of them for plain where a part is left out, and in GPTQ the Mamba layers of Granite, which it calls otherwise
+/// than the file.
 pub(crate) fn whole<'g>(graph: &'g Graph, codec: &str) -> HashSet<&'g str> {
     if codec == MLX {
         return HashSet::new();
     }
-    let layers = graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
-    let nets = layers.filter_map(|layer| match layer {
+    let layers = || graph.blocks.iter().flat_map(|block| &block.steps).map(|step| &step.layer);
+    let nets = layers().filter_map(|layer| match layer {
         Layer::Delta(delta) if delta.shape.by_channel => delta.inputs.get(..3),
         _ => None,
     });
+    let attention = || layers().filter(|layer| matches!(layer, Layer::Attention(_) | Layer::Delta(_)));
+    let mixing =
+        attention().filter(|_| graph.family == "glm5_next").flat_map(|layer| layer.linears().into_iter().flatten());
+    let indexed = graph.family == "minimax_m3"
+        && graph.blocks.iter().filter_map(Block::attention).any(|one| one.choice.is_some());
+    let beside = attention().filter(|_| indexed).flat_map(|layer| layer.linears().into_iter().take(1).flatten());
     let predictors = if graph.family == "mimo_v2_flash" { graph.predictors() } else { &[] };
     let ends = predictors.iter().filter_map(Block::attention).map(|attention| &attention.o);
-    nets.flatten().chain(ends).map(|linear| &*linear.module).collect()
+    let plain = matches!(codec, "gptq" | "awq") && matches!(graph.family, "qwen3_5" | "qwen3_5_moe");
+    let drafting =
+        graph.predictors().iter().filter(|_| plain).flat_map(Block::linears).filter(|linear| !graph.joins(linear));
+    let granite = codec == "gptq" && graph.family == "granitemoehybrid";
+    let states = layers().filter(|layer| granite && matches!(layer, Layer::Mamba(_)));
+    let states = states.flat_map(|layer| layer.linears().into_iter().flatten());
+    let attending = nets.flatten().chain(ends).chain(mixing).chain(beside);
+    attending.chain(drafting).chain(states).map(|linear| &*linear.module).collect()
 }
 
 /// What vLLM calls matrices that it makes of several which stay as they are, where its class does not say of which.

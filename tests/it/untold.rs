@@ -421,11 +421,40 @@ fn what_vllm_does_not_load_is_told() {
     ] {
         notes(&run(name), &["vLLM leaves out biases", first, &format!(", {count} in all")]);
     }
-    for (name, first) in [("kimi_linear_published", "self_attn.k_proj"), ("mimo_v2_flash_further", "self_attn.o_proj")]
-    {
+    // Of GLM 5 Next four linears of each of two recurrent layers, and five of each of two others.
+    for (name, first, count) in [
+        ("kimi_linear_published", "self_attn.k_proj", 0),
+        ("mimo_v2_flash_further", "self_attn.o_proj", 0),
+        ("glm5_next_vision", "0.self_attn.k_proj", 18),
+        ("minimax_m3_vl_usual", "0.self_attn.k_proj", 6),
+    ] {
         notes(&run(name), &["linears as ", first, " stay as they are", "because vLLM loads them without codes"]);
+        if count > 0 {
+            notes(&run(name), &[&format!("({count} in all)")]);
+        }
     }
     notes(&run("lfm2_moe_unbiased"), &["vLLM leaves out `lm_head` of this family"]);
+    // Of one layout and not of another.
+    let written = |name: &str, layout: &str| {
+        let folder = checkpoint(name);
+        let path = folder.path().to_str().unwrap().to_owned();
+        room.run(["quantize", &path, "-o", "out", "--force", "--format", layout].iter().chain(&RTN))
+    };
+    for (name, layout, what) in [
+        ("glm4_plain", "gptq", "vLLM 0.32 fails at the tensors `g_idx` that"),
+        ("lfm2_vl_vision", "gptq", "vLLM 0.32 fails at the tensors `g_idx` that"),
+        ("glm4_moe_further", "gptq", "vLLM 0.32 fails at the tensors `g_idx` of layers for further tokens"),
+        ("granitemoehybrid_plain", "gptq", "mamba.in_proj` stay as they are"),
+        ("qwen3_5_text_further", "gptq", "`mtp.layers.0.mlp.down_proj` stay as they are"),
+        ("qwen4_exp_text_plain", "gptq", "vLLM 0.32 refuses GPTQ for models with tables"),
+    ] {
+        notes(&written(name, layout), &[what]);
+        silent(&written(name, "compressed-tensors"), what);
+    }
+    for name in ["lfm2_plain", "glm4_moe_plain", "glm_plain", "granitemoehybrid_attention"] {
+        silent(&written(name, "gptq"), "vLLM 0.32 fails");
+        silent(&written(name, "gptq"), "without codes");
+    }
     for name in
         ["granitemoeshared_plain", "falcon_h1_plain", "granite_biases", "lfm2_moe_plain", "mimo_v2_flash_published"]
     {
