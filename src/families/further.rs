@@ -11,7 +11,7 @@ const PARTIAL: &str = "predicts further tokens, and is not whole";
 
 /// What the parts of such a layer are called besides those of any block, and what it is given.
 pub struct Spelling {
-    /// What the names of its tensors begin with; those of its block, and a dot, where there is nothing.
+    /// What the names of its tensors begin with; those of its block, and a dot, where there is nothing. Here `{n}` is the number, too.
     prefix: Option<&'static str>,
     /// Norms of the embedding and of the state. In all names `{n}` is the number of the layer among those that predict further tokens.
     norms: [&'static str; 2],
@@ -68,6 +68,9 @@ pub const QWEN: Spelling = Spelling {
     norm: Some("norm"),
     ..HUNYUAN
 };
+
+/// Of MiniMax M3, whose block has a name of its own in such a layer.
+pub const MINIMAX_M3: Spelling = Spelling { prefix: Some("model.mtp.layers.{n}."), ..HUNYUAN };
 
 /// Of MiMo V2, whose layers are given what the model's last norm is given.
 pub const MIMO_V2: Spelling = Spelling { raw: true, ..HUNYUAN };
@@ -141,8 +144,8 @@ pub fn append(graph: &mut Graph, base: &Base, spelling: &Spelling, block: Block)
 /// The same of a layer whose block has as many streams as the model, of which `ending` makes one, if that is there.
 pub fn append_with(graph: &mut Graph, base: &Base, spelling: &Spelling, mut block: Block, ending: Option<Collapse>) {
     let &Spelling { prefix, norms: [of_token, of_state], raw, projections, norm, copies, whole } = spelling;
-    let prefix = prefix.map_or_else(|| format!("{}.", block.name), str::to_owned);
     let number = graph.predictors().len().to_string();
+    let prefix = prefix.map_or_else(|| format!("{}.", block.name), |prefix| prefix.replace("{n}", &number));
     let module = |name: &str| format!("{prefix}{}", name.replace("{n}", &number));
     let [embedding, head] = copies.map(|copy| copy.map(module));
     let before = graph.predictors().last().and_then(Block::further).map_or(&graph.final_norm, |last| &last.norm);

@@ -1,4 +1,4 @@
-//! MiniMax M2 and M3: experts chosen by sigmoids, norms of all queries and of all keys or of each head, a part of each head rotated; most layers of
+//! MiniMax M2 and M3, with their layers that predict further tokens: experts chosen by sigmoids, norms of all queries and of all keys or of each head, a part of each head rotated; most layers of
 //! M3 see a choice of blocks of tokens.
 
 use kernels::{Activation, IndexShape, RopeLayout};
@@ -66,12 +66,11 @@ fn build_m3(config: &Config<'_>) -> Result<Graph> {
     let kinds: [&[&str]; 2] = [&["full_attention"], &["minimax_m3_sparse"]];
     let chooses = by_type(config, "layer_types", kinds, base.layers, |layer| of.as_ref().is_some_and(|of| of[layer]))?;
     let index = index(config, &base)?;
-    let blocks = base.each(|layer| {
-        let at = base.at(layer);
+    let block = |at: String, chooses: bool, sparse: bool| {
         let module = format!("{at}.self_attn");
         let mut attention = base.attention(&module, [false, false], Some(rope.clone()));
         attention.norms = Some(base.head_norms(&module));
-        if chooses[layer] {
+        if chooses {
             let linear =
                 |name: &str, rows| Linear::plain(format!("{module}.index_{name}_proj"), rows, base.hidden, false);
             let norm = |name: &str| base.norm_of(&format!("{module}.index_{name}_norm"), index.head_dim);
@@ -91,12 +90,9 @@ fn build_m3(config: &Config<'_>) -> Result<Graph> {
             };
             attention.choice = Some(Choice::Own(Box::new(indexer), false));
         }
-        if !sparse[layer] {
-            return Ok(base.usual_block(
-                at.clone(),
-                attention,
-                Layer::Mlp(base.gated(&format!("{at}.mlp"), dense, act, false)),
-            ));
+        if !sparse {
+            let layer = Layer::Mlp(base.gated(&format!("{at}.mlp"), dense, act, false));
+            return base.usual_block(at, attention, layer);
         }
         let module = format!("{at}.block_sparse_moe");
         let mut router = router(&base, format!("{module}.gate"), experts, top_k, true);
@@ -106,13 +102,17 @@ fn build_m3(config: &Config<'_>) -> Result<Graph> {
         let expert = |e| base.gated_of(&format!("{module}.experts.{e}"), ["w1", "w3", "w2"], inner, act, false);
         let experts = (0..experts).map(expert).collect();
         let shared = Some((base.gated(&format!("{module}.shared_experts"), shared, act, false), None));
-        Ok(base.usual_block(
-            at,
-            attention,
-            Layer::Moe(Moe { router, experts, shared, latent: None, weigh_input: false, norms: None }),
-        ))
-    })?;
-    base.graph(config, "minimax_m3", blocks)
+        let moe = Moe { router, experts, shared, latent: None, weigh_input: false, norms: None };
+        base.usual_block(at, attention, Layer::Moe(moe))
+    };
+    let blocks = base.each(|layer| Ok(block(base.at(layer), chooses[layer], sparse[layer])))?;
+    let mut graph = base.graph(config, "minimax_m3", blocks)?;
+    // They choose blocks and experts, whatever layers of the model do; where config.json does not count them vLLM takes one for granted.
+    for layer in 0..config.count_or("num_mtp_modules", 1)? {
+        let block = block(format!("model.mtp.layers.{layer}.transformer_layer"), true, true);
+        further::append(&mut graph, &base, &further::MINIMAX_M3, block);
+    }
+    Ok(graph)
 }
 
 /// How its indexers choose: by `sparse_attention_config`, or else by settings of their own.

@@ -34,6 +34,7 @@ const NAMES: &[&str] = &[
     "deepseek_v32_further",
     "glm_moe_dsa_further",
     "minimax_m2_further",
+    "minimax_m3_vl_further",
     "mimo_v2_flash_further",
     "step3p7_further",
     "bailing_hybrid_further",
@@ -48,7 +49,8 @@ const NAMES: &[&str] = &[
 ];
 
 /// Of which llama.cpp has no such layers.
-const NOWHERE: &[&str] = &["qwen2_mimo", "minimax_m2_further", "ernie4_5_moe_further", "hy_v4_further"];
+const NOWHERE: &[&str] =
+    &["qwen2_mimo", "minimax_m2_further", "minimax_m3_vl_further", "ernie4_5_moe_further", "hy_v4_further"];
 
 /// Of which it has no class, or none for as many streams or for such tables.
 const REFUSED: &[&str] = &["longcat_flash_further", "deepseek_v4_further", "qwen4_exp_text_further"];
@@ -141,10 +143,16 @@ fn they_are_quantized_and_measured_as_the_rest_of_the_model() {
             let further = block.further().unwrap();
             for linear in block.linears() {
                 let quantized = report.linears.iter().any(|found| found.name == linear.module);
-                // vLLM and SGLang load codes of all but the projection, and vLLM none of what ends MiMo's attention.
+                // vLLM and SGLang load codes of all but the projection, and vLLM none of some linears of attention.
                 let joins = further.joining.linears().iter().any(|joining| joining.module == linear.module);
-                let ends = graph.family == "mimo_v2_flash" && linear.module.ends_with("self_attn.o_proj");
-                assert_eq!(quantized, !joins && !ends && !further.whole, "{name}: {}", linear.module);
+                let left: &[&str] = match graph.family {
+                    "mimo_v2_flash" => &["self_attn.o_proj"],
+                    "glm5_next" => &["self_attn"],
+                    "minimax_m3" => &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+                    _ => &[],
+                };
+                let left = left.iter().any(|part| linear.module.contains(part));
+                assert_eq!(quantized, !joins && !left && !further.whole, "{name}: {}", linear.module);
             }
             // All of it is left out as a part of the model.
             if further.whole {

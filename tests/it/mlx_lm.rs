@@ -142,6 +142,7 @@ const FAMILIES: &[(&str, Becomes)] = &[
     ("longcat_flash_published", Told(OPEN)),
     ("mimo_v2_flash_further", Told(OPEN)),
     ("mimo_v2_flash_published", Told(OPEN)),
+    ("minimax_m3_vl_further", Told("without their scales")),
     ("minimax_m3_vl_published", Told("without their scales")),
     ("minimax_m3_vl_usual", Told("without their scales")),
     ("deepseek_v2_grouped", Told("cannot do without rope_scaling")),

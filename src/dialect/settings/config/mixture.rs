@@ -127,6 +127,7 @@ impl Settings {
             "routed_scaling_factor": self.float("expert_weights_scale")?.filter(|x| *x != 0.0).unwrap_or(1.0),
             "swiglu_alpha": 1.702,
             "swiglu_limit": 7.0,
+            "num_mtp_modules": 0,
             "moe_layer_freq": behind,
             "sparse_attention_config": {
                 "sparse_attention_freq": behind,
