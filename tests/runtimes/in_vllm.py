@@ -43,6 +43,7 @@ import typing
 
 from ending import beside_earlier, end
 from families import FIXTURES, HERE, LAYOUTS, ROOT, family_of, loaded, logits, quantc, restack, say
+from published import know_step, said
 
 MARKS = "<!-- in_vllm.py begins -->\n", "<!-- in_vllm.py ends -->"
 TOLERANCE = 1e-3
@@ -58,11 +59,6 @@ ENVIRONMENT = {
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
 }  # fmt: skip
 SECONDS = 300
-# What published files call a class that transformers calls otherwise.
-PUBLISHED = {
-    "BailingHybridForCausalLM": "BailingMoeV3ForCausalLM",
-    "Kimi_K25ForConditionalGeneration": "KimiK25ForConditionalGeneration",
-}
 # Parameters that no checkpoint has to have, and whose first values are what the runtime computes with otherwise.
 OWN = r"\.(weight_shape|w13_weight_shape|w2_weight_shape|w13_bias|w2_bias|[qkv]_scale|[qkv]_zero_point|prob_scale|g_idx)$"
 loading = {}
@@ -86,6 +82,7 @@ def prepare():
     # It would import all of vLLM once more in another process, to ask a class what it is able to do.
     registry._run_in_subprocess = lambda ask: ask()
     refuse_less()
+    know_step()
     unpack_linears()
     widen_linears()
     unpack_experts()
@@ -462,10 +459,13 @@ def watch_loading():
             if now.data.shape != first.shape or now.dtype != first.dtype:
                 continue
             bare = now.data.isnan() if now.is_floating_point() else now.data == mark(now.dtype)
+            if not now.is_floating_point():
+                # A code may be the mark by chance.
+                rows = bare.reshape(*bare.shape[:1], -1).all(-1)
+                bare = rows.reshape(-1, *[1] * (bare.dim() - 1)).expand_as(bare)
             if bare.any():
                 now.data = torch.where(bare, first, now.data)
-                # A code may be the mark by chance.
-                if (bare.all() or now.is_floating_point() or bare.reshape(*bare.shape[:1], -1).all(-1).any()) and not re.search(OWN, name):
+                if not re.search(OWN, name):
                     missing.append(name)
         # The layers that predict further tokens are loaded after the model, and share its embedding and head.
         what = "further" if "missing" in loading else "missing"
@@ -474,42 +474,6 @@ def watch_loading():
         reads.kept.clear()
 
     DefaultModelLoader.load_weights, DefaultModelLoader.get_all_weights = load_weights, all_weights
-
-
-def said(config):
-    """A configuration with what vLLM reads in those of published files, and transformers writes otherwise or not at all."""
-    width, eps, layers = config.get("hidden_size"), config.get("rms_norm_eps", 1e-5), config.get("mlp_layer_types", ["dense"])
-    chosen = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-    more = {
-        "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
-        "deepseek_v3": chosen,
-        "deepseek_v32": chosen,
-        "deepseek_v4": {
-            "hc_eps": 1e-6, "hc_sinkhorn_iters": 20, "hidden_act": "silu", "rms_norm_eps": 1e-6, "scoring_func": "sqrtsoftplus",
-            "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 1.5, "expert_dtype": "bf16",
-        },  # fmt: skip
-        "glm4v_text": {"attention_bias": True},
-        "glm4v_moe_text": {"attention_bias": True, "use_qk_norm": False},
-        "glm5_next_text": {"mhc": True, "mla_use_nope": True, "indexer_rope_interleave": True, **chosen},
-        "glm_moe_dsa": chosen,
-        "hy_v3": {
-            "first_k_dense_replace": layers.count("dense"), "expert_hidden_dim": config.get("moe_intermediate_size"), "route_norm": True,
-            "qk_norm": True,
-        },  # fmt: skip
-        "lfm2": {"conv_dim": width, "block_dim": width},
-        "lfm2_moe": {"conv_dim": width, "block_dim": width},
-        "longcat_flash": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True},
-        "mimo_v2_flash": {
-            "layernorm_epsilon": eps, "add_swa_attention_sink_bias": True, "sliding_window_size": config.get("sliding_window"),
-            "moe_layer_freq": [0] + [1] * (config.get("num_hidden_layers", 1) - 1),
-            **{f"swa_{key}": config.get(key) for key in ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim")},
-        },  # fmt: skip
-        "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
-        "qwen3_vl_moe_text": {"norm_topk_prob": True},
-    }.get(config.get("model_type"), {})
-    inner = {"text_config": said(config["text_config"])} if "text_config" in config else {}
-    names = [PUBLISHED.get(name, name) for name in config.get("architectures") or []]
-    return more | config | inner | ({"architectures": names} if names else {})
 
 
 def answered(folder, ids, further=False):
@@ -680,7 +644,7 @@ def outcome(made, found):
     """What stands in the table, and what is wrong with it if anything is."""
     if "refused" in made:
         return f"refused: {made['refused']}", None
-    told = [note for note in made["notes"] if re.search(r"vLLM(?! loads| does[,;]| takes| know)", note) and "tokenizer" not in note]
+    told = [note for note in made["notes"] if re.search(r"vLLM(?! loads| does[,;]| takes| know| read)", note) and "tokenizer" not in note]
     error, difference, plainly = (found.get(what) for what in ("error", "difference", "plainly"))
     lost = unplaced(found["checkpoint"], found) if "missing" in found else []
     layers = found.get("further", {})
@@ -712,8 +676,12 @@ SHORT = {
     r"no: .*not read \(`[^`]*\.bias`\).*": "no: leaves out biases",
     r"no: .*not read \(`lm_head.*": "no: leaves out the head",
     r"no: .*not read \(`[^`]*experts.*": "no: does not find experts",
+    r"no: .*of layers for further tokens: .*": "no: does not find layers for further tokens",
+    r"no: .*'MergedColumnParallelLinear' object has no attribute 'data'.*": "no: fails at g_idx",
+    r"no: .*PLE embedding does not support.*": "no: refuses the layout",
     r"no: logits differ.*": "no: other logits",
-    r"tensor `.*cannot hold it: ([^;]*).*": r"refused: \1",
+    r"refused: tensor `.*cannot hold it: ([^;]*).*": r"refused: \1",
+    r"refused: tensor `.*: (runtimes look for linears.*)": r"refused: \1",
 }
 
 
