@@ -85,7 +85,7 @@ fn what_is_quantized_and_what_is_not_goes_by_the_names_in_memory_too() {
     // What mixes streams after the last block is a linear as others are.
     let (config, _) = quantized("qwen4_exp_text_bare", "awq", &[]);
     let left = config["modules_to_not_convert"].as_array().unwrap();
-    assert!(left.contains(&json!("model.hyper_connection_mixer.input_mix_weight_up")), "{config}");
+    assert!(left.contains(&json!("hyper_connection_mixer.input_mix_weight_up")), "{config}");
 }
 
 #[test]

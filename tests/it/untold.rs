@@ -451,7 +451,7 @@ fn what_vllm_does_not_load_is_told() {
         notes(&written(name, layout), &[what]);
         silent(&written(name, "compressed-tensors"), what);
     }
-    for name in ["lfm2_plain", "glm4_moe_plain", "glm_plain", "granitemoehybrid_attention"] {
+    for name in ["lfm2_plain", "glm4_moe_grouped", "glm_plain", "granitemoehybrid_attention"] {
         silent(&written(name, "gptq"), "vLLM 0.32 fails");
         silent(&written(name, "gptq"), "without codes");
     }
