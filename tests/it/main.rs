@@ -43,6 +43,7 @@ mod near;
 mod pipeline;
 mod plan;
 mod program;
+mod projectors;
 mod ranked;
 mod readme;
 mod records;

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use crate::families::{checkpoint, folder, names};
+use crate::families::{checkpoint, checkpoint_of, folder, names};
 
 /// What models bring along for pictures, sound and conversations.
 const FILES: &[&str] = &[
@@ -145,9 +145,14 @@ fn chat_names(header: &mut serde_json::Map<String, Value>, data: &mut Vec<u8>) {
     *header = all;
 }
 
-fn model(name: &str) -> TempDir {
+pub fn model(name: &str) -> TempDir {
     let derived = DERIVED.iter().find(|(derived, _)| *derived == name);
-    let room = checkpoint(derived.map_or(name, |(_, made_of)| made_of));
+    // Of some there is a description beside what llama.cpp's converter writes.
+    let described = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/mmproj").join(name);
+    let room = match described.is_dir() {
+        true => checkpoint_of(&described),
+        false => checkpoint(derived.map_or(name, |(_, made_of)| made_of)),
+    };
     if derived.is_some() {
         derive(&room, name);
     }
@@ -176,7 +181,7 @@ fn model(name: &str) -> TempDir {
     room
 }
 
-fn quantize(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
+pub fn quantize(model: &Path, output: &Path, toml: &str) -> quantc::Result<Report> {
     let request: Request = toml::from_str(toml).unwrap();
     let recipe = Recipe::resolve(request).unwrap();
     Job::one(model, output, recipe, None, false).run_one(&Cpu::exact(), &mut Progress::new(true))
@@ -237,7 +242,7 @@ fn all_that_is_not_the_language_model_goes_over_with_its_files() {
 }
 
 /// A value as the listing has it.
-fn plain(value: &MetadataValue) -> Value {
+pub fn plain(value: &MetadataValue) -> Value {
     match value {
         MetadataValue::Bool(value) => json!(value),
         MetadataValue::U32(value) => json!(value),
@@ -281,6 +286,7 @@ const PROJECTED: &[&str] = &[
     "kimi_k25_vision",
     "qwen2_audio_sound",
     "voxtral_sound",
+    "gemma3n_towers.f16",
 ];
 
 #[test]
@@ -332,6 +338,20 @@ fn files_for_images_are_those_of_llama_cpp() {
         let expected = listed["tensors"].as_array().unwrap();
         assert_eq!(found.len(), expected.len(), "{name}: {found:#?}");
         for (found, expected) in found.iter().zip(expected) {
+            // The rows of these two are in another order than its converter's (projectors.rs).
+            let turned =
+                ["v.blk.0.attn_q", "v.blk.0.attn_k"].iter().any(|at| found[0].as_str().unwrap().starts_with(at));
+            if *name == "kimi_vl_vision" && turned {
+                assert_eq!(found.as_array().unwrap()[..3], expected.as_array().unwrap()[..3]);
+                assert_ne!(found[3], expected[3]);
+                continue;
+            }
+            // As llama.cpp multiplies pictures by it; its converter writes a vector.
+            if found[0].as_str().unwrap().ends_with(".layer_scale.gamma") {
+                assert_eq!((&found[0], &found[1], &found[3]), (&expected[0], &expected[1], &expected[3]));
+                assert_eq!(found[2], json!([1, expected[2][0], 1, 1]));
+                continue;
+            }
             assert_eq!(found, expected, "{name}");
         }
         // Another run does not write over it, and one with force replaces both.
@@ -370,19 +390,6 @@ fn a_file_without_what_sees_says_why() {
         quantize(text.path(), &outputs.path().join("t.gguf"), "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'")
             .unwrap();
     assert!(!report.notes.iter().any(|note| note.contains("mmproj")), "{:?}", report.notes);
-}
-
-/// As for transformers and for llama.cpp's converter, where a folder has both files.
-#[test]
-fn what_processor_config_json_says_of_pictures_counts() {
-    let (room, outputs) = (model("qwen3_vl_vision"), tempfile::tempdir().unwrap());
-    let said = json!({"image_processor": {"image_mean": [0.125, 0.25, 0.375]}});
-    std::fs::write(room.path().join("processor_config.json"), said.to_string()).unwrap();
-    let output = outputs.path().join("m.gguf");
-    quantize(room.path(), &output, "format = 'gguf'\nscheme = 'Q8_0'\nmethod = 'rtn'").unwrap();
-    let file = GgufFile::open(outputs.path().join("mmproj-m.gguf")).unwrap();
-    let found = |key: &str| plain(file.metadata(&format!("clip.vision.{key}")).unwrap());
-    assert_eq!([found("image_mean"), found("image_std")], [json!([0.125, 0.25, 0.375]), json!([0.5, 0.125, 1.0])]);
 }
 
 /// Gives values to the start of every tensor whose name ends so, in bytes of the type that it has.

@@ -134,6 +134,10 @@ fn uneven(found: &Projector) -> Vec<String> {
         let parts = tensor.gguf.split_once(".blk.").and_then(|(sense, rest)| Some((sense, rest.split_once('.')?)));
         let Some((sense, (number, tail))) = parts else { continue };
         let Ok(number) = number.parse() else { continue };
+        // Blocks within stages are of several kinds.
+        if tail.starts_with(|first: char| first.is_ascii_digit()) {
+            continue;
+        }
         tails.entry((sense, tail)).or_default().insert(number, &tensor.from);
     }
     let blocks = |sense: &str| -> BTreeSet<usize> {

@@ -17,7 +17,10 @@ const BOTH: &[Rule] = &[
     same("vision_tower.encoder.final_layernorm", "v.post_ln"),
 ];
 
-/// Kimi-VL, whose queries, keys and values are three matrices for llama.cpp, and one in the file.
+/// Kimi-VL, whose queries, keys and values are three matrices for llama.cpp, and one in the checkpoint.
+///
+/// The pairs of each head turn by width and height in turn, as in Kimi K2.5. llama.cpp turns the first half of them by width, the other by
+/// height, and its converter orders the rows for that in Kimi K2.5 alone. So they are ordered here.
 pub(super) const KIMI_VL: Kind = Kind {
     id: "kimivl",
     model_types: &["kimi_vl"],
@@ -33,9 +36,9 @@ pub(super) const KIMI_VL: Kind = Kind {
                 ty: Ty::F32,
                 need: Need::Itself,
             },
-            made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_q", Make::Rows(0, 3)),
-            made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_k", Make::Rows(1, 3)),
-            made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_v", Make::Rows(2, 3)),
+            made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_q", Make::SidesOf(0)),
+            made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_k", Make::SidesOf(1)),
+            made("vision_tower.encoder.blocks.{}.wqkv", "v.blk.{}.attn_v", Make::SidesOf(2)),
             same("multi_modal_projector.pre_norm", "mm.input_norm"),
             same("multi_modal_projector.linear_1", "mm.1"),
             same("multi_modal_projector.linear_2", "mm.2"),

@@ -5,6 +5,7 @@
 
 mod computed;
 mod gemma;
+mod gemma3n;
 mod gemma4;
 mod glm;
 mod internvl;
@@ -15,6 +16,7 @@ mod siglip;
 mod whisper;
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use formats::container::gguf::{GGUFValueType, MetadataValue, metadata_array};
 use formats::{Dtype, GgmlType};
@@ -34,6 +36,7 @@ const KINDS: &[&Kind] = &[
     &qwen::QWEN2_5,
     &qwen::QWEN3,
     &gemma::GEMMA3,
+    &gemma3n::GEMMA3N,
     &gemma4::GEMMA4,
     &gemma4::UNIFIED,
     &pixtral::PIXTRAL,
@@ -98,7 +101,7 @@ const PLAIN: Kind = Kind {
     ends_rows: None,
 };
 
-/// What becomes of a tensor; `{}` is the number of a block, in both names. In the file's, `{KEY}` is the entry of a list of `vision_config` that has
+/// What becomes of a tensor; `{}` is the number of a block, in both names, or that of a stage and of a block within it. In the file's, `{KEY}` is the entry of a list of `vision_config` that has
 /// this number.
 struct Rule {
     /// Its name, or its module's, whose weight and bias are then meant, and the bounds of what it reads and gives.
@@ -127,6 +130,8 @@ enum Make {
     Row(u32),
     /// Each value in a row of its own.
     Column,
+    /// One value for each channel of a picture: `[out]` becomes `[1, out, 1, 1]`.
+    Channels,
     /// A linear over the three colours of each pixel of a patch as a convolution over these: `[out, height · width · 3]` becomes `[out, 3,
     /// height, width]`.
     Pixels,
@@ -141,6 +146,8 @@ enum Make {
     /// Of queries, keys and values one after the other the first two, whose heads turn by width and height in turn, with all that turns by
     /// width before what turns by height.
     Sides,
+    /// One of the three parts of that: queries, keys or values.
+    SidesOf(usize),
     /// The logarithm of 1 and its exponential.
     Softplus,
 }
@@ -517,7 +524,9 @@ impl Rule {
             None => (name == self.from).then_some(""),
             Some((before, after)) => {
                 let number = name.strip_prefix(before)?.strip_suffix(after)?;
-                (!number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())).then_some(number)
+                let digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+                let (stage, block) = number.split_once('.').unwrap_or((number, "0"));
+                (digits(stage) && digits(block)).then_some(number)
             }
         }
     }
@@ -551,7 +560,9 @@ impl Make {
                 _ => None,
             },
             Make::Column => (stored.len() == 1).then(|| vec![first, 1]),
+            Make::Channels => (stored.len() == 1).then(|| vec![1, first, 1, 1]),
             Make::Sides => (heads > 0 && first.is_multiple_of(12 * heads)).then(|| stored.to_vec()),
+            Make::SidesOf(part) => Make::Rows(part, 3).shape(&Make::Sides.shape(stored, heads)?, heads),
             Make::Places => match stored {
                 &[height, width, out] => Some(vec![height * width, out]),
                 _ => None,
@@ -586,7 +597,7 @@ impl Tensor {
         let rows = self.stored.first().map_or(1, |rows| (*rows).max(1));
         let width = values.len() / rows;
         match self.make {
-            Make::Whole | Make::Row(_) | Make::Squeezed | Make::Column | Make::Places => values,
+            Make::Whole | Make::Row(_) | Make::Squeezed | Make::Column | Make::Channels | Make::Places => values,
             Make::Softplus => {
                 values.iter_mut().for_each(|value| *value = f64::from(*value).exp().ln_1p() as f32);
                 values
@@ -616,19 +627,8 @@ impl Tensor {
                     .copied()
                     .collect()
             }
-            Make::Sides => {
-                let (all, quarter) = (rows / 3, rows / 3 / self.heads / 4);
-                let row = |row: usize| {
-                    let (part, within) = (row / all, row % all);
-                    let (head, at) = (within / (4 * quarter), within % (4 * quarter));
-                    // Side, then which of its pairs, then which of the pair; a file has pairs of both sides in turn.
-                    let (side, pair, one) = (at / (2 * quarter), at % (2 * quarter) / 2, at % 2);
-                    let from = if part == 2 { at } else { 4 * pair + 2 * side + one };
-                    let from = part * all + head * 4 * quarter + from;
-                    &values[from * width..(from + 1) * width]
-                };
-                (0..rows).flat_map(row).copied().collect()
-            }
+            Make::Sides => self.sides(&values, 0..rows),
+            Make::SidesOf(part) => self.sides(&values, part * rows / 3..(part + 1) * rows / 3),
             Make::Turned => {
                 let half = rows / self.heads / 2;
                 let row = |row: usize| {
@@ -640,5 +640,21 @@ impl Tensor {
                 (0..rows).flat_map(row).copied().collect()
             }
         }
+    }
+
+    /// Some of the rows of queries, keys and values, in the order of [`Make::Sides`].
+    fn sides(&self, values: &[f32], rows: Range<usize>) -> Vec<f32> {
+        let width = values.len() / self.stored[0].max(1);
+        let (all, quarter) = (self.stored[0] / 3, self.stored[0] / 3 / self.heads / 4);
+        let row = |row: usize| {
+            let (part, within) = (row / all, row % all);
+            let (head, at) = (within / (4 * quarter), within % (4 * quarter));
+            // Side, then which of its pairs, then which of the pair; a file has pairs of both sides in turn.
+            let (side, pair, one) = (at / (2 * quarter), at % (2 * quarter) / 2, at % 2);
+            let from = if part == 2 { at } else { 4 * pair + 2 * side + one };
+            let from = part * all + head * 4 * quarter + from;
+            &values[from * width..(from + 1) * width]
+        };
+        rows.flat_map(row).copied().collect()
     }
 }
